@@ -1,0 +1,99 @@
+"""Checkpoints: safetensors and JSON in one folder, enough to go on as if never stopped.
+
+    model.safetensors       the weights, under the names of the network's state dict
+    ema.safetensors         their moving average, under the same names
+    optimizer.safetensors   AdamW's state, as `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`
+    checkpoint.json         step, updates of the average, configuration; written last
+"""
+
+import json
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn, optim
+
+from model.config import TrainConfig, differences, from_dict, to_dict
+from model.ema import EMA
+from model.unet import UNet
+
+FORMAT = 1
+
+
+def write(
+    folder: Path,
+    model: nn.Module,
+    ema: EMA,
+    optimizer: optim.Optimizer,
+    step: int,
+    config: TrainConfig,
+) -> None:
+    """Write a complete checkpoint into the folder, creating it; publishing it is the caller's."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(_portable(model.state_dict()), folder / "model.safetensors")
+    save_file(_portable(ema.weights), folder / "ema.safetensors")
+    moments = {
+        f"{kind}/{name}": tensor
+        for name, weight in model.named_parameters()
+        for kind, tensor in optimizer.state[weight].items()
+    }
+    save_file(_portable(moments), folder / "optimizer.safetensors")
+    about = {"format": FORMAT, "step": step, "ema_updates": ema.updates, "config": to_dict(config)}
+    (folder / "checkpoint.json").write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
+
+
+def read(
+    folder: Path, model: nn.Module, ema: EMA, optimizer: optim.Optimizer, config: TrainConfig
+) -> int:
+    """Load a checkpoint into model, average and optimizer, and return its step.
+
+    Raises ValueError if it is not a checkpoint or belongs to a run with other settings.
+    """
+    folder = Path(folder)
+    about = _about(folder)
+    changed = differences(from_dict(about["config"]), config)
+    if changed:
+        raise ValueError(
+            f"{folder} belongs to a run with other settings ({'; '.join(changed)})\n"
+            "hint: resume with the old settings, or start a new run"
+        )
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    for name, tensor in load_file(folder / "ema.safetensors").items():
+        ema.weights[name].copy_(tensor)
+    ema.updates = about["ema_updates"]
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(folder / "optimizer.safetensors").items():
+        kind, name = key.split("/", 1)
+        moments.setdefault(name, {})[kind] = tensor
+    state = optimizer.state_dict()
+    # AdamW numbers the weights in the order it was given them, which is that of the model.
+    state["state"] = {i: moments[name] for i, (name, _) in enumerate(model.named_parameters())}
+    optimizer.load_state_dict(state)
+    return about["step"]
+
+
+def load_denoiser(folder: Path, ema: bool = True) -> tuple[UNet, TrainConfig]:
+    """The network of a checkpoint on the CPU, ready to sample, and the run's configuration.
+
+    Raises ValueError if the folder is not a checkpoint.
+    """
+    folder = Path(folder)
+    config = from_dict(_about(folder)["config"])
+    model = UNet(config.unet)
+    weights = load_file(folder / ("ema.safetensors" if ema else "model.safetensors"))
+    model.load_state_dict(weights)
+    return model.eval().requires_grad_(False), config
+
+
+def _about(folder: Path) -> dict:
+    path = folder / "checkpoint.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a complete checkpoint: it has no checkpoint.json")
+    about = json.loads(path.read_text())
+    if about.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {about.get('format')}, this code reads {FORMAT}")
+    return about
+
+
+def _portable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -1,0 +1,42 @@
+"""Random numbers that belong to a picture, not to a process.
+
+Every number is drawn on the CPU from a generator of its own, seeded by (seed, purpose, step,
+position in the global batch). So it does not matter how many processes share the batch, which of
+them holds the picture, on what device it computes, or whether the run was interrupted.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def generator(seed: int, purpose: str, step: int, position: int) -> torch.Generator:
+    """A CPU generator for one purpose of one picture of one step."""
+    key = f"{seed}/{purpose}/{step}/{position}".encode()
+    digest = hashlib.blake2b(key, digest_size=8).digest()
+    # manual_seed takes 64 bits, but a sign bit would be read differently by different versions.
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def noise(
+    seed: int, purpose: str, step: int, positions: Iterable[int], shape: Sequence[int]
+) -> Tensor:
+    """Standard normal noise for these positions: (B, *shape) float32."""
+    draws = [torch.randn(*shape, generator=generator(seed, purpose, step, i)) for i in positions]
+    return torch.stack(draws)
+
+
+def timesteps(seed: int, step: int, positions: Iterable[int], count: int) -> Tensor:
+    """A uniform noise level in 0..count-1 for these positions: (B,) int64."""
+    draws = [
+        torch.randint(count, (), generator=generator(seed, "timestep", step, i)) for i in positions
+    ]
+    return torch.stack(draws)
+
+
+def dropped(seed: int, step: int, positions: Iterable[int], probability: float) -> Tensor:
+    """Which positions lose their condition in this step: (B,) bool."""
+    draws = [torch.rand((), generator=generator(seed, "dropout", step, i)) for i in positions]
+    return torch.stack(draws) < probability

@@ -1,0 +1,68 @@
+"""Named training runs: the two of the papers, and one that two CPU cores finish in minutes."""
+
+from model.config import TrainConfig
+from model.diffusion import DiffusionConfig
+from model.unet import UNetConfig
+
+
+def tiny() -> TrainConfig:
+    """A pixel-space RDM on 64x64 drawings: two processes of one thread, three and a half minutes."""
+    return TrainConfig(
+        steps=2000,
+        global_batch=32,
+        unet=UNetConfig(
+            model_channels=64,
+            channel_mult=(1, 2),
+            num_res_blocks=1,
+            attention_downsampling=(2,),
+            context_dim=256,
+            patch=4,
+        ),
+        diffusion=DiffusionConfig(prediction="v"),
+        lr=5e-4,
+        ema_decay=0.995,
+        checkpoint_every=500,
+        log_every=20,
+    )
+
+
+def imagenet_400m() -> TrainConfig:
+    """RDM-256 on ImageNet, 401 M parameters, on VQ-f4 latents of 64x64x3 (arXiv:2204.11824).
+
+    The released model got the raw CLIP ViT-B/32 vectors and no dropout of the condition; the
+    dropout here is what its guidance against zeros calls for.
+    """
+    return TrainConfig(
+        steps=500_000,
+        global_batch=320,
+        unet=UNetConfig(
+            in_channels=3,
+            out_channels=3,
+            model_channels=192,
+            channel_mult=(1, 2, 3, 5),
+            attention_downsampling=(8, 4, 2),
+            context_dim=512,
+            checkpointing=True,
+        ),
+        diffusion=DiffusionConfig(beta_start=0.0015, beta_end=0.0195),
+        warmup=100,
+    )
+
+
+def laion_1p3b() -> TrainConfig:
+    """RDM-768 on text-guided art, 1.34 B parameters, on KL-f16 latents of 48x48x16 (arXiv:2207.13038)."""
+    return TrainConfig(
+        steps=1_000_000,
+        global_batch=1280,
+        unet=UNetConfig(
+            in_channels=16,
+            out_channels=16,
+            model_channels=448,
+            channel_mult=(1, 2, 3, 4),
+            attention_downsampling=(4, 2, 1),
+            context_dim=768,
+            checkpointing=True,
+        ),
+        diffusion=DiffusionConfig(beta_start=0.0015, beta_end=0.015),
+        warmup=10_000,
+    )

@@ -1,0 +1,1 @@
+"""Corpus -> shards -> embeddings -> index -> neighbours -> batches; knows neither Ray nor the model."""

@@ -1,0 +1,51 @@
+"""What is in a corpus of pictures before it is drawn: subjects, styles and words."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+Drawing = TypeVar("Drawing")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a corpus: a subject in a style, and the words that go with it.
+
+    The style is not in the caption; `tags` are search words that add to it. A held-out subject
+    is held out in every style, so it may not be met in training at all.
+    """
+
+    style: str
+    subject: str
+    caption: str
+    tags: tuple[str, ...]
+    held_out: bool
+
+    @property
+    def key(self) -> str:
+        """`style/subject`, unique within a catalog."""
+        return f"{self.style}/{self.subject}"
+
+
+@dataclass(frozen=True)
+class Catalog(Generic[Drawing]):
+    """Pictures in order of (style, subject), and by key what `render` draws each of them from."""
+
+    pictures: tuple[Picture, ...]
+    drawings: Mapping[str, Drawing]
+
+    @property
+    def styles(self) -> tuple[str, ...]:
+        """Names of the styles, sorted."""
+        return tuple(sorted({picture.style for picture in self.pictures}))
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """Names of the subjects, sorted, held-out ones included."""
+        return tuple(sorted({picture.subject for picture in self.pictures}))
+
+
+def lot(name: str) -> int:
+    """A number of 64 bits drawn from a name, the same on every machine and in every run."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")

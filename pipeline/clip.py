@@ -1,0 +1,127 @@
+"""The one door to open_clip: pictures and texts to unit vectors of one space."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import open_clip
+import torch
+from PIL import Image
+
+from pipeline import storage
+
+BUNDLED = Path(__file__).parent / "tiny_clip"
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Which encoder makes the vectors."""
+
+    model: str = "tiny-clip-64"
+    """Name of an open_clip model."""
+    pretrained: str = "bundled"
+    """A pretrained tag of open_clip, a local file of weights, or `bundled` for the tiny CLIP in the package."""
+    precision: Precision = "auto"
+    """auto: bf16 on a GPU, fp32 on a CPU."""
+
+
+@dataclass
+class Encoder:
+    """A loaded model with its own preprocessing."""
+
+    dim: int
+    prepare: Callable[[Image.Image], torch.Tensor]
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+
+    def images(self, pixels: torch.Tensor) -> np.ndarray:
+        """Unit vectors of preprocessed pictures: (B, 3, H, W) float32 -> (B, D) float32."""
+        return self._unit(self.model.encode_image, pixels)
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit vectors of texts: (B, D) float32."""
+        return self._unit(self.model.encode_text, self.tokenizer(list(texts)))
+
+    def _unit(self, encode: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> np.ndarray:
+        with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
+            vectors = encode(batch.to(self.device, non_blocking=True)).float()
+        # Normalised after the cast: in half precision the norm itself would be off by 1e-3.
+        return torch.nn.functional.normalize(vectors, dim=-1).cpu().numpy()
+
+
+@lru_cache(maxsize=2)
+def load(config: ClipConfig) -> Encoder:
+    """The encoder of `config`, on the GPU if there is one; kept in this process.
+
+    ValueError where open_clip knows no such model, or the weights do not fit it.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+             "auto": torch.bfloat16 if device.type == "cuda" else torch.float32}[config.precision]
+    try:
+        model, _, prepare = open_clip.create_model_and_transforms(_known(config), pretrained=_weights(config),
+                                                                  device=device)
+        tokenizer = open_clip.get_tokenizer(_known(config))
+    except (RuntimeError, FileNotFoundError) as error:
+        raise ValueError(f"open_clip cannot load {config.model} with the weights {config.pretrained}: "
+                         f"{str(error).splitlines()[0]}\nhint: `python -c 'import open_clip; "
+                         f"print(open_clip.list_pretrained())'` lists names and tags") from error
+    model.eval().requires_grad_(False)
+    dim = int(open_clip.get_model_config(_known(config))["embed_dim"])
+    return Encoder(dim, prepare, model, tokenizer, device, dtype)
+
+
+@lru_cache(maxsize=8)
+def describe(config: ClipConfig) -> dict[str, Any]:
+    """What makes vectors comparable: model, sha256 of the weights, preprocessing, normalisation.
+
+    Loads no weights, so that a driver can plan; two encoders are the same if these are equal.
+    """
+    path = _weights(config)
+    if not Path(path).is_file():
+        try:
+            path = open_clip.download_pretrained(open_clip.get_pretrained_cfg(config.model, path))
+        except Exception as error:
+            raise ValueError(f"open_clip has no weights {config.pretrained!r} for {config.model}, and there is no such "
+                             f"file ({error})\nhint: --pretrained TAG or --pretrained /path/to/weights") from error
+    architecture = open_clip.get_model_config(_known(config))
+    tag = open_clip.get_pretrained_cfg(config.model, config.pretrained)
+    preprocessing = {"image_size": architecture["vision_cfg"]["image_size"],
+                     "mean": list(tag.get("mean") or open_clip.OPENAI_DATASET_MEAN),
+                     "std": list(tag.get("std") or open_clip.OPENAI_DATASET_STD),
+                     "interpolation": tag.get("interpolation") or "bicubic",
+                     "resize": tag.get("resize_mode") or "shortest"}
+    return {"model": config.model, "pretrained": config.pretrained if config.pretrained == "bundled"
+            or tag else "file", "weights_sha256": storage.sha256_file(Path(path)),
+            "architecture_sha256": hashlib.sha256(json.dumps(architecture, sort_keys=True).encode()).hexdigest(),
+            "dim": architecture["embed_dim"], "preprocessing": preprocessing, "normalised": True}
+
+
+def batch(encoder: Encoder, pictures: Sequence[Image.Image]) -> torch.Tensor:
+    """Pictures preprocessed as the model wants them, (B, 3, H, W) float32."""
+    return torch.stack([encoder.prepare(picture) for picture in pictures])
+
+
+def _known(config: ClipConfig) -> str:
+    if config.model == "tiny-clip-64":
+        open_clip.add_model_config(BUNDLED)
+    if open_clip.get_model_config(config.model) is None:
+        raise ValueError(f"open_clip knows no model {config.model!r}\nhint: `python -c 'import open_clip; "
+                         f"print(open_clip.list_models())'` lists them")
+    return config.model
+
+
+def _weights(config: ClipConfig) -> str:
+    if config.pretrained == "bundled":
+        if config.model != "tiny-clip-64":
+            raise ValueError(f"only tiny-clip-64 is bundled, not {config.model}\nhint: --pretrained TAG or FILE")
+        return str(BUNDLED / "tiny_clip.safetensors")
+    return config.pretrained

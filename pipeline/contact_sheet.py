@@ -1,0 +1,153 @@
+"""Many small pictures on one sheet of white, with headings and captions, for reports."""
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+
+from PIL import Image, ImageDraw, ImageFont
+
+INK = (34, 34, 34)
+QUIET = (110, 110, 110)
+EMPTY = (238, 238, 238)
+LINE_SPACING = 1.25
+
+
+def contact_sheet(
+    pictures: Sequence[Image.Image | None],
+    columns: int,
+    *,
+    labels: Sequence[str] | None = None,
+    row_labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
+    cell: int = 64,
+    gap: int = 6,
+    text_size: int | None = None,
+    label_lines: int = 2,
+) -> Image.Image:
+    """A sheet of the pictures, row by row, each fitted undistorted into a square cell.
+
+    None leaves a light grey cell. `labels` stand below the cells, at most `label_lines` lines
+    each; `row_labels` at the left, `column_labels` on top. What does not fit ends in an ellipsis.
+    Lengths are in pixels; `text_size` follows the cell if not given. RGB.
+
+    Raises:
+        ValueError: labels do not match the cells, rows or columns, or a length is too small.
+    """
+    if columns < 1 or cell < 1 or gap < 0 or label_lines < 1:
+        raise ValueError(
+            f"columns={columns}, cell={cell} and label_lines={label_lines} must be at least 1, "
+            f"gap={gap} at least 0"
+        )
+    rows = -(-len(pictures) // columns)
+    _same_length("labels", labels, "pictures", len(pictures))
+    _same_length("row_labels", row_labels, "rows", rows)
+    _same_length("column_labels", column_labels, "columns", columns)
+
+    font = _font(text_size or max(10, min(20, round(cell * 0.17))))
+    below = [_wrap(label, font, cell, label_lines) for label in labels or ()]
+    above = [_wrap(label, font, cell, 3) for label in column_labels or ()]
+    beside = [_wrap(label, font, round(cell * 1.6), 3) for label in row_labels or ()]
+
+    margin = max(gap, 4)
+    left = margin + _widest(beside, font) + (gap + 2 if beside else 0)
+    top = margin + _tallest(above, font) + (gap if above else 0)
+    caption = _tallest(below, font) + (3 if below else 0)
+    width = left + columns * (cell + gap) - gap + margin
+    height = top + rows * (cell + caption + gap) - gap + margin
+    sheet = Image.new("RGB", (width, max(height, top + margin)), "white")
+    pen = ImageDraw.Draw(sheet)
+
+    for column, lines in enumerate(above):
+        x = left + column * (cell + gap) + cell / 2
+        # Headings stand on the pictures, so short ones do not float above long neighbours.
+        _write(pen, lines, font, x, top - gap - _tallest([lines], font), INK, "m")
+    for row, lines in enumerate(beside):
+        y = top + row * (cell + caption + gap) + (cell - _tallest([lines], font)) / 2
+        _write(pen, lines, font, left - gap - 2, y, INK, "r")
+    for number, picture in enumerate(pictures):
+        row, column = divmod(number, columns)
+        x, y = left + column * (cell + gap), top + row * (cell + caption + gap)
+        _place(sheet, pen, picture, x, y, cell)
+        if below:
+            _write(pen, below[number], font, x + cell / 2, y + cell + 3, QUIET, "m")
+    return sheet
+
+
+def _same_length(name: str, given: Sequence[str] | None, what: str, count: int) -> None:
+    if given is not None and len(given) != count:
+        raise ValueError(f"{len(given)} {name} do not match {count} {what}")
+
+
+@lru_cache(maxsize=16)
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _place(
+    sheet: Image.Image,
+    pen: ImageDraw.ImageDraw,
+    picture: Image.Image | None,
+    x: int,
+    y: int,
+    cell: int,
+) -> None:
+    if picture is None:
+        pen.rectangle((x, y, x + cell - 1, y + cell - 1), fill=EMPTY)
+        return
+    scale = cell / max(picture.size)
+    fitted = tuple(max(1, round(side * scale)) for side in picture.size)
+    # Modes with a palette or alpha cannot be resampled as they are; white shows through.
+    pixels = picture.convert("RGBA")
+    if fitted != picture.size:
+        pixels = pixels.resize(fitted, Image.Resampling.LANCZOS)
+    sheet.paste(pixels, (x + (cell - fitted[0]) // 2, y + (cell - fitted[1]) // 2), pixels)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
+    """The text in at most `most` lines no wider than `width`, the last cut short if need be."""
+    lines: list[str] = []
+    for blank, word in re.findall(r"(\s*)([^\s-]+-?|-)", text):
+        # Lines may break after a hyphen too; its parts are joined without a blank.
+        longer = lines[-1] + " " * bool(blank) + word if lines else ""
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > most:
+        lines = [*lines[: most - 1], " ".join(lines[most - 1 :])]
+    return [_cut(line, font, width) for line in lines]
+
+
+def _cut(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    if font.getlength(line) <= width:
+        return line
+    while line and font.getlength(line + "…") > width:
+        line = line[:-1]
+    return line.rstrip(" -,") + "…"
+
+
+def _line_height(font: ImageFont.FreeTypeFont) -> int:
+    return round(font.size * LINE_SPACING)
+
+
+def _widest(texts: list[list[str]], font: ImageFont.FreeTypeFont) -> int:
+    return max((-int(-font.getlength(line) // 1) for lines in texts for line in lines), default=0)
+
+
+def _tallest(texts: list[list[str]], font: ImageFont.FreeTypeFont) -> int:
+    return max((len(lines) for lines in texts), default=0) * _line_height(font)
+
+
+def _write(
+    pen: ImageDraw.ImageDraw,
+    lines: list[str],
+    font: ImageFont.FreeTypeFont,
+    x: float,
+    y: float,
+    ink: tuple[int, int, int],
+    side: str,
+) -> None:
+    """Lines downwards from y; x is their middle (`side` m) or their right end (r)."""
+    for number, line in enumerate(lines):
+        middle = y + (number + 0.5) * _line_height(font)
+        pen.text((x, middle), line, fill=ink, font=font, anchor=f"{side}m")

@@ -1,0 +1,120 @@
+"""A corpus to begin with: emoji drawn in six styles, or where npm is missing, pictures drawn here.
+
+    <style>/<subject>.png          one picture
+    <style>.csv train.csv          captions: of each style, of the mix of all that training may see
+    heldout.csv sources.json       captions of what training may not see; origins and licences
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline import drawn, emoji, storage
+from pipeline.catalog import Catalog, Picture, lot
+from pipeline.stage import Entry, Item, Output, Plan, Stage
+
+_COLUMNS = ("file", "caption", "tags", "style", "subject", "held_out")
+
+
+@dataclass(frozen=True)
+class PicturesConfig:
+    """Which corpus, and how large its pictures are."""
+
+    corpus: Literal["emoji", "drawn"] = "emoji"
+    """emoji: real ones, fetched with npm; drawn: shapes drawn by the program."""
+    size: int = 64
+    """Width and height in pixels."""
+    subjects: int = 300
+    """Subjects of the drawn corpus, each in six styles."""
+    seed: int = 0
+    """Seed of the drawn corpus."""
+    pictures_per_item: int = 600
+    """Pictures made by one worker at a time."""
+
+
+class Pictures(Stage):
+    """The stage from a catalog to a folder of pictures with captions."""
+
+    name = "pictures"
+
+    def __init__(self, root: str, config: PicturesConfig, cache: Path) -> None:
+        super().__init__(root, f"pictures/{config.corpus}", config)
+        self.cache = cache
+
+    @property
+    def command(self) -> str:
+        return f"python -m jobs demo --root {self.root}"
+
+    def inputs(self) -> dict[str, dict[str, Any]]:
+        sources = emoji.sources(self.cache) if self.config.corpus == "emoji" else drawn.sources()
+        return {source["package"]: {"path": "", "digest": source["version"]} for source in sources}
+
+    def plan(self) -> Plan:
+        corpus = self._catalog()
+        step = self.config.pictures_per_item
+        parts = [corpus.pictures[start:start + step] for start in range(0, len(corpus.pictures), step)]
+        items = [Item(f"{number:06d}", {"drawings": f"drawings/{number:06d}.json", "count": len(part)})
+                 for number, part in enumerate(parts)]
+        return Plan(items, self._side_files(corpus, items, parts))
+
+    def _side_files(self, corpus: Catalog, items: list[Item], parts: list[tuple[Picture, ...]],
+                    ) -> Iterator[tuple[str, bytes]]:
+        for item, part in zip(items, parts, strict=True):
+            # Workers have no cache of the packages: each part brings its drawings along.
+            document = [asdict(picture) | ({"drawing": corpus.drawings[picture.key]}
+                                           if self.config.corpus == "emoji" else {}) for picture in part]
+            yield item.inputs["drawings"], storage.json_bytes(document)
+        for style in corpus.styles:
+            yield f"{style}.csv", _captions(picture for picture in corpus.pictures if picture.style == style)
+        mixed = sorted(corpus.pictures, key=lambda picture: lot(picture.key))
+        yield "train.csv", _captions(picture for picture in mixed if not picture.held_out)
+        yield "heldout.csv", _captions(picture for picture in mixed if picture.held_out)
+        sources = emoji.sources(self.cache) if self.config.corpus == "emoji" else drawn.sources()
+        yield "sources.json", storage.json_bytes(sources)
+
+    def process(self, item: Item, scratch: Path) -> Output:
+        rows = json.loads(storage.read_bytes(storage.join(self.folder, item.inputs["drawings"])))
+        output = Output()
+        drawings = {}
+        pictures = []
+        for row in rows:
+            drawing = row.pop("drawing", None)
+            pictures.append(Picture(**row | {"tags": tuple(row["tags"])}))
+            drawings[pictures[-1].key] = drawing
+        if self.config.corpus == "emoji":
+            corpus: Catalog = Catalog(tuple(pictures), drawings)
+            render = emoji.render
+        else:
+            corpus, render = self._catalog(), drawn.render
+        for picture in pictures:
+            try:
+                data = render(corpus, picture, self.config.size)
+            except ValueError as error:
+                output.ledger.append(Entry(picture.key, "unrenderable", str(error)))
+                continue
+            name = f"{picture.key}.png"
+            path = scratch / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(data)
+            output.files[name] = path
+            output.samples += 1
+        return output
+
+    def _catalog(self) -> Catalog:
+        if self.config.corpus == "emoji":
+            return emoji.catalog(self.cache)
+        return drawn.catalog(self.config.subjects, self.config.seed)
+
+
+def _captions(pictures: Iterable[Picture]) -> bytes:
+    buffer = io.StringIO(newline="")
+    writer = csv.DictWriter(buffer, _COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for picture in pictures:
+        writer.writerow({"file": f"{picture.key}.png", "caption": picture.caption, "tags": ", ".join(picture.tags),
+                         "style": picture.style, "subject": picture.subject, "held_out": int(picture.held_out)})
+    return buffer.getvalue().encode()

@@ -1,0 +1,310 @@
+"""The one door to fsspec: files and objects under a root that is a local path or an `s3://` URL.
+
+There is no rename on an object store, so nothing here writes in place: bytes are complete on the
+local disk before the first of them travels, and a final name only ever shows a whole file.
+S3 credentials and endpoint are boto's own environment (`AWS_ENDPOINT_URL`, `AWS_PROFILE`, ...).
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+
+_T = TypeVar("_T")
+_CHUNK = 1 << 20
+
+
+class StorageError(OSError):
+    """The store did not answer, or answered with something other than success or absence."""
+
+
+def is_local(url: str) -> bool:
+    """Whether `url` is a path on this machine."""
+    return "://" not in url or url.startswith("file://")
+
+
+def local_path(url: str) -> Path:
+    """The path of a local `url`."""
+    assert is_local(url), url
+    return Path(url.removeprefix("file://"))
+
+
+def join(url: str, *parts: str) -> str:
+    """`url` extended by `parts`, with single slashes between them."""
+    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def normal(url: str) -> str:
+    """`url` made absolute when it is local, without a trailing slash."""
+    return os.path.abspath(os.path.expanduser(local_path(url))) if is_local(url) else url.rstrip("/")
+
+
+@cache
+def _filesystem(protocol: str) -> fsspec.AbstractFileSystem:
+    # Another process writes what we list: a cached listing would hide its records.
+    options = {} if protocol == "file" else {"use_listings_cache": False}
+    try:
+        return fsspec.filesystem(protocol, **options)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"cannot open {protocol}:// addresses: {error}\nhint: use a local path or s3://") from error
+
+
+def _open(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    if is_local(url):
+        return _filesystem("file"), str(local_path(url))
+    protocol, path = url.split("://", 1)
+    return _filesystem(protocol), path
+
+
+@contextlib.contextmanager
+def _speaking(url: str, doing: str) -> Iterator[None]:
+    """Turn a client library's own exceptions into one sentence; plain OSErrors pass as they are."""
+    try:
+        yield
+    except OSError as error:
+        if type(error) is not OSError or error.errno is not None:
+            raise
+        raise StorageError(f"cannot {doing} {url}: {error}") from error
+    except Exception as error:
+        # botocore and aiohttp derive from Exception; anything else here is a fault of ours.
+        if type(error).__module__.split(".")[0] in {"botocore", "aiobotocore", "aiohttp", "s3fs"}:
+            raise StorageError(f"cannot {doing} {url}: {error}") from error
+        raise
+
+
+def exists(url: str) -> bool:
+    """Whether a file or object stands at `url`."""
+    fs, path = _open(url)
+    with _speaking(url, "look at"):
+        return fs.isfile(path)
+
+
+def size(url: str) -> int:
+    """Bytes of the file at `url`; FileNotFoundError if there is none."""
+    fs, path = _open(url)
+    with _speaking(url, "look at"):
+        return int(fs.info(path)["size"])
+
+
+def names(url: str) -> list[str]:
+    """Sorted names of the files directly below the folder `url`; empty if there is no such folder."""
+    fs, path = _open(url)
+    with _speaking(url, "list"):
+        try:
+            return sorted(entry["name"].rsplit("/", 1)[-1] for entry in fs.ls(path, detail=True)
+                          if entry["type"] == "file")
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+
+def folders(url: str) -> list[str]:
+    """Sorted names of the folders directly below `url`."""
+    fs, path = _open(url)
+    with _speaking(url, "list"):
+        try:
+            return sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=True)
+                          if entry["type"] == "directory")
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+
+def walk(url: str) -> Iterator[tuple[str, int]]:
+    """Every file below `url` as (relative name, bytes), in no fixed order; hidden names left out."""
+    if is_local(url):
+        base = str(local_path(url))
+        for folder, inner, files in os.walk(base):
+            inner[:] = [name for name in inner if not name.startswith(".")]
+            for name in files:
+                full = os.path.join(folder, name)
+                if not name.startswith(".") and os.path.isfile(full):
+                    yield os.path.relpath(full, base).replace(os.sep, "/"), os.path.getsize(full)
+        return
+    fs, path = _open(url)
+    with _speaking(url, "list"):
+        found = fs.find(path, detail=True)
+    for full, info in found.items():
+        name = full[len(path):].lstrip("/")
+        if name and not any(part.startswith(".") for part in name.split("/")):
+            yield name, int(info["size"])
+
+
+def read_bytes(url: str) -> bytes:
+    """The whole content of `url`."""
+    fs, path = _open(url)
+    with _speaking(url, "read"):
+        return fs.cat_file(path)
+
+
+def read_json(url: str) -> Any:
+    """The JSON document at `url`; ValueError with its address if it is not JSON."""
+    try:
+        return json.loads(read_bytes(url))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{url} is not JSON ({error})\nhint: was it edited or cut?") from error
+
+
+def put_file(local: Path, url: str) -> None:
+    """Put the finished local file at `url`, whole or not at all."""
+    fs, path = _open(url)
+    with _speaking(url, "write"):
+        if is_local(url):
+            with _beside(path) as temporary:
+                fs.put_file(str(local), temporary)
+                _settle(temporary)
+                os.replace(temporary, path)
+        else:
+            fs.put_file(str(local), path)
+
+
+def put_bytes(data: bytes, url: str) -> None:
+    """Put `data` at `url`, whole or not at all."""
+    fs, path = _open(url)
+    with _speaking(url, "write"):
+        if is_local(url):
+            with _beside(path) as temporary:
+                fs.pipe_file(temporary, data)
+                _settle(temporary)
+                os.replace(temporary, path)
+        else:
+            fs.pipe_file(path, data)
+
+
+def create_bytes(data: bytes, url: str) -> bool:
+    """Put `data` at `url` unless something stands there; whether it was put. Of two racers one wins."""
+    fs, path = _open(url)
+    with _speaking(url, "create"):
+        try:
+            if is_local(url):
+                with _beside(path) as temporary:
+                    fs.pipe_file(temporary, data)
+                    _settle(temporary)
+                    os.link(temporary, path)  # unlike a rename it fails where the name is taken
+            else:
+                fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return False
+    return True
+
+
+def put_json(document: Any, url: str) -> None:
+    """Put `document` as JSON at `url`."""
+    put_bytes(json_bytes(document), url)
+
+
+def json_bytes(document: Any) -> bytes:
+    """`document` as the bytes that this project writes for it: equal documents, equal bytes."""
+    return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=True) + "\n").encode()
+
+
+def remove(url: str) -> None:
+    """Remove the file at `url` if it is there."""
+    fs, path = _open(url)
+    with _speaking(url, "remove"), contextlib.suppress(FileNotFoundError):
+        fs.rm_file(path)
+
+
+def remove_tree(url: str) -> None:
+    """Remove everything below `url`."""
+    fs, path = _open(url)
+    with _speaking(url, "remove"), contextlib.suppress(FileNotFoundError):
+        fs.rm(path, recursive=True)
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a local file in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256(url: str) -> str:
+    """sha256 of the file at `url`, read in pieces."""
+    if is_local(url):
+        return sha256_file(local_path(url))
+    fs, path = _open(url)
+    digest = hashlib.sha256()
+    with _speaking(url, "read"), fs.open(path, "rb", block_size=8 * _CHUNK) as file:
+        while chunk := file.read(8 * _CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fetch(url: str, entry: dict[str, Any], *, check: bool = False) -> Path:
+    """A local path with the bytes that a manifest's file `entry` (name, bytes, sha256) describes.
+
+    Local files are used where they are (their size is compared always, their hash with `check`);
+    remote ones are kept in a cache named by hash, so one node downloads each once. ValueError if
+    the bytes are not those of the manifest.
+    """
+    if is_local(url):
+        path = local_path(url)
+        try:
+            found = path.stat().st_size
+        except FileNotFoundError:
+            raise ValueError(f"{url} is in its manifest but not there\nhint: python -m jobs verify") from None
+        if found != entry["bytes"] or (check and sha256_file(path) != entry["sha256"]):
+            raise ValueError(f"{url} is not the file its manifest describes\nhint: python -m jobs verify")
+        return path
+    cached = _cache_folder() / entry["sha256"]
+    if cached.exists() and cached.stat().st_size == entry["bytes"]:
+        return cached
+    fs, remote = _open(url)
+    with _beside(str(cached)) as temporary:
+        with _speaking(url, "read"):
+            fs.get_file(remote, temporary)
+        if sha256_file(Path(temporary)) != entry["sha256"]:
+            raise ValueError(f"{url} is not the file its manifest describes\nhint: python -m jobs verify")
+        os.replace(temporary, cached)
+    return cached
+
+
+def each(function: Callable[[str], _T], urls: Iterable[str], *, threads: int = 16) -> list[_T]:
+    """`function` of every URL, in order; in threads because on S3 each call is a round trip."""
+    urls = list(urls)
+    if len(urls) < 2:
+        return [function(url) for url in urls]
+    with ThreadPoolExecutor(min(threads, len(urls))) as pool:
+        return list(pool.map(function, urls))
+
+
+def without_credentials(text: str) -> str:
+    """`text` with the user:password part of any URL in it taken out."""
+    return re.sub(r"(\w+://)[^/@\s]+@", r"\1***@", text)
+
+
+def _cache_folder() -> Path:
+    folder = Path(os.environ.get("RDM_CACHE") or Path(tempfile.gettempdir()) / f"rdm-cache-{os.getuid()}")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
+
+
+@contextlib.contextmanager
+def _beside(path: str) -> Iterator[str]:
+    """A random hidden name in the folder of `path`, gone afterwards whatever happened."""
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    # Random and not the pid: after a crash the pid may come again.
+    temporary = os.path.join(folder, f".{name[:80]}.{secrets.token_hex(8)}")
+    try:
+        yield temporary
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _settle(path: str) -> None:
+    """Bytes onto the disk before the name: a crash must not leave a name without its bytes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

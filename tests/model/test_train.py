@@ -1,0 +1,176 @@
+"""Laws of training: stopping, sharing and averaging change nothing they should not."""
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+
+from model import randomness
+from model.checkpoint import load_denoiser
+from model.ema import EMA
+from model.train import learning_rate, train
+from tests.model import toy
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _run(config, folder, **more):
+    records, folder = [], Path(folder)
+    step = train(
+        config,
+        more.pop("batch_at", toy.batches(config.global_batch)),
+        device="cpu",
+        save=lambda step, write: write(folder / f"{step:07d}"),
+        log=records.append,
+        **more,
+    )
+    return step, records
+
+
+def test_resumed_is_never_stopped(tmp_path):
+    config = toy.config(steps=8)
+    _, straight = _run(config, tmp_path / "straight")
+    polls = iter([False, False, False, True])
+    reached, first = _run(config, tmp_path / "halves", stop=lambda: next(polls))
+    assert reached == 4
+    end, second = _run(config, tmp_path / "halves", resume=tmp_path / "halves" / "0000004")
+    assert end == 8
+    both = first + second
+    for key in ("step", "loss", "lr", "grad_norm"):
+        assert [r[key] for r in straight] == [r[key] for r in both]
+    for name in ("model", "ema", "optimizer"):
+        a = load_file(tmp_path / "straight" / "0000008" / f"{name}.safetensors")
+        b = load_file(tmp_path / "halves" / "0000008" / f"{name}.safetensors")
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def _shared_run(rank, config, folder, port):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    _, records = _run(config, folder, batch_at=toy.batches(config.global_batch, rank, 2))
+    if rank == 0:
+        torch.save([(r["loss"], r["grad_norm"]) for r in records], Path(folder) / "records.pt")
+    else:
+        assert not records
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    config = toy.config(steps=5)
+    _, alone = _run(config, tmp_path / "one")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_shared_run, (config, str(tmp_path / "two"), port), nprocs=2)
+    shared = torch.tensor(torch.load(tmp_path / "two" / "records.pt"))
+    alone = torch.tensor([(r["loss"], r["grad_norm"]) for r in alone])
+    torch.testing.assert_close(shared, alone, rtol=1e-4, atol=1e-5)
+    for name in ("model", "ema"):
+        a = load_file(tmp_path / "one" / "0000005" / f"{name}.safetensors")
+        b = load_file(tmp_path / "two" / "0000005" / f"{name}.safetensors")
+        # Adam divides by the gradient's size, so rounding moves near-zero gradients by up to lr.
+        moved = max((a[k] - b[k]).abs().max().item() for k in a)
+        far = sum(((a[k] - b[k]).abs() > 1e-5).sum().item() for k in a)
+        assert moved < config.lr and far < 0.001 * sum(a[k].numel() for k in a)
+
+
+def test_uneven_sharing_is_refused(monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    with pytest.raises(ValueError, match=r"global_batch = 8 .* world size 3"):
+        _run(toy.config(), "nowhere")
+
+
+def test_randomness_does_not_know_the_processes():
+    whole = randomness.noise(1, "noise", 9, range(8), (3, 4, 4))
+    levels = randomness.timesteps(1, 9, range(8), 1000)
+    dropped = randomness.dropped(1, 9, range(1000), 0.1)
+    for world in (2, 4, 8):
+        shares = [range(r * 8 // world, (r + 1) * 8 // world) for r in range(world)]
+        assert torch.equal(
+            whole, torch.cat([randomness.noise(1, "noise", 9, s, (3, 4, 4)) for s in shares])
+        )
+        assert torch.equal(
+            levels, torch.cat([randomness.timesteps(1, 9, s, 1000) for s in shares])
+        )
+    assert 60 < dropped.sum() < 140
+    for other in ((2, "noise", 9), (1, "sample", 9), (1, "noise", 10)):
+        assert not torch.equal(whole, randomness.noise(*other, range(8), (3, 4, 4)))
+
+
+def test_average_follows_its_formula():
+    model = torch.nn.Linear(3, 2)
+    ema = EMA(model, 0.5)
+    expected = model.weight.detach().clone().double()
+    for n in range(1, 20):
+        with torch.no_grad():
+            model.weight.add_(torch.randn(2, 3))
+        ema.update(model)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * model.weight.detach().double()
+    torch.testing.assert_close(ema.weights["weight"].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_warmup_is_linear_then_constant():
+    config = toy.config(lr=1.0, warmup=4)
+    assert [learning_rate(config, s) for s in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_a_loss_that_is_not_finite_stops_and_saves_nothing(tmp_path):
+    good = toy.batches(8)
+
+    def batch_at(step):
+        batch = good(step)
+        if step == 3:
+            batch["neighbors"] = batch["neighbors"] * float("nan")
+        return batch
+
+    with pytest.raises(FloatingPointError, match="step 4: loss nan"):
+        _run(toy.config(checkpoint_every=2), tmp_path, batch_at=batch_at)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["0000002"]
+
+
+def test_resuming_with_other_settings_names_them(tmp_path):
+    _run(toy.config(steps=1), tmp_path)
+    with pytest.raises(ValueError, match="lr: 0.002 -> 0.1"):
+        _run(toy.config(steps=2, lr=0.1), tmp_path, resume=tmp_path / "0000001")
+    with pytest.raises(ValueError, match="no checkpoint.json"):
+        load_denoiser(tmp_path)
+
+
+def test_a_batch_that_does_not_fit_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"at least k, D\) = \(8, 6, 16\)"):
+        _run(toy.config(k=6), tmp_path)
+
+
+def test_the_network_comes_back_as_it_was_saved(tmp_path):
+    config = toy.config(steps=2)
+    _run(config, tmp_path)
+    averaged, found = load_denoiser(tmp_path / "0000002")
+    raw, _ = load_denoiser(tmp_path / "0000002", ema=False)
+    assert found == config and not averaged.training
+    assert not torch.equal(averaged.out[2].weight, raw.out[2].weight)
+
+
+def test_neighbours_help(tmp_path):
+    config = toy.config(steps=120, global_batch=16, log_every=40, p_uncond=0.0)
+    losses = {}
+    for shuffled in (False, True):
+        batch_at = toy.batches(16, shuffled=shuffled)
+        _, records = _run(config, tmp_path / str(shuffled), batch_at=batch_at)
+        losses[shuffled] = records[-1]["loss"]
+    # The same pictures, noise and noise levels: only the context differs.
+    assert losses[False] < 0.7 * losses[True]
