@@ -1,9 +1,9 @@
 """Checkpoints: safetensors and JSON in one folder, enough to go on as if never stopped.
 
-    model.safetensors       the weights, under the names of the network's state dict
-    ema.safetensors         their moving average, under the same names
-    optimizer.safetensors   AdamW's state, as `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`
-    checkpoint.json         step, updates of the average, configuration; written last
+`model.safetensors` holds the weights under the names of the network's state dict,
+`ema.safetensors` their moving average under the same names, `optimizer.safetensors` AdamW's state
+as `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`, and `checkpoint.json`, written last, the step,
+the updates of the average and the configuration.
 """
 
 import json

@@ -66,9 +66,7 @@ def sample(
     return x.clamp(-1.0, 1.0) if clamp else x
 
 
-def _guided(
-    denoiser: Denoiser, x: Tensor, t: Tensor, context: Tensor, guidance: float
-) -> Tensor:
+def _guided(denoiser: Denoiser, x: Tensor, t: Tensor, context: Tensor, guidance: float) -> Tensor:
     """The guided answer (B, C, H, W); for v it is the same rule, v being affine in eps at fixed x_t."""
     if guidance == 1.0:
         return denoiser(x, t, context).float()

@@ -1,4 +1,4 @@
-"""Pictures drawn by this program: coloured shapes in six styles, for tests and where npm is missing.
+"""Pictures that this program draws: coloured shapes in six styles, for tests and without npm.
 
 Subjects are told apart by what a caption says (shape, colour, size, tilt, number, a second shape),
 styles by how the same is drawn. Nothing is downloaded, and there is a corpus of any size.
@@ -17,7 +17,7 @@ from pipeline.catalog import Catalog, Picture, lot
 from pipeline.shapes import SHAPES, turned
 
 HELD_OUT_ONE_IN = 10
-SIDE = 512  # supersampled fourfold up to here, past it twofold
+SUPERSAMPLED = 512  # pixels a side up to which sampling is threefold, past it twofold
 
 Colour = tuple[int, int, int]
 
@@ -103,9 +103,7 @@ def catalog(subjects: int, seed: int = 0) -> Catalog[Scene]:
         ValueError: there are not as many subjects.
     """
     if not 1 <= subjects <= POSSIBLE:
-        raise ValueError(
-            f"subjects={subjects} is not between 1 and the {POSSIBLE} that can be told apart"
-        )
+        raise ValueError(f"subjects={subjects} is not between 1 and {POSSIBLE}, all there are")
     scenes = list(itertools.islice(_scenes(seed), subjects))
     held_out = {
         min((scene.name for scene in scenes[start : start + HELD_OUT_ONE_IN]), key=lot)
@@ -143,9 +141,7 @@ def _scenes(seed: int) -> Iterator[Scene]:
             yield Scene(groups[number])
     for kind, sizes in enumerate(PAIR_SIZES, 2):
         pairs = (_pair(int(number), *sizes) for number in _shuffled(PAIRS, seed, kind))
-        yield from (
-            pair for pair in pairs if pair.joint != "inside" or SHAPES[pair.second.shape].roomy
-        )
+        yield from (p for p in pairs if p.joint != "inside" or SHAPES[p.second.shape].roomy)
 
 
 def _shuffled(count: int, seed: int, kind: int) -> np.ndarray:
@@ -165,7 +161,7 @@ def _pair(number: int, first_size: str, second_size: str) -> Scene:
 
 def render(catalog: Catalog[Scene], picture: Picture, size: int) -> bytes:
     """A PNG of size x size, RGB on white; the same bytes each time."""
-    over = max(2, min(4, SIDE // size))
+    over = max(2, min(3, SUPERSAMPLED // size))
     canvas = Image.new("RGB", (size * over, size * over), "white")
     for layer in _layers(catalog.drawings[picture.key], picture.key, canvas.width):
         STYLES[picture.style](canvas, layer)
@@ -176,12 +172,12 @@ def render(catalog: Catalog[Scene], picture: Picture, size: int) -> bytes:
 
 @dataclass(frozen=True)
 class Layer:
-    """Shapes of one colour on a square canvas: the area within, and their closed lines in pixels."""
+    """Shapes of one colour on a square canvas: the area within and their closed lines."""
 
     colour: Colour
     mask: Image.Image  # L, 255 within
-    lines: list[list[tuple[float, float]]]
-    bare: bool  # stands on another layer, so it is set off by white
+    lines: list[list[tuple[float, float]]]  # in pixels
+    within: bool  # stands on another layer, so it is set off by white
 
     def stroke(self, share: float) -> Image.Image:
         """A mask (L) of the lines, as wide as this share of the canvas."""
@@ -193,39 +189,40 @@ class Layer:
         return stroke
 
 
-def _layers(scene: Scene, key: str, side: int) -> Iterator[Layer]:
-    chance = np.random.default_rng(lot(key))  # no two styles put a subject on the same spot
+Spots = tuple[tuple[float, float], ...]
+
+
+def _placed(scene: Scene) -> list[tuple[Group, Spots, float]]:
+    """The groups in the order of painting, their spots, and half the room of each shape."""
     if scene.second is None:
-        spots, room = PLACES[NUMBERS.get(scene.first.number, 1)]
-        placed = [(scene.first, spots, room)]
-    elif scene.joint == "inside":
-        placed = [(scene.second, ((0, 0),), 1.05), (scene.first, ((0, 0),), 0.42)]
-    else:
-        spots, room = PLACES[2]
-        if scene.joint == "above":
-            spots = tuple((y, x) for x, y in spots)
-        placed = [(scene.first, spots[:1], room), (scene.second, spots[1:], room)]
-    shift, turn, scale = (
-        chance.uniform(-0.03, 0.03, 2),
-        chance.uniform(-5, 5),
-        chance.uniform(0.9, 1),
-    )
-    for number, (group, spots, room) in enumerate(placed):
+        return [(scene.first, *PLACES[NUMBERS.get(scene.first.number, 1)])]
+    if scene.joint == "inside":
+        # A large shape inside a small one is large for the room there is.
+        room = 0.5 * SIZES[scene.second.size]
+        return [(scene.second, ((0, 0),), 1.05), (scene.first, ((0, 0),), room)]
+    spots, room = PLACES[2]
+    if scene.joint == "above":
+        spots = tuple((y, x) for x, y in spots)
+    return [(scene.first, spots[:1], room), (scene.second, spots[1:], room)]
+
+
+def _layers(scene: Scene, key: str, side: int) -> Iterator[Layer]:
+    # By chance, so that no two styles put a subject on exactly the same spot.
+    chance = np.random.default_rng(lot(key))
+    shift, turn, scale = chance.uniform((-0.03, -0.03), 0.03), *chance.uniform((-5, 0.9), (5, 1))
+    for number, (group, spots, room) in enumerate(_placed(scene)):
         shape = SHAPES[group.shape]
-        outline = turned(shape.outline, TILTS[group.tilt] + turn) * (
-            SIZES[group.size] * room * scale
-        )
+        outline = turned(shape.outline, TILTS[group.tilt] + turn)
+        outline = outline * (SIZES[group.size] * room * scale)
         mask = Image.new("L", (side, side))
         pen, lines = ImageDraw.Draw(mask), []
-        for spot, hole in itertools.product(spots, (1, shape.hole)):
-            if not hole:
-                continue
-            corners = (outline * hole + np.array(spot) * scale + shift + 1) * (side / 2)
-            lines.append([tuple(corner) for corner in corners.tolist()])
-            pen.polygon(lines[-1], fill=255 if hole == 1 else 0)
-        yield Layer(
-            COLOURS[group.colour], mask, lines, bare=scene.joint == "inside" and number == 1
-        )
+        for spot, (part, fill) in itertools.product(spots, ((1.0, 255), (shape.hole, 0))):
+            if part:
+                corners = (outline * part + np.array(spot) * scale + shift + 1) * (side / 2)
+                lines.append([tuple(corner) for corner in corners.tolist()])
+                pen.polygon(lines[-1], fill=fill)
+        within = scene.joint == "inside" and number == 1
+        yield Layer(COLOURS[group.colour], mask, lines, within)
 
 
 def _mixed(colour: Colour, other: int, share: float) -> Colour:
@@ -234,7 +231,7 @@ def _mixed(colour: Colour, other: int, share: float) -> Colour:
 
 
 def _clear(canvas: Image.Image, layer: Layer, rim: float) -> None:
-    if layer.bare:
+    if layer.within:
         canvas.paste("white", mask=ImageChops.lighter(layer.mask, layer.stroke(2 * rim)))
 
 

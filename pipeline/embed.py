@@ -22,6 +22,10 @@ class EmbedConfig(clip.ClipConfig):
     batch_size: int = 128
     """Pictures in one forward pass; on a CPU passes above 256 are slower per picture."""
 
+    def clip(self) -> clip.ClipConfig:
+        """The encoder alone."""
+        return clip.ClipConfig(self.model, self.pretrained, self.precision)
+
 
 class Embed(Stage):
     """The stage from the shards of a dataset to its embeddings, (N_i, D) float16 of unit length."""
@@ -41,7 +45,7 @@ class Embed(Stage):
 
     def section(self) -> dict[str, Any]:
         # The path of the weights may differ from node to node; what they are is in the encoder's description.
-        return {"precision": self.config.precision, "encoder": clip.describe(self._clip())}
+        return {"precision": self.config.precision, "encoder": clip.describe(self.config.clip())}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         return {"shards": self.dataset.identity("shards")}
@@ -50,10 +54,10 @@ class Embed(Stage):
         return Plan([Item(record["id"], {"shard": record}) for record in self.dataset.manifest("shards")["items"]])
 
     def setup(self) -> None:
-        clip.load(self._clip())
+        clip.load(self.config.clip())
 
     def process(self, item: Item, scratch: Path) -> Output:
-        encoder, record = clip.load(self._clip()), item.inputs["shard"]
+        encoder, record = clip.load(self.config.clip()), item.inputs["shard"]
         path = self.dataset.fetch("shards", file_of(record, ".tar"), check=True)
         vectors = np.zeros((record["samples"], encoder.dim), np.float32)
         ledger, row, keys = [], 0, []
@@ -80,10 +84,7 @@ class Embed(Stage):
         return Output(samples=len(vectors), files={f"{item.id}.npy": out}, ledger=ledger)
 
     def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
-        return Output(info={"encoder": clip.describe(self._clip())})
-
-    def _clip(self) -> clip.ClipConfig:
-        return clip.ClipConfig(self.config.model, self.config.pretrained, self.config.precision)
+        return Output(info={"encoder": clip.describe(self.config.clip())})
 
 
 def _prepared(pool: ThreadPoolExecutor, encoder: clip.Encoder, path: Path) -> Any:

@@ -291,11 +291,8 @@ def sources(cache: Path) -> list[dict]:
     about = _read_json(TAGS, cache, "package/package.json")
     home = about["repository"]["url"].replace("git@github.com:", "https://github.com/")
     home = home.removesuffix(".git")
-    licence = {
-        "title": about["license"],
-        "spdx": about["license"],
-        "url": home + "/blob/HEAD/LICENSE",
-    }
+    name = about["license"]
+    licence = {"title": name, "spdx": name, "url": f"{home}/blob/HEAD/LICENSE"}
     author = {"name": about["author"], "url": home}
     return [*rows, {**_source(None, TAGS, licence, author), "drawings": 0}]
 

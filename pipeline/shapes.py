@@ -80,7 +80,8 @@ def _gear() -> Points:
 def _cloud() -> Points:
     t = np.linspace(0, 2 * math.pi, 90, endpoint=False)
     puffs = [
-        (-0.58, 0.14, 0.4), (-0.15, -0.2, 0.5), (0.35, -0.05, 0.42), (0.65, 0.22, 0.33), (0, 0.1, 0.52)
+        (-0.58, 0.14, 0.4), (-0.15, -0.2, 0.5), (0.35, -0.05, 0.42), (0.65, 0.22, 0.33),
+        (0, 0.1, 0.52),
     ]  # fmt: skip
     ray = np.stack([np.cos(t), np.sin(t)], 1)
     reach = np.zeros_like(t)

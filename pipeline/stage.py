@@ -131,7 +131,7 @@ class Stage(ABC):
 
 def fingerprint(stage: Stage, inputs: dict[str, dict[str, Any]] | None = None) -> str:
     """Hash of format version, stage name, settings and inputs: who may write into a folder."""
-    return _digest([FORMAT, stage.name, stage.section(), inputs if inputs is not None else stage.inputs()])
+    return digest([FORMAT, stage.name, stage.section(), inputs if inputs is not None else stage.inputs()])
 
 
 def manifest_of(folder: str, command: str) -> dict[str, Any]:
@@ -229,13 +229,18 @@ def seal(stage: Stage, items: list[Item]) -> dict[str, Any]:
     manifest = {key: plan[key] for key in ("format", "stage", "fingerprint", "section", "inputs")}
     manifest |= {
         "items": done, "files": described, "info": extra.info, "totals": totals(done),
-        "content": _digest([plan["fingerprint"], *([file["name"], file["sha256"]] for file in described),
-                            *([file["name"], file["sha256"]] for record in done for file in record["files"])]),
+        "content": content(plan["fingerprint"], described, done),
         "run": {"sealed": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "code": code_revision(),
                 "seconds": round(sum(record["run"]["seconds"] for record in done), 3)},
     }
     storage.put_json(manifest, storage.join(stage.folder, "manifest.json"))
     return manifest
+
+
+def content(print_: str, described: list[dict[str, Any]], done: list[dict[str, Any]]) -> str:
+    """Hash of what a sealed folder is and holds; later stages name their inputs by it."""
+    files = [*described, *(file for record in done for file in record["files"])]
+    return digest([print_, *([file["name"], file["sha256"]] for file in files)])
 
 
 def totals(done: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -344,7 +349,8 @@ def code_revision() -> str:
         return "unknown"
 
 
-def _digest(document: Any) -> str:
+def digest(document: Any) -> str:
+    """sha256 of a JSON document, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(document, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 

@@ -254,7 +254,7 @@ def fetch(url: str, entry: dict[str, Any], *, check: bool = False) -> Path:
         if found != entry["bytes"] or (check and sha256_file(path) != entry["sha256"]):
             raise ValueError(f"{url} is not the file its manifest describes\nhint: python -m jobs verify")
         return path
-    cached = _cache_folder() / entry["sha256"]
+    cached = cache_folder() / entry["sha256"]
     if cached.exists() and cached.stat().st_size == entry["bytes"]:
         return cached
     fs, remote = _open(url)
@@ -281,7 +281,13 @@ def without_credentials(text: str) -> str:
     return re.sub(r"(\w+://)[^/@\s]+@", r"\1***@", text)
 
 
-def _cache_folder() -> Path:
+def short_hash(text: str) -> str:
+    """Twelve hexadecimal digits that stand for `text`."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def cache_folder() -> Path:
+    """Where this node keeps what it fetched: `$RDM_CACHE`, or a folder of this user for temporary files."""
     folder = Path(os.environ.get("RDM_CACHE") or Path(tempfile.gettempdir()) / f"rdm-cache-{os.getuid()}")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return folder

@@ -3,8 +3,15 @@
 import pytest
 import torch
 
-from model.diffusion import DiffusionConfig, alpha_bar, alpha_sigma, loss, q_sample, target
-from model.diffusion import to_x0_eps
+from model.diffusion import (
+    DiffusionConfig,
+    alpha_bar,
+    alpha_sigma,
+    loss,
+    q_sample,
+    target,
+    to_x0_eps,
+)
 from model.sample import ddim_timesteps, initial_noise, sample
 
 

@@ -1,0 +1,260 @@
+"""`python -m jobs VERB`: exit 0 done, 1 failed items or faults, 2 misuse; stdout is data, stderr is log."""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, replace
+from typing import Any
+
+import tyro
+
+from jobs import commands, demo, report, status
+from jobs.runs import Run
+from jobs.sampling import Sampling
+from jobs.settings import ClusterConfig, Settings, resolve
+from jobs.training import Job, Training, in_processes
+from pipeline import clip, stage, storage, verify
+from pipeline.dataset import Dataset
+from pipeline.embed import Embed
+from pipeline.index import Index
+from pipeline.neighbors import Neighbors
+from pipeline.shard import Shard
+from pipeline.stage import Stage, StageFailed
+
+_log = logging.getLogger(__name__)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    _speak()
+    if not arguments or arguments[0] in {"-h", "--help"}:
+        print(_overview(), end="")
+        return 0 if arguments else 2
+    verb = _VERBS.get(arguments[0])
+    if verb is None:
+        return _misuse(f"there is no verb {arguments[0]!r}\nhint: one of {', '.join(_VERBS)}")
+    try:
+        kind, act = verb
+        settings = _settings(arguments[1:])
+        command = tyro.cli(kind, args=arguments[1:], default=_default(kind, settings),
+                           prog=f"python -m jobs {arguments[0]}")
+        return act(command, settings)
+    except ValueError as error:
+        return _misuse(str(error))
+    except (StageFailed, OSError, FloatingPointError) as error:
+        text = str(error) if isinstance(error, StageFailed | storage.StorageError | FloatingPointError) else _os_error(error)
+        print(f"error: {storage.without_credentials(text)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _misuse(message: str) -> int:
+    print(f"error: {storage.without_credentials(message)}", file=sys.stderr)
+    return 2
+
+
+def _os_error(error: BaseException) -> str:
+    return f"{error}\nhint: nothing that is recorded is lost; the same command goes on from here"
+
+
+def _settings(arguments: list[str]) -> Settings:
+    """The settings before flags: recipe and file are read first, for they are the flags' defaults."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default="")
+    first.add_argument("--config", default="")
+    known, _ = first.parse_known_args(arguments)
+    return resolve(known.recipe, known.config)
+
+
+def _default(kind: type, settings: Settings) -> Any:
+    """An instance of a verb's dataclass with the settings in place of its sections; the rest is asked for."""
+    values: dict[str, Any] = {}
+    for name in kind.__dataclass_fields__:
+        if name in {"common", "stage"}:
+            values[name] = {"common": commands.Common, "stage": commands.Rebuild}[name]()
+        elif name in settings.__dataclass_fields__:
+            values[name] = getattr(settings, name)
+        elif kind.__dataclass_fields__[name].default is not MISSING:
+            values[name] = kind.__dataclass_fields__[name].default
+        else:
+            values[name] = tyro.MISSING
+    return kind(**values)
+
+
+def _shard(command: commands.ShardCommand, settings: Settings) -> int:
+    return _run(Shard(Dataset.parse(command.common.root, command.dataset), command.shard), command)
+
+
+def _embed(command: commands.EmbedCommand, settings: Settings) -> int:
+    return _run(Embed(Dataset.parse(command.common.root, command.dataset), command.embed), command)
+
+
+def _index(command: commands.IndexCommand, settings: Settings) -> int:
+    return _run(Index(Dataset.parse(command.common.root, command.dataset), command.index), command)
+
+
+def _neighbors(command: commands.NeighborsCommand, settings: Settings) -> int:
+    dataset = Dataset.parse(command.common.root, command.dataset)
+    database = Dataset.parse(command.common.root, command.database or command.dataset)
+    return _run(Neighbors(dataset, database, command.neighbors), command)
+
+
+def _train(command: commands.TrainCommand, settings: Settings) -> int:
+    job = Job(Run.parse(command.common.root, command.run), Dataset.parse(command.common.root, command.dataset),
+              Dataset.parse(command.common.root, command.database or command.dataset), command.train)
+    training = Training(job)
+    if command.common.dry_run:
+        return _dry_run(training)
+    manifest = train(job, command.cluster, local=command.common.local, rebuild=command.stage.rebuild)
+    if manifest:
+        _done(training, manifest)
+    return 0
+
+
+def train(job: Job, config: ClusterConfig, *, local: bool, rebuild: bool = False) -> dict[str, Any] | None:
+    """Bring a run to its sealed state; None in a process that does not speak for the run, or was stopped."""
+    training = Training(job)
+    if rebuild and storage.exists(storage.join(training.folder, "plan.json")) and os.environ.get("RANK", "0") == "0":
+        storage.remove_tree(training.folder)
+    sealed = storage.join(training.folder, "manifest.json")
+    if storage.exists(sealed):
+        stage.prepare(training)
+        return storage.read_json(sealed)
+    if local:
+        if not in_processes(job):
+            return None
+    else:
+        from jobs import trainer
+        trainer.train(job, config, lambda line: _log.info(
+            "train: step %d of %d, loss %.4f, %.0f samples/s", line["step"], job.config.steps, line["loss"],
+            line["samples_per_s"]))
+    if job.run.latest_step() < job.config.steps:
+        _log.info("train: stopped at step %d; the same command goes on from there", job.run.latest_step())
+        return None
+    return stage.run(training)
+
+
+def _sample(command: commands.SampleCommand, settings: Settings) -> int:
+    root = command.common.root
+    encoder = clip.ClipConfig(command.model or settings.embed.model, command.pretrained or settings.embed.pretrained,
+                              settings.embed.precision)
+    return _run(Sampling(Run.parse(root, command.run), command.checkpoint, command.prompt,
+                         tuple(Dataset.parse(root, name) for name in command.database), encoder, command.sample,
+                         command.name), command)
+
+
+def _report(command: commands.ReportCommand, settings: Settings) -> int:
+    root = storage.normal(command.common.root)
+    out = command.out or storage.join(root, "report.html")
+    if command.common.dry_run:
+        print(f"would write {out}")
+        return 0
+    report.write(root, out)
+    print(out)
+    return 0
+
+
+def _status(command: commands.StatusCommand, settings: Settings) -> int:
+    found = status.of(storage.normal(command.common.root))
+    print(json.dumps(found, indent=1) if command.json else status.table(found))
+    return 0
+
+
+def _verify(command: commands.VerifyCommand, settings: Settings) -> int:
+    root = storage.normal(command.common.root)
+    folders = [one["path"] for one in status.of(root) if one["path"].startswith(command.only)
+               and one["state"] in {"sealed", "stale"}]
+    if command.common.dry_run:
+        print("\n".join(folders))
+        return 0
+    faults = []
+    for path in folders:
+        for fault in verify.folder(root, path):
+            faults.append(fault)
+            print(json.dumps(fault) if command.json else f"{fault['path']}: {fault['fault']}")
+    _log.info("verify: %d folders read, %d faults", len(folders), len(faults))
+    if not folders:
+        raise ValueError(f"nothing is sealed in {storage.join(root, command.only)}")
+    return 1 if faults else 0
+
+
+def _demo(command: commands.DemoCommand, settings: Settings) -> int:
+    steps = command.steps or settings.train.steps
+    settings = replace(settings, train=replace(settings.train, steps=steps), cluster=command.cluster,
+                       pictures=replace(settings.pictures, subjects=command.subjects))
+    root = storage.normal(command.common.root)
+    with runner(command) as run_with:
+        out = demo.run(root, settings, run_with, drawn=command.drawn, dry_run=command.common.dry_run,
+                       train=lambda job: train(job, command.cluster, local=command.common.local))
+    if out:
+        print(out)
+    return 0
+
+
+@contextlib.contextmanager
+def runner(command: Any) -> Iterator[stage.Runner]:
+    """The runner that a command asks for: this process, or actors that live as long as the command."""
+    if command.common.local:
+        yield stage.in_process
+        return
+    from jobs.pool import Pool
+    pool = Pool(command.cluster)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+def _run(stage_: Stage, command: Any) -> int:
+    from jobs.progress import watcher
+    if command.common.dry_run:
+        return _dry_run(stage_)
+    with runner(command) as run_with:
+        manifest = stage.run(stage_, run_with, rebuild=command.stage.rebuild, watch=watcher(stage_.name))
+    _done(stage_, manifest)
+    return 0
+
+
+def _dry_run(stage_: Stage) -> int:
+    print(json.dumps(status.forecast(stage_), indent=1))
+    return 0
+
+
+def _done(stage_: Stage, manifest: dict[str, Any]) -> None:
+    """One JSON document on stdout: where, and how much; what was left out on stderr."""
+    totals = manifest["totals"]
+    print(json.dumps({"folder": stage_.folder, **totals, **{key: value for key, value in manifest["info"].items()
+                                                            if isinstance(value, int | float | str)}}))
+    if totals["skipped"]:
+        _log.warning("%s: left out %s; the ledger names each", stage_.name,
+                     ", ".join(f"{count} {reason}" for reason, count in totals["skipped"].items()))
+
+
+_VERBS: dict[str, tuple[type, Callable[[Any, Settings], int]]] = {
+    "shard": (commands.ShardCommand, _shard), "embed": (commands.EmbedCommand, _embed),
+    "index": (commands.IndexCommand, _index), "neighbors": (commands.NeighborsCommand, _neighbors),
+    "train": (commands.TrainCommand, _train), "sample": (commands.SampleCommand, _sample),
+    "report": (commands.ReportCommand, _report), "status": (commands.StatusCommand, _status),
+    "verify": (commands.VerifyCommand, _verify), "demo": (commands.DemoCommand, _demo),
+}
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10} {(kind.__doc__ or '').strip()}" for name, (kind, _) in _VERBS.items()]
+    return ("usage: python -m jobs VERB [...]; python -m jobs VERB --help\n\n" + "\n".join(lines) +
+            "\n\nEvery verb takes --root (a folder or s3://...), --local (no Ray) and --dry-run.\n"
+            "To go on after any fault, run the same command again.\n")
+
+
+def _speak() -> None:
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for name in ("jobs", "pipeline", "model", "__main__"):
+        logging.getLogger(name).setLevel(logging.INFO)
+

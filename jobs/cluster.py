@@ -1,0 +1,27 @@
+"""The Ray cluster: the one that is there, or one of this machine's own."""
+
+import logging
+import os
+
+import ray
+
+
+def connect() -> None:
+    """Connect to the cluster at RAY_ADDRESS, or start one here; once per process."""
+    if ray.is_initialized():
+        return
+    options = {"log_to_driver": False, "logging_level": logging.ERROR}
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    if os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(**options)
+        except ConnectionError as error:
+            raise ValueError(f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error}\n"
+                             f"hint: start one, unset RAY_ADDRESS to use one on this machine, or --local for none"
+                             ) from error
+        return
+    # Ray turns tokens on for clusters it starts itself; said aloud, so that a later one is the same.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # With as many logical CPUs as cores an actor, its driver and Train's controller starve each other.
+    ray.init(num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False,
+             object_store_memory=200 << 20, **options)

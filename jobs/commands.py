@@ -1,0 +1,171 @@
+"""What each verb of the command line takes: flags are the fields of these dataclasses."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from jobs.sampling import SampleConfig
+from jobs.settings import ClusterConfig
+from model.config import TrainConfig
+from pipeline.embed import EmbedConfig
+from pipeline.index import IndexConfig
+from pipeline.neighbors import NeighborsConfig
+from pipeline.shard import ShardConfig
+
+Flat = tyro.conf.OmitArgPrefixes
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every verb takes."""
+
+    root: str = "data"
+    """Folder or s3:// address that holds everything."""
+    recipe: str = ""
+    """Settings to begin with: tiny (default), imagenet_400m or laion_1p3b."""
+    config: str = ""
+    """TOML file of settings; sections as in the recipe, flags override it."""
+    local: bool = False
+    """Without Ray, in this process (under torchrun: in its processes)."""
+    dry_run: bool = False
+    """Say what would be done, and do nothing."""
+
+
+@dataclass(frozen=True)
+class Rebuild:
+    """For the verbs that write a stage."""
+
+    rebuild: bool = False
+    """Empty the folder of this stage first."""
+
+
+Dataset = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET", help="Name of the dataset, NAME or NAME@VERSION.")]
+RunName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="Name of the run.")]
+
+
+@dataclass(frozen=True)
+class ShardCommand:
+    """Pack a folder of pictures with captions into tars: datasets/NAME/VERSION/shards."""
+
+    dataset: Dataset
+    shard: Flat[ShardConfig]
+    cluster: Flat[ClusterConfig]
+    common: Flat[Common]
+    stage: Flat[Rebuild]
+
+
+@dataclass(frozen=True)
+class EmbedCommand:
+    """Compute the CLIP embeddings of a dataset's pictures."""
+
+    dataset: Dataset
+    embed: Flat[EmbedConfig]
+    cluster: Flat[ClusterConfig]
+    common: Flat[Common]
+    stage: Flat[Rebuild]
+
+
+@dataclass(frozen=True)
+class IndexCommand:
+    """Build the compressed index that makes a dataset a database."""
+
+    dataset: Dataset
+    index: Flat[IndexConfig]
+    cluster: Flat[ClusterConfig]
+    common: Flat[Common]
+    stage: Flat[Rebuild]
+
+
+@dataclass(frozen=True)
+class NeighborsCommand:
+    """Find the nearest database pictures of every sample of a dataset."""
+
+    dataset: Dataset
+    neighbors: Flat[NeighborsConfig]
+    cluster: Flat[ClusterConfig]
+    common: Flat[Common]
+    stage: Flat[Rebuild]
+    database: str = ""
+    """The database; by default the dataset itself."""
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train a retrieval-augmented diffusion model on a dataset and its neighbours."""
+
+    run: RunName
+    dataset: str
+    """Dataset with shards and neighbours."""
+    train: Flat[TrainConfig]
+    cluster: Flat[ClusterConfig]
+    common: Flat[Common]
+    stage: Flat[Rebuild]
+    database: str = ""
+    """Database that the neighbours come from; by default the dataset itself."""
+
+
+@dataclass(frozen=True)
+class SampleCommand:
+    """Draw pictures of prompts, each with the neighbours that a database has for it."""
+
+    run: RunName
+    sample: Flat[SampleConfig]
+    cluster: Flat[ClusterConfig]
+    common: Flat[Common]
+    stage: Flat[Rebuild]
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """What to draw; repeat the flag for more."""
+    database: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Database to take neighbours from; repeat the flag for more."""
+    checkpoint: int = 0
+    """Step of the checkpoint; 0 is the newest."""
+    name: str = ""
+    """Name of the folder below the run's samples; by default a hash of these settings."""
+    model: str = ""
+    """Name of the open_clip model that embeds the prompts; by default the recipe's."""
+    pretrained: str = ""
+    """Its pretrained tag or file of weights; by default the recipe's."""
+
+
+@dataclass(frozen=True)
+class ReportCommand:
+    """Write report.html: pictures, neighbours, loss, samples, stages; one file that needs no other."""
+
+    common: Flat[Common]
+    out: str = ""
+    """Where to; by default report.html in the root."""
+
+
+@dataclass(frozen=True)
+class StatusCommand:
+    """Say of every stage whether it is absent, planned, i of n, sealed or stale."""
+
+    common: Flat[Common]
+    json: bool = False
+    """As JSON instead of a table."""
+
+
+@dataclass(frozen=True)
+class VerifyCommand:
+    """Read everything again: sizes, hashes, counts and alignment; exit 1 if anything is wrong."""
+
+    common: Flat[Common]
+    only: str = ""
+    """Only folders below this path of the root, as in datasets/noto."""
+    json: bool = False
+    """Faults as JSON lines."""
+
+
+@dataclass(frozen=True)
+class DemoCommand:
+    """The whole way on real pictures: six style databases, a trained model, samples and a report."""
+
+    common: Flat[Common]
+    cluster: Flat[ClusterConfig]
+    drawn: bool = False
+    """Take the corpus drawn by the program instead of the emoji."""
+    steps: int = 0
+    """Training steps; 0 takes the recipe's."""
+    subjects: int = 300
+    """Subjects of the drawn corpus."""

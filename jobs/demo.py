@@ -1,0 +1,112 @@
+"""The whole way in one command: pictures, seven datasets, a trained model, samples, a report."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from jobs import report
+from jobs.progress import watcher
+from jobs.runs import Run
+from jobs.sampling import Sampling
+from jobs.settings import Settings
+from jobs.training import Job
+from pipeline import drawn as drawn_corpus
+from pipeline import emoji, stage, storage
+from pipeline.dataset import Dataset
+from pipeline.embed import Embed
+from pipeline.index import Index
+from pipeline.neighbors import Neighbors
+from pipeline.pictures import Pictures
+from pipeline.shard import Shard
+
+TRAIN = "train"
+RUN = "demo"
+# Some that training has seen, some of the held-out tenth; every style has a picture of each.
+EMOJI_PROMPTS = ("red apple", "house", "soccer ball", "ghost", "cat", "rose", "shark", "trophy")
+_log = logging.getLogger(__name__)
+
+
+def run(root: str, settings: Settings, runner: stage.Runner, *, drawn: bool, dry_run: bool,
+        train: Callable[[Job], Any]) -> str:
+    """Bring everything below `root` to its sealed state; the address of the report, "" on a dry run.
+
+    What is sealed already is left alone, so a second run only looks.
+    """
+    pictures = _pictures(root, settings, drawn)
+    styles = _styles(pictures)
+    if dry_run:
+        print(f"corpus {pictures.config.corpus}, datasets {', '.join([TRAIN, *styles])}, run {RUN} of "
+              f"{settings.train.steps} steps, report {storage.join(root, 'report.html')}")
+        return ""
+    did = [_seal(pictures, runner)]
+    names = {name: Dataset.parse(root, name) for name in (TRAIN, *styles)}
+    sources = storage.join(pictures.folder, "sources.json")
+    for name, dataset in names.items():
+        did.append(_seal(Shard(dataset, replace(
+            settings.shard, source=pictures.folder, captions=storage.join(pictures.folder, f"{name}.csv"),
+            sources=sources, only_captioned=True, image_size=pictures.config.size)), runner))
+        did.append(_seal(Embed(dataset, settings.embed), runner))
+        did.append(_seal(Index(dataset, settings.index), runner))
+    did.append(_seal(Neighbors(names[TRAIN], names[TRAIN], settings.neighbors), runner))
+    job = Job(Run.parse(root, RUN), names[TRAIN], names[TRAIN], settings.train)
+    if not storage.exists(storage.join(job.run.folder, "manifest.json")):
+        _log.info("train: %d steps of %d pictures", settings.train.steps, settings.train.global_batch)
+        did.append(True)
+    train(job)
+    did.append(_seal(Sampling(job.run, 0, _prompts(pictures), tuple(names[style] for style in styles),
+                              settings.embed.clip(), settings.sample), runner))
+    address = storage.join(root, "report.html")
+    if any(did) or not storage.exists(address):
+        report.write(root, address)
+    else:
+        _log.info("everything was there already")
+    _log.info("the report is %s", address)
+    return address
+
+
+def _seal(stage_: stage.Stage, runner: stage.Runner) -> bool:
+    """Run a stage unless it is sealed; whether there was anything to do."""
+    if storage.exists(storage.join(stage_.folder, "manifest.json")):
+        stage.prepare(stage_)
+        return False
+    manifest = stage.run(stage_, runner, watch=watcher(f"{stage_.name} {stage_.path}"))
+    totals, info = manifest["totals"], manifest["info"]
+    _log.info("%s: %d samples, %.1f MB%s%s", stage_.path, totals["samples"], totals["bytes"] / 1e6,
+              f", left out: {totals['skipped']}" if totals["skipped"] else "",
+              f", {info['key']}, recall@10 {info['recall_at_10']}" if "recall_at_10" in info else "")
+    return True
+
+
+def _pictures(root: str, settings: Settings, drawn: bool) -> Pictures:
+    """The corpus: the one that was taken before, else emoji where npm brings them, else drawn."""
+    cache = (storage.local_path(root) if storage.is_local(root) else storage.cache_folder()) / "cache" / "npm"
+    there = [name for name in ("emoji", "drawn") if storage.exists(storage.join(root, "pictures", name, "plan.json"))]
+    if not drawn and "drawn" not in there:
+        try:
+            emoji.fetch(cache)
+            _log.info("corpus: emoji in six styles, fetched with npm into %s", cache)
+            return Pictures(root, replace(settings.pictures, corpus="emoji"), cache)
+        except emoji.NpmUnavailable as error:
+            if "emoji" in there:
+                raise
+            _log.warning("corpus: pictures drawn by the program, for there are no emoji: %s", error)
+    else:
+        _log.info("corpus: pictures drawn by the program")
+    return Pictures(root, replace(settings.pictures, corpus="drawn"), cache)
+
+
+def _styles(pictures: Pictures) -> list[str]:
+    if pictures.config.corpus == "emoji":
+        return sorted(emoji.STYLES)
+    return list(drawn_corpus.catalog(1, pictures.config.seed).styles)
+
+
+def _prompts(pictures: Pictures) -> tuple[str, ...]:
+    if pictures.config.corpus == "emoji":
+        return EMOJI_PROMPTS
+    subjects = drawn_corpus.catalog(pictures.config.subjects, pictures.config.seed).pictures
+    captions = list(dict.fromkeys(one.caption for one in subjects if not one.held_out))
+    held_out = list(dict.fromkeys(one.caption for one in subjects if one.held_out))
+    return tuple([*captions[::max(1, len(captions) // 5)][:5], *held_out[:3]])
+

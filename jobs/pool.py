@@ -1,0 +1,168 @@
+"""The runner on Ray: actors that take one item at a time, and items that outlive their actors."""
+
+import logging
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnschedulableError, RayActorError, RayError, RayTaskError
+
+from jobs import cluster
+from jobs.settings import ClusterConfig
+from pipeline import stage
+from pipeline.stage import Item, Outcome, Stage
+
+TRIES = 3
+LOSSES = 5
+WORKER_TIMEOUT_S = 300.0
+_log = logging.getLogger(__name__)
+
+
+@ray.remote(max_restarts=0, max_task_retries=0)
+class Worker:
+    """A process that holds what its stage loaded; one item at a time, nothing large comes or goes."""
+
+    def __init__(self) -> None:
+        self.ready = ""
+
+    def ping(self) -> bool:
+        """Answer once the process runs."""
+        return True
+
+    def work(self, stage_: Stage, print_: str, item: Item) -> dict[str, Any]:
+        """Process and commit an item; the stage is set up at its first item here."""
+        if self.ready != print_:
+            stage_.setup()
+            self.ready = print_
+        return stage.work(stage_, item)
+
+
+@dataclass
+class _Task:
+    item: Item
+    failures: int = 0
+    losses: int = 0
+    avoid: set[Any] = field(default_factory=set)
+
+
+class Pool:
+    """Actors on a cluster, kept from stage to stage; call it as a runner.
+
+    An item that raises is tried again on another actor, `TRIES` times in all; an item whose actor
+    died is given to another, `LOSSES` times. A dead actor is replaced; the replacement gets work
+    once it answers, so a cluster that shrank goes on with those that are left.
+    """
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self.config = config
+        self.starting: dict[Any, Any] = {}  # ping -> actor
+        self.idle: deque[Any] = deque()
+        self.gpu = False
+
+    def __call__(self, stage_: Stage, items: list[Item]) -> Iterator[Outcome]:
+        cluster.connect()
+        self._shape(stage_.workers_need_gpu and self.config.gpus > 0)
+        print_ = stage.fingerprint(stage_)
+        waiting = deque(_Task(item) for item in items)
+        busy: dict[Any, tuple[Any, _Task]] = {}
+        alive = time.monotonic()
+        try:
+            while waiting or busy:
+                self._grow(len(busy), len(waiting) + len(busy))
+                while waiting and self.idle:
+                    actor, task = self._pair(waiting)
+                    busy[actor.work.remote(stage_, print_, task.item)] = actor, task
+                done, _ = ray.wait([*busy, *self.starting], num_returns=1, timeout=5.0)
+                if done or busy:
+                    alive = time.monotonic()
+                elif time.monotonic() - alive > WORKER_TIMEOUT_S:
+                    raise stage.StageFailed(f"{stage_.name}: no worker could be started for {WORKER_TIMEOUT_S:.0f} s\n"
+                                            f"hint: the cluster has {ray.cluster_resources()}; a worker wants "
+                                            f"{self.config.cpus} CPU and {self.config.gpus if self.gpu else 0} GPU")
+                for reference in done:
+                    if reference in self.starting:
+                        self._started(reference)
+                    else:
+                        actor, task = busy.pop(reference)
+                        outcome = self._finished(reference, actor, task)
+                        if outcome is None:
+                            waiting.appendleft(task)
+                        else:
+                            yield outcome
+        finally:
+            for actor, _ in busy.values():
+                ray.kill(actor)
+
+    def close(self) -> None:
+        """End the actors."""
+        for actor in [*self.idle, *self.starting.values()]:
+            ray.kill(actor)
+        self.idle.clear()
+        self.starting.clear()
+
+    def _shape(self, gpu: bool) -> None:
+        if gpu != self.gpu:
+            self.close()
+            self.gpu = gpu
+
+    def _grow(self, busy: int, useful: int) -> None:
+        """Start actors up to the number wanted; no more than there are items."""
+        while len(self.idle) + len(self.starting) + busy < min(self.config.workers, useful):
+            actor = Worker.options(num_cpus=self.config.cpus, num_gpus=self.config.gpus if self.gpu else 0,
+                                   scheduling_strategy="SPREAD").remote()
+            self.starting[actor.ping.remote()] = actor
+
+    def _started(self, reference: Any) -> None:
+        actor = self.starting.pop(reference)
+        try:
+            ray.get(reference)
+            self.idle.append(actor)
+        except ActorUnschedulableError as error:
+            raise stage.StageFailed(f"the cluster can start no worker: {error}") from error
+        except RayActorError:
+            time.sleep(0.2)
+
+    def _pair(self, waiting: deque[_Task]) -> tuple[Any, _Task]:
+        """The first task, with an actor that has not failed it if there is one."""
+        task = waiting.popleft()
+        for _ in range(len(self.idle)):
+            if self.idle[0] not in task.avoid:
+                break
+            self.idle.rotate(-1)
+        return self.idle.popleft(), task
+
+    def _finished(self, reference: Any, actor: Any, task: _Task) -> Outcome | None:
+        """What a call brought; None if the item is to be tried again."""
+        try:
+            record = ray.get(reference)
+            self.idle.append(actor)
+            return Outcome(task.item, record=record)
+        except RayActorError as error:
+            task.losses += 1
+            _log.warning("the worker of item %s was lost (%d of %d times): it is given to another", task.item.id,
+                         task.losses, LOSSES)
+            ray.kill(actor)
+            if task.losses >= LOSSES:
+                return Outcome(task.item, error=f"its worker died {LOSSES} times: {_last_line(error)}",
+                               trace=str(error))
+        except RayTaskError as error:
+            self.idle.append(actor)
+            cause = error.cause
+            task.failures += 1
+            task.avoid.add(actor)
+            if isinstance(cause, ValueError) or task.failures >= TRIES:
+                sentence = str(cause) if isinstance(cause, ValueError) else f"{type(cause).__name__}: {cause}"
+                return Outcome(task.item, error=sentence, trace=str(error))
+            _log.warning("item %s failed and is tried again elsewhere: %s", task.item.id, _last_line(error))
+        except RayError:
+            ray.kill(actor)
+            return Outcome(task.item, error="Ray failed", trace=traceback.format_exc())
+        return None
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

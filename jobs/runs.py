@@ -1,0 +1,108 @@
+"""The folder of a training run: <root>/runs/<run>/ with its checkpoints, curve and samples."""
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import stage, storage
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The address of a training run."""
+
+    root: str
+    name: str
+
+    @classmethod
+    def parse(cls, root: str, text: str) -> "Run":
+        """The run `text` below `root`."""
+        if not _NAME.fullmatch(text):
+            raise ValueError(f"{text!r} is not a name of a run\nhint: letters, digits, '.', '_' and '-'")
+        return cls(storage.normal(root), text)
+
+    @property
+    def path(self) -> str:
+        """The folder of the run below the root."""
+        return f"runs/{self.name}"
+
+    @property
+    def folder(self) -> str:
+        """The address of the folder of the run."""
+        return storage.join(self.root, self.path)
+
+    @property
+    def command(self) -> str:
+        """The command that would finish the run, for hints."""
+        return f"python -m jobs train {self.name} --dataset NAME --root {self.root}"
+
+    def section(self) -> dict[str, Any]:
+        """The settings the run was planned with; ValueError if there is no such run."""
+        try:
+            return storage.read_json(storage.join(self.folder, "plan.json"))["section"]
+        except FileNotFoundError:
+            raise ValueError(f"there is no run {self.name} in {self.root}\nhint: {self.command}") from None
+
+    def encoder(self) -> dict[str, Any]:
+        """The encoder of the vectors the run was trained with."""
+        return self.section()["encoder"]
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        found = [name for name in storage.folders(storage.join(self.folder, "checkpoints")) if name.isdigit()]
+        complete = storage.each(lambda name: storage.exists(
+            storage.join(self.folder, "checkpoints", name, "manifest.json")), found)
+        return sorted(int(name) for name, whole in zip(found, complete, strict=True) if whole)
+
+    def latest_step(self) -> int:
+        """Step of the newest complete checkpoint; ValueError if there is none."""
+        steps = self.steps()
+        if not steps:
+            self.section()
+            raise ValueError(f"the run {self.name} has no checkpoint yet\nhint: {self.command}")
+        return steps[-1]
+
+    def checkpoint(self, step: int) -> dict[str, Any]:
+        """The manifest of a checkpoint; ValueError if it is not there."""
+        try:
+            return storage.read_json(storage.join(self.folder, "checkpoints", f"{step:07d}", "manifest.json"))
+        except FileNotFoundError:
+            raise ValueError(f"the run {self.name} has no checkpoint {step}\nhint: it has "
+                             f"{', '.join(map(str, self.steps())) or 'none'}") from None
+
+    def fetch(self, step: int) -> Path:
+        """A local folder with the files of a checkpoint, hashes checked."""
+        folder = storage.join(self.folder, "checkpoints", f"{step:07d}")
+        paths = {entry["name"]: storage.fetch(storage.join(folder, entry["name"]), entry, check=True)
+                 for entry in self.checkpoint(step)["files"]}
+        if storage.is_local(folder):
+            return storage.local_path(folder)
+        # The cache names files by hash; a checkpoint is read by name.
+        local = storage.cache_folder() / f"checkpoint-{self.checkpoint(step)['content']}"
+        local.mkdir(exist_ok=True)
+        for name, path in paths.items():
+            if not (local / name).exists():
+                shutil.copyfile(path, local / f".{name}")
+                (local / f".{name}").replace(local / name)
+        return local
+
+    def publish(self, step: int, folder: Path) -> None:
+        """Put the finished checkpoint in the local `folder` in place, its manifest last."""
+        target = storage.join(self.folder, "checkpoints", f"{step:07d}")
+        files = [stage.describe(path.name, path) for path in sorted(folder.iterdir())]
+        for entry in files:
+            storage.put_file(folder / entry["name"], storage.join(target, entry["name"]))
+        storage.put_json({"stage": "checkpoint", "step": step, "files": files, "items": [],
+                          "content": stage.digest([[entry["name"], entry["sha256"]] for entry in files])},
+                         storage.join(target, "manifest.json"))
+
+    def forget(self, keep: int) -> None:
+        """Remove all complete checkpoints but the newest `keep`; the manifest goes first."""
+        for step in self.steps()[:-keep]:
+            target = storage.join(self.folder, "checkpoints", f"{step:07d}")
+            storage.remove(storage.join(target, "manifest.json"))
+            storage.remove_tree(target)

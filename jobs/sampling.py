@@ -1,0 +1,196 @@
+"""Prompts and databases -> pictures: the style follows the database that the neighbours come from."""
+
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from jobs.runs import Run
+from model import checkpoint
+from model.config import TrainConfig
+from model.sample import initial_noise, sample
+from model.unet import UNet
+from pipeline import clip, embed, lookup, stage, storage
+from pipeline.contact_sheet import contact_sheet
+from pipeline.dataset import Dataset
+from pipeline.index import Searcher
+from pipeline.stage import Item, Output, Plan, Stage
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How pictures are drawn from a trained model."""
+
+    k: int = 4
+    """Neighbours of the text that join its vector in the context."""
+    guidance: float = 2.0
+    """Guidance scale s: eps_u + s (eps_c - eps_u); 1 is none."""
+    seed: int = 0
+    """Seed of the noise; a prompt starts from the same noise in every database."""
+    steps: int = 50
+    """DDIM steps."""
+    batch_size: int = 16
+    """Pictures drawn at a time."""
+
+    def __post_init__(self) -> None:
+        if self.k < 0 or self.batch_size < 1:
+            raise ValueError(f"sample.k = {self.k} must be at least 0, sample.batch_size = {self.batch_size} at least 1")
+
+
+class Sampling(Stage):
+    """The stage from a run and databases to runs/<run>/samples/<fingerprint>; one item a database."""
+
+    name = "sample"
+    workers_need_gpu = True
+
+    def __init__(self, run: Run, step: int, prompts: tuple[str, ...], databases: tuple[Dataset, ...],
+                 encoder: clip.ClipConfig, config: SampleConfig, name: str = "") -> None:
+        if not prompts or not databases:
+            raise ValueError("sample needs prompts and databases\nhint: --prompt 'a red apple' --database noto")
+        self.run, self.prompts, self.databases, self.encoder = run, prompts, databases, encoder
+        self.step = step or run.latest_step()
+        super().__init__(run.root, f"{run.path}/samples/{name}", config)
+        if not name:
+            self.path = f"{run.path}/samples/{stage.fingerprint(self)[:12]}"
+            self.folder = storage.join(self.root, self.path)
+
+    @property
+    def command(self) -> str:
+        prompts = "".join(f" --prompt {prompt!r}" for prompt in self.prompts)
+        return f"python -m jobs sample {self.run.name}{prompts} --root {self.root}"
+
+    def section(self) -> dict[str, Any]:
+        section = {key: value for key, value in super().section().items() if key != "batch_size"}
+        return section | {"prompts": list(self.prompts), "databases": [one.label for one in self.databases]}
+
+    def inputs(self) -> dict[str, dict[str, Any]]:
+        found = {"checkpoint": stage.identity(self.root, f"{self.run.path}/checkpoints/{self.step:07d}",
+                                              self.run.command)}
+        for database in self.databases:
+            found[f"index of {database.label}"] = database.identity("index")
+            found[f"shards of {database.label}"] = database.identity("shards")
+        return found
+
+    def plan(self) -> Plan:
+        wanted = clip.describe(self.encoder)
+        trained = self.run.encoder()
+        for name, encoder in [(f"the run {self.run.name}", trained),
+                              *((database.label, embed.encoder_of(database)) for database in self.databases)]:
+            differing = [key for key in wanted if wanted[key] != encoder.get(key)]
+            if differing:
+                raise ValueError(f"{name} belongs to another encoder than {self.encoder.model} "
+                                 f"({self.encoder.pretrained}): they differ in {', '.join(differing)}\n"
+                                 f"hint: --model and --pretrained as when it was embedded")
+        return Plan([Item(database.label.replace("@", "-"), {"number": number})
+                     for number, database in enumerate(self.databases)])
+
+    def setup(self) -> None:
+        # On a CPU the bytes of a picture depend on how a sum is split among threads.
+        torch.set_num_threads(1)
+        clip.load(self.encoder)
+
+    def process(self, item: Item, scratch: Path) -> Output:
+        database = self.databases[item.inputs["number"]]
+        encoder, searcher = clip.load(self.encoder), Searcher(database)
+        texts = encoder.texts(self.prompts)
+        ids, scores = searcher.search(texts, max(1, self.config.k))
+        ids, scores = ids[:, :self.config.k], scores[:, :self.config.k]
+        neighbors = searcher.embeddings.rows(ids).astype(np.float32)
+        context = torch.from_numpy(np.concatenate([texts[:, None], neighbors], 1))  # (prompts, 1 + k, D)
+        denoiser, config, about = self._denoiser()
+        pictures = self._draw(denoiser, config, context)
+        found = {one.row: one for one in lookup.samples(database, sorted({int(row) for row in ids.ravel() if row >= 0}))}
+        output, drawn = Output(samples=len(self.prompts)), []
+        for number, prompt in enumerate(self.prompts):
+            name = f"{item.id}/{number:02d}-{_slug(prompt)}"
+            beside = [(rank, found[int(row)], float(scores[number, rank]))
+                      for rank, row in enumerate(ids[number]) if row >= 0]
+            files = {f"{name}.png": pictures[number]}
+            files |= {f"{name}-neighbor-{rank}.png": _square(one.picture, pictures[number].width)
+                      for rank, one, _ in beside}
+            for file, picture in files.items():
+                (scratch / file).parent.mkdir(exist_ok=True)
+                picture.save(scratch / file)
+                output.files[file] = scratch / file
+            drawn.append({"file": f"{name}.png", "prompt": prompt, "database": database.label,
+                          "seed": self.config.seed, "position": number, "checkpoint": about,
+                          "neighbors": [{"key": one.key, "row": one.row, "score": round(score, 6),
+                                         "caption": one.caption, "sha256": one.sha256,
+                                         "file": f"{name}-neighbor-{rank}.png"} for rank, one, score in beside]})
+        output.info = {"pictures": drawn}
+        return output
+
+    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+        pictures = {(one["prompt"], one["database"]): one for record in records for one in record["info"]["pictures"]}
+        self._grid(pictures).save(scratch / "grid.png")
+        document = self.section() | {"run": self.run.name, "pictures": [pictures[prompt, database.label] for prompt in
+                                                                        self.prompts for database in self.databases]}
+        (scratch / "samples.json").write_bytes(storage.json_bytes(document))
+        return Output(files={name: scratch / name for name in ("grid.png", "samples.json")},
+                      info={"prompts": list(self.prompts), "databases": [one.label for one in self.databases],
+                            "step": self.step})
+
+    def _denoiser(self) -> tuple[UNet, TrainConfig, dict[str, Any]]:
+        denoiser, config = checkpoint.load_denoiser(self.run.fetch(self.step))
+        content = self.run.checkpoint(self.step)["content"]
+        return denoiser, config, {"step": self.step, "content": content}
+
+    def _draw(self, denoiser: UNet, config: TrainConfig, context: torch.Tensor) -> list[Image.Image]:
+        """A picture for each context (prompts, 1 + k, D)."""
+        if config.unet.in_channels != 3:
+            raise ValueError("this run was trained on latents; decoding them is not part of this version")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        denoiser.to(device)
+        size = self.run.section()["image_size"]
+        noise = initial_noise(self.config.seed, range(len(context)), (3, size, size))
+        pictures = []
+        for start in range(0, len(context), self.config.batch_size):
+            part = slice(start, start + self.config.batch_size)
+            drawn = sample(denoiser, config.diffusion, context[part].to(device), noise[part].to(device),
+                           steps=self.config.steps, guidance=self.config.guidance)
+            values = ((drawn.cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+            pictures += [Image.fromarray(one) for one in values.permute(0, 2, 3, 1).numpy()]
+        return pictures
+
+    def _grid(self, pictures: dict[tuple[str, str], dict[str, Any]]) -> Image.Image:
+        """Rows prompts, columns databases; beside each picture its first neighbours, small."""
+        cells = []
+        for prompt in self.prompts:
+            for database in self.databases:
+                one = pictures[prompt, database.label]
+                picture = self._read(one["file"])
+                cells.append(_with_neighbors(picture, [self._read(near["file"]) for near in one["neighbors"][:4]]))
+        return contact_sheet(cells, len(self.databases), row_labels=list(self.prompts), cell=max(one.width for one in cells),
+                             column_labels=[one.label for one in self.databases])
+
+    def _read(self, name: str) -> Image.Image:
+        return Image.open(io.BytesIO(storage.read_bytes(storage.join(self.folder, name)))).convert("RGB")
+
+
+def _with_neighbors(picture: Image.Image, neighbors: list[Image.Image]) -> Image.Image:
+    """The picture at twice its size, and up to four of its neighbours in a column beside it at half size."""
+    size = picture.width
+    sheet = Image.new("RGB", (2 * size + 4 + size // 2, 2 * size), "white")
+    sheet.paste(picture.resize((2 * size, 2 * size), Image.Resampling.LANCZOS), (0, 0))
+    for rank, one in enumerate(neighbors):
+        sheet.paste(one.resize((size // 2, size // 2), Image.Resampling.LANCZOS), (2 * size + 4, rank * size // 2))
+    return sheet
+
+
+def _square(data: bytes, size: int) -> Image.Image:
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    image.thumbnail((size, size), Image.Resampling.LANCZOS)
+    sheet = Image.new("RGB", (size, size), "white")
+    sheet.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+    return sheet
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "prompt"
+
+

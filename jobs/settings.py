@@ -1,0 +1,128 @@
+"""The settings of every stage in one tree: a recipe, overridden by a TOML file, overridden by flags."""
+
+import dataclasses
+import tomllib
+import typing
+from dataclasses import dataclass, field, is_dataclass, replace
+from pathlib import Path
+from types import UnionType
+from typing import Any
+
+from jobs.sampling import SampleConfig
+from model import recipes as networks
+from model.config import TrainConfig
+from pipeline.embed import EmbedConfig
+from pipeline.index import IndexConfig
+from pipeline.neighbors import NeighborsConfig
+from pipeline.pictures import PicturesConfig
+from pipeline.shard import ShardConfig
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Where the work runs; results do not depend on it."""
+
+    workers: int = 2
+    """Actors of a stage, or processes of a training run."""
+    cpus: float = 1.0
+    """Cores that each of them reserves."""
+    gpus: float = 0.0
+    """GPUs that each worker of embed, train and sample reserves; 0 runs on the CPU."""
+    max_failures: int = 3
+    """Restarts of a training run after the loss of a worker."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One section for each stage."""
+
+    pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    shard: ShardConfig = field(default_factory=ShardConfig)
+    embed: EmbedConfig = field(default_factory=EmbedConfig)
+    index: IndexConfig = field(default_factory=IndexConfig)
+    neighbors: NeighborsConfig = field(default_factory=NeighborsConfig)
+    train: TrainConfig = field(default_factory=networks.tiny)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+def tiny() -> Settings:
+    """Everything small: 64 pixels, the bundled CLIP, a network that two cores train in minutes."""
+    return Settings(shard=ShardConfig(image_size=64, format="png"), index=IndexConfig(bytes_per_vector=288))
+
+
+def imagenet_400m() -> Settings:
+    """RDM-256 on ImageNet: CLIP ViT-B/32 and 400 M parameters on latents (arXiv:2204.11824)."""
+    return Settings(shard=ShardConfig(image_size=256),
+                    embed=EmbedConfig(model="ViT-B-32-quickgelu", pretrained="openai", batch_size=256),
+                    train=networks.imagenet_400m(), cluster=ClusterConfig(workers=8, cpus=4, gpus=1))
+
+
+def laion_1p3b() -> Settings:
+    """RDM-768 on LAION: CLIP ViT-L/14 and 1.3 B parameters on latents (arXiv:2207.13038)."""
+    return Settings(shard=ShardConfig(image_size=768, samples_per_shard=10_000),
+                    embed=EmbedConfig(model="ViT-L-14-quickgelu", pretrained="openai", batch_size=256),
+                    index=IndexConfig(max_memory="16G"), train=networks.laion_1p3b(),
+                    cluster=ClusterConfig(workers=64, cpus=8, gpus=1))
+
+
+RECIPES = {recipe.__name__: recipe for recipe in (tiny, imagenet_400m, laion_1p3b)}
+
+
+def resolve(recipe: str, file: str) -> Settings:
+    """The settings of a recipe as a TOML file overrides them; the file may name the recipe itself.
+
+    ValueError naming the key of the file that no setting has, or whose value has another type.
+    """
+    document: dict[str, Any] = {}
+    if file:
+        try:
+            document = tomllib.loads(Path(file).read_text())
+        except OSError as error:
+            raise ValueError(f"cannot read the settings {file}: {error.strerror}") from None
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{file} is not TOML: {error}") from None
+    chosen = recipe or document.pop("recipe", "tiny")
+    document.pop("recipe", None)
+    if chosen not in RECIPES:
+        raise ValueError(f"there is no recipe {chosen!r}\nhint: {', '.join(RECIPES)}")
+    return _overridden(RECIPES[chosen](), document, file)
+
+
+def _overridden(section: Any, values: dict[str, Any], where: str) -> Any:
+    types = typing.get_type_hints(type(section))
+    changes = {}
+    for name, value in values.items():
+        if name not in types:
+            raise ValueError(f"{where}: there is no setting {name!r}\nhint: here are {', '.join(sorted(types))}")
+        current = getattr(section, name)
+        if is_dataclass(current):
+            if not isinstance(value, dict):
+                raise ValueError(f"{where}: {name} is a section: write [{name}] and its settings below")
+            changes[name] = _overridden(current, value, f"{where}: {name}")
+        else:
+            changes[name] = _typed(types[name], value, f"{where}: {name}")
+    return replace(section, **changes)
+
+
+def _typed(kind: Any, value: Any, where: str) -> Any:
+    """A TOML value as the type that the setting has."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise ValueError(f"{where} = {value!r}: must be one of {', '.join(map(str, arguments))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{where} = {value!r}: must be a list")
+        return tuple(_typed(arguments[0], each, where) for each in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and not isinstance(origin, UnionType) and type(value) is not kind:
+        raise ValueError(f"{where} = {value!r}: must be a {kind.__name__}")
+    return value
+
+
+def as_json(settings: Settings) -> dict[str, Any]:
+    """The whole tree as plain values."""
+    return dataclasses.asdict(settings)

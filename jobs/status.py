@@ -1,0 +1,104 @@
+"""How far every stage below a root has come, and what a stage would still have to do."""
+
+from typing import Any
+
+from pipeline import stage, storage
+from pipeline.stage import Stage
+
+_OF_A_DATASET = ("shards", "embeddings", "index")
+
+
+def of(root: str) -> list[dict[str, Any]]:
+    """Every stage below `root` with its state: absent, planned, i of n, sealed or stale.
+
+    Stale means that an input was rebuilt since, and has other content now.
+    """
+    found = []
+    for path in _paths(root):
+        found.append({"path": path, **_state(root, path)})
+    return found
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """The states as text, a line each."""
+    if not found:
+        return "nothing here yet"
+    width = max(len(one["path"]) for one in found)
+    return "\n".join(f"{one['path']:<{width}}  {one['state']:<12} {_detail(one)}".rstrip() for one in found)
+
+
+def forecast(stage_: Stage) -> dict[str, Any]:
+    """What running a stage would do: items, how many are left, bytes to read, seconds as far as known."""
+    claimed = storage.exists(storage.join(stage_.folder, "plan.json"))
+    items = stage.prepare(stage_) if claimed else stage_.plan().items
+    done = stage.records(stage_, items) if claimed else []
+    sealed = storage.exists(storage.join(stage_.folder, "manifest.json"))
+    left = 0 if sealed else len(items) - len(done)
+    each = [record["run"]["seconds"] for record in done]
+    if not each:
+        # Other folders of the same stage tell how long an item takes here.
+        for path in _paths(stage_.root):
+            manifest = _read(stage_.root, path, "manifest.json")
+            if manifest and manifest.get("stage") == stage_.name:
+                each += [record["run"]["seconds"] for record in manifest["items"]]
+    reads = sum((_read(stage_.root, one["path"], "manifest.json") or {}).get("totals", {}).get("bytes", 0)
+                for one in stage_.inputs().values() if one["path"])
+    return {"stage": stage_.name, "folder": stage_.folder, "items": len(items), "left": left, "input_bytes": reads,
+            "worker_seconds": round(left * sum(each) / len(each), 1) if each else None}
+
+
+def _paths(root: str) -> list[str]:
+    paths = [f"pictures/{name}" for name in storage.folders(storage.join(root, "pictures"))]
+    for name in storage.folders(storage.join(root, "datasets")):
+        for version in storage.folders(storage.join(root, "datasets", name)):
+            base = f"datasets/{name}/{version}"
+            paths += [f"{base}/{one}" for one in _OF_A_DATASET]
+            paths += [f"{base}/neighbors/{one}" for one in storage.folders(storage.join(root, base, "neighbors"))]
+    for run in storage.folders(storage.join(root, "runs")):
+        paths.append(f"runs/{run}")
+        paths += [f"runs/{run}/samples/{one}" for one in storage.folders(storage.join(root, "runs", run, "samples"))]
+    return paths
+
+
+def _state(root: str, path: str) -> dict[str, Any]:
+    plan = _read(root, path, "plan.json")
+    if plan is None:
+        return {"state": "absent"}
+    manifest = _read(root, path, "manifest.json")
+    about = {"stage": plan["stage"], "items": len(plan["items"])}
+    changed = [name for name, one in plan["inputs"].items() if one["path"] and
+               (_read(root, one["path"], "manifest.json") or {}).get("content") != one["digest"]]
+    if manifest is None:
+        records = set(storage.names(storage.join(root, path, "records")))
+        done = sum(f"{item['id']}.json" in records for item in plan["items"])
+        failed = len(storage.names(storage.join(root, path, "failures")))
+        state = f"{done} of {len(plan['items'])}" if done else "planned"
+        if plan["stage"] == "train":
+            state = _train_state(root, path, plan)
+        return about | {"state": "stale" if changed else state, "changed": changed, "failed": failed}
+    return about | {"state": "stale" if changed else "sealed", "changed": changed,
+                    **{key: manifest["totals"][key] for key in ("samples", "bytes", "skipped", "noted")},
+                    "seconds": manifest["run"]["seconds"]}
+
+
+def _train_state(root: str, path: str, plan: dict[str, Any]) -> str:
+    """A run has one item, so its steps tell how far it is."""
+    steps = [int(name) for name in storage.folders(storage.join(root, path, "checkpoints")) if name.isdigit()
+             and storage.exists(storage.join(root, path, "checkpoints", name, "manifest.json"))]
+    return f"{max(steps)} of {plan['section']['train']['steps']}" if steps else "planned"
+
+
+def _detail(one: dict[str, Any]) -> str:
+    if one.get("changed"):
+        return f"rebuilt since: {', '.join(one['changed'])}"
+    if "samples" in one:
+        skipped = ", ".join(f"{count} {reason}" for reason, count in one["skipped"].items())
+        return f"{one['samples']} samples, {one['bytes'] / 1e6:.1f} MB" + (f", left out: {skipped}" if skipped else "")
+    return f"{one['failed']} failed" if one.get("failed") else ""
+
+
+def _read(root: str, path: str, name: str) -> Any:
+    try:
+        return storage.read_json(storage.join(root, path, name))
+    except FileNotFoundError:
+        return None

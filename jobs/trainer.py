@@ -1,0 +1,72 @@
+"""The door to Ray Train: the processes of a run on a cluster."""
+
+import threading
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from jobs import cluster, tracking
+from jobs.settings import ClusterConfig
+from jobs.training import Job, Training, work
+from pipeline import stage, storage
+
+
+def train(job: Job, config: ClusterConfig, watch: Callable[[dict[str, Any]], None]) -> None:
+    """Train on a Ray cluster, restarting after the loss of a worker; `watch` gets the newest record.
+
+    The run's own checkpoints are the only state: Ray's is thrown away, so that a second start
+    never depends on what an earlier one left with Ray.
+    """
+    stage.prepare(Training(job))
+    cluster.connect()
+    with stage.scratch_folder("ray-train") as scratch:
+        # Every worker of every node needs to reach Ray's own folder; nothing of ours is kept in it.
+        shared = storage.join(job.run.folder, "ray") if storage.is_local(job.run.folder) else str(scratch)
+        trainer = TorchTrainer(
+            _loop, train_loop_config={"job": job},
+            torch_config=TorchConfig(backend="nccl" if config.gpus else "gloo", timeout_s=600),
+            scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=config.gpus > 0,
+                                         resources_per_worker={"CPU": config.cpus} | (
+                                             {"GPU": config.gpus} if config.gpus else {})),
+            run_config=RunConfig(name=f"{job.run.name}-{uuid.uuid4().hex[:8]}", storage_path=shared,
+                                 failure_config=FailureConfig(max_failures=config.max_failures,
+                                                              controller_failure_limit=config.max_failures)),
+        )
+        done = threading.Event()
+        thread = threading.Thread(target=_follow, args=(job, watch, done), daemon=True)
+        thread.start()
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise stage.StageFailed(f"train: the run {job.run.name} failed {config.max_failures + 1} times: "
+                                    f"{_first_line(error)}\nhint: run the same command again; it continues from the "
+                                    f"newest checkpoint") from error
+        finally:
+            done.set()
+            thread.join()
+            if storage.is_local(shared):
+                storage.remove_tree(shared)
+
+
+def _loop(config: dict[str, Any]) -> None:
+    work(config["job"])
+
+
+def _follow(job: Job, watch: Callable[[dict[str, Any]], None], done: threading.Event) -> None:
+    """Show the curve while it grows: it is written by another process, maybe on another node."""
+    seen = 0
+    while not done.wait(2.0):
+        lines = tracking.read(job.run)
+        if lines and lines[-1]["step"] != seen:
+            seen = lines[-1]["step"]
+            watch(lines[-1])
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    last = [line for line in text.splitlines() if line.strip()]
+    return last[-1] if last else type(error).__name__

@@ -1,0 +1,138 @@
+"""Reading a sealed folder again: is every file what its manifest says, and does it line up?"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from pipeline import stage, storage, tars
+from pipeline.dataset import Dataset, file_of, metadata
+
+
+def folder(root: str, path: str) -> Iterator[dict[str, str]]:
+    """The faults of a sealed folder below `root`, each {"path", "fault"}; none if all is well."""
+    base = storage.join(root, path)
+    try:
+        manifest = stage.manifest_of(base, "")
+        described = [*manifest["files"], *(entry for record in manifest["items"] for entry in record["files"])]
+    except (ValueError, KeyError, TypeError) as error:
+        yield _fault(path, "manifest.json", f"cannot be read: {error}")
+        return
+    faulty = set()
+    for entry in described:
+        fault = _file(storage.join(base, entry["name"]), entry)
+        if fault:
+            faulty.add(entry["name"])
+            yield _fault(path, entry["name"], fault)
+    if manifest["content"] != stage.content(manifest["fingerprint"], manifest["files"], manifest["items"]):
+        yield _fault(path, "manifest.json", "was changed after sealing: its files do not give its content hash")
+    if manifest["totals"] != stage.totals(manifest["items"]):
+        yield _fault(path, "manifest.json", "was changed after sealing: its totals are not the sum of its items")
+    yield from _records(root, path, manifest)
+    checks = {"shard": _shards, "embed": _embeddings, "index": _index, "neighbors": _neighbors}
+    check = checks.get(manifest["stage"])
+    if check:
+        for record in manifest["items"]:
+            if faulty.isdisjoint(entry["name"] for entry in record["files"]):
+                try:
+                    yield from check(root, path, record)
+                except Exception as error:  # hostile bytes make readers raise whatever they like
+                    yield _fault(path, record["id"], f"cannot be read: {type(error).__name__}: {error}")
+    if manifest["stage"] == "train":
+        yield from _checkpoints(root, path)
+
+
+def _file(url: str, entry: dict[str, Any]) -> str:
+    try:
+        length = storage.size(url)
+    except FileNotFoundError:
+        return "is missing"
+    if length != entry["bytes"]:
+        return f"has {length} bytes, its manifest says {entry['bytes']}"
+    return "" if storage.sha256(url) == entry["sha256"] else "has other bytes than when it was sealed (sha256)"
+
+
+def _records(root: str, path: str, manifest: dict[str, Any]) -> Iterator[dict[str, str]]:
+    for record in manifest["items"]:
+        name = f"records/{record['id']}.json"
+        try:
+            if storage.read_json(storage.join(root, path, name)) != record:
+                yield _fault(path, name, "is not the record in the manifest")
+        except (FileNotFoundError, ValueError):
+            yield _fault(path, name, "is missing or no JSON")
+
+
+def _shards(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
+    dataset = _dataset(root, path)
+    keys = []
+    for sample in tars.read(dataset.fetch("shards", file_of(record, ".tar"))):
+        keys.append(sample["__key__"])
+        if json.loads(sample["json"])["key"] != sample["__key__"]:
+            yield _fault(path, f"{record['id']}.tar", f"{sample['__key__']} carries the metadata of another sample")
+    rows = [row["key"] for row in metadata(dataset, record, ["key"])]
+    if keys != rows:
+        yield _fault(path, f"{record['id']}.tar", f"its {len(keys)} samples are not the {len(rows)} of its parquet")
+    if len(keys) != record["samples"]:
+        yield _fault(path, f"{record['id']}.tar", f"has {len(keys)} samples, its record says {record['samples']}")
+
+
+def _embeddings(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
+    dataset = _dataset(root, path)
+    rows = np.load(dataset.fetch("embeddings", file_of(record, ".npy")), mmap_mode="r", allow_pickle=False)
+    yield from _lengths(dataset, path, record, len(rows), f"{record['id']}.npy")
+    norms = np.linalg.norm(np.asarray(rows, np.float32), axis=1)
+    wrong = int(((abs(norms - 1) > 2e-3) & (norms != 0)).sum())
+    if wrong or not np.isfinite(norms).all():
+        yield _fault(path, f"{record['id']}.npy", f"{wrong} rows are not of unit length")
+
+
+def _index(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
+    from pipeline.index import Searcher
+    try:
+        Searcher(_dataset(root, path))
+    except ValueError as error:
+        yield _fault(path, "knn.index", str(error).splitlines()[0])
+
+
+def _neighbors(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
+    dataset, database = _dataset(root, path), Dataset.parse(root, path.rsplit("/", 1)[1])
+    name = path.split("/", 3)[3]
+    ids = np.load(dataset.fetch(name, file_of(record, ".ids.npy")), allow_pickle=False)
+    scores = np.load(dataset.fetch(name, file_of(record, ".scores.npy")), allow_pickle=False)
+    yield from _lengths(dataset, path, record, len(ids), f"{record['id']}.ids.npy")
+    total = database.manifest("embeddings")["totals"]["samples"]
+    if ids.shape != scores.shape or ids.min(initial=-1) < -1 or ids.max(initial=-1) >= total:
+        yield _fault(path, f"{record['id']}.ids.npy", f"ids beyond the {total} rows of {database.label}")
+    elif (np.diff(scores, axis=1) > 0).any():
+        yield _fault(path, f"{record['id']}.scores.npy", "neighbours are not nearest first")
+
+
+def _lengths(dataset: Dataset, path: str, record: dict[str, Any], rows: int, name: str) -> Iterator[dict[str, str]]:
+    """Rows must be as many as the samples of the shard of the same number."""
+    shards = {one["id"]: one["samples"] for one in dataset.manifest("shards")["items"]}
+    if rows != shards.get(record["id"]):
+        yield _fault(path, name, f"has {rows} rows, its shard {shards.get(record['id'])} samples")
+
+
+def _checkpoints(root: str, path: str) -> Iterator[dict[str, str]]:
+    base = storage.join(root, path, "checkpoints")
+    for step in storage.folders(base):
+        try:
+            manifest = storage.read_json(storage.join(base, step, "manifest.json"))
+        except FileNotFoundError:
+            continue  # cut off while it was written: nothing reads it
+        for entry in manifest["files"]:
+            fault = _file(storage.join(base, step, entry["name"]), entry)
+            if fault:
+                yield _fault(path, f"checkpoints/{step}/{entry['name']}", fault)
+
+
+def _dataset(root: str, path: str) -> Dataset:
+    _, name, version, *_ = path.split("/")
+    return Dataset(root, name, version)
+
+
+def _fault(path: str, name: str, fault: str) -> dict[str, str]:
+    return {"path": f"{path}/{name}", "fault": fault}
+
