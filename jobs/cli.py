@@ -107,12 +107,14 @@ def _neighbors(command: commands.NeighborsCommand, settings: Settings) -> int:
 
 
 def _train(command: commands.TrainCommand, settings: Settings) -> int:
+    # torchrun has started processes of its own; it would take --local for one of its own flags.
+    local = command.common.local or "TORCHELASTIC_RUN_ID" in os.environ
     job = Job(Run.parse(command.common.root, command.run), Dataset.parse(command.common.root, command.dataset),
               Dataset.parse(command.common.root, command.database or command.dataset), command.train)
     training = Training(job)
     if command.common.dry_run:
         return _dry_run(training)
-    manifest = train(job, command.cluster, local=command.common.local, rebuild=command.stage.rebuild)
+    manifest = train(job, command.cluster, local=local, rebuild=command.stage.rebuild)
     if manifest:
         _done(training, manifest)
     return 0

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import secrets
+from pathlib import Path
 
 import ray
 
@@ -20,8 +22,15 @@ def connect() -> None:
                              f"hint: start one, unset RAY_ADDRESS to use one on this machine, or --local for none"
                              ) from error
         return
-    # Ray turns tokens on for clusters it starts itself; said aloud, so that a later one is the same.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # Others on this machine must not run code here: Ray switches tokens on for a cluster that it
+    # starts, unless told otherwise. One of this cluster's own stays in memory, instead of a readable file.
+    if "RAY_AUTH_MODE" not in os.environ and not _has_token():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # With as many logical CPUs as cores an actor, its driver and Train's controller starve each other.
     ray.init(num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False,
              object_store_memory=200 << 20, **options)
+
+
+def _has_token() -> bool:
+    return bool(os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+                or (Path.home() / ".ray" / "auth_token").exists())

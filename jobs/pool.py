@@ -41,7 +41,7 @@ class Worker:
         return stage.work(stage_, item)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Task:
     item: Item
     failures: int = 0
@@ -73,8 +73,8 @@ class Pool:
         try:
             while waiting or busy:
                 self._grow(len(busy), len(waiting) + len(busy))
-                while waiting and self.idle:
-                    actor, task = self._pair(waiting)
+                while pair := self._pair(waiting, bool(busy or self.starting)):
+                    actor, task = pair
                     busy[actor.work.remote(stage_, print_, task.item)] = actor, task
                 done, _ = ray.wait([*busy, *self.starting], num_returns=1, timeout=5.0)
                 if done or busy:
@@ -126,14 +126,15 @@ class Pool:
         except RayActorError:
             time.sleep(0.2)
 
-    def _pair(self, waiting: deque[_Task]) -> tuple[Any, _Task]:
-        """The first task, with an actor that has not failed it if there is one."""
-        task = waiting.popleft()
-        for _ in range(len(self.idle)):
-            if self.idle[0] not in task.avoid:
-                break
-            self.idle.rotate(-1)
-        return self.idle.popleft(), task
+    def _pair(self, waiting: deque[_Task], others: bool) -> tuple[Any, _Task] | None:
+        """An idle actor and a task it has not failed; any two only where there are no `others` to wait for."""
+        for task in waiting:
+            for actor in self.idle:
+                if actor not in task.avoid or not others:
+                    waiting.remove(task)
+                    self.idle.remove(actor)
+                    return actor, task
+        return None
 
     def _finished(self, reference: Any, actor: Any, task: _Task) -> Outcome | None:
         """What a call brought; None if the item is to be tried again."""

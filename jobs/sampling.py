@@ -65,8 +65,7 @@ class Sampling(Stage):
         return f"python -m jobs sample {self.run.name}{prompts} --root {self.root}"
 
     def section(self) -> dict[str, Any]:
-        section = {key: value for key, value in super().section().items() if key != "batch_size"}
-        return section | {"prompts": list(self.prompts), "databases": [one.label for one in self.databases]}
+        return super().section() | {"prompts": list(self.prompts), "databases": [one.label for one in self.databases]}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         found = {"checkpoint": stage.identity(self.root, f"{self.run.path}/checkpoints/{self.step:07d}",

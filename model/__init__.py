@@ -1,1 +1,1 @@
-"""The denoiser: from a batch of pictures and their neighbours to new pictures (torch only, no Ray)."""
+"""The denoiser: from pictures and their neighbours to new pictures (torch only, no Ray)."""

@@ -42,9 +42,7 @@ def write(
     (folder / "checkpoint.json").write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
 
 
-def read(
-    folder: Path, model: nn.Module, ema: EMA, optimizer: optim.Optimizer, config: TrainConfig
-) -> int:
+def read(folder: Path, model: nn.Module, ema: EMA, optimizer: optim.Optimizer, config: TrainConfig) -> int:
     """Load a checkpoint into model, average and optimizer, and return its step.
 
     Raises ValueError if it is not a checkpoint or belongs to a run with other settings.

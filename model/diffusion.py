@@ -1,8 +1,8 @@
 """The forward process and what the denoiser is asked for.
 
 Letters: B batch, t step in 0..T-1, x0 the picture in [-1, 1] (or a latent), eps the noise,
-x_t = alpha x0 + sigma eps with alpha^2 = alpha_bar and alpha^2 + sigma^2 = 1
-(Ho et al. 2020, arXiv:2006.11239); v = alpha eps - sigma x0 (Salimans and Ho 2022, arXiv:2202.00512).
+x_t = alpha x0 + sigma eps with alpha^2 = alpha_bar and alpha^2 + sigma^2 = 1 (Ho et al. 2020,
+arXiv:2006.11239); v = alpha eps - sigma x0 (Salimans and Ho 2022, arXiv:2202.00512).
 """
 
 from dataclasses import dataclass
@@ -15,16 +15,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """Noise schedule and target; betas are squares of a linear ramp between square roots."""
+    """Noise schedule and target; betas are squares of a linear ramp between square roots.
+
+    "epsilon" is the release's. "x0" suits a network whose width is below that of its patches:
+    pictures fit through it, noise does not (Li and He 2025, arXiv:2511.13720).
+    """
 
     timesteps: int = 1000
     beta_start: float = 0.0015
     beta_end: float = 0.0195
-    prediction: Literal["epsilon", "v"] = "epsilon"
+    prediction: Literal["epsilon", "v", "x0"] = "epsilon"
 
     def __post_init__(self):
-        if self.prediction not in ("epsilon", "v"):
-            raise ValueError(f"prediction = {self.prediction!r}: must be 'epsilon' or 'v'")
+        if self.prediction not in ("epsilon", "v", "x0"):
+            raise ValueError(f"prediction = {self.prediction!r}: must be epsilon, v or x0")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(f"betas {self.beta_start} .. {self.beta_end}: must rise within (0, 1)")
 
@@ -32,9 +36,7 @@ class DiffusionConfig:
 @lru_cache(maxsize=16)
 def alpha_bar(config: DiffusionConfig, device: torch.device | str = "cpu") -> Tensor:
     """Fraction of the signal's variance left at each step: (T,) float64."""
-    root = torch.linspace(
-        config.beta_start**0.5, config.beta_end**0.5, config.timesteps, dtype=torch.float64
-    )
+    root = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, config.timesteps, dtype=torch.float64)
     # Computed on the CPU and moved, so that every device uses the very same numbers.
     return torch.cumprod(1.0 - root**2, dim=0).to(device)
 
@@ -52,20 +54,22 @@ def q_sample(config: DiffusionConfig, x0: Tensor, eps: Tensor, t: Tensor) -> Ten
 
 
 def target(config: DiffusionConfig, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """What the denoiser should answer at step t: eps, or v (B, C, H, W)."""
+    """What the denoiser should answer at step t: eps, v or x0 (B, C, H, W)."""
     if config.prediction == "epsilon":
         return eps
+    if config.prediction == "x0":
+        return x0
     alpha, sigma = alpha_sigma(config, t)
     return alpha * eps - sigma * x0
 
 
-def to_x0_eps(
-    config: DiffusionConfig, x_t: Tensor, answer: Tensor, t: Tensor
-) -> tuple[Tensor, Tensor]:
+def to_x0_eps(config: DiffusionConfig, x_t: Tensor, answer: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Picture and noise that the denoiser's answer at (x_t, t) stands for: two of (B, C, H, W)."""
     alpha, sigma = alpha_sigma(config, t)
     if config.prediction == "epsilon":
         return (x_t - sigma * answer) / alpha, answer
+    if config.prediction == "x0":
+        return answer, (x_t - alpha * answer) / sigma
     return alpha * x_t - sigma * answer, sigma * x_t + alpha * answer
 
 

@@ -10,9 +10,7 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
         self.updates = 0
-        self.weights: dict[str, Tensor] = {
-            name: weight.detach().clone() for name, weight in model.named_parameters()
-        }
+        self.weights: dict[str, Tensor] = {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

@@ -20,9 +20,7 @@ def generator(seed: int, purpose: str, step: int, position: int) -> torch.Genera
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def noise(
-    seed: int, purpose: str, step: int, positions: Iterable[int], shape: Sequence[int]
-) -> Tensor:
+def noise(seed: int, purpose: str, step: int, positions: Iterable[int], shape: Sequence[int]) -> Tensor:
     """Standard normal noise for these positions: (B, *shape) float32."""
     draws = [torch.randn(*shape, generator=generator(seed, purpose, step, i)) for i in positions]
     return torch.stack(draws)
@@ -30,9 +28,7 @@ def noise(
 
 def timesteps(seed: int, step: int, positions: Iterable[int], count: int) -> Tensor:
     """A uniform noise level in 0..count-1 for these positions: (B,) int64."""
-    draws = [
-        torch.randint(count, (), generator=generator(seed, "timestep", step, i)) for i in positions
-    ]
+    draws = [torch.randint(count, (), generator=generator(seed, "timestep", step, i)) for i in positions]
     return torch.stack(draws)
 
 

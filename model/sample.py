@@ -67,7 +67,7 @@ def sample(
 
 
 def _guided(denoiser: Denoiser, x: Tensor, t: Tensor, context: Tensor, guidance: float) -> Tensor:
-    """The guided answer (B, C, H, W); for v it is the same rule, v being affine in eps at fixed x_t."""
+    """The guided answer (B, C, H, W); one rule for all predictions, affine in eps at a fixed x_t."""
     if guidance == 1.0:
         return denoiser(x, t, context).float()
     both = denoiser(

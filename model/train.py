@@ -81,9 +81,7 @@ def train(
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if config.global_batch % world:
-        raise ValueError(
-            f"global_batch = {config.global_batch} does not divide by the world size {world}"
-        )
+        raise ValueError(f"global_batch = {config.global_batch} does not divide by the world size {world}")
     device = torch.device(device)
     state = _start(config, device, resume)
     network = _shared(state.model, device) if dist.is_initialized() else state.model
@@ -144,7 +142,6 @@ def _shared(model: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )
 
@@ -169,9 +166,7 @@ def _ahead(
             yield inputs
 
 
-def _prepare(
-    config: TrainConfig, batch_at: Callable[[int], Batch], step: int, positions: range
-) -> Inputs:
+def _prepare(config: TrainConfig, batch_at: Callable[[int], Batch], step: int, positions: range) -> Inputs:
     """One step's inputs, from its batch and from the random numbers of its positions."""
     batch = batch_at(step)
     if "latent" in batch:
@@ -199,7 +194,7 @@ def _prepare(
 def _update(
     config: TrainConfig, network: nn.Module, state: State, inputs: Inputs, leave: bool
 ) -> tuple[float, float, bool]:
-    """One optimiser step; returns loss and gradient norm of the global batch, and who must leave."""
+    """One optimiser step: loss and gradient norm of the global batch, and whether to leave."""
     device, number = inputs.x0.device, state.step + 1
     dtype = compute_dtype(config.precision, device)
     x_t = diffusion.q_sample(config.diffusion, inputs.x0, inputs.eps, inputs.t)

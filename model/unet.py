@@ -20,7 +20,7 @@ GROUPS = 32
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Sizes of a UNet; `attention_downsampling` lists the factors (after the patch) with attention."""
+    """Sizes of a UNet; attention runs where the patched picture is downsampled by these factors."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -71,11 +71,13 @@ class UNet(nn.Module):
         )
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """Predict epsilon or v: x (B, C, H, W), t (B,) in 0..T-1, context (B, k, D) -> (B, C_out, H, W)."""
+        """Predict what the diffusion asks for of a noisy picture.
+
+        x (B, C, H, W), t (B,) in 0..T-1, context (B, k, D) -> (B, C_out, H, W).
+        Raises ValueError if the sides do not divide by `config.stride`.
+        """
         if x.shape[-2] % self.config.stride or x.shape[-1] % self.config.stride:
-            raise ValueError(
-                f"picture of {tuple(x.shape[-2:])}: sides must divide by {self.config.stride}"
-            )
+            raise ValueError(f"picture of {tuple(x.shape[-2:])}: sides must divide by {self.config.stride}")
         p = self.config.patch
         x = F.pixel_unshuffle(x, p) if p > 1 else x  # (B, C p p, H/p, W/p)
         emb = self.time_embed(timestep_embedding(t, self.config.model_channels))  # (B, E)
@@ -96,7 +98,7 @@ class UNet(nn.Module):
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
-    """Cosines, then sines, of t (B,) at geometric frequencies from 1 down to 1/10000 -> (B, width)."""
+    """Cosines, then sines, of t (B,) at frequencies from 1 down to 1/10000 -> (B, width)."""
     half = width // 2
     exponent = torch.arange(half, device=t.device, dtype=torch.float32) / half
     angle = t.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)  # (B, width/2)
@@ -122,9 +124,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, emb: int):
         super().__init__()
-        self.in_layers = nn.Sequential(
-            nn.GroupNorm(GROUPS, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1)
-        )
+        self.in_layers = nn.Sequential(nn.GroupNorm(GROUPS, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb, c_out))
         # The identity stands where the release has its dropout, to keep the number in the name.
         self.out_layers = nn.Sequential(
@@ -170,9 +170,7 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(GROUPS, channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(channels, head_dim, context_dim) for _ in range(depth)
-        )
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, head_dim, context_dim) for _ in range(depth))
         self.proj_out = _zero(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -249,9 +247,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.net = nn.Sequential(
-            GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)
-        )
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)  # (B, N, C)

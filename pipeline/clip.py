@@ -1,4 +1,7 @@
-"""The one door to open_clip: pictures and texts to unit vectors of one space."""
+"""The one door to open_clip: pictures and texts to unit vectors of one space.
+
+It is imported where it is used: that takes seconds, and most commands do without.
+"""
 
 import hashlib
 import json
@@ -9,13 +12,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import open_clip
 import torch
 from PIL import Image
 
 from pipeline import storage
 
 BUNDLED = Path(__file__).parent / "tiny_clip"
+BUNDLED_MODEL = "tiny-clip-64"
+# What open_clip takes where a tag names nothing else: the values of the first CLIP models.
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_STD = (0.26862954, 0.26130258, 0.27577711)
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
@@ -63,6 +69,7 @@ def load(config: ClipConfig) -> Encoder:
 
     ValueError where open_clip knows no such model, or the weights do not fit it.
     """
+    import open_clip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
              "auto": torch.bfloat16 if device.type == "cuda" else torch.float32}[config.precision]
@@ -85,18 +92,22 @@ def describe(config: ClipConfig) -> dict[str, Any]:
 
     Loads no weights, so that a driver can plan; two encoders are the same if these are equal.
     """
-    path = _weights(config)
-    if not Path(path).is_file():
-        try:
-            path = open_clip.download_pretrained(open_clip.get_pretrained_cfg(config.model, path))
-        except Exception as error:
-            raise ValueError(f"open_clip has no weights {config.pretrained!r} for {config.model}, and there is no such "
-                             f"file ({error})\nhint: --pretrained TAG or --pretrained /path/to/weights") from error
-    architecture = open_clip.get_model_config(_known(config))
-    tag = open_clip.get_pretrained_cfg(config.model, config.pretrained)
+    path, tag = _weights(config), {}
+    if config.pretrained == "bundled":
+        architecture = json.loads((BUNDLED / f"{BUNDLED_MODEL}.json").read_text())
+    else:
+        import open_clip
+        architecture = open_clip.get_model_config(_known(config))
+        tag = open_clip.get_pretrained_cfg(config.model, config.pretrained)
+        if not Path(path).is_file():
+            try:
+                path = open_clip.download_pretrained(tag)
+            except Exception as error:
+                raise ValueError(f"open_clip has no weights {config.pretrained!r} for {config.model}, and there is no "
+                                 f"such file ({error})\nhint: --pretrained TAG or --pretrained /path/to/weights"
+                                 ) from error
     preprocessing = {"image_size": architecture["vision_cfg"]["image_size"],
-                     "mean": list(tag.get("mean") or open_clip.OPENAI_DATASET_MEAN),
-                     "std": list(tag.get("std") or open_clip.OPENAI_DATASET_STD),
+                     "mean": list(tag.get("mean") or _MEAN), "std": list(tag.get("std") or _STD),
                      "interpolation": tag.get("interpolation") or "bicubic",
                      "resize": tag.get("resize_mode") or "shortest"}
     return {"model": config.model, "pretrained": config.pretrained if config.pretrained == "bundled"
@@ -111,7 +122,8 @@ def batch(encoder: Encoder, pictures: Sequence[Image.Image]) -> torch.Tensor:
 
 
 def _known(config: ClipConfig) -> str:
-    if config.model == "tiny-clip-64":
+    import open_clip
+    if config.model == BUNDLED_MODEL:
         open_clip.add_model_config(BUNDLED)
     if open_clip.get_model_config(config.model) is None:
         raise ValueError(f"open_clip knows no model {config.model!r}\nhint: `python -c 'import open_clip; "
@@ -121,7 +133,7 @@ def _known(config: ClipConfig) -> str:
 
 def _weights(config: ClipConfig) -> str:
     if config.pretrained == "bundled":
-        if config.model != "tiny-clip-64":
-            raise ValueError(f"only tiny-clip-64 is bundled, not {config.model}\nhint: --pretrained TAG or FILE")
+        if config.model != BUNDLED_MODEL:
+            raise ValueError(f"only {BUNDLED_MODEL} is bundled, not {config.model}\nhint: --pretrained TAG or FILE")
         return str(BUNDLED / "tiny_clip.safetensors")
     return config.pretrained

@@ -1,7 +1,13 @@
 """Shards -> CLIP embeddings: row i of 000042.npy is sample i of 000042.tar."""
 
+import contextlib
+import itertools
 import json
-from concurrent.futures import ThreadPoolExecutor
+import os
+import platform
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,71 +51,74 @@ class Embed(Stage):
 
     def section(self) -> dict[str, Any]:
         # The path of the weights may differ from node to node; what they are is in the encoder's description.
-        return {"precision": self.config.precision, "encoder": clip.describe(self.config.clip())}
+        return {"precision": self.config.precision, "batch_size": self.config.batch_size,
+                "encoder": clip.describe(self.config.clip())}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         return {"shards": self.dataset.identity("shards")}
 
     def plan(self) -> Plan:
-        return Plan([Item(record["id"], {"shard": record}) for record in self.dataset.manifest("shards")["items"]])
+        weights = clip.describe(self.config.clip())["weights_sha256"]
+        return Plan([Item(record["id"], {"shard": record, "weights": weights})
+                     for record in self.dataset.manifest("shards")["items"]])
 
     def setup(self) -> None:
         clip.load(self.config.clip())
 
     def process(self, item: Item, scratch: Path) -> Output:
+        if clip.describe(self.config.clip())["weights_sha256"] != item.inputs["weights"]:
+            raise ValueError(f"the weights {self.config.pretrained} on {platform.node()} are not those of the plan\n"
+                             f"hint: the same file on every machine")
         encoder, record = clip.load(self.config.clip()), item.inputs["shard"]
         path = self.dataset.fetch("shards", file_of(record, ".tar"), check=True)
-        vectors = np.zeros((record["samples"], encoder.dim), np.float32)
-        ledger, row, keys = [], 0, []
-        with ThreadPoolExecutor(2) as pool:
-            waiting: list[tuple[int, torch.Tensor]] = []
-            for prepared, sample in _prepared(pool, encoder, path):
-                keys.append(sample["__key__"])
-                if row >= len(vectors):
-                    break
-                if prepared is None:
-                    # A row of zeros marks it: what comes after must not move up.
-                    ledger.append(Entry(sample["__key__"], "undecodable", "row of zeros", kept=True))
-                else:
-                    waiting.append((row, prepared))
-                row += 1
-                if len(waiting) == self.config.batch_size:
-                    _encode(encoder, waiting, vectors)
-            _encode(encoder, waiting, vectors)
-        if len(keys) != len(vectors):
+        vectors = np.zeros((record["samples"], encoder.dim), np.float16)
+        ledger, row = [], 0
+        for keys, rows, encoded in _encoded(encoder, path, self.config.batch_size):
+            if row + len(keys) > len(vectors):
+                break
+            vectors[[row + position for position in rows]] = encoded
+            # A row of zeros marks what does not decode: what comes after must not move up.
+            ledger += [Entry(key, "undecodable", "row of zeros", kept=True) for position, key in enumerate(keys)
+                       if position not in set(rows)]
+            row += len(keys)
+        if row != len(vectors):
             raise ValueError(f"{path} does not have the {len(vectors)} samples that its manifest names\n"
                              f"hint: python -m jobs verify")
         out = scratch / "embeddings.npy"
-        np.save(out, vectors.astype(np.float16), allow_pickle=False)
+        np.save(out, vectors, allow_pickle=False)
         return Output(samples=len(vectors), files={f"{item.id}.npy": out}, ledger=ledger)
 
     def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
         return Output(info={"encoder": clip.describe(self.config.clip())})
 
 
-def _prepared(pool: ThreadPoolExecutor, encoder: clip.Encoder, path: Path) -> Any:
-    """(preprocessed picture or None, sample) of a tar in order, a bounded number ahead of the encoder."""
-    def one(sample: dict[str, Any]) -> torch.Tensor | None:
-        try:
-            return encoder.prepare(Image.fromarray(images.pixels(tars.picture(sample))))
-        except images.BadPicture:
-            return None
+def _encoded(encoder: clip.Encoder, path: Path, size: int) -> Iterator[tuple[list[str], list[int], np.ndarray]]:
+    """Keys of the samples of a tar in batches of `size`, positions of those that decode, their vectors.
 
-    ahead = []
-    for sample in tars.read(path):
-        ahead.append((pool.submit(one, sample), sample))
-        if len(ahead) > 256:
-            future, first = ahead.pop(0)
-            yield future.result(), first
-    for future, sample in ahead:
-        yield future.result(), sample
+    Each thread decodes, prepares and encodes whole batches, with one thread inside torch: how torch
+    splits a sum among threads would change the last bits, and with them the bytes of the result.
+    """
+    def one(samples: list[dict[str, Any]]) -> tuple[list[str], list[int], np.ndarray]:
+        prepared = []
+        for position, sample in enumerate(samples):
+            with contextlib.suppress(images.BadPicture):
+                picture = Image.fromarray(images.pixels(tars.picture(sample)))
+                prepared.append((position, encoder.prepare(picture)))
+        keys, rows = [sample["__key__"] for sample in samples], [position for position, _ in prepared]
+        if not prepared:
+            return keys, rows, np.zeros((0, encoder.dim), np.float32)
+        return keys, rows, encoder.images(torch.stack([pixels for _, pixels in prepared]))
 
-
-def _encode(encoder: clip.Encoder, waiting: list[tuple[int, torch.Tensor]], vectors: np.ndarray) -> None:
-    if waiting:
-        rows, pixels = zip(*waiting, strict=True)
-        vectors[list(rows)] = encoder.images(torch.stack(pixels))
-        waiting.clear()
+    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        ahead: deque[Future] = deque()
+        samples = tars.read(path)
+        while batch := list(itertools.islice(samples, size)):
+            ahead.append(pool.submit(one, batch))
+            if len(ahead) > 2 * threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def encoder_of(dataset: Dataset) -> dict[str, Any]:
@@ -121,7 +130,7 @@ def same_encoder(one: Dataset, other: Dataset) -> None:
     """ValueError unless two datasets were embedded by the same encoder, naming what differs."""
     first, second = encoder_of(one), encoder_of(other)
     if first != second:
-        differing = [key for key in first if first[key] != second.get(key)]
+        differing = [f"{key} ({json.dumps(first.get(key))} / {json.dumps(second.get(key))})"
+                     for key in sorted(first.keys() | second.keys()) if first.get(key) != second.get(key)]
         raise ValueError(f"{one.label} and {other.label} were embedded by different encoders: they differ in "
-                         f"{', '.join(f'{key} ({json.dumps(first[key])} / {json.dumps(second.get(key))})' for key in differing)}"
-                         f"\nhint: embed both with the same --model and --pretrained")
+                         f"{', '.join(differing)}\nhint: embed both with the same --model and --pretrained")

@@ -10,6 +10,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 Resize = Literal["center_crop", "keep_ratio", "no"]
 Format = Literal["jpg", "png", "webp"]
+NARROWEST = 100  # long side to short side
+_LONGEST = {"jpg": 65500, "webp": 16383}
 SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -53,8 +55,9 @@ def decode(data: bytes, max_pixels: int) -> Decoded:
         # The header tells the size: nothing has been allocated for the pixels yet.
         if image.width * image.height > max_pixels:
             raise BadPicture("too_many_pixels", f"{image.width} x {image.height}, allowed are {max_pixels}")
-        frames = getattr(image, "n_frames", 1) if image.format in {"GIF", "WEBP", "PNG", "AVIF"} else 1
         try:
+            # Counting the frames of a GIF reads all of it.
+            frames = getattr(image, "n_frames", 1) if image.format in {"GIF", "WEBP", "PNG", "AVIF"} else 1
             image.load()
             upright = ImageOps.exif_transpose(image)
             rgb = _rgb(upright)
@@ -62,19 +65,25 @@ def decode(data: bytes, max_pixels: int) -> Decoded:
             raise BadPicture("corrupt", f"{type(error).__name__}: {error}") from None
     decoded = Decoded(rgb, rgb.width, rgb.height, (image.format or "").lower(),
                       plain=image.mode == "RGB" and upright.size == image.size and not image.getexif().get(0x0112)
-                      and frames == 1 and "transparency" not in image.info)
+                      and frames == 1 and "transparency" not in image.info and not _deep_png(image, data))
     if frames > 1:
         decoded.remarks.append(("animated", f"first of {frames} frames taken"))
     return decoded
 
 
+def _deep_png(image: Image.Image, data: bytes) -> bool:
+    return image.format == "PNG" and data[24] > 8  # bits a channel, in the header; Pillow drops those above 8
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        # Pillow clips these at 255; 16-bit greys are scaled instead.
+        # Pillow clips these at 255; 16-bit greys are scaled instead. The other modes do not tell their range.
         values = np.asarray(image, np.float64)
-        top = 65535.0 if image.mode.startswith("I") and values.max(initial=0) > 255 else 255.0
-        if image.mode == "F" and 0 < values.max(initial=0) <= 1.0:
-            top = 1.0
+        highest = values.max(initial=0)
+        if image.mode == "F":
+            top = 1.0 if 0 < highest <= 1.0 else 255.0
+        else:
+            top = 65535.0 if image.mode.startswith("I;16") or highest > 255 else 255.0
         return Image.fromarray((values.clip(0, top) / top * 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:
         rgba = image.convert("RGBA")
@@ -83,9 +92,14 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def resize(image: Image.Image, size: int, how: Resize) -> Image.Image:
-    """Resize with Lanczos: short side to `size` and the middle square, or only the short side, or not at all."""
+    """Resize with Lanczos: short side to `size` and the middle square, or only the short side, or not at all.
+
+    BadPicture with the reason too_narrow where a hair's breadth would be blown up to a giant.
+    """
     if how == "no":
         return image
+    if max(image.size) > NARROWEST * min(image.size):
+        raise BadPicture("too_narrow", f"{image.width} x {image.height}, more than {NARROWEST} to 1")
     scale = size / min(image.size)
     wanted = (max(size, round(image.width * scale)), max(size, round(image.height * scale)))
     if wanted != image.size:
@@ -97,8 +111,10 @@ def resize(image: Image.Image, size: int, how: Resize) -> Image.Image:
 
 
 def encode(image: Image.Image, format_: Format, quality: int) -> bytes:
-    """The bytes of `image` as jpg, png or webp."""
+    """The bytes of `image` as jpg, png or webp; BadPicture with the reason too_large where the format has no room."""
     buffer = io.BytesIO()
+    if max(image.size) > _LONGEST.get(format_, 1 << 31):
+        raise BadPicture("too_large", f"{image.width} x {image.height}, {format_} ends at {_LONGEST[format_]}")
     if format_ == "png":
         image.save(buffer, "PNG")
     else:

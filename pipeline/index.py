@@ -95,7 +95,7 @@ def build(vectors: np.ndarray, config: IndexConfig) -> tuple[faiss.Index, dict[s
     kept = np.delete(np.arange(count), held)
     sample = kept if len(kept) <= config.train_points else np.sort(rng.choice(kept, config.train_points, replace=False))
     tried = []
-    for key in [config.key] if config.key else _keys(count, dim, config):
+    for key in [config.key] if config.key else _keys(count, dim, budget):
         estimate = estimated_bytes(key, count, dim)
         if not config.key and estimate > budget:
             tried.append(estimate)
@@ -110,8 +110,11 @@ def build(vectors: np.ndarray, config: IndexConfig) -> tuple[faiss.Index, dict[s
             break
         tried.append(size)
     else:
+        smallest = min(tried)
+        flag = (f"--bytes-per-vector {-(-smallest // count)}" if budget < memory(config.max_memory)
+                else f"--max-memory {-(-smallest // 1024)}K")
         raise ValueError(f"no index of {count} vectors of {dim} fits {budget} bytes\nhint: the smallest possible has "
-                         f"about {min(tried)} bytes: --max-memory {-(-min(tried) // 1024)}K")
+                         f"about {smallest} bytes: {flag}")
     speed = _latency(index, vectors[held] if len(held) else vectors[:100])
     infos = {"index_key": key, "index_param": knob, "index_path": "knn.index", "size in bytes": size,
              "nb vectors": count, "vectors dimension": dim,
@@ -123,11 +126,11 @@ def build(vectors: np.ndarray, config: IndexConfig) -> tuple[faiss.Index, dict[s
     return index, infos, info
 
 
-def _keys(count: int, dim: int, config: IndexConfig) -> list[str]:
+def _keys(count: int, dim: int, budget: int) -> list[str]:
     """Factory strings from the best to the smallest: autofaiss's choice, then ever shorter codes."""
     from autofaiss.external.optimize import get_optimal_index_keys_v2
     # It ignores the budget below 10,000 vectors and returns nothing for impossible ones.
-    chosen = list(get_optimal_index_keys_v2(count, dim, f"{max(1, memory(config.max_memory) >> 10)}K") or [])
+    chosen = list(get_optimal_index_keys_v2(count, dim, f"{max(1, budget >> 10)}K") or [])
     ladder = ["Flat", "SQfp16", "SQ8", "SQ6", "SQ4"]
     bits = 8 if count >= 1000 else 4
     ladder += [f"PQ{dim // step}x{bits}" for step in (2, 4, 8, 16, 32) if dim % step == 0 and count >= 100]

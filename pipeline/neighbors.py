@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline import dataset as datasets
-from pipeline import embed
+from pipeline import embed, stage
 from pipeline.dataset import Dataset, Embeddings
 from pipeline.index import Searcher, best, ranked
 from pipeline.stage import Item, Output, Plan, Stage
@@ -60,36 +60,41 @@ class Neighbors(Stage):
 
     def plan(self) -> Plan:
         embed.same_encoder(self.dataset, self.database)
-        return Plan([Item(record["id"], {"number": number}) for number, record in
-                     enumerate(self.dataset.manifest("embeddings")["items"])])
-
-    def setup(self) -> None:
-        _opened(self.database, self.config.method, self.inputs()["database"]["digest"])
+        inputs = self.inputs()
+        made_from = stage.digest([inputs.get(name) for name in ("database", "database_shards", "index")])
+        shards = {record["id"]: record for record in self.dataset.manifest("shards")["items"]}
+        items, offset = [], 0
+        for record in self.dataset.manifest("embeddings")["items"]:
+            # Only what the item needs: a worker that opened all embeddings would fetch them all.
+            items.append(Item(record["id"], {"offset": offset, "shard": shards[record["id"]], "embeddings": record,
+                                             "database": made_from}))
+            offset += record["samples"]
+        return Plan(items)
 
     def process(self, item: Item, scratch: Path) -> Output:
-        database, hashes = _opened(self.database, self.config.method, self.inputs()["database"]["digest"])
-        own = Embeddings(self.dataset)
-        number = item.inputs["number"]
-        queries = np.asarray(own.shards[number], np.float32)
-        shards = self.dataset.manifest("shards")["items"][number]
+        database, hashes = _opened(self.database, self.config.method, item.inputs["database"])
+        own = self.dataset.fetch("embeddings", datasets.file_of(item.inputs["embeddings"], ".npy"))
+        queries = np.load(own, allow_pickle=False).astype(np.float32)
         mine = np.array([bytes.fromhex(row["sha256"]) for row in
-                         datasets.metadata(self.dataset, shards, ["sha256"])], dtype="S32")
-        self_ids = (own.offsets[number] + np.arange(len(queries)) if self.dataset == self.database
+                         datasets.metadata(self.dataset, item.inputs["shard"], ["sha256"])], dtype="S32")
+        if len(mine) != len(queries):
+            raise ValueError(f"{own} has {len(queries)} rows, its shard {len(mine)} samples\n"
+                             f"hint: python -m jobs verify")
+        self_ids = (item.inputs["offset"] + np.arange(len(queries)) if self.dataset == self.database
                     else np.full(len(queries), -1))
-        ids, scores = [], []
+        ids = np.full((len(queries), self.config.k), -1, np.int64)
+        scores = np.full(ids.shape, -np.inf, np.float32)
         for start in range(0, len(queries), _BLOCK):
             part = slice(start, start + _BLOCK)
-            found = self._block(database, hashes, queries[part], mine[part], self_ids[part])
-            ids.append(found[0])
-            scores.append(found[1])
-        np.save(scratch / "ids.npy", np.concatenate(ids), allow_pickle=False)
-        np.save(scratch / "scores.npy", np.concatenate(scores), allow_pickle=False)
-        every = np.concatenate(ids)
+            ids[part], scores[part] = self._block(database, hashes, queries[part], mine[part], self_ids[part])
+        undecodable = ~queries.any(1)  # a row of zeros is equally near to everything
+        ids[undecodable], scores[undecodable] = -1, -np.inf
+        np.save(scratch / "ids.npy", ids, allow_pickle=False)
+        np.save(scratch / "scores.npy", scores, allow_pickle=False)
         return Output(samples=len(queries), files={f"{item.id}.ids.npy": scratch / "ids.npy",
                                                    f"{item.id}.scores.npy": scratch / "scores.npy"},
-                      info={"missing": int((every < 0).sum()),
-                            "mean_similarity": round(float(np.concatenate(scores)[every >= 0].mean()), 4)
-                            if (every >= 0).any() else None})
+                      info={"missing": int((ids < 0).sum()),
+                            "mean_similarity": round(float(scores[ids >= 0].mean()), 4) if (ids >= 0).any() else None})
 
     def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
         return Output(info={"missing": sum(record["info"]["missing"] for record in records), "k": self.config.k,
@@ -97,32 +102,37 @@ class Neighbors(Stage):
 
     def _block(self, database: "Searcher | Embeddings", hashes: np.ndarray, queries: np.ndarray,
                mine: np.ndarray, self_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Neighbours of some samples, asking for more candidates while copies eat up the list."""
+        """Neighbours of some samples; all rows are compared for those whose candidates copies ate up."""
         k = self.config.k
         if isinstance(database, Embeddings):
-            scores = _exact(database, queries)
-            ids = np.broadcast_to(np.arange(len(database)), scores.shape)
-            return best(ids, self._without_copies(ids, scores, hashes, mine, self_ids), k)
+            return self._exact(database, hashes, queries, mine, self_ids)
         wanted = max(k + 1, self.config.candidates or 4 * k + 20)
-        while True:
-            ids = database.candidates(queries, wanted)
-            ids, scores = ranked(database.embeddings, queries, ids, wanted)
-            scores = self._without_copies(ids, scores, hashes, mine, self_ids)
-            result = best(ids, scores, k)
-            if wanted >= len(database) or (result[0] >= 0).all():
-                return result
-            wanted = min(4 * wanted, len(database))
+        ids, scores = ranked(database.embeddings, queries, database.candidates(queries, wanted), wanted)
+        ids, scores = best(ids, self._without_copies(ids, scores, hashes, mine, self_ids), k)
+        # An index that looks into a few lists has no more to give, however many candidates are asked for.
+        short = (ids < 0).any(1)
+        if short.any():
+            ids[short], scores[short] = self._exact(database.embeddings, hashes, queries[short], mine[short],
+                                                    self_ids[short])
+        return ids, scores
+
+    def _exact(self, database: Embeddings, hashes: np.ndarray, queries: np.ndarray, mine: np.ndarray,
+               self_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Neighbours by comparison with every row, one shard of the database in memory at a time."""
+        k = self.config.k
+        ids, scores = np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32)
+        for offset, shard in zip(database.offsets[:-1], database.shards, strict=True):
+            vectors = np.asarray(shard, np.float32)
+            here = np.broadcast_to(offset + np.arange(len(shard)), (len(queries), len(shard)))
+            products = np.where(vectors.any(-1), queries @ vectors.T, -np.inf)
+            found = best(here, self._without_copies(here, products, hashes, mine, self_ids), k)
+            ids, scores = best(np.hstack([ids, found[0]]), np.hstack([scores, found[1]]), k)
+        return ids, scores
 
     def _without_copies(self, ids: np.ndarray, scores: np.ndarray, hashes: np.ndarray, mine: np.ndarray,
                         self_ids: np.ndarray) -> np.ndarray:
         copies = (ids == self_ids[:, None]) | (scores >= self.config.copy_similarity) | (hashes[ids] == mine[:, None])
         return np.where(copies, -np.inf, scores)
-
-
-def _exact(database: Embeddings, queries: np.ndarray) -> np.ndarray:
-    """Inner products of queries (B, D) with every row, (B, N) float32; -inf for rows of zeros."""
-    shards = [np.asarray(shard, np.float32) for shard in database.shards]
-    return np.concatenate([np.where(shard.any(-1), queries @ shard.T, -np.inf) for shard in shards], axis=1)
 
 
 @lru_cache(maxsize=1)

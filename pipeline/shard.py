@@ -8,6 +8,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import unicodedata
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -178,12 +179,13 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
 
 
 def _rows(config: ShardConfig) -> Iterator[dict[str, Any]]:
+    found = {name: length for name, length in storage.walk(config.source) if name.lower().endswith(images.SUFFIXES)}
     by_name: dict[str, tuple[str, int]] = {}
-    for name, length in sorted(storage.walk(config.source)):
-        if name.lower().endswith(images.SUFFIXES):
-            # macOS spells accents in two characters where a captions file has one: compare both as one.
-            usual = unicodedata.normalize("NFC", name)
-            by_name[name if usual in by_name else usual] = (name, length)
+    for name, length in sorted(found.items()):
+        # macOS spells accents in two characters where a captions file has one: compare both as one,
+        # unless both spellings are there as two files.
+        usual = unicodedata.normalize("NFC", name)
+        by_name[name if usual in found or usual in by_name else usual] = (name, length)
     captions, duplicates = _captions(config, set(by_name))
     wanted = list(captions) if config.only_captioned else [*sorted(by_name), *sorted(captions.keys() - by_name.keys())]
     for name in wanted:
@@ -213,7 +215,7 @@ def _captions(config: ShardConfig, names: set[str]) -> tuple[dict[str, dict[str,
     result: dict[str, dict[str, Any]] = {}
     duplicates = set()
     for row in rows:
-        name = unicodedata.normalize("NFC", str(row.pop("file")).removeprefix("./"))
+        name = unicodedata.normalize("NFC", row.pop("file").removeprefix("./"))
         # A name without an ending means every picture of that stem.
         for full in [name] if name in names else by_stem.get(name, [name]):
             if full in result:
@@ -230,28 +232,43 @@ def _caption_rows(address: str) -> list[dict[str, Any]]:
         raise ValueError(f"the captions file {address} does not exist") from None
     try:
         if address.endswith((".parquet", ".pq")):
-            rows = pq.read_table(io.BytesIO(data)).to_pylist()
-            header = list(rows[0]) if rows else []
+            table = pq.read_table(io.BytesIO(data))
+            rows, header = table.to_pylist(), table.column_names
         else:
             reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""))
             rows, header = list(reader), list(reader.fieldnames or [])
-    except (pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{address} cannot be read as captions: {error}\nhint: a parquet file, or a CSV in UTF-8 "
-                         f"with a header") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{address} cannot be read as captions: {str(error).strip()}\n"
+                         f"hint: a parquet file, or a CSV in UTF-8 with a header") from None
     file_column = next((name for name in FILE_COLUMNS if name in header), None)
     caption_column = next((name for name in CAPTION_COLUMNS if name in header), None)
-    if rows and (file_column is None or caption_column is None):
+    if header and (file_column is None or caption_column is None):
         raise ValueError(f"{address} has the columns {', '.join(header)}; wanted are one of {', '.join(FILE_COLUMNS)} "
                          f"and one of {', '.join(CAPTION_COLUMNS)}")
-    return [{"file": row[file_column] or "", "caption": row[caption_column],
-             **{key: _plain(value) for key, value in row.items()
-                if key not in {file_column, caption_column, None}}} for row in rows if row[file_column]]
+    others = [name for name in header if name not in {file_column, caption_column}]
+    # Arrow's widest integer of a mixed column has a sign: larger ones are kept as text, the whole column alike.
+    large = {name for name in others if any(isinstance(row[name], int) and row[name] >= 1 << 63 for row in rows)}
+    return [{"file": _text(row[file_column]) or f"(row {number} of the captions)",
+             "caption": _text(row[caption_column]),
+             **{name: str(row[name]) if name in large and row[name] is not None else _plain(row[name])
+                for name in others}} for number, row in enumerate(rows, 1)]
 
 
 def _plain(value: Any) -> Any:
-    """A cell as JSON can hold it."""
+    """A cell as JSON can hold it, which has no infinity and no NaN."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
+
+def _text(value: Any) -> str:
+    """A cell as one text: nothing is the empty text, of a list the first counts."""
+    if isinstance(value, list):
+        value = value[0] if value else None
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    plain = _plain(value)
+    return "" if plain is None else str(plain)
 
 
 def _readable(name: str) -> str:

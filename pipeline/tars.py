@@ -12,7 +12,7 @@ PICTURE_SUFFIXES = ("jpg", "png", "webp")
 
 def write(path: Path, samples: Iterable[dict[str, Any]]) -> None:
     """Write samples ({"__key__": ..., suffix: bytes}) as a tar: equal samples give equal bytes."""
-    with open(path, "wb") as stream, wds.TarWriter(stream, encoder=False, mtime=0.0, user="0", group="0") as writer:
+    with open(path, "wb") as stream, wds.TarWriter(stream, encoder=False, mtime=0, user="0", group="0") as writer:
         for sample in samples:
             writer.write(sample)
 

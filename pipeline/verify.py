@@ -16,6 +16,7 @@ def folder(root: str, path: str) -> Iterator[dict[str, str]]:
     try:
         manifest = stage.manifest_of(base, "")
         described = [*manifest["files"], *(entry for record in manifest["items"] for entry in record["files"])]
+        changed = _changed(manifest)
     except (ValueError, KeyError, TypeError) as error:
         yield _fault(path, "manifest.json", f"cannot be read: {error}")
         return
@@ -25,10 +26,8 @@ def folder(root: str, path: str) -> Iterator[dict[str, str]]:
         if fault:
             faulty.add(entry["name"])
             yield _fault(path, entry["name"], fault)
-    if manifest["content"] != stage.content(manifest["fingerprint"], manifest["files"], manifest["items"]):
-        yield _fault(path, "manifest.json", "was changed after sealing: its files do not give its content hash")
-    if manifest["totals"] != stage.totals(manifest["items"]):
-        yield _fault(path, "manifest.json", "was changed after sealing: its totals are not the sum of its items")
+    for fault in changed:
+        yield _fault(path, "manifest.json", f"was changed after sealing: {fault}")
     yield from _records(root, path, manifest)
     checks = {"shard": _shards, "embed": _embeddings, "index": _index, "neighbors": _neighbors}
     check = checks.get(manifest["stage"])
@@ -41,6 +40,18 @@ def folder(root: str, path: str) -> Iterator[dict[str, str]]:
                     yield _fault(path, record["id"], f"cannot be read: {type(error).__name__}: {error}")
     if manifest["stage"] == "train":
         yield from _checkpoints(root, path)
+
+
+def _changed(manifest: dict[str, Any]) -> list[str]:
+    """What in a manifest does not follow from the rest of it."""
+    faults = []
+    if manifest["fingerprint"] != stage.digest([manifest[key] for key in ("format", "stage", "section", "inputs")]):
+        faults.append("its settings and inputs do not give its fingerprint")
+    if manifest["content"] != stage.content(manifest["fingerprint"], manifest["files"], manifest["items"]):
+        faults.append("its files do not give its content hash")
+    if manifest["totals"] != stage.totals(manifest["items"]):
+        faults.append("its totals are not the sum of its items")
+    return faults
 
 
 def _file(url: str, entry: dict[str, Any]) -> str:

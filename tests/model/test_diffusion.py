@@ -26,7 +26,7 @@ def test_schedule_is_the_square_of_a_ramp():
     torch.testing.assert_close(steps, steps.mean().expand_as(steps))
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
 def test_a_perfect_answer_gives_picture_and_noise_back(prediction):
     config = DiffusionConfig(prediction=prediction)
     x0, eps = torch.rand(8, 3, 4, 4) * 2 - 1, torch.randn(8, 3, 4, 4)
@@ -43,9 +43,7 @@ def test_loss_is_per_picture():
     x0, t = torch.zeros(3, 3, 4, 4), torch.tensor([1, 10, 100])
     eps = torch.randn(3, 3, 4, 4)
     answer = eps + torch.tensor([0.0, 1.0, 2.0])[:, None, None, None]
-    torch.testing.assert_close(
-        loss(config, answer, x0, eps, t), torch.tensor([0.0, 1.0, 4.0]), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(loss(config, answer, x0, eps, t), torch.tensor([0.0, 1.0, 4.0]), rtol=1e-4, atol=1e-5)
 
 
 class Gaussian:
@@ -62,19 +60,18 @@ class Gaussian:
         eps = sigma * (x - alpha * mean) / variance
         if self.config.prediction == "epsilon":
             return eps
-        return alpha * eps - sigma * (x - sigma * eps) / alpha
+        x0 = (x - sigma * eps) / alpha
+        return x0 if self.config.prediction == "x0" else alpha * eps - sigma * x0
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
 @pytest.mark.parametrize("guidance, mean", [(1.0, 0.3), (2.0, 0.6)])
 def test_ddim_recovers_a_gaussian(prediction, guidance, mean):
     # Guidance between two Gaussians of one variance extrapolates the mean: 0 + s (m - 0).
     config = DiffusionConfig(prediction=prediction)
     denoiser = Gaussian(config, 0.3, 0.1)
     noise = initial_noise(3, range(16), (3, 16, 16))
-    out = sample(
-        denoiser, config, torch.ones(16, 2, 4), noise, steps=250, guidance=guidance, clamp=False
-    )
+    out = sample(denoiser, config, torch.ones(16, 2, 4), noise, steps=250, guidance=guidance, clamp=False)
     assert abs(out.mean().item() - mean) < 0.02
     assert abs(out.std().item() - 0.1) < 0.01
     assert denoiser.calls == 250 * 16 * (1 if guidance == 1.0 else 2)

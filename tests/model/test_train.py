@@ -99,9 +99,7 @@ def test_randomness_does_not_know_the_processes():
     dropped = randomness.dropped(1, 9, range(1000), 0.1)
     for world in (2, 4, 8):
         shares = [range(r * 8 // world, (r + 1) * 8 // world) for r in range(world)]
-        assert torch.equal(
-            whole, torch.cat([randomness.noise(1, "noise", 9, s, (3, 4, 4)) for s in shares])
-        )
+        assert torch.equal(whole, torch.cat([randomness.noise(1, "noise", 9, s, (3, 4, 4)) for s in shares]))
         assert torch.equal(levels, torch.cat([randomness.timesteps(1, 9, s, 1000) for s in shares]))
     assert 60 < dropped.sum() < 140
     for other in ((2, "noise", 9), (1, "sample", 9), (1, "noise", 10)):

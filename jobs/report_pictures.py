@@ -1,0 +1,222 @@
+"""The pictures of a report: samples beside their neighbours, training pictures with theirs, contact sheets."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jobs.report_page import Album, Child, amount, link, note, scrolling, tag
+from jobs.report_root import Root
+from jobs.runs import Run
+from pipeline import dataset as datasets
+from pipeline import lookup, storage
+from pipeline.dataset import Dataset, file_of
+from pipeline.lookup import Sample
+
+QUERIES = 12
+NEIGHBORS = 10
+SHEET = 40
+_PROMPTS = 40
+_SHARDS = 6
+"""A dataset may have thousands of shards: pictures are taken from so many, spread over it."""
+_MOST_READ = 1 << 30
+"""Bytes of tars that are read for the pictures of one dataset or database."""
+_MOST_SEARCHED = 64 << 20
+"""Bytes of metadata that are searched for held-out subjects, per database."""
+
+
+def sample_grid(root: Root, run: Run, name: str, album: Album) -> Child:
+    """The sealed samples `name` of a run: rows prompts, columns databases; None if they are not sealed."""
+    path = f"{run.path}/samples/{name}"
+    if root.manifest(path) is None:
+        return None
+    folder = storage.join(root.address, path)
+    document = storage.read_json(storage.join(folder, "samples.json"))
+    labels, pictures = document["databases"], {(one["prompt"], one["database"]): one for one in document["pictures"]}
+    prompts = list(dict.fromkeys(document["prompts"]))[:_PROMPTS]
+    shown = [one for one in document["pictures"] if one["prompt"] in prompts]
+    files = sorted({file for one in shown for file in (one["file"], *(near["file"] for near in one["neighbors"]))})
+    data = dict(zip(files, storage.each(_read, [storage.join(folder, file) for file in files]), strict=True))
+    met = {}
+    for label in labels:
+        met |= {prompt: met.get(prompt, False) or held for prompt, held in
+                _subjects(Dataset.parse(root.address, label), prompts).items()}
+    head = tag("tr", tag("th", "prompt", scope="col"), (tag("th", label, scope="col") for label in labels))
+    rows = []
+    for prompt in prompts:
+        held = tag("div", tag("span", "held out", class_="mark")) if met.get(prompt) else None
+        cells = [tag("td", _drawn(pictures.get((prompt, label)), data, album), data_label=label) for label in labels]
+        rows.append(tag("tr", tag("th", prompt, held, scope="row"), cells))
+    steps = sorted({one["checkpoint"]["step"] for one in shown})
+    facts = (f"Checkpoint at step {', '.join(f'{step:,}' for step in steps)}; {document['steps']} DDIM steps, guidance "
+             f"{document['guidance']:g}, seed {document['seed']}, {amount(document['k'], 'neighbour')}.")
+    caption = tag("figcaption", "A row is a prompt, a column the database its neighbours came from. The large picture "
+                  "is what the model drew; the small ones beside it are the pictures of that database nearest to the "
+                  "prompt, nearest on top: their vectors are all that the model was told of the database. A "
+                  "row starts from the same noise in every column. ",
+                  "Training saw no picture of the subjects marked held out. " if any(met.values()) else "", facts,
+                  _left_out(len(document["prompts"]) - len(prompts), "prompt"))
+    grid = tag("table", tag("thead", head), tag("tbody", rows),
+               class_="samples" if len(labels) > 4 else "samples large")
+    return tag("figure", tag("h3", run.name, tag("small", name), root.mark(path)), scrolling(grid), caption)
+
+
+def _drawn(one: dict[str, Any] | None, data: dict[str, bytes | None], album: Album) -> Child:
+    if one is None:
+        return note("none")
+    listed = "\n".join(f"{rank}. {near['key']} · {near['caption']} · {near['score']:.3f}"
+                       for rank, near in enumerate(one["neighbors"], 1))
+    about = (f"{one['prompt']} · {one['database']}\nseed {one['seed']}, noise {one['position']}, checkpoint step "
+             f"{one['checkpoint']['step']}\nneighbours:\n{listed or 'none'}")
+    near = [album.picture(data[near["file"]], near["caption"], f"{near['caption']}\nkey {near['key']}, row "
+                          f"{near['row']}, score {near['score']:.3f}", side=64) for near in one["neighbors"]]
+    picture = album.picture(data[one["file"]], f"{one['prompt']}, neighbours from {one['database']}", about)
+    return tag("div", picture, tag("div", near, class_="near") if near else None, class_="drawn")
+
+
+def _subjects(dataset: Dataset, prompts: Sequence[str]) -> dict[str, bool]:
+    """Of each prompt that is a caption of the dataset, whether its subject was held out of training."""
+    wanted, found, budget = set(prompts), {}, _MOST_SEARCHED
+    try:
+        records = dataset.manifest("shards")["items"]
+        for record in records:
+            budget -= file_of(record, ".parquet")["bytes"]
+            if budget < 0 or found.keys() >= wanted:
+                break
+            for row in datasets.metadata(dataset, record, ["caption", "held_out"]):
+                if row["caption"] in wanted:
+                    held = str(row["held_out"]).lower() in {"1", "1.0", "true"}
+                    found[row["caption"]] = found.get(row["caption"], False) or held
+    except (ValueError, OSError):
+        # Most corpora have no column held_out; a database may be gone since.
+        return {}
+    return found
+
+
+def neighbors(root: Root, dataset: Dataset, label: str, album: Album) -> Child:
+    """A dozen pictures of a dataset with their nearest in a database; None where the list is not sealed."""
+    name = f"neighbors/{label}"
+    if root.manifest(dataset.path(name)) is None:
+        return None
+    database = Dataset.parse(root.address, label)
+    items = root.sealed(dataset.path(name))["items"]
+    rows = _affordable(root, dataset, spread([record["samples"] for record in items], QUERIES))
+    offsets = np.cumsum([0, *(record["samples"] for record in items)])
+    ids, scores = [], []
+    for row in rows:
+        shard = int(np.searchsorted(offsets, row, side="right")) - 1
+        for suffix, chosen in ((".ids.npy", ids), (".scores.npy", scores)):
+            path = dataset.fetch(name, file_of(items[shard], suffix))
+            chosen.append(np.load(path, mmap_mode="r", allow_pickle=False)[row - offsets[shard], :NEIGHBORS].copy())
+    near = dict.fromkeys(int(row) for row in np.stack(ids, axis=1).ravel() if row >= 0)
+    read = {one.row: one for one in lookup.samples(database, sorted(_affordable(root, database, list(near))))}
+    columns = max(map(len, ids))
+    head = tag("tr", tag("th", "picture", scope="col"), (tag("th", str(rank), scope="col")
+                                                         for rank in range(1, columns + 1)))
+    body = []
+    for query, found, its in zip(lookup.samples(dataset, rows), ids, scores, strict=True):
+        cells = [tag("td", _neighbor(int(row), float(score), read, album)) for row, score in
+                 zip(found, its, strict=True)]
+        picture = album.picture(query.picture, query.caption, _about(query), side=128)
+        body.append(tag("tr", tag("th", picture, query.caption, scope="row"), cells))
+    itself = " The picture itself and its copies are left out." if dataset == database else ""
+    caption = tag("figcaption", f"{amount(len(rows), 'picture')} spread over {dataset.label}, each with the pictures "
+                  f"of {database.label} nearest to it, nearest first. Below each stands the cosine similarity of the "
+                  f"two vectors; 1 would be the same picture.{itself}")
+    table = tag("table", tag("thead", head), tag("tbody", body), class_="neighbors")
+    title = tag("h3", f"{dataset.label}: neighbours in {database.label}", root.mark(dataset.path(name)))
+    return tag("figure", title, scrolling(table), caption)
+
+
+def _neighbor(row: int, score: float, read: dict[int, Sample], album: Album) -> Child:
+    if row < 0:
+        return "none"
+    one = read.get(row)
+    if one is None:
+        return album.picture(None, f"row {row}", f"row {row}"), f"{score:.3f}"
+    return album.picture(one.picture, one.caption, f"{_about(one)}, score {score:.3f}", side=96), f"{score:.3f}"
+
+
+def contact_sheet(root: Root, dataset: Dataset, album: Album) -> Child:
+    """Pictures spread over a dataset with their captions, and where they come from; None without shards."""
+    manifest = root.manifest(dataset.path("shards"))
+    if manifest is None:
+        return None
+    rows = _affordable(root, dataset, spread([record["samples"] for record in manifest["items"]], SHEET))
+    cells = [tag("figure", album.picture(one.picture, one.caption, _about(one), side=96),
+                 tag("figcaption", one.caption or one.key)) for one in lookup.samples(dataset, rows)]
+    count = f"{len(cells)} of {amount(manifest['totals']['samples'], 'picture')}"
+    return tag("figure", tag("h3", dataset.label, tag("small", count), root.mark(dataset.path("shards"))),
+               tag("div", cells, class_="sheet") if cells else note("No picture of it can be shown."),
+               _sources(manifest["info"].get("sources"), dataset))
+
+
+def _sources(sources: Any, dataset: Dataset) -> Child:
+    """Origins and licences; of a dataset named like a style, those of the style."""
+    if not sources:
+        return None
+    if not isinstance(sources, list) or not all(isinstance(one, dict) for one in sources):
+        return tag("p", "Sources: ", str(sources), class_="sources")
+    if any(one.get("style") == dataset.name for one in sources):
+        sources = [one for one in sources if one.get("style") in (dataset.name, None)]
+    parts: list[Child] = []
+    for one in sources:
+        name = " ".join(str(one[key]) for key in ("package", "version") if one.get(key)) or str(one.get("name", ""))
+        licence = str(one.get("licence_spdx") or one.get("licence_title") or one.get("licence") or "")
+        author = str(one.get("author_name") or "")
+        words = [word for word in (link(name, one.get("url")) if name else None,
+                                   ["by ", link(author, one.get("author_url"))] if author else None,
+                                   link(licence, one.get("licence_url")) if licence else None) if word]
+        if not words:
+            words = [", ".join(f"{key} {value}" for key, value in one.items())]
+        parts += [" · " if parts else "Sources: ", [words[0], *([" ", word] if place == 0 else [", ", word]
+                                                                for place, word in enumerate(words[1:]))]]
+    return tag("p", parts, class_="sources")
+
+
+def spread(counts: Sequence[int], wanted: int) -> list[int]:
+    """Global rows spread evenly over a few shards that are spread evenly, of shards of so many samples."""
+    full = [shard for shard, count in enumerate(counts) if count]
+    chosen = [full[(2 * place + 1) * len(full) // (2 * min(_SHARDS, len(full)))]
+              for place in range(min(_SHARDS, len(full)))]
+    offsets = np.cumsum([0, *counts])
+    total = sum(counts[shard] for shard in chosen)
+    rows, passed = [], 0
+    positions = [(2 * place + 1) * total // (2 * min(wanted, total)) for place in range(min(wanted, total))]
+    for shard in chosen:
+        rows += [int(offsets[shard]) + position - passed for position in positions
+                 if passed <= position < passed + counts[shard]]
+        passed += counts[shard]
+    return rows
+
+
+def _affordable(root: Root, dataset: Dataset, rows: list[int]) -> list[int]:
+    """Those of the rows, in their order, whose shards are not too much to read."""
+    items = root.sealed(dataset.path("shards"))["items"]
+    offsets = np.cumsum([0, *(record["samples"] for record in items)])
+    left, opened, kept = _MOST_READ, set(), []
+    for row in rows:
+        shard = int(np.searchsorted(offsets, row, side="right")) - 1
+        if shard >= len(items):
+            raise ValueError(f"{dataset.label} has {offsets[-1]} samples, there is no row {row}")
+        cost = 0 if shard in opened else file_of(items[shard], ".tar")["bytes"]
+        if cost <= left or not opened:
+            left -= cost
+            opened.add(shard)
+            kept.append(row)
+    return kept
+
+
+def _about(one: Sample) -> str:
+    return f"{one.caption}\nkey {one.key}, row {one.row}"
+
+
+def _read(address: str) -> bytes | None:
+    try:
+        return storage.read_bytes(address)
+    except FileNotFoundError:
+        return None
+
+
+def _left_out(count: int, noun: str) -> str:
+    return f" {amount(count, noun)} more in the folder." if count > 0 else ""

@@ -1,0 +1,167 @@
+"""The runner on Ray gives what the runner in process gives, whatever dies meanwhile."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.settings import ClusterConfig
+from pipeline import stage, storage
+from pipeline.dataset import Dataset
+from pipeline.embed import Embed, EmbedConfig
+from pipeline.shard import Shard, ShardConfig
+from pipeline.stage import Item, Output, Plan, Stage
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def pool(cluster: Any) -> Iterator[Any]:
+    from jobs.pool import Pool
+    made: list[Pool] = []
+
+    def start(workers: int) -> Pool:
+        made.append(Pool(ClusterConfig(workers=workers)))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.close()
+
+
+def _stages(root: str, pictures: Path) -> list[Stage]:
+    dataset = Dataset.parse(root, "drawn")
+    config = ShardConfig(source=str(pictures), captions=str(pictures / "train.csv"), only_captioned=True,
+                         samples_per_shard=25, image_size=32, format="png")
+    return [Shard(dataset, config), Embed(dataset, EmbedConfig(batch_size=16))]
+
+
+def _bytes(root: str) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(Path(root).rglob("*"))
+            if path.suffix in {".tar", ".parquet", ".npy", ".jsonl"}}
+
+
+def test_ray_gives_the_same_bytes_as_one_process(cluster, pool, tmp_path: Path, drawn_pictures: Path) -> None:
+    roots = {name: str(tmp_path / name) for name in ("local", "one", "three")}
+    pools = {"one": pool(1), "three": pool(3)}
+    manifests: dict[str, list[Any]] = {}
+    for name, root in roots.items():
+        manifests[name] = [stage.timeless(stage.run(one, pools.get(name, stage.in_process)))
+                           for one in _stages(root, drawn_pictures)]
+    assert manifests["local"] == manifests["one"] == manifests["three"]
+    assert _bytes(roots["local"]) == _bytes(roots["one"]) == _bytes(roots["three"])
+    assert len(_bytes(roots["local"])) > 10
+
+
+@dataclass(frozen=True)
+class SlowConfig:
+    items: int = 12
+    seconds: float = 0.4
+    bad: str = ""
+    poison: str = ""
+
+
+class Slow(Stage):
+    """Items that take a while, and say who worked on them; some fail, some kill their worker."""
+
+    name = "slow"
+
+    def __init__(self, root: str, config: SlowConfig, diary: Path) -> None:
+        super().__init__(root, "slow", config)
+        self.diary = str(diary)
+
+    def plan(self) -> Plan:
+        return Plan([Item(f"{number:06d}") for number in range(self.config.items)])
+
+    def process(self, item: Item, scratch: Path) -> Output:
+        with open(self.diary, "a") as file:
+            file.write(f"{item.id} {os.getpid()}\n")
+        tries = Path(self.diary).read_text().count(f"{item.id} ")
+        time.sleep(self.config.seconds)
+        if item.id == self.config.bad and tries == 1:
+            raise RuntimeError("the first try fails")
+        if item.id == self.config.poison:
+            os.kill(os.getpid(), signal.SIGKILL)
+        path = scratch / "out.txt"
+        path.write_text(f"{item.id}\n" * 1000)
+        return Output(samples=1, files={f"{item.id}.txt": path})
+
+
+@pytest.fixture(autouse=True)
+def _by_value() -> None:
+    from ray import cloudpickle
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+def _undisturbed(tmp_path: Path, config: SlowConfig) -> dict[str, Any]:
+    plain = SlowConfig(config.items, 0.0)
+    manifest = stage.timeless(stage.run(Slow(str(tmp_path / "plain"), plain, tmp_path / "plain.txt")))
+    return {key: manifest[key] for key in ("items", "totals", "files")}
+
+
+def _same(manifest: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    bare = stage.timeless(manifest)
+    return {key: bare[key] for key in wanted} == wanted
+
+
+def test_a_killed_worker_costs_nothing(cluster, pool, tmp_path: Path) -> None:
+    config, diary = SlowConfig(), tmp_path / "diary.txt"
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not diary.exists() or len(diary.read_text().splitlines()) < 5:
+            time.sleep(0.05)
+        pid = int(diary.read_text().splitlines()[-1].split()[1])
+        os.kill(pid, signal.SIGKILL)
+        killed.append(pid)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    manifest = stage.run(Slow(str(tmp_path / "root"), config, diary), pool(3))
+    thread.join()
+    assert killed and _same(manifest, _undisturbed(tmp_path, config))
+
+
+def test_a_killed_node_costs_nothing(cluster, pool, tmp_path: Path) -> None:
+    config, diary = SlowConfig(items=16), tmp_path / "diary.txt"
+    node = cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
+
+    def kill() -> None:
+        while not diary.exists() or len(diary.read_text().splitlines()) < 6:
+            time.sleep(0.05)
+        for processes in node.all_processes.values():
+            for one in processes:
+                os.kill(one.process.pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    manifest = stage.run(Slow(str(tmp_path / "root"), config, diary), pool(6))
+    thread.join()
+    assert _same(manifest, _undisturbed(tmp_path, config))
+
+
+def test_a_failed_item_is_tried_again_elsewhere(cluster, pool, tmp_path: Path) -> None:
+    config, diary = SlowConfig(items=6, seconds=0.1, bad="000002"), tmp_path / "diary.txt"
+    manifest = stage.run(Slow(str(tmp_path / "root"), config, diary), pool(2))
+    pids = [line.split()[1] for line in diary.read_text().splitlines() if line.startswith("000002")]
+    assert len(pids) == 2 and pids[0] != pids[1]
+    assert _same(manifest, _undisturbed(tmp_path, config))
+    assert storage.names(str(tmp_path / "root" / "slow" / "failures")) == []
+
+
+def test_an_item_that_kills_its_workers_does_not_stop_the_rest(cluster, pool, tmp_path: Path) -> None:
+    config, diary = SlowConfig(items=4, seconds=0.05, poison="000001"), tmp_path / "diary.txt"
+    stage_ = Slow(str(tmp_path / "root"), config, diary)
+    with pytest.raises(stage.StageFailed, match=r"1 of 4 items failed.*000001.*its worker died 5 times"):
+        stage.run(stage_, pool(2))
+    assert storage.names(str(tmp_path / "root" / "slow" / "records")) == ["000000.json", "000002.json", "000003.json"]
+    assert storage.names(str(tmp_path / "root" / "slow" / "failures")) == ["000001.json"]
+    with pytest.raises(ValueError, match="not sealed"):
+        stage.manifest_of(stage_.folder, "python -m jobs slow")

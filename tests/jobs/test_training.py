@@ -1,0 +1,196 @@
+"""A run that was killed, moved or divided is the run that never was."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.runs import Run
+from jobs.settings import tiny
+from jobs.training import Job, Training, in_processes, work
+from model.config import TrainConfig
+from model.train import train
+from pipeline import stage, storage
+from pipeline.batches import Batches
+from pipeline.dataset import Dataset
+from pipeline.embed import Embed, EmbedConfig
+from pipeline.index import Index, IndexConfig
+from pipeline.neighbors import Neighbors, NeighborsConfig
+from pipeline.shard import Shard, ShardConfig
+
+SETTINGS = """
+[train]
+steps = 24
+global_batch = 8
+log_every = 1
+checkpoint_every = 5
+warmup = 5
+precision = "fp32"
+[train.unet]
+model_channels = 32
+channel_mult = [1, 2]
+num_res_blocks = 1
+attention_downsampling = [2]
+head_dim = 16
+patch = 4
+context_dim = 256
+"""
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory, drawn_pictures: Path) -> Path:
+    """A root with a drawn dataset that has everything training needs; copy it before use."""
+    root = tmp_path_factory.mktemp("prepared") / "root"
+    dataset = Dataset.parse(str(root), "drawn")
+    for stage_ in (Shard(dataset, ShardConfig(source=str(drawn_pictures), captions=str(drawn_pictures / "train.csv"),
+                                              only_captioned=True, image_size=32, format="png", samples_per_shard=50)),
+                   Embed(dataset, EmbedConfig()), Index(dataset, IndexConfig(bytes_per_vector=288)),
+                   Neighbors(dataset, dataset, NeighborsConfig())):
+        stage.run(stage_)
+    (root / "settings.toml").write_text(SETTINGS)
+    return root
+
+
+@pytest.fixture
+def root(prepared: Path, tmp_path: Path) -> Path:
+    """A copy of the prepared root."""
+    shutil.copytree(prepared, tmp_path / "root")
+    return tmp_path / "root"
+
+
+def _config(**changes: Any) -> TrainConfig:
+    small = replace(tiny().train.unet, model_channels=32, channel_mult=(1, 2), num_res_blocks=1,
+                    attention_downsampling=(2,), head_dim=16, patch=4, context_dim=256)
+    return replace(tiny().train, **{"steps": 24, "global_batch": 8, "log_every": 1, "checkpoint_every": 5, "warmup": 5,
+                                    "precision": "fp32", "unet": small} | changes)
+
+
+def _command(root: Path, run: str, *more: str) -> list[str]:
+    return ["-m", "jobs", "train", run, "--dataset", "drawn", "--root", str(root), "--config",
+            str(root / "settings.toml"), *more]
+
+
+def _curve(root: Path, run: str) -> list[tuple[int, float]]:
+    lines = (root / "runs" / run / "metrics.jsonl").read_text().splitlines()
+    return [(json.loads(line)["step"], json.loads(line)["loss"]) for line in lines]
+
+
+def _wait_for_step(root: Path, run: str, step: int, process: "subprocess.Popen[bytes] | None") -> None:
+    path = root / "runs" / run / "metrics.jsonl"
+    end = time.monotonic() + 120
+    while time.monotonic() < end and (process is None or process.poll() is None):
+        if path.exists() and len(path.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{run} never reached step {step}")
+
+
+def _undisturbed(root: Path) -> list[tuple[int, float]]:
+    dataset = Dataset.parse(str(root), "drawn")
+    job = Job(Run.parse(str(root), "undisturbed"), dataset, dataset, _config())
+    assert in_processes(job)
+    stage.run(Training(job))
+    return _curve(root, "undisturbed")
+
+
+def test_killed_at_any_moment_and_started_again_the_curve_is_the_same(root: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, *_command(root, "whole", "--local")], check=True, env=environment)
+    for step in (3, 12, 19):  # before the first checkpoint, between two, and after one
+        process = subprocess.Popen([sys.executable, *_command(root, "killed", "--local")], env=environment,
+                                   stderr=subprocess.DEVNULL)
+        _wait_for_step(root, "killed", step, process)
+        process.kill()
+        process.wait()
+        assert not (root / "runs" / "killed" / "manifest.json").exists()
+    done = subprocess.run([sys.executable, *_command(root, "killed", "--local")], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert _curve(root, "killed") == _curve(root, "whole")
+    assert len(_curve(root, "whole")) == 24
+    one, other = (Run.parse(str(root), name) for name in ("killed", "whole"))
+    assert one.checkpoint(24)["files"] == other.checkpoint(24)["files"]
+
+
+def test_sigterm_saves_before_it_leaves(root: Path) -> None:
+    process = subprocess.Popen([sys.executable, *_command(root, "stopped", "--local", "--steps", "5000",
+                                                          "--checkpoint-every", "100000")])
+    _wait_for_step(root, "stopped", 7, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    steps = Run.parse(str(root), "stopped").steps()
+    assert len(steps) == 1 and steps[0] >= 7
+
+
+@pytest.mark.ray
+def test_two_ray_workers_of_which_one_dies_equal_torchrun_and_one_process(root: Path, cluster: Any) -> None:
+    one = _undisturbed(root)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                    *_command(root, "torchrun")], check=True, stderr=subprocess.DEVNULL,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([sys.executable, *_command(root, "ray")], stderr=subprocess.PIPE)
+    _wait_for_step(root, "ray", 8, process)
+    victims = _train_workers()
+    assert victims
+    os.kill(victims[0], signal.SIGKILL)
+    _, log = process.communicate(timeout=200)
+    assert process.returncode == 0, log.decode()
+    assert _curve(root, "ray") == _curve(root, "torchrun")
+    assert [step for step, _ in one] == [step for step, _ in _curve(root, "ray")]
+    assert [loss for _, loss in one] == pytest.approx([loss for _, loss in _curve(root, "ray")], rel=2e-3)
+    assert stage.manifest_of(str(root / "runs" / "ray"), "")["info"]["steps"] == 24
+    assert not (root / "runs" / "ray" / "ray").exists()
+
+
+def _train_workers() -> list[int]:
+    """Processes of Ray Train's workers on this machine."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            name = path.read_bytes()
+        except OSError:
+            continue
+        if b"RayTrainWorker" in name:
+            found.append(int(path.parent.name))
+    return sorted(found)
+
+
+def test_other_settings_on_a_run_are_refused_by_name(root: Path) -> None:
+    dataset = Dataset.parse(str(root), "drawn")
+    job = Job(Run.parse(str(root), "run"), dataset, dataset, _config(steps=2))
+    assert in_processes(job)
+    with pytest.raises(ValueError, match=r"section\.train\.lr: there 0\.\d+, now 0\.1"):
+        in_processes(replace(job, config=_config(steps=2, lr=0.1)))
+    with pytest.raises(ValueError, match=r"--context-dim 256"):
+        stage.prepare(Training(Job(Run.parse(str(root), "other"), dataset, dataset,
+                                   _config(unet=replace(_config().unet, context_dim=64)))))
+
+
+def test_a_checkpoint_without_manifest_is_not_read(root: Path) -> None:
+    dataset = Dataset.parse(str(root), "drawn")
+    job = Job(Run.parse(str(root), "cut"), dataset, dataset, _config(steps=10))
+    assert in_processes(job)
+    storage.remove(storage.join(job.run.folder, "checkpoints", "0000010", "manifest.json"))
+    (root / "runs" / "cut" / "checkpoints" / "0000010" / "model.safetensors").write_bytes(b"half")
+    assert job.run.latest_step() == 5
+    assert work(job) == 10
+    job.run.fetch(10)
+
+
+def test_true_neighbours_beat_those_of_other_pictures(prepared: Path) -> None:
+    dataset = Dataset.parse(str(prepared), "drawn")
+    config = _config(steps=300, global_batch=16, log_every=100, checkpoint_every=10_000, lr=1e-3, warmup=20)
+    losses = {}
+    for true in (True, False):
+        batches = Batches(dataset, dataset, k=config.k, global_batch=16, seed=0, true_neighbors=true)
+        records: list[dict[str, Any]] = []
+        train(config, batches.at, device="cpu", save=lambda *_: None, log=records.append)
+        losses[true] = records[-1]["loss"]
+    assert losses[True] < 0.97 * losses[False], losses

@@ -1,0 +1,250 @@
+import io
+import json
+import shutil
+import tarfile
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import clip, embed, stage, storage, tars
+from pipeline.clip import ClipConfig
+from pipeline.dataset import Dataset, Embeddings, file_of
+from pipeline.embed import Embed, EmbedConfig
+from pipeline.shard import Shard, ShardConfig
+from pipeline.stage import StageFailed
+from tests.pipeline import made
+
+
+@pytest.fixture(autouse=True)
+def as_new_process():
+    """Weights are read anew, as by the next command."""
+    yield
+    clip.load.cache_clear()
+    clip.describe.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """The bundled weights in a file of one's own."""
+    return shutil.copy(clip.BUNDLED / "tiny_clip.safetensors", tmp_path_factory.mktemp("weights") / "w.safetensors")
+
+
+def pictures_of(dataset: Dataset) -> list[Image.Image]:
+    return [Image.open(io.BytesIO(tars.picture(sample))).convert("RGB")
+            for record in dataset.manifest("shards")["items"]
+            for sample in tars.read(dataset.fetch("shards", file_of(record, ".tar")))]
+
+
+def embedded_by_open_clip(pictures: list[Image.Image], **preprocessing) -> np.ndarray:
+    """By the steps of open_clip's own documentation."""
+    open_clip.add_model_config(clip.BUNDLED)
+    model, _, preprocess = open_clip.create_model_and_transforms(
+        "tiny-clip-64", pretrained=str(clip.BUNDLED / "tiny_clip.safetensors"), **preprocessing)
+    model.eval()
+    with torch.no_grad():
+        features = model.encode_image(torch.stack([preprocess(picture) for picture in pictures]))
+        return (features / features.norm(dim=-1, keepdim=True)).numpy()
+
+
+def test_embeddings_are_those_of_open_clip_row_by_row(built):
+    rows, pictures = Embeddings(built).all().astype(np.float32), pictures_of(built)
+    assert len(rows) == len(pictures) == 72
+    cosine = (rows * embedded_by_open_clip(pictures)).sum(1)
+    assert cosine.min() > 1 - 1e-3
+    # The comparison is sharp: one row further, or with other means, it fails.
+    assert (np.roll(rows, 1, axis=0) * rows).sum(1).min() < 0.9
+    other = embedded_by_open_clip(pictures, image_mean=clip.open_clip.OPENAI_DATASET_STD,
+                                  image_std=clip.open_clip.OPENAI_DATASET_MEAN)
+    assert (rows * other).sum(1).min() < 1 - 1e-3
+
+
+def test_rows_are_of_unit_length_and_half_precision(built):
+    embeddings = Embeddings(built)
+    assert all(shard.dtype == np.float16 for shard in embeddings.shards)
+    assert np.abs(np.linalg.norm(embeddings.all().astype(np.float32), axis=1) - 1).max() < 1e-3
+    assert [len(shard) for shard in embeddings.shards] == [30, 30, 12] and embeddings.dim == 256
+
+
+def test_rows_by_id_are_rows_by_shard(built):
+    embeddings, ids = Embeddings(built), np.array([[71, 0, 29], [30, -1, 59]])
+    rows, every = embeddings.rows(ids), embeddings.all()
+    assert rows.shape == (2, 3, 256) and not rows[1, 1].any()
+    np.testing.assert_array_equal(rows[ids >= 0], every[ids[ids >= 0]])
+
+
+def test_texts_are_those_of_open_clip():
+    encoder = clip.load(ClipConfig())
+    model = encoder.model
+    texts = ["a red heart", "blue square"]
+    with torch.no_grad():
+        expected = model.encode_text(open_clip.get_tokenizer("tiny-clip-64")(texts))
+    expected = (expected / expected.norm(dim=-1, keepdim=True)).numpy()
+    np.testing.assert_allclose(encoder.texts(texts), expected, atol=1e-4)
+
+
+def test_the_description_is_of_what_was_loaded():
+    description, encoder = clip.describe(ClipConfig()), clip.load(ClipConfig())
+    loaded = encoder.model.visual.preprocess_cfg
+    assert description["dim"] == encoder.dim == 256
+    said = description["preprocessing"]
+    assert list(loaded["mean"]) == list(said["mean"]) and list(loaded["std"]) == list(said["std"])
+    assert loaded["interpolation"] == said["interpolation"] and loaded["resize_mode"] == said["resize"]
+    assert json.loads(json.dumps(description)) == description
+
+
+@pytest.mark.parametrize("model", ["ViT-B-16-SigLIP-256", "ViT-L-14", "ViT-B-32"])
+def test_the_description_has_the_preprocessing_of_the_tag(model, tmp_path, monkeypatch):
+    """Told from names alone: these weights are too large to fetch."""
+    tag = open_clip.list_pretrained_tags_by_model(model)[0]
+    (tmp_path / "w").write_bytes(b"weights")
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda *_, **__: str(tmp_path / "w"))
+    said = clip.describe(ClipConfig(model, tag))["preprocessing"]
+    wanted = open_clip.factory.PreprocessCfg(**{key: value for key, value in open_clip.get_pretrained_cfg(
+        model, tag).items() if key in open_clip.factory.PreprocessCfg.__dataclass_fields__})
+    assert (list(said["mean"]), list(said["std"])) == (list(wanted.mean), list(wanted.std))
+    assert (said["interpolation"], said["resize"]) == (wanted.interpolation, wanted.resize_mode)
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_the_size_of_batches_changes_next_to_nothing(built, copied, size):
+    shutil.rmtree(copied.folder("embeddings"))
+    stage.run(Embed(copied, EmbedConfig(batch_size=size)))
+    one, other = Embeddings(built).all().astype(np.float32), Embeddings(copied).all().astype(np.float32)
+    assert (one * other).sum(1).min() > 1 - 1e-3
+
+
+def test_two_runs_give_the_same_bytes_whatever_the_threads(built, copied):
+    before = torch.get_num_threads()
+    shutil.rmtree(copied.folder("embeddings"))
+    torch.set_num_threads(1)
+    try:
+        stage.run(Embed(copied, EmbedConfig(batch_size=16)))
+    finally:
+        torch.set_num_threads(before)
+    assert stage.timeless(copied.manifest("embeddings")) == stage.timeless(built.manifest("embeddings"))
+
+
+def test_another_encoder_on_the_same_folder_is_refused_and_named(copied, weights):
+    with pytest.raises(ValueError, match=r'section\.encoder\.pretrained: there "bundled", now "file"'):
+        stage.run(Embed(copied, EmbedConfig(pretrained=str(weights))))
+    with pytest.raises(ValueError, match=r'section\.precision: there "auto", now "bf16"'):
+        stage.run(Embed(copied, EmbedConfig(batch_size=16, precision="bf16")))
+
+
+def test_weights_in_a_file_give_the_same_vectors(built, copied, weights):
+    shutil.rmtree(copied.folder("embeddings"))
+    stage.run(Embed(copied, EmbedConfig(pretrained=str(weights), batch_size=16)))
+    np.testing.assert_array_equal(Embeddings(built).all(), Embeddings(copied).all())
+    # The same weights, but told apart all the same: the names are what the user chose.
+    with pytest.raises(ValueError, match="pretrained"):
+        embed.same_encoder(built, copied)
+
+
+def changed(weights, folder):
+    """Other weights under the same name in another folder."""
+    from safetensors.torch import load_file, save_file
+    tensors = load_file(weights)
+    name = next(name for name in tensors if name.endswith("proj"))
+    tensors[name] = tensors[name] + 0.1
+    save_file(tensors, folder / "w.safetensors")
+    return folder / "w.safetensors"
+
+
+def test_weights_swapped_under_the_same_name_are_refused(copied, weights, tmp_path):
+    shutil.rmtree(copied.folder("embeddings"))
+    own = shutil.copy(weights, tmp_path / "w.safetensors")
+    config = EmbedConfig(pretrained=str(own))
+    stage.run(Embed(copied, config))
+    changed(weights, tmp_path)
+    clip.describe.cache_clear()
+    with pytest.raises(ValueError, match=r"section\.encoder\.weights_sha256"):
+        stage.run(Embed(copied, config))
+
+
+def test_a_worker_with_other_weights_than_the_plan_is_refused(copied, weights, tmp_path):
+    """The file has the same name on every machine, but not the same bytes."""
+    shutil.rmtree(copied.folder("embeddings"))
+    own = shutil.copy(weights, tmp_path / "w.safetensors")
+    one = Embed(copied, EmbedConfig(pretrained=str(own)))
+    items = stage.prepare(one)
+    changed(weights, tmp_path)
+    clip.describe.cache_clear()
+    with pytest.raises(ValueError, match="not those of the plan"):
+        stage.work(one, items[0])
+    assert storage.names(storage.join(one.folder, "records")) == []
+
+
+def test_what_open_clip_does_not_know_is_refused(copied, tmp_path):
+    (tmp_path / "wrong.safetensors").write_bytes(b"no weights")
+    for config, message in [
+        (EmbedConfig(model="no-such-model", pretrained=__file__), "open_clip knows no model"),
+        (EmbedConfig(pretrained="no-such-tag"), "open_clip has no weights 'no-such-tag'"),
+        (EmbedConfig(model="ViT-B-32"), "only tiny-clip-64 is bundled"),
+    ]:
+        with pytest.raises(ValueError, match=message) as caught:
+            Embed(copied, config).section()
+        assert "hint:" in str(caught.value)
+    with pytest.raises(ValueError, match="cannot load") as caught:
+        clip.load(ClipConfig(pretrained=str(tmp_path / "wrong.safetensors")))
+    with pytest.raises(ValueError, match="batch_size"):
+        Embed(copied, EmbedConfig(batch_size=0))
+
+
+def test_a_tar_cut_between_two_members_is_refused(copied):
+    """Such a tar reads without an error; only its manifest tells what is missing."""
+    shutil.rmtree(copied.folder("embeddings"))
+    manifest_path = storage.join(copied.folder("shards"), "manifest.json")
+    manifest = storage.read_json(manifest_path)
+    entry = file_of(manifest["items"][1], ".tar")
+    path = storage.local_path(storage.join(copied.folder("shards"), entry["name"]))
+    with tarfile.open(path) as tar:
+        cut = tar.getmembers()[-3].offset
+    path.write_bytes(path.read_bytes()[:cut])
+    assert len(list(tars.read(path))) == 29
+    with pytest.raises(StageFailed, match="is not the file its manifest describes"):
+        stage.run(Embed(copied, EmbedConfig()))
+    # Even where the manifest was written anew for the shorter file.
+    entry |= stage.describe(entry["name"], path)
+    storage.put_json(manifest, manifest_path)
+    shutil.rmtree(copied.folder("embeddings"))
+    with pytest.raises(StageFailed, match="does not have the 30 samples"):
+        stage.run(Embed(copied, EmbedConfig()))
+
+
+def test_a_picture_that_does_not_decode_is_a_row_of_zeros(copied, built):
+    shutil.rmtree(copied.folder("embeddings"))
+    folder = copied.folder("shards")
+    manifest = storage.read_json(storage.join(folder, "manifest.json"))
+    entry = file_of(manifest["items"][1], ".tar")
+    path = storage.local_path(storage.join(folder, entry["name"]))
+    samples = list(tars.read(path))
+    for row in (0, 16, 29):
+        samples[row]["png"] = b"spoiled"
+    tars.write(path, [{key: value for key, value in sample.items() if key != "__url__"} for sample in samples])
+    entry |= stage.describe(entry["name"], path)
+    storage.put_json(manifest, storage.join(folder, "manifest.json"))
+    sealed = stage.run(Embed(copied, EmbedConfig(batch_size=8)))
+    assert sealed["totals"]["noted"] == {"undecodable": 3} and sealed["totals"]["samples"] == 72
+    rows, expected = Embeddings(copied).all(), Embeddings(built).all()
+    assert np.flatnonzero(~rows.any(1)).tolist() == [30, 46, 59]
+    rest = rows.any(1)
+    assert (rows[rest].astype(np.float32) * expected[rest]).sum(1).min() > 1 - 1e-3
+
+
+def test_a_shard_without_samples_has_embeddings_without_rows(tmp_path):
+    source = made.drawings(tmp_path / "source", subjects=1, size=16)
+    for number in range(4):
+        (source / f"a{number}.png").write_bytes(b"no picture")
+    dataset = Dataset.parse(str(tmp_path), "x")
+    stage.run(Shard(dataset, ShardConfig(source=str(source), samples_per_shard=4, image_size=16)))
+    stage.run(Embed(dataset, EmbedConfig()))
+    assert [shard.shape for shard in Embeddings(dataset).shards] == [(0, 256), (4, 256), (2, 256)]
+
+
+def test_unsealed_shards_are_refused_with_the_command(tmp_path):
+    dataset = Dataset.parse(str(tmp_path), "x@v2")
+    with pytest.raises(ValueError, match=r"not sealed.*\nhint: python -m jobs shard x@v2 --source FOLDER --root"):
+        stage.run(Embed(dataset, EmbedConfig()))

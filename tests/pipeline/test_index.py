@@ -1,0 +1,206 @@
+import re
+
+import faiss
+import numpy as np
+import pytest
+
+from pipeline import index, stage
+from pipeline.dataset import Dataset, Embeddings
+from pipeline.index import Index, IndexConfig, Searcher
+from tests.pipeline import made
+
+
+def bytes_of(built_index) -> bytes:
+    return faiss.serialize_index(built_index).tobytes()
+
+
+@pytest.fixture(scope="module")
+def many():
+    return made.clustered(12_000, 32, clusters=100)
+
+
+@pytest.fixture(scope="module")
+def few():
+    return made.clustered(2_000, 32)
+
+
+@pytest.mark.parametrize("text", ["4G", "4g", "4GB", "4GiB", " 4 G ", "4096M", str(4 << 30)])
+def test_sizes_are_read(text):
+    assert index.memory(text) == 4 << 30
+
+
+@pytest.mark.parametrize("text", ["", "four", "4X", "-1G", "4G5", "1e9"])
+def test_what_is_no_size_is_refused(text, tmp_path):
+    with pytest.raises(ValueError, match="is not a size\nhint"):
+        Index(Dataset(str(tmp_path), "x"), IndexConfig(max_memory=text))
+
+
+@pytest.mark.parametrize("budget", ["1G", "300K", "100K", "70K", "40K", "20K"])
+def test_an_index_below_ten_thousand_vectors_obeys_its_budget(few, budget):
+    built, infos, info = index.build(few, IndexConfig(max_memory=budget))
+    assert len(bytes_of(built)) == info["bytes"] == infos["size in bytes"] <= index.memory(budget) == info["budget"]
+    assert built.ntotal == infos["nb vectors"] == 2_000 and built.d == infos["vectors dimension"] == 32
+    assert infos["index_key"] == info["key"] and infos["compression ratio"] == round(2_000 * 128 / info["bytes"], 4)
+
+
+@pytest.mark.parametrize("budget", ["1G", "3M", "1M", "600K", "300K", "100K"])
+def test_an_index_above_ten_thousand_vectors_obeys_its_budget(many, budget):
+    built, _, info = index.build(many, IndexConfig(max_memory=budget))
+    assert len(bytes_of(built)) == info["bytes"] <= index.memory(budget)
+    assert built.ntotal == 12_000
+
+
+def test_above_ten_thousand_the_kind_is_autofaiss_s(many):
+    from autofaiss.external.optimize import get_optimal_index_keys_v2
+    for budget in ("1G", "1M"):
+        _, _, info = index.build(many, IndexConfig(max_memory=budget))
+        assert info["key"] in get_optimal_index_keys_v2(12_000, 32, budget)
+
+
+def test_a_budget_per_vector_is_a_budget_like_any_other(many):
+    _, _, whole = index.build(many, IndexConfig(max_memory=str(12_000 * 40)))
+    _, _, each = index.build(many, IndexConfig(bytes_per_vector=40))
+    assert each == whole and each["bytes_per_vector"] <= 40
+
+
+@pytest.mark.parametrize("config", [IndexConfig(max_memory="1K"), IndexConfig(bytes_per_vector=1),
+                                    IndexConfig(max_memory="1K", key="SQ8")])
+@pytest.mark.parametrize("count", [50, 600, 2_000])
+def test_an_impossible_budget_names_the_least_and_that_works(few, config, count):
+    with pytest.raises(ValueError, match="hint: the smallest possible has about") as caught:
+        index.build(few[:count], config)
+    flag, value = re.search(r"--(max-memory|bytes-per-vector) (\w+)$", str(caught.value)).groups()
+    settings = {"max_memory": value} if flag == "max-memory" else {"bytes_per_vector": int(value)}
+    _, _, info = index.build(few[:count], IndexConfig(**{"key": config.key} | settings))
+    budget = index.memory(value) if flag == "max-memory" else int(value) * count
+    assert info["bytes"] <= budget < 1.2 * info["bytes"] + 1024
+
+
+@pytest.mark.parametrize(("key", "floor"), [("Flat", 1.0), ("SQ8", 0.9), ("PQ8x8", 0.1), ("IVF32,Flat", 0.9),
+                                            ("HNSW15", 0.9)])
+def test_recall_is_that_of_queries_that_are_not_in_the_index(few, key, floor):
+    config = IndexConfig(key=key, queries=150)
+    built, _, info = index.build(few, config)
+    assert info["recall_queries"] == 150 and info["recall_rows"] == 1850
+    # Measured again with other means: another index of the same kind and setting without these rows.
+    held = np.random.default_rng((0, 17)).choice(2_000, 150, replace=False)
+    kept = np.setdiff1d(np.arange(2_000), held)
+    other = faiss.index_factory(32, key, faiss.METRIC_INNER_PRODUCT)
+    other.train(few[kept])
+    other.add(few[kept])
+    if info["parameter"]:
+        faiss.ParameterSpace().set_index_parameters(other, info["parameter"])
+    found = other.search(few[held], 10)[1]
+    exact = np.argsort(-few[held] @ few[kept].T, axis=1, kind="stable")[:, :10]
+    recall = np.mean([len(set(a) & set(b)) for a, b in zip(found.tolist(), exact.tolist(), strict=True)]) / 10
+    assert info["recall_at_10"] == pytest.approx(recall, abs=0.02) and recall >= floor
+    assert built.ntotal == 2_000
+
+
+def test_effort_is_the_least_that_reaches_the_target(few):
+    efforts = {}
+    for target in (0.5, 0.99):
+        built, _, info = index.build(few, IndexConfig(key="IVF64,Flat", target_recall=target))
+        assert info["recall_at_10"] >= target
+        assert info["parameter"] == f"nprobe={built.nprobe}"
+        efforts[target] = built.nprobe
+    assert efforts[0.5] < efforts[0.99]
+
+
+@pytest.mark.parametrize("key", ["", "Flat", "SQ8", "HNSW15", "IVF32,Flat"])
+def test_ids_are_global_rows(few, key):
+    built, _, _ = index.build(few, IndexConfig(key=key, target_recall=1.0))
+    found = built.search(few, 1)[1][:, 0]
+    assert (found == np.arange(len(few))).mean() > 0.99
+
+
+def test_training_takes_a_sample_of_all_not_the_first_rows(few):
+    """The first rows may be all of one kind: a quantiser that saw only them would spoil the others."""
+    one_kind = np.concatenate([np.repeat(few[:1], 1_000, axis=0), few[1_000:]])
+    built, _, _ = index.build(one_kind, IndexConfig(key="SQ8", train_points=200, queries=0))
+    error = np.abs(built.reconstruct_n(0, 2_000) - one_kind).max()
+    assert error < 0.3
+
+
+def test_the_final_fill_uses_what_was_trained(few):
+    built, _, _ = index.build(few, IndexConfig(key="PQ8x8"))
+    assert built.is_trained and built.ntotal == 2_000
+    approximate = built.reconstruct_n(0, 2_000)
+    assert (approximate * few).sum(1).mean() > 0.8
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 10, 50, 99, 100, 101, 999])
+@pytest.mark.parametrize("budget", ["4G", "auto"])
+def test_tiny_databases_work(few, count, budget):
+    limit = "4G" if budget == "4G" else str(count * 40 + 3_000)
+    built, _, info = index.build(few[:count], IndexConfig(max_memory=limit))
+    assert built.ntotal == count
+    assert set(built.search(few[:count], count)[1][:, 0].tolist()) <= set(range(count))
+    assert info["recall_queries"] == count // 10
+
+
+def test_no_vectors_are_refused():
+    with pytest.raises(ValueError, match="no vectors"):
+        index.build(np.empty((0, 32), np.float32), IndexConfig())
+
+
+def test_a_key_that_faiss_cannot_build_is_refused(few):
+    for key in ("NoSuchKind", "IVF4096,Flat", "PQ7x8"):
+        with pytest.raises(ValueError, match="faiss cannot build") as caught:
+            index.build(few, IndexConfig(key=key))
+        assert "hint:" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["Flat", "SQ8", "PQ8x8", "IVF32,SQ8", "OPQ8_32,IVF32,PQ8x4", "HNSW15", "IVF64_HNSW8,Flat"])
+def test_equal_vectors_give_equal_bytes_whatever_the_threads(few, key):
+    threads, seen = faiss.omp_get_max_threads(), set()
+    try:
+        for number in (1, 2, 2, 3):
+            faiss.omp_set_num_threads(number)
+            seen.add(bytes_of(index.build(few, IndexConfig(key=key))[0]))
+            assert faiss.omp_get_max_threads() == number
+    finally:
+        faiss.omp_set_num_threads(threads)
+    assert len(seen) == 1
+
+
+def test_rows_of_zeros_are_no_queries_and_never_found(tmp_path, few):
+    vectors = few[:500].copy()
+    vectors[::3] = 0
+    database = made.given(tmp_path, "x", [vectors])
+    manifest = stage.run(Index(database, IndexConfig()))
+    assert manifest["info"]["recall_at_10"] == 1.0
+    ids, scores = Searcher(database).search(-vectors[1:2], 400)
+    assert (ids[0] % 3 != 0)[ids[0] >= 0].all() and (ids[0] < 0).sum() == 400 - 333
+    assert np.isneginf(scores[ids < 0]).all()
+
+
+def test_the_stage_gives_the_same_bytes_twice(tmp_path, few):
+    manifests = []
+    for name in ("one", "other"):
+        database = made.given(tmp_path / name, "x", [few[:700], few[700:]])
+        manifests.append(stage.timeless(stage.run(Index(database, IndexConfig()))))
+    assert manifests[0] == manifests[1]
+
+
+@pytest.mark.parametrize("budget", ["4G", "80K"])
+def test_search_gives_exact_products_nearest_first(tmp_path, few, budget):
+    database = made.given(tmp_path, "x", [few[:700], few[700:1900]])
+    stage.run(Index(database, IndexConfig(max_memory=budget)))
+    searcher, queries = Searcher(database), few[1900:]
+    ids, scores = searcher.search(queries, 5)
+    stored = Embeddings(database).all().astype(np.float32)
+    np.testing.assert_allclose(scores, (stored[ids] * queries[:, None]).sum(-1), atol=1e-5)
+    assert (np.diff(scores, axis=1) <= 0).all()
+    exact = np.sort(queries @ stored.T, axis=1)[:, :-6:-1]
+    assert np.isclose(scores, exact, atol=1e-5).mean() > 0.95
+
+
+def test_an_index_of_other_embeddings_is_refused(tmp_path, few):
+    database = made.given(tmp_path, "x", [few[:300]])
+    stage.run(Index(database, IndexConfig()))
+    other = made.given(tmp_path / "other", "x", [few[:200]])
+    import shutil
+    shutil.copytree(database.folder("index"), other.folder("index"))
+    with pytest.raises(ValueError, match="has 300 rows, its embeddings 200\nhint"):
+        Searcher(other)
