@@ -26,6 +26,7 @@ from pipeline.shard import Shard
 from pipeline.stage import Stage, StageFailed
 
 _log = logging.getLogger(__name__)
+_GO_ON = "hint: nothing that is recorded is lost; the same command goes on from here"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return _misuse(str(error))
     except (StageFailed, OSError, FloatingPointError) as error:
-        text = str(error) if isinstance(error, StageFailed | storage.StorageError | FloatingPointError) else _os_error(error)
+        text = str(error) if "hint:" in str(error) else f"{error}\n{_GO_ON}"
         print(f"error: {storage.without_credentials(text)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -58,10 +59,6 @@ def main(arguments: list[str] | None = None) -> int:
 def _misuse(message: str) -> int:
     print(f"error: {storage.without_credentials(message)}", file=sys.stderr)
     return 2
-
-
-def _os_error(error: BaseException) -> str:
-    return f"{error}\nhint: nothing that is recorded is lost; the same command goes on from here"
 
 
 def _settings(arguments: list[str]) -> Settings:

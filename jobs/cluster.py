@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import socket
 from pathlib import Path
 
 import ray
@@ -14,11 +15,13 @@ def connect() -> None:
         return
     options = {"log_to_driver": False, "logging_level": logging.ERROR}
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    if os.environ.get("RAY_ADDRESS"):
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
         try:
+            _knock(address)
             ray.init(**options)
-        except ConnectionError as error:
-            raise ValueError(f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error}\n"
+        except OSError as error:  # ConnectionError is one
+            raise ValueError(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}\n"
                              f"hint: start one, unset RAY_ADDRESS to use one on this machine, or --local for none"
                              ) from error
         return
@@ -29,6 +32,13 @@ def connect() -> None:
     # With as many logical CPUs as cores an actor, its driver and Train's controller starve each other.
     ray.init(num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False,
              object_store_memory=200 << 20, **options)
+
+
+def _knock(address: str) -> None:
+    """ConnectionError at once where nobody listens: Ray itself tries for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _has_token() -> bool:

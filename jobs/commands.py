@@ -40,7 +40,8 @@ class Rebuild:
     """Empty the folder of this stage first."""
 
 
-Dataset = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET", help="Name of the dataset, NAME or NAME@VERSION.")]
+Dataset = Annotated[str, tyro.conf.Positional,
+                    tyro.conf.arg(metavar="DATASET", help="Name of the dataset, NAME or NAME@VERSION.")]
 RunName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="Name of the run.")]
 
 

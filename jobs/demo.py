@@ -108,5 +108,5 @@ def _prompts(pictures: Pictures) -> tuple[str, ...]:
     subjects = drawn_corpus.catalog(pictures.config.subjects, pictures.config.seed).pictures
     captions = list(dict.fromkeys(one.caption for one in subjects if not one.held_out))
     held_out = list(dict.fromkeys(one.caption for one in subjects if one.held_out))
-    return tuple([*captions[::max(1, len(captions) // 5)][:5], *held_out[:3]])
+    return (*captions[::max(1, len(captions) // 5)][:5], *held_out[:3])
 

@@ -39,7 +39,8 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         if self.k < 0 or self.batch_size < 1:
-            raise ValueError(f"sample.k = {self.k} must be at least 0, sample.batch_size = {self.batch_size} at least 1")
+            raise ValueError(f"sample.k = {self.k} must be at least 0, "
+                             f"sample.batch_size = {self.batch_size} at least 1")
 
 
 class Sampling(Stage):
@@ -103,7 +104,8 @@ class Sampling(Stage):
         context = torch.from_numpy(np.concatenate([texts[:, None], neighbors], 1))  # (prompts, 1 + k, D)
         denoiser, config, about = self._denoiser()
         pictures = self._draw(denoiser, config, context)
-        found = {one.row: one for one in lookup.samples(database, sorted({int(row) for row in ids.ravel() if row >= 0}))}
+        rows = sorted({int(row) for row in ids.ravel() if row >= 0})
+        found = {one.row: one for one in lookup.samples(database, rows)}
         output, drawn = Output(samples=len(self.prompts)), []
         for number, prompt in enumerate(self.prompts):
             name = f"{item.id}/{number:02d}-{_slug(prompt)}"
@@ -164,8 +166,8 @@ class Sampling(Stage):
                 one = pictures[prompt, database.label]
                 picture = self._read(one["file"])
                 cells.append(_with_neighbors(picture, [self._read(near["file"]) for near in one["neighbors"][:4]]))
-        return contact_sheet(cells, len(self.databases), row_labels=list(self.prompts), cell=max(one.width for one in cells),
-                             column_labels=[one.label for one in self.databases])
+        return contact_sheet(cells, len(self.databases), cell=max(one.width for one in cells),
+                             row_labels=list(self.prompts), column_labels=[one.label for one in self.databases])
 
     def _read(self, name: str) -> Image.Image:
         return Image.open(io.BytesIO(storage.read_bytes(storage.join(self.folder, name)))).convert("RGB")

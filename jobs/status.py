@@ -2,20 +2,27 @@
 
 from typing import Any
 
+from jobs import tracking
+from jobs.runs import Run
 from pipeline import stage, storage
 from pipeline.stage import Stage
 
 _OF_A_DATASET = ("shards", "embeddings", "index")
+_KEYS = {"plan.json": {"stage", "items", "inputs", "section"}, "manifest.json": {"stage", "items", "content"}}
 
 
 def of(root: str) -> list[dict[str, Any]]:
-    """Every stage below `root` with its state: absent, planned, i of n, sealed or stale.
+    """Every stage below `root` with its state: absent, planned, i of n, sealed, stale or damaged.
 
-    Stale means that an input was rebuilt since, and has other content now.
+    Stale means that an input was rebuilt since, and has other content now; damaged, that a plan or
+    manifest cannot be read.
     """
     found = []
     for path in _paths(root):
-        found.append({"path": path, **_state(root, path)})
+        try:
+            found.append({"path": path, **_state(root, path)})
+        except ValueError as error:
+            found.append({"path": path, "state": "damaged", "error": str(error).splitlines()[0]})
     return found
 
 
@@ -74,21 +81,24 @@ def _state(root: str, path: str) -> dict[str, Any]:
         failed = len(storage.names(storage.join(root, path, "failures")))
         state = f"{done} of {len(plan['items'])}" if done else "planned"
         if plan["stage"] == "train":
-            state = _train_state(root, path, plan)
+            steps = Run(root, path.split("/")[1]).steps()
+            state = f"{steps[-1]} of {plan['section']['train']['steps']}" if steps else "planned"
         return about | {"state": "stale" if changed else state, "changed": changed, "failed": failed}
-    return about | {"state": "stale" if changed else "sealed", "changed": changed,
-                    **{key: manifest["totals"][key] for key in ("samples", "bytes", "skipped", "noted")},
-                    "seconds": manifest["run"]["seconds"]}
-
-
-def _train_state(root: str, path: str, plan: dict[str, Any]) -> str:
-    """A run has one item, so its steps tell how far it is."""
-    steps = [int(name) for name in storage.folders(storage.join(root, path, "checkpoints")) if name.isdigit()
-             and storage.exists(storage.join(root, path, "checkpoints", name, "manifest.json"))]
-    return f"{max(steps)} of {plan['section']['train']['steps']}" if steps else "planned"
+    sealed = about | {"state": "stale" if changed else "sealed", "changed": changed,
+                      **{key: manifest["totals"][key] for key in ("samples", "bytes", "skipped", "noted")},
+                      "seconds": manifest["run"]["seconds"]}
+    if plan["stage"] == "train":
+        # The stage only collects what the run left: its time and bytes are those of the run.
+        run = Run(root, path.split("/")[1])
+        lines = tracking.read(run)
+        sealed["seconds"] = round(lines[-1]["seconds"], 1) if lines else None
+        sealed["bytes"] += sum(entry["bytes"] for step in run.steps() for entry in run.checkpoint(step)["files"])
+    return sealed
 
 
 def _detail(one: dict[str, Any]) -> str:
+    if one["state"] == "damaged":
+        return one["error"]
     if one.get("changed"):
         return f"rebuilt since: {', '.join(one['changed'])}"
     if "samples" in one:
@@ -98,7 +108,11 @@ def _detail(one: dict[str, Any]) -> str:
 
 
 def _read(root: str, path: str, name: str) -> Any:
+    """A document of a stage folder, None if it is not there; ValueError if it is not ours."""
     try:
-        return storage.read_json(storage.join(root, path, name))
+        document = storage.read_json(storage.join(root, path, name))
     except FileNotFoundError:
         return None
+    if not isinstance(document, dict) or not _KEYS[name] <= document.keys():
+        raise ValueError(f"{storage.join(root, path, name)} is damaged")
+    return document

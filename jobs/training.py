@@ -14,7 +14,7 @@ from jobs import tracking
 from jobs.runs import Run
 from model.config import FREE_ON_RESUME, TrainConfig, to_dict
 from model.train import train
-from pipeline import embed, stage, storage
+from pipeline import embed, stage
 from pipeline.batches import Batches
 from pipeline.dataset import Dataset
 from pipeline.images import pixels
@@ -66,19 +66,19 @@ class Training(Stage):
     def plan(self) -> Plan:
         dim = embed.encoder_of(self.job.database)["dim"]
         if self.job.config.unet.context_dim != dim:
-            raise ValueError(f"the network takes vectors of {self.job.config.unet.context_dim}, {self.job.database.label} "
-                             f"has vectors of {dim}\nhint: --context-dim {dim}")
+            raise ValueError(f"the network takes vectors of {self.job.config.unet.context_dim}, "
+                             f"{self.job.database.label} has vectors of {dim}\nhint: --context-dim {dim}")
         return Plan([Item("run")])
 
     def process(self, item: Item, scratch: Any) -> Output:
         """What the finished run left: the curve, and the checkpoint it ended with."""
         step = self.job.run.latest_step()
         assert step >= self.job.config.steps, (step, self.job.config.steps)
-        curve = scratch / "metrics.jsonl"
-        curve.write_bytes(storage.read_bytes(storage.join(self.folder, "metrics.jsonl")))
         lines = tracking.read(self.job.run)
-        return Output(samples=self.job.config.steps * self.job.config.global_batch, files={"metrics.jsonl": curve},
-                      info={"steps": step, "checkpoint": self.job.run.checkpoint(step)["content"],
+        # Not the file of the curve: there are seconds in it, and an equal run has other ones.
+        curve = stage.digest([[line["step"], line["loss"]] for line in lines])
+        return Output(samples=self.job.config.steps * self.job.config.global_batch,
+                      info={"steps": step, "checkpoint": self.job.run.checkpoint(step)["content"], "curve": curve,
                             "loss": lines[-1]["loss"] if lines else None})
 
     def finish(self, records: list[dict[str, Any]], scratch: Any) -> Output:

@@ -35,8 +35,8 @@ def tiny() -> TrainConfig:
 def imagenet_400m() -> TrainConfig:
     """RDM-256 on ImageNet, 401 M parameters, on VQ-f4 latents of 64x64x3 (arXiv:2204.11824).
 
-    The length of its training was not published. The released model got the raw CLIP ViT-B/32 vectors and no dropout of the condition; the
-    dropout here is what its guidance against zeros calls for.
+    The length of its training was not published. The released model got the raw CLIP ViT-B/32
+    vectors and no dropout of the condition; the dropout here is what guidance against zeros needs.
     """
     return TrainConfig(
         steps=500_000,

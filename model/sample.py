@@ -52,7 +52,7 @@ def sample(
     device, x = context.device, noise.to(context.device)  # (B, C, H, W)
     levels = ddim_timesteps(diffusion.timesteps, steps)
     bar = alpha_bar(diffusion)
-    for level, lower in zip(levels, levels[1:] + [0], strict=True):
+    for level, lower in zip(levels, [*levels[1:], 0], strict=True):
         t = torch.full((len(x),), level, device=device)  # (B,)
         answer = _guided(denoiser, x, t, context, guidance)
         x0, eps = to_x0_eps(diffusion, x, answer, t)

@@ -101,6 +101,8 @@ def describe(config: ClipConfig) -> dict[str, Any]:
         tag = open_clip.get_pretrained_cfg(config.model, config.pretrained)
         if not Path(path).is_file():
             try:
+                if not tag:
+                    raise ValueError("no such tag")
                 path = open_clip.download_pretrained(tag)
             except Exception as error:
                 raise ValueError(f"open_clip has no weights {config.pretrained!r} for {config.model}, and there is no "

@@ -89,6 +89,8 @@ def build(vectors: np.ndarray, config: IndexConfig) -> tuple[faiss.Index, dict[s
     no kind of index fits the budget, with the least that would do.
     """
     count, dim = vectors.shape
+    if not count:
+        raise ValueError("no vectors to index: not one picture of the dataset could be used")
     budget = min(memory(config.max_memory), config.bytes_per_vector * count or 1 << 62)
     rng = np.random.default_rng((config.seed, 17))
     held = np.sort(rng.choice(count, min(config.queries, count // 10), replace=False))
@@ -132,8 +134,9 @@ def _keys(count: int, dim: int, budget: int) -> list[str]:
     # It ignores the budget below 10,000 vectors and returns nothing for impossible ones.
     chosen = list(get_optimal_index_keys_v2(count, dim, f"{max(1, budget >> 10)}K") or [])
     ladder = ["Flat", "SQfp16", "SQ8", "SQ6", "SQ4"]
-    bits = 8 if count >= 1000 else 4
-    ladder += [f"PQ{dim // step}x{bits}" for step in (2, 4, 8, 16, 32) if dim % step == 0 and count >= 100]
+    # Of few vectors the codebooks of 8 bits are larger than the codes.
+    ladder += [f"PQ{dim // step}x{bits}" for bits, least in ((8, 1000), (4, 100)) for step in (2, 4, 8, 16, 32)
+               if dim % step == 0 and count >= least]
     return list(dict.fromkeys([*chosen, *ladder]))
 
 

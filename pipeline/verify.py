@@ -39,7 +39,7 @@ def folder(root: str, path: str) -> Iterator[dict[str, str]]:
                 except Exception as error:  # hostile bytes make readers raise whatever they like
                     yield _fault(path, record["id"], f"cannot be read: {type(error).__name__}: {error}")
     if manifest["stage"] == "train":
-        yield from _checkpoints(root, path)
+        yield from _run(root, path, manifest)
 
 
 def _changed(manifest: dict[str, Any]) -> list[str]:
@@ -126,7 +126,14 @@ def _lengths(dataset: Dataset, path: str, record: dict[str, Any], rows: int, nam
         yield _fault(path, name, f"has {rows} rows, its shard {shards.get(record['id'])} samples")
 
 
-def _checkpoints(root: str, path: str) -> Iterator[dict[str, str]]:
+def _run(root: str, path: str, manifest: dict[str, Any]) -> Iterator[dict[str, str]]:
+    """A run's curve and checkpoints."""
+    try:
+        lines = [json.loads(line) for line in storage.read_bytes(storage.join(root, path, "metrics.jsonl")).splitlines()]
+        if stage.digest([[line["step"], line["loss"]] for line in lines]) != manifest["info"]["curve"]:
+            yield _fault(path, "metrics.jsonl", "is not the curve that was sealed")
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        yield _fault(path, "metrics.jsonl", "is missing or damaged")
     base = storage.join(root, path, "checkpoints")
     for step in storage.folders(base):
         try:

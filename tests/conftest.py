@@ -9,7 +9,8 @@ import pytest
 # Before anything imports Ray or wandb: both write into the home folder.
 _HOME = tempfile.mkdtemp(prefix="rdm-tests-home-")
 os.environ.update(HOME=_HOME, WANDB_MODE="disabled", RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0",
-                  RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.5", RDM_CACHE=f"{_HOME}/cache", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
+                  RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.5", RDM_CACHE=f"{_HOME}/cache",
+                  RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
 os.environ.pop("RAY_ADDRESS", None)
 
 

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from jobs import report
-from jobs.report_curve import curve, smoothed
-from jobs.report_page import Album, size, tag
-from jobs.report_pictures import spread
+from jobs.report.curve import curve, smoothed
+from jobs.report.page import Album, size, tag
+from jobs.report.pictures import spread
 from jobs.runs import Run
 from jobs.sampling import SampleConfig, Sampling
 from jobs.training import Job, Training, in_processes

@@ -140,9 +140,9 @@ def test_a_loss_that_is_not_finite_stops_and_saves_nothing(tmp_path):
 
 def test_resuming_with_other_settings_names_them(tmp_path):
     _run(toy.config(steps=1), tmp_path)
-    with pytest.raises(ValueError, match="lr: 0.002 -> 0.1"):
+    with pytest.raises(ValueError, match=r"lr: 0\.002 -> 0\.1"):
         _run(toy.config(steps=2, lr=0.1), tmp_path, resume=tmp_path / "0000001")
-    with pytest.raises(ValueError, match="no checkpoint.json"):
+    with pytest.raises(ValueError, match=r"no checkpoint\.json"):
         load_denoiser(tmp_path)
 
 

@@ -56,8 +56,8 @@ def test_embeddings_are_those_of_open_clip_row_by_row(built):
     assert cosine.min() > 1 - 1e-3
     # The comparison is sharp: one row further, or with other means, it fails.
     assert (np.roll(rows, 1, axis=0) * rows).sum(1).min() < 0.9
-    other = embedded_by_open_clip(pictures, image_mean=clip.open_clip.OPENAI_DATASET_STD,
-                                  image_std=clip.open_clip.OPENAI_DATASET_MEAN)
+    other = embedded_by_open_clip(pictures, image_mean=open_clip.OPENAI_DATASET_STD,
+                                  image_std=open_clip.OPENAI_DATASET_MEAN)
     assert (rows * other).sum(1).min() < 1 - 1e-3
 
 

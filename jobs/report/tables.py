@@ -6,8 +6,8 @@ from itertools import groupby
 from typing import Any
 
 from jobs import tracking
-from jobs.report_curve import curve
-from jobs.report_page import (
+from jobs.report.curve import curve
+from jobs.report.page import (
     Child,
     Html,
     amount,
@@ -20,7 +20,7 @@ from jobs.report_page import (
     size,
     tag,
 )
-from jobs.report_root import Root
+from jobs.report.root import Root
 from jobs.runs import Run
 from pipeline import storage
 from pipeline.dataset import Dataset
@@ -125,7 +125,7 @@ def stages(root: Root) -> Child:
     bodies = []
     for group, members in groupby(root.stages, lambda one: _group(one["path"])):
         rows = [tag("tr", tag("th", group, scope="rowgroup", colspan=9, class_="group"))]
-        rows += [_stage(root, one, group) for one in members]
+        rows += [_stage(one, group) for one in members]
         bodies.append(tag("tbody", rows))
     caption = tag("figcaption", "Sealed folders are whole and have their hashes written down. Seconds are those of all "
                   "workers together, of a training run those of its clock. Left out are samples that were bad; remarks "
@@ -139,15 +139,9 @@ def _group(path: str) -> str:
     return "/".join(path.split("/")[:{"datasets": 3, "runs": 2}.get(path.split("/")[0], 1)])
 
 
-def _stage(root: Root, one: dict[str, Any], group: str) -> Html:
+def _stage(one: dict[str, Any], group: str) -> Html:
     name = one["path"][len(group):].strip("/") or one.get("stage", "run")
     seconds, samples, stored = one.get("seconds"), one.get("samples"), one.get("bytes")
-    if one.get("stage") == "train":
-        # Its one item only collects what the processes of the run left.
-        run = Run(root.address, group.split("/")[1])
-        lines = tracking.read(run)
-        seconds = lines[-1].get("seconds") if lines else None
-        stored = (stored or 0) + sum(file["bytes"] for step in run.steps() for file in run.checkpoint(step)["files"])
     state = one["state"] + (f", {one['failed']} failed" if one.get("failed") else "")
     kind = "failed" if one.get("failed") else one["state"].split()[0]
     changed = tag("small", f"rebuilt since: {', '.join(one['changed'])}") if one.get("changed") else None

@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 from jobs import status
-from jobs.report_page import Html, tag
+from jobs.report.page import Html, tag
 from jobs.runs import Run
 from pipeline import storage
 from pipeline.dataset import Dataset

@@ -3,9 +3,9 @@
 import logging
 from collections.abc import Callable, Iterable
 
-from jobs import report_pictures, report_tables
-from jobs.report_page import Album, Child, Html, amount, guarded, note, page, size, tag, today, together
-from jobs.report_root import Root
+from jobs.report import pictures, tables
+from jobs.report.page import Album, Child, Html, amount, guarded, note, page, size, tag, today, together
+from jobs.report.root import Root
 from pipeline import stage, storage
 
 TITLE = "Retrieval-augmented diffusion"
@@ -37,7 +37,7 @@ def write(root: str, out: str) -> None:
     header = tag("header", tag("h1", TITLE), tag("p", lede, class_="lede"),
                  tag("p", today(), " · code ", tag("code", stage.code_revision()), " · ", tag("code", place),
                      class_="facts"),
-                 guarded("The headline", report_tables.headline, found), contents)
+                 guarded("The headline", tables.headline, found), contents)
     if empty:
         sections = [note("Nothing is below this root yet: ", tag("code", "python -m jobs demo"), " fills it.")]
     if album.left_out:
@@ -52,7 +52,7 @@ def _samples(root: Root, album: Album) -> Html:
     for run in root.runs:
         names = root.samples(run)
         newest = sorted(names, key=lambda name, path=run.path: _sealed(root, f"{path}/samples/{name}"), reverse=True)
-        grids += [guarded(f"{run.path}/samples/{name}", report_pictures.sample_grid, root, run, name, album)
+        grids += [guarded(f"{run.path}/samples/{name}", pictures.sample_grid, root, run, name, album)
                   for name in newest[:_SAMPLES_OF_A_RUN]]
         more += len(newest[_SAMPLES_OF_A_RUN:])
     return _section("The same prompts with different databases: the style comes from the neighbours.", grids,
@@ -66,7 +66,7 @@ def _sealed(root: Root, path: str) -> str:
 
 
 def _loss(root: Root) -> Html:
-    curves = [guarded(run.path, report_tables.loss, root, run) for run in root.runs]
+    curves = [guarded(run.path, tables.loss, root, run) for run in root.runs]
     return _section("How the model learned to take the noise out of pictures.", curves, "No curve yet",
                     "train RUN --dataset NAME")
 
@@ -77,7 +77,7 @@ def _neighbors(root: Root, album: Album) -> Html:
     every = [(dataset, label) for dataset in root.datasets for label in root.databases(dataset)]
     # Those that a run learned from come first.
     every.sort(key=lambda one: (one[0].label, one[1]) not in used)
-    lists = [guarded(dataset.path(f"neighbors/{label}"), report_pictures.neighbors, root, dataset, label, album)
+    lists = [guarded(dataset.path(f"neighbors/{label}"), pictures.neighbors, root, dataset, label, album)
              for dataset, label in every[:_LISTS]]
     return _section("What retrieval finds: pictures of the training set beside the nearest ones of a database.", lists,
                     "No neighbours yet", "neighbors NAME --database NAME",
@@ -85,7 +85,7 @@ def _neighbors(root: Root, album: Album) -> Html:
 
 
 def _sheets(root: Root, album: Album) -> Html:
-    sheets = [guarded(dataset.path("shards"), report_pictures.contact_sheet, root, dataset, album)
+    sheets = [guarded(dataset.path("shards"), pictures.contact_sheet, root, dataset, album)
               for dataset in root.datasets]
     return _section("Pictures spread evenly over each dataset, with the captions they have.", sheets,
                     "No dataset yet", "shard NAME --source FOLDER")
@@ -93,18 +93,18 @@ def _sheets(root: Root, album: Album) -> Html:
 
 def _indices(root: Root) -> Html:
     return _section("The compressed indices that neighbours are looked up in.",
-                    [guarded("The indices", report_tables.indices, root)], "No index yet", "index NAME")
+                    [guarded("The indices", tables.indices, root)], "No index yet", "index NAME")
 
 
 def _stages(root: Root) -> Html:
     return _section("Every folder below the root, how far it is and what it cost.",
-                    [guarded("The states", report_tables.stages, root)], "No stage yet", "shard NAME --source FOLDER")
+                    [guarded("The states", tables.stages, root)], "No stage yet", "shard NAME --source FOLDER")
 
 
 def _settings(root: Root) -> Html:
     return _section("What turned pictures and prompts into vectors, and what the runs were told.",
-                    [guarded("The encoders", report_tables.encoders, root),
-                     guarded("The settings", report_tables.runs, root)], "Nothing embedded yet", "embed NAME")
+                    [guarded("The encoders", tables.encoders, root),
+                     guarded("The settings", tables.runs, root)], "Nothing embedded yet", "embed NAME")
 
 
 def _section(intro: str, parts: Iterable[Child], absent: str, command: str, more: Child = None) -> Html:

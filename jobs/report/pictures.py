@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from jobs.report_page import Album, Child, amount, link, note, scrolling, tag
-from jobs.report_root import Root
+from jobs.report.page import Album, Child, amount, link, note, scrolling, tag
+from jobs.report.root import Root
 from jobs.runs import Run
 from pipeline import dataset as datasets
 from pipeline import lookup, storage

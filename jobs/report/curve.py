@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from jobs.report_page import Html, brief, number, tag, together
+from jobs.report.page import Html, brief, number, tag, together
 
 _POINTS = 600
 _STEEP = 4.0

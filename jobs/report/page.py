@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from jobs.report_style import STYLE
+from jobs.report.style import STYLE
 
 MOST_PICTURE_BYTES = 6_000_000
 _LOSSLESS_SIDE = 96

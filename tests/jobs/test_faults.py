@@ -1,0 +1,179 @@
+"""The whole way, with the driver and the cluster killed between and during its steps, and on S3."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import demo, status
+from jobs.cli import main, train
+from jobs.settings import Settings, tiny
+from pipeline import stage, storage, verify
+
+# A network and a corpus that take seconds; the way is the demo's.
+SETTINGS = """
+[pictures]
+size = 32
+pictures_per_item = 40
+[shard]
+samples_per_shard = 40
+[train]
+steps = 12
+global_batch = 8
+log_every = 2
+checkpoint_every = 4
+precision = "fp32"
+[train.unet]
+model_channels = 32
+head_dim = 16
+[sample]
+steps = 4
+k = 2
+"""
+
+
+def _arguments(root: Path | str, settings: Path, *more: str) -> list[str]:
+    return ["demo", "--root", str(root), "--drawn", "--subjects", "20", "--config", str(settings), *more]
+
+
+@pytest.fixture(scope="module")
+def settings_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("settings") / "settings.toml"
+    file.write_text(SETTINGS)
+    return file
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, settings_file: Path) -> Path:
+    """The root of a demo that nobody disturbed, in one process."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    assert main(_arguments(root, settings_file, "--local")) == 0
+    return root
+
+
+def _manifests(root: str) -> dict[str, Any]:
+    return {one["path"]: stage.timeless(stage.manifest_of(storage.join(root, one["path"]), ""))
+            for one in status.of(root)}
+
+
+def test_the_demo_seals_everything_and_a_second_one_does_nothing(undisturbed: Path, settings_file: Path) -> None:
+    assert {one["state"] for one in status.of(str(undisturbed))} == {"sealed"}
+    assert len(status.of(str(undisturbed))) == 1 + 7 * 3 + 1 + 2  # pictures, datasets, neighbours, run and samples
+    times = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
+    assert main(_arguments(undisturbed, settings_file, "--local")) == 0
+    assert times == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
+    assert not [fault for one in status.of(str(undisturbed)) for fault in verify.folder(str(undisturbed), one["path"])]
+    assert (undisturbed / "report.html").stat().st_size > 50_000
+
+
+def test_no_held_out_subject_is_in_training(undisturbed: Path) -> None:
+    import pyarrow.parquet as pq
+    training = [row for path in (undisturbed / "datasets/train").rglob("*.parquet") for row in pq.read_table(path).to_pylist()]
+    styles = [row for path in (undisturbed / "datasets/flat").rglob("*.parquet") for row in pq.read_table(path).to_pylist()]
+    assert training and {row["held_out"] for row in training} == {"0"}
+    held_out = {row["subject"] for row in styles if row["held_out"] == "1"}
+    assert len(held_out) == 2 and not held_out & {row["subject"] for row in training}
+
+
+def test_samples_name_prompt_seed_checkpoint_and_neighbours(undisturbed: Path) -> None:
+    folder = next((undisturbed / "runs/demo/samples").iterdir())
+    document = storage.read_json(str(folder / "samples.json"))
+    assert len(document["pictures"]) == len(document["prompts"]) * 6
+    one = document["pictures"][0]
+    assert (one["prompt"], one["seed"], one["checkpoint"]["step"]) == (document["prompts"][0], 0, 12)
+    assert len(one["neighbors"]) == 2 and one["neighbors"][0]["score"] >= one["neighbors"][1]["score"]
+    assert (folder / one["file"]).exists() and (folder / "grid.png").exists()
+
+
+@pytest.mark.parametrize("way", [("--local",), pytest.param((), marks=pytest.mark.ray)], ids=["local", "ray"])
+def test_the_driver_killed_again_and_again_gives_the_same_manifests(
+        way: tuple[str, ...], undisturbed: Path, tmp_path: Path, settings_file: Path,
+        request: pytest.FixtureRequest) -> None:
+    if not way:
+        request.getfixturevalue("cluster")
+    root = tmp_path / "root"
+    command = [sys.executable, "-m", "jobs", *_arguments(root, settings_file, *way)]
+    # Killed when a stage is under way: after its plan, and after its first record.
+    for path, name in (("pictures/drawn", "plan.json"), ("datasets/train/v1/embeddings", "records/000000.json"),
+                       ("runs/demo", "checkpoints/0000004/manifest.json")):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        _until(root / path / name, process)
+        process.kill()
+        process.wait()
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    found, wanted = _manifests(str(root)), _manifests(str(undisturbed))
+    if not way:
+        # Two workers add their gradients in another order than one: the run is compared by its data.
+        found, wanted = ({path: one for path, one in manifests.items() if not path.startswith("runs/")}
+                         for manifests in (found, wanted))
+    assert found == wanted
+
+
+def _until(path: Path, process: "subprocess.Popen[bytes]") -> None:
+    end = time.monotonic() + 200
+    while not path.exists() and time.monotonic() < end:
+        assert process.poll() is None, f"ended with {process.returncode} before {path} was there"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def doomed_cluster() -> Iterator[Any]:
+    """A Ray cluster in processes of its own session, to be killed whole."""
+    from ray.cluster_utils import Cluster
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "object_store_memory": 100 << 20,
+                                                         "include_dashboard": False})
+    yield made
+    made.shutdown()
+
+
+@pytest.mark.ray
+def test_the_whole_cluster_killed_then_another_one_goes_on(undisturbed: Path, tmp_path: Path, settings_file: Path,
+                                                           doomed_cluster: Any) -> None:
+    root = tmp_path / "root"
+    command = [sys.executable, "-m", "jobs", *_arguments(root, settings_file)]
+    environment = os.environ | {"RAY_ADDRESS": doomed_cluster.address, "RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    _until(root / "datasets/train/v1/embeddings/records/000000.json", process)
+    for node in doomed_cluster.list_all_nodes():
+        for processes in node.all_processes.values():
+            for one in processes:
+                os.kill(one.process.pid, signal.SIGKILL)
+    assert process.wait(120) != 0
+    assert main(_arguments(root, settings_file, "--local")) == 0
+    assert _manifests(str(root)) == _manifests(str(undisturbed))
+
+
+def test_s3_holds_the_same_bytes_as_a_local_disk(undisturbed: Path, s3_bucket: str, settings_file: Path) -> None:
+    root = f"{s3_bucket}/root"
+    assert main(_arguments(root, settings_file, "--local")) == 0
+    assert _manifests(root) == _manifests(str(undisturbed))
+    assert not [fault for one in status.of(root) for fault in verify.folder(root, one["path"])]
+    assert main(_arguments(root, settings_file, "--local")) == 0
+
+
+def test_without_npm_the_demo_says_so_and_draws(tmp_path: Path, settings_file: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    settings = replace(_settings(settings_file), train=replace(tiny().train, steps=1))
+    with pytest.raises(KeyError, match="stop here"):
+        demo.run(str(tmp_path), settings, _stops_after_pictures, drawn=False, dry_run=False, train=train)
+    assert "pictures drawn by the program, for there are no emoji" in caplog.text
+    assert status.of(str(tmp_path))[0]["path"] == "pictures/drawn"
+
+
+def _settings(file: Path) -> Settings:
+    from jobs.settings import resolve
+    found = resolve("", str(file))
+    return replace(found, pictures=replace(found.pictures, subjects=4))
+
+
+def _stops_after_pictures(stage_: stage.Stage, items: list[stage.Item]) -> Iterator[stage.Outcome]:
+    if stage_.name != "pictures":
+        raise KeyError("stop here")
+    return stage.in_process(stage_, items)
