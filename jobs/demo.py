@@ -23,7 +23,7 @@ from pipeline.shard import Shard
 TRAIN = "train"
 RUN = "demo"
 # Some that training has seen, some of the held-out tenth; every style has a picture of each.
-EMOJI_PROMPTS = ("red apple", "house", "soccer ball", "ghost", "cat", "rose", "shark", "trophy")
+EMOJI_PROMPTS = ("red apple", "house", "soccer ball", "sunflower", "red heart", "ghost", "rose", "trophy")
 _log = logging.getLogger(__name__)
 
 

@@ -89,6 +89,9 @@ def work(job: Job, stop: Callable[[], bool] | None = None) -> int:
     """This process's part of the run, from the newest complete checkpoint on; returns the step reached."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = _device()
+    # Said aloud, for a stage that ran before in this process may have left another number: the last
+    # bits of a loss depend on it.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     batches = Batches(job.dataset, job.database, k=job.config.k, global_batch=job.config.global_batch,
                       seed=job.config.seed, rank=rank, world=world)
     step = _agreed(max(job.run.steps(), default=0), device)
