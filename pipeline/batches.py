@@ -91,7 +91,9 @@ class Batches:
         rows = self.order.rows(step)
         size = len(rows) // self.world
         rows = rows[self.rank * size:(self.rank + 1) * size]
-        return {"image": np.stack([self._picture(row) for row in rows]), "rows": rows,
+        pictures = [self._picture(row) for row in rows]
+        _of_one_size(pictures, self.dataset.folder("shards"))
+        return {"image": np.stack(pictures), "rows": rows,
                 "neighbors": self.vectors.rows(self._neighbors((rows + self.shift) % self.offsets[-1]))}
 
     def _where(self, row: int) -> tuple[int, int]:
@@ -119,7 +121,11 @@ def _pictures(path: Path, count: int) -> np.ndarray:
     pictures = [images.pixels(tars.picture(sample)) for sample in tars.read(path)]
     if len(pictures) != count:
         raise ValueError(f"{path} has {len(pictures)} samples, its manifest says {count}\nhint: python -m jobs verify")
-    if len({picture.shape for picture in pictures}) > 1:
-        raise ValueError(f"the pictures in {path} have different sizes; training needs one size\n"
-                         f"hint: shard with --resize center_crop")
+    _of_one_size(pictures, path)
     return np.stack(pictures)
+
+
+def _of_one_size(pictures: list[np.ndarray], where: Path | str) -> None:
+    if len({picture.shape for picture in pictures}) > 1:
+        raise ValueError(f"the pictures in {where} have different sizes; training needs one size\n"
+                         f"hint: shard with --resize center_crop")

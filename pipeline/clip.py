@@ -77,9 +77,9 @@ def load(config: ClipConfig) -> Encoder:
         model, _, prepare = open_clip.create_model_and_transforms(_known(config), pretrained=_weights(config),
                                                                   device=device)
         tokenizer = open_clip.get_tokenizer(_known(config))
-    except (RuntimeError, FileNotFoundError) as error:
+    except Exception as error:  # readers of weights raise whatever they like
         raise ValueError(f"open_clip cannot load {config.model} with the weights {config.pretrained}: "
-                         f"{str(error).splitlines()[0]}\nhint: `python -c 'import open_clip; "
+                         f"{(str(error) or repr(error)).splitlines()[0]}\nhint: `python -c 'import open_clip; "
                          f"print(open_clip.list_pretrained())'` lists names and tags") from error
     model.eval().requires_grad_(False)
     dim = int(open_clip.get_model_config(_known(config))["embed_dim"])

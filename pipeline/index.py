@@ -103,10 +103,10 @@ def build(vectors: np.ndarray, config: IndexConfig) -> tuple[faiss.Index, dict[s
             tried.append(estimate)
             continue
         index = _trained(key, vectors[sample], dim)
-        index.add(vectors[kept])
+        _fill(index, vectors[kept])
         knob, recall = _tuned(index, vectors, kept, held, config)
         index.reset()
-        index.add(vectors)
+        _fill(index, vectors)
         size = len(faiss.serialize_index(index)) if count < 5_000_000 else estimate
         if size <= budget:
             break
@@ -158,11 +158,38 @@ def _trained(key: str, sample: np.ndarray, dim: int) -> faiss.Index:
         if hasattr(inner, "do_polysemous_training"):
             # Orders the codes for a search that is not done here, at two seconds for each byte of a code.
             inner.do_polysemous_training = False
+        _train_coarse_graph(index, inner, sample)
         index.train(sample)
     except RuntimeError as error:
         raise ValueError(f"faiss cannot build {key} from {len(sample)} vectors of {dim}: {str(error).splitlines()[0]}"
                          f"\nhint: another --key, or none") from error
     return index
+
+
+def _train_coarse_graph(index: faiss.Index, inner: faiss.Index, sample: np.ndarray) -> None:
+    """Where lists are found through a graph, train and fill it first, as faiss would but with one thread."""
+    graph = faiss.downcast_index(inner.quantizer) if isinstance(inner, faiss.IndexIVF) else None
+    if not isinstance(graph, faiss.IndexHNSW):
+        return
+    if isinstance(index, faiss.IndexPreTransform):
+        for number in range(index.chain.size()):
+            transform = faiss.downcast_VectorTransform(index.chain.at(number))
+            transform.train(sample)
+            sample = transform.apply(sample)
+    clustering = faiss.Clustering(inner.d, inner.nlist, inner.cp)
+    clustering.train(sample, faiss.IndexFlatL2(inner.d))
+    _fill(graph, faiss.vector_to_array(clustering.centroids).reshape(inner.nlist, inner.d))
+
+
+def _fill(index: faiss.Index, vectors: np.ndarray) -> None:
+    """Add vectors in order; to a graph with one thread, for with more it differs from run to run."""
+    threads = faiss.omp_get_max_threads()
+    try:
+        if isinstance(_inner(index), faiss.IndexHNSW):
+            faiss.omp_set_num_threads(1)
+        index.add(vectors)
+    finally:
+        faiss.omp_set_num_threads(threads)
 
 
 def _tuned(index: faiss.Index, vectors: np.ndarray, kept: np.ndarray, held: np.ndarray,

@@ -1,5 +1,6 @@
 """Reading a sealed folder again: is every file what its manifest says, and does it line up?"""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -79,7 +80,8 @@ def _shards(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[str, 
     keys = []
     for sample in tars.read(dataset.fetch("shards", file_of(record, ".tar"))):
         keys.append(sample["__key__"])
-        if json.loads(sample["json"])["key"] != sample["__key__"]:
+        meta = json.loads(sample["json"])
+        if (meta["key"], meta["sha256"]) != (sample["__key__"], hashlib.sha256(tars.picture(sample)).hexdigest()):
             yield _fault(path, f"{record['id']}.tar", f"{sample['__key__']} carries the metadata of another sample")
     rows = [row["key"] for row in metadata(dataset, record, ["key"])]
     if keys != rows:

@@ -187,7 +187,7 @@ def test_what_open_clip_does_not_know_is_refused(copied, tmp_path):
         with pytest.raises(ValueError, match=message) as caught:
             Embed(copied, config).section()
         assert "hint:" in str(caught.value)
-    with pytest.raises(ValueError, match="cannot load") as caught:
+    with pytest.raises(ValueError, match="cannot load"):
         clip.load(ClipConfig(pretrained=str(tmp_path / "wrong.safetensors")))
     with pytest.raises(ValueError, match="batch_size"):
         Embed(copied, EmbedConfig(batch_size=0))

@@ -49,14 +49,15 @@ def test_spoiled_bytes_give_a_picture_or_a_reason(kind, capfd):
     exif = Image.Exif()
     exif[0x0112] = 6
     more = {"save_all": True, "append_images": frames[1:]} if kind in {"GIF", "WEBP", "PNG"} else {}
-    for whole in (encoded(frames[0], kind, **more), encoded(frames[0], kind, **{} if kind == "BMP" else {"exif": exif})):
+    tagged = {} if kind == "BMP" else {"exif": exif}
+    for whole in (encoded(frames[0], kind, **more), encoded(frames[0], kind, **tagged)):
         for _ in range(250):
             data = bytearray(whole)
             for _ in range(chance.choice([1, 2, 8])):
                 data[chance.randrange(min(len(data), chance.choice([40, 400, 10_000])))] = chance.randrange(256)
+            end = chance.choice([len(data), chance.randrange(len(data))])
             try:
-                image = images.decode(bytes(data[:chance.choice([len(data), chance.randrange(len(data))])]), 10_000).image
-                assert image.mode == "RGB"
+                assert images.decode(bytes(data[:end]), 10_000).image.mode == "RGB"
             except images.BadPicture as bad:
                 assert bad.reason in {"empty_file", "not_a_picture", "too_many_pixels", "corrupt"}
 
@@ -155,7 +156,8 @@ def test_the_crop_is_the_middle():
     wide = Image.new("RGB", (90, 30), "black")
     wide.paste("red", (30, 0, 60, 30))
     assert np.asarray(images.resize(wide, 30, "center_crop")).reshape(-1, 3).tolist() == [[255, 0, 0]] * 900
-    assert np.asarray(images.resize(wide.transpose(Image.Transpose.ROTATE_90), 30, "center_crop")).mean((0, 1))[0] == 255
+    high = wide.transpose(Image.Transpose.ROTATE_90)
+    assert np.asarray(images.resize(high, 30, "center_crop")).reshape(-1, 3).tolist() == [[255, 0, 0]] * 900
 
 
 @pytest.mark.parametrize("how", ["center_crop", "keep_ratio"])

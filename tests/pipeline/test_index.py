@@ -14,9 +14,18 @@ def bytes_of(built_index) -> bytes:
     return faiss.serialize_index(built_index).tobytes()
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for each other on shared cores take many times as long."""
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    yield
+    faiss.omp_set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def many():
-    return made.clustered(12_000, 32, clusters=100)
+    return made.clustered(10_500, 16, clusters=100)
 
 
 @pytest.fixture(scope="module")
@@ -43,24 +52,24 @@ def test_an_index_below_ten_thousand_vectors_obeys_its_budget(few, budget):
     assert infos["index_key"] == info["key"] and infos["compression ratio"] == round(2_000 * 128 / info["bytes"], 4)
 
 
-@pytest.mark.parametrize("budget", ["1G", "3M", "1M", "600K", "300K", "100K"])
+@pytest.mark.parametrize("budget", ["1G", "1M", pytest.param("300K", marks=pytest.mark.slow), "100K"])
 def test_an_index_above_ten_thousand_vectors_obeys_its_budget(many, budget):
     built, _, info = index.build(many, IndexConfig(max_memory=budget))
     assert len(bytes_of(built)) == info["bytes"] <= index.memory(budget)
-    assert built.ntotal == 12_000
+    assert built.ntotal == 10_500
 
 
 def test_above_ten_thousand_the_kind_is_autofaiss_s(many):
     from autofaiss.external.optimize import get_optimal_index_keys_v2
     for budget in ("1G", "1M"):
         _, _, info = index.build(many, IndexConfig(max_memory=budget))
-        assert info["key"] in get_optimal_index_keys_v2(12_000, 32, budget)
+        assert info["key"] in get_optimal_index_keys_v2(10_500, 16, budget)
 
 
 def test_a_budget_per_vector_is_a_budget_like_any_other(many):
-    _, _, whole = index.build(many, IndexConfig(max_memory=str(12_000 * 40)))
-    _, _, each = index.build(many, IndexConfig(bytes_per_vector=40))
-    assert each == whole and each["bytes_per_vector"] <= 40
+    _, _, whole = index.build(many, IndexConfig(max_memory=str(10_500 * 100)))
+    _, _, each = index.build(many, IndexConfig(bytes_per_vector=100))
+    assert each == whole and each["bytes_per_vector"] <= 100
 
 
 @pytest.mark.parametrize("config", [IndexConfig(max_memory="1K"), IndexConfig(bytes_per_vector=1),
@@ -73,10 +82,10 @@ def test_an_impossible_budget_names_the_least_and_that_works(few, config, count)
     settings = {"max_memory": value} if flag == "max-memory" else {"bytes_per_vector": int(value)}
     _, _, info = index.build(few[:count], IndexConfig(**{"key": config.key} | settings))
     budget = index.memory(value) if flag == "max-memory" else int(value) * count
-    assert info["bytes"] <= budget < 1.2 * info["bytes"] + 1024
+    assert info["bytes"] <= budget < 1.2 * info["bytes"] + max(1024, count)
 
 
-@pytest.mark.parametrize(("key", "floor"), [("Flat", 1.0), ("SQ8", 0.9), ("PQ8x8", 0.1), ("IVF32,Flat", 0.9),
+@pytest.mark.parametrize(("key", "floor"), [("Flat", 1.0), ("SQ8", 0.9), ("PQ8x8np", 0.1), ("IVF32,Flat", 0.9),
                                             ("HNSW15", 0.9)])
 def test_recall_is_that_of_queries_that_are_not_in_the_index(few, key, floor):
     config = IndexConfig(key=key, queries=150)
@@ -151,16 +160,14 @@ def test_a_key_that_faiss_cannot_build_is_refused(few):
         assert "hint:" in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["Flat", "SQ8", "PQ8x8", "IVF32,SQ8", "OPQ8_32,IVF32,PQ8x4", "HNSW15", "IVF64_HNSW8,Flat"])
+@pytest.mark.parametrize("key", ["Flat", "SQ8", "PQ8x8", "IVF32,SQ8", "OPQ2_8,IVF16,PQ2x4", "HNSW15",
+                                 "IVF400_HNSW8,PQ8x4", "OPQ2_8,IVF200_HNSW8,PQ2x4"])
 def test_equal_vectors_give_equal_bytes_whatever_the_threads(few, key):
-    threads, seen = faiss.omp_get_max_threads(), set()
-    try:
-        for number in (1, 2, 2, 3):
-            faiss.omp_set_num_threads(number)
-            seen.add(bytes_of(index.build(few, IndexConfig(key=key))[0]))
-            assert faiss.omp_get_max_threads() == number
-    finally:
-        faiss.omp_set_num_threads(threads)
+    seen = set()
+    for number in (1, 2, 2, 3):
+        faiss.omp_set_num_threads(number)
+        seen.add(bytes_of(index.build(few, IndexConfig(key=key))[0]))
+        assert faiss.omp_get_max_threads() == number
     assert len(seen) == 1
 
 

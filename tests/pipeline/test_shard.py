@@ -22,7 +22,7 @@ from tests.pipeline.made import encoded, noise
 from tests.pipeline.test_images import png
 
 ACCENT = "caf\N{LATIN SMALL LETTER E WITH ACUTE}"
-OTHER_ACCENT = unicodedata.normalize("NFD", "r\N{LATIN SMALL LETTER E WITH ACUTE}sum\N{LATIN SMALL LETTER E WITH ACUTE}")
+OTHER_ACCENT = unicodedata.normalize("NFD", f"{ACCENT[-1]}t{ACCENT[-1]}")
 
 
 def sharded(root, source, **options) -> tuple[Dataset, dict]:
@@ -204,7 +204,6 @@ def captioned(tmp_path, columns: dict, **options) -> tuple[dict[str, dict], dict
     source = few(tmp_path / "source")
     pq.write_table(pa.table(columns), source / "captions.parquet")
     dataset, manifest = sharded(tmp_path, source, **options)
-    json.loads(stage.storage.read_bytes(storage.join(dataset.folder("shards"), "manifest.json")))
     return {row["url"]: row for row in table(dataset, manifest)}, manifest
 
 
@@ -212,8 +211,9 @@ FILES = ["a.png", "./b.png", "c.png"]
 
 
 @pytest.mark.parametrize(("captions", "expected"), [
-    (["x", None, ""], ["x", "", ""]), ([["x", "y"], [], None], ["x", "", ""]), ([b"x", b"\xff", None], ["x", "\ufffd", ""]),
-    ([1, None, 3], ["1", "", "3"]), ([0.5, float("nan"), None], ["0.5", "", ""]),
+    (["x", None, ""], ["x", "", ""]), ([["x", "y"], [], None], ["x", "", ""]),
+    ([b"x", b"\xff", None], ["x", "\ufffd", ""]), ([1, None, 3], ["1", "", "3"]),
+    ([0.5, float("nan"), None], ["0.5", "", ""]),
     (pa.array([0, 1, None], pa.timestamp("ns")), ["1970-01-01 00:00:00", "1970-01-01 00:00:00.000000001", ""]),
 ])
 def test_captions_of_any_type_become_text(tmp_path, captions, expected):
@@ -277,7 +277,7 @@ def test_captions_that_cannot_be_used_are_refused(tmp_path, name, data, message)
 
 def test_what_is_not_there_is_said(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no pictures in .*empty\nhint"):
+    with pytest.raises(ValueError, match=r"no pictures in .*empty\nhint"):
         sharded(tmp_path, tmp_path / "empty")
     with pytest.raises(ValueError, match="absent"):
         sharded(tmp_path, tmp_path / "absent")
@@ -294,7 +294,8 @@ def test_broken_links_and_captions_that_lead_out_are_not_read(tmp_path):
     source = few(tmp_path / "source", "a")
     (tmp_path / "secret.png").write_bytes(encoded(noise(16, 16, 99), "PNG"))
     os.symlink(tmp_path / "nowhere.png", source / "broken.png")
-    names = ["a.png", "broken.png", "../secret.png", str(tmp_path / "secret.png"), "below/../../secret.png", "../secret"]
+    names = ["a.png", "broken.png", "../secret.png", str(tmp_path / "secret.png"), "below/../../secret.png",
+             "../secret"]
     (source / "captions.csv").write_text("file,caption\n" + "".join(f"{name},x\n" for name in names))
     dataset, manifest = sharded(tmp_path, source)
     assert manifest["totals"]["samples"] == 1 and manifest["totals"]["skipped"] == {"picture_missing": 5}

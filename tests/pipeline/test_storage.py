@@ -124,7 +124,8 @@ def test_what_is_put_is_there(where, tmp_path, request):
     root = str(tmp_path) if where == "local" else request.getfixturevalue("s3")
     local = tmp_path / "source"
     local.write_bytes(os.urandom(200_000))
-    for name in ("plain.bin", "folder/with space.bin", "folder/zażółć ß 名.bin", "folder/[a]*?.bin", "f#r%20/x&y=z.bin"):
+    for name in ("plain.bin", "folder/with space.bin", "folder/zażółć ß 名.bin", "folder/[a]*?.bin",
+                 "f#r%20/x&y=z.bin"):
         url = storage.join(root, name)
         assert not storage.exists(url)
         storage.put_file(local, url)

@@ -1,0 +1,61 @@
+import csv
+import io
+
+import numpy as np
+from PIL import Image
+
+from pipeline import stage, verify
+from pipeline.dataset import Dataset
+from pipeline.pictures import Pictures, PicturesConfig
+from pipeline.shard import Shard, ShardConfig
+
+CONFIG = PicturesConfig(corpus="drawn", size=24, subjects=20, pictures_per_item=50)
+
+
+def listed(folder, name: str) -> list[dict]:
+    return list(csv.DictReader(io.StringIO((folder / name).read_text())))
+
+
+def test_the_drawn_corpus_is_a_folder_of_pictures_with_captions(tmp_path):
+    manifest = stage.run(Pictures(str(tmp_path), CONFIG, tmp_path / "cache"))
+    folder = tmp_path / "pictures" / "drawn"
+    assert manifest["totals"]["samples"] == 120 and not manifest["totals"]["skipped"]
+    styles = ("flat", "hatched", "lineart", "outline", "silhouette", "soft")
+    by_style = {style: listed(folder, f"{style}.csv") for style in styles}
+    train, heldout = listed(folder, "train.csv"), listed(folder, "heldout.csv")
+    # All that there is, once: to train on or held out.
+    every = {row["file"] for rows in by_style.values() for row in rows}
+    assert len(every) == 120 == len(train) + len(heldout)
+    assert {row["file"] for row in train} | {row["file"] for row in heldout} == every
+    assert {row["subject"] for row in train}.isdisjoint(row["subject"] for row in heldout)
+    subjects = {style: {row["subject"] for row in rows if row["held_out"] == "1"} for style, rows in by_style.items()}
+    assert all(len(held_out) == 2 and held_out == subjects["flat"] for held_out in subjects.values())
+    assert {row["subject"] for row in heldout} == subjects["flat"]
+    for row in [*train, *heldout]:
+        picture = Image.open(folder / row["file"])
+        assert picture.size == (24, 24) and picture.mode == "RGB" and np.asarray(picture).std() > 1
+        assert row["caption"] and row["style"] == row["file"].split("/")[0]
+    # In the mix the styles are not one after the other.
+    assert len({row["style"] for row in train[:12]}) > 2
+    assert list(verify.folder(str(tmp_path), "pictures/drawn")) == []
+
+
+def test_two_runs_give_the_same_corpus(tmp_path):
+    one, other = (stage.run(Pictures(str(tmp_path / name), CONFIG, tmp_path)) for name in ("one", "other"))
+    assert stage.timeless(one) == stage.timeless(other)
+
+
+def test_training_shards_have_no_held_out_subject(tmp_path):
+    stage.run(Pictures(str(tmp_path), CONFIG, tmp_path))
+    folder = tmp_path / "pictures" / "drawn"
+    dataset = Dataset.parse(str(tmp_path), "train")
+    manifest = stage.run(Shard(dataset, ShardConfig(source=str(folder), captions=str(folder / "train.csv"),
+                                                    only_captioned=True, image_size=24, format="png",
+                                                    sources=str(folder / "sources.json"))))
+    from pipeline.dataset import metadata
+    rows = [row for record in manifest["items"] for row in metadata(dataset, record)]
+    assert len(rows) == 108 and manifest["totals"] | {"bytes": 0} == {
+        "items": 1, "samples": 108, "bytes": 0, "skipped": {}, "noted": {}}
+    held_out = {row["subject"] for row in listed(folder, "heldout.csv")}
+    assert held_out and held_out.isdisjoint(row["subject"] for row in rows)
+    assert [source["style"] for source in manifest["info"]["sources"]] == sorted({row["style"] for row in rows})
