@@ -120,8 +120,8 @@ def _train(command: commands.TrainCommand, settings: Settings) -> int:
 def train(job: Job, config: ClusterConfig, *, local: bool, rebuild: bool = False) -> dict[str, Any] | None:
     """Bring a run to its sealed state; None in a process that does not speak for the run, or was stopped."""
     training = Training(job)
-    if rebuild and storage.exists(storage.join(training.folder, "plan.json")) and os.environ.get("RANK", "0") == "0":
-        storage.remove_tree(training.folder)
+    if rebuild and os.environ.get("RANK", "0") == "0":
+        stage.empty(training.folder)
     sealed = storage.join(training.folder, "manifest.json")
     if storage.exists(sealed):
         stage.prepare(training)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pipeline import drawn, emoji, storage
 from pipeline.catalog import Catalog, Picture, lot
-from pipeline.stage import Entry, Item, Output, Plan, Stage
+from pipeline.stage import Entry, Item, Output, Plan, Stage, name_by_content
 
 _COLUMNS = ("file", "caption", "tags", "style", "subject", "held_out")
 
@@ -57,17 +57,23 @@ class Pictures(Stage):
         corpus = self._catalog()
         step = self.config.pictures_per_item
         parts = [corpus.pictures[start:start + step] for start in range(0, len(corpus.pictures), step)]
-        items = [Item(f"{number:06d}", {"drawings": f"drawings/{number:06d}.json", "count": len(part)})
-                 for number, part in enumerate(parts)]
-        return Plan(items, self._side_files(corpus, items, parts))
+        # Workers have no cache of the packages: each part brings its drawings along.
+        drawings = [(f"{number:06d}", storage.json_bytes([asdict(picture) | (
+            {"drawing": corpus.drawings[picture.key]} if self.config.corpus == "emoji" else {}) for picture in part]))
+            for number, part in enumerate(parts)]
+        named = [(name_by_content(f"drawings/{number}.json", data), data) for number, data in drawings]
+        items = [Item(number, {"drawings": name, "count": len(part)})
+                 for (number, _), (name, _), part in zip(drawings, named, parts, strict=True)]
+        return Plan(items, named)
 
-    def _side_files(self, corpus: Catalog, items: list[Item], parts: list[tuple[Picture, ...]],
-                    ) -> Iterator[tuple[str, bytes]]:
-        for item, part in zip(items, parts, strict=True):
-            # Workers have no cache of the packages: each part brings its drawings along.
-            document = [asdict(picture) | ({"drawing": corpus.drawings[picture.key]}
-                                           if self.config.corpus == "emoji" else {}) for picture in part]
-            yield item.inputs["drawings"], storage.json_bytes(document)
+    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+        output = Output()
+        for name, data in self._lists(self._catalog()):
+            (scratch / name).write_bytes(data)
+            output.files[name] = scratch / name
+        return output
+
+    def _lists(self, corpus: Catalog) -> Iterator[tuple[str, bytes]]:
         for style in corpus.styles:
             yield f"{style}.csv", _captions(picture for picture in corpus.pictures if picture.style == style)
         mixed = sorted(corpus.pictures, key=lambda picture: lot(picture.key))

@@ -115,7 +115,7 @@ SHAPES: dict[str, Shape] = {
     "circle": Shape("circles", ("disc", "round"), CIRCLE, turns=False),
     "ring": Shape("rings", ("hoop", "round", "hollow"), CIRCLE, hole=0.58, turns=False),
     "square": Shape("squares", ("box", "corners"), 1.15 * turned(_corners(4), 45)),
-    "triangle": Shape("triangles", ("three", "corners"), _corners(3) + [0, 0.15]),
+    "triangle": Shape("triangles", ("three", "corners"), _corners(3) + np.array([0, 0.15])),
     "diamond": Shape("diamonds", ("rhombus", "card"), _corners(4) * [0.72, 1]),
     "pentagon": Shape("pentagons", ("five", "corners"), _corners(5)),
     "hexagon": Shape("hexagons", ("six", "corners", "honeycomb"), _corners(6)),

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from pipeline import images, storage, tars
 from pipeline.dataset import Dataset
-from pipeline.stage import Entry, Item, Output, Plan, Stage
+from pipeline.stage import Entry, Item, Output, Plan, Stage, name_by_content
 
 FILE_COLUMNS = ("file", "file_name", "filename", "image", "image_path", "path")
 CAPTION_COLUMNS = ("caption", "text", "TEXT")
@@ -104,11 +104,11 @@ class Shard(Stage):
     def plan(self) -> Plan:
         rows, step = self.rows(), self.config.samples_per_shard
         parts = [rows[start:start + step] for start in range(0, len(rows), step)]
-        items = [Item(f"{number:06d}", {"rows": f"rows/{number:06d}.jsonl", "count": len(part)})
-                 for number, part in enumerate(parts)]
-        side = ((item.inputs["rows"], "".join(json.dumps(row, sort_keys=True) + "\n" for row in part).encode())
-                for item, part in zip(items, parts, strict=True))
-        return Plan(items, side)
+        lists = ["".join(json.dumps(row, sort_keys=True) + "\n" for row in part).encode() for part in parts]
+        named = [(name_by_content(f"rows/{number:06d}.jsonl", data), data) for number, data in enumerate(lists)]
+        items = [Item(f"{number:06d}", {"rows": name, "count": len(part)})
+                 for number, ((name, _), part) in enumerate(zip(named, parts, strict=True))]
+        return Plan(items, named)
 
     def process(self, item: Item, scratch: Path) -> Output:
         lines = storage.read_bytes(storage.join(self.folder, item.inputs["rows"])).decode().splitlines()
@@ -179,7 +179,11 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
 
 
 def _rows(config: ShardConfig) -> Iterator[dict[str, Any]]:
-    found = {name: length for name, length in storage.walk(config.source) if name.lower().endswith(images.SUFFIXES)}
+    try:
+        found = {name: length for name, length in storage.walk(config.source)
+                 if name.lower().endswith(images.SUFFIXES)}
+    except FileNotFoundError:
+        raise ValueError(f"there is no folder {config.source}") from None
     by_name: dict[str, tuple[str, int]] = {}
     for name, length in sorted(found.items()):
         # macOS spells accents in two characters where a captions file has one: compare both as one,

@@ -117,7 +117,7 @@ class Stage(ABC):
     def plan(self) -> Plan:
         """The items, the same for the same inputs; runs on the driver and writes nothing."""
 
-    def setup(self) -> None:
+    def setup(self) -> None:  # noqa: B027 (most stages load nothing)
         """Load what every item needs, once per worker."""
 
     @abstractmethod
@@ -174,11 +174,13 @@ def prepare(stage: Stage) -> list[Item]:
 
 
 def records(stage: Stage, items: list[Item]) -> list[dict[str, Any]]:
-    """The records that are there, in the order of the items."""
+    """The records that are there, in the order of the items; those of another plan do not count."""
     folder = storage.join(stage.folder, "records")
     there = set(storage.names(folder))
-    return storage.each(storage.read_json, [storage.join(folder, f"{item.id}.json") for item in items
-                                            if f"{item.id}.json" in there])
+    found = storage.each(storage.read_json, [storage.join(folder, f"{item.id}.json") for item in items
+                                             if f"{item.id}.json" in there])
+    plan = _planned(stage.folder)
+    return [record for record in found if record["plan"] == plan]
 
 
 def work(stage: Stage, item: Item) -> dict[str, Any]:
@@ -187,8 +189,9 @@ def work(stage: Stage, item: Item) -> dict[str, Any]:
     Idempotent: a late twin of a worker thought dead finds the record and steps back.
     """
     address = storage.join(stage.folder, "records", f"{item.id}.json")
-    if storage.exists(address):
-        return storage.read_json(address)
+    plan = _planned(stage.folder)
+    if found := _record(address, plan):
+        return found
     started = time.time()
     with scratch_folder(f"{stage.name}-{item.id}") as scratch:
         output = stage.process(item, scratch)
@@ -198,19 +201,35 @@ def work(stage: Stage, item: Item) -> dict[str, Any]:
             output.files[f"ledger/{item.id}.jsonl"] = ledger
         described = [describe(name, path) for name, path in sorted(output.files.items())]
         record = {
-            "id": item.id, "samples": output.samples, "files": described,
+            "id": item.id, "plan": plan, "samples": output.samples, "files": described,
             "skipped": _count(entry for entry in output.ledger if not entry.kept),
             "noted": _count(entry for entry in output.ledger if entry.kept),
             "info": output.info,
         }
-        if storage.exists(address):
-            return storage.read_json(address)
+        if found := _record(address, plan):
+            return found
         for name, path in sorted(output.files.items()):
             storage.put_file(path, storage.join(stage.folder, name))
         record["run"] = {"seconds": round(time.time() - started, 3), "host": platform.node()}
         if not storage.create_bytes(storage.json_bytes(record), address):
-            return storage.read_json(address)
+            if found := _record(address, plan):
+                return found
+            storage.put_json(record, address)  # of a plan that a rebuild has replaced
         return record
+
+
+def _planned(folder: str) -> str:
+    """The fingerprint that the plan of a folder fixed."""
+    return storage.read_json(storage.join(folder, "plan.json"))["fingerprint"]
+
+
+def _record(address: str, plan: str) -> dict[str, Any] | None:
+    """The record at `address` if it is one of this plan."""
+    try:
+        record = storage.read_json(address)
+    except FileNotFoundError:
+        return None
+    return record if record["plan"] == plan else None
 
 
 def seal(stage: Stage, items: list[Item]) -> dict[str, Any]:
@@ -273,8 +292,8 @@ def run(stage: Stage, runner: Runner = in_process, *, rebuild: bool = False,
     first. `watch(outcomes, done, total)` wraps the stream of outcomes, for a progress bar.
     StageFailed if items failed, after all others were done.
     """
-    if rebuild and storage.exists(storage.join(stage.folder, "plan.json")):
-        storage.remove_tree(stage.folder)
+    if rebuild:
+        empty(stage.folder)
     items = prepare(stage)
     sealed = storage.join(stage.folder, "manifest.json")
     if storage.exists(sealed):
@@ -283,11 +302,15 @@ def run(stage: Stage, runner: Runner = in_process, *, rebuild: bool = False,
     todo = [item for item in items if item.id not in have]
     outcomes: Iterable[Outcome] = runner(stage, todo) if todo else ()
     failed = []
+    failures = set(storage.names(storage.join(stage.folder, "failures")))
     for outcome in watch(outcomes, len(have), len(items)) if watch else outcomes:
         address = storage.join(stage.folder, "failures", f"{outcome.item.id}.json")
         if outcome.record is None:
             failed.append(outcome)
-            storage.put_json({"id": outcome.item.id, "error": outcome.error, "traceback": outcome.trace}, address)
+            storage.put_json({"id": outcome.item.id, "error": storage.without_credentials(outcome.error),
+                              "traceback": storage.without_credentials(outcome.trace)}, address)
+        elif f"{outcome.item.id}.json" in failures:
+            storage.remove(address)
     if failed:
         first = failed[0]
         raise StageFailed(f"{stage.name}: {len(failed)} of {len(items)} items failed, the first is {first.item.id}: "
@@ -296,6 +319,16 @@ def run(stage: Stage, runner: Runner = in_process, *, rebuild: bool = False,
     for name in storage.names(storage.join(stage.folder, "failures")):
         storage.remove(storage.join(stage.folder, "failures", name))
     return seal(stage, items)
+
+
+def empty(folder: str) -> None:
+    """Remove a stage folder so that whoever is killed meanwhile leaves no old result for a new plan."""
+    if storage.exists(storage.join(folder, "plan.json")):
+        storage.remove(storage.join(folder, "manifest.json"))
+        for name in [*storage.folders(folder), *storage.names(folder)]:
+            if name != "plan.json":
+                storage.remove_tree(storage.join(folder, name))
+        storage.remove_tree(folder)
 
 
 def _tried(stage: Stage, item: Item) -> Outcome:
@@ -326,6 +359,12 @@ def scratch_folder(name: str) -> Iterator[Path]:
 def describe(name: str, path: Path) -> dict[str, Any]:
     """A manifest's entry of the local file `path` under `name`: name, bytes, sha256."""
     return {"name": name, "bytes": path.stat().st_size, "sha256": storage.sha256_file(path)}
+
+
+def name_by_content(name: str, data: bytes) -> str:
+    """`name` with a hash of its content: of two plans made at once, neither overwrites the other's lists."""
+    stem, dot, ending = name.rpartition(".")
+    return f"{stem}-{hashlib.sha256(data).hexdigest()[:12]}{dot}{ending}"
 
 
 def identity(root: str, path: str, command: str) -> dict[str, Any]:

@@ -6,12 +6,14 @@ S3 credentials and endpoint are boto's own environment (`AWS_ENDPOINT_URL`, `AWS
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import secrets
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -86,7 +88,11 @@ def exists(url: str) -> bool:
     """Whether a file or object stands at `url`."""
     fs, path = _open(url)
     with _speaking(url, "look at"):
-        return fs.isfile(path)
+        try:
+            # Not fs.isfile, which takes a store that does not answer for one without the file.
+            return fs.info(path)["type"] == "file"
+        except FileNotFoundError:
+            return False
 
 
 def size(url: str) -> int:
@@ -118,16 +124,20 @@ def folders(url: str) -> list[str]:
             return []
 
 
-def walk(url: str) -> Iterator[tuple[str, int]]:
-    """Every file below `url` as (relative name, bytes), in no fixed order; hidden names left out."""
+def walk(url: str) -> Iterator[tuple[str, int | None]]:
+    """Every file below `url` as (relative name, bytes), in no fixed order; hidden names left out.
+
+    None instead of bytes: a link that leads nowhere. OSError for a folder that cannot be read.
+    """
     if is_local(url):
         base = str(local_path(url))
-        for folder, inner, files in os.walk(base):
+        for folder, inner, files in os.walk(base, onerror=_raise):
             inner[:] = [name for name in inner if not name.startswith(".")]
             for name in files:
                 full = os.path.join(folder, name)
-                if not name.startswith(".") and os.path.isfile(full):
-                    yield os.path.relpath(full, base).replace(os.sep, "/"), os.path.getsize(full)
+                there = os.path.exists(full)
+                if not name.startswith(".") and (os.path.isfile(full) or not there):
+                    yield os.path.relpath(full, base).replace(os.sep, "/"), os.path.getsize(full) if there else None
         return
     fs, path = _open(url)
     with _speaking(url, "list"):
@@ -188,12 +198,41 @@ def create_bytes(data: bytes, url: str) -> bool:
                 with _beside(path) as temporary:
                     fs.pipe_file(temporary, data)
                     _settle(temporary)
-                    os.link(temporary, path)  # unlike a rename it fails where the name is taken
+                    _link(temporary, path)
             else:
-                fs.pipe_file(path, data, mode="create")
+                _create_object(fs, path, data)
         except FileExistsError:
             return False
     return True
+
+
+def _link(temporary: str, path: str) -> None:
+    """Give a file its name unless that is taken: unlike a rename, a link fails then."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}:
+            raise
+        # A file system without links: the name is claimed first, and then given its bytes.
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        os.replace(temporary, path)
+
+
+def _create_object(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
+    for left in reversed(range(5)):
+        try:
+            return fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            raise
+        except OSError as error:
+            # 409: somebody is creating it at this moment, and may yet fail.
+            if left == 0 or "ConditionalRequestConflict" not in str(error):
+                raise
+            time.sleep(0.2)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def put_json(document: Any, url: str) -> None:

@@ -131,7 +131,8 @@ def _lengths(dataset: Dataset, path: str, record: dict[str, Any], rows: int, nam
 def _run(root: str, path: str, manifest: dict[str, Any]) -> Iterator[dict[str, str]]:
     """A run's curve and checkpoints."""
     try:
-        lines = [json.loads(line) for line in storage.read_bytes(storage.join(root, path, "metrics.jsonl")).splitlines()]
+        text = storage.read_bytes(storage.join(root, path, "metrics.jsonl"))
+        lines = [json.loads(line) for line in text.splitlines()]
         if stage.digest([[line["step"], line["loss"]] for line in lines]) != manifest["info"]["curve"]:
             yield _fault(path, "metrics.jsonl", "is not the curve that was sealed")
     except (FileNotFoundError, ValueError, KeyError, TypeError):

@@ -1,7 +1,15 @@
-"""What all tests share: a home of their own, no trackers, small corpora drawn by the program."""
+"""What all tests share: a home of their own, no trackers, a corpus drawn by the program, a server that speaks S3."""
 
 import os
+import secrets
+import socket
+import subprocess
+import sys
 import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,3 +32,58 @@ def drawn_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stage_ = Pictures(str(root), config, root / "cache")
     stage.run(stage_)
     return Path(stage_.folder)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The address of a server that speaks S3, also in AWS_ENDPOINT_URL, with keys in the environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        _until_it_answers(address, server)
+        with pytest.MonkeyPatch.context() as patch:
+            for name in [name for name in os.environ if name.startswith("AWS_")]:
+                patch.delenv(name)
+            patch.setenv("AWS_ENDPOINT_URL", address)
+            patch.setenv("AWS_ACCESS_KEY_ID", "AKIATESTING")
+            patch.setenv("AWS_SECRET_ACCESS_KEY", "not-to-be-seen")
+            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+            _forget()
+            yield address
+        _forget()
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+def _until_it_answers(address: str, server: subprocess.Popen) -> None:
+    for _ in range(300):
+        assert server.poll() is None, "the S3 server ended"
+        try:
+            urllib.request.urlopen(address, timeout=5).read()
+            return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.1)
+    raise AssertionError("the S3 server does not answer")
+
+
+def _forget() -> None:
+    """Connections remember the environment of their making."""
+    import fsspec
+
+    from pipeline import storage
+    storage._filesystem.cache_clear()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+@pytest.fixture
+def s3(s3_server: str) -> str:
+    """The URL of an empty bucket."""
+    import fsspec
+    bucket = f"test-{secrets.token_hex(6)}"
+    fsspec.filesystem("s3").mkdir(bucket)
+    return f"s3://{bucket}"

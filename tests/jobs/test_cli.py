@@ -92,7 +92,8 @@ def test_other_settings_on_a_sealed_folder_are_refused_by_name(tmp_path: Path, c
 
 def test_file_over_recipe_and_flags_over_file(tmp_path: Path, capsys) -> None:
     file = tmp_path / "settings.toml"
-    file.write_text('recipe = "imagenet_400m"\n[shard]\nimage_size = 48\nquality = 80\n[train.unet]\nchannel_mult = [1, 2]\n')
+    file.write_text('recipe = "imagenet_400m"\n[shard]\nimage_size = 48\nquality = 80\n'
+                    "[train.unet]\nchannel_mult = [1, 2]\n")
     settings = resolve("", str(file))
     assert (settings.shard.image_size, settings.train.unet.channel_mult) == (48, (1, 2))
     assert settings.train.unet.model_channels == RECIPES["imagenet_400m"]().train.unet.model_channels
@@ -112,7 +113,7 @@ def test_file_over_recipe_and_flags_over_file(tmp_path: Path, capsys) -> None:
 def test_faulty_settings_are_named(text: str, sentence: str, tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
     file.write_text(text)
-    with pytest.raises(ValueError, match="settings.toml") as raised:
+    with pytest.raises(ValueError, match=r"settings\.toml") as raised:
         resolve("", str(file))
     assert sentence in str(raised.value)
 

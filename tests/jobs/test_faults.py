@@ -75,8 +75,8 @@ def test_the_demo_seals_everything_and_a_second_one_does_nothing(undisturbed: Pa
 
 def test_no_held_out_subject_is_in_training(undisturbed: Path) -> None:
     import pyarrow.parquet as pq
-    training = [row for path in (undisturbed / "datasets/train").rglob("*.parquet") for row in pq.read_table(path).to_pylist()]
-    styles = [row for path in (undisturbed / "datasets/flat").rglob("*.parquet") for row in pq.read_table(path).to_pylist()]
+    training, styles = ([row for path in (undisturbed / "datasets" / name).rglob("*.parquet")
+                         for row in pq.read_table(path).to_pylist()] for name in ("train", "flat"))
     assert training and {row["held_out"] for row in training} == {"0"}
     held_out = {row["subject"] for row in styles if row["held_out"] == "1"}
     assert len(held_out) == 2 and not held_out & {row["subject"] for row in training}
@@ -150,8 +150,8 @@ def test_the_whole_cluster_killed_then_another_one_goes_on(undisturbed: Path, tm
     assert _manifests(str(root)) == _manifests(str(undisturbed))
 
 
-def test_s3_holds_the_same_bytes_as_a_local_disk(undisturbed: Path, s3_bucket: str, settings_file: Path) -> None:
-    root = f"{s3_bucket}/root"
+def test_s3_holds_the_same_bytes_as_a_local_disk(undisturbed: Path, s3: str, settings_file: Path) -> None:
+    root = f"{s3}/root"
     assert main(_arguments(root, settings_file, "--local")) == 0
     assert _manifests(root) == _manifests(str(undisturbed))
     assert not [fault for one in status.of(root) for fault in verify.folder(root, one["path"])]

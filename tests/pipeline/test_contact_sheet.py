@@ -66,7 +66,7 @@ def test_same_input_gives_same_pixels():
     ],
 )
 def test_what_does_not_fit_together_is_refused(wrong):
-    with pytest.raises(ValueError, match="columns|labels"):
+    with pytest.raises(ValueError, match=r"columns|labels"):
         contact_sheet([red(), red()], **{"columns": 2, **wrong})
 
 

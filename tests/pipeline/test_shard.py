@@ -107,10 +107,12 @@ def everything(tmp_path_factory):
 @pytest.mark.parametrize("only_captioned", [False, True])
 def test_everything_in_one_folder_is_a_sample_or_has_a_reason(tmp_path, everything, only_captioned):
     dataset, manifest = sharded(tmp_path, everything, only_captioned=only_captioned)
+    plan = storage.read_json(storage.join(dataset.folder("shards"), "plan.json"))
+    lists = {item["id"]: item["inputs"]["rows"] for item in plan["items"]}
     totals, rows = manifest["totals"], table(dataset, manifest)
     assert totals["samples"] + sum(totals["skipped"].values()) == len(rows) == sum(
         1 for record in manifest["items"] for _ in storage.read_bytes(
-            storage.join(dataset.folder("shards"), "rows", f"{record['id']}.jsonl")).splitlines())
+            storage.join(dataset.folder("shards"), lists[record["id"]])).splitlines())
     assert totals["skipped"] == dict(Counter(BAD.values()))
     failed = {row["url"]: row["error_message"].split(":")[0] for row in rows if row["status"] != "success"}
     assert failed == BAD
