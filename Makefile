@@ -10,10 +10,10 @@ demo: setup  ## the whole way on real pictures, and a report
 	$(BIN)/python -m jobs demo --root $(ROOT)
 
 test: setup lint  ## what every change must pass
-	$(BIN)/python -m pytest -m "not slow and not gpu" tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" tests
 
 test-all: setup lint  ## with the slow and the GPU tests
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 lint: setup
 	$(BIN)/ruff check .

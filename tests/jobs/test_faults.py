@@ -101,8 +101,10 @@ def test_the_driver_killed_again_and_again_gives_the_same_manifests(
     root = tmp_path / "root"
     command = [sys.executable, "-m", "jobs", *_arguments(root, settings_file, *way)]
     # Killed when a stage is under way: after its plan, and after its first record.
-    for path, name in (("pictures/drawn", "plan.json"), ("datasets/train/v1/embeddings", "records/000000.json"),
-                       ("runs/demo", "checkpoints/0000004/manifest.json")):
+    moments = [("datasets/train/v1/embeddings", "records/000000.json")]
+    if way:  # starting is cheap without Ray
+        moments = [("pictures/drawn", "plan.json"), *moments, ("runs/demo", "checkpoints/0000004/manifest.json")]
+    for path, name in moments:
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         _until(root / path / name, process)
         process.kill()

@@ -104,7 +104,7 @@ def _undisturbed(root: Path) -> list[tuple[int, float]]:
 def test_killed_at_any_moment_and_started_again_the_curve_is_the_same(root: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     subprocess.run([sys.executable, *_command(root, "whole", "--local")], check=True, env=environment)
-    for step in (3, 12, 19):  # before the first checkpoint, between two, and after one
+    for step in (3, 12):  # before the first checkpoint, and between two
         process = subprocess.Popen([sys.executable, *_command(root, "killed", "--local")], env=environment,
                                    stderr=subprocess.DEVNULL)
         _wait_for_step(root, "killed", step, process)
@@ -137,7 +137,7 @@ def test_two_ray_workers_of_which_one_dies_equal_torchrun_and_one_process(root: 
                    env=os.environ | {"OMP_NUM_THREADS": "1"})
     process = subprocess.Popen([sys.executable, *_command(root, "ray")], stderr=subprocess.PIPE)
     _wait_for_step(root, "ray", 8, process)
-    victims = _train_workers()
+    victims = _train_workers(cluster)
     assert victims
     os.kill(victims[0], signal.SIGKILL)
     _, log = process.communicate(timeout=200)
@@ -149,16 +149,18 @@ def test_two_ray_workers_of_which_one_dies_equal_torchrun_and_one_process(root: 
     assert not (root / "runs" / "ray" / "ray").exists()
 
 
-def _train_workers() -> list[int]:
-    """Processes of Ray Train's workers on this machine."""
+def _train_workers(cluster: Any) -> list[int]:
+    """Processes of Ray Train's workers that this cluster's raylets have started."""
+    raylets = {one.process.pid for node in cluster.list_all_nodes() for processes in node.all_processes.values()
+               for one in processes}
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for path in Path("/proc").glob("[0-9]*"):
         try:
-            name = path.read_bytes()
+            name, stat = (path / "cmdline").read_bytes(), (path / "stat").read_text()
         except OSError:
             continue
-        if b"RayTrainWorker" in name:
-            found.append(int(path.parent.name))
+        if b"RayTrainWorker" in name and int(stat.rpartition(")")[2].split()[1]) in raylets:
+            found.append(int(path.name))
     return sorted(found)
 
 
