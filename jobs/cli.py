@@ -1,4 +1,7 @@
-"""`python -m jobs VERB`: exit 0 done, 1 failed items or faults, 2 misuse; stdout is data, stderr is log."""
+"""`python -m jobs VERB`: stdout is data, stderr is log.
+
+Exit 0: done; 1: failed items or faults; 2: misuse; 130: stopped by SIGINT or SIGTERM, to be gone on with.
+"""
 
 import argparse
 import contextlib
@@ -12,7 +15,7 @@ from typing import Any
 
 import tyro
 
-from jobs import commands, demo, report, status
+from jobs import commands, demo, interrupts, report, status
 from jobs.runs import Run
 from jobs.sampling import Sampling
 from jobs.settings import ClusterConfig, Settings, resolve
@@ -26,6 +29,7 @@ from pipeline.shard import Shard
 from pipeline.stage import Stage, StageFailed
 
 _log = logging.getLogger(__name__)
+STOPPED = 130
 _GO_ON = "hint: nothing that is recorded is lost; the same command goes on from here"
 
 
@@ -33,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     _speak()
+    interrupts.listen()
     if not arguments or arguments[0] in {"-h", "--help"}:
         print(_overview(), end="")
         return 0 if arguments else 2
@@ -52,8 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {storage.without_credentials(text)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return STOPPED
 
 
 def _misuse(message: str) -> int:
@@ -114,18 +119,27 @@ def _train(command: commands.TrainCommand, settings: Settings) -> int:
     manifest = train(job, command.cluster, local=local, rebuild=command.stage.rebuild)
     if manifest:
         _done(training, manifest)
-    return 0
+    # Another process of torchrun's speaks for the run where this one does not.
+    return 0 if manifest or os.environ.get("RANK", "0") != "0" else STOPPED
 
 
 def train(job: Job, config: ClusterConfig, *, local: bool, rebuild: bool = False) -> dict[str, Any] | None:
     """Bring a run to its sealed state; None in a process that does not speak for the run, or was stopped."""
     training = Training(job)
-    if rebuild and os.environ.get("RANK", "0") == "0":
+    speaks = os.environ.get("RANK", "0") == "0"
+    if rebuild and speaks:
+        training.inputs()
+        training.plan()
         stage.empty(training.folder)
     sealed = storage.join(training.folder, "manifest.json")
     if storage.exists(sealed):
         stage.prepare(training)
-        return storage.read_json(sealed)
+        manifest = stage.manifest_of(training.folder, training.command)
+        if manifest["info"]["steps"] >= job.config.steps:
+            return manifest
+        if speaks:  # a finished run that is to go on
+            storage.remove(sealed)
+            storage.remove(storage.join(training.folder, "records", "run.json"))
     if local:
         if not in_processes(job):
             return None
@@ -155,6 +169,8 @@ def _report(command: commands.ReportCommand, settings: Settings) -> int:
     if command.common.dry_run:
         print(f"would write {out}")
         return 0
+    if not status.of(root):
+        raise ValueError(f"there is nothing in {root} to report on\nhint: --root")
     report.write(root, out)
     print(out)
     return 0
@@ -168,19 +184,21 @@ def _status(command: commands.StatusCommand, settings: Settings) -> int:
 
 def _verify(command: commands.VerifyCommand, settings: Settings) -> int:
     root = storage.normal(command.common.root)
-    folders = [one["path"] for one in status.of(root) if one["path"].startswith(command.only)
-               and one["state"] in {"sealed", "stale"}]
+    only = command.only.strip("/")
+    found = [one for one in status.of(root) if not only or f"{one['path']}/".startswith(f"{only}/")]
+    folders = [one["path"] for one in found if one["state"] in {"sealed", "stale", "damaged"}]
     if command.common.dry_run:
         print("\n".join(folders))
         return 0
-    faults = []
-    for path in folders:
-        for fault in verify.folder(root, path):
-            faults.append(fault)
+    faults = [{"path": one["path"], "fault": one["error"]} for one in found if one["state"] == "damaged"]
+    for path in ["", *folders]:
+        for fault in verify.folder(root, path) if path else list(faults):
+            if path:
+                faults.append(fault)
             print(json.dumps(fault) if command.json else f"{fault['path']}: {fault['fault']}")
     _log.info("verify: %d folders read, %d faults", len(folders), len(faults))
     if not folders:
-        raise ValueError(f"nothing is sealed in {storage.join(root, command.only)}")
+        raise ValueError(f"nothing is sealed in {storage.join(root, only)}")
     return 1 if faults else 0
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import ray
 
+from jobs import interrupts
+
 
 def connect() -> None:
     """Connect to the cluster at RAY_ADDRESS, or start one here; once per process."""
@@ -20,6 +22,7 @@ def connect() -> None:
         try:
             _knock(address)
             ray.init(**options)
+            interrupts.listen()
         except OSError as error:  # ConnectionError is one
             raise ValueError(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}\n"
                              f"hint: start one, unset RAY_ADDRESS to use one on this machine, or --local for none"
@@ -32,6 +35,7 @@ def connect() -> None:
     # With as many logical CPUs as cores an actor, its driver and Train's controller starve each other.
     ray.init(num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False,
              object_store_memory=200 << 20, **options)
+    interrupts.listen()
 
 
 def _knock(address: str) -> None:

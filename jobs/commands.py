@@ -37,7 +37,7 @@ class Rebuild:
     """For the verbs that write a stage."""
 
     rebuild: bool = False
-    """Empty the folder of this stage first."""
+    """Empty the folder of this stage first, with what lies below it (the samples of a run)."""
 
 
 Dataset = Annotated[str, tyro.conf.Positional,

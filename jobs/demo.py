@@ -53,7 +53,8 @@ def run(root: str, settings: Settings, runner: stage.Runner, *, drawn: bool, dry
     if not storage.exists(storage.join(job.run.folder, "manifest.json")):
         _log.info("train: %d steps of %d pictures", settings.train.steps, settings.train.global_batch)
         did.append(True)
-    train(job)
+    if train(job) is None:
+        raise KeyboardInterrupt
     did.append(_seal(Sampling(job.run, 0, _prompts(pictures), tuple(names[style] for style in styles),
                               settings.embed.clip(), settings.sample), runner))
     address = storage.join(root, "report.html")

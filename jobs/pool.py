@@ -2,7 +2,6 @@
 
 import logging
 import time
-import traceback
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -142,14 +141,6 @@ class Pool:
             record = ray.get(reference)
             self.idle.append(actor)
             return Outcome(task.item, record=record)
-        except RayActorError as error:
-            task.losses += 1
-            _log.warning("the worker of item %s was lost (%d of %d times): it is given to another", task.item.id,
-                         task.losses, LOSSES)
-            ray.kill(actor)
-            if task.losses >= LOSSES:
-                return Outcome(task.item, error=f"its worker died {LOSSES} times: {_last_line(error)}",
-                               trace=str(error))
         except RayTaskError as error:
             self.idle.append(actor)
             cause = error.cause
@@ -159,9 +150,14 @@ class Pool:
                 sentence = str(cause) if isinstance(cause, ValueError) else f"{type(cause).__name__}: {cause}"
                 return Outcome(task.item, error=sentence, trace=str(error))
             _log.warning("item %s failed and is tried again elsewhere: %s", task.item.id, _last_line(error))
-        except RayError:
+        except RayError as error:
+            task.losses += 1
+            _log.warning("the worker of item %s was lost (%d of %d times): it is given to another", task.item.id,
+                         task.losses, LOSSES)
             ray.kill(actor)
-            return Outcome(task.item, error="Ray failed", trace=traceback.format_exc())
+            if task.losses >= LOSSES:
+                return Outcome(task.item, error=f"its worker died {LOSSES} times: {_last_line(error)}",
+                               trace=str(error))
         return None
 
 

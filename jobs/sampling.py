@@ -1,6 +1,7 @@
 """Prompts and databases -> pictures: the style follows the database that the neighbours come from."""
 
 import io
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +39,11 @@ class SampleConfig:
     """Pictures drawn at a time."""
 
     def __post_init__(self) -> None:
-        if self.k < 0 or self.batch_size < 1:
-            raise ValueError(f"sample.k = {self.k} must be at least 0, "
-                             f"sample.batch_size = {self.batch_size} at least 1")
+        for name, least in (("k", 0), ("batch_size", 1), ("steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"sample.{name} = {getattr(self, name)}: must be at least {least}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"sample.guidance = {self.guidance}: must be a number")
 
 
 class Sampling(Stage):
@@ -53,6 +56,13 @@ class Sampling(Stage):
                  encoder: clip.ClipConfig, config: SampleConfig, name: str = "") -> None:
         if not prompts or not databases:
             raise ValueError("sample needs prompts and databases\nhint: --prompt 'a red apple' --database noto")
+        if name:
+            Run.parse(run.root, name)  # a name, not a way out of the folder
+        for what, given in (("prompt", prompts), ("database", [one.label for one in databases])):
+            if len(set(given)) < len(given) or not all(one.strip() for one in given):
+                raise ValueError(f"a {what} is empty or given twice: {', '.join(map(repr, given))}")
+        if step < 0:
+            raise ValueError(f"checkpoint {step}: must be a step, or 0 for the newest")
         self.run, self.prompts, self.databases, self.encoder = run, prompts, databases, encoder
         self.step = step or run.latest_step()
         super().__init__(run.root, f"{run.path}/samples/{name}", config)
@@ -73,6 +83,7 @@ class Sampling(Stage):
                                               self.run.command)}
         for database in self.databases:
             found[f"index of {database.label}"] = database.identity("index")
+            found[f"embeddings of {database.label}"] = database.identity("embeddings")
             found[f"shards of {database.label}"] = database.identity("shards")
         return found
 

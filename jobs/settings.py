@@ -31,6 +31,11 @@ class ClusterConfig:
     max_failures: int = 3
     """Restarts of a training run after the loss of a worker."""
 
+    def __post_init__(self) -> None:
+        for name, least in (("workers", 1), ("cpus", 0), ("gpus", 0), ("max_failures", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"cluster.{name} = {getattr(self, name)}: must be at least {least}")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -80,11 +85,11 @@ def resolve(recipe: str, file: str) -> Settings:
             document = tomllib.loads(Path(file).read_text())
         except OSError as error:
             raise ValueError(f"cannot read the settings {file}: {error.strerror}") from None
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{file} is not TOML: {error}") from None
     chosen = recipe or document.pop("recipe", "tiny")
     document.pop("recipe", None)
-    if chosen not in RECIPES:
+    if not isinstance(chosen, str) or chosen not in RECIPES:
         raise ValueError(f"there is no recipe {chosen!r}\nhint: {', '.join(RECIPES)}")
     return _overridden(RECIPES[chosen](), document, file)
 
@@ -119,7 +124,7 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(kind, type) and not isinstance(origin, UnionType) and type(value) is not kind:
-        raise ValueError(f"{where} = {value!r}: must be a {kind.__name__}")
+        raise ValueError(f"{where} = {value!r}: must be of the type {kind.__name__}")
     return value
 
 

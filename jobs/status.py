@@ -73,8 +73,7 @@ def _state(root: str, path: str) -> dict[str, Any]:
         return {"state": "absent"}
     manifest = _read(root, path, "manifest.json")
     about = {"stage": plan["stage"], "items": len(plan["items"])}
-    changed = [name for name, one in plan["inputs"].items() if one["path"] and
-               (_read(root, one["path"], "manifest.json") or {}).get("content") != one["digest"]]
+    changed = stage.changed_inputs(root, plan)
     if manifest is None:
         records = set(storage.names(storage.join(root, path, "records")))
         done = sum(f"{item['id']}.json" in records for item in plan["items"])
@@ -82,7 +81,7 @@ def _state(root: str, path: str) -> dict[str, Any]:
         state = f"{done} of {len(plan['items'])}" if done else "planned"
         if plan["stage"] == "train":
             steps = Run(root, path.split("/")[1]).steps()
-            state = f"{steps[-1]} of {plan['section']['train']['steps']}" if steps else "planned"
+            state = f"at step {steps[-1]}" if steps else "planned"
         return about | {"state": "stale" if changed else state, "changed": changed, "failed": failed}
     sealed = about | {"state": "stale" if changed else "sealed", "changed": changed,
                       **{key: manifest["totals"][key] for key in ("samples", "bytes", "skipped", "noted")},

@@ -51,10 +51,15 @@ class Training(Stage):
         return (f"python -m jobs train {self.job.run.name} --dataset {self.job.dataset.label} "
                 f"--database {self.job.database.label} --root {self.root}")
 
+    @property
+    def elsewhere(self) -> str:
+        return "give the run another name"
+
     def section(self) -> dict[str, Any]:
         first = samples(self.job.dataset, [0])[0]
         settings = super().section()
-        return {"train": {key: value for key, value in settings.items() if key not in FREE_ON_RESUME - {"steps"}},
+        # A finished run may be given more steps: how many is no part of what it is.
+        return {"train": {key: value for key, value in settings.items() if key not in FREE_ON_RESUME},
                 "dataset": self.job.dataset.label, "database": self.job.database.label,
                 "encoder": embed.encoder_of(self.job.dataset), "image_size": int(pixels(first.picture).shape[0])}
 
@@ -77,7 +82,7 @@ class Training(Stage):
         lines = tracking.read(self.job.run)
         # Not the file of the curve: there are seconds in it, and an equal run has other ones.
         curve = stage.digest([[line["step"], line["loss"]] for line in lines])
-        return Output(samples=self.job.config.steps * self.job.config.global_batch,
+        return Output(samples=step * self.job.config.global_batch,
                       info={"steps": step, "checkpoint": self.job.run.checkpoint(step)["content"], "curve": curve,
                             "loss": lines[-1]["loss"] if lines else None})
 

@@ -33,7 +33,7 @@ class TrainConfig:
     log_every: int = 50
 
     def __post_init__(self):
-        for name in ("global_batch", "k", "checkpoint_every", "log_every"):
+        for name in ("steps", "global_batch", "k", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
         if not 0.0 <= self.p_uncond <= 1.0:

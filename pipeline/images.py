@@ -12,7 +12,10 @@ Resize = Literal["center_crop", "keep_ratio", "no"]
 Format = Literal["jpg", "png", "webp"]
 NARROWEST = 100  # long side to short side
 _LONGEST = {"jpg": 65500, "webp": 16383}
-SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# Those that no decoder here knows (HEIC, JPEG XL) are among them, to be counted instead of passed over.
+SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", ".jpg", ".jxl", ".png", ".ppm", ".tga",
+            ".tif", ".tiff", ".webp")
+Image.MAX_IMAGE_PIXELS = None  # the limit is max_pixels, checked on the header
 
 
 class BadPicture(ValueError):

@@ -19,6 +19,7 @@ import numpy as np
 from pipeline.dataset import Dataset, Embeddings
 from pipeline.stage import Item, Output, Plan, Stage, storage
 
+_ALLOWANCE = 64 << 10
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -29,7 +30,7 @@ class IndexConfig:
     max_memory: str = "4G"
     """The index may have so many bytes: a number with K, M, G or T."""
     bytes_per_vector: int = 0
-    """The same per vector, whichever is less; 0 sets no such limit."""
+    """The same per vector, whichever is less, and 64K for what does not grow with them; 0 sets no such limit."""
     key: str = ""
     """A faiss factory string instead of a choice."""
     queries: int = 1000
@@ -91,7 +92,7 @@ def build(vectors: np.ndarray, config: IndexConfig) -> tuple[faiss.Index, dict[s
     count, dim = vectors.shape
     if not count:
         raise ValueError("no vectors to index: not one picture of the dataset could be used")
-    budget = min(memory(config.max_memory), config.bytes_per_vector * count or 1 << 62)
+    budget = _budget(count, config)
     rng = np.random.default_rng((config.seed, 17))
     held = np.sort(rng.choice(count, min(config.queries, count // 10), replace=False))
     kept = np.delete(np.arange(count), held)
@@ -113,7 +114,7 @@ def build(vectors: np.ndarray, config: IndexConfig) -> tuple[faiss.Index, dict[s
         tried.append(size)
     else:
         smallest = min(tried)
-        flag = (f"--bytes-per-vector {-(-smallest // count)}" if budget < memory(config.max_memory)
+        flag = (f"--bytes-per-vector {-(-max(1, smallest - _ALLOWANCE) // count)}" if budget < memory(config.max_memory)
                 else f"--max-memory {-(-smallest // 1024)}K")
         raise ValueError(f"no index of {count} vectors of {dim} fits {budget} bytes\nhint: the smallest possible has "
                          f"about {smallest} bytes: {flag}")
@@ -126,6 +127,12 @@ def build(vectors: np.ndarray, config: IndexConfig) -> tuple[faiss.Index, dict[s
     # Times differ from run to run and would make equal indices look different: they go to the log.
     logging.getLogger(__name__).info("index %s: %d bytes, recall@10 %s, %.3f ms a query", key, size, recall, speed)
     return index, infos, info
+
+
+def _budget(count: int, config: IndexConfig) -> int:
+    """Bytes that an index of `count` vectors may have."""
+    each = config.bytes_per_vector * count + _ALLOWANCE if config.bytes_per_vector else 1 << 62
+    return min(memory(config.max_memory), each)
 
 
 def _keys(count: int, dim: int, budget: int) -> list[str]:

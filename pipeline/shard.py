@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from pipeline import images, storage, tars
 from pipeline.dataset import Dataset
-from pipeline.stage import Entry, Item, Output, Plan, Stage, name_by_content
+from pipeline.stage import Entry, Item, Output, Plan, Stage, StageFailed, name_by_content, totals
 
 FILE_COLUMNS = ("file", "file_name", "filename", "image", "image_path", "path")
 CAPTION_COLUMNS = ("caption", "text", "TEXT")
@@ -56,6 +56,8 @@ class ShardConfig:
     """Pictures with more pixels than this are refused before they are decoded."""
 
     def __post_init__(self) -> None:
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"shard.quality = {self.quality}: must be within 1 and 100")
         for name in ("samples_per_shard", "image_size", "max_pixels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"shard.{name} must be at least 1, not {getattr(self, name)}")
@@ -127,6 +129,11 @@ class Shard(Stage):
         return output
 
     def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+        counts = totals(records)
+        if not counts["samples"]:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in counts["skipped"].items())
+            raise StageFailed(f"shard: not one picture of {self.config.source} can be used: {reasons}\n"
+                              f"hint: the ledger in {self.folder} names each")
         return Output(info={"sources": self._sources(), "format": self.config.format})
 
     def _sources(self) -> Any:

@@ -30,6 +30,8 @@ from typing import Any, ClassVar
 from pipeline import storage
 
 FORMAT = 1
+_MANIFEST_KEYS = {"stage", "content", "items", "files"}  # those of a checkpoint's manifest too
+_PLAN_KEYS = {"format", "stage", "fingerprint", "section", "inputs", "items"}
 _TRIES = 3
 
 
@@ -104,6 +106,11 @@ class Stage(ABC):
         """The command line that would finish this stage, for hints."""
         return f"python -m jobs {self.name}"
 
+    @property
+    def elsewhere(self) -> str:
+        """How to keep what is there and still get what is wanted, for hints."""
+        return "write to another version (name@v2)"
+
     def section(self) -> dict[str, Any]:
         """The settings that the result depends on, as JSON."""
         assert is_dataclass(self.config)
@@ -137,9 +144,26 @@ def fingerprint(stage: Stage, inputs: dict[str, dict[str, Any]] | None = None) -
 def manifest_of(folder: str, command: str) -> dict[str, Any]:
     """The manifest of a sealed stage folder; ValueError with the `command` that would finish it."""
     try:
-        return storage.read_json(storage.join(folder, "manifest.json"))
+        manifest = storage.read_json(storage.join(folder, "manifest.json"))
     except FileNotFoundError:
         raise ValueError(f"{folder} is not sealed: it has no manifest.json\nhint: {command}") from None
+    if not isinstance(manifest, dict) or not manifest.keys() >= _MANIFEST_KEYS:
+        raise ValueError(f"{folder}/manifest.json is damaged\nhint: python -m jobs verify tells what else is")
+    return manifest
+
+
+def changed_inputs(root: str, document: dict[str, Any]) -> list[str]:
+    """Names of the inputs of a plan or manifest whose folder holds other content than when it was planned."""
+    changed = []
+    for name, one in document.get("inputs", {}).items():
+        if one["path"]:
+            try:
+                now = storage.read_json(storage.join(root, one["path"], "manifest.json"))
+            except (FileNotFoundError, ValueError):
+                now = None
+            if not isinstance(now, dict) or now.get("content") != one["digest"]:
+                changed.append(name)
+    return changed
 
 
 def timeless(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -168,6 +192,8 @@ def prepare(stage: Stage) -> list[Item]:
             "inputs": inputs, "items": [asdict(item) for item in plan.items], "code": code_revision(),
         }), address)
     claimed = storage.read_json(address)
+    if not isinstance(claimed, dict) or not claimed.keys() >= _PLAN_KEYS:
+        raise ValueError(f"{address} is damaged\nhint: --rebuild makes this folder anew")
     if claimed["fingerprint"] != print_:
         raise ValueError(_disagreement(stage, claimed, inputs))
     return [Item(**item) for item in claimed["items"]]
@@ -293,11 +319,14 @@ def run(stage: Stage, runner: Runner = in_process, *, rebuild: bool = False,
     StageFailed if items failed, after all others were done.
     """
     if rebuild:
+        # What cannot be planned must not cost what is there.
+        stage.inputs()
+        stage.plan()
         empty(stage.folder)
     items = prepare(stage)
     sealed = storage.join(stage.folder, "manifest.json")
     if storage.exists(sealed):
-        return storage.read_json(sealed)
+        return manifest_of(stage.folder, stage.command)
     have = {record["id"] for record in records(stage, items)}
     todo = [item for item in items if item.id not in have]
     outcomes: Iterable[Outcome] = runner(stage, todo) if todo else ()
@@ -368,8 +397,15 @@ def name_by_content(name: str, data: bytes) -> str:
 
 
 def identity(root: str, path: str, command: str) -> dict[str, Any]:
-    """How another stage names the sealed folder `path` below `root` among its inputs."""
-    return {"path": path, "digest": manifest_of(storage.join(root, path), command)["content"]}
+    """How another stage names the sealed folder `path` below `root` among its inputs.
+
+    ValueError if that folder is stale: its rows would be taken for those of an input it was not made from.
+    """
+    manifest = manifest_of(storage.join(root, path), command)
+    if changed := changed_inputs(root, manifest):
+        raise ValueError(f"{storage.join(root, path)} is stale: {', '.join(changed)} changed since\n"
+                         f"hint: make it again, with its own settings: {command} --rebuild")
+    return {"path": path, "digest": manifest["content"]}
 
 
 @cache
@@ -402,7 +438,7 @@ def _disagreement(stage: Stage, claimed: dict[str, Any], inputs: dict[str, Any])
     differing = "; ".join(f"{field}: there {there}, now {now}" for field, there, now in
                           _differences({key: claimed[key] for key in wanted}, wanted))
     return (f"{stage.folder} was planned with other settings or inputs ({differing})\n"
-            f"hint: write to another version (name@v2), or rebuild this one with --rebuild")
+            f"hint: {stage.elsewhere}, or make this one anew with --rebuild")
 
 
 def _differences(there: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:

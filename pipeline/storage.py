@@ -127,17 +127,23 @@ def folders(url: str) -> list[str]:
 def walk(url: str) -> Iterator[tuple[str, int | None]]:
     """Every file below `url` as (relative name, bytes), in no fixed order; hidden names left out.
 
-    None instead of bytes: a link that leads nowhere. OSError for a folder that cannot be read.
+    None instead of bytes: a link that leads nowhere, or no regular file. OSError for a folder that cannot be read.
     """
     if is_local(url):
         base = str(local_path(url))
-        for folder, inner, files in os.walk(base, onerror=_raise):
+        seen = set()
+        for folder, inner, files in os.walk(base, onerror=_raise, followlinks=True):
+            real = os.path.realpath(folder)
+            if real in seen:  # a link to a folder above or beside
+                inner.clear()
+                continue
+            seen.add(real)
             inner[:] = [name for name in inner if not name.startswith(".")]
             for name in files:
                 full = os.path.join(folder, name)
-                there = os.path.exists(full)
-                if not name.startswith(".") and (os.path.isfile(full) or not there):
-                    yield os.path.relpath(full, base).replace(os.sep, "/"), os.path.getsize(full) if there else None
+                if not name.startswith("."):
+                    length = os.path.getsize(full) if os.path.isfile(full) else None
+                    yield os.path.relpath(full, base).replace(os.sep, "/"), length
         return
     fs, path = _open(url)
     with _speaking(url, "list"):

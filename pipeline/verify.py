@@ -29,6 +29,8 @@ def folder(root: str, path: str) -> Iterator[dict[str, str]]:
             yield _fault(path, entry["name"], fault)
     for fault in changed:
         yield _fault(path, "manifest.json", f"was changed after sealing: {fault}")
+    for name in stage.changed_inputs(root, manifest):
+        yield _fault(path, "manifest.json", f"is stale: {name} changed since")
     yield from _records(root, path, manifest)
     checks = {"shard": _shards, "embed": _embeddings, "index": _index, "neighbors": _neighbors}
     check = checks.get(manifest["stage"])
@@ -117,7 +119,7 @@ def _neighbors(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[st
     total = database.manifest("embeddings")["totals"]["samples"]
     if ids.shape != scores.shape or ids.min(initial=-1) < -1 or ids.max(initial=-1) >= total:
         yield _fault(path, f"{record['id']}.ids.npy", f"ids beyond the {total} rows of {database.label}")
-    elif (np.diff(scores, axis=1) > 0).any():
+    elif (scores[:, 1:] > scores[:, :-1]).any():
         yield _fault(path, f"{record['id']}.scores.npy", "neighbours are not nearest first")
 
 

@@ -68,12 +68,20 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path: Path, ca
     (["status", "--config", "absent.toml"], "cannot read the settings absent.toml"),
     (["index", "some", "--max-memory", "much", "--local"], "'much' is not a size"),
     (["verify"], "nothing is sealed"),
+    (["report"], "there is nothing in"),
+    (["embed", "some", "--workers", "0"], "cluster.workers = 0: must be at least 1"),
+    (["sample", "run", "--steps", "0", "--local"], "sample.steps = 0: must be at least 1"),
+    (["sample", "run", "--prompt", "x", "--database", "y", "--name", "../z", "--local"], "'../z' is not a name"),
+    (["sample", "run", "--prompt", "x", "--prompt", "x", "--database", "y", "--local"], "given twice"),
 ])
 def test_misuse_is_a_sentence_and_exit_2(arguments, sentence: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main([*arguments, *(["--root", "root"] if arguments[0] != "fly" else [])]) == 2
+    try:
+        code = main([*arguments, *(["--root", "root"] if arguments[0] != "fly" else [])])
+    except SystemExit as stopped:  # a flag's value, refused while the command line is read
+        code = stopped.code
     error = capsys.readouterr().err
-    assert sentence in error and "Traceback" not in error
+    assert code == 2 and sentence in error and "Traceback" not in error
 
 
 def test_an_unknown_flag_is_misuse(tmp_path: Path) -> None:
@@ -105,7 +113,7 @@ def test_file_over_recipe_and_flags_over_file(tmp_path: Path, capsys) -> None:
 
 @pytest.mark.parametrize(("text", "sentence"), [
     ("[shard]\nimage_sise = 3", "there is no setting 'image_sise'"),
-    ("[shard]\nimage_size = 'big'", "shard: image_size = 'big': must be a int"),
+    ("[shard]\nimage_size = 'big'", "shard: image_size = 'big': must be of the type int"),
     ("shard = 3", "shard is a section"),
     ("[shard]\nformat = 'bmp'", "must be one of jpg, png, webp"),
     ("[shard\n", "is not TOML"),
@@ -142,6 +150,50 @@ def test_status_tells_stale_from_sealed_and_damaged(tmp_path: Path, capsys) -> N
     (tmp_path / "root/datasets/some/v1/embeddings/plan.json").write_text("{")
     main(["status", "--json", *root])
     assert json.loads(capsys.readouterr().out)[1]["state"] == "damaged"
+
+
+def test_a_stale_folder_is_no_input_and_a_fault(tmp_path: Path, capsys) -> None:
+    _pictures(tmp_path / "in")
+    root = ["--root", str(tmp_path / "root")]
+    assert _shard(tmp_path) == 0 and main(["embed", "some", "--local", *root]) == 0
+    assert main(["index", "some", "--local", *root]) == 0
+    _pictures(tmp_path / "other", 4)
+    shard = ["shard", "some", "--source", str(tmp_path / "other"), "--local", "--rebuild", *root]
+    assert main(shard) == 0
+    capsys.readouterr()
+    assert main(["neighbors", "some", "--local", *root]) == 2
+    assert "is stale: shards changed since" in capsys.readouterr().err
+    assert main(["verify", *root]) == 1
+    for verb in ("embed", "index"):
+        assert main([verb, "some", "--local", "--rebuild", *root]) == 0
+    assert main(["neighbors", "some", "--local", *root]) == 0 and main(["verify", *root]) == 0
+
+
+def test_a_rebuild_that_cannot_be_planned_leaves_what_is_there(tmp_path: Path) -> None:
+    _pictures(tmp_path / "in")
+    root = ["--root", str(tmp_path / "root")]
+    assert _shard(tmp_path) == 0 and main(["embed", "some", "--local", *root]) == 0
+    assert main(["shard", "some", "--source", str(tmp_path / "typo"), "--local", "--rebuild", *root]) == 2
+    assert main(["embed", "some", "--model", "nonsense", "--local", "--rebuild", *root]) == 2
+    assert main(["verify", *root]) == 0
+
+
+def test_a_damaged_manifest_is_a_fault(tmp_path: Path, capsys) -> None:
+    _pictures(tmp_path / "in")
+    root = ["--root", str(tmp_path / "root")]
+    for text in ("{", "[]", "{}"):
+        assert _shard(tmp_path, "--rebuild") == 0
+        (tmp_path / "root/datasets/some/v1/shards/manifest.json").write_text(text)
+        assert main(["verify", *root]) == 1
+        assert main(["embed", "some", "--local", *root]) == 2
+        assert "Traceback" not in capsys.readouterr().err
+
+
+def test_nothing_usable_is_a_failure(tmp_path: Path, capsys) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "words.png").write_text("no picture")
+    assert _shard(tmp_path) == 1
+    assert "not one picture" in capsys.readouterr().err
 
 
 def test_a_dead_store_is_a_sentence_and_exit_1(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from jobs.cli import train as train_run
 from jobs.runs import Run
 from jobs.settings import tiny
 from jobs.training import Job, Training, in_processes, work
@@ -124,7 +125,7 @@ def test_sigterm_saves_before_it_leaves(root: Path) -> None:
                                                           "--checkpoint-every", "100000")])
     _wait_for_step(root, "stopped", 7, process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    assert process.wait(60) == 130
     steps = Run.parse(str(root), "stopped").steps()
     assert len(steps) == 1 and steps[0] >= 7
 
@@ -196,3 +197,13 @@ def test_true_neighbours_beat_those_of_other_pictures(prepared: Path) -> None:
         train(config, batches.at, device="cpu", save=lambda *_: None, log=records.append)
         losses[true] = records[-1]["loss"]
     assert losses[True] < 0.97 * losses[False], losses
+
+
+def test_a_finished_run_is_given_more_steps(root: Path) -> None:
+    dataset = Dataset.parse(str(root), "drawn")
+    job = Job(Run.parse(str(root), "longer"), dataset, dataset, _config(steps=6))
+    whole = Job(Run.parse(str(root), "whole"), dataset, dataset, _config(steps=12))
+    assert train_run(job, tiny().cluster, local=True)["info"]["steps"] == 6
+    longer = train_run(replace(job, config=_config(steps=12)), tiny().cluster, local=True)
+    assert longer["info"] == train_run(whole, tiny().cluster, local=True)["info"]
+    assert train_run(job, tiny().cluster, local=True) == longer

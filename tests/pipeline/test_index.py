@@ -67,22 +67,32 @@ def test_above_ten_thousand_the_kind_is_autofaiss_s(many):
 
 
 def test_a_budget_per_vector_is_a_budget_like_any_other(many):
-    _, _, whole = index.build(many, IndexConfig(max_memory=str(10_500 * 100)))
+    _, _, whole = index.build(many, IndexConfig(max_memory=str(10_500 * 100 + (64 << 10))))
     _, _, each = index.build(many, IndexConfig(bytes_per_vector=100))
-    assert each == whole and each["bytes_per_vector"] <= 100
+    assert each == whole and each["bytes"] <= 10_500 * 100 + (64 << 10)
 
 
-@pytest.mark.parametrize("config", [IndexConfig(max_memory="1K"), IndexConfig(bytes_per_vector=1),
-                                    IndexConfig(max_memory="1K", key="SQ8")])
+@pytest.mark.parametrize("config", [IndexConfig(max_memory="1K"), IndexConfig(max_memory="1K", key="SQ8")])
 @pytest.mark.parametrize("count", [50, 600, 2_000])
 def test_an_impossible_budget_names_the_least_and_that_works(few, config, count):
     with pytest.raises(ValueError, match="hint: the smallest possible has about") as caught:
         index.build(few[:count], config)
-    flag, value = re.search(r"--(max-memory|bytes-per-vector) (\w+)$", str(caught.value)).groups()
-    settings = {"max_memory": value} if flag == "max-memory" else {"bytes_per_vector": int(value)}
-    _, _, info = index.build(few[:count], IndexConfig(**{"key": config.key} | settings))
-    budget = index.memory(value) if flag == "max-memory" else int(value) * count
-    assert info["bytes"] <= budget < 1.2 * info["bytes"] + max(1024, count)
+    value = re.search(r"--max-memory (\w+)$", str(caught.value))[1]
+    _, _, info = index.build(few[:count], IndexConfig(key=config.key, max_memory=value))
+    assert info["bytes"] <= index.memory(value) < 1.2 * info["bytes"] + max(1024, count)
+
+
+def test_a_budget_per_vector_that_is_too_small_names_the_least():
+    vectors = made.clustered(300, 4096)
+    with pytest.raises(ValueError, match="hint: the smallest possible has about") as caught:
+        index.build(vectors, IndexConfig(bytes_per_vector=1))
+    value = int(re.search(r"--bytes-per-vector (\d+)$", str(caught.value))[1])
+    assert index.build(vectors, IndexConfig(bytes_per_vector=value))[2]["bytes"] <= 300 * value + (64 << 10)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_handful_of_vectors_fits_a_budget_per_vector(few, count):
+    assert index.build(few[:count], IndexConfig(bytes_per_vector=288))[2]["recall_at_10"] is None
 
 
 @pytest.mark.parametrize(("key", "floor"), [("Flat", 1.0), ("SQ8", 0.9), ("PQ8x8np", 0.1), ("IVF32,Flat", 0.9),
