@@ -1,6 +1,5 @@
 """The settings of every stage in one tree: a recipe, overridden by a TOML file, overridden by flags."""
 
-import dataclasses
 import tomllib
 import typing
 from dataclasses import dataclass, field, is_dataclass, replace
@@ -126,8 +125,3 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
     if isinstance(kind, type) and not isinstance(origin, UnionType) and type(value) is not kind:
         raise ValueError(f"{where} = {value!r}: must be of the type {kind.__name__}")
     return value
-
-
-def as_json(settings: Settings) -> dict[str, Any]:
-    """The whole tree as plain values."""
-    return dataclasses.asdict(settings)
