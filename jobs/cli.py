@@ -5,6 +5,7 @@ Exit 0: done; 1: failed items or faults; 2: misuse; 130: stopped by SIGINT or SI
 
 import argparse
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -126,20 +127,15 @@ def _train(command: commands.TrainCommand, settings: Settings) -> int:
 def train(job: Job, config: ClusterConfig, *, local: bool, rebuild: bool = False) -> dict[str, Any] | None:
     """Bring a run to its sealed state; None in a process that does not speak for the run, or was stopped."""
     training = Training(job)
-    speaks = os.environ.get("RANK", "0") == "0"
-    if rebuild and speaks:
-        training.inputs()
-        training.plan()
-        stage.empty(training.folder)
+    if rebuild and os.environ.get("RANK", "0") == "0":
+        stage.empty(training)
     sealed = storage.join(training.folder, "manifest.json")
-    if storage.exists(sealed):
+    # Of torchrun's processes one empties the folder: what the others see there meanwhile means nothing.
+    if not rebuild and storage.exists(sealed):
         stage.prepare(training)
         manifest = stage.manifest_of(training.folder, training.command)
         if manifest["info"]["steps"] >= job.config.steps:
             return manifest
-        if speaks:  # a finished run that is to go on
-            storage.remove(sealed)
-            storage.remove(storage.join(training.folder, "records", "run.json"))
     if local:
         if not in_processes(job):
             return None
@@ -151,6 +147,9 @@ def train(job: Job, config: ClusterConfig, *, local: bool, rebuild: bool = False
     if job.run.latest_step() < job.config.steps:
         _log.info("train: stopped at step %d; the same command goes on from there", job.run.latest_step())
         return None
+    if storage.exists(sealed):  # a finished run that was given more steps
+        storage.remove(sealed)
+        storage.remove(storage.join(training.folder, "records", "run.json"))
     return stage.run(training)
 
 
@@ -190,13 +189,12 @@ def _verify(command: commands.VerifyCommand, settings: Settings) -> int:
     if command.common.dry_run:
         print("\n".join(folders))
         return 0
-    faults = [{"path": one["path"], "fault": one["error"]} for one in found if one["state"] == "damaged"]
-    for path in ["", *folders]:
-        for fault in verify.folder(root, path) if path else list(faults):
-            if path:
-                faults.append(fault)
-            print(json.dumps(fault) if command.json else f"{fault['path']}: {fault['fault']}")
-    _log.info("verify: %d folders read, %d faults", len(folders), len(faults))
+    damaged = [{"path": one["path"], "fault": one["error"]} for one in found if one["state"] == "damaged"]
+    faults = 0
+    for fault in itertools.chain(damaged, *(verify.folder(root, path) for path in folders)):
+        faults += 1
+        print(json.dumps(fault) if command.json else f"{fault['path']}: {fault['fault']}")
+    _log.info("verify: %d folders read, %d faults", len(folders), faults)
     if not folders:
         raise ValueError(f"nothing is sealed in {storage.join(root, only)}")
     return 1 if faults else 0

@@ -319,10 +319,7 @@ def run(stage: Stage, runner: Runner = in_process, *, rebuild: bool = False,
     StageFailed if items failed, after all others were done.
     """
     if rebuild:
-        # What cannot be planned must not cost what is there.
-        stage.inputs()
-        stage.plan()
-        empty(stage.folder)
+        empty(stage)
     items = prepare(stage)
     sealed = storage.join(stage.folder, "manifest.json")
     if storage.exists(sealed):
@@ -350,8 +347,14 @@ def run(stage: Stage, runner: Runner = in_process, *, rebuild: bool = False,
     return seal(stage, items)
 
 
-def empty(folder: str) -> None:
-    """Remove a stage folder so that whoever is killed meanwhile leaves no old result for a new plan."""
+def empty(stage: Stage) -> None:
+    """Remove the folder of a stage that can be planned; what cannot must not cost what is there.
+
+    In an order such that whoever is killed meanwhile leaves no old result for a new plan.
+    """
+    stage.inputs()
+    stage.plan()
+    folder = stage.folder
     if storage.exists(storage.join(folder, "plan.json")):
         storage.remove(storage.join(folder, "manifest.json"))
         for name in [*storage.folders(folder), *storage.names(folder)]:
