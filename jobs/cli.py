@@ -17,11 +17,13 @@ from typing import Any
 import tyro
 
 from jobs import commands, demo, interrupts, report, status
+from jobs.progress import watcher
 from jobs.runs import Run
 from jobs.sampling import Sampling
 from jobs.settings import ClusterConfig, Settings, resolve
 from jobs.training import Job, Training, in_processes
-from pipeline import clip, stage, storage, verify
+from pipeline import clip, sift, stage, storage, verify
+from pipeline.adopt import Adopt
 from pipeline.dataset import Dataset
 from pipeline.embed import Embed
 from pipeline.index import Index
@@ -92,7 +94,29 @@ def _default(kind: type, settings: Settings) -> Any:
 
 
 def _shard(command: commands.ShardCommand, settings: Settings) -> int:
-    return _run(Shard(Dataset.parse(command.common.root, command.dataset), command.shard), command)
+    dataset = Dataset.parse(command.common.root, command.dataset)
+    if not 0 <= command.max_failed <= 1:
+        raise ValueError(f"--max-failed {command.max_failed}: a share of the rows, within 0 and 1")
+    if command.adopt:
+        if command.retry_failed:
+            raise ValueError("--adopt takes tars as they are: there is nothing to try again")
+        return _run(Adopt(dataset, command.shard), command)
+    if command.retry_failed and storage.exists(storage.join(dataset.folder("shards"), "manifest.json")):
+        following = dataset.following()
+        _log.info("shard: %s is sealed; rows that failed are tried again for %s", dataset.label, following.label)
+        return _run(Shard(following, command.shard, base=dataset), command)
+    if command.shard.duplicates != "keep" and not command.common.dry_run:
+        return _sift(sift.Sift(dataset, command.shard), command)
+    return _run(Shard(dataset, command.shard), command)
+
+
+def _sift(sifted: sift.Sift, command: commands.ShardCommand) -> int:
+    with runner(command) as run_with:
+        manifest = sift.run(sifted, lambda stage_: stage.run(
+            stage_, run_with, watch=watcher(stage_.name), retry=command.retry_failed and stage_ is sifted.whole,
+            max_failed=command.max_failed), rebuild=command.stage.rebuild)
+    _done(sifted, manifest)
+    return 0
 
 
 def _embed(command: commands.EmbedCommand, settings: Settings) -> int:
@@ -228,11 +252,12 @@ def runner(command: Any) -> Iterator[stage.Runner]:
 
 
 def _run(stage_: Stage, command: Any) -> int:
-    from jobs.progress import watcher
     if command.common.dry_run:
         return _dry_run(stage_)
     with runner(command) as run_with:
-        manifest = stage.run(stage_, run_with, rebuild=command.stage.rebuild, watch=watcher(stage_.name))
+        manifest = stage.run(stage_, run_with, rebuild=command.stage.rebuild, watch=watcher(stage_.name),
+                             retry=getattr(command, "retry_failed", False) and not getattr(stage_, "base", None),
+                             max_failed=getattr(command, "max_failed", 1.0))
     _done(stage_, manifest)
     return 0
 

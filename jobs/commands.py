@@ -47,13 +47,20 @@ RunName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help
 
 @dataclass(frozen=True)
 class ShardCommand:
-    """Pack a folder of pictures with captions into tars: datasets/NAME/VERSION/shards."""
+    """Pack a corpus (a folder, lists of addresses, parquet with pictures, tars) into tars."""
 
     dataset: Dataset
     shard: Flat[ShardConfig]
     cluster: Flat[ClusterConfig]
     common: Flat[Common]
     stage: Flat[Rebuild]
+    adopt: bool = False
+    """The source is tars that are there already: seal them where they lie, without a copy."""
+    retry_failed: bool = False
+    """Try only the rows that failed once more: in more shards of this version while it is not sealed, or else in
+    the next version, which takes over the shards of this one."""
+    max_failed: float = 1.0
+    """Stop when a larger share of the rows has failed."""
 
 
 @dataclass(frozen=True)

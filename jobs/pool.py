@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,16 +62,20 @@ class Pool:
         self.idle: deque[Any] = deque()
         self.gpu = False
 
-    def __call__(self, stage_: Stage, items: list[Item]) -> Iterator[Outcome]:
+    def __call__(self, stage_: Stage, items: Sequence[Item]) -> Iterator[Outcome | None]:
         cluster.connect()
         self._shape(stage_.workers_need_gpu and self.config.gpus > 0)
         print_ = stage.fingerprint(stage_)
-        waiting = deque(_Task(item) for item in items)
+        fresh, left = iter(items), len(items)
+        waiting: deque[_Task] = deque()  # of a million items only those that are next, and those that came back
         busy: dict[Any, tuple[Any, _Task]] = {}
         alive = time.monotonic()
         try:
-            while waiting or busy:
-                self._grow(len(busy), len(waiting) + len(busy))
+            while left or waiting or busy:
+                while left and len(waiting) < self.config.workers:
+                    waiting.append(_Task(next(fresh)))
+                    left -= 1
+                self._grow(len(busy), left + len(waiting) + len(busy))
                 while pair := self._pair(waiting, bool(busy or self.starting)):
                     actor, task = pair
                     busy[actor.work.remote(stage_, print_, task.item)] = actor, task
@@ -82,6 +86,8 @@ class Pool:
                     raise stage.StageFailed(f"{stage_.name}: no worker could be started for {WORKER_TIMEOUT_S:.0f} s\n"
                                             f"hint: the cluster has {ray.cluster_resources()}; a worker wants "
                                             f"{self.config.cpus} CPU and {self.config.gpus if self.gpu else 0} GPU")
+                if not done:
+                    yield None
                 for reference in done:
                     if reference in self.starting:
                         self._started(reference)

@@ -3,36 +3,55 @@
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 from tqdm import tqdm
 
-from pipeline.stage import Outcome
+from pipeline.progress import Tally
 
 EVERY_S = 10.0
 _log = logging.getLogger(__name__)
 
 
-def watcher(name: str) -> Callable[[Iterable[Outcome], int, int], Iterator[Outcome]]:
-    """Wrap a stream of outcomes with progress in items and samples."""
+def watcher(name: str) -> Callable[[Tally], None]:
+    """Show a tally whenever it changes: in rows where their number is known, in items otherwise."""
+    bar: tqdm | None = None
+    spoken = time.monotonic()
 
-    def watch(outcomes: Iterable[Outcome], done: int, total: int) -> Iterator[Outcome]:
-        started = spoken = time.monotonic()
-        begun, samples, failed = done, 0, 0
-        with tqdm(total=total, initial=done, desc=name, unit="item", disable=not sys.stderr.isatty()) as bar:
-            for outcome in outcomes:
-                done += 1
-                samples += outcome.record["samples"] if outcome.record else 0
-                failed += outcome.record is None
-                now = time.monotonic()
-                rate = samples / max(now - started, 1e-9)
-                bar.set_postfix_str(f"{rate:.0f} samples/s" + (f", {failed} failed" if failed else ""))
-                bar.update(1)
-                if bar.disable and (now - spoken > EVERY_S or done == total):
-                    left = (total - done) * (now - started) / (done - begun)
-                    _log.info("%s: %d of %d items, %.0f samples/s%s%s", name, done, total, rate,
-                              f", {failed} failed" if failed else "", f", {left:.0f} s left" if done < total else "")
-                    spoken = now
-                yield outcome
+    def watch(tally: Tally) -> None:
+        nonlocal bar, spoken
+        now = tally.now
+        done, total = (now["rows"], tally.rows) if tally.rows else (tally.done_items, tally.items)
+        if sys.stderr.isatty():
+            bar = bar or tqdm(total=total, initial=done, desc=name, unit="row" if tally.rows else "item")
+            bar.set_postfix_str(_rest(now))
+            bar.update(done - bar.n)
+            if tally.done_items == tally.items:
+                bar.close()
+        elif time.monotonic() - spoken > EVERY_S or tally.done_items == tally.items:
+            spoken = time.monotonic()
+            _log.info("%s: %s", name, sentence(now))
 
     return watch
+
+
+def sentence(now: dict[str, Any]) -> str:
+    """What a tally says, in a line."""
+    of = f" of {now['of_rows']}" if now["of_rows"] else ""
+    left = f", {_time(now['seconds_left'])} left" if now["seconds_left"] and now["items"] < now["of_items"] else ""
+    return (f"{now['items']} of {now['of_items']} items, {now['rows']}{of} rows, {now['rows_per_s']:.0f} rows/s, "
+            f"{_rest(now)}{left}")
+
+
+def _rest(now: dict[str, Any]) -> str:
+    good = f"{now['samples'] / now['rows']:.1%} good, " if now["rows"] else ""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in list(now["skipped"].items())[:4])
+    failed = f", {now['failed_items']} items failed" if now["failed_items"] else ""
+    return f"{good}{now['bytes'] / 1e6:.0f} MB{failed}" + (f", left out: {reasons}" if reasons else "")
+
+
+def _time(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

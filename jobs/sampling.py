@@ -20,7 +20,7 @@ from pipeline import clip, embed, lookup, stage, storage
 from pipeline.contact_sheet import contact_sheet
 from pipeline.dataset import Dataset
 from pipeline.index import Searcher
-from pipeline.stage import Item, Output, Plan, Stage
+from pipeline.stage import Item, Output, Stage
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Sampling(Stage):
             found[f"shards of {database.label}"] = database.identity("shards")
         return found
 
-    def plan(self) -> Plan:
+    def plan(self) -> list[Item]:
         wanted = clip.describe(self.encoder)
         trained = self.run.encoder()
         for name, encoder in [(f"the run {self.run.name}", trained),
@@ -97,8 +97,8 @@ class Sampling(Stage):
                 raise ValueError(f"{name} belongs to another encoder than {self.encoder.model} "
                                  f"({self.encoder.pretrained}): they differ in {', '.join(differing)}\n"
                                  f"hint: --model and --pretrained as when it was embedded")
-        return Plan([Item(database.label.replace("@", "-"), {"number": number})
-                     for number, database in enumerate(self.databases)])
+        return [Item(database.label.replace("@", "-"), {"number": number})
+                for number, database in enumerate(self.databases)]
 
     def setup(self) -> None:
         # On a CPU the bytes of a picture depend on how a sum is split among threads.

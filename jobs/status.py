@@ -1,11 +1,12 @@
 """How far every stage below a root has come, and what a stage would still have to do."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from jobs import tracking
+from jobs import progress, tracking
 from jobs.runs import Run
-from pipeline import stage, storage
-from pipeline.stage import Stage
+from pipeline import records, stage, storage
+from pipeline.stage import Item, Stage
 
 _OF_A_DATASET = ("shards", "embeddings", "index")
 _KEYS = {"plan.json": {"stage", "items", "inputs", "section"}, "manifest.json": {"stage", "items", "content"}}
@@ -37,8 +38,9 @@ def table(found: list[dict[str, Any]]) -> str:
 def forecast(stage_: Stage) -> dict[str, Any]:
     """What running a stage would do: items, how many are left, bytes to read, seconds as far as known."""
     claimed = storage.exists(storage.join(stage_.folder, "plan.json"))
-    items = stage.prepare(stage_) if claimed else stage_.plan().items
-    done = stage.records(stage_, items) if claimed else []
+    items: Sequence[Item] = stage.prepare(stage_) if claimed else list(stage_.plan())
+    ids = [item.id for item in items]
+    done = stage.recorded(stage_, ids).in_order(ids) if claimed else []
     sealed = storage.exists(storage.join(stage_.folder, "manifest.json"))
     left = 0 if sealed else len(items) - len(done)
     each = [record["run"]["seconds"] for record in done]
@@ -47,10 +49,12 @@ def forecast(stage_: Stage) -> dict[str, Any]:
         for path in _paths(stage_.root):
             manifest = _read(stage_.root, path, "manifest.json")
             if manifest and manifest.get("stage") == stage_.name:
-                each += [record["run"]["seconds"] for record in manifest["items"]]
+                each.append(manifest["run"]["seconds"] / max(manifest["totals"]["items"], 1))
     reads = sum((_read(stage_.root, one["path"], "manifest.json") or {}).get("totals", {}).get("bytes", 0)
                 for one in stage_.inputs().values() if one["path"])
+    rows = sum(map(stage_.rows, items))
     return {"stage": stage_.name, "folder": stage_.folder, "items": len(items), "left": left, "input_bytes": reads,
+            **({"rows": rows} if rows else {}),
             "worker_seconds": round(left * sum(each) / len(each), 1) if each else None}
 
 
@@ -72,13 +76,16 @@ def _state(root: str, path: str) -> dict[str, Any]:
     if plan is None:
         return {"state": "absent"}
     manifest = _read(root, path, "manifest.json")
-    about = {"stage": plan["stage"], "items": len(plan["items"])}
+    items = records.count(plan["items"])
+    about = {"stage": plan["stage"], "items": items}
     changed = stage.changed_inputs(root, plan)
     if manifest is None:
-        records = set(storage.names(storage.join(root, path, "records")))
-        done = sum(f"{item['id']}.json" in records for item in plan["items"])
+        for name in storage.names(storage.join(root, path, "more")):
+            items += records.count(storage.read_json(storage.join(root, path, "more", name))["items"])
+        done = min(len(storage.names(storage.join(root, path, "records"))), items)
         failed = len(storage.names(storage.join(root, path, "failures")))
-        state = f"{done} of {len(plan['items'])}" if done else "planned"
+        about["progress"] = _progress(root, path)
+        state = f"{done} of {items}" if done or about["progress"] else "planned"
         if plan["stage"] == "train":
             steps = Run(root, path.split("/")[1]).steps()
             state = f"at step {steps[-1]}" if steps else "planned"
@@ -103,7 +110,18 @@ def _detail(one: dict[str, Any]) -> str:
     if "samples" in one:
         skipped = ", ".join(f"{count} {reason}" for reason, count in one["skipped"].items())
         return f"{one['samples']} samples, {one['bytes'] / 1e6:.1f} MB" + (f", left out: {skipped}" if skipped else "")
-    return f"{one['failed']} failed" if one.get("failed") else ""
+    said = [f"{one['failed']} failed"] if one.get("failed") else []
+    if now := one.get("progress"):
+        said.append(progress.sentence(now))
+    return "; ".join(said)
+
+
+def _progress(root: str, path: str) -> dict[str, Any] | None:
+    """What the driver of a stage under way said last."""
+    try:
+        return storage.read_json(storage.join(root, path, "progress.json"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _read(root: str, path: str, name: str) -> Any:

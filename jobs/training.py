@@ -19,7 +19,7 @@ from pipeline.batches import Batches
 from pipeline.dataset import Dataset
 from pipeline.images import pixels
 from pipeline.lookup import samples
-from pipeline.stage import Item, Output, Plan, Stage
+from pipeline.stage import Item, Output, Stage
 
 KEEP_CHECKPOINTS = 3
 
@@ -68,12 +68,12 @@ class Training(Stage):
                 "neighbors": self.job.dataset.identity(f"neighbors/{self.job.database.label}"),
                 "database": self.job.database.identity("embeddings")}
 
-    def plan(self) -> Plan:
+    def plan(self) -> list[Item]:
         dim = embed.encoder_of(self.job.database)["dim"]
         if self.job.config.unet.context_dim != dim:
             raise ValueError(f"the network takes vectors of {self.job.config.unet.context_dim}, "
                              f"{self.job.database.label} has vectors of {dim}\nhint: --context-dim {dim}")
-        return Plan([Item("run")])
+        return [Item("run")]
 
     def process(self, item: Item, scratch: Any) -> Output:
         """What the finished run left: the curve, and the checkpoint it ended with."""

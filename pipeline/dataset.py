@@ -44,6 +44,11 @@ class Dataset:
         """The name as the user writes it."""
         return self.name if self.version == DEFAULT_VERSION else f"{self.name}@{self.version}"
 
+    def following(self) -> "Dataset":
+        """The next version: v2 after v1."""
+        stem, number = re.fullmatch(r"(.*?)(\d*)", self.version).groups()  # type: ignore[union-attr]
+        return Dataset(self.root, self.name, f"{stem}{int(number or 1) + 1}")
+
     def path(self, stage_name: str) -> str:
         """The folder of a stage, below the root."""
         return f"datasets/{self.name}/{self.version}/{stage_name}"
@@ -69,7 +74,7 @@ class Dataset:
 
     def fetch(self, stage_name: str, entry: dict[str, Any], *, check: bool = False) -> Path:
         """A local path of a file in the manifest of a stage."""
-        return storage.fetch(storage.join(self.folder(stage_name), entry["name"]), entry, check=check)
+        return storage.fetch(storage.place(self.folder(stage_name), entry["name"]), entry, check=check)
 
 
 def file_of(record: dict[str, Any], suffix: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipeline import clip, images, tars
 from pipeline.dataset import Dataset, file_of
-from pipeline.stage import Entry, Item, Output, Plan, Stage
+from pipeline.stage import Entry, Item, Output, Stage
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class Embed(Stage):
     def inputs(self) -> dict[str, dict[str, Any]]:
         return {"shards": self.dataset.identity("shards")}
 
-    def plan(self) -> Plan:
+    def plan(self) -> list[Item]:
         weights = clip.describe(self.config.clip())["weights_sha256"]
-        return Plan([Item(record["id"], {"shard": record, "weights": weights})
-                     for record in self.dataset.manifest("shards")["items"]])
+        return [Item(record["id"], {"shard": record, "weights": weights, "count": record["samples"]})
+                for record in self.dataset.manifest("shards")["items"]]
 
     def setup(self) -> None:
         clip.load(self.config.clip())

@@ -17,7 +17,7 @@ import faiss
 import numpy as np
 
 from pipeline.dataset import Dataset, Embeddings
-from pipeline.stage import Item, Output, Plan, Stage, storage
+from pipeline.stage import Item, Output, Stage, storage
 
 _ALLOWANCE = 64 << 10
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -60,8 +60,8 @@ class Index(Stage):
     def inputs(self) -> dict[str, dict[str, Any]]:
         return {"embeddings": self.dataset.identity("embeddings")}
 
-    def plan(self) -> Plan:
-        return Plan([Item("index")])
+    def plan(self) -> list[Item]:
+        return [Item("index")]
 
     def process(self, item: Item, scratch: Path) -> Output:
         vectors = Embeddings(self.dataset).all().astype(np.float32)

@@ -15,7 +15,7 @@ from pipeline import dataset as datasets
 from pipeline import embed, stage
 from pipeline.dataset import Dataset, Embeddings
 from pipeline.index import Searcher, best, ranked
-from pipeline.stage import Item, Output, Plan, Stage
+from pipeline.stage import Item, Output, Stage
 
 _BLOCK = 1024
 
@@ -58,7 +58,7 @@ class Neighbors(Stage):
             found["index"] = self.database.identity("index")
         return found
 
-    def plan(self) -> Plan:
+    def plan(self) -> list[Item]:
         embed.same_encoder(self.dataset, self.database)
         inputs = self.inputs()
         made_from = stage.digest([inputs.get(name) for name in ("database", "database_shards", "index")])
@@ -69,7 +69,7 @@ class Neighbors(Stage):
             items.append(Item(record["id"], {"offset": offset, "shard": shards[record["id"]], "embeddings": record,
                                              "database": made_from}))
             offset += record["samples"]
-        return Plan(items)
+        return items
 
     def process(self, item: Item, scratch: Path) -> Output:
         database, hashes = _opened(self.database, self.config.method, item.inputs["database"])

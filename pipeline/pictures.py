@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pipeline import drawn, emoji, storage
 from pipeline.catalog import Catalog, Picture, lot
-from pipeline.stage import Entry, Item, Output, Plan, Stage, name_by_content
+from pipeline.stage import Entry, Item, Output, Stage, name_by_content
 
 _COLUMNS = ("file", "caption", "tags", "style", "subject", "held_out")
 
@@ -53,7 +53,7 @@ class Pictures(Stage):
         sources = emoji.sources(self.cache) if self.config.corpus == "emoji" else drawn.sources()
         return {source["package"]: {"path": "", "digest": source["version"]} for source in sources}
 
-    def plan(self) -> Plan:
+    def plan(self) -> list[Item]:
         corpus = self._catalog()
         step = self.config.pictures_per_item
         parts = [corpus.pictures[start:start + step] for start in range(0, len(corpus.pictures), step)]
@@ -62,9 +62,8 @@ class Pictures(Stage):
             {"drawing": corpus.drawings[picture.key]} if self.config.corpus == "emoji" else {}) for picture in part]))
             for number, part in enumerate(parts)]
         named = [(name_by_content(f"drawings/{number}.json", data), data) for number, data in drawings]
-        items = [Item(number, {"drawings": name, "count": len(part)})
-                 for (number, _), (name, _), part in zip(drawings, named, parts, strict=True)]
-        return Plan(items, named)
+        return [Item(number, {"drawings": name, "count": len(part)}, ((name, data),))
+                for (number, _), (name, data), part in zip(drawings, named, parts, strict=True)]
 
     def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
         output = Output()

@@ -1,287 +1,283 @@
-"""Pictures with captions -> tars that webdataset reads, a parquet of metadata beside each.
+"""Any corpus -> tars that webdataset reads, a parquet of metadata beside each.
 
-Row i of the parquet's successes is sample i of the tar. Every row of the source ends either as a
-sample or as a parquet row with a status and a reason (columns as img2dataset writes them).
+Row i of the parquet's successes is sample i of the tar. Every row of the source ends either as a sample
+(or as several patches) or as a parquet row with a status and a reason, in the columns that img2dataset writes.
 """
 
-import csv
-import hashlib
-import io
-import json
-import math
-import unicodedata
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import images, storage, tars
-from pipeline.dataset import Dataset
-from pipeline.stage import Entry, Item, Output, Plan, Stage, StageFailed, name_by_content, totals
+from pipeline import images, samples, sources, stage, storage
+from pipeline.dataset import Dataset, file_of
+from pipeline.download import DownloadConfig
+from pipeline.sources import Part, Reading, Source
+from pipeline.stage import Entry, Item, Output, Stage, StageFailed, totals
 
-FILE_COLUMNS = ("file", "file_name", "filename", "image", "image_path", "path")
-CAPTION_COLUMNS = ("caption", "text", "TEXT")
-_OWN_COLUMNS = ("caption", "url", "key", "status", "error_message", "width", "height", "original_width",
-                "original_height", "sha256")
+# Bytes a pixel that pictures take: img2dataset's table of a million of 256 x 256, and some for the metadata.
+_BYTES_A_PIXEL = {"jpg": 0.46, "webp": 0.36, "png": 1.5}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 @dataclass(frozen=True)
 class ShardConfig:
     """What to shard, and how."""
 
-    source: str = ""
-    """Folder of pictures (local or s3://), with any folders below it."""
+    source: tuple[str, ...] = ()
+    """Where the corpus is (local or s3://): a folder of pictures, lists of addresses (parquet, CSV, JSON lines),
+    parquet with pictures in it, or tars; folders, files, patterns (*, **, ?), several of them."""
+    kind: sources.Kind = "auto"
+    """What the source is; auto: by the names of its files."""
     captions: str = ""
-    """Captions: a parquet or CSV file with a column file (relative to the source) and a column
-    caption; others are carried along. Default: captions.parquet or captions.csv in the source."""
+    """Captions of a folder: a parquet, CSV or JSONL file with a column file (relative to the source) and a
+    column caption; others are carried along. Default: captions.parquet, .csv or .jsonl in the source, or
+    a .txt beside each picture."""
     only_captioned: bool = False
     """Take only the pictures that the captions name, in their order; otherwise all, sorted by name."""
     sources: str = ""
     """JSON file on origin and licence of the pictures; its content is kept in the manifest."""
+    url_column: str = ""
+    """Column of a list with the addresses; default: url, URL, image_url."""
+    image_column: str = ""
+    """Column with pictures as bytes, or as struct with a field bytes; default: image and the like."""
+    caption_column: str = ""
+    """Column with the captions; default: caption, TEXT, text."""
+    hash_column: str = ""
+    """Column with the hash (md5, sha1, sha256, sha512) that the bytes must have; default: sha256 or md5 if there;
+    none: do not check."""
+    where: str = ""
+    """Take only rows of which this is true, as in "punsafe < 0.1 and AESTHETIC_SCORE > 5"."""
     samples_per_shard: int = 1000
     """Rows of the source in one tar."""
+    shard_size: str = ""
+    """Instead of samples_per_shard: about how large a tar shall be, as in 500M."""
     image_size: int = 256
-    """Short side in pixels after resizing."""
+    """Side in pixels after resizing; which side, `resize` says."""
     resize: images.Resize = "center_crop"
-    """center_crop: a square; keep_ratio: the whole picture; no: as it is."""
+    """center_crop: a square; keep_ratio: the short side; keep_ratio_largest: the long side; border: a square with
+    white around; no: as it is."""
+    only_if_bigger: bool = False
+    """Never enlarge."""
     format: images.Format = "jpg"
     """Encoding in the tar; bytes that need no change are passed through."""
     quality: int = 95
     """Quality of jpg and webp."""
     max_pixels: int = 100_000_000
     """Pictures with more pixels than this are refused before they are decoded."""
+    min_size: int = 0
+    """Pictures with a shorter side than this are left out."""
+    max_aspect: float = images.NARROWEST
+    """Pictures with a longer side than so many short ones are left out."""
+    patches: int = 0
+    """Cut so many squares of image_size at random from each picture, instead of resizing it."""
+    patch_side: int = 1200
+    """Short side that a picture is brought to before patches are cut."""
+    seed: int = 0
+    """Of the patches' places."""
+    exif: bool = False
+    """Keep the EXIF data of each picture in its metadata."""
+    duplicates: Literal["keep", "exact", "near"] = "keep"
+    """Leave out pictures whose pixels occurred before (exact), or that look like one that did (near)."""
+    duplicate_bits: int = 3
+    """Bits of 64 in which the perceptual hashes of near duplicates may differ."""
+    download: DownloadConfig = field(default_factory=DownloadConfig)
 
     def __post_init__(self) -> None:
+        if isinstance(self.source, str):  # one is the usual number
+            object.__setattr__(self, "source", (self.source,) if self.source else ())
         if not 1 <= self.quality <= 100:
             raise ValueError(f"shard.quality = {self.quality}: must be within 1 and 100")
-        for name in ("samples_per_shard", "image_size", "max_pixels"):
+        for name in ("samples_per_shard", "image_size", "max_pixels", "patch_side", "max_aspect"):
             if getattr(self, name) < 1:
                 raise ValueError(f"shard.{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("min_size", "patches"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"shard.{name} must be at least 0, not {getattr(self, name)}")
+        if not 0 <= self.duplicate_bits <= 8:
+            raise ValueError(f"shard.duplicate_bits = {self.duplicate_bits}: must be within 0 and 8")
+        if self.patches and self.patch_side < self.image_size:
+            raise ValueError(f"shard.patch_side = {self.patch_side}: no room for patches of {self.image_size}")
+        assert self.rows_per_shard
+
+    @property
+    def rows_per_shard(self) -> int:
+        """Rows of the source for one tar, by number or by the size wanted."""
+        if not self.shard_size:
+            return self.samples_per_shard
+        unit = self.shard_size.upper().removesuffix("B")[-1:]
+        unit = unit if unit in _UNITS else ""
+        number = self.shard_size.upper().removesuffix("B").removesuffix(unit)
+        try:
+            wanted = float(number) * _UNITS[unit]
+        except ValueError:
+            wanted = 0.0
+        if not 1 <= wanted < float("inf"):
+            raise ValueError(f"shard.shard_size = {self.shard_size!r}: must be a size such as 500M")
+        each = self.image_size ** 2 * _BYTES_A_PIXEL[self.format] + 3000
+        return max(1, round(wanted / each / max(self.patches, 1)))
+
+
+# Where the pictures lie is not what they are, and how they are fetched does not change them.
+_NOT_IN_THE_RESULT = {"source", "captions", "sources"}
+_OF_A_DOWNLOAD = {"max_bytes", "robots", "robots_agent"}
 
 
 class Shard(Stage):
-    """The stage from a folder of pictures to the shards of a dataset."""
+    """The stage from a corpus to the shards of a dataset.
+
+    `base` is a sealed version whose shards are taken over, and whose failed rows are tried again.
+    """
 
     name = "shard"
+    by_choice = frozenset({"too_small", "too_narrow", "robots", "duplicate"})
 
-    def __init__(self, dataset: Dataset, config: ShardConfig) -> None:
+    def __init__(self, dataset: Dataset, config: ShardConfig, base: Dataset | None = None,
+                 folder: str = "shards") -> None:
         if not config.source:
-            raise ValueError("shard needs a source\nhint: --source FOLDER")
-        super().__init__(dataset.root, dataset.path("shards"), config)
-        self.dataset = dataset
-        self._rows: list[dict[str, Any]] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_rows": None}  # the list stays on the driver; workers read their own part
+            raise ValueError("shard needs a source\nhint: --source FOLDER, or a list of addresses, or tars")
+        super().__init__(dataset.root, dataset.path(folder), config)
+        self.dataset, self.base = dataset, base
 
     @property
     def command(self) -> str:
-        return self.dataset.command("shards").replace("FOLDER", self.config.source)
+        return self.dataset.command("shards").replace("FOLDER", " ".join(self.config.source))
+
+    @cached_property
+    def source(self) -> Source:
+        """The corpus, looked at when it is needed first."""
+        return sources.of(self.config)
 
     def section(self) -> dict[str, Any]:
-        # Where the pictures lie is not what they are: the digest of the inputs stands for them.
-        section = super().section()
-        return {key: value for key, value in section.items() if key not in {"source", "captions", "sources"}}
+        section = {key: value for key, value in super().section().items() if key not in _NOT_IN_THE_RESULT}
+        section["download"] = {key: value for key, value in section["download"].items() if key in _OF_A_DOWNLOAD}
+        return section
+
+    @cached_property
+    def _identity(self) -> str:
+        return self.source.identity()
 
     def inputs(self) -> dict[str, dict[str, Any]]:
-        digest = hashlib.sha256()
-        for row in self.rows():
-            digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
-        digest.update(json.dumps(self._sources(), sort_keys=True).encode())
-        return {"pictures": {"path": "", "digest": digest.hexdigest()}}
+        named = {"pictures": {"path": "", "digest": stage.digest([self._identity, self._origins()])}}
+        if self.base:
+            named["base"] = self.base.identity("shards")
+        return named
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Rows of the source in order: file, bytes, caption and more columns, and problems found by listing."""
-        if self._rows is None:
-            self._rows = list(_rows(self.config))
-            if not self._rows:
-                raise ValueError(f"no pictures in {self.config.source}\nhint: files ending in "
-                                 f"{', '.join(images.SUFFIXES)} are looked for, in folders below it too")
-        return self._rows
+    def rows(self, item: Item) -> int:
+        return int(item.inputs.get("count", 0))
 
-    def plan(self) -> Plan:
-        rows, step = self.rows(), self.config.samples_per_shard
-        parts = [rows[start:start + step] for start in range(0, len(rows), step)]
-        lists = ["".join(json.dumps(row, sort_keys=True) + "\n" for row in part).encode() for part in parts]
-        named = [(name_by_content(f"rows/{number:06d}.jsonl", data), data) for number, data in enumerate(lists)]
-        items = [Item(f"{number:06d}", {"rows": name, "count": len(part)})
-                 for number, ((name, _), part) in enumerate(zip(named, parts, strict=True))]
-        return Plan(items, named)
+    def plan(self) -> Iterator[Item]:
+        if not self.base:
+            for number, part in enumerate(self.source.parts()):
+                yield Item(f"{number:06d}", part.inputs, part.carries)
+            return
+        manifest = self.base.manifest("shards")
+        mine, theirs = self.section(), manifest["section"]
+        if mine != theirs:
+            differing = ", ".join(sorted(key for key in mine if mine[key] != theirs.get(key)))
+            raise ValueError(f"{self.base.label} was sharded with other settings ({differing})\n"
+                             f"hint: another version with failed rows tried again must have the same")
+        for record in manifest["items"]:
+            yield Item(record["id"], {"copy": record, "count": record["info"].get("rows", record["samples"])})
+        planned = {item.id: item for item in stage.planned(self.base.folder("shards"))}
+        items = [planned[record["id"]] for record in manifest["items"]]
+        yield from self._again(items, manifest["items"], self.base.folder("shards"))
 
     def process(self, item: Item, scratch: Path) -> Output:
-        lines = storage.read_bytes(storage.join(self.folder, item.inputs["rows"])).decode().splitlines()
-        rows = [json.loads(line) for line in lines]
-        digits = max(4, len(str(self.config.samples_per_shard - 1)))
-        keys = [f"{item.id}{number:0{digits}d}" for number in range(len(rows))]
-        # Pillow lets go of the interpreter lock while it decodes and resizes; map keeps the order.
-        with ThreadPoolExecutor(4) as pool:
-            made = list(pool.map(self._sample, keys, rows))
-        output = Output(samples=sum(sample is not None for sample, _, _ in made))
-        output.ledger = [entry for _, _, entries in made for entry in entries]
+        if "copy" in item.inputs:
+            return self._copy(item.inputs["copy"], scratch)
+        reading = Reading()
+        digits = max(4, len(str(self.config.rows_per_shard - 1)))
+        packing = samples.Packing(self.config, item.id, digits, scratch, self.beat)
+        read = getattr(self.source, "read", None) if self.source.fetch == "file" else _nothing_to_read
+        packing.run(self.source.rows(self.folder, item.inputs, scratch, reading),
+                    None if self.source.fetch == "url" else read)
         tar, table = scratch / "shard.tar", scratch / "shard.parquet"
-        tars.write(tar, (sample for sample, _, _ in made if sample is not None))
-        pq.write_table(_table([row for _, row, _ in made]), table)
-        output.files = {f"{item.id}.tar": tar, f"{item.id}.parquet": table}
-        return output
+        ledger = packing.write(tar, table)
+        ledger += [Entry(name, reason, detail, kept=True) for name, reason, detail in reading.remarks]
+        filtered = reading.filtered + item.inputs.get("filtered", 0)
+        info = {"rows": packing.rows} | ({"filtered": filtered} if filtered else {})
+        if "round" in item.inputs:
+            info["retried"] = item.inputs["count"]
+        return Output(packing.samples, {f"{item.id}.tar": tar, f"{item.id}.parquet": table}, ledger, info,
+                      aside={f"{item.id}_stats.json": packing.stats()})
 
-    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+    def again(self, items: Sequence[Item], done: Sequence[dict[str, Any]]) -> Iterable[Item]:
+        return self._again(items, done, self.folder)
+
+    def _again(self, items: Sequence[Item], done: Sequence[dict[str, Any]], folder: str) -> Iterator[Item]:
+        """Items for the rows that failed when they were tried last, in parts of the usual size."""
+        if self.source.fetch == "none":
+            raise ValueError("the pictures of this source are in it: what failed once would fail again")
+        last = max((item.inputs.get("round", 0) for item in items), default=0)
+        number, wanted = len(items), []
+        count = 0
+        for item, record in zip(items, done, strict=True):
+            if item.inputs.get("round", 0) != last or not record["skipped"].keys() - self.by_choice:
+                continue
+            numbers = self._failed_rows(folder, record)
+            while numbers:
+                room = self.config.rows_per_shard - count
+                wanted.append((item.inputs, numbers[:room]))
+                count += len(numbers[:room])
+                numbers = numbers[room:]
+                if count == self.config.rows_per_shard:
+                    yield self._retry(number, wanted, count, last + 1, folder)
+                    number, wanted, count = number + 1, [], 0
+        if wanted:
+            yield self._retry(number, wanted, count, last + 1, folder)
+
+    def _retry(self, number: int, wanted: list[tuple[dict[str, Any], list[int]]], count: int, round_: int,
+               folder: str) -> Item:
+        part: Part = self.source.again(folder, wanted, number)
+        return Item(f"{number:06d}", part.inputs | {"count": count, "round": round_}, part.carries)
+
+    def _failed_rows(self, folder: str, record: dict[str, Any]) -> list[int]:
+        entry = file_of(record, ".parquet")
+        path = storage.fetch(storage.place(folder, entry["name"]), entry)
+        rows = pq.read_table(path, columns=["source_row", "status", "error_message"]).to_pylist()
+        return [row["source_row"] for row in rows if row["status"] != samples.SUCCESS
+                and (row["error_message"] or "").split(":")[0] not in self.by_choice]
+
+    def _copy(self, record: dict[str, Any], scratch: Path) -> Output:
+        """A shard of the base as it is."""
+        assert self.base
+        files = {}
+        for entry in record["files"]:
+            # Checked: a copy must not seal bytes that have changed since.
+            files[entry["name"]] = self.base.fetch("shards", entry, check=True)
+        return Output(record["samples"], files, info=record["info"], counted=(record["skipped"], record["noted"]))
+
+    def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         counts = totals(records)
         if not counts["samples"]:
             reasons = ", ".join(f"{count} {reason}" for reason, count in counts["skipped"].items())
-            raise StageFailed(f"shard: not one picture of {self.config.source} can be used: {reasons}\n"
+            raise StageFailed(f"shard: not one picture of {', '.join(self.config.source)} can be used: {reasons}\n"
                               f"hint: the ledger in {self.folder} names each")
-        return Output(info={"sources": self._sources(), "format": self.config.format})
+        sums = {name: sum(record["info"].get(name, 0) for record in records) for name in ("filtered", "retried")}
+        return Output(info={"sources": self._origins(), "format": self.config.format,
+                            **{name: count for name, count in sums.items() if count}})
 
-    def _sources(self) -> Any:
+    def _origins(self) -> Any:
         return storage.read_json(self.config.sources) if self.config.sources else []
 
-    def _sample(self, key: str, row: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any], list[Entry]]:
-        """One picture: its sample (None if it failed), its parquet row, its lines in the ledger."""
-        entries = [Entry(_readable(row["file"]), reason, kept=True) for reason in row.get("remarks", [])]
-        extra = {name: value for name, value in row["columns"].items() if name not in _OWN_COLUMNS}
-        meta = extra | {"caption": row["caption"], "url": _readable(row["file"]), "key": key, "status": "success",
-                        "error_message": None, "width": None, "height": None, "original_width": None,
-                        "original_height": None, "sha256": None}
-        try:
-            if row["bytes"] is None:
-                raise images.BadPicture("picture_missing", "named in the captions, not in the folder")
-            data, picture = self._picture(row["file"])
-        except images.BadPicture as bad:
-            entries.append(Entry(_readable(row["file"]), bad.reason, bad.detail))
-            return None, meta | {"status": "failed_to_resize" if row["bytes"] is not None else "failed_to_download",
-                                 "error_message": str(bad)}, entries
-        entries += [Entry(_readable(row["file"]), reason, detail, kept=True) for reason, detail in picture.remarks]
-        meta |= {"width": picture.image.width, "height": picture.image.height, "original_width": picture.width,
-                 "original_height": picture.height, "sha256": hashlib.sha256(data).hexdigest()}
-        document = json.dumps(meta, sort_keys=True, ensure_ascii=False).encode()
-        return {"__key__": key, self.config.format: data, "json": document,
-                "txt": (row["caption"] or "").encode()}, meta, entries
 
-    def _picture(self, file: str) -> tuple[bytes, images.Decoded]:
-        try:
-            data = storage.read_bytes(storage.join(self.config.source, file))
-        except FileNotFoundError:
-            raise images.BadPicture("picture_missing", "gone since it was listed") from None
-        picture = images.decode(data, self.config.max_pixels)
-        resized = images.resize(picture.image, self.config.image_size, self.config.resize)
-        same = resized is picture.image and picture.plain
-        picture.image = resized
-        if same and picture.format == {"jpg": "jpeg"}.get(self.config.format, self.config.format):
-            return data, picture
-        return images.encode(resized, self.config.format, self.config.quality), picture
+def _nothing_to_read(row: Any) -> bytes:
+    raise images.BadPicture("picture_missing", row.missing)
 
 
-def _table(rows: list[dict[str, Any]]) -> pa.Table:
-    """Metadata rows as a table with img2dataset's types, extra columns first as strings or as they are."""
-    extra = sorted({name for row in rows for name in row} - set(_OWN_COLUMNS))
-    columns = {name: pa.array([row.get(name) for row in rows]) for name in extra}
-    types = {"width": pa.int32(), "height": pa.int32(), "original_width": pa.int32(), "original_height": pa.int32()}
-    for name in _OWN_COLUMNS:
-        columns[name] = pa.array([row[name] for row in rows], types.get(name, pa.string()))
-    return pa.table(columns)
+def accounting(manifest: dict[str, Any], rows: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """Where the rows of a source went: in samples, failed for good, filtered; their sum is the source's.
 
-
-def _rows(config: ShardConfig) -> Iterator[dict[str, Any]]:
-    try:
-        found = {name: length for name, length in storage.walk(config.source)
-                 if name.lower().endswith(images.SUFFIXES)}
-    except FileNotFoundError:
-        raise ValueError(f"there is no folder {config.source}") from None
-    by_name: dict[str, tuple[str, int]] = {}
-    for name, length in sorted(found.items()):
-        # macOS spells accents in two characters where a captions file has one: compare both as one,
-        # unless both spellings are there as two files.
-        usual = unicodedata.normalize("NFC", name)
-        by_name[name if usual in found or usual in by_name else usual] = (name, length)
-    captions, duplicates = _captions(config, set(by_name))
-    wanted = list(captions) if config.only_captioned else [*sorted(by_name), *sorted(captions.keys() - by_name.keys())]
-    for name in wanted:
-        file, length = by_name.get(name, (name, None))
-        columns = captions.get(name, {})
-        remarks = ["caption_twice"] if name in duplicates else []
-        if captions and name not in captions:
-            remarks.append("caption_missing")
-        yield {"file": file, "bytes": length, "caption": columns.get("caption") or "", "remarks": remarks,
-               "columns": {key: value for key, value in columns.items() if key != "caption"}}
-
-
-def _captions(config: ShardConfig, names: set[str]) -> tuple[dict[str, dict[str, Any]], set[str]]:
-    """Caption rows by file name (NFC), and the names that had more than one; the first row counts."""
-    address = config.captions
-    if not address:
-        found = [name for name in ("captions.parquet", "captions.csv") if name in storage.names(config.source)]
-        if not found:
-            if config.only_captioned:
-                raise ValueError(f"only_captioned, but {config.source} has no captions\nhint: --captions FILE")
-            return {}, set()
-        address = storage.join(config.source, found[0])
-    rows = _caption_rows(address)
-    by_stem: dict[str, list[str]] = {}
-    for name in sorted(names):
-        by_stem.setdefault(name.rsplit(".", 1)[0], []).append(name)
-    result: dict[str, dict[str, Any]] = {}
-    duplicates = set()
+    `rows` are those of all parquet files of the manifest, in order; of a row that was tried again its last line counts.
+    """
+    last: dict[int, str] = {}
     for row in rows:
-        name = unicodedata.normalize("NFC", row.pop("file").removeprefix("./"))
-        # A name without an ending means every picture of that stem.
-        for full in [name] if name in names else by_stem.get(name, [name]):
-            if full in result:
-                duplicates.add(full)
-            result.setdefault(full, row)
-    return result, duplicates
+        last[row["source_row"]] = row["status"]
+    good = sum(status == samples.SUCCESS for status in last.values())
+    return {"rows": len(last) + manifest["info"].get("filtered", 0), "good": good, "failed": len(last) - good,
+            "filtered": manifest["info"].get("filtered", 0)}
 
-
-def _caption_rows(address: str) -> list[dict[str, Any]]:
-    """Rows of a captions file with the keys file and caption and whatever other columns there are."""
-    try:
-        data = storage.read_bytes(address)
-    except FileNotFoundError:
-        raise ValueError(f"the captions file {address} does not exist") from None
-    try:
-        if address.endswith((".parquet", ".pq")):
-            table = pq.read_table(io.BytesIO(data))
-            rows, header = table.to_pylist(), table.column_names
-        else:
-            reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""))
-            rows, header = list(reader), list(reader.fieldnames or [])
-    except (pa.ArrowException, OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{address} cannot be read as captions: {str(error).strip()}\n"
-                         f"hint: a parquet file, or a CSV in UTF-8 with a header") from None
-    file_column = next((name for name in FILE_COLUMNS if name in header), None)
-    caption_column = next((name for name in CAPTION_COLUMNS if name in header), None)
-    if header and (file_column is None or caption_column is None):
-        raise ValueError(f"{address} has the columns {', '.join(header)}; wanted are one of {', '.join(FILE_COLUMNS)} "
-                         f"and one of {', '.join(CAPTION_COLUMNS)}")
-    others = [name for name in header if name not in {file_column, caption_column}]
-    # Arrow's widest integer of a mixed column has a sign: larger ones are kept as text, the whole column alike.
-    large = {name for name in others if any(isinstance(row[name], int) and row[name] >= 1 << 63 for row in rows)}
-    return [{"file": _text(row[file_column]) or f"(row {number} of the captions)",
-             "caption": _text(row[caption_column]),
-             **{name: str(row[name]) if name in large and row[name] is not None else _plain(row[name])
-                for name in others}} for number, row in enumerate(rows, 1)]
-
-
-def _plain(value: Any) -> Any:
-    """A cell as JSON can hold it, which has no infinity and no NaN."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
-
-
-def _text(value: Any) -> str:
-    """A cell as one text: nothing is the empty text, of a list the first counts."""
-    if isinstance(value, list):
-        value = value[0] if value else None
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    plain = _plain(value)
-    return "" if plain is None else str(plain)
-
-
-def _readable(name: str) -> str:
-    """A file name as text; bytes that are no UTF-8 are spelled out, for neither JSON nor parquet can hold them."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -6,7 +6,11 @@ On disk a stage is a folder:
     records/<item>.json  one per finished item: its files with bytes and sha256, counts, seconds
     ledger/<item>.jsonl  samples left out or remarked on, with key and reason (only where there are any)
     failures/<item>.json the last traceback of an item that failed, gone once it succeeds
+    more/<n>.json        items added after the plan: another try for rows that failed
+    progress.json        how far it is, while it is under way
     manifest.json        every record together, written last: a folder without it is not finished
+
+Lists of more than a thousand items or records stand in a parquet file beside plan.json and manifest.json.
 """
 
 import contextlib
@@ -14,6 +18,7 @@ import hashlib
 import json
 import os
 import platform
+import random
 import shutil
 import subprocess
 import tempfile
@@ -21,15 +26,17 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pipeline import storage
+from pipeline import progress, records, storage
+from pipeline.progress import Tally
+from pipeline.records import content, totals
 
-FORMAT = 1
+FORMAT = 2
 _MANIFEST_KEYS = {"stage", "content", "items", "files"}  # those of a checkpoint's manifest too
 _PLAN_KEYS = {"format", "stage", "fingerprint", "section", "inputs", "items"}
 _TRIES = 3
@@ -41,6 +48,8 @@ class Item:
 
     id: str
     inputs: dict[str, Any] = field(default_factory=dict)
+    carries: tuple[tuple[str, bytes], ...] = field(default=(), compare=False)
+    """Small files that go beside the plan before the item is planned, as (name, bytes); not kept in it."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +70,12 @@ class Output:
     files: dict[str, Path] = field(default_factory=dict)
     ledger: list[Entry] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Plan:
-    """The items of a stage, and small files that belong to the plan (lists that items refer to)."""
-
-    items: list[Item]
-    side_files: Iterable[tuple[str, bytes]] = ()
+    aside: dict[str, bytes] = field(default_factory=dict)
+    """Files that differ from run to run (times): put in place, and not part of the content."""
+    counted: tuple[dict[str, int], dict[str, int]] | None = None
+    """(skipped, noted) of a ledger that is among the files already."""
+    elsewhere: list[dict[str, Any]] = field(default_factory=list)
+    """Files described (name, bytes, sha256) that lie where they are; their names are whole addresses."""
 
 
 @dataclass
@@ -94,12 +101,18 @@ class Stage(ABC):
 
     name: ClassVar[str]
     workers_need_gpu: ClassVar[bool] = False
+    by_choice: ClassVar[frozenset[str]] = frozenset()  # reasons that settings ask for: no failures
 
     def __init__(self, root: str, folder: str, config: Any) -> None:
         self.root = storage.normal(root)
         self.path = folder
         self.folder = storage.join(self.root, folder)
         self.config = config
+        self.heard: Callable[[], None] | None = None  # called at each word of a worker in this process
+        self.beat = progress.Beat(self.folder, "")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"heard": None}
 
     @property
     def command(self) -> str:
@@ -121,8 +134,19 @@ class Stage(ABC):
         return {}
 
     @abstractmethod
-    def plan(self) -> Plan:
-        """The items, the same for the same inputs; runs on the driver and writes nothing."""
+    def plan(self) -> Iterable[Item]:
+        """The items, the same for the same inputs; runs on the driver and writes nothing.
+
+        They are taken one by one, so a long list of files that they carry need not be in memory at once.
+        """
+
+    def rows(self, item: Item) -> int:
+        """How many rows an item is about, 0 where that is not known; for progress."""
+        return int(item.inputs.get("count", 0))
+
+    def again(self, items: Sequence[Item], done: Sequence[dict[str, Any]]) -> Iterable[Item]:
+        """More items, for another try at the rows that failed in the `done` records of `items`."""
+        raise ValueError(f"{self.name} cannot try failed rows again")
 
     def setup(self) -> None:  # noqa: B027 (most stages load nothing)
         """Load what every item needs, once per worker."""
@@ -149,6 +173,8 @@ def manifest_of(folder: str, command: str) -> dict[str, Any]:
         raise ValueError(f"{folder} is not sealed: it has no manifest.json\nhint: {command}") from None
     if not isinstance(manifest, dict) or not manifest.keys() >= _MANIFEST_KEYS:
         raise ValueError(f"{folder}/manifest.json is damaged\nhint: python -m jobs verify tells what else is")
+    if isinstance(manifest["items"], dict):
+        manifest["items"] = records.records(records.load(folder, manifest["items"], records.RECORDS))
     return manifest
 
 
@@ -173,7 +199,7 @@ def timeless(manifest: dict[str, Any]) -> dict[str, Any]:
     return bare
 
 
-def prepare(stage: Stage) -> list[Item]:
+def prepare(stage: Stage) -> Sequence[Item]:
     """Claim the folder of `stage`: write plan.json, or find that the one there is ours.
 
     ValueError naming the field that differs where the folder is claimed by other settings or inputs.
@@ -182,31 +208,74 @@ def prepare(stage: Stage) -> list[Item]:
     print_ = fingerprint(stage, inputs)
     address = storage.join(stage.folder, "plan.json")
     if not storage.exists(address):
-        plan = stage.plan()
-        if not plan.items:
+        listed = _list(stage, stage.plan(), "items")
+        if not records.count(listed):
             raise ValueError(f"{stage.name}: nothing to do: the inputs of {stage.folder} are empty")
-        for name, data in plan.side_files:
-            storage.put_bytes(data, storage.join(stage.folder, name))
         storage.create_bytes(storage.json_bytes({
             "format": FORMAT, "stage": stage.name, "fingerprint": print_, "section": stage.section(),
-            "inputs": inputs, "items": [asdict(item) for item in plan.items], "code": code_revision(),
+            "inputs": inputs, "items": listed, "code": code_revision(),
         }), address)
     claimed = storage.read_json(address)
     if not isinstance(claimed, dict) or not claimed.keys() >= _PLAN_KEYS:
         raise ValueError(f"{address} is damaged\nhint: --rebuild makes this folder anew")
     if claimed["fingerprint"] != print_:
         raise ValueError(_disagreement(stage, claimed, inputs))
-    return [Item(**item) for item in claimed["items"]]
+    return planned(stage.folder)
 
 
-def records(stage: Stage, items: list[Item]) -> list[dict[str, Any]]:
-    """The records that are there, in the order of the items; those of another plan do not count."""
+def planned(folder: str) -> Sequence[Item]:
+    """The items of the plan in a stage folder, and those that were added to it."""
+    items = _items(folder, storage.read_json(storage.join(folder, "plan.json"))["items"])
+    more = storage.join(folder, "more")
+    for name in storage.names(more):
+        items = [*items, *_items(folder, storage.read_json(storage.join(more, name))["items"])]
+    return items
+
+
+def _list(stage: Stage, items: Iterable[Item], name: str) -> Any:
+    """Put what the items carry in place, and give their list as a plan holds it."""
+    kept: list[dict[str, Any]] = []
+    for item in items:
+        for carried, data in item.carries:
+            storage.put_bytes(data, storage.join(stage.folder, carried))
+        kept.append({"id": item.id, "inputs": item.inputs if len(kept) < records.INLINE else json.dumps(item.inputs)})
+    if len(kept) <= records.INLINE:
+        return kept
+    for one in kept[:records.INLINE]:
+        one["inputs"] = json.dumps(one["inputs"])
+    data = records.items_to_bytes(kept)
+    name = name_by_content(f"{name}.parquet", data)
+    storage.put_bytes(data, storage.join(stage.folder, name))
+    return records.reference(name, data, len(kept))
+
+
+def _items(folder: str, listed: Any) -> Sequence[Item]:
+    if isinstance(listed, list):
+        return [Item(one["id"], one["inputs"]) for one in listed]
+    return records.Rows(records.load(folder, listed, records.ITEMS),
+                        lambda row: Item(row["id"], json.loads(row["inputs"])))
+
+
+def recorded(stage: Stage, ids: Sequence[str]) -> records.Collected:
+    """The records that are there of the items `ids`; those of another plan do not count."""
     folder = storage.join(stage.folder, "records")
     there = set(storage.names(folder))
-    found = storage.each(storage.read_json, [storage.join(folder, f"{item.id}.json") for item in items
-                                             if f"{item.id}.json" in there])
     plan = _planned(stage.folder)
-    return [record for record in found if record["plan"] == plan]
+    packs = storage.join(stage.folder, "packs", plan[:12])
+    found = records.Collected(lambda packed: _pack(packs, packed))
+    for name in storage.names(packs):
+        found.add_table(records.from_bytes(storage.read_bytes(storage.join(packs, name))))
+    missing = [one for one in ids if f"{one}.json" in there and one not in found.ids]
+    for record in storage.each(storage.read_json, [storage.join(folder, f"{one}.json") for one in missing]):
+        if record["plan"] == plan:
+            found.add(record)
+    return found
+
+
+def _pack(folder: str, packed: Any) -> None:
+    """Keep thousands of records in one file: to go on after a million is not to read a million files."""
+    data = records.to_bytes(packed)
+    storage.put_bytes(data, storage.join(folder, name_by_content("records.parquet", data)))
 
 
 def work(stage: Stage, item: Item) -> dict[str, Any]:
@@ -219,28 +288,34 @@ def work(stage: Stage, item: Item) -> dict[str, Any]:
     if found := _record(address, plan):
         return found
     started = time.time()
+    stage.beat = progress.Beat(stage.folder, item.id, stage.heard)
     with scratch_folder(f"{stage.name}-{item.id}") as scratch:
         output = stage.process(item, scratch)
         if output.ledger:
             ledger = scratch / "ledger.jsonl"
             ledger.write_text("".join(json.dumps(asdict(entry), sort_keys=True) + "\n" for entry in output.ledger))
             output.files[f"ledger/{item.id}.jsonl"] = ledger
-        described = [describe(name, path) for name, path in sorted(output.files.items())]
+        described = sorted([*(describe(name, path) for name, path in output.files.items()), *output.elsewhere],
+                           key=lambda file: file["name"])
+        skipped, noted = output.counted or (_count(entry for entry in output.ledger if not entry.kept),
+                                            _count(entry for entry in output.ledger if entry.kept))
         record = {
             "id": item.id, "plan": plan, "samples": output.samples, "files": described,
-            "skipped": _count(entry for entry in output.ledger if not entry.kept),
-            "noted": _count(entry for entry in output.ledger if entry.kept),
+            "skipped": skipped, "noted": noted,
             "info": output.info,
         }
         if found := _record(address, plan):
             return found
         for name, path in sorted(output.files.items()):
             storage.put_file(path, storage.join(stage.folder, name))
+        for name, data in sorted(output.aside.items()):
+            storage.put_bytes(data, storage.join(stage.folder, name))
         record["run"] = {"seconds": round(time.time() - started, 3), "host": platform.node()}
         if not storage.create_bytes(storage.json_bytes(record), address):
             if found := _record(address, plan):
                 return found
             storage.put_json(record, address)  # of a plan that a rebuild has replaced
+        stage.beat.done()
         return record
 
 
@@ -258,12 +333,14 @@ def _record(address: str, plan: str) -> dict[str, Any] | None:
     return record if record["plan"] == plan else None
 
 
-def seal(stage: Stage, items: list[Item]) -> dict[str, Any]:
+def seal(stage: Stage, items: Sequence[Item], done: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]:
     """Write manifest.json from the records of all items; the folder is finished from then on."""
-    done = records(stage, items)
-    if len(done) != len(items):
-        missing = sorted({item.id for item in items} - {record["id"] for record in done})
-        raise StageFailed(f"{stage.name}: {len(missing)} of {len(items)} items have no record, the first is "
+    ids = _ids(items)
+    if done is None:
+        done = recorded(stage, ids).in_order(ids)
+    if len(done) != len(ids):
+        missing = sorted(set(ids) - {record["id"] for record in done})
+        raise StageFailed(f"{stage.name}: {len(missing)} of {len(ids)} items have no record, the first is "
                           f"{missing[0]}\nhint: run the same command again")
     with scratch_folder(f"{stage.name}-seal") as scratch:
         extra = stage.finish(done, scratch)
@@ -276,84 +353,139 @@ def seal(stage: Stage, items: list[Item]) -> dict[str, Any]:
         "items": done, "files": described, "info": extra.info, "totals": totals(done),
         "content": content(plan["fingerprint"], described, done),
         "run": {"sealed": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "code": code_revision(),
-                "seconds": round(sum(record["run"]["seconds"] for record in done), 3)},
+                "seconds": round(records.seconds(done), 3)},
     }
-    storage.put_json(manifest, storage.join(stage.folder, "manifest.json"))
+    listed = done
+    if len(done) > records.INLINE:
+        data = records.to_bytes(done.table if isinstance(done, records.Rows) else records.table(done))
+        listed = records.reference(name_by_content("manifest.parquet", data), data, len(done))
+        storage.put_bytes(data, storage.join(stage.folder, listed["file"]["name"]))
+    storage.put_json(manifest | {"items": list(listed) if isinstance(listed, Sequence) else listed},
+                     storage.join(stage.folder, "manifest.json"))
     return manifest
 
 
-def content(print_: str, described: list[dict[str, Any]], done: list[dict[str, Any]]) -> str:
-    """Hash of what a sealed folder is and holds; later stages name their inputs by it."""
-    files = [*described, *(file for record in done for file in record["files"])]
-    return digest([print_, *([file["name"], file["sha256"]] for file in files)])
+def _ids(items: Sequence[Item]) -> list[str]:
+    return items.ids() if isinstance(items, records.Rows) else [item.id for item in items]
 
 
-def totals(done: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Samples, bytes, and counts by reason over records."""
-    result: dict[str, Any] = {"items": 0, "samples": 0, "bytes": 0, "skipped": Counter(), "noted": Counter()}
-    for record in done:
-        result["items"] += 1
-        result["samples"] += record["samples"]
-        result["bytes"] += sum(file["bytes"] for file in record["files"])
-        result["skipped"].update(record["skipped"])
-        result["noted"].update(record["noted"])
-    return result | {"skipped": dict(result["skipped"]), "noted": dict(result["noted"])}
+Runner = Callable[[Stage, Sequence[Item]], Iterator[Outcome | None]]
+"""Yields the outcome of every item, in any order, and None now and then when nothing happens."""
 
 
-Runner = Callable[[Stage, list[Item]], Iterator[Outcome]]
-
-
-def in_process(stage: Stage, items: list[Item]) -> Iterator[Outcome]:
+def in_process(stage: Stage, items: Sequence[Item]) -> Iterator[Outcome | None]:
     """The runner without a cluster: one item after another, in this process."""
     stage.setup()
     for item in items:
         yield _tried(stage, item)
 
 
-def run(stage: Stage, runner: Runner = in_process, *, rebuild: bool = False,
-        watch: Callable[[Iterable[Outcome], int, int], Iterable[Outcome]] | None = None) -> dict[str, Any]:
+class _Left(Sequence[Item]):
+    """Some of a sequence's items, by their numbers."""
+
+    def __init__(self, items: Sequence[Item], numbers: Sequence[int]) -> None:
+        self._items, self._numbers = items, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._items[number] for number in self._numbers[index]]
+        return self._items[self._numbers[index]]
+
+
+def run(stage: Stage, runner: Runner = in_process, *, rebuild: bool = False, retry: bool = False,
+        max_failed: float = 1.0, watch: Callable[[Tally], None] | None = None) -> dict[str, Any]:
     """Bring `stage` to its sealed state with `runner`, and return its manifest.
 
     Runs whatever has no record yet; nothing if the folder is sealed. `rebuild` empties the folder
-    first. `watch(outcomes, done, total)` wraps the stream of outcomes, for a progress bar.
-    StageFailed if items failed, after all others were done.
+    first. `retry` tries the rows that failed once more before sealing. `max_failed` is the share of
+    rows that may fail. `watch` is shown the tally whenever it changes.
+    StageFailed if items failed, after all others were done, or if too many rows failed.
     """
     if rebuild:
         empty(stage)
+    joined = storage.exists(storage.join(stage.folder, "plan.json"))
     items = prepare(stage)
-    sealed = storage.join(stage.folder, "manifest.json")
-    if storage.exists(sealed):
+    if storage.exists(storage.join(stage.folder, "manifest.json")):
         return manifest_of(stage.folder, stage.command)
-    have = {record["id"] for record in records(stage, items)}
-    todo = [item for item in items if item.id not in have]
-    outcomes: Iterable[Outcome] = runner(stage, todo) if todo else ()
-    failed = []
-    failures = set(storage.names(storage.join(stage.folder, "failures")))
-    for outcome in watch(outcomes, len(have), len(items)) if watch else outcomes:
-        address = storage.join(stage.folder, "failures", f"{outcome.item.id}.json")
-        if outcome.record is None:
-            failed.append(outcome)
-            storage.put_json({"id": outcome.item.id, "error": storage.without_credentials(outcome.error),
-                              "traceback": storage.without_credentials(outcome.trace)}, address)
-        elif f"{outcome.item.id}.json" in failures:
-            storage.remove(address)
-    if failed:
-        first = failed[0]
-        raise StageFailed(f"{stage.name}: {len(failed)} of {len(items)} items failed, the first is {first.item.id}: "
-                          f"{storage.without_credentials(first.error)}\nhint: the tracebacks are in "
-                          f"{storage.join(stage.folder, 'failures')}; run the same command again to retry them")
+    done = _work_off(stage, runner, items, joined, max_failed, watch)
+    if retry:
+        number = len(storage.names(storage.join(stage.folder, "more"))) + 1
+        listed = _list(stage, stage.again(items, done), f"more-{number:04d}")
+        if records.count(listed):
+            storage.create_bytes(storage.json_bytes({"items": listed}),
+                                 storage.join(stage.folder, "more", f"{number:04d}.json"))
+            items = prepare(stage)
+            done = _work_off(stage, runner, items, joined, max_failed, watch)
     for name in storage.names(storage.join(stage.folder, "failures")):
         storage.remove(storage.join(stage.folder, "failures", name))
-    return seal(stage, items)
+    return seal(stage, items, done)
+
+
+def _work_off(stage: Stage, runner: Runner, items: Sequence[Item], joined: bool, max_failed: float,
+              watch: Callable[[Tally], None] | None) -> Sequence[dict[str, Any]]:
+    """Run every item that has no record; the records of all, in order."""
+    ids = _ids(items)
+    done = recorded(stage, ids)
+    numbers = [number for number, one in enumerate(ids) if one not in done.ids]
+    if joined:
+        # Of two drivers on one folder, each does about half: they start from different ends of the list.
+        random.shuffle(numbers)
+    tally = Tally(stage.folder, len(ids), sum(map(stage.rows, items)), stage.by_choice)
+    for record in done.in_order(ids):
+        tally.record(record, sum(file["bytes"] for file in record["files"]))
+    tally.start()
+
+    def look() -> None:
+        tally.look()
+        if (over := tally.over(max_failed)):
+            raise StageFailed(f"{stage.name}: {over}\nhint: the ledger names each; to go on all the same, raise "
+                              f"--max-failed")
+        if watch:
+            watch(tally)
+
+    stage.heard = look
+    failures = set(storage.names(storage.join(stage.folder, "failures")))
+    failed = []
+    for outcome in runner(stage, _Left(items, numbers)) if numbers else ():
+        if outcome is not None:
+            address = storage.join(stage.folder, "failures", f"{outcome.item.id}.json")
+            if outcome.record is None:
+                failed.append(outcome)
+                tally.failed_items += 1
+                storage.put_json({"id": outcome.item.id, "error": storage.without_credentials(outcome.error),
+                                  "traceback": storage.without_credentials(outcome.trace)}, address)
+            else:
+                if f"{outcome.item.id}.json" in failures:
+                    storage.remove(address)
+                done.add(outcome.record)
+                tally.record(outcome.record, sum(file["bytes"] for file in outcome.record["files"]))
+        if tally.due():
+            look()
+        elif watch and outcome is not None:
+            tally.look(quick=True)
+            watch(tally)
+    stage.heard = None
+    if failed:
+        first = failed[0]
+        raise StageFailed(f"{stage.name}: {len(failed)} of {len(ids)} items failed, the first is {first.item.id}: "
+                          f"{storage.without_credentials(first.error)}\nhint: the tracebacks are in "
+                          f"{storage.join(stage.folder, 'failures')}; run the same command again to retry them")
+    return done.in_order(ids)
 
 
 def empty(stage: Stage) -> None:
-    """Remove the folder of a stage that can be planned; what cannot must not cost what is there.
-
-    In an order such that whoever is killed meanwhile leaves no old result for a new plan.
-    """
+    """Remove the folder of a stage that can be planned; what cannot must not cost what is there."""
     stage.inputs()
-    stage.plan()
+    for _ in stage.plan():
+        pass
+    clear(stage)
+
+
+def clear(stage: Stage) -> None:
+    """Remove the folder of a stage, in an order such that whoever is killed leaves no old result for a new plan."""
     folder = stage.folder
     if storage.exists(storage.join(folder, "plan.json")):
         storage.remove(storage.join(folder, "manifest.json"))
@@ -368,6 +500,8 @@ def _tried(stage: Stage, item: Item) -> Outcome:
     for left in reversed(range(_TRIES)):
         try:
             return Outcome(item, record=work(stage, item))
+        except StageFailed:  # the driver's own, heard in the middle of an item
+            raise
         except Exception as error:
             if left == 0 or isinstance(error, ValueError):
                 return Outcome(item, error=_sentence(error), trace=traceback.format_exc())

@@ -24,6 +24,7 @@ import fsspec
 
 _T = TypeVar("_T")
 _CHUNK = 1 << 20
+_END = 64 << 10
 
 
 class StorageError(OSError):
@@ -44,6 +45,11 @@ def local_path(url: str) -> Path:
 def join(url: str, *parts: str) -> str:
     """`url` extended by `parts`, with single slashes between them."""
     return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def place(folder: str, name: str) -> str:
+    """Where a manifest's file is: below `folder`, or at the whole address that an adopted file has for a name."""
+    return name if "://" in name or name.startswith("/") else join(folder, name)
 
 
 def normal(url: str) -> str:
@@ -152,6 +158,41 @@ def walk(url: str) -> Iterator[tuple[str, int | None]]:
         name = full[len(path):].lstrip("/")
         if name and not any(part.startswith(".") for part in name.split("/")):
             yield name, int(info["size"])
+
+
+def glob(pattern: str) -> list[str]:
+    """Sorted addresses of the files that match a pattern (*, **, ?)."""
+    fs, path = _open(normal(pattern))
+    prefix = "" if is_local(pattern) else pattern.split("://", 1)[0] + "://"
+    with _speaking(pattern, "list"):
+        return sorted(prefix + name for name, info in fs.glob(path, detail=True).items() if info["type"] == "file")
+
+
+@contextlib.contextmanager
+def reader(url: str) -> Iterator[Any]:
+    """A file object to seek in and read from, that fetches what is read and not the whole."""
+    fs, path = _open(url)
+    with _speaking(url, "read"), fs.open(path, "rb") as file:
+        yield file
+
+
+def download(url: str, path: Path) -> Path:
+    """The file at `url` as the local file `path`."""
+    fs, remote = _open(url)
+    with _speaking(url, "read"):
+        fs.get_file(remote, str(path))
+    return path
+
+
+def glance(url: str) -> list[Any]:
+    """What tells a large file from another without reading it: its name, size, and a hash of both ends."""
+    fs, path = _open(url)
+    with _speaking(url, "read"):
+        length = int(fs.info(path)["size"])
+        ends = fs.cat_file(path, start=0, end=min(_END, length))
+        if length > _END:
+            ends += fs.cat_file(path, start=max(_END, length - _END), end=length)
+    return [url.rsplit("/", 1)[-1], length, hashlib.sha256(ends).hexdigest()]
 
 
 def read_bytes(url: str) -> bytes:

@@ -23,7 +23,7 @@ def folder(root: str, path: str) -> Iterator[dict[str, str]]:
         return
     faulty = set()
     for entry in described:
-        fault = _file(storage.join(base, entry["name"]), entry)
+        fault = _file(storage.place(base, entry["name"]), entry)
         if fault:
             faulty.add(entry["name"])
             yield _fault(path, entry["name"], fault)
@@ -79,17 +79,18 @@ def _records(root: str, path: str, manifest: dict[str, Any]) -> Iterator[dict[st
 
 def _shards(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
     dataset = _dataset(root, path)
-    keys = []
-    for sample in tars.read(dataset.fetch("shards", file_of(record, ".tar"))):
-        keys.append(sample["__key__"])
-        meta = json.loads(sample["json"])
-        if (meta["key"], meta["sha256"]) != (sample["__key__"], hashlib.sha256(tars.picture(sample)).hexdigest()):
-            yield _fault(path, f"{record['id']}.tar", f"{sample['__key__']} carries the metadata of another sample")
-    rows = [row["key"] for row in metadata(dataset, record, ["key"])]
-    if keys != rows:
-        yield _fault(path, f"{record['id']}.tar", f"its {len(keys)} samples are not the {len(rows)} of its parquet")
-    if len(keys) != record["samples"]:
-        yield _fault(path, f"{record['id']}.tar", f"has {len(keys)} samples, its record says {record['samples']}")
+    entry = file_of(record, ".tar")
+    rows = metadata(dataset, record, ["key", "sha256"])
+    found = []
+    for sample in tars.read(dataset.fetch("shards", entry)):
+        key, hashed = sample["__key__"], hashlib.sha256(tars.picture(sample)).hexdigest()
+        if len(found) < len(rows) and rows[len(found)] | {"status": ""} != {"key": key, "sha256": hashed, "status": ""}:
+            yield _fault(path, entry["name"], f"{key} carries the metadata of another sample")
+        found.append(key)
+    if found != [row["key"] for row in rows]:
+        yield _fault(path, entry["name"], f"its {len(found)} samples are not the {len(rows)} of its parquet")
+    if len(found) != record["samples"]:
+        yield _fault(path, entry["name"], f"has {len(found)} samples, its record says {record['samples']}")
 
 
 def _embeddings(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
@@ -157,5 +158,5 @@ def _dataset(root: str, path: str) -> Dataset:
 
 
 def _fault(path: str, name: str, fault: str) -> dict[str, str]:
-    return {"path": f"{path}/{name}", "fault": fault}
+    return {"path": storage.place(path, name), "fault": fault}
 

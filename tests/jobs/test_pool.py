@@ -17,7 +17,7 @@ from pipeline import stage, storage
 from pipeline.dataset import Dataset
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.shard import Shard, ShardConfig
-from pipeline.stage import Item, Output, Plan, Stage
+from pipeline.stage import Item, Output, Stage
 
 pytestmark = pytest.mark.ray
 
@@ -77,8 +77,8 @@ class Slow(Stage):
         super().__init__(root, "slow", config)
         self.diary = str(diary)
 
-    def plan(self) -> Plan:
-        return Plan([Item(f"{number:06d}") for number in range(self.config.items)])
+    def plan(self) -> list[Item]:
+        return [Item(f"{number:06d}") for number in range(self.config.items)]
 
     def process(self, item: Item, scratch: Path) -> Output:
         with open(self.diary, "a") as file:

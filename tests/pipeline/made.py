@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline import drawn, stage, storage
 from pipeline.dataset import Dataset
-from pipeline.stage import Item, Output, Plan, Stage
+from pipeline.stage import Item, Output, Stage
 
 ENCODER = {"model": "given", "weights_sha256": "00", "dim": 16}
 
@@ -56,8 +56,8 @@ class Given(Stage):
         return {"content": stage.digest([[name, storage.short_hash(repr(data))] for _, files in self.items.values()
                                          for name, data in files.items()])}
 
-    def plan(self) -> Plan:
-        return Plan([Item(name) for name in self.items])
+    def plan(self) -> list[Item]:
+        return [Item(name) for name in self.items]
 
     def process(self, item: Item, scratch: Path) -> Output:
         samples, files = self.items[item.id]

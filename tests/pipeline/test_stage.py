@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import stage, storage
 from pipeline.dataset import Dataset
-from pipeline.stage import Entry, Item, Output, Plan, Stage, StageFailed
+from pipeline.stage import Entry, Item, Output, Stage, StageFailed
 from tests.pipeline import made
 
 
@@ -36,7 +36,7 @@ class Count(Stage):
     def plan(self):
         named = [(stage.name_by_content(f"lists/{number}.txt", data), data) for number, data in
                  ((number, str(number * self.config.step).encode()) for number in range(6))]
-        return Plan([Item(f"{number:06d}", {"list": name}) for number, (name, _) in enumerate(named)], named)
+        return [Item(f"{number:06d}", {"list": name}, ((name, data),)) for number, (name, data) in enumerate(named)]
 
     def process(self, item, scratch):
         self.processed.append(item.id)
@@ -57,7 +57,7 @@ class Count(Stage):
 def lasting(folder) -> dict[str, bytes]:
     """What a folder holds for good: no remains of a killed process, no seconds and dates."""
     files = {name: data for name, data in made.files_below(Path(folder)).items()
-             if not any(part.startswith(".") for part in Path(name).parts)}
+             if not any(part.startswith(".") for part in Path(name).parts) and not name.endswith("_stats.json")}
     for name, data in files.items():
         document = json.loads(data) if name.endswith(".json") else None
         if name == "manifest.json":
@@ -179,7 +179,7 @@ def test_only_what_has_no_record_is_done_again(tmp_path):
         stage.run(Count(tmp_path, broken={"000002": ValueError("no"), "000004": ValueError("no")}))
     again = Count(tmp_path)
     stage.run(again)
-    assert again.processed == ["000002", "000004"]
+    assert sorted(again.processed) == ["000002", "000004"]
 
 
 def test_other_settings_are_refused_and_named(tmp_path):
@@ -302,7 +302,7 @@ def test_an_order_of_items_of_ones_own_changes_nothing(tmp_path):
 
 def test_nothing_to_do_is_said(tmp_path):
     empty = Count(tmp_path)
-    empty.plan = lambda: Plan([])
+    empty.plan = lambda: []
     with pytest.raises(ValueError, match="nothing to do"):
         stage.run(empty)
 

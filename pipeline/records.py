@@ -1,0 +1,205 @@
+"""Long lists of items and of records as parquet: a million load in seconds, and take little memory.
+
+Up to `INLINE` of them stand in plan.json and manifest.json themselves, for people to read. More stand in a
+file beside it, and the document says which: {"count": n, "file": {"name", "bytes", "sha256"}}.
+"""
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar, overload
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline import storage
+
+INLINE = 1000
+_BATCH = 2048
+_COUNTS = pa.map_(pa.string(), pa.int64())
+_FILES = pa.list_(pa.struct([("name", pa.string()), ("bytes", pa.int64()), ("sha256", pa.string())]))
+RECORDS = pa.schema([("id", pa.string()), ("plan", pa.string()), ("samples", pa.int64()), ("files", _FILES),
+                     ("skipped", _COUNTS), ("noted", _COUNTS), ("info", pa.string()), ("run", pa.string())])
+ITEMS = pa.schema([("id", pa.string()), ("inputs", pa.string())])
+_T = TypeVar("_T")
+
+
+class Rows(Sequence[_T]):
+    """A table of one row per element; elements are made when they are looked at."""
+
+    def __init__(self, table: pa.Table, element: Callable[[dict[str, Any]], _T]) -> None:
+        self.table, self._element = table, element
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @overload
+    def __getitem__(self, index: int) -> _T: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[_T]: ...
+
+    def __getitem__(self, index: int | slice) -> _T | Sequence[_T]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self._element(self.table.slice(index % len(self), 1).to_pylist()[0])
+
+    def __iter__(self) -> Iterator[_T]:
+        for batch in self.table.to_batches(max_chunksize=_BATCH):
+            yield from map(self._element, batch.to_pylist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    def ids(self) -> list[str]:
+        """The ids alone, in order."""
+        return self.table.column("id").to_pylist()
+
+
+def records(table: pa.Table) -> Rows[dict[str, Any]]:
+    """The records in a table of the schema `RECORDS`."""
+    return Rows(table, _record)
+
+
+def table(done: Iterable[dict[str, Any]]) -> pa.Table:
+    """Records as a table of the schema `RECORDS`."""
+    return pa.Table.from_pylist([record | {
+        "skipped": list(record["skipped"].items()), "noted": list(record["noted"].items()),
+        "info": json.dumps(record["info"]), "run": json.dumps(record["run"])} for record in done], RECORDS)
+
+
+def _record(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"skipped": dict(row["skipped"]), "noted": dict(row["noted"]),
+                  "info": json.loads(row["info"]), "run": json.loads(row["run"])}
+
+
+def to_bytes(table_: pa.Table) -> bytes:
+    """A table as the bytes of a parquet file."""
+    buffer = io.BytesIO()
+    pq.write_table(table_, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def from_bytes(data: bytes) -> pa.Table:
+    """The records in the bytes of a parquet file that `to_bytes` wrote."""
+    return pq.read_table(pa.BufferReader(data), schema=RECORDS)
+
+
+def items_to_bytes(items: Iterable[dict[str, Any]]) -> bytes:
+    """Planned items, their inputs as JSON texts, as the bytes of a parquet file."""
+    return to_bytes(pa.Table.from_pylist(list(items), ITEMS))
+
+
+def reference(name: str, data: bytes, count: int) -> dict[str, Any]:
+    """What stands in a document in place of a list that is kept in the file `name`."""
+    return {"count": count, "file": {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
+
+
+def count(listed: Any) -> int:
+    """How many elements the `items` of a plan or manifest have."""
+    return int(listed["count"]) if isinstance(listed, dict) else len(listed)
+
+
+def load(folder: str, listed: Any, schema: pa.Schema) -> pa.Table:
+    """The table that a document in `folder` refers to; ValueError if it is not the one."""
+    url = storage.join(folder, listed["file"]["name"])
+    try:
+        found = pq.read_table(storage.fetch(url, listed["file"]))
+    except pa.ArrowException as error:
+        raise ValueError(f"{url} is damaged: {error}\nhint: python -m jobs verify") from None
+    if found.schema.names != schema.names or found.num_rows != listed["count"]:
+        raise ValueError(f"{url} is not the list that its document describes\nhint: python -m jobs verify")
+    return found.cast(schema)
+
+
+def content(fingerprint: str, described: Iterable[dict[str, Any]], done: Sequence[dict[str, Any]]) -> str:
+    """Hash of what a sealed folder is and holds: its fingerprint, and every file's name and sha256."""
+    digest = hashlib.sha256(f"{fingerprint}\n".encode())
+    for file in described:
+        digest.update(f"{file['name']} {file['sha256']}\n".encode())
+    if isinstance(done, Rows):
+        for chunk in done.table.column("files").chunks:
+            files = chunk.flatten()
+            lines = pc.binary_join_element_wise(files.field("name"), files.field("sha256"), " ")
+            digest.update("".join(f"{line}\n" for line in lines.to_pylist()).encode())
+    else:
+        for record in done:
+            for file in record["files"]:
+                digest.update(f"{file['name']} {file['sha256']}\n".encode())
+    return digest.hexdigest()
+
+
+def totals(done: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Items, samples, bytes, and counts by reason over records."""
+    if isinstance(done, Rows):
+        return _column_totals(done.table)
+    result: dict[str, Any] = {"items": 0, "samples": 0, "bytes": 0, "skipped": Counter(), "noted": Counter()}
+    for record in done:
+        result["items"] += 1
+        result["samples"] += record["samples"]
+        result["bytes"] += sum(file["bytes"] for file in record["files"])
+        result["skipped"].update(record["skipped"])
+        result["noted"].update(record["noted"])
+    return result | {"skipped": dict(result["skipped"]), "noted": dict(result["noted"])}
+
+
+def _column_totals(of: pa.Table) -> dict[str, Any]:
+    sums = {name: Counter[str]() for name in ("skipped", "noted")}
+    length = 0
+    for batch in of.to_batches():
+        length += pc.sum(batch.column("files").flatten().field("bytes")).as_py() or 0
+        for name, counter in sums.items():
+            # Of a map that has been sliced, `keys` are those of the whole: flatten by the offsets instead.
+            pairs = pc.list_flatten(batch.column(name).cast(pa.list_(pa.struct([("key", pa.string()),
+                                                                                 ("value", pa.int64())]))))
+            grouped = pa.table({"key": pairs.field("key"), "value": pairs.field("value")}).group_by("key")
+            for row in grouped.aggregate([("value", "sum")]).to_pylist():
+                counter[row["key"]] += row["value_sum"]
+    return {"items": of.num_rows, "samples": pc.sum(of.column("samples")).as_py() or 0, "bytes": length,
+            **{name: dict(counter) for name, counter in sums.items()}}
+
+
+def seconds(done: Sequence[dict[str, Any]]) -> float:
+    """Worker seconds of all records together."""
+    texts = done.table.column("run").to_pylist() if isinstance(done, Rows) else None
+    return sum(json.loads(text)["seconds"] for text in texts) if texts is not None else sum(
+        record["run"]["seconds"] for record in done)
+
+
+class Collected:
+    """Records as they come in, packed as they grow many; `flushed` gets each table that is packed."""
+
+    def __init__(self, flushed: Callable[[pa.Table], None] = lambda packed: None, every: int = 5000) -> None:
+        self._flushed, self._every = flushed, every
+        self._tables: list[pa.Table] = []
+        self._loose: list[dict[str, Any]] = []
+        self.ids: set[str] = set()
+
+    def add(self, record: dict[str, Any]) -> None:
+        """One more record."""
+        self._loose.append(record)
+        self.ids.add(record["id"])
+        if len(self._loose) >= self._every:
+            self._tables.append(table(self._loose))
+            self._loose = []
+            self._flushed(self._tables[-1])
+
+    def add_table(self, packed: pa.Table) -> None:
+        """Records of this plan that were packed before; those that are here already are passed over."""
+        new = [one not in self.ids for one in packed.column("id").to_pylist()]
+        packed = packed.filter(pa.array(new))
+        self._tables.append(packed)
+        self.ids.update(packed.column("id").to_pylist())
+
+    def in_order(self, ids: Sequence[str]) -> Sequence[dict[str, Any]]:
+        """The records of these items that are there, in the order of `ids`."""
+        if not self._tables:
+            by_id = {record["id"]: record for record in self._loose}
+            return [by_id[one] for one in ids if one in by_id]
+        whole = pa.concat_tables([*self._tables, table(self._loose)]).combine_chunks()
+        place = {one: number for number, one in enumerate(whole.column("id").to_pylist())}
+        return records(whole.take([place[one] for one in ids if one in place]))

@@ -1,0 +1,302 @@
+"""From rows to samples: bytes are fetched, decoded, resized and encoded by many hands, and packed in order.
+
+Rows are taken from their source one by one; whatever order their bytes come in, samples lie in the tar in the
+order of the rows. Encoded pictures wait in a file in scratch, so memory holds what is in the lanes, and a few
+hundred bytes of metadata for each row of the shard.
+"""
+
+import asyncio
+import hashlib
+import json
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import images, storage, tars
+from pipeline.images import BadPicture
+from pipeline.progress import Beat
+from pipeline.sources import Row
+from pipeline.stage import Entry
+
+if TYPE_CHECKING:
+    from pipeline.shard import ShardConfig
+
+# img2dataset's, and `source_row`: the place of the row in the source.
+COLUMNS = {"caption": pa.string(), "url": pa.string(), "key": pa.string(), "status": pa.string(),
+           "error_message": pa.string(), "width": pa.int32(), "height": pa.int32(), "original_width": pa.int32(),
+           "original_height": pa.int32(), "exif": pa.string(), "sha256": pa.string(), "original_sha256": pa.string(),
+           "source_row": pa.int64()}
+PATCH_COLUMNS = {"patch_left": pa.int32(), "patch_top": pa.int32(), "patch_short_side": pa.int32()}
+HASH_COLUMNS = {"pixel_sha256": pa.string(), "phash": pa.uint64(), "mean_colour": pa.list_(pa.uint8())}
+SUCCESS, NOT_FETCHED, NOT_USABLE = "success", "failed_to_download", "failed_to_resize"
+_ALGORITHMS = {32: "md5", 40: "sha1", 64: "sha256", 128: "sha512"}
+
+
+class NotFetched(BadPicture):
+    """A picture whose bytes were not to be had."""
+
+
+@dataclass
+class Made:
+    """What became of a row: metadata for the parquet, one for each sample or one that says what is wrong."""
+
+    metas: list[dict[str, Any]]
+    pictures: list[bytes] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
+
+
+def make(config: "ShardConfig", row: Row, data: bytes, keys: list[str]) -> Made:
+    """The samples of a row whose picture's bytes are `data`; BadPicture if there are none."""
+    meta = bare(row)
+    if config.exif or row.digest:
+        meta["original_sha256"] = hashlib.sha256(data).hexdigest()
+        _check_hash(row.digest, data)
+    patched = config.patches > 0
+    picture = images.decode(data, config.max_pixels, at_least=config.patch_side if patched else config.image_size,
+                            how="keep_ratio" if patched else config.resize, min_size=config.min_size,
+                            max_aspect=config.max_aspect)
+    meta |= {"status": SUCCESS, "original_width": picture.width, "original_height": picture.height,
+             "exif": _exif(data) if config.exif else None,
+             "original_sha256": meta["original_sha256"] or hashlib.sha256(data).hexdigest()}
+    made = Made([], entries=[Entry(called(row), reason, detail, kept=True) for reason, detail in picture.remarks])
+    if patched:
+        whole = images.resize(picture, config.patch_side, "keep_ratio", only_if_bigger=config.only_if_bigger,
+                              max_aspect=config.max_aspect)
+        for (left, top, patch), key in zip(images.patches(whole, config.image_size, config.patches, config.seed,
+                                                          row.name), keys, strict=True):
+            place = {"patch_left": left, "patch_top": top, "patch_short_side": min(whole.size)}
+            _add(made, config, meta | place, key, patch, images.encode(patch, config.format, config.quality))
+        return made
+    resized = images.resize(picture, config.image_size, config.resize, only_if_bigger=config.only_if_bigger,
+                            max_aspect=config.max_aspect)
+    same = resized is picture.image and picture.plain
+    stored = {"jpg": "jpeg"}.get(config.format, config.format)
+    _add(made, config, meta, keys[0], resized,
+         data if same and picture.format == stored else images.encode(resized, config.format, config.quality))
+    return made
+
+
+def _add(made: Made, config: "ShardConfig", meta: dict[str, Any], key: str, image: Any, data: bytes) -> None:
+    meta = meta | {"key": key, "width": image.width, "height": image.height,
+                   "sha256": hashlib.sha256(data).hexdigest()}
+    if config.duplicates != "keep":
+        meta["pixel_sha256"] = images.pixel_hash(image)
+        if config.duplicates == "near":
+            meta["phash"], meta["mean_colour"] = images.perceptual_hash(image)
+    made.metas.append(meta)
+    made.pictures.append(data)
+
+
+def failed(row: Row, key: str, bad: BadPicture) -> Made:
+    """A row that gives no sample."""
+    status = NOT_FETCHED if isinstance(bad, NotFetched) else NOT_USABLE
+    detail = storage.without_credentials(bad.detail)
+    return Made([bare(row) | {"key": key, "status": status, "error_message": f"{bad.reason}: {detail}"}],
+                entries=[Entry(called(row), bad.reason, detail)])
+
+
+def bare(row: Row) -> dict[str, Any]:
+    """The metadata of a row of which nothing is known but what the source says."""
+    extra = {name: value for name, value in row.columns.items() if name not in COLUMNS}
+    return extra | dict.fromkeys(COLUMNS) | {"caption": row.caption, "url": called(row), "source_row": row.number}
+
+
+def called(row: Row) -> str:
+    """What a row is called, as text without passwords: bytes that are no UTF-8 are spelled out."""
+    return storage.without_credentials(row.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
+
+
+def _check_hash(wanted: str, data: bytes) -> None:
+    if wanted and hashlib.new(_ALGORITHMS[len(wanted)], data, usedforsecurity=False).hexdigest() != wanted:
+        raise NotFetched("hash_mismatch", f"its {_ALGORITHMS[len(wanted)]} is not the one in the list")
+
+
+def _exif(data: bytes) -> str:
+    """The EXIF of a picture as JSON, tags by name."""
+    import io
+
+    from PIL import ExifTags, Image
+    with Image.open(io.BytesIO(data)) as image:
+        tags = image.getexif()
+        every = {**tags, **tags.get_ifd(ExifTags.IFD.Exif)}
+    return json.dumps({ExifTags.TAGS.get(tag, str(tag)): str(value)[:500] for tag, value in sorted(every.items())})
+
+
+class Spool:
+    """Bytes that wait in a file for their turn."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "w+b", buffering=0)  # noqa: SIM115 (closed by close)
+        self._end = 0
+        self._lock = threading.Lock()
+
+    def put(self, data: bytes) -> tuple[int, int]:
+        """Where the bytes are to be found."""
+        with self._lock:
+            place = self._end
+            self._end += len(data)
+        os.pwrite(self._file.fileno(), data, place) if data else 0
+        return place, len(data)
+
+    def get(self, place: tuple[int, int]) -> bytes:
+        """The bytes put at `place`."""
+        return os.pread(self._file.fileno(), place[1], place[0])
+
+    def close(self) -> None:
+        """Done with it; its folder goes with the scratch."""
+        self._file.close()
+
+
+class Packing:
+    """The shard under way: lanes that fetch, threads that decode and encode, a spool, and the counts."""
+
+    def __init__(self, config: "ShardConfig", shard: str, digits: int, scratch: Path, beat: Beat) -> None:
+        self.config, self.shard, self.digits, self.beat = config, shard, digits, beat
+        self.scratch = scratch
+        self._spool = Spool(scratch / "spool")
+        self._results: dict[int, tuple[list[dict[str, Any]], list[tuple[int, int]], list[Entry]]] = {}
+        self.rows = self.samples = self.length = 0
+        self.skipped: Counter[str] = Counter()
+        self.began = time.time()
+
+    def run(self, rows: Iterator[Row], read: Callable[[Row], bytes] | None) -> None:
+        """Take every row; `read` gives the bytes of a row's picture, None downloads it."""
+        try:
+            asyncio.run(self._all(enumerate(rows), read))
+        except BaseExceptionGroup as group:
+            raise _first(group) from group
+
+    async def _all(self, rows: Iterator[tuple[int, Row]], read: Callable[[Row], bytes] | None) -> None:
+        threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+        async with AsyncExitStack() as stack:
+            pool = stack.enter_context(ThreadPoolExecutor(threads, "decode"))
+            lanes, get = 2 * threads, None
+            if read is None:
+                from pipeline.download import Downloader
+                lanes = self.config.download.connections
+                get = (await stack.enter_async_context(Downloader(self.config.download))).get
+            lane_tasks = await stack.enter_async_context(asyncio.TaskGroup())
+            for _ in range(lanes):
+                lane_tasks.create_task(self._lane(rows, read, get, pool))
+
+    async def _lane(self, rows: Iterator[tuple[int, Row]], read: Callable[[Row], bytes] | None, get: Any,
+                    pool: ThreadPoolExecutor) -> None:
+        loop = asyncio.get_running_loop()
+        for number, row in rows:
+            data = row.data
+            if get is not None:
+                try:
+                    if row.missing:
+                        raise NotFetched("bad_url", row.missing)
+                    data = await get(row.name)
+                except BadPicture as bad:
+                    self._take(number, failed(row, self._keys(number)[0],
+                                              NotFetched(bad.reason, bad.detail)), [])
+                    continue
+            made, places = await loop.run_in_executor(pool, self._make, number, row, data, read)
+            del data
+            row.data = None
+            self._take(number, made, places)
+
+    def _make(self, number: int, row: Row, data: bytes | None,
+              read: Callable[[Row], bytes] | None) -> tuple[Made, list[tuple[int, int]]]:
+        keys = self._keys(number)
+        try:
+            if data is None and read is not None:
+                try:
+                    data = read(row)
+                except BadPicture as bad:
+                    raise NotFetched(bad.reason, bad.detail) from None
+            if data is None:
+                raise NotFetched("picture_missing", row.missing)
+            made = make(self.config, row, data, keys)
+        except BadPicture as bad:
+            made = failed(row, keys[0], bad)
+        made.entries += [Entry(called(row), reason, kept=True) for reason in row.remarks]
+        return made, [self._spool.put(data) for data in made.pictures]
+
+    def _keys(self, number: int) -> list[str]:
+        key = f"{self.shard}{number:0{self.digits}d}"
+        if not self.config.patches:
+            return [key]
+        digits = len(str(self.config.patches - 1))
+        return [f"{key}{patch:0{digits}d}" for patch in range(self.config.patches)]
+
+    def _take(self, number: int, made: Made, places: list[tuple[int, int]]) -> None:
+        self._results[number] = made.metas, places, made.entries
+        self.rows += 1
+        self.samples += len(places)
+        self.length += sum(length for _, length in places)
+        self.skipped.update(entry.reason for entry in made.entries if not entry.kept)
+        self.beat(rows=self.rows, samples=self.samples, length=self.length, skipped=self.skipped)
+
+    def write(self, tar: Path, parquet: Path) -> list[Entry]:
+        """The tar and its parquet, in the order of the rows; the lines of the ledger."""
+        results = [self._results[number] for number in range(self.rows)]
+        suffix = self.config.format
+
+        def samples() -> Iterator[dict[str, Any]]:
+            for metas, places, _ in results:
+                for meta, place in zip(metas, places, strict=False):  # no places where a row failed
+                    document = json.dumps(meta, sort_keys=True, ensure_ascii=False).encode()
+                    yield {"__key__": meta["key"], suffix: self._spool.get(place), "json": document,
+                           "txt": meta["caption"].encode("utf-8", "replace")}
+
+        tars.write(tar, samples())
+        self._spool.close()
+        pq.write_table(table([meta for metas, _, _ in results for meta in metas], self._types()), parquet)
+        return [entry for _, _, entries in results for entry in entries]
+
+    def stats(self) -> bytes:
+        """What img2dataset says of a shard in its `_stats.json`."""
+        statuses = Counter(metas[0]["status"] for metas, _, _ in self._results.values())
+        end = time.time()
+        return storage.json_bytes({
+            "count": self.rows, "successes": statuses[SUCCESS], "failed_to_download": statuses[NOT_FETCHED],
+            "failed_to_resize": statuses[NOT_USABLE], "duration": round(end - self.began, 3),
+            "start_time": self.began, "end_time": end,
+            "status_dict": dict(Counter({SUCCESS: statuses[SUCCESS]}) + self.skipped)})
+
+    def _types(self) -> dict[str, pa.DataType]:
+        types = dict(COLUMNS)
+        if self.config.patches:
+            types |= PATCH_COLUMNS
+        if self.config.duplicates != "keep":
+            names = ("pixel_sha256",) if self.config.duplicates == "exact" else tuple(HASH_COLUMNS)
+            types |= {name: HASH_COLUMNS[name] for name in names}
+        return types
+
+
+def table(metas: list[dict[str, Any]], types: dict[str, pa.DataType]) -> pa.Table:
+    """Metadata as a table: the source's own columns first, then those of `types`."""
+    extra = sorted({name for meta in metas for name in meta} - set(types))
+    columns = {}
+    for name in extra:
+        cells = [meta.get(name) for meta in metas]
+        try:
+            columns[name] = pa.array(cells)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # cells of several types, or numbers too large
+            columns[name] = pa.array([None if cell is None else str(cell) for cell in cells], pa.string())
+        if pa.types.is_null(columns[name].type):
+            columns[name] = columns[name].cast(pa.string())
+    for name, kind in types.items():
+        columns[name] = pa.array([meta.get(name) for meta in metas], kind)
+    return pa.table(columns)
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error that ended the lanes, whatever else came with it."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

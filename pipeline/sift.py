@@ -1,0 +1,125 @@
+"""Shards -> the same shards without pictures that occurred before, anywhere in the corpus.
+
+Which of several stays does not depend on workers or on chance: the one that comes first in the source.
+The shards with all pictures (`unsifted/`) are removed once those without are sealed.
+"""
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline import samples, stage, storage, tars
+from pipeline.dataset import Dataset, file_of
+from pipeline.shard import Shard, ShardConfig
+from pipeline.stage import Entry, Item, Output, name_by_content
+
+DUPLICATE = "duplicate"
+
+
+class Sift(Shard):
+    """The stage that leaves duplicates out of the shards in `whole`."""
+
+    def __init__(self, dataset: Dataset, config: ShardConfig) -> None:
+        super().__init__(dataset, config)
+        self.whole = Shard(dataset, config, folder="unsifted")
+
+    def plan(self) -> Iterator[Item]:
+        from pipeline import duplicates
+
+        manifest = stage.manifest_of(self.whole.folder, self.whole.command)
+        done = manifest["items"]
+        tables = (self._hashes(record) for record in done)
+        hashes, colours, counts = [], [], []
+        for table in tables:
+            counts.append(table.num_rows)
+            if self.config.duplicates == "exact":
+                digests = table.column("pixel_sha256").to_pylist()
+                hashes.append(np.frombuffer(b"".join(map(bytes.fromhex, digests)), "S32"))
+            else:
+                hashes.append(table.column("phash").to_numpy().astype(np.uint64))
+                flat = pc.list_flatten(table.column("mean_colour")).to_numpy().astype(np.uint8)
+                colours.append(flat.reshape(-1, 3))
+        if self.config.duplicates == "exact":
+            first = duplicates.exact(np.concatenate(hashes))
+        else:
+            first = duplicates.near(np.concatenate(hashes), np.concatenate(colours), self.config.duplicate_bits)
+        offsets = np.cumsum([0, *counts])
+        for number, record in enumerate(done):
+            low, high = offsets[number], offsets[number + 1]
+            gone = np.flatnonzero(first[low:high] != np.arange(low, high))
+            item = {"record": record, "count": record["info"]["rows"]}
+            if not len(gone):
+                yield Item(record["id"], item)
+                continue
+            kept = first[low:high][gone]
+            shard_of = np.searchsorted(offsets, kept, side="right") - 1
+            lines = [[int(row), done[int(shard)]["id"], int(other - offsets[shard])]
+                     for row, shard, other in zip(gone, shard_of, kept, strict=True)]
+            data = json.dumps(lines).encode()
+            name = name_by_content(f"rows/duplicates-{record['id']}.json", data)
+            yield Item(record["id"], item | {"duplicates": name}, ((name, data),))
+
+    def process(self, item: Item, scratch: Path) -> Output:
+        record = item.inputs["record"]
+        files = {entry["name"]: storage.fetch(storage.join(self.whole.folder, entry["name"]), entry, check=True)
+                 for entry in record["files"]}
+        stats = storage.read_json(storage.join(self.whole.folder, f"{item.id}_stats.json"))
+        name = f"{item.id}_stats.json"
+        if "duplicates" not in item.inputs:
+            return Output(record["samples"], files, info=record["info"], aside={name: storage.json_bytes(stats)},
+                          counted=(record["skipped"], record["noted"]))
+        gone = {row: f"of sample {other} of shard {shard}" for row, shard, other in json.loads(
+            storage.read_bytes(storage.join(self.folder, item.inputs["duplicates"])))}
+        tar, parquet = scratch / "shard.tar", scratch / "shard.parquet"
+        tars.write(tar, ({key: value for key, value in sample.items() if key != "__url__"}
+                         for row, sample in enumerate(tars.read(files[f"{item.id}.tar"])) if row not in gone))
+        table = pq.read_table(files[f"{item.id}.parquet"])
+        entries = self._left_out(table, gone, parquet)
+        if (old := files.get(f"ledger/{item.id}.jsonl")) is not None:
+            entries = [*(Entry(**json.loads(line)) for line in old.read_text().splitlines()), *entries]
+        stats["successes"] -= len(gone)
+        stats["status_dict"] |= {samples.SUCCESS: stats["successes"], DUPLICATE: len(gone)}
+        return Output(record["samples"] - len(gone), {f"{item.id}.tar": tar, f"{item.id}.parquet": parquet}, entries,
+                      record["info"], aside={name: storage.json_bytes(stats)})
+
+    def _left_out(self, table: pa.Table, gone: dict[int, str], parquet: Path) -> list[Entry]:
+        """Write the metadata with the status of duplicates changed; their lines for the ledger."""
+        statuses, messages = table.column("status").to_pylist(), table.column("error_message").to_pylist()
+        urls, entries = table.column("url").to_pylist(), []
+        good = [row for row, status in enumerate(statuses) if status == samples.SUCCESS]
+        for sample, detail in gone.items():
+            row = good[sample]
+            statuses[row], messages[row] = DUPLICATE, f"{DUPLICATE}: {detail}"
+            entries.append(Entry(urls[row], DUPLICATE, detail))
+        for name, cells in (("status", statuses), ("error_message", messages)):
+            table = table.set_column(table.column_names.index(name), name, pa.array(cells, pa.string()))
+        pq.write_table(table, parquet)
+        return entries
+
+    def _hashes(self, record: dict[str, Any]) -> pa.Table:
+        """The hashes of a shard's samples."""
+        entry = file_of(record, ".parquet")
+        names = ["pixel_sha256"] if self.config.duplicates == "exact" else ["phash", "mean_colour"]
+        data = storage.fetch(storage.join(self.whole.folder, entry["name"]), entry).read_bytes()
+        table = pq.read_table(io.BytesIO(data), columns=[*names, "status"])
+        return table.filter(pc.equal(table.column("status"), samples.SUCCESS))
+
+
+def run(sifted: Sift, seal: Callable[[Shard], dict[str, Any]], *, rebuild: bool = False) -> dict[str, Any]:
+    """Shard, leave duplicates out, and remove what held them; `seal` brings a stage to its sealed state."""
+    if rebuild:
+        stage.empty(sifted.whole)
+        stage.clear(sifted)
+    if not storage.exists(storage.join(sifted.folder, "manifest.json")):
+        seal(sifted.whole)
+    manifest = seal(sifted)
+    stage.clear(sifted.whole)
+    return manifest
+

@@ -1,0 +1,187 @@
+"""A folder of pictures, with captions in a file, in texts beside them, or without."""
+
+from __future__ import annotations
+
+import csv
+import fnmatch
+import hashlib
+import io
+import itertools
+import json
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import images, storage
+from pipeline.sources import CAPTION_COLUMNS, Part, Reading, Row, Source, listed, listed_rows, plain, text
+
+if TYPE_CHECKING:
+    from pipeline.shard import ShardConfig
+
+FILE_COLUMNS = ("file", "file_name", "filename", "image", "image_path", "path")
+CAPTION_FILES = ("captions.parquet", "captions.csv", "captions.jsonl")
+
+
+class Folder(Source):
+    """Pictures below a folder, sorted by name, or in the order of their captions."""
+
+    fetch = "file"
+
+    def __init__(self, config: ShardConfig) -> None:
+        super().__init__(config)
+        if len(config.source) > 1:
+            raise ValueError(f"pictures are taken from one folder, not from {len(config.source)}\n"
+                             f"hint: name the folder above them, or a pattern")
+        self.base, self.pattern = _split(config.source[0])
+        self._found: list[Row] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_found": None}  # the list stays on the driver; workers read their own part
+
+    def identity(self) -> str:
+        digest = hashlib.sha256()
+        for row in self._rows():
+            digest.update(json.dumps([row.name, row.caption, row.columns, row.remarks, row.missing, row.caption_file],
+                                     sort_keys=True).encode() + b"\n")
+        return digest.hexdigest()
+
+    def parts(self) -> Iterator[Part]:
+        rows = iter(self._rows())
+        for number in itertools.count():
+            part = list(itertools.islice(rows, self.config.rows_per_shard))
+            if not part:
+                return
+            yield listed(part, number, len(part))
+
+    def rows(self, stage_folder: str, inputs: dict[str, Any], scratch: Path, reading: Reading) -> Iterator[Row]:
+        return listed_rows(stage_folder, inputs)
+
+    def read(self, row: Row) -> bytes:
+        """The bytes of a row's picture; BadPicture if it is gone."""
+        if row.missing:
+            raise images.BadPicture("picture_missing", row.missing)
+        try:
+            if row.caption_file:
+                caption = storage.read_bytes(storage.join(self.base, row.caption_file))
+                row.caption = caption.decode("utf-8-sig", "replace").strip()
+            return storage.read_bytes(storage.join(self.base, row.name))
+        except FileNotFoundError:
+            raise images.BadPicture("picture_missing", "gone since it was listed") from None
+
+    def _rows(self) -> list[Row]:
+        if self._found is None:
+            self._found = list(self._list())
+            if not self._found:
+                raise ValueError(f"no pictures in {self.config.source[0]}\nhint: files ending in "
+                                 f"{', '.join(images.SUFFIXES)} are looked for, in folders below it too")
+        return self._found
+
+    def _list(self) -> Iterator[Row]:
+        found: dict[str, int | None] = {}
+        texts = set()
+        try:
+            for name, length in storage.walk(self.base):
+                if name.lower().endswith(images.SUFFIXES) and fnmatch.fnmatch(name, self.pattern):
+                    found[name] = length
+                elif name.endswith(".txt"):
+                    texts.add(name)
+        except FileNotFoundError:
+            raise ValueError(f"there is no folder {self.base}") from None
+        by_name: dict[str, str] = {}
+        for name in sorted(found):
+            # macOS spells accents in two characters where a captions file has one: compare both as one,
+            # unless both spellings are there as two files.
+            usual = unicodedata.normalize("NFC", name)
+            by_name[name if usual in found or usual in by_name else usual] = name
+        captions, duplicates = self._captions(set(by_name))
+        if self.config.only_captioned:
+            wanted = list(captions)
+        else:
+            wanted = [*sorted(by_name), *sorted(captions.keys() - by_name.keys())]
+        for number, name in enumerate(wanted):
+            file = by_name.get(name)
+            columns = dict(captions.get(name, {}))
+            caption = columns.pop("caption", None) or ""
+            remarks = ["caption_twice"] if name in duplicates else []
+            beside = f"{(file or name).rpartition('.')[0]}.txt"
+            caption_file = beside if not captions and beside in texts else ""
+            if name not in captions and not caption_file and (captions or texts):
+                remarks.append("caption_missing")
+            problem = "named in the captions, not in the folder" if file is None else (
+                "a link that leads nowhere" if found[file] is None else "")
+            yield Row(number, file or name, caption, columns, remarks=remarks, caption_file=caption_file,
+                      missing=problem)
+
+    def _captions(self, names: set[str]) -> tuple[dict[str, dict[str, Any]], set[str]]:
+        """Caption rows by file name (NFC), and the names that had more than one; the first row counts."""
+        address = self.config.captions
+        if not address:
+            there = storage.names(self.base)
+            found = [name for name in CAPTION_FILES if name in there]
+            if not found:
+                if self.config.only_captioned:
+                    raise ValueError(f"only_captioned, but {self.base} has no captions\nhint: --captions FILE")
+                return {}, set()
+            address = storage.join(self.base, found[0])
+        by_stem: dict[str, list[str]] = {}
+        for name in sorted(names):
+            by_stem.setdefault(name.rsplit(".", 1)[0], []).append(name)
+        result: dict[str, dict[str, Any]] = {}
+        duplicates = set()
+        for row in _caption_rows(address, self.config.caption_column):
+            name = unicodedata.normalize("NFC", row.pop("file").removeprefix("./"))
+            # A name without an ending means every picture of that stem.
+            for full in [name] if name in names else by_stem.get(name, [name]):
+                if full in result:
+                    duplicates.add(full)
+                result.setdefault(full, row)
+        return result, duplicates
+
+
+def _split(address: str) -> tuple[str, str]:
+    """A folder, and the pattern that names below it must match."""
+    if "*" not in address and "?" not in address:
+        return storage.normal(address), "*"
+    parts = address.split("/")
+    first = next(number for number, part in enumerate(parts) if "*" in part or "?" in part)
+    return storage.normal("/".join(parts[:first]) or ("/" if address.startswith("/") else ".")), "/".join(parts[first:])
+
+
+def _caption_rows(address: str, caption_column: str) -> list[dict[str, Any]]:
+    """Rows of a captions file with the keys file and caption and whatever other columns there are."""
+    try:
+        data = storage.read_bytes(address)
+    except FileNotFoundError:
+        raise ValueError(f"the captions file {address} does not exist") from None
+    try:
+        if address.endswith((".parquet", ".pq")):
+            table = pq.read_table(io.BytesIO(data))
+            rows, header = table.to_pylist(), table.column_names
+        elif address.endswith((".jsonl", ".ndjson")):
+            rows = [json.loads(line) for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+            header = list(dict.fromkeys(name for row in rows for name in row))
+            rows = [dict.fromkeys(header) | row for row in rows]
+        else:
+            reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""))
+            rows, header = list(reader), list(reader.fieldnames or [])
+    except (pa.ArrowException, OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError, TypeError,
+            AttributeError) as error:
+        raise ValueError(f"{address} cannot be read as captions: {str(error).strip()}\n"
+                         f"hint: a parquet file, a CSV in UTF-8 with a header, or lines of JSON objects") from None
+    file_column = next((name for name in FILE_COLUMNS if name in header), None)
+    wanted = (caption_column,) if caption_column else CAPTION_COLUMNS
+    caption = next((name for name in wanted if name in header), None)
+    if header and (file_column is None or caption is None):
+        raise ValueError(f"{address} has the columns {', '.join(header)}; wanted are one of {', '.join(FILE_COLUMNS)} "
+                         f"and one of {', '.join(wanted)}")
+    others = [name for name in header if name not in {file_column, caption}]
+    # Arrow's widest integer of a mixed column has a sign: larger ones are kept as text, the whole column alike.
+    large = {name for name in others if any(isinstance(row[name], int) and row[name] >= 1 << 63 for row in rows)}
+    return [{"file": text(row[file_column]) or f"(row {number} of the captions)",
+             "caption": text(row[caption]),
+             **{name: str(row[name]) if name in large and row[name] is not None else plain(row[name])
+                for name in others}} for number, row in enumerate(rows, 1)]

@@ -1,0 +1,336 @@
+"""Lists of addresses in parquet, CSV or JSON lines, and parquet tables that hold the pictures themselves.
+
+Parquet stays where it is: the driver reads the footers (and, for a filter, the columns it names), an item is a
+range of rows, and a worker reads the row groups that its range touches. Lists of text cannot be entered in the
+middle, so the driver reads them once and writes each item's rows beside the plan.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import fsspec.compression
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.sources import CAPTION_COLUMNS, Part, Reading, Row, Source, listed, listed_rows, plain, text, where_of
+from pipeline.stage import name_by_content
+
+if TYPE_CHECKING:
+    from pipeline.shard import ShardConfig
+
+URL_COLUMNS = ("url", "URL", "image_url", "img_url")
+IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "image_bytes", "bytes")
+HASH_COLUMNS = ("original_sha256", "sha256", "md5")
+_DIGITS = (32, 40, 64, 128)  # of md5, sha1, sha256 and sha512 in hexadecimal
+_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column of a list is what."""
+
+    picture: str
+    kind: Literal["url", "bytes"]
+    caption: str
+    digest: str
+
+
+class Lists(Source):
+    """Rows of tables."""
+
+    def __init__(self, config: ShardConfig, addresses: list[str]) -> None:
+        super().__init__(config)
+        self.addresses = addresses
+        self.where = where_of(config)
+        texts = {address for address in addresses if not _is_parquet(address)}
+        if texts and len(texts) < len(addresses):
+            raise ValueError("parquet and text lists in one source\nhint: make a dataset of each")
+        self.texts = bool(texts)
+        self.columns = self._columns()
+        self.fetch = "url" if self.columns.kind == "url" else "none"
+
+    def identity(self) -> str:
+        if not self.texts:
+            found = storage.each(lambda url: json.dumps(storage.glance(url)), self.addresses)
+        else:
+            found = [json.dumps([address.rsplit("/", 1)[-1], storage.sha256(address)]) for address in self.addresses]
+        return hashlib.sha256("\n".join(found).encode()).hexdigest()
+
+    def parts(self) -> Iterator[Part]:
+        return self._text_parts() if self.texts else self._parquet_parts()
+
+    def rows(self, stage_folder: str, inputs: dict[str, Any], scratch: Path, reading: Reading) -> Iterator[Row]:
+        if self.texts:
+            yield from listed_rows(stage_folder, inputs)
+            return
+        only = (set(json.loads(storage.read_bytes(storage.join(stage_folder, inputs["only"]))))
+                if "only" in inputs else None)
+        for address, first, start, stop in inputs["spans"]:
+            with _parquet(address) as file:
+                for position, cells in self._span(file, start, stop):
+                    if only is None or first + position in only:
+                        yield self._row(first + position, cells)
+
+    def again(self, stage_folder: str, wanted: list[tuple[dict[str, Any], list[int]]], number: int) -> Part:
+        if self.texts:
+            return super().again(stage_folder, wanted, number)
+        numbers = [one for _, chosen in wanted for one in chosen]
+        data = json.dumps(numbers).encode()
+        name = name_by_content(f"rows/{number:06d}.json", data)
+        return Part({"spans": [span for inputs, _ in wanted for span in inputs["spans"]], "only": name},
+                    ((name, data),))
+
+    def _columns(self) -> Columns:
+        first = self.addresses[0]
+        if self.texts:
+            header = next(iter(_text_rows(first)), {})
+            schema = pa.schema([(name, pa.string()) for name in header])
+            if not header:
+                raise ValueError(f"{first} holds no rows")
+        else:
+            with _parquet(first) as file:
+                schema = file.schema_arrow
+        columns = self._told(schema, first)
+        if self.where:
+            self.where.check(schema)
+        return columns
+
+    def _told(self, schema: pa.Schema, address: str) -> Columns:
+        """Which column is what, by the settings or the names that are usual."""
+        names, config = schema.names, self.config
+        for setting in ("url_column", "image_column", "caption_column", "hash_column"):
+            wanted = getattr(config, setting)
+            if wanted and wanted not in names and not (setting == "hash_column" and wanted == "none"):
+                raise ValueError(f"{address} has no column {wanted} ({setting})\nhint: it has {', '.join(names)}")
+        url = config.url_column or (None if config.image_column else
+                                    next((name for name in URL_COLUMNS if name in names), None))
+        image = config.image_column or next(
+            (name for name in IMAGE_COLUMNS if name in names and _holds_bytes(schema.field(name).type)), None)
+        if url is None and image is None:
+            raise ValueError(f"{address} has the columns {', '.join(names)}; wanted is one of "
+                             f"{', '.join(URL_COLUMNS)}, or pictures as bytes\n"
+                             f"hint: --url-column, or --image-column for one with bytes")
+        if url is None and not _holds_bytes(schema.field(image).type):
+            raise ValueError(f"{address}: the column {image} holds {schema.field(image).type}, not bytes of pictures")
+        digest = config.hash_column or next((name for name in HASH_COLUMNS if name in names), "")
+        return Columns(url or image, "url" if url else "bytes",
+                       config.caption_column or next((name for name in CAPTION_COLUMNS if name in names), ""),
+                       "" if digest == "none" else digest)
+
+    def _row(self, number: int, cells: dict[str, Any]) -> Row:
+        told = self.columns
+        picture = cells.pop(told.picture, None)
+        caption = text(cells.pop(told.caption, None)) if told.caption else ""
+        digest = text(cells.get(told.digest)).strip().lower() if told.digest else ""
+        row = Row(number, "", caption, {name: plain(value) for name, value in cells.items()},
+                  digest if len(digest) in _DIGITS else "")
+        if told.kind == "url":
+            row.name = text(picture).strip()
+            row.missing = "" if row.name else "the list has no address here"
+            return row
+        if isinstance(picture, dict):
+            row.name, picture = picture.get("path") or "", picture.get("bytes")
+        row.name = row.name or text(cells.get("url") or cells.get("key") or cells.get("id")) or f"row {number}"
+        row.data, row.missing = picture, "" if picture is not None else "the table has no bytes here"
+        return row
+
+    # Parquet: ranges of rows.
+
+    def _parquet_parts(self) -> Iterator[Part]:
+        need, first = self.config.rows_per_shard, 0
+        spans: list[list[Any]] = []
+        chosen = 0
+        for address in self.addresses:
+            with _parquet(address) as file:
+                self._same(file, address)
+                total, start = file.metadata.num_rows, 0
+                # A part is closed by the first row that it has no room for: what a filter leaves out
+                # between two parts belongs to the earlier.
+                for position, passing in self._passing(file):
+                    while chosen + len(passing) > need:
+                        cut = position + int(passing[need - chosen])
+                        spans.append([address, first, start, cut])
+                        yield self._part(spans, need)
+                        passing, chosen, spans, start = passing[need - chosen:], 0, [], cut
+                    chosen += len(passing)
+                if start < total:
+                    spans.append([address, first, start, total])
+                first += total
+        if chosen:
+            yield self._part(spans, chosen)
+        elif first:
+            raise ValueError(f"not one of {first} rows passes the filter {self.config.where}")
+
+    def _part(self, spans: list[list[Any]], chosen: int) -> Part:
+        spans = [span for span in spans if span[2] < span[3]]
+        return Part({"spans": spans, "count": chosen,
+                     "filtered": sum(stop - start for _, _, start, stop in spans) - chosen})
+
+    def _same(self, file: pq.ParquetFile, address: str) -> None:
+        """The files of a list must have the same columns, as far as they are used."""
+        names = file.schema_arrow.names
+        used = {self.columns.picture, *([self.columns.caption] if self.columns.caption else ()),
+                *(self.where.columns if self.where else ())}
+        if missing := used - set(names):
+            raise ValueError(f"{address} has no column {', '.join(sorted(missing))}, which {self.addresses[0]} has\n"
+                             f"hint: make a dataset of each, or name the columns")
+
+    def _passing(self, file: pq.ParquetFile) -> Iterator[tuple[int, np.ndarray]]:
+        """(position, numbers from there on) of rows that pass the filter, batch by batch."""
+        position = 0
+        if self.where is None:
+            for group in range(file.num_row_groups):
+                count = file.metadata.row_group(group).num_rows
+                for begin in range(0, count, 1 << 20):
+                    yield position + begin, np.arange(min(1 << 20, count - begin))
+                position += count
+            return
+        possible = set(self.where.row_groups(file))
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            if group in possible:
+                begin = position
+                for batch in file.iter_batches(1 << 16, row_groups=[group], columns=list(self.where.columns)):
+                    yield begin, np.flatnonzero(self.where.mask(pa.Table.from_batches([batch])))
+                    begin += batch.num_rows
+            position += count
+
+    def _span(self, file: pq.ParquetFile, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(position, cells) of the rows of a file between start and stop that pass the filter."""
+        position = 0
+        possible = set(self.where.row_groups(file)) if self.where else None
+        size = 64 if self.columns.kind == "bytes" else _BATCH
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            if position < stop and position + count > start and (possible is None or group in possible):
+                begin = position
+                for batch in file.iter_batches(size, row_groups=[group]):
+                    low, high = max(start - begin, 0), min(stop - begin, batch.num_rows)
+                    if low < high:
+                        table = pa.Table.from_batches([batch]).slice(low, high - low)
+                        chosen = (np.flatnonzero(self.where.mask(table)) if self.where else
+                                  np.arange(table.num_rows))
+                        table = _signed(table.take(pa.array(chosen)) if len(chosen) < table.num_rows else table)
+                        rows = table.to_pylist()
+                        yield from ((begin + low + int(number), cells)
+                                    for number, cells in zip(chosen, rows, strict=True))
+                    begin += batch.num_rows
+                    if begin >= stop:
+                        return
+            position += count
+
+    # Lists of text: rows beside the plan.
+
+    def _text_parts(self) -> Iterator[Part]:
+        need, number, position = self.config.rows_per_shard, 0, 0
+        chosen: list[Row] = []
+        filtered = 0
+        for address in self.addresses:
+            for batch in _batches(_text_rows(address)):
+                passing = self._text_mask(batch)
+                for cells, passes in zip(batch, passing, strict=True):
+                    if not passes:
+                        filtered += 1
+                    elif len(chosen) == need:
+                        yield listed(chosen, number, need, {"filtered": filtered})
+                        chosen, number, filtered = [self._row(position, cells)], number + 1, 0
+                    else:
+                        chosen.append(self._row(position, cells))
+                    position += 1
+        if chosen:
+            yield listed(chosen, number, len(chosen), {"filtered": filtered})
+        elif position:
+            raise ValueError(f"not one of {position} rows passes the filter {self.config.where}")
+
+    def _text_mask(self, batch: list[dict[str, Any]]) -> np.ndarray:
+        if self.where is None:
+            return np.ones(len(batch), bool)
+        columns = {}
+        for name in self.where.columns:
+            cells = [row.get(name) for row in batch]
+            try:
+                columns[name] = pa.array(cells)
+            except (pa.ArrowInvalid, pa.ArrowTypeError):  # cells of several types
+                columns[name] = pa.array([None if cell is None else text(cell) for cell in cells], pa.string())
+        return self.where.mask(self.where.cast(pa.table(columns)))
+
+
+def _is_parquet(address: str) -> bool:
+    return address.lower().endswith((".parquet", ".pq"))
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _signed(table: pa.Table) -> pa.Table:
+    """Numbers that only fit without a sign as texts: mixed with others, Arrow has no type for them."""
+    for number, field in enumerate(table.schema):
+        if field.type == pa.uint64():
+            table = table.set_column(number, field.name, table.column(number).cast(pa.string()))
+    return table
+
+
+@contextmanager
+def _parquet(address: str) -> Iterator[pq.ParquetFile]:
+    try:
+        with storage.reader(address) as stream:
+            # Buffered, or a row group would be read whole however small the batches are.
+            yield pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
+    except pa.ArrowException as error:
+        raise ValueError(f"{address} cannot be read as parquet: {str(error).strip()}") from None
+
+
+def _batches(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    batch = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == _BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _text_rows(address: str) -> Iterator[dict[str, Any]]:
+    """The rows of a CSV, a TSV or lines of JSON, one at a time."""
+    name = address.lower()
+    with storage.reader(address) as stream:
+        for ending, packing in ((".gz", "gzip"), (".bz2", "bz2"), (".zst", "zstd")):
+            if name.endswith(ending):
+                name = name.removesuffix(ending)
+                stream = fsspec.compression.compr[packing](stream, mode="r")
+        lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+        number = 0
+        try:
+            if name.endswith((".csv", ".tsv")):
+                for row in csv.DictReader(lines, delimiter="\t" if name.endswith(".tsv") else ","):
+                    number += 1
+                    row.pop(None, None)  # cells beyond the header
+                    yield {key: value or None for key, value in row.items()}
+            else:
+                for line in lines:
+                    number += 1
+                    if line.strip():
+                        row = json.loads(line)
+                        if not isinstance(row, dict):
+                            raise ValueError("a line that is no JSON object")
+                        yield row
+        except (UnicodeDecodeError, csv.Error, ValueError, EOFError, OSError) as error:
+            if isinstance(error, storage.StorageError):
+                raise
+            raise ValueError(f"{address} cannot be read after row {number}: {error}\n"
+                             f"hint: UTF-8; a CSV needs a header, JSON lines an object each") from None

@@ -1,0 +1,394 @@
+"""Pictures per second, memory, CPU and quality from a list of addresses to tars, beside img2dataset.
+
+    python tests/bench/download.py [--pictures 20000] [--repeats 3] [--work FOLDER]
+
+Both read the same parquet list from the same web server (server.py), make the short side 256 pixels long, and write
+JPEG 95 into tars of 1,000. img2dataset runs with its defaults otherwise, in two processes, with the number of threads
+that was best on a short list. The runs take turns; each begins with an empty folder. Prints a Markdown table of
+medians; every run is in download.json in the work folder. Exit 1 if a picture is missing anywhere.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import secrets
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import photographs
+import pyarrow as pa
+import pyarrow.parquet as pq
+import server
+from PIL import Image, JpegImagePlugin, features
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+PEER = "img2dataset==1.47.0"
+SIZE, QUALITY, PER_SHARD, PROCESSES = 256, 95, 1000, 2
+_THREADS = (16, 32, 64, 128, 256)
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class Failed(Exception):
+    """A command or a check that went wrong; its text is for the reader."""
+
+
+@dataclass
+class Usage:
+    """What a command used, all its processes together."""
+
+    wall_s: float
+    cpu_s: float
+    peak_mb: float
+    others_cores: float  # cores busy with anything else, or taken away: where there are many, the seconds say little
+    stdout: str
+
+
+@dataclass
+class Result:
+    """One run over the list."""
+
+    who: str
+    pictures: int
+    wall_s: float
+    work_s: float  # without start-up
+    cpu_s: float
+    peak_mb: float
+    others_cores: float
+    server_cpu_s: float
+
+
+def environment(work: Path, name: str, *packages: str) -> Path:
+    """The Python of a virtual environment with `packages`, made where it is missing."""
+    folder = work / f"venv-{name}"
+    python, ready = folder / "bin" / "python", folder / "installed.json"
+    if ready.exists() and json.loads(ready.read_text()) == list(packages):
+        return python
+    beside = Path(sys.executable).parent / "uv"
+    uv = str(beside) if beside.exists() else shutil.which("uv")
+    if uv:
+        subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder)], check=True)
+        subprocess.run([uv, "pip", "install", "--quiet", "--python", str(python), *packages], check=True)
+    else:
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
+    ready.write_text(json.dumps(packages))
+    return python
+
+
+class _Watch(threading.Thread):
+    """Follows the processes that carry a token in their environment, and their children, daemons among them."""
+
+    def __init__(self, token: str) -> None:
+        super().__init__(daemon=True)
+        self.token = f"RDM_BENCH_TOKEN={token}".encode()
+        self.others = set(_processes())
+        self.cpu: dict[str, float] = {}
+        self.alive: set[str] = set()
+        self.peak = 0
+        self.stopped = threading.Event()
+
+    def run(self) -> None:
+        due = 0.0
+        while not self.stopped.wait(0.1):
+            self.look()
+            if time.monotonic() >= due:
+                begin = time.monotonic()
+                self.peak = max(self.peak, sum(_pss(pid) for pid in self.alive))
+                # To add up the pages of many processes takes long: never more than a twentieth of a core.
+                due = begin + max(0.25, 20 * (time.monotonic() - begin)) - 0.05
+
+    def look(self) -> None:
+        """Find new processes, and note the CPU seconds of all."""
+        self.alive &= (running := set(_processes()))
+        for pid in sorted(running - self.others, key=int):
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                # A process that names itself anew (Ray's do) may overwrite its environment: its parent tells then.
+                if pid in self.alive or fields[1] in self.alive or self.token in _environment(pid):
+                    self.alive.add(pid)
+                    if fields[0] != "Z":
+                        self.cpu[pid] = (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def _processes() -> Iterable[str]:
+    return (name for name in os.listdir("/proc") if name.isdigit())
+
+
+def _environment(pid: str) -> bytes:
+    return Path(f"/proc/{pid}/environ").read_bytes()
+
+
+def _pss(pid: str) -> int:
+    """Bytes of memory of a process, what it shares with others divided among them."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) << 10
+    return 0
+
+
+def _machine_busy_s() -> float:
+    fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    return (sum(fields) - fields[3] - fields[4]) / _TICKS  # all but idle and waiting for disks; with stolen time
+
+
+def measured(command: list[str], log: Path, served: Callable[[], float] = lambda: 0.0) -> Usage:
+    """Run a command from the checkout's folder; Failed with the end of its log if it does not exit 0.
+
+    `served` tells the CPU seconds of a server, which are neither the command's nor those of something else.
+    """
+    token = secrets.token_hex(8)
+    settings = os.environ | {"RDM_BENCH_TOKEN": token, "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1",
+                             "RAY_USAGE_STATS_ENABLED": "0", "WANDB_MODE": "disabled",
+                             "NO_ALBUMENTATIONS_UPDATE": "1"}
+    settings.pop("RAY_ADDRESS", None)
+    os.sync()  # what earlier runs wrote goes to the disk now, not while this one is measured
+    watch = _Watch(token)
+    busy, serving, own = _machine_busy_s(), served(), time.process_time()
+    begin = time.perf_counter()
+    with log.open("w") as err:
+        process = subprocess.Popen(command, cwd=CHECKOUT, env=settings, stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE, stderr=err, text=True)
+    watch.start()
+    assert process.stdout
+    stdout = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)  # as Popen.wait, and tells what it used
+    wall = time.perf_counter() - begin
+    process.returncode = os.waitstatus_to_exitcode(status)
+    others = _machine_busy_s() - busy - (served() - serving) - (time.process_time() - own)
+    watch.stopped.set()
+    watch.join()
+    for _ in range(100):  # daemons may need a moment to end
+        watch.look()
+        if not watch.alive:
+            break
+        time.sleep(0.1)
+    if process.returncode:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise Failed(f"exit {process.returncode}: {' '.join(command)}\n{stdout[-2000:]}\n{tail}")
+    # Two lower bounds: what was seen misses the last moment of each process, what the kernel adds up misses daemons.
+    cpu = max(sum(watch.cpu.values()), usage.ru_utime + usage.ru_stime)
+    return Usage(wall, cpu, watch.peak / 1e6, max(0.0, (others - cpu) / wall), stdout)
+
+
+def write_list(path: Path, urls: list[str]) -> Path:
+    """A parquet list of addresses with a caption each."""
+    captions = [f"a photograph, number {number}" for number in range(len(urls))]
+    pq.write_table(pa.table({"url": urls, "caption": captions}), path)
+    return path
+
+
+def peer(python: Path, source: Path, folder: Path, web: server.Running, threads: int) -> Result:
+    """img2dataset over a list."""
+    shutil.rmtree(folder, ignore_errors=True)
+    before = web.cpu_seconds()
+    usage = measured(
+        [str(python.parent / "img2dataset"), f"--url_list={source}", "--input_format=parquet", "--url_col=url",
+         "--caption_col=caption", f"--output_folder={folder}", "--output_format=webdataset", f"--image_size={SIZE}",
+         "--resize_mode=keep_ratio", "--encode_format=jpg", f"--encode_quality={QUALITY}",
+         f"--number_sample_per_shard={PER_SHARD}", f"--processes_count={PROCESSES}", f"--thread_count={threads}",
+         "--compute_hash=sha256", "--enable_wandb=False"], folder.with_suffix(".log"), served=web.cpu_seconds)
+    return _result(f"img2dataset, {threads} threads", usage, folder, web.cpu_seconds() - before)
+
+
+def ours(source: Path, root: Path, web: server.Running, local: bool) -> Result:
+    """The shard stage over a list, on Ray or in one process."""
+    shutil.rmtree(root, ignore_errors=True)
+    before = web.cpu_seconds()
+    usage = measured(
+        [sys.executable, "-m", "jobs", "shard", "bench", "--source", str(source), "--root", str(root), "--image-size",
+         str(SIZE), "--resize", "keep_ratio", "--format", "jpg", "--quality", str(QUALITY), "--samples-per-shard",
+         str(PER_SHARD), "--allow-hosts", web.address, *(["--local"] if local else ["--workers", str(PROCESSES)])],
+        root.with_suffix(".log"), served=web.cpu_seconds)
+    shards = root / "datasets" / "bench" / "v1" / "shards"
+    who = "ours, --local" if local else f"ours, {PROCESSES} workers"
+    return _result(who, usage, shards, web.cpu_seconds() - before)
+
+
+def seconds_of_shards(folder: Path) -> float:
+    """Seconds from the begin of the first shard to the end of the last; both write that beside each shard."""
+    stats = [json.loads(path.read_text()) for path in folder.glob("*_stats.json")]
+    return max(one["end_time"] for one in stats) - min(one["start_time"] for one in stats)
+
+
+def _result(who: str, usage: Usage, folder: Path, served: float) -> Result:
+    pictures = sum(pq.read_table(path, columns=["status"])["status"].to_pylist().count("success")
+                   for path in folder.glob("*.parquet"))
+    return Result(who, pictures, round(usage.wall_s, 2), round(seconds_of_shards(folder), 2), round(usage.cpu_s, 2),
+                  round(usage.peak_mb, 1), round(usage.others_cores, 2), round(served, 2))
+
+
+def pictures_of(folder: Path) -> dict[str, bytes]:
+    """Every picture of the tars of a folder by its key."""
+    found = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.name.endswith(".jpg"):
+                    found[member.name.removesuffix(".jpg")] = tar.extractfile(member).read()  # type: ignore[union-attr]
+    return found
+
+
+def quality(folder: Path, work: Path, pictures: int, sample: int = 200) -> dict[str, Any]:
+    """Number of pictures in the tars, mean bytes, and for some of them the distance to the best that could be.
+
+    The reference is the whole picture decoded and resized to the same size, not encoded again; with Lanczos, and as
+    a second one with area averaging, for img2dataset shrinks with that.
+    """
+    found, psnr, sampling = pictures_of(folder), {"LANCZOS": [], "BOX": []}, set()
+    keys: dict[str, str] = {}
+    for path in folder.glob("*.parquet"):
+        table = pq.read_table(path, columns=["url", "key", "status"]).to_pylist()
+        keys |= {row["url"].rpartition("/")[2]: row["key"] for row in table if row["status"] == "success"}
+    originals = photographs.make(work)
+    wanted = range(0, pictures, max(1, pictures // sample))
+    for number in list(wanted)[:sample]:
+        image = Image.open(io.BytesIO(found[keys[f"{number:06d}.jpg"]]))
+        sampling.add({0: "4:4:4", 1: "4:2:2", 2: "4:2:0"}.get(JpegImagePlugin.get_sampling(image), "other"))
+        original = Image.open(originals[number % len(originals)]).convert("RGB")
+        for how, values in psnr.items():
+            reference = original.resize(image.size, Image.Resampling[how])
+            error = np.asarray(image, np.float64) - np.asarray(reference, np.float64)
+            values.append(10 * np.log10(255 ** 2 / np.mean(error ** 2)))
+    return {"tars": len(found), "bytes": round(statistics.mean(len(data) for data in found.values())),
+            "psnr_lanczos": round(float(np.mean(psnr["LANCZOS"])), 2),
+            "psnr_area": round(float(np.mean(psnr["BOX"])), 2), "chroma": " ".join(sorted(sampling))}
+
+
+def best_threads(python: Path, source: Path, work: Path, web: server.Running) -> int:
+    """The number of threads with which img2dataset is fastest on a short list; of equals (3 %) the smallest, for
+    threads cost memory."""
+    speeds = {}
+    for threads in _THREADS:
+        result = peer(python, source, work / "peer", web, threads)
+        speeds[threads] = result.pictures / result.work_s
+        print(f"img2dataset with {threads} threads: {speeds[threads]:.1f} pictures/s, {result.peak_mb:.0f} MB",
+              file=sys.stderr, flush=True)
+    return min(threads for threads, speed in speeds.items() if speed > 0.97 * max(speeds.values()))
+
+
+def machine() -> str:
+    """Processor, cores, memory."""
+    model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                  if line.startswith("model name")), platform.machine())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 ** 30
+    return f"{model}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"
+
+
+def versions(python: Path | None = None) -> str:
+    """What ran."""
+    told = [f"Python {platform.python_version()}", f"Pillow {importlib.metadata.version('pillow')} "
+            f"(libjpeg-turbo {features.version('libjpeg_turbo')})", f"Ray {importlib.metadata.version('ray')}"]
+    git = subprocess.run(["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty"], capture_output=True,
+                         text=True)
+    told += [f"this checkout {git.stdout.strip()}"] if git.returncode == 0 else []
+    if python:
+        asked = "import importlib.metadata as m; print(*(n + ' ' + m.version(n) for n in ('img2dataset', " \
+                "'opencv-python-headless', 'albumentations', 'numpy')), sep=', ')"
+        told.append(subprocess.run([str(python), "-c", asked], stdout=subprocess.PIPE, text=True, check=True
+                                   ).stdout.strip())
+    return "; ".join(told)
+
+
+def table(results: list[Result], found: dict[str, dict[str, Any]]) -> str:
+    """Medians of the runs as a Markdown table, with lowest and highest speed; ratios are to the first column."""
+    names = list(dict.fromkeys(result.who for result in results))
+    lines: list[tuple[str, str, bool, Callable[[Result], float]]] = [
+        ("pictures/s, whole command", ".1f", True, lambda one: one.pictures / one.wall_s),
+        ("pictures/s, without start-up", ".1f", True, lambda one: one.pictures / one.work_s),
+        ("start-up and end, s", ".1f", False, lambda one: one.wall_s - one.work_s),
+        ("CPU ms a picture", ".2f", True, lambda one: 1e3 * one.cpu_s / one.pictures),
+        ("peak memory (PSS), MB", ".0f", True, lambda one: one.peak_mb),
+        ("server's CPU ms a picture", ".2f", False, lambda one: 1e3 * one.server_cpu_s / one.pictures),
+        ("cores busy with something else", ".2f", False, lambda one: one.others_cores)]
+    rows = [["", names[0], *(cell for name in names[1:] for cell in (name, "ratio"))]]
+    rows.append(["---"] * len(rows[0]))
+    for title, form, compared, value in lines:
+        values = {name: sorted(value(result) for result in results if result.who == name) for name in names}
+        medians = {name: statistics.median(values[name]) for name in names}
+        cells = {name: f"{medians[name]:{form}}" for name in names}
+        if "/s" in title:
+            cells = {name: f"{cell} ({values[name][0]:{form}} to {values[name][-1]:{form}})"
+                     for name, cell in cells.items()}
+        ratios = {name: f"{medians[name] / medians[names[0]]:.2f}" if compared else "" for name in names}
+        rows.append([title, cells[names[0]], *(cell for name in names[1:] for cell in (cells[name], ratios[name]))])
+    for title, key in (("PSNR to Lanczos of the whole picture, dB", "psnr_lanczos"),
+                       ("PSNR to its area average, dB", "psnr_area"), ("mean bytes of a JPEG", "bytes"),
+                       ("chroma", "chroma"), ("pictures in the tars", "tars")):
+        base = found[names[0]][key]
+        row = [title, str(base)]
+        for name in names[1:]:
+            here = found[name][key]
+            ratio = f"{here - base:+.2f}" if "psnr" in key else f"{here / base:.2f}" if key == "bytes" else ""
+            row += [str(here), ratio]
+        rows.append(row)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=20_000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=0, help="of img2dataset; default: the best on a short list")
+    parser.add_argument("--no-keep-alive", action="store_true", help="the server closes a connection after one picture")
+    parser.add_argument("--only", choices=("peer", "ours"), help="leave the other out")
+    parser.add_argument("--work", default="", help="default: rdm-bench in the temporary folder")
+    given = parser.parse_args()
+    work = photographs.work_folder(given.work)
+    python = environment(work, PEER.replace("==", "-"), PEER)
+    results: list[Result] = []
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        with server.running(work, keep_alive=not given.no_keep_alive) as web:
+            whole = write_list(work / "list.parquet", [web.url(number) for number in range(given.pictures)])
+            short = write_list(work / "short.parquet", [web.url(number) for number in range(min(given.pictures, 2000))])
+            threads = given.threads
+            if given.only != "ours":
+                threads = threads or best_threads(python, short, work, web)
+            runs: list[tuple[Path, Callable[[], Result]]] = []
+            if given.only != "ours":
+                runs.append((work / "peer", lambda: peer(python, whole, work / "peer", web, threads)))
+            if given.only != "peer":
+                root = work / "ours"
+                shards = root / "datasets" / "bench" / "v1" / "shards"
+                runs.append((shards, lambda: ours(whole, root, web, local=False)))
+                runs.append((shards, lambda: ours(whole, root, web, local=True)))
+            for _ in range(given.repeats):
+                for folder, run in runs:
+                    result = run()
+                    results.append(result)
+                    print(json.dumps(asdict(result)), file=sys.stderr, flush=True)
+                    if result.who not in found:
+                        found[result.who] = quality(folder, work, given.pictures)
+    except Failed as failure:
+        print(failure, file=sys.stderr)
+        return 1
+    document = {"machine": machine(), "versions": versions(python), "list": given.pictures,
+                "runs": [asdict(result) for result in results], "found": found}
+    (work / "download.json").write_text(json.dumps(document, indent=1))
+    print(f"{given.pictures} pictures ({photographs.COUNT} different ones), {given.repeats} runs each in turns"
+          f"{', no keep-alive' if given.no_keep_alive else ''}; {machine()}; {versions(python)}\n")
+    print(table(results, found))
+    incomplete = [result for result in results if result.pictures != given.pictures]
+    incomplete_tars = [who for who, numbers in found.items() if numbers["tars"] != given.pictures]
+    if incomplete or incomplete_tars:
+        print(f"\nincomplete: {incomplete} {incomplete_tars}")
+    return 1 if incomplete or incomplete_tars else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

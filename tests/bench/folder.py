@@ -1,0 +1,151 @@
+"""Pictures per second from a folder to tars, beside a bare loop of the same decoder.
+
+    python tests/bench/folder.py [--pictures 2000] [--repeats 3] [--work FOLDER]
+
+The bare loop reads a file, decodes, resizes and encodes by the functions of pipeline.images, and does nothing else: no
+tars, no hashes, no metadata, no plan. So what is missing to 1 is what all of that costs. A second loop decodes at full
+size and forgets. Prints a Markdown table of medians.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import photographs
+from download import CHECKOUT, QUALITY, SIZE, Failed, machine, measured, seconds_of_shards, versions
+
+sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
+from pipeline import images
+
+_PER_SHARD = 250
+_MAX_PIXELS = 100_000_000
+
+
+@dataclass
+class Result:
+    """One run over the folder."""
+
+    who: str
+    pictures: int
+    wall_s: float
+    work_s: float
+    cpu_s: float
+    peak_mb: float
+    others_cores: float
+
+
+def filled(work: Path, count: int) -> Path:
+    """A folder of so many photographs, those that are different again and again."""
+    folder = work / f"folder-{count}"
+    if not folder.exists():
+        hidden = work / f"folder-{count}.part"
+        shutil.rmtree(hidden, ignore_errors=True)
+        hidden.mkdir()
+        originals = photographs.make(work)
+        for number in range(count):
+            shutil.copyfile(originals[number % len(originals)], hidden / f"{number:06d}.jpg")
+        hidden.rename(folder)
+    return folder
+
+
+def _whole_way(paths: list[Path]) -> int:
+    """Read, decode, resize, encode; the bytes of all."""
+    total = 0
+    for path in paths:
+        picture = images.decode(path.read_bytes(), _MAX_PIXELS, at_least=SIZE, how="keep_ratio")
+        total += len(images.encode(images.resize(picture, SIZE, "keep_ratio"), "jpg", QUALITY))
+    return total
+
+
+def _decode_alone(paths: list[Path]) -> int:
+    return sum(images.decode(path.read_bytes(), _MAX_PIXELS).width for path in paths)
+
+
+def _bare(folder: Path, processes: int, whole_way: bool) -> None:
+    """The loop in so many processes; prints the seconds, without what it takes to start them."""
+    paths, work = sorted(folder.glob("*.jpg")), _whole_way if whole_way else _decode_alone
+    with ProcessPoolExecutor(processes) as pool:
+        parts = [paths[first::processes] for first in range(processes)]
+        list(pool.map(work, [paths[:1]] * processes * 2))
+        begin = time.perf_counter()
+        list(pool.map(work, parts))
+        print(json.dumps(time.perf_counter() - begin))
+
+
+def _bare_result(folder: Path, count: int, processes: int, whole_way: bool, log: Path) -> Result:
+    usage = measured([sys.executable, __file__, "--bare", str(folder), "--processes", str(processes),
+                      *([] if whole_way else ["--decode-alone"])], log)
+    who = "bare loop" if whole_way else "decoding alone, full size"
+    return Result(f"{who}, {processes} process{'es' if processes > 1 else ''}", count, usage.wall_s,
+                  json.loads(usage.stdout), usage.cpu_s, usage.peak_mb, usage.others_cores)
+
+
+def _ours(folder: Path, root: Path, local: bool) -> Result:
+    shutil.rmtree(root, ignore_errors=True)
+    usage = measured(
+        [sys.executable, "-m", "jobs", "shard", "bench", "--source", str(folder), "--root", str(root), "--image-size",
+         str(SIZE), "--resize", "keep_ratio", "--format", "jpg", "--quality", str(QUALITY), "--samples-per-shard",
+         str(_PER_SHARD), *(["--local"] if local else ["--workers", "2"])], root.with_suffix(".log"))
+    told = json.loads(usage.stdout.splitlines()[-1])
+    return Result("shard --local" if local else "shard, 2 workers", told["samples"], usage.wall_s,
+                  seconds_of_shards(root / "datasets" / "bench" / "v1" / "shards"), usage.cpu_s, usage.peak_mb,
+                  usage.others_cores)
+
+
+def table(results: list[Result]) -> str:
+    """Medians as a Markdown table; ratios of speeds are to the bare loop in one process and in two."""
+    names = list(dict.fromkeys(result.who for result in results))
+    runs = {name: [result for result in results if result.who == name] for name in names}
+    speed = {name: statistics.median(one.pictures / one.work_s for one in runs[name]) for name in names}
+    rows = [["", "pictures/s without start-up", "to 1 process", "to 2 processes", "CPU ms a picture",
+             "peak memory (PSS), MB", "start-up and end, s", "cores busy with something else"], ["---"] * 8]
+    for name in names:
+        rows.append([name, f"{speed[name]:.1f}", f"{speed[name] / speed['bare loop, 1 process']:.2f}",
+                     f"{speed[name] / speed['bare loop, 2 processes']:.2f}",
+                     f"{statistics.median(1e3 * one.cpu_s / one.pictures for one in runs[name]):.2f}",
+                     f"{statistics.median(one.peak_mb for one in runs[name]):.0f}",
+                     f"{statistics.median(one.wall_s - one.work_s for one in runs[name]):.1f}",
+                     f"{statistics.median(one.others_cores for one in runs[name]):.2f}"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=2000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--work", default="", help="default: rdm-bench in the temporary folder")
+    parser.add_argument("--bare", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--processes", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--decode-alone", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.bare:
+        _bare(Path(given.bare), given.processes, not given.decode_alone)
+        return 0
+    work = photographs.work_folder(given.work)
+    folder, results = filled(work, given.pictures), []
+    try:
+        for _ in range(given.repeats):
+            for processes in (1, 2):
+                results.append(_bare_result(folder, given.pictures, processes, True, work / "bare.log"))
+            results.append(_bare_result(folder, given.pictures, 1, False, work / "bare.log"))
+            results.append(_ours(folder, work / "ours-folder", local=True))
+            results.append(_ours(folder, work / "ours-folder", local=False))
+    except Failed as failure:
+        print(failure, file=sys.stderr)
+        return 1
+    print(f"{given.pictures} pictures, {given.repeats} runs each in turns; {machine()}; {versions()}\n")
+    print(table(results))
+    incomplete = [result for result in results if result.pictures != given.pictures]
+    if incomplete:
+        print(f"\nincomplete: {incomplete}")
+    return 1 if incomplete else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
