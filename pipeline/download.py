@@ -18,7 +18,7 @@ import re
 import socket
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -176,8 +176,6 @@ class Downloader:
                 left -= time.monotonic() - began
             if isinstance(answer, bytes):
                 return answer
-            if left <= 0:
-                raise _Again("timeout", f"not done within {self.config.timeout:g} s")
             target = self._target(answer, target)
         raise BadPicture("too_many_redirects", f"more than {REDIRECTS}")
 
@@ -199,9 +197,11 @@ class Downloader:
             raise BadPicture("bad_url", "not an http or https URL" if base is None else "led to no http or https URL"
                              ) from None
         # For addresses aiohttp asks no resolver; those behind names are checked there.
-        if address and not self._resolver.permits(url.raw_host or "", url.port or 0):
-            _refuse_private([address])
-            url = url.with_host(address)
+        if address:
+            if not self._resolver.permits(url.raw_host or "", url.port or 0):
+                _refuse_private([address])
+            if address != url.raw_host:
+                url = url.with_host(address)
         headers = {}
         if credentials is not None:
             headers["Authorization"] = "Basic " + base64.b64encode(credentials).decode()
@@ -232,7 +232,8 @@ class Downloader:
         except aiohttp.ClientPayloadError as error:
             raise _payload_fault(error) from None
         except aiohttp.ClientResponseError as error:
-            raise BadPicture("protocol", f"malformed answer ({type(error.__cause__).__name__})") from None
+            cause = error.__cause__ and error.__cause__.__cause__
+            raise BadPicture("protocol", f"malformed answer ({type(cause or error).__name__})") from None
         except aiohttp.InvalidURL:
             raise BadPicture("bad_url", "not a URL that can be asked for") from None
         except aiohttp.ServerDisconnectedError:
@@ -280,15 +281,15 @@ class Downloader:
             if content.exception() is None:
                 await content.wait_eof()
             return content.read_nowait()
-        if (protocol := _protocol(response)) is not None and (closed := protocol.closed) is not None:
-            # aiohttp tells nobody when chunks go wrong halfway: the reader would wait until the attempt is over.
-            closed.add_done_callback(functools.partial(_wake, content))
         pieces, size = [], 0
-        while piece := await content.readany():
-            pieces.append(piece)
-            size += len(piece)
-            if size > limit:
-                raise BadPicture("too_large", f"more than {limit} bytes")
+        with _woken(response):
+            while piece := await content.readany():
+                pieces.append(piece)
+                size += len(piece)
+                if size > limit:
+                    raise BadPicture("too_large", f"more than {limit} bytes")
+                # Unpacking gives piece after piece without a look at the network, or at anybody else.
+                await asyncio.sleep(0)
         return b"".join(pieces)
 
     def _socket(self, info: tuple[Any, ...]) -> socket.socket:
@@ -409,8 +410,9 @@ def _parsed(text: str) -> tuple[URL, bytes | None]:
         ipaddress.IPv6Address(host if "%" not in host else "")  # a zone is a matter of one machine
     elif not _HOST.fullmatch(host):
         raise ValueError("host")
-    if origin.port == 0 or origin.raw_path != "/" or origin.query_string:
-        raise ValueError("port or host")
+    # What was escaped in the host may have become another part.
+    if origin.port == 0 or origin.raw_user is not None or origin.raw_path != "/" or origin.query_string:
+        raise ValueError("authority")
     path = parts.path
     if "/." in path and not path.startswith("//"):
         path = urlsplit(urljoin(f"{parts.scheme}://host/", path)).path
@@ -468,7 +470,7 @@ def _directives(tags: Iterable[str], agent: str) -> set[str]:
         for part in tag.lower().split(","):
             name, colon, rest = (piece.strip() for piece in part.partition(":"))
             if colon and name not in _ROBOTS_WITH_VALUE and _TOKEN.fullmatch(name):
-                ours, name = bool(agent) and name == agent, rest
+                ours, name = name in {"*", agent}, rest
             if ours:
                 found.add(name)
     return found
@@ -509,12 +511,34 @@ def _protocol(response: aiohttp.ClientResponse) -> ResponseHandler | None:
     return response.connection.protocol if response.connection else None
 
 
-def _wake(content: aiohttp.StreamReader, closed: asyncio.Future[None]) -> None:
-    """Tell the reader of a body that no more of it can come."""
+@contextlib.contextmanager
+def _woken(response: aiohttp.ClientResponse) -> Iterator[None]:
+    """Let the reader of a body know when its connection is lost.
+
+    aiohttp does not if chunks go wrong halfway: the reader would wait until the attempt is over.
+    """
+    closed = protocol.closed if (protocol := _protocol(response)) is not None else None
+    if closed is None:
+        yield
+        return
+    content = response.content
+
+    def wake(_: asyncio.Future[None]) -> None:
+        if not content.is_eof() and content.exception() is None:
+            content.set_exception(aiohttp.ClientPayloadError())
+    # Once for a connection: the future complains about an error that nobody has looked at.
+    closed.remove_done_callback(_look_at)
+    closed.add_done_callback(_look_at)
+    closed.add_done_callback(wake)
+    try:
+        yield
+    finally:
+        closed.remove_done_callback(wake)
+
+
+def _look_at(closed: asyncio.Future[None]) -> None:
     if not closed.cancelled():
         closed.exception()
-    if not content.is_eof() and content.exception() is None:
-        content.set_exception(aiohttp.ClientPayloadError())
 
 
 def _payload_fault(error: aiohttp.ClientPayloadError) -> BadPicture:

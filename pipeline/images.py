@@ -2,12 +2,14 @@
 
 import hashlib
 import io
+import math
 import warnings
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 Resize = Literal["center_crop", "keep_ratio", "keep_ratio_largest", "border", "no"]
@@ -23,7 +25,10 @@ _LARGEST_PROFILE = 4 << 20  # bytes; profiles of presses have up to 2 MB
 SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", ".jpg", ".jxl", ".png", ".ppm", ".tga",
             ".tif", ".tiff", ".webp")
 # By content, whatever the name; what else Pillow opens (EPS by starting Ghostscript) is nothing to take from the web.
-_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+# The first picture would load the rest of the decoders, maybe in several threads at once.
+Image.init()
+_FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "DIB", "ICO", "JPEG2000", "PPM", "TIFF",
+                                   "TGA") if name in Image.OPEN)  # the last tells hardly anything apart
 _TRANSPOSE = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
               5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
               8: Image.Transpose.ROTATE_90}  # by the orientation in EXIF
@@ -41,6 +46,17 @@ class BadPicture(ValueError):
 
 
 @dataclass
+class Scaled:
+    """The pixels of a JPEG decoded at a fraction, as they are stored: not yet turned upright."""
+
+    pixels: np.ndarray
+    """(H, W, 3) uint8"""
+    eighths: int
+    """Of the whole size, which libjpeg rounds up."""
+    orientation: int
+
+
+@dataclass
 class Decoded:
     """A picture as RGB, its size before any resizing, and remarks worth a line in the ledger."""
 
@@ -52,6 +68,8 @@ class Decoded:
     remarks: list[tuple[str, str]] = field(default_factory=list)
     box: tuple[float, float, float, float] | None = None
     """Where in `image` the picture is, if it was decoded at a fraction (whose size is rounded up)."""
+    scaled: Scaled | None = None
+    """Instead of `image`, which is a blank then: what only `resize` can make something of."""
 
 
 def check(width: int, height: int, min_size: int, max_aspect: float) -> None:
@@ -89,6 +107,8 @@ def decode(data: bytes, max_pixels: int, *, at_least: int = 0, how: Resize = "ce
     if max(width, height) > LONGEST:
         raise BadPicture("too_many_pixels", f"{width} x {height}, a side may have {LONGEST}")
     check(width, height, min_size, max_aspect)
+    if at_least and (found := _quickly(image, data, at_least, how)):
+        return found
     try:
         # Counting the frames of a GIF reads all of it.
         frames = getattr(image, "n_frames", 1) if image.format in {"GIF", "WEBP", "PNG", "AVIF"} else 1
@@ -118,6 +138,51 @@ def decode(data: bytes, max_pixels: int, *, at_least: int = 0, how: Resize = "ce
     if complaint:
         decoded.remarks.append(("bad_profile", complaint))
     return decoded
+
+
+_BLANK = Image.new("RGB", (1, 1))
+
+
+def _quickly(image: Image.Image, data: bytes, size: int, how: Resize) -> Decoded | None:
+    """What most pictures on the web are, a JPEG of three colours to be made smaller; None for any other."""
+    width, height = image.size
+    side = max(width, height) if how in {"keep_ratio_largest", "border"} else min(width, height)
+    if image.format != "JPEG" or image.mode != "RGB" or how == "no" or side <= size or min(width, height) < 8:
+        return None
+    profile = image.info.get("icc_profile")
+    if profile and (not isinstance(profile, bytes) or len(profile) > _LARGEST_PROFILE
+                    or _transform(profile) != ("RGB", None, "")):
+        return None
+    eighths = min(8, math.ceil(8 * size * SPARE / side))
+    rows, columns = (-(-length * eighths // 8) for length in (height, width))
+    try:
+        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=rows, min_width=columns)
+    except ValueError:
+        return None  # Pillow tells what is wrong, and forgives what can be forgiven
+    if pixels.shape != (rows, columns, 3):
+        return None
+    orientation = _orientation(image)
+    scaled = Scaled(pixels, eighths, orientation)
+    if orientation >= 5:
+        width, height = height, width
+    return Decoded(_BLANK, width, height, "jpeg", plain=False, scaled=scaled)
+
+
+def _bicubic(scaled: Scaled, shape: tuple[int, int], whole: tuple[int, int]) -> Image.Image:
+    """A JPEG at `shape`, upright: torch's vectors do in half a millisecond what takes Pillow three."""
+    import torch  # half a second and half a gigabyte, for those who resize JPEGs
+    from torch.nn.functional import interpolate
+
+    method = _TRANSPOSE.get(scaled.orientation)
+    (width, height), (columns, rows) = shape, whole
+    if scaled.orientation >= 5:
+        (width, height), (columns, rows) = (height, width), (rows, columns)
+    pixels = torch.from_numpy(scaled.pixels).permute(2, 0, 1)[None]
+    # The scale is that of the whole picture, and a hair more: the size is rounded down.
+    down = ((height + 1e-6) / (rows * scaled.eighths / 8), (width + 1e-6) / (columns * scaled.eighths / 8))
+    small = interpolate(pixels, scale_factor=down, mode="bicubic", antialias=True, recompute_scale_factor=False)
+    image = Image.fromarray(small[0, :, :height, :width].permute(1, 2, 0).contiguous().numpy())
+    return image if method is None else image.transpose(method)
 
 
 def _fraction(image: Image.Image, size: int, how: Resize) -> int:
@@ -218,7 +283,7 @@ def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None, 
 
 def resize(image: Image.Image | Decoded, size: int, how: Resize, *, only_if_bigger: bool = False,
            max_aspect: float = NARROWEST) -> Image.Image:
-    """Resize with Lanczos, in one step from the part that is wanted.
+    """Resize with Lanczos, in one step from the part that is wanted; JPEGs of the usual kind with bicubic.
 
     center_crop: the middle square at `size`; keep_ratio: the short side; keep_ratio_largest: the long side; border:
     the long side, and white around it to a square; no: as it is. With `only_if_bigger` nothing is enlarged: the side
@@ -227,29 +292,36 @@ def resize(image: Image.Image | Decoded, size: int, how: Resize, *, only_if_bigg
     What needs no change is returned itself. BadPicture with the reason too_narrow beyond `max_aspect`, or where a
     hair's breadth would be blown up to a giant.
     """
+    scaled, box = None, None
     if isinstance(image, Decoded):
-        image, (width, height), box = image.image, (image.width, image.height), image.box
+        scaled, box, (width, height), image = image.scaled, image.box, (image.width, image.height), image.image
     else:
-        (width, height), box = image.size, None
+        width, height = image.size
     if how == "no":
         return image
     check(width, height, 0, max_aspect)
     longest = how in {"keep_ratio_largest", "border"}
     side = max(width, height) if longest else min(width, height)
     wanted = min(size, side) if only_if_bigger else size
-    if how == "center_crop":
-        left, top = (width - side) / 2, (height - side) / 2
-        if wanted == side and box is None:
-            if width == height:
-                return image
-            return image.crop((int(left), int(top), int(left) + side, int(top) + side))
-        return _lanczos(image, (wanted, wanted), (left, top, left + side, top + side), (width, height), box)
     scale = wanted / side
     smallest = 1 if longest else wanted
     shape = (max(smallest, round(width * scale)), max(smallest, round(height * scale)))
     if max(shape) > LONGEST:
         raise BadPicture("too_narrow", f"{width} x {height} would become {shape[0]} x {shape[1]}")
-    if shape != image.size or box is not None:
+    if how == "center_crop":
+        # The middle of what the whole would become, by whole pixels.
+        left, top = (shape[0] - wanted) // 2, (shape[1] - wanted) // 2
+        square = (left, top, left + wanted, top + wanted)
+        if scaled is not None:
+            return _bicubic(scaled, shape, (width, height)).crop(square)
+        if wanted == side and box is None:
+            return image if width == height else image.crop(square)
+        x, y = width / shape[0], height / shape[1]
+        part = (left * x, top * y, square[2] * x, square[3] * y)
+        return _lanczos(image, (wanted, wanted), part, (width, height), box)
+    if scaled is not None:
+        image = _bicubic(scaled, shape, (width, height))
+    elif shape != image.size or box is not None:
         image = _lanczos(image, shape, (0, 0, width, height), (width, height), box)
     if how == "border" and shape != (size, size):
         white = Image.new("RGB", (size, size), "white")

@@ -58,7 +58,7 @@ class Tally:
         self.now: dict[str, Any] = {}
         self._begun = self._last = time.monotonic()
         self._before: int | None = None
-        self._in_hand: list[dict[str, Any]] = []
+        self._in_hand: dict[str, dict[str, Any]] = {}
 
     def record(self, record: dict[str, Any], length: int) -> None:
         """Count a record; `length`: bytes of its files."""
@@ -82,9 +82,11 @@ class Tally:
         """Count everything anew, tell other terminals, and return it."""
         self._last = time.monotonic()
         if not quick:
-            self._in_hand = list(_read(self.folder, self.recorded_ids))
-        total = {key: value + sum(one[key] for one in self._in_hand) for key, value in self.recorded.items()}
-        reasons = self.reasons + sum((Counter(one["skipped"]) for one in self._in_hand), Counter())
+            self._in_hand = dict(_read(self.folder))
+        # A worker that died leaves its word behind; what is recorded counts as that.
+        in_hand = [one for item, one in self._in_hand.items() if item not in self.recorded_ids]
+        total = {key: value + sum(one[key] for one in in_hand) for key, value in self.recorded.items()}
+        reasons = self.reasons + sum((Counter(one["skipped"]) for one in in_hand), Counter())
         elapsed = self._last - self._begun
         rate = (total["rows"] - (self._before or 0)) / elapsed if elapsed > 0 else 0.0
         left = max(self.rows - total["rows"], 0)
@@ -114,12 +116,10 @@ class Tally:
             storage.remove_tree(storage.join(self.folder, "progress"))
 
 
-def _read(folder: str, recorded: set[str]) -> Iterable[dict[str, Any]]:
+def _read(folder: str) -> Iterable[tuple[str, dict[str, Any]]]:
     base = storage.join(folder, "progress")
     for name in storage.names(base):
-        if name.removesuffix(".json") in recorded:
-            continue  # left by a worker that died
         try:
-            yield storage.read_json(storage.join(base, name))
+            yield name.removesuffix(".json"), storage.read_json(storage.join(base, name))
         except (FileNotFoundError, ValueError):
             continue  # recorded in this moment

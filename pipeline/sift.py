@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import samples, stage, storage, tars
+from pipeline import duplicates, samples, stage, storage, tars
 from pipeline.dataset import Dataset, file_of
 from pipeline.shard import Shard, ShardConfig
 from pipeline.stage import Entry, Item, Output, name_by_content
@@ -31,8 +31,6 @@ class Sift(Shard):
         self.whole = Shard(dataset, config, folder="unsifted")
 
     def plan(self) -> Iterator[Item]:
-        from pipeline import duplicates
-
         manifest = stage.manifest_of(self.whole.folder, self.whole.command)
         done = manifest["items"]
         tables = (self._hashes(record) for record in done)

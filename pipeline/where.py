@@ -3,7 +3,8 @@
 It is written like Python, read with Python's parser, and never evaluated by it: what is not listed here is refused.
 
     and or not, < <= > >= == != (chained too), in [..], not in, is None, is not None
-    numbers with + - * /, "text", True, False, names of columns, `other names` or col("other names")
+    numbers with + - * /, True, False, "text" or 'text' (as it stands: a backslash is a backslash)
+    names of columns, `other names` or col("other names")
     len(caption)  lower(caption)  contains(caption, "cat")  match(caption, "^a (cat|dog)")
 
 As in SQL a row with a missing value is not wanted by a comparison, nor by its opposite: only `is None` finds it. NaN
@@ -12,6 +13,7 @@ and what is divided by zero count as missing.
 
 import ast
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -126,7 +128,7 @@ class Where:
     @property
     def expression(self) -> pc.Expression:
         """The same for pyarrow (a dataset's filter), of columns of integers, float32, float64, string and bool."""
-        return _expression(self._condition)
+        return _Arrow(None).condition(self._condition)
 
     def check(self, schema: pa.Schema) -> None:
         """Refuse columns that a table does not have, or whose type does not suit, before a row is read."""
@@ -161,8 +163,9 @@ class Where:
             return np.zeros(0, bool)
         uses = _uses(self._condition, table.schema)
         plain = pa.table({name: _plain(table.column(name), uses.get(name, "")) for name in self.columns})
+        expression = _Arrow(plain.schema).condition(self._condition)
         try:
-            found = ds.dataset(plain).to_table(columns={"mask": self.expression})["mask"]
+            found = ds.dataset(plain).to_table(columns={"mask": expression})["mask"]
         except pa.ArrowException as error:
             raise ValueError(f"{_short(self.text)} cannot be worked out: {error}") from None
         return found.fill_null(False).to_numpy(zero_copy_only=False).astype(bool, copy=False)
@@ -194,8 +197,9 @@ class _Parser:
             raise ValueError("the expression is empty\nhint: an example is punsafe < 0.1 and AESTHETIC_SCORE > 5")
         if len(text) > _LONGEST:
             raise ValueError(f"the expression has {len(text)} characters, {_LONGEST} are allowed")
+        quoted = self._quoted().strip()
         try:
-            self.tree = ast.parse(self._quoted().strip(), mode="eval").body
+            self.tree = ast.parse(quoted, mode="eval").body
         except SyntaxError as error:
             raise self.wrong(f"cannot be read: {error.msg}",
                              "names that are no Python names go into `backticks`, text into \"quotes\"") from None
@@ -215,25 +219,25 @@ class _Parser:
         return _short(ast.unparse(node))
 
     def _quoted(self) -> str:
-        """The text on one line, names in backticks as col("..")."""
-        result, position, text = [], 0, self.text
+        """The text on one line, what is quoted as Python quotes it, names in backticks as col("..")."""
+        result, position, text = "", 0, self.text
         while position < len(text):
             sign = text[position]
             if sign in "'\"`":
-                end = position + 1
-                while end < len(text) and text[end] != sign:
-                    end += 2 if text[end] == "\\" and sign != "`" else 1
-                if end >= len(text):
+                end = text.find(sign, position + 1)
+                if end < 0:
                     raise self.wrong(f"has no second {sign}", "quotes and backticks come in pairs")
                 inner = text[position + 1:end]
-                result.append(f"col({inner!r})" if sign == "`" else text[position:end + 1])
+                if sign != "`" and re.search(r"(?<!\w)[rR]$", result):
+                    result = result[:-1]  # r"..": what is quoted is taken as it stands anyway
+                result += f"col({inner!r})" if sign == "`" else repr(inner)
                 position = end + 1
                 continue
             if sign == "#":
                 raise self.wrong("has a # outside of quotes", "there are no comments")
-            result.append(" " if sign in "\r\n\f" else sign)
+            result += " " if sign in "\r\n\f" else sign
             position += 1
-        return "".join(result)
+        return result
 
     def condition(self) -> _Condition:
         return self._condition(self.tree, True)
@@ -350,7 +354,9 @@ class _Parser:
                 if isinstance(inner_value, _Literal) or _literal_kind(inner_value) not in {"", "text"}:
                     raise self.wrong(f"calls {name} with {self.source(node.args[0])}", f"{name}(caption)")
                 return _Call(name, inner_value)
-        raise self.wrong(f"has {self.source(node)}, which is not among what is understood", _HINT)
+        raise self.wrong(f"has {self.source(node)}, which is not among what is understood",
+                         f"a column of that name goes into backticks: `{self.source(node)}`"
+                         if isinstance(node, ast.Attribute) else _HINT)
 
     def _number(self, node: ast.AST) -> _Value:
         value = self._value(node)
@@ -531,68 +537,98 @@ class _Types:
     def same(self, left: _Value, right: _Value, verb: str) -> None:
         kinds = {self.kind(left), self.kind(right)}
         if len(kinds - {"nothing"}) > 1:
-            quoted = right.value if isinstance(right, _Literal) and not isinstance(right.value, str) else None
-            raise self.wrong(f"{self.told(left)} {verb} {self.told(right)}",
-                             f'text is compared with text: "{quoted}"' if self.kind(left) == "text" and quoted is not None
-                             else "both sides must be numbers, or texts")
+            hint = "both sides must be numbers, or texts"
+            if self.kind(left) == "text" and isinstance(right, _Literal):
+                hint = f'text is compared with text: "{right.value}"'
+            raise self.wrong(f"{self.told(left)} {verb} {self.told(right)}", hint)
 
 
-def _expression(condition: _Condition) -> pc.Expression:
-    if isinstance(condition, _Many):
-        result = _expression(condition.parts[0])
-        for part in condition.parts[1:]:
-            result = result & _expression(part) if condition.every else result | _expression(part)
-        return result
-    if isinstance(condition, _Compare):
-        return _compared(condition.sign, condition.left, condition.right)
-    if isinstance(condition, _Flag):
-        value = _arrow(condition.value)
-        return value if condition.true else ~value
-    if isinstance(condition, _Missing):
-        value = _arrow(condition.value)
-        return value.is_null() | (value != value) if condition.missing else value.is_valid() & (value == value)
-    if isinstance(condition, _Find):
+class _Arrow:
+    """Conditions as Arrow's expressions, of columns with the types of a schema, or with any that are usual."""
+
+    def __init__(self, schema: pa.Schema | None) -> None:
+        self.schema = schema
+
+    def condition(self, condition: _Condition) -> pc.Expression:
+        if isinstance(condition, _Many):
+            result = self.condition(condition.parts[0])
+            for part in condition.parts[1:]:
+                result = result & self.condition(part) if condition.every else result | self.condition(part)
+            return result
+        if isinstance(condition, _Compare):
+            return self.compare(condition)
+        if isinstance(condition, _In):
+            return self.among(condition)
+        value = self.value(condition.value)
+        if isinstance(condition, _Flag):
+            return value if condition.true else ~value
+        if isinstance(condition, _Missing):
+            return value.is_null() | (value != value) if condition.missing else value.is_valid() & (value == value)
         find = pc.match_substring if condition.how == "contains" else pc.match_substring_regex
-        result = find(_arrow(condition.value), condition.pattern)
+        result = find(value, condition.pattern)
         return result if condition.found else ~result
-    value, among = _arrow(condition.value), list(condition.list)
-    if not all(map(_whole, among)):
-        value, among = value.cast(pa.float64(), safe=False), list(map(float, among))
-    result = value.isin(pa.array(among))
-    # `isin` says false of a missing value, so its opposite has to be told.
-    return result if condition.inside else ~result & (value == value)
 
+    def compare(self, condition: _Compare) -> pc.Expression:
+        one, other = self.value(condition.left), self.value(condition.right)
+        # Arrow's own common types are float32 for an integer and 0.5, int64 for uint64 and 5: both lose values.
+        types = [self.type(side) for side in (condition.left, condition.right)]
+        literal = condition.right.value if isinstance(condition.right, _Literal) else None
+        if types[0] == pa.uint64() and type(literal) is int and literal >= 0:
+            other = pc.scalar(pa.scalar(literal, pa.uint64()))
+        elif type(literal) is float or self.apart(*types) or (type(literal) is int and literal >= 1 << 63):
+            one, other = one.cast(pa.float64(), safe=False), (
+                pc.scalar(float(literal)) if literal is not None else other.cast(pa.float64(), safe=False))
+        if condition.sign == "!=":
+            # NaN differs from everything, and is not wanted. Of text and truth nothing does from itself.
+            return (one != other) & (one == one) & (other == other)
+        signs: dict[str, Callable[[pc.Expression, pc.Expression], pc.Expression]] = {
+            "<": pc.Expression.__lt__, "<=": pc.Expression.__le__, ">": pc.Expression.__gt__,
+            ">=": pc.Expression.__ge__, "==": pc.Expression.__eq__}
+        return signs[condition.sign](one, other)
 
-def _compared(sign: str, left: _Value, right: _Value) -> pc.Expression:
-    one, other = _arrow(left), _arrow(right)
-    if isinstance(right, _Literal) and not _whole(right.value):
-        # Arrow would take both to float32, whose integers end at 16,777,216.
-        one = one.cast(pa.float64(), safe=False)
-    if sign == "!=":
-        # NaN differs from everything, and is not wanted. Of text and truth nothing does from itself.
-        return (one != other) & (one == one) & (other == other)
-    signs: dict[str, Callable[[pc.Expression, pc.Expression], pc.Expression]] = {
-        "<": pc.Expression.__lt__, "<=": pc.Expression.__le__, ">": pc.Expression.__gt__, ">=": pc.Expression.__ge__,
-        "==": pc.Expression.__eq__}
-    return signs[sign](one, other)
+    def among(self, condition: _In) -> pc.Expression:
+        value, values, type_ = self.value(condition.value), list(condition.list), self.type(condition.value)
+        if type_ == pa.uint64() and all(type(each) is int for each in values):
+            values, type_ = [each for each in values if each >= 0], pa.uint64()
+        elif _literal_kind(_Literal(values[0])) == "number":
+            whole = all(type(each) is int and each < 1 << 63 for each in values)
+            type_ = pa.int64() if whole and (type_ is None or pa.types.is_integer(type_)) else pa.float64()
+            if type_ == pa.float64():
+                value, values = value.cast(type_, safe=False), list(map(float, values))
+        else:
+            type_ = None
+        result = value.isin(pa.array(values, type_))
+        # `isin` says false of a missing value, so its opposite has to be told.
+        return result if condition.inside else ~result & (value == value)
 
+    def value(self, value: _Value) -> pc.Expression:
+        if isinstance(value, _Column):
+            return pc.field(value.name)
+        if isinstance(value, _Literal):
+            large = isinstance(value.value, int) and value.value >= 1 << 63
+            return pc.scalar(float(value.value) if large else value.value)
+        if isinstance(value, _Call):
+            return (pc.utf8_length if value.name == "len" else pc.utf8_lower)(self.value(value.value))
+        left, right = (self.value(side).cast(pa.float64(), safe=False) for side in (value.left, value.right))
+        if value.sign == "/":
+            return pc.if_else(right == 0.0, pc.scalar(pa.scalar(None, pa.float64())), pc.divide(left, right))
+        return {"+": pc.add, "-": pc.subtract, "*": pc.multiply}[value.sign](left, right)
 
-def _whole(value: Any) -> bool:
-    return not isinstance(value, float)
+    def type(self, value: _Value) -> pa.DataType | None:
+        if isinstance(value, _Column):
+            return self.schema.field(value.name).type if self.schema is not None else None
+        if isinstance(value, _Literal):
+            return pa.int64() if type(value.value) is int else None
+        return pa.float64() if isinstance(value, _Math) else None
 
-
-def _arrow(value: _Value) -> pc.Expression:
-    if isinstance(value, _Column):
-        return pc.field(value.name)
-    if isinstance(value, _Literal):
-        large = isinstance(value.value, int) and value.value >= 1 << 63
-        return pc.scalar(pa.scalar(value.value, pa.uint64()) if large else value.value)
-    if isinstance(value, _Call):
-        return (pc.utf8_length if value.name == "len" else pc.utf8_lower)(_arrow(value.value))
-    left, right = (_arrow(side).cast(pa.float64(), safe=False) for side in (value.left, value.right))
-    if value.sign == "/":
-        return pc.if_else(right == 0.0, pc.scalar(pa.scalar(None, pa.float64())), pc.divide(left, right))
-    return {"+": pc.add, "-": pc.subtract, "*": pc.multiply}[value.sign](left, right)
+    @staticmethod
+    def apart(*types: pa.DataType | None) -> bool:
+        """Whether two types of numbers have none in common but float64: integers with floats, and the widest."""
+        one, other = types
+        if one is None or other is None or one == other:
+            return False
+        both = pa.types.is_integer(one) and pa.types.is_integer(other)
+        return _kind(one) == _kind(other) == "number" and (not both or pa.uint64() in types)
 
 
 def _numbers(column: pa.Array) -> pa.Array:
@@ -660,6 +696,11 @@ def _within(sign: str, low: Any, high: Any, value: Any) -> bool:
     alike = {bool: "truth", int: "number", float: "number", str: "text"}
     if low is None or alike[type(low)] != alike[type(value)]:
         return True
+    # A float and an integer meet as floats in `mask` too.
+    if isinstance(value, float):
+        low, high = float(low), float(high)
+    elif isinstance(low, float):
+        value = float(value)
     if sign in {"<", "<="}:
         return low < value or (sign == "<=" and low == value)
     if sign in {">", ">="}:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pipeline import images, storage
 from pipeline.stage import name_by_content
+from pipeline.where import Where
 
 if TYPE_CHECKING:
     from pipeline.shard import ShardConfig
@@ -126,12 +127,9 @@ def of(config: ShardConfig) -> Source:
     return Lists(config, addresses) if kind == "list" else Tars(config, addresses)
 
 
-def where_of(config: ShardConfig) -> Any:
+def where_of(config: ShardConfig) -> Where | None:
     """The filter that the settings ask for, None without one."""
-    if not config.where:
-        return None
-    from pipeline.where import Where
-    return Where.parse(config.where)
+    return Where.parse(config.where) if config.where else None
 
 
 def addresses_of(source: str, kind: str) -> list[str]:

@@ -185,6 +185,7 @@ async def forever(site: Site, request: Request) -> bool:
     while not request.writer.is_closing():
         request.writer.write(b"10000\r\n" + bytes(65536) + b"\r\n")
         await request.writer.drain()
+        await asyncio.sleep(0)  # otherwise the loss of a connection is noticed late
     return False
 
 
