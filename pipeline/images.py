@@ -177,7 +177,8 @@ def _bicubic(scaled: Scaled, shape: tuple[int, int], whole: tuple[int, int]) -> 
     (width, height), (columns, rows) = shape, whole
     if scaled.orientation >= 5:
         (width, height), (columns, rows) = (height, width), (rows, columns)
-    pixels = torch.from_numpy(scaled.pixels).permute(2, 0, 1)[None]
+    # This way round torch sees that the channels come last, and neither copies what comes in nor turns what goes out.
+    pixels = torch.from_numpy(scaled.pixels)[None].permute(0, 3, 1, 2)
     # The scale is that of the whole picture, and a hair more: the size is rounded down.
     down = ((height + 1e-6) / (rows * scaled.eighths / 8), (width + 1e-6) / (columns * scaled.eighths / 8))
     small = interpolate(pixels, scale_factor=down, mode="bicubic", antialias=True, recompute_scale_factor=False)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import uvloop
 
 from pipeline import images, storage, tars
 from pipeline.images import BadPicture
@@ -172,7 +173,8 @@ class Packing:
     def run(self, rows: Iterator[Row], read: Callable[[Row], bytes] | None) -> None:
         """Take every row; `read` gives the bytes of a row's picture, None downloads it."""
         try:
-            asyncio.run(self._all(enumerate(rows), read))
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(self._all(enumerate(rows), read))
         except BaseExceptionGroup as group:
             raise _first(group) from group
 

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 _LONGEST = 10_000  # characters
@@ -165,16 +164,20 @@ class Where:
         plain = pa.table({name: _plain(table.column(name), uses.get(name, "")) for name in self.columns})
         expression = _Arrow(plain.schema).condition(self._condition)
         try:
+            import pyarrow.dataset as ds  # 44 MB, for those who filter
             found = ds.dataset(plain).to_table(columns={"mask": expression})["mask"]
         except pa.ArrowException as error:
             raise ValueError(f"{_short(self.text)} cannot be worked out: {error}") from None
         return found.fill_null(False).to_numpy(zero_copy_only=False).astype(bool, copy=False)
 
-    def row_groups(self, file: "pq.ParquetFile | ds.ParquetFileFragment") -> list[int]:
-        """The numbers of the row groups that can have a row that is wanted, by the file's statistics alone."""
+    def row_groups(self, file: Any) -> list[int]:
+        """The numbers of the row groups that can have a row that is wanted, by the file's statistics alone.
+
+        `file` is a ParquetFile, or a ParquetFileFragment of a pyarrow dataset.
+        """
         metadata = file.metadata
-        numbers = ([group.id for group in file.row_groups] if isinstance(file, ds.ParquetFileFragment)
-                   else range(metadata.num_row_groups))
+        numbers = (range(metadata.num_row_groups) if isinstance(file, pq.ParquetFile)
+                   else [group.id for group in file.row_groups])
         # Of a column below another one the path is not the name.
         places = {metadata.schema.column(number).path: number for number in range(metadata.num_columns)
                   if metadata.schema.column(number).path == metadata.schema.column(number).name
