@@ -215,7 +215,7 @@ def _verify(command: commands.VerifyCommand, settings: Settings) -> int:
         return 0
     damaged = [{"path": one["path"], "fault": one["error"]} for one in found if one["state"] == "damaged"]
     faults = 0
-    for fault in itertools.chain(damaged, *(verify.folder(root, path) for path in folders)):
+    for fault in itertools.chain(damaged, *(verify.folder(root, path, quick=command.quick) for path in folders)):
         faults += 1
         print(json.dumps(fault) if command.json else f"{fault['path']}: {fault['fault']}")
     _log.info("verify: %d folders read, %d faults", len(folders), faults)

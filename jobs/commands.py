@@ -161,6 +161,8 @@ class VerifyCommand:
     common: Flat[Common]
     only: str = ""
     """Only folders below this path of the root, as in datasets/noto."""
+    quick: bool = False
+    """Only the manifests, not the files they name."""
     json: bool = False
     """Faults as JSON lines."""
 

@@ -5,19 +5,32 @@ below 10,000 vectors too, training on a seeded sample instead of the first rows,
 with queries that are not in the database.
 """
 
+from __future__ import annotations
+
 import logging
 import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import faiss
 import numpy as np
 
 from pipeline.dataset import Dataset, Embeddings
 from pipeline.stage import Item, Output, Stage, storage
+
+if TYPE_CHECKING:
+    import faiss
+else:
+    class _Faiss:
+        """faiss, once it is needed: every command reads the settings in this file, few want its 35 MB."""
+
+        def __getattr__(self, name: str) -> Any:
+            import faiss
+            return getattr(faiss, name)
+
+    faiss = _Faiss()
 
 _ALLOWANCE = 64 << 10
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}

@@ -108,6 +108,9 @@ class ShardConfig:
         """Rows of the source for one tar, by number or by the size wanted."""
         if not self.shard_size:
             return self.samples_per_shard
+        if self.resize == "no":
+            raise ValueError("shard.shard_size: how large pictures are that keep their size is not known before\n"
+                             "hint: --samples-per-shard")
         unit = self.shard_size.upper().removesuffix("B")[-1:]
         unit = unit if unit in _UNITS else ""
         number = self.shard_size.upper().removesuffix("B").removesuffix(unit)

@@ -362,9 +362,13 @@ def each(function: Callable[[str], _T], urls: Iterable[str], *, threads: int = 1
         return list(pool.map(function, urls))
 
 
+_SECRET = re.compile(r"([?&](?:x-amz-[a-z-]+|awsaccesskeyid|signature|sig|token|access_token|auth|api_?key|password|"
+                     r"secret|policy|key-pair-id)=)[^&#\s]+", re.IGNORECASE)
+
+
 def without_credentials(text: str) -> str:
-    """`text` with the user:password part of any URL in it taken out."""
-    return re.sub(r"(\w+://)[^/@\s]+@", r"\1***@", text)
+    """`text` with passwords, keys and signatures in its URLs taken out."""
+    return _SECRET.sub(r"\1***", re.sub(r"(\w+://)[^/@\s]+@", r"\1***@", text))
 
 
 def short_hash(text: str) -> str:
