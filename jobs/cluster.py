@@ -33,7 +33,8 @@ def connect() -> None:
     if "RAY_AUTH_MODE" not in os.environ and not _has_token():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # With as many logical CPUs as cores an actor, its driver and Train's controller starve each other.
-    ray.init(num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False,
+    # "local": without it Ray would join whatever cluster of somebody else's runs on this machine.
+    ray.init("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False,
              object_store_memory=200 << 20, **options)
     interrupts.listen()
 
