@@ -56,7 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return _misuse(str(error))
     except (StageFailed, OSError, FloatingPointError) as error:
-        text = str(error) if "hint:" in str(error) else f"{error}\n{_GO_ON}"
+        text = storage.full(error) or str(error)
+        text = text if "hint:" in text else f"{text}\n{_GO_ON}"
         print(f"error: {storage.without_credentials(text)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

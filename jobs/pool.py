@@ -12,7 +12,7 @@ from ray.exceptions import ActorUnschedulableError, RayActorError, RayError, Ray
 
 from jobs import cluster
 from jobs.settings import ClusterConfig
-from pipeline import stage
+from pipeline import stage, storage
 from pipeline.stage import Item, Outcome, Stage
 
 TRIES = 3
@@ -153,8 +153,7 @@ class Pool:
             task.failures += 1
             task.avoid.add(actor)
             if isinstance(cause, ValueError) or task.failures >= TRIES:
-                sentence = str(cause) if isinstance(cause, ValueError) else f"{type(cause).__name__}: {cause}"
-                return Outcome(task.item, error=sentence, trace=str(error))
+                return Outcome(task.item, error=stage.sentence(cause), trace=str(error), full=bool(storage.full(cause)))
             _log.warning("item %s failed and is tried again elsewhere: %s", task.item.id, _last_line(error))
         except RayError as error:
             task.losses += 1

@@ -25,10 +25,11 @@ def watcher(name: str) -> Callable[[Tally], None]:
         done, total = (now["rows"], tally.rows) if tally.rows else (tally.done_items, tally.items)
         if sys.stderr.isatty():
             bar = bar or tqdm(total=total, initial=done, desc=name, unit="row" if tally.rows else "item")
-            bar.set_postfix_str(_rest(now))
+            bar.set_postfix_str(_rest(now), refresh=False)
             bar.update(done - bar.n)
             if tally.done_items == tally.items:
                 bar.close()
+                bar = None  # more items may follow: rows that are tried again
         elif time.monotonic() - spoken > EVERY_S or tally.done_items == tally.items:
             spoken = time.monotonic()
             _log.info("%s: %s", name, sentence(now))
@@ -39,16 +40,19 @@ def watcher(name: str) -> Callable[[Tally], None]:
 def sentence(now: dict[str, Any]) -> str:
     """What a tally says, in a line."""
     of = f" of {now['of_rows']}" if now["of_rows"] else ""
+    again = f" ({now['retried']} tried again)" if now["retried"] else ""
     left = f", {_time(now['seconds_left'])} left" if now["seconds_left"] and now["items"] < now["of_items"] else ""
-    return (f"{now['items']} of {now['of_items']} items, {now['rows']}{of} rows, {now['rows_per_s']:.0f} rows/s, "
-            f"{_rest(now)}{left}")
+    return (f"{now['items']} of {now['of_items']} items, {now['rows']}{of} rows{again}, "
+            f"{now['rows_per_s']:.0f} rows/s, {_rest(now)}{left}")
 
 
 def _rest(now: dict[str, Any]) -> str:
-    good = f"{now['samples'] / now['rows']:.1%} good, " if now["rows"] else ""
+    # Not samples: of a row there may be several.
+    good, of = now["rows"] - sum(now["skipped"].values()), now["rows"] - now["retried"]
+    share = f"{good / of:.1%} good, " if of else ""
     reasons = ", ".join(f"{count} {reason}" for reason, count in list(now["skipped"].items())[:4])
     failed = f", {now['failed_items']} items failed" if now["failed_items"] else ""
-    return f"{good}{now['bytes'] / 1e6:.0f} MB{failed}" + (f", left out: {reasons}" if reasons else "")
+    return f"{share}{now['bytes'] / 1e6:.0f} MB{failed}" + (f", left out: {reasons}" if reasons else "")
 
 
 def _time(seconds: float) -> str:

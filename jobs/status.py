@@ -1,5 +1,6 @@
 """How far every stage below a root has come, and what a stage would still have to do."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from jobs.runs import Run
 from pipeline import records, stage, storage
 from pipeline.stage import Item, Stage
 
+_SILENT_S = 120.0
 _OF_A_DATASET = ("shards", "embeddings", "index")
 _KEYS = {"plan.json": {"stage", "items", "inputs", "section"}, "manifest.json": {"stage", "items", "content"}}
 
@@ -113,6 +115,8 @@ def _detail(one: dict[str, Any]) -> str:
     said = [f"{one['failed']} failed"] if one.get("failed") else []
     if now := one.get("progress"):
         said.append(progress.sentence(now))
+        if (silent := time.time() - now["updated"]) > _SILENT_S:
+            said.append(f"nothing heard for {round(silent / 60)} min")
     return "; ".join(said)
 
 

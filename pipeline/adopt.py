@@ -18,8 +18,8 @@ from PIL import Image, UnidentifiedImageError
 from pipeline import samples, stage, storage, tars
 from pipeline.dataset import Dataset
 from pipeline.shard import ShardConfig
-from pipeline.sources import addresses_of, plain
-from pipeline.sources.tars import caption_of, local, metadata_of
+from pipeline.sources import addresses_of, cells_of, sound
+from pipeline.sources.tars import STEP, caption_of, local, metadata_of, types_of
 from pipeline.stage import Entry, Item, Output, Stage
 
 
@@ -51,6 +51,9 @@ class Adopt(Stage):
             self._addresses = [one for source in self.config.source for one in addresses_of(source, "tars")]
             if not self._addresses:
                 raise ValueError(f"no files ending in .tar in {', '.join(self.config.source)}")
+            if inside := [one for one in self._addresses if one.startswith(f"{self.folder}/")]:
+                raise ValueError(f"{inside[0]} lies where the dataset is written, and --rebuild would remove it\n"
+                                 f"hint: move the tars to a folder of their own")
         return self._addresses
 
     def inputs(self) -> dict[str, dict[str, Any]]:
@@ -58,15 +61,19 @@ class Adopt(Stage):
         return {"tars": {"path": "", "digest": stage.digest(found)}}
 
     def plan(self) -> Iterator[Item]:
+        types = types_of(self.addresses()[0])
+        data = storage.json_bytes(types)
+        name = stage.name_by_content("rows/types.json", data)
         for number, address in enumerate(self.addresses()):
-            yield Item(f"{number:06d}", {"tar": address})
+            yield Item(f"{number:06d}", {"tar": address, "first": number * STEP, "types": name},
+                       () if number else ((name, data),))
 
     def process(self, item: Item, scratch: Path) -> Output:
         address = item.inputs["tar"]
         path = local(address, scratch)
         metas, entries = [], []
         suspicions = tars.Suspicions()
-        for number, sample in enumerate(tars.examine(path, suspicions)):
+        for number, sample in enumerate(tars.examine(path, suspicions), item.inputs["first"]):
             meta, entry = self._meta(number, sample, address)
             metas.append(meta)
             entries += entry
@@ -78,16 +85,15 @@ class Adopt(Stage):
             raise ValueError(f"{address}: {len(suspicions.members)} members are not adopted, the first is {name}: "
                              f"{detail}\nhint: shard it without --adopt, which leaves them out")
         good = len(metas)
-        failed = _failed(address, good)
+        failed = _failed(address, good, item.inputs["first"])
         metas += failed
         entries += [Entry(meta["url"] or meta["key"] or "", meta["status"], meta["error_message"] or "")
                     for meta in failed]
         parquet = scratch / "metadata.parquet"
-        pq.write_table(samples.table(metas, samples.COLUMNS), parquet)
-        described = stage.describe(address, path)
-        name = address.removeprefix(f"{self.folder}/")
+        types = storage.read_json(storage.join(self.folder, item.inputs["types"]))
+        pq.write_table(samples.table(metas, samples.COLUMNS, types), parquet)
         return Output(good, {f"metadata/{item.id}.parquet": parquet}, entries, {"rows": len(metas)},
-                      elsewhere=[described | {"name": name if "/" not in name else address}])
+                      elsewhere=[stage.describe(address, path)])
 
     def _meta(self, number: int, sample: dict[str, Any], address: str) -> tuple[dict[str, Any], list[Entry]]:
         document = metadata_of(sample)
@@ -97,6 +103,9 @@ class Adopt(Stage):
             raise ValueError(f"{address}: the sample {key} has no picture, it has "
                              f"{', '.join(name for name in sample if name != '__key__')}\n"
                              f"hint: shard it without --adopt, which leaves such samples out")
+        if sound(key) != key:
+            raise ValueError(f"{address}: the name {key!r} is not UTF-8, as metadata must be\n"
+                             f"hint: shard it without --adopt, which gives samples names of its own")
         data = sample[suffix]
         entries = []
         try:
@@ -105,27 +114,27 @@ class Adopt(Stage):
         except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
             width = height = None
             entries.append(Entry(key, "unreadable", f"{type(error).__name__}: {error}", kept=True))
-        extra = {name: plain(value) for name, value in document.items() if name not in samples.COLUMNS}
+        extra = cells_of({name: value for name, value in document.items() if name not in samples.COLUMNS})
         hashed = document.get("sha256")
         exif = document.get("exif")
         return extra | {
             "caption": caption_of(sample, document, self.config.caption_column),
-            "url": storage.without_credentials(str(document.get("url") or key)), "key": key,
+            "url": storage.without_credentials(sound(str(document.get("url") or key))), "key": key,
             "status": samples.SUCCESS, "error_message": None, "width": width, "height": height,
             "original_width": _number(document.get("original_width")),
             "original_height": _number(document.get("original_height")),
-            "exif": exif if isinstance(exif, str) else None, "sha256": hashlib.sha256(data).hexdigest(),
-            "original_sha256": hashed if isinstance(hashed, str) else None, "source_row": number}, entries
+            "exif": sound(exif) if isinstance(exif, str) else None, "sha256": hashlib.sha256(data).hexdigest(),
+            "original_sha256": sound(hashed) if isinstance(hashed, str) else None, "source_row": number}, entries
 
 
-def _failed(address: str, good: int) -> list[dict[str, Any]]:
-    """The rows that img2dataset's parquet beside a tar names as failed."""
+def _failed(address: str, good: int, first: int) -> list[dict[str, Any]]:
+    """The rows that img2dataset's parquet beside a tar names as failed; `first`: number of the tar's first row."""
     beside = f"{address.removesuffix('.tar')}.parquet"
     if not storage.exists(beside):
         return []
     try:
         rows = pq.read_table(pa.BufferReader(storage.read_bytes(beside))).to_pylist()
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{beside} cannot be read as parquet: {str(error).strip()}") from None
     if not rows or "status" not in rows[0]:
         return []
@@ -133,12 +142,13 @@ def _failed(address: str, good: int) -> list[dict[str, Any]]:
     if len(rows) - len(failed) != good:
         raise ValueError(f"{address} has {good} samples, {beside} says {len(rows) - len(failed)}\n"
                          f"hint: was one of them cut off? shard the tar without --adopt")
-    kept = [{name: plain(value) for name, value in row.items()} for row in failed]
+    kept = [cells_of(row) for row in failed]
     return [row | dict.fromkeys(samples.COLUMNS) | {
-        "caption": row.get("caption") or "", "url": storage.without_credentials(str(row.get("url") or "")),
-        "key": str(row.get("key") or ""), "status": row["status"], "error_message": row.get("error_message"),
-        "source_row": good + number} for number, row in enumerate(kept)]
+        "caption": str(row.get("caption") or ""), "url": storage.without_credentials(str(row.get("url") or "")),
+        "key": str(row.get("key") or ""), "status": str(row["status"]),
+        "error_message": storage.without_credentials(str(row.get("error_message") or "")),
+        "source_row": first + good + number} for number, row in enumerate(kept)]
 
 
 def _number(value: Any) -> int | None:
-    return value if isinstance(value, int) else None
+    return value if type(value) is int and 0 <= value < 1 << 31 else None

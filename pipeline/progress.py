@@ -5,10 +5,11 @@ the records, and keeps the sum in `progress.json` for whoever asks from another 
 stage is sealed, and nothing depends on them but the failure budget.
 """
 
+import contextlib
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from pipeline import storage
@@ -22,31 +23,37 @@ def period(folder: str) -> float:
 
 
 class Beat:
-    """A worker's word on the item in its hands."""
+    """A worker's word on the item in its hands; `again`: its rows failed before."""
 
-    def __init__(self, folder: str, item: str, heard: Callable[[], None] | None = None) -> None:
+    def __init__(self, folder: str, item: str, heard: Callable[[], None] | None = None, *, again: bool = False) -> None:
         self._url = storage.join(folder, "progress", f"{item}.json")
         self._period, self._last, self._heard = period(folder), time.monotonic(), heard
-        self._written = False
+        self._again, self._written = again, False
 
     def __call__(self, *, rows: int, samples: int, length: int, skipped: Counter[str]) -> None:
         """Say how many rows are done, if the last word is old enough."""
         if time.monotonic() - self._last < self._period:
             return
         self._last = time.monotonic()
-        storage.put_json({"rows": rows, "samples": samples, "bytes": length, "skipped": dict(skipped)}, self._url)
-        self._written = True
+        with contextlib.suppress(OSError):  # an item must not fail for want of a word on it
+            storage.put_json({"rows": rows, "samples": samples, "bytes": length, "skipped": dict(skipped),
+                              "again": self._again}, self._url)
+            self._written = True
         if self._heard:
             self._heard()
 
     def done(self) -> None:
         """The item is recorded, or given up."""
         if self._written:
-            storage.remove(self._url)
+            with contextlib.suppress(OSError):
+                storage.remove(self._url)
 
 
 class Tally:
-    """Rows, samples, bytes and reasons so far; the driver's."""
+    """Rows, samples, bytes and reasons so far; the driver's.
+
+    Rows that are tried again count anew in `rows` and among the reasons; shares of failures count each row once.
+    """
 
     def __init__(self, folder: str, items: int, rows: int, by_choice: Iterable[str] = ()) -> None:
         self.folder, self.items, self.rows = folder, items, rows
@@ -56,70 +63,116 @@ class Tally:
         self.recorded = {"rows": 0, "samples": 0, "bytes": 0}
         self.reasons: Counter[str] = Counter()
         self.now: dict[str, Any] = {}
-        self._begun = self._last = time.monotonic()
-        self._before: int | None = None
+        self._begun = self._last = self._counted = time.monotonic()
+        self._took = 0.0
+        self._before = 0
+        self._fresh_rows, self._fresh_reasons = 0, Counter[str]()  # of this run, without what is tried again
+        self._given_up: set[str] = set()
         self._in_hand: dict[str, dict[str, Any]] = {}
+        # Words of workers that died with an earlier run; who lives says another one soon.
+        self._old = dict(_read(folder))
 
     def record(self, record: dict[str, Any], length: int) -> None:
         """Count a record; `length`: bytes of its files."""
         self.done_items += 1
         self.recorded_ids.add(record["id"])
-        self.recorded["rows"] += record["info"].get("rows", record["samples"] + sum(record["skipped"].values()))
+        rows = record["info"].get("rows", record["samples"] + sum(record["skipped"].values()))
+        self.recorded["rows"] += rows
         self.recorded["samples"] += record["samples"]
         self.recorded["bytes"] += length
-        self.retried += record["info"].get("retried", 0)
         self.reasons.update(record["skipped"])
+        if retried := record["info"].get("retried", 0):
+            self.retried += retried
+        else:
+            self._fresh_rows += rows
+            self._fresh_reasons.update(record["skipped"])
+
+    def give_up(self, item: str) -> None:
+        """Count an item that failed."""
+        self.failed_items += 1
+        self._given_up.add(item)
 
     def start(self) -> None:
         """What is counted so far was done by earlier runs."""
         self._before = self.recorded["rows"]
+        self._fresh_rows, self._fresh_reasons = 0, Counter()
 
-    def due(self) -> bool:
-        """Whether it is time for another look."""
-        return time.monotonic() - self._last >= period(self.folder)
+    def due(self, *, quick: bool = False) -> bool:
+        """Whether it is time for another look; one at thousands of workers takes a while."""
+        if quick:
+            return time.monotonic() - self._counted >= 0.5
+        return time.monotonic() - self._last >= max(period(self.folder), 10 * self._took)
 
     def look(self, *, quick: bool = False) -> dict[str, Any]:
         """Count everything anew, tell other terminals, and return it."""
-        self._last = time.monotonic()
+        begun = self._counted = time.monotonic()
         if not quick:
-            self._in_hand = dict(_read(self.folder))
-        # A worker that died leaves its word behind; what is recorded counts as that.
-        in_hand = [one for item, one in self._in_hand.items() if item not in self.recorded_ids]
+            self._last = begun
+            self._in_hand = {item: one for item, one in _read(self.folder) if one != self._old.get(item)}
+        in_hand = self._words()
         total = {key: value + sum(one[key] for one in in_hand) for key, value in self.recorded.items()}
-        reasons = self.reasons + sum((Counter(one["skipped"]) for one in in_hand), Counter())
-        elapsed = self._last - self._begun
-        rate = (total["rows"] - (self._before or 0)) / elapsed if elapsed > 0 else 0.0
+        elapsed = begun - self._begun
+        rate = (total["rows"] - self._before) / elapsed if elapsed > 0 else 0.0
         left = max(self.rows - total["rows"], 0)
         self.now = total | {
             "of_rows": self.rows, "items": self.done_items, "of_items": self.items, "failed_items": self.failed_items,
-            "skipped": dict(reasons.most_common()), "rows_per_s": round(rate, 1), "retried": self.retried,
+            "skipped": dict(_sum(self.reasons, in_hand).most_common()), "rows_per_s": round(rate, 1),
+            "retried": self.retried + sum(one["rows"] for one in in_hand if one["again"]),
             "seconds_left": round(left / rate) if rate > 0 and self.rows else None,
             "updated": round(time.time(), 1), "host": platform.node()}
         if not quick:
-            storage.put_json(self.now, storage.join(self.folder, "progress.json"))
+            with contextlib.suppress(OSError):
+                storage.put_json(self.now, storage.join(self.folder, "progress.json"))
+            self._took = time.monotonic() - begun
         return self.now
 
     def over(self, most: float, *, final: bool = False) -> str:
-        """A sentence if the share of rows that failed is above `most`, "" if not or not yet known."""
-        now = self.now if not final else self.look(quick=True)
-        reasons = {reason: count for reason, count in now["skipped"].items() if reason not in self.by_choice}
-        rows, failed = now["rows"] - self.retried, sum(reasons.values()) - self.retried
+        """A sentence if the share of rows that failed is above `most`, "" if not or not yet known.
+
+        Along the way rows of this run count, so that one that was stopped can go on when the cause is gone; at
+        the end (`final`) all.
+        """
+        fresh = [one for one in self._words() if not one["again"]]
+        rows, reasons = ((self.recorded["rows"] - self.retried, self.reasons) if final else
+                         (self._fresh_rows, self._fresh_reasons))
+        rows += sum(one["rows"] for one in fresh)
+        reasons = Counter({reason: count for reason, count in _sum(reasons, fresh).items()
+                           if reason not in self.by_choice})
+        failed = reasons.total() - (self.retried if final else 0)
         if failed <= most * rows or (rows < LEAST and not final):
             return ""
-        frequent = ", ".join(f"{count} {reason}" for reason, count in list(reasons.items())[:5])
-        return f"{failed} of {rows} rows failed ({failed / rows:.0%}, allowed are {most:.0%}): {frequent}"
+        frequent = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(5))
+        return (f"{failed} of {rows} rows failed ({failed / rows:.0%}, allowed are {most:.0%}): {frequent}"
+                f"{' (those tried again counted anew)' if final and self.retried else ''}")
+
+    def _words(self) -> list[dict[str, Any]]:
+        """What workers said of items that are neither recorded nor given up."""
+        return [one for item, one in self._in_hand.items()
+                if item not in self.recorded_ids and item not in self._given_up]
 
     def clear(self) -> None:
         """Remove what was said along the way."""
-        if storage.exists(storage.join(self.folder, "progress.json")):
-            storage.remove(storage.join(self.folder, "progress.json"))
-            storage.remove_tree(storage.join(self.folder, "progress"))
+        storage.remove(storage.join(self.folder, "progress.json"))
+        storage.remove_tree(storage.join(self.folder, "progress"))
 
 
-def _read(folder: str) -> Iterable[tuple[str, dict[str, Any]]]:
+def _sum(reasons: Counter[str], words: list[dict[str, Any]]) -> Counter[str]:
+    total = Counter(reasons)
+    for one in words:
+        total.update(one["skipped"])
+    return total
+
+
+def _read(folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
     base = storage.join(folder, "progress")
-    for name in storage.names(base):
+
+    def word(name: str) -> dict[str, Any] | None:
         try:
-            yield name.removesuffix(".json"), storage.read_json(storage.join(base, name))
+            return storage.read_json(storage.join(base, name))
         except (FileNotFoundError, ValueError):
-            continue  # recorded in this moment
+            return None  # recorded in this moment
+
+    names = storage.names(base)
+    for name, one in zip(names, storage.each(word, names), strict=True):
+        if one is not None:
+            yield name.removesuffix(".json"), one

@@ -107,9 +107,10 @@ def count(listed: Any) -> int:
 def load(folder: str, listed: Any, schema: pa.Schema) -> pa.Table:
     """The table that a document in `folder` refers to; ValueError if it is not the one."""
     url = storage.join(folder, listed["file"]["name"])
+    path = storage.fetch(url, listed["file"], check=True)
     try:
-        found = pq.read_table(storage.fetch(url, listed["file"]))
-    except pa.ArrowException as error:
+        found = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{url} is damaged: {error}\nhint: python -m jobs verify") from None
     if found.schema.names != schema.names or found.num_rows != listed["count"]:
         raise ValueError(f"{url} is not the list that its document describes\nhint: python -m jobs verify")
@@ -202,4 +203,4 @@ class Collected:
             return [by_id[one] for one in ids if one in by_id]
         whole = pa.concat_tables([*self._tables, table(self._loose)]).combine_chunks()
         place = {one: number for number, one in enumerate(whole.column("id").to_pylist())}
-        return records(whole.take([place[one] for one in ids if one in place]))
+        return records(whole.take(pa.array([place[one] for one in ids if one in place], pa.int64())))

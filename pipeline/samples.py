@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -40,6 +40,7 @@ COLUMNS = {"caption": pa.string(), "url": pa.string(), "key": pa.string(), "stat
 PATCH_COLUMNS = {"patch_left": pa.int32(), "patch_top": pa.int32(), "patch_short_side": pa.int32()}
 HASH_COLUMNS = {"pixel_sha256": pa.string(), "phash": pa.uint64(), "mean_colour": pa.list_(pa.uint8())}
 SUCCESS, NOT_FETCHED, NOT_USABLE = "success", "failed_to_download", "failed_to_resize"
+_KINDS = {"bool": pa.bool_(), "int64": pa.int64(), "double": pa.float64()}
 _ALGORITHMS = {32: "md5", 40: "sha1", 64: "sha256", 128: "sha512"}
 
 
@@ -114,7 +115,11 @@ def bare(row: Row) -> dict[str, Any]:
 
 def called(row: Row) -> str:
     """What a row is called, as text without passwords: bytes that are no UTF-8 are spelled out."""
-    return storage.without_credentials(row.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
+    try:
+        name = row.name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # halves of characters, which JSON can spell
+        name = row.name.encode("utf-8", "backslashreplace")
+    return storage.without_credentials(name.decode("utf-8", "backslashreplace"))
 
 
 def _check_hash(wanted: str, data: bytes) -> None:
@@ -127,9 +132,12 @@ def _exif(data: bytes) -> str:
     import io
 
     from PIL import ExifTags, Image
-    with Image.open(io.BytesIO(data)) as image:
-        tags = image.getexif()
-        every = {**tags, **tags.get_ifd(ExifTags.IFD.Exif)}
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            tags = image.getexif()
+            every = {**tags, **tags.get_ifd(ExifTags.IFD.Exif)}
+    except Exception:  # a spoiled EXIF block, frequent in the wild, does not spoil the picture
+        return "{}"
     return json.dumps({ExifTags.TAGS.get(tag, str(tag)): str(value)[:500] for tag, value in sorted(every.items())})
 
 
@@ -161,9 +169,10 @@ class Spool:
 class Packing:
     """The shard under way: lanes that fetch, threads that decode and encode, a spool, and the counts."""
 
-    def __init__(self, config: "ShardConfig", shard: str, digits: int, scratch: Path, beat: Beat) -> None:
+    def __init__(self, config: "ShardConfig", shard: str, digits: int, scratch: Path, beat: Beat,
+                 known: Mapping[str, str]) -> None:
         self.config, self.shard, self.digits, self.beat = config, shard, digits, beat
-        self.scratch = scratch
+        self.scratch, self._known = scratch, known
         self._spool = Spool(scratch / "spool")
         self._results: dict[int, tuple[list[dict[str, Any]], list[tuple[int, int]], list[Entry]]] = {}
         self.rows = self.samples = self.length = 0
@@ -256,7 +265,12 @@ class Packing:
 
         tars.write(tar, samples())
         self._spool.close()
-        pq.write_table(table([meta for metas, _, _ in results for meta in metas], self._types()), parquet)
+        types = self._types()
+        ours = types.keys() - COLUMNS.keys()
+        # Where a row failed, its source may have columns of these names, and anything in them.
+        every = [meta if meta["status"] == SUCCESS else {name: cell for name, cell in meta.items() if name not in ours}
+                 for metas, _, _ in results for meta in metas]
+        pq.write_table(table(every, types, self._known), parquet)
         return [entry for _, _, entries in results for entry in entries]
 
     def stats(self) -> bytes:
@@ -279,21 +293,25 @@ class Packing:
         return types
 
 
-def table(metas: list[dict[str, Any]], types: dict[str, pa.DataType]) -> pa.Table:
-    """Metadata as a table: the source's own columns first, then those of `types`."""
-    extra = sorted({name for meta in metas for name in meta} - set(types))
-    columns = {}
-    for name in extra:
-        cells = [meta.get(name) for meta in metas]
-        try:
-            columns[name] = pa.array(cells)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # cells of several types, or numbers too large
-            columns[name] = pa.array([None if cell is None else str(cell) for cell in cells], pa.string())
-        if pa.types.is_null(columns[name].type):
-            columns[name] = columns[name].cast(pa.string())
+def table(metas: list[dict[str, Any]], types: dict[str, pa.DataType], known: Mapping[str, str]) -> pa.Table:
+    """Metadata as a table: the source's own columns first, of the types that are known, then those of `types`."""
+    extra = sorted({*known, *(name for meta in metas for name in meta)} - set(types))
+    columns = {name: _column([meta.get(name) for meta in metas], known.get(name)) for name in extra}
     for name, kind in types.items():
         columns[name] = pa.array([meta.get(name) for meta in metas], kind)
     return pa.table(columns)
+
+
+def _column(cells: list[Any], kind: str | None) -> pa.Array:
+    """Cells of a type, as text if they do not fit."""
+    if kind != "string":
+        try:
+            column = pa.array(cells, _KINDS.get(kind or ""))
+            if not pa.types.is_null(column.type):
+                return column
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # cells of several types, or numbers too large
+            pass
+    return pa.array([cell if cell is None or isinstance(cell, str) else str(cell) for cell in cells], pa.string())
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

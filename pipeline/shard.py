@@ -16,7 +16,7 @@ from pipeline import images, samples, sources, stage, storage
 from pipeline.dataset import Dataset, file_of
 from pipeline.download import DownloadConfig
 from pipeline.sources import Part, Reading, Source
-from pipeline.stage import Entry, Item, Output, Stage, StageFailed, totals
+from pipeline.stage import Entry, Item, Output, Stage, StageFailed, name_by_content, totals
 
 # Bytes a pixel that pictures take: img2dataset's table of a million of 256 x 256, and some for the metadata.
 _BYTES_A_PIXEL = {"jpg": 0.46, "webp": 0.36, "png": 1.5}
@@ -163,8 +163,12 @@ class Shard(Stage):
     def _identity(self) -> str:
         return self.source.identity()
 
+    @property
+    def _pictures(self) -> dict[str, Any]:
+        return {"path": "", "digest": stage.digest([self._identity, self._origins()])}
+
     def inputs(self) -> dict[str, dict[str, Any]]:
-        named = {"pictures": {"path": "", "digest": stage.digest([self._identity, self._origins()])}}
+        named = {"pictures": self._pictures}
         if self.base:
             named["base"] = self.base.identity("shards")
         return named
@@ -174,8 +178,13 @@ class Shard(Stage):
 
     def plan(self) -> Iterator[Item]:
         if not self.base:
+            types = self.source.types()
+            data = storage.json_bytes(types)
+            name = name_by_content("rows/types.json", data)
+            more, carried = ({"types": name}, ((name, data),)) if types else ({}, ())
             for number, part in enumerate(self.source.parts()):
-                yield Item(f"{number:06d}", part.inputs, part.carries)
+                yield Item(f"{number:06d}", part.inputs | more, (*part.carries, *carried))
+                carried = ()
             return
         manifest = self.base.manifest("shards")
         mine, theirs = self.section(), manifest["section"]
@@ -183,10 +192,18 @@ class Shard(Stage):
             differing = ", ".join(sorted(key for key in mine if mine[key] != theirs.get(key)))
             raise ValueError(f"{self.base.label} was sharded with other settings ({differing})\n"
                              f"hint: another version with failed rows tried again must have the same")
-        for record in manifest["items"]:
-            yield Item(record["id"], {"copy": record, "count": record["info"].get("rows", record["samples"])})
+        if manifest["inputs"]["pictures"] != self._pictures:
+            raise ValueError(f"{self.base.label} was sharded from other pictures than {', '.join(self.config.source)} "
+                             f"holds now\nhint: without --retry-failed they make a version of their own: "
+                             f"{self.dataset.label}")
+        if self.config.duplicates != "keep":
+            raise ValueError(f"{self.base.label} is sealed, and duplicates are looked for among all pictures\n"
+                             f"hint: --retry-failed before a version is sealed, or --rebuild")
         planned = {item.id: item for item in stage.planned(self.base.folder("shards"))}
         items = [planned[record["id"]] for record in manifest["items"]]
+        for item, record in zip(items, manifest["items"], strict=True):
+            kept = {key: value for key, value in item.inputs.items() if key == "round"}
+            yield Item(item.id, {"copy": record, "count": record["info"].get("rows", record["samples"])} | kept)
         yield from self._again(items, manifest["items"], self.base.folder("shards"))
 
     def process(self, item: Item, scratch: Path) -> Output:
@@ -194,7 +211,8 @@ class Shard(Stage):
             return self._copy(item.inputs["copy"], scratch)
         reading = Reading()
         digits = max(4, len(str(self.config.rows_per_shard - 1)))
-        packing = samples.Packing(self.config, item.id, digits, scratch, self.beat)
+        known = storage.read_json(storage.join(self.folder, item.inputs["types"])) if "types" in item.inputs else {}
+        packing = samples.Packing(self.config, item.id, digits, scratch, self.beat, known)
         read = getattr(self.source, "read", None) if self.source.fetch == "file" else _nothing_to_read
         packing.run(self.source.rows(self.folder, item.inputs, scratch, reading),
                     None if self.source.fetch == "url" else read)
@@ -236,7 +254,11 @@ class Shard(Stage):
     def _retry(self, number: int, wanted: list[tuple[dict[str, Any], list[int]]], count: int, round_: int,
                folder: str) -> Item:
         part: Part = self.source.again(folder, wanted, number)
-        return Item(f"{number:06d}", part.inputs | {"count": count, "round": round_}, part.carries)
+        inputs, carries = part.inputs | {"count": count, "round": round_}, part.carries
+        if (types := wanted[0][0].get("types")) is not None:  # of another version it lies elsewhere
+            inputs["types"] = types
+            carries = (*carries, (types, storage.read_bytes(storage.join(folder, types))))
+        return Item(f"{number:06d}", inputs, carries)
 
     def _failed_rows(self, folder: str, record: dict[str, Any]) -> list[int]:
         entry = file_of(record, ".parquet")
@@ -252,12 +274,16 @@ class Shard(Stage):
         for entry in record["files"]:
             # Checked: a copy must not seal bytes that have changed since.
             files[entry["name"]] = self.base.fetch("shards", entry, check=True)
-        return Output(record["samples"], files, info=record["info"], counted=(record["skipped"], record["noted"]))
+        stats = f"{record['id']}_stats.json"
+        there = storage.join(self.base.folder("shards"), stats)
+        return Output(record["samples"], files, info=record["info"], counted=(record["skipped"], record["noted"]),
+                      aside={stats: storage.read_bytes(there)} if storage.exists(there) else {})
 
     def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         counts = totals(records)
         if not counts["samples"]:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in counts["skipped"].items())
+            left_out = counts["skipped"] | {"filtered": sum(record["info"].get("filtered", 0) for record in records)}
+            reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
             raise StageFailed(f"shard: not one picture of {', '.join(self.config.source)} can be used: {reasons}\n"
                               f"hint: the ledger in {self.folder} names each")
         sums = {name: sum(record["info"].get(name, 0) for record in records) for name in ("filtered", "retried")}
@@ -275,12 +301,14 @@ def _nothing_to_read(row: Any) -> bytes:
 def accounting(manifest: dict[str, Any], rows: Iterable[dict[str, Any]]) -> dict[str, int]:
     """Where the rows of a source went: in samples, failed for good, filtered; their sum is the source's.
 
-    `rows` are those of all parquet files of the manifest, in order; of a row that was tried again its last line counts.
+    `rows` are those of all parquet files of the manifest. A row may have several lines, for it was tried again or
+    cut into patches: it is good if one of them is.
     """
-    last: dict[int, str] = {}
+    seen, good = set(), set()
     for row in rows:
-        last[row["source_row"]] = row["status"]
-    good = sum(status == samples.SUCCESS for status in last.values())
-    return {"rows": len(last) + manifest["info"].get("filtered", 0), "good": good, "failed": len(last) - good,
-            "filtered": manifest["info"].get("filtered", 0)}
+        seen.add(row["source_row"])
+        if row["status"] == samples.SUCCESS:
+            good.add(row["source_row"])
+    filtered = manifest["info"].get("filtered", 0)
+    return {"rows": len(seen) + filtered, "good": len(good), "failed": len(seen) - len(good), "filtered": filtered}
 

@@ -34,9 +34,10 @@ class Sift(Shard):
         manifest = stage.manifest_of(self.whole.folder, self.whole.command)
         done = manifest["items"]
         tables = (self._hashes(record) for record in done)
-        hashes, colours, counts = [], [], []
+        hashes, colours, counts, places = [], [], [], []
         for table in tables:
             counts.append(table.num_rows)
+            places.append(table.column("source_row").to_numpy())
             if self.config.duplicates == "exact":
                 digests = table.column("pixel_sha256").to_pylist()
                 hashes.append(np.frombuffer(b"".join(map(bytes.fromhex, digests)), "S32"))
@@ -44,10 +45,15 @@ class Sift(Shard):
                 hashes.append(table.column("phash").to_numpy().astype(np.uint64))
                 flat = pc.list_flatten(table.column("mean_colour")).to_numpy().astype(np.uint8)
                 colours.append(flat.reshape(-1, 3))
+        # In the order of the source: rows that were tried again stand in the last shards.
+        order = np.argsort(np.concatenate(places), kind="stable")
         if self.config.duplicates == "exact":
-            first = duplicates.exact(np.concatenate(hashes))
+            found = duplicates.exact(np.concatenate(hashes)[order])
         else:
-            first = duplicates.near(np.concatenate(hashes), np.concatenate(colours), self.config.duplicate_bits)
+            found = duplicates.near(np.concatenate(hashes)[order], np.concatenate(colours)[order],
+                                    self.config.duplicate_bits)
+        first = np.empty(len(order), np.int64)
+        first[order] = order[found]
         offsets = np.cumsum([0, *counts])
         for number, record in enumerate(done):
             low, high = offsets[number], offsets[number + 1]
@@ -79,16 +85,17 @@ class Sift(Shard):
         tars.write(tar, ({key: value for key, value in sample.items() if key != "__url__"}
                          for row, sample in enumerate(tars.read(files[f"{item.id}.tar"])) if row not in gone))
         table = pq.read_table(files[f"{item.id}.parquet"])
-        entries = self._left_out(table, gone, parquet)
+        entries, left = self._left_out(table, gone, parquet)
         if (old := files.get(f"ledger/{item.id}.jsonl")) is not None:
             entries = [*(Entry(**json.loads(line)) for line in old.read_text().splitlines()), *entries]
-        stats["successes"] -= len(gone)
-        stats["status_dict"] |= {samples.SUCCESS: stats["successes"], DUPLICATE: len(gone)}
+        stats["status_dict"] |= {samples.SUCCESS: left, DUPLICATE: stats["successes"] - left}
+        stats["successes"] = left
         return Output(record["samples"] - len(gone), {f"{item.id}.tar": tar, f"{item.id}.parquet": parquet}, entries,
                       record["info"], aside={name: storage.json_bytes(stats)})
 
-    def _left_out(self, table: pa.Table, gone: dict[int, str], parquet: Path) -> list[Entry]:
-        """Write the metadata with the status of duplicates changed; their lines for the ledger."""
+    def _left_out(self, table: pa.Table, gone: dict[int, str], parquet: Path) -> tuple[list[Entry], int]:
+        """Write the metadata with the status of duplicates changed; their lines for the ledger, and how many rows
+        still have a sample."""
         statuses, messages = table.column("status").to_pylist(), table.column("error_message").to_pylist()
         urls, entries = table.column("url").to_pylist(), []
         good = [row for row, status in enumerate(statuses) if status == samples.SUCCESS]
@@ -99,14 +106,15 @@ class Sift(Shard):
         for name, cells in (("status", statuses), ("error_message", messages)):
             table = table.set_column(table.column_names.index(name), name, pa.array(cells, pa.string()))
         pq.write_table(table, parquet)
-        return entries
+        rows = table.column("source_row").to_pylist()
+        return entries, len({row for row, status in zip(rows, statuses, strict=True) if status == samples.SUCCESS})
 
     def _hashes(self, record: dict[str, Any]) -> pa.Table:
         """The hashes of a shard's samples."""
         entry = file_of(record, ".parquet")
         names = ["pixel_sha256"] if self.config.duplicates == "exact" else ["phash", "mean_colour"]
         data = storage.fetch(storage.join(self.whole.folder, entry["name"]), entry).read_bytes()
-        table = pq.read_table(io.BytesIO(data), columns=[*names, "status"])
+        table = pq.read_table(io.BytesIO(data), columns=[*names, "status", "source_row"])
         return table.filter(pc.equal(table.column("status"), samples.SUCCESS))
 
 

@@ -13,8 +13,10 @@ On disk a stage is a folder:
 Lists of more than a thousand items or records stand in a parquet file beside plan.json and manifest.json.
 """
 
+import bisect
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -86,6 +88,8 @@ class Outcome:
     record: dict[str, Any] | None = None
     error: str = ""
     trace: str = ""
+    full: bool = False
+    """Whether a disk was full: no other item will fare better."""
 
 
 class StageFailed(RuntimeError):
@@ -204,14 +208,20 @@ def prepare(stage: Stage) -> Sequence[Item]:
 
     ValueError naming the field that differs where the folder is claimed by other settings or inputs.
     """
+    return _claim(stage)[0]
+
+
+def _claim(stage: Stage) -> tuple[Sequence[Item], bool]:
+    """The items of a folder that is ours now, and whether it was before, or another driver came first."""
     inputs = stage.inputs()
     print_ = fingerprint(stage, inputs)
     address = storage.join(stage.folder, "plan.json")
-    if not storage.exists(address):
+    joined = storage.exists(address)
+    if not joined:
         listed = _list(stage, stage.plan(), "items")
         if not records.count(listed):
             raise ValueError(f"{stage.name}: nothing to do: the inputs of {stage.folder} are empty")
-        storage.create_bytes(storage.json_bytes({
+        joined = not storage.create_bytes(storage.json_bytes({
             "format": FORMAT, "stage": stage.name, "fingerprint": print_, "section": stage.section(),
             "inputs": inputs, "items": listed, "code": code_revision(),
         }), address)
@@ -220,16 +230,15 @@ def prepare(stage: Stage) -> Sequence[Item]:
         raise ValueError(f"{address} is damaged\nhint: --rebuild makes this folder anew")
     if claimed["fingerprint"] != print_:
         raise ValueError(_disagreement(stage, claimed, inputs))
-    return planned(stage.folder)
+    return planned(stage.folder), joined
 
 
 def planned(folder: str) -> Sequence[Item]:
     """The items of the plan in a stage folder, and those that were added to it."""
-    items = _items(folder, storage.read_json(storage.join(folder, "plan.json"))["items"])
     more = storage.join(folder, "more")
-    for name in storage.names(more):
-        items = [*items, *_items(folder, storage.read_json(storage.join(more, name))["items"])]
-    return items
+    documents = [storage.join(folder, "plan.json"), *(storage.join(more, name) for name in storage.names(more))]
+    parts = [_items(folder, storage.read_json(document)["items"]) for document in documents]
+    return _Joined(parts) if len(parts) > 1 else parts[0]
 
 
 def _list(stage: Stage, items: Iterable[Item], name: str) -> Any:
@@ -254,6 +263,31 @@ def _items(folder: str, listed: Any) -> Sequence[Item]:
         return [Item(one["id"], one["inputs"]) for one in listed]
     return records.Rows(records.load(folder, listed, records.ITEMS),
                         lambda row: Item(row["id"], json.loads(row["inputs"])))
+
+
+class _Joined(Sequence[Item]):
+    """Lists of items one after the other, none of them unpacked."""
+
+    def __init__(self, parts: Sequence[Sequence[Item]]) -> None:
+        self._parts = parts
+        self._ends = list(itertools.accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        part = bisect.bisect_right(self._ends, index)
+        return self._parts[part][index - (self._ends[part - 1] if part else 0)]
+
+    def __iter__(self) -> Iterator[Item]:
+        return itertools.chain.from_iterable(self._parts)
+
+    def ids(self) -> list[str]:
+        """The ids alone, in order."""
+        return [one for part in self._parts for one in _ids(part)]
 
 
 def recorded(stage: Stage, ids: Sequence[str]) -> records.Collected:
@@ -288,8 +322,10 @@ def work(stage: Stage, item: Item) -> dict[str, Any]:
     if found := _record(address, plan):
         return found
     started = time.time()
-    stage.beat = progress.Beat(stage.folder, item.id, stage.heard)
-    with scratch_folder(f"{stage.name}-{item.id}") as scratch:
+    stage.beat = progress.Beat(stage.folder, item.id, stage.heard, again="round" in item.inputs)
+    with contextlib.ExitStack() as stack:
+        stack.callback(stage.beat.done)
+        scratch = stack.enter_context(scratch_folder(f"{stage.name}-{item.id}"))
         output = stage.process(item, scratch)
         if output.ledger:
             ledger = scratch / "ledger.jsonl"
@@ -315,7 +351,6 @@ def work(stage: Stage, item: Item) -> dict[str, Any]:
             if found := _record(address, plan):
                 return found
             storage.put_json(record, address)  # of a plan that a rebuild has replaced
-        stage.beat.done()
         return record
 
 
@@ -366,7 +401,7 @@ def seal(stage: Stage, items: Sequence[Item], done: Sequence[dict[str, Any]] | N
 
 
 def _ids(items: Sequence[Item]) -> list[str]:
-    return items.ids() if isinstance(items, records.Rows) else [item.id for item in items]
+    return items.ids() if isinstance(items, records.Rows | _Joined) else [item.id for item in items]
 
 
 Runner = Callable[[Stage, Sequence[Item]], Iterator[Outcome | None]]
@@ -406,27 +441,42 @@ def run(stage: Stage, runner: Runner = in_process, *, rebuild: bool = False, ret
     """
     if rebuild:
         empty(stage)
-    joined = storage.exists(storage.join(stage.folder, "plan.json"))
-    items = prepare(stage)
+    more = storage.join(stage.folder, "more")
+    rounds = storage.names(more)  # before the items: whoever adds a round meanwhile has added ours
+    items, joined = _claim(stage)
     if storage.exists(storage.join(stage.folder, "manifest.json")):
         return manifest_of(stage.folder, stage.command)
-    done = _work_off(stage, runner, items, joined, max_failed, watch)
+    retry = retry and not _under_way(stage, rounds)
+    done, tally = _work_off(stage, runner, items, joined, max_failed, watch)
     if retry:
-        number = len(storage.names(storage.join(stage.folder, "more"))) + 1
+        number = len(rounds) + 1
         listed = _list(stage, stage.again(items, done), f"more-{number:04d}")
         if records.count(listed):
-            storage.create_bytes(storage.json_bytes({"items": listed}),
-                                 storage.join(stage.folder, "more", f"{number:04d}.json"))
+            joined = not storage.create_bytes(storage.json_bytes({"items": listed}),
+                                              storage.join(more, f"{number:04d}.json"))
             items = prepare(stage)
-            done = _work_off(stage, runner, items, joined, max_failed, watch)
+            done, tally = _work_off(stage, runner, items, joined, max_failed, watch)
+    if over := tally.over(max_failed, final=True):
+        raise StageFailed(f"{stage.name}: {over}\nhint: --retry-failed tries these rows once more; a higher "
+                          f"--max-failed seals what is there")
     for name in storage.names(storage.join(stage.folder, "failures")):
         storage.remove(storage.join(stage.folder, "failures", name))
+    tally.clear()
     return seal(stage, items, done)
 
 
+def _under_way(stage: Stage, rounds: Sequence[str]) -> bool:
+    """Whether the last try at rows that failed was cut off, so that it is to be ended and no other begun."""
+    if not rounds:
+        return False
+    listed = storage.read_json(storage.join(stage.folder, "more", rounds[-1]))["items"]
+    there = set(storage.names(storage.join(stage.folder, "records")))
+    return any(f"{one}.json" not in there for one in _ids(_items(stage.folder, listed)))
+
+
 def _work_off(stage: Stage, runner: Runner, items: Sequence[Item], joined: bool, max_failed: float,
-              watch: Callable[[Tally], None] | None) -> Sequence[dict[str, Any]]:
-    """Run every item that has no record; the records of all, in order."""
+              watch: Callable[[Tally], None] | None) -> tuple[Sequence[dict[str, Any]], Tally]:
+    """Run every item that has no record; the records of all, in order, and what they add up to."""
     ids = _ids(items)
     done = recorded(stage, ids)
     numbers = [number for number, one in enumerate(ids) if one not in done.ids]
@@ -441,8 +491,9 @@ def _work_off(stage: Stage, runner: Runner, items: Sequence[Item], joined: bool,
     def look() -> None:
         tally.look()
         if (over := tally.over(max_failed)):
-            raise StageFailed(f"{stage.name}: {over}\nhint: the ledger names each; to go on all the same, raise "
-                              f"--max-failed")
+            raise StageFailed(f"{stage.name}: {over}\nhint: the same command goes on when the cause is gone, and with "
+                              f"--retry-failed tries the rows that failed again; a higher --max-failed goes on all the "
+                              f"same")
         if watch:
             watch(tally)
 
@@ -452,9 +503,12 @@ def _work_off(stage: Stage, runner: Runner, items: Sequence[Item], joined: bool,
     for outcome in runner(stage, _Left(items, numbers)) if numbers else ():
         if outcome is not None:
             address = storage.join(stage.folder, "failures", f"{outcome.item.id}.json")
+            if outcome.full:
+                raise StageFailed(f"{stage.name}: {outcome.error}\nhint: make room there (scratch is where TMPDIR "
+                                  f"says); the same command goes on from here")
             if outcome.record is None:
                 failed.append(outcome)
-                tally.failed_items += 1
+                tally.give_up(outcome.item.id)
                 storage.put_json({"id": outcome.item.id, "error": storage.without_credentials(outcome.error),
                                   "traceback": storage.without_credentials(outcome.trace)}, address)
             else:
@@ -464,16 +518,19 @@ def _work_off(stage: Stage, runner: Runner, items: Sequence[Item], joined: bool,
                 tally.record(outcome.record, sum(file["bytes"] for file in outcome.record["files"]))
         if tally.due():
             look()
-        elif watch and outcome is not None:
+        elif watch and tally.due(quick=True):
             tally.look(quick=True)
             watch(tally)
     stage.heard = None
+    if watch and tally.now.get("items", len(ids) - len(numbers)) != tally.done_items:
+        tally.look(quick=True)
+        watch(tally)
     if failed:
         first = failed[0]
         raise StageFailed(f"{stage.name}: {len(failed)} of {len(ids)} items failed, the first is {first.item.id}: "
                           f"{storage.without_credentials(first.error)}\nhint: the tracebacks are in "
                           f"{storage.join(stage.folder, 'failures')}; run the same command again to retry them")
-    return done.in_order(ids)
+    return done.in_order(ids), tally
 
 
 def empty(stage: Stage) -> None:
@@ -503,13 +560,15 @@ def _tried(stage: Stage, item: Item) -> Outcome:
         except StageFailed:  # the driver's own, heard in the middle of an item
             raise
         except Exception as error:
-            if left == 0 or isinstance(error, ValueError):
-                return Outcome(item, error=_sentence(error), trace=traceback.format_exc())
+            full = storage.full(error)
+            if left == 0 or full or isinstance(error, ValueError):
+                return Outcome(item, error=sentence(error), trace=traceback.format_exc(), full=bool(full))
     raise AssertionError
 
 
-def _sentence(error: BaseException) -> str:
-    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+def sentence(error: BaseException) -> str:
+    """What is told of the error of an item."""
+    return storage.full(error) or (str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
 
 
 @contextlib.contextmanager
@@ -518,6 +577,10 @@ def scratch_folder(name: str) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f"rdm-{name.replace('/', '-')}-"))
     try:
         yield folder
+    except OSError as error:
+        if storage.full(error) and error.filename is None:
+            error.filename = f"{folder}/"  # what is written to a file that is open does not tell where
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

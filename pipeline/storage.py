@@ -25,10 +25,19 @@ import fsspec
 _T = TypeVar("_T")
 _CHUNK = 1 << 20
 _END = 64 << 10
+_S3, _ATTEMPTS = {"s3", "s3a"}, 6
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class StorageError(OSError):
     """The store did not answer, or answered with something other than success or absence."""
+
+
+def full(error: BaseException) -> str:
+    """A sentence if `error` says that a disk is full, "" if it says anything else."""
+    if not isinstance(error, OSError) or error.errno not in _FULL:
+        return ""
+    return f"no space is left on the disk of {error.filename}" if error.filename else "no space is left on a disk"
 
 
 def is_local(url: str) -> bool:
@@ -60,9 +69,15 @@ def normal(url: str) -> str:
 @cache
 def _filesystem(protocol: str) -> fsspec.AbstractFileSystem:
     # Another process writes what we list: a cached listing would hide its records.
-    options = {} if protocol == "file" else {"use_listings_cache": False}
+    options: dict[str, Any] = {} if protocol == "file" else {"use_listings_cache": False}
+    if protocol in _S3 and not {"AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS"} & os.environ.keys():
+        # All requests alike: boto's older mode gives up HEAD, whose answer has no body to say SlowDown, in seconds.
+        options["config_kwargs"] = {"retries": {"mode": "standard", "total_max_attempts": _ATTEMPTS}}
     try:
-        return fsspec.filesystem(protocol, **options)
+        made = fsspec.filesystem(protocol, **options)
+        if protocol in _S3:
+            made.retries = 2  # around boto's own, for answers that are cut off; five times would take minutes
+        return made
     except (ValueError, ImportError) as error:
         raise ValueError(f"cannot open {protocol}:// addresses: {error}\nhint: use a local path or s3://") from error
 
@@ -76,13 +91,15 @@ def _open(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 @contextlib.contextmanager
 def _speaking(url: str, doing: str) -> Iterator[None]:
-    """Turn a client library's own exceptions into one sentence; plain OSErrors pass as they are."""
+    """Turn a client library's own exceptions into one sentence; a disk's OSErrors pass as they are."""
     try:
         yield
     except OSError as error:
-        if type(error) is not OSError or error.errno is not None:
+        if error.errno in _FULL:
+            raise StorageError(error.errno, os.strerror(error.errno), url) from error
+        if type(error) is not OSError or (error.errno is not None and is_local(url)):
             raise
-        raise StorageError(f"cannot {doing} {url}: {error}") from error
+        raise StorageError(f"cannot {doing} {url}: {error.strerror or error}") from error
     except Exception as error:
         # botocore and aiohttp derive from Exception; anything else here is a fault of ours.
         if type(error).__module__.split(".")[0] in {"botocore", "aiobotocore", "aiohttp", "s3fs"}:

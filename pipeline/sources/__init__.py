@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import pyarrow as pa
 
 from pipeline import images, storage
 from pipeline.stage import name_by_content
@@ -42,6 +44,8 @@ class Row:
     caption_file: str = ""
     missing: str = ""
     """Why there is no picture to be had, as far as the listing knows."""
+    veiled: str = ""
+    """The name in full where it holds a password or a signature, for none but those who have the list."""
     data: bytes | None = None
 
 
@@ -62,6 +66,53 @@ class Reading:
     """(name, reason, detail) of what is no row: members of tars that nothing can be made of."""
 
 
+class Types:
+    """The type of each column that suits all its cells, whatever part they are in."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, set[str]] = {}
+
+    def see(self, cells: Mapping[str, Any]) -> None:
+        """The cells of one more row."""
+        for name, value in cells.items():
+            self._of(name).add(_type_of(value))
+
+    def see_schema(self, schema: pa.Schema) -> None:
+        """The columns of one more file of parquet."""
+        for field_ in schema:
+            kind = field_.type.value_type if pa.types.is_dictionary(field_.type) else field_.type
+            # As `plain` and JSON have them: 64 bits without a sign become text.
+            found = ("none" if pa.types.is_null(kind) else "bool" if pa.types.is_boolean(kind) else
+                     "double" if pa.types.is_floating(kind) else
+                     "int64" if pa.types.is_integer(kind) and kind != pa.uint64() else "string")
+            self._of(field_.name).add(found)
+
+    def _of(self, name: str) -> set[str]:
+        return self._seen.setdefault(sound(name), set())
+
+    def found(self) -> dict[str, str]:
+        """Columns and their types, by the names that Arrow has for them."""
+        return {name: _common(kinds - {"none"}) for name, kinds in sorted(self._seen.items())}
+
+
+def _type_of(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool | float):
+        return "bool" if isinstance(value, bool) else "double"
+    if isinstance(value, int):
+        # float64 has whole numbers up to 2**53.
+        return "int64" if abs(value) <= 1 << 53 else "large" if -(1 << 63) <= value < 1 << 63 else "string"
+    return "string"
+
+
+def _common(kinds: set[str]) -> str:
+    for wide, parts in (("bool", {"bool"}), ("int64", {"int64", "large"}), ("double", {"int64", "double"})):
+        if kinds and kinds <= parts:
+            return wide
+    return "string"
+
+
 class Source(ABC):
     """A corpus to shard."""
 
@@ -74,6 +125,10 @@ class Source(ABC):
     @abstractmethod
     def identity(self) -> str:
         """A hash that stands for what the source holds, wherever it lies."""
+
+    def types(self) -> dict[str, str]:
+        """Types of the columns of its own, so that all shards have the same; those left out are told by the cells."""
+        return {}
 
     @abstractmethod
     def parts(self) -> Iterator[Part]:
@@ -97,7 +152,7 @@ class Source(ABC):
 
 def listed(rows: Iterable[Row], number: int, count: int, more: dict[str, Any] | None = None) -> Part:
     """A part that brings its rows along, as lines of JSON in a file beside the plan."""
-    lines = "".join(json.dumps({key: value for key, value in asdict(row).items() if value or key == "number"},
+    lines = "".join(json.dumps({key: value for key, value in vars(row).items() if value or key == "number"},
                                sort_keys=True) + "\n" for row in rows).encode()
     name = name_by_content(f"rows/{number:06d}.jsonl", lines)
     return Part({"rows": name, "count": count} | (more or {}), ((name, lines),))
@@ -134,13 +189,18 @@ def where_of(config: ShardConfig) -> Where | None:
 
 def addresses_of(source: str, kind: str) -> list[str]:
     """The files of a kind that an address stands for: itself, those in the folder, or those that match."""
-    if "*" in source or "?" in source:
-        return storage.glob(source)
     suffixes = (".tar",) if kind == "tars" else LISTS
+    if "*" in source or "?" in source:
+        found = storage.glob(source)
+        # As in folders; a pattern that names other endings means them.
+        return [address for address in found if address.lower().endswith(suffixes)] or found
     if storage.exists(source):
         return [storage.normal(source)]
-    return [storage.join(storage.normal(source), name) for name, length in sorted(storage.walk(source))
-            if name.lower().endswith(suffixes) and length is not None]
+    try:
+        return [storage.join(storage.normal(source), name) for name, length in sorted(storage.walk(source))
+                if name.lower().endswith(suffixes) and length is not None]
+    except FileNotFoundError:
+        raise ValueError(f"there is no file or folder {source}") from None
 
 
 def _guess(sources: tuple[str, ...]) -> str:
@@ -170,9 +230,23 @@ def _guess(sources: tuple[str, ...]) -> str:
 
 def plain(value: Any) -> Any:
     """A cell as JSON can hold it, which has no infinity and no NaN."""
+    if isinstance(value, str):
+        return sound(value)
     if isinstance(value, float) and (value != value or value in {float("inf"), float("-inf")}):
         return None
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+    return value if isinstance(value, int | float | bool | None) else sound(str(value))
+
+
+def sound(text_: str) -> str:
+    """Text that UTF-8 can hold: halves of characters, as in emoji that somebody cut, become question marks."""
+    return text_ if text_.isascii() else text_.encode("utf-8", "replace").decode()
+
+
+def cells_of(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Cells that are carried along, as JSON can hold them, without passwords in addresses."""
+    usual = {sound(name): plain(value) for name, value in document.items()}
+    return {name: storage.without_credentials(value) if isinstance(value, str) and "://" in value else value
+            for name, value in usual.items()}
 
 
 def text(value: Any) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import fnmatch
 import hashlib
 import io
 import itertools
 import json
+import re
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import images, storage
-from pipeline.sources import CAPTION_COLUMNS, Part, Reading, Row, Source, listed, listed_rows, plain, text
+from pipeline.sources import CAPTION_COLUMNS, Part, Reading, Row, Source, Types, cells_of, listed, listed_rows, text
 
 if TYPE_CHECKING:
     from pipeline.shard import ShardConfig
@@ -48,6 +48,12 @@ class Folder(Source):
             digest.update(json.dumps([row.name, row.caption, row.columns, row.remarks, row.missing, row.caption_file],
                                      sort_keys=True).encode() + b"\n")
         return digest.hexdigest()
+
+    def types(self) -> dict[str, str]:
+        types = Types()
+        for row in self._rows():
+            types.see(row.columns)
+        return types.found()
 
     def parts(self) -> Iterator[Part]:
         rows = iter(self._rows())
@@ -85,7 +91,7 @@ class Folder(Source):
         texts = set()
         try:
             for name, length in storage.walk(self.base):
-                if name.lower().endswith(images.SUFFIXES) and fnmatch.fnmatch(name, self.pattern):
+                if name.lower().endswith(images.SUFFIXES) and self.pattern.fullmatch(name):
                     found[name] = length
                 elif name.endswith(".txt"):
                     texts.add(name)
@@ -98,6 +104,7 @@ class Folder(Source):
             usual = unicodedata.normalize("NFC", name)
             by_name[name if usual in found or usual in by_name else usual] = name
         captions, duplicates = self._captions(set(by_name))
+        captions = {name: row for name, row in captions.items() if name in by_name or self.pattern.fullmatch(name)}
         if self.config.only_captioned:
             wanted = list(captions)
         else:
@@ -142,13 +149,17 @@ class Folder(Source):
         return result, duplicates
 
 
-def _split(address: str) -> tuple[str, str]:
-    """A folder, and the pattern that names below it must match."""
+def _split(address: str) -> tuple[str, re.Pattern[str]]:
+    """A folder, and the pattern that names below it must match: * stays in a folder, ** does not."""
     if "*" not in address and "?" not in address:
-        return storage.normal(address), "*"
+        return storage.normal(address), re.compile(".*", re.DOTALL)
     parts = address.split("/")
     first = next(number for number, part in enumerate(parts) if "*" in part or "?" in part)
-    return storage.normal("/".join(parts[:first]) or ("/" if address.startswith("/") else ".")), "/".join(parts[first:])
+    signs = {"**/": "(.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    pattern = "".join(signs.get(part, re.escape(part)) for part in re.split(r"(\*\*/|\*\*|\*|\?)",
+                                                                           "/".join(parts[first:])))
+    return (storage.normal("/".join(parts[:first]) or ("/" if address.startswith("/") else ".")),
+            re.compile(pattern, re.DOTALL))
 
 
 def _caption_rows(address: str, caption_column: str) -> list[dict[str, Any]]:
@@ -162,7 +173,7 @@ def _caption_rows(address: str, caption_column: str) -> list[dict[str, Any]]:
             table = pq.read_table(io.BytesIO(data))
             rows, header = table.to_pylist(), table.column_names
         elif address.endswith((".jsonl", ".ndjson")):
-            rows = [json.loads(line) for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+            rows = [json.loads(line) for line in data.decode("utf-8-sig").split("\n") if line.strip()]
             header = list(dict.fromkeys(name for row in rows for name in row))
             rows = [dict.fromkeys(header) | row for row in rows]
         else:
@@ -181,7 +192,7 @@ def _caption_rows(address: str, caption_column: str) -> list[dict[str, Any]]:
     others = [name for name in header if name not in {file_column, caption}]
     # Arrow's widest integer of a mixed column has a sign: larger ones are kept as text, the whole column alike.
     large = {name for name in others if any(isinstance(row[name], int) and row[name] >= 1 << 63 for row in rows)}
-    return [{"file": text(row[file_column]) or f"(row {number} of the captions)",
-             "caption": text(row[caption]),
-             **{name: str(row[name]) if name in large and row[name] is not None else plain(row[name])
-                for name in others}} for number, row in enumerate(rows, 1)]
+    return [cells_of({name: str(row[name]) if name in large and row[name] is not None else row[name]
+                      for name in others})
+            | {"file": text(row[file_column]) or f"(row {number} of the captions)", "caption": text(row[caption])}
+            for number, row in enumerate(rows, 1)]

@@ -10,10 +10,14 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
 import json
-from collections.abc import Iterator
+import re
+import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +27,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.sources import CAPTION_COLUMNS, Part, Reading, Row, Source, listed, listed_rows, plain, text, where_of
+from pipeline.sources import (
+    CAPTION_COLUMNS,
+    Part,
+    Reading,
+    Row,
+    Source,
+    Types,
+    cells_of,
+    listed,
+    listed_rows,
+    sound,
+    text,
+    where_of,
+)
 from pipeline.stage import name_by_content
 
 if TYPE_CHECKING:
@@ -33,6 +50,7 @@ URL_COLUMNS = ("url", "URL", "image_url", "img_url")
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "image_bytes", "bytes")
 HASH_COLUMNS = ("original_sha256", "sha256", "md5")
 _DIGITS = (32, 40, 64, 128)  # of md5, sha1, sha256 and sha512 in hexadecimal
+_HASH = re.compile("[0-9a-fA-F]*")
 _BATCH = 1024
 
 
@@ -61,18 +79,40 @@ class Lists(Source):
         self.fetch = "url" if self.columns.kind == "url" else "none"
 
     def identity(self) -> str:
-        if not self.texts:
-            found = storage.each(lambda url: json.dumps(storage.glance(url)), self.addresses)
-        else:
-            found = [json.dumps([address.rsplit("/", 1)[-1], storage.sha256(address)]) for address in self.addresses]
+        if self.texts:
+            return hashlib.sha256(self._key).hexdigest()
+        found = storage.each(lambda url: json.dumps(storage.glance(url)), self.addresses)
         return hashlib.sha256("\n".join(found).encode()).hexdigest()
+
+    @cached_property
+    def _key(self) -> bytes:
+        """A hash of all of a text list, which is known to those alone who have it."""
+        found = [json.dumps([address.rsplit("/", 1)[-1], storage.sha256(address)]) for address in self.addresses]
+        return hashlib.sha256("\n".join(found).encode()).digest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        assert not self.texts or self._key  # workers have no addresses to make it from
+        return super().__getstate__()
+
+    def types(self) -> dict[str, str]:
+        types = Types()
+        if not self.texts:
+            for schema in storage.each(_schema, self.addresses):
+                types.see_schema(schema)
+        for address in self.addresses if self.texts else ():
+            rows = _text_rows(address)
+            # Of a CSV every cell is text.
+            for cells in itertools.islice(rows, 1 if _ending(address) in {"csv", "tsv"} else None):
+                types.see(cells)
+        return {name: kind for name, kind in types.found().items()
+                if name not in {self.columns.picture, self.columns.caption}}
 
     def parts(self) -> Iterator[Part]:
         return self._text_parts() if self.texts else self._parquet_parts()
 
     def rows(self, stage_folder: str, inputs: dict[str, Any], scratch: Path, reading: Reading) -> Iterator[Row]:
         if self.texts:
-            yield from listed_rows(stage_folder, inputs)
+            yield from map(self._unveiled, listed_rows(stage_folder, inputs))
             return
         only = (set(json.loads(storage.read_bytes(storage.join(stage_folder, inputs["only"]))))
                 if "only" in inputs else None)
@@ -93,17 +133,18 @@ class Lists(Source):
 
     def _columns(self) -> Columns:
         first = self.addresses[0]
-        if self.texts:
-            header = next(iter(_text_rows(first)), {})
-            schema = pa.schema([(name, pa.string()) for name in header])
-            if not header:
-                raise ValueError(f"{first} holds no rows")
+        if not self.texts:
+            schema = _schema(first)
         else:
-            with _parquet(first) as file:
-                schema = file.schema_arrow
+            # An object of JSON need not have every column, and of many files one may be empty.
+            batches = (next(_batches(_text_rows(address)), []) for address in self.addresses)
+            rows = next((rows for rows in batches if rows), [])
+            if not rows:
+                raise ValueError(f"{first} holds no rows")
+            schema = _table(rows, list(dict.fromkeys(name for row in rows for name in row))).schema
         columns = self._told(schema, first)
         if self.where:
-            self.where.check(schema)
+            self.where.check(self.where.cast(schema.empty_table()).schema if self.texts else schema)
         return columns
 
     def _told(self, schema: pa.Schema, address: str) -> Columns:
@@ -113,10 +154,10 @@ class Lists(Source):
             wanted = getattr(config, setting)
             if wanted and wanted not in names and not (setting == "hash_column" and wanted == "none"):
                 raise ValueError(f"{address} has no column {wanted} ({setting})\nhint: it has {', '.join(names)}")
-        url = config.url_column or (None if config.image_column else
-                                    next((name for name in URL_COLUMNS if name in names), None))
         image = config.image_column or next(
             (name for name in IMAGE_COLUMNS if name in names and _holds_bytes(schema.field(name).type)), None)
+        # What is here need not be fetched.
+        url = config.url_column or (None if image else next((name for name in URL_COLUMNS if name in names), None))
         if url is None and image is None:
             raise ValueError(f"{address} has the columns {', '.join(names)}; wanted is one of "
                              f"{', '.join(URL_COLUMNS)}, or pictures as bytes\n"
@@ -132,9 +173,8 @@ class Lists(Source):
         told = self.columns
         picture = cells.pop(told.picture, None)
         caption = text(cells.pop(told.caption, None)) if told.caption else ""
-        digest = text(cells.get(told.digest)).strip().lower() if told.digest else ""
-        row = Row(number, "", caption, {name: plain(value) for name, value in cells.items()},
-                  digest if len(digest) in _DIGITS else "")
+        digest, remarks = _digest(cells.get(told.digest)) if told.digest else ("", [])
+        row = Row(number, "", caption, cells_of(cells), digest, remarks)
         if told.kind == "url":
             row.name = text(picture).strip()
             row.missing = "" if row.name else "the list has no address here"
@@ -242,38 +282,81 @@ class Lists(Source):
                 for cells, passes in zip(batch, passing, strict=True):
                     if not passes:
                         filtered += 1
-                    elif len(chosen) == need:
-                        yield listed(chosen, number, need, {"filtered": filtered})
-                        chosen, number, filtered = [self._row(position, cells)], number + 1, 0
                     else:
-                        chosen.append(self._row(position, cells))
+                        if len(chosen) == need:
+                            yield listed(chosen, number, need, {"filtered": filtered})
+                            chosen, number, filtered = [], number + 1, 0
+                        chosen.append(self._veiled(self._row(position, cells)))
                     position += 1
         if chosen:
             yield listed(chosen, number, len(chosen), {"filtered": filtered})
         elif position:
             raise ValueError(f"not one of {position} rows passes the filter {self.config.where}")
 
+    def _veiled(self, row: Row) -> Row:
+        """A row as it may stand beside the plan: without passwords and signatures in its address."""
+        if (name := storage.without_credentials(row.name)) != row.name:
+            data = row.name.encode("utf-8", "surrogatepass")
+            row.name, row.veiled = name, self._veil(row.number, data).hex()
+        return row
+
+    def _unveiled(self, row: Row) -> Row:
+        """The row with its address in full."""
+        if row.veiled:
+            name = self._veil(row.number, bytes.fromhex(row.veiled)).decode("utf-8", "surrogatepass")
+            row.name, row.veiled = name, ""
+        return row
+
+    def _veil(self, number: int, data: bytes) -> bytes:
+        # No key is used for two texts in one place: another list has another key.
+        stream = hashlib.shake_256(self._key + number.to_bytes(8, "big")).digest(len(data))
+        return bytes(one ^ other for one, other in zip(data, stream, strict=True))
+
     def _text_mask(self, batch: list[dict[str, Any]]) -> np.ndarray:
         if self.where is None:
             return np.ones(len(batch), bool)
-        columns = {}
-        for name in self.where.columns:
-            cells = [row.get(name) for row in batch]
-            try:
-                columns[name] = pa.array(cells)
-            except (pa.ArrowInvalid, pa.ArrowTypeError):  # cells of several types
-                columns[name] = pa.array([None if cell is None else text(cell) for cell in cells], pa.string())
-        return self.where.mask(self.where.cast(pa.table(columns)))
+        return self.where.mask(self.where.cast(_table(batch, self.where.columns)))
 
 
 def _is_parquet(address: str) -> bool:
     return address.lower().endswith((".parquet", ".pq"))
 
 
+def _ending(address: str) -> str:
+    """What the name of a list ends in, but for its packing."""
+    name = address.lower()
+    for packed in (".gz", ".bz2", ".zst"):
+        name = name.removesuffix(packed)
+    return name.rpartition(".")[2]
+
+
+def _table(rows: list[dict[str, Any]], names: Sequence[str]) -> pa.Table:
+    """Some columns of rows of text, to be looked at by a filter."""
+    columns = {}
+    for name in names:
+        cells = [row.get(name) for row in rows]
+        try:
+            columns[name] = pa.array(cells)
+        # Cells of several types, numbers too large, halves of characters.
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
+            columns[name] = pa.array([None if cell is None else text(cell) for cell in cells], pa.string())
+    return pa.table(columns)
+
+
 def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _digest(cell: Any) -> tuple[str, list[str]]:
+    """A hash in hexadecimal, "" if there is none; and what there is to remark."""
+    told = text(cell).strip()
+    if len(told) in _DIGITS and _HASH.fullmatch(told):
+        return told.lower(), []
+    if isinstance(cell, bytes) and 2 * len(cell) in _DIGITS:
+        return cell.hex(), []
+    return "", ["hash_unreadable"] if told else []
 
 
 def _signed(table: pa.Table) -> pa.Table:
@@ -294,6 +377,11 @@ def _parquet(address: str) -> Iterator[pq.ParquetFile]:
         raise ValueError(f"{address} cannot be read as parquet: {str(error).strip()}") from None
 
 
+def _schema(address: str) -> pa.Schema:
+    with _parquet(address) as file:
+        return file.schema_arrow
+
+
 def _batches(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     batch = []
     for row in rows:
@@ -309,15 +397,16 @@ def _text_rows(address: str) -> Iterator[dict[str, Any]]:
     """The rows of a CSV, a TSV or lines of JSON, one at a time."""
     name = address.lower()
     with storage.reader(address) as stream:
-        for ending, packing in ((".gz", "gzip"), (".bz2", "bz2"), (".zst", "zstd")):
+        for ending, packing in ((".gz", "gzip"), (".bz2", "bz2")):
             if name.endswith(ending):
-                name = name.removesuffix(ending)
                 stream = fsspec.compression.compr[packing](stream, mode="r")
+        if name.endswith(".zst"):
+            stream = pa.CompressedInputStream(pa.PythonFile(stream, "r"), "zstd")
         lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
         number = 0
         try:
-            if name.endswith((".csv", ".tsv")):
-                for row in csv.DictReader(lines, delimiter="\t" if name.endswith(".tsv") else ","):
+            if (kind := _ending(address)) in {"csv", "tsv"}:
+                for row in csv.DictReader(lines, delimiter="\t" if kind == "tsv" else ","):
                     number += 1
                     row.pop(None, None)  # cells beyond the header
                     yield {key: value or None for key, value in row.items()}
@@ -328,8 +417,8 @@ def _text_rows(address: str) -> Iterator[dict[str, Any]]:
                         row = json.loads(line)
                         if not isinstance(row, dict):
                             raise ValueError("a line that is no JSON object")
-                        yield row
-        except (UnicodeDecodeError, csv.Error, ValueError, EOFError, OSError) as error:
+                        yield {sound(name): cell for name, cell in row.items()} if "\\u" in line else row
+        except (UnicodeDecodeError, csv.Error, ValueError, RecursionError, EOFError, OSError, zlib.error) as error:
             if isinstance(error, storage.StorageError):
                 raise
             raise ValueError(f"{address} cannot be read after row {number}: {error}\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline import storage, tars
-from pipeline.sources import CAPTION_COLUMNS, Part, Reading, Row, Source, plain, text, where_of
+from pipeline.sources import CAPTION_COLUMNS, Part, Reading, Row, Source, Types, cells_of, text, where_of
 
 if TYPE_CHECKING:
     from pipeline.shard import ShardConfig
 
 _BATCH = 64
+# Of how many samples a tar has at most: rows of tar 3 are numbered from 3,000,000,000 on, and no driver need count.
+STEP = 10**9
 
 
 class Tars(Source):
@@ -34,14 +38,18 @@ class Tars(Source):
         found = storage.each(lambda url: json.dumps(storage.glance(url)), self.addresses)
         return hashlib.sha256("\n".join(found).encode()).hexdigest()
 
+    def types(self) -> dict[str, str]:
+        return types_of(self.addresses[0]) | {"source_key": "string"}
+
     def parts(self) -> Iterator[Part]:
-        for address in self.addresses:
-            yield Part({"tar": address})
+        for number, address in enumerate(self.addresses):
+            yield Part({"tar": address, "first": number * STEP})
 
     def rows(self, stage_folder: str, inputs: dict[str, Any], scratch: Path, reading: Reading) -> Iterator[Row]:
         suspicions = tars.Suspicions()
         batch: list[Row] = []
-        for number, sample in enumerate(tars.examine(local(inputs["tar"], scratch), suspicions)):
+        samples = tars.examine(local(inputs["tar"], scratch), suspicions)
+        for number, sample in enumerate(samples, inputs["first"]):
             batch.append(_row(number, sample, self.config.caption_column))
             if len(batch) == _BATCH:
                 yield from self._passing(batch, reading)
@@ -59,11 +67,27 @@ class Tars(Source):
             cells = [row.caption if name == "caption" else row.columns.get(name) for row in batch]
             try:
                 columns[name] = pa.array(cells)
-            except (pa.ArrowInvalid, pa.ArrowTypeError):
+            except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
                 columns[name] = pa.array([None if cell is None else text(cell) for cell in cells], pa.string())
         passing = np.flatnonzero(self.where.mask(self.where.cast(pa.table(columns))))
         reading.filtered += len(batch) - len(passing)
         return [batch[number] for number in passing]
+
+
+def types_of(address: str) -> dict[str, str]:
+    """Types of the metadata in a tar: those of img2dataset's parquet beside it, or what its first samples have."""
+    types, beside = Types(), f"{address.removesuffix('.tar')}.parquet"
+    if storage.exists(beside):
+        try:
+            with storage.reader(beside) as stream:
+                types.see_schema(pq.read_schema(stream))
+            return types.found()
+        except (pa.ArrowException, OSError):
+            types = Types()  # no parquet after all
+    with storage.reader(address) as stream:
+        for sample in itertools.islice(tars.examine(stream, tars.Suspicions()), _BATCH):
+            types.see(metadata_of(sample))
+    return types.found()
 
 
 def local(address: str, scratch: Path) -> Path:
@@ -76,7 +100,7 @@ def metadata_of(sample: dict[str, Any]) -> dict[str, Any]:
     """What the JSON of a sample says, {} if there is none or it is no object."""
     try:
         document = json.loads(sample.get("json", b"{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}
 
@@ -93,6 +117,6 @@ def caption_of(sample: dict[str, Any], meta: dict[str, Any], column: str = "") -
 def _row(number: int, sample: dict[str, Any], caption_column: str) -> Row:
     meta = metadata_of(sample)
     suffix = tars.picture_suffix(sample)
-    columns = {name: plain(value) for name, value in meta.items()} | {"source_key": sample["__key__"]}
+    columns = cells_of(meta | {"source_key": sample["__key__"]})
     return Row(number, text(meta.get("url")) or sample["__key__"], caption_of(sample, meta, caption_column), columns,
                data=sample[suffix] if suffix else None, missing="" if suffix else "the sample has no picture")

@@ -1,0 +1,290 @@
+"""What a run says of itself adds up, whoever dies meanwhile, and a budget stops it when it should."""
+
+import time
+from collections import Counter
+
+import pytest
+
+from jobs.progress import sentence
+from pipeline import progress, stage, storage
+from pipeline.progress import LEAST, Beat, Tally
+from pipeline.stage import Item, Output, Stage, StageFailed
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch):
+    monkeypatch.setattr(progress, "period", lambda folder: 0.0)
+
+
+def say(folder, item, rows, *, again=False, **skipped):
+    """A worker's word on an item that it goes on with."""
+    beat = Beat(str(folder), item, again=again)
+    beat(rows=rows, samples=rows - sum(skipped.values()), length=10 * rows, skipped=Counter(skipped))
+    return beat
+
+
+def record(item, rows, *, retried=0, **skipped):
+    return {"id": item, "samples": rows - sum(skipped.values()), "skipped": skipped,
+            "info": {"rows": rows} | ({"retried": retried} if retried else {})}
+
+
+def test_what_is_recorded_and_what_is_in_hand_add_up(tmp_path):
+    tally = Tally(str(tmp_path), 4, 400)
+    tally.record(record("000000", 100, http_404=10), 900)
+    say(tmp_path, "000001", 50, http_404=5, cut=1)
+    now = tally.look()
+    assert (now["rows"], now["samples"], now["bytes"], now["items"]) == (150, 134, 1400, 1)
+    assert now["skipped"] == {"http_404": 15, "cut": 1} and next(iter(now["skipped"])) == "http_404"
+    assert now == storage.read_json(f"{tmp_path}/progress.json")
+    assert now["of_rows"] == 400 and now["of_items"] == 4
+
+
+def test_an_item_is_not_counted_twice_when_it_is_recorded(tmp_path):
+    tally = Tally(str(tmp_path), 2, 200)
+    beat = say(tmp_path, "000000", 90, cut=9)
+    assert tally.look()["rows"] == 90
+    tally.record(record("000000", 100, cut=10), 1000)
+    # Its worker has not yet taken back its word; or died before.
+    assert tally.look()["rows"] == tally.look(quick=True)["rows"] == 100
+    assert tally.now["skipped"] == {"cut": 10}
+    beat.done()
+    assert tally.look()["rows"] == 100 and storage.names(f"{tmp_path}/progress") == []
+
+
+def test_words_of_the_dead_do_not_count(tmp_path):
+    say(tmp_path, "000000", 80, cut=80)  # of a run that was killed
+    tally = Tally(str(tmp_path), 2, 200)
+    assert tally.look()["rows"] == 0
+    say(tmp_path, "000000", 10)  # whoever does it now
+    assert tally.look()["rows"] == 10 and tally.now["skipped"] == {}
+    say(tmp_path, "000001", 50, cut=50)
+    assert tally.look()["rows"] == 60
+    tally.give_up("000001")
+    assert tally.look()["rows"] == 10 and tally.now["failed_items"] == 1
+
+
+def test_another_drivers_workers_count_when_they_speak_again(tmp_path):
+    say(tmp_path, "000000", 80)
+    tally = Tally(str(tmp_path), 2, 200)
+    say(tmp_path, "000000", 90)
+    assert tally.look()["rows"] == 90
+
+
+def test_a_word_that_is_cut_off_or_gone_is_passed_over(tmp_path):
+    tally = Tally(str(tmp_path), 2, 200)
+    say(tmp_path, "000000", 80)
+    storage.put_bytes(b'{"rows": ', f"{tmp_path}/progress/000001.json")
+    assert tally.look()["rows"] == 80
+
+
+def test_a_budget_means_nothing_before_there_are_rows_enough(tmp_path):
+    tally = Tally(str(tmp_path), 10, 10 * LEAST)
+    say(tmp_path, "000000", LEAST - 1, cut=LEAST - 1)
+    tally.look()
+    assert tally.over(0.5) == ""
+    assert f"{LEAST - 1} of {LEAST - 1} rows failed (100%, allowed are 50%): {LEAST - 1} cut" in \
+        tally.over(0.5, final=True)
+    say(tmp_path, "000000", LEAST, cut=LEAST)
+    tally.look()
+    assert tally.over(0.5) and not tally.over(1.0)
+
+
+def test_a_budget_is_exact(tmp_path):
+    tally = Tally(str(tmp_path), 2, 2000)
+    tally.start()
+    tally.record(record("000000", 1000, cut=300), 0)
+    tally.look()
+    assert not tally.over(0.3) and not tally.over(0.3, final=True)
+    tally.record(record("000001", 1000, cut=301), 0)
+    tally.look()
+    assert "601 of 2000 rows failed (30%, allowed are 30%): 601 cut" == tally.over(0.3) == tally.over(0.3, final=True)
+
+
+def test_what_the_settings_leave_out_is_no_failure(tmp_path):
+    tally = Tally(str(tmp_path), 2, 2000, by_choice={"too_small"})
+    tally.record(record("000000", 1000, too_small=900, cut=50), 0)
+    say(tmp_path, "000001", 1000, too_small=900)
+    tally.look()
+    assert not tally.over(0.1, final=True) and not tally.over(0.1)
+    assert tally.over(0.01, final=True) == "50 of 2000 rows failed (2%, allowed are 1%): 50 cut"
+    assert tally.now["skipped"] == {"too_small": 1800, "cut": 50}
+
+
+def test_rows_that_are_tried_again_count_once_in_a_budget(tmp_path):
+    tally = Tally(str(tmp_path), 3, 1500)
+    tally.record(record("000000", 1000, cut=300), 0)
+    tally.start()
+    # Half of them fail again, and some are in hand.
+    tally.record(record("000001", 200, retried=200, cut=100), 0)
+    say(tmp_path, "000002", 90, again=True, cut=90)
+    tally.look()
+    assert tally.over(0.25) == ""  # no row of this run failed for the first time
+    assert tally.over(0.21, final=True) == "" and "200 of 1000 rows failed (20%" in tally.over(0.19, final=True)
+    assert tally.now["rows"] == 1290 and tally.now["retried"] == 290
+    tally.record(record("000002", 100, retried=100), 0)
+    assert "100 of 1000 rows failed (10%" in tally.over(0.09, final=True)
+    assert "90.0% good" in sentence(tally.look()) and "1300 of 1500 rows (300 tried again)" in sentence(tally.now)
+
+
+def test_a_run_that_was_stopped_goes_on_when_the_cause_is_gone(tmp_path):
+    tally = Tally(str(tmp_path), 10, 10_000)
+    tally.record(record("000000", 1000, connect=1000), 0)
+    tally.start()
+    tally.record(record("000001", 500), 0)
+    tally.look()
+    assert tally.over(0.3) == "" and "1000 of 1500 rows failed (67%" in tally.over(0.3, final=True)
+    tally.record(record("000002", 500, connect=400), 0)
+    tally.look()
+    assert "400 of 1000 rows failed (40%" in tally.over(0.3)
+
+
+def test_the_rate_is_that_of_this_run(tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    tally = Tally(str(tmp_path), 10, 10_000)
+    tally.record(record("000000", 5000), 0)
+    tally.start()
+    assert tally.look()["seconds_left"] is None
+    clock[0] += 10
+    tally.record(record("000001", 1000), 0)
+    assert tally.look()["rows_per_s"] == 100 and tally.now["seconds_left"] == 40
+    assert "100 rows/s" in sentence(tally.now) and sentence(tally.now).endswith("40 s left")
+
+
+def test_several_samples_of_a_row_are_no_better_than_one(tmp_path):
+    tally = Tally(str(tmp_path), 1, 100)
+    tally.record({"id": "000000", "samples": 360, "skipped": {"cut": 10}, "info": {"rows": 100}}, 0)
+    assert "90.0% good" in sentence(tally.look())
+
+
+def test_a_look_that_takes_long_is_taken_less_often(tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(progress, "period", lambda folder: 5.0)
+    tally = Tally(str(tmp_path), 1, 100)
+    clock[0] += 5
+    assert tally.due()
+    monkeypatch.setattr(storage, "put_json", lambda *given: clock.__setitem__(0, clock[0] + 3))
+    tally.look()
+    clock[0] += 20
+    assert not tally.due() and tally.due(quick=True)
+    clock[0] += 10
+    assert tally.due()
+
+
+def test_a_word_that_cannot_be_written_costs_nothing(tmp_path, monkeypatch):
+    def fails(*given):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(storage, "put_json", fails)
+    say(tmp_path, "000000", 10).done()
+    assert Tally(str(tmp_path), 1, 100).look()["rows"] == 0
+
+
+def test_nothing_is_left_of_it(tmp_path):
+    tally = Tally(str(tmp_path), 1, 100)
+    tally.clear()
+    say(tmp_path, "000000", 10)
+    tally.look()
+    tally.clear()
+    assert storage.names(str(tmp_path)) == storage.folders(str(tmp_path)) == []
+
+
+class Half(Stage):
+    """Items of a hundred rows of which a share fails; tried again they are well."""
+
+    name = "half"
+
+    def __init__(self, root, failing, items=6, upset=()):
+        super().__init__(str(root), "half", None)
+        self.failing, self.items, self.upset, self.done = failing, items, upset, []
+
+    def section(self):
+        return {}
+
+    def plan(self):
+        return [Item(f"{number:06d}", {"count": 100}) for number in range(self.items)]
+
+    def again(self, items, done):
+        assert len({item.id for item in items}) == len(items)
+        last = max(item.inputs.get("round", 0) for item in items)
+        failed = sum(one["skipped"].get("cut", 0) for item, one in zip(items, done, strict=True)
+                     if item.inputs.get("round", 0) == last)
+        return [Item(f"{len(items):06d}", {"count": failed, "round": last + 1})] if failed else []
+
+    def process(self, item, scratch):
+        if item.id in self.upset:
+            raise KeyboardInterrupt
+        again, rows = "round" in item.inputs, item.inputs["count"]
+        failed = 0 if again and self.failing < 1 else round(rows * self.failing)
+        self.done.append(item.id)
+        self.beat(rows=rows, samples=rows - failed, length=0, skipped=Counter(cut=failed))
+        return Output(rows - failed, counted=({"cut": failed} if failed else {}, {}),
+                      info={"rows": rows} | ({"retried": rows} if again else {}))
+
+
+def test_a_budget_holds_before_sealing(tmp_path):
+    """Less rows than a share along the way would need."""
+    one = Half(tmp_path, 0.5, items=1)
+    with pytest.raises(StageFailed, match=r"50 of 100 rows failed \(50%, allowed are 40%\): 50 cut\nhint: .*retry"):
+        stage.run(one, max_failed=0.4)
+    assert not storage.exists(f"{one.folder}/manifest.json") and storage.names(f"{one.folder}/records")
+    with pytest.raises(StageFailed, match="50 of 100"):
+        stage.run(Half(tmp_path, 0.5, items=1), max_failed=0.4)
+    assert stage.run(Half(tmp_path, 0.5, items=1), max_failed=0.5)["totals"]["skipped"] == {"cut": 50}
+    assert storage.folders(one.folder) == ["records"] and storage.names(one.folder) == ["manifest.json", "plan.json"]
+
+
+def test_a_budget_stops_a_run_on_its_way(tmp_path):
+    one = Half(tmp_path, 0.5)
+    with pytest.raises(StageFailed, match=r"of \d+ rows failed \(50%"):
+        stage.run(one, max_failed=0.4)
+    assert 1 < len(one.done) < 6
+
+
+def test_a_second_try_is_made_before_the_budget_is_looked_at(tmp_path):
+    manifest = stage.run(Half(tmp_path, 0.3), retry=True, max_failed=0.3)
+    assert manifest["totals"]["skipped"] == {"cut": 180} and manifest["totals"]["samples"] == 600
+    assert [item["id"] for item in manifest["items"]] == [f"{number:06d}" for number in range(7)]
+    # All of it fails again, and nothing is stopped for that: no row fails that had not before.
+    worse = Half(tmp_path / "worse", 1.0, items=1)
+    with pytest.raises(StageFailed, match=r"100 of 100 rows failed .*tried again counted anew"):
+        stage.run(worse, retry=True, max_failed=0.9)
+    assert worse.done == ["000000", "000001"]
+
+
+def test_a_second_try_that_was_cut_off_is_ended_and_no_other_begun(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        stage.run(Half(tmp_path / "cut", 1.0, items=2, upset={"000002"}), retry=True)
+    manifest = stage.run(Half(tmp_path / "cut", 1.0, items=2), retry=True)
+    assert stage.timeless(manifest) == stage.timeless(stage.run(Half(tmp_path / "whole", 1.0, items=2), retry=True))
+
+
+def test_two_drivers_make_one_second_try(tmp_path):
+    """The other one has made its second try, though not sealed, when this one has ended the first."""
+    one, other = Half(tmp_path, 1.0, items=3), Half(tmp_path, 1.0, items=3, upset={"000003"})
+
+    def late(stage_, items):
+        yield from stage.in_process(stage_, items)
+        if not late.met:
+            late.met = True
+            with pytest.raises(KeyboardInterrupt):
+                stage.run(other, retry=True)
+    late.met = False
+    manifest = stage.run(one, late, retry=True)
+    assert storage.names(f"{one.folder}/more") == ["0001.json"]
+    assert [item["id"] for item in manifest["items"]] == [f"{number:06d}" for number in range(4)]
+
+
+def test_of_two_that_begin_at_once_one_takes_another_order(tmp_path, monkeypatch):
+    """Both found no plan: who comes second must not do the same items in the same order."""
+    shuffled = []
+    monkeypatch.setattr(stage.random, "shuffle", shuffled.append)
+    one, other = Half(tmp_path, 0.0), Half(tmp_path, 0.0)
+    plan = other.plan
+
+    def late():
+        stage.prepare(one)
+        return plan()
+    other.plan = late
+    stage.run(other)
+    assert shuffled == [[0, 1, 2, 3, 4, 5]]
