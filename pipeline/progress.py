@@ -9,10 +9,10 @@ import contextlib
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from pipeline import storage
+from pipeline import records, storage
 
 LEAST = 200  # rows before a share of failures means anything
 
@@ -55,10 +55,12 @@ class Tally:
     Rows that are tried again count anew in `rows` and among the reasons; shares of failures count each row once.
     """
 
-    def __init__(self, folder: str, items: int, rows: int, by_choice: Iterable[str] = ()) -> None:
+    def __init__(self, folder: str, items: int, rows: int, by_choice: Iterable[str] = (),
+                 recorded: set[str] | None = None) -> None:
+        """`recorded`: ids of what has a record, where somebody keeps them already."""
         self.folder, self.items, self.rows = folder, items, rows
         self.by_choice = set(by_choice)
-        self.recorded_ids: set[str] = set()
+        self.recorded_ids: set[str] = set() if recorded is None else recorded
         self.done_items = self.failed_items = self.retried = 0
         self.recorded = {"rows": 0, "samples": 0, "bytes": 0}
         self.reasons: Counter[str] = Counter()
@@ -92,8 +94,21 @@ class Tally:
         self.failed_items += 1
         self._given_up.add(item)
 
-    def start(self) -> None:
-        """What is counted so far was done by earlier runs."""
+    def start(self, done: Sequence[dict[str, Any]] = ()) -> None:
+        """Count the records of earlier runs; what is counted so far was done by them."""
+        infos = list(records.infos(done)) if isinstance(done, records.Rows) else []
+        if infos and all("rows" in info for info, _ in infos):  # a million of them, in columns
+            counts = records.totals(done)
+            self.done_items += counts["items"]
+            self.recorded_ids.update(done.ids())
+            self.recorded["rows"] += sum(info["rows"] * count for info, count in infos)
+            self.recorded["samples"] += counts["samples"]
+            self.recorded["bytes"] += counts["bytes"]
+            self.retried += sum(info.get("retried", 0) * count for info, count in infos)
+            self.reasons.update(counts["skipped"])
+        else:
+            for record in done:
+                self.record(record, sum(file["bytes"] for file in record["files"]))
         self._before = self.recorded["rows"]
         self._fresh_rows, self._fresh_reasons = 0, Counter()
 

@@ -123,8 +123,8 @@ def content(fingerprint: str, described: Iterable[dict[str, Any]], done: Sequenc
     for file in described:
         digest.update(f"{file['name']} {file['sha256']}\n".encode())
     if isinstance(done, Rows):
-        for chunk in done.table.column("files").chunks:
-            files = chunk.flatten()
+        for batch in done.table.select(["files"]).to_batches(max_chunksize=_BATCH):  # a million lines are much memory
+            files = batch.column("files").flatten()
             lines = pc.binary_join_element_wise(files.field("name"), files.field("sha256"), " ")
             digest.update("".join(f"{line}\n" for line in lines.to_pylist()).encode())
     else:
@@ -166,9 +166,20 @@ def _column_totals(of: pa.Table) -> dict[str, Any]:
 
 def seconds(done: Sequence[dict[str, Any]]) -> float:
     """Worker seconds of all records together."""
-    texts = done.table.column("run").to_pylist() if isinstance(done, Rows) else None
-    return sum(json.loads(text)["seconds"] for text in texts) if texts is not None else sum(
-        record["run"]["seconds"] for record in done)
+    if isinstance(done, Rows):
+        return pc.sum(pc.extract_regex(done.table.column("run"), r'"seconds": (?P<s>[0-9.e+-]+)')
+                      .combine_chunks().field("s").cast(pa.float64())).as_py() or 0.0
+    return sum(record["run"]["seconds"] for record in done)
+
+
+def infos(done: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each `info` that occurs among records, and how often."""
+    if isinstance(done, Rows):
+        for one in pc.value_counts(done.table.column("info")).to_pylist():
+            yield json.loads(one["values"]), one["counts"]
+    else:
+        for record in done:
+            yield record["info"], 1
 
 
 class Collected:
@@ -203,4 +214,5 @@ class Collected:
             return [by_id[one] for one in ids if one in by_id]
         whole = pa.concat_tables([*self._tables, table(self._loose)]).combine_chunks()
         place = {one: number for number, one in enumerate(whole.column("id").to_pylist())}
-        return records(whole.take(pa.array([place[one] for one in ids if one in place], pa.int64())))
+        wanted = [place[one] for one in ids if one in place]
+        return records(whole if wanted == list(range(whole.num_rows)) else whole.take(pa.array(wanted, pa.int64())))

@@ -42,6 +42,7 @@ FORMAT = 2
 _MANIFEST_KEYS = {"stage", "content", "items", "files"}  # those of a checkpoint's manifest too
 _PLAN_KEYS = {"format", "stage", "fingerprint", "section", "inputs", "items"}
 _TRIES = 3
+_AT_ONCE = 5000  # records in memory as dicts
 
 
 @dataclass(frozen=True)
@@ -300,9 +301,11 @@ def recorded(stage: Stage, ids: Sequence[str]) -> records.Collected:
     for name in storage.names(packs):
         found.add_table(records.from_bytes(storage.read_bytes(storage.join(packs, name))))
     missing = [one for one in ids if f"{one}.json" in there and one not in found.ids]
-    for record in storage.each(storage.read_json, [storage.join(folder, f"{one}.json") for one in missing]):
-        if record["plan"] == plan:
-            found.add(record)
+    for first in range(0, len(missing), _AT_ONCE):
+        some = [storage.join(folder, f"{one}.json") for one in missing[first:first + _AT_ONCE]]
+        for record in storage.each(storage.read_json, some):
+            if record["plan"] == plan:
+                found.add(record)
     return found
 
 
@@ -483,10 +486,12 @@ def _work_off(stage: Stage, runner: Runner, items: Sequence[Item], joined: bool,
     if joined:
         # Of two drivers on one folder, each does about half: they start from different ends of the list.
         random.shuffle(numbers)
-    tally = Tally(stage.folder, len(ids), sum(map(stage.rows, items)), stage.by_choice)
-    for record in done.in_order(ids):
-        tally.record(record, sum(file["bytes"] for file in record["files"]))
-    tally.start()
+    tally = Tally(stage.folder, len(ids), sum(map(stage.rows, items)), stage.by_choice, done.ids)
+    before = done.in_order(ids)
+    tally.start(before)
+    if not numbers:
+        return before, tally
+    del before
 
     def look() -> None:
         tally.look()
@@ -500,7 +505,7 @@ def _work_off(stage: Stage, runner: Runner, items: Sequence[Item], joined: bool,
     stage.heard = look
     failures = set(storage.names(storage.join(stage.folder, "failures")))
     failed = []
-    for outcome in runner(stage, _Left(items, numbers)) if numbers else ():
+    for outcome in runner(stage, _Left(items, numbers)):
         if outcome is not None:
             address = storage.join(stage.folder, "failures", f"{outcome.item.id}.json")
             if outcome.full:

@@ -385,7 +385,7 @@ _SECRET = re.compile(r"([?&](?:x-amz-[a-z-]+|awsaccesskeyid|signature|sig|token|
 
 def without_credentials(text: str) -> str:
     """`text` with passwords, keys and signatures in its URLs taken out."""
-    return _SECRET.sub(r"\1***", re.sub(r"(\w+://)[^/@\s]+@", r"\1***@", text))
+    return _SECRET.sub(r"\1***", re.sub(r"(\w+://)[^/?#\s]*@", r"\1***@", text))
 
 
 def short_hash(text: str) -> str:

@@ -44,8 +44,6 @@ class Row:
     caption_file: str = ""
     missing: str = ""
     """Why there is no picture to be had, as far as the listing knows."""
-    veiled: str = ""
-    """The name in full where it holds a password or a signature, for none but those who have the list."""
     data: bytes | None = None
 
 

@@ -17,7 +17,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -80,19 +79,10 @@ class Lists(Source):
 
     def identity(self) -> str:
         if self.texts:
-            return hashlib.sha256(self._key).hexdigest()
-        found = storage.each(lambda url: json.dumps(storage.glance(url)), self.addresses)
+            found = [json.dumps([address.rsplit("/", 1)[-1], storage.sha256(address)]) for address in self.addresses]
+        else:
+            found = storage.each(lambda url: json.dumps(storage.glance(url)), self.addresses)
         return hashlib.sha256("\n".join(found).encode()).hexdigest()
-
-    @cached_property
-    def _key(self) -> bytes:
-        """A hash of all of a text list, which is known to those alone who have it."""
-        found = [json.dumps([address.rsplit("/", 1)[-1], storage.sha256(address)]) for address in self.addresses]
-        return hashlib.sha256("\n".join(found).encode()).digest()
-
-    def __getstate__(self) -> dict[str, Any]:
-        assert not self.texts or self._key  # workers have no addresses to make it from
-        return super().__getstate__()
 
     def types(self) -> dict[str, str]:
         types = Types()
@@ -112,7 +102,7 @@ class Lists(Source):
 
     def rows(self, stage_folder: str, inputs: dict[str, Any], scratch: Path, reading: Reading) -> Iterator[Row]:
         if self.texts:
-            yield from map(self._unveiled, listed_rows(stage_folder, inputs))
+            yield from listed_rows(stage_folder, inputs)
             return
         only = (set(json.loads(storage.read_bytes(storage.join(stage_folder, inputs["only"]))))
                 if "only" in inputs else None)
@@ -286,31 +276,12 @@ class Lists(Source):
                         if len(chosen) == need:
                             yield listed(chosen, number, need, {"filtered": filtered})
                             chosen, number, filtered = [], number + 1, 0
-                        chosen.append(self._veiled(self._row(position, cells)))
+                        chosen.append(self._row(position, cells))
                     position += 1
         if chosen:
             yield listed(chosen, number, len(chosen), {"filtered": filtered})
         elif position:
             raise ValueError(f"not one of {position} rows passes the filter {self.config.where}")
-
-    def _veiled(self, row: Row) -> Row:
-        """A row as it may stand beside the plan: without passwords and signatures in its address."""
-        if (name := storage.without_credentials(row.name)) != row.name:
-            data = row.name.encode("utf-8", "surrogatepass")
-            row.name, row.veiled = name, self._veil(row.number, data).hex()
-        return row
-
-    def _unveiled(self, row: Row) -> Row:
-        """The row with its address in full."""
-        if row.veiled:
-            name = self._veil(row.number, bytes.fromhex(row.veiled)).decode("utf-8", "surrogatepass")
-            row.name, row.veiled = name, ""
-        return row
-
-    def _veil(self, number: int, data: bytes) -> bytes:
-        # No key is used for two texts in one place: another list has another key.
-        stream = hashlib.shake_256(self._key + number.to_bytes(8, "big")).digest(len(data))
-        return bytes(one ^ other for one, other in zip(data, stream, strict=True))
 
     def _text_mask(self, batch: list[dict[str, Any]]) -> np.ndarray:
         if self.where is None:

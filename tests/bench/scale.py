@@ -8,6 +8,7 @@ it runs. Everything is in scale.json in the work folder.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -231,7 +232,7 @@ def _record(item: str, print_: str) -> dict[str, Any]:
     """A record as a shard of a list has it: three files, some reasons."""
     number = int(item)
     return {"id": item, "plan": print_, "samples": 8000 + number % 1000, "info": {"rows": ROWS_PER_SHARD},
-            "files": [{"name": name, "bytes": 200_000_000 + number, "sha256": f"{number:032x}" * 2}
+            "files": [{"name": name, "bytes": 200_000_000 + number, "sha256": hashlib.sha256(name.encode()).hexdigest()}
                       for name in (f"{item}.parquet", f"{item}.tar", f"ledger/{item}.jsonl")],
             "skipped": {"http_404": 800, "timeout": 200, "not_a_picture": 1000 - number % 1000},
             "noted": {"first_frame": 3},

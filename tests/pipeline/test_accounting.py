@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -17,12 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
 
-from pipeline import progress, shard, sift, sources, stage, storage, tars, verify
+from pipeline import progress, shard, sift, stage, storage, tars, verify
 from pipeline.dataset import Dataset, file_of
 from pipeline.download import DownloadConfig
 from pipeline.shard import Shard, ShardConfig
 from pipeline.sift import Sift
-from pipeline.sources import Reading
 from pipeline.stage import StageFailed
 from tests.pipeline import made, web
 from tests.pipeline.made import encoded, noise
@@ -197,24 +195,11 @@ def test_passwords_in_addresses_appear_nowhere(tmp_path, site, kind):
     assert reasons[:10] == [None, "not_a_picture", "http_404", "not_a_picture", None, "protocol", "bad_url", "bad_url",
                             "http_500", None]
     assert reasons[-1] is None  # so it did at the second try
-    found = readable(tmp_path / "root")
+    # Rows of a list of text are copied beside the plan as they are: workers need them in full.
+    found = {name: text for name, text in readable(tmp_path / "root").items() if "/rows/" not in name}
     assert any("http://***@" in text for text in found.values())
     for word in ("hidden-word", "hidden%2Dword", "somebody"):
         assert [name for name, text in found.items() if word in text] == []
-
-
-def test_passwords_of_a_text_list_are_known_to_those_who_have_it(tmp_path, site):
-    addresses = [f"http://a:wo\u00e4rd-{number}@{site}/0{number}.png?token=of-{number}" for number in range(3)]
-    one = Shard(Dataset.parse(str(tmp_path), "x"), config(urls(tmp_path / "list.csv", addresses)))
-    item = stage.prepare(one)[0]
-
-    def names(source) -> list[str]:
-        return [row.name for row in source.rows(one.folder, item.inputs, tmp_path, Reading())]
-    assert names(one.source) == names(pickle.loads(pickle.dumps(one.source))) == addresses
-    assert b"rd-" not in (tmp_path / one.path / item.inputs["rows"]).read_bytes()
-    other = sources.of(config(urls(tmp_path / "other.csv", [*addresses, "http://example.org"])))
-    veils = {source._veil(number, bytes(40)) for source in (one.source, other) for number in range(2)}
-    assert len(veils) == 4
 
 
 # Order.

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from jobs.progress import sentence
-from pipeline import progress, stage, storage
+from pipeline import progress, records, stage, storage
 from pipeline.progress import LEAST, Beat, Tally
 from pipeline.stage import Item, Output, Stage, StageFailed
 
@@ -136,6 +136,22 @@ def test_a_run_that_was_stopped_goes_on_when_the_cause_is_gone(tmp_path):
     tally.record(record("000002", 500, connect=400), 0)
     tally.look()
     assert "400 of 1000 rows failed (40%" in tally.over(0.3)
+
+
+def test_records_in_columns_count_like_others(tmp_path):
+    done = [record(f"{number:06d}", 100, cut=number % 7, retried=100 * (number % 50 == 0)) | {
+        "plan": "p", "files": [{"name": "a", "bytes": number, "sha256": "0"}], "noted": {}, "run": {"seconds": 0.5}}
+        for number in range(500)]
+    for bare in (done, [one | {"info": {}} for one in done]):
+        columns = records.records(records.table(bare))
+        one, other = Tally(f"{tmp_path}/one", 500, 0), Tally(f"{tmp_path}/other", 500, 0)
+        one.start(bare)
+        other.start(columns)
+        assert one.look() | {"updated": 0} == other.look() | {"updated": 0} and one.recorded_ids == other.recorded_ids
+        assert one.over(0.0, final=True) == other.over(0.0, final=True) != ""
+        assert records.seconds(columns) == records.seconds(bare) == 250
+        assert records.totals(columns) == records.totals(bare)
+        assert records.content("p", [], columns) == records.content("p", [], bare)
 
 
 def test_the_rate_is_that_of_this_run(tmp_path, monkeypatch):
