@@ -136,7 +136,7 @@ def driver(work: Path, items: int, workers: int) -> dict[str, Any]:
         before, cpu, begun = memory()["VmRSS"], time.process_time(), time.perf_counter()
         stage.run(scale.Trivial(str(root), items), runner, watch=lambda tally: None)
         return {"workers": workers, "items": items, "seconds": time.perf_counter() - begun,
-                "driver_cpu": time.process_time() - cpu, "driver_bytes": (memory()["VmRSS"] - before) * 1e6 / items}
+                "driver_cpu": time.process_time() - cpu, "driver_mb": memory()["VmRSS"] - before}
 
 
 def shard(work: Path, pictures: int, workers: int) -> dict[str, Any]:
@@ -323,11 +323,12 @@ def planning(work: Path, sizes: Sizes) -> list[dict[str, Any]]:
 
 
 def driving(work: Path, sizes: Sizes, workers: list[int]) -> list[dict[str, Any]]:
-    found = [measured("driver", work, items=sizes.trivial, workers=count) for count in (0, *workers)]
-    print("\n| trivial items | workers | items/s | driver CPU an item | driver memory an item |\n|---|---|---|---|---|")
+    found = [measured("driver", work, items=items, workers=count) for items, count in (
+        (sizes.trivial, 0), (4 * sizes.trivial, 0), *((sizes.trivial, count) for count in workers))]
+    print("\n| trivial items | workers | items/s | driver CPU an item | driver memory grew by |\n|---|---|---|---|---|")
     for one in found:
         print(f"| {one['items']:,} | {one['workers'] or 'in process'} | {one['items'] / one['seconds']:,.0f} "
-              f"| {one['driver_cpu'] / one['items'] * 1e3:.2f} ms | {one['driver_bytes']:,.0f} bytes |")
+              f"| {one['driver_cpu'] / one['items'] * 1e3:.2f} ms | {one['driver_mb']:,.0f} MB |")
     print(f"\nAll on the {os.cpu_count()} cores of one machine: more workers than that share them. In process the "
           f"driver is the worker too.")
     return found
@@ -362,7 +363,7 @@ def extrapolated(found: dict[str, Any], sizes: Sizes) -> None:
     at_all = found["lists"]["lists"]
     count = at_all["items"]
     each = {name: one["seconds"] / count for name, one in at_all.items() if name != "items"}
-    busiest = max(one["driver_cpu"] / one["items"] for one in found["driver"][1:])
+    busiest = max(one["driver_cpu"] / one["items"] for one in found["driver"][2:])
     packed = found["lists"]["resume"][0]
     print("\n| | 100 million rows | 5 billion rows |\n|---|---|---|")
     totals = [rows // ROWS_PER_SHARD for rows in (100_000_000, 5_000_000_000)]
