@@ -55,6 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
         return act(command, settings)
     except ValueError as error:
         return _misuse(str(error))
+    except (NotADirectoryError, IsADirectoryError) as error:
+        return _misuse(f"{error.filename}: {error.strerror}")
     except (StageFailed, OSError, FloatingPointError) as error:
         text = storage.full(error) or str(error)
         text = text if "hint:" in text else f"{text}\n{_GO_ON}"
@@ -113,9 +115,12 @@ def _shard(command: commands.ShardCommand, settings: Settings) -> int:
 
 def _sift(sifted: sift.Sift, command: commands.ShardCommand) -> int:
     with runner(command) as run_with:
-        manifest = sift.run(sifted, lambda stage_: stage.run(
-            stage_, run_with, watch=watcher(stage_.name), retry=command.retry_failed and stage_ is sifted.whole,
-            max_failed=command.max_failed), rebuild=command.stage.rebuild)
+        def seal(stage_: Shard) -> dict[str, Any]:
+            first = stage_ is sifted.whole
+            return stage.run(stage_, run_with, watch=watcher("shard" if first else "sift"),
+                             retry=command.retry_failed and first, max_failed=command.max_failed)
+
+        manifest = sift.run(sifted, seal, rebuild=command.stage.rebuild)
     _done(sifted, manifest)
     return 0
 
@@ -254,7 +259,7 @@ def runner(command: Any) -> Iterator[stage.Runner]:
 
 def _run(stage_: Stage, command: Any) -> int:
     if command.common.dry_run:
-        return _dry_run(stage_)
+        return _dry_run(stage_, command.stage.rebuild)
     with runner(command) as run_with:
         manifest = stage.run(stage_, run_with, rebuild=command.stage.rebuild, watch=watcher(stage_.name),
                              retry=getattr(command, "retry_failed", False) and not getattr(stage_, "base", None),
@@ -263,8 +268,8 @@ def _run(stage_: Stage, command: Any) -> int:
     return 0
 
 
-def _dry_run(stage_: Stage) -> int:
-    print(json.dumps(status.forecast(stage_), indent=1))
+def _dry_run(stage_: Stage, rebuild: bool = False) -> int:
+    print(json.dumps(status.forecast(stage_, rebuild=rebuild), indent=1))
     return 0
 
 

@@ -10,6 +10,7 @@ from pipeline import records, stage, storage
 from pipeline.stage import Item, Stage
 
 _SILENT_S = 120.0
+_SILENT_S = 120.0
 _OF_A_DATASET = ("shards", "embeddings", "index")
 _KEYS = {"plan.json": {"stage", "items", "inputs", "section"}, "manifest.json": {"stage", "items", "content"}}
 
@@ -37,13 +38,13 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(f"{one['path']:<{width}}  {one['state']:<12} {_detail(one)}".rstrip() for one in found)
 
 
-def forecast(stage_: Stage) -> dict[str, Any]:
+def forecast(stage_: Stage, *, rebuild: bool = False) -> dict[str, Any]:
     """What running a stage would do: items, how many are left, bytes to read, seconds as far as known."""
-    claimed = storage.exists(storage.join(stage_.folder, "plan.json"))
+    claimed = not rebuild and storage.exists(storage.join(stage_.folder, "plan.json"))
     items: Sequence[Item] = stage.prepare(stage_) if claimed else list(stage_.plan())
     ids = [item.id for item in items]
     done = stage.recorded(stage_, ids).in_order(ids) if claimed else []
-    sealed = storage.exists(storage.join(stage_.folder, "manifest.json"))
+    sealed = claimed and storage.exists(storage.join(stage_.folder, "manifest.json"))
     left = 0 if sealed else len(items) - len(done)
     each = [record["run"]["seconds"] for record in done]
     if not each:
@@ -123,9 +124,11 @@ def _detail(one: dict[str, Any]) -> str:
 def _progress(root: str, path: str) -> dict[str, Any] | None:
     """What the driver of a stage under way said last."""
     try:
-        return storage.read_json(storage.join(root, path, "progress.json"))
+        said = storage.read_json(storage.join(root, path, "progress.json"))
     except (FileNotFoundError, ValueError):
         return None
+    # Of a driver that is gone the records tell, and its last word does not.
+    return said if time.time() - said["updated"] < _SILENT_S else None
 
 
 def _read(root: str, path: str, name: str) -> Any:

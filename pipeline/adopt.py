@@ -31,6 +31,11 @@ class Adopt(Stage):
     def __init__(self, dataset: Dataset, config: ShardConfig) -> None:
         if not config.source:
             raise ValueError("--adopt needs a source\nhint: --source FOLDER with tars")
+        asked = [name for name, usual in (("where", ""), ("duplicates", "keep"), ("patches", 0), ("min_size", 0))
+                 if getattr(config, name) != usual]
+        if asked:
+            raise ValueError(f"--adopt takes tars as they are, and not {', '.join(asked)}\n"
+                             f"hint: without --adopt they are filtered and resized into new ones")
         super().__init__(dataset.root, dataset.path("shards"), config)
         self.dataset = dataset
         self._addresses: list[str] = []

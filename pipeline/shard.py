@@ -218,7 +218,8 @@ class Shard(Stage):
                     None if self.source.fetch == "url" else read)
         tar, table = scratch / "shard.tar", scratch / "shard.parquet"
         ledger = packing.write(tar, table)
-        ledger += [Entry(name, reason, detail, kept=True) for name, reason, detail in reading.remarks]
+        # How many samples a damaged tar had, nobody knows: it counts as one thing left out, and is never silent.
+        ledger += [Entry(name, reason, detail, kept=reason != "tar_cut") for name, reason, detail in reading.remarks]
         filtered = reading.filtered + item.inputs.get("filtered", 0)
         info = {"rows": packing.rows} | ({"filtered": filtered} if filtered else {})
         if "round" in item.inputs:
@@ -286,7 +287,10 @@ class Shard(Stage):
             reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
             raise StageFailed(f"shard: not one picture of {', '.join(self.config.source)} can be used: {reasons}\n"
                               f"hint: the ledger in {self.folder} names each")
-        sums = {name: sum(record["info"].get(name, 0) for record in records) for name in ("filtered", "retried")}
+        sums = {name: sum(record["info"].get(name, 0) for record in records)
+                for name in ("rows", "filtered", "retried")}
+        # A row that was tried again is in two records: it is one row of the source.
+        sums["rows"] += sums["filtered"] - sums["retried"]
         return Output(info={"sources": self._origins(), "format": self.config.format,
                             **{name: count for name, count in sums.items() if count}})
 

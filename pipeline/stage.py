@@ -642,7 +642,9 @@ def _disagreement(stage: Stage, claimed: dict[str, Any], inputs: dict[str, Any])
     wanted = {"format": FORMAT, "stage": stage.name, "section": stage.section(), "inputs": inputs}
     differing = "; ".join(f"{field}: there {there}, now {now}" for field, there, now in
                           _differences({key: claimed[key] for key in wanted}, wanted))
-    return (f"{stage.folder} was planned with other settings or inputs ({differing})\n"
+    moved = [name for name, one in inputs.items() if one != claimed["inputs"].get(name)]
+    changed = f"; what it is made from has changed: {', '.join(moved)}" if moved else ""
+    return (f"{stage.folder} was planned with other settings or inputs ({differing}){changed}\n"
             f"hint: {stage.elsewhere}, or make this one anew with --rebuild")
 
 

@@ -92,7 +92,8 @@ def guarded(what: str, make: Callable[..., Child], *arguments: Any) -> Child:
         return make(*arguments)
     except Exception as error:
         # A damaged root needs its report most: one part that cannot be read must not cost the others.
-        _log.warning("report: %s could not be read", what, exc_info=True)
+        _log.warning("report: %s could not be read: %s", what, error,
+                     exc_info=not isinstance(error, ValueError | OSError))
         return note(f"{what} could not be read: ", str(error).split("\nhint:")[0] or type(error).__name__)
 
 

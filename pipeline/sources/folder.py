@@ -36,6 +36,10 @@ class Folder(Source):
         if len(config.source) > 1:
             raise ValueError(f"pictures are taken from one folder, not from {len(config.source)}\n"
                              f"hint: name the folder above them, or a pattern")
+        asked = [name for name in ("where", "url_column", "image_column", "hash_column") if getattr(config, name)]
+        if asked:
+            raise ValueError(f"{', '.join(asked)}: settings for lists and tars, and {config.source[0]} is a folder of "
+                             f"pictures\nhint: choose among the captions, and take --only-captioned")
         self.base, self.pattern = _split(config.source[0])
         self._found: list[Row] | None = None
 
@@ -152,6 +156,9 @@ class Folder(Source):
 def _split(address: str) -> tuple[str, re.Pattern[str]]:
     """A folder, and the pattern that names below it must match: * stays in a folder, ** does not."""
     if "*" not in address and "?" not in address:
+        if address.lower().endswith(images.SUFFIXES) and storage.exists(address):
+            folder, _, name = storage.normal(address).rpartition("/")
+            return folder, re.compile(re.escape(name))
         return storage.normal(address), re.compile(".*", re.DOTALL)
     parts = address.split("/")
     first = next(number for number, part in enumerate(parts) if "*" in part or "?" in part)

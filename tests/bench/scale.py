@@ -360,7 +360,7 @@ def extrapolated(found: dict[str, Any], sizes: Sizes) -> None:
     """What 100 million and 5 billion rows would cost, by the constants measured."""
     per_row = (found["plan"][2]["seconds"] - found["plan"][0]["seconds"]) / sizes.rows
     filtered = (found["plan"][3]["seconds"] - found["plan"][1]["seconds"]) / sizes.rows
-    at_all = found["lists"]["lists"]
+    at_all, base = found["lists"]["lists"], found["plan"][0]["before_mb"]
     count = at_all["items"]
     each = {name: one["seconds"] / count for name, one in at_all.items() if name != "items"}
     busiest = max(one["driver_cpu"] / one["items"] for one in found["driver"][2:])
@@ -374,7 +374,7 @@ def extrapolated(found: dict[str, Any], sizes: Sizes) -> None:
         "reading the list, no filter": [_time(n * ROWS_PER_SHARD * per_row) for n in totals],
         "reading the list, with a filter": [_time(n * ROWS_PER_SHARD * filtered) for n in totals],
         "driver CPU for the items": [_time(n * busiest) for n in totals],
-        "driver memory, at the most": [f"{200 + n * (at_all['going on']['peak_mb'] - 200) / count:,.0f} MB"
+        "driver memory, at the most": [f"{base + n * (at_all['going on']['peak_mb'] - base) / count:,.0f} MB"
                                        for n in totals],
         "manifest, written and loaded": [_time(n * (each["manifest"] + each["manifest, loaded"])) for n in totals],
         "going on, from packs on a disk": [_time(n * (each["going on"] + packed["seconds"] / packed["items"]))
