@@ -10,7 +10,6 @@ from pipeline import records, stage, storage
 from pipeline.stage import Item, Stage
 
 _SILENT_S = 120.0
-_SILENT_S = 120.0
 _OF_A_DATASET = ("shards", "embeddings", "index")
 _KEYS = {"plan.json": {"stage", "items", "inputs", "section"}, "manifest.json": {"stage", "items", "content"}}
 
@@ -115,20 +114,18 @@ def _detail(one: dict[str, Any]) -> str:
         return f"{one['samples']} samples, {one['bytes'] / 1e6:.1f} MB" + (f", left out: {skipped}" if skipped else "")
     said = [f"{one['failed']} failed"] if one.get("failed") else []
     if now := one.get("progress"):
-        said.append(progress.sentence(now))
-        if (silent := time.time() - now["updated"]) > _SILENT_S:
-            said.append(f"nothing heard for {round(silent / 60)} min")
+        # Of a driver that is gone the records tell, and its last word does not.
+        silent = time.time() - now["updated"]
+        said.append(f"nothing heard for {round(silent / 60)} min" if silent > _SILENT_S else progress.sentence(now))
     return "; ".join(said)
 
 
 def _progress(root: str, path: str) -> dict[str, Any] | None:
     """What the driver of a stage under way said last."""
     try:
-        said = storage.read_json(storage.join(root, path, "progress.json"))
+        return storage.read_json(storage.join(root, path, "progress.json"))
     except (FileNotFoundError, ValueError):
         return None
-    # Of a driver that is gone the records tell, and its last word does not.
-    return said if time.time() - said["updated"] < _SILENT_S else None
 
 
 def _read(root: str, path: str, name: str) -> Any:

@@ -4,6 +4,7 @@ Row i of the parquet's successes is sample i of the tar. Every row of the source
 (or as several patches) or as a parquet row with a status and a reason, in the columns that img2dataset writes.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 from pipeline import images, samples, sources, stage, storage
 from pipeline.dataset import Dataset, file_of
 from pipeline.download import DownloadConfig
+from pipeline.records import infos
 from pipeline.sources import Part, Reading, Source
 from pipeline.stage import Entry, Item, Output, Stage, StageFailed, name_by_content, totals
 
@@ -281,14 +283,14 @@ class Shard(Stage):
                       aside={stats: storage.read_bytes(there)} if storage.exists(there) else {})
 
     def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
-        counts = totals(records)
+        counts, sums = totals(records), Counter[str]()
+        for info, times in infos(records):
+            sums.update({name: info.get(name, 0) * times for name in ("rows", "filtered", "retried")})
         if not counts["samples"]:
-            left_out = counts["skipped"] | {"filtered": sum(record["info"].get("filtered", 0) for record in records)}
+            left_out = counts["skipped"] | {"filtered": sums["filtered"]}
             reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
             raise StageFailed(f"shard: not one picture of {', '.join(self.config.source)} can be used: {reasons}\n"
                               f"hint: the ledger in {self.folder} names each")
-        sums = {name: sum(record["info"].get(name, 0) for record in records)
-                for name in ("rows", "filtered", "retried")}
         # A row that was tried again is in two records: it is one row of the source.
         sums["rows"] += sums["filtered"] - sums["retried"]
         return Output(info={"sources": self._origins(), "format": self.config.format,
