@@ -129,8 +129,8 @@ def build(vectors: np.ndarray, config: IndexConfig) -> tuple[faiss.Index, dict[s
         smallest = min(tried)
         flag = (f"--bytes-per-vector {-(-max(1, smallest - _ALLOWANCE) // count)}" if budget < memory(config.max_memory)
                 else f"--max-memory {-(-smallest // 1024)}K")
-        raise ValueError(f"no index of {count} vectors of {dim} fits {budget} bytes\nhint: once more with --rebuild; "
-                         f"the smallest possible has about {smallest} bytes: {flag}")
+        raise ValueError(f"no index of {count} vectors of {dim} fits {budget} bytes (to try again takes --rebuild)\n"
+                         f"hint: the smallest possible has about {smallest} bytes: {flag}")
     speed = _latency(index, vectors[held] if len(held) else vectors[:100])
     infos = {"index_key": key, "index_param": knob, "index_path": "knn.index", "size in bytes": size,
              "nb vectors": count, "vectors dimension": dim,
