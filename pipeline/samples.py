@@ -59,17 +59,14 @@ class Made:
 
 def make(config: "ShardConfig", row: Row, data: bytes, keys: list[str]) -> Made:
     """The samples of a row whose picture's bytes are `data`; BadPicture if there are none."""
-    meta = bare(row)
-    if config.exif or row.digest:
-        meta["original_sha256"] = hashlib.sha256(data).hexdigest()
-        _check_hash(row.digest, data)
+    fetched = hashlib.sha256(data).hexdigest()
+    _check_hash(row.digest, data, fetched)
     patched = config.patches > 0
     picture = images.decode(data, config.max_pixels, at_least=config.patch_side if patched else config.image_size,
                             how="keep_ratio" if patched else config.resize, min_size=config.min_size,
                             max_aspect=config.max_aspect)
-    meta |= {"status": SUCCESS, "original_width": picture.width, "original_height": picture.height,
-             "exif": _exif(data) if config.exif else None,
-             "original_sha256": meta["original_sha256"] or hashlib.sha256(data).hexdigest()}
+    meta = bare(row) | {"status": SUCCESS, "original_width": picture.width, "original_height": picture.height,
+                        "exif": _exif(data) if config.exif else None, "original_sha256": fetched}
     made = Made([], entries=[Entry(called(row), reason, detail, kept=True) for reason, detail in picture.remarks])
     if patched:
         whole = images.resize(picture, config.patch_side, "keep_ratio", only_if_bigger=config.only_if_bigger,
@@ -122,9 +119,13 @@ def called(row: Row) -> str:
     return storage.without_credentials(name.decode("utf-8", "backslashreplace"))
 
 
-def _check_hash(wanted: str, data: bytes) -> None:
-    if wanted and hashlib.new(_ALGORITHMS[len(wanted)], data, usedforsecurity=False).hexdigest() != wanted:
-        raise NotFetched("hash_mismatch", f"its {_ALGORITHMS[len(wanted)]} is not the one in the list")
+def _check_hash(wanted: str, data: bytes, sha256: str) -> None:
+    if not wanted:
+        return
+    algorithm = _ALGORITHMS[len(wanted)]
+    found = sha256 if algorithm == "sha256" else hashlib.new(algorithm, data, usedforsecurity=False).hexdigest()
+    if found != wanted:
+        raise NotFetched("hash_mismatch", f"its {algorithm} is not the one in the list")
 
 
 def _exif(data: bytes) -> str:
@@ -172,7 +173,7 @@ class Packing:
     def __init__(self, config: "ShardConfig", shard: str, digits: int, scratch: Path, beat: Beat,
                  known: Mapping[str, str]) -> None:
         self.config, self.shard, self.digits, self.beat = config, shard, digits, beat
-        self.scratch, self._known = scratch, known
+        self._known = known
         self._spool = Spool(scratch / "spool")
         self._results: dict[int, tuple[list[dict[str, Any]], list[tuple[int, int]], list[Entry]]] = {}
         self.rows = self.samples = self.length = 0

@@ -175,9 +175,6 @@ class Shard(Stage):
             named["base"] = self.base.identity("shards")
         return named
 
-    def rows(self, item: Item) -> int:
-        return int(item.inputs.get("count", 0))
-
     def plan(self) -> Iterator[Item]:
         if not self.base:
             types = self.source.types()

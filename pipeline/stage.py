@@ -484,7 +484,7 @@ def _work_off(stage: Stage, runner: Runner, items: Sequence[Item], joined: bool,
     done = recorded(stage, ids)
     numbers = [number for number, one in enumerate(ids) if one not in done.ids]
     if joined:
-        # Of two drivers on one folder, each does about half: they start from different ends of the list.
+        # Drivers on one folder share its work: each goes its own way, and steps back where it finds a record.
         random.shuffle(numbers)
     tally = Tally(stage.folder, len(ids), sum(map(stage.rows, items)), stage.by_choice, done.ids)
     before = done.in_order(ids)
