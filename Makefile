@@ -21,11 +21,12 @@ lint: setup
 
 setup: $(READY)
 
-# uv installs in half a minute what pip installs in two; where it cannot, pip does.
+# uv installs in half a minute what pip installs in two; where it cannot, pip does. Compiled at once: where Python is
+# not allowed to write, every process would do it anew.
 $(READY): requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check uv==0.13.9 \
-	  && $(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock \
+	  && $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock \
 	  || $(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	rm -f $(VENV)/.ready-*

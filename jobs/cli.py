@@ -1,5 +1,7 @@
 """`python -m jobs VERB`: stdout is data, stderr is log.
 
+What loads torch or Ray is imported where it is used: a look at the status is not to wait for them.
+
 Exit 0: done; 1: failed items or faults; 2: misuse; 130: stopped by SIGINT or SIGTERM, to be gone on with.
 """
 
@@ -16,12 +18,11 @@ from typing import Any
 
 import tyro
 
-from jobs import commands, demo, interrupts, report, status
+from jobs import commands, interrupts, report, status
 from jobs.progress import watcher
 from jobs.runs import Run
-from jobs.sampling import Sampling
 from jobs.settings import ClusterConfig, Settings, resolve
-from jobs.training import Job, Training, in_processes
+from jobs.training import Job, Training
 from pipeline import clip, sift, stage, storage, verify
 from pipeline.adopt import Adopt
 from pipeline.dataset import Dataset
@@ -167,6 +168,7 @@ def train(job: Job, config: ClusterConfig, *, local: bool, rebuild: bool = False
         if manifest["info"]["steps"] >= job.config.steps:
             return manifest
     if local:
+        from jobs.processes import in_processes
         if not in_processes(job):
             return None
     else:
@@ -184,6 +186,7 @@ def train(job: Job, config: ClusterConfig, *, local: bool, rebuild: bool = False
 
 
 def _sample(command: commands.SampleCommand, settings: Settings) -> int:
+    from jobs.sampling import Sampling
     root = command.common.root
     encoder = clip.ClipConfig(command.model or settings.embed.model, command.pretrained or settings.embed.pretrained,
                               settings.embed.precision)
@@ -231,6 +234,7 @@ def _verify(command: commands.VerifyCommand, settings: Settings) -> int:
 
 
 def _demo(command: commands.DemoCommand, settings: Settings) -> int:
+    from jobs import demo
     steps = command.steps or settings.train.steps
     settings = replace(settings, train=replace(settings.train, steps=steps), cluster=command.cluster,
                        pictures=replace(settings.pictures, subjects=command.subjects))

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from jobs.sampling import SampleConfig
-from jobs.settings import ClusterConfig
+from jobs.settings import ClusterConfig, SampleConfig
 from model.config import TrainConfig
 from pipeline.embed import EmbedConfig
 from pipeline.index import IndexConfig

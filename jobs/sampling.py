@@ -1,9 +1,7 @@
 """Prompts and databases -> pictures: the style follows the database that the neighbours come from."""
 
 import io
-import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from PIL import Image
 
 from jobs.runs import Run
+from jobs.settings import SampleConfig
 from model import checkpoint
 from model.config import TrainConfig
 from model.sample import initial_noise, sample
@@ -21,29 +20,6 @@ from pipeline.contact_sheet import contact_sheet
 from pipeline.dataset import Dataset
 from pipeline.index import Searcher
 from pipeline.stage import Item, Output, Stage
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """How pictures are drawn from a trained model."""
-
-    k: int = 4
-    """Neighbours of the text that join its vector in the context."""
-    guidance: float = 2.0
-    """Guidance scale s: eps_u + s (eps_c - eps_u); 1 is none."""
-    seed: int = 0
-    """Seed of the noise; a prompt starts from the same noise in every database."""
-    steps: int = 50
-    """DDIM steps."""
-    batch_size: int = 16
-    """Pictures drawn at a time."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("k", 0), ("batch_size", 1), ("steps", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"sample.{name} = {getattr(self, name)}: must be at least {least}")
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"sample.guidance = {self.guidance}: must be a number")
 
 
 class Sampling(Stage):

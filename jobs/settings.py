@@ -1,5 +1,6 @@
 """The settings of every stage in one tree: a recipe, overridden by a TOML file, overridden by flags."""
 
+import math
 import tomllib
 import typing
 from dataclasses import dataclass, field, is_dataclass, replace
@@ -7,7 +8,6 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-from jobs.sampling import SampleConfig
 from model import recipes as networks
 from model.config import TrainConfig
 from pipeline.embed import EmbedConfig
@@ -34,6 +34,29 @@ class ClusterConfig:
         for name, least in (("workers", 1), ("cpus", 0), ("gpus", 0), ("max_failures", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"cluster.{name} = {getattr(self, name)}: must be at least {least}")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How pictures are drawn from a trained model."""
+
+    k: int = 4
+    """Neighbours of the text that join its vector in the context."""
+    guidance: float = 2.0
+    """Guidance scale s: eps_u + s (eps_c - eps_u); 1 is none."""
+    seed: int = 0
+    """Seed of the noise; a prompt starts from the same noise in every database."""
+    steps: int = 50
+    """DDIM steps."""
+    batch_size: int = 16
+    """Pictures drawn at a time."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("k", 0), ("batch_size", 1), ("steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"sample.{name} = {getattr(self, name)}: must be at least {least}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"sample.guidance = {self.guidance}: must be a number")
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from jobs import cluster, tracking
+from jobs.processes import work
 from jobs.settings import ClusterConfig
-from jobs.training import Job, Training, work
+from jobs.training import Job, Training
 from pipeline import stage, storage
 
 

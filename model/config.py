@@ -1,10 +1,58 @@
-"""What a training run is: its settings, and their form in JSON."""
+"""What a training run is: its settings, and their form in JSON. Nothing here needs torch."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from model.diffusion import DiffusionConfig
-from model.unet import UNetConfig
+GROUPS = 32  # of the group norms
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Sizes of a UNet; attention runs where the patched picture is downsampled by these factors."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    model_channels: int = 192
+    channel_mult: tuple[int, ...] = (1, 2, 3, 5)
+    num_res_blocks: int = 2
+    attention_downsampling: tuple[int, ...] = (8, 4, 2)
+    head_dim: int = 32
+    depth: int = 1
+    context_dim: int = 512
+    patch: int = 1
+    checkpointing: bool = False
+
+    def __post_init__(self):
+        if self.model_channels % GROUPS or self.model_channels % self.head_dim:
+            raise ValueError(
+                f"model_channels = {self.model_channels} must divide by {GROUPS} (group norm) "
+                f"and by head_dim = {self.head_dim}"
+            )
+
+    @property
+    def stride(self) -> int:
+        """Height and width of a picture must divide by this many pixels."""
+        return self.patch * 2 ** (len(self.channel_mult) - 1)
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """Noise schedule and target; betas are squares of a linear ramp between square roots.
+
+    "epsilon" is the release's. "x0" suits a network whose width is below that of its patches:
+    pictures fit through it, noise does not (Li and He 2025, arXiv:2511.13720).
+    """
+
+    timesteps: int = 1000
+    beta_start: float = 0.0015
+    beta_end: float = 0.0195
+    prediction: Literal["epsilon", "v", "x0"] = "epsilon"
+
+    def __post_init__(self):
+        if self.prediction not in ("epsilon", "v", "x0"):
+            raise ValueError(f"prediction = {self.prediction!r}: must be epsilon, v or x0")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(f"betas {self.beta_start} .. {self.beta_end}: must rise within (0, 1)")
 
 
 @dataclass(frozen=True)

@@ -5,32 +5,12 @@ x_t = alpha x0 + sigma eps with alpha^2 = alpha_bar and alpha^2 + sigma^2 = 1 (H
 arXiv:2006.11239); v = alpha eps - sigma x0 (Salimans and Ho 2022, arXiv:2202.00512).
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class DiffusionConfig:
-    """Noise schedule and target; betas are squares of a linear ramp between square roots.
-
-    "epsilon" is the release's. "x0" suits a network whose width is below that of its patches:
-    pictures fit through it, noise does not (Li and He 2025, arXiv:2511.13720).
-    """
-
-    timesteps: int = 1000
-    beta_start: float = 0.0015
-    beta_end: float = 0.0195
-    prediction: Literal["epsilon", "v", "x0"] = "epsilon"
-
-    def __post_init__(self):
-        if self.prediction not in ("epsilon", "v", "x0"):
-            raise ValueError(f"prediction = {self.prediction!r}: must be epsilon, v or x0")
-        if not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError(f"betas {self.beta_start} .. {self.beta_end}: must rise within (0, 1)")
+from model.config import DiffusionConfig
 
 
 @lru_cache(maxsize=16)

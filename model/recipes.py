@@ -1,8 +1,6 @@
 """Named training runs: the two of the papers, and one that two CPU cores finish in minutes."""
 
-from model.config import TrainConfig
-from model.diffusion import DiffusionConfig
-from model.unet import UNetConfig
+from model.config import DiffusionConfig, TrainConfig, UNetConfig
 
 
 def tiny() -> TrainConfig:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from model import randomness
-from model.diffusion import DiffusionConfig, alpha_bar, to_x0_eps
+from model.config import DiffusionConfig
+from model.diffusion import alpha_bar, to_x0_eps
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -8,43 +8,13 @@ arXiv:2204.11824; Rombach et al. 2022, arXiv:2112.10752), so its checkpoints loa
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-GROUPS = 32
-
-
-@dataclass(frozen=True)
-class UNetConfig:
-    """Sizes of a UNet; attention runs where the patched picture is downsampled by these factors."""
-
-    in_channels: int = 3
-    out_channels: int = 3
-    model_channels: int = 192
-    channel_mult: tuple[int, ...] = (1, 2, 3, 5)
-    num_res_blocks: int = 2
-    attention_downsampling: tuple[int, ...] = (8, 4, 2)
-    head_dim: int = 32
-    depth: int = 1
-    context_dim: int = 512
-    patch: int = 1
-    checkpointing: bool = False
-
-    def __post_init__(self):
-        if self.model_channels % GROUPS or self.model_channels % self.head_dim:
-            raise ValueError(
-                f"model_channels = {self.model_channels} must divide by {GROUPS} (group norm) "
-                f"and by head_dim = {self.head_dim}"
-            )
-
-    @property
-    def stride(self) -> int:
-        """Height and width of a picture must divide by this many pixels."""
-        return self.patch * 2 ** (len(self.channel_mult) - 1)
+from model.config import GROUPS, UNetConfig
 
 
 class UNet(nn.Module):

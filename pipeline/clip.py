@@ -1,6 +1,6 @@
 """The one door to open_clip: pictures and texts to unit vectors of one space.
 
-It is imported where it is used: that takes seconds, and most commands do without.
+It and torch are imported where they are used: that takes seconds, and most commands do without.
 """
 
 import hashlib
@@ -9,13 +9,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image
 
 from pipeline import storage
+
+if TYPE_CHECKING:
+    import torch
 
 BUNDLED = Path(__file__).parent / "tiny_clip"
 BUNDLED_MODEL = "tiny-clip-64"
@@ -42,13 +44,13 @@ class Encoder:
     """A loaded model with its own preprocessing."""
 
     dim: int
-    prepare: Callable[[Image.Image], torch.Tensor]
+    prepare: Callable[[Image.Image], "torch.Tensor"]
     model: Any
     tokenizer: Any
-    device: torch.device
-    dtype: torch.dtype
+    device: "torch.device"
+    dtype: "torch.dtype"
 
-    def images(self, pixels: torch.Tensor) -> np.ndarray:
+    def images(self, pixels: "torch.Tensor") -> np.ndarray:
         """Unit vectors of preprocessed pictures: (B, 3, H, W) float32 -> (B, D) float32."""
         return self._unit(self.model.encode_image, pixels)
 
@@ -56,7 +58,8 @@ class Encoder:
         """Unit vectors of texts: (B, D) float32."""
         return self._unit(self.model.encode_text, self.tokenizer(list(texts)))
 
-    def _unit(self, encode: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> np.ndarray:
+    def _unit(self, encode: Callable[["torch.Tensor"], "torch.Tensor"], batch: "torch.Tensor") -> np.ndarray:
+        import torch
         with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
             vectors = encode(batch.to(self.device, non_blocking=True)).float()
         # Normalised after the cast: in half precision the norm itself would be off by 1e-3.
@@ -70,6 +73,8 @@ def load(config: ClipConfig) -> Encoder:
     ValueError where open_clip knows no such model, or the weights do not fit it.
     """
     import open_clip
+    import torch
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
              "auto": torch.bfloat16 if device.type == "cuda" else torch.float32}[config.precision]
@@ -118,8 +123,10 @@ def describe(config: ClipConfig) -> dict[str, Any]:
             "dim": architecture["embed_dim"], "preprocessing": preprocessing, "normalised": True}
 
 
-def batch(encoder: Encoder, pictures: Sequence[Image.Image]) -> torch.Tensor:
+def batch(encoder: Encoder, pictures: Sequence[Image.Image]) -> "torch.Tensor":
     """Pictures preprocessed as the model wants them, (B, 3, H, W) float32."""
+    import torch
+
     return torch.stack([encoder.prepare(picture) for picture in pictures])
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from pipeline import clip, images, tars
@@ -98,6 +97,8 @@ def _encoded(encoder: clip.Encoder, path: Path, size: int) -> Iterator[tuple[lis
     Each thread decodes, prepares and encodes whole batches, with one thread inside torch: how torch
     splits a sum among threads would change the last bits, and with them the bytes of the result.
     """
+    import torch
+
     def one(samples: list[dict[str, Any]]) -> tuple[list[str], list[int], np.ndarray]:
         prepared = []
         for position, sample in enumerate(samples):

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import math
 import warnings
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -12,6 +11,13 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageCms, UnidentifiedImageError
 
+try:
+    from cykooz_resizer import CropBox, ImageData, PixelType, ResizeOptions, Resizer
+except ImportError:  # no wheel for this machine; Pillow does the same, and takes its time
+    Resizer = None
+
+Pixels = Image.Image | np.ndarray
+"""RGB of 8 bits: an image of Pillow's, or (H, W, 3) uint8."""
 Resize = Literal["center_crop", "keep_ratio", "keep_ratio_largest", "border", "no"]
 Format = Literal["jpg", "png", "webp"]
 NARROWEST = 100  # long side to short side
@@ -19,7 +25,9 @@ LONGEST = 100_000  # pixels of a side; more is no picture, whatever its other si
 # A JPEG is decoded at 1/2, 1/4 or 1/8 while so many times the wanted side is left. Against the Lanczos of the whole
 # picture 1.5 keeps 42 dB and more, and stays ahead of OpenCV's INTER_AREA on every picture tried; 1.2 does not.
 SPARE = 1.5
+_LONG_SIDE = {"keep_ratio_largest", "border"}  # ways of resizing in which the long side counts
 _LONGEST = {"jpg": 65500, "webp": 16383}
+_INSIDE = 1 - 2 ** -50
 _LARGEST_PROFILE = 4 << 20  # bytes; profiles of presses have up to 2 MB
 # Those that no decoder here knows (HEIC, JPEG XL) are among them, to be counted instead of passed over.
 SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", ".jpg", ".jxl", ".png", ".ppm", ".tga",
@@ -46,21 +54,10 @@ class BadPicture(ValueError):
 
 
 @dataclass
-class Scaled:
-    """The pixels of a JPEG decoded at a fraction, as they are stored: not yet turned upright."""
-
-    pixels: np.ndarray
-    """(H, W, 3) uint8"""
-    eighths: int
-    """Of the whole size, which libjpeg rounds up."""
-    orientation: int
-
-
-@dataclass
 class Decoded:
     """A picture as RGB, its size before any resizing, and remarks worth a line in the ledger."""
 
-    image: Image.Image
+    image: Pixels
     width: int
     height: int
     format: str
@@ -68,8 +65,6 @@ class Decoded:
     remarks: list[tuple[str, str]] = field(default_factory=list)
     box: tuple[float, float, float, float] | None = None
     """Where in `image` the picture is, if it was decoded at a fraction (whose size is rounded up)."""
-    scaled: Scaled | None = None
-    """Instead of `image`, which is a blank then: what only `resize` can make something of."""
 
 
 def check(width: int, height: int, min_size: int, max_aspect: float) -> None:
@@ -123,12 +118,8 @@ def decode(data: bytes, max_pixels: int, *, at_least: int = 0, how: Resize = "ce
         rgb, converted, complaint = _srgb(rgb, image.mode, image.info.get("icc_profile"))
     except Exception as error:
         raise BadPicture("corrupt", f"{type(error).__name__}: {error}") from None
-    if part == 1:
-        (width, height), box = rgb.size, None
-    else:
-        box = _box(orientation, width / part, height / part, image.size)
-        if orientation >= 5:
-            width, height = height, width
+    box = None if part == 1 else _box(orientation, width / part, height / part, image.size)
+    width, height = upright.size if part == 1 else (height, width) if orientation >= 5 else (width, height)
     plain = (image.mode == "RGB" and part == 1 and orientation in {0, 1} and frames == 1 and not converted
              and "transparency" not in image.info and not _deep_png(image, data))
     rgb.info = {}  # else `encode` would write comments, and profiles that hold no more
@@ -140,57 +131,43 @@ def decode(data: bytes, max_pixels: int, *, at_least: int = 0, how: Resize = "ce
     return decoded
 
 
-_BLANK = Image.new("RGB", (1, 1))
-
-
 def _quickly(image: Image.Image, data: bytes, size: int, how: Resize) -> Decoded | None:
     """What most pictures on the web are, a JPEG of three colours to be made smaller; None for any other."""
-    width, height = image.size
-    side = max(width, height) if how in {"keep_ratio_largest", "border"} else min(width, height)
-    if image.format != "JPEG" or image.mode != "RGB" or how == "no" or side <= size or min(width, height) < 8:
+    (width, height), part = image.size, _fraction(image, size, how)
+    side = max(width, height) if how in _LONG_SIDE else min(width, height)
+    if image.format != "JPEG" or image.mode != "RGB" or how == "no" or side <= size:
         return None
     profile = image.info.get("icc_profile")
     if profile and (not isinstance(profile, bytes) or len(profile) > _LARGEST_PROFILE
                     or _transform(profile) != ("RGB", None, "")):
         return None
-    eighths = min(8, math.ceil(8 * size * SPARE / side))
-    rows, columns = (-(-length * eighths // 8) for length in (height, width))
+    stored = (-(-width // part), -(-height // part))
     try:
-        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=rows, min_width=columns)
+        pixels = simplejpeg.decode_jpeg(data, "RGB", min_width=stored[0], min_height=stored[1])
     except ValueError:
         return None  # Pillow tells what is wrong, and forgives what can be forgiven
-    if pixels.shape != (rows, columns, 3):
+    if pixels.shape != (stored[1], stored[0], 3):
         return None
     orientation = _orientation(image)
-    scaled = Scaled(pixels, eighths, orientation)
+    box = _box(orientation, width / part, height / part, stored)
     if orientation >= 5:
         width, height = height, width
-    return Decoded(_BLANK, width, height, "jpeg", plain=False, scaled=scaled)
+    return Decoded(_upright(pixels, orientation), width, height, "jpeg", plain=False, box=box)
 
 
-def _bicubic(scaled: Scaled, shape: tuple[int, int], whole: tuple[int, int]) -> Image.Image:
-    """A JPEG at `shape`, upright: torch's vectors do in half a millisecond what takes Pillow three."""
-    import torch  # half a second and half a gigabyte, for those who resize JPEGs
-    from torch.nn.functional import interpolate
-
-    method = _TRANSPOSE.get(scaled.orientation)
-    (width, height), (columns, rows) = shape, whole
-    if scaled.orientation >= 5:
-        (width, height), (columns, rows) = (height, width), (rows, columns)
-    # This way round torch sees that the channels come last, and neither copies what comes in nor turns what goes out.
-    pixels = torch.from_numpy(scaled.pixels)[None].permute(0, 3, 1, 2)
-    # The scale is that of the whole picture, and a hair more: the size is rounded down.
-    down = ((height + 1e-6) / (rows * scaled.eighths / 8), (width + 1e-6) / (columns * scaled.eighths / 8))
-    small = interpolate(pixels, scale_factor=down, mode="bicubic", antialias=True, recompute_scale_factor=False)
-    image = Image.fromarray(small[0, :, :height, :width].permute(1, 2, 0).contiguous().numpy())
-    return image if method is None else image.transpose(method)
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Rows and columns as the EXIF orientation wants them, without a copy."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    down, right = orientation in {3, 4, 7, 8}, orientation in {2, 3, 6, 7}
+    return pixels[::-1 if down else 1, ::-1 if right else 1]
 
 
 def _fraction(image: Image.Image, size: int, how: Resize) -> int:
     """1, 2, 4 or 8: at which part of its size libjpeg may decode, so that `resize` still has enough to choose from."""
     if image.format not in {"JPEG", "MPO"}:
         return 1
-    side = max(image.size) if how in {"keep_ratio_largest", "border"} else min(image.size)
+    side = max(image.size) if how in _LONG_SIDE else min(image.size)
     return next((part for part in (8, 4, 2) if side >= part * SPARE * size and min(image.size) >= part), 1)
 
 
@@ -282,9 +259,9 @@ def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None, 
     return mode, transform, ""
 
 
-def resize(image: Image.Image | Decoded, size: int, how: Resize, *, only_if_bigger: bool = False,
-           max_aspect: float = NARROWEST) -> Image.Image:
-    """Resize with Lanczos, in one step from the part that is wanted; JPEGs of the usual kind with bicubic.
+def resize(image: Pixels | Decoded, size: int, how: Resize, *, only_if_bigger: bool = False,
+           max_aspect: float = NARROWEST) -> Pixels:
+    """Resize with Lanczos (a = 3), in one step from the part that is wanted; Pillow's images give Pillow's.
 
     center_crop: the middle square at `size`; keep_ratio: the short side; keep_ratio_largest: the long side; border:
     the long side, and white around it to a square; no: as it is. With `only_if_bigger` nothing is enlarged: the side
@@ -293,19 +270,18 @@ def resize(image: Image.Image | Decoded, size: int, how: Resize, *, only_if_bigg
     What needs no change is returned itself. BadPicture with the reason too_narrow beyond `max_aspect`, or where a
     hair's breadth would be blown up to a giant.
     """
-    scaled, box = None, None
+    box = None
     if isinstance(image, Decoded):
-        scaled, box, (width, height), image = image.scaled, image.box, (image.width, image.height), image.image
+        box, (width, height), image = image.box, (image.width, image.height), image.image
     else:
-        width, height = image.size
+        width, height = size_of(image)
     if how == "no":
         return image
     check(width, height, 0, max_aspect)
-    longest = how in {"keep_ratio_largest", "border"}
-    side = max(width, height) if longest else min(width, height)
+    side = max(width, height) if how in _LONG_SIDE else min(width, height)
     wanted = min(size, side) if only_if_bigger else size
     scale = wanted / side
-    smallest = 1 if longest else wanted
+    smallest = 1 if how in _LONG_SIDE else wanted
     shape = (max(smallest, round(width * scale)), max(smallest, round(height * scale)))
     if max(shape) > LONGEST:
         raise BadPicture("too_narrow", f"{width} x {height} would become {shape[0]} x {shape[1]}")
@@ -313,45 +289,77 @@ def resize(image: Image.Image | Decoded, size: int, how: Resize, *, only_if_bigg
         # The middle of what the whole would become, by whole pixels.
         left, top = (shape[0] - wanted) // 2, (shape[1] - wanted) // 2
         square = (left, top, left + wanted, top + wanted)
-        if scaled is not None:
-            return _bicubic(scaled, shape, (width, height)).crop(square)
         if wanted == side and box is None:
-            return image if width == height else image.crop(square)
+            return image if width == height else _crop(image, square)
         x, y = width / shape[0], height / shape[1]
         part = (left * x, top * y, square[2] * x, square[3] * y)
         return _lanczos(image, (wanted, wanted), part, (width, height), box)
-    if scaled is not None:
-        image = _bicubic(scaled, shape, (width, height))
-    elif shape != image.size or box is not None:
+    if shape != size_of(image) or box is not None:
         image = _lanczos(image, shape, (0, 0, width, height), (width, height), box)
     if how == "border" and shape != (size, size):
-        white = Image.new("RGB", (size, size), "white")
-        white.paste(image, ((size - shape[0]) // 2, (size - shape[1]) // 2))
-        return white
+        left, top = (size - shape[0]) // 2, (size - shape[1]) // 2
+        if isinstance(image, Image.Image):
+            white = Image.new("RGB", (size, size), "white")
+            white.paste(image, (left, top))
+            return white
+        square_ = np.full((size, size, 3), 255, np.uint8)
+        square_[top:top + shape[1], left:left + shape[0]] = image
+        return square_
     return image
 
 
-def _lanczos(image: Image.Image, shape: tuple[int, int], part: tuple[float, float, float, float],
-             whole: tuple[int, int], box: tuple[float, float, float, float] | None) -> Image.Image:
+def size_of(image: Pixels) -> tuple[int, int]:
+    """Width and height."""
+    return image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+
+
+def _crop(image: Pixels, part: tuple[int, int, int, int]) -> Pixels:
+    left, top, right, bottom = part
+    return image.crop(part) if isinstance(image, Image.Image) else image[top:bottom, left:right]
+
+
+def _lanczos(image: Pixels, shape: tuple[int, int], part: tuple[float, float, float, float],
+             whole: tuple[int, int], box: tuple[float, float, float, float] | None) -> Pixels:
     """`part` of a picture of the size `whole`, that lies at `box` of `image`, in `shape` pixels."""
+    width, height = size_of(image)
     if box is not None:
         x, y = (box[2] - box[0]) / whole[0], (box[3] - box[1]) / whole[1]
         part = (box[0] + part[0] * x, box[1] + part[1] * y, box[0] + part[2] * x, box[1] + part[3] * y)
-        part = (max(part[0], 0), max(part[1], 0), min(part[2], image.width), min(part[3], image.height))
-    # Four times and more too large: averaged by whole pixels first (47 dB and more against none of it).
-    return image.resize(shape, Image.Resampling.LANCZOS, box=part, reducing_gap=2.0)
+        part = (max(part[0], 0), max(part[1], 0), min(part[2], width), min(part[3], height))
+    if isinstance(image, Image.Image):
+        # Four times and more too large: averaged by whole pixels first (47 dB and more against none of it).
+        return image.resize(shape, Image.Resampling.LANCZOS, box=part, reducing_gap=2.0)
+    if Resizer is None:
+        return np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.LANCZOS, box=part))
+    source = ImageData(width, height, PixelType.U8x3, image.tobytes())
+    target = ImageData(*shape, PixelType.U8x3)
+    left, top = part[:2]
+    # A hair less than all: what is outside by the last bit of a float is refused.
+    across, down = (min(part[2], width * _INSIDE) - left, min(part[3], height * _INSIDE) - top)
+    Resizer().resize(source, target, ResizeOptions(crop_box=CropBox(left, top, across, down)))
+    return np.frombuffer(target.get_buffer(), np.uint8).reshape(shape[1], shape[0], 3)
 
 
-def encode(image: Image.Image, format_: Format, quality: int) -> bytes:
+def encode(image: Pixels, format_: Format, quality: int) -> bytes:
     """The bytes of `image` as jpg, png or webp; BadPicture with the reason too_large where the format has no room."""
+    if max(size_of(image)) > _LONGEST.get(format_, 1 << 31):
+        raise BadPicture("too_large", "{} x {}, {} ends at {}".format(*size_of(image), format_, _LONGEST[format_]))
+    if format_ == "jpg":
+        # As Pillow does it, which keeps all other threads waiting meanwhile.
+        return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality, "RGB", "420", fastdct=False)
     buffer = io.BytesIO()
-    if max(image.size) > _LONGEST.get(format_, 1 << 31):
-        raise BadPicture("too_large", f"{image.width} x {image.height}, {format_} ends at {_LONGEST[format_]}")
     if format_ == "png":
-        image.save(buffer, "PNG")
+        _pillow(image).save(buffer, "PNG")
     else:
-        image.save(buffer, "JPEG" if format_ == "jpg" else "WEBP", quality=quality)
+        _pillow(image).save(buffer, "WEBP", quality=quality)
     return buffer.getvalue()
+
+
+def _pillow(image: Pixels) -> Image.Image:
+    """As an image of Pillow's, in RGB."""
+    if not isinstance(image, Image.Image):
+        return Image.fromarray(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def pixels(data: bytes) -> np.ndarray:
@@ -359,33 +367,33 @@ def pixels(data: bytes) -> np.ndarray:
     return np.asarray(decode(data, max_pixels=1 << 40, max_aspect=float("inf")).image)
 
 
-def patches(image: Image.Image, size: int, count: int, seed: int, key: str) -> list[tuple[int, int, Image.Image]]:
+def patches(image: Pixels, size: int, count: int, seed: int, key: str) -> list[tuple[int, int, Pixels]]:
     """`count` squares of `size` cut at random from `image`: left, top, and the square.
 
     Where is a function of (seed, key, number of the square) and nothing else, every place as likely as any other.
     BadPicture with the reason too_small if there is no room.
     """
-    if min(image.size) < size:
-        raise BadPicture("too_small", f"{image.width} x {image.height}, less than a patch of {size}")
+    width, height = size_of(image)
+    if min(width, height) < size:
+        raise BadPicture("too_small", f"{width} x {height}, less than a patch of {size}")
     result = []
     for number in range(count):
         drawn = hashlib.sha256(f"{seed} {number} {key}".encode("utf-8", "surrogateescape")).digest()
         # 128 bits each: what the remainder prefers is beyond measure.
-        left = int.from_bytes(drawn[:16], "big") % (image.width - size + 1)
-        top = int.from_bytes(drawn[16:], "big") % (image.height - size + 1)
-        result.append((left, top, image.crop((left, top, left + size, top + size))))
+        left = int.from_bytes(drawn[:16], "big") % (width - size + 1)
+        top = int.from_bytes(drawn[16:], "big") % (height - size + 1)
+        result.append((left, top, _crop(image, (left, top, left + size, top + size))))
     return result
 
 
-def pixel_hash(image: Image.Image) -> str:
+def pixel_hash(image: Pixels) -> str:
     """sha256 of size and pixels as RGB: equal for equal pictures, however they were encoded."""
-    rgb = image if image.mode == "RGB" else image.convert("RGB")
-    digest = hashlib.sha256(b"%d %d\n" % rgb.size)
-    digest.update(rgb.tobytes())
+    digest = hashlib.sha256(b"%d %d\n" % size_of(image))
+    digest.update((image if isinstance(image, np.ndarray) else _pillow(image)).tobytes())
     return digest.hexdigest()
 
 
-def perceptual_hash(image: Image.Image) -> tuple[int, tuple[int, int, int]]:
+def perceptual_hash(image: Pixels) -> tuple[int, tuple[int, int, int]]:
     """pHash (64 bits, the same but for a few bits for a copy scaled or encoded anew), and the mean colour.
 
     pHash sees luminance alone, without its level: a red square and a blue one, a blank picture and any other have the
@@ -393,7 +401,7 @@ def perceptual_hash(image: Image.Image) -> tuple[int, tuple[int, int, int]]:
     """
     import imagehash  # loads scipy
 
-    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    rgb = _pillow(image)
     bits = imagehash.phash(rgb).hash.flatten()
     mean = rgb.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
     return int.from_bytes(np.packbits(bits).tobytes(), "big"), mean  # type: ignore[return-value]

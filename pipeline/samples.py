@@ -1,8 +1,8 @@
 """From rows to samples: bytes are fetched, decoded, resized and encoded by many hands, and packed in order.
 
 Rows are taken from their source one by one; whatever order their bytes come in, samples lie in the tar in the
-order of the rows. Encoded pictures wait in a file in scratch, so memory holds what is in the lanes, and a few
-hundred bytes of metadata for each row of the shard.
+order of the rows, and the tar grows while later rows are fetched. Pictures that are encoded before their turn wait
+in a file in scratch, so memory holds what is in the lanes, and a few hundred bytes of metadata for each row.
 """
 
 import asyncio
@@ -41,6 +41,7 @@ PATCH_COLUMNS = {"patch_left": pa.int32(), "patch_top": pa.int32(), "patch_short
 HASH_COLUMNS = {"pixel_sha256": pa.string(), "phash": pa.uint64(), "mean_colour": pa.list_(pa.uint8())}
 SUCCESS, NOT_FETCHED, NOT_USABLE = "success", "failed_to_download", "failed_to_resize"
 _KINDS = {"bool": pa.bool_(), "int64": pa.int64(), "double": pa.float64()}
+_AT_ONCE = 64  # rows that are appended to the tar in one go
 _ALGORITHMS = {32: "md5", 40: "sha1", 64: "sha256", 128: "sha512"}
 
 
@@ -73,7 +74,7 @@ def make(config: "ShardConfig", row: Row, data: bytes, keys: list[str]) -> Made:
                               max_aspect=config.max_aspect)
         for (left, top, patch), key in zip(images.patches(whole, config.image_size, config.patches, config.seed,
                                                           row.name), keys, strict=True):
-            place = {"patch_left": left, "patch_top": top, "patch_short_side": min(whole.size)}
+            place = {"patch_left": left, "patch_top": top, "patch_short_side": min(images.size_of(whole))}
             _add(made, config, meta | place, key, patch, images.encode(patch, config.format, config.quality))
         return made
     resized = images.resize(picture, config.image_size, config.resize, only_if_bigger=config.only_if_bigger,
@@ -85,9 +86,9 @@ def make(config: "ShardConfig", row: Row, data: bytes, keys: list[str]) -> Made:
     return made
 
 
-def _add(made: Made, config: "ShardConfig", meta: dict[str, Any], key: str, image: Any, data: bytes) -> None:
-    meta = meta | {"key": key, "width": image.width, "height": image.height,
-                   "sha256": hashlib.sha256(data).hexdigest()}
+def _add(made: Made, config: "ShardConfig", meta: dict[str, Any], key: str, image: images.Pixels, data: bytes) -> None:
+    width, height = images.size_of(image)
+    meta = meta | {"key": key, "width": width, "height": height, "sha256": hashlib.sha256(data).hexdigest()}
     if config.duplicates != "keep":
         meta["pixel_sha256"] = images.pixel_hash(image)
         if config.duplicates == "near":
@@ -174,7 +175,10 @@ class Packing:
                  known: Mapping[str, str]) -> None:
         self.config, self.shard, self.digits, self.beat = config, shard, digits, beat
         self._known = known
-        self._spool = Spool(scratch / "spool")
+        self.tar, self.parquet = scratch / "shard.tar", scratch / "shard.parquet"
+        self._spool, self._tar = Spool(scratch / "spool"), tars.Writer(self.tar)
+        self._done = self._written = 0  # of the first rows
+        self._writing = False
         self._results: dict[int, tuple[list[dict[str, Any]], list[tuple[int, int]], list[Entry]]] = {}
         self.rows = self.samples = self.length = 0
         self.skipped: Counter[str] = Counter()
@@ -189,7 +193,8 @@ class Packing:
             raise _first(group) from group
 
     async def _all(self, rows: Iterator[tuple[int, Row]], read: Callable[[Row], bytes] | None) -> None:
-        threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+        # One more than cores: one or the other waits for the interpreter at any time.
+        threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1) + 1
         async with AsyncExitStack() as stack:
             pool = stack.enter_context(ThreadPoolExecutor(threads, "decode"))
             lanes, get = 2 * threads, None
@@ -219,6 +224,10 @@ class Packing:
             del data
             row.data = None
             self._take(number, made, places)
+            if not self._writing and self._done - self._written >= _AT_ONCE:
+                self._writing = True
+                await loop.run_in_executor(pool, self._write)
+                self._writing = False
 
     def _make(self, number: int, row: Row, data: bytes | None,
               read: Callable[[Row], bytes] | None) -> tuple[Made, list[tuple[int, int]]]:
@@ -246,32 +255,36 @@ class Packing:
 
     def _take(self, number: int, made: Made, places: list[tuple[int, int]]) -> None:
         self._results[number] = made.metas, places, made.entries
+        while self._done in self._results:
+            self._done += 1
         self.rows += 1
         self.samples += len(places)
         self.length += sum(length for _, length in places)
         self.skipped.update(entry.reason for entry in made.entries if not entry.kept)
         self.beat(rows=self.rows, samples=self.samples, length=self.length, skipped=self.skipped)
 
-    def write(self, tar: Path, parquet: Path) -> list[Entry]:
-        """The tar and its parquet, in the order of the rows; the lines of the ledger."""
-        results = [self._results[number] for number in range(self.rows)]
-        suffix = self.config.format
+    def _write(self) -> None:
+        """Append to the tar what is its turn."""
+        for number in range(self._written, self._done):
+            metas, places, _ = self._results[number]
+            for meta, place in zip(metas, places, strict=False):  # no places where a row failed
+                document = json.dumps(meta, sort_keys=True, ensure_ascii=False).encode()
+                self._tar.add({"__key__": meta["key"], self.config.format: self._spool.get(place), "json": document,
+                               "txt": meta["caption"].encode("utf-8", "replace")})
+            self._written = number + 1
 
-        def samples() -> Iterator[dict[str, Any]]:
-            for metas, places, _ in results:
-                for meta, place in zip(metas, places, strict=False):  # no places where a row failed
-                    document = json.dumps(meta, sort_keys=True, ensure_ascii=False).encode()
-                    yield {"__key__": meta["key"], suffix: self._spool.get(place), "json": document,
-                           "txt": meta["caption"].encode("utf-8", "replace")}
-
-        tars.write(tar, samples())
+    def finish(self) -> list[Entry]:
+        """End the tar and write its parquet, in the order of the rows; the lines of the ledger."""
+        with self._tar:
+            self._write()
         self._spool.close()
+        results = [self._results[number] for number in range(self.rows)]
         types = self._types()
         ours = types.keys() - COLUMNS.keys()
         # Where a row failed, its source may have columns of these names, and anything in them.
         every = [meta if meta["status"] == SUCCESS else {name: cell for name, cell in meta.items() if name not in ours}
                  for metas, _, _ in results for meta in metas]
-        pq.write_table(table(every, types, self._known), parquet)
+        pq.write_table(table(every, types, self._known), self.parquet)
         return [entry for _, _, entries in results for entry in entries]
 
     def stats(self) -> bytes:

@@ -215,16 +215,15 @@ class Shard(Stage):
         read = getattr(self.source, "read", None) if self.source.fetch == "file" else _nothing_to_read
         packing.run(self.source.rows(self.folder, item.inputs, scratch, reading),
                     None if self.source.fetch == "url" else read)
-        tar, table = scratch / "shard.tar", scratch / "shard.parquet"
-        ledger = packing.write(tar, table)
+        ledger = packing.finish()
         # How many samples a damaged tar had, nobody knows: it counts as one thing left out, and is never silent.
         ledger += [Entry(name, reason, detail, kept=reason != "tar_cut") for name, reason, detail in reading.remarks]
         filtered = reading.filtered + item.inputs.get("filtered", 0)
         info = {"rows": packing.rows} | ({"filtered": filtered} if filtered else {})
         if "round" in item.inputs:
             info["retried"] = item.inputs["count"]
-        return Output(packing.samples, {f"{item.id}.tar": tar, f"{item.id}.parquet": table}, ledger, info,
-                      aside={f"{item.id}_stats.json": packing.stats()})
+        return Output(packing.samples, {f"{item.id}.tar": packing.tar, f"{item.id}.parquet": packing.parquet}, ledger,
+                      info, aside={f"{item.id}_stats.json": packing.stats()})
 
     def again(self, items: Sequence[Item], done: Sequence[dict[str, Any]]) -> Iterable[Item]:
         return self._again(items, done, self.folder)

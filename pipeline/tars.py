@@ -1,4 +1,7 @@
-"""Tars of samples: written and read through webdataset, and read with suspicion where others wrote them."""
+"""Tars of samples as webdataset has them: written, read, and read with suspicion where others wrote them.
+
+webdataset reads them, imported where it is used: it loads torch, which takes seconds and half a gigabyte.
+"""
 
 import contextlib
 import os
@@ -9,17 +12,43 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import webdataset as wds
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
-
 PICTURE_SUFFIXES = ("jpg", "png", "webp", "jpeg", "gif", "bmp", "tif", "tiff", "avif")
 
 
 def write(path: Path, samples: Iterable[dict[str, Any]]) -> None:
     """Write samples ({"__key__": ..., suffix: bytes}) as a tar: equal samples give equal bytes."""
-    with open(path, "wb") as stream, wds.TarWriter(stream, encoder=False, mtime=0, user="0", group="0") as writer:
+    with Writer(path) as writer:
         for sample in samples:
-            writer.write(sample)
+            writer.add(sample)
+
+
+class Writer:
+    """A tar of samples in the making, the bytes that webdataset's TarWriter gives; a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = open(path, "wb")  # noqa: SIM115 (closed by __exit__)
+
+    def add(self, sample: dict[str, Any]) -> None:
+        """Append the members of a sample, {"__key__": ..., suffix: bytes}."""
+        for suffix in sorted(sample):
+            if suffix.startswith("_"):
+                continue
+            data = sample[suffix]
+            member = tarfile.TarInfo(f"{sample['__key__']}.{suffix}")
+            member.size, member.mode, member.uname, member.gname = len(data), 0o444, "0", "0"
+            self._stream.write(member.tobuf(tarfile.USTAR_FORMAT))
+            self._stream.write(data)
+            self._stream.write(bytes(-len(data) % tarfile.BLOCKSIZE))
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not any(error):
+            # Two blocks of zeros end a tar, and more fill its last record.
+            self._stream.write(bytes(2 * tarfile.BLOCKSIZE))
+            self._stream.write(bytes(-self._stream.tell() % tarfile.RECORDSIZE))
+        self._stream.close()
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
@@ -27,6 +56,8 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
     A tar cut at a member boundary ends without an error: compare the count with the manifest.
     """
+    from webdataset.tariterators import group_by_keys, tar_file_iterator
+
     with open(path, "rb") as stream:
         files = ({**file, "__url__": str(path)} for file in tar_file_iterator(stream))
         yield from group_by_keys(files)
@@ -61,6 +92,8 @@ def examine(tar_: Path | BinaryIO, found: Suspicions) -> Iterator[dict[str, Any]
     refused all the same, for whoever unpacks the tar later. Of a tar that is cut off the last sample
     is given only if nothing seems to be missing of it.
     """
+    from webdataset.tariterators import base_plus_ext
+
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(open(tar_, "rb")) if isinstance(tar_, Path) else tar_
         length = stream.seek(0, os.SEEK_END)

@@ -37,6 +37,18 @@ def test_every_verb_has_help_that_names_root_and_dry_run(capsys: pytest.CaptureF
         assert stopped.value.code == 0 and "--root" in shown and "--dry-run" in shown and "--local" in shown
 
 
+def test_what_needs_no_tensors_does_not_load_torch(tmp_path: Path) -> None:
+    """It takes half a gigabyte and seconds, in every worker of a stage and for every look at the status."""
+    _pictures(tmp_path / "in")
+    root = str(tmp_path / "root")
+    code = ("import sys\nfrom jobs.cli import main\nassert main(sys.argv[1:]) == 0\n"
+            "assert not {'torch', 'ray', 'open_clip', 'faiss'} & set(sys.modules)")
+    for command in (["shard", "some", "--source", str(tmp_path / "in"), "--local", "--root", root],
+                    ["status", "--root", root]):
+        ended = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+
+
 def test_stdout_is_one_document_and_a_second_run_does_nothing(tmp_path: Path, capsys) -> None:
     _pictures(tmp_path / "in")
     assert _shard(tmp_path) == 0

@@ -14,12 +14,14 @@ import pytest
 from PIL import Image
 
 from jobs import report
+from jobs.processes import in_processes
 from jobs.report.curve import curve, smoothed
 from jobs.report.page import Album, size, tag
 from jobs.report.pictures import spread
 from jobs.runs import Run
-from jobs.sampling import SampleConfig, Sampling
-from jobs.training import Job, Training, in_processes
+from jobs.sampling import Sampling
+from jobs.settings import SampleConfig
+from jobs.training import Job, Training
 from model import recipes
 from pipeline import stage
 from pipeline.dataset import Dataset

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from jobs.cli import train as train_run
+from jobs.processes import in_processes, work
 from jobs.runs import Run
 from jobs.settings import tiny
-from jobs.training import Job, Training, in_processes, work
+from jobs.training import Job, Training
 from model.config import TrainConfig
 from model.train import train
 from pipeline import stage, storage

@@ -14,7 +14,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from pipeline import stage, storage, verify
+from pipeline import stage, storage, tars, verify
 from pipeline.dataset import Dataset, metadata
 from pipeline.shard import Shard, ShardConfig
 from tests.pipeline import made
@@ -350,3 +350,14 @@ def test_a_shard_without_one_good_picture_goes_through(tmp_path):
 def test_settings_below_one_are_refused(setting):
     with pytest.raises(ValueError, match=setting):
         ShardConfig(**{setting: 0})
+
+
+def test_a_tar_has_the_bytes_that_webdataset_writes(tmp_path):
+    samples = [{"__key__": f"0000{number:03d}", "txt": b"x" * number, "jpg": bytes([number]) * (511 + number),
+                "json": b"{}"} for number in range(40)]
+    with open(tmp_path / "theirs.tar", "wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0, user="0",
+                                                                            group="0") as theirs:
+        for sample in samples:
+            theirs.write(sample)
+    tars.write(tmp_path / "ours.tar", samples)
+    assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()

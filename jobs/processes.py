@@ -1,0 +1,102 @@
+"""What every process of a training run does, whoever started them."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from jobs import tracking
+from jobs.training import Job, Training
+from model.config import to_dict
+from model.train import train
+from pipeline import stage
+from pipeline.batches import Batches
+
+KEEP_CHECKPOINTS = 3
+
+
+def work(job: Job, stop: Callable[[], bool] | None = None) -> int:
+    """This process's part of the run, from the newest complete checkpoint on; returns the step reached."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = _device()
+    # Said aloud, for a stage that ran before in this process may have left another number: the last
+    # bits of a loss depend on it.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
+    batches = Batches(job.dataset, job.database, k=job.config.k, global_batch=job.config.global_batch,
+                      seed=job.config.seed, rank=rank, world=world)
+    step = _agreed(max(job.run.steps(), default=0), device)
+    metrics = tracker = None
+    if rank == 0:
+        metrics = tracking.Metrics(job.run, step)
+        tracker = tracking.Tracker(job.run, to_dict(job.config))
+
+    def save(reached: int, write: Callable[[Any], None]) -> None:
+        with stage.scratch_folder("checkpoint") as scratch:
+            write(scratch)
+            metrics.flush()
+            job.run.publish(reached, scratch)
+        job.run.forget(KEEP_CHECKPOINTS)
+
+    def log(record: dict[str, Any]) -> None:
+        tracker.add(metrics.add(record | {"world_size": world}))
+
+    try:
+        return train(job.config, batches.at, device=device, save=save, log=log, stop=stop,
+                     resume=job.run.fetch(step) if step else None)
+    finally:
+        if rank == 0:
+            metrics.flush()
+            tracker.close()
+
+
+def in_processes(job: Job) -> bool:
+    """Train in this process, or in those that torchrun started; whether this one speaks for all."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    stage_ = Training(job)
+    if world == 1:
+        stage.prepare(stage_)
+        with _stoppable() as stop:
+            work(job, stop)
+        return True
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        if dist.get_rank() == 0:
+            stage.prepare(stage_)
+        dist.barrier()
+        with _stoppable() as stop:
+            work(job, stop)
+        return dist.get_rank() == 0
+    finally:
+        dist.destroy_process_group()
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _agreed(step: int, device: torch.device) -> int:
+    """Rank 0's newest checkpoint: another rank may look a moment later and see a newer one."""
+    if not dist.is_initialized():
+        return step
+    shared = torch.tensor([step], device=device)
+    dist.broadcast(shared, 0)
+    return int(shared.item())
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[Callable[[], bool]]:
+    """A function that tells whether SIGTERM came: the run then saves and ends instead of losing steps."""
+    asked = []
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGTERM, before)
