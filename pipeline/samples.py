@@ -1,21 +1,23 @@
 """From rows to samples: bytes are fetched, decoded, resized and encoded by many hands, and packed in order.
 
 Rows are taken from their source one by one; whatever order their bytes come in, samples lie in the tar in the
-order of the rows, and the tar grows while later rows are fetched. Pictures that are encoded before their turn wait
-in a file in scratch, so memory holds what is in the lanes, and a few hundred bytes of metadata for each row.
+order of the rows, and the tar grows while later rows are fetched. Pictures that are encoded long before their turn
+wait in a file in scratch, so memory holds what is in the lanes, and a few hundred bytes of metadata for each row.
 """
 
 import asyncio
 import hashlib
+import itertools
 import json
 import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +43,9 @@ PATCH_COLUMNS = {"patch_left": pa.int32(), "patch_top": pa.int32(), "patch_short
 HASH_COLUMNS = {"pixel_sha256": pa.string(), "phash": pa.uint64(), "mean_colour": pa.list_(pa.uint8())}
 SUCCESS, NOT_FETCHED, NOT_USABLE = "success", "failed_to_download", "failed_to_resize"
 _KINDS = {"bool": pa.bool_(), "int64": pa.int64(), "double": pa.float64()}
-_AT_ONCE = 64  # rows that are appended to the tar in one go
+_READERS = 32  # pictures that are read at once from a store that is far
+_IN_HAND = 4  # rows that a thread takes at a time where nothing has to be fetched for them
+_AT_ONCE = 64  # rows that are appended to the tar in one go; as many again may wait in memory
 _ALGORITHMS = {32: "md5", 40: "sha1", 64: "sha256", 128: "sha512"}
 
 
@@ -143,6 +147,10 @@ def _exif(data: bytes) -> str:
     return json.dumps({ExifTags.TAGS.get(tag, str(tag)): str(value)[:500] for tag, value in sorted(every.items())})
 
 
+Place = bytes | tuple[int, int]
+"""Bytes, or where they are in the spool."""
+
+
 class Spool:
     """Bytes that wait in a file for their turn."""
 
@@ -159,13 +167,19 @@ class Spool:
         os.pwrite(self._file.fileno(), data, place) if data else 0
         return place, len(data)
 
-    def get(self, place: tuple[int, int]) -> bytes:
-        """The bytes put at `place`."""
-        return os.pread(self._file.fileno(), place[1], place[0])
+    def get(self, place: Place) -> bytes:
+        """The bytes that are, or were put at, `place`."""
+        return place if isinstance(place, bytes) else os.pread(self._file.fileno(), place[1], place[0])
 
     def close(self) -> None:
         """Done with it; its folder goes with the scratch."""
         self._file.close()
+
+
+async def _downloaded(downloader: Any, row: Row) -> bytes:
+    if row.missing:
+        raise NotFetched("bad_url", row.missing)
+    return await downloader.get(row.name)
 
 
 class Packing:
@@ -179,59 +193,66 @@ class Packing:
         self._spool, self._tar = Spool(scratch / "spool"), tars.Writer(self.tar)
         self._done = self._written = 0  # of the first rows
         self._writing = False
-        self._results: dict[int, tuple[list[dict[str, Any]], list[tuple[int, int]], list[Entry]]] = {}
+        self._results: dict[int, tuple[list[dict[str, Any]], list[Place], list[Entry]]] = {}
         self.rows = self.samples = self.length = 0
         self.skipped: Counter[str] = Counter()
         self.began = time.time()
 
-    def run(self, rows: Iterator[Row], read: Callable[[Row], bytes] | None) -> None:
-        """Take every row; `read` gives the bytes of a row's picture, None downloads it."""
+    def run(self, rows: Iterator[Row], read: Callable[[Row], bytes] | None, *, far: bool = False) -> None:
+        """Take every row; `read` gives the bytes of a row's picture (from `far` away it takes its time), None
+        downloads it."""
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(self._all(enumerate(rows), read))
+                runner.run(self._all(enumerate(rows), read, far))
         except BaseExceptionGroup as group:
             raise _first(group) from group
 
-    async def _all(self, rows: Iterator[tuple[int, Row]], read: Callable[[Row], bytes] | None) -> None:
-        # One more than cores: one or the other waits for the interpreter at any time.
-        threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1) + 1
+    async def _all(self, rows: Iterator[tuple[int, Row]], read: Callable[[Row], bytes] | None, far: bool) -> None:
+        threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
         async with AsyncExitStack() as stack:
-            pool = stack.enter_context(ThreadPoolExecutor(threads, "decode"))
-            lanes, get = 2 * threads, None
+            lanes, fetch = threads, None
             if read is None:
                 from pipeline.download import Downloader
-                lanes = self.config.download.connections
-                get = (await stack.enter_async_context(Downloader(self.config.download))).get
+                downloader = await stack.enter_async_context(Downloader(self.config.download))
+                lanes, threads = self.config.download.connections, threads + 1
+                fetch = partial(_downloaded, downloader)
+            elif far:
+                readers = stack.enter_context(ThreadPoolExecutor(_READERS, "read"))
+                lanes, fetch = _READERS, partial(asyncio.get_running_loop().run_in_executor, readers, read)
+            pool = stack.enter_context(ThreadPoolExecutor(threads, "decode"))
             lane_tasks = await stack.enter_async_context(asyncio.TaskGroup())
             for _ in range(lanes):
-                lane_tasks.create_task(self._lane(rows, read, get, pool))
+                lane_tasks.create_task(self._lane(rows, read, fetch, pool))
 
-    async def _lane(self, rows: Iterator[tuple[int, Row]], read: Callable[[Row], bytes] | None, get: Any,
-                    pool: ThreadPoolExecutor) -> None:
+    async def _lane(self, rows: Iterator[tuple[int, Row]], read: Callable[[Row], bytes] | None,
+                    fetch: Callable[[Row], Awaitable[bytes]] | None, pool: ThreadPoolExecutor) -> None:
         loop = asyncio.get_running_loop()
-        for number, row in rows:
-            data = row.data
-            if get is not None:
+        while some := list(itertools.islice(rows, 1 if fetch else _IN_HAND)):
+            if fetch:
+                number, row = some[0]
                 try:
-                    if row.missing:
-                        raise NotFetched("bad_url", row.missing)
-                    data = await get(row.name)
+                    row.data = await fetch(row)
                 except BadPicture as bad:
                     self._take(number, failed(row, self._keys(number)[0],
                                               NotFetched(bad.reason, bad.detail)), [])
                     continue
-            made, places = await loop.run_in_executor(pool, self._make, number, row, data, read)
-            del data
-            row.data = None
-            self._take(number, made, places)
+            for number, made, places in await loop.run_in_executor(pool, self._make_all, some, read):
+                self._take(number, made, places)
             if not self._writing and self._done - self._written >= _AT_ONCE:
                 self._writing = True
                 await loop.run_in_executor(pool, self._write)
                 self._writing = False
 
-    def _make(self, number: int, row: Row, data: bytes | None,
-              read: Callable[[Row], bytes] | None) -> tuple[Made, list[tuple[int, int]]]:
-        keys = self._keys(number)
+    def _make_all(self, some: list[tuple[int, Row]],
+                  read: Callable[[Row], bytes] | None) -> list[tuple[int, Made, list[Place]]]:
+        made = []
+        for number, row in some:
+            made.append((number, *self._make(number, row, read)))
+            row.data = None
+        return made
+
+    def _make(self, number: int, row: Row, read: Callable[[Row], bytes] | None) -> tuple[Made, list[Place]]:
+        keys, data = self._keys(number), row.data
         try:
             if data is None and read is not None:
                 try:
@@ -244,7 +265,8 @@ class Packing:
         except BadPicture as bad:
             made = failed(row, keys[0], bad)
         made.entries += [Entry(called(row), reason, kept=True) for reason in row.remarks]
-        return made, [self._spool.put(data) for data in made.pictures]
+        soon = number - self._written < 2 * _AT_ONCE
+        return made, [data if soon else self._spool.put(data) for data in made.pictures]
 
     def _keys(self, number: int) -> list[str]:
         key = f"{self.shard}{number:0{self.digits}d}"
@@ -253,24 +275,25 @@ class Packing:
         digits = len(str(self.config.patches - 1))
         return [f"{key}{patch:0{digits}d}" for patch in range(self.config.patches)]
 
-    def _take(self, number: int, made: Made, places: list[tuple[int, int]]) -> None:
+    def _take(self, number: int, made: Made, places: list[Place]) -> None:
         self._results[number] = made.metas, places, made.entries
         while self._done in self._results:
             self._done += 1
         self.rows += 1
         self.samples += len(places)
-        self.length += sum(length for _, length in places)
+        self.length += sum(len(place) if isinstance(place, bytes) else place[1] for place in places)
         self.skipped.update(entry.reason for entry in made.entries if not entry.kept)
         self.beat(rows=self.rows, samples=self.samples, length=self.length, skipped=self.skipped)
 
     def _write(self) -> None:
         """Append to the tar what is its turn."""
         for number in range(self._written, self._done):
-            metas, places, _ = self._results[number]
+            metas, places, entries = self._results[number]
             for meta, place in zip(metas, places, strict=False):  # no places where a row failed
                 document = json.dumps(meta, sort_keys=True, ensure_ascii=False).encode()
                 self._tar.add({"__key__": meta["key"], self.config.format: self._spool.get(place), "json": document,
                                "txt": meta["caption"].encode("utf-8", "replace")})
+            self._results[number] = metas, [], entries
             self._written = number + 1
 
     def finish(self) -> list[Entry]:

@@ -212,9 +212,11 @@ class Shard(Stage):
         digits = max(4, len(str(self.config.rows_per_shard - 1)))
         known = storage.read_json(storage.join(self.folder, item.inputs["types"])) if "types" in item.inputs else {}
         packing = samples.Packing(self.config, item.id, digits, scratch, self.beat, known)
-        read = getattr(self.source, "read", None) if self.source.fetch == "file" else _nothing_to_read
+        files = self.source.fetch == "file"
+        read = getattr(self.source, "read", None) if files else _nothing_to_read
         packing.run(self.source.rows(self.folder, item.inputs, scratch, reading),
-                    None if self.source.fetch == "url" else read)
+                    None if self.source.fetch == "url" else read,
+                    far=files and not storage.is_local(self.config.source[0]))
         ledger = packing.finish()
         # How many samples a damaged tar had, nobody knows: it counts as one thing left out, and is never silent.
         ledger += [Entry(name, reason, detail, kept=reason != "tar_cut") for name, reason, detail in reading.remarks]

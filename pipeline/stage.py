@@ -346,7 +346,7 @@ def work(stage: Stage, item: Item) -> dict[str, Any]:
         if found := _record(address, plan):
             return found
         for name, path in sorted(output.files.items()):
-            storage.put_file(path, storage.join(stage.folder, name))
+            storage.put_file(path, storage.join(stage.folder, name), give=path.is_relative_to(scratch))
         for name, data in sorted(output.aside.items()):
             storage.put_bytes(data, storage.join(stage.folder, name))
         record["run"] = {"seconds": round(time.time() - started, 3), "host": platform.node()}

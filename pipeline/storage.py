@@ -227,17 +227,29 @@ def read_json(url: str) -> Any:
         raise ValueError(f"{url} is not JSON ({error})\nhint: was it edited or cut?") from error
 
 
-def put_file(local: Path, url: str) -> None:
-    """Put the finished local file at `url`, whole or not at all."""
+def put_file(local: Path, url: str, *, give: bool = False) -> None:
+    """Put the finished local file at `url`, whole or not at all; with `give` nobody needs it any more where it is."""
     fs, path = _open(url)
     with _speaking(url, "write"):
         if is_local(url):
             with _beside(path) as temporary:
-                fs.put_file(str(local), temporary)
+                if not (give and _moved(local, temporary)):
+                    fs.put_file(str(local), temporary)
                 _settle(temporary)
                 os.replace(temporary, path)
         else:
             fs.put_file(str(local), path)
+
+
+def _moved(local: Path, path: str) -> bool:
+    """Rename a file; False where that is no matter of a name, for it is another file system."""
+    try:
+        os.replace(local, path)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        return False
+    return True
 
 
 def put_bytes(data: bytes, url: str) -> None:

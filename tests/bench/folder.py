@@ -23,7 +23,7 @@ from download import CHECKOUT, QUALITY, SIZE, Failed, machine, measured, seconds
 sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
 from pipeline import images
 
-_PER_SHARD = 250
+_PER_SHARD = 1000
 _MAX_PIXELS = 100_000_000
 
 

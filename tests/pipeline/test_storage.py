@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import threading
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -226,3 +227,18 @@ def test_passwords_in_addresses_are_taken_out():
 def test_unknown_protocols_are_refused():
     with pytest.raises(ValueError, match="cannot open nowhere://"):
         storage.exists("nowhere://bucket/key")
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_file_that_is_given_moves_or_is_copied_from_another_file_system(tmp_path, elsewhere):
+    folder = Path("/dev/shm") if elsewhere else tmp_path
+    if elsewhere and (not folder.is_dir() or folder.stat().st_dev == tmp_path.stat().st_dev):
+        pytest.skip("no second file system")
+    local = folder / f"rdm-given-{os.getpid()}"
+    try:
+        local.write_bytes(b"whole")
+        storage.put_file(local, str(tmp_path / "there" / "file"), give=True)
+        assert (tmp_path / "there" / "file").read_bytes() == b"whole" and local.exists() == elsewhere
+        assert os.listdir(tmp_path / "there") == ["file"]
+    finally:
+        local.unlink(missing_ok=True)
