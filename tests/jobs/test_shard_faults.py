@@ -112,14 +112,14 @@ def until(condition: Callable[[], Any], process: "subprocess.Popen[str] | None" 
     raise AssertionError("it did not come to that")
 
 
-def spooling(least: int, shard: str = "") -> int:
-    """A process started here that has so many bytes of a shard in its spool, 0 if there is none."""
+def packing(seconds: float, shard: str = "") -> int:
+    """A process started here that has been packing a shard for so long, 0 if there is none."""
     for pid in _descendants(os.getpid()):
         folder = Path(f"/proc/{pid}/fd")
         try:
             for descriptor in folder.iterdir():
                 if os.readlink(descriptor).endswith("/spool") and f"rdm-shard-{shard}" in os.readlink(descriptor) \
-                        and os.stat(descriptor).st_size >= least:
+                        and time.time() - os.stat(descriptor).st_mtime >= seconds:
                     return pid
         except OSError:
             continue
@@ -141,7 +141,7 @@ def test_a_worker_killed_in_the_middle_of_a_shard(cluster: Any, tmp_path: Path, 
     source, killed = slowed(tmp_path / "list.parquet", address, 80, 0.03), []
 
     def kill() -> None:
-        killed.append(until(lambda: spooling(5000)))
+        killed.append(until(lambda: packing(0.15)))
         os.kill(killed[0], signal.SIGKILL)
     thread = threading.Thread(target=kill)
     thread.start()
@@ -158,7 +158,7 @@ def test_the_driver_killed_in_the_middle_of_a_shard(way: str, tmp_path: Path, ad
         request.getfixturevalue("cluster")
     source = slowed(tmp_path / "list.parquet", address, 80, 0.03)
     process = started(*arguments(tmp_path / "root", source, address, way))
-    until(lambda: storage.names(storage.join(shards(tmp_path / "root"), "records")) and spooling(5000), process)
+    until(lambda: storage.names(storage.join(shards(tmp_path / "root"), "records")) and packing(0.15), process)
     process.kill()
     process.communicate()
     done = len(storage.names(storage.join(shards(tmp_path / "root"), "records")))
