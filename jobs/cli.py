@@ -7,6 +7,7 @@ Exit 0: done; 1: failed items or faults; 2: misuse; 130: stopped by SIGINT or SI
 
 import argparse
 import contextlib
+import errno
 import itertools
 import json
 import logging
@@ -34,6 +35,7 @@ from pipeline.stage import Stage, StageFailed
 
 _log = logging.getLogger(__name__)
 STOPPED = 130
+_NO_WAY = "hint: --root must be a place where this user may write, and TMPDIR too"
 _GO_ON = "hint: nothing that is recorded is lost; the same command goes on from here"
 
 
@@ -60,7 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _misuse(f"{error.filename}: {error.strerror}")
     except (StageFailed, OSError, FloatingPointError) as error:
         text = storage.full(error) or str(error)
-        text = text if "hint:" in text else f"{text}\n{_GO_ON}"
+        if "hint:" not in text:
+            text += f"\n{_NO_WAY if getattr(error, 'errno', 0) in {errno.EROFS, errno.EACCES, errno.EPERM} else _GO_ON}"
         print(f"error: {storage.without_credentials(text)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -48,7 +48,8 @@ def sentence(now: dict[str, Any]) -> str:
 
 def _rest(now: dict[str, Any]) -> str:
     # Not samples: of a row there may be several.
-    good, of = now["rows"] - sum(now["skipped"].values()), now["rows"] - now["retried"]
+    of = now["rows"] - now["retried"]
+    good = of - sum(now["skipped"].values())
     share = f"{good / of:.1%} good, " if of else ""
     reasons = ", ".join(f"{count} {reason}" for reason, count in list(now["skipped"].items())[:4])
     failed = f", {now['failed_items']} items failed" if now["failed_items"] else ""

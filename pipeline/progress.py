@@ -131,7 +131,7 @@ class Tally:
         left = max(self.rows - total["rows"], 0)
         self.now = total | {
             "of_rows": self.rows, "items": self.done_items, "of_items": self.items, "failed_items": self.failed_items,
-            "skipped": dict(_sum(self.reasons, in_hand).most_common()), "rows_per_s": round(rate, 1),
+            "skipped": dict((+_sum(self.reasons, in_hand)).most_common()), "rows_per_s": round(rate, 1),
             "retried": self.retried + sum(one["rows"] for one in in_hand if one["again"]),
             "seconds_left": round(left / rate) if rate > 0 and self.rows else None,
             "updated": round(time.time(), 1), "host": platform.node()}
@@ -152,8 +152,8 @@ class Tally:
                          (self._fresh_rows, self._fresh_reasons))
         rows += sum(one["rows"] for one in fresh)
         reasons = Counter({reason: count for reason, count in _sum(reasons, fresh).items()
-                           if reason not in self.by_choice})
-        failed = reasons.total() - (self.retried if final else 0)
+                           if reason not in self.by_choice and count > 0})
+        failed = reasons.total()
         if failed <= most * rows or (rows < LEAST and not final):
             return ""
         frequent = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(5))

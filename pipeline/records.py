@@ -145,7 +145,12 @@ def totals(done: Sequence[dict[str, Any]]) -> dict[str, Any]:
         result["bytes"] += sum(file["bytes"] for file in record["files"])
         result["skipped"].update(record["skipped"])
         result["noted"].update(record["noted"])
-    return result | {"skipped": dict(result["skipped"]), "noted": dict(result["noted"])}
+    return result | {name: _occurring(result[name]) for name in ("skipped", "noted")}
+
+
+def _occurring(counts: Counter[str]) -> dict[str, int]:
+    """Without what another try has mended to the last one."""
+    return {reason: count for reason, count in counts.items() if count}
 
 
 def _column_totals(of: pa.Table) -> dict[str, Any]:
@@ -161,7 +166,7 @@ def _column_totals(of: pa.Table) -> dict[str, Any]:
             for row in grouped.aggregate([("value", "sum")]).to_pylist():
                 counter[row["key"]] += row["value_sum"]
     return {"items": of.num_rows, "samples": pc.sum(of.column("samples")).as_py() or 0, "bytes": length,
-            **{name: dict(counter) for name, counter in sums.items()}}
+            **{name: _occurring(counter) for name, counter in sums.items()}}
 
 
 def seconds(done: Sequence[dict[str, Any]]) -> float:

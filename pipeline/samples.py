@@ -164,7 +164,9 @@ class Spool:
         with self._lock:
             place = self._end
             self._end += len(data)
-        os.pwrite(self._file.fileno(), data, place) if data else 0
+        written = 0
+        while written < len(data):  # a disk that is nearly full takes a part, and refuses the rest only
+            written += os.pwrite(self._file.fileno(), memoryview(data)[written:], place + written)
         return place, len(data)
 
     def get(self, place: Place) -> bytes:

@@ -225,7 +225,7 @@ class Shard(Stage):
         if "round" in item.inputs:
             info["retried"] = item.inputs["count"]
         return Output(packing.samples, {f"{item.id}.tar": packing.tar, f"{item.id}.parquet": packing.parquet}, ledger,
-                      info, aside={f"{item.id}_stats.json": packing.stats()})
+                      info, aside={f"{item.id}_stats.json": packing.stats()}, mended=item.inputs.get("mended", {}))
 
     def again(self, items: Sequence[Item], done: Sequence[dict[str, Any]]) -> Iterable[Item]:
         return self._again(items, done, self.folder)
@@ -236,37 +236,40 @@ class Shard(Stage):
             raise ValueError("the pictures of this source are in it: what failed once would fail again")
         last = max((item.inputs.get("round", 0) for item in items), default=0)
         number, wanted = len(items), []
-        count = 0
+        reasons: Counter[str] = Counter()
         for item, record in zip(items, done, strict=True):
-            if item.inputs.get("round", 0) != last or not record["skipped"].keys() - self.by_choice:
+            if item.inputs.get("round", 0) != last or not (
+                    "mended" in item.inputs or record["skipped"].keys() - self.by_choice):
                 continue
-            numbers = self._failed_rows(folder, record)
-            while numbers:
-                room = self.config.rows_per_shard - count
-                wanted.append((item.inputs, numbers[:room]))
-                count += len(numbers[:room])
-                numbers = numbers[room:]
-                if count == self.config.rows_per_shard:
-                    yield self._retry(number, wanted, count, last + 1, folder)
-                    number, wanted, count = number + 1, [], 0
+            failed = self._failed_rows(folder, record)
+            while failed:
+                room = self.config.rows_per_shard - reasons.total()
+                wanted.append((item.inputs, [row for row, _ in failed[:room]]))
+                reasons.update(reason for _, reason in failed[:room])
+                failed = failed[room:]
+                if reasons.total() == self.config.rows_per_shard:
+                    yield self._retry(number, wanted, reasons, last + 1, folder)
+                    number, wanted, reasons = number + 1, [], Counter()
         if wanted:
-            yield self._retry(number, wanted, count, last + 1, folder)
+            yield self._retry(number, wanted, reasons, last + 1, folder)
 
-    def _retry(self, number: int, wanted: list[tuple[dict[str, Any], list[int]]], count: int, round_: int,
+    def _retry(self, number: int, wanted: list[tuple[dict[str, Any], list[int]]], reasons: Counter[str], round_: int,
                folder: str) -> Item:
         part: Part = self.source.again(folder, wanted, number)
-        inputs, carries = part.inputs | {"count": count, "round": round_}, part.carries
+        inputs, carries = part.inputs | {"count": reasons.total(), "round": round_,
+                                         "mended": dict(sorted(reasons.items()))}, part.carries
         if (types := wanted[0][0].get("types")) is not None:  # of another version it lies elsewhere
             inputs["types"] = types
             carries = (*carries, (types, storage.read_bytes(storage.join(folder, types))))
         return Item(f"{number:06d}", inputs, carries)
 
-    def _failed_rows(self, folder: str, record: dict[str, Any]) -> list[int]:
+    def _failed_rows(self, folder: str, record: dict[str, Any]) -> list[tuple[int, str]]:
+        """The rows of a shard that gave nothing against our will, with reasons."""
         entry = file_of(record, ".parquet")
         path = storage.fetch(storage.place(folder, entry["name"]), entry)
         rows = pq.read_table(path, columns=["source_row", "status", "error_message"]).to_pylist()
-        return [row["source_row"] for row in rows if row["status"] != samples.SUCCESS
-                and (row["error_message"] or "").split(":")[0] not in self.by_choice]
+        return [(row["source_row"], reason) for row in rows if row["status"] != samples.SUCCESS
+                and (reason := (row["error_message"] or "").split(":")[0]) not in self.by_choice]
 
     def _copy(self, record: dict[str, Any], scratch: Path) -> Output:
         """A shard of the base as it is."""

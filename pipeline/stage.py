@@ -15,6 +15,7 @@ Lists of more than a thousand items or records stand in a parquet file beside pl
 
 import bisect
 import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
@@ -41,6 +42,7 @@ from pipeline.records import content, totals
 FORMAT = 2
 _MANIFEST_KEYS = {"stage", "content", "items", "files"}  # those of a checkpoint's manifest too
 _PLAN_KEYS = {"format", "stage", "fingerprint", "section", "inputs", "items"}
+_ALIVE = ".alive"  # locked in a scratch folder as long as its process lives
 _TRIES = 3
 _AT_ONCE = 5000  # records in memory as dicts
 
@@ -75,6 +77,8 @@ class Output:
     info: dict[str, Any] = field(default_factory=dict)
     aside: dict[str, bytes] = field(default_factory=dict)
     """Files that differ from run to run (times): put in place, and not part of the content."""
+    mended: dict[str, int] = field(default_factory=dict)
+    """What was skipped by earlier tries at the same rows: this one counts in their place."""
     counted: tuple[dict[str, int], dict[str, int]] | None = None
     """(skipped, noted) of a ledger that is among the files already."""
     elsewhere: list[dict[str, Any]] = field(default_factory=list)
@@ -338,6 +342,10 @@ def work(stage: Stage, item: Item) -> dict[str, Any]:
                            key=lambda file: file["name"])
         skipped, noted = output.counted or (_count(entry for entry in output.ledger if not entry.kept),
                                             _count(entry for entry in output.ledger if entry.kept))
+        if output.mended:
+            net = Counter(skipped)
+            net.subtract(output.mended)
+            skipped = {reason: count for reason, count in sorted(net.items()) if count}
         record = {
             "id": item.id, "plan": plan, "samples": output.samples, "files": described,
             "skipped": skipped, "noted": noted,
@@ -578,16 +586,29 @@ def sentence(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def scratch_folder(name: str) -> Iterator[Path]:
-    """A folder of this attempt alone, removed afterwards."""
+    """A folder of this attempt alone, removed afterwards; by a later process, if this one is killed."""
+    _sweep()
     folder = Path(tempfile.mkdtemp(prefix=f"rdm-{name.replace('/', '-')}-"))
     try:
-        yield folder
+        with open(folder / _ALIVE, "w") as alive:
+            fcntl.flock(alive, fcntl.LOCK_EX)
+            yield folder
     except OSError as error:
         if storage.full(error) and error.filename is None:
             error.filename = f"{folder}/"  # what is written to a file that is open does not tell where
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@cache
+def _sweep() -> None:
+    """Remove the scratch folders whose processes are gone: nobody holds their locks."""
+    for path in Path(tempfile.gettempdir()).glob(f"rdm-*/{_ALIVE}"):
+        with contextlib.suppress(OSError), open(path) as alive:
+            if time.time() - path.stat().st_mtime > 60:  # or it may not have got so far as to lock it
+                fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def describe(name: str, path: Path) -> dict[str, Any]:

@@ -416,6 +416,7 @@ def test_rows_that_failed_are_tried_again_before_sealing(tmp_path, site, kind):
         {"rows": len(failed[0]) - 7, "retried": len(failed[0]) - 7}]
     assert [line["source_row"] for line in table(dataset, manifest)] == [*range(22), *failed[0]]
     assert manifest["info"]["retried"] == len(failed[0])
+    assert sum(manifest["totals"]["skipped"].values()) == len(failed[1]) == 22 - manifest["totals"]["samples"]
     assert shard.accounting(manifest, table(dataset, manifest)) == {
         "rows": 22, "good": 22 - len(failed[1]), "failed": len(failed[1]), "filtered": 0}
     after = made.files_below(tmp_path / "datasets")

@@ -457,3 +457,13 @@ def test_near_pictures_have_near_hashes():
         assert (images.perceptual_hash(copy)[0] ^ one).bit_count() <= 6
     red, blue = (images.perceptual_hash(Image.new("RGB", (64, 64), colour)) for colour in ("red", "blue"))
     assert red[1] == (255, 0, 0) and blue[1] == (0, 0, 255) and 0 <= red[0] < 1 << 64
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0", "4:1:1"])
+def test_colours_that_are_coarser_one_way_stay_true(subsampling):
+    picture = photo(1203, 805)
+    data = encoded(picture, "JPEG", quality=95, subsampling=subsampling)
+    for size in (64, 128, 256):
+        small = images.resize(images.decode(data, 10_000_000, at_least=size, how="keep_ratio"), size, "keep_ratio")
+        whole = images.resize(images.decode(data, 10_000_000), size, "keep_ratio")
+        assert psnr(small, whole) > 42

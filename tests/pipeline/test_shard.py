@@ -3,6 +3,8 @@ import hashlib
 import io
 import json
 import os
+import resource
+import signal
 import tarfile
 import unicodedata
 from collections import Counter
@@ -16,6 +18,7 @@ from PIL import Image
 
 from pipeline import stage, storage, tars, verify
 from pipeline.dataset import Dataset, metadata
+from pipeline.samples import Spool
 from pipeline.shard import Shard, ShardConfig
 from tests.pipeline import made
 from tests.pipeline.made import encoded, noise
@@ -361,3 +364,15 @@ def test_a_tar_has_the_bytes_that_webdataset_writes(tmp_path):
             theirs.write(sample)
     tars.write(tmp_path / "ours.tar", samples)
     assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
+
+
+def test_a_spool_on_a_full_disk_says_so(tmp_path):
+    """A disk that is nearly full takes a part of what is written, without an error."""
+    def write():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        spool = Spool(tmp_path / "spool")
+        assert spool.get(spool.put(b"a" * 9_000)) == b"a" * 9_000
+        with pytest.raises(OSError, match="File too large"):
+            spool.put(b"b" * 5_000)
+    assert made.in_child(write) == 0

@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import signal
+import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -363,3 +364,21 @@ def test_scratch_folders_are_gone(tmp_path, monkeypatch):
         stage.run(Count(tmp_path, broken={"000001": ValueError("no")}))
     stage.run(Count(tmp_path))
     assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_scratch_of_a_killed_process_is_removed_by_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def die():
+        with stage.scratch_folder("one") as folder:
+            (folder / "spool").write_bytes(b"much")
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.WTERMSIG(made.in_child(die)) == signal.SIGKILL
+    with stage.scratch_folder("other") as living:
+        left = next(one for one in tmp_path.iterdir() if one != living)
+        for one in (left, living):
+            os.utime(one / ".alive", (0, 0))
+        stage._sweep.cache_clear()
+        with stage.scratch_folder("third"):
+            assert living.exists() and not left.exists()
+    assert list(tmp_path.iterdir()) == []
