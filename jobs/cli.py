@@ -24,10 +24,11 @@ from jobs.progress import watcher
 from jobs.runs import Run
 from jobs.settings import ClusterConfig, Settings, resolve
 from jobs.training import Job, Training
-from pipeline import clip, sift, stage, storage, verify
+from pipeline import assembly, clip, sift, stage, storage, verify
 from pipeline.adopt import Adopt
 from pipeline.dataset import Dataset
-from pipeline.embed import Embed
+from pipeline.embed import Embed, EmbedCaptions
+from pipeline.exchange import AdoptEmbeddings, Export
 from pipeline.index import Index
 from pipeline.neighbors import Neighbors
 from pipeline.shard import Shard
@@ -130,11 +131,26 @@ def _sift(sifted: sift.Sift, command: commands.ShardCommand) -> int:
 
 
 def _embed(command: commands.EmbedCommand, settings: Settings) -> int:
-    return _run(Embed(Dataset.parse(command.common.root, command.dataset), command.embed), command)
+    dataset = Dataset.parse(command.common.root, command.dataset)
+    stages = [AdoptEmbeddings(dataset, command.embed, command.adopt) if command.adopt
+              else Embed(dataset, command.embed)]
+    if command.captions:
+        stages.append(EmbedCaptions(dataset, command.embed))
+    code = next((code for one in stages if (code := _run(one, command))), 0)
+    if command.export and not code and not command.common.dry_run:
+        code = _run(Export(dataset, command.embed), command)
+    return code
 
 
 def _index(command: commands.IndexCommand, settings: Settings) -> int:
-    return _run(Index(Dataset.parse(command.common.root, command.dataset), command.index), command)
+    index = Index(Dataset.parse(command.common.root, command.dataset), command.index)
+    if command.common.dry_run:
+        return _dry_run(index, command.stage.rebuild)
+    with runner(command) as run_with:
+        manifest = assembly.run(index, lambda one: stage.run(one, run_with, watch=watcher(one.name.replace("_", " "))),
+                                rebuild=command.stage.rebuild)
+    _done(index, manifest)
+    return 0
 
 
 def _neighbors(command: commands.NeighborsCommand, settings: Settings) -> int:

@@ -1,7 +1,7 @@
 """What each verb of the command line takes: flags are the fields of these dataclasses."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -71,6 +71,12 @@ class EmbedCommand:
     cluster: Flat[ClusterConfig]
     common: Flat[Common]
     stage: Flat[Rebuild]
+    captions: bool = False
+    """Those of the captions too, in text_embeddings/."""
+    adopt: str = ""
+    """Take the embeddings from this folder, which clip-retrieval wrote."""
+    export: Literal["", "clip-retrieval"] = ""
+    """Write them in that layout too, into a folder of that name."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import Image
 
-from pipeline import storage
+from pipeline import images, storage
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ class ClipConfig:
     pretrained: str = "bundled"
     """A pretrained tag of open_clip, a local file of weights, or `bundled` for the tiny CLIP in the package."""
     precision: Precision = "auto"
-    """auto: bf16 on a GPU, fp32 on a CPU."""
+    """auto: bf16 on a GPU, and on a CPU that multiplies in bf16; fp32 elsewhere."""
 
 
 @dataclass
@@ -45,29 +45,76 @@ class Encoder:
 
     dim: int
     prepare: Callable[[Image.Image], "torch.Tensor"]
+    """open_clip's own preprocessing."""
+    preprocessing: dict[str, Any]
     model: Any
+    encode: Callable[["torch.Tensor"], "torch.Tensor"]
+    compiled: bool
     tokenizer: Any
     device: "torch.device"
     dtype: "torch.dtype"
 
-    def images(self, pixels: "torch.Tensor") -> np.ndarray:
-        """Unit vectors of preprocessed pictures: (B, 3, H, W) float32 -> (B, D) float32."""
-        return self._unit(self.model.encode_image, pixels)
+    def prepared(self, data: bytes) -> np.ndarray:
+        """An encoded picture as the model wants it but for the normalisation, (S, S, 3) uint8; BadPicture if none.
+
+        Where the model wants what is not done here, all of it by open_clip: (3, H, W) float32.
+        """
+        pixels, wanted = images.pixels(data), self.preprocessing
+        if wanted["resize"] not in {"shortest", "squash"} or not isinstance(wanted["image_size"], int):
+            return self.prepare(Image.fromarray(pixels)).numpy()
+        height, width = pixels.shape[:2]
+        size, short = wanted["image_size"], min(width, height)
+        part = (0.0, 0.0, float(width), float(height))
+        if wanted["resize"] == "shortest":
+            # torchvision's rounding: of the long side down, of the crop's place to the nearest.
+            shape = (int(size * width / short), int(size * height / short))
+            left, top = (round((side - size) / 2) for side in shape)
+            across, down = width / shape[0], height / shape[1]
+            part = (left * across, top * down, (left + size) * across, (top + size) * down)
+        if part == (0, 0, width, height) and (width, height) == (size, size):
+            return pixels
+        return images.resampled(pixels, (size, size), part, wanted["interpolation"])
+
+    def images(self, batch: np.ndarray) -> np.ndarray:
+        """Unit vectors of a batch of `prepared` pictures: (B, S, S, 3) uint8 -> (B, D) float32."""
+        return self.launch(batch).cpu().numpy()
+
+    def launch(self, batch: np.ndarray, size: int = 0) -> "torch.Tensor":
+        """As `images`, without waiting for a GPU to finish: (B, D) float32 on the device.
+
+        A compiled encoder is given `size` pictures always, for it is compiled anew for any other number; the vectors
+        beyond those of the batch mean nothing.
+        """
+        import torch
+
+        if self.compiled and len(batch) < size:
+            batch = np.concatenate([batch, np.broadcast_to(batch[:1], (size - len(batch), *batch.shape[1:]))])
+        pixels = torch.from_numpy(batch)
+        if self.device.type == "cuda":
+            pixels = pixels.pin_memory()
+        pixels = pixels.to(self.device, non_blocking=True)
+        if pixels.dtype == torch.uint8:
+            # The channels stay last in memory, which the first convolution likes.
+            pixels = pixels.permute(0, 3, 1, 2)
+            mean, std = (torch.tensor(self.preprocessing[name], device=self.device)[:, None, None] * 255
+                         for name in ("mean", "std"))
+            pixels = (pixels - mean) / std
+        return self._unit(self.encode, pixels.to(self.dtype))
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors of texts: (B, D) float32."""
-        return self._unit(self.model.encode_text, self.tokenizer(list(texts)))
+        return self._unit(self.model.encode_text, self.tokenizer(list(texts))).cpu().numpy()
 
-    def _unit(self, encode: Callable[["torch.Tensor"], "torch.Tensor"], batch: "torch.Tensor") -> np.ndarray:
+    def _unit(self, encode: Callable[["torch.Tensor"], "torch.Tensor"], batch: "torch.Tensor") -> "torch.Tensor":
         import torch
-        with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
-            vectors = encode(batch.to(self.device, non_blocking=True)).float()
+        with torch.inference_mode():
+            vectors = encode(batch.to(self.device)).float()
         # Normalised after the cast: in half precision the norm itself would be off by 1e-3.
-        return torch.nn.functional.normalize(vectors, dim=-1).cpu().numpy()
+        return torch.nn.functional.normalize(vectors, dim=-1)
 
 
 @lru_cache(maxsize=2)
-def load(config: ClipConfig) -> Encoder:
+def load(config: ClipConfig, compiled: bool = False) -> Encoder:
     """The encoder of `config`, on the GPU if there is one; kept in this process.
 
     ValueError where open_clip knows no such model, or the weights do not fit it.
@@ -76,11 +123,12 @@ def load(config: ClipConfig) -> Encoder:
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
-             "auto": torch.bfloat16 if device.type == "cuda" else torch.float32}[config.precision]
+    precision = config.precision if config.precision != "auto" else _fastest(device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     try:
+        # open_clip keeps in full precision what has to stay so (norms).
         model, _, prepare = open_clip.create_model_and_transforms(_known(config), pretrained=_weights(config),
-                                                                  device=device)
+                                                                  device=device, precision=precision)
         tokenizer = open_clip.get_tokenizer(_known(config))
     except Exception as error:  # readers of weights raise whatever they like
         raise ValueError(f"open_clip cannot load {config.model} with the weights {config.pretrained}: "
@@ -88,7 +136,28 @@ def load(config: ClipConfig) -> Encoder:
                          f"print(open_clip.list_pretrained())'` lists names and tags") from error
     model.eval().requires_grad_(False)
     dim = int(open_clip.get_model_config(_known(config))["embed_dim"])
-    return Encoder(dim, prepare, model, tokenizer, device, dtype)
+    return Encoder(dim, prepare, describe(config)["preprocessing"], model,
+                   torch.compile(model.encode_image) if compiled else model.encode_image, compiled, tokenizer, device,
+                   dtype)
+
+
+def _fastest(device: "torch.device") -> str:
+    """The precision in which a machine is fastest, of those that keep the cosine to 1e-3."""
+    import torch
+
+    if device.type == "cuda":
+        return "bf16"
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_bf16_dot_products() else "fp32"
+
+
+@lru_cache(maxsize=1)
+def _has_bf16_dot_products() -> bool:
+    """Whether this CPU multiplies in bf16; one that merely has vectors takes longer than in fp32."""
+    try:
+        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):  # no Linux, or no x86
+        return False
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags.split())
 
 
 @lru_cache(maxsize=8)
@@ -121,13 +190,6 @@ def describe(config: ClipConfig) -> dict[str, Any]:
             or tag else "file", "weights_sha256": storage.sha256_file(Path(path)),
             "architecture_sha256": hashlib.sha256(json.dumps(architecture, sort_keys=True).encode()).hexdigest(),
             "dim": architecture["embed_dim"], "preprocessing": preprocessing, "normalised": True}
-
-
-def batch(encoder: Encoder, pictures: Sequence[Image.Image]) -> "torch.Tensor":
-    """Pictures preprocessed as the model wants them, (B, 3, H, W) float32."""
-    import torch
-
-    return torch.stack([encoder.prepare(picture) for picture in pictures])
 
 
 def _known(config: ClipConfig) -> str:

@@ -60,13 +60,18 @@ class Dataset:
     def command(self, stage_name: str) -> str:
         """The command that would finish a stage of this dataset, for hints."""
         verb, _, database = stage_name.partition("/")
-        verb = {"shards": "shard", "embeddings": "embed"}.get(verb, verb)
-        more = f" --database {database}" if database else " --source FOLDER" if verb == "shard" else ""
+        verb, more = {"shards": ("shard", " --source FOLDER"), "embeddings": ("embed", ""),
+                      "text_embeddings": ("embed", " --captions"),
+                      "neighbors": ("neighbors", f" --database {database}")}.get(verb, (verb, ""))
         return f"python -m jobs {verb} {self.label}{more} --root {self.root}"
 
     def manifest(self, stage_name: str) -> dict[str, Any]:
         """The manifest of a sealed stage; ValueError with the command that would finish it."""
         return stage.manifest_of(self.folder(stage_name), self.command(stage_name))
+
+    def sealed(self, stage_name: str) -> bool:
+        """Whether a stage has ended."""
+        return storage.exists(storage.join(self.folder(stage_name), "manifest.json"))
 
     def identity(self, stage_name: str) -> dict[str, Any]:
         """How a later stage names this one among its inputs."""
@@ -91,14 +96,14 @@ class Embeddings:
     where a picture could not be decoded.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.manifest = dataset.manifest("embeddings")
-        paths = [dataset.fetch("embeddings", file_of(record, ".npy")) for record in self.manifest["items"]]
+    def __init__(self, dataset: Dataset, of: str = "embeddings") -> None:
+        self.manifest = dataset.manifest(of)
+        paths = [dataset.fetch(of, file_of(record, ".npy")) for record in self.manifest["items"]]
         self.shards = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
         self.offsets = np.cumsum([0, *(len(shard) for shard in self.shards)])
         for shard, record in zip(self.shards, self.manifest["items"], strict=True):
             if len(shard) != record["samples"]:
-                raise ValueError(f"{dataset.folder('embeddings')}: shard {record['id']} has {len(shard)} rows, its "
+                raise ValueError(f"{dataset.folder(of)}: shard {record['id']} has {len(shard)} rows, its "
                                  f"manifest says {record['samples']}\nhint: python -m jobs verify")
 
     def __len__(self) -> int:

@@ -1,23 +1,32 @@
-"""Shards -> CLIP embeddings: row i of 000042.npy is sample i of 000042.tar."""
+"""Shards -> CLIP embeddings: row i of 000042.npy is sample i of 000042.tar.
 
-import contextlib
+Pictures are decoded by threads (their decoders do not hold the interpreter) while the encoder works: on a GPU one
+batch is encoded while the next is decoded and the last is fetched; on CPUs every thread does whole batches from end
+to end, with one thread inside torch, for how torch splits a sum among threads would change the last bits, and with
+them the bytes of the result.
+"""
+
 import itertools
 import json
 import os
 import platform
-from collections import deque
-from collections.abc import Iterator
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from pipeline import clip, images, tars
-from pipeline.dataset import Dataset, file_of
+from pipeline.dataset import Dataset, file_of, metadata
 from pipeline.stage import Entry, Item, Output, Stage
+
+_AHEAD = 4  # batches that are decoded, or being decoded, for each thread or beside a GPU
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,8 @@ class EmbedConfig(clip.ClipConfig):
 
     batch_size: int = 128
     """Pictures in one forward pass; on a CPU passes above 256 are slower per picture."""
+    compile: bool = False
+    """Let torch.compile make the encoder faster, which takes a minute."""
 
     def clip(self) -> clip.ClipConfig:
         """The encoder alone."""
@@ -36,22 +47,24 @@ class Embed(Stage):
     """The stage from the shards of a dataset to its embeddings, (N_i, D) float16 of unit length."""
 
     name = "embed"
+    of = "embeddings"
     workers_need_gpu = True
 
     def __init__(self, dataset: Dataset, config: EmbedConfig) -> None:
         if config.batch_size < 1:
             raise ValueError(f"embed.batch_size must be at least 1, not {config.batch_size}")
-        super().__init__(dataset.root, dataset.path("embeddings"), config)
+        super().__init__(dataset.root, dataset.path(self.of), config)
         self.dataset = dataset
 
     @property
     def command(self) -> str:
-        return self.dataset.command("embeddings")
+        return self.dataset.command(self.of)
 
     def section(self) -> dict[str, Any]:
         # The path of the weights may differ from node to node; what they are is in the encoder's description.
-        return {"precision": self.config.precision, "batch_size": self.config.batch_size,
-                "encoder": clip.describe(self.config.clip())}
+        section = {"precision": self.config.precision, "batch_size": self.config.batch_size,
+                   "encoder": clip.describe(self.config.clip())}
+        return section | ({"compile": True} if self.config.compile else {})
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         return {"shards": self.dataset.identity("shards")}
@@ -62,64 +75,191 @@ class Embed(Stage):
                 for record in self.dataset.manifest("shards")["items"]]
 
     def setup(self) -> None:
-        clip.load(self.config.clip())
+        self._encoder()
 
     def process(self, item: Item, scratch: Path) -> Output:
         if clip.describe(self.config.clip())["weights_sha256"] != item.inputs["weights"]:
             raise ValueError(f"the weights {self.config.pretrained} on {platform.node()} are not those of the plan\n"
                              f"hint: the same file on every machine")
-        encoder, record = clip.load(self.config.clip()), item.inputs["shard"]
-        path = self.dataset.fetch("shards", file_of(record, ".tar"), check=True)
+        encoder, record = self._encoder(), item.inputs["shard"]
         vectors = np.zeros((record["samples"], encoder.dim), np.float16)
-        ledger, row = [], 0
-        for keys, rows, encoded in _encoded(encoder, path, self.config.batch_size):
+        ledger, row, times = [], 0, Times()
+        for keys, rows, encoded in self._batches(encoder, record, times):
             if row + len(keys) > len(vectors):
+                row += len(keys)
                 break
             vectors[[row + position for position in rows]] = encoded
             # A row of zeros marks what does not decode: what comes after must not move up.
             ledger += [Entry(key, "undecodable", "row of zeros", kept=True) for position, key in enumerate(keys)
                        if position not in set(rows)]
             row += len(keys)
+            self.beat(rows=row, samples=row - len(ledger), length=0, skipped={})
         if row != len(vectors):
-            raise ValueError(f"{path} does not have the {len(vectors)} samples that its manifest names\n"
+            raise ValueError(f"shard {record['id']} does not have the {len(vectors)} samples that its manifest names\n"
                              f"hint: python -m jobs verify")
-        out = scratch / "embeddings.npy"
-        np.save(out, vectors, allow_pickle=False)
-        return Output(samples=len(vectors), files={f"{item.id}.npy": out}, ledger=ledger)
+        if not np.isfinite(vectors).all():
+            broken = int((~np.isfinite(vectors)).any(1).sum())
+            raise ValueError(f"{broken} vectors of shard {record['id']} are not finite: {self.config.model} does not "
+                             f"bear this precision\nhint: --precision fp32")
+        with times("write"):
+            out = scratch / "embeddings.npy"
+            np.save(out, vectors, allow_pickle=False)
+        return Output(samples=len(vectors), files={f"{item.id}.npy": out}, ledger=ledger,
+                      times=times.seconds | {"precision": str(encoder.dtype).removeprefix("torch.")})
 
     def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
         return Output(info={"encoder": clip.describe(self.config.clip())})
 
+    def _encoder(self) -> clip.Encoder:
+        return clip.load(self.config.clip(), True) if self.config.compile else clip.load(self.config.clip())
 
-def _encoded(encoder: clip.Encoder, path: Path, size: int) -> Iterator[tuple[list[str], list[int], np.ndarray]]:
-    """Keys of the samples of a tar in batches of `size`, positions of those that decode, their vectors.
+    def _batches(self, encoder: clip.Encoder, record: dict[str, Any], times: "Times") -> Iterator["Batch"]:
+        with times("read"):
+            path = self.dataset.fetch("shards", file_of(record, ".tar"), check=True)
+        yield from _encoded(encoder, tars.read(path), self.config.batch_size, times)
 
-    Each thread decodes, prepares and encodes whole batches, with one thread inside torch: how torch
-    splits a sum among threads would change the last bits, and with them the bytes of the result.
-    """
+
+class EmbedCaptions(Embed):
+    """The stage from the captions of a dataset to its text embeddings, of the same rows and form."""
+
+    name = "embed_captions"
+    of = "text_embeddings"
+
+    def _batches(self, encoder: clip.Encoder, record: dict[str, Any], times: "Times") -> Iterator["Batch"]:
+        def work(some: list[dict[str, Any]]) -> Batch:
+            # A sample without a caption gets a row of zeros: the vector of no words is near to everything.
+            there = [position for position, row in enumerate(some) if (row["caption"] or "").strip()]
+            with times("forward"):
+                return ([row["key"] for row in some], there,
+                        encoder.texts([some[position]["caption"] for position in there]) if there else 0)
+
+        with times("read"):
+            rows = metadata(self.dataset, record, ["key", "caption"])
+        with _pool() as (pool, threads):
+            yield from _in_order(pool, work, _chunks(rows, self.config.batch_size, times), 2 * threads, times)
+
+
+Batch = tuple[list[str], list[int], Any]
+"""Keys of some samples in order, the positions among them of those that have a vector, and these (n, D)."""
+
+
+@dataclass
+class Times:
+    """Seconds spent with this and that, all threads together; `wait` is an encoder without work."""
+
+    seconds: Counter[str] = field(default_factory=Counter)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        """Count the time inside."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.seconds[what] += time.perf_counter() - started
+
+
+def _encoded(encoder: clip.Encoder, samples: Iterable[dict[str, Any]], size: int, times: Times) -> Iterator[Batch]:
+    """The vectors of samples in batches of `size`."""
+    alone = encoder.device.type == "cpu"
+
+    def prepare(some: list[dict[str, Any]]) -> tuple[list[str], list[int], np.ndarray | None]:
+        with times("decode"):
+            prepared = [(position, one) for position, sample in enumerate(some)
+                        if (one := _prepared(encoder, sample)) is not None]
+            return ([sample["__key__"] for sample in some], [position for position, _ in prepared],
+                    np.stack([one for _, one in prepared]) if prepared else None)
+
+    def whole_way(some: list[dict[str, Any]]) -> Batch:
+        keys, rows, pictures = prepare(some)
+        with times("forward"):
+            return keys, rows, 0 if pictures is None else encoder.images(pictures)
+
+    with _pool() as (pool, threads):
+        # Beside a GPU a batch is decoded by all threads at once.
+        part = size if alone else max(1, -(-size // threads))
+        decoded = _in_order(pool, whole_way if alone else prepare, _chunks(samples, part, times),
+                            2 * threads if alone else _AHEAD * threads, times)
+        yield from decoded if alone else _on_gpu(encoder, decoded, size, times)
+
+
+@contextmanager
+def _pool() -> Iterator[tuple[ThreadPoolExecutor, int]]:
+    """Threads, one inside torch for each, and their number."""
     import torch
-
-    def one(samples: list[dict[str, Any]]) -> tuple[list[str], list[int], np.ndarray]:
-        prepared = []
-        for position, sample in enumerate(samples):
-            with contextlib.suppress(images.BadPicture):
-                picture = Image.fromarray(images.pixels(tars.picture(sample)))
-                prepared.append((position, encoder.prepare(picture)))
-        keys, rows = [sample["__key__"] for sample in samples], [position for position, _ in prepared]
-        if not prepared:
-            return keys, rows, np.zeros((0, encoder.dim), np.float32)
-        return keys, rows, encoder.images(torch.stack([pixels for _, pixels in prepared]))
 
     threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        ahead: deque[Future] = deque()
-        samples = tars.read(path)
-        while batch := list(itertools.islice(samples, size)):
-            ahead.append(pool.submit(one, batch))
-            if len(ahead) > 2 * threads:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        yield pool, threads
+
+
+def _prepared(encoder: clip.Encoder, sample: dict[str, Any]) -> np.ndarray | None:
+    try:
+        return encoder.prepared(tars.picture(sample))
+    except images.BadPicture:
+        return None
+
+
+def _chunks(samples: Iterable[dict[str, Any]], size: int, times: Times) -> Iterator[list[dict[str, Any]]]:
+    source = iter(samples)
+    while True:
+        with times("read"):
+            some = list(itertools.islice(source, size))
+        if not some:
+            return
+        yield some
+
+
+def _in_order(pool: ThreadPoolExecutor, work: Any, chunks: Iterator[Any], ahead: int, times: Times) -> Iterator[Any]:
+    """What `work` makes of each chunk, in their order, up to `ahead` at once."""
+    going: deque[Future] = deque()
+    for chunk in chunks:
+        going.append(pool.submit(work, chunk))
+        if len(going) >= ahead:
+            with times("wait"):
+                done = going.popleft().result()
+            yield done
+    while going:
+        with times("wait"):
+            done = going.popleft().result()
+        yield done
+
+
+def _on_gpu(encoder: clip.Encoder, decoded: Iterator[Any], size: int, times: Times) -> Iterator[Batch]:
+    """Batches of `size` from decoded parts; the vectors of one are fetched while the next is under way."""
+    going: tuple[list[str], list[int], Any] | None = None
+
+    def fetched(batch: tuple[list[str], list[int], Any]) -> Batch:
+        keys, rows, vectors = batch
+        with times("forward"):
+            return keys, rows, 0 if vectors is None else vectors[:len(rows)].cpu().numpy()
+
+    for parts in _gathered(decoded, size):
+        keys = [key for part in parts for key in part[0]]
+        starts = itertools.accumulate((len(part[0]) for part in parts), initial=0)
+        rows = [start + position for start, part in zip(starts, parts, strict=False) for position in part[1]]
+        pictures = [part[2] for part in parts if part[2] is not None]
+        with times("forward"):
+            vectors = encoder.launch(np.concatenate(pictures), size) if pictures else None
+        if going:
+            yield fetched(going)
+        going = keys, rows, vectors
+    if going:
+        yield fetched(going)
+
+
+def _gathered(decoded: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    """Parts together as long as they have no more than `size` samples."""
+    parts: list[Any] = []
+    for part in decoded:
+        if parts and sum(len(one[0]) for one in parts) + len(part[0]) > size:
+            yield parts
+            parts = []
+        parts.append(part)
+    if parts:
+        yield parts
 
 
 def encoder_of(dataset: Dataset) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import random
+import resource
 import shutil
 import subprocess
 import tempfile
@@ -81,6 +82,8 @@ class Output:
     """What was skipped by earlier tries at the same rows: this one counts in their place."""
     counted: tuple[dict[str, int], dict[str, int]] | None = None
     """(skipped, noted) of a ledger that is among the files already."""
+    times: dict[str, Any] = field(default_factory=dict)
+    """Seconds by what they were spent with, and what else is known of the run and not part of the content."""
     elsewhere: list[dict[str, Any]] = field(default_factory=list)
     """Files described (name, bytes, sha256) that lie where they are; their names are whole addresses."""
 
@@ -357,7 +360,12 @@ def work(stage: Stage, item: Item) -> dict[str, Any]:
             storage.put_file(path, storage.join(stage.folder, name), give=path.is_relative_to(scratch))
         for name, data in sorted(output.aside.items()):
             storage.put_bytes(data, storage.join(stage.folder, name))
-        record["run"] = {"seconds": round(time.time() - started, 3), "host": platform.node()}
+        # Of the process since its start, which may have done other items: what a machine must have for it.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        record["run"] = {"seconds": round(time.time() - started, 3), "host": platform.node(), "peak_mb": round(peak)}
+        if output.times:
+            record["run"]["times"] = {name: round(value, 3) if isinstance(value, float) else value
+                                      for name, value in sorted(output.times.items())}
         if not storage.create_bytes(storage.json_bytes(record), address):
             if found := _record(address, plan):
                 return found

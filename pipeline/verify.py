@@ -38,7 +38,8 @@ def folder(root: str, path: str, *, quick: bool = False) -> Iterator[dict[str, s
             faulty.add(entry["name"])
             yield _fault(path, entry["name"], fault)
     yield from _records(root, path, manifest)
-    checks = {"shard": _shards, "embed": _embeddings, "index": _index, "neighbors": _neighbors}
+    checks = {"shard": _shards, "embed": _embeddings, "embed_captions": _embeddings, "index": _index,
+              "neighbors": _neighbors}
     check = checks.get(manifest["stage"])
     if check:
         for record in manifest["items"]:
@@ -101,7 +102,8 @@ def _shards(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[str, 
 
 def _embeddings(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
     dataset = _dataset(root, path)
-    rows = np.load(dataset.fetch("embeddings", file_of(record, ".npy")), mmap_mode="r", allow_pickle=False)
+    name = path.rsplit("/", 1)[1]
+    rows = np.load(dataset.fetch(name, file_of(record, ".npy")), mmap_mode="r", allow_pickle=False)
     yield from _lengths(dataset, path, record, len(rows), f"{record['id']}.npy")
     norms = np.linalg.norm(np.asarray(rows, np.float32), axis=1)
     wrong = int(((abs(norms - 1) > 2e-3) & (norms != 0)).sum())

@@ -2,6 +2,7 @@ import io
 import json
 import shutil
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import open_clip
@@ -9,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import clip, embed, stage, storage, tars
+from pipeline import clip, embed, stage, storage, tars, verify
 from pipeline.clip import ClipConfig
-from pipeline.dataset import Dataset, Embeddings, file_of
-from pipeline.embed import Embed, EmbedConfig
+from pipeline.dataset import Dataset, Embeddings, file_of, metadata
+from pipeline.embed import Embed, EmbedCaptions, EmbedConfig
 from pipeline.shard import Shard, ShardConfig
 from pipeline.stage import StageFailed
 from tests.pipeline import made
+from tests.pipeline.test_images import photo
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +63,63 @@ def test_embeddings_are_those_of_open_clip_row_by_row(built):
     assert (rows * other).sum(1).min() < 1 - 1e-3
 
 
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
+@pytest.mark.parametrize(("width", "height"), [(256, 256), (341, 256), (256, 341), (64, 64), (64, 97), (31, 50),
+                                               (1000, 99), (640, 427)])
+def test_pictures_are_prepared_as_open_clip_does_it(width, height, mode, interpolation):
+    """Level for level but for the rounding of two libraries; a crop one pixel further is off by ten times as much."""
+    wanted = open_clip.transform.PreprocessCfg(size=64, interpolation=interpolation, resize_mode=mode)
+    encoder = replace(clip.load(ClipConfig()), prepare=open_clip.transform.image_transform_v2(wanted, is_train=False),
+                      preprocessing={"image_size": 64, "resize": mode, "interpolation": interpolation})
+    picture = photo(width, height)
+    data = made.encoded(picture, "PNG")
+    theirs = encoder.prepare(picture).numpy()
+    ours = encoder.prepared(data)
+    if mode == "longest":
+        np.testing.assert_array_equal(ours, theirs)
+        return
+    mean, std = (np.array(values)[:, None, None] for values in (clip._MEAN, clip._STD))
+    levels = (theirs * std + mean) * 255
+    difference = np.abs(ours.transpose(2, 0, 1) - levels)
+    assert difference.max() < 4.5 and difference.mean() < 0.5
+
+
+def test_a_dozen_photographs_have_the_vectors_of_open_clip(tmp_path):
+    """From JPEGs of many shapes and kinds on: what open_clip's documented steps give, to 1e-3 in cosine."""
+    shapes = [(300, 200), (200, 300), (256, 256), (500, 256), (256, 700), (64, 64), (90, 64), (640, 480), (65, 66),
+              (128, 512), (333, 222), (257, 301)]
+    kinds = [{}, {"quality": 60}, {"progressive": True}, {"subsampling": 0}, {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0"}]
+    data = [made.encoded(photo(*shape, seed), "JPEG", **({"quality": 95} | kinds[seed % len(kinds)]))
+            for seed, shape in enumerate(shapes)]
+    encoder = clip.load(ClipConfig())
+    ours = encoder.images(np.stack([encoder.prepared(one) for one in data]))
+    theirs = embedded_by_open_clip([Image.open(io.BytesIO(one)).convert("RGB") for one in data])
+    assert (ours * theirs).sum(1).min() > 1 - 1e-3
+    assert np.abs(np.linalg.norm(ours, axis=1) - 1).max() < 1e-4
+    # It is sharp: a crop that is not in the middle, or another kernel, is farther away.
+    moved = np.stack([np.roll(encoder.prepared(one), 2, axis=1) for one in data])
+    assert (encoder.images(moved) * theirs).sum(1).min() < 1 - 1e-3
+
+
+def test_captions_have_embeddings_of_the_same_rows(copied):
+    texts = EmbedCaptions(copied, EmbedConfig(batch_size=16))
+    manifest = stage.run(texts)
+    captions = [row["caption"] for record in copied.manifest("shards")["items"] for row in metadata(copied, record)]
+    rows = np.concatenate([np.load(copied.fetch("text_embeddings", file_of(record, ".npy")))
+                           for record in manifest["items"]])
+    assert manifest["totals"]["samples"] == 72 and rows.dtype == np.float16
+    expected = clip.load(ClipConfig()).texts(captions)
+    assert (rows.astype(np.float32) * expected).sum(1).min() > 1 - 1e-3
+    assert list(verify.folder(copied.root, copied.path("text_embeddings"))) == []
+
+
+def test_the_manifest_tells_seconds_and_memory(built):
+    for record in built.manifest("embeddings")["items"]:
+        assert record["run"]["times"].keys() >= {"read", "decode", "forward", "wait", "write"}
+        assert record["run"]["times"]["forward"] > 0 and record["run"]["peak_mb"] > 100
+
+
 def test_rows_are_of_unit_length_and_half_precision(built):
     embeddings = Embeddings(built)
     assert all(shard.dtype == np.float16 for shard in embeddings.shards)
@@ -76,13 +135,14 @@ def test_rows_by_id_are_rows_by_shard(built):
 
 
 def test_texts_are_those_of_open_clip():
-    encoder = clip.load(ClipConfig())
+    encoder = clip.load(ClipConfig(precision="fp32"))
     model = encoder.model
     texts = ["a red heart", "blue square"]
     with torch.no_grad():
         expected = model.encode_text(open_clip.get_tokenizer("tiny-clip-64")(texts))
     expected = (expected / expected.norm(dim=-1, keepdim=True)).numpy()
     np.testing.assert_allclose(encoder.texts(texts), expected, atol=1e-4)
+    assert (clip.load(ClipConfig(precision="bf16")).texts(texts) * expected).sum(1).min() > 1 - 1e-3
 
 
 def test_the_description_is_of_what_was_loaded():

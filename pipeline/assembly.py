@@ -1,0 +1,202 @@
+"""An index for more vectors than one worker should hold: trained on a sample of all, filled in parts, put together.
+
+    index-training/   trained.index, and the queries that measure the result (rows kept out of the sample)
+    index-parts/      part.index for a group of shards, and the exact neighbours of the queries among its rows
+    index/            the parts as one, tuned and measured against the exact neighbours of all parts
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import stage, storage
+from pipeline.dataset import Dataset, Embeddings, file_of
+from pipeline.index import EXACT, Index, IndexConfig, Queries, best, choice, faiss, fill, measured, merge, trained
+from pipeline.stage import Item, Output, Stage
+
+_BLOCK = 1 << 16  # rows in float32 at a time
+
+
+class Training(Stage):
+    """The stage that chooses a kind of index and trains it on a seeded sample of all shards."""
+
+    name = "index_training"
+
+    def __init__(self, dataset: Dataset, config: IndexConfig) -> None:
+        super().__init__(dataset.root, dataset.path("index-training"), config)
+        self.dataset = dataset
+
+    @property
+    def command(self) -> str:
+        return self.dataset.command("index")
+
+    def section(self) -> dict[str, Any]:
+        unused = {"target_recall", "min_recall", "part_memory"}
+        return {name: value for name, value in super().section().items() if name not in unused}
+
+    def inputs(self) -> dict[str, dict[str, Any]]:
+        names = ["embeddings", *(["text_embeddings"] if self.dataset.sealed("text_embeddings") else [])]
+        return {name: self.dataset.identity(name) for name in names}
+
+    def plan(self) -> list[Item]:
+        return [Item("training")]
+
+    def process(self, item: Item, scratch: Path) -> Output:
+        embeddings, config = Embeddings(self.dataset), self.config
+        count, rng = len(embeddings), np.random.default_rng((config.seed, 17))
+        drawn = rng.choice(count, min(count, config.queries + config.train_points), replace=False, shuffle=True)
+        held, sample = np.sort(drawn[:config.queries]), np.sort(drawn[config.queries:])
+        own = held[embeddings.rows(held).any(1)]
+        vectors = _there(embeddings.rows(sample)).astype(np.float32)
+        key = choice(count, embeddings.dim, config)
+        index = trained(key, vectors, embeddings.dim)
+        faiss.write_index(index, str(scratch / "trained.index"))
+        np.save(scratch / "held.npy", own, allow_pickle=False)
+        np.save(scratch / "images.npy", embeddings.rows(own).astype(np.float32), allow_pickle=False)
+        files = ["trained.index", "held.npy", "images.npy"]
+        if "text_embeddings" in self.inputs():
+            texts = Embeddings(self.dataset, "text_embeddings")
+            chosen = np.sort(rng.choice(len(texts), min(len(texts), config.queries), replace=False))
+            np.save(scratch / "texts.npy", _there(texts.rows(chosen)).astype(np.float32), allow_pickle=False)
+            files.append("texts.npy")
+        return Output(samples=len(vectors), files={name: scratch / name for name in files},
+                      info={"key": key, "rows": count, "trained_on": len(vectors), "error": error_of(index, vectors)})
+
+    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+        return Output(info=records[0]["info"])
+
+
+class Parts(Stage):
+    """The stage that fills copies of the trained index, one for each group of shards."""
+
+    name = "index_parts"
+
+    def __init__(self, training: Training, config: IndexConfig) -> None:
+        super().__init__(training.root, training.dataset.path("index-parts"), config)
+        self.dataset, self.training = training.dataset, training
+
+    @property
+    def command(self) -> str:
+        return self.dataset.command("index")
+
+    def section(self) -> dict[str, Any]:
+        return {"part_memory": self.config.part_memory}
+
+    def inputs(self) -> dict[str, dict[str, Any]]:
+        return {"training": stage.identity(self.root, self.training.path, self.command),
+                "embeddings": self.dataset.identity("embeddings")}
+
+    def plan(self) -> Iterator[Item]:
+        manifest = self.dataset.manifest("embeddings")
+        room = self.config.rows_of_a_part(manifest["info"]["encoder"]["dim"])
+        group: list[dict[str, Any]] = []
+        offset = first = number = 0
+        for record in manifest["items"]:
+            if group and offset + record["samples"] - first > room:
+                yield self._item(number, first, group)
+                number, first, group = number + 1, offset, []
+            group.append({"id": record["id"], "samples": record["samples"], "file": file_of(record, ".npy")})
+            offset += record["samples"]
+        yield self._item(number, first, group)
+
+    def _item(self, number: int, first: int, group: list[dict[str, Any]]) -> Item:
+        return Item(f"{number:06d}", {"first": first, "shards": group, "count": sum(one["samples"] for one in group)})
+
+    def process(self, item: Item, scratch: Path) -> Output:
+        index = faiss.read_index(str(_file(self.training, "trained.index")))
+        queries = questions(self.training)
+        first, count, error = item.inputs["first"], 0, []
+        for shard in item.inputs["shards"]:
+            rows = np.load(self.dataset.fetch("embeddings", shard["file"], check=True), mmap_mode="r",
+                           allow_pickle=False)
+            for start in range(0, len(rows), _BLOCK):
+                vectors = np.asarray(rows[start:start + _BLOCK], np.float32)
+                fill(index, vectors)
+                error.append((error_of(index, vectors[:2000]), len(vectors)))
+                for one in queries:
+                    one.look(vectors, first + count)
+                count += len(vectors)
+        faiss.write_index(index, str(scratch / "part.index"))
+        files = {f"{item.id}.index": scratch / "part.index"}
+        for one in queries:
+            for what, values in (("ids", one.ids), ("scores", one.scores)):
+                np.save(path := scratch / f"{one.kind}.{what}.npy", values, allow_pickle=False)
+                files[f"{item.id}.{one.kind}.{what}.npy"] = path
+        total = sum(rows for _, rows in error)
+        return Output(samples=count, files=files,
+                      info={"error": round(sum(value * rows for value, rows in error) / max(1, total), 6)})
+
+
+def run(index: Index, seal: Callable[[Stage], dict[str, Any]], *, rebuild: bool = False) -> dict[str, Any]:
+    """Build an index, in parts where it takes some; `seal` brings a stage to its sealed state.
+
+    What it was trained to stays, the parts are removed.
+    """
+    before = index.before()
+    if rebuild:
+        for one in (index, *reversed(before)):
+            stage.empty(index) if one is index else stage.clear(one)
+    if not storage.exists(storage.join(index.folder, "manifest.json")):
+        for one in before:
+            seal(one)
+    manifest = seal(index)
+    for one in before[1:]:
+        stage.clear(one)
+    return manifest
+
+
+def assemble(training: Training, parts: Parts, config: IndexConfig
+             ) -> tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The parts as one index, autofaiss's index_infos, measured facts, and seconds."""
+    index = faiss.read_index(str(_file(training, "trained.index")))
+    queries = questions(training)
+    manifest = stage.manifest_of(parts.folder, parts.command)
+    for record in manifest["items"]:
+        part = faiss.read_index(str(_local(parts, record, f"{record['id']}.index")))
+        merge(index, part)
+        del part
+        for one in queries:
+            ids, scores = (np.load(_local(parts, record, f"{record['id']}.{one.kind}.{what}.npy"), allow_pickle=False)
+                           for what in ("ids", "scores"))
+            one.ids, one.scores = best(np.hstack([one.ids, ids]), np.hstack([one.scores, scores]), EXACT)
+    about = stage.manifest_of(training.folder, training.command)["info"]
+    infos, info, times = measured(index, about["key"], queries, config)
+    info |= {"parts": len(manifest["items"]), "trained_on": about["trained_on"], "error_of_training": about["error"]}
+    return index, infos, info, times
+
+
+def questions(training: Training) -> list[Queries]:
+    """The queries of a training: pictures that it did not see, and captions if there are any."""
+    found = [Queries("image", np.load(_file(training, "images.npy"), allow_pickle=False),
+                     np.load(_file(training, "held.npy"), allow_pickle=False))]
+    if any(entry["name"] == "texts.npy" for record in stage.manifest_of(training.folder, training.command)["items"]
+           for entry in record["files"]):
+        found.append(Queries("text", np.load(_file(training, "texts.npy"), allow_pickle=False)))
+    return found
+
+
+def error_of(index: Any, vectors: np.ndarray) -> float:
+    """Mean squared distance of unit vectors to what the index makes of them; 0 where it keeps them."""
+    some = np.ascontiguousarray(vectors[:10_000])
+    try:
+        decoded = index.sa_decode(index.sa_encode(some))
+    except RuntimeError:  # a kind that has no codes
+        return 0.0
+    return round(float(((decoded - some) ** 2).sum(1).mean()), 6)
+
+
+def _there(rows: np.ndarray) -> np.ndarray:
+    """Without the rows of zeros, which mark pictures that did not decode."""
+    return rows[rows.any(1)]
+
+
+def _file(training: Training, name: str) -> Path:
+    record = stage.manifest_of(training.folder, training.command)["items"][0]
+    return _local(training, record, name)
+
+
+def _local(one: Stage, record: dict[str, Any], name: str) -> Path:
+    entry = next(entry for entry in record["files"] if entry["name"] == name)
+    return storage.fetch(storage.join(one.folder, name), entry)

@@ -1,0 +1,104 @@
+"""clip-retrieval's layout: what is written comes back, and what does not belong to the pictures is refused."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import stage, storage, verify
+from pipeline.dataset import Dataset, Embeddings, file_of, metadata
+from pipeline.embed import EmbedCaptions, EmbedConfig
+from pipeline.exchange import AdoptEmbeddings, Export
+from pipeline.stage import StageFailed
+
+CONFIG = EmbedConfig(batch_size=16)
+
+
+@pytest.fixture
+def exported(copied: Dataset) -> Path:
+    """A copy of the dataset without embeddings, and these in clip-retrieval's layout in a folder of their own."""
+    stage.run(EmbedCaptions(copied, CONFIG))
+    stage.run(Export(copied, CONFIG))
+    moved = shutil.move(copied.folder("clip-retrieval"), Path(copied.root).parent / "theirs")
+    shutil.rmtree(copied.folder("embeddings"))
+    return Path(moved)
+
+
+def test_the_layout_is_clip_retrievals(copied, built):
+    stage.run(EmbedCaptions(copied, CONFIG))
+    manifest = stage.run(Export(copied, CONFIG))
+    folder = Path(copied.folder("clip-retrieval"))
+    kinds = {kind: sorted((folder / kind).iterdir()) for kind in ("img_emb", "text_emb", "metadata")}
+    assert {len(files) for files in kinds.values()} == {3} and manifest["totals"]["samples"] == 72
+    for images, texts, about, record in zip(*kinds.values(), built.manifest("shards")["items"], strict=True):
+        vectors, table = np.load(images), pq.read_table(about)
+        assert vectors.dtype == np.float16 and len(vectors) == len(np.load(texts)) == table.num_rows
+        rows = metadata(built, record)
+        assert table["image_path"].to_pylist() == [row["key"] for row in rows]
+        assert table["caption"].to_pylist() == [row["caption"] for row in rows]
+    np.testing.assert_array_equal(np.concatenate([np.load(path) for path in kinds["img_emb"]]), Embeddings(built).all())
+    assert list(verify.folder(copied.root, copied.path("clip-retrieval"))) == []
+
+
+def test_what_was_exported_is_adopted_in_any_order(copied, built, exported):
+    """Files in another order and rows in another order, as other tools may have written them."""
+    everything = np.concatenate([np.load(path) for path in sorted((exported / "img_emb").iterdir())])
+    names = [name for path in sorted((exported / "metadata").iterdir())
+             for name in pq.read_table(path)["image_path"].to_pylist()]
+    order = np.random.default_rng(0).permutation(len(names))
+    shutil.rmtree(exported)
+    (exported / "img_emb").mkdir(parents=True)
+    (exported / "metadata").mkdir()
+    import pyarrow as pa
+    np.save(exported / "img_emb/img_emb_0.npy", 3 * everything[order].astype(np.float32))  # of any length
+    pq.write_table(pa.table({"image_path": [f"some/folder/{names[row]}.jpg" for row in order]}),
+                   exported / "metadata/metadata_0.parquet")
+    stage.run(AdoptEmbeddings(copied, CONFIG, str(exported)))
+    found, expected = Embeddings(copied).all().astype(np.float32), Embeddings(built).all().astype(np.float32)
+    assert np.abs(found - expected).max() < 1e-3
+    assert copied.manifest("embeddings")["info"]["encoder"] == built.manifest("embeddings")["info"]["encoder"]
+    assert list(verify.folder(copied.root, copied.path("embeddings"))) == []
+
+
+def test_rows_that_are_missing_are_marked_and_counted(copied, exported):
+    path = sorted((exported / "img_emb").iterdir())[1]
+    about = exported / "metadata" / path.name.replace("img_emb_", "metadata_").replace(".npy", ".parquet")
+    np.save(path, np.load(path)[3:])
+    pq.write_table(pq.read_table(about).slice(3), about)
+    sealed = stage.run(AdoptEmbeddings(copied, CONFIG, str(exported)))
+    assert sealed["totals"]["noted"] == {"not_adopted": 3} and sealed["totals"]["samples"] == 72
+    assert np.flatnonzero(~Embeddings(copied).all().any(1)).tolist() == [30, 31, 32]
+
+
+def test_vectors_of_other_pictures_are_refused(copied, exported):
+    for path in (exported / "img_emb").iterdir():
+        np.save(path, np.roll(np.load(path), 1, axis=0))
+    with pytest.raises(StageFailed, match="are not those that tiny-clip-64"):
+        stage.run(AdoptEmbeddings(copied, CONFIG, str(exported)))
+
+
+def test_folders_that_do_not_hang_together_are_refused(copied, exported, tmp_path):
+    with pytest.raises(ValueError, match="has no img_emb"):
+        stage.run(AdoptEmbeddings(copied, CONFIG, str(tmp_path)))
+    path = sorted((exported / "img_emb").iterdir())[0]
+    np.save(path, np.load(path)[1:])
+    with pytest.raises(StageFailed, match="29 rows, its metadata 30"):
+        stage.run(AdoptEmbeddings(copied, CONFIG, str(exported)))
+
+
+def test_rows_without_a_vector_are_left_out_of_the_export(copied):
+    record = copied.manifest("embeddings")["items"][0]
+    manifest = storage.read_json(storage.join(copied.folder("embeddings"), "manifest.json"))
+    entry = file_of(manifest["items"][0], ".npy")
+    path = storage.local_path(storage.join(copied.folder("embeddings"), entry["name"]))
+    vectors = np.load(path)
+    vectors[4] = 0
+    np.save(path, vectors)
+    entry |= stage.describe(entry["name"], path)
+    storage.put_json(manifest, storage.join(copied.folder("embeddings"), "manifest.json"))
+    sealed = stage.run(Export(copied, CONFIG))
+    assert sealed["totals"]["skipped"] == {"undecodable": 1} and sealed["totals"]["samples"] == 71
+    kept = pq.read_table(Path(copied.folder("clip-retrieval")) / f"metadata/metadata_{record['id']}.parquet")
+    assert kept.num_rows == 29
