@@ -37,8 +37,7 @@ class Training(Stage):
         return {name: value for name, value in super().section().items() if name not in unused}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
-        names = ["embeddings", *(["text_embeddings"] if self.dataset.sealed("text_embeddings") else [])]
-        return {name: self.dataset.identity(name) for name in names}
+        return Index(self.dataset, self.config).inputs()
 
     def plan(self) -> list[Item]:
         return [Item("training")]
@@ -136,8 +135,9 @@ def run(index: Index, seal: Callable[[Stage], dict[str, Any]], *, rebuild: bool 
     """
     before = index.before()
     if rebuild:
-        for one in (index, *reversed(before)):
-            stage.empty(index) if one is index else stage.clear(one)
+        stage.empty(index)
+        for one in reversed(before):
+            stage.clear(one)
     if not storage.exists(storage.join(index.folder, "manifest.json")):
         for one in before:
             seal(one)
