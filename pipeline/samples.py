@@ -6,6 +6,7 @@ wait in a file in scratch, so memory holds what is in the lanes, and a few hundr
 """
 
 import asyncio
+import ctypes
 import hashlib
 import itertools
 import json
@@ -15,9 +16,9 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,8 @@ SUCCESS, NOT_FETCHED, NOT_USABLE = "success", "failed_to_download", "failed_to_r
 _KINDS = {"bool": pa.bool_(), "int64": pa.int64(), "double": pa.float64()}
 _READERS = 32  # pictures that are read at once from a store that is far
 _IN_HAND = 4  # rows that a thread takes at a time where nothing has to be fetched for them
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_KEPT_BYTES, _LARGEST_KEPT = 128 << 20, 32 << 20  # of each arena; the latter is the largest that glibc takes
 _AT_ONCE = 64  # rows that are appended to the tar in one go; as many again may wait in memory
 _ALGORITHMS = {32: "md5", 40: "sha1", 64: "sha256", 128: "sha512"}
 
@@ -203,6 +206,7 @@ class Packing:
     def run(self, rows: Iterator[Row], read: Callable[[Row], bytes] | None, *, far: bool = False) -> None:
         """Take every row; `read` gives the bytes of a row's picture (from `far` away it takes its time), None
         downloads it."""
+        _keep_pages()
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(self._all(enumerate(rows), read, far))
@@ -212,7 +216,8 @@ class Packing:
     async def _all(self, rows: Iterator[tuple[int, Row]], read: Callable[[Row], bytes] | None, far: bool) -> None:
         threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
         async with AsyncExitStack() as stack:
-            lanes, fetch = threads, None
+            # More than threads, so that none waits for its next rows until the loop has put the last ones away.
+            lanes, fetch = 2 * threads, None
             if read is None:
                 from pipeline.download import Downloader
                 downloader = await stack.enter_async_context(Downloader(self.config.download))
@@ -351,6 +356,19 @@ def _column(cells: list[Any], kind: str | None) -> pa.Array:
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # cells of several types, or numbers too large
             pass
     return pa.array([cell if cell is None or isinstance(cell, str) else str(cell) for cell in cells], pa.string())
+
+
+@cache
+def _keep_pages() -> None:
+    """Have glibc keep the memory of a picture for the next one.
+
+    Its default gives the pages of every large array back at once, for the kernel to fill them with zeros anew: four
+    times the page faults, and those of threads wait for each other.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import images, samples, sources, stage, storage
@@ -204,6 +205,9 @@ class Shard(Stage):
             kept = {key: value for key, value in item.inputs.items() if key == "round"}
             yield Item(item.id, {"copy": record, "count": record["info"].get("rows", record["samples"])} | kept)
         yield from self._again(items, manifest["items"], self.base.folder("shards"))
+
+    def setup(self) -> None:
+        pa.array([None])  # pyarrow looks for pandas at its first list, which takes it half a second
 
     def process(self, item: Item, scratch: Path) -> Output:
         if "copy" in item.inputs:

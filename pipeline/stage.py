@@ -31,8 +31,9 @@ import traceback
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, is_dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -327,50 +328,66 @@ def work(stage: Stage, item: Item) -> dict[str, Any]:
 
     Idempotent: a late twin of a worker thought dead finds the record and steps back.
     """
+    return made(stage, item)()
+
+
+def made(stage: Stage, item: Item) -> Callable[[], dict[str, Any]]:
+    """Process one item; what commits it and returns its record, to be called once, in any thread."""
     address = storage.join(stage.folder, "records", f"{item.id}.json")
     plan = _planned(stage.folder)
     if found := _record(address, plan):
-        return found
+        return lambda: found
     started = time.time()
     stage.beat = progress.Beat(stage.folder, item.id, stage.heard, again="round" in item.inputs)
     with contextlib.ExitStack() as stack:
         stack.callback(stage.beat.done)
         scratch = stack.enter_context(scratch_folder(f"{stage.name}-{item.id}"))
         output = stage.process(item, scratch)
-        if output.ledger:
-            ledger = scratch / "ledger.jsonl"
-            ledger.write_text("".join(json.dumps(asdict(entry), sort_keys=True) + "\n" for entry in output.ledger))
-            output.files[f"ledger/{item.id}.jsonl"] = ledger
-        described = sorted([*(describe(name, path) for name, path in output.files.items()), *output.elsewhere],
-                           key=lambda file: file["name"])
-        skipped, noted = output.counted or (_count(entry for entry in output.ledger if not entry.kept),
-                                            _count(entry for entry in output.ledger if entry.kept))
-        if output.mended:
-            net = Counter(skipped)
-            net.subtract(output.mended)
-            skipped = {reason: count for reason, count in sorted(net.items()) if count}
-        record = {
-            "id": item.id, "plan": plan, "samples": output.samples, "files": described,
-            "skipped": skipped, "noted": noted,
-            "info": output.info,
-        }
+        held = stack.pop_all()
+
+    def commit() -> dict[str, Any]:
+        with held:
+            return _commit(stage, item, output, scratch, plan, started)
+
+    return commit
+
+
+def _commit(stage: Stage, item: Item, output: Output, scratch: Path, plan: str, started: float) -> dict[str, Any]:
+    address = storage.join(stage.folder, "records", f"{item.id}.json")
+    if output.ledger:
+        ledger = scratch / "ledger.jsonl"
+        ledger.write_text("".join(json.dumps(asdict(entry), sort_keys=True) + "\n" for entry in output.ledger))
+        output.files[f"ledger/{item.id}.jsonl"] = ledger
+    described = sorted([*(describe(name, path) for name, path in output.files.items()), *output.elsewhere],
+                       key=lambda file: file["name"])
+    skipped, noted = output.counted or (_count(entry for entry in output.ledger if not entry.kept),
+                                        _count(entry for entry in output.ledger if entry.kept))
+    if output.mended:
+        net = Counter(skipped)
+        net.subtract(output.mended)
+        skipped = {reason: count for reason, count in sorted(net.items()) if count}
+    record = {
+        "id": item.id, "plan": plan, "samples": output.samples, "files": described,
+        "skipped": skipped, "noted": noted,
+        "info": output.info,
+    }
+    if found := _record(address, plan):
+        return found
+    for name, path in sorted(output.files.items()):
+        storage.put_file(path, storage.join(stage.folder, name), give=path.is_relative_to(scratch))
+    for name, data in sorted(output.aside.items()):
+        storage.put_bytes(data, storage.join(stage.folder, name))
+    # Of the process since its start, which may have done other items: what a machine must have for it.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    record["run"] = {"seconds": round(time.time() - started, 3), "host": platform.node(), "peak_mb": round(peak)}
+    if output.times:
+        record["run"]["times"] = {name: round(value, 3) if isinstance(value, float) else value
+                                  for name, value in sorted(output.times.items())}
+    if not storage.create_bytes(storage.json_bytes(record), address):
         if found := _record(address, plan):
             return found
-        for name, path in sorted(output.files.items()):
-            storage.put_file(path, storage.join(stage.folder, name), give=path.is_relative_to(scratch))
-        for name, data in sorted(output.aside.items()):
-            storage.put_bytes(data, storage.join(stage.folder, name))
-        # Of the process since its start, which may have done other items: what a machine must have for it.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        record["run"] = {"seconds": round(time.time() - started, 3), "host": platform.node(), "peak_mb": round(peak)}
-        if output.times:
-            record["run"]["times"] = {name: round(value, 3) if isinstance(value, float) else value
-                                      for name, value in sorted(output.times.items())}
-        if not storage.create_bytes(storage.json_bytes(record), address):
-            if found := _record(address, plan):
-                return found
-            storage.put_json(record, address)  # of a plan that a rebuild has replaced
-        return record
+        storage.put_json(record, address)  # of a plan that a rebuild has replaced
+    return record
 
 
 def _planned(folder: str) -> str:
@@ -428,10 +445,27 @@ Runner = Callable[[Stage, Sequence[Item]], Iterator[Outcome | None]]
 
 
 def in_process(stage: Stage, items: Sequence[Item]) -> Iterator[Outcome | None]:
-    """The runner without a cluster: one item after another, in this process."""
+    """The runner without a cluster: one item after another in this process, each committed while the next is made."""
     stage.setup()
-    for item in items:
-        yield _tried(stage, item)
+    with ThreadPoolExecutor(1, "commit") as committer:
+        before: Item | None = None
+        going: Future[dict[str, Any]] = Future()
+        for item in items:
+            try:
+                commit = made(stage, item)
+            except StageFailed:  # the driver's own, heard in the middle of an item
+                raise
+            except Exception as error:
+                commit = partial(_raise, error)
+            if before:
+                yield _tried(stage, before, going.result)
+            before, going = item, committer.submit(commit)
+        if before:
+            yield _tried(stage, before, going.result)
+
+
+def _raise(error: Exception) -> Any:
+    raise error
 
 
 class _Left(Sequence[Item]):
@@ -573,17 +607,19 @@ def clear(stage: Stage) -> None:
         storage.remove_tree(folder)
 
 
-def _tried(stage: Stage, item: Item) -> Outcome:
-    """One item with retries in this process; a ValueError will not get better by trying again."""
+def _tried(stage: Stage, item: Item, first: Callable[[], dict[str, Any]]) -> Outcome:
+    """One item with retries in this process after the `first` try; a ValueError will not get better by another."""
+    attempt = first
     for left in reversed(range(_TRIES)):
         try:
-            return Outcome(item, record=work(stage, item))
+            return Outcome(item, record=attempt())
         except StageFailed:  # the driver's own, heard in the middle of an item
             raise
         except Exception as error:
             full = storage.full(error)
             if left == 0 or full or isinstance(error, ValueError):
                 return Outcome(item, error=sentence(error), trace=traceback.format_exc(), full=bool(full))
+            attempt = partial(work, stage, item)
     raise AssertionError
 
 
