@@ -164,7 +164,8 @@ def assemble(training: Training, parts: Parts, config: IndexConfig
     about = stage.manifest_of(training.folder, training.command)["info"]
     infos, info, times = measured(index, about["key"], queries, config)
     info |= {"parts": len(manifest["items"]), "trained_on": about["trained_on"], "error_of_training": about["error"]}
-    return index, infos, info, times
+    # The parts are removed, and with them what tells how long they took.
+    return index, infos, info, times | {"seconds of the parts": manifest["run"]["seconds"]}
 
 
 def questions(training: Training) -> list[Queries]:
