@@ -54,6 +54,8 @@ def _shard(datasets: list[Dataset], base: Rates) -> ShardRates | None:
     """Of the most frequent size of pictures; a second one tells what a pixel takes."""
     sums: dict[int, Counter[str]] = defaultdict(Counter)
     for _, manifest in _sealed(datasets, "shards", "shard"):
+        if "image_size" not in manifest["section"]:  # written by something else
+            continue
         one = sums[manifest["section"]["image_size"]]
         one.update({"samples": manifest["totals"]["samples"], "seconds": manifest["run"]["seconds"]})
         for record in manifest["items"]:
@@ -64,8 +66,8 @@ def _shard(datasets: list[Dataset], base: Rates) -> ShardRates | None:
     size = max(sums, key=lambda size: sums[size]["samples"])
     each = {one: sums[one]["seconds"] / sums[one]["samples"] for one in sums}
     slope = base.shard.seconds_per_pixel
-    if others := [other for other in sums if other != size]:
-        slope = max(0.0, (each[others[0]] - each[size]) / (others[0] ** 2 - size ** 2))
+    if other := max((other for other in sums if other != size), default=0):
+        slope = max(0.0, (each[other] - each[size]) / (other ** 2 - size ** 2))
     count = sums[size]["samples"]
     return ShardRates(1 / each[size], size, slope, base.shard.source_bytes, sums[size]["tar"] / count,
                       sums[size]["parquet"] / count)

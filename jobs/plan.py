@@ -59,9 +59,10 @@ def builds(command: PlanCommand, settings: Settings, used: Rates) -> list[Build]
     if command.gpus and not (used.embed.gpu or used.train.gpu):
         raise ValueError("--gpus: the rates are those of workers without a GPU\nhint: run a sample on GPUs, then plan "
                          "--from ROOT --from-gpu; or rates of your own with \"gpu\": true: --rates FILE")
-    for name, least in (("workers", 0), ("gpus", 0), ("epochs", 0), ("downsampling", 0), ("months", 0)):
-        if getattr(command, name) < least:
-            raise ValueError(f"--{name} {getattr(command, name)}: must be at least {least}")
+    for name in ("workers", "gpus", "epochs", "downsampling", "months", "price_gpu_hour", "price_cpu_hour",
+                 "price_gb_month", "price_gb_moved"):
+        if (getattr(command, name) or 0) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(command, name)}: must be at least 0")
     corpus = next((CORPORA[name] for name, recipe in RECIPES.items() if recipe().train.unet == settings.train.unet),
                   CORPORA["tiny"])
     pictures = [count(text, "--pictures") for text in command.corpus] or [corpus.pictures]
@@ -140,12 +141,18 @@ def _stages(found: list[tuple[Build, list[Cost]]], prices: Prices) -> list[list[
                   hours(one.seconds / 3600), hours(one.worker_seconds / 3600), size(one.read), size(one.written),
                   *([number(prices.of(one), 2)] if prices.given else [])] for one in stages]
         counted = taken(build, stages)
-        sums = [sum(one.seconds for one in counted), sum(one.worker_seconds for one in counted)]
-        lines.append(["total", "", *(hours(one / 3600) for one in sums), size(sum(one.read for one in counted)),
+        lines.append(["total", "", hours(sum(one.seconds for one in counted) / 3600), _worker_hours(counted),
+                      size(sum(one.read for one in counted)),
                       size(sum(one.written for one in counted)),
                       *([number(sum(map(prices.of, counted)), 2)] if prices.given else [])])
         rows += [[*(head if several else []), *line] for head, line in zip(front, lines, strict=True)]
     return rows
+
+
+def _worker_hours(counted: list[Cost]) -> str:
+    """Hours of workers, those with a GPU apart."""
+    sums = [sum(one.worker_seconds for one in counted if one.gpu == gpu) / 3600 for gpu in (False, True)]
+    return hours(sums[0]) + (f" + {hours(sums[1])} GPU" if sums[1] else "")
 
 
 def _totals(found: list[tuple[Build, list[Cost]]], prices: Prices) -> list[list[str]]:

@@ -204,7 +204,7 @@ def flop(config: ClipConfig) -> tuple[float, int]:
         import open_clip
         architecture = open_clip.get_model_config(_known(config))
     vision = architecture["vision_cfg"]
-    if "patch_size" not in vision or not isinstance(vision.get("image_size"), int):
+    if not vision.get("patch_size") or not isinstance(vision.get("image_size"), int):
         raise ValueError(f"{config.model} is no vision transformer: how much it computes is not known here\n"
                          f"hint: a model whose name begins with ViT")
     width, patch = vision["width"], vision["patch_size"]
