@@ -27,7 +27,10 @@ from typing import Any
 import photographs
 from download import CHECKOUT, machine
 
+sys.path.insert(0, str(CHECKOUT / "tests" / "pipeline"))
 sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
+import made
+
 from jobs import costs, measured, rates, tracking
 from jobs.costs import Build
 from jobs.processes import in_processes
@@ -184,7 +187,6 @@ def _of_the_processor(known: Rates, shares: Shares) -> Rates:
 
 def _vectors(root: Path, shares: Shares) -> None:
     """A database of made vectors with an index in parts, of the kind that tens of millions get, and both searches."""
-    from tests.pipeline import made
     choice(20_000_000, 512, IndexConfig())  # loads what loads once
     encoder = {"model": "given", "weights_sha256": "00", "dim": 512}
     vectors = made.clustered(160_000, 512, clusters=2000, spread=0.8)
