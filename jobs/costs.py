@@ -17,7 +17,8 @@ from pipeline.neighbors import NeighborsConfig
 
 _HEADER = 128  # bytes of a .npy file before its numbers
 _CLUSTERING_ROUNDS = 10  # faiss's for the lists of an inverted file
-_POINTS_PER_LIST = 256  # it takes no more of the sample for each list
+_POINTS_PER_LIST = 256  # it takes no more of the sample for each list, or word of a codebook
+_CODEBOOK_ROUNDS = 25
 _KEPT_CHECKPOINTS = 3
 _BYTES_A_PARAMETER = 16  # of a checkpoint: weights, their mean and two moments, float32
 
@@ -144,11 +145,10 @@ def embed(build: Build, rates: Rates) -> Cost:
 
 
 def index(build: Build, rates: Rates) -> Cost:
-    """2 points lists D' 10 / training rate + M / fill rate, and in parts M / merging rate.
+    """Operations of the training / training rate + M / fill rate, and in parts M / merging rate.
 
-    D' is what is left of D where the kind reduces it; faiss clusters 256 points a list at most, in ten rounds. That
-    takes nearly all of the training: codebooks are made from 65,536 points. Training and merging are one worker's.
-    Read: the vectors, the sample beside them and, to merge them, the parts; written: the parts and the index.
+    Training and merging are one worker's. Read: the vectors, the sample beside them and, to merge them, the parts;
+    written: the parts and the index.
     """
     one, config, rows = rates.index, build.settings.index, build.database
     room = config.rows_of_a_part(build.dim)
@@ -226,10 +226,22 @@ def index_bytes(build: Build, rates: Rates) -> float:
 
 
 def training_flop(key: str, rows: int, dim: int, train_points: int) -> float:
-    """Operations of the clustering that makes an inverted file's lists; 0 for other kinds."""
-    lists = _lists(key)
-    points = min(rows, train_points, _POINTS_PER_LIST * lists)
-    return 2.0 * points * lists * _inner_dim(key, dim) * _CLUSTERING_ROUNDS
+    """Operations of the training of an index; 0 for kinds that need next to none.
+
+    Lists: 2 points lists D' in each of ten rounds, with 256 points a list at most; D' is what a rotation leaves of D.
+    Codebooks of 2^bits words: 2 points words D' in each of 25 rounds. A rotation (OPQ) makes one of 256 words 50 times,
+    in four rounds (the first time 40) and one to encode, with two products of the points and the rotation. faiss takes
+    256 points a word.
+    """
+    lists, inner = _lists(key), _inner_dim(key, dim)
+    points = min(rows, train_points)
+    found = 2.0 * min(points, _POINTS_PER_LIST * lists) * lists * inner * _CLUSTERING_ROUNDS
+    if codebook := re.search(r"PQ\d+x(\d+)", key):
+        words = 1 << int(codebook[1])
+        found += 2.0 * min(points, _POINTS_PER_LIST * words) * words * inner * _CODEBOOK_ROUNDS
+    if key.startswith("OPQ"):
+        found += min(points, _POINTS_PER_LIST * 256) * inner * (2.0 * 256 * (50 * 5 + 36) + 50 * 4.0 * dim)
+    return found
 
 
 def candidates(config: NeighborsConfig, rows: int) -> int:

@@ -50,7 +50,7 @@ class IndexRates:
     """From vectors to an index."""
 
     training_flop_per_s: float
-    """Of the one worker that trains, in the clustering."""
+    """Of the one worker that trains."""
     vectors_per_s: float
     """Vectors that a worker fills in, its share of the exact search for the recall among it."""
     merged_per_s: float

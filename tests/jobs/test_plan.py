@@ -174,8 +174,11 @@ def test_training_goes_by_steps_or_by_epochs(known: Rates):
 
 @pytest.mark.parametrize(("key", "operations", "compared"), [
     ("SQ8", 0, 1e6),
-    ("IVF100,PQ16x8", 2 * 100 * 256 * 100 * 64 * 10, 1e6 * 0.04 + 100 * 64 * 4),
-    ("OPQ16_32,IVF4000_HNSW32,PQ16x8", 2 * 50_000 * 4000 * 32 * 10, 1e6 * 0.001 + 4 * 32 * 32 * 4),
+    ("IVF100,SQ8", 2 * 100 * 256 * 100 * 64 * 10, 1e6 * 0.04 + 100 * 64 * 4),
+    ("IVF100,PQ16x8", 2 * 100 * 256 * 100 * 64 * 10 + 2 * 50_000 * 256 * 64 * 25, 1e6 * 0.04 + 100 * 64 * 4),
+    ("OPQ16_32,IVF4000_HNSW32,PQ16x8", 2 * 50_000 * 4000 * 32 * 10 + 2 * 50_000 * 256 * 32 * (25 + 36 + 250)
+     + 4 * 50_000 * 64 * 32 * 50, 1e6 * 0.001 + 4 * 32 * 32 * 4),
+    ("PQ8x4", 2 * 256 * 16 * 16 * 64 * 25, 1e6),
     ("HNSW15", 0, 4 * 15 * 64 * 4),
 ])
 def test_the_formulas_of_an_index(key: str, operations: float, compared: float):
