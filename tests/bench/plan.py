@@ -154,7 +154,7 @@ def default_rates(work: Path, out: Path) -> int:
     unet = UNetConfig(model_channels=128, channel_mult=(1, 2, 4), attention_downsampling=(4, 2), context_dim=512,
                       patch=4)
     job = Job(Run.parse(str(root), "run"), pictures, pictures,
-              TrainConfig(steps=12, global_batch=8, log_every=4, checkpoint_every=12, unet=unet))
+              TrainConfig(steps=6, global_batch=2, log_every=2, checkpoint_every=6, unet=unet))
     timed(shares, "train", lambda: in_processes(job))
     # Neighbours of so few pictures were found for the training alone.
     known = _of_the_processor(replace(known, train=measured.rates(str(root), known).train), shares)
@@ -195,8 +195,8 @@ def _vectors(root: Path, shares: Shares) -> None:
     database = made.given(root, "vectors", [vectors[start:start + 10_000] for start in range(0, 160_000, 10_000)],
                           encoder=encoder)
     queries = made.given(root, "queries", [made.clustered(1500, 512, clusters=2000, seed=1)], encoder=encoder)
-    # Without a rotation, so that nearly all of the training is the clustering, as it is with tens of millions; autofaiss
-    # takes such a kind for a larger one than it is.
+    # Without a rotation, so that nearly all of the training is the clustering, as it is with tens of millions;
+    # autofaiss takes such a kind for a larger one than it is.
     config = IndexConfig(key="IVF4096_HNSW32,PQ128x8", max_memory="100G", part_memory="64M", train_points=100_000,
                          queries=200)
     timed(shares, "index", lambda: assembly.run(Index(database, config), stage.run))
