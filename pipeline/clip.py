@@ -123,7 +123,7 @@ def load(config: ClipConfig, compiled: bool = False) -> Encoder:
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = config.precision if config.precision != "auto" else _fastest(device)
+    precision = config.precision if config.precision != "auto" else fastest(device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     try:
         # open_clip keeps in full precision what has to stay so (norms).
@@ -141,7 +141,7 @@ def load(config: ClipConfig, compiled: bool = False) -> Encoder:
                    dtype)
 
 
-def _fastest(device: "torch.device") -> str:
+def fastest(device: "torch.device") -> str:
     """The precision in which a machine is fastest, of those that keep the cosine to 1e-3."""
     import torch
 

@@ -5,8 +5,11 @@
 A global row is the offset of the shard plus the row in it; ids of an index are global rows.
 """
 
+import hashlib
 import io
+import mmap
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -122,11 +125,35 @@ class Embeddings:
         """The rows `ids` (any shape S, int64) as (*S, D) float16; zeros for the id -1 (none)."""
         flat = np.asarray(ids, np.int64).reshape(-1)
         out = np.zeros((len(flat), self.dim), np.float16)
-        shard_of = np.searchsorted(self.offsets, flat, side="right") - 1
-        for number in np.unique(shard_of[flat >= 0]):
-            here = (shard_of == number) & (flat >= 0)
+        order = np.argsort(flat, kind="stable")
+        ends = np.searchsorted(flat[order], self.offsets)
+        for number in np.flatnonzero(np.diff(ends)):
+            here = order[ends[number]:ends[number + 1]]
             out[here] = self.shards[number][flat[here] - self.offsets[number]]
         return out.reshape(*np.shape(ids), self.dim)
+
+    def blocks(self, rows: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Every row in order, as (first row, (n, D) float16) with n at most `rows`, read and not mapped."""
+        pieces: list[np.ndarray] = []
+        first = here = 0
+        for shard in self.shards:
+            done = 0
+            while done < len(shard):
+                count = min(rows - here, len(shard) - done)
+                pieces.append(np.fromfile(shard.filename, shard.dtype, count * self.dim, offset=shard.offset
+                                          + done * self.dim * shard.itemsize).reshape(count, self.dim))
+                here, done = here + count, done + count
+                if here == rows:
+                    yield first, np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+                    pieces, first, here = [], first + here, 0
+        if here:
+            yield first, np.concatenate(pieces)
+
+    def let_go(self) -> None:
+        """Give back the pages that `rows` brought into this process; they may stay in the system's cache."""
+        for shard in self.shards:
+            if len(shard):
+                shard._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 def metadata(dataset: Dataset, record: dict[str, Any], columns: list[str] | None = None) -> list[dict[str, Any]]:
@@ -136,8 +163,28 @@ def metadata(dataset: Dataset, record: dict[str, Any], columns: list[str] | None
     return [row for row in table.to_pylist() if row["status"] == "success"]
 
 
-def content_hashes(dataset: Dataset) -> np.ndarray:
-    """sha256 of every sample's picture by global row, (N,) of 32-byte strings."""
-    hashes = [bytes.fromhex(row["sha256"]) for record in dataset.manifest("shards")["items"]
-              for row in metadata(dataset, record, ["sha256"])]
-    return np.array(hashes, dtype="S32") if hashes else np.empty(0, "S32")
+def labels(dataset: Dataset, record: dict[str, Any]) -> np.ndarray:
+    """What tells the pictures of a shard from others, (N_i, 2) uint64: of the bytes stored, of the bytes fetched.
+
+    Patches of one picture have the second in common. Where it is not known what was fetched, it is the first.
+    """
+    columns = {"sha256", "original_sha256"} & set(_schema(dataset, record))
+    rows = metadata(dataset, record, sorted(columns))
+    return np.array([[_label(row["sha256"]), _label(row.get("original_sha256") or row["sha256"])] for row in rows],
+                    np.uint64).reshape(-1, 2)
+
+
+def perceptual_hashes(dataset: Dataset, record: dict[str, Any]) -> np.ndarray:
+    """The perceptual hashes of a shard, (N_i,) uint64; ValueError if it was packed without."""
+    if "phash" not in _schema(dataset, record):
+        raise ValueError(f"the shards of {dataset.label} have no perceptual hashes\n"
+                         f"hint: shard it with --duplicates near, or do without --copy-bits")
+    return np.array([row["phash"] or 0 for row in metadata(dataset, record, ["phash"])], np.uint64)
+
+
+def _label(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _schema(dataset: Dataset, record: dict[str, Any]) -> list[str]:
+    return pq.read_schema(dataset.fetch("shards", file_of(record, ".parquet"))).names

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -410,6 +410,46 @@ class Searcher:
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest rows: ids (B, k) int64 and inner products (B, k) float32, -1 and -inf for none."""
         return ranked(self.embeddings, queries, self.candidates(queries, 4 * k + 20), k)
+
+
+class Lists:
+    """The inverted lists of a database's index: what is in each, and which are nearest to a query."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        """ValueError if the index has no lists."""
+        entry = next(entry for record in dataset.manifest("index")["items"] for entry in record["files"]
+                     if entry["name"] == "knn.index")
+        # Mapped: of the codes nothing is read here.
+        self._index = faiss.read_index(str(dataset.fetch("index", entry)), faiss.IO_FLAG_MMAP)
+        self._inner = _inner(self._index)
+        if not isinstance(self._inner, faiss.IndexIVF):
+            raise ValueError(f"the index of {dataset.label} has no inverted lists")
+        self.count, self.probes = int(self._inner.nlist), int(self._inner.nprobe)
+
+    def ids(self, number: int) -> np.ndarray:
+        """The global rows in a list, (n,) int64."""
+        lists = self._inner.invlists
+        size = lists.list_size(number)
+        if not size:
+            return np.empty(0, np.int64)
+        pointer = lists.get_ids(number)
+        found = faiss.rev_swig_ptr(pointer, size).copy()
+        lists.release_ids(number, pointer)
+        return found
+
+    def nearest(self, queries: np.ndarray, probes: int) -> np.ndarray:
+        """The lists nearest to queries (Q, D) float32, (Q, probes) int64, nearest first; -1 for none."""
+        queries = np.ascontiguousarray(queries, np.float32)
+        if isinstance(self._index, faiss.IndexPreTransform):
+            for number in range(self._index.chain.size()):
+                queries = self._index.chain.at(number).apply(queries)
+        return self._inner.quantizer.search(queries, min(probes, self.count))[1]
+
+
+def kind(dataset: Dataset) -> Literal["lists", "graph", "scan"]:
+    """How the index of a database finds rows: in lists, along a graph, or by looking at all of them."""
+    key = dataset.manifest("index")["info"]["key"]
+    return "lists" if "IVF" in key else "graph" if "HNSW" in key else "scan"
 
 
 def ranked(embeddings: Embeddings, queries: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -166,8 +166,8 @@ def test_empty_shards_are_empty_lists(tmp_path):
 
 def test_a_rebuilt_index_is_opened_anew(tmp_path):
     vectors = made.clustered(400, 16)
-    database = indexed(made.given(tmp_path, "x", [vectors]), key="PQ1x4")
-    poor, _, _ = found(database, database, k=3, candidates=4)
+    database = indexed(made.given(tmp_path, "x", [vectors]), key="IVF30,Flat", target_recall=0.0)
+    poor = found(database, database, k=3, candidates=4)[0].copy()
     stage.run(Index(database, IndexConfig(key="Flat")), rebuild=True)
     manifest = stage.run(Neighbors(database, database, NeighborsConfig(k=3, candidates=4)), rebuild=True)
     again = neighbors.load(database, database)[0]
