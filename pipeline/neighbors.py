@@ -25,6 +25,7 @@ from pipeline.stage import Item, Output, Stage
 _BASE = 500 << 20  # what a worker has in memory before it searches: torch, faiss, pyarrow
 _LEAST = 64 << 20  # for blocks, whatever the budget
 _SCORES = np.linspace(-1, 1, 101)  # bounds of the bins that scores are counted in
+_MANY = 4  # where one list of so many is looked into, to compare all rows takes no longer
 _WRITTEN = 4096  # rows of neighbours' vectors that are gathered at a time
 
 
@@ -40,7 +41,8 @@ class NeighborsConfig:
     candidates: int = 0
     """Candidates that are ranked for each sample; 0 means 4 k + 20."""
     probes: int = 0
-    """Lists that are looked into for each sample; 0 means as many as the index was tuned to."""
+    """Lists that are looked into for each sample; 0 means as many as the index was tuned to. Where that is a quarter
+    of them or more, all rows are compared."""
     copy_similarity: float = 0.98
     """Rows at least so similar (cosine) count as copies of the sample."""
     copy_bits: int = -1
@@ -172,9 +174,10 @@ class Neighbors(Stage):
         k, config = self.config.k, self.config
         copies = Copies(opened.labels, config.copy_similarity, opened.hashes, config.copy_bits)
         wanted = min(max(k + 1, config.candidates or 4 * k + 20), len(opened.embeddings))
-        if opened.lists and not exactly:
-            probes = opened.lists.nearest(queries.vectors, config.probes or opened.lists.probes)
-            found = search.by_list(queries.vectors, probes, opened.in_lists, wanted)
+        probes = (config.probes or opened.lists.probes) if opened.lists else 0
+        if opened.lists and not exactly and _MANY * probes < opened.lists.count:
+            nearest = opened.lists.nearest(queries.vectors, probes)
+            found = search.by_list(queries.vectors, nearest, opened.in_lists, wanted)
         elif opened.graph and not exactly:
             ids = opened.graph.candidates(queries.vectors, wanted)
             found = Found(ids, np.where(ids >= 0, 0, -np.inf).astype(np.float32), np.inf)
@@ -312,3 +315,9 @@ def load(dataset: Dataset, database: Dataset, suffix: str = ".ids.npy") -> list[
     name = f"neighbors/{database.label}"
     return [np.load(dataset.fetch(name, datasets.file_of(record, suffix)), mmap_mode="r", allow_pickle=False)
             for record in dataset.manifest(name)["items"]]
+
+
+def written(dataset: Dataset, database: Dataset) -> bool:
+    """Whether a sealed neighbour list has the neighbours' vectors too."""
+    items = dataset.manifest(f"neighbors/{database.label}")["items"]
+    return any(entry["name"].endswith(".vectors.npy") for entry in items[0]["files"])

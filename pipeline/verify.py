@@ -130,6 +130,11 @@ def _neighbors(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[st
         yield _fault(path, f"{record['id']}.ids.npy", f"ids beyond the {total} rows of {database.label}")
     elif (scores[:, 1:] > scores[:, :-1]).any():
         yield _fault(path, f"{record['id']}.scores.npy", "neighbours are not nearest first")
+    for entry in record["files"]:
+        if entry["name"].endswith(".vectors.npy"):
+            shape = np.load(dataset.fetch(name, entry), mmap_mode="r", allow_pickle=False).shape
+            if shape[:2] != ids.shape:
+                yield _fault(path, entry["name"], f"has vectors for {shape[:2]} neighbours, ids for {ids.shape}")
 
 
 def _lengths(dataset: Dataset, path: str, record: dict[str, Any], rows: int, name: str) -> Iterator[dict[str, str]]:
