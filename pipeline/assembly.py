@@ -13,10 +13,22 @@ import numpy as np
 
 from pipeline import stage, storage
 from pipeline.dataset import Dataset, Embeddings, file_of
-from pipeline.index import EXACT, Index, IndexConfig, Queries, best, choice, faiss, fill, measured, merge, trained
+from pipeline.index import (
+    BLOCK,
+    EXACT,
+    Index,
+    IndexConfig,
+    Queries,
+    best,
+    choice,
+    faiss,
+    fill,
+    measured,
+    merge,
+    trained,
+    training_rows,
+)
 from pipeline.stage import Item, Output, Stage
-
-_BLOCK = 1 << 16  # rows in float32 at a time
 
 
 class Training(Stage):
@@ -45,11 +57,12 @@ class Training(Stage):
     def process(self, item: Item, scratch: Path) -> Output:
         embeddings, config = Embeddings(self.dataset), self.config
         count, rng = len(embeddings), np.random.default_rng((config.seed, 17))
-        drawn = rng.choice(count, min(count, config.queries + config.train_points), replace=False, shuffle=True)
+        key = choice(count, embeddings.dim, config)
+        points = training_rows(key, config)
+        drawn = rng.choice(count, min(count, config.queries + points), replace=False, shuffle=True)
         held, sample = np.sort(drawn[:config.queries]), np.sort(drawn[config.queries:])
         own = held[embeddings.rows(held).any(1)]
-        vectors = _there(embeddings.rows(sample)).astype(np.float32)
-        key = choice(count, embeddings.dim, config)
+        vectors = _there(embeddings.rows(sample))
         index = trained(key, vectors, embeddings.dim)
         faiss.write_index(index, str(scratch / "trained.index"))
         np.save(scratch / "held.npy", own, allow_pickle=False)
@@ -110,8 +123,8 @@ class Parts(Stage):
         for shard in item.inputs["shards"]:
             rows = np.load(self.dataset.fetch("embeddings", shard["file"], check=True), mmap_mode="r",
                            allow_pickle=False)
-            for start in range(0, len(rows), _BLOCK):
-                vectors = np.asarray(rows[start:start + _BLOCK], np.float32)
+            for start in range(0, len(rows), BLOCK):
+                vectors = np.asarray(rows[start:start + BLOCK], np.float32)
                 fill(index, vectors)
                 error.append((error_of(index, vectors[:2000]), len(vectors)))
                 for one in queries:
@@ -179,7 +192,7 @@ def questions(training: Training) -> list[Queries]:
 
 def error_of(index: Any, vectors: np.ndarray) -> float:
     """Mean squared distance of unit vectors to what the index makes of them; 0 where it keeps them."""
-    some = np.ascontiguousarray(vectors[:10_000])
+    some = np.ascontiguousarray(vectors[:10_000], np.float32)
     try:
         decoded = index.sa_decode(index.sa_encode(some))
     except RuntimeError:  # a kind that has no codes

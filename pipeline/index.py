@@ -32,8 +32,13 @@ else:
 
     faiss = _Faiss()
 
+BLOCK = 1 << 16  # rows in float32 at a time
 EXACT = 100  # neighbours of a query that are found exactly, to measure recall@1, @10 and @100
 _ALLOWANCE = 64 << 10
+_FLAT = 0.01  # less recall than this, gained by four times the effort, is not worth it
+_ROWS_OF_A_LIST = 64
+_ROWS_OF_CODEBOOKS = 1 << 16
+_ROWS_OF_OPQ, _OPQ_TURNS = 1 << 14, 5
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -210,7 +215,9 @@ def build(vectors: np.ndarray, config: IndexConfig, texts: np.ndarray | None = N
         if not config.key and estimate > budget:
             tried.append(estimate)
             continue
-        index = trained(key, vectors[sample], dim)
+        points = training_rows(key, config)
+        index = trained(key, vectors[sample if len(sample) <= points else np.sort(rng.choice(sample, points, False))],
+                        dim)
         fill(index, vectors)
         size = len(faiss.serialize_index(index)) if count < 5_000_000 else estimate
         if size <= budget:
@@ -250,7 +257,7 @@ def measured(index: faiss.Index, key: str, queries: list[Queries], config: Index
     """Tune a filled index; autofaiss's index_infos, facts, and seconds.
 
     The search effort is set to the least that reaches the target recall@10 of pictures, or of captions where these are
-    all the queries.
+    all the queries; or to that from which on more effort finds no more.
     """
     count, dim = index.ntotal, index.d
     size = size or len(faiss.serialize_index(index))
@@ -261,9 +268,17 @@ def measured(index: faiss.Index, key: str, queries: list[Queries], config: Index
             faiss.ParameterSpace().set_index_parameters(index, setting)
         curve.append({"parameter": setting, **{one.kind: one.recall(index) for one in asked}})
         milliseconds[setting or "all"] = _latency(index, asked[0].vectors if asked else queries[0].vectors)
-        if asked and curve[-1][asked[0].kind]["10"] >= config.target_recall:
+        found = [one[asked[0].kind]["10"] for one in curve] if asked else []
+        if found and found[-1] >= config.target_recall:
             break
-    recall = {one.kind: curve[-1][one.kind] for one in asked}
+        # Where codes are what loses the neighbours, no effort finds them.
+        if len(found) > 2 and found[-1] - found[-3] < _FLAT and found[-1] > 0.5 * config.target_recall:
+            setting = curve[-3]["parameter"]
+            break
+    if setting:
+        faiss.ParameterSpace().set_index_parameters(index, setting)
+    reached = next(one for one in curve if one["parameter"] == setting)
+    recall = {one.kind: reached[one.kind] for one in asked}
     infos = {"index_key": key, "index_param": setting, "index_path": "knn.index", "size in bytes": size,
              "nb vectors": count, "vectors dimension": dim,
              "compression ratio": round(4.0 * count * dim / size, 4)}
@@ -307,34 +322,75 @@ def estimated_bytes(key: str, count: int, dim: int) -> int:
     return int(IndexMetadata(key, count, dim).estimated_index_size_in_bytes())
 
 
+def training_rows(key: str, config: IndexConfig) -> int:
+    """How many rows an index of this kind is trained on, at most."""
+    match = re.search(r"IVF(\d+)", key)
+    # More rows for each list take longer, and find hardly anything more; codebooks of 8 bits want 256 times as many.
+    return min(config.train_points, max(_ROWS_OF_A_LIST * int(match[1]), _ROWS_OF_CODEBOOKS)) if match else \
+        config.train_points
+
+
 def trained(key: str, sample: np.ndarray, dim: int) -> faiss.Index:
+    """An empty index of this kind that was trained on `sample` (N, D), float32 or float16; ValueError if it cannot be.
+
+    Each step of the way sees the sample as the steps before leave it, in blocks: it is in memory once, as float32.
+    """
     try:
         index = faiss.index_factory(dim, key, faiss.METRIC_INNER_PRODUCT)
         inner = _inner(index)
         if hasattr(inner, "do_polysemous_training"):
             # Orders the codes for a search that is not done here, at two seconds for each byte of a code.
             inner.do_polysemous_training = False
-        _train_coarse_graph(index, inner, sample)
-        index.train(sample)
+        if isinstance(index, faiss.IndexPreTransform):
+            for number in range(index.chain.size()):
+                transform = faiss.downcast_VectorTransform(index.chain.at(number))
+                _train_transform(transform, sample)
+                sample = _transformed(transform, sample)
+        sample = np.ascontiguousarray(sample, np.float32)
+        _train_lists(inner, sample)
+        inner.train(sample)
+        index.is_trained = True
     except RuntimeError as error:
         raise ValueError(f"faiss cannot build {key} from {len(sample)} vectors of {dim}: {str(error).splitlines()[0]}"
                          f"\nhint: another --key, or none") from error
     return index
 
 
-def _train_coarse_graph(index: faiss.Index, inner: faiss.Index, sample: np.ndarray) -> None:
-    """Where lists are found through a graph, train and fill it first, as faiss would but with one thread."""
-    graph = faiss.downcast_index(inner.quantizer) if isinstance(inner, faiss.IndexIVF) else None
-    if not isinstance(graph, faiss.IndexHNSW):
+def _train_transform(transform: faiss.VectorTransform, sample: np.ndarray) -> None:
+    """Train a rotation; by fewer turns than faiss's 50, which take longer than all else and leave no smaller error."""
+    if isinstance(transform, faiss.OPQMatrix):
+        transform.niter, transform.niter_pq_0 = _OPQ_TURNS, _OPQ_TURNS
+        sample = sample[::max(1, len(sample) // _ROWS_OF_OPQ)]
+    if not transform.is_trained:
+        transform.train(np.ascontiguousarray(sample, np.float32))
+
+
+def _transformed(transform: faiss.VectorTransform, sample: np.ndarray) -> np.ndarray:
+    out = np.empty((len(sample), transform.d_out), np.float32)
+    for start in range(0, len(sample), BLOCK):
+        out[start:start + BLOCK] = transform.apply(np.ascontiguousarray(sample[start:start + BLOCK], np.float32))
+    return out
+
+
+def _train_lists(inner: faiss.Index, sample: np.ndarray) -> None:
+    """Find the centres of the lists: on a GPU where there is one; where they stand in a graph, fill it with one thread.
+
+    faiss does the rest of them itself, with the same clustering.
+    """
+    if not isinstance(inner, faiss.IndexIVF):
         return
-    if isinstance(index, faiss.IndexPreTransform):
-        for number in range(index.chain.size()):
-            transform = faiss.downcast_VectorTransform(index.chain.at(number))
-            transform.train(sample)
-            sample = transform.apply(sample)
+    quantizer = faiss.downcast_index(inner.quantizer)
+    if not isinstance(quantizer, faiss.IndexHNSW) and not gpus():
+        return
     clustering = faiss.Clustering(inner.d, inner.nlist, inner.cp)
-    clustering.train(sample, faiss.IndexFlatL2(inner.d))
-    fill(graph, faiss.vector_to_array(clustering.centroids).reshape(inner.nlist, inner.d))
+    assigner = faiss.IndexFlatL2(inner.d)
+    clustering.train(sample, faiss.index_cpu_to_all_gpus(assigner) if gpus() else assigner)
+    fill(quantizer, faiss.vector_to_array(clustering.centroids).reshape(inner.nlist, inner.d))
+
+
+def gpus() -> int:
+    """How many GPUs the installed faiss can use; that for CPUs has none."""
+    return faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
 
 
 def fill(index: faiss.Index, vectors: np.ndarray) -> None:
