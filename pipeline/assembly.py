@@ -16,15 +16,21 @@ from pipeline.dataset import Dataset, Embeddings, file_of
 from pipeline.index import (
     BLOCK,
     EXACT,
+    LISTS,
     Index,
     IndexConfig,
     Queries,
     best,
     choice,
+    error_of,
     faiss,
     fill,
+    lists_bytes,
+    mapped,
     measured,
+    memory,
     merge,
+    merge_on_disk,
     trained,
     training_rows,
 )
@@ -45,7 +51,7 @@ class Training(Stage):
         return self.dataset.command("index")
 
     def section(self) -> dict[str, Any]:
-        unused = {"target_recall", "min_recall", "part_memory"}
+        unused = {"target_recall", "min_recall", "part_memory", "merge_memory", "max_drift"}
         return {name: value for name, value in super().section().items() if name not in unused}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
@@ -160,24 +166,33 @@ def run(index: Index, seal: Callable[[Stage], dict[str, Any]], *, rebuild: bool 
     return manifest
 
 
-def assemble(training: Training, parts: Parts, config: IndexConfig
-             ) -> tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The parts as one index, autofaiss's index_infos, measured facts, and seconds."""
+def assemble(training: Training, parts: Parts, config: IndexConfig, scratch: Path
+             ) -> tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any], np.ndarray]:
+    """The parts as one index, autofaiss's index_infos, measured facts, seconds, and the rows training did not see.
+
+    Lists that are too large for memory are merged into a file in `scratch`.
+    """
     index = faiss.read_index(str(_file(training, "trained.index")))
     queries = questions(training)
     manifest = stage.manifest_of(parts.folder, parts.command)
+    paths = [_local(parts, record, f"{record['id']}.index") for record in manifest["items"]]
+    size = 0
+    if lists_bytes(index, manifest["totals"]["samples"]) > memory(config.merge_memory, "merge_memory"):
+        merge_on_disk(index, [mapped(path) for path in paths], scratch / LISTS)
+        size = len(faiss.serialize_index(index)) + (scratch / LISTS).stat().st_size
+    else:
+        for path in paths:
+            merge(index, faiss.read_index(str(path)))
     for record in manifest["items"]:
-        part = faiss.read_index(str(_local(parts, record, f"{record['id']}.index")))
-        merge(index, part)
-        del part
         for one in queries:
             ids, scores = (np.load(_local(parts, record, f"{record['id']}.{one.kind}.{what}.npy"), allow_pickle=False)
                            for what in ("ids", "scores"))
             one.ids, one.scores = best(np.hstack([one.ids, ids]), np.hstack([one.scores, scores]), EXACT)
     about = stage.manifest_of(training.folder, training.command)["info"]
-    infos, info, times = measured(index, about["key"], queries, config)
-    info |= {"parts": len(manifest["items"]), "trained_on": about["trained_on"], "error_of_training": about["error"]}
-    return index, infos, info, times
+    infos, info, times = measured(index, about["key"], queries, config, size)
+    info |= {"parts": len(manifest["items"]), "trained_on": about["trained_on"], "error_of_training": about["error"],
+             "error_of_held": error_of(index, queries[0].vectors)}
+    return index, infos, info, times, np.load(_file(training, "held.npy"), allow_pickle=False)
 
 
 def questions(training: Training) -> list[Queries]:
@@ -188,16 +203,6 @@ def questions(training: Training) -> list[Queries]:
            for entry in record["files"]):
         found.append(Queries("text", np.load(_file(training, "texts.npy"), allow_pickle=False)))
     return found
-
-
-def error_of(index: Any, vectors: np.ndarray) -> float:
-    """Mean squared distance of unit vectors to what the index makes of them; 0 where it keeps them."""
-    some = np.ascontiguousarray(vectors[:10_000], np.float32)
-    try:
-        decoded = index.sa_decode(index.sa_encode(some))
-    except RuntimeError:  # a kind that has no codes
-        return 0.0
-    return round(float(((decoded - some) ** 2).sum(1).mean()), 6)
 
 
 def _there(rows: np.ndarray) -> np.ndarray:

@@ -62,6 +62,7 @@ class Dataset:
         verb, _, database = stage_name.partition("/")
         verb, more = {"shards": ("shard", " --source FOLDER"), "embeddings": ("embed", ""),
                       "text_embeddings": ("embed", " --captions"),
+                      "tombstones": ("index", " --tombstone KEYS_FILE"),
                       "neighbors": ("neighbors", f" --database {database}")}.get(verb, (verb, ""))
         return f"python -m jobs {verb} {self.label}{more} --root {self.root}"
 

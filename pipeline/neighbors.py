@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline import dataset as datasets
-from pipeline import embed, stage
+from pipeline import embed, stage, tombstones
 from pipeline.dataset import Dataset, Embeddings
 from pipeline.index import Searcher, best, ranked
 from pipeline.stage import Item, Output, Stage
@@ -46,6 +46,7 @@ class Neighbors(Stage):
     def __init__(self, dataset: Dataset, database: Dataset, config: NeighborsConfig) -> None:
         super().__init__(dataset.root, dataset.path(f"neighbors/{database.label}"), config)
         self.dataset, self.database = dataset, database
+        self.gone = np.empty(0, np.int64)
 
     @property
     def command(self) -> str:
@@ -56,12 +57,15 @@ class Neighbors(Stage):
                  "database": self.database.identity("embeddings"), "database_shards": self.database.identity("shards")}
         if self.config.method == "index":
             found["index"] = self.database.identity("index")
+        if self.database.sealed("tombstones"):
+            found["tombstones"] = self.database.identity("tombstones")
         return found
 
     def plan(self) -> list[Item]:
         embed.same_encoder(self.dataset, self.database)
         inputs = self.inputs()
-        made_from = stage.digest([inputs.get(name) for name in ("database", "database_shards", "index")])
+        made_from = stage.digest([inputs.get(name) for name in ("database", "database_shards", "index",
+                                                                      "tombstones")])
         shards = {record["id"]: record for record in self.dataset.manifest("shards")["items"]}
         items, offset = [], 0
         for record in self.dataset.manifest("embeddings")["items"]:
@@ -72,7 +76,7 @@ class Neighbors(Stage):
         return items
 
     def process(self, item: Item, scratch: Path) -> Output:
-        database, hashes = _opened(self.database, self.config.method, item.inputs["database"])
+        database, hashes, self.gone = _opened(self.database, self.config.method, item.inputs["database"])
         own = self.dataset.fetch("embeddings", datasets.file_of(item.inputs["embeddings"], ".npy"))
         queries = np.load(own, allow_pickle=False).astype(np.float32)
         mine = np.array([bytes.fromhex(row["sha256"]) for row in
@@ -131,15 +135,18 @@ class Neighbors(Stage):
 
     def _without_copies(self, ids: np.ndarray, scores: np.ndarray, hashes: np.ndarray, mine: np.ndarray,
                         self_ids: np.ndarray) -> np.ndarray:
-        copies = (ids == self_ids[:, None]) | (scores >= self.config.copy_similarity) | (hashes[ids] == mine[:, None])
+        # Exact search looks at every row, those too that the index leaves out.
+        copies = np.isin(ids, self.gone) | (ids == self_ids[:, None]) | (hashes[ids] == mine[:, None])
+        copies |= scores >= self.config.copy_similarity
         return np.where(copies, -np.inf, scores)
 
 
 @lru_cache(maxsize=1)
-def _opened(database: Dataset, method: str, digest: str) -> tuple[Searcher | Embeddings, np.ndarray]:
-    """The database and the hashes of its pictures, kept in this worker; `digest` tells rebuilds apart."""
+def _opened(database: Dataset, method: str, digest: str) -> tuple[Searcher | Embeddings, np.ndarray, np.ndarray]:
+    """The database, the hashes of its pictures and its tombstones, kept in this worker; `digest` tells rebuilds apart.
+    """
     opened = Searcher(database) if method == "index" else Embeddings(database)
-    return opened, datasets.content_hashes(database)
+    return opened, datasets.content_hashes(database), tombstones.rows(database)
 
 
 def load(dataset: Dataset, database: Dataset) -> list[np.ndarray]:
