@@ -67,20 +67,21 @@ class Training(Stage):
         points = training_rows(key, config)
         drawn = rng.choice(count, min(count, config.queries + points), replace=False, shuffle=True)
         held, sample = np.sort(drawn[:config.queries]), np.sort(drawn[config.queries:])
-        own = held[embeddings.rows(held).any(1)]
-        vectors = _there(embeddings.rows(sample))
-        index = trained(key, vectors, embeddings.dim)
+        own, sample = (rows[embeddings.rows(rows, once=True).any(1)] for rows in (held, sample))
+        # Nobody else holds the sample: it leaves memory when the first step of the training has gone over it.
+        index = trained(key, embeddings.rows(sample, once=True), embeddings.dim)
+        seen = embeddings.rows(sample[::max(1, len(sample) // 10_000)], once=True)
         faiss.write_index(index, str(scratch / "trained.index"))
         np.save(scratch / "held.npy", own, allow_pickle=False)
-        np.save(scratch / "images.npy", embeddings.rows(own).astype(np.float32), allow_pickle=False)
+        np.save(scratch / "images.npy", embeddings.rows(own, once=True).astype(np.float32), allow_pickle=False)
         files = ["trained.index", "held.npy", "images.npy"]
         if "text_embeddings" in self.inputs():
             texts = Embeddings(self.dataset, "text_embeddings")
             chosen = np.sort(rng.choice(len(texts), min(len(texts), config.queries), replace=False))
             np.save(scratch / "texts.npy", _there(texts.rows(chosen)).astype(np.float32), allow_pickle=False)
             files.append("texts.npy")
-        return Output(samples=len(vectors), files={name: scratch / name for name in files},
-                      info={"key": key, "rows": count, "trained_on": len(vectors), "error": error_of(index, vectors)})
+        return Output(samples=len(sample), files={name: scratch / name for name in files},
+                      info={"key": key, "rows": count, "trained_on": len(sample), "error": error_of(index, seen)})
 
     def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
         return Output(info=records[0]["info"])
@@ -132,7 +133,7 @@ class Parts(Stage):
             for start in range(0, len(rows), BLOCK):
                 vectors = np.asarray(rows[start:start + BLOCK], np.float32)
                 fill(index, vectors)
-                error.append((error_of(index, vectors[:2000]), len(vectors)))
+                error.append((error_of(index, vectors[::max(1, len(vectors) // 200)]), len(vectors)))
                 for one in queries:
                     one.look(vectors, first + count)
                 count += len(vectors)
@@ -207,7 +208,8 @@ def questions(training: Training) -> list[Queries]:
 
 def _there(rows: np.ndarray) -> np.ndarray:
     """Without the rows of zeros, which mark pictures that did not decode."""
-    return rows[rows.any(1)]
+    there = rows.any(1)
+    return rows if there.all() else rows[there]
 
 
 def _file(training: Training, name: str) -> Path:

@@ -6,6 +6,7 @@ A global row is the offset of the shard plus the row in it; ids of an index are 
 """
 
 import io
+import mmap
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -119,14 +120,19 @@ class Embeddings:
         """Every row, (N, D) float16, in memory."""
         return np.concatenate(self.shards)
 
-    def rows(self, ids: np.ndarray) -> np.ndarray:
-        """The rows `ids` (any shape S, int64) as (*S, D) float16; zeros for the id -1 (none)."""
+    def rows(self, ids: np.ndarray, *, once: bool = False) -> np.ndarray:
+        """The rows `ids` (any shape S, int64) as (*S, D) float16; zeros for the id -1 (none).
+
+        With `once` a shard leaves memory as soon as it was read.
+        """
         flat = np.asarray(ids, np.int64).reshape(-1)
         out = np.zeros((len(flat), self.dim), np.float16)
         shard_of = np.searchsorted(self.offsets, flat, side="right") - 1
         for number in np.unique(shard_of[flat >= 0]):
             here = (shard_of == number) & (flat >= 0)
             out[here] = self.shards[number][flat[here] - self.offsets[number]]
+            if once:
+                self.shards[number]._mmap.madvise(mmap.MADV_DONTNEED)
         return out.reshape(*np.shape(ids), self.dim)
 
 
