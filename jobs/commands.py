@@ -88,6 +88,10 @@ class IndexCommand:
     cluster: Flat[ClusterConfig]
     common: Flat[Common]
     stage: Flat[Rebuild]
+    extend: str = ""
+    """Train nothing: take over the index of this version (NAME@VERSION), with the rows that came and went."""
+    tombstone: str = ""
+    """Build nothing: searches leave out the samples whose keys this text file names, a line each."""
 
 
 @dataclass(frozen=True)

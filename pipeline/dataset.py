@@ -65,6 +65,7 @@ class Dataset:
         verb, _, database = stage_name.partition("/")
         verb, more = {"shards": ("shard", " --source FOLDER"), "embeddings": ("embed", ""),
                       "text_embeddings": ("embed", " --captions"),
+                      "tombstones": ("index", " --tombstone KEYS_FILE"),
                       "neighbors": ("neighbors", f" --database {database}")}.get(verb, (verb, ""))
         return f"python -m jobs {verb} {self.label}{more} --root {self.root}"
 
@@ -121,8 +122,11 @@ class Embeddings:
         """Every row, (N, D) float16, in memory."""
         return np.concatenate(self.shards)
 
-    def rows(self, ids: np.ndarray) -> np.ndarray:
-        """The rows `ids` (any shape S, int64) as (*S, D) float16; zeros for the id -1 (none)."""
+    def rows(self, ids: np.ndarray, *, once: bool = False) -> np.ndarray:
+        """The rows `ids` (any shape S, int64) as (*S, D) float16; zeros for the id -1 (none).
+
+        With `once` a shard leaves memory as soon as it was read.
+        """
         flat = np.asarray(ids, np.int64).reshape(-1)
         out = np.zeros((len(flat), self.dim), np.float16)
         order = np.argsort(flat, kind="stable")
@@ -130,6 +134,8 @@ class Embeddings:
         for number in np.flatnonzero(np.diff(ends)):
             here = order[ends[number]:ends[number + 1]]
             out[here] = self.shards[number][flat[here] - self.offsets[number]]
+            if once:
+                self.shards[number]._mmap.madvise(mmap.MADV_DONTNEED)
         return out.reshape(*np.shape(ids), self.dim)
 
     def blocks(self, rows: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline import dataset as datasets
-from pipeline import embed, search, stage, storage
+from pipeline import embed, search, stage, storage, tombstones
 from pipeline import index as indices
 from pipeline.dataset import Dataset, Embeddings
 from pipeline.index import Lists, Searcher, memory
@@ -88,12 +88,15 @@ class Neighbors(Stage):
                  "database": self.database.identity("embeddings"), "database_shards": self.database.identity("shards")}
         if self.config.method == "index":
             found["index"] = self.database.identity("index")
+        if self.database.sealed("tombstones"):
+            found["tombstones"] = self.database.identity("tombstones")
         return found
 
     def plan(self) -> list[Item]:
         embed.same_encoder(self.dataset, self.database)
         inputs = self.inputs()
-        made_from = stage.digest([inputs.get(name) for name in ("database", "database_shards", "index")])
+        made_from = stage.digest([inputs.get(name) for name in ("database", "database_shards", "index",
+                                                                      "tombstones")])
         shards = {record["id"]: record for record in self.dataset.manifest("shards")["items"]}
         if self.config.copy_bits >= 0:
             for one in {self.dataset, self.database}:
@@ -172,7 +175,7 @@ class Neighbors(Stage):
                ) -> tuple[np.ndarray, np.ndarray]:
         """Ids and scores (Q, k); all rows are compared for those whose candidates copies ate up."""
         k, config = self.config.k, self.config
-        copies = Copies(opened.labels, config.copy_similarity, opened.hashes, config.copy_bits)
+        copies = Copies(opened.labels, config.copy_similarity, opened.hashes, config.copy_bits, opened.gone)
         wanted = min(max(k + 1, config.candidates or 4 * k + 20), len(opened.embeddings))
         probes = (config.probes or opened.lists.probes) if opened.lists else 0
         if opened.lists and not exactly and _MANY * probes < opened.lists.count:
@@ -242,6 +245,8 @@ class Opened:
         self.embeddings = Embeddings(database)
         records = database.manifest("shards")["items"]
         kind = indices.kind(database) if method == "index" else "scan"
+        self.gone = np.zeros(len(self.embeddings), bool)
+        self.gone[tombstones.rows(database)] = True
         self.graph = Searcher(database) if kind == "graph" else None
         self.lists = Lists(database) if kind == "lists" else None
 

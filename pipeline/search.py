@@ -40,7 +40,7 @@ class Found:
 
 @dataclass
 class Copies:
-    """What rows must not share with a query."""
+    """What rows must not share with a query, and which must not be found."""
 
     labels: np.ndarray
     """(N, L) uint64 of the database: rows with the same number in a column show the same picture."""
@@ -50,12 +50,16 @@ class Copies:
     """(N,) uint64 perceptual hashes of the database."""
     bits: int = -1
     """Rows whose perceptual hashes differ in no more bits are copies; -1: they do not count."""
+    gone: np.ndarray | None = None
+    """(N,) bool: rows that must not be found at all."""
 
     def among(self, ids: np.ndarray, queries: "Queries", which: np.ndarray) -> np.ndarray:
         """(P,) whether the rows `ids` (P,) are the queries `which` (P,) themselves or show their pictures."""
         same = ids == queries.own[which]
         for column in range(self.labels.shape[1]):
             same |= self.labels[ids, column] == queries.labels[which, column]
+        if self.gone is not None:
+            same |= self.gone[ids]
         if self.hashes is not None and self.bits >= 0:
             assert queries.hashes is not None
             same |= _differing_bits(self.hashes[ids], queries.hashes[which]) <= self.bits
