@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import clip, images, tars
+from pipeline import clip, images, stage, tars
 from pipeline.dataset import Dataset, file_of, metadata
 from pipeline.stage import Entry, Item, Output, Stage
 
+_PART = 32  # pictures in a forward pass on a CPU: more are no faster, and a small shard has work for several threads
 _AHEAD = 4  # batches that are decoded, or being decoded, for each thread or beside a GPU
 
 
@@ -34,7 +35,7 @@ class EmbedConfig(clip.ClipConfig):
     """Which encoder, and how many pictures at a time."""
 
     batch_size: int = 128
-    """Pictures in one forward pass; on a CPU passes above 256 are slower per picture."""
+    """Pictures in one forward pass; on a CPU 32 at most."""
     compile: bool = False
     """Let torch.compile make the encoder faster, which takes a minute."""
 
@@ -70,17 +71,17 @@ class Embed(Stage):
         return {"shards": self.dataset.identity("shards")}
 
     def plan(self) -> list[Item]:
-        weights = clip.describe(self.config.clip())["weights_sha256"]
-        return [Item(record["id"], {"shard": record, "weights": weights, "count": record["samples"]})
+        encoder = stage.digest(clip.describe(self.config.clip()))
+        return [Item(record["id"], {"shard": record, "encoder": encoder, "count": record["samples"]})
                 for record in self.dataset.manifest("shards")["items"]]
 
     def setup(self) -> None:
         self._encoder()
 
     def process(self, item: Item, scratch: Path) -> Output:
-        if clip.describe(self.config.clip())["weights_sha256"] != item.inputs["weights"]:
-            raise ValueError(f"the weights {self.config.pretrained} on {platform.node()} are not those of the plan\n"
-                             f"hint: the same file on every machine")
+        if stage.digest(clip.describe(self.config.clip())) != item.inputs["encoder"]:
+            raise ValueError(f"the weights {self.config.pretrained} of {self.config.model} on {platform.node()}, or "
+                             f"its settings, are not those of the plan\nhint: the same files on every machine")
         encoder, record = self._encoder(), item.inputs["shard"]
         vectors = np.zeros((record["samples"], encoder.dim), np.float16)
         ledger, row, times = [], 0, Times()
@@ -116,7 +117,7 @@ class Embed(Stage):
     def _batches(self, encoder: clip.Encoder, record: dict[str, Any], times: "Times") -> Iterator["Batch"]:
         with times("read"):
             path = self.dataset.fetch("shards", file_of(record, ".tar"), check=True)
-        yield from _encoded(encoder, tars.read(path), self.config.batch_size, times)
+        yield from _encoded(encoder, tars.read(path), record["samples"], self.config.batch_size, times)
 
 
 class EmbedCaptions(Embed):
@@ -136,7 +137,8 @@ class EmbedCaptions(Embed):
         with times("read"):
             rows = metadata(self.dataset, record, ["key", "caption"])
         with _pool() as (pool, threads):
-            yield from _in_order(pool, work, _chunks(rows, self.config.batch_size, times), 2 * threads, times)
+            yield from _in_order(pool, work, _chunks(rows, _part(len(rows), self.config.batch_size), times),
+                                 2 * threads, times)
 
 
 Batch = tuple[list[str], list[int], Any]
@@ -161,8 +163,15 @@ class Times:
                 self.seconds[what] += time.perf_counter() - started
 
 
-def _encoded(encoder: clip.Encoder, samples: Iterable[dict[str, Any]], size: int, times: Times) -> Iterator[Batch]:
-    """The vectors of samples in batches of `size`."""
+def _part(count: int, size: int) -> int:
+    """How many of `count` samples make a forward pass on a CPU: as even as can be, whatever the number of threads."""
+    size = min(size, _PART)
+    return -(-count // max(1, -(-count // size))) or 1
+
+
+def _encoded(encoder: clip.Encoder, samples: Iterable[dict[str, Any]], count: int, size: int,
+             times: Times) -> Iterator[Batch]:
+    """The vectors of `count` samples in batches of `size`, on a CPU in smaller ones."""
     alone = encoder.device.type == "cpu"
 
     def prepare(some: list[dict[str, Any]]) -> tuple[list[str], list[int], np.ndarray | None]:
@@ -179,7 +188,7 @@ def _encoded(encoder: clip.Encoder, samples: Iterable[dict[str, Any]], size: int
 
     with _pool() as (pool, threads):
         # Beside a GPU a batch is decoded by all threads at once.
-        part = size if alone else max(1, -(-size // threads))
+        part = _part(count, size) if alone else max(1, -(-size // threads))
         decoded = _in_order(pool, whole_way if alone else prepare, _chunks(samples, part, times),
                             2 * threads if alone else _AHEAD * threads, times)
         yield from decoded if alone else _on_gpu(encoder, decoded, size, times)
