@@ -1,7 +1,7 @@
 """Shards -> CLIP embeddings: row i of 000042.npy is sample i of 000042.tar.
 
 Pictures are decoded by threads (their decoders do not hold the interpreter) while the encoder works: on a GPU one
-batch is encoded while the next is decoded and the last is fetched; on CPUs every thread does whole batches from end
+batch is encoded while the next is decoded and the last is fetched; on CPUs every thread does small batches from end
 to end, with one thread inside torch, for how torch splits a sum among threads would change the last bits, and with
 them the bytes of the result.
 """
@@ -26,7 +26,8 @@ from pipeline import clip, images, stage, tars
 from pipeline.dataset import Dataset, file_of, metadata
 from pipeline.stage import Entry, Item, Output, Stage
 
-_PART = 32  # pictures in a forward pass on a CPU: more are no faster, and a small shard has work for several threads
+# Pictures in a forward pass on a CPU: more are no faster, and leave less for other threads to do.
+_PART, _LEAST = 32, 8
 _AHEAD = 4  # batches that are decoded, or being decoded, for each thread or beside a GPU
 
 
@@ -164,9 +165,12 @@ class Times:
 
 
 def _part(count: int, size: int) -> int:
-    """How many of `count` samples make a forward pass on a CPU: as even as can be, whatever the number of threads."""
-    size = min(size, _PART)
-    return -(-count // max(1, -(-count // size))) or 1
+    """How many of `count` samples make a forward pass on a CPU: as even as can be, and two passes if there is enough.
+
+    Of the number of threads it knows nothing, for the last bits of a vector may depend on the pictures beside it.
+    """
+    passes = max(-(-count // min(size, _PART)), min(2, count // _LEAST), 1)
+    return -(-count // passes) or 1
 
 
 def _encoded(encoder: clip.Encoder, samples: Iterable[dict[str, Any]], count: int, size: int,
@@ -184,7 +188,7 @@ def _encoded(encoder: clip.Encoder, samples: Iterable[dict[str, Any]], count: in
     def whole_way(some: list[dict[str, Any]]) -> Batch:
         keys, rows, pictures = prepare(some)
         with times("forward"):
-            return keys, rows, 0 if pictures is None else encoder.images(pictures)
+            return keys, rows, 0 if pictures is None else encoder.launch(pictures, part)[:len(pictures)].numpy()
 
     with _pool() as (pool, threads):
         # Beside a GPU a batch is decoded by all threads at once.
