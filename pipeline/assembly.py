@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import stage, storage
-from pipeline.dataset import Dataset, Embeddings, file_of
+from pipeline.dataset import Dataset, Embeddings, file_of, finite
 from pipeline.index import EXACT, Index, IndexConfig, Queries, best, choice, faiss, fill, measured, merge, trained
 from pipeline.stage import Item, Output, Stage
 
@@ -111,7 +111,7 @@ class Parts(Stage):
             rows = np.load(self.dataset.fetch("embeddings", shard["file"], check=True), mmap_mode="r",
                            allow_pickle=False)
             for start in range(0, len(rows), _BLOCK):
-                vectors = np.asarray(rows[start:start + _BLOCK], np.float32)
+                vectors = finite(np.asarray(rows[start:start + _BLOCK], np.float32), f"shard {shard['id']}")
                 fill(index, vectors)
                 error.append((error_of(index, vectors[:2000]), len(vectors)))
                 for one in queries:

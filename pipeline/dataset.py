@@ -89,6 +89,15 @@ def file_of(record: dict[str, Any], suffix: str) -> dict[str, Any]:
     return found[0]
 
 
+def finite(vectors: np.ndarray, place: str) -> np.ndarray:
+    """The vectors (..., D) as they are; ValueError if there are numbers in them that are none."""
+    good = np.isfinite(vectors).all(-1)
+    if not good.all():
+        raise ValueError(f"{int((~good).sum())} vectors of {place} are not finite\n"
+                         f"hint: python -m jobs verify tells which files are meant; embed --rebuild makes them anew")
+    return vectors
+
+
 class Embeddings:
     """The embeddings of a dataset by global row, memory-mapped shard by shard.
 
@@ -105,6 +114,10 @@ class Embeddings:
             if len(shard) != record["samples"]:
                 raise ValueError(f"{dataset.folder(of)}: shard {record['id']} has {len(shard)} rows, its "
                                  f"manifest says {record['samples']}\nhint: python -m jobs verify")
+            if shard.ndim != 2 or shard.shape[1] != self.shards[0].shape[1]:
+                raise ValueError(f"{dataset.folder(of)}: shard {record['id']} has vectors of shape {shard.shape[1:]}, "
+                                 f"the first one {self.shards[0].shape[1:]}\nhint: python -m jobs verify")
+        self.folder = dataset.folder(of)
 
     def __len__(self) -> int:
         return int(self.offsets[-1])
@@ -116,16 +129,16 @@ class Embeddings:
 
     def all(self) -> np.ndarray:
         """Every row, (N, D) float16, in memory."""
-        return np.concatenate(self.shards)
+        return finite(np.concatenate(self.shards), self.folder)
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
-        """The rows `ids` (any shape S, int64) as (*S, D) float16; zeros for the id -1 (none)."""
+        """The rows `ids` (any shape S, int64) as (*S, D) float16; zeros for the id -1 (none); ValueError for NaN."""
         flat = np.asarray(ids, np.int64).reshape(-1)
         out = np.zeros((len(flat), self.dim), np.float16)
         shard_of = np.searchsorted(self.offsets, flat, side="right") - 1
         for number in np.unique(shard_of[flat >= 0]):
             here = (shard_of == number) & (flat >= 0)
-            out[here] = self.shards[number][flat[here] - self.offsets[number]]
+            out[here] = finite(self.shards[number][flat[here] - self.offsets[number]], self.folder)
         return out.reshape(*np.shape(ids), self.dim)
 
 

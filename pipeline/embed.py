@@ -91,6 +91,8 @@ class Embed(Stage):
                 row += len(keys)
                 break
             vectors[[row + position for position in rows]] = encoded
+            ledger += [Entry(keys[position], "no_direction", "row of zeros", kept=True) for position in rows
+                       if not vectors[row + position].any()]
             # A row of zeros marks what does not decode: what comes after must not move up.
             ledger += [Entry(key, "undecodable", "row of zeros", kept=True) for position, key in enumerate(keys)
                        if position not in set(rows)]

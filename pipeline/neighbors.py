@@ -74,12 +74,16 @@ class Neighbors(Stage):
     def process(self, item: Item, scratch: Path) -> Output:
         database, hashes = _opened(self.database, self.config.method, item.inputs["database"])
         own = self.dataset.fetch("embeddings", datasets.file_of(item.inputs["embeddings"], ".npy"))
-        queries = np.load(own, allow_pickle=False).astype(np.float32)
+        queries = datasets.finite(np.load(own, allow_pickle=False).astype(np.float32), str(own))
         mine = np.array([bytes.fromhex(row["sha256"]) for row in
                          datasets.metadata(self.dataset, item.inputs["shard"], ["sha256"])], dtype="S32")
         if len(mine) != len(queries):
             raise ValueError(f"{own} has {len(queries)} rows, its shard {len(mine)} samples\n"
                              f"hint: python -m jobs verify")
+        dim = (database if isinstance(database, Embeddings) else database.embeddings).dim
+        if queries.shape[1] != dim:
+            raise ValueError(f"{own} has vectors of {queries.shape[1]} numbers, the database {self.database.label} of "
+                             f"{dim}\nhint: python -m jobs verify")
         self_ids = (item.inputs["offset"] + np.arange(len(queries)) if self.dataset == self.database
                     else np.full(len(queries), -1))
         ids = np.full((len(queries), self.config.k), -1, np.int64)
@@ -122,7 +126,7 @@ class Neighbors(Stage):
         k = self.config.k
         ids, scores = np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32)
         for offset, shard in zip(database.offsets[:-1], database.shards, strict=True):
-            vectors = np.asarray(shard, np.float32)
+            vectors = datasets.finite(np.asarray(shard, np.float32), database.folder)
             here = np.broadcast_to(offset + np.arange(len(shard)), (len(queries), len(shard)))
             products = np.where(vectors.any(-1), queries @ vectors.T, -np.inf)
             found = best(here, self._without_copies(here, products, hashes, mine, self_ids), k)
