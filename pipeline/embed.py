@@ -83,7 +83,7 @@ class Embed(Stage):
         if stage.digest(clip.describe(self.config.clip())) != item.inputs["encoder"]:
             raise ValueError(f"the weights {self.config.pretrained} of {self.config.model} on {platform.node()}, or "
                              f"its settings, are not those of the plan\nhint: the same files on every machine")
-        encoder, record = self._encoder(), item.inputs["shard"]
+        encoder, record, used = self._encoder(), item.inputs["shard"], time.process_time()
         vectors = np.zeros((record["samples"], encoder.dim), np.float16)
         ledger, row, times = [], 0, Times()
         for keys, rows, encoded in self._batches(encoder, record, times):
@@ -108,6 +108,7 @@ class Embed(Stage):
         with times("write"):
             out = scratch / "embeddings.npy"
             np.save(out, vectors, allow_pickle=False)
+        times.seconds["cpu"] = time.process_time() - used
         return Output(samples=len(vectors), files={f"{item.id}.npy": out}, ledger=ledger,
                       times=times.seconds | {"precision": str(encoder.dtype).removeprefix("torch.")})
 
@@ -150,7 +151,9 @@ Batch = tuple[list[str], list[int], Any]
 
 @dataclass
 class Times:
-    """Seconds spent with this and that, all threads together; `wait` is an encoder without work."""
+    """Seconds spent with this and that, all threads together; `wait` is an encoder without work, `cpu` what the
+    process used meanwhile.
+    """
 
     seconds: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
