@@ -74,7 +74,7 @@ class EmbedCommand:
     captions: bool = False
     """Those of the captions too, in text_embeddings/."""
     adopt: str = ""
-    """Take the embeddings from this folder, which clip-retrieval wrote."""
+    """Take the embeddings from this folder: clip-retrieval's, or a retrieval database of CompVis (.npz)."""
     export: Literal["", "clip-retrieval"] = ""
     """Write them in that layout too, into a folder of that name."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import stage, storage
-from pipeline.dataset import Dataset, Embeddings, file_of
+from pipeline.dataset import Dataset, Embeddings, file_of, finite
 from pipeline.index import (
     BLOCK,
     EXACT,
@@ -131,7 +131,7 @@ class Parts(Stage):
             rows = np.load(self.dataset.fetch("embeddings", shard["file"], check=True), mmap_mode="r",
                            allow_pickle=False)
             for start in range(0, len(rows), BLOCK):
-                vectors = np.asarray(rows[start:start + BLOCK], np.float32)
+                vectors = finite(np.asarray(rows[start:start + BLOCK], np.float32), f"shard {shard['id']}")
                 fill(index, vectors)
                 error.append((error_of(index, vectors[::max(1, len(vectors) // 200)]), len(vectors)))
                 for one in queries:

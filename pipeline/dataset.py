@@ -22,6 +22,7 @@ from pipeline import stage, storage
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 DEFAULT_VERSION = "v1"
+_NO_NUMBER = np.uint16(0x7C00)  # the exponent of NaN and infinity in float16
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,17 @@ def file_of(record: dict[str, Any], suffix: str) -> dict[str, Any]:
     return found[0]
 
 
+def finite(vectors: np.ndarray, place: str) -> np.ndarray:
+    """The vectors (..., D) as they are; ValueError if there are numbers in them that are none."""
+    if vectors.dtype == np.float16 and not ((vectors.view(np.uint16) & _NO_NUMBER) == _NO_NUMBER).any():
+        return vectors  # as below, ten times faster
+    good = np.isfinite(vectors).all(-1)
+    if not good.all():
+        raise ValueError(f"{int((~good).sum())} vectors of {place} are not finite\n"
+                         f"hint: python -m jobs verify tells which files are meant; embed --rebuild makes them anew")
+    return vectors
+
+
 class Embeddings:
     """The embeddings of a dataset by global row, memory-mapped shard by shard.
 
@@ -109,6 +121,10 @@ class Embeddings:
             if len(shard) != record["samples"]:
                 raise ValueError(f"{dataset.folder(of)}: shard {record['id']} has {len(shard)} rows, its "
                                  f"manifest says {record['samples']}\nhint: python -m jobs verify")
+            if shard.ndim != 2 or shard.shape[1] != self.shards[0].shape[1]:
+                raise ValueError(f"{dataset.folder(of)}: shard {record['id']} has vectors of shape {shard.shape[1:]}, "
+                                 f"the first one {self.shards[0].shape[1:]}\nhint: python -m jobs verify")
+        self.folder = dataset.folder(of)
 
     def __len__(self) -> int:
         return int(self.offsets[-1])
@@ -120,10 +136,10 @@ class Embeddings:
 
     def all(self) -> np.ndarray:
         """Every row, (N, D) float16, in memory."""
-        return np.concatenate(self.shards)
+        return finite(np.concatenate(self.shards), self.folder)
 
     def rows(self, ids: np.ndarray, *, once: bool = False) -> np.ndarray:
-        """The rows `ids` (any shape S, int64) as (*S, D) float16; zeros for the id -1 (none).
+        """The rows `ids` (any shape S, int64) as (*S, D) float16; zeros for the id -1 (none); ValueError for NaN.
 
         With `once` a shard leaves memory as soon as it was read.
         """
@@ -133,7 +149,7 @@ class Embeddings:
         ends = np.searchsorted(flat[order], self.offsets)
         for number in np.flatnonzero(np.diff(ends)):
             here = order[ends[number]:ends[number + 1]]
-            out[here] = self.shards[number][flat[here] - self.offsets[number]]
+            out[here] = finite(self.shards[number][flat[here] - self.offsets[number]], self.folder)
             if once:
                 self.shards[number]._mmap.madvise(mmap.MADV_DONTNEED)
         return out.reshape(*np.shape(ids), self.dim)
@@ -150,10 +166,10 @@ class Embeddings:
                                           + done * self.dim * shard.itemsize).reshape(count, self.dim))
                 here, done = here + count, done + count
                 if here == rows:
-                    yield first, np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+                    yield first, finite(np.concatenate(pieces) if len(pieces) > 1 else pieces[0], self.folder)
                     pieces, first, here = [], first + here, 0
         if here:
-            yield first, np.concatenate(pieces)
+            yield first, finite(np.concatenate(pieces), self.folder)
 
     def let_go(self) -> None:
         """Give back the pages that `rows` brought into this process; they may stay in the system's cache."""

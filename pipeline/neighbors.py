@@ -118,6 +118,10 @@ class Neighbors(Stage):
         self._as_planned()
         opened = _opened(self.database, self.config.method, self.config.copy_bits >= 0, item.inputs["database"])
         queries = self._queries(item)
+        if queries.vectors.shape[1] != opened.embeddings.dim:
+            raise ValueError(f"shard {item.id} of {self.dataset.label} has vectors of {queries.vectors.shape[1]} numbers, "
+                             f"the database {self.database.label} of {opened.embeddings.dim}\n"
+                             f"hint: python -m jobs verify")
         ids = np.full((len(queries), self.config.k), -1, np.int64)
         scores = np.full(ids.shape, -np.inf, np.float32)
         there = np.flatnonzero(queries.vectors.any(1))  # a row of zeros is equally near to everything
@@ -158,9 +162,7 @@ class Neighbors(Stage):
 
     def _queries(self, item: Item) -> Queries:
         own = self.dataset.fetch("embeddings", datasets.file_of(item.inputs["embeddings"], ".npy"))
-        vectors = np.load(own, allow_pickle=False).astype(np.float32)
-        if not np.isfinite(vectors).all():
-            raise ValueError(f"{own} has vectors that are not finite\nhint: python -m jobs verify")
+        vectors = datasets.finite(np.load(own, allow_pickle=False), str(own)).astype(np.float32)
         labels = datasets.labels(self.dataset, item.inputs["shard"])
         if len(labels) != len(vectors):
             raise ValueError(f"{own} has {len(vectors)} rows, its shard {len(labels)} samples\n"
@@ -194,20 +196,6 @@ class Neighbors(Stage):
             ids[short], scores[short] = self._found(opened, queries[short], exactly=True)
         return ids, scores
 
-    def _certain(self, opened: "Opened", queries: Queries, found: Found, copies: Copies
-                 ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and scores of an exhaustive search; again for queries where a row that was passed over may be nearer."""
-        k, width = self.config.k, found.ids.shape[1]
-        ids, scores = search.settle(found, queries, opened.embeddings, copies, k)
-        unsure = np.flatnonzero(scores[:, -1] < found.beyond)
-        if len(unsure) and width < min(1024, len(opened.embeddings)):
-            wider = search.exhaustive(queries.vectors[unsure], opened.embeddings,
-                                      min(8 * width, 1024, len(opened.embeddings)), self.config.block_bytes)
-            ids[unsure], scores[unsure] = search.settle(wider, queries[unsure], opened.embeddings, copies, k)
-            unsure = unsure[scores[unsure, -1] < wider.beyond]
-        if len(unsure):
-            ids[unsure], scores[unsure] = search.masked(queries[unsure], opened.embeddings, copies, k,
-                                                        self.config.block_bytes)
         return ids, scores
 
     def _quality(self, opened: "Opened", queries: Queries, ids: np.ndarray, there: np.ndarray, item: Item
