@@ -261,6 +261,12 @@ def _verify(command: commands.VerifyCommand, settings: Settings) -> int:
     return 1 if faults else 0
 
 
+def _plan(command: commands.PlanCommand, settings: Settings) -> int:
+    from jobs import plan
+    print(plan.of(command, settings))
+    return 0
+
+
 def _demo(command: commands.DemoCommand, settings: Settings) -> int:
     from jobs import demo
     steps = command.steps or settings.train.steps
@@ -320,7 +326,8 @@ _VERBS: dict[str, tuple[type, Callable[[Any, Settings], int]]] = {
     "index": (commands.IndexCommand, _index), "neighbors": (commands.NeighborsCommand, _neighbors),
     "train": (commands.TrainCommand, _train), "sample": (commands.SampleCommand, _sample),
     "report": (commands.ReportCommand, _report), "status": (commands.StatusCommand, _status),
-    "verify": (commands.VerifyCommand, _verify), "demo": (commands.DemoCommand, _demo),
+    "verify": (commands.VerifyCommand, _verify), "plan": (commands.PlanCommand, _plan),
+    "demo": (commands.DemoCommand, _demo),
 }
 
 

@@ -177,6 +177,48 @@ class VerifyCommand:
 
 
 @dataclass(frozen=True)
+class PlanCommand:
+    """Say what a full build would cost, stage by stage: hours, bytes, money."""
+
+    common: Flat[Common]
+    corpus: Annotated[tuple[str, ...], tyro.conf.arg(name="pictures")] = ()
+    """Training pictures, as in 1M 100M 1B; several make a table of all combinations. By default the recipe's."""
+    database_rows: tuple[str, ...] = ()
+    """Rows of a database of its own, several as well; 0: the training pictures are the database. By default the
+    recipe's."""
+    workers: int = 0
+    """Workers without a GPU; by default the recipe's."""
+    gpus: int = 0
+    """Workers with a GPU each, for embed and train, where the rates are those of GPUs; by default as many as others."""
+    memory: str = "16G"
+    """What a worker may keep of a database that is compared row by row."""
+    epochs: float = 0.0
+    """How often training sees each picture; by default it takes the recipe's steps."""
+    downsampling: int = 0
+    """Pixels a side for each of a latent's; 1: the network sees pictures. By default the recipe's."""
+    rates: str = ""
+    """JSON file of rates (jobs/rates.py has its form); what it does not name keeps its default."""
+    measured: Annotated[str, tyro.conf.arg(name="from")] = ""
+    """Take the rates from what is sealed below this root."""
+    from_gpu: bool = False
+    """There, embed and train had a GPU in each worker."""
+    price_gpu_hour: float | None = None
+    """Money for an hour of a worker with a GPU."""
+    price_cpu_hour: float | None = None
+    """Money for an hour of any other worker."""
+    price_gb_month: float | None = None
+    """Money for a GB that is kept for a month."""
+    price_gb_moved: float | None = None
+    """Money for a GB that is read or written."""
+    months: float = 1.0
+    """How long everything is kept."""
+    totals: bool = False
+    """A row for each combination, with the worker hours of its stages."""
+    json: bool = False
+    """As JSON, with the rates."""
+
+
+@dataclass(frozen=True)
 class DemoCommand:
     """The whole way on real pictures: six style databases, a trained model, samples and a report."""
 

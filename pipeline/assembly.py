@@ -193,6 +193,8 @@ def assemble(training: Training, parts: Parts, config: IndexConfig, scratch: Pat
     infos, info, times = measured(index, about["key"], queries, config, size)
     info |= {"parts": len(manifest["items"]), "trained_on": about["trained_on"], "error_of_training": about["error"],
              "error_of_held": error_of(index, queries[0].vectors)}
+    # The parts are removed, and with them what tells how long they took.
+    times["seconds of the parts"] = manifest["run"]["seconds"]
     return index, infos, info, times, np.load(_file(training, "held.npy"), allow_pickle=False)
 
 

@@ -255,6 +255,29 @@ def _own(config: ClipConfig) -> tuple[str, dict[str, Any]]:
     return str(path), document
 
 
+def flop(config: ClipConfig) -> tuple[float, int]:
+    """Floating point operations of a forward pass over one picture, and the length of its vector.
+
+    Of a vision transformer with T tokens of width W: 24 T W^2 + 4 T^2 W in each layer (projections and a network of
+    4 W; scores and values), and the patches. ValueError for other networks.
+    """
+    if config.model == BUNDLED_MODEL:
+        architecture = json.loads((BUNDLED / f"{BUNDLED_MODEL}.json").read_text())
+    else:
+        import open_clip
+        architecture = open_clip.get_model_config(_known(config))
+    vision = architecture["vision_cfg"]
+    if not vision.get("patch_size") or not isinstance(vision.get("image_size"), int):
+        raise ValueError(f"{config.model} is no vision transformer: how much it computes is not known here\n"
+                         f"hint: a model whose name begins with ViT")
+    width, patch = vision["width"], vision["patch_size"]
+    patches = (vision["image_size"] // patch) ** 2
+    tokens = patches + 1
+    layer = (8 + 4 * vision.get("mlp_ratio", 4.0)) * tokens * width ** 2 + 4 * tokens ** 2 * width
+    return (vision["layers"] * layer + 2 * patches * width * 3 * patch ** 2 + 2 * width * architecture["embed_dim"],
+            architecture["embed_dim"])
+
+
 def _known(config: ClipConfig) -> str:
     import open_clip
     if config.model.startswith(_OWN):

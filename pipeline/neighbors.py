@@ -119,8 +119,8 @@ class Neighbors(Stage):
         opened = _opened(self.database, self.config.method, self.config.copy_bits >= 0, item.inputs["database"])
         queries = self._queries(item)
         if queries.vectors.shape[1] != opened.embeddings.dim:
-            raise ValueError(f"shard {item.id} of {self.dataset.label} has vectors of {queries.vectors.shape[1]} numbers, "
-                             f"the database {self.database.label} of {opened.embeddings.dim}\n"
+            raise ValueError(f"shard {item.id} of {self.dataset.label} has vectors of {queries.vectors.shape[1]} "
+                             f"numbers, the database {self.database.label} of {opened.embeddings.dim}\n"
                              f"hint: python -m jobs verify")
         ids = np.full((len(queries), self.config.k), -1, np.int64)
         scores = np.full(ids.shape, -np.inf, np.float32)

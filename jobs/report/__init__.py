@@ -93,7 +93,8 @@ def _sheets(root: Root, album: Album) -> Html:
 
 def _indices(root: Root) -> Html:
     return _section("The compressed indices that neighbours are looked up in.",
-                    [guarded("The indices", tables.indices, root)], "No index yet", "index NAME")
+                    [guarded("The indices", tables.indices, root), guarded("The tuning", tables.tuning, root)],
+                    "No index yet", "index NAME")
 
 
 def _stages(root: Root) -> Html:

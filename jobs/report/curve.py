@@ -75,6 +75,48 @@ def bars(counts: Sequence[int], low: float, high: float, name: str) -> Html | No
     return tag("div", drawing, together(words), class_="plot low")
 
 
+def trade_off(kinds: dict[str, Sequence[tuple[str, float, float]]]) -> Html | None:
+    """Recall over the milliseconds of a query, a line for each kind of query; None unless one has two points.
+
+    The points of a kind are (parameter, milliseconds, recall); milliseconds are drawn on a logarithmic axis.
+    """
+    kinds = {kind: [point for point in points if point[1] > 0] for kind, points in kinds.items()}
+    every = [point for points in kinds.values() for point in points]
+    if max(map(len, kinds.values()), default=0) < 2:
+        return None
+    # A little more than there is: where all are equal an axis needs two ends.
+    times = _decades(0.99 * min(time for _, time, _ in every), 1.01 * max(time for _, time, _ in every))
+    recalls = [mark for mark in _ticks(min(0.99, *(recall for _, _, recall in every)), 1.0) if mark <= 1.0 + 1e-9]
+
+    def place(time: float, recall: float) -> Point:
+        """Hundredths of the plot from its left and from its top."""
+        return (100 * math.log(time / times[0]) / math.log(times[-1] / times[0]),
+                100 - 100 * (recall - recalls[0]) / (recalls[-1] - recalls[0]))
+
+    marks: list[Html] = [tag("line", x1=0, x2=100, y1=f"{y:.2f}", y2=f"{y:.2f}")
+                         for y in (place(times[0], recall)[1] for recall in recalls)]
+    for number_, points in enumerate(kinds.values()):
+        marks.append(_path([place(time, recall) for _, time, recall in points], f"kind{number_}"))
+        for parameter, time, recall in points:
+            x, y = (f"{value:.2f}" for value in place(time, recall))
+            # Without length, and with round ends: a dot that the stretching does not bend.
+            marks.append(tag("path", tag("title", f"{parameter}: {recall:.3f} in {brief(time)} ms"), d=f"M{x},{y}h0",
+                             class_=f"dot kind{number_}"))
+    words = [tag("span", _short(time), class_="x", style=f"left:{place(time, recalls[0])[0]:.2f}%") for time in times]
+    words += [tag("span", _short(recall), class_="y", style=f"top:{place(times[0], recall)[1]:.2f}%")
+              for recall in recalls]
+    longest = max(kinds.values(), key=len)
+    for side, (parameter, time, recall) in (("first", longest[0]), ("last", longest[-1])):
+        x, y = place(time, recall)
+        words.append(tag("span", parameter, class_=f"at {side}", style=f"left:{x:.2f}%;top:{y:.2f}%"))
+    words += [tag("span", "milliseconds a query, logarithmic", class_="x-name"),
+              tag("span", "recall@10", class_="y-name")]
+    drawing = tag("svg", marks, viewBox="0 0 100 100", preserveAspectRatio="none", role="img",
+                  aria_label=f"recall@10 over milliseconds a query, from {longest[0][0]} to {longest[-1][0]}")
+    key = tag("p", (tag("span", kind, class_=f"kind{number_}") for number_, kind in enumerate(kinds)), class_="key")
+    return together([key, tag("div", drawing, together(words), class_="plot tuning")])
+
+
 def smoothed(points: Sequence[Point]) -> list[Point]:
     """The mean of each point and those within a twenty-fifth of the curve before and after it."""
     reach = len(points) // 25

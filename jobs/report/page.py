@@ -160,8 +160,8 @@ def size(count: float | None) -> str:
     """Bytes in decimal units."""
     if count is None:
         return "–"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(count) < 999.5 or unit == "TB":
+    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
+        if abs(count) < 999.5 or unit == "PB":
             break
         count /= 1000
     return f"{count:.0f} {unit}" if unit == "B" or count >= 99.5 else f"{count:.1f} {unit}"

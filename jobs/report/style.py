@@ -128,6 +128,18 @@ details > :not(summary) { margin: 6px 0 14px 16px; }
 .plot .x { top: 100%; margin-top: 9px; transform: translateX(-50%); }
 .plot .x-name { top: 100%; margin-top: 32px; left: 50%; transform: translateX(-50%); }
 .plot .y-name { left: -52px; top: 50%; transform: translate(-50%, -50%) rotate(-90deg); }
+.plot .dot { fill: none; stroke-width: 8; stroke-linecap: round; vector-effect: non-scaling-stroke; }
+.plot .kind0 { stroke: var(--accent); }
+.plot .kind1 { stroke: var(--held); }
+.plot polyline.kind0, .plot polyline.kind1 { stroke-width: 2; }
+.plot.tuning { height: 240px; }
+.plot .at { padding: 0 9px; transform: translate(-85%, -150%); }
+.plot .at.last { transform: translate(-100%, 60%); }
+.key { display: flex; gap: 20px; margin: 6px 0 0 62px; font-size: 13px; color: var(--quiet); }
+.key span::before { content: ""; display: inline-block; width: 16px; height: 3px; border-radius: 2px; margin-right: 7px;
+  vertical-align: 3px; background: currentColor; }
+.key .kind0::before { color: var(--accent); }
+.key .kind1::before { color: var(--held); }
 
 @media (max-width: 720px) {
   main { padding: 30px 16px 48px; }
@@ -141,6 +153,7 @@ details > :not(summary) { margin: 6px 0 14px 16px; }
   .plot { height: 240px; margin-left: 54px; margin-right: 8px; }
   .plot.low { height: 100px; margin-left: 8px; }
   .plot .x:nth-of-type(even) { display: none; }
+  .key { margin-left: 54px; }
   .sheet { grid-template-columns: repeat(auto-fill, minmax(76px, 1fr)); gap: 12px 10px; }
   .sheet figcaption { font-size: 11.5px; }
   .samples, .samples tbody { display: block; }

@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from jobs import tracking
-from jobs.report.curve import curve
+from jobs.report.curve import curve, trade_off
 from jobs.report.page import (
     Child,
     Html,
@@ -26,6 +26,7 @@ from pipeline import storage
 from pipeline.dataset import Dataset
 
 _REMARKS = 20
+_QUERIES = {"image": "pictures as queries", "text": "captions as queries"}
 
 
 def headline(root: Root) -> Child:
@@ -113,6 +114,29 @@ def indices(root: Root) -> Child:
                   "finds among its own ten. It was measured on a trial index without the held-out rows, which served "
                   "as the queries; the index in use holds all rows.")
     return tag("figure", scrolling(tag("table", head, tag("tbody", rows), class_="data")), caption)
+
+
+def tuning(root: Root) -> Child:
+    """What each index finds in what time, for those that were tried with several settings; None without any."""
+    figures = []
+    for dataset in root.datasets:
+        manifest = root.manifest(dataset.path("index"))
+        if manifest is None or not manifest["items"]:
+            continue
+        took = manifest["items"][0]["run"].get("times", {}).get("milliseconds a query", {})
+        kinds: dict[str, list[tuple[str, float, float]]] = {}
+        for step in manifest["info"].get("curve", []):
+            time = took.get(step["parameter"] or "all", {}).get("p50")
+            for kind, title in _QUERIES.items():
+                if time and kind in step:
+                    kinds.setdefault(title, []).append((step["parameter"], time, step[kind]["10"]))
+        if drawing := trade_off(kinds):
+            figures.append(tag("figure", tag("h3", dataset.label, tag("small", manifest["info"]["key"])), drawing))
+    if not figures:
+        return None
+    return [figures, tag("p", "What a larger effort of search finds, and how long it takes: the median time of one "
+                         "query by one thread. An index is left at the least effort that reaches the recall asked "
+                         "for.", class_="note")]
 
 
 def stages(root: Root) -> Child:

@@ -29,7 +29,8 @@ def _shard(tmp_path: Path, *more: str) -> int:
 def test_every_verb_has_help_that_names_root_and_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     overview = capsys.readouterr().out
-    for verb in ("shard", "embed", "index", "neighbors", "train", "sample", "report", "status", "verify", "demo"):
+    for verb in ("shard", "embed", "index", "neighbors", "train", "sample", "report", "status", "verify", "plan",
+                 "demo"):
         assert f"  {verb} " in overview
         with pytest.raises(SystemExit) as stopped:
             main([verb, "--help"])

@@ -16,9 +16,11 @@ from PIL import Image
 
 from jobs import report
 from jobs.processes import in_processes
-from jobs.report.curve import curve, smoothed
+from jobs.report import tables
+from jobs.report.curve import curve, smoothed, trade_off
 from jobs.report.page import Album, size, tag
 from jobs.report.pictures import spread
+from jobs.report.root import Root
 from jobs.runs import Run
 from jobs.sampling import Sampling
 from jobs.settings import SampleConfig
@@ -30,6 +32,7 @@ from pipeline.embed import Embed, EmbedConfig
 from pipeline.index import Index, IndexConfig
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.shard import Shard, ShardConfig
+from tests.pipeline import made
 
 HEADINGS = ("Samples", "Training", "Neighbours", "Datasets", "Indices", "Stages", "Encoder and settings")
 SCRIPT, QUOTES = "<script>alert(1)</script>", "\"&' onload='x"
@@ -236,14 +239,50 @@ def test_a_curve_without_points_is_none():
     assert curve([]) is None and curve([{"step": 1}]) is None
 
 
+@pytest.mark.parametrize("kinds", [
+    {"pictures": [("nprobe=1", 0.01, 0.2), ("nprobe=2", 0.013, 0.2), ("nprobe=4", 7.0, 1.0)]},
+    {"pictures": [("a", 0.5, 1.0), ("b", 0.5, 1.0)], "captions": [("a", 0.4, 0.0), ("b", 0.45, 0.01)]},
+    {"pictures": [("a", 0.5, 1.0), ("b", 0.5, 1.0)]},
+    {"pictures": [("a", 0.0, 0.3), ("b", 3.0, 0.99), ("c", 3.1, 0.995)]},
+])
+def test_a_tuning_lies_within_its_plot(kinds: dict):
+    drawing = trade_off(kinds)
+    points = [tuple(map(float, point.split(","))) for line in re.findall(r"points=\"([^\"]*)\"", drawing)
+              for point in line.split()]
+    timed = [one for points_ in kinds.values() for one in points_ if one[1] > 0]
+    assert len(points) == len(timed) == drawing.count("<title>")
+    assert all(-0.01 <= value <= 100.01 for point in points for value in point)
+    for (x, y), (_, time, recall) in zip(points, timed, strict=True):
+        assert all((time < other[1]) <= (x <= a) and (recall < other[2]) <= (y >= b)
+                   for (a, b), other in zip(points, timed, strict=True))
+
+
+def test_no_tuning_of_one_point():
+    assert trade_off({}) is None and trade_off({"pictures": [("all", 0.3, 0.9)]}) is None
+
+
+def test_indices_with_a_knob_show_their_tuning(tmp_path: Path):
+    vectors = made.clustered(2000, 16, clusters=200, spread=1.0)
+    stage.run(Index(made.given(tmp_path, "knob", [vectors]), IndexConfig(key="IVF16,SQ8", target_recall=1.0)))
+    stage.run(Index(made.given(tmp_path, "none", [vectors]), IndexConfig(key="SQ8")))
+    document = Document(tables.tuning(Root(str(tmp_path)))[0][0])
+    assert "knobIVF16,SQ8" in document.text and "pictures as queries" in document.text
+    curve_ = Dataset.parse(str(tmp_path), "knob").manifest("index")["info"]["curve"]
+    assert len(curve_) > 1
+    for step in curve_:
+        assert f"{step['parameter']}: {step['image']['10']:.3f} in " in document.text
+    page = written(tmp_path)
+    assert "What a larger effort of search finds" in page and page.count("plot tuning") == 1
+
+
 def test_smoothing_keeps_a_line_and_the_ends():
     line = [(float(x), 2.0 * x) for x in range(200)]
     assert all(made == pytest.approx(given) for made, given in zip(smoothed(line), line, strict=True))
 
 
 def test_sizes():
-    assert [size(value) for value in (None, 0, 999, 1000, 99_960, 123_456_789, 5e12)] == [
-        "–", "0 B", "999 B", "1.0 kB", "100 kB", "123 MB", "5.0 TB"]
+    assert [size(value) for value in (None, 0, 999, 1000, 99_960, 123_456_789, 5e12, 6e15)] == [
+        "–", "0 B", "999 B", "1.0 kB", "100 kB", "123 MB", "5.0 TB", "6.0 PB"]
 
 
 @pytest.mark.browser

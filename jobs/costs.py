@@ -1,0 +1,306 @@
+"""What a build costs: for each stage a formula of seconds and bytes; nothing here is looked up or measured.
+
+Letters: N training pictures, M database rows, D numbers in a vector, k neighbours, C candidates, W workers. Seconds are
+those of one worker and add up; who works at the same time divides them. Bytes read are those that workers fetch from
+the root, written are those that they put there.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+from jobs.rates import Rates
+from jobs.settings import Settings
+from model.flop import Size
+from pipeline.index import choice, estimated_bytes
+from pipeline.neighbors import NeighborsConfig
+
+_HEADER = 128  # bytes of a .npy file before its numbers
+_CLUSTERING_ROUNDS = 10  # faiss's for the lists of an inverted file
+_POINTS_PER_LIST = 256  # it takes no more of the sample for each list, or word of a codebook
+_CODEBOOK_ROUNDS = 25
+_KEPT_CHECKPOINTS = 3
+_BYTES_A_PARAMETER = 16  # of a checkpoint: weights, their mean and two moments, float32
+
+
+@dataclass(frozen=True)
+class Build:
+    """What is to be built, with what."""
+
+    settings: Settings
+    pictures: int
+    """Training pictures N."""
+    rows: int
+    """Database rows M; 0: the training pictures are the database."""
+    dim: int
+    """Numbers in a vector D."""
+    encoder_flop: float
+    """Of the encoder for one picture."""
+    network: Size
+    """Of the denoiser."""
+    sample_bytes: int = 0
+    """Of a latent; 0: the network sees the pictures."""
+    workers: int = 1
+    gpus: int = 0
+    memory: int = 16 << 30
+    """Bytes that a worker may keep of the database."""
+    epochs: float = 0.0
+    """How often training sees each picture; 0: the recipe's steps."""
+
+    @property
+    def database(self) -> int:
+        """Rows that neighbours are taken from."""
+        return self.rows or self.pictures
+
+    @property
+    def all_pictures(self) -> int:
+        """Pictures to shard and to embed."""
+        return self.pictures + self.rows
+
+    def shards(self, pictures: int) -> int:
+        """Shards of so many pictures."""
+        return -(-pictures // self.settings.shard.rows_per_shard)
+
+    @property
+    def all_shards(self) -> int:
+        """Shards of the training pictures and of the database."""
+        return self.shards(self.pictures) + (self.shards(self.rows) if self.rows else 0)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage takes."""
+
+    stage: str
+    worker_seconds: float
+    workers: int
+    """How many can work at the same time."""
+    read: float
+    written: float
+    kept: float
+    """Bytes that stay."""
+    serial_seconds: float = 0.0
+    """Of the worker seconds, those in which one works and the others wait."""
+    gpu: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """By the clock, if the workers share the work evenly."""
+        return self.serial_seconds + (self.worker_seconds - self.serial_seconds) / self.workers
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Money per hour of a worker with a GPU and without, per GB kept for a month, and per GB read or written."""
+
+    gpu_hour: float | None = None
+    cpu_hour: float | None = None
+    gb_month: float | None = None
+    gb_moved: float | None = None
+    months: float = 1.0
+
+    @property
+    def given(self) -> bool:
+        """Whether there is any."""
+        return any(one is not None for one in (self.gpu_hour, self.cpu_hour, self.gb_month, self.gb_moved))
+
+    def of(self, cost: Cost) -> float:
+        """The money for a stage; what has no price costs nothing."""
+        hour = self.gpu_hour if cost.gpu else self.cpu_hour
+        return (cost.worker_seconds / 3600 * (hour or 0) + cost.kept / 1e9 * self.months * (self.gb_month or 0)
+                + (cost.read + cost.written) / 1e9 * (self.gb_moved or 0))
+
+
+def costs(build: Build, rates: Rates) -> list[Cost]:
+    """The stages in their order; neighbours in both ways, of which a build takes one."""
+    return [shard(build, rates), embed(build, rates), index(build, rates), neighbors_exact(build, rates),
+            neighbors_index(build, rates), train(build, rates)]
+
+
+def shard(build: Build, rates: Rates) -> Cost:
+    """(N + M) (1 / rate + pixels beyond those measured * seconds a pixel); read: the source; written: tars, parquet.
+
+    Tars grow with the pixels, the metadata does not. The pictures of the source are taken to be as large as those
+    that were measured.
+    """
+    one, size = rates.shard, build.settings.shard.image_size
+    more = size ** 2 - one.image_size ** 2
+    each = max(1 / one.pictures_per_s + more * one.seconds_per_pixel, 1e-9)
+    written = build.all_pictures * (_tar_bytes(build, rates) + one.metadata_bytes)
+    return _cost("shard", build, rates, build.all_pictures * each, build.all_shards,
+                 read=build.all_pictures * one.source_bytes, written=written)
+
+
+def embed(build: Build, rates: Rates) -> Cost:
+    """(N + M) (stored pixels * seconds a pixel + flop of the encoder / its rate); read: tars; written: (N + M) D 2.
+
+    Decoding takes the time of its pixels, an encoder that of its operations, whichever encoder was measured: a smaller
+    one may reach fewer operations a second.
+    """
+    one = rates.embed
+    each = build.settings.shard.image_size ** 2 * one.preparing_s_per_pixel + build.encoder_flop / one.flop_per_s
+    return _cost("embed", build, rates, build.all_pictures * each, build.all_shards,
+                 read=build.all_pictures * _tar_bytes(build, rates),
+                 written=_vectors(build.all_pictures, build) + build.all_shards * _HEADER, gpu=one.gpu)
+
+
+def index(build: Build, rates: Rates) -> Cost:
+    """Operations of the training / training rate + M / fill rate, and in parts M / merging rate.
+
+    Training and merging are one worker's. Read: the vectors, the sample beside them and, to merge them, the parts;
+    written: the parts and the index.
+    """
+    one, config, rows = rates.index, build.settings.index, build.database
+    room = config.rows_of_a_part(build.dim)
+    in_parts = rows > room
+    key, size = index_key(build, rates), index_bytes(build, rates)
+    training = training_flop(key, rows, build.dim, config.train_points) / one.training_flop_per_s
+    merging = rows / one.merged_per_s if in_parts else 0.0
+    vectors = _vectors(rows, build)
+    sample = min(rows, config.train_points) * build.dim * 2 if in_parts else 0
+    return _cost("index", build, rates, training + rows / one.vectors_per_s + merging,
+                 -(-rows // room), read=vectors + sample + (size if in_parts else 0),
+                 written=size * (2 if in_parts else 1), kept=size, serial=training + merging)
+
+
+def neighbors_exact(build: Build, rates: Rates) -> Cost:
+    """2 N M D / rate; read: queries and database; written: N k (8 + 4) bytes, ids and scores.
+
+    The database is read once by each worker, or once for each shard of queries where it is more than a worker may keep.
+    """
+    times = build.shards(build.pictures)
+    vectors = _vectors(build.database, build)
+    if vectors <= build.memory:
+        times = min(times, build.workers)
+    seconds = 2.0 * build.pictures * build.database * build.dim / rates.exact.flop_per_s
+    return _neighbors("neighbors, exact", build, rates, seconds, vectors * times)
+
+
+def neighbors_index(build: Build, rates: Rates) -> Cost:
+    """N (code bytes compared / rate + C D 2 / ranking rate); read: queries, index and database; written: as if exact.
+
+    Each worker fetches the index and the database once, onto its disk; candidates are read from there.
+    """
+    config = build.settings.neighbors
+    key, size, one = index_key(build, rates), index_bytes(build, rates), rates.approximate
+    each = (compared_bytes(key, size, build.dim, one.nprobe) / one.code_bytes_per_s
+            + candidates(config, build.database) * build.dim * 2 / one.ranked_bytes_per_s)
+    fetched = size + _vectors(build.database, build)
+    return _neighbors("neighbors, index", build, rates, build.pictures * each,
+                      fetched * min(build.shards(build.pictures), build.workers))
+
+
+def train(build: Build, rates: Rates) -> Cost:
+    """Samples seen * flop of an update for one / rate; read: every process reads all shards of an epoch.
+
+    With each sample its ids and k vectors; written: checkpoints of 16 bytes a parameter, of which the last three stay.
+    """
+    config, workers = build.settings.train, _workers(build, rates.train.gpu)
+    steps = math.ceil(build.epochs * build.pictures / config.global_batch) if build.epochs else config.steps
+    seen = steps * config.global_batch
+    flop = build.network.training(config.unet.checkpointing)
+    checkpoints = math.ceil(steps / config.checkpoint_every)
+    each = build.network.parameters * _BYTES_A_PARAMETER
+    stored = build.sample_bytes or _tar_bytes(build, rates)
+    return _cost("train", build, rates, seen * flop / rates.train.flop_per_s, config.global_batch,
+                 read=seen * (stored * workers + build.settings.neighbors.k * 8 + config.k * build.dim * 2),
+                 written=checkpoints * each, kept=min(checkpoints, _KEPT_CHECKPOINTS) * each, gpu=rates.train.gpu)
+
+
+def index_key(build: Build, rates: Rates) -> str:
+    """The kind of index: the setting's, the measured one if both are built at once, or what the stage would choose."""
+    config = build.settings.index
+    if config.key:
+        return config.key
+    if not rates.index.in_parts and build.database <= config.rows_of_a_part(build.dim):
+        return rates.index.key
+    return choice(build.database, build.dim, config)
+
+
+def index_bytes(build: Build, rates: Rates) -> float:
+    """Bytes of the whole index."""
+    key = index_key(build, rates)
+    if key == rates.index.key:
+        return build.database * rates.index.bytes_per_vector
+    return estimated_bytes(key, build.database, build.dim)
+
+
+def training_flop(key: str, rows: int, dim: int, train_points: int) -> float:
+    """Operations of the training of an index; 0 for kinds that need next to none.
+
+    Lists: 2 points lists D' in each of ten rounds, with 256 points a list at most; D' is what a rotation leaves of D.
+    Codebooks of 2^bits words: 2 points words D' in each of 25 rounds. A rotation (OPQ) makes one of 256 words 50 times,
+    in four rounds (the first time 40) and one to encode, with two products of the points and the rotation. faiss takes
+    256 points a word.
+    """
+    lists, inner = _lists(key), _inner_dim(key, dim)
+    points = min(rows, train_points)
+    found = 2.0 * min(points, _POINTS_PER_LIST * lists) * lists * inner * _CLUSTERING_ROUNDS
+    if codebook := re.search(r"PQ\d+x(\d+)", key):
+        words = 1 << int(codebook[1])
+        found += 2.0 * min(points, _POINTS_PER_LIST * words) * words * inner * _CODEBOOK_ROUNDS
+    if key.startswith("OPQ"):
+        found += min(points, _POINTS_PER_LIST * 256) * inner * (2.0 * 256 * (50 * 5 + 36) + 50 * 4.0 * dim)
+    return found
+
+
+def candidates(config: NeighborsConfig, rows: int) -> int:
+    """Rows that are taken from the index for each query, to be ranked by exact vectors."""
+    return min(rows, max(config.k + 1, config.candidates or 4 * config.k + 20))
+
+
+def compared_bytes(key: str, size: float, dim: int, nprobe: int) -> float:
+    """Bytes that an index of `size` compares with one query: the codes of nprobe lists, or all; and what finds those.
+
+    A graph of M edges compares about M vectors a step and takes as many steps as it is asked for results (Malkov and
+    Yashunin 2018, arXiv:1603.09320).
+    """
+    lists, full = _lists(key), 4 * _inner_dim(key, dim)
+    if graph := re.match(r"HNSW(\d+)", key):
+        return nprobe * int(graph[1]) * full
+    if not lists:
+        return size
+    edges = re.search(r"_HNSW(\d+)", key)
+    return size * min(1.0, nprobe / lists) + (nprobe * int(edges[1]) if edges else lists) * full
+
+
+def _lists(key: str) -> int:
+    found = re.search(r"IVF(\d+)", key)
+    return int(found[1]) if found else 0
+
+
+def _inner_dim(key: str, dim: int) -> int:
+    """Numbers that are left of a vector by a rotation, as in OPQ64_384."""
+    found = re.match(r"(?:OPQ\d+_|PCAR?)(\d+),", key)
+    return int(found[1]) if found else dim
+
+
+def _neighbors(name: str, build: Build, rates: Rates, seconds: float, database: float) -> Cost:
+    config, shards = build.settings.neighbors, build.shards(build.pictures)
+    written = build.pictures * config.k * (8 + 4) + 2 * shards * _HEADER
+    # Copies are known by their hashes, which stand in the metadata.
+    hashes = rates.shard.metadata_bytes * (build.pictures + build.database * min(shards, build.workers))
+    return _cost(name, build, rates, seconds, shards, read=_vectors(build.pictures, build) + database + hashes,
+                 written=written)
+
+
+def _cost(name: str, build: Build, rates: Rates, seconds: float, items: int, *, read: float, written: float,
+          kept: float | None = None, serial: float = 0.0, gpu: bool = False) -> Cost:
+    """A cost whose seconds are at least those in which its bytes can be moved, if that is limited."""
+    if rates.storage.bytes_per_s:
+        seconds = max(seconds, (read + written) / rates.storage.bytes_per_s)
+    return Cost(name, seconds, max(1, min(_workers(build, gpu), items)), read, written,
+                written if kept is None else kept, serial, gpu)
+
+
+def _workers(build: Build, gpu: bool) -> int:
+    return build.gpus if gpu else build.workers
+
+
+def _tar_bytes(build: Build, rates: Rates) -> float:
+    return rates.shard.tar_bytes * (build.settings.shard.image_size / rates.shard.image_size) ** 2
+
+
+def _vectors(count: int, build: Build) -> float:
+    return count * build.dim * 2.0
+

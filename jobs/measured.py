@@ -1,0 +1,175 @@
+"""Rates from the manifests below a root: what its stages took, by the formulas of `jobs.costs` turned round.
+
+Every record has its seconds, so a sample that went through the pipeline on some machines tells what more would take on
+them. Several folders of a stage count together. What no folder tells stays as it is in the rates to begin with.
+"""
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from jobs import tracking
+from jobs.costs import candidates, compared_bytes, training_flop
+from jobs.rates import ApproximateRates, EmbedRates, ExactRates, IndexRates, Rates, ShardRates, TrainRates
+from jobs.runs import Run
+from model import flop
+from model.config import UNetConfig
+from pipeline import clip, storage
+from pipeline.dataset import Dataset
+from pipeline.neighbors import NeighborsConfig
+
+_log = logging.getLogger(__name__)
+_PREPARING = ("read", "decode", "write")
+
+
+def rates(root: str, base: Rates, *, gpu: bool = False) -> Rates:
+    """The rates of what is sealed below `root`, over `base`; `gpu`: embed and train had one in each worker.
+
+    ValueError if nothing there tells any.
+    """
+    root = storage.normal(root)
+    datasets = [Dataset(root, name, version) for name in storage.folders(storage.join(root, "datasets"))
+                for version in storage.folders(storage.join(root, "datasets", name))]
+    exact, approximate = _neighbors(datasets, base)
+    found = {"shard": _shard(datasets, base), "embed": _embed(datasets, gpu), "index": _index(datasets, base),
+             "exact": exact, "approximate": approximate, "train": _train(root, gpu)}
+    sections = {name: one for name, one in found.items() if one is not None}
+    if not sections:
+        raise ValueError(f"nothing sealed below {root} tells how long a stage takes\n"
+                         f"hint: run the stages on a sample there first")
+    return base.with_sections(sections, f"what made {storage.without_credentials(root)}", "there")
+
+
+def _sealed(datasets: list[Dataset], folder: str, name: str) -> Iterator[tuple[Dataset, dict[str, Any]]]:
+    """The datasets whose `folder` was sealed by the stage `name`, with its manifest."""
+    for dataset in datasets:
+        if dataset.sealed(folder):
+            manifest = dataset.manifest(folder)
+            if manifest["stage"] == name and manifest["totals"]["samples"]:
+                yield dataset, manifest
+
+
+def _shard(datasets: list[Dataset], base: Rates) -> ShardRates | None:
+    """Of the most frequent size of pictures; a second one tells what a pixel takes."""
+    sums: dict[int, Counter[str]] = defaultdict(Counter)
+    for _, manifest in _sealed(datasets, "shards", "shard"):
+        if "image_size" not in manifest["section"]:  # written by something else
+            continue
+        one = sums[manifest["section"]["image_size"]]
+        one.update({"samples": manifest["totals"]["samples"], "seconds": manifest["run"]["seconds"]})
+        for record in manifest["items"]:
+            for file in record["files"]:
+                one[file["name"].rpartition(".")[2]] += file["bytes"]
+    if not sums:
+        return None
+    size = max(sums, key=lambda size: sums[size]["samples"])
+    each = {one: sums[one]["seconds"] / sums[one]["samples"] for one in sums}
+    slope = base.shard.seconds_per_pixel
+    if other := max((other for other in sums if other != size), default=0):
+        slope = max(0.0, (each[other] - each[size]) / (other ** 2 - size ** 2))
+    count = sums[size]["samples"]
+    return ShardRates(1 / each[size], size, slope, base.shard.source_bytes, sums[size]["tar"] / count,
+                      sums[size]["parquet"] / count)
+
+
+def _embed(datasets: list[Dataset], gpu: bool) -> EmbedRates | None:
+    """The seconds of each record are shared out as its threads spent theirs: in the encoder, or with pictures."""
+    operations = pixels = encoding = preparing = 0.0
+    for dataset, manifest in _sealed(datasets, "embeddings", "embed"):
+        try:
+            each, _ = clip.flop(clip.ClipConfig(manifest["info"]["encoder"]["model"]))
+        except ValueError as error:
+            _log.warning("plan: %s is passed over: %s", dataset.folder("embeddings"), str(error).splitlines()[0])
+            continue
+        side = dataset.manifest("shards")["section"].get("image_size", 0)
+        operations += manifest["totals"]["samples"] * each
+        pixels += manifest["totals"]["samples"] * side ** 2
+        for record in manifest["items"]:
+            times = record["run"].get("times", {})
+            spent = {name: times.get(name, 0.0) for name in ("forward", *_PREPARING)}
+            share = spent["forward"] / sum(spent.values()) if spent["forward"] and side else 1.0
+            encoding += record["run"]["seconds"] * share
+            preparing += record["run"]["seconds"] * (1 - share)
+    if not operations:
+        return None
+    return EmbedRates(operations / max(encoding, 1e-9), preparing / pixels if pixels else 0.0, gpu)
+
+
+def _index(datasets: list[Dataset], base: Rates) -> IndexRates | None:
+    """Of the largest index, and those of its kind."""
+    every = [(dataset, manifest) for dataset, manifest in _sealed(datasets, "index", "index")]
+    if not every:
+        return None
+    dataset, largest = max(every, key=lambda one: one[1]["totals"]["samples"])
+    key, rows, in_parts = largest["info"]["key"], largest["totals"]["samples"], "parts" in largest["info"]
+    dim = _dim(dataset)
+    operations = training_flop(key, rows, dim, largest["section"]["train_points"])
+    speed, merged, seconds = base.index.training_flop_per_s, base.index.merged_per_s, largest["run"]["seconds"]
+    if in_parts:
+        training = dataset.manifest("index-training")
+        if operations:
+            speed = operations / max(training["run"]["seconds"], 1e-9)
+        merged = rows / max(seconds, 1e-9)
+        filling = largest["items"][0]["run"]["times"].get("seconds of the parts") or rows / base.index.vectors_per_s
+    else:
+        alike = [one for _, one in every if one["info"]["key"] == key and "parts" not in one["info"]]
+        if not operations:
+            rows, seconds = (sum(one["totals"]["samples"] for one in alike),
+                             sum(one["run"]["seconds"] for one in alike))
+        # How its seconds divide it does not say: training takes what it would elsewhere, half of them at most.
+        speed = max(speed, 2 * operations / max(seconds, 1e-9))
+        filling = seconds - operations / speed
+    size = largest["totals"]["bytes"] / largest["totals"]["samples"]
+    return IndexRates(speed, rows / max(filling, 1e-9), merged, key, size, in_parts)
+
+
+def _neighbors(datasets: list[Dataset], base: Rates) -> tuple[ExactRates | None, ApproximateRates | None]:
+    """Of both ways; how long a search of the index alone takes, the index tells that was searched."""
+    sums, nprobe = Counter[str](), base.approximate.nprobe
+    for dataset in datasets:
+        for label in storage.folders(dataset.folder("neighbors")):
+            database = Dataset.parse(dataset.root, label)
+            for _, manifest in _sealed([dataset], f"neighbors/{label}", "neighbors"):
+                count, dim, seconds = manifest["totals"]["samples"], _dim(dataset), manifest["run"]["seconds"]
+                rows = database.manifest("embeddings")["totals"]["samples"]
+                config = NeighborsConfig(**{name: manifest["section"][name] for name in ("k", "method", "candidates")})
+                if config.method == "exact":
+                    sums.update({"operations": 2.0 * count * rows * dim, "exact": seconds})
+                    continue
+                index = database.manifest("index")
+                info, record = index["info"], index["items"][0]
+                nprobe = int(info["parameter"].partition("=")[2] or nprobe)
+                latency = record["run"].get("times", {}).get("milliseconds a query", {})
+                alone = latency.get(info["parameter"] or "all", {}).get("p50", 0.0) / 1e3 * count or seconds / 2
+                searching = min(alone, 0.9 * seconds)
+                sums.update({
+                    "compared": count * compared_bytes(info["key"], index["totals"]["bytes"], dim, nprobe),
+                    "ranked": count * candidates(config, rows) * dim * 2,
+                    "searching": searching, "ranking": seconds - searching})
+    exact = ExactRates(sums["operations"] / max(sums["exact"], 1e-9)) if sums["operations"] else None
+    approximate = ApproximateRates(sums["compared"] / max(sums["searching"], 1e-9),
+                                   sums["ranked"] / max(sums["ranking"], 1e-9), nprobe) if sums["compared"] else None
+    return exact, approximate
+
+
+def _train(root: str, gpu: bool) -> TrainRates | None:
+    """By the clock of the runs, whose last lines of the curve have it, and their numbers of processes."""
+    operations = seconds = 0.0
+    for name in storage.folders(storage.join(root, "runs")):
+        run = Run(root, name)
+        lines = tracking.read(run)
+        if not lines:
+            continue
+        section = run.section()
+        config, unet = section["train"], dict(section["train"]["unet"])
+        for sizes in ("channel_mult", "attention_downsampling"):
+            unet[sizes] = tuple(unet[sizes])
+        network = flop.size(UNetConfig(**unet), section["image_size"], config["k"])
+        operations += lines[-1]["step"] * config["global_batch"] * network.training(unet["checkpointing"])
+        seconds += lines[-1]["seconds"] * lines[-1].get("world_size", 1)
+    return TrainRates(operations / seconds, gpu) if seconds else None
+
+
+def _dim(dataset: Dataset) -> int:
+    return int(dataset.manifest("embeddings")["info"]["encoder"]["dim"])

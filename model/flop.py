@@ -1,0 +1,38 @@
+"""What a network costs: floating point operations, counted by torch on tensors without data."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from model.config import UNetConfig
+
+
+@dataclass(frozen=True)
+class Size:
+    """Operations of one pass over one picture or latent, and how many parameters there are."""
+
+    forward: float
+    """A multiplication and an addition are two."""
+    parameters: int
+
+    def training(self, checkpointing: bool) -> float:
+        """Operations of an update for one picture: backwards is twice forwards; checkpointing goes forwards again."""
+        return (4 if checkpointing else 3) * self.forward
+
+
+@lru_cache(maxsize=8)
+def size(config: UNetConfig, side: int, k: int) -> Size:
+    """The size of a network for inputs of `side` x `side` with k context vectors.
+
+    Convolutions and products of matrices, attention included; the rest is little, and not counted.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from model.unet import UNet
+    with torch.device("meta"):
+        network = UNet(config).eval()
+        inputs = (torch.empty(1, config.in_channels, side, side), torch.zeros(1),
+                  torch.empty(1, k, config.context_dim))
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        network(*inputs)
+    return Size(float(counter.get_total_flops()), sum(parameter.numel() for parameter in network.parameters()))

@@ -1,0 +1,240 @@
+"""What `python -m jobs plan` foretells, beside what it takes; and the rates that come along with it.
+
+    python tests/bench/plan.py [--pictures 2000] [--times 3] [--work FOLDER]
+    python tests/bench/plan.py --rates jobs/rates.json
+
+The first runs all stages on a drawn corpus, takes the rates from its manifests, foretells a corpus `--times` as large,
+runs that, and prints the seconds of both, stage by stage. Exit 1 if the sum over the stages that took more than two
+seconds is off by more than a quarter. The second measures on photographs, a ViT-B-32 with random weights, made vectors
+and a middle-sized network, and writes the file that stands for other people's machines.
+
+Both run in one process on one core, and count its processor's seconds: those of the clock, times the share of the core
+that a stage got, for what else the machine does comes and goes.
+"""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import photographs
+from download import CHECKOUT, machine
+
+sys.path.insert(0, str(CHECKOUT / "tests" / "pipeline"))
+sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
+import made
+
+from jobs import costs, measured, rates, tracking
+from jobs.costs import Build
+from jobs.processes import in_processes
+from jobs.rates import Rates
+from jobs.runs import Run
+from jobs.settings import Settings, tiny
+from jobs.training import Job, Training
+from model import flop
+from model.config import TrainConfig, UNetConfig
+from pipeline import assembly, clip, stage
+from pipeline.dataset import Dataset
+from pipeline.embed import Embed, EmbedConfig
+from pipeline.index import Index, IndexConfig, choice
+from pipeline.neighbors import Neighbors, NeighborsConfig
+from pipeline.pictures import Pictures, PicturesConfig
+from pipeline.shard import Shard, ShardConfig
+
+_LOG_EVERY = 5
+_NPROBE = 64  # an assumption: how many lists true vectors take, made ones do not tell
+_LEAST_S = 2.0
+_MOST_OFF = 0.25
+_FOLDERS = {"shard": "shards", "embed": "embeddings", "index": "index", "neighbors, index": "neighbors/drawn",
+            "neighbors, exact": "neighbors/twin"}
+
+
+Shares = dict[str, float]
+"""The share of the core that each stage got."""
+
+
+def timed(shares: Shares, name: str, act: Callable[[], Any]) -> Any:
+    """What `act` does, and which share of the core it had meanwhile."""
+    clock, processor = time.perf_counter(), time.process_time()
+    result = act()
+    shares[name] = min(1.0, (time.process_time() - processor) / (time.perf_counter() - clock))
+    return result
+
+
+def build(root: Path, pictures: int, settings: Settings) -> Shares:
+    """All stages on so many drawn pictures, one after another in this process, neighbours in both ways."""
+    shutil.rmtree(root, ignore_errors=True)
+    drawn = Pictures(str(root), PicturesConfig(corpus="drawn", subjects=-(-pictures // 6)), root / "cache")
+    stage.run(drawn)
+    dataset, twin = Dataset.parse(str(root), "drawn"), Dataset.parse(str(root), "twin")
+    shares: Shares = {}
+    for name, one in {
+        "shard": Shard(dataset, replace(settings.shard, source=drawn.folder)), "embed": Embed(dataset, settings.embed),
+        "index": Index(dataset, settings.index), "neighbors, index": Neighbors(dataset, dataset, settings.neighbors),
+    }.items():
+        timed(shares, name, lambda one=one: stage.run(one))
+    # The same pictures again: a list is kept for each database, and these are two ways to one.
+    shutil.copytree(root / "datasets" / "drawn", root / "datasets" / "twin",
+                    ignore=shutil.ignore_patterns("index*", "neighbors"))
+    exact = Neighbors(dataset, twin, replace(settings.neighbors, method="exact"))
+    timed(shares, "neighbors, exact", lambda: stage.run(exact))
+    job = Job(Run.parse(str(root), "run"), dataset, dataset, settings.train)
+    timed(shares, "train", lambda: in_processes(job))
+    stage.run(Training(job))
+    return shares
+
+
+def seconds(root: Path, shares: Shares) -> dict[str, float]:
+    """The processor's seconds of each stage."""
+    dataset = Dataset.parse(str(root), "drawn")
+    found = {name: dataset.manifest(folder)["run"]["seconds"] for name, folder in _FOLDERS.items()}
+    found["train"] = tracking.read(Run.parse(str(root), "run"))[-1]["seconds"]
+    return {name: shares[name] * one for name, one in found.items()}
+
+
+def foretold(known: Rates, pictures: int, settings: Settings) -> dict[str, float]:
+    """Worker seconds of each stage for so many pictures, which are their own database."""
+    operations, dim = clip.flop(settings.embed.clip())
+    network = flop.size(settings.train.unet, settings.shard.image_size, settings.train.k)
+    planned = Build(settings, pictures, 0, dim, operations, network)
+    return {cost.stage: cost.worker_seconds for cost in costs.costs(planned, known)}
+
+
+def compare(work: Path, pictures: int, times: int) -> int:
+    """Foretell, run, and say how far off it was."""
+    base, shares = tiny(), {}
+    # First a few, for a process loads its libraries once, at seconds each.
+    for name, size in (("first", 120), ("small", pictures), ("large", pictures * times)):
+        steps = max(_LOG_EVERY, size // 20 // _LOG_EVERY * _LOG_EVERY)
+        settings = replace(base, train=replace(base.train, steps=steps, checkpoint_every=steps, log_every=_LOG_EVERY))
+        shares[name] = build(work / name, size, settings)
+    count = Dataset.parse(str(work / "large"), "drawn").manifest("shards")["totals"]["samples"]
+    small, took = (seconds(work / name, shares[name]) for name in ("small", "large"))
+    said = {name: one * shares["small"][name] for name, one in
+            foretold(measured.rates(str(work / "small"), rates.built_in()), count, settings).items()}
+    print(f"{machine()}; {pictures} pictures, then {count}; processor seconds\n")
+    print("| stage | small | foretold | took | foretold / took | share of the core |\n"
+          "| --- | --: | --: | --: | --: | --: |")
+    for name in took:
+        print(f"| {name} | {small[name]:.2f} | {said[name]:.2f} | {took[name]:.2f} | {said[name] / took[name]:.2f} | "
+              f"{shares['small'][name]:.2f}, {shares['large'][name]:.2f} |")
+    counted = [name for name in took if took[name] > _LEAST_S]
+    ratio = sum(said[name] for name in counted) / max(sum(took[name] for name in counted), 1e-9)
+    print(f"\nsum of {', '.join(counted)}: foretold / took = {ratio:.2f}")
+    return 0 if abs(ratio - 1) <= _MOST_OFF else 1
+
+
+def default_rates(work: Path, out: Path) -> int:
+    """Measure a root that has everything in it, and write its rates."""
+    root, folder, shares = work / "rates", work / "some", Shares()
+    shutil.rmtree(root, ignore_errors=True)
+    folder.mkdir(exist_ok=True)
+    originals = photographs.make(work)
+    for number, path in enumerate(originals):
+        shutil.copyfile(path, folder / f"{number:06d}.jpg")
+    for side in (256, 768):
+        one = Shard(Dataset.parse(str(root), f"photographs{side}"),
+                    ShardConfig(source=str(folder), image_size=side, samples_per_shard=100))
+        timed(shares, f"shard {side}", lambda one=one: stage.run(one))
+    pictures = Dataset.parse(str(root), "photographs256")
+    encoding = Embed(pictures, EmbedConfig("ViT-B-32-quickgelu", _random_weights(work), batch_size=64))
+    encoding.setup()
+    timed(shares, "embed", lambda: stage.run(encoding))
+    _vectors(root, shares)
+    known = measured.rates(str(root), rates.built_in())
+    stage.run(Index(pictures, IndexConfig()))
+    stage.run(Neighbors(pictures, pictures, NeighborsConfig()))
+    unet = UNetConfig(model_channels=128, channel_mult=(1, 2, 4), attention_downsampling=(4, 2), context_dim=512,
+                      patch=4)
+    job = Job(Run.parse(str(root), "run"), pictures, pictures,
+              TrainConfig(steps=12, global_batch=8, log_every=4, checkpoint_every=12, unet=unet))
+    timed(shares, "train", lambda: in_processes(job))
+    # Neighbours of so few pictures were found for the training alone.
+    known = _of_the_processor(replace(known, train=measured.rates(str(root), known).train), shares)
+    size = sum(path.stat().st_size for path in originals) / len(originals)
+    document = rates.document(replace(
+        known, shard=replace(known.shard, source_bytes=size), measured=time.strftime("%Y-%m-%d"),
+        machine=f"a worker is one core of {machine().split(',')[0]} without a GPU, processor seconds"))
+    del document["defaults"]
+    out.write_text(json.dumps(_rounded(document), indent=1) + "\n")
+    print(out.read_text(), shares)
+    return 0
+
+
+def _of_the_processor(known: Rates, shares: Shares) -> Rates:
+    """Rates by the clock as those of a core that does nothing else."""
+    return replace(
+        known,
+        shard=replace(known.shard, pictures_per_s=known.shard.pictures_per_s / shares["shard 256"],
+                      seconds_per_pixel=known.shard.seconds_per_pixel * shares["shard 768"]),
+        embed=replace(known.embed, flop_per_s=known.embed.flop_per_s / shares["embed"],
+                      preparing_s_per_pixel=known.embed.preparing_s_per_pixel * shares["embed"]),
+        index=replace(known.index, training_flop_per_s=known.index.training_flop_per_s / shares["index"],
+                      vectors_per_s=known.index.vectors_per_s / shares["index"],
+                      merged_per_s=known.index.merged_per_s / shares["index"]),
+        exact=replace(known.exact, flop_per_s=known.exact.flop_per_s / shares["exact"]),
+        approximate=replace(known.approximate,
+                            code_bytes_per_s=known.approximate.code_bytes_per_s / shares["approximate"],
+                            ranked_bytes_per_s=known.approximate.ranked_bytes_per_s / shares["approximate"],
+                            nprobe=_NPROBE),
+        train=replace(known.train, flop_per_s=known.train.flop_per_s / shares["train"]))
+
+
+def _vectors(root: Path, shares: Shares) -> None:
+    """A database of made vectors with an index in parts, of the kind that tens of millions get, and both searches."""
+    choice(20_000_000, 512, IndexConfig())  # loads what loads once
+    encoder = {"model": "given", "weights_sha256": "00", "dim": 512}
+    vectors = made.clustered(160_000, 512, clusters=2000, spread=0.8)
+    database = made.given(root, "vectors", [vectors[start:start + 10_000] for start in range(0, 160_000, 10_000)],
+                          encoder=encoder)
+    queries = made.given(root, "queries", [made.clustered(1500, 512, clusters=2000, seed=1)], encoder=encoder)
+    # Without a rotation, so that nearly all of the training is the clustering, as it is with tens of millions; autofaiss
+    # takes such a kind for a larger one than it is.
+    config = IndexConfig(key="IVF4096_HNSW32,PQ128x8", max_memory="100G", part_memory="64M", train_points=100_000,
+                         queries=200)
+    timed(shares, "index", lambda: assembly.run(Index(database, config), stage.run))
+    timed(shares, "approximate", lambda: stage.run(Neighbors(queries, database, NeighborsConfig())))
+    timed(shares, "exact", lambda: stage.run(Neighbors(database, queries, NeighborsConfig(method="exact"))))
+
+
+def _random_weights(work: Path) -> str:
+    """A file of weights for ViT-B-32: how fast it is does not depend on what it learned."""
+    path = work / "vit-b-32.pt"
+    if not path.exists():
+        import open_clip
+        import torch
+        torch.save(open_clip.create_model("ViT-B-32-quickgelu").state_dict(), path)
+    return str(path)
+
+
+def _rounded(values: dict) -> dict:
+    return {name: _rounded(one) if isinstance(one, dict) else float(f"{one:.4g}") if isinstance(one, float) else one
+            for name, one in values.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=2000)
+    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--rates", default="", help="measure the default rates, and write them to this file")
+    parser.add_argument("--work", default="", help="default: rdm-bench in the temporary folder")
+    given = parser.parse_args()
+    if "OMP_NUM_THREADS" not in os.environ:  # before anything counts the cores: again, on one
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        os.execve(sys.executable, [sys.executable, *sys.argv],
+                  os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"})
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s")
+    work = photographs.work_folder(given.work) / "plan"
+    work.mkdir(exist_ok=True)
+    return default_rates(work, Path(given.rates)) if given.rates else compare(work, given.pictures, given.times)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

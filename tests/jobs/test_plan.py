@@ -1,0 +1,370 @@
+"""What a build would cost: the arithmetic, rates from manifests and files, and what the command prints."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jobs import costs, measured, plan, rates, tracking
+from jobs.cli import main
+from jobs.commands import Common, PlanCommand
+from jobs.costs import Build, Cost, Prices
+from jobs.processes import in_processes
+from jobs.rates import Rates
+from jobs.runs import Run
+from jobs.settings import RECIPES, Settings
+from jobs.training import Job, Training
+from model import flop, recipes
+from model.config import UNetConfig
+from pipeline import assembly, clip, stage
+from pipeline.dataset import Dataset
+from pipeline.embed import Embed, EmbedConfig
+from pipeline.index import Index, IndexConfig
+from pipeline.neighbors import Neighbors, NeighborsConfig
+from pipeline.shard import Shard, ShardConfig
+from tests.pipeline import made
+
+_TINY = recipes.tiny()
+SETTINGS = Settings(
+    shard=ShardConfig(samples_per_shard=50, image_size=32, format="png"), embed=EmbedConfig(batch_size=16),
+    index=IndexConfig(bytes_per_vector=288), neighbors=NeighborsConfig(k=5),
+    train=replace(_TINY, steps=6, global_batch=2, log_every=2, checkpoint_every=3, k=2,
+                  unet=replace(_TINY.unet, model_channels=32)))
+NETWORK = flop.Size(forward=1e9, parameters=1000)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, drawn_pictures: Path) -> Path:
+    """144 drawn pictures through all stages, with neighbours by an index and by exact search, and a run."""
+    folder = tmp_path_factory.mktemp("plan")
+    dataset, twin = Dataset.parse(str(folder), "drawn"), Dataset.parse(str(folder), "twin")
+    for one in (Shard(dataset, replace(SETTINGS.shard, source=str(drawn_pictures))), Embed(dataset, SETTINGS.embed)):
+        stage.run(one)
+    shutil.copytree(folder / "datasets/drawn", folder / "datasets/twin")
+    stage.run(Index(dataset, SETTINGS.index))
+    stage.run(Neighbors(dataset, dataset, SETTINGS.neighbors))
+    stage.run(Neighbors(dataset, twin, replace(SETTINGS.neighbors, method="exact")))
+    job = Job(Run.parse(str(folder), "run"), dataset, dataset, SETTINGS.train)
+    in_processes(job)
+    stage.run(Training(job))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def known(root: Path) -> Rates:
+    return measured.rates(str(root), rates.built_in())
+
+
+def built(pictures: int = 144, rows: int = 0, settings: Settings = SETTINGS, **changes) -> Build:
+    operations, dim = clip.flop(settings.embed.clip())
+    network = flop.size(settings.train.unet, settings.shard.image_size, settings.train.k)
+    return Build(settings, pictures, rows, dim, operations, network, **changes)
+
+
+def by_stage(build: Build, known: Rates) -> dict[str, Cost]:
+    return {one.stage: one for one in costs.costs(build, known)}
+
+
+def test_the_run_that_the_rates_are_of_is_foretold_as_it_was(root: Path, known: Rates):
+    found, dataset = by_stage(built(), known), Dataset.parse(str(root), "drawn")
+    folders = {"shard": "shards", "embed": "embeddings", "index": "index", "neighbors, index": "neighbors/drawn",
+               "neighbors, exact": "neighbors/twin"}
+    for name, folder in folders.items():
+        manifest = dataset.manifest(folder)
+        assert found[name].worker_seconds == pytest.approx(manifest["run"]["seconds"], rel=1e-9), name
+        assert found[name].written == pytest.approx(manifest["totals"]["bytes"], rel=1e-9), name
+    run = Run.parse(str(root), "run")
+    assert found["train"].worker_seconds == pytest.approx(tracking.read(run)[-1]["seconds"], rel=1e-9)
+    stored = sum(file["bytes"] for step in run.steps() for file in run.checkpoint(step)["files"])
+    assert found["train"].written == pytest.approx(stored, rel=0.1) and found["train"].kept == found["train"].written
+    assert known.defaults == ("storage",)
+
+
+def test_what_a_stage_reads_is_what_those_before_it_wrote(root: Path, known: Rates):
+    found, dataset = by_stage(built(), known), Dataset.parse(str(root), "drawn")
+    tars = sum(file["bytes"] for record in dataset.manifest("shards")["items"] for file in record["files"]
+               if file["name"].endswith(".tar"))
+    vectors = dataset.manifest("embeddings")["totals"]["bytes"] - 3 * 128
+    assert found["embed"].read == pytest.approx(tars) and found["index"].read == pytest.approx(vectors)
+    parquet = dataset.manifest("shards")["totals"]["bytes"] - tars
+    assert found["neighbors, exact"].read == pytest.approx(2 * vectors + 2 * parquet)
+    index = dataset.manifest("index")["totals"]["bytes"]
+    assert found["neighbors, index"].read == pytest.approx(2 * vectors + 2 * parquet + index)
+
+
+def test_twice_as_many_pictures_are_twice_the_work(known: Rates):
+    one, two = (by_stage(built(count, rows=1000), known) for count in (100_000, 200_000))
+    for name in ("neighbors, exact", "neighbors, index"):
+        assert two[name].worker_seconds == pytest.approx(2 * one[name].worker_seconds)
+        assert two[name].written == pytest.approx(2 * one[name].written)
+    assert two["index"] == one["index"] and two["train"] == one["train"]
+    one, two = (by_stage(built(count), known) for count in (100_000, 200_000))
+    for name in ("shard", "embed"):
+        assert two[name].worker_seconds == pytest.approx(2 * one[name].worker_seconds)
+        assert two[name].read == pytest.approx(2 * one[name].read)
+        assert two[name].written == pytest.approx(2 * one[name].written)
+
+
+def test_exact_neighbours_are_a_product(known: Rates):
+    def took(pictures: int, rows: int) -> float:
+        return by_stage(built(pictures, rows), known)["neighbors, exact"].worker_seconds
+
+    assert took(3000, 500) == pytest.approx(6 * took(1000, 250))
+    assert took(1000, 0) == pytest.approx(took(1000, 1000))
+    assert took(1000, 1000) == pytest.approx(2 * 1000 * 1000 * 256 / known.exact.flop_per_s)
+
+
+def test_shards_and_vectors_of_a_database_of_its_own_are_made_too(known: Rates):
+    alone, beside = by_stage(built(3000), known), by_stage(built(1000, 2000), known)
+    for name in ("shard", "embed"):
+        assert beside[name].worker_seconds == pytest.approx(alone[name].worker_seconds)
+
+
+def test_workers_share_items_and_wait_for_what_one_does(known: Rates):
+    one, many = (by_stage(built(1000, workers=count), known) for count in (1, 8))
+    for name in ("shard", "embed", "neighbors, exact"):
+        assert many[name].seconds == pytest.approx(one[name].seconds / 8)
+        assert many[name].worker_seconds == one[name].worker_seconds
+    assert by_stage(built(1000, workers=50), known)["embed"].workers == 20  # shards there are
+    cost = Cost("index", worker_seconds=100, workers=10, read=0, written=0, kept=0, serial_seconds=40)
+    assert cost.seconds == 46
+
+
+def test_a_gpu_does_what_its_rates_are_of(known: Rates):
+    on_gpus = replace(known, embed=replace(known.embed, gpu=True))
+    found = by_stage(built(10_000, workers=50, gpus=3), on_gpus)
+    assert found["embed"].workers == 3 and found["embed"].gpu and not found["shard"].gpu
+    assert found["shard"].workers == 50
+
+
+def test_larger_pictures_take_more_of_what_pixels_cost(known: Rates):
+    pixels = replace(known, shard=replace(known.shard, seconds_per_pixel=1e-6))
+    large = replace(SETTINGS, shard=replace(SETTINGS.shard, image_size=64))
+    small, found = by_stage(built(1000), pixels), by_stage(built(1000, settings=large), pixels)
+    assert found["shard"].worker_seconds - small["shard"].worker_seconds == pytest.approx(1000 * 3 * 1024 * 1e-6)
+    assert found["embed"].read == pytest.approx(4 * small["embed"].read)
+    more = 1000 * 3 * 1024 * known.embed.preparing_s_per_pixel
+    assert found["embed"].worker_seconds - small["embed"].worker_seconds == pytest.approx(more)
+
+
+def test_storage_may_be_what_a_stage_waits_for(known: Rates):
+    slow = replace(known, storage=rates.StorageRates(bytes_per_s=1000.0))
+    found = by_stage(built(1000), slow)
+    assert found["shard"].worker_seconds == pytest.approx((found["shard"].read + found["shard"].written) / 1000)
+
+
+def test_a_database_that_a_worker_cannot_keep_is_read_for_every_shard(known: Rates):
+    vectors = 1000 * 256 * 2
+    kept, not_kept = (by_stage(built(5000, 1000, workers=4, memory=memory), known)["neighbors, exact"].read
+                      for memory in (vectors, vectors - 1))
+    assert not_kept - kept == pytest.approx((100 - 4) * vectors)
+
+
+def test_training_goes_by_steps_or_by_epochs(known: Rates):
+    config = SETTINGS.train
+    found = by_stage(built(1000, epochs=2), known)["train"]
+    network = built().network
+    assert found.worker_seconds == pytest.approx(2000 * network.training(False) / known.train.flop_per_s)
+    assert found.written == 334 * 16 * network.parameters and found.kept == 3 * 16 * network.parameters
+    assert by_stage(built(1000), known)["train"].worker_seconds == pytest.approx(
+        config.steps * config.global_batch * network.training(False) / known.train.flop_per_s)
+
+
+@pytest.mark.parametrize(("key", "operations", "compared"), [
+    ("SQ8", 0, 1e6),
+    ("IVF100,SQ8", 2 * 100 * 256 * 100 * 64 * 10, 1e6 * 0.04 + 100 * 64 * 4),
+    ("IVF100,PQ16x8", 2 * 100 * 256 * 100 * 64 * 10 + 2 * 50_000 * 256 * 64 * 25, 1e6 * 0.04 + 100 * 64 * 4),
+    ("OPQ16_32,IVF4000_HNSW32,PQ16x8", 2 * 50_000 * 4000 * 32 * 10 + 2 * 50_000 * 256 * 32 * (25 + 36 + 250)
+     + 4 * 50_000 * 64 * 32 * 50, 1e6 * 0.001 + 4 * 32 * 32 * 4),
+    ("PQ8x4", 2 * 256 * 16 * 16 * 64 * 25, 1e6),
+    ("HNSW15", 0, 4 * 15 * 64 * 4),
+])
+def test_the_formulas_of_an_index(key: str, operations: float, compared: float):
+    assert costs.training_flop(key, 1_000_000, 64, 50_000) == operations
+    assert costs.compared_bytes(key, 1e6, 64, nprobe=4) == pytest.approx(compared)
+
+
+def test_an_index_in_parts_is_foretold_as_it_was(tmp_path: Path):
+    vectors = made.clustered(4000, 16)
+    dataset = made.given(tmp_path, "some", [vectors[:2000], vectors[2000:]])
+    config = IndexConfig(key="IVF16,SQ8", part_memory="100K", queries=50)
+    parts: dict[str, float] = {}
+
+    def seal(one: stage.Stage) -> dict:
+        manifest = stage.run(one)
+        parts[one.name] = manifest["run"]["seconds"]
+        return manifest
+
+    assembly.run(Index(dataset, config), seal)
+    known = measured.rates(str(tmp_path), rates.built_in())
+    assert known.index.in_parts and known.index.key == "IVF16,SQ8" and "embed" in known.defaults
+    settings = replace(SETTINGS, index=config)
+    found = costs.index(Build(settings, 4000, 0, 16, 1e6, NETWORK, workers=9), known)
+    assert parts.keys() == {"index_training", "index_parts", "index"} and found.workers == 3
+    assert found.worker_seconds == pytest.approx(sum(parts.values()), rel=1e-6)
+    assert found.serial_seconds == pytest.approx(parts["index_training"] + parts["index"], rel=1e-6)
+    assert found.kept == pytest.approx(dataset.manifest("index")["totals"]["bytes"])
+
+
+def test_the_encoders_cost_what_open_clip_says():
+    """Twice the multiply-adds in its table of models (docs/model_profile.csv)."""
+    assert clip.flop(clip.ClipConfig("ViT-B-32-quickgelu", "openai")) == (pytest.approx(8.82e9, rel=0.005), 512)
+    assert clip.flop(clip.ClipConfig("ViT-L-14-quickgelu", "openai")) == (pytest.approx(162.0e9, rel=0.005), 768)
+    with pytest.raises(ValueError, match="RN50 is no vision transformer"):
+        clip.flop(clip.ClipConfig("RN50", "openai"))
+
+
+def test_the_network_costs_what_its_layers_do():
+    import torch
+    from torch import nn
+
+    from model.unet import UNet
+    config = UNetConfig(model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_downsampling=(),
+                        context_dim=16)
+    network, products = UNet(config), []
+
+    def count(module, inputs, output) -> None:
+        # Every number of the output is a product with a row of the weights.
+        products.append(2 * output.numel() * module.weight[0].numel())
+
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(count)
+    network(torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.zeros(1, 2, 16))
+    found = flop.size(config, 8, 2)
+    attention = 4 * 64 * (64 + 2) * 32  # scores and values of 64 places, among themselves and with two vectors
+    assert found.forward == sum(products) + attention
+    assert found.parameters == sum(one.numel() for one in network.parameters())
+    assert found.training(False) == 3 * found.forward and found.training(True) == 4 * found.forward
+
+
+def test_money():
+    prices = Prices(gpu_hour=2.0, cpu_hour=0.5, gb_month=0.02, gb_moved=0.01, months=3)
+    cost = Cost("x", 7200, 4, read=5e9, written=2e9, kept=1e9)
+    assert prices.of(cost) == pytest.approx(2 * 0.5 + 7 * 0.01 + 3 * 0.02)
+    assert prices.of(replace(cost, gpu=True)) == pytest.approx(2 * 2.0 + 7 * 0.01 + 3 * 0.02)
+    assert Prices().of(cost) == 0 and not Prices().given and Prices(cpu_hour=0.0).given
+
+
+def test_rates_are_written_and_read(known: Rates, tmp_path: Path):
+    file = tmp_path / "rates.json"
+    file.write_text(json.dumps(rates.document(known)))
+    assert replace(rates.read(str(file)), defaults=known.defaults) == known
+    file.write_text('{"machine": "ours", "embed": {"flop_per_s": 2e14, "gpu": true}, "approximate": {"nprobe": 8}}')
+    found, base = rates.read(str(file)), rates.built_in()
+    assert found.embed == replace(base.embed, flop_per_s=2e14, gpu=True) and found.machine == "ours"
+    assert found.approximate == replace(base.approximate, nprobe=8) and found.shard == base.shard
+    assert set(rates.SECTIONS) - set(found.defaults) == {"embed", "approximate"}
+    assert rates.read(str(rates.BUILT_IN)).shard == base.shard
+
+
+@pytest.mark.parametrize(("text", "sentence"), [
+    ("{", "is not JSON"), ("[]", "must be an object of sections"),
+    ('{"embedding": {}}', "'embedding' is no section of rates\nhint: here are shard, embed"),
+    ('{"shard": 3}', "'shard' is no section"),
+    ('{"shard": {"speed": 3}}', "there is no rate 'speed'\nhint: here are pictures_per_s"),
+    ('{"shard": {"pictures_per_s": "fast"}}', "pictures_per_s = 'fast': must be of the type float"),
+    ('{"shard": {"pictures_per_s": 0}}', "pictures_per_s = 0: must be more than 0"),
+    ('{"embed": {"gpu": 1}}', "gpu = 1: must be of the type bool"),
+    ('{"approximate": {"nprobe": 1.5}}', "nprobe = 1.5: must be of the type int"),
+    ('{"exact": {"flop_per_s": NaN}}', "must be more than 0"),
+])
+def test_faulty_rates_are_named(text: str, sentence: str, tmp_path: Path):
+    (tmp_path / "rates.json").write_text(text)
+    with pytest.raises(ValueError, match=r"rates\.json") as raised:
+        rates.read(str(tmp_path / "rates.json"))
+    assert sentence in str(raised.value)
+
+
+def test_two_sizes_of_pictures_tell_what_a_pixel_takes(root: Path, tmp_path: Path):
+    shutil.copytree(root / "datasets", tmp_path / "datasets")
+    manifest = tmp_path / "datasets/twin/v1/shards/manifest.json"
+    document = json.loads(manifest.read_text())
+    document["section"]["image_size"], document["run"]["seconds"] = 64, 144 * 3.0
+    manifest.write_text(json.dumps(document))
+    manifest = tmp_path / "datasets/drawn/v1/shards/manifest.json"
+    document = json.loads(manifest.read_text())
+    document["run"]["seconds"] = 144.0
+    manifest.write_text(json.dumps(document))
+    found = measured.rates(str(tmp_path), rates.built_in()).shard
+    assert (found.image_size, found.pictures_per_s) == (32, 1.0)
+    assert found.seconds_per_pixel == pytest.approx(2 / (64 ** 2 - 32 ** 2))
+
+
+def test_recipes_have_a_corpus():
+    assert plan.CORPORA.keys() == RECIPES.keys()
+    for name, corpus in plan.CORPORA.items():
+        builds = plan.builds(PlanCommand(Common()), RECIPES[name](), rates.built_in())
+        assert [(one.pictures, one.rows) for one in builds] == [(corpus.pictures, corpus.rows)]
+        assert bool(builds[0].sample_bytes) == (corpus.downsampling > 1)
+    assert builds[0].sample_bytes == 48 * 48 * 16 * 2  # latents of KL-f16
+
+
+def table(text: str) -> list[list[str]]:
+    """The cells of the rows of a Markdown table."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+
+
+def test_the_table_names_stages_hours_bytes_and_whose_rates(capsys, root: Path):
+    assert main(["plan", "--pictures", "1M", "--database-rows", "2M", "--workers", "8"]) == 0
+    shown = capsys.readouterr().out
+    rows = table(shown)
+    assert rows[0] == ["stage", "on", "hours", "worker hours", "read", "written"]
+    assert [row[0] for row in rows[2:]] == ["shard", "embed", "index", "neighbors, exact", "neighbors, index",
+                                            "train", "total"]
+    assert rows[2][1] == "8 workers" and len({len(line) for line in shown.splitlines() if line[:1] == "|"}) == 1
+    assert f"Default rates (shard, embed, index, exact, approximate, train): {rates.built_in().machine}" in shown
+    assert main(["plan", "--pictures", "1M", "--from", str(root)]) == 0
+    shown = capsys.readouterr().out
+    assert "Rates of shard, embed, index, exact, approximate, train" in shown and "Default rates" not in shown
+
+
+def test_all_combinations_and_totals(capsys):
+    flags = ["plan", "--pictures", "1M", "10M", "--database-rows", "0", "2.5M"]
+    assert main(flags) == 0
+    rows = table(capsys.readouterr().out)
+    assert [(row[0], row[1]) for row in rows[2:] if row[0]] == [
+        ("1 M", "itself"), ("1 M", "2.5 M"), ("10 M", "itself"), ("10 M", "2.5 M")] and len(rows) == 2 + 4 * 7
+    assert main([*flags, "--totals", "--price-cpu-hour", "0.04"]) == 0
+    rows = table(capsys.readouterr().out)
+    assert len(rows) == 2 + 4 and rows[0][2:4] == ["shard", "embed"] and rows[0][-1] == "money"
+
+
+def test_json_adds_up(capsys):
+    assert main(["plan", "--pictures", "1M", "--price-cpu-hour", "0.1", "--price-gb-month", "0.02", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    one = document["builds"][0]
+    counted = [stage for stage in one["stages"] if stage["stage"] != "neighbors, exact"]
+    for name in ("hours", "worker_hours", "read", "written", "money"):
+        assert one["total"][name] == pytest.approx(sum(stage[name] for stage in counted))
+    assert one["pictures"] == one["database_rows"] == 1_000_000 and one["total"]["gpu_hours"] == 0
+    assert document["rates"]["defaults"] == list(rates.SECTIONS)
+    shard = one["stages"][0]
+    assert shard["money"] == pytest.approx(shard["worker_hours"] * 0.1 + shard["kept"] / 1e9 * 0.02, abs=0.006)
+
+
+def test_gpu_hours_stand_apart(capsys, tmp_path: Path):
+    (tmp_path / "rates.json").write_text('{"train": {"gpu": true, "flop_per_s": 1e14}}')
+    assert main(["plan", "--rates", str(tmp_path / "rates.json"), "--gpus", "3"]) == 0
+    rows = {row[0]: row for row in table(capsys.readouterr().out)}
+    assert rows["train"][1] == "3 GPUs" and rows["embed"][1] == "2 workers"
+    assert rows["total"][3].endswith(f"+ {rows['train'][3]} GPU")
+
+
+@pytest.mark.parametrize(("flags", "sentence"), [
+    (["--pictures", "many"], "--pictures 'many': must be a number\nhint: with K, M or B"),
+    (["--pictures", "0"], "--pictures 0: there is nothing to plan"),
+    (["--gpus", "2"], "the rates are those of workers without a GPU"),
+    (["--workers", "-1"], "--workers -1: must be at least 0"),
+    (["--price-cpu-hour", "-2"], "--price-cpu-hour -2.0: must be at least 0"),
+    (["--from", "nowhere"], "nothing sealed below"),
+    (["--rates", "absent.json"], "cannot read the rates absent.json"),
+    (["--recipe", "imagenet_400m", "--pictures", "1B", "--database-rows", "0"], "no index of 1000000000 vectors"),
+])
+def test_misuse_is_a_sentence_and_exit_2(flags: list[str], sentence: str, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", *flags]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and "Traceback" not in error
