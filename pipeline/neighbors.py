@@ -196,6 +196,20 @@ class Neighbors(Stage):
             ids[short], scores[short] = self._found(opened, queries[short], exactly=True)
         return ids, scores
 
+    def _certain(self, opened: "Opened", queries: Queries, found: Found, copies: Copies
+                 ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and scores of an exhaustive search; again for queries where a row that was passed over may be nearer."""
+        k, width = self.config.k, found.ids.shape[1]
+        ids, scores = search.settle(found, queries, opened.embeddings, copies, k)
+        unsure = np.flatnonzero(scores[:, -1] < found.beyond)
+        if len(unsure) and width < min(1024, len(opened.embeddings)):
+            wider = search.exhaustive(queries.vectors[unsure], opened.embeddings,
+                                      min(8 * width, 1024, len(opened.embeddings)), self.config.block_bytes)
+            ids[unsure], scores[unsure] = search.settle(wider, queries[unsure], opened.embeddings, copies, k)
+            unsure = unsure[scores[unsure, -1] < wider.beyond]
+        if len(unsure):
+            ids[unsure], scores[unsure] = search.masked(queries[unsure], opened.embeddings, copies, k,
+                                                        self.config.block_bytes)
         return ids, scores
 
     def _quality(self, opened: "Opened", queries: Queries, ids: np.ndarray, there: np.ndarray, item: Item
