@@ -25,6 +25,7 @@ from pipeline.index import (
     error_of,
     faiss,
     fill,
+    gpus_possible,
     lists_bytes,
     mapped,
     measured,
@@ -49,6 +50,11 @@ class Training(Stage):
     @property
     def command(self) -> str:
         return self.dataset.command("index")
+
+    @property
+    def workers_need_gpu(self) -> bool:  # type: ignore[override]
+        """Whether this faiss could use one."""
+        return gpus_possible()
 
     def section(self) -> dict[str, Any]:
         unused = {"target_recall", "min_recall", "part_memory", "merge_memory", "max_drift"}
@@ -99,6 +105,11 @@ class Parts(Stage):
     @property
     def command(self) -> str:
         return self.dataset.command("index")
+
+    @property
+    def workers_need_gpu(self) -> bool:  # type: ignore[override]
+        """Whether this faiss could use one."""
+        return gpus_possible()
 
     def section(self) -> dict[str, Any]:
         return {"part_memory": self.config.part_memory}

@@ -8,6 +8,7 @@ import io
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -336,19 +337,20 @@ def _member(url: str, name: str, *, shape: bool = False) -> Any:
     """An array of an archive, or its shape alone; ValueError if it is not there, or could only be unpickled."""
     archive: Any = storage.local_path(url) if storage.is_local(url) else io.BytesIO(storage.read_bytes(url))
     try:
-        with zipfile.ZipFile(archive) as members, members.open(f"{name}.npy") as file:
-            version = np.lib.format.read_magic(file)
-            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            if version not in read:
-                raise ValueError(f"version {version} of the format")
-            found, _, kind = read[version](file)
-        if kind.hasobject:
-            raise ValueError(f"{name} is Python objects, which only unpickling reads, and that may run anything")
-        if shape:
-            return found
-        with np.load(archive, allow_pickle=False) as opened:
-            return opened[name]
-    except (KeyError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+        with zipfile.ZipFile(archive) as members:
+            with members.open(f"{name}.npy") as file:
+                version = np.lib.format.read_magic(file)
+                read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                if version not in read:
+                    raise ValueError(f"version {version} of the format")
+                found, _, kind = read[version](file)
+            if kind.hasobject:
+                raise ValueError(f"{name} is Python objects, which only unpickling reads, and that may run anything")
+            if shape:
+                return found
+            with members.open(f"{name}.npy") as file:
+                return np.lib.format.read_array(file, allow_pickle=False)
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         text = f"it has no {name}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{url} cannot be read: {text}\nhint: np.savez with embedding, img_id as numbers or text "
                          f"(img_id.astype(str)) and patch_coords") from error

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -62,7 +63,8 @@ class IndexConfig:
     queries: int = 1000
     """Rows kept out of training as queries for the recall, a tenth of all at most."""
     target_recall: float = 0.95
-    """nprobe or efSearch is the least that reaches this recall@10, where the index has such a knob."""
+    """nprobe or efSearch is the least that reaches this recall@10, where the index has such a knob; or the least of
+    which four times as much gains less than 0.01."""
     min_recall: float = 0.0
     """An index with less recall@10 is not sealed."""
     train_points: int = 1_000_000
@@ -108,6 +110,11 @@ class Index(Stage):
     @property
     def command(self) -> str:
         return self.dataset.command("index")
+
+    @property
+    def workers_need_gpu(self) -> bool:  # type: ignore[override]
+        """Whether this faiss could use one."""
+        return gpus_possible()
 
     def section(self) -> dict[str, Any]:
         section = super().section()
@@ -191,7 +198,7 @@ class Queries:
             return
         some = vectors if len(rows) == len(vectors) else vectors[rows]
         asked = self.vectors, np.ascontiguousarray(some), min(EXACT + 1, len(some))
-        scores, found = (faiss.knn_gpu(faiss.StandardGpuResources(), *asked, metric=faiss.METRIC_INNER_PRODUCT)
+        scores, found = (faiss.knn_gpu(_gpu_resources(), *asked, metric=faiss.METRIC_INNER_PRODUCT)
                          if gpus() else faiss.knn(*asked, metric=faiss.METRIC_INNER_PRODUCT))
         ids = rows[found] + offset
         if self.own is not None:
@@ -426,9 +433,20 @@ def _train_lists(inner: faiss.Index, sample: np.ndarray) -> None:
     fill(quantizer, faiss.vector_to_array(clustering.centroids).reshape(inner.nlist, inner.d))
 
 
+@cache
+def _gpu_resources() -> Any:
+    """Memory on the GPU for intermediate results, which faiss takes at once and keeps."""
+    return faiss.StandardGpuResources()
+
+
 def gpus() -> int:
-    """How many GPUs the installed faiss can use; that for CPUs has none."""
-    return faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
+    """How many GPUs the installed faiss can use."""
+    return faiss.get_num_gpus() if gpus_possible() else 0
+
+
+def gpus_possible() -> bool:
+    """Whether the installed faiss is the one for GPUs."""
+    return hasattr(faiss, "StandardGpuResources")
 
 
 def fill(index: faiss.Index, vectors: np.ndarray) -> None:

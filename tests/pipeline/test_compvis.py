@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import stage, verify
+from pipeline import stage, storage, verify
 from pipeline.dataset import Dataset, Embeddings, metadata
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.exchange import AdoptEmbeddings
@@ -96,6 +96,16 @@ def test_whole_pictures_are_found_too(name: str, tmp_path: Path) -> None:
     found = Embeddings(dataset).all()
     assert manifest["totals"]["noted"] == {"not_adopted": 1} and not found[0].any()
     assert np.abs(found[1:].astype(np.float32) - vectors[1:].astype(np.float32)).max() < 1e-3
+
+
+def test_a_database_in_a_store_is_adopted(patched: Any, s3: str, tmp_path: Path) -> None:
+    source, vectors, rows = patched
+    ids = np.array([row["source_row"] for row in rows])
+    for path in archived(tmp_path / "theirs", vectors, ids, coordinates(rows)).iterdir():
+        storage.put_bytes(path.read_bytes(), f"{s3}/theirs/{path.name}")
+    dataset = sharded(tmp_path / "root", source, 2)
+    stage.run(AdoptEmbeddings(dataset, CONFIG, f"{s3}/theirs"))
+    assert np.abs(Embeddings(dataset).all().astype(np.float32) - vectors.astype(np.float32)).max() < 1e-3
 
 
 def refused(dataset: Dataset, folder: Path) -> str:

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import faiss
 import numpy as np
@@ -8,7 +9,7 @@ from jobs.cli import main
 from pipeline import assembly, stage, storage, tombstones, verify
 from pipeline.dataset import Dataset, Embeddings
 from pipeline.extension import Extension, compare
-from pipeline.index import LISTS, Index, IndexConfig, Searcher, fill, open_of
+from pipeline.index import LISTS, Index, IndexConfig, Searcher, fill, open_of, opened
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.stage import StageFailed
 from tests.pipeline import made
@@ -150,6 +151,12 @@ def test_lists_merged_on_disk_are_those_merged_in_memory(tmp_path, vectors, key,
         found[name] = (*searcher.index.search(vectors[:200], 10), about["recall"])
     for one, other in zip(found["memory"], found["disk"], strict=True):
         np.testing.assert_equal(one, other)
+    # In a cache its files have other names and no folder in common.
+    shutil.copy(folder / "knn.index", tmp_path / "0a1b")
+    (tmp_path / "c").mkdir()
+    shutil.copy(folder / LISTS, tmp_path / "c" / "2c3d")
+    (tmp_path / "c" / "2c3d").chmod(0o400)
+    assert (opened(tmp_path / "0a1b", tmp_path / "c" / "2c3d").search(vectors[:200], 10)[1] == found["disk"][1]).all()
     # Elsewhere it opens too, and an index made from it is on disk like it.
     moved = tmp_path / "moved"
     (tmp_path / "disk").rename(moved)
@@ -164,6 +171,19 @@ def test_lists_merged_on_disk_are_those_merged_in_memory(tmp_path, vectors, key,
     for one, other in zip(*extended.values(), strict=True):
         np.testing.assert_equal(one, other)
     assert capfd.readouterr().out == ""
+
+
+def test_lists_on_disk_come_from_a_store_too(tmp_path, s3, vectors):
+    found = []
+    for root in (tmp_path, s3):
+        dataset = made.given(root, "x", np.array_split(vectors, 4))
+        assembly.run(Index(dataset, IndexConfig(key="IVF16,SQ8", part_memory="60K", merge_memory="10K")), stage.run)
+        following = made.given(root, "x@v2", np.array_split(vectors, 4)[1:])
+        stage.run(Extension(following, dataset, IndexConfig(merge_memory="10K")))
+        found.append([Searcher(one).search(vectors[:100], 5) for one in (dataset, following)])
+        found[-1].append([one.manifest("index")["items"][0]["files"] for one in (dataset, following)])
+    np.testing.assert_equal(found[0], found[1])
+    assert LISTS in str(found[0][-1])
 
 
 def test_lists_that_are_missing_or_cut_are_named(tmp_path, vectors):
