@@ -1,8 +1,9 @@
-"""Embedding while workers are killed, and embeddings that are not what they should be.
+"""The stages from tars to neighbours while workers are killed, and embeddings that are not what they should be.
 
-Afterwards the vectors are, byte for byte, those of a run that nobody disturbed; what is wrong is refused or counted.
+Afterwards the files are, byte for byte, those of a run that nobody disturbed; what is wrong is refused or counted.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -50,11 +51,6 @@ def dataset(root: Path) -> Dataset:
     return Dataset.parse(str(root), "x")
 
 
-def vectors(root: Path) -> dict[str, bytes]:
-    """The files of vectors below a root."""
-    return {path.name: path.read_bytes() for path in sorted(Path(dataset(root).folder("embeddings")).glob("*.npy"))}
-
-
 def _working() -> list[int]:
     """The processes started here that Ray calls at work on an item."""
     found = []
@@ -81,12 +77,9 @@ def _descendants(pid: int) -> Iterator[int]:
 # Workers that die.
 
 
-@pytest.mark.slow
-@pytest.mark.ray
-@pytest.mark.parametrize("seed", [0, 1])
-def test_workers_killed_at_random_leave_the_bytes_of_a_quiet_run(seed: int, cluster: Any, root: Path, tmp_path: Path,
-                                                                 caplog: Any) -> None:
-    """Four of them at most: an item whose worker died five times is given up."""
+@contextlib.contextmanager
+def killing(seed: int) -> Iterator[list[int]]:
+    """Workers are killed at random, four of them at most: an item whose worker died five times is given up."""
     chance, killed, ended = random.Random(seed), [], threading.Event()
 
     def kill() -> None:
@@ -98,18 +91,44 @@ def test_workers_killed_at_random_leave_the_bytes_of_a_quiet_run(seed: int, clus
     thread = threading.Thread(target=kill)
     thread.start()
     try:
-        assert main(embed(root, "--workers", "3", "--batch-size", "16")) == 0
+        yield killed
     finally:
         ended.set()
         thread.join()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize(("before", "command", "folder"), [
+    ([], ["embed", "x", "--batch-size", "16"], "embeddings"),
+    (["embed"], ["index", "x", "--part-memory", "60K"], "index"),
+    (["embed"], ["neighbors", "x", "--method", "exact", "--vectors"], "neighbors/x"),
+    (["embed", "index"], ["neighbors", "x", "--probes", "1"], "neighbors/x"),
+])
+def test_workers_killed_at_random_leave_the_bytes_of_a_quiet_run(before: list[str], command: list[str], folder: str,
+                                                                 cluster: Any, root: Path, tmp_path: Path,
+                                                                 caplog: Any) -> None:
+    for verb in before:
+        more = ["--key", "IVF8,Flat"] if verb == "index" else []
+        assert main([verb, "x", "--root", str(root), "--local", *more]) == 0
+    quiet = Path(shutil.copytree(root, tmp_path / "quiet"))
+    with killing(len(folder) + len(before)) as killed:
+        assert main([*command, "--root", str(root), "--workers", "3"]) == 0
     lost = [record.getMessage() for record in caplog.records if "was lost" in record.getMessage()]
     assert len(killed) >= 2 and lost, (killed, lost)
-    quiet = Path(shutil.copytree(root, tmp_path / "quiet", ignore=shutil.ignore_patterns("embeddings")))
-    assert main(embed(quiet, "--local", "--batch-size", "16")) == 0
-    assert vectors(root) == vectors(quiet) and len(vectors(root)) == SHARDS
-    assert stage.timeless(dataset(root).manifest("embeddings")) == stage.timeless(dataset(quiet).manifest("embeddings"))
-    assert list(verify.folder(str(root), dataset(root).path("embeddings"))) == []
-    assert storage.names(storage.join(dataset(root).folder("embeddings"), "failures")) == []
+    assert main([*command, "--root", str(quiet), "--local"]) == 0
+    one, other = dataset(root), dataset(quiet)
+    assert content(one, folder) == content(other, folder) and len(content(one, folder)) > 1
+    assert stage.timeless(one.manifest(folder)) == stage.timeless(other.manifest(folder))
+    assert list(verify.folder(str(root), one.path(folder))) == []
+    assert storage.names(storage.join(one.folder(folder), "failures")) == []
+
+
+def content(one: Dataset, folder: str) -> dict[str, bytes]:
+    """The files that a sealed stage made."""
+    manifest = one.manifest(folder)
+    return {entry["name"]: one.fetch(folder, entry, check=True).read_bytes()
+            for part in [manifest, *manifest["items"]] for entry in part["files"]}
 
 
 # Shards that are not what they were.
