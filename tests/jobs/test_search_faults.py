@@ -109,7 +109,7 @@ def test_workers_killed_at_random_leave_the_bytes_of_a_quiet_run(before: list[st
                                                                  cluster: Any, root: Path, tmp_path: Path,
                                                                  caplog: Any) -> None:
     for verb in before:
-        more = ["--key", "IVF8,Flat"] if verb == "index" else []
+        more = ["--key", "IVF8,Flat", "--bytes-per-vector", "0"] if verb == "index" else []
         assert main([verb, "x", "--root", str(root), "--local", *more]) == 0
     quiet = Path(shutil.copytree(root, tmp_path / "quiet"))
     with killing(len(folder) + len(before)) as killed:
