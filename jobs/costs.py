@@ -253,7 +253,7 @@ def compared_bytes(key: str, size: float, dim: int, nprobe: int) -> float:
     """Bytes that an index of `size` compares with one query: the codes of nprobe lists, or all; and what finds those.
 
     A graph of M edges compares about M vectors a step and takes as many steps as it is asked for results (Malkov and
-    Yashunin 2018, arXiv:1603.09320).
+    Yashunin 2018, arXiv:1603.09320), but none twice.
     """
     lists, full = _lists(key), 4 * _inner_dim(key, dim)
     if graph := re.match(r"HNSW(\d+)", key):
@@ -261,7 +261,7 @@ def compared_bytes(key: str, size: float, dim: int, nprobe: int) -> float:
     if not lists:
         return size
     edges = re.search(r"_HNSW(\d+)", key)
-    return size * min(1.0, nprobe / lists) + (nprobe * int(edges[1]) if edges else lists) * full
+    return size * min(1.0, nprobe / lists) + min(lists, nprobe * int(edges[1]) if edges else lists) * full
 
 
 def _lists(key: str) -> int:

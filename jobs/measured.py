@@ -159,7 +159,7 @@ def _train(root: str, gpu: bool) -> TrainRates | None:
     for name in storage.folders(storage.join(root, "runs")):
         run = Run(root, name)
         lines = tracking.read(run)
-        if not lines:
+        if not lines or not storage.exists(storage.join(run.folder, "plan.json")):
             continue
         section = run.section()
         config, unet = section["train"], dict(section["train"]["unet"])

@@ -58,7 +58,7 @@ if __name__ == "__main__":
     main(input_dataset=tars, output_folder=out, input_format="webdataset", batch_size=int(batch),
          num_prepro_workers=int(workers), enable_text=False, enable_metadata=False, use_jit=False,
          clip_model=f"open_clip:{model}/{weights}", distribution_strategy="sequential", output_partition_count=1)
-    print(sum(used))
+    print(f"\\nused {sum(used)}\\n", flush=True)
 """
 
 
@@ -168,12 +168,13 @@ def peer(python: Path, root: Path, out: Path, model: str, weights: str, config: 
     usage = measured([str(python), str(script), brace, str(out), model, weights, config, str(workers), str(_BATCH)],
                      out.with_suffix(".log"))
     count = sum(len(np.load(path, mmap_mode="r")) for path in out.glob("img_emb/*.npy"))
+    used = next(float(line.split()[1]) for line in usage.stdout.splitlines() if line.startswith("used "))
     stats = [json.loads(path.read_text()) for path in out.glob("stats/*.json")]
     work = sum(one["total_duration"] for one in stats)
     if not count or not work:
         raise Failed(f"clip-retrieval wrote {count} vectors: {out.with_suffix('.log')} tells why")
     return Result(f"clip-retrieval, fp32, {workers} loading", count, usage.wall_s, work,
-                  json.loads(usage.stdout.splitlines()[-1]), usage.cpu_s, usage.peak_mb, usage.others_cores)
+                  used, usage.cpu_s, usage.peak_mb, usage.others_cores)
 
 
 def apart(root: Path, out: Path) -> float:
