@@ -1,6 +1,6 @@
 """Neighbours of many queries, beside `index.search` of the same index, and exact search beside bare matrix products.
 
-    python tests/bench/neighbors.py [--rows 1000000] [--queries 200000] [--dim 512] [--memory 160M] [--work FOLDER]
+    python tests/bench/neighbors.py [--rows 1000000] [--queries 200000] [--dim 512] [--key KEY] [--work FOLDER]
 
 The rows are clustered unit vectors (100 to a cluster, cosine about 0.7 to its centre), the queries others of the same
 clusters. faiss is given the queries in batches of 1,024, at the search effort that the index was tuned to, with all
@@ -46,9 +46,9 @@ def clustered(count: int, dim: int, clusters: int, seed: int) -> np.ndarray:
     return out
 
 
-def filled(work: Path, rows: int, queries: int, dim: int, memory: str) -> tuple[Dataset, Dataset]:
-    """The sealed queries and database, the latter with an index of at most so much memory."""
-    root = work / f"neighbors-{rows}-{queries}-{dim}-{memory}"
+def filled(work: Path, rows: int, queries: int, dim: int, key: str) -> tuple[Dataset, Dataset]:
+    """The sealed queries and database, the latter with an index of that kind."""
+    root = work / f"neighbors-{rows}-{queries}-{dim}-{key}"
     encoder = made.ENCODER | {"dim": dim}
     datasets = []
     for seed, (name, count) in enumerate((("queries", queries), ("database", rows))):
@@ -61,7 +61,7 @@ def filled(work: Path, rows: int, queries: int, dim: int, memory: str) -> tuple[
     if not datasets[1].sealed("index"):
         from pipeline import assembly
         print("making the index", file=sys.stderr)
-        assembly.run(index.Index(datasets[1], index.IndexConfig(max_memory=memory)), stage.run)
+        assembly.run(index.Index(datasets[1], index.IndexConfig(key=key, train_points=160_000)), stage.run)
     return datasets[0], datasets[1]
 
 
@@ -134,13 +134,13 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--queries", type=int, default=200_000)
     parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--memory", default="160M")
+    parser.add_argument("--key", default="IVF4096_HNSW32,PQ128x8")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--work", default="", help="default: rdm-bench in the temporary folder")
     parser.add_argument("--part", default="", choices=["", "peer", "ours"], help=argparse.SUPPRESS)
     given = parser.parse_args()
     work = photographs.work_folder(given.work)
-    queries, database = filled(work, given.rows, given.queries, given.dim, given.memory)
+    queries, database = filled(work, given.rows, given.queries, given.dim, given.key)
     if given.part:
         (peer if given.part == "peer" else ours)(queries, database, work / f"neighbors-{given.part}.npy")
         return 0
@@ -148,7 +148,7 @@ def main() -> int:
     for _ in range(given.repeats):
         for who in told:
             usage = measured([sys.executable, __file__, "--part", who, "--rows", str(given.rows), "--queries",
-                              str(given.queries), "--dim", str(given.dim), "--memory", given.memory, "--work",
+                              str(given.queries), "--dim", str(given.dim), "--key", given.key, "--work",
                               given.work], work / f"neighbors-{who}.log")
             said = json.loads(usage.stdout.splitlines()[-1])
             told[who].append((said["work"], said["all"], usage.peak_mb))
