@@ -150,8 +150,8 @@ def _facts(info: dict[str, Any]) -> Child:
         return None
     recall = "" if info["recall"] is None else f"{info['recall']:.1%} of the exact neighbours are found; "
     return together([tag("p", f"{recall}{amount(info['never_used'], 'row')} of {info['rows']:,} in the database "
-                         f"{'is' if info['never_used'] == 1 else 'are'} nobody's neighbour, the most used one is that of "
-                         f"{amount(info['most_used'], 'picture')}; {info['missing']:,} places are empty.",
+                         f"{'is' if info['never_used'] == 1 else 'are'} nobody's neighbour, the most used one is that "
+                         f"of {amount(info['most_used'], 'picture')}; {info['missing']:,} places are empty.",
                          class_="facts"),
                      bars(info["scores"], -1, 1, "cosine similarity of all neighbours")])
 

@@ -61,7 +61,8 @@ def filled(work: Path, rows: int, queries: int, dim: int, key: str) -> tuple[Dat
     if not datasets[1].sealed("index"):
         from pipeline import assembly
         print("making the index", file=sys.stderr)
-        assembly.run(index.Index(datasets[1], index.IndexConfig(key=key, train_points=160_000)), stage.run)
+        assembly.run(index.Index(datasets[1], index.IndexConfig(key=key, max_memory="100G", train_points=160_000)),
+                     stage.run)
     return datasets[0], datasets[1]
 
 
