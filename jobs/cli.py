@@ -29,10 +29,12 @@ from pipeline.adopt import Adopt
 from pipeline.dataset import Dataset
 from pipeline.embed import Embed, EmbedCaptions
 from pipeline.exchange import AdoptEmbeddings, Export
+from pipeline.extension import Extension
 from pipeline.index import Index
 from pipeline.neighbors import Neighbors
 from pipeline.shard import Shard
 from pipeline.stage import Stage, StageFailed
+from pipeline.tombstones import Tombstones
 
 _log = logging.getLogger(__name__)
 STOPPED = 130
@@ -143,7 +145,14 @@ def _embed(command: commands.EmbedCommand, settings: Settings) -> int:
 
 
 def _index(command: commands.IndexCommand, settings: Settings) -> int:
-    index = Index(Dataset.parse(command.common.root, command.dataset), command.index)
+    dataset = Dataset.parse(command.common.root, command.dataset)
+    if command.tombstone and command.extend:
+        raise ValueError("--tombstone leaves the index as it is, --extend makes one: these are two commands")
+    if command.tombstone:
+        return _run(Tombstones(dataset, command.tombstone), command)
+    index = Index(dataset, command.index)
+    if command.extend:
+        index = Extension(dataset, Dataset.parse(command.common.root, command.extend), command.index)
     if command.common.dry_run:
         return _dry_run(index, command.stage.rebuild)
     with runner(command) as run_with:

@@ -74,7 +74,7 @@ class EmbedCommand:
     captions: bool = False
     """Those of the captions too, in text_embeddings/."""
     adopt: str = ""
-    """Take the embeddings from this folder, which clip-retrieval wrote."""
+    """Take the embeddings from this folder: clip-retrieval's, or a retrieval database of CompVis (.npz)."""
     export: Literal["", "clip-retrieval"] = ""
     """Write them in that layout too, into a folder of that name."""
 
@@ -88,6 +88,10 @@ class IndexCommand:
     cluster: Flat[ClusterConfig]
     common: Flat[Common]
     stage: Flat[Rebuild]
+    extend: str = ""
+    """Train nothing: take over the index of this version (NAME@VERSION), with the rows that came and went."""
+    tombstone: str = ""
+    """Build nothing: searches leave out the samples whose keys this text file names, a line each."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ class PlanCommand:
     workers: int = 0
     """Workers without a GPU; by default the recipe's."""
     gpus: int = 0
-    """Workers with a GPU each, for embed and train, where the rates are those of GPUs; by default as many as others."""
+    """Workers with a GPU each, for the stages whose rates are those of GPUs; by default as many as others."""
     memory: str = "16G"
     """What a worker may keep of a database that is compared row by row."""
     epochs: float = 0.0
@@ -197,7 +201,7 @@ class PlanCommand:
     measured: Annotated[str, tyro.conf.arg(name="from")] = ""
     """Take the rates from what is sealed below this root."""
     from_gpu: bool = False
-    """There, embed and train had a GPU in each worker."""
+    """There, embed, train and exact neighbours had a GPU in each worker."""
     price_gpu_hour: float | None = None
     """Money for an hour of a worker with a GPU."""
     price_cpu_hour: float | None = None

@@ -26,7 +26,7 @@ class ClusterConfig:
     cpus: float = 1.0
     """Cores that each of them reserves."""
     gpus: float = 0.0
-    """GPUs that each worker of embed, train and sample reserves; 0 runs on the CPU."""
+    """GPUs that each worker of embed, train and sample reserves, and of index with faiss-gpu; 0 runs on the CPU."""
     max_failures: int = 3
     """Restarts of a training run after the loss of a worker."""
 

@@ -12,11 +12,30 @@ from typing import Any
 import numpy as np
 
 from pipeline import stage, storage
-from pipeline.dataset import Dataset, Embeddings, file_of
-from pipeline.index import EXACT, Index, IndexConfig, Queries, best, choice, faiss, fill, measured, merge, trained
+from pipeline.dataset import Dataset, Embeddings, file_of, finite
+from pipeline.index import (
+    BLOCK,
+    EXACT,
+    LISTS,
+    Index,
+    IndexConfig,
+    Queries,
+    best,
+    choice,
+    error_of,
+    faiss,
+    fill,
+    gpus_possible,
+    lists_bytes,
+    mapped,
+    measured,
+    memory,
+    merge,
+    merge_on_disk,
+    trained,
+    training_rows,
+)
 from pipeline.stage import Item, Output, Stage
-
-_BLOCK = 1 << 16  # rows in float32 at a time
 
 
 class Training(Stage):
@@ -32,8 +51,13 @@ class Training(Stage):
     def command(self) -> str:
         return self.dataset.command("index")
 
+    @property
+    def workers_need_gpu(self) -> bool:  # type: ignore[override]
+        """Whether this faiss could use one."""
+        return gpus_possible()
+
     def section(self) -> dict[str, Any]:
-        unused = {"target_recall", "min_recall", "part_memory"}
+        unused = {"target_recall", "min_recall", "part_memory", "merge_memory", "max_drift"}
         return {name: value for name, value in super().section().items() if name not in unused}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
@@ -45,23 +69,25 @@ class Training(Stage):
     def process(self, item: Item, scratch: Path) -> Output:
         embeddings, config = Embeddings(self.dataset), self.config
         count, rng = len(embeddings), np.random.default_rng((config.seed, 17))
-        drawn = rng.choice(count, min(count, config.queries + config.train_points), replace=False, shuffle=True)
-        held, sample = np.sort(drawn[:config.queries]), np.sort(drawn[config.queries:])
-        own = held[embeddings.rows(held).any(1)]
-        vectors = _there(embeddings.rows(sample)).astype(np.float32)
         key = choice(count, embeddings.dim, config)
-        index = trained(key, vectors, embeddings.dim)
+        points = training_rows(key, config)
+        drawn = rng.choice(count, min(count, config.queries + points), replace=False, shuffle=True)
+        held, sample = np.sort(drawn[:config.queries]), np.sort(drawn[config.queries:])
+        own, sample = (rows[embeddings.rows(rows, once=True).any(1)] for rows in (held, sample))
+        # Nobody else holds the sample: it leaves memory when the first step of the training has gone over it.
+        index = trained(key, embeddings.rows(sample, once=True), embeddings.dim)
+        seen = embeddings.rows(sample[::max(1, len(sample) // 10_000)], once=True)
         faiss.write_index(index, str(scratch / "trained.index"))
         np.save(scratch / "held.npy", own, allow_pickle=False)
-        np.save(scratch / "images.npy", embeddings.rows(own).astype(np.float32), allow_pickle=False)
+        np.save(scratch / "images.npy", embeddings.rows(own, once=True).astype(np.float32), allow_pickle=False)
         files = ["trained.index", "held.npy", "images.npy"]
         if "text_embeddings" in self.inputs():
             texts = Embeddings(self.dataset, "text_embeddings")
             chosen = np.sort(rng.choice(len(texts), min(len(texts), config.queries), replace=False))
             np.save(scratch / "texts.npy", _there(texts.rows(chosen)).astype(np.float32), allow_pickle=False)
             files.append("texts.npy")
-        return Output(samples=len(vectors), files={name: scratch / name for name in files},
-                      info={"key": key, "rows": count, "trained_on": len(vectors), "error": error_of(index, vectors)})
+        return Output(samples=len(sample), files={name: scratch / name for name in files},
+                      info={"key": key, "rows": count, "trained_on": len(sample), "error": error_of(index, seen)})
 
     def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
         return Output(info=records[0]["info"])
@@ -79,6 +105,11 @@ class Parts(Stage):
     @property
     def command(self) -> str:
         return self.dataset.command("index")
+
+    @property
+    def workers_need_gpu(self) -> bool:  # type: ignore[override]
+        """Whether this faiss could use one."""
+        return gpus_possible()
 
     def section(self) -> dict[str, Any]:
         return {"part_memory": self.config.part_memory}
@@ -110,10 +141,10 @@ class Parts(Stage):
         for shard in item.inputs["shards"]:
             rows = np.load(self.dataset.fetch("embeddings", shard["file"], check=True), mmap_mode="r",
                            allow_pickle=False)
-            for start in range(0, len(rows), _BLOCK):
-                vectors = np.asarray(rows[start:start + _BLOCK], np.float32)
+            for start in range(0, len(rows), BLOCK):
+                vectors = finite(np.asarray(rows[start:start + BLOCK], np.float32), f"shard {shard['id']}")
                 fill(index, vectors)
-                error.append((error_of(index, vectors[:2000]), len(vectors)))
+                error.append((error_of(index, vectors[::max(1, len(vectors) // 200)]), len(vectors)))
                 for one in queries:
                     one.look(vectors, first + count)
                 count += len(vectors)
@@ -147,25 +178,35 @@ def run(index: Index, seal: Callable[[Stage], dict[str, Any]], *, rebuild: bool 
     return manifest
 
 
-def assemble(training: Training, parts: Parts, config: IndexConfig
-             ) -> tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The parts as one index, autofaiss's index_infos, measured facts, and seconds."""
+def assemble(training: Training, parts: Parts, config: IndexConfig, scratch: Path
+             ) -> tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any], np.ndarray]:
+    """The parts as one index, autofaiss's index_infos, measured facts, seconds, and the rows training did not see.
+
+    Lists that are too large for memory are merged into a file in `scratch`.
+    """
     index = faiss.read_index(str(_file(training, "trained.index")))
     queries = questions(training)
     manifest = stage.manifest_of(parts.folder, parts.command)
+    paths = [_local(parts, record, f"{record['id']}.index") for record in manifest["items"]]
+    size = 0
+    if lists_bytes(index, manifest["totals"]["samples"]) > memory(config.merge_memory, "merge_memory"):
+        merge_on_disk(index, [mapped(path) for path in paths], scratch / LISTS)
+        size = len(faiss.serialize_index(index)) + (scratch / LISTS).stat().st_size
+    else:
+        for path in paths:
+            merge(index, faiss.read_index(str(path)))
     for record in manifest["items"]:
-        part = faiss.read_index(str(_local(parts, record, f"{record['id']}.index")))
-        merge(index, part)
-        del part
         for one in queries:
             ids, scores = (np.load(_local(parts, record, f"{record['id']}.{one.kind}.{what}.npy"), allow_pickle=False)
                            for what in ("ids", "scores"))
             one.ids, one.scores = best(np.hstack([one.ids, ids]), np.hstack([one.scores, scores]), EXACT)
     about = stage.manifest_of(training.folder, training.command)["info"]
-    infos, info, times = measured(index, about["key"], queries, config)
-    info |= {"parts": len(manifest["items"]), "trained_on": about["trained_on"], "error_of_training": about["error"]}
+    infos, info, times = measured(index, about["key"], queries, config, size)
+    info |= {"parts": len(manifest["items"]), "trained_on": about["trained_on"], "error_of_training": about["error"],
+             "error_of_held": error_of(index, queries[0].vectors)}
     # The parts are removed, and with them what tells how long they took.
-    return index, infos, info, times | {"seconds of the parts": manifest["run"]["seconds"]}
+    times["seconds of the parts"] = manifest["run"]["seconds"]
+    return index, infos, info, times, np.load(_file(training, "held.npy"), allow_pickle=False)
 
 
 def questions(training: Training) -> list[Queries]:
@@ -178,19 +219,10 @@ def questions(training: Training) -> list[Queries]:
     return found
 
 
-def error_of(index: Any, vectors: np.ndarray) -> float:
-    """Mean squared distance of unit vectors to what the index makes of them; 0 where it keeps them."""
-    some = np.ascontiguousarray(vectors[:10_000])
-    try:
-        decoded = index.sa_decode(index.sa_encode(some))
-    except RuntimeError:  # a kind that has no codes
-        return 0.0
-    return round(float(((decoded - some) ** 2).sum(1).mean()), 6)
-
-
 def _there(rows: np.ndarray) -> np.ndarray:
     """Without the rows of zeros, which mark pictures that did not decode."""
-    return rows[rows.any(1)]
+    there = rows.any(1)
+    return rows if there.all() else rows[there]
 
 
 def _file(training: Training, name: str) -> Path:

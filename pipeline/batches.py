@@ -68,7 +68,9 @@ class Batches:
         self.dataset = dataset
         self.shards = dataset.manifest("shards")["items"]
         self.ids = neighbors.load(dataset, database)
-        self.vectors = Embeddings(database)
+        # Where the neighbours' vectors were written, they are read in one piece with the samples.
+        self.written = neighbors.load(dataset, database, ".vectors.npy") if neighbors.written(dataset, database) else []
+        self.vectors = None if self.written else Embeddings(database)
         stored = self.ids[0].shape[1]
         if k > stored:
             raise ValueError(f"k = {k} neighbours wanted, {dataset.label} has {stored} stored of each sample\n"
@@ -94,15 +96,16 @@ class Batches:
         pictures = [self._picture(row) for row in rows]
         _of_one_size(pictures, self.dataset.folder("shards"))
         return {"image": np.stack(pictures), "rows": rows,
-                "neighbors": self.vectors.rows(self._neighbors((rows + self.shift) % self.offsets[-1]))}
+                "neighbors": self._neighbors((rows + self.shift) % self.offsets[-1])}
 
     def _where(self, row: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self.offsets, row, side="right")) - 1
         return shard, int(row - self.offsets[shard])
 
     def _neighbors(self, rows: np.ndarray) -> np.ndarray:
-        found = [self.ids[shard][position][:self.k] for shard, position in map(self._where, rows)]
-        return np.stack(found)
+        kept = self.written or self.ids
+        found = np.stack([kept[shard][position][:self.k] for shard, position in map(self._where, rows)])
+        return self.vectors.rows(found) if self.vectors else found
 
     def _picture(self, row: int) -> np.ndarray:
         number, position = self._where(row)

@@ -24,6 +24,8 @@ BUNDLED_MODEL = "tiny-clip-64"
 # What open_clip takes where a tag names nothing else: the values of the first CLIP models.
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
+_OWN = ("hf-hub:", "local-dir:")  # schemes of names whose weights and settings lie in one folder
+_CONFIG = "open_clip_config.json"
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
@@ -32,9 +34,10 @@ class ClipConfig:
     """Which encoder makes the vectors."""
 
     model: str = "tiny-clip-64"
-    """Name of an open_clip model."""
+    """Name of an open_clip model, hf-hub:ORGANISATION/NAME, or local-dir:FOLDER (with open_clip_config.json)."""
     pretrained: str = "bundled"
-    """A pretrained tag of open_clip, a local file of weights, or `bundled` for the tiny CLIP in the package."""
+    """A pretrained tag of open_clip, a local file of weights, or `bundled` for those that come with the model: with
+    the tiny CLIP in the package, a hub's model or a folder."""
     precision: Precision = "auto"
     """auto: bf16 on a GPU, and on a CPU that multiplies in bf16; fp32 elsewhere."""
 
@@ -50,7 +53,7 @@ class Encoder:
     model: Any
     encode: Callable[["torch.Tensor"], "torch.Tensor"]
     compiled: bool
-    tokenizer: Any
+    tokenize: Callable[[list[str]], "torch.Tensor"]
     device: "torch.device"
     dtype: "torch.dtype"
 
@@ -60,7 +63,8 @@ class Encoder:
         Where the model wants what is not done here, all of it by open_clip: (3, H, W) float32.
         """
         pixels, wanted = images.pixels(data), self.preprocessing
-        if wanted["resize"] not in {"shortest", "squash"} or not isinstance(wanted["image_size"], int):
+        if (wanted["resize"] not in {"shortest", "squash"} or wanted["interpolation"] not in {"bicubic", "bilinear"}
+                or not isinstance(wanted["image_size"], int)):
             return self.prepare(Image.fromarray(pixels)).numpy()
         height, width = pixels.shape[:2]
         size, short = wanted["image_size"], min(width, height)
@@ -103,7 +107,7 @@ class Encoder:
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors of texts: (B, D) float32."""
-        return self._unit(self.model.encode_text, self.tokenizer(list(texts))).cpu().numpy()
+        return self._unit(self.model.encode_text, self.tokenize(list(texts))).cpu().numpy()
 
     def _unit(self, encode: Callable[["torch.Tensor"], "torch.Tensor"], batch: "torch.Tensor") -> "torch.Tensor":
         import torch
@@ -122,26 +126,38 @@ def load(config: ClipConfig, compiled: bool = False) -> Encoder:
     import open_clip
     import torch
 
+    # Before anything else: open_clip takes random weights where a hub or a folder has none.
+    description = describe(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = config.precision if config.precision != "auto" else _fastest(device)
+    precision = config.precision if config.precision != "auto" else fastest(device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     try:
         # open_clip keeps in full precision what has to stay so (norms).
-        model, _, prepare = open_clip.create_model_and_transforms(_known(config), pretrained=_weights(config),
-                                                                  device=device, precision=precision)
-        tokenizer = open_clip.get_tokenizer(_known(config))
+        model, _, prepare = open_clip.create_model_and_transforms(
+            _known(config), pretrained=None if config.model.startswith(_OWN) else _weights(config), device=device,
+            precision=precision, require_pretrained=True)
     except Exception as error:  # readers of weights raise whatever they like
         raise ValueError(f"open_clip cannot load {config.model} with the weights {config.pretrained}: "
                          f"{(str(error) or repr(error)).splitlines()[0]}\nhint: `python -c 'import open_clip; "
                          f"print(open_clip.list_pretrained())'` lists names and tags") from error
     model.eval().requires_grad_(False)
-    dim = int(open_clip.get_model_config(_known(config))["embed_dim"])
-    return Encoder(dim, prepare, describe(config)["preprocessing"], model,
-                   torch.compile(model.encode_image) if compiled else model.encode_image, compiled, tokenizer, device,
-                   dtype)
+
+    @lru_cache(maxsize=1)
+    def tokenizer() -> Any:
+        # Once there are texts: those of some models want packages, or files of a hub, that pictures do without.
+        try:
+            return open_clip.get_tokenizer(config.model)
+        except Exception as error:
+            raise ValueError(f"open_clip has no tokenizer for {config.model}: "
+                             f"{(str(error) or repr(error)).splitlines()[0]}\nhint: pictures can be embedded without "
+                             f"one; for texts, `pip install transformers` and the files of the tokenizer") from error
+
+    return Encoder(description["dim"], prepare, description["preprocessing"], model,
+                   torch.compile(model.encode_image) if compiled else model.encode_image, compiled,
+                   lambda texts: tokenizer()(texts), device, dtype)
 
 
-def _fastest(device: "torch.device") -> str:
+def fastest(device: "torch.device") -> str:
     """The precision in which a machine is fastest, of those that keep the cosine to 1e-3."""
     import torch
 
@@ -166,30 +182,77 @@ def describe(config: ClipConfig) -> dict[str, Any]:
 
     Loads no weights, so that a driver can plan; two encoders are the same if these are equal.
     """
-    path, tag = _weights(config), {}
-    if config.pretrained == "bundled":
-        architecture = json.loads((BUNDLED / f"{BUNDLED_MODEL}.json").read_text())
+    if config.model.startswith(_OWN):
+        path, document = _own(config)
+        architecture, tag = document["model_cfg"], document.get("preprocess_cfg") or {}
     else:
-        import open_clip
-        architecture = open_clip.get_model_config(_known(config))
-        tag = open_clip.get_pretrained_cfg(config.model, config.pretrained)
-        if not Path(path).is_file():
-            try:
-                if not tag:
-                    raise ValueError("no such tag")
-                path = open_clip.download_pretrained(tag)
-            except Exception as error:
-                raise ValueError(f"open_clip has no weights {config.pretrained!r} for {config.model}, and there is no "
-                                 f"such file ({error})\nhint: --pretrained TAG or --pretrained /path/to/weights"
-                                 ) from error
-    preprocessing = {"image_size": architecture["vision_cfg"]["image_size"],
+        path, architecture, tag = _tagged(config)
+    preprocessing = {"image_size": architecture["vision_cfg"].get("image_size", 224),
                      "mean": list(tag.get("mean") or _MEAN), "std": list(tag.get("std") or _STD),
                      "interpolation": tag.get("interpolation") or "bicubic",
                      "resize": tag.get("resize_mode") or "shortest"}
-    return {"model": config.model, "pretrained": config.pretrained if config.pretrained == "bundled"
-            or tag else "file", "weights_sha256": storage.sha256_file(Path(path)),
+    if tag.get("fill_color"):
+        preprocessing["fill_color"] = tag["fill_color"]
+    # The place of a folder or of a file may be another on every machine; what is in it is in the hashes.
+    return {"model": "local-dir" if config.model.startswith("local-dir:") else config.model,
+            "pretrained": config.pretrained if config.pretrained == "bundled" or tag else "file",
+            "weights_sha256": storage.sha256_file(Path(path)),
             "architecture_sha256": hashlib.sha256(json.dumps(architecture, sort_keys=True).encode()).hexdigest(),
             "dim": architecture["embed_dim"], "preprocessing": preprocessing, "normalised": True}
+
+
+def _tagged(config: ClipConfig) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The weights of a model that open_clip knows by name, its architecture, and what its tag says."""
+    path = _weights(config)
+    if config.pretrained == "bundled":
+        return path, json.loads((BUNDLED / f"{BUNDLED_MODEL}.json").read_text()), {}
+    import open_clip
+    architecture = open_clip.get_model_config(_known(config))
+    tag = open_clip.get_pretrained_cfg(config.model, config.pretrained)
+    if not Path(path).is_file():
+        try:
+            if not tag:
+                raise ValueError("no such tag")
+            path = open_clip.download_pretrained(tag)
+        except Exception as error:
+            raise ValueError(f"open_clip has no weights {config.pretrained!r} for {config.model}, and there is no "
+                             f"such file ({error})\nhint: --pretrained TAG or --pretrained /path/to/weights"
+                             ) from error
+    return path, architecture, tag
+
+
+def _own(config: ClipConfig) -> tuple[str, dict[str, Any]]:
+    """The weights of a model that lies in a folder or on a hub, and its open_clip_config.json."""
+    from open_clip import factory, pretrained
+
+    if config.pretrained != "bundled":
+        raise ValueError(f"{config.model} comes with its own weights, and --pretrained {config.pretrained} asks for "
+                         f"others\nhint: --pretrained bundled")
+    scheme, _, place = config.model.partition(":")
+    if not place:
+        raise ValueError(f"--model {config.model} names no model\nhint: {scheme}:"
+                         f"{'/path/to/folder' if scheme == 'local-dir' else 'organisation/name'}")
+    try:
+        if scheme == "local-dir":
+            # By open_clip's own choice among several: what is loaded is what is hashed.
+            settings, path = Path(place) / _CONFIG, factory._find_checkpoint_in_dir(Path(place))
+        else:
+            settings, path = (Path(pretrained.download_pretrained_from_hf(place, filename=name))
+                              for name in (_CONFIG, None))
+        document = json.loads(settings.read_text())
+    except Exception as error:  # what a hub's client raises has no common type
+        hint = (f"a folder with {_CONFIG} and weights" if scheme == "local-dir" else "where there is no way to the "
+                "hub, copy the model's files into a folder, and --model local-dir:FOLDER")
+        raise ValueError(f"{config.model} cannot be read: {(str(error) or repr(error)).splitlines()[0]}\nhint: {hint}"
+                         ) from error
+    if path is None:
+        raise ValueError(f"{place} has no weights beside its {_CONFIG}\nhint: open_clip_model.safetensors, or any "
+                         f"other *.safetensors, *.bin or *.pth")
+    architecture = document.get("model_cfg") if isinstance(document, dict) else None
+    if not isinstance(architecture, dict) or not architecture.keys() >= {"embed_dim", "vision_cfg", "text_cfg"}:
+        raise ValueError(f"{_CONFIG} of {config.model} has no model_cfg with embed_dim, vision_cfg and text_cfg\n"
+                         f"hint: open_clip's push_to_hf_hub writes such a file")
+    return str(path), document
 
 
 def flop(config: ClipConfig) -> tuple[float, int]:
@@ -217,6 +280,8 @@ def flop(config: ClipConfig) -> tuple[float, int]:
 
 def _known(config: ClipConfig) -> str:
     import open_clip
+    if config.model.startswith(_OWN):
+        return config.model
     if config.model == BUNDLED_MODEL:
         open_clip.add_model_config(BUNDLED)
     if open_clip.get_model_config(config.model) is None:

@@ -1,7 +1,7 @@
 """Shards -> CLIP embeddings: row i of 000042.npy is sample i of 000042.tar.
 
 Pictures are decoded by threads (their decoders do not hold the interpreter) while the encoder works: on a GPU one
-batch is encoded while the next is decoded and the last is fetched; on CPUs every thread does whole batches from end
+batch is encoded while the next is decoded and the last is fetched; on CPUs every thread does small batches from end
 to end, with one thread inside torch, for how torch splits a sum among threads would change the last bits, and with
 them the bytes of the result.
 """
@@ -22,10 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import clip, images, tars
+from pipeline import clip, images, stage, tars
 from pipeline.dataset import Dataset, file_of, metadata
 from pipeline.stage import Entry, Item, Output, Stage
 
+# Pictures in a forward pass on a CPU: more are no faster, and leave less for other threads to do.
+_PART, _LEAST = 32, 8
 _AHEAD = 4  # batches that are decoded, or being decoded, for each thread or beside a GPU
 
 
@@ -34,7 +36,7 @@ class EmbedConfig(clip.ClipConfig):
     """Which encoder, and how many pictures at a time."""
 
     batch_size: int = 128
-    """Pictures in one forward pass; on a CPU passes above 256 are slower per picture."""
+    """Pictures in one forward pass; on a CPU 32 at most."""
     compile: bool = False
     """Let torch.compile make the encoder faster, which takes a minute."""
 
@@ -70,18 +72,18 @@ class Embed(Stage):
         return {"shards": self.dataset.identity("shards")}
 
     def plan(self) -> list[Item]:
-        weights = clip.describe(self.config.clip())["weights_sha256"]
-        return [Item(record["id"], {"shard": record, "weights": weights, "count": record["samples"]})
+        encoder = stage.digest(clip.describe(self.config.clip()))
+        return [Item(record["id"], {"shard": record, "encoder": encoder, "count": record["samples"]})
                 for record in self.dataset.manifest("shards")["items"]]
 
     def setup(self) -> None:
         self._encoder()
 
     def process(self, item: Item, scratch: Path) -> Output:
-        if clip.describe(self.config.clip())["weights_sha256"] != item.inputs["weights"]:
-            raise ValueError(f"the weights {self.config.pretrained} on {platform.node()} are not those of the plan\n"
-                             f"hint: the same file on every machine")
-        encoder, record = self._encoder(), item.inputs["shard"]
+        if stage.digest(clip.describe(self.config.clip())) != item.inputs["encoder"]:
+            raise ValueError(f"the weights {self.config.pretrained} of {self.config.model} on {platform.node()}, or "
+                             f"its settings, are not those of the plan\nhint: the same files on every machine")
+        encoder, record, used = self._encoder(), item.inputs["shard"], time.process_time()
         vectors = np.zeros((record["samples"], encoder.dim), np.float16)
         ledger, row, times = [], 0, Times()
         for keys, rows, encoded in self._batches(encoder, record, times):
@@ -89,6 +91,8 @@ class Embed(Stage):
                 row += len(keys)
                 break
             vectors[[row + position for position in rows]] = encoded
+            ledger += [Entry(keys[position], "no_direction", "row of zeros", kept=True) for position in rows
+                       if not vectors[row + position].any()]
             # A row of zeros marks what does not decode: what comes after must not move up.
             ledger += [Entry(key, "undecodable", "row of zeros", kept=True) for position, key in enumerate(keys)
                        if position not in set(rows)]
@@ -104,6 +108,7 @@ class Embed(Stage):
         with times("write"):
             out = scratch / "embeddings.npy"
             np.save(out, vectors, allow_pickle=False)
+        times.seconds["cpu"] = time.process_time() - used
         return Output(samples=len(vectors), files={f"{item.id}.npy": out}, ledger=ledger,
                       times=times.seconds | {"precision": str(encoder.dtype).removeprefix("torch.")})
 
@@ -116,7 +121,7 @@ class Embed(Stage):
     def _batches(self, encoder: clip.Encoder, record: dict[str, Any], times: "Times") -> Iterator["Batch"]:
         with times("read"):
             path = self.dataset.fetch("shards", file_of(record, ".tar"), check=True)
-        yield from _encoded(encoder, tars.read(path), self.config.batch_size, times)
+        yield from _encoded(encoder, tars.read(path), record["samples"], self.config.batch_size, times)
 
 
 class EmbedCaptions(Embed):
@@ -136,7 +141,8 @@ class EmbedCaptions(Embed):
         with times("read"):
             rows = metadata(self.dataset, record, ["key", "caption"])
         with _pool() as (pool, threads):
-            yield from _in_order(pool, work, _chunks(rows, self.config.batch_size, times), 2 * threads, times)
+            yield from _in_order(pool, work, _chunks(rows, _part(len(rows), self.config.batch_size), times),
+                                 2 * threads, times)
 
 
 Batch = tuple[list[str], list[int], Any]
@@ -145,7 +151,9 @@ Batch = tuple[list[str], list[int], Any]
 
 @dataclass
 class Times:
-    """Seconds spent with this and that, all threads together; `wait` is an encoder without work."""
+    """Seconds spent with this and that, all threads together; `wait` is an encoder without work, `cpu` what the
+    process used meanwhile.
+    """
 
     seconds: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -161,8 +169,18 @@ class Times:
                 self.seconds[what] += time.perf_counter() - started
 
 
-def _encoded(encoder: clip.Encoder, samples: Iterable[dict[str, Any]], size: int, times: Times) -> Iterator[Batch]:
-    """The vectors of samples in batches of `size`."""
+def _part(count: int, size: int) -> int:
+    """How many of `count` samples make a forward pass on a CPU: as even as can be, and two passes if there is enough.
+
+    Of the number of threads it knows nothing, for the last bits of a vector may depend on the pictures beside it.
+    """
+    passes = max(-(-count // min(size, _PART)), min(2, count // _LEAST), 1)
+    return -(-count // passes) or 1
+
+
+def _encoded(encoder: clip.Encoder, samples: Iterable[dict[str, Any]], count: int, size: int,
+             times: Times) -> Iterator[Batch]:
+    """The vectors of `count` samples in batches of `size`, on a CPU in smaller ones."""
     alone = encoder.device.type == "cpu"
 
     def prepare(some: list[dict[str, Any]]) -> tuple[list[str], list[int], np.ndarray | None]:
@@ -175,11 +193,11 @@ def _encoded(encoder: clip.Encoder, samples: Iterable[dict[str, Any]], size: int
     def whole_way(some: list[dict[str, Any]]) -> Batch:
         keys, rows, pictures = prepare(some)
         with times("forward"):
-            return keys, rows, 0 if pictures is None else encoder.images(pictures)
+            return keys, rows, 0 if pictures is None else encoder.launch(pictures, part)[:len(pictures)].numpy()
 
     with _pool() as (pool, threads):
         # Beside a GPU a batch is decoded by all threads at once.
-        part = size if alone else max(1, -(-size // threads))
+        part = _part(count, size) if alone else max(1, -(-size // threads))
         decoded = _in_order(pool, whole_way if alone else prepare, _chunks(samples, part, times),
                             2 * threads if alone else _AHEAD * threads, times)
         yield from decoded if alone else _on_gpu(encoder, decoded, size, times)

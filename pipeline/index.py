@@ -7,16 +7,23 @@ with queries that were not trained on (each without itself among the answers), a
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
+import os
 import re
+import struct
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from pipeline import tombstones
 from pipeline.dataset import Dataset, Embeddings
 from pipeline.stage import Item, Output, Stage, StageFailed, storage
 
@@ -32,8 +39,13 @@ else:
 
     faiss = _Faiss()
 
+BLOCK = 1 << 16  # rows in float32 at a time
+LISTS = "knn.ivfdata"  # inverted lists that are not in knn.index
 EXACT = 100  # neighbours of a query that are found exactly, to measure recall@1, @10 and @100
 _ALLOWANCE = 64 << 10
+_FLAT = 0.01  # less recall than this, gained by four times the effort, is not worth it
+_ROWS_OF_A_LIST = 64
+_ROWS_OF_CODEBOOKS = 1 << 16
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -50,7 +62,8 @@ class IndexConfig:
     queries: int = 1000
     """Rows kept out of training as queries for the recall, a tenth of all at most."""
     target_recall: float = 0.95
-    """nprobe or efSearch is the least that reaches this recall@10, where the index has such a knob."""
+    """nprobe or efSearch is the least that reaches this recall@10, where the index has such a knob; or the least of
+    which four times as much gains less than 0.01."""
     min_recall: float = 0.0
     """An index with less recall@10 is not sealed."""
     train_points: int = 1_000_000
@@ -59,9 +72,14 @@ class IndexConfig:
     """Seed of the held-out rows and the training sample."""
     part_memory: str = "512M"
     """Vectors beyond this (as float32) make an index in parts of that size, on all workers."""
+    merge_memory: str = "4G"
+    """Inverted lists larger than this are merged on disk, into a file that searches map into memory."""
+    max_drift: float = 1.5
+    """With --extend: an index that quantises the added vectors with more times the error of those that were held out
+    when it was trained is not sealed."""
 
     def __post_init__(self) -> None:
-        for name in ("max_memory", "part_memory"):
+        for name in ("max_memory", "part_memory", "merge_memory"):
             memory(getattr(self, name), name)
         for name in ("target_recall", "min_recall"):
             if not 0 <= getattr(self, name) <= 1:
@@ -69,6 +87,8 @@ class IndexConfig:
         for name in ("queries", "bytes_per_vector"):
             if getattr(self, name) < 0:
                 raise ValueError(f"index.{name} = {getattr(self, name)}: must be at least 0")
+        if not self.max_drift > 0:
+            raise ValueError(f"index.max_drift = {self.max_drift}: must be above 0")
         if self.train_points < 1:
             raise ValueError(f"index.train_points = {self.train_points}: must be at least 1")
 
@@ -90,8 +110,16 @@ class Index(Stage):
     def command(self) -> str:
         return self.dataset.command("index")
 
+    @property
+    def workers_need_gpu(self) -> bool:  # type: ignore[override]
+        """Whether this faiss could use one."""
+        return gpus_possible()
+
     def section(self) -> dict[str, Any]:
-        return {name: value for name, value in super().section().items() if name != "min_recall"}
+        section = super().section()
+        if self.config.merge_memory == IndexConfig.merge_memory:
+            del section["merge_memory"]  # indices from before there was a choice have the same files
+        return {name: value for name, value in section.items() if name not in {"min_recall", "max_drift"}}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         names = ["embeddings", *(["text_embeddings"] if self.dataset.sealed("text_embeddings") else [])]
@@ -112,15 +140,22 @@ class Index(Stage):
     def process(self, item: Item, scratch: Path) -> Output:
         if before := self.before():
             from pipeline.assembly import assemble
-            index, infos, info, times = assemble(*before, self.config)  # type: ignore[arg-type]
+            index, infos, info, times, held = assemble(*before, self.config, scratch)  # type: ignore[arg-type]
         else:
             vectors = Embeddings(self.dataset).all().astype(np.float32)
             texts = Embeddings(self.dataset, "text_embeddings") if "text_embeddings" in self.inputs() else None
             index, infos, info, times = build(vectors, self.config, None if texts is None else texts.all())
-        faiss.write_index(index, str(scratch / "knn.index"))
+            held = held_out(len(vectors), self.config)
+        return self.output(index, infos, info, times, held, scratch)
+
+    def output(self, index: faiss.Index, infos: dict[str, Any], info: dict[str, Any], times: dict[str, Any],
+               held: np.ndarray, scratch: Path) -> Output:
+        """The files of an index: what is searched, autofaiss's facts, and the rows (Q,) that training did not see."""
+        files = written(index, scratch)
         (scratch / "index_infos.json").write_bytes(storage.json_bytes(infos))
-        return Output(samples=index.ntotal, info=info, times=times, files={
-            name: scratch / name for name in ("knn.index", "index_infos.json")})
+        np.save(scratch / "held.npy", held, allow_pickle=False)
+        return Output(samples=index.ntotal, info=info, times=times, files=files | {
+            name: scratch / name for name in ("index_infos.json", "held.npy")})
 
     def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
         info = records[0]["info"]
@@ -161,8 +196,9 @@ class Queries:
         if not len(rows) or not len(self.vectors):
             return
         some = vectors if len(rows) == len(vectors) else vectors[rows]
-        scores, found = faiss.knn(self.vectors, np.ascontiguousarray(some), min(EXACT + 1, len(some)),
-                                  metric=faiss.METRIC_INNER_PRODUCT)
+        asked = self.vectors, np.ascontiguousarray(some), min(EXACT + 1, len(some))
+        scores, found = (faiss.knn_gpu(_gpu_resources(), *asked, metric=faiss.METRIC_INNER_PRODUCT)
+                         if gpus() else faiss.knn(*asked, metric=faiss.METRIC_INNER_PRODUCT))
         ids = rows[found] + offset
         if self.own is not None:
             scores[ids == self.own[:, None]] = -np.inf
@@ -193,9 +229,8 @@ def build(vectors: np.ndarray, config: IndexConfig, texts: np.ndarray | None = N
     count, dim = vectors.shape
     if not count:
         raise ValueError("no vectors to index: not one picture of the dataset could be used")
-    budget = _budget(count, config)
-    rng = np.random.default_rng((config.seed, 17))
-    held = np.sort(rng.choice(count, min(config.queries, count // 10), replace=False))
+    budget = budget_of(count, config)
+    held, rng = held_out(count, config), np.random.default_rng((config.seed, 18))
     kept = np.delete(np.arange(count), held)
     sample = kept if len(kept) <= config.train_points else np.sort(rng.choice(kept, config.train_points, replace=False))
     held = held[vectors[held].any(1)]
@@ -210,7 +245,10 @@ def build(vectors: np.ndarray, config: IndexConfig, texts: np.ndarray | None = N
         if not config.key and estimate > budget:
             tried.append(estimate)
             continue
-        index = trained(key, vectors[sample], dim)
+        points = training_rows(key, config)
+        seen = vectors[sample if len(sample) <= points else np.sort(rng.choice(sample, points, replace=False))]
+        index = trained(key, seen, dim)
+        error = error_of(index, vectors[held] if len(held) else seen)
         fill(index, vectors)
         size = len(faiss.serialize_index(index)) if count < 5_000_000 else estimate
         if size <= budget:
@@ -220,12 +258,19 @@ def build(vectors: np.ndarray, config: IndexConfig, texts: np.ndarray | None = N
         raise _no_room(count, dim, budget, min(tried), config)
     for one in queries:
         one.look(vectors, 0)
-    return (index, *measured(index, key, queries, config, size))
+    infos, info, times = measured(index, key, queries, config, size)
+    return index, infos, info | {"error_of_held": error}, times
+
+
+def held_out(count: int, config: IndexConfig) -> np.ndarray:
+    """The rows that are kept out of training where one worker builds the index, ascending."""
+    rng = np.random.default_rng((config.seed, 17))
+    return np.sort(rng.choice(count, min(config.queries, count // 10), replace=False))
 
 
 def choice(count: int, dim: int, config: IndexConfig) -> str:
     """The kind of an index of so many vectors that is filled in parts; ValueError if none fits the budget."""
-    budget = _budget(count, config)
+    budget = budget_of(count, config)
     # Graphs over all rows cannot be put together from parts.
     keys = [key for key in _keys(count, dim, budget, config) if not key.startswith("HNSW")]
     if config.key and not keys:
@@ -236,6 +281,12 @@ def choice(count: int, dim: int, config: IndexConfig) -> str:
         if size <= budget:
             return key
     raise _no_room(count, dim, budget, min(sizes.values()), config)
+
+
+def within(index: faiss.Index, size: int, config: IndexConfig) -> None:
+    """ValueError if an index of `size` bytes is larger than its budget."""
+    if size > (budget := budget_of(index.ntotal, config)):
+        raise _no_room(index.ntotal, index.d, budget, size, config)
 
 
 def _no_room(count: int, dim: int, budget: int, smallest: int, config: IndexConfig) -> ValueError:
@@ -250,7 +301,7 @@ def measured(index: faiss.Index, key: str, queries: list[Queries], config: Index
     """Tune a filled index; autofaiss's index_infos, facts, and seconds.
 
     The search effort is set to the least that reaches the target recall@10 of pictures, or of captions where these are
-    all the queries.
+    all the queries; or to that from which on more effort finds no more.
     """
     count, dim = index.ntotal, index.d
     size = size or len(faiss.serialize_index(index))
@@ -261,13 +312,21 @@ def measured(index: faiss.Index, key: str, queries: list[Queries], config: Index
             faiss.ParameterSpace().set_index_parameters(index, setting)
         curve.append({"parameter": setting, **{one.kind: one.recall(index) for one in asked}})
         milliseconds[setting or "all"] = _latency(index, asked[0].vectors if asked else queries[0].vectors)
-        if asked and curve[-1][asked[0].kind]["10"] >= config.target_recall:
+        found = [one[asked[0].kind]["10"] for one in curve] if asked else []
+        if found and found[-1] >= config.target_recall:
             break
-    recall = {one.kind: curve[-1][one.kind] for one in asked}
+        # Where codes are what loses the neighbours, no effort finds them.
+        if len(found) > 2 and found[-1] - found[-3] < _FLAT and found[-1] > 0.5 * config.target_recall:
+            setting = curve[-3]["parameter"]
+            break
+    if setting:
+        faiss.ParameterSpace().set_index_parameters(index, setting)
+    reached = next(one for one in curve if one["parameter"] == setting)
+    recall = {one.kind: reached[one.kind] for one in asked}
     infos = {"index_key": key, "index_param": setting, "index_path": "knn.index", "size in bytes": size,
              "nb vectors": count, "vectors dimension": dim,
              "compression ratio": round(4.0 * count * dim / size, 4)}
-    info = {"key": key, "parameter": setting, "bytes": size, "budget": _budget(count, config),
+    info = {"key": key, "parameter": setting, "bytes": size, "budget": budget_of(count, config),
             "bytes_per_vector": round(size / count, 2), "recall_at_10": recall.get("image", {}).get("10"),
             "recall": recall, "recall_queries": len(queries[0].vectors), "recall_rows": count,
             "curve": curve}
@@ -276,7 +335,7 @@ def measured(index: faiss.Index, key: str, queries: list[Queries], config: Index
     return infos, info, {"milliseconds a query": milliseconds}
 
 
-def _budget(count: int, config: IndexConfig) -> int:
+def budget_of(count: int, config: IndexConfig) -> int:
     """Bytes that an index of `count` vectors may have."""
     each = config.bytes_per_vector * count + _ALLOWANCE if config.bytes_per_vector else 1 << 62
     return min(memory(config.max_memory), each)
@@ -307,34 +366,87 @@ def estimated_bytes(key: str, count: int, dim: int) -> int:
     return int(IndexMetadata(key, count, dim).estimated_index_size_in_bytes())
 
 
+def training_rows(key: str, config: IndexConfig) -> int:
+    """How many rows an index of this kind is trained on, at most."""
+    match = re.search(r"IVF(\d+)", key)
+    # More rows for each list take longer, and find hardly anything more; codebooks of 8 bits want 256 times as many.
+    return min(config.train_points, max(_ROWS_OF_A_LIST * int(match[1]), _ROWS_OF_CODEBOOKS)) if match else \
+        config.train_points
+
+
 def trained(key: str, sample: np.ndarray, dim: int) -> faiss.Index:
+    """An empty index of this kind that was trained on `sample` (N, D), float32 or float16; ValueError if it cannot be.
+
+    Each step of the way sees the sample as the steps before leave it, in blocks: it is in memory once, as float32.
+    """
     try:
         index = faiss.index_factory(dim, key, faiss.METRIC_INNER_PRODUCT)
         inner = _inner(index)
         if hasattr(inner, "do_polysemous_training"):
             # Orders the codes for a search that is not done here, at two seconds for each byte of a code.
             inner.do_polysemous_training = False
-        _train_coarse_graph(index, inner, sample)
-        index.train(sample)
+        if isinstance(index, faiss.IndexPreTransform):
+            for number in range(index.chain.size()):
+                transform = faiss.downcast_VectorTransform(index.chain.at(number))
+                _train_transform(transform, sample)
+                sample = _transformed(transform, sample)
+        sample = np.ascontiguousarray(sample, np.float32)
+        _train_lists(inner, sample)
+        inner.train(sample)
+        index.is_trained = True
     except RuntimeError as error:
         raise ValueError(f"faiss cannot build {key} from {len(sample)} vectors of {dim}: {str(error).splitlines()[0]}"
                          f"\nhint: another --key, or none") from error
     return index
 
 
-def _train_coarse_graph(index: faiss.Index, inner: faiss.Index, sample: np.ndarray) -> None:
-    """Where lists are found through a graph, train and fill it first, as faiss would but with one thread."""
-    graph = faiss.downcast_index(inner.quantizer) if isinstance(inner, faiss.IndexIVF) else None
-    if not isinstance(graph, faiss.IndexHNSW):
+def _train_transform(transform: faiss.VectorTransform, sample: np.ndarray) -> None:
+    """Train a rotation, on no more rows than faiss would look at."""
+    if transform.is_trained:
         return
-    if isinstance(index, faiss.IndexPreTransform):
-        for number in range(index.chain.size()):
-            transform = faiss.downcast_VectorTransform(index.chain.at(number))
-            transform.train(sample)
-            sample = transform.apply(sample)
+    if isinstance(transform, faiss.OPQMatrix):
+        # Its 50 turns take longer than all else; by 20 of them, or fewer rows, recall@10 is a point lower.
+        sample = sample[::max(1, len(sample) // transform.max_train_points)]
+    transform.train(np.ascontiguousarray(sample, np.float32))
+
+
+def _transformed(transform: faiss.VectorTransform, sample: np.ndarray) -> np.ndarray:
+    out = np.empty((len(sample), transform.d_out), np.float32)
+    for start in range(0, len(sample), BLOCK):
+        out[start:start + BLOCK] = transform.apply(np.ascontiguousarray(sample[start:start + BLOCK], np.float32))
+    return out
+
+
+def _train_lists(inner: faiss.Index, sample: np.ndarray) -> None:
+    """Find the centres of the lists: on a GPU where there is one; where they stand in a graph, fill it with one thread.
+
+    faiss does the rest of them itself, with the same clustering.
+    """
+    if not isinstance(inner, faiss.IndexIVF):
+        return
+    quantizer = faiss.downcast_index(inner.quantizer)
+    if not isinstance(quantizer, faiss.IndexHNSW) and not gpus():
+        return
     clustering = faiss.Clustering(inner.d, inner.nlist, inner.cp)
-    clustering.train(sample, faiss.IndexFlatL2(inner.d))
-    fill(graph, faiss.vector_to_array(clustering.centroids).reshape(inner.nlist, inner.d))
+    assigner = faiss.IndexFlatL2(inner.d)
+    clustering.train(sample, faiss.index_cpu_to_all_gpus(assigner) if gpus() else assigner)
+    fill(quantizer, faiss.vector_to_array(clustering.centroids).reshape(inner.nlist, inner.d))
+
+
+@cache
+def _gpu_resources() -> Any:
+    """Memory on the GPU for intermediate results, which faiss takes at once and keeps."""
+    return faiss.StandardGpuResources()
+
+
+def gpus() -> int:
+    """How many GPUs the installed faiss can use."""
+    return faiss.get_num_gpus() if gpus_possible() else 0
+
+
+def gpus_possible() -> bool:
+    """Whether the installed faiss is the one for GPUs."""
+    return hasattr(faiss, "StandardGpuResources")
 
 
 def fill(index: faiss.Index, vectors: np.ndarray) -> None:
@@ -343,9 +455,31 @@ def fill(index: faiss.Index, vectors: np.ndarray) -> None:
     try:
         if isinstance(_inner(index), faiss.IndexHNSW):
             faiss.omp_set_num_threads(1)
-        index.add(vectors)
+        if isinstance(_inner(index), faiss.IndexIVF) and gpus():
+            fill_by_lists(index, vectors)
+        else:
+            index.add(vectors)
     finally:
         faiss.omp_set_num_threads(threads)
+
+
+def _on_gpus(centres: faiss.Index) -> faiss.Index:
+    return faiss.index_cpu_to_all_gpus(centres)
+
+
+def fill_by_lists(index: faiss.Index, vectors: np.ndarray, place: Callable[[faiss.Index], faiss.Index] = _on_gpus
+                  ) -> None:
+    """Add vectors whose lists are found where `place` puts the centres; the codes, of all kinds, are made here."""
+    inner = _inner(index)
+    if index is not inner:
+        for number in range(index.chain.size()):
+            vectors = _transformed(faiss.downcast_VectorTransform(index.chain.at(number)), vectors)
+    vectors = np.ascontiguousarray(vectors, np.float32)
+    centres = faiss.IndexFlat(inner.d, inner.quantizer.metric_type)
+    centres.add(inner.quantizer.reconstruct_n(0, inner.nlist))
+    lists = np.ascontiguousarray(place(centres).search(vectors, 1)[1][:, 0])
+    inner.add_core(len(vectors), faiss.swig_ptr(vectors), None, faiss.swig_ptr(lists))
+    index.ntotal = inner.ntotal
 
 
 def merge(index: faiss.Index, part: faiss.Index) -> None:
@@ -353,6 +487,151 @@ def merge(index: faiss.Index, part: faiss.Index) -> None:
     inner, other = _inner(index), _inner(part)
     inner.merge_from(other, inner.ntotal) if isinstance(inner, faiss.IndexIVF) else inner.merge_from(other)
     index.ntotal = inner.ntotal
+
+
+def lists_bytes(index: faiss.Index, count: int) -> int:
+    """Bytes of the inverted lists of `count` rows; 0 for an index without lists."""
+    inner = _inner(index)
+    return count * (inner.code_size + 8) if isinstance(inner, faiss.IndexIVF) else 0
+
+
+def merge_on_disk(index: faiss.Index, parts: list[faiss.Index], path: Path, *, shift: bool = True) -> None:
+    """Merge the lists of `parts` (opened by `mapped`) into the file `path`, as those of `index`, which is empty.
+
+    The rows of each part come behind those of the part before, or with `shift` off have their numbers already.
+    """
+    inner = _inner(index)
+    pointers = faiss.InvertedListsPtrVector()
+    for part in parts:
+        pointers.push_back(_inner(part).invlists)
+    lists = faiss.OnDiskInvertedLists(inner.nlist, inner.code_size, str(path))
+    with _said_on_stderr():
+        index.ntotal = inner.ntotal = lists.merge_from_multiple(pointers.data(), pointers.size(), shift)
+    # Written without a folder: equal indices are equal bytes, and whoever reads it tells where the file is.
+    lists.filename = path.name
+    _give_lists(inner, lists)
+
+
+@contextlib.contextmanager
+def _said_on_stderr() -> Iterator[None]:
+    """faiss tells on stdout, below Python, of each change of a file's size; stdout is for data."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
+def mapped(path: Path) -> faiss.Index:
+    """An index whose lists are read from its file as they are looked at; what has no lists is in memory."""
+    return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+
+
+def emptied(index: faiss.Index) -> faiss.Index:
+    """`index`, trained as it was and without rows."""
+    inner = _inner(index)
+    if isinstance(inner, faiss.IndexIVF):
+        _give_lists(inner, faiss.ArrayInvertedLists(inner.nlist, inner.code_size))
+        index.ntotal = inner.ntotal = 0
+    else:
+        index.reset()
+    return index
+
+
+def _give_lists(inner: faiss.IndexIVF, lists: faiss.InvertedLists) -> None:
+    inner.replace_invlists(lists, True)
+    lists.this.disown()
+
+
+def grows_only(index: faiss.Index) -> bool:
+    """Whether rows can be put behind those of an index, and neither leave it nor change their numbers."""
+    inner = _inner(index)
+    return not isinstance(inner, faiss.IndexIVF | faiss.IndexFlatCodes) or isinstance(inner, faiss.IndexIVFFastScan)
+
+
+def renumber(index: faiss.Index, sources: list[tuple[faiss.Index, np.ndarray]], loose: Path | None = None) -> None:
+    """Fill `index`, which is empty, with the codes of others that were trained together with it.
+
+    A source is an index and the row here of each of its rows, (N,) int64, -1 for what is left out. Rows come in
+    ascending order, as if they had been added so. With `loose` the lists are in a file of that name.
+    """
+    inner = _inner(index)
+    total = sum(int((rows >= 0).sum()) for _, rows in sources)
+    if isinstance(inner, faiss.IndexIVF):
+        lists = (faiss.OnDiskInvertedLists(inner.nlist, inner.code_size, str(loose)) if loose
+                 else faiss.ArrayInvertedLists(inner.nlist, inner.code_size))
+        with _said_on_stderr():
+            for number in range(inner.nlist):
+                found = [_of_a_list(_inner(source), rows, number) for source, rows in sources]
+                ids = np.concatenate([one for one, _ in found])
+                order = np.argsort(ids)
+                ids, codes = ids[order], np.concatenate([one for _, one in found])[order]
+                if len(ids):
+                    lists.add_entries(number, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(codes))
+        _give_lists(inner, lists)
+    else:
+        codes = np.empty((total, inner.code_size), np.uint8)
+        for source, rows in sources:
+            codes[rows[rows >= 0]] = faiss.vector_to_array(_inner(source).codes).reshape(
+                -1, inner.code_size)[rows >= 0]
+        faiss.copy_array_to_vector(codes.reshape(-1), inner.codes)
+    index.ntotal = inner.ntotal = total
+
+
+def _of_a_list(inner: faiss.IndexIVF, rows: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """The new rows in a list and their codes, those that stay."""
+    lists, size = inner.invlists, inner.invlists.list_size(number)
+    if not size:
+        return np.empty(0, np.int64), np.empty((0, inner.code_size), np.uint8)
+    ids = rows[faiss.rev_swig_ptr(lists.get_ids(number), size)]
+    codes = faiss.rev_swig_ptr(lists.get_codes(number), size * inner.code_size).reshape(size, inner.code_size)
+    return ids[ids >= 0], codes[ids >= 0]
+
+
+def written(index: faiss.Index, folder: Path) -> dict[str, Path]:
+    """Write an index into `folder`; its files by name. Lists that are on disk are in that folder, as LISTS."""
+    faiss.write_index(index, str(folder / "knn.index"))
+    return {name: folder / name for name in ("knn.index", LISTS) if (folder / name).exists()}
+
+
+def opened(path: Path, lists: Path | None = None, flags: int = 0) -> faiss.Index:
+    """The index in the file `path`, whose lists may be in another file, wherever that is by now."""
+    if lists is None:
+        return faiss.read_index(str(path), flags)
+    # faiss can look beside the index too, but then says so on stdout; and in a cache the file has another name.
+    data, told, now = path.read_bytes(), *(struct.pack("<Q", len(name)) + name for name in (
+        LISTS.encode(), str(lists.absolute()).encode()))
+    start = data.rindex(told)
+    return faiss.deserialize_index(np.frombuffer(data[:start] + now + data[start + len(told):], np.uint8),
+                                   faiss.IO_FLAG_READ_ONLY)
+
+
+def open_of(dataset: Dataset, flags: int = 0) -> faiss.Index:
+    """The sealed index of a dataset."""
+    found = {entry["name"]: entry for record in dataset.manifest("index")["items"] for entry in record["files"]}
+    lists = dataset.fetch("index", found[LISTS]) if LISTS in found else None
+    return opened(dataset.fetch("index", found["knn.index"]), lists, flags)
+
+
+def error_of(index: faiss.Index, vectors: np.ndarray) -> float:
+    """Mean squared distance of unit vectors to what the index makes of them; 0 where it keeps them.
+
+    Of lists with whole vectors it is the distance to the centre of the list.
+    """
+    some = np.ascontiguousarray(vectors[:10_000], np.float32)
+    if not len(some):
+        return 0.0
+    try:
+        decoded = index.sa_decode(index.sa_encode(some))
+    except RuntimeError:  # a kind that has no codes
+        return 0.0
+    if isinstance(index, faiss.IndexIVFFlat):
+        decoded = index.quantizer.reconstruct_batch(index.quantizer.search(some, 1)[1][:, 0])
+    return round(float(((decoded - some) ** 2).sum(1).mean()), 6)
 
 
 def _inner(index: faiss.Index) -> faiss.Index:
@@ -392,24 +671,84 @@ class Searcher:
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
         self.manifest = dataset.manifest("index")
-        entry = next(entry for record in self.manifest["items"] for entry in record["files"]
-                     if entry["name"] == "knn.index")
-        self.index = faiss.read_index(str(dataset.fetch("index", entry)))
+        self.index = open_of(dataset)
         self.embeddings = Embeddings(dataset)
         if self.index.ntotal != len(self.embeddings):
             raise ValueError(f"the index of {dataset.label} has {self.index.ntotal} rows, its embeddings "
                              f"{len(self.embeddings)}\nhint: {dataset.command('index')} --rebuild")
+        self.gone = tombstones.rows(dataset)
+        self._parameters = _without(self.index, self.gone) if len(self.gone) else None
 
     def __len__(self) -> int:
         return len(self.embeddings)
 
     def candidates(self, queries: np.ndarray, count: int) -> np.ndarray:
         """Ids of about the `count` nearest rows of each query (B, D), (B, count) int64, -1 for none."""
-        return self.index.search(np.ascontiguousarray(queries, np.float32), min(count, len(self)))[1]
+        asked, count = np.ascontiguousarray(queries, np.float32), min(count, len(self))
+        if self._parameters:
+            return self.index.search(asked, count, params=self._parameters)[1]
+        if not len(self.gone):
+            return self.index.search(asked, count)[1]
+        # A kind that cannot be told what to leave out: so many more, and what is left of them.
+        found = self.index.search(asked, min(count + len(self.gone), len(self)))[1]
+        found[np.isin(found, self.gone)] = -1
+        return np.take_along_axis(found, np.argsort(found < 0, axis=1, kind="stable"), 1)[:, :count]
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest rows: ids (B, k) int64 and inner products (B, k) float32, -1 and -inf for none."""
         return ranked(self.embeddings, queries, self.candidates(queries, 4 * k + 20), k)
+
+
+class Lists:
+    """The inverted lists of a database's index: what is in each, and which are nearest to a query."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        """ValueError if the index has no lists."""
+        # Mapped: of the codes nothing is read here.
+        self._index = open_of(dataset, faiss.IO_FLAG_MMAP)
+        self._inner = _inner(self._index)
+        if not isinstance(self._inner, faiss.IndexIVF):
+            raise ValueError(f"the index of {dataset.label} has no inverted lists")
+        self.count, self.probes = int(self._inner.nlist), int(self._inner.nprobe)
+
+    def ids(self, number: int) -> np.ndarray:
+        """The global rows in a list, (n,) int64."""
+        lists = self._inner.invlists
+        size = lists.list_size(number)
+        if not size:
+            return np.empty(0, np.int64)
+        pointer = lists.get_ids(number)
+        found = faiss.rev_swig_ptr(pointer, size).copy()
+        lists.release_ids(number, pointer)
+        return found
+
+    def nearest(self, queries: np.ndarray, probes: int) -> np.ndarray:
+        """The lists nearest to queries (Q, D) float32, (Q, probes) int64, nearest first; -1 for none."""
+        queries = np.ascontiguousarray(queries, np.float32)
+        if isinstance(self._index, faiss.IndexPreTransform):
+            for number in range(self._index.chain.size()):
+                queries = self._index.chain.at(number).apply(queries)
+        return self._inner.quantizer.search(queries, min(probes, self.count))[1]
+
+
+def kind(dataset: Dataset) -> Literal["lists", "graph", "scan"]:
+    """How the index of a database finds rows: in lists, along a graph, or by looking at all of them."""
+    key = dataset.manifest("index")["info"]["key"]
+    return "lists" if "IVF" in key else "graph" if "HNSW" in key else "scan"
+
+
+def _without(index: faiss.Index, gone: np.ndarray) -> faiss.SearchParameters | None:
+    """What tells a search to leave rows out; None for a kind that takes no such thing."""
+    inner, selector = _inner(index), faiss.IDSelectorNot(faiss.IDSelectorBatch(gone))
+    if isinstance(inner, faiss.IndexIVF):
+        told = faiss.SearchParametersIVF(sel=selector, nprobe=inner.nprobe)
+    elif isinstance(inner, faiss.IndexHNSW):
+        told = faiss.SearchParametersHNSW(sel=selector, efSearch=inner.hnsw.efSearch)
+    elif isinstance(inner, faiss.IndexFlat | faiss.IndexScalarQuantizer):
+        told = faiss.SearchParameters(sel=selector)
+    else:
+        return None
+    return faiss.SearchParametersPreTransform(index_params=told) if inner is not index else told
 
 
 def ranked(embeddings: Embeddings, queries: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,9 +1,12 @@
 """Embeddings and a database -> the k nearest database rows of every sample.
 
-Left out of a sample's list are the sample itself and its copies: rows with the same picture
-(sha256), or nearer than `copy_similarity`. With them a model would learn to copy its condition.
+Left out of a sample's list are the sample itself and its copies: rows with the same picture (sha256), patches of the
+same picture, rows nearer than `copy_similarity`, or those that look like it. With them a model would learn to copy its
+condition.
 """
 
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,12 +15,18 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline import dataset as datasets
-from pipeline import embed, stage
+from pipeline import embed, search, stage, storage, tombstones
+from pipeline import index as indices
 from pipeline.dataset import Dataset, Embeddings
-from pipeline.index import Searcher, best, ranked
+from pipeline.index import Lists, Searcher, memory
+from pipeline.search import Copies, Found, Queries
 from pipeline.stage import Item, Output, Stage
 
-_BLOCK = 1024
+_BASE = 500 << 20  # what a worker has in memory before it searches: torch, faiss, pyarrow
+_LEAST = 64 << 20  # for blocks, whatever the budget
+_SCORES = np.linspace(-1, 1, 101)  # bounds of the bins that scores are counted in
+_MANY = 4  # where one list of so many is looked into, to compare all rows takes no longer
+_WRITTEN = 4096  # rows of neighbours' vectors that are gathered at a time
 
 
 @dataclass(frozen=True)
@@ -27,15 +36,34 @@ class NeighborsConfig:
     k: int = 20
     """Neighbours of each sample."""
     method: Literal["index", "exact"] = "index"
-    """index: candidates from the index, ranked by exact vectors; exact: every row compared."""
+    """index: among the rows in the lists of the index that are nearest; exact: among all rows. An index without
+    lists gives candidates (HNSW), or all rows are compared, which is no slower (Flat, SQ, PQ)."""
     candidates: int = 0
-    """Candidates taken from the index for each sample; 0 means 4 k + 20."""
+    """Candidates that are ranked for each sample; 0 means 4 k + 20."""
+    probes: int = 0
+    """Lists that are looked into for each sample; 0 means as many as the index was tuned to. Where that is a quarter
+    of them or more, all rows are compared."""
     copy_similarity: float = 0.98
     """Rows at least so similar (cosine) count as copies of the sample."""
+    copy_bits: int = -1
+    """Rows whose perceptual hash differs in no more bits of 64 count as copies too; -1: hashes do not matter."""
+    vectors: bool = False
+    """Write the neighbours' vectors beside their ids, so that training reads them in one piece."""
+    checked: int = 200
+    """Samples of all whose neighbours are compared with the exact ones, to measure the recall."""
+    max_memory: str = "1G"
+    """A worker may take so many bytes; blocks are planned from it."""
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"neighbors.k must be at least 1, not {self.k}")
+        for name, least in (("k", 1), ("candidates", 0), ("probes", 0), ("checked", 0), ("copy_bits", -1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"neighbors.{name} must be at least {least}, not {getattr(self, name)}")
+        memory(self.max_memory, "max_memory")
+
+    @property
+    def block_bytes(self) -> int:
+        """What is left for blocks of vectors and products."""
+        return max(_LEAST, (memory(self.max_memory, "max_memory") - _BASE) // 2)
 
 
 class Neighbors(Stage):
@@ -46,104 +74,257 @@ class Neighbors(Stage):
     def __init__(self, dataset: Dataset, database: Dataset, config: NeighborsConfig) -> None:
         super().__init__(dataset.root, dataset.path(f"neighbors/{database.label}"), config)
         self.dataset, self.database = dataset, database
+        self.workers_need_gpu = config.method == "exact"  # type: ignore[misc]
 
     @property
     def command(self) -> str:
         return self.dataset.command(f"neighbors/{self.database.label}")
+
+    def section(self) -> dict[str, Any]:
+        return {name: value for name, value in super().section().items() if name != "max_memory"}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         found = {"shards": self.dataset.identity("shards"), "embeddings": self.dataset.identity("embeddings"),
                  "database": self.database.identity("embeddings"), "database_shards": self.database.identity("shards")}
         if self.config.method == "index":
             found["index"] = self.database.identity("index")
+        if self.database.sealed("tombstones"):
+            found["tombstones"] = self.database.identity("tombstones")
         return found
 
     def plan(self) -> list[Item]:
         embed.same_encoder(self.dataset, self.database)
         inputs = self.inputs()
-        made_from = stage.digest([inputs.get(name) for name in ("database", "database_shards", "index")])
+        made_from = stage.digest([inputs.get(name) for name in ("database", "database_shards", "index",
+                                                                      "tombstones")])
         shards = {record["id"]: record for record in self.dataset.manifest("shards")["items"]}
+        if self.config.copy_bits >= 0:
+            for one in {self.dataset, self.database}:
+                datasets.perceptual_hashes(one, one.manifest("shards")["items"][0])
+        records = self.dataset.manifest("embeddings")["items"]
+        total = max(1, sum(record["samples"] for record in records))
         items, offset = [], 0
-        for record in self.dataset.manifest("embeddings")["items"]:
+        for record in records:
+            end = offset + record["samples"]
             # Only what the item needs: a worker that opened all embeddings would fetch them all.
-            items.append(Item(record["id"], {"offset": offset, "shard": shards[record["id"]], "embeddings": record,
-                                             "database": made_from}))
-            offset += record["samples"]
+            items.append(Item(record["id"], {
+                "offset": offset, "shard": shards[record["id"]], "embeddings": record, "database": made_from,
+                "count": record["samples"],
+                "checked": self.config.checked * end // total - self.config.checked * offset // total}))
+            offset = end
         return items
 
     def process(self, item: Item, scratch: Path) -> Output:
-        database, hashes = _opened(self.database, self.config.method, item.inputs["database"])
-        own = self.dataset.fetch("embeddings", datasets.file_of(item.inputs["embeddings"], ".npy"))
-        queries = np.load(own, allow_pickle=False).astype(np.float32)
-        mine = np.array([bytes.fromhex(row["sha256"]) for row in
-                         datasets.metadata(self.dataset, item.inputs["shard"], ["sha256"])], dtype="S32")
-        if len(mine) != len(queries):
-            raise ValueError(f"{own} has {len(queries)} rows, its shard {len(mine)} samples\n"
+        self._as_planned()
+        opened = _opened(self.database, self.config.method, self.config.copy_bits >= 0, item.inputs["database"])
+        queries = self._queries(item)
+        if queries.vectors.shape[1] != opened.embeddings.dim:
+            raise ValueError(f"shard {item.id} of {self.dataset.label} has vectors of {queries.vectors.shape[1]} "
+                             f"numbers, the database {self.database.label} of {opened.embeddings.dim}\n"
                              f"hint: python -m jobs verify")
-        self_ids = (item.inputs["offset"] + np.arange(len(queries)) if self.dataset == self.database
-                    else np.full(len(queries), -1))
         ids = np.full((len(queries), self.config.k), -1, np.int64)
         scores = np.full(ids.shape, -np.inf, np.float32)
-        for start in range(0, len(queries), _BLOCK):
-            part = slice(start, start + _BLOCK)
-            ids[part], scores[part] = self._block(database, hashes, queries[part], mine[part], self_ids[part])
-        undecodable = ~queries.any(1)  # a row of zeros is equally near to everything
-        ids[undecodable], scores[undecodable] = -1, -np.inf
-        np.save(scratch / "ids.npy", ids, allow_pickle=False)
-        np.save(scratch / "scores.npy", scores, allow_pickle=False)
-        return Output(samples=len(queries), files={f"{item.id}.ids.npy": scratch / "ids.npy",
-                                                   f"{item.id}.scores.npy": scratch / "scores.npy"},
-                      info={"missing": int((ids < 0).sum()),
-                            "mean_similarity": round(float(scores[ids >= 0].mean()), 4) if (ids >= 0).any() else None})
+        there = np.flatnonzero(queries.vectors.any(1))  # a row of zeros is equally near to everything
+        if len(there):
+            ids[there], scores[there] = self._found(opened, queries[there])
+        info = _facts(ids, scores) | self._quality(opened, queries, ids, there, item)
+        files = {"ids": ids, "scores": scores}
+        for name, values in files.items():
+            np.save(scratch / f"{name}.npy", values, allow_pickle=False)
+        if self.config.vectors:
+            _write_vectors(scratch / "vectors.npy", opened.embeddings, ids)
+            files["vectors"] = ids
+        return Output(samples=len(queries), info=info,
+                      files={f"{item.id}.{name}.npy": scratch / f"{name}.npy" for name in files})
 
     def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
-        return Output(info={"missing": sum(record["info"]["missing"] for record in records), "k": self.config.k,
-                            "database": self.database.label})
+        usage = self._usage(records)
+        np.save(scratch / "usage.npy", usage, allow_pickle=False)
+        infos = [record["info"] for record in records]
+        counts = sum((np.array(info["scores"]) for info in infos), np.zeros(len(_SCORES) - 1, np.int64))
+        checked = sum(info.get("checked", 0) for info in infos)
+        recall = sum(info.get("agreed", 0) for info in infos) / checked if checked else None
+        return Output(files={"usage.npy": scratch / "usage.npy"}, info={
+            "missing": sum(info["missing"] for info in infos), "k": self.config.k, "database": self.database.label,
+            "scores": counts.tolist(), "recall": 1.0 if self._exact else None if recall is None else round(recall, 4),
+            "recall_pairs": checked, "rows": len(usage), "never_used": int((usage == 0).sum()),
+            "most_used": int(usage.max(initial=0))})
 
-    def _block(self, database: "Searcher | Embeddings", hashes: np.ndarray, queries: np.ndarray,
-               mine: np.ndarray, self_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Neighbours of some samples; all rows are compared for those whose candidates copies ate up."""
-        k = self.config.k
-        if isinstance(database, Embeddings):
-            return self._exact(database, hashes, queries, mine, self_ids)
-        wanted = max(k + 1, self.config.candidates or 4 * k + 20)
-        ids, scores = ranked(database.embeddings, queries, database.candidates(queries, wanted), wanted)
-        ids, scores = best(ids, self._without_copies(ids, scores, hashes, mine, self_ids), k)
+    @property
+    def _exact(self) -> bool:
+        return self.config.method == "exact" or indices.kind(self.database) == "scan"
+
+    def _as_planned(self) -> None:
+        """Refuse what was made anew since the plan: ids would be those of other rows."""
+        if changed := stage.changed_inputs(self.root, storage.read_json(storage.join(self.folder, "plan.json"))):
+            raise ValueError(f"{', '.join(changed)} changed since these neighbours were planned\n"
+                             f"hint: {self.command} --rebuild")
+
+    def _queries(self, item: Item) -> Queries:
+        own = self.dataset.fetch("embeddings", datasets.file_of(item.inputs["embeddings"], ".npy"))
+        vectors = datasets.finite(np.load(own, allow_pickle=False), str(own)).astype(np.float32)
+        labels = datasets.labels(self.dataset, item.inputs["shard"])
+        if len(labels) != len(vectors):
+            raise ValueError(f"{own} has {len(vectors)} rows, its shard {len(labels)} samples\n"
+                             f"hint: python -m jobs verify")
+        rows = (item.inputs["offset"] + np.arange(len(vectors)) if self.dataset == self.database
+                else np.full(len(vectors), -1))
+        hashes = (datasets.perceptual_hashes(self.dataset, item.inputs["shard"]) if self.config.copy_bits >= 0
+                  else None)
+        return Queries(vectors, rows, labels, hashes)
+
+    def _found(self, opened: "Opened", queries: Queries, *, exactly: bool = False
+               ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and scores (Q, k); all rows are compared for those whose candidates copies ate up."""
+        k, config = self.config.k, self.config
+        copies = Copies(opened.labels, config.copy_similarity, opened.hashes, config.copy_bits, opened.gone)
+        wanted = min(max(k + 1, config.candidates or 4 * k + 20), len(opened.embeddings))
+        probes = (config.probes or opened.lists.probes) if opened.lists else 0
+        if opened.lists and not exactly and _MANY * probes < opened.lists.count:
+            nearest = opened.lists.nearest(queries.vectors, probes)
+            found = search.by_list(queries.vectors, nearest, opened.in_lists, wanted)
+        elif opened.graph and not exactly:
+            ids = opened.graph.candidates(queries.vectors, wanted)
+            found = Found(ids, np.where(ids >= 0, 0, -np.inf).astype(np.float32), np.inf)
+        else:
+            found = search.exhaustive(queries.vectors, opened.embeddings, wanted, config.block_bytes)
+            return self._certain(opened, queries, found, copies)
+        ids, scores = search.settle(found, queries, opened.embeddings, copies, k)
         # An index that looks into a few lists has no more to give, however many candidates are asked for.
-        short = (ids < 0).any(1)
-        if short.any():
-            ids[short], scores[short] = self._exact(database.embeddings, hashes, queries[short], mine[short],
-                                                    self_ids[short])
+        short = np.flatnonzero((ids < 0).any(1))
+        if len(short):
+            ids[short], scores[short] = self._found(opened, queries[short], exactly=True)
         return ids, scores
 
-    def _exact(self, database: Embeddings, hashes: np.ndarray, queries: np.ndarray, mine: np.ndarray,
-               self_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Neighbours by comparison with every row, one shard of the database in memory at a time."""
-        k = self.config.k
-        ids, scores = np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32)
-        for offset, shard in zip(database.offsets[:-1], database.shards, strict=True):
-            vectors = np.asarray(shard, np.float32)
-            here = np.broadcast_to(offset + np.arange(len(shard)), (len(queries), len(shard)))
-            products = np.where(vectors.any(-1), queries @ vectors.T, -np.inf)
-            found = best(here, self._without_copies(here, products, hashes, mine, self_ids), k)
-            ids, scores = best(np.hstack([ids, found[0]]), np.hstack([scores, found[1]]), k)
+    def _certain(self, opened: "Opened", queries: Queries, found: Found, copies: Copies
+                 ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and scores of an exhaustive search; again for queries where a row that was passed over may be nearer."""
+        k, width = self.config.k, found.ids.shape[1]
+        ids, scores = search.settle(found, queries, opened.embeddings, copies, k)
+        unsure = np.flatnonzero(scores[:, -1] < found.beyond)
+        if len(unsure) and width < min(1024, len(opened.embeddings)):
+            wider = search.exhaustive(queries.vectors[unsure], opened.embeddings,
+                                      min(8 * width, 1024, len(opened.embeddings)), self.config.block_bytes)
+            ids[unsure], scores[unsure] = search.settle(wider, queries[unsure], opened.embeddings, copies, k)
+            unsure = unsure[scores[unsure, -1] < wider.beyond]
+        if len(unsure):
+            ids[unsure], scores[unsure] = search.masked(queries[unsure], opened.embeddings, copies, k,
+                                                        self.config.block_bytes)
         return ids, scores
 
-    def _without_copies(self, ids: np.ndarray, scores: np.ndarray, hashes: np.ndarray, mine: np.ndarray,
-                        self_ids: np.ndarray) -> np.ndarray:
-        copies = (ids == self_ids[:, None]) | (scores >= self.config.copy_similarity) | (hashes[ids] == mine[:, None])
-        return np.where(copies, -np.inf, scores)
+    def _quality(self, opened: "Opened", queries: Queries, ids: np.ndarray, there: np.ndarray, item: Item
+                 ) -> dict[str, int]:
+        """How many of a few samples' exact neighbours were found."""
+        number = min(item.inputs["checked"], len(there))
+        if self._exact or not number:
+            return {}
+        chosen = there[np.sort(np.random.default_rng((29, item.inputs["offset"])).choice(len(there), number,
+                                                                                        replace=False))]
+        exact, _ = self._found(opened, queries[chosen], exactly=True)
+        agreed = sum(len(np.intersect1d(one[one >= 0], other)) for one, other in zip(exact, ids[chosen], strict=True))
+        return {"checked": int((exact >= 0).sum()), "agreed": agreed}
+
+    def _usage(self, records: Sequence[dict[str, Any]]) -> np.ndarray:
+        """How often each row of the database is a neighbour, (M,) int64: p_D of the paper, not normalised."""
+        usage = np.zeros(self.database.manifest("embeddings")["totals"]["samples"], np.int64)
+
+        def read(record: dict[str, Any]) -> np.ndarray:
+            entry = datasets.file_of(record, ".ids.npy")
+            return np.load(storage.fetch(storage.join(self.folder, entry["name"]), entry), allow_pickle=False)
+
+        with ThreadPoolExecutor(8) as pool:
+            for start in range(0, len(records), 8):
+                for ids in pool.map(read, records[start:start + 8]):
+                    found, counts = np.unique(ids[ids >= 0], return_counts=True)
+                    usage[found] += counts
+        return usage
+
+
+class Opened:
+    """A database as a worker keeps it from item to item."""
+
+    def __init__(self, database: Dataset, method: str, hashed: bool, digest: str) -> None:
+        self.embeddings = Embeddings(database)
+        records = database.manifest("shards")["items"]
+        kind = indices.kind(database) if method == "index" else "scan"
+        self.gone = np.zeros(len(self.embeddings), bool)
+        self.gone[tombstones.rows(database)] = True
+        self.graph = Searcher(database) if kind == "graph" else None
+        self.lists = Lists(database) if kind == "lists" else None
+
+        def fill(folder: Path) -> None:
+            np.save(folder / "labels.npy", np.concatenate([datasets.labels(database, one) for one in records]))
+            if hashed:
+                np.save(folder / "hashes.npy", np.concatenate([datasets.perceptual_hashes(database, one)
+                                                               for one in records]))
+            if self.lists:
+                _in_order_of_lists(folder, self.embeddings, self.lists)
+
+        self._folder = stage.shared_scratch(f"neighbors-{digest[:24]}{'-hashed' * hashed}", fill)
+        self.labels = np.load(self._folder / "labels.npy", mmap_mode="r")
+        self.hashes = np.load(self._folder / "hashes.npy", mmap_mode="r") if hashed else None
+        if len(self.labels) != len(self.embeddings):
+            raise ValueError(f"{database.label} has {len(self.embeddings)} vectors of {len(self.labels)} samples\n"
+                             f"hint: python -m jobs verify")
+        if self.lists:
+            self._ends = np.load(self._folder / "ends.npy")
+
+    def in_lists(self, wanted: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """The rows of some lists, in their order: (list, ids (n,), vectors (n, D) float32)."""
+        dim = self.embeddings.dim
+        with open(self._folder / "vectors", "rb") as vectors, open(self._folder / "ids", "rb") as ids:
+            for number in wanted:
+                start, end = int(self._ends[number]), int(self._ends[number + 1])
+                ids.seek(8 * start)
+                vectors.seek(2 * dim * start)
+                yield (int(number), np.fromfile(ids, np.int64, end - start),
+                       np.fromfile(vectors, np.float16, (end - start) * dim).reshape(-1, dim).astype(np.float32))
+
+
+def _in_order_of_lists(folder: Path, embeddings: Embeddings, lists: Lists) -> None:
+    """The vectors of a database list after list in one file, so that a list is read in one piece."""
+    ends = [0]
+    with open(folder / "vectors", "wb") as vectors, open(folder / "ids", "wb") as numbers:
+        for number in range(lists.count):
+            ids = np.sort(lists.ids(number))
+            rows = embeddings.rows(ids)
+            there = rows.any(1)
+            rows[there].tofile(vectors)
+            ids[there].tofile(numbers)
+            ends.append(ends[-1] + int(there.sum()))
+            embeddings.let_go()
+    np.save(folder / "ends.npy", np.array(ends))
 
 
 @lru_cache(maxsize=1)
-def _opened(database: Dataset, method: str, digest: str) -> tuple[Searcher | Embeddings, np.ndarray]:
-    """The database and the hashes of its pictures, kept in this worker; `digest` tells rebuilds apart."""
-    opened = Searcher(database) if method == "index" else Embeddings(database)
-    return opened, datasets.content_hashes(database)
+def _opened(database: Dataset, method: str, hashed: bool, digest: str) -> Opened:
+    """The database, kept in this worker; `digest` tells rebuilds apart."""
+    return Opened(database, method, hashed, digest)
 
 
-def load(dataset: Dataset, database: Dataset) -> list[np.ndarray]:
-    """The ids of a sealed neighbour list, shard by shard, each (N_i, k) int64, memory-mapped."""
+def _facts(ids: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
+    there = scores[ids >= 0]
+    return {"missing": int((ids < 0).sum()), "scores": np.histogram(there.clip(-1, 1), _SCORES)[0].tolist(),
+            "mean_similarity": round(float(there.mean()), 4) if len(there) else None}
+
+
+def _write_vectors(path: Path, embeddings: Embeddings, ids: np.ndarray) -> None:
+    """The vectors of the rows `ids` (N, k) as a file (N, k, D) float16; zeros for none."""
+    out = np.lib.format.open_memmap(path, "w+", np.float16, (*ids.shape, embeddings.dim))
+    for start in range(0, len(ids), _WRITTEN):
+        out[start:start + _WRITTEN] = embeddings.rows(ids[start:start + _WRITTEN])
+        embeddings.let_go()
+    out.flush()
+
+
+def load(dataset: Dataset, database: Dataset, suffix: str = ".ids.npy") -> list[np.ndarray]:
+    """The ids of a sealed neighbour list, shard by shard, each (N_i, k) int64, memory-mapped; or other files of it."""
     name = f"neighbors/{database.label}"
-    return [np.load(dataset.fetch(name, datasets.file_of(record, ".ids.npy")), mmap_mode="r", allow_pickle=False)
+    return [np.load(dataset.fetch(name, datasets.file_of(record, suffix)), mmap_mode="r", allow_pickle=False)
             for record in dataset.manifest(name)["items"]]
+
+
+def written(dataset: Dataset, database: Dataset) -> bool:
+    """Whether a sealed neighbour list has the neighbours' vectors too."""
+    items = dataset.manifest(f"neighbors/{database.label}")["items"]
+    return any(entry["name"].endswith(".vectors.npy") for entry in items[0]["files"])

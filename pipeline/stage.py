@@ -448,20 +448,22 @@ def in_process(stage: Stage, items: Sequence[Item]) -> Iterator[Outcome | None]:
     """The runner without a cluster: one item after another in this process, each committed while the next is made."""
     stage.setup()
     with ThreadPoolExecutor(1, "commit") as committer:
-        before: Item | None = None
-        going: Future[dict[str, Any]] = Future()
+        before: tuple[Item, Future[dict[str, Any]]] | None = None
         for item in items:
+            going, failed = None, None
             try:
-                commit = made(stage, item)
+                going = item, committer.submit(made(stage, item))
             except StageFailed:  # the driver's own, heard in the middle of an item
                 raise
             except Exception as error:
-                commit = partial(_raise, error)
+                failed = partial(_raise, error)
             if before:
-                yield _tried(stage, before, going.result)
-            before, going = item, committer.submit(commit)
+                yield _tried(stage, before[0], before[1].result)
+            if failed:
+                yield _tried(stage, item, failed)
+            before = going
         if before:
-            yield _tried(stage, before, going.result)
+            yield _tried(stage, before[0], before[1].result)
 
 
 def _raise(error: Exception) -> Any:
@@ -643,6 +645,36 @@ def scratch_folder(name: str) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def shared_scratch(name: str, fill: Callable[[Path], None]) -> Path:
+    """A folder of scratch that the processes of this machine have in common, filled by the first of them.
+
+    It is there as long as one of them lives, and removed by a later process.
+    """
+    _sweep()
+    folder = Path(tempfile.gettempdir()) / f"rdm-{name.replace('/', '-')}-{os.getuid()}"
+    if folder in _shared:
+        return folder
+    while True:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        try:
+            alive = open(folder / _ALIVE, "a")  # noqa: SIM115 (held until the process ends)
+            fcntl.flock(alive, fcntl.LOCK_SH)
+            if os.fstat(alive.fileno()).st_ino == (folder / _ALIVE).stat().st_ino:
+                break
+        except FileNotFoundError:  # somebody was just removing it
+            continue
+    _shared[folder] = alive
+    with open(folder / ".fill", "a") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        if not (folder / "filled").exists():
+            fill(folder)
+            (folder / "filled").touch()
+    return folder
+
+
+_shared: dict[Path, Any] = {}
 
 
 @cache

@@ -105,9 +105,12 @@ def _embeddings(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[s
     name = path.rsplit("/", 1)[1]
     rows = np.load(dataset.fetch(name, file_of(record, ".npy")), mmap_mode="r", allow_pickle=False)
     yield from _lengths(dataset, path, record, len(rows), f"{record['id']}.npy")
+    if (dim := dataset.manifest(name)["info"]["encoder"].get("dim")) and rows.shape[1:] != (dim,):
+        yield _fault(path, f"{record['id']}.npy", f"has vectors of shape {rows.shape[1:]}, its encoder makes {dim}")
+        return
     norms = np.linalg.norm(np.asarray(rows, np.float32), axis=1)
-    wrong = int(((abs(norms - 1) > 2e-3) & (norms != 0)).sum())
-    if wrong or not np.isfinite(norms).all():
+    wrong = int((~(abs(norms - 1) <= 2e-3) & (norms != 0)).sum())  # a norm that is no number is none of these
+    if wrong:
         yield _fault(path, f"{record['id']}.npy", f"{wrong} rows are not of unit length")
 
 
@@ -130,6 +133,11 @@ def _neighbors(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[st
         yield _fault(path, f"{record['id']}.ids.npy", f"ids beyond the {total} rows of {database.label}")
     elif (scores[:, 1:] > scores[:, :-1]).any():
         yield _fault(path, f"{record['id']}.scores.npy", "neighbours are not nearest first")
+    for entry in record["files"]:
+        if entry["name"].endswith(".vectors.npy"):
+            shape = np.load(dataset.fetch(name, entry), mmap_mode="r", allow_pickle=False).shape
+            if shape[:2] != ids.shape:
+                yield _fault(path, entry["name"], f"has vectors for {shape[:2]} neighbours, ids for {ids.shape}")
 
 
 def _lengths(dataset: Dataset, path: str, record: dict[str, Any], rows: int, name: str) -> Iterator[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""The loss of a run and the tuning of an index, as vectors that stretch with the page while letters keep their size."""
+"""Curves and bars as vectors that stretch with the page while their letters keep their size."""
 
 import math
 from collections.abc import Sequence
@@ -48,6 +48,31 @@ def curve(lines: Sequence[dict[str, Any]]) -> Html | None:
     words += [tag("span", "step", class_="x-name"),
               tag("span", "loss, logarithmic" if logarithmic else "loss", class_="y-name")]
     return tag("div", drawing, together(words), class_="plot")
+
+
+def bars(counts: Sequence[int], low: float, high: float, name: str) -> Html | None:
+    """How many values fell into each of equal bins from `low` to `high`; bins beyond the first and last are left out.
+
+    None if there are no values.
+    """
+    filled = [place for place, count in enumerate(counts) if count]
+    if not filled:
+        return None
+    first, last = filled[0], filled[-1] + 1
+    width = (high - low) / len(counts)
+    left, right = low + first * width, low + last * width
+    most = max(counts)
+    step = 100 / (last - first)
+    boxes = [tag("rect", x=f"{(place - first) * step + step * .06:.2f}", width=f"{step * .88:.2f}",
+                 y=f"{100 - 100 * counts[place] / most:.2f}", height=f"{100 * counts[place] / most:.2f}")
+             for place in range(first, last)]
+    drawing = tag("svg", boxes, tag("line", x1=0, x2=100, y1=100, y2=100), viewBox="0 0 100 100",
+                  preserveAspectRatio="none", role="img", aria_label=f"{name}, from {left:.2f} to {right:.2f}")
+    marks = [mark for mark in _ticks(left, right) if left - 1e-9 <= mark <= right + 1e-9]
+    words = [tag("span", _short(mark), class_="x", style=f"left:{100 * (mark - left) / (right - left):.2f}%")
+             for mark in marks]
+    words.append(tag("span", name, class_="x-name"))
+    return tag("div", drawing, together(words), class_="plot low")
 
 
 def trade_off(kinds: dict[str, Sequence[tuple[str, float, float]]]) -> Html | None:

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from jobs.report.page import Album, Child, amount, link, note, scrolling, tag
+from jobs.report.curve import bars
+from jobs.report.page import Album, Child, amount, link, note, scrolling, tag, together
 from jobs.report.root import Root
 from jobs.runs import Run
 from pipeline import dataset as datasets
@@ -14,6 +15,7 @@ from pipeline.dataset import Dataset, file_of
 from pipeline.lookup import Sample
 
 QUERIES = 12
+_LOOKED_AT = 300
 NEIGHBORS = 10
 SHEET = 40
 _PROMPTS = 40
@@ -100,17 +102,10 @@ def neighbors(root: Root, dataset: Dataset, label: str, album: Album) -> Child:
         return None
     database = Dataset.parse(root.address, label)
     items = root.sealed(dataset.path(name))["items"]
-    rows = _affordable(root, dataset, spread([record["samples"] for record in items], QUERIES))
-    offsets = np.cumsum([0, *(record["samples"] for record in items)])
-    ids, scores = [], []
-    for row in rows:
-        shard = int(np.searchsorted(offsets, row, side="right")) - 1
-        for suffix, chosen in ((".ids.npy", ids), (".scores.npy", scores)):
-            path = dataset.fetch(name, file_of(items[shard], suffix))
-            chosen.append(np.load(path, mmap_mode="r", allow_pickle=False)[row - offsets[shard], :NEIGHBORS].copy())
-    near = dict.fromkeys(int(row) for row in np.stack(ids, axis=1).ravel() if row >= 0)
+    rows, ids, scores = _near_and_far(root, dataset, name, items)
+    near = dict.fromkeys(int(row) for row in ids.T.ravel() if row >= 0)
     read = {one.row: one for one in lookup.samples(database, sorted(_affordable(root, database, list(near))))}
-    columns = max(map(len, ids))
+    columns = ids.shape[1]
     head = tag("tr", tag("th", "picture", scope="col"), (tag("th", str(rank), scope="col")
                                                          for rank in range(1, columns + 1)))
     body = []
@@ -120,12 +115,45 @@ def neighbors(root: Root, dataset: Dataset, label: str, album: Album) -> Child:
         picture = album.picture(query.picture, query.caption, _about(query), side=128)
         body.append(tag("tr", tag("th", picture, query.caption, scope="row"), cells))
     itself = " The picture itself and its copies are left out." if dataset == database else ""
-    caption = tag("figcaption", f"{amount(len(rows), 'picture')} spread over {dataset.label}, each with the pictures "
-                  f"of {database.label} nearest to it, nearest first. Below each stands the cosine similarity of the "
-                  f"two vectors; 1 would be the same picture.{itself}")
+    caption = tag("figcaption", f"{amount(len(rows), 'picture')} of {dataset.label}, each with the pictures of "
+                  f"{database.label} nearest to it, nearest first: of some hundred spread over it those with the "
+                  f"nearest neighbours, those in the middle, and those with the farthest. Below each stands the cosine "
+                  f"similarity of the two vectors; 1 would be the same picture.{itself}")
     table = tag("table", tag("thead", head), tag("tbody", body), class_="neighbors")
     title = tag("h3", f"{dataset.label}: neighbours in {database.label}", root.mark(dataset.path(name)))
-    return tag("figure", title, scrolling(table), caption)
+    return tag("figure", title, _facts(root.sealed(dataset.path(name))["info"]), scrolling(table), caption)
+
+
+def _near_and_far(root: Root, dataset: Dataset, name: str, items: Sequence[dict[str, Any]]
+                  ) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Rows of a dataset with the ids and scores of their neighbours: the nearest, those in the middle, the farthest."""
+    rows = np.array(_affordable(root, dataset, spread([record["samples"] for record in items], _LOOKED_AT)), np.int64)
+    offsets = np.cumsum([0, *(record["samples"] for record in items)])
+    shards = np.searchsorted(offsets, rows, side="right") - 1
+    found: dict[str, list[np.ndarray]] = {".ids.npy": [], ".scores.npy": []}
+    for shard in np.unique(shards):
+        here = rows[shards == shard] - offsets[shard]
+        for suffix, parts in found.items():
+            path = dataset.fetch(name, file_of(items[shard], suffix))
+            parts.append(np.load(path, mmap_mode="r", allow_pickle=False)[here, :NEIGHBORS])
+    ids, scores = (np.concatenate(parts) for parts in found.values())
+    order = np.argsort(-scores[:, 0], kind="stable")
+    each, middle = QUERIES // 3, len(order) // 2
+    chosen = order if len(order) <= QUERIES else np.concatenate(
+        [order[:each], order[middle - each // 2:middle - each // 2 + each], order[-each:]])
+    return rows[chosen].tolist(), ids[chosen], scores[chosen]
+
+
+def _facts(info: dict[str, Any]) -> Child:
+    """How near all neighbours are, and what the database gives; None of a list that does not tell."""
+    if "scores" not in info:
+        return None
+    recall = "" if info["recall"] is None else f"{info['recall']:.1%} of the exact neighbours are found; "
+    return together([tag("p", f"{recall}{amount(info['never_used'], 'row')} of {info['rows']:,} in the database "
+                         f"{'is' if info['never_used'] == 1 else 'are'} nobody's neighbour, the most used one is that "
+                         f"of {amount(info['most_used'], 'picture')}; {info['missing']:,} places are empty.",
+                         class_="facts"),
+                     bars(info["scores"], -1, 1, "cosine similarity of all neighbours")])
 
 
 def _neighbor(row: int, score: float, read: dict[int, Sample], album: Album) -> Child:

@@ -119,6 +119,8 @@ details > :not(summary) { margin: 6px 0 14px 16px; }
 .plot svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; }
 .plot line { stroke: var(--line); stroke-width: 1; vector-effect: non-scaling-stroke; }
 .plot polyline { fill: none; stroke: var(--accent); stroke-linejoin: round; vector-effect: non-scaling-stroke; }
+.plot.low { height: 120px; margin-left: 8px; }
+.plot rect { fill: var(--accent); opacity: .75; }
 .plot .raw { opacity: .3; stroke-width: 1; }
 .plot .smooth { stroke-width: 2.25; }
 .plot span { position: absolute; line-height: 1; white-space: nowrap; }
@@ -149,6 +151,7 @@ details > :not(summary) { margin: 6px 0 14px 16px; }
   .numbers div { padding: 12px 14px; }
   .numbers dd { font-size: 20px; }
   .plot { height: 240px; margin-left: 54px; margin-right: 8px; }
+  .plot.low { height: 100px; margin-left: 8px; }
   .plot .x:nth-of-type(even) { display: none; }
   .key { margin-left: 54px; }
   .sheet { grid-template-columns: repeat(auto-fill, minmax(76px, 1fr)); gap: 12px 10px; }

@@ -87,6 +87,9 @@ def environment(work: Path, name: str, *packages: str) -> Path:
     else:
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
+        # Where Python may not write, every process would compile them anew; files for other versions do not compile.
+        subprocess.run([str(python), "-m", "compileall", "-q", str(folder / "lib")], stdout=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL)
     ready.write_text(json.dumps(packages))
     return python
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -124,6 +125,21 @@ def test_everything_is_in_it(page: str):
     assert sum("noise" in (one["title"] or "") for one in pictures) == len(PROMPTS) * 2
     assert all(re.search(r"key \d+, row \d+", one["title"]) or "checkpoint step 4" in one["title"] for one in pictures)
     assert len(page) < 2_000_000
+
+
+def test_neighbours_are_shown_from_the_nearest_to_the_farthest_with_their_distribution(page: str, root: Path):
+    part = page[page.index("<h2>Neighbours</h2>"):page.index("<h2>Datasets</h2>")]
+    manifests = [json.loads(path.read_text()) for path in root.glob("datasets/*/v1/neighbors/*/manifest.json")]
+    assert len(manifests) == part.count("cosine similarity of all neighbours</span>")
+    for manifest in manifests:
+        filled = np.flatnonzero(manifest["info"]["scores"])
+        assert part.count("<rect ") >= filled[-1] - filled[0] + 1
+        assert f"of {manifest['info']['rows']:,} in the database" in part
+        assert f"the most used one is that of {manifest['info']['most_used']} picture" in part
+    for table in part.split("<table")[1:]:
+        nearest = [float(found.group(1)) for row in table.split("<tr>")[2:]
+                   if (found := re.search(r"score (-?\d\.\d+)", row))]
+        assert nearest == sorted(nearest, reverse=True) and len(nearest) > 2
 
 
 def test_captions_prompts_and_sources_are_text(page: str):

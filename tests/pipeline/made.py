@@ -86,6 +86,7 @@ def given(root: Path, name: str, shards: Sequence[np.ndarray], hashes: Sequence[
     for number, vectors in enumerate(shards):
         table = io.BytesIO()
         pq.write_table(pa.table({"sha256": pa.array(hashes[offset:offset + len(vectors)], pa.string()),
+                                 "key": pa.array([f"{number:03d}-{row:05d}" for row in range(len(vectors))]),
                                  "status": pa.array(["success"] * len(vectors), pa.string())}), table)
         tables[f"{number:06d}"] = len(vectors), {f"{number:06d}.parquet": table.getvalue()}
         arrays[f"{number:06d}"] = len(vectors), {f"{number:06d}.npy": npy(vectors.astype(np.float16))}

@@ -2,6 +2,7 @@ import io
 import json
 import shutil
 import tarfile
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -176,15 +177,45 @@ def test_the_size_of_batches_changes_next_to_nothing(built, copied, size):
     assert (one * other).sum(1).min() > 1 - 1e-3
 
 
-def test_two_runs_give_the_same_bytes_whatever_the_threads(built, copied):
+@pytest.mark.parametrize("threads", [1, 3])
+def test_two_runs_give_the_same_bytes_whatever_the_threads(threads, built, copied, monkeypatch):
     before = torch.get_num_threads()
     shutil.rmtree(copied.folder("embeddings"))
+    monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
     torch.set_num_threads(1)
     try:
         stage.run(Embed(copied, EmbedConfig(batch_size=16)))
     finally:
         torch.set_num_threads(before)
     assert stage.timeless(copied.manifest("embeddings")) == stage.timeless(built.manifest("embeddings"))
+
+
+def test_a_small_shard_keeps_two_threads_busy(copied, monkeypatch):
+    """Each forward pass waits for another one beside it: with less than two at once this would never end."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    shutil.rmtree(copied.folder("embeddings"))
+    encoder, together, sizes = clip.load(ClipConfig()), threading.Barrier(2, timeout=60), []
+    encode = encoder.encode
+
+    def meeting(batch):
+        together.wait()
+        sizes.append(len(batch))
+        return encode(batch)
+    monkeypatch.setattr(encoder, "encode", meeting)
+    one = Embed(copied, EmbedConfig())
+    for item in stage.prepare(one)[:2]:
+        stage.work(one, item)
+    assert sizes == [15] * 4
+
+
+@pytest.mark.parametrize("size", [1, 16, 500])
+def test_forward_passes_are_even_and_of_a_size_that_pays(size):
+    for count in range(1, 200):
+        part = embed._part(count, size)
+        sizes = [min(part, count - first) for first in range(0, count, part)]
+        assert sum(sizes) == count and max(sizes) <= min(size, 32)
+        assert len(sizes) > 1 or count < 16 or size == 1
+    assert embed._part(0, size) == 1 and embed._part(64, 128) == 32 and embed._part(65, 128) == 22
 
 
 def test_another_encoder_on_the_same_folder_is_refused_and_named(copied, weights):

@@ -267,3 +267,29 @@ def test_kinds_that_cannot_be_filled_in_parts_are_refused_for_parts(tmp_path, fe
     dataset = made.given(tmp_path, "x", np.array_split(few, 3))
     with pytest.raises(StageFailed, match="HNSW15 cannot be filled in parts"):
         assembly.run(Index(dataset, IndexConfig(key="HNSW15", part_memory="100K")), stage.run)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not index.gpus(), reason="faiss without a GPU")
+@pytest.mark.parametrize("key", ["IVF32,SQ8", "OPQ8_32,IVF32_HNSW8,PQ8x8"])
+def test_a_gpu_finds_what_the_cpu_finds(few, key, monkeypatch):
+    queries = {}
+    recall = {}
+    for where in ("gpu", "cpu"):
+        if where == "cpu":
+            monkeypatch.setattr(index, "gpus", lambda: 0)
+        recall[where] = index.build(few, IndexConfig(key=key, target_recall=1.0))[2]["recall_at_10"]
+        queries[where] = Queries("image", few[:50], np.arange(50))
+        queries[where].look(few, 0)
+    assert recall["gpu"] == pytest.approx(recall["cpu"], abs=0.03)
+    assert (queries["gpu"].ids[:, :10] == queries["cpu"].ids[:, :10]).mean() > 0.99
+    np.testing.assert_allclose(queries["gpu"].scores, queries["cpu"].scores, atol=1e-4)
+
+
+@pytest.mark.parametrize("key", ["IVF32,SQ8", "OPQ8_32,IVF16,PQ8x4"])
+def test_rows_filled_by_their_lists_are_those_filled_at_once(few, key):
+    one = index.trained(key, few, 32)
+    other = faiss.clone_index(one)
+    index.fill(one, few)
+    index.fill_by_lists(other, few, place=lambda centres: centres)
+    assert bytes_of(one) == bytes_of(other)

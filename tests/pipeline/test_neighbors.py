@@ -1,8 +1,14 @@
+import io
+import shutil
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from pipeline import neighbors, stage, storage
-from pipeline.dataset import Dataset, Embeddings
+from pipeline import neighbors, stage, storage, verify
+from pipeline.batches import Batches
+from pipeline.dataset import Dataset, Embeddings, file_of
 from pipeline.index import Index, IndexConfig
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from tests.pipeline import made
@@ -49,7 +55,6 @@ def dataset(database):
 def test_neighbours_are_those_of_brute_force(database, dataset, itself, method, tmp_path):
     own = database if itself else dataset
     target = Dataset(str(tmp_path / "root"), own.name)
-    import shutil
     shutil.copytree(database.root, target.root, ignore=shutil.ignore_patterns("neighbors"))
     base = Dataset(target.root, database.name)
     ids, scores, manifest = found(target, base, k=7, method=method, copy_similarity=2.0)
@@ -166,8 +171,8 @@ def test_empty_shards_are_empty_lists(tmp_path):
 
 def test_a_rebuilt_index_is_opened_anew(tmp_path):
     vectors = made.clustered(400, 16)
-    database = indexed(made.given(tmp_path, "x", [vectors]), key="PQ1x4")
-    poor, _, _ = found(database, database, k=3, candidates=4)
+    database = indexed(made.given(tmp_path, "x", [vectors]), key="IVF30,Flat", target_recall=0.0)
+    poor = found(database, database, k=3, candidates=4)[0].copy()
     stage.run(Index(database, IndexConfig(key="Flat")), rebuild=True)
     manifest = stage.run(Neighbors(database, database, NeighborsConfig(k=3, candidates=4)), rebuild=True)
     again = neighbors.load(database, database)[0]
@@ -184,3 +189,131 @@ def test_other_settings_are_refused(database, dataset):
         found(dataset, database, k=5)
     with pytest.raises(ValueError, match="at least 1"):
         NeighborsConfig(k=0)
+
+
+def column(dataset: Dataset, name: str, values: list) -> None:
+    """Put another column into the metadata of a dataset made of given vectors, and seal it so."""
+    start, tables = 0, {}
+    for record in dataset.manifest("shards")["items"]:
+        table = pq.read_table(dataset.fetch("shards", file_of(record, ".parquet")))
+        buffer = io.BytesIO()
+        kind = pa.uint64() if isinstance(values[0], int) else pa.string()
+        pq.write_table(table.append_column(name, pa.array(values[start:start + len(table)], kind)), buffer)
+        tables[record["id"]] = record["samples"], {f"{record['id']}.parquet": buffer.getvalue()}
+        start += len(table)
+    stage.run(made.Given(dataset, "shards", "shard", tables), rebuild=True)
+
+
+def test_patches_of_the_same_picture_are_left_out(tmp_path):
+    """Every third row is of the same picture, and those are the nearest."""
+    vectors = made.clustered(90, 16)
+    pictures = [storage.short_hash(str(row // 3)).ljust(64, "0") for row in range(90)]
+    for row in range(90):
+        vectors[row] = vectors[row // 3 * 3] + 0.02 * made.clustered(1, 16, seed=row)[0]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    database = made.given(tmp_path, "x", [vectors[:40], vectors[40:]])
+    column(database, "original_sha256", pictures)
+    ids, scores, _ = found(database, database, k=6, method="exact", copy_similarity=2.0)
+    stored = Embeddings(database).all().astype(np.float32)
+    same = np.array(pictures)[:, None] == np.array(pictures)
+    np.testing.assert_allclose(scores, brute_force(stored, stored, 6, same), atol=1e-5)
+    assert (ids // 3 != np.arange(90)[:, None] // 3).all() and scores.max() < 2
+
+
+def test_pictures_that_look_alike_are_left_out_when_asked(tmp_path):
+    vectors = made.clustered(60, 16)
+    database = made.given(tmp_path, "x", [vectors[:20], vectors[20:]])
+    with pytest.raises(ValueError, match=r"no perceptual hashes\nhint: shard it with --duplicates near"):
+        found(database, database, k=3, method="exact", copy_bits=2)
+    hashes = [int(value) for value in np.random.default_rng(0).integers(1 << 62, size=60)]
+    for row in range(30, 60):
+        hashes[row] = hashes[row - 30] ^ (1 << row % 60 | 1)  # two bits apart
+    column(database, "phash", hashes)
+    ids, _, manifest = found(database, database, k=58, method="exact", copy_bits=2, copy_similarity=2.0)
+    for row in range(60):
+        assert set(ids[row]) == set(range(60)) - {row, (row + 30) % 60}
+    assert manifest["section"]["copy_bits"] == 2
+
+
+@pytest.mark.parametrize("method", ["index", "exact"])
+def test_more_copies_than_any_list_of_candidates_holds(tmp_path, method):
+    """Row 0 has two thousand copies by its picture: what is left is still found."""
+    vectors = made.clustered(3000, 16, clusters=3)
+    hashes = [storage.short_hash("same" if row < 2001 else str(row)).ljust(64, "0") for row in range(3000)]
+    database = indexed(made.given(tmp_path, "x", [vectors], hashes), key="IVF16,Flat", target_recall=0.0)
+    ids, scores, _ = found(database, database, k=5, method=method, copy_similarity=2.0)
+    stored = Embeddings(database).all().astype(np.float32)
+    expected = brute_force(stored[:20], stored, 5, np.broadcast_to(np.arange(3000) < 2001, (20, 3000)))
+    if method == "exact":
+        np.testing.assert_allclose(scores[:20], expected, atol=1e-5)
+    assert (ids[:2001] >= 2001).all()
+
+
+def test_vectors_are_written_when_asked_and_batches_read_them(copied):
+    plain = Batches(copied, copied, k=3, global_batch=8, seed=0).at(2)["neighbors"]
+    config = NeighborsConfig(k=4, vectors=True)
+    stage.run(Neighbors(copied, copied, config), rebuild=True)
+    vectors = neighbors.load(copied, copied, ".vectors.npy")
+    ids = np.concatenate(neighbors.load(copied, copied))
+    assert np.concatenate(vectors).dtype == np.float16
+    np.testing.assert_array_equal(np.concatenate(vectors), Embeddings(copied).rows(ids))
+    written = Batches(copied, copied, k=3, global_batch=8, seed=0)
+    assert written.vectors is None
+    np.testing.assert_array_equal(written.at(2)["neighbors"], plain)
+    assert list(verify.folder(copied.root, copied.path(f"neighbors/{copied.label}"))) == []
+
+
+def test_the_manifest_tells_how_often_rows_are_used_and_how_near_they_are(database, dataset, tmp_path):
+    shutil.copytree(database.root, tmp_path / "root", ignore=shutil.ignore_patterns("neighbors"))
+    dataset, database = (Dataset(str(tmp_path / "root"), one.name) for one in (dataset, database))
+    ids, scores, manifest = found(dataset, database, k=6)
+    info = manifest["info"]
+    usage = np.load(dataset.fetch("neighbors/database", file_of(manifest, "usage.npy")))
+    np.testing.assert_array_equal(usage, np.bincount(ids[ids >= 0], minlength=900))
+    assert info["never_used"] == (usage == 0).sum() >= 12 and info["most_used"] == usage.max()
+    assert info["rows"] == 900 and sum(info["scores"]) == (ids >= 0).sum()
+    bins = np.clip((scores[ids >= 0] + 1) * 50, 0, 99).astype(int)
+    assert abs(np.bincount(bins, minlength=100) - info["scores"]).sum() <= 4  # on the bounds
+    assert info["recall"] == 1.0
+
+
+def test_recall_is_measured_against_exact_search(tmp_path):
+    """One list of thirty finds some neighbours; all lists find all."""
+    database = indexed(made.given(tmp_path, "x", np.split(made.clustered(3000, 16, clusters=400), 6)),
+                       key="IVF64,Flat", target_recall=0.0)
+    ids, _, manifest = found(database, database, k=10, checked=300)
+    stored = Embeddings(database).all().astype(np.float32)
+    excluded = np.eye(3000, dtype=bool) | (stored @ stored.T >= 0.98)
+    order = np.argsort(np.where(excluded, 2, -stored @ stored.T), axis=1)[:, :10]
+    real = np.mean([len(np.intersect1d(one, other)) / 10 for one, other in zip(ids, order, strict=True)])
+    assert 0.2 < real < 0.95 and abs(manifest["info"]["recall"] - real) < 0.05
+    assert manifest["info"]["recall_pairs"] == 3000
+    manifest = stage.run(Neighbors(database, database, NeighborsConfig(k=10, probes=8, checked=300)), rebuild=True)
+    assert manifest["info"]["recall"] > real
+    manifest = stage.run(Neighbors(database, database, NeighborsConfig(k=10, probes=64, checked=300)), rebuild=True)
+    assert manifest["info"]["recall"] == 1.0
+
+
+def test_a_database_rebuilt_after_the_plan_is_refused(tmp_path):
+    one = made.given(tmp_path, "x", [made.clustered(30, 16)])
+    planned = Neighbors(one, one, NeighborsConfig(k=2, method="exact"))
+    items = stage.prepare(planned)
+    other = made.clustered(30, 16, seed=8).astype(np.float16)
+    stage.run(made.Given(one, "embeddings", "embed", {"000000": (30, {"000000.npy": made.npy(other)})},
+                         {"encoder": made.ENCODER}), rebuild=True)
+    with pytest.raises(ValueError, match=r"database, embeddings changed since these neighbours were planned\nhint: "):
+        stage.work(planned, items[0])
+
+
+def test_vectors_that_are_no_numbers_are_refused(tmp_path):
+    vectors = made.clustered(30, 16)
+    vectors[7, 3] = np.nan
+    one = made.given(tmp_path, "x", [vectors])
+    with pytest.raises(stage.StageFailed, match="not finite"):
+        found(one, one, method="exact")
+
+
+@pytest.mark.parametrize("options", [{"checked": -1}, {"probes": -1}, {"copy_bits": -2}, {"max_memory": "much"}])
+def test_settings_that_make_no_sense_are_refused(options):
+    with pytest.raises(ValueError):
+        NeighborsConfig(**options)

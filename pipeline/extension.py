@@ -1,0 +1,246 @@
+"""An index made from that of another version, without training: rows that stay keep their codes, others are added.
+
+Ids are the global rows of the new version, so what went is not in the new index, and what stayed is renumbered. The
+result is the same as if the trained index had been filled with all rows of the new version.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import embed
+from pipeline.dataset import Dataset, Embeddings, file_of
+from pipeline.index import (
+    BLOCK,
+    LISTS,
+    Index,
+    IndexConfig,
+    Queries,
+    emptied,
+    error_of,
+    faiss,
+    fill,
+    grows_only,
+    lists_bytes,
+    measured,
+    memory,
+    merge_on_disk,
+    open_of,
+    renumber,
+    within,
+)
+from pipeline.stage import Item, Output, StageFailed
+
+_SAMPLE = 10_000  # rows whose error is measured
+_TINY = 1e-6  # errors are rounded to this
+
+
+class Extension(Index):
+    """The stage from the embeddings of a dataset and the index of another version to index/."""
+
+    def __init__(self, dataset: Dataset, base: Dataset, config: IndexConfig) -> None:
+        super().__init__(dataset, config)
+        self.base = base
+        if base == dataset:
+            raise ValueError(f"{dataset.label} cannot be extended by itself\nhint: --extend names the version that is "
+                             f"indexed already")
+
+    @property
+    def command(self) -> str:
+        return f"{self.dataset.command('index')} --extend {self.base.label}"
+
+    def section(self) -> dict[str, Any]:
+        training = {"key", "train_points", "part_memory"}
+        return {name: value for name, value in super().section().items() if name not in training}
+
+    def inputs(self) -> dict[str, dict[str, Any]]:
+        # Without its path: once the codes are taken over, the base may go.
+        return super().inputs() | {"base": self.base.identity("index") | {"path": ""}}
+
+    def before(self) -> list[Any]:
+        return []
+
+    def plan(self) -> list[Item]:
+        embed.same_encoder(self.dataset, self.base)
+        return [Item("index")]
+
+    def process(self, item: Item, scratch: Path) -> Output:
+        embeddings, config, before = Embeddings(self.dataset), self.config, self.base.manifest("index")["info"]
+        change = compare(self.dataset, self.base)
+        if self.base.sealed("tombstones") and not self.dataset.sealed("tombstones"):
+            logging.getLogger(__name__).warning("index: the tombstones of %s do not hold for %s: name those keys that "
+                                                "are still in it once more, with --tombstone", self.base.label,
+                                                self.dataset.label)
+        index, size = self._filled(embeddings, change, scratch)
+        within(index, size, config)
+        rng = np.random.default_rng((config.seed, 17))
+        drift = self._drift(index, embeddings, change, before, rng)
+        held, own = self._held(change, len(embeddings), rng)
+        queries = [Queries("image", embeddings.rows(own).astype(np.float32), own)]
+        queries += self._texts(rng)
+        for one in queries:
+            for offset, vectors in _blocks(embeddings):
+                one.look(vectors, offset)
+        infos, info, times = measured(index, before["key"], queries, config, size)
+        info |= drift | {"extends": self.base.label, "kept": change.kept, "added": len(change.added),
+                         "removed": change.removed}
+        return self.output(index, infos, info, times, held, scratch)
+
+    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+        info = records[0]["info"]
+        if info["drift"] > self.config.max_drift:
+            raise StageFailed(f"index: the vectors added to {self.base.label} are quantised with {info['drift']} times "
+                              f"the error of its training, --max-drift allows {self.config.max_drift}\n"
+                              f"hint: train anew: {self.dataset.command('index')} --rebuild")
+        return super().finish(records, scratch)
+
+    def _filled(self, embeddings: Embeddings, change: "Change", scratch: Path) -> tuple[Any, int]:
+        """The index with all rows of the new version, and its bytes."""
+        source, index = open_of(self.base, faiss.IO_FLAG_MMAP), emptied(open_of(self.base, faiss.IO_FLAG_MMAP))
+        if grows_only(source):
+            return self._grown(embeddings, change)
+        added = emptied(open_of(self.base, faiss.IO_FLAG_MMAP))
+        for rows in np.split(change.fresh, range(BLOCK, len(change.fresh), BLOCK)):
+            if len(rows):
+                fill(added, embeddings.rows(rows).astype(np.float32))
+        on_disk = lists_bytes(index, len(embeddings)) > memory(self.config.merge_memory, "merge_memory")
+        renumber(index, [(source, change.row_of), (added, change.fresh)], scratch / "loose" if on_disk else None)
+        if on_disk:
+            compact = emptied(open_of(self.base, faiss.IO_FLAG_MMAP))
+            merge_on_disk(compact, [index], scratch / LISTS, shift=False)
+            (scratch / "loose").unlink()
+            return compact, len(faiss.serialize_index(compact)) + (scratch / LISTS).stat().st_size
+        return index, len(faiss.serialize_index(index))
+
+    def _grown(self, embeddings: Embeddings, change: "Change") -> tuple[Any, int]:
+        """A graph with more rows at its end: it can be changed in no other way."""
+        if not np.array_equal(change.row_of, np.arange(len(change.row_of))):
+            raise ValueError(f"the index of {self.base.label} is of a kind that can neither lose rows nor number them "
+                             f"anew\nhint: build this one with {self.dataset.command('index')} --rebuild; a kind with "
+                             f"inverted lists, like --key IVF256,SQ8, can be extended")
+        index = open_of(self.base)
+        fill(index, embeddings.rows(change.fresh).astype(np.float32))
+        return index, len(faiss.serialize_index(index))
+
+    def _drift(self, index: Any, embeddings: Embeddings, change: "Change", before: dict[str, Any],
+               rng: np.random.Generator) -> dict[str, float]:
+        """The error of quantising the added rows beside that of rows held out of training, 1 where nothing was added.
+
+        Rows that training saw are no measure: few of them are hardly quantised, if they are all there was.
+        """
+        at_first = before.get("error_of_held")
+        if at_first is None:  # an index from before that was written down
+            theirs = Embeddings(self.base)
+            at_first = error_of(index, _there(theirs.rows(_some(np.arange(len(theirs)), _SAMPLE, rng))))
+        rows = _there(embeddings.rows(_some(change.added, _SAMPLE, rng)))
+        error = error_of(index, rows)
+        drift = round((error + _TINY) / (at_first + _TINY), 4) if len(rows) else 1.0
+        if drift > self.config.max_drift:
+            logging.getLogger(__name__).warning("index: drift %s: %s was trained on other vectors than these", drift,
+                                                self.base.label)
+        # Handed on: an index that is extended again and again is measured by its training all the same.
+        return {"drift": drift, "error_of_held": at_first, "error_of_added": error}
+
+    def _held(self, change: "Change", count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Rows that training did not see: those known, for the next extension, and those that are queries here.
+
+        Added rows have the share of the queries that they have of all rows.
+        """
+        entry = next((entry for record in self.base.manifest("index")["items"] for entry in record["files"]
+                      if entry["name"] == "held.npy"), None)
+        old = np.load(self.base.fetch("index", entry), allow_pickle=False) if entry else np.empty(0, np.int64)
+        old = change.row_of[old]
+        old, new = np.sort(old[old >= 0]), _some(change.added, self.config.queries, rng)
+        wanted = min(self.config.queries, count // 10)
+        share = max(round(wanted * len(change.added) / count), wanted - len(old))
+        new = _some(new, share, rng)
+        return np.union1d(old, new), np.union1d(_some(old, wanted - len(new), rng), new)
+
+    def _texts(self, rng: np.random.Generator) -> list[Queries]:
+        if "text_embeddings" not in self.inputs():
+            return []
+        texts = Embeddings(self.dataset, "text_embeddings")
+        rows = _there(texts.rows(_some(np.arange(len(texts)), self.config.queries, rng)))
+        return [Queries("text", rows.astype(np.float32))]
+
+
+@dataclass
+class Change:
+    """What became of the rows of a base in another version."""
+
+    row_of: np.ndarray
+    """(N,) the new row of each row of the base whose shard is still there, -1 for the others."""
+    fresh: np.ndarray
+    """The new rows in shards that the base has not, ascending."""
+    added: np.ndarray
+    """Those of them with vectors that the base has not."""
+
+    @property
+    def kept(self) -> int:
+        """Rows of the new version that the base has too."""
+        return int((self.row_of >= 0).sum()) + len(self.fresh) - len(self.added)
+
+    @property
+    def removed(self) -> int:
+        """Rows of the base that are gone."""
+        return len(self.row_of) - self.kept
+
+
+def compare(dataset: Dataset, base: Dataset) -> Change:
+    """Which rows of `base` are where in `dataset`: shards by the hash of their embeddings, what is left row by row."""
+    embeddings, theirs = Embeddings(dataset), Embeddings(base)
+    row_of, fresh = np.full(len(theirs), -1, np.int64), []
+    there: dict[str, list[int]] = defaultdict(list)
+    for number, record in enumerate(theirs.manifest["items"]):
+        there[file_of(record, ".npy")["sha256"]].append(number)
+    for number, record in enumerate(embeddings.manifest["items"]):
+        rows = np.arange(embeddings.offsets[number], embeddings.offsets[number + 1])
+        if same := there[file_of(record, ".npy")["sha256"]]:
+            first = theirs.offsets[same.pop(0)]
+            row_of[first:first + len(rows)] = rows
+        else:
+            fresh.append(rows)
+    left, new = np.flatnonzero(row_of < 0), np.concatenate([np.empty(0, np.int64), *fresh])
+    return Change(row_of, new, new[_unmatched(_marks(embeddings, new), _marks(theirs, left))])
+
+
+def _unmatched(marks: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Where `marks` has more of a value than `others`, for the last of them; (N,) bool."""
+    order = np.argsort(marks, kind="stable")
+    ordered = marks[order]
+    number = np.arange(len(marks)) - np.searchsorted(ordered, ordered)  # how many of the same came before
+    others = np.sort(others)
+    have = np.searchsorted(others, ordered, side="right") - np.searchsorted(others, ordered)
+    out = np.empty(len(marks), bool)
+    out[order] = number >= have
+    return out
+
+
+def _marks(embeddings: Embeddings, rows: np.ndarray) -> np.ndarray:
+    """A number for each row that only equal vectors share, (N,) uint64."""
+    factors = np.random.default_rng(0).integers(0, 1 << 63, embeddings.dim, np.uint64) * np.uint64(2) + np.uint64(1)
+    parts = [embeddings.rows(some).view(np.uint16).astype(np.uint64) @ factors
+             for some in np.split(rows, range(BLOCK // 8, len(rows), BLOCK // 8))]
+    return np.concatenate(parts)
+
+
+def _blocks(embeddings: Embeddings) -> Iterator[tuple[int, np.ndarray]]:
+    """All rows in float32, some at a time, with the number of the first."""
+    for offset, shard in zip(embeddings.offsets[:-1], embeddings.shards, strict=True):
+        for start in range(0, len(shard), BLOCK):
+            yield int(offset) + start, np.asarray(shard[start:start + BLOCK], np.float32)
+
+
+def _some(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """At most `count` of some rows, ascending."""
+    return rows if len(rows) <= count else np.sort(rng.choice(rows, max(0, count), replace=False))
+
+
+def _there(rows: np.ndarray) -> np.ndarray:
+    """Without the rows of zeros, which mark pictures that did not decode."""
+    return rows[rows.any(1)]

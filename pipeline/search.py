@@ -1,0 +1,286 @@
+"""The nearest rows of many queries at once: blocks of vectors against blocks of queries, or list by list.
+
+Both find more rows than are wanted, by products that are quick and a little off, and leave it to `settle` to leave out
+copies and to rank what is left by float32 products that do not depend on what else was searched.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.dataset import Embeddings
+from pipeline.index import best
+
+if TYPE_CHECKING:
+    import torch
+
+_GROUP = 32  # rows of which only the best score is looked at first
+_PAIRS = 1 << 15  # exact products made at a time
+# How far a product of two unit vectors may be off: the rounding of both vectors and of the result.
+_OFF = {"bfloat16": 2 ** -8 + 2 ** -9, "float16": 2e-3, "float32": 1e-5}
+
+
+@dataclass
+class Found:
+    """The best rows of each query so far, by products that may be off by `off`."""
+
+    ids: np.ndarray
+    """(Q, m) int64, -1 for none"""
+    scores: np.ndarray
+    """(Q, m) float32, best first; -inf for none"""
+    off: float
+
+    @property
+    def beyond(self) -> np.ndarray:
+        """(Q,) what no row that is not here can exceed; -inf where every row is."""
+        return self.scores[:, -1] + np.float32(self.off)
+
+
+@dataclass
+class Copies:
+    """What rows must not share with a query, and which must not be found."""
+
+    labels: np.ndarray
+    """(N, L) uint64 of the database: rows with the same number in a column show the same picture."""
+    similarity: float
+    """Rows at least so similar are copies."""
+    hashes: np.ndarray | None = None
+    """(N,) uint64 perceptual hashes of the database."""
+    bits: int = -1
+    """Rows whose perceptual hashes differ in no more bits are copies; -1: they do not count."""
+    gone: np.ndarray | None = None
+    """(N,) bool: rows that must not be found at all."""
+
+    def among(self, ids: np.ndarray, queries: "Queries", which: np.ndarray) -> np.ndarray:
+        """(P,) whether the rows `ids` (P,) are the queries `which` (P,) themselves or show their pictures."""
+        same = ids == queries.own[which]
+        for column in range(self.labels.shape[1]):
+            same |= self.labels[ids, column] == queries.labels[which, column]
+        if self.gone is not None:
+            same |= self.gone[ids]
+        if self.hashes is not None and self.bits >= 0:
+            assert queries.hashes is not None
+            same |= _differing_bits(self.hashes[ids], queries.hashes[which]) <= self.bits
+        return same
+
+
+@dataclass
+class Queries:
+    """Vectors whose neighbours are wanted, and what is known of the pictures."""
+
+    vectors: np.ndarray
+    """(Q, D) float32"""
+    own: np.ndarray
+    """(Q,) int64 row of the database that a query is, -1 if it is none"""
+    labels: np.ndarray
+    """(Q, L) uint64, as in `Copies`"""
+    hashes: np.ndarray | None = None
+    """(Q,) uint64"""
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def __getitem__(self, part: np.ndarray) -> "Queries":
+        return Queries(self.vectors[part], self.own[part], self.labels[part],
+                       None if self.hashes is None else self.hashes[part])
+
+
+def _differing_bits(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return _BITS[(one ^ other)[..., None].view(np.uint8)].sum(-1)
+
+
+_BITS = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
+
+
+def exhaustive(vectors: np.ndarray, database: Embeddings, m: int, memory: int) -> Found:
+    """The m best of all rows for each of (Q, D) float32 queries, by matrix products in half precision.
+
+    `memory`: bytes for the blocks.
+    """
+    import torch
+
+    device, dtype = where()
+    blocks = Blocks(len(vectors), database.dim, memory, device.type)
+    queries = torch.from_numpy(vectors).to(device, dtype)
+    ids = torch.full((len(vectors), m), -1, dtype=torch.int64, device=device)
+    scores = torch.full((len(vectors), m), -torch.inf, device=device)
+    for first, rows in database.blocks(blocks.rows):
+        there = np.flatnonzero(rows.any(1))  # rows of zeros are pictures that did not decode
+        if not len(there):
+            continue
+        count = len(there)
+        padded = np.zeros((-(-count // _GROUP) * _GROUP, database.dim), np.float16)
+        padded[:count] = rows if len(there) == len(rows) else rows[there]
+        block = torch.from_numpy(padded).to(device, dtype)
+        numbers = torch.from_numpy(there + first).to(device)
+        for start in range(0, len(vectors), blocks.queries):
+            part = slice(start, start + blocks.queries)
+            products = torch.mm(block, queries[part].T)
+            ids[part], scores[part] = _joined(products, count, numbers, ids[part], scores[part])
+    name = str(dtype).removeprefix("torch.")
+    return Found(ids.cpu().numpy(), scores.cpu().numpy(), _OFF[name])
+
+
+def _joined(products: "torch.Tensor", count: int, numbers: "torch.Tensor", ids: "torch.Tensor",
+            scores: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
+    """The best of (Q, m) `ids` and `scores`, and of the first `count` rows of (R, Q) products, whose ids are `numbers`.
+
+    A block is searched in groups of rows: hardly any has a score that matters, once some blocks were seen.
+    """
+    import torch
+
+    wanted = scores.shape[1]
+    least = scores[:, -1]
+    groups = products.view(-1, _GROUP, products.shape[1])
+    # Compared as they are, for a cast would go over all of them: rounded down, so that nothing is missed.
+    floor = least.to(products.dtype)
+    promising = torch.nonzero(groups.amax(1) > torch.where(floor.float() > least, torch.nextafter(
+        floor, torch.full_like(floor, -torch.inf)), floor))
+    if len(promising) * _GROUP > products.numel() // 4:
+        products[count:] = -torch.inf
+        values, places = products.topk(min(wanted, count), 0)
+        values, rows = values.T.float(), numbers[places.T]
+    else:
+        group, query = promising.T
+        values = groups[group, :, query].float()
+        inside = torch.arange(_GROUP, device=products.device)
+        places = group[:, None] * _GROUP + inside
+        values[(places >= count) | (values <= least[query, None])] = -torch.inf
+        values, rows = _by_query(values, numbers[places.clamp(max=count - 1)], query, len(least))
+    every, order = torch.cat([scores, values], 1).topk(wanted, 1)
+    return torch.cat([ids, rows], 1).gather(1, order), every
+
+
+def _by_query(values: "torch.Tensor", rows: "torch.Tensor", query: "torch.Tensor", count: int
+              ) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """(H, G) values and rows of some queries as (Q, W), those of each query together, -inf and -1 for none."""
+    import torch
+
+    hit, inside = torch.nonzero(values > -torch.inf).T
+    owner = query[hit]
+    order = torch.argsort(owner, stable=True)
+    owner = owner[order]
+    amounts = torch.bincount(owner, minlength=count)
+    place = torch.arange(len(owner), device=owner.device) - (amounts.cumsum(0) - amounts)[owner]
+    width = int(amounts.max()) if len(owner) else 0
+    spread = torch.full((count, width), -torch.inf, device=values.device)
+    spread_rows = torch.full((count, width), -1, dtype=torch.int64, device=values.device)
+    spread[owner, place] = values[hit, inside][order]
+    spread_rows[owner, place] = rows[hit, inside][order]
+    return spread, spread_rows
+
+
+@dataclass
+class Blocks:
+    """How many rows and queries are multiplied at a time: (rows, queries), from the bytes there are."""
+
+    rows: int
+    queries: int
+
+    def __init__(self, queries: int, dim: int, memory: int, device: str) -> None:
+        largest = 4096 if device == "cpu" else 16384
+        self.queries = max(1, min(queries, largest))
+        # A block in its two precisions, and its products with their maxima and what is chosen.
+        fitting = memory // (dim * 6 + self.queries * 4)
+        self.rows = int(np.clip(fitting // _GROUP * _GROUP, _GROUP, 8192 if device == "cpu" else 1 << 18))
+
+
+def where() -> tuple["torch.device", "torch.dtype"]:
+    """The device and the precision in which it multiplies fastest: float16 as stored on a GPU."""
+    import torch
+
+    from pipeline.clip import fastest
+
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.float16
+    device = torch.device("cpu")
+    return device, torch.bfloat16 if fastest(device) == "bf16" else torch.float32
+
+
+def by_list(vectors: np.ndarray, probes: np.ndarray, lists: Callable[[np.ndarray], Iterator[tuple[int, np.ndarray,
+            np.ndarray]]], m: int) -> Found:
+    """The m best for each of (Q, D) float32 queries, of the rows in the lists `probes` (Q, P) of each.
+
+    `lists` gives (list, row ids (n,), vectors (n, D) float32) for some lists, in their order. Every list is read once,
+    and multiplied by all queries that look into it.
+    """
+    import torch
+
+    queries = torch.from_numpy(vectors)
+    ids = torch.full((len(vectors), m), -1, dtype=torch.int64)
+    scores = torch.full((len(vectors), m), -torch.inf)
+    order = np.argsort(probes, axis=None, kind="stable")
+    wanted, starts = np.unique(probes.ravel()[order], return_index=True)
+    owners = dict(zip(wanted.tolist(), np.split(order // probes.shape[1], starts[1:]), strict=True))
+    for number, numbers, rows in lists(wanted[wanted >= 0]):
+        if not len(numbers):
+            continue
+        which = torch.from_numpy(owners[number])
+        values, places = (queries[which] @ torch.from_numpy(rows).T).topk(min(m, len(numbers)), 1)
+        before = scores[which]
+        better = values[:, 0] > before[:, -1]
+        if not better.all():
+            which, values, places, before = which[better], values[better], places[better], before[better]
+        every, best_ = torch.cat([before, values], 1).topk(m, 1)
+        scores[which] = every
+        ids[which] = torch.cat([ids[which], torch.from_numpy(numbers)[places]], 1).gather(1, best_)
+    return Found(ids.numpy(), scores.numpy(), _OFF["float32"])
+
+
+def settle(found: Found, queries: Queries, database: Embeddings, copies: Copies, k: int
+           ) -> tuple[np.ndarray, np.ndarray]:
+    """The k best rows that are no copies, of those that were found: ids (Q, k) and exact scores (Q, k)."""
+    ids, rough = found.ids.copy(), found.scores.copy()
+    which, place = np.nonzero(ids >= 0)
+    gone = copies.among(ids[which, place], queries, which)
+    rough[which[gone], place[gone]] = -np.inf
+    # What is a copy for sure needs no exact product, nor what comes after k that are none for sure.
+    rough[rough >= copies.similarity + found.off] = -np.inf
+    sure = np.where(rough < copies.similarity - found.off, rough, -np.inf)
+    if sure.shape[1] > k:
+        least = -np.partition(-sure, k - 1, axis=1)[:, k - 1] - 2 * found.off
+        rough[rough < least[:, None]] = -np.inf
+    which, place = np.nonzero(rough > -np.inf)
+    scores = np.full(rough.shape, -np.inf, np.float32)
+    scores[which, place] = products(database, ids[which, place], queries.vectors, which)
+    scores[scores >= copies.similarity] = -np.inf
+    return best(ids, scores, k)
+
+
+def products(database: Embeddings, ids: np.ndarray, vectors: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """(P,) float32 inner products of the rows `ids` (P,) with the queries `which` (P,) of (Q, D), each for itself."""
+    scores = np.empty(len(ids), np.float32)
+    for start in range(0, len(ids), _PAIRS):
+        part = slice(start, start + _PAIRS)
+        rows = database.rows(ids[part]).astype(np.float32)
+        scores[part] = np.einsum("pd,pd->p", rows, vectors[which[part]])
+        scores[part][~rows.any(1)] = -np.inf  # pictures that did not decode
+        database.let_go()
+    return scores
+
+
+def masked(queries: Queries, database: Embeddings, copies: Copies, k: int, memory: int
+           ) -> tuple[np.ndarray, np.ndarray]:
+    """As `settle` for all rows of the database, however many of them are copies; for few queries, for it is slow."""
+    ids, scores = np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32)
+    at_once = max(1, min(len(queries), memory // (32 * 1024)))
+    for first, rows in database.blocks(1024):
+        vectors = rows.astype(np.float32)
+        there = np.flatnonzero(vectors.any(1))
+        here = np.full((len(queries), len(rows)), -np.inf, np.float32)
+        for start in range(0, len(queries), at_once):
+            part = np.arange(start, min(start + at_once, len(queries)))
+            which, place = (index.ravel() for index in np.meshgrid(part, there, indexing="ij"))
+            rough = queries.vectors[part] @ vectors[there].T
+            rough[copies.among(first + place, queries, which).reshape(rough.shape)] = -np.inf
+            here[np.ix_(part, there)] = rough
+        every = np.broadcast_to(first + np.arange(len(rows)), here.shape)
+        # A few more than k: the products of a block are not to the last bit those that rank.
+        found = best(every, np.where(here >= copies.similarity + 1e-5, -np.inf, here), k + 8)
+        ids, scores = best(np.hstack([ids, found[0]]), np.hstack([scores, found[1]]), k + 8)
+    which, place = np.nonzero(ids >= 0)
+    scores[which, place] = products(database, ids[which, place], queries.vectors, which)
+    scores[scores >= copies.similarity] = -np.inf
+    return best(ids, scores, k)

@@ -1,0 +1,77 @@
+"""Samples that searches must not find any more, though they are still in a dataset and its index.
+
+    tombstones/   rows.npy, the global rows of the keys that were named; the keys themselves are not kept
+
+Nothing is built anew: whoever searches the database leaves these rows out. The next version does without them.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import storage
+from pipeline.dataset import Dataset, metadata
+from pipeline.stage import Entry, Item, Output, Stage
+
+
+class Tombstones(Stage):
+    """The stage from a file of keys, one in each line, to the rows that they have in a dataset."""
+
+    name = "tombstones"
+
+    def __init__(self, dataset: Dataset, keys: str) -> None:
+        super().__init__(dataset.root, dataset.path("tombstones"), None)
+        self.dataset, self.keys = dataset, storage.normal(keys)
+
+    @property
+    def command(self) -> str:
+        return self.dataset.command("tombstones")
+
+    @property
+    def elsewhere(self) -> str:
+        return "name all keys in one file"
+
+    def section(self) -> dict[str, Any]:
+        return {}
+
+    def inputs(self) -> dict[str, dict[str, Any]]:
+        told = hashlib.sha256("\n".join(sorted(self._named())).encode()).hexdigest()
+        return {"shards": self.dataset.identity("shards"), "keys": {"path": "", "digest": told}}
+
+    def plan(self) -> list[Item]:
+        return [Item("tombstones")]
+
+    def process(self, item: Item, scratch: Path) -> Output:
+        named, rows, offset = self._named(), [], 0
+        found: set[str] = set()
+        for record in self.dataset.manifest("shards")["items"]:
+            keys = [row["key"] for row in metadata(self.dataset, record, ["key"])]
+            rows += [offset + position for position, key in enumerate(keys) if key in named]
+            found.update(named.intersection(keys))
+            offset += record["samples"]
+        np.save(scratch / "rows.npy", np.array(rows, np.int64), allow_pickle=False)
+        return Output(samples=len(rows), files={"rows.npy": scratch / "rows.npy"},
+                      ledger=[Entry(key, "not in this dataset") for key in sorted(named - found)])
+
+    def _named(self) -> set[str]:
+        try:
+            text = storage.read_bytes(self.keys).decode()
+        except FileNotFoundError:
+            raise ValueError(f"there is no file {self.keys}\nhint: --tombstone names a text file with a key in each "
+                             f"line") from None
+        named = {line.strip() for line in text.splitlines()} - {""}
+        if not named:
+            raise ValueError(f"{self.keys} names no key\nhint: a text file with a key in each line")
+        return named
+
+
+def rows(dataset: Dataset) -> np.ndarray:
+    """The rows of a dataset that must not be found, ascending (T,) int64; ValueError if its shards changed since."""
+    if not dataset.sealed("tombstones"):
+        return np.empty(0, np.int64)
+    dataset.identity("tombstones")
+    entry = dataset.manifest("tombstones")["items"][0]["files"]
+    return np.load(dataset.fetch("tombstones", next(one for one in entry if one["name"] == "rows.npy")),
+                   allow_pickle=False)

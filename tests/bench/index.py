@@ -1,0 +1,229 @@
+"""Recall, seconds and memory of building an index, beside autofaiss's build_index.
+
+    python tests/bench/index.py [--vectors 500000] [--memory 100M] [--repeats 3] [--work FOLDER]
+
+Both read the same sealed embeddings (clustered unit vectors as float16, made from a seed) and may use the same memory
+for the index; with the default they choose the same kind. autofaiss runs with its defaults otherwise, on one core and
+on two. Recall is that of new queries against exact search: of each index with the effort that its builder chose, and of
+both with the same. The runs take turns. Prints a Markdown table of medians; every run is in index.json in the work
+folder. Exit 1 if a build ends without an index.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import photographs
+from download import CHECKOUT, Failed, Usage, machine, measured, versions
+
+sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
+from pipeline import stage
+from pipeline.dataset import Dataset, Embeddings
+from pipeline.stage import Item, Output, Stage
+
+_PER_SHARD = 10_000
+_QUERIES = 1000
+_SAME_EFFORT = 32
+_DEPTH = 10
+_NAME = "bench"
+
+
+@dataclass
+class Result:
+    """One build, and what its index finds."""
+
+    who: str
+    wall_s: float
+    cpu_s: float
+    peak_mb: float
+    others_cores: float
+    key: str
+    parameter: str
+    bytes: int
+    recall: float
+    recall_same_effort: float
+    query_ms: float
+
+
+class Clustered(Stage):
+    """Embeddings of pictures that there are not: unit vectors around seeded centres, in shards."""
+
+    name = "embed"
+
+    def __init__(self, dataset: Dataset, count: int, dim: int, clusters: int) -> None:
+        super().__init__(dataset.root, dataset.path("embeddings"), None)
+        self.count, self.dim, self.clusters = count, dim, clusters
+
+    def section(self) -> dict[str, Any]:
+        return {"count": self.count, "dim": self.dim, "clusters": self.clusters}
+
+    def plan(self) -> list[Item]:
+        return [Item(f"{first // _PER_SHARD:06d}", {"first": first, "count": min(_PER_SHARD, self.count - first)})
+                for first in range(0, self.count, _PER_SHARD)]
+
+    def process(self, item: Item, scratch: Path) -> Output:
+        path = scratch / f"{item.id}.npy"
+        vectors = clustered(item.inputs["count"], self.dim, self.clusters, item.inputs["first"])
+        np.save(path, vectors.astype(np.float16), allow_pickle=False)
+        return Output(samples=len(vectors), files={path.name: path})
+
+    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+        return Output(info={"encoder": {"model": "clustered", "dim": self.dim}})
+
+
+def clustered(count: int, dim: int, clusters: int, seed: int) -> np.ndarray:
+    """Unit vectors (count, dim) float32 around centres that are the same for all seeds; clusters differ in size.
+
+    Around a centre they spread along few directions, as the embeddings of pictures do.
+    """
+    rng = np.random.default_rng((1, dim))
+    centres = rng.standard_normal((clusters, dim), np.float32)
+    shares = rng.pareto(1.5, clusters) + 0.2
+    basis = rng.standard_normal((64, dim), np.float32) / 8
+    rng = np.random.default_rng((2, seed))
+    vectors = centres[rng.choice(clusters, count, p=shares / shares.sum())]
+    vectors += rng.standard_normal((count, 64), np.float32) @ basis
+    vectors += 0.3 * rng.standard_normal((count, dim), np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def exact(dataset: Dataset, queries: np.ndarray) -> np.ndarray:
+    """The ids of the nearest rows of every query, (Q, 10)."""
+    from pipeline.index import Queries
+    asked, embeddings = Queries("image", queries), Embeddings(dataset)
+    for offset, shard in zip(embeddings.offsets[:-1], embeddings.shards, strict=True):
+        asked.look(np.asarray(shard, np.float32), int(offset))
+    return asked.ids[:, :_DEPTH]
+
+
+def looked_at(path: Path, queries: np.ndarray, nearest: np.ndarray) -> dict[str, Any]:
+    """recall@10 of an index as its builder left it, milliseconds a query, and recall@10 with the effort of all."""
+    import faiss
+    index = faiss.read_index(str(path))
+
+    def recall() -> float:
+        found = index.search(queries, _DEPTH)[1]
+        return float(np.mean([len(np.intersect1d(a, b)) for a, b in zip(nearest, found, strict=True)]) / _DEPTH)
+
+    begin = time.perf_counter()
+    own = recall()
+    seconds = time.perf_counter() - begin
+    lists = faiss.try_extract_index_ivf(index)
+    parameter = f"nprobe={lists.nprobe}" if lists else ""
+    if lists:
+        lists.nprobe = _SAME_EFFORT
+    return {"recall": round(own, 4), "query_ms": round(1e3 * seconds / len(queries), 3), "parameter": parameter,
+            "recall_same_effort": round(recall(), 4), "bytes": path.stat().st_size}
+
+
+def _peer(folder: str, out: str, memory: str, cores: int) -> None:
+    """Build with autofaiss; prints what it chose."""
+    from autofaiss import build_index
+    _, infos = build_index(folder, index_path=f"{out}/knn.index", index_infos_path=f"{out}/index_infos.json",
+                           max_index_memory_usage=memory, nb_cores=cores)
+    print(json.dumps(infos, default=str))
+
+
+def peer(dataset: Dataset, out: Path, memory: str, cores: int) -> tuple[str, Usage, Path, str]:
+    """autofaiss on so many cores: who, what it used, where its index is, and of which kind."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    usage = measured(["env", f"OMP_NUM_THREADS={cores}", sys.executable, __file__, "--peer",
+                      dataset.folder("embeddings"), "--out", str(out), "--memory", memory, "--cores", str(cores)],
+                     out.with_suffix(".log"))
+    key = json.loads((out / "index_infos.json").read_text())["index_key"]
+    return f"autofaiss, {cores} core{'s' if cores > 1 else ''}", usage, out / "knn.index", key
+
+
+def ours(dataset: Dataset, memory: str, cores: int, workers: int) -> tuple[str, Usage, Path, str]:
+    """The stage in one process with so many threads, or on Ray workers of one core each."""
+    folder = Path(dataset.folder("index"))
+    for name in ("index", "index-training", "index-parts"):
+        shutil.rmtree(dataset.folder(name), ignore_errors=True)
+    how = ["--local"] if not workers else ["--workers", str(workers)]
+    first = ["env", f"OMP_NUM_THREADS={cores}"] if not workers else []
+    usage = measured([*first, sys.executable, "-m", "jobs", "index", _NAME, "--root", dataset.root, "--max-memory",
+                      memory, *how], folder.with_suffix(".log"))
+    who = f"ours, {workers} workers" if workers else f"ours, --local, {cores} core{'s' if cores > 1 else ''}"
+    return who, usage, folder / "knn.index", dataset.manifest("index")["info"]["key"]
+
+
+def table(results: list[Result]) -> str:
+    """Medians as a Markdown table."""
+    names = list(dict.fromkeys(result.who for result in results))
+    lines: list[tuple[str, str, Callable[[Result], float]]] = [
+        ("seconds, whole command", ".0f", lambda one: one.wall_s),
+        ("CPU seconds", ".0f", lambda one: one.cpu_s),
+        ("peak memory (PSS), MB", ".0f", lambda one: one.peak_mb),
+        ("recall@10, own effort", ".4f", lambda one: one.recall),
+        (f"recall@10, nprobe {_SAME_EFFORT}", ".4f", lambda one: one.recall_same_effort),
+        ("ms a query, own effort", ".2f", lambda one: one.query_ms),
+        ("index, MB", ".1f", lambda one: one.bytes / 1e6),
+        ("cores busy with something else", ".2f", lambda one: one.others_cores)]
+    rows = [["", *names], ["---"] * (len(names) + 1)]
+    for title, form, value in lines:
+        rows.append([title, *(f"{statistics.median(value(one) for one in results if one.who == name):{form}}"
+                              for name in names)])
+    for title, text in (("kind", lambda one: one.key), ("own effort", lambda one: one.parameter)):
+        rows.append([title, *(", ".join(sorted({text(one) for one in results if one.who == name})) for name in names)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vectors", type=int, default=500_000)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--clusters", type=int, default=4000)
+    parser.add_argument("--memory", default="100M", help="that the index may have")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--cores", type=int, nargs="+", default=[1, 2], help="of those that run in one process")
+    parser.add_argument("--only", choices=("peer", "ours"), help="leave the other out")
+    parser.add_argument("--work", default="", help="default: rdm-bench in the temporary folder")
+    parser.add_argument("--peer", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--out", default="", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.peer:
+        _peer(given.peer, given.out, given.memory, given.cores[0])
+        return 0
+    work = photographs.work_folder(given.work)
+    dataset = Dataset(str(work / f"vectors-{given.vectors}-{given.dim}-{given.clusters}"), _NAME)
+    stage.run(Clustered(dataset, given.vectors, given.dim, given.clusters))
+    queries = clustered(_QUERIES, given.dim, given.clusters, seed=1 << 40)
+    nearest = exact(dataset, queries)
+    runs: list[Callable[[], tuple[str, Usage, Path, str]]] = []
+    if given.only != "peer":
+        runs += [lambda cores=cores: ours(dataset, given.memory, cores, 0) for cores in given.cores]
+        runs += [lambda: ours(dataset, given.memory, 0, 2)]
+    if given.only != "ours":
+        runs += [lambda cores=cores: peer(dataset, work / "autofaiss", given.memory, cores) for cores in given.cores]
+    results: list[Result] = []
+    try:
+        for _ in range(given.repeats):
+            for run in runs:
+                who, usage, path, key = run()
+                results.append(Result(who, round(usage.wall_s, 2), round(usage.cpu_s, 2), round(usage.peak_mb, 1),
+                                      round(usage.others_cores, 2), key=key, **looked_at(path, queries, nearest)))
+                print(json.dumps(asdict(results[-1])), file=sys.stderr, flush=True)
+    except Failed as failure:
+        print(failure, file=sys.stderr)
+        return 1
+    told = f"{versions()}; autofaiss {importlib.metadata.version('autofaiss')}"
+    (work / "index.json").write_text(json.dumps({"machine": machine(), "versions": told, "vectors": given.vectors,
+                                                 "runs": [asdict(one) for one in results]}, indent=1))
+    print(f"{given.vectors} x {given.dim}, {given.memory} for the index, {given.repeats} runs each in turns; "
+          f"{machine()}; {told}\n")
+    print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

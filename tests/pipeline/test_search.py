@@ -1,0 +1,142 @@
+import numpy as np
+import pytest
+
+from pipeline import search
+from pipeline.dataset import Dataset, Embeddings
+from pipeline.search import Copies, Found, Queries
+from tests.pipeline import made
+
+MEMORY = 64 << 20
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory) -> tuple[Embeddings, np.ndarray]:
+    """Seven shards of unequal lengths, with rows of zeros, and all vectors (3000, 24) float32."""
+    vectors = made.clustered(3000, 24)
+    vectors[500:540] = 0
+    dataset: Dataset = made.given(tmp_path_factory.mktemp("root"), "x",
+                                  np.split(vectors, [1, 33, 33, 700, 2000, 2999]))
+    return Embeddings(dataset), vectors
+
+
+def asked(vectors: np.ndarray) -> Queries:
+    numbers = np.arange(len(vectors), dtype=np.uint64)[:, None] + np.uint64(1 << 40)
+    return Queries(vectors, np.full(len(vectors), -1), numbers)
+
+
+def nobody(count: int) -> Copies:
+    return Copies(np.arange(count, dtype=np.uint64)[:, None], 2.0)
+
+
+def exact(queries: np.ndarray, vectors: np.ndarray, k: int) -> np.ndarray:
+    scores = np.where(vectors.any(1), queries @ vectors.T, -np.inf)
+    return -np.sort(-scores, axis=1)[:, :k]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("rows", [32, 96, 100_000])
+def test_exhaustive_search_misses_no_row_by_more_than_it_says(database, monkeypatch, dtype, rows):
+    import torch
+    embeddings, vectors = database
+    monkeypatch.setattr(search, "where", lambda: (torch.device("cpu"), getattr(torch, dtype)))
+    monkeypatch.setattr(search, "Blocks", lambda *_: type("Of", (), {"rows": rows, "queries": 17}))
+    queries = made.clustered(70, 24, seed=3)
+    found = search.exhaustive(queries, embeddings, 12, MEMORY)
+    products = queries @ vectors.T
+    assert (np.diff(found.scores) <= 0).all() and all(len(set(row)) == 12 for row in found.ids.tolist())
+    assert vectors[found.ids].any(-1).all()
+    taken = np.take_along_axis(products, found.ids, 1)
+    assert abs(taken - found.scores).max() < found.off
+    left = products.copy()
+    np.put_along_axis(left, found.ids, -np.inf, 1)
+    assert (left.max(1) <= found.beyond).all()
+    np.testing.assert_allclose(search.settle(found, asked(queries), embeddings, nobody(3000), 3)[1][:, 0],
+                               exact(queries, vectors, 1)[:, 0], atol=1e-5)
+
+
+def test_of_a_small_database_every_row_is_found(tmp_path):
+    vectors = made.clustered(5, 24)
+    embeddings = Embeddings(made.given(tmp_path, "x", [vectors]))
+    found = search.exhaustive(vectors, embeddings, 9, MEMORY)
+    assert (np.sort(found.ids, 1) == [-1] * 4 + [0, 1, 2, 3, 4]).all() and np.isneginf(found.beyond).all()
+
+
+def test_lists_are_read_once_and_give_the_best_of_what_is_in_them(database):
+    _, vectors = database
+    queries = made.clustered(40, 24, seed=4)
+    rng = np.random.default_rng(0)
+    owner = rng.integers(11, size=len(vectors))
+    owner[owner == 7] = 8  # one list is empty
+    probes = np.stack([rng.permutation(11)[:3] for _ in queries])
+    probes[0, 2] = -1
+    read = []
+
+    def lists(wanted):
+        for number in wanted:
+            read.append(int(number))
+            rows = np.flatnonzero(owner == number)
+            yield int(number), rows, vectors[rows]
+
+    found = search.by_list(queries, probes, lists, 6)
+    assert read == sorted(set(probes[probes >= 0].tolist()))
+    for query, its, ids, scores in zip(queries, probes, found.ids, found.scores, strict=True):
+        there = np.flatnonzero(np.isin(owner, its))
+        best = there[np.argsort(-(vectors[there] @ query), kind="stable")][:6]
+        np.testing.assert_allclose(scores, vectors[best] @ query, atol=1e-5)
+        np.testing.assert_allclose(vectors[ids] @ query, scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("off", [1e-5, 0.05, np.inf])
+def test_ranking_leaves_out_copies_and_is_exact_however_rough_the_products_were(database, off):
+    embeddings, vectors = database
+    queries = made.clustered(30, 24, seed=5)
+    products = np.where(vectors.any(1), queries @ vectors.T, -np.inf)
+    order = np.argsort(-products, axis=1)[:, :400]
+    scores = np.take_along_axis(products, order, 1)
+    noise = np.random.default_rng(1).uniform(-0.9, 0.9, scores.shape) * (0 if np.isinf(off) else off)
+    rough = (scores + noise).astype(np.float32)
+    again = np.argsort(-rough, axis=1)
+    found = Found(np.take_along_axis(order, again, 1), np.take_along_axis(rough, again, 1), off)
+    copies = nobody(3000)
+    copies.similarity = 0.9
+    its = asked(queries)
+    its.own[3] = order[3, 0]
+    its.labels[4] = copies.labels[order[4, 1]]
+    ids, got = search.settle(found, its, embeddings, copies, 10)
+    allowed = products.copy()
+    allowed[allowed >= 0.9] = -np.inf
+    allowed[3, order[3, 0]] = allowed[4, order[4, 1]] = -np.inf
+    np.testing.assert_allclose(got, -np.sort(-allowed, axis=1)[:, :10], atol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(products, ids, 1), got, atol=1e-5)
+    masked_ids, masked = search.masked(its, embeddings, copies, 10, MEMORY)
+    np.testing.assert_array_equal(masked_ids, ids)
+    np.testing.assert_array_equal(masked, got)
+
+
+def test_perceptual_hashes_count_as_copies_up_to_so_many_bits():
+    hashes = np.array([0, 0b1, 0b111, 1 << 63 | 0b11, (1 << 64) - 1], np.uint64)
+    queries = Queries(np.ones((1, 2), np.float32), np.array([-1]), np.array([[9]], np.uint64), np.zeros(1, np.uint64))
+    copies = Copies(np.arange(5, dtype=np.uint64)[:, None], 2.0, hashes, 3)
+    assert copies.among(np.arange(5), queries, np.zeros(5, int)).tolist() == [True, True, True, True, False]
+    copies.bits = 0
+    assert copies.among(np.arange(5), queries, np.zeros(5, int)).tolist() == [True] + [False] * 4
+
+
+def test_a_product_does_not_depend_on_what_is_searched_beside_it(database):
+    embeddings, _ = database
+    queries = made.clustered(64, 24, seed=6)
+    ids, which = np.arange(0, 2500, 5), np.arange(500) % 64
+    together = search.products(embeddings, ids, queries, which)
+    alone = [search.products(embeddings, ids[place:place + 1], queries, which[place:place + 1])[0]
+             for place in range(0, 500, 7)]
+    np.testing.assert_array_equal(together[::7], alone)
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_what_the_cpu_finds(database):
+    embeddings, vectors = database
+    queries = made.clustered(70, 24, seed=3)
+    assert search.where()[0].type == "cuda"
+    found = search.exhaustive(queries, embeddings, 40, MEMORY)
+    np.testing.assert_allclose(search.settle(found, asked(queries), embeddings, nobody(3000), 9)[1],
+                               exact(queries, vectors, 9), atol=1e-5)
