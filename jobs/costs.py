@@ -178,20 +178,25 @@ def neighbors_exact(build: Build, rates: Rates) -> Cost:
 
 
 def neighbors_index(build: Build, rates: Rates) -> Cost:
-    """2 D (numbers of rows compared) / rate + M / laying rate for each worker; what else, as if exact.
+    """2 D pairs compared / rate + rows read / reading rate + M / laying rate for each worker; what else, as if exact.
 
-    Compared are N M nprobe / lists rows, and M for each of the samples whose recall is checked. Each worker lays the
-    vectors out by itself, as if none had a node in common with another. Where an index has no lists, or a quarter of
-    them would be looked into, all rows are compared.
+    Each sample is compared with M nprobe / lists rows, with all if its recall is checked. A list is read once for the
+    samples of a shard, so of few lists nearly all are read for every shard, from a worker's disk where they are more
+    than it may keep. Each worker lays the vectors out by itself, as if none had a node in common with another. Where an
+    index has no lists, or a quarter of them would be looked into, all rows are compared.
     """
     key, one = index_key(build, rates), rates.approximate
-    rows = compared_rows(key, build.pictures, build.database, build.settings.neighbors, one.nprobe)
-    if rows is None:
+    pairs = compared_rows(key, build.pictures, build.database, build.settings.neighbors, one.nprobe)
+    if pairs is None:
         return replace(neighbors_exact(build, rates), stage="neighbors, index")
-    copies = min(build.shards(build.pictures), build.workers)
-    seconds = 2.0 * rows * build.dim / one.flop_per_s + copies * build.database / one.laid_per_s
-    fetched = index_bytes(build, rates) + _vectors(build.database, build)
-    return _neighbors("neighbors, index", build, rates, seconds, fetched * copies, False)
+    shards, vectors = build.shards(build.pictures), _vectors(build.database, build)
+    copies = min(shards, build.workers)
+    rows = read_rows(key, build.pictures, shards, build.database, build.settings.neighbors, one.nprobe)
+    seconds = (2.0 * pairs * build.dim / one.flop_per_s + rows / one.read_per_s
+               + copies * build.database / one.laid_per_s)
+    fetched = (index_bytes(build, rates) + vectors) * copies
+    again = 2.0 * rows * build.dim if vectors > build.memory else 0.0
+    return _neighbors("neighbors, index", build, rates, seconds, fetched + again, False)
 
 
 def train(build: Build, rates: Rates) -> Cost:
@@ -262,6 +267,17 @@ def compared_rows(key: str, pictures: int, rows: int, config: NeighborsConfig, n
     else:
         return None
     return float(pictures) * each + float(min(pictures, config.checked)) * rows
+
+
+def read_rows(key: str, pictures: int, shards: int, rows: int, config: NeighborsConfig, nprobe: int) -> float:
+    """Database rows that are read list by list for all shards: of the lists that any sample of a shard looks into.
+
+    As if samples chose lists at random; they are alike, and choose fewer.
+    """
+    lists, probes = _lists(key), config.probes or nprobe
+    if not lists or probes >= lists:
+        return 0.0
+    return shards * rows * (1.0 - (1.0 - probes / lists) ** (pictures / shards))
 
 
 def _lists(key: str) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jobs import tracking
-from jobs.costs import compared_rows, training_flop
+from jobs.costs import compared_rows, read_rows, training_flop
 from jobs.rates import ApproximateRates, EmbedRates, ExactRates, IndexRates, Rates, ShardRates, TrainRates
 from jobs.runs import Run
 from model import flop
@@ -143,14 +143,17 @@ def _neighbors(datasets: list[Dataset], base: Rates, gpu: bool) -> tuple[ExactRa
                     sums.update({"exact": 2.0 * count * rows * dim, "exact_s": seconds})
                     continue
                 nprobe = probes
-                sums.update({"listed": 2.0 * compared * dim, "listed_s": seconds, "laid": rows})
+                sums.update({"listed": 2.0 * compared * dim, "listed_s": seconds, "laid": rows, "read": read_rows(
+                    info["key"], count, manifest["totals"]["items"], rows, config, probes)})
     exact = ExactRates(sums["exact"] / max(sums["exact_s"], 1e-9), gpu) if sums["exact"] else None
     if not sums["listed"]:
         return exact, None
-    # How its seconds divide it does not say: laying out takes what it would elsewhere, half of them at most.
-    laying = max(base.approximate.laid_per_s, 2 * sums["laid"] / max(sums["listed_s"], 1e-9))
-    searching = max(sums["listed_s"] - sums["laid"] / laying, 1e-9)
-    return exact, ApproximateRates(sums["listed"] / searching, laying, nprobe)
+    # How its seconds divide it does not say: laying out and reading take what they would elsewhere, half at most.
+    other = sums["laid"] / base.approximate.laid_per_s + sums["read"] / base.approximate.read_per_s
+    faster = max(1.0, 2 * other / max(sums["listed_s"], 1e-9))
+    searching = max(sums["listed_s"] - other / faster, 1e-9)
+    return exact, ApproximateRates(sums["listed"] / searching, faster * base.approximate.laid_per_s,
+                                   faster * base.approximate.read_per_s, nprobe)
 
 
 def _train(root: str, gpu: bool) -> TrainRates | None:

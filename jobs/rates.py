@@ -81,6 +81,8 @@ class ApproximateRates:
     """Of one worker, two for each number of each row in a list that is looked into; everything else is in it."""
     laid_per_s: float
     """Vectors that are laid out list after list, before the first search."""
+    read_per_s: float
+    """Vectors that are read list by list, once for all samples of a shard that look there."""
     nprobe: int
     """Lists that a query looks into."""
 

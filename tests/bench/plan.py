@@ -24,6 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import photographs
 from download import CHECKOUT, machine
 
@@ -48,7 +49,7 @@ from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.pictures import Pictures, PicturesConfig
 from pipeline.shard import Shard, ShardConfig
 
-_ROWS, _QUERIES, _DIM = 160_000, 6000, 512
+_ROWS, _DIM, _KEY = 160_000, 512, "IVF4096_HNSW32,PQ128x8"
 _LOG_EVERY = 5
 _NPROBE = 64  # an assumption: how many lists true vectors take, made ones do not tell
 _LEAST_S = 2.0
@@ -110,7 +111,8 @@ def foretold(known: Rates, pictures: int, settings: Settings) -> dict[str, float
 
 def compare(work: Path, pictures: int, times: int) -> int:
     """Foretell, run, and say how far off it was."""
-    base, shares = tiny(), {}
+    # An index with lists, for one without is searched like all rows.
+    base, shares = replace(tiny(), index=IndexConfig(key="IVF64,SQ8"), neighbors=NeighborsConfig(probes=4)), {}
     # First a few, for a process loads its libraries once, at seconds each.
     for name, size in (("first", 120), ("small", pictures), ("large", pictures * times)):
         steps = max(_LOG_EVERY, size // 20 // _LOG_EVERY * _LOG_EVERY)
@@ -148,8 +150,8 @@ def default_rates(work: Path, out: Path) -> int:
     encoding = Embed(pictures, EmbedConfig("ViT-B-32-quickgelu", _random_weights(work), batch_size=64))
     encoding.setup()
     timed(shares, "embed", lambda: stage.run(encoding))
-    searched_s = _vectors(root, shares)
-    known = measured.rates(str(root), rates.built_in())
+    approximate = _vectors(root, shares)
+    known = replace(measured.rates(str(root), rates.built_in()), approximate=approximate)
     stage.run(Index(pictures, IndexConfig()))
     stage.run(Neighbors(pictures, pictures, NeighborsConfig()))
     unet = UNetConfig(model_channels=128, channel_mult=(1, 2, 4), attention_downsampling=(4, 2), context_dim=512,
@@ -158,8 +160,7 @@ def default_rates(work: Path, out: Path) -> int:
               TrainConfig(steps=6, global_batch=2, log_every=2, checkpoint_every=6, unet=unet))
     timed(shares, "train", lambda: in_processes(job))
     # Neighbours of so few pictures were found for the training alone.
-    known = _of_the_processor(replace(known, train=measured.rates(str(root), known).train), shares,
-                              searched_s)
+    known = _of_the_processor(replace(known, train=measured.rates(str(root), known).train), shares)
     size = sum(path.stat().st_size for path in originals) / len(originals)
     document = rates.document(replace(
         known, shard=replace(known.shard, source_bytes=size), measured=time.strftime("%Y-%m-%d"),
@@ -170,8 +171,8 @@ def default_rates(work: Path, out: Path) -> int:
     return 0
 
 
-def _of_the_processor(known: Rates, shares: Shares, searched_s: float) -> Rates:
-    """Rates by the clock as those of a core that does nothing else; the search by an index took `searched_s`."""
+def _of_the_processor(known: Rates, shares: Shares) -> Rates:
+    """Rates by the clock as those of a core that does nothing else."""
     return replace(
         known,
         shard=replace(known.shard, pictures_per_s=known.shard.pictures_per_s / shares["shard 256"],
@@ -182,22 +183,14 @@ def _of_the_processor(known: Rates, shares: Shares, searched_s: float) -> Rates:
                       vectors_per_s=known.index.vectors_per_s / shares["index"],
                       merged_per_s=known.index.merged_per_s / shares["index"]),
         exact=replace(known.exact, flop_per_s=known.exact.flop_per_s / shares["exact"]),
-        approximate=_searching(known.approximate, shares["approximate"], searched_s),
         train=replace(known.train, flop_per_s=known.train.flop_per_s / shares["train"]))
 
 
-def _searching(known: ApproximateRates, share: float, seconds: float) -> ApproximateRates:
-    """Rates of the search: that of the codes is from a median of milliseconds, which others hardly touch."""
-    ranked = _QUERIES * costs.candidates(NeighborsConfig(), _ROWS) * 2 * _DIM
-    comparing = seconds - ranked / known.ranked_bytes_per_s
-    ranking = max(share * seconds - comparing, 0.1 * share * seconds)
-    return replace(known, ranked_bytes_per_s=ranked / ranking, nprobe=_NPROBE)
-
-
-def _vectors(root: Path, shares: Shares) -> float:
+def _vectors(root: Path, shares: Shares) -> ApproximateRates:
     """A database of made vectors with an index in parts, as tens of millions have, and both searches.
 
-    Returns the seconds by the clock of the search by the index.
+    Returns the rates of the one by lists, in processor seconds: three searches take apart what one does not tell. The
+    first lays the lists out; the second reads as much for few samples as the third for many.
     """
     choice(20_000_000, _DIM, IndexConfig())  # loads what loads once
     encoder = {"model": "given", "weights_sha256": "00", "dim": _DIM}
@@ -205,15 +198,26 @@ def _vectors(root: Path, shares: Shares) -> float:
     parts = [vectors[start:start + 10_000] for start in range(0, _ROWS, 10_000)]
     database = made.given(root, "vectors", parts, encoder=encoder)
     few = made.given(root, "few", parts[:4], encoder=encoder)
-    queries = made.given(root, "queries", [made.clustered(_QUERIES, _DIM, clusters=100, seed=1)], encoder=encoder)
     # Without a rotation, so that nearly all of the training is the clustering, as it is with tens of millions;
     # autofaiss takes such a kind for a larger one than it is.
-    config = IndexConfig(key="IVF4096_HNSW32,PQ128x8", max_memory="100G", part_memory="64M", train_points=100_000,
-                         queries=200, target_recall=0.4)
+    config = IndexConfig(key=_KEY, max_memory="100G", part_memory="64M", train_points=100_000, queries=200,
+                         target_recall=0.4)
     timed(shares, "index", lambda: assembly.run(Index(database, config), stage.run))
-    timed(shares, "approximate", lambda: stage.run(Neighbors(queries, database, NeighborsConfig())))
-    timed(shares, "exact", lambda: stage.run(Neighbors(queries, few, NeighborsConfig(method="exact"))))
-    return queries.manifest("neighbors/vectors")["run"]["seconds"]
+    listed, took = NeighborsConfig(probes=_NPROBE, checked=0), {}
+    for count in (1, 300, 9000):
+        asked = made.given(root, f"queries{count}", [made.clustered(count, _DIM, clusters=100, seed=1)],
+                           encoder=encoder)
+        one = Neighbors(asked, database, listed)
+        timed(shares, f"search {count}", lambda one=one: stage.run(one))
+        took[count] = asked.manifest("neighbors/vectors")["run"]["seconds"] * shares[f"search {count}"]
+    one = Neighbors(asked, few, NeighborsConfig(method="exact"))
+    timed(shares, "exact", lambda: stage.run(one))
+    read = costs.read_rows(_KEY, 300, 1, _ROWS, listed, _NPROBE)
+    more = costs.read_rows(_KEY, 9000, 1, _ROWS, listed, _NPROBE) - read
+    pairs = [costs.compared_rows(_KEY, count, _ROWS, listed, _NPROBE) for count in (300, 9000)]
+    # took = rows read / reading rate + pairs 2 D / rate, twice
+    per_row, per_pair = np.linalg.solve([[read, pairs[0]], [read + more, pairs[1]]], [took[300], took[9000]])
+    return ApproximateRates(2 * _DIM / per_pair, _ROWS / took[1], 1 / per_row, _NPROBE)
 
 
 def _random_weights(work: Path) -> str:

@@ -126,7 +126,12 @@ def test_an_index_without_lists_is_searched_like_all_rows(known: Rates):
     found = by_stage(built(1000, 500), known)
     compared = (1000 / 8 + 20) * 500
     assert found["neighbors, index"].worker_seconds == pytest.approx(
-        2 * compared * 256 / known.approximate.flop_per_s + 500 / known.approximate.laid_per_s)
+        2 * compared * 256 / known.approximate.flop_per_s + 500 / known.approximate.laid_per_s
+        + 20 * 500 * (1 - (7 / 8) ** 50) / known.approximate.read_per_s)
+    vectors, shards = 500 * 256 * 2, 20
+    kept, not_kept = (by_stage(built(1000, 500, memory=memory), known)["neighbors, index"].read
+                      for memory in (vectors, vectors - 1))
+    assert not_kept - kept == pytest.approx(shards * vectors * (1 - (7 / 8) ** 50))
 
 
 def test_shards_and_vectors_of_a_database_of_its_own_are_made_too(known: Rates):
