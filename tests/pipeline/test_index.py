@@ -269,6 +269,23 @@ def test_kinds_that_cannot_be_filled_in_parts_are_refused_for_parts(tmp_path, fe
         assembly.run(Index(dataset, IndexConfig(key="HNSW15", part_memory="100K")), stage.run)
 
 
+def test_the_rotation_leaves_no_larger_error_than_that_of_faiss(few):
+    error = {}
+    for width in (32, 48, 16):
+        theirs = faiss.OPQMatrix(32, 8, width)
+        theirs.train(few)
+        ours = index.rotation(few, width, 8)
+        short = min(32, width)
+        product = ours @ ours.T if width <= 32 else ours.T @ ours
+        np.testing.assert_allclose(product, np.eye(short), atol=1e-4)
+        for who, rows in (("faiss", theirs.apply(few)), ("ours", few @ ours.T)):
+            codebooks = faiss.ProductQuantizer(width, 8, 8)
+            codebooks.train(rows)
+            lost = ((few - few.mean(0)) ** 2).sum() - ((rows - rows.mean(0)) ** 2).sum() if width < 32 else 0.0
+            error[who] = float(((codebooks.decode(codebooks.compute_codes(rows)) - rows) ** 2).sum() + lost)
+        assert error["ours"] < 1.01 * error["faiss"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not index.gpus(), reason="faiss without a GPU")
 @pytest.mark.parametrize("key", ["IVF32,SQ8", "OPQ8_32,IVF32_HNSW8,PQ8x8"])
