@@ -1,5 +1,9 @@
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import faiss
 import numpy as np
@@ -10,6 +14,9 @@ from pipeline.dataset import Dataset, Embeddings
 from pipeline.index import Index, IndexConfig, Queries, Searcher
 from pipeline.stage import StageFailed
 from tests.pipeline import made
+
+
+ROOT = Path(__file__).parents[2]
 
 
 def bytes_of(built_index) -> bytes:
@@ -284,6 +291,19 @@ def test_the_rotation_leaves_no_larger_error_than_that_of_faiss(few):
             lost = ((few - few.mean(0)) ** 2).sum() - ((rows - rows.mean(0)) ** 2).sum() if width < 32 else 0.0
             error[who] = float(((codebooks.decode(codebooks.compute_codes(rows)) - rows) ** 2).sum() + lost)
         assert error["ours"] < 1.01 * error["faiss"]
+
+
+def test_the_rotation_is_the_same_with_any_number_of_threads(tmp_path):
+    script = ("import numpy as np, pipeline.index as index; index._TURNS = 3;"
+              "rows = np.random.default_rng(0).normal(size=(2000, 256)).astype(np.float32);"
+              "np.save('{}', index.rotation(rows, 320, 64))")
+    seen = set()
+    for number in (1, 2, 3):
+        path = tmp_path / f"{number}.npy"
+        settings = os.environ | {"OPENBLAS_NUM_THREADS": str(number), "OMP_NUM_THREADS": str(number)}
+        subprocess.run([sys.executable, "-c", script.format(path)], check=True, env=settings, cwd=ROOT)
+        seen.add(path.read_bytes())
+    assert len(seen) == 1
 
 
 @pytest.mark.gpu
