@@ -189,7 +189,7 @@ class PlanCommand:
     workers: int = 0
     """Workers without a GPU; by default the recipe's."""
     gpus: int = 0
-    """Workers with a GPU each, for embed and train, where the rates are those of GPUs; by default as many as others."""
+    """Workers with a GPU each, for the stages whose rates are those of GPUs; by default as many as others."""
     memory: str = "16G"
     """What a worker may keep of a database that is compared row by row."""
     epochs: float = 0.0
@@ -201,7 +201,7 @@ class PlanCommand:
     measured: Annotated[str, tyro.conf.arg(name="from")] = ""
     """Take the rates from what is sealed below this root."""
     from_gpu: bool = False
-    """There, embed and train had a GPU in each worker."""
+    """There, embed, train and exact neighbours had a GPU in each worker."""
     price_gpu_hour: float | None = None
     """Money for an hour of a worker with a GPU."""
     price_cpu_hour: float | None = None

@@ -7,7 +7,7 @@ the root, written are those that they put there.
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jobs.rates import Rates
 from jobs.settings import Settings
@@ -164,30 +164,34 @@ def index(build: Build, rates: Rates) -> Cost:
 
 
 def neighbors_exact(build: Build, rates: Rates) -> Cost:
-    """2 N M D / rate; read: queries and database; written: N k (8 + 4) bytes, ids and scores.
+    """2 N M D / rate; read: queries and database; written: N k (8 + 4) bytes, ids and scores, and 8 M, how often each.
 
-    The database is read once by each worker, or once for each shard of queries where it is more than a worker may keep.
+    With the neighbours' vectors N k D 2 more. The database is read once by each worker, or once for each shard of
+    queries where it is more than a worker may keep.
     """
-    times = build.shards(build.pictures)
+    times, gpu = build.shards(build.pictures), rates.exact.gpu
     vectors = _vectors(build.database, build)
     if vectors <= build.memory:
-        times = min(times, build.workers)
+        times = min(times, _workers(build, gpu))
     seconds = 2.0 * build.pictures * build.database * build.dim / rates.exact.flop_per_s
-    return _neighbors("neighbors, exact", build, rates, seconds, vectors * times)
+    return _neighbors("neighbors, exact", build, rates, seconds, vectors * times, gpu)
 
 
 def neighbors_index(build: Build, rates: Rates) -> Cost:
-    """N (code bytes compared / rate + C D 2 / ranking rate); read: queries, index and database; written: as if exact.
+    """2 D (numbers of rows compared) / rate + M / laying rate for each worker; what else, as if exact.
 
-    Each worker fetches the index and the database once, onto its disk; candidates are read from there.
+    Compared are N M nprobe / lists rows, and M for each of the samples whose recall is checked. Each worker lays the
+    vectors out by itself, as if none had a node in common with another. Where an index has no lists, or a quarter of
+    them would be looked into, all rows are compared.
     """
-    config = build.settings.neighbors
-    key, size, one = index_key(build, rates), index_bytes(build, rates), rates.approximate
-    each = (compared_bytes(key, size, build.dim, one.nprobe) / one.code_bytes_per_s
-            + candidates(config, build.database) * build.dim * 2 / one.ranked_bytes_per_s)
-    fetched = size + _vectors(build.database, build)
-    return _neighbors("neighbors, index", build, rates, build.pictures * each,
-                      fetched * min(build.shards(build.pictures), build.workers))
+    key, one = index_key(build, rates), rates.approximate
+    rows = compared_rows(key, build.pictures, build.database, build.settings.neighbors, one.nprobe)
+    if rows is None:
+        return replace(neighbors_exact(build, rates), stage="neighbors, index")
+    copies = min(build.shards(build.pictures), build.workers)
+    seconds = 2.0 * rows * build.dim / one.flop_per_s + copies * build.database / one.laid_per_s
+    fetched = index_bytes(build, rates) + _vectors(build.database, build)
+    return _neighbors("neighbors, index", build, rates, seconds, fetched * copies, False)
 
 
 def train(build: Build, rates: Rates) -> Cost:
@@ -244,24 +248,20 @@ def training_flop(key: str, rows: int, dim: int, train_points: int) -> float:
     return found
 
 
-def candidates(config: NeighborsConfig, rows: int) -> int:
-    """Rows that are taken from the index for each query, to be ranked by exact vectors."""
-    return min(rows, max(config.k + 1, config.candidates or 4 * config.k + 20))
-
-
-def compared_bytes(key: str, size: float, dim: int, nprobe: int) -> float:
-    """Bytes that an index of `size` compares with one query: the codes of nprobe lists, or all; and what finds those.
+def compared_rows(key: str, pictures: int, rows: int, config: NeighborsConfig, nprobe: int) -> float | None:
+    """Pairs of samples and database rows that a search by an index compares; None where it compares all.
 
     A graph of M edges compares about M vectors a step and takes as many steps as it is asked for results (Malkov and
-    Yashunin 2018, arXiv:1603.09320), but none twice.
+    Yashunin 2018, arXiv:1603.09320).
     """
-    lists, full = _lists(key), 4 * _inner_dim(key, dim)
+    lists, probes = _lists(key), config.probes or nprobe
     if graph := re.match(r"HNSW(\d+)", key):
-        return nprobe * int(graph[1]) * full
-    if not lists:
-        return size
-    edges = re.search(r"_HNSW(\d+)", key)
-    return size * min(1.0, nprobe / lists) + min(lists, nprobe * int(edges[1]) if edges else lists) * full
+        each = min(rows, probes * int(graph[1]))
+    elif lists and 4 * probes < lists:
+        each = rows * probes / lists
+    else:
+        return None
+    return float(pictures) * each + float(min(pictures, config.checked)) * rows
 
 
 def _lists(key: str) -> int:
@@ -275,13 +275,15 @@ def _inner_dim(key: str, dim: int) -> int:
     return int(found[1]) if found else dim
 
 
-def _neighbors(name: str, build: Build, rates: Rates, seconds: float, database: float) -> Cost:
+def _neighbors(name: str, build: Build, rates: Rates, seconds: float, database: float, gpu: bool) -> Cost:
     config, shards = build.settings.neighbors, build.shards(build.pictures)
-    written = build.pictures * config.k * (8 + 4) + 2 * shards * _HEADER
+    written = build.pictures * config.k * (8 + 4) + 2 * shards * _HEADER + build.database * 8 + _HEADER
+    if config.vectors:
+        written += _vectors(build.pictures * config.k, build) + shards * _HEADER
     # Copies are known by their hashes, which stand in the metadata.
-    hashes = rates.shard.metadata_bytes * (build.pictures + build.database * min(shards, build.workers))
+    hashes = rates.shard.metadata_bytes * (build.pictures + build.database * min(shards, _workers(build, gpu)))
     return _cost(name, build, rates, seconds, shards, read=_vectors(build.pictures, build) + database + hashes,
-                 written=written)
+                 written=written, gpu=gpu)
 
 
 def _cost(name: str, build: Build, rates: Rates, seconds: float, items: int, *, read: float, written: float,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jobs import tracking
-from jobs.costs import candidates, compared_bytes, training_flop
+from jobs.costs import compared_rows, training_flop
 from jobs.rates import ApproximateRates, EmbedRates, ExactRates, IndexRates, Rates, ShardRates, TrainRates
 from jobs.runs import Run
 from model import flop
@@ -24,14 +24,15 @@ _PREPARING = ("read", "decode", "write")
 
 
 def rates(root: str, base: Rates, *, gpu: bool = False) -> Rates:
-    """The rates of what is sealed below `root`, over `base`; `gpu`: embed and train had one in each worker.
+    """The rates of what is sealed below `root`, over `base`; `gpu`: embed, exact search and train had one in each
+    worker.
 
     ValueError if nothing there tells any.
     """
     root = storage.normal(root)
     datasets = [Dataset(root, name, version) for name in storage.folders(storage.join(root, "datasets"))
                 for version in storage.folders(storage.join(root, "datasets", name))]
-    exact, approximate = _neighbors(datasets, base)
+    exact, approximate = _neighbors(datasets, base, gpu)
     found = {"shard": _shard(datasets, base), "embed": _embed(datasets, gpu), "index": _index(datasets, base),
              "exact": exact, "approximate": approximate, "train": _train(root, gpu)}
     sections = {name: one for name, one in found.items() if one is not None}
@@ -124,33 +125,32 @@ def _index(datasets: list[Dataset], base: Rates) -> IndexRates | None:
     return IndexRates(speed, rows / max(filling, 1e-9), merged, key, size, in_parts)
 
 
-def _neighbors(datasets: list[Dataset], base: Rates) -> tuple[ExactRates | None, ApproximateRates | None]:
-    """Of both ways; how long a search of the index alone takes, the index tells that was searched."""
+def _neighbors(datasets: list[Dataset], base: Rates, gpu: bool) -> tuple[ExactRates | None, ApproximateRates | None]:
+    """Of both ways; what an index without lists finds is found by comparing all rows."""
     sums, nprobe = Counter[str](), base.approximate.nprobe
     for dataset in datasets:
         for label in storage.folders(dataset.folder("neighbors")):
             database = Dataset.parse(dataset.root, label)
             for _, manifest in _sealed([dataset], f"neighbors/{label}", "neighbors"):
-                count, dim, seconds = manifest["totals"]["samples"], _dim(dataset), manifest["run"]["seconds"]
+                section, seconds = manifest["section"], manifest["run"]["seconds"]
+                count, dim = manifest["totals"]["samples"], _dim(dataset)
                 rows = database.manifest("embeddings")["totals"]["samples"]
-                config = NeighborsConfig(**{name: manifest["section"][name] for name in ("k", "method", "candidates")})
-                if config.method == "exact":
-                    sums.update({"operations": 2.0 * count * rows * dim, "exact": seconds})
+                config = NeighborsConfig(**{name: section[name] for name in ("k", "method", "probes", "checked")})
+                info = database.manifest("index")["info"] if config.method == "index" else {"key": "", "parameter": ""}
+                probes = config.probes or int(info["parameter"].partition("=")[2] or nprobe)
+                compared = compared_rows(info["key"], count, rows, config, probes)
+                if compared is None:
+                    sums.update({"exact": 2.0 * count * rows * dim, "exact_s": seconds})
                     continue
-                index = database.manifest("index")
-                info, record = index["info"], index["items"][0]
-                nprobe = int(info["parameter"].partition("=")[2] or nprobe)
-                latency = record["run"].get("times", {}).get("milliseconds a query", {})
-                alone = latency.get(info["parameter"] or "all", {}).get("p50", 0.0) / 1e3 * count or seconds / 2
-                searching = min(alone, 0.9 * seconds)
-                sums.update({
-                    "compared": count * compared_bytes(info["key"], index["totals"]["bytes"], dim, nprobe),
-                    "ranked": count * candidates(config, rows) * dim * 2,
-                    "searching": searching, "ranking": seconds - searching})
-    exact = ExactRates(sums["operations"] / max(sums["exact"], 1e-9)) if sums["operations"] else None
-    approximate = ApproximateRates(sums["compared"] / max(sums["searching"], 1e-9),
-                                   sums["ranked"] / max(sums["ranking"], 1e-9), nprobe) if sums["compared"] else None
-    return exact, approximate
+                nprobe = probes
+                sums.update({"listed": 2.0 * compared * dim, "listed_s": seconds, "laid": rows})
+    exact = ExactRates(sums["exact"] / max(sums["exact_s"], 1e-9), gpu) if sums["exact"] else None
+    if not sums["listed"]:
+        return exact, None
+    # How its seconds divide it does not say: laying out takes what it would elsewhere, half of them at most.
+    laying = max(base.approximate.laid_per_s, 2 * sums["laid"] / max(sums["listed_s"], 1e-9))
+    searching = max(sums["listed_s"] - sums["laid"] / laying, 1e-9)
+    return exact, ApproximateRates(sums["listed"] / searching, laying, nprobe)
 
 
 def _train(root: str, gpu: bool) -> TrainRates | None:

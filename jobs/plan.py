@@ -56,7 +56,7 @@ def chosen(command: PlanCommand) -> Rates:
 
 def builds(command: PlanCommand, settings: Settings, used: Rates) -> list[Build]:
     """A build for each combination of pictures and rows; ValueError where GPUs and rates do not go together."""
-    if command.gpus and not (used.embed.gpu or used.train.gpu):
+    if command.gpus and not (used.embed.gpu or used.exact.gpu or used.train.gpu):
         raise ValueError("--gpus: the rates are those of workers without a GPU\nhint: run a sample on GPUs, then plan "
                          "--from ROOT --from-gpu; or rates of your own with \"gpu\": true: --rates FILE")
     for name in ("workers", "gpus", "epochs", "downsampling", "months", "price_gpu_hour", "price_cpu_hour",

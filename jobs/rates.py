@@ -69,18 +69,20 @@ class ExactRates:
 
     flop_per_s: float
     """Of one worker, two for each number of each row for each query; everything around the products is in it."""
+    gpu: bool = False
+    """Whether the worker had a GPU."""
 
 
 @dataclass(frozen=True)
 class ApproximateRates:
-    """Neighbours by an index."""
+    """Neighbours by the lists of an index."""
 
-    code_bytes_per_s: float
-    """Bytes of compressed vectors that one worker compares."""
-    ranked_bytes_per_s: float
-    """Bytes of exact vectors that it fetches and ranks."""
+    flop_per_s: float
+    """Of one worker, two for each number of each row in a list that is looked into; everything else is in it."""
+    laid_per_s: float
+    """Vectors that are laid out list after list, before the first search."""
     nprobe: int
-    """Lists that a query looks into, where the index has any."""
+    """Lists that a query looks into."""
 
 
 @dataclass(frozen=True)
