@@ -171,12 +171,6 @@ class Embeddings:
         if here:
             yield first, finite(np.concatenate(pieces), self.folder)
 
-    def let_go(self) -> None:
-        """Give back the pages that `rows` brought into this process; they may stay in the system's cache."""
-        for shard in self.shards:
-            if len(shard):
-                shard._mmap.madvise(mmap.MADV_DONTNEED)
-
 
 def metadata(dataset: Dataset, record: dict[str, Any], columns: list[str] | None = None) -> list[dict[str, Any]]:
     """The parquet rows of one shard's samples, in the order of its tar; failed rows left out."""

@@ -26,6 +26,7 @@ _BASE = 500 << 20  # what a worker has in memory before it searches: torch, fais
 _LEAST = 64 << 20  # for blocks, whatever the budget
 _SCORES = np.linspace(-1, 1, 101)  # bounds of the bins that scores are counted in
 _MANY = 4  # where one list of so many is looked into, to compare all rows takes no longer
+_GATHERED = 1 << 16  # rows that are laid out at a time
 _WRITTEN = 4096  # rows of neighbours' vectors that are gathered at a time
 
 
@@ -270,7 +271,7 @@ class Opened:
             self._ends = np.load(self._folder / "ends.npy")
 
     def in_lists(self, wanted: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """The rows of some lists, in their order: (list, ids (n,), vectors (n, D) float32)."""
+        """The rows of some lists, in their order: (list, ids (n,), vectors (n, D) float16)."""
         dim = self.embeddings.dim
         with open(self._folder / "vectors", "rb") as vectors, open(self._folder / "ids", "rb") as ids:
             for number in wanted:
@@ -278,22 +279,27 @@ class Opened:
                 ids.seek(8 * start)
                 vectors.seek(2 * dim * start)
                 yield (int(number), np.fromfile(ids, np.int64, end - start),
-                       np.fromfile(vectors, np.float16, (end - start) * dim).reshape(-1, dim).astype(np.float32))
+                       np.fromfile(vectors, np.float16, (end - start) * dim).reshape(-1, dim))
 
 
 def _in_order_of_lists(folder: Path, embeddings: Embeddings, lists: Lists) -> None:
     """The vectors of a database list after list in one file, so that a list is read in one piece."""
-    ends = [0]
+    counts = []
     with open(folder / "vectors", "wb") as vectors, open(folder / "ids", "wb") as numbers:
+        # Many lists at a time: each of them has rows of every shard.
+        some: list[np.ndarray] = []
         for number in range(lists.count):
-            ids = np.sort(lists.ids(number))
-            rows = embeddings.rows(ids)
-            there = rows.any(1)
-            rows[there].tofile(vectors)
-            ids[there].tofile(numbers)
-            ends.append(ends[-1] + int(there.sum()))
-            embeddings.let_go()
-    np.save(folder / "ends.npy", np.array(ends))
+            some.append(np.sort(lists.ids(number)))
+            if number + 1 == lists.count or sum(map(len, some)) >= _GATHERED:
+                ids = np.concatenate(some)
+                rows = embeddings.rows(ids, once=True)
+                there = rows.any(1)
+                rows[there].tofile(vectors)
+                ids[there].tofile(numbers)
+                counts += [int(part.sum()) for part in np.split(there, np.cumsum([len(one) for one in some])[:-1])]
+                some = []
+    ends = np.cumsum([0, *counts])
+    np.save(folder / "ends.npy", ends)
 
 
 @lru_cache(maxsize=1)
@@ -312,8 +318,7 @@ def _write_vectors(path: Path, embeddings: Embeddings, ids: np.ndarray) -> None:
     """The vectors of the rows `ids` (N, k) as a file (N, k, D) float16; zeros for none."""
     out = np.lib.format.open_memmap(path, "w+", np.float16, (*ids.shape, embeddings.dim))
     for start in range(0, len(ids), _WRITTEN):
-        out[start:start + _WRITTEN] = embeddings.rows(ids[start:start + _WRITTEN])
-        embeddings.let_go()
+        out[start:start + _WRITTEN] = embeddings.rows(ids[start:start + _WRITTEN], once=True)
     out.flush()
 
 

@@ -1,5 +1,9 @@
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import faiss
 import numpy as np
@@ -10,6 +14,8 @@ from pipeline.dataset import Dataset, Embeddings
 from pipeline.index import Index, IndexConfig, Queries, Searcher
 from pipeline.stage import StageFailed
 from tests.pipeline import made
+
+ROOT = Path(__file__).parents[2]
 
 
 def bytes_of(built_index) -> bytes:
@@ -267,6 +273,36 @@ def test_kinds_that_cannot_be_filled_in_parts_are_refused_for_parts(tmp_path, fe
     dataset = made.given(tmp_path, "x", np.array_split(few, 3))
     with pytest.raises(StageFailed, match="HNSW15 cannot be filled in parts"):
         assembly.run(Index(dataset, IndexConfig(key="HNSW15", part_memory="100K")), stage.run)
+
+
+def test_the_rotation_is_as_good_as_that_of_faiss(few):
+    error = {}
+    for width in (32, 48, 16):
+        theirs = faiss.OPQMatrix(32, 8, width)
+        theirs.train(few)
+        ours = index.rotation(few, width, 8)
+        short = min(32, width)
+        product = ours @ ours.T if width <= 32 else ours.T @ ours
+        np.testing.assert_allclose(product, np.eye(short), atol=1e-4)
+        for who, rows in (("faiss", theirs.apply(few)), ("ours", few @ ours.T)):
+            codebooks = faiss.ProductQuantizer(width, 8, 8)
+            codebooks.train(rows)
+            lost = ((few - few.mean(0)) ** 2).sum() - ((rows - rows.mean(0)) ** 2).sum() if width < 32 else 0.0
+            error[who] = float(((codebooks.decode(codebooks.compute_codes(rows)) - rows) ** 2).sum() + lost)
+        assert error["ours"] < 1.03 * error["faiss"]
+
+
+def test_the_rotation_is_the_same_with_any_number_of_threads(tmp_path):
+    script = ("import numpy as np, pipeline.index as index; index._TURNS = 3;"
+              "rows = np.random.default_rng(0).normal(size=(2000, 256)).astype(np.float32);"
+              "np.save('{}', index.rotation(rows, 320, 64))")
+    seen = set()
+    for number in (1, 2, 3):
+        path = tmp_path / f"{number}.npy"
+        settings = os.environ | {"OPENBLAS_NUM_THREADS": str(number), "OMP_NUM_THREADS": str(number)}
+        subprocess.run([sys.executable, "-c", script.format(path)], check=True, env=settings, cwd=ROOT)
+        seen.add(path.read_bytes())
+    assert len(seen) == 1
 
 
 @pytest.mark.gpu
