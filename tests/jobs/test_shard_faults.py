@@ -138,7 +138,7 @@ def _descendants(pid: int) -> Iterator[int]:
 
 @ray
 def test_a_worker_killed_in_the_middle_of_a_shard(cluster: Any, tmp_path: Path, address: str) -> None:
-    source, killed = slowed(tmp_path / "list.parquet", address, 80, 0.03), []
+    source, killed = slowed(tmp_path / "list.parquet", address, 80, 0.15), []
 
     def kill() -> None:
         killed.append(until(lambda: packing(0.15)))
