@@ -19,13 +19,13 @@ from pipeline.index import (
     LISTS,
     Index,
     IndexConfig,
+    OfAnIndex,
     Queries,
     best,
     choice,
     error_of,
     faiss,
     fill,
-    gpus_possible,
     lists_bytes,
     mapped,
     measured,
@@ -38,7 +38,7 @@ from pipeline.index import (
 from pipeline.stage import Item, Output, Stage
 
 
-class Training(Stage):
+class Training(OfAnIndex):
     """The stage that chooses a kind of index and trains it on a seeded sample of all shards."""
 
     name = "index_training"
@@ -46,15 +46,6 @@ class Training(Stage):
     def __init__(self, dataset: Dataset, config: IndexConfig) -> None:
         super().__init__(dataset.root, dataset.path("index-training"), config)
         self.dataset = dataset
-
-    @property
-    def command(self) -> str:
-        return self.dataset.command("index")
-
-    @property
-    def workers_need_gpu(self) -> bool:  # type: ignore[override]
-        """Whether this faiss could use one."""
-        return gpus_possible()
 
     def section(self) -> dict[str, Any]:
         unused = {"target_recall", "min_recall", "part_memory", "merge_memory", "max_drift"}
@@ -93,7 +84,7 @@ class Training(Stage):
         return Output(info=records[0]["info"])
 
 
-class Parts(Stage):
+class Parts(OfAnIndex):
     """The stage that fills copies of the trained index, one for each group of shards."""
 
     name = "index_parts"
@@ -101,15 +92,6 @@ class Parts(Stage):
     def __init__(self, training: Training, config: IndexConfig) -> None:
         super().__init__(training.root, training.dataset.path("index-parts"), config)
         self.dataset, self.training = training.dataset, training
-
-    @property
-    def command(self) -> str:
-        return self.dataset.command("index")
-
-    @property
-    def workers_need_gpu(self) -> bool:  # type: ignore[override]
-        """Whether this faiss could use one."""
-        return gpus_possible()
 
     def section(self) -> dict[str, Any]:
         return {"part_memory": self.config.part_memory}

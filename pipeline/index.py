@@ -99,14 +99,10 @@ class IndexConfig:
         return max(1, memory(self.part_memory, "part_memory") // (4 * dim))
 
 
-class Index(Stage):
-    """The stage from the embeddings of a dataset to index/knn.index and index/index_infos.json."""
+class OfAnIndex(Stage):
+    """A stage on the way to an index of `dataset`."""
 
-    name = "index"
-
-    def __init__(self, dataset: Dataset, config: IndexConfig) -> None:
-        super().__init__(dataset.root, dataset.path("index"), config)
-        self.dataset = dataset
+    dataset: Dataset
 
     @property
     def command(self) -> str:
@@ -116,6 +112,16 @@ class Index(Stage):
     def workers_need_gpu(self) -> bool:  # type: ignore[override]
         """Whether this faiss could use one."""
         return gpus_possible()
+
+
+class Index(OfAnIndex):
+    """The stage from the embeddings of a dataset to index/knn.index and index/index_infos.json."""
+
+    name = "index"
+
+    def __init__(self, dataset: Dataset, config: IndexConfig) -> None:
+        super().__init__(dataset.root, dataset.path("index"), config)
+        self.dataset = dataset
 
     def section(self) -> dict[str, Any]:
         section = super().section()

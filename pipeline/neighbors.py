@@ -217,7 +217,7 @@ class Neighbors(Stage):
                  ) -> dict[str, int]:
         """How many of a few samples' exact neighbours were found."""
         number = min(item.inputs["checked"], len(there))
-        if self._exact or not number:
+        if not (opened.lists or opened.graph) or not number:
             return {}
         chosen = there[np.sort(np.random.default_rng((29, item.inputs["offset"])).choice(len(there), number,
                                                                                         replace=False))]

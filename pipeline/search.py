@@ -278,9 +278,12 @@ def masked(queries: Queries, database: Embeddings, copies: Copies, k: int, memor
             rough = queries.vectors[part] @ vectors[there].T
             rough[copies.among(first + place, queries, which).reshape(rough.shape)] = -np.inf
             here[np.ix_(part, there)] = rough
+        # At the border of what is a copy the last bits decide.
+        which, place = np.nonzero(abs(here - copies.similarity) < _OFF["float32"])
+        here[which, place] = products(database, first + place, queries.vectors, which)
         every = np.broadcast_to(first + np.arange(len(rows)), here.shape)
         # A few more than k: the products of a block are not to the last bit those that rank.
-        found = best(every, np.where(here >= copies.similarity + 1e-5, -np.inf, here), k + 8)
+        found = best(every, np.where(here >= copies.similarity, -np.inf, here), k + 8)
         ids, scores = best(np.hstack([ids, found[0]]), np.hstack([scores, found[1]]), k + 8)
     which, place = np.nonzero(ids >= 0)
     scores[which, place] = products(database, ids[which, place], queries.vectors, which)

@@ -140,3 +140,16 @@ def test_a_gpu_finds_what_the_cpu_finds(database):
     found = search.exhaustive(queries, embeddings, 40, MEMORY)
     np.testing.assert_allclose(search.settle(found, asked(queries), embeddings, nobody(3000), 9)[1],
                                exact(queries, vectors, 9), atol=1e-5)
+
+
+def test_rows_at_the_border_of_what_is_a_copy_do_not_crowd_out_others(tmp_path):
+    """Thirty equal rows whose exact score is what makes a copy, and some that are farther."""
+    vectors = made.clustered(80, 24, clusters=1)
+    vectors[10:40] = vectors[10]
+    embeddings = Embeddings(made.given(tmp_path, "x", [vectors]))
+    queries = asked(vectors[:1])
+    copies = nobody(80)
+    exactly = search.products(embeddings, np.arange(80), queries.vectors, np.zeros(80, int))
+    copies.similarity = float(exactly[10])
+    _, got = search.masked(queries, embeddings, copies, 5, MEMORY)
+    np.testing.assert_array_equal(got[0], -np.sort(-exactly[exactly < exactly[10]])[:5])
