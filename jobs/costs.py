@@ -166,10 +166,10 @@ def index(build: Build, rates: Rates) -> Cost:
 def neighbors_exact(build: Build, rates: Rates) -> Cost:
     """2 N M D / rate; read: queries and database; written: N k (8 + 4) bytes, ids and scores, and 8 M, how often each.
 
-    With the neighbours' vectors N k D 2 more. The database is read once by each worker, or once for each shard of
-    queries where it is more than a worker may keep.
+    With the neighbours' vectors N k D 2 more. The database is read once by each worker, or once for the shards that
+    are searched together where it is more than a worker may keep.
     """
-    times, gpu = build.shards(build.pictures), rates.exact.gpu
+    times, gpu = _searches(build), rates.exact.gpu
     vectors = _vectors(build.database, build)
     if vectors <= build.memory:
         times = min(times, _workers(build, gpu))
@@ -180,18 +180,18 @@ def neighbors_exact(build: Build, rates: Rates) -> Cost:
 def neighbors_index(build: Build, rates: Rates) -> Cost:
     """2 D pairs compared / rate + rows read / reading rate + M / laying rate for each worker; what else, as if exact.
 
-    Each sample is compared with M nprobe / lists rows, with all if its recall is checked. A list is read once for the
-    samples of a shard, so of few lists nearly all are read for every shard, from a worker's disk where they are more
-    than it may keep. Each worker lays the vectors out by itself, as if none had a node in common with another. Where an
-    index has no lists, or a quarter of them would be looked into, all rows are compared.
+    Each sample is compared with M nprobe / lists rows, with all if its recall is checked. A list is read once for
+    the shards that are searched together, so of few lists nearly all are read each time, from a worker's disk where
+    they are more than it may keep. Each worker lays the vectors out by itself, as if none had a node in common with
+    another. Where an index has no lists, or a quarter of them would be looked into, all rows are compared.
     """
     key, one = index_key(build, rates), rates.approximate
     pairs = compared_rows(key, build.pictures, build.database, build.settings.neighbors, one.nprobe)
     if pairs is None:
         return replace(neighbors_exact(build, rates), stage="neighbors, index")
-    shards, vectors = build.shards(build.pictures), _vectors(build.database, build)
-    copies = min(shards, build.workers)
-    rows = read_rows(key, build.pictures, shards, build.database, build.settings.neighbors, one.nprobe)
+    searches, vectors = _searches(build), _vectors(build.database, build)
+    copies = min(searches, build.workers)
+    rows = read_rows(key, build.pictures, searches, build.database, build.settings.neighbors, one.nprobe)
     seconds = (2.0 * pairs * build.dim / one.flop_per_s + rows / one.read_per_s
                + copies * build.database / one.laid_per_s)
     fetched = (index_bytes(build, rates) + vectors) * copies
@@ -269,15 +269,15 @@ def compared_rows(key: str, pictures: int, rows: int, config: NeighborsConfig, n
     return float(pictures) * each + float(min(pictures, config.checked)) * rows
 
 
-def read_rows(key: str, pictures: int, shards: int, rows: int, config: NeighborsConfig, nprobe: int) -> float:
-    """Database rows that are read list by list for all shards: of the lists that any sample of a shard looks into.
+def read_rows(key: str, pictures: int, searches: int, rows: int, config: NeighborsConfig, nprobe: int) -> float:
+    """Database rows that are read list by list in all searches: of the lists that any sample of one looks into.
 
     As if samples chose lists at random; they are alike, and choose fewer.
     """
     lists, probes = _lists(key), config.probes or nprobe
     if not lists or probes >= lists:
         return 0.0
-    return shards * rows * (1.0 - (1.0 - probes / lists) ** (pictures / shards))
+    return searches * rows * (1.0 - (1.0 - probes / lists) ** (pictures / searches))
 
 
 def _lists(key: str) -> int:
@@ -292,14 +292,20 @@ def _inner_dim(key: str, dim: int) -> int:
 
 
 def _neighbors(name: str, build: Build, rates: Rates, seconds: float, database: float, gpu: bool) -> Cost:
-    config, shards = build.settings.neighbors, build.shards(build.pictures)
+    config, shards, searches = build.settings.neighbors, build.shards(build.pictures), _searches(build)
     written = build.pictures * config.k * (8 + 4) + 2 * shards * _HEADER + build.database * 8 + _HEADER
     if config.vectors:
         written += _vectors(build.pictures * config.k, build) + shards * _HEADER
     # Copies are known by their hashes, which stand in the metadata.
-    hashes = rates.shard.metadata_bytes * (build.pictures + build.database * min(shards, _workers(build, gpu)))
-    return _cost(name, build, rates, seconds, shards, read=_vectors(build.pictures, build) + database + hashes,
+    hashes = rates.shard.metadata_bytes * (build.pictures + build.database * min(searches, _workers(build, gpu)))
+    return _cost(name, build, rates, seconds, searches, read=_vectors(build.pictures, build) + database + hashes,
                  written=written, gpu=gpu)
+
+
+def _searches(build: Build) -> int:
+    """How many times some shards are searched together."""
+    shards = build.shards(build.pictures)
+    return -(-shards // build.settings.neighbors.shards_at_once(shards, build.pictures, build.dim))
 
 
 def _cost(name: str, build: Build, rates: Rates, seconds: float, items: int, *, read: float, written: float,

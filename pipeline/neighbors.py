@@ -26,8 +26,10 @@ _BASE = 500 << 20  # what a worker has in memory before it searches: torch, fais
 _LEAST = 64 << 20  # for blocks, whatever the budget
 _SCORES = np.linspace(-1, 1, 101)  # bounds of the bins that scores are counted in
 _MANY = 4  # where one list of so many is looked into, to compare all rows takes no longer
-_GATHERED = 1 << 16  # rows that are laid out at a time
-_WRITTEN = 4096  # rows of neighbours' vectors that are gathered at a time
+_LAID = 64 << 20  # bytes of vectors that are laid out at a time
+_WRITTEN = 4096  # rows that are gathered and written at a time
+_FEW = 12  # candidates beyond k that are mostly enough
+_WORKERS = 64  # so many can work at once, however many shards are searched together
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,15 @@ class NeighborsConfig:
     """Write the neighbours' vectors beside their ids, so that training reads them in one piece."""
     checked: int = 200
     """Samples of all whose neighbours are compared with the exact ones, to measure the recall."""
+    at_once: int = 0
+    """Shards whose samples are searched together, so that the database is read once for all of them; 0: as many as
+    `max_memory` has room for, as long as 64 workers have something to do."""
     max_memory: str = "1G"
     """A worker may take so many bytes; blocks are planned from it."""
 
     def __post_init__(self) -> None:
-        for name, least in (("k", 1), ("candidates", 0), ("probes", 0), ("checked", 0), ("copy_bits", -1)):
+        for name, least in (("k", 1), ("candidates", 0), ("probes", 0), ("checked", 0), ("copy_bits", -1),
+                            ("at_once", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"neighbors.{name} must be at least {least}, not {getattr(self, name)}")
         memory(self.max_memory, "max_memory")
@@ -65,6 +71,18 @@ class NeighborsConfig:
     def block_bytes(self) -> int:
         """What is left for blocks of vectors and products."""
         return max(_LEAST, (memory(self.max_memory, "max_memory") - _BASE) // 2)
+
+    @property
+    def wanted(self) -> int:
+        """Candidates of a sample, at most."""
+        return max(self.k + 1, self.candidates or 4 * self.k + 20)
+
+    def shards_at_once(self, shards: int, samples: int, dim: int) -> int:
+        """How many of so many shards, with so many samples in all, are one item."""
+        if self.at_once:
+            return self.at_once
+        each = 4 * dim + search.bytes_of_a_query(self.wanted)
+        return max(1, min(self.block_bytes * shards // max(1, samples * each), -(-shards // _WORKERS)))
 
 
 class Neighbors(Stage):
@@ -82,7 +100,7 @@ class Neighbors(Stage):
         return self.dataset.command(f"neighbors/{self.database.label}")
 
     def section(self) -> dict[str, Any]:
-        return {name: value for name, value in super().section().items() if name != "max_memory"}
+        return {name: value for name, value in super().section().items() if name not in {"max_memory", "at_once"}}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         found = {"shards": self.dataset.identity("shards"), "embeddings": self.dataset.identity("embeddings"),
@@ -104,13 +122,17 @@ class Neighbors(Stage):
                 datasets.perceptual_hashes(one, one.manifest("shards")["items"][0])
         records = self.dataset.manifest("embeddings")["items"]
         total = max(1, sum(record["samples"] for record in records))
+        at_once = self.config.shards_at_once(len(records), total, self.dataset.manifest("embeddings")["info"]["encoder"]
+                                             ["dim"])
         items, offset = [], 0
-        for record in records:
-            end = offset + record["samples"]
+        for start in range(0, len(records), at_once):
+            some = records[start:start + at_once]
+            count = sum(record["samples"] for record in some)
+            end = offset + count
             # Only what the item needs: a worker that opened all embeddings would fetch them all.
-            items.append(Item(record["id"], {
-                "offset": offset, "shard": shards[record["id"]], "embeddings": record, "database": made_from,
-                "count": record["samples"],
+            items.append(Item(some[0]["id"] if len(some) == 1 else f"{some[0]['id']}-{some[-1]['id']}", {
+                "offset": offset, "count": count, "database": made_from,
+                "shards": [{"shard": shards[record["id"]], "embeddings": record} for record in some],
                 "checked": self.config.checked * end // total - self.config.checked * offset // total}))
             offset = end
         return items
@@ -127,16 +149,19 @@ class Neighbors(Stage):
         scores = np.full(ids.shape, -np.inf, np.float32)
         there = np.flatnonzero(queries.vectors.any(1))  # a row of zeros is equally near to everything
         if len(there):
-            ids[there], scores[there] = self._found(opened, queries[there])
+            ids[there], scores[there] = self._found(opened, queries if len(there) == len(queries) else queries[there])
         info = _facts(ids, scores) | self._quality(opened, queries, ids, there, item)
-        files = {"ids": ids, "scores": scores}
-        for name, values in files.items():
-            np.save(scratch / f"{name}.npy", values, allow_pickle=False)
-        if self.config.vectors:
-            _write_vectors(scratch / "vectors.npy", opened.embeddings, ids)
-            files["vectors"] = ids
-        return Output(samples=len(queries), info=info,
-                      files={f"{item.id}.{name}.npy": scratch / f"{name}.npy" for name in files})
+        files, start = {}, 0
+        for one in item.inputs["shards"]:
+            part = slice(start, start + one["embeddings"]["samples"])
+            for name, values in (("ids", ids), ("scores", scores)):
+                files[f"{one['shard']['id']}.{name}.npy"] = path = scratch / f"{one['shard']['id']}.{name}.npy"
+                np.save(path, values[part], allow_pickle=False)
+            if self.config.vectors:
+                files[f"{one['shard']['id']}.vectors.npy"] = path = scratch / f"{one['shard']['id']}.vectors.npy"
+                _write_vectors(path, opened.embeddings, ids[part])
+            start = part.stop
+        return Output(samples=len(queries), info=info, files=files)
 
     def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
         usage = self._usage(records)
@@ -162,39 +187,64 @@ class Neighbors(Stage):
                              f"hint: {self.command} --rebuild")
 
     def _queries(self, item: Item) -> Queries:
-        own = self.dataset.fetch("embeddings", datasets.file_of(item.inputs["embeddings"], ".npy"))
-        vectors = datasets.finite(np.load(own, allow_pickle=False), str(own)).astype(np.float32)
-        labels = datasets.labels(self.dataset, item.inputs["shard"])
-        if len(labels) != len(vectors):
-            raise ValueError(f"{own} has {len(vectors)} rows, its shard {len(labels)} samples\n"
+        hashed, shards = self.config.copy_bits >= 0, item.inputs["shards"]
+        vectors = [self._vectors(one) for one in shards]
+        rows = item.inputs["offset"] + np.arange(sum(map(len, vectors)))
+        return Queries(np.concatenate(vectors, dtype=np.float32),
+                       rows if self.dataset == self.database else np.full(len(rows), -1),
+                       np.concatenate([datasets.labels(self.dataset, one["shard"]) for one in shards]),
+                       np.concatenate([datasets.perceptual_hashes(self.dataset, one["shard"]) for one in shards])
+                       if hashed else None)
+
+    def _vectors(self, one: dict[str, Any]) -> np.ndarray:
+        """Those of a shard, (N_i, D) float16."""
+        own = self.dataset.fetch("embeddings", datasets.file_of(one["embeddings"], ".npy"))
+        vectors = datasets.finite(np.load(own, allow_pickle=False), str(own))
+        if len(vectors) != one["shard"]["samples"]:
+            raise ValueError(f"{own} has {len(vectors)} rows, its shard {one['shard']['samples']} samples\n"
                              f"hint: python -m jobs verify")
-        rows = (item.inputs["offset"] + np.arange(len(vectors)) if self.dataset == self.database
-                else np.full(len(vectors), -1))
-        hashes = (datasets.perceptual_hashes(self.dataset, item.inputs["shard"]) if self.config.copy_bits >= 0
-                  else None)
-        return Queries(vectors, rows, labels, hashes)
+        return vectors
 
     def _found(self, opened: "Opened", queries: Queries, *, exactly: bool = False
                ) -> tuple[np.ndarray, np.ndarray]:
         """Ids and scores (Q, k); all rows are compared for those whose candidates copies ate up."""
         k, config = self.config.k, self.config
         copies = Copies(opened.labels, config.copy_similarity, opened.hashes, config.copy_bits, opened.gone)
-        wanted = min(max(k + 1, config.candidates or 4 * k + 20), len(opened.embeddings))
+        wanted = min(config.wanted, len(opened.embeddings))
         probes = (config.probes or opened.lists.probes) if opened.lists else 0
         if opened.lists and not exactly and _MANY * probes < opened.lists.count:
-            nearest = opened.lists.nearest(queries.vectors, probes)
-            found = search.by_list(queries.vectors, nearest, opened.in_lists, wanted)
+            # Where a few more than k are enough, to keep more would only take time.
+            ids, scores = self._in_lists(opened, queries, copies, min(wanted, k + _FEW), probes)
+            short = np.flatnonzero((ids < 0).any(1)) if wanted > k + _FEW else []
+            if len(short):
+                ids[short], scores[short] = self._in_lists(opened, queries[short], copies, wanted, probes)
         elif opened.graph and not exactly:
             ids = opened.graph.candidates(queries.vectors, wanted)
             found = Found(ids, np.where(ids >= 0, 0, -np.inf).astype(np.float32), np.inf)
+            ids, scores = search.settle(found, queries, opened.embeddings, copies, k)
         else:
             found = search.exhaustive(queries.vectors, opened.embeddings, wanted, config.block_bytes)
             return self._certain(opened, queries, found, copies)
-        ids, scores = search.settle(found, queries, opened.embeddings, copies, k)
         # An index that looks into a few lists has no more to give, however many candidates are asked for.
         short = np.flatnonzero((ids < 0).any(1))
         if len(short):
             ids[short], scores[short] = self._found(opened, queries[short], exactly=True)
+        return ids, scores
+
+    def _in_lists(self, opened: "Opened", queries: Queries, copies: Copies, wanted: int, probes: int
+                  ) -> tuple[np.ndarray, np.ndarray]:
+        """The best k (Q, k) of the best `wanted` rows in the nearest lists, -1 for none; as many queries at a time as
+        there is memory for.
+        """
+        assert opened.lists
+        fitting = max(1, self.config.block_bytes // search.bytes_of_a_query(wanted))
+        found = []
+        for part in np.array_split(np.arange(len(queries)), -(-len(queries) // fitting)):
+            some = queries if len(part) == len(queries) else queries[part]
+            nearest = opened.lists.nearest(some.vectors, probes)
+            rough = search.by_list(some.vectors, nearest, opened.in_lists, wanted)
+            found.append(search.settle(rough, some, opened.embeddings, copies, self.config.k))
+        ids, scores = (np.concatenate(column) for column in zip(*found, strict=True))
         return ids, scores
 
     def _certain(self, opened: "Opened", queries: Queries, found: Found, copies: Copies
@@ -229,13 +279,13 @@ class Neighbors(Stage):
         """How often each row of the database is a neighbour, (M,) int64: p_D of the paper, not normalised."""
         usage = np.zeros(self.database.manifest("embeddings")["totals"]["samples"], np.int64)
 
-        def read(record: dict[str, Any]) -> np.ndarray:
-            entry = datasets.file_of(record, ".ids.npy")
+        def read(entry: dict[str, Any]) -> np.ndarray:
             return np.load(storage.fetch(storage.join(self.folder, entry["name"]), entry), allow_pickle=False)
 
+        entries = files(records, ".ids.npy")
         with ThreadPoolExecutor(8) as pool:
-            for start in range(0, len(records), 8):
-                for ids in pool.map(read, records[start:start + 8]):
+            for start in range(0, len(entries), 8):
+                for ids in pool.map(read, entries[start:start + 8]):
                     found, counts = np.unique(ids[ids >= 0], return_counts=True)
                     usage[found] += counts
         return usage
@@ -283,23 +333,49 @@ class Opened:
 
 
 def _in_order_of_lists(folder: Path, embeddings: Embeddings, lists: Lists) -> None:
-    """The vectors of a database list after list in one file, so that a list is read in one piece."""
-    counts = []
-    with open(folder / "vectors", "wb") as vectors, open(folder / "ids", "wb") as numbers:
-        # Many lists at a time: each of them has rows of every shard.
-        some: list[np.ndarray] = []
-        for number in range(lists.count):
-            some.append(np.sort(lists.ids(number)))
-            if number + 1 == lists.count or sum(map(len, some)) >= _GATHERED:
-                ids = np.concatenate(some)
-                rows = embeddings.rows(ids, once=True)
-                there = rows.any(1)
-                rows[there].tofile(vectors)
-                ids[there].tofile(numbers)
-                counts += [int(part.sum()) for part in np.split(there, np.cumsum([len(one) for one in some])[:-1])]
-                some = []
-    ends = np.cumsum([0, *counts])
-    np.save(folder / "ends.npy", ends)
+    """The vectors of a database list after list in one file, so that a list is read in one piece.
+
+    They are read in their order and put into one file for some lists each, which fit into memory.
+    """
+    list_of = np.lib.format.open_memmap(folder / "lists.npy", "w+", np.int32, (len(embeddings),))
+    for number in range(lists.count):
+        list_of[lists.ids(number)] = number
+    files = max(1, -(-len(embeddings) * embeddings.dim * 2 // _LAID))
+    per_file = -(-lists.count // files)
+    rough = [(folder / f"vectors{number}", folder / f"ids{number}") for number in range(files)]
+    for first, rows in embeddings.blocks(_LAID // 4 // (2 * embeddings.dim)):
+        there = np.flatnonzero(_any(rows))
+        goal = list_of[first:first + len(rows)][there] // per_file
+        for number in np.unique(goal):
+            some = there[goal == number]
+            with open(rough[number][0], "ab") as vectors, open(rough[number][1], "ab") as ids:
+                rows[some].tofile(vectors)
+                (first + some).tofile(ids)
+    counts = np.zeros(lists.count, np.int64)
+    with open(folder / "vectors", "wb") as vectors, open(folder / "ids", "wb") as ids:
+        for paths in rough:
+            if not paths[0].exists():
+                continue
+            numbers = np.fromfile(paths[1], np.int64)
+            goal = list_of[numbers]
+            order = np.argsort(goal, kind="stable")
+            rows = np.fromfile(paths[0], np.float16).reshape(-1, embeddings.dim)
+            for start in range(0, len(order), _WRITTEN):
+                rows[order[start:start + _WRITTEN]].tofile(vectors)
+            numbers[order].tofile(ids)
+            counts += np.bincount(goal, minlength=lists.count)
+            for path in paths:
+                path.unlink()
+    np.save(folder / "ends.npy", np.cumsum([0, *counts]))
+    (folder / "lists.npy").unlink()
+
+
+def _any(rows: np.ndarray) -> np.ndarray:
+    """Which rows (N, D) float16 are not all zero: `rows.any(1)`, which takes its time for half precision."""
+    there = rows[:, 0] != 0
+    unsure = np.flatnonzero(~there)
+    there[unsure] = rows[unsure].any(1)
+    return there
 
 
 @lru_cache(maxsize=1)
@@ -322,14 +398,18 @@ def _write_vectors(path: Path, embeddings: Embeddings, ids: np.ndarray) -> None:
     out.flush()
 
 
+def files(items: Sequence[dict[str, Any]], suffix: str) -> list[dict[str, Any]]:
+    """The files of some records or of a manifest whose names end so, in the order of the shards."""
+    return [entry for record in items for entry in record["files"] if entry["name"].endswith(suffix)]
+
+
 def load(dataset: Dataset, database: Dataset, suffix: str = ".ids.npy") -> list[np.ndarray]:
     """The ids of a sealed neighbour list, shard by shard, each (N_i, k) int64, memory-mapped; or other files of it."""
     name = f"neighbors/{database.label}"
-    return [np.load(dataset.fetch(name, datasets.file_of(record, suffix)), mmap_mode="r", allow_pickle=False)
-            for record in dataset.manifest(name)["items"]]
+    return [np.load(dataset.fetch(name, entry), mmap_mode="r", allow_pickle=False)
+            for entry in files(dataset.manifest(name)["items"], suffix)]
 
 
 def written(dataset: Dataset, database: Dataset) -> bool:
     """Whether a sealed neighbour list has the neighbours' vectors too."""
-    items = dataset.manifest(f"neighbors/{database.label}")["items"]
-    return any(entry["name"].endswith(".vectors.npy") for entry in items[0]["files"])
+    return bool(files(dataset.manifest(f"neighbors/{database.label}")["items"], ".vectors.npy"))

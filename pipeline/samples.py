@@ -6,7 +6,6 @@ wait in a file in scratch, so memory holds what is in the lanes, and a few hundr
 """
 
 import asyncio
-import ctypes
 import hashlib
 import itertools
 import json
@@ -16,9 +15,9 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import uvloop
 
-from pipeline import images, storage, tars
+from pipeline import images, pages, storage, tars
 from pipeline.images import BadPicture
 from pipeline.progress import Beat
 from pipeline.sources import Row
@@ -46,8 +45,6 @@ SUCCESS, NOT_FETCHED, NOT_USABLE = "success", "failed_to_download", "failed_to_r
 _KINDS = {"bool": pa.bool_(), "int64": pa.int64(), "double": pa.float64()}
 _READERS = 32  # pictures that are read at once from a store that is far
 _IN_HAND = 4  # rows that a thread takes at a time where nothing has to be fetched for them
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_KEPT_BYTES, _LARGEST_KEPT = 128 << 20, 32 << 20  # of each arena; the latter is the largest that glibc takes
 _AT_ONCE = 64  # rows that are appended to the tar in one go; as many again may wait in memory
 _ALGORITHMS = {32: "md5", 40: "sha1", 64: "sha256", 128: "sha512"}
 
@@ -206,7 +203,7 @@ class Packing:
     def run(self, rows: Iterator[Row], read: Callable[[Row], bytes] | None, *, far: bool = False) -> None:
         """Take every row; `read` gives the bytes of a row's picture (from `far` away it takes its time), None
         downloads it."""
-        _keep_pages()
+        pages.keep()
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(self._all(enumerate(rows), read, far))
@@ -356,19 +353,6 @@ def _column(cells: list[Any], kind: str | None) -> pa.Array:
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # cells of several types, or numbers too large
             pass
     return pa.array([cell if cell is None or isinstance(cell, str) else str(cell) for cell in cells], pa.string())
-
-
-@cache
-def _keep_pages() -> None:
-    """Have glibc keep the memory of a picture for the next one.
-
-    Its default gives the pages of every large array back at once, for the kernel to fill them with zeros anew: four
-    times the page faults, and those of threads wait for each other.
-    """
-    with suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
-        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

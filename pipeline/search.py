@@ -5,11 +5,13 @@ copies and to rank what is left by float32 products that do not depend on what e
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline import pages
 from pipeline.dataset import Embeddings
 from pipeline.index import best
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 _GROUP = 32  # rows of which only the best score is looked at first
 _PAIRS = 1 << 14  # exact products made at a time
+_NEAREST = 2  # lists of a query that are looked into first
 # How far a product of two unit vectors may be off: the rounding of both vectors and of the result.
 _OFF = {"bfloat16": 2 ** -8 + 2 ** -9, "float16": 2e-3, "float32": 1e-5}
 
@@ -199,35 +202,107 @@ def where() -> tuple["torch.device", "torch.dtype"]:
     return device, torch.bfloat16 if fastest(device) == "bf16" else torch.float32
 
 
-def by_list(vectors: np.ndarray, probes: np.ndarray, lists: Callable[[np.ndarray], Iterator[tuple[int, np.ndarray,
-            np.ndarray]]], m: int) -> Found:
+_ReadLists = Callable[[np.ndarray], Iterator[tuple[int, np.ndarray, np.ndarray]]]
+
+
+def by_list(vectors: np.ndarray, probes: np.ndarray, lists: _ReadLists, m: int) -> Found:
     """The m best for each of (Q, D) float32 queries, of the rows in the lists `probes` (Q, P) of each.
 
-    `lists` gives (list, row ids (n,), vectors (n, D)) for some lists, in their order. Every list is read once,
-    and multiplied by all queries that look into it.
+    `lists` gives (list, row ids (n,), vectors (n, D)) for some lists, in their order. A list is read for all queries
+    that look into it, and multiplied by all of them: once for those to which it is among the nearest, and once more for
+    the others, who by then know what to beat.
     """
     import torch
 
-    queries = torch.from_numpy(vectors)
-    ids = torch.full((len(vectors), m), -1, dtype=torch.int64)
-    scores = torch.full((len(vectors), m), -torch.inf)
-    order = np.argsort(probes, axis=None, kind="stable")
-    wanted, starts = np.unique(probes.ravel()[order], return_index=True)
-    owners = dict(zip(wanted.tolist(), np.split(order // probes.shape[1], starts[1:]), strict=True))
-    for number, numbers, rows in lists(wanted[wanted >= 0]):
-        if not len(numbers):
+    pages.keep()
+    queries, best_, rows = torch.from_numpy(vectors), _Best(len(vectors), m), torch.empty(0)
+    for part, first in ((probes[:, :_NEAREST], True), (probes[:, _NEAREST:], False)):
+        if not part.size:
             continue
-        which = torch.from_numpy(owners[number])
-        # numpy takes ten times as long from half to single precision.
-        values, places = (queries[which] @ torch.from_numpy(rows).float().T).topk(min(m, len(numbers)), 1)
-        before = scores[which]
-        better = values[:, 0] > before[:, -1]
-        if not better.all():
-            which, values, places, before = which[better], values[better], places[better], before[better]
-        every, best_ = torch.cat([before, values], 1).topk(m, 1)
-        scores[which] = every
-        ids[which] = torch.cat([ids[which], torch.from_numpy(numbers)[places]], 1).gather(1, best_)
-    return Found(ids.numpy(), scores.numpy(), _OFF["float32"])
+        order = np.argsort(part, axis=None, kind="stable")
+        wanted, starts = np.unique(part.ravel()[order], return_index=True)
+        places = dict(zip(wanted.tolist(), np.split(order, starts[1:]), strict=True))
+        for number, ids, stored in lists(wanted[wanted >= 0]):
+            if not len(ids):
+                continue
+            which, rank = (torch.from_numpy(one) for one in np.divmod(places[number], part.shape[1]))
+            # numpy takes ten times as long from half to single precision, and new memory is slow.
+            rows = torch.empty(stored.shape) if len(stored) > len(rows) else rows
+            products = queries[which] @ rows[:len(stored)].copy_(torch.from_numpy(stored)).T
+            if first:
+                best_.start(which, rank, torch.from_numpy(ids), products)
+            else:
+                best_.add(which, torch.from_numpy(ids), products)
+        best_.choose(slice(None))
+    return Found(best_.ids[:, :m].numpy(), best_.scores[:, :m].numpy(), _OFF["float32"])
+
+
+def bytes_of_a_query(m: int) -> int:
+    """What `by_list` holds for each query, whose m best rows are wanted."""
+    return 2 * m * 12 + m * 24
+
+
+class _Best:
+    """The m best rows of each query, of rows that come a few at a time.
+
+    What beats the least of the best is put behind them, and only where the room for it is used up are the best chosen
+    anew: of the rows that come late hardly any does.
+    """
+
+    def __init__(self, queries: int, m: int) -> None:
+        import torch
+
+        self.m = m
+        self.ids = torch.full((queries, _NEAREST * m), -1, dtype=torch.int64)
+        self.scores = torch.full(self.ids.shape, -torch.inf)
+        self.filled = torch.zeros(queries, dtype=torch.int64)
+        self.least = torch.full((queries,), -torch.inf)
+
+    def start(self, which: "torch.Tensor", rank: "torch.Tensor", ids: "torch.Tensor", products: "torch.Tensor") -> None:
+        """Rows `ids` (n,) of the list that is the `rank`-th (q,) nearest of the queries `which` (q,), by their products
+        (q, n); before any are added, and to be chosen from when all are there.
+        """
+        count = min(self.m, len(ids))
+        values, rows = products.topk(count, 1)
+        self.scores.view(len(self.scores), _NEAREST, self.m)[which, rank, :count] = values
+        self.ids.view(len(self.scores), _NEAREST, self.m)[which, rank, :count] = ids[rows]
+
+    def add(self, which: "torch.Tensor", ids: "torch.Tensor", products: "torch.Tensor") -> None:
+        """Rows `ids` (n,) for the queries `which` (q,), by their products (q, n)."""
+        import torch
+
+        # In most lists nothing is better than what is known; to list what is takes longer.
+        better = torch.nonzero(products.amax(1) > self.least[which])[:, 0]
+        if not len(better):
+            return
+        if len(better) < len(which):
+            which, products = which[better], products[better]
+        query, row = torch.nonzero(products > self.least[which, None]).T
+        amounts = torch.bincount(query, minlength=len(which))
+        if amounts.amax() > self.m:
+            row = products.topk(min(self.m, len(ids)), 1)[1]
+            query, row, amounts = (torch.arange(len(which)).repeat_interleave(row.shape[1]), row.ravel(),
+                                   torch.full((len(which),), row.shape[1]))
+        full = self.filled[which] + amounts > self.ids.shape[1]
+        if full.any():
+            self.choose(which[full])
+        filled = self.filled[which]
+        places = torch.arange(len(query)) + (filled - amounts.cumsum(0) + amounts)[query]
+        owner = which[query]
+        self.ids[owner, places], self.scores[owner, places] = ids[row], products[query, row]
+        self.filled[which] = filled + amounts
+
+    def choose(self, which: "torch.Tensor | slice") -> None:
+        """Keep the best of what the queries `which` have; best first."""
+        import torch
+
+        scores, places = self.scores[which].topk(self.m, 1)
+        ids = self.ids[which].gather(1, places)
+        room = self.ids.shape[1] - self.m
+        self.scores[which], self.ids[which] = (torch.nn.functional.pad(one, (0, room), value=nothing)
+                                               for one, nothing in ((scores, -torch.inf), (ids, -1)))
+        self.filled[which] = (scores > -torch.inf).sum(1)
+        self.least[which] = scores[:, -1]
 
 
 def settle(found: Found, queries: Queries, database: Embeddings, copies: Copies, k: int
@@ -255,11 +330,16 @@ def products(database: Embeddings, ids: np.ndarray, vectors: np.ndarray, which: 
     import torch
 
     scores = np.empty(len(ids), np.float32)
-    for start in range(0, len(ids), _PAIRS):
-        part = slice(start, start + _PAIRS)
+    order = np.argsort(ids, kind="stable")  # so that what lies together is read together
+
+    def some(start: int) -> None:
+        part = order[start:start + _PAIRS]
         rows = torch.from_numpy(database.rows(ids[part], once=True)).float().numpy()
-        scores[part] = np.einsum("pd,pd->p", rows, vectors[which[part]])
-        scores[part][~rows.any(1)] = -np.inf  # pictures that did not decode
+        # Rows of zeros are pictures that did not decode.
+        scores[part] = np.where(rows.any(1), np.einsum("pd,pd->p", rows, vectors[which[part]]), -np.inf)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(some, range(0, len(ids), _PAIRS)))
     return scores
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import stage, storage, tars
+from pipeline import neighbors, stage, storage, tars
 from pipeline.dataset import Dataset, file_of, metadata
 
 
@@ -104,7 +104,7 @@ def _embeddings(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[s
     dataset = _dataset(root, path)
     name = path.rsplit("/", 1)[1]
     rows = np.load(dataset.fetch(name, file_of(record, ".npy")), mmap_mode="r", allow_pickle=False)
-    yield from _lengths(dataset, path, record, len(rows), f"{record['id']}.npy")
+    yield from _lengths(dataset, path, record["id"], len(rows), f"{record['id']}.npy")
     if (dim := dataset.manifest(name)["info"]["encoder"].get("dim")) and rows.shape[1:] != (dim,):
         yield _fault(path, f"{record['id']}.npy", f"has vectors of shape {rows.shape[1:]}, its encoder makes {dim}")
         return
@@ -125,26 +125,29 @@ def _index(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[str, s
 def _neighbors(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
     dataset, database = _dataset(root, path), Dataset.parse(root, path.rsplit("/", 1)[1])
     name = path.split("/", 3)[3]
-    ids = np.load(dataset.fetch(name, file_of(record, ".ids.npy")), allow_pickle=False)
-    scores = np.load(dataset.fetch(name, file_of(record, ".scores.npy")), allow_pickle=False)
-    yield from _lengths(dataset, path, record, len(ids), f"{record['id']}.ids.npy")
     total = database.manifest("embeddings")["totals"]["samples"]
-    if ids.shape != scores.shape or ids.min(initial=-1) < -1 or ids.max(initial=-1) >= total:
-        yield _fault(path, f"{record['id']}.ids.npy", f"ids beyond the {total} rows of {database.label}")
-    elif (scores[:, 1:] > scores[:, :-1]).any():
-        yield _fault(path, f"{record['id']}.scores.npy", "neighbours are not nearest first")
-    for entry in record["files"]:
-        if entry["name"].endswith(".vectors.npy"):
-            shape = np.load(dataset.fetch(name, entry), mmap_mode="r", allow_pickle=False).shape
+    for kept in neighbors.files([record], ".ids.npy"):
+        shard = kept["name"].removesuffix(".ids.npy")
+        files = {entry["name"].removeprefix(f"{shard}."): entry for entry in record["files"]
+                 if entry["name"].startswith(f"{shard}.")}
+        ids = np.load(dataset.fetch(name, kept), allow_pickle=False)
+        scores = np.load(dataset.fetch(name, files["scores.npy"]), allow_pickle=False)
+        yield from _lengths(dataset, path, shard, len(ids), kept["name"])
+        if ids.shape != scores.shape or ids.min(initial=-1) < -1 or ids.max(initial=-1) >= total:
+            yield _fault(path, kept["name"], f"ids beyond the {total} rows of {database.label}")
+        elif (scores[:, 1:] > scores[:, :-1]).any():
+            yield _fault(path, files["scores.npy"]["name"], "neighbours are not nearest first")
+        if vectors := files.get("vectors.npy"):
+            shape = np.load(dataset.fetch(name, vectors), mmap_mode="r", allow_pickle=False).shape
             if shape[:2] != ids.shape:
-                yield _fault(path, entry["name"], f"has vectors for {shape[:2]} neighbours, ids for {ids.shape}")
+                yield _fault(path, vectors["name"], f"has vectors for {shape[:2]} neighbours, ids for {ids.shape}")
 
 
-def _lengths(dataset: Dataset, path: str, record: dict[str, Any], rows: int, name: str) -> Iterator[dict[str, str]]:
+def _lengths(dataset: Dataset, path: str, shard: str, rows: int, name: str) -> Iterator[dict[str, str]]:
     """Rows must be as many as the samples of the shard of the same number."""
     shards = {one["id"]: one["samples"] for one in dataset.manifest("shards")["items"]}
-    if rows != shards.get(record["id"]):
-        yield _fault(path, name, f"has {rows} rows, its shard {shards.get(record['id'])} samples")
+    if rows != shards.get(shard):
+        yield _fault(path, name, f"has {rows} rows, its shard {shards.get(shard)} samples")
 
 
 def _run(root: str, path: str, manifest: dict[str, Any]) -> Iterator[dict[str, str]]:

@@ -13,6 +13,7 @@ from pipeline import dataset as datasets
 from pipeline import lookup, storage
 from pipeline.dataset import Dataset, file_of
 from pipeline.lookup import Sample
+from pipeline.neighbors import files
 
 QUERIES = 12
 _LOOKED_AT = 300
@@ -37,8 +38,8 @@ def sample_grid(root: Root, run: Run, name: str, album: Album) -> Child:
     labels, pictures = document["databases"], {(one["prompt"], one["database"]): one for one in document["pictures"]}
     prompts = list(dict.fromkeys(document["prompts"]))[:_PROMPTS]
     shown = [one for one in document["pictures"] if one["prompt"] in prompts]
-    files = sorted({file for one in shown for file in (one["file"], *(near["file"] for near in one["neighbors"]))})
-    data = dict(zip(files, storage.each(_read, [storage.join(folder, file) for file in files]), strict=True))
+    named = sorted({file for one in shown for file in (one["file"], *(near["file"] for near in one["neighbors"]))})
+    data = dict(zip(named, storage.each(_read, [storage.join(folder, file) for file in named]), strict=True))
     met = {}
     for label in labels:
         met |= {prompt: met.get(prompt, False) or held for prompt, held in
@@ -101,8 +102,7 @@ def neighbors(root: Root, dataset: Dataset, label: str, album: Album) -> Child:
     if root.manifest(dataset.path(name)) is None:
         return None
     database = Dataset.parse(root.address, label)
-    items = root.sealed(dataset.path(name))["items"]
-    rows, ids, scores = _near_and_far(root, dataset, name, items)
+    rows, ids, scores = _near_and_far(root, dataset, name)
     near = dict.fromkeys(int(row) for row in ids.T.ravel() if row >= 0)
     read = {one.row: one for one in lookup.samples(database, sorted(_affordable(root, database, list(near))))}
     columns = ids.shape[1]
@@ -124,18 +124,18 @@ def neighbors(root: Root, dataset: Dataset, label: str, album: Album) -> Child:
     return tag("figure", title, _facts(root.sealed(dataset.path(name))["info"]), scrolling(table), caption)
 
 
-def _near_and_far(root: Root, dataset: Dataset, name: str, items: Sequence[dict[str, Any]]
-                  ) -> tuple[list[int], np.ndarray, np.ndarray]:
+def _near_and_far(root: Root, dataset: Dataset, name: str) -> tuple[list[int], np.ndarray, np.ndarray]:
     """Rows of a dataset with the ids and scores of their neighbours: the nearest, those in the middle, the farthest."""
-    rows = np.array(_affordable(root, dataset, spread([record["samples"] for record in items], _LOOKED_AT)), np.int64)
-    offsets = np.cumsum([0, *(record["samples"] for record in items)])
+    counts = [record["samples"] for record in root.sealed(dataset.path("shards"))["items"]]
+    rows = np.array(_affordable(root, dataset, spread(counts, _LOOKED_AT)), np.int64)
+    offsets, items = np.cumsum([0, *counts]), root.sealed(dataset.path(name))["items"]
     shards = np.searchsorted(offsets, rows, side="right") - 1
     found: dict[str, list[np.ndarray]] = {".ids.npy": [], ".scores.npy": []}
-    for shard in np.unique(shards):
-        here = rows[shards == shard] - offsets[shard]
-        for suffix, parts in found.items():
-            path = dataset.fetch(name, file_of(items[shard], suffix))
-            parts.append(np.load(path, mmap_mode="r", allow_pickle=False)[here, :NEIGHBORS])
+    for suffix, parts in found.items():
+        entries = files(items, suffix)
+        for shard in np.unique(shards):
+            kept = np.load(dataset.fetch(name, entries[shard]), mmap_mode="r", allow_pickle=False)
+            parts.append(kept[rows[shards == shard] - offsets[shard], :NEIGHBORS])
     ids, scores = (np.concatenate(parts) for parts in found.values())
     order = np.argsort(-scores[:, 0], kind="stable")
     each, middle = QUERIES // 3, len(order) // 2

@@ -1,12 +1,14 @@
 """Neighbours of many queries, beside `index.search` of the same index, and exact search beside bare matrix products.
 
-    python tests/bench/neighbors.py [--rows 1000000] [--queries 200000] [--dim 512] [--key KEY] [--work FOLDER]
+    python tests/bench/neighbors.py [--rows 1000000] [--queries 200000] [--dim 512] [--key KEY] [--only lists|exact]
 
-The rows are clustered unit vectors (100 to a cluster, cosine about 0.7 to its centre), the queries others of the same
-clusters. faiss is given the queries in batches of 1,024, at the search effort that the index was tuned to, with all
-threads; ours is the stage `neighbors` at the same number of lists, in one process, from files to files. Recall is that
-of 1,000 queries against exact search in float32. The exact search is that of the stage too, for the first 8,192
-queries; the bare products are those of its blocks in the same precision, over and over. Prints two Markdown tables.
+Rows and queries are the clustered unit vectors of the bench of the index, 100 to a cluster on average. faiss is given
+the queries in batches of 1,024, at the search effort that the index was tuned to, with all threads; ours is the stage
+`neighbors` from files to files on two Ray workers of one core each, five shards of 10,000 queries at once, at the same
+number of lists, at half as many, and at a quarter.
+Recall is that of 1,000 queries against exact search in float32. The exact search is that of the stage too, for the
+first 8,192 queries; the bare products are those of its blocks in the same precision, over and over. Prints two Markdown
+tables.
 """
 
 import argparse
@@ -18,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import photographs
-from download import CHECKOUT, machine, measured, versions
+from download import CHECKOUT, Usage, machine, measured, versions
+from index import clustered
 
 sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
 sys.path.insert(0, str(CHECKOUT / "tests" / "pipeline"))
@@ -34,36 +37,25 @@ _JUDGED = 1000
 _EXACT = 8192
 
 
-def clustered(count: int, dim: int, clusters: int, seed: int) -> np.ndarray:
-    """Unit vectors (count, dim) float16 around the same random centres whatever the seed."""
-    centres = np.random.default_rng(0).normal(size=(clusters, dim)).astype(np.float32)
-    rng = np.random.default_rng((1, seed))
-    out = np.empty((count, dim), np.float16)
-    for start in range(0, count, _SHARD):
-        size = min(_SHARD, count - start)
-        vectors = centres[rng.integers(clusters, size=size)] + rng.standard_normal((size, dim), np.float32)
-        out[start:start + size] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    return out
-
-
 def filled(work: Path, rows: int, queries: int, dim: int, key: str) -> tuple[Dataset, Dataset]:
     """The sealed queries and database, the latter with an index of that kind."""
-    root = work / f"neighbors-{rows}-{queries}-{dim}-{key}"
+    root = work / f"neighbors-of-{rows}-{queries}-{dim}-{key}"
     encoder = made.ENCODER | {"dim": dim}
     datasets = []
-    for seed, (name, count) in enumerate((("queries", queries), ("database", rows))):
+    for seed, (name, count) in enumerate((("database", rows), ("queries", queries))):
         dataset = Dataset.parse(str(root), name)
         if not dataset.sealed("embeddings"):
             print(f"making {count} vectors", file=sys.stderr)
-            vectors = clustered(count, dim, max(10, rows // 100), seed)
-            made.given(root, name, np.split(vectors, range(_SHARD, count, _SHARD)), encoder=encoder)
+            vectors = [clustered(min(_SHARD, count - first), dim, max(10, rows // 100), (seed << 32) + first)
+                       .astype(np.float16) for first in range(0, count, _SHARD)]
+            made.given(root, name, vectors, encoder=encoder)
         datasets.append(dataset)
-    if not datasets[1].sealed("index"):
+    if not datasets[0].sealed("index"):
         from pipeline import assembly
         print("making the index", file=sys.stderr)
-        assembly.run(index.Index(datasets[1], index.IndexConfig(key=key, max_memory="100G", train_points=160_000)),
+        assembly.run(index.Index(datasets[0], index.IndexConfig(key=key, max_memory="100G", train_points=160_000)),
                      stage.run)
-    return datasets[0], datasets[1]
+    return datasets[1], datasets[0]
 
 
 def peer(queries: Dataset, database: Dataset, out: Path) -> None:
@@ -78,16 +70,6 @@ def peer(queries: Dataset, database: Dataset, out: Path) -> None:
     np.save(out, np.concatenate(found))
     print(json.dumps({"work": time.perf_counter() - loaded, "all": time.perf_counter() - begin,
                       "threads": faiss.omp_get_max_threads()}))
-
-
-def ours(queries: Dataset, database: Dataset, out: Path) -> None:
-    """The stage in this process; prints the seconds of its items, and all."""
-    begin = time.perf_counter()
-    config = neighbors.NeighborsConfig(k=_K, copy_similarity=2.0, checked=0)
-    manifest = stage.run(neighbors.Neighbors(queries, database, config), rebuild=True)
-    np.save(out, np.concatenate(neighbors.load(queries, database)))
-    print(json.dumps({"work": manifest["run"]["seconds"], "all": time.perf_counter() - begin,
-                      "first": manifest["items"][0]["run"]["seconds"]}))
 
 
 def exact(queries: Dataset, database: Dataset, turns: int) -> list[tuple[float, float, float]]:
@@ -137,40 +119,65 @@ def main() -> int:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--key", default="IVF4096_HNSW32,PQ128x8")
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--only", choices=("lists", "exact"), help="leave the other out")
     parser.add_argument("--work", default="", help="default: rdm-bench in the temporary folder")
-    parser.add_argument("--part", default="", choices=["", "peer", "ours"], help=argparse.SUPPRESS)
+    parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     work = photographs.work_folder(given.work)
     queries, database = filled(work, given.rows, given.queries, given.dim, given.key)
-    if given.part:
-        (peer if given.part == "peer" else ours)(queries, database, work / f"neighbors-{given.part}.npy")
+    if given.peer:
+        peer(queries, database, work / "neighbors-peer.npy")
         return 0
-    told: dict[str, list[tuple[float, float, float]]] = {"peer": [], "ours": []}
-    for _ in range(given.repeats):
-        for who in told:
-            usage = measured([sys.executable, __file__, "--part", who, "--rows", str(given.rows), "--queries",
-                              str(given.queries), "--dim", str(given.dim), "--key", given.key, "--work",
-                              given.work], work / f"neighbors-{who}.log")
-            said = json.loads(usage.stdout.splitlines()[-1])
-            told[who].append((said["work"], said["all"], usage.peak_mb))
-    opened = Embeddings(database)
-    vectors = Embeddings(queries).all()
+    print(f"{given.queries} queries among {given.rows} x {given.dim}, k = {_K}; {given.repeats} runs each in turns; "
+          f"{machine()}; {versions()}\n")
+    if given.only != "exact":
+        lists(queries, database, given, work)
+    if given.only != "lists":
+        exactly(queries, database, given.repeats)
+    return 0
+
+
+def lists(queries: Dataset, database: Dataset, given: argparse.Namespace, work: Path) -> None:
+    """Run both by turns and print the table."""
     info = database.manifest("index")["info"]
-    print(f"{given.queries} queries among {given.rows} x {given.dim}, k = {_K}; index {info['key']}, "
-          f"{info['parameter']}, {info['bytes'] / 2**20:.0f} MB; {given.repeats} runs each in turns; {machine()}; "
-          f"{versions()}\n")
-    print("| | queries/s | with opening and writing | recall@20 | peak memory (PSS), MB |\n|---|---|---|---|---|")
-    for who, name in (("peer", "`index.search`"), ("ours", "neighbors")):
-        seconds, all_, peak = (statistics.median(column) for column in zip(*told[who], strict=True))
-        hit = recall(np.load(work / f"neighbors-{who}.npy"), vectors, opened)
+    tuned = int(info["parameter"].partition("=")[2])
+    opened, vectors = Embeddings(database), Embeddings(queries).all()
+    told: dict[str, list[tuple[float, float, float, float]]] = {}
+
+    def note(name: str, work_s: float, usage: Usage, found: np.ndarray) -> None:
+        told.setdefault(name, []).append((work_s, usage.wall_s, recall(found, vectors, opened), usage.peak_mb))
+        print(name, told[name][-1], f"{usage.others_cores:.2f} cores busy with something else", file=sys.stderr,
+              flush=True)
+
+    for _ in range(given.repeats):
+        usage = measured([sys.executable, __file__, "--peer", "--rows", str(given.rows), "--queries",
+                          str(given.queries), "--dim", str(given.dim), "--key", given.key, "--work", given.work],
+                         work / "neighbors-peer.log")
+        note(f"`index.search`, {tuned} lists", json.loads(usage.stdout.splitlines()[-1])["work"], usage,
+             np.load(work / "neighbors-peer.npy"))
+        for probes in (tuned, tuned // 2, tuned // 4):
+            usage = measured([sys.executable, "-m", "jobs", "neighbors", queries.label, "--database", database.label,
+                              "--root", database.root, "--k", str(_K), "--copy-similarity", "2", "--checked", "0",
+                              "--at-once", "5", "--probes", str(probes), "--workers", "2", "--rebuild"],
+                             work / "neighbors-ours.log")
+            records = queries.manifest(f"neighbors/{database.label}")["items"]
+            note(f"neighbors, {probes} lists", sum(record["run"]["seconds"] for record in records) / 2, usage,
+                 np.concatenate(neighbors.load(queries, database)))
+    print(f"index {info['key']}, {info['parameter']}, {info['bytes'] / 2**20:.0f} MB\n")
+    print("| | queries/s | whole command | recall@20 | peak memory (PSS), MB |\n|---|---|---|---|---|")
+    for name, runs in told.items():
+        seconds, all_, hit, peak = (statistics.median(column) for column in zip(*runs, strict=True))
         print(f"| {name} | {given.queries / seconds:.0f} | {given.queries / all_:.0f} | {hit:.4f} | {peak:.0f} |")
-    rates = exact(queries, database, 3)
+
+
+def exactly(queries: Dataset, database: Dataset, turns: int) -> None:
+    """Measure the exact search and print the table."""
+    rates = exact(queries, database, turns)
     searched, settled, bare = (statistics.median(column) for column in zip(*rates, strict=True))
     share = statistics.median(one[1] / one[2] for one in rates)
     print(f"\n| | GFLOP/s |\n|---|---|\n| exact search of {_EXACT} queries | {searched:.0f} |\n"
           f"| with leaving out copies and exact ranking | {settled:.0f} |\n"
           f"| bare products of the same blocks | {bare:.0f} |\n\nshare of the bare rate: {share:.2f}")
-    return 0
 
 
 if __name__ == "__main__":
