@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import stage, storage
@@ -23,6 +25,7 @@ from pipeline import stage, storage
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 DEFAULT_VERSION = "v1"
 _NO_NUMBER = np.uint16(0x7C00)  # the exponent of NaN and infinity in float16
+_HASH = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -174,9 +177,13 @@ class Embeddings:
 
 def metadata(dataset: Dataset, record: dict[str, Any], columns: list[str] | None = None) -> list[dict[str, Any]]:
     """The parquet rows of one shard's samples, in the order of its tar; failed rows left out."""
+    return _succeeded(dataset, record, columns).to_pylist()
+
+
+def _succeeded(dataset: Dataset, record: dict[str, Any], columns: list[str] | None) -> pa.Table:
     data = dataset.fetch("shards", file_of(record, ".parquet")).read_bytes()
     table = pq.read_table(io.BytesIO(data), columns=None if columns is None else [*columns, "status"])
-    return [row for row in table.to_pylist() if row["status"] == "success"]
+    return table.filter(pc.equal(table["status"], "success"))
 
 
 def labels(dataset: Dataset, record: dict[str, Any]) -> np.ndarray:
@@ -185,9 +192,10 @@ def labels(dataset: Dataset, record: dict[str, Any]) -> np.ndarray:
     Patches of one picture have the second in common. Where it is not known what was fetched, it is the first.
     """
     columns = {"sha256", "original_sha256"} & set(_schema(dataset, record))
-    rows = metadata(dataset, record, sorted(columns))
-    return np.array([[_label(row["sha256"]), _label(row.get("original_sha256") or row["sha256"])] for row in rows],
-                    np.uint64).reshape(-1, 2)
+    table = _succeeded(dataset, record, sorted(columns))
+    stored = table["sha256"]
+    fetched = pc.coalesce(table["original_sha256"], stored) if "original_sha256" in columns else stored
+    return np.stack([_labels(stored.to_pylist()), _labels(fetched.to_pylist())], 1)
 
 
 def perceptual_hashes(dataset: Dataset, record: dict[str, Any]) -> np.ndarray:
@@ -198,8 +206,13 @@ def perceptual_hashes(dataset: Dataset, record: dict[str, Any]) -> np.ndarray:
     return np.array([row["phash"] or 0 for row in metadata(dataset, record, ["phash"])], np.uint64)
 
 
-def _label(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+def _labels(texts: list[str]) -> np.ndarray:
+    """A number for each text, (N,) uint64: the first bytes of a hash, or of the hash of what is none."""
+    if all(map(_HASH.fullmatch, texts)):
+        return np.frombuffer(bytes.fromhex("".join(text[:16] for text in texts)), "<u8").astype(np.uint64)
+    return np.array([int.from_bytes(bytes.fromhex(text[:16]) if _HASH.fullmatch(text)
+                                    else hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+                     for text in texts], np.uint64)
 
 
 def _schema(dataset: Dataset, record: dict[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@
 
 Rows and queries are the clustered unit vectors of the bench of the index, 100 to a cluster on average. faiss is given
 the queries in batches of 1,024, at the search effort that the index was tuned to, with all threads; ours is the stage
-`neighbors` from files to files on two Ray workers of one core each, five shards of 10,000 queries at once, at the same
+`neighbors` from files to files on two Ray workers of one core each, ten shards of 10,000 queries at once, at the same
 number of lists, at half as many, and at a quarter.
 Recall is that of 1,000 queries against exact search in float32. The exact search is that of the stage too, for the
 first 8,192 queries; the bare products are those of its blocks in the same precision, over and over. Prints two Markdown
@@ -158,7 +158,7 @@ def lists(queries: Dataset, database: Dataset, given: argparse.Namespace, work: 
         for probes in (tuned, tuned // 2, tuned // 4):
             usage = measured([sys.executable, "-m", "jobs", "neighbors", queries.label, "--database", database.label,
                               "--root", database.root, "--k", str(_K), "--copy-similarity", "2", "--checked", "0",
-                              "--at-once", "5", "--probes", str(probes), "--workers", "2", "--rebuild"],
+                              "--at-once", "10", "--probes", str(probes), "--workers", "2", "--rebuild"],
                              work / "neighbors-ours.log")
             records = queries.manifest(f"neighbors/{database.label}")["items"]
             note(f"neighbors, {probes} lists", sum(record["run"]["seconds"] for record in records) / 2, usage,
