@@ -98,6 +98,8 @@ def _default(kind: type, settings: Settings) -> Any:
             values[name] = getattr(settings, name)
         elif kind.__dataclass_fields__[name].default is not MISSING:
             values[name] = kind.__dataclass_fields__[name].default
+        elif kind.__dataclass_fields__[name].default_factory is not MISSING:
+            values[name] = kind.__dataclass_fields__[name].default_factory()
         else:
             values[name] = tyro.MISSING
     return kind(**values)
@@ -168,11 +170,28 @@ def _neighbors(command: commands.NeighborsCommand, settings: Settings) -> int:
     return _run(Neighbors(dataset, database, command.neighbors), command)
 
 
+def _latents(command: commands.LatentsCommand, settings: Settings) -> int:
+    from jobs.latents import Latents
+    return _run(Latents(Dataset.parse(command.common.root, command.dataset), command.latents), command)
+
+
+def _convert(command: commands.ConvertCommand, settings: Settings) -> int:
+    from jobs.convert import Convert
+    root = command.common.root
+    convert = Convert(Run.parse(root, command.run), command.checkpoint, Dataset.parse(root, command.database),
+                      command.convert)
+    if command.common.dry_run:
+        return _dry_run(convert, command.stage.rebuild)
+    _done(convert, stage.run(convert, rebuild=command.stage.rebuild))
+    return 0
+
+
 def _train(command: commands.TrainCommand, settings: Settings) -> int:
     # torchrun has started processes of its own; it would take --local for one of its own flags.
     local = command.common.local or "TORCHELASTIC_RUN_ID" in os.environ
     job = Job(Run.parse(command.common.root, command.run), Dataset.parse(command.common.root, command.dataset),
-              Dataset.parse(command.common.root, command.database or command.dataset), command.train)
+              Dataset.parse(command.common.root, command.database or command.dataset), command.train,
+              command.on_latents)
     training = Training(job)
     if command.common.dry_run:
         return _dry_run(training)
@@ -324,6 +343,7 @@ def _done(stage_: Stage, manifest: dict[str, Any]) -> None:
 _VERBS: dict[str, tuple[type, Callable[[Any, Settings], int]]] = {
     "shard": (commands.ShardCommand, _shard), "embed": (commands.EmbedCommand, _embed),
     "index": (commands.IndexCommand, _index), "neighbors": (commands.NeighborsCommand, _neighbors),
+    "latents": (commands.LatentsCommand, _latents), "convert": (commands.ConvertCommand, _convert),
     "train": (commands.TrainCommand, _train), "sample": (commands.SampleCommand, _sample),
     "report": (commands.ReportCommand, _report), "status": (commands.StatusCommand, _status),
     "verify": (commands.VerifyCommand, _verify), "plan": (commands.PlanCommand, _plan),

@@ -1,11 +1,11 @@
 """What each verb of the command line takes: flags are the fields of these dataclasses."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import tyro
 
-from jobs.settings import ClusterConfig, SampleConfig
+from jobs.settings import ClusterConfig, ConvertConfig, LatentsConfig, SampleConfig
 from model.config import TrainConfig
 from pipeline.embed import EmbedConfig
 from pipeline.index import IndexConfig
@@ -108,6 +108,31 @@ class NeighborsCommand:
 
 
 @dataclass(frozen=True)
+class LatentsCommand:
+    """Compute the latents of every picture of a dataset, for training in a first stage's space."""
+
+    dataset: Dataset
+    latents: Flat[LatentsConfig]
+    cluster: Flat[ClusterConfig]
+    common: Flat[Common]
+    stage: Flat[Rebuild]
+
+
+@dataclass(frozen=True)
+class ConvertCommand:
+    """Make a run of a checkpoint of the CompVis release (model.ckpt), to draw with."""
+
+    run: RunName
+    checkpoint: str
+    """The file; a pickle is read as weights alone, none of its code runs."""
+    database: str
+    """Any dataset that was embedded by the encoder which the network was trained with."""
+    common: Flat[Common]
+    stage: Flat[Rebuild]
+    convert: Flat[ConvertConfig] = field(default_factory=ConvertConfig)
+
+
+@dataclass(frozen=True)
 class TrainCommand:
     """Train a retrieval-augmented diffusion model on a dataset and its neighbours."""
 
@@ -120,6 +145,8 @@ class TrainCommand:
     stage: Flat[Rebuild]
     database: str = ""
     """Database that the neighbours come from; by default the dataset itself."""
+    on_latents: Annotated[bool, tyro.conf.arg(name="latents")] = False
+    """Train on the dataset's latents instead of its pictures."""
 
 
 @dataclass(frozen=True)

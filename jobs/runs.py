@@ -76,13 +76,23 @@ class Run:
 
     def fetch(self, step: int) -> Path:
         """A local folder with the files of a checkpoint, hashes checked."""
-        folder = storage.join(self.folder, "checkpoints", f"{step:07d}")
+        return self._fetched(storage.join(self.folder, "checkpoints", f"{step:07d}"), self.checkpoint(step)["files"])
+
+    def first_stage(self) -> Path:
+        """A local folder with the first stage that was converted together with the run, hashes checked."""
+        manifest = stage.manifest_of(self.folder, self.command)
+        return self._fetched(storage.join(self.folder, "first_stage"), [
+            entry | {"name": entry["name"].removeprefix("first_stage/")} for record in manifest["items"]
+            for entry in record["files"] if entry["name"].startswith("first_stage/")])
+
+    @staticmethod
+    def _fetched(folder: str, files: list[dict[str, Any]]) -> Path:
         paths = {entry["name"]: storage.fetch(storage.join(folder, entry["name"]), entry, check=True)
-                 for entry in self.checkpoint(step)["files"]}
+                 for entry in files}
         if storage.is_local(folder):
             return storage.local_path(folder)
-        # The cache names files by hash; a checkpoint is read by name.
-        local = storage.cache_folder() / f"checkpoint-{self.checkpoint(step)['content']}"
+        # The cache names files by hash; these are read by name.
+        local = storage.cache_folder() / f"files-{stage.digest([[one['name'], one['sha256']] for one in files])}"
         local.mkdir(exist_ok=True)
         for name, path in paths.items():
             if not (local / name).exists():

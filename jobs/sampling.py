@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from jobs import latents
 from jobs.runs import Run
 from jobs.settings import SampleConfig
 from model import checkpoint
 from model.config import TrainConfig
+from model.first_stage import FirstStage
 from model.sample import initial_noise, sample
 from model.unet import UNet
 from pipeline import clip, embed, lookup, stage, storage
@@ -130,20 +133,35 @@ class Sampling(Stage):
 
     def _draw(self, denoiser: UNet, config: TrainConfig, context: torch.Tensor) -> list[Image.Image]:
         """A picture for each context (prompts, 1 + k, D)."""
-        if config.unet.in_channels != 3:
-            raise ValueError("this run was trained on latents; decoding them is not part of this version")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         denoiser.to(device)
-        size = self.run.section()["image_size"]
-        noise = initial_noise(self.config.seed, range(len(context)), (3, size, size))
+        context, size = config.context_norm * context, self.run.section()["image_size"]
+        first = self._first_stage(device)
+        if first:
+            size //= first.factor
+        noise = initial_noise(self.config.seed, range(len(context)), (config.unet.in_channels, size, size))
         pictures = []
         for start in range(0, len(context), self.config.batch_size):
             part = slice(start, start + self.config.batch_size)
             drawn = sample(denoiser, config.diffusion, context[part].to(device), noise[part].to(device),
-                           steps=self.config.steps, guidance=self.config.guidance)
+                           steps=self.config.steps, guidance=self.config.guidance, clamp=first is None)
+            if first:
+                drawn = torch.cat([first.decode(one[None]) for one in drawn])
             values = ((drawn.cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
             pictures += [Image.fromarray(one) for one in values.permute(0, 2, 3, 1).numpy()]
         return pictures
+
+    def _first_stage(self, device: torch.device) -> FirstStage | None:
+        """What decodes the latents of the run; None if it draws pixels."""
+        about = self.run.section().get("first_stage")
+        if not about:
+            return None
+        found = latents.opened(str(self.run.first_stage()) if about["source"] == latents.IN_THE_RUN
+                               else about["source"])
+        if latents.digest(found) != about["sha256"]:
+            raise ValueError(f"the first stage {about['source']} is not the one that the run {self.run.name} was "
+                             f"trained with")
+        return replace(found, scale=about["scale"])
 
     def _grid(self, pictures: dict[tuple[str, str], dict[str, Any]]) -> Image.Image:
         """Rows prompts, columns databases; beside each picture its first neighbours, small."""

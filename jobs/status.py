@@ -66,7 +66,8 @@ def _paths(root: str) -> list[str]:
         for version in storage.folders(storage.join(root, "datasets", name)):
             base = f"datasets/{name}/{version}"
             paths += [f"{base}/{one}" for one in _OF_A_DATASET]
-            paths += [f"{base}/tombstones"] * storage.exists(storage.join(root, base, "tombstones", "plan.json"))
+            paths += [f"{base}/{one}" for one in ("tombstones", "latents")
+                      if storage.exists(storage.join(root, base, one, "plan.json"))]
             paths += [f"{base}/neighbors/{one}" for one in storage.folders(storage.join(root, base, "neighbors"))]
     for run in storage.folders(storage.join(root, "runs")):
         paths.append(f"runs/{run}")

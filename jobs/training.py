@@ -21,6 +21,8 @@ class Job:
     dataset: Dataset
     database: Dataset
     config: TrainConfig
+    latents: bool = False
+    """Whether it trains on the latents of the dataset instead of its pictures."""
 
 
 class Training(Stage):
@@ -48,20 +50,33 @@ class Training(Stage):
         first = samples(self.job.dataset, [0])[0]
         settings = super().section()
         # A finished run may be given more steps: how many is no part of what it is.
-        return {"train": {key: value for key, value in settings.items() if key not in FREE_ON_RESUME},
+        if settings["context_norm"] == 1:
+            del settings["context_norm"]  # runs from before there was a choice
+        latents = ({"first_stage": self.job.dataset.manifest("latents")["info"]["first_stage"]} if self.job.latents
+                   else {})
+        return {"train": {key: value for key, value in settings.items() if key not in FREE_ON_RESUME}, **latents,
                 "dataset": self.job.dataset.label, "database": self.job.database.label,
                 "encoder": embed.encoder_of(self.job.dataset), "image_size": int(pixels(first.picture).shape[0])}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         return {"shards": self.job.dataset.identity("shards"),
                 "neighbors": self.job.dataset.identity(f"neighbors/{self.job.database.label}"),
-                "database": self.job.database.identity("embeddings")}
+                "database": self.job.database.identity("embeddings"),
+                **({"latents": self.job.dataset.identity("latents")} if self.job.latents else {})}
 
     def plan(self) -> list[Item]:
         dim = embed.encoder_of(self.job.database)["dim"]
         if self.job.config.unet.context_dim != dim:
             raise ValueError(f"the network takes vectors of {self.job.config.unet.context_dim}, "
                              f"{self.job.database.label} has vectors of {dim}\nhint: --context-dim {dim}")
+        unet, shape = self.job.config.unet, (3, 0, 0)
+        if self.job.latents:
+            shape = self.job.dataset.manifest("latents")["info"]["shape"][1:]
+        if unet.in_channels != shape[0] or any(side % unet.stride for side in shape[1:]):
+            what = f"latents of {' x '.join(map(str, shape))}" if self.job.latents else "pictures of 3 channels"
+            raise ValueError(f"the network takes {unet.in_channels} channels and sides that divide by {unet.stride}, "
+                             f"{self.job.dataset.label} has {what}\nhint: --in-channels, --out-channels and --patch; "
+                             f"--latents trains on latents")
         return [Item("run")]
 
     def process(self, item: Item, scratch: Any) -> Output:

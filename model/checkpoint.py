@@ -42,6 +42,15 @@ def write(
     (folder / "checkpoint.json").write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
 
 
+def write_converted(folder: Path, model: nn.Module, config: TrainConfig, step: int) -> None:
+    """Write what drawing needs into the folder, and nothing to train on from: weights that somebody else trained."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(_portable(model.state_dict()), folder / "ema.safetensors")
+    about = {"format": FORMAT, "step": step, "ema_updates": 0, "config": to_dict(config)}
+    (folder / "checkpoint.json").write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
+
+
 def read(folder: Path, model: nn.Module, ema: EMA, optimizer: optim.Optimizer, config: TrainConfig) -> int:
     """Load a checkpoint into model, average and optimizer, and return its step.
 
@@ -55,6 +64,8 @@ def read(folder: Path, model: nn.Module, ema: EMA, optimizer: optim.Optimizer, c
             f"{folder} belongs to a run with other settings ({'; '.join(changed)})\n"
             "hint: resume with the old settings, or start a new run"
         )
+    if not (folder / "model.safetensors").is_file():
+        raise ValueError(f"{folder} was converted: there is nothing in it to train on from")
     model.load_state_dict(load_file(folder / "model.safetensors"))
     for name, tensor in load_file(folder / "ema.safetensors").items():
         ema.weights[name].copy_(tensor)

@@ -74,6 +74,8 @@ class TrainConfig:
     """How often a picture is trained without its neighbours, so that guidance has an anchor."""
     k: int = 4
     """Context vectors a picture is trained with: the first k of those in the batch."""
+    context_norm: float = 1.0
+    """Length of the vectors as the network is given them; those of a database have one."""
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
@@ -86,6 +88,8 @@ class TrainConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
         if not 0.0 <= self.p_uncond <= 1.0:
             raise ValueError(f"p_uncond = {self.p_uncond}: must be within [0, 1]")
+        if not self.context_norm > 0:
+            raise ValueError(f"context_norm = {self.context_norm}: must be above 0")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision = {self.precision!r}: must be auto, fp32 or bf16")
 

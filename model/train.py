@@ -182,7 +182,7 @@ def _prepare(config: TrainConfig, batch_at: Callable[[int], Batch], step: int, p
             f"step {step}: batch of {len(x0)} pictures with neighbors {tuple(neighbors.shape)}, "
             f"but this process needs (B, at least k, D) = {wanted}"
         )
-    context = neighbors[:, : config.k].float()  # (B, k, D)
+    context = config.context_norm * neighbors[:, : config.k].float()  # (B, k, D)
     # The condition of nobody is a set of zeros, as in the release's guidance.
     dropped = randomness.dropped(config.seed, step, positions, config.p_uncond)
     context = context.masked_fill(dropped[:, None, None], 0.0)

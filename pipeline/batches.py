@@ -1,7 +1,7 @@
 """Sealed shards and neighbour lists -> batches, the border to the model.
 
-A batch is a dict: image (B, H, W, 3) uint8; neighbors (B, k, D) float16, unit vectors, zeros where
-there is no neighbour; rows (B,) int64, global rows.
+A batch is a dict: image (B, H, W, 3) uint8, or latent (B, C, h, w) float16, scaled; neighbors (B, k, D) float16, unit
+vectors, zeros where there is no neighbour; rows (B,) int64, global rows.
 """
 
 from collections import OrderedDict
@@ -64,7 +64,7 @@ class Batches:
     """Batches of a dataset with its neighbours in a database; holds decoded shards of the current window."""
 
     def __init__(self, dataset: Dataset, database: Dataset, *, k: int, global_batch: int, seed: int,
-                 rank: int = 0, world: int = 1, true_neighbors: bool = True) -> None:
+                 rank: int = 0, world: int = 1, true_neighbors: bool = True, latents: bool = False) -> None:
         self.dataset = dataset
         self.shards = dataset.manifest("shards")["items"]
         self.ids = neighbors.load(dataset, database)
@@ -82,6 +82,11 @@ class Batches:
             raise ValueError(f"shards and neighbours of {dataset.label} have different samples\n"
                              f"hint: {dataset.command(f'neighbors/{database.label}')} --rebuild")
         self.order = Order(counts, global_batch, seed)
+        self.latents = [np.load(dataset.fetch("latents", file_of(record, ".npy")), mmap_mode="r", allow_pickle=False)
+                        for record in dataset.manifest("latents")["items"]] if latents else []
+        if self.latents and tuple(map(len, self.latents)) != counts:
+            raise ValueError(f"shards and latents of {dataset.label} have different samples\n"
+                             f"hint: {dataset.command('latents')} --rebuild")
         self.offsets = np.cumsum([0, *counts])
         self.k, self.rank, self.world = k, rank, world
         # A control: every sample gets the neighbours of another one, so they carry no information.
@@ -92,7 +97,14 @@ class Batches:
         """This rank's contiguous part of the global batch of `step`."""
         rows = self.order.rows(step)
         size = len(rows) // self.world
-        rows = rows[self.rank * size:(self.rank + 1) * size]
+        mine = slice(self.rank * size, (self.rank + 1) * size)
+        rows = rows[mine]
+        if self.latents:
+            # Which of its augmentations a sample is seen in depends on the step and its place alone.
+            kinds = np.random.default_rng((self.order.seed, 31, step)).integers(
+                self.latents[0].shape[1], size=self.order.global_batch)[mine]
+            return {"latent": np.stack([self._latent(row, kind) for row, kind in zip(rows, kinds, strict=True)]),
+                    "rows": rows, "neighbors": self._neighbors((rows + self.shift) % self.offsets[-1])}
         pictures = [self._picture(row) for row in rows]
         _of_one_size(pictures, self.dataset.folder("shards"))
         return {"image": np.stack(pictures), "rows": rows,
@@ -106,6 +118,10 @@ class Batches:
         kept = self.written or self.ids
         found = np.stack([kept[shard][position][:self.k] for shard, position in map(self._where, rows)])
         return self.vectors.rows(found) if self.vectors else found
+
+    def _latent(self, row: int, kind: int) -> np.ndarray:
+        shard, position = self._where(row)
+        return self.latents[shard][position, kind]
 
     def _picture(self, row: int) -> np.ndarray:
         number, position = self._where(row)

@@ -39,7 +39,7 @@ def folder(root: str, path: str, *, quick: bool = False) -> Iterator[dict[str, s
             yield _fault(path, entry["name"], fault)
     yield from _records(root, path, manifest)
     checks = {"shard": _shards, "embed": _embeddings, "embed_captions": _embeddings, "index": _index,
-              "neighbors": _neighbors}
+              "neighbors": _neighbors, "latents": _latents}
     check = checks.get(manifest["stage"])
     if check:
         for record in manifest["items"]:
@@ -49,7 +49,9 @@ def folder(root: str, path: str, *, quick: bool = False) -> Iterator[dict[str, s
                 except Exception as error:  # hostile bytes make readers raise whatever they like
                     yield _fault(path, record["id"], f"cannot be read: {type(error).__name__}: {error}")
     if manifest["stage"] == "train":
-        yield from _run(root, path, manifest)
+        yield from _curve(root, path, manifest)
+    if manifest["stage"] in {"train", "convert"}:
+        yield from _checkpoints(root, path)
 
 
 def _changed(manifest: dict[str, Any]) -> list[str]:
@@ -114,6 +116,14 @@ def _embeddings(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[s
         yield _fault(path, f"{record['id']}.npy", f"{wrong} rows are not of unit length")
 
 
+def _latents(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
+    dataset = _dataset(root, path)
+    rows = np.load(dataset.fetch("latents", file_of(record, ".npy")), mmap_mode="r", allow_pickle=False)
+    yield from _lengths(dataset, path, record["id"], len(rows), f"{record['id']}.npy")
+    if not np.isfinite(rows).all():
+        yield _fault(path, f"{record['id']}.npy", "has latents that are not finite")
+
+
 def _index(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
     from pipeline.index import Searcher
     try:
@@ -150,8 +160,7 @@ def _lengths(dataset: Dataset, path: str, shard: str, rows: int, name: str) -> I
         yield _fault(path, name, f"has {rows} rows, its shard {shards.get(shard)} samples")
 
 
-def _run(root: str, path: str, manifest: dict[str, Any]) -> Iterator[dict[str, str]]:
-    """A run's curve and checkpoints."""
+def _curve(root: str, path: str, manifest: dict[str, Any]) -> Iterator[dict[str, str]]:
     try:
         text = storage.read_bytes(storage.join(root, path, "metrics.jsonl"))
         lines = [json.loads(line) for line in text.splitlines()]
@@ -159,6 +168,9 @@ def _run(root: str, path: str, manifest: dict[str, Any]) -> Iterator[dict[str, s
             yield _fault(path, "metrics.jsonl", "is not the curve that was sealed")
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         yield _fault(path, "metrics.jsonl", "is missing or damaged")
+
+
+def _checkpoints(root: str, path: str) -> Iterator[dict[str, str]]:
     base = storage.join(root, path, "checkpoints")
     for step in storage.folders(base):
         try:

@@ -7,6 +7,13 @@ from typing import Any
 
 import pytest
 
+from pipeline import stage
+from pipeline.dataset import Dataset
+from pipeline.embed import Embed, EmbedConfig
+from pipeline.index import Index, IndexConfig
+from pipeline.neighbors import Neighbors, NeighborsConfig
+from pipeline.shard import Shard, ShardConfig
+
 _FAST_DEATH = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 1000,
                "health_check_failure_threshold": 3}
 
@@ -32,3 +39,16 @@ def cluster() -> Iterator[Any]:
 def root(tmp_path: Path) -> str:
     """An empty root."""
     return str(tmp_path / "root")
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory, drawn_pictures: Path) -> Path:
+    """A root with a drawn dataset that has everything training needs; copy it before use."""
+    root = tmp_path_factory.mktemp("prepared") / "root"
+    dataset = Dataset.parse(str(root), "drawn")
+    for stage_ in (Shard(dataset, ShardConfig(source=str(drawn_pictures), captions=str(drawn_pictures / "train.csv"),
+                                              only_captioned=True, image_size=32, format="png", samples_per_shard=50)),
+                   Embed(dataset, EmbedConfig()), Index(dataset, IndexConfig(bytes_per_vector=288)),
+                   Neighbors(dataset, dataset, NeighborsConfig())):
+        stage.run(stage_)
+    return root

@@ -23,10 +23,6 @@ from model.train import train
 from pipeline import stage, storage
 from pipeline.batches import Batches
 from pipeline.dataset import Dataset
-from pipeline.embed import Embed, EmbedConfig
-from pipeline.index import Index, IndexConfig
-from pipeline.neighbors import Neighbors, NeighborsConfig
-from pipeline.shard import Shard, ShardConfig
 
 SETTINGS = """
 [train]
@@ -47,24 +43,11 @@ context_dim = 256
 """
 
 
-@pytest.fixture(scope="session")
-def prepared(tmp_path_factory: pytest.TempPathFactory, drawn_pictures: Path) -> Path:
-    """A root with a drawn dataset that has everything training needs; copy it before use."""
-    root = tmp_path_factory.mktemp("prepared") / "root"
-    dataset = Dataset.parse(str(root), "drawn")
-    for stage_ in (Shard(dataset, ShardConfig(source=str(drawn_pictures), captions=str(drawn_pictures / "train.csv"),
-                                              only_captioned=True, image_size=32, format="png", samples_per_shard=50)),
-                   Embed(dataset, EmbedConfig()), Index(dataset, IndexConfig(bytes_per_vector=288)),
-                   Neighbors(dataset, dataset, NeighborsConfig())):
-        stage.run(stage_)
-    (root / "settings.toml").write_text(SETTINGS)
-    return root
-
-
 @pytest.fixture
 def root(prepared: Path, tmp_path: Path) -> Path:
     """A copy of the prepared root."""
     shutil.copytree(prepared, tmp_path / "root")
+    (tmp_path / "root/settings.toml").write_text(SETTINGS)
     return tmp_path / "root"
 
 

@@ -1,0 +1,144 @@
+"""Shards -> latents of a first stage: row i of 000042.npy is sample i of 000042.tar."""
+
+import hashlib
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from jobs.settings import LatentsConfig
+from model import first_stage
+from model.first_stage import FirstStage
+from pipeline import images, tars
+from pipeline.dataset import Dataset, file_of
+from pipeline.stage import Item, Output, Stage
+
+IN_THE_RUN = "first_stage"  # the source of a first stage that lies in the folder of its run
+
+
+class Latents(Stage):
+    """The stage from the shards of a dataset to latents/, (N_i, A, C, h, w) float16, scaled; A is 2 with flips."""
+
+    name = "latents"
+    workers_need_gpu = True
+
+    def __init__(self, dataset: Dataset, config: LatentsConfig) -> None:
+        if not config.first_stage:
+            raise ValueError("latents need a first stage\nhint: --first-stage FOLDER, or a name in the hub")
+        super().__init__(dataset.root, dataset.path("latents"), config)
+        self.dataset = dataset
+
+    @property
+    def command(self) -> str:
+        return f"{self.dataset.command('latents')} --first-stage {self.config.first_stage}"
+
+    def section(self) -> dict[str, Any]:
+        # The folder may be elsewhere on another machine; what is in it is in the digest.
+        return {"first_stage": digest(opened(self.config.first_stage)), "flips": self.config.flips,
+                "scale": self.config.scale}
+
+    def inputs(self) -> dict[str, dict[str, Any]]:
+        return {"shards": self.dataset.identity("shards")}
+
+    def plan(self) -> list[Item]:
+        scale, records = self._scale(), self.dataset.manifest("shards")["items"]
+        return [Item(record["id"], {"shard": record, "scale": scale, "count": record["samples"],
+                                    "first_stage": self.section()["first_stage"]}) for record in records]
+
+    def setup(self) -> None:
+        # On a CPU the last bits depend on how a sum is split among threads.
+        torch.set_num_threads(1)
+        opened(self.config.first_stage)
+
+    def process(self, item: Item, scratch: Path) -> Output:
+        stage, record = opened(self.config.first_stage), item.inputs["shard"]
+        if digest(stage) != item.inputs["first_stage"]:
+            raise ValueError(f"the first stage {self.config.first_stage} is not that of the plan\n"
+                             f"hint: the same files on every machine")
+        parts = []
+        for pictures in self._pictures(record):
+            parts.append(_encoded(stage, pictures, item.inputs["scale"], self.config.flips))
+            self.beat(rows=sum(map(len, parts)), samples=sum(map(len, parts)), length=0, skipped={})
+        latents = np.concatenate(parts) if parts else np.empty((0, 1 + self.config.flips, stage.channels, 1, 1),
+                                                               np.float16)
+        if len(latents) != record["samples"]:
+            raise ValueError(f"shard {item.id} has {len(latents)} samples, its manifest says {record['samples']}\n"
+                             f"hint: python -m jobs verify")
+        if not np.isfinite(latents).all():
+            raise ValueError(f"latents of shard {item.id} are not finite in float16\nhint: a smaller --scale")
+        path = scratch / f"{item.id}.npy"
+        np.save(path, latents, allow_pickle=False)
+        return Output(samples=len(latents), files={path.name: path}, info={
+            "shape": list(latents.shape[1:]), "scale": item.inputs["scale"]})
+
+    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+        shapes = {tuple(record["info"]["shape"]) for record in records if record["samples"]}
+        if len(shapes) > 1:
+            raise ValueError(f"the latents have different shapes: {sorted(shapes)}\n"
+                             f"hint: shard with --resize center_crop")
+        stage = opened(self.config.first_stage)
+        return Output(info={"first_stage": about(stage, self.config.first_stage, records[0]["info"]["scale"]),
+                            "shape": list(shapes.pop()) if shapes else None})
+
+    def _scale(self) -> float:
+        stage = opened(self.config.first_stage)
+        if self.config.scale or stage.scale:
+            return self.config.scale or stage.scale
+        record = next((one for one in self.dataset.manifest("shards")["items"] if one["samples"]), None)
+        if record is None:
+            raise ValueError(f"{self.dataset.label} has no samples")
+        with torch.random.fork_rng(devices=[]):
+            deviation = float(_encoded(stage, next(self._pictures(record)), 1.0, False).astype(np.float32).std())
+        return float(np.float32(1 / max(deviation, 1e-6)))
+
+    def _pictures(self, record: dict[str, Any]) -> Any:
+        """Batches (B, H, W, 3) uint8 of a shard, decoded while the last is encoded."""
+        path = self.dataset.fetch("shards", file_of(record, ".tar"), check=True)
+        encoded = (tars.picture(sample) for sample in tars.read(path))
+        with ThreadPoolExecutor(2) as pool:
+            ahead = None
+            while some := list(itertools.islice(encoded, self.config.batch_size)):
+                following = pool.submit(lambda some=some: np.stack([images.pixels(one) for one in some]))
+                if ahead:
+                    yield ahead.result()
+                ahead = following
+            if ahead:
+                yield ahead.result()
+
+
+def _encoded(stage: FirstStage, pictures: np.ndarray, scale: float, flips: bool) -> np.ndarray:
+    """Latents (B, A, C, h, w) float16 of pictures (B, H, W, 3) uint8."""
+    x = (torch.from_numpy(pictures).permute(0, 3, 1, 2).to(stage.device).float() / 127.5 - 1).contiguous()
+    kinds = [x, x.flip(-1)] if flips else [x]
+    return torch.stack([scale * stage.moments(one)[0] for one in kinds], 1).cpu().numpy().astype(np.float16)
+
+
+@lru_cache(maxsize=1)
+def opened(source: str) -> FirstStage:
+    """The first stage of a folder or the hub, on the GPU if there is one; kept in this process."""
+    return first_stage.load(source, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def about(stage: FirstStage, source: str, scale: float) -> dict[str, Any]:
+    """What is written down of the first stage of some latents: a run that draws needs the same."""
+    return {"source": source, "kind": stage.kind, "channels": stage.channels, "factor": stage.factor, "scale": scale,
+            "sha256": digest(stage)}
+
+
+def digest(stage: FirstStage) -> str:
+    """sha256 of the weights of a first stage, of their names and numbers."""
+    found = _digests.get(id(stage.network))
+    if found is None:
+        sha = hashlib.sha256()
+        for name, tensor in sorted(stage.network.state_dict().items()):
+            sha.update(name.encode())
+            sha.update(tensor.cpu().contiguous().numpy().tobytes())
+        found = _digests[id(stage.network)] = sha.hexdigest()
+    return found
+
+
+_digests: dict[int, str] = {}

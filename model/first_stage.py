@@ -1,0 +1,108 @@
+"""Pictures to latents and back: diffusers' AutoencoderKL or VQModel in a folder, with the factor of its latents.
+
+Letters: B pictures, H W their sides, C channels and h w sides of a latent, f = H / h.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_KINDS = {"AutoencoderKL", "VQModel"}
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """An autoencoder whose latents a diffusion is trained on (Rombach et al. 2022, arXiv:2112.10752, section 3.1)."""
+
+    network: Any
+    kind: str
+    """AutoencoderKL or VQModel."""
+    scale: float
+    """Latents are multiplied by it, so that their variance is about one; 0 where it is not known."""
+
+    @property
+    def channels(self) -> int:
+        """C of a latent."""
+        return int(self.network.config.latent_channels)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.network.parameters()).device
+
+    @property
+    def factor(self) -> int:
+        """f: sides of a picture over those of its latent."""
+        return 2 ** (len(self.network.config.block_out_channels) - 1)
+
+    @torch.inference_mode()
+    def moments(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (B, C, h, w) of the latents of pictures (B, 3, H, W) in [-1, 1], not scaled.
+
+        Of a VQModel the deviation is zero: its latents are those before they are rounded to codes. Raises ValueError
+        if the sides do not divide by f.
+        """
+        if pictures.shape[-2] % self.factor or pictures.shape[-1] % self.factor:
+            raise ValueError(f"pictures of {tuple(pictures.shape[-2:])}: sides must divide by {self.factor}")
+        if self.kind == "VQModel":
+            mean = self.network.encode(pictures).latents
+            return mean, torch.zeros_like(mean)
+        found = self.network.encode(pictures).latent_dist
+        return found.mean, found.std
+
+    def encode(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Scaled latents (B, C, h, w) of pictures (B, 3, H, W) in [-1, 1]: mean + std * noise (B, C, h, w)."""
+        mean, std = self.moments(pictures)
+        return self.scale * (mean if noise is None else mean + std * noise)
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W), about in [-1, 1], of scaled latents (B, C, h, w); a VQModel rounds them to codes."""
+        return self.network.decode(latents / self.scale).sample
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu", scale: float = 0.0) -> FirstStage:
+    """The autoencoder in a folder as diffusers keeps it (config.json and weights), or of that name in the hub.
+
+    `scale` 0 takes the factor of its configuration, and 0 if that names none. Raises ValueError where there is none
+    that can be used.
+    """
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ValueError("first stages need the package diffusers\nhint: pip install diffusers") from error
+    if Path(folder, "config.json").is_file():
+        about = json.loads(Path(folder, "config.json").read_text())
+    else:
+        try:
+            about = diffusers.AutoencoderKL.load_config(str(folder))
+        except Exception as error:  # a hub answers with whatever it likes
+            raise ValueError(f"there is no autoencoder in {folder}, and no such name in the hub can be read: "
+                             f"{str(error).splitlines()[0]}\nhint: a folder with config.json and "
+                             f"diffusion_pytorch_model.safetensors") from error
+    kind = about.get("_class_name", "AutoencoderKL")
+    if kind not in _KINDS:
+        raise ValueError(f"{folder} holds a {kind}\nhint: a first stage is one of {', '.join(sorted(_KINDS))}")
+    try:
+        network = getattr(diffusers, kind).from_pretrained(str(folder), use_safetensors=True)
+    except Exception as error:
+        raise ValueError(f"the autoencoder in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    network = network.eval().requires_grad_(False).to(device)
+    return FirstStage(network, kind, scale or float(about.get("scaling_factor") or 0.0))
+
+
+def build(config: dict[str, Any], weights: dict[str, Tensor]) -> FirstStage:
+    """The autoencoder of a configuration with its weights; ValueError where they do not fit each other."""
+    import diffusers
+
+    kind = config["_class_name"]
+    network = getattr(diffusers, kind).from_config(config)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"the weights are not those of this {kind}: {str(error).splitlines()[1].strip()}") from error
+    return FirstStage(network.eval().requires_grad_(False), kind, float(config["scaling_factor"]))

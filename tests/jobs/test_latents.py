@@ -1,0 +1,205 @@
+"""Latents of a first stage, training on them, and runs made of released checkpoints."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from jobs import latents
+from jobs.cli import main
+from jobs.settings import LatentsConfig
+from model import first_stage, released
+from model.config import UNetConfig
+from model.unet import UNet
+from pipeline import stage, tars
+from pipeline.batches import Batches
+from pipeline.dataset import Dataset, file_of
+from pipeline.images import pixels
+
+GOLDEN = Path(__file__).parents[1] / "model" / "golden" / "compvis_small.safetensors"
+SMALL = UNetConfig(in_channels=16, out_channels=16, model_channels=32, channel_mult=(1, 2), num_res_blocks=1,
+                   attention_downsampling=(1, 2), context_dim=256)
+
+
+@pytest.fixture(scope="session")
+def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small KL first stage of the golden weights, as diffusers keeps it; it names no factor."""
+    folder = tmp_path_factory.mktemp("first-stage")
+    weights = {name: tensor.float() for name, tensor in released.read(GOLDEN).first_stage.items()}
+    first_stage.build(released.first_stage_config(weights),
+                      released.first_stage_weights(weights)).network.save_pretrained(folder)
+    _edit(folder / "config.json", "scaling_factor", None)
+    return folder
+
+
+@pytest.fixture
+def root(prepared: Path, tmp_path: Path) -> Path:
+    """A copy of the prepared root."""
+    shutil.copytree(prepared, tmp_path / "root")
+    return tmp_path / "root"
+
+
+def _edit(path: Path, name: str, value: object) -> None:
+    document = json.loads(path.read_text())
+    document[name] = value
+    path.write_text(json.dumps({key: each for key, each in document.items() if each is not None}))
+
+
+def _released(path: Path, unet: UNetConfig = SMALL) -> Path:
+    """A checkpoint under the names of the release, with random weights and the golden first stage."""
+    torch.manual_seed(0)
+    state = {f"model.diffusion_model.{name}": tensor for name, tensor in UNet(unet).state_dict().items()}
+    state |= {f"first_stage_model.{name}": tensor for name, tensor in released.read(GOLDEN).first_stage.items()}
+    state["betas"] = (torch.linspace(0.0015**0.5, 0.015**0.5, 1000, dtype=torch.float64) ** 2).float()
+    state["scale_factor"] = torch.tensor(0.5)
+    torch.save({"state_dict": state, "global_step": 1234}, path)
+    return path
+
+
+def test_a_row_of_the_latents_is_the_picture_of_that_row_encoded_and_scaled(root: Path, autoencoder: Path) -> None:
+    dataset = Dataset.parse(str(root), "drawn")
+    manifest = stage.run(latents.Latents(dataset, LatentsConfig(first_stage=str(autoencoder), flips=True)))
+    about = manifest["info"]["first_stage"]
+    assert about | {"sha256": "", "scale": 0} == {"source": str(autoencoder), "kind": "AutoencoderKL", "channels": 16,
+                                                   "factor": 4, "scale": 0, "sha256": ""}
+    network = first_stage.load(autoencoder)
+    shards = dataset.manifest("shards")["items"]
+    for number, (record, shard) in enumerate(zip(manifest["items"], shards, strict=True)):
+        rows = np.load(dataset.fetch("latents", file_of(record, ".npy")))
+        assert rows.shape == (shard["samples"], 2, 16, 8, 8) and rows.dtype == np.float16
+        pictures = np.stack([pixels(tars.picture(one)) for one in tars.read(
+            dataset.fetch("shards", file_of(shard, ".tar")))])
+        if number == 0:
+            x = torch.from_numpy(pictures[:8]).permute(0, 3, 1, 2).float() / 127.5 - 1
+            # Nobody gave a factor: it is that which makes the first batch's deviation one.
+            assert about["scale"] == pytest.approx(1 / float(network.moments(x)[0].numpy().astype(np.float16)
+                                                             .astype(np.float32).std()), rel=1e-5)
+        for position in (0, len(pictures) - 1):
+            x = torch.from_numpy(pictures[position][None]).permute(0, 3, 1, 2).float() / 127.5 - 1
+            for kind, seen in enumerate((x, x.flip(-1))):
+                wanted = about["scale"] * network.moments(seen)[0][0].numpy()
+                np.testing.assert_allclose(rows[position, kind], wanted, atol=4e-3 * abs(wanted).max())
+    assert main(["verify", "--root", str(root), "--only", "datasets/drawn/v1/latents"]) == 0
+
+
+def test_a_factor_that_is_given_or_configured_is_taken(root: Path, autoencoder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "configured"
+    shutil.copytree(autoencoder, folder)
+    _edit(folder / "config.json", "scaling_factor", 0.25)
+    dataset = Dataset.parse(str(root), "drawn")
+    for config, scale in ((LatentsConfig(first_stage=str(folder)), 0.25),
+                          (LatentsConfig(first_stage=str(folder), scale=2.0), 2.0)):
+        manifest = stage.run(latents.Latents(dataset, config), rebuild=True)
+        assert manifest["info"]["first_stage"]["scale"] == scale
+
+
+def test_batches_of_latents_see_every_sample_once_and_both_sides_of_it(root: Path, autoencoder: Path) -> None:
+    dataset = Dataset.parse(str(root), "drawn")
+    stage.run(latents.Latents(dataset, LatentsConfig(first_stage=str(autoencoder), flips=True)))
+    total = dataset.manifest("shards")["totals"]["samples"]
+    kept = np.concatenate([np.load(dataset.fetch("latents", file_of(record, ".npy")))
+                           for record in dataset.manifest("latents")["items"]])
+    whole = Batches(dataset, dataset, k=4, global_batch=8, seed=1, latents=True)
+    halves = [Batches(dataset, dataset, k=4, global_batch=8, seed=1, latents=True, rank=rank, world=2)
+              for rank in range(2)]
+    rows, kinds = [], []
+    for step in range(total // 8):
+        batch = whole.at(step)
+        parts = [one.at(step) for one in halves]
+        for name in ("latent", "rows", "neighbors"):
+            np.testing.assert_array_equal(batch[name], np.concatenate([part[name] for part in parts]))
+        for latent, row in zip(batch["latent"], batch["rows"], strict=True):
+            alike = [bool((latent == kept[row, kind]).all()) for kind in range(2)]
+            assert any(alike)
+            kinds.append(alike.index(True))
+            rows.append(int(row))
+    assert len(set(rows)) == len(rows) and 0.3 < np.mean(kinds) < 0.7
+
+
+def test_a_run_on_latents_trains_and_draws_pictures(root: Path, autoencoder: Path, capsys) -> None:
+    common = ["--root", str(root), "--local"]
+    assert main(["latents", "drawn", "--first-stage", str(autoencoder), *common]) == 0
+    sizes = ["--in-channels", "16", "--out-channels", "16", "--patch", "1"]
+    train = ["train", "run", "--dataset", "drawn", *common, "--steps", "4", "--global-batch", "4", "--log-every", "1",
+             "--checkpoint-every", "4"]
+    assert main([*train, *sizes, "--latents"]) == 0
+    assert main([*train, "--rebuild"]) == 0  # on pictures
+    capsys.readouterr()
+    assert main([*train, "--latents", "--rebuild"]) == 2
+    assert "16 x 8 x 8" in capsys.readouterr().err
+    assert main([*train, *sizes, "--latents", "--rebuild"]) == 0
+    assert main(["sample", "run", "--prompt", "a red circle", "--database", "drawn", "--steps", "2", *common,
+                 "--name", "some"]) == 0
+    picture = Image.open(next((root / "runs/run/samples/some/drawn").glob("00-*circle.png")))
+    assert picture.size == (32, 32)
+    section = json.loads((root / "runs/run/plan.json").read_text())["section"]
+    assert section["first_stage"]["factor"] == 4
+    # Another first stage in the same place is noticed.
+    latents.opened.cache_clear()
+    other = first_stage.load(autoencoder)
+    with torch.no_grad():
+        next(other.network.parameters()).add_(1.0)
+    kept = autoencoder.with_name("kept")
+    shutil.copytree(autoencoder, kept)
+    try:
+        other.network.save_pretrained(autoencoder)
+        assert main(["sample", "run", "--prompt", "a blue square", "--database", "drawn", "--steps", "2", *common]) == 1
+        assert "is not the one that the run run was trained with" in capsys.readouterr().err
+    finally:
+        shutil.rmtree(autoencoder)
+        shutil.move(kept, autoencoder)
+        latents.opened.cache_clear()
+
+
+def test_a_released_checkpoint_becomes_a_run_that_draws(root: Path, tmp_path: Path, capsys) -> None:
+    common = ["--root", str(root), "--local"]
+    file = _released(tmp_path / "model.ckpt")
+    assert main(["convert", "paper", "--checkpoint", str(file), "--database", "drawn", *common]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["step"] == 1234 and said["averaged"] is False
+    assert main(["sample", "paper", "--prompt", "a red circle", "--database", "drawn", "--steps", "1", "--k", "2",
+                 *common, "--name", "some"]) == 0
+    picture = Image.open(next((root / "runs/paper/samples/some/drawn").glob("00-*circle.png")))
+    assert picture.size == (256, 256)
+    section = json.loads((root / "runs/paper/plan.json").read_text())["section"]
+    assert section["first_stage"]["scale"] == 0.5 and section["train"]["diffusion"]["beta_end"] == 0.015
+    assert main(["verify", "--root", str(root), "--only", "runs/paper"]) == 0
+    (root / "runs/paper/checkpoints/0001234/ema.safetensors").write_bytes(b"other")
+    assert main(["verify", "--root", str(root), "--only", "runs/paper"]) == 1
+    assert main(["report", "--root", str(root)]) == 0
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda path: path.write_bytes(path.read_bytes()[:5000]), "cannot be read as weights"),
+    (lambda path: _released(path, UNetConfig(**{**SMALL.__dict__, "context_dim": 48})), "takes vectors of 48"),
+    (lambda path: path.unlink(), "there is no checkpoint")])
+def test_what_cannot_be_converted_is_said_and_nothing_is_left(root: Path, tmp_path: Path, spoil, said, capsys) -> None:
+    file = _released(tmp_path / "model.ckpt")
+    spoil(file)
+    assert main(["convert", "paper", "--checkpoint", str(file), "--database", "drawn", "--root", str(root)]) == 2
+    assert said in capsys.readouterr().err
+    assert not (root / "runs/paper/plan.json").exists()
+
+
+def test_without_a_first_stage_there_is_a_hint(root: Path, tmp_path: Path, capsys) -> None:
+    assert main(["latents", "drawn", "--root", str(root), "--local"]) == 2
+    assert "--first-stage FOLDER" in capsys.readouterr().err
+    assert main(["latents", "drawn", "--first-stage", str(tmp_path), "--root", str(root), "--local"]) == 2
+    assert "there is no autoencoder in" in capsys.readouterr().err
+
+
+def test_latents_do_not_depend_on_who_computes_them(root: Path, autoencoder: Path, tmp_path: Path) -> None:
+    dataset = Dataset.parse(str(root), "drawn")
+    here = stage.run(latents.Latents(dataset, LatentsConfig(first_stage=str(autoencoder))))
+    shutil.copytree(root, tmp_path / "other")
+    shutil.rmtree(tmp_path / "other/datasets/drawn/v1/latents")
+    subprocess.run([sys.executable, "-m", "jobs", "latents", "drawn", "--first-stage", str(autoencoder), "--root",
+                    str(tmp_path / "other"), "--workers", "2"], check=True, capture_output=True)
+    there = Dataset.parse(str(tmp_path / "other"), "drawn").manifest("latents")
+    assert stage.timeless(here) == stage.timeless(there)
