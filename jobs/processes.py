@@ -27,7 +27,8 @@ def work(job: Job, stop: Callable[[], bool] | None = None) -> int:
     # bits of a loss depend on it.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     batches = Batches(job.dataset, job.database, k=job.config.k, global_batch=job.config.global_batch,
-                      seed=job.config.seed, rank=rank, world=world, latents=job.latents)
+                      seed=job.config.seed, rank=rank, world=world, latents=job.latents,
+                      own=job.config.own)
     step = _agreed(max(job.run.steps(), default=0), device)
     metrics = tracker = None
     if rank == 0:

@@ -13,10 +13,10 @@ from PIL import Image
 from jobs import latents
 from jobs.runs import Run
 from jobs.settings import SampleConfig
-from model import checkpoint
+from model import checkpoint, randomness
 from model.config import TrainConfig
 from model.first_stage import FirstStage
-from model.sample import initial_noise, sample
+from model.sample import Guidance, initial_noise, sample
 from model.unet import UNet
 from pipeline import clip, embed, lookup, stage, storage
 from pipeline.contact_sheet import contact_sheet
@@ -55,7 +55,9 @@ class Sampling(Stage):
         return f"python -m jobs sample {self.run.name}{prompts} --root {self.root}"
 
     def section(self) -> dict[str, Any]:
-        return super().section() | {"prompts": list(self.prompts), "databases": [one.label for one in self.databases]}
+        later = {"sampler": "ddim", "eta": 0.0, "text_guidance": -1.0}  # what was before there was a choice
+        settings = {name: value for name, value in super().section().items() if value != later.get(name, ...)}
+        return settings | {"prompts": list(self.prompts), "databases": [one.label for one in self.databases]}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         found = {"checkpoint": stage.identity(self.root, f"{self.run.path}/checkpoints/{self.step:07d}",
@@ -136,15 +138,20 @@ class Sampling(Stage):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         denoiser.to(device)
         context, size = config.context_norm * context, self.run.section()["image_size"]
-        first = self._first_stage(device)
+        first, scale = self._first_stage(device), self.config.guidance
+        guidance = Guidance(scale if self.config.text_guidance < 0 else self.config.text_guidance, scale)
         if first:
             size //= first.factor
         noise = initial_noise(self.config.seed, range(len(context)), (config.unet.in_channels, size, size))
         pictures = []
         for start in range(0, len(context), self.config.batch_size):
             part = slice(start, start + self.config.batch_size)
+            here = range(len(context))[part]
             drawn = sample(denoiser, config.diffusion, context[part].to(device), noise[part].to(device),
-                           steps=self.config.steps, guidance=self.config.guidance, clamp=first is None)
+                           steps=self.config.steps, guidance=guidance, sampler=self.config.sampler, eta=self.config.eta,
+                           fresh=lambda step, here=here: randomness.noise(self.config.seed, "eta", step, here,
+                                                                          noise.shape[1:]),
+                           clamp=first is None)
             if first:
                 drawn = torch.cat([first.decode(one[None]) for one in drawn])
             values = ((drawn.cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -6,7 +6,7 @@ import typing
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
-from typing import Any
+from typing import Any, Literal
 
 from model import recipes as networks
 from model.config import TrainConfig
@@ -83,7 +83,13 @@ class SampleConfig:
     seed: int = 0
     """Seed of the noise; a prompt starts from the same noise in every database."""
     steps: int = 50
-    """DDIM steps."""
+    """Steps of the sampler."""
+    sampler: Literal["ddim", "dpm++", "euler", "heun"] = "ddim"
+    """ddim; dpm++ (DPM-Solver++, 2M), for which 20 steps are enough; euler or heun for runs that predict a flow."""
+    eta: float = 0.0
+    """Noise that ddim draws anew in each step: 0 none, 1 as much as the diffusion it was trained with."""
+    text_guidance: float = -1.0
+    """Guidance scale of the prompt's own vector, `guidance` then being that of the neighbours; -1: the same."""
     batch_size: int = 16
     """Pictures drawn at a time."""
 
@@ -91,6 +97,12 @@ class SampleConfig:
         for name, least in (("k", 0), ("batch_size", 1), ("steps", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"sample.{name} = {getattr(self, name)}: must be at least {least}")
+        if self.sampler not in ("ddim", "dpm++", "euler", "heun"):
+            raise ValueError(f"sample.sampler = {self.sampler!r}: must be ddim, dpm++, euler or heun")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"sample.eta = {self.eta}: must be within 0 and 1")
+        if not (self.text_guidance == -1 or self.text_guidance >= 0):
+            raise ValueError(f"sample.text_guidance = {self.text_guidance}: must be at least 0, or -1 for the other's")
         if not math.isfinite(self.guidance):
             raise ValueError(f"sample.guidance = {self.guidance}: must be a number")
 

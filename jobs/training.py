@@ -5,8 +5,9 @@ from typing import Any
 
 from jobs import tracking
 from jobs.runs import Run
-from model.config import FREE_ON_RESUME, TrainConfig
+from model.config import TrainConfig, identity
 from pipeline import embed, stage
+from pipeline.batches import OWN
 from pipeline.dataset import Dataset
 from pipeline.images import pixels
 from pipeline.lookup import samples
@@ -48,13 +49,10 @@ class Training(Stage):
 
     def section(self) -> dict[str, Any]:
         first = samples(self.job.dataset, [0])[0]
-        settings = super().section()
-        # A finished run may be given more steps: how many is no part of what it is.
-        if settings["context_norm"] == 1:
-            del settings["context_norm"]  # runs from before there was a choice
         latents = ({"first_stage": self.job.dataset.manifest("latents")["info"]["first_stage"]} if self.job.latents
                    else {})
-        return {"train": {key: value for key, value in settings.items() if key not in FREE_ON_RESUME}, **latents,
+        # A finished run may be given more steps: how many is no part of what it is.
+        return {"train": identity(self.job.config), **latents,
                 "dataset": self.job.dataset.label, "database": self.job.database.label,
                 "encoder": embed.encoder_of(self.job.dataset), "image_size": int(pixels(first.picture).shape[0])}
 
@@ -62,7 +60,12 @@ class Training(Stage):
         return {"shards": self.job.dataset.identity("shards"),
                 "neighbors": self.job.dataset.identity(f"neighbors/{self.job.database.label}"),
                 "database": self.job.database.identity("embeddings"),
-                **({"latents": self.job.dataset.identity("latents")} if self.job.latents else {})}
+                **{name: self.job.dataset.identity(of) for name, of in self._more().items()}}
+
+    def _more(self) -> dict[str, str]:
+        """Stages of the dataset that only some runs read."""
+        return ({"latents": "latents"} if self.job.latents else {}) | (
+            {"own": OWN[self.job.config.own]} if self.job.config.own != "none" else {})
 
     def plan(self) -> list[Item]:
         dim = embed.encoder_of(self.job.database)["dim"]

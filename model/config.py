@@ -1,5 +1,6 @@
 """What a training run is: its settings, and their form in JSON. Nothing here needs torch."""
 
+import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ class UNetConfig:
     context_dim: int = 512
     patch: int = 1
     checkpointing: bool = False
+    learned_null: bool = False
+    """A learned vector stands where the context has zeros: for nobody, and for neighbours that are missing."""
 
     def __post_init__(self):
         if self.model_channels % GROUPS or self.model_channels % self.head_dim:
@@ -40,17 +43,23 @@ class DiffusionConfig:
     """Noise schedule and target; betas are squares of a linear ramp between square roots.
 
     "epsilon" is the release's. "x0" suits a network whose width is below that of its patches:
-    pictures fit through it, noise does not (Li and He 2025, arXiv:2511.13720).
+    pictures fit through it, noise does not (Li and He 2025, arXiv:2511.13720). "flow" has a schedule
+    of its own, a straight line from the picture to the noise (Liu et al. 2022, arXiv:2209.03003;
+    Lipman et al. 2022, arXiv:2210.02747), and knows no betas.
     """
 
     timesteps: int = 1000
     beta_start: float = 0.0015
     beta_end: float = 0.0195
-    prediction: Literal["epsilon", "v", "x0"] = "epsilon"
+    prediction: Literal["epsilon", "v", "x0", "flow"] = "epsilon"
+    min_snr: float = 0.0
+    """Weigh noise levels by their signal-to-noise ratio, up to this (5 is usual); 0 weighs as the target does."""
 
     def __post_init__(self):
-        if self.prediction not in ("epsilon", "v", "x0"):
-            raise ValueError(f"prediction = {self.prediction!r}: must be epsilon, v or x0")
+        if self.prediction not in ("epsilon", "v", "x0", "flow"):
+            raise ValueError(f"prediction = {self.prediction!r}: must be epsilon, v, x0 or flow")
+        if not self.min_snr >= 0:
+            raise ValueError(f"min_snr = {self.min_snr}: must be above 0, or 0 for no such weights")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(f"betas {self.beta_start} .. {self.beta_end}: must rise within (0, 1)")
 
@@ -74,6 +83,14 @@ class TrainConfig:
     """How often a picture is trained without its neighbours, so that guidance has an anchor."""
     k: int = 4
     """Context vectors a picture is trained with: the first k of those in the batch."""
+    random_k: bool = False
+    """A random number of them, 1 to k, another in every step."""
+    p_drop_neighbor: float = 0.0
+    """How often a single neighbour is left out (zeros)."""
+    neighbor_noise: float = 0.0
+    """Length of the Gaussian noise added to each neighbour's vector, before it is brought back to its length."""
+    own: Literal["none", "image", "caption"] = "none"
+    """Put the vector of the picture itself, or of its caption, before its neighbours: a prompt will stand there."""
     context_norm: float = 1.0
     """Length of the vectors as the network is given them; those of a database have one."""
     seed: int = 0
@@ -86,8 +103,13 @@ class TrainConfig:
         for name in ("steps", "global_batch", "k", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
-        if not 0.0 <= self.p_uncond <= 1.0:
-            raise ValueError(f"p_uncond = {self.p_uncond}: must be within [0, 1]")
+        for name in ("p_uncond", "p_drop_neighbor"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be within [0, 1]")
+        if not self.neighbor_noise >= 0:
+            raise ValueError(f"neighbor_noise = {self.neighbor_noise}: must be at least 0")
+        if self.own not in ("none", "image", "caption"):
+            raise ValueError(f"own = {self.own!r}: must be none, image or caption")
         if not self.context_norm > 0:
             raise ValueError(f"context_norm = {self.context_norm}: must be above 0")
         if self.precision not in ("auto", "fp32", "bf16"):
@@ -96,6 +118,21 @@ class TrainConfig:
 
 # What a resumed run may change: how long, how fast and how often, never what is learned.
 FREE_ON_RESUME = {"steps", "checkpoint_every", "log_every", "compile", "unet.checkpointing"}
+
+
+# Settings that came later: what has their defaults is what it was before there was a choice.
+_LATER: dict[str, Any] = {"context_norm": 1.0, "random_k": False, "p_drop_neighbor": 0.0, "neighbor_noise": 0.0,
+                          "own": "none", "unet": {"learned_null": False}, "diffusion": {"min_snr": 0.0}}
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """What tells a run from others, as plain JSON values: nothing that it may change when it goes on."""
+    def settled(values: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+        return {name: settled(value, later.get(name, {})) if isinstance(value, dict) else value
+                for name, value in values.items() if name not in later or value != later[name]}
+
+    values = {name: value for name, value in to_dict(config).items() if name not in FREE_ON_RESUME}
+    return json.loads(json.dumps(settled(values, _LATER)))
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

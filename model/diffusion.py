@@ -1,8 +1,9 @@
-"""The forward process and what the denoiser is asked for.
+"""The forward processes and what the denoiser is asked for.
 
 Letters: B batch, t step in 0..T-1, x0 the picture in [-1, 1] (or a latent), eps the noise,
 x_t = alpha x0 + sigma eps with alpha^2 = alpha_bar and alpha^2 + sigma^2 = 1 (Ho et al. 2020,
-arXiv:2006.11239); v = alpha eps - sigma x0 (Salimans and Ho 2022, arXiv:2202.00512).
+arXiv:2006.11239); v = alpha eps - sigma x0 (Salimans and Ho 2022, arXiv:2202.00512). Of a flow alpha = 1 - sigma,
+sigma rises evenly with t, and the velocity is eps - x0 (Liu et al. 2022, arXiv:2209.03003).
 """
 
 from functools import lru_cache
@@ -23,8 +24,19 @@ def alpha_bar(config: DiffusionConfig, device: torch.device | str = "cpu") -> Te
 
 def alpha_sigma(config: DiffusionConfig, t: Tensor) -> tuple[Tensor, Tensor]:
     """Amplitudes of signal and noise at t (B,) -> two of (B, 1, 1, 1) float32."""
-    bar = alpha_bar(config, t.device)[t][:, None, None, None]
-    return bar.sqrt().float(), (1.0 - bar).sqrt().float()
+    alpha, sigma = (one[t][:, None, None, None].float() for one in amplitudes(config, t.device))
+    return alpha, sigma
+
+
+@lru_cache(maxsize=16)
+def amplitudes(config: DiffusionConfig, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Amplitudes of signal and noise at every step: two of (T,) float64."""
+    if config.prediction == "flow":
+        # In the middle of each step, so that neither is ever nothing.
+        sigma = (torch.arange(config.timesteps, dtype=torch.float64) + 0.5) / config.timesteps
+        return (1.0 - sigma).to(device), sigma.to(device)
+    bar = alpha_bar(config, device)
+    return bar.sqrt(), (1.0 - bar).sqrt()
 
 
 def q_sample(config: DiffusionConfig, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -34,11 +46,13 @@ def q_sample(config: DiffusionConfig, x0: Tensor, eps: Tensor, t: Tensor) -> Ten
 
 
 def target(config: DiffusionConfig, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """What the denoiser should answer at step t: eps, v or x0 (B, C, H, W)."""
+    """What the denoiser should answer at step t: eps, v, x0 or the velocity (B, C, H, W)."""
     if config.prediction == "epsilon":
         return eps
     if config.prediction == "x0":
         return x0
+    if config.prediction == "flow":
+        return eps - x0
     alpha, sigma = alpha_sigma(config, t)
     return alpha * eps - sigma * x0
 
@@ -50,9 +64,24 @@ def to_x0_eps(config: DiffusionConfig, x_t: Tensor, answer: Tensor, t: Tensor) -
         return (x_t - sigma * answer) / alpha, answer
     if config.prediction == "x0":
         return answer, (x_t - alpha * answer) / sigma
+    if config.prediction == "flow":
+        return x_t - sigma * answer, x_t + alpha * answer
     return alpha * x_t - sigma * answer, sigma * x_t + alpha * answer
 
 
 def loss(config: DiffusionConfig, answer: Tensor, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """Squared error of the answer, averaged over each picture: (B,) float32."""
-    return (answer.float() - target(config, x0, eps, t)).square().mean(dim=(1, 2, 3))
+    """Squared error of the answer, averaged over each picture and weighted by its noise level: (B,) float32."""
+    error = (answer.float() - target(config, x0, eps, t)).square().mean(dim=(1, 2, 3))
+    return error * weights(config, t) if config.min_snr else error
+
+
+def weights(config: DiffusionConfig, t: Tensor) -> Tensor:
+    """Weights of the error of the answer at t (B,) -> (B,) float32: those of an error of x0 by min(SNR, min_snr).
+
+    Hang et al. 2023, arXiv:2303.09556, section 3.4, where they stand for x0, epsilon and v.
+    """
+    alpha, sigma = (one.flatten() for one in alpha_sigma(config, t))
+    snr = (alpha / sigma).square()
+    # How far an error of the answer moves the picture that it stands for.
+    moved = {"epsilon": 1 / snr, "x0": torch.ones_like(snr), "v": sigma.square(), "flow": sigma.square()}
+    return snr.clamp(max=config.min_snr) * moved[config.prediction]

@@ -36,3 +36,13 @@ def dropped(seed: int, step: int, positions: Iterable[int], probability: float) 
     """Which positions lose their condition in this step: (B,) bool."""
     draws = [torch.rand((), generator=generator(seed, "dropout", step, i)) for i in positions]
     return torch.stack(draws) < probability
+
+
+def uniform(seed: int, purpose: str, step: int, positions: Iterable[int], shape: Sequence[int]) -> Tensor:
+    """Numbers in [0, 1) for these positions: (B, *shape) float32."""
+    return torch.stack([torch.rand(*shape, generator=generator(seed, purpose, step, i)) for i in positions])
+
+
+def number(seed: int, purpose: str, step: int, least: int, most: int) -> int:
+    """A whole number in least..most that the whole batch of a step has in common."""
+    return int(torch.randint(least, most + 1, (), generator=generator(seed, purpose, step, -1)))

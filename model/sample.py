@@ -1,19 +1,25 @@
-"""Sampling: deterministic DDIM with classifier-free guidance.
+"""Sampling: DDIM, DPM-Solver++(2M), Euler and Heun behind one signature, with classifier-free guidance.
 
 Letters: B pictures, C channels, k context vectors, D their dimension, s guidance;
 x_t, x0, eps, alpha, sigma as in `model.diffusion`.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from model import randomness
 from model.config import DiffusionConfig
-from model.diffusion import alpha_bar, to_x0_eps
+from model.diffusion import amplitudes, to_x0_eps
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+Sampler = Literal["ddim", "dpm++", "euler", "heun"]
+_FEW = 15  # steps below which DPM-Solver++ ends with one of first order, as its authors advise
 
 
 def initial_noise(seed: int, positions: Iterable[int], shape: Sequence[int]) -> Tensor:
@@ -31,6 +37,41 @@ def ddim_timesteps(count: int, steps: int) -> list[int]:
     return [i * count // steps + 1 for i in reversed(range(steps))]
 
 
+def timesteps(diffusion: DiffusionConfig, sampler: Sampler, steps: int) -> list[int]:
+    """The noise levels between which a sampler steps, high to low and down to 0, one more than there are steps.
+
+    Of ddim those of the release; of a flow evenly spaced; of dpm++ evenly in log(alpha / sigma), as its error wants it.
+    """
+    count = diffusion.timesteps
+    if sampler == "ddim" and diffusion.prediction != "flow":
+        return [*ddim_timesteps(count, steps), 0]
+    if not 1 <= steps < count:
+        raise ValueError(f"steps = {steps}: must be at least 1 and below timesteps = {count}")
+    if sampler != "dpm++":
+        return [round(i * (count - 1) / steps) for i in reversed(range(steps + 1))]
+    alpha, sigma = amplitudes(diffusion)
+    logs = (alpha / sigma).log()  # falls with the level
+    levels = [count - 1]
+    for i in range(1, steps + 1):
+        wanted = logs[-1] + (logs[0] - logs[-1]) * i / steps
+        nearest = int((logs - wanted).abs().argmin())
+        levels.append(max(min(nearest, levels[-1] - 1), steps - i))
+    return levels
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How far the answer is moved away from that for nobody.
+
+    eps_u + text (eps_t - eps_u) + neighbors (eps_c - eps_t), where eps_t sees the first context vector alone (the
+    prompt), as Brooks et al. 2022, arXiv:2211.09800, equation 3, do with two conditions. With equal scales it is
+    eps_u + s (eps_c - eps_u) (Ho and Salimans 2022, arXiv:2207.12598); 1 is no guidance.
+    """
+
+    text: float
+    neighbors: float
+
+
 @torch.no_grad()
 def sample(
     denoiser: Denoiser,
@@ -39,40 +80,121 @@ def sample(
     noise: Tensor,
     *,
     steps: int,
-    guidance: float,
+    guidance: float | Guidance,
+    sampler: Sampler = "ddim",
+    eta: float = 0.0,
+    fresh: Callable[[int], Tensor] | None = None,
     clamp: bool = True,
 ) -> Tensor:
-    """Draw pictures with DDIM, eta 0 (Song et al. 2021, arXiv:2010.02502, equation 12).
+    """Draw pictures from noise, in so many steps.
 
-    context (B, k, D), noise (B, C, H, W) -> pictures (B, C, H, W), in [-1, 1] with `clamp`.
-    Guidance is eps_u + s (eps_c - eps_u) against a context of zeros (Ho and Salimans 2022,
-    arXiv:2207.12598); s = 1 spares the second evaluation. Leave `clamp` off for latents.
+    context (B, k, D), noise (B, C, H, W) -> pictures (B, C, H, W), in [-1, 1] with `clamp`; leave it off for latents.
+    "ddim" (Song et al. 2021, arXiv:2010.02502, equation 12) takes `eta` > 0 with `fresh`, which gives the noise
+    (B, C, H, W) of a step; "dpm++" is DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2); "euler" and
+    "heun" are for flows, and heun asks the denoiser twice a step. Raises ValueError if these do not fit each other.
     """
     if len(context) != len(noise):
         raise ValueError(f"{len(context)} contexts for {len(noise)} pictures of noise")
-    device, x = context.device, noise.to(context.device)  # (B, C, H, W)
-    levels = ddim_timesteps(diffusion.timesteps, steps)
-    bar = alpha_bar(diffusion)
-    for level, lower in zip(levels, [*levels[1:], 0], strict=True):
-        t = torch.full((len(x),), level, device=device)  # (B,)
-        answer = _guided(denoiser, x, t, context, guidance)
-        x0, eps = to_x0_eps(diffusion, x, answer, t)
-        if clamp:
-            x0 = x0.clamp(-1.0, 1.0)
-            # The noise must again explain x_t, or the clamped part would come back as noise.
-            here = bar[level].item()
-            eps = (x - here**0.5 * x0) / (1.0 - here) ** 0.5
-        after = bar[lower].item()
-        x = after**0.5 * x0 + (1.0 - after) ** 0.5 * eps
+    flow = diffusion.prediction == "flow"
+    if sampler not in ("ddim", "dpm++", "euler", "heun"):
+        raise ValueError(f"sampler = {sampler!r}: must be ddim, dpm++, euler or heun")
+    if sampler in ("euler", "heun") and not flow:
+        raise ValueError(f"{sampler} follows a flow, this network predicts {diffusion.prediction}\nhint: ddim or dpm++")
+    if sampler == "dpm++" and flow:
+        raise ValueError("dpm++ is for noise schedules, this network predicts a flow\nhint: heun or euler")
+    if eta and (sampler != "ddim" or flow or fresh is None):
+        raise ValueError("eta is for ddim with a noise schedule, and needs fresh noise")
+    scales = guidance if isinstance(guidance, Guidance) else Guidance(guidance, guidance)
+    path = _Path(denoiser, diffusion, context, scales, clamp)
+    levels = timesteps(diffusion, sampler, steps)
+    x = noise.to(context.device)  # (B, C, H, W)
+    if sampler == "dpm++":
+        x = _dpm(path, x, levels)
+    elif sampler in ("euler", "heun"):
+        x = _flow(path, x, levels, twice=sampler == "heun")
+    else:
+        for number, (level, lower) in enumerate(itertools.pairwise(levels)):
+            x0, eps = path.at(x, level)
+            (_, here), (alpha, sigma) = path.amplitudes(level), path.amplitudes(lower, last=number == steps - 1)
+            if eta:
+                assert fresh is not None
+                before = path.amplitudes(level)[0]
+                # Equation 16 of the paper; what is drawn anew is taken from what is left of the old noise.
+                drawn = eta * sigma / here * math.sqrt(max(0.0, 1 - (before / alpha) ** 2))
+                x = alpha * x0 + math.sqrt(max(0.0, sigma**2 - drawn**2)) * eps + drawn * fresh(number).to(x)
+            else:
+                x = alpha * x0 + sigma * eps
     return x.clamp(-1.0, 1.0) if clamp else x
 
 
-def _guided(denoiser: Denoiser, x: Tensor, t: Tensor, context: Tensor, guidance: float) -> Tensor:
-    """The guided answer (B, C, H, W); one rule for all predictions, affine in eps at a fixed x_t."""
-    if guidance == 1.0:
-        return denoiser(x, t, context).float()
-    both = denoiser(
-        torch.cat([x, x]), torch.cat([t, t]), torch.cat([torch.zeros_like(context), context])
-    )  # (2B, C, H, W)
-    unconditional, conditional = both.float().chunk(2)
-    return unconditional + guidance * (conditional - unconditional)
+@dataclass
+class _Path:
+    """What the steps of all samplers ask for."""
+
+    denoiser: Denoiser
+    diffusion: DiffusionConfig
+    context: Tensor
+    guidance: Guidance
+    clamp: bool
+
+    def amplitudes(self, level: int, last: bool = False) -> tuple[float, float]:
+        """Of signal and noise; at the `last` of a flow nothing is left of the noise, as at the end of its line."""
+        if last and self.diffusion.prediction == "flow":
+            return 1.0, 0.0
+        alpha, sigma = amplitudes(self.diffusion)
+        return alpha[level].item(), sigma[level].item()
+
+    def at(self, x: Tensor, level: int) -> tuple[Tensor, Tensor]:
+        """Picture and noise that x (B, C, H, W) is made of, by the guided answer: two of (B, C, H, W)."""
+        t = torch.full((len(x),), level, device=x.device)  # (B,)
+        x0, eps = to_x0_eps(self.diffusion, x, self._guided(x, t), t)
+        if self.clamp:
+            x0 = x0.clamp(-1.0, 1.0)
+            # The noise must again explain x_t, or the clamped part would come back as noise.
+            alpha, sigma = self.amplitudes(level)
+            eps = (x - alpha * x0) / sigma
+        return x0, eps
+
+    def _guided(self, x: Tensor, t: Tensor) -> Tensor:
+        """The guided answer (B, C, H, W); one rule for all predictions, affine in eps at a fixed x_t."""
+        text, neighbors = self.guidance.text, self.guidance.neighbors
+        if text == neighbors == 1.0:
+            return self.denoiser(x, t, self.context).float()
+        nobody = torch.zeros_like(self.context)
+        contexts = [nobody, self.context]
+        if text != neighbors:
+            # The same number of vectors, so that all are asked at once: a set does not mind a repetition.
+            contexts.insert(1, self.context[:, :1].expand_as(self.context))
+        times = len(contexts)
+        answers = self.denoiser(x.repeat(times, 1, 1, 1), t.repeat(times), torch.cat(contexts)).float().chunk(times)
+        if times == 2:
+            return answers[0] + text * (answers[1] - answers[0])
+        return answers[0] + text * (answers[1] - answers[0]) + neighbors * (answers[2] - answers[1])
+
+
+def _dpm(path: _Path, x: Tensor, levels: list[int]) -> Tensor:
+    steps, before, last_h = len(levels) - 1, None, 0.0
+    for number, (level, lower) in enumerate(itertools.pairwise(levels)):
+        x0, _ = path.at(x, level)
+        (alpha, sigma), (alpha_next, sigma_next) = path.amplitudes(level), path.amplitudes(lower)
+        h = math.log(alpha_next / sigma_next) - math.log(alpha / sigma)
+        towards = x0
+        if before is not None and not (number == steps - 1 and steps < _FEW):
+            ratio = last_h / h
+            towards = (1 + 0.5 / ratio) * x0 - 0.5 / ratio * before
+        x = sigma_next / sigma * x - alpha_next * math.expm1(-h) * towards
+        before, last_h = x0, h
+    return x
+
+
+def _flow(path: _Path, x: Tensor, levels: list[int], *, twice: bool) -> Tensor:
+    steps = len(levels) - 1
+    for number, (level, lower) in enumerate(itertools.pairwise(levels)):
+        x0, eps = path.at(x, level)
+        velocity = eps - x0
+        step = path.amplitudes(lower, last=number == steps - 1)[1] - path.amplitudes(level)[1]
+        if twice and number < steps - 1:
+            x0, eps = path.at(x + step * velocity, lower)
+            velocity = (velocity + eps - x0) / 2
+        x = x + step * velocity
+    return x

@@ -71,7 +71,8 @@ def train(
 
     batch_at(step) gives this process's contiguous slice of the global batch of that step (from
     0): `image` (B, H, W, 3) uint8 or `latent` (B, C, h, w) float16 already scaled, and
-    `neighbors` (B, K, D) float16, K >= k. It is called in a thread, one step ahead.
+    `neighbors` (B, K, D) float16, K >= k, and where `config.own` asks for it `own` (B, D). It is
+    called in a thread, one step ahead.
     On rank 0, save(step, write) is called every `checkpoint_every` steps and at the end, where
     write(folder) writes a complete checkpoint; log(record) every `log_every` steps, with the
     loss averaged over the global batch and the interval. `resume` is a folder so written.
@@ -175,6 +176,7 @@ def _prepare(config: TrainConfig, batch_at: Callable[[int], Batch], step: int, p
         image = torch.from_numpy(batch["image"]).permute(0, 3, 1, 2)  # (B, 3, H, W)
         x0 = (image.float() / 127.5 - 1.0).contiguous()
     neighbors = torch.from_numpy(batch["neighbors"])  # (B, K, D)
+    k = randomness.number(config.seed, "k", step, 1, config.k) if config.random_k else config.k
     wanted = (len(positions), config.k, config.unet.context_dim)
     found = (len(x0), min(neighbors.shape[1], config.k), neighbors.shape[2])
     if wanted != found or len(neighbors) != len(x0):
@@ -182,13 +184,30 @@ def _prepare(config: TrainConfig, batch_at: Callable[[int], Batch], step: int, p
             f"step {step}: batch of {len(x0)} pictures with neighbors {tuple(neighbors.shape)}, "
             f"but this process needs (B, at least k, D) = {wanted}"
         )
-    context = config.context_norm * neighbors[:, : config.k].float()  # (B, k, D)
+    context = _disturbed(config, neighbors[:, :k].float(), step, positions)  # (B, k, D)
+    if config.own != "none":
+        context = torch.cat([torch.from_numpy(batch["own"]).float()[:, None], context], dim=1)  # (B, 1 + k, D)
+    context = config.context_norm * context
     # The condition of nobody is a set of zeros, as in the release's guidance.
     dropped = randomness.dropped(config.seed, step, positions, config.p_uncond)
     context = context.masked_fill(dropped[:, None, None], 0.0)
     eps = randomness.noise(config.seed, "noise", step, positions, x0.shape[1:])
     t = randomness.timesteps(config.seed, step, positions, config.diffusion.timesteps)
     return Inputs(x0, eps, t, context)
+
+
+def _disturbed(config: TrainConfig, neighbors: Tensor, step: int, positions: range) -> Tensor:
+    """Neighbours (B, k, D) with noise, each as long as before, and some of them left out."""
+    if config.neighbor_noise:
+        drawn = randomness.noise(config.seed, "neighbor noise", step, positions, neighbors.shape[1:])
+        length = neighbors.norm(dim=-1, keepdim=True)
+        # Noise of D numbers has the length sqrt(D).
+        noisy = neighbors + config.neighbor_noise * length * drawn / neighbors.shape[-1] ** 0.5
+        neighbors = torch.nn.functional.normalize(noisy, dim=-1) * length
+    if config.p_drop_neighbor:
+        draws = randomness.uniform(config.seed, "neighbor dropout", step, positions, neighbors.shape[1:2])
+        neighbors = neighbors.masked_fill((draws < config.p_drop_neighbor)[..., None], 0.0)
+    return neighbors
 
 
 def _update(

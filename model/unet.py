@@ -34,6 +34,8 @@ class UNet(nn.Module):
             ResBlock(channels, channels, emb),
         )
         self.output_blocks = _up_path(config, emb, skips)
+        if config.learned_null:
+            self.null = nn.Parameter(torch.zeros(config.context_dim))
         self.out = nn.Sequential(
             nn.GroupNorm(GROUPS, width),
             nn.SiLU(),
@@ -50,6 +52,8 @@ class UNet(nn.Module):
             raise ValueError(f"picture of {tuple(x.shape[-2:])}: sides must divide by {self.config.stride}")
         p = self.config.patch
         x = F.pixel_unshuffle(x, p) if p > 1 else x  # (B, C p p, H/p, W/p)
+        if self.config.learned_null:
+            context = torch.where(context.any(-1, keepdim=True), context, self.null.to(context.dtype))
         emb = self.time_embed(timestep_embedding(t, self.config.model_channels))  # (B, E)
         skips = []
         for block in self.input_blocks:

@@ -1,7 +1,8 @@
 """Sealed shards and neighbour lists -> batches, the border to the model.
 
 A batch is a dict: image (B, H, W, 3) uint8, or latent (B, C, h, w) float16, scaled; neighbors (B, k, D) float16, unit
-vectors, zeros where there is no neighbour; rows (B,) int64, global rows.
+vectors, zeros where there is no neighbour; rows (B,) int64, global rows; when asked for, own (B, D) float16, the
+vectors of the pictures themselves or of their captions.
 """
 
 from collections import OrderedDict
@@ -12,6 +13,8 @@ import numpy as np
 
 from pipeline import images, neighbors, tars
 from pipeline.dataset import Dataset, Embeddings, file_of
+
+OWN = {"image": "embeddings", "caption": "text_embeddings"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ class Batches:
     """Batches of a dataset with its neighbours in a database; holds decoded shards of the current window."""
 
     def __init__(self, dataset: Dataset, database: Dataset, *, k: int, global_batch: int, seed: int,
-                 rank: int = 0, world: int = 1, true_neighbors: bool = True, latents: bool = False) -> None:
+                 rank: int = 0, world: int = 1, true_neighbors: bool = True, latents: bool = False,
+                 own: str = "none") -> None:
         self.dataset = dataset
         self.shards = dataset.manifest("shards")["items"]
         self.ids = neighbors.load(dataset, database)
@@ -87,6 +91,7 @@ class Batches:
         if self.latents and tuple(map(len, self.latents)) != counts:
             raise ValueError(f"shards and latents of {dataset.label} have different samples\n"
                              f"hint: {dataset.command('latents')} --rebuild")
+        self.own = Embeddings(dataset, OWN[own]) if own != "none" else None
         self.offsets = np.cumsum([0, *counts])
         self.k, self.rank, self.world = k, rank, world
         # A control: every sample gets the neighbours of another one, so they carry no information.
@@ -99,16 +104,17 @@ class Batches:
         size = len(rows) // self.world
         mine = slice(self.rank * size, (self.rank + 1) * size)
         rows = rows[mine]
+        own = {"own": self.own.rows(rows)} if self.own else {}
         if self.latents:
             # Which of its augmentations a sample is seen in depends on the step and its place alone.
             kinds = np.random.default_rng((self.order.seed, 31, step)).integers(
                 self.latents[0].shape[1], size=self.order.global_batch)[mine]
             return {"latent": np.stack([self._latent(row, kind) for row, kind in zip(rows, kinds, strict=True)]),
-                    "rows": rows, "neighbors": self._neighbors((rows + self.shift) % self.offsets[-1])}
+                    "rows": rows, "neighbors": self._neighbors((rows + self.shift) % self.offsets[-1])} | own
         pictures = [self._picture(row) for row in rows]
         _of_one_size(pictures, self.dataset.folder("shards"))
         return {"image": np.stack(pictures), "rows": rows,
-                "neighbors": self._neighbors((rows + self.shift) % self.offsets[-1])}
+                "neighbors": self._neighbors((rows + self.shift) % self.offsets[-1])} | own
 
     def _where(self, row: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self.offsets, row, side="right")) - 1

@@ -157,6 +157,27 @@ def test_a_run_on_latents_trains_and_draws_pictures(root: Path, autoencoder: Pat
         latents.opened.cache_clear()
 
 
+def test_a_run_with_its_own_vectors_draws_with_every_sampler(root: Path, capsys) -> None:
+    common = ["--root", str(root), "--local"]
+    train = ["train", "own", "--dataset", "drawn", *common, "--steps", "2", "--global-batch", "4", "--log-every", "1",
+             "--own", "image", "--random-k", "--p-drop-neighbor", "0.2", "--neighbor-noise", "0.1", "--learned-null"]
+    assert main([*train, "--prediction", "v", "--min-snr", "5"]) == 0
+    inputs = json.loads((root / "runs/own/plan.json").read_text())["inputs"]
+    assert inputs["own"] == Dataset.parse(str(root), "drawn").identity("embeddings")
+    assert main([*train, "--own", "caption", "--rebuild"]) == 2  # no captions were embedded
+    assert "embed drawn --captions" in capsys.readouterr().err
+    assert main([*train, "--prediction", "v", "--min-snr", "5", "--rebuild"]) == 0
+    draw = ["sample", "own", "--prompt", "a red circle", "--database", "drawn", "--steps", "3", *common]
+    pictures = []
+    for more in ([], ["--sampler", "dpm++"], ["--eta", "1"], ["--text-guidance", "4"]):
+        assert main([*draw, *more]) == 0
+        folder = Path(json.loads(capsys.readouterr().out.splitlines()[-1])["folder"])
+        pictures.append(next((folder / "drawn").glob("00-*circle.png")).read_bytes())
+    assert len(set(pictures[:3])) == 3  # after two steps hardly anything follows the text
+    assert main([*draw, "--sampler", "heun"]) == 1
+    assert "heun follows a flow" in capsys.readouterr().err
+
+
 def test_a_released_checkpoint_becomes_a_run_that_draws(root: Path, tmp_path: Path, capsys) -> None:
     common = ["--root", str(root), "--local"]
     file = _released(tmp_path / "model.ckpt")

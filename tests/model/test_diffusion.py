@@ -1,18 +1,22 @@
 """Laws of the forward process and of sampling."""
 
+import itertools
+
 import pytest
 import torch
 
+from model import randomness
 from model.diffusion import (
     DiffusionConfig,
     alpha_bar,
     alpha_sigma,
+    amplitudes,
     loss,
     q_sample,
     target,
     to_x0_eps,
 )
-from model.sample import ddim_timesteps, initial_noise, sample
+from model.sample import Guidance, ddim_timesteps, initial_noise, sample, timesteps
 
 
 def test_schedule_is_the_square_of_a_ramp():
@@ -26,7 +30,7 @@ def test_schedule_is_the_square_of_a_ramp():
     torch.testing.assert_close(steps, steps.mean().expand_as(steps))
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0", "flow"])
 def test_a_perfect_answer_gives_picture_and_noise_back(prediction):
     config = DiffusionConfig(prediction=prediction)
     x0, eps = torch.rand(8, 3, 4, 4) * 2 - 1, torch.randn(8, 3, 4, 4)
@@ -61,6 +65,8 @@ class Gaussian:
         if self.config.prediction == "epsilon":
             return eps
         x0 = (x - sigma * eps) / alpha
+        if self.config.prediction == "flow":
+            return eps - x0
         return x0 if self.config.prediction == "x0" else alpha * eps - sigma * x0
 
 
@@ -75,6 +81,120 @@ def test_ddim_recovers_a_gaussian(prediction, guidance, mean):
     assert abs(out.mean().item() - mean) < 0.02
     assert abs(out.std().item() - 0.1) < 0.01
     assert denoiser.calls == 250 * 16 * (1 if guidance == 1.0 else 2)
+
+
+def _exact(config, noise, level, last, mean, std):
+    """Where the flow of the ideal denoiser takes x_T: it keeps (x_t - alpha_t m) over the deviation of x_t."""
+    (a, b), (s, r) = (one[[level, last]].tolist() for one in amplitudes(config))
+    if config.prediction == "flow":
+        b, r = 1.0, 0.0
+    here, there = ((a * std) ** 2 + s**2) ** 0.5, ((b * std) ** 2 + r**2) ** 0.5
+    return b * mean + there * (noise.double() - a * mean) / here
+
+
+@pytest.mark.parametrize("prediction, sampler, steps, bound", [
+    ("epsilon", "ddim", 100, 0.05), ("epsilon", "dpm++", 20, 0.01), ("v", "dpm++", 20, 0.01), ("x0", "dpm++", 10, 0.02),
+    ("flow", "euler", 40, 0.05), ("flow", "ddim", 40, 0.05), ("flow", "heun", 40, 0.006)])
+def test_samplers_end_where_the_ideal_flow_does(prediction, sampler, steps, bound):
+    config = DiffusionConfig(prediction=prediction)
+    noise = initial_noise(3, range(4), (3, 16, 16))
+    level = timesteps(config, sampler, steps)[0]
+    out = sample(Gaussian(config, 0.3, 0.4), config, torch.ones(4, 2, 4), noise, steps=steps, guidance=1.0,
+                 sampler=sampler, clamp=False)
+    exact = _exact(config, noise, level, 0, 0.3, 0.4)
+    assert (out - exact).abs().mean() < bound * exact.abs().mean()
+
+
+@pytest.mark.parametrize("prediction, better, worse", [("epsilon", "dpm++", "ddim"), ("flow", "heun", "euler")])
+def test_a_sampler_of_second_order_is_nearer_with_as_many_steps(prediction, better, worse):
+    config = DiffusionConfig(prediction=prediction)
+    noise = initial_noise(3, range(4), (3, 16, 16))
+    errors = {}
+    for sampler in (better, worse):
+        exact = _exact(config, noise, timesteps(config, sampler, 20)[0], 0, 0.3, 0.4)
+        out = sample(Gaussian(config, 0.3, 0.4), config, torch.ones(4, 2, 4), noise, steps=20, guidance=1.0,
+                     sampler=sampler, clamp=False)
+        errors[sampler] = (out - exact).abs().mean()
+    assert errors[better] < errors[worse] / 4
+
+
+@pytest.mark.parametrize("steps", [1, 5, 20, 100, 999])
+@pytest.mark.parametrize("prediction, sampler", [("epsilon", "dpm++"), ("epsilon", "ddim"), ("flow", "heun")])
+def test_levels_fall_from_step_to_step(prediction, sampler, steps):
+    levels = timesteps(DiffusionConfig(prediction=prediction), sampler, steps)
+    assert len(levels) == steps + 1 and levels[-1] == 0 and levels[0] < 1000
+    assert all(later < earlier for earlier, later in itertools.pairwise(levels))
+
+
+def test_fresh_noise_keeps_the_distribution_and_changes_the_picture():
+    config = DiffusionConfig()
+    denoiser, noise = Gaussian(config, 0.3, 0.4), initial_noise(3, range(16), (3, 16, 16))
+
+    def draw(eta, seed=0):
+        return sample(denoiser, config, torch.ones(16, 2, 4), noise, steps=250, guidance=1.0, eta=eta, clamp=False,
+                      fresh=lambda step: randomness.noise(seed, "eta", step, range(16), (3, 16, 16)))
+
+    still, anew, other = draw(0.0), draw(1.0), draw(1.0, seed=1)
+    assert abs(anew.mean().item() - 0.3) < 0.02 and abs(anew.std().item() - 0.4) < 0.03
+    assert torch.equal(anew, draw(1.0)) and not torch.equal(anew, other)
+    # With all of it drawn anew, little is left of what it began with.
+    def alike(a, b):
+        return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]
+    assert alike(still, noise) > 0.99 and alike(anew, noise) < 0.2
+
+
+class Mixed(Gaussian):
+    """An ideal denoiser whose mean is that of the first context vector plus half of that of all."""
+
+    def __call__(self, x, t, context):
+        mean = context[:, :1].mean(1) + 0.5 * (context.mean(1) - context[:, :1].mean(1))
+        return super().__call__(x, t, mean[:, None])
+
+
+def test_prompt_and_neighbours_have_scales_of_their_own():
+    config = DiffusionConfig()
+    context = torch.cat([torch.ones(8, 1, 4), 3 * torch.ones(8, 3, 4)], 1)  # means 1 and 2.5: mixed 1.75
+    noise = initial_noise(3, range(8), (3, 16, 16))
+
+    def draw(guidance):
+        denoiser = Mixed(config, 0.1, 0.1)
+        out = sample(denoiser, config, context, noise, steps=100, guidance=guidance, clamp=False)
+        return out, denoiser.calls // (100 * 8)
+
+    one, calls = draw(2.0)
+    same, calls_of_same = draw(Guidance(2.0, 2.0))
+    assert torch.equal(one, same) and calls == calls_of_same == 2
+    # For nobody the mean is 0, for the prompt 0.1, for both 0.175.
+    for text, neighbors in ((1.0, 0.0), (2.0, 1.0), (0.0, 3.0)):
+        out, calls = draw(Guidance(text, neighbors))
+        assert calls == 3
+        assert abs(out.mean().item() - (text * 0.1 + neighbors * 0.075)) < 0.01
+
+
+@pytest.mark.parametrize("prediction, more, said", [
+    ("epsilon", {"sampler": "heun"}, "follows a flow"), ("flow", {"eta": 0.5}, "eta is for ddim"),
+    ("epsilon", {"eta": 0.5}, "needs fresh noise"), ("epsilon", {"sampler": "magic"}, "must be ddim"),
+    ("flow", {"steps": 1000}, "steps = 1000"),
+    ("flow", {"sampler": "dpm++"}, "for noise schedules")])
+def test_settings_that_disagree_are_refused(prediction, more, said):
+    config = DiffusionConfig(prediction=prediction)
+    with pytest.raises(ValueError, match=said):
+        sample(Gaussian(config, 0.3, 0.1), config, torch.ones(1, 2, 4), initial_noise(0, [0], (3, 8, 8)),
+               **{"steps": 5, "guidance": 1.0} | more)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0", "flow"])
+def test_min_snr_weighs_every_target_as_the_picture_it_stands_for(prediction):
+    # An answer that is off by so much that x0 is off by 0.1 costs 0.01 min(SNR, 5), whatever is predicted.
+    config = DiffusionConfig(prediction=prediction, min_snr=5.0)
+    x0, eps = torch.rand(6, 3, 4, 4) * 2 - 1, torch.randn(6, 3, 4, 4)
+    t = torch.tensor([20, 100, 300, 500, 700, 900])
+    alpha, sigma = alpha_sigma(config, t)
+    x_t = q_sample(config, x0, eps, t)
+    off = {"epsilon": (x_t - alpha * (x0 + 0.1)) / sigma, "x0": x0 + 0.1,
+           "v": (alpha * x_t - (x0 + 0.1)) / sigma, "flow": (x_t - (x0 + 0.1)) / sigma}[prediction]
+    snr = (alpha / sigma).square().flatten()
+    torch.testing.assert_close(loss(config, off, x0, eps, t), 0.01 * snr.clamp(max=5), rtol=2e-2, atol=1e-5)
 
 
 def test_clamped_pictures_stay_in_range():
