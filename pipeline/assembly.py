@@ -61,9 +61,9 @@ class Training(OfAnIndex):
         embeddings, config = Embeddings(self.dataset), self.config
         count, rng = len(embeddings), np.random.default_rng((config.seed, 17))
         key = choice(count, embeddings.dim, config)
-        points = training_rows(key, config)
-        drawn = rng.choice(count, min(count, config.queries + points), replace=False, shuffle=True)
-        held, sample = np.sort(drawn[:config.queries]), np.sort(drawn[config.queries:])
+        points, kept = training_rows(key, config), min(config.queries, count // 10)
+        drawn = rng.choice(count, min(count, kept + points), replace=False, shuffle=True)
+        held, sample = np.sort(drawn[:kept]), np.sort(drawn[kept:])
         own, sample = (rows[embeddings.rows(rows, once=True).any(1)] for rows in (held, sample))
         # Nobody else holds the sample: it leaves memory when the first step of the training has gone over it.
         index = trained(key, embeddings.rows(sample, once=True), embeddings.dim)
@@ -146,6 +146,7 @@ def run(index: Index, seal: Callable[[Stage], dict[str, Any]], *, rebuild: bool 
 
     What it was trained to stays, the parts are removed.
     """
+    index.plan()  # what cannot be built is told before anything is trained
     before = index.before()
     if rebuild:
         stage.empty(index)

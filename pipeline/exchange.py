@@ -106,7 +106,7 @@ class AdoptEmbeddings(Embed):
             else:
                 found = _Vectors.of(self.source).rows([sample["__key__"] for sample in samples])
         vectors = np.zeros((len(samples), encoder.dim), np.float16)
-        ledger, probes = [], []
+        ledger, usable = [], []
         for row, (sample, vector) in enumerate(zip(samples, found, strict=True)):
             if vector is None:
                 ledger.append(Entry(sample["__key__"], "not_adopted", "row of zeros", kept=True))
@@ -119,8 +119,10 @@ class AdoptEmbeddings(Embed):
                 ledger.append(Entry(sample["__key__"], "not_finite", "row of zeros", kept=True))
                 continue
             vectors[row] = vector.astype(np.float32) / length
-            probes += [row] if len(probes) < _PROBES else []
-        if probes:
+            usable.append(row)
+        if usable:
+            # Spread over the shard: vectors in another order begin well.
+            probes = [usable[place] for place in np.linspace(0, len(usable) - 1, min(_PROBES, len(usable))).astype(int)]
             with times("forward"):
                 own = encoder.images(np.stack([encoder.prepared(tars.picture(samples[row])) for row in probes]))
             cosine = (own * vectors[probes].astype(np.float32)).sum(1)

@@ -143,6 +143,8 @@ class Index(OfAnIndex):
         return [training, Parts(training, self.config)]
 
     def plan(self) -> list[Item]:
+        manifest = self.dataset.manifest("embeddings")
+        possible(manifest["totals"]["samples"], manifest["info"]["encoder"]["dim"], self.config)
         return [Item("index")]
 
     def process(self, item: Item, scratch: Path) -> Output:
@@ -159,6 +161,9 @@ class Index(OfAnIndex):
     def output(self, index: faiss.Index, infos: dict[str, Any], info: dict[str, Any], times: dict[str, Any],
                held: np.ndarray, scratch: Path) -> Output:
         """The files of an index: what is searched, autofaiss's facts, and the rows (Q,) that training did not see."""
+        if doubled := misnumbered(index):
+            raise StageFailed(f"index: {doubled} of {index.ntotal} rows are not in it exactly once; nothing is sealed\n"
+                              f"hint: this is a fault of the program or of a part: --rebuild, or other parts")
         files = written(index, scratch)
         (scratch / "index_infos.json").write_bytes(storage.json_bytes(infos))
         np.save(scratch / "held.npy", held, allow_pickle=False)
@@ -167,6 +172,9 @@ class Index(OfAnIndex):
 
     def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
         info = records[0]["info"]
+        if info["recall_at_10"] is None and self.config.min_recall:
+            raise StageFailed(f"index: of {records[0]['samples']} vectors no recall can be measured, --min-recall asks "
+                              f"for {self.config.min_recall}\nhint: ten vectors for each query, or do without it")
         if info["recall_at_10"] is not None and info["recall_at_10"] < self.config.min_recall:
             raise StageFailed(f"index: recall@10 is {info['recall_at_10']}, --min-recall asks for "
                               f"{self.config.min_recall}\nhint: more memory, or another --key, and --rebuild; what was "
@@ -270,6 +278,40 @@ def build(vectors: np.ndarray, config: IndexConfig, texts: np.ndarray | None = N
     return index, infos, info | {"error_of_held": error}, times
 
 
+def possible(count: int, dim: int, config: IndexConfig) -> None:
+    """ValueError if no index of so many vectors can be built with these settings, as far as can be told before."""
+    if config.key:
+        try:
+            faiss.index_factory(dim, config.key)
+        except RuntimeError:
+            raise ValueError(f"faiss knows no index {config.key} of vectors of {dim} numbers\n"
+                             f"hint: --key as in IVF4096_HNSW32,PQ64x8 or SQ8, or none for a choice") from None
+        lists = re.search(r"IVF(\d+)", config.key)
+        if lists and int(lists[1]) > count - min(config.queries, count // 10):
+            raise ValueError(f"{config.key} has more lists than there are vectors to train them on, of {count}\n"
+                             f"hint: another --key, or none for a choice")
+    elif count:
+        budget = budget_of(count, config)
+        smallest = min(estimated_bytes(key, count, dim) for key in _keys(count, dim, budget, config))
+        if smallest > budget:
+            raise _no_room(count, dim, budget, smallest, config)
+
+
+def misnumbered(index: faiss.Index) -> int:
+    """How many rows are not in the lists of an index exactly once, or have a number that no row has."""
+    inner = _inner(index)
+    if not isinstance(inner, faiss.IndexIVF):
+        return 0
+    times, beyond = np.zeros(index.ntotal, np.uint8), 0
+    for number in range(inner.nlist):
+        if size := inner.invlists.list_size(number):
+            ids = faiss.rev_swig_ptr(inner.invlists.get_ids(number), size)
+            good = ids[(ids >= 0) & (ids < len(times))]
+            beyond += size - len(good)
+            times[good] += 1  # nobody is twice in one list, or it is missing elsewhere
+    return beyond + int((times != 1).sum())
+
+
 def held_out(count: int, config: IndexConfig) -> np.ndarray:
     """The rows that are kept out of training where one worker builds the index, ascending."""
     rng = np.random.default_rng((config.seed, 17))
@@ -300,7 +342,7 @@ def within(index: faiss.Index, size: int, config: IndexConfig) -> None:
 def _no_room(count: int, dim: int, budget: int, smallest: int, config: IndexConfig) -> ValueError:
     flag = (f"--bytes-per-vector {-(-max(1, smallest - _ALLOWANCE) // count)}" if budget < memory(config.max_memory)
             else f"--max-memory {-(-smallest // 1024)}K")
-    return ValueError(f"no index of {count} vectors of {dim} fits {budget} bytes (to try again takes --rebuild)\n"
+    return ValueError(f"no index of {count} vectors of {dim} fits {budget} bytes\n"
                       f"hint: the smallest possible has about {smallest} bytes: {flag}")
 
 
@@ -566,7 +608,14 @@ def merge_on_disk(index: faiss.Index, parts: list[faiss.Index], path: Path, *, s
         pointers.push_back(_inner(part).invlists)
     lists = faiss.OnDiskInvertedLists(inner.nlist, inner.code_size, str(path))
     with _said_on_stderr():
-        index.ntotal = inner.ntotal = lists.merge_from_multiple(pointers.data(), pointers.size(), shift)
+        # Its own shifting takes the size of each part for that of all before it.
+        index.ntotal = inner.ntotal = lists.merge_from_multiple(pointers.data(), pointers.size(), False)
+    starts = np.cumsum([0, *(part.ntotal for part in parts)])[:-1]
+    for number in range(inner.nlist if shift else 0):
+        sizes = [_inner(part).invlists.list_size(number) for part in parts]
+        if sum(sizes):
+            ids = faiss.rev_swig_ptr(lists.get_ids(number), sum(sizes))  # the file itself, mapped
+            ids += np.repeat(starts, sizes)
     # Written without a folder: equal indices are equal bytes, and whoever reads it tells where the file is.
     lists.filename = path.name
     _give_lists(inner, lists)

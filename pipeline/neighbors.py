@@ -65,6 +65,8 @@ class NeighborsConfig:
                             ("at_once", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"neighbors.{name} must be at least {least}, not {getattr(self, name)}")
+        if not self.copy_similarity >= -1:
+            raise ValueError(f"neighbors.copy_similarity = {self.copy_similarity}: must be a number; above 1 for none")
         memory(self.max_memory, "max_memory")
 
     @property
@@ -130,10 +132,13 @@ class Neighbors(Stage):
             count = sum(record["samples"] for record in some)
             end = offset + count
             # Only what the item needs: a worker that opened all embeddings would fetch them all.
+            ends = np.cumsum([offset, *(record["samples"] for record in some)]).tolist()
             items.append(Item(some[0]["id"] if len(some) == 1 else f"{some[0]['id']}-{some[-1]['id']}", {
                 "offset": offset, "count": count, "database": made_from,
-                "shards": [{"shard": shards[record["id"]], "embeddings": record} for record in some],
-                "checked": self.config.checked * end // total - self.config.checked * offset // total}))
+                # How many samples of a shard are checked does not depend on which are searched together.
+                "shards": [{"shard": shards[record["id"]], "embeddings": record,
+                            "checked": self.config.checked * last // total - self.config.checked * first // total}
+                           for record, first, last in zip(some, ends, ends[1:], strict=False)]}))
             offset = end
         return items
 
@@ -266,11 +271,18 @@ class Neighbors(Stage):
     def _quality(self, opened: "Opened", queries: Queries, ids: np.ndarray, there: np.ndarray, item: Item
                  ) -> dict[str, int]:
         """How many of a few samples' exact neighbours were found."""
-        number = min(item.inputs["checked"], len(there))
-        if not (opened.lists or opened.graph) or not number:
+        if not (opened.lists or opened.graph):
             return {}
-        chosen = there[np.sort(np.random.default_rng((29, item.inputs["offset"])).choice(len(there), number,
-                                                                                        replace=False))]
+        parts, start = [np.empty(0, np.int64)], 0
+        for one in item.inputs["shards"]:
+            end = start + one["shard"]["samples"]
+            here = there[(there >= start) & (there < end)]
+            rng = np.random.default_rng((29, item.inputs["offset"] + start))
+            parts.append(np.sort(rng.choice(here, min(one["checked"], len(here)), replace=False)))
+            start = end
+        chosen = np.concatenate(parts)
+        if not len(chosen):
+            return {}
         exact, _ = self._found(opened, queries[chosen], exactly=True)
         agreed = sum(len(np.intersect1d(one[one >= 0], other)) for one, other in zip(exact, ids[chosen], strict=True))
         return {"checked": int((exact >= 0).sum()), "agreed": agreed}

@@ -665,12 +665,20 @@ def shared_scratch(name: str, fill: Callable[[Path], None]) -> Path:
                 break
         except FileNotFoundError:  # somebody was just removing it
             continue
-    _shared[folder] = alive
     with open(folder / ".fill", "a") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
         if not (folder / "filled").exists():
-            fill(folder)
+            # What somebody left who died over it is no beginning.
+            for left in folder.iterdir():
+                if left.name not in {_ALIVE, ".fill"}:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            try:
+                fill(folder)
+            except BaseException:
+                alive.close()
+                raise
             (folder / "filled").touch()
+    _shared[folder] = alive
     return folder
 
 

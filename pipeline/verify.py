@@ -125,11 +125,14 @@ def _latents(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[str,
 
 
 def _index(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
-    from pipeline.index import Searcher
+    from pipeline.index import Searcher, misnumbered
     try:
-        Searcher(_dataset(root, path))
+        searcher = Searcher(_dataset(root, path))
     except ValueError as error:
         yield _fault(path, "knn.index", str(error).splitlines()[0])
+        return
+    if wrong := misnumbered(searcher.index):
+        yield _fault(path, "knn.index", f"{wrong} of its {searcher.index.ntotal} rows are not in it exactly once")
 
 
 def _neighbors(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:

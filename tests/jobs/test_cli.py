@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -189,6 +190,27 @@ def test_a_rebuild_that_cannot_be_planned_leaves_what_is_there(tmp_path: Path) -
     assert main(["shard", "some", "--source", str(tmp_path / "typo"), "--local", "--rebuild", *root]) == 2
     assert main(["embed", "some", "--model", "nonsense", "--local", "--rebuild", *root]) == 2
     assert main(["verify", *root]) == 0
+
+
+@pytest.mark.parametrize("settings, said", [
+    (["--key", "NONSENSE"], "faiss knows no index NONSENSE"), (["--key", "IVF5000,Flat"], "more lists than"),
+    (["--max-memory", "1K", "--bytes-per-vector", "0"], "the smallest possible")])
+def test_an_index_that_cannot_be_built_is_misuse_and_leaves_the_one_there_is(prepared, tmp_path, settings, said, capsys
+                                                                             ) -> None:
+    shutil.copytree(prepared, tmp_path / "root")
+    manifest = tmp_path / "root/datasets/drawn/v1/index/manifest.json"
+    before = manifest.read_bytes()
+    assert main(["index", "drawn", "--root", str(tmp_path / "root"), "--local", "--rebuild", *settings]) == 2
+    assert said in capsys.readouterr().err and manifest.read_bytes() == before
+
+
+def test_no_recall_is_none_to_seal_by(tmp_path: Path, capsys) -> None:
+    _pictures(tmp_path / "in")
+    common = ["--root", str(tmp_path / "root"), "--local"]
+    assert _shard(tmp_path) == 0 and main(["embed", "some", *common]) == 0
+    assert main(["index", "some", "--min-recall", "0.9", *common]) == 1
+    assert "no recall can be measured" in capsys.readouterr().err
+    assert not (tmp_path / "root/datasets/some/v1/index/manifest.json").exists()
 
 
 def test_a_damaged_manifest_is_a_fault(tmp_path: Path, capsys) -> None:

@@ -79,6 +79,14 @@ def test_vectors_of_other_pictures_are_refused(copied, exported):
         stage.run(AdoptEmbeddings(copied, CONFIG, str(exported)))
 
 
+def test_vectors_in_another_order_are_refused_though_they_begin_well(copied, exported):
+    for path in (exported / "img_emb").iterdir():
+        vectors = np.load(path)
+        np.save(path, np.concatenate([vectors[:4], vectors[4:][::-1]]))
+    with pytest.raises(StageFailed, match="are not those that tiny-clip-64"):
+        stage.run(AdoptEmbeddings(copied, CONFIG, str(exported)))
+
+
 def test_folders_that_do_not_hang_together_are_refused(copied, exported, tmp_path):
     with pytest.raises(ValueError, match="has no img_emb"):
         stage.run(AdoptEmbeddings(copied, CONFIG, str(tmp_path)))

@@ -9,7 +9,7 @@ from jobs.cli import main
 from pipeline import assembly, stage, storage, tombstones, verify
 from pipeline.dataset import Dataset, Embeddings
 from pipeline.extension import Extension, compare
-from pipeline.index import LISTS, Index, IndexConfig, Searcher, fill, open_of, opened
+from pipeline.index import LISTS, Index, IndexConfig, Searcher, build, fill, misnumbered, open_of, opened
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.stage import StageFailed
 from tests.pipeline import made
@@ -184,6 +184,34 @@ def test_lists_on_disk_come_from_a_store_too(tmp_path, s3, vectors):
         found[-1].append([one.manifest("index")["items"][0]["files"] for one in (dataset, following)])
     np.testing.assert_equal(found[0], found[1])
     assert LISTS in str(found[0][-1])
+
+
+@pytest.mark.parametrize("merge_memory", ["10K", "4G"])
+@pytest.mark.parametrize("sizes", [(900, 500), (500, 900), (400, 400, 37), (300, 37, 400, 263)])
+def test_parts_of_unequal_size_are_merged_with_the_right_rows(tmp_path, vectors, sizes, merge_memory):
+    count = sum(sizes)
+    dataset = made.given(tmp_path, "x", np.split(vectors[:count], np.cumsum(sizes)[:-1]))
+    config = IndexConfig(key="IVF16,SQ8", part_memory="10K", merge_memory=merge_memory, target_recall=1.0)
+    assembly.run(Index(dataset, config), stage.run)
+    manifest = dataset.manifest("index")
+    assert manifest["info"]["parts"] > 1 and manifest["info"]["recall_at_10"] > 0.95
+    searcher = Searcher(dataset)
+    assert misnumbered(searcher.index) == 0
+    searcher.index.nprobe = 16
+    assert (searcher.index.search(vectors[:count], 1)[1][:, 0] == np.arange(count)).mean() > 0.98
+    assert list(verify.folder(dataset.root, dataset.path("index"))) == []
+
+
+def test_an_index_with_rows_twice_or_beyond_is_not_sealed_and_a_fault(tmp_path, vectors, monkeypatch):
+    dataset = made.given(tmp_path, "x", np.array_split(vectors[:600], 3))
+    index, _, _, _ = build(vectors[:600], IndexConfig(key="IVF8,Flat"))
+    assert misnumbered(index) == 0
+    number = next(number for number in range(8) if index.invlists.list_size(number) > 1)
+    faiss.rev_swig_ptr(index.invlists.get_ids(number), 2)[:] = 599_000, 599_001
+    assert misnumbered(index) == 4  # two that nobody has, and two that are gone
+    monkeypatch.setattr("pipeline.index.build", lambda *_: (index, {}, {"recall_at_10": 1.0}, {}))
+    with pytest.raises(StageFailed, match="not in it exactly once"):
+        stage.run(Index(dataset, IndexConfig(key="IVF8,Flat")))
 
 
 def test_lists_that_are_missing_or_cut_are_named(tmp_path, vectors):

@@ -1,15 +1,17 @@
 import io
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import neighbors, stage, storage, verify
+from pipeline import neighbors, search, stage, storage, verify
 from pipeline.batches import Batches
 from pipeline.dataset import Dataset, Embeddings, file_of
-from pipeline.index import Index, IndexConfig
+from pipeline.index import Index, IndexConfig, Lists
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from tests.pipeline import made
 
@@ -292,6 +294,53 @@ def test_recall_is_measured_against_exact_search(tmp_path):
     assert manifest["info"]["recall"] > real
     manifest = stage.run(Neighbors(database, database, NeighborsConfig(k=10, probes=64, checked=300)), rebuild=True)
     assert manifest["info"]["recall"] == 1.0
+
+
+@pytest.mark.parametrize("method", ["exact", "index"])
+def test_shards_searched_together_give_what_each_gives_alone(tmp_path, method):
+    vectors = made.clustered(2000, 16, clusters=300)
+    database = indexed(made.given(tmp_path, "x", np.split(vectors, [300, 310, 700, 1500])), key="IVF64,Flat",
+                       target_recall=0.0)
+    config = NeighborsConfig(k=6, method=method, probes=4, vectors=True, checked=90)
+    seen = []
+    for at_once in (1, 2, 3, 100):
+        manifest = stage.run(Neighbors(database, database, replace(config, at_once=at_once)), rebuild=True)
+        folder = Path(database.folder("neighbors/x"))
+        seen.append(({path.name: path.read_bytes() for path in folder.glob("*.npy")}, manifest["info"]))
+        assert len(manifest["items"]) == -(-5 // at_once) and len(seen[-1][0]) == 3 * 5 + 1
+        assert list(verify.folder(database.root, database.path("neighbors/x"))) == []
+        assert [len(one) for one in neighbors.load(database, database)] == [300, 10, 390, 800, 500]
+    assert all(one == seen[0] for one in seen)
+
+
+def test_as_many_shards_are_searched_together_as_there_is_memory_and_work_for():
+    config = NeighborsConfig(max_memory="1G")
+    together = config.shards_at_once(10_000, 10_000_000, 512)
+    each = 4 * 512 + search.bytes_of_a_query(config.wanted)
+    assert together > 1 and together * 1000 * each <= config.block_bytes < (together + 1) * 1000 * each
+    assert config.shards_at_once(64, 640_000, 512) == 1 and config.shards_at_once(100, 1000, 512) == 2
+    assert NeighborsConfig(at_once=7).shards_at_once(10, 10, 512) == 7
+    with pytest.raises(ValueError, match="copy_similarity = nan"):
+        NeighborsConfig(copy_similarity=float("nan"))
+
+
+def test_vectors_are_laid_out_list_after_list_whatever_was_left_there(tmp_path, monkeypatch):
+    vectors = made.clustered(1000, 16)
+    vectors[50:60] = 0
+    database = indexed(made.given(tmp_path, "x", np.split(vectors, [300, 310, 700])), key="IVF16,SQ8")
+    monkeypatch.setattr(neighbors, "_LAID", 8 << 10)  # several files, and several blocks
+    lists, kept = Lists(database), Embeddings(database)
+    folder = tmp_path / "laid"
+    folder.mkdir()
+    neighbors._in_order_of_lists(folder, kept, lists)
+    ids, ends = np.fromfile(folder / "ids", np.int64), np.load(folder / "ends.npy")
+    laid = np.fromfile(folder / "vectors", np.float16).reshape(-1, 16)
+    assert sorted(ids) == sorted(set(range(1000)) - set(range(50, 60)))
+    np.testing.assert_array_equal(laid, kept.rows(ids))
+    for number in range(16):
+        mine = ids[ends[number]:ends[number + 1]]
+        assert mine.tolist() == sorted(set(lists.ids(number).tolist()) - set(range(50, 60)))
+    assert {path.name for path in folder.iterdir()} == {"vectors", "ids", "ends.npy"}
 
 
 def test_a_database_rebuilt_after_the_plan_is_refused(tmp_path):

@@ -382,3 +382,24 @@ def test_scratch_of_a_killed_process_is_removed_by_another(tmp_path, monkeypatch
         with stage.scratch_folder("third"):
             assert living.exists() and not left.exists()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_scratch_in_common_is_filled_anew_after_somebody_died_over_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def dies(folder):
+        (folder / "half").write_bytes(b"x")
+        (folder / "below").mkdir()
+        raise OSError("the disk is gone")
+
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is gone"):
+            stage.shared_scratch("test-of-filling", dies)
+
+    def fills(folder):
+        assert not (folder / "half").exists() and not (folder / "below").exists()
+        with open(folder / "rows", "ab") as file:
+            file.write(b"row")
+
+    for _ in range(2):
+        assert (stage.shared_scratch("test-of-filling", fills) / "rows").read_bytes() == b"row"
