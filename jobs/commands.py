@@ -22,7 +22,7 @@ class Common:
     root: str = "data"
     """Folder or s3:// address that holds everything."""
     recipe: str = ""
-    """Settings to begin with: tiny (default), imagenet_400m or laion_1p3b."""
+    """Settings to begin with: tiny (default), imagenet_400m, ffhq_415m or laion_1p3b."""
     config: str = ""
     """TOML file of settings; sections as in the recipe, flags override it."""
     local: bool = False

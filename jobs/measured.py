@@ -45,7 +45,8 @@ def rates(root: str, base: Rates, *, gpu: bool = False) -> Rates:
 def _sealed(datasets: list[Dataset], folder: str, name: str) -> Iterator[tuple[Dataset, dict[str, Any]]]:
     """The datasets whose `folder` was sealed by the stage `name`, with its manifest."""
     for dataset in datasets:
-        if dataset.sealed(folder):
+        # What was emptied since says nothing of what was made of it.
+        if dataset.sealed(folder) and (folder == "shards" or dataset.sealed("embeddings")):
             manifest = dataset.manifest(folder)
             if manifest["stage"] == name and manifest["totals"]["samples"]:
                 yield dataset, manifest
@@ -131,11 +132,15 @@ def _neighbors(datasets: list[Dataset], base: Rates, gpu: bool) -> tuple[ExactRa
     for dataset in datasets:
         for label in storage.folders(dataset.folder("neighbors")):
             database = Dataset.parse(dataset.root, label)
+            if not database.sealed("embeddings"):
+                continue
             for _, manifest in _sealed([dataset], f"neighbors/{label}", "neighbors"):
                 section, seconds = manifest["section"], manifest["run"]["seconds"]
                 count, dim = manifest["totals"]["samples"], _dim(dataset)
                 rows = database.manifest("embeddings")["totals"]["samples"]
                 config = NeighborsConfig(**{name: section[name] for name in ("k", "method", "probes", "checked")})
+                if config.method == "index" and not database.sealed("index"):
+                    continue
                 info = database.manifest("index")["info"] if config.method == "index" else {"key": "", "parameter": ""}
                 probes = config.probes or int(info["parameter"].partition("=")[2] or nprobe)
                 compared = compared_rows(info["key"], count, rows, config, probes)

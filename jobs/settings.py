@@ -134,6 +134,11 @@ def imagenet_400m() -> Settings:
                     train=networks.imagenet_400m(), cluster=ClusterConfig(workers=8, cpus=4, gpus=1))
 
 
+def ffhq_415m() -> Settings:
+    """RDM-256 on FFHQ: CLIP ViT-B/32 and 415 M parameters on latents (arXiv:2204.11824)."""
+    return replace(imagenet_400m(), train=networks.ffhq_415m())
+
+
 def laion_1p3b() -> Settings:
     """RDM-768 on LAION: CLIP ViT-L/14 and 1.3 B parameters on latents (arXiv:2207.13038)."""
     return Settings(shard=ShardConfig(image_size=768, samples_per_shard=10_000),
@@ -142,7 +147,7 @@ def laion_1p3b() -> Settings:
                     cluster=ClusterConfig(workers=64, cpus=8, gpus=1))
 
 
-RECIPES = {recipe.__name__: recipe for recipe in (tiny, imagenet_400m, laion_1p3b)}
+RECIPES = {recipe.__name__: recipe for recipe in (tiny, imagenet_400m, ffhq_415m, laion_1p3b)}
 
 
 def resolve(recipe: str, file: str) -> Settings:

@@ -178,9 +178,13 @@ class _Vectors:
     def __init__(self, source: str) -> None:
         keys, self.vectors = [], []
         for vectors, about in _pairs(source):
-            self.vectors.append(np.load(storage.local_path(vectors), mmap_mode="r", allow_pickle=False)
-                                if storage.is_local(vectors)
-                                else np.load(io.BytesIO(storage.read_bytes(vectors)), allow_pickle=False))
+            try:
+                self.vectors.append(np.load(storage.local_path(vectors), mmap_mode="r", allow_pickle=False)
+                                    if storage.is_local(vectors)
+                                    else np.load(io.BytesIO(storage.read_bytes(vectors)), allow_pickle=False))
+            except (ValueError, EOFError) as error:
+                raise ValueError(f"{vectors} is no whole .npy file: {str(error).splitlines()[0]}\n"
+                                 f"hint: copy it again") from error
             column = pq.read_table(io.BytesIO(storage.read_bytes(about)), columns=["image_path"])["image_path"]
             if len(column) != len(self.vectors[-1]):
                 raise ValueError(f"{vectors} has {len(self.vectors[-1])} rows, its metadata {len(column)}")

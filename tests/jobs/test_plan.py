@@ -96,7 +96,9 @@ def test_what_a_stage_reads_is_what_those_before_it_wrote(root: Path, known: Rat
 
 
 def test_twice_as_many_pictures_are_twice_the_work(known: Rates):
-    one, two, three = (by_stage(built(count, rows=1000), known) for count in (100_000, 200_000, 300_000))
+    alone = replace(SETTINGS, neighbors=replace(SETTINGS.neighbors, at_once=1))
+    one, two, three = (by_stage(built(count, rows=1000, settings=alone), known)
+                       for count in (100_000, 200_000, 300_000))
     for name in ("neighbors, exact", "neighbors, index"):  # what the database takes besides, it takes once
         for what in ("worker_seconds", "read", "written"):
             first, second, third = (getattr(each[name], what) for each in (one, two, three))
@@ -173,11 +175,13 @@ def test_storage_may_be_what_a_stage_waits_for(known: Rates):
     assert found["shard"].worker_seconds == pytest.approx((found["shard"].read + found["shard"].written) / 1000)
 
 
-def test_a_database_that_a_worker_cannot_keep_is_read_for_every_shard(known: Rates):
+@pytest.mark.parametrize("at_once, searches", [(1, 100), (7, 15), (0, 50)])
+def test_a_database_that_a_worker_cannot_keep_is_read_for_the_shards_searched_together(known: Rates, at_once, searches):
     vectors = 1000 * 256 * 2
-    kept, not_kept = (by_stage(built(5000, 1000, workers=4, memory=memory), known)["neighbors, exact"].read
-                      for memory in (vectors, vectors - 1))
-    assert not_kept - kept == pytest.approx((100 - 4) * vectors)
+    together = replace(SETTINGS, neighbors=replace(SETTINGS.neighbors, at_once=at_once))
+    kept, not_kept = (by_stage(built(5000, 1000, settings=together, workers=4, memory=memory), known)
+                      ["neighbors, exact"].read for memory in (vectors, vectors - 1))
+    assert not_kept - kept == pytest.approx((searches - 4) * vectors)
 
 
 def test_training_goes_by_steps_or_by_epochs(known: Rates):

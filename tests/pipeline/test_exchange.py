@@ -79,6 +79,13 @@ def test_vectors_of_other_pictures_are_refused(copied, exported):
         stage.run(AdoptEmbeddings(copied, CONFIG, str(exported)))
 
 
+def test_a_file_that_was_cut_short_is_named(copied, exported):
+    path = sorted((exported / "img_emb").iterdir())[1]
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(StageFailed, match=f"{path.name} is no whole .npy file"):
+        stage.run(AdoptEmbeddings(copied, CONFIG, str(exported)))
+
+
 def test_vectors_in_another_order_are_refused_though_they_begin_well(copied, exported):
     for path in (exported / "img_emb").iterdir():
         vectors = np.load(path)
