@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -131,14 +132,14 @@ def about(stage: FirstStage, source: str, scale: float) -> dict[str, Any]:
 
 def digest(stage: FirstStage) -> str:
     """sha256 of the weights of a first stage, of their names and numbers."""
-    found = _digests.get(id(stage.network))
+    found = _digests.get(stage.network)
     if found is None:
         sha = hashlib.sha256()
         for name, tensor in sorted(stage.network.state_dict().items()):
             sha.update(name.encode())
             sha.update(tensor.cpu().contiguous().numpy().tobytes())
-        found = _digests[id(stage.network)] = sha.hexdigest()
+        found = _digests[stage.network] = sha.hexdigest()
     return found
 
 
-_digests: dict[int, str] = {}
+_digests: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
