@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class Convert(Stage):
         return "give the run another name"
 
     def section(self) -> dict[str, Any]:
-        found, config, autoencoder = self._read()
+        found, config, autoencoder = self._content
         about = None
         if autoencoder:
             about = latents.about(autoencoder, latents.IN_THE_RUN, autoencoder.scale)
@@ -45,10 +46,10 @@ class Convert(Stage):
         return super().section() | {
             "train": json.loads(json.dumps(to_dict(config))), "database": self.database.label,
             "encoder": embed.encoder_of(self.database), "image_size": size, "first_stage": about,
-            "checkpoint": storage.sha256_file(self.source), "averaged": found.averaged}
+            "checkpoint": self._sha256, "averaged": found.averaged}
 
     def plan(self) -> list[Item]:
-        found, config, _ = self._read()
+        found, config, _ = self._content
         dim = embed.encoder_of(self.database)["dim"]
         if config.unet.context_dim != dim:
             raise ValueError(f"the checkpoint takes vectors of {config.unet.context_dim}, {self.database.label} has "
@@ -56,7 +57,7 @@ class Convert(Stage):
         return [Item("checkpoint", {"step": found.step})]
 
     def process(self, item: Item, scratch: Path) -> Output:
-        found, config, autoencoder = self._read()
+        found, config, autoencoder = self._content
         network = UNet(config.unet)
         try:
             network.load_state_dict({name: tensor.float() for name, tensor in found.unet.items()})
@@ -78,19 +79,19 @@ class Convert(Stage):
     def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
         return Output(info=records[0]["info"])
 
-    def _read(self) -> tuple[released.Released, TrainConfig, first_stage.FirstStage | None]:
-        """What is in the file; kept, for it may be many gigabytes."""
-        if not hasattr(self, "_kept"):
-            found = released.read(self.source)
-            unet = released.unet_config(found.unet, self.config.head_dim)
-            config = TrainConfig(steps=max(1, found.step), global_batch=1, unet=unet, diffusion=found.diffusion,
-                                 k=self.config.k, context_norm=self.config.context_norm)
-            autoencoder = None
-            if found.first_stage:
-                weights = {name: tensor.float() for name, tensor in found.first_stage.items()}
-                autoencoder = first_stage.build(released.first_stage_config(weights),
-                                                released.first_stage_weights(weights))
-                autoencoder = replace(autoencoder, scale=self.config.scale or found.scale or 1.0)
-            self._kept = found, config, autoencoder
-        return self._kept
+    @cached_property
+    def _sha256(self) -> str:
+        return storage.sha256_file(self.source)
 
+    @cached_property
+    def _content(self) -> tuple[released.Released, TrainConfig, first_stage.FirstStage | None]:
+        """What is in the file; kept, for it may be many gigabytes."""
+        found = released.read(self.source)
+        unet = released.unet_config(found.unet, self.config.head_dim)
+        config = TrainConfig(steps=max(1, found.step), global_batch=1, unet=unet, diffusion=found.diffusion,
+                             k=self.config.k, context_norm=self.config.context_norm)
+        if not found.first_stage:
+            return found, config, None
+        weights = {name: tensor.float() for name, tensor in found.first_stage.items()}
+        autoencoder = first_stage.build(released.first_stage_config(weights), released.first_stage_weights(weights))
+        return found, config, replace(autoencoder, scale=self.config.scale or found.scale or 1.0)

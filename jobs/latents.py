@@ -46,9 +46,9 @@ class Latents(Stage):
         return {"shards": self.dataset.identity("shards")}
 
     def plan(self) -> list[Item]:
-        scale, records = self._scale(), self.dataset.manifest("shards")["items"]
-        return [Item(record["id"], {"shard": record, "scale": scale, "count": record["samples"],
-                                    "first_stage": self.section()["first_stage"]}) for record in records]
+        scale, wanted = self._scale(), digest(opened(self.config.first_stage))
+        return [Item(record["id"], {"shard": record, "scale": scale, "count": record["samples"], "first_stage": wanted})
+                for record in self.dataset.manifest("shards")["items"]]
 
     def setup(self) -> None:
         # On a CPU the last bits depend on how a sum is split among threads.
@@ -92,8 +92,7 @@ class Latents(Stage):
         record = next((one for one in self.dataset.manifest("shards")["items"] if one["samples"]), None)
         if record is None:
             raise ValueError(f"{self.dataset.label} has no samples")
-        with torch.random.fork_rng(devices=[]):
-            deviation = float(_encoded(stage, next(self._pictures(record)), 1.0, False).astype(np.float32).std())
+        deviation = float(_encoded(stage, next(self._pictures(record)), 1.0, False).astype(np.float32).std())
         return float(np.float32(1 / max(deviation, 1e-6)))
 
     def _pictures(self, record: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -191,7 +191,6 @@ def first_stage_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     return sizes | {"_class_name": "AutoencoderKL", "scaling_factor": 1.0}
 
 
-_Kind = Literal["encoder", "decoder"]
 _IN_A_BLOCK = {"nin_shortcut": "conv_shortcut"}
 _IN_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 

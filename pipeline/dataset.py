@@ -193,9 +193,10 @@ def labels(dataset: Dataset, record: dict[str, Any]) -> np.ndarray:
     """
     columns = {"sha256", "original_sha256"} & set(_schema(dataset, record))
     table = _succeeded(dataset, record, sorted(columns))
-    stored = table["sha256"]
-    fetched = pc.coalesce(table["original_sha256"], stored) if "original_sha256" in columns else stored
-    return np.stack([_labels(stored.to_pylist()), _labels(fetched.to_pylist())], 1)
+    stored = fetched = table["sha256"].to_pylist()
+    if "original_sha256" in columns:  # empty or none where it is not known
+        fetched = [one or other for one, other in zip(table["original_sha256"].to_pylist(), stored, strict=True)]
+    return np.stack([_labels(stored), _labels(fetched)], 1)
 
 
 def perceptual_hashes(dataset: Dataset, record: dict[str, Any]) -> np.ndarray:

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import dataset as datasets
 from pipeline import neighbors, search, stage, storage, verify
 from pipeline.batches import Batches
 from pipeline.dataset import Dataset, Embeddings, file_of
@@ -322,6 +323,20 @@ def test_as_many_shards_are_searched_together_as_there_is_memory_and_work_for():
     assert NeighborsConfig(at_once=7).shards_at_once(10, 10, 512) == 7
     with pytest.raises(ValueError, match="copy_similarity = nan"):
         NeighborsConfig(copy_similarity=float("nan"))
+
+
+def test_labels_tell_pictures_apart_where_it_is_not_known_what_was_fetched(tmp_path):
+    dataset = made.given(tmp_path, "x", [made.clustered(4, 16)])
+    path = Path(dataset.folder("shards")) / "000000.parquet"
+    table = pq.read_table(path)
+    fetched = pa.array(["", None, "ab" * 32, "not a hash"], pa.string())
+    buffer = io.BytesIO()
+    pq.write_table(table.append_column("original_sha256", fetched), buffer)
+    again = made.Given(dataset, "shards", "shard", {"000000": (4, {"000000.parquet": buffer.getvalue()})})
+    stage.run(again, rebuild=True)
+    found = datasets.labels(dataset, dataset.manifest("shards")["items"][0])
+    assert (found[:2, 0] == found[:2, 1]).all() and len(set(found[:, 1].tolist())) == 4
+    assert found[2, 1] == int.from_bytes(bytes.fromhex("ab" * 8), "little") and (found[2:, 0] != found[2:, 1]).all()
 
 
 def test_vectors_are_laid_out_list_after_list_whatever_was_left_there(tmp_path, monkeypatch):
