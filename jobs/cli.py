@@ -26,7 +26,7 @@ from jobs.settings import ClusterConfig, Settings, resolve
 from jobs.training import Job, Training
 from pipeline import assembly, clip, sift, stage, storage, verify
 from pipeline.adopt import Adopt
-from pipeline.dataset import Dataset
+from pipeline.dataset import Dataset, datasets
 from pipeline.embed import Embed, EmbedCaptions
 from pipeline.exchange import AdoptEmbeddings, Export
 from pipeline.extension import Extension
@@ -242,6 +242,30 @@ def _sample(command: commands.SampleCommand, settings: Settings) -> int:
                          command.name), command)
 
 
+def _evaluate(command: commands.EvaluateCommand, settings: Settings) -> int:
+    from jobs.evaluation import Evaluation, Judging
+    root = command.common.root
+    run = Run.parse(root, command.run)
+    trained = run.section()
+    if "dataset" not in trained:
+        raise ValueError(f"the run {run.name} was not trained here: what it has seen is not known")
+    dataset, mixed = (Dataset.parse(root, trained[name]) for name in ("dataset", "database"))
+    databases = [Dataset.parse(root, name) for name in command.database] or [
+        one for one in datasets(root) if one.sealed("index") and one.name not in {dataset.name, mixed.name}]
+    judging = Judging(run, dataset, databases, command.evaluate.judge_steps)
+    if command.common.dry_run:
+        return _dry_run(judging, command.stage.rebuild)
+    with runner(command) as run_with:
+        stage.run(judging, run_with, rebuild=command.stage.rebuild, watch=watcher(judging.name))
+        evaluation = Evaluation(judging, mixed, command.checkpoint, settings.embed.clip(), command.evaluate,
+                                command.sample, command.prompt, command.name)
+        stage.run(evaluation, run_with, rebuild=command.stage.rebuild, watch=watcher(evaluation.name))
+    _log.info("evaluate: pictures, plot and numbers are in %s", evaluation.folder)
+    file = storage.join(evaluation.folder, "evaluation.json" if command.json else "table.md")
+    print(storage.read_bytes(file).decode(), end="")
+    return 0
+
+
 def _report(command: commands.ReportCommand, settings: Settings) -> int:
     root = storage.normal(command.common.root)
     out = command.out or storage.join(root, "report.html")
@@ -345,6 +369,7 @@ _VERBS: dict[str, tuple[type, Callable[[Any, Settings], int]]] = {
     "index": (commands.IndexCommand, _index), "neighbors": (commands.NeighborsCommand, _neighbors),
     "latents": (commands.LatentsCommand, _latents), "convert": (commands.ConvertCommand, _convert),
     "train": (commands.TrainCommand, _train), "sample": (commands.SampleCommand, _sample),
+    "evaluate": (commands.EvaluateCommand, _evaluate),
     "report": (commands.ReportCommand, _report), "status": (commands.StatusCommand, _status),
     "verify": (commands.VerifyCommand, _verify), "plan": (commands.PlanCommand, _plan),
     "demo": (commands.DemoCommand, _demo),

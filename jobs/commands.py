@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jobs.settings import ClusterConfig, ConvertConfig, LatentsConfig, SampleConfig
+from jobs.settings import ClusterConfig, ConvertConfig, EvaluateConfig, LatentsConfig, SampleConfig
 from model.config import TrainConfig
 from pipeline.embed import EmbedConfig
 from pipeline.index import IndexConfig
@@ -22,7 +22,7 @@ class Common:
     root: str = "data"
     """Folder or s3:// address that holds everything."""
     recipe: str = ""
-    """Settings to begin with: tiny (default), imagenet_400m, ffhq_415m or laion_1p3b."""
+    """Settings to begin with: tiny (default), emoji_32, emoji_64, imagenet_400m, ffhq_415m or laion_1p3b."""
     config: str = ""
     """TOML file of settings; sections as in the recipe, flags override it."""
     local: bool = False
@@ -173,6 +173,28 @@ class SampleCommand:
 
 
 @dataclass(frozen=True)
+class EvaluateCommand:
+    """Measure whether the style follows the database: samples of held-out subjects, judged."""
+
+    run: RunName
+    evaluate: Flat[EvaluateConfig]
+    sample: Flat[SampleConfig]
+    cluster: Flat[ClusterConfig]
+    common: Flat[Common]
+    stage: Flat[Rebuild]
+    database: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Database of one style; repeat the flag. By default every other dataset of the root that has an index."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """What to draw; by default the subjects that training has not seen."""
+    checkpoint: int = 0
+    """Step of the checkpoint; 0 is the newest."""
+    name: str = ""
+    """Name of the folder below the run's evaluations; by default a hash of these settings."""
+    json: bool = False
+    """Print everything that was found as JSON instead of the table."""
+
+
+@dataclass(frozen=True)
 class ReportCommand:
     """Write report.html: pictures, neighbours, loss, samples, stages; one file that needs no other."""
 
@@ -247,7 +269,7 @@ class PlanCommand:
 
 @dataclass(frozen=True)
 class DemoCommand:
-    """The whole way on real pictures: six style databases, a trained model, samples and a report."""
+    """The whole way on real pictures: eight style databases, a trained model, samples and a report."""
 
     common: Flat[Common]
     cluster: Flat[ClusterConfig]

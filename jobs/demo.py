@@ -86,7 +86,7 @@ def _pictures(root: str, settings: Settings, drawn: bool) -> Pictures:
     if not drawn and "drawn" not in there:
         try:
             emoji.fetch(cache)
-            _log.info("corpus: emoji in six styles, fetched with npm into %s", cache)
+            _log.info("corpus: emoji in eight styles, fetched with npm into %s", cache)
             return Pictures(root, replace(settings.pictures, corpus="emoji"), cache)
         except emoji.NpmUnavailable as error:
             if "emoji" in there:

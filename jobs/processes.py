@@ -28,7 +28,7 @@ def work(job: Job, stop: Callable[[], bool] | None = None) -> int:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     batches = Batches(job.dataset, job.database, k=job.config.k, global_batch=job.config.global_batch,
                       seed=job.config.seed, rank=rank, world=world, latents=job.latents,
-                      own=job.config.own)
+                      own=job.config.own, size=job.config.image_size)
     step = _agreed(max(job.run.steps(), default=0), device)
     metrics = tracker = None
     if rank == 0:

@@ -2,7 +2,6 @@
 
 import io
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from jobs import latents
+from jobs import drawing
+from jobs.drawing import same_encoder
 from jobs.runs import Run
 from jobs.settings import SampleConfig
-from model import checkpoint, randomness
-from model.config import TrainConfig
-from model.first_stage import FirstStage
-from model.sample import Guidance, initial_noise, sample
-from model.unet import UNet
-from pipeline import clip, embed, lookup, stage, storage
+from pipeline import clip, lookup, stage, storage
 from pipeline.contact_sheet import contact_sheet
 from pipeline.dataset import Dataset
 from pipeline.index import Searcher
@@ -55,7 +50,8 @@ class Sampling(Stage):
         return f"python -m jobs sample {self.run.name}{prompts} --root {self.root}"
 
     def section(self) -> dict[str, Any]:
-        later = {"sampler": "ddim", "eta": 0.0, "text_guidance": -1.0}  # what was before there was a choice
+        # What was before there was a choice.
+        later = {"sampler": "ddim", "eta": 0.0, "text_guidance": -1.0, "precision": "fp32"}
         settings = {name: value for name, value in super().section().items() if value != later.get(name, ...)}
         return settings | {"prompts": list(self.prompts), "databases": [one.label for one in self.databases]}
 
@@ -69,15 +65,7 @@ class Sampling(Stage):
         return found
 
     def plan(self) -> list[Item]:
-        wanted = clip.describe(self.encoder)
-        trained = self.run.encoder()
-        for name, encoder in [(f"the run {self.run.name}", trained),
-                              *((database.label, embed.encoder_of(database)) for database in self.databases)]:
-            differing = [key for key in wanted if wanted[key] != encoder.get(key)]
-            if differing:
-                raise ValueError(f"{name} belongs to another encoder than {self.encoder.model} "
-                                 f"({self.encoder.pretrained}): they differ in {', '.join(differing)}\n"
-                                 f"hint: --model and --pretrained as when it was embedded")
+        same_encoder(self.run, self.encoder, self.databases)
         return [Item(database.label.replace("@", "-"), {"number": number})
                 for number, database in enumerate(self.databases)]
 
@@ -93,9 +81,9 @@ class Sampling(Stage):
         ids, scores = searcher.search(texts, max(1, self.config.k))
         ids, scores = ids[:, :self.config.k], scores[:, :self.config.k]
         neighbors = searcher.embeddings.rows(ids).astype(np.float32)
-        context = torch.from_numpy(np.concatenate([texts[:, None], neighbors], 1))  # (prompts, 1 + k, D)
-        denoiser, config, about = self._denoiser()
-        pictures = self._draw(denoiser, config, context)
+        drawer = drawing.opened(self.run, self.step)
+        context = np.concatenate([texts[:, None], neighbors], 1)  # (prompts, 1 + k, D)
+        pictures = [Image.fromarray(one) for one in drawer.draw(context, range(len(context)), self.config)]
         rows = sorted({int(row) for row in ids.ravel() if row >= 0})
         found = {one.row: one for one in lookup.samples(database, rows)}
         output, drawn = Output(samples=len(self.prompts)), []
@@ -111,7 +99,7 @@ class Sampling(Stage):
                 picture.save(scratch / file)
                 output.files[file] = scratch / file
             drawn.append({"file": f"{name}.png", "prompt": prompt, "database": database.label,
-                          "seed": self.config.seed, "position": number, "checkpoint": about,
+                          "seed": self.config.seed, "position": number, "checkpoint": drawer.about,
                           "neighbors": [{"key": one.key, "row": one.row, "score": round(score, 6),
                                          "caption": one.caption, "sha256": one.sha256,
                                          "file": f"{name}-neighbor-{rank}.png"} for rank, one, score in beside]})
@@ -127,48 +115,6 @@ class Sampling(Stage):
         return Output(files={name: scratch / name for name in ("grid.png", "samples.json")},
                       info={"prompts": list(self.prompts), "databases": [one.label for one in self.databases],
                             "step": self.step})
-
-    def _denoiser(self) -> tuple[UNet, TrainConfig, dict[str, Any]]:
-        denoiser, config = checkpoint.load_denoiser(self.run.fetch(self.step))
-        content = self.run.checkpoint(self.step)["content"]
-        return denoiser, config, {"step": self.step, "content": content}
-
-    def _draw(self, denoiser: UNet, config: TrainConfig, context: torch.Tensor) -> list[Image.Image]:
-        """A picture for each context (prompts, 1 + k, D)."""
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        denoiser.to(device)
-        context, size = config.context_norm * context, self.run.section()["image_size"]
-        first, scale = self._first_stage(device), self.config.guidance
-        guidance = Guidance(scale if self.config.text_guidance < 0 else self.config.text_guidance, scale)
-        if first:
-            size //= first.factor
-        noise = initial_noise(self.config.seed, range(len(context)), (config.unet.in_channels, size, size))
-        pictures = []
-        for start in range(0, len(context), self.config.batch_size):
-            part = slice(start, start + self.config.batch_size)
-            here = range(len(context))[part]
-            drawn = sample(denoiser, config.diffusion, context[part].to(device), noise[part].to(device),
-                           steps=self.config.steps, guidance=guidance, sampler=self.config.sampler, eta=self.config.eta,
-                           fresh=lambda step, here=here: randomness.noise(self.config.seed, "eta", step, here,
-                                                                          noise.shape[1:]),
-                           clamp=first is None)
-            if first:
-                drawn = torch.cat([first.decode(one[None]) for one in drawn])
-            values = ((drawn.cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-            pictures += [Image.fromarray(one) for one in values.permute(0, 2, 3, 1).numpy()]
-        return pictures
-
-    def _first_stage(self, device: torch.device) -> FirstStage | None:
-        """What decodes the latents of the run; None if it draws pixels."""
-        about = self.run.section().get("first_stage")
-        if not about:
-            return None
-        found = latents.opened(str(self.run.first_stage()) if about["source"] == latents.IN_THE_RUN
-                               else about["source"])
-        if latents.digest(found) != about["sha256"]:
-            raise ValueError(f"the first stage {about['source']} is not the one that the run {self.run.name} was "
-                             f"trained with")
-        return replace(found, scale=about["scale"])
 
     def _grid(self, pictures: dict[tuple[str, str], dict[str, Any]]) -> Image.Image:
         """Rows prompts, columns databases; beside each picture its first neighbours, small."""

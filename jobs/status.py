@@ -71,7 +71,8 @@ def _paths(root: str) -> list[str]:
             paths += [f"{base}/neighbors/{one}" for one in storage.folders(storage.join(root, base, "neighbors"))]
     for run in storage.folders(storage.join(root, "runs")):
         paths.append(f"runs/{run}")
-        paths += [f"runs/{run}/samples/{one}" for one in storage.folders(storage.join(root, "runs", run, "samples"))]
+        paths += [f"runs/{run}/{of}/{one}" for of in ("samples", "judges", "evaluations")
+                  for one in storage.folders(storage.join(root, "runs", run, of))]
     return paths
 
 

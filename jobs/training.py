@@ -48,13 +48,13 @@ class Training(Stage):
         return "give the run another name"
 
     def section(self) -> dict[str, Any]:
-        first = samples(self.job.dataset, [0])[0]
+        size = self.job.config.image_size or int(pixels(samples(self.job.dataset, [0])[0].picture).shape[0])
         latents = ({"first_stage": self.job.dataset.manifest("latents")["info"]["first_stage"]} if self.job.latents
                    else {})
         # A finished run may be given more steps: how many is no part of what it is.
         return {"train": identity(self.job.config), **latents,
                 "dataset": self.job.dataset.label, "database": self.job.database.label,
-                "encoder": embed.encoder_of(self.job.dataset), "image_size": int(pixels(first.picture).shape[0])}
+                "encoder": embed.encoder_of(self.job.dataset), "image_size": size}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         return {"shards": self.job.dataset.identity("shards"),
@@ -72,6 +72,8 @@ class Training(Stage):
         if self.job.config.unet.context_dim != dim:
             raise ValueError(f"the network takes vectors of {self.job.config.unet.context_dim}, "
                              f"{self.job.database.label} has vectors of {dim}\nhint: --context-dim {dim}")
+        if self.job.latents and self.job.config.image_size:
+            raise ValueError("--image-size is for pictures: latents have the size that they were made with")
         unet, shape = self.job.config.unet, (3, 0, 0)
         if self.job.latents:
             shape = self.job.dataset.manifest("latents")["info"]["shape"][1:]

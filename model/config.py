@@ -91,6 +91,8 @@ class TrainConfig:
     """Length of the Gaussian noise added to each neighbour's vector, before it is brought back to its length."""
     own: Literal["none", "image", "caption"] = "none"
     """Put the vector of the picture itself, or of its caption, before its neighbours: a prompt will stand there."""
+    image_size: int = 0
+    """Pixels a side that pictures are averaged down to before they are trained on; 0: as they are."""
     context_norm: float = 1.0
     """Length of the vectors as the network is given them; those of a database have one."""
     seed: int = 0
@@ -110,6 +112,8 @@ class TrainConfig:
             raise ValueError(f"neighbor_noise = {self.neighbor_noise}: must be at least 0")
         if self.own not in ("none", "image", "caption"):
             raise ValueError(f"own = {self.own!r}: must be none, image or caption")
+        if self.image_size < 0 or self.image_size % self.unet.stride:
+            raise ValueError(f"image_size = {self.image_size}: must divide by {self.unet.stride}, or be 0")
         if not self.context_norm > 0:
             raise ValueError(f"context_norm = {self.context_norm}: must be above 0")
         if self.precision not in ("auto", "fp32", "bf16"):
@@ -121,8 +125,9 @@ FREE_ON_RESUME = {"steps", "checkpoint_every", "log_every", "compile", "unet.che
 
 
 # Settings that came later: what has their defaults is what it was before there was a choice.
-_LATER: dict[str, Any] = {"context_norm": 1.0, "random_k": False, "p_drop_neighbor": 0.0, "neighbor_noise": 0.0,
-                          "own": "none", "unet": {"learned_null": False}, "diffusion": {"min_snr": 0.0}}
+_LATER: dict[str, Any] = {"context_norm": 1.0, "image_size": 0, "random_k": False, "p_drop_neighbor": 0.0,
+                          "neighbor_noise": 0.0, "own": "none", "unet": {"learned_null": False},
+                          "diffusion": {"min_snr": 0.0}}
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Batches:
 
     def __init__(self, dataset: Dataset, database: Dataset, *, k: int, global_batch: int, seed: int,
                  rank: int = 0, world: int = 1, true_neighbors: bool = True, latents: bool = False,
-                 own: str = "none") -> None:
+                 own: str = "none", size: int = 0) -> None:
         self.dataset = dataset
         self.shards = dataset.manifest("shards")["items"]
         self.ids = neighbors.load(dataset, database)
@@ -93,7 +93,7 @@ class Batches:
                              f"hint: {dataset.command('latents')} --rebuild")
         self.own = Embeddings(dataset, OWN[own]) if own != "none" else None
         self.offsets = np.cumsum([0, *counts])
-        self.k, self.rank, self.world = k, rank, world
+        self.k, self.rank, self.world, self.size = k, rank, world, size
         # A control: every sample gets the neighbours of another one, so they carry no information.
         self.shift = 0 if true_neighbors else int(self.offsets[-1]) // 2
         self._decoded: OrderedDict[int, np.ndarray] = OrderedDict()
@@ -135,19 +135,35 @@ class Batches:
             self._decoded.move_to_end(number)
         else:
             path = self.dataset.fetch("shards", file_of(self.shards[number], ".tar"))
-            self._decoded[number] = _pictures(path, self.shards[number]["samples"])
+            self._decoded[number] = _pictures(path, self.shards[number]["samples"], self.size)
             while len(self._decoded) > 2 * self.order.window:
                 self._decoded.popitem(last=False)
         return self._decoded[number][position]
 
 
-def _pictures(path: Path, count: int) -> np.ndarray:
-    """All pictures of a tar, (N, H, W, 3) uint8."""
+def _pictures(path: Path, count: int, size: int) -> np.ndarray:
+    """All pictures of a tar, (N, H, W, 3) uint8, averaged down to `size` pixels a side unless it is 0."""
     pictures = [images.pixels(tars.picture(sample)) for sample in tars.read(path)]
     if len(pictures) != count:
         raise ValueError(f"{path} has {len(pictures)} samples, its manifest says {count}\nhint: python -m jobs verify")
     _of_one_size(pictures, path)
-    return np.stack(pictures)
+    return averaged(np.stack(pictures), size) if size else np.stack(pictures)
+
+
+def averaged(pictures: np.ndarray, size: int) -> np.ndarray:
+    """Pictures (N, H, W, 3) uint8 with the means of their squares in place of these, (N, size, size, 3) uint8.
+
+    ValueError unless both sides are the same multiple of `size`.
+    """
+    height, width = pictures.shape[1:3]
+    if height != width or height % size:
+        raise ValueError(f"pictures of {width} x {height} cannot be averaged to {size} x {size}\n"
+                         f"hint: --image-size must divide their sides, and these must be equal")
+    step = height // size
+    if step == 1:
+        return pictures
+    sums = pictures.reshape(len(pictures), size, step, size, step, 3).sum((2, 4), dtype=np.uint32)
+    return ((sums + step * step // 2) // (step * step)).astype(np.uint8)
 
 
 def _of_one_size(pictures: list[np.ndarray], where: Path | str) -> None:

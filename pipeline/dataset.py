@@ -90,6 +90,13 @@ class Dataset:
         return storage.fetch(storage.place(self.folder(stage_name), entry["name"]), entry, check=check)
 
 
+def datasets(root: str) -> list[Dataset]:
+    """Every version of every dataset that has a folder below a root, sealed or not."""
+    return [Dataset(storage.normal(root), name, version)
+            for name in storage.folders(storage.join(storage.normal(root), "datasets"))
+            for version in storage.folders(storage.join(storage.normal(root), "datasets", name))]
+
+
 def file_of(record: dict[str, Any], suffix: str) -> dict[str, Any]:
     """The one file of a record or manifest whose name ends so."""
     found = [entry for entry in record["files"] if entry["name"].endswith(suffix)]

@@ -1,4 +1,4 @@
-"""Real pictures: emoji that six projects drew, each in its own style, under open licences.
+"""Real pictures: emoji in eight styles that five projects drew, under open licences.
 
 The npm packages `@iconify-json/*` hold them as vector drawings (https://iconify.design/docs/types/
 iconify-json.html), so the same subjects can be had in every style and at any size.
@@ -26,7 +26,7 @@ from PIL import Image
 from pipeline.catalog import Catalog, Picture, lot
 
 FETCH_SECONDS = 120
-FEWEST_STYLES = 5
+FEWEST_STYLES = 6
 HELD_OUT_ONE_IN = 10
 TRANSFORMS = {"hFlip", "vFlip", "rotate"}
 TONE = re.compile(r"skin-tone|-tone\d")
@@ -60,8 +60,10 @@ def _icons(style: str, version: str) -> Package:
 
 
 STYLES: dict[str, Package] = {
+    "emojione": _icons("emojione", "1.2.3"),
     "emojione-monotone": _icons("emojione-monotone", "1.2.1"),
     "fluent-emoji": _icons("fluent-emoji", "1.2.7"),
+    "fluent-emoji-flat": _icons("fluent-emoji-flat", "1.2.6"),
     "fluent-emoji-high-contrast": _icons("fluent-emoji-high-contrast", "1.2.6"),
     "noto": _icons("noto", "1.2.9"),
     "openmoji": _icons("openmoji", "1.2.29"),
@@ -151,7 +153,7 @@ def _read_json(package: Package, cache: Path, member: str):
 
 
 def catalog(cache: Path) -> Catalog[str]:
-    """The subjects that at least five of the six styles have, without skin tones and flags.
+    """The subjects that at least six of the eight styles have, without skin tones and flags.
 
     The drawings are SVG texts on a square of white. Within a style one drawing stands for one
     subject only: sets draw several subjects alike, and a held-out one must not come back so.

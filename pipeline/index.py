@@ -777,7 +777,8 @@ def _latency(index: faiss.Index, queries: np.ndarray) -> dict[str, float]:
 class Searcher:
     """A database opened for search: the index finds candidates, exact vectors rank them."""
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Dataset, without: np.ndarray | None = None) -> None:
+        """`without` are rows that no search shall find, beside those that have a tombstone."""
         self.dataset = dataset
         self.manifest = dataset.manifest("index")
         self.index = open_of(dataset)
@@ -786,6 +787,8 @@ class Searcher:
             raise ValueError(f"the index of {dataset.label} has {self.index.ntotal} rows, its embeddings "
                              f"{len(self.embeddings)}\nhint: {dataset.command('index')} --rebuild")
         self.gone = tombstones.rows(dataset)
+        if without is not None:
+            self.gone = np.union1d(self.gone, without)
         self._parameters = _without(self.index, self.gone) if len(self.gone) else None
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""A corpus to begin with: emoji drawn in six styles, or where npm is missing, pictures drawn here.
+"""A corpus to begin with: emoji drawn in eight styles, or where npm is missing, pictures drawn here.
 
     <style>/<subject>.png          one picture
     <style>.csv train.csv          captions: of each style, of the mix of all that training may see

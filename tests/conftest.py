@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,6 +21,11 @@ os.environ.update(HOME=_HOME, WANDB_MODE="disabled", RAY_AUTH_MODE="disabled", R
                   RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.5", RDM_CACHE=f"{_HOME}/cache",
                   RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
 os.environ.pop("RAY_ADDRESS", None)
+
+
+def pytest_unconfigure() -> None:
+    """Leave nothing behind."""
+    shutil.rmtree(_HOME, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

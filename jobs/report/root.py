@@ -7,7 +7,7 @@ from jobs import status
 from jobs.report.page import Html, tag
 from jobs.runs import Run
 from pipeline import storage
-from pipeline.dataset import Dataset
+from pipeline.dataset import Dataset, datasets
 
 _log = logging.getLogger(__name__)
 
@@ -18,8 +18,7 @@ class Root:
     def __init__(self, address: str) -> None:
         self.address = storage.normal(address)
         self._manifests: dict[str, dict[str, Any] | None] = {}
-        self.datasets = [Dataset(self.address, name, version) for name in self._folders("datasets")
-                         for version in self._folders(f"datasets/{name}")]
+        self.datasets = datasets(self.address)
         self.runs = [Run(self.address, name) for name in self._folders("runs")]
         self.broken = ""
         try:

@@ -1,0 +1,103 @@
+"""A trained run opened for drawing: context vectors -> pictures."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from jobs import latents
+from jobs.runs import Run
+from jobs.settings import SampleConfig
+from model import checkpoint, randomness
+from model.first_stage import FirstStage
+from model.precision import compute_dtype
+from model.sample import Denoiser, Guidance, initial_noise, sample
+from pipeline import clip, embed
+from pipeline.dataset import Dataset
+
+
+class Drawer:
+    """The averaged network of a checkpoint and what its latents are decoded with, on the GPU if there is one."""
+
+    def __init__(self, run: Run, step: int) -> None:
+        self.run = run
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        denoiser, self.config = checkpoint.load_denoiser(run.fetch(step))
+        self.denoiser = denoiser.to(self.device)
+        self.about = {"step": step, "content": run.checkpoint(step)["content"]}
+        self.size = int(run.section()["image_size"])
+        self.first_stage = self._first_stage()
+
+    def draw(self, context: np.ndarray, positions: Sequence[int], how: SampleConfig) -> np.ndarray:
+        """Pictures (N, S, S, 3) uint8 for unit vectors (N, k, D); `positions` (N,) choose the noise with the seed.
+
+        A picture depends on its context, its position and `how` alone, whatever is drawn beside it.
+        """
+        if len(positions) != len(context):
+            raise ValueError(f"{len(positions)} positions for {len(context)} contexts")
+        vectors = self.config.context_norm * torch.from_numpy(np.asarray(context, np.float32))
+        guidance = Guidance(how.guidance if how.text_guidance < 0 else how.text_guidance, how.guidance)
+        side = self.size // (self.first_stage.factor if self.first_stage else 1)
+        shape = (self.config.unet.in_channels, side, side)
+        pictures = [np.empty((0, self.size, self.size, 3), np.uint8)]
+        for start in range(0, len(vectors), how.batch_size):
+            here = list(positions[start:start + how.batch_size])
+            drawn = sample(self._asked(how.precision), self.config.diffusion,
+                           vectors[start:start + len(here)].to(self.device),
+                           initial_noise(how.seed, here, shape).to(self.device), steps=how.steps, guidance=guidance,
+                           sampler=how.sampler, eta=how.eta,
+                           fresh=lambda step, here=here: randomness.noise(how.seed, "eta", step, here, shape),
+                           clamp=self.first_stage is None)
+            if self.first_stage:
+                drawn = torch.cat([self.first_stage.decode(one[None]) for one in drawn])
+            values = ((drawn.cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+            pictures.append(values.permute(0, 2, 3, 1).numpy())
+        return np.concatenate(pictures)
+
+    def _asked(self, precision: str) -> Denoiser:
+        """The network, computing in that precision; levels and steps stay in float32."""
+        if compute_dtype(precision, self.device) == torch.float32:
+            return self.denoiser
+
+        def asked(x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                return self.denoiser(x, t, context)
+
+        return asked
+
+    def _first_stage(self) -> FirstStage | None:
+        """What decodes the latents of the run; None if it draws pixels."""
+        about: dict[str, Any] | None = self.run.section().get("first_stage")
+        if not about:
+            return None
+        found = latents.opened(str(self.run.first_stage()) if about["source"] == latents.IN_THE_RUN
+                               else about["source"])
+        if latents.digest(found) != about["sha256"]:
+            raise ValueError(f"the first stage {about['source']} is not the one that the run {self.run.name} was "
+                             f"trained with")
+        return replace(found, scale=about["scale"])
+
+
+def opened(run: Run, step: int) -> Drawer:
+    """The drawer of a checkpoint; the last one is kept in this process."""
+    return _opened(run, step, run.checkpoint(step)["content"])
+
+
+@lru_cache(maxsize=1)
+def _opened(run: Run, step: int, content: str) -> Drawer:
+    return Drawer(run, step)
+
+
+def same_encoder(run: Run, encoder: clip.ClipConfig, databases: Sequence[Dataset]) -> None:
+    """ValueError unless a run and the embeddings of databases belong to this encoder, naming what differs."""
+    wanted = clip.describe(encoder)
+    for name, found in [(f"the run {run.name}", run.encoder()),
+                        *((one.label, embed.encoder_of(one)) for one in databases)]:
+        differing = [key for key in wanted if wanted[key] != found.get(key)]
+        if differing:
+            raise ValueError(f"{name} belongs to another encoder than {encoder.model} ({encoder.pretrained}): "
+                             f"they differ in {', '.join(differing)}\n"
+                             f"hint: --model and --pretrained as when it was embedded")

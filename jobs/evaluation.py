@@ -1,0 +1,346 @@
+"""Does the style follow the database? The finding of Rombach et al. 2022 (arXiv:2207.13038), measured.
+
+Subjects that training never saw are drawn in every style, the style being named by the database that neighbours come
+from, by the prompt, by both, or by the prompt without neighbours; judges that were trained on real pictures say which
+style a sample has. Two stages: the judges of a run and its databases, and the samples with what was found.
+"""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from jobs import drawing, findings
+from jobs.drawing import same_encoder
+from jobs.runs import Run
+from jobs.settings import EvaluateConfig, SampleConfig
+from model import judge
+from pipeline import clip, images, stage, storage, tars
+from pipeline.batches import averaged
+from pipeline.catalog import lot
+from pipeline.dataset import Dataset, Embeddings, file_of, metadata
+from pipeline.index import Searcher
+from pipeline.stage import Item, Output, Stage
+
+_BLOCK = 1 << 16  # training vectors that are compared at a time
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One way to ask for a style."""
+
+    id: str
+    named: bool
+    """Whether the prompt names it."""
+    source: str
+    """Where neighbours come from: "style", "mixed" or "" for nowhere."""
+    k: int = -1
+    guidance: float | None = None
+
+
+WAYS = (Asked("database", False, "style"), Asked("prompt", True, "mixed"), Asked("both", True, "style"),
+        Asked("text", True, ""), Asked("neither", False, "mixed"))
+
+
+def held_out(dataset: Dataset, databases: Sequence[Dataset]) -> list[str]:
+    """Captions of databases that the dataset of a run does not have: first those in most databases, then by lot."""
+    seen = _captions(dataset)
+    found = Counter(caption for database in databases for caption in _captions(database) - seen)
+    return sorted(found, key=lambda caption: (-found[caption], lot(caption)))
+
+
+@lru_cache(maxsize=32)
+def _captions(dataset: Dataset) -> frozenset[str]:
+    return frozenset(row["caption"].strip() for record in dataset.manifest("shards")["items"]
+                     for row in metadata(dataset, record, ["caption"]) if (row["caption"] or "").strip())
+
+
+def rows_with(dataset: Dataset, captions: frozenset[str]) -> np.ndarray:
+    """Global rows whose caption is one of these, ascending (n,) int64."""
+    found, offset = [], 0
+    for record in dataset.manifest("shards")["items"]:
+        rows = metadata(dataset, record, ["caption"])
+        found += [offset + number for number, row in enumerate(rows) if (row["caption"] or "").strip() in captions]
+        offset += len(rows)
+    return np.array(found, np.int64)
+
+
+def pictures_of(dataset: Dataset, size: int) -> np.ndarray:
+    """All pictures of a dataset, averaged down to `size` pixels a side: (N, S, S, 3) uint8."""
+    found = []
+    for record in dataset.manifest("shards")["items"]:
+        path = dataset.fetch("shards", file_of(record, ".tar"), check=True)
+        found += [images.pixels(tars.picture(sample)) for sample in tars.read(path)]
+    return averaged(np.stack(found), size)
+
+
+class Judging(Stage):
+    """The stage from the databases of styles to runs/<run>/judges/<hash>: a judge, a probe, how good both are."""
+
+    name = "judge"
+
+    def __init__(self, run: Run, dataset: Dataset, databases: Sequence[Dataset], steps: int) -> None:
+        if len(databases) < 2:
+            raise ValueError(f"to tell styles apart takes two databases at least, not {len(databases)}\n"
+                             f"hint: --database noto --database openmoji")
+        super().__init__(run.root, f"{run.path}/judges/", None)
+        self.run, self.dataset, self.databases, self.steps = run, dataset, tuple(databases), steps
+        self.path = f"{run.path}/judges/{stage.fingerprint(self)[:12]}"
+        self.folder = storage.join(self.root, self.path)
+
+    @property
+    def command(self) -> str:
+        return f"python -m jobs evaluate {self.run.name} --root {self.root}"
+
+    def section(self) -> dict[str, Any]:
+        return {"steps": self.steps, "image_size": int(self.run.section()["image_size"]),
+                "databases": [one.label for one in self.databases]}
+
+    def inputs(self) -> dict[str, dict[str, Any]]:
+        found = {"shards of the run": self.dataset.identity("shards"),
+                 "embeddings of the run": self.dataset.identity("embeddings")}
+        for database in self.databases:
+            found[f"shards of {database.label}"] = database.identity("shards")
+            found[f"embeddings of {database.label}"] = database.identity("embeddings")
+        return found
+
+    def plan(self) -> list[Item]:
+        return [Item("judge")]
+
+    def process(self, item: Item, scratch: Path) -> Output:
+        torch.set_num_threads(1)
+        size, unseen = int(self.run.section()["image_size"]), frozenset(held_out(self.dataset, self.databases))
+        pictures, vectors, labels, away = [], [], [], []
+        for number, database in enumerate(self.databases):
+            pictures.append(pictures_of(database, size))
+            vectors.append(Embeddings(database).all().astype(np.float32))
+            labels.append(np.full(len(pictures[-1]), number))
+            # Without held-out subjects a tenth of what is there has to do.
+            rows = rows_with(database, unseen) if unseen else np.arange(0, len(pictures[-1]), 10)
+            away.append(np.isin(np.arange(len(pictures[-1])), rows))
+        x, v, y, out = map(np.concatenate, (pictures, vectors, labels, away))
+        for number, database in enumerate(self.databases):
+            if not (out & (y == number)).any() or not (~out & (y == number)).any():
+                raise ValueError(f"{database.label} has no pictures of held-out subjects, or none of others\n"
+                                 f"hint: a judge needs both")
+        network = judge.train_judge(x[~out], y[~out], len(self.databases), steps=self.steps, seed=0)
+        probe = judge.train_probe(v[~out], y[~out], len(self.databases))
+        save_file(network.state_dict(), scratch / "judge.safetensors")
+        np.save(scratch / "probe.npy", probe, allow_pickle=False)
+        right = judge.judged(network, x[out]) == y[out], judge.probed(probe, v[out]) == y[out]
+        near = nearest(self.dataset, v[out])[0]
+        styles = [{"database": database.label, "seen": int((~out & (y == number)).sum()),
+                   "held_out": int((out & (y == number)).sum()),
+                   "judge": _share(right[0][y[out] == number]), "probe": _share(right[1][y[out] == number]),
+                   "kid": round(judge.kid(v[out & (y == number)], v[~out & (y == number)]), 6),
+                   "nearest": round(float(near[y[out] == number].mean()), 4)}
+                  for number, database in enumerate(self.databases)]
+        info = {"judge": _share(right[0]), "probe": _share(right[1]), "nearest": round(float(near.mean()), 4),
+                "nearest_99": round(float(np.quantile(near, 0.99)), 4), "styles": styles, "held_out": sorted(unseen)}
+        return Output(samples=len(x), info=info,
+                      files={name: scratch / name for name in ("judge.safetensors", "probe.npy")})
+
+    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+        return Output(info=records[0]["info"])
+
+
+def nearest(dataset: Dataset, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The similarity of vectors (N, D) to the nearest one of a dataset, and its row: (N,) float32, (N,) int64."""
+    best, rows = np.full(len(vectors), -np.inf, np.float32), np.full(len(vectors), -1, np.int64)
+    for first, block in Embeddings(dataset).blocks(_BLOCK):
+        scores = vectors.astype(np.float32) @ block.astype(np.float32).T
+        here = scores.argmax(1)
+        found = scores[np.arange(len(scores)), here]
+        rows = np.where(found > best, first + here, rows)
+        best = np.maximum(best, found)
+    return best, rows
+
+
+def _share(right: np.ndarray) -> float:
+    return round(float(right.mean()), 4)
+
+
+class Evaluation(Stage):
+    """The stage from a run, databases and judges to runs/<run>/evaluations/<hash>; an item for each way and style."""
+
+    name = "evaluate"
+    workers_need_gpu = True
+
+    def __init__(self, judging: Judging, mixed: Dataset, step: int, encoder: clip.ClipConfig, config: EvaluateConfig,
+                 how: SampleConfig, prompts: tuple[str, ...] = (), name: str = "") -> None:
+        self.judging, self.run, self.databases = judging, judging.run, judging.databases
+        self.mixed, self.encoder, self.how, self.given = mixed, encoder, how, prompts
+        self.step = step or self.run.latest_step()
+        super().__init__(self.run.root, f"{self.run.path}/evaluations/{name}", config)
+        if name:
+            Run.parse(self.root, name)  # a name, not a way out of the folder
+        else:
+            self.path = f"{self.run.path}/evaluations/{stage.fingerprint(self)[:12]}"
+            self.folder = storage.join(self.root, self.path)
+
+    @property
+    def command(self) -> str:
+        return f"python -m jobs evaluate {self.run.name} --root {self.root}"
+
+    def section(self) -> dict[str, Any]:
+        return {"evaluate": super().section(), "sample": json.loads(json.dumps(asdict(self.how))),
+                "databases": [one.label for one in self.databases], "mixed": self.mixed.label,
+                "prompts": list(self.given)}
+
+    def inputs(self) -> dict[str, dict[str, Any]]:
+        found = {"checkpoint": stage.identity(self.root, f"{self.run.path}/checkpoints/{self.step:07d}",
+                                              self.run.command),
+                 "judges": stage.identity(self.root, self.judging.path, self.judging.command),
+                 "index of the run": self.mixed.identity("index")}
+        return found | {f"index of {one.label}": one.identity("index") for one in self.databases}
+
+    def plan(self) -> list[Item]:
+        same_encoder(self.run, self.encoder, [self.mixed, *self.databases])
+        prompts = self.given or held_out(self.judging.dataset, self.databases)[:self.config.prompts]
+        if not prompts:
+            raise ValueError("the databases have no subject that training has not seen\n"
+                             "hint: --prompt 'a red apple', once for each")
+        items = []
+        for way, count in self._ways(len(prompts)):
+            # What asks for no style is asked once.
+            for number, database in enumerate(self.databases if way.named or way.source == "style" else [None]):
+                items.append(Item(_id(way.id, database), {"way": asdict(way), "style": number,
+                                                          "prompts": list(prompts[:count]),
+                                                          "count": count * self.config.seeds}))
+        return items
+
+    def _ways(self, prompts: int) -> list[tuple[Asked, int]]:
+        few = min(self.config.sweep_prompts, prompts)
+        ways = [(way, prompts) for way in WAYS]
+        ways += [(Asked(f"k-{k}", False, "style", k=k), few) for k in self.config.sweep_k]
+        return ways + [(Asked(f"guidance-{scale:g}", False, "style", guidance=scale), few)
+                       for scale in self.config.sweep_guidance]
+
+    def _judges(self) -> dict[str, Any]:
+        return stage.manifest_of(self.judging.folder, self.judging.command)["info"]
+
+    def setup(self) -> None:
+        torch.set_num_threads(1)
+        clip.load(self.encoder)
+        drawing.opened(self.run, self.step)
+
+    def process(self, item: Item, scratch: Path) -> Output:
+        torch.set_num_threads(1)
+        way, style, prompts = Asked(**item.inputs["way"]), item.inputs["style"], item.inputs["prompts"]
+        database, how, encoder = self.databases[style], self.how, clip.load(self.encoder)
+        how = replace(how, k=way.k if way.k >= 0 else how.k,
+                      guidance=how.guidance if way.guidance is None else way.guidance)
+        plain = encoder.texts(prompts)
+        asked = encoder.texts([self.config.template.format(prompt=prompt, style=self._words(database))
+                               for prompt in prompts]) if way.named else plain
+        context, ids = asked[:, None], np.empty((len(prompts), 0), np.int64)
+        if way.source:
+            searcher = _searcher(database if way.source == "style" else self.mixed,
+                                 frozenset() if self.config.seen else frozenset(self._judges()["held_out"]))
+            ids, _ = searcher.search(asked, how.k)
+            context = np.concatenate([context, searcher.embeddings.rows(ids).astype(np.float32)], 1)
+        drawer = drawing.opened(self.run, self.step)
+        drawn = np.stack([drawer.draw(context, range(len(prompts)), replace(how, seed=how.seed + seed))
+                          for seed in range(self.config.seeds)], 1)  # (P, seeds, S, S, 3)
+        flat = drawn.reshape(-1, *drawn.shape[2:])
+        vectors = np.concatenate([
+            encoder.images(np.stack([encoder.prepared(_png(one)) for one in flat[start:start + 64]]))
+            for start in range(0, len(flat), 64)])
+        network, probe = _judges_of(self.judging.folder, json.dumps(stage.manifest_of(
+            self.judging.folder, self.judging.command)["items"][0]["files"]), len(self.databases))
+        near, rows = nearest(self.judging.dataset, vectors)
+        found = {"judge": judge.judged(network, flat), "probe": judge.probed(probe, vectors),
+                 "clip": np.einsum("psd,pd->ps", vectors.reshape(len(prompts), self.config.seeds, -1),
+                                   plain).reshape(-1).round(4), "nearest": near.round(4), "nearest_row": rows}
+        # The distance of what came out to real pictures of the style that it was to have.
+        real = Embeddings(database).all().astype(np.float32)
+        document = {"way": way.id, "style": style, "prompts": prompts, "neighbors": ids.tolist(),
+                    "kid": round(judge.kid(vectors, real), 6),
+                    **{name: values.reshape(len(prompts), -1).tolist() for name, values in found.items()}}
+        (scratch / "found.json").write_bytes(storage.json_bytes(document))
+        _tiled(drawn).save(scratch / "pictures.png")
+        return Output(samples=len(flat), files={f"{item.id}.json": scratch / "found.json",
+                                                f"{item.id}.png": scratch / "pictures.png"})
+
+    def _words(self, database: Dataset) -> str:
+        named = dict(one.split("=", 1) for one in self.config.words)
+        return named.get(database.label, database.label.split("@")[0].replace("-", " ").replace("_", " "))
+
+    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+        found = [json.loads(storage.read_bytes(storage.join(self.folder, f"{record['id']}.json")))
+                 for record in records]
+        document = findings.summary(found, [one.label for one in self.databases], self._judges())
+        document |= {"run": self.run.name, "step": self.step, "settings": self.section()}
+        (scratch / "evaluation.json").write_bytes(storage.json_bytes(document))
+        (scratch / "table.md").write_text(findings.table(document))
+        findings.plot(document, scratch / "plot.png")
+        for way in WAYS[:4]:
+            self._grid(way.id, found).save(scratch / f"grid-{way.id}.png")
+        names = ["evaluation.json", "table.md", "plot.png", *(f"grid-{way.id}.png" for way in WAYS[:4])]
+        return Output(files={name: scratch / name for name in names},
+                      info={"step": self.step, **{row["way"]: row["judge"]["mean"] for row in document["ways"]}})
+
+    def _grid(self, way: str, found: list[dict[str, Any]], rows: int = 8) -> Image.Image:
+        """The first pictures of some prompts in every style, as the way has them; rows prompts, columns styles."""
+        from pipeline.contact_sheet import contact_sheet
+        size = int(self.run.section()["image_size"])
+        styles = [one for one in found if one["way"] == way]
+        prompts = styles[0]["prompts"][:rows]
+        sheets = [Image.open(io.BytesIO(storage.read_bytes(storage.join(self.folder, (
+            f"{_id(way, self.databases[one['style']])}.png"))))).convert("RGB") for one in styles]
+        cells = [_cell(sheet, number, self.config.seeds, size) for number in range(len(prompts)) for sheet in sheets]
+        return contact_sheet(cells, len(sheets), cell=max(64, size), row_labels=prompts,
+                             column_labels=[self.databases[one["style"]].label for one in styles])
+
+
+def _id(way: str, database: Dataset | None) -> str:
+    return f"{way}-{database.label.replace('@', '-')}" if database else way
+
+
+_ACROSS = 10  # prompts side by side on a sheet of one way and style
+
+
+def _tiled(drawn: np.ndarray) -> Image.Image:
+    """Pictures (P, seeds, S, S, 3) without gaps: ten prompts side by side, the seeds of each below each other."""
+    prompts, seeds, size = drawn.shape[:3]
+    sheet = np.full((-(-prompts // _ACROSS) * seeds * size, min(_ACROSS, prompts) * size, 3), 255, np.uint8)
+    for number, of_prompt in enumerate(drawn):
+        for seed, picture in enumerate(of_prompt):
+            top, left = (number // _ACROSS * seeds + seed) * size, number % _ACROSS * size
+            sheet[top:top + size, left:left + size] = picture
+    return Image.fromarray(sheet)
+
+
+def _cell(sheet: Image.Image, number: int, seeds: int, size: int) -> Image.Image:
+    left, top = number % _ACROSS * size, number // _ACROSS * seeds * size
+    side = max(64, size)
+    return sheet.crop((left, top, left + size, top + size)).resize((side, side), Image.Resampling.NEAREST)
+
+
+def _png(picture: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+@lru_cache(maxsize=16)
+def _searcher(database: Dataset, away: frozenset[str]) -> Searcher:
+    return Searcher(database, rows_with(database, away))
+
+
+@lru_cache(maxsize=1)
+def _judges_of(folder: str, files: str, styles: int) -> tuple[judge.Judge, np.ndarray]:
+    paths = {entry["name"]: storage.fetch(storage.join(folder, entry["name"]), entry, check=True)
+             for entry in json.loads(files)}
+    network = judge.Judge(styles)
+    network.load_state_dict(load_file(paths["judge.safetensors"]))
+    return network.eval().requires_grad_(False), np.load(paths["probe.npy"], allow_pickle=False)

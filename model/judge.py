@@ -1,0 +1,143 @@
+"""Who judges styles: a small network on the pixels of real pictures, and a linear probe on their CLIP vectors.
+
+The network shares nothing with the CLIP that conditions the denoiser, so it cannot be pleased by what pleases that one;
+the probe is the way of Rombach et al. 2022, arXiv:2207.13038, section 4.
+
+Letters: N pictures, S their side, C styles, D the dimension of the vectors.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.precision import compute_dtype
+
+_BATCH = 64
+_WIDTH = 32
+
+
+class Judge(nn.Module):
+    """Tells styles apart by the pixels: convolutions, then the mean over the picture."""
+
+    def __init__(self, styles: int, width: int = _WIDTH) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 3
+        for level in range(4):
+            wide = width * 2 ** min(level, 2)
+            layers += [nn.Conv2d(channels, wide, 3, stride=1 if level == 0 else 2, padding=1, bias=False),
+                       nn.BatchNorm2d(wide), nn.ReLU(),
+                       nn.Conv2d(wide, wide, 3, padding=1, bias=False), nn.BatchNorm2d(wide), nn.ReLU()]
+            channels = wide
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(channels, styles)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Pictures (N, 3, S, S) in [-1, 1] -> logits (N, C)."""
+        return self.head(self.features(pictures).mean((2, 3)))
+
+
+def train_judge(pictures: np.ndarray, labels: np.ndarray, styles: int, *, steps: int, seed: int) -> Judge:
+    """A judge trained on pictures (N, S, S, 3) uint8 and their styles (N,) int64, every style as often as any other.
+
+    Pictures are mirrored, shifted, blurred and given noise at random: it shall see how things are drawn, not how clean
+    a file is, for samples are never as clean.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        judge = Judge(styles).train()
+    rng = np.random.default_rng((seed, 41))
+    generator = torch.Generator().manual_seed(seed)
+    fast = compute_dtype("auto", torch.device("cpu")) == torch.bfloat16
+    of = [np.flatnonzero(labels == style) for style in range(styles)]
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for _ in range(steps):
+        drawn = rng.integers(styles, size=_BATCH)
+        rows = np.array([rng.choice(of[style]) for style in drawn])
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast):
+            logits = judge(_disturbed(as_tensor(pictures[rows]), generator))
+        loss = F.cross_entropy(logits.float(), torch.from_numpy(drawn), label_smoothing=0.05)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return judge.eval().requires_grad_(False)
+
+
+def _disturbed(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures (N, 3, S, S), each mirrored or not, shifted by up to an eighth, blurred, and with some noise."""
+    count = len(pictures)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator)
+
+    mirror = torch.where(draw(count) < 0.5, -1.0, 1.0)
+    shifts = (draw(count, 2) - 0.5) / 2
+    moves = torch.zeros(count, 2, 3)
+    moves[:, 0, 0], moves[:, 1, 1], moves[:, :, 2] = mirror, 1.0, shifts
+    grid = F.affine_grid(moves, list(pictures.shape), align_corners=False)
+    # Nothing comes in at the rim but what is there: most pictures stand on white.
+    moved = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+    blurred = F.avg_pool2d(F.pad(moved, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    share = draw(count, 1, 1, 1) * (draw(count, 1, 1, 1) < 0.5)
+    noise = torch.randn(pictures.shape, generator=generator) * 0.1 * draw(count, 1, 1, 1)
+    return torch.lerp(moved, blurred, share) + noise
+
+
+def as_tensor(pictures: np.ndarray) -> Tensor:
+    """(N, S, S, 3) uint8 -> (N, 3, S, S) float32 in [-1, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def judged(judge: Judge, pictures: np.ndarray) -> np.ndarray:
+    """The style that the judge sees in each picture (N, S, S, 3) uint8: (N,) int64."""
+    return np.concatenate([judge(as_tensor(pictures[start:start + 256])).argmax(1).numpy()
+                           for start in range(0, len(pictures), 256)] or [np.empty(0, np.int64)])
+
+
+def train_probe(vectors: np.ndarray, labels: np.ndarray, styles: int) -> np.ndarray:
+    """Logistic regression on unit vectors (N, D) and styles (N,) int64: weights (C, D + 1); styles weigh the same."""
+    x = torch.from_numpy(_with_one(vectors)).double()
+    y = torch.from_numpy(labels)
+    counts = torch.bincount(y, minlength=styles).double()
+    weights = torch.zeros(styles, x.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(x @ weights.T, y, weight=1 / counts.clamp(min=1)) + 1e-5 * weights.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weights.detach().float().numpy()
+
+
+def probed(weights: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """The style that the probe sees in each vector (N, D): (N,) int64."""
+    return (_with_one(vectors) @ weights.T).argmax(1)
+
+
+def _with_one(vectors: np.ndarray) -> np.ndarray:
+    # Unit vectors of a CLIP lie close together: ten times as long, a fit takes a tenth of the steps.
+    return np.concatenate([10 * vectors.astype(np.float32), np.ones((len(vectors), 1), np.float32)], 1)
+
+
+def kid(one: np.ndarray, other: np.ndarray) -> float:
+    """Kernel Inception distance between two sets of unit vectors (N, D) and (M, D), on whatever features they are.
+
+    The unbiased estimate of the squared maximum mean discrepancy with the kernel (x y + 1)^3 (Binkowski et al. 2018,
+    arXiv:1801.01401, section 4, where the product is divided by D because the features are not of unit length); it may
+    be a little below zero. NaN for sets of fewer than two.
+    """
+    n, m = len(one), len(other)
+    if min(n, m) < 2:
+        return math.nan
+    x, y = one.astype(np.float64), other.astype(np.float64)
+    xx, yy, xy = ((a @ b.T + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    return float((xx.sum() - np.trace(xx)) / (n * (n - 1)) + (yy.sum() - np.trace(yy)) / (m * (m - 1)) - 2 * xy.mean())

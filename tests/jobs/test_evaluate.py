@@ -1,0 +1,156 @@
+"""Whether the style follows the database is measured on what was really drawn, from really held-out subjects."""
+
+import contextlib
+import io
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jobs import cli, findings
+from jobs.evaluation import held_out, rows_with
+from pipeline import stage
+from pipeline.dataset import Dataset
+from pipeline.embed import Embed, EmbedConfig
+from pipeline.index import Index, IndexConfig
+from pipeline.shard import Shard, ShardConfig
+
+STYLES = ("flat", "hatched", "outline")
+FEW = ["--prompts", "2", "--judge-steps", "80", "--steps", "3", "--sweep-k", "1", "--sweep-guidance", "1.5",
+       "--sweep-prompts", "1"]
+
+
+@pytest.fixture(scope="session")
+def trained(prepared: Path, drawn_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with a run of a few steps and a database of each of three styles; copy it before use."""
+    root = tmp_path_factory.mktemp("trained") / "root"
+    shutil.copytree(prepared, root)
+    for style in STYLES:
+        dataset = Dataset.parse(str(root), style)
+        captions = str(drawn_pictures / f"{style}.csv")
+        for stage_ in (Shard(dataset, ShardConfig(source=str(drawn_pictures), captions=captions, only_captioned=True,
+                                                  image_size=32, format="png")),
+                       Embed(dataset, EmbedConfig()), Index(dataset, IndexConfig(bytes_per_vector=288))):
+            stage.run(stage_)
+    (root / "settings.toml").write_text('[train]\nsteps = 3\nglobal_batch = 8\nprecision = "fp32"\nimage_size = 16\n'
+                                        "[train.unet]\nmodel_channels = 32\n")
+    assert cli.main(["train", "small", "--dataset", "drawn", "--root", str(root), "--config",
+                     str(root / "settings.toml"), "--local"]) == 0
+    return root
+
+
+@pytest.fixture
+def root(trained: Path, tmp_path: Path) -> Path:
+    shutil.copytree(trained, tmp_path / "root")
+    return tmp_path / "root"
+
+
+def _evaluate(root: Path, *more: str, databases: Sequence[str] = STYLES) -> int:
+    named = [word for name in databases for word in ("--database", name)]
+    return cli.main(["evaluate", "small", *named, "--root", str(root), "--local", *FEW, *more])
+
+
+def test_held_out_subjects_are_those_that_training_does_not_have(trained: Path, drawn_pictures: Path) -> None:
+    train = Dataset.parse(str(trained), "drawn")
+    found = held_out(train, [Dataset.parse(str(trained), style) for style in STYLES])
+    listed = (drawn_pictures / "heldout.csv").read_text().splitlines()[1:]
+    assert set(found) == {line.split(",")[1] for line in listed} != set()
+    rows = rows_with(Dataset.parse(str(trained), "flat"), frozenset(found))
+    assert len(rows) == len(found)
+
+
+def test_everything_is_measured_and_said(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _evaluate(root, "--name", "here") == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in findings.NAMES.values()) and "k = 1" in table and "guidance = 1.5" in table
+    folder = root / "runs/small/evaluations/here"
+    document = json.loads((folder / "evaluation.json").read_text())
+    assert document["styles"] == list(STYLES) and document["step"] == 3
+    rows = {row["way"]: row for row in document["ways"]}
+    for way in ("database", "prompt", "both", "text", "k-1", "guidance-1.5"):
+        right = []
+        for number, style in enumerate(STYLES):
+            found = json.loads((folder / f"{way}-{style}.json").read_text())
+            assert found["style"] == number and np.shape(found["judge"]) == (len(found["prompts"]), 2)
+            right.append(np.array(found["judge"]) == number)
+            sheet = np.asarray(Image.open(io.BytesIO((folder / f"{way}-{style}.png").read_bytes())))
+            assert sheet.shape == (32, 16 * len(found["prompts"]), 3)
+        assert rows[way]["judge"]["mean"] == pytest.approx(np.mean(right), abs=1e-4)
+        assert rows[way]["judge"]["low"] <= rows[way]["judge"]["mean"] <= rows[way]["judge"]["high"]
+        assert sum(rows[way]["styles"][0]["taken_for"].values()) == pytest.approx(1, abs=1e-3)
+    assert sum(rows["neither"]["seen"].values()) == pytest.approx(1, abs=1e-3)
+    # Judges of styles that differ so much are good after a few steps, on subjects that they have not seen.
+    assert document["real"]["judge"] > 0.6 and document["real"]["probe"] > 0.6
+    assert {path.name for path in folder.glob("grid-*.png")} == {
+        f"grid-{way}.png" for way in ("database", "prompt", "both", "text")}
+    assert Image.open(folder / "plot.png").width > 1000
+    assert cli.main(["verify", "--root", str(root)]) == 0
+    assert cli.main(["status", "--root", str(root)]) == 0
+    assert "runs/small/evaluations/here" in capsys.readouterr().out
+
+
+def test_neighbours_are_of_the_style_and_never_the_subject_itself(root: Path) -> None:
+    assert _evaluate(root, "--name", "without") == 0 and _evaluate(root, "--name", "with", "--seen") == 0
+    unseen = frozenset(held_out(Dataset.parse(str(root), "drawn"),
+                                [Dataset.parse(str(root), style) for style in STYLES]))
+    met = 0
+    for style in STYLES:
+        away = set(rows_with(Dataset.parse(str(root), style), unseen).tolist())
+        for name in ("without", "with"):
+            found = json.loads((root / f"runs/small/evaluations/{name}/database-{style}.json").read_text())
+            near = {row for rows in found["neighbors"] for row in rows}
+            assert -1 not in near
+            if name == "without":
+                assert not near & away
+            met += len(near & away)
+        text = json.loads((root / f"runs/small/evaluations/without/text-{style}.json").read_text())
+        assert text["neighbors"] == [[], []]
+    assert met
+
+
+def test_neither_the_number_of_workers_nor_a_second_run_changes_anything(root: Path, cluster) -> None:
+    assert _evaluate(root, "--name", "one") == 0
+    ray = ["evaluate", "small", *[word for name in STYLES for word in ("--database", name)], "--root", str(root), *FEW]
+    assert cli.main([*ray, "--name", "two"]) == 0
+    manifests = [json.loads((root / f"runs/small/evaluations/{name}/manifest.json").read_text())
+                 for name in ("one", "two")]
+    assert manifests[0]["content"] == manifests[1]["content"]
+    before = (root / "runs/small/evaluations/one/manifest.json").stat().st_mtime_ns
+    assert _evaluate(root, "--name", "one") == 0
+    assert (root / "runs/small/evaluations/one/manifest.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(("more", "databases", "said"), [
+    ((), ("flat",), "two databases"),
+    (("--template", "a {prompt}"), STYLES, "{style}"),
+    (("--words", "flat"), STYLES, "DATABASE=WORDS"),
+    (("--prompts", "0"), STYLES, "at least 1"),
+    (("--checkpoint", "7"), STYLES, "7"),
+    ((), ("flat", "nowhere"), "nowhere"),
+])
+def test_what_cannot_be_evaluated_is_refused_in_words(root: Path, capsys: pytest.CaptureFixture[str],
+                                                      more: Sequence[str], databases: Sequence[str], said: str) -> None:
+    with contextlib.suppress(SystemExit):  # flags that are wrong by themselves end in the parser
+        assert _evaluate(root, *more, databases=databases) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_database_without_unseen_subjects_needs_prompts(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # A second copy of what training has seen, twice over.
+    for name in ("one", "two"):
+        shutil.copytree(root / "datasets/drawn", root / f"datasets/{name}")
+    assert _evaluate(root, databases=("one", "two")) == 2
+    assert "--prompt" in capsys.readouterr().err
+
+
+def test_an_interval_is_that_of_prompts_and_not_of_pictures() -> None:
+    rng = np.random.default_rng(0)
+    by_prompt = np.repeat(rng.integers(2, size=(100, 1)), 50, 1).astype(float)  # all pictures of a prompt alike
+    wide = findings.interval(by_prompt)
+    narrow = findings.interval(rng.integers(2, size=(100, 50)).astype(float))
+    assert 0.15 < wide["high"] - wide["low"] < 0.25
+    assert narrow["high"] - narrow["low"] < 0.05

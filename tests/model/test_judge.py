@@ -1,0 +1,78 @@
+"""Those who judge styles: what they can tell apart, and what they cannot."""
+
+import numpy as np
+import pytest
+import torch
+
+from model import judge
+
+
+def _pictures(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Squares anywhere on white: filled, or an outline alone."""
+    rng = np.random.default_rng(seed)
+    pictures, labels = np.full((count, 16, 16, 3), 255, np.uint8), rng.integers(2, size=count)
+    for picture, label in zip(pictures, labels, strict=True):
+        top, left = rng.integers(0, 6, size=2)
+        picture[top:top + 10, left:left + 10] = rng.integers(0, 160, size=3)
+        if label:
+            picture[top + 1:top + 9, left + 1:left + 9] = 255
+    return pictures, labels
+
+
+def _vectors(count: int, centre: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    vectors = centre + 0.3 * rng.normal(size=(count, len(centre)))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_a_judge_learns_how_pictures_are_drawn() -> None:
+    torch.set_num_threads(1)
+    network = judge.train_judge(*_pictures(200, 0), 2, steps=60, seed=0)
+    pictures, labels = _pictures(200, 1)
+    assert (judge.judged(network, pictures) == labels).mean() > 0.95
+    again = judge.train_judge(*_pictures(200, 0), 2, steps=60, seed=0)
+    assert all(torch.equal(one, other) for one, other in
+               zip(network.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_a_rare_style_is_learned_as_well_as_a_frequent_one() -> None:
+    torch.set_num_threads(1)
+    pictures, labels = _pictures(400, 0)
+    rare = np.concatenate([np.flatnonzero(labels == 0), np.flatnonzero(labels == 1)[:12]])
+    network = judge.train_judge(pictures[rare], labels[rare], 2, steps=60, seed=0)
+    pictures, labels = _pictures(200, 1)
+    assert (judge.judged(network, pictures[labels == 1]) == 1).mean() > 0.9
+
+
+def test_the_probe_tells_directions_apart() -> None:
+    rng = np.random.default_rng(0)
+    centres = np.eye(3, 8)
+    vectors = np.concatenate([_vectors(50, centre, rng) for centre in centres])
+    labels = np.repeat(np.arange(3), 50)
+    weights = judge.train_probe(vectors, labels, 3)
+    others = np.concatenate([_vectors(50, centre, rng) for centre in centres])
+    assert weights.shape == (3, 9)
+    assert (judge.probed(weights, others) == labels).mean() > 0.95
+
+
+def test_kid_is_about_nothing_for_the_same_and_grows_with_the_distance() -> None:
+    rng = np.random.default_rng(0)
+    near, far = np.eye(2, 8)
+    some = _vectors(150, near, rng)
+    same = np.mean([judge.kid(_vectors(100, near, rng), _vectors(150, near, rng)) for _ in range(20)])
+    between, apart = judge.kid(some, _vectors(150, near + 0.3 * far, rng)), judge.kid(some, _vectors(150, far, rng))
+    assert abs(same) < 0.01 < between < apart
+    assert np.isnan(judge.kid(some[:1], some))
+
+
+def test_kid_is_what_its_definition_says() -> None:
+    rng = np.random.default_rng(1)
+    one, other = _vectors(5, np.ones(4), rng), _vectors(7, np.ones(4), rng)
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> float:
+        return float(a.astype(np.float64) @ b.astype(np.float64) + 1) ** 3
+
+    def within(x: np.ndarray) -> float:
+        return float(np.mean([kernel(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j]))
+
+    across = np.mean([kernel(a, b) for a in one for b in other])
+    assert judge.kid(one, other) == pytest.approx(within(one) + within(other) - 2 * across)
