@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _misuse(str(error))
     except (NotADirectoryError, IsADirectoryError) as error:
         return _misuse(f"{error.filename}: {error.strerror}")
-    except (StageFailed, OSError, FloatingPointError) as error:
+    except (StageFailed, OSError, FloatingPointError, MemoryError) as error:
         text = storage.full(error) or str(error)
         if "hint:" not in text:
             text += f"\n{_NO_WAY if getattr(error, 'errno', 0) in {errno.EROFS, errno.EACCES, errno.EPERM} else _GO_ON}"
@@ -191,7 +191,8 @@ def _train(command: commands.TrainCommand, settings: Settings) -> int:
     local = command.common.local or "TORCHELASTIC_RUN_ID" in os.environ
     job = Job(Run.parse(command.common.root, command.run), Dataset.parse(command.common.root, command.dataset),
               Dataset.parse(command.common.root, command.database or command.dataset), command.train,
-              command.on_latents)
+              command.on_latents,
+              Dataset.parse(command.common.root, command.validation) if command.validation else None)
     training = Training(job)
     if command.common.dry_run:
         return _dry_run(training)

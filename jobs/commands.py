@@ -147,6 +147,9 @@ class TrainCommand:
     """Database that the neighbours come from; by default the dataset itself."""
     on_latents: Annotated[bool, tyro.conf.arg(name="latents")] = False
     """Train on the dataset's latents instead of its pictures."""
+    validation: str = ""
+    """Dataset that the run is looked at with from time to time: its losses with the neighbours that it has in the
+    database, with those of others and with none, and pictures."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What every process of a training run does, whoever started them."""
 
 import contextlib
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -9,14 +10,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from jobs import tracking
+from jobs import tracking, validation
+from jobs.runs import Run
 from jobs.training import Job, Training
+from jobs.validation import Validation
 from model.config import to_dict
 from model.train import train
 from pipeline import stage
 from pipeline.batches import Batches
 
 KEEP_CHECKPOINTS = 3
+_log = logging.getLogger(__name__)
 
 
 def work(job: Job, stop: Callable[[], bool] | None = None) -> int:
@@ -29,11 +33,12 @@ def work(job: Job, stop: Callable[[], bool] | None = None) -> int:
     batches = Batches(job.dataset, job.database, k=job.config.k, global_batch=job.config.global_batch,
                       seed=job.config.seed, rank=rank, world=world, latents=job.latents,
                       own=job.config.own, size=job.config.image_size)
-    step = _agreed(max(job.run.steps(), default=0), device)
+    validate = Validation(job, job.validation) if job.validation and rank == 0 else None
+    step = _agreed(_whole(job.run) if rank == 0 else 0, device)
     metrics = tracker = None
     if rank == 0:
         metrics = tracking.Metrics(job.run, step)
-        tracker = tracking.Tracker(job.run, to_dict(job.config))
+        tracker = tracking.Tracker(job.run, to_dict(job.config) | {"lineage": job.run.lineage()})
 
     def save(reached: int, write: Callable[[Any], None]) -> None:
         with stage.scratch_folder("checkpoint") as scratch:
@@ -43,10 +48,13 @@ def work(job: Job, stop: Callable[[], bool] | None = None) -> int:
         job.run.forget(KEEP_CHECKPOINTS)
 
     def log(record: dict[str, Any]) -> None:
-        tracker.add(metrics.add(record | {"world_size": world}))
+        if "loss" in record:
+            tracker.add(metrics.add(record | {"world_size": world}))
+        else:
+            tracker.add(metrics.note(record), picture=validation.grid(job.run, record["step"]))
 
     try:
-        return train(job.config, batches.at, device=device, save=save, log=log, stop=stop,
+        return train(job.config, batches.at, device=device, save=save, log=log, stop=stop, validate=validate,
                      resume=job.run.fetch(step) if step else None)
     finally:
         if rank == 0:
@@ -75,6 +83,19 @@ def in_processes(job: Job) -> bool:
         return dist.get_rank() == 0
     finally:
         dist.destroy_process_group()
+
+
+def _whole(run: Run) -> int:
+    """The step of the newest checkpoint whose files are as its manifest says, 0 without one."""
+    for step in reversed(run.steps()):
+        try:
+            run.fetch(step)
+        except (ValueError, FileNotFoundError) as error:
+            _log.warning("train: checkpoint %d of the run %s cannot be used, the one before is taken: %s", step,
+                         run.name, str(error).splitlines()[0])
+        else:
+            return step
+    return 0
 
 
 def _device() -> torch.device:

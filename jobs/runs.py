@@ -47,6 +47,13 @@ class Run:
         except FileNotFoundError:
             raise ValueError(f"there is no run {self.name} in {self.root}\nhint: {self.command}") from None
 
+    def lineage(self) -> dict[str, Any]:
+        """What the run is made from: the folders of data, database and neighbours, and what was in them."""
+        try:
+            return storage.read_json(storage.join(self.folder, "plan.json"))["inputs"]
+        except FileNotFoundError:
+            return {}
+
     def encoder(self) -> dict[str, Any]:
         """The encoder of the vectors the run was trained with."""
         return self.section()["encoder"]

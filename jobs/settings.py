@@ -23,6 +23,9 @@ class ClusterConfig:
 
     workers: int = 2
     """Actors of a stage, or processes of a training run."""
+    min_workers: int = 0
+    """Processes that a training run goes on with where a node was lost, until there are more again; 0: it waits for
+    all of them."""
     cpus: float = 1.0
     """Cores that each of them reserves."""
     gpus: float = 0.0
@@ -31,7 +34,9 @@ class ClusterConfig:
     """Restarts of a training run after the loss of a worker."""
 
     def __post_init__(self) -> None:
-        for name, least in (("workers", 1), ("cpus", 0), ("gpus", 0), ("max_failures", 0)):
+        if self.min_workers > self.workers:
+            raise ValueError(f"cluster.min_workers = {self.min_workers}: there are {self.workers} workers at most")
+        for name, least in (("workers", 1), ("min_workers", 0), ("cpus", 0), ("gpus", 0), ("max_failures", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"cluster.{name} = {getattr(self, name)}: must be at least {least}")
 

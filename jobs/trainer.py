@@ -30,7 +30,7 @@ def train(job: Job, config: ClusterConfig, watch: Callable[[dict[str, Any]], Non
         trainer = TorchTrainer(
             _loop, train_loop_config={"job": job},
             torch_config=TorchConfig(backend="nccl" if config.gpus else "gloo", timeout_s=600),
-            scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=config.gpus > 0,
+            scaling_config=ScalingConfig(num_workers=_number(config), use_gpu=config.gpus > 0,
                                          resources_per_worker={"CPU": config.cpus} | (
                                              {"GPU": config.gpus} if config.gpus else {})),
             run_config=RunConfig(name=f"{job.run.name}-{uuid.uuid4().hex[:8]}", storage_path=shared,
@@ -51,6 +51,13 @@ def train(job: Job, config: ClusterConfig, watch: Callable[[dict[str, Any]], Non
             thread.join()
             if storage.is_local(shared):
                 storage.remove_tree(shared)
+
+
+def _number(config: ClusterConfig) -> int | tuple[int, int]:
+    """How many processes; with a least number Ray Train starts with those that there is room for, and adds later."""
+    if 0 < config.min_workers < config.workers:
+        return config.min_workers, config.workers
+    return config.workers
 
 
 def _loop(config: dict[str, Any]) -> None:

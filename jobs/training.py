@@ -24,6 +24,8 @@ class Job:
     config: TrainConfig
     latents: bool = False
     """Whether it trains on the latents of the dataset instead of its pictures."""
+    validation: Dataset | None = None
+    """What the run is looked at with and learns nothing from; so it is no part of what the run is."""
 
 
 class Training(Stage):

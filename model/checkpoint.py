@@ -1,9 +1,9 @@
 """Checkpoints: safetensors and JSON in one folder, enough to go on as if never stopped.
 
 `model.safetensors` holds the weights under the names of the network's state dict,
-`ema.safetensors` their moving average under the same names, `optimizer.safetensors` AdamW's state
-as `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`, and `checkpoint.json`, written last, the step,
-the updates of the average and the configuration.
+`ema.safetensors` their moving average under the same names (`ema-0.99.safetensors` one of another
+rate), `optimizer.safetensors` AdamW's state as `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`, and
+`checkpoint.json`, written last, the step, the updates of the averages and the configuration.
 """
 
 import json
@@ -31,7 +31,8 @@ def write(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(_portable(model.state_dict()), folder / "model.safetensors")
-    save_file(_portable(ema.weights), folder / "ema.safetensors")
+    for rate, weights in ema.averages.items():
+        save_file(_portable(weights), folder / average(rate, ema.decay))
     moments = {
         f"{kind}/{name}": tensor
         for name, weight in model.named_parameters()
@@ -67,8 +68,9 @@ def read(folder: Path, model: nn.Module, ema: EMA, optimizer: optim.Optimizer, c
     if not (folder / "model.safetensors").is_file():
         raise ValueError(f"{folder} was converted: there is nothing in it to train on from")
     model.load_state_dict(load_file(folder / "model.safetensors"))
-    for name, tensor in load_file(folder / "ema.safetensors").items():
-        ema.weights[name].copy_(tensor)
+    for rate, weights in ema.averages.items():
+        for name, tensor in load_file(folder / average(rate, ema.decay)).items():
+            weights[name].copy_(tensor)
     ema.updates = about["ema_updates"]
     moments: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(folder / "optimizer.safetensors").items():
@@ -81,16 +83,26 @@ def read(folder: Path, model: nn.Module, ema: EMA, optimizer: optim.Optimizer, c
     return about["step"]
 
 
-def load_denoiser(folder: Path, ema: bool = True) -> tuple[UNet, TrainConfig]:
+def average(rate: float, first: float) -> str:
+    """The file of the average of a rate, `first` being that of the run's first one."""
+    return "ema.safetensors" if rate == first else f"ema-{rate:g}.safetensors"
+
+
+def load_denoiser(folder: Path, ema: bool = True, rate: float = 0.0) -> tuple[UNet, TrainConfig]:
     """The network of a checkpoint on the CPU, ready to sample, and the run's configuration.
 
-    Raises ValueError if the folder is not a checkpoint.
+    With `ema` the average of `rate`, 0 being the first; else the weights themselves. Raises ValueError if the folder is
+    not a checkpoint, or has no such average.
     """
     folder = Path(folder)
     config = from_dict(_about(folder)["config"])
     model = UNet(config.unet)
-    weights = load_file(folder / ("ema.safetensors" if ema else "model.safetensors"))
-    model.load_state_dict(weights)
+    if rate and rate not in (config.ema_decay, *config.ema_more):
+        raise ValueError(f"the run has no average of the rate {rate:g}\n"
+                         f"hint: it has {', '.join(f'{one:g}' for one in (config.ema_decay, *config.ema_more))}")
+    # Half precision is for those that are carried about: the network has float32 weights always.
+    weights = load_file(folder / (average(rate or config.ema_decay, config.ema_decay) if ema else "model.safetensors"))
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     return model.eval().requires_grad_(False), config
 
 

@@ -79,6 +79,8 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest norm of the gradient; 0 leaves it as it is."""
     ema_decay: float = 0.9999
+    ema_more: tuple[float, ...] = ()
+    """Rates of further averages that are kept beside it."""
     p_uncond: float = 0.1
     """How often a picture is trained without its neighbours, so that guidance has an anchor."""
     k: int = 4
@@ -98,11 +100,17 @@ class TrainConfig:
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
+    channels_last: bool = False
+    """Keep the channels of a place together in memory, which convolutions on GPUs like."""
+    accumulate: int = 1
+    """Parts that a process's share of the batch is worked on in, one after the other: less memory, the same update."""
     checkpoint_every: int = 10_000
     log_every: int = 50
+    validate_every: int = 0
+    """Steps from one validation to the next, where there is a dataset for it; 0: as often as checkpoints."""
 
     def __post_init__(self):
-        for name in ("steps", "global_batch", "k", "checkpoint_every", "log_every"):
+        for name in ("steps", "global_batch", "k", "accumulate", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
         for name in ("p_uncond", "p_drop_neighbor"):
@@ -112,6 +120,11 @@ class TrainConfig:
             raise ValueError(f"neighbor_noise = {self.neighbor_noise}: must be at least 0")
         if self.own not in ("none", "image", "caption"):
             raise ValueError(f"own = {self.own!r}: must be none, image or caption")
+        if self.validate_every < 0:
+            raise ValueError(f"validate_every = {self.validate_every}: must be at least 1, or 0")
+        rates = (self.ema_decay, *self.ema_more)
+        if not all(0 <= rate < 1 for rate in rates) or len(set(rates)) < len(rates):
+            raise ValueError(f"ema_decay and ema_more = {rates}: must be different, and within [0, 1)")
         if self.image_size < 0 or self.image_size % self.unet.stride:
             raise ValueError(f"image_size = {self.image_size}: must divide by {self.unet.stride}, or be 0")
         if not self.context_norm > 0:
@@ -121,13 +134,14 @@ class TrainConfig:
 
 
 # What a resumed run may change: how long, how fast and how often, never what is learned.
-FREE_ON_RESUME = {"steps", "checkpoint_every", "log_every", "compile", "unet.checkpointing"}
+FREE_ON_RESUME = {"steps", "checkpoint_every", "log_every", "validate_every", "compile", "channels_last", "accumulate",
+                  "unet.checkpointing"}
 
 
 # Settings that came later: what has their defaults is what it was before there was a choice.
-_LATER: dict[str, Any] = {"context_norm": 1.0, "image_size": 0, "random_k": False, "p_drop_neighbor": 0.0,
-                          "neighbor_noise": 0.0, "own": "none", "unet": {"learned_null": False},
-                          "diffusion": {"min_snr": 0.0}}
+_LATER: dict[str, Any] = {"context_norm": 1.0, "image_size": 0, "ema_more": [], "random_k": False,
+                          "p_drop_neighbor": 0.0, "neighbor_noise": 0.0, "own": "none",
+                          "unet": {"learned_null": False}, "diffusion": {"min_snr": 0.0}}
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
@@ -137,7 +151,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
                 for name, value in values.items() if name not in later or value != later[name]}
 
     values = {name: value for name, value in to_dict(config).items() if name not in FREE_ON_RESUME}
-    return json.loads(json.dumps(settled(values, _LATER)))
+    return settled(json.loads(json.dumps(values)), _LATER)
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -151,7 +165,9 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     unet, noise = dict(values.pop("unet")), values.pop("diffusion")
     for name in ("channel_mult", "attention_downsampling"):
         unet[name] = tuple(unet[name])
-    values["betas"] = tuple(values["betas"])
+    for name in ("betas", "ema_more"):
+        if name in values:
+            values[name] = tuple(values[name])
     return TrainConfig(unet=UNetConfig(**unet), diffusion=DiffusionConfig(**noise), **values)
 
 

@@ -1,22 +1,31 @@
-"""The exponential moving average of the weights, which is what one samples from."""
+"""Exponential moving averages of the weights, which is what one samples from."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 
 class EMA:
-    """Averaged copy of a model's weights; young averages forget faster than `decay`."""
+    """Averaged copies of a model's weights, one for each rate; young averages forget faster than their rate."""
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: nn.Module, decay: float, more: Sequence[float] = ()):
         self.decay = decay
         self.updates = 0
-        self.weights: dict[str, Tensor] = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        self.averages: dict[float, dict[str, Tensor]] = {
+            rate: {name: weight.detach().clone() for name, weight in model.named_parameters()}
+            for rate in (decay, *more)}
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The average of the first rate."""
+        return self.averages[self.decay]
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move the average towards the model's weights by one step."""
+        """Move the averages towards the model's weights by one step."""
         self.updates += 1
         n = self.updates
-        decay = min(self.decay, (1 + n) / (10 + n))
         current = [weight.detach() for _, weight in model.named_parameters()]
-        torch._foreach_lerp_(list(self.weights.values()), current, 1.0 - decay)
+        for rate, weights in self.averages.items():
+            torch._foreach_lerp_(list(weights.values()), current, 1.0 - min(rate, (1 + n) / (10 + n)))

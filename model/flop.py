@@ -19,6 +19,16 @@ class Size:
         return (4 if checkpointing else 3) * self.forward
 
 
+# Products of bfloat16 matrices a second, without sparsity, as the makers' data sheets have them; longer names first.
+_PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
+          "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12}
+
+
+def peak(device: str) -> float | None:
+    """Operations a second that a GPU of this name can do in bfloat16; None for one that is not known."""
+    return next((rate for name, rate in _PEAKS.items() if name in device), None)
+
+
 @lru_cache(maxsize=8)
 def size(config: UNetConfig, side: int, k: int) -> Size:
     """The size of a network for inputs of `side` x `side` with k context vectors.

@@ -4,7 +4,9 @@ Letters: B pictures of this process (global batch / world size), C H W a picture
 K stored and k used context vectors, D their dimension.
 """
 
+import contextlib
 import math
+import resource
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn, optim
 from torch.nn.parallel import DistributedDataParallel
 
-from model import checkpoint, diffusion, randomness
+from model import checkpoint, diffusion, flop, randomness
 from model.config import TrainConfig
 from model.ema import EMA
 from model.precision import compute_dtype
@@ -27,6 +29,7 @@ from model.unet import UNet
 
 Batch = dict[str, np.ndarray]
 Write = Callable[[Path], None]
+_LEVELS = 4  # parts of the noise levels whose losses are told apart
 
 
 @dataclass
@@ -66,6 +69,7 @@ def train(
     log: Callable[[dict[str, Any]], None],
     resume: Path | None = None,
     stop: Callable[[], bool] | None = None,
+    validate: Callable[[int, UNet], dict[str, Any]] | None = None,
 ) -> int:
     """Train until `config.steps` or until `stop()` is true anywhere, and return the step reached.
 
@@ -75,32 +79,39 @@ def train(
     called in a thread, one step ahead.
     On rank 0, save(step, write) is called every `checkpoint_every` steps and at the end, where
     write(folder) writes a complete checkpoint; log(record) every `log_every` steps, with the
-    loss averaged over the global batch and the interval. `resume` is a folder so written.
-    With torch.distributed initialised the global batch is shared by its processes.
-    Raises ValueError if the batch cannot be shared evenly or `resume` does not fit, and
-    FloatingPointError, saving nothing, where the loss or its gradient is not finite.
+    loss averaged over the global batch and the interval; validate(step, network), given the
+    averaged network, every `validate_every` steps, what it returns being logged by itself.
+    `resume` is a folder so written. With torch.distributed initialised process r of w has the
+    pictures r B / w .. (r + 1) B / w of the global batch B.
+    Raises ValueError if there are more processes than pictures or `resume` does not fit, and,
+    saving nothing, FloatingPointError where the loss or its gradient is not finite and
+    MemoryError where the device has too little memory.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if config.global_batch % world:
-        raise ValueError(f"global_batch = {config.global_batch} does not divide by the world size {world}")
+    if config.global_batch < world:
+        raise ValueError(f"global_batch = {config.global_batch} is less than a picture for each of {world} processes")
     device = torch.device(device)
     state = _start(config, device, resume)
     network = _shared(state.model, device) if dist.is_initialized() else state.model
-    meter = _Meter(config)
+    meter = _Meter(config, device, world)
     saved = state.step
+    every = config.validate_every or config.checkpoint_every
 
     def publish() -> None:
         if rank == 0:
             save(state.step, lambda folder: _write(folder, state, config))
 
-    with closing(_ahead(config, batch_at, rank, world, state.step)) as stream:
-        for inputs in stream:
+    with _enough_memory(config, world), closing(_ahead(config, batch_at, rank, world, state.step)) as stream:
+        for inputs, waited in stream:
             leave = stop is not None and stop()
-            loss, grad_norm, leave = _update(config, network, state, inputs.to(device), leave)
-            record = meter.add(state.step, loss, grad_norm)
+            done = _update(config, network, state, inputs.to(device), leave)
+            record = meter.add(state.step, done, waited, inputs)
             if record and rank == 0:
                 log(record)
-            if leave:
+            if validate and rank == 0 and (state.step % every == 0 or state.step == config.steps):
+                log({"step": state.step, **validate(state.step, _averaged(state, config))})
+                meter.pause()
+            if done.leaving:
                 break
             if state.step % config.checkpoint_every == 0:
                 publish()
@@ -124,6 +135,8 @@ def _start(config: TrainConfig, device: torch.device, resume: Path | None) -> St
         torch.manual_seed(config.seed)
         model = UNet(config.unet)
     model = model.to(device).train()
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
     optimizer = optim.AdamW(
         model.parameters(),
         lr=config.lr,
@@ -131,7 +144,7 @@ def _start(config: TrainConfig, device: torch.device, resume: Path | None) -> St
         weight_decay=config.weight_decay,
         fused=True,
     )
-    state = State(model, EMA(model, config.ema_decay), optimizer)
+    state = State(model, EMA(model, config.ema_decay, config.ema_more), optimizer)
     if resume is not None:
         state.step = checkpoint.read(resume, model, state.ema, optimizer, config)
     if config.compile:
@@ -151,20 +164,42 @@ def _write(folder: Path, state: State, config: TrainConfig) -> None:
     checkpoint.write(folder, state.model, state.ema, state.optimizer, state.step, config)
 
 
+def _averaged(state: State, config: TrainConfig) -> UNet:
+    """A network of its own with the averaged weights, to be looked at."""
+    with torch.device("meta"):
+        network = UNet(config.unet)
+    network.load_state_dict(state.ema.weights, assign=True)  # no copy: nothing is trained meanwhile
+    return network.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _enough_memory(config: TrainConfig, world: int) -> Iterator[None]:
+    """MemoryError, naming what to change, where torch has none left."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        share = -(-config.global_batch // world)
+        raise MemoryError(
+            f"out of memory with {share} pictures a process in {config.accumulate} parts: "
+            f"{str(error).splitlines()[0]}\nhint: --accumulate {2 * config.accumulate} (the same updates), "
+            f"--unet.checkpointing or more workers; nothing after the last checkpoint was saved") from error
+
+
 def _ahead(
     config: TrainConfig, batch_at: Callable[[int], Batch], rank: int, world: int, first: int
-) -> Iterator[Inputs]:
-    """The inputs of the steps from `first` on, the next always being prepared in a thread."""
-    share = config.global_batch // world
-    positions = range(rank * share, (rank + 1) * share)
+) -> Iterator[tuple[Inputs, float]]:
+    """The inputs of the steps from `first` on, the next always being prepared in a thread, and seconds waited for."""
+    positions = range(rank * config.global_batch // world, (rank + 1) * config.global_batch // world)
     with ThreadPoolExecutor(max_workers=1) as pool:
         future = None
         for step in range(first, config.steps):
             future = future or pool.submit(_prepare, config, batch_at, step, positions)
+            asked = time.perf_counter()
             inputs, future = future.result(), None
+            waited = time.perf_counter() - asked
             if step + 1 < config.steps:
                 future = pool.submit(_prepare, config, batch_at, step + 1, positions)
-            yield inputs
+            yield inputs, waited
 
 
 def _prepare(config: TrainConfig, batch_at: Callable[[int], Batch], step: int, positions: range) -> Inputs:
@@ -210,27 +245,44 @@ def _disturbed(config: TrainConfig, neighbors: Tensor, step: int, positions: ran
     return neighbors
 
 
-def _update(
-    config: TrainConfig, network: nn.Module, state: State, inputs: Inputs, leave: bool
-) -> tuple[float, float, bool]:
-    """One optimiser step: loss and gradient norm of the global batch, and whether to leave."""
+@dataclass(frozen=True)
+class _Done:
+    """What came of a step, of the global batch: sums of the loss and counts of pictures by quarter of noise levels."""
+
+    loss: float
+    grad_norm: float
+    leaving: bool
+    by_level: Tensor
+    """(2, 4) float64."""
+
+
+def _update(config: TrainConfig, network: nn.Module, state: State, inputs: Inputs, leave: bool) -> _Done:
+    """One optimiser step."""
     device, number = inputs.x0.device, state.step + 1
-    dtype = compute_dtype(config.precision, device)
-    x_t = diffusion.q_sample(config.diffusion, inputs.x0, inputs.eps, inputs.t)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        answer = network(x_t, inputs.t, inputs.context)  # (B, C, H, W)
-    losses = diffusion.loss(config.diffusion, answer, inputs.x0, inputs.eps, inputs.t)  # (B,)
-    # Shares are equal, so the mean of the processes' means, which DDP takes, is the global mean.
-    losses.mean().backward()
-    shared = torch.tensor([0.0, float(leave)], dtype=torch.float64, device=device)
-    shared[0] = losses.detach().mean()
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    # The loss, whether to leave, and the losses by level: one word for all, so that all processes see the same.
+    shared = torch.zeros(2 + 2 * _LEVELS, dtype=torch.float64, device=device)
+    parts = list(zip(*(one.chunk(config.accumulate) for one in (inputs.x0, inputs.eps, inputs.t, inputs.context)),
+                     strict=True))
+    for place, (x0, eps, t, context) in enumerate(parts):
+        last = place == len(parts) - 1
+        with contextlib.nullcontext() if last or world == 1 else network.no_sync():
+            losses = _losses(config, network, x0, eps, t, context)  # (B,)
+            # DDP takes the mean of the processes' gradients, whose shares may differ by a picture.
+            (losses.sum() / (config.global_batch / world)).backward()
+        losses = losses.detach()
+        shared[0] += losses.sum() / (config.global_batch / world)
+        level = (t * _LEVELS // config.diffusion.timesteps).clamp(max=_LEVELS - 1)
+        shared[2:2 + _LEVELS].index_add_(0, level, losses.double())
+        shared[2 + _LEVELS:].index_add_(0, level, torch.ones_like(losses, dtype=torch.float64))
+    shared[1] = float(leave)
     if dist.is_initialized():
-        # One word for both: all processes see the same loss, and leave after the same step.
         dist.all_reduce(shared)
-        shared /= dist.get_world_size()
+        shared[:2] /= world
     limit = config.grad_clip or math.inf
     grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), limit).item()
-    loss, leaving = shared.tolist()
+    shared = shared.cpu()
+    loss, leaving = shared[:2].tolist()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise FloatingPointError(
             f"step {number}: loss {loss}, gradient norm {grad_norm}; nothing was saved\n"
@@ -242,30 +294,74 @@ def _update(
     state.optimizer.zero_grad(set_to_none=True)
     state.ema.update(state.model)
     state.step = number
-    return loss, grad_norm, leaving > 0
+    return _Done(loss, grad_norm, leaving > 0, shared[2:].reshape(2, _LEVELS))
+
+
+def _losses(config: TrainConfig, network: nn.Module, x0: Tensor, eps: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    """The loss of each picture (B,)."""
+    dtype = compute_dtype(config.precision, x0.device)
+    x_t = diffusion.q_sample(config.diffusion, x0, eps, t)
+    if config.channels_last:
+        x_t = x_t.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(x0.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        answer = network(x_t, t, context)  # (B, C, H, W)
+    return diffusion.loss(config.diffusion, answer, x0, eps, t)
 
 
 class _Meter:
     """Means over a logging interval, and the clock."""
 
-    def __init__(self, config: TrainConfig):
-        self.config = config
+    def __init__(self, config: TrainConfig, device: torch.device, world: int):
+        self.config, self.device, self.world = config, device, world
         self.begun = self.since = time.perf_counter()
+        self.waited = 0.0
         self.losses: list[float] = []
+        self.by_level = torch.zeros(2, _LEVELS, dtype=torch.float64)
 
-    def add(self, step: int, loss: float, grad_norm: float) -> dict[str, Any] | None:
+    def pause(self) -> None:
+        """Begin the interval anew: what was between belongs to no step."""
+        self.since = time.perf_counter()
+
+    def add(self, step: int, done: _Done, waited: float, inputs: Inputs) -> dict[str, Any] | None:
         """Count a finished step; at the end of an interval, its record."""
-        self.losses.append(loss)
+        self.losses.append(done.loss)
+        self.by_level += done.by_level
+        self.waited += waited
         if step % self.config.log_every:
             return None
         now, count = time.perf_counter(), len(self.losses)
+        seconds = max(now - self.since, 1e-9)
+        samples_per_s = count * self.config.global_batch / seconds
+        sums, counts = self.by_level
         record = {
             "step": step,
             "loss": sum(self.losses) / count,
+            # From the least noise to the most; a quarter that no picture fell into has none.
+            **{f"loss_{number + 1}_of_{_LEVELS}": (sums[number] / counts[number]).item()
+               for number in range(_LEVELS) if counts[number]},
             "lr": learning_rate(self.config, step - 1),
-            "grad_norm": grad_norm,
-            "samples_per_s": count * self.config.global_batch / (now - self.since),
+            "grad_norm": done.grad_norm,
+            "samples_per_s": samples_per_s,
+            "data_wait": min(1.0, self.waited / seconds),
+            "memory_gb": _memory(self.device) / 1e9,
+            **self._operations(samples_per_s, inputs),
             "seconds": now - self.begun,
         }
-        self.since, self.losses = now, []
+        self.since, self.losses, self.waited = now, [], 0.0
+        self.by_level.zero_()
         return record
+
+    def _operations(self, samples_per_s: float, inputs: Inputs) -> dict[str, float]:
+        """Operations a second of all processes, and the share of what their GPUs could do, if that is known."""
+        each = flop.size(self.config.unet, inputs.x0.shape[-1], self.config.k)
+        # What goes forwards again to save memory is no work that the model needs.
+        done = samples_per_s * each.training(checkpointing=False)
+        peak = flop.peak(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        return {"tflops_per_s": done / 1e12} | ({"mfu": done / (peak * self.world)} if peak else {})
+
+
+def _memory(device: torch.device) -> int:
+    """The most bytes that this process had: of the GPU's memory where it has one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,5 +1,6 @@
 """A run that was killed, moved or divided is the run that never was."""
 
+import io
 import json
 import os
 import shutil
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from jobs import cli, tracking
 from jobs.cli import train as train_run
 from jobs.processes import in_processes, work
 from jobs.runs import Run
@@ -191,3 +194,67 @@ def test_a_finished_run_is_given_more_steps(root: Path) -> None:
     longer = train_run(replace(job, config=_config(steps=12)), tiny().cluster, local=True)
     assert longer["info"] == train_run(whole, tiny().cluster, local=True)["info"]
     assert train_run(job, tiny().cluster, local=True) == longer
+
+
+def test_of_a_damaged_checkpoint_the_one_before_is_taken_in_words(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = Dataset.parse(str(root), "drawn")
+    job = Job(Run.parse(str(root), "damaged"), dataset, dataset, _config(steps=10))
+    assert in_processes(job)
+    whole = job.run.checkpoint(10)
+    path = root / "runs/damaged/checkpoints/0000010/optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert work(job) == 10
+    assert "checkpoint 10 of the run damaged cannot be used, the one before is taken" in caplog.text
+    assert [(one["name"], one["sha256"]) for one in job.run.checkpoint(10)["files"]] == [
+        (one["name"], one["sha256"]) for one in whole["files"]]
+    job.run.fetch(10)
+
+
+def test_validation_tells_whether_neighbours_are_used_and_changes_nothing(root: Path) -> None:
+    dataset = Dataset.parse(str(root), "drawn")
+    config = _config(steps=24, lr=2e-3, validate_every=12)
+    for name, validation in (("with", dataset), ("without", None)):
+        assert in_processes(Job(Run.parse(str(root), name), dataset, dataset, config, validation=validation))
+    one, other = (Run.parse(str(root), name) for name in ("with", "without"))
+    assert one.checkpoint(24)["content"] == other.checkpoint(24)["content"]
+    found = tracking.read(one, "validation.jsonl")
+    assert [line["step"] for line in found] == [12, 24] and tracking.read(other, "validation.jsonl") == []
+    for line in found:
+        assert {"validation_loss", "validation_shuffled", "validation_nobody"} <= line.keys()
+        assert Image.open(io.BytesIO((root / f"runs/with/validation/{line['step']:07d}.png").read_bytes())).width > 300
+    assert len({line["validation_loss"] for line in found}) == 2
+    assert [line["step"] for line in tracking.read(one)] == list(range(1, 25))
+    assert cli.main(["train", "with", "--dataset", "drawn", "--validation", "nowhere", "--root", str(root), "--config",
+                     str(root / "settings.toml"), "--local", "--rebuild"]) == 2
+
+
+def test_a_run_keeps_its_id_and_its_lineage(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    dataset = Dataset.parse(str(root), "drawn")
+    job = Job(Run.parse(str(root), "tracked"), dataset, dataset, _config(steps=2))
+    assert in_processes(job)
+    first = json.loads((root / "runs/tracked/wandb.json").read_text())["id"]
+    assert in_processes(replace(job, config=_config(steps=4)))
+    folders = sorted(path.name for path in (root / "runs/tracked/wandb").glob("offline-run-*"))
+    assert len(folders) == 2 and all(name.endswith(first) for name in folders)
+    assert job.run.lineage()["neighbors"]["digest"] == dataset.identity("neighbors/drawn")["digest"]
+    stage.empty(Training(job))
+    assert in_processes(job)
+    assert json.loads((root / "runs/tracked/wandb.json").read_text())["id"] != first
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_with_a_node_lost_it_goes_on_with_fewer(root: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
+    one = _undisturbed(root)
+    lost = cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
+    process = subprocess.Popen([sys.executable, *_command(root, "elastic", "--workers", "6", "--min-workers", "2")],
+                               stderr=subprocess.PIPE)
+    _wait_for_step(root, "elastic", 8, process)
+    cluster.remove_node(lost, allow_graceful=False)
+    _, log = process.communicate(timeout=300)
+    assert process.returncode == 0, log.decode()
+    sizes = [line["world_size"] for line in tracking.read(Run.parse(str(root), "elastic"))]
+    assert sizes[0] == 6 and sizes[-1] < 6
+    assert [loss for _, loss in one] == pytest.approx([loss for _, loss in _curve(root, "elastic")], rel=2e-3)

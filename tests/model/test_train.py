@@ -4,6 +4,8 @@ import json
 import socket
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,7 +58,8 @@ def test_resumed_is_never_stopped(tmp_path):
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_two_processes_equal_one(tmp_path):
+@pytest.mark.parametrize("world", [2, 3])  # of eight pictures three processes have 2, 3 and 3
+def test_some_processes_equal_one(tmp_path, world):
     config = toy.config(steps=4)
     _, alone = _run(config, tmp_path)
     with socket.socket() as probe:
@@ -64,15 +67,15 @@ def test_two_processes_equal_one(tmp_path):
         port = str(probe.getsockname()[1])
     folder = tmp_path / "two"
     folder.mkdir()
-    script = str(Path(__file__).with_name("one_of_two.py"))
-    pair = [subprocess.Popen([sys.executable, script, str(r), port, str(folder)]) for r in (0, 1)]
+    script = str(Path(__file__).with_name("one_of_some.py"))
+    pair = [subprocess.Popen([sys.executable, script, str(r), str(world), port, str(folder)]) for r in range(world)]
     try:
-        assert [process.wait(timeout=120) for process in pair] == [0, 0]
+        assert [process.wait(timeout=120) for process in pair] == [0] * world
     finally:
         for process in pair:
             process.kill()
-    first, second = (json.loads((folder / f"records{r}.json").read_text()) for r in (0, 1))
-    assert second == []
+    first, *others = (json.loads((folder / f"records{r}.json").read_text()) for r in range(world))
+    assert others == [[]] * (world - 1)
     shared = torch.tensor([(r["loss"], r["grad_norm"]) for r in first])
     alone = torch.tensor([(r["loss"], r["grad_norm"]) for r in alone])
     torch.testing.assert_close(shared, alone, rtol=1e-4, atol=1e-5)
@@ -85,11 +88,11 @@ def test_two_processes_equal_one(tmp_path):
         assert moved < config.lr and far < 0.001 * sum(a[k].numel() for k in a)
 
 
-def test_uneven_sharing_is_refused(monkeypatch):
+def test_more_processes_than_pictures_are_refused(monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
-    with pytest.raises(ValueError, match=r"global_batch = 8 .* world size 3"):
+    monkeypatch.setattr(dist, "get_world_size", lambda: 9)
+    with pytest.raises(ValueError, match=r"global_batch = 8 .* 9 processes"):
         _run(toy.config(), "nowhere")
 
 
@@ -117,6 +120,84 @@ def test_average_follows_its_formula():
         decay = min(0.5, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * model.weight.detach().double()
     torch.testing.assert_close(ema.weights["weight"].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_averages_of_several_rates_are_kept_resumed_and_loaded(tmp_path):
+    config = toy.config(steps=6, ema_decay=0.9, ema_more=(0.0, 0.1))
+    _run(config, tmp_path / "straight")
+    _run(replace(config, steps=3), tmp_path / "halves")
+    _run(config, tmp_path / "halves", resume=tmp_path / "halves" / "0000003")
+    folder = tmp_path / "straight" / "0000006"
+    found = {rate: load_denoiser(folder, rate=rate)[0].out[2].weight for rate in (0.9, 0.1)}
+    # The one of rate 0 has no memory: these are the weights themselves.
+    assert not torch.equal(found[0.9], found[0.1])
+    for name in ("ema", "ema-0.1", "ema-0"):
+        a, b = (load_file(tmp_path / part / "0000006" / f"{name}.safetensors") for part in ("straight", "halves"))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert torch.equal(load_file(folder / "ema-0.safetensors")["out.2.weight"],
+                       load_file(folder / "model.safetensors")["out.2.weight"])
+    with pytest.raises(ValueError, match=r"no average of the rate 0\.7\nhint: it has 0\.9, 0, 0\.1"):
+        load_denoiser(folder, rate=0.7)
+
+
+def test_how_a_share_is_worked_on_changes_nothing(tmp_path):
+    _, whole = _run(toy.config(steps=4), tmp_path / "whole")
+    _, parts = _run(toy.config(steps=4, accumulate=3, channels_last=True), tmp_path / "parts")
+    for key in ("loss", "grad_norm"):
+        assert [r[key] for r in whole] == pytest.approx([r[key] for r in parts], rel=1e-4)
+
+
+def test_a_record_tells_losses_by_noise_level_and_what_the_machine_did(tmp_path):
+    _, records = _run(toy.config(steps=8, log_every=4, global_batch=16), tmp_path)
+    levels = torch.cat([randomness.timesteps(5, step, range(16), 1000) for step in range(4)])
+    counts = [int(((levels * 4 // 1000) == quarter).sum()) for quarter in range(4)]
+    weighted = sum(records[0][f"loss_{quarter + 1}_of_4"] * counts[quarter] for quarter in range(4)) / sum(counts)
+    assert weighted == pytest.approx(records[0]["loss"], rel=1e-5)
+    for record in records:
+        assert 0 <= record["data_wait"] <= 1 and record["memory_gb"] > 0.05 and record["tflops_per_s"] > 0
+        assert "mfu" not in record  # what this processor could do at best nobody has written down
+
+
+def test_waiting_for_data_is_told(tmp_path):
+    ready = toy.batches(8)
+
+    def slow(step):
+        time.sleep(0.3)
+        return ready(step)
+
+    _, records = _run(toy.config(steps=6, log_every=3), tmp_path, batch_at=slow)
+    assert records[-1]["data_wait"] > 0.5
+
+
+def test_validation_sees_the_averaged_network_and_changes_nothing(tmp_path):
+    seen = []
+
+    def validate(step, network):
+        seen.append((step, network.out[2].weight.clone(), network.training))
+        return {"validation_loss": float(step)}
+
+    config = toy.config(steps=5, validate_every=2)
+    _run(config, tmp_path / "without")
+    _, records = _run(config, tmp_path / "with", validate=validate)
+    assert [step for step, _, _ in seen] == [2, 4, 5] and not any(training for _, _, training in seen)
+    assert [r for r in records if "loss" not in r] == [{"step": s, "validation_loss": float(s)} for s in (2, 4, 5)]
+    for name in ("model", "ema"):
+        a, b = (load_file(tmp_path / part / "0000005" / f"{name}.safetensors") for part in ("without", "with"))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert torch.equal(seen[-1][1], a["out.2.weight"])
+
+
+def test_too_little_memory_names_the_setting_to_change(tmp_path):
+    good = toy.batches(8)
+
+    def batch_at(step):
+        if step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return good(step)
+
+    with pytest.raises(MemoryError, match=r"(?s)8 pictures a process in 1 parts.*Tried.*hint: --accumulate 2"):
+        _run(toy.config(checkpoint_every=2), tmp_path, batch_at=batch_at)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["0000002"]
 
 
 def test_warmup_is_linear_then_constant():

@@ -36,7 +36,6 @@ def config(**changes) -> TrainConfig:
 
 def batches(global_batch: int, rank: int = 0, world: int = 1, shuffled: bool = False):
     """batch_at of this rank: a hidden code draws the picture, and the neighbours lie around it."""
-    share = global_batch // world
     drawing = np.random.default_rng(0).standard_normal((CODE, SIDE * SIDE * 3))
 
     def batch_at(step: int) -> dict[str, np.ndarray]:
@@ -45,7 +44,7 @@ def batches(global_batch: int, rank: int = 0, world: int = 1, shuffled: bool = F
         picture = 127.5 + 127.5 * np.tanh(code @ drawing)
         seen = np.roll(code, 1, axis=0) if shuffled else code
         near = seen[:, None] + 0.1 * rng.standard_normal((global_batch, STORED, CODE))
-        mine = slice(rank * share, (rank + 1) * share)
+        mine = slice(rank * global_batch // world, (rank + 1) * global_batch // world)
         return {
             "image": picture.astype(np.uint8).reshape(-1, SIDE, SIDE, 3)[mine],
             "neighbors": near.astype(np.float16)[mine],

@@ -1,0 +1,126 @@
+"""What training looks at from time to time: pictures that it does not learn from, with their neighbours and without."""
+
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from jobs.runs import Run
+from jobs.training import Job
+from model import diffusion, randomness
+from model.config import TrainConfig
+from model.precision import compute_dtype
+from model.sample import initial_noise, sample
+from model.unet import UNet
+from pipeline import images, lookup, neighbors, storage
+from pipeline.batches import averaged
+from pipeline.contact_sheet import contact_sheet
+from pipeline.dataset import Dataset, Embeddings, file_of
+
+_COUNT, _AT_ONCE = 256, 64
+_SHOWN, _STEPS = 8, 20
+
+
+class Validation:
+    """Samples of a dataset that training does not see, spread evenly over it, and their neighbours' vectors.
+
+    The noise and the noise level of each are always the same, so that losses of different steps can be compared.
+    """
+
+    def __init__(self, job: Job, dataset: Dataset) -> None:
+        self.job, self.config, self.dataset = job, job.config, dataset
+        counts = [record["samples"] for record in dataset.manifest("shards")["items"]]
+        total = sum(counts)
+        if total < 2:
+            raise ValueError(f"{dataset.label} has {total} samples: too few to validate with")
+        rows = np.unique(np.linspace(0, total - 1, min(total, _COUNT)).astype(np.int64))
+        ids = np.concatenate(list(neighbors.load(dataset, job.database)))[rows][:, :self.config.k]
+        if ids.shape[1] < self.config.k:
+            raise ValueError(f"{dataset.label} has {ids.shape[1]} neighbours of each sample, the run takes "
+                             f"{self.config.k}\nhint: neighbors {dataset.label} --k {self.config.k} --rebuild")
+        context = torch.from_numpy(Embeddings(job.database).rows(ids)).float()  # (N, k, D)
+        if self.config.own != "none":
+            of = {"image": "embeddings", "caption": "text_embeddings"}[self.config.own]
+            context = torch.cat([torch.from_numpy(Embeddings(dataset, of).rows(rows)).float()[:, None], context], 1)
+        self.context = self.config.context_norm * context
+        self.pictures = lookup.samples(dataset, rows[:_SHOWN].tolist())
+        near = sorted({int(row) for row in ids[:_SHOWN].ravel() if row >= 0})
+        self.near = dict(zip(near, lookup.samples(job.database, near), strict=True))
+        self.ids = ids
+        self.x0 = self._latents(rows) if job.latents else self._pixels(rows)  # (N, C, h, w)
+        self.eps = randomness.noise(self.config.seed, "validation", 0, range(len(rows)), self.x0.shape[1:])
+        levels = (np.arange(len(rows)) + 0.5) / len(rows) * self.config.diffusion.timesteps
+        # In an order of their own, or neighbouring samples would have neighbouring levels.
+        self.t = torch.from_numpy(np.random.default_rng(0).permutation(levels.astype(np.int64)))
+
+    def __call__(self, step: int, network: UNet) -> dict[str, Any]:
+        """The losses of a network with the true neighbours, with those of other samples and with none; a grid is drawn.
+        """
+        device = next(network.parameters()).device
+        shuffled = self.context.roll(len(self.context) // 2, 0)
+        losses = {f"validation_{name}": self._loss(network, context, device) for name, context in (
+            ("loss", self.context), ("shuffled", shuffled), ("nobody", torch.zeros_like(self.context)))}
+        if not self.job.latents:
+            buffer = io.BytesIO()
+            self._grid(network, device).save(buffer, "PNG")
+            storage.put_bytes(buffer.getvalue(), grid(self.job.run, step))
+        return losses
+
+    @torch.no_grad()
+    def _loss(self, network: UNet, context: torch.Tensor, device: torch.device) -> float:
+        total = 0.0
+        for start in range(0, len(self.x0), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            x0, eps, t = (one[part].to(device) for one in (self.x0, self.eps, self.t))
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._half(device)):
+                answer = network(diffusion.q_sample(self.config.diffusion, x0, eps, t), t, context[part].to(device))
+            total += diffusion.loss(self.config.diffusion, answer, x0, eps, t).sum().item()
+        return total / len(self.x0)
+
+    def _half(self, device: torch.device) -> bool:
+        return compute_dtype(self.config.precision, device) == torch.bfloat16
+
+    def _grid(self, network: UNet, device: torch.device) -> Image.Image:
+        """A row for some samples: the picture, what was drawn from its neighbours, and these."""
+        count = len(self.pictures)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._half(device)):
+            drawn = sample(network, self.config.diffusion, self.context[:count].to(device),
+                           initial_noise(self.config.seed, range(count), self.x0.shape[1:]).to(device),
+                           steps=_STEPS, guidance=1.5, sampler=_sampler(self.config))
+        values = ((drawn.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        cells: list[Image.Image | None] = []
+        for number, one in enumerate(self.pictures):
+            cells += [_opened(one.picture), Image.fromarray(values[number])]
+            cells += [_opened(self.near[int(row)].picture) if row >= 0 else None for row in self.ids[number][:4]]
+        columns = len(cells) // count
+        return contact_sheet(cells, columns, row_labels=[one.caption or one.key for one in self.pictures],
+                             column_labels=["held out", "drawn", *(f"neighbour {n + 1}" for n in range(columns - 2))])
+
+    def _pixels(self, rows: np.ndarray) -> torch.Tensor:
+        pictures = np.stack([images.pixels(one.picture) for one in lookup.samples(self.dataset, rows.tolist())])
+        if self.config.image_size:
+            pictures = averaged(pictures, self.config.image_size)
+        return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    def _latents(self, rows: np.ndarray) -> torch.Tensor:
+        parts = [np.load(self.dataset.fetch("latents", file_of(record, ".npy")), mmap_mode="r", allow_pickle=False)
+                 for record in self.dataset.manifest("latents")["items"]]
+        offsets = np.cumsum([0, *map(len, parts)])
+        shards = np.searchsorted(offsets, rows, side="right") - 1
+        return torch.from_numpy(np.stack([parts[shard][row - offsets[shard], 0] for shard, row in
+                                          zip(shards, rows, strict=True)])).float()
+
+
+def grid(run: Run, step: int) -> str:
+    """The address of the pictures of a validation."""
+    return storage.join(run.folder, "validation", f"{step:07d}.png")
+
+
+def _sampler(config: TrainConfig) -> Any:
+    return "heun" if config.diffusion.prediction == "flow" else "dpm++"
+
+
+def _opened(picture: bytes) -> Image.Image:
+    return Image.fromarray(images.pixels(picture))
