@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, replace
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -177,12 +178,29 @@ def _latents(command: commands.LatentsCommand, settings: Settings) -> int:
 
 def _convert(command: commands.ConvertCommand, settings: Settings) -> int:
     from jobs.convert import Convert
+    from jobs.portable import Import
     root = command.common.root
-    convert = Convert(Run.parse(root, command.run), command.checkpoint, Dataset.parse(root, command.database),
-                      command.convert)
+    run = Run.parse(root, command.run)
+    if Path(command.checkpoint).is_dir():
+        convert: Stage = Import(run, Path(command.checkpoint))
+    elif not command.database:
+        raise ValueError("a released checkpoint does not say which encoder it was trained with\n"
+                         "hint: --database NAME, a dataset that was embedded by it")
+    else:
+        convert = Convert(run, command.checkpoint, Dataset.parse(root, command.database), command.convert)
     if command.common.dry_run:
         return _dry_run(convert, command.stage.rebuild)
     _done(convert, stage.run(convert, rebuild=command.stage.rebuild))
+    return 0
+
+
+def _export(command: commands.ExportCommand, settings: Settings) -> int:
+    from jobs import portable
+    run, out = Run.parse(command.common.root, command.run), Path(command.out)
+    if command.common.dry_run:
+        print(json.dumps({"folder": str(out), "step": command.checkpoint or run.latest_step()}))
+        return 0
+    print(json.dumps(portable.export(run, command.checkpoint, out)))
     return 0
 
 
@@ -369,6 +387,7 @@ _VERBS: dict[str, tuple[type, Callable[[Any, Settings], int]]] = {
     "shard": (commands.ShardCommand, _shard), "embed": (commands.EmbedCommand, _embed),
     "index": (commands.IndexCommand, _index), "neighbors": (commands.NeighborsCommand, _neighbors),
     "latents": (commands.LatentsCommand, _latents), "convert": (commands.ConvertCommand, _convert),
+    "export": (commands.ExportCommand, _export),
     "train": (commands.TrainCommand, _train), "sample": (commands.SampleCommand, _sample),
     "evaluate": (commands.EvaluateCommand, _evaluate),
     "report": (commands.ReportCommand, _report), "status": (commands.StatusCommand, _status),

@@ -120,16 +120,28 @@ class LatentsCommand:
 
 @dataclass(frozen=True)
 class ConvertCommand:
-    """Make a run of a checkpoint of the CompVis release (model.ckpt), to draw with."""
+    """Make a run to draw with of a checkpoint of the CompVis release (model.ckpt), or of a folder that export wrote."""
 
     run: RunName
     checkpoint: str
-    """The file; a pickle is read as weights alone, none of its code runs."""
-    database: str
-    """Any dataset that was embedded by the encoder which the network was trained with."""
+    """The file or folder; a pickle is read as weights alone, none of its code runs."""
     common: Flat[Common]
     stage: Flat[Rebuild]
+    database: str = ""
+    """Any dataset that was embedded by the encoder which the released network was trained with."""
     convert: Flat[ConvertConfig] = field(default_factory=ConvertConfig)
+
+
+@dataclass(frozen=True)
+class ExportCommand:
+    """Write the weights of a run, in half precision, into a folder that convert makes a run of elsewhere."""
+
+    run: RunName
+    out: str
+    """The folder, not there yet or empty."""
+    common: Flat[Common]
+    checkpoint: int = 0
+    """Step of the checkpoint; 0 is the newest."""
 
 
 @dataclass(frozen=True)

@@ -62,12 +62,12 @@ def emoji_32() -> TrainConfig:
 
 
 def emoji_64() -> TrainConfig:
-    """A pixel-space RDM on emoji of 64x64 for one GPU; 27 M parameters, 55 MB in half precision."""
+    """A pixel-space RDM on emoji of 64x64 for one GPU; 24 M parameters, 49 MB in half precision."""
     return TrainConfig(
         steps=12_000,
         global_batch=256,
         unet=UNetConfig(
-            model_channels=128,
+            model_channels=96,
             channel_mult=(1, 2, 3),
             num_res_blocks=1,
             attention_downsampling=(2, 4),

@@ -1,0 +1,78 @@
+"""A trained network in a folder to be carried about, and such a folder as a run to draw with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jobs.runs import Run
+from model import checkpoint
+from model.config import from_dict
+from pipeline import stage, storage
+from pipeline.stage import Item, Output, Stage
+
+BUNDLED = Path(__file__).parents[1] / "model" / "emoji_32"
+_KEPT = ("encoder", "image_size", "dataset", "database", "first_stage")
+
+
+def export(run: Run, step: int, out: Path) -> dict[str, Any]:
+    """Write the averaged weights of a checkpoint in half precision, and what drawing needs to know, into a folder.
+
+    ValueError where the run draws in the space of a first stage that lies in the run itself.
+    """
+    section, step = run.section(), step or run.latest_step()
+    if (section.get("first_stage") or {}).get("source") == "first_stage":
+        raise ValueError(f"the run {run.name} has its first stage with it\nhint: copy {run.folder} as it is")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty\nhint: another --out")
+    about = checkpoint.halve(run.fetch(step), out)
+    about["run"] = {name: section[name] for name in _KEPT if section.get(name)} | {"name": run.name}
+    (out / "checkpoint.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+    return {"folder": str(out), "step": step, "bytes": sum(path.stat().st_size for path in out.iterdir())}
+
+
+class Import(Stage):
+    """The stage from such a folder to runs/<run>: a checkpoint to draw with."""
+
+    name = "import"
+
+    def __init__(self, run: Run, source: Path) -> None:
+        super().__init__(run.root, run.path, None)
+        self.run, self.source = run, source
+        try:
+            self.about = json.loads((source / "checkpoint.json").read_text())
+            self.kept = self.about["run"]
+        except (FileNotFoundError, KeyError, json.JSONDecodeError):
+            raise ValueError(f"{source} is not a folder that export wrote\nhint: python -m jobs export RUN --out FOLDER"
+                             ) from None
+
+    @property
+    def command(self) -> str:
+        return f"python -m jobs convert {self.run.name} --checkpoint {self.source} --root {self.root}"
+
+    @property
+    def elsewhere(self) -> str:
+        return "give the run another name"
+
+    def section(self) -> dict[str, Any]:
+        return {name: self.kept[name] for name in _KEPT if name in self.kept} | {
+            "train": self.about["config"], "step": self.about["step"],
+            "weights": storage.sha256_file(self.source / "ema.safetensors")}
+
+    def plan(self) -> list[Item]:
+        return [Item("checkpoint", {"step": self.about["step"]})]
+
+    def process(self, item: Item, scratch: Path) -> Output:
+        network, _ = checkpoint.load_denoiser(self.source)
+        kept = scratch / "checkpoint"
+        checkpoint.write_converted(kept, network, from_dict(self.about["config"]), self.about["step"])
+        self.run.publish(self.about["step"], kept)
+        return Output(samples=sum(weight.numel() for weight in network.parameters()), info={
+            "step": self.about["step"], "checkpoint": self.run.checkpoint(self.about["step"])["content"]})
+
+    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+        return Output(info=records[0]["info"])
+
+
+def bring(run: Run, source: Path) -> dict[str, Any]:
+    """Make such a folder a run, unless it is one."""
+    return stage.run(Import(run, source))
