@@ -331,13 +331,12 @@ def _plan(command: commands.PlanCommand, settings: Settings) -> int:
 
 def _demo(command: commands.DemoCommand, settings: Settings) -> int:
     from jobs import demo
-    steps = command.steps or settings.train.steps
-    settings = replace(settings, train=replace(settings.train, steps=steps), cluster=command.cluster,
+    settings = replace(settings, cluster=command.cluster,
                        pictures=replace(settings.pictures, subjects=command.subjects))
     root = storage.normal(command.common.root)
     with runner(command) as run_with:
         out = demo.run(root, settings, run_with, drawn=command.drawn, dry_run=command.common.dry_run,
-                       train=lambda job: train(job, command.cluster, local=command.common.local))
+                       steps=command.steps, train=lambda job: train(job, command.cluster, local=command.common.local))
     if out:
         print(out)
     return 0

@@ -1,15 +1,15 @@
-"""The whole way in one command: pictures, seven datasets, a trained model, samples, a report."""
+"""The whole way in one command: pictures, datasets, samples of a trained model, a training of its own, a report."""
 
 import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from jobs import report
+from jobs import portable, report
 from jobs.progress import watcher
 from jobs.runs import Run
 from jobs.sampling import Sampling
-from jobs.settings import Settings
+from jobs.settings import RECIPES, Settings
 from jobs.training import Job
 from pipeline import drawn as drawn_corpus
 from pipeline import emoji, stage, storage
@@ -20,43 +20,54 @@ from pipeline.neighbors import Neighbors
 from pipeline.pictures import Pictures
 from pipeline.shard import Shard
 
-TRAIN = "train"
+TRAIN, HELD_OUT = "train", "heldout"
 RUN = "demo"
+TRAINED = "emoji_32"  # the run of the model that comes along, which knows emoji alone
+_FEW_STEPS = 600  # beside a model that is trained already
 # Some that training has seen, some of the held-out tenth; every style has a picture of each.
 EMOJI_PROMPTS = ("red apple", "house", "soccer ball", "sunflower", "red heart", "ghost", "rose", "trophy")
 _log = logging.getLogger(__name__)
 
 
-def run(root: str, settings: Settings, runner: stage.Runner, *, drawn: bool, dry_run: bool,
+def run(root: str, settings: Settings, runner: stage.Runner, *, drawn: bool, dry_run: bool, steps: int,
         train: Callable[[Job], Any]) -> str:
     """Bring everything below `root` to its sealed state; the address of the report, "" on a dry run.
 
-    What is sealed already is left alone, so a second run only looks.
+    What is sealed already is left alone, so a second run only looks. `steps` of training; 0: the recipe's, or a few
+    where a model that is trained comes along.
     """
     pictures = _pictures(root, settings, drawn)
-    styles = _styles(pictures)
+    styles, bundled = _styles(pictures), pictures.config.corpus == "emoji" and portable.BUNDLED.is_dir()
+    settings = replace(settings, train=replace(settings.train, steps=steps or (
+        _FEW_STEPS if bundled else settings.train.steps)))
     if dry_run:
         print(f"corpus {pictures.config.corpus}, datasets {', '.join([TRAIN, *styles])}, run {RUN} of "
               f"{settings.train.steps} steps, report {storage.join(root, 'report.html')}")
         return ""
     did = [_seal(pictures, runner)]
-    names = {name: Dataset.parse(root, name) for name in (TRAIN, *styles)}
+    names = {name: Dataset.parse(root, name) for name in (TRAIN, HELD_OUT, *styles)}
     sources = storage.join(pictures.folder, "sources.json")
     for name, dataset in names.items():
         did.append(_seal(Shard(dataset, replace(
             settings.shard, source=pictures.folder, captions=storage.join(pictures.folder, f"{name}.csv"),
             sources=sources, only_captioned=True, image_size=pictures.config.size)), runner))
         did.append(_seal(Embed(dataset, settings.embed), runner))
-        did.append(_seal(Index(dataset, settings.index), runner))
-    did.append(_seal(Neighbors(names[TRAIN], names[TRAIN], settings.neighbors), runner))
-    job = Job(Run.parse(root, RUN), names[TRAIN], names[TRAIN], settings.train)
+        if name != HELD_OUT:
+            did.append(_seal(Index(dataset, settings.index), runner))
+    for name in (TRAIN, HELD_OUT):
+        did.append(_seal(Neighbors(names[name], names[TRAIN], settings.neighbors), runner))
+    databases = tuple(names[style] for style in styles)
+    if bundled:
+        did.append(_seal(Sampling(_bundled(root), 0, _prompts(pictures), databases, settings.embed.clip(),
+                                  RECIPES[TRAINED]().sample), runner))
+    job = Job(Run.parse(root, RUN), names[TRAIN], names[TRAIN], settings.train, validation=names[HELD_OUT])
     if not storage.exists(storage.join(job.run.folder, "manifest.json")):
         _log.info("train: %d steps of %d pictures", settings.train.steps, settings.train.global_batch)
         did.append(True)
     if train(job) is None:
         raise KeyboardInterrupt
-    did.append(_seal(Sampling(job.run, 0, _prompts(pictures), tuple(names[style] for style in styles),
-                              settings.embed.clip(), settings.sample), runner))
+    did.append(_seal(Sampling(job.run, 0, _prompts(pictures), databases, settings.embed.clip(), settings.sample),
+                     runner))
     address = storage.join(root, "report.html")
     if any(did) or not storage.exists(address):
         report.write(root, address)
@@ -64,6 +75,15 @@ def run(root: str, settings: Settings, runner: stage.Runner, *, drawn: bool, dry
         _log.info("everything was there already")
     _log.info("the report is %s", address)
     return address
+
+
+def _bundled(root: str) -> Run:
+    """The model that comes along as a run of the root."""
+    run = Run.parse(root, TRAINED)
+    if not storage.exists(storage.join(run.folder, "manifest.json")):
+        portable.bring(run, portable.BUNDLED)
+        _log.info("%s: a model of %d steps that comes along", run.path, run.latest_step())
+    return run
 
 
 def _seal(stage_: stage.Stage, runner: stage.Runner) -> bool:

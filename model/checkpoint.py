@@ -53,7 +53,7 @@ def write_converted(folder: Path, model: nn.Module, config: TrainConfig, step: i
 
 
 def halve(folder: Path, out: Path) -> dict:
-    """Write the first average of a checkpoint in float16 into the folder `out`; returns what checkpoint.json says of it.
+    """Write the first average of a checkpoint in float16 into a folder; returns what checkpoint.json is to say of it.
 
     Half as large, and enough to draw with: the rounding, 5e-4 of a weight, is far below what training moves them by.
     """

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable
 
-from jobs.report import pictures, tables
+from jobs.report import finding, pictures, tables
 from jobs.report.page import Album, Child, Html, amount, guarded, note, page, size, tag, today, together
 from jobs.report.root import Root
 from pipeline import stage, storage
@@ -19,7 +19,8 @@ def write(root: str, out: str) -> None:
     found, album = Root(root), Album()
     parts: list[tuple[str, str, Callable[[], Html]]] = [
         ("samples", "Samples", lambda: _samples(found, album)),
-        ("loss", "Training", lambda: _loss(found)),
+        ("finding", "The finding", lambda: _finding(found, album)),
+        ("loss", "Training", lambda: _loss(found, album)),
         ("neighbors", "Neighbours", lambda: _neighbors(found, album)),
         ("datasets", "Datasets", lambda: _sheets(found, album)),
         ("indices", "Indices", lambda: _indices(found)),
@@ -65,8 +66,16 @@ def _sealed(root: Root, path: str) -> str:
     return (root.manifest(path) or {}).get("run", {}).get("sealed", "")
 
 
-def _loss(root: Root) -> Html:
-    curves = [guarded(run.path, tables.loss, root, run) for run in root.runs]
+def _finding(root: Root, album: Album) -> Html:
+    found = [guarded(f"{run.path}/evaluations/{name}", finding.evaluation, root, run, name, album)
+             for run in root.runs for name in root.evaluations(run)]
+    return _section("Does the style follow the database, or what the prompt says?", found, "No evaluation yet",
+                    "evaluate RUN")
+
+
+def _loss(root: Root, album: Album) -> Html:
+    curves = [one for run in root.runs for one in (guarded(run.path, tables.loss, root, run),
+                                                   guarded(run.path, finding.validated, run, album))]
     return _section("How the model learned to take the noise out of pictures.", curves, "No curve yet",
                     "train RUN --dataset NAME")
 

@@ -59,6 +59,10 @@ class Root:
         """Names of the sample folders of a run, sealed or not."""
         return self._folders(f"{run.path}/samples")
 
+    def evaluations(self, run: Run) -> list[str]:
+        """Names of the evaluation folders of a run, sealed or not."""
+        return self._folders(f"{run.path}/evaluations")
+
     def databases(self, dataset: Dataset) -> list[str]:
         """Labels of the databases that a dataset has, or will have, neighbours in."""
         return self._folders(dataset.path("neighbors"))

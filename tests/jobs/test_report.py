@@ -34,7 +34,7 @@ from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.shard import Shard, ShardConfig
 from tests.pipeline import made
 
-HEADINGS = ("Samples", "Training", "Neighbours", "Datasets", "Indices", "Stages", "Encoder and settings")
+HEADINGS = ("Samples", "The finding", "Training", "Neighbours", "Datasets", "Indices", "Stages", "Encoder and settings")
 SCRIPT, QUOTES = "<script>alert(1)</script>", "\"&' onload='x"
 HELD_OUT = "a thing that training has not seen"
 PROMPTS = (SCRIPT, QUOTES, HELD_OUT)

@@ -1,0 +1,62 @@
+"""What evaluations found, and what validations saw."""
+
+from typing import Any
+
+from jobs import findings, tracking, validation
+from jobs.report.page import Album, Child, brief, number, scrolling, tag
+from jobs.report.root import Root
+from jobs.runs import Run
+from pipeline import storage
+
+_WIDE = 1700
+
+
+def evaluation(root: Root, run: Run, name: str, album: Album) -> Child:
+    """The table, the plot and some samples of a sealed evaluation; None if it is not sealed."""
+    path = f"{run.path}/evaluations/{name}"
+    if root.manifest(path) is None:
+        return None
+    folder = storage.join(root.address, path)
+    document = storage.read_json(storage.join(folder, "evaluation.json"))
+    head = tag("tr", tag("th", "the style is named by", scope="col"), (
+        tag("th", what, scope="col") for what in ("judge", "probe", "CLIP score", "KID", "nearest in training")))
+    rows = [tag("tr", tag("th", findings.NAMES[row["way"]], scope="row"), tag("td", _percent(row.get("judge"))),
+                tag("td", _percent(row.get("probe"))), tag("td", f"{row['clip']['mean']:.3f}"),
+                tag("td", f"{row['kid']:.4f}" if "kid" in row else "–"), tag("td", f"{row['nearest']['mean']:.3f}"))
+            for row in document["ways"] if row["way"] in findings.NAMES]
+    real = document["real"]
+    caption = tag("figcaption", f"Samples of subjects that training never saw, at step {number(document['step'])}: the "
+                  f"share whose style is that asked for, by a network that judges pixels and by a linear probe on CLIP "
+                  f"vectors, with 95 % intervals. Of real pictures of such subjects the judge knows "
+                  f"{100 * real['judge']:.0f} %, the probe {100 * real['probe']:.0f} %; chance is "
+                  f"{100 / len(document['styles']):.1f} %.")
+    pictures = [album.picture(storage.read_bytes(storage.join(folder, file)), words, side=_WIDE)
+                for file, words in (("plot.png", "style accuracy"), ("grid-database.png", "swapped databases"),
+                                    ("grid-prompt.png", "the prompt names the style"))]
+    words = [tag("p", text) for text in ("Below: databases swapped.", "Below: the prompt names the style, the database "
+                                         "is that of training.")]
+    return tag("figure", tag("h3", run.name, tag("small", name), root.mark(path)),
+               scrolling(tag("table", tag("thead", head), tag("tbody", rows))), pictures[0], words[0], pictures[1],
+               words[1], pictures[2], caption)
+
+
+def _percent(value: dict[str, Any] | None) -> str:
+    if not value or "low" not in value:
+        return "–"
+    return f"{100 * value['mean']:.1f} % [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
+
+
+def validated(run: Run, album: Album) -> Child:
+    """The last validation of a run: its losses, and what was drawn beside the neighbours; None if there was none."""
+    lines = tracking.read(run, "validation.jsonl")
+    if not lines:
+        return None
+    last = lines[-1]
+    said = (f"Held-out pictures at step {number(last['step'])}, by the averaged network: a loss of "
+            f"{brief(last['validation_loss'])} with their neighbours, {brief(last['validation_shuffled'])} with those "
+            f"of others, {brief(last['validation_nobody'])} with none.")
+    try:
+        picture = album.picture(storage.read_bytes(validation.grid(run, last["step"])), "drawn in validation", side=900)
+    except FileNotFoundError:  # latents are not drawn
+        picture = None
+    return tag("figure", tag("h3", run.name, tag("small", "validation")), picture, tag("figcaption", said))
