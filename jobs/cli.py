@@ -252,13 +252,14 @@ def train(job: Job, config: ClusterConfig, *, local: bool, rebuild: bool = False
 
 
 def _sample(command: commands.SampleCommand, settings: Settings) -> int:
+    from jobs.mixtures import Mixture
     from jobs.sampling import Sampling
     root = command.common.root
     encoder = clip.ClipConfig(command.model or settings.embed.model, command.pretrained or settings.embed.pretrained,
                               settings.embed.precision)
     return _run(Sampling(Run.parse(root, command.run), command.checkpoint, command.prompt,
-                         tuple(Dataset.parse(root, name) for name in command.database), encoder, command.sample,
-                         command.name), command)
+                         tuple(Mixture.parse(root, name) for name in command.database), encoder, command.sample,
+                         command.name, pictures=command.image, asked=command.asked), command)
 
 
 def _evaluate(command: commands.EvaluateCommand, settings: Settings) -> int:

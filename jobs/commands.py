@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jobs.settings import ClusterConfig, ConvertConfig, EvaluateConfig, LatentsConfig, SampleConfig
+from jobs.settings import ClusterConfig, ConvertConfig, EvaluateConfig, LatentsConfig, QueryConfig, SampleConfig
 from model.config import TrainConfig
 from pipeline.embed import EmbedConfig
 from pipeline.index import IndexConfig
@@ -166,7 +166,7 @@ class TrainCommand:
 
 @dataclass(frozen=True)
 class SampleCommand:
-    """Draw pictures of prompts, each with the neighbours that a database has for it."""
+    """Draw pictures of prompts, or of pictures, each with the neighbours that a database has for it."""
 
     run: RunName
     sample: Flat[SampleConfig]
@@ -175,8 +175,11 @@ class SampleCommand:
     stage: Flat[Rebuild]
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """What to draw; repeat the flag for more."""
+    image: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """File of a picture on this machine that stands where a prompt would; repeat the flag for more."""
+    asked: Flat[QueryConfig] = field(default_factory=QueryConfig)
     database: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Database to take neighbours from; repeat the flag for more."""
+    """Database to take neighbours from; repeat the flag for more. noto:3+openmoji:1 shares them out by weight."""
     checkpoint: int = 0
     """Step of the checkpoint; 0 is the newest."""
     name: str = ""

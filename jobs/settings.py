@@ -117,6 +117,25 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class QueryConfig:
+    """What is drawn beside prompts and pictures, and which of the nearest neighbours are taken."""
+
+    unconditional: int = 0
+    """Pictures of each database without a prompt, from rows drawn as often as each is a neighbour in training (p_D)."""
+    top_m: float = 1.0
+    """Draw them from this share of the database's rows, those with the highest p_D; one row at least."""
+    pool: int = 0
+    """Take the neighbours at random from so many nearest ones of each database; 0: take the nearest."""
+
+    def __post_init__(self) -> None:
+        for name in ("unconditional", "pool"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 0")
+        if not 0 < self.top_m <= 1:
+            raise ValueError(f"top_m = {self.top_m}: must be above 0 and at most 1\nhint: --top-m 0.01")
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """What is asked to find out whether the style follows the database."""
 

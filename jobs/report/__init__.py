@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable
 
-from jobs.report import finding, pictures, tables
+from jobs.report import finding, pictures, samples, tables
 from jobs.report.page import Album, Child, Html, amount, guarded, note, page, size, tag, today, together
 from jobs.report.root import Root
 from pipeline import stage, storage
@@ -53,7 +53,7 @@ def _samples(root: Root, album: Album) -> Html:
     for run in root.runs:
         names = root.samples(run)
         newest = sorted(names, key=lambda name, path=run.path: _sealed(root, f"{path}/samples/{name}"), reverse=True)
-        grids += [guarded(f"{run.path}/samples/{name}", pictures.sample_grid, root, run, name, album)
+        grids += [guarded(f"{run.path}/samples/{name}", samples.sample_grid, root, run, name, album)
                   for name in newest[:_SAMPLES_OF_A_RUN]]
         more += len(newest[_SAMPLES_OF_A_RUN:])
     return _section("The same prompts with different databases: the style comes from the neighbours.", grids,

@@ -1,4 +1,4 @@
-"""The pictures of a report: samples beside their neighbours, training pictures with theirs, contact sheets."""
+"""The pictures of a report: training pictures with their neighbours, contact sheets."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,9 +8,7 @@ import numpy as np
 from jobs.report.curve import bars
 from jobs.report.page import Album, Child, amount, link, note, scrolling, tag, together
 from jobs.report.root import Root
-from jobs.runs import Run
-from pipeline import dataset as datasets
-from pipeline import lookup, storage
+from pipeline import lookup
 from pipeline.dataset import Dataset, file_of
 from pipeline.lookup import Sample
 from pipeline.neighbors import files
@@ -19,81 +17,11 @@ QUERIES = 12
 _LOOKED_AT = 300
 NEIGHBORS = 10
 SHEET = 40
-_PROMPTS = 40
 _SHARDS = 6
 """A dataset may have thousands of shards: pictures are taken from so many, spread over it."""
 _MOST_READ = 1 << 30
 """Bytes of tars that are read for the pictures of one dataset or database."""
-_MOST_SEARCHED = 64 << 20
-"""Bytes of metadata that are searched for held-out subjects, per database."""
 
-
-def sample_grid(root: Root, run: Run, name: str, album: Album) -> Child:
-    """The sealed samples `name` of a run: rows prompts, columns databases; None if they are not sealed."""
-    path = f"{run.path}/samples/{name}"
-    if root.manifest(path) is None:
-        return None
-    folder = storage.join(root.address, path)
-    document = storage.read_json(storage.join(folder, "samples.json"))
-    labels, pictures = document["databases"], {(one["prompt"], one["database"]): one for one in document["pictures"]}
-    prompts = list(dict.fromkeys(document["prompts"]))[:_PROMPTS]
-    shown = [one for one in document["pictures"] if one["prompt"] in prompts]
-    named = sorted({file for one in shown for file in (one["file"], *(near["file"] for near in one["neighbors"]))})
-    data = dict(zip(named, storage.each(_read, [storage.join(folder, file) for file in named]), strict=True))
-    met = {}
-    for label in labels:
-        met |= {prompt: met.get(prompt, False) or held for prompt, held in
-                _subjects(Dataset.parse(root.address, label), prompts).items()}
-    head = tag("tr", tag("th", "prompt", scope="col"), (tag("th", label, scope="col") for label in labels))
-    rows = []
-    for prompt in prompts:
-        held = tag("div", tag("span", "held out", class_="mark")) if met.get(prompt) else None
-        cells = [tag("td", _drawn(pictures.get((prompt, label)), data, album), data_label=label) for label in labels]
-        rows.append(tag("tr", tag("th", prompt, held, scope="row"), cells))
-    steps = sorted({one["checkpoint"]["step"] for one in shown})
-    facts = (f"Checkpoint at step {', '.join(f'{step:,}' for step in steps)}; {document['steps']} DDIM steps, guidance "
-             f"{document['guidance']:g}, seed {document['seed']}, {amount(document['k'], 'neighbour')}.")
-    caption = tag("figcaption", "A row is a prompt, a column the database its neighbours came from. The large picture "
-                  "is what the model drew; the small ones beside it are the pictures of that database nearest to the "
-                  "prompt, nearest on top: their vectors are all that the model was told of the database. A "
-                  "row starts from the same noise in every column. ",
-                  "Training saw no picture of the subjects marked held out. " if any(met.values()) else "", facts,
-                  _left_out(len(document["prompts"]) - len(prompts), "prompt"))
-    grid = tag("table", tag("thead", head), tag("tbody", rows),
-               class_="samples" if len(labels) > 4 else "samples large")
-    return tag("figure", tag("h3", run.name, tag("small", name), root.mark(path)), scrolling(grid), caption)
-
-
-def _drawn(one: dict[str, Any] | None, data: dict[str, bytes | None], album: Album) -> Child:
-    if one is None:
-        return note("none")
-    listed = "\n".join(f"{rank}. {near['key']} · {near['caption']} · {near['score']:.3f}"
-                       for rank, near in enumerate(one["neighbors"], 1))
-    about = (f"{one['prompt']} · {one['database']}\nseed {one['seed']}, noise {one['position']}, checkpoint step "
-             f"{one['checkpoint']['step']}\nneighbours:\n{listed or 'none'}")
-    near = [album.picture(data[near["file"]], near["caption"], f"{near['caption']}\nkey {near['key']}, row "
-                          f"{near['row']}, score {near['score']:.3f}", side=64) for near in one["neighbors"]]
-    picture = album.picture(data[one["file"]], f"{one['prompt']}, neighbours from {one['database']}", about)
-    return tag("div", picture, tag("div", near, class_="near") if near else None, class_="drawn")
-
-
-def _subjects(dataset: Dataset, prompts: Sequence[str]) -> dict[str, bool]:
-    """Of each prompt that is a caption of the dataset, whether its subject was held out of training."""
-    wanted, found, budget = set(prompts), {}, _MOST_SEARCHED
-    try:
-        records = dataset.manifest("shards")["items"]
-        for record in records:
-            budget -= file_of(record, ".parquet")["bytes"]
-            if budget < 0 or found.keys() >= wanted:
-                break
-            for row in datasets.metadata(dataset, record, ["caption", "held_out"]):
-                if row["caption"] in wanted:
-                    held = str(row["held_out"]).lower() in {"1", "1.0", "true"}
-                    found[row["caption"]] = found.get(row["caption"], False) or held
-    except (ValueError, OSError):
-        # Most corpora have no column held_out; a database may be gone since.
-        return {}
-    return found
 
 
 def neighbors(root: Root, dataset: Dataset, label: str, album: Album) -> Child:
@@ -237,14 +165,3 @@ def _affordable(root: Root, dataset: Dataset, rows: list[int]) -> list[int]:
 
 def _about(one: Sample) -> str:
     return f"{one.caption}\nkey {one.key}, row {one.row}"
-
-
-def _read(address: str) -> bytes | None:
-    try:
-        return storage.read_bytes(address)
-    except FileNotFoundError:
-        return None
-
-
-def _left_out(count: int, noun: str) -> str:
-    return f" {amount(count, noun)} more in the folder." if count > 0 else ""

@@ -90,6 +90,7 @@ details > :not(summary) { margin: 6px 0 14px 16px; }
 .samples tbody tr > * { border-top: 1px solid var(--line); padding-top: 12px; padding-bottom: 12px; }
 .samples tbody th { min-width: 84px; max-width: 170px; overflow-wrap: break-word; line-height: 1.4; }
 .samples tbody th .mark { margin-top: 4px; }
+.samples tbody th img, .samples tbody th .empty { width: 72px; margin-bottom: 5px; }
 .samples { --side: 112px; --near: 25px; }
 .samples.large { --side: 152px; --near: 35px; }
 .drawn { display: flex; gap: 4px; }

@@ -1,12 +1,14 @@
 """Ray clusters of several nodes on this machine, and roots to work in."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jobs import cli
 from pipeline import stage
 from pipeline.dataset import Dataset
 from pipeline.embed import Embed, EmbedConfig
@@ -14,6 +16,7 @@ from pipeline.index import Index, IndexConfig
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.shard import Shard, ShardConfig
 
+STYLES = ("flat", "hatched", "outline")
 _FAST_DEATH = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 1000,
                "health_check_failure_threshold": 3}
 
@@ -51,4 +54,23 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, drawn_pictures: Path) -> 
                    Embed(dataset, EmbedConfig()), Index(dataset, IndexConfig(bytes_per_vector=288)),
                    Neighbors(dataset, dataset, NeighborsConfig())):
         stage.run(stage_)
+    return root
+
+
+@pytest.fixture(scope="session")
+def trained(prepared: Path, drawn_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with a run of a few steps and a database of each of three styles; copy it before use."""
+    root = tmp_path_factory.mktemp("trained") / "root"
+    shutil.copytree(prepared, root)
+    for style in STYLES:
+        dataset = Dataset.parse(str(root), style)
+        captions = str(drawn_pictures / f"{style}.csv")
+        for stage_ in (Shard(dataset, ShardConfig(source=str(drawn_pictures), captions=captions, only_captioned=True,
+                                                  image_size=32, format="png")),
+                       Embed(dataset, EmbedConfig()), Index(dataset, IndexConfig(bytes_per_vector=288))):
+            stage.run(stage_)
+    (root / "settings.toml").write_text('[train]\nsteps = 3\nglobal_batch = 8\nprecision = "fp32"\nimage_size = 16\n'
+                                        "[train.unet]\nmodel_channels = 32\n")
+    assert cli.main(["train", "small", "--dataset", "drawn", "--root", str(root), "--config",
+                     str(root / "settings.toml"), "--local"]) == 0
     return root

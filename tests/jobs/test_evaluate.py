@@ -13,34 +13,11 @@ from PIL import Image
 
 from jobs import cli, findings
 from jobs.evaluation import held_out, rows_with
-from pipeline import stage
 from pipeline.dataset import Dataset
-from pipeline.embed import Embed, EmbedConfig
-from pipeline.index import Index, IndexConfig
-from pipeline.shard import Shard, ShardConfig
 
 STYLES = ("flat", "hatched", "outline")
 FEW = ["--prompts", "2", "--judge-steps", "80", "--steps", "3", "--sweep-k", "1", "--sweep-guidance", "1.5",
        "--sweep-prompts", "1"]
-
-
-@pytest.fixture(scope="session")
-def trained(prepared: Path, drawn_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with a run of a few steps and a database of each of three styles; copy it before use."""
-    root = tmp_path_factory.mktemp("trained") / "root"
-    shutil.copytree(prepared, root)
-    for style in STYLES:
-        dataset = Dataset.parse(str(root), style)
-        captions = str(drawn_pictures / f"{style}.csv")
-        for stage_ in (Shard(dataset, ShardConfig(source=str(drawn_pictures), captions=captions, only_captioned=True,
-                                                  image_size=32, format="png")),
-                       Embed(dataset, EmbedConfig()), Index(dataset, IndexConfig(bytes_per_vector=288))):
-            stage.run(stage_)
-    (root / "settings.toml").write_text('[train]\nsteps = 3\nglobal_batch = 8\nprecision = "fp32"\nimage_size = 16\n'
-                                        "[train.unet]\nmodel_channels = 32\n")
-    assert cli.main(["train", "small", "--dataset", "drawn", "--root", str(root), "--config",
-                     str(root / "settings.toml"), "--local"]) == 0
-    return root
 
 
 @pytest.fixture
