@@ -92,13 +92,11 @@ class Pictures:
 
 def _picture_places(stream: BinaryIO, path: Path) -> Iterator[tuple[int, int]]:
     """Where the picture of each sample begins and how long it is; samples are made of members as by `read`."""
-    from webdataset.tariterators import base_plus_ext
-
     current: dict[str, Any] = {}
     for name, offset, length in _members(stream):
-        key, suffix = base_plus_ext(name)
-        if not key or _META.match(name):
+        if not (parts := _KEY_AND_SUFFIX.match(name)) or _META.match(name):
             continue
+        key, suffix = parts.groups()
         if key != current.get("__key__"):
             if current:
                 yield picture(current)
@@ -227,6 +225,7 @@ def examine(tar_: Path | BinaryIO, found: Suspicions) -> Iterator[dict[str, Any]
 
 
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset passes these over
+_KEY_AND_SUFFIX = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # as webdataset divides names
 
 
 def _refusal(member: tarfile.TarInfo) -> tuple[str, str] | None:
