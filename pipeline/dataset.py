@@ -9,11 +9,11 @@ import hashlib
 import io
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 DEFAULT_VERSION = "v1"
 _NO_NUMBER = np.uint16(0x7C00)  # the exponent of NaN and infinity in float16
 _HASH = re.compile("[0-9a-f]{64}")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,10 @@ class Dataset:
         """A local path of a file in the manifest of a stage."""
         return storage.fetch(storage.place(self.folder(stage_name), entry["name"]), entry, check=check)
 
+    def opened(self, stage_name: str, entry: dict[str, Any], open_: Callable[[Path], _T]) -> _T:
+        """What `open_` makes of the local path of a file in the manifest of a stage."""
+        return storage.opened(storage.place(self.folder(stage_name), entry["name"]), entry, open_)
+
 
 def datasets(root: str) -> list[Dataset]:
     """Every version of every dataset that has a folder below a root, sealed or not."""
@@ -102,6 +107,11 @@ def file_of(record: dict[str, Any], suffix: str) -> dict[str, Any]:
     found = [entry for entry in record["files"] if entry["name"].endswith(suffix)]
     assert len(found) == 1, (suffix, record["files"])
     return found[0]
+
+
+def mapped(path: Path) -> np.ndarray:
+    """The array of a .npy file, memory-mapped."""
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def finite(vectors: np.ndarray, place: str) -> np.ndarray:
@@ -124,8 +134,7 @@ class Embeddings:
 
     def __init__(self, dataset: Dataset, of: str = "embeddings") -> None:
         self.manifest = dataset.manifest(of)
-        paths = [dataset.fetch(of, file_of(record, ".npy")) for record in self.manifest["items"]]
-        self.shards = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
+        self.shards = [dataset.opened(of, file_of(record, ".npy"), mapped) for record in self.manifest["items"]]
         self.offsets = np.cumsum([0, *(len(shard) for shard in self.shards)])
         for shard, record in zip(self.shards, self.manifest["items"], strict=True):
             if len(shard) != record["samples"]:

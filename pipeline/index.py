@@ -48,7 +48,6 @@ _ROWS_OF_A_LIST = 64
 _ROWS_OF_CODEBOOKS = 1 << 16
 _ROWS_OF_A_ROTATION, _TURNS = 1 << 15, 100
 _STEADY, _STEPS = 1e-3, 26  # 1.5 to the 26th is more than 22 thousand: what is a thousandth becomes one
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 @dataclass(frozen=True)
@@ -184,10 +183,7 @@ class Index(OfAnIndex):
 
 def memory(text: str, name: str = "max_memory") -> int:
     """Bytes of a size like 4G, 512K or 1000."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", text.strip(), re.IGNORECASE)
-    if not match:
-        raise ValueError(f"index.{name}: {text!r} is not a size\nhint: a number with K, M, G or T, as in 4G")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return storage.size_of(text, f"index.{name}")
 
 
 @dataclass

@@ -418,8 +418,7 @@ def files(items: Sequence[dict[str, Any]], suffix: str) -> list[dict[str, Any]]:
 def load(dataset: Dataset, database: Dataset, suffix: str = ".ids.npy") -> list[np.ndarray]:
     """The ids of a sealed neighbour list, shard by shard, each (N_i, k) int64, memory-mapped; or other files of it."""
     name = f"neighbors/{database.label}"
-    return [np.load(dataset.fetch(name, entry), mmap_mode="r", allow_pickle=False)
-            for entry in files(dataset.manifest(name)["items"], suffix)]
+    return [dataset.opened(name, entry, datasets.mapped) for entry in files(dataset.manifest(name)["items"], suffix)]
 
 
 def written(dataset: Dataset, database: Dataset) -> bool:

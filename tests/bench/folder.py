@@ -47,7 +47,7 @@ def filled(work: Path, count: int) -> Path:
         hidden = work / f"folder-{count}.part"
         shutil.rmtree(hidden, ignore_errors=True)
         hidden.mkdir()
-        originals = photographs.make(work)
+        originals = photographs.make(work, min(count, photographs.COUNT))
         for number in range(count):
             shutil.copyfile(originals[number % len(originals)], hidden / f"{number:06d}.jpg")
         hidden.rename(folder)

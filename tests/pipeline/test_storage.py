@@ -1,4 +1,6 @@
 import errno
+import hashlib
+import mmap
 import multiprocessing
 import os
 import resource
@@ -8,6 +10,7 @@ import threading
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 
 from pipeline import storage
@@ -217,6 +220,124 @@ def test_local_files_are_compared_with_their_entry(tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match="not there"):
         storage.fetch(str(path), entry)
+
+
+@pytest.fixture
+def objects(s3, tmp_path, monkeypatch):
+    """Addresses and manifest entries of ten objects of 1,000 bytes; the cache is empty and has room for 3,500."""
+    monkeypatch.setenv("RDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("RDM_CACHE_BYTES", "3500")
+    found = []
+    for number in range(10):
+        data, url = bytes([number]) * 1000, storage.join(s3, f"{number}.bin")
+        storage.put_bytes(data, url)
+        found.append((url, {"name": f"{number}.bin", "bytes": 1000, "sha256": hashlib.sha256(data).hexdigest()}))
+    return found
+
+
+def _aged(minutes):
+    """Let all that is in the cache be older."""
+    for path in storage.cache_folder().iterdir():
+        found = path.stat()
+        os.utime(path, (found.st_atime - 60 * minutes, found.st_mtime - 60 * minutes))
+
+
+def _cached(objects):
+    return [number for number, (_, entry) in enumerate(objects)
+            if (storage.cache_folder() / entry["sha256"]).exists()]
+
+
+def test_the_cache_keeps_its_bound_and_what_was_used_last(objects):
+    for number in (0, 1, 2):
+        storage.fetch(*objects[number])
+        _aged(2)
+    storage.fetch(*objects[0])
+    _aged(2)
+    for number, left in ((3, [0, 2, 3]), (4, [0, 3, 4])):
+        assert storage.fetch(*objects[number]).read_bytes() == bytes([number]) * 1000
+        assert _cached(objects) == left
+        _aged(2)
+
+
+def test_what_was_fetched_within_a_minute_stays(objects):
+    storage.fetch(*objects[0])
+    _aged(2)
+    paths = [storage.fetch(*one) for one in objects[1:]]
+    assert _cached(objects) == list(range(1, 10)) and all(path.stat().st_size == 1000 for path in paths)
+    _aged(2)
+    storage.fetch(*objects[0])
+    assert len(_cached(objects)) == 3
+
+
+def test_what_is_removed_is_read_on_and_fetched_again(objects):
+    first = storage.fetch(*objects[0])
+    with open(first, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        for one in objects[1:]:
+            _aged(2)
+            storage.fetch(*one)
+        assert not first.exists() and mapped[:] == bytes(1000)
+    seen = []
+
+    def read(path):
+        seen.append(path)
+        if len(seen) == 1:
+            path.unlink()  # as another process may
+        return path.read_bytes()
+
+    assert storage.opened(*objects[0], read) == bytes(1000) and len(seen) == 2
+    with pytest.raises(storage.StorageError, match=r"faster than it can be opened\nhint: a larger RDM_CACHE_BYTES"):
+        storage.opened(*objects[0], lambda path: (path.unlink(), path.read_bytes()))
+
+
+def test_damage_in_the_cache_is_noticed_when_asked_for(objects):
+    path = storage.fetch(*objects[5])
+    path.write_bytes(bytes([6]) * 1000)
+    assert storage.fetch(*objects[5]).read_bytes() == bytes([6]) * 1000
+    assert storage.fetch(*objects[5], check=True).read_bytes() == bytes([5]) * 1000
+    path.write_bytes(bytes([5]) * 999)
+    assert storage.fetch(*objects[5]).read_bytes() == bytes([5]) * 1000
+
+
+def test_what_killed_processes_and_others_left_in_the_cache(objects):
+    old, new, others = f".{'a' * 64}.{'1' * 16}", f".{'b' * 64}.{'2' * 16}", "cache/npm"
+    for name in (old, new):
+        (storage.cache_folder() / name).write_bytes(bytes(1000))
+    (storage.cache_folder() / others).mkdir(parents=True)
+    os.utime(storage.cache_folder() / old, (0, 0))
+    storage.fetch(*objects[0])
+    assert not (storage.cache_folder() / old).exists()
+    assert (storage.cache_folder() / new).exists() and (storage.cache_folder() / others).is_dir()
+
+
+def _reads(objects, failures):
+    storage._filesystem.cache_clear()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    fsspec.asyn.reset_lock()
+    storage._IN_USE_S = 0.0
+    try:
+        for turn in range(4):
+            for number in np.random.default_rng([os.getpid(), turn]).permutation(10):
+                assert storage.opened(*objects[number], Path.read_bytes) == bytes([number]) * 1000
+    except BaseException as error:
+        failures.put(repr(error))
+
+
+def test_processes_that_share_a_small_cache_do_not_trip(objects):
+    context = multiprocessing.get_context("fork")
+    failures = context.SimpleQueue()
+    processes = [context.Process(target=_reads, args=(objects, failures)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert failures.empty(), failures.get()
+
+
+@pytest.mark.parametrize("text", ["much", "-1", "5X"])
+def test_a_bound_that_is_none_is_named(objects, monkeypatch, text):
+    monkeypatch.setenv("RDM_CACHE_BYTES", text)
+    with pytest.raises(ValueError, match=r"RDM_CACHE_BYTES: .* is not a size\nhint"):
+        storage.fetch(*objects[0])
 
 
 def test_passwords_in_addresses_are_taken_out():

@@ -1,0 +1,190 @@
+"""Pictures per second from tars to batches of uint8, beside bare webdataset over the same tars.
+
+    python tests/bench/loader.py [--pictures 4000] [--batch 32] [--repeats 5] [--work FOLDER]
+
+The tars, four of them, are made by `shard` from photographs: JPEGs of 256 x 256. webdataset reads and decodes them
+in their order and does nothing else, with its own decoder (Pillow) and with ours, in a plain loop, or in batches by a
+DataLoader of two workers. Batches gives one epoch in its own order, with neighbours, by one thread or two that decode;
+nothing is decoded before, and nothing is kept but in the last row. Of webdataset the time until its first pictures is
+left out, of Batches nothing is. All read from memory, as far as the system keeps files there. The contestants take
+turns; prints a Markdown table of medians.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import photographs
+from download import CHECKOUT, Failed, machine, measured, versions
+from folder import filled
+
+sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
+
+_TARS, _SIZE, _WORKERS, _K = 4, 256, 2, 4
+_PLAIN, _LOADER = "webdataset, plain loop", f"webdataset, DataLoader of {_WORKERS} workers"
+
+
+Run = tuple[int, float]
+"""Pictures that were given, and how many of them a second."""
+
+
+@dataclass
+class Result:
+    """One run over the tars."""
+
+    who: str
+    pictures: int
+    pictures_s: float
+    cpu_s: float  # with start-up
+    peak_mb: float
+    others_cores: float
+
+
+def sharded(work: Path, count: int) -> Path:
+    """A root with so many pictures under the name `photos`, and their neighbours among themselves."""
+    root = work / f"loader-{count}"
+    for verb in (["shard", "photos", "--source", str(filled(work, count)), "--image-size", str(_SIZE), "--resize",
+                  "center_crop", "--format", "jpg", "--samples-per-shard", str(-(-count // _TARS))],
+                 ["embed", "photos"],
+                 ["neighbors", "photos", "--database", "photos", "--method", "exact", "--k", str(_K)]):
+        subprocess.run([sys.executable, "-m", "jobs", *verb, "--root", str(root), "--local"], cwd=CHECKOUT, check=True,
+                       stdout=subprocess.DEVNULL)
+    return root
+
+
+def _stream(root: Path, decoder: str) -> Any:
+    """webdataset's own pipeline: the pictures of all tars, (256, 256, 3) uint8, in their order."""
+    import webdataset
+
+    from pipeline import images
+    tars = [str(path) for path in sorted((root / "datasets/photos/v1/shards").glob("*.tar"))]
+    found = webdataset.WebDataset(tars, shardshuffle=False)
+    found = found.decode("rgb8") if decoder == "pillow" else found.map_dict(jpg=images.pixels)
+    return found.to_tuple("jpg").map(_first)
+
+
+def _first(sample: tuple[Any]) -> Any:
+    return sample[0]
+
+
+def _in_turn(stream: Any, count: Callable[[Any], int]) -> Run:
+    """What a stream gives; the time until its first element is left out."""
+    elements, later = iter(stream), 0
+    first, begin = count(next(elements)), time.perf_counter()
+    for element in elements:
+        later += count(element)
+    return first + later, later / (time.perf_counter() - begin)
+
+
+def plain(root: Path, batch: int, decoder: str) -> Run:
+    """webdataset in a loop, picture by picture."""
+    return _in_turn(_stream(root, decoder), lambda picture: int(picture.shape == (_SIZE, _SIZE, 3)))
+
+
+def loader(root: Path, batch: int, decoder: str) -> Run:
+    """webdataset in processes that send batches."""
+    import torch
+    stream = _stream(root, decoder).batched(batch, partial=True)
+    return _in_turn(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=_WORKERS), len)
+
+
+def ours(root: Path, batch: int, threads: int, kept: bool) -> Run:
+    """One epoch of Batches; `kept`: the second one, of which everything was decoded in the first."""
+    from pipeline.batches import Batches
+    from pipeline.dataset import Dataset
+    photos = Dataset.parse(str(root), "photos")
+    batches = Batches(photos, photos, k=_K, global_batch=batch, seed=0, threads=threads,
+                      decoded_bytes=1 << 40 if kept else 0)
+    steps = int(batches.offsets[-1]) // batch
+    first = steps + 1 if kept else 0
+    for step in range(first):
+        batches.at(step)
+    begin = time.perf_counter()
+    pictures = sum(len(batches.at(step)["image"]) for step in range(first, first + steps))
+    return pictures, pictures / (time.perf_counter() - begin)
+
+
+CONTESTANTS: dict[str, Callable[[Path, int], Run]] = {
+    _PLAIN: partial(plain, decoder="pillow"),
+    f"{_PLAIN}, our decoder": partial(plain, decoder="ours"),
+    "Batches, 1 thread": partial(ours, threads=1, kept=False),
+    _LOADER: partial(loader, decoder="pillow"),
+    f"{_LOADER}, our decoder": partial(loader, decoder="ours"),
+    "Batches, 2 threads": partial(ours, threads=2, kept=False),
+    "Batches, a second epoch, kept decoded": partial(ours, threads=2, kept=True),
+}
+
+
+def _run(who: str, root: Path, batch: int) -> None:
+    """One contestant in this process; prints what it did."""
+    pictures, speed = CONTESTANTS[who](root, batch)
+    print(json.dumps({"pictures": pictures, "pictures_s": speed}))
+
+
+def _result(who: str, root: Path, batch: int, log: Path) -> Result:
+    usage = measured([sys.executable, __file__, "--run", who, "--root", str(root), "--batch", str(batch)], log)
+    told = json.loads(usage.stdout.splitlines()[-1])
+    return Result(who, told["pictures"], told["pictures_s"], usage.cpu_s, usage.peak_mb, usage.others_cores)
+
+
+def table(results: list[Result]) -> str:
+    """Medians as a Markdown table; ratios of speeds are to bare webdataset in the same turn."""
+    names = list(dict.fromkeys(result.who for result in results))
+    runs = {name: [result for result in results if result.who == name] for name in names}
+
+    def beside(name: str, other: str) -> str:
+        # Turn by turn: what else the machine does comes and goes.
+        pairs = zip(runs[name], runs[other], strict=True)
+        return f"{statistics.median(one.pictures_s / to.pictures_s for one, to in pairs):.2f}"
+
+    rows = [["", "pictures/s", "to the plain loop", f"to the DataLoader of {_WORKERS}", "CPU s with start-up",
+             "peak memory (PSS), MB", "cores busy with something else"], ["---"] * 7]
+    for name in names:
+        rows.append([name, f"{statistics.median(one.pictures_s for one in runs[name]):.0f}", beside(name, _PLAIN),
+                     beside(name, _LOADER), f"{statistics.median(one.cpu_s for one in runs[name]):.1f}",
+                     f"{statistics.median(one.peak_mb for one in runs[name]):.0f}",
+                     f"{statistics.median(one.others_cores for one in runs[name]):.2f}"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--work", default="", help="default: rdm-bench in the temporary folder")
+    parser.add_argument("--run", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--root", default="", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.run:
+        _run(given.run, Path(given.root), given.batch)
+        return 0
+    work, results = photographs.work_folder(given.work), []
+    try:
+        root = sharded(work, given.pictures)
+        for _ in range(given.repeats):
+            for who in CONTESTANTS:
+                results.append(_result(who, root, given.batch, work / "loader.log"))
+    except Failed as failure:
+        print(failure, file=sys.stderr)
+        return 1
+    print(f"{given.pictures} pictures, batches of {given.batch}, {given.repeats} runs each in turns; {machine()}; "
+          f"{versions()}\n")
+    print(table(results))
+    # An epoch's last batch is filled from the next epoch, so it is left out.
+    incomplete = [result for result in results if result.pictures < given.pictures - given.batch + 1]
+    if incomplete:
+        print(f"\nincomplete: {incomplete}")
+    return 1 if incomplete else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,90 @@
+import gc
+import subprocess
+import sys
+import threading
+import time
+import weakref
+
+import pytest
+
+from pipeline.ahead import Ahead
+
+
+class Thing:
+    """What is opened, to be referred to weakly."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def test_what_is_wanted_is_opened_before_it_is_asked_for_and_once():
+    opened: list[int] = []
+    ahead = Ahead(lambda number: opened.append(number) or Thing(number), threads=1)
+    ahead.want([5, 3, 9])
+    assert ahead[9].number == 9 and opened == [5, 3, 9]
+    ahead.want([9, 3])
+    assert ahead[3].number == 3 and ahead[4].number == 4 and opened == [5, 3, 9, 4]
+
+
+def test_what_is_not_wanted_any_more_is_forgotten():
+    ahead = Ahead(Thing, threads=2)
+    one, other = weakref.ref(ahead[1]), weakref.ref(ahead[2])
+    ahead.want([2, 3])
+    assert ahead[3].number == 3
+    gc.collect()
+    assert one() is None and other() is not None
+
+
+def test_what_is_forgotten_before_its_turn_is_not_opened():
+    opened, go = [], threading.Event()
+
+    def open_(number: int) -> int:
+        go.wait(10)
+        opened.append(number)
+        return number
+
+    ahead = Ahead(open_, threads=1)
+    ahead.want(range(20))
+    time.sleep(0.1)  # the first is under way
+    ahead.want([7])
+    go.set()
+    assert ahead[7] == 7 and opened == [0, 7]
+
+
+def test_what_failed_is_tried_again_when_it_is_asked_for():
+    tries: list[int] = []
+
+    def open_(number: int) -> int:
+        tries.append(number)
+        if len(tries) < 3:
+            raise ConnectionError("gone")
+        return number
+
+    ahead = Ahead(open_)
+    ahead.want([1])
+    while not tries:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    with pytest.raises(ConnectionError, match="gone"):
+        ahead[1]
+    assert ahead[1] == 1 and len(tries) == 3
+
+
+def test_threads_end_with_what_they_are_for():
+    before = set(threading.enumerate())
+    ahead = Ahead(Thing, threads=3)
+    ahead.want(range(5))
+    threads = set(threading.enumerate()) - before
+    assert len(threads) == 3
+    del ahead
+    gc.collect()
+    for thread in threads:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_a_program_does_not_wait_for_what_it_will_not_use():
+    begin = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import time\nfrom pipeline.ahead import Ahead\n"
+                    "Ahead(lambda number: time.sleep(30)).want(range(8))"], check=True, timeout=60)
+    assert time.monotonic() - begin < 25
