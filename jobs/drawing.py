@@ -22,10 +22,11 @@ from pipeline.dataset import Dataset
 class Drawer:
     """The averaged network of a checkpoint and what its latents are decoded with, on the GPU if there is one."""
 
-    def __init__(self, run: Run, step: int) -> None:
+    def __init__(self, run: Run, step: int, rate: float = 0.0) -> None:
+        """`rate` is that of the average; 0: the run's first one."""
         self.run = run
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        denoiser, self.config = checkpoint.load_denoiser(run.fetch(step))
+        denoiser, self.config = checkpoint.load_denoiser(run.fetch(step), rate=rate)
         self.denoiser = denoiser.to(self.device)
         self.about = {"step": step, "content": run.checkpoint(step)["content"]}
         self.size = int(run.section()["image_size"])
@@ -73,22 +74,28 @@ class Drawer:
         about: dict[str, Any] | None = self.run.section().get("first_stage")
         if not about:
             return None
-        found = latents.opened(str(self.run.first_stage()) if about["source"] == latents.IN_THE_RUN
-                               else about["source"])
+        found = _first_stage(self.run, about)
         if latents.digest(found) != about["sha256"]:
             raise ValueError(f"the first stage {about['source']} is not the one that the run {self.run.name} was "
                              f"trained with")
         return replace(found, scale=about["scale"])
 
 
-def opened(run: Run, step: int) -> Drawer:
-    """The drawer of a checkpoint; the last one is kept in this process."""
-    return _opened(run, step, run.checkpoint(step)["content"])
+def opened(run: Run, step: int, rate: float = 0.0) -> Drawer:
+    """The drawer of a checkpoint and one of its averages; the last one is kept in this process."""
+    about = run.section().get("first_stage")
+    # A first stage that lies elsewhere may be another one by now.
+    return _opened(run, step, rate, run.checkpoint(step)["content"] + (
+        latents.digest(_first_stage(run, about)) if about else ""))
 
 
 @lru_cache(maxsize=1)
-def _opened(run: Run, step: int, content: str) -> Drawer:
-    return Drawer(run, step)
+def _opened(run: Run, step: int, rate: float, content: str) -> Drawer:
+    return Drawer(run, step, rate)
+
+
+def _first_stage(run: Run, about: dict[str, Any]) -> FirstStage:
+    return latents.opened(str(run.first_stage()) if about["source"] == latents.IN_THE_RUN else about["source"])
 
 
 def same_encoder(run: Run, encoder: clip.ClipConfig, databases: Sequence[Dataset]) -> None:

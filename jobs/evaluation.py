@@ -231,7 +231,7 @@ class Evaluation(Stage):
     def setup(self) -> None:
         torch.set_num_threads(1)
         clip.load(self.encoder)
-        drawing.opened(self.run, self.step)
+        drawing.opened(self.run, self.step, self.how.ema)
 
     def process(self, item: Item, scratch: Path) -> Output:
         torch.set_num_threads(1)
@@ -248,7 +248,7 @@ class Evaluation(Stage):
                                  frozenset() if self.config.seen else frozenset(self._judges()["held_out"]))
             ids, _ = searcher.search(asked, how.k)
             context = np.concatenate([context, searcher.embeddings.rows(ids).astype(np.float32)], 1)
-        drawer = drawing.opened(self.run, self.step)
+        drawer = drawing.opened(self.run, self.step, self.how.ema)
         drawn = np.stack([drawer.draw(context, range(len(prompts)), replace(how, seed=how.seed + seed))
                           for seed in range(self.config.seeds)], 1)  # (P, seeds, S, S, 3)
         flat = drawn.reshape(-1, *drawn.shape[2:])

@@ -65,7 +65,7 @@ class Sampling(Stage):
 
     def section(self) -> dict[str, Any]:
         # What was before there was a choice.
-        later = {"sampler": "ddim", "eta": 0.0, "text_guidance": -1.0, "precision": "fp32"}
+        later = {"sampler": "ddim", "eta": 0.0, "text_guidance": -1.0, "precision": "fp32", "ema": 0.0}
         settings = {name: value for name, value in super().section().items() if value != later.get(name, ...)}
         settings |= {"prompts": list(self.prompts), "databases": [one.label for one in self.databases]}
         if self.pictures:
@@ -111,7 +111,7 @@ class Sampling(Stage):
 
     def process(self, item: Item, scratch: Path) -> Output:
         database = self.databases[item.inputs["number"]]
-        retriever, drawer = Retriever(database), drawing.opened(self.run, self.step)
+        retriever, drawer = Retriever(database), drawing.opened(self.run, self.step, self.config.ema)
         drawn = self._drawn(retriever)
         vectors = self._vectors(retriever, drawn)
         near = retriever.nearest(vectors, [one.position for one in self.queries], self.config.k, self.asked.pool,

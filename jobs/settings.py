@@ -97,6 +97,8 @@ class SampleConfig:
     """Guidance scale of the prompt's own vector, `guidance` then being that of the neighbours; -1: the same."""
     batch_size: int = 16
     """Pictures drawn at a time."""
+    ema: float = 0.0
+    """Rate of the average that is drawn from, of those that the run kept; 0: its first one."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """What the network computes in; auto: bf16 where the machine is faster in it, which moves some pixels."""
 
