@@ -33,7 +33,9 @@ def work(job: Job, stop: Callable[[], bool] | None = None) -> int:
     batches = Batches(job.dataset, job.database, k=job.config.k, global_batch=job.config.global_batch,
                       seed=job.config.seed, rank=rank, world=world, latents=job.latents,
                       own=job.config.own, size=job.config.image_size)
-    validate = Validation(job, job.validation) if job.validation and rank == 0 else None
+    validate = None
+    if job.validation:
+        validate = Validation(job, job.validation) if rank == 0 else lambda *_: {}
     step = _agreed(_whole(job.run) if rank == 0 else 0, device)
     metrics = tracker = None
     if rank == 0:

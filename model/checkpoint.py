@@ -9,8 +9,10 @@ rate), `optimizer.safetensors` AdamW's state as `exp_avg/NAME`, `exp_avg_sq/NAME
 import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn, optim
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model.config import TrainConfig, differences, from_dict, to_dict
 from model.ema import EMA
@@ -19,27 +21,38 @@ from model.unet import UNet
 FORMAT = 1
 
 
-def write(
-    folder: Path,
-    model: nn.Module,
-    ema: EMA,
-    optimizer: optim.Optimizer,
-    step: int,
-    config: TrainConfig,
-) -> None:
+Contents = dict[str, dict[str, Tensor]]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as it is, or put together from the parts of all processes, which all have to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def contents(model: nn.Module, ema: EMA, optimizer: optim.Optimizer, keep: bool) -> Contents:
+    """The tensors of a checkpoint on the CPU, by file and name; in a process that does not `keep` them, none."""
+    moments = {f"{kind}/{name}": tensor for name, weight in model.named_parameters()
+               for kind, tensor in optimizer.state[weight].items()}
+    parts = {"model.safetensors": model.state_dict()}
+    parts |= {average(rate, ema.decay): weights for rate, weights in ema.averages.items()}
+    parts["optimizer.safetensors"] = moments
+    found: Contents = {}
+    for file, tensors in parts.items():
+        for name, tensor in tensors.items():
+            if keep or isinstance(tensor, DTensor):
+                full = whole(tensor.detach())
+                if keep:
+                    found.setdefault(file, {})[name] = full.cpu().contiguous()
+    return found
+
+
+def write(folder: Path, tensors: Contents, step: int, updates: int, config: TrainConfig) -> None:
     """Write a complete checkpoint into the folder, creating it; publishing it is the caller's."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(_portable(model.state_dict()), folder / "model.safetensors")
-    for rate, weights in ema.averages.items():
-        save_file(_portable(weights), folder / average(rate, ema.decay))
-    moments = {
-        f"{kind}/{name}": tensor
-        for name, weight in model.named_parameters()
-        for kind, tensor in optimizer.state[weight].items()
-    }
-    save_file(_portable(moments), folder / "optimizer.safetensors")
-    about = {"format": FORMAT, "step": step, "ema_updates": ema.updates, "config": to_dict(config)}
+    for file, named in tensors.items():
+        save_file(named, folder / file)
+    about = {"format": FORMAT, "step": step, "ema_updates": updates, "config": to_dict(config)}
     (folder / "checkpoint.json").write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
 
 
@@ -81,10 +94,9 @@ def read(folder: Path, model: nn.Module, ema: EMA, optimizer: optim.Optimizer, c
         )
     if not (folder / "model.safetensors").is_file():
         raise ValueError(f"{folder} was converted: there is nothing in it to train on from")
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    fill(dict(model.named_parameters()), load_file(folder / "model.safetensors"))
     for rate, weights in ema.averages.items():
-        for name, tensor in load_file(folder / average(rate, ema.decay)).items():
-            weights[name].copy_(tensor)
+        fill(weights, load_file(folder / average(rate, ema.decay)))
     ema.updates = about["ema_updates"]
     moments: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(folder / "optimizer.safetensors").items():
@@ -92,9 +104,26 @@ def read(folder: Path, model: nn.Module, ema: EMA, optimizer: optim.Optimizer, c
         moments.setdefault(name, {})[kind] = tensor
     state = optimizer.state_dict()
     # AdamW numbers the weights in the order it was given them, which is that of the model.
-    state["state"] = {i: moments[name] for i, (name, _) in enumerate(model.named_parameters())}
+    state["state"] = {i: {kind: tensor if kind == "step" else _divided(tensor, weight)
+                          for kind, tensor in moments[name].items()}
+                      for i, (name, weight) in enumerate(model.named_parameters())}
     optimizer.load_state_dict(state)
     return about["step"]
+
+
+@torch.no_grad()
+def fill(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Give tensors other values, of each process's part its own; ValueError unless the names are the same."""
+    if tensors.keys() != values.keys():
+        raise ValueError(f"other weights than the network's: {sorted(tensors.keys() ^ values.keys())[:3]}")
+    for name, tensor in tensors.items():
+        tensor.copy_(_divided(values[name], tensor))
+
+
+def _divided(value: Tensor, like: Tensor) -> Tensor:
+    if isinstance(like, DTensor):
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    return value
 
 
 def average(rate: float, first: float) -> str:

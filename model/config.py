@@ -102,6 +102,8 @@ class TrainConfig:
     compile: bool = False
     channels_last: bool = False
     """Keep the channels of a place together in memory, which convolutions on GPUs like."""
+    fsdp: bool = False
+    """Each process keeps its part of the weights, averages and moments alone (FSDP2): for what does not fit."""
     accumulate: int = 1
     """Parts that a process's share of the batch is worked on in, one after the other: less memory, the same update."""
     checkpoint_every: int = 10_000
@@ -134,8 +136,8 @@ class TrainConfig:
 
 
 # What a resumed run may change: how long, how fast and how often, never what is learned.
-FREE_ON_RESUME = {"steps", "checkpoint_every", "log_every", "validate_every", "compile", "channels_last", "accumulate",
-                  "unet.checkpointing"}
+FREE_ON_RESUME = {"steps", "checkpoint_every", "log_every", "validate_every", "compile", "channels_last", "fsdp",
+                  "accumulate", "unet.checkpointing"}
 
 
 # Settings that came later: what has their defaults is what it was before there was a choice.

@@ -33,13 +33,13 @@ def tiny() -> TrainConfig:
 
 
 def emoji_32() -> TrainConfig:
-    """A pixel-space RDM on emoji of 32x32: two processes of one thread each, under an hour.
+    """A pixel-space RDM on emoji of 32x32: two processes of one thread each, about three quarters of an hour.
 
     Like `tiny`, with twice the width and a number of neighbours that changes, so that prompts alone and any number of
     neighbours mean something to it.
     """
     return TrainConfig(
-        steps=18_000,
+        steps=12_000,
         global_batch=32,
         unet=UNetConfig(
             model_channels=128,

@@ -19,9 +19,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn, optim
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from model import checkpoint, diffusion, flop, randomness
+from model.checkpoint import whole
 from model.config import TrainConfig
 from model.ema import EMA
 from model.precision import compute_dtype
@@ -80,7 +83,8 @@ def train(
     On rank 0, save(step, write) is called every `checkpoint_every` steps and at the end, where
     write(folder) writes a complete checkpoint; log(record) every `log_every` steps, with the
     loss averaged over the global batch and the interval; validate(step, network), given the
-    averaged network, every `validate_every` steps, what it returns being logged by itself.
+    averaged network, every `validate_every` steps, what it returns being logged by itself (all
+    processes are to be given one, or none).
     `resume` is a folder so written. With torch.distributed initialised process r of w has the
     pictures r B / w .. (r + 1) B / w of the global batch B.
     Raises ValueError if there are more processes than pictures or `resume` does not fit, and,
@@ -92,14 +96,16 @@ def train(
         raise ValueError(f"global_batch = {config.global_batch} is less than a picture for each of {world} processes")
     device = torch.device(device)
     state = _start(config, device, resume)
-    network = _shared(state.model, device) if dist.is_initialized() else state.model
+    network = _shared(state.model, device) if dist.is_initialized() and not config.fsdp else state.model
     meter = _Meter(config, device, world)
     saved = state.step
     every = config.validate_every or config.checkpoint_every
 
     def publish() -> None:
+        # Where each process has a part of everything, all of them bring theirs.
+        whole = checkpoint.contents(state.model, state.ema, state.optimizer, rank == 0)
         if rank == 0:
-            save(state.step, lambda folder: _write(folder, state, config))
+            save(state.step, lambda folder: checkpoint.write(folder, whole, state.step, state.ema.updates, config))
 
     with _enough_memory(config, world), closing(_ahead(config, batch_at, rank, world, state.step)) as stream:
         for inputs, waited in stream:
@@ -108,8 +114,10 @@ def train(
             record = meter.add(state.step, done, waited, inputs)
             if record and rank == 0:
                 log(record)
-            if validate and rank == 0 and (state.step % every == 0 or state.step == config.steps):
-                log({"step": state.step, **validate(state.step, _averaged(state, config))})
+            if validate and (state.step % every == 0 or state.step == config.steps):
+                averaged = _averaged(state, config)
+                if rank == 0:
+                    log({"step": state.step, **validate(state.step, averaged)})
                 meter.pause()
             if done.leaving:
                 break
@@ -137,6 +145,8 @@ def _start(config: TrainConfig, device: torch.device, resume: Path | None) -> St
     model = model.to(device).train()
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    if config.fsdp and dist.is_initialized():
+        _divide(model, device)
     optimizer = optim.AdamW(
         model.parameters(),
         lr=config.lr,
@@ -160,15 +170,20 @@ def _shared(model: nn.Module, device: torch.device) -> nn.Module:
     )
 
 
-def _write(folder: Path, state: State, config: TrainConfig) -> None:
-    checkpoint.write(folder, state.model, state.ema, state.optimizer, state.step, config)
+def _divide(model: UNet, device: torch.device) -> None:
+    """Leave each process its part of the weights; a block's are brought together while it works."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in (*model.input_blocks, model.middle_block, *model.output_blocks):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def _averaged(state: State, config: TrainConfig) -> UNet:
     """A network of its own with the averaged weights, to be looked at."""
     with torch.device("meta"):
         network = UNet(config.unet)
-    network.load_state_dict(state.ema.weights, assign=True)  # no copy: nothing is trained meanwhile
+    # No copy, unless it is in parts: nothing is trained meanwhile.
+    network.load_state_dict({name: whole(weight) for name, weight in state.ema.weights.items()}, assign=True)
     return network.eval().requires_grad_(False)
 
 
@@ -265,8 +280,7 @@ def _update(config: TrainConfig, network: nn.Module, state: State, inputs: Input
     parts = list(zip(*(one.chunk(config.accumulate) for one in (inputs.x0, inputs.eps, inputs.t, inputs.context)),
                      strict=True))
     for place, (x0, eps, t, context) in enumerate(parts):
-        last = place == len(parts) - 1
-        with contextlib.nullcontext() if last or world == 1 else network.no_sync():
+        with _synchronised(network, last=place == len(parts) - 1):
             losses = _losses(config, network, x0, eps, t, context)  # (B,)
             # DDP takes the mean of the processes' gradients, whose shares may differ by a picture.
             (losses.sum() / (config.global_batch / world)).backward()
@@ -280,7 +294,7 @@ def _update(config: TrainConfig, network: nn.Module, state: State, inputs: Input
         dist.all_reduce(shared)
         shared[:2] /= world
     limit = config.grad_clip or math.inf
-    grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), limit).item()
+    grad_norm = whole(nn.utils.clip_grad_norm_(state.model.parameters(), limit)).item()
     shared = shared.cpu()
     loss, leaving = shared[:2].tolist()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -295,6 +309,18 @@ def _update(config: TrainConfig, network: nn.Module, state: State, inputs: Input
     state.ema.update(state.model)
     state.step = number
     return _Done(loss, grad_norm, leaving > 0, shared[2:].reshape(2, _LEVELS))
+
+
+@contextlib.contextmanager
+def _synchronised(network: nn.Module, *, last: bool) -> Iterator[None]:
+    """Add the processes' gradients up after the last part of a step only."""
+    if isinstance(network, DistributedDataParallel) and not last:
+        with network.no_sync():
+            yield
+    else:
+        if isinstance(network, FSDPModule):
+            network.set_requires_gradient_sync(last)
+        yield
 
 
 def _losses(config: TrainConfig, network: nn.Module, x0: Tensor, eps: Tensor, t: Tensor, context: Tensor) -> Tensor:

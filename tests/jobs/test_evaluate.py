@@ -68,6 +68,10 @@ def test_everything_is_measured_and_said(root: Path, capsys: pytest.CaptureFixtu
     assert cli.main(["verify", "--root", str(root)]) == 0
     assert cli.main(["status", "--root", str(root)]) == 0
     assert "runs/small/evaluations/here" in capsys.readouterr().out
+    assert cli.main(["report", "--root", str(root)]) == 0
+    page = (root / "report.html").read_text()
+    part = page[page.index("<h2>The finding</h2>"):page.index("<h2>Training</h2>")]
+    assert all(name in part for name in findings.NAMES.values()) and part.count("data:image/webp") == 3
 
 
 def test_neighbours_are_of_the_style_and_never_the_subject_itself(root: Path) -> None:

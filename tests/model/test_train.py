@@ -1,6 +1,7 @@
 """Laws of training: stopping, sharing and averaging change nothing they should not."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -58,17 +59,23 @@ def test_resumed_is_never_stopped(tmp_path):
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("world", [2, 3])  # of eight pictures three processes have 2, 3 and 3
-def test_some_processes_equal_one(tmp_path, world):
+# Of eight pictures three processes have 2, 3 and 3. Half-way runs begin with a checkpoint of a single process.
+@pytest.mark.parametrize(("world", "way", "half_way"), [(2, "ddp", False), (3, "ddp", True), (2, "fsdp", False),
+                                                        (2, "fsdp", True)])
+def test_some_processes_equal_one(tmp_path, world, way, half_way):
     config = toy.config(steps=4)
-    _, alone = _run(config, tmp_path)
+    _, alone = _run(replace(config, checkpoint_every=2), tmp_path)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     folder = tmp_path / "two"
     folder.mkdir()
+    if half_way:
+        shutil.copytree(tmp_path / "0000002", folder / "0000002")
+        alone = alone[2:]
     script = str(Path(__file__).with_name("one_of_some.py"))
-    pair = [subprocess.Popen([sys.executable, script, str(r), str(world), port, str(folder)]) for r in range(world)]
+    pair = [subprocess.Popen([sys.executable, script, str(r), str(world), port, str(folder), way])
+            for r in range(world)]
     try:
         assert [process.wait(timeout=120) for process in pair] == [0] * world
     finally:
