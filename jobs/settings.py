@@ -200,7 +200,7 @@ _EMOJI_WORDS = ("emojione-monotone=monotone", "fluent-emoji=fluent", "fluent-emo
 def emoji_32() -> Settings:
     """The finding on emoji, small enough for two cores: 32 pixels, under an hour of training."""
     return replace(tiny(), train=networks.emoji_32(),
-                   sample=SampleConfig(sampler="dpm++", steps=20, precision="auto", batch_size=50),
+                   sample=SampleConfig(sampler="dpm++", steps=15, precision="auto", batch_size=50),
                    evaluate=EvaluateConfig(words=_EMOJI_WORDS, sweep_prompts=25))
 
 
