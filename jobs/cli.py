@@ -224,6 +224,7 @@ def _train(command: commands.TrainCommand, settings: Settings) -> int:
 def train(job: Job, config: ClusterConfig, *, local: bool, rebuild: bool = False) -> dict[str, Any] | None:
     """Bring a run to its sealed state; None in a process that does not speak for the run, or was stopped."""
     training = Training(job)
+    training.check()
     if rebuild and os.environ.get("RANK", "0") == "0":
         stage.empty(training)
     sealed = storage.join(training.folder, "manifest.json")
@@ -263,15 +264,17 @@ def _sample(command: commands.SampleCommand, settings: Settings) -> int:
 
 
 def _evaluate(command: commands.EvaluateCommand, settings: Settings) -> int:
-    from jobs.evaluation import Evaluation, Judging
+    from jobs.evaluation import Evaluation, Judging, same_data
     root = command.common.root
     run = Run.parse(root, command.run)
     trained = run.section()
     if "dataset" not in trained:
         raise ValueError(f"the run {run.name} was not trained here: what it has seen is not known")
     dataset, mixed = (Dataset.parse(root, trained[name]) for name in ("dataset", "database"))
-    databases = [Dataset.parse(root, name) for name in command.database] or [
-        one for one in datasets(root) if one.sealed("index") and one.name not in {dataset.name, mixed.name}]
+    newest = {one.name: one for one in sorted(datasets(root), key=lambda one: (len(one.version), one.version))
+              if one.sealed("index") and one.name not in {dataset.name, mixed.name}}
+    databases = [Dataset.parse(root, name) for name in command.database] or list(newest.values())
+    same_data(run, dataset)
     judging = Judging(run, dataset, databases, command.evaluate.judge_steps)
     if command.common.dry_run:
         return _dry_run(judging, command.stage.rebuild)

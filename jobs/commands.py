@@ -294,6 +294,6 @@ class DemoCommand:
     drawn: bool = False
     """Take the corpus drawn by the program instead of the emoji."""
     steps: int = 0
-    """Training steps; 0 takes the recipe's."""
+    """Training steps; 0: the recipe's, or 600 where a trained model comes along."""
     subjects: int = 300
     """Subjects of the drawn corpus."""

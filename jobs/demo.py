@@ -80,8 +80,9 @@ def run(root: str, settings: Settings, runner: stage.Runner, *, drawn: bool, dry
 def _bundled(root: str) -> Run:
     """The model that comes along as a run of the root."""
     run = Run.parse(root, TRAINED)
-    if not storage.exists(storage.join(run.folder, "manifest.json")):
-        portable.bring(run, portable.BUNDLED)
+    new = not storage.exists(storage.join(run.folder, "manifest.json"))
+    portable.bring(run, portable.BUNDLED)
+    if new:
         _log.info("%s: a model of %d steps that comes along", run.path, run.latest_step())
     return run
 

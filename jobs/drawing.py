@@ -108,3 +108,9 @@ def same_encoder(run: Run, encoder: clip.ClipConfig, databases: Sequence[Dataset
             raise ValueError(f"{name} belongs to another encoder than {encoder.model} ({encoder.pretrained}): "
                              f"they differ in {', '.join(differing)}\n"
                              f"hint: --model and --pretrained as when it was embedded")
+
+
+def searched(database: Dataset) -> dict[str, dict[str, Any]]:
+    """The stages of a database that a search depends on, as inputs of another stage."""
+    stages = ["index", "embeddings", "shards"] + (["tombstones"] if database.sealed("tombstones") else [])
+    return {f"{name} of {database.label}": database.identity(name) for name in stages}

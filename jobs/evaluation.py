@@ -7,6 +7,7 @@ style a sample has. Two stages: the judges of a run and its databases, and the s
 
 import io
 import json
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from jobs import drawing, findings
-from jobs.drawing import same_encoder
+from jobs.drawing import same_encoder, searched
 from jobs.runs import Run
 from jobs.settings import EvaluateConfig, SampleConfig
 from model import judge
@@ -31,6 +32,7 @@ from pipeline.dataset import Dataset, Embeddings, file_of, metadata
 from pipeline.index import Searcher
 from pipeline.stage import Item, Output, Stage
 
+_log = logging.getLogger(__name__)
 _BLOCK = 1 << 16  # training vectors that are compared at a time
 
 
@@ -58,8 +60,12 @@ def held_out(dataset: Dataset, databases: Sequence[Dataset]) -> list[str]:
     return sorted(found, key=lambda caption: (-found[caption], lot(caption)))
 
 
-@lru_cache(maxsize=32)
 def _captions(dataset: Dataset) -> frozenset[str]:
+    return _captions_of(dataset, dataset.identity("shards")["digest"])
+
+
+@lru_cache(maxsize=32)
+def _captions_of(dataset: Dataset, content: str) -> frozenset[str]:
     return frozenset(row["caption"].strip() for record in dataset.manifest("shards")["items"]
                      for row in metadata(dataset, record, ["caption"]) if (row["caption"] or "").strip())
 
@@ -79,8 +85,13 @@ def pictures_of(dataset: Dataset, size: int) -> np.ndarray:
     found = []
     for record in dataset.manifest("shards")["items"]:
         path = dataset.fetch("shards", file_of(record, ".tar"), check=True)
-        found += [images.pixels(tars.picture(sample)) for sample in tars.read(path)]
-    return averaged(np.stack(found), size)
+        pictures = [images.pixels(tars.picture(sample)) for sample in tars.read(path)]
+        if len({one.shape for one in pictures}) > 1:
+            raise ValueError(f"the pictures of {dataset.label} have different sizes, a judge needs one\n"
+                             f"hint: shard with --resize center_crop")
+        if pictures:
+            found.append(averaged(np.stack(pictures), size))
+    return np.concatenate(found)
 
 
 class Judging(Stage):
@@ -92,6 +103,8 @@ class Judging(Stage):
         if len(databases) < 2:
             raise ValueError(f"to tell styles apart takes two databases at least, not {len(databases)}\n"
                              f"hint: --database noto --database openmoji")
+        if len({_id("", one) for one in databases}) < len(databases):
+            raise ValueError(f"a database is named twice: {', '.join(one.label for one in databases)}")
         super().__init__(run.root, f"{run.path}/judges/", None)
         self.run, self.dataset, self.databases, self.steps = run, dataset, tuple(databases), steps
         self.path = f"{run.path}/judges/{stage.fingerprint(self)[:12]}"
@@ -193,15 +206,17 @@ class Evaluation(Stage):
 
     def section(self) -> dict[str, Any]:
         return {"evaluate": super().section(), "sample": json.loads(json.dumps(asdict(self.how))),
+                "encoder": [self.encoder.model, self.encoder.precision],
                 "databases": [one.label for one in self.databases], "mixed": self.mixed.label,
                 "prompts": list(self.given)}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         found = {"checkpoint": stage.identity(self.root, f"{self.run.path}/checkpoints/{self.step:07d}",
                                               self.run.command),
-                 "judges": stage.identity(self.root, self.judging.path, self.judging.command),
-                 "index of the run": self.mixed.identity("index")}
-        return found | {f"index of {one.label}": one.identity("index") for one in self.databases}
+                 "judges": stage.identity(self.root, self.judging.path, self.judging.command)}
+        for one in (self.mixed, *self.databases):
+            found |= searched(one)
+        return found
 
     def plan(self) -> list[Item]:
         same_encoder(self.run, self.encoder, [self.mixed, *self.databases])
@@ -220,7 +235,7 @@ class Evaluation(Stage):
 
     def _ways(self, prompts: int) -> list[tuple[Asked, int]]:
         few = min(self.config.sweep_prompts, prompts)
-        ways = [(way, prompts) for way in WAYS]
+        ways = [(way, prompts) for way in WAYS if way.source or self.how.text]
         ways += [(Asked(f"k-{k}", False, "style", k=k), few) for k in self.config.sweep_k]
         return ways + [(Asked(f"guidance-{scale:g}", False, "style", guidance=scale), few)
                        for scale in self.config.sweep_guidance]
@@ -230,6 +245,7 @@ class Evaluation(Stage):
 
     def setup(self) -> None:
         torch.set_num_threads(1)
+        same_encoder(self.run, self.encoder, [self.mixed, *self.databases])
         clip.load(self.encoder)
         drawing.opened(self.run, self.step, self.how.ema)
 
@@ -244,10 +260,11 @@ class Evaluation(Stage):
                                for prompt in prompts]) if way.named else plain
         context, ids = asked[:, None], np.empty((len(prompts), 0), np.int64)
         if way.source:
-            searcher = _searcher(database if way.source == "style" else self.mixed,
-                                 frozenset() if self.config.seen else frozenset(self._judges()["held_out"]))
+            source = database if way.source == "style" else self.mixed
+            unseen = frozenset(self._judges()["held_out"]) | set(prompts)
+            searcher = _searcher(source, json.dumps(searched(source)), frozenset() if self.config.seen else unseen)
             ids, _ = searcher.search(asked, how.k)
-            context = np.concatenate([context, searcher.embeddings.rows(ids).astype(np.float32)], 1)
+            context = np.concatenate([context] * how.text + [searcher.embeddings.rows(ids).astype(np.float32)], 1)
         drawer = drawing.opened(self.run, self.step, self.how.ema)
         drawn = np.stack([drawer.draw(context, range(len(prompts)), replace(how, seed=how.seed + seed))
                           for seed in range(self.config.seeds)], 1)  # (P, seeds, S, S, 3)
@@ -261,10 +278,12 @@ class Evaluation(Stage):
         found = {"judge": judge.judged(network, flat), "probe": judge.probed(probe, vectors),
                  "clip": np.einsum("psd,pd->ps", vectors.reshape(len(prompts), self.config.seeds, -1),
                                    plain).reshape(-1).round(4), "nearest": near.round(4), "nearest_row": rows}
-        # The distance of what came out to real pictures of the style that it was to have.
+        # The distance of what came out to real pictures of the style that it was to have, of other subjects.
         real = Embeddings(database).all().astype(np.float32)
+        real = np.delete(real, rows_with(database, frozenset(self._judges()["held_out"])), 0)
+        groups = np.repeat(np.arange(len(prompts)), self.config.seeds)
         document = {"way": way.id, "style": style, "prompts": prompts, "neighbors": ids.tolist(),
-                    "kid": round(judge.kid(vectors, real), 6),
+                    "kid": round(judge.kid(vectors, real, groups), 6),
                     **{name: values.reshape(len(prompts), -1).tolist() for name, values in found.items()}}
         (scratch / "found.json").write_bytes(storage.json_bytes(document))
         _tiled(drawn).save(scratch / "pictures.png")
@@ -279,13 +298,15 @@ class Evaluation(Stage):
         found = [json.loads(storage.read_bytes(storage.join(self.folder, f"{record['id']}.json")))
                  for record in records]
         document = findings.summary(found, [one.label for one in self.databases], self._judges())
+        document["unseen"] = set(found[0]["prompts"]) <= set(self._judges()["held_out"])
         document |= {"run": self.run.name, "step": self.step, "settings": self.section()}
         (scratch / "evaluation.json").write_bytes(storage.json_bytes(document))
         (scratch / "table.md").write_text(findings.table(document))
         findings.plot(document, scratch / "plot.png")
-        for way in WAYS[:4]:
-            self._grid(way.id, found).save(scratch / f"grid-{way.id}.png")
-        names = ["evaluation.json", "table.md", "plot.png", *(f"grid-{way.id}.png" for way in WAYS[:4])]
+        drawn = [way.id for way in WAYS if way.named or way.source == "style" if way.source or self.how.text]
+        for way in drawn:
+            self._grid(way, found).save(scratch / f"grid-{way}.png")
+        names = ["evaluation.json", "table.md", "plot.png", *(f"grid-{way}.png" for way in drawn)]
         return Output(files={name: scratch / name for name in names},
                       info={"step": self.step, **{row["way"]: row["judge"]["mean"] for row in document["ways"]}})
 
@@ -333,7 +354,7 @@ def _png(picture: np.ndarray) -> bytes:
 
 
 @lru_cache(maxsize=16)
-def _searcher(database: Dataset, away: frozenset[str]) -> Searcher:
+def _searcher(database: Dataset, content: str, away: frozenset[str]) -> Searcher:
     return Searcher(database, rows_with(database, away))
 
 
@@ -344,3 +365,19 @@ def _judges_of(folder: str, files: str, styles: int) -> tuple[judge.Judge, np.nd
     network = judge.Judge(styles)
     network.load_state_dict(load_file(paths["judge.safetensors"]))
     return network.eval().requires_grad_(False), np.load(paths["probe.npy"], allow_pickle=False)
+
+
+def same_data(run: Run, dataset: Dataset) -> None:
+    """ValueError unless a run was trained on the shards that a dataset has now: else held out means nothing.
+
+    Of a run that was brought from elsewhere it is only said: pictures that were drawn anew may differ in a few bits.
+    """
+    then, now = run.lineage().get("shards", {}).get("digest"), dataset.identity("shards")["digest"]
+    if then == now:
+        return
+    if run.section().get("step"):  # an imported one
+        _log.warning("evaluate: %s is not, byte by byte, what %s was trained on: what is held out here may have been "
+                     "seen there", dataset.label, run.name)
+        return
+    raise ValueError(f"{dataset.label} was rebuilt since {run.name} was trained on it: what the run has seen is not "
+                     f"known\nhint: train it anew, or name what to draw with --prompt")

@@ -69,8 +69,8 @@ def table(document: dict[str, Any]) -> str:
                          f"{'' if none else _percent(row['probe'])} | {row['clip']['mean']:.3f} | "
                          f"{'' if none else format(row['kid'], '.4f')} | {row['nearest']['mean']:.3f} |")
     kid = float(np.mean([one["kid"] for one in real["styles"]]))
-    lines.append(f"| real pictures of these subjects | {100 * real['judge']:.1f} % | {100 * real['probe']:.1f} % | | "
-                 f"{kid:.4f} | {real['nearest']:.3f} |")
+    lines.append(f"| real pictures of held-out subjects | {100 * real['judge']:.1f} % | {100 * real['probe']:.1f} % "
+                 f"| | {kid:.4f} | {real['nearest']:.3f} |")
     sweeps = [row for row in document["ways"] if row["way"] not in NAMES]
     if sweeps:
         lines += ["", "| swapped databases | judge | probe | CLIP score | KID |", "|---|---|---|---|---|"]
@@ -95,7 +95,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
     sweeps = {name: [(float(row["way"].split("-", 1)[1]), row) for row in document["ways"]
                      if row["way"].startswith(f"{name}-")] for name in ("k", "guidance")}
     chance, styles = 100 / len(document["styles"]), document["styles"]
-    figure, axes = pyplot.subplots(1, 4, figsize=(15, 4), width_ratios=(1.3, 2.4, 1, 1), layout="constrained")
+    figure, axes = pyplot.subplots(1, 4, figsize=(15, 4.4), width_ratios=(1.2, 2.6, 1, 1), layout="constrained")
     colours = pyplot.get_cmap("tab10").colors
     axes[0].bar(range(len(ways)), [100 * row["judge"]["mean"] for row in ways],
                 yerr=_errors(row["judge"] for row in ways), color=colours[:len(ways)], capsize=3)
@@ -111,7 +111,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
                  label="real pictures")
     axes[1].set_xticks(range(len(styles)), styles, rotation=30, ha="right")
     axes[1].set_title("style by style")
-    axes[1].legend(fontsize=7, loc="lower right")
+    figure.legend(*axes[1].get_legend_handles_labels(), fontsize=8, loc="outside upper center", ncols=len(ways) + 1)
     for axis, (name, points) in zip(axes[2:], sweeps.items(), strict=True):
         points.sort(key=lambda point: point[0])
         for what, style in (("judge", "o-"), ("probe", "s--")):
@@ -121,7 +121,8 @@ def plot(document: dict[str, Any], path: Path) -> None:
             axis.set_xscale("log", base=2)
             axis.set_xticks([x for x, _ in points], [f"{x:g}" for x, _ in points])
             axis.legend(fontsize=7)
-        axis.set_title(f"swapped databases, {name}")
+        axis.set_title("swapped databases")
+        axis.set_xlabel("neighbours k" if name == "k" else name)
     for axis in axes:
         axis.axhline(chance, color="grey", linewidth=0.8, linestyle=":")
         axis.set_ylim(0, 100)

@@ -11,7 +11,7 @@ from pipeline import stage, storage
 from pipeline.stage import Item, Output, Stage
 
 BUNDLED = Path(__file__).parents[1] / "model" / "emoji_32"
-_KEPT = ("encoder", "image_size", "dataset", "database", "first_stage")
+_KEPT = ("encoder", "image_size", "dataset", "database", "first_stage", "lineage")
 
 
 def export(run: Run, step: int, out: Path) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def export(run: Run, step: int, out: Path) -> dict[str, Any]:
 
     ValueError where the run draws in the space of a first stage that lies in the run itself.
     """
-    section, step = run.section(), step or run.latest_step()
+    section, step = run.section() | {"lineage": run.lineage()}, step or run.latest_step()
     if (section.get("first_stage") or {}).get("source") == "first_stage":
         raise ValueError(f"the run {run.name} has its first stage with it\nhint: copy {run.folder} as it is")
     if out.exists() and any(out.iterdir()):

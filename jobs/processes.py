@@ -44,9 +44,9 @@ def work(job: Job, stop: Callable[[], bool] | None = None) -> int:
 
     def save(reached: int, write: Callable[[Any], None]) -> None:
         with stage.scratch_folder("checkpoint") as scratch:
-            write(scratch)
+            write(scratch / "checkpoint")
             metrics.flush()
-            job.run.publish(reached, scratch)
+            job.run.publish(reached, scratch / "checkpoint")
         job.run.forget(KEEP_CHECKPOINTS)
 
     def log(record: dict[str, Any]) -> None:
@@ -88,13 +88,17 @@ def in_processes(job: Job) -> bool:
 
 
 def _whole(run: Run) -> int:
-    """The step of the newest checkpoint whose files are as its manifest says, 0 without one."""
+    """The step of the newest checkpoint whose files are as its manifest says, 0 without one.
+
+    Those after it are no checkpoints any more: nobody shall draw with one, or take the run for finished.
+    """
     for step in reversed(run.steps()):
         try:
             run.fetch(step)
         except (ValueError, FileNotFoundError) as error:
-            _log.warning("train: checkpoint %d of the run %s cannot be used, the one before is taken: %s", step,
-                         run.name, str(error).splitlines()[0])
+            _log.warning("train: checkpoint %d of the run %s cannot be used, the one before is taken, or the run "
+                         "begins anew: %s", step, run.name, str(error).splitlines()[0])
+            run.discard(step)
         else:
             return step
     return 0

@@ -1,7 +1,9 @@
 """The folder of a training run: <root>/runs/<run>/ with its checkpoints, curve and samples."""
 
+import os
 import re
 import shutil
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +52,8 @@ class Run:
     def lineage(self) -> dict[str, Any]:
         """What the run is made from: the folders of data, database and neighbours, and what was in them."""
         try:
-            return storage.read_json(storage.join(self.folder, "plan.json"))["inputs"]
+            plan = storage.read_json(storage.join(self.folder, "plan.json"))
+            return plan["section"].get("lineage") or plan["inputs"]
         except FileNotFoundError:
             return {}
 
@@ -103,8 +106,10 @@ class Run:
         local.mkdir(exist_ok=True)
         for name, path in paths.items():
             if not (local / name).exists():
-                shutil.copyfile(path, local / f".{name}")
-                (local / f".{name}").replace(local / name)
+                # The processes of a node do this at the same time.
+                own = local / f".{name}-{os.getpid()}-{threading.get_ident()}"
+                shutil.copyfile(path, own)
+                own.replace(local / name)
         return local
 
     def publish(self, step: int, folder: Path) -> None:
@@ -120,6 +125,10 @@ class Run:
     def forget(self, keep: int) -> None:
         """Remove all complete checkpoints but the newest `keep`; the manifest goes first."""
         for step in self.steps()[:-keep]:
-            target = storage.join(self.folder, "checkpoints", f"{step:07d}")
-            storage.remove(storage.join(target, "manifest.json"))
-            storage.remove_tree(target)
+            self.discard(step)
+
+    def discard(self, step: int) -> None:
+        """Remove a checkpoint; the manifest goes first."""
+        target = storage.join(self.folder, "checkpoints", f"{step:07d}")
+        storage.remove(storage.join(target, "manifest.json"))
+        storage.remove_tree(target)

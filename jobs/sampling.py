@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from jobs import drawing, queries, retrieval
-from jobs.drawing import Drawer, same_encoder
+from jobs.drawing import Drawer, same_encoder, searched
 from jobs.mixtures import Mixture, mixture
 from jobs.queries import Query
 from jobs.retrieval import Drawn, Near, Retriever
@@ -65,7 +65,7 @@ class Sampling(Stage):
 
     def section(self) -> dict[str, Any]:
         # What was before there was a choice.
-        later = {"sampler": "ddim", "eta": 0.0, "text_guidance": -1.0, "precision": "fp32", "ema": 0.0}
+        later = {"sampler": "ddim", "eta": 0.0, "text_guidance": -1.0, "precision": "fp32", "ema": 0.0, "text": True}
         settings = {name: value for name, value in super().section().items() if value != later.get(name, ...)}
         settings |= {"prompts": list(self.prompts), "databases": [one.label for one in self.databases]}
         if self.pictures:
@@ -79,9 +79,7 @@ class Sampling(Stage):
         found = {"checkpoint": stage.identity(self.root, f"{self.run.path}/checkpoints/{self.step:07d}",
                                               self.run.command)}
         for database in self._members():
-            found[f"index of {database.label}"] = database.identity("index")
-            found[f"embeddings of {database.label}"] = database.identity("embeddings")
-            found[f"shards of {database.label}"] = database.identity("shards")
+            found |= searched(database)
             if self.asked.unconditional:
                 found[f"p_D of {database.label}"] = retrieval.p_d_identity(self._train(), database)
         return found
@@ -107,6 +105,7 @@ class Sampling(Stage):
     def setup(self) -> None:
         # On a CPU the bytes of a picture depend on how a sum is split among threads.
         torch.set_num_threads(1)
+        same_encoder(self.run, self.encoder, self._members())
         clip.load(self.encoder)
 
     def process(self, item: Item, scratch: Path) -> Output:
@@ -160,8 +159,8 @@ class Sampling(Stage):
         return storage.read_bytes(storage.join(self.folder, query.carried))
 
     def _draw(self, drawer: Drawer, vectors: np.ndarray, near: Near) -> list[Image.Image]:
-        """The pictures of all queries; those of p_D see their neighbours alone, as in training."""
-        own = sum(one.kind != "p_D" for one in self.queries)
+        """The pictures of all queries; those of p_D, or all, see their neighbours alone, as in training."""
+        own = sum(one.kind != "p_D" for one in self.queries) if self.config.text else 0
         positions = [one.position for one in self.queries]
         context = np.concatenate([vectors[:own, None], near.vectors[:own]], 1)  # (queries, 1 + k, D)
         drawn = [drawer.draw(context, positions[:own], self.config),

@@ -83,6 +83,8 @@ class SampleConfig:
 
     k: int = 4
     """Neighbours of the text that join its vector in the context."""
+    text: bool = True
+    """Put the text's own vector before its neighbours; without, it only finds them."""
     guidance: float = 2.0
     """Guidance scale s: eps_u + s (eps_c - eps_u); 1 is none."""
     seed: int = 0
@@ -108,6 +110,8 @@ class SampleConfig:
         for name, least in (("k", 0), ("batch_size", 1), ("steps", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"sample.{name} = {getattr(self, name)}: must be at least {least}")
+        if not self.text and (self.k < 1 or self.text_guidance >= 0):
+            raise ValueError("sample.text = false: takes neighbours, and no guidance of the text's own")
         if self.sampler not in ("ddim", "dpm++", "euler", "heun"):
             raise ValueError(f"sample.sampler = {self.sampler!r}: must be ddim, dpm++, euler or heun")
         if not 0 <= self.eta <= 1:

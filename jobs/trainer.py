@@ -24,11 +24,12 @@ def train(job: Job, config: ClusterConfig, watch: Callable[[dict[str, Any]], Non
     """
     stage.prepare(Training(job))
     cluster.connect()
+    launch = uuid.uuid4().hex
     with stage.scratch_folder("ray-train") as scratch:
         # Every worker of every node needs to reach Ray's own folder; nothing of ours is kept in it.
         shared = storage.join(job.run.folder, "ray") if storage.is_local(job.run.folder) else str(scratch)
         trainer = TorchTrainer(
-            _loop, train_loop_config={"job": job},
+            _loop, train_loop_config={"job": job, "launch": launch},
             torch_config=TorchConfig(backend="nccl" if config.gpus else "gloo", timeout_s=600),
             scaling_config=ScalingConfig(num_workers=_number(config), use_gpu=config.gpus > 0,
                                          resources_per_worker={"CPU": config.cpus} | (
@@ -43,6 +44,8 @@ def train(job: Job, config: ClusterConfig, watch: Callable[[dict[str, Any]], Non
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
+            if known := _known(job, launch):
+                raise known from error
             raise stage.StageFailed(f"train: the run {job.run.name} failed {config.max_failures + 1} times: "
                                     f"{_first_line(error)}\nhint: run the same command again; it continues from the "
                                     f"newest checkpoint") from error
@@ -61,7 +64,31 @@ def _number(config: ClusterConfig) -> int | tuple[int, int]:
 
 
 def _loop(config: dict[str, Any]) -> None:
-    work(config["job"])
+    # What will happen again is not tried again: the first to meet it writes it down.
+    if known := _known(config["job"], config["launch"]):
+        raise known
+    try:
+        work(config["job"])
+    except tuple(_HOPELESS.values()) as error:
+        kind = next(name for name, one in _HOPELESS.items() if isinstance(error, one))
+        storage.put_json({"launch": config["launch"], "kind": kind, "message": str(error)}, _place(config["job"]))
+        raise
+
+
+_HOPELESS: dict[str, type[Exception]] = {one.__name__: one for one in (FloatingPointError, MemoryError, ValueError)}
+
+
+def _place(job: Job) -> str:
+    return storage.join(job.run.folder, "fault.json")
+
+
+def _known(job: Job, launch: str) -> Exception | None:
+    """The error that ended this launch for good, if one did."""
+    try:
+        fault = storage.read_json(_place(job))
+    except FileNotFoundError:
+        return None
+    return _HOPELESS[fault["kind"]](fault["message"]) if fault["launch"] == launch else None
 
 
 def _follow(job: Job, watch: Callable[[dict[str, Any]], None], done: threading.Event) -> None:

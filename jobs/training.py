@@ -86,6 +86,17 @@ class Training(Stage):
                              f"--latents trains on latents")
         return [Item("run")]
 
+    def check(self) -> None:
+        """ValueError unless there is what the run shall be looked at with."""
+        if self.job.validation is None:
+            return
+        self.job.validation.identity("shards")
+        self.job.validation.identity(f"neighbors/{self.job.database.label}")
+        if self.job.config.own != "none":
+            self.job.validation.identity(OWN[self.job.config.own])
+        if self.job.latents:
+            self.job.validation.identity("latents")
+
     def process(self, item: Item, scratch: Any) -> Output:
         """What the finished run left: the curve, and the checkpoint it ended with."""
         step = self.job.run.latest_step()

@@ -76,7 +76,7 @@ def halve(folder: Path, out: Path) -> dict:
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise ValueError(f"{folder}: there are weights too large for half precision")
     save_file(weights, out / "ema.safetensors")
-    return about | {"ema_updates": 0}
+    return about | {"ema_updates": 0, "config": about["config"] | {"ema_more": []}}
 
 
 def read(folder: Path, model: nn.Module, ema: EMA, optimizer: optim.Optimizer, config: TrainConfig) -> int:

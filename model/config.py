@@ -153,6 +153,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
                 for name, value in values.items() if name not in later or value != later[name]}
 
     values = {name: value for name, value in to_dict(config).items() if name not in FREE_ON_RESUME}
+    values["unet"]["checkpointing"] = False  # free, too, and in the plans of runs that there are
     return settled(json.loads(json.dumps(values)), _LATER)
 
 

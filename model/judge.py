@@ -128,16 +128,19 @@ def _with_one(vectors: np.ndarray) -> np.ndarray:
     return np.concatenate([10 * vectors.astype(np.float32), np.ones((len(vectors), 1), np.float32)], 1)
 
 
-def kid(one: np.ndarray, other: np.ndarray) -> float:
+def kid(one: np.ndarray, other: np.ndarray, groups: np.ndarray | None = None) -> float:
     """Kernel Inception distance between two sets of unit vectors (N, D) and (M, D), on whatever features they are.
 
     The unbiased estimate of the squared maximum mean discrepancy with the kernel (x y + 1)^3 (Binkowski et al. 2018,
     arXiv:1801.01401, section 4, where the product is divided by D because the features are not of unit length); it may
-    be a little below zero. NaN for sets of fewer than two.
+    be a little below zero. Vectors of `one` with the same of `groups` (N,) were not drawn independently: such pairs are
+    left out. NaN where no pair is left.
     """
     n, m = len(one), len(other)
-    if min(n, m) < 2:
-        return math.nan
     x, y = one.astype(np.float64), other.astype(np.float64)
     xx, yy, xy = ((a @ b.T + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-    return float((xx.sum() - np.trace(xx)) / (n * (n - 1)) + (yy.sum() - np.trace(yy)) / (m * (m - 1)) - 2 * xy.mean())
+    groups = np.arange(n) if groups is None else groups
+    apart = groups[:, None] != groups[None]
+    if not apart.any() or m < 2:
+        return math.nan
+    return float(xx[apart].mean() + (yy.sum() - np.trace(yy)) / (m * (m - 1)) - 2 * xy.mean())

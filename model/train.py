@@ -115,10 +115,10 @@ def train(
             if record and rank == 0:
                 log(record)
             if validate and (state.step % every == 0 or state.step == config.steps):
-                averaged = _averaged(state, config)
-                if rank == 0:
-                    log({"step": state.step, **validate(state.step, averaged)})
-                meter.pause()
+                with meter.paused():
+                    averaged = _averaged(state, config)
+                    if rank == 0:
+                        log({"step": state.step, **validate(state.step, averaged)})
             if done.leaving:
                 break
             if state.step % config.checkpoint_every == 0:
@@ -192,7 +192,10 @@ def _enough_memory(config: TrainConfig, world: int) -> Iterator[None]:
     """MemoryError, naming what to change, where torch has none left."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        # On a CPU it is no error of its own.
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
         share = -(-config.global_batch // world)
         raise MemoryError(
             f"out of memory with {share} pictures a process in {config.accumulate} parts: "
@@ -277,7 +280,9 @@ def _update(config: TrainConfig, network: nn.Module, state: State, inputs: Input
     world = dist.get_world_size() if dist.is_initialized() else 1
     # The loss, whether to leave, and the losses by level: one word for all, so that all processes see the same.
     shared = torch.zeros(2 + 2 * _LEVELS, dtype=torch.float64, device=device)
-    parts = list(zip(*(one.chunk(config.accumulate) for one in (inputs.x0, inputs.eps, inputs.t, inputs.context)),
+    # As many parts in every process, whose shares may differ by a picture: FSDP2 has them wait for each other.
+    count = min(config.accumulate, config.global_batch // world)
+    parts = list(zip(*(one.tensor_split(count) for one in (inputs.x0, inputs.eps, inputs.t, inputs.context)),
                      strict=True))
     for place, (x0, eps, t, context) in enumerate(parts):
         with _synchronised(network, last=place == len(parts) - 1):
@@ -344,9 +349,12 @@ class _Meter:
         self.losses: list[float] = []
         self.by_level = torch.zeros(2, _LEVELS, dtype=torch.float64)
 
-    def pause(self) -> None:
-        """Begin the interval anew: what was between belongs to no step."""
-        self.since = time.perf_counter()
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time inside belongs to no step."""
+        started = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - started
 
     def add(self, step: int, done: _Done, waited: float, inputs: Inputs) -> dict[str, Any] | None:
         """Count a finished step; at the end of an interval, its record."""

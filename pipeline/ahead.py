@@ -1,5 +1,6 @@
 """Numbered things that are opened in the background, before they are asked for."""
 
+import contextlib
 import queue
 import threading
 import weakref
@@ -58,7 +59,8 @@ def _work(jobs: queue.SimpleQueue, open_: Callable[[int], _T]) -> None:
 
 def _end(jobs: queue.SimpleQueue, threads: int) -> None:
     """Let the threads end, without what is still waiting."""
-    while not jobs.empty():
-        jobs.get_nowait()[0].cancel()
+    with contextlib.suppress(queue.Empty):  # a thread may be quicker
+        while True:
+            jobs.get_nowait()[0].cancel()
     for _ in range(threads):
         jobs.put(None)

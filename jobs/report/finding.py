@@ -25,7 +25,8 @@ def evaluation(root: Root, run: Run, name: str, album: Album) -> Child:
                 tag("td", f"{row['kid']:.4f}" if "kid" in row else "–"), tag("td", f"{row['nearest']['mean']:.3f}"))
             for row in document["ways"] if row["way"] in findings.NAMES]
     real = document["real"]
-    caption = tag("figcaption", f"Samples of subjects that training never saw, at step {number(document['step'])}: the "
+    what = "Samples of subjects that training never saw" if document["unseen"] else "Samples of given prompts"
+    caption = tag("figcaption", f"{what}, at step {number(document['step'])}: the "
                   f"share whose style is that asked for, by a network that judges pixels and by a linear probe on CLIP "
                   f"vectors, with 95 % intervals. Of real pictures of such subjects the judge knows "
                   f"{100 * real['judge']:.0f} %, the probe {100 * real['probe']:.0f} %; chance is "

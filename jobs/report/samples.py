@@ -100,8 +100,10 @@ def _explained(document: dict[str, Any], shown: Sequence[dict[str, Any]]) -> str
 
 def _settings(document: dict[str, Any], shown: Sequence[dict[str, Any]]) -> str:
     steps = sorted({one["checkpoint"]["step"] for one in shown})
-    return (f"Checkpoint at step {', '.join(f'{step:,}' for step in steps)}; {document['steps']} DDIM steps, guidance "
-            f"{document['guidance']:g}, seed {document['seed']}, {amount(document['k'], 'neighbour')}.")
+    names = {"ddim": "DDIM", "dpm++": "DPM-Solver++", "euler": "Euler", "heun": "Heun"}
+    name = names[document.get("sampler", "ddim")]
+    return (f"Checkpoint at step {', '.join(f'{step:,}' for step in steps)}; {document['steps']} {name} steps, "
+            f"guidance {document['guidance']:g}, seed {document['seed']}, {amount(document['k'], 'neighbour')}.")
 
 
 def _drawn(one: dict[str, Any] | None, data: dict[str, bytes | None], album: Album) -> Child:

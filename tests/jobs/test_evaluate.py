@@ -93,6 +93,16 @@ def test_neighbours_are_of_the_style_and_never_the_subject_itself(root: Path) ->
     assert met
 
 
+def test_neighbours_alone_are_drawn_from_without_the_text(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _evaluate(root, "--name", "alone", "--no-text") == 0
+    document = json.loads((root / "runs/small/evaluations/alone/evaluation.json").read_text())
+    assert "text" not in {row["way"] for row in document["ways"]}
+    assert _evaluate(root, "--name", "nothing", "--no-text", "--sweep-k", "1") == 0
+    with contextlib.suppress(SystemExit):
+        assert _evaluate(root, "--no-text", "--k", "0") == 2
+    assert "takes neighbours" in " ".join(capsys.readouterr().err.split())
+
+
 def test_neither_the_number_of_workers_nor_a_second_run_changes_anything(root: Path, cluster) -> None:
     assert _evaluate(root, "--name", "one") == 0
     ray = ["evaluate", "small", *[word for name in STYLES for word in ("--database", name)], "--root", str(root), *FEW]

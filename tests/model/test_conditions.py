@@ -81,7 +81,8 @@ def test_a_learned_null_stands_for_zeros_and_learns():
 def test_what_was_there_before_the_choices_is_the_same_run_still():
     config = toy.config()
     old = to_dict(config)
-    for name in ("context_norm", "random_k", "p_drop_neighbor", "neighbor_noise", "own"):
+    for name in ("context_norm", "random_k", "p_drop_neighbor", "neighbor_noise", "own", "image_size", "ema_more",
+                 "accumulate", "channels_last", "fsdp", "validate_every"):
         del old[name]
     del old["unet"]["learned_null"], old["diffusion"]["min_snr"]
     assert from_dict(json.loads(json.dumps(old))) == config
@@ -89,6 +90,7 @@ def test_what_was_there_before_the_choices_is_the_same_run_still():
     for name in ("steps", "checkpoint_every", "log_every", "compile"):
         del old[name]
     assert kept == json.loads(json.dumps(old))
+    assert identity(replace(config, unet=replace(config.unet, checkpointing=True))) == kept
     assert identity(replace(config, own="image"))["own"] == "image"
     assert identity(replace(config, diffusion=DiffusionConfig(min_snr=5.0)))["diffusion"]["min_snr"] == 5.0
 

@@ -64,6 +64,19 @@ def test_kid_is_about_nothing_for_the_same_and_grows_with_the_distance() -> None
     assert np.isnan(judge.kid(some[:1], some))
 
 
+def test_kid_does_not_take_pictures_of_one_prompt_for_independent_ones() -> None:
+    rng = np.random.default_rng(2)
+    centre = np.eye(2, 8)[0]
+    real = _vectors(200, centre, rng)
+    once = [_vectors(100, centre, rng) for _ in range(20)]
+    twice = [np.repeat(some[:50], 2, 0) for some in once]  # two pictures of each prompt that are quite the same
+    groups = np.repeat(np.arange(50), 2)
+    honest = np.mean([judge.kid(some, real, groups) for some in twice])
+    assert abs(honest - np.mean([judge.kid(some, real) for some in once])) < 0.02
+    assert np.mean([judge.kid(some, real) for some in twice]) > honest + 0.01
+    assert np.isnan(judge.kid(once[0][:2], real, np.zeros(2)))
+
+
 def test_kid_is_what_its_definition_says() -> None:
     rng = np.random.default_rng(1)
     one, other = _vectors(5, np.ones(4), rng), _vectors(7, np.ones(4), rng)
