@@ -29,7 +29,7 @@ EMOJI_PROMPTS = ("red apple", "house", "soccer ball", "sunflower", "red heart", 
 _log = logging.getLogger(__name__)
 
 
-def run(root: str, settings: Settings, runner: stage.Runner, *, drawn: bool, dry_run: bool, steps: int,
+def run(root: str, settings: Settings, runner: stage.Runner, *, drawn: bool, dry_run: bool, steps: int = 0,
         train: Callable[[Job], Any]) -> str:
     """Bring everything below `root` to its sealed state; the address of the report, "" on a dry run.
 

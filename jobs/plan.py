@@ -30,7 +30,8 @@ class Corpus:
 
 
 # Of the demo; of ImageNet with patches of OpenImages (arXiv:2204.11824); a corpus of LAION's kind, its size assumed.
-CORPORA = {"tiny": Corpus(7_795, 0, 1), "imagenet_400m": Corpus(1_281_167, 20_000_000, 4),
+CORPORA = {**dict.fromkeys(("tiny", "emoji_32", "emoji_64"), Corpus(10_114, 0, 1)),
+           "imagenet_400m": Corpus(1_281_167, 20_000_000, 4),
            "ffhq_415m": Corpus(70_000, 20_000_000, 4),
            "laion_1p3b": Corpus(100_000_000, 20_000_000, 16)}
 

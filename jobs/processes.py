@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from jobs import tracking, validation
+from jobs import tracking
 from jobs.runs import Run
 from jobs.training import Job, Training
 from jobs.validation import Validation
@@ -53,7 +53,7 @@ def work(job: Job, stop: Callable[[], bool] | None = None) -> int:
         if "loss" in record:
             tracker.add(metrics.add(record | {"world_size": world}))
         else:
-            tracker.add(metrics.note(record), picture=validation.grid(job.run, record["step"]))
+            tracker.add(metrics.note(record), picture=job.run.validated(record["step"]))
 
     try:
         return train(job.config, batches.at, device=device, save=save, log=log, stop=stop, validate=validate,

@@ -49,6 +49,10 @@ class Run:
         except FileNotFoundError:
             raise ValueError(f"there is no run {self.name} in {self.root}\nhint: {self.command}") from None
 
+    def validated(self, step: int) -> str:
+        """The address of the pictures of a validation."""
+        return storage.join(self.folder, "validation", f"{step:07d}.png")
+
     def lineage(self) -> dict[str, Any]:
         """What the run is made from: the folders of data, database and neighbours, and what was in them."""
         try:

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from jobs.runs import Run
 from jobs.training import Job
 from model import diffusion, randomness
 from model.config import TrainConfig
@@ -65,7 +64,7 @@ class Validation:
         if not self.job.latents:
             buffer = io.BytesIO()
             self._grid(network, device).save(buffer, "PNG")
-            storage.put_bytes(buffer.getvalue(), grid(self.job.run, step))
+            storage.put_bytes(buffer.getvalue(), self.job.run.validated(step))
         return losses
 
     @torch.no_grad()
@@ -111,11 +110,6 @@ class Validation:
         shards = np.searchsorted(offsets, rows, side="right") - 1
         return torch.from_numpy(np.stack([parts[shard][row - offsets[shard], 0] for shard, row in
                                           zip(shards, rows, strict=True)])).float()
-
-
-def grid(run: Run, step: int) -> str:
-    """The address of the pictures of a validation."""
-    return storage.join(run.folder, "validation", f"{step:07d}.png")
 
 
 def _sampler(config: TrainConfig) -> Any:

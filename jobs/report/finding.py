@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jobs import findings, tracking, validation
+from jobs import findings, tracking
 from jobs.report.page import Album, Child, brief, number, scrolling, tag
 from jobs.report.root import Root
 from jobs.runs import Run
@@ -57,7 +57,7 @@ def validated(run: Run, album: Album) -> Child:
             f"{brief(last['validation_loss'])} with their neighbours, {brief(last['validation_shuffled'])} with those "
             f"of others, {brief(last['validation_nobody'])} with none.")
     try:
-        picture = album.picture(storage.read_bytes(validation.grid(run, last["step"])), "drawn in validation", side=900)
+        picture = album.picture(storage.read_bytes(run.validated(last["step"])), "drawn in validation", side=900)
     except FileNotFoundError:  # latents are not drawn
         picture = None
     return tag("figure", tag("h3", run.name, tag("small", "validation")), picture, tag("figcaption", said))
