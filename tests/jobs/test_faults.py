@@ -160,7 +160,8 @@ def test_s3_holds_the_same_bytes_as_a_local_disk(undisturbed: Path, s3: str, set
     root = f"{s3}/root"
     assert main(_arguments(root, settings_file, "--local")) == 0
     assert _manifests(root) == _manifests(str(undisturbed))
-    assert not [fault for one in status.of(root) for fault in verify.folder(root, one["path"])]
+    assert not [fault for one in status.of(root) if one["path"] != UNINDEXED
+                for fault in verify.folder(root, one["path"])]
     assert main(_arguments(root, settings_file, "--local")) == 0
 
 
