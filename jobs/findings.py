@@ -65,8 +65,8 @@ def table(document: dict[str, Any]) -> str:
     for row in document["ways"]:
         if row["way"] in NAMES:
             none = row["way"] == "neither"
-            lines.append(f"| {NAMES[row['way']]} | {'' if none else _percent(row['judge'])} | "
-                         f"{'' if none else _percent(row['probe'])} | {row['clip']['mean']:.3f} | "
+            lines.append(f"| {NAMES[row['way']]} | {'' if none else percent(row['judge'])} | "
+                         f"{'' if none else percent(row['probe'])} | {row['clip']['mean']:.3f} | "
                          f"{'' if none else format(row['kid'], '.4f')} | {row['nearest']['mean']:.3f} |")
     kid = float(np.mean([one["kid"] for one in real["styles"]]))
     lines.append(f"| real pictures of held-out subjects | {100 * real['judge']:.1f} % | {100 * real['probe']:.1f} % "
@@ -74,14 +74,15 @@ def table(document: dict[str, Any]) -> str:
     sweeps = [row for row in document["ways"] if row["way"] not in NAMES]
     if sweeps:
         lines += ["", "| swapped databases | judge | probe | CLIP score | KID |", "|---|---|---|---|---|"]
-        lines += [f"| {row['way'].replace('-', ' = ', 1)} | {_percent(row['judge'])} | {_percent(row['probe'])} | "
+        lines += [f"| {row['way'].replace('-', ' = ', 1)} | {percent(row['judge'])} | {percent(row['probe'])} | "
                   f"{row['clip']['mean']:.3f} | {row['kid']:.4f} |" for row in sweeps]
     chance = 1 / len(document["styles"])
     return "\n".join([*lines, "", f"{len(document['styles'])} styles, so chance is {100 * chance:.1f} %; in brackets "
                       f"95 % of bootstrapped prompts."]) + "\n"
 
 
-def _percent(value: dict[str, float]) -> str:
+def percent(value: dict[str, float]) -> str:
+    """A share and its interval, in percent."""
     return f"{100 * value['mean']:.1f} % [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
 
 

@@ -14,7 +14,7 @@ from model.precision import compute_dtype
 from model.sample import initial_noise, sample
 from model.unet import UNet
 from pipeline import images, lookup, neighbors, storage
-from pipeline.batches import averaged
+from pipeline.batches import OWN, averaged
 from pipeline.contact_sheet import contact_sheet
 from pipeline.dataset import Dataset, Embeddings, file_of
 
@@ -41,8 +41,8 @@ class Validation:
                              f"{self.config.k}\nhint: neighbors {dataset.label} --k {self.config.k} --rebuild")
         context = torch.from_numpy(Embeddings(job.database).rows(ids)).float()  # (N, k, D)
         if self.config.own != "none":
-            of = {"image": "embeddings", "caption": "text_embeddings"}[self.config.own]
-            context = torch.cat([torch.from_numpy(Embeddings(dataset, of).rows(rows)).float()[:, None], context], 1)
+            own = Embeddings(dataset, OWN[self.config.own]).rows(rows)
+            context = torch.cat([torch.from_numpy(own).float()[:, None], context], 1)
         self.context = self.config.context_norm * context
         self.pictures = lookup.samples(dataset, rows[:_SHOWN].tolist())
         near = sorted({int(row) for row in ids[:_SHOWN].ravel() if row >= 0})

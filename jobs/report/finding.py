@@ -1,7 +1,5 @@
 """What evaluations found, and what validations saw."""
 
-from typing import Any
-
 from jobs import findings, tracking
 from jobs.report.page import Album, Child, brief, number, scrolling, tag
 from jobs.report.root import Root
@@ -20,10 +18,15 @@ def evaluation(root: Root, run: Run, name: str, album: Album) -> Child:
     document = storage.read_json(storage.join(folder, "evaluation.json"))
     head = tag("tr", tag("th", "the style is named by", scope="col"), (
         tag("th", what, scope="col") for what in ("judge", "probe", "CLIP score", "KID", "nearest in training")))
-    rows = [tag("tr", tag("th", findings.NAMES[row["way"]], scope="row"), tag("td", _percent(row.get("judge"))),
-                tag("td", _percent(row.get("probe"))), tag("td", f"{row['clip']['mean']:.3f}"),
-                tag("td", f"{row['kid']:.4f}" if "kid" in row else "–"), tag("td", f"{row['nearest']['mean']:.3f}"))
-            for row in document["ways"] if row["way"] in findings.NAMES]
+    rows = []
+    for row in document["ways"]:
+        if row["way"] in findings.NAMES:
+            asked = row["way"] != "neither"  # which asks for no style
+            shares = [findings.percent(row[judge]) if asked else "–" for judge in ("judge", "probe")]
+            cells = (*shares, f"{row['clip']['mean']:.3f}", f"{row['kid']:.4f}" if asked else "–",
+                     f"{row['nearest']['mean']:.3f}")
+            name_ = tag("th", findings.NAMES[row["way"]], scope="row")
+            rows.append(tag("tr", name_, (tag("td", one) for one in cells)))
     real = document["real"]
     what = "Samples of subjects that training never saw" if document["unseen"] else "Samples of given prompts"
     caption = tag("figcaption", f"{what}, at step {number(document['step'])}: the "
@@ -39,12 +42,6 @@ def evaluation(root: Root, run: Run, name: str, album: Album) -> Child:
     return tag("figure", tag("h3", run.name, tag("small", name), root.mark(path)),
                scrolling(tag("table", tag("thead", head), tag("tbody", rows))), pictures[0], words[0], pictures[1],
                words[1], pictures[2], caption)
-
-
-def _percent(value: dict[str, Any] | None) -> str:
-    if not value or "low" not in value:
-        return "–"
-    return f"{100 * value['mean']:.1f} % [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
 
 
 def validated(run: Run, album: Album) -> Child:
