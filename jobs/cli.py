@@ -165,6 +165,62 @@ def _index(command: commands.IndexCommand, settings: Settings) -> int:
     return 0
 
 
+def _rebuild(command: commands.RebuildCommand, settings: Settings) -> int:
+    from jobs import rebuild
+    root, name = storage.normal(command.common.root), Dataset.parse(command.common.root, command.dataset).name
+    if "@" in command.dataset:
+        raise ValueError(f"{command.dataset}: a rebuild makes the next version itself\nhint: rebuild {name}")
+    one = rebuild.Rebuild(root, name, command.shard, command.embed, command.index, command.rebuild)
+    if command.common.dry_run:
+        print(json.dumps(one.forecast(), indent=1))
+        return 0
+    with runner(command) as run_with:
+        print(json.dumps(rebuild.run(one, lambda stage_: stage.run(
+            stage_, run_with, watch=watcher(stage_.name.replace("_", " "))))))
+    return 0
+
+
+def _versions(command: commands.VersionsCommand, settings: Settings) -> int:
+    from jobs import versions
+    found = versions.of(command.common.root, Dataset.parse(command.common.root, command.dataset).name)
+    print(json.dumps(found, indent=1) if command.json else versions.table(found))
+    return 0
+
+
+def _rollback(command: commands.RollbackCommand, settings: Settings) -> int:
+    from jobs import versions
+    name = Dataset.parse(command.common.root, command.dataset).name
+    print(json.dumps(versions.rollback(command.common.root, name, command.to, dry_run=command.common.dry_run)))
+    return 0
+
+
+def _gc(command: commands.GcCommand, settings: Settings) -> int:
+    from jobs import versions
+    name = Dataset.parse(command.common.root, command.dataset).name
+    found = versions.gc(command.common.root, name, command.gc, dry_run=command.common.dry_run)
+    print(json.dumps(found, indent=1) if command.json else versions.removed_table(found, command.common.dry_run))
+    return 0
+
+
+def _credits(command: commands.CreditsCommand, settings: Settings) -> int:
+    from jobs import credits
+    found = credits.of(command.sample)
+    if command.sheet and not command.common.dry_run:
+        credits.sheet(found, Path(command.sheet))
+        _log.info("credits: the pictures are in %s", command.sheet)
+    print(json.dumps(found, indent=1) if command.json else credits.text(found))
+    return 0
+
+
+def _forget(command: commands.ForgetCommand, settings: Settings) -> int:
+    from jobs import forget
+    root = command.common.root
+    wanted = forget.asked(root, command.sha256, command.url, command.key, command.domain)
+    found = forget.forget(root, wanted, command.note, dry_run=command.common.dry_run)
+    print(json.dumps(found, indent=1) if command.json else forget.text(found))
+    return 0
+
+
 def _neighbors(command: commands.NeighborsCommand, settings: Settings) -> int:
     dataset = Dataset.parse(command.common.root, command.dataset)
     database = Dataset.parse(command.common.root, command.database or command.dataset)
@@ -393,6 +449,9 @@ _VERBS: dict[str, tuple[type, Callable[[Any, Settings], int]]] = {
     "export": (commands.ExportCommand, _export),
     "train": (commands.TrainCommand, _train), "sample": (commands.SampleCommand, _sample),
     "evaluate": (commands.EvaluateCommand, _evaluate),
+    "rebuild": (commands.RebuildCommand, _rebuild), "versions": (commands.VersionsCommand, _versions),
+    "rollback": (commands.RollbackCommand, _rollback), "gc": (commands.GcCommand, _gc),
+    "credits": (commands.CreditsCommand, _credits), "forget": (commands.ForgetCommand, _forget),
     "report": (commands.ReportCommand, _report), "status": (commands.StatusCommand, _status),
     "verify": (commands.VerifyCommand, _verify), "plan": (commands.PlanCommand, _plan),
     "demo": (commands.DemoCommand, _demo),

@@ -5,7 +5,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from jobs.rebuild import RebuildConfig
 from jobs.settings import ClusterConfig, ConvertConfig, EvaluateConfig, LatentsConfig, QueryConfig, SampleConfig
+from jobs.versions import GcConfig
 from model.config import TrainConfig
 from pipeline.embed import EmbedConfig
 from pipeline.index import IndexConfig
@@ -92,6 +94,82 @@ class IndexCommand:
     """Train nothing: take over the index of this version (NAME@VERSION), with the rows that came and went."""
     tombstone: str = ""
     """Build nothing: searches leave out the samples whose keys this text file names, a line each."""
+
+
+@dataclass(frozen=True)
+class RebuildCommand:
+    """Bring a published database up to its source: make what changed, judge it, swap it in."""
+
+    dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET", help="Name of the dataset.")]
+    shard: Flat[ShardConfig]
+    embed: Flat[EmbedConfig]
+    index: IndexConfig
+    rebuild: Flat[RebuildConfig]
+    cluster: Flat[ClusterConfig]
+    common: Flat[Common]
+
+
+@dataclass(frozen=True)
+class VersionsCommand:
+    """List the versions of a published database: what changed in each, and who is bound to it."""
+
+    dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET", help="Name of the dataset.")]
+    common: Flat[Common]
+    json: bool = False
+    """As JSON."""
+
+
+@dataclass(frozen=True)
+class RollbackCommand:
+    """Publish an earlier version of a database again."""
+
+    dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET", help="Name of the dataset.")]
+    common: Flat[Common]
+    to: str = ""
+    """The version, as in v2; by default the one before the published one."""
+
+
+@dataclass(frozen=True)
+class GcCommand:
+    """Remove versions of a published database that nobody needs any more."""
+
+    dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET", help="Name of the dataset.")]
+    gc: Flat[GcConfig]
+    common: Flat[Common]
+    json: bool = False
+    """As JSON."""
+
+
+@dataclass(frozen=True)
+class CreditsCommand:
+    """Name the pictures that a sample drew on, with source and licence."""
+
+    sample: Annotated[str, tyro.conf.Positional,
+                      tyro.conf.arg(metavar="SAMPLE", help="Picture or samples.json in runs/RUN/samples/.")]
+    common: Flat[Common]
+    sheet: str = ""
+    """Write a contact sheet of them to this file (.png)."""
+    json: bool = False
+    """As JSON."""
+
+
+@dataclass(frozen=True)
+class ForgetCommand:
+    """Take pictures out of every database, and keep them out; say what used them."""
+
+    common: Flat[Common]
+    sha256: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Hash of a picture, as it was fetched or as it is stored; repeat the flag for more."""
+    url: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Address of a picture, or its name in the folder that it came from; repeat the flag for more."""
+    key: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """DATASET/KEY of a sample, or DATASET@VERSION/KEY; repeat the flag for more."""
+    domain: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Every picture from this host and those below it; repeat the flag for more."""
+    note: str = ""
+    """Why, or who asked; it is kept with the request."""
+    json: bool = False
+    """As JSON."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from model import checkpoint, randomness
 from model.first_stage import FirstStage
 from model.precision import compute_dtype
 from model.sample import Denoiser, Guidance, initial_noise, sample
-from pipeline import clip, embed
+from pipeline import clip, embed, tombstones
 from pipeline.dataset import Dataset
 
 
@@ -112,5 +112,5 @@ def same_encoder(run: Run, encoder: clip.ClipConfig, databases: Sequence[Dataset
 
 def searched(database: Dataset) -> dict[str, dict[str, Any]]:
     """The stages of a database that a search depends on, as inputs of another stage."""
-    stages = ["index", "embeddings", "shards"] + (["tombstones"] if database.sealed("tombstones") else [])
-    return {f"{name} of {database.label}": database.identity(name) for name in stages}
+    found = {name: database.identity(name) for name in ("index", "embeddings", "shards")}
+    return {f"{name} of {database.label}": one for name, one in (found | tombstones.identities(database)).items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal
 
+from jobs.rebuild import RebuildConfig
 from model import recipes as networks
 from model.config import TrainConfig
 from pipeline.embed import EmbedConfig
@@ -189,6 +190,7 @@ class Settings:
     train: TrainConfig = field(default_factory=networks.tiny)
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    rebuild: RebuildConfig = field(default_factory=RebuildConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 

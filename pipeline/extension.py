@@ -40,6 +40,10 @@ _SAMPLE = 10_000  # rows whose error is measured
 _TINY = 1e-6  # errors are rounded to this
 
 
+class Drifted(StageFailed):
+    """The added vectors are too far from those of the training: it is time to train anew."""
+
+
 class Extension(Index):
     """The stage from the embeddings of a dataset and the index of another version to index/."""
 
@@ -94,9 +98,9 @@ class Extension(Index):
     def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
         info = records[0]["info"]
         if info["drift"] > self.config.max_drift:
-            raise StageFailed(f"index: the vectors added to {self.base.label} are quantised with {info['drift']} times "
-                              f"the error of its training, --max-drift allows {self.config.max_drift}\n"
-                              f"hint: train anew: {self.dataset.command('index')} --rebuild")
+            raise Drifted(f"index: the vectors added to {self.base.label} are quantised with {info['drift']} times "
+                          f"the error of its training, --max-drift allows {self.config.max_drift}\n"
+                          f"hint: train anew: {self.dataset.command('index')} --rebuild")
         return super().finish(records, scratch)
 
     def _filled(self, embeddings: Embeddings, change: "Change", scratch: Path) -> tuple[Any, int]:

@@ -109,15 +109,14 @@ class Neighbors(Stage):
                  "database": self.database.identity("embeddings"), "database_shards": self.database.identity("shards")}
         if self.config.method == "index":
             found["index"] = self.database.identity("index")
-        if self.database.sealed("tombstones"):
-            found["tombstones"] = self.database.identity("tombstones")
+        found |= tombstones.identities(self.database)
         return found
 
     def plan(self) -> list[Item]:
         embed.same_encoder(self.dataset, self.database)
         inputs = self.inputs()
-        made_from = stage.digest([inputs.get(name) for name in ("database", "database_shards", "index",
-                                                                      "tombstones")])
+        made_from = stage.digest([*map(inputs.get, ("database", "database_shards", "index", "tombstones")),
+                                  *filter(None, [inputs.get("forgotten")])])
         shards = {record["id"]: record for record in self.dataset.manifest("shards")["items"]}
         if self.config.copy_bits >= 0:
             for one in {self.dataset, self.database}:

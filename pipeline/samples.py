@@ -42,6 +42,7 @@ COLUMNS = {"caption": pa.string(), "url": pa.string(), "key": pa.string(), "stat
 PATCH_COLUMNS = {"patch_left": pa.int32(), "patch_top": pa.int32(), "patch_short_side": pa.int32()}
 HASH_COLUMNS = {"pixel_sha256": pa.string(), "phash": pa.uint64(), "mean_colour": pa.list_(pa.uint8())}
 SUCCESS, NOT_FETCHED, NOT_USABLE = "success", "failed_to_download", "failed_to_resize"
+FORGOTTEN = "forgotten"
 _KINDS = {"bool": pa.bool_(), "int64": pa.int64(), "double": pa.float64()}
 _READERS = 32  # pictures that are read at once from a store that is far
 _IN_HAND = 4  # rows that a thread takes at a time where nothing has to be fetched for them
@@ -188,9 +189,9 @@ class Packing:
     """The shard under way: lanes that fetch, threads that decode and encode, a spool, and the counts."""
 
     def __init__(self, config: "ShardConfig", shard: str, digits: int, scratch: Path, beat: Beat,
-                 known: Mapping[str, str]) -> None:
+                 known: Mapping[str, str], refused: frozenset[str] = frozenset()) -> None:
         self.config, self.shard, self.digits, self.beat = config, shard, digits, beat
-        self._known = known
+        self._known, self._refused = known, refused
         self.tar, self.parquet = scratch / "shard.tar", scratch / "shard.parquet"
         self._spool, self._tar = Spool(scratch / "spool"), tars.Writer(self.tar)
         self._done = self._written = 0  # of the first rows
@@ -265,6 +266,8 @@ class Packing:
                     raise NotFetched(bad.reason, bad.detail) from None
             if data is None:
                 raise NotFetched("picture_missing", row.missing)
+            if self._refused and hashlib.sha256(data).hexdigest() in self._refused:
+                raise BadPicture(FORGOTTEN, "")
             made = make(self.config, row, data, keys)
         except BadPicture as bad:
             made = failed(row, keys[0], bad)

@@ -18,7 +18,7 @@ from pipeline import images, samples, sources, stage, storage
 from pipeline.dataset import Dataset, file_of
 from pipeline.download import DownloadConfig
 from pipeline.records import infos
-from pipeline.sources import Part, Reading, Source
+from pipeline.sources import Part, Reading, Row, Source
 from pipeline.stage import Entry, Item, Output, Stage, StageFailed, name_by_content, totals
 
 # Bytes a pixel that pictures take: img2dataset's table of a million of 256 x 256, and some for the metadata.
@@ -139,7 +139,8 @@ class Shard(Stage):
     """
 
     name = "shard"
-    by_choice = frozenset({"too_small", "too_narrow", "robots", "duplicate"})
+    by_choice = frozenset({"too_small", "too_narrow", "robots", "duplicate", samples.FORGOTTEN})
+    refused: frozenset[str] = frozenset()  # sha256 of fetched bytes that nothing is made of
 
     def __init__(self, dataset: Dataset, config: ShardConfig, base: Dataset | None = None,
                  folder: str = "shards") -> None:
@@ -215,10 +216,10 @@ class Shard(Stage):
         reading = Reading()
         digits = max(4, len(str(self.config.rows_per_shard - 1)))
         known = storage.read_json(storage.join(self.folder, item.inputs["types"])) if "types" in item.inputs else {}
-        packing = samples.Packing(self.config, item.id, digits, scratch, self.beat, known)
+        packing = samples.Packing(self.config, item.id, digits, scratch, self.beat, known, self.refused)
         files = self.source.fetch == "file"
         read = getattr(self.source, "read", None) if files else _nothing_to_read
-        packing.run(self.source.rows(self.folder, item.inputs, scratch, reading),
+        packing.run(self._rows(item.inputs, scratch, reading),
                     None if self.source.fetch == "url" else read,
                     far=files and not storage.is_local(self.config.source[0]))
         ledger = packing.finish()
@@ -230,6 +231,10 @@ class Shard(Stage):
             info["retried"] = item.inputs["count"]
         return Output(packing.samples, {f"{item.id}.tar": packing.tar, f"{item.id}.parquet": packing.parquet}, ledger,
                       info, aside={f"{item.id}_stats.json": packing.stats()}, mended=item.inputs.get("mended", {}))
+
+    def _rows(self, inputs: dict[str, Any], scratch: Path, reading: Reading) -> Iterator[Row]:
+        """The rows of an item, in order."""
+        return self.source.rows(self.folder, inputs, scratch, reading)
 
     def again(self, items: Sequence[Item], done: Sequence[dict[str, Any]]) -> Iterable[Item]:
         return self._again(items, done, self.folder)

@@ -178,12 +178,19 @@ def fingerprint(stage: Stage, inputs: dict[str, dict[str, Any]] | None = None) -
     return digest([FORMAT, stage.name, stage.section(), inputs if inputs is not None else stage.inputs()])
 
 
-def manifest_of(folder: str, command: str) -> dict[str, Any]:
-    """The manifest of a sealed stage folder; ValueError with the `command` that would finish it."""
+def manifest_of(folder: str, command: str, sha256: str | None = None) -> dict[str, Any]:
+    """The manifest of a sealed stage folder; ValueError with the `command` that would finish it.
+
+    ValueError too if its bytes are not those of `sha256`, the hash under which it was published.
+    """
     try:
-        manifest = storage.read_json(storage.join(folder, "manifest.json"))
+        data = storage.read_bytes(storage.join(folder, "manifest.json"))
     except FileNotFoundError:
         raise ValueError(f"{folder} is not sealed: it has no manifest.json\nhint: {command}") from None
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError(f"{folder}/manifest.json is not the one that was published: somebody changed this version\n"
+                         f"hint: python -m jobs verify --against current tells what else; rollback to another version")
+    manifest = storage.json_of(data, storage.join(folder, "manifest.json"))
     if not isinstance(manifest, dict) or not manifest.keys() >= _MANIFEST_KEYS:
         raise ValueError(f"{folder}/manifest.json is damaged\nhint: python -m jobs verify tells what else is")
     if isinstance(manifest["items"], dict):
@@ -706,12 +713,12 @@ def name_by_content(name: str, data: bytes) -> str:
     return f"{stem}-{hashlib.sha256(data).hexdigest()[:12]}{dot}{ending}"
 
 
-def identity(root: str, path: str, command: str) -> dict[str, Any]:
+def identity(root: str, path: str, command: str, sha256: str | None = None) -> dict[str, Any]:
     """How another stage names the sealed folder `path` below `root` among its inputs.
 
     ValueError if that folder is stale: its rows would be taken for those of an input it was not made from.
     """
-    manifest = manifest_of(storage.join(root, path), command)
+    manifest = manifest_of(storage.join(root, path), command, sha256)
     if changed := changed_inputs(root, manifest):
         raise ValueError(f"{storage.join(root, path)} is stale: {', '.join(changed)} changed since\n"
                          f"hint: make it again, with its own settings: {command} --rebuild")

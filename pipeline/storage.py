@@ -7,6 +7,7 @@ S3 credentials and endpoint are boto's own environment (`AWS_ENDPOINT_URL`, `AWS
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -63,8 +64,16 @@ def join(url: str, *parts: str) -> str:
 
 
 def place(folder: str, name: str) -> str:
-    """Where a manifest's file is: below `folder`, or at the whole address that an adopted file has for a name."""
-    return name if "://" in name or name.startswith("/") else join(folder, name)
+    """Where a manifest's file is: below `folder`, or at the whole address that an adopted file has for a name.
+
+    A name with `../` before it is that of a file beside the folder: another version's, which is not copied.
+    """
+    if "://" in name or name.startswith("/"):
+        return name
+    base = folder.rstrip("/")
+    while name.startswith("../"):
+        base, name = base.rpartition("/")[0], name.removeprefix("../")
+    return join(base, name)
 
 
 def normal(url: str) -> str:
@@ -183,6 +192,29 @@ def walk(url: str) -> Iterator[tuple[str, int | None]]:
             yield name, int(info["size"])
 
 
+def stamps(url: str) -> dict[str, str]:
+    """What each file below `url` looks like from outside, by relative name: size and time, or size and ETag.
+
+    A file with the same stamp as before is taken to have the same bytes. Hidden names are left out.
+    """
+    if is_local(url):
+        base = local_path(url)
+        found = ((name, os.stat(base / name)) for name, length in walk(url) if length is not None)
+        return {name: f"{stat.st_size}-{stat.st_mtime_ns}" for name, stat in found}
+    fs, path = _open(url)
+    with _speaking(url, "list"):
+        listed = fs.find(path, detail=True)
+    return {full[len(path):].lstrip("/"): f"{info['size']}-{info.get('ETag') or info.get('mtime')}".replace('"', "")
+            for full, info in listed.items()}
+
+
+def modified(url: str) -> float:
+    """When the file at `url` was written, in seconds of the epoch; FileNotFoundError if there is none."""
+    fs, path = _open(url)
+    with _speaking(url, "look at"):
+        return fs.modified(path).timestamp()
+
+
 def glob(pattern: str) -> list[str]:
     """Sorted addresses of the files that match a pattern (*, **, ?)."""
     fs, path = _open(normal(pattern))
@@ -227,8 +259,13 @@ def read_bytes(url: str) -> bytes:
 
 def read_json(url: str) -> Any:
     """The JSON document at `url`; ValueError with its address if it is not JSON."""
+    return json_of(read_bytes(url), url)
+
+
+def json_of(data: bytes, url: str) -> Any:
+    """The JSON document that was read from `url`; ValueError with its address if it is not JSON."""
     try:
-        return json.loads(read_bytes(url))
+        return json.loads(data)
     except json.JSONDecodeError as error:
         raise ValueError(f"{url} is not JSON ({error})\nhint: was it edited or cut?") from error
 
@@ -311,6 +348,85 @@ def _create_object(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> Non
             if left == 0 or "ConditionalRequestConflict" not in str(error):
                 raise
             time.sleep(0.2)
+
+
+def swap_bytes(data: bytes, url: str, expected: bytes | None) -> bool:
+    """Put `data` at `url` if `expected` stands there (None: nothing); whether it was put. Of two racers one wins.
+
+    On a file system a lock in the folder keeps other swappers out, and readers see a rename. On S3 the write has
+    a condition (If-Match, If-None-Match) which not every store knows: `can_swap` asks it.
+    """
+    if expected is None:
+        return create_bytes(data, url)
+    if is_local(url):
+        path = str(local_path(url))
+        with _locked(os.path.dirname(path)):
+            if not exists(url) or read_bytes(url) != expected:
+                return False
+            put_bytes(data, url)
+        return True
+    # A pointer is small enough to be put in one piece, and the ETag of such an object is the MD5 of its bytes;
+    # where it is not (some encryption), the store's own answer is asked for.
+    fs, path = _open(url)
+    with _speaking(url, "look at"):
+        try:
+            etag = fs.info(path, refresh=True)["ETag"]
+        except FileNotFoundError:
+            return False
+    return read_bytes(url) == expected and _put_if(fs, url, data, IfMatch=etag)
+
+
+def _put_if(fs: fsspec.AbstractFileSystem, url: str, data: bytes, **condition: str) -> bool:
+    """Put an object if the store finds the condition true."""
+    bucket, _, key = url.split("://", 1)[1].partition("/")
+    for left in reversed(range(5)):
+        try:
+            with _speaking(url, "write"):
+                fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
+            return True
+        except FileNotFoundError:  # it went meanwhile
+            return False
+        except OSError as error:
+            text = str(error.__cause__ or error)
+            if "PreconditionFailed" in text or "At least one of the pre-conditions" in text:
+                return False
+            # 409: somebody is writing it at this moment, and may yet fail.
+            if left == 0 or "ConditionalRequestConflict" not in text:
+                raise
+            time.sleep(0.2)
+    raise AssertionError
+
+
+def can_swap(folder: str) -> bool:
+    """Whether the store of `folder` keeps the conditions of `swap_bytes`: it is tried on an object of its own."""
+    if is_local(folder):
+        return True
+    url = join(folder, f"probe-{secrets.token_hex(8)}")
+    fs, _ = _open(url)
+    try:
+        if not create_bytes(b"1", url) or create_bytes(b"2", url):
+            return False
+        if _put_if(fs, url, b"3", IfMatch=f'"{hashlib.md5(b"other", usedforsecurity=False).hexdigest()}"'):
+            return False
+        return swap_bytes(b"4", url, b"1") and read_bytes(url) == b"4"
+    except StorageError as error:
+        if "NotImplemented" in str(error.__cause__ or error):
+            return False
+        raise
+    finally:
+        remove(url)
+
+
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    """Alone among the processes that swap files of a folder."""
+    os.makedirs(folder, exist_ok=True)
+    descriptor = os.open(os.path.join(folder, ".swap"), os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _raise(error: OSError) -> None:

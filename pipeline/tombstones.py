@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import storage
+from pipeline import forgotten, storage
 from pipeline.dataset import Dataset, metadata
-from pipeline.stage import Entry, Item, Output, Stage
+from pipeline.stage import Entry, Item, Output, Stage, digest
 
 
 class Tombstones(Stage):
@@ -68,10 +68,23 @@ class Tombstones(Stage):
 
 
 def rows(dataset: Dataset) -> np.ndarray:
-    """The rows of a dataset that must not be found, ascending (T,) int64; ValueError if its shards changed since."""
+    """The rows of a dataset that must not be found, ascending (T,) int64; ValueError if its shards changed since.
+
+    With those that were forgotten since it was made.
+    """
+    hidden = forgotten.hidden(dataset)
     if not dataset.sealed("tombstones"):
-        return np.empty(0, np.int64)
+        return hidden
     dataset.identity("tombstones")
     entry = dataset.manifest("tombstones")["items"][0]["files"]
-    return np.load(dataset.fetch("tombstones", next(one for one in entry if one["name"] == "rows.npy")),
-                   allow_pickle=False)
+    named = np.load(dataset.fetch("tombstones", next(one for one in entry if one["name"] == "rows.npy")),
+                    allow_pickle=False)
+    return np.union1d(named, hidden)
+
+
+def identities(dataset: Dataset) -> dict[str, dict[str, Any]]:
+    """What a search leaves out, as inputs of a stage that searches; nothing if it leaves out nothing."""
+    found = {"tombstones": dataset.identity("tombstones")} if dataset.sealed("tombstones") else {}
+    if len(hidden := forgotten.hidden(dataset)):
+        found["forgotten"] = {"path": "", "digest": digest(hidden.tolist())}
+    return found

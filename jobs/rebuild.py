@@ -1,0 +1,260 @@
+"""A source -> the next published version of a dataset: what is new is made, judged, and swapped in.
+
+Whoever runs it again goes on with the version that was begun for the same source; another source, another version.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from jobs import versions
+from pipeline import assembly, embed, forgotten, gates, index, published, stage, storage, update
+from pipeline.dataset import Dataset
+from pipeline.embed import EmbedConfig
+from pipeline.extension import Drifted, Extension
+from pipeline.gates import Gate, GatesConfig
+from pipeline.index import Index, IndexConfig
+from pipeline.published import Pointer
+from pipeline.shard import ShardConfig
+from pipeline.stage import Stage, StageFailed
+from pipeline.tombstones import Tombstones
+from pipeline.update import Change, Compare, Reuse, ReuseCaptions, Sought, Update
+
+_log = logging.getLogger(__name__)
+_CLAIM = "rebuild.json"
+_COUNTS = ("kept", "added", "changed", "removed", "forgotten")
+Seal = Callable[[Stage], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class RebuildConfig:
+    """How a version is made from the last one."""
+
+    rewrite: float = 0.25
+    """A shard of which a larger share is gone is written again without it; of others searches leave it out."""
+    retrain: float = 0.3
+    """The index is trained anew where a larger share of the pictures came or went, or where --max-drift is passed."""
+    thorough: bool = False
+    """Read every file of the source, even those that look as they did (size and time, or ETag)."""
+    full: bool = False
+    """Take nothing from the last version."""
+    embed_captions: bool = False
+    """Embed the captions too, in text_embeddings/; so it is done anyway if the last version has them."""
+    allow_encoder: bool = False
+    """Publish even if the encoder is another than that of the last version or of runs that draw from it."""
+    gates: GatesConfig = field(default_factory=GatesConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("rewrite", "retrain"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: a share, within 0 and 1")
+
+
+class GatesFailed(StageFailed):
+    """A version is not published, for it is not as it must be."""
+
+
+class Rebuild:
+    """One rebuild: a source, the version that is published, and the one that is made."""
+
+    def __init__(self, root: str, name: str, shard: ShardConfig, embed_: EmbedConfig, index_: IndexConfig,
+                 config: RebuildConfig) -> None:
+        self.root, self.name = root, name
+        self.shard, self.embed, self.index, self.config = shard, embed_, index_, config
+        if not storage.can_swap(published.folder(root, name)):
+            raise ValueError(f"the store of {root} does not keep the conditions If-Match and If-None-Match of a write: "
+                             f"two rebuilds could publish at once\nhint: a store that keeps them (AWS S3, MinIO, R2), "
+                             f"or a file system")
+        self.before = published.current(root, name)
+        self.sought = Sought(shard, forgotten.of(root))
+        if not self.sought.rows:
+            raise ValueError(f"{', '.join(shard.source)} holds no picture that may be taken: nothing is published")
+
+    @cached_property
+    def last(self) -> Dataset | None:
+        """The published version, if anything of it can be taken."""
+        if self.before is None or self.config.full:
+            return None
+        last = published.opened(self.root, self.name, self.before)
+        now = Update.section_of(self.shard)
+        there = {key: value for key, value in last.manifest("shards")["section"].items() if key != "rewrite"}
+        if differing := sorted(key for key in now.keys() | there.keys() if there.get(key) != now.get(key)):
+            _log.info("rebuild: %s was made with other settings (%s): everything is made anew", last.label,
+                      ", ".join(differing))
+            return None
+        return last
+
+    def forecast(self) -> dict[str, Any]:
+        """What a rebuild would do, as far as the source's names and looks tell; writes nothing."""
+        before = update.listing(self.last) if self.last else []
+        change = self.sought.against(before, {})
+        return {"dataset": self.name, "published": self.before.version if self.before else None,
+                **{name: change.counts[name] for name in _COUNTS}, "to_be_read": len(self.sought.suspects(before))}
+
+    def claim(self) -> tuple[Dataset, bool]:
+        """The version to make, and whether it was published before: one begun for the same source, or the next free
+        number."""
+        last = self.last
+        claim = {"digest": stage.digest([self.sought.digest, self.config.rewrite, self.config.thorough,
+                                         self.before.document["content"] if self.before else "", last is None,
+                                         Update.section_of(self.shard), self._settings()]),
+                 "from": self.before.version if self.before else None}
+        data = storage.json_bytes(claim)
+        there = published.versions(self.root, self.name)
+        least = self.before.number if self.before else 0
+        for version in reversed(there):
+            if published.number_of(version) > least and self._claimed(version) == claim:
+                past = {one["version"] for one in published.history(self.root, self.name)}
+                return Dataset(self.root, self.name, version), version in past
+        number = max([least, *map(published.number_of, there)])
+        while True:
+            number += 1
+            if storage.create_bytes(data, self._address(f"v{number}")):
+                return Dataset(self.root, self.name, f"v{number}"), False
+
+    def _settings(self) -> list[Any]:
+        embedding = Reuse(Dataset(self.root, self.name), self.embed, None).section()
+        return [embedding, Index(Dataset(self.root, self.name), self.index).section(), self.config.embed_captions]
+
+    def _address(self, version: str) -> str:
+        return storage.join(published.folder(self.root, self.name), version, _CLAIM)
+
+    def _claimed(self, version: str) -> Any:
+        try:
+            return storage.read_json(self._address(version))
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def change(self, dataset: Dataset, seal: Seal) -> Change:
+        """What is new in the source; files that look other than they did are read."""
+        before = update.listing(last) if (last := self.last) else []
+        suspects: Sequence[int] = self.sought.suspects(before)
+        if self.config.thorough and before and self.sought.source.fetch == "file":
+            suspects = range(len(self.sought.rows))
+        hashes = {}
+        if suspects:
+            compare = Compare(dataset, self.sought, suspects)
+            hashes = compare.hashes(seal(compare))
+        return self.sought.against(before, hashes)
+
+    def build(self, dataset: Dataset, change: Change, seal: Seal) -> None:
+        """Make every stage of the version."""
+        last = self.last
+        seal(Update(dataset, self.shard, last, self.sought, change, self.config.rewrite))
+        seal(Reuse(dataset, self.embed, last))
+        if self.config.embed_captions or (last and last.sealed("text_embeddings")):
+            seal(ReuseCaptions(dataset, self.embed, last))
+        dead = storage.join(dataset.folder("shards"), update.DEAD)
+        if storage.exists(dead):
+            seal(Tombstones(dataset, dead))
+        self._index(dataset, last, seal)
+
+    def _index(self, dataset: Dataset, last: Dataset | None, seal: Seal) -> None:
+        if dataset.sealed("index"):
+            return
+        whole = Index(dataset, self.index)
+        if last and not self._planned(whole) and self._extends(dataset, last):
+            try:
+                seal(Extension(dataset, last, self.index))
+                return
+            except Drifted as error:
+                _log.info("%s; training it anew", str(error).splitlines()[0])
+                stage.clear(whole)
+        assembly.run(whole, seal)
+
+    def _planned(self, whole: Index) -> bool:
+        """Whether an index was begun that is trained anew."""
+        plan = storage.join(whole.folder, "plan.json")
+        return storage.exists(plan) and "base" not in storage.read_json(plan)["inputs"]
+
+    def _extends(self, dataset: Dataset, last: Dataset) -> bool:
+        """Whether the index of the last version can be taken over."""
+        counts = dataset.manifest("shards")["info"]["change"]
+        moved = sum(counts.get(name, 0) for name in ("added", "changed", "removed", "forgotten"))
+        share = moved / max(sum(counts.values()), 1)
+        if share > self.config.retrain:
+            _log.info("rebuild: %.0f %% of the pictures came or went: the index is trained anew", 100 * share)
+            return False
+        return (index.kind(last) != "graph" and embed.encoder_of(last) == embed.encoder_of(dataset))
+
+    def judge(self, dataset: Dataset, before: Pointer | None) -> tuple[list[Gate], list[str]]:
+        """The gates of a version against what is published, and the queries that they asked."""
+        base = published.opened(self.root, self.name, before) if before else None
+        release = published.released(base)[0] if base else None
+        asked = gates.queries(self.config.gates, release, dataset)
+        pinned = {} if self.config.allow_encoder else versions.encoders(self.root, self.name)
+        if base and not self.config.allow_encoder:
+            pinned[base.label] = embed.encoder_of(base)
+        return gates.judged(dataset, base, asked, self.embed.clip(), self.config.gates, pinned), asked
+
+    def publish(self, dataset: Dataset) -> dict[str, Any]:
+        """Judge a version and swap it in; GatesFailed if it is not as it must be.
+
+        Where somebody published meanwhile, the later build stays, whoever is faster; an earlier one is judged against.
+        """
+        number = published.number_of(dataset.version)
+        while True:
+            before = published.current(self.root, self.name)
+            if before and before.version == dataset.version:
+                return {"published": dataset.version, "by": "another"}
+            if before and before.number > number:
+                _log.info("rebuild: %s was published meanwhile: %s, which was begun before it, is not", before.version,
+                          dataset.version)
+                return {"published": before.version, "superseded": dataset.version}
+            found, asked = self.judge(dataset, before)
+            for gate in found:
+                _log.info("gate %s%s", gate, "" if gate.passed else "  FAILED")
+            if failed := [gate for gate in found if not gate.passed]:
+                storage.put_json([vars(gate) for gate in found],
+                                 storage.join(published.folder(self.root, self.name), dataset.version, "gates.json"))
+                kept = f"{before.version} stays published" if before else "nothing is published"
+                raise GatesFailed(f"rebuild: {dataset.name}@{dataset.version} is not published: "
+                                  f"{'; '.join(map(str, failed))}: {kept}\nhint: look at the source; the flags of the "
+                                  f"gates (--max-lost ...) let this version pass if it is right")
+            shards = dataset.manifest("shards")
+            data = published.release(dataset, {
+                "number": number, "base": before.version if before else None, "source": self.sought.digest,
+                "samples": shards["totals"]["samples"] - shards["info"].get("dead", 0),
+                "recall@10": gates.recall(dataset), "encoder": embed.encoder_of(dataset), "queries": asked,
+                "change": shards["info"]["change"], "gates": [vars(gate) for gate in found]})
+            if published.publish(dataset, data, number, before):
+                return {"published": dataset.version, "gates": {gate.name: gate.value for gate in found}}
+
+    def unchanged(self, dataset: Dataset, change: Change) -> bool:
+        """Whether the published version holds all of the source already; the version that was begun goes then."""
+        if self.last is None or change.fresh or any(change.counts[name] for name in ("removed", "forgotten")):
+            return False
+        if self._pending():
+            return False
+        assert self.before
+        storage.remove_tree(storage.join(published.folder(self.root, self.name), dataset.version))
+        published.checked(self.root, self.name, self.before)
+        return True
+
+    def _pending(self) -> bool:
+        """Whether pictures of the published version were forgotten since, and are still in its bytes."""
+        last = self.last
+        return last is not None and len(forgotten.hidden(last)) > 0
+
+
+def run(rebuild: Rebuild, seal: Seal) -> dict[str, Any]:
+    """Bring a dataset's published version up to its source; what was done."""
+    dataset, past = rebuild.claim()
+    if past:
+        _log.warning("rebuild: the source is what %s was made from, which was rolled back\nhint: rollback %s --to %s "
+                     "publishes it again", dataset.version, rebuild.name, dataset.version)
+        assert rebuild.before
+        published.checked(rebuild.root, rebuild.name, rebuild.before)
+        return {"dataset": rebuild.name, "published": rebuild.before.version, "rolled_back": dataset.version}
+    change = rebuild.change(dataset, seal)
+    counts = {name: change.counts[name] for name in _COUNTS}
+    _log.info("rebuild: %s: %s", dataset.label, ", ".join(f"{count} {name}" for name, count in counts.items()))
+    if rebuild.unchanged(dataset, change):
+        assert rebuild.before
+        return {"dataset": rebuild.name, "published": rebuild.before.version, "unchanged": True, **counts}
+    rebuild.build(dataset, change, seal)
+    reused = dataset.manifest("embeddings")["info"]["reused"]
+    return {"dataset": rebuild.name, **rebuild.publish(dataset), **counts, "reused": reused,
+            "embedded": dataset.manifest("shards")["totals"]["samples"] - reused}

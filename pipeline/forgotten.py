@@ -1,0 +1,131 @@
+"""What no database may hold any more: a list at the root, and at once the rows of it that a version has.
+
+    <root>/forgotten.json                             hashes, addresses and domains, and who asked when
+    <root>/datasets/<name>/<version>/forgotten.json   rows that searches leave out from now on, like tombstones
+
+Both only grow. The next version of a database is made without: neither pictures nor metadata are in its bytes.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from pipeline import stage, storage
+from pipeline.dataset import Dataset, metadata
+
+_NAME = "forgotten.json"
+_TRIES = 20
+_KINDS = ("sha256", "urls", "domains")
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """Pictures by the sha256 of what was fetched or stored, by address, by domain (with those below it)."""
+
+    sha256: frozenset[str] = frozenset()
+    urls: frozenset[str] = frozenset()
+    domains: frozenset[str] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.sha256 or self.urls or self.domains)
+
+    def named(self, name: str) -> bool:
+        """Whether a picture of that name or address is one of them, as far as the name tells."""
+        if name in self.urls:
+            return True
+        host = _host(name) if self.domains else ""
+        return any(host == one or host.endswith(f".{one}") for one in self.domains)
+
+    def has(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row of metadata (sha256, original_sha256, url) is about one of them."""
+        return (row["sha256"] in self.sha256 or row.get("original_sha256") in self.sha256
+                or self.named(row.get("url") or ""))
+
+    @property
+    def digest(self) -> str:
+        """A hash of all of it."""
+        return stage.digest([sorted(getattr(self, kind)) for kind in _KINDS])
+
+
+def _host(name: str) -> str:
+    try:
+        return (urlsplit(name).hostname or "") if "://" in name else ""
+    except ValueError:
+        return ""
+
+
+def of(root: str) -> Forgotten:
+    """All that was asked to be forgotten below a root."""
+    document = _document(storage.join(root, _NAME))[1]
+    return Forgotten(*(frozenset(document.get(kind, ())) for kind in _KINDS))
+
+
+def add(root: str, more: Forgotten, note: str) -> None:
+    """Add to the list of a root; `note` says why, and is kept."""
+    asked = {kind: sorted(getattr(more, kind)) for kind in _KINDS if getattr(more, kind)}
+
+    def grown(document: dict[str, Any]) -> dict[str, Any]:
+        request = {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "note": note, **asked}
+        return {kind: sorted({*document.get(kind, ()), *getattr(more, kind)}) for kind in _KINDS} | {
+            "requests": [*document.get("requests", ()), request]}
+
+    _change(storage.join(root, _NAME), grown)
+
+
+def found(dataset: Dataset, forgotten: Forgotten) -> list[tuple[int, dict[str, Any]]]:
+    """The samples of a dataset that are among them: global rows, and their metadata."""
+    return where(dataset, forgotten.has)
+
+
+def where(dataset: Dataset, wanted: Callable[[dict[str, Any]], bool]) -> list[tuple[int, dict[str, Any]]]:
+    """The samples of a dataset whose metadata are wanted: global rows, and those."""
+    rows, offset = [], 0
+    for record in dataset.manifest("shards")["items"]:
+        rows += [(offset + position, row) for position, row in enumerate(metadata(dataset, record)) if wanted(row)]
+        offset += record["samples"]
+    return rows
+
+
+def hide(dataset: Dataset, rows: list[int]) -> int:
+    """Let searches leave out these rows from now on; how many more these are than before."""
+    before = 0
+
+    def grown(document: dict[str, Any]) -> dict[str, Any]:
+        nonlocal before
+        before = len(document.get("rows", ()))
+        return {"rows": sorted({*document.get("rows", ()), *rows})}
+
+    return len(_change(_address(dataset), grown)["rows"]) - before
+
+
+def hidden(dataset: Dataset) -> np.ndarray:
+    """The rows of a version that were forgotten since it was made, ascending (T,) int64."""
+    return np.array(_document(_address(dataset))[1].get("rows", []), np.int64)
+
+
+def _address(dataset: Dataset) -> str:
+    return storage.join(dataset.root, "datasets", dataset.name, dataset.version, _NAME)
+
+
+def _document(url: str) -> tuple[bytes | None, dict[str, Any]]:
+    try:
+        data = storage.read_bytes(url)
+    except FileNotFoundError:
+        return None, {}
+    return data, storage.json_of(data, url)
+
+
+def _change(url: str, grown: Any) -> dict[str, Any]:
+    """Put in place what `grown` makes of a document, though others do the same."""
+    for _ in range(_TRIES):
+        data, document = _document(url)
+        after = grown(document)
+        if after == document or storage.swap_bytes(storage.json_bytes(json.loads(json.dumps(after))), url, data):
+            return after
+        time.sleep(0.1)
+    raise storage.StorageError(f"{url} is changed by others all the time")

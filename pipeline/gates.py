@@ -1,0 +1,144 @@
+"""What a version must be like before it is published, beside the one that it shall replace."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline import clip, embed, forgotten, samples, stage, storage, update
+from pipeline.dataset import Dataset, labels, metadata
+from pipeline.forgotten import Forgotten
+from pipeline.index import Searcher
+
+_NEAREST = 10  # overlap@10
+
+
+@dataclass(frozen=True)
+class GatesConfig:
+    """Limits that a version must keep to be published."""
+
+    min_recall: float = 0.8
+    """Least recall@10 of the index, queries held out against exact search."""
+    max_lost: float = 0.3
+    """Largest share of the published pictures that the new version has not (removed or replaced; what was asked to be
+    forgotten does not count)."""
+    max_failed: float = 0.1
+    """Largest share of the source's pictures that could not be fetched or decoded."""
+    min_overlap: float = 0.7
+    """Least share of the ten nearest pictures of the queries that the published version gives too."""
+    queries: str = ""
+    """Text file of the queries, one a line; by default captions of the first published version, which stay the same."""
+    query_count: int = 64
+    """How many captions are taken, where no file is given."""
+
+    def __post_init__(self) -> None:
+        for name in ("min_recall", "max_lost", "max_failed", "min_overlap"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: a share, within 0 and 1")
+        if self.query_count < 0:
+            raise ValueError(f"--query-count {self.query_count}: must be at least 0")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A number, the limit that it has to keep, and whether it does; "" for a limit: it was not measured, and why."""
+
+    name: str
+    value: Any
+    limit: str
+    passed: bool
+
+    def __str__(self) -> str:
+        value = f"{self.value:.4f}" if isinstance(self.value, float) else self.value
+        return f"{self.name}: {value}{f', {self.limit}' if self.limit else ''}"
+
+
+def queries(config: GatesConfig, before: dict[str, Any] | None, dataset: Dataset) -> list[str]:
+    """The fixed list of queries: that of the file, that of the published release, or captions of this version."""
+    if config.queries:
+        try:
+            text = storage.read_bytes(config.queries).decode()
+        except FileNotFoundError:
+            raise ValueError(f"there is no file {config.queries}\nhint: --queries names a text file, a query a line"
+                             ) from None
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    if before and before.get("queries"):
+        return before["queries"]
+    captions: set[str] = set()
+    for record in dataset.manifest("shards")["items"]:
+        captions |= {row["caption"].strip() for row in metadata(dataset, record, ["caption"]) if row["caption"]}
+    chosen = sorted(captions - {""}, key=lambda text: stage.digest(text))  # at random, and always the same
+    return sorted(chosen[:config.query_count])
+
+
+def judged(dataset: Dataset, before: Dataset | None, asked: Sequence[str], encoder: clip.ClipConfig,
+           config: GatesConfig, pinned: dict[str, dict[str, Any]]) -> list[Gate]:
+    """Every gate of a version, against the published one (None: there is none).
+
+    `pinned` are the encoders that consumers of the database are bound to, by the consumers' names.
+    """
+    gates = [_recall(dataset, config), _failed(dataset, config)]
+    if before:
+        gates.append(_lost(dataset, before, forgotten.of(dataset.root), config))
+    found = embed.encoder_of(dataset)
+    others = sorted(name for name, one in pinned.items() if one != found)
+    gates.append(Gate("encoder", f"{found['model']} {found.get('pretrained', '')}".strip() if not others else
+                      f"another than that of {', '.join(others)}", "that of every consumer", not others))
+    if before and not others and asked and embed.encoder_of(before) == found:
+        value = overlap(dataset, before, asked, encoder)
+        gates.append(Gate("overlap@10", value, f"at least {config.min_overlap}", value >= config.min_overlap))
+    elif before and not asked:
+        gates.append(Gate("overlap@10", "not measured: there are no captions and no --queries", "", True))
+    return gates
+
+
+def _recall(dataset: Dataset, config: GatesConfig) -> Gate:
+    value = recall(dataset)
+    if value is None:
+        return Gate("recall@10", "not measured: too few pictures", "", True)
+    return Gate("recall@10", value, f"at least {config.min_recall}", value >= config.min_recall)
+
+
+def recall(dataset: Dataset) -> float | None:
+    """recall@10 of a dataset's index, None where there were too few rows to measure it."""
+    return dataset.manifest("index")["info"].get("recall_at_10")
+
+
+def _failed(dataset: Dataset, config: GatesConfig) -> Gate:
+    rows = update.listing(dataset)
+    failed = sum(one.status not in {samples.SUCCESS, samples.FORGOTTEN} for one in rows)
+    value = failed / max(len(rows), 1)
+    return Gate("failed", value, f"at most {config.max_failed}", value <= config.max_failed)
+
+
+def _lost(dataset: Dataset, before: Dataset, gone: Forgotten, config: GatesConfig) -> Gate:
+    """What is gone of the pictures by content; what was forgotten is no loss."""
+    now = {one.sha256 for one in update.listing(dataset) if one.status == samples.SUCCESS}
+    was = [one.sha256 for one in update.listing(before)
+           if one.status == samples.SUCCESS and one.sha256 not in gone.sha256 and not gone.named(one.name)]
+    value = sum(one not in now for one in was) / max(len(was), 1)
+    return Gate("lost", value, f"at most {config.max_lost}", value <= config.max_lost)
+
+
+def overlap(dataset: Dataset, before: Dataset, asked: Sequence[str], encoder: clip.ClipConfig) -> float:
+    """overlap@10 of two versions: what share of the ten nearest pictures of each text is the same, on average."""
+    vectors = clip.load(encoder).texts(list(asked))
+    found = []
+    for one in (dataset, before):
+        rows = Searcher(one).search(vectors, _NEAREST)[0]
+        names = _labels(one, rows)
+        found.append([set(line[row >= 0]) for line, row in zip(names, rows, strict=True)])
+    shares = [len(new & old) / max(len(old), 1) for new, old in zip(*found, strict=True)]
+    return float(np.mean(shares))
+
+
+def _labels(dataset: Dataset, rows: np.ndarray) -> np.ndarray:
+    """What tells the pictures at some rows from others, whatever version they are in; 0 for no row."""
+    out, offset = np.zeros(rows.shape, np.uint64), 0
+    for record in dataset.manifest("shards")["items"]:
+        here = (rows >= offset) & (rows < offset + record["samples"])
+        if here.any():
+            out[here] = labels(dataset, record)[rows[here] - offset, 1]
+        offset += record["samples"]
+    return out
