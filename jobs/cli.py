@@ -25,7 +25,7 @@ from jobs.progress import watcher
 from jobs.runs import Run
 from jobs.settings import ClusterConfig, Settings, resolve
 from jobs.training import Job, Training
-from pipeline import assembly, clip, sift, stage, storage, verify
+from pipeline import assembly, clip, published, sift, stage, storage, verify
 from pipeline.adopt import Adopt
 from pipeline.dataset import Dataset, datasets
 from pipeline.embed import Embed, EmbedCaptions
@@ -156,6 +156,7 @@ def _index(command: commands.IndexCommand, settings: Settings) -> int:
     index = Index(dataset, command.index)
     if command.extend:
         index = Extension(dataset, Dataset.parse(command.common.root, command.extend), command.index)
+    _unreleased(index, command.stage.rebuild)
     if command.common.dry_run:
         return _dry_run(index, command.stage.rebuild)
     with runner(command) as run_with:
@@ -204,7 +205,7 @@ def _gc(command: commands.GcCommand, settings: Settings) -> int:
 
 def _credits(command: commands.CreditsCommand, settings: Settings) -> int:
     from jobs import credits
-    found = credits.of(command.sample)
+    found = credits.of(command.drawn)
     if command.sheet and not command.common.dry_run:
         credits.sheet(found, Path(command.sheet))
         _log.info("credits: the pictures are in %s", command.sheet)
@@ -222,14 +223,14 @@ def _forget(command: commands.ForgetCommand, settings: Settings) -> int:
 
 
 def _neighbors(command: commands.NeighborsCommand, settings: Settings) -> int:
-    dataset = Dataset.parse(command.common.root, command.dataset)
-    database = Dataset.parse(command.common.root, command.database or command.dataset)
+    dataset = published.reader(command.common.root, command.dataset)
+    database = published.reader(command.common.root, command.database or command.dataset)
     return _run(Neighbors(dataset, database, command.neighbors), command)
 
 
 def _latents(command: commands.LatentsCommand, settings: Settings) -> int:
     from jobs.latents import Latents
-    return _run(Latents(Dataset.parse(command.common.root, command.dataset), command.latents), command)
+    return _run(Latents(published.reader(command.common.root, command.dataset), command.latents), command)
 
 
 def _convert(command: commands.ConvertCommand, settings: Settings) -> int:
@@ -263,10 +264,16 @@ def _export(command: commands.ExportCommand, settings: Settings) -> int:
 def _train(command: commands.TrainCommand, settings: Settings) -> int:
     # torchrun has started processes of its own; it would take --local for one of its own flags.
     local = command.common.local or "TORCHELASTIC_RUN_ID" in os.environ
-    job = Job(Run.parse(command.common.root, command.run), Dataset.parse(command.common.root, command.dataset),
-              Dataset.parse(command.common.root, command.database or command.dataset), command.train,
-              command.on_latents,
-              Dataset.parse(command.common.root, command.validation) if command.validation else None)
+    run = Run.parse(command.common.root, command.run)
+    # A run goes on with the versions that it began with, whatever is published meanwhile.
+    pinned = {} if command.stage.rebuild else run.planned()
+
+    def reader(text: str, what: str) -> Dataset:
+        return published.reader(run.root, text, pinned.get(what, ""))
+
+    job = Job(run, reader(command.dataset, "dataset"), reader(command.database or command.dataset, "database"),
+              command.train, command.on_latents,
+              published.reader(run.root, command.validation) if command.validation else None)
     training = Training(job)
     if command.common.dry_run:
         return _dry_run(training)
@@ -329,7 +336,8 @@ def _evaluate(command: commands.EvaluateCommand, settings: Settings) -> int:
     dataset, mixed = (Dataset.parse(root, trained[name]) for name in ("dataset", "database"))
     newest = {one.name: one for one in sorted(datasets(root), key=lambda one: (len(one.version), one.version))
               if one.sealed("index") and one.name not in {dataset.name, mixed.name}}
-    databases = [Dataset.parse(root, name) for name in command.database] or list(newest.values())
+    newest |= {name: published.reader(root, name) for name in newest if published.current(root, name)}
+    databases = [published.reader(root, name) for name in command.database] or list(newest.values())
     same_data(run, dataset)
     judging = Judging(run, dataset, databases, command.evaluate.judge_steps)
     if command.common.dry_run:
@@ -368,17 +376,22 @@ def _verify(command: commands.VerifyCommand, settings: Settings) -> int:
     root = storage.normal(command.common.root)
     only = command.only.strip("/")
     found = [one for one in status.of(root) if not only or f"{one['path']}/".startswith(f"{only}/")]
+    chain: list[dict[str, str]] = []
+    if command.against == "current":
+        from jobs import versions
+        current, chain = versions.against_current(root)
+        found = [one for one in found if one["path"].startswith(current)]
     folders = [one["path"] for one in found if one["state"] in {"sealed", "stale", "damaged"}]
     if command.common.dry_run:
         print("\n".join(folders))
         return 0
     damaged = [{"path": one["path"], "fault": one["error"]} for one in found if one["state"] == "damaged"]
     faults = 0
-    for fault in itertools.chain(damaged, *(verify.folder(root, path, quick=command.quick) for path in folders)):
+    for fault in itertools.chain(chain, damaged, *(verify.folder(root, path, quick=command.quick) for path in folders)):
         faults += 1
         print(json.dumps(fault) if command.json else f"{fault['path']}: {fault['fault']}")
     _log.info("verify: %d folders read, %d faults", len(folders), faults)
-    if not folders:
+    if not folders and not chain:
         raise ValueError(f"nothing is sealed in {storage.join(root, only)}")
     return 1 if faults else 0
 
@@ -417,6 +430,7 @@ def runner(command: Any) -> Iterator[stage.Runner]:
 
 
 def _run(stage_: Stage, command: Any) -> int:
+    _unreleased(stage_, command.stage.rebuild)
     if command.common.dry_run:
         return _dry_run(stage_, command.stage.rebuild)
     with runner(command) as run_with:
@@ -425,6 +439,18 @@ def _run(stage_: Stage, command: Any) -> int:
                              max_failed=getattr(command, "max_failed", 1.0))
     _done(stage_, manifest)
     return 0
+
+
+def _unreleased(stage_: Stage, rebuild: bool) -> None:
+    """ValueError if a stage would be written into a version that was published: those never change."""
+    parts = stage_.path.split("/")
+    if parts[0] == "datasets" and parts[3] in published.STAGES:
+        dataset = Dataset(stage_.root, parts[1], parts[2])
+        sealed = dataset.sealed(parts[3])
+        if (rebuild or (parts[3] == "tombstones" and not sealed)) and published.released(dataset)[0]:
+            hint = "forget takes pictures out of it at once, rebuild makes the next version"
+            raise ValueError(f"{dataset.name}@{dataset.version} was published, and a published version never changes\n"
+                             f"hint: {hint}; or write {dataset.name}@{dataset.following().version}")
 
 
 def _dry_run(stage_: Stage, rebuild: bool = False) -> int:

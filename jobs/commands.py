@@ -144,8 +144,8 @@ class GcCommand:
 class CreditsCommand:
     """Name the pictures that a sample drew on, with source and licence."""
 
-    sample: Annotated[str, tyro.conf.Positional,
-                      tyro.conf.arg(metavar="SAMPLE", help="Picture or samples.json in runs/RUN/samples/.")]
+    drawn: Annotated[str, tyro.conf.Positional,
+                     tyro.conf.arg(metavar="SAMPLE", help="Picture or samples.json in runs/RUN/samples/.")]
     common: Flat[Common]
     sheet: str = ""
     """Write a contact sheet of them to this file (.png)."""
@@ -315,6 +315,8 @@ class VerifyCommand:
     common: Flat[Common]
     only: str = ""
     """Only folders below this path of the root, as in datasets/noto."""
+    against: Literal["", "current"] = ""
+    """current: only the published versions, and against the hashes under which they were published."""
     quick: bool = False
     """Only the manifests, not the files they name."""
     json: bool = False

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 
+from pipeline import published
 from pipeline.dataset import Dataset
 
 _WEIGHT = re.compile(r"\d{1,9}(\.\d{1,9})?")
@@ -19,14 +20,14 @@ class Mixture:
 
     @classmethod
     def parse(cls, root: str, text: str) -> "Mixture":
-        """`noto`, or `noto:3+openmoji:1` below `root`; a weight that is not given is 1."""
+        """`noto`, or `noto:3+openmoji:1` below `root`, as published; a weight that is not given is 1."""
         members, weights = [], []
         for part in text.split("+"):
             name, colon, weight = part.partition(":")
             if colon and not (_WEIGHT.fullmatch(weight) and Decimal(weight)):
                 raise ValueError(f"{text!r}: the weight {weight!r} of {name} is not a number above 0\n"
                                  f"hint: --database noto:3+openmoji:1")
-            members.append(Dataset.parse(root, name))
+            members.append(published.reader(root, name))
             weights.append(Decimal(weight or 1).normalize())
         if len(set(members)) < len(members):
             raise ValueError(f"{text!r} names a database twice\nhint: give it a larger weight, as in noto:3+openmoji:1")

@@ -49,6 +49,10 @@ class Run:
         except FileNotFoundError:
             raise ValueError(f"there is no run {self.name} in {self.root}\nhint: {self.command}") from None
 
+    def planned(self) -> dict[str, Any]:
+        """The settings the run was planned with, nothing if it was not."""
+        return self.section() if storage.exists(storage.join(self.folder, "plan.json")) else {}
+
     def validated(self, step: int) -> str:
         """The address of the pictures of a validation."""
         return storage.join(self.folder, "validation", f"{step:07d}.png")

@@ -86,7 +86,7 @@ def of(root: str, name: str) -> list[dict[str, Any]]:
         dataset = Dataset(root, name, version)
         release = published.released(dataset)[0]
         one: dict[str, Any] = {"version": version, "published": bool(pointer and pointer.version == version),
-                               "released": release is not None, "pinned_by": pinned.get(version, []),
+                               "released": release is not None, "removed": _gone(root, name, version), "pinned_by": pinned.get(version, []),
                                "until": _when(published.unpublished_since(root, name, version))}
         for key in ("samples", "recall@10", "change", "base"):
             one[key] = release.get(key) if release else None
@@ -104,7 +104,7 @@ def table(found: list[dict[str, Any]]) -> str:
     lines = []
     for one in found:
         change = ", ".join(f"{count} {what}" for what, count in (one["change"] or {}).items() if count)
-        state = "published" if one["published"] else "released" if one["released"] else (
+        state = "published" if one["published"] else "removed" if one["removed"] else "released" if one["released"] else (
             f"stopped by {', '.join(one['failed_gates'])}" if "failed_gates" in one else "not published")
         told = [f"{one['samples']} samples" if one["samples"] is not None else "",
                 f"recall@10 {one['recall@10']:.3f}" if one["recall@10"] is not None else "", change,
@@ -115,6 +115,25 @@ def table(found: list[dict[str, Any]]) -> str:
 
 def _when(seconds: float | None) -> float | None:
     return None if seconds is None or seconds == float("inf") else seconds
+
+
+def against_current(root: str) -> tuple[tuple[str, ...], list[dict[str, str]]]:
+    """The folders of all published versions, and where what they hold is not what was published."""
+    folders, faults = [], []
+    for name in names(root):
+        place = f"datasets/{name}/current.json"
+        try:
+            dataset = published.reader(root, name)
+        except ValueError as error:
+            faults.append({"path": place, "fault": str(error).splitlines()[0]})
+            continue
+        folders.append(f"datasets/{name}/{dataset.version}/")
+        for stage_name in dict(dataset.trusted):
+            try:
+                dataset.manifest(stage_name)
+            except ValueError as error:
+                faults.append({"path": dataset.path(stage_name), "fault": str(error).splitlines()[0]})
+    return tuple(folders), faults
 
 
 def rollback(root: str, name: str, to: str, *, dry_run: bool = False) -> dict[str, Any]:
@@ -148,6 +167,7 @@ def gc(root: str, name: str, config: GcConfig, *, dry_run: bool = False) -> list
     if pointer is None:
         raise ValueError(f"nothing of {name} is published in {root}: nothing is old")
     pinned, there = pins(root, name), published.versions(root, name)
+    there = [one for one in there if not _gone(root, name, one)]
     past = [one for one in there if published.unpublished_since(root, name, one) is not None]
     newest = set(past[-config.keep:]) if config.keep else set()
     found = []
@@ -165,6 +185,12 @@ def gc(root: str, name: str, config: GcConfig, *, dry_run: bool = False) -> list
             one["removed_files"], one["removed_bytes"], one["taken_over"] = _remove(
                 root, name, one["version"], stays, dry_run)
     return found
+
+
+def _gone(root: str, name: str, version: str) -> bool:
+    """Whether a version was removed: its release alone is left, and files that others took over."""
+    dataset = Dataset(root, name, version)
+    return published.released(dataset)[0] is not None and not dataset.sealed("shards")
 
 
 def _last_used(root: str, name: str, version: str) -> float:
@@ -219,19 +245,15 @@ def _remove(root: str, name: str, version: str, stays: set[str], dry_run: bool) 
     """Remove what is in a version and does not stay: files, bytes, and files that stay."""
     base = storage.join(published.folder(root, name), version)
     count = length = left = 0
-    # What says that the version is there goes first: nobody begins to read one that is half gone.
-    names_ = sorted(storage.walk(base), key=lambda one: (not one[0].endswith((
-        "release.json", "rebuild.json", "manifest.json")), one[0]))
-    for file, size in names_:
+    # Manifests go first: nobody begins to read a version that is half gone. Its release stays, to say that it was.
+    for file, size in sorted(storage.walk(base), key=lambda one: (not one[0].endswith("manifest.json"), one[0])):
         url = storage.join(base, file)
-        if url in stays:
-            left += 1
+        if file == "release.json" or url in stays:
+            left += file != "release.json"
             continue
         count, length = count + 1, length + (size or 0)
         if not dry_run:
             storage.remove(url)
-    if not dry_run and not left:
-        storage.remove_tree(base)
     return count, length, left
 
 

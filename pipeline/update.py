@@ -114,9 +114,9 @@ class Sought:
             same = old is not None and (hashes[number] == old.sha256 if number in hashes else one.stamp == old.stamp)
             if same and old and old.status != samples.SUCCESS and self.source.fetch == "url":
                 same = False  # a server that failed may answer now
-            if same and old and old.sha256 in self.forgotten.sha256:
+            if same and old and (old.status == samples.FORGOTTEN or old.sha256 in self.forgotten.sha256):
                 names[one.name] -= 1
-                change.counts["forgotten"] += 1
+                change.counts["forgotten"] += old.status != samples.FORGOTTEN  # that was counted once
                 change.known.append(Known(one.name, one.mark, one.stamp, old.sha256, status=samples.FORGOTTEN))
                 continue
             if same and old:
@@ -338,12 +338,13 @@ class Update(Shard):
             if "kept" in record["info"] or "sifted" in record["info"]:
                 continue
             table = pq.read_table(self.dataset.fetch("shards", file_of(record, ".parquet")),
-                                  columns=["source_row", "original_sha256", "status"])
+                                  columns=["source_row", "original_sha256", "status", "error_message"])
             for row in table.to_pylist():
                 one = by_number[row["source_row"]]
                 if one.status != samples.SUCCESS:
                     one.sha256, one.shard, one.row = row["original_sha256"] or "", record["id"], row["source_row"]
-                    one.status = row["status"]
+                    left_out = (row["error_message"] or "").startswith(f"{samples.FORGOTTEN}:")
+                    one.status = samples.FORGOTTEN if left_out else row["status"]
         pq.write_table(pa.Table.from_pylist([vars(one) for one in change.known], _LISTING), scratch / LISTING)
         output.files[LISTING] = scratch / LISTING
         dead = [key for record in records for key in record["info"].get("dead", ())]
