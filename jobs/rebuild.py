@@ -242,6 +242,9 @@ class Rebuild:
 def run(rebuild: Rebuild, seal: Seal) -> dict[str, Any]:
     """Bring a dataset's published version up to its source; what was done."""
     dataset, past = rebuild.claim()
+    now = published.current(rebuild.root, rebuild.name)
+    if past and now and now.version == dataset.version:  # since this one began
+        return {"dataset": rebuild.name, "published": dataset.version, "by": "another"}
     if past:
         _log.warning("rebuild: the source is what %s was made from, which was rolled back\nhint: rollback %s --to %s "
                      "publishes it again", dataset.version, rebuild.name, dataset.version)

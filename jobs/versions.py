@@ -86,7 +86,8 @@ def of(root: str, name: str) -> list[dict[str, Any]]:
         dataset = Dataset(root, name, version)
         release = published.released(dataset)[0]
         one: dict[str, Any] = {"version": version, "published": bool(pointer and pointer.version == version),
-                               "released": release is not None, "removed": _gone(root, name, version), "pinned_by": pinned.get(version, []),
+                               "released": release is not None, "removed": _gone(root, name, version),
+                               "pinned_by": pinned.get(version, []),
                                "until": _when(published.unpublished_since(root, name, version))}
         for key in ("samples", "recall@10", "change", "base"):
             one[key] = release.get(key) if release else None
@@ -104,8 +105,9 @@ def table(found: list[dict[str, Any]]) -> str:
     lines = []
     for one in found:
         change = ", ".join(f"{count} {what}" for what, count in (one["change"] or {}).items() if count)
-        state = "published" if one["published"] else "removed" if one["removed"] else "released" if one["released"] else (
-            f"stopped by {', '.join(one['failed_gates'])}" if "failed_gates" in one else "not published")
+        state = next((word for word in ("published", "removed", "released") if one[word]), "not published")
+        if "failed_gates" in one:
+            state = f"stopped by {', '.join(one['failed_gates'])}"
         told = [f"{one['samples']} samples" if one["samples"] is not None else "",
                 f"recall@10 {one['recall@10']:.3f}" if one["recall@10"] is not None else "", change,
                 f"used by {', '.join(one['pinned_by'])}" if one["pinned_by"] else ""]
