@@ -111,7 +111,8 @@ class Rebuild:
         number = max([least, *map(published.number_of, there)])
         while True:
             number += 1
-            if storage.create_bytes(data, self._address(f"v{number}")):
+            # Of two that begin at the same moment the second one finds the claim of the first.
+            if storage.create_bytes(data, self._address(f"v{number}")) or self._claimed(f"v{number}") == claim:
                 return Dataset(self.root, self.name, f"v{number}"), False
 
     def _settings(self) -> list[Any]:
