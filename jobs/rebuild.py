@@ -108,12 +108,20 @@ class Rebuild:
             if published.number_of(version) > least and self._claimed(version) == claim:
                 past = {one["version"] for one in published.history(self.root, self.name)}
                 return Dataset(self.root, self.name, version), version in past
-        number = max([least, *map(published.number_of, there)])
+        number = least
         while True:
             number += 1
+            version = f"v{number}"
             # Of two that begin at the same moment the second one finds the claim of the first.
-            if storage.create_bytes(data, self._address(f"v{number}")) or self._claimed(f"v{number}") == claim:
-                return Dataset(self.root, self.name, f"v{number}"), False
+            if not self._taken(version) and (storage.create_bytes(data, self._address(version))
+                                             or self._claimed(version) == claim):
+                return Dataset(self.root, self.name, version), False
+
+    def _taken(self, version: str) -> bool:
+        """Whether a version was made by hand, or is over and gone: it has no claim, and is none to claim."""
+        base = storage.join(published.folder(self.root, self.name), version)
+        return self._claimed(version) is None and any(storage.exists(storage.join(base, file)) for file in (
+            "release.json", *(f"{one}/plan.json" for one in published.STAGES)))
 
     def _settings(self) -> list[Any]:
         embedding = Reuse(Dataset(self.root, self.name), self.embed, None).section()
