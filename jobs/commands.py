@@ -102,7 +102,7 @@ class RebuildCommand:
 
     dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET", help="Name of the dataset.")]
     shard: Flat[ShardConfig]
-    embed: Flat[EmbedConfig]
+    embed: EmbedConfig
     index: IndexConfig
     rebuild: Flat[RebuildConfig]
     cluster: Flat[ClusterConfig]
