@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import clip, embed, stage, storage, tars, verify
+from pipeline import clip, embed, encoding, stage, storage, tars, verify
 from pipeline.clip import ClipConfig
 from pipeline.dataset import Dataset, Embeddings, file_of, metadata
 from pipeline.embed import Embed, EmbedCaptions, EmbedConfig
@@ -211,11 +211,11 @@ def test_a_small_shard_keeps_two_threads_busy(copied, monkeypatch):
 @pytest.mark.parametrize("size", [1, 16, 500])
 def test_forward_passes_are_even_and_of_a_size_that_pays(size):
     for count in range(1, 200):
-        part = embed._part(count, size)
+        part = encoding.part_of(count, size)
         sizes = [min(part, count - first) for first in range(0, count, part)]
         assert sum(sizes) == count and max(sizes) <= min(size, 32)
         assert len(sizes) > 1 or count < 16 or size == 1
-    assert embed._part(0, size) == 1 and embed._part(64, 128) == 32 and embed._part(65, 128) == 22
+    assert encoding.part_of(0, size) == 1 and encoding.part_of(64, 128) == 32 and encoding.part_of(65, 128) == 22
 
 
 def test_another_encoder_on_the_same_folder_is_refused_and_named(copied, weights):
