@@ -287,18 +287,20 @@ def planned(folder: str) -> Sequence[Item]:
 def _list(stage: Stage, items: Iterable[Item], name: str) -> Any:
     """Put what the items carry in place, and give their list as a plan holds it."""
     kept: list[dict[str, Any]] = []
+    packed = []  # of a million items only the last thousands are objects
     for item in items:
         for carried, data in item.carries:
             storage.put_bytes(data, storage.join(stage.folder, carried))
-        kept.append({"id": item.id, "inputs": item.inputs if len(kept) < records.INLINE else json.dumps(item.inputs)})
-    if len(kept) <= records.INLINE:
+        kept.append({"id": item.id, "inputs": item.inputs})
+        if len(kept) >= _AT_ONCE:
+            packed.append(records.items_table(kept))
+            kept = []
+    if not packed and len(kept) <= records.INLINE:
         return kept
-    for one in kept[:records.INLINE]:
-        one["inputs"] = json.dumps(one["inputs"])
-    data = records.items_to_bytes(kept)
+    data, count = records.items_to_bytes([*packed, records.items_table(kept)])
     name = name_by_content(f"{name}.parquet", data)
     storage.put_bytes(data, storage.join(stage.folder, name))
-    return records.reference(name, data, len(kept))
+    return records.reference(name, data, count)
 
 
 def _items(folder: str, listed: Any) -> Sequence[Item]:
