@@ -60,7 +60,8 @@ class Times:
     """Seconds spent with this and that, all threads together.
 
     `wait`: the encoder had no pictures; `full`: nothing was decoded, for the encoder was behind; `elsewhere`: decoding
-    by others; `cpu`: what this process used meanwhile.
+    by others, who take no time of this process; `encoding`: all that others had decoded was in the encoder; `cpu`: what
+    this process used meanwhile.
     """
 
     seconds: Counter[str] = field(default_factory=Counter)
