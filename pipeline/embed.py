@@ -72,7 +72,7 @@ class Embed(Stage):
 
     def plan(self) -> list[Item]:
         encoder, records = stage.digest(clip.describe(self.config.clip())), self.dataset.manifest("shards")["items"]
-        self._room(records, whole=False, threads=1)
+        self._room(map(_size, records), whole=False, threads=1)
         return [Item(record["id"], {"shard": record, "encoder": encoder, "count": record["samples"]})
                 for record in records]
 
@@ -82,10 +82,10 @@ class Embed(Stage):
     def together(self, gpu: bool | None = None) -> int:
         if not (self._encoder().whole if gpu is None else gpu):
             return 1  # on a CPU a batch is no more than a part of a shard
-        manifest = self.dataset.manifest("shards")
-        self._room(manifest["items"], whole=True, threads=1)
-        filling = _TOGETHER * self.config.batch_size * manifest["totals"]["items"]
-        return min(_MOST, -(-filling // max(1, manifest["totals"]["samples"])))
+        totals = self.dataset.manifest("shards")["totals"]
+        each = -(-max(1, totals["samples"]) // totals["items"])
+        self._room([(each, totals["bytes"] // totals["items"])], whole=True, threads=1)
+        return min(_MOST, -(-_TOGETHER * self.config.batch_size // each))
 
     def process(self, item: Item, scratch: Path) -> Output:
         with closing(self.process_together([(item, scratch)])) as outputs:
@@ -150,7 +150,7 @@ class Embed(Stage):
     def _parts(self, encoder: clip.Encoder, records: Sequence[dict[str, Any]], times: Times) -> Iterator[Part]:
         lent = self.decode.at_once if self.decode else 0
         return encoding.encoded(encoder, [self._shard(record) for record in records], self.config.batch_size,
-                                self._room(records, whole=encoder.whole, lent=lent), self.decode, times)
+                                self._room(map(_size, records), whole=encoder.whole, lent=lent), self.decode, times)
 
     def _shard(self, record: dict[str, Any]) -> encoding.Shard:
         entry = file_of(record, ".tar")
@@ -158,9 +158,7 @@ class Embed(Stage):
             storage.opened, storage.place(self.dataset.folder("shards"), entry["name"]), entry,
             partial(open, mode="rb"), check=True))
 
-    def _room(self, records: Iterable[dict[str, Any]], *, whole: bool, lent: int = 0, threads: int = 0
-              ) -> encoding.Room:
-        sizes = ((record["samples"], file_of(record, ".tar")["bytes"]) for record in records)  # of a million
+    def _room(self, sizes: Iterable[tuple[int, int]], *, whole: bool, lent: int = 0, threads: int = 0) -> encoding.Room:
         return encoding.room(storage.size_of(self.config.max_memory, "embed.max_memory"), self.config.clip(), sizes,
                              self.config.batch_size, whole=whole, lent=lent, threads=threads)
 
@@ -184,7 +182,7 @@ class EmbedCaptions(Embed):
                 return Part(number, [row["key"] for row in some], there=there, found=encoder.texts(
                     [some[position]["caption"] for position in there]) if there else None)
 
-        threads = self._room(records, whole=False).threads
+        threads = self._room(map(_size, records), whole=False).threads
         with encoding.of_torch(threads) as pool:
             for number, record in enumerate(records):
                 with times("read"):
@@ -193,6 +191,11 @@ class EmbedCaptions(Embed):
                 source = ((number, some) for some in encoding.chunks(rows, size, times))
                 yield from encoding.in_order(pool, work, source, 2 * threads, times)
                 yield Part(number)
+
+
+def _size(record: dict[str, Any]) -> tuple[int, int]:
+    """Samples and bytes of a shard."""
+    return record["samples"], file_of(record, ".tar")["bytes"]
 
 
 def encoder_of(dataset: Dataset) -> dict[str, Any]:
