@@ -17,6 +17,7 @@ from pipeline.dataset import Dataset, Embeddings, file_of, metadata
 from pipeline.embed import Embed, EmbedCaptions, EmbedConfig
 from pipeline.shard import Shard, ShardConfig
 from pipeline.stage import StageFailed
+from pipeline.update import Reuse
 from tests.pipeline import made
 from tests.pipeline.test_images import photo
 
@@ -435,6 +436,29 @@ def test_an_encoder_that_fails_for_good_is_told_and_gone_on_with(copied, whole, 
     shutil.rmtree(copied.folder("embeddings"))
     stage.run(Embed(copied, EmbedConfig(batch_size=20)))
     assert files_of(copied) == before and len(passes) > 5
+
+
+def test_batches_are_of_new_shards_where_others_stay(copied, whole):
+    folder, following = copied.folder("shards"), copied.following()
+    shutil.copytree(folder, following.folder("shards"))
+    manifest = storage.read_json(storage.join(following.folder("shards"), "manifest.json"))
+    for record in manifest["items"][:2]:  # the third stays as it is
+        entry = file_of(record, ".tar")
+        path = storage.local_path(storage.join(following.folder("shards"), entry["name"]))
+        samples = list(tars.read(path))
+        samples[5]["png"] = samples[6]["png"]
+        tars.write(path, [{key: value for key, value in sample.items() if key != "__url__"} for sample in samples])
+        entry |= stage.describe(entry["name"], path)
+    storage.put_json(manifest, storage.join(following.folder("shards"), "manifest.json"))
+    reusing = Reuse(following, EmbedConfig(batch_size=16), copied)
+    reusing.together = lambda gpu=None: 3
+    sealed = stage.run(reusing)
+    assert [record["info"] for record in sealed["items"]] == [{}, {}, {"reused": 12}]
+    assert [count for count, _ in whole] == [16, 16, 16, 12]  # of 60 samples
+    now, then = (np.concatenate([np.asarray(shard, np.float32) for shard in Embeddings(one).shards])
+                 for one in (following, copied))
+    assert np.flatnonzero((now * then).sum(1) < 0.99).tolist() == [5, 35]
+    np.testing.assert_array_equal(now[60:], then[60:])
 
 
 def least_memory(dataset: Dataset, config: EmbedConfig) -> str:
