@@ -312,7 +312,8 @@ def train(job: Job, config: ClusterConfig, *, local: bool, rebuild: bool = False
         if not in_processes(job):
             return None
     else:
-        from jobs import trainer
+        with interrupts.held():
+            from jobs import trainer
         trainer.train(job, config, lambda line: _log.info(
             "train: step %d of %d, loss %.4f, %.0f samples/s", line["step"], job.config.steps, line["loss"],
             line["samples_per_s"]))
@@ -451,7 +452,8 @@ def runner(command: Any) -> Iterator[stage.Runner]:
     if command.common.local:
         yield stage.in_process
         return
-    from jobs.pool import Pool
+    with interrupts.held():  # an exception in the midst of an import may be swallowed there
+        from jobs.pool import Pool
     pool = Pool(command.cluster)
     try:
         yield pool

@@ -249,7 +249,10 @@ def _subject(inner: Any) -> dict[str, str]:
         return {}
     dataset = Dataset.parse(inner.common.root, inner.dataset)
     found = {"dataset": dataset.name, "version": dataset.version}
+    # Whoever submits need not be let into the store, and would wait for minutes to find out.
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        if not storage.is_local(inner.common.root):
+            return found
         plan = storage.read_json(storage.join(dataset.folder("shards"), "plan.json"))
         found["fingerprint"] = str(plan["fingerprint"])
     return found
