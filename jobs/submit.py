@@ -37,6 +37,7 @@ _SECRET = re.compile("KEY|SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL")
 _STOP_S = 60  # what a driver is given to end in when its job is stopped; Ray's own 3 s are too few for a checkpoint
 _PATIENCE_S = 300.0  # for a job server that does not answer
 _SETTINGS = "settings.toml"
+_OF_ALL_VERSIONS = {"rebuild", "versions", "rollback", "gc"}
 _TALKATIVE = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk",
               "ray._private.runtime_env.packaging")
 
@@ -68,7 +69,7 @@ def of(words: tuple[str, ...], inner: Any, settings: Settings, command: SubmitCo
         words = tuple(_SETTINGS if word == config else word.replace(f"--config={config}", f"--config={_SETTINGS}")
                       for word in words)
     about = {"verb": verb, "root": inner.common.root, "revision": stage.code_revision(),
-             "needs": ",".join(sorted(command.secret))} | _subject(inner)
+             "needs": ",".join(sorted(command.secret))} | _subject(verb, inner)
     parts = (verb, about.get("run") or about.get("dataset"), about.get("version"), _hash(verb, inner, settings))
     name = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "-", part) for part in parts if part)
     return Submission(name, words, {key: value for key, value in about.items() if value},
@@ -241,13 +242,15 @@ def _folder(scratch: Path, one: Submission, command: SubmitCommand) -> Path | No
     return scratch if _sent(one, command) else None
 
 
-def _subject(inner: Any) -> dict[str, str]:
+def _subject(verb: str, inner: Any) -> dict[str, str]:
     """What a verb is about, for people: run or dataset, its version, and what is there of it as far as can be seen."""
     if hasattr(inner, "run"):
         return {"run": inner.run} | ({"dataset": inner.dataset} if hasattr(inner, "dataset") else {})
     if not hasattr(inner, "dataset"):
         return {}
     dataset = Dataset.parse(inner.common.root, inner.dataset)
+    if verb in _OF_ALL_VERSIONS:
+        return {"dataset": dataset.name}
     found = {"dataset": dataset.name, "version": dataset.version}
     # Whoever submits need not be let into the store, and would wait for minutes to find out.
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
