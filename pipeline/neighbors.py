@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline import dataset as datasets
-from pipeline import embed, search, stage, storage, tombstones
+from pipeline import embed, pages, search, stage, storage, tombstones
 from pipeline import index as indices
 from pipeline.dataset import Dataset, Embeddings
 from pipeline.index import Lists, Searcher, memory
@@ -145,6 +145,7 @@ class Neighbors(Stage):
 
     def process(self, item: Item, scratch: Path) -> Output:
         self._as_planned()
+        pages.give_back()  # what the last item took, in pieces that do not fit this one
         opened = _opened(self.database, self.config.method, self.config.copy_bits >= 0, item.inputs["database"])
         queries = self._queries(item)
         if queries.vectors.shape[1] != opened.embeddings.dim:
@@ -156,6 +157,7 @@ class Neighbors(Stage):
         there = np.flatnonzero(queries.vectors.any(1))  # a row of zeros is equally near to everything
         if len(there):
             ids[there], scores[there] = self._found(opened, queries if len(there) == len(queries) else queries[there])
+        pages.give_back()
         info = _facts(ids, scores) | self._quality(opened, queries, ids, there, item)
         files, start = {}, 0
         for one in item.inputs["shards"]:
