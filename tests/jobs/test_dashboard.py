@@ -26,7 +26,7 @@ from pipeline.shard import Shard, ShardConfig
 from tests.jobs import prometheus
 
 without = pytest.mark.skipif(not prometheus.binary(), reason="prometheus is not installed")
-STEPS = 120
+STEPS = 40
 _NEEDS_GPU = ("ray_node_gpus_utilization", "ray_rdm_train_mfu")
 
 
