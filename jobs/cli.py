@@ -20,8 +20,7 @@ from typing import Any
 
 import tyro
 
-from jobs import commands, interrupts, report, status, steps, submit
-from jobs.progress import watcher
+from jobs import commands, interrupts, labels, logs, report, status, steps, submit, watched
 from jobs.runs import Run
 from jobs.settings import ClusterConfig, Settings, resolve
 from jobs.training import Job, Training
@@ -46,8 +45,11 @@ _GO_ON = "hint: nothing that is recorded is lost; the same command goes on from 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    _speak()
     interrupts.listen()
+    try:
+        logs.speak(_log_format(arguments))
+    except ValueError as error:
+        return _misuse(str(error))
     if not arguments or arguments[0] in {"-h", "--help"}:
         print(_overview(), end="")
         return 0 if arguments else 2
@@ -63,10 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
         text = storage.full(error) or str(error)
         if "hint:" not in text:
             text += f"\n{_NO_WAY if getattr(error, 'errno', 0) in {errno.EROFS, errno.EACCES, errno.EPERM} else _GO_ON}"
-        print(f"error: {storage.without_credentials(text)}", file=sys.stderr)
+        logs.last_word(storage.without_credentials(text), exit=1)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        logs.last_word("stopped; the same command goes on from here", logging.WARNING, exit=STOPPED)
         return STOPPED
 
 
@@ -86,8 +88,18 @@ def parsed(arguments: Sequence[str]) -> tuple[Callable[[Any, Settings], int], An
 
 
 def _misuse(message: str) -> int:
-    print(f"error: {storage.without_credentials(message)}", file=sys.stderr)
+    logs.last_word(storage.without_credentials(message), exit=2)
     return 2
+
+
+def _log_format(arguments: list[str]) -> str:
+    """How to speak, before anything can be said about the rest of the command line."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--log-format", "--log_format", default="")
+    try:
+        return logs.chosen(first.parse_known_args(arguments)[0].log_format)
+    except argparse.ArgumentError:  # it will be said again by who reads the whole command line
+        return logs.chosen()
 
 
 def _settings(arguments: list[str]) -> Settings:
@@ -137,8 +149,8 @@ def _sift(sifted: sift.Sift, command: commands.ShardCommand) -> int:
     with runner(command) as run_with:
         def seal(stage_: Shard) -> dict[str, Any]:
             first = stage_ is sifted.whole
-            return stage.run(stage_, run_with, watch=watcher("shard" if first else "sift"),
-                             retry=command.retry_failed and first, max_failed=command.max_failed)
+            return watched.run(stage_, run_with, name="shard" if first else "sift", tracker=command.stage.tracker,
+                               retry=command.retry_failed and first, max_failed=command.max_failed)
 
         manifest = sift.run(sifted, seal, rebuild=command.stage.rebuild)
     _done(sifted, manifest)
@@ -170,7 +182,8 @@ def _index(command: commands.IndexCommand, settings: Settings) -> int:
     if command.common.dry_run:
         return _dry_run(index, command.stage.rebuild)
     with runner(command) as run_with:
-        manifest = assembly.run(index, lambda one: stage.run(one, run_with, watch=watcher(one.name.replace("_", " "))),
+        manifest = assembly.run(index, lambda one: watched.run(one, run_with, name=one.name.replace("_", " "),
+                                                               tracker=command.stage.tracker),
                                 rebuild=command.stage.rebuild)
     _done(index, manifest)
     return 0
@@ -186,8 +199,8 @@ def _rebuild(command: commands.RebuildCommand, settings: Settings) -> int:
         print(json.dumps(one.forecast(), indent=1))
         return 0
     with runner(command) as run_with:
-        print(json.dumps(rebuild.run(one, lambda stage_: stage.run(
-            stage_, run_with, watch=watcher(stage_.name.replace("_", " "))))))
+        print(json.dumps(rebuild.run(one, lambda stage_: watched.run(
+            stage_, run_with, name=stage_.name.replace("_", " "), tracker="auto"))))
     return 0
 
 
@@ -283,7 +296,7 @@ def _train(command: commands.TrainCommand, settings: Settings) -> int:
 
     job = Job(run, reader(command.dataset, "dataset"), reader(command.database or command.dataset, "database"),
               command.train, command.on_latents,
-              published.reader(run.root, command.validation) if command.validation else None)
+              published.reader(run.root, command.validation) if command.validation else None, command.stage.tracker)
     training = Training(job)
     if command.common.dry_run:
         return _dry_run(training)
@@ -296,6 +309,11 @@ def _train(command: commands.TrainCommand, settings: Settings) -> int:
 
 def train(job: Job, config: ClusterConfig, *, local: bool, rebuild: bool = False) -> dict[str, Any] | None:
     """Bring a run to its sealed state; None in a process that does not speak for the run, or was stopped."""
+    with logs.about(labels.of_run(job.dataset.name, job.dataset.version, job.run.name)):
+        return _trained(job, config, local, rebuild)
+
+
+def _trained(job: Job, config: ClusterConfig, local: bool, rebuild: bool) -> dict[str, Any] | None:
     training = Training(job)
     training.check()
     if rebuild and os.environ.get("RANK", "0") == "0":
@@ -316,7 +334,7 @@ def train(job: Job, config: ClusterConfig, *, local: bool, rebuild: bool = False
             from jobs import trainer
         trainer.train(job, config, lambda line: _log.info(
             "train: step %d of %d, loss %.4f, %.0f samples/s", line["step"], job.config.steps, line["loss"],
-            line["samples_per_s"]))
+            line["samples_per_s"], extra={"fields": line}))
     if job.run.latest_step() < job.config.steps:
         _log.info("train: stopped at step %d; the same command goes on from there", job.run.latest_step())
         return None
@@ -354,10 +372,10 @@ def _evaluate(command: commands.EvaluateCommand, settings: Settings) -> int:
     if command.common.dry_run:
         return _dry_run(judging, command.stage.rebuild)
     with runner(command) as run_with:
-        stage.run(judging, run_with, rebuild=command.stage.rebuild, watch=watcher(judging.name))
+        watched.run(judging, run_with, tracker=command.stage.tracker, rebuild=command.stage.rebuild)
         evaluation = Evaluation(judging, mixed, command.checkpoint, settings.embed.clip(), command.evaluate,
                                 command.sample, command.prompt, command.name)
-        stage.run(evaluation, run_with, rebuild=command.stage.rebuild, watch=watcher(evaluation.name))
+        watched.run(evaluation, run_with, tracker=command.stage.tracker, rebuild=command.stage.rebuild)
     _log.info("evaluate: pictures, plot and numbers are in %s", evaluation.folder)
     file = storage.join(evaluation.folder, "evaluation.json" if command.json else "table.md")
     print(storage.read_bytes(file).decode(), end="")
@@ -378,8 +396,24 @@ def _report(command: commands.ReportCommand, settings: Settings) -> int:
 
 
 def _status(command: commands.StatusCommand, settings: Settings) -> int:
-    found = status.of(storage.normal(command.common.root))
-    print(json.dumps(found, indent=1) if command.json else status.table(found))
+    root = storage.normal(command.common.root)
+    if command.watch and command.serve:
+        raise ValueError("--watch shows it here, --serve to others: these are two commands")
+    try:
+        if command.serve:
+            from jobs import exporter
+            exporter.serve(root, command.serve)
+        elif command.watch:
+            from jobs import watch
+            watch.show(root, as_json=command.json)
+        else:
+            found = status.of(root)
+            print(json.dumps(found, indent=1) if command.json else status.table(found), flush=True)
+    except KeyboardInterrupt:
+        if not (command.watch or command.serve):
+            raise
+    except BrokenPipeError:  # whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -466,9 +500,9 @@ def _run(stage_: Stage, command: Any) -> int:
     if command.common.dry_run:
         return _dry_run(stage_, command.stage.rebuild)
     with runner(command) as run_with:
-        manifest = stage.run(stage_, run_with, rebuild=command.stage.rebuild, watch=watcher(stage_.name),
-                             retry=getattr(command, "retry_failed", False) and not getattr(stage_, "base", None),
-                             max_failed=getattr(command, "max_failed", 1.0))
+        manifest = watched.run(stage_, run_with, tracker=command.stage.tracker, rebuild=command.stage.rebuild,
+                               retry=getattr(command, "retry_failed", False) and not getattr(stage_, "base", None),
+                               max_failed=getattr(command, "max_failed", 1.0))
     _done(stage_, manifest)
     return 0
 
@@ -492,12 +526,13 @@ def _dry_run(stage_: Stage, rebuild: bool = False) -> int:
 
 def _done(stage_: Stage, manifest: dict[str, Any]) -> None:
     """One JSON document on stdout: where, and how much; what was left out on stderr."""
-    totals = manifest["totals"]
+    totals, known = manifest["totals"], labels.of(stage_.path, stage_.name)
     print(json.dumps({"folder": stage_.folder, **totals, **{key: value for key, value in manifest["info"].items()
                                                             if isinstance(value, int | float | str)}}))
     if totals["skipped"]:
         _log.warning("%s: left out %s; the ledger names each", stage_.name,
-                     ", ".join(f"{count} {reason}" for reason, count in totals["skipped"].items()))
+                     ", ".join(f"{count} {reason}" for reason, count in totals["skipped"].items()),
+                     extra={"fields": {name: value for name, value in known.items() if value}})
 
 
 _VERBS: dict[str, tuple[type, Callable[[Any, Settings], int]]] = {
@@ -522,10 +557,3 @@ def _overview() -> str:
     return ("usage: python -m jobs VERB [...]; python -m jobs VERB --help\n\n" + "\n".join(lines) +
             "\n\nEvery verb takes --root (a folder or s3://...), --local (no Ray) and --dry-run.\n"
             "To go on after any fault, run the same command again.\n")
-
-
-def _speak() -> None:
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    for name in ("jobs", "pipeline", "model", "__main__"):
-        logging.getLogger(name).setLevel(logging.INFO)
-

@@ -1,5 +1,7 @@
 """The Ray cluster: the one that is there, or one of this machine's own."""
 
+import contextlib
+import json
 import logging
 import os
 import secrets
@@ -35,8 +37,18 @@ def connect() -> None:
     # With as many logical CPUs as cores an actor, its driver and Train's controller starve each other.
     # "local": without it Ray would join whatever cluster of somebody else's runs on this machine.
     with interrupts.held():
-        ray.init("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False,
-                 object_store_memory=200 << 20, **options)
+        context = ray.init("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False,
+                           object_store_memory=200 << 20, **options)
+    tell_prometheus(Path(context.address_info["session_dir"]).parent)
+
+
+def tell_prometheus(folder: Path) -> None:
+    """Write down where the nodes tell their metrics, in the place and the way in which Ray's dashboard does."""
+    targets = [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in ray.nodes()]
+    with contextlib.suppress(OSError):
+        own = folder / f".prometheus-{os.getpid()}"
+        own.write_text(json.dumps([{"labels": {"job": "ray"}, "targets": targets}]))
+        own.replace(folder / "prom_metrics_service_discovery.json")
 
 
 def _knock(address: str) -> None:

@@ -31,6 +31,8 @@ class Common:
     """Without Ray, in this process (under torchrun: in its processes)."""
     dry_run: bool = False
     """Say what would be done, and do nothing."""
+    log_format: Literal["", "text", "json"] = ""
+    """Of stderr: lines for people, or a JSON document for each event; by default RDM_LOG says, or else text."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class Rebuild:
 
     rebuild: bool = False
     """Empty the folder of this stage first, with what lies below it (the samples of a run)."""
+    tracker: Literal["auto", "none", "wandb"] = "auto"
+    """Who follows it beside the files here: wandb (offline without WANDB_API_KEY), or none; auto: wandb, for stages
+    other than training only where there is a key."""
 
 
 Dataset = Annotated[str, tyro.conf.Positional,
@@ -306,6 +311,10 @@ class StatusCommand:
     common: Flat[Common]
     json: bool = False
     """As JSON instead of a table."""
+    watch: bool = False
+    """Again and again, until Ctrl-C (exit 0): in place on a terminal, elsewhere a block or a line of JSON each time."""
+    serve: str = ""
+    """To Prometheus instead, at PORT of this machine or at HOST:PORT, until Ctrl-C (exit 0)."""
 
 
 @dataclass(frozen=True)

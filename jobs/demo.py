@@ -5,8 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from jobs import portable, report
-from jobs.progress import watcher
+from jobs import portable, report, watched
 from jobs.runs import Run
 from jobs.sampling import Sampling
 from jobs.settings import RECIPES, Settings
@@ -92,7 +91,7 @@ def _seal(stage_: stage.Stage, runner: stage.Runner) -> bool:
     if storage.exists(storage.join(stage_.folder, "manifest.json")):
         stage.prepare(stage_)
         return False
-    manifest = stage.run(stage_, runner, watch=watcher(f"{stage_.name} {stage_.path}"))
+    manifest = watched.run(stage_, runner, name=f"{stage_.name} {stage_.path}")
     totals, info = manifest["totals"], manifest["info"]
     _log.info("%s: %d samples, %.1f MB%s%s", stage_.path, totals["samples"], totals["bytes"] / 1e6,
               f", left out: {totals['skipped']}" if totals["skipped"] else "",

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnschedulableError, RayActorError, RayError, RayTaskError
 
-from jobs import cluster, decoders
+from jobs import cluster, decoders, labels, live, logs
 from jobs.settings import ClusterConfig
 from pipeline import stage, storage
 from pipeline.stage import Item, Outcome, Stage
@@ -26,7 +26,8 @@ _log = logging.getLogger(__name__)
 class Worker:
     """A process that holds what its stage loaded; nothing large comes or goes, but for pictures that others decode."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: str) -> None:
+        logs.speak(log)
         self.ready = ""
         self.decoders: decoders.Decoders | None = None
 
@@ -58,6 +59,7 @@ class _Task:
     failures: int = 0
     losses: int = 0
     avoid: set[Any] = field(default_factory=set)
+    given: float = 0.0
 
 
 class Pool:
@@ -71,7 +73,7 @@ class Pool:
 
     def __init__(self, config: ClusterConfig) -> None:
         self.config = config
-        self.starting: dict[Any, Any] = {}  # ping -> actor
+        self.starting: dict[Any, tuple[Any, float]] = {}  # ping -> actor, when it was asked for
         self.idle: deque[Any] = deque()
         self.gpu = False
         self.decoders: list[Any] = []
@@ -82,6 +84,7 @@ class Pool:
         print_ = stage.fingerprint(stage_)
         together = self._together(stage_, len(items))
         lent = self._lent(stage_)
+        self.meter = live.Meter(labels.of(stage_.path, stage_.name))
         fresh, left = iter(items), len(items)
         waiting: deque[_Task] = deque()  # of a million items only those that are next, and those that came back
         busy: dict[Any, tuple[Any, _Task]] = {}
@@ -94,7 +97,9 @@ class Pool:
                 self._grow(len(busy), left + len(waiting) + len(busy))
                 while pair := self._pair(waiting, bool(busy or self.starting)):
                     actor, task = pair
+                    task.given = time.monotonic()
                     busy[actor.work.remote(stage_, print_, task.items, lent)] = actor, task
+                self.meter.workers(busy=len(busy), idle=len(self.idle), starting=len(self.starting))
                 done, _ = ray.wait([*busy, *self.starting], num_returns=1, timeout=5.0)
                 if done or busy:
                     alive = time.monotonic()
@@ -115,6 +120,7 @@ class Pool:
         finally:
             for actor, _ in busy.values():
                 ray.kill(actor)
+            self.meter.workers(busy=0, idle=0, starting=0)  # those that are left are the next stage's
 
     def close(self) -> None:
         """End the actors."""
@@ -124,7 +130,7 @@ class Pool:
         self.decoders.clear()
 
     def _end_workers(self) -> None:
-        for actor in [*self.idle, *self.starting.values()]:
+        for actor in [*self.idle, *(actor for actor, _ in self.starting.values())]:
             ray.kill(actor)
         self.idle.clear()
         self.starting.clear()
@@ -148,13 +154,14 @@ class Pool:
         """Start actors up to the number wanted; no more than there are items."""
         while len(self.idle) + len(self.starting) + busy < min(self.config.workers, useful):
             actor = Worker.options(num_cpus=self.config.cpus, num_gpus=self.config.gpus if self.gpu else 0,
-                                   scheduling_strategy="SPREAD").remote()
-            self.starting[actor.ping.remote()] = actor
+                                   scheduling_strategy="SPREAD").remote(logs.form())
+            self.starting[actor.ping.remote()] = actor, time.monotonic()
 
     def _started(self, reference: Any) -> None:
-        actor = self.starting.pop(reference)
+        actor, asked = self.starting.pop(reference)
         try:
             ray.get(reference)
+            self.meter.worker(time.monotonic() - asked)
             self.idle.append(actor)
         except ActorUnschedulableError as error:
             raise stage.StageFailed(f"the cluster can start no worker: {error}") from error
@@ -177,6 +184,8 @@ class Pool:
         try:
             found = list(zip(task.items, ray.get(reference), strict=True))
             self.idle.append(actor)
+            seconds = [record["run"]["seconds"] for _, record in found if record]
+            self.meter.items(max(time.monotonic() - task.given - sum(seconds), 0.0), seconds)
             return ([Outcome(item, record=record) for item, record in found if record],
                     [_Task([item]) for item, record in found if not record])
         except RayTaskError as error:
@@ -187,11 +196,14 @@ class Pool:
             if len(task.items) == 1 and (isinstance(cause, ValueError) or task.failures >= TRIES):
                 return [Outcome(first, error=stage.sentence(cause), trace=str(error),
                                 full=bool(storage.full(cause)))], []
-            _log.warning("item %s failed and is tried again elsewhere: %s", _some(task), _last_line(error))
+            self.meter.again("failed")
+            _log.warning("item %s failed and is tried again elsewhere: %s", _some(task), _last_line(error),
+                         extra={"fields": {"item": first.id}})
         except RayError as error:
             task.losses += 1
+            self.meter.again("worker lost")
             _log.warning("the worker of item %s was lost (%d of %d times): it is given to another", _some(task),
-                         task.losses, LOSSES)
+                         task.losses, LOSSES, extra={"fields": {"item": first.id}})
             ray.kill(actor)
             if task.losses >= LOSSES:
                 return [Outcome(first, error=f"its worker died {LOSSES} times: {_last_line(error)}",

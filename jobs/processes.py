@@ -4,17 +4,17 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from jobs import tracking
+from jobs import labels, tracking
 from jobs.runs import Run
 from jobs.training import Job, Training
 from jobs.validation import Validation
-from model.config import to_dict
 from model.train import train
 from pipeline import stage
 from pipeline.batches import Batches
@@ -37,23 +37,29 @@ def work(job: Job, stop: Callable[[], bool] | None = None) -> int:
     if job.validation:
         validate = Validation(job, job.validation) if rank == 0 else lambda *_: {}
     step = _agreed(_whole(job.run) if rank == 0 else 0, device)
-    metrics = tracker = None
+    metrics = tracker = curve = None
     if rank == 0:
+        known = labels.of_run(job.dataset.name, job.dataset.version, job.run.name)
         metrics = tracking.Metrics(job.run, step)
-        tracker = tracking.Tracker(job.run, to_dict(job.config) | {"lineage": job.run.lineage()})
+        curve = _curve(known, step, job)
+        tracker = tracking.of_run(job, known)
 
     def save(reached: int, write: Callable[[Any], None]) -> None:
         with stage.scratch_folder("checkpoint") as scratch:
             write(scratch / "checkpoint")
             metrics.flush()
             job.run.publish(reached, scratch / "checkpoint")
+        tracker.saved()
         job.run.forget(KEEP_CHECKPOINTS)
 
     def log(record: dict[str, Any]) -> None:
         if "loss" in record:
-            tracker.add(metrics.add(record | {"world_size": world}))
+            record = metrics.add(record | {"world_size": world})
+            tracker.add(record, hold=True)
+            if curve:
+                curve.add(record)
         else:
-            tracker.add(metrics.note(record), picture=job.run.validated(record["step"]))
+            tracker.add(metrics.note(record), picture=job.run.validated(record["step"]), hold=True)
 
     try:
         return train(job.config, batches.at, device=device, save=save, log=log, stop=stop, validate=validate,
@@ -62,6 +68,16 @@ def work(job: Job, stop: Callable[[], bool] | None = None) -> int:
         if rank == 0:
             metrics.flush()
             tracker.close()
+            if curve:
+                curve.close()
+
+
+def _curve(known: dict[str, str], step: int, job: Job) -> Any:
+    """What tells Ray of the curve, in a process of Ray's."""
+    if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
+        return None
+    from jobs import live
+    return live.Curve(known, step, job.config.steps, job.config.global_batch)
 
 
 def in_processes(job: Job) -> bool:
@@ -70,7 +86,8 @@ def in_processes(job: Job) -> bool:
     stage_ = Training(job)
     if world == 1:
         stage.prepare(stage_)
-        with _stoppable() as stop:
+        job.run.mend()
+        with _stoppable() as stop, job.run.telling():
             work(job, stop)
         return True
     if torch.cuda.is_available():
@@ -79,8 +96,9 @@ def in_processes(job: Job) -> bool:
     try:
         if dist.get_rank() == 0:
             stage.prepare(stage_)
+            job.run.mend()
         dist.barrier()
-        with _stoppable() as stop:
+        with _stoppable() as stop, job.run.telling():
             work(job, stop)
         return dist.get_rank() == 0
     finally:

@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from jobs import logs
 from pipeline.progress import Tally
 
 EVERY_S = 10.0
@@ -23,7 +24,7 @@ def watcher(name: str) -> Callable[[Tally], None]:
         nonlocal bar, spoken
         now = tally.now
         done, total = (now["rows"], tally.rows) if tally.rows else (tally.done_items, tally.items)
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and logs.form() == "text":
             bar = bar or tqdm(total=total, initial=done, desc=name, unit="row" if tally.rows else "item")
             bar.set_postfix_str(_rest(now), refresh=False)
             bar.update(done - bar.n)
@@ -32,7 +33,7 @@ def watcher(name: str) -> Callable[[Tally], None]:
                 bar = None  # more items may follow: rows that are tried again
         elif time.monotonic() - spoken > EVERY_S or tally.done_items == tally.items:
             spoken = time.monotonic()
-            _log.info("%s: %s", name, sentence(now))
+            _log.info("%s: %s", name, sentence(now), extra={"fields": now})
 
     return watch
 
@@ -41,7 +42,7 @@ def sentence(now: dict[str, Any]) -> str:
     """What a tally says, in a line."""
     of = f" of {now['of_rows']}" if now["of_rows"] else ""
     again = f" ({now['retried']} tried again)" if now["retried"] else ""
-    left = f", {_time(now['seconds_left'])} left" if now["seconds_left"] and now["items"] < now["of_items"] else ""
+    left = f", {span(now['seconds_left'])} left" if now["seconds_left"] and now["items"] < now["of_items"] else ""
     return (f"{now['items']} of {now['of_items']} items, {now['rows']}{of} rows{again}, "
             f"{now['rows_per_s']:.0f} rows/s, {_rest(now)}{left}")
 
@@ -56,7 +57,10 @@ def _rest(now: dict[str, Any]) -> str:
     return f"{share}{now['bytes'] / 1e6:.0f} MB{failed}" + (f", left out: {reasons}" if reasons else "")
 
 
-def _time(seconds: float) -> str:
+def span(seconds: float) -> str:
+    """So many seconds, in the two units that matter."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24} days {hours % 24} h"
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

@@ -1,15 +1,19 @@
 """The folder of a training run: <root>/runs/<run>/ with its checkpoints, curve and samples."""
 
+import contextlib
 import os
 import re
 import shutil
 import threading
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline import stage, storage
 
+HOPELESS: dict[str, type[Exception]] = {one.__name__: one for one in (FloatingPointError, MemoryError, ValueError)}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -64,6 +68,33 @@ class Run:
             return plan["section"].get("lineage") or plan["inputs"]
         except FileNotFoundError:
             return {}
+
+    @property
+    def fault_address(self) -> str:
+        """Where it says what ended the run for good, until it is started again."""
+        return storage.join(self.folder, "fault.json")
+
+    def fault(self) -> dict[str, Any] | None:
+        """What ended the run for good, if anything did: kind, message, launch and time."""
+        try:
+            return storage.read_json(self.fault_address)
+        except FileNotFoundError:
+            return None
+
+    def mend(self) -> None:
+        """Forget what ended the run: it is started again."""
+        storage.remove(self.fault_address)
+
+    @contextlib.contextmanager
+    def telling(self, launch: str = "") -> Iterator[None]:
+        """Write down an error that will come again, for this launch and for whoever watches."""
+        try:
+            yield
+        except tuple(HOPELESS.values()) as error:
+            kind = next(name for name, one in HOPELESS.items() if isinstance(error, one))
+            storage.put_json({"launch": launch, "kind": kind, "message": str(error), "at": round(time.time(), 1)},
+                             self.fault_address)
+            raise
 
     def encoder(self) -> dict[str, Any]:
         """The encoder of the vectors the run was trained with."""

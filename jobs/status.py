@@ -1,12 +1,14 @@
 """How far every stage below a root has come, and what a stage would still have to do."""
 
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from jobs import progress, tracking
+from jobs import labels, progress, tracking
 from jobs.runs import Run
 from pipeline import records, stage, storage
+from pipeline.dataset import Dataset
 from pipeline.stage import Item, Stage
 
 _SILENT_S = 120.0
@@ -35,6 +37,31 @@ def table(found: list[dict[str, Any]]) -> str:
         return "nothing here yet"
     width = max(len(one["path"]) for one in found)
     return "\n".join(f"{one['path']:<{width}}  {one['state']:<12} {_detail(one)}".rstrip() for one in found)
+
+
+def published(root: str) -> dict[str, dict[str, Any]]:
+    """What is published of each dataset that has anything published: version, number, when (Unix time), recall@10."""
+    found = {}
+    for name in storage.folders(storage.join(root, "datasets")):
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            one = storage.read_json(storage.join(root, "datasets", name, "current.json"))
+            if isinstance(one, dict) and "version" in one:
+                found[name] = one
+    return found
+
+
+def named(path: str, one: dict[str, Any]) -> dict[str, str]:
+    """The labels of a stage folder with this state."""
+    if one.get("dataset"):
+        dataset = Dataset.parse("", one["dataset"])
+        return labels.of_run(dataset.name, dataset.version, path.split("/")[1])
+    return labels.of(path, one.get("stage") or path.rsplit("/", 1)[1])
+
+
+def silent(now: dict[str, Any]) -> float:
+    """Seconds since a driver's last word, 0 while it may still be there."""
+    seconds = time.time() - now["updated"]
+    return seconds if seconds > _SILENT_S else 0.0
 
 
 def forecast(stage_: Stage, *, rebuild: bool = False) -> dict[str, Any]:
@@ -91,18 +118,25 @@ def _state(root: str, path: str) -> dict[str, Any]:
         failed = len(storage.names(storage.join(root, path, "failures")))
         about["progress"] = _progress(root, path)
         state = f"{done} of {items}" if done or about["progress"] else "planned"
+        about["done"] = done
         if plan["stage"] == "train":
-            steps = Run(root, path.split("/")[1]).steps()
+            run = Run(root, path.split("/")[1])
+            steps = run.steps()
             state = f"at step {steps[-1]}" if steps else "planned"
+            about |= {"dataset": plan["section"].get("dataset"), "curve": _last(tracking.read(run)),
+                      "fault": run.fault()}
         return about | {"state": "stale" if changed else state, "changed": changed, "failed": failed}
     sealed = about | {"state": "stale" if changed else "sealed", "changed": changed,
                       **{key: manifest["totals"][key] for key in ("samples", "bytes", "skipped", "noted")},
-                      "seconds": manifest["run"]["seconds"]}
+                      "seconds": manifest["run"]["seconds"], "sealed": manifest["run"]["sealed"]}
+    if plan["stage"] == "index":
+        sealed["recall"] = manifest["info"].get("recall", {}).get("image", {})
     if plan["stage"] == "train":
         # The stage only collects what the run left: its time and bytes are those of the run.
         run = Run(root, path.split("/")[1])
         lines = tracking.read(run)
         sealed["seconds"] = round(lines[-1]["seconds"], 1) if lines else None
+        sealed |= {"dataset": plan["section"].get("dataset"), "curve": _last(lines), "fault": None}
         sealed["bytes"] += sum(entry["bytes"] for step in run.steps() for entry in run.checkpoint(step)["files"])
     return sealed
 
@@ -118,9 +152,13 @@ def _detail(one: dict[str, Any]) -> str:
     said = [f"{one['failed']} failed"] if one.get("failed") else []
     if now := one.get("progress"):
         # Of a driver that is gone the records tell, and its last word does not.
-        silent = time.time() - now["updated"]
-        said.append(f"nothing heard for {round(silent / 60)} min" if silent > _SILENT_S else progress.sentence(now))
+        gone = silent(now)
+        said.append(f"nothing heard for {round(gone / 60)} min" if gone else progress.sentence(now))
     return "; ".join(said)
+
+
+def _last(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+    return lines[-1] if lines else None
 
 
 def _progress(root: str, path: str) -> dict[str, Any] | None:

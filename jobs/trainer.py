@@ -9,8 +9,9 @@ import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from jobs import cluster, tracking
+from jobs import cluster, labels, logs, tracking
 from jobs.processes import work
+from jobs.runs import HOPELESS
 from jobs.settings import ClusterConfig
 from jobs.training import Job, Training
 from pipeline import stage, storage
@@ -23,13 +24,14 @@ def train(job: Job, config: ClusterConfig, watch: Callable[[dict[str, Any]], Non
     never depends on what an earlier one left with Ray.
     """
     stage.prepare(Training(job))
+    job.run.mend()
     cluster.connect()
     launch = uuid.uuid4().hex
     with stage.scratch_folder("ray-train") as scratch:
         # Every worker of every node needs to reach Ray's own folder; nothing of ours is kept in it.
         shared = storage.join(job.run.folder, "ray") if storage.is_local(job.run.folder) else str(scratch)
         trainer = TorchTrainer(
-            _loop, train_loop_config={"job": job, "launch": launch},
+            _loop, train_loop_config={"job": job, "launch": launch, "log": logs.form()},
             torch_config=TorchConfig(backend="nccl" if config.gpus else "gloo", timeout_s=600),
             scaling_config=ScalingConfig(num_workers=_number(config), use_gpu=config.gpus > 0,
                                          resources_per_worker={"CPU": config.cpus} | (
@@ -64,31 +66,20 @@ def _number(config: ClusterConfig) -> int | tuple[int, int]:
 
 
 def _loop(config: dict[str, Any]) -> None:
+    logs.speak(config["log"])
+    job = config["job"]
+    known = labels.of_run(job.dataset.name, job.dataset.version, job.run.name)
     # What will happen again is not tried again: the first to meet it writes it down.
-    if known := _known(config["job"], config["launch"]):
-        raise known
-    try:
-        work(config["job"])
-    except tuple(_HOPELESS.values()) as error:
-        kind = next(name for name, one in _HOPELESS.items() if isinstance(error, one))
-        storage.put_json({"launch": config["launch"], "kind": kind, "message": str(error)}, _place(config["job"]))
-        raise
-
-
-_HOPELESS: dict[str, type[Exception]] = {one.__name__: one for one in (FloatingPointError, MemoryError, ValueError)}
-
-
-def _place(job: Job) -> str:
-    return storage.join(job.run.folder, "fault.json")
+    if fault := _known(job, config["launch"]):
+        raise fault
+    with logs.about(known), job.run.telling(config["launch"]):
+        work(job)
 
 
 def _known(job: Job, launch: str) -> Exception | None:
     """The error that ended this launch for good, if one did."""
-    try:
-        fault = storage.read_json(_place(job))
-    except FileNotFoundError:
-        return None
-    return _HOPELESS[fault["kind"]](fault["message"]) if fault["launch"] == launch else None
+    fault = job.run.fault()
+    return HOPELESS[fault["kind"]](fault["message"]) if fault and fault["launch"] == launch else None
 
 
 def _follow(job: Job, watch: Callable[[dict[str, Any]], None], done: threading.Event) -> None:

@@ -26,6 +26,8 @@ class Job:
     """Whether it trains on the latents of the dataset instead of its pictures."""
     validation: Dataset | None = None
     """What the run is looked at with and learns nothing from; so it is no part of what the run is."""
+    tracker: str = "auto"
+    """Who is told of the curve: wandb, none, or auto for wandb; no part of it either."""
 
 
 class Training(Stage):

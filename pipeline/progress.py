@@ -67,7 +67,7 @@ class Tally:
         self.now: dict[str, Any] = {}
         self._begun = self._last = self._counted = time.monotonic()
         self._took = 0.0
-        self._before = 0
+        self.earlier: dict[str, Any] = self.recorded | {"skipped": {}}  # what runs before this one had done
         self._fresh_rows, self._fresh_reasons = 0, Counter[str]()  # of this run, without what is tried again
         self._given_up: set[str] = set()
         self._in_hand: dict[str, dict[str, Any]] = {}
@@ -109,7 +109,7 @@ class Tally:
         else:
             for record in done:
                 self.record(record, sum(file["bytes"] for file in record["files"]))
-        self._before = self.recorded["rows"]
+        self.earlier = self.recorded | {"skipped": dict(self.reasons)}
         self._fresh_rows, self._fresh_reasons = 0, Counter()
 
     def due(self, *, quick: bool = False) -> bool:
@@ -127,7 +127,7 @@ class Tally:
         in_hand = self._words()
         total = {key: value + sum(one[key] for one in in_hand) for key, value in self.recorded.items()}
         elapsed = begun - self._begun
-        rate = (total["rows"] - self._before) / elapsed if elapsed > 0 else 0.0
+        rate = (total["rows"] - self.earlier["rows"]) / elapsed if elapsed > 0 else 0.0
         left = max(self.rows - total["rows"], 0)
         self.now = total | {
             "of_rows": self.rows, "items": self.done_items, "of_items": self.items, "failed_items": self.failed_items,

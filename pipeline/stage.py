@@ -33,6 +33,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -52,6 +53,9 @@ _PLAN_KEYS = {"format", "stage", "fingerprint", "section", "inputs", "items"}
 _ALIVE = ".alive"  # locked in a scratch folder as long as its process lives
 _TRIES = 3
 _AT_ONCE = 5000  # records in memory as dicts
+
+in_hand: ContextVar[tuple[str, str, str] | None] = ContextVar("in_hand", default=None)
+"""(folder below the root, stage, item) that is worked on here, for the log."""
 
 
 @dataclass(frozen=True)
@@ -375,15 +379,17 @@ def made(stage: Stage, item: Item) -> Callable[[], dict[str, Any]]:
         return lambda: found
     started = time.time()
     stage.beat = progress.Beat(stage.folder, item.id, stage.heard, again="round" in item.inputs)
-    with contextlib.ExitStack() as stack:
+    with _holding(stage, item), contextlib.ExitStack() as stack:
         stack.callback(stage.beat.done)
         scratch = stack.enter_context(scratch_folder(f"{stage.name}-{item.id}"))
         output = stage.process(item, scratch)
         held = stack.pop_all()
 
     def commit() -> dict[str, Any]:
-        with held:
-            return _commit(stage, item, output, scratch, plan, started)
+        with _holding(stage, item), held:
+            record = _commit(stage, item, output, scratch, plan, started)
+            _tell(stage, item, record)
+            return record
 
     return commit
 
@@ -404,7 +410,10 @@ def work_together(stage: Stage, items: Sequence[Item]) -> Iterator[tuple[Item, d
                 output = next(outputs, None)  # none is left where one error ended all of them
                 if isinstance(output, Exception):
                     raise output
-                record = output and _commit(stage, item, output, scratch, plan, started)
+                with _holding(stage, item):
+                    record = output and _commit(stage, item, output, scratch, plan, started)
+                    if record:
+                        _tell(stage, item, record)
             except StageFailed:  # the driver's own, heard in the middle of an item
                 raise
             except Exception as error:
@@ -412,6 +421,20 @@ def work_together(stage: Stage, items: Sequence[Item]) -> Iterator[tuple[Item, d
             finally:
                 stage.beat.done()
             yield item, record
+
+
+@contextlib.contextmanager
+def _holding(stage: Stage, item: Item) -> Iterator[None]:
+    token = in_hand.set((stage.path, stage.name, item.id))
+    try:
+        yield
+    finally:
+        in_hand.reset(token)
+
+
+def _tell(stage: Stage, item: Item, record: dict[str, Any]) -> None:
+    _log.debug("%s: item %s is recorded: %d samples", stage.name, item.id, record["samples"], extra={"fields": {
+        "samples": record["samples"], "skipped": record["skipped"], "seconds": record["run"]["seconds"]}})
 
 
 def _commit(stage: Stage, item: Item, output: Output, scratch: Path, plan: str, started: float) -> dict[str, Any]:
@@ -633,6 +656,8 @@ def _work_off(stage: Stage, runner: Runner, items: Sequence[Item], joined: bool,
             if outcome.record is None:
                 failed.append(outcome)
                 tally.give_up(outcome.item.id)
+                _log.debug("%s: item %s failed: %s", stage.name, outcome.item.id,
+                           storage.without_credentials(outcome.error), extra={"fields": {"item": outcome.item.id}})
                 storage.put_json({"id": outcome.item.id, "error": storage.without_credentials(outcome.error),
                                   "traceback": storage.without_credentials(outcome.trace)}, address)
             else:

@@ -18,7 +18,7 @@ from pipeline.shard import Shard, ShardConfig
 
 STYLES = ("flat", "hatched", "outline")
 _FAST_DEATH = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 1000,
-               "health_check_failure_threshold": 3}
+               "health_check_failure_threshold": 3, "metrics_report_interval_ms": 1000}
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """The runner on Ray gives what the runner in process gives, whatever dies meanwhile."""
 
+import json
+import logging
 import os
 import signal
 import sys
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from jobs import logs
 from jobs.settings import ClusterConfig
 from pipeline import stage, storage
 from pipeline.dataset import Dataset
@@ -185,3 +188,44 @@ def test_items_that_are_taken_together_fail_alone_and_are_given_to_others_alone(
     assert [len(made[f"{number:06d}"]) for number in range(8)] == [1, 2, 1, 1, 1, 1, 2, 1]
     assert len({made[f"00000{number}"][0] for number in range(4)}) == 1  # one worker had all four
     assert made["000006"][0] != made["000006"][1]
+
+
+class Talking(Stage):
+    """Items that say something while they are worked on."""
+
+    name = "talking"
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root, "datasets/some/v3/talking", SlowConfig())
+
+    def plan(self) -> list[Item]:
+        return [Item("000000"), Item("000001")]
+
+    def process(self, item: Item, scratch: Path) -> Output:
+        logging.getLogger("pipeline.talking").warning("at work on %s", item.id)
+        path = scratch / "out.txt"
+        path.write_text(item.id)
+        return Output(samples=1, files={f"{item.id}.txt": path})
+
+
+@pytest.fixture
+def spoken() -> Iterator[None]:
+    logs.speak("json")
+    yield
+    logs.speak("text")
+
+
+def test_workers_speak_as_their_driver_does(cluster, pool, tmp_path: Path, spoken: None) -> None:
+    import ray
+
+    stage.run(Talking(str(tmp_path / "root")), pool(1))
+    folder = Path(ray._private.worker._global_node.get_logs_dir_path())
+    found: list[dict[str, Any]] = []
+    end = time.monotonic() + 20
+    while len(found) < 2 and time.monotonic() < end:
+        found = [json.loads(line) for file in folder.glob("worker-*.err") for line in file.read_text().splitlines()
+                 if '"pipeline.talking"' in line]
+        time.sleep(0.2)
+    assert [(one["message"], one["item"], one["dataset"], one["version"], one["stage"], one["level"])
+            for one in found] == [(f"at work on {item}", item, "some", "v3", "talking", "warning")
+                                  for item in ("000000", "000001")]

@@ -1,0 +1,24 @@
+"""What a stage folder is called in metrics, logs and trackers: its dataset, version, stage and run."""
+
+NAMES = ("dataset", "version", "stage", "run")
+
+
+def of(path: str, stage: str) -> dict[str, str]:
+    """The labels of the folder `path` below a root, which the stage named `stage` writes; "" where it has none."""
+    match path.split("/"):
+        case ["datasets", name, version, _, *rest]:  # neighbours are one stage for each database
+            return _all(name, version, "/".join([stage, *rest]), "")
+        case ["runs", run, *_]:
+            return _all("", "", stage, run)
+        case [*_, name]:
+            return _all(name, "", stage, "")
+    raise AssertionError(path)
+
+
+def of_run(dataset: str, version: str, run: str) -> dict[str, str]:
+    """The labels of a training run on a dataset."""
+    return _all(dataset, version, "train", run)
+
+
+def _all(*values: str) -> dict[str, str]:
+    return dict(zip(NAMES, values, strict=True))

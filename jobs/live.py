@@ -1,0 +1,131 @@
+"""What is under way, as metrics of Ray: it exports them as `ray_rdm_...`, with the labels of jobs.labels.
+
+A driver hears of every record and every word of its workers, so it speaks for a stage: one series each, however many
+workers there are. Of a training run its first process does.
+"""
+
+import threading
+from collections import Counter as Counts
+from functools import cache
+from typing import Any
+
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from jobs import labels
+from pipeline.progress import Tally
+
+_SECONDS = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0]
+ITEM = "item failed"  # beside the reasons for which samples are left out
+
+
+class Meter:
+    """Counts a stage: what its tally says, and how its items went."""
+
+    def __init__(self, known: dict[str, str]) -> None:
+        self.known = known
+        self.tally: Tally | None = None
+        self.counted: dict[str, Any] = {}
+
+    def watch(self, tally: Tally) -> None:
+        """Add what was done since the last look; what earlier runs did is no work of this one."""
+        if tally is not self.tally:
+            self.tally, self.counted = tally, tally.earlier | {"failed_items": 0}
+        now = tally.now
+        for name, what in _DONE.items():
+            self._count(_counter(f"rdm_{name}_total", what), now[name] - self.counted[name])
+        # A row that was tried again takes its reason back: counters do not go down.
+        for reason, count in (Counts(now["skipped"]) - Counts(self.counted["skipped"])).items():
+            if reason not in tally.by_choice:
+                self._fail(reason, count)
+        self._fail(ITEM, now["failed_items"] - self.counted["failed_items"])
+        # A word that a worker takes back is not counted twice when it comes again.
+        self.counted = {name: max(now[name], self.counted[name]) for name in (*_DONE, "failed_items")} | {
+            "skipped": Counts(now["skipped"]) | Counts(self.counted["skipped"])}
+        _gauge("rdm_items_left", "Items that have no record yet.").set(
+            now["of_items"] - now["items"], self.known)
+
+    def items(self, queued: float, worked: list[float]) -> None:
+        """Items are recorded: seconds on their way to a worker that was ready for them, and seconds of work on each."""
+        _histogram("rdm_queue_seconds", "From being given to a worker until its work began: "
+                                        "Ray's queue, and loading what the stage needs.").observe(queued, self.known)
+        for seconds in worked:
+            _histogram("rdm_item_seconds", "Work on an item.").observe(seconds, self.known)
+
+    def worker(self, seconds: float) -> None:
+        """A worker answers, so long after it was asked for."""
+        _histogram("rdm_worker_wait_seconds", "From asking for a worker until it answered: the cluster's queue, and "
+                                              "the start of a process.").observe(seconds, self.known)
+
+    def workers(self, **counts: int) -> None:
+        """How many workers are in which state."""
+        for state, count in counts.items():
+            _gauge("rdm_workers", "Workers by state.", "state").set(count, self.known | {"state": state})
+
+    def again(self, reason: str) -> None:
+        """An item is tried again."""
+        _counter("rdm_retries_total", "Items that were tried again, by reason.", "reason").inc(
+            1, self.known | {"reason": reason})
+
+    def _fail(self, reason: str, count: int) -> None:
+        self._count(_counter("rdm_failures_total", "Samples left out, by reason, and items that failed.", "reason"),
+                    count, reason=reason)
+
+    def _count(self, counter: Counter, count: int, **more: str) -> None:
+        if count > 0:
+            counter.inc(count, self.known | more)
+
+
+_DONE = {"samples": "Samples made.", "rows": "Rows of the source that were read.", "bytes": "Bytes written."}
+_CURVE = {"loss": "Mean loss of the interval.", "grad_norm": "Norm of the gradient.", "lr": "Learning rate.",
+          "data_wait": "Share of the time that training waited for data.", "mfu": "Share of the GPUs' operations used.",
+          "tflops_per_s": "Operations a second, 10^12.", "memory_gb": "Most memory of a process, GB.",
+          "world_size": "Processes."}
+
+
+class Curve:
+    """What a training run logs, as metrics."""
+
+    def __init__(self, known: dict[str, str], step: int, steps: int, batch: int) -> None:
+        self.known, self.step, self.steps, self.batch = known, step, steps, batch
+        self._last: dict[str, Any] = {}
+        self._over = threading.Event()
+        threading.Thread(target=self._repeat, daemon=True).start()
+
+    def add(self, record: dict[str, Any]) -> None:
+        """A record of the curve."""
+        self._last = record
+        self._say(record)
+        if record["step"] > self.step:
+            _counter("rdm_samples_total", _DONE["samples"]).inc((record["step"] - self.step) * self.batch, self.known)
+        self.step = record["step"]
+
+    def close(self) -> None:
+        """The run ends, or goes on elsewhere."""
+        self._over.set()
+
+    def _repeat(self) -> None:
+        # Ray forgets a gauge that nobody sets for some twenty seconds, and an interval of training may be longer.
+        while not self._over.wait(5.0):
+            if last := self._last:
+                self._say(last)
+
+    def _say(self, record: dict[str, Any]) -> None:
+        for name in _CURVE.keys() & record.keys():
+            _gauge(f"rdm_train_{name}", _CURVE[name]).set(record[name], self.known)
+        _gauge("rdm_train_step", "Updates done.").set(record["step"], self.known)
+        _gauge("rdm_items_left", "Items that have no record yet.").set(self.steps - record["step"], self.known)
+
+
+@cache
+def _counter(name: str, what: str, *more: str) -> Counter:
+    return Counter(name, what, (*labels.NAMES, *more))
+
+
+@cache
+def _gauge(name: str, what: str, *more: str) -> Gauge:
+    return Gauge(name, what, (*labels.NAMES, *more))
+
+
+@cache
+def _histogram(name: str, what: str) -> Histogram:
+    return Histogram(name, what, _SECONDS, labels.NAMES)

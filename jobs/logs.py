@@ -1,0 +1,103 @@
+"""The log, on stderr: lines for people, or with `--log-format json` (RDM_LOG=json) a JSON document for each event."""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from jobs import labels
+from pipeline import stage, storage
+
+FORMATS = ("text", "json")
+_log = logging.getLogger(__name__)
+_about: dict[str, str] = {}
+
+
+class _Stderr(logging.StreamHandler):
+    """Writes to what stderr is now, whoever exchanged it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+
+_handler = _Stderr()
+
+
+class _Text(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
+
+
+class _Json(logging.Formatter):
+    """An event as one line: when, how grave, what, of which dataset, version, stage, run and item, as far as known."""
+
+    converter: ClassVar[Any] = time.gmtime
+
+    def format(self, record: logging.LogRecord) -> str:
+        event = {"time": f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{int(record.msecs):03d}Z",
+                 "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage()}
+        held = stage.in_hand.get()
+        event |= _about if held is None else _known(labels.of(held[0], held[1]))
+        if held is not None:
+            event["item"] = held[2]
+        event |= getattr(record, "fields", {})
+        if record.exc_info:
+            event["traceback"] = storage.without_credentials(self.formatException(record.exc_info))
+        return json.dumps(event, default=str)
+
+
+def chosen(flag: str = "") -> str:
+    """The format that is asked for: by the flag, or else by RDM_LOG."""
+    form = flag or os.environ.get("RDM_LOG") or "text"
+    if form not in FORMATS:
+        raise ValueError(f"{'--log-format' if flag else 'RDM_LOG'} = {form!r}: must be {' or '.join(FORMATS)}")
+    return form
+
+
+def form() -> str:
+    """The format in use, to be handed to other processes."""
+    return "json" if isinstance(_handler.formatter, _Json) else "text"
+
+
+def speak(form: str = "text") -> None:
+    """Log in this format from now on."""
+    logging.basicConfig(level=logging.WARNING, handlers=[_handler])
+    _handler.setFormatter(_Json() if form == "json" else _Text())
+    logging.captureWarnings(form == "json")
+    for name in ("jobs", "pipeline", "model", "__main__"):
+        # What happens to each item is too much for people.
+        logging.getLogger(name).setLevel(logging.DEBUG if form == "json" else logging.INFO)
+
+
+@contextlib.contextmanager
+def about(known: dict[str, str]) -> Iterator[None]:
+    """Events of this process are about these labels meanwhile."""
+    before = dict(_about)
+    _about.clear()
+    _about.update(_known(known))
+    try:
+        yield
+    finally:
+        _about.clear()
+        _about.update(before)
+
+
+def last_word(text: str, level: int = logging.ERROR, **fields: Any) -> None:
+    """Say why the command ends: as it is to people, as an event otherwise, its hint apart."""
+    if form() == "text":
+        print(f"error: {text}" if level == logging.ERROR else text, file=sys.stderr)
+        return
+    said, _, hint = text.partition("\nhint: ")
+    _log.log(level, "%s", said, extra={"fields": fields | ({"hint": hint} if hint else {})})
+
+
+def _known(named: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in named.items() if value}

@@ -1,0 +1,49 @@
+"""A stage that is run and watched meanwhile: by people, by the log, by Ray's metrics, by wandb."""
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from jobs import labels, logs, tracking
+from jobs.progress import watcher
+from pipeline import stage
+from pipeline.progress import Tally
+from pipeline.stage import Runner, Stage
+
+_log = logging.getLogger(__name__)
+
+
+def run(stage_: Stage, runner: Runner = stage.in_process, *, name: str = "", tracker: str = "none",
+        **how: Any) -> dict[str, Any]:
+    """`stage.run`, shown as `name`, tracked by `tracker`."""
+    known = labels.of(stage_.path, stage_.name)
+    with logs.about(known), tracking.of_stage(stage_, known, tracker) as tracked:
+        _log.debug("%s begins", stage_.name)
+        manifest = stage.run(stage_, runner, watch=_all([watcher(name or stage_.name), _metered(known), tracked.watch]),
+                             **how)
+        tracked.sealed(manifest)
+        _log.debug("%s is sealed", stage_.name, extra={"fields": manifest["totals"] | {"folder": stage_.folder}})
+        return manifest
+
+
+def _all(watching: list[Callable[[Tally], None]]) -> Callable[[Tally], None]:
+    def watch(tally: Tally) -> None:
+        for one in watching:
+            one(tally)
+
+    return watch
+
+
+def _metered(known: dict[str, str]) -> Callable[[Tally], None]:
+    """Tells Ray, where the stage runs on it."""
+    meter: Any = None
+
+    def watch(tally: Tally) -> None:
+        nonlocal meter
+        if "ray" in sys.modules and sys.modules["ray"].is_initialized():  # never loaded for this alone
+            from jobs import live
+            meter = meter or live.Meter(known)
+            meter.watch(tally)
+
+    return watch

@@ -1,0 +1,151 @@
+"""What wandb is told, read back from the files that it writes offline."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import cli, offline, tracking
+from jobs.runs import Run
+from pipeline import storage
+from pipeline.dataset import Dataset
+
+_SMALL = ('[train]\nsteps = 24\nglobal_batch = 4\nlog_every = 1\ncheckpoint_every = 6\nprecision = "fp32"\n'
+          'image_size = 16\n[train.unet]\nmodel_channels = 32\n')
+
+
+@pytest.fixture
+def root(prepared: Path, tmp_path: Path) -> Path:
+    """A copy of the prepared root, with settings of a small run."""
+    shutil.copytree(prepared, tmp_path / "root")
+    (tmp_path / "root/settings.toml").write_text(_SMALL)
+    return tmp_path / "root"
+
+
+def _session(folder: Path) -> dict[str, Any]:
+    """What a session says of itself, and the lines of its history."""
+    found: dict[str, Any] = {"history": [], "config": {}, "summary": {}}
+    for record in offline.records(next(folder.glob("*.wandb"))):
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            found |= {"id": record.run.run_id, "group": record.run.run_group, "job": record.run.job_type,
+                      "name": record.run.display_name, "project": record.run.project}
+            found["config"] |= {one.key: json.loads(one.value_json) for one in record.run.config.update}
+        elif kind == "config":
+            found["config"] |= {one.key: json.loads(one.value_json) for one in record.config.update}
+        elif kind == "history":
+            found["history"].append({one.key or "/".join(one.nested_key): json.loads(one.value_json)
+                                     for one in record.history.item})
+        elif kind == "summary":
+            found["summary"] |= {one.key or "/".join(one.nested_key): json.loads(one.value_json)
+                                 for one in record.summary.update}
+    return found
+
+
+def _sessions(folder: Path) -> list[dict[str, Any]]:
+    """The sessions in a folder, in the order in which `wandb sync` takes them."""
+    return [_session(one) for one in sorted((folder / "wandb").glob("offline-run-*"))]
+
+
+def _environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if not key.startswith("WANDB")} | {"OMP_NUM_THREADS": "1"}
+
+
+def _command(root: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "jobs", *more, "--root", str(root), "--local"]
+
+
+def _train(root: Path, *more: str) -> list[str]:
+    return _command(root, "train", "small", "--dataset", "drawn", "--config", str(root / "settings.toml"), *more)
+
+
+@pytest.mark.parametrize("lines", [15, pytest.param(400, marks=pytest.mark.slow)])  # before wandb writes, and after
+def test_a_run_killed_and_resumed_is_one_curve_offline(root: Path, lines: int) -> None:
+    process = subprocess.Popen(_train(root, "--steps", "5000"), env=_environment(), stderr=subprocess.DEVNULL)
+    curve = root / "runs/small/metrics.jsonl"
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not (curve.exists() and len(curve.read_text().splitlines()) >= lines):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = Run.parse(str(root), "small").latest_step()
+    steps = reached + 8
+    time.sleep(1.1)  # the folders are named by the second
+    kept = _sessions(root / "runs/small")[0]["history"]
+    done = subprocess.run(_train(root, "--steps", str(steps)), env=_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = _sessions(root / "runs/small")
+    assert first["history"] == kept and second["id"] == storage.read_json(str(root / "runs/small/wandb.json"))["id"]
+    curve_of = {line["step"]: line["loss"] for line in tracking.read(Run.parse(str(root), "small"))}
+    told = [(line["_step"], line["loss"]) for one in (first, second) for line in one["history"]]
+    # Nothing twice, nothing missing, and nothing from steps that the killed process had not saved.
+    assert told == sorted(curve_of.items()) and [step for step, _ in told] == list(range(1, steps + 1))
+    assert reached > 0 and reached % 6 == 0 and all(line["_step"] <= reached for line in kept)
+    assert all(told == second[key] for key, told in first.items() if key in ("id", "group", "job"))
+    dataset = Dataset.parse(str(root), "drawn")
+    config = second["config"]
+    assert (second["group"], second["job"], second["name"]) == ("drawn@v1", "train", "small")
+    assert config["lineage"]["shards"]["digest"] == dataset.manifest("shards")["content"]
+    assert config["lineage"]["neighbors"]["digest"] == dataset.manifest("neighbors/drawn")["content"]
+    assert (config["dataset"], config["version"], config["database"]) == ("drawn", "v1", "drawn")
+    assert config["code"] and config["global_batch"] == 4
+
+
+def test_stages_are_jobs_of_one_group_and_nobody_is_told_unasked(root: Path, monkeypatch) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    for more in ([], ["--tracker", "wandb"]):
+        shutil.rmtree(root / "datasets/drawn/v1/index")
+        assert not (root / "datasets/drawn/v1/wandb").exists()
+        assert cli.main(["index", "drawn", "--root", str(root), "--local", *more]) == 0
+    one, = _sessions(root / "datasets/drawn/v1")
+    manifest = Dataset.parse(str(root), "drawn").manifest("index")
+    assert (one["group"], one["job"], one["name"], one["project"]) == ("drawn@v1", "index", "drawn@v1 index", "rdm")
+    assert one["history"][-1]["_step"] == 1 and one["history"][-1]["samples"] == manifest["totals"]["samples"]
+    assert one["summary"]["content"] == manifest["content"]
+    assert one["config"]["lineage"]["embeddings"]["digest"] == Dataset.parse(str(root), "drawn").manifest(
+        "embeddings")["content"]
+    assert one["config"]["bytes_per_vector"] == manifest["section"]["bytes_per_vector"]
+
+
+@pytest.mark.slow
+def test_none_is_none(root: Path) -> None:
+    subprocess.run(_train(root, "--steps", "2", "--tracker", "none"), env=_environment(), check=True,
+                   capture_output=True)
+    assert not (root / "runs/small/wandb").exists() and not (root / "runs/small/wandb.json").exists()
+    assert len(tracking.read(Run.parse(str(root), "small"))) == 2
+
+
+@pytest.mark.parametrize(("tracker", "by_default", "mode", "asked"), [
+    ("wandb", False, "", True), ("auto", True, "", True), ("auto", False, "", False), ("none", True, "", False),
+    ("wandb", True, "disabled", False)])
+def test_who_is_told(tracker: str, by_default: bool, mode: str, asked: bool, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", mode)
+    assert tracking.wanted(tracker, by_default) is asked
+
+
+def test_inputs_become_artifacts_told_apart_by_content() -> None:
+    inputs = {"shards": {"path": "datasets/a/v1/shards", "digest": "1" * 64},
+              "neighbors": {"path": "datasets/a/v1/neighbors/b@v2", "digest": "2" * 64}}
+    one, other = tracking.artifacts(inputs)
+    again = tracking.artifacts(inputs | {"shards": {"path": "datasets/a/v1/shards", "digest": "3" * 64}})[0]
+    assert (one.name, one.type, one.metadata["content"]) == ("datasets-a-v1-shards", "shards", "1" * 64)
+    assert other.name == "datasets-a-v1-neighbors-b-v2"
+    assert one.digest != again.digest and one.digest == tracking.artifacts(inputs)[0].digest
+
+
+@pytest.mark.slow
+def test_a_tracker_that_fails_stops_nothing(root: Path) -> None:
+    (root / "runs/small").mkdir(parents=True)
+    (root / "runs/small/wandb").write_text("no folder can be made here")
+    done = subprocess.run(_train(root, "--steps", "2"), env=_environment() | {"WANDB_DIR": "/proc/none"},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 2
