@@ -1,6 +1,14 @@
 """`python -m jobs VERB ...`"""
 
-from jobs.cli import main
+import sys
+
+from jobs import interrupts
 
 if __name__ == "__main__":
+    try:
+        with interrupts.held():  # what is imported here takes a second
+            from jobs.cli import main
+    except KeyboardInterrupt:
+        print("stopped before anything was done", file=sys.stderr)
+        raise SystemExit(130) from None
     raise SystemExit(main())

@@ -13,14 +13,14 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, replace
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from jobs import commands, interrupts, report, status
+from jobs import commands, interrupts, report, status, steps, submit
 from jobs.progress import watcher
 from jobs.runs import Run
 from jobs.settings import ClusterConfig, Settings, resolve
@@ -51,14 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in {"-h", "--help"}:
         print(_overview(), end="")
         return 0 if arguments else 2
-    verb = _VERBS.get(arguments[0])
-    if verb is None:
-        return _misuse(f"there is no verb {arguments[0]!r}\nhint: one of {', '.join(_VERBS)}")
     try:
-        kind, act = verb
-        settings = _settings(arguments[1:])
-        command = tyro.cli(kind, args=arguments[1:], default=_default(kind, settings),
-                           prog=f"python -m jobs {arguments[0]}")
+        submit.check_needed()
+        act, command, settings = parsed(arguments)
         return act(command, settings)
     except ValueError as error:
         return _misuse(str(error))
@@ -73,6 +68,21 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return STOPPED
+
+
+def parsed(arguments: Sequence[str]) -> tuple[Callable[[Any, Settings], int], Any, Settings]:
+    """A command line as what acts on it, what it says, and the settings below that; ValueError for no such verb."""
+    verb, flags = arguments[0], list(arguments[1:])
+    if verb not in _VERBS:
+        raise ValueError(f"there is no verb {verb!r}\nhint: one of {', '.join(_VERBS)}")
+    kind, act = _VERBS[verb]
+    settings = Settings()
+    if kind is commands.SubmitCommand:  # its own flags end where the other verb begins
+        end = next((number for number, word in enumerate(flags) if word in _VERBS), len(flags))
+        flags.insert(end, "--")
+    else:
+        settings = _settings(flags)
+    return act, tyro.cli(kind, args=flags, default=_default(kind, settings), prog=f"python -m jobs {verb}"), settings
 
 
 def _misuse(message: str) -> int:
@@ -302,7 +312,8 @@ def train(job: Job, config: ClusterConfig, *, local: bool, rebuild: bool = False
         if not in_processes(job):
             return None
     else:
-        from jobs import trainer
+        with interrupts.held():
+            from jobs import trainer
         trainer.train(job, config, lambda line: _log.info(
             "train: step %d of %d, loss %.4f, %.0f samples/s", line["step"], job.config.steps, line["loss"],
             line["samples_per_s"]))
@@ -402,6 +413,26 @@ def _plan(command: commands.PlanCommand, settings: Settings) -> int:
     return 0
 
 
+def _pipeline(command: commands.PipelineCommand, settings: Settings) -> int:
+    before = ""
+    for verb, one, folder in steps.of(command):
+        if before:
+            print(json.dumps({"stage": verb, "folder": folder, "waits_for": before}))
+            continue
+        if code := _VERBS[verb][1](one, settings):
+            return code
+        if command.common.dry_run and not storage.exists(storage.join(folder, "manifest.json")):
+            before = folder
+    return 0
+
+
+def _submit(command: commands.SubmitCommand, settings: Settings) -> int:
+    if not command.words or command.words[0] == "submit":
+        raise ValueError("submit needs a verb\nhint: python -m jobs submit --wait embed NAME --root s3://...")
+    _, inner, settings = parsed(command.words)
+    return submit.run(submit.of(command.words, inner, settings, command), command)
+
+
 def _demo(command: commands.DemoCommand, settings: Settings) -> int:
     from jobs import demo
     settings = replace(settings, cluster=command.cluster,
@@ -421,7 +452,8 @@ def runner(command: Any) -> Iterator[stage.Runner]:
     if command.common.local:
         yield stage.in_process
         return
-    from jobs.pool import Pool
+    with interrupts.held():  # an exception in the midst of an import may be swallowed there
+        from jobs.pool import Pool
     pool = Pool(command.cluster)
     try:
         yield pool
@@ -480,6 +512,7 @@ _VERBS: dict[str, tuple[type, Callable[[Any, Settings], int]]] = {
     "credits": (commands.CreditsCommand, _credits), "forget": (commands.ForgetCommand, _forget),
     "report": (commands.ReportCommand, _report), "status": (commands.StatusCommand, _status),
     "verify": (commands.VerifyCommand, _verify), "plan": (commands.PlanCommand, _plan),
+    "pipeline": (commands.PipelineCommand, _pipeline), "submit": (commands.SubmitCommand, _submit),
     "demo": (commands.DemoCommand, _demo),
 }
 

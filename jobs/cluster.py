@@ -21,8 +21,8 @@ def connect() -> None:
     if address:
         try:
             _knock(address)
-            ray.init(**options)
-            interrupts.listen()
+            with interrupts.held():
+                ray.init(**options)
         except OSError as error:  # ConnectionError is one
             raise ValueError(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}\n"
                              f"hint: start one, unset RAY_ADDRESS to use one on this machine, or --local for none"
@@ -34,9 +34,9 @@ def connect() -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # With as many logical CPUs as cores an actor, its driver and Train's controller starve each other.
     # "local": without it Ray would join whatever cluster of somebody else's runs on this machine.
-    ray.init("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False,
-             object_store_memory=200 << 20, **options)
-    interrupts.listen()
+    with interrupts.held():
+        ray.init("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False,
+                 object_store_memory=200 << 20, **options)
 
 
 def _knock(address: str) -> None:

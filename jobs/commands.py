@@ -366,6 +366,48 @@ class PlanCommand:
 
 
 @dataclass(frozen=True)
+class PipelineCommand:
+    """Bring a dataset through all stages: shards, embeddings, index; neighbours and a run where asked."""
+
+    dataset: Dataset
+    shard: Flat[ShardConfig]
+    embed: EmbedConfig
+    index: IndexConfig
+    neighbors: NeighborsConfig
+    train: TrainConfig
+    cluster: Flat[ClusterConfig]
+    common: Flat[Common]
+    database: str = ""
+    """Find the neighbours of its pictures in this database too."""
+    trained: Annotated[str, tyro.conf.arg(name="train", metavar="RUN")] = ""
+    """Train this run on it, with its neighbours in the database or, without one, in the dataset itself."""
+
+
+@dataclass(frozen=True)
+class SubmitCommand:
+    """Send a verb to a Ray cluster as a job: submit [flags] VERB ...; its paths are those of the nodes."""
+
+    words: Annotated[tuple[str, ...], tyro.conf.Positional,
+                     tyro.conf.arg(metavar="VERB ...", help="The verb and what it takes.")] = ()
+    address: str = ""
+    """The cluster's dashboard, http://HEAD:8265; by default RAY_API_SERVER_ADDRESS, RAY_ADDRESS or this machine's."""
+    wait: bool = False
+    """Show the log, and end as the verb ends: 0, 1, 2, or 130 if it was stopped. Whoever stops waiting stops no job."""
+    retries: int = 0
+    """With --wait, how many more attempts there are where one fails or is lost; misuse is not tried again."""
+    installed: bool = False
+    """Send no code: the nodes have it, in an image."""
+    env: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Variable of this environment that the job gets, beside AWS_*, WANDB_* and RDM_* without secrets; repeat the
+    flag."""
+    secret: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Name of a variable that the nodes must have of their own; the job looks for it before it begins; repeat the
+    flag."""
+    dry_run: bool = False
+    """Say what would be submitted, and submit nothing."""
+
+
+@dataclass(frozen=True)
 class DemoCommand:
     """The whole way on real pictures: eight style databases, a trained model, samples and a report."""
 

@@ -1,14 +1,49 @@
 """SIGTERM ends a command as Ctrl-C does: tidily, and with a word on how to go on."""
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
+from typing import Any
+
+_BOTH = {signal.SIGTERM, signal.SIGINT}
 
 
 def listen() -> None:
-    """Turn SIGTERM into KeyboardInterrupt; again after Ray, which brings a handler of its own."""
+    """Turn SIGTERM into KeyboardInterrupt."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Put off SIGTERM and Ctrl-C to the end: what begins here cannot be left half-way without harm.
+
+    Ray, while it starts, puts a handler of its own in place, and what that raises inside of native code aborts the
+    process. Masking the signals would do too, but the daemons that Ray starts would inherit the mask.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in _BOTH}
+    replace = signal.signal
+
+    def kept(number: int, handler: Any) -> Any:
+        return before[number] if number in _BOTH else replace(number, handler)
+
+    for number in _BOTH:
+        replace(number, lambda one, frame: came.append(one))
+    signal.signal = kept  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        signal.signal = replace
+        replace(signal.SIGINT, before[signal.SIGINT])
+        listen()
+    if came:
+        raise KeyboardInterrupt
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

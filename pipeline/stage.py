@@ -732,7 +732,9 @@ def identity(root: str, path: str, command: str, sha256: str | None = None) -> d
 
 @cache
 def code_revision() -> str:
-    """The git revision of this code, or where there is no git the installed version."""
+    """The git revision of this code: what $RDM_REVISION says of a copy, or else git; without it the version."""
+    if told := os.environ.get("RDM_REVISION"):
+        return told
     here = Path(__file__).parent
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         got = subprocess.run(["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"],

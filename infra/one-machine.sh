@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# A Ray cluster on this machine, with a dashboard, a job server and a token: what the clusters beside this file are, in small.
+#
+#     eval "$(infra/one-machine.sh up)"              # a head without work, and a worker with all cores and GPUs
+#     python -m jobs submit --wait demo --root "$PWD/data/demo"
+#     infra/one-machine.sh down
+#
+# `up 3` makes three workers that share the cores, to try out what happens when one goes. Everything listens on 127.0.0.1.
+# PORT, DASHBOARD_PORT and AGENT_PORT are where; token, logs and process ids are in RDM_STATE.
+set -euo pipefail
+
+PORT=${PORT:-6379} DASHBOARD_PORT=${DASHBOARD_PORT:-8265} AGENT_PORT=${AGENT_PORT:-52365}
+STATE=${RDM_STATE:-$HOME/.local/state/rdm/$PORT}
+RAY_FOLDER=/tmp/rdm-ray-$(id -u)-$PORT  # paths of sockets must be short; of its own, or jobs would find another cluster
+BIN=$(cd "$(dirname "$0")/.." && pwd)/.venv/bin
+[ -x "$BIN/ray" ] && PATH=$BIN:$PATH
+export PATH RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$STATE/token RAY_USAGE_STATS_ENABLED=0
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0  # nodes that are all leaving have nobody to leave work to
+unset RAY_ADDRESS RAY_AUTH_TOKEN
+
+alive() { [ -f "$STATE/$1.pid" ] && kill -0 "$(cat "$STATE/$1.pid")" 2>/dev/null; }
+
+# A node in the background: `ray start` with --block ends its own processes when it is told to, and no one else's.
+node() {
+  local name=$1
+  shift
+  alive "$name" && return
+  nohup ray start "$@" --block --node-ip-address=127.0.0.1 --min-worker-port=0 --max-worker-port=0 \
+    --object-store-memory=200000000 --disable-usage-stats >"$STATE/$name.log" 2>&1 </dev/null &
+  echo $! >"$STATE/$name.pid"
+}
+
+up() {
+  local workers=${1:-1} cores
+  mkdir -p "$STATE" "$RAY_FOLDER" && chmod 700 "$STATE" "$RAY_FOLDER"
+  [ -s "$STATE/token" ] || (umask 077 && python -c 'import secrets; print(secrets.token_hex(32))' >"$STATE/token")
+  cores=$(nproc)
+  # Logical cores: with as many as there are, workers, their driver and Ray itself starve each other on small machines.
+  cores=$(((cores > 4 ? cores : 4) / workers))
+  node head --head --num-cpus=0 --num-gpus=0 --port="$PORT" --temp-dir="$RAY_FOLDER" --dashboard-host=127.0.0.1 \
+    --dashboard-port="$DASHBOARD_PORT" --dashboard-agent-listen-port="$AGENT_PORT" \
+    --ray-client-server-port=$((AGENT_PORT + 100))
+  until python -c "import urllib.request as u; u.urlopen('http://127.0.0.1:$DASHBOARD_PORT/api/gcs_healthz')" 2>/dev/null; do
+    alive head || { tail -n 5 "$STATE/head.log" >&2 && exit 1; }
+    sleep 0.5
+  done
+  for number in $(seq "$workers"); do
+    local more=()
+    [ "$number" = 1 ] || more=(--num-gpus=0)
+    node "worker-$number" --address="127.0.0.1:$PORT" --num-cpus=$((cores > 1 ? cores : 1)) \
+      --dashboard-agent-listen-port=$((AGENT_PORT + number)) "${more[@]}"
+  done
+  echo "export RAY_ADDRESS=127.0.0.1:$PORT RAY_API_SERVER_ADDRESS=http://127.0.0.1:$DASHBOARD_PORT"
+  echo "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$STATE/token"
+}
+
+down() {
+  local pids=()
+  for file in "$STATE"/worker-*.pid "$STATE/head.pid"; do
+    [ -f "$file" ] || continue
+    kill -TERM "$(cat "$file")" 2>/dev/null && pids+=("$(cat "$file")")
+    rm "$file"
+  done
+  for pid in "${pids[@]}"; do
+    while kill -0 "$pid" 2>/dev/null; do sleep 0.2; done
+  done
+}
+
+case ${1:-} in
+  up) up "${2:-1}" ;;
+  down) down ;;
+  *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
+esac
