@@ -67,6 +67,9 @@ class Rebuild:
             raise ValueError(f"the store of {root} does not keep the conditions If-Match and If-None-Match of a write: "
                              f"two rebuilds could publish at once\nhint: a store that keeps them (AWS S3, MinIO, R2), "
                              f"or a file system")
+        if shard.duplicates != "keep":
+            raise ValueError("rebuild takes every picture of the source: for duplicates all must be looked at at once\n"
+                             "hint: shard with --duplicates, embed and index make a version by hand")
         self.before = published.current(root, name)
         self.sought = Sought(shard, forgotten.of(root))
         if not self.sought.rows:
@@ -232,13 +235,17 @@ class Rebuild:
                 return {"published": dataset.version, "gates": {gate.name: gate.value for gate in found}}
 
     def unchanged(self, dataset: Dataset, change: Change) -> bool:
-        """Whether the published version holds all of the source already; the version that was begun goes then."""
+        """Whether the published version holds all of the source already.
+
+        The version that was begun goes then, but where files were read: so they need not be the next time.
+        """
         if self.last is None or change.fresh or any(change.counts[name] for name in ("removed", "forgotten")):
             return False
         if self._pending():
             return False
         assert self.before
-        storage.remove_tree(storage.join(published.folder(self.root, self.name), dataset.version))
+        if not dataset.sealed("compare"):
+            storage.remove_tree(storage.join(published.folder(self.root, self.name), dataset.version))
         published.checked(self.root, self.name, self.before)
         return True
 
