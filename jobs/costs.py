@@ -169,12 +169,11 @@ def neighbors_exact(build: Build, rates: Rates) -> Cost:
     With the neighbours' vectors N k D 2 more. The database is read once by each worker, or once for the shards that
     are searched together where it is more than a worker may keep.
     """
-    times, gpu = _searches(build), rates.exact.gpu
+    searches, gpu = _searches(build, lists=False), rates.exact.gpu
     vectors = _vectors(build.database, build)
-    if vectors <= build.memory:
-        times = min(times, _workers(build, gpu))
+    times = min(searches, _workers(build, gpu)) if vectors <= build.memory else searches
     seconds = 2.0 * build.pictures * build.database * build.dim / rates.exact.flop_per_s
-    return _neighbors("neighbors, exact", build, rates, seconds, vectors * times, gpu)
+    return _neighbors("neighbors, exact", build, rates, seconds, vectors * times, searches, gpu)
 
 
 def neighbors_index(build: Build, rates: Rates) -> Cost:
@@ -189,14 +188,14 @@ def neighbors_index(build: Build, rates: Rates) -> Cost:
     pairs = compared_rows(key, build.pictures, build.database, build.settings.neighbors, one.nprobe)
     if pairs is None:
         return replace(neighbors_exact(build, rates), stage="neighbors, index")
-    searches, vectors = _searches(build), _vectors(build.database, build)
+    searches, vectors = _searches(build, lists=True), _vectors(build.database, build)
     copies = min(searches, build.workers)
     rows = read_rows(key, build.pictures, searches, build.database, build.settings.neighbors, one.nprobe)
     seconds = (2.0 * pairs * build.dim / one.flop_per_s + rows / one.read_per_s
                + copies * build.database / one.laid_per_s)
     fetched = (index_bytes(build, rates) + vectors) * copies
     again = 2.0 * rows * build.dim if vectors > build.memory else 0.0
-    return _neighbors("neighbors, index", build, rates, seconds, fetched + again, False)
+    return _neighbors("neighbors, index", build, rates, seconds, fetched + again, searches, False)
 
 
 def train(build: Build, rates: Rates) -> Cost:
@@ -291,8 +290,9 @@ def _inner_dim(key: str, dim: int) -> int:
     return int(found[1]) if found else dim
 
 
-def _neighbors(name: str, build: Build, rates: Rates, seconds: float, database: float, gpu: bool) -> Cost:
-    config, shards, searches = build.settings.neighbors, build.shards(build.pictures), _searches(build)
+def _neighbors(name: str, build: Build, rates: Rates, seconds: float, database: float, searches: int, gpu: bool
+               ) -> Cost:
+    config, shards = build.settings.neighbors, build.shards(build.pictures)
     written = build.pictures * config.k * (8 + 4) + 2 * shards * _HEADER + build.database * 8 + _HEADER
     if config.vectors:
         written += _vectors(build.pictures * config.k, build) + shards * _HEADER
@@ -302,10 +302,10 @@ def _neighbors(name: str, build: Build, rates: Rates, seconds: float, database: 
                  written=written, gpu=gpu)
 
 
-def _searches(build: Build) -> int:
-    """How many times some shards are searched together."""
+def _searches(build: Build, *, lists: bool) -> int:
+    """How many times some shards are searched together, by list or not."""
     shards = build.shards(build.pictures)
-    return -(-shards // build.settings.neighbors.shards_at_once(shards, build.pictures, build.dim))
+    return -(-shards // build.settings.neighbors.shards_at_once(shards, build.pictures, build.dim, lists=lists))
 
 
 def _cost(name: str, build: Build, rates: Rates, seconds: float, items: int, *, read: float, written: float,

@@ -31,13 +31,17 @@ class ClusterConfig:
     """Cores that each of them reserves."""
     gpus: float = 0.0
     """GPUs that each worker of embed, train and sample reserves, and of index with faiss-gpu; 0 runs on the CPU."""
+    decoders: int = 0
+    """Actors of a core each, on nodes without a GPU, that decode pictures for the workers of embed: where the cores
+    beside a GPU do not keep it busy; 0: each worker decodes its own."""
     max_failures: int = 3
     """Restarts of a training run after the loss of a worker."""
 
     def __post_init__(self) -> None:
         if self.min_workers > self.workers:
             raise ValueError(f"cluster.min_workers = {self.min_workers}: there are {self.workers} workers at most")
-        for name, least in (("workers", 1), ("min_workers", 0), ("cpus", 0), ("gpus", 0), ("max_failures", 0)):
+        for name, least in (("workers", 1), ("min_workers", 0), ("cpus", 0), ("gpus", 0), ("decoders", 0),
+                            ("max_failures", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"cluster.{name} = {getattr(self, name)}: must be at least {least}")
 

@@ -57,27 +57,14 @@ class Encoder:
     device: "torch.device"
     dtype: "torch.dtype"
 
-    def prepared(self, data: bytes) -> np.ndarray:
-        """An encoded picture as the model wants it but for the normalisation, (S, S, 3) uint8; BadPicture if none.
+    @property
+    def whole(self) -> bool:
+        """Whether it takes batches of one size, whole ones wherever there are enough pictures: a GPU does."""
+        return self.device.type != "cpu"
 
-        Where the model wants what is not done here, all of it by open_clip: (3, H, W) float32.
-        """
-        pixels, wanted = images.pixels(data), self.preprocessing
-        if (wanted["resize"] not in {"shortest", "squash"} or wanted["interpolation"] not in {"bicubic", "bilinear"}
-                or not isinstance(wanted["image_size"], int)):
-            return self.prepare(Image.fromarray(pixels)).numpy()
-        height, width = pixels.shape[:2]
-        size, short = wanted["image_size"], min(width, height)
-        part = (0.0, 0.0, float(width), float(height))
-        if wanted["resize"] == "shortest":
-            # torchvision's rounding: of the long side down, of the crop's place to the nearest.
-            shape = (int(size * width / short), int(size * height / short))
-            left, top = (round((side - size) / 2) for side in shape)
-            across, down = width / shape[0], height / shape[1]
-            part = (left * across, top * down, (left + size) * across, (top + size) * down)
-        if part == (0, 0, width, height) and (width, height) == (size, size):
-            return pixels
-        return images.resampled(pixels, (size, size), part, wanted["interpolation"])
+    def prepared(self, data: bytes) -> np.ndarray:
+        """An encoded picture as the model wants it but for the normalisation; see `prepared`."""
+        return prepared(data, self.preprocessing, self.prepare)
 
     def images(self, batch: np.ndarray) -> np.ndarray:
         """Unit vectors of a batch of `prepared` pictures: (B, S, S, 3) uint8 -> (B, D) float32."""
@@ -86,12 +73,12 @@ class Encoder:
     def launch(self, batch: np.ndarray, size: int = 0) -> "torch.Tensor":
         """As `images`, without waiting for a GPU to finish: (B, D) float32 on the device.
 
-        A compiled encoder is given `size` pictures always, for it is compiled anew for any other number; the vectors
-        beyond those of the batch mean nothing.
+        With a `size` the encoder is given so many pictures always: a compiled one is compiled anew for any other
+        number, and others may sum in another order. The vectors beyond those of the batch mean nothing.
         """
         import torch
 
-        if self.compiled and len(batch) < size:
+        if len(batch) < size:
             batch = np.concatenate([batch, np.broadcast_to(batch[:1], (size - len(batch), *batch.shape[1:]))])
         pixels = torch.from_numpy(batch)
         if self.device.type == "cuda":
@@ -115,6 +102,43 @@ class Encoder:
             vectors = encode(batch.to(self.device)).float()
         # Normalised after the cast: in half precision the norm itself would be off by 1e-3.
         return torch.nn.functional.normalize(vectors, dim=-1)
+
+
+def prepared(data: bytes, wanted: dict[str, Any], theirs: Callable[[Image.Image], "torch.Tensor"]) -> np.ndarray:
+    """An encoded picture as the preprocessing `wanted` has it but for the normalisation, (S, S, 3) uint8; BadPicture if
+    it is none.
+
+    Where that wants what is not done here, all of it by open_clip's own (`theirs`): (3, H, W) float32.
+    """
+    pixels = images.pixels(data)
+    if (wanted["resize"] not in {"shortest", "squash"} or wanted["interpolation"] not in {"bicubic", "bilinear"}
+            or not isinstance(wanted["image_size"], int)):
+        return theirs(Image.fromarray(pixels)).numpy()
+    height, width = pixels.shape[:2]
+    size, short = wanted["image_size"], min(width, height)
+    part = (0.0, 0.0, float(width), float(height))
+    if wanted["resize"] == "shortest":
+        # torchvision's rounding: of the long side down, of the crop's place to the nearest.
+        shape = (int(size * width / short), int(size * height / short))
+        left, top = (round((side - size) / 2) for side in shape)
+        across, down = width / shape[0], height / shape[1]
+        part = (left * across, top * down, (left + size) * across, (top + size) * down)
+    if part == (0, 0, width, height) and (width, height) == (size, size):
+        return pixels
+    return images.resampled(pixels, (size, size), part, wanted["interpolation"])
+
+
+def preparation(wanted: dict[str, Any]) -> Callable[[Image.Image], "torch.Tensor"]:
+    """open_clip's own preprocessing of a description, without the model; loaded once a picture needs it."""
+
+    @lru_cache(maxsize=1)
+    def made() -> Any:
+        from open_clip import transform
+        settings = {"size": wanted["image_size"], "resize_mode": wanted["resize"],
+                    **{name: wanted[name] for name in ("mean", "std", "interpolation", "fill_color") if name in wanted}}
+        return transform.image_transform_v2(transform.PreprocessCfg(**settings), is_train=False)
+
+    return lambda picture: made()(picture)
 
 
 @lru_cache(maxsize=2)
@@ -253,6 +277,23 @@ def _own(config: ClipConfig) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"{_CONFIG} of {config.model} has no model_cfg with embed_dim, vision_cfg and text_cfg\n"
                          f"hint: open_clip's push_to_hf_hub writes such a file")
     return str(path), document
+
+
+def pixels(config: ClipConfig) -> int:
+    """Pixels of a picture as the encoder takes it."""
+    size = describe(config)["preprocessing"]["image_size"]
+    return size ** 2 if isinstance(size, int) else size[0] * size[1]
+
+
+def activations(config: ClipConfig) -> int:
+    """Bytes that a forward pass over one picture takes where it is widest, in fp32; a guess but for transformers."""
+    architecture = _own(config)[1]["model_cfg"] if config.model.startswith(_OWN) else _tagged(config)[1]
+    vision = architecture["vision_cfg"]
+    if not vision.get("patch_size"):
+        return 200 * pixels(config)  # three of the first maps of a ResNet
+    tokens = pixels(config) // vision["patch_size"] ** 2 + 1
+    # Input, sum, query, key, value and output, and a network of 4 widths before and after its nonlinearity.
+    return int(4 * tokens * vision.get("width", 768) * (6 + 2 * vision.get("mlp_ratio", 4.0)))
 
 
 def flop(config: ClipConfig) -> tuple[float, int]:

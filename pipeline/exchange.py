@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 
 from pipeline import clip, stage, storage, tars
 from pipeline.dataset import Dataset, file_of, metadata
-from pipeline.embed import Embed, EmbedConfig, Times
+from pipeline.embed import Embed, EmbedConfig
+from pipeline.encoding import Times
 from pipeline.stage import Entry, Item, Output, Stage, StageFailed
 
 LAYOUT, COMPVIS = "clip-retrieval", "compvis"
@@ -95,6 +96,9 @@ class AdoptEmbeddings(Embed):
         addresses = _archives(self.source) or [url for pair in _pairs(self.source) for url in pair]
         glances = [json.dumps(storage.glance(url)) for url in addresses]
         return super().inputs() | {"vectors": {"path": "", "digest": stage.digest(glances)}}
+
+    def together(self, gpu: bool | None = None) -> int:
+        return 1
 
     def process(self, item: Item, scratch: Path) -> Output:
         encoder, record = clip.load(self.config.clip()), item.inputs["shard"]

@@ -22,7 +22,7 @@ from pipeline.index import Lists, Searcher, memory
 from pipeline.search import Copies, Found, Queries
 from pipeline.stage import Item, Output, Stage
 
-_BASE = 500 << 20  # what a worker has in memory before it searches: torch, faiss, pyarrow
+_BASE = 800 << 20  # what a worker has in memory before it searches: torch (470 MB with CUDA's), faiss, pyarrow, Ray
 _LEAST = 64 << 20  # for blocks, whatever the budget
 _SCORES = np.linspace(-1, 1, 101)  # bounds of the bins that scores are counted in
 _MANY = 4  # where one list of so many is looked into, to compare all rows takes no longer
@@ -79,11 +79,12 @@ class NeighborsConfig:
         """Candidates of a sample, at most."""
         return max(self.k + 1, self.candidates or 4 * self.k + 20)
 
-    def shards_at_once(self, shards: int, samples: int, dim: int) -> int:
-        """How many of so many shards, with so many samples in all, are one item."""
+    def shards_at_once(self, shards: int, samples: int, dim: int, *, lists: bool) -> int:
+        """How many of so many shards, with so many samples in all, are one item; `lists`: they are searched by list."""
         if self.at_once:
             return self.at_once
-        each = 4 * dim + search.bytes_of_a_query(self.wanted)
+        # By list few have all candidates in memory: those whose first ones were mostly copies.
+        each = 4 * dim + search.bytes_of_a_query(min(self.wanted, self.k + _FEW) if lists else self.wanted)
         return max(1, min(self.block_bytes * shards // max(1, samples * each), -(-shards // _WORKERS)))
 
 
@@ -123,8 +124,9 @@ class Neighbors(Stage):
                 datasets.perceptual_hashes(one, one.manifest("shards")["items"][0])
         records = self.dataset.manifest("embeddings")["items"]
         total = max(1, sum(record["samples"] for record in records))
-        at_once = self.config.shards_at_once(len(records), total, self.dataset.manifest("embeddings")["info"]["encoder"]
-                                             ["dim"])
+        dim = self.dataset.manifest("embeddings")["info"]["encoder"]["dim"]
+        at_once = self.config.shards_at_once(len(records), total, dim, lists=self.config.method == "index"
+                                             and indices.kind(self.database) == "lists")
         items, offset = [], 0
         for start in range(0, len(records), at_once):
             some = records[start:start + at_once]
@@ -320,7 +322,8 @@ class Opened:
                 np.save(folder / "hashes.npy", np.concatenate([datasets.perceptual_hashes(database, one)
                                                                for one in records]))
             if self.lists:
-                _in_order_of_lists(folder, self.embeddings, self.lists)
+                # Of an index of its own, which leaves memory with the codes that lie among what is read.
+                _in_order_of_lists(folder, self.embeddings, Lists(database))
 
         self._folder = stage.shared_scratch(f"neighbors-{digest[:24]}{'-hashed' * hashed}", fill)
         self.labels = np.load(self._folder / "labels.npy", mmap_mode="r")

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar, overload
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ from pipeline import storage
 
 INLINE = 1000
 _BATCH = 2048
+_GROUP = 1 << 17  # rows of a parquet file that are put together at a time
 _COUNTS = pa.map_(pa.string(), pa.int64())
 _FILES = pa.list_(pa.struct([("name", pa.string()), ("bytes", pa.int64()), ("sha256", pa.string())]))
 RECORDS = pa.schema([("id", pa.string()), ("plan", pa.string()), ("samples", pa.int64()), ("files", _FILES),
@@ -78,9 +80,11 @@ def _record(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_bytes(table_: pa.Table) -> bytes:
-    """A table as the bytes of a parquet file."""
+    """A table as the bytes of a parquet file, the same however it is divided in memory."""
     buffer = io.BytesIO()
-    pq.write_table(table_, buffer, compression="zstd")
+    with pq.ParquetWriter(buffer, table_.schema, compression="zstd") as writer:
+        for first in range(0, max(1, table_.num_rows), _GROUP):
+            writer.write_table(table_.slice(first, _GROUP).combine_chunks())
     return buffer.getvalue()
 
 
@@ -89,9 +93,15 @@ def from_bytes(data: bytes) -> pa.Table:
     return pq.read_table(pa.BufferReader(data), schema=RECORDS)
 
 
-def items_to_bytes(items: Iterable[dict[str, Any]]) -> bytes:
-    """Planned items, their inputs as JSON texts, as the bytes of a parquet file."""
-    return to_bytes(pa.Table.from_pylist(list(items), ITEMS))
+def items_table(items: Iterable[dict[str, Any]]) -> pa.Table:
+    """Planned items as a table of the schema `ITEMS`."""
+    return pa.Table.from_pylist([one | {"inputs": json.dumps(one["inputs"])} for one in items], ITEMS)
+
+
+def items_to_bytes(tables: Sequence[pa.Table]) -> tuple[bytes, int]:
+    """Tables of planned items as the bytes of a parquet file, and how many they are."""
+    whole = pa.concat_tables(tables)
+    return to_bytes(whole), whole.num_rows
 
 
 def reference(name: str, data: bytes, count: int) -> dict[str, Any]:
@@ -217,7 +227,9 @@ class Collected:
         if not self._tables:
             by_id = {record["id"]: record for record in self._loose}
             return [by_id[one] for one in ids if one in by_id]
-        whole = pa.concat_tables([*self._tables, table(self._loose)]).combine_chunks()
-        place = {one: number for number, one in enumerate(whole.column("id").to_pylist())}
-        wanted = [place[one] for one in ids if one in place]
-        return records(whole if wanted == list(range(whole.num_rows)) else whole.take(pa.array(wanted, pa.int64())))
+        whole = pa.concat_tables([*self._tables, table(self._loose)])
+        place = pc.index_in(pa.array(ids, pa.string()), whole.column("id").combine_chunks())
+        wanted = place.filter(place.is_valid())
+        if wanted.equals(pa.array(np.arange(whole.num_rows, dtype=np.int32))):
+            return records(whole)
+        return records(whole.take(wanted))

@@ -19,6 +19,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import logging
 import os
 import platform
 import random
@@ -35,12 +36,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipeline import progress, records, storage
 from pipeline.progress import Tally
 from pipeline.records import content, totals
 
+if TYPE_CHECKING:
+    from pipeline.decoding import Elsewhere
+
+_log = logging.getLogger(__name__)
 FORMAT = 2
 _MANIFEST_KEYS = {"stage", "content", "items", "files"}  # those of a checkpoint's manifest too
 _PLAN_KEYS = {"format", "stage", "fingerprint", "section", "inputs", "items"}
@@ -115,6 +120,8 @@ class Stage(ABC):
     name: ClassVar[str]
     workers_need_gpu: ClassVar[bool] = False
     by_choice: ClassVar[frozenset[str]] = frozenset()  # reasons that settings ask for: no failures
+    decodes: ClassVar[bool] = False  # whether others can decode pictures for it
+    decode: "Elsewhere | None" = None  # they, in a worker that somebody lends them to
 
     def __init__(self, root: str, folder: str, config: Any) -> None:
         self.root = storage.normal(root)
@@ -167,6 +174,21 @@ class Stage(ABC):
     @abstractmethod
     def process(self, item: Item, scratch: Path) -> Output:
         """Make the files of one item below the folder `scratch`."""
+
+    def together(self, gpu: bool | None = None) -> int:
+        """How many items a worker takes at once, where that saves it work; `gpu`: workers have one, None: look here."""
+        return 1
+
+    def process_together(self, work: Sequence[tuple[Item, Path]]) -> Iterator[Output | Exception]:
+        """`process` for each of several items with its folder, in order; what it raises comes in its place."""
+        for item, scratch in work:
+            try:
+                output: Output | Exception = self.process(item, scratch)
+            except StageFailed:  # the driver's own, heard in the middle of an item
+                raise
+            except Exception as error:
+                output = error
+            yield output
 
     def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
         """Files and facts that need all items, for the manifest."""
@@ -265,18 +287,20 @@ def planned(folder: str) -> Sequence[Item]:
 def _list(stage: Stage, items: Iterable[Item], name: str) -> Any:
     """Put what the items carry in place, and give their list as a plan holds it."""
     kept: list[dict[str, Any]] = []
+    packed = []  # of a million items only the last thousands are objects
     for item in items:
         for carried, data in item.carries:
             storage.put_bytes(data, storage.join(stage.folder, carried))
-        kept.append({"id": item.id, "inputs": item.inputs if len(kept) < records.INLINE else json.dumps(item.inputs)})
-    if len(kept) <= records.INLINE:
+        kept.append({"id": item.id, "inputs": item.inputs})
+        if len(kept) >= _AT_ONCE:
+            packed.append(records.items_table(kept))
+            kept = []
+    if not packed and len(kept) <= records.INLINE:
         return kept
-    for one in kept[:records.INLINE]:
-        one["inputs"] = json.dumps(one["inputs"])
-    data = records.items_to_bytes(kept)
+    data, count = records.items_to_bytes([*packed, records.items_table(kept)])
     name = name_by_content(f"{name}.parquet", data)
     storage.put_bytes(data, storage.join(stage.folder, name))
-    return records.reference(name, data, len(kept))
+    return records.reference(name, data, count)
 
 
 def _items(folder: str, listed: Any) -> Sequence[Item]:
@@ -362,6 +386,32 @@ def made(stage: Stage, item: Item) -> Callable[[], dict[str, Any]]:
             return _commit(stage, item, output, scratch, plan, started)
 
     return commit
+
+
+def work_together(stage: Stage, items: Sequence[Item]) -> Iterator[tuple[Item, dict[str, Any] | None]]:
+    """Process several items at once and commit them one by one; None for those that failed: try them alone."""
+    plan = _planned(stage.folder)
+    there = {item.id: _record(storage.join(stage.folder, "records", f"{item.id}.json"), plan) for item in items}
+    yield from ((item, there[item.id]) for item in items if there[item.id])
+    new = [item for item in items if not there[item.id]]
+    with contextlib.ExitStack() as stack:
+        work = [(item, stack.enter_context(scratch_folder(f"{stage.name}-{item.id}"))) for item in new]
+        outputs = stack.enter_context(contextlib.closing(stage.process_together(work)))
+        for item, scratch in work:
+            started, stage.beat = time.time(), progress.Beat(stage.folder, item.id, stage.heard)
+            record = None
+            try:
+                output = next(outputs, None)  # none is left where one error ended all of them
+                if isinstance(output, Exception):
+                    raise output
+                record = output and _commit(stage, item, output, scratch, plan, started)
+            except StageFailed:  # the driver's own, heard in the middle of an item
+                raise
+            except Exception as error:
+                _log.warning("%s: %s failed among others and is tried alone: %s", stage.name, item.id, sentence(error))
+            finally:
+                stage.beat.done()
+            yield item, record
 
 
 def _commit(stage: Stage, item: Item, output: Output, scratch: Path, plan: str, started: float) -> dict[str, Any]:
@@ -459,6 +509,11 @@ Runner = Callable[[Stage, Sequence[Item]], Iterator[Outcome | None]]
 def in_process(stage: Stage, items: Sequence[Item]) -> Iterator[Outcome | None]:
     """The runner without a cluster: one item after another in this process, each committed while the next is made."""
     stage.setup()
+    if (size := stage.together()) > 1:
+        for start in range(0, len(items), size):
+            for item, record in work_together(stage, items[start:start + size]):
+                yield Outcome(item, record) if record else _tried(stage, item, partial(work, stage, item))
+        return
     with ThreadPoolExecutor(1, "commit") as committer:
         before: tuple[Item, Future[dict[str, Any]]] | None = None
         for item in items:

@@ -53,15 +53,15 @@ class Writer:
         self._stream.close()
 
 
-def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The samples of a tar in order, as {"__key__": ..., suffix: bytes}.
+def read(tar: Path | BinaryIO) -> Iterator[dict[str, Any]]:
+    """The samples of a tar, a path or an open file, in order, as {"__key__": ..., suffix: bytes}.
 
     A tar cut at a member boundary ends without an error: compare the count with the manifest.
     """
     from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-    with open(path, "rb") as stream:
-        files = ({**file, "__url__": str(path)} for file in tar_file_iterator(stream))
+    with open(tar, "rb") if isinstance(tar, Path) else contextlib.nullcontext(tar) as stream:
+        files = ({**file, "__url__": str(stream.name)} for file in tar_file_iterator(stream))
         yield from group_by_keys(files)
 
 

@@ -16,6 +16,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -397,6 +398,15 @@ class Reuse(Embed):
 
     def setup(self) -> None:
         """Nothing yet: where everything stays, no encoder is needed."""
+
+    def together(self, gpu: bool | None = None) -> int:
+        return super().together(gpu) if gpu else 1
+
+    def process_together(self, work: Sequence[tuple[Item, Path]]) -> Iterator[Output | Exception]:
+        new = [(item, scratch) for item, scratch in work if "vectors" not in item.inputs]
+        with closing(super().process_together(new)) as embedded:
+            for one in work:
+                yield from [next(embedded)] if one in new else Stage.process_together(self, [one])
 
     def process(self, item: Item, scratch: Path) -> Output:
         if "vectors" not in item.inputs:

@@ -1,11 +1,13 @@
 """What `python -m jobs plan` foretells, beside what it takes; and the rates that come along with it.
 
     python tests/bench/plan.py [--pictures 2000] [--times 3] [--work FOLDER]
+    python tests/bench/plan.py --vectors 60000 [--times 3]
     python tests/bench/plan.py --rates jobs/rates.json
 
 The first runs all stages on a drawn corpus, takes the rates from its manifests, foretells a corpus `--times` as large,
 runs that, and prints the seconds of both, stage by stage. Exit 1 if the sum over the stages that took more than two
-seconds is off by more than a quarter. The second measures on photographs, a ViT-B-32 with random weights, made vectors
+seconds is off by more than a quarter. The second does that for the two searches alone, of a twentieth as
+many samples among so many made vectors. The third measures on photographs, a ViT-B-32 with random weights, made vectors
 and a middle-sized network, and writes the file that stands for other people's machines.
 
 Both run in one process on one core, and count its processor's seconds: those of the clock, times the share of the core
@@ -54,6 +56,7 @@ _LOG_EVERY = 5
 _NPROBE = 64  # an assumption: how many lists true vectors take, made ones do not tell
 _LEAST_S = 2.0
 _MOST_OFF = 0.25
+_ASKED = 20  # rows of a database for each sample of the searches that are run alone
 _FOLDERS = {"shard": "shards", "embed": "embeddings", "index": "index", "neighbors, index": "neighbors/drawn",
             "neighbors, exact": "neighbors/twin"}
 
@@ -132,6 +135,45 @@ def compare(work: Path, pictures: int, times: int) -> int:
     ratio = sum(said[name] for name in counted) / max(sum(took[name] for name in counted), 1e-9)
     print(f"\nsum of {', '.join(counted)}: foretold / took = {ratio:.2f}")
     return 0 if abs(ratio - 1) <= _MOST_OFF else 1
+
+
+def search(root: Path, rows: int, settings: Settings) -> dict[str, float]:
+    """Processor seconds of both searches for the neighbours of a few samples among so many made vectors."""
+    shutil.rmtree(root, ignore_errors=True)
+    size, encoder = settings.shard.samples_per_shard, {"model": "given", "weights_sha256": "00", "dim": _DIM}
+    parts = [made.clustered(size, _DIM, clusters=100, seed=number, spread=0.8) for number in range(rows // size)]
+    listed, scanned = (made.given(root, name, parts, encoder=encoder) for name in ("drawn", "twin"))
+    asked = made.given(root, "asked", parts[:len(parts) // _ASKED], encoder=encoder)
+    assembly.run(Index(listed, settings.index), stage.run)
+    shares: Shares = {}
+    for name, one in (("neighbors, index", Neighbors(asked, listed, settings.neighbors)),
+                      ("neighbors, exact", Neighbors(asked, scanned, replace(settings.neighbors, method="exact")))):
+        timed(shares, name, lambda one=one: stage.run(one))
+    return {name: asked.manifest(_FOLDERS[name])["run"]["seconds"] * share for name, share in shares.items()}
+
+
+def compare_searches(work: Path, rows: int, times: int) -> int:
+    """Foretell both searches, run them, and say how far off each was."""
+    base = tiny()
+    settings = replace(base, shard=replace(base.shard, samples_per_shard=1000), neighbors=NeighborsConfig(probes=8),
+                       index=IndexConfig(key="IVF256,SQ8", max_memory="100G", queries=200))
+    search(work / "first", 20_000, settings)  # a process loads its libraries once
+    small = search(work / "small", rows, settings)
+    known = measured.rates(str(work / "small"), rates.built_in())
+    took = search(work / "large", rows * times, settings)
+    before = Build(settings, rows // _ASKED, rows, _DIM, clip.flop(settings.embed.clip())[0],
+                   flop.size(settings.train.unet, settings.shard.image_size, settings.train.k))
+    planned = replace(before, pictures=rows // _ASKED * times, rows=rows * times)
+    print(f"{machine()}; {before.pictures} samples among {rows} x {_DIM}, then {planned.pictures} among "
+          f"{planned.rows}; processor seconds\n")
+    print("| stage | small | foretold | took | foretold / took |\n| --- | --: | --: | --: | --: |")
+    worst = 0.0
+    for name, cost in (("neighbors, index", costs.neighbors_index), ("neighbors, exact", costs.neighbors_exact)):
+        # The rates are by the clock: the small run foretells itself, and the large one is so many times as much.
+        said = small[name] * cost(planned, known).worker_seconds / cost(before, known).worker_seconds
+        worst = max(worst, abs(said / took[name] - 1))
+        print(f"| {name} | {small[name]:.2f} | {said:.2f} | {took[name]:.2f} | {said / took[name]:.2f} |")
+    return 0 if worst <= _MOST_OFF else 1
 
 
 def default_rates(work: Path, out: Path) -> int:
@@ -239,6 +281,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=2000)
     parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--vectors", type=int, default=0, help="the searches alone, among so many made vectors")
     parser.add_argument("--rates", default="", help="measure the default rates, and write them to this file")
     parser.add_argument("--work", default="", help="default: rdm-bench in the temporary folder")
     given = parser.parse_args()
@@ -249,7 +292,11 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s")
     work = photographs.work_folder(given.work) / "plan"
     work.mkdir(exist_ok=True)
-    return default_rates(work, Path(given.rates)) if given.rates else compare(work, given.pictures, given.times)
+    if given.rates:
+        return default_rates(work, Path(given.rates))
+    if given.vectors:
+        return compare_searches(work, given.vectors, given.times)
+    return compare(work, given.pictures, given.times)
 
 
 if __name__ == "__main__":

@@ -66,10 +66,12 @@ class SlowConfig:
     seconds: float = 0.4
     bad: str = ""
     poison: str = ""
+    deadly: str = ""
+    together: int = 1
 
 
 class Slow(Stage):
-    """Items that take a while, and say who worked on them; some fail, some kill their worker."""
+    """Items that take a while, and say who worked on them; some fail, some kill their worker, at first or always."""
 
     name = "slow"
 
@@ -80,6 +82,9 @@ class Slow(Stage):
     def plan(self) -> list[Item]:
         return [Item(f"{number:06d}") for number in range(self.config.items)]
 
+    def together(self, gpu: bool | None = None) -> int:
+        return self.config.together
+
     def process(self, item: Item, scratch: Path) -> Output:
         with open(self.diary, "a") as file:
             file.write(f"{item.id} {os.getpid()}\n")
@@ -87,7 +92,7 @@ class Slow(Stage):
         time.sleep(self.config.seconds)
         if item.id == self.config.bad and tries == 1:
             raise RuntimeError("the first try fails")
-        if item.id == self.config.poison:
+        if item.id == self.config.poison or (item.id == self.config.deadly and tries == 1):
             os.kill(os.getpid(), signal.SIGKILL)
         path = scratch / "out.txt"
         path.write_text(f"{item.id}\n" * 1000)
@@ -169,3 +174,14 @@ def test_an_item_that_kills_its_workers_does_not_stop_the_rest(cluster, pool, tm
     assert storage.names(str(tmp_path / "root" / "slow" / "failures")) == ["000001.json"]
     with pytest.raises(ValueError, match="not sealed"):
         stage.manifest_of(stage_.folder, "python -m jobs slow")
+
+
+def test_items_that_are_taken_together_fail_alone_and_are_given_to_others_alone(cluster, pool, tmp_path: Path) -> None:
+    config, diary = SlowConfig(items=8, seconds=0.05, bad="000001", deadly="000006", together=4), tmp_path / "diary.txt"
+    manifest = stage.run(Slow(str(tmp_path / "root"), config, diary), pool(2))
+    assert _same(manifest, _undisturbed(tmp_path, config))
+    lines = [line.split() for line in diary.read_text().splitlines()]
+    made = {item: [pid for one, pid in lines if one == item] for item, _ in lines}
+    assert [len(made[f"{number:06d}"]) for number in range(8)] == [1, 2, 1, 1, 1, 1, 2, 1]
+    assert len({made[f"00000{number}"][0] for number in range(4)}) == 1  # one worker had all four
+    assert made["000006"][0] != made["000006"][1]

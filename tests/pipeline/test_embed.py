@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import clip, embed, stage, storage, tars, verify
+from pipeline import clip, embed, encoding, stage, storage, tars, verify
 from pipeline.clip import ClipConfig
 from pipeline.dataset import Dataset, Embeddings, file_of, metadata
 from pipeline.embed import Embed, EmbedCaptions, EmbedConfig
 from pipeline.shard import Shard, ShardConfig
 from pipeline.stage import StageFailed
+from pipeline.update import Reuse
 from tests.pipeline import made
 from tests.pipeline.test_images import photo
 
@@ -211,11 +212,11 @@ def test_a_small_shard_keeps_two_threads_busy(copied, monkeypatch):
 @pytest.mark.parametrize("size", [1, 16, 500])
 def test_forward_passes_are_even_and_of_a_size_that_pays(size):
     for count in range(1, 200):
-        part = embed._part(count, size)
+        part = encoding.part_of(count, size)
         sizes = [min(part, count - first) for first in range(0, count, part)]
         assert sum(sizes) == count and max(sizes) <= min(size, 32)
         assert len(sizes) > 1 or count < 16 or size == 1
-    assert embed._part(0, size) == 1 and embed._part(64, 128) == 32 and embed._part(65, 128) == 22
+    assert encoding.part_of(0, size) == 1 and encoding.part_of(64, 128) == 32 and encoding.part_of(65, 128) == 22
 
 
 def test_another_encoder_on_the_same_folder_is_refused_and_named(copied, weights):
@@ -339,3 +340,171 @@ def test_unsealed_shards_are_refused_with_the_command(tmp_path):
     dataset = Dataset.parse(str(tmp_path), "x@v2")
     with pytest.raises(ValueError, match=r"not sealed.*\nhint: python -m jobs shard x@v2 --source FOLDER --root"):
         stage.run(Embed(dataset, EmbedConfig()))
+
+
+@pytest.fixture
+def whole(monkeypatch):
+    """The encoder takes whole batches, as on a GPU; what it was given, batch by batch."""
+    given, launch = [], clip.Encoder.launch
+    monkeypatch.setattr(clip.Encoder, "whole", True)
+
+    def counted(self, batch, size=0):
+        given.append((len(batch), size))
+        return launch(self, batch, size)
+
+    monkeypatch.setattr(clip.Encoder, "launch", counted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # two would wait for each other where something else runs
+    yield given
+    torch.set_num_threads(before)
+
+
+def files_of(dataset: Dataset) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in storage.local_path(dataset.folder("embeddings")).glob("*.npy")}
+
+
+@pytest.mark.parametrize("size", [25, 80])
+def test_batches_go_on_from_shard_to_shard_and_files_do_not(size, copied, built, whole):
+    """72 pictures in shards of 30, 30 and 12: all batches are full but the last, whoever is beside whom."""
+    shutil.rmtree(copied.folder("embeddings"))
+    sealed = stage.run(Embed(copied, EmbedConfig(batch_size=size)))
+    assert [count for count, _ in whole] == [size] * (72 // size) + [72 % size] * (72 % size > 0)
+    assert {padded for _, padded in whole} == {size}
+    assert [(item["id"], item["samples"]) for item in sealed["items"]] == [
+        ("000000", 30), ("000001", 30), ("000002", 12)]
+    one, other = Embeddings(built).all().astype(np.float32), Embeddings(copied).all().astype(np.float32)
+    assert (one * other).sum(1).min() > 1 - 1e-3
+    together = files_of(copied)
+    shutil.rmtree(copied.folder("embeddings"))
+    alone = Embed(copied, EmbedConfig(batch_size=size))
+    for item in stage.prepare(alone):
+        stage.work(alone, item)
+    assert files_of(copied) == together
+
+
+def test_a_shard_that_fails_among_others_fails_alone(copied, whole):
+    shutil.rmtree(copied.folder("embeddings"))
+    embedding = Embed(copied, EmbedConfig(batch_size=25))
+    undisturbed = stage.timeless(stage.run(embedding))
+    shutil.rmtree(copied.folder("embeddings"))
+    path = storage.local_path(storage.join(copied.folder("shards"), "000001.tar"))
+    whole_tar = path.read_bytes()
+    path.write_bytes(whole_tar[:-2000])
+    with pytest.raises(StageFailed, match=r"1 of 3 items failed, the first is 000001: .*not the file its manifest"):
+        stage.run(embedding)
+    assert storage.names(storage.join(embedding.folder, "records")) == ["000000.json", "000002.json"]
+    path.write_bytes(whole_tar)
+    whole.clear()
+    assert stage.timeless(stage.run(embedding)) == undisturbed
+    assert whole == [(25, 25), (5, 25)]  # what had a record was not made again
+
+
+def test_pictures_that_do_not_decode_take_no_place_in_a_batch(copied, whole):
+    shutil.rmtree(copied.folder("embeddings"))
+    folder = copied.folder("shards")
+    manifest = storage.read_json(storage.join(folder, "manifest.json"))
+    for record, rows in zip(manifest["items"], ([0, 29], range(30), [3]), strict=True):
+        entry = file_of(record, ".tar")
+        path = storage.local_path(storage.join(folder, entry["name"]))
+        samples = list(tars.read(path))
+        for row in rows:
+            samples[row]["png"] = b"spoiled"
+        tars.write(path, [{key: value for key, value in sample.items() if key != "__url__"} for sample in samples])
+        entry |= stage.describe(entry["name"], path)
+    storage.put_json(manifest, storage.join(folder, "manifest.json"))
+    sealed = stage.run(Embed(copied, EmbedConfig(batch_size=20)))
+    assert [count for count, _ in whole] == [20, 19] and sealed["totals"]["noted"] == {"undecodable": 33}
+    assert np.flatnonzero(~Embeddings(copied).all().any(1)).tolist() == [0, *range(29, 60), 63]
+
+
+def test_an_encoder_that_fails_for_good_is_told_and_gone_on_with(copied, whole, monkeypatch):
+    """One error ends all that were taken together; each is tried alone then."""
+    shutil.rmtree(copied.folder("embeddings"))
+    encoder = clip.load(ClipConfig())
+    encode, passes = encoder.encode, []
+
+    def failing(batch):
+        passes.append(len(batch))
+        if len(passes) == 3:
+            raise RuntimeError("out of memory")
+        return encode(batch)
+
+    monkeypatch.setattr(encoder, "encode", failing)
+    stage.run(Embed(copied, EmbedConfig(batch_size=20)))
+    monkeypatch.setattr(encoder, "encode", encode)
+    before = files_of(copied)
+    shutil.rmtree(copied.folder("embeddings"))
+    stage.run(Embed(copied, EmbedConfig(batch_size=20)))
+    assert files_of(copied) == before and len(passes) > 5
+
+
+def test_batches_are_of_new_shards_where_others_stay(copied, whole):
+    folder, following = copied.folder("shards"), copied.following()
+    shutil.copytree(folder, following.folder("shards"))
+    manifest = storage.read_json(storage.join(following.folder("shards"), "manifest.json"))
+    for record in manifest["items"][:2]:  # the third stays as it is
+        entry = file_of(record, ".tar")
+        path = storage.local_path(storage.join(following.folder("shards"), entry["name"]))
+        samples = list(tars.read(path))
+        samples[5]["png"] = samples[6]["png"]
+        tars.write(path, [{key: value for key, value in sample.items() if key != "__url__"} for sample in samples])
+        entry |= stage.describe(entry["name"], path)
+    storage.put_json(manifest, storage.join(following.folder("shards"), "manifest.json"))
+    reusing = Reuse(following, EmbedConfig(batch_size=16), copied)
+    reusing.together = lambda gpu=None: 3
+    sealed = stage.run(reusing)
+    assert [record["info"] for record in sealed["items"]] == [{}, {}, {"reused": 12}]
+    assert [count for count, _ in whole] == [16, 16, 16, 12]  # of 60 samples
+    now, then = (np.concatenate([np.asarray(shard, np.float32) for shard in Embeddings(one).shards])
+                 for one in (following, copied))
+    assert np.flatnonzero((now * then).sum(1) < 0.99).tolist() == [5, 35]
+    np.testing.assert_array_equal(now[60:], then[60:])
+
+
+def least_memory(dataset: Dataset, config: EmbedConfig) -> str:
+    with pytest.raises(ValueError, match="a worker takes") as caught:
+        Embed(dataset, replace(config, max_memory="1M")).plan()
+    return str(caught.value).rpartition("--max-memory ")[2]
+
+
+def test_memory_bounds_what_is_under_way_and_changes_no_byte(copied, built, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    shutil.rmtree(copied.folder("embeddings"))
+    least = least_memory(copied, EmbedConfig(batch_size=16))
+    under_way, most, lock = [0], [0], threading.Lock()
+    encoder = clip.load(ClipConfig())
+    encode = encoder.encode
+
+    def counted(batch):
+        with lock:
+            under_way[0] += 1
+            most[0] = max(most[0], under_way[0])
+        try:
+            return encode(batch)
+        finally:
+            with lock:
+                under_way[0] -= 1
+
+    monkeypatch.setattr(encoder, "encode", counted)
+    stage.run(Embed(copied, EmbedConfig(batch_size=16, max_memory=least)))
+    assert most[0] == 1
+    assert stage.timeless(copied.manifest("embeddings")) == stage.timeless(built.manifest("embeddings"))
+    less = f"{int(least[:-1]) - 1}M"
+    with pytest.raises(ValueError, match=rf"(?s)embed\.max_memory = {less}: .*hint: --max-memory {least}$"):
+        Embed(copied, EmbedConfig(batch_size=16, max_memory=less)).plan()
+
+
+@pytest.mark.parametrize("whole_batches", [False, True])
+def test_more_memory_is_more_under_way_and_never_more_than_there_is(whole_batches):
+    shards, before = [(10_000, 10_000 * 30_000)], None
+    for megabytes in range(100, 6000, 37):
+        try:
+            room = encoding.room(megabytes << 20, ClipConfig(), shards, 256, whole=whole_batches, lent=6, threads=8)
+        except ValueError:
+            assert before is None
+            continue
+        assert 1 <= room.threads <= 8 and 2 <= room.ahead <= (4 if whole_batches else 2) * 8 + 6
+        if before:
+            assert room.threads >= before.threads and (room.ahead >= before.ahead or room.threads > before.threads)
+        before = room
+    assert before == encoding.Room(8, 38 if whole_batches else 22)

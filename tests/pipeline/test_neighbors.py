@@ -316,11 +316,13 @@ def test_shards_searched_together_give_what_each_gives_alone(tmp_path, method):
 
 def test_as_many_shards_are_searched_together_as_there_is_memory_and_work_for():
     config = NeighborsConfig(max_memory="1G")
-    together = config.shards_at_once(10_000, 10_000_000, 512)
-    each = 4 * 512 + search.bytes_of_a_query(config.wanted)
-    assert together > 1 and together * 1000 * each <= config.block_bytes < (together + 1) * 1000 * each
-    assert config.shards_at_once(64, 640_000, 512) == 1 and config.shards_at_once(100, 1000, 512) == 2
-    assert NeighborsConfig(at_once=7).shards_at_once(10, 10, 512) == 7
+    for lists, wanted in ((False, 100), (True, 32)):
+        together = config.shards_at_once(10_000, 10_000_000, 512, lists=lists)
+        each = 4 * 512 + search.bytes_of_a_query(wanted)
+        assert together > 1 and together * 1000 * each <= config.block_bytes < (together + 1) * 1000 * each
+        assert config.shards_at_once(64, 640_000, 512, lists=lists) == 1
+        assert config.shards_at_once(100, 1000, 512, lists=lists) == 2
+        assert NeighborsConfig(at_once=7).shards_at_once(10, 10, 512, lists=lists) == 7
     with pytest.raises(ValueError, match="copy_similarity = nan"):
         NeighborsConfig(copy_similarity=float("nan"))
 

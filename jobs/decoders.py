@@ -1,0 +1,102 @@
+"""Actors that decode pictures for the workers of others: on nodes without a GPU, where there are such.
+
+Encoded pictures come, decoded ones go: the only data that crosses Ray, a bounded number of portions at a time. A
+decoder holds nothing, so one that dies costs a portion, which whoever asked decodes itself; Ray starts it again.
+"""
+
+import os
+import random
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from jobs import cluster
+from pipeline import decoding
+from pipeline.decoding import Decoded
+
+_PATIENCE_S = 60.0  # after which a worker decodes itself what it asked for
+_AGAIN_S = 1.0  # between two looks whether one that was lost is back
+_EACH = 2  # portions that keep a decoder busy: one in hand, one on its way
+
+
+@ray.remote(max_restarts=-1, max_task_retries=0, num_cpus=1)
+class Decoder:
+    """A process that decodes, one portion after another."""
+
+    def ping(self) -> tuple[int, str]:
+        """Answer once the process runs: which, on which node."""
+        return os.getpid(), ray.get_runtime_context().get_node_id()
+
+    def decode(self, data: list[bytes], preprocessing: dict[str, Any]) -> Decoded:
+        """Encoded pictures as the encoder of that preprocessing takes them."""
+        return decoding.by_description(data, preprocessing)
+
+
+def start(count: int) -> list[Any]:
+    """So many decoders, spread over the nodes without a GPU, or over all where each has one."""
+    cluster.connect()
+    alive = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    nodes = [node for node in alive if not node["Resources"].get("GPU")]
+    # Soft: if its node is gone, it starts again on another.
+    places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=True) for node in nodes] or ["SPREAD"]
+    return [Decoder.options(scheduling_strategy=places[number % len(places)]).remote() for number in range(count)]
+
+
+class Decoders:
+    """Decoders as a worker asks them: of those that answer the one with the least to do."""
+
+    def __init__(self, handles: Sequence[Any], workers: int) -> None:
+        self.at_once = max(_EACH, -(-_EACH * len(handles) // workers))
+        self._silent: dict[Any, tuple[Any, float]] = {handle: (handle.ping.remote(), 0.0) for handle in handles}
+        self._asked: dict[Any, int] = {}  # who answers, and with how many portions
+        self._lock = threading.Lock()
+
+    def __call__(self, data: list[bytes], preprocessing: dict[str, Any]) -> Decoded | None:
+        if (handle := self._free()) is None:
+            return None
+        try:
+            found = ray.get(handle.decode.remote(data, preprocessing), timeout=_PATIENCE_S)
+        except RayError:
+            self._lost(handle)
+            return None
+        self._done(handle)
+        if found.pictures is not None:
+            found.pictures = found.pictures.copy()  # or it stays in the store as long as anybody looks at it
+        return found
+
+    def _free(self) -> Any | None:
+        with self._lock:
+            self._listen()
+            if not self._asked:
+                return None
+            least = min(self._asked.values())
+            handle = random.choice([one for one, count in self._asked.items() if count == least])
+            self._asked[handle] += 1
+            return handle
+
+    def _listen(self) -> None:
+        """Count those in that answer (again)."""
+        for handle, (ping, since) in list(self._silent.items()):
+            if time.monotonic() - since < _AGAIN_S or not ray.wait([ping], timeout=0)[0]:
+                continue
+            try:
+                ray.get(ping)
+                del self._silent[handle]
+                self._asked[handle] = 0
+            except RayError:
+                self._silent[handle] = handle.ping.remote(), time.monotonic()
+
+    def _done(self, handle: Any) -> None:
+        with self._lock:
+            if handle in self._asked:
+                self._asked[handle] -= 1
+
+    def _lost(self, handle: Any) -> None:
+        with self._lock:
+            if self._asked.pop(handle, None) is not None:
+                self._silent[handle] = handle.ping.remote(), time.monotonic()

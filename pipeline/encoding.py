@@ -1,0 +1,319 @@
+"""Samples of shards -> vectors: read, decoded and encoded in parts, each step ahead of the next.
+
+Decoders do not hold the interpreter, so threads decode while the encoder works. On CPUs every thread does small parts
+of a shard from end to end, with one thread inside torch, for how torch splits a sum among threads would change the
+last bits, and with them the bytes of the result. A GPU gets batches of one size, which go on from shard to shard: one
+is encoded while the next is decoded and the last is fetched. Where somebody lends decoders, parts are sent there.
+"""
+
+import itertools
+import os
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from pipeline import clip, decoding, tars
+
+# Pictures in a forward pass on a CPU: more are no faster, and leave less for other threads to do.
+_PART, _LEAST = 32, 8
+_AHEAD = 4  # parts that are decoded, or being decoded, for each thread beside a GPU
+_BATCHES = 4  # of pictures, beside a GPU: being put together, on their way, and what is left of parts
+_BASE = 900 << 20  # what a process takes that has loaded torch, open_clip, pyarrow and Ray
+_WIDE = 14  # bytes of a channel of a pixel on its way from 8 bits to the encoder
+
+
+@dataclass
+class Part:
+    """Some samples of one of the shards that are taken together, in order; a part without samples ends its shard."""
+
+    shard: int
+    keys: list[str] = field(default_factory=list)
+    data: list[bytes] = field(default_factory=list)
+    """The encoded pictures, until they are decoded."""
+    there: list[int] = field(default_factory=list)
+    """Positions of the samples that decode."""
+    found: np.ndarray | None = None
+    """Their pictures, and then their vectors (n, D) float32; None if there are none."""
+    missing: int = 0
+    """Vectors that are still to come."""
+    error: Exception | None = None
+    """Why the shard ends here, if it should not."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard as it is read: how many samples its record names, and what opens its tar."""
+
+    count: int
+    opened: Callable[[], BinaryIO]
+
+
+@dataclass
+class Times:
+    """Seconds spent with this and that, all threads together.
+
+    `wait`: the encoder had no pictures; `full`: nothing was decoded, for the encoder was behind; `elsewhere`: decoding
+    by others, who take no time of this process; `encoding`: all that others had decoded was in the encoder; `cpu`: what
+    this process used meanwhile.
+    """
+
+    seconds: Counter[str] = field(default_factory=Counter)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    used: float = field(default_factory=time.process_time)
+
+    @contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        """Count the time inside."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(what, time.perf_counter() - started)
+
+    def add(self, what: str, seconds: float) -> None:
+        """Count these too."""
+        with self.lock:
+            self.seconds[what] += seconds
+
+    def taken(self) -> dict[str, float]:
+        """What was spent since the last time this was asked."""
+        with self.lock:
+            now = time.process_time()
+            found, self.seconds = dict(self.seconds) | {"cpu": now - self.used}, Counter()
+            self.used = now
+        return found
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much may be under way at once."""
+
+    threads: int
+    """That do forward passes on a CPU, or decode beside a GPU."""
+    ahead: int
+    """Parts that are decoded, or being decoded."""
+
+
+def cores() -> int:
+    """Threads that this process may have."""
+    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+
+
+def room(budget: int, config: clip.ClipConfig, shards: Iterable[tuple[int, int]], size: int, *, whole: bool,
+         lent: int = 0, threads: int = 0) -> Room:
+    """What fits `budget` bytes beside the encoder: as many threads as there are cores, and two parts for each.
+
+    `shards`: (samples, bytes) of each; `whole`: the encoder takes batches of `size`; `lent`: parts that keep others'
+    decoders busy. ValueError with what would do, if not even one thread fits.
+    """
+    threads = threads or cores()
+    dim, pixels = clip.describe(config)["dim"], 3 * clip.pixels(config)
+    largest, encoded, part = 0, 0.0, -(-size // threads) if whole else 1
+    for count, length in shards:
+        largest, encoded = max(largest, count), max(encoded, length / max(1, count))
+        part = part if whole else max(part, part_of(count, size))
+    each = int(part * (pixels + encoded))
+    passing = 0 if whole else part * (_WIDE * pixels + clip.activations(config))
+    fixed = _BASE + 2 * largest * dim + (_BATCHES * size * pixels if whole else 0)
+
+    def needed(some: int, ahead: int) -> int:
+        return fixed + some * passing + (ahead + 1) * each
+
+    if (least := needed(1, 2)) > budget:
+        raise ValueError(f"embed.max_memory = {budget >> 20}M: a worker takes {-(-least >> 20)}M at least, "
+                         f"{_BASE >> 20}M of it for libraries, with {'batches' if whole else 'passes'} of "
+                         f"{size if whole else part} pictures and shards of {largest}\n"
+                         f"hint: --max-memory {-(-least >> 20)}M")
+    threads = next(some for some in range(threads, 0, -1) if some == 1 or needed(some, some + 1) <= budget)
+    most = (_AHEAD if whole else 2) * threads + lent
+    ahead = most if not each else min(most, 2 + (budget - needed(threads, 2)) // each)
+    return Room(threads, ahead)
+
+
+def part_of(count: int, size: int) -> int:
+    """How many of `count` samples make a forward pass on a CPU: as even as can be, and two passes if there is enough.
+
+    Of the number of threads it knows nothing, for the last bits of a vector may depend on the pictures beside it.
+    """
+    passes = max(-(-count // min(size, _PART)), min(2, count // _LEAST), 1)
+    return -(-count // passes) or 1
+
+
+def encoded(encoder: clip.Encoder, shards: Sequence[Shard], size: int, fitting: Room,
+            elsewhere: decoding.Elsewhere | None, times: Times) -> Iterator[Part]:
+    """The parts of all shards in order, with vectors."""
+    lent = elsewhere.at_once if elsewhere else 0
+    decode = _decoder(encoder, elsewhere, fitting.threads if encoder.whole else 0, times)
+
+    def forward(part: Part) -> Part:
+        if part.found is not None:
+            full = part_of(shards[part.shard].count, size) if encoder.compiled else 0
+            with times("forward"):
+                part.found = encoder.launch(part.found, full)[:len(part.found)].numpy()
+        return part
+
+    if encoder.whole:
+        parts = _read(shards, lambda shard: -(-size // fitting.threads), times)
+        with ThreadPoolExecutor(fitting.threads + lent) as pool:
+            yield from _in_whole_batches(encoder, in_order(pool, decode, parts, fitting.ahead, times), size, times)
+        return
+    parts = _read(shards, lambda shard: part_of(shard.count, size), times)
+    with of_torch(fitting.threads) as pool, ThreadPoolExecutor(max(1, lent)) as asking:
+        if elsewhere:
+            # What is left beside the passes is for those who decode.
+            passing = min(2 * fitting.threads, fitting.ahead - 1)
+            parts = in_order(asking, decode, parts, max(1, min(lent, fitting.ahead - passing)), times)
+            yield from in_order(pool, forward, parts, passing, times, waiting="encoding")
+        else:
+            yield from in_order(pool, lambda part: forward(decode(part)), parts, fitting.ahead, times)
+
+
+@contextmanager
+def of_torch(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """So many threads, one inside torch for each."""
+    import torch
+
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield pool
+
+
+def _decoder(encoder: clip.Encoder, elsewhere: decoding.Elsewhere | None, threads: int, times: Times
+             ) -> Callable[[Part], Part]:
+    """What decodes a part: on so many threads here, and elsewhere what they do not get to."""
+    here = threading.Semaphore(threads)
+
+    def decode(part: Part) -> Part:
+        data, part.data = part.data, []
+        if not data:
+            return part
+        found, mine = None, elsewhere is None or here.acquire(blocking=False)
+        try:
+            if elsewhere and not mine and (found := elsewhere(data, encoder.preprocessing)):
+                times.add("elsewhere", found.seconds)
+            if found is None:
+                found = decoding.decoded(data, encoder.prepared)
+                times.add("decode", found.seconds)
+        finally:
+            if elsewhere and mine:
+                here.release()
+        part.there, part.found = found.there, found.pictures
+        return part
+
+    return decode
+
+
+def _read(shards: Sequence[Shard], length: Callable[[Shard], int], times: Times) -> Iterator[Part]:
+    """The samples of all shards in parts of some length, each shard opened while the one before is read."""
+    with ThreadPoolExecutor(1) as opening:
+        following = opening.submit(shards[0].opened) if shards else None
+        for number, shard in enumerate(shards):
+            here, following = following, (opening.submit(shards[number + 1].opened) if number + 1 < len(shards)
+                                          else None)
+            assert here
+            try:
+                with times("read"):
+                    stream = here.result()
+                with stream:
+                    for some in chunks(tars.read(stream), length(shard), times):
+                        yield Part(number, [one["__key__"] for one in some], [tars.picture(one) for one in some])
+                yield Part(number)
+            except Exception as error:
+                yield Part(number, error=error)
+
+
+def chunks(samples: Iterable[Any], size: int, times: Times) -> Iterator[list[Any]]:
+    """So many of some samples at a time."""
+    source = iter(samples)
+    while True:
+        with times("read"):
+            some = list(itertools.islice(source, size))
+        if not some:
+            return
+        yield some
+
+
+def in_order(pool: ThreadPoolExecutor, work: Callable[[Any], Any], source: Iterable[Any], ahead: int, times: Times, *,
+             waiting: str = "wait") -> Iterator[Any]:
+    """What `work` makes of each in the order of the source, up to `ahead` of them at once."""
+    going: deque[Future] = deque()
+    last = [0.0]  # when something was done
+
+    def noted(_: Future) -> None:
+        last[0] = time.perf_counter()
+
+    def first() -> Any:
+        with times(waiting):
+            return going.popleft().result()
+
+    for one in source:
+        going.append(pool.submit(work, one))
+        going[-1].add_done_callback(noted)
+        if len(going) >= ahead:
+            done = first()
+            left = time.perf_counter()
+            yield done
+            if going and all(one.done() for one in going):
+                times.add("full", time.perf_counter() - max(left, last[0]))
+    while going:
+        yield first()
+
+
+def _in_whole_batches(encoder: clip.Encoder, parts: Iterable[Part], size: int, times: Times) -> Iterator[Part]:
+    """The parts with vectors of batches of `size`, which go on over the ends of parts and shards; the vectors of one
+    batch are fetched while the next is under way.
+    """
+    held: deque[Part] = deque()  # in order, until all of their vectors are there
+    pieces: deque[tuple[Part, int, np.ndarray]] = deque()  # (part, first picture, pictures) that are to be encoded
+    going: tuple[list[tuple[Part, int, np.ndarray]], Any] | None = None
+    count = 0
+    for part in itertools.chain(parts, [None]):
+        if part is not None:
+            held.append(part)
+            if part.found is not None:
+                pieces.append((part, 0, part.found))
+                part.missing = len(part.found)
+                count += part.missing
+                part.found = np.empty((part.missing, encoder.dim), np.float32)
+        while count >= size or (part is None and count):
+            batch = _cut(pieces, size)
+            count -= sum(len(pictures) for _, _, pictures in batch)
+            with times("forward"):
+                launched = encoder.launch(np.concatenate([pictures for _, _, pictures in batch]), size)
+                if going:
+                    _fetch(*going)
+            going = batch, launched
+        if part is None and going:
+            with times("forward"):
+                _fetch(*going)
+        while held and not held[0].missing:
+            yield held.popleft()
+
+
+def _cut(pieces: deque[tuple[Part, int, np.ndarray]], size: int) -> list[tuple[Part, int, np.ndarray]]:
+    """Take `size` pictures from the front, or what is there."""
+    taken, left = [], size
+    while pieces and left:
+        part, first, pictures = pieces.popleft()
+        if len(pictures) > left:
+            pieces.appendleft((part, first + left, pictures[left:]))
+            pictures = pictures[:left]
+        taken.append((part, first, pictures))
+        left -= len(pictures)
+    return taken
+
+
+def _fetch(batch: list[tuple[Part, int, np.ndarray]], launched: Any) -> None:
+    """Give the vectors of a batch to the parts that its pictures are of."""
+    vectors, start = launched.cpu().numpy(), 0
+    for part, first, pictures in batch:
+        assert part.found is not None
+        part.found[first:first + len(pictures)] = vectors[start:start + len(pictures)]
+        part.missing -= len(pictures)
+        start += len(pictures)

@@ -1,0 +1,91 @@
+"""Encoders as they are, with torch.compile, and with channels last in their weights: pictures a second of a core.
+
+    python tests/bench/encoders.py [--turns 7] [--passes 2] [--work FOLDER]
+
+ViT-B-32 with random weights and the tiny CLIP, in the precision that is the default here, batches of 32 pictures of 8
+bits as `embed` makes them on a CPU. All ways take turns; prints medians, and how long the first pass took, in which
+torch.compile compiles.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import photographs
+from download import CHECKOUT, machine
+from embed import weights_of
+
+sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
+
+_BATCH = 32
+
+
+def ways(model: str, weights: str) -> dict:
+    """Encoders of equal weights: as loaded, compiled, channels last, and both."""
+    import torch
+
+    from pipeline import clip
+    config, found = clip.ClipConfig(model, weights), {}
+    for name, compiled, last in (("as it is", False, False), ("compiled", True, False),
+                                 ("channels last", False, True), ("both", True, True)):
+        clip.load.cache_clear()  # each has weights of its own
+        one = clip.load(config)
+        if last:
+            one.model.to(memory_format=torch.channels_last)
+        encode = torch.compile(one.model.encode_image) if compiled else one.model.encode_image
+        found[name] = replace(one, encode=encode, compiled=compiled)
+    return found
+
+
+def compared(model: str, weights: str, turns: int, passes: int) -> str:
+    """A Markdown table of medians."""
+    encoders = ways(model, weights)
+    some = next(iter(encoders.values()))
+    size = some.preprocessing["image_size"]
+    batches = [np.random.default_rng(number).integers(0, 256, (_BATCH, size, size, 3), np.uint8)
+               for number in range(passes)]
+    first, speeds = {}, {name: [] for name in encoders}
+    for name, one in encoders.items():
+        begun = time.perf_counter()
+        one.images(batches[0])
+        first[name] = time.perf_counter() - begun
+    for _ in range(turns):
+        for name, one in encoders.items():
+            begun, used = time.perf_counter(), time.process_time()
+            for batch in batches:
+                one.images(batch)
+            speeds[name].append((passes * _BATCH / (time.perf_counter() - begun),
+                                 passes * _BATCH / (time.process_time() - used)))
+    lines = [f"{model}, {some.dtype}, {turns} turns of {passes} batches of {_BATCH}\n",
+             "| way | pictures/s | to the first | pictures a CPU second | first pass, s |", "|---|--:|--:|--:|--:|"]
+    clock = {name: statistics.median(one for one, _ in found) for name, found in speeds.items()}
+    for name, found in speeds.items():
+        lines.append(f"| {name} | {clock[name]:.1f} ({min(found)[0]:.1f} to {max(found)[0]:.1f}) "
+                     f"| {clock[name] / clock['as it is']:.2f} | {statistics.median(one for _, one in found):.1f} "
+                     f"| {first[name]:.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--passes", type=int, default=2)
+    parser.add_argument("--work", default="", help="default: rdm-bench in the temporary folder")
+    given = parser.parse_args()
+    import torch
+    torch.set_num_threads(1)
+    from pipeline import clip
+    work = photographs.work_folder(given.work)
+    print(f"{machine()}, one thread; torch {torch.__version__}")
+    for model in ("ViT-B-32", clip.BUNDLED_MODEL):
+        weights = "bundled" if model == clip.BUNDLED_MODEL else weights_of(model, work)[0]
+        print(f"\n{compared(model, weights, given.turns, given.passes * (10 if weights == 'bundled' else 1))}",
+              flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
