@@ -21,10 +21,24 @@ unset RAY_ADDRESS RAY_AUTH_TOKEN
 alive() { [ -f "$STATE/$1.pid" ] && kill -0 "$(cat "$STATE/$1.pid")" 2>/dev/null; }
 
 # A node in the background: `ray start` with --block ends its own processes when it is told to, and no one else's.
+# On a busy machine one may not be up within Ray's half a minute; then it is tried again.
 node() {
+  local name=$1 left
+  alive "$name" && return
+  for left in 2 1 0; do
+    start "$@"
+    while alive "$name"; do
+      grep -q "Ray runtime started" "$STATE/$name.log" && return
+      sleep 0.2
+    done
+  done
+  tail -n 5 "$STATE/$name.log" >&2
+  exit 1
+}
+
+start() {
   local name=$1
   shift
-  alive "$name" && return
   nohup ray start "$@" --block --node-ip-address=127.0.0.1 --min-worker-port=0 --max-worker-port=0 \
     --object-store-memory=200000000 --disable-usage-stats >"$STATE/$name.log" 2>&1 </dev/null &
   echo $! >"$STATE/$name.pid"
