@@ -12,6 +12,8 @@ import time
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
+from urllib.request import urlopen
 
 import fsspec
 from PIL import Image
@@ -233,6 +235,21 @@ def show() -> None:
         not reader.faults and order == ["v1", "v2", "v1"])
     done = jobs("verify", "--against", "current", "--root", ROOT)
     saw("verify --against current", f"exit {done.returncode}", done.returncode == 0)
+    if "RDM_PROMETHEUS" in os.environ:
+        until("Prometheus", lambda: asked("rdm_database_number").get("noto/") == 1, 60)
+        numbers = asked("rdm_database_number")
+        saw("published builds in Prometheus", numbers, sorted(numbers) == sorted(f"{name}/" for name in STYLES))
+        embedded = asked('sum by (dataset, stage) (max_over_time(ray_rdm_samples_total{stage="embed"}[30m]))')
+        saw("embedded, in Prometheus", embedded, "noto/embed" in embedded)
+
+
+def asked(query: str) -> dict[str, float]:
+    """What Prometheus answers, by database or stage."""
+    url = f"{os.environ['RDM_PROMETHEUS']}/api/v1/query?{urlencode({'query': query})}"
+    with urlopen(url, timeout=30) as answer:
+        found = json.load(answer)["data"]["result"]
+    return {one["metric"].get("dataset", "") + "/" + one["metric"].get("stage", ""): float(one["value"][1])
+            for one in found}
 
 
 def children(pid: int) -> list[int]:

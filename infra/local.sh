@@ -14,7 +14,7 @@ FOLDER=$(mkdir -p "${1:-$HERE/data/local}" && cd "${1:-$HERE/data/local}" && pwd
 BIN=$HERE/.venv/bin
 export PORT=${PORT:-6399} DASHBOARD_PORT=${DASHBOARD_PORT:-8299} AGENT_PORT=${AGENT_PORT:-52465} RDM_STATE=$FOLDER/cluster
 S3_PORT=${S3_PORT:-5599} PROMETHEUS_PORT=${PROMETHEUS_PORT:-9599} EXPORTER_PORT=${EXPORTER_PORT:-9598}
-export PROMETHEUS_PORT AWS_ENDPOINT_URL=http://127.0.0.1:$S3_PORT AWS_ACCESS_KEY_ID=local AWS_SECRET_ACCESS_KEY=local
+export AWS_ENDPOINT_URL=http://127.0.0.1:$S3_PORT AWS_ACCESS_KEY_ID=local AWS_SECRET_ACCESS_KEY=local
 export AWS_DEFAULT_REGION=us-east-1 RDM_CACHE=$FOLDER/cache WANDB_MODE=disabled PYTHONPATH=$HERE
 unset AWS_PROFILE AWS_SESSION_TOKEN RAY_ADDRESS
 cd "$HERE"
@@ -35,9 +35,10 @@ eval "$cluster"
 if command -v prometheus >/dev/null && [ -f infra/prometheus/prometheus.yaml ]; then
   "$BIN/python" -m jobs status --root s3://local/rdm --serve "$EXPORTER_PORT" >"$FOLDER/exporter.log" 2>&1 &
   pids+=($!)
-  sed "s|/tmp/ray/|/tmp/rdm-ray-$(id -u)-$PORT/|; s|localhost:9808|127.0.0.1:$EXPORTER_PORT|" infra/prometheus/prometheus.yaml \
+  sed "s|/tmp/ray/|/tmp/rdm-ray-$(id -u)-$PORT/|; s|127.0.0.1:9108|127.0.0.1:$EXPORTER_PORT|" infra/prometheus/prometheus.yaml \
     >"$FOLDER/prometheus.yaml"
   cp infra/prometheus/rules.yaml "$FOLDER/"
+  export RDM_PROMETHEUS=http://127.0.0.1:$PROMETHEUS_PORT
   prometheus --config.file="$FOLDER/prometheus.yaml" --storage.tsdb.path="$FOLDER/prometheus" \
     --web.listen-address="127.0.0.1:$PROMETHEUS_PORT" >"$FOLDER/prometheus.log" 2>&1 &
   pids+=($!)
