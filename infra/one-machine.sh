@@ -5,7 +5,8 @@
 #     python -m jobs submit --wait demo --root "$PWD/data/demo"
 #     infra/one-machine.sh down
 #
-# `up 3` makes three workers that share the cores, to try out what happens when one goes. Everything listens on 127.0.0.1.
+# `up 3` makes three workers that share the cores, to try out what happens when one goes. The dashboard listens on 127.0.0.1;
+# Ray's other ports listen where this machine is reached, and want the token.
 # PORT, DASHBOARD_PORT and AGENT_PORT are where; token, logs and process ids are in RDM_STATE.
 set -euo pipefail
 
@@ -83,5 +84,5 @@ down() {
 case ${1:-} in
   up) up "${2:-1}" ;;
   down) down ;;
-  *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
+  *) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
 esac

@@ -448,6 +448,8 @@ def _plan(command: commands.PlanCommand, settings: Settings) -> int:
 
 
 def _pipeline(command: commands.PipelineCommand, settings: Settings) -> int:
+    if command.trained and not command.common.dry_run:
+        import torch  # noqa: F401 (loaded after faiss in the driver of a job, its MKL cannot load itself and ends the process)
     before = ""
     for verb, one, folder in steps.of(command):
         if before:

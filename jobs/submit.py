@@ -168,15 +168,18 @@ def _start(client: Any, one: Submission, command: SubmitCommand, number: int) ->
 
 def _follow(client: Any, one: Submission, number: int) -> Any:
     """Copy the log of an attempt to stderr until it ended; what the server knows of it then, None for nothing."""
+    from aiohttp import ClientError
+    from ray.exceptions import RayError
     shown, alive = 0, time.monotonic()
     while True:
-        try:
+        with contextlib.suppress(ClientError, RayError, RuntimeError, OSError):  # what became of it is asked below
             shown = asyncio.run(_tail(client, f"{one.name}-a{number}", shown))
+        try:
             info = _jobs(client, one).get(number)
             if info is None or info.status.is_terminal():
                 return info
             alive = time.monotonic()
-        except (RuntimeError, OSError) as error:
+        except (RayError, RuntimeError, OSError) as error:
             if time.monotonic() - alive > _PATIENCE_S:
                 raise OSError(f"the job server has not answered for {_PATIENCE_S:.0f} s: {error}\n"
                               f"hint: the job may go on; the same command watches it again") from None
