@@ -158,6 +158,8 @@ class EvaluateConfig:
     """A prompt that names the style."""
     words: tuple[str, ...] = ()
     """What a database's style is called in a prompt, as DATABASE=WORDS; by default its name, hyphens as spaces."""
+    ways: tuple[str, ...] = ()
+    """What names the style: database, prompt, both, text (the prompt, no neighbours), neither; by default all of it."""
     sweep_k: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Numbers of neighbours that are tried with swapped databases."""
     sweep_guidance: tuple[float, ...] = (1.0, 2.0, 4.0)
