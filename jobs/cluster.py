@@ -39,6 +39,12 @@ def connect() -> None:
                  object_store_memory=200 << 20, **options)
 
 
+def resources() -> dict[str, float]:
+    """What the cluster has in all: CPU, GPU, memory, ..."""
+    connect()
+    return ray.cluster_resources()
+
+
 def _knock(address: str) -> None:
     """ConnectionError at once where nobody listens: Ray itself tries for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")

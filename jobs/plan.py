@@ -3,7 +3,8 @@
 import itertools
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from jobs import costs, measured, rates
@@ -12,8 +13,9 @@ from jobs.costs import Build, Cost, Prices
 from jobs.rates import Rates
 from jobs.report.page import number, size
 from jobs.settings import RECIPES, Settings
+from jobs.trial import Trial
 from model import flop
-from pipeline import clip
+from pipeline import clip, storage
 from pipeline.index import memory
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
@@ -50,6 +52,21 @@ def of(command: PlanCommand, settings: Settings) -> str:
     return f"{_markdown(rows)}\n\n{notes(found[0][0], used, prices)}"
 
 
+def trial_of(command: PlanCommand, settings: Settings, *, workers: int, gpu: bool) -> Trial:
+    """What `--measure` is to run, for the first of the builds; ValueError before anything runs."""
+    if command.measured:
+        raise ValueError("--measure measures here, --from takes what was measured: one of them")
+    if command.gpus and not gpu:
+        raise ValueError(f"--gpus {command.gpus}: there is no GPU here to measure on\nhint: where there is one; or "
+                         f"--rates FILE, with rates of a GPU")
+    if not Path(command.measure).absolute().parent.is_dir():
+        raise ValueError(f"--measure {command.measure}: there is no such folder to write rates into")
+    base = rates.read(command.rates) if command.rates else rates.built_in()
+    build = builds(replace(command, gpus=0), settings, base)[0]
+    return Trial(storage.normal(command.common.root), replace(build, gpus=command.gpus or build.gpus), command.source,
+                 command.seconds, workers, gpu)
+
+
 def chosen(command: PlanCommand) -> Rates:
     """The rates that a command asks for: the built-in ones, a file's, a root's over either."""
     base = rates.read(command.rates) if command.rates else rates.built_in()
@@ -59,26 +76,31 @@ def chosen(command: PlanCommand) -> Rates:
 def builds(command: PlanCommand, settings: Settings, used: Rates) -> list[Build]:
     """A build for each combination of pictures and rows; ValueError where GPUs and rates do not go together."""
     if command.gpus and not (used.embed.gpu or used.exact.gpu or used.train.gpu):
-        raise ValueError("--gpus: the rates are those of workers without a GPU\nhint: run a sample on GPUs, then plan "
-                         "--from ROOT --from-gpu; or rates of your own with \"gpu\": true: --rates FILE")
+        raise ValueError("--gpus: the rates are those of workers without a GPU\nhint: plan --measure FILE where there "
+                         "are GPUs; or run a sample on them, then plan --from ROOT --from-gpu; or rates of your own "
+                         "with \"gpu\": true: --rates FILE")
     for name in ("workers", "gpus", "epochs", "downsampling", "months", "price_gpu_hour", "price_cpu_hour",
                  "price_gb_month", "price_gb_moved"):
         if (getattr(command, name) or 0) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(command, name)}: must be at least 0")
     corpus = next((CORPORA[name] for name, recipe in RECIPES.items() if recipe().train.unet == settings.train.unet),
                   CORPORA["tiny"])
+    kept = memory(command.memory, "memory")
+    if not kept:
+        raise ValueError(f"--memory {command.memory}: a worker keeps some of a database\nhint: --memory 16G")
     pictures = [count(text, "--pictures") for text in command.corpus] or [corpus.pictures]
     if not all(pictures):
         raise ValueError("--pictures 0: there is nothing to plan")
     rows = [count(text, "--database-rows") for text in command.database_rows] or [corpus.rows]
     operations, dim = clip.flop(settings.embed.clip())
     factor, unet = command.downsampling or corpus.downsampling, settings.train.unet
-    side = max(1, settings.shard.image_size // factor)
-    network = flop.size(unet, -(-side // unet.stride) * unet.stride, settings.train.k)
+    side = max(1, (settings.train.image_size or settings.shard.image_size) // factor)
+    seen = -(-side // unet.stride) * unet.stride
+    network = flop.size(unet, seen, settings.train.k)
     workers = command.workers or settings.cluster.workers
     return [Build(settings, one, other, dim, operations, network,
-                  sample_bytes=2 * unet.in_channels * side ** 2 if factor > 1 else 0, workers=workers,
-                  gpus=command.gpus or workers, memory=memory(command.memory, "memory"), epochs=command.epochs)
+                  sample_bytes=2 * unet.in_channels * side ** 2 if factor > 1 else 0, side=seen, workers=workers,
+                  gpus=command.gpus or workers, memory=kept, epochs=command.epochs)
             for one, other in itertools.product(pictures, rows)]
 
 
@@ -136,16 +158,16 @@ def _stages(found: list[tuple[Build, list[Cost]]], prices: Prices) -> list[list[
     """A row for each stage; of several builds, with the numbers that tell them apart in front."""
     several = len(found) > 1
     rows = [[*(("pictures", "database") if several else ()), "stage", "on", "#hours", "#worker hours", "#read",
-             "#written", *(("#money",) if prices.given else ())]]
+             "#written", "#kept", *(("#money",) if prices.given else ())]]
     for build, stages in found:
         front = [[_count(build.pictures), _count(build.rows) if build.rows else "itself"], *[["", ""]] * len(stages)]
         lines = [[one.stage, f"{one.workers} {'GPU' if one.gpu else 'worker'}{'s' if one.workers > 1 else ''}",
                   hours(one.seconds / 3600), hours(one.worker_seconds / 3600), size(one.read), size(one.written),
-                  *([number(prices.of(one), 2)] if prices.given else [])] for one in stages]
+                  size(one.kept), *([number(prices.of(one), 2)] if prices.given else [])] for one in stages]
         counted = taken(build, stages)
         lines.append(["total", "", hours(sum(one.seconds for one in counted) / 3600), _worker_hours(counted),
                       size(sum(one.read for one in counted)),
-                      size(sum(one.written for one in counted)),
+                      size(sum(one.written for one in counted)), size(sum(one.kept for one in counted)),
                       *([number(sum(map(prices.of, counted)), 2)] if prices.given else [])])
         rows += [[*(head if several else []), *line] for head, line in zip(front, lines, strict=True)]
     return rows
