@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, replace
@@ -55,12 +56,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         submit.check_needed()
         act, command, settings = parsed(arguments)
-        return act(command, settings)
+        code = act(command, settings)
+        sys.stdout.flush()
+        return code
     except ValueError as error:
         return _misuse(str(error))
     except (NotADirectoryError, IsADirectoryError) as error:
         return _misuse(f"{error.filename}: {error.strerror}")
     except (StageFailed, OSError, FloatingPointError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError) and _unheard():
+            return 0
         text = storage.full(error) or str(error)
         if "hint:" not in text:
             text += f"\n{_NO_WAY if getattr(error, 'errno', 0) in {errno.EROFS, errno.EACCES, errno.EPERM} else _GO_ON}"
@@ -89,6 +94,15 @@ def parsed(arguments: Sequence[str]) -> tuple[Callable[[Any, Settings], int], An
 def _misuse(message: str) -> int:
     print(f"error: {storage.without_credentials(message)}", file=sys.stderr)
     return 2
+
+
+def _unheard() -> bool:
+    """Whether whoever read the output has seen enough, as `head` does; the rest of it goes nowhere then."""
+    out = select.poll()
+    out.register(sys.stdout.fileno(), 0)  # a pipe without a reader says so unasked
+    if gone := bool(out.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 def _settings(arguments: list[str]) -> Settings:

@@ -33,7 +33,7 @@ from pipeline.index import Searcher
 from pipeline.stage import Item, Output, Stage
 
 _log = logging.getLogger(__name__)
-_BLOCK = 1 << 16  # training vectors that are compared at a time
+_BLOCK, _ASKED = 1 << 16, 512  # training vectors that are compared at a time, and vectors with them
 
 
 @dataclass(frozen=True)
@@ -169,12 +169,16 @@ class Judging(Stage):
 def nearest(dataset: Dataset, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The similarity of vectors (N, D) to the nearest one of a dataset, and its row: (N,) float32, (N,) int64."""
     best, rows = np.full(len(vectors), -np.inf, np.float32), np.full(len(vectors), -1, np.int64)
+    asked = vectors.astype(np.float32)
     for first, block in Embeddings(dataset).blocks(_BLOCK):
-        scores = vectors.astype(np.float32) @ block.astype(np.float32).T
-        here = scores.argmax(1)
-        found = scores[np.arange(len(scores)), here]
-        rows = np.where(found > best, first + here, rows)
-        best = np.maximum(best, found)
+        block = block.astype(np.float32)
+        for start in range(0, len(asked), _ASKED):
+            part = slice(start, start + _ASKED)
+            scores = asked[part] @ block.T
+            here = scores.argmax(1)
+            found = scores[np.arange(len(scores)), here]
+            rows[part] = np.where(found > best[part], first + here, rows[part])
+            best[part] = np.maximum(best[part], found)
     return best, rows
 
 

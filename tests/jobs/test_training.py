@@ -26,6 +26,7 @@ from model.train import train
 from pipeline import stage, storage
 from pipeline.batches import Batches
 from pipeline.dataset import Dataset
+from pipeline.neighbors import Neighbors, NeighborsConfig
 
 SETTINGS = """
 [train]
@@ -226,6 +227,21 @@ def test_validation_tells_whether_neighbours_are_used_and_changes_nothing(root: 
     assert [line["step"] for line in tracking.read(one)] == list(range(1, 25))
     assert cli.main(["train", "with", "--dataset", "drawn", "--validation", "nowhere", "--root", str(root), "--config",
                      str(root / "settings.toml"), "--local", "--rebuild"]) == 2
+
+
+def test_too_few_neighbours_are_seen_before_anything_starts(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = Dataset.parse(str(root), "drawn")
+    shutil.copytree(root / "datasets/drawn", root / "datasets/few")
+    shutil.rmtree(root / "datasets/few/v1/neighbors")
+    few = Dataset.parse(str(root), "few")
+    stage.run(Neighbors(few, dataset, NeighborsConfig(k=3)))
+    for name, validation in (("drawn", "few"), ("few", "")):
+        more = ["--validation", validation] if validation else []
+        command = ["train", "run", "--dataset", name, "--database", "drawn", *more, "--root", str(root), "--config",
+                   str(root / "settings.toml")]
+        assert cli.main(command) == 2
+        assert "few has 3 neighbours of each sample, the run takes 4" in capsys.readouterr().err
+    assert not (root / "runs/run").exists()
 
 
 def test_a_run_keeps_its_id_and_its_lineage(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
