@@ -127,8 +127,8 @@ def notes(build: Build, used: Rates, prices: Prices) -> str:
     if own:
         said.append(f"Rates of {', '.join(own)}: {used.machine}, {used.measured}.")
     if defaults := [name for name in used.defaults if name != "storage"]:
-        said.append(f"Default rates ({', '.join(defaults)}): {base.machine}, {base.measured}; `--from ROOT` takes "
-                    f"them from a sample of yours.")
+        said.append(f"Default rates ({', '.join(defaults)}): {base.machine}, {base.measured}; `--measure FILE` "
+                    f"measures them where you are.")
     said.append(f"{config.embed.model}, vectors of {build.dim}, pictures of {config.shard.image_size} pixels, "
                 f"{config.shard.rows_per_shard} a shard, k = {config.neighbors.k}. Neighbours by "
                 f"{'the index' if method == 'index' else 'exact search'} are in the total, the other way is not.")

@@ -75,7 +75,7 @@ def test_steps_take_what_training_takes(prepared: Path, tmp_path: Path) -> None:
     assert info["batch"] <= 16 and info["parameters"] > 1e5
     from model import flop
     each = flop.size(config.unet, 32, config.k).training(False)
-    assert each * 16 / info["flop_per_s"] == pytest.approx(real, rel=1.0)  # the machine may do other things
+    assert 1 / 3 < each * 16 / info["flop_per_s"] / real < 3  # the machine may do other things meanwhile
 
 
 def test_a_network_that_does_not_fit_is_made_narrower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
