@@ -47,7 +47,7 @@ class Photographs(Stage):
         for number in range(item.inputs["count"]):
             # The same noise at another place, in other colours: to draw anew would take longer than what is measured.
             moved = np.roll(fields, tuple(rng.integers(_HEIGHT, size=2)), (0, 1))
-            pixels = 128 + 30 * moved @ rng.normal(size=(3, 3)).astype(np.float32)
+            pixels = 128 + 20 * moved @ rng.normal(size=(3, 3)).astype(np.float32)
             name = f"{item.id}-{number:02d}.jpg"
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(scratch / name, quality=88)
             output.files[name] = scratch / name
@@ -55,11 +55,11 @@ class Photographs(Stage):
 
 
 def _octaves(rng: np.random.Generator) -> np.ndarray:
-    """Noise with about the same power in each octave but the finest two, deviation 1: (H, W) float32."""
+    """Noise with about the same power in each octave but the finest three, deviation 1: (H, W) float32."""
     total = np.zeros((_HEIGHT, _WIDTH), np.float32)
     for level in range(9):
         small = Image.fromarray(rng.standard_normal((_HEIGHT >> level, _WIDTH >> level), np.float32))
-        weight = (0.25, 0.6)[level] if level < 2 else 1.0
+        weight = (0.15, 0.3, 0.6)[level] if level < 3 else 1.0  # a lens passes less of the finest detail
         total += weight * np.asarray(small.resize((_WIDTH, _HEIGHT), Image.Resampling.BICUBIC))
     return total / total.std()
 
