@@ -1,9 +1,11 @@
 """Rates that a trial measured are those of real stages, and `plan` takes them."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,7 +15,7 @@ from jobs.processes import in_processes
 from jobs.runs import Run
 from jobs.training import Job
 from model import recipes
-from pipeline import clip, stage
+from pipeline import clip, stage, storage
 from pipeline.dataset import Dataset
 
 SETTINGS = """
@@ -56,11 +58,15 @@ def test_what_a_trial_measured_is_what_plan_takes(plan: list[str], drawn_picture
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_ray_workers_measure_pictures_that_they_draw(plan: list[str], cluster: Any, tmp_path: Path) -> None:
-    assert main([*plan, "--measure-workers", "2", "--seconds", "1"]) == 0
+def test_ray_workers_measure_pictures_that_they_draw_on_s3(plan: list[str], s3: str, tmp_path: Path) -> None:
+    # A cluster of its own, whose workers know the store.
+    done = subprocess.run([sys.executable, "-m", "jobs", *plan, "--root", f"{s3}/root", "--measure-workers", "2",
+                           "--seconds", "1"], capture_output=True, text=True, timeout=300,
+                          env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"})
+    assert done.returncode == 0, done.stderr
     known = rates.read(str(tmp_path / "rates.json"))
     assert known.machine.startswith("2 workers on") and 100_000 < known.shard.source_bytes < 1_000_000
-    assert "train" not in known.defaults and not (tmp_path / "root/trial").exists()
+    assert "train" not in known.defaults and not storage.folders(f"{s3}/root/trial")
 
 
 @pytest.mark.slow
