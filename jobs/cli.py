@@ -424,10 +424,15 @@ def _verify(command: commands.VerifyCommand, settings: Settings) -> int:
 
 def _plan(command: commands.PlanCommand, settings: Settings) -> int:
     from jobs import plan
+    if command.measure and command.common.dry_run:
+        print(json.dumps(plan.to_measure(command, settings)))
+        return 0
     if command.measure:
-        command = _measured(command, settings)
-    if not command.measure:
-        print(plan.of(command, settings))
+        workers = plan.workers_here(command, settings)
+        with runner(SimpleNamespace(common=command.common, cluster=workers)) as run_with:
+            command = plan.measure(command, settings, workers,
+                                   lambda one: stage.run(one, run_with, watch=watcher(one.name)))
+    print(plan.of(command, settings))
     return 0
 
 
@@ -449,37 +454,6 @@ def _submit(command: commands.SubmitCommand, settings: Settings) -> int:
         raise ValueError("submit needs a verb\nhint: python -m jobs submit --wait embed NAME --root s3://...")
     _, inner, settings = parsed(command.words)
     return submit.run(submit.of(command.words, inner, settings, command), command)
-
-
-def _measured(command: commands.PlanCommand, settings: Settings) -> commands.PlanCommand:
-    """Measure, and write the rates; the same command with these instead. On a dry run what would be measured."""
-    from jobs import plan, rates, trial
-    wanted = bool(command.gpus or settings.cluster.gpus)
-    trial_ = plan.trial_of(command, settings, workers=command.measure_workers, gpu=wanted)
-    if command.common.dry_run:
-        print(json.dumps({"folder": trial_.place, "seconds": trial_.seconds, "workers": trial_.workers,
-                          "gpu": trial_.gpu}))
-        return command
-    cluster = _of_a_trial(command, settings, gpu=wanted)
-    trial_ = plan.trial_of(command, settings, workers=command.measure_workers, gpu=cluster.gpus > 0)
-    base = rates.read(command.rates) if command.rates else rates.built_in()
-    with runner(SimpleNamespace(common=command.common, cluster=cluster)) as run_with:
-        found = trial.rates(trial_, base, lambda one: stage.run(one, run_with, watch=watcher(one.name)))
-    Path(command.measure).write_text(json.dumps(rates.document(found), indent=1) + "\n")
-    _log.info("plan: the rates are in %s", command.measure)
-    return replace(command, rates=command.measure, measure="")
-
-
-def _of_a_trial(command: commands.PlanCommand, settings: Settings, *, gpu: bool) -> ClusterConfig:
-    """The workers that a trial has: as large as the recipe's, with a GPU if those have one and there is any."""
-    if command.common.local:
-        import torch
-        there = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.is_available())}
-    else:
-        from jobs import cluster
-        there = cluster.resources()
-    return ClusterConfig(workers=command.measure_workers, gpus=1.0 if gpu and there.get("GPU", 0) >= 1 else 0.0,
-                         cpus=min(settings.cluster.cpus, max(1.0, there["CPU"] // command.measure_workers)))
 
 
 def _demo(command: commands.DemoCommand, settings: Settings) -> int:

@@ -2,22 +2,25 @@
 
 import itertools
 import json
+import logging
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jobs import costs, measured, rates
+from jobs import costs, measured, rates, trial
 from jobs.commands import PlanCommand
 from jobs.costs import Build, Cost, Prices
 from jobs.rates import Rates
 from jobs.report.page import number, size
-from jobs.settings import RECIPES, Settings
+from jobs.settings import RECIPES, ClusterConfig, Settings
 from jobs.trial import Trial
 from model import flop
 from pipeline import clip, storage
 from pipeline.index import memory
 
+_log = logging.getLogger(__name__)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 
 
@@ -52,8 +55,40 @@ def of(command: PlanCommand, settings: Settings) -> str:
     return f"{_markdown(rows)}\n\n{notes(found[0][0], used, prices)}"
 
 
-def trial_of(command: PlanCommand, settings: Settings, *, workers: int, gpu: bool) -> Trial:
-    """What `--measure` is to run, for the first of the builds; ValueError before anything runs."""
+def to_measure(command: PlanCommand, settings: Settings) -> dict[str, Any]:
+    """Where `--measure` would run what, if there is a GPU where one is wanted."""
+    trial_ = _trial(command, settings, gpu=_wants_gpu(command, settings))
+    return {"folder": trial_.place, "seconds": trial_.seconds, "workers": trial_.workers, "gpu": trial_.gpu}
+
+
+def workers_here(command: PlanCommand, settings: Settings) -> ClusterConfig:
+    """The workers that `--measure` has: as large as the recipe's, with a GPU if those have one and there is any."""
+    wanted = _wants_gpu(command, settings)
+    _trial(command, settings, gpu=wanted)  # what is wrong with it is said before anything starts
+    if command.common.local:
+        import torch
+        there = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.is_available())}
+    else:
+        from jobs import cluster
+        there = cluster.resources()
+    return ClusterConfig(workers=command.measure_workers, gpus=1.0 if wanted and there.get("GPU", 0) >= 1 else 0.0,
+                         cpus=min(settings.cluster.cpus, max(1.0, there["CPU"] // command.measure_workers)))
+
+
+def measure(command: PlanCommand, settings: Settings, workers: ClusterConfig, run: trial.Run) -> PlanCommand:
+    """Measure, and write the rates; the same command with these."""
+    found = trial.rates(_trial(command, settings, gpu=workers.gpus > 0), _base(command), run)
+    Path(command.measure).write_text(json.dumps(rates.document(found), indent=1) + "\n")
+    _log.info("plan: the rates are in %s", command.measure)
+    return replace(command, rates=command.measure, measure="")
+
+
+def _wants_gpu(command: PlanCommand, settings: Settings) -> bool:
+    return bool(command.gpus or settings.cluster.gpus)
+
+
+def _trial(command: PlanCommand, settings: Settings, *, gpu: bool) -> Trial:
+    """What is to be measured, for the first of the builds; ValueError where it cannot be."""
     if command.measured:
         raise ValueError("--measure measures here, --from takes what was measured: one of them")
     if command.gpus and not gpu:
@@ -61,15 +96,18 @@ def trial_of(command: PlanCommand, settings: Settings, *, workers: int, gpu: boo
                          f"--rates FILE, with rates of a GPU")
     if not Path(command.measure).absolute().parent.is_dir():
         raise ValueError(f"--measure {command.measure}: there is no such folder to write rates into")
-    base = rates.read(command.rates) if command.rates else rates.built_in()
-    build = builds(replace(command, gpus=0), settings, base)[0]
+    build = builds(replace(command, gpus=0), settings, _base(command))[0]
     return Trial(storage.normal(command.common.root), replace(build, gpus=command.gpus or build.gpus), command.source,
-                 command.seconds, workers, gpu)
+                 command.seconds, command.measure_workers, gpu)
+
+
+def _base(command: PlanCommand) -> Rates:
+    return rates.read(command.rates) if command.rates else rates.built_in()
 
 
 def chosen(command: PlanCommand) -> Rates:
     """The rates that a command asks for: the built-in ones, a file's, a root's over either."""
-    base = rates.read(command.rates) if command.rates else rates.built_in()
+    base = _base(command)
     return measured.rates(command.measured, base, gpu=command.from_gpu) if command.measured else base
 
 

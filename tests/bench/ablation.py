@@ -194,11 +194,16 @@ def _spread(groups: list[np.ndarray]) -> tuple[float, int]:
 def _error(name: str, runs: list[dict[str, Any]], base: list[dict[str, Any]], spread: dict[str, Any]) -> float:
     """Half of the interval of a difference between means of runs."""
     value, freedom = spread[name]
-    squared = value ** 2 * (1 / len(runs) + 1 / len(base))
+    if not freedom:
+        return float("nan")
+    parts = [(value ** 2 * (1 / len(runs) + 1 / len(base)), freedom)]
     if np.ndim(runs[0][name]):  # of each prompt: prompts drawn anew, the same for both
         paired = np.mean([one[name] for one in runs], (0, 2)) - np.mean([one[name] for one in base], (0, 2))
-        squared += paired.var(ddof=1) / len(paired)
-    return float(stats.t.ppf(0.975, freedom) * np.sqrt(squared)) if freedom else float("nan")
+        parts.append((paired.var(ddof=1) / len(paired), len(paired) - 1))
+    squared = sum(one for one, _ in parts)
+    # Welch and Satterthwaite's degrees of freedom of a sum of variances.
+    together = squared ** 2 / sum(one ** 2 / free for one, free in parts)
+    return float(stats.t.ppf(0.975, together) * np.sqrt(squared))
 
 
 def _beyond(name: str, runs: list[dict[str, Any]], base: list[dict[str, Any]], spread: dict[str, Any]) -> bool:
