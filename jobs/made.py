@@ -142,15 +142,15 @@ class Steps(Stage):
         # An update needs the activations too, and a CPU without memory ends the process instead of raising.
         while _BYTES_A_PARAMETER * flop.size(config.unet, self.side, config.k).parameters > memory / 2:
             config = _narrower(config)
-        each, batch = self._seconds(config, 1, 2, device), self.batch
-        batch = max(1, min(batch, int(self.seconds / 5 / each)))
-        while True:
-            steps = max(3, min(_MOST_STEPS, int(self.seconds / each / batch)))
+        took = batch = steps = 0
+        while not took:
             try:
+                each = self._seconds(config, 1, 2, device)
+                batch = max(1, min(batch or self.batch, int(self.seconds / 5 / each)))
+                steps = max(3, min(_MOST_STEPS, int(self.seconds / each / batch)))
                 took = self._seconds(config, batch, steps, device)
-                break
             except MemoryError:
-                batch, config = (batch // 2, config) if batch > 1 else (1, _narrower(config))
+                config, batch = (config, batch // 2) if batch > 1 else (_narrower(config), 0)
         size = flop.size(config.unet, self.side, config.k)
         return Output(samples=batch * steps, info={
             "flop_per_s": batch * size.training(config.unet.checkpointing) / took, "parameters": size.parameters,
