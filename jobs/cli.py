@@ -12,10 +12,12 @@ import itertools
 import json
 import logging
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import tyro
@@ -56,12 +58,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         submit.check_needed()
         act, command, settings = parsed(arguments)
-        return act(command, settings)
+        code = act(command, settings)
+        sys.stdout.flush()
+        return code
     except ValueError as error:
         return _misuse(str(error))
     except (NotADirectoryError, IsADirectoryError) as error:
         return _misuse(f"{error.filename}: {error.strerror}")
     except (StageFailed, OSError, FloatingPointError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError) and _unheard():
+            return 0
         text = storage.full(error) or str(error)
         if "hint:" not in text:
             text += f"\n{_NO_WAY if getattr(error, 'errno', 0) in {errno.EROFS, errno.EACCES, errno.EPERM} else _GO_ON}"
@@ -100,6 +106,15 @@ def _log_format(arguments: list[str]) -> str:
         return logs.chosen(first.parse_known_args(arguments)[0].log_format)
     except argparse.ArgumentError:  # it will be said again by who reads the whole command line
         return logs.chosen()
+
+
+def _unheard() -> bool:
+    """Whether whoever read the output has seen enough, as `head` does; the rest of it goes nowhere then."""
+    out = select.poll()
+    out.register(sys.stdout.fileno(), 0)  # a pipe without a reader says so unasked
+    if gone := bool(out.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 def _settings(arguments: list[str]) -> Settings:
@@ -443,6 +458,13 @@ def _verify(command: commands.VerifyCommand, settings: Settings) -> int:
 
 def _plan(command: commands.PlanCommand, settings: Settings) -> int:
     from jobs import plan
+    if command.measure and command.common.dry_run:
+        print(json.dumps(plan.to_measure(command, settings)))
+        return 0
+    if command.measure:
+        workers = plan.workers_here(command, settings)
+        with runner(SimpleNamespace(common=command.common, cluster=workers)) as run_with:
+            command = plan.measure(command, settings, workers, lambda one: watched.run(one, run_with))
     print(plan.of(command, settings))
     return 0
 

@@ -51,6 +51,12 @@ def tell_prometheus(folder: Path) -> None:
         own.replace(folder / "prom_metrics_service_discovery.json")
 
 
+def resources() -> dict[str, float]:
+    """What the cluster has in all: CPU, GPU, memory, ..."""
+    connect()
+    return ray.cluster_resources()
+
+
 def _knock(address: str) -> None:
     """ConnectionError at once where nobody listens: Ray itself tries for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")

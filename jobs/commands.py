@@ -354,6 +354,15 @@ class PlanCommand:
     """Pixels a side for each of a latent's; 1: the network sees pictures. By default the recipe's."""
     rates: str = ""
     """JSON file of rates (jobs/rates.py has its form); what it does not name keeps its default."""
+    measure: str = ""
+    """Run a sample of each stage first, with these settings, on the cluster that there is, below --root; write the
+    rates that it had into this file, and take them."""
+    source: tuple[str, ...] = ()
+    """What to shard for that, as for `shard`; by default pictures that it draws itself."""
+    seconds: float = 60.0
+    """How long each of its stages may take, about."""
+    measure_workers: int = 1
+    """Workers that share them; several tell how they slow each other down."""
     measured: Annotated[str, tyro.conf.arg(name="from")] = ""
     """Take the rates from what is sealed below this root."""
     from_gpu: bool = False

@@ -40,6 +40,8 @@ class Build:
     """Of the denoiser."""
     sample_bytes: int = 0
     """Of a latent; 0: the network sees the pictures."""
+    side: int = 0
+    """Pixels a side of what the network sees."""
     workers: int = 1
     gpus: int = 0
     memory: int = 16 << 30

@@ -33,7 +33,7 @@ from pipeline.index import Searcher
 from pipeline.stage import Item, Output, Stage
 
 _log = logging.getLogger(__name__)
-_BLOCK = 1 << 16  # training vectors that are compared at a time
+_BLOCK, _ASKED = 1 << 16, 512  # training vectors that are compared at a time, and vectors with them
 
 
 @dataclass(frozen=True)
@@ -169,12 +169,16 @@ class Judging(Stage):
 def nearest(dataset: Dataset, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The similarity of vectors (N, D) to the nearest one of a dataset, and its row: (N,) float32, (N,) int64."""
     best, rows = np.full(len(vectors), -np.inf, np.float32), np.full(len(vectors), -1, np.int64)
+    asked = vectors.astype(np.float32)
     for first, block in Embeddings(dataset).blocks(_BLOCK):
-        scores = vectors.astype(np.float32) @ block.astype(np.float32).T
-        here = scores.argmax(1)
-        found = scores[np.arange(len(scores)), here]
-        rows = np.where(found > best, first + here, rows)
-        best = np.maximum(best, found)
+        block = block.astype(np.float32)
+        for start in range(0, len(asked), _ASKED):
+            part = slice(start, start + _ASKED)
+            scores = asked[part] @ block.T
+            here = scores.argmax(1)
+            found = scores[np.arange(len(scores)), here]
+            rows[part] = np.where(found > best[part], first + here, rows[part])
+            best[part] = np.maximum(best[part], found)
     return best, rows
 
 
@@ -193,6 +197,8 @@ class Evaluation(Stage):
         self.judging, self.run, self.databases = judging, judging.run, judging.databases
         self.mixed, self.encoder, self.how, self.given = mixed, encoder, how, prompts
         self.step = step or self.run.latest_step()
+        if wrong := [one for one in config.ways if one not in findings.NAMES]:
+            raise ValueError(f"--ways {wrong[0]}: must be some of {', '.join(findings.NAMES)}")
         super().__init__(self.run.root, f"{self.run.path}/evaluations/{name}", config)
         if name:
             Run.parse(self.root, name)  # a name, not a way out of the folder
@@ -205,7 +211,10 @@ class Evaluation(Stage):
         return f"python -m jobs evaluate {self.run.name} --root {self.root}"
 
     def section(self) -> dict[str, Any]:
-        return {"evaluate": super().section(), "sample": json.loads(json.dumps(asdict(self.how))),
+        config = super().section()
+        if not config["ways"]:  # what is not used is not in the fingerprint
+            del config["ways"]
+        return {"evaluate": config, "sample": json.loads(json.dumps(asdict(self.how))),
                 "encoder": [self.encoder.model, self.encoder.precision],
                 "databases": [one.label for one in self.databases], "mixed": self.mixed.label,
                 "prompts": list(self.given)}
@@ -224,8 +233,10 @@ class Evaluation(Stage):
         if not prompts:
             raise ValueError("the databases have no subject that training has not seen\n"
                              "hint: --prompt 'a red apple', once for each")
-        items = []
-        for way, count in self._ways(len(prompts)):
+        items, ways = [], self._ways(len(prompts))
+        if not ways:
+            raise ValueError("nothing is asked\nhint: --ways database, or numbers for --sweep-k")
+        for way, count in ways:
             # What asks for no style is asked once.
             for number, database in enumerate(self.databases if way.named or way.source == "style" else [None]):
                 items.append(Item(_id(way.id, database), {"way": asdict(way), "style": number,
@@ -235,7 +246,8 @@ class Evaluation(Stage):
 
     def _ways(self, prompts: int) -> list[tuple[Asked, int]]:
         few = min(self.config.sweep_prompts, prompts)
-        ways = [(way, prompts) for way in WAYS if way.source or self.how.text]
+        ways = [(way, prompts) for way in WAYS if (way.source or self.how.text)
+                and (not self.config.ways or way.id in self.config.ways)]
         ways += [(Asked(f"k-{k}", False, "style", k=k), few) for k in self.config.sweep_k]
         return ways + [(Asked(f"guidance-{scale:g}", False, "style", guidance=scale), few)
                        for scale in self.config.sweep_guidance]
@@ -303,7 +315,8 @@ class Evaluation(Stage):
         (scratch / "evaluation.json").write_bytes(storage.json_bytes(document))
         (scratch / "table.md").write_text(findings.table(document))
         findings.plot(document, scratch / "plot.png")
-        drawn = [way.id for way in WAYS if way.named or way.source == "style" if way.source or self.how.text]
+        asked = {one["way"] for one in found}
+        drawn = [way.id for way in WAYS if way.id in asked and (way.named or way.source == "style")]
         for way in drawn:
             self._grid(way, found).save(scratch / f"grid-{way}.png")
         names = ["evaluation.json", "table.md", "plot.png", *(f"grid-{way}.png" for way in drawn)]

@@ -2,20 +2,25 @@
 
 import itertools
 import json
+import logging
+import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from jobs import costs, measured, rates
+from jobs import costs, measured, rates, trial
 from jobs.commands import PlanCommand
 from jobs.costs import Build, Cost, Prices
 from jobs.rates import Rates
 from jobs.report.page import number, size
-from jobs.settings import RECIPES, Settings
+from jobs.settings import RECIPES, ClusterConfig, Settings
+from jobs.trial import Trial
 from model import flop
-from pipeline import clip
+from pipeline import clip, storage
 from pipeline.index import memory
 
+_log = logging.getLogger(__name__)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 
 
@@ -50,35 +55,90 @@ def of(command: PlanCommand, settings: Settings) -> str:
     return f"{_markdown(rows)}\n\n{notes(found[0][0], used, prices)}"
 
 
+def to_measure(command: PlanCommand, settings: Settings) -> dict[str, Any]:
+    """Where `--measure` would run what, if there is a GPU where one is wanted."""
+    trial_ = _trial(command, settings, gpu=_wants_gpu(command, settings))
+    return {"folder": trial_.place, "seconds": trial_.seconds, "workers": trial_.workers, "gpu": trial_.gpu}
+
+
+def workers_here(command: PlanCommand, settings: Settings) -> ClusterConfig:
+    """The workers that `--measure` has: as large as the recipe's, with a GPU if those have one and there is any."""
+    wanted = _wants_gpu(command, settings)
+    _trial(command, settings, gpu=wanted)  # what is wrong with it is said before anything starts
+    if command.common.local:
+        import torch
+        there = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.is_available())}
+    else:
+        from jobs import cluster
+        there = cluster.resources()
+    return ClusterConfig(workers=command.measure_workers, gpus=1.0 if wanted and there.get("GPU", 0) >= 1 else 0.0,
+                         cpus=min(settings.cluster.cpus, max(1.0, there["CPU"] // command.measure_workers)))
+
+
+def measure(command: PlanCommand, settings: Settings, workers: ClusterConfig, run: trial.Run) -> PlanCommand:
+    """Measure, and write the rates; the same command with these."""
+    found = trial.rates(_trial(command, settings, gpu=workers.gpus > 0), _base(command), run)
+    Path(command.measure).write_text(json.dumps(rates.document(found), indent=1) + "\n")
+    _log.info("plan: the rates are in %s", command.measure)
+    return replace(command, rates=command.measure, measure="")
+
+
+def _wants_gpu(command: PlanCommand, settings: Settings) -> bool:
+    return bool(command.gpus or settings.cluster.gpus)
+
+
+def _trial(command: PlanCommand, settings: Settings, *, gpu: bool) -> Trial:
+    """What is to be measured, for the first of the builds; ValueError where it cannot be."""
+    if command.measured:
+        raise ValueError("--measure measures here, --from takes what was measured: one of them")
+    if command.gpus and not gpu:
+        raise ValueError(f"--gpus {command.gpus}: there is no GPU here to measure on\nhint: where there is one; or "
+                         f"--rates FILE, with rates of a GPU")
+    if not Path(command.measure).absolute().parent.is_dir():
+        raise ValueError(f"--measure {command.measure}: there is no such folder to write rates into")
+    build = builds(replace(command, gpus=0), settings, _base(command))[0]
+    return Trial(storage.normal(command.common.root), replace(build, gpus=command.gpus or build.gpus), command.source,
+                 command.seconds, command.measure_workers, gpu)
+
+
+def _base(command: PlanCommand) -> Rates:
+    return rates.read(command.rates) if command.rates else rates.built_in()
+
+
 def chosen(command: PlanCommand) -> Rates:
     """The rates that a command asks for: the built-in ones, a file's, a root's over either."""
-    base = rates.read(command.rates) if command.rates else rates.built_in()
+    base = _base(command)
     return measured.rates(command.measured, base, gpu=command.from_gpu) if command.measured else base
 
 
 def builds(command: PlanCommand, settings: Settings, used: Rates) -> list[Build]:
     """A build for each combination of pictures and rows; ValueError where GPUs and rates do not go together."""
     if command.gpus and not (used.embed.gpu or used.exact.gpu or used.train.gpu):
-        raise ValueError("--gpus: the rates are those of workers without a GPU\nhint: run a sample on GPUs, then plan "
-                         "--from ROOT --from-gpu; or rates of your own with \"gpu\": true: --rates FILE")
+        raise ValueError("--gpus: the rates are those of workers without a GPU\nhint: plan --measure FILE where there "
+                         "are GPUs; or run a sample on them, then plan --from ROOT --from-gpu; or rates of your own "
+                         "with \"gpu\": true: --rates FILE")
     for name in ("workers", "gpus", "epochs", "downsampling", "months", "price_gpu_hour", "price_cpu_hour",
                  "price_gb_month", "price_gb_moved"):
         if (getattr(command, name) or 0) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(command, name)}: must be at least 0")
     corpus = next((CORPORA[name] for name, recipe in RECIPES.items() if recipe().train.unet == settings.train.unet),
                   CORPORA["tiny"])
+    kept = memory(command.memory, "memory")
+    if not kept:
+        raise ValueError(f"--memory {command.memory}: a worker keeps some of a database\nhint: --memory 16G")
     pictures = [count(text, "--pictures") for text in command.corpus] or [corpus.pictures]
     if not all(pictures):
         raise ValueError("--pictures 0: there is nothing to plan")
     rows = [count(text, "--database-rows") for text in command.database_rows] or [corpus.rows]
     operations, dim = clip.flop(settings.embed.clip())
     factor, unet = command.downsampling or corpus.downsampling, settings.train.unet
-    side = max(1, settings.shard.image_size // factor)
-    network = flop.size(unet, -(-side // unet.stride) * unet.stride, settings.train.k)
+    side = max(1, (settings.train.image_size or settings.shard.image_size) // factor)
+    seen = -(-side // unet.stride) * unet.stride
+    network = flop.size(unet, seen, settings.train.k)
     workers = command.workers or settings.cluster.workers
     return [Build(settings, one, other, dim, operations, network,
-                  sample_bytes=2 * unet.in_channels * side ** 2 if factor > 1 else 0, workers=workers,
-                  gpus=command.gpus or workers, memory=memory(command.memory, "memory"), epochs=command.epochs)
+                  sample_bytes=2 * unet.in_channels * side ** 2 if factor > 1 else 0, side=seen, workers=workers,
+                  gpus=command.gpus or workers, memory=kept, epochs=command.epochs)
             for one, other in itertools.product(pictures, rows)]
 
 
@@ -105,8 +165,8 @@ def notes(build: Build, used: Rates, prices: Prices) -> str:
     if own:
         said.append(f"Rates of {', '.join(own)}: {used.machine}, {used.measured}.")
     if defaults := [name for name in used.defaults if name != "storage"]:
-        said.append(f"Default rates ({', '.join(defaults)}): {base.machine}, {base.measured}; `--from ROOT` takes "
-                    f"them from a sample of yours.")
+        said.append(f"Default rates ({', '.join(defaults)}): {base.machine}, {base.measured}; `--measure FILE` "
+                    f"measures them where you are.")
     said.append(f"{config.embed.model}, vectors of {build.dim}, pictures of {config.shard.image_size} pixels, "
                 f"{config.shard.rows_per_shard} a shard, k = {config.neighbors.k}. Neighbours by "
                 f"{'the index' if method == 'index' else 'exact search'} are in the total, the other way is not.")
@@ -136,16 +196,16 @@ def _stages(found: list[tuple[Build, list[Cost]]], prices: Prices) -> list[list[
     """A row for each stage; of several builds, with the numbers that tell them apart in front."""
     several = len(found) > 1
     rows = [[*(("pictures", "database") if several else ()), "stage", "on", "#hours", "#worker hours", "#read",
-             "#written", *(("#money",) if prices.given else ())]]
+             "#written", "#kept", *(("#money",) if prices.given else ())]]
     for build, stages in found:
         front = [[_count(build.pictures), _count(build.rows) if build.rows else "itself"], *[["", ""]] * len(stages)]
         lines = [[one.stage, f"{one.workers} {'GPU' if one.gpu else 'worker'}{'s' if one.workers > 1 else ''}",
                   hours(one.seconds / 3600), hours(one.worker_seconds / 3600), size(one.read), size(one.written),
-                  *([number(prices.of(one), 2)] if prices.given else [])] for one in stages]
+                  size(one.kept), *([number(prices.of(one), 2)] if prices.given else [])] for one in stages]
         counted = taken(build, stages)
         lines.append(["total", "", hours(sum(one.seconds for one in counted) / 3600), _worker_hours(counted),
                       size(sum(one.read for one in counted)),
-                      size(sum(one.written for one in counted)),
+                      size(sum(one.written for one in counted)), size(sum(one.kept for one in counted)),
                       *([number(sum(map(prices.of, counted)), 2)] if prices.given else [])])
         rows += [[*(head if several else []), *line] for head, line in zip(front, lines, strict=True)]
     return rows

@@ -27,6 +27,9 @@ class ClusterConfig:
     min_workers: int = 0
     """Processes that a training run goes on with where a node was lost, until there are more again; 0: it waits for
     all of them."""
+    resize_every: float = 60.0
+    """Seconds from one look for nodes that came (back) to the next, of such a run; it takes them in from its newest
+    checkpoint on."""
     cpus: float = 1.0
     """Cores that each of them reserves."""
     gpus: float = 0.0
@@ -40,8 +43,8 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         if self.min_workers > self.workers:
             raise ValueError(f"cluster.min_workers = {self.min_workers}: there are {self.workers} workers at most")
-        for name, least in (("workers", 1), ("min_workers", 0), ("cpus", 0), ("gpus", 0), ("decoders", 0),
-                            ("max_failures", 0)):
+        for name, least in (("workers", 1), ("min_workers", 0), ("resize_every", 0), ("cpus", 0), ("gpus", 0),
+                            ("decoders", 0), ("max_failures", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"cluster.{name} = {getattr(self, name)}: must be at least {least}")
 
@@ -158,6 +161,8 @@ class EvaluateConfig:
     """A prompt that names the style."""
     words: tuple[str, ...] = ()
     """What a database's style is called in a prompt, as DATABASE=WORDS; by default its name, hyphens as spaces."""
+    ways: tuple[str, ...] = ()
+    """What names the style: database, prompt, both, text (the prompt, no neighbours), neither; by default all of it."""
     sweep_k: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Numbers of neighbours that are tried with swapped databases."""
     sweep_guidance: tuple[float, ...] = (1.0, 2.0, 4.0)

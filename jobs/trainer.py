@@ -34,6 +34,7 @@ def train(job: Job, config: ClusterConfig, watch: Callable[[dict[str, Any]], Non
             _loop, train_loop_config={"job": job, "launch": launch, "log": logs.form()},
             torch_config=TorchConfig(backend="nccl" if config.gpus else "gloo", timeout_s=600),
             scaling_config=ScalingConfig(num_workers=_number(config), use_gpu=config.gpus > 0,
+                                         elastic_resize_monitor_interval_s=config.resize_every,
                                          resources_per_worker={"CPU": config.cpus} | (
                                              {"GPU": config.gpus} if config.gpus else {})),
             run_config=RunConfig(name=f"{job.run.name}-{uuid.uuid4().hex[:8]}", storage_path=shared,

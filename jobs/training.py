@@ -88,12 +88,25 @@ class Training(Stage):
                              f"--latents trains on latents")
         return [Item("run")]
 
+    def _enough(self, dataset: Dataset) -> None:
+        """ValueError unless each sample has as many neighbours as the run takes."""
+        database, k = self.job.database.label, self.job.config.k
+        there = dataset.manifest(f"neighbors/{database}")["info"]["k"]
+        if there < k:
+            raise ValueError(f"{dataset.label} has {there} neighbours of each sample, the run takes {k}\n"
+                             f"hint: neighbors {dataset.label} --database {database} --k {k} --rebuild")
+
     def check(self) -> None:
-        """ValueError unless there is what the run shall be looked at with."""
+        """ValueError, before anything starts, unless the run and what it is looked at with have neighbours enough."""
+        self._enough(self.job.dataset)
         if self.job.validation is None:
             return
-        self.job.validation.identity("shards")
-        self.job.validation.identity(f"neighbors/{self.job.database.label}")
+        validation = self.job.validation
+        validation.identity("shards")
+        validation.identity(f"neighbors/{self.job.database.label}")
+        self._enough(validation)
+        if (count := validation.manifest("shards")["totals"]["samples"]) < 2:
+            raise ValueError(f"{validation.label} has {count} samples: too few to validate with")
         if self.job.config.own != "none":
             self.job.validation.identity(OWN[self.job.config.own])
         if self.job.latents:

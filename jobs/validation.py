@@ -32,13 +32,8 @@ class Validation:
         self.job, self.config, self.dataset = job, job.config, dataset
         counts = [record["samples"] for record in dataset.manifest("shards")["items"]]
         total = sum(counts)
-        if total < 2:
-            raise ValueError(f"{dataset.label} has {total} samples: too few to validate with")
         rows = np.unique(np.linspace(0, total - 1, min(total, _COUNT)).astype(np.int64))
         ids = np.concatenate(list(neighbors.load(dataset, job.database)))[rows][:, :self.config.k]
-        if ids.shape[1] < self.config.k:
-            raise ValueError(f"{dataset.label} has {ids.shape[1]} neighbours of each sample, the run takes "
-                             f"{self.config.k}\nhint: neighbors {dataset.label} --k {self.config.k} --rebuild")
         context = torch.from_numpy(Embeddings(job.database).rows(ids)).float()  # (N, k, D)
         if self.config.own != "none":
             own = Embeddings(dataset, OWN[self.config.own]).rows(rows)

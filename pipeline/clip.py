@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 BUNDLED = Path(__file__).parent / "tiny_clip"
 BUNDLED_MODEL = "tiny-clip-64"
+RANDOM = "random"
 # What open_clip takes where a tag names nothing else: the values of the first CLIP models.
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
@@ -37,7 +38,7 @@ class ClipConfig:
     """Name of an open_clip model, hf-hub:ORGANISATION/NAME, or local-dir:FOLDER (with open_clip_config.json)."""
     pretrained: str = "bundled"
     """A pretrained tag of open_clip, a local file of weights, or `bundled` for those that come with the model: with
-    the tiny CLIP in the package, a hub's model or a folder."""
+    the tiny CLIP in the package, a hub's model or a folder; `random` for weights that mean nothing, to measure with."""
     precision: Precision = "auto"
     """auto: bf16 on a GPU, and on a CPU that multiplies in bf16; fp32 elsewhere."""
 
@@ -158,8 +159,8 @@ def load(config: ClipConfig, compiled: bool = False) -> Encoder:
     try:
         # open_clip keeps in full precision what has to stay so (norms).
         model, _, prepare = open_clip.create_model_and_transforms(
-            _known(config), pretrained=None if config.model.startswith(_OWN) else _weights(config), device=device,
-            precision=precision, require_pretrained=True)
+            _known(config), pretrained=None if config.model.startswith(_OWN) or config.pretrained == RANDOM
+            else _weights(config), device=device, precision=precision, require_pretrained=config.pretrained != RANDOM)
     except Exception as error:  # readers of weights raise whatever they like
         raise ValueError(f"open_clip cannot load {config.model} with the weights {config.pretrained}: "
                          f"{(str(error) or repr(error)).splitlines()[0]}\nhint: `python -c 'import open_clip; "
@@ -219,14 +220,17 @@ def describe(config: ClipConfig) -> dict[str, Any]:
         preprocessing["fill_color"] = tag["fill_color"]
     # The place of a folder or of a file may be another on every machine; what is in it is in the hashes.
     return {"model": "local-dir" if config.model.startswith("local-dir:") else config.model,
-            "pretrained": config.pretrained if config.pretrained == "bundled" or tag else "file",
-            "weights_sha256": storage.sha256_file(Path(path)),
+            "pretrained": config.pretrained if config.pretrained in {"bundled", RANDOM} or tag else "file",
+            "weights_sha256": storage.sha256_file(Path(path)) if path else RANDOM,
             "architecture_sha256": hashlib.sha256(json.dumps(architecture, sort_keys=True).encode()).hexdigest(),
             "dim": architecture["embed_dim"], "preprocessing": preprocessing, "normalised": True}
 
 
 def _tagged(config: ClipConfig) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """The weights of a model that open_clip knows by name, its architecture, and what its tag says."""
+    if config.pretrained == RANDOM:
+        import open_clip
+        return "", open_clip.get_model_config(_known(config)), {}
     path = _weights(config)
     if config.pretrained == "bundled":
         return path, json.loads((BUNDLED / f"{BUNDLED_MODEL}.json").read_text()), {}

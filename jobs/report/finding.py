@@ -34,14 +34,17 @@ def evaluation(root: Root, run: Run, name: str, album: Album) -> Child:
                   f"vectors, with 95 % intervals. Of real pictures of such subjects the judge knows "
                   f"{100 * real['judge']:.0f} %, the probe {100 * real['probe']:.0f} %; chance is "
                   f"{100 / len(document['styles']):.1f} %.")
-    pictures = [album.picture(storage.read_bytes(storage.join(folder, file)), words, side=_WIDE)
-                for file, words in (("plot.png", "style accuracy"), ("grid-database.png", "swapped databases"),
-                                    ("grid-prompt.png", "the prompt names the style"))]
-    words = [tag("p", text) for text in ("Below: databases swapped.", "Below: the prompt names the style, the database "
-                                         "is that of training.")]
+    asked, shown = {row["way"] for row in document["ways"]}, []
+    for way, file, words, below in (
+            ("", "plot.png", "style accuracy", ""),
+            ("database", "grid-database.png", "swapped databases", "Below: databases swapped."),
+            ("prompt", "grid-prompt.png", "the prompt names the style", "Below: the prompt names the style, the "
+             "database is that of training.")):
+        if not way or way in asked:
+            picture = album.picture(storage.read_bytes(storage.join(folder, file)), words, side=_WIDE)
+            shown += [tag("p", below) if below else None, picture]
     return tag("figure", tag("h3", run.name, tag("small", name), root.mark(path)),
-               scrolling(tag("table", tag("thead", head), tag("tbody", rows))), pictures[0], words[0], pictures[1],
-               words[1], pictures[2], caption)
+               scrolling(tag("table", tag("thead", head), tag("tbody", rows))), shown, caption)
 
 
 def validated(run: Run, album: Album) -> Child:

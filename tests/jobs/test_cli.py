@@ -249,3 +249,12 @@ def test_no_cluster_at_the_address_is_said(tmp_path: Path) -> None:
                            str(tmp_path / "in")], capture_output=True, text=True, timeout=200,
                           env={**os.environ, "RAY_ADDRESS": "127.0.0.1:1"})
     assert done.returncode == 2 and "no Ray cluster answers" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_whoever_reads_may_stop() -> None:
+    for words in (["plan", "--json"], ["status", "--help"]):
+        process = subprocess.Popen([sys.executable, "-m", "jobs", *words], stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE)
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert (process.wait(60), process.stderr.read()) == (0, b""), words

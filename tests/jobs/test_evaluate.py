@@ -103,6 +103,20 @@ def test_neighbours_alone_are_drawn_from_without_the_text(root: Path, capsys: py
     assert "takes neighbours" in " ".join(capsys.readouterr().err.split())
 
 
+def test_what_is_not_asked_is_not_drawn(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _evaluate(root, "--name", "here", "--ways", "database", "--sweep-k", "--sweep-guidance") == 0
+    folder = root / "runs/small/evaluations/here"
+    assert [row["way"] for row in json.loads((folder / "evaluation.json").read_text())["ways"]] == ["database"]
+    assert [path.name for path in folder.glob("grid-*.png")] == ["grid-database.png"]
+    assert cli.main(["report", "--root", str(root)]) == 0
+    page = (root / "report.html").read_text()
+    part = page[page.index("<h2>The finding</h2>"):page.index("<h2>Training</h2>")]
+    assert "databases swapped" in part and "the prompt names the style" not in part
+    capsys.readouterr()
+    assert _evaluate(root, "--ways", "text", "--no-text", "--sweep-k", "--sweep-guidance") == 2
+    assert "nothing is asked" in capsys.readouterr().err
+
+
 def test_neither_the_number_of_workers_nor_a_second_run_changes_anything(root: Path, cluster) -> None:
     assert _evaluate(root, "--name", "one") == 0
     ray = ["evaluate", "small", *[word for name in STYLES for word in ("--database", name)], "--root", str(root), *FEW]
@@ -120,6 +134,7 @@ def test_neither_the_number_of_workers_nor_a_second_run_changes_anything(root: P
     (("--template", "a {prompt}"), STYLES, "{style}"),
     (("--words", "flat"), STYLES, "DATABASE=WORDS"),
     (("--prompts", "0"), STYLES, "at least 1"),
+    (("--ways", "prompts"), STYLES, "--ways prompts: must be some of database, prompt"),
     (("--checkpoint", "7"), STYLES, "7"),
     ((), ("flat", "nowhere"), "nowhere"),
 ])

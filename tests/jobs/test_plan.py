@@ -335,7 +335,7 @@ def test_the_table_names_stages_hours_bytes_and_whose_rates(capsys, root: Path):
     assert main(["plan", "--pictures", "1M", "--database-rows", "2M", "--workers", "8"]) == 0
     shown = capsys.readouterr().out
     rows = table(shown)
-    assert rows[0] == ["stage", "on", "hours", "worker hours", "read", "written"]
+    assert rows[0] == ["stage", "on", "hours", "worker hours", "read", "written", "kept"]
     assert [row[0] for row in rows[2:]] == ["shard", "embed", "index", "neighbors, exact", "neighbors, index",
                                             "train", "total"]
     assert rows[2][1] == "8 workers" and len({len(line) for line in shown.splitlines() if line[:1] == "|"}) == 1

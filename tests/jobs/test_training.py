@@ -26,6 +26,7 @@ from model.train import train
 from pipeline import stage, storage
 from pipeline.batches import Batches
 from pipeline.dataset import Dataset
+from pipeline.neighbors import Neighbors, NeighborsConfig
 
 SETTINGS = """
 [train]
@@ -228,6 +229,21 @@ def test_validation_tells_whether_neighbours_are_used_and_changes_nothing(root: 
                      str(root / "settings.toml"), "--local", "--rebuild"]) == 2
 
 
+def test_too_few_neighbours_are_seen_before_anything_starts(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = Dataset.parse(str(root), "drawn")
+    shutil.copytree(root / "datasets/drawn", root / "datasets/few")
+    shutil.rmtree(root / "datasets/few/v1/neighbors")
+    few = Dataset.parse(str(root), "few")
+    stage.run(Neighbors(few, dataset, NeighborsConfig(k=3)))
+    for name, validation in (("drawn", "few"), ("few", "")):
+        more = ["--validation", validation] if validation else []
+        command = ["train", "run", "--dataset", name, "--database", "drawn", *more, "--root", str(root), "--config",
+                   str(root / "settings.toml")]
+        assert cli.main(command) == 2
+        assert "few has 3 neighbours of each sample, the run takes 4" in capsys.readouterr().err
+    assert not (root / "runs/run").exists()
+
+
 def test_a_run_keeps_its_id_and_its_lineage(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     dataset = Dataset.parse(str(root), "drawn")
@@ -245,16 +261,53 @@ def test_a_run_keeps_its_id_and_its_lineage(root: Path, tmp_path: Path, monkeypa
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_with_a_node_lost_it_goes_on_with_fewer(root: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_a_node_lost_it_goes_on_with_fewer_and_takes_it_back(root: Path, cluster: Any,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
-    one = _undisturbed(root)
+    # A low rate, for the number of processes moves last bits, and many steps would make more of them.
+    more = ["--global-batch", "64", "--lr", "1e-4"]
+    run = Run.parse(str(root), "elastic")
     lost = cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
-    process = subprocess.Popen([sys.executable, *_command(root, "elastic", "--workers", "6", "--min-workers", "2")],
-                               stderr=subprocess.PIPE)
-    _wait_for_step(root, "elastic", 8, process)
-    cluster.remove_node(lost, allow_graceful=False)
-    _, log = process.communicate(timeout=300)
-    assert process.returncode == 0, log.decode()
-    sizes = [line["world_size"] for line in tracking.read(Run.parse(str(root), "elastic"))]
-    assert sizes[0] == 6 and sizes[-1] < 6
-    assert [loss for _, loss in one] == pytest.approx([loss for _, loss in _curve(root, "elastic")], rel=2e-3)
+    process = subprocess.Popen([sys.executable, *_command(
+        root, "elastic", *more, "--workers", "3", "--min-workers", "1", "--cpus", "2", "--resize-every", "5",
+        "--steps", "1000000")], stderr=subprocess.PIPE)
+    try:
+        _wait_for_step(root, "elastic", 8, process)
+        assert _sizes(run) == [3] * len(_sizes(run))
+        kept = run.latest_step()
+        cluster.remove_node(lost, allow_graceful=False)
+        _wait_for_size(run, 2, process)
+        # What was done since the last checkpoint is done again, and nothing before it.
+        assert kept <= _sizes(run).index(2) and _sizes(run).index(2) % 5 == 0
+        lost = cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
+        _wait_for_size(run, 3, process)
+        kept = run.latest_step()
+    finally:
+        process.terminate()
+        _, log = process.communicate(timeout=60)
+        cluster.remove_node(lost)
+    assert process.returncode == 130, log.decode()
+    sizes = _sizes(run)
+    assert sorted(set(sizes)) == [2, 3] and sizes[0] == sizes[-1] == 3
+    last = len(sizes) - sizes[::-1].index(2)
+    assert last <= kept and last % 5 == 0, "a node that came back is taken in from a checkpoint on"
+    steps = str(run.latest_step() + 5)
+    for name in ("elastic", "undisturbed"):
+        assert cli.main([*_command(root, name, *more, "--steps", steps, "--local")[2:]]) == 0
+    one, other = _curve(root, "undisturbed"), _curve(root, "elastic")
+    assert [step for step, _ in other] == list(range(1, int(steps) + 1))
+    assert [loss for _, loss in other] == pytest.approx([loss for _, loss in one], rel=2e-3)
+
+
+def _sizes(run: Run) -> list[int]:
+    """The number of processes of each step."""
+    return [line["world_size"] for line in tracking.read(run)]
+
+
+def _wait_for_size(run: Run, size: int, process: "subprocess.Popen[bytes]") -> None:
+    end = time.monotonic() + 240
+    while time.monotonic() < end and process.poll() is None:
+        if _sizes(run)[-1:] == [size]:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"the run never had {size} processes: {_sizes(run)[-20:]}")

@@ -1,0 +1,206 @@
+"""Rates measured here: a sample of each stage by the stages themselves, each for about as long as is asked.
+
+    trial/<hash>/first/       a few pictures: libraries are loaded, and how many more there is time for
+                 pictures/    shard, embed
+                 vectors/     made vectors, for an index and searches take more of them than an encoder makes in minutes
+                 steps/       updates of the network on random numbers
+
+The first three are roots with datasets as any; what `jobs.measured` makes of their manifests are the rates.
+"""
+
+import itertools
+import json
+import logging
+import math
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from jobs import costs, made, measured
+from jobs.costs import Build
+from jobs.rates import ApproximateRates, Rates, TrainRates
+from pipeline import assembly, clip, stage, storage
+from pipeline.dataset import Dataset
+from pipeline.embed import Embed
+from pipeline.index import Index, IndexConfig
+from pipeline.neighbors import Neighbors, NeighborsConfig
+from pipeline.shard import Shard
+from pipeline.stage import Stage
+
+Run = Callable[[Stage], dict[str, Any]]
+_FIRST = 8
+# Pictures that are drawn for each second that a stage may take, without a GPU and with one: to draw as many as are
+# embedded in it would take longer than all the rest.
+_DRAWN_A_SECOND = (7, 35)
+_LISTS, _ROWS_A_LIST = (16, 65_536), 40
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is to be measured, for what, on what."""
+
+    root: str
+    build: Build
+    source: tuple[str, ...]
+    seconds: float
+    workers: int
+    gpu: bool
+
+    def __post_init__(self) -> None:
+        if not self.seconds > 0 or self.workers < 1:
+            raise ValueError(f"--seconds {self.seconds:g} --measure-workers {self.workers}: must be more than 0")
+
+    @property
+    def place(self) -> str:
+        """The folder of what is run: what was interrupted goes on there, unless other things are asked."""
+        config = self.build.settings
+        what = [asdict(one) for one in (config.shard, config.embed, config.index, config.train)]
+        return storage.join(self.root, "trial", stage.digest(json.loads(json.dumps(
+            [what, self.source, self.seconds, self.workers, self.gpu, self.build.dim])))[:12])
+
+
+def rates(trial: Trial, base: Rates, run: Run) -> Rates:
+    """The rates that all stages have here, over `base`; what was made for them is removed."""
+    size = _pictures(trial, run)
+    approximate = _vectors(trial, base, run)
+    steps = run(made.Steps(storage.join(trial.place, "steps"), trial.build.settings.train, trial.build.side,
+                           _share(trial), trial.seconds, trial.workers))
+    found = base
+    for part in ("pictures", "vectors"):
+        found = measured.rates(storage.join(trial.place, part), found, gpu=trial.gpu)
+    train = TrainRates(_mean(steps, "flop_per_s"), trial.gpu)
+    found = replace(found.with_sections({"train": train, "approximate": approximate or found.approximate},
+                                        _machine(trial, steps), time.strftime("%Y-%m-%d")),
+                    shard=replace(found.shard, source_bytes=size or found.shard.source_bytes))
+    storage.remove_tree(storage.join(trial.root, "trial"))
+    return found
+
+
+def _pictures(trial: Trial, run: Run) -> float:
+    """Shard and embed; the bytes of a picture of the source, 0 where that is not known."""
+    settings, place, size, source = trial.build.settings, trial.place, 0.0, trial.source
+    most = sys.maxsize
+    if not source:
+        most = max(3 * _FIRST * trial.workers, int(trial.seconds * _DRAWN_A_SECOND[trial.gpu] * trial.workers))
+        drawn = made.Photographs(storage.join(place, "photographs"), most)
+        totals = run(drawn)["totals"]
+        source, size = (drawn.folder,), totals["bytes"] / totals["samples"]
+    embed = replace(settings.embed, pretrained=_weights(settings.embed.clip()))
+
+    def shard(part: str, name: str, count: int) -> dict[str, Any]:
+        # Two shards for each worker at least, or some would wait.
+        each = max(1, min(settings.shard.rows_per_shard, -(-count // (2 * trial.workers))))
+        config = replace(settings.shard, source=source, samples_per_shard=each, shard_size="", duplicates="keep")
+        dataset = Dataset.parse(storage.join(place, part), name)
+        return run(Some(dataset, config, -(-count // each)))
+
+    # The first of a worker loads libraries, at seconds each; of the second the seconds are those of the work.
+    rows = {"shard": 1.0, "embed": 1.0}
+    for turn in range(2):
+        part = "first" if turn == 0 else "pictures"
+        for name in rows:
+            count = _FIRST * trial.workers
+            if turn:
+                count = min(most, max(count, int(trial.seconds * rows[name] * trial.workers)))
+            manifest = shard(part, name, count)
+            if name == "embed":
+                manifest = run(Embed(Dataset.parse(storage.join(place, part), name), embed))
+            rows[name] = manifest["totals"]["samples"] / max(manifest["run"]["seconds"], 1e-3)
+    return size
+
+
+class Some(Shard):
+    """The stage `shard` of the first parts of a source."""
+
+    def __init__(self, dataset: Dataset, config: Any, parts: int) -> None:
+        super().__init__(dataset, config)
+        self.parts = parts
+
+    def plan(self) -> Any:
+        return itertools.islice(super().plan(), self.parts)
+
+
+def _weights(config: clip.ClipConfig) -> str:
+    """Those of the recipe where they are at hand; random ones take as long."""
+    try:
+        clip.describe(config)
+    except ValueError as error:
+        _log.warning("plan: the weights of %s are random, which changes no rate: %s", config.model,
+                     str(error).splitlines()[0])
+        return clip.RANDOM
+    return config.pretrained
+
+
+def _vectors(trial: Trial, base: Rates, run: Run) -> ApproximateRates | None:
+    """An index in parts, neighbours in both ways; the rates of the way by lists, None where they are not told apart.
+
+    Three searches take apart what one does not tell: the first lays the lists out, the second reads as much for few
+    samples as the third for many.
+    """
+    root, dim = storage.join(trial.place, "vectors"), trial.build.dim
+    lists = 1 << int(math.log2(np.clip(math.sqrt(
+        trial.seconds * base.index.training_flop_per_s / (1280 * dim)), *_LISTS)))
+    rows, key = _ROWS_A_LIST * lists, f"IVF{lists}_HNSW32,{_codes(trial, base)}"
+    database = made.vectors(run, root, "database", rows, dim, parts=4 * trial.workers)
+    probes = max(1, min(base.approximate.nprobe, lists // 8))
+    config = IndexConfig(key=key, max_memory="1T", part_memory=str(4 * dim * -(-rows // (2 * trial.workers))),
+                         train_points=64 * lists, queries=200, target_recall=0.4)
+    assembly.run(Index(database, config), run)
+    listed, took, asked = NeighborsConfig(probes=probes, checked=0), {}, {}
+    for count in (1, max(2, rows // 500), max(3, rows // 16)):
+        asked[count] = made.vectors(run, root, f"queries{count}", count, dim, parts=1, seed=1)
+        took[count] = run(Neighbors(asked[count], database, listed))["run"]["seconds"]
+    one, few, many = took
+    _exact(trial, database, rows, run)
+    reads = [costs.read_rows(key, count, 1, rows, listed, probes) for count in (few, many)]
+    pairs = [costs.compared_rows(key, count, rows, listed, probes) for count in (few, many)]
+    if None in pairs:  # of so few lists all rows are compared
+        return None
+    # took = rows read / reading rate + pairs 2 D / rate, twice
+    per_row, per_pair = np.linalg.solve(list(zip(reads, pairs, strict=True)), [took[few], took[many]])
+    if min(per_row, per_pair, took[one]) <= 0:
+        return None
+    # How many lists true vectors take, made ones do not tell.
+    return ApproximateRates(2 * dim / per_pair, rows / took[one], 1 / per_row, base.approximate.nprobe)
+
+
+def _exact(trial: Trial, database: Dataset, rows: int, run: Run) -> None:
+    """Exact neighbours of a few vectors, and then of as many as there is time for."""
+    count, few = max(2, rows // 64), storage.join(trial.place, "first")
+    for one in (made.vectors(run, few, "database", rows, trial.build.dim, parts=4 * trial.workers), database):
+        asked = made.vectors(run, one.root, "exact", count, trial.build.dim, parts=2 * trial.workers, seed=2)
+        took = run(Neighbors(asked, one, NeighborsConfig(method="exact", checked=0)))["run"]["seconds"]
+        count = int(np.clip(count * trial.seconds * trial.workers / 2 / max(took, 1e-3), count, 4 * rows))
+
+
+def _codes(trial: Trial, base: Rates) -> str:
+    """The codes of the index that the build has, where they are products."""
+    found = re.search(r"PQ(\d+)x8", costs.index_key(trial.build, base))
+    if found and trial.build.dim % int(found[1]) == 0:
+        return found[0]
+    return f"PQ{next(one for one in (128, 64, 32, 16, 8, 4, 2, 1) if trial.build.dim % one == 0)}x8"
+
+
+def _share(trial: Trial) -> int:
+    """Pictures of a batch that a process of the build has."""
+    processes = trial.build.gpus if trial.gpu else trial.build.workers
+    return max(1, -(-trial.build.settings.train.global_batch // processes))
+
+
+def _mean(manifest: dict[str, Any], name: str) -> float:
+    return float(np.mean([one["info"][name] for one in manifest["items"]]))
+
+
+def _machine(trial: Trial, steps: dict[str, Any]) -> str:
+    """Whose rates these are, for those who read them later."""
+    info = steps["items"][0]["info"]
+    network = "" if info["parameters"] == trial.build.network.parameters else (
+        f", training of a network of {info['parameters'] / 1e6:.0f} M parameters")
+    return (f"{trial.workers} worker{'s' if trial.workers > 1 else ''} on {info['device']}, {info['threads']} "
+            f"thread{'s' if info['threads'] > 1 else ''} each{network}, batches of {info['batch']}")

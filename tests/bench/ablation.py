@@ -1,0 +1,223 @@
+"""What the settings of training do for the pictures: a base and runs that differ from it in one setting, judged.
+
+    python tests/bench/ablation.py --root data/demo             # the demo's pictures and databases: hours on one core
+    python tests/bench/ablation.py --root data/demo --table     # of what is there, no runs
+
+Each run is a small network on the demo's emoji, `--seeds` times, the base `--base-seeds` times: another seed draws
+other first weights, batches and noise. What it draws for held-out subjects, each style's database swapped in, is judged
+by `evaluate`; the judges are those of the first run. Everything is a run of the root (abl-...), so what is sealed is
+not done again, and an interrupted bench goes on. One process; OMP_NUM_THREADS=1 for one thread.
+
+In the table an interval of a difference to the base is 95 %: prompts drawn anew (paired, they are the same for all),
+and the spread of runs that differ in the seed alone, pooled over all settings. A difference outside of it is bold.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from download import CHECKOUT
+from scipy import stats
+
+sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
+
+from jobs import cli, tracking
+from jobs.evaluation import Judging
+from jobs.runs import Run
+from jobs.settings import emoji_32
+from pipeline import storage
+from pipeline.dataset import Dataset
+from pipeline.emoji import STYLES
+
+# emoji_32 with half its width and half its batch, for a run of minutes; four neighbours always, drawn with as many.
+BASE = ("--recipe", "emoji_32", "--model-channels", "64", "--global-batch", "16", "--lr", "2e-3", "--ema-decay",
+        "0.995", "--k", "4", "--no-random-k", "--log-every", "100")
+RUNS: dict[str, tuple[str, ...]] = {
+    "base": (),
+    "epsilon": ("--prediction", "epsilon"),
+    "v": ("--prediction", "v"),
+    "flow": ("--prediction", "flow"),
+    "own-caption": ("--own", "caption"),
+    "everybody": ("--p-uncond", "0"),
+    "null": ("--learned-null",),
+    "own-image": ("--own", "image"),
+    "min-snr": ("--min-snr", "5"),
+    "random-k": ("--random-k",),
+    "drop": ("--p-drop-neighbor", "0.1"),
+    "noise": ("--neighbor-noise", "0.2"),
+}
+_UNGUIDED = ("--guidance", "1")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: a run, and how it is drawn from."""
+
+    title: str
+    run: str
+    drawn: str = "drawn"
+    flags: tuple[str, ...] = ()
+    against: str = "base-drawn"
+
+
+ROWS = (
+    Row("base: x0, zeros for nobody in 10 %, four neighbours", "base"),
+    Row("`--prediction epsilon`", "epsilon"), Row("`--prediction v`", "v"), Row("`--prediction flow`", "flow"),
+    Row("`--min-snr 5`", "min-snr"), Row("`--learned-null`", "null"), Row("`--p-uncond 0`", "everybody"),
+    Row("`--own image`", "own-image"), Row("`--own caption`", "own-caption"),
+    Row("`--random-k`", "random-k"), Row("`--p-drop-neighbor 0.1`", "drop"), Row("`--neighbor-noise 0.2`", "noise"),
+    Row("base, drawn without guidance", "base", "unguided", _UNGUIDED, ""),
+    Row("`--p-uncond 0`, drawn without guidance", "everybody", "unguided", _UNGUIDED, "base-unguided"),
+)
+# Losses of one target, weights and condition; --own sees more, and is another task.
+_COMPARABLE = {"base", "null", "everybody", "random-k", "drop", "noise"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", required=True, help="a folder that the demo has made")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--base-seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--prompts", type=int, default=40, help="held-out subjects, in each of the eight styles")
+    parser.add_argument("--table", action="store_true", help="only the table of what is there")
+    given = parser.parse_args()
+    root = Path(given.root)
+    if not (root / "datasets" / "heldout" / "v1" / "neighbors" / "train").is_dir():
+        parser.error(f"{root} has no held-out dataset with neighbours in the training set\n"
+                     f"hint: python -m jobs demo --root {root}")
+    if not given.table:
+        os.environ.setdefault("WANDB_MODE", "disabled")
+        for name in ("train", "heldout"):  # what --own caption reads
+            _do("embed", name, "--captions", "--root", str(root))
+        for seed in range(given.base_seeds):  # first, for without their spread the others mean nothing
+            _run(root, "base", seed, given.steps, given.prompts)
+        for seed in range(given.seeds):
+            for name in RUNS:
+                _run(root, name, seed, given.steps, given.prompts)
+    print(_table(root), end="")
+    return 0
+
+
+def _do(*words: str) -> None:
+    """A command of the project, in this process; SystemExit with its code if it failed."""
+    with contextlib.redirect_stdout(sys.stderr):
+        if code := cli.main([*words, "--local"]):
+            raise SystemExit(code)
+
+
+def _run(root: Path, name: str, seed: int, steps: int, prompts: int) -> None:
+    run = Run.parse(str(root), f"abl-{name}-{seed}")
+    print(f"-- {run.name}", file=sys.stderr, flush=True)
+    _do("train", run.name, "--dataset", "train", "--validation", "heldout", "--root", str(root), *BASE, *RUNS[name],
+        "--seed", str(seed), "--steps", str(steps), "--checkpoint-every", str(steps))
+    _share_judges(root, run)
+    # Heun's sampler asks the network twice in a step.
+    how = ("--sampler", "heun", "--steps", "8") if name == "flow" else ()
+    databases = [word for style in sorted(STYLES) for word in ("--database", style)]
+    for row in ROWS:
+        if row.run == name:
+            _do("evaluate", run.name, "--recipe", "emoji_32", "--root", str(root), *databases, "--name", row.drawn,
+                "--ways", "database", "--sweep-k", "--sweep-guidance", "--prompts", str(prompts), "--seeds", "1",
+                *how, *row.flags)
+
+
+def _share_judges(root: Path, run: Run) -> None:
+    """Judges know nothing of a run but its pictures' size: those that there are for these databases do for all."""
+    judging = Judging(run, Dataset.parse(str(root), "train"), [Dataset.parse(str(root), one) for one in sorted(STYLES)],
+                      emoji_32().evaluate.judge_steps)
+    mine = storage.local_path(judging.folder)
+    there = [path.parent for path in sorted(root.glob(f"runs/*/judges/{mine.name}/manifest.json"))]
+    if there and not mine.exists():
+        shutil.copytree(there[0], mine)
+
+
+def _found(root: Path, row: Row) -> list[dict[str, Any]]:
+    """What was found of each seed: the evaluation, who each picture was taken for, and the losses."""
+    found = []
+    for manifest in sorted(root.glob(f"runs/abl-{row.run}-[0-9]*/evaluations/{row.drawn}/manifest.json")):
+        folder = manifest.parent
+        run = Run.parse(str(root), folder.parents[1].name)
+        document = json.loads((folder / "evaluation.json").read_text())
+        styles = [json.loads((folder / f"database-{one}.json").read_text()) for one in document["styles"]]
+        # (prompts, styles); one picture of each
+        right = np.array([np.array(one["judge"])[:, 0] == one["style"] for one in styles]).T.astype(float)
+        clip = np.array([np.array(one["clip"])[:, 0] for one in styles]).T
+        last = tracking.read(run, "validation.jsonl")[-1]
+        found.append({"judge": 100 * right, "clip": clip, "kid": document["ways"][0]["kid"],
+                      "loss": last["validation_loss"], "shuffled": last["validation_shuffled"]})
+    return found
+
+
+def _table(root: Path) -> str:
+    found = {(row.run, row.drawn): _found(root, row) for row in ROWS}
+    spread = {name: _spread([np.array([np.mean(one[name]) for one in runs]) for key, runs in found.items()
+                             if key[1] == "drawn" and (name != "loss" or key[0] in _COMPARABLE)])
+              for name in ("judge", "clip", "kid", "loss")}
+    lines = ["| | style as asked for | to the base | KID | CLIP score | validation loss |", "|---|---|---|---|---|---|"]
+    for row in ROWS:
+        runs, base = found[row.run, row.drawn], found[tuple(row.against.rsplit("-", 1))] if row.against else []
+        if not runs:
+            continue
+        same = runs is base or not base
+        cells = [f"{np.mean([one['judge'] for one in runs]):.1f} %",
+                 "" if same else _difference("judge", runs, base, spread, "{:+.1f}")]
+        for name, form in (("kid", "{:.3f}"), ("clip", "{:.3f}"), ("loss", "{:.4f}")):
+            text = form.format(np.mean([np.mean(one[name]) for one in runs]))
+            if name == "loss" and (row.run not in _COMPARABLE or row.drawn != "drawn"):
+                text = ""
+            elif not same and _beyond(name, runs, base, spread):
+                text = f"**{text}**"
+            cells.append(text)
+        lines.append(f"| {row.title} | {' | '.join(cells)} |")
+    count = {len(runs) for runs in found.values() if runs}
+    lines += ["", f"{min(count)} to {max(count)} runs of each. Runs that differ in the seed alone differ by (standard "
+              f"deviation, degrees of freedom): " + ", ".join(
+                  f"{name} {value:.3g} ({freedom})" for name, (value, freedom) in spread.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _spread(groups: list[np.ndarray]) -> tuple[float, int]:
+    """The standard deviation within groups, pooled, and its degrees of freedom."""
+    freedom = sum(len(one) - 1 for one in groups if len(one))
+    squares = sum(((one - one.mean()) ** 2).sum() for one in groups if len(one))
+    return (float(np.sqrt(squares / freedom)) if freedom else float("nan")), freedom
+
+
+def _error(name: str, runs: list[dict[str, Any]], base: list[dict[str, Any]], spread: dict[str, Any]) -> float:
+    """Half of the interval of a difference between means of runs."""
+    value, freedom = spread[name]
+    if not freedom:
+        return float("nan")
+    parts = [(value ** 2 * (1 / len(runs) + 1 / len(base)), freedom)]
+    if np.ndim(runs[0][name]):  # of each prompt: prompts drawn anew, the same for both
+        paired = np.mean([one[name] for one in runs], (0, 2)) - np.mean([one[name] for one in base], (0, 2))
+        parts.append((paired.var(ddof=1) / len(paired), len(paired) - 1))
+    squared = sum(one for one, _ in parts)
+    # Welch and Satterthwaite's degrees of freedom of a sum of variances.
+    together = squared ** 2 / sum(one ** 2 / free for one, free in parts)
+    return float(stats.t.ppf(0.975, together) * np.sqrt(squared))
+
+
+def _beyond(name: str, runs: list[dict[str, Any]], base: list[dict[str, Any]], spread: dict[str, Any]) -> bool:
+    difference = np.mean([np.mean(one[name]) for one in runs]) - np.mean([np.mean(one[name]) for one in base])
+    return abs(difference) > _error(name, runs, base, spread)
+
+
+def _difference(name: str, runs: list[dict[str, Any]], base: list[dict[str, Any]], spread: dict[str, Any],
+                form: str) -> str:
+    difference = float(np.mean([one[name] for one in runs]) - np.mean([one[name] for one in base]))
+    error = _error(name, runs, base, spread)
+    text = f"{form.format(difference)} [{form.format(difference - error)}, {form.format(difference + error)}]"
+    return f"**{text}**" if abs(difference) > error else text
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
