@@ -66,7 +66,52 @@ def _train(root: Path, *more: str) -> list[str]:
     return _command(root, "train", "small", "--dataset", "drawn", "--config", str(root / "settings.toml"), *more)
 
 
-@pytest.mark.parametrize("lines", [15, pytest.param(400, marks=pytest.mark.slow)])  # before wandb writes, and after
+_FOLLOWED = """
+import sys, time
+from jobs import labels, tracking
+from jobs.runs import Run
+from jobs.training import Job
+from model.recipes import tiny
+from pipeline.dataset import Dataset
+root, first, last, ends = sys.argv[1], *map(int, sys.argv[2:])
+dataset = Dataset.parse(root, "drawn")
+job = Job(Run.parse(root, "small"), dataset, dataset, tiny())
+metrics = tracking.Metrics(job.run, first)
+tracker = tracking.of_run(job, labels.of_run("drawn", "v1", "small"))
+for step in range(first + 1, last + 1):
+    tracker.add(metrics.add({"step": step, "loss": 1 / step, "seconds": 0.1}), hold=True)
+    if step % 6 == 0:
+        metrics.flush()
+        tracker.saved()
+print("here", flush=True)
+if not ends:
+    time.sleep(100)
+tracker.saved()
+tracker.close()
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.0, pytest.param(4.0, marks=pytest.mark.slow)])  # before wandb writes, and after
+def test_what_a_killed_session_had_not_written_the_next_one_tells(tmp_path: Path, seconds: float) -> None:
+    def session(*numbers: int) -> "subprocess.Popen[str]":
+        process = subprocess.Popen([sys.executable, "-c", _FOLLOWED, str(tmp_path), *map(str, numbers)], text=True,
+                                   env=_environment(), stdout=subprocess.PIPE)
+        assert process.stdout and process.stdout.readline() == "here\n"
+        return process
+
+    first = session(0, 15, 0)
+    time.sleep(seconds)
+    first.kill()
+    first.wait()
+    time.sleep(1.1)  # the folders are named by the second
+    assert session(12, 20, 1).wait(60) == 0
+    told = [[line["_step"] for line in one["history"]] for one in _sessions(tmp_path / "runs/small")]
+    # wandb keeps the newest step open until there is another.
+    assert len(told[0]) == (11 if seconds else 0) and [*told[0], *told[1]] == list(range(1, 21))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lines", [15, 400])
 def test_a_run_killed_and_resumed_is_one_curve_offline(root: Path, lines: int) -> None:
     process = subprocess.Popen(_train(root, "--steps", "5000"), env=_environment(), stderr=subprocess.DEVNULL)
     curve = root / "runs/small/metrics.jsonl"
