@@ -71,8 +71,9 @@ def workers_here(command: PlanCommand, settings: Settings) -> ClusterConfig:
     else:
         from jobs import cluster
         there = cluster.resources()
-    return ClusterConfig(workers=command.measure_workers, gpus=1.0 if wanted and there.get("GPU", 0) >= 1 else 0.0,
-                         cpus=min(settings.cluster.cpus, max(1.0, there["CPU"] // command.measure_workers)))
+    return replace(settings.cluster, workers=command.measure_workers, min_workers=0,
+                   gpus=1.0 if wanted and there.get("GPU", 0) >= 1 else 0.0,
+                   cpus=min(settings.cluster.cpus, max(1.0, there["CPU"] // command.measure_workers)))
 
 
 def measure(command: PlanCommand, settings: Settings, workers: ClusterConfig, run: trial.Run) -> PlanCommand:
