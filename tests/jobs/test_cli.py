@@ -31,7 +31,7 @@ def test_every_verb_has_help_that_names_root_and_dry_run(capsys: pytest.CaptureF
     assert main(["--help"]) == 0
     overview = capsys.readouterr().out
     for verb in ("shard", "embed", "index", "neighbors", "train", "sample", "report", "status", "verify", "plan",
-                 "latents", "convert", "demo"):
+                 "latents", "convert", "pipeline", "demo"):
         assert f"  {verb} " in overview
         with pytest.raises(SystemExit) as stopped:
             main([verb, "--help"])
