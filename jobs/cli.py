@@ -204,6 +204,11 @@ def _index(command: commands.IndexCommand, settings: Settings) -> int:
     return 0
 
 
+def _torch_first() -> None:
+    """Load torch before faiss: the other way round, in the driver of a job, its MKL fails to load and the process dies."""
+    import torch  # noqa: F401
+
+
 def _rebuild(command: commands.RebuildCommand, settings: Settings) -> int:
     from jobs import rebuild
     root, name = storage.normal(command.common.root), Dataset.parse(command.common.root, command.dataset).name
@@ -213,6 +218,7 @@ def _rebuild(command: commands.RebuildCommand, settings: Settings) -> int:
     if command.common.dry_run:
         print(json.dumps(one.forecast(), indent=1))
         return 0
+    _torch_first()
     with runner(command) as run_with:
         print(json.dumps(rebuild.run(one, lambda stage_: watched.run(
             stage_, run_with, name=stage_.name.replace("_", " "), tracker="auto"))))
@@ -471,7 +477,7 @@ def _plan(command: commands.PlanCommand, settings: Settings) -> int:
 
 def _pipeline(command: commands.PipelineCommand, settings: Settings) -> int:
     if command.trained and not command.common.dry_run:
-        import torch  # noqa: F401 (loaded after faiss in the driver of a job, its MKL cannot load itself and ends the process)
+        _torch_first()
     before = ""
     for verb, one, folder in steps.of(command):
         if before:
