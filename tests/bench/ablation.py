@@ -8,8 +8,9 @@ other first weights, batches and noise. What it draws for held-out subjects, eac
 by `evaluate`; the judges are those of the first run. Everything is a run of the root (abl-...), so what is sealed is
 not done again, and an interrupted bench goes on. One process; OMP_NUM_THREADS=1 for one thread.
 
-In the table an interval of a difference to the base is 95 %: prompts drawn anew (paired, they are the same for all),
-and the spread of runs that differ in the seed alone, pooled over all settings. A difference outside of it is bold.
+The table's intervals are 95 %. Those of a difference to the base hold the prompts, drawn anew (paired: they are the
+same for all), and the spread of runs that differ in the seed alone, pooled; what is beyond is bold. Other columns are
+bold where they differ from the base's by more than that spread allows.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from scipy import stats
 
 sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
 
-from jobs import cli, tracking
+from jobs import cli, findings, tracking
 from jobs.evaluation import Judging
 from jobs.runs import Run
 from jobs.settings import emoji_32
@@ -161,13 +162,13 @@ def _table(root: Path) -> str:
     spread = {name: _spread([np.array([np.mean(one[name]) for one in runs]) for key, runs in found.items()
                              if key[1] == "drawn" and (name != "loss" or key[0] in _COMPARABLE)])
               for name in ("judge", "clip", "kid", "loss")}
-    lines = ["| | style as asked for | to the base | KID | CLIP score | validation loss |", "|---|---|---|---|---|---|"]
+    lines = ["| | judge | less the base's | KID | CLIP score | validation loss |", "|---|---|---|---|---|---|"]
     for row in ROWS:
         runs, base = found[row.run, row.drawn], found[tuple(row.against.rsplit("-", 1))] if row.against else []
         if not runs:
             continue
         same = runs is base or not base
-        cells = [f"{np.mean([one['judge'] for one in runs]):.1f} %",
+        cells = [findings.percent(findings.interval(np.mean([one["judge"] for one in runs], 0) / 100)),
                  "" if same else _difference("judge", runs, base, spread, "{:+.1f}")]
         for name, form in (("kid", "{:.3f}"), ("clip", "{:.3f}"), ("loss", "{:.4f}")):
             text = form.format(np.mean([np.mean(one[name]) for one in runs]))

@@ -72,9 +72,10 @@ def _curve(root: Path, run: str) -> list[tuple[int, float]]:
     return [(json.loads(line)["step"], json.loads(line)["loss"]) for line in lines]
 
 
-def _wait_for_step(root: Path, run: str, step: int, process: "subprocess.Popen[bytes] | None") -> None:
+def _wait_for_step(root: Path, run: str, step: int, process: "subprocess.Popen[bytes] | None",
+                   seconds: float = 120) -> None:
     path = root / "runs" / run / "metrics.jsonl"
-    end = time.monotonic() + 120
+    end = time.monotonic() + seconds
     while time.monotonic() < end and (process is None or process.poll() is None):
         if path.exists() and len(path.read_text().splitlines()) >= step:
             return
@@ -272,7 +273,7 @@ def test_with_a_node_lost_it_goes_on_with_fewer_and_takes_it_back(root: Path, cl
         root, "elastic", *more, "--workers", "3", "--min-workers", "1", "--cpus", "2", "--resize-every", "5",
         "--steps", "1000000")], stderr=subprocess.PIPE)
     try:
-        _wait_for_step(root, "elastic", 8, process)
+        _wait_for_step(root, "elastic", 8, process, seconds=240)
         assert _sizes(run) == [3] * len(_sizes(run))
         kept = run.latest_step()
         cluster.remove_node(lost, allow_graceful=False)
