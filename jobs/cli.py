@@ -205,7 +205,7 @@ def _index(command: commands.IndexCommand, settings: Settings) -> int:
 
 
 def _torch_first() -> None:
-    """Load torch before faiss: the other way round, in the driver of a job, its MKL does not load and ends the process."""
+    """Load torch before faiss: the other way round, in a job's driver, its MKL does not load and ends the process."""
     import torch  # noqa: F401
 
 
