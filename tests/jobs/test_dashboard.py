@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs import cli, exporter, watched
+from jobs import exporter, verbs, watched
 from jobs.runs import Run
 from jobs.settings import ClusterConfig, tiny
 from jobs.training import Job
@@ -62,7 +62,7 @@ def _train(root: str, run: str, *, local: bool) -> None:
                     attention_downsampling=(2,), head_dim=16, patch=4)
     config = replace(tiny().train, steps=STEPS, global_batch=8, log_every=2, warmup=5, image_size=32, unet=small,
                      precision="fp32")
-    assert cli.train(Job(Run.parse(root, run), dataset, dataset, config), ClusterConfig(workers=1), local=local)
+    assert verbs.train(Job(Run.parse(root, run), dataset, dataset, config), ClusterConfig(workers=1), local=local)
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from jobs import demo, status
-from jobs.cli import main, train
+from jobs.cli import main
 from jobs.settings import Settings, tiny
+from jobs.verbs import train
 from pipeline import stage, storage, verify
 
 UNINDEXED = "datasets/heldout/v1/index"  # nobody searches in what is held out

@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 
 from jobs import cli, tracking
-from jobs.cli import train as train_run
 from jobs.processes import in_processes, work
 from jobs.runs import Run
 from jobs.settings import tiny
 from jobs.training import Job, Training
+from jobs.verbs import train as train_run
 from model.config import TrainConfig
 from model.train import train
 from pipeline import stage, storage
