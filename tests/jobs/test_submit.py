@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -187,6 +188,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         yield made
     finally:
         made.down()
+        shutil.rmtree(f"/tmp/rdm-ray-{os.getuid()}-{made.environment['PORT']}", ignore_errors=True)
 
 
 @pytest.mark.ray
