@@ -27,6 +27,7 @@ from tests.jobs import prometheus
 
 without = pytest.mark.skipif(not prometheus.binary(), reason="prometheus is not installed")
 STEPS = 40
+NAME = "watched"  # other tests on the same cluster have counted under theirs
 _NEEDS_GPU = ("ray_node_gpus_utilization", "ray_rdm_train_mfu")
 
 
@@ -57,7 +58,7 @@ def _corpus(folder: Path, pictures: Path) -> Path:
 
 
 def _train(root: str, run: str, *, local: bool) -> None:
-    dataset = Dataset.parse(root, "drawn")
+    dataset = Dataset.parse(root, NAME)
     small = replace(tiny().train.unet, model_channels=32, channel_mult=(1, 2), num_res_blocks=1,
                     attention_downsampling=(2,), head_dim=16, patch=4)
     config = replace(tiny().train, steps=STEPS, global_batch=8, log_every=2, warmup=5, image_size=32, unet=small,
@@ -72,9 +73,9 @@ def seen(cluster: Any, tmp_path_factory: pytest.TempPathFactory, drawn_pictures:
     from jobs.pool import Pool
     folder = tmp_path_factory.mktemp("watched")
     root = str(folder / "root")
-    dataset = Dataset.parse(root, "drawn")
+    dataset = Dataset.parse(root, NAME)
     storage.put_json({"version": "v1", "content": "", "published": time.time() - 3600, "number": 1,
-                      "recall@10": 0.9}, storage.join(root, "datasets/drawn/current.json"))
+                      "recall@10": 0.9}, storage.join(root, f"datasets/{NAME}/current.json"))
     port = prometheus.free_port()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(progress, "period", lambda folder: 0.5)
@@ -132,19 +133,20 @@ def test_the_numbers_are_those_of_the_run(seen: Any) -> None:
     server, _, root = seen
     def counted_now() -> dict[str, float]:
         return {one["metric"]["stage"]: float(one["value"][1]) for one in server.query(
-            'sum by (stage) (ray_rdm_samples_total{dataset="drawn", version="v1"})')}
+            f'sum by (stage) (ray_rdm_samples_total{{dataset="{NAME}", version="v1"}})')}
 
     # Ray tells each second, and each second it is asked.
     prometheus.until(lambda: counted_now().get("train") == STEPS * 8, "the last step was never seen")
     counted = counted_now()
-    assert counted == {"shard": 144, "embed": 144, "index": 144, "neighbors/drawn": 144, "train": STEPS * 8}
-    failed = server.query('ray_rdm_failures_total')
+    assert counted == {"shard": 144, "embed": 144, "index": 144, f"neighbors/{NAME}": 144, "train": STEPS * 8}
+    failed = server.query(f'ray_rdm_failures_total{{dataset="{NAME}"}}')
     assert [(one["metric"]["reason"], one["value"][1]) for one in failed] == [("not_a_picture", "1")]
-    items = {one["metric"]["stage"]: float(one["value"][1]) for one in server.query("ray_rdm_item_seconds_count")}
-    manifest = Dataset.parse(root, "drawn").manifest("shards")
+    items = {one["metric"]["stage"]: float(one["value"][1]) for one in server.query(
+        f'ray_rdm_item_seconds_count{{dataset="{NAME}"}}')}
+    manifest = Dataset.parse(root, NAME).manifest("shards")
     assert items["shard"] == len(manifest["items"]) == 15
     prometheus.until(lambda: {one["metric"]["stage"]: one["values"][-1][1] for one in _found(
-        seen, "max by (stage) (ray_rdm_items_left)")} == dict.fromkeys(counted, "0"), "items are left")
+        seen, f'max by (stage) (ray_rdm_items_left{{dataset="{NAME}", version="v1"}})')} == dict.fromkeys(counted, "0"), "items are left")
     # The files say the same.
     prometheus.until(lambda: server.query('rdm_stage_sealed{stage="train"} == 1'), "never seen as sealed")
     assert {one["metric"]["stage"]: float(one["value"][1]) for one in server.query("rdm_stage_samples")} == counted

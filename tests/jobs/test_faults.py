@@ -97,7 +97,8 @@ def test_samples_name_prompt_seed_checkpoint_and_neighbours(undisturbed: Path) -
     assert (folder / one["file"]).exists() and (folder / "grid.png").exists()
 
 
-@pytest.mark.parametrize("way", [("--local",), pytest.param((), marks=pytest.mark.ray)], ids=["local", "ray"])
+@pytest.mark.parametrize("way", [("--local",), pytest.param((), marks=[pytest.mark.ray, pytest.mark.slow])],
+                         ids=["local", "ray"])
 def test_the_driver_killed_again_and_again_gives_the_same_manifests(
         way: tuple[str, ...], undisturbed: Path, tmp_path: Path, settings_file: Path,
         request: pytest.FixtureRequest) -> None:

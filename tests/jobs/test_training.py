@@ -176,6 +176,7 @@ def test_a_checkpoint_without_manifest_is_not_read(root: Path) -> None:
     job.run.fetch(10)
 
 
+@pytest.mark.slow
 def test_true_neighbours_beat_those_of_other_pictures(prepared: Path) -> None:
     dataset = Dataset.parse(str(prepared), "drawn")
     config = _config(steps=300, global_batch=16, log_every=100, checkpoint_every=10_000, lr=1e-3, warmup=20)
