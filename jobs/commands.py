@@ -139,8 +139,8 @@ class GcCommand:
     """Remove versions of a published database that nobody needs any more."""
 
     dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET", help="Name of the dataset.")]
-    gc: Flat[GcConfig]
     common: Flat[Common]
+    gc: Flat[GcConfig] = field(default_factory=GcConfig)
     json: bool = False
     """As JSON."""
 

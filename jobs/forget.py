@@ -1,12 +1,16 @@
 """Pictures taken out of every database: hidden at once, out of the bytes with the next version, and kept out."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from jobs import versions
 from pipeline import forgotten, storage
 from pipeline.dataset import Dataset, datasets
 from pipeline.forgotten import Forgotten
+
+_HOST = re.compile(r"[a-z0-9]([a-z0-9_.-]*[a-z0-9])?")
 
 
 def asked(root: str, sha256: Sequence[str], urls: Sequence[str], keys: Sequence[str],
@@ -25,10 +29,23 @@ def asked(root: str, sha256: Sequence[str], urls: Sequence[str], keys: Sequence[
             raise ValueError(f"no version of {name} has a sample {key}\nhint: DATASET/KEY, as samples.json and credits "
                              f"name them")
         hashes |= {value for row in pictures for value in (row["sha256"], row.get("original_sha256")) if value}
-    found = Forgotten(frozenset(hashes), frozenset(urls), frozenset(one.lower().strip(".") for one in domains))
+    if not all(urls):
+        raise ValueError("--url '' names nothing\nhint: an address, or a file's name below its folder")
+    found = Forgotten(frozenset(hashes), frozenset(urls), frozenset(map(_host, domains)))
     if not found:
         raise ValueError("forget needs pictures\nhint: --sha256, --url, --key DATASET/KEY or --domain")
     return found
+
+
+def _host(text: str) -> str:
+    """The host that a domain, or an address with it, names."""
+    try:
+        host = (urlsplit(text if "://" in text else f"//{text}").hostname or "").strip(".")
+    except ValueError:
+        host = ""
+    if not _HOST.fullmatch(host):
+        raise ValueError(f"--domain {text!r} is no host\nhint: as in example.org")
+    return host
 
 
 def forget(root: str, wanted: Forgotten, note: str, *, dry_run: bool = False) -> dict[str, Any]:
@@ -57,16 +74,19 @@ def forget(root: str, wanted: Forgotten, note: str, *, dry_run: bool = False) ->
                             "neighbors": [one for one in used if one.startswith("datasets/")],
                             "runs": [one for one in used if one.startswith("runs/")]})
     return {"sha256": sorted(wanted.sha256), "urls": sorted(wanted.urls), "domains": sorted(wanted.domains),
-            "found": touched}
+            "dry_run": dry_run, "found": touched}
 
 
 def text(found: dict[str, Any]) -> str:
     """What was done, for people."""
     if not found["found"]:
-        return "no dataset has such pictures; later rebuilds leave them out"
+        leave = "would leave" if found["dry_run"] else "leave"
+        return (f"no dataset has such pictures; later rebuilds {leave} them out\n"
+                f"(a picture of a folder goes by its name below the folder, one of a list by its address as listed)")
     lines = []
     for one in found["found"]:
-        lines.append(f"{one['dataset']}: {one['pictures']} pictures, no longer found by searches "
+        hidden = "would no longer be found" if found["dry_run"] else "no longer found"
+        lines.append(f"{one['dataset']}: {one['pictures']} pictures, {hidden} by searches "
                      f"({', '.join(one['keys'])}{', ...' if one['pictures'] > len(one['keys']) else ''})")
         if one["neighbors"]:
             lines.append(f"  neighbour lists made with it: {', '.join(one['neighbors'])}")

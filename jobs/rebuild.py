@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from jobs import versions
+from jobs import logs, versions
 from pipeline import assembly, embed, forgotten, gates, index, published, stage, storage, update
 from pipeline.dataset import Dataset
 from pipeline.embed import EmbedConfig
@@ -100,16 +100,17 @@ class Rebuild:
         """The version to make, and whether it was published before: one begun for the same source, or the next free
         number."""
         last = self.last
-        claim = {"digest": stage.digest([self.sought.digest, self.config.rewrite, self.config.thorough,
-                                         self.before.document["content"] if self.before else "", last is None,
-                                         Update.section_of(self.shard), self._settings()]),
+        source = stage.digest([self.sought.digest, Update.section_of(self.shard), self._settings()])
+        claim = {"digest": stage.digest([source, self.config.rewrite, self.config.thorough, last is None,
+                                         self.before.document["content"] if self.before else ""]), "source": source,
                  "from": self.before.version if self.before else None}
         data = storage.json_bytes(claim)
         there = published.versions(self.root, self.name)
         least = self.before.number if self.before else 0
+        past = {one["version"] for one in published.history(self.root, self.name)}
         for version in reversed(there):
-            if published.number_of(version) > least and self._claimed(version) == claim:
-                past = {one["version"] for one in published.history(self.root, self.name)}
+            found = self._claimed(version) if published.number_of(version) > least else None
+            if found == claim or (found and version in past and found["source"] == source):
                 return Dataset(self.root, self.name, version), version in past
         number = least
         while True:
@@ -258,6 +259,11 @@ class Rebuild:
 def run(rebuild: Rebuild, seal: Seal) -> dict[str, Any]:
     """Bring a dataset's published version up to its source; what was done."""
     dataset, past = rebuild.claim()
+    with logs.about({"dataset": dataset.name, "version": dataset.version, "stage": "rebuild", "run": ""}):
+        return _made(rebuild, dataset, past, seal)
+
+
+def _made(rebuild: Rebuild, dataset: Dataset, past: bool, seal: Seal) -> dict[str, Any]:
     now = published.current(rebuild.root, rebuild.name)
     if past and now and now.version == dataset.version:  # since this one began
         return {"dataset": rebuild.name, "published": dataset.version, "by": "another"}

@@ -57,7 +57,7 @@ class Submission:
 
 def of(words: tuple[str, ...], inner: Any, settings: Settings, command: SubmitCommand) -> Submission:
     """The submission of a verb whose `words` were parsed to `inner`; ValueError for what cannot work elsewhere."""
-    for place in (inner.common.root, getattr(inner, "out", "")):
+    for place in (inner.common.root, getattr(inner, "out", ""), *getattr(getattr(inner, "shard", None), "source", ())):
         if storage.is_local(place) and place and not Path(storage.local_path(place)).is_absolute():
             raise ValueError(f"{place} is a folder of this machine, and the job's own folder does not outlive it\n"
                              f"hint: --root s3://bucket/..., or an absolute path that every node has")

@@ -117,23 +117,32 @@ def _rebuild(command: commands.RebuildCommand, settings: Settings) -> int:
     return 0
 
 
+def _name(command: Any, hint: str) -> str:
+    """The name of a dataset, of which a verb means all versions."""
+    name = Dataset.parse(command.common.root, command.dataset).name
+    if "@" in command.dataset:
+        raise ValueError(f"{command.dataset}: this is about all versions of {name}\nhint: {hint}")
+    return name
+
+
 def _versions(command: commands.VersionsCommand, settings: Settings) -> int:
     from jobs import versions
-    found = versions.of(command.common.root, Dataset.parse(command.common.root, command.dataset).name)
+    found = versions.of(command.common.root, _name(command, f"versions {command.dataset.split('@')[0]}"))
     print(json.dumps(found, indent=1) if command.json else versions.table(found))
     return 0
 
 
 def _rollback(command: commands.RollbackCommand, settings: Settings) -> int:
     from jobs import versions
-    name = Dataset.parse(command.common.root, command.dataset).name
+    plain, _, version = command.dataset.partition("@")
+    name = _name(command, f"rollback {plain} --to {version}")
     print(json.dumps(versions.rollback(command.common.root, name, command.to, dry_run=command.common.dry_run)))
     return 0
 
 
 def _gc(command: commands.GcCommand, settings: Settings) -> int:
     from jobs import versions
-    name = Dataset.parse(command.common.root, command.dataset).name
+    name = _name(command, f"gc {command.dataset.split('@')[0]} --keep 3")
     found = versions.gc(command.common.root, name, command.gc, dry_run=command.common.dry_run)
     print(json.dumps(found, indent=1) if command.json else versions.removed_table(found, command.common.dry_run))
     return 0

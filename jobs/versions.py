@@ -144,9 +144,10 @@ def rollback(root: str, name: str, to: str, *, dry_run: bool = False) -> dict[st
     if pointer is None:
         raise ValueError(f"nothing of {name} is published in {root}\nhint: rebuild {name} --source ...")
     past = [one["version"] for one in published.history(root, name)]
-    version = to or next((one for one in reversed(past) if published.number_of(one) < pointer.number), "")
+    version = to or next((one for one in reversed(past) if published.number_of(one) < pointer.number
+                          and not _gone(root, name, one)), "")
     if not version:
-        raise ValueError(f"there is no version of {name} before {pointer.version}\nhint: versions {name}")
+        raise ValueError(f"there is no version of {name} before {pointer.version} any more\nhint: versions {name}")
     if version == pointer.version:
         raise ValueError(f"{name}@{version} is the published version already")
     dataset = Dataset(root, name, version)
@@ -154,13 +155,16 @@ def rollback(root: str, name: str, to: str, *, dry_run: bool = False) -> dict[st
     if release is None or version not in past:
         raise ValueError(f"{name}@{version} was never published, so it cannot be again\nhint: versions {name} lists "
                          f"what there is")
+    if _gone(root, name, version):
+        raise ValueError(f"{name}@{version} was removed by gc\nhint: versions {name} lists what there is")
     if published.trusted(dataset).trusted != tuple(sorted(published.manifests(dataset).items())):
         raise ValueError(f"{name}@{version} is not what was published any more\nhint: verify --only datasets/{name}/"
                          f"{version}")
     if not dry_run and not published.publish(dataset, data, release["number"], pointer, rolled_back=pointer.version):
         raise stage.StageFailed(f"somebody published another version of {name} at this moment\nhint: look at versions "
                                 f"{name}, and try again")
-    return {"dataset": name, "published": version, "rolled_back": pointer.version}
+    return {"dataset": name, "published": version, "rolled_back": pointer.version} | (
+        {"dry_run": True} if dry_run else {})
 
 
 def gc(root: str, name: str, config: GcConfig, *, dry_run: bool = False) -> list[dict[str, Any]]:

@@ -112,7 +112,9 @@ class Sought:
         change = Change([])
         for number, (row, one) in enumerate(zip(self.rows, self.known, strict=True)):
             old = there.get(one.mark)
-            same = old is not None and (hashes[number] == old.sha256 if number in hashes else one.stamp == old.stamp)
+            # Of a picture that could not be read then, no hash is known: its look alone tells.
+            same = old is not None and (hashes[number] == old.sha256 if number in hashes and old.sha256
+                                        else one.stamp == old.stamp)
             if same and old and old.status != samples.SUCCESS and self.source.fetch == "url":
                 same = False  # a server that failed may answer now
             if same and old and (old.status == samples.FORGOTTEN or old.sha256 in self.forgotten.sha256):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
 from jobs import decoders
 from jobs.decoders import Decoders
@@ -113,6 +114,9 @@ def test_a_worker_asks_a_bounded_number_and_only_those_that_answer(cluster) -> N
         assert asked([b"none"], settings).pictures is None
         for one in handles:
             ray.kill(one)
+            with pytest.raises(RayActorError):
+                while True:  # it may answer a little longer
+                    ray.get(one.ping.remote())
         assert asked(data, settings) is None
     finally:
         for one in handles:

@@ -440,3 +440,27 @@ def test_on_s3(s3: str, place: Path) -> None:
     assert {one["version"]: one["kept"] for one in versions.gc(root, NAME, GcConfig(keep=0, lease=0))} == {
         "v1": "published", "v2": ""}
     assert cli.main(["verify", "--against", "current", "--root", root]) == 0
+
+
+def test_what_a_stranger_tried(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, source = str(place / "root"), place / "source"
+    (source / "cut.png").write_bytes(pictures(place)[0].read_bytes()[:200])
+    assert rebuilt(root, source)["added"] == 1
+    for _ in range(2):  # what cannot be read is no change, however thoroughly it is looked at
+        assert rebuilt(root, source, thorough=True)["unchanged"]
+    assert cli.main(["rollback", NAME, "--root", root]) == 0
+    assert rebuilt(root, source, thorough=True)["rolled_back"] == "v2"
+    for command in (["rollback", f"{NAME}@v9"], ["gc", f"{NAME}@v1"], ["versions", f"{NAME}@v1"],
+                    ["forget", "--domain", ""], ["forget", "--domain", "http://x y/.."], ["forget", "--url", ""]):
+        assert cli.main([*command, "--root", root]) == 2, command
+    assert current(root).version == "v1" and not storage.exists(f"{root}/forgotten.json")
+    assert cli.main(["forget", "--domain", "https://Example.org/a?b", "--root", root]) == 0
+    assert storage.read_json(f"{root}/forgotten.json")["domains"] == ["example.org"]
+    paint(source / "added.png", 1)
+    assert rebuilt(root, source)["published"] == "v4"  # v3 holds what the thorough look had read
+    assert cli.main(["gc", NAME, "--keep", "1", "--root", root]) == 0
+    assert cli.main(["gc", NAME, "--keep", "0", "--lease", "0", "--root", root]) == 0
+    assert cli.main(["rollback", NAME, "--root", root]) == 2
+    assert "v1 was removed" not in capsys.readouterr().err
+    assert cli.main(["rollback", NAME, "--to", "v1", "--root", root]) == 2
+    assert "v1 was removed by gc" in capsys.readouterr().err
