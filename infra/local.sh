@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole life of published databases on this machine, in about ten minutes; prints what it saw.
+# The whole life of published databases on this machine, in five to ten minutes; prints what it saw.
 #
 #     make setup && infra/local.sh [FOLDER]          # what it makes, and its logs, are in FOLDER (data/local)
 #
