@@ -64,11 +64,11 @@ def forget(root: str, wanted: Forgotten, note: str, *, dry_run: bool = False) ->
     wanted = Forgotten(wanted.sha256 | hashes, wanted.urls, wanted.domains)
     if not dry_run:
         forgotten.add(root, wanted, note)  # before anything is hidden: a rebuild under way may still see it
-    touched = []
+    touched, users = [], {name: versions.pins(root, name) for name in {one.name for one in there}}
     for dataset in there:
         if rows := forgotten.found(dataset, wanted):
             fresh = 0 if dry_run else forgotten.hide(dataset, [row for row, _ in rows])
-            used = versions.pins(root, dataset.name).get(dataset.version, [])
+            used = users[dataset.name].get(dataset.version, [])
             touched.append({"dataset": f"{dataset.name}@{dataset.version}", "pictures": len(rows), "hidden_now": fresh,
                             "keys": [row["key"] for _, row in rows][:20],
                             "neighbors": [one for one in used if one.startswith("datasets/")],

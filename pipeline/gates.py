@@ -10,6 +10,7 @@ from pipeline import clip, embed, forgotten, samples, stage, storage, update
 from pipeline.dataset import Dataset, labels, metadata
 from pipeline.forgotten import Forgotten
 from pipeline.index import Searcher
+from pipeline.update import Known
 
 _NEAREST = 10  # overlap@10
 
@@ -78,9 +79,10 @@ def judged(dataset: Dataset, before: Dataset | None, asked: Sequence[str], encod
 
     `pinned` are the encoders that consumers of the database are bound to, by the consumers' names.
     """
-    gates = [_recall(dataset, config), _failed(dataset, config)]
+    rows = update.listing(dataset)
+    gates = [_recall(dataset, config), _failed(rows, config)]
     if before:
-        gates.append(_lost(dataset, before, forgotten.of(dataset.root), config))
+        gates.append(_lost(rows, before, forgotten.of(dataset.root), config))
     found = embed.encoder_of(dataset)
     others = sorted(name for name, one in pinned.items() if one != found)
     gates.append(Gate("encoder", f"{found['model']} {found.get('pretrained', '')}".strip() if not others else
@@ -105,16 +107,15 @@ def recall(dataset: Dataset) -> float | None:
     return dataset.manifest("index")["info"].get("recall_at_10")
 
 
-def _failed(dataset: Dataset, config: GatesConfig) -> Gate:
-    rows = update.listing(dataset)
+def _failed(rows: Sequence[Known], config: GatesConfig) -> Gate:
     failed = sum(one.status not in {samples.SUCCESS, samples.FORGOTTEN} for one in rows)
     value = failed / max(len(rows), 1)
     return Gate("failed", value, f"at most {config.max_failed}", value <= config.max_failed)
 
 
-def _lost(dataset: Dataset, before: Dataset, gone: Forgotten, config: GatesConfig) -> Gate:
+def _lost(rows: Sequence[Known], before: Dataset, gone: Forgotten, config: GatesConfig) -> Gate:
     """What is gone of the pictures by content; what was forgotten is no loss."""
-    now = {one.sha256 for one in update.listing(dataset) if one.status == samples.SUCCESS}
+    now = {one.sha256 for one in rows if one.status == samples.SUCCESS}
     was = [one.sha256 for one in update.listing(before)
            if one.status == samples.SUCCESS and one.sha256 not in gone.sha256 and not gone.named(one.name)]
     value = sum(one not in now for one in was) / max(len(was), 1)
