@@ -4,11 +4,15 @@ Up to `INLINE` of them stand in plan.json and manifest.json themselves, for peop
 file beside it, and the document says which: {"count": n, "file": {"name", "bytes", "sha256"}}.
 """
 
+import bisect
 import hashlib
 import io
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import numpy as np
@@ -20,7 +24,7 @@ from pipeline import storage
 
 INLINE = 1000
 _BATCH = 2048
-_GROUP = 1 << 17  # rows of a parquet file that are put together at a time
+_GROUP = 1 << 13  # rows of a parquet file that are packed and unpacked together
 _COUNTS = pa.map_(pa.string(), pa.int64())
 _FILES = pa.list_(pa.struct([("name", pa.string()), ("bytes", pa.int64()), ("sha256", pa.string())]))
 RECORDS = pa.schema([("id", pa.string()), ("plan", pa.string()), ("samples", pa.int64()), ("files", _FILES),
@@ -30,13 +34,20 @@ _T = TypeVar("_T")
 
 
 class Rows(Sequence[_T]):
-    """A table of one row per element; elements are made when they are looked at."""
+    """The rows of a parquet file in memory: a group of them is unpacked when one is looked at."""
 
-    def __init__(self, table: pa.Table, element: Callable[[dict[str, Any]], _T]) -> None:
-        self.table, self._element = table, element
+    def __init__(self, data: bytes, schema: pa.Schema, element: Callable[[dict[str, Any]], _T]) -> None:
+        self.data, self._schema, self._element = data, schema, element
+        self._file = pq.ParquetFile(pa.BufferReader(data))
+        rows = self._file.metadata
+        self._ends = list(itertools.accumulate(rows.row_group(group).num_rows for group in range(rows.num_row_groups)))
+        self._unpacked: tuple[int, pa.Table] | None = None
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.data, self._schema, self._element)
 
     def __len__(self) -> int:
-        return int(self.table.num_rows)
+        return self._ends[-1] if self._ends else 0
 
     @overload
     def __getitem__(self, index: int) -> _T: ...
@@ -46,25 +57,44 @@ class Rows(Sequence[_T]):
     def __getitem__(self, index: int | slice) -> _T | Sequence[_T]:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        return self._element(self.table.slice(index % len(self), 1).to_pylist()[0])
+        index = range(len(self))[index]
+        group = bisect.bisect_right(self._ends, index)
+        if self._unpacked is None or self._unpacked[0] != group:
+            self._unpacked = group, self._group(group)
+        first = self._ends[group - 1] if group else 0
+        return self._element(self._unpacked[1].slice(index - first, 1).to_pylist()[0])
 
     def __iter__(self) -> Iterator[_T]:
-        for batch in self.table.to_batches(max_chunksize=_BATCH):
-            yield from map(self._element, batch.to_pylist())
+        for table_ in self.tables():
+            for batch in table_.to_batches(max_chunksize=_BATCH):
+                yield from map(self._element, batch.to_pylist())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 
+    def tables(self, *columns: str) -> Iterator[pa.Table]:
+        """The groups one after the other; of these columns, or all."""
+        for group in range(len(self._ends)):
+            yield self._group(group, *columns)
+
+    def _group(self, group: int, *columns: str) -> pa.Table:
+        names = list(columns or self._schema.names)
+        schema = pa.schema([self._schema.field(name) for name in names])
+        return self._file.read_row_group(group, names, use_threads=False).cast(schema)
+
     def ids(self) -> list[str]:
         """The ids alone, in order."""
-        return self.table.column("id").to_pylist()
+        return [one for table_ in self.tables("id") for one in table_.column("id").to_pylist()]
 
 
-def records(table: pa.Table) -> Rows[dict[str, Any]]:
-    """The records in a table of the schema `RECORDS`."""
-    return Rows(table, _record)
+def records(data: bytes) -> Rows[dict[str, Any]]:
+    """The records in the bytes of a parquet file of the schema `RECORDS`."""
+    return Rows(data, RECORDS, _record)
+
+
+def items(data: bytes, element: Callable[[str, dict[str, Any]], _T]) -> Rows[_T]:
+    """The planned items in the bytes of a parquet file of the schema `ITEMS`, each made of its id and inputs."""
+    return Rows(data, ITEMS, partial(_item, element))
 
 
 def table(done: Iterable[dict[str, Any]]) -> pa.Table:
@@ -79,29 +109,30 @@ def _record(row: dict[str, Any]) -> dict[str, Any]:
                   "info": json.loads(row["info"]), "run": json.loads(row["run"])}
 
 
-def to_bytes(table_: pa.Table) -> bytes:
-    """A table as the bytes of a parquet file, the same however it is divided in memory."""
+def _item(element: Callable[[str, dict[str, Any]], _T], row: dict[str, Any]) -> _T:
+    return element(row["id"], json.loads(row["inputs"]))
+
+
+def to_bytes(tables: Iterable[pa.Table], schema: pa.Schema = RECORDS) -> bytes:
+    """Tables, one after the other, as the bytes of a parquet file: the same however they are divided."""
     buffer = io.BytesIO()
-    with pq.ParquetWriter(buffer, table_.schema, compression="zstd") as writer:
-        for first in range(0, max(1, table_.num_rows), _GROUP):
-            writer.write_table(table_.slice(first, _GROUP).combine_chunks())
+    with pq.ParquetWriter(buffer, schema, compression="zstd") as writer:
+        left = schema.empty_table()
+        for one in tables:
+            left = pa.concat_tables([left, one])
+            while left.num_rows >= _GROUP:
+                writer.write_table(left.slice(0, _GROUP).combine_chunks())
+                left = left.slice(_GROUP)
+        if left.num_rows:
+            writer.write_table(left.combine_chunks())
     return buffer.getvalue()
 
 
-def from_bytes(data: bytes) -> pa.Table:
-    """The records in the bytes of a parquet file that `to_bytes` wrote."""
-    return pq.read_table(pa.BufferReader(data), schema=RECORDS)
-
-
-def items_table(items: Iterable[dict[str, Any]]) -> pa.Table:
-    """Planned items as a table of the schema `ITEMS`."""
-    return pa.Table.from_pylist([one | {"inputs": json.dumps(one["inputs"])} for one in items], ITEMS)
-
-
-def items_to_bytes(tables: Sequence[pa.Table]) -> tuple[bytes, int]:
-    """Tables of planned items as the bytes of a parquet file, and how many they are."""
-    whole = pa.concat_tables(tables)
-    return to_bytes(whole), whole.num_rows
+def items_to_bytes(planned: Iterable[dict[str, Any]]) -> bytes:
+    """Planned items as the bytes of a parquet file of the schema `ITEMS`; no more than a group of them is held."""
+    rows = ({"id": one["id"], "inputs": json.dumps(one["inputs"])} for one in planned)
+    return to_bytes((pa.Table.from_pylist(some, ITEMS)
+                     for some in iter(lambda: list(itertools.islice(rows, _BATCH)), [])), ITEMS)
 
 
 def reference(name: str, data: bytes, count: int) -> dict[str, Any]:
@@ -114,17 +145,16 @@ def count(listed: Any) -> int:
     return int(listed["count"]) if isinstance(listed, dict) else len(listed)
 
 
-def load(folder: str, listed: Any, schema: pa.Schema) -> pa.Table:
-    """The table that a document in `folder` refers to; ValueError if it is not the one."""
+def load(folder: str, listed: Any, unpack: Callable[[bytes], Rows[_T]]) -> Rows[_T]:
+    """The list that a document in `folder` refers to; ValueError if it is not the one."""
     url = storage.join(folder, listed["file"]["name"])
-    path = storage.fetch(url, listed["file"], check=True)
     try:
-        found = pq.read_table(path)
+        found = unpack(Path(storage.fetch(url, listed["file"], check=True)).read_bytes())
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{url} is damaged: {error}\nhint: python -m jobs verify") from None
-    if found.schema.names != schema.names or found.num_rows != listed["count"]:
+    if len(found) != listed["count"]:
         raise ValueError(f"{url} is not the list that its document describes\nhint: python -m jobs verify")
-    return found.cast(schema)
+    return found
 
 
 def content(fingerprint: str, described: Iterable[dict[str, Any]], done: Sequence[dict[str, Any]]) -> str:
@@ -133,10 +163,11 @@ def content(fingerprint: str, described: Iterable[dict[str, Any]], done: Sequenc
     for file in described:
         digest.update(f"{file['name']} {file['sha256']}\n".encode())
     if isinstance(done, Rows):
-        for batch in done.table.select(["files"]).to_batches(max_chunksize=_BATCH):  # a million lines are much memory
-            files = batch.column("files").flatten()
-            lines = pc.binary_join_element_wise(files.field("name"), files.field("sha256"), " ")
-            digest.update("".join(f"{line}\n" for line in lines.to_pylist()).encode())
+        for table_ in done.tables("files"):
+            for batch in table_.to_batches():
+                files = batch.column("files").flatten()
+                lines = pc.binary_join_element_wise(files.field("name"), files.field("sha256"), " ")
+                digest.update("".join(f"{line}\n" for line in lines.to_pylist()).encode())
     else:
         for record in done:
             for file in record["files"]:
@@ -147,7 +178,7 @@ def content(fingerprint: str, described: Iterable[dict[str, Any]], done: Sequenc
 def totals(done: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Items, samples, bytes, and counts by reason over records."""
     if isinstance(done, Rows):
-        return _column_totals(done.table)
+        return _column_totals(done)
     result: dict[str, Any] = {"items": 0, "samples": 0, "bytes": 0, "skipped": Counter(), "noted": Counter()}
     for record in done:
         result["items"] += 1
@@ -163,46 +194,52 @@ def _occurring(counts: Counter[str]) -> dict[str, int]:
     return {reason: count for reason, count in counts.items() if count}
 
 
-def _column_totals(of: pa.Table) -> dict[str, Any]:
+def _column_totals(done: Rows[Any]) -> dict[str, Any]:
     sums = {name: Counter[str]() for name in ("skipped", "noted")}
-    length = 0
-    for batch in of.to_batches():
-        length += pc.sum(batch.column("files").flatten().field("bytes")).as_py() or 0
-        for name, counter in sums.items():
-            # Of a map that has been sliced, `keys` are those of the whole: flatten by the offsets instead.
-            pairs = pc.list_flatten(batch.column(name).cast(pa.list_(pa.struct([("key", pa.string()),
-                                                                                 ("value", pa.int64())]))))
-            grouped = pa.table({"key": pairs.field("key"), "value": pairs.field("value")}).group_by("key")
-            for row in grouped.aggregate([("value", "sum")]).to_pylist():
-                counter[row["key"]] += row["value_sum"]
-    return {"items": of.num_rows, "samples": pc.sum(of.column("samples")).as_py() or 0, "bytes": length,
+    samples = length = 0
+    for table_ in done.tables("samples", "files", *sums):
+        samples += pc.sum(table_.column("samples")).as_py() or 0
+        for batch in table_.to_batches():
+            length += pc.sum(batch.column("files").flatten().field("bytes")).as_py() or 0
+            for name, counter in sums.items():
+                # Of a map that has been sliced, `keys` are those of the whole: flatten by the offsets instead.
+                pairs = pc.list_flatten(batch.column(name).cast(pa.list_(pa.struct([("key", pa.string()),
+                                                                                     ("value", pa.int64())]))))
+                grouped = pa.table({"key": pairs.field("key"), "value": pairs.field("value")}).group_by("key")
+                for row in grouped.aggregate([("value", "sum")]).to_pylist():
+                    counter[row["key"]] += row["value_sum"]
+    return {"items": len(done), "samples": samples, "bytes": length,
             **{name: _occurring(counter) for name, counter in sums.items()}}
 
 
 def seconds(done: Sequence[dict[str, Any]]) -> float:
     """Worker seconds of all records together."""
     if isinstance(done, Rows):
-        return pc.sum(pc.extract_regex(done.table.column("run"), r'"seconds": (?P<s>[0-9.e+-]+)')
-                      .combine_chunks().field("s").cast(pa.float64())).as_py() or 0.0
+        found = (pc.extract_regex(table_.column("run"), r'"seconds": (?P<s>[0-9.e+-]+)').combine_chunks()
+                 for table_ in done.tables("run"))
+        return sum(pc.sum(one.field("s").cast(pa.float64())).as_py() or 0.0 for one in found)
     return sum(record["run"]["seconds"] for record in done)
 
 
 def infos(done: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], int]]:
     """Each `info` that occurs among records, and how often."""
     if isinstance(done, Rows):
-        for one in pc.value_counts(done.table.column("info")).to_pylist():
-            yield json.loads(one["values"]), one["counts"]
+        counts = Counter[str]()
+        for table_ in done.tables("info"):
+            counts.update({one["values"]: one["counts"] for one in pc.value_counts(table_.column("info")).to_pylist()})
+        for info, often in counts.items():
+            yield json.loads(info), often
     else:
         for record in done:
             yield record["info"], 1
 
 
 class Collected:
-    """Records as they come in, packed as they grow many; `flushed` gets each table that is packed."""
+    """Records as they come in, packed as they grow many; `flushed` gets the bytes of each pack."""
 
-    def __init__(self, flushed: Callable[[pa.Table], None] = lambda packed: None, every: int = 5000) -> None:
+    def __init__(self, flushed: Callable[[bytes], None] = lambda packed: None, every: int = 5000) -> None:
         self._flushed, self._every = flushed, every
-        self._tables: list[pa.Table] = []
+        self._packs: list[Rows[dict[str, Any]]] = []
         self._loose: list[dict[str, Any]] = []
         self.ids: set[str] = set()
 
@@ -211,25 +248,35 @@ class Collected:
         self._loose.append(record)
         self.ids.add(record["id"])
         if len(self._loose) >= self._every:
-            self._tables.append(table(self._loose))
+            self._packs.append(records(to_bytes([table(self._loose)])))
             self._loose = []
-            self._flushed(self._tables[-1])
+            self._flushed(self._packs[-1].data)
 
-    def add_table(self, packed: pa.Table) -> None:
+    def add_pack(self, data: bytes) -> None:
         """Records of this plan that were packed before; those that are here already are passed over."""
-        new = [one not in self.ids for one in packed.column("id").to_pylist()]
-        packed = packed.filter(pa.array(new))
-        self._tables.append(packed)
-        self.ids.update(packed.column("id").to_pylist())
+        self._packs.append(records(data))
+        self.ids.update(self._packs[-1].ids())
 
     def in_order(self, ids: Sequence[str]) -> Sequence[dict[str, Any]]:
         """The records of these items that are there, in the order of `ids`."""
-        if not self._tables:
+        if not self._packs:
             by_id = {record["id"]: record for record in self._loose}
             return [by_id[one] for one in ids if one in by_id]
-        whole = pa.concat_tables([*self._tables, table(self._loose)])
-        place = pc.index_in(pa.array(ids, pa.string()), whole.column("id").combine_chunks())
-        wanted = place.filter(place.is_valid())
-        if wanted.equals(pa.array(np.arange(whole.num_rows, dtype=np.int32))):
-            return records(whole)
-        return records(whole.take(wanted))
+        return records(to_bytes(self._ordered(ids)))
+
+    def _ordered(self, ids: Sequence[str]) -> Iterator[pa.Table]:
+        """A group at a time: of the packs, which hold all, only those are unpacked that have some of it."""
+        packs = [*self._packs, records(to_bytes([table(self._loose)]))]
+        there = pa.concat_tables(table_ for pack in packs for table_ in pack.tables("id")).column("id")
+        place = pc.index_in(pa.array(ids, pa.string()), there.combine_chunks())
+        wanted = place.drop_null().to_numpy()
+        firsts = np.cumsum([0, *map(len, packs)])
+        for start in range(0, len(wanted), _GROUP):
+            rows = wanted[start:start + _GROUP]
+            of = np.searchsorted(firsts, rows, side="right") - 1
+            parts, order = [], []
+            for pack in np.unique(of):
+                some = np.flatnonzero(of == pack)
+                parts.append(pa.concat_tables(packs[pack].tables()).take(pa.array(rows[some] - firsts[pack])))
+                order.append(some)
+            yield pa.concat_tables(parts).take(pa.array(np.argsort(np.concatenate(order))))

@@ -220,7 +220,7 @@ def manifest_of(folder: str, command: str, sha256: str | None = None) -> dict[st
     if not isinstance(manifest, dict) or not manifest.keys() >= _MANIFEST_KEYS:
         raise ValueError(f"{folder}/manifest.json is damaged\nhint: python -m jobs verify tells what else is")
     if isinstance(manifest["items"], dict):
-        manifest["items"] = records.records(records.load(folder, manifest["items"], records.RECORDS))
+        manifest["items"] = records.load(folder, manifest["items"], records.records)
     return manifest
 
 
@@ -290,28 +290,27 @@ def planned(folder: str) -> Sequence[Item]:
 
 def _list(stage: Stage, items: Iterable[Item], name: str) -> Any:
     """Put what the items carry in place, and give their list as a plan holds it."""
-    kept: list[dict[str, Any]] = []
-    packed = []  # of a million items only the last thousands are objects
+    ready = ({"id": item.id, "inputs": item.inputs} for item in _carried(stage, items))
+    few = list(itertools.islice(ready, records.INLINE + 1))
+    if len(few) <= records.INLINE:
+        return few
+    data = records.items_to_bytes(itertools.chain(few, ready))
+    name = name_by_content(f"{name}.parquet", data)
+    storage.put_bytes(data, storage.join(stage.folder, name))
+    return records.reference(name, data, len(records.items(data, Item)))
+
+
+def _carried(stage: Stage, items: Iterable[Item]) -> Iterator[Item]:
     for item in items:
         for carried, data in item.carries:
             storage.put_bytes(data, storage.join(stage.folder, carried))
-        kept.append({"id": item.id, "inputs": item.inputs})
-        if len(kept) >= _AT_ONCE:
-            packed.append(records.items_table(kept))
-            kept = []
-    if not packed and len(kept) <= records.INLINE:
-        return kept
-    data, count = records.items_to_bytes([*packed, records.items_table(kept)])
-    name = name_by_content(f"{name}.parquet", data)
-    storage.put_bytes(data, storage.join(stage.folder, name))
-    return records.reference(name, data, count)
+        yield item
 
 
 def _items(folder: str, listed: Any) -> Sequence[Item]:
     if isinstance(listed, list):
         return [Item(one["id"], one["inputs"]) for one in listed]
-    return records.Rows(records.load(folder, listed, records.ITEMS),
-                        lambda row: Item(row["id"], json.loads(row["inputs"])))
+    return records.load(folder, listed, partial(records.items, element=Item))
 
 
 class _Joined(Sequence[Item]):
@@ -342,13 +341,14 @@ class _Joined(Sequence[Item]):
 def recorded(stage: Stage, ids: Sequence[str]) -> records.Collected:
     """The records that are there of the items `ids`; those of another plan do not count."""
     folder = storage.join(stage.folder, "records")
-    there = set(storage.names(folder))
     plan = _planned(stage.folder)
     packs = storage.join(stage.folder, "packs", plan[:12])
-    found = records.Collected(lambda packed: _pack(packs, packed))
+    found = records.Collected(partial(_pack, packs))
+    names = storage.names(folder)
     for name in storage.names(packs):
-        found.add_table(records.from_bytes(storage.read_bytes(storage.join(packs, name))))
-    missing = [one for one in ids if f"{one}.json" in there and one not in found.ids]
+        found.add_pack(storage.read_bytes(storage.join(packs, name)))
+    alone = {one for name in names if (one := name.removesuffix(".json")) not in found.ids}
+    missing = [one for one in ids if one in alone]
     for first in range(0, len(missing), _AT_ONCE):
         some = [storage.join(folder, f"{one}.json") for one in missing[first:first + _AT_ONCE]]
         for record in storage.each(storage.read_json, some):
@@ -357,9 +357,8 @@ def recorded(stage: Stage, ids: Sequence[str]) -> records.Collected:
     return found
 
 
-def _pack(folder: str, packed: Any) -> None:
+def _pack(folder: str, data: bytes) -> None:
     """Keep thousands of records in one file: to go on after a million is not to read a million files."""
-    data = records.to_bytes(packed)
     storage.put_bytes(data, storage.join(folder, name_by_content("records.parquet", data)))
 
 
@@ -513,7 +512,7 @@ def seal(stage: Stage, items: Sequence[Item], done: Sequence[dict[str, Any]] | N
     }
     listed = done
     if len(done) > records.INLINE:
-        data = records.to_bytes(done.table if isinstance(done, records.Rows) else records.table(done))
+        data = done.data if isinstance(done, records.Rows) else records.to_bytes([records.table(done)])
         listed = records.reference(name_by_content("manifest.parquet", data), data, len(done))
         storage.put_bytes(data, storage.join(stage.folder, listed["file"]["name"]))
     storage.put_json(manifest | {"items": list(listed) if isinstance(listed, Sequence) else listed},

@@ -144,7 +144,7 @@ def test_records_in_columns_count_like_others(tmp_path):
         "plan": "p", "files": [{"name": "a", "bytes": number, "sha256": "0"}], "noted": {}, "run": {"seconds": 0.5}}
         for number in range(500)]
     for bare in (done, [one | {"info": {}} for one in done]):
-        columns = records.records(records.table(bare))
+        columns = records.records(records.to_bytes([records.table(bare)]))
         one, other = Tally(f"{tmp_path}/one", 500, 0), Tally(f"{tmp_path}/other", 500, 0)
         one.start(bare)
         other.start(columns)

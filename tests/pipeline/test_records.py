@@ -1,9 +1,9 @@
 import io
 import itertools
 import json
+import pickle
 import random
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -33,7 +33,7 @@ def record(number: int) -> dict:
 
 def as_table(done: list[dict]) -> records.Rows:
     """Records as they are found in the file beside a manifest."""
-    return records.records(records.from_bytes(records.to_bytes(records.table(done))))
+    return records.records(records.to_bytes([records.table(done)]))
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5000])
@@ -55,23 +55,46 @@ def test_a_table_of_records_says_what_the_list_says(count):
 
 
 def test_parts_of_a_table_say_what_parts_of_the_list_say():
-    """Arrow's slices keep the whole behind them."""
+    """Arrow's slices keep the whole behind them, and are packed alike."""
     done = [record(number) for number in range(300)]
-    table = as_table(done).table
+    table = records.table(done)
     for start, length in ((0, 300), (1, 298), (17, 100), (299, 1), (150, 0)):
-        part, listed = records.records(table.slice(start, length)), done[start:start + length]
-        assert records.totals(part) == records.totals(listed)
+        part, listed = records.records(records.to_bytes([table.slice(start, length)])), done[start:start + length]
+        assert list(part) == listed and records.totals(part) == records.totals(listed)
         assert records.content("x", [], part) == records.content("x", [], listed)
-    apart = records.records(pa.concat_tables([table.slice(200, 50), table.slice(3, 40), table.slice(7, 0)]))
-    listed = done[200:250] + done[3:43]
-    assert list(apart) == listed and records.totals(apart) == records.totals(listed)
-    assert records.content("x", [], apart) == records.content("x", [], listed)
+    apart = records.to_bytes([table.slice(200, 50), table.slice(3, 40), table.slice(7, 0)])
+    assert list(records.records(apart)) == done[200:250] + done[3:43]
+    assert apart == records.to_bytes([records.table(done[200:250] + done[3:43])])
+
+
+@pytest.mark.parametrize("group", [1, 7, 64, 300])
+def test_groups_of_rows_say_what_the_whole_says(monkeypatch, group):
+    done = [record(number) for number in range(300)]
+    monkeypatch.setattr(records, "_GROUP", group)
+    table = records.table(done)
+    data = records.to_bytes([table])
+    assert data == records.to_bytes([table.slice(start, 11) for start in range(0, 300, 11)])
+    rows = records.records(data)
+    assert [part.num_rows for part in rows.tables()] == [min(group, 300 - start) for start in range(0, 300, group)]
+    assert list(rows) == done and rows.ids() == [one["id"] for one in done]
+    order = random.Random(group).sample(range(-300, 300), 100)
+    assert [rows[index] for index in order] == [done[index] for index in order]
+    assert records.totals(rows) == records.totals(done) and records.seconds(rows) == records.seconds(done)
+    assert records.content("x", [], rows) == records.content("x", [], done)
+    assert sum(count for _, count in records.infos(rows)) == 300
+    again = pickle.loads(pickle.dumps(rows))
+    assert again == rows and again[-1] == done[-1]
+    found = Collected(every=13)
+    for one in random.Random(group).sample(done, 300):
+        found.add(one)
+    assert list(found.in_order([one["id"] for one in done[::-1]])) == done[::-1]
+    assert found.in_order(rows.ids()).data == data
 
 
 @pytest.mark.parametrize("every", [1, 3, 7, 1000])
 def test_records_are_collected_in_any_order_and_packed(every):
     done = [record(number) for number in range(20)]
-    packs: list[pa.Table] = []
+    packs: list[bytes] = []
     found = Collected(packs.append, every)
     shuffled = random.Random(every).sample(done, 20)
     for one in shuffled[:17]:
@@ -80,12 +103,12 @@ def test_records_are_collected_in_any_order_and_packed(every):
     left = {one["id"] for one in shuffled[17:]}
     assert found.ids == set(ids) - left
     assert list(found.in_order(ids)) == [one for one in done if one["id"] not in left]
-    assert sum(pack.num_rows for pack in packs) == 17 // every * every
+    assert sum(len(records.records(pack)) for pack in packs) == 17 // every * every
     # Another driver's packs hold some of the same.
     other = Collected(every=every)
     for pack in packs:
-        other.add_table(records.from_bytes(records.to_bytes(pack)))
-        other.add_table(pack)
+        other.add_pack(pack)
+        other.add_pack(pack)
     for one in done:
         if one["id"] not in other.ids:
             other.add(one)
@@ -151,7 +174,7 @@ def test_a_list_beside_its_document_that_was_changed_is_seen(tmp_path, monkeypat
     else:
         entry = json.loads((folder / document).read_text())
         table = pq.read_table(io.BytesIO(data))
-        changed = records.to_bytes(table.slice(1))
+        changed = records.to_bytes([table.slice(1)], table.schema)
         path.write_bytes(changed)
         entry["items"]["file"]["bytes"] = len(changed)
         (folder / document).write_text(json.dumps(entry))
