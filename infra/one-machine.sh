@@ -40,6 +40,7 @@ node() {
 start() {
   local name=$1
   shift
+  : >"$STATE/$name.log"
   nohup ray start "$@" --block --node-ip-address=127.0.0.1 --min-worker-port=0 --max-worker-port=0 \
     --object-store-memory=200000000 --disable-usage-stats >"$STATE/$name.log" 2>&1 </dev/null &
   echo $! >"$STATE/$name.pid"

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
-from pipeline import samples, stage, storage, tars
+from pipeline import samples, stage, storage, tables, tars
 from pipeline.dataset import Dataset
 from pipeline.shard import ShardConfig
 from pipeline.sources import addresses_of, cells_of, sound
@@ -138,7 +138,7 @@ def _failed(address: str, good: int, first: int) -> list[dict[str, Any]]:
     if not storage.exists(beside):
         return []
     try:
-        rows = pq.read_table(pa.BufferReader(storage.read_bytes(beside))).to_pylist()
+        rows = tables.read(storage.read_bytes(beside)).to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{beside} cannot be read as parquet: {str(error).strip()}") from None
     if not rows or "status" not in rows[0]:

@@ -6,7 +6,6 @@ A global row is the offset of the shard plus the row in it; ids of an index are 
 """
 
 import hashlib
-import io
 import mmap
 import re
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import stage, storage
+from pipeline import stage, storage, tables
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 DEFAULT_VERSION = "v1"
@@ -211,7 +210,7 @@ def metadata(dataset: Dataset, record: dict[str, Any], columns: list[str] | None
 
 def _succeeded(dataset: Dataset, record: dict[str, Any], columns: list[str] | None) -> pa.Table:
     data = dataset.fetch("shards", file_of(record, ".parquet")).read_bytes()
-    table = pq.read_table(io.BytesIO(data), columns=None if columns is None else [*columns, "status"])
+    table = tables.read(data, columns=None if columns is None else [*columns, "status"])
     return table.filter(pc.equal(table["status"], "success"))
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import clip, stage, storage, tars
+from pipeline import clip, stage, storage, tables, tars
 from pipeline.dataset import Dataset, file_of, metadata
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.encoding import Times
@@ -56,7 +56,7 @@ class Export(Stage):
                                            "count": together[0]["samples"]})
 
     def process(self, item: Item, scratch: Path) -> Output:
-        table = pq.read_table(self.dataset.fetch("shards", file_of(item.inputs["shards"], ".parquet")))
+        table = tables.read(self.dataset.fetch("shards", file_of(item.inputs["shards"], ".parquet")))
         table = table.filter(pc.equal(table["status"], "success"))
         vectors = np.load(self.dataset.fetch("embeddings", file_of(item.inputs["embeddings"], ".npy")))
         # Others know no rows that mark a picture which did not decode.
@@ -189,7 +189,11 @@ class _Vectors:
             except (ValueError, EOFError) as error:
                 raise ValueError(f"{vectors} is no whole .npy file: {str(error).splitlines()[0]}\n"
                                  f"hint: copy it again") from error
-            column = pq.read_table(io.BytesIO(storage.read_bytes(about)), columns=["image_path"])["image_path"]
+            try:
+                column = tables.read(storage.read_bytes(about), columns=["image_path"])["image_path"]
+            except (pa.ArrowException, KeyError) as error:
+                raise ValueError(f"{about} is no parquet with a column image_path: {error}\n"
+                                 f"hint: the folder metadata/ that clip-retrieval writes with img_emb/") from error
             if len(column) != len(self.vectors[-1]):
                 raise ValueError(f"{vectors} has {len(self.vectors[-1])} rows, its metadata {len(column)}")
             # clip-retrieval names a sample by its key, or by a path that ends in it.

@@ -205,7 +205,8 @@ def _column_totals(done: Rows[Any]) -> dict[str, Any]:
                 # Of a map that has been sliced, `keys` are those of the whole: flatten by the offsets instead.
                 pairs = pc.list_flatten(batch.column(name).cast(pa.list_(pa.struct([("key", pa.string()),
                                                                                      ("value", pa.int64())]))))
-                grouped = pa.table({"key": pairs.field("key"), "value": pairs.field("value")}).group_by("key")
+                grouped = pa.table({"key": pairs.field("key"), "value": pairs.field("value")}).group_by(
+                    "key", use_threads=False)
                 for row in grouped.aggregate([("value", "sum")]).to_pylist():
                     counter[row["key"]] += row["value_sum"]
     return {"items": len(done), "samples": samples, "bytes": length,

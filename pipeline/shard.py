@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline import images, samples, sources, stage, storage
+from pipeline import images, samples, sources, stage, storage, tables
 from pipeline.dataset import Dataset, file_of
 from pipeline.download import DownloadConfig
 from pipeline.records import infos
@@ -276,7 +275,7 @@ class Shard(Stage):
         """The rows of a shard that gave nothing against our will, with reasons."""
         entry = file_of(record, ".parquet")
         path = storage.fetch(storage.place(folder, entry["name"]), entry)
-        rows = pq.read_table(path, columns=["source_row", "status", "error_message"]).to_pylist()
+        rows = tables.read(path, columns=["source_row", "status", "error_message"]).to_pylist()
         return [(row["source_row"], reason) for row in rows if row["status"] != samples.SUCCESS
                 and (reason := (row["error_message"] or "").split(":")[0]) not in self.by_choice]
 

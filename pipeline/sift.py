@@ -4,7 +4,6 @@ Which of several stays does not depend on workers or on chance: the one that com
 The shards with all pictures (`unsifted/`) are removed once those without are sealed.
 """
 
-import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import duplicates, samples, stage, storage, tars
+from pipeline import duplicates, samples, stage, storage, tables, tars
 from pipeline.dataset import Dataset, file_of
 from pipeline.shard import Shard, ShardConfig
 from pipeline.stage import Entry, Item, Output, name_by_content
@@ -84,7 +83,7 @@ class Sift(Shard):
         tar, parquet = scratch / "shard.tar", scratch / "shard.parquet"
         tars.write(tar, ({key: value for key, value in sample.items() if key != "__url__"}
                          for row, sample in enumerate(tars.read(files[f"{item.id}.tar"])) if row not in gone))
-        table = pq.read_table(files[f"{item.id}.parquet"])
+        table = tables.read(files[f"{item.id}.parquet"])
         entries, left = self._left_out(table, gone, parquet)
         if (old := files.get(f"ledger/{item.id}.jsonl")) is not None:
             entries = [*(Entry(**json.loads(line)) for line in old.read_text().splitlines()), *entries]
@@ -114,7 +113,7 @@ class Sift(Shard):
         entry = file_of(record, ".parquet")
         names = ["pixel_sha256"] if self.config.duplicates == "exact" else ["phash", "mean_colour"]
         data = storage.fetch(storage.join(self.whole.folder, entry["name"]), entry).read_bytes()
-        table = pq.read_table(io.BytesIO(data), columns=[*names, "status", "source_row"])
+        table = tables.read(data, columns=[*names, "status", "source_row"])
         return table.filter(pc.equal(table.column("status"), samples.SUCCESS))
 
 

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import images, samples, sources, stage, storage, tars, tombstones
+from pipeline import images, samples, sources, stage, storage, tables, tars, tombstones
 from pipeline.dataset import Dataset, file_of
 from pipeline.embed import Embed, EmbedCaptions, EmbedConfig
 from pipeline.forgotten import Forgotten
@@ -151,7 +151,7 @@ def listing(base: Dataset) -> list[Known]:
     manifest = base.manifest("shards")
     for entry in manifest["files"]:
         if entry["name"] == LISTING:
-            table = pq.read_table(base.fetch("shards", entry))
+            table = tables.read(base.fetch("shards", entry))
             return [Known(**row) for row in table.to_pylist()]
     found = []
     for record in manifest["items"]:
@@ -169,7 +169,7 @@ def listing(base: Dataset) -> list[Known]:
 
 
 def _parquet(dataset: Dataset, record: dict[str, Any]) -> pa.Table:
-    return pq.read_table(dataset.fetch("shards", file_of(record, ".parquet")))
+    return tables.read(dataset.fetch("shards", file_of(record, ".parquet")))
 
 
 def reference(base: Dataset, stage_name: str, dataset: Dataset, entry: dict[str, Any]) -> dict[str, Any]:
@@ -340,8 +340,8 @@ class Update(Shard):
         for record in records:
             if "kept" in record["info"] or "sifted" in record["info"]:
                 continue
-            table = pq.read_table(self.dataset.fetch("shards", file_of(record, ".parquet")),
-                                  columns=["source_row", "original_sha256", "status", "error_message"])
+            table = tables.read(self.dataset.fetch("shards", file_of(record, ".parquet")),
+                                columns=["source_row", "original_sha256", "status", "error_message"])
             for row in table.to_pylist():
                 one = by_number[row["source_row"]]
                 if one.status != samples.SUCCESS:

@@ -165,7 +165,7 @@ class Where:
         expression = _Arrow(plain.schema).condition(self._condition)
         try:
             import pyarrow.dataset as ds  # 44 MB, for those who filter
-            found = ds.dataset(plain).to_table(columns={"mask": expression})["mask"]
+            found = ds.dataset(plain).to_table(columns={"mask": expression}, use_threads=False)["mask"]
         except pa.ArrowException as error:
             raise ValueError(f"{_short(self.text)} cannot be worked out: {error}") from None
         return found.fill_null(False).to_numpy(zero_copy_only=False).astype(bool, copy=False)

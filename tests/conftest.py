@@ -3,6 +3,7 @@
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +22,8 @@ os.environ.update(HOME=_HOME, WANDB_MODE="disabled", RAY_AUTH_MODE="disabled", R
                   RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.5", RDM_CACHE=f"{_HOME}/cache",
                   RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
 os.environ.pop("RAY_ADDRESS", None)
+# A shell's background jobs are born deaf to Ctrl-C, which some tests send to what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure() -> None:

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline import images, storage
+from pipeline import images, storage, tables
 from pipeline.sources import CAPTION_COLUMNS, Part, Reading, Row, Source, Types, cells_of, listed, listed_rows, text
 
 if TYPE_CHECKING:
@@ -177,7 +176,7 @@ def _caption_rows(address: str, caption_column: str) -> list[dict[str, Any]]:
         raise ValueError(f"the captions file {address} does not exist") from None
     try:
         if address.endswith((".parquet", ".pq")):
-            table = pq.read_table(io.BytesIO(data))
+            table = tables.read(data)
             rows, header = table.to_pylist(), table.column_names
         elif address.endswith((".jsonl", ".ndjson")):
             rows = [json.loads(line) for line in data.decode("utf-8-sig").split("\n") if line.strip()]

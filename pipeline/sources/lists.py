@@ -231,7 +231,8 @@ class Lists(Source):
             count = file.metadata.row_group(group).num_rows
             if group in possible:
                 begin = position
-                for batch in file.iter_batches(1 << 16, row_groups=[group], columns=list(self.where.columns)):
+                for batch in file.iter_batches(1 << 16, row_groups=[group], columns=list(self.where.columns),
+                                              use_threads=False):
                     yield begin, np.flatnonzero(self.where.mask(pa.Table.from_batches([batch])))
                     begin += batch.num_rows
             position += count
@@ -245,7 +246,7 @@ class Lists(Source):
             count = file.metadata.row_group(group).num_rows
             if position < stop and position + count > start and (possible is None or group in possible):
                 begin = position
-                for batch in file.iter_batches(size, row_groups=[group]):
+                for batch in file.iter_batches(size, row_groups=[group], use_threads=False):
                     low, high = max(start - begin, 0), min(stop - begin, batch.num_rows)
                     if low < high:
                         table = pa.Table.from_batches([batch]).slice(low, high - low)

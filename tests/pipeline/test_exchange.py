@@ -86,6 +86,17 @@ def test_a_file_that_was_cut_short_is_named(copied, exported):
         stage.run(AdoptEmbeddings(copied, CONFIG, str(exported)))
 
 
+def test_metadata_without_names_or_cut_short_is_named(copied, exported):
+    path = sorted((exported / "metadata").iterdir())[1]
+    table = pq.read_table(path)
+    pq.write_table(table.drop_columns(["image_path"]), path)
+    with pytest.raises(StageFailed, match=f"{path.name} is no parquet with a column image_path"):
+        stage.run(AdoptEmbeddings(copied, CONFIG, str(exported)))
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(StageFailed, match=f"{path.name} is no parquet with a column image_path"):
+        stage.run(AdoptEmbeddings(copied, CONFIG, str(exported)), rebuild=True)
+
+
 def test_vectors_in_another_order_are_refused_though_they_begin_well(copied, exported):
     for path in (exported / "img_emb").iterdir():
         vectors = np.load(path)
