@@ -31,10 +31,10 @@ def of(root: str) -> list[dict[str, Any]]:
     return found
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """The states as text, a line each."""
+def table(root: str, found: list[dict[str, Any]]) -> str:
+    """The states below a root as text, a line each."""
     if not found:
-        return "nothing here yet"
+        return f"nothing here yet: {storage.without_credentials(root)} has no datasets and no runs"
     width = max(len(one["path"]) for one in found)
     return "\n".join(f"{one['path']:<{width}}  {one['state']:<12} {_detail(one)}".rstrip() for one in found)
 

@@ -330,7 +330,7 @@ def _status(command: commands.StatusCommand, settings: Settings) -> int:
             watch.show(root, as_json=command.json)
         else:
             found = status.of(root)
-            print(json.dumps(found, indent=1) if command.json else status.table(found), flush=True)
+            print(json.dumps(found, indent=1) if command.json else status.table(root, found), flush=True)
     except KeyboardInterrupt:
         if not (command.watch or command.serve):
             raise

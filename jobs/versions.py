@@ -81,12 +81,17 @@ def _read_by(document: dict[str, Any], name: str) -> Iterator[str]:
 def of(root: str, name: str) -> list[dict[str, Any]]:
     """Every version of a dataset, the oldest first: what it is, and why it stays."""
     root, pointer, pinned = storage.normal(root), published.current(root, name), pins(root, name)
+    rolled_back: set[str] = set()
+    for past in published.history(root, name):
+        rolled_back |= {past["rolled_back"]} if "rolled_back" in past else set()
+        rolled_back -= {past["version"]}
     found = []
     for version in published.versions(root, name):
         dataset = Dataset(root, name, version)
         release = published.released(dataset)[0]
         one: dict[str, Any] = {"version": version, "published": bool(pointer and pointer.version == version),
                                "released": release is not None, "removed": _gone(root, name, version),
+                               "rolled_back": version in rolled_back,
                                "pinned_by": pinned.get(version, []),
                                "until": _when(published.unpublished_since(root, name, version))}
         for key in ("samples", "recall@10", "change", "base"):
@@ -105,7 +110,8 @@ def table(found: list[dict[str, Any]]) -> str:
     lines = []
     for one in found:
         change = ", ".join(f"{count} {what}" for what, count in (one["change"] or {}).items() if count)
-        state = next((word for word in ("published", "removed", "released") if one[word]), "not published")
+        state = next((word for word in ("published", "removed", "rolled_back", "released") if one[word]),
+                     "not published").replace("_", " ")
         if "failed_gates" in one:
             state = f"stopped by {', '.join(one['failed_gates'])}"
         told = [f"{one['samples']} samples" if one["samples"] is not None else "",

@@ -112,6 +112,9 @@ def _speaking(url: str, doing: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise StorageError(error.errno, os.strerror(error.errno), url) from error
+        if getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") == "NoSuchBucket":
+            raise StorageError(f"cannot {doing} {url}: there is no such bucket\n"
+                               f"hint: make it, or see whether it is spelled right") from error
         if type(error) is not OSError or (error.errno is not None and is_local(url)):
             raise
         raise StorageError(f"cannot {doing} {url}: {error.strerror or error}") from error

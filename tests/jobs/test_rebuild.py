@@ -284,7 +284,7 @@ def test_rollback_and_what_was_rolled_back_stays_so(place: Path, capsys: pytest.
         assert cli.main(["rollback", NAME, "--to", wrong, "--root", root]) == 2
     assert cli.main(["versions", NAME, "--root", root]) == 0
     lines = capsys.readouterr().out.splitlines()[-3:]
-    assert [line.split()[1] for line in lines] == ["released", "published", "released"]
+    assert [line[7:22].strip() for line in lines] == ["released", "published", "rolled back"]
     assert cli.main(["embed", NAME, "--rebuild", "--root", root, "--local"]) == 2
     assert "never changes" in capsys.readouterr().err
 

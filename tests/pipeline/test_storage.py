@@ -167,8 +167,9 @@ def test_what_another_process_wrote_is_listed(s3):
 
 
 def test_a_bucket_that_is_not_there_is_an_error(s3):
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(storage.StorageError, match=r"there is no such bucket\nhint: make it") as caught:
         storage.put_bytes(b"x", "s3://no-such-bucket-here/plan.json")
+    assert storage.names("s3://no-such-bucket-here/folder") == []
     assert "not-to-be-seen" not in str(caught.value) and "AKIATESTING" not in str(caught.value)
 
 
