@@ -1,7 +1,6 @@
 """A trained run opened for drawing: context vectors -> pictures."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -30,7 +29,7 @@ class Drawer:
         self.denoiser = denoiser.to(self.device)
         self.about = {"step": step, "content": run.checkpoint(step)["content"]}
         self.size = int(run.section()["image_size"])
-        self.first_stage = self._first_stage()
+        self.first_stage = latents.of_run(run)
 
     def draw(self, context: np.ndarray, positions: Sequence[int], how: SampleConfig) -> np.ndarray:
         """Pictures (N, S, S, 3) uint8 for unit vectors (N, k, D); `positions` (N,) choose the noise with the seed.
@@ -69,33 +68,16 @@ class Drawer:
 
         return asked
 
-    def _first_stage(self) -> FirstStage | None:
-        """What decodes the latents of the run; None if it draws pixels."""
-        about: dict[str, Any] | None = self.run.section().get("first_stage")
-        if not about:
-            return None
-        found = _first_stage(self.run, about)
-        if latents.digest(found) != about["sha256"]:
-            raise ValueError(f"the first stage {about['source']} is not the one that the run {self.run.name} was "
-                             f"trained with")
-        return replace(found, scale=about["scale"])
-
 
 def opened(run: Run, step: int, rate: float = 0.0) -> Drawer:
     """The drawer of a checkpoint and one of its averages; the last one is kept in this process."""
-    about = run.section().get("first_stage")
     # A first stage that lies elsewhere may be another one by now.
-    return _opened(run, step, rate, run.checkpoint(step)["content"] + (
-        latents.digest(_first_stage(run, about)) if about else ""))
+    return _opened(run, step, rate, run.checkpoint(step)["content"], latents.of_run(run))
 
 
 @lru_cache(maxsize=1)
-def _opened(run: Run, step: int, rate: float, content: str) -> Drawer:
+def _opened(run: Run, step: int, rate: float, content: str, first_stage: FirstStage | None) -> Drawer:
     return Drawer(run, step, rate)
-
-
-def _first_stage(run: Run, about: dict[str, Any]) -> FirstStage:
-    return latents.opened(str(run.first_stage()) if about["source"] == latents.IN_THE_RUN else about["source"])
 
 
 def same_encoder(run: Run, encoder: clip.ClipConfig, databases: Sequence[Dataset]) -> None:

@@ -2,7 +2,9 @@
 
 import hashlib
 import itertools
+import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
+from jobs.runs import Run
 from jobs.settings import LatentsConfig
 from model import first_stage
 from model.first_stage import FirstStage
@@ -81,8 +84,11 @@ class Latents(Stage):
         if len(shapes) > 1:
             raise ValueError(f"the latents have different shapes: {sorted(shapes)}\n"
                              f"hint: shard with --resize center_crop")
-        stage = opened(self.config.first_stage)
-        return Output(info={"first_stage": about(stage, self.config.first_stage, records[0]["info"]["scale"]),
+        source = self.config.first_stage
+        stage = opened(source)
+        # A process of Ray Train's has a working folder of its own: a relative path leads nowhere there.
+        source = os.path.abspath(source) if os.path.isdir(source) else source
+        return Output(info={"first_stage": about(stage, source, records[0]["info"]["scale"]),
                             "shape": list(shapes.pop()) if shapes else None})
 
     def _scale(self) -> float:
@@ -121,6 +127,22 @@ def _encoded(stage: FirstStage, pictures: np.ndarray, scale: float, flips: bool)
 def opened(source: str) -> FirstStage:
     """The first stage of a folder or the hub, on the GPU if there is one; kept in this process."""
     return first_stage.load(source, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def of_run(run: Run, device: str = "") -> FirstStage | None:
+    """What decodes the latents of a run, with their factor; None if it draws pixels.
+
+    On a `device` it is one of the caller's own, otherwise that which this process keeps. Raises ValueError where there
+    is none, or another one than the run was trained with.
+    """
+    known: dict[str, Any] | None = run.section().get("first_stage")
+    if not known:
+        return None
+    source = str(run.first_stage()) if known["source"] == IN_THE_RUN else known["source"]
+    found = first_stage.load(source, device) if device else opened(source)
+    if digest(found) != known["sha256"]:
+        raise ValueError(f"the first stage {known['source']} is not the one that the run {run.name} was trained with")
+    return replace(found, scale=known["scale"])
 
 
 def about(stage: FirstStage, source: str, scale: float) -> dict[str, Any]:

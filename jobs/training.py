@@ -111,6 +111,11 @@ class Training(Stage):
             self.job.validation.identity(OWN[self.job.config.own])
         if self.job.latents:
             self.job.validation.identity("latents")
+            ours, theirs = (one.manifest("latents")["info"]["first_stage"] for one in (self.job.dataset, validation))
+            if ours["sha256"] != theirs["sha256"]:
+                raise ValueError(f"the latents of {validation.label} are of another first stage than those of "
+                                 f"{self.job.dataset.label}\nhint: latents {validation.label} --first-stage "
+                                 f"{ours['source']} --rebuild")
 
     def process(self, item: Item, scratch: Any) -> Output:
         """What the finished run left: the curve, and the checkpoint it ended with."""

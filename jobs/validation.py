@@ -1,15 +1,19 @@
 """What training looks at from time to time: pictures that it does not learn from, with their neighbours and without."""
 
 import io
+import logging
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from jobs import latents
 from jobs.training import Job
 from model import diffusion, randomness
 from model.config import TrainConfig
+from model.first_stage import FirstStage
 from model.precision import compute_dtype
 from model.sample import initial_noise, sample
 from model.unet import UNet
@@ -20,6 +24,8 @@ from pipeline.dataset import Dataset, Embeddings, file_of
 
 _COUNT, _AT_ONCE = 256, 64
 _SHOWN, _STEPS = 8, 20
+_SMALL, _LARGE = 64, 192  # pixels of a side of a picture in the grid
+_log = logging.getLogger(__name__)
 
 
 class Validation:
@@ -56,11 +62,46 @@ class Validation:
         shuffled = self.context.roll(len(self.context) // 2, 0)
         losses = {f"validation_{name}": self._loss(network, context, device) for name, context in (
             ("loss", self.context), ("shuffled", shuffled), ("nobody", torch.zeros_like(self.context)))}
-        if not self.job.latents:
+        if (drawn := self.drawn(network, device)) is not None:
             buffer = io.BytesIO()
-            self._grid(network, device).save(buffer, "PNG")
+            self._grid(drawn).save(buffer, "PNG")
             storage.put_bytes(buffer.getvalue(), self.job.run.validated(step))
         return losses
+
+    def drawn(self, network: UNet, device: torch.device) -> np.ndarray | None:
+        """Pictures (N, S, S, 3) uint8 that a network draws from neighbours; None if its latents cannot be decoded."""
+        if self.job.latents and not self._first_stage:
+            return None
+        count = len(self.pictures)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._half(device)):
+            found = sample(network, self.config.diffusion, self.context[:count].to(device),
+                           initial_noise(self.config.seed, range(count), self.x0.shape[1:]).to(device),
+                           steps=_STEPS, guidance=1.5, sampler=_sampler(self.config), clamp=not self.job.latents)
+        if self.job.latents and (found := self._decoded(found.float())) is None:
+            return None
+        return ((found.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+    @cached_property
+    def _first_stage(self) -> FirstStage | None:
+        """What the latents are decoded with, on the CPU; None, which is said once, if it is not to be had."""
+        try:
+            return latents.of_run(self.job.run, "cpu")
+        except (ValueError, OSError) as error:
+            return _missed(error)
+
+    def _decoded(self, drawn: torch.Tensor) -> torch.Tensor | None:
+        """Pictures of latents, one after another; the first stage is on the GPU only meanwhile."""
+        network = self._first_stage.network
+        try:
+            network.to(drawn.device)
+            return torch.cat([self._first_stage.decode(one[None]).cpu() for one in drawn])
+        except torch.OutOfMemoryError as error:
+            self._first_stage = _missed(error)
+        finally:
+            network.cpu()
+            if drawn.device.type == "cuda":
+                torch.cuda.empty_cache()  # training has its own use for it
+        return None
 
     @torch.no_grad()
     def _loss(self, network: UNet, context: torch.Tensor, device: torch.device) -> float:
@@ -76,20 +117,15 @@ class Validation:
     def _half(self, device: torch.device) -> bool:
         return compute_dtype(self.config.precision, device) == torch.bfloat16
 
-    def _grid(self, network: UNet, device: torch.device) -> Image.Image:
+    def _grid(self, drawn: np.ndarray) -> Image.Image:
         """A row for some samples: the picture, what was drawn from its neighbours, and these."""
-        count = len(self.pictures)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._half(device)):
-            drawn = sample(network, self.config.diffusion, self.context[:count].to(device),
-                           initial_noise(self.config.seed, range(count), self.x0.shape[1:]).to(device),
-                           steps=_STEPS, guidance=1.5, sampler=_sampler(self.config))
-        values = ((drawn.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
         cells: list[Image.Image | None] = []
         for number, one in enumerate(self.pictures):
-            cells += [_opened(one.picture), Image.fromarray(values[number])]
+            cells += [_opened(one.picture), Image.fromarray(drawn[number])]
             cells += [_opened(self.near[int(row)].picture) if row >= 0 else None for row in self.ids[number][:4]]
-        columns = len(cells) // count
-        return contact_sheet(cells, columns, row_labels=[one.caption or one.key for one in self.pictures],
+        columns = len(cells) // len(self.pictures)
+        return contact_sheet(cells, columns, cell=min(max(_SMALL, drawn.shape[1]), _LARGE),
+                             row_labels=[one.caption or one.key for one in self.pictures],
                              column_labels=["held out", "drawn", *(f"neighbour {n + 1}" for n in range(columns - 2))])
 
     def _pixels(self, rows: np.ndarray) -> torch.Tensor:
@@ -103,8 +139,17 @@ class Validation:
                  for record in self.dataset.manifest("latents")["items"]]
         offsets = np.cumsum([0, *map(len, parts)])
         shards = np.searchsorted(offsets, rows, side="right") - 1
-        return torch.from_numpy(np.stack([parts[shard][row - offsets[shard], 0] for shard, row in
-                                          zip(shards, rows, strict=True)])).float()
+        found = torch.from_numpy(np.stack([parts[shard][row - offsets[shard], 0] for shard, row in
+                                           zip(shards, rows, strict=True)])).float()
+        # Where nobody gave a factor, each dataset has chosen its own.
+        ours, theirs = (one.manifest("latents")["info"]["first_stage"]["scale"] for one in
+                        (self.job.dataset, self.dataset))
+        return found if ours == theirs else found * (ours / theirs)
+
+
+def _missed(error: Exception) -> None:
+    _log.warning("train: validation draws no pictures, for latents cannot be decoded here; losses go on: %s",
+                 str(error).splitlines()[0])
 
 
 def _sampler(config: TrainConfig) -> Any:

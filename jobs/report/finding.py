@@ -58,6 +58,6 @@ def validated(run: Run, album: Album) -> Child:
             f"of others, {brief(last['validation_nobody'])} with none.")
     try:
         picture = album.picture(storage.read_bytes(run.validated(last["step"])), "drawn in validation", side=900)
-    except FileNotFoundError:  # latents are not drawn
+    except FileNotFoundError:  # latents that could not be decoded where it trained
         picture = None
     return tag("figure", tag("h3", run.name, tag("small", "validation")), picture, tag("figcaption", said))
