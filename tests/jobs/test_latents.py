@@ -1,9 +1,11 @@
 """Latents of a first stage, training on them, and runs made of released checkpoints."""
 
+import io
 import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs import latents
+from jobs import drawing, latents, tracking
 from jobs.cli import main
-from jobs.settings import LatentsConfig
-from model import first_stage, released
+from jobs.processes import in_processes
+from jobs.runs import Run
+from jobs.settings import LatentsConfig, SampleConfig, tiny
+from jobs.training import Job, Training
+from jobs.validation import Validation
+from model import checkpoint, first_stage, released
 from model.config import UNetConfig
 from model.unet import UNet
 from pipeline import stage, tars
@@ -155,6 +161,80 @@ def test_a_run_on_latents_trains_and_draws_pictures(root: Path, autoencoder: Pat
         shutil.rmtree(autoencoder)
         shutil.move(kept, autoencoder)
         latents.opened.cache_clear()
+
+
+def _job(root: Path, run: str, validation: str = "") -> Job:
+    """A run of two steps on the latents of `drawn`, looked at after each."""
+    dataset = Dataset.parse(str(root), "drawn")
+    config = replace(tiny().train, steps=2, global_batch=4, log_every=1, validate_every=1, precision="fp32",
+                     unet=replace(SMALL, channel_mult=(1,), attention_downsampling=(1,), patch=2))
+    return Job(Run.parse(str(root), run), dataset, dataset, config, latents=True,
+               validation=Dataset.parse(str(root), validation) if validation else None)
+
+
+def test_validation_of_a_run_on_latents_shows_what_sample_draws_and_changes_nothing(
+        root: Path, autoencoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(autoencoder.parent)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    drawn = Dataset.parse(str(root), "drawn")
+    made = stage.run(latents.Latents(drawn, LatentsConfig(first_stage=autoencoder.name)))
+    monkeypatch.chdir(root)  # who trains has another working folder
+    assert in_processes(_job(root, "with", "drawn")) and in_processes(_job(root, "without"))
+    one, other = (Run.parse(str(root), name) for name in ("with", "without"))
+    assert one.checkpoint(2)["content"] == other.checkpoint(2)["content"]
+    assert [line["step"] for line in tracking.read(one, "validation.jsonl")] == [1, 2]
+    # The same noise and neighbours: the grid has what the run's own drawer makes of them.
+    look, network = Validation(_job(root, "with", "drawn"), drawn), checkpoint.load_denoiser(one.fetch(2))[0]
+    found = look.drawn(network, torch.device("cpu"))
+    wanted = drawing.Drawer(one, 2).draw(look.context[:8].numpy(), range(8), SampleConfig(
+        steps=20, guidance=1.5, sampler="dpm++", precision="fp32", seed=look.config.seed))
+    assert found.shape == (8, 32, 32, 3) and found.std() > 1 and look.config.context_norm == 1
+    assert np.abs(found.astype(int) - wanted).max() <= 1
+    grid = (root / "runs/with/validation/0000002.png").read_bytes()
+    cells = np.asarray(look._grid(found))
+    assert np.abs(np.asarray(Image.open(io.BytesIO(grid))).astype(int) - cells).max() <= 1
+    assert not np.array_equal(cells, np.asarray(look._grid(wanted[::-1])))
+    assert {int(path.name.split("_")[1]) for path in root.glob(
+        "runs/with/wandb/offline-run-*/files/media/images/validation_*.png")} == {1, 2}
+    assert main(["report", "--root", str(root)]) == 0
+    assert "drawn in validation" in (root / "report.html").read_text()
+    # Latents that were made with a factor of their own are brought to that of the run.
+    shutil.copytree(root / "datasets/drawn", root / "datasets/held")
+    held = Dataset.parse(str(root), "held")
+    scale = made["info"]["first_stage"]["scale"]
+    stage.run(latents.Latents(held, LatentsConfig(first_stage=str(autoencoder), scale=2 * scale)), rebuild=True)
+    torch.testing.assert_close(Validation(_job(root, "with", "held"), held).x0, look.x0, rtol=2e-3, atol=2e-3)
+
+
+def test_without_its_first_stage_a_run_goes_on_and_says_so_once(
+        root: Path, autoencoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    folder = tmp_path / "going"
+    shutil.copytree(autoencoder, folder)
+    stage.run(latents.Latents(Dataset.parse(str(root), "drawn"), LatentsConfig(first_stage=str(folder))))
+    shutil.copytree(root / "datasets/drawn", root / "datasets/other")
+    shutil.rmtree(folder)
+    assert in_processes(_job(root, "blind", "drawn"))
+    assert caplog.text.count("validation draws no pictures") == 1 and str(folder) in caplog.text
+    assert [line["step"] for line in tracking.read(Run.parse(str(root), "blind"), "validation.jsonl")] == [1, 2]
+    assert not (root / "runs/blind/validation").exists()
+    assert main(["report", "--root", str(root)]) == 0
+    assert "drawn in validation" not in (root / "report.html").read_text()
+    # Another first stage under the same name is not taken for it.
+    changed = first_stage.load(autoencoder)
+    with torch.no_grad():
+        next(changed.network.parameters()).add_(1.0)
+    changed.network.save_pretrained(folder)
+    caplog.clear()
+    assert in_processes(_job(root, "deceived", "drawn"))
+    assert caplog.text.count("is not the one that the run deceived was trained with") == 1
+    latents.opened.cache_clear()
+    stage.run(latents.Latents(Dataset.parse(str(root), "other"), LatentsConfig(first_stage=str(folder))), rebuild=True)
+    latents.opened.cache_clear()
+    with pytest.raises(ValueError, match="the latents of other are of another first stage than those of drawn"):
+        Training(_job(root, "run", "other")).check()
 
 
 def test_a_run_with_its_own_vectors_draws_with_every_sampler(root: Path, capsys) -> None:
