@@ -69,8 +69,7 @@ class Convert(Stage):
         self.run.publish(found.step, kept)
         files = {}
         if autoencoder:
-            autoencoder.network.register_to_config(scaling_factor=autoencoder.scale)
-            autoencoder.network.save_pretrained(scratch / "first_stage", safe_serialization=True)
+            latents.keep(autoencoder, scratch / "first_stage")
             files = {f"first_stage/{path.name}": path for path in sorted((scratch / "first_stage").iterdir())}
         return Output(samples=sum(weight.numel() for weight in network.parameters()), files=files,
                       info={"step": found.step, "averaged": found.averaged, "left_out": len(found.left_out),

@@ -145,6 +145,12 @@ def of_run(run: Run, device: str = "") -> FirstStage | None:
     return replace(found, scale=known["scale"])
 
 
+def keep(stage: FirstStage, folder: Path) -> None:
+    """Write a first stage with its factor into a folder, as diffusers keeps it."""
+    stage.network.register_to_config(scaling_factor=stage.scale)
+    stage.network.save_pretrained(folder, safe_serialization=True)
+
+
 def about(stage: FirstStage, source: str, scale: float) -> dict[str, Any]:
     """What is written down of the first stage of some latents: a run that draws needs the same."""
     return {"source": source, "kind": stage.kind, "channels": stage.channels, "factor": stage.factor, "scale": scale,

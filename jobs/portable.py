@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jobs import latents
 from jobs.runs import Run
-from model import checkpoint
+from model import checkpoint, first_stage
 from model.config import from_dict
 from pipeline import stage, storage
 from pipeline.stage import Item, Output, Stage
@@ -15,23 +16,24 @@ _KEPT = ("encoder", "image_size", "dataset", "database", "first_stage", "lineage
 
 
 def export(run: Run, step: int, out: Path) -> dict[str, Any]:
-    """Write the averaged weights of a checkpoint in half precision, and what drawing needs to know, into a folder.
-
-    ValueError where the run draws in the space of a first stage that lies in the run itself.
-    """
+    """Write the averaged weights of a checkpoint in half precision, the first stage, which stays as it is, and what
+    drawing needs to know, into a folder; ValueError where the first stage of the run is not to be had."""
     section, step = run.section() | {"lineage": run.lineage()}, step or run.latest_step()
-    if (section.get("first_stage") or {}).get("source") == "first_stage":
-        raise ValueError(f"the run {run.name} has its first stage with it\nhint: copy {run.folder} as it is")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty\nhint: another --out")
+    autoencoder = latents.of_run(run, "cpu")
     about = checkpoint.halve(run.fetch(step), out)
+    if autoencoder:
+        latents.keep(autoencoder, out / latents.IN_THE_RUN)
+        section["first_stage"] |= {"source": latents.IN_THE_RUN}
     about["run"] = {name: section[name] for name in _KEPT if section.get(name)} | {"name": run.name}
     (out / "checkpoint.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
-    return {"folder": str(out), "step": step, "bytes": sum(path.stat().st_size for path in out.iterdir())}
+    written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    return {"folder": str(out), "step": step, "bytes": written}
 
 
 class Import(Stage):
-    """The stage from such a folder to runs/<run>: a checkpoint to draw with."""
+    """The stage from such a folder to runs/<run>: a checkpoint to draw with and, where it has one, first_stage/."""
 
     name = "import"
 
@@ -63,14 +65,26 @@ class Import(Stage):
 
     def process(self, item: Item, scratch: Path) -> Output:
         network, _ = checkpoint.load_denoiser(self.source)
+        files = self._first_stage()
         kept = scratch / "checkpoint"
         checkpoint.write_converted(kept, network, from_dict(self.about["config"]), self.about["step"])
         self.run.publish(self.about["step"], kept)
-        return Output(samples=sum(weight.numel() for weight in network.parameters()), info={
+        return Output(samples=sum(weight.numel() for weight in network.parameters()), files=files, info={
             "step": self.about["step"], "checkpoint": self.run.checkpoint(self.about["step"])["content"]})
 
     def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
         return Output(info=records[0]["info"])
+
+    def _first_stage(self) -> dict[str, Path]:
+        """The files of the first stage by name; ValueError unless it is the one that was exported."""
+        known = self.kept.get("first_stage")
+        if not known or known["source"] != latents.IN_THE_RUN:  # the folder was named only, before it was carried along
+            return {}
+        folder = self.source / latents.IN_THE_RUN
+        if latents.digest(first_stage.load(folder)) != known["sha256"]:
+            raise ValueError(f"{folder} is not the first stage that was exported with {self.source}\n"
+                             f"hint: python -m jobs export {self.kept.get('name', 'RUN')} --out FOLDER, once more")
+        return {f"{latents.IN_THE_RUN}/{path.name}": path for path in sorted(folder.iterdir())}
 
 
 def bring(run: Run, source: Path) -> dict[str, Any]:

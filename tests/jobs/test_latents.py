@@ -237,6 +237,46 @@ def test_without_its_first_stage_a_run_goes_on_and_says_so_once(
         Training(_job(root, "run", "other")).check()
 
 
+def test_an_exported_run_on_latents_draws_where_its_first_stage_never_was(
+        root: Path, autoencoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    folder, out, elsewhere = tmp_path / "going", tmp_path / "carried", tmp_path / "elsewhere"
+    shutil.copytree(autoencoder, folder)
+    stage.run(latents.Latents(Dataset.parse(str(root), "drawn"), LatentsConfig(first_stage=str(folder))))
+    assert in_processes(_job(root, "run"))
+    draw = ["sample", "--prompt", "a red circle", "--database", "drawn", "--steps", "3", "--name", "some", "--local"]
+
+    def drawn(where: Path, run: str) -> np.ndarray:
+        assert main([*draw[:1], run, *draw[1:], "--root", str(where)]) == 0
+        found = next((where / f"runs/{run}/samples/some/drawn").glob("00-*circle.png"))
+        return np.asarray(Image.open(found)).astype(int)
+
+    here = drawn(root, "run")
+    assert main(["export", "run", "--out", str(out), "--root", str(root)]) == 0
+    shutil.rmtree(folder)
+    latents.opened.cache_clear()
+    shutil.copytree(root / "datasets", elsewhere / "datasets")
+    assert main(["convert", "brought", "--checkpoint", str(out), "--root", str(elsewhere)]) == 0
+    # What was brought can be carried on, and is drawn with where neither the folder nor the export is any more.
+    assert main(["export", "brought", "--out", str(tmp_path / "further"), "--root", str(elsewhere)]) == 0
+    shutil.move(out, tmp_path / "moved")
+    there = drawn(elsewhere, "brought")
+    assert here.std() > 1 and np.abs(here - there).mean() < 1  # weights in half precision
+    assert main(["verify", "--root", str(elsewhere), "--only", "runs/brought"]) == 0
+    # Half an export, or another first stage in it, is no run.
+    again = ["convert", "again", "--checkpoint", str(tmp_path / "moved"), "--root", str(elsewhere)]
+    changed = first_stage.load(autoencoder)
+    with torch.no_grad():
+        next(changed.network.parameters()).add_(1.0)
+    changed.network.save_pretrained(tmp_path / "moved/first_stage")
+    assert main(again) == 1 and "is not the first stage that was exported" in capsys.readouterr().err
+    # Without its first stage a run is not exported, and nothing is left behind.
+    latents.opened.cache_clear()
+    assert main(["export", "run", "--out", str(out), "--root", str(root)]) == 2
+    assert "there is no autoencoder in" in capsys.readouterr().err and not out.exists()
+
+
 def test_a_run_with_its_own_vectors_draws_with_every_sampler(root: Path, capsys) -> None:
     common = ["--root", str(root), "--local"]
     train = ["train", "own", "--dataset", "drawn", *common, "--steps", "2", "--global-batch", "4", "--log-every", "1",
