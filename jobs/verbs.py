@@ -97,7 +97,7 @@ def _index(command: commands.IndexCommand, settings: Settings) -> int:
 
 
 def _torch_first() -> None:
-    """Load torch before faiss: the other way round, in a job's driver, its MKL does not load and ends the process."""
+    """Load torch before faiss: after it, in a job's driver, MKL now and then does not load and ends the process."""
     import torch  # noqa: F401
 
 
