@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -42,16 +43,36 @@ def folder(root: str, path: str, *, quick: bool = False) -> Iterator[dict[str, s
               "neighbors": _neighbors, "latents": _latents}
     check = checks.get(manifest["stage"])
     if check:
+        beside = _Beside(root, path, manifest)
         for record in manifest["items"]:
             if faulty.isdisjoint(entry["name"] for entry in record["files"]):
                 try:
-                    yield from check(root, path, record)
+                    yield from check(beside, path, record)
                 except Exception as error:  # hostile bytes make readers raise whatever they like
                     yield _fault(path, record["id"], f"cannot be read: {type(error).__name__}: {error}")
     if manifest["stage"] == "train":
         yield from _curve(root, path, manifest)
     if manifest["stage"] in {"train", "convert"}:
         yield from _checkpoints(root, path)
+
+
+class _Beside:
+    """What the records of a folder are held against: read once, for there may be a hundred thousand of them."""
+
+    def __init__(self, root: str, path: str, manifest: dict[str, Any]) -> None:
+        _, name, version, self.name = path.split("/", 3)
+        self.dataset, self.manifest = Dataset(root, name, version), manifest
+
+    @cached_property
+    def samples(self) -> dict[str, int]:
+        """How many samples each shard has."""
+        return {one["id"]: one["samples"] for one in self.dataset.manifest("shards")["items"]}
+
+    @cached_property
+    def database(self) -> tuple[str, int]:
+        """The database that neighbours are from, and its rows."""
+        found = Dataset.parse(self.dataset.root, self.name.rpartition("/")[2])
+        return found.label, found.manifest("embeddings")["totals"]["samples"]
 
 
 def _changed(manifest: dict[str, Any]) -> list[str]:
@@ -86,8 +107,8 @@ def _records(root: str, path: str, manifest: dict[str, Any]) -> Iterator[dict[st
             yield _fault(path, name, "is missing or no JSON")
 
 
-def _shards(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
-    dataset = _dataset(root, path)
+def _shards(beside: _Beside, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
+    dataset = beside.dataset
     entry = file_of(record, ".tar")
     rows = metadata(dataset, record, ["key", "sha256"])
     found = []
@@ -102,12 +123,10 @@ def _shards(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[str, 
         yield _fault(path, entry["name"], f"has {len(found)} samples, its record says {record['samples']}")
 
 
-def _embeddings(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
-    dataset = _dataset(root, path)
-    name = path.rsplit("/", 1)[1]
-    rows = np.load(dataset.fetch(name, file_of(record, ".npy")), mmap_mode="r", allow_pickle=False)
-    yield from _lengths(dataset, path, record["id"], len(rows), f"{record['id']}.npy")
-    if (dim := dataset.manifest(name)["info"]["encoder"].get("dim")) and rows.shape[1:] != (dim,):
+def _embeddings(beside: _Beside, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
+    rows = np.load(beside.dataset.fetch(beside.name, file_of(record, ".npy")), mmap_mode="r", allow_pickle=False)
+    yield from _lengths(beside, path, record["id"], len(rows), f"{record['id']}.npy")
+    if (dim := beside.manifest["info"]["encoder"].get("dim")) and rows.shape[1:] != (dim,):
         yield _fault(path, f"{record['id']}.npy", f"has vectors of shape {rows.shape[1:]}, its encoder makes {dim}")
         return
     norms = np.linalg.norm(np.asarray(rows, np.float32), axis=1)
@@ -116,18 +135,17 @@ def _embeddings(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[s
         yield _fault(path, f"{record['id']}.npy", f"{wrong} rows are not of unit length")
 
 
-def _latents(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
-    dataset = _dataset(root, path)
-    rows = np.load(dataset.fetch("latents", file_of(record, ".npy")), mmap_mode="r", allow_pickle=False)
-    yield from _lengths(dataset, path, record["id"], len(rows), f"{record['id']}.npy")
+def _latents(beside: _Beside, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
+    rows = np.load(beside.dataset.fetch("latents", file_of(record, ".npy")), mmap_mode="r", allow_pickle=False)
+    yield from _lengths(beside, path, record["id"], len(rows), f"{record['id']}.npy")
     if not np.isfinite(rows).all():
         yield _fault(path, f"{record['id']}.npy", "has latents that are not finite")
 
 
-def _index(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
+def _index(beside: _Beside, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
     from pipeline.index import Searcher, misnumbered
     try:
-        searcher = Searcher(_dataset(root, path))
+        searcher = Searcher(beside.dataset)
     except ValueError as error:
         yield _fault(path, "knn.index", str(error).splitlines()[0])
         return
@@ -135,19 +153,17 @@ def _index(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[str, s
         yield _fault(path, "knn.index", f"{wrong} of its {searcher.index.ntotal} rows are not in it exactly once")
 
 
-def _neighbors(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
-    dataset, database = _dataset(root, path), Dataset.parse(root, path.rsplit("/", 1)[1])
-    name = path.split("/", 3)[3]
-    total = database.manifest("embeddings")["totals"]["samples"]
+def _neighbors(beside: _Beside, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
+    dataset, name, (database, total) = beside.dataset, beside.name, beside.database
     for kept in neighbors.files([record], ".ids.npy"):
         shard = kept["name"].removesuffix(".ids.npy")
         files = {entry["name"].removeprefix(f"{shard}."): entry for entry in record["files"]
                  if entry["name"].startswith(f"{shard}.")}
         ids = np.load(dataset.fetch(name, kept), allow_pickle=False)
         scores = np.load(dataset.fetch(name, files["scores.npy"]), allow_pickle=False)
-        yield from _lengths(dataset, path, shard, len(ids), kept["name"])
+        yield from _lengths(beside, path, shard, len(ids), kept["name"])
         if ids.shape != scores.shape or ids.min(initial=-1) < -1 or ids.max(initial=-1) >= total:
-            yield _fault(path, kept["name"], f"ids beyond the {total} rows of {database.label}")
+            yield _fault(path, kept["name"], f"ids beyond the {total} rows of {database}")
         elif (scores[:, 1:] > scores[:, :-1]).any():
             yield _fault(path, files["scores.npy"]["name"], "neighbours are not nearest first")
         if vectors := files.get("vectors.npy"):
@@ -156,11 +172,10 @@ def _neighbors(root: str, path: str, record: dict[str, Any]) -> Iterator[dict[st
                 yield _fault(path, vectors["name"], f"has vectors for {shape[:2]} neighbours, ids for {ids.shape}")
 
 
-def _lengths(dataset: Dataset, path: str, shard: str, rows: int, name: str) -> Iterator[dict[str, str]]:
+def _lengths(beside: _Beside, path: str, shard: str, rows: int, name: str) -> Iterator[dict[str, str]]:
     """Rows must be as many as the samples of the shard of the same number."""
-    shards = {one["id"]: one["samples"] for one in dataset.manifest("shards")["items"]}
-    if rows != shards.get(shard):
-        yield _fault(path, name, f"has {rows} rows, its shard {shards.get(shard)} samples")
+    if rows != (samples := beside.samples.get(shard)):
+        yield _fault(path, name, f"has {rows} rows, its shard {samples} samples")
 
 
 def _curve(root: str, path: str, manifest: dict[str, Any]) -> Iterator[dict[str, str]]:
@@ -186,11 +201,5 @@ def _checkpoints(root: str, path: str) -> Iterator[dict[str, str]]:
                 yield _fault(path, f"checkpoints/{step}/{entry['name']}", fault)
 
 
-def _dataset(root: str, path: str) -> Dataset:
-    _, name, version, *_ = path.split("/")
-    return Dataset(root, name, version)
-
-
 def _fault(path: str, name: str, fault: str) -> dict[str, str]:
     return {"path": storage.place(path, name), "fault": fault}
-
