@@ -8,12 +8,14 @@ the root, written are those that they put there.
 import math
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 from jobs.rates import Rates
 from jobs.settings import Settings
 from model.flop import Size
 from pipeline.index import choice, estimated_bytes
 from pipeline.neighbors import NeighborsConfig
+from pipeline.search import LARGEST
 
 _HEADER = 128  # bytes of a .npy file before its numbers
 _CLUSTERING_ROUNDS = 10  # faiss's for the lists of an inverted file
@@ -166,37 +168,35 @@ def index(build: Build, rates: Rates) -> Cost:
 
 
 def neighbors_exact(build: Build, rates: Rates) -> Cost:
-    """2 N M D / rate; read: queries and database; written: N k (8 + 4) bytes, ids and scores, and 8 M, how often each.
+    """Its amounts, each by its rate; read: queries and database; written: N k (8 + 4) bytes, ids and scores, and 8 M,
+    how often each.
 
     With the neighbours' vectors N k D 2 more. The database is read once by each worker, or once for the shards that
     are searched together where it is more than a worker may keep.
     """
     searches, gpu = _searches(build, lists=False), rates.exact.gpu
-    vectors = _vectors(build.database, build)
-    times = min(searches, _workers(build, gpu)) if vectors <= build.memory else searches
-    seconds = 2.0 * build.pictures * build.database * build.dim / rates.exact.flop_per_s
+    vectors, workers = _vectors(build.database, build), min(searches, _workers(build, gpu))
+    times = workers if vectors <= build.memory else searches
+    seconds = duration(exact_amounts(build.pictures, build.database, build.dim, searches, workers, gpu), rates.exact)
     return _neighbors("neighbors, exact", build, rates, seconds, vectors * times, searches, gpu)
 
 
 def neighbors_index(build: Build, rates: Rates) -> Cost:
-    """2 D pairs compared / rate + rows read / reading rate + M / laying rate for each worker; what else, as if exact.
+    """Its amounts, each by its rate; what else, as if exact.
 
-    Each sample is compared with M nprobe / lists rows, with all if its recall is checked. A list is read once for
-    the shards that are searched together, so of few lists nearly all are read each time, from a worker's disk where
-    they are more than it may keep. Each worker lays the vectors out by itself, as if none had a node in common with
-    another. Where an index has no lists, or a quarter of them would be looked into, all rows are compared.
+    A list is read once for the shards that are searched together, so of few lists nearly all are read each time, from a
+    worker's disk where they are more than it may keep. Where an index has no lists, or a quarter of them would be
+    looked into, all rows are compared.
     """
-    key, one = index_key(build, rates), rates.approximate
-    pairs = compared_rows(key, build.pictures, build.database, build.settings.neighbors, one.nprobe)
-    if pairs is None:
-        return replace(neighbors_exact(build, rates), stage="neighbors, index")
-    searches, vectors = _searches(build, lists=True), _vectors(build.database, build)
+    key, searches = index_key(build, rates), _searches(build, lists=True)
     copies = min(searches, build.workers)
-    rows = read_rows(key, build.pictures, searches, build.database, build.settings.neighbors, one.nprobe)
-    seconds = (2.0 * pairs * build.dim / one.flop_per_s + rows / one.read_per_s
-               + copies * build.database / one.laid_per_s)
+    amounts = listed_amounts(key, build.pictures, build.database, build.dim, searches, copies, build.settings.neighbors,
+                             rates.approximate.nprobe)
+    if amounts is None:
+        return replace(neighbors_exact(build, rates), stage="neighbors, index")
+    vectors, seconds = _vectors(build.database, build), duration(amounts, rates.approximate)
     fetched = (index_bytes(build, rates) + vectors) * copies
-    again = 2.0 * rows * build.dim if vectors > build.memory else 0.0
+    again = 2.0 * amounts["read_per_s"] * build.dim if vectors > build.memory else 0.0
     return _neighbors("neighbors, index", build, rates, seconds, fetched + again, searches, False)
 
 
@@ -254,6 +254,39 @@ def training_flop(key: str, rows: int, dim: int, train_points: int) -> float:
     return found
 
 
+def duration(amounts: dict[str, float], rates: Any) -> float:
+    """Seconds of the amounts of what is done, each by the rate of its name."""
+    return sum(amount / getattr(rates, name) for name, amount in amounts.items())
+
+
+def exact_amounts(pictures: int, rows: int, dim: int, searches: int, workers: int, gpu: bool) -> dict[str, float]:
+    """What there is to do to compare all rows, by the names of the rates.
+
+    2 N M D operations; every search reads all rows, every worker what tells copies among them. The best of N are
+    chosen among all rows of a first block, and of the n-th a share of 1 / n, for the others are no better than what is
+    known.
+    """
+    block = LARGEST["cuda" if gpu else "cpu"]
+    among = rows if rows <= block else block * (1 + math.log(rows / block))
+    return {"flop_per_s": 2.0 * pictures * rows * dim, "chosen_per_s": float(pictures) * among,
+            "rows_per_s": float(searches + workers) * rows, "queries_per_s": float(pictures)}
+
+
+def listed_amounts(key: str, pictures: int, rows: int, dim: int, searches: int, workers: int, config: NeighborsConfig,
+                   nprobe: int) -> dict[str, float] | None:
+    """What there is to do in a search by an index, by the names of the rates; None where all rows are compared.
+
+    Each sample is compared with M nprobe / lists rows. Each worker lays the vectors out by itself, as if none had a
+    node in common with another. A search that checks the recall of any sample reads all rows for it.
+    """
+    pairs = compared_rows(key, pictures, rows, config, nprobe)
+    if pairs is None:
+        return None
+    return {"flop_per_s": 2.0 * pairs * dim, "laid_per_s": float(workers) * rows,
+            "read_per_s": read_rows(key, pictures, searches, rows, config, nprobe),
+            "checked_per_s": float(min(searches, pictures, config.checked)) * rows, "queries_per_s": float(pictures)}
+
+
 def compared_rows(key: str, pictures: int, rows: int, config: NeighborsConfig, nprobe: int) -> float | None:
     """Pairs of samples and database rows that a search by an index compares; None where it compares all.
 
@@ -267,7 +300,7 @@ def compared_rows(key: str, pictures: int, rows: int, config: NeighborsConfig, n
         each = rows * probes / lists
     else:
         return None
-    return float(pictures) * each + float(min(pictures, config.checked)) * rows
+    return float(pictures) * each
 
 
 def read_rows(key: str, pictures: int, searches: int, rows: int, config: NeighborsConfig, nprobe: int) -> float:

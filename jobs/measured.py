@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jobs import tracking
-from jobs.costs import compared_rows, read_rows, training_flop
+from jobs.costs import duration, exact_amounts, listed_amounts, training_flop
 from jobs.rates import ApproximateRates, EmbedRates, ExactRates, IndexRates, Rates, ShardRates, TrainRates
 from jobs.runs import Run
 from model import flop
@@ -21,6 +21,9 @@ from pipeline.neighbors import NeighborsConfig
 
 _log = logging.getLogger(__name__)
 _PREPARING = ("read", "decode", "write")
+# The rates that the times of neighbours' records belong to; what is not here, or not timed, is that of the queries.
+_EXACT = {"open": "rows_per_s", "read": "rows_per_s", "products": "flop_per_s", "choose": "chosen_per_s"}
+_LISTED = {"open": "laid_per_s", "read": "read_per_s", "products": "flop_per_s", "check": "checked_per_s"}
 
 
 def rates(root: str, base: Rates, *, gpu: bool = False) -> Rates:
@@ -128,14 +131,14 @@ def _index(datasets: list[Dataset], base: Rates) -> IndexRates | None:
 
 def _neighbors(datasets: list[Dataset], base: Rates, gpu: bool) -> tuple[ExactRates | None, ApproximateRates | None]:
     """Of both ways; what an index without lists finds is found by comparing all rows."""
-    sums, nprobe = Counter[str](), base.approximate.nprobe
+    exact, listed, nprobe = _Sums(base.exact, _EXACT), _Sums(base.approximate, _LISTED), base.approximate.nprobe
     for dataset in datasets:
         for label in storage.folders(dataset.folder("neighbors")):
             database = Dataset.parse(dataset.root, label)
             if not database.sealed("embeddings"):
                 continue
             for _, manifest in _sealed([dataset], f"neighbors/{label}", "neighbors"):
-                section, seconds = manifest["section"], manifest["run"]["seconds"]
+                section, searches = manifest["section"], manifest["totals"]["items"]
                 count, dim = manifest["totals"]["samples"], _dim(dataset)
                 rows = database.manifest("embeddings")["totals"]["samples"]
                 config = NeighborsConfig(**{name: section[name] for name in ("k", "method", "probes", "checked")})
@@ -143,22 +146,44 @@ def _neighbors(datasets: list[Dataset], base: Rates, gpu: bool) -> tuple[ExactRa
                     continue
                 info = database.manifest("index")["info"] if config.method == "index" else {"key": "", "parameter": ""}
                 probes = config.probes or int(info["parameter"].partition("=")[2] or nprobe)
-                compared = compared_rows(info["key"], count, rows, config, probes)
-                if compared is None:
-                    sums.update({"exact": 2.0 * count * rows * dim, "exact_s": seconds})
-                    continue
-                nprobe = probes
-                sums.update({"listed": 2.0 * compared * dim, "listed_s": seconds, "laid": rows, "read": read_rows(
-                    info["key"], count, manifest["totals"]["items"], rows, config, probes)})
-    exact = ExactRates(sums["exact"] / max(sums["exact_s"], 1e-9), gpu) if sums["exact"] else None
-    if not sums["listed"]:
-        return exact, None
-    # How its seconds divide it does not say: laying out and reading take what they would elsewhere, half at most.
-    other = sums["laid"] / base.approximate.laid_per_s + sums["read"] / base.approximate.read_per_s
-    faster = max(1.0, 2 * other / max(sums["listed_s"], 1e-9))
-    searching = max(sums["listed_s"] - other / faster, 1e-9)
-    return exact, ApproximateRates(sums["listed"] / searching, faster * base.approximate.laid_per_s,
-                                   faster * base.approximate.read_per_s, nprobe)
+                times = [record["run"].get("times", {}) for record in manifest["items"]]
+                opened = sum("open" in one for one in times) if all(times) else 1
+                amounts = listed_amounts(info["key"], count, rows, dim, searches, opened, config, probes)
+                if amounts is None:
+                    exact.add(exact_amounts(count, rows, dim, searches, opened, gpu), manifest, times)
+                else:
+                    listed.add(amounts, manifest, times)
+                    nprobe = probes
+    return (ExactRates(**exact.rates(), gpu=gpu) if exact.seconds else None,
+            ApproximateRates(**listed.rates(), nprobe=nprobe) if listed.seconds else None)
+
+
+class _Sums:
+    """What was done in some searches, and its seconds, both by the names of rates."""
+
+    def __init__(self, base: Any, names: dict[str, str]) -> None:
+        self.base, self.names = base, names
+        self.amounts, self.seconds = Counter[str](), Counter[str]()
+
+    def add(self, amounts: dict[str, float], manifest: dict[str, Any], times: list[dict[str, Any]]) -> None:
+        """Count a manifest with the times of its records."""
+        left = seconds = max(manifest["run"]["seconds"], 1e-9)
+        self.amounts.update(amounts)
+        if not all(times):  # how its seconds divide it does not say: as they would elsewhere
+            share = seconds / duration(amounts, self.base)
+            self.seconds.update({name: share * amount / getattr(self.base, name) for name, amount in amounts.items()})
+            return
+        for what, name in self.names.items():
+            if amounts[name]:  # what was not to be done took no time
+                spent = sum(one.get(what, 0.0) for one in times)
+                self.seconds[name] += spent
+                left -= spent
+        self.seconds["queries_per_s"] += max(left, 0.0)
+
+    def rates(self) -> dict[str, float]:
+        """An amount a second, or what it was where there was none."""
+        return {name: amount / max(self.seconds[name], 1e-12) if amount else getattr(self.base, name)
+                for name, amount in self.amounts.items()}
 
 
 def _train(root: str, gpu: bool) -> TrainRates | None:

@@ -68,7 +68,13 @@ class ExactRates:
     """Neighbours by comparison with every row."""
 
     flop_per_s: float
-    """Of one worker, two for each number of each row for each query; everything around the products is in it."""
+    """Of one worker in the products, two for each number of each row for each query."""
+    chosen_per_s: float
+    """Rows out of which the best of a query are chosen: all of the first block, of later ones ever fewer."""
+    rows_per_s: float
+    """Rows of the database that are read: all of them for each search, and once more by each worker, to know copies."""
+    queries_per_s: float
+    """Queries whose candidates are ranked and written; what is not counted elsewhere is in it."""
     gpu: bool = False
     """Whether the worker had a GPU."""
 
@@ -78,11 +84,15 @@ class ApproximateRates:
     """Neighbours by the lists of an index."""
 
     flop_per_s: float
-    """Of one worker, two for each number of each row in a list that is looked into; everything else is in it."""
+    """Of one worker in the products, two for each number of each row in a list that is looked into."""
     laid_per_s: float
-    """Vectors that are laid out list after list, before the first search."""
+    """Vectors that are laid out list after list, before the first search of a worker."""
     read_per_s: float
-    """Vectors that are read list by list, once for all samples of a shard that look there."""
+    """Vectors that are read list by list, once for all samples of a search that look there."""
+    checked_per_s: float
+    """Vectors that samples whose recall is checked are compared with: all of them in each search that checks any."""
+    queries_per_s: float
+    """Samples whose best rows are chosen, ranked and written; what is not counted elsewhere is in it."""
     nprobe: int
     """Lists that a query looks into."""
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from jobs import costs, made, measured
 from jobs.costs import Build
-from jobs.rates import ApproximateRates, Rates, TrainRates
+from jobs.rates import Rates, TrainRates
 from pipeline import assembly, clip, stage, storage
 from pipeline.dataset import Dataset
 from pipeline.embed import Embed
@@ -37,7 +37,7 @@ _FIRST = 8
 # Pictures that are drawn for each second that a stage may take, without a GPU and with one: to draw as many as are
 # embedded in it would take longer than all the rest.
 _DRAWN_A_SECOND = (7, 35)
-_LISTS, _ROWS_A_LIST = (16, 65_536), 40
+_LISTS, _ROWS_A_LIST = (16, 65_536), 160
 _log = logging.getLogger(__name__)
 
 
@@ -68,15 +68,17 @@ class Trial:
 def rates(trial: Trial, base: Rates, run: Run) -> Rates:
     """The rates that all stages have here, over `base`; what was made for them is removed."""
     size = _pictures(trial, run)
-    approximate = _vectors(trial, base, run)
+    _vectors(trial, base, run)
     steps = run(made.Steps(storage.join(trial.place, "steps"), trial.build.settings.train, trial.build.side,
                            _share(trial), trial.seconds, trial.workers))
     found = base
     for part in ("pictures", "vectors"):
         found = measured.rates(storage.join(trial.place, part), found, gpu=trial.gpu)
     train = TrainRates(_mean(steps, "flop_per_s"), trial.gpu)
-    found = replace(found.with_sections({"train": train, "approximate": approximate or found.approximate},
-                                        _machine(trial, steps), time.strftime("%Y-%m-%d")),
+    # How many lists true vectors take, made ones do not tell.
+    approximate = replace(found.approximate, nprobe=base.approximate.nprobe)
+    found = replace(found.with_sections({"train": train, "approximate": approximate}, _machine(trial, steps),
+                                        time.strftime("%Y-%m-%d")),
                     shard=replace(found.shard, source_bytes=size or found.shard.source_bytes))
     storage.remove_tree(storage.join(trial.root, "trial"))
     return found
@@ -137,46 +139,32 @@ def _weights(config: clip.ClipConfig) -> str:
     return config.pretrained
 
 
-def _vectors(trial: Trial, base: Rates, run: Run) -> ApproximateRates | None:
-    """An index in parts, neighbours in both ways; the rates of the way by lists, None where they are not told apart.
-
-    Three searches take apart what one does not tell: the first lays the lists out, the second reads as much for few
-    samples as the third for many.
-    """
+def _vectors(trial: Trial, base: Rates, run: Run) -> None:
+    """An index in parts, and neighbours in both ways."""
     root, dim = storage.join(trial.place, "vectors"), trial.build.dim
+    # A quarter of the time for the training: lists of few rows would be searched slower than those of a large index.
     lists = 1 << int(math.log2(np.clip(math.sqrt(
-        trial.seconds * base.index.training_flop_per_s / (1280 * dim)), *_LISTS)))
+        trial.seconds / 4 * base.index.training_flop_per_s / (1280 * dim)), *_LISTS)))
     rows, key = _ROWS_A_LIST * lists, f"IVF{lists}_HNSW32,{_codes(trial, base)}"
     database = made.vectors(run, root, "database", rows, dim, parts=4 * trial.workers)
-    probes = max(1, min(base.approximate.nprobe, lists // 8))
     config = IndexConfig(key=key, max_memory="1T", part_memory=str(4 * dim * -(-rows // (2 * trial.workers))),
                          train_points=64 * lists, queries=200, target_recall=0.4)
     assembly.run(Index(database, config), run)
-    listed, took, asked = NeighborsConfig(probes=probes, checked=0), {}, {}
-    for count in (1, max(2, rows // 500), max(3, rows // 16)):
-        asked[count] = made.vectors(run, root, f"queries{count}", count, dim, parts=1, seed=1)
-        took[count] = run(Neighbors(asked[count], database, listed))["run"]["seconds"]
-    one, few, many = took
-    _exact(trial, database, rows, run)
-    reads = [costs.read_rows(key, count, 1, rows, listed, probes) for count in (few, many)]
-    pairs = [costs.compared_rows(key, count, rows, listed, probes) for count in (few, many)]
-    if None in pairs:  # of so few lists all rows are compared
-        return None
-    # took = rows read / reading rate + pairs 2 D / rate, twice
-    per_row, per_pair = np.linalg.solve(list(zip(reads, pairs, strict=True)), [took[few], took[many]])
-    if min(per_row, per_pair, took[one]) <= 0:
-        return None
-    # How many lists true vectors take, made ones do not tell.
-    return ApproximateRates(2 * dim / per_pair, rows / took[one], 1 / per_row, base.approximate.nprobe)
+    few = made.vectors(run, storage.join(trial.place, "first"), "database", rows, dim, parts=4 * trial.workers)
+    _searched(trial, "exact", (few, database), rows // 64, NeighborsConfig(method="exact", checked=0), run)
+    _searched(trial, "listed", (database, database), rows // 64,
+              NeighborsConfig(probes=max(1, min(base.approximate.nprobe, lists // 8))), run)
 
 
-def _exact(trial: Trial, database: Dataset, rows: int, run: Run) -> None:
-    """Exact neighbours of a few vectors, and then of as many as there is time for."""
-    count, few = max(2, rows // 64), storage.join(trial.place, "first")
-    for one in (made.vectors(run, few, "database", rows, trial.build.dim, parts=4 * trial.workers), database):
-        asked = made.vectors(run, one.root, "exact", count, trial.build.dim, parts=2 * trial.workers, seed=2)
-        took = run(Neighbors(asked, one, NeighborsConfig(method="exact", checked=0)))["run"]["seconds"]
-        count = int(np.clip(count * trial.seconds * trial.workers / 2 / max(took, 1e-3), count, 4 * rows))
+def _searched(trial: Trial, name: str, databases: tuple[Dataset, Dataset], count: int, config: NeighborsConfig,
+              run: Run) -> None:
+    """Neighbours of a few vectors in the first database, and in the second of as many as there is time for."""
+    most = 4 * databases[1].manifest("embeddings")["totals"]["samples"]
+    for turn, database in enumerate(databases):
+        asked = made.vectors(run, database.root, f"{name}{turn}", count, trial.build.dim, parts=2 * trial.workers,
+                             seed=2)
+        took = run(Neighbors(asked, database, config))["run"]["seconds"]
+        count = int(np.clip(count * trial.seconds * trial.workers / 2 / max(took, 1e-3), count, most))
 
 
 def _codes(trial: Trial, base: Rates) -> str:

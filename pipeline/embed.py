@@ -18,8 +18,9 @@ import numpy as np
 
 from pipeline import clip, encoding, stage, storage
 from pipeline.dataset import Dataset, file_of, metadata
-from pipeline.encoding import Part, Times
+from pipeline.encoding import Part
 from pipeline.stage import Entry, Item, Output, Stage, StageFailed
+from pipeline.times import Times
 
 _TOGETHER = 16  # batches that shards which are taken together should fill: at most one is not full
 _MOST = 64  # shards that are taken together: what a worker that dies has in hand

@@ -4,13 +4,17 @@ Decoders do not hold the interpreter, so threads decode while the encoder works.
 of a shard from end to end, with one thread inside torch, for how torch splits a sum among threads would change the
 last bits, and with them the bytes of the result. A GPU gets batches of one size, which go on from shard to shard: one
 is encoded while the next is decoded and the last is fetched. Where somebody lends decoders, parts are sent there.
+
+Of the times, `wait` is how long the encoder had no pictures; `full`: nothing was decoded, for the encoder was behind;
+`elsewhere`: decoding by others, who take no time of this process; `encoding`: all that others had decoded was in the
+encoder.
 """
 
 import itertools
 import os
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pipeline import clip, decoding, tars
+from pipeline.times import Times
 
 # Pictures in a forward pass on a CPU: more are no faster, and leave less for other threads to do.
 _PART, _LEAST = 32, 8
@@ -53,42 +58,6 @@ class Shard:
 
     count: int
     opened: Callable[[], BinaryIO]
-
-
-@dataclass
-class Times:
-    """Seconds spent with this and that, all threads together.
-
-    `wait`: the encoder had no pictures; `full`: nothing was decoded, for the encoder was behind; `elsewhere`: decoding
-    by others, who take no time of this process; `encoding`: all that others had decoded was in the encoder; `cpu`: what
-    this process used meanwhile.
-    """
-
-    seconds: Counter[str] = field(default_factory=Counter)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    used: float = field(default_factory=time.process_time)
-
-    @contextmanager
-    def __call__(self, what: str) -> Iterator[None]:
-        """Count the time inside."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(what, time.perf_counter() - started)
-
-    def add(self, what: str, seconds: float) -> None:
-        """Count these too."""
-        with self.lock:
-            self.seconds[what] += seconds
-
-    def taken(self) -> dict[str, float]:
-        """What was spent since the last time this was asked."""
-        with self.lock:
-            now = time.process_time()
-            found, self.seconds = dict(self.seconds) | {"cpu": now - self.used}, Counter()
-            self.used = now
-        return found
 
 
 @dataclass(frozen=True)

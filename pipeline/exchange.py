@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 from pipeline import clip, stage, storage, tables, tars
 from pipeline.dataset import Dataset, file_of, metadata
 from pipeline.embed import Embed, EmbedConfig
-from pipeline.encoding import Times
 from pipeline.stage import Entry, Item, Output, Stage, StageFailed
+from pipeline.times import Times
 
 LAYOUT, COMPVIS = "clip-retrieval", "compvis"
 _ARCHIVE = re.compile(r"(\d+)x(\d+)(?:-part_(\d+))?\.npz")

@@ -5,6 +5,7 @@ same picture, rows nearer than `copy_similarity`, or those that look like it. Wi
 condition.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from pipeline.dataset import Dataset, Embeddings
 from pipeline.index import Lists, Searcher, memory
 from pipeline.search import Copies, Found, Queries
 from pipeline.stage import Item, Output, Stage
+from pipeline.times import Times
 
 _BASE = 800 << 20  # what a worker has in memory before it searches: torch (470 MB with CUDA's), faiss, pyarrow, Ray
 _LEAST = 64 << 20  # for blocks, whatever the budget
@@ -146,7 +148,11 @@ class Neighbors(Stage):
     def process(self, item: Item, scratch: Path) -> Output:
         self._as_planned()
         pages.give_back()  # what the last item took, in pieces that do not fit this one
+        times = Times()
         opened = _opened(self.database, self.config.method, self.config.copy_bits >= 0, item.inputs["database"])
+        if opened.seconds:
+            times.add("open", opened.seconds)
+            opened.seconds = 0.0
         queries = self._queries(item)
         if queries.vectors.shape[1] != opened.embeddings.dim:
             raise ValueError(f"shard {item.id} of {self.dataset.label} has vectors of {queries.vectors.shape[1]} "
@@ -156,9 +162,11 @@ class Neighbors(Stage):
         scores = np.full(ids.shape, -np.inf, np.float32)
         there = np.flatnonzero(queries.vectors.any(1))  # a row of zeros is equally near to everything
         if len(there):
-            ids[there], scores[there] = self._found(opened, queries if len(there) == len(queries) else queries[there])
+            ids[there], scores[there] = self._found(opened, queries if len(there) == len(queries) else queries[there],
+                                                    times)
         pages.give_back()
-        info = _facts(ids, scores) | self._quality(opened, queries, ids, there, item)
+        with times("check"):
+            info = _facts(ids, scores) | self._quality(opened, queries, ids, there, item)
         files, start = {}, 0
         for one in item.inputs["shards"]:
             part = slice(start, start + one["embeddings"]["samples"])
@@ -169,7 +177,7 @@ class Neighbors(Stage):
                 files[f"{one['shard']['id']}.vectors.npy"] = path = scratch / f"{one['shard']['id']}.vectors.npy"
                 _write_vectors(path, opened.embeddings, ids[part])
             start = part.stop
-        return Output(samples=len(queries), info=info, files=files)
+        return Output(samples=len(queries), info=info, files=files, times=times.taken())
 
     def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
         usage = self._usage(records)
@@ -213,7 +221,7 @@ class Neighbors(Stage):
                              f"hint: python -m jobs verify")
         return vectors
 
-    def _found(self, opened: "Opened", queries: Queries, *, exactly: bool = False
+    def _found(self, opened: "Opened", queries: Queries, times: Times, *, exactly: bool = False
                ) -> tuple[np.ndarray, np.ndarray]:
         """Ids and scores (Q, k); all rows are compared for those whose candidates copies ate up."""
         k, config = self.config.k, self.config
@@ -222,24 +230,29 @@ class Neighbors(Stage):
         probes = (config.probes or opened.lists.probes) if opened.lists else 0
         if opened.lists and not exactly and _MANY * probes < opened.lists.count:
             # Where a few more than k are enough, to keep more would only take time.
-            ids, scores = self._in_lists(opened, queries, copies, min(wanted, k + _FEW), probes)
+            ids, scores = self._in_lists(opened, queries, copies, min(wanted, k + _FEW), probes, times)
             short = np.flatnonzero((ids < 0).any(1)) if wanted > k + _FEW else []
             if len(short):
-                ids[short], scores[short] = self._in_lists(opened, queries[short], copies, wanted, probes)
+                ids[short], scores[short] = self._in_lists(opened, queries[short], copies, wanted, probes,
+                                                                 times)
         elif opened.graph and not exactly:
-            ids = opened.graph.candidates(queries.vectors, wanted)
+            with times("products"):
+                ids = opened.graph.candidates(queries.vectors, wanted)
             found = Found(ids, np.where(ids >= 0, 0, -np.inf).astype(np.float32), np.inf)
-            ids, scores = search.settle(found, queries, opened.embeddings, copies, k)
+            with times("settle"):
+                ids, scores = search.settle(found, queries, opened.embeddings, copies, k)
         else:
-            found = search.exhaustive(queries.vectors, opened.embeddings, wanted, config.block_bytes)
-            return self._certain(opened, queries, found, copies)
+            found = search.exhaustive(queries.vectors, opened.embeddings, wanted, config.block_bytes, times)
+            with times("settle"):
+                return self._certain(opened, queries, found, copies)
         # An index that looks into a few lists has no more to give, however many candidates are asked for.
         short = np.flatnonzero((ids < 0).any(1))
         if len(short):
-            ids[short], scores[short] = self._found(opened, queries[short], exactly=True)
+            with times("again"):
+                ids[short], scores[short] = self._found(opened, queries[short], Times(), exactly=True)
         return ids, scores
 
-    def _in_lists(self, opened: "Opened", queries: Queries, copies: Copies, wanted: int, probes: int
+    def _in_lists(self, opened: "Opened", queries: Queries, copies: Copies, wanted: int, probes: int, times: Times
                   ) -> tuple[np.ndarray, np.ndarray]:
         """The best k (Q, k) of the best `wanted` rows in the nearest lists, -1 for none; as many queries at a time as
         there is memory for.
@@ -249,9 +262,11 @@ class Neighbors(Stage):
         found = []
         for part in np.array_split(np.arange(len(queries)), -(-len(queries) // fitting)):
             some = queries if len(part) == len(queries) else queries[part]
-            nearest = opened.lists.nearest(some.vectors, probes)
-            rough = search.by_list(some.vectors, nearest, opened.in_lists, wanted)
-            found.append(search.settle(rough, some, opened.embeddings, copies, self.config.k))
+            with times("choose"):
+                nearest = opened.lists.nearest(some.vectors, probes)
+            rough = search.by_list(some.vectors, nearest, opened.in_lists, wanted, times)
+            with times("settle"):
+                found.append(search.settle(rough, some, opened.embeddings, copies, self.config.k))
         ids, scores = (np.concatenate(column) for column in zip(*found, strict=True))
         return ids, scores
 
@@ -286,7 +301,7 @@ class Neighbors(Stage):
         chosen = np.concatenate(parts)
         if not len(chosen):
             return {}
-        exact, _ = self._found(opened, queries[chosen], exactly=True)
+        exact, _ = self._found(opened, queries[chosen], Times(), exactly=True)
         agreed = sum(len(np.intersect1d(one[one >= 0], other)) for one, other in zip(exact, ids[chosen], strict=True))
         return {"checked": int((exact >= 0).sum()), "agreed": agreed}
 
@@ -310,6 +325,7 @@ class Opened:
     """A database as a worker keeps it from item to item."""
 
     def __init__(self, database: Dataset, method: str, hashed: bool, digest: str) -> None:
+        started = time.perf_counter()
         self.embeddings = Embeddings(database)
         records = database.manifest("shards")["items"]
         kind = indices.kind(database) if method == "index" else "scan"
@@ -335,6 +351,7 @@ class Opened:
                              f"hint: python -m jobs verify")
         if self.lists:
             self._ends = np.load(self._folder / "ends.npy")
+        self.seconds = time.perf_counter() - started  # that it took, until an item has counted them
 
     def in_lists(self, wanted: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """The rows of some lists, in their order: (list, ids (n,), vectors (n, D) float16)."""

@@ -14,6 +14,7 @@ import numpy as np
 from pipeline import pages
 from pipeline.dataset import Embeddings
 from pipeline.index import best
+from pipeline.times import Times
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _GROUP = 32  # rows of which only the best score is looked at first
 _PAIRS = 1 << 14  # exact products made at a time
 _NEAREST = 2  # lists of a query that are looked into first
+LARGEST = {"cpu": 8192, "cuda": 1 << 18}  # rows of a block, at most
 # How far a product of two unit vectors may be off: the rounding of both vectors and of the result.
 _OFF = {"bfloat16": 2 ** -8 + 2 ** -9, "float16": 2e-3, "float32": 1e-5}
 
@@ -97,50 +99,64 @@ def _differing_bits(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 _BITS = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 
 
-def exhaustive(vectors: np.ndarray, database: Embeddings, m: int, memory: int) -> Found:
+def exhaustive(vectors: np.ndarray, database: Embeddings, m: int, memory: int, times: Times | None = None) -> Found:
     """The m best of all rows for each of (Q, D) float32 queries, by matrix products in half precision.
 
-    `memory`: bytes for the blocks.
+    `memory`: bytes for the blocks. Of the times, `read` grows with the rows, `products` with rows times queries, and
+    `choose` with the queries, for hardly any row is chosen once the best were found.
     """
     import torch
 
+    times = times or Times()
     device, dtype = where()
     blocks = Blocks(len(vectors), database.dim, memory, device.type)
     queries = torch.from_numpy(vectors).to(device, dtype)
     ids = torch.full((len(vectors), m), -1, dtype=torch.int64, device=device)
     scores = torch.full((len(vectors), m), -torch.inf, device=device)
-    for first, rows in database.blocks(blocks.rows):
-        there = np.flatnonzero(rows.any(1))  # rows of zeros are pictures that did not decode
-        if not len(there):
-            continue
-        count = len(there)
-        padded = np.zeros((-(-count // _GROUP) * _GROUP, database.dim), np.float16)
-        padded[:count] = rows if len(there) == len(rows) else rows[there]
-        block = torch.from_numpy(padded).to(device, dtype)
-        numbers = torch.from_numpy(there + first).to(device)
+    for first, rows in times.each("read", database.blocks(blocks.rows)):
+        with times("read"):
+            there = np.flatnonzero(rows.any(1))  # rows of zeros are pictures that did not decode
+            if not len(there):
+                continue
+            count = len(there)
+            padded = np.zeros((-(-count // _GROUP) * _GROUP, database.dim), np.float16)
+            padded[:count] = rows if len(there) == len(rows) else rows[there]
+            block = torch.from_numpy(padded).to(device, dtype)
+            numbers = torch.from_numpy(there + first).to(device)
         for start in range(0, len(vectors), blocks.queries):
             part = slice(start, start + blocks.queries)
-            products = torch.mm(block, queries[part].T)
-            ids[part], scores[part] = _joined(products, count, numbers, ids[part], scores[part])
+            with times("products"):
+                products = torch.mm(block, queries[part].T)
+                promising = _promising(products, scores[part, -1])
+            with times("choose"):
+                ids[part], scores[part] = _joined(products, promising, count, numbers, ids[part], scores[part])
     name = str(dtype).removeprefix("torch.")
     return Found(ids.cpu().numpy(), scores.cpu().numpy(), _OFF[name])
 
 
-def _joined(products: "torch.Tensor", count: int, numbers: "torch.Tensor", ids: "torch.Tensor",
-            scores: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
-    """The best of (Q, m) `ids` and `scores`, and of the first `count` rows of (R, Q) products, whose ids are `numbers`.
+def _promising(products: "torch.Tensor", least: "torch.Tensor") -> "torch.Tensor":
+    """(H, 2) groups of rows of (R, Q) products, and queries (Q,) whose `least` score they exceed.
 
     A block is searched in groups of rows: hardly any has a score that matters, once some blocks were seen.
+    """
+    import torch
+
+    # Compared as they are, for a cast would go over all of them: rounded down, so that nothing is missed.
+    floor = least.to(products.dtype)
+    return torch.nonzero(products.view(-1, _GROUP, products.shape[1]).amax(1) > torch.where(
+        floor.float() > least, torch.nextafter(floor, torch.full_like(floor, -torch.inf)), floor))
+
+
+def _joined(products: "torch.Tensor", promising: "torch.Tensor", count: int, numbers: "torch.Tensor",
+            ids: "torch.Tensor", scores: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
+    """The best of (Q, m) `ids` and `scores`, and of the first `count` rows of (R, Q) products, whose ids are `numbers`,
+    where they are in groups that are `promising`.
     """
     import torch
 
     wanted = scores.shape[1]
     least = scores[:, -1]
     groups = products.view(-1, _GROUP, products.shape[1])
-    # Compared as they are, for a cast would go over all of them: rounded down, so that nothing is missed.
-    floor = least.to(products.dtype)
-    promising = torch.nonzero(groups.amax(1) > torch.where(floor.float() > least, torch.nextafter(
-        floor, torch.full_like(floor, -torch.inf)), floor))
     if len(promising) * _GROUP > products.numel() // 4:
         products[count:] = -torch.inf
         values, places = products.topk(min(wanted, count), 0)
@@ -187,7 +203,7 @@ class Blocks:
         self.queries = max(1, min(queries, largest))
         # A block in its two precisions, and its products with their maxima and what is chosen.
         fitting = memory // (dim * 6 + self.queries * 4)
-        self.rows = int(np.clip(fitting // _GROUP * _GROUP, _GROUP, 8192 if device == "cpu" else 1 << 18))
+        self.rows = int(np.clip(fitting // _GROUP * _GROUP, _GROUP, LARGEST[device]))
 
 
 def where() -> tuple["torch.device", "torch.dtype"]:
@@ -205,15 +221,16 @@ def where() -> tuple["torch.device", "torch.dtype"]:
 _ReadLists = Callable[[np.ndarray], Iterator[tuple[int, np.ndarray, np.ndarray]]]
 
 
-def by_list(vectors: np.ndarray, probes: np.ndarray, lists: _ReadLists, m: int) -> Found:
+def by_list(vectors: np.ndarray, probes: np.ndarray, lists: _ReadLists, m: int, times: Times | None = None) -> Found:
     """The m best for each of (Q, D) float32 queries, of the rows in the lists `probes` (Q, P) of each.
 
     `lists` gives (list, row ids (n,), vectors (n, D)) for some lists, in their order. A list is read for all queries
     that look into it, and multiplied by all of them: once for those to which it is among the nearest, and once more for
-    the others, who by then know what to beat.
+    the others, who by then know what to beat. Times are those of `exhaustive`.
     """
     import torch
 
+    times = times or Times()
     pages.keep()
     queries, best_, rows = torch.from_numpy(vectors), _Best(len(vectors), m), torch.empty(0)
     for part, first in ((probes[:, :_NEAREST], True), (probes[:, _NEAREST:], False)):
@@ -222,18 +239,23 @@ def by_list(vectors: np.ndarray, probes: np.ndarray, lists: _ReadLists, m: int) 
         order = np.argsort(part, axis=None, kind="stable")
         wanted, starts = np.unique(part.ravel()[order], return_index=True)
         places = dict(zip(wanted.tolist(), np.split(order, starts[1:]), strict=True))
-        for number, ids, stored in lists(wanted[wanted >= 0]):
+        for number, ids, stored in times.each("read", lists(wanted[wanted >= 0])):
             if not len(ids):
                 continue
-            which, rank = (torch.from_numpy(one) for one in np.divmod(places[number], part.shape[1]))
-            # numpy takes ten times as long from half to single precision, and new memory is slow.
-            rows = torch.empty(stored.shape) if len(stored) > len(rows) else rows
-            products = queries[which] @ rows[:len(stored)].copy_(torch.from_numpy(stored)).T
-            if first:
-                best_.start(which, rank, torch.from_numpy(ids), products)
-            else:
-                best_.add(which, torch.from_numpy(ids), products)
-        best_.choose(slice(None))
+            with times("read"):
+                # numpy takes ten times as long from half to single precision, and new memory is slow.
+                rows = torch.empty(stored.shape) if len(stored) > len(rows) else rows
+                list_ = rows[:len(stored)].copy_(torch.from_numpy(stored))
+            with times("products"):
+                which, rank = (torch.from_numpy(one) for one in np.divmod(places[number], part.shape[1]))
+                products = queries[which] @ list_.T
+            with times("choose"):
+                if first:
+                    best_.start(which, rank, torch.from_numpy(ids), products)
+                else:
+                    best_.add(which, torch.from_numpy(ids), products)
+        with times("choose"):
+            best_.choose(slice(None))
     return Found(best_.ids[:, :m].numpy(), best_.scores[:, :m].numpy(), _OFF["float32"])
 
 

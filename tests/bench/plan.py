@@ -22,11 +22,10 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import photographs
 from download import CHECKOUT, machine
 
@@ -37,7 +36,7 @@ import made
 from jobs import costs, measured, rates, tracking
 from jobs.costs import Build
 from jobs.processes import in_processes
-from jobs.rates import ApproximateRates, Rates
+from jobs.rates import Rates
 from jobs.runs import Run
 from jobs.settings import Settings, tiny
 from jobs.training import Job, Training
@@ -51,7 +50,7 @@ from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.pictures import Pictures, PicturesConfig
 from pipeline.shard import Shard, ShardConfig
 
-_ROWS, _DIM, _KEY = 160_000, 512, "IVF4096_HNSW32,PQ128x8"
+_ROWS, _DIM, _KEY, _SEARCHED = 160_000, 512, "IVF4096_HNSW32,PQ128x8", "IVF512,SQ8"
 _LOG_EVERY = 5
 _NPROBE = 64  # an assumption: how many lists true vectors take, made ones do not tell
 _LEAST_S = 2.0
@@ -192,8 +191,8 @@ def default_rates(work: Path, out: Path) -> int:
     encoding = Embed(pictures, EmbedConfig("ViT-B-32-quickgelu", _random_weights(work), batch_size=64))
     encoding.setup()
     timed(shares, "embed", lambda: stage.run(encoding))
-    approximate = _vectors(root, shares)
-    known = replace(measured.rates(str(root), rates.built_in()), approximate=approximate)
+    _vectors(root, shares)
+    known = measured.rates(str(root), rates.built_in())
     stage.run(Index(pictures, IndexConfig()))
     stage.run(Neighbors(pictures, pictures, NeighborsConfig()))
     unet = UNetConfig(model_channels=128, channel_mult=(1, 2, 4), attention_downsampling=(4, 2), context_dim=512,
@@ -215,51 +214,41 @@ def default_rates(work: Path, out: Path) -> int:
 
 def _of_the_processor(known: Rates, shares: Shares) -> Rates:
     """Rates by the clock as those of a core that does nothing else."""
+    def alone(section: Any, share: float) -> Any:
+        found = {name: value / share for name, value in asdict(section).items() if name.endswith("_per_s")}
+        return replace(section, **found | {name: value * share for name, value in asdict(section).items()
+                                           if name.endswith("_per_pixel")})
+
     return replace(
         known,
         shard=replace(known.shard, pictures_per_s=known.shard.pictures_per_s / shares["shard 256"],
                       seconds_per_pixel=known.shard.seconds_per_pixel * shares["shard 768"]),
-        embed=replace(known.embed, flop_per_s=known.embed.flop_per_s / shares["embed"],
-                      preparing_s_per_pixel=known.embed.preparing_s_per_pixel * shares["embed"]),
-        index=replace(known.index, training_flop_per_s=known.index.training_flop_per_s / shares["index"],
-                      vectors_per_s=known.index.vectors_per_s / shares["index"],
-                      merged_per_s=known.index.merged_per_s / shares["index"]),
-        exact=replace(known.exact, flop_per_s=known.exact.flop_per_s / shares["exact"]),
-        train=replace(known.train, flop_per_s=known.train.flop_per_s / shares["train"]))
+        **{name: alone(getattr(known, name), shares[name])
+           for name in ("embed", "index", "exact", "approximate", "train")})
 
 
-def _vectors(root: Path, shares: Shares) -> ApproximateRates:
+def _vectors(root: Path, shares: Shares) -> None:
     """A database of made vectors with an index in parts, as tens of millions have, and both searches.
 
-    Returns the rates of the one by lists, in processor seconds: three searches take apart what one does not tell. The
-    first lays the lists out; the second reads as much for few samples as the third for many.
+    By list those with a smaller index: of so many lists each would have less than a tenth of the rows that it has in a
+    large one.
     """
     choice(20_000_000, _DIM, IndexConfig())  # loads what loads once
     encoder = {"model": "given", "weights_sha256": "00", "dim": _DIM}
     vectors = made.clustered(_ROWS, _DIM, clusters=100, spread=0.8)
     parts = [vectors[start:start + 10_000] for start in range(0, _ROWS, 10_000)]
-    database = made.given(root, "vectors", parts, encoder=encoder)
-    few = made.given(root, "few", parts[:4], encoder=encoder)
+    database, searched = (made.given(root, name, some, encoder=encoder)
+                          for name, some in (("vectors", parts), ("searched", parts[:-1])))
     # Without a rotation, so that nearly all of the training is the clustering, as it is with tens of millions;
     # autofaiss takes such a kind for a larger one than it is.
     config = IndexConfig(key=_KEY, max_memory="100G", part_memory="64M", train_points=100_000, queries=200,
                          target_recall=0.4)
     timed(shares, "index", lambda: assembly.run(Index(database, config), stage.run))
-    listed, took = NeighborsConfig(probes=_NPROBE, checked=0), {}
-    for count in (1, 300, 9000):
-        asked = made.given(root, f"queries{count}", [made.clustered(count, _DIM, clusters=100, seed=1)],
-                           encoder=encoder)
-        one = Neighbors(asked, database, listed)
-        timed(shares, f"search {count}", lambda one=one: stage.run(one))
-        took[count] = asked.manifest("neighbors/vectors")["run"]["seconds"] * shares[f"search {count}"]
-    one = Neighbors(asked, few, NeighborsConfig(method="exact"))
-    timed(shares, "exact", lambda: stage.run(one))
-    read = costs.read_rows(_KEY, 300, 1, _ROWS, listed, _NPROBE)
-    more = costs.read_rows(_KEY, 9000, 1, _ROWS, listed, _NPROBE) - read
-    pairs = [costs.compared_rows(_KEY, count, _ROWS, listed, _NPROBE) for count in (300, 9000)]
-    # took = rows read / reading rate + pairs 2 D / rate, twice
-    per_row, per_pair = np.linalg.solve([[read, pairs[0]], [read + more, pairs[1]]], [took[300], took[9000]])
-    return ApproximateRates(2 * _DIM / per_pair, _ROWS / took[1], 1 / per_row, _NPROBE)
+    assembly.run(Index(searched, replace(config, key=_SEARCHED)), stage.run)
+    asked = made.given(root, "asked", [made.clustered(10_000, _DIM, clusters=100, seed=1)], encoder=encoder)
+    for name, one in (("approximate", Neighbors(asked, searched, NeighborsConfig(probes=_NPROBE))),
+                      ("exact", Neighbors(asked, database, NeighborsConfig(method="exact")))):
+        timed(shares, name, lambda one=one: stage.run(one))
 
 
 def _random_weights(work: Path) -> str:
