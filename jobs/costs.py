@@ -21,6 +21,8 @@ _HEADER = 128  # bytes of a .npy file before its numbers
 _CLUSTERING_ROUNDS = 10  # faiss's for the lists of an inverted file
 _POINTS_PER_LIST = 256  # it takes no more of the sample for each list, or word of a codebook
 _CODEBOOK_ROUNDS = 25
+# What a list takes besides its rows and products, as much of either as takes so long: some 50 microseconds each, here.
+_BYTES_A_LIST, _FLOP_A_LIST = 1 << 17, 1 << 21
 _KEPT_CHECKPOINTS = 3
 _BYTES_A_PARAMETER = 16  # of a checkpoint: weights, their mean and two moments, float32
 
@@ -196,7 +198,8 @@ def neighbors_index(build: Build, rates: Rates) -> Cost:
         return replace(neighbors_exact(build, rates), stage="neighbors, index")
     vectors, seconds = _vectors(build.database, build), duration(amounts, rates.approximate)
     fetched = (index_bytes(build, rates) + vectors) * copies
-    again = 2.0 * amounts["read_per_s"] * build.dim if vectors > build.memory else 0.0
+    rows = read_rows(key, build.pictures, searches, build.database, build.settings.neighbors, rates.approximate.nprobe)
+    again = 2.0 * rows * build.dim if vectors > build.memory else 0.0
     return _neighbors("neighbors, index", build, rates, seconds, fetched + again, searches, False)
 
 
@@ -276,14 +279,17 @@ def listed_amounts(key: str, pictures: int, rows: int, dim: int, searches: int, 
                    nprobe: int) -> dict[str, float] | None:
     """What there is to do in a search by an index, by the names of the rates; None where all rows are compared.
 
-    Each sample is compared with M nprobe / lists rows. Each worker lays the vectors out by itself, as if none had a
+    Each sample is compared with M nprobe / lists rows. A list is read, and multiplied, twice: for those to which it is
+    among the nearest, and for the others. Each worker lays the vectors out by itself, as if none had a
     node in common with another. A search that checks the recall of any sample reads all rows for it.
     """
     pairs = compared_rows(key, pictures, rows, config, nprobe)
     if pairs is None:
         return None
-    return {"flop_per_s": 2.0 * pairs * dim, "laid_per_s": float(workers) * rows,
-            "read_per_s": read_rows(key, pictures, searches, rows, config, nprobe),
+    read = read_rows(key, pictures, searches, rows, config, nprobe)
+    lists = 2 * _lists(key) * read / rows
+    return {"flop_per_s": 2.0 * pairs * dim + lists * _FLOP_A_LIST, "laid_per_s": float(workers) * rows,
+            "read_per_s": read + lists * _BYTES_A_LIST / (2 * dim),
             "checked_per_s": float(min(searches, pictures, config.checked)) * rows, "queries_per_s": float(pictures)}
 
 

@@ -1,13 +1,13 @@
 """What `python -m jobs plan` foretells, beside what it takes; and the rates that come along with it.
 
     python tests/bench/plan.py [--pictures 2000] [--times 3] [--work FOLDER]
-    python tests/bench/plan.py --vectors 60000 [--times 3]
+    python tests/bench/plan.py --vectors 60000 [--each 20] [--times 3]
     python tests/bench/plan.py --rates jobs/rates.json
 
 The first runs all stages on a drawn corpus, takes the rates from its manifests, foretells a corpus `--times` as large,
 runs that, and prints the seconds of both, stage by stage. Exit 1 if the sum over the stages that took more than two
 seconds is off by more than a quarter. The second does that for the two searches alone, of a twentieth as
-many samples among so many made vectors. The third measures on photographs, a ViT-B-32 with random weights, made vectors
+many samples (one for `--each` so many) among so many made vectors, and wants each of them within a quarter. The third measures on photographs, a ViT-B-32 with random weights, made vectors
 and a middle-sized network, and writes the file that stands for other people's machines.
 
 Both run in one process on one core, and count its processor's seconds: those of the clock, times the share of the core
@@ -55,7 +55,6 @@ _LOG_EVERY = 5
 _NPROBE = 64  # an assumption: how many lists true vectors take, made ones do not tell
 _LEAST_S = 2.0
 _MOST_OFF = 0.25
-_ASKED = 20  # rows of a database for each sample of the searches that are run alone
 _FOLDERS = {"shard": "shards", "embed": "embeddings", "index": "index", "neighbors, index": "neighbors/drawn",
             "neighbors, exact": "neighbors/twin"}
 
@@ -136,13 +135,13 @@ def compare(work: Path, pictures: int, times: int) -> int:
     return 0 if abs(ratio - 1) <= _MOST_OFF else 1
 
 
-def search(root: Path, rows: int, settings: Settings) -> dict[str, float]:
+def search(root: Path, rows: int, each: int, settings: Settings) -> dict[str, float]:
     """Processor seconds of both searches for the neighbours of a few samples among so many made vectors."""
     shutil.rmtree(root, ignore_errors=True)
     size, encoder = settings.shard.samples_per_shard, {"model": "given", "weights_sha256": "00", "dim": _DIM}
     parts = [made.clustered(size, _DIM, clusters=100, seed=number, spread=0.8) for number in range(rows // size)]
     listed, scanned = (made.given(root, name, parts, encoder=encoder) for name in ("drawn", "twin"))
-    asked = made.given(root, "asked", parts[:len(parts) // _ASKED], encoder=encoder)
+    asked = made.given(root, "asked", parts[:len(parts) // each], encoder=encoder)
     assembly.run(Index(listed, settings.index), stage.run)
     shares: Shares = {}
     for name, one in (("neighbors, index", Neighbors(asked, listed, settings.neighbors)),
@@ -151,18 +150,18 @@ def search(root: Path, rows: int, settings: Settings) -> dict[str, float]:
     return {name: asked.manifest(_FOLDERS[name])["run"]["seconds"] * share for name, share in shares.items()}
 
 
-def compare_searches(work: Path, rows: int, times: int) -> int:
+def compare_searches(work: Path, rows: int, each: int, times: int) -> int:
     """Foretell both searches, run them, and say how far off each was."""
     base = tiny()
     settings = replace(base, shard=replace(base.shard, samples_per_shard=1000), neighbors=NeighborsConfig(probes=8),
                        index=IndexConfig(key="IVF256,SQ8", max_memory="100G", queries=200))
-    search(work / "first", 20_000, settings)  # a process loads its libraries once
-    small = search(work / "small", rows, settings)
+    search(work / "first", 20_000, 20, settings)  # a process loads its libraries once
+    small = search(work / "small", rows, each, settings)
     known = measured.rates(str(work / "small"), rates.built_in())
-    took = search(work / "large", rows * times, settings)
-    before = Build(settings, rows // _ASKED, rows, _DIM, clip.flop(settings.embed.clip())[0],
+    took = search(work / "large", rows * times, each, settings)
+    before = Build(settings, rows // each, rows, _DIM, clip.flop(settings.embed.clip())[0],
                    flop.size(settings.train.unet, settings.shard.image_size, settings.train.k))
-    planned = replace(before, pictures=rows // _ASKED * times, rows=rows * times)
+    planned = replace(before, pictures=rows // each * times, rows=rows * times)
     print(f"{machine()}; {before.pictures} samples among {rows} x {_DIM}, then {planned.pictures} among "
           f"{planned.rows}; processor seconds\n")
     print("| stage | small | foretold | took | foretold / took |\n| --- | --: | --: | --: | --: |")
@@ -271,6 +270,7 @@ def main() -> int:
     parser.add_argument("--pictures", type=int, default=2000)
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--vectors", type=int, default=0, help="the searches alone, among so many made vectors")
+    parser.add_argument("--each", type=int, default=20, help="with --vectors: vectors of the database for each sample")
     parser.add_argument("--rates", default="", help="measure the default rates, and write them to this file")
     parser.add_argument("--work", default="", help="default: rdm-bench in the temporary folder")
     given = parser.parse_args()
@@ -284,7 +284,7 @@ def main() -> int:
     if given.rates:
         return default_rates(work, Path(given.rates))
     if given.vectors:
-        return compare_searches(work, given.vectors, given.times)
+        return compare_searches(work, given.vectors, given.each, given.times)
     return compare(work, given.pictures, given.times)
 
 
