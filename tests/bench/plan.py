@@ -6,9 +6,9 @@
 
 The first runs all stages on a drawn corpus, takes the rates from its manifests, foretells a corpus `--times` as large,
 runs that, and prints the seconds of both, stage by stage. Exit 1 if the sum over the stages that took more than two
-seconds is off by more than a quarter. The second does that for the two searches alone, of a twentieth as
-many samples (one for `--each` so many) among so many made vectors, and wants each of them within a quarter. The third measures on photographs, a ViT-B-32 with random weights, made vectors
-and a middle-sized network, and writes the file that stands for other people's machines.
+seconds is off by more than a quarter. The second does that for the two searches alone, of a sample for each twenty
+(`--each`) of so many made vectors, and wants both within a quarter. The third measures on photographs, a ViT-B-32 with
+random weights, made vectors and a middle-sized network, and writes the file that stands for other people's machines.
 
 Both run in one process on one core, and count its processor's seconds: those of the clock, times the share of the core
 that a stage got, for what else the machine does comes and goes.
