@@ -298,6 +298,19 @@ def test_recall_is_measured_against_exact_search(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["exact", "index"])
+def test_records_say_how_long_each_part_took(tmp_path, method):
+    vectors = made.clustered(900, 16)
+    database = indexed(made.given(tmp_path, "x", np.split(vectors, 3)), key="IVF30,Flat")
+    _, _, manifest = found(database, database, k=5, method=method, probes=2, at_once=1)
+    times = [record["run"]["times"] for record in manifest["items"]]
+    parts = {"read", "products", "choose", "settle", "check", "cpu"}
+    assert [set(one) for one in times] == [parts | {"open"}, parts, parts]  # a worker keeps what it opened
+    for one, record in zip(times, manifest["items"], strict=True):
+        spent = sum(seconds for name, seconds in one.items() if name != "cpu")
+        assert 0 < spent <= record["run"]["seconds"] + 0.01
+
+
+@pytest.mark.parametrize("method", ["exact", "index"])
 def test_shards_searched_together_give_what_each_gives_alone(tmp_path, method):
     vectors = made.clustered(2000, 16, clusters=300)
     database = indexed(made.given(tmp_path, "x", np.split(vectors, [300, 310, 700, 1500])), key="IVF64,Flat",
