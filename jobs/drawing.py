@@ -11,9 +11,11 @@ from jobs import latents
 from jobs.runs import Run
 from jobs.settings import SampleConfig
 from model import checkpoint, randomness
+from model.config import from_dict
 from model.first_stage import FirstStage
 from model.precision import compute_dtype
 from model.sample import Denoiser, Guidance, initial_noise, sample
+from model.sample import fitting as check
 from pipeline import clip, embed, tombstones
 from pipeline.dataset import Dataset
 
@@ -78,6 +80,14 @@ def opened(run: Run, step: int, rate: float = 0.0) -> Drawer:
 @lru_cache(maxsize=1)
 def _opened(run: Run, step: int, rate: float, content: str, first_stage: FirstStage | None) -> Drawer:
     return Drawer(run, step, rate)
+
+
+def fitting(run: Run, step: int, how: SampleConfig) -> None:
+    """ValueError unless a checkpoint can be drawn from like that."""
+    run.checkpoint(step)
+    config = from_dict(run.config(step))
+    checkpoint.of_rate(config, how.ema)
+    check(config.diffusion, how.sampler, how.steps, how.eta)
 
 
 def same_encoder(run: Run, encoder: clip.ClipConfig, databases: Sequence[Dataset]) -> None:

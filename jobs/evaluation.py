@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from jobs import drawing, findings
-from jobs.drawing import same_encoder, searched
+from jobs.drawing import fitting, same_encoder, searched
 from jobs.runs import Run
 from jobs.settings import EvaluateConfig, SampleConfig
 from model import judge
@@ -228,6 +228,7 @@ class Evaluation(Stage):
         return found
 
     def plan(self) -> list[Item]:
+        fitting(self.run, self.step, self.how)
         same_encoder(self.run, self.encoder, [self.mixed, *self.databases])
         prompts = self.given or held_out(self.judging.dataset, self.databases)[:self.config.prompts]
         if not prompts:

@@ -124,8 +124,18 @@ class Run:
                              f"{', '.join(map(str, self.steps())) or 'none'}") from None
 
     def fetch(self, step: int) -> Path:
-        """A local folder with the files of a checkpoint, hashes checked."""
-        return self._fetched(storage.join(self.folder, "checkpoints", f"{step:07d}"), self.checkpoint(step)["files"])
+        """A local folder with the files of a checkpoint, hashes checked; ValueError if they are not as they were."""
+        folder = storage.join(self.folder, "checkpoints", f"{step:07d}")
+        try:
+            return self._fetched(folder, self.checkpoint(step)["files"])
+        except ValueError as error:
+            others = ", ".join(str(one) for one in self.steps() if one != step)
+            raise ValueError(f"{str(error).splitlines()[0]}\nhint: the run {self.name} has "
+                             f"{f'these checkpoints too: {others}' if others else 'no other checkpoint'}") from error
+
+    def config(self, step: int) -> dict[str, Any]:
+        """The settings that a checkpoint was trained with."""
+        return storage.read_json(storage.join(self.folder, "checkpoints", f"{step:07d}", "checkpoint.json"))["config"]
 
     def first_stage(self) -> Path:
         """A local folder with the first stage that was converted together with the run, hashes checked."""

@@ -96,6 +96,7 @@ class Sampling(Stage):
         return Dataset.parse(self.root, trained["dataset"])
 
     def plan(self) -> list[Item]:
+        drawing.fitting(self.run, self.step, self.config)
         same_encoder(self.run, self.encoder, self._members())
         carried = tuple((one.carried, queries.read(path)) for one, path in
                         zip((one for one in self.queries if one.kind == "image"), self.pictures, strict=True))

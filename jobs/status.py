@@ -13,6 +13,7 @@ from pipeline.stage import Item, Stage
 
 _SILENT_S = 120.0
 _OF_A_DATASET = ("shards", "embeddings", "index")
+_OF_SOME = ("text_embeddings", "clip-retrieval", "tombstones", "latents")
 _KEYS = {"plan.json": {"stage", "items", "inputs", "section"}, "manifest.json": {"stage", "items", "content"}}
 
 
@@ -93,7 +94,7 @@ def _paths(root: str) -> list[str]:
         for version in storage.folders(storage.join(root, "datasets", name)):
             base = f"datasets/{name}/{version}"
             paths += [f"{base}/{one}" for one in _OF_A_DATASET]
-            paths += [f"{base}/{one}" for one in ("tombstones", "latents")
+            paths += [f"{base}/{one}" for one in _OF_SOME
                       if storage.exists(storage.join(root, base, one, "plan.json"))]
             paths += [f"{base}/neighbors/{one}" for one in storage.folders(storage.join(root, base, "neighbors"))]
     for run in storage.folders(storage.join(root, "runs")):

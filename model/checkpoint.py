@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn, optim
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -140,13 +141,22 @@ def load_denoiser(folder: Path, ema: bool = True, rate: float = 0.0) -> tuple[UN
     folder = Path(folder)
     config = from_dict(_about(folder)["config"])
     model = UNet(config.unet)
+    of_rate(config, rate)
+    # Half precision is for those that are carried about: the network has float32 weights always.
+    path = folder / (average(rate or config.ema_decay, config.ema_decay) if ema else "model.safetensors")
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as weights: {error}\nhint: copy it again") from error
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    return model.eval().requires_grad_(False), config
+
+
+def of_rate(config: TrainConfig, rate: float) -> None:
+    """ValueError unless a run keeps an average of that rate; 0 is its first one."""
     if rate and rate not in (config.ema_decay, *config.ema_more):
         raise ValueError(f"the run has no average of the rate {rate:g}\n"
                          f"hint: it has {', '.join(f'{one:g}' for one in (config.ema_decay, *config.ema_more))}")
-    # Half precision is for those that are carried about: the network has float32 weights always.
-    weights = load_file(folder / (average(rate or config.ema_decay, config.ema_decay) if ema else "model.safetensors"))
-    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    return model.eval().requires_grad_(False), config
 
 
 def _about(folder: Path) -> dict:

@@ -81,10 +81,10 @@ def read(path: Path) -> Released:
 
 def _tensors(path: Path) -> tuple[dict[str, Tensor], int]:
     """Every tensor by name, and the step they are of."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-        return load_file(path), 0
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(path), 0
         # A trainer pickles its callbacks: their classes are replaced by one that does nothing.
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(_inert(name), name) for name in names]):

@@ -72,6 +72,20 @@ class Guidance:
     neighbors: float
 
 
+def fitting(diffusion: DiffusionConfig, sampler: Sampler, steps: int, eta: float = 0.0) -> None:
+    """ValueError unless a network that was trained like this can be sampled from like that."""
+    flow = diffusion.prediction == "flow"
+    if sampler not in ("ddim", "dpm++", "euler", "heun"):
+        raise ValueError(f"sampler = {sampler!r}: must be ddim, dpm++, euler or heun")
+    if sampler in ("euler", "heun") and not flow:
+        raise ValueError(f"{sampler} follows a flow, this network predicts {diffusion.prediction}\nhint: ddim or dpm++")
+    if sampler == "dpm++" and flow:
+        raise ValueError("dpm++ is for noise schedules, this network predicts a flow\nhint: heun or euler")
+    if eta and (sampler != "ddim" or flow):
+        raise ValueError("eta is for ddim with a noise schedule")
+    timesteps(diffusion, sampler, steps)
+
+
 @torch.no_grad()
 def sample(
     denoiser: Denoiser,
@@ -95,15 +109,9 @@ def sample(
     """
     if len(context) != len(noise):
         raise ValueError(f"{len(context)} contexts for {len(noise)} pictures of noise")
-    flow = diffusion.prediction == "flow"
-    if sampler not in ("ddim", "dpm++", "euler", "heun"):
-        raise ValueError(f"sampler = {sampler!r}: must be ddim, dpm++, euler or heun")
-    if sampler in ("euler", "heun") and not flow:
-        raise ValueError(f"{sampler} follows a flow, this network predicts {diffusion.prediction}\nhint: ddim or dpm++")
-    if sampler == "dpm++" and flow:
-        raise ValueError("dpm++ is for noise schedules, this network predicts a flow\nhint: heun or euler")
-    if eta and (sampler != "ddim" or flow or fresh is None):
-        raise ValueError("eta is for ddim with a noise schedule, and needs fresh noise")
+    fitting(diffusion, sampler, steps, eta)
+    if eta and fresh is None:
+        raise ValueError("eta needs fresh noise")
     scales = guidance if isinstance(guidance, Guidance) else Guidance(guidance, guidance)
     path = _Path(denoiser, diffusion, context, scales, clamp)
     levels = timesteps(diffusion, sampler, steps)

@@ -121,6 +121,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> lis
 def _cut(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     if font.getlength(line) <= width:
         return line
+    line = line[:width]  # a letter takes a pixel at least
     while line and font.getlength(line + "…") > width:
         line = line[:-1]
     return line.rstrip(" -,") + "…"

@@ -159,11 +159,14 @@ class AdoptEmbeddings(Embed):
 
 def _pairs(source: str) -> list[tuple[str, str]]:
     """The addresses of the files of vectors of a folder, each with that of its metadata."""
-    found = []
+    found, beside = [], set(storage.names(storage.join(source, "metadata")))
     for name in storage.names(storage.join(source, "img_emb")):
         if match := re.fullmatch(r"img_emb_(.+)\.npy", name):
-            found.append((storage.join(source, "img_emb", name),
-                          storage.join(source, "metadata", f"metadata_{match[1]}.parquet")))
+            about = f"metadata_{match[1]}.parquet"
+            if about not in beside:
+                raise ValueError(f"{storage.join(source, 'img_emb', name)} has no metadata beside it: there is no "
+                                 f"{storage.join(source, 'metadata', about)}\nhint: copy it again")
+            found.append((storage.join(source, "img_emb", name), storage.join(source, "metadata", about)))
     if not found:
         raise ValueError(f"{source} has no img_emb/img_emb_*.npy, and no 1000x512-part_1.npz\nhint: --adopt FOLDER, "
                          f"the output folder of clip-retrieval's inference, or a retrieval database of CompVis")

@@ -67,8 +67,9 @@ class NeighborsConfig:
                             ("at_once", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"neighbors.{name} must be at least {least}, not {getattr(self, name)}")
-        if not self.copy_similarity >= -1:
-            raise ValueError(f"neighbors.copy_similarity = {self.copy_similarity}: must be a number; above 1 for none")
+        if not self.copy_similarity > 0:
+            raise ValueError(f"neighbors.copy_similarity = {self.copy_similarity}: must be above 0, or nothing is "
+                             f"left; above 1 for none")
         memory(self.max_memory, "max_memory")
 
     @property

@@ -41,6 +41,11 @@ class Tombstones(Stage):
         return {"shards": self.dataset.identity("shards"), "keys": {"path": "", "digest": told}}
 
     def plan(self) -> list[Item]:
+        named = self._named()
+        records = self.dataset.manifest("shards")["items"]
+        if not any(row["key"] in named for record in records for row in metadata(self.dataset, record, ["key"])):
+            raise ValueError(f"{self.dataset.label} has none of the keys in {self.keys}\n"
+                             f"hint: keys as samples.json and credits name them")
         return [Item("tombstones")]
 
     def process(self, item: Item, scratch: Path) -> Output:

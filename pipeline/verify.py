@@ -23,7 +23,7 @@ def folder(root: str, path: str, *, quick: bool = False) -> Iterator[dict[str, s
         manifest = stage.manifest_of(base, "")
         changed = _changed(manifest)
     except (ValueError, KeyError, TypeError) as error:
-        yield _fault(path, "manifest.json", f"cannot be read: {error}")
+        yield _fault(path, "manifest.json", f"cannot be read: {str(error).splitlines()[0]}")
         return
     for fault in changed:
         yield _fault(path, "manifest.json", f"was changed after sealing: {fault}")
@@ -49,7 +49,8 @@ def folder(root: str, path: str, *, quick: bool = False) -> Iterator[dict[str, s
                 try:
                     yield from check(beside, path, record)
                 except Exception as error:  # hostile bytes make readers raise whatever they like
-                    yield _fault(path, record["id"], f"cannot be read: {type(error).__name__}: {error}")
+                    said = (str(error).splitlines() or [""])[0]
+                    yield _fault(path, record["id"], f"cannot be read: {type(error).__name__}: {said}")
     if manifest["stage"] == "train":
         yield from _curve(root, path, manifest)
     if manifest["stage"] in {"train", "convert"}:

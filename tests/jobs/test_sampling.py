@@ -234,6 +234,9 @@ def test_a_mixture_has_one_name(text: str, label: str, item: str) -> None:
     (["--prompt", "x", "--database", "flat:-1"], "not a number above 0"),
     (["--prompt", "x", "--database", "flat+flat:2"], "names a database twice"),
     (["--prompt", "x", "--database", "flat:2"], "a database is given twice"),
+    (["--prompt", "x", "--sampler", "heun"], "heun follows a flow"),
+    (["--prompt", "x", "--ema", "0.5"], "the run has no average of the rate 0.5"),
+    (["--prompt", "x", "--steps", "5000"], "below timesteps = 1000"),
     ([], "sample needs prompts, pictures or rows to draw"),
 ])
 def test_what_cannot_be_drawn_is_refused_in_words(arguments: list[str], said: str, root: Path, picture: Path, capsys
@@ -244,6 +247,7 @@ def test_what_cannot_be_drawn_is_refused_in_words(arguments: list[str], said: st
         code = _sample(root, "--database", "flat", *given)
     error = capsys.readouterr().err
     assert code == 2 and said in error and "Traceback" not in error
+    assert not [one for one in (root / "runs").glob("*/samples/*") if not (one / "manifest.json").exists()]
 
 
 def test_a_run_that_was_not_trained_here_has_no_p_d(root: Path, tmp_path: Path) -> None:

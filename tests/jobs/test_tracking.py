@@ -30,7 +30,15 @@ def root(prepared: Path, tmp_path: Path) -> Path:
 
 
 def _session(folder: Path) -> dict[str, Any]:
-    """What a session says of itself, and the lines of its history."""
+    """What a session says of itself, and the lines of its history; a process of wandb's writes it, and may be behind.
+    """
+    end = time.monotonic() + 5
+    while "group" not in (found := _written(folder)) and time.monotonic() < end:
+        time.sleep(0.1)
+    return found
+
+
+def _written(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"history": [], "config": {}, "summary": {}}
     for record in offline.records(next(folder.glob("*.wandb"))):
         kind = record.WhichOneof("record_type")

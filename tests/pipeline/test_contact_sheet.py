@@ -50,6 +50,12 @@ def test_text_takes_room_outside_the_cells_only():
     assert ink[0].max() < sheet.height - 1 and ink[1].max() < sheet.width - 1
 
 
+@pytest.mark.timeout(60)
+def test_a_word_of_any_length_is_cut():
+    """Not letter by letter, each time measuring what is left."""
+    assert contact_sheet([red()], 1, row_labels=["x" * 100_000]).width < 300
+
+
 def test_same_input_gives_same_pixels():
     first, second = (contact_sheet([red(), None], 2, labels=["a-b", "c d"]) for _ in range(2))
     assert first.tobytes() == second.tobytes()

@@ -283,6 +283,9 @@ def test_the_command_line_extends_and_sets_tombstones(tmp_path, vectors, capsys)
     assert json.loads(capsys.readouterr().out)["extends"] == "x"
     assert main(["index", "x", "--extend", "x", *root]) == 2
     assert "cannot be extended by itself\nhint" in capsys.readouterr().err
+    (tmp_path / "keys.txt").write_text("000-0001\nnope\n")
+    assert main(["index", "x@v2", "--tombstone", str(tmp_path / "keys.txt"), *root]) == 2
+    assert "has none of the keys in" in capsys.readouterr().err
     (tmp_path / "keys.txt").write_text("000-00001\n")
     assert main(["index", "x@v2", "--tombstone", str(tmp_path / "keys.txt"), *root]) == 0
     assert Searcher(following).gone.tolist() == [1]

@@ -336,8 +336,9 @@ def test_as_many_shards_are_searched_together_as_there_is_memory_and_work_for():
         assert config.shards_at_once(64, 640_000, 512, lists=lists) == 1
         assert config.shards_at_once(100, 1000, 512, lists=lists) == 2
         assert NeighborsConfig(at_once=7).shards_at_once(10, 10, 512, lists=lists) == 7
-    with pytest.raises(ValueError, match="copy_similarity = nan"):
-        NeighborsConfig(copy_similarity=float("nan"))
+    for wrong in (float("nan"), 0.0, -1.0):
+        with pytest.raises(ValueError, match=r"copy_similarity = .*: must be above 0"):
+            NeighborsConfig(copy_similarity=wrong)
 
 
 def test_labels_tell_pictures_apart_where_it_is_not_known_what_was_fetched(tmp_path):
