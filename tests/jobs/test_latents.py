@@ -294,7 +294,7 @@ def test_a_run_with_its_own_vectors_draws_with_every_sampler(root: Path, capsys)
         folder = Path(json.loads(capsys.readouterr().out.splitlines()[-1])["folder"])
         pictures.append(next((folder / "drawn").glob("00-*circle.png")).read_bytes())
     assert len(set(pictures[:3])) == 3  # after two steps hardly anything follows the text
-    assert main([*draw, "--sampler", "heun"]) == 1
+    assert main([*draw, "--sampler", "heun"]) == 2
     assert "heun follows a flow" in capsys.readouterr().err
 
 
