@@ -234,8 +234,7 @@ class Neighbors(Stage):
             ids, scores = self._in_lists(opened, queries, copies, min(wanted, k + _FEW), probes, times)
             short = np.flatnonzero((ids < 0).any(1)) if wanted > k + _FEW else []
             if len(short):
-                ids[short], scores[short] = self._in_lists(opened, queries[short], copies, wanted, probes,
-                                                                 times)
+                ids[short], scores[short] = self._in_lists(opened, queries[short], copies, wanted, probes, times)
         elif opened.graph and not exactly:
             with times("products"):
                 ids = opened.graph.candidates(queries.vectors, wanted)
