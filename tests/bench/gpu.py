@@ -1,0 +1,149 @@
+"""Measure everything that runs on a GPU, with gates: what `make gpu` runs.
+
+    python tests/bench/gpu.py                       # every part on this machine's GPU, at most nine minutes
+    python tests/bench/gpu.py --only train,search   # some parts
+    python tests/bench/gpu.py --device cpu          # small sizes on a CPU: tries the script, gives no figures of use
+
+Each part is a process with a time limit. It prints PASS, FAIL or SKIP with the figure and its gate, and writes its rows
+to OUT/<part>.jsonl at once. The end is OUT/gpu.json and a Markdown table that names the card. It needs torch, numpy,
+pillow, pyarrow and fsspec; parts that need open_clip, diffusers or faiss are skipped where those are missing. Ray is not needed.
+The exit code is 0 if no check failed, 1 if one did, and 2 if there is no such device.
+"""
+
+import argparse
+import datetime
+import importlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import torch
+from gpu_parts.report import Report, Row, line
+
+# Seconds that each part may take. Their sum is nine minutes.
+LIMITS = {"ceilings": 25, "device": 50, "embed": 105, "search": 70, "index": 40, "train": 150, "latents": 30,
+          "sample": 35, "nccl": 35}
+
+
+def main() -> int:
+    """Run the parts; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--only", default="", help=f"parts, with commas: {', '.join(LIMITS)}")
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for the figures")
+    parser.add_argument("--part", default="", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    if given.part:
+        _run_part(given.part, given.device, given.out)
+        return 0
+    parts = [one for one in given.only.split(",") if one] or list(LIMITS)
+    if unknown := sorted(set(parts) - set(LIMITS)):
+        print(f"there is no part {', '.join(unknown)}\nhint: --only {','.join(LIMITS)}", file=sys.stderr)
+        return 2
+    if given.device == "cuda" and (reason := _no_gpu()):
+        print(f"there is no GPU to measure: {reason}\nhint: --device cpu tries the script with small sizes",
+              file=sys.stderr)
+        return 2
+    return _run_parts(parts, given.device, given.out)
+
+
+def _run_parts(parts: list[str], device: str, out: Path) -> int:
+    about = _machine(device)
+    print(f"{about['device']}, {about['cores']} cores, torch {about['torch']}, driver {about['driver']}", flush=True)
+    rows: list[Row] = []
+    for part in parts:
+        begun = time.perf_counter()
+        rows += _process(part, device, out)
+        print(f"       {part} took {time.perf_counter() - begun:.0f} s", flush=True)
+        _write(out, about, rows)
+    print(f"\n{_table(about, rows)}")
+    return int(any(row.status == "FAIL" for row in rows))
+
+
+def _process(part: str, device: str, out: Path) -> list[Row]:
+    """Run one part as a process of its own; its rows, with one more if it broke or took too long."""
+    path, limit = out / f"{part}.jsonl", LIMITS[part] * (3 if device == "cpu" else 1)
+    path.unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--part", part, "--device", device, "--out", str(out)]
+    problem = ""
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        if code := process.wait(limit):
+            problem = f"the process ended with {code}"
+    except subprocess.TimeoutExpired:
+        problem = f"the part took more than {limit} s"
+        os.killpg(process.pid, signal.SIGKILL)  # with its own children
+        process.wait()
+    rows = [Row(**json.loads(text)) for text in path.read_text().splitlines()] if path.exists() else []
+    if problem or not rows:
+        rows.append(Row(part, "the whole part", "FAIL", note=problem or "no figures"))
+        print(line(rows[-1]), flush=True)
+    return rows
+
+
+def _run_part(part: str, device: str, out: Path) -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    module = importlib.import_module(f"gpu_parts.{part}")
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory(prefix="rdm-gpu-") as scratch:
+        module.run(Report(part, torch.device(device), out / f"{part}.jsonl", Path(scratch)))
+
+
+def _no_gpu() -> str:
+    """Why there is no GPU, in torch's words; empty if there is one."""
+    try:
+        torch.cuda.init()
+        torch.zeros(1, device="cuda")
+    except (RuntimeError, AssertionError) as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
+def _machine(device: str) -> dict[str, Any]:
+    name, driver = platform.processor() or platform.machine(), "-"
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+        if torch.cuda.device_count() > 1:
+            name = f"{torch.cuda.device_count()} x {name}"
+        asked = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+                               capture_output=True, text=True, check=False)
+        driver = (asked.stdout.splitlines() or ["unknown"])[0].strip()
+    commit = os.environ.get("RDM_REVISION") or subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    return {"device": name, "driver": driver, "cores": os.cpu_count(), "torch": torch.__version__,
+            "python": platform.python_version(), "commit": commit or "unknown",
+            "date": datetime.date.today().isoformat()}
+
+
+def _write(out: Path, about: dict[str, Any], rows: list[Row]) -> None:
+    document = {"machine": about, "rows": [vars(row) for row in rows]}
+    (out / "gpu.json").write_text(json.dumps(document, indent=1) + "\n")
+    (out / "gpu.md").write_text(_table(about, rows))
+
+
+def _table(about: dict[str, Any], rows: list[Row]) -> str:
+    count = {status: sum(row.status == status for row in rows) for status in ("PASS", "FAIL", "SKIP")}
+    lines = [f"{about['device']}, driver {about['driver']}, {about['cores']} cores, torch {about['torch']}, "
+             f"Python {about['python']}, {about['date']}, commit {about['commit']}: {count['PASS']} passed, "
+             f"{count['FAIL']} failed, {count['SKIP']} skipped.", "",
+             "| part | check | figure | gate | result | note |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        value = f"{row.value:.4g}" if isinstance(row.value, float) else "" if row.value is None else str(row.value)
+        note = row.note.replace("|", "/").replace("\n", " ")
+        lines.append(f"| {row.part} | {row.name} | {value} {row.unit} | {row.gate} | {row.status} | {note} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Make one device fail in one way, and print what `pipeline.devices` says of the exception as a line of JSON."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[3]))
+
+import torch
+
+
+def provoke(what: str) -> None:
+    """Fail as `what` says."""
+    from pipeline import devices
+
+    if what in ("hidden card", "absent card"):
+        devices.reserve("cuda")
+        devices.choose()
+    if what == "device-side assert":
+        torch.zeros(4, device="cuda")[torch.tensor([1 << 20], device="cuda")].cpu()
+    if what == "out of memory":
+        torch.empty(1 << 45, dtype=torch.uint8, device="cuda")
+    if what == "after out of memory":
+        try:
+            torch.empty(1 << 45, dtype=torch.uint8, device="cuda")
+        except torch.OutOfMemoryError:
+            torch.ones(8, device="cuda").sum().item()
+    if what == "after an assert":
+        try:
+            provoke("device-side assert")
+        except RuntimeError:
+            torch.ones(8, device="cuda").sum().item()
+
+
+def main() -> None:
+    """Print kind, type and text."""
+    from pipeline import devices
+
+    try:
+        provoke(sys.argv[1])
+        found = {"kind": "fine", "type": "", "text": ""}
+    except Exception as error:
+        found = {"kind": devices.kind_of(error), "type": type(error).__name__,
+                 "text": " ".join(str(error).split("\n")[:2])}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

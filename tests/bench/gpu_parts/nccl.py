@@ -1,0 +1,70 @@
+"""Two and more cards: bandwidth of NCCL, scaling of DDP and FSDP2, and a killed run that resumes. SKIP with one card.
+
+On a CPU two processes with gloo take the same way, so that the script is tried before there are cards.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from gpu_parts.report import Report
+
+_CHILD = Path(__file__).with_name("nccl_child.py")
+
+
+def run(report: Report) -> None:
+    """Start as many processes as there are cards."""
+    cards = torch.cuda.device_count() if report.device.type == "cuda" else 2
+    if cards < 2:
+        report.skip("NCCL, DDP and FSDP2 on several cards", "one card")
+        return
+    with report.attempt("bandwidth and scaling"):
+        found = _together(report, cards, "rates")
+        report.figure(f"all-reduce between {cards}", found["bus_gb_per_s"], "GB/s", "bus bandwidth, 256 MB of bf16")
+        alone = _together(report, 1, "rates")
+        for name in ("ddp", "fsdp"):
+            report.check(f"{name.upper()}: rate of {cards} / {cards} x rate of one",
+                         found[name] / (cards * alone[name]), ">= 0.9", "", f"{found[name]:.1f} images/s")
+    with report.attempt("killed and resumed"):
+        report.expect("a killed run resumes to the same bits", _killed(report, cards), "yes")
+
+
+def _together(report: Report, world: int, what: str) -> dict[str, float]:
+    """Run the child in `world` processes; what rank 0 printed."""
+    running = _start(report, world, what, report.scratch / what)
+    outputs = [process.communicate(timeout=120)[0] for process in running]
+    if any(process.returncode for process in running):
+        raise RuntimeError(f"{what}: processes ended with {[process.returncode for process in running]}")
+    return dict(json.loads(outputs[0].strip().splitlines()[-1]))
+
+
+def _start(report: Report, world: int, what: str, folder: Path) -> list[subprocess.Popen[str]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [subprocess.Popen([sys.executable, str(_CHILD), what, report.device.type, str(folder)],
+                             env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+                             stdout=subprocess.PIPE, text=True) for rank in range(world)]
+
+
+def _killed(report: Report, world: int) -> bool:
+    """Whether a run whose processes are killed after a checkpoint ends with the weights of an undisturbed one."""
+    _together(report, world, "undisturbed")
+    folder = report.scratch / "killed"
+    running = _start(report, world, "killed", folder)
+    deadline = time.monotonic() + 60
+    while not list(folder.glob("*/checkpoint.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for process in running:
+        process.kill()
+        process.wait()
+    _together(report, world, "killed")
+    one, other = (max((report.scratch / name).glob("*/model.safetensors"), key=lambda path: int(path.parent.name))
+                  for name in ("undisturbed", "killed"))
+    return one.read_bytes() == other.read_bytes()

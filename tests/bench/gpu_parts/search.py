@@ -1,0 +1,114 @@
+"""Exhaustive nearest-neighbor search: `pipeline.search.exhaustive` against the rate of a matrix product."""
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from gpu_parts.report import Report, lines_by_count, products_per_second, synchronizations
+
+_DIM, _WANTED = 512, 100
+
+
+def run(report: Report) -> None:
+    """Search a database in files, compare with exact products, and time it."""
+    from pipeline import search
+    rows, count = report.size(4_000_000, 20_000), report.size(65_536, 512)
+    device, dtype = search.where()
+    rate = products_per_second(device, dtype, report.size(8192, 512))
+    report.figure("product of matrices", rate / 1e12, "TFLOP/s", str(dtype))
+    database = _database(report, rows)
+    queries = _unit(count, 7, report.device).float().cpu().numpy()
+    with report.attempt("reading"):
+        begun = time.perf_counter()
+        total = sum(block.nbytes for _, block in database.blocks(1 << 18))
+        read = total / (time.perf_counter() - begun)
+        report.figure("reading the database", read / 1e9, "GB/s", "one thread, pages cached, checked for NaN")
+    with report.attempt("ids and scores"):
+        _compare(report, database, queries[:64])
+    # What the product alone would take, and what reading alone would.
+    for name, memory, some in (("default memory", 112 << 20, count // 8), ("8 GB", 8 << 30, count)):
+        with report.attempt(f"search with {name}"):
+            _timed(report, database, queries[:some], memory, name, rate, read)
+    if report.device.type == "cuda":
+        with report.attempt("waits"):
+            few = _View(database, 1 << 19)
+            places = synchronizations(lambda: search.exhaustive(queries[:4096], few, _WANTED, 8 << 30), report.device)
+            report.figure("waits for the GPU in a search of 0.5 M rows", len(places), "", lines_by_count(places))
+
+
+def _timed(report: Report, database: Any, queries: np.ndarray, memory: int, name: str, rate: float, read: float
+           ) -> None:
+    from pipeline import search
+    from pipeline.times import Times
+    few = _View(database, 1 << 18)
+    search.exhaustive(queries[:256], few, _WANTED, memory)  # loads kernels
+    times = Times()
+    begun = time.perf_counter()
+    search.exhaustive(queries, database, _WANTED, memory, times)
+    taken = time.perf_counter() - begun
+    operations = 2.0 * len(queries) * len(database) * _DIM
+    spent = ", ".join(f"{what} {seconds:.1f}" for what, seconds in times.taken().items())
+    note = f"{len(queries)} queries, {taken:.1f} s; seconds: {spent}"
+    report.check(f"{name}: rate / product", operations / taken / rate, ">= 0.5", "", note)
+    floor = max(operations / rate, 2.0 * len(database) * _DIM / read)
+    report.check(f"{name}: floor of read and product / time", floor / taken, ">= 0.9", "", f"floor {floor:.2f} s")
+
+
+def _compare(report: Report, database: Any, queries: np.ndarray) -> None:
+    """Against float32 products of all rows on the device."""
+    from pipeline import search
+    found = search.exhaustive(queries, database, _WANTED, 1 << 30)
+    there = torch.from_numpy(queries).to(report.device)
+    values, ids = [], []
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for first, block in database.blocks(1 << 18):
+        products = there @ torch.from_numpy(block).to(report.device).float().T
+        best = products.topk(min(_WANTED, products.shape[1]), 1)
+        values.append(best.values)
+        ids.append(best.indices + first)
+    exact, places = torch.cat(values, 1).topk(_WANTED, 1)
+    numbers = torch.cat(ids, 1).gather(1, places).cpu().numpy()
+    shared = np.mean([len(np.intersect1d(one, other)) for one, other in zip(found.ids, numbers, strict=True)])
+    report.check("candidates that exact search has too", float(shared) / _WANTED, ">= 0.98", "", "before re-ranking")
+    apart = np.abs(found.scores - exact.cpu().numpy()).max()
+    report.check("largest difference of a score", float(apart), f"<= {found.off}", "", "sorted scores; the stage "
+                 "ranks candidates again with exact products")
+
+
+def _unit(count: int, seed: int, device: torch.device) -> torch.Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    # Clusters, for CLIP vectors are far from uniform.
+    centers = torch.randn(1000, _DIM, device=device, generator=torch.Generator(device).manual_seed(1))
+    which = torch.randint(1000, (count,), device=device, generator=generator)
+    vectors = centers[which] + 0.8 * torch.randn(count, _DIM, device=device, generator=generator)
+    return torch.nn.functional.normalize(vectors, dim=1).half()
+
+
+def _database(report: Report, rows: int) -> Any:
+    """Embeddings in .npy files, as the embed stage writes them, without its manifest."""
+    from pipeline.dataset import Embeddings, mapped
+    database, paths = Embeddings.__new__(Embeddings), []
+    for number, first in enumerate(range(0, rows, 1_000_000)):
+        path = report.scratch / f"{number:06}.npy"
+        np.save(path, _unit(min(1_000_000, rows - first), 100 + number, report.device).cpu().numpy())
+        paths.append(path)
+    database.shards = [mapped(path) for path in paths]
+    database.offsets = np.cumsum([0, *(len(shard) for shard in database.shards)])
+    database.folder = str(report.scratch)
+    return database
+
+
+class _View:
+    """The first rows of a database."""
+
+    def __init__(self, database: Any, rows: int) -> None:
+        self.database, self.rows, self.dim = database, rows, database.dim
+
+    def blocks(self, rows: int) -> Any:
+        for first, block in self.database.blocks(rows):
+            if first >= self.rows:
+                return
+            yield first, block[:self.rows - first]
+
+

@@ -1,0 +1,212 @@
+"""Training: `model.train` on random latents, for the recipes of the papers.
+
+MFU counts the operations that the network needs; what checkpointing computes again is not counted (PaLM, Chowdhery et
+al. 2022, arXiv:2204.02311, appendix B).
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gpu_parts.report import Report, lines_by_count, synchronizations
+
+from model import checkpoint, recipes
+from model.config import TrainConfig
+from model.train import train
+
+_K = 4
+
+
+def run(report: Report) -> None:
+    """Laws first, for they are quick; then rates, the largest network last."""
+    small = _small(report)
+    with report.attempt("bf16 and fp32"):
+        _precisions(report, small)
+    with report.attempt("resume"):
+        _resume(report, small)
+    with report.attempt("waits"):
+        _waits(report, small)
+    for name, change in (("DDP", {}), ("FSDP2", {"fsdp": True})):
+        with report.attempt(f"{name} in one process"):
+            _one_process(report, small, name, change)
+    if report.device.type == "cuda":
+        with report.attempt("out of memory"):
+            _out_of_memory(report)
+    _rates(report)
+
+
+def _small(report: Report) -> TrainConfig:
+    recipe = recipes.tiny() if report.small else recipes.emoji_64()
+    return replace(recipe, steps=12, global_batch=report.size(64, 8), warmup=4, checkpoint_every=1000, log_every=12,
+                   random_k=False, k=_K)
+
+
+def _batches(config: TrainConfig, side: int) -> Callable[[int], dict[str, np.ndarray]]:
+    """Eight random batches, over and over: latents, or images where the network takes those."""
+    rng = np.random.default_rng(0)
+    unet, count = config.unet, config.global_batch
+
+    def batch() -> dict[str, np.ndarray]:
+        near = rng.standard_normal((count, config.k, unet.context_dim))
+        near /= np.linalg.norm(near, axis=-1, keepdims=True)
+        if unet.patch > 1:
+            here = {"image": rng.integers(0, 256, (count, side, side, 3), np.uint8)}
+        else:
+            here = {"latent": rng.standard_normal((count, unet.in_channels, side, side), np.float32).astype(np.float16)}
+        return here | {"neighbors": near.astype(np.float16)}
+
+    batches = [batch() for _ in range(8)]
+    return lambda step: batches[step % len(batches)]
+
+
+def _trained(config: TrainConfig, report: Report, side: int, *, save: Any = None, resume: Path | None = None
+             ) -> list[dict[str, Any]]:
+    """Train on random batches; the log."""
+    log: list[dict[str, Any]] = []
+    train(config, _batches(config, side), device=report.device, save=save or (lambda step, write: None),
+          log=log.append, resume=resume)
+    return log
+
+
+def _precisions(report: Report, config: TrainConfig) -> None:
+    losses = {precision: _trained(replace(config, precision=precision), report, 64)[-1]["loss"]
+              for precision in ("fp32", "bf16")}
+    apart = abs(losses["bf16"] / losses["fp32"] - 1)
+    report.check("loss of bf16 against fp32", apart, "<= 0.01", "", f"mean of {config.steps} steps: {losses}")
+
+
+def _resume(report: Report, config: TrainConfig) -> None:
+    """Equal bits of a run that was never stopped and of one that resumed half-way."""
+    def kept(name: str) -> Any:
+        return lambda step, write: write(report.scratch / name / str(step))
+
+    _trained(config, report, 64, save=kept("whole"))
+    _trained(config, report, 64, save=kept("again"))
+    _trained(replace(config, steps=6), report, 64, save=kept("half"))
+    _trained(config, report, 64, save=kept("half"), resume=report.scratch / "half/6")
+    whole, again, half = (_weights(report.scratch / name / "12") for name in ("whole", "again", "half"))
+    report.expect("two equal runs give equal weights", _same(whole, again), "yes", _apart(whole, again))
+    report.expect("a resumed run gives equal weights", _same(whole, half), "yes", _apart(whole, half))
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load_denoiser(folder, ema=False)[0].state_dict()
+
+
+def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> str:
+    most = max(float((one[name] - other[name]).abs().max()) for name in one)
+    return f"largest difference {most:.1e}"
+
+
+def _waits(report: Report, config: TrainConfig) -> None:
+    """Waits for the GPU in a step, from the difference of a long and a short run."""
+    few, many = (synchronizations(lambda steps=steps: _trained(replace(config, steps=steps), report, 64),
+                                  report.device) for steps in (4, 12))
+    if report.device.type == "cuda":
+        report.check("waits for the GPU in a step", (len(many) - len(few)) / 8, "<= 1", "", lines_by_count(many))
+
+
+def _one_process(report: Report, config: TrainConfig, name: str, change: dict[str, Any]) -> None:
+    """Losses under torch.distributed with one process, against none."""
+    alone = _trained(config, report, 64)[-1]["loss"]
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29731", RANK="0", WORLD_SIZE="1")
+    torch.distributed.init_process_group("nccl" if report.device.type == "cuda" else "gloo")
+    try:
+        loss = _trained(replace(config, **change), report, 64)[-1]["loss"]
+    finally:
+        torch.distributed.destroy_process_group()
+    report.check(f"loss under {name} in one process / alone", abs(loss / alone - 1), "<= 0.001", "", f"{loss:.6f}")
+
+
+def _out_of_memory(report: Report) -> None:
+    """A batch that cannot fit is refused with a hint, and the card is usable afterwards."""
+    config = replace(recipes.emoji_64(), steps=1, global_batch=64, k=_K, random_k=False)
+    limit = 2 << 30
+    torch.cuda.set_per_process_memory_fraction(
+        limit / torch.cuda.get_device_properties(report.device).total_memory, report.device)
+    try:
+        _trained(config, report, 128)
+        report.expect("out of memory is MemoryError", False, "yes", "2 GB were enough")
+    except MemoryError as error:
+        report.expect("out of memory is MemoryError", "hint:" in str(error), "yes", str(error).split("\n")[-1])
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, report.device)
+
+
+def _rates(report: Report) -> None:
+    if report.small:
+        log = _trained(replace(_small(report), steps=6, log_every=3), report, 64)
+        report.figure("tiny: rate", log[-1]["samples_per_s"], "images/s")
+        return
+    memory = torch.cuda.get_device_properties(report.device).total_memory
+    cases = [("emoji_64", recipes.emoji_64(), 64, {"global_batch": 256}, 0.0),
+             ("imagenet_400m, checkpointing", recipes.imagenet_400m(), 64, {"global_batch": 40}, 0.0),
+             ("imagenet_400m", _kept(recipes.imagenet_400m()), 64, {"global_batch": 40}, 0.35),
+             ("imagenet_400m, channels last", _kept(recipes.imagenet_400m()), 64,
+              {"global_batch": 40, "channels_last": True}, 0.0),
+             ("laion_1p3b, checkpointing", recipes.laion_1p3b(), 48, {"global_batch": 40}, 0.0),
+             ("laion_1p3b", _kept(recipes.laion_1p3b()), 48,
+              {"global_batch": 40, "accumulate": 1 if memory > 100 << 30 else 2}, 0.4),
+             ("imagenet_400m, compiled", _kept(recipes.imagenet_400m()), 64,
+              {"global_batch": 40, "compile": True}, 0.35)]
+    for name, recipe, side, change, least in cases:
+        with report.attempt(name):
+            torch.cuda.reset_peak_memory_stats()
+            steps, since = (20, 10) if name == "emoji_64" else (12, 6)
+            config = replace(recipe, steps=steps, log_every=since, k=_K, random_k=False, checkpoint_every=10**6,
+                             **change)
+            _rate(report, name, config, side, least)
+
+
+def _kept(recipe: TrainConfig) -> TrainConfig:
+    """The recipe without checkpointing: everything is kept for the way back."""
+    return replace(recipe, unet=replace(recipe.unet, checkpointing=False))
+
+
+def _rate(report: Report, name: str, config: TrainConfig, side: int, least: float) -> None:
+    saved: dict[str, float] = {}
+
+    def save(step: int, write: Callable[[Path], None]) -> None:
+        if name != "laion_1p3b":
+            return
+        begun = time.perf_counter()
+        write(report.scratch / "large")
+        saved["write"] = time.perf_counter() - begun
+        saved["bytes"] = float(sum(path.stat().st_size for path in (report.scratch / "large").iterdir()))
+
+    copied = checkpoint.contents
+
+    def contents(*given: Any) -> checkpoint.Contents:
+        begun = time.perf_counter()
+        found = copied(*given)
+        saved["copy"] = time.perf_counter() - begun
+        return found
+
+    begun = time.perf_counter()
+    checkpoint.contents = contents  # to time the copy from the device too
+    try:
+        log = _trained(config, report, side, save=save)
+    finally:
+        checkpoint.contents = copied
+    last = log[-1]
+    note = (f"{last['samples_per_s']:.1f} images/s, batch {config.global_batch} in {config.accumulate}, "
+            f"{last['memory_gb']:.1f} GB, waiting for data {last['data_wait']:.2f}, "
+            f"{time.perf_counter() - begun:.0f} s with start")
+    if least:
+        report.check(f"{name}: MFU", last.get("mfu", float("nan")), f">= {least}", "", note)
+    elif "mfu" in last:
+        report.figure(f"{name}: MFU", last["mfu"], "", note)
+    else:
+        report.figure(f"{name}: rate", last["tflops_per_s"], "TFLOP/s", note)
+    if "bytes" in saved:
+        report.check("saving the largest checkpoint stops training for", saved["copy"] + saved["write"], "<= 5", "s",
+                     f"{saved['bytes'] / 1e9:.1f} GB: {saved['copy']:.1f} s to the host, {saved['write']:.1f} s to disk")
