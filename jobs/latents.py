@@ -17,7 +17,7 @@ from jobs.runs import Run
 from jobs.settings import LatentsConfig
 from model import first_stage
 from model.first_stage import FirstStage
-from pipeline import images, tars
+from pipeline import devices, images, tars
 from pipeline.dataset import Dataset, file_of
 from pipeline.stage import Item, Output, Stage
 
@@ -77,7 +77,7 @@ class Latents(Stage):
         path = scratch / f"{item.id}.npy"
         np.save(path, latents, allow_pickle=False)
         return Output(samples=len(latents), files={path.name: path}, info={
-            "shape": list(latents.shape[1:]), "scale": item.inputs["scale"]})
+            "shape": list(latents.shape[1:]), "scale": item.inputs["scale"]}, times=_fit.times())
 
     def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
         shapes = {tuple(record["info"]["shape"]) for record in records if record["samples"]}
@@ -118,9 +118,15 @@ class Latents(Stage):
 
 def _encoded(stage: FirstStage, pictures: np.ndarray, scale: float, flips: bool) -> np.ndarray:
     """Latents (B, A, C, h, w) float16 of pictures (B, H, W, 3) uint8."""
-    x = (torch.from_numpy(pictures).permute(0, 3, 1, 2).to(stage.device).float() / 127.5 - 1).contiguous()
-    kinds = [x, x.flip(-1)] if flips else [x]
-    return torch.stack([scale * stage.moments(one)[0] for one in kinds], 1).cpu().numpy().astype(np.float16)
+    def encode(some: np.ndarray, _: int) -> np.ndarray:
+        x = (torch.from_numpy(some).permute(0, 3, 1, 2).to(stage.device).float() / 127.5 - 1).contiguous()
+        kinds = [x, x.flip(-1)] if flips else [x]
+        return torch.stack([scale * stage.moments(one)[0] for one in kinds], 1).cpu().numpy().astype(np.float16)
+
+    return _fit(pictures, len(pictures), encode, np.concatenate)
+
+
+_fit = devices.Fit()  # of this process: it has one device
 
 
 @lru_cache(maxsize=1)

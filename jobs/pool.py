@@ -1,24 +1,32 @@
-"""The runner on Ray: actors that take one item at a time, or some together, and items that outlive their actors."""
+"""The runner on Ray: actors that take one item at a time, or some together, and items that outlive their actors.
+
+Which workers are retired, and which items fail for good, is decided in `retirement`.
+"""
 
 import itertools
 import logging
+import os
+import platform
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.exceptions import ActorUnschedulableError, RayActorError, RayError, RayTaskError
 
 from jobs import cluster, decoders, labels, live, logs
+from jobs.retirement import Blame, Failed, Place, Task, WorkerState
 from jobs.settings import ClusterConfig
-from pipeline import stage, storage
-from pipeline.stage import Item, Outcome, Stage
+from pipeline import devices, stage, storage
+from pipeline.stage import Item, Outcome, Retired, Stage
 
-TRIES = 3
 LOSSES = 5
 WORKER_TIMEOUT_S = 300.0
+BROKEN_TIMEOUT_S = 60.0  # the same where every node that could start a worker is broken
+PATIENCE_S = 60.0  # a worker that does not start in this time is not waited for while others are idle
 _log = logging.getLogger(__name__)
 
 
@@ -31,54 +39,60 @@ class Worker:
         self.ready = ""
         self.decoders: decoders.Decoders | None = None
 
-    def ping(self) -> bool:
-        """Answer once the process runs."""
-        return True
+    def place(self) -> Place:
+        """Answer once the process runs, with where it runs."""
+        context = ray.get_runtime_context()
+        # Without a reserved GPU the variable may still name every GPU of the node.
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") if context.get_accelerator_ids().get("GPU") else ""
+        return Place(context.get_node_id(), platform.node(), visible, devices.cards(visible) if visible else "")
 
     def work(self, stage_: Stage, print_: str, items: Sequence[Item], lent: tuple[list[Any], int]
-             ) -> list[dict[str, Any] | None]:
-        """Process and commit an item, or several that are taken together, of which None marks those that failed.
+             ) -> list[dict[str, Any] | Failed | None] | Failed:
+        """Process and commit an item, or several that are taken together, of which those without a record failed.
 
         The stage is set up at its first item here; `lent` are decoders, and how many workers share them.
         """
-        if lent[0] and self.decoders is None:
-            self.decoders = decoders.Decoders(*lent)
-        stage_.decode = self.decoders if lent[0] else None
-        if self.ready != print_:
-            stage_.setup()
-            self.ready = print_
-        if len(items) == 1:
-            return [stage.work(stage_, items[0])]
-        found = {item.id: record for item, record in stage.work_together(stage_, items)}
-        return [found[item.id] for item in items]
+        try:
+            if lent[0] and self.decoders is None:
+                self.decoders = decoders.Decoders(*lent)
+            stage_.decode = self.decoders if lent[0] else None
+            if self.ready != print_:
+                stage_.setup()
+                self.ready = print_
+            if len(items) == 1:
+                return [stage.work(stage_, items[0])]
+            found = {item.id: record for item, record in stage.work_together(stage_, items)}
+        except Exception as error:
+            return _failed(error)
+        return [_failed(one) if isinstance(one := found[item.id], Exception) else one for item in items]
 
 
-@dataclass(eq=False)
-class _Task:
-    items: list[Item]
-    failures: int = 0
-    losses: int = 0
-    avoid: set[Any] = field(default_factory=set)
-    given: float = 0.0
+def _failed(error: BaseException) -> Failed:
+    trace = "".join(traceback.format_exception(error))
+    return Failed(stage.sentence(error), trace, devices.kind_of(error), isinstance(error, ValueError),
+                  bool(storage.full(error)))
 
 
 class Pool:
     """Actors on a cluster, kept from stage to stage; call it as a runner.
 
-    An item that raises is tried again on another actor, `TRIES` times in all; an item whose actor
+    An item that raises is tried again on another actor, `retirement.TRIES` times in all; an item whose actor
     died is given to another, `LOSSES` times. A dead actor is replaced; the replacement gets work
     once it answers, so a cluster that shrank goes on with those that are left. Of items that an actor
-    takes together those that fail, and all that it had if it died, are tried alone.
+    takes together those that fail, and all that it had if it died, are tried alone. An actor whose device failed, or
+    which fails items that others finish, is retired: killed, and replaced where that has not happened before.
     """
 
     def __init__(self, config: ClusterConfig) -> None:
         self.config = config
         self.starting: dict[Any, tuple[Any, float]] = {}  # ping -> actor, when it was asked for
-        self.idle: deque[Any] = deque()
+        self.idle: deque[WorkerState] = deque()
+        self.holding: list[WorkerState] = []  # they keep a broken GPU reserved, so that Ray gives it to no other actor
+        self.blame = Blame(config.workers)
         self.gpu = False
         self.decoders: list[Any] = []
 
-    def __call__(self, stage_: Stage, items: Sequence[Item]) -> Iterator[Outcome | None]:
+    def __call__(self, stage_: Stage, items: Sequence[Item]) -> Iterator[Outcome | Retired | None]:
         cluster.connect()
         self._shape(stage_.workers_need_gpu and self.config.gpus > 0)
         print_ = stage.fingerprint(stage_)
@@ -86,40 +100,42 @@ class Pool:
         lent = self._lent(stage_)
         self.meter = live.Meter(labels.of(stage_.path, stage_.name))
         fresh, left = iter(items), len(items)
-        waiting: deque[_Task] = deque()  # of a million items only those that are next, and those that came back
-        busy: dict[Any, tuple[Any, _Task]] = {}
+        waiting: deque[Task] = deque()  # of a million items only those that are next, and those that came back
+        busy: dict[Any, tuple[WorkerState, Task]] = {}
+        for worker in self.idle:
+            worker.begin()
         alive = time.monotonic()
         try:
             while left or waiting or busy:
                 while left and len(waiting) < self.config.workers:
-                    waiting.append(_Task(list(itertools.islice(fresh, together))))
+                    waiting.append(Task(list(itertools.islice(fresh, together))))
                     left -= len(waiting[-1].items)
                 self._grow(len(busy), left + len(waiting) + len(busy))
-                while pair := self._pair(waiting, bool(busy or self.starting)):
-                    actor, task = pair
+                yield from self._given_up(waiting, self._others(busy))
+                while pair := self._pair(waiting, self._others(busy)):
+                    worker, task = pair
                     task.given = time.monotonic()
-                    busy[actor.work.remote(stage_, print_, task.items, lent)] = actor, task
+                    busy[worker.actor.work.remote(stage_, print_, task.items, lent)] = worker, task
                 self.meter.workers(busy=len(busy), idle=len(self.idle), starting=len(self.starting))
+                if not busy and not self.starting:
+                    continue  # every item that was waiting has failed for good
                 done, _ = ray.wait([*busy, *self.starting], num_returns=1, timeout=5.0)
                 if done or busy:
                     alive = time.monotonic()
-                elif time.monotonic() - alive > WORKER_TIMEOUT_S:
-                    raise stage.StageFailed(f"{stage_.name}: no worker could be started for {WORKER_TIMEOUT_S:.0f} s\n"
-                                            f"hint: the cluster has {ray.cluster_resources()}; a worker wants "
-                                            f"{self.config.cpus} CPU and {self.config.gpus if self.gpu else 0} GPU")
+                else:
+                    self._look_for_places(stage_, time.monotonic() - alive)
                 if not done:
                     yield None
                 for reference in done:
                     if reference in self.starting:
                         self._started(reference)
                     else:
-                        actor, task = busy.pop(reference)
-                        outcomes, again = self._finished(reference, actor, task)
+                        outcomes, again = self._ended(reference, *busy.pop(reference))
                         waiting.extendleft(again)
                         yield from outcomes
         finally:
-            for actor, _ in busy.values():
-                ray.kill(actor)
+            for worker, _ in busy.values():
+                ray.kill(worker.actor)
             self.meter.workers(busy=0, idle=0, starting=0)  # those that are left are the next stage's
 
     def close(self) -> None:
@@ -130,9 +146,11 @@ class Pool:
         self.decoders.clear()
 
     def _end_workers(self) -> None:
-        for actor in [*self.idle, *(actor for actor, _ in self.starting.values())]:
+        for actor in [*(worker.actor for worker in (*self.idle, *self.holding)),
+                      *(actor for actor, _ in self.starting.values())]:
             ray.kill(actor)
         self.idle.clear()
+        self.holding.clear()
         self.starting.clear()
 
     def _shape(self, gpu: bool) -> None:
@@ -152,66 +170,152 @@ class Pool:
 
     def _grow(self, busy: int, useful: int) -> None:
         """Start actors up to the number wanted; no more than there are items."""
+        for worker in [worker for worker in self.holding if not self.blame.broken(worker.place)]:
+            self.holding.remove(worker)
+            self.idle.append(worker)
         while len(self.idle) + len(self.starting) + busy < min(self.config.workers, useful):
+            # A node with one broken GPU may have others. Its broken one is held instead (`_started`).
+            avoid = sorted({place.node for place in self.blame.broken_places() if not place.visible})
             actor = Worker.options(num_cpus=self.config.cpus, num_gpus=self.config.gpus if self.gpu else 0,
+                                   label_selector={"ray.io/node-id": f"!in({','.join(avoid)})"} if avoid else {},
                                    scheduling_strategy="SPREAD").remote(logs.form())
-            self.starting[actor.ping.remote()] = actor, time.monotonic()
+            self.starting[actor.place.remote()] = actor, time.monotonic()
 
     def _started(self, reference: Any) -> None:
         actor, asked = self.starting.pop(reference)
         try:
-            ray.get(reference)
-            self.meter.worker(time.monotonic() - asked)
-            self.idle.append(actor)
+            worker = WorkerState(actor, ray.get(reference))
         except ActorUnschedulableError as error:
             raise stage.StageFailed(f"the cluster can start no worker: {error}") from error
         except RayActorError:
             time.sleep(0.2)
+            return
+        self.meter.worker(time.monotonic() - asked)
+        if not self.blame.broken(worker.place):
+            self.idle.append(worker)
+        elif worker.place.visible:
+            self.holding.append(worker)
+        else:
+            ray.kill(actor)  # it was asked for before its node was known to be broken
 
-    def _pair(self, waiting: deque[_Task], others: bool) -> tuple[Any, _Task] | None:
-        """An idle actor and a task it has not failed; any two only where there are no `others` to wait for."""
-        for task in waiting:
-            for actor in self.idle:
-                if actor not in task.avoid or not others:
-                    waiting.remove(task)
-                    self.idle.remove(actor)
-                    return actor, task
+    def _look_for_places(self, stage_: Stage, seconds: float) -> None:
+        """StageFailed if no worker started for too long; sooner if only broken places are left."""
+        broken = self.blame.broken_places()
+        wants = f"{self.config.cpus} CPU and {self.config.gpus if self.gpu else 0} GPU"
+        if broken and seconds > BROKEN_TIMEOUT_S and not self._whole_nodes(broken):
+            raise stage.StageFailed(
+                f"{stage_.name}: only broken places are left to start a worker in\n"
+                f"expected a node with {wants} that finishes items, got {self.blame.why(broken)}\n"
+                f"hint: repair or replace these nodes; the same command goes on from here")
+        if seconds > WORKER_TIMEOUT_S:
+            raise stage.StageFailed(f"{stage_.name}: no worker could be started for {WORKER_TIMEOUT_S:.0f} s\n"
+                                    f"hint: the cluster has {ray.cluster_resources()}; a worker wants {wants}")
+
+    def _whole_nodes(self, broken: Sequence[Place]) -> bool:
+        """Whether a node could start a worker beside what is broken there."""
+        for node in ray.nodes():
+            here = [place for place in broken if place.node == node["NodeID"]]
+            gpus = node["Resources"].get("GPU", 0) - sum(len(place.visible.split(",")) for place in here)
+            if (node["Alive"] and node["Resources"].get("CPU", 0) >= self.config.cpus
+                    and all(place.visible for place in here) and (not self.gpu or gpus >= self.config.gpus)):
+                return True
+        return False
+
+    def _others(self, busy: Any) -> bool:
+        """Whether other workers may still come."""
+        return bool(busy) or any(time.monotonic() - asked < PATIENCE_S for _, asked in self.starting.values())
+
+    def _given_up(self, waiting: deque[Task], others: bool) -> Iterator[Outcome]:
+        """Take the items from the queue that failed for good."""
+        for task in [task for task in waiting
+                     if self.blame.hopeless(task) or (not others and self.idle and self.blame.exhausted(task))]:
+            waiting.remove(task)
+            assert task.last
+            yield from (Outcome(item, error=task.last.error, trace=task.last.trace, full=task.last.full)
+                        for item in task.items)
+
+    def _pair(self, waiting: deque[Task], others: bool) -> tuple[WorkerState, Task] | None:
+        """An idle worker and a task that fits it; any two only where there are no `others` to wait for."""
+        for strict in (True,) if others else (True, False):
+            for task in waiting:
+                for worker in self.idle:
+                    if not strict or self.blame.fits(worker, task):
+                        waiting.remove(task)
+                        self.idle.remove(worker)
+                        return worker, task
         return None
 
-    def _finished(self, reference: Any, actor: Any, task: _Task) -> tuple[list[Outcome], list[_Task]]:
+    def _ended(self, reference: Any, worker: WorkerState, task: Task) -> tuple[list[Outcome | Retired], list[Task]]:
         """What a call brought, and what is to be tried again."""
-        first = task.items[0]
         try:
-            found = list(zip(task.items, ray.get(reference), strict=True))
-            self.idle.append(actor)
-            seconds = [record["run"]["seconds"] for _, record in found if record]
-            self.meter.items(max(time.monotonic() - task.given - sum(seconds), 0.0), seconds)
-            return ([Outcome(item, record=record) for item, record in found if record],
-                    [_Task([item]) for item, record in found if not record])
-        except RayTaskError as error:
-            self.idle.append(actor)
-            cause = error.cause
-            task.failures += 1
-            task.avoid.add(actor)
-            if len(task.items) == 1 and (isinstance(cause, ValueError) or task.failures >= TRIES):
-                return [Outcome(first, error=stage.sentence(cause), trace=str(error),
-                                full=bool(storage.full(cause)))], []
-            self.meter.again("failed")
-            _log.warning("item %s failed and is tried again elsewhere: %s", _some(task), _last_line(error),
-                         extra={"fields": {"item": first.id}})
+            found = ray.get(reference)
+        except RayTaskError as error:  # not of an item: what it was called with cannot be read there
+            found = _failed(error.cause)
         except RayError as error:
-            task.losses += 1
-            self.meter.again("worker lost")
-            _log.warning("the worker of item %s was lost (%d of %d times): it is given to another", _some(task),
-                         task.losses, LOSSES, extra={"fields": {"item": first.id}})
-            ray.kill(actor)
-            if task.losses >= LOSSES:
-                return [Outcome(first, error=f"its worker died {LOSSES} times: {_last_line(error)}",
-                                trace=str(error))], []
-        return [], [_Task([item], task.failures, task.losses, set(task.avoid)) for item in task.items]
+            return self._lost(worker, task, error)
+        if isinstance(found, Failed):
+            found = replace(found, trace=f"on {worker.place}:\n{found.trace}")
+            return ([], task.alone()) if worker.retired else self._failed(worker, task, found)
+        outcomes: list[Outcome | Retired] = []
+        again = [Task([item]) for item, one in zip(task.items, found, strict=True) if not isinstance(one, dict)]
+        records = [(item, one) for item, one in zip(task.items, found, strict=True) if isinstance(one, dict)]
+        seconds = [record["run"]["seconds"] for _, record in records]
+        self.meter.items(max(time.monotonic() - task.given - sum(seconds), 0.0), seconds)
+        outcomes += [Outcome(item, record=record) for item, record in records]
+        broken = next((one for one in found if isinstance(one, Failed) and one.device not in ("none", "out of memory")),
+                      None)
+        if records:
+            outcomes += [self._retire(*retired) for retired in self.blame.finished(worker, task, len(records))]
+        if worker.retired:  # its last call ended before it was killed
+            pass
+        elif broken:
+            worker.failed += len(again)
+            outcomes.append(self._retire(worker, self.blame.broke(worker, Task(task.items), broken)))
+        else:
+            self.idle.append(worker)
+        return outcomes, again
+
+    def _failed(self, worker: WorkerState, task: Task, failed: Failed) -> tuple[list[Outcome | Retired], list[Task]]:
+        """What follows from a call in which every item failed."""
+        reason = self.blame.failed(worker, task, failed)
+        retired: list[Outcome | Retired] = [self._retire(worker, reason)] if reason else []
+        if not reason:
+            self.idle.append(worker)
+        if not self.blame.hopeless(task):
+            self.meter.again("device failed" if reason else "failed")
+            _log.warning("item %s failed on %s and is tried again elsewhere: %s", _some(task), worker.place,
+                         failed.error.splitlines()[0], extra={"fields": {"item": task.items[0].id}})
+        return retired, task.alone()
+
+    def _lost(self, worker: WorkerState, task: Task, error: RayError) -> tuple[list[Outcome | Retired], list[Task]]:
+        """What follows from a worker that died in the middle of a call."""
+        if worker.retired:  # it was killed here
+            return [], task.alone()
+        task.losses += 1
+        self.meter.again("worker lost")
+        _log.warning("the worker of item %s was lost (%d of %d times): it is given to another", _some(task),
+                     task.losses, LOSSES, extra={"fields": {"item": task.items[0].id}})
+        ray.kill(worker.actor)
+        if task.losses >= LOSSES:
+            return [Outcome(task.items[0], error=f"its worker died {LOSSES} times: {_last_line(error)}",
+                            trace=str(error))], []
+        return [], task.alone()
+
+    def _retire(self, worker: WorkerState, reason: str) -> Retired:
+        """Kill a worker; what it has in hand is given to another."""
+        worker.retired = True
+        if worker in self.idle:
+            self.idle.remove(worker)
+        ray.kill(worker.actor)
+        replaced = not self.blame.broken(worker.place)
+        _log.warning("the worker on %s is retired after %d failures of items: %s; %s", worker.place, worker.failed,
+                     reason, "another one may start there" if replaced else "no other one starts there",
+                     extra={"fields": {"node": worker.place.node, "card": worker.place.card}})
+        return Retired(worker.place.host, worker.place.node, worker.place.card, reason, worker.failed, replaced,
+                       round(time.time(), 1))
 
 
-def _some(task: _Task) -> str:
+def _some(task: Task) -> str:
     return task.items[0].id + (f" and {len(task.items) - 1} more" if len(task.items) > 1 else "")
 
 

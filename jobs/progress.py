@@ -47,6 +47,16 @@ def sentence(now: dict[str, Any]) -> str:
             f"{now['rows_per_s']:.0f} rows/s, {_rest(now)}{left}")
 
 
+def retired(workers: list[dict[str, Any]]) -> str:
+    """A sentence on workers that were retired; empty if there are none."""
+    if not workers:
+        return ""
+    last = workers[-1]
+    where = f"{last['host']}" + (f", {last['card']}" if last["card"] else f", node {last['node'][:8]}")
+    return (f"{len(workers)} worker{'s' * (len(workers) > 1)} retired, after {sum(one['items'] for one in workers)} "
+            f"failures of items, the last on {where}: {last['reason']}")
+
+
 def _rest(now: dict[str, Any]) -> str:
     # Not samples: of a row there may be several.
     of = now["rows"] - now["retried"]

@@ -129,7 +129,8 @@ def _state(root: str, path: str) -> dict[str, Any]:
         return about | {"state": "stale" if changed else state, "changed": changed, "failed": failed}
     sealed = about | {"state": "stale" if changed else "sealed", "changed": changed,
                       **{key: manifest["totals"][key] for key in ("samples", "bytes", "skipped", "noted")},
-                      "seconds": manifest["run"]["seconds"], "sealed": manifest["run"]["sealed"]}
+                      "seconds": manifest["run"]["seconds"], "sealed": manifest["run"]["sealed"],
+                      "retired": manifest["run"].get("retired", [])}
     if plan["stage"] == "index":
         sealed["recall"] = manifest["info"].get("recall", {}).get("image", {})
     if plan["stage"] == "train":
@@ -149,13 +150,16 @@ def _detail(one: dict[str, Any]) -> str:
         return f"rebuilt since: {', '.join(one['changed'])}"
     if "samples" in one:
         skipped = ", ".join(f"{count} {reason}" for reason, count in one["skipped"].items())
-        return f"{one['samples']} samples, {one['bytes'] / 1e6:.1f} MB" + (f", left out: {skipped}" if skipped else "")
+        retired = progress.retired(one["retired"])
+        return (f"{one['samples']} samples, {one['bytes'] / 1e6:.1f} MB" + (f", left out: {skipped}" if skipped else "")
+                + (f"; {retired}" if retired else ""))
     said = [f"{one['failed']} failed"] if one.get("failed") else []
     if now := one.get("progress"):
         # Of a driver that is gone the records tell, and its last word does not.
         gone = silent(now)
         said.append(f"nothing heard for {round(gone / 60)} min" if gone else progress.sentence(now))
-    return "; ".join(said)
+        said.append(progress.retired(now.get("retired", [])))
+    return "; ".join(filter(None, said))
 
 
 def _last(lines: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ It and torch are imported where they are used: that takes seconds, and most comm
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import Image
 
-from pipeline import images, storage
+from pipeline import devices, images, storage
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +57,8 @@ class Encoder:
     tokenize: Callable[[list[str]], "torch.Tensor"]
     device: "torch.device"
     dtype: "torch.dtype"
+    fit: devices.Fit = field(default_factory=devices.Fit)
+    """How many images or texts fit the device in one forward pass."""
 
     @property
     def whole(self) -> bool:

@@ -4,31 +4,39 @@ A process computes on the device that it reserved, and never on another one. A w
 A process that reserved nothing (`--local`, a script) uses the GPU if there is one.
 """
 
+import logging
 import os
+import platform
 import re
 import subprocess
+import sys
+from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
 
 Choice = Literal["auto", "cpu", "cuda"]
 Failure = Literal["device lost", "out of memory", "old driver", "no device", "none"]
+HALVED = "halved"  # key in the `run.times` of a record: which batch was halved, and why
+_log = logging.getLogger(__name__)
 _VARIABLE = "RDM_DEVICE"  # child processes inherit it
 
-# Texts of torch and of the CUDA runtime, in the order in which they are tried: an error of a lost device may name memory.
+# Texts of torch and of the CUDA runtime, in the order in which they are tried: an error of a lost device may name
+# memory.
 _PATTERNS: tuple[tuple[Failure, str], ...] = (
     ("old driver", r"driver on your system is too old|driver version is insufficient|system has unsupported display "
                    r"driver|forward compatibility was attempted|system.driver.mismatch"),
     ("no device", r"no cuda gpus are available|no cuda-capable device|invalid device ordinal|not compiled with cuda"
                   r"|found no nvidia driver|no nvidia driver|devices? (is|are) busy or unavailable"
-                  r"|no kernel image is available"),
+                  r"|no kernel image is available|might not have a cuda gpu|cuda unknown error"),
     ("out of memory", r"out of memory|cublas_status_alloc_failed|cudnn_status_alloc_failed"
                       r"|defaultcpuallocator: can't allocate memory"),
     ("device lost", r"cuda error|cuda driver error|device-side assert|illegal memory access|uncorrectable ecc|"
                     r"unspecified launch failure|cublas_status|cudnn_status|nccl error|cudnn error|gpu is lost"
-                    r"|fallen off the bus"),
+                    r"|fallen off the bus|triton error \[cuda\]|hip error|unexpected error from cudagetdevicecount"
+                    r"|cuda_error_"),
 )
 _SENTENCES: dict[Failure, str] = {
     "device lost": "The GPU failed, and this process cannot use it again.\n"
@@ -44,6 +52,10 @@ _SENTENCES: dict[Failure, str] = {
 
 class DeviceUnavailable(RuntimeError):
     """A GPU that was reserved cannot be used. The message has torch's own reason and a hint."""
+
+
+class OutOfDeviceMemory(RuntimeError):
+    """A batch of one does not fit the memory of the device."""
 
 
 def reserve(choice: Choice) -> None:
@@ -89,7 +101,7 @@ def _probe() -> None:
 def kind_of(error: BaseException) -> Failure:
     """What an exception says of the device: by its type, then by its text, then by its cause."""
     torch_oom = type(error).__name__ in ("OutOfMemoryError", "OutOfMemory")
-    if torch_oom or isinstance(error, MemoryError):
+    if torch_oom or isinstance(error, MemoryError | OutOfDeviceMemory):
         return "out of memory"
     if isinstance(error, DeviceUnavailable):
         return kind_of(error.__cause__) if error.__cause__ is not None else "no device"
@@ -98,6 +110,9 @@ def kind_of(error: BaseException) -> Failure:
         for kind, pattern in _PATTERNS:
             if re.search(pattern, text):
                 return kind
+        torch = sys.modules.get("torch")  # not imported for this: without it there is no exception of torch
+        if torch and isinstance(error, torch.AcceleratorError):
+            return "device lost"
     cause = error.__cause__
     return kind_of(cause) if cause is not None and cause is not error else "none"
 
@@ -105,6 +120,24 @@ def kind_of(error: BaseException) -> Failure:
 def explain(error: BaseException) -> str:
     """A sentence and a hint for a failure of the device; empty if the exception is none."""
     return _SENTENCES[kind_of(error)]
+
+
+def sentence(kind: Failure) -> str:
+    """What is wrong with the device, without the hint; empty for "none"."""
+    return _SENTENCES[kind].partition("\n")[0].rstrip(".")
+
+
+def cards(visible: str) -> str:
+    """Names and UUIDs of the GPUs in a CUDA_VISIBLE_DEVICES, as nvidia-smi lists them; empty if it cannot.
+
+    torch would initialize CUDA for this. That takes memory of the GPU, and fails on a broken one.
+    """
+    try:
+        listed = subprocess.run(["nvidia-smi", "--query-gpu=name,uuid", "--format=csv,noheader", "-i", visible],
+                                capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return ", ".join(line.strip().replace(", ", " ") for line in listed.stdout.splitlines() if line.strip())
 
 
 @lru_cache(maxsize=1)
@@ -125,3 +158,70 @@ def _driver() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return asked.stdout.splitlines()[0].strip() if asked.stdout.strip() else "unknown"
+
+
+class Fit:
+    """How large a batch fits the memory of this process's device: half after each out of memory, and kept from then on.
+
+    It is one for each kind of batch. Threads may share it.
+    """
+
+    def __init__(self, unit: str = "batch") -> None:
+        self.unit = unit
+        self.most: int | None = None
+        """The largest size that is tried, None as long as every size fitted."""
+        self.note = ""
+        """What was halved, for the record of an item: "from 256 to 128 after out of memory on ..."."""
+        self._first = 0
+
+    def __call__(self, batch: Any, size: int, compute: Callable[[Any, int], Any],
+                 join: Callable[[list[Any]], Any]) -> Any:
+        """`compute(rows, most)` for a batch of at most `size` rows, or its parts of `most` rows joined.
+
+        `compute` may return more rows than it was given; they are cut off. OutOfDeviceMemory if one row does not fit.
+        """
+        while True:
+            most = min(size, self.most or size)
+            try:
+                if len(batch) <= most:
+                    return compute(batch, most)
+                parts = [batch[start:start + most] for start in range(0, len(batch), most)]
+                return join([compute(part, most)[:len(part)] for part in parts])
+            except RuntimeError as error:
+                if kind_of(error) != "out of memory":
+                    raise
+                text = str(error).splitlines()[0]
+            # After the handler: while it runs, the traceback keeps the tensors of the failed pass.
+            self.halve(most, text)
+
+    def halve(self, most: int, text: str, least: int = 1) -> None:
+        """Note that `most` rows do not fit; OutOfDeviceMemory if they are the `least` already."""
+        free()
+        if most <= least:
+            raise OutOfDeviceMemory(f"a {self.unit} of {most} does not fit the memory of {_device()}: {text}\n"
+                                    f"expected room for one, got none\nhint: nvidia-smi lists the processes that use "
+                                    f"it")
+        self._first = max(self._first, most)
+        self.most = min(max(most // 2, least), self.most or most)
+        self.note = f"from {self._first} to {self.most} after out of memory on {_device()}"
+        _log.warning("%s halved from %d to %d after out of memory on %s: %s", self.unit, most, self.most, _device(),
+                     text)
+
+    def times(self) -> dict[str, str]:
+        """The note as an entry of `Output.times`, if there is one."""
+        return {HALVED: f"{self.unit} {self.note}"} if self.note else {}
+
+
+def free() -> None:
+    """Give the device's memory that torch caches back to it."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def _device() -> str:
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        return f"{torch.cuda.get_device_name()} of {platform.node()}" + (f" (GPU {visible})" if visible else "")
+    return f"the device of {platform.node()}"

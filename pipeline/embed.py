@@ -140,7 +140,8 @@ class Embed(Stage):
             out = scratch / "embeddings.npy"
             np.save(out, vectors, allow_pickle=False)
         return Output(samples=len(vectors), files={f"{item.id}.npy": out}, ledger=ledger,
-                      times=times.taken() | {"precision": str(encoder.dtype).removeprefix("torch.")})
+                      times=times.taken() | {"precision": str(encoder.dtype).removeprefix("torch.")} |
+                      encoder.fit.times())
 
     def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
         return Output(info={"encoder": clip.describe(self.config.clip())})
@@ -180,8 +181,9 @@ class EmbedCaptions(Embed):
             number, some = part
             there = [position for position, row in enumerate(some) if (row["caption"] or "").strip()]
             with times("forward"):
-                return Part(number, [row["key"] for row in some], there=there, found=encoder.texts(
-                    [some[position]["caption"] for position in there]) if there else None)
+                texts = [some[position]["caption"] for position in there]
+                return Part(number, [row["key"] for row in some], there=there, found=encoder.fit(
+                    texts, len(texts), lambda part, _: encoder.texts(part), np.concatenate) if there else None)
 
         threads = self._room(map(_size, records), whole=False).threads
         with encoding.of_torch(threads) as pool:

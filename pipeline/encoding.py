@@ -4,6 +4,7 @@ Decoders do not hold the interpreter, so threads decode while the encoder works.
 of a shard from end to end, with one thread inside torch, for how torch splits a sum among threads would change the
 last bits, and with them the bytes of the result. A GPU gets batches of one size, which go on from shard to shard: one
 is encoded while the next is decoded and the last is fetched. Where somebody lends decoders, parts are sent there.
+If the GPU runs out of memory, it encodes this batch and all later ones in halves (`devices.Fit`).
 
 Of the times, `wait` is how long the encoder had no pictures; `full`: nothing was decoded, for the encoder was behind;
 `elsewhere`: decoding by others, who take no time of this process; `encoding`: all that others had decoded was in the
@@ -19,12 +20,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from pipeline import clip, decoding, tars
 from pipeline.times import Times
+
+if TYPE_CHECKING:
+    import torch
 
 # Pictures in a forward pass on a CPU: more are no faster, and leave less for other threads to do.
 _PART, _LEAST = 32, 8
@@ -125,7 +129,7 @@ def encoded(encoder: clip.Encoder, shards: Sequence[Shard], size: int, fitting: 
         if part.found is not None:
             full = part_of(shards[part.shard].count, size) if encoder.compiled else 0
             with times("forward"):
-                part.found = encoder.launch(part.found, full)[:len(part.found)].numpy()
+                part.found = _launched(encoder, part.found, full)[:len(part.found)].numpy()
         return part
 
     if encoder.whole:
@@ -254,7 +258,7 @@ def _in_whole_batches(encoder: clip.Encoder, parts: Iterable[Part], size: int, t
             batch = _cut(pieces, size)
             count -= sum(len(pictures) for _, _, pictures in batch)
             with times("forward"):
-                launched = encoder.launch(np.concatenate([pictures for _, _, pictures in batch]), size)
+                launched = _launched(encoder, np.concatenate([pictures for _, _, pictures in batch]), size)
                 if going:
                     _fetch(*going)
             going = batch, launched
@@ -263,6 +267,15 @@ def _in_whole_batches(encoder: clip.Encoder, parts: Iterable[Part], size: int, t
                 _fetch(*going)
         while held and not held[0].missing:
             yield held.popleft()
+
+
+def _launched(encoder: clip.Encoder, batch: np.ndarray, size: int) -> "torch.Tensor":
+    """`Encoder.launch`, in several smaller forward passes if the device has no memory for one."""
+    import torch
+
+    # Parts are padded like whole batches, so that a compiled encoder compiles once.
+    return encoder.fit(batch, size or len(batch),
+                       lambda part, most: encoder.launch(part, most if size else 0), torch.cat)
 
 
 def _cut(pieces: deque[tuple[Part, int, np.ndarray]], size: int) -> list[tuple[Part, int, np.ndarray]]:

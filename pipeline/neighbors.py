@@ -178,7 +178,8 @@ class Neighbors(Stage):
                 files[f"{one['shard']['id']}.vectors.npy"] = path = scratch / f"{one['shard']['id']}.vectors.npy"
                 _write_vectors(path, opened.embeddings, ids[part])
             start = part.stop
-        return Output(samples=len(queries), info=info, files=files, times=times.taken())
+        return Output(samples=len(queries), info=info, files=files,
+                      times=times.taken() | search.halved())
 
     def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
         usage = self._usage(records)

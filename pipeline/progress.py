@@ -71,6 +71,8 @@ class Tally:
         self._fresh_rows, self._fresh_reasons = 0, Counter[str]()  # of this run, without what is tried again
         self._given_up: set[str] = set()
         self._in_hand: dict[str, dict[str, Any]] = {}
+        self.retired: list[dict[str, Any]] = _retired(folder)
+        """Workers that were retired, also by earlier runs of this stage."""
         # Words of workers that died with an earlier run; who lives says another one soon.
         self._old = dict(_read(folder))
 
@@ -93,6 +95,10 @@ class Tally:
         """Count an item that failed."""
         self.failed_items += 1
         self._given_up.add(item)
+
+    def retire(self, worker: dict[str, Any]) -> None:
+        """Note a worker that was retired (`stage.Retired`)."""
+        self.retired.append(worker)
 
     def start(self, done: Sequence[dict[str, Any]] = ()) -> None:
         """Count the records of earlier runs; what is counted so far was done by them."""
@@ -134,7 +140,7 @@ class Tally:
             "skipped": dict((+_sum(self.reasons, in_hand)).most_common()), "rows_per_s": round(rate, 1),
             "retried": self.retried + sum(one["rows"] for one in in_hand if one["again"]),
             "seconds_left": round(left / rate) if rate > 0 and self.rows else None,
-            "updated": round(time.time(), 1), "host": platform.node()}
+            "retired": self.retired, "updated": round(time.time(), 1), "host": platform.node()}
         if not quick:
             with contextlib.suppress(OSError):
                 storage.put_json(self.now, storage.join(self.folder, "progress.json"))
@@ -169,6 +175,13 @@ class Tally:
         """Remove what was said along the way."""
         storage.remove(storage.join(self.folder, "progress.json"))
         storage.remove_tree(storage.join(self.folder, "progress"))
+
+
+def _retired(folder: str) -> list[dict[str, Any]]:
+    try:
+        return storage.read_json(storage.join(folder, "progress.json")).get("retired", [])
+    except (FileNotFoundError, ValueError):
+        return []
 
 
 def _sum(reasons: Counter[str], words: list[dict[str, Any]]) -> Counter[str]:

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.devices import HALVED
 
 INLINE = 1000
 _BATCH = 2048
@@ -220,6 +221,14 @@ def seconds(done: Sequence[dict[str, Any]]) -> float:
                  for table_ in done.tables("run"))
         return sum(pc.sum(one.field("s").cast(pa.float64())).as_py() or 0.0 for one in found)
     return sum(record["run"]["seconds"] for record in done)
+
+
+def halved(done: Sequence[dict[str, Any]]) -> int:
+    """How many records say that a batch was halved after out of memory (`pipeline.devices.HALVED`)."""
+    if isinstance(done, Rows):
+        found = (pc.sum(pc.match_substring(table_.column("run"), f'"{HALVED}": ')) for table_ in done.tables("run"))
+        return sum(one.as_py() or 0 for one in found)
+    return sum(HALVED in record["run"].get("times", {}) for record in done)
 
 
 def infos(done: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], int]]:

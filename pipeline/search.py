@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline import pages
+from pipeline import devices, pages
 from pipeline.dataset import Embeddings
 from pipeline.index import best
 from pipeline.times import Times
@@ -102,12 +102,46 @@ _BITS = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 def exhaustive(vectors: np.ndarray, database: Embeddings, m: int, memory: int, times: Times | None = None) -> Found:
     """The m best of all rows for each of (Q, D) float32 queries, by matrix products in half precision.
 
-    `memory`: bytes for the blocks. Of the times, `read` grows with the rows, `products` with rows times queries, and
+    `memory`: bytes for the blocks. If they do not fit the device, the search starts again with half of them; then with
+    half of the queries. Of the times, `read` grows with the rows, `products` with rows times queries, and
     `choose` with the queries, for hardly any row is chosen once the best were found.
     """
+    times = times or Times()
+    while True:
+        most = min(memory, blocks_fit.most or memory)
+        at_once = min(len(vectors), queries_fit.most or len(vectors)) or 1
+        try:
+            return _joined_queries([_exhaustive(vectors[start:start + at_once], database, m, most, times)
+                                    for start in range(0, len(vectors), at_once)])
+        except RuntimeError as error:
+            if devices.kind_of(error) != "out of memory":
+                raise
+            text = str(error).splitlines()[0]
+        # After the handler: while it runs, the traceback keeps the tensors of the failed search.
+        if Blocks(at_once, database.dim, most, where()[0].type).rows > _GROUP:
+            blocks_fit.halve(most, text)
+        else:
+            queries_fit.halve(at_once, text)
+
+
+blocks_fit = devices.Fit("memory of a block")  # of this process: it has one device
+queries_fit = devices.Fit("number of queries")
+
+
+def halved() -> dict[str, str]:
+    """What was halved in this process, as an entry of `Output.times`."""
+    notes = [note for fit in (blocks_fit, queries_fit) for note in fit.times().values()]
+    return {devices.HALVED: "; ".join(notes)} if notes else {}
+
+
+def _joined_queries(parts: list[Found]) -> Found:
+    return parts[0] if len(parts) == 1 else Found(np.concatenate([part.ids for part in parts]),
+                                                  np.concatenate([part.scores for part in parts]), parts[0].off)
+
+
+def _exhaustive(vectors: np.ndarray, database: Embeddings, m: int, memory: int, times: Times) -> Found:
     import torch
 
-    times = times or Times()
     device, dtype = where()
     blocks = Blocks(len(vectors), database.dim, memory, device.type)
     queries = torch.from_numpy(vectors).to(device, dtype)

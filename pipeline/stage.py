@@ -110,6 +110,24 @@ class Outcome:
     """Whether a disk was full: no other item will fare better."""
 
 
+@dataclass(frozen=True)
+class Retired:
+    """A worker that its runner gave up, and why; part of progress.json and of a manifest's `run`."""
+
+    host: str
+    node: str
+    """The cluster's id of the node."""
+    card: str
+    """Name, UUID and CUDA_VISIBLE_DEVICES of its GPU; empty without one."""
+    reason: str
+    items: int
+    """How many items failed on it."""
+    replaced: bool
+    """Whether a new worker may start in its place."""
+    time: float
+    """Unix time."""
+
+
 class StageFailed(RuntimeError):
     """Some items failed for good; the rest is done and recorded, the stage is not sealed."""
 
@@ -393,8 +411,10 @@ def made(stage: Stage, item: Item) -> Callable[[], dict[str, Any]]:
     return commit
 
 
-def work_together(stage: Stage, items: Sequence[Item]) -> Iterator[tuple[Item, dict[str, Any] | None]]:
-    """Process several items at once and commit them one by one; None for those that failed: try them alone."""
+def work_together(stage: Stage, items: Sequence[Item]) -> Iterator[tuple[Item, dict[str, Any] | Exception | None]]:
+    """Process several items at once and commit them one by one. Those that failed are to be tried alone: they come with
+    their exception, or with None if the exception of another one ended them all.
+    """
     plan = _planned(stage.folder)
     there = {item.id: _record(storage.join(stage.folder, "records", f"{item.id}.json"), plan) for item in items}
     yield from ((item, there[item.id]) for item in items if there[item.id])
@@ -404,18 +424,19 @@ def work_together(stage: Stage, items: Sequence[Item]) -> Iterator[tuple[Item, d
         outputs = stack.enter_context(contextlib.closing(stage.process_together(work)))
         for item, scratch in work:
             started, stage.beat = time.time(), progress.Beat(stage.folder, item.id, stage.heard)
-            record = None
+            record: dict[str, Any] | Exception | None = None
             try:
                 output = next(outputs, None)  # none is left where one error ended all of them
                 if isinstance(output, Exception):
                     raise output
-                with _holding(stage, item):
-                    record = output and _commit(stage, item, output, scratch, plan, started)
-                    if record:
-                        _tell(stage, item, record)
+                if output:
+                    with _holding(stage, item):
+                        record = committed = _commit(stage, item, output, scratch, plan, started)
+                        _tell(stage, item, committed)
             except StageFailed:  # the driver's own, heard in the middle of an item
                 raise
             except Exception as error:
+                record = error
                 _log.warning("%s: %s failed among others and is tried alone: %s", stage.name, item.id, sentence(error))
             finally:
                 stage.beat.done()
@@ -488,7 +509,8 @@ def _record(address: str, plan: str) -> dict[str, Any] | None:
     return record if record["plan"] == plan else None
 
 
-def seal(stage: Stage, items: Sequence[Item], done: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]:
+def seal(stage: Stage, items: Sequence[Item], done: Sequence[dict[str, Any]] | None = None,
+         retired: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     """Write manifest.json from the records of all items; the folder is finished from then on."""
     ids = _ids(items)
     if done is None:
@@ -510,6 +532,10 @@ def seal(stage: Stage, items: Sequence[Item], done: Sequence[dict[str, Any]] | N
         "run": {"sealed": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "code": code_revision(),
                 "seconds": round(records.seconds(done), 3)},
     }
+    if retired:
+        manifest["run"]["retired"] = list(retired)
+    if halved := records.halved(done):
+        manifest["run"]["items_with_halved_batches"] = halved
     listed = done
     if len(done) > records.INLINE:
         data = done.data if isinstance(done, records.Rows) else records.to_bytes([records.table(done)])
@@ -524,8 +550,9 @@ def _ids(items: Sequence[Item]) -> list[str]:
     return items.ids() if isinstance(items, records.Rows | _Joined) else [item.id for item in items]
 
 
-Runner = Callable[[Stage, Sequence[Item]], Iterator[Outcome | None]]
-"""Yields the outcome of every item, in any order, and None now and then when nothing happens."""
+Runner = Callable[[Stage, Sequence[Item]], Iterator[Outcome | Retired | None]]
+"""Yields the outcome of every item, in any order, each worker that it retires, and None now and then when nothing
+happens."""
 
 
 def in_process(stage: Stage, items: Sequence[Item]) -> Iterator[Outcome | None]:
@@ -534,7 +561,8 @@ def in_process(stage: Stage, items: Sequence[Item]) -> Iterator[Outcome | None]:
     if (size := stage.together()) > 1:
         for start in range(0, len(items), size):
             for item, record in work_together(stage, items[start:start + size]):
-                yield Outcome(item, record) if record else _tried(stage, item, partial(work, stage, item))
+                yield (Outcome(item, record) if isinstance(record, dict) else
+                       _tried(stage, item, partial(work, stage, item)))
         return
     with ThreadPoolExecutor(1, "commit") as committer:
         before: tuple[Item, Future[dict[str, Any]]] | None = None
@@ -606,7 +634,7 @@ def run(stage: Stage, runner: Runner = in_process, *, rebuild: bool = False, ret
     for name in storage.names(storage.join(stage.folder, "failures")):
         storage.remove(storage.join(stage.folder, "failures", name))
     tally.clear()
-    return seal(stage, items, done)
+    return seal(stage, items, done, tally.retired)
 
 
 def _under_way(stage: Stage, rounds: Sequence[str]) -> bool:
@@ -647,7 +675,10 @@ def _work_off(stage: Stage, runner: Runner, items: Sequence[Item], joined: bool,
     failures = set(storage.names(storage.join(stage.folder, "failures")))
     failed = []
     for outcome in runner(stage, _Left(items, numbers)):
-        if outcome is not None:
+        if isinstance(outcome, Retired):
+            tally.retire(asdict(outcome))
+            tally.look()  # at once, so that other terminals can show it
+        elif outcome is not None:
             address = storage.join(stage.folder, "failures", f"{outcome.item.id}.json")
             if outcome.full:
                 raise StageFailed(f"{stage.name}: {outcome.error}\nhint: make room there (scratch is where TMPDIR "
