@@ -19,7 +19,7 @@ import tyro
 
 from jobs import commands, interrupts, logs, submit, verbs
 from jobs.settings import Settings, resolve
-from pipeline import storage
+from pipeline import devices, storage
 from pipeline.stage import StageFailed
 
 _log = logging.getLogger(__name__)
@@ -48,10 +48,14 @@ def main(arguments: list[str] | None = None) -> int:
         return _misuse(str(error))
     except (NotADirectoryError, IsADirectoryError) as error:
         return _misuse(f"{error.filename}: {error.strerror}")
-    except (StageFailed, OSError, FloatingPointError, MemoryError) as error:
+    except (StageFailed, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, StageFailed) and not devices.explain(error):
+            raise
         if isinstance(error, BrokenPipeError) and _unheard():
             return 0
         text = storage.full(error) or str(error)
+        if "hint:" not in text and (sentence := devices.explain(error)):
+            text = f"{text.splitlines()[0]}\n{sentence}"
         if "hint:" not in text:
             text += f"\n{_NO_WAY if getattr(error, 'errno', 0) in {errno.EROFS, errno.EACCES, errno.EPERM} else _GO_ON}"
         logs.last_word(storage.without_credentials(text), exit=1)

@@ -11,6 +11,10 @@ from pathlib import Path
 import ray
 
 from jobs import interrupts
+from jobs.settings import ClusterConfig
+from pipeline.stage import Stage
+
+_log = logging.getLogger(__name__)
 
 
 def connect() -> None:
@@ -55,6 +59,14 @@ def resources() -> dict[str, float]:
     """What the cluster has in all: CPU, GPU, memory, ..."""
     connect()
     return ray.cluster_resources()
+
+
+def mention_unused_gpus(stage: Stage, config: ClusterConfig) -> None:
+    """Log if a stage that could use GPUs reserves none on a cluster that has some."""
+    there = ray.cluster_resources().get("GPU", 0)
+    if stage.workers_need_gpu and there and not config.each_gpus:
+        _log.warning("%s computes on CPUs, and the cluster has %g GPU%s\nhint: --gpus 1 reserves one for each worker",
+                     stage.name, there, "s" * (there != 1))
 
 
 def _knock(address: str) -> None:

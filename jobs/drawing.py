@@ -16,7 +16,7 @@ from model.first_stage import FirstStage
 from model.precision import compute_dtype
 from model.sample import Denoiser, Guidance, initial_noise, sample
 from model.sample import fitting as check
-from pipeline import clip, embed, tombstones
+from pipeline import clip, devices, embed, tombstones
 from pipeline.dataset import Dataset
 
 
@@ -26,9 +26,10 @@ class Drawer:
     def __init__(self, run: Run, step: int, rate: float = 0.0) -> None:
         """`rate` is that of the average; 0: the run's first one."""
         self.run = run
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = devices.choose()
         denoiser, self.config = checkpoint.load_denoiser(run.fetch(step), rate=rate)
-        self.denoiser = denoiser.to(self.device)
+        with devices.explained(f"the network of the run {run.name} does not get onto the device"):
+            self.denoiser = denoiser.to(self.device)
         self.about = {"step": step, "content": run.checkpoint(step)["content"]}
         self.size = int(run.section()["image_size"])
         self.first_stage = latents.of_run(run)
@@ -74,11 +75,12 @@ class Drawer:
 def opened(run: Run, step: int, rate: float = 0.0) -> Drawer:
     """The drawer of a checkpoint and one of its averages; the last one is kept in this process."""
     # A first stage that lies elsewhere may be another one by now.
-    return _opened(run, step, rate, run.checkpoint(step)["content"], latents.of_run(run))
+    return _opened(run, step, rate, run.checkpoint(step)["content"], latents.of_run(run), devices.choose())
 
 
 @lru_cache(maxsize=1)
-def _opened(run: Run, step: int, rate: float, content: str, first_stage: FirstStage | None) -> Drawer:
+def _opened(run: Run, step: int, rate: float, content: str, first_stage: FirstStage | None,
+            device: torch.device) -> Drawer:
     return Drawer(run, step, rate)
 
 

@@ -25,7 +25,8 @@ from jobs.drawing import fitting, same_encoder, searched
 from jobs.runs import Run
 from jobs.settings import EvaluateConfig, SampleConfig
 from model import judge
-from pipeline import clip, images, stage, storage, tars
+from model.precision import compute_dtype
+from pipeline import clip, devices, images, stage, storage, tars
 from pipeline.batches import averaged
 from pipeline.catalog import lot
 from pipeline.dataset import Dataset, Embeddings, file_of, metadata
@@ -261,6 +262,7 @@ class Evaluation(Stage):
         same_encoder(self.run, self.encoder, [self.mixed, *self.databases])
         clip.load(self.encoder)
         drawing.opened(self.run, self.step, self.how.ema)
+        self.precision = devices.name_of(compute_dtype(self.how.precision, devices.choose()))
 
     def process(self, item: Item, scratch: Path) -> Output:
         torch.set_num_threads(1)

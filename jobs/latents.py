@@ -56,7 +56,7 @@ class Latents(Stage):
     def setup(self) -> None:
         # On a CPU the last bits depend on how a sum is split among threads.
         torch.set_num_threads(1)
-        opened(self.config.first_stage)
+        self.precision = devices.name_of(next(opened(self.config.first_stage).network.parameters()).dtype)
 
     def process(self, item: Item, scratch: Path) -> Output:
         stage, record = opened(self.config.first_stage), item.inputs["shard"]
@@ -129,10 +129,16 @@ def _encoded(stage: FirstStage, pictures: np.ndarray, scale: float, flips: bool)
 _fit = devices.Fit()  # of this process: it has one device
 
 
-@lru_cache(maxsize=1)
 def opened(source: str) -> FirstStage:
-    """The first stage of a folder or the hub, on the GPU if there is one; kept in this process."""
-    return first_stage.load(source, "cuda" if torch.cuda.is_available() else "cpu")
+    """The first stage of a folder or the hub, on the device of this process; kept in this process."""
+    return opened_on(source, devices.choose())
+
+
+@lru_cache(maxsize=1)
+def opened_on(source: str, device: torch.device) -> FirstStage:
+    """The first stage of a folder or the hub on a device; kept in this process."""
+    with devices.explained(f"the first stage {source} does not get onto the device"):
+        return first_stage.load(source, device)
 
 
 def of_run(run: Run, device: str = "") -> FirstStage | None:

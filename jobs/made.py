@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from model.config import GROUPS, TrainConfig, to_dict
-from pipeline import storage
+from pipeline import devices, storage
 from pipeline.dataset import Dataset
 from pipeline.stage import Item, Output, Stage
 
@@ -133,8 +133,8 @@ class Steps(Stage):
         import torch
 
         from model import flop
-        cuda = torch.cuda.is_available()
-        device = torch.device("cuda") if cuda else torch.device("cpu")
+        device = devices.choose()
+        cuda = device.type == "cuda"
         threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
         torch.set_num_threads(threads)
         memory = torch.cuda.mem_get_info()[0] if cuda else _memory() // self.workers

@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import ActorUnschedulableError, RayActorError, RayError, RayTaskError
 
 from jobs import cluster, decoders, labels, live, logs
+from jobs.gpus import check_gpus
 from jobs.retirement import Blame, Failed, Place, Task, WorkerState
 from jobs.settings import ClusterConfig
 from pipeline import devices, stage, storage
@@ -34,8 +35,11 @@ _log = logging.getLogger(__name__)
 class Worker:
     """A process that holds what its stage loaded; nothing large comes or goes, but for pictures that others decode."""
 
-    def __init__(self, log: str) -> None:
+    def __init__(self, log: str, gpu: bool) -> None:
         logs.speak(log)
+        devices.reserve("cuda" if gpu else "cpu")
+        if not gpu:
+            devices.hide_gpus()
         self.ready = ""
         self.decoders: decoders.Decoders | None = None
 
@@ -94,7 +98,8 @@ class Pool:
 
     def __call__(self, stage_: Stage, items: Sequence[Item]) -> Iterator[Outcome | Retired | None]:
         cluster.connect()
-        self._shape(stage_.workers_need_gpu and self.config.gpus > 0)
+        cluster.mention_unused_gpus(stage_, self.config)
+        self._shape(stage_.workers_need_gpu and self.config.each_gpus > 0)
         print_ = stage.fingerprint(stage_)
         together = self._together(stage_, len(items))
         lent = self._lent(stage_)
@@ -138,6 +143,10 @@ class Pool:
                 ray.kill(worker.actor)
             self.meter.workers(busy=0, idle=0, starting=0)  # those that are left are the next stage's
 
+    def check(self, stage_: Stage) -> None:
+        """ValueError if a worker of this stage cannot use the GPUs that it would reserve."""
+        check_gpus(stage_, self.config)
+
     def close(self) -> None:
         """End the actors."""
         self._end_workers()
@@ -176,9 +185,9 @@ class Pool:
         while len(self.idle) + len(self.starting) + busy < min(self.config.workers, useful):
             # A node with one broken GPU may have others. Its broken one is held instead (`_started`).
             avoid = sorted({place.node for place in self.blame.broken_places() if not place.visible})
-            actor = Worker.options(num_cpus=self.config.cpus, num_gpus=self.config.gpus if self.gpu else 0,
+            actor = Worker.options(num_cpus=self.config.cpus, num_gpus=self.config.each_gpus if self.gpu else 0,
                                    label_selector={"ray.io/node-id": f"!in({','.join(avoid)})"} if avoid else {},
-                                   scheduling_strategy="SPREAD").remote(logs.form())
+                                   scheduling_strategy="SPREAD").remote(logs.form(), self.gpu)
             self.starting[actor.place.remote()] = actor, time.monotonic()
 
     def _started(self, reference: Any) -> None:
@@ -201,7 +210,7 @@ class Pool:
     def _look_for_places(self, stage_: Stage, seconds: float) -> None:
         """StageFailed if no worker started for too long; sooner if only broken places are left."""
         broken = self.blame.broken_places()
-        wants = f"{self.config.cpus} CPU and {self.config.gpus if self.gpu else 0} GPU"
+        wants = f"{self.config.cpus} CPU and {self.config.each_gpus if self.gpu else 0} GPU"
         if broken and seconds > BROKEN_TIMEOUT_S and not self._whole_nodes(broken):
             raise stage.StageFailed(
                 f"{stage_.name}: only broken places are left to start a worker in\n"
@@ -217,7 +226,7 @@ class Pool:
             here = [place for place in broken if place.node == node["NodeID"]]
             gpus = node["Resources"].get("GPU", 0) - sum(len(place.visible.split(",")) for place in here)
             if (node["Alive"] and node["Resources"].get("CPU", 0) >= self.config.cpus
-                    and all(place.visible for place in here) and (not self.gpu or gpus >= self.config.gpus)):
+                    and all(place.visible for place in here) and (not self.gpu or gpus >= self.config.each_gpus)):
                 return True
         return False
 

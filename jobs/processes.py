@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,8 +16,9 @@ from jobs import labels, tracking
 from jobs.runs import Run
 from jobs.training import Job, Training
 from jobs.validation import Validation
+from model.precision import compute_dtype
 from model.train import train
-from pipeline import stage
+from pipeline import devices, stage
 from pipeline.batches import Batches
 
 KEEP_CHECKPOINTS = 3
@@ -26,7 +28,7 @@ _log = logging.getLogger(__name__)
 def work(job: Job, stop: Callable[[], bool] | None = None) -> int:
     """This process's part of the run, from the newest complete checkpoint on; returns the step reached."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = _device()
+    device = devices.choose()
     # Said aloud, for a stage that ran before in this process may have left another number: the last
     # bits of a loss depend on it.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
@@ -37,6 +39,7 @@ def work(job: Job, stop: Callable[[], bool] | None = None) -> int:
     if job.validation:
         validate = Validation(job, job.validation) if rank == 0 else lambda *_: {}
     step = _agreed(_whole(job.run) if rank == 0 else 0, device)
+    where = _devices(devices.describe(devices.name_of(compute_dtype(job.config.precision, device))))
     metrics = tracker = curve = None
     if rank == 0:
         known = labels.of_run(job.dataset.name, job.dataset.version, job.run.name)
@@ -54,7 +57,7 @@ def work(job: Job, stop: Callable[[], bool] | None = None) -> int:
 
     def log(record: dict[str, Any]) -> None:
         if "loss" in record:
-            record = metrics.add(record | {"world_size": world})
+            record = metrics.add(record | {"world_size": world, "device": where})
             tracker.add(record, hold=True)
             if curve:
                 curve.add(record)
@@ -90,9 +93,8 @@ def in_processes(job: Job) -> bool:
         with _stoppable() as stop, job.run.telling():
             work(job, stop)
         return True
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    device = devices.choose(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         if dist.get_rank() == 0:
             stage.prepare(stage_)
@@ -122,10 +124,13 @@ def _whole(run: Run) -> int:
     return 0
 
 
-def _device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+def _devices(mine: str) -> str:
+    """The devices of all processes, such as "8 x NVIDIA H100"."""
+    if not dist.is_initialized():
+        return mine
+    every: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(every, mine)
+    return "; ".join(f"{count} x {name}" for name, count in Counter(every).most_common())
 
 
 def _agreed(step: int, device: torch.device) -> int:

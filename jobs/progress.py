@@ -57,6 +57,12 @@ def retired(workers: list[dict[str, Any]]) -> str:
             f"failures of items, the last on {where}: {last['reason']}")
 
 
+def computed_on(devices: dict[str, int]) -> str:
+    """Where tensors were computed and in which precision, the most frequent first; empty for stages without any."""
+    names = [name for name in devices if name.rpartition(", ")[2] in {"fp32", "bf16", "fp16"}]
+    return f"on {names[0]}" + (f" and {len(names) - 1} other devices" if names[1:] else "") if names else ""
+
+
 def _rest(now: dict[str, Any]) -> str:
     # Not samples: of a row there may be several.
     of = now["rows"] - now["retried"]

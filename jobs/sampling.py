@@ -17,7 +17,8 @@ from jobs.queries import Query
 from jobs.retrieval import Drawn, Near, Retriever
 from jobs.runs import Run
 from jobs.settings import QueryConfig, SampleConfig
-from pipeline import clip, images, lookup, stage, storage
+from model.precision import compute_dtype
+from pipeline import clip, devices, images, lookup, stage, storage
 from pipeline.contact_sheet import contact_sheet
 from pipeline.dataset import Dataset
 from pipeline.lookup import Sample
@@ -108,6 +109,7 @@ class Sampling(Stage):
         torch.set_num_threads(1)
         same_encoder(self.run, self.encoder, self._members())
         clip.load(self.encoder)
+        self.precision = devices.name_of(compute_dtype(self.config.precision, devices.choose()))
 
     def process(self, item: Item, scratch: Path) -> Output:
         database = self.databases[item.inputs["number"]]

@@ -32,8 +32,9 @@ class ClusterConfig:
     checkpoint on."""
     cpus: float = 1.0
     """Cores that each of them reserves."""
-    gpus: float = 0.0
-    """GPUs that each worker of embed, train and sample reserves, and of index with faiss-gpu; 0 runs on the CPU."""
+    gpus: float | None = None
+    """GPUs that each worker of a stage with tensors reserves: 1, or a part of one that workers share. 0: the CPU, on
+    any machine. Not given: the CPU on a cluster; with --local the GPU, if there is one."""
     decoders: int = 0
     """Actors of a core each, on nodes without a GPU, that decode pictures for the workers of embed: where the cores
     beside a GPU do not keep it busy; 0: each worker decodes its own."""
@@ -45,8 +46,16 @@ class ClusterConfig:
             raise ValueError(f"cluster.min_workers = {self.min_workers}: there are {self.workers} workers at most")
         for name, least in (("workers", 1), ("min_workers", 0), ("resize_every", 0), ("cpus", 0), ("gpus", 0),
                             ("decoders", 0), ("max_failures", 0)):
-            if getattr(self, name) < least:
+            if (getattr(self, name) or 0) < least:
                 raise ValueError(f"cluster.{name} = {getattr(self, name)}: must be at least {least}")
+        if self.each_gpus > 1 and self.each_gpus % 1:
+            raise ValueError(f"cluster.gpus = {self.gpus}: must be a part of one GPU, or a whole number of them\n"
+                             f"hint: --gpus 1")
+
+    @property
+    def each_gpus(self) -> float:
+        """GPUs that each worker on a cluster reserves."""
+        return self.gpus or 0.0
 
 
 @dataclass(frozen=True)

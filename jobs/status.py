@@ -130,7 +130,7 @@ def _state(root: str, path: str) -> dict[str, Any]:
     sealed = about | {"state": "stale" if changed else "sealed", "changed": changed,
                       **{key: manifest["totals"][key] for key in ("samples", "bytes", "skipped", "noted")},
                       "seconds": manifest["run"]["seconds"], "sealed": manifest["run"]["sealed"],
-                      "retired": manifest["run"].get("retired", [])}
+                      "retired": manifest["run"].get("retired", []), "devices": manifest["run"].get("devices", {})}
     if plan["stage"] == "index":
         sealed["recall"] = manifest["info"].get("recall", {}).get("image", {})
     if plan["stage"] == "train":
@@ -150,15 +150,15 @@ def _detail(one: dict[str, Any]) -> str:
         return f"rebuilt since: {', '.join(one['changed'])}"
     if "samples" in one:
         skipped = ", ".join(f"{count} {reason}" for reason, count in one["skipped"].items())
-        retired = progress.retired(one["retired"])
-        return (f"{one['samples']} samples, {one['bytes'] / 1e6:.1f} MB" + (f", left out: {skipped}" if skipped else "")
-                + (f"; {retired}" if retired else ""))
+        return "; ".join(filter(None, [
+            f"{one['samples']} samples, {one['bytes'] / 1e6:.1f} MB" + (f", left out: {skipped}" if skipped else ""),
+            progress.computed_on(one["devices"]), progress.retired(one["retired"])]))
     said = [f"{one['failed']} failed"] if one.get("failed") else []
     if now := one.get("progress"):
         # Of a driver that is gone the records tell, and its last word does not.
         gone = silent(now)
         said.append(f"nothing heard for {round(gone / 60)} min" if gone else progress.sentence(now))
-        said.append(progress.retired(now.get("retired", [])))
+        said += [progress.computed_on(now.get("devices", {})), progress.retired(now.get("retired", []))]
     return "; ".join(filter(None, said))
 
 

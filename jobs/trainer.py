@@ -10,11 +10,12 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from jobs import cluster, labels, logs, tracking
+from jobs.gpus import check_gpus
 from jobs.processes import work
 from jobs.runs import HOPELESS
 from jobs.settings import ClusterConfig
 from jobs.training import Job, Training
-from pipeline import stage, storage
+from pipeline import devices, stage, storage
 
 
 def train(job: Job, config: ClusterConfig, watch: Callable[[dict[str, Any]], None]) -> None:
@@ -23,20 +24,24 @@ def train(job: Job, config: ClusterConfig, watch: Callable[[dict[str, Any]], Non
     The run's own checkpoints are the only state: Ray's is thrown away, so that a second start
     never depends on what an earlier one left with Ray.
     """
-    stage.prepare(Training(job))
+    training = Training(job)
+    check_gpus(training, config)
+    stage.prepare(training)
     job.run.mend()
     cluster.connect()
+    cluster.mention_unused_gpus(training, config)
     launch = uuid.uuid4().hex
     with stage.scratch_folder("ray-train") as scratch:
         # Every worker of every node needs to reach Ray's own folder; nothing of ours is kept in it.
         shared = storage.join(job.run.folder, "ray") if storage.is_local(job.run.folder) else str(scratch)
         trainer = TorchTrainer(
-            _loop, train_loop_config={"job": job, "launch": launch, "log": logs.form()},
-            torch_config=TorchConfig(backend="nccl" if config.gpus else "gloo", timeout_s=600),
-            scaling_config=ScalingConfig(num_workers=_number(config), use_gpu=config.gpus > 0,
+            _loop, train_loop_config={
+                "job": job, "launch": launch, "log": logs.form(), "device": "cuda" if config.each_gpus else "cpu"},
+            torch_config=TorchConfig(backend="nccl" if config.each_gpus else "gloo", timeout_s=600),
+            scaling_config=ScalingConfig(num_workers=_number(config), use_gpu=config.each_gpus > 0,
                                          elastic_resize_monitor_interval_s=config.resize_every,
                                          resources_per_worker={"CPU": config.cpus} | (
-                                             {"GPU": config.gpus} if config.gpus else {})),
+                                             {"GPU": config.each_gpus} if config.each_gpus else {})),
             run_config=RunConfig(name=f"{job.run.name}-{uuid.uuid4().hex[:8]}", storage_path=shared,
                                  failure_config=FailureConfig(max_failures=config.max_failures,
                                                               controller_failure_limit=config.max_failures)),
@@ -68,6 +73,7 @@ def _number(config: ClusterConfig) -> int | tuple[int, int]:
 
 def _loop(config: dict[str, Any]) -> None:
     logs.speak(config["log"])
+    devices.reserve(config["device"])
     job = config["job"]
     known = labels.of_run(job.dataset.name, job.dataset.version, job.run.name)
     # What will happen again is not tried again: the first to meet it writes it down.

@@ -37,6 +37,8 @@ class Training(Stage):
     """
 
     name = "train"
+    workers_need_gpu = True
+    shares_gpus = False
 
     def __init__(self, job: Job) -> None:
         super().__init__(job.run.root, job.run.path, job.config)
@@ -122,6 +124,7 @@ class Training(Stage):
         step = self.job.run.latest_step()
         assert step >= self.job.config.steps, (step, self.job.config.steps)
         lines = tracking.read(self.job.run)
+        self.device = lines[-1].get("device", "") if lines else ""
         # Not the file of the curve: there are seconds in it, and an equal run has other ones.
         curve = stage.digest([[line["step"], line["loss"]] for line in lines])
         return Output(samples=step * self.job.config.global_batch,

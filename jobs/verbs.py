@@ -16,10 +16,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from jobs import commands, interrupts, labels, logs, report, status, steps, watched
+from jobs.gpus import check_gpus, local_device
 from jobs.runs import Run
 from jobs.settings import ClusterConfig, Settings
 from jobs.training import Job, Training
-from pipeline import assembly, clip, published, sift, stage, storage, verify
+from pipeline import assembly, clip, devices, published, sift, stage, storage, verify
 from pipeline.adopt import Adopt
 from pipeline.dataset import Dataset, datasets
 from pipeline.embed import Embed, EmbedCaptions
@@ -221,7 +222,7 @@ def _train(command: commands.TrainCommand, settings: Settings) -> int:
               published.reader(run.root, command.validation) if command.validation else None, command.stage.tracker)
     training = Training(job)
     if command.common.dry_run:
-        return _dry_run(training)
+        return _dry_run(training, config=None if local else command.cluster)
     manifest = train(job, command.cluster, local=local, rebuild=command.stage.rebuild)
     if manifest:
         _done(training, manifest)
@@ -249,8 +250,9 @@ def _trained(job: Job, config: ClusterConfig, local: bool, rebuild: bool) -> dic
             return manifest
     if local:
         from jobs.processes import in_processes
-        if not in_processes(job):
-            return None
+        with devices.reserving(local_device(config)):
+            if not in_processes(job):
+                return None
     else:
         with interrupts.held():
             from jobs import trainer
@@ -408,13 +410,15 @@ def _demo(command: commands.DemoCommand, settings: Settings) -> int:
 def runner(command: Any) -> Iterator[stage.Runner]:
     """The runner that a command asks for: this process, or actors that live as long as the command."""
     if command.common.local:
-        yield stage.in_process
+        with devices.reserving(local_device(command.cluster)):
+            yield stage.in_process
         return
     with interrupts.held():  # an exception in the midst of an import may be swallowed there
         from jobs.pool import Pool
     pool = Pool(command.cluster)
     try:
-        yield pool
+        with devices.reserving("cpu"):  # the driver reserved no GPU
+            yield pool
     finally:
         pool.close()
 
@@ -422,7 +426,7 @@ def runner(command: Any) -> Iterator[stage.Runner]:
 def _run(stage_: Stage, command: Any) -> int:
     _unreleased(stage_, command.stage.rebuild)
     if command.common.dry_run:
-        return _dry_run(stage_, command.stage.rebuild)
+        return _dry_run(stage_, command.stage.rebuild, None if command.common.local else command.cluster)
     with runner(command) as run_with:
         manifest = watched.run(stage_, run_with, tracker=command.stage.tracker, rebuild=command.stage.rebuild,
                                retry=getattr(command, "retry_failed", False) and not getattr(stage_, "base", None),
@@ -443,7 +447,9 @@ def _unreleased(stage_: Stage, rebuild: bool) -> None:
                              f"hint: {hint}; or write {dataset.name}@{dataset.following().version}")
 
 
-def _dry_run(stage_: Stage, rebuild: bool = False) -> int:
+def _dry_run(stage_: Stage, rebuild: bool = False, config: ClusterConfig | None = None) -> int:
+    if config:
+        check_gpus(stage_, config)
     print(json.dumps(status.forecast(stage_, rebuild=rebuild), indent=1))
     return 0
 

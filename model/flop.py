@@ -1,5 +1,6 @@
 """What a network costs: floating point operations, counted by torch on tensors without data."""
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,8 +26,13 @@ _PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e1
 
 
 def peak(device: str) -> float | None:
-    """Operations a second that a GPU of this name can do in bfloat16; None for one that is not known."""
-    return next((rate for name, rate in _PEAKS.items() if name in device), None)
+    """Operations a second that a GPU of this name can do in bfloat16; None for one that is not known.
+
+    A MIG slice such as "NVIDIA H100 80GB HBM3 MIG 1g.10gb" has so many sevenths of the GPU.
+    """
+    rate = next((rate for name, rate in _PEAKS.items() if name in device), None)
+    slice_ = re.search(r"MIG (\d)g\.", device)
+    return rate * int(slice_[1]) / 7 if rate and slice_ else rate
 
 
 @lru_cache(maxsize=8)

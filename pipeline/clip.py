@@ -144,18 +144,23 @@ def preparation(wanted: dict[str, Any]) -> Callable[[Image.Image], "torch.Tensor
     return lambda picture: made()(picture)
 
 
-@lru_cache(maxsize=2)
 def load(config: ClipConfig, compiled: bool = False) -> Encoder:
-    """The encoder of `config`, on the GPU if there is one; kept in this process.
+    """The encoder of `config` on the device of this process; kept in this process.
 
-    ValueError where open_clip knows no such model, or the weights do not fit it.
+    ValueError where open_clip knows no such model, or the weights do not fit it. DeviceUnavailable where the device
+    cannot be used.
     """
+    return load_on(config, compiled, devices.choose())
+
+
+@lru_cache(maxsize=2)
+def load_on(config: ClipConfig, compiled: bool, device: "torch.device") -> Encoder:
+    """The encoder of `config` on a device; kept in this process."""
     import open_clip
     import torch
 
     # Before anything else: open_clip takes random weights where a hub or a folder has none.
     description = describe(config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = config.precision if config.precision != "auto" else fastest(device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     try:
@@ -164,6 +169,9 @@ def load(config: ClipConfig, compiled: bool = False) -> Encoder:
             _known(config), pretrained=None if config.model.startswith(_OWN) or config.pretrained == RANDOM
             else _weights(config), device=device, precision=precision, require_pretrained=config.pretrained != RANDOM)
     except Exception as error:  # readers of weights raise whatever they like
+        if devices.kind_of(error) != "none":
+            raise devices.DeviceUnavailable(f"the encoder {config.model} does not get onto the GPU: "
+                                            f"{str(error).splitlines()[0]}\n{devices.explain(error)}") from error
         raise ValueError(f"open_clip cannot load {config.model} with the weights {config.pretrained}: "
                          f"{(str(error) or repr(error)).splitlines()[0]}\nhint: `python -c 'import open_clip; "
                          f"print(open_clip.list_pretrained())'` lists names and tags") from error

@@ -4,14 +4,16 @@ A process computes on the device that it reserved, and never on another one. A w
 A process that reserved nothing (`--local`, a script) uses the GPU if there is one.
 """
 
+import contextlib
 import logging
 import os
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -65,6 +67,25 @@ def reserve(choice: Choice) -> None:
     os.environ[_VARIABLE] = choice
 
 
+def hide_gpus() -> None:
+    """Hide all GPUs from this process and its children: Ray shows them also to workers that reserved none."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@contextlib.contextmanager
+def reserving(choice: Choice) -> Iterator[None]:
+    """`reserve` for the time of a block."""
+    before = os.environ.get(_VARIABLE)
+    reserve(choice)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_VARIABLE]
+        else:
+            os.environ[_VARIABLE] = before
+
+
 def reserved() -> Choice:
     """The device that was reserved, in this process or in its parent."""
     choice = os.environ.get(_VARIABLE, "auto")
@@ -73,29 +94,60 @@ def reserved() -> Choice:
     return choice  # type: ignore[return-value]
 
 
-def choose() -> "torch.device":
-    """The device of this process. Raises DeviceUnavailable if a GPU was reserved and cannot be used."""
+def choose(number: int | None = None) -> "torch.device":
+    """The device of this process; with `number` that one of its GPUs, as each process of torchrun takes another.
+
+    Raises DeviceUnavailable if a GPU was reserved and cannot be used.
+    """
     import torch
 
     choice = reserved()
     if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
+        _mention_unused(choice)
         return torch.device("cpu")
     try:
-        _probe()
+        _probe(number)
     except (RuntimeError, AssertionError) as error:
-        sentence = explain(error) or _SENTENCES["no device"]
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DeviceUnavailable(f"{reason}\n{sentence}") from error
-    return torch.device("cuda")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+        raise DeviceUnavailable(f"a GPU was reserved on {platform.node()} and cannot be used: {reason}\n"
+                                f"CUDA_VISIBLE_DEVICES is {visible or 'empty'}. "
+                                f"{explain(error) or _SENTENCES['no device']}") from error
+    return torch.device("cuda", torch.cuda.current_device())
 
 
-def _probe() -> None:
+@lru_cache(maxsize=8)
+def _probe(number: int | None) -> None:
     """Compute a small product on the GPU: a card can be listed and still be unusable."""
     import torch
 
     torch.cuda.init()
+    if number is not None:
+        torch.cuda.set_device(number)
     one = torch.ones(16, 16, device="cuda")
     torch.mm(one, one).sum().item()
+
+
+@lru_cache(maxsize=2)
+def _mention_unused(choice: Choice) -> None:
+    """Log once that there is a GPU which this process does not use."""
+    import torch
+
+    if choice == "cpu" and torch.cuda.is_available():
+        _log.info("this computes on the CPU, as --gpus 0 says; there is a GPU here: %s", torch.cuda.get_device_name())
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn a failure of the device inside into DeviceUnavailable, which says what it happened to, and a hint."""
+    try:
+        yield
+    except (DeviceUnavailable, OutOfDeviceMemory):
+        raise
+    except RuntimeError as error:
+        if kind_of(error) == "none":
+            raise
+        raise DeviceUnavailable(f"{what}: {str(error).splitlines()[0]}\n{explain(error)}") from error
 
 
 def kind_of(error: BaseException) -> Failure:
@@ -140,17 +192,41 @@ def cards(visible: str) -> str:
     return ", ".join(line.strip().replace(", ", " ") for line in listed.stdout.splitlines() if line.strip())
 
 
+def describe(precision: str = "") -> str:
+    """The device that this process computed on, for records: name, driver and precision.
+
+    A process that never touched a GPU computed on its CPU: this initializes no CUDA.
+    """
+    torch = sys.modules.get("torch")
+    on_gpu = torch is not None and torch.cuda.is_initialized()
+    return ", ".join(filter(None, [_gpu() if on_gpu else _cpu(), precision]))
+
+
+def name_of(dtype: "torch.dtype") -> str:
+    """fp32, bf16 or fp16."""
+    name = str(dtype).removeprefix("torch.")
+    return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(name, name)
+
+
 @lru_cache(maxsize=1)
-def describe() -> dict[str, str]:
-    """Name, driver and memory of the device of this process, for records: {"name": ..., "driver": ...}."""
+def _gpu() -> str:
     import torch
 
-    if choose().type == "cpu":
-        return {"name": "CPU"}
-    about = torch.cuda.get_device_properties(0)
-    return {"name": about.name, "driver": _driver(), "memory_gb": f"{about.total_memory / 1e9:.0f}"}
+    about = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return f"{about.name} ({about.total_memory / 2 ** 30:.0f} GiB), driver {_driver()}"
 
 
+@lru_cache(maxsize=1)
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"CPU {name or platform.machine()}"
+
+
+@lru_cache(maxsize=1)
 def _driver() -> str:
     try:
         asked = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import clip, encoding, stage, storage
+from pipeline import clip, devices, encoding, stage, storage
 from pipeline.dataset import Dataset, file_of, metadata
 from pipeline.encoding import Part
 from pipeline.stage import Entry, Item, Output, Stage, StageFailed
@@ -78,7 +78,7 @@ class Embed(Stage):
                 for record in records]
 
     def setup(self) -> None:
-        self._encoder()
+        self.precision = devices.name_of(self._encoder().dtype)
 
     def together(self, gpu: bool | None = None) -> int:
         if not (self._encoder().whole if gpu is None else gpu):

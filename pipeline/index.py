@@ -107,6 +107,8 @@ class OfAnIndex(Stage):
     def command(self) -> str:
         return self.dataset.command("index")
 
+    most_gpus = 1024  # faiss uses all that it sees
+
     @property
     def workers_need_gpu(self) -> bool:  # type: ignore[override]
         """Whether this faiss could use one."""

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline import dataset as datasets
-from pipeline import embed, pages, search, stage, storage, tombstones
+from pipeline import devices, embed, pages, search, stage, storage, tombstones
 from pipeline import index as indices
 from pipeline.dataset import Dataset, Embeddings
 from pipeline.index import Lists, Searcher, memory
@@ -148,6 +148,7 @@ class Neighbors(Stage):
 
     def process(self, item: Item, scratch: Path) -> Output:
         self._as_planned()
+        self.precision = devices.name_of(search.where()[1]) if self.workers_need_gpu else "fp32"
         pages.give_back()  # what the last item took, in pieces that do not fit this one
         times = Times()
         opened = _opened(self.database, self.config.method, self.config.copy_bits >= 0, item.inputs["database"])

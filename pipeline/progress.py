@@ -64,6 +64,7 @@ class Tally:
         self.done_items = self.failed_items = self.retried = 0
         self.recorded = {"rows": 0, "samples": 0, "bytes": 0}
         self.reasons: Counter[str] = Counter()
+        self.devices: Counter[str] = Counter()
         self.now: dict[str, Any] = {}
         self._begun = self._last = self._counted = time.monotonic()
         self._took = 0.0
@@ -85,6 +86,7 @@ class Tally:
         self.recorded["samples"] += record["samples"]
         self.recorded["bytes"] += length
         self.reasons.update(record["skipped"])
+        self.devices.update(filter(None, [record["run"].get("device")]))
         if retried := record["info"].get("retried", 0):
             self.retried += retried
         else:
@@ -112,6 +114,7 @@ class Tally:
             self.recorded["bytes"] += counts["bytes"]
             self.retried += sum(info.get("retried", 0) * count for info, count in infos)
             self.reasons.update(counts["skipped"])
+            self.devices.update(records.devices(done))
         else:
             for record in done:
                 self.record(record, sum(file["bytes"] for file in record["files"]))
@@ -140,7 +143,8 @@ class Tally:
             "skipped": dict((+_sum(self.reasons, in_hand)).most_common()), "rows_per_s": round(rate, 1),
             "retried": self.retried + sum(one["rows"] for one in in_hand if one["again"]),
             "seconds_left": round(left / rate) if rate > 0 and self.rows else None,
-            "retired": self.retired, "updated": round(time.time(), 1), "host": platform.node()}
+            "retired": self.retired, "devices": dict(self.devices), "updated": round(time.time(), 1),
+            "host": platform.node()}
         if not quick:
             with contextlib.suppress(OSError):
                 storage.put_json(self.now, storage.join(self.folder, "progress.json"))

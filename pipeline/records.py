@@ -231,6 +231,19 @@ def halved(done: Sequence[dict[str, Any]]) -> int:
     return sum(HALVED in record["run"].get("times", {}) for record in done)
 
 
+def devices(done: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """How many records were made on each device; records from before devices were noted are left out."""
+    if isinstance(done, Rows):
+        counts = Counter[str]()
+        for table_ in done.tables("run"):
+            found = pc.extract_regex(table_.column("run"), r'"device": "(?P<device>(?:[^"\\\\]|\\\\.)*)"')
+            names = pc.value_counts(pc.struct_field(found.combine_chunks(), "device").drop_null())
+            counts.update({json.loads(f'"{one["values"]}"'): one["counts"] for one in names.to_pylist()})
+    else:
+        counts = Counter(record["run"]["device"] for record in done if "device" in record["run"])
+    return dict(counts.most_common())
+
+
 def infos(done: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], int]]:
     """Each `info` that occurs among records, and how often."""
     if isinstance(done, Rows):

@@ -246,9 +246,9 @@ def where() -> tuple["torch.device", "torch.dtype"]:
 
     from pipeline.clip import fastest
 
-    if torch.cuda.is_available():
-        return torch.device("cuda"), torch.float16
-    device = torch.device("cpu")
+    device = devices.choose()
+    if device.type == "cuda":
+        return device, torch.float16
     return device, torch.bfloat16 if fastest(device) == "bf16" else torch.float32
 
 

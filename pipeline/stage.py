@@ -39,7 +39,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pipeline import progress, records, storage
+from pipeline import devices, progress, records, storage
 from pipeline.progress import Tally
 from pipeline.records import content, totals
 
@@ -141,6 +141,10 @@ class Stage(ABC):
 
     name: ClassVar[str]
     workers_need_gpu: ClassVar[bool] = False
+    most_gpus: ClassVar[int] = 1  # that one worker can use
+    shares_gpus: ClassVar[bool] = True  # whether two workers may have parts of one GPU
+    precision = ""  # of its tensors, for records; known once a worker is set up
+    device = ""  # for records, if the work was done by other processes
     by_choice: ClassVar[frozenset[str]] = frozenset()  # reasons that settings ask for: no failures
     decodes: ClassVar[bool] = False  # whether others can decode pictures for it
     decode: "Elsewhere | None" = None  # they, in a worker that somebody lends them to
@@ -484,7 +488,8 @@ def _commit(stage: Stage, item: Item, output: Output, scratch: Path, plan: str, 
         storage.put_bytes(data, storage.join(stage.folder, name))
     # Of the process since its start, which may have done other items: what a machine must have for it.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    record["run"] = {"seconds": round(time.time() - started, 3), "host": platform.node(), "peak_mb": round(peak)}
+    record["run"] = {"seconds": round(time.time() - started, 3), "host": platform.node(), "peak_mb": round(peak),
+                     "device": stage.device or devices.describe(stage.precision)}
     if output.times:
         record["run"]["times"] = {name: round(value, 3) if isinstance(value, float) else value
                                   for name, value in sorted(output.times.items())}
@@ -532,6 +537,8 @@ def seal(stage: Stage, items: Sequence[Item], done: Sequence[dict[str, Any]] | N
         "run": {"sealed": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "code": code_revision(),
                 "seconds": round(records.seconds(done), 3)},
     }
+    if any(found := records.devices(done)):
+        manifest["run"]["devices"] = found
     if retired:
         manifest["run"]["retired"] = list(retired)
     if halved := records.halved(done):
@@ -573,6 +580,8 @@ def in_process(stage: Stage, items: Sequence[Item]) -> Iterator[Outcome | None]:
             except StageFailed:  # the driver's own, heard in the middle of an item
                 raise
             except Exception as error:
+                if devices.kind_of(error) in ("device lost", "no device", "old driver"):
+                    raise  # this process cannot compute any other item either
                 failed = partial(_raise, error)
             if before:
                 yield _tried(stage, before[0], before[1].result)
@@ -611,6 +620,8 @@ def run(stage: Stage, runner: Runner = in_process, *, rebuild: bool = False, ret
     rows that may fail. `watch` is shown the tally whenever it changes.
     StageFailed if items failed, after all others were done, or if too many rows failed.
     """
+    if check := getattr(runner, "check", None):
+        check(stage)  # before anything is removed or planned
     if rebuild:
         empty(stage)
     more = storage.join(stage.folder, "more")

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from _pytest.mark.expression import Expression
 
 # Before anything imports Ray or wandb: both write into the home folder.
 _HOME = tempfile.mkdtemp(prefix="rdm-tests-home-")
@@ -24,6 +25,21 @@ os.environ.update(HOME=_HOME, WANDB_MODE="disabled", RAY_AUTH_MODE="disabled", R
 os.environ.pop("RAY_ADDRESS", None)
 # A shell's background jobs are born deaf to Ctrl-C, which some tests send to what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs unless `-m` selects only tests that need one: the others must pass on any machine."""
+    expression = Expression.compile(config.option.markexpr or "not none")
+    if not expression.evaluate(lambda name, **_: name == "gpu") or expression.evaluate(lambda name, **_: False):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests that need a GPU where GPUs are hidden."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="GPUs are hidden; make gpu, or pytest -m gpu, runs it"))
 
 
 def pytest_unconfigure() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-from jobs import tracking
+from jobs import progress, tracking
 from jobs.report.curve import curve, trade_off
 from jobs.report.page import (
     Child,
@@ -169,7 +169,9 @@ def _stage(one: dict[str, Any], group: str) -> Html:
     state = one["state"] + (f", {one['failed']} failed" if one.get("failed") else "")
     kind = "failed" if one.get("failed") else one["state"].split()[0]
     changed = tag("small", f"rebuilt since: {', '.join(one['changed'])}") if one.get("changed") else None
-    return tag("tr", tag("th", name, scope="row"), tag("td", tag("span", state, class_=f"state {kind}"), changed),
+    on = progress.computed_on(one.get("devices") or (one.get("progress") or {}).get("devices", {}))
+    return tag("tr", tag("th", name, scope="row"), tag("td", tag("span", state, class_=f"state {kind}"), changed,
+                                                       tag("small", on) if on else None),
                _n(number(one.get("items"))), _n(number(samples)), tag("td", _reasons(one.get("skipped"))),
                tag("td", _reasons(one.get("noted"))), _n(brief(seconds)),
                _n(brief(samples / seconds if samples and seconds else None)), _n(size(stored)))

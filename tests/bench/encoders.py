@@ -31,7 +31,7 @@ def ways(model: str, weights: str) -> dict:
     config, found = clip.ClipConfig(model, weights), {}
     for name, compiled, last in (("as it is", False, False), ("compiled", True, False),
                                  ("channels last", False, True), ("both", True, True)):
-        clip.load.cache_clear()  # each has weights of its own
+        clip.load_on.cache_clear()  # each has weights of its own
         one = clip.load(config)
         if last:
             one.model.to(memory_format=torch.channels_last)

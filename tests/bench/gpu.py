@@ -5,8 +5,8 @@
     python tests/bench/gpu.py --device cpu          # small sizes on a CPU: tries the script, gives no figures of use
 
 Each part is a process with a time limit. It prints PASS, FAIL or SKIP with the figure and its gate, and writes its rows
-to OUT/<part>.jsonl at once. The end is OUT/gpu.json and a Markdown table that names the card. It needs torch, numpy,
-pillow, pyarrow and fsspec; parts that need open_clip, diffusers or faiss are skipped where those are missing. Ray is not needed.
+to OUT/<part>.jsonl at once. The end is OUT/gpu.json and a Markdown table that names the card. It needs torch,
+numpy, pillow, pyarrow and fsspec. Parts that need open_clip, diffusers or faiss are skipped where those are missing.
 The exit code is 0 if no check failed, 1 if one did, and 2 if there is no such device.
 """
 
@@ -24,11 +24,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from gpu_parts.report import Report, Row, line
+
+ROOT = Path(__file__).parents[2]
 
 # Seconds that each part may take. Their sum is nine minutes.
 LIMITS = {"ceilings": 25, "device": 45, "embed": 100, "search": 55, "index": 20, "train": 200, "latents": 30,

@@ -147,7 +147,7 @@ def test_a_run_on_latents_trains_and_draws_pictures(root: Path, autoencoder: Pat
     section = json.loads((root / "runs/run/plan.json").read_text())["section"]
     assert section["first_stage"]["factor"] == 4
     # Another first stage in the same place is noticed.
-    latents.opened.cache_clear()
+    latents.opened_on.cache_clear()
     other = first_stage.load(autoencoder)
     with torch.no_grad():
         next(other.network.parameters()).add_(1.0)
@@ -160,7 +160,7 @@ def test_a_run_on_latents_trains_and_draws_pictures(root: Path, autoencoder: Pat
     finally:
         shutil.rmtree(autoencoder)
         shutil.move(kept, autoencoder)
-        latents.opened.cache_clear()
+        latents.opened_on.cache_clear()
 
 
 def _job(root: Path, run: str, validation: str = "") -> Job:
@@ -230,9 +230,9 @@ def test_without_its_first_stage_a_run_goes_on_and_says_so_once(
     caplog.clear()
     assert in_processes(_job(root, "deceived", "drawn"))
     assert caplog.text.count("is not the one that the run deceived was trained with") == 1
-    latents.opened.cache_clear()
+    latents.opened_on.cache_clear()
     stage.run(latents.Latents(Dataset.parse(str(root), "other"), LatentsConfig(first_stage=str(folder))), rebuild=True)
-    latents.opened.cache_clear()
+    latents.opened_on.cache_clear()
     with pytest.raises(ValueError, match="the latents of other are of another first stage than those of drawn"):
         Training(_job(root, "run", "other")).check()
 
@@ -255,7 +255,7 @@ def test_an_exported_run_on_latents_draws_where_its_first_stage_never_was(
     here = drawn(root, "run")
     assert main(["export", "run", "--out", str(out), "--root", str(root)]) == 0
     shutil.rmtree(folder)
-    latents.opened.cache_clear()
+    latents.opened_on.cache_clear()
     shutil.copytree(root / "datasets", elsewhere / "datasets")
     assert main(["convert", "brought", "--checkpoint", str(out), "--root", str(elsewhere)]) == 0
     # What was brought can be carried on, and is drawn with where neither the folder nor the export is any more.
@@ -272,7 +272,7 @@ def test_an_exported_run_on_latents_draws_where_its_first_stage_never_was(
     changed.network.save_pretrained(tmp_path / "moved/first_stage")
     assert main(again) == 1 and "is not the first stage that was exported" in capsys.readouterr().err
     # Without its first stage a run is not exported, and nothing is left behind.
-    latents.opened.cache_clear()
+    latents.opened_on.cache_clear()
     assert main(["export", "run", "--out", str(out), "--root", str(root)]) == 2
     assert "there is no autoencoder in" in capsys.readouterr().err and not out.exists()
 

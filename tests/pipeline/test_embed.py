@@ -26,7 +26,7 @@ from tests.pipeline.test_images import photo
 def as_new_process():
     """Weights are read anew, as by the next command."""
     yield
-    clip.load.cache_clear()
+    clip.load_on.cache_clear()
     clip.describe.cache_clear()
 
 

@@ -22,7 +22,6 @@ def run(report: Report) -> None:
         target = torch.empty_like(source)
         taken = seconds(lambda: target.copy_(source), device)
         report.figure("copy within device memory", 2 * len(source) / taken / 1e12, "TB/s", "bytes read and written")
-        del source, target
     _from_host(report)
 
 

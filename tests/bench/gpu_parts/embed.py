@@ -38,7 +38,7 @@ def run(report: Report) -> None:
 def _encoder(model: str) -> Any:
     from pipeline import clip
     pretrained = "bundled" if model == clip.BUNDLED_MODEL else clip.RANDOM
-    clip.load.cache_clear()
+    clip.load_on.cache_clear()
     return clip.load(clip.ClipConfig(model=model, pretrained=pretrained))
 
 
@@ -98,7 +98,8 @@ def _precision(report: Report, encoder: Any, model: str, batch: int) -> None:
     pixels = torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic").clamp(0, 255).byte()
     pixels = pixels.permute(0, 2, 3, 1).contiguous().numpy()
     vectors = encoder.images(pixels)
-    exact = clip.load.__wrapped__(clip.ClipConfig(model=model, pretrained=clip.RANDOM, precision="fp32"))
+    config = clip.ClipConfig(model=model, pretrained=clip.RANDOM, precision="fp32")
+    exact = clip.load_on.__wrapped__(config, False, encoder.device)
     exact.model.load_state_dict(encoder.model.state_dict())  # copies bf16 into fp32, exactly
     reference = exact.images(pixels[:report.size(128, 8)])
     cosine = (vectors[:len(reference)] * reference).sum(1).min()
@@ -133,7 +134,7 @@ def _tars_rate(report: Report, encoder: Any, batch: int, bare: float, side: int,
     tar, count = _tar(report, side)
     # About three seconds at the rate of the bare pass, or at that of decoding.
     rate = min(bare, 4000.0 if side == 256 else 1000.0)
-    shards = [Shard(count, lambda: open(tar, "rb"))] * max(2, int(3 * rate / count))
+    shards = [Shard(count, lambda: tar.open("rb"))] * max(2, int(3 * rate / count))
     if report.small:
         shards = shards[:1]
     times, first, seen = Times(), 0, 0

@@ -209,4 +209,4 @@ def _rate(report: Report, name: str, config: TrainConfig, side: int, least: floa
         report.figure(f"{name}: rate", last["tflops_per_s"], "TFLOP/s", note)
     if "bytes" in saved:
         report.check("saving the largest checkpoint stops training for", saved["copy"] + saved["write"], "<= 5", "s",
-                     f"{saved['bytes'] / 1e9:.1f} GB: {saved['copy']:.1f} s to the host, {saved['write']:.1f} s to disk")
+                     f"{saved['bytes'] / 1e9:.1f} GB: {saved['copy']:.1f} s to host, {saved['write']:.1f} s to disk")

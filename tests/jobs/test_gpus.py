@@ -1,0 +1,170 @@
+"""GPUs: reserved or not, usable or not, and what the command line says of it. All on a machine without a GPU."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import cluster as clusters
+from jobs import gpus
+from jobs.cli import main
+from jobs.pool import Pool
+from jobs.settings import ClusterConfig
+from jobs.training import Training
+from model import flop
+from pipeline import devices, stage
+from pipeline.dataset import Dataset
+from pipeline.embed import Embed, EmbedConfig
+from pipeline.index import Index, IndexConfig
+from pipeline.stage import Item, Output, Stage
+
+OLD = "The NVIDIA driver on your system is too old (found version 12040). Please update your GPU driver."
+FULL = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB."
+
+
+@pytest.fixture
+def root(prepared: Path, tmp_path: Path) -> str:
+    shutil.copytree(prepared, tmp_path / "root")
+    return str(tmp_path / "root")
+
+
+def _commands(root: str) -> dict[str, list[str]]:
+    some = ["--root", root, "--local"]
+    return {"embed": ["embed", "drawn", *some, "--rebuild"],
+            "neighbors": ["neighbors", "drawn", *some, "--method", "exact", "--rebuild"],
+            "train": ["train", "run", "--dataset", "drawn", "--steps", "2", *some]}
+
+
+@pytest.mark.parametrize("verb", ["embed", "neighbors", "train"])
+def test_a_reserved_gpu_that_is_not_there_is_an_error_with_torchs_reason(root: str, verb: str, capsys: Any) -> None:
+    assert main([*_commands(root)[verb], "--gpus", "1"]) == 1
+    said = capsys.readouterr().err
+    assert "a GPU was reserved" in said and "CUDA_VISIBLE_DEVICES is" in said and "hint: " in said
+    assert "NVIDIA" in said or "CUDA GPUs" in said  # torch's own words
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(("text", "sentence"), [
+    (OLD, "driver is older than this torch needs"), (FULL, "too little memory"),
+    ("CUDA error: invalid device ordinal", "torch sees none"),
+    ("CUDA error: uncorrectable ECC error encountered", "The GPU failed")])
+def test_each_kind_of_failure_has_a_sentence_a_hint_and_exit_code_1(root: str, text: str, sentence: str, capsys: Any,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    def probe(number: int | None) -> None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(devices, "_probe", probe)
+    from pipeline import clip
+    clip.load_on.cache_clear()
+    assert main([*_commands(root)["embed"], "--gpus", "1"]) == 1
+    said = capsys.readouterr().err
+    assert text[:40] in said and sentence in said and "hint: " in said and "Traceback" not in said
+    clip.load_on.cache_clear()
+
+
+def test_zero_gpus_is_the_cpu_although_there_is_one(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    import torch
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    devices._mention_unused.cache_clear()
+    with caplog.at_level("INFO"), devices.reserving("cpu"):
+        assert devices.choose().type == devices.choose().type == "cpu"
+    assert [record.message for record in caplog.records] == [
+        "this computes on the CPU, as --gpus 0 says; there is a GPU here: NVIDIA H200"]
+
+
+def test_what_was_reserved_ends_with_its_block() -> None:
+    before = devices.reserved()
+    with devices.reserving("cuda"):
+        assert devices.reserved() == "cuda" and os.environ["RDM_DEVICE"] == "cuda"
+    assert devices.reserved() == before
+
+
+@pytest.mark.parametrize("count", ["2", "1.5", "-1"])
+def test_gpus_that_embed_cannot_use_are_refused_before_planning(root: str, count: str, capsys: Any,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is removed, planned or started."""
+    monkeypatch.setattr(clusters, "connect", lambda: pytest.fail("connected to a cluster"))
+    before = sorted(Path(root).rglob("*"))
+    assert main(["embed", "drawn", "--root", root, "--gpus", count, "--rebuild"]) == 2
+    assert "gpus" in capsys.readouterr().err and sorted(Path(root).rglob("*")) == before
+
+
+@pytest.mark.parametrize(("count", "hint"), [("2", "--workers 8 --gpus 1"), ("0.5", "--gpus 1 with fewer")])
+def test_a_process_of_training_takes_one_whole_gpu(root: str, count: str, hint: str, capsys: Any,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clusters, "connect", lambda: pytest.fail("connected to a cluster"))
+    assert main(["train", "run", "--dataset", "drawn", "--root", root, "--workers", "4", "--gpus", count]) == 2
+    said = capsys.readouterr().err
+    assert f"--gpus {count}" in said and hint in said and not Path(root, "runs/run").exists()
+
+
+def test_workers_of_embed_share_a_gpu_and_those_of_index_take_several(root: str) -> None:
+    dataset = Dataset.parse(root, "drawn")
+    gpus.check_gpus(Embed(dataset, EmbedConfig()), ClusterConfig(gpus=0.25))
+
+    class OnGpus(Index):
+        workers_need_gpu = True
+
+    gpus.check_gpus(OnGpus(dataset, IndexConfig()), ClusterConfig(gpus=4))
+    assert not Training.shares_gpus
+
+
+def test_a_dry_run_refuses_them_too(root: str, capsys: Any) -> None:
+    assert main(["embed", "drawn@v2", "--root", root, "--gpus", "2", "--dry-run"]) == 2
+    assert "computes on 1 GPU" in capsys.readouterr().err
+
+
+def test_records_manifest_status_and_report_name_device_and_precision(root: str, capsys: Any) -> None:
+    assert main([*_commands(root)["embed"], "--gpus", "0", "--precision", "fp32"]) == 0
+    manifest = json.loads(Path(root, "datasets/drawn/v1/embeddings/manifest.json").read_text())
+    names = {record["run"]["device"] for record in manifest["items"]}
+    assert len(names) == 1 and (name := names.pop()).startswith("CPU") and name.endswith(", fp32")
+    assert manifest["run"]["devices"] == {name: len(manifest["items"])}
+    capsys.readouterr()
+    assert main(["status", "--root", root]) == 0
+    assert f"on {name}" in capsys.readouterr().out
+    assert main(["report", "--root", root]) == 0
+    assert f"on {name}" in Path(root, "report.html").read_text()
+
+
+def test_a_run_names_the_device_of_its_processes(root: str) -> None:
+    assert main([*_commands(root)["train"], "--precision", "fp32", "--log-every", "1"]) == 0
+    manifest = json.loads(Path(root, "runs/run/manifest.json").read_text())
+    (name,) = manifest["run"]["devices"]
+    assert name.startswith("CPU") and name.endswith(", fp32")
+
+
+class _Look(Stage):
+    """What a worker sees of GPUs."""
+
+    name = "look"
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root, "look", ClusterConfig())
+
+    def plan(self) -> list[Item]:
+        return [Item("0")]
+
+    def process(self, item: Item, scratch: Path) -> Output:
+        return Output(samples=1, info={"reserved": devices.reserved(),
+                                       "visible": os.environ.get("CUDA_VISIBLE_DEVICES")})
+
+
+@pytest.mark.ray
+def test_a_worker_without_a_gpu_sees_none(cluster: Any, tmp_path: Path) -> None:
+    pool = Pool(ClusterConfig(workers=1))
+    try:
+        manifest = stage.run(_Look(str(tmp_path)), pool)
+    finally:
+        pool.close()
+    assert manifest["items"][0]["info"] == {"reserved": "cpu", "visible": ""}
+
+
+def test_a_slice_of_a_gpu_has_its_share_of_the_rate() -> None:
+    whole = flop.peak("NVIDIA H100 80GB HBM3")
+    assert whole and flop.peak("NVIDIA H100 80GB HBM3 MIG 1g.10gb") == whole / 7
+    assert flop.peak("NVIDIA H100 80GB HBM3 MIG 3g.40gb") == whole * 3 / 7
