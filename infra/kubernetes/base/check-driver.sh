@@ -10,8 +10,8 @@
 # ALLOW_MIG=1 accepts MIG slices on a node that needs one GPU. CHECK_ROOT replaces / for /sys and /dev (tests).
 set -euo pipefail
 
-MIN_DRIVER=580                      # torch's CUDA 13 needs this NVIDIA driver
-MIN_MEMLOCK_KIB=$((8 * 1024 * 1024))  # EFA registers several GiB of host memory on a node of eight GPUs
+MIN_DRIVER=580                              # torch's CUDA 13 needs this NVIDIA driver
+MIN_MEMLOCK_KIB=${MIN_MEMLOCK_KIB:-8388608}  # EFA registers several GiB of host memory on a node of eight GPUs
 ROOT=${CHECK_ROOT:-}
 
 fail() { # what, expected and got, hint
@@ -93,7 +93,7 @@ check_efa() {
     fail "the limit of locked memory is too small for EFA" "expected: at least $MIN_MEMLOCK_KIB KiB; got: $memlock KiB" \
       "set LimitMEMLOCK=infinity for containerd on the machine"
   fi
-  if ! ldconfig -p | grep -q libnccl-net-ofi.so; then
+  if ! grep -q libnccl-net-ofi.so <<<"$(ldconfig -p)"; then
     fail "the image has no libnccl-net-ofi.so" "expected: NCCL's plugin for EFA; got: nothing in ldconfig's cache" \
       "build the image with the EFA installer (infra/efa.sh)"
   fi
