@@ -21,7 +21,7 @@ class Node:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "bin").mkdir()
-        for tool in ("bash", "grep", "head", "hostname", "sed", "timeout"):  # an nvidia-smi of this machine is not one
+        for tool in ("bash", "grep", "head", "sed", "timeout"):  # an nvidia-smi of this machine is not one
             (folder / "bin" / tool).symlink_to(str(shutil.which(tool)))
 
     def write_command(self, name: str, text: str) -> None:

@@ -1,6 +1,5 @@
 """What is in infra/: rendered as it would be applied, checked against its schemas and against the command line."""
 
-import copy
 import json
 import re
 from typing import Any
@@ -196,22 +195,3 @@ def test_the_image_is_made_of_what_is_there_and_runs_as_nobody_special() -> None
     assert set(sources) == kept and all((REPOSITORY / name).exists() for name in sources)
     assert re.findall("^USER (.*)", dockerfile, re.M)[-1] == "1000:1000"
     assert not re.search(":latest|^FROM [^:]+$", dockerfile, re.M)
-
-
-@pytest.mark.parametrize("name", ["aws", "on-prem"])
-def test_ray_itself_takes_the_cluster_files(name: str) -> None:
-    from ray.autoscaler._private.util import prepare_config, validate_config
-    written = yaml.safe_load((INFRA / f"ray-up/{name}.yaml").read_text())
-    config = prepare_config(copy.deepcopy(written))
-    validate_config(config)
-    for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
-        assert "ray stop" in commands[0]
-        assert all(words in commands[1] for words in ("RAY_AUTH_MODE=token", "RAY_AUTH_TOKEN_PATH=", "ray start"))
-    for words in ("--num-cpus=0", "--dashboard-host=127.0.0.1"):
-        assert words in config["head_start_ray_commands"][1]
-    kinds = written.get("available_node_types", {})
-    spot = {kind for kind, one in kinds.items() if "InstanceMarketOptions" in one["node_config"]}
-    assert spot == (set(kinds) - {written["head_node_type"]} if kinds else set())
-    config["head_start_commands"] = []
-    with pytest.raises(jsonschema.ValidationError):
-        validate_config(config)

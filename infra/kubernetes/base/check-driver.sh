@@ -15,7 +15,7 @@ MIN_MEMLOCK_KIB=${MIN_MEMLOCK_KIB:-8388608}  # EFA registers several GiB of host
 ROOT=${CHECK_ROOT:-}
 
 fail() { # what, expected and got, hint
-  printf 'error: %s: %s\n%s\nhint: %s\n' "$(hostname)" "$1" "$2" "$3" >&2
+  printf 'error: %s: %s\n%s\nhint: %s\n' "$HOSTNAME" "$1" "$2" "$3" >&2
   exit 1
 }
 
@@ -62,7 +62,7 @@ check_gpus() {
   if [ "$slices" = 0 ] && [ "$devices" -lt "$wanted" ]; then
     fail "GPUs are missing" "expected: $wanted; got: $devices" "look for 'NVRM: Xid' in the kernel log of the machine"
   fi
-  echo "$(hostname): driver $version, $devices GPUs, $slices MIG slices"
+  echo "$HOSTNAME: driver $version, $devices GPUs, $slices MIG slices"
 }
 
 # Ray counts a slice as a whole GPU, and NCCL cannot connect slices.
@@ -76,7 +76,7 @@ check_mig() {
     fail "the GPU is split by MIG" "expected: a whole GPU; got: a slice, which Ray and the cost estimates count as a whole one" \
       "nvidia-smi -mig 0 on the machine, or ALLOW_MIG=1 to accept slices"
   fi
-  echo "warning: $(hostname): a MIG slice is used, and counts as a whole GPU" >&2
+  echo "warning: $HOSTNAME: a MIG slice is used, and counts as a whole GPU" >&2
 }
 
 check_efa() {
@@ -97,7 +97,7 @@ check_efa() {
     fail "the image has no libnccl-net-ofi.so" "expected: NCCL's plugin for EFA; got: nothing in ldconfig's cache" \
       "build the image with the EFA installer (infra/efa.sh)"
   fi
-  echo "$(hostname): $count EFA devices, locked memory $memlock"
+  echo "$HOSTNAME: $count EFA devices, locked memory $memlock"
 }
 
 gpus=${1:-$(announced_gpus)}
