@@ -50,7 +50,7 @@ def render_kueue_jobs() -> list[Document]:
 
 
 def of_kind(documents: list[Document], kind: str) -> list[Document]:
-    return [one for one in documents if one["kind"] == kind]
+    return [document for document in documents if document["kind"] == kind]
 
 
 def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -73,8 +73,10 @@ def containers(pod: Document) -> list[Document]:
 
 
 def cluster_specs(documents: list[Document]) -> list[Document]:
-    return [one["spec"] for one in of_kind(documents, "RayCluster")] + [
-        one["spec"]["rayClusterSpec"] for one in of_kind(documents, "RayJob") if "rayClusterSpec" in one["spec"]]
+    """The specs of clusters, those that RayJobs bring included."""
+    specs = [document["spec"] for document in of_kind(documents, "RayJob")]
+    return [document["spec"] for document in of_kind(documents, "RayCluster")] + [
+        spec["rayClusterSpec"] for spec in specs if "rayClusterSpec" in spec]
 
 
 def node_templates(cluster: Document) -> list[Document]:
@@ -113,18 +115,18 @@ def _check_node(node: Any, schema: Document, path: str) -> None:
 
 
 def read_settings(overlay: list[Document]) -> dict[str, str]:
-    return next(one["data"] for one in of_kind(overlay, "ConfigMap") if one["metadata"]["name"] == "rdm")
+    return next(document["data"] for document in of_kind(overlay, "ConfigMap") if document["metadata"]["name"] == "rdm")
 
 
 def read_commands(documents: list[Document], environment: dict[str, str]) -> Iterator[list[str]]:
-    """What jobs and containers run, with their variables in place, after `python -m jobs`."""
+    """The words after `python -m jobs` that jobs and containers run, with their variables in place."""
     for document in documents:
         if document["kind"] == "RayJob":
             yield split_command(document["spec"]["entrypoint"], environment)
         if document["kind"] == "CronJob":
             for pod in pod_templates(document):
                 for container in pod["spec"]["containers"]:
-                    own = environment | {one["name"]: one.get("value", "") for one in container["env"]}
+                    own = environment | {pair["name"]: pair.get("value", "") for pair in container["env"]}
                     words = [re.sub(r"\$\((\w+)\)", lambda found, own=own: own[found[1]], word)
                              for word in (*container["command"], *container["args"])]
                     assert words[:3] == ["python", "-m", "jobs"]

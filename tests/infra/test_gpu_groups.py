@@ -1,6 +1,5 @@
 """The worker groups of one and of eight GPUs: what their pods get, and which of them Ray's autoscaler starts."""
 
-import json
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ from tests.infra import manifests
 from tests.infra.manifests import Document
 
 GPU, EFA, HUGE_PAGES = "nvidia.com/gpu", "vpc.amazonaws.com/efa", "hugepages-2Mi"
-# What the policy `baseline` of Kubernetes' pod security, which the namespace enforces, lets containers add.
+# Capabilities that containers may add under the policy `baseline`, which the namespace enforces.
 BASELINE = {"AUDIT_WRITE", "CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "MKNOD", "NET_BIND_SERVICE", "SETFCAP",
             "SETGID", "SETPCAP", "SETUID", "SYS_CHROOT"}
 
@@ -33,10 +32,11 @@ def _limits(group: Document) -> dict[str, str]:
 
 def _gpu_groups() -> list[tuple[str, Document]]:
     """Every group with GPUs, of the standing clusters and of the RayJobs for Kueue, with the place it is from."""
-    found = [(name, cluster) for name in manifests.OVERLAYS for cluster in [_standing(name)]]
-    found += [(name, cluster) for name in manifests.KUEUE_JOBS
+    clusters = [(name, cluster) for name in manifests.OVERLAYS for cluster in [_standing(name)]]
+    clusters += [(name, cluster) for name in manifests.KUEUE_JOBS
               for cluster in manifests.cluster_specs(manifests.render(f"kueue/{name}"))]
-    return [(name, group) for name, cluster in found for group in cluster["workerGroupSpecs"] if GPU in _limits(group)]
+    groups = [(name, group) for name, cluster in clusters for group in cluster["workerGroupSpecs"]]
+    return [(name, group) for name, group in groups if GPU in _limits(group)]
 
 
 def test_every_gpu_pod_is_checked_before_ray_starts() -> None:
@@ -56,8 +56,8 @@ def test_every_gpu_pod_is_checked_before_ray_starts() -> None:
         assert mounts == {"checks": "/checks"} and volumes["checks"]["configMap"] == {"name": "rdm-checks"}
         assert {"key": GPU, "operator": "Exists", "effect": "NoSchedule"} in pod["tolerations"]
     for name in manifests.OVERLAYS:
-        files = [one["data"] for one in manifests.of_kind(manifests.render(f"overlays/{name}"), "ConfigMap")
-                 if one["metadata"]["name"] == "rdm-checks"]
+        files = [document["data"] for document in manifests.of_kind(manifests.render(f"overlays/{name}"), "ConfigMap")
+                 if document["metadata"]["name"] == "rdm-checks"]
         assert files == [{"check-driver.sh": (manifests.INFRA / "kubernetes/base/check-driver.sh").read_text()}]
 
 
@@ -78,7 +78,7 @@ def test_pods_of_eight_have_shared_memory_of_their_own() -> None:
 def test_efa_is_asked_for_on_aws_alone() -> None:
     for name, group in _gpu_groups():
         (container,), limits = group["template"]["spec"]["containers"], _limits(group)
-        variables = {one["name"]: one["value"] for one in container.get("env", ())}
+        variables = {variable["name"]: variable["value"] for variable in container.get("env", ())}
         if "aws" in name and group["groupName"] == "gpu8":
             assert limits[EFA] == "32" and _bytes(limits[HUGE_PAGES]) % (2 << 20) == 0
             assert int(limits["cpu"]) <= 192 - 8 and _bytes(limits["memory"]) <= 0.9 * 2 * 2**40  # p5.48xlarge
@@ -105,8 +105,11 @@ def test_the_namespace_admits_every_pod(name: str) -> None:
             assert not context.get("privileged") and set(context["capabilities"].get("add", ())) <= BASELINE
 
 
-def _launches(cluster: Document, count: int, cpus: int) -> dict[str, int]:
-    """The pods by group that Ray's own autoscaler starts for `count` workers of one GPU each, from nothing."""
+def _launches(cluster: Document, count: int, cpus: int, together: bool) -> dict[str, int]:
+    """The pods by group that Ray's own autoscaler starts for `count` workers of one GPU each, from nothing.
+
+    Ray Train asks for all of its workers together, the pool of actors for one after another.
+    """
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
     from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
     from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
@@ -118,10 +121,10 @@ def _launches(cluster: Document, count: int, cpus: int) -> dict[str, int]:
     reply = ResourceDemandScheduler(_Events()).schedule(SchedulingRequest(
         disable_launch_config_check=True, node_type_configs=config.get_node_type_configs(),
         max_num_nodes=config.get_max_num_nodes(),
-        resource_requests=ResourceRequestUtil.group_by_count(requests) if cpus <= 8 else [],
-        gang_resource_requests=[GangResourceRequest(requests=requests)] if cpus > 8 else []))
+        resource_requests=ResourceRequestUtil.group_by_count(requests) if not together else [],
+        gang_resource_requests=[GangResourceRequest(requests=requests)] if together else []))
     assert not reply.infeasible_resource_requests and not reply.infeasible_gang_resource_requests
-    return {one.instance_type: one.count for one in reply.to_launch if one.instance_type != "headgroup"}
+    return {launch.instance_type: launch.count for launch in reply.to_launch if launch.instance_type != "headgroup"}
 
 
 class _Events:
@@ -133,10 +136,11 @@ class _Events:
 def test_embed_gets_pods_of_one_gpu_and_train_pods_of_eight(name: str) -> None:
     cluster = _standing(name)
     settings = manifests.read_settings(manifests.render(f"overlays/{name}"))
-    for verb, group, pods in (("embed", "gpu", 4), ("train", "gpu8", 2)):
-        (job,) = [one for one in manifests.read_jobs() if f"jobs {verb} " in one["spec"]["entrypoint"]]
+    for verb, group, gpus in (("embed", "gpu", 1), ("train", "gpu8", 8)):
+        (job,) = [job for job in manifests.read_jobs() if f"jobs {verb} " in job["spec"]["entrypoint"]]
         words = manifests.split_command(job["spec"]["entrypoint"], settings)
         flags = {flag: int(words[words.index(flag) + 1]) for flag in ("--workers", "--gpus", "--cpus")}
         assert flags["--gpus"] == 1
-        count = pods if verb == "embed" else flags["--workers"]
-        assert _launches(cluster, count, flags["--cpus"]) == {group: pods}, json.dumps(flags)
+        room = _groups(cluster)[group]["maxReplicas"] * gpus
+        for count in {gpus, min(room, flags["--workers"])}:
+            assert _launches(cluster, count, flags["--cpus"], together=verb == "train") == {group: count // gpus}

@@ -30,7 +30,7 @@ def job(request: pytest.FixtureRequest) -> Document:
 
 
 def test_queues_are_as_their_schemas_want(queues: list[Document]) -> None:
-    assert [one["kind"] for one in queues if one["kind"] in manifests.KUEUE] == [
+    assert [each["kind"] for each in queues if each["kind"] in manifests.KUEUE] == [
         "ClusterQueue", "LocalQueue", "ResourceFlavor", "WorkloadPriorityClass"]
     for document in queues:
         manifests.check_schema(document)
@@ -40,7 +40,7 @@ def test_queues_are_as_their_schemas_want(queues: list[Document]) -> None:
     ("spec.resourceGroup", []), ("spec.queueingStrategy", "Fifo"), ("spec.preemption.withinClusterQueue", "Always"),
     ("spec.resourceGroups.0.flavors.0.resources.0.nominalQuota", "many"), ("metadata.namespace", "rdm")])
 def test_what_is_wrong_in_a_queue_is_found(queues: list[Document], path: str, value: Any) -> None:
-    document = copy.deepcopy(next(one for one in queues if one["kind"] == "ClusterQueue"))
+    document = copy.deepcopy(next(each for each in queues if each["kind"] == "ClusterQueue"))
     manifests.check_schema(document)
     node: Any = document
     *parents, last = path.split(".")
@@ -52,7 +52,7 @@ def test_what_is_wrong_in_a_queue_is_found(queues: list[Document], path: str, va
 
 
 def test_queues_lead_to_each_other_and_to_the_jobs(queues: list[Document], job: Document) -> None:
-    names = {kind: {one["metadata"]["name"] for one in manifests.of_kind(queues, kind)} for kind in manifests.KUEUE}
+    names = {kind: {each["metadata"]["name"] for each in manifests.of_kind(queues, kind)} for kind in manifests.KUEUE}
     (local,), (cluster,) = (manifests.of_kind(queues, kind) for kind in ("LocalQueue", "ClusterQueue"))
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == local["metadata"]["name"]
     assert job["metadata"]["namespace"] == local["metadata"]["namespace"] == "rdm"
@@ -61,7 +61,7 @@ def test_queues_lead_to_each_other_and_to_the_jobs(queues: list[Document], job: 
     for group in cluster["spec"]["resourceGroups"]:
         for flavor in group["flavors"]:
             assert flavor["name"] in names["ResourceFlavor"]
-            assert [one["name"] for one in flavor["resources"]] == group["coveredResources"]
+            assert [each["name"] for each in flavor["resources"]] == group["coveredResources"]
 
 
 def test_kueue_admits_each_job(job: Document) -> None:
@@ -75,8 +75,8 @@ def test_kueue_admits_each_job(job: Document) -> None:
 
 def test_each_job_fits_the_queue(queues: list[Document], job: Document) -> None:
     (queue,) = manifests.of_kind(queues, "ClusterQueue")
-    quota = {one["name"]: _number(one["nominalQuota"]) for group in queue["spec"]["resourceGroups"]
-             for flavor in group["flavors"] for one in flavor["resources"]}
+    quota = {each["name"]: _number(each["nominalQuota"]) for group in queue["spec"]["resourceGroups"]
+             for flavor in group["flavors"] for each in flavor["resources"]}
     needs = {name: _number(value) for name, value in SUBMITTER.items()}
     cluster = job["spec"]["rayClusterSpec"]
     for pod, count in zip(manifests.node_templates(cluster),

@@ -296,7 +296,7 @@ def test_a_suspended_job_resumes_on_a_new_cluster_with_equal_bytes(
         before = _suspend(words, root / "datasets/some/v1" / folder, tmp_path_factory.mktemp("first"))
         assert not (root / "datasets/some/v1" / folder / "manifest.json").exists()
         code, said, log = machine.submit("--wait", *words)
-        assert (code, said["attempt"]) == (0, 1), log  # the new cluster has never heard of the job
+        assert (code, said["attempt"]) == (0, 1), log  # the new cluster does not know the job
         assert before == {path: path.stat().st_mtime_ns for path in before}  # nothing recorded is done twice
     assert _contents(root) == _contents(plain)
 
@@ -317,9 +317,9 @@ def _suspend(words: list[str], folder: Path, home: Path) -> dict[Path, int]:
     finally:
         first.down()
         shutil.rmtree(f"/tmp/rdm-ray-{os.getuid()}-{first.environment['PORT']}", ignore_errors=True)
-    found = {path: path.stat().st_mtime_ns for path in (folder / "records").iterdir()}
-    assert 3 <= len(found) < 60
-    return found
+    times = {path: path.stat().st_mtime_ns for path in (folder / "records").iterdir()}
+    assert 3 <= len(times) < 60
+    return times
 
 
 def _contents(root: Path) -> dict[str, Any]:

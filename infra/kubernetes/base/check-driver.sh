@@ -86,7 +86,7 @@ check_efa() {
   done
   if [ "$count" -lt "$wanted" ]; then
     fail "EFA devices are missing" "expected: $wanted in $ROOT/dev/infiniband that this user can open; got: $count" \
-      "kubectl -n kube-system get daemonset aws-efa-k8s-device-plugin"
+      "kubectl -n kube-system get daemonsets, for EFA's device plugin"
   fi
   memlock=$(ulimit -l)
   if [ "$memlock" != unlimited ] && [ "$memlock" -lt "$MIN_MEMLOCK_KIB" ]; then
