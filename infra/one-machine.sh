@@ -13,7 +13,9 @@ set -euo pipefail
 PORT=${PORT:-6379} DASHBOARD_PORT=${DASHBOARD_PORT:-8265} AGENT_PORT=${AGENT_PORT:-52365}
 STATE=${RDM_STATE:-$HOME/.local/state/rdm/$PORT}
 RAY_FOLDER=/tmp/rdm-ray-$(id -u)-$PORT  # paths of sockets must be short; of its own, or jobs would find another cluster
-BIN=$(cd "$(dirname "$0")/.." && pwd)/.venv/bin
+HERE=$(cd "$(dirname "$0")" && pwd)
+BIN=$HERE/../.venv/bin
+STORE=200000000  # bytes of each node's object store
 [ -x "$BIN/ray" ] && PATH=$BIN:$PATH
 export PATH RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$STATE/token RAY_USAGE_STATS_ENABLED=0
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0  # nodes that are all leaving have nobody to leave work to
@@ -37,17 +39,26 @@ node() {
   exit 1
 }
 
+# Ray puts its object stores in /tmp where they do not fit into shared memory, which NCCL needs too. A container has 64 MB.
+check_shared_memory() {
+  local wanted=$((STORE * ($1 + 1))) left
+  left=$(df --output=avail -B1 /dev/shm | tail -n 1)
+  [ "$left" -ge "$wanted" ] || printf 'warning: /dev/shm is small, Ray will be slow\nexpected: %s bytes free; got: %s\n%s\n' \
+    "$wanted" "$left" "hint: in a container, docker run --shm-size=8g" >&2
+}
+
 start() {
   local name=$1
   shift
   : >"$STATE/$name.log"
   nohup ray start "$@" --block --node-ip-address=127.0.0.1 --min-worker-port=0 --max-worker-port=0 \
-    --object-store-memory=200000000 --disable-usage-stats >"$STATE/$name.log" 2>&1 </dev/null &
+    --object-store-memory=$STORE --disable-usage-stats >"$STATE/$name.log" 2>&1 </dev/null &
   echo $! >"$STATE/$name.pid"
 }
 
 up() {
   local workers=${1:-1} cores
+  check_shared_memory "$workers"
   mkdir -p "$STATE" "$RAY_FOLDER" && chmod 700 "$STATE" "$RAY_FOLDER"
   [ -s "$STATE/token" ] || (umask 077 && python -c 'import secrets; print(secrets.token_hex(32))' >"$STATE/token")
   cores=$(nproc)
@@ -60,8 +71,11 @@ up() {
     alive head || { tail -n 5 "$STATE/head.log" >&2 && exit 1; }
     sleep 0.5
   done
+  # A GPU that does not work is not offered, so --gpus 1 fails, rather than compute on the CPU.
+  local gpus=()
+  "$HERE/kubernetes/base/check-driver.sh" >&2 || gpus=(--num-gpus=0)
   for number in $(seq "$workers"); do
-    local more=()
+    local more=("${gpus[@]}")
     [ "$number" = 1 ] || more=(--num-gpus=0)
     node "worker-$number" --address="127.0.0.1:$PORT" --num-cpus=$((cores > 1 ? cores : 1)) \
       --dashboard-agent-listen-port=$((AGENT_PORT + number)) "${more[@]}"

@@ -1,5 +1,6 @@
 """Verbs as jobs of a cluster: a real one, started by infra/one-machine.sh, with its job server and a token."""
 
+import hashlib
 import json
 import logging
 import os
@@ -280,6 +281,55 @@ def test_a_driver_or_a_cluster_that_is_lost_is_tried_again(machine: Machine, wor
     code, said, log = _ended(waiting)
     assert code == 0 and "it was started anew" in log, log
     assert stage.timeless(stage.manifest_of(str(tmp_path / "again/datasets/some/v1/shards"), "")) == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_suspended_job_resumes_on_a_new_cluster_with_equal_bytes(
+        machine: Machine, work: list[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """As Kueue suspends a RayJob: the driver gets SIGTERM, the cluster goes, and a new one gets the same entrypoint."""
+    plain, root = tmp_path / "plain", tmp_path / "root"
+    embed = ["embed", "some", "--workers", "1", "--batch-size", "1", "--root", str(root)]
+    for words in (work, embed):
+        assert cli.main([*words[:-1], str(plain), "--local"]) == 0
+    for words, folder in ((work, "shards"), (embed, "embeddings")):
+        before = _suspend(words, root / "datasets/some/v1" / folder, tmp_path_factory.mktemp("first"))
+        assert not (root / "datasets/some/v1" / folder / "manifest.json").exists()
+        code, said, log = machine.submit("--wait", *words)
+        assert (code, said["attempt"]) == (0, 1), log  # the new cluster does not know the job
+        assert before == {path: path.stat().st_mtime_ns for path in before}  # nothing recorded is done twice
+    assert _contents(root) == _contents(plain)
+
+
+def _suspend(words: list[str], folder: Path, home: Path) -> dict[Path, int]:
+    """Interrupt a job after some of its records, and end its cluster; the records and their times."""
+    first = Machine(home)
+    try:
+        first.up()
+        waiting = first.start("--wait", *words)
+        end = time.monotonic() + 120
+        while len(records := list((folder / "records").glob("*.json"))) < 3:
+            assert time.monotonic() < end and waiting.poll() is None, records
+            time.sleep(0.01)
+        os.kill(_driver(words, 0), signal.SIGTERM)
+        code, said, log = _ended(waiting)
+        assert (code, said["attempt"]) == (130, 1), log
+    finally:
+        first.down()
+        shutil.rmtree(f"/tmp/rdm-ray-{os.getuid()}-{first.environment['PORT']}", ignore_errors=True)
+    times = {path: path.stat().st_mtime_ns for path in (folder / "records").iterdir()}
+    assert 3 <= len(times) < 60
+    return times
+
+
+def _contents(root: Path) -> dict[str, Any]:
+    """The hash of every file that the dataset's two stages sealed, and their manifests without times."""
+    folders = [root / "datasets/some/v1" / name for name in ("shards", "embeddings")]
+    hashes: dict[str, Any] = {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for folder in folders for path in folder.iterdir() if path.suffix != ".json" and path.is_file()}
+    assert len(hashes) >= 2 * 60
+    return hashes | {folder.name: stage.timeless(stage.manifest_of(str(folder), "")) for folder in folders}
 
 
 def _driver(work: list[str], before: int) -> int:
