@@ -236,14 +236,14 @@ class Pool:
 
     def _pair(self, waiting: deque[Task], others: bool) -> tuple[WorkerState, Task] | None:
         """An idle worker and a task that fits it; any two only where there are no `others` to wait for."""
-        for strict in (True,) if others else (True, False):
-            for task in waiting:
-                for worker in self.idle:
-                    if not strict or self.blame.fits(worker, task):
-                        waiting.remove(task)
-                        self.idle.remove(worker)
-                        return worker, task
-        return None
+        pair = next(((worker, task) for task in waiting for worker in self.idle if self.blame.fits(worker, task)), None)
+        if not pair and waiting and self.idle and not others:
+            # If a device breaks now, it says more if it had worked.
+            pair = max(self.idle, key=lambda worker: worker.finished), waiting[0]
+        if pair:
+            self.idle.remove(pair[0])
+            waiting.remove(pair[1])
+        return pair
 
     def _ended(self, reference: Any, worker: WorkerState, task: Task) -> tuple[list[Outcome | Retired], list[Task]]:
         """What a call brought, and what is to be tried again."""
@@ -308,8 +308,8 @@ class Pool:
             self.idle.remove(worker)
         ray.kill(worker.actor)
         replaced = not self.blame.broken(worker.place)
-        _log.warning("the worker on %s is retired after %d failures of items: %s; %s", worker.place, worker.failed,
-                     reason, "another one may start there" if replaced else "no other one starts there",
+        _log.warning("the worker on %s is retired: it failed %d item%s, which others retry; %s worker starts there: %s",
+                     worker.place, worker.failed, "s" * (worker.failed != 1), "a new" if replaced else "no new", reason,
                      extra={"fields": {"node": worker.place.node, "card": worker.place.card}})
         return Retired(worker.place.host, worker.place.node, worker.place.card, reason, worker.failed, replaced,
                        round(time.time(), 1))
