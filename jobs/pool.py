@@ -1,6 +1,6 @@
 """The runner on Ray: actors that take one item at a time, or some together, and items that outlive their actors.
 
-Which workers are retired, and which items fail for good, is decided in `retirement`.
+`retirement` decides which workers are retired, and which items fail for good.
 """
 
 import itertools
@@ -76,11 +76,11 @@ def _failed(error: BaseException) -> Failed:
 class Pool:
     """Actors on a cluster, kept from stage to stage; call it as a runner.
 
-    An item that raises is tried again on another actor, `retirement.TRIES` times in all; an item whose actor
-    died is given to another, `LOSSES` times. A dead actor is replaced; the replacement gets work
-    once it answers, so a cluster that shrank goes on with those that are left. Of items that an actor
-    takes together those that fail, and all that it had if it died, are tried alone. An actor whose device failed, or
-    which fails items that others finish, is retired: killed, and replaced where that has not happened before.
+    * A failed item is retried on another actor, `retirement.TRIES` times in all. An item whose actor died is retried
+      `LOSSES` times.
+    * A dead actor is replaced. The new one gets work once it answers, so a smaller cluster continues with fewer actors.
+    * If an actor takes items together, those that fail are retried alone. If it died, all of them are.
+    * An actor is retired if its device failed, or if others finish the items that fail on it: it is killed and replaced.
     """
 
     def __init__(self, config: ClusterConfig) -> None:
@@ -196,30 +196,23 @@ class Pool:
         elif worker.place.visible:
             self.holding.append(worker)
         else:
-            ray.kill(actor)  # it was asked for before its node was known to be broken
+            ray.kill(actor)  # it was on its way when its node was found to be broken
 
     def _look_for_places(self, stage_: Stage, seconds: float) -> None:
         """StageFailed if no worker started for too long; sooner if only broken places are left."""
+        gpus = self.config.gpus if self.gpu else 0
+        wants = f"{self.config.cpus} CPU and {gpus} GPU"
         broken = self.blame.broken_places()
-        wants = f"{self.config.cpus} CPU and {self.config.gpus if self.gpu else 0} GPU"
-        if broken and seconds > BROKEN_TIMEOUT_S and not self._whole_nodes(broken):
+        nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= self.config.cpus
+                 and node["Resources"].get("GPU", 0) >= gpus]
+        if seconds > BROKEN_TIMEOUT_S and nodes and all(_broken(node, broken, gpus) for node in nodes):
             raise stage.StageFailed(
                 f"{stage_.name}: only broken places are left to start a worker in\n"
                 f"expected a node with {wants} that finishes items, got {self.blame.why(broken)}\n"
-                f"hint: repair or replace these nodes; the same command goes on from here")
+                f"hint: repair or replace these nodes, then run the same command again")
         if seconds > WORKER_TIMEOUT_S:
             raise stage.StageFailed(f"{stage_.name}: no worker could be started for {WORKER_TIMEOUT_S:.0f} s\n"
                                     f"hint: the cluster has {ray.cluster_resources()}; a worker wants {wants}")
-
-    def _whole_nodes(self, broken: Sequence[Place]) -> bool:
-        """Whether a node could start a worker beside what is broken there."""
-        for node in ray.nodes():
-            here = [place for place in broken if place.node == node["NodeID"]]
-            gpus = node["Resources"].get("GPU", 0) - sum(len(place.visible.split(",")) for place in here)
-            if (node["Alive"] and node["Resources"].get("CPU", 0) >= self.config.cpus
-                    and all(place.visible for place in here) and (not self.gpu or gpus >= self.config.gpus)):
-                return True
-        return False
 
     def _others(self, busy: Any) -> bool:
         """Whether other workers may still come."""
@@ -249,7 +242,7 @@ class Pool:
         """What a call brought, and what is to be tried again."""
         try:
             found = ray.get(reference)
-        except RayTaskError as error:  # not of an item: what it was called with cannot be read there
+        except RayTaskError as error:  # of the call itself: the worker cannot unpickle its arguments
             found = _failed(error.cause)
         except RayError as error:
             return self._lost(worker, task, error)
@@ -276,7 +269,7 @@ class Pool:
         return outcomes, again
 
     def _failed(self, worker: WorkerState, task: Task, failed: Failed) -> tuple[list[Outcome | Retired], list[Task]]:
-        """What follows from a call in which every item failed."""
+        """Handle a call in which every item failed: the worker if it is retired, and the tasks to retry."""
         reason = self.blame.failed(worker, task, failed)
         retired: list[Outcome | Retired] = [self._retire(worker, reason)] if reason else []
         if not reason:
@@ -288,7 +281,7 @@ class Pool:
         return retired, task.alone()
 
     def _lost(self, worker: WorkerState, task: Task, error: RayError) -> tuple[list[Outcome | Retired], list[Task]]:
-        """What follows from a worker that died in the middle of a call."""
+        """Handle a worker that died during a call: the item if it fails for good, or the tasks to retry."""
         if worker.retired:  # it was killed here
             return [], task.alone()
         task.losses += 1
@@ -302,7 +295,7 @@ class Pool:
         return [], task.alone()
 
     def _retire(self, worker: WorkerState, reason: str) -> Retired:
-        """Kill a worker; what it has in hand is given to another."""
+        """Kill a worker. Another one takes over its item."""
         worker.retired = True
         if worker in self.idle:
             self.idle.remove(worker)
@@ -313,6 +306,13 @@ class Pool:
                      extra={"fields": {"node": worker.place.node, "card": worker.place.card}})
         return Retired(worker.place.host, worker.place.node, worker.place.card, reason, worker.failed, replaced,
                        round(time.time(), 1))
+
+
+def _broken(node: dict[str, Any], broken: Sequence[Place], gpus: float) -> bool:
+    """Whether a node cannot start a worker with so many GPUs beside the places that are broken there."""
+    here = [place for place in broken if place.node == node["NodeID"]]
+    left = node["Resources"].get("GPU", 0) - sum(len(place.visible.split(",")) for place in here if place.visible)
+    return any(not place.visible for place in here) or left < gpus
 
 
 def _some(task: Task) -> str:

@@ -1,11 +1,11 @@
-"""When a worker is retired, when a place gets no new worker, and when an item fails for good; without Ray.
+"""Decides when a worker is retired, when a place gets no new worker, and when an item fails for good. It has no Ray.
 
-A failure has one of two causes, the item or the worker, and other workers tell which:
+A failure has one of two causes: the item or the worker. Other workers show which one.
 
-* A worker whose device failed is retired at once: CUDA cannot be used again in that process.
-* A worker is retired if others finish items that failed on it (`REFUTED`), and it finished none in between.
-* A failure counts against an item only if its worker finished something. Failures on retired workers do not count.
-* A place (a node, or the GPU that a worker reserved there) where this happens again gets no new worker.
+* A failed device retires its worker immediately, because the process cannot use CUDA again.
+* A worker is retired if others finish `REFUTED` items that failed on it, and it finished none in between.
+* A failure counts against an item only if its worker finished another item. Failures on retired workers do not count.
+* A place is a node, or the GPU that a worker reserved there. After `BLAMES` such failures it gets no new worker.
 """
 
 from collections import Counter, defaultdict
@@ -17,14 +17,14 @@ from pipeline import devices
 from pipeline.stage import Item
 
 TRIES = 3  # failures that count, after which an item fails for good
-CONFIRMED = 2  # the same for a ValueError, which is rarely the worker's: a second worker confirms it
+CONFIRMED = 2  # the same for a ValueError: the worker is rarely its cause, so one other worker is enough
 REFUTED = 3  # items in a row that failed on a worker and that others finished
 BLAMES = 2  # failures of workers at a place, after which it gets no new worker
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a worker runs."""
+    """The node and the GPUs of a worker."""
 
     node: str
     """Ray's id of the node."""
@@ -36,7 +36,7 @@ class Place:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What fails together."""
+        """Workers with the same key share a fault: the same GPU, or the same node if they reserved no GPU."""
         return self.node, self.visible
 
     @property
@@ -50,7 +50,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Failed:
-    """Why an item failed, without the exception: only the process that raised it can be sure to have its type."""
+    """Why an item failed. The worker classifies the exception, because pickling loses its causes."""
 
     error: str
     trace: str
@@ -72,11 +72,11 @@ class WorkerState:
     recent: dict[str, Failed] = field(default_factory=dict)
     """Items that failed here since the last one that was finished."""
     refuted: set[str] = field(default_factory=set)
-    """Those of them that another worker finished."""
+    """Items in `recent` that another worker finished."""
     retired: bool = False
 
     def begin(self) -> None:
-        """Start a stage: what was finished in another one proves nothing."""
+        """Start a stage. Items of another stage prove nothing about this one."""
         self.finished = self.failed = 0
         self.recent.clear()
         self.refuted.clear()
@@ -84,21 +84,21 @@ class WorkerState:
 
 @dataclass(eq=False)
 class Task:
-    """An item, or several that are taken together, until each of them is finished or has failed for good."""
+    """An item, or several that a worker takes together, until each is finished or fails for good."""
 
     items: list[Item]
     failures: list[WorkerState] = field(default_factory=list)
-    """The worker of each failure, but for failures of devices."""
+    """The worker of each failure, except failures of devices."""
     broke: set[tuple[str, str]] = field(default_factory=set)
-    """Places where a device failed with it."""
+    """Keys of the places where a device failed with this task."""
     strikes: int = 0
-    """How many of these devices had worked before."""
+    """How often a device failed with this task that had worked before."""
     losses: int = 0
     last: Failed | None = None
     given: float = 0.0
 
     def alone(self) -> list["Task"]:
-        """The same for each item by itself."""
+        """One task for each item, with the failures of this one."""
         if len(self.items) == 1:
             return [self]
         return [Task([item], list(self.failures), set(self.broke), self.strikes, self.losses, self.last)
@@ -106,16 +106,16 @@ class Task:
 
 
 class Blame:
-    """What failed where in a run of a pool, and what follows from it."""
+    """Counts failures by worker, item and place for one pool, and decides what follows."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
-        # The task of each failure of a device, for the task may turn out to be its cause; None for other failures.
+        # The task of each failure of a device, because the task may turn out to be the cause. None for other failures.
         self._at: dict[tuple[str, str], list[Task | None]] = defaultdict(list)
         self._places: dict[tuple[str, str], tuple[Place, str]] = {}  # with the last reason
 
     def failed(self, worker: WorkerState, task: Task, failed: Failed) -> str:
-        """Count a failure; the reason to retire its worker, empty if there is none."""
+        """Count a failure. Returns the reason to retire the worker, empty if there is none."""
         worker.failed += len(task.items)
         task.last = failed
         if failed.device in ("none", "out of memory"):
@@ -125,15 +125,15 @@ class Blame:
         return self.broke(worker, task, failed)
 
     def broke(self, worker: WorkerState, task: Task, failed: Failed) -> str:
-        """Count a failure of a device; the reason to retire its worker."""
+        """Count a failure of a device. Returns the reason to retire the worker."""
         task.last = failed
         task.broke.add(worker.place.key)
-        # A device that never worked says nothing about the item, until the item broke two that did.
+        # A device that never worked says nothing about the item, unless the item broke two that did.
         task.strikes += len(task.items) == 1 and (worker.finished > 0 or task.strikes >= BLAMES)
         return self._blame(worker, task, f"{devices.sentence(failed.device)}: {_first_line(failed.error)}")
 
     def finished(self, worker: WorkerState, task: Task, count: int) -> Iterator[tuple[WorkerState, str]]:
-        """Count `count` finished items of a task; workers to retire, and why."""
+        """Count `count` finished items of a task. Yields each worker to retire, with the reason."""
         worker.finished += count
         worker.recent.clear()
         worker.refuted.clear()
@@ -164,12 +164,12 @@ class Blame:
         return "; ".join(f"{place}: {self._places[place.key][1]}" for place in places)
 
     def hopeless(self, task: Task) -> bool:
-        """Whether an item failed often enough on workers that finished others, or broke devices that had worked."""
+        """Whether an item failed often enough on workers that finished others, or broke working devices."""
         counted = sum(worker.finished > 0 for worker in task.failures if not worker.retired)
         return counted >= self._tries(task) or task.strikes >= TRIES
 
     def exhausted(self, task: Task) -> bool:
-        """Whether it failed often enough, though perhaps on workers that finish nothing."""
+        """Whether an item failed often enough on any workers, also on those that finish nothing."""
         return sum(not worker.retired for worker in task.failures) >= self._tries(task) or task.strikes >= TRIES
 
     def _tries(self, task: Task) -> int:
@@ -178,14 +178,14 @@ class Blame:
         return TRIES
 
     def fits(self, worker: WorkerState, task: Task) -> bool:
-        """Whether a worker shall take a task: it did not fail it, and it finished others if the task is suspected."""
+        """Whether a worker may take a task: it did not fail it, and it finished others if the task is suspect."""
         if worker in task.failures or worker.place.key in task.broke:
             return False
         return worker.finished > 0 or not (task.broke or self.exhausted(task))
 
 
 def _refuted(worker: WorkerState) -> str:
-    """The reason to retire a worker whose failed items others finish, empty as long as there is none."""
+    """The reason to retire a worker, of which others finished an item that failed on it; empty if there is none."""
     kinds = Counter(failed.device for failed in worker.recent.values())
     example = _first_line(worker.recent[next(iter(worker.refuted))].error)
     if kinds["out of memory"] == len(worker.recent) >= 2:

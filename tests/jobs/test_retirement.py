@@ -1,4 +1,4 @@
-"""Workers that fail everything are retired, items that fail everywhere fail, and neither is taken for the other."""
+"""A worker that fails everything is retired. An item that fails everywhere fails and retires no worker."""
 
 import os
 import sys
@@ -136,7 +136,7 @@ class FaultyConfig:
 
 
 class Faulty(Stage):
-    """Items that fail on poisoned nodes or GPUs, each at once, and some that fail everywhere."""
+    """Items that fail immediately on poisoned nodes or GPUs, and some that fail everywhere."""
 
     name = "faulty"
     workers_need_gpu = True
@@ -163,7 +163,7 @@ class Faulty(Stage):
             diary.write(f"{item.id} {os.getpid()}\n")
         if item.id in self.config.bad:
             raise RuntimeError("CUDA error: device-side assert triggered" if self.config.error == "bad for devices"
-                               else "nobody can do this")
+                               else "no worker can do this")
         if self._poisoned():
             _raise(self.config.error)
         time.sleep(self.config.seconds)
@@ -277,7 +277,7 @@ def test_items_that_fail_everywhere_fail_on_three_workers_and_retire_nobody(clus
                                                                             caplog: Any) -> None:
     bad = ("000050", "000051", "000052")  # when every worker has finished something
     one = Faulty(str(tmp_path / "root"), FaultyConfig(80, 0.1, bad=bad), tmp_path / "notes")
-    with pytest.raises(StageFailed, match=r"3 of 80 items failed.*nobody can do this"):
+    with pytest.raises(StageFailed, match=r"3 of 80 items failed.*no worker can do this"):
         stage.run(one, start(4))
     lines = [line.split() for line in (tmp_path / "notes" / "diary").read_text().splitlines()]
     for item in bad:
