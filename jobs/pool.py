@@ -80,7 +80,7 @@ class Pool:
       `LOSSES` times.
     * A dead actor is replaced. The new one gets work once it answers, so a smaller cluster continues with fewer actors.
     * If an actor takes items together, those that fail are retried alone. If it died, all of them are.
-    * An actor is retired if its device failed, or if others finish the items that fail on it: it is killed and replaced.
+    * An actor is retired if its device failed, or if others finish the items that fail on it.
     """
 
     def __init__(self, config: ClusterConfig) -> None:
