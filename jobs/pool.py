@@ -107,12 +107,13 @@ class Pool:
         alive = time.monotonic()
         try:
             while left or waiting or busy:
-                while left and len(waiting) < self.config.workers:
+                while left and self._short(waiting):
                     waiting.append(Task(list(itertools.islice(fresh, together))))
                     left -= len(waiting[-1].items)
                 self._grow(len(busy), left + len(waiting) + len(busy))
-                yield from self._given_up(waiting, self._others(busy))
-                while pair := self._pair(waiting, self._others(busy)):
+                places = {worker.place.key for worker in (*self.idle, *(worker for worker, _ in busy.values()))}
+                yield from self._given_up(waiting, places, self._others(busy))
+                while pair := self._pair(waiting, places, self._others(busy)):
                     worker, task = pair
                     task.given = time.monotonic()
                     busy[worker.actor.work.remote(stage_, print_, task.items, lent)] = worker, task
@@ -218,18 +219,29 @@ class Pool:
         """Whether other workers may still come."""
         return bool(busy) or any(time.monotonic() - asked < PATIENCE_S for _, asked in self.starting.values())
 
-    def _given_up(self, waiting: deque[Task], others: bool) -> Iterator[Outcome]:
+    def _short(self, waiting: deque[Task]) -> bool:
+        """Whether the queue needs more tasks: workers prove themselves with items that did not fail yet."""
+        new = sum(not self.blame.suspect(task) for task in waiting)
+        return new < self.config.workers and len(waiting) < 4 * self.config.workers
+
+    def _given_up(self, waiting: deque[Task], places: set[tuple[str, str]], others: bool) -> Iterator[Outcome]:
         """Take the items from the queue that failed for good."""
-        for task in [task for task in waiting
-                     if self.blame.hopeless(task) or (not others and self.idle and self.blame.exhausted(task))]:
+        for task in [task for task in waiting if self.blame.hopeless(task) or (
+                not others and self.idle and self.blame.exhausted(task)
+                and not any(self.blame.fits(worker, task, places) for worker in self.idle))]:
             waiting.remove(task)
             assert task.last
             yield from (Outcome(item, error=task.last.error, trace=task.last.trace, full=task.last.full)
                         for item in task.items)
 
-    def _pair(self, waiting: deque[Task], others: bool) -> tuple[WorkerState, Task] | None:
+    def _pair(self, waiting: deque[Task], places: set[tuple[str, str]], others: bool
+              ) -> tuple[WorkerState, Task] | None:
         """An idle worker and a task that fits it; any two only where there are no `others` to wait for."""
-        pair = next(((worker, task) for task in waiting for worker in self.idle if self.blame.fits(worker, task)), None)
+        fitting = [(worker, task) for task in waiting for worker in self.idle
+                   if self.blame.fits(worker, task, places)]
+        # A new worker takes a suspect last.
+        pair = next((pair for pair in fitting if pair[0].finished or not self.blame.suspect(pair[1])),
+                    fitting[0] if fitting else None)
         if not pair and waiting and self.idle and not others:
             # If a device breaks now, it says more if it had worked.
             pair = max(self.idle, key=lambda worker: worker.finished), waiting[0]

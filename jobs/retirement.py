@@ -5,7 +5,7 @@ A failure has one of two causes: the item or the worker. Other workers show whic
 * A failed device retires its worker immediately, because the process cannot use CUDA again.
 * A worker is retired if others finish `REFUTED` items that failed on it, and it finished none in between.
 * A failure counts against an item only if its worker finished another item. Failures on retired workers do not count.
-* A place is a node, or the GPU that a worker reserved there. After `BLAMES` such failures it gets no new worker.
+* A place is a node, or the GPU that a worker reserved there. If its workers fail again, it gets no new one.
 """
 
 from collections import Counter, defaultdict
@@ -19,7 +19,8 @@ from pipeline.stage import Item
 TRIES = 3  # failures that count, after which an item fails for good
 CONFIRMED = 2  # the same for a ValueError: the worker is rarely its cause, so one other worker is enough
 REFUTED = 3  # items in a row that failed on a worker and that others finished
-BLAMES = 2  # failures of workers at a place, after which it gets no new worker
+BROKEN = 3  # a place with this score gets no new worker: 2 for a worker that failed, 1 if its device had worked before
+GUILTY = 2  # working devices that an item broke, after which their places are not blamed for it
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Place:
     @property
     def card(self) -> str:
         """Name, UUID and CUDA_VISIBLE_DEVICES of the GPU; empty without one."""
-        return f"{self.cards} (CUDA_VISIBLE_DEVICES={self.visible})".strip() if self.visible else ""
+        variable = f"CUDA_VISIBLE_DEVICES={self.visible}"
+        return "" if not self.visible else f"{self.cards} ({variable})" if self.cards else variable
 
     def __str__(self) -> str:
         return f"{self.host} (node {self.node[:8]})" + (f", {self.card}" if self.card else "")
@@ -110,8 +112,9 @@ class Blame:
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
-        # The task of each failure of a device, because the task may turn out to be the cause. None for other failures.
-        self._at: dict[tuple[str, str], list[Task | None]] = defaultdict(list)
+        # (task, score) of each failure of a device, because the task may turn out to be the cause; or (None, score).
+        self._at: dict[tuple[str, str], list[tuple[Task | None, int]]] = defaultdict(list)
+        self._working: set[tuple[str, str]] = set()  # places that finished something since a device failed there
         self._places: dict[tuple[str, str], tuple[Place, str]] = {}  # with the last reason
 
     def failed(self, worker: WorkerState, task: Task, failed: Failed) -> str:
@@ -128,24 +131,28 @@ class Blame:
         """Count a failure of a device. Returns the reason to retire the worker."""
         task.last = failed
         task.broke.add(worker.place.key)
+        worked = worker.finished > 0 or worker.place.key in self._working
+        self._working.discard(worker.place.key)
         # A device that never worked says nothing about the item, unless the item broke two that did.
-        task.strikes += len(task.items) == 1 and (worker.finished > 0 or task.strikes >= BLAMES)
-        return self._blame(worker, task, f"{devices.sentence(failed.device)}: {_first_line(failed.error)}")
+        task.strikes += len(task.items) == 1 and (worked or task.strikes >= GUILTY)
+        return self._blame(worker, task, 1 if worked else 2,
+                           f"{devices.sentence(failed.device)}: {_first_line(failed.error)}")
 
     def finished(self, worker: WorkerState, task: Task, count: int) -> Iterator[tuple[WorkerState, str]]:
         """Count `count` finished items of a task. Yields each worker to retire, with the reason."""
         worker.finished += count
+        self._working.add(worker.place.key)
         worker.recent.clear()
         worker.refuted.clear()
         for other in set(task.failures):
             if not other.retired and other is not worker and task.items[0].id in other.recent:
                 other.refuted.add(task.items[0].id)
                 if reason := _refuted(other):
-                    yield other, self._blame(other, None, reason)
+                    yield other, self._blame(other, None, 2, reason)
 
-    def _blame(self, worker: WorkerState, task: Task | None, reason: str) -> str:
+    def _blame(self, worker: WorkerState, task: Task | None, score: int, reason: str) -> str:
         self._places[worker.place.key] = worker.place, reason
-        self._at[worker.place.key].append(task)
+        self._at[worker.place.key].append((task, score))
         return reason
 
     def broken(self, place: Place) -> bool:
@@ -153,7 +160,8 @@ class Blame:
 
         Failures with an item that broke several working devices do not count: the item is the cause.
         """
-        return sum(task is None or task.strikes < BLAMES for task in self._at.get(place.key, [])) >= BLAMES
+        return sum(score for task, score in self._at.get(place.key, [])
+                   if task is None or task.strikes < GUILTY) >= BROKEN
 
     def broken_places(self) -> list[Place]:
         """The places that get no new worker."""
@@ -177,11 +185,20 @@ class Blame:
             return CONFIRMED if self.workers > 1 else 1
         return TRIES
 
-    def fits(self, worker: WorkerState, task: Task) -> bool:
-        """Whether a worker may take a task: it did not fail it, and it finished others if the task is suspect."""
-        if worker in task.failures or worker.place.key in task.broke:
+    def suspect(self, task: Task) -> bool:
+        """Whether an item may be the cause of its failures."""
+        return bool(task.broke) or self.exhausted(task)
+
+    def fits(self, worker: WorkerState, task: Task, places: set[tuple[str, str]]) -> bool:
+        """Whether a worker may take a task. `places`: keys of the places of all workers.
+
+        A place where the task broke a device may have it again if there is no other one, and it works.
+        """
+        if worker in task.failures or (worker.place.key in task.broke and (
+                places - task.broke or not worker.finished)):
             return False
-        return worker.finished > 0 or not (task.broke or self.exhausted(task))
+        # A suspect is for workers that finish items, or for new ones.
+        return worker.finished > 0 or not worker.recent or not self.suspect(task)
 
 
 def _refuted(worker: WorkerState) -> str:
