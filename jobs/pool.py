@@ -111,9 +111,8 @@ class Pool:
                     waiting.append(Task(list(itertools.islice(fresh, together))))
                     left -= len(waiting[-1].items)
                 self._grow(len(busy), left + len(waiting) + len(busy))
-                places = {worker.place.key for worker in (*self.idle, *(worker for worker, _ in busy.values()))}
-                yield from self._given_up(waiting, places, self._others(busy))
-                while pair := self._pair(waiting, places, self._others(busy)):
+                yield from self._given_up(waiting, busy)
+                while pair := self._pair(waiting, busy):
                     worker, task = pair
                     task.given = time.monotonic()
                     busy[worker.actor.work.remote(stage_, print_, task.items, lent)] = worker, task
@@ -215,18 +214,24 @@ class Pool:
             raise stage.StageFailed(f"{stage_.name}: no worker could be started for {WORKER_TIMEOUT_S:.0f} s\n"
                                     f"hint: the cluster has {ray.cluster_resources()}; a worker wants {wants}")
 
-    def _others(self, busy: Any) -> bool:
+    def _others(self, busy: dict[Any, tuple[WorkerState, Task]]) -> bool:
         """Whether other workers may still come."""
         return bool(busy) or any(time.monotonic() - asked < PATIENCE_S for _, asked in self.starting.values())
 
     def _short(self, waiting: deque[Task]) -> bool:
         """Whether the queue needs more tasks: workers prove themselves with items that did not fail yet."""
-        new = sum(not self.blame.suspect(task) for task in waiting)
-        return new < self.config.workers and len(waiting) < 4 * self.config.workers
+        if len(waiting) < self.config.workers:
+            return True
+        return (len(waiting) < 4 * self.config.workers
+                and sum(not self.blame.suspect(task) for task in waiting) < self.config.workers)
 
-    def _given_up(self, waiting: deque[Task], places: set[tuple[str, str]], others: bool) -> Iterator[Outcome]:
+    def _given_up(self, waiting: deque[Task], busy: dict[Any, tuple[WorkerState, Task]]) -> Iterator[Outcome]:
         """Take the items from the queue that failed for good."""
-        for task in [task for task in waiting if self.blame.hopeless(task) or (
+        failed = [task for task in waiting if task.last]
+        if not failed:
+            return
+        others, places = self._others(busy), self._places(busy)
+        for task in [task for task in failed if self.blame.hopeless(task) or (
                 not others and self.idle and self.blame.exhausted(task)
                 and not any(self.blame.fits(worker, task, places) for worker in self.idle))]:
             waiting.remove(task)
@@ -234,15 +239,23 @@ class Pool:
             yield from (Outcome(item, error=task.last.error, trace=task.last.trace, full=task.last.full)
                         for item in task.items)
 
-    def _pair(self, waiting: deque[Task], places: set[tuple[str, str]], others: bool
-              ) -> tuple[WorkerState, Task] | None:
-        """An idle worker and a task that fits it; any two only where there are no `others` to wait for."""
-        fitting = [(worker, task) for task in waiting for worker in self.idle
-                   if self.blame.fits(worker, task, places)]
-        # A new worker takes a suspect last.
-        pair = next((pair for pair in fitting if pair[0].finished or not self.blame.suspect(pair[1])),
-                    fitting[0] if fitting else None)
-        if not pair and waiting and self.idle and not others:
+    def _places(self, busy: dict[Any, tuple[WorkerState, Task]]) -> set[tuple[str, str]]:
+        """The keys of the places of all workers."""
+        return {worker.place.key for worker in (*self.idle, *(worker for worker, _ in busy.values()))}
+
+    def _pair(self, waiting: deque[Task], busy: dict[Any, tuple[WorkerState, Task]]) -> tuple[WorkerState, Task] | None:
+        """An idle worker and a task that fits it; any two only where no others will come."""
+        if not waiting or not self.idle:
+            return None
+        places = self._places(busy) if any(task.broke for task in waiting) else set()
+
+        def fitting(new: bool) -> Iterator[tuple[WorkerState, Task]]:
+            return ((worker, task) for task in waiting for worker in self.idle
+                    if (new or worker.finished or not self.blame.suspect(task))
+                    and self.blame.fits(worker, task, places))
+
+        pair = next(itertools.chain(fitting(False), fitting(True)), None)  # a new worker takes a suspect last
+        if not pair and not self._others(busy):
             # If a device breaks now, it says more if it had worked.
             pair = max(self.idle, key=lambda worker: worker.finished), waiting[0]
         if pair:

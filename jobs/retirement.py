@@ -187,7 +187,7 @@ class Blame:
 
     def suspect(self, task: Task) -> bool:
         """Whether an item may be the cause of its failures."""
-        return bool(task.broke) or self.exhausted(task)
+        return task.last is not None and (bool(task.broke) or self.exhausted(task))
 
     def fits(self, worker: WorkerState, task: Task, places: set[tuple[str, str]]) -> bool:
         """Whether a worker may take a task. `places`: keys of the places of all workers.

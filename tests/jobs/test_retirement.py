@@ -75,7 +75,7 @@ def test_failures_of_devices_that_never_worked_do_not_count_against_an_item() ->
 
 def test_an_item_that_breaks_devices_which_worked_fails_and_their_places_stay() -> None:
     blame, item = Blame(4), task(0)
-    for number in range(TRIES):
+    for _ in range(TRIES):
         assert not blame.hopeless(item)
         blame.failed(worker(0), item, CUDA)
     assert blame.hopeless(item) and blame.broken_places() == []
