@@ -1,6 +1,6 @@
 """The runner on Ray: actors that take one item at a time, or some together, and items that outlive their actors.
 
-Which workers are retired, and which items fail for good, is decided in `retirement`.
+`retirement` decides which workers are retired, and which items fail for good.
 """
 
 import itertools
@@ -80,11 +80,11 @@ def _failed(error: BaseException) -> Failed:
 class Pool:
     """Actors on a cluster, kept from stage to stage; call it as a runner.
 
-    An item that raises is tried again on another actor, `retirement.TRIES` times in all; an item whose actor
-    died is given to another, `LOSSES` times. A dead actor is replaced; the replacement gets work
-    once it answers, so a cluster that shrank goes on with those that are left. Of items that an actor
-    takes together those that fail, and all that it had if it died, are tried alone. An actor whose device failed, or
-    which fails items that others finish, is retired: killed, and replaced where that has not happened before.
+    * A failed item is retried on another actor, `retirement.TRIES` times in all. An item whose actor died is retried
+      `LOSSES` times.
+    * A dead actor is replaced. The new one gets work once it answers, so a smaller cluster continues with fewer actors.
+    * If an actor takes items together, those that fail are retried alone. If it died, all of them are.
+    * An actor is retired if its device failed, or if others finish the items that fail on it.
     """
 
     def __init__(self, config: ClusterConfig) -> None:
@@ -112,12 +112,12 @@ class Pool:
         alive = time.monotonic()
         try:
             while left or waiting or busy:
-                while left and len(waiting) < self.config.workers:
+                while left and self._short(waiting):
                     waiting.append(Task(list(itertools.islice(fresh, together))))
                     left -= len(waiting[-1].items)
                 self._grow(len(busy), left + len(waiting) + len(busy))
-                yield from self._given_up(waiting, self._others(busy))
-                while pair := self._pair(waiting, self._others(busy)):
+                yield from self._given_up(waiting, busy)
+                while pair := self._pair(waiting, busy):
                     worker, task = pair
                     task.given = time.monotonic()
                     busy[worker.actor.work.remote(stage_, print_, task.items, lent)] = worker, task
@@ -205,60 +205,78 @@ class Pool:
         elif worker.place.visible:
             self.holding.append(worker)
         else:
-            ray.kill(actor)  # it was asked for before its node was known to be broken
+            ray.kill(actor)  # it was on its way when its node was found to be broken
 
     def _look_for_places(self, stage_: Stage, seconds: float) -> None:
         """StageFailed if no worker started for too long; sooner if only broken places are left."""
+        gpus = self.config.each_gpus if self.gpu else 0
+        wants = f"{self.config.cpus} CPU and {gpus} GPU"
         broken = self.blame.broken_places()
-        wants = f"{self.config.cpus} CPU and {self.config.each_gpus if self.gpu else 0} GPU"
-        if broken and seconds > BROKEN_TIMEOUT_S and not self._whole_nodes(broken):
+        nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= self.config.cpus
+                 and node["Resources"].get("GPU", 0) >= gpus]
+        if seconds > BROKEN_TIMEOUT_S and nodes and all(_broken(node, broken, gpus) for node in nodes):
             raise stage.StageFailed(
                 f"{stage_.name}: only broken places are left to start a worker in\n"
                 f"expected a node with {wants} that finishes items, got {self.blame.why(broken)}\n"
-                f"hint: repair or replace these nodes; the same command goes on from here")
+                f"hint: repair or replace these nodes, then run the same command again")
         if seconds > WORKER_TIMEOUT_S:
             raise stage.StageFailed(f"{stage_.name}: no worker could be started for {WORKER_TIMEOUT_S:.0f} s\n"
                                     f"hint: the cluster has {ray.cluster_resources()}; a worker wants {wants}")
 
-    def _whole_nodes(self, broken: Sequence[Place]) -> bool:
-        """Whether a node could start a worker beside what is broken there."""
-        for node in ray.nodes():
-            here = [place for place in broken if place.node == node["NodeID"]]
-            gpus = node["Resources"].get("GPU", 0) - sum(len(place.visible.split(",")) for place in here)
-            if (node["Alive"] and node["Resources"].get("CPU", 0) >= self.config.cpus
-                    and all(place.visible for place in here) and (not self.gpu or gpus >= self.config.each_gpus)):
-                return True
-        return False
-
-    def _others(self, busy: Any) -> bool:
+    def _others(self, busy: dict[Any, tuple[WorkerState, Task]]) -> bool:
         """Whether other workers may still come."""
         return bool(busy) or any(time.monotonic() - asked < PATIENCE_S for _, asked in self.starting.values())
 
-    def _given_up(self, waiting: deque[Task], others: bool) -> Iterator[Outcome]:
+    def _short(self, waiting: deque[Task]) -> bool:
+        """Whether the queue needs more tasks: workers prove themselves with items that did not fail yet."""
+        if len(waiting) < self.config.workers:
+            return True
+        return (len(waiting) < 4 * self.config.workers
+                and sum(not self.blame.suspect(task) for task in waiting) < self.config.workers)
+
+    def _given_up(self, waiting: deque[Task], busy: dict[Any, tuple[WorkerState, Task]]) -> Iterator[Outcome]:
         """Take the items from the queue that failed for good."""
-        for task in [task for task in waiting
-                     if self.blame.hopeless(task) or (not others and self.idle and self.blame.exhausted(task))]:
+        failed = [task for task in waiting if task.last]
+        if not failed:
+            return
+        others, places = self._others(busy), self._places(busy)
+        for task in [task for task in failed if self.blame.hopeless(task) or (
+                not others and self.idle and self.blame.exhausted(task)
+                and not any(self.blame.fits(worker, task, places) for worker in self.idle))]:
             waiting.remove(task)
             assert task.last
             yield from (Outcome(item, error=task.last.error, trace=task.last.trace, full=task.last.full)
                         for item in task.items)
 
-    def _pair(self, waiting: deque[Task], others: bool) -> tuple[WorkerState, Task] | None:
-        """An idle worker and a task that fits it; any two only where there are no `others` to wait for."""
-        for strict in (True,) if others else (True, False):
-            for task in waiting:
-                for worker in self.idle:
-                    if not strict or self.blame.fits(worker, task):
-                        waiting.remove(task)
-                        self.idle.remove(worker)
-                        return worker, task
-        return None
+    def _places(self, busy: dict[Any, tuple[WorkerState, Task]]) -> set[tuple[str, str]]:
+        """The keys of the places of all workers."""
+        return {worker.place.key for worker in (*self.idle, *(worker for worker, _ in busy.values()))}
+
+    def _pair(self, waiting: deque[Task], busy: dict[Any, tuple[WorkerState, Task]]) -> tuple[WorkerState, Task] | None:
+        """An idle worker and a task that fits it; any two only where no others will come."""
+        if not waiting or not self.idle:
+            return None
+        places = self._places(busy) if any(task.broke for task in waiting) else set()
+
+        def fitting(new: bool) -> Iterator[tuple[WorkerState, Task]]:
+            return ((worker, task) for task in waiting for worker in self.idle
+                    if (new or worker.finished or not self.blame.suspect(task))
+                    and self.blame.fits(worker, task, places))
+
+        pair = next(itertools.chain(fitting(False), fitting(True)), None)  # a new worker takes a suspect last
+        if not pair and not self._others(busy):
+            # If a device breaks now, it says more if it had worked.
+            pair = max(self.idle, key=lambda worker: worker.finished), waiting[0]
+        if pair:
+            self.idle.remove(pair[0])
+            waiting.remove(pair[1])
+        return pair
 
     def _ended(self, reference: Any, worker: WorkerState, task: Task) -> tuple[list[Outcome | Retired], list[Task]]:
         """What a call brought, and what is to be tried again."""
         try:
             found = ray.get(reference)
-        except RayTaskError as error:  # not of an item: what it was called with cannot be read there
+        except RayTaskError as error:  # of the call itself: the worker cannot unpickle its arguments
             found = _failed(error.cause)
         except RayError as error:
             return self._lost(worker, task, error)
@@ -285,7 +303,7 @@ class Pool:
         return outcomes, again
 
     def _failed(self, worker: WorkerState, task: Task, failed: Failed) -> tuple[list[Outcome | Retired], list[Task]]:
-        """What follows from a call in which every item failed."""
+        """Handle a call in which every item failed: the worker if it is retired, and the tasks to retry."""
         reason = self.blame.failed(worker, task, failed)
         retired: list[Outcome | Retired] = [self._retire(worker, reason)] if reason else []
         if not reason:
@@ -297,7 +315,7 @@ class Pool:
         return retired, task.alone()
 
     def _lost(self, worker: WorkerState, task: Task, error: RayError) -> tuple[list[Outcome | Retired], list[Task]]:
-        """What follows from a worker that died in the middle of a call."""
+        """Handle a worker that died during a call: the item if it fails for good, or the tasks to retry."""
         if worker.retired:  # it was killed here
             return [], task.alone()
         task.losses += 1
@@ -311,17 +329,24 @@ class Pool:
         return [], task.alone()
 
     def _retire(self, worker: WorkerState, reason: str) -> Retired:
-        """Kill a worker; what it has in hand is given to another."""
+        """Kill a worker. Another one takes over its item."""
         worker.retired = True
         if worker in self.idle:
             self.idle.remove(worker)
         ray.kill(worker.actor)
         replaced = not self.blame.broken(worker.place)
-        _log.warning("the worker on %s is retired after %d failures of items: %s; %s", worker.place, worker.failed,
-                     reason, "another one may start there" if replaced else "no other one starts there",
+        _log.warning("the worker on %s is retired: it failed %d item%s, which others retry; %s worker starts there: %s",
+                     worker.place, worker.failed, "s" * (worker.failed != 1), "a new" if replaced else "no new", reason,
                      extra={"fields": {"node": worker.place.node, "card": worker.place.card}})
         return Retired(worker.place.host, worker.place.node, worker.place.card, reason, worker.failed, replaced,
                        round(time.time(), 1))
+
+
+def _broken(node: dict[str, Any], broken: Sequence[Place], gpus: float) -> bool:
+    """Whether a node cannot start a worker with so many GPUs beside the places that are broken there."""
+    here = [place for place in broken if place.node == node["NodeID"]]
+    left = node["Resources"].get("GPU", 0) - sum(len(place.visible.split(",")) for place in here if place.visible)
+    return any(not place.visible for place in here) or left < gpus
 
 
 def _some(task: Task) -> str:

@@ -53,8 +53,9 @@ def retired(workers: list[dict[str, Any]]) -> str:
         return ""
     last = workers[-1]
     where = f"{last['host']}" + (f", {last['card']}" if last["card"] else f", node {last['node'][:8]}")
-    return (f"{len(workers)} worker{'s' * (len(workers) > 1)} retired, after {sum(one['items'] for one in workers)} "
-            f"failures of items, the last on {where}: {last['reason']}")
+    items = sum(one["items"] for one in workers)
+    return (f"{len(workers)} worker{'s' * (len(workers) > 1)} retired after {items} failed item{'s' * (items > 1)}, "
+            f"the last on {where}: {last['reason']}")
 
 
 def computed_on(devices: dict[str, int]) -> str:

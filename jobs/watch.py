@@ -55,7 +55,8 @@ def _stage(one: dict[str, Any]) -> dict[str, Any]:
     known = status.named(one["path"], one)
     told = {**known, "path": one["path"], "state": one["state"], "items": one.get("items"), "done": one.get("done"),
             "rows": None, "of_rows": None, "rate": None, "seconds_left": None, "silent_s": round(gone) or None,
-            "failed": one.get("failed", 0), "skipped": one.get("skipped", {}), "error": one.get("error")}
+            "failed": one.get("failed", 0), "skipped": one.get("skipped", {}), "error": one.get("error"),
+            "retired": (now or one).get("retired", [])}
     if "samples" in one:
         told |= {"done": one["items"], "rows": one["samples"] + sum(one["skipped"].values())}
     if now:
@@ -117,4 +118,5 @@ def _left(one: dict[str, Any]) -> str:
 def _failures(one: dict[str, Any]) -> str:
     said = [one["error"]] if one["error"] else []
     said += [f"{one['failed']} items failed"] if one["failed"] else []
+    said += [f"{len(one['retired'])} workers retired"] if one["retired"] else []
     return ", ".join(said + [f"{count} {reason}" for reason, count in list(one["skipped"].items())[:4]])

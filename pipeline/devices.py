@@ -175,7 +175,7 @@ def explain(error: BaseException) -> str:
 
 
 def sentence(kind: Failure) -> str:
-    """What is wrong with the device, without the hint; empty for "none"."""
+    """The sentence of `explain` alone, without the hint; empty for "none"."""
     return _SENTENCES[kind].partition("\n")[0].rstrip(".")
 
 
@@ -237,9 +237,9 @@ def _driver() -> str:
 
 
 class Fit:
-    """How large a batch fits the memory of this process's device: half after each out of memory, and kept from then on.
+    """The largest batch that fits the memory of this process's device.
 
-    It is one for each kind of batch. Threads may share it.
+    It is halved after each out of memory, and stays at that. Each kind of batch has its own; threads may share it.
     """
 
     def __init__(self, unit: str = "batch") -> None:
@@ -247,7 +247,7 @@ class Fit:
         self.most: int | None = None
         """The largest size that is tried, None as long as every size fitted."""
         self.note = ""
-        """What was halved, for the record of an item: "from 256 to 128 after out of memory on ..."."""
+        """For the record of an item: "from 256 to 128 after out of memory on ...". Empty if nothing was halved."""
         self._first = 0
 
     def __call__(self, batch: Any, size: int, compute: Callable[[Any, int], Any],
@@ -270,15 +270,15 @@ class Fit:
             # After the handler: while it runs, the traceback keeps the tensors of the failed pass.
             self.halve(most, text)
 
-    def halve(self, most: int, text: str, least: int = 1) -> None:
-        """Note that `most` rows do not fit; OutOfDeviceMemory if they are the `least` already."""
+    def halve(self, most: int, text: str) -> None:
+        """Note that `most` rows do not fit; OutOfDeviceMemory if that is one."""
         free()
-        if most <= least:
+        if most <= 1:
             raise OutOfDeviceMemory(f"a {self.unit} of {most} does not fit the memory of {_device()}: {text}\n"
                                     f"expected room for one, got none\nhint: nvidia-smi lists the processes that use "
                                     f"it")
         self._first = max(self._first, most)
-        self.most = min(max(most // 2, least), self.most or most)
+        self.most = min(most // 2, self.most or most)
         self.note = f"from {self._first} to {self.most} after out of memory on {_device()}"
         _log.warning("%s halved from %d to %d after out of memory on %s: %s", self.unit, most, self.most, _device(),
                      text)

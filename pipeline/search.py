@@ -102,9 +102,9 @@ _BITS = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 def exhaustive(vectors: np.ndarray, database: Embeddings, m: int, memory: int, times: Times | None = None) -> Found:
     """The m best of all rows for each of (Q, D) float32 queries, by matrix products in half precision.
 
-    `memory`: bytes for the blocks. If they do not fit the device, the search starts again with half of them; then with
-    half of the queries. Of the times, `read` grows with the rows, `products` with rows times queries, and
-    `choose` with the queries, for hardly any row is chosen once the best were found.
+    `memory`: bytes for the blocks. After out of memory the search starts again with half of them, then with half of
+    the queries. Times: `read` grows with the rows, `products` with rows times queries, and `choose` with the queries,
+    because few rows are chosen once the best were found.
     """
     times = times or Times()
     while True:
@@ -118,18 +118,19 @@ def exhaustive(vectors: np.ndarray, database: Embeddings, m: int, memory: int, t
                 raise
             text = str(error).splitlines()[0]
         # After the handler: while it runs, the traceback keeps the tensors of the failed search.
-        if Blocks(at_once, database.dim, most, where()[0].type).rows > _GROUP:
-            blocks_fit.halve(most, text)
+        blocks = Blocks(at_once, database.dim, most, where()[0].type)
+        if blocks.rows > _GROUP:
+            blocks_fit.halve(blocks.bytes, text)
         else:
             queries_fit.halve(at_once, text)
 
 
-blocks_fit = devices.Fit("memory of a block")  # of this process: it has one device
+blocks_fit = devices.Fit("block (in bytes)")  # of this process: it has one device
 queries_fit = devices.Fit("number of queries")
 
 
 def halved() -> dict[str, str]:
-    """What was halved in this process, as an entry of `Output.times`."""
+    """An entry of `Output.times` if this process halved its blocks or queries after out of memory."""
     notes = [note for fit in (blocks_fit, queries_fit) for note in fit.times().values()]
     return {devices.HALVED: "; ".join(notes)} if notes else {}
 
@@ -231,13 +232,16 @@ class Blocks:
 
     rows: int
     queries: int
+    bytes: int
+    """Memory of a block; above `memory` only if the smallest block is."""
 
     def __init__(self, queries: int, dim: int, memory: int, device: str) -> None:
         largest = 4096 if device == "cpu" else 16384
         self.queries = max(1, min(queries, largest))
         # A block in its two precisions, and its products with their maxima and what is chosen.
-        fitting = memory // (dim * 6 + self.queries * 4)
-        self.rows = int(np.clip(fitting // _GROUP * _GROUP, _GROUP, LARGEST[device]))
+        row = dim * 6 + self.queries * 4
+        self.rows = int(np.clip(memory // row // _GROUP * _GROUP, _GROUP, LARGEST[device]))
+        self.bytes = self.rows * row
 
 
 def where() -> tuple["torch.device", "torch.dtype"]:

@@ -416,8 +416,9 @@ def made(stage: Stage, item: Item) -> Callable[[], dict[str, Any]]:
 
 
 def work_together(stage: Stage, items: Sequence[Item]) -> Iterator[tuple[Item, dict[str, Any] | Exception | None]]:
-    """Process several items at once and commit them one by one. Those that failed are to be tried alone: they come with
-    their exception, or with None if the exception of another one ended them all.
+    """Process several items together and commit them one by one.
+
+    A failed item comes with its exception, or with None if another item's exception ended them all: try it alone.
     """
     plan = _planned(stage.folder)
     there = {item.id: _record(storage.join(stage.folder, "records", f"{item.id}.json"), plan) for item in items}
@@ -688,7 +689,7 @@ def _work_off(stage: Stage, runner: Runner, items: Sequence[Item], joined: bool,
     for outcome in runner(stage, _Left(items, numbers)):
         if isinstance(outcome, Retired):
             tally.retire(asdict(outcome))
-            tally.look()  # at once, so that other terminals can show it
+            tally.look()  # now, so that other terminals can show it
         elif outcome is not None:
             address = storage.join(stage.folder, "failures", f"{outcome.item.id}.json")
             if outcome.full:

@@ -23,7 +23,7 @@ from jobs.validation import Validation
 from model import checkpoint, first_stage, released
 from model.config import UNetConfig
 from model.unet import UNet
-from pipeline import stage, tars
+from pipeline import devices, stage, tars
 from pipeline.batches import Batches
 from pipeline.dataset import Dataset, file_of
 from pipeline.images import pixels
@@ -92,6 +92,31 @@ def test_a_row_of_the_latents_is_the_picture_of_that_row_encoded_and_scaled(root
                 wanted = about["scale"] * network.moments(seen)[0][0].numpy()
                 np.testing.assert_allclose(rows[position, kind], wanted, atol=4e-3 * abs(wanted).max())
     assert main(["verify", "--root", str(root), "--only", "datasets/drawn/v1/latents"]) == 0
+
+
+def test_latents_are_made_in_smaller_batches_after_out_of_memory(root: Path, autoencoder: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, moments = Dataset.parse(str(root), "drawn"), first_stage.FirstStage.moments
+    one = latents.Latents(dataset, LatentsConfig(first_stage=str(autoencoder), batch_size=8, scale=1.0))
+
+    def rows() -> np.ndarray:
+        return np.concatenate([np.load(dataset.fetch("latents", file_of(record, ".npy")))
+                               for record in dataset.manifest("latents")["items"]])
+
+    stage.run(one)
+    plain = rows()
+
+    def limited(self: first_stage.FirstStage, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(pictures) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return moments(self, pictures)
+
+    monkeypatch.setattr(first_stage.FirstStage, "moments", limited)
+    monkeypatch.setattr(latents, "_fit", devices.Fit())
+    sealed = stage.run(one, rebuild=True)
+    np.testing.assert_allclose(rows().astype(np.float32), plain.astype(np.float32), atol=4e-3 * abs(plain).max())
+    assert sealed["run"]["items_with_halved_batches"] == len(sealed["items"])
+    assert sealed["items"][0]["run"]["times"][devices.HALVED].startswith("batch from 8 to 2 after out of memory on ")
 
 
 def test_a_factor_that_is_given_or_configured_is_taken(root: Path, autoencoder: Path, tmp_path: Path) -> None:

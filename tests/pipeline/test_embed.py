@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import clip, embed, encoding, stage, storage, tars, verify
+from pipeline import clip, devices, embed, encoding, stage, storage, tars, verify
 from pipeline.clip import ClipConfig
 from pipeline.dataset import Dataset, Embeddings, file_of, metadata
 from pipeline.embed import Embed, EmbedCaptions, EmbedConfig
@@ -417,6 +417,72 @@ def test_pictures_that_do_not_decode_take_no_place_in_a_batch(copied, whole):
     assert np.flatnonzero(~Embeddings(copied).all().any(1)).tolist() == [0, *range(29, 60), 63]
 
 
+@pytest.fixture
+def small_memory(monkeypatch):
+    """Limits how many images or texts the device of the encoder has memory for."""
+    encoder = clip.load(ClipConfig())
+    encode, texts = encoder.encode, clip.Encoder.texts
+
+    def limit(most: int) -> list[int]:
+        passes: list[int] = []
+
+        def limited(compute):
+            def run(*args):
+                passes.append(len(args[-1]))
+                if len(args[-1]) > most:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total "
+                                                 "capacity of 79.11 GiB of which 1.02 GiB is free.")
+                return compute(*args)
+            return run
+
+        monkeypatch.setattr(encoder, "fit", devices.Fit())
+        monkeypatch.setattr(encoder, "encode", limited(encode))
+        monkeypatch.setattr(clip.Encoder, "texts", limited(texts))
+        return passes
+
+    return limit
+
+
+@pytest.mark.parametrize("whole_batches", [True, False], ids=["gpu", "cpu"])
+def test_out_of_memory_halves_the_batch_and_says_so(whole_batches, copied, built, small_memory, monkeypatch, caplog):
+    monkeypatch.setattr(clip.Encoder, "whole", whole_batches)
+    shutil.rmtree(copied.folder("embeddings"))
+    passes = small_memory(9)
+    sealed = stage.run(Embed(copied, EmbedConfig(batch_size=40)))
+    # 40 images on a GPU, and 15 in each thread of a CPU, are halved until they fit.
+    first = 40 if whole_batches else 15
+    assert max(passes) == first and set(passes) - {first} and sealed["totals"]["samples"] == 72
+    one, other = Embeddings(built).all().astype(np.float32), Embeddings(copied).all().astype(np.float32)
+    assert (one * other).sum(1).min() > 1 - 1e-3
+    last = 5 if whole_batches else 7
+    assert passes[-1] <= last and sum(size > 9 for size in passes) < 8  # later batches are not tried whole
+    notes = [item["run"]["times"][devices.HALVED] for item in sealed["items"]]
+    assert len(notes) == 3 and notes[-1].startswith(f"batch from {first} to {last} after out of memory on ")
+    assert sealed["run"]["items_with_halved_batches"] == 3
+    lines = [record.getMessage() for record in caplog.records if "halved from" in record.getMessage()]
+    assert lines[0].startswith(f"batch halved from {first} to {first // 2} after out of memory on ")
+    plain = Embed(copied, EmbedConfig(batch_size=40))
+    assert sealed["fingerprint"] == stage.fingerprint(plain)
+
+
+def test_one_image_that_does_not_fit_is_an_error_with_a_hint(copied, whole, small_memory):
+    shutil.rmtree(copied.folder("embeddings"))
+    small_memory(0)
+    with pytest.raises(StageFailed, match=r"OutOfDeviceMemory: a batch of 1 does not fit the memory of .*CUDA out of "
+                                          r"memory(.|\n)*\nhint: nvidia-smi"):
+        stage.run(Embed(copied, EmbedConfig(batch_size=4)))
+
+
+def test_captions_are_halved_too(copied, small_memory):
+    plain = stage.run(EmbedCaptions(copied, EmbedConfig()))
+    before = Embeddings(copied, "text_embeddings").all().astype(np.float32)
+    passes = small_memory(4)
+    sealed = stage.run(EmbedCaptions(copied, EmbedConfig()), rebuild=True)
+    after = Embeddings(copied, "text_embeddings").all().astype(np.float32)
+    assert (before * after).sum(1).min() > 1 - 1e-3 and max(passes) > 4
+    assert "items_with_halved_batches" not in plain["run"] and sealed["run"]["items_with_halved_batches"] > 0
+
+
 def test_an_encoder_that_fails_for_good_is_told_and_gone_on_with(copied, whole, monkeypatch):
     """One error ends all that were taken together; each is tried alone then."""
     shutil.rmtree(copied.folder("embeddings"))
@@ -426,7 +492,7 @@ def test_an_encoder_that_fails_for_good_is_told_and_gone_on_with(copied, whole, 
     def failing(batch):
         passes.append(len(batch))
         if len(passes) == 3:
-            raise RuntimeError("out of memory")
+            raise RuntimeError("the encoder failed")
         return encode(batch)
 
     monkeypatch.setattr(encoder, "encode", failing)

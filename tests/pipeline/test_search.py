@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipeline import search
+from pipeline import devices, search
 from pipeline.dataset import Dataset, Embeddings
 from pipeline.search import Copies, Found, Queries
 from tests.pipeline import made
@@ -52,6 +52,36 @@ def test_exhaustive_search_misses_no_row_by_more_than_it_says(database, monkeypa
     assert (left.max(1) <= found.beyond).all()
     np.testing.assert_allclose(search.settle(found, asked(queries), embeddings, nobody(3000), 3)[1][:, 0],
                                exact(queries, vectors, 1)[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("pairs", [70 * 64, 32 * 20])
+def test_a_search_that_does_not_fit_the_device_is_done_in_smaller_blocks(pairs, database, monkeypatch):
+    import torch
+    embeddings, _ = database
+    monkeypatch.setattr(search, "where", lambda: (torch.device("cpu"), torch.float32))
+    queries = made.clustered(70, 24, seed=3)
+    whole = search.exhaustive(queries, embeddings, 12, MEMORY)
+    assert search.halved() == {}
+    product = torch.mm
+
+    def limited(one, other):
+        if one.shape[0] * other.shape[1] > pairs:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return product(one, other)
+
+    monkeypatch.setattr(torch, "mm", limited)
+    monkeypatch.setattr(search, "blocks_fit", devices.Fit("block (in bytes)"))
+    monkeypatch.setattr(search, "queries_fit", devices.Fit("number of queries"))
+    found = search.exhaustive(queries, embeddings, 12, MEMORY)
+    np.testing.assert_allclose(found.scores, whole.scores, atol=1e-5)
+    for one, other in zip(*(search.settle(some, asked(queries), embeddings, nobody(3000), 5)
+                            for some in (whole, found)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert "block (in bytes) from " in search.halved()[devices.HALVED]
+    assert ("number of queries from 70 to 17" in search.halved()[devices.HALVED]) == (pairs < 32 * 70)
+    monkeypatch.setattr(torch, "mm", lambda *_: limited(torch.empty(1 << 12, 1), torch.empty(1, 1 << 12)))
+    with pytest.raises(devices.OutOfDeviceMemory, match=r"number of queries of 1 does not fit(.|\n)*hint: "):
+        search.exhaustive(queries, embeddings, 12, MEMORY)
 
 
 def test_of_a_small_database_every_row_is_found(tmp_path):

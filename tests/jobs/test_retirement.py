@@ -1,0 +1,363 @@
+"""A worker that fails everything is retired. An item that fails everywhere fails and retires no worker."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import pool as pools
+from jobs import status
+from jobs.retirement import REFUTED, TRIES, Blame, Failed, Place, Task, WorkerState
+from jobs.settings import ClusterConfig
+from pipeline import devices, stage, storage
+from pipeline.stage import Item, Output, Stage, StageFailed
+
+CUDA = Failed("AcceleratorError: CUDA error: device-side assert triggered", "", "device lost")
+MEMORY = Failed("OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "", "out of memory")
+DISK = Failed("OSError: [Errno 5] Input/output error", "")
+INVALID = Failed("the tar is damaged", "", invalid=True)
+
+
+# The decisions, without Ray.
+
+
+def worker(number: int = 0, *, finished: int = 1, visible: str = "") -> WorkerState:
+    return WorkerState(None, Place(f"node{number}", "host", visible), finished)
+
+
+def task(number: int) -> Task:
+    return Task([Item(f"{number:06d}")])
+
+
+def test_a_failed_device_retires_its_worker_and_the_second_time_its_place() -> None:
+    blame = Blame(4)
+    one, other = worker(finished=0), worker(finished=0)
+    assert blame.failed(one, task(0), CUDA) == f"{devices.sentence('device lost')}: {CUDA.error}"
+    assert not blame.broken(one.place)
+    assert blame.failed(other, task(0), CUDA) and blame.broken(one.place)
+    assert not blame.broken(worker(1).place) and not blame.broken(worker(0, visible="1").place)
+    assert CUDA.error in blame.why(blame.broken_places())
+
+
+def test_a_device_that_breaks_after_it_worked_gets_one_new_worker() -> None:
+    blame = Blame(4)
+    old, new = worker(), worker(finished=0)
+    assert blame.failed(old, task(0), CUDA) and not blame.broken(old.place)
+    assert blame.failed(new, task(1), CUDA) and blame.broken(old.place)
+
+
+def test_a_device_that_works_in_between_is_given_up_the_third_time() -> None:
+    blame = Blame(4)
+    for number in range(3):
+        one = worker(finished=0)
+        list(blame.finished(one, task(100 + number), 1))
+        assert not blame.broken(one.place)
+        blame.failed(one, task(number), CUDA)
+    assert blame.broken(worker().place)
+
+
+def test_failures_of_devices_that_never_worked_do_not_count_against_an_item() -> None:
+    blame, item = Blame(40), task(0)
+    for number in range(20):
+        blame.failed(worker(number, finished=0), item, CUDA)
+    assert not blame.hopeless(item) and not blame.exhausted(item)
+    places = {worker(number).place.key for number in range(40)}
+    assert blame.fits(worker(30), item, places) and blame.fits(worker(31, finished=0), item, places)
+    assert not blame.fits(worker(3), item, places)
+    # If no other place is left, one that works may have it again.
+    assert blame.fits(worker(3), item, item.broke) and not blame.fits(worker(3, finished=0), item, item.broke)
+
+
+def test_an_item_that_breaks_devices_which_worked_fails_and_their_places_stay() -> None:
+    blame, item = Blame(4), task(0)
+    for _ in range(TRIES):
+        assert not blame.hopeless(item)
+        blame.failed(worker(0), item, CUDA)
+    assert blame.hopeless(item) and blame.broken_places() == []
+    blame.failed(worker(0), task(1), CUDA)  # the place has only this one to its account
+    assert blame.broken_places() == []
+
+
+def test_items_that_others_finish_retire_a_worker_and_its_failures_do_not_count() -> None:
+    blame, bad, good = Blame(3), worker(0), worker(1)
+    items = [task(number) for number in range(REFUTED)]
+    for one in items:
+        assert blame.failed(bad, one, DISK) == ""
+    found = [list(blame.finished(good, one, 1)) for one in items]
+    assert [len(one) for one in found] == [0] * (REFUTED - 1) + [1]
+    assert found[-1][0][0] is bad and DISK.error in found[-1][0][1]
+    bad.retired = True
+    assert not blame.exhausted(Task([Item("x")], failures=[bad] * 5, last=DISK))
+
+
+def test_a_worker_that_finishes_something_in_between_is_kept() -> None:
+    blame, flaky, good = Blame(3), worker(0), worker(1)
+    for number in range(5 * REFUTED):
+        one = task(number)
+        blame.failed(flaky, one, DISK)
+        assert list(blame.finished(flaky, task(1000 + number), 1)) == []
+        assert list(blame.finished(good, one, 1)) == []
+
+
+def test_items_that_fail_everywhere_retire_nobody() -> None:
+    blame, workers = Blame(3), [worker(number) for number in range(3)]
+    for failed in (DISK, MEMORY):
+        for number in range(3):
+            one = task(number)
+            assert [blame.failed(some, one, failed) for some in workers] == ["", "", ""] and blame.hopeless(one)
+    assert blame.broken_places() == [] and not any(some.refuted for some in workers)
+
+
+def test_out_of_memory_twice_in_a_row_retires_a_worker_once_others_finish_an_item() -> None:
+    blame, full, good = Blame(3), worker(0), worker(1)
+    first, second = task(0), task(1)
+    blame.failed(full, first, MEMORY)
+    assert list(blame.finished(good, first, 1)) == []  # once is no pattern
+    blame.failed(full, second, MEMORY)
+    [(retired, reason)] = blame.finished(good, second, 1)
+    assert retired is full and reason.startswith(devices.sentence("out of memory"))
+
+
+def test_failures_on_workers_that_finish_nothing_count_only_if_nobody_finishes_anything() -> None:
+    blame, item, fresh = Blame(4), task(0), [worker(number, finished=0) for number in range(3)]
+    for one in fresh:
+        blame.failed(one, item, DISK)
+    assert blame.exhausted(item) and not blame.hopeless(item)
+    failing = worker(7, finished=0)
+    assert blame.fits(worker(7), item, set()) and blame.fits(failing, item, set())
+    blame.failed(failing, task(1), DISK)
+    assert not blame.fits(failing, item, set())
+    for one in fresh:
+        one.finished = 1
+    assert blame.hopeless(item)
+
+
+def test_a_value_error_is_confirmed_by_a_second_worker_if_there_is_one() -> None:
+    blame, item = Blame(2), task(0)
+    blame.failed(worker(0), item, INVALID)
+    assert not blame.hopeless(item)
+    blame.failed(worker(1), item, INVALID)
+    assert blame.hopeless(item)
+    alone, item = Blame(1), task(0)
+    alone.failed(worker(0), item, INVALID)
+    assert alone.hopeless(item)
+
+
+# On Ray.
+
+
+@dataclass(frozen=True)
+class FaultyConfig:
+    items: int = 40
+    seconds: float = 0.05
+    error: str = ""
+    bad: tuple[str, ...] = ()
+
+
+class Faulty(Stage):
+    """Items that fail immediately on poisoned nodes or GPUs, and some that fail everywhere."""
+
+    name = "faulty"
+    workers_need_gpu = True
+
+    def __init__(self, root: str, config: FaultyConfig, folder: Path) -> None:
+        super().__init__(root, "datasets/x/v1/embeddings", config)
+        self.notes = str(folder)
+        folder.mkdir(exist_ok=True)
+
+    def section(self) -> dict[str, Any]:
+        return {"items": self.config.items}
+
+    def plan(self) -> list[Item]:
+        return [Item(f"{number:06d}") for number in range(self.config.items)]
+
+    def setup(self) -> None:
+        if self.config.error in {"cuda", "memory"}:
+            import torch  # noqa: F401 (takes seconds, which are not those of an item)
+        if self.config.error == "setup" and self._poisoned():
+            raise RuntimeError("No CUDA GPUs are available")
+
+    def process(self, item: Item, scratch: Path) -> Output:
+        with open(Path(self.notes) / "diary", "a") as diary:
+            diary.write(f"{item.id} {os.getpid()}\n")
+        if item.id in self.config.bad:
+            raise RuntimeError("CUDA error: device-side assert triggered" if self.config.error == "bad for devices"
+                               else "no worker can do this")
+        if self._poisoned():
+            _raise(self.config.error)
+        time.sleep(self.config.seconds)
+        path = scratch / "out.txt"
+        path.write_text(item.id)
+        return Output(samples=1, files={f"{item.id}.txt": path})
+
+    def _poisoned(self) -> bool:
+        import ray
+        if not ray.is_initialized():
+            return False
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        poison = Path(self.notes) / "poison"
+        return poison.exists() and {ray.get_runtime_context().get_node_id(), f"GPU {visible}"} & set(
+            poison.read_text().split("\n")) != set()
+
+
+def _raise(error: str) -> None:
+    if error in {"disk", "value"}:
+        raise OSError(5, "Input/output error") if error == "disk" else ValueError("this is not the manifest's file")
+    import torch
+    if error == "cuda":
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might "
+                                     "be asynchronously reported at some other API call")
+    if error == "wrapped":
+        try:
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+        except RuntimeError as cause:
+            raise ValueError("open_clip cannot load this model") from cause
+    if error == "memory":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+    raise AssertionError(error)
+
+
+@pytest.fixture(autouse=True)
+def _by_value() -> None:
+    if "ray" in sys.modules:
+        from ray import cloudpickle
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., pools.Pool]]:
+    made: list[pools.Pool] = []
+
+    def start(workers: int, gpus: float = 0.0) -> pools.Pool:
+        made.append(pools.Pool(ClusterConfig(workers=workers, gpus=gpus)))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def nodes(cluster: Any) -> Iterator[list[str]]:
+    """Ids of four nodes with six CPUs in all: two of two CPUs, two of one."""
+    import ray
+    added = [cluster.add_node(num_cpus=1, object_store_memory=100 << 20) for _ in range(2)]
+    cluster.wait_for_nodes()
+    pools.cluster.connect()
+    found = {node["NodeID"]: node["Resources"]["CPU"] for node in ray.nodes()
+             if node["Alive"] and node["Resources"].get("CPU")}
+    assert sum(found.values()) == 6
+    yield sorted(found, key=lambda one: -found[one])
+    for node in added:
+        cluster.remove_node(node)
+
+
+def poison(folder: Path, *what: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "poison").write_text("\n".join(what))
+
+
+def undisturbed(root: Path, config: FaultyConfig) -> dict[str, Any]:
+    return stage.timeless(stage.run(Faulty(str(root), FaultyConfig(config.items, 0.0), root)))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("error", ["cuda", "disk", *(pytest.param(one, marks=pytest.mark.slow)
+                                                     for one in ("wrapped", "setup", "value", "memory"))])
+def test_three_healthy_workers_of_six_finish_everything(error: str, nodes: list[str], start: Any, tmp_path: Path,
+                                                        caplog: Any) -> None:
+    config, root = FaultyConfig(200 if error == "cuda" else 60, 0.05, error), tmp_path / "root"
+    poison(tmp_path / "notes", nodes[0], nodes[3])
+    shown = []
+
+    def watch(tally: Any) -> None:
+        if tally.retired and not shown:
+            shown.append(status.table(str(root), status.of(str(root))))
+
+    manifest = stage.run(Faulty(str(root), config, tmp_path / "notes"), start(6), watch=watch)
+    assert stage.timeless(manifest) == undisturbed(tmp_path / "plain", config)
+    assert manifest["totals"]["samples"] == config.items
+    retired = manifest["run"]["retired"]
+    assert {one["node"] for one in retired} == {nodes[0], nodes[3]}
+    assert all(one["items"] > 0 and one["host"] and one["reason"] for one in retired)
+    # Each place is given up after its second failure. A worker that runs there by then may fail later.
+    assert [sum(one["replaced"] for one in retired if one["node"] == node) for node in (nodes[0], nodes[3])] == [1, 1]
+    assert len(retired) <= 6
+    lines = [record.getMessage() for record in caplog.records if "is retired: " in record.getMessage()]
+    assert len(lines) == len(retired) and all("node " in line and "it failed " in line for line in lines)
+    assert " retired after " in shown[0] and " items, " in shown[0]
+    [sealed] = [one for one in status.of(str(root)) if one["path"].endswith("embeddings")]
+    assert sealed["state"] == "sealed" and sealed["retired"] == retired
+    assert f"{len(retired)} workers retired" in status.table(str(root), [sealed])
+
+
+@pytest.mark.ray
+def test_items_that_fail_everywhere_fail_on_three_workers_and_retire_nobody(cluster: Any, start: Any, tmp_path: Path,
+                                                                            caplog: Any) -> None:
+    bad = ("000050", "000051", "000052")  # when every worker has finished something
+    one = Faulty(str(tmp_path / "root"), FaultyConfig(80, 0.1, bad=bad), tmp_path / "notes")
+    with pytest.raises(StageFailed, match=r"3 of 80 items failed.*no worker can do this"):
+        stage.run(one, start(4))
+    lines = [line.split() for line in (tmp_path / "notes" / "diary").read_text().splitlines()]
+    for item in bad:
+        assert len([pid for name, pid in lines if name == item]) == TRIES
+        assert len({pid for name, pid in lines if name == item}) == TRIES
+    assert len(storage.names(storage.join(one.folder, "records"))) == 77
+    assert not [record for record in caplog.records if "is retired" in record.getMessage()]
+    assert storage.read_json(storage.join(one.folder, "progress.json"))["retired"] == []
+
+
+@pytest.mark.ray
+def test_an_item_that_breaks_every_device_fails_and_the_others_are_finished(cluster: Any, start: Any, tmp_path: Path
+                                                                            ) -> None:
+    one = Faulty(str(tmp_path / "root"), FaultyConfig(40, 0.05, "bad for devices", ("000010",)), tmp_path / "notes")
+    with pytest.raises(StageFailed, match=r"1 of 40 items failed.*000010: .*device-side assert"):
+        stage.run(one, start(4))
+    assert len(storage.names(storage.join(one.folder, "records"))) == 39
+
+
+@pytest.mark.ray
+def test_only_broken_places_end_the_stage_and_the_same_command_resumes(cluster: Any, start: Any, tmp_path: Path,
+                                                                       monkeypatch: Any, caplog: Any) -> None:
+    import ray
+    pools.cluster.connect()
+    monkeypatch.setattr(pools, "BROKEN_TIMEOUT_S", 1.0)
+    poison(tmp_path / "notes", *(node["NodeID"] for node in ray.nodes()))
+    config = FaultyConfig(10, 0.0, "cuda")
+    one = Faulty(str(tmp_path / "root"), config, tmp_path / "notes")
+    with pytest.raises(StageFailed, match=r"only broken places are left(.|\n)*got .*node .*illegal memory access"
+                                          r"(.|\n)*\nhint: "):
+        stage.run(one, start(2))
+    retired = storage.read_json(storage.join(one.folder, "progress.json"))["retired"]
+    assert len(retired) >= 4
+    assert " retired after " in status.table(one.root, status.of(one.root))
+    (tmp_path / "notes" / "poison").unlink()
+    manifest = stage.run(one, start(2))
+    assert manifest["run"]["retired"] == retired  # of the run before
+    assert stage.timeless(manifest) == undisturbed(tmp_path / "plain", config)
+
+
+@pytest.mark.ray
+def test_a_broken_gpu_is_held_and_the_others_of_its_node_go_on(cluster: Any, start: Any, tmp_path: Path) -> None:
+    """Ray reserves GPUs by number whether there are any or not."""
+    node = cluster.add_node(num_cpus=4, num_gpus=3, object_store_memory=100 << 20)
+    cluster.wait_for_nodes()
+    try:
+        poison(tmp_path / "notes", "GPU 1")
+        running, config = start(3, gpus=1.0), FaultyConfig(60, 0.1, "cuda")
+        manifest = stage.run(Faulty(str(tmp_path / "root"), config, tmp_path / "notes"), running)
+        assert stage.timeless(manifest) == undisturbed(tmp_path / "plain", config)
+        retired = manifest["run"]["retired"]
+        assert [(one["node"], one["card"], one["replaced"]) for one in retired] == [
+            (node.node_id, "CUDA_VISIBLE_DEVICES=1", True), (node.node_id, "CUDA_VISIBLE_DEVICES=1", False)]
+        # The next stage of the same command does not use that GPU either.
+        again = stage.run(Faulty(str(tmp_path / "again"), config, tmp_path / "notes"), running)
+        assert "retired" not in again["run"]
+        assert [one.place.visible for one in running.holding] == ["1"]
+    finally:
+        cluster.remove_node(node)
