@@ -294,14 +294,14 @@ def _update(config: TrainConfig, network: nn.Module, state: State, inputs: Input
         level = (t * _LEVELS // config.diffusion.timesteps).clamp(max=_LEVELS - 1)
         shared[2:2 + _LEVELS].index_add_(0, level, losses.double())
         shared[2 + _LEVELS:].index_add_(0, level, torch.ones_like(losses, dtype=torch.float64))
-    shared[1] = float(leave)
+    shared[1].fill_(float(leave))  # an assignment would wait for the GPU
     if dist.is_initialized():
         dist.all_reduce(shared)
         shared[:2] /= world
     limit = config.grad_clip or math.inf
-    grad_norm = whole(nn.utils.clip_grad_norm_(state.model.parameters(), limit)).item()
-    shared = shared.cpu()
-    loss, leaving = shared[:2].tolist()
+    norm = whole(nn.utils.clip_grad_norm_(state.model.parameters(), limit))
+    shared = torch.cat([shared, norm.double()[None]]).cpu()  # the only wait for the GPU in a step
+    loss, leaving, *_, grad_norm = shared.tolist()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise FloatingPointError(
             f"step {number}: loss {loss}, gradient norm {grad_norm}; nothing was saved\n"
@@ -313,7 +313,7 @@ def _update(config: TrainConfig, network: nn.Module, state: State, inputs: Input
     state.optimizer.zero_grad(set_to_none=True)
     state.ema.update(state.model)
     state.step = number
-    return _Done(loss, grad_norm, leaving > 0, shared[2:].reshape(2, _LEVELS))
+    return _Done(loss, grad_norm, leaving > 0, shared[2:-1].reshape(2, _LEVELS))
 
 
 @contextlib.contextmanager

@@ -761,7 +761,11 @@ def _tried(stage: Stage, item: Item, first: Callable[[], dict[str, Any]]) -> Out
 
 def sentence(error: BaseException) -> str:
     """What is told of the error of an item."""
-    return storage.full(error) or (str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
+    if full := storage.full(error):
+        return full
+    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    explained = devices.explain(error)
+    return text if "hint:" in text or not explained else f"{text.splitlines()[0]}\n{explained}"
 
 
 @contextlib.contextmanager

@@ -26,6 +26,8 @@ def main() -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     found = _rates(device, rank, world) if what == "rates" else _resumable(device, rank, world, folder)
     if rank == 0:
@@ -63,7 +65,7 @@ def _bandwidth(device: torch.device, world: int) -> float:
 
 def _resumable(device: torch.device, rank: int, world: int, folder: Path) -> dict[str, float]:
     """Train with checkpoints, from the newest one that is there."""
-    config = replace(recipes.tiny(), steps=40, global_batch=2 * world, checkpoint_every=10, log_every=10)
+    config = replace(recipes.tiny(), steps=24, global_batch=2 * world, checkpoint_every=6, log_every=10)
     there = sorted((path.parent for path in folder.glob("*/checkpoint.json")), key=lambda path: int(path.name))
 
     def save(step: int, write: Any) -> None:
