@@ -50,9 +50,11 @@ inspect() {
   fi
 }
 
-# The command that installs what interpreter $1 needs, as far as this system is known.
+# What to do about it: $1 is the version of an interpreter that is only incomplete, or empty.
 remedy() {
-  if ! command -v apt-get >/dev/null; then
+  if [ -n "$asked" ] && [ -z "$1" ]; then
+    echo "leave PYTHON out, or name another one"
+  elif ! command -v apt-get >/dev/null; then
     echo "install Python 3.$oldest to 3.$newest with venv and pip, for example from python.org"
   elif [ -n "$1" ]; then
     echo "apt-get install python$1-venv"
