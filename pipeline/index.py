@@ -387,11 +387,24 @@ def budget_of(count: int, config: IndexConfig) -> int:
     return min(memory(config.max_memory), each)
 
 
+@contextlib.contextmanager
+def _hint_if_missing() -> Iterator[None]:
+    """Around an import of autofaiss, which `pip install .` does not install: ValueError with the command that does."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("autofaiss", "embedding_reader"):
+            raise
+        raise ValueError(f"autofaiss, which chooses the kind of index, cannot be imported: {error}\n"
+                         f"hint: pip install --no-deps autofaiss==2.18.0 embedding-reader==1.8.1") from error
+
+
 def _keys(count: int, dim: int, budget: int, config: IndexConfig) -> list[str]:
     """Factory strings from the best to the smallest: autofaiss's choice, then ever shorter codes."""
     if config.key:
         return [config.key]
-    from autofaiss.external.optimize import get_optimal_index_keys_v2
+    with _hint_if_missing():
+        from autofaiss.external.optimize import get_optimal_index_keys_v2
     # It ignores the budget below 10,000 vectors and returns nothing for impossible ones.
     chosen = list(get_optimal_index_keys_v2(count, dim, f"{max(1, budget >> 10)}K") or [])
     ladder = ["Flat", "SQfp16", "SQ8", "SQ6", "SQ4"]
@@ -408,7 +421,8 @@ def estimated_bytes(key: str, count: int, dim: int) -> int:
             return count * -(-int(match[2]) * int(match[3]) // 8) + 4 * dim * (1 << int(match[3])) + 200
         bits = {"Flat": 32, "SQfp16": 16}.get(key) or int(match[1])
         return count * -(-dim * bits // 8) + (8 * dim if match[1] else 0) + 200
-    from autofaiss.external.metadata import IndexMetadata
+    with _hint_if_missing():
+        from autofaiss.external.metadata import IndexMetadata
     return int(IndexMetadata(key, count, dim).estimated_index_size_in_bytes())
 
 
