@@ -21,7 +21,7 @@ setup:  ## .venv, with the first supported Python of: PYTHON=..., python3, the n
 	@PYTHON="$(PYTHON)" infra/setup.sh
 
 outdated: setup  ## packages with a newer release than the locked one
-	$(BIN)/uv pip list --outdated
+	$(BIN)/uv pip list --outdated --exclude pip
 
 # infra/requirements-gpu.lock has only what the gpu extra adds: faiss-gpu replaces faiss-cpu.
 lock: setup  ## the newest versions that fit together, into both lock files

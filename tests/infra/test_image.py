@@ -1,4 +1,4 @@
-"""What the Dockerfile installs, installed step by step from the Dockerfile itself, without Docker."""
+"""Runs the Dockerfile's pip steps in a fresh environment, without Docker, and imports what the image must import."""
 
 import os
 import re

@@ -27,23 +27,23 @@ HERE = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for p
 
 
 def _needed(roots: list[str]) -> set[tuple[str, Requirement]]:
-    """Who needs what, here: the requirements of this project, and of everything that they bring along."""
+    """Pairs (package, its requirement) that apply here: those of this project and of all that they need."""
     pending = [("retrieval-diffusion", Requirement(root)) for root in roots]
-    found: set[tuple[str, Requirement]] = set()
+    pairs: set[tuple[str, Requirement]] = set()
     seen: set[tuple[str, str]] = set()
     while pending:
-        who, requirement = pending.pop()
+        package, requirement = pending.pop()
         name = canonicalize_name(requirement.name)
-        found.add((who, requirement))
+        pairs.add((package, requirement))
         for extra in {"", *requirement.extras}:
             if (name, extra) in seen:
                 continue
             seen.add((name, extra))
             for text in importlib.metadata.requires(name) or []:
-                one = Requirement(text)
-                if not one.marker or one.marker.evaluate({**default_environment(), "extra": extra}):
-                    pending.append((name, one))
-    return found
+                marker = Requirement(text).marker
+                if not marker or marker.evaluate({**default_environment(), "extra": extra}):
+                    pending.append((name, Requirement(text)))
+    return pairs
 
 
 def _roots() -> list[str]:
@@ -69,10 +69,10 @@ def test_what_is_installed_is_what_is_locked() -> None:
 
 
 def test_only_the_bounds_of_autofaiss_are_broken() -> None:
-    broken = {(who, canonicalize_name(one.name)) for who, one in _needed(_roots())
-              if not one.specifier.contains(HERE[canonicalize_name(one.name)], prereleases=True)}
+    broken = {(package, canonicalize_name(needed.name)) for package, needed in _needed(_roots())
+              if not needed.specifier.contains(HERE[canonicalize_name(needed.name)], prereleases=True)}
     assert broken == {("autofaiss", "numpy"), ("autofaiss", "pandas"), ("autofaiss", "fire"), ("embedding-reader", "pandas")}
-    overridden = {Requirement(one).name for one in PROJECT["tool"]["uv"]["override-dependencies"]}
+    overridden = {Requirement(text).name for text in PROJECT["tool"]["uv"]["override-dependencies"]}
     assert overridden == {name for _, name in broken}
 
 
@@ -80,7 +80,7 @@ def test_faiss_is_the_same_with_and_without_gpus() -> None:
     versions = {pin.name: str(pin.specifier) for pin in (*LOCK, *GPU)}
     assert versions["faiss-gpu"] == versions["faiss-cpu"]
     assert not {pin.name for pin in GPU} & {pin.name for pin in LOCK}
-    assert OPTIONAL["gpu"] == [one.replace("cpu", "gpu") for one in PROJECT["project"]["dependencies"] if "faiss" in one]
+    assert OPTIONAL["gpu"] == [text.replace("cpu", "gpu") for text in PROJECT["project"]["dependencies"] if "faiss" in one]
 
 
 def test_supported_versions_are_the_same_everywhere() -> None:
@@ -106,7 +106,7 @@ def test_each_direct_dependency_is_explained_with_its_version() -> None:
     text = (REPOSITORY / "docs/dependencies.md").read_text()
     rows = {row[0]: row[1] for row in re.findall(r"^\| ([\w.-]+) \| ([^|]+) \|", text, re.M)}
     groups = [PROJECT["project"]["dependencies"], OPTIONAL["autofaiss"], OPTIONAL["gpu"], OPTIONAL["dev"]]
-    direct = {Requirement(one).name for group in groups for one in group}
+    direct = {Requirement(text).name for group in groups for text in group}
     assert direct <= set(rows)
     versions: dict[str, set[str]] = {}
     for pin in (*LOCK, *GPU):

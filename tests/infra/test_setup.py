@@ -13,7 +13,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 LINE = "setup: Python 3.11 to 3.14 with venv and pip is needed, but "
 
-# An interpreter as the script uses one. It records what it was asked to install, and fails where a file says so.
+# An interpreter as the script uses one. It records installations, and fails where a file in $BREAK says so.
 FAKE = r"""#!/bin/sh
 case "$1 $2" in
   "-c "*) echo "{facts}" ;;
