@@ -59,7 +59,8 @@ def test_what_the_image_installs_imports_and_works(tmp_path: Path) -> None:
                 else:
                     shutil.copy(path, context)
         elif name == "RUN" and "pip " in rest:
-            result = subprocess.run(["/bin/sh", "-c", rest], cwd=context, env=environment, capture_output=True, text=True)
+            result = subprocess.run(["/bin/sh", "-c", rest], cwd=context, env=environment, text=True,
+                                    capture_output=True)
             assert result.returncode == 0, rest + result.stdout[-2000:] + result.stderr[-4000:]
             ran += 1
     assert ran == 3

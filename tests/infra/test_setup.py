@@ -103,7 +103,7 @@ def test_an_interpreter_without_venv_is_passed_over_and_else_named(machine: Mach
     machine.add("python3", "3.10")
     assert "python3 is Python 3.10. hint: apt-get install python3 python3-venv" in machine.setup().stderr
     machine.add("python3.12", "3.12", "venv, ensurepip")
-    assert "python3.12 (Python 3.12) lacks venv, ensurepip. hint: apt-get install python3.12-venv" in machine.setup().stderr
+    assert "python3.12 (Python 3.12) lacks venv, ensurepip. hint: apt-get install python3.12-" in machine.setup().stderr
     assert not machine.venv.exists()
     machine.add("python3.11", "3.11")
     assert machine.setup().returncode == 0 and machine.version() == "3.11"
@@ -125,8 +125,8 @@ def test_nothing_is_done_twice_and_a_changed_lock_is_installed(machine: Machine)
     machine.add("python3", "3.13")
     machine.setup()
     installed = machine.log.read_text()
-    assert re.search(r"^pip .*--no-deps uv==[\d.]+\nuv pip install .*--no-deps .*-r requirements.lock\npip .*--editable \.$",
-                     installed, re.M)
+    assert re.fullmatch(r"pip .*--no-deps uv==[\d.]+\nuv pip install .*--no-deps .*-r requirements.lock\n"
+                        r"pip .*--no-deps .*--editable \.\n", installed)
     second = machine.setup()
     assert (second.returncode, second.stderr, machine.log.read_text()) == (0, "", "")
     with (machine.repository / "requirements.lock").open("a") as lock:
@@ -217,5 +217,6 @@ def test_the_real_thing_with_a_small_lock(machine: Machine) -> None:
     result = subprocess.run(["make", "setup", f"PYTHON={sys.executable}"], cwd=machine.repository, text=True,
                             capture_output=True, env={**os.environ, "PATH": os.defpath})
     assert result.returncode == 0, result.stderr
-    done = subprocess.run([machine.venv / "bin/python", "-c", "import six, model"], cwd="/", capture_output=True, text=True)
+    done = subprocess.run([machine.venv / "bin/python", "-c", "import six, model"], cwd="/", text=True,
+                          capture_output=True)
     assert done.returncode == 0, done.stderr
