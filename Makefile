@@ -1,10 +1,11 @@
-PYTHON ?= python3
-VENV := .venv
-BIN := $(VENV)/bin
-READY := $(VENV)/.ready-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
+BIN := .venv/bin
 ROOT ?= data/demo
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header
 
-.PHONY: demo test test-all lint setup clean
+# The GPU measurements run with any Python that has torch: that of the environment if there is one.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+
+.PHONY: demo test test-all gpu lint setup outdated lock clean
 
 demo: setup  ## the whole way on real pictures, and a report
 	$(BIN)/python -m jobs demo --root $(ROOT)
@@ -15,22 +16,27 @@ test: setup lint  ## what every change must pass
 test-all: setup lint  ## with the slow and the GPU tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
+gpu:  ## measure everything on this machine's GPU, at most nine minutes; needs torch, but not make setup
+	$(GPU_PYTHON) tests/bench/gpu.py $(GPU_OPTIONS)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 
-setup: $(READY)
+setup:  ## .venv, with the first supported Python of: PYTHON=..., python3, the newest python3.X
+	@PYTHON="$(PYTHON)" infra/setup.sh
 
-# uv installs in half a minute what pip installs in two; where it cannot, pip does. Compiled at once: where Python is
-# not allowed to write, every process would do it anew.
-$(READY): requirements.lock pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check uv==0.13.9 \
-	  && $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock \
-	  || $(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	rm -f $(VENV)/.ready-*
-	touch $@
+outdated: setup  ## packages with a newer release than the locked one
+	$(BIN)/uv pip list --outdated --exclude pip
+
+# infra/requirements-gpu.lock has only what the gpu extra adds: faiss-gpu replaces faiss-cpu.
+lock: setup  ## the newest versions that fit together, into both lock files
+	{ sed '/^#/!d' requirements.lock; $(COMPILE) --upgrade pyproject.toml --extra autofaiss --extra dev; } >requirements.new
+	mv requirements.new requirements.lock
+	{ sed '/^#/!d' infra/requirements-gpu.lock; \
+	  $(COMPILE) --upgrade pyproject.toml --extra gpu --constraints requirements.lock | grep -vxFf requirements.lock; \
+	} >requirements.new
+	mv requirements.new infra/requirements-gpu.lock
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf .venv build *.egg-info

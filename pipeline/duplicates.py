@@ -89,7 +89,7 @@ class _Near:
     def __init__(self, hashes: np.ndarray, colours: np.ndarray, bits: int, distance: int) -> None:
         self.hashes, self.bits, self.distance = hashes, bits, distance
         self.channels = [np.ascontiguousarray(colours[:, number]) for number in range(3)]
-        self.cells = (self.channels[0] // (distance + 1)).astype(np.int64) << 8 | self.channels[1]
+        self.cells = self.channels[0].astype(np.int64) // (distance + 1) << 8 | self.channels[1]
         self.choices = _choices(bits, len(hashes))
         self.target = np.full(len(hashes), -1)
 

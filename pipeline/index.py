@@ -25,6 +25,7 @@ import numpy as np
 
 from pipeline import tombstones
 from pipeline.dataset import Dataset, Embeddings
+from pipeline.openmp import blocked_scans, map_blocks, one_thread
 from pipeline.stage import Item, Output, Stage, StageFailed, storage
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ else:
     faiss = _Faiss()
 
 BLOCK = 1 << 16  # rows in float32 at a time
+_ROWS_OF_A_THREAD, _QUERIES_OF_A_THREAD = 1 << 13, 1 << 8
+_SHORT_PART = 8  # numbers in a part of a code up to which faiss finds its codeword without a matrix product
 LISTS = "knn.ivfdata"  # inverted lists that are not in knn.index
 EXACT = 100  # neighbours of a query that are found exactly, to measure recall@1, @10 and @100
 _ALLOWANCE = 64 << 10
@@ -211,8 +214,11 @@ class Queries:
             return
         some = vectors if len(rows) == len(vectors) else vectors[rows]
         asked = self.vectors, np.ascontiguousarray(some), min(EXACT + 1, len(some))
-        scores, found = (faiss.knn_gpu(_gpu_resources(), *asked, metric=faiss.METRIC_INNER_PRODUCT)
-                         if gpus() else faiss.knn(*asked, metric=faiss.METRIC_INNER_PRODUCT))
+        if gpus():
+            scores, found = faiss.knn_gpu(_gpu_resources(), *asked, metric=faiss.METRIC_INNER_PRODUCT)
+        else:
+            scores, found = _search(lambda queries: faiss.knn(queries, *asked[1:], metric=faiss.METRIC_INNER_PRODUCT),
+                                    self.vectors)
         ids = rows[found] + offset
         if self.own is not None:
             scores[ids == self.own[:, None]] = -np.inf
@@ -220,7 +226,7 @@ class Queries:
 
     def recall(self, index: faiss.Index) -> dict[str, float]:
         """recall@1, @10 and @100 of an index: the share of the exact neighbours that are among as many found."""
-        _, found = index.search(self.vectors, EXACT + 1)
+        _, found = _search(lambda queries: index.search(queries, EXACT + 1), self.vectors)
         if self.own is not None:
             # What is not the query itself moves up.
             order = np.argsort(found == self.own[:, None], axis=1, kind="stable")
@@ -389,11 +395,24 @@ def budget_of(count: int, config: IndexConfig) -> int:
     return min(memory(config.max_memory), each)
 
 
+@contextlib.contextmanager
+def _hint_if_missing() -> Iterator[None]:
+    """Around an import of autofaiss, which `pip install .` does not install: ValueError with the command that does."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("autofaiss", "embedding_reader"):
+            raise
+        raise ValueError(f"autofaiss, which chooses the kind of index, cannot be imported: {error}\n"
+                         f"hint: pip install --no-deps autofaiss==2.18.0 embedding-reader==1.8.1") from error
+
+
 def _keys(count: int, dim: int, budget: int, config: IndexConfig) -> list[str]:
     """Factory strings from the best to the smallest: autofaiss's choice, then ever shorter codes."""
     if config.key:
         return [config.key]
-    from autofaiss.external.optimize import get_optimal_index_keys_v2
+    with _hint_if_missing():
+        from autofaiss.external.optimize import get_optimal_index_keys_v2
     # It ignores the budget below 10,000 vectors and returns nothing for impossible ones.
     chosen = list(get_optimal_index_keys_v2(count, dim, f"{max(1, budget >> 10)}K") or [])
     ladder = ["Flat", "SQfp16", "SQ8", "SQ6", "SQ4"]
@@ -410,7 +429,8 @@ def estimated_bytes(key: str, count: int, dim: int) -> int:
             return count * -(-int(match[2]) * int(match[3]) // 8) + 4 * dim * (1 << int(match[3])) + 200
         bits = {"Flat": 32, "SQfp16": 16}.get(key) or int(match[1])
         return count * -(-dim * bits // 8) + (8 * dim if match[1] else 0) + 200
-    from autofaiss.external.metadata import IndexMetadata
+    with _hint_if_missing():
+        from autofaiss.external.metadata import IndexMetadata
     return int(IndexMetadata(key, count, dim).estimated_index_size_in_bytes())
 
 
@@ -439,8 +459,7 @@ def trained(key: str, sample: np.ndarray, dim: int) -> faiss.Index:
                 _train_transform(transform, sample)
                 sample = _transformed(transform, sample)
         sample = np.ascontiguousarray(sample, np.float32)
-        _train_lists(inner, sample)
-        inner.train(sample)
+        _train_inner(inner, sample)
         index.is_trained = True
     except RuntimeError as error:
         raise ValueError(f"faiss cannot build {key} from {len(sample)} vectors of {dim}: {str(error).splitlines()[0]}"
@@ -454,7 +473,8 @@ def _train_transform(transform: faiss.VectorTransform, sample: np.ndarray) -> No
         faiss.copy_array_to_vector(rotation(rows, transform.d_out, transform.M).reshape(-1), transform.A)
         transform.is_trained = transform.is_orthonormal = True
     elif not transform.is_trained:
-        transform.train(np.ascontiguousarray(sample, np.float32))
+        with one_thread():
+            transform.train(np.ascontiguousarray(sample, np.float32))
 
 
 def rotation(rows: np.ndarray, width: int, parts: int) -> np.ndarray:
@@ -466,7 +486,8 @@ def rotation(rows: np.ndarray, width: int, parts: int) -> np.ndarray:
     rows = np.ascontiguousarray(rows - rows.mean(0))
     upright = np.ascontiguousarray(rows.T)
     start = faiss.RandomRotationMatrix(rows.shape[1], width)
-    start.init(17)
+    with one_thread():
+        start.init(17)
     matrix = np.ascontiguousarray(faiss.vector_to_array(start.A).reshape(width, -1).T)
     codebooks = faiss.ProductQuantizer(width, parts, 8)
     nearest = faiss.IndexFlatL2(width // parts)  # many times as fast as their own way for parts of few numbers
@@ -476,9 +497,10 @@ def rotation(rows: np.ndarray, width: int, parts: int) -> np.ndarray:
     for turn in range(_TURNS):
         turned = _product(rows, matrix)
         codebooks.cp.niter = 1 if turn else 10
-        codebooks.train(turned)
-        codebooks.train_type = faiss.ProductQuantizer.Train_hot_start
-        codebooks.compute_codes_with_assign_index(faiss.swig_ptr(turned), faiss.swig_ptr(codes), len(rows))
+        with _safe_threads(codebooks):
+            codebooks.train(turned)
+            codebooks.train_type = faiss.ProductQuantizer.Train_hot_start
+            codebooks.compute_codes_with_assign_index(faiss.swig_ptr(turned), faiss.swig_ptr(codes), len(rows))
         wanted = _product(upright, codebooks.decode(codes))
         # Directions that the rows do not have stay as they are.
         matrix = _orthonormal(wanted / max(_length(wanted), 1e-20) + _STEADY * matrix)
@@ -507,30 +529,87 @@ def _product(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     transform = faiss.LinearTransform(*other.shape, False)
     faiss.copy_array_to_vector(np.ascontiguousarray(other.T).reshape(-1), transform.A)
     transform.is_trained = True
-    return transform.apply(one)
+    return _transformed(transform, one)
 
 
 def _transformed(transform: faiss.VectorTransform, sample: np.ndarray) -> np.ndarray:
     out = np.empty((len(sample), transform.d_out), np.float32)
-    for start in range(0, len(sample), BLOCK):
-        out[start:start + BLOCK] = transform.apply(np.ascontiguousarray(sample[start:start + BLOCK], np.float32))
+
+    def apply(block: slice) -> None:
+        out[block] = transform.apply(np.ascontiguousarray(sample[block], np.float32))
+
+    map_blocks(apply, len(sample), _ROWS_OF_A_THREAD)
     return out
 
 
-def _train_lists(inner: faiss.Index, sample: np.ndarray) -> None:
+def _before_lists(index: faiss.Index, vectors: np.ndarray) -> np.ndarray:
+    """Vectors as the part of `index` behind its transforms takes them, contiguous float32."""
+    if isinstance(index, faiss.IndexPreTransform):
+        for number in range(index.chain.size()):
+            vectors = _transformed(faiss.downcast_VectorTransform(index.chain.at(number)), vectors)
+    return np.ascontiguousarray(vectors, np.float32)
+
+
+def _search(search: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], queries: np.ndarray
+            ) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and ids (Q, k) of queries (Q, D), the same with any number of threads."""
+    queries = np.ascontiguousarray(queries, np.float32)
+    found = map_blocks(lambda block: search(queries[block]), len(queries), _QUERIES_OF_A_THREAD)
+    if not found:
+        return search(queries)
+    scores, ids = zip(*found, strict=True)
+    return np.concatenate(scores), np.concatenate(ids)
+
+
+@contextlib.contextmanager
+def _safe_threads(codes: faiss.Index | faiss.ProductQuantizer) -> Iterator[None]:
+    """Make codes of this kind with all threads in this block if the codes do not depend on their number, else with one."""
+    quantizer = getattr(codes, "pq", codes)
+    safe = (quantizer.dsub <= _SHORT_PART if isinstance(quantizer, faiss.ProductQuantizer) else
+            isinstance(codes, faiss.IndexFlat | faiss.IndexScalarQuantizer | faiss.IndexIVFFlat |
+                       faiss.IndexIVFScalarQuantizer | faiss.IndexIVFRaBitQ))
+    with blocked_scans(), contextlib.nullcontext() if safe else one_thread():
+        yield
+
+
+def _train_inner(inner: faiss.Index, sample: np.ndarray) -> None:
+    """Train an index without transforms on `sample` (N, D) float32: its lists, then its codes."""
+    if not isinstance(inner, faiss.IndexIVF):
+        with _safe_threads(inner):
+            inner.train(sample)
+        return
+    with one_thread():
+        _train_lists(inner, sample)
+    limit = inner.train_encoder_num_vectors()
+    rows = sample if limit <= 0 else np.ascontiguousarray(sample[::max(1, -(-len(sample) // limit))])
+    lists = None
+    if inner.by_residual:
+        lists = _nearest_lists(inner.quantizer, rows)
+        rows = rows - inner.quantizer.reconstruct_n(0, inner.nlist)[lists]
+    with _safe_threads(inner):
+        inner.train_encoder(len(rows), faiss.swig_ptr(rows), None if lists is None else faiss.swig_ptr(lists))
+    inner.is_trained = True
+
+
+def _train_lists(inner: faiss.IndexIVF, sample: np.ndarray) -> None:
     """Find the centres of the lists: on a GPU where there is one; where they stand in a graph, fill it with one thread.
 
     faiss does the rest of them itself, with the same clustering.
     """
-    if not isinstance(inner, faiss.IndexIVF):
-        return
     quantizer = faiss.downcast_index(inner.quantizer)
     if not isinstance(quantizer, faiss.IndexHNSW) and not gpus():
+        inner.train_q1(len(sample), faiss.swig_ptr(sample), False, inner.metric_type)
         return
     clustering = faiss.Clustering(inner.d, inner.nlist, inner.cp)
     assigner = faiss.IndexFlatL2(inner.d)
     clustering.train(sample, faiss.index_cpu_to_all_gpus(assigner) if gpus() else assigner)
     fill(quantizer, faiss.vector_to_array(clustering.centroids).reshape(inner.nlist, inner.d))
+
+
+def _nearest_lists(quantizer: faiss.Index, vectors: np.ndarray) -> np.ndarray:
+    """The nearest list of each of (N, D) float32 vectors, (N,) int64."""
+    lists = map_blocks(lambda block: quantizer.search(vectors[block], 1)[1][:, 0], len(vectors), _ROWS_OF_A_THREAD)
+    return np.concatenate([np.empty(0, np.int64), *lists])
 
 
 @cache
@@ -551,34 +630,32 @@ def gpus_possible() -> bool:
 
 def fill(index: faiss.Index, vectors: np.ndarray) -> None:
     """Add vectors in order; to a graph with one thread, for with more it differs from run to run."""
-    threads = faiss.omp_get_max_threads()
-    try:
-        if isinstance(_inner(index), faiss.IndexHNSW):
-            faiss.omp_set_num_threads(1)
-        if isinstance(_inner(index), faiss.IndexIVF) and gpus():
-            fill_by_lists(index, vectors)
-        else:
-            index.add(vectors)
-    finally:
-        faiss.omp_set_num_threads(threads)
+    inner = _inner(index)
+    if isinstance(inner, faiss.IndexIVF) and not isinstance(inner, faiss.IndexIVFFastScan):
+        fill_by_lists(index, vectors, _on_gpus if gpus() else None)
+        return
+    vectors = _before_lists(index, vectors)
+    with _safe_threads(inner):
+        inner.add(vectors)
+    index.ntotal = inner.ntotal
 
 
 def _on_gpus(centres: faiss.Index) -> faiss.Index:
     return faiss.index_cpu_to_all_gpus(centres)
 
 
-def fill_by_lists(index: faiss.Index, vectors: np.ndarray, place: Callable[[faiss.Index], faiss.Index] = _on_gpus
+def fill_by_lists(index: faiss.Index, vectors: np.ndarray, place: Callable[[faiss.Index], faiss.Index] | None = None
                   ) -> None:
     """Add vectors whose lists are found where `place` puts the centres; the codes, of all kinds, are made here."""
-    inner = _inner(index)
-    if index is not inner:
-        for number in range(index.chain.size()):
-            vectors = _transformed(faiss.downcast_VectorTransform(index.chain.at(number)), vectors)
-    vectors = np.ascontiguousarray(vectors, np.float32)
-    centres = faiss.IndexFlat(inner.d, inner.quantizer.metric_type)
-    centres.add(inner.quantizer.reconstruct_n(0, inner.nlist))
-    lists = np.ascontiguousarray(place(centres).search(vectors, 1)[1][:, 0])
-    inner.add_core(len(vectors), faiss.swig_ptr(vectors), None, faiss.swig_ptr(lists))
+    inner, vectors = _inner(index), _before_lists(index, vectors)
+    if place:
+        centres = faiss.IndexFlat(inner.d, inner.quantizer.metric_type)
+        centres.add(inner.quantizer.reconstruct_n(0, inner.nlist))
+        lists = np.ascontiguousarray(place(centres).search(vectors, 1)[1][:, 0])
+    else:
+        lists = _nearest_lists(inner.quantizer, vectors)
+    with _safe_threads(inner):
+        inner.add_core(len(vectors), faiss.swig_ptr(vectors), None, faiss.swig_ptr(lists))
     index.ntotal = inner.ntotal
 
 
@@ -733,11 +810,12 @@ def error_of(index: faiss.Index, vectors: np.ndarray) -> float:
     if not len(some):
         return 0.0
     try:
-        decoded = index.sa_decode(index.sa_encode(some))
+        with one_thread():
+            decoded = index.sa_decode(index.sa_encode(some))
     except RuntimeError:  # a kind that has no codes
         return 0.0
     if isinstance(index, faiss.IndexIVFFlat):
-        decoded = index.quantizer.reconstruct_batch(index.quantizer.search(some, 1)[1][:, 0])
+        decoded = index.quantizer.reconstruct_batch(_nearest_lists(index.quantizer, some))
     return round(float(((decoded - some) ** 2).sum(1).mean()), 6)
 
 
@@ -757,16 +835,12 @@ def _efforts(index: faiss.Index) -> Iterator[str]:
 
 def _latency(index: faiss.Index, queries: np.ndarray) -> dict[str, float]:
     """Milliseconds of a single query by one thread, median and 99th percentile."""
-    threads = faiss.omp_get_max_threads()
     seconds = []
-    try:
-        faiss.omp_set_num_threads(1)
+    with one_thread():
         for query in queries[:200]:
             started = time.perf_counter()
             index.search(query[None], 10)
             seconds.append(time.perf_counter() - started)
-    finally:
-        faiss.omp_set_num_threads(threads)
     if not seconds:
         return {}
     return {name: round(float(np.percentile(seconds, part)) * 1e3, 4) for name, part in (("p50", 50), ("p99", 99))}
@@ -794,13 +868,12 @@ class Searcher:
 
     def candidates(self, queries: np.ndarray, count: int) -> np.ndarray:
         """Ids of about the `count` nearest rows of each query (B, D), (B, count) int64, -1 for none."""
-        asked, count = np.ascontiguousarray(queries, np.float32), min(count, len(self))
-        if self._parameters:
-            return self.index.search(asked, count, params=self._parameters)[1]
-        if not len(self.gone):
-            return self.index.search(asked, count)[1]
+        count = min(count, len(self))
+        if self._parameters or not len(self.gone):
+            return _search(lambda block: self.index.search(block, count, params=self._parameters), queries)[1]
         # A kind that cannot be told what to leave out: so many more, and what is left of them.
-        found = self.index.search(asked, min(count + len(self.gone), len(self)))[1]
+        more = min(count + len(self.gone), len(self))
+        found = _search(lambda block: self.index.search(block, more), queries)[1]
         found[np.isin(found, self.gone)] = -1
         return np.take_along_axis(found, np.argsort(found < 0, axis=1, kind="stable"), 1)[:, :count]
 
@@ -834,11 +907,8 @@ class Lists:
 
     def nearest(self, queries: np.ndarray, probes: int) -> np.ndarray:
         """The lists nearest to queries (Q, D) float32, (Q, probes) int64, nearest first; -1 for none."""
-        queries = np.ascontiguousarray(queries, np.float32)
-        if isinstance(self._index, faiss.IndexPreTransform):
-            for number in range(self._index.chain.size()):
-                queries = self._index.chain.at(number).apply(queries)
-        return self._inner.quantizer.search(queries, min(probes, self.count))[1]
+        queries = _before_lists(self._index, queries)
+        return _search(lambda block: self._inner.quantizer.search(block, min(probes, self.count)), queries)[1]
 
 
 def kind(dataset: Dataset) -> Literal["lists", "graph", "scan"]:
