@@ -799,23 +799,42 @@ def written(index: faiss.Index, folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in ("knn.index", LISTS) if (folder / name).exists()}
 
 
+class UnreadableIndex(StageFailed):
+    """An index file that the installed faiss cannot read."""
+
+
 def opened(path: Path, lists: Path | None = None, flags: int = 0) -> faiss.Index:
-    """The index in the file `path`, whose lists may be in another file, wherever that is by now."""
+    """The index in the file `path`, whose lists may be in another file, wherever that is by now.
+
+    RuntimeError or MemoryError if the installed faiss cannot read it.
+    """
     if lists is None:
         return faiss.read_index(str(path), flags)
     # faiss can look beside the index too, but then says so on stdout; and in a cache the file has another name.
     data, told, now = path.read_bytes(), *(struct.pack("<Q", len(name)) + name for name in (
         LISTS.encode(), str(lists.absolute()).encode()))
-    start = data.rindex(told)
+    start = data.rfind(told)
+    if start < 0:
+        raise RuntimeError(f"it does not name {LISTS}")
     return faiss.deserialize_index(np.frombuffer(data[:start] + now + data[start + len(told):], np.uint8),
                                    faiss.IO_FLAG_READ_ONLY)
 
 
 def open_of(dataset: Dataset, flags: int = 0) -> faiss.Index:
-    """The sealed index of a dataset."""
+    """The sealed index of a dataset; UnreadableIndex if it is damaged, or of a kind that this faiss does not know."""
     found = {entry["name"]: entry for record in dataset.manifest("index")["items"] for entry in record["files"]}
     lists = dataset.fetch("index", found[LISTS]) if LISTS in found else None
-    return opened(dataset.fetch("index", found["knn.index"]), lists, flags)
+    path = dataset.fetch("index", found["knn.index"])
+    try:
+        return opened(path, lists, flags)
+    except (RuntimeError, MemoryError) as error:
+        sealed = storage.sha256_file(path) == found["knn.index"]["sha256"]
+        cause = "the file is as it was sealed: another version of faiss wrote it" if sealed else \
+            "the file is not as it was sealed: it is damaged"
+        raise UnreadableIndex(
+            f"the index of {dataset.label} cannot be read: {cause}; expected an index that faiss {faiss.__version__} "
+            f"knows, got {str(error).rsplit(': ', 1)[-1]} ({path})\n"
+            f"hint: {dataset.command('index')} --rebuild") from error
 
 
 def error_of(index: faiss.Index, vectors: np.ndarray) -> float:
