@@ -42,7 +42,7 @@ else:
 
 BLOCK = 1 << 16  # rows in float32 at a time
 _ROWS_OF_A_THREAD, _QUERIES_OF_A_THREAD = 1 << 13, 1 << 8
-_SHORT_PART = 8  # numbers in a part of a code up to which faiss finds its codeword without a matrix product
+_PRODUCTS_FROM = 16  # numbers in a part of a code from which faiss finds its centroid by matrix products
 LISTS = "knn.ivfdata"  # inverted lists that are not in knn.index
 EXACT = 100  # neighbours of a query that are found exactly, to measure recall@1, @10 and @100
 _ALLOWANCE = 64 << 10
@@ -489,22 +489,43 @@ def rotation(rows: np.ndarray, width: int, parts: int) -> np.ndarray:
     with one_thread():
         start.init(17)
     matrix = np.ascontiguousarray(faiss.vector_to_array(start.A).reshape(width, -1).T)
-    codebooks = faiss.ProductQuantizer(width, parts, 8)
-    nearest = faiss.IndexFlatL2(width // parts)  # many times as fast as their own way for parts of few numbers
-    codebooks.assign_index = nearest
-    codebooks.cp.max_points_per_centroid = 1 << 30
-    codes = np.empty((len(rows), codebooks.code_size), np.uint8)
+    codebooks, nearest = None, np.empty((len(rows), parts), np.int64)
     for turn in range(_TURNS):
         turned = _product(rows, matrix)
-        codebooks.cp.niter = 1 if turn else 10
-        with _safe_threads(codebooks):
-            codebooks.train(turned)
-            codebooks.train_type = faiss.ProductQuantizer.Train_hot_start
-            codebooks.compute_codes_with_assign_index(faiss.swig_ptr(turned), faiss.swig_ptr(codes), len(rows))
-        wanted = _product(upright, codebooks.decode(codes))
+        how = faiss.ClusteringParameters()
+        how.niter, how.max_points_per_centroid = 1 if turn else 10, 1 << 30
+        codebooks = _codebooks(turned, parts, 256, how, codebooks, nearest)
+        wanted = _product(upright, np.hstack([codebooks[part][nearest[:, part]] for part in range(parts)]))
         # Directions that the rows do not have stay as they are.
         matrix = _orthonormal(wanted / max(_length(wanted), 1e-20) + _STEADY * matrix)
     return np.ascontiguousarray(matrix.T)
+
+
+def _codebooks(rows: np.ndarray, parts: int, size: int, how: faiss.ClusteringParameters,
+               start: np.ndarray | None = None, nearest: np.ndarray | None = None) -> np.ndarray:
+    """`size` centroids of each part of `rows` (N, D), (parts, size, D / parts), refined from those at the `start`.
+
+    `nearest` (N, parts) takes which centroid is nearest to each row. The result is that of faiss.ProductQuantizer, but
+    each part has one thread. Threads that share a part wait for each other at every step. Where something else runs on
+    the same cores, that takes many times as long.
+    """
+    width = rows.shape[1] // parts
+    found = np.empty((parts, size, width), np.float32)
+
+    def cluster(block: slice) -> None:
+        for part in range(parts)[block]:
+            some = np.ascontiguousarray(rows[:, part * width:(part + 1) * width])
+            clustering, index = faiss.Clustering(width, size, how), faiss.IndexFlatL2(width)
+            if start is not None:
+                faiss.copy_array_to_vector(start[part].reshape(-1), clustering.centroids)
+            clustering.train(some, index)
+            found[part] = faiss.vector_to_array(clustering.centroids).reshape(size, width)
+            if nearest is not None:
+                nearest[:, part] = index.search(some, 1)[1][:, 0]
+
+    with blocked_scans():
+        map_blocks(cluster, parts, 1)
+    return found
 
 
 def _orthonormal(matrix: np.ndarray) -> np.ndarray:
@@ -562,21 +583,21 @@ def _search(search: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], queri
 
 
 @contextlib.contextmanager
-def _safe_threads(codes: faiss.Index | faiss.ProductQuantizer) -> Iterator[None]:
-    """Make codes of this kind with all threads in this block if the codes do not depend on their number, else with one."""
-    quantizer = getattr(codes, "pq", codes)
-    safe = (quantizer.dsub <= _SHORT_PART if isinstance(quantizer, faiss.ProductQuantizer) else
-            isinstance(codes, faiss.IndexFlat | faiss.IndexScalarQuantizer | faiss.IndexIVFFlat |
-                       faiss.IndexIVFScalarQuantizer | faiss.IndexIVFRaBitQ))
-    with blocked_scans(), contextlib.nullcontext() if safe else one_thread():
+def _safe_threads(inner: faiss.Index) -> Iterator[None]:
+    """Let an index make codes with all threads if these do not depend on the number of threads, else with one."""
+    if isinstance(inner, faiss.IndexPQ | faiss.IndexIVFPQ):
+        safe = inner.pq.dsub < _PRODUCTS_FROM
+    else:
+        safe = isinstance(inner, faiss.IndexFlat | faiss.IndexScalarQuantizer | faiss.IndexIVFFlat |
+                          faiss.IndexIVFScalarQuantizer | faiss.IndexIVFRaBitQ)
+    with contextlib.nullcontext() if safe else one_thread():
         yield
 
 
 def _train_inner(inner: faiss.Index, sample: np.ndarray) -> None:
     """Train an index without transforms on `sample` (N, D) float32: its lists, then its codes."""
     if not isinstance(inner, faiss.IndexIVF):
-        with _safe_threads(inner):
-            inner.train(sample)
+        _train_codes(inner, sample, lambda: inner.train(sample))
         return
     with one_thread():
         _train_lists(inner, sample)
@@ -586,9 +607,21 @@ def _train_inner(inner: faiss.Index, sample: np.ndarray) -> None:
     if inner.by_residual:
         lists = _nearest_lists(inner.quantizer, rows)
         rows = rows - inner.quantizer.reconstruct_n(0, inner.nlist)[lists]
-    with _safe_threads(inner):
-        inner.train_encoder(len(rows), faiss.swig_ptr(rows), None if lists is None else faiss.swig_ptr(lists))
+    _train_codes(inner, rows, lambda: inner.train_encoder(len(rows), faiss.swig_ptr(rows),
+                                                          None if lists is None else faiss.swig_ptr(lists)))
     inner.is_trained = True
+
+
+def _train_codes(inner: faiss.Index, rows: np.ndarray, otherwise: Callable[[], None]) -> None:
+    """Train the codes of an index on `rows` (N, D) float32: its codebooks here, anything else by `otherwise`."""
+    if isinstance(inner, faiss.IndexPQ | faiss.IndexIVFPQ):
+        quantizer = inner.pq
+        found = _codebooks(rows, quantizer.M, quantizer.ksub, quantizer.cp)
+        faiss.copy_array_to_vector(found.reshape(-1), quantizer.centroids)
+        inner.is_trained = True
+        return
+    with _safe_threads(inner):
+        otherwise()
 
 
 def _train_lists(inner: faiss.IndexIVF, sample: np.ndarray) -> None:
@@ -782,23 +815,42 @@ def written(index: faiss.Index, folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in ("knn.index", LISTS) if (folder / name).exists()}
 
 
+class UnreadableIndex(StageFailed):
+    """An index file that the installed faiss cannot read."""
+
+
 def opened(path: Path, lists: Path | None = None, flags: int = 0) -> faiss.Index:
-    """The index in the file `path`, whose lists may be in another file, wherever that is by now."""
+    """The index in the file `path`, whose lists may be in another file, wherever that is by now.
+
+    RuntimeError or MemoryError if the installed faiss cannot read it.
+    """
     if lists is None:
         return faiss.read_index(str(path), flags)
     # faiss can look beside the index too, but then says so on stdout; and in a cache the file has another name.
     data, told, now = path.read_bytes(), *(struct.pack("<Q", len(name)) + name for name in (
         LISTS.encode(), str(lists.absolute()).encode()))
-    start = data.rindex(told)
+    start = data.rfind(told)
+    if start < 0:
+        raise RuntimeError(f"it does not name {LISTS}")
     return faiss.deserialize_index(np.frombuffer(data[:start] + now + data[start + len(told):], np.uint8),
                                    faiss.IO_FLAG_READ_ONLY)
 
 
 def open_of(dataset: Dataset, flags: int = 0) -> faiss.Index:
-    """The sealed index of a dataset."""
+    """The sealed index of a dataset; UnreadableIndex if it is damaged, or of a kind that this faiss does not know."""
     found = {entry["name"]: entry for record in dataset.manifest("index")["items"] for entry in record["files"]}
     lists = dataset.fetch("index", found[LISTS]) if LISTS in found else None
-    return opened(dataset.fetch("index", found["knn.index"]), lists, flags)
+    path = dataset.fetch("index", found["knn.index"])
+    try:
+        return opened(path, lists, flags)
+    except (RuntimeError, MemoryError) as error:
+        sealed = storage.sha256_file(path) == found["knn.index"]["sha256"]
+        cause = "the file is as it was sealed: another version of faiss wrote it" if sealed else \
+            "the file is not as it was sealed: it is damaged"
+        raise UnreadableIndex(
+            f"the index of {dataset.label} cannot be read: {cause}; expected an index that faiss {faiss.__version__} "
+            f"knows, got {str(error).rsplit(': ', 1)[-1]} ({path})\n"
+            f"hint: {dataset.command('index')} --rebuild") from error
 
 
 def error_of(index: faiss.Index, vectors: np.ndarray) -> float:

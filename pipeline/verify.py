@@ -144,10 +144,10 @@ def _latents(beside: _Beside, path: str, record: dict[str, Any]) -> Iterator[dic
 
 
 def _index(beside: _Beside, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
-    from pipeline.index import Searcher, misnumbered
+    from pipeline.index import Searcher, UnreadableIndex, misnumbered
     try:
         searcher = Searcher(beside.dataset)
-    except ValueError as error:
+    except (ValueError, UnreadableIndex) as error:
         yield _fault(path, "knn.index", str(error).splitlines()[0])
         return
     if wrong := misnumbered(searcher.index):
