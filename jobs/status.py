@@ -150,7 +150,7 @@ def _detail(one: dict[str, Any]) -> str:
         return f"rebuilt since: {', '.join(one['changed'])}"
     if "samples" in one:
         skipped = ", ".join(f"{count} {reason}" for reason, count in one["skipped"].items())
-        retired = progress.retired(one["retired"])
+        retired = progress.retired(one.get("retired", []))
         return (f"{one['samples']} samples, {one['bytes'] / 1e6:.1f} MB" + (f", left out: {skipped}" if skipped else "")
                 + (f"; {retired}" if retired else ""))
     said = [f"{one['failed']} failed"] if one.get("failed") else []
