@@ -65,10 +65,12 @@ class Worker:
                 self.ready = print_
             if len(items) == 1:
                 return [stage.work(stage_, items[0])]
-            found = {item.id: record for item, record in stage.work_together(stage_, items)}
+            # An exception is not kept until the others are done: its traceback may keep tensors.
+            found = {item.id: _failed(record) if isinstance(record, Exception) else record
+                     for item, record in stage.work_together(stage_, items)}
         except Exception as error:
             return _failed(error)
-        return [_failed(one) if isinstance(one := found[item.id], Exception) else one for item in items]
+        return [found[item.id] for item in items]
 
 
 def _failed(error: BaseException) -> Failed:

@@ -54,7 +54,7 @@ def retired(workers: list[dict[str, Any]]) -> str:
     last = workers[-1]
     where = f"{last['host']}" + (f", {last['card']}" if last["card"] else f", node {last['node'][:8]}")
     items = sum(one["items"] for one in workers)
-    return (f"{len(workers)} worker{'s' * (len(workers) > 1)} retired after {items} failed item{'s' * (items > 1)}, "
+    return (f"{len(workers)} worker{'s' * (len(workers) > 1)} retired after {items} failed item{'s' * (items != 1)}, "
             f"the last on {where}: {last['reason']}")
 
 

@@ -152,7 +152,7 @@ def _detail(one: dict[str, Any]) -> str:
         skipped = ", ".join(f"{count} {reason}" for reason, count in one["skipped"].items())
         return "; ".join(filter(None, [
             f"{one['samples']} samples, {one['bytes'] / 1e6:.1f} MB" + (f", left out: {skipped}" if skipped else ""),
-            progress.computed_on(one["devices"]), progress.retired(one["retired"])]))
+            progress.computed_on(one.get("devices", {})), progress.retired(one.get("retired", []))]))
     said = [f"{one['failed']} failed"] if one.get("failed") else []
     if now := one.get("progress"):
         # Of a driver that is gone the records tell, and its last word does not.

@@ -157,6 +157,7 @@ class FaultyConfig:
     seconds: float = 0.05
     error: str = ""
     bad: tuple[str, ...] = ()
+    together: int = 1
 
 
 class Faulty(Stage):
@@ -175,6 +176,9 @@ class Faulty(Stage):
 
     def plan(self) -> list[Item]:
         return [Item(f"{number:06d}") for number in range(self.config.items)]
+
+    def together(self, gpu: bool | None = None) -> int:
+        return self.config.together
 
     def setup(self) -> None:
         if self.config.error in {"cuda", "memory"}:
@@ -294,6 +298,21 @@ def test_three_healthy_workers_of_six_finish_everything(error: str, nodes: list[
     [sealed] = [one for one in status.of(str(root)) if one["path"].endswith("embeddings")]
     assert sealed["state"] == "sealed" and sealed["retired"] == retired
     assert f"{len(retired)} workers retired" in status.table(str(root), [sealed])
+
+
+@pytest.mark.ray
+def test_a_device_that_fails_items_taken_together_retires_its_worker(cluster: Any, start: Any, tmp_path: Path) -> None:
+    import ray
+    pools.cluster.connect()
+    node = next(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
+    config = FaultyConfig(120, 0.1, "cuda", together=4)
+    poison(tmp_path / "notes", node)
+    manifest = stage.run(Faulty(str(tmp_path / "root"), config, tmp_path / "notes"), start(4))
+    assert stage.timeless(manifest) == undisturbed(tmp_path / "plain", config)
+    assert {one["node"] for one in manifest["run"]["retired"]} == {node}
+    assert manifest["run"]["retired"][0]["items"] == 4
+    lines = [line.split() for line in (tmp_path / "notes" / "diary").read_text().splitlines()]
+    assert max(sum(name == f"{number:06d}" for name, _ in lines) for number in range(120)) <= 4
 
 
 @pytest.mark.ray
