@@ -179,13 +179,19 @@ def sentence(kind: Failure) -> str:
     return _SENTENCES[kind].partition("\n")[0].rstrip(".")
 
 
+def visible_cards() -> str:
+    """The GPUs that this process sees, without CUDA of torch: for libraries that bring their own."""
+    return f"{cards(os.environ.get('CUDA_VISIBLE_DEVICES', '')) or 'GPU'}, driver {_driver()}"
+
+
 def cards(visible: str) -> str:
     """Names and UUIDs of the GPUs in a CUDA_VISIBLE_DEVICES, as nvidia-smi lists them; empty if it cannot.
 
     torch would initialize CUDA for this. That takes memory of the GPU, and fails on a broken one.
     """
     try:
-        listed = subprocess.run(["nvidia-smi", "--query-gpu=name,uuid", "--format=csv,noheader", "-i", visible],
+        listed = subprocess.run(["nvidia-smi", "--query-gpu=name,uuid", "--format=csv,noheader",
+                                 *(["-i", visible] if visible else [])],
                                 capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pipeline import tombstones
+from pipeline import devices, tombstones
 from pipeline.dataset import Dataset, Embeddings
 from pipeline.openmp import blocked_scans, map_blocks, one_thread
 from pipeline.stage import Item, Output, Stage, StageFailed, storage
@@ -116,6 +116,11 @@ class OfAnIndex(Stage):
     def workers_need_gpu(self) -> bool:  # type: ignore[override]
         """Whether this faiss could use one."""
         return gpus_possible()
+
+    def setup(self) -> None:
+        self.precision = "fp32"
+        if gpus():
+            self.device = f"{devices.visible_cards()}, {self.precision}"
 
 
 class Index(OfAnIndex):
@@ -652,8 +657,14 @@ def _gpu_resources() -> Any:
 
 
 def gpus() -> int:
-    """How many GPUs the installed faiss can use."""
-    return faiss.get_num_gpus() if gpus_possible() else 0
+    """How many GPUs faiss uses in this process. Raises DeviceUnavailable if one was reserved and faiss sees none."""
+    if not gpus_possible() or devices.reserved() == "cpu":
+        return 0
+    count = faiss.get_num_gpus()
+    if not count and devices.reserved() == "cuda":
+        raise devices.DeviceUnavailable("a GPU was reserved and faiss sees none\nhint: nvidia-smi and "
+                                        "CUDA_VISIBLE_DEVICES on this node; --gpus 0 computes on the CPU")
+    return count
 
 
 def gpus_possible() -> bool:

@@ -1,4 +1,4 @@
-"""The command line itself, without Ray: shard, embed, exact neighbors and training on the device, as a user types them."""
+"""The command line without Ray: shard, embed, exact neighbors and training on the device, as a user types them."""
 
 import json
 import subprocess

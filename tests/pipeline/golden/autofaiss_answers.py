@@ -1,6 +1,6 @@
 """What autofaiss answers for 210 datasets: the kinds of index it chooses, and how large it says they are.
 
-`python tests/pipeline/golden/autofaiss_answers.py` writes autofaiss_answers.json. Do this only after an intended change.
+`python tests/pipeline/golden/autofaiss_answers.py` writes autofaiss_answers.json. Do this only for an intended change.
 The stored answers are those of autofaiss 2.18.0 with faiss 1.13.2 and numpy 1.26.4.
 """
 
