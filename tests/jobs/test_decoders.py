@@ -17,7 +17,7 @@ from jobs import decoders
 from jobs.decoders import Decoders
 from jobs.pool import Pool
 from jobs.settings import ClusterConfig
-from pipeline import clip, decoding, stage
+from pipeline import clip, decoding, devices, stage
 from pipeline.dataset import Dataset
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.shard import Shard, ShardConfig
@@ -35,19 +35,24 @@ def _by_value() -> None:
 
 
 @pytest.fixture
-def gpu_node(cluster: Any) -> Iterator[str]:
-    """A node that says it has a GPU, where the worker goes; embed finds none there, and encodes on its one core."""
+def gpu_node(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A node that says it has a GPU, where the worker goes. There is none, so `Killing` encodes on its core."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # the tests hide GPUs
     node = cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=100 << 20)
     yield node.node_id
     cluster.remove_node(node)
 
 
 class Killing(Embed):
-    """Kills a decoder once the second shard is done."""
+    """Kills a decoder once the second shard is done. Computes on the CPU, although its worker reserved a GPU."""
 
     def __init__(self, dataset: Dataset, config: EmbedConfig, victims: list[int]) -> None:
         super().__init__(dataset, config)
         self.victims = victims
+
+    def setup(self) -> None:
+        devices.reserve("cpu")
+        super().setup()
 
     def _output(self, item: Item, *others: Any) -> Output:
         output = super()._output(item, *others)

@@ -362,8 +362,10 @@ def test_only_broken_places_end_the_stage_and_the_same_command_resumes(cluster: 
 
 
 @pytest.mark.ray
-def test_a_broken_gpu_is_held_and_the_others_of_its_node_go_on(cluster: Any, start: Any, tmp_path: Path) -> None:
+def test_a_broken_gpu_is_held_and_the_others_of_its_node_go_on(cluster: Any, start: Any, tmp_path: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray reserves GPUs by number whether there are any or not."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # the tests hide GPUs
     node = cluster.add_node(num_cpus=4, num_gpus=3, object_store_memory=100 << 20)
     cluster.wait_for_nodes()
     try:
