@@ -47,7 +47,8 @@ def _on_pixels(report: Report, encoder: Any, model: str, batch: int) -> float:
     from pipeline import encoding
     from pipeline.encoding import Part
     from pipeline.times import Times
-    side, count = encoder.preprocessing["image_size"], report.size(24, 3)
+    side = encoder.preprocessing["image_size"]
+    count = report.size(10 if model == "ViT-L-14" else 24, 3)
     rng = np.random.default_rng(0)
     pixels = [rng.integers(0, 256, (batch, side, side, 3), np.uint8) for _ in range(4)]
     ready = torch.randn(batch, 3, side, side, device=report.device).to(
