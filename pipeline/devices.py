@@ -113,6 +113,7 @@ def choose(number: int | None = None) -> "torch.device":
         raise DeviceUnavailable(f"a GPU was reserved on {platform.node()} and cannot be used: {reason}\n"
                                 f"CUDA_VISIBLE_DEVICES is {visible or 'empty'}. "
                                 f"{explain(error) or _SENTENCES['no device']}") from error
+    _mention_slice(torch.cuda.get_device_name())
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -135,6 +136,14 @@ def _mention_unused(choice: Choice) -> None:
 
     if choice == "cpu" and torch.cuda.is_available():
         _log.info("this computes on the CPU, as --gpus 0 says; there is a GPU here: %s", torch.cuda.get_device_name())
+
+
+@lru_cache(maxsize=8)
+def _mention_slice(name: str) -> None:
+    """Log once that the GPU is a slice of one."""
+    if " MIG " in name:
+        _log.warning("%s is a slice of a GPU: it has a part of its memory and rate, and processes of one training run "
+                     "on slices cannot reach each other through NCCL", name)
 
 
 @contextlib.contextmanager
@@ -167,6 +176,11 @@ def kind_of(error: BaseException) -> Failure:
             return "device lost"
     cause = error.__cause__
     return kind_of(cause) if cause is not None and cause is not error else "none"
+
+
+def unusable(error: BaseException) -> bool:
+    """Whether this process cannot use its device any more after this exception."""
+    return kind_of(error) in ("device lost", "no device", "old driver")
 
 
 def explain(error: BaseException) -> str:

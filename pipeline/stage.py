@@ -569,6 +569,8 @@ def in_process(stage: Stage, items: Sequence[Item]) -> Iterator[Outcome | None]:
     if (size := stage.together()) > 1:
         for start in range(0, len(items), size):
             for item, record in work_together(stage, items[start:start + size]):
+                if isinstance(record, Exception) and devices.unusable(record):
+                    raise record  # this process cannot compute any other item either
                 yield (Outcome(item, record) if isinstance(record, dict) else
                        _tried(stage, item, partial(work, stage, item)))
         return
@@ -581,7 +583,7 @@ def in_process(stage: Stage, items: Sequence[Item]) -> Iterator[Outcome | None]:
             except StageFailed:  # the driver's own, heard in the middle of an item
                 raise
             except Exception as error:
-                if devices.kind_of(error) in ("device lost", "no device", "old driver"):
+                if devices.unusable(error):
                     raise  # this process cannot compute any other item either
                 failed = partial(_raise, error)
             if before:

@@ -78,6 +78,47 @@ def test_zero_gpus_is_the_cpu_although_there_is_one(monkeypatch: pytest.MonkeyPa
         "this computes on the CPU, as --gpus 0 says; there is a GPU here: NVIDIA H200"]
 
 
+class _Lost(Stage):
+    """Its device is lost at the second item."""
+
+    name = "lost"
+
+    def __init__(self, root: str, size: int) -> None:
+        super().__init__(root, "lost", ClusterConfig())
+        self.size = size
+
+    def plan(self) -> list[Item]:
+        return [Item(str(number)) for number in range(6)]
+
+    def together(self, gpu: bool | None = None) -> int:
+        return self.size
+
+    def process(self, item: Item, scratch: Path) -> Output:
+        if item.id == "0":
+            return Output(samples=1)
+        with Path(self.folder, "tried").open("a") as stream:
+            stream.write(f"{item.id}\n")
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_lost_device_ends_a_process_and_costs_no_other_item(tmp_path: Path, size: int) -> None:
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        stage.run(_Lost(str(tmp_path), size))
+    tried = Path(tmp_path, "lost/tried").read_text().split()
+    assert "1" in tried and not {"3", "4", "5"} & set(tried)
+    assert not Path(tmp_path, "lost/failures").exists()
+
+
+def test_a_slice_of_a_gpu_is_named_once(caplog: Any) -> None:
+    devices._mention_slice.cache_clear()
+    with caplog.at_level("WARNING"):
+        for _ in range(2):
+            devices._mention_slice("NVIDIA H100 80GB HBM3 MIG 1g.10gb")
+            devices._mention_slice("NVIDIA H100 80GB HBM3")
+    assert len(caplog.records) == 1 and "is a slice of a GPU" in caplog.text
+
+
 def test_what_was_reserved_ends_with_its_block() -> None:
     before = devices.reserved()
     with devices.reserving("cuda"):

@@ -31,8 +31,8 @@ def run(report: Report) -> None:
              ["embed", "drawn", "--gpus", gpus],
              ["neighbors", "drawn", "--method", "exact", "--gpus", gpus],
              ["train", "run", "--dataset", "drawn", "--gpus", gpus, "--recipe",
-              "emoji_32" if report.small else "emoji_64", "--steps", str(report.size(100, 4)), "--checkpoint-every",
-              str(report.size(50, 2)), "--log-every", "2"]]
+              "emoji_32" if report.small else "emoji_64", "--steps", str(report.size(20, 4)), "--checkpoint-every",
+              str(report.size(10, 2)), "--log-every", "2"]]
     for command in verbs:
         with report.attempt(command[0]):
             begun = time.perf_counter()
