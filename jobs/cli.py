@@ -36,8 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return _misuse(str(error))
     if not arguments or arguments[0] in {"-h", "--help"}:
-        print(_overview(), end="")
-        _flush_help()
+        _print_help(_overview())
         return 0 if arguments else 2
     try:
         submit.check_needed()
@@ -46,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except SystemExit:  # tyro printed the help, or what is wrong with a flag
-        _flush_help()
+        _print_help("")
         raise
     except ValueError as error:
         return _misuse(str(error))
@@ -99,10 +98,10 @@ def _log_format(arguments: list[str]) -> str:
         return logs.chosen()
 
 
-def _flush_help() -> None:
-    """Flush stdout here, where a reader that stopped reading is no error; at exit Python would print a traceback."""
+def _print_help(text: str) -> None:
+    """Print and flush here, where a reader that stopped reading is no error; at exit Python would print a traceback."""
     try:
-        sys.stdout.flush()
+        print(text, end="", flush=True)
     except BrokenPipeError:
         if not _unheard():
             raise
