@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return _misuse(str(error))
     if not arguments or arguments[0] in {"-h", "--help"}:
-        print(_overview(), end="")
+        _print_help(_overview())
         return 0 if arguments else 2
     try:
         submit.check_needed()
@@ -44,6 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
         code = act(command, settings)
         sys.stdout.flush()
         return code
+    except SystemExit:  # tyro printed the help, or what is wrong with a flag
+        _print_help("")
+        raise
     except ValueError as error:
         return _misuse(str(error))
     except (NotADirectoryError, IsADirectoryError) as error:
@@ -93,6 +96,15 @@ def _log_format(arguments: list[str]) -> str:
         return logs.chosen(first.parse_known_args(arguments)[0].log_format)
     except argparse.ArgumentError:  # it will be said again by who reads the whole command line
         return logs.chosen()
+
+
+def _print_help(text: str) -> None:
+    """Print and flush here, where a reader that stopped reading is no error; at exit Python would print a traceback."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        if not _unheard():
+            raise
 
 
 def _unheard() -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import clip, devices, encoding, stage, storage
+from pipeline.clip import ClipConfig
 from pipeline.dataset import Dataset, file_of, metadata
 from pipeline.encoding import Part
 from pipeline.stage import Entry, Item, Output, Stage, StageFailed
@@ -27,7 +28,7 @@ _MOST = 64  # shards that are taken together: what a worker that dies has in han
 
 
 @dataclass(frozen=True)
-class EmbedConfig(clip.ClipConfig):
+class EmbedConfig(ClipConfig):
     """Which encoder, and how many pictures at a time."""
 
     batch_size: int = 128
@@ -38,9 +39,9 @@ class EmbedConfig(clip.ClipConfig):
     """A worker may take so many bytes beside the weights and the libraries of a GPU; threads and look-ahead are planned
     from it."""
 
-    def clip(self) -> clip.ClipConfig:
+    def clip(self) -> ClipConfig:
         """The encoder alone."""
-        return clip.ClipConfig(self.model, self.pretrained, self.precision)
+        return ClipConfig(self.model, self.pretrained, self.precision)
 
 
 class Embed(Stage):

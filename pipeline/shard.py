@@ -17,7 +17,7 @@ from pipeline import images, samples, sources, stage, storage, tables
 from pipeline.dataset import Dataset, file_of
 from pipeline.download import DownloadConfig
 from pipeline.records import infos
-from pipeline.sources import Part, Reading, Row, Source
+from pipeline.sources import Kind, Part, Reading, Row, Source
 from pipeline.stage import Entry, Item, Output, Stage, StageFailed, name_by_content, totals
 
 # Bytes a pixel that pictures take: img2dataset's table of a million of 256 x 256, and some for the metadata.
@@ -32,7 +32,7 @@ class ShardConfig:
     source: tuple[str, ...] = ()
     """Where the corpus is (local or s3://): a folder of pictures, lists of addresses (parquet, CSV, JSON lines),
     parquet with pictures in it, or tars; folders, files, patterns (*, **, ?), several of them."""
-    kind: sources.Kind = "auto"
+    kind: Kind = "auto"
     """What the source is; auto: by the names of its files."""
     captions: str = ""
     """Captions of a folder: a parquet, CSV or JSONL file with a column file (relative to the source) and a

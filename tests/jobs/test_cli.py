@@ -1,5 +1,6 @@
 """The command line: exit codes, sentences with hints, settings from recipe, file and flags."""
 
+import itertools
 import json
 import os
 import shutil
@@ -252,9 +253,9 @@ def test_no_cluster_at_the_address_is_said(tmp_path: Path) -> None:
 
 
 def test_whoever_reads_may_stop() -> None:
-    for words in (["plan", "--json"], ["status", "--help"]):
+    for words, unbuffered in itertools.product((["plan", "--json"], ["status", "--help"], ["--help"]), ("", "1")):
         process = subprocess.Popen([sys.executable, "-m", "jobs", *words], stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE)
+                                   stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
         assert process.stdout and process.stderr
         process.stdout.close()
         assert (process.wait(60), process.stderr.read()) == (0, b""), words
