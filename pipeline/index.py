@@ -494,13 +494,13 @@ def rotation(rows: np.ndarray, width: int, parts: int) -> np.ndarray:
     with one_thread():
         start.init(17)
     matrix = np.ascontiguousarray(faiss.vector_to_array(start.A).reshape(width, -1).T)
-    codebooks, nearest = None, np.empty((len(rows), parts), np.int64)
+    codebooks, nearest = None, np.empty((parts, len(rows)), np.int64)
     for turn in range(_TURNS):
         turned = _product(rows, matrix)
         how = faiss.ClusteringParameters()
         how.niter, how.max_points_per_centroid = 1 if turn else 10, 1 << 30
         codebooks = _codebooks(turned, parts, 256, how, codebooks, nearest)
-        wanted = _product(upright, np.hstack([codebooks[part][nearest[:, part]] for part in range(parts)]))
+        wanted = _product(upright, np.hstack([codebooks[part][nearest[part]] for part in range(parts)]))
         # Directions that the rows do not have stay as they are.
         matrix = _orthonormal(wanted / max(_length(wanted), 1e-20) + _STEADY * matrix)
     return np.ascontiguousarray(matrix.T)
@@ -510,9 +510,9 @@ def _codebooks(rows: np.ndarray, parts: int, size: int, how: faiss.ClusteringPar
                start: np.ndarray | None = None, nearest: np.ndarray | None = None) -> np.ndarray:
     """`size` centroids of each part of `rows` (N, D), (parts, size, D / parts), refined from those at the `start`.
 
-    `nearest` (N, parts) takes which centroid is nearest to each row. The result is that of faiss.ProductQuantizer, but
-    each part has one thread. Threads that share a part wait for each other at every step. Where something else runs on
-    the same cores, that takes many times as long.
+    `nearest` (parts, N) takes which centroid is nearest to each row. The result is that of faiss.ProductQuantizer, but
+    each part has one thread. Threads that share a part wait for each other at every step, which takes many times as
+    long when other programs use the same cores.
     """
     width = rows.shape[1] // parts
     found = np.empty((parts, size, width), np.float32)
@@ -526,7 +526,7 @@ def _codebooks(rows: np.ndarray, parts: int, size: int, how: faiss.ClusteringPar
             clustering.train(some, index)
             found[part] = faiss.vector_to_array(clustering.centroids).reshape(size, width)
             if nearest is not None:
-                nearest[:, part] = index.search(some, 1)[1][:, 0]
+                nearest[part] = index.search(some, 1)[1][:, 0]
 
     with blocked_scans():
         map_blocks(cluster, parts, 1)

@@ -22,5 +22,5 @@ def test_the_index_stage_tries_these_answers_first(count):
             chosen = list(dict.fromkeys(one["keys"]))
             assert index._keys(count, one["dim"], one["KiB"] << 10, IndexConfig())[:len(chosen)] == chosen
             for key, size in zip(one["keys"], one["bytes"], strict=True):
-                if "," in key or "HNSW" in key:  # the stage has formulas of its own for the others
+                if "," in key or "HNSW" in key:  # the stage has its own formulas for the others
                     assert index.estimated_bytes(key, count, one["dim"]) == size

@@ -345,7 +345,7 @@ def test_searches_give_the_same_bits_with_any_number_of_threads(tmp_path):
 
 @pytest.mark.skipif(faiss.cvar.distance_compute_blas_threshold < 1000, reason="this faiss has no such threshold")
 def test_codebooks_of_short_parts_are_not_found_query_by_query(monkeypatch):
-    """faiss does so for few numbers: eleven times the time for an index of ten thousand pictures."""
+    """faiss does so where queries have few numbers. An index of ten thousand images then takes eleven times as long."""
     rows, seconds = made.clustered(8_000, 12), []
     for scans in (index.blocked_scans, contextlib.nullcontext):
         monkeypatch.setattr(index, "blocked_scans", scans)
