@@ -59,7 +59,7 @@ def retired(workers: list[dict[str, Any]]) -> str:
 
 
 def computed_on(devices: dict[str, int]) -> str:
-    """Where tensors were computed and in which precision, the most frequent first; empty for stages without any."""
+    """The devices and precisions of a stage, the most frequent first. Empty for stages without tensors."""
     names = [name for name in devices if name.rpartition(", ")[2] in {"fp32", "bf16", "fp16"}]
     return f"on {names[0]}" + (f" and {len(names) - 1} other devices" if names[1:] else "") if names else ""
 

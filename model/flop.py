@@ -31,8 +31,8 @@ def peak(device: str) -> float | None:
     A MIG slice such as "NVIDIA H100 80GB HBM3 MIG 1g.10gb" has so many sevenths of the GPU.
     """
     rate = next((rate for name, rate in _PEAKS.items() if name in device), None)
-    slice_ = re.search(r"MIG (\d)g\.", device)
-    return rate * int(slice_[1]) / 7 if rate and slice_ else rate
+    sevenths = re.search(r"MIG (\d)g\.", device)
+    return rate * int(sevenths[1]) / 7 if rate and sevenths else rate
 
 
 @lru_cache(maxsize=8)
