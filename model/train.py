@@ -95,8 +95,9 @@ def train(
     if config.global_batch < world:
         raise ValueError(f"global_batch = {config.global_batch} is less than a picture for each of {world} processes")
     device = torch.device(device)
-    state = _start(config, device, resume)
-    network = _shared(state.model, device) if dist.is_initialized() and not config.fsdp else state.model
+    with _enough_memory(config, world, loading=True):
+        state = _start(config, device, resume)
+        network = _shared(state.model, device) if dist.is_initialized() and not config.fsdp else state.model
     meter = _Meter(config, device, world)
     saved = state.step
     every = config.validate_every or config.checkpoint_every
@@ -188,14 +189,18 @@ def _averaged(state: State, config: TrainConfig) -> UNet:
 
 
 @contextlib.contextmanager
-def _enough_memory(config: TrainConfig, world: int) -> Iterator[None]:
-    """MemoryError, naming what to change, where torch has none left."""
+def _enough_memory(config: TrainConfig, world: int, loading: bool = False) -> Iterator[None]:
+    """MemoryError, naming what to change, where torch has none left; `loading`: not even for the network."""
     try:
         yield
     except RuntimeError as error:
         # On a CPU it is no error of its own.
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
+        if loading:
+            raise MemoryError(f"the network, its average and the optimizer's moments do not fit the memory: "
+                              f"{str(error).splitlines()[0]}\nhint: --fsdp divides them among several workers; a smaller "
+                              f"--unet.model-channels; nvidia-smi shows what else uses the GPU") from error
         share = -(-config.global_batch // world)
         raise MemoryError(
             f"out of memory with {share} pictures a process in {config.accumulate} parts: "

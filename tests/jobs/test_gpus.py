@@ -67,6 +67,38 @@ def test_each_kind_of_failure_has_a_sentence_a_hint_and_exit_code_1(root: str, t
     clip.load_on.cache_clear()
 
 
+def test_an_encoder_that_does_not_fit_the_gpu_is_no_fault_of_its_weights(root: str, capsys: Any,
+                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    import open_clip
+    import torch
+
+    from pipeline import clip
+
+    def create(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError(FULL)
+
+    clip.load_on.cache_clear()
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
+    assert main(_commands(root)["embed"]) == 1
+    said = capsys.readouterr().err
+    assert "does not get onto the GPU" in said and FULL in said and "too little memory" in said and "hint: " in said
+
+
+def test_a_network_that_does_not_fit_the_gpu_has_another_hint_than_a_batch(root: str, capsys: Any,
+                                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from model import train
+
+    def start(*_: Any) -> Any:
+        raise torch.OutOfMemoryError(FULL)
+
+    monkeypatch.setattr(train, "_start", start)
+    assert main(_commands(root)["train"]) == 1
+    said = capsys.readouterr().err
+    assert FULL in said and "hint: --fsdp" in said and "Traceback" not in said
+
+
 def test_zero_gpus_is_the_cpu_although_there_is_one(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     import torch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
