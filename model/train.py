@@ -199,8 +199,8 @@ def _enough_memory(config: TrainConfig, world: int, loading: bool = False) -> It
             raise
         if loading:
             raise MemoryError(f"the network, its average and the optimizer's moments do not fit the memory: "
-                              f"{str(error).splitlines()[0]}\nhint: --fsdp divides them among several workers; a smaller "
-                              f"--unet.model-channels; nvidia-smi shows what else uses the GPU") from error
+                              f"{str(error).splitlines()[0]}\nhint: --fsdp divides them among several workers; "
+                              f"nvidia-smi shows what else uses the GPU") from error
         share = -(-config.global_batch // world)
         raise MemoryError(
             f"out of memory with {share} pictures a process in {config.accumulate} parts: "
