@@ -86,7 +86,7 @@ class Tally:
         self.recorded["samples"] += record["samples"]
         self.recorded["bytes"] += length
         self.reasons.update(record["skipped"])
-        self.devices.update(filter(None, [record["run"].get("device")]))
+        self.devices.update(filter(None, [record.get("run", {}).get("device")]))
         if retried := record["info"].get("retried", 0):
             self.retried += retried
         else:

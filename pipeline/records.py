@@ -240,7 +240,7 @@ def devices(done: Sequence[dict[str, Any]]) -> dict[str, int]:
             names = pc.value_counts(pc.struct_field(found.combine_chunks(), "device").drop_null())
             counts.update({json.loads(f'"{one["values"]}"'): one["counts"] for one in names.to_pylist()})
     else:
-        counts = Counter(record["run"]["device"] for record in done if "device" in record["run"])
+        counts = Counter(record["run"]["device"] for record in done if record.get("run", {}).get("device"))
     return dict(counts.most_common())
 
 
