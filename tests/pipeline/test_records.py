@@ -36,6 +36,17 @@ def as_table(done: list[dict]) -> records.Rows:
     return records.records(records.to_bytes([records.table(done)]))
 
 
+@pytest.mark.parametrize("name", ["NVIDIA H200 (140 GiB), driver 580.159.04, bf16", 'a "quoted" \\ name'])
+def test_devices_are_counted_in_a_table_as_in_a_list(name):
+    done = [record(number) for number in range(40)]
+    for one in done[::3]:
+        one["run"] = {"device": name} | one["run"]
+    done[1]["run"]["device"] = "CPU, fp32"
+    wanted = {name: 14, "CPU, fp32": 1}
+    assert records.devices(done) == records.devices(as_table(done)) == wanted
+    assert records.devices(as_table(done[2:3])) == {}
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 5000])
 def test_a_table_of_records_says_what_the_list_says(count):
     done = [record(number) for number in range(count)]
