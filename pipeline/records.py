@@ -236,7 +236,7 @@ def devices(done: Sequence[dict[str, Any]]) -> dict[str, int]:
     if isinstance(done, Rows):
         counts = Counter[str]()
         for table_ in done.tables("run"):
-            found = pc.extract_regex(table_.column("run"), r'"device": "(?P<device>(?:[^"\\\\]|\\\\.)*)"')
+            found = pc.extract_regex(table_.column("run"), r'"device": "(?P<device>(?:[^"\\]|\\.)*)"')
             names = pc.value_counts(pc.struct_field(found.combine_chunks(), "device").drop_null())
             counts.update({json.loads(f'"{one["values"]}"'): one["counts"] for one in names.to_pylist()})
     else:
