@@ -205,7 +205,7 @@ def _enough_memory(config: TrainConfig, world: int, loading: bool = False) -> It
         raise MemoryError(
             f"out of memory with {share} pictures a process in {config.accumulate} parts: "
             f"{str(error).splitlines()[0]}\nhint: --accumulate {2 * config.accumulate} (the same updates), "
-            f"--unet.checkpointing or more workers; nothing after the last checkpoint was saved") from error
+            f"--checkpointing or more workers; nothing after the last checkpoint was saved") from error
 
 
 def _ahead(

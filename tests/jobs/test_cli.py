@@ -1,8 +1,10 @@
 """The command line: exit codes, sentences with hints, settings from recipe, file and flags."""
 
+import ast
 import itertools
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -11,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cli import main
+from jobs.cli import VERBS, main
 from jobs.settings import RECIPES, resolve
+
+ROOT = Path(__file__).parents[2]
 
 
 def _pictures(folder: Path, count: int = 3) -> Path:
@@ -38,6 +42,24 @@ def test_every_verb_has_help_that_names_root_and_dry_run(capsys: pytest.CaptureF
             main([verb, "--help"])
         shown = capsys.readouterr().out
         assert stopped.value.code == 0 and "--root" in shown and "--dry-run" in shown and "--local" in shown
+
+
+def test_every_flag_that_a_string_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    """Messages and help name flags of this program, or of the programs that it starts."""
+    there = {"--query-gpu", "--no-deps", "--short", "--ignore-scripts", "--fetch-retries", "--loglevel", "--log_format"}
+    for verb in VERBS:
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        there |= set(re.findall(r"--[a-z][a-z0-9.-]*", capsys.readouterr().out))
+    unknown = {}
+    for path in (path for package in ("pipeline", "model", "jobs") for path in (ROOT / package).rglob("*.py")):
+        if path.name == "style.py":  # CSS has variables of this form
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                for flag in set(re.findall(r"(?<![\w-])--[a-z][\w.-]*[a-z0-9]", node.value)) - there:
+                    unknown[flag] = f"{path.relative_to(ROOT)}:{node.lineno}"
+    assert unknown == {}
 
 
 def test_what_needs_no_tensors_does_not_load_torch(tmp_path: Path) -> None:
