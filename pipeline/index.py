@@ -580,7 +580,9 @@ def _search(search: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], queri
             ) -> tuple[np.ndarray, np.ndarray]:
     """Scores and ids (Q, k) of queries (Q, D), the same with any number of threads."""
     queries = np.ascontiguousarray(queries, np.float32)
-    found = map_blocks(lambda block: search(queries[block]), len(queries), _QUERIES_OF_A_THREAD)
+    # faiss would take a block of so few queries one by one, though all of them together are many.
+    with blocked_scans() if len(queries) > _QUERIES_OF_A_THREAD else contextlib.nullcontext():
+        found = map_blocks(lambda block: search(queries[block]), len(queries), _QUERIES_OF_A_THREAD)
     if not found:
         return search(queries)
     scores, ids = zip(*found, strict=True)

@@ -2,9 +2,15 @@
 
     python tests/bench/environments.py OLD/bin/python NEW/bin/python [--images 200] [--vectors 20000] [--repeats 3]
 
+<<<<<<< HEAD
 PYTHON@CHECKOUT runs another checkout of the program with that Python. Each environment has its own root with the same
 images and vectors. A first turn is not counted: it leaves compiled bytecode for the others. Prints a Markdown table of
 medians and of the lowest and highest run. Every run is in environments.json in the work folder.
+=======
+PYTHON@CHECKOUT runs another checkout of the program with that Python. Each environment has a root of its own, with the
+same images and vectors in it. A first turn is not counted: it leaves compiled bytecode for the others. Prints a
+Markdown table of medians and of the lowest and highest run; every run is in environments.json in the work folder.
+>>>>>>> w-code
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Answers of autofaiss for 210 datasets: the kinds of index it chooses, and its estimates of their sizes.
 
-`python tests/pipeline/golden/autofaiss_answers.py` writes autofaiss_answers.json. Do this only for an intended change.
-The stored answers are those of autofaiss 2.18.0 with faiss 1.13.2 and numpy 1.26.4.
+`python tests/pipeline/golden/autofaiss_answers.py` writes autofaiss_answers.json. Do this only after an intended
+change. The stored answers are those of autofaiss 2.18.0 with faiss 1.13.2 and numpy 1.26.4.
 """
 
 import json
