@@ -91,6 +91,8 @@ judge() {
   unusable=
   runs=$("$venv/bin/python" -c 'import pip, sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null </dev/null) || runs=
   made=$(sed -n 's/^version[_a-z]* *= *\([0-9]*\.[0-9]*\).*/\1/p' "$venv/pyvenv.cfg" 2>/dev/null) || made=
+  # Python 3.11 and newer write down the folder. An interrupted install leaves no .ready that could tell.
+  origin=$(sed -n 's/^command = .* -m venv //p' "$venv/pyvenv.cfg" 2>/dev/null) || origin=
   minor=${runs#3.}
   if [ -z "$runs" ] || [ -z "$made" ]; then
     unusable="is incomplete"
@@ -101,6 +103,8 @@ judge() {
   elif [ -n "$asked" ] && [ "$runs" != "$version" ]; then
     unusable="has Python $runs, and PYTHON=$asked is $version"
   elif [ -f "$done_file" ] && [ "$(sed -n 2p "$done_file")" != "$here" ]; then
+    unusable="was made in another folder"
+  elif [ -n "$origin" ] && [ "$origin" != "$here/$venv" ]; then
     unusable="was made in another folder"
   fi
 }
@@ -136,7 +140,8 @@ pip="$venv/bin/python -m pip install --quiet --disable-pip-version-check"
 if ! { $pip --no-deps "$(sed -n 's/^\(uv==[^ ]*\).*/\1/p' requirements.lock)" &&
        "$venv/bin/uv" pip install --quiet --no-deps --compile-bytecode --python "$venv/bin/python" -r requirements.lock; }; then
   say "uv could not install the packages, so pip does"
-  $pip --no-deps -r requirements.lock
+  $pip --no-deps -r requirements.lock ||
+    fail "the packages could not be installed. hint: look at the network and pip config list, then run make setup again"
 fi
 $pip --no-deps --no-build-isolation --editable .
 printf '%s\n%s\n' "$state" "$here" >"$done_file"

@@ -12,7 +12,7 @@ import ray
 
 from jobs import interrupts
 from jobs.settings import ClusterConfig
-from pipeline.stage import Stage
+from pipeline.stage import Stage, StageFailed
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +59,18 @@ def resources() -> dict[str, float]:
     """What the cluster has in all: CPU, GPU, memory, ..."""
     connect()
     return ray.cluster_resources()
+
+
+def check_gpus_exist(stage: Stage, config: ClusterConfig) -> None:
+    """StageFailed if the cluster of this command alone has too few GPUs; on another one nodes may still come."""
+    each, there = config.each_gpus, ray.cluster_resources().get("GPU", 0)
+    if not stage.workers_need_gpu or there >= each:
+        return
+    if not os.environ.get("RAY_ADDRESS"):
+        raise StageFailed(f"{stage.name}: a worker reserves {each:g} GPU, and this machine has {there:g}\n"
+                          f"hint: --gpus 0 computes on the CPU; RAY_ADDRESS names a cluster with GPUs")
+    _log.warning("%s: a worker reserves %g GPU, and the cluster has %g now: waiting for nodes, for 5 minutes at most\n"
+                 "hint: --gpus 0 computes on the CPU", stage.name, each, there)
 
 
 def mention_unused_gpus(stage: Stage, config: ClusterConfig) -> None:

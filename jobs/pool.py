@@ -41,6 +41,7 @@ class Worker:
         if not gpu:
             devices.hide_gpus()
         self.ready = ""
+        self.computed = "", ""  # precision and device of the stage that was set up
         self.decoders: decoders.Decoders | None = None
 
     def place(self) -> Place:
@@ -62,7 +63,8 @@ class Worker:
             stage_.decode = self.decoders if lent[0] else None
             if self.ready != print_:
                 stage_.setup()
-                self.ready = print_
+                self.ready, self.computed = print_, (stage_.precision, stage_.device)
+            stage_.precision, stage_.device = self.computed  # each call brings a new copy of the stage
             if len(items) == 1:
                 return [stage.work(stage_, items[0])]
             # An exception is not kept until the others are done: its traceback may keep tensors.
@@ -145,9 +147,15 @@ class Pool:
                 ray.kill(worker.actor)
             self.meter.workers(busy=0, idle=0, starting=0)  # those that are left are the next stage's
 
-    def check(self, stage_: Stage) -> None:
-        """ValueError if a worker of this stage cannot use the GPUs that it would reserve."""
+    def check(self, stage_: Stage, idle: bool) -> None:
+        """ValueError if a worker of this stage cannot use the GPUs that it would reserve. StageFailed without any.
+
+        `idle`: the stage is finished, so no worker is needed.
+        """
         check_gpus(stage_, self.config)
+        if stage_.workers_need_gpu and self.config.each_gpus and not idle:
+            cluster.connect()
+            cluster.check_gpus_exist(stage_, self.config)
 
     def close(self) -> None:
         """End the actors."""

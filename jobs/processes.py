@@ -88,6 +88,7 @@ def in_processes(job: Job) -> bool:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     stage_ = Training(job)
     if world == 1:
+        devices.choose()  # an unusable GPU must not leave a plan
         stage.prepare(stage_)
         job.run.mend()
         with _stoppable() as stop, job.run.telling():

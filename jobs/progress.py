@@ -61,7 +61,7 @@ def retired(workers: list[dict[str, Any]]) -> str:
 def computed_on(devices: dict[str, int]) -> str:
     """The devices and precisions of a stage, the most frequent first. Empty for stages without tensors."""
     names = [name for name in devices if name.rpartition(", ")[2] in {"fp32", "bf16", "fp16"}]
-    return f"on {names[0]}" + (f" and {len(names) - 1} other devices" if names[1:] else "") if names else ""
+    return f"on {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "") if names else ""
 
 
 def _rest(now: dict[str, Any]) -> str:

@@ -46,8 +46,9 @@ class ClusterConfig:
             raise ValueError(f"cluster.min_workers = {self.min_workers}: there are {self.workers} workers at most")
         for name, least in (("workers", 1), ("min_workers", 0), ("resize_every", 0), ("cpus", 0), ("gpus", 0),
                             ("decoders", 0), ("max_failures", 0)):
-            if (getattr(self, name) or 0) < least:
-                raise ValueError(f"cluster.{name} = {getattr(self, name)}: must be at least {least}")
+            if not (getattr(self, name) or 0) >= least:  # not a number is not enough either
+                raise ValueError(f"cluster.{name} = {getattr(self, name)}: must be at least {least}\n"
+                                 f"hint: --{name.replace('_', '-')} {max(least, 1)}")
         if self.each_gpus > 1 and self.each_gpus % 1:
             raise ValueError(f"cluster.gpus = {self.gpus}: must be a part of one GPU, or a whole number of them\n"
                              f"hint: --gpus 1")

@@ -26,9 +26,10 @@ def train(job: Job, config: ClusterConfig, watch: Callable[[dict[str, Any]], Non
     """
     training = Training(job)
     check_gpus(training, config)
+    cluster.connect()
+    cluster.check_gpus_exist(training, config)
     stage.prepare(training)
     job.run.mend()
-    cluster.connect()
     cluster.mention_unused_gpus(training, config)
     launch = uuid.uuid4().hex
     with stage.scratch_folder("ray-train") as scratch:

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from jobs import commands, interrupts, labels, logs, report, status, steps, watched
-from jobs.gpus import check_gpus, local_device
+from jobs.gpus import InProcess, check_gpus, local_device
 from jobs.runs import Run
 from jobs.settings import ClusterConfig, Settings
 from jobs.training import Job, Training
@@ -26,7 +26,7 @@ from pipeline.dataset import Dataset, datasets
 from pipeline.embed import Embed, EmbedCaptions
 from pipeline.exchange import AdoptEmbeddings, Export
 from pipeline.extension import Extension
-from pipeline.index import Index
+from pipeline.index import Index, check_autofaiss
 from pipeline.neighbors import Neighbors
 from pipeline.shard import Shard
 from pipeline.stage import Stage
@@ -112,6 +112,7 @@ def _rebuild(command: commands.RebuildCommand, settings: Settings) -> int:
         print(json.dumps(one.forecast(), indent=1))
         return 0
     _torch_first()
+    check_autofaiss()
     with runner(command) as run_with:
         print(json.dumps(rebuild.run(one, lambda stage_: watched.run(
             stage_, run_with, name=stage_.name.replace("_", " "), tracker="auto"))))
@@ -222,7 +223,7 @@ def _train(command: commands.TrainCommand, settings: Settings) -> int:
               published.reader(run.root, command.validation) if command.validation else None, command.stage.tracker)
     training = Training(job)
     if command.common.dry_run:
-        return _dry_run(training, config=None if local else command.cluster)
+        return _dry_run(training, config=command.cluster)
     manifest = train(job, command.cluster, local=local, rebuild=command.stage.rebuild)
     if manifest:
         _done(training, manifest)
@@ -238,6 +239,7 @@ def train(job: Job, config: ClusterConfig, *, local: bool, rebuild: bool = False
 
 def _trained(job: Job, config: ClusterConfig, local: bool, rebuild: bool) -> dict[str, Any] | None:
     training = Training(job)
+    check_gpus(training, config)
     training.check()
     if rebuild and os.environ.get("RANK", "0") == "0":
         stage.empty(training)
@@ -381,6 +383,8 @@ def _plan(command: commands.PlanCommand, settings: Settings) -> int:
 def _pipeline(command: commands.PipelineCommand, settings: Settings) -> int:
     if command.trained and not command.common.dry_run:
         _torch_first()
+    if not command.common.dry_run:
+        check_autofaiss()
     before = ""
     for verb, one, folder in steps.of(command):
         if before:
@@ -411,7 +415,7 @@ def runner(command: Any) -> Iterator[stage.Runner]:
     """The runner that a command asks for: this process, or actors that live as long as the command."""
     if command.common.local:
         with devices.reserving(local_device(command.cluster)):
-            yield stage.in_process
+            yield InProcess(command.cluster)
         return
     with interrupts.held():  # an exception in the midst of an import may be swallowed there
         from jobs.pool import Pool
@@ -426,7 +430,7 @@ def runner(command: Any) -> Iterator[stage.Runner]:
 def _run(stage_: Stage, command: Any) -> int:
     _unreleased(stage_, command.stage.rebuild)
     if command.common.dry_run:
-        return _dry_run(stage_, command.stage.rebuild, None if command.common.local else command.cluster)
+        return _dry_run(stage_, command.stage.rebuild, command.cluster)
     with runner(command) as run_with:
         manifest = watched.run(stage_, run_with, tracker=command.stage.tracker, rebuild=command.stage.rebuild,
                                retry=getattr(command, "retry_failed", False) and not getattr(stage_, "base", None),

@@ -79,7 +79,7 @@ class Embed(Stage):
                 for record in records]
 
     def setup(self) -> None:
-        self.precision = devices.name_of(self._encoder().dtype)
+        self._encoder()
 
     def together(self, gpu: bool | None = None) -> int:
         if not (self._encoder().whole if gpu is None else gpu):
@@ -148,7 +148,9 @@ class Embed(Stage):
         return Output(info={"encoder": clip.describe(self.config.clip())})
 
     def _encoder(self) -> clip.Encoder:
-        return clip.load(self.config.clip(), True) if self.config.compile else clip.load(self.config.clip())
+        encoder = clip.load(self.config.clip(), True) if self.config.compile else clip.load(self.config.clip())
+        self.precision = devices.name_of(encoder.dtype)
+        return encoder
 
     def _parts(self, encoder: clip.Encoder, records: Sequence[dict[str, Any]], times: Times) -> Iterator[Part]:
         lent = self.decode.at_once if self.decode else 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import logging
 import os
 import re
@@ -116,6 +117,9 @@ class OfAnIndex(Stage):
     def workers_need_gpu(self) -> bool:  # type: ignore[override]
         """Whether this faiss could use one."""
         return gpus_possible()
+
+    def check_device(self) -> None:
+        gpus()
 
     def setup(self) -> None:
         self.precision = "fp32"
@@ -408,8 +412,19 @@ def _hint_if_missing() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("autofaiss", "embedding_reader"):
             raise
-        raise ValueError(f"autofaiss, which chooses the kind of index, cannot be imported: {error}\n"
-                         f"hint: pip install --no-deps autofaiss==2.18.0 embedding-reader==1.8.1") from error
+        raise _no_autofaiss(str(error)) from error
+
+
+def _no_autofaiss(reason: str) -> ValueError:
+    return ValueError(f"autofaiss, which chooses the kind of index, cannot be imported: {reason}\n"
+                      f"hint: pip install --no-deps autofaiss==2.18.0 embedding-reader==1.8.1")
+
+
+def check_autofaiss() -> None:
+    """ValueError with the command that installs autofaiss, if it is missing. Loads nothing."""
+    for name in ("autofaiss", "embedding_reader"):
+        if importlib.util.find_spec(name) is None:
+            raise _no_autofaiss(f"No module named '{name}'")
 
 
 def _keys(count: int, dim: int, budget: int, config: IndexConfig) -> list[str]:

@@ -201,6 +201,11 @@ class Stage(ABC):
     def process(self, item: Item, scratch: Path) -> Output:
         """Make the files of one item below the folder `scratch`."""
 
+    def check_device(self) -> None:
+        """DeviceUnavailable if this process reserved a GPU for the stage and cannot use it."""
+        if self.workers_need_gpu:
+            devices.choose()
+
     def together(self, gpu: bool | None = None) -> int:
         """How many items a worker takes at once, where that saves it work; `gpu`: workers have one, None: look here."""
         return 1
@@ -270,6 +275,11 @@ def timeless(manifest: dict[str, Any]) -> dict[str, Any]:
     bare = {key: value for key, value in manifest.items() if key != "run"}
     bare["items"] = [{key: value for key, value in record.items() if key != "run"} for record in manifest["items"]]
     return bare
+
+
+def is_sealed(stage: Stage) -> bool:
+    """Whether the folder of `stage` is finished."""
+    return storage.exists(storage.join(stage.folder, "manifest.json"))
 
 
 def prepare(stage: Stage) -> Sequence[Item]:
@@ -624,7 +634,7 @@ def run(stage: Stage, runner: Runner = in_process, *, rebuild: bool = False, ret
     StageFailed if items failed, after all others were done, or if too many rows failed.
     """
     if check := getattr(runner, "check", None):
-        check(stage)  # before anything is removed or planned
+        check(stage, idle=not rebuild and is_sealed(stage))  # before anything is removed or planned
     if rebuild:
         empty(stage)
     more = storage.join(stage.folder, "more")

@@ -26,7 +26,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import torch
+try:
+    import torch
+except ImportError as missing:
+    print(f"{sys.executable} has no torch: {missing}\nhint: make setup, or make gpu GPU_PYTHON=PYTHON with torch",
+          file=sys.stderr)
+    sys.exit(2)
 from gpu_parts.report import Report, Row, line
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +79,7 @@ def _run_parts(parts: list[str], device: str, out: Path) -> int:
 
 def _process(part: str, device: str, out: Path) -> list[Row]:
     """Run one part as a process of its own; its rows, with one more if it broke or took too long."""
-    path, limit = out / f"{part}.jsonl", LIMITS[part] * (3 if device == "cpu" else 1)
+    path, limit = out / f"{part}.jsonl", LIMITS[part] * (8 if device == "cpu" else 1)
     path.unlink(missing_ok=True)
     command = [sys.executable, __file__, "--part", part, "--device", device, "--out", str(out)]
     problem = ""

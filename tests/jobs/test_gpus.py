@@ -158,7 +158,7 @@ def test_what_was_reserved_ends_with_its_block() -> None:
     assert devices.reserved() == before
 
 
-@pytest.mark.parametrize("count", ["2", "1.5", "-1"])
+@pytest.mark.parametrize("count", ["2", "1.5", "-1", "nan"])
 def test_gpus_that_embed_cannot_use_are_refused_before_planning(root: str, count: str, capsys: Any,
                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is removed, planned or started."""
@@ -188,6 +188,33 @@ def test_workers_of_embed_share_a_gpu_and_those_of_index_take_several(root: str)
 
     gpus.check_gpus(OnGpus(dataset, IndexConfig()), ClusterConfig(gpus=4))
     assert not Training.shares_gpus
+
+
+@pytest.mark.parametrize(("verb", "count"), [("embed", "2"), ("neighbors", "2"), ("train", "2"), ("train", "0.5")])
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_they_are_refused_without_ray_too(root: str, verb: str, count: str, dry: list[str], capsys: Any) -> None:
+    before = sorted(Path(root).rglob("*"))
+    assert main([*_commands(root)[verb], "--gpus", count, *dry]) == 2
+    assert f"--gpus {count}" in capsys.readouterr().err and sorted(Path(root).rglob("*")) == before
+
+
+def test_no_plan_is_left_by_a_gpu_that_is_not_there(root: str) -> None:
+    """A plan would refuse other settings afterwards."""
+    for command in (["embed", "drawn@v2"], ["neighbors", "drawn", "--method", "exact", "--k", "3", "--rebuild"],
+                    ["train", "run", "--dataset", "drawn", "--steps", "2"]):
+        before = sorted(Path(root).rglob("*"))
+        shutil.copytree(Path(root, "datasets/drawn/v1/shards"), Path(root, "datasets/drawn/v2/shards"),
+                        dirs_exist_ok=True)
+        before = sorted(Path(root).rglob("*"))
+        assert main([*command, "--root", root, "--local", "--gpus", "1"]) == 1
+        assert sorted(Path(root).rglob("*")) == before
+
+
+def test_the_environment_names_the_device_where_no_flag_does(root: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+                                                             ) -> None:
+    monkeypatch.setenv("RDM_DEVICE", "banana")
+    assert main(_commands(root)["embed"]) == 2 and "RDM_DEVICE = 'banana'" in capsys.readouterr().err
+    assert main([*_commands(root)["embed"], "--gpus", "0"]) == 0
 
 
 def test_a_dry_run_refuses_them_too(root: str, capsys: Any) -> None:
@@ -246,6 +273,31 @@ def test_a_worker_without_a_gpu_sees_none(cluster: Any, _by_value: None, tmp_pat
     finally:
         pool.close()
     assert manifest["items"][0]["info"] == {"reserved": "cpu", "visible": ""}
+
+
+@pytest.mark.ray
+def test_every_record_of_a_worker_names_its_precision(cluster: Any, root: str) -> None:
+    """A worker sets its stage up once, and each item brings a new copy of the stage."""
+    dataset, pool = Dataset.parse(root, "drawn"), Pool(ClusterConfig(workers=1))
+    try:
+        manifest = stage.run(Embed(dataset, EmbedConfig(precision="fp32")), pool, rebuild=True)
+    finally:
+        pool.close()
+    assert len(manifest["items"]) > 1
+    assert all(record["run"]["device"].endswith(", fp32") for record in manifest["items"])
+
+
+@pytest.mark.ray
+def test_a_cluster_of_this_command_alone_without_a_gpu_is_an_error_at_once(cluster: Any, root: str, caplog: Any,
+                                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    clusters.connect()
+    embed = Embed(Dataset.parse(root, "drawn"), EmbedConfig())
+    clusters.check_gpus_exist(embed, ClusterConfig(gpus=1))
+    assert "waiting for nodes" in caplog.text
+    monkeypatch.delenv("RAY_ADDRESS")
+    with pytest.raises(stage.StageFailed, match=r"(?s)reserves 1 GPU, and this machine has 0.*hint: --gpus 0"):
+        clusters.check_gpus_exist(embed, ClusterConfig(gpus=1))
+    clusters.check_gpus_exist(embed, ClusterConfig(gpus=0))
 
 
 def test_a_slice_of_a_gpu_has_its_share_of_the_rate() -> None:

@@ -44,7 +44,7 @@ check_gpus() {
       "install the driver on the machine; in a container, start it with the NVIDIA container runtime"
   fi
   answer=$(smi --query-gpu=driver_version --format=csv,noheader) ||
-    fail "nvidia-smi failed: ${answer//$'\n'/ }" "expected: an NVIDIA driver of at least $MIN_DRIVER; got: none that works" \
+    fail "nvidia-smi failed: ${answer:-no answer within 60 s}" "expected: an NVIDIA driver of at least $MIN_DRIVER; got: none that works" \
       "run nvidia-smi on the machine; after a driver update, reboot it"
   version=$(head -n 1 <<<"$answer")
   if ! [[ $version =~ ^([0-9]+)(\.[0-9]+)*$ ]]; then
@@ -100,6 +100,10 @@ check_efa() {
   echo "$HOSTNAME: $count EFA devices, locked memory $memlock"
 }
 
+for number; do
+  [[ $number =~ ^[0-9]+$ ]] || fail "$number is not a number of devices" "expected: check-driver.sh [GPUS [EFA]]; got: $*" \
+    "check-driver.sh 1"
+done
 gpus=${1:-$(announced_gpus)}
 gpus=${gpus:-$(gpus_on_bus)}
 [ "$gpus" = 0 ] || check_gpus "$gpus"

@@ -80,7 +80,7 @@ def _on_pixels(report: Report, encoder: Any, model: str, batch: int) -> float:
             report.skip(f"{model}: {name}", "a CPU takes parts of a shard")
             continue
         taken = seconds(call, report.device, 3)
-        report.check(f"{model}: {name} / bare pass", batch * count / taken / rate, gate, "",
+        report.speed(f"{model}: {name} / bare pass", batch * count / taken / rate, gate, "",
                      f"{batch * count / taken:.0f} images/s")
     if report.device.type == "cuda":
         places = synchronizations(launches, report.device)
@@ -122,7 +122,7 @@ def _on_tars(report: Report, encoder: Any, model: str, batch: int, bare: float,
                 name = f"{model}: JPEGs of {side} px, {threads} threads / bare pass"
                 note = f"{rate:.0f} images/s; thread seconds: {spent}"
                 if gate and side == 256 and threads == 16:
-                    report.check(name, rate / bare, gate, "", note)
+                    report.speed(name, rate / bare, gate, "", note)
                 else:
                     report.figure(name, rate / bare, "", note)
 

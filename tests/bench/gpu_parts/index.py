@@ -36,7 +36,7 @@ def _stage(report: Report, cards: int) -> None:
     taken = time.perf_counter() - begun
     report.figure("index stage", taken, "s", f"{count} vectors, {cards} GPUs in faiss, recall@10 "
                                              f"{info['recall_at_10']}")
-    if not cards:
+    if not cards and not report.small:
         report.fail("the index stage on the card", "this faiss has no GPU, and the stage has no other GPU path")
 
 

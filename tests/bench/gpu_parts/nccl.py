@@ -28,7 +28,7 @@ def run(report: Report) -> None:
         report.figure(f"all-reduce between {cards}", found["bus_gb_per_s"], "GB/s", "bus bandwidth, 256 MB of bf16")
         alone = _together(report, 1, "rates")
         for name in ("ddp", "fsdp"):
-            report.check(f"{name.upper()}: rate of {cards} / {cards} x rate of one",
+            report.speed(f"{name.upper()}: rate of {cards} / {cards} x rate of one",
                          found[name] / (cards * alone[name]), ">= 0.9", "", f"{found[name]:.1f} images/s")
     with report.attempt("killed and resumed"):
         report.expect("a killed run resumes to the same bits", _killed(report, cards), "yes")

@@ -52,6 +52,13 @@ class Report:
         """Add a figure that has no gate."""
         self._add(Row(self.part, name, "FIGURE", value, unit, "", note))
 
+    def speed(self, name: str, value: float, gate: str, unit: str = "", note: str = "") -> None:
+        """Add a figure whose gate is for a GPU: on a CPU it is a figure alone."""
+        if self.small:
+            self.figure(name, value, unit, note)
+        else:
+            self.check(name, value, gate, unit, note)
+
     def check(self, name: str, value: float, gate: str, unit: str = "", note: str = "") -> None:
         """Add a figure with a gate such as ">= 0.95"."""
         comparison, bound = gate.split()

@@ -31,7 +31,7 @@ def run(report: Report) -> None:
     with report.attempt("error of bf16"):
         steps = report.size(25, 4)
         exact, half = (_sample(report, network, recipe, 4, precision, steps) for precision in ("fp32", "bf16"))
-        report.check("error of bf16 / standard deviation", float((half - exact).pow(2).mean().sqrt() / exact.std()),
+        report.speed("error of bf16 / standard deviation", float((half - exact).pow(2).mean().sqrt() / exact.std()),
                      "<= 0.01", "", f"root mean square after {steps} steps of DDIM, guidance 2")
     if report.device.type == "cuda":
         with report.attempt("waits"):

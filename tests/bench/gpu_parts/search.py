@@ -50,9 +50,9 @@ def _timed(report: Report, database: Any, queries: np.ndarray, memory: int, name
     operations = 2.0 * len(queries) * len(database) * _DIM
     spent = ", ".join(f"{what} {seconds:.1f}" for what, seconds in times.taken().items())
     note = f"{len(queries)} queries, {taken:.1f} s; seconds: {spent}"
-    report.check(f"{name}: rate / product", operations / taken / rate, ">= 0.5", "", note)
+    report.speed(f"{name}: rate / product", operations / taken / rate, ">= 0.5", "", note)
     floor = max(operations / rate, 2.0 * len(database) * _DIM / read)
-    report.check(f"{name}: floor of read and product / time", floor / taken, ">= 0.9", "", f"floor {floor:.2f} s")
+    report.speed(f"{name}: floor of read and product / time", floor / taken, ">= 0.9", "", f"floor {floor:.2f} s")
 
 
 def _compare(report: Report, database: Any, queries: np.ndarray) -> None:
