@@ -140,3 +140,10 @@ def test_efa_needs_devices_memory_and_the_plugin(node: Node) -> None:
     code, _, log = node.check("8", "31", MIN_MEMLOCK_KIB="64")
     assert code == 1 and HINT.match(log) and "libnccl-net-ofi.so" in log
     assert node.check("8")[0] == 0
+
+
+@pytest.mark.parametrize("words", [["abc"], ["-1"], ["--help"], ["1", "x"]])
+def test_words_that_are_no_numbers_are_refused(node: Node, words: list[str]) -> None:
+    node.install_driver("580.82.07")
+    code, _, said = node.check(*words)
+    assert code == 1 and HINT.match(said) and "is not a number of devices" in said

@@ -144,7 +144,9 @@ def test_pip_installs_where_uv_cannot_and_a_failure_is_continued(machine: Machin
     (machine.broken / "pip").touch()
     (machine.repository / "pyproject.toml").open("a").write("\n")
     assert machine.setup().returncode != 0
-    assert machine.setup().returncode != 0  # not taken for complete
+    result = machine.setup()
+    assert "the packages could not be installed. hint: " in result.stderr
+    assert result.returncode != 0  # not taken for complete
     (machine.broken / "pip").unlink()
     assert machine.setup().returncode == 0 and machine.setup().stderr == ""
 
@@ -182,6 +184,10 @@ def test_a_venv_that_cannot_stay_is_made_again_and_says_why(machine: Machine) ->
     (machine.venv / "pyvenv.cfg").write_text("version_info = 3.10.1\n")
     made_again("has Python 3.10")
     machine.repository = machine.repository.rename(machine.repository.with_name("moved"))
+    made_again("was made in another folder")
+    (machine.venv / ".ready").unlink()  # its install was interrupted, and then it was moved
+    with (machine.venv / "pyvenv.cfg").open("a") as stream:
+        stream.write("command = /usr/bin/python3 -m venv /elsewhere/.venv\n")
     made_again("was made in another folder")
 
 

@@ -43,9 +43,11 @@ check_gpus() {
     fail "nvidia-smi is not there" "expected: $wanted GPUs with an NVIDIA driver of at least $MIN_DRIVER; got: no driver" \
       "install the driver on the machine; in a container, start it with the NVIDIA container runtime"
   fi
-  answer=$(smi --query-gpu=driver_version --format=csv,noheader) ||
-    fail "nvidia-smi failed: ${answer:-no answer within 60 s}" "expected: an NVIDIA driver of at least $MIN_DRIVER; got: none that works" \
+  if ! answer=$(smi --query-gpu=driver_version --format=csv,noheader); then
+    answer=${answer:-no answer within 60 s}
+    fail "nvidia-smi failed: ${answer//$'\n'/ }" "expected: an NVIDIA driver of at least $MIN_DRIVER; got: none that works" \
       "run nvidia-smi on the machine; after a driver update, reboot it"
+  fi
   version=$(head -n 1 <<<"$answer")
   if ! [[ $version =~ ^([0-9]+)(\.[0-9]+)*$ ]]; then
     fail "nvidia-smi did not print a driver version" "expected: a number such as $MIN_DRIVER.82.07; got: ${version:-nothing}" \
