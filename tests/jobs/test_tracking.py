@@ -29,11 +29,11 @@ def root(prepared: Path, tmp_path: Path) -> Path:
     return tmp_path / "root"
 
 
-def _session(folder: Path) -> dict[str, Any]:
+def _session(folder: Path, last: str = "group") -> dict[str, Any]:
     """What a session says of itself, and the lines of its history; a process of wandb's writes it, and may be behind.
     """
-    end = time.monotonic() + 5
-    while "group" not in (found := _written(folder)) and time.monotonic() < end:
+    end = time.monotonic() + 30
+    while last not in (found := _written(folder)) and time.monotonic() < end:
         time.sleep(0.1)
     return found
 
@@ -48,6 +48,8 @@ def _written(folder: Path) -> dict[str, Any]:
             found["config"] |= {one.key: json.loads(one.value_json) for one in record.run.config.update}
         elif kind == "config":
             found["config"] |= {one.key: json.loads(one.value_json) for one in record.config.update}
+        elif kind == "exit":
+            found["exit"] = record.exit.exit_code
         elif kind == "history":
             found["history"].append({one.key or "/".join(one.nested_key): json.loads(one.value_json)
                                      for one in record.history.item})
@@ -158,7 +160,8 @@ def test_stages_are_jobs_of_one_group_and_nobody_is_told_unasked(root: Path, mon
         shutil.rmtree(root / "datasets/drawn/v1/index")
         assert not (root / "datasets/drawn/v1/wandb").exists()
         assert cli.main(["index", "drawn", "--root", str(root), "--local", *more]) == 0
-    one, = _sessions(root / "datasets/drawn/v1")
+    folder, = (root / "datasets/drawn/v1/wandb").glob("offline-run-*")
+    one = _session(folder, "exit")  # wandb's process writes it last
     manifest = Dataset.parse(str(root), "drawn").manifest("index")
     assert (one["group"], one["job"], one["name"], one["project"]) == ("drawn@v1", "index", "drawn@v1 index", "rdm")
     assert one["history"][-1]["_step"] == 1 and one["history"][-1]["samples"] == manifest["totals"]["samples"]
