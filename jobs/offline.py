@@ -29,7 +29,7 @@ def records(path: Path) -> Iterator[Any]:
 
 def last_step(folder: Path, id_: str) -> int | None:
     """The last step that the earlier sessions of a run have in `folder`; None if there are none of it here."""
-    steps = [0] if (files := sorted(folder.glob(f"offline-run-*-{id_}/*.wandb"))) else []
+    steps = [0] if (files := sorted(folder.glob(f"offline-run-*-{id_}*/*.wandb"))) else []
     for path in files:
         for record in records(path):
             for one in record.history.item:
