@@ -69,7 +69,7 @@ def check_gpus_exist(stage: Stage, config: ClusterConfig) -> None:
     if not os.environ.get("RAY_ADDRESS"):
         raise StageFailed(f"{stage.name}: a worker reserves {each:g} GPU, and this machine has {there:g}\n"
                           f"hint: --gpus 0 computes on the CPU; RAY_ADDRESS names a cluster with GPUs")
-    _log.warning("%s: a worker reserves %g GPU, and the cluster has %g now: waiting for nodes, for 5 minutes at most\n"
+    _log.warning("%s: a worker reserves %g GPU, and the cluster has %g now. It waits 5 minutes for nodes\n"
                  "hint: --gpus 0 computes on the CPU", stage.name, each, there)
 
 

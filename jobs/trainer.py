@@ -10,7 +10,6 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from jobs import cluster, labels, logs, tracking
-from jobs.gpus import check_gpus
 from jobs.processes import work
 from jobs.runs import HOPELESS
 from jobs.settings import ClusterConfig
@@ -25,7 +24,6 @@ def train(job: Job, config: ClusterConfig, watch: Callable[[dict[str, Any]], Non
     never depends on what an earlier one left with Ray.
     """
     training = Training(job)
-    check_gpus(training, config)
     cluster.connect()
     cluster.check_gpus_exist(training, config)
     stage.prepare(training)

@@ -296,7 +296,7 @@ def _evaluate(command: commands.EvaluateCommand, settings: Settings) -> int:
     same_data(run, dataset)
     judging = Judging(run, dataset, databases, command.evaluate.judge_steps)
     if command.common.dry_run:
-        return _dry_run(judging, command.stage.rebuild)
+        return _dry_run(judging, command.stage.rebuild, command.cluster)
     with runner(command) as run_with:
         watched.run(judging, run_with, tracker=command.stage.tracker, rebuild=command.stage.rebuild)
         evaluation = Evaluation(judging, mixed, command.checkpoint, settings.embed.clip(), command.evaluate,

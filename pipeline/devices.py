@@ -43,7 +43,8 @@ _PATTERNS: tuple[tuple[Failure, str], ...] = (
 _SENTENCES: dict[Failure, str] = {
     "device lost": "The GPU failed, and this process cannot use it again.\n"
                    "hint: nvidia-smi -q shows its errors; run the same command again without that GPU",
-    "out of memory": "The GPU has too little memory.\nhint: a smaller --batch-size; nvidia-smi shows what else uses it",
+    "out of memory": "The device has too little memory.\n"
+                     "hint: a smaller --batch-size; on a GPU, nvidia-smi shows what else uses it",
     "old driver": "The NVIDIA driver is older than this torch needs (580 for CUDA 13).\n"
                   "hint: install a newer driver on this node; --gpus 0 computes on the CPU",
     "no device": "A GPU was reserved, but torch sees none that it can use.\n"
@@ -203,13 +204,18 @@ def cards(visible: str) -> str:
 
     torch would initialize CUDA for this. That takes memory of the GPU, and fails on a broken one.
     """
+    return ", ".join(line.replace(", ", " ") for line in _query_driver("name,uuid", visible))
+
+
+def _query_driver(fields: str, visible: str = "") -> list[str]:
+    """The lines of nvidia-smi for some fields, one for each GPU; none if it cannot answer."""
     try:
-        listed = subprocess.run(["nvidia-smi", "--query-gpu=name,uuid", "--format=csv,noheader",
+        listed = subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader",
                                  *(["-i", visible] if visible else [])],
                                 capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
-        return ""
-    return ", ".join(line.strip().replace(", ", " ") for line in listed.stdout.splitlines() if line.strip())
+        return []
+    return [line.strip() for line in listed.stdout.splitlines() if line.strip()]
 
 
 def describe(precision: str = "") -> str:
@@ -248,12 +254,7 @@ def _cpu() -> str:
 
 @lru_cache(maxsize=1)
 def _driver() -> str:
-    try:
-        asked = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-                               capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return asked.stdout.splitlines()[0].strip() if asked.stdout.strip() else "unknown"
+    return next(iter(_query_driver("driver_version")), "unknown")
 
 
 class Fit:

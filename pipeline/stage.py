@@ -640,7 +640,7 @@ def run(stage: Stage, runner: Runner = in_process, *, rebuild: bool = False, ret
     more = storage.join(stage.folder, "more")
     rounds = storage.names(more)  # before the items: whoever adds a round meanwhile has added ours
     items, joined = _claim(stage)
-    if storage.exists(storage.join(stage.folder, "manifest.json")):
+    if is_sealed(stage):
         return manifest_of(stage.folder, stage.command)
     retry = retry and not _under_way(stage, rounds)
     done, tally = _work_off(stage, runner, items, joined, max_failed, watch)

@@ -293,7 +293,7 @@ def test_a_cluster_of_this_command_alone_without_a_gpu_is_an_error_at_once(clust
     clusters.connect()
     embed = Embed(Dataset.parse(root, "drawn"), EmbedConfig())
     clusters.check_gpus_exist(embed, ClusterConfig(gpus=1))
-    assert "waiting for nodes" in caplog.text
+    assert "waits 5 minutes for nodes" in caplog.text
     monkeypatch.delenv("RAY_ADDRESS")
     with pytest.raises(stage.StageFailed, match=r"(?s)reserves 1 GPU, and this machine has 0.*hint: --gpus 0"):
         clusters.check_gpus_exist(embed, ClusterConfig(gpus=1))
