@@ -19,7 +19,8 @@ import tyro
 
 from jobs import commands, interrupts, logs, submit, verbs
 from jobs.settings import Settings, resolve
-from pipeline import devices, storage
+from pipeline import storage
+from pipeline.hardware import devices
 from pipeline.stage import StageFailed
 
 _log = logging.getLogger(__name__)

@@ -16,8 +16,9 @@ from model.first_stage import FirstStage
 from model.precision import compute_dtype
 from model.sample import Denoiser, Guidance, initial_noise, sample
 from model.sample import fitting as check
-from pipeline import clip, devices, embed, tombstones
+from pipeline import clip, embed, tombstones
 from pipeline.dataset import Dataset
+from pipeline.hardware import devices
 
 
 class Drawer:

@@ -26,10 +26,11 @@ from jobs.runs import Run
 from jobs.settings import EvaluateConfig, SampleConfig
 from model import judge
 from model.precision import compute_dtype
-from pipeline import clip, devices, images, stage, storage, tars
+from pipeline import clip, images, stage, storage, tars
 from pipeline.batches import averaged
 from pipeline.catalog import lot
 from pipeline.dataset import Dataset, Embeddings, file_of, metadata
+from pipeline.hardware import devices
 from pipeline.index import Searcher
 from pipeline.stage import Item, Output, Stage
 

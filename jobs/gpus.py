@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from jobs.settings import ClusterConfig
-from pipeline import devices, stage
+from pipeline import stage
+from pipeline.hardware import devices
 from pipeline.stage import Item, Outcome, Stage
 
 

@@ -17,8 +17,9 @@ from jobs.runs import Run
 from jobs.settings import LatentsConfig
 from model import first_stage
 from model.first_stage import FirstStage
-from pipeline import devices, images, tars
+from pipeline import images, tars
 from pipeline.dataset import Dataset, file_of
+from pipeline.hardware import devices
 from pipeline.stage import Item, Output, Stage
 
 IN_THE_RUN = "first_stage"  # the source of a first stage that lies in the folder of its run

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from model.config import GROUPS, TrainConfig, to_dict
-from pipeline import devices, storage
+from pipeline import storage
 from pipeline.dataset import Dataset
+from pipeline.hardware import devices
 from pipeline.stage import Item, Output, Stage
 
 _PICTURES_AN_ITEM = 25

@@ -21,7 +21,8 @@ from jobs import cluster, decoders, labels, live, logs
 from jobs.gpus import check_gpus
 from jobs.retirement import Blame, Failed, Place, Task, WorkerState
 from jobs.settings import ClusterConfig
-from pipeline import devices, stage, storage
+from pipeline import stage, storage
+from pipeline.hardware import devices
 from pipeline.stage import Item, Outcome, Retired, Stage
 
 LOSSES = 5

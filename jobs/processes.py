@@ -18,8 +18,9 @@ from jobs.training import Job, Training
 from jobs.validation import Validation
 from model.precision import compute_dtype
 from model.train import train
-from pipeline import devices, stage
+from pipeline import stage
 from pipeline.batches import Batches
+from pipeline.hardware import devices
 
 KEEP_CHECKPOINTS = 3
 _log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline import devices
+from pipeline.hardware import devices
 from pipeline.stage import Item
 
 TRIES = 3  # failures that count, after which an item fails for good

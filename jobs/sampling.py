@@ -18,9 +18,10 @@ from jobs.retrieval import Drawn, Near, Retriever
 from jobs.runs import Run
 from jobs.settings import QueryConfig, SampleConfig
 from model.precision import compute_dtype
-from pipeline import clip, devices, images, lookup, stage, storage
+from pipeline import clip, images, lookup, stage, storage
 from pipeline.contact_sheet import contact_sheet
 from pipeline.dataset import Dataset
+from pipeline.hardware import devices
 from pipeline.lookup import Sample
 from pipeline.stage import Item, Output, Stage
 

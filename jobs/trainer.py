@@ -14,7 +14,8 @@ from jobs.processes import work
 from jobs.runs import HOPELESS
 from jobs.settings import ClusterConfig
 from jobs.training import Job, Training
-from pipeline import devices, stage, storage
+from pipeline import stage, storage
+from pipeline.hardware import devices
 
 
 def train(job: Job, config: ClusterConfig, watch: Callable[[dict[str, Any]], None]) -> None:

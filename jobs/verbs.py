@@ -20,12 +20,13 @@ from jobs.gpus import InProcess, check_gpus, local_device
 from jobs.runs import Run
 from jobs.settings import ClusterConfig, Settings
 from jobs.training import Job, Training
-from pipeline import assembly, clip, devices, published, sift, stage, storage, verify
+from pipeline import assembly, clip, published, sift, stage, storage, verify
 from pipeline.adopt import Adopt
 from pipeline.dataset import Dataset, datasets
 from pipeline.embed import Embed, EmbedCaptions
 from pipeline.exchange import AdoptEmbeddings, Export
 from pipeline.extension import Extension
+from pipeline.hardware import devices
 from pipeline.index import Index, check_autofaiss
 from pipeline.neighbors import Neighbors
 from pipeline.shard import Shard

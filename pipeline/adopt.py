@@ -15,12 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
-from pipeline import samples, stage, storage, tables, tars
+from pipeline import samples, stage, storage, tars
 from pipeline.dataset import Dataset
 from pipeline.shard import ShardConfig
 from pipeline.sources import addresses_of, cells_of, sound
 from pipeline.sources.tars import STEP, caption_of, local, metadata_of, types_of
 from pipeline.stage import Entry, Item, Output, Stage
+from pipeline.storage import parquet
 
 
 class Adopt(Stage):
@@ -138,7 +139,7 @@ def _failed(address: str, good: int, first: int) -> list[dict[str, Any]]:
     if not storage.exists(beside):
         return []
     try:
-        rows = tables.read(storage.read_bytes(beside)).to_pylist()
+        rows = parquet.read(storage.read_bytes(beside)).to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{beside} cannot be read as parquet: {str(error).strip()}") from None
     if not rows or "status" not in rows[0]:

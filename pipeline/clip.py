@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import Image
 
-from pipeline import devices, images, storage
+from pipeline import images, storage
+from pipeline.hardware import devices
 
 if TYPE_CHECKING:
     import torch

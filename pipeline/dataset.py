@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import stage, storage, tables
+from pipeline import stage, storage
+from pipeline.storage import parquet
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 DEFAULT_VERSION = "v1"
@@ -210,7 +211,7 @@ def metadata(dataset: Dataset, record: dict[str, Any], columns: list[str] | None
 
 def _succeeded(dataset: Dataset, record: dict[str, Any], columns: list[str] | None) -> pa.Table:
     data = dataset.fetch("shards", file_of(record, ".parquet")).read_bytes()
-    table = tables.read(data, columns=None if columns is None else [*columns, "status"])
+    table = parquet.read(data, columns=None if columns is None else [*columns, "status"])
     return table.filter(pc.equal(table["status"], "success"))
 
 

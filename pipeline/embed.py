@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import clip, devices, encoding, stage, storage
+from pipeline import clip, encoding, stage, storage
 from pipeline.clip import ClipConfig
 from pipeline.dataset import Dataset, file_of, metadata
 from pipeline.encoding import Part
+from pipeline.hardware import devices
 from pipeline.stage import Entry, Item, Output, Stage, StageFailed
 from pipeline.times import Times
 

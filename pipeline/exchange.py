@@ -19,10 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import clip, stage, storage, tables, tars
+from pipeline import clip, stage, storage, tars
 from pipeline.dataset import Dataset, file_of, metadata
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.stage import Entry, Item, Output, Stage, StageFailed
+from pipeline.storage import parquet
 from pipeline.times import Times
 
 LAYOUT, COMPVIS = "clip-retrieval", "compvis"
@@ -56,7 +57,7 @@ class Export(Stage):
                                            "count": together[0]["samples"]})
 
     def process(self, item: Item, scratch: Path) -> Output:
-        table = tables.read(self.dataset.fetch("shards", file_of(item.inputs["shards"], ".parquet")))
+        table = parquet.read(self.dataset.fetch("shards", file_of(item.inputs["shards"], ".parquet")))
         table = table.filter(pc.equal(table["status"], "success"))
         vectors = np.load(self.dataset.fetch("embeddings", file_of(item.inputs["embeddings"], ".npy")))
         # Others know no rows that mark a picture which did not decode.
@@ -193,7 +194,7 @@ class _Vectors:
                 raise ValueError(f"{vectors} is no whole .npy file: {str(error).splitlines()[0]}\n"
                                  f"hint: copy it again") from error
             try:
-                column = tables.read(storage.read_bytes(about), columns=["image_path"])["image_path"]
+                column = parquet.read(storage.read_bytes(about), columns=["image_path"])["image_path"]
             except (pa.ArrowException, KeyError) as error:
                 raise ValueError(f"{about} is no parquet with a column image_path: {error}\n"
                                  f"hint: the folder metadata/ that clip-retrieval writes with img_emb/") from error

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pipeline import devices, tombstones
+from pipeline import storage, tombstones
 from pipeline.dataset import Dataset, Embeddings
+from pipeline.hardware import devices
 from pipeline.openmp import blocked_scans, map_blocks, one_thread
-from pipeline.stage import Item, Output, Stage, StageFailed, storage
+from pipeline.stage import Item, Output, Stage, StageFailed
 
 if TYPE_CHECKING:
     import faiss

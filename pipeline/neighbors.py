@@ -16,9 +16,10 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline import dataset as datasets
-from pipeline import devices, embed, pages, search, stage, storage, tombstones
+from pipeline import embed, search, stage, storage, tombstones
 from pipeline import index as indices
 from pipeline.dataset import Dataset, Embeddings
+from pipeline.hardware import devices, malloc
 from pipeline.index import Lists, Searcher, memory
 from pipeline.search import Copies, Found, Queries
 from pipeline.stage import Item, Output, Stage
@@ -149,7 +150,7 @@ class Neighbors(Stage):
     def process(self, item: Item, scratch: Path) -> Output:
         self._as_planned()
         self.precision = devices.name_of(search.where()[1]) if self.workers_need_gpu else "fp32"
-        pages.give_back()  # what the last item took, in pieces that do not fit this one
+        malloc.give_back()  # what the last item took, in pieces that do not fit this one
         times = Times()
         opened = _opened(self.database, self.config.method, self.config.copy_bits >= 0, item.inputs["database"])
         if opened.seconds:
@@ -166,7 +167,7 @@ class Neighbors(Stage):
         if len(there):
             ids[there], scores[there] = self._found(opened, queries if len(there) == len(queries) else queries[there],
                                                     times)
-        pages.give_back()
+        malloc.give_back()
         with times("check"):
             info = _facts(ids, scores) | self._quality(opened, queries, ids, there, item)
         files, start = {}, 0

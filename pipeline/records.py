@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.devices import HALVED
+from pipeline.hardware.devices import HALVED
 
 INLINE = 1000
 _BATCH = 2048

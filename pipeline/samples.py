@@ -25,7 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import uvloop
 
-from pipeline import images, pages, storage, tars
+from pipeline import images, storage, tars
+from pipeline.hardware import malloc
 from pipeline.images import BadPicture
 from pipeline.progress import Beat
 from pipeline.sources import Row
@@ -204,7 +205,7 @@ class Packing:
     def run(self, rows: Iterator[Row], read: Callable[[Row], bytes] | None, *, far: bool = False) -> None:
         """Take every row; `read` gives the bytes of a row's picture (from `far` away it takes its time), None
         downloads it."""
-        pages.keep()
+        malloc.keep()
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(self._all(enumerate(rows), read, far))

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline import devices, pages
 from pipeline.dataset import Embeddings
+from pipeline.hardware import devices, malloc
 from pipeline.index import best
 from pipeline.times import Times
 
@@ -269,7 +269,7 @@ def by_list(vectors: np.ndarray, probes: np.ndarray, lists: _ReadLists, m: int, 
     import torch
 
     times = times or Times()
-    pages.keep()
+    malloc.keep()
     queries, best_, rows = torch.from_numpy(vectors), _Best(len(vectors), m), torch.empty(0)
     for part, first in ((probes[:, :_NEAREST], True), (probes[:, _NEAREST:], False)):
         if not part.size:

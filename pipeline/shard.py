@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from pipeline import images, samples, sources, stage, storage, tables
+from pipeline import images, samples, sources, stage, storage
 from pipeline.dataset import Dataset, file_of
 from pipeline.download import DownloadConfig
 from pipeline.records import infos
 from pipeline.sources import Kind, Part, Reading, Row, Source
 from pipeline.stage import Entry, Item, Output, Stage, StageFailed, name_by_content, totals
+from pipeline.storage import parquet
 
 # Bytes a pixel that pictures take: img2dataset's table of a million of 256 x 256, and some for the metadata.
 _BYTES_A_PIXEL = {"jpg": 0.46, "webp": 0.36, "png": 1.5}
@@ -275,7 +276,7 @@ class Shard(Stage):
         """The rows of a shard that gave nothing against our will, with reasons."""
         entry = file_of(record, ".parquet")
         path = storage.fetch(storage.place(folder, entry["name"]), entry)
-        rows = tables.read(path, columns=["source_row", "status", "error_message"]).to_pylist()
+        rows = parquet.read(path, columns=["source_row", "status", "error_message"]).to_pylist()
         return [(row["source_row"], reason) for row in rows if row["status"] != samples.SUCCESS
                 and (reason := (row["error_message"] or "").split(":")[0]) not in self.by_choice]
 

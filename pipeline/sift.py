@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import duplicates, samples, stage, storage, tables, tars
+from pipeline import duplicates, samples, stage, storage, tars
 from pipeline.dataset import Dataset, file_of
 from pipeline.shard import Shard, ShardConfig
 from pipeline.stage import Entry, Item, Output, name_by_content
+from pipeline.storage.parquet import read
 
 DUPLICATE = "duplicate"
 
@@ -83,7 +84,7 @@ class Sift(Shard):
         tar, parquet = scratch / "shard.tar", scratch / "shard.parquet"
         tars.write(tar, ({key: value for key, value in sample.items() if key != "__url__"}
                          for row, sample in enumerate(tars.read(files[f"{item.id}.tar"])) if row not in gone))
-        table = tables.read(files[f"{item.id}.parquet"])
+        table = read(files[f"{item.id}.parquet"])
         entries, left = self._left_out(table, gone, parquet)
         if (old := files.get(f"ledger/{item.id}.jsonl")) is not None:
             entries = [*(Entry(**json.loads(line)) for line in old.read_text().splitlines()), *entries]
@@ -113,7 +114,7 @@ class Sift(Shard):
         entry = file_of(record, ".parquet")
         names = ["pixel_sha256"] if self.config.duplicates == "exact" else ["phash", "mean_colour"]
         data = storage.fetch(storage.join(self.whole.folder, entry["name"]), entry).read_bytes()
-        table = tables.read(data, columns=[*names, "status", "source_row"])
+        table = read(data, columns=[*names, "status", "source_row"])
         return table.filter(pc.equal(table.column("status"), samples.SUCCESS))
 
 

@@ -39,7 +39,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pipeline import devices, progress, records, storage
+from pipeline import progress, records, storage
+from pipeline.hardware import devices
 from pipeline.progress import Tally
 from pipeline.records import content, totals
 

@@ -27,13 +27,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import images, samples, sources, stage, storage, tables, tars, tombstones
+from pipeline import images, samples, sources, stage, storage, tars, tombstones
 from pipeline.dataset import Dataset, file_of
 from pipeline.embed import Embed, EmbedCaptions, EmbedConfig
 from pipeline.forgotten import Forgotten
 from pipeline.shard import Shard, ShardConfig
 from pipeline.sources import Reading, Row, Source, listed, listed_rows
 from pipeline.stage import Entry, Item, Output, Stage, name_by_content
+from pipeline.storage import parquet
 
 LISTING, DEAD = "listing.parquet", "dead.txt"
 _LISTING = pa.schema([(name, pa.string()) for name in ("name", "mark", "stamp", "sha256", "shard")]
@@ -151,7 +152,7 @@ def listing(base: Dataset) -> list[Known]:
     manifest = base.manifest("shards")
     for entry in manifest["files"]:
         if entry["name"] == LISTING:
-            table = tables.read(base.fetch("shards", entry))
+            table = parquet.read(base.fetch("shards", entry))
             return [Known(**row) for row in table.to_pylist()]
     found = []
     for record in manifest["items"]:
@@ -169,7 +170,7 @@ def listing(base: Dataset) -> list[Known]:
 
 
 def _parquet(dataset: Dataset, record: dict[str, Any]) -> pa.Table:
-    return tables.read(dataset.fetch("shards", file_of(record, ".parquet")))
+    return parquet.read(dataset.fetch("shards", file_of(record, ".parquet")))
 
 
 def reference(base: Dataset, stage_name: str, dataset: Dataset, entry: dict[str, Any]) -> dict[str, Any]:
@@ -340,7 +341,7 @@ class Update(Shard):
         for record in records:
             if "kept" in record["info"] or "sifted" in record["info"]:
                 continue
-            table = tables.read(self.dataset.fetch("shards", file_of(record, ".parquet")),
+            table = parquet.read(self.dataset.fetch("shards", file_of(record, ".parquet")),
                                 columns=["source_row", "original_sha256", "status", "error_message"])
             for row in table.to_pylist():
                 one = by_number[row["source_row"]]

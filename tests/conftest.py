@@ -100,8 +100,8 @@ def _forget() -> None:
     """Connections remember the environment of their making."""
     import fsspec
 
-    from pipeline import storage
-    storage._filesystem.cache_clear()
+    from pipeline.storage import files
+    files._filesystem.cache_clear()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pipeline import images, storage, tables
+from pipeline import images, storage
 from pipeline.sources import CAPTION_COLUMNS, Part, Reading, Row, Source, Types, cells_of, listed, listed_rows, text
+from pipeline.storage import parquet
 
 if TYPE_CHECKING:
     from pipeline.shard import ShardConfig
@@ -176,7 +177,7 @@ def _caption_rows(address: str, caption_column: str) -> list[dict[str, Any]]:
         raise ValueError(f"the captions file {address} does not exist") from None
     try:
         if address.endswith((".parquet", ".pq")):
-            table = tables.read(data)
+            table = parquet.read(data)
             rows, header = table.to_pylist(), table.column_names
         elif address.endswith((".jsonl", ".ndjson")):
             rows = [json.loads(line) for line in data.decode("utf-8-sig").split("\n") if line.strip()]

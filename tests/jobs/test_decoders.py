@@ -17,9 +17,10 @@ from jobs import decoders
 from jobs.decoders import Decoders
 from jobs.pool import Pool
 from jobs.settings import ClusterConfig
-from pipeline import clip, decoding, devices, stage
+from pipeline import clip, decoding, stage
 from pipeline.dataset import Dataset
 from pipeline.embed import Embed, EmbedConfig
+from pipeline.hardware import devices
 from pipeline.shard import Shard, ShardConfig
 from pipeline.stage import Item, Output
 from tests.pipeline import made

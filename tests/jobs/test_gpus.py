@@ -17,9 +17,10 @@ from jobs.pool import Pool
 from jobs.settings import ClusterConfig
 from jobs.training import Training
 from model import flop
-from pipeline import devices, stage
+from pipeline import stage
 from pipeline.dataset import Dataset
 from pipeline.embed import Embed, EmbedConfig
+from pipeline.hardware import devices
 from pipeline.index import Index, IndexConfig
 from pipeline.stage import Item, Output, Stage
 

@@ -23,9 +23,10 @@ from jobs.validation import Validation
 from model import checkpoint, first_stage, released
 from model.config import UNetConfig
 from model.unet import UNet
-from pipeline import devices, stage, tars
+from pipeline import stage, tars
 from pipeline.batches import Batches
 from pipeline.dataset import Dataset, file_of
+from pipeline.hardware import devices
 from pipeline.images import pixels
 
 GOLDEN = Path(__file__).parents[1] / "model" / "golden" / "compvis_small.safetensors"

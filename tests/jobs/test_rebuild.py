@@ -29,6 +29,7 @@ from pipeline.embed import EmbedConfig, encoder_of
 from pipeline.gates import GatesConfig
 from pipeline.index import IndexConfig, Searcher
 from pipeline.shard import ShardConfig
+from pipeline.storage import files
 from tests.pipeline import made
 
 NAME = "drawn"
@@ -255,6 +256,7 @@ def test_whenever_it_ends_readers_have_a_whole_version(place: Path, monkeypatch:
 
     for name, function in (("put_bytes", put), ("create_bytes", create), ("swap_bytes", swap)):
         monkeypatch.setattr(storage, name, counted(function))
+    monkeypatch.setattr(files, "put_bytes", storage.put_bytes)  # put_json calls it there
     seen, tries = set(), 0
     while True:
         tries, writes[0], ends[0] = tries + 1, 0, ends[0] + 3
@@ -409,10 +411,10 @@ class Forgetful(ThreadingHTTPServer):
 def forgetful(s3_server: str, s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     proxy = Forgetful(s3_server)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
-    for clear in (storage._filesystem.cache_clear, fsspec.get_filesystem_class("s3").clear_instance_cache):
+    for clear in (files._filesystem.cache_clear, fsspec.get_filesystem_class("s3").clear_instance_cache):
         clear()
     yield s3
-    for clear in (storage._filesystem.cache_clear, fsspec.get_filesystem_class("s3").clear_instance_cache):
+    for clear in (files._filesystem.cache_clear, fsspec.get_filesystem_class("s3").clear_instance_cache):
         clear()
     proxy.shutdown()
 

@@ -14,7 +14,8 @@ from jobs import pool as pools
 from jobs import status
 from jobs.retirement import REFUTED, TRIES, Blame, Failed, Place, Task, WorkerState
 from jobs.settings import ClusterConfig
-from pipeline import devices, stage, storage
+from pipeline import stage, storage
+from pipeline.hardware import devices
 from pipeline.stage import Item, Output, Stage, StageFailed
 
 CUDA = Failed("AcceleratorError: CUDA error: device-side assert triggered", "", "device lost")

@@ -29,6 +29,7 @@ from jobs.cli import main
 from pipeline import progress, stage, storage, verify
 from pipeline.dataset import Dataset
 from pipeline.shard import accounting
+from pipeline.storage import files as storage_files
 from tests.pipeline import web
 from tests.pipeline.made import encoded, noise
 
@@ -326,7 +327,7 @@ def busy(s3_server: str, s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[B
 
 
 def _forget() -> None:
-    storage._filesystem.cache_clear()
+    storage_files._filesystem.cache_clear()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 

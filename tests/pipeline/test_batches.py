@@ -13,6 +13,7 @@ from pipeline.dataset import Dataset, Embeddings, file_of
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.shard import Shard, ShardConfig
+from pipeline.storage import cache
 from tests.pipeline import made
 
 
@@ -237,7 +238,7 @@ def test_the_next_window_is_fetched_while_this_one_is_read(built, remote):
 
 def test_a_cache_too_small_for_the_corpus_changes_no_batch(built, remote, monkeypatch):
     monkeypatch.setenv("RDM_CACHE_BYTES", "1K")
-    monkeypatch.setattr(storage, "_IN_USE_S", 0.0)
+    monkeypatch.setattr(cache, "_IN_USE_S", 0.0)
     here, there = batches(built), batches(remote, decoded_bytes=0)
     for one in (here, there):
         one.order = Order(one.order.counts, 8, 5, window=1)

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from pipeline import devices
+from pipeline.hardware import devices
 
 # As torch 2.14, CUDA 13, NCCL, Triton and faiss write them.
 TEXTS = [
@@ -62,7 +62,7 @@ def test_what_torch_raises_here_without_a_gpu_is_recognized():
 
 
 def test_torch_is_not_loaded_to_look_at_an_exception():
-    code = ("import sys; from pipeline import devices; assert devices.kind_of(RuntimeError('x')) == 'none'; "
+    code = ("import sys; from pipeline.hardware import devices; assert devices.kind_of(RuntimeError('x')) == 'none'; "
             "devices.free(); assert 'torch' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from pipeline import devices, search
+from pipeline import search
 from pipeline.dataset import Dataset, Embeddings
+from pipeline.hardware import devices
 from pipeline.search import Copies, Found, Queries
 from tests.pipeline import made
 

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from pipeline import storage
+from pipeline.storage import cache, files
 from tests.pipeline import made
 
 
 def _create(results, start, number, urls):
     # A connection does not survive a fork.
-    storage._filesystem.cache_clear()
+    files._filesystem.cache_clear()
     if "://" in urls[0]:
         fsspec.get_filesystem_class("s3").clear_instance_cache()
         fsspec.asyn.reset_lock()
@@ -179,12 +180,12 @@ def dead_server(s3_server, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     clear = fsspec.get_filesystem_class("s3").clear_instance_cache
-    storage._filesystem.cache_clear()
+    files._filesystem.cache_clear()
     clear()
-    filesystem = storage._filesystem("s3")
+    filesystem = files._filesystem("s3")
     filesystem.retries = 1
     yield "s3://bucket"
-    storage._filesystem.cache_clear()
+    files._filesystem.cache_clear()
     clear()
 
 
@@ -311,10 +312,10 @@ def test_what_killed_processes_and_others_left_in_the_cache(objects):
 
 
 def _reads(objects, failures):
-    storage._filesystem.cache_clear()
+    files._filesystem.cache_clear()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     fsspec.asyn.reset_lock()
-    storage._IN_USE_S = 0.0
+    cache._IN_USE_S = 0.0
     try:
         for turn in range(4):
             for number in np.random.default_rng([os.getpid(), turn]).permutation(10):

@@ -7,15 +7,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import tables
+from pipeline.storage import parquet
 
 _READ = """
 import sys
 from pathlib import Path
-from pipeline import tables
+from pipeline.storage import parquet
 data = Path(sys.argv[1])
 before = len(list(Path("/proc/self/task").iterdir()))
-assert tables.read(data).equals(tables.read(data.read_bytes()))
+assert parquet.read(data).equals(parquet.read(data.read_bytes()))
 assert len(list(Path("/proc/self/task").iterdir())) == before
 """
 
@@ -28,10 +28,10 @@ def path(tmp_path):
 
 
 def test_what_is_read_is_what_was_written(path):
-    assert tables.read(path) == pq.read_table(path)
-    assert tables.read(str(path), ["b", "a"]).column_names == ["b", "a"]
+    assert parquet.read(path) == pq.read_table(path)
+    assert parquet.read(str(path), ["b", "a"]).column_names == ["b", "a"]
     with pytest.raises(pa.ArrowException):
-        tables.read(path.read_bytes()[:-1])
+        parquet.read(path.read_bytes()[:-1])
 
 
 def test_no_thread_is_left_that_could_abort_the_end_of_the_process(path):

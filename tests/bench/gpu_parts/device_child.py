@@ -11,7 +11,7 @@ import torch
 
 def provoke(what: str) -> None:
     """Fail as `what` says."""
-    from pipeline import devices
+    from pipeline.hardware import devices
 
     if what in ("hidden card", "absent card"):
         devices.reserve("cuda")
@@ -34,7 +34,7 @@ def provoke(what: str) -> None:
 
 def main() -> None:
     """Print kind, type and text."""
-    from pipeline import devices
+    from pipeline.hardware import devices
 
     try:
         provoke(sys.argv[1])

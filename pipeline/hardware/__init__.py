@@ -1,0 +1,6 @@
+"""What this machine computes with: GPUs, CPUs and memory.
+
+Input: reservations of a worker. Output: a torch device, or an error that names the cause.
+Imports nothing of this project.
+Start with devices.py.
+"""

@@ -1,0 +1,56 @@
+"""Paths and URLs: join, normalize, and hide credentials."""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+S3_SCHEMES, ATTEMPTS = {"s3", "s3a"}, 6
+
+
+def is_local(url: str) -> bool:
+    """Whether `url` is a path on this machine."""
+    return "://" not in url or url.startswith("file://")
+
+
+def local_path(url: str) -> Path:
+    """The path of a local `url`."""
+    assert is_local(url), url
+    return Path(url.removeprefix("file://"))
+
+
+def join(url: str, *parts: str) -> str:
+    """`url` extended by `parts`, with single slashes between them."""
+    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def place(folder: str, name: str) -> str:
+    """Where a manifest's file is: below `folder`, or at the whole address that an adopted file has for a name.
+
+    A name with `../` before it is that of a file beside the folder: another version's, which is not copied.
+    """
+    if "://" in name or name.startswith("/"):
+        return name
+    base = folder.rstrip("/")
+    while name.startswith("../"):
+        base, name = base.rpartition("/")[0], name.removeprefix("../")
+    return join(base, name)
+
+
+def normal(url: str) -> str:
+    """`url` made absolute when it is local, without a trailing slash."""
+    return os.path.abspath(os.path.expanduser(local_path(url))) if is_local(url) else url.rstrip("/")
+
+
+_SECRET = re.compile(r"([?&](?:x-amz-[a-z-]+|awsaccesskeyid|signature|sig|token|access_token|auth|api_?key|password|"
+                     r"secret|policy|key-pair-id)=)[^&#\s]+", re.IGNORECASE)
+
+
+def without_credentials(text: str) -> str:
+    """`text` with passwords, keys and signatures in its URLs taken out."""
+    return _SECRET.sub(r"\1***", re.sub(r"(\w+://)[^/?#\s]*@", r"\1***@", text))
+
+
+def short_hash(text: str) -> str:
+    """Twelve hexadecimal digits that stand for `text`."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

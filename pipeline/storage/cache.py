@@ -1,0 +1,137 @@
+"""Verified local copies of remote files. The least recently used copies are removed first."""
+
+import contextlib
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.storage.addresses import ATTEMPTS, is_local, local_path
+from pipeline.storage.files import (
+    UNFINISHED_NAME,
+    StorageError,
+    open_url,
+    sha256_file,
+    storage_errors,
+    unfinished_file,
+)
+
+_T = TypeVar("_T")
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_CACHE_BYTES = "50G"
+_CACHED = re.compile(r"[0-9a-f]{64}")  # files of the cache are named by their sha256
+_IN_USE_S = 60.0  # from fetching a file to opening it no more may pass
+_ABANDONED_S = 3600.0  # nothing was written into an unfinished file for so long: its process was killed
+
+
+def fetch(url: str, entry: dict[str, Any], *, check: bool = False) -> Path:
+    """A local path with the bytes that a manifest's file `entry` (name, bytes, sha256) describes.
+
+    Local files are used where they are; remote ones are kept in a cache named by hash, so one node downloads each
+    once. Sizes are compared always; hashes when a file is downloaded, and with `check` whenever it is asked for.
+    What is damaged in the cache is downloaded again. ValueError if the bytes are not those of the manifest. Open the
+    path within a minute, for later it may be removed to make room for others (or let `opened` do it).
+    """
+    if is_local(url):
+        path = local_path(url)
+        try:
+            found = path.stat().st_size
+        except FileNotFoundError:
+            raise ValueError(f"{url} is in its manifest but not there\nhint: python -m jobs verify") from None
+        if found != entry["bytes"] or (check and sha256_file(path) != entry["sha256"]):
+            raise ValueError(f"{url} is not the file its manifest describes\nhint: python -m jobs verify")
+        return path
+    cached = cache_folder() / entry["sha256"]
+    if _is_cached(cached, entry, check):
+        return cached
+    _make_room(cached.parent, entry["bytes"])
+    fs, remote = open_url(url)
+    with unfinished_file(str(cached)) as temporary:
+        with storage_errors(url, "read"):
+            fs.get_file(remote, temporary)
+        if sha256_file(Path(temporary)) != entry["sha256"]:
+            raise ValueError(f"{url} is not the file its manifest describes\nhint: python -m jobs verify")
+        os.replace(temporary, cached)
+    return cached
+
+
+def opened(url: str, entry: dict[str, Any], open_: Callable[[Path], _T], *, check: bool = False) -> _T:
+    """What `open_` makes of the local path of a manifest's file; fetched again if another process just removed it."""
+    for _ in range(ATTEMPTS):
+        path = fetch(url, entry, check=check)
+        try:
+            return open_(path)
+        except FileNotFoundError:
+            if is_local(url):
+                raise
+    raise StorageError(f"{url} is removed from {cache_folder()} faster than it can be opened\n"
+                       f"hint: a larger RDM_CACHE_BYTES, now {_cache_bytes()}")
+
+
+def _is_cached(path: Path, entry: dict[str, Any], check: bool) -> bool:
+    """Whether the cache has a file; if so, it counts as used now."""
+    try:
+        found = path.stat()
+        if found.st_size != entry["bytes"] or (check and sha256_file(path) != entry["sha256"]):
+            return False
+        with contextlib.suppress(PermissionError):  # another user's: its age is that of its download
+            os.utime(path, ns=(time.time_ns(), found.st_mtime_ns))
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _make_room(folder: Path, wanted: int) -> None:
+    """Remove files of the cache, the least recently used first, until `wanted` bytes more are within its bound.
+
+    Only names go: a process that has a file open or mapped reads on. What was fetched or used within the last minute
+    stays, for somebody may be about to open it. Other processes may be doing the same at this moment.
+    """
+    bound, finished, total, now = _cache_bytes(), [], wanted, time.time()
+    for used, length, path in _cached_files(folder):
+        if _CACHED.fullmatch(path.name):
+            finished.append((used, length, path))
+        elif now - used > _ABANDONED_S:
+            path.unlink(missing_ok=True)
+            continue
+        total += length
+    for used, length, path in sorted(finished):
+        if total <= bound or now - used < _IN_USE_S:
+            return
+        path.unlink(missing_ok=True)
+        total -= length
+
+
+def _cached_files(folder: Path) -> Iterator[tuple[float, int, Path]]:
+    """When last used, bytes and path of each file in the cache that was fetched or is being fetched."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if _CACHED.fullmatch(entry.name) or UNFINISHED_NAME.fullmatch(entry.name):
+                with contextlib.suppress(FileNotFoundError):  # removed or finished meanwhile
+                    found = entry.stat(follow_symlinks=False)
+                    yield max(found.st_atime, found.st_mtime), found.st_size, Path(entry.path)
+
+
+def _cache_bytes() -> int:
+    return size_of(os.environ.get("RDM_CACHE_BYTES") or _CACHE_BYTES, "RDM_CACHE_BYTES")
+
+
+def size_of(text: str, name: str) -> int:
+    """Bytes of a size like 4G, 512K or 1000; ValueError with the `name` of the setting if it is none."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise ValueError(f"{name}: {text!r} is not a size\nhint: a number with K, M, G or T, as in 4G")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def cache_folder() -> Path:
+    """Where this node keeps what it fetched: `$RDM_CACHE`, or a folder of this user for temporary files.
+
+    What `fetch` puts there takes at most `$RDM_CACHE_BYTES` (50G).
+    """
+    folder = Path(os.environ.get("RDM_CACHE") or Path(tempfile.gettempdir()) / f"rdm-cache-{os.getuid()}")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder

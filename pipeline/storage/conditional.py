@@ -1,0 +1,146 @@
+"""Writes that succeed for one writer only: create if absent, compare and swap."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import secrets
+import time
+from collections.abc import Iterator
+
+import fsspec
+
+from pipeline.storage.addresses import is_local, join, local_path
+from pipeline.storage.files import (
+    StorageError,
+    exists,
+    flush_to_disk,
+    open_url,
+    put_bytes,
+    read_bytes,
+    remove,
+    storage_errors,
+    unfinished_file,
+)
+
+
+def create_bytes(data: bytes, url: str) -> bool:
+    """Put `data` at `url` unless something stands there; whether it was put. Of two racers one wins."""
+    fs, path = open_url(url)
+    with storage_errors(url, "create"):
+        try:
+            if is_local(url):
+                with unfinished_file(path) as temporary:
+                    fs.pipe_file(temporary, data)
+                    flush_to_disk(temporary)
+                    _link(temporary, path)
+            else:
+                _create_object(fs, path, data)
+        except FileExistsError:
+            return False
+    return True
+
+
+def _link(temporary: str, path: str) -> None:
+    """Give a file its name unless that is taken: unlike a rename, a link fails then."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}:
+            raise
+        # A file system without links: the name is claimed first, and then given its bytes.
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        os.replace(temporary, path)
+
+
+def _create_object(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
+    for left in reversed(range(5)):
+        try:
+            return fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            raise
+        except OSError as error:
+            # 409: somebody is creating it at this moment, and may yet fail.
+            if left == 0 or "ConditionalRequestConflict" not in str(error):
+                raise
+            time.sleep(0.2)
+
+
+def swap_bytes(data: bytes, url: str, expected: bytes | None) -> bool:
+    """Put `data` at `url` if `expected` stands there (None: nothing); whether it was put. Of two racers one wins.
+
+    On a file system a lock in the folder keeps other swappers out, and readers see a rename. On S3 the write has
+    a condition (If-Match, If-None-Match) which not every store knows: `can_swap` asks it.
+    """
+    if expected is None:
+        return create_bytes(data, url)
+    if is_local(url):
+        path = str(local_path(url))
+        with _locked(os.path.dirname(path)):
+            if not exists(url) or read_bytes(url) != expected:
+                return False
+            put_bytes(data, url)
+        return True
+    # A pointer is small enough to be put in one piece, and the ETag of such an object is the MD5 of its bytes;
+    # where it is not (some encryption), the store's own answer is asked for.
+    fs, path = open_url(url)
+    with storage_errors(url, "look at"):
+        try:
+            etag = fs.info(path, refresh=True)["ETag"]
+        except FileNotFoundError:
+            return False
+    return read_bytes(url) == expected and _put_if(fs, url, data, IfMatch=etag)
+
+
+def _put_if(fs: fsspec.AbstractFileSystem, url: str, data: bytes, **condition: str) -> bool:
+    """Put an object if the store finds the condition true."""
+    bucket, _, key = url.split("://", 1)[1].partition("/")
+    for left in reversed(range(5)):
+        try:
+            with storage_errors(url, "write"):
+                fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
+            return True
+        except FileNotFoundError:  # it went meanwhile
+            return False
+        except OSError as error:
+            text = str(error.__cause__ or error)
+            if "PreconditionFailed" in text or "At least one of the pre-conditions" in text:
+                return False
+            # 409: somebody is writing it at this moment, and may yet fail.
+            if left == 0 or "ConditionalRequestConflict" not in text:
+                raise
+            time.sleep(0.2)
+    raise AssertionError
+
+
+def can_swap(folder: str) -> bool:
+    """Whether the store of `folder` keeps the conditions of `swap_bytes`: it is tried on an object of its own."""
+    if is_local(folder):
+        return True
+    url = join(folder, f"probe-{secrets.token_hex(8)}")
+    fs, _ = open_url(url)
+    try:
+        if not create_bytes(b"1", url) or create_bytes(b"2", url):
+            return False
+        if _put_if(fs, url, b"3", IfMatch=f'"{hashlib.md5(b"other", usedforsecurity=False).hexdigest()}"'):
+            return False
+        return swap_bytes(b"4", url, b"1") and read_bytes(url) == b"4"
+    except StorageError as error:
+        if "NotImplemented" in str(error.__cause__ or error):
+            return False
+        raise
+    finally:
+        remove(url)
+
+
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    """Alone among the processes that swap files of a folder."""
+    os.makedirs(folder, exist_ok=True)
+    descriptor = os.open(os.path.join(folder, ".swap"), os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

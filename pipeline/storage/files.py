@@ -1,0 +1,343 @@
+"""Read, write, list and remove files on local disks and S3. The only file that opens fsspec file systems."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+
+from pipeline.storage.addresses import ATTEMPTS, S3_SCHEMES, is_local, local_path, normal
+
+_T = TypeVar("_T")
+_CHUNK = 1 << 20
+_END = 64 << 10
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+UNFINISHED_NAME = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{16}")  # as _beside names them
+
+
+class StorageError(OSError):
+    """The store did not answer, or answered with something other than success or absence."""
+
+
+def full(error: BaseException) -> str:
+    """A sentence if `error` says that a disk is full, "" if it says anything else."""
+    if not isinstance(error, OSError) or error.errno not in _FULL:
+        return ""
+    return f"no space is left on the disk of {error.filename}" if error.filename else "no space is left on a disk"
+
+
+@cache
+def _filesystem(protocol: str) -> fsspec.AbstractFileSystem:
+    # Another process writes what we list: a cached listing would hide its records.
+    options: dict[str, Any] = {} if protocol == "file" else {"use_listings_cache": False}
+    if protocol in S3_SCHEMES and not {"AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS"} & os.environ.keys():
+        # All requests alike: boto's older mode gives up HEAD, whose answer has no body to say SlowDown, in seconds.
+        options["config_kwargs"] = {"retries": {"mode": "standard", "total_max_attempts": ATTEMPTS}}
+    try:
+        made = fsspec.filesystem(protocol, **options)
+        if protocol in S3_SCHEMES:
+            made.retries = 2  # around boto's own, for answers that are cut off; five times would take minutes
+        return made
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"cannot open {protocol}:// addresses: {error}\nhint: use a local path or s3://") from error
+
+
+def open_url(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    if is_local(url):
+        return _filesystem("file"), str(local_path(url))
+    protocol, path = url.split("://", 1)
+    return _filesystem(protocol), path
+
+
+@contextlib.contextmanager
+def storage_errors(url: str, doing: str) -> Iterator[None]:
+    """Turn a client library's own exceptions into one sentence; a disk's OSErrors pass as they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StorageError(error.errno, os.strerror(error.errno), url) from error
+        if getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") == "NoSuchBucket":
+            raise StorageError(f"cannot {doing} {url}: there is no such bucket\n"
+                               f"hint: make it, or see whether it is spelled right") from error
+        if type(error) is not OSError or (error.errno is not None and is_local(url)):
+            raise
+        raise StorageError(f"cannot {doing} {url}: {error.strerror or error}") from error
+    except Exception as error:
+        # botocore and aiohttp derive from Exception; anything else here is a fault of ours.
+        if type(error).__module__.split(".")[0] in {"botocore", "aiobotocore", "aiohttp", "s3fs"}:
+            raise StorageError(f"cannot {doing} {url}: {error}") from error
+        raise
+
+
+def exists(url: str) -> bool:
+    """Whether a file or object stands at `url`."""
+    fs, path = open_url(url)
+    with storage_errors(url, "look at"):
+        try:
+            # Not fs.isfile, which takes a store that does not answer for one without the file.
+            return fs.info(path)["type"] == "file"
+        except FileNotFoundError:
+            return False
+
+
+def size(url: str) -> int:
+    """Bytes of the file at `url`; FileNotFoundError if there is none."""
+    fs, path = open_url(url)
+    with storage_errors(url, "look at"):
+        return int(fs.info(path)["size"])
+
+
+def names(url: str) -> list[str]:
+    """Sorted names of the files directly below the folder `url`; empty if there is no such folder."""
+    fs, path = open_url(url)
+    with storage_errors(url, "list"):
+        try:
+            return sorted(entry["name"].rsplit("/", 1)[-1] for entry in fs.ls(path, detail=True)
+                          if entry["type"] == "file")
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+
+def folders(url: str) -> list[str]:
+    """Sorted names of the folders directly below `url`."""
+    fs, path = open_url(url)
+    with storage_errors(url, "list"):
+        try:
+            return sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=True)
+                          if entry["type"] == "directory")
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+
+def walk(url: str) -> Iterator[tuple[str, int | None]]:
+    """Every file below `url` as (relative name, bytes), in no fixed order; hidden names left out.
+
+    None instead of bytes: a link that leads nowhere, or no regular file. OSError for a folder that cannot be read.
+    """
+    if is_local(url):
+        base = str(local_path(url))
+        seen = set()
+        for folder, inner, files in os.walk(base, onerror=raise_error, followlinks=True):
+            real = os.path.realpath(folder)
+            if real in seen:  # a link to a folder above or beside
+                inner.clear()
+                continue
+            seen.add(real)
+            inner[:] = [name for name in inner if not name.startswith(".")]
+            for name in files:
+                full = os.path.join(folder, name)
+                if not name.startswith("."):
+                    length = os.path.getsize(full) if os.path.isfile(full) else None
+                    yield os.path.relpath(full, base).replace(os.sep, "/"), length
+        return
+    fs, path = open_url(url)
+    with storage_errors(url, "list"):
+        found = fs.find(path, detail=True)
+    for full, info in found.items():
+        name = full[len(path):].lstrip("/")
+        if name and not any(part.startswith(".") for part in name.split("/")):
+            yield name, int(info["size"])
+
+
+def stamps(url: str) -> dict[str, str]:
+    """What each file below `url` looks like from outside, by relative name: size and time, or size and ETag.
+
+    A file with the same stamp as before is taken to have the same bytes. Hidden names are left out.
+    """
+    if is_local(url):
+        base = local_path(url)
+        found = ((name, os.stat(base / name)) for name, length in walk(url) if length is not None)
+        return {name: f"{stat.st_size}-{stat.st_mtime_ns}" for name, stat in found}
+    fs, path = open_url(url)
+    with storage_errors(url, "list"):
+        listed = fs.find(path, detail=True)
+    return {full[len(path):].lstrip("/"): f"{info['size']}-{info.get('ETag') or info.get('mtime')}".replace('"', "")
+            for full, info in listed.items()}
+
+
+def modified(url: str) -> float:
+    """When the file at `url` was written, in seconds of the epoch; FileNotFoundError if there is none."""
+    fs, path = open_url(url)
+    with storage_errors(url, "look at"):
+        return fs.modified(path).timestamp()
+
+
+def glob(pattern: str) -> list[str]:
+    """Sorted addresses of the files that match a pattern (*, **, ?)."""
+    fs, path = open_url(normal(pattern))
+    prefix = "" if is_local(pattern) else pattern.split("://", 1)[0] + "://"
+    with storage_errors(pattern, "list"):
+        return sorted(prefix + name for name, info in fs.glob(path, detail=True).items() if info["type"] == "file")
+
+
+@contextlib.contextmanager
+def reader(url: str) -> Iterator[Any]:
+    """A file object to seek in and read from, that fetches what is read and not the whole."""
+    fs, path = open_url(url)
+    with storage_errors(url, "read"), fs.open(path, "rb") as file:
+        yield file
+
+
+def download(url: str, path: Path) -> Path:
+    """The file at `url` as the local file `path`."""
+    fs, remote = open_url(url)
+    with storage_errors(url, "read"):
+        fs.get_file(remote, str(path))
+    return path
+
+
+def glance(url: str) -> list[Any]:
+    """What tells a large file from another without reading it: its name, size, and a hash of both ends."""
+    fs, path = open_url(url)
+    with storage_errors(url, "read"):
+        length = int(fs.info(path)["size"])
+        ends = fs.cat_file(path, start=0, end=min(_END, length))
+        if length > _END:
+            ends += fs.cat_file(path, start=max(_END, length - _END), end=length)
+    return [url.rsplit("/", 1)[-1], length, hashlib.sha256(ends).hexdigest()]
+
+
+def read_bytes(url: str) -> bytes:
+    """The whole content of `url`."""
+    fs, path = open_url(url)
+    with storage_errors(url, "read"):
+        return fs.cat_file(path)
+
+
+def read_json(url: str) -> Any:
+    """The JSON document at `url`; ValueError with its address if it is not JSON."""
+    return json_of(read_bytes(url), url)
+
+
+def json_of(data: bytes, url: str) -> Any:
+    """The JSON document that was read from `url`; ValueError with its address if it is not JSON."""
+    try:
+        return json.loads(data)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{url} is not JSON ({error})\nhint: was it edited or cut?") from error
+
+
+def put_file(local: Path, url: str, *, give: bool = False) -> None:
+    """Put the finished local file at `url`, whole or not at all; with `give` nobody needs it any more where it is."""
+    fs, path = open_url(url)
+    with storage_errors(url, "write"):
+        if is_local(url):
+            with unfinished_file(path) as temporary:
+                if not (give and _moved(local, temporary)):
+                    fs.put_file(str(local), temporary)
+                flush_to_disk(temporary)
+                os.replace(temporary, path)
+        else:
+            fs.put_file(str(local), path)
+
+
+def _moved(local: Path, path: str) -> bool:
+    """Rename a file; False where that is no matter of a name, for it is another file system."""
+    try:
+        os.replace(local, path)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        return False
+    return True
+
+
+def put_bytes(data: bytes, url: str) -> None:
+    """Put `data` at `url`, whole or not at all."""
+    fs, path = open_url(url)
+    with storage_errors(url, "write"):
+        if is_local(url):
+            with unfinished_file(path) as temporary:
+                fs.pipe_file(temporary, data)
+                flush_to_disk(temporary)
+                os.replace(temporary, path)
+        else:
+            fs.pipe_file(path, data)
+
+
+def raise_error(error: OSError) -> None:
+    raise error
+
+
+def put_json(document: Any, url: str) -> None:
+    """Put `document` as JSON at `url`."""
+    put_bytes(json_bytes(document), url)
+
+
+def json_bytes(document: Any) -> bytes:
+    """`document` as the bytes that this project writes for it: equal documents, equal bytes."""
+    return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=True) + "\n").encode()
+
+
+def remove(url: str) -> None:
+    """Remove the file at `url` if it is there."""
+    fs, path = open_url(url)
+    with storage_errors(url, "remove"), contextlib.suppress(FileNotFoundError):
+        fs.rm_file(path)
+
+
+def remove_tree(url: str) -> None:
+    """Remove everything below `url`."""
+    fs, path = open_url(url)
+    with storage_errors(url, "remove"), contextlib.suppress(FileNotFoundError):
+        fs.rm(path, recursive=True)
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a local file in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256(url: str) -> str:
+    """sha256 of the file at `url`, read in pieces."""
+    if is_local(url):
+        return sha256_file(local_path(url))
+    fs, path = open_url(url)
+    digest = hashlib.sha256()
+    with storage_errors(url, "read"), fs.open(path, "rb", block_size=8 * _CHUNK) as file:
+        while chunk := file.read(8 * _CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def each(function: Callable[[str], _T], urls: Iterable[str], *, threads: int = 16) -> list[_T]:
+    """`function` of every URL, in order; in threads because on S3 each call is a round trip."""
+    urls = list(urls)
+    if len(urls) < 2:
+        return [function(url) for url in urls]
+    with ThreadPoolExecutor(min(threads, len(urls))) as pool:
+        return list(pool.map(function, urls))
+
+
+@contextlib.contextmanager
+def unfinished_file(path: str) -> Iterator[str]:
+    """A random hidden name in the folder of `path`, gone afterwards whatever happened."""
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    # Random and not the pid: after a crash the pid may come again.
+    temporary = os.path.join(folder, f".{name[:80]}.{secrets.token_hex(8)}")
+    try:
+        yield temporary
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def flush_to_disk(path: str) -> None:
+    """Bytes onto the disk before the name: a crash must not leave a name without its bytes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
