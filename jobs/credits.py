@@ -7,8 +7,8 @@ from typing import Any
 from PIL import Image
 
 from pipeline import storage
-from pipeline.contact_sheet import contact_sheet
 from pipeline.dataset import Dataset, metadata
+from pipeline.media.contact_sheet import contact_sheet
 
 _LICENCES = ("licence_spdx", "license", "licence", "licence_url", "license_url", "rights")
 _CELL = 160

@@ -26,12 +26,14 @@ from jobs.runs import Run
 from jobs.settings import EvaluateConfig, SampleConfig
 from model import judge
 from model.precision import compute_dtype
-from pipeline import clip, images, stage, storage, tars
+from pipeline import clip, stage, storage
 from pipeline.batches import averaged
 from pipeline.catalog import lot
 from pipeline.dataset import Dataset, Embeddings, file_of, metadata
 from pipeline.hardware import devices
 from pipeline.index import Searcher
+from pipeline.media import tars
+from pipeline.media.resize import pixels
 from pipeline.stage import Item, Output, Stage
 
 _log = logging.getLogger(__name__)
@@ -87,7 +89,7 @@ def pictures_of(dataset: Dataset, size: int) -> np.ndarray:
     found = []
     for record in dataset.manifest("shards")["items"]:
         path = dataset.fetch("shards", file_of(record, ".tar"), check=True)
-        pictures = [images.pixels(tars.picture(sample)) for sample in tars.read(path)]
+        pictures = [pixels(tars.picture(sample)) for sample in tars.read(path)]
         if len({one.shape for one in pictures}) > 1:
             raise ValueError(f"the pictures of {dataset.label} have different sizes, a judge needs one\n"
                              f"hint: shard with --resize center_crop")
@@ -329,7 +331,7 @@ class Evaluation(Stage):
 
     def _grid(self, way: str, found: list[dict[str, Any]], rows: int = 8) -> Image.Image:
         """The first pictures of some prompts in every style, as the way has them; rows prompts, columns styles."""
-        from pipeline.contact_sheet import contact_sheet
+        from pipeline.media.contact_sheet import contact_sheet
         size = int(self.run.section()["image_size"])
         styles = [one for one in found if one["way"] == way]
         prompts = styles[0]["prompts"][:rows]

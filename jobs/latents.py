@@ -17,9 +17,10 @@ from jobs.runs import Run
 from jobs.settings import LatentsConfig
 from model import first_stage
 from model.first_stage import FirstStage
-from pipeline import images, tars
 from pipeline.dataset import Dataset, file_of
 from pipeline.hardware import devices
+from pipeline.media import tars
+from pipeline.media.resize import pixels
 from pipeline.stage import Item, Output, Stage
 
 IN_THE_RUN = "first_stage"  # the source of a first stage that lies in the folder of its run
@@ -109,7 +110,7 @@ class Latents(Stage):
         with ThreadPoolExecutor(2) as pool:
             ahead = None
             while some := list(itertools.islice(encoded, self.config.batch_size)):
-                following = pool.submit(lambda some=some: np.stack([images.pixels(one) for one in some]))
+                following = pool.submit(lambda some=some: np.stack([pixels(one) for one in some]))
                 if ahead:
                     yield ahead.result()
                 ahead = following

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline import images
+from pipeline.media.decode import decode
+from pipeline.media.types import BadPicture
 
 _MOST_PIXELS = 100_000_000
 FROM_P_D = "from p_D"
@@ -72,11 +73,11 @@ def read(path: str) -> bytes:
     """The bytes of a picture on this machine; ValueError if there is none that can be decoded."""
     try:
         data = Path(path).expanduser().read_bytes()
-        images.decode(data, _MOST_PIXELS)
+        decode(data, _MOST_PIXELS)
     except OSError as error:
         raise ValueError(f"cannot read the picture {path}: {error.strerror}\n"
                          f"hint: --image takes the path of a file on this machine") from None
-    except images.BadPicture as error:
+    except BadPicture as error:
         raise ValueError(f"the picture {path} cannot be taken: {error}\n"
                          f"hint: --image takes what `shard` takes, JPEG, PNG or WebP for example") from None
     return data

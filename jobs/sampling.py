@@ -18,11 +18,12 @@ from jobs.retrieval import Drawn, Near, Retriever
 from jobs.runs import Run
 from jobs.settings import QueryConfig, SampleConfig
 from model.precision import compute_dtype
-from pipeline import clip, images, lookup, stage, storage
-from pipeline.contact_sheet import contact_sheet
+from pipeline import clip, lookup, stage, storage
 from pipeline.dataset import Dataset
 from pipeline.hardware import devices
 from pipeline.lookup import Sample
+from pipeline.media.contact_sheet import contact_sheet
+from pipeline.media.resize import pixels
 from pipeline.stage import Item, Output, Stage
 
 _SHOWN = 256  # pixels of a side of what was asked for by a picture
@@ -239,7 +240,7 @@ def _beside(name: str, rank: int) -> str:
 
 
 def _small(data: bytes) -> Image.Image:
-    image = Image.fromarray(images.pixels(data))
+    image = Image.fromarray(pixels(data))
     image.thumbnail((_SHOWN, _SHOWN), Image.Resampling.LANCZOS)
     return image
 

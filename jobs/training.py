@@ -9,8 +9,8 @@ from model.config import TrainConfig, identity
 from pipeline import embed, stage
 from pipeline.batches import OWN
 from pipeline.dataset import Dataset
-from pipeline.images import pixels
 from pipeline.lookup import samples
+from pipeline.media.resize import pixels
 from pipeline.stage import Item, Output, Stage
 
 

@@ -17,10 +17,11 @@ from model.first_stage import FirstStage
 from model.precision import compute_dtype
 from model.sample import initial_noise, sample
 from model.unet import UNet
-from pipeline import images, lookup, neighbors, storage
+from pipeline import lookup, neighbors, storage
 from pipeline.batches import OWN, averaged
-from pipeline.contact_sheet import contact_sheet
 from pipeline.dataset import Dataset, Embeddings, file_of
+from pipeline.media.contact_sheet import contact_sheet
+from pipeline.media.resize import pixels
 
 _COUNT, _AT_ONCE = 256, 64
 _SHOWN, _STEPS = 8, 20
@@ -129,7 +130,7 @@ class Validation:
                              column_labels=["held out", "drawn", *(f"neighbour {n + 1}" for n in range(columns - 2))])
 
     def _pixels(self, rows: np.ndarray) -> torch.Tensor:
-        pictures = np.stack([images.pixels(one.picture) for one in lookup.samples(self.dataset, rows.tolist())])
+        pictures = np.stack([pixels(one.picture) for one in lookup.samples(self.dataset, rows.tolist())])
         if self.config.image_size:
             pictures = averaged(pictures, self.config.image_size)
         return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -157,4 +158,4 @@ def _sampler(config: TrainConfig) -> Any:
 
 
 def _opened(picture: bytes) -> Image.Image:
-    return Image.fromarray(images.pixels(picture))
+    return Image.fromarray(pixels(picture))

@@ -15,8 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
-from pipeline import samples, stage, storage, tars
+from pipeline import samples, stage, storage
 from pipeline.dataset import Dataset
+from pipeline.media import tars
+from pipeline.media.foreign_tars import Suspicions, examine
 from pipeline.shard import ShardConfig
 from pipeline.sources import addresses_of, cells_of, sound
 from pipeline.sources.tars import STEP, caption_of, local, metadata_of, types_of
@@ -78,8 +80,8 @@ class Adopt(Stage):
         address = item.inputs["tar"]
         path = local(address, scratch)
         metas, entries = [], []
-        suspicions = tars.Suspicions()
-        for number, sample in enumerate(tars.examine(path, suspicions), item.inputs["first"]):
+        suspicions = Suspicions()
+        for number, sample in enumerate(examine(path, suspicions), item.inputs["first"]):
             meta, entry = self._meta(number, sample, address)
             metas.append(meta)
             entries += entry

@@ -15,9 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import images, neighbors, tars
+from pipeline import neighbors
 from pipeline.ahead import Ahead
 from pipeline.dataset import Dataset, Embeddings, file_of, mapped
+from pipeline.media import tars
+from pipeline.media.resize import pixels
+from pipeline.media.types import BadPicture
 
 OWN = {"image": "embeddings", "caption": "text_embeddings"}
 _THREADS = 8  # that decode, at most
@@ -283,8 +286,8 @@ def _array(dataset: Dataset, name: str, files: list[dict[str, Any]], counts: tup
 
 def _decoded(tar: tars.Pictures, position: int) -> np.ndarray:
     try:
-        return images.pixels(tar[position])
-    except images.BadPicture as error:
+        return pixels(tar[position])
+    except BadPicture as error:
         raise ValueError(f"sample {position} of {tar.path} does not decode ({error})\n"
                          f"hint: shard these tars anew without --adopt, which leaves such samples out") from error
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import Image
 
-from pipeline import images, storage
+from pipeline import storage
 from pipeline.hardware import devices
+from pipeline.media import resize
 
 if TYPE_CHECKING:
     import torch
@@ -114,7 +115,7 @@ def prepared(data: bytes, wanted: dict[str, Any], theirs: Callable[[Image.Image]
 
     Where that wants what is not done here, all of it by open_clip's own (`theirs`): (3, H, W) float32.
     """
-    pixels = images.pixels(data)
+    pixels = resize.pixels(data)
     if (wanted["resize"] not in {"shortest", "squash"} or wanted["interpolation"] not in {"bicubic", "bilinear"}
             or not isinstance(wanted["image_size"], int)):
         return theirs(Image.fromarray(pixels)).numpy()
@@ -129,7 +130,7 @@ def prepared(data: bytes, wanted: dict[str, Any], theirs: Callable[[Image.Image]
         part = (left * across, top * down, (left + size) * across, (top + size) * down)
     if part == (0, 0, width, height) and (width, height) == (size, size):
         return pixels
-    return images.resampled(pixels, (size, size), part, wanted["interpolation"])
+    return resize.resampled(pixels, (size, size), part, wanted["interpolation"])
 
 
 def preparation(wanted: dict[str, Any]) -> Callable[[Image.Image], "torch.Tensor"]:

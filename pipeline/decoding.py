@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline import clip, images
+from pipeline import clip
+from pipeline.media.types import BadPicture
 
 
 @dataclass
@@ -37,7 +38,7 @@ def decoded(data: list[bytes], prepare: Callable[[bytes], np.ndarray]) -> Decode
     for position, one in enumerate(data):
         try:
             pictures.append(prepare(one))
-        except images.BadPicture:
+        except BadPicture:
             continue
         there.append(position)
     return Decoded(there, np.stack(pictures) if pictures else None, time.perf_counter() - begun)

@@ -31,7 +31,7 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_exceptions import ContentEncodingError, ContentLengthError, TransferEncodingError
 from yarl import URL
 
-from pipeline.images import BadPicture
+from pipeline.media.types import BadPicture
 
 REDIRECTS = 5
 LONGEST_WAIT = 60.0  # seconds that a server may ask for by Retry-After

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from pipeline import clip, decoding, tars
+from pipeline import clip, decoding
+from pipeline.media import tars
 from pipeline.times import Times
 
 if TYPE_CHECKING:

@@ -19,9 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import clip, stage, storage, tars
+from pipeline import clip, stage, storage
 from pipeline.dataset import Dataset, file_of, metadata
 from pipeline.embed import Embed, EmbedConfig
+from pipeline.media import tars
 from pipeline.stage import Entry, Item, Output, Stage, StageFailed
 from pipeline.storage import parquet
 from pipeline.times import Times

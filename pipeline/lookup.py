@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline import tars
 from pipeline.dataset import Dataset, file_of, metadata
+from pipeline.media import tars
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import uvloop
 
-from pipeline import images, storage, tars
+from pipeline import storage
 from pipeline.hardware import malloc
-from pipeline.images import BadPicture
+from pipeline.media import tars
+from pipeline.media.decode import decode
+from pipeline.media.hashes import perceptual_hash, pixel_hash
+from pipeline.media.resize import encode, patches, resize
+from pipeline.media.types import BadPicture, Pixels, size_of
 from pipeline.progress import Beat
 from pipeline.sources import Row
 from pipeline.stage import Entry
@@ -69,36 +73,36 @@ def make(config: "ShardConfig", row: Row, data: bytes, keys: list[str]) -> Made:
     fetched = hashlib.sha256(data).hexdigest()
     _check_hash(row.digest, data, fetched)
     patched = config.patches > 0
-    picture = images.decode(data, config.max_pixels, at_least=config.patch_side if patched else config.image_size,
+    picture = decode(data, config.max_pixels, at_least=config.patch_side if patched else config.image_size,
                             how="keep_ratio" if patched else config.resize, min_size=config.min_size,
                             max_aspect=config.max_aspect)
     meta = bare(row) | {"status": SUCCESS, "original_width": picture.width, "original_height": picture.height,
                         "exif": _exif(data) if config.exif else None, "original_sha256": fetched}
     made = Made([], entries=[Entry(called(row), reason, detail, kept=True) for reason, detail in picture.remarks])
     if patched:
-        whole = images.resize(picture, config.patch_side, "keep_ratio", only_if_bigger=config.only_if_bigger,
+        whole = resize(picture, config.patch_side, "keep_ratio", only_if_bigger=config.only_if_bigger,
                               max_aspect=config.max_aspect)
-        for (left, top, patch), key in zip(images.patches(whole, config.image_size, config.patches, config.seed,
+        for (left, top, patch), key in zip(patches(whole, config.image_size, config.patches, config.seed,
                                                           row.name), keys, strict=True):
-            place = {"patch_left": left, "patch_top": top, "patch_short_side": min(images.size_of(whole))}
-            _add(made, config, meta | place, key, patch, images.encode(patch, config.format, config.quality))
+            place = {"patch_left": left, "patch_top": top, "patch_short_side": min(size_of(whole))}
+            _add(made, config, meta | place, key, patch, encode(patch, config.format, config.quality))
         return made
-    resized = images.resize(picture, config.image_size, config.resize, only_if_bigger=config.only_if_bigger,
+    resized = resize(picture, config.image_size, config.resize, only_if_bigger=config.only_if_bigger,
                             max_aspect=config.max_aspect)
     same = resized is picture.image and picture.plain
     stored = {"jpg": "jpeg"}.get(config.format, config.format)
     _add(made, config, meta, keys[0], resized,
-         data if same and picture.format == stored else images.encode(resized, config.format, config.quality))
+         data if same and picture.format == stored else encode(resized, config.format, config.quality))
     return made
 
 
-def _add(made: Made, config: "ShardConfig", meta: dict[str, Any], key: str, image: images.Pixels, data: bytes) -> None:
-    width, height = images.size_of(image)
+def _add(made: Made, config: "ShardConfig", meta: dict[str, Any], key: str, image: Pixels, data: bytes) -> None:
+    width, height = size_of(image)
     meta = meta | {"key": key, "width": width, "height": height, "sha256": hashlib.sha256(data).hexdigest()}
     if config.duplicates != "keep":
-        meta["pixel_sha256"] = images.pixel_hash(image)
+        meta["pixel_sha256"] = pixel_hash(image)
         if config.duplicates == "near":
-            meta["phash"], meta["mean_colour"] = images.perceptual_hash(image)
+            meta["phash"], meta["mean_colour"] = perceptual_hash(image)
     made.metas.append(meta)
     made.pictures.append(data)
 

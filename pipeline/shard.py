@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from pipeline import images, samples, sources, stage, storage
+from pipeline import samples, sources, stage, storage
 from pipeline.dataset import Dataset, file_of
 from pipeline.download import DownloadConfig
+from pipeline.media.types import NARROWEST, BadPicture, Format, Resize
 from pipeline.records import infos
 from pipeline.sources import Kind, Part, Reading, Row, Source
 from pipeline.stage import Entry, Item, Output, Stage, StageFailed, name_by_content, totals
@@ -60,12 +61,12 @@ class ShardConfig:
     """Instead of samples_per_shard: about how large a tar shall be, as in 500M."""
     image_size: int = 256
     """Side in pixels after resizing; which side, `resize` says."""
-    resize: images.Resize = "center_crop"
+    resize: Resize = "center_crop"
     """center_crop: a square; keep_ratio: the short side; keep_ratio_largest: the long side; border: a square with
     white around; no: as it is."""
     only_if_bigger: bool = False
     """Never enlarge."""
-    format: images.Format = "jpg"
+    format: Format = "jpg"
     """Encoding in the tar; bytes that need no change are passed through."""
     quality: int = 95
     """Quality of jpg and webp."""
@@ -73,7 +74,7 @@ class ShardConfig:
     """Pictures with more pixels than this are refused before they are decoded."""
     min_size: int = 0
     """Pictures with a shorter side than this are left out."""
-    max_aspect: float = images.NARROWEST
+    max_aspect: float = NARROWEST
     """Pictures with a longer side than so many short ones are left out."""
     patches: int = 0
     """Cut so many squares of image_size at random from each picture, instead of resizing it."""
@@ -311,7 +312,7 @@ class Shard(Stage):
 
 
 def _nothing_to_read(row: Any) -> bytes:
-    raise images.BadPicture("picture_missing", row.missing)
+    raise BadPicture("picture_missing", row.missing)
 
 
 def accounting(manifest: dict[str, Any], rows: Iterable[dict[str, Any]]) -> dict[str, int]:

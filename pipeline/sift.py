@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import duplicates, samples, stage, storage, tars
+from pipeline import samples, stage, storage
 from pipeline.dataset import Dataset, file_of
+from pipeline.media import duplicates, tars
 from pipeline.shard import Shard, ShardConfig
 from pipeline.stage import Entry, Item, Output, name_by_content
 from pipeline.storage.parquet import read

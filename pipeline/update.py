@@ -27,10 +27,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import images, samples, sources, stage, storage, tars, tombstones
+from pipeline import samples, sources, stage, storage, tombstones
 from pipeline.dataset import Dataset, file_of
 from pipeline.embed import Embed, EmbedCaptions, EmbedConfig
 from pipeline.forgotten import Forgotten
+from pipeline.media import tars
+from pipeline.media.types import BadPicture
 from pipeline.shard import Shard, ShardConfig
 from pipeline.sources import Reading, Row, Source, listed, listed_rows
 from pipeline.stage import Entry, Item, Output, Stage, name_by_content
@@ -219,7 +221,7 @@ class Compare(Stage):
     def _hash(self, row: Row) -> tuple[int, str]:
         try:
             return row.number, hashlib.sha256(self.source.read(row)).hexdigest()  # type: ignore[attr-defined]
-        except images.BadPicture:
+        except BadPicture:
             return row.number, ""
 
     def hashes(self, manifest: dict[str, Any]) -> dict[int, str]:

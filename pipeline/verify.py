@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import neighbors, stage, storage, tars
+from pipeline import neighbors, stage, storage
 from pipeline.dataset import Dataset, file_of, metadata
+from pipeline.media import tars
 
 
 def folder(root: str, path: str, *, quick: bool = False) -> Iterator[dict[str, str]]:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pyarrow as pa
 
-from pipeline import images, storage
+from pipeline import storage
+from pipeline.media.types import SUFFIXES
 from pipeline.stage import name_by_content
 from pipeline.where import Where
 
@@ -205,20 +206,20 @@ def _guess(sources: tuple[str, ...]) -> str:
     kinds = set()
     for source in sources:
         names: Iterable[str] = [source]
-        if ("*" in source or "?" in source) and not source.lower().endswith((".tar", *LISTS, *images.SUFFIXES)):
+        if ("*" in source or "?" in source) and not source.lower().endswith((".tar", *LISTS, *SUFFIXES)):
             names = storage.glob(source)
-        elif not source.lower().endswith((".tar", *LISTS, *images.SUFFIXES)) and not storage.exists(source):
+        elif not source.lower().endswith((".tar", *LISTS, *SUFFIXES)) and not storage.exists(source):
             try:
                 names = [name for name, _ in storage.walk(source)]
             except FileNotFoundError:
                 raise ValueError(f"there is no file or folder {source}") from None
         endings = [name.lower() for name in names]
-        for kind, suffixes in (("pictures", images.SUFFIXES), ("tars", (".tar",)), ("list", LISTS)):
+        for kind, suffixes in (("pictures", SUFFIXES), ("tars", (".tar",)), ("list", LISTS)):
             if any(name.endswith(suffixes) for name in endings):
                 kinds.add(kind)
                 break
         else:
-            raise ValueError(f"no pictures in {source}\nhint: files ending in {', '.join(images.SUFFIXES)} are looked "
+            raise ValueError(f"no pictures in {source}\nhint: files ending in {', '.join(SUFFIXES)} are looked "
                              f"for, in folders below it too; or .tar; or lists, ending in {', '.join(LISTS[::4])}")
     if len(kinds) != 1:
         raise ValueError(f"the sources are of several kinds: {', '.join(sorted(kinds))}\n"

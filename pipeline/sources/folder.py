@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pipeline import images, storage
+from pipeline import storage
+from pipeline.media.types import SUFFIXES, BadPicture
 from pipeline.sources import CAPTION_COLUMNS, Part, Reading, Row, Source, Types, cells_of, listed, listed_rows, text
 from pipeline.storage import parquet
 
@@ -73,21 +74,21 @@ class Folder(Source):
     def read(self, row: Row) -> bytes:
         """The bytes of a row's picture; BadPicture if it is gone."""
         if row.missing:
-            raise images.BadPicture("picture_missing", row.missing)
+            raise BadPicture("picture_missing", row.missing)
         try:
             if row.caption_file:
                 caption = storage.read_bytes(storage.join(self.base, row.caption_file))
                 row.caption = caption.decode("utf-8-sig", "replace").strip()
             return storage.read_bytes(storage.join(self.base, row.name))
         except FileNotFoundError:
-            raise images.BadPicture("picture_missing", "gone since it was listed") from None
+            raise BadPicture("picture_missing", "gone since it was listed") from None
 
     def _rows(self) -> list[Row]:
         if self._found is None:
             self._found = list(self._list())
             if not self._found:
                 raise ValueError(f"no pictures in {self.config.source[0]}\nhint: files ending in "
-                                 f"{', '.join(images.SUFFIXES)} are looked for, in folders below it too")
+                                 f"{', '.join(SUFFIXES)} are looked for, in folders below it too")
         return self._found
 
     def _list(self) -> Iterator[Row]:
@@ -95,7 +96,7 @@ class Folder(Source):
         texts = set()
         try:
             for name, length in storage.walk(self.base):
-                if name.lower().endswith(images.SUFFIXES) and self.pattern.fullmatch(name):
+                if name.lower().endswith(SUFFIXES) and self.pattern.fullmatch(name):
                     found[name] = length
                 elif name.endswith(".txt"):
                     texts.add(name)
@@ -156,7 +157,7 @@ class Folder(Source):
 def _split(address: str) -> tuple[str, re.Pattern[str]]:
     """A folder, and the pattern that names below it must match: * stays in a folder, ** does not."""
     if "*" not in address and "?" not in address:
-        if address.lower().endswith(images.SUFFIXES) and storage.exists(address):
+        if address.lower().endswith(SUFFIXES) and storage.exists(address):
             folder, _, name = storage.normal(address).rpartition("/")
             return folder, re.compile(re.escape(name))
         return storage.normal(address), re.compile(".*", re.DOTALL)

@@ -13,7 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import storage, tars
+from pipeline import storage
+from pipeline.media import tars
+from pipeline.media.foreign_tars import Suspicions, examine
 from pipeline.sources import CAPTION_COLUMNS, Part, Reading, Row, Source, Types, cells_of, text, where_of
 
 if TYPE_CHECKING:
@@ -46,9 +48,9 @@ class Tars(Source):
             yield Part({"tar": address, "first": number * STEP})
 
     def rows(self, stage_folder: str, inputs: dict[str, Any], scratch: Path, reading: Reading) -> Iterator[Row]:
-        suspicions = tars.Suspicions()
+        suspicions = Suspicions()
         batch: list[Row] = []
-        samples = tars.examine(local(inputs["tar"], scratch), suspicions)
+        samples = examine(local(inputs["tar"], scratch), suspicions)
         for number, sample in enumerate(samples, inputs["first"]):
             batch.append(_row(number, sample, self.config.caption_column))
             if len(batch) == _BATCH:
@@ -85,7 +87,7 @@ def types_of(address: str) -> dict[str, str]:
         except (pa.ArrowException, OSError):
             types = Types()  # no parquet after all
     with storage.reader(address) as stream:
-        for sample in itertools.islice(tars.examine(stream, tars.Suspicions()), _BATCH):
+        for sample in itertools.islice(examine(stream, Suspicions()), _BATCH):
             types.see(metadata_of(sample))
     return types.found()
 

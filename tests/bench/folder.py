@@ -21,7 +21,8 @@ import photographs
 from download import CHECKOUT, QUALITY, SIZE, Failed, machine, measured, seconds_of_shards, versions
 
 sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
-from pipeline import images
+from pipeline.media.decode import decode
+from pipeline.media.resize import encode, resize
 
 _PER_SHARD = 1000
 _MAX_PIXELS = 100_000_000
@@ -58,13 +59,13 @@ def _whole_way(paths: list[Path]) -> int:
     """Read, decode, resize, encode; the bytes of all."""
     total = 0
     for path in paths:
-        picture = images.decode(path.read_bytes(), _MAX_PIXELS, at_least=SIZE, how="keep_ratio")
-        total += len(images.encode(images.resize(picture, SIZE, "keep_ratio"), "jpg", QUALITY))
+        picture = decode(path.read_bytes(), _MAX_PIXELS, at_least=SIZE, how="keep_ratio")
+        total += len(encode(resize(picture, SIZE, "keep_ratio"), "jpg", QUALITY))
     return total
 
 
 def _decode_alone(paths: list[Path]) -> int:
-    return sum(images.decode(path.read_bytes(), _MAX_PIXELS).width for path in paths)
+    return sum(decode(path.read_bytes(), _MAX_PIXELS).width for path in paths)
 
 
 def _bare(folder: Path, processes: int, whole_way: bool) -> None:

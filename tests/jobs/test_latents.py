@@ -23,11 +23,12 @@ from jobs.validation import Validation
 from model import checkpoint, first_stage, released
 from model.config import UNetConfig
 from model.unet import UNet
-from pipeline import stage, tars
+from pipeline import stage
 from pipeline.batches import Batches
 from pipeline.dataset import Dataset, file_of
 from pipeline.hardware import devices
-from pipeline.images import pixels
+from pipeline.media import tars
+from pipeline.media.resize import pixels
 
 GOLDEN = Path(__file__).parents[1] / "model" / "golden" / "compvis_small.safetensors"
 SMALL = UNetConfig(in_channels=16, out_channels=16, model_channels=32, channel_mult=(1, 2), num_res_blocks=1,

@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
 
-from pipeline import progress, shard, sift, stage, storage, tars, verify
+from pipeline import progress, shard, sift, stage, storage, verify
 from pipeline.dataset import Dataset, file_of
 from pipeline.download import DownloadConfig
+from pipeline.media import tars
 from pipeline.shard import Shard, ShardConfig
 from pipeline.sift import Sift
 from pipeline.stage import StageFailed

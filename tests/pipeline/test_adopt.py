@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import stage, storage, tars, verify
+from pipeline import stage, storage, verify
 from pipeline.adopt import Adopt
 from pipeline.dataset import Dataset, Embeddings, file_of, metadata
 from pipeline.embed import Embed, EmbedConfig
+from pipeline.media import tars
 from pipeline.shard import Shard, ShardConfig
 from pipeline.stage import StageFailed
 from tests.pipeline import made

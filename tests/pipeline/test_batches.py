@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import lookup, neighbors, stage, storage, tars
+from pipeline import lookup, neighbors, stage, storage
 from pipeline.batches import Batches, Order, averaged
 from pipeline.dataset import Dataset, Embeddings, file_of
 from pipeline.embed import Embed, EmbedConfig
+from pipeline.media import tars
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.shard import Shard, ShardConfig
 from pipeline.storage import cache

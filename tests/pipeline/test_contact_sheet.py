@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.contact_sheet import contact_sheet
+from pipeline.media.contact_sheet import contact_sheet
 
 RED, EMPTY, WHITE = (200, 0, 0), (238, 238, 238), (255, 255, 255)
 

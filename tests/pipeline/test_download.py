@@ -24,7 +24,7 @@ import pytest
 
 from pipeline import download
 from pipeline.download import DownloadConfig, Downloader
-from pipeline.images import BadPicture
+from pipeline.media.types import BadPicture
 from tests.pipeline import web
 
 FILES = {"a.jpg": bytes(range(256)) * 1200, "large.jpg": os.urandom(5 << 20), "empty.jpg": b"",

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from pipeline import duplicates
+from pipeline.media import duplicates
 
 
 def slowly(phash, colour, bits, distance, missing=None):

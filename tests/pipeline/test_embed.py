@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import clip, embed, encoding, stage, storage, tars, verify
+from pipeline import clip, embed, encoding, stage, storage, verify
 from pipeline.clip import ClipConfig
 from pipeline.dataset import Dataset, Embeddings, file_of, metadata
 from pipeline.embed import Embed, EmbedCaptions, EmbedConfig
 from pipeline.hardware import devices
+from pipeline.media import tars
 from pipeline.shard import Shard, ShardConfig
 from pipeline.stage import StageFailed
 from pipeline.update import Reuse

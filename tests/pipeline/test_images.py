@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageDraw
 
-from pipeline import images
+from pipeline.media.decode import decode
+from pipeline.media.hashes import perceptual_hash, pixel_hash
+from pipeline.media.resize import encode, patches, pixels, resize
+from pipeline.media.types import BadPicture, check, size_of
 from tests.pipeline.made import encoded, noise
 
 
@@ -76,12 +79,12 @@ def psnr(one: Image.Image, other: Image.Image) -> float:
 
 
 def decoded(data: bytes, max_pixels: int = 10_000_000) -> np.ndarray:
-    return np.asarray(images.decode(data, max_pixels).image)
+    return np.asarray(decode(data, max_pixels).image)
 
 
 def reason(data: bytes, max_pixels: int = 10_000_000) -> str:
-    with pytest.raises(images.BadPicture) as caught:
-        images.decode(data, max_pixels)
+    with pytest.raises(BadPicture) as caught:
+        decode(data, max_pixels)
     return caught.value.reason
 
 
@@ -113,11 +116,11 @@ def test_spoiled_bytes_give_a_picture_or_a_reason(kind, capfd):
                 data[chance.randrange(min(len(data), chance.choice([40, 400, 10_000])))] = chance.randrange(256)
             end = chance.choice([len(data), chance.randrange(len(data))])
             try:
-                picture = images.decode(bytes(data[:end]), 10_000, at_least=chance.choice([0, 5]))
+                picture = decode(bytes(data[:end]), 10_000, at_least=chance.choice([0, 5]))
                 assert np.asarray(picture.image).shape[2:] == (3,)
-                resized = images.resize(picture, 5, chance.choice(["center_crop", "keep_ratio"]))
-                assert min(images.size_of(resized)) == 5
-            except images.BadPicture as bad:
+                resized = resize(picture, 5, chance.choice(["center_crop", "keep_ratio"]))
+                assert min(size_of(resized)) == 5
+            except BadPicture as bad:
                 assert bad.reason in {"empty_file", "not_a_picture", "too_many_pixels", "corrupt", "too_narrow"}
 
 
@@ -140,7 +143,7 @@ def test_transparent_parts_are_white():
     assert decoded(encoded(Image.new("LA", (2, 2), (9, 255)), "PNG"))[0, 0].tolist() == [9, 9, 9]
     keyed = Image.new("RGB", (2, 2), (1, 2, 3))
     keyed.putpixel((0, 0), (9, 9, 9))
-    shown = images.decode(encoded(keyed, "PNG", transparency=(1, 2, 3)), 100)
+    shown = decode(encoded(keyed, "PNG", transparency=(1, 2, 3)), 100)
     assert np.asarray(shown.image)[1, 1].tolist() == [255, 255, 255] and not shown.plain
     assert np.asarray(shown.image)[0, 0].tolist() == [9, 9, 9]
     grey = decoded(encoded(Image.new("L", (2, 2), 7), "PNG", transparency=7))
@@ -156,7 +159,7 @@ def test_16_bit_greys_are_scaled_whether_dark_or_bright(values):
 
 def test_16_bit_colours_are_8_bit_and_not_passed_through():
     rows = b"".join(b"\0" + struct.pack(">6H", *[0x1234, 0x8000, 0xFFFF] * 2) for _ in range(2))
-    deep = images.decode(png(2, 2, 16, 2, rows), 100)
+    deep = decode(png(2, 2, 16, 2, rows), 100)
     assert np.abs(np.asarray(deep.image)[0, 0].astype(int) - [0x12, 0x80, 0xFF]).max() <= 1
     assert not deep.plain
 
@@ -173,7 +176,7 @@ def test_one_bit_and_float_pictures_have_their_whites():
 def test_of_an_animation_the_first_frame_is_taken(kind):
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
     options = {"lossless": True} if kind == "WEBP" else {}
-    picture = images.decode(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options), 1000)
+    picture = decode(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options), 1000)
     assert np.asarray(picture.image)[8, 8].tolist() == [255, 0, 0]
     assert picture.remarks == [("animated", "first of 3 frames taken")] and not picture.plain
 
@@ -192,59 +195,59 @@ def test_pictures_stand_upright(orientation):
     exif[0x0112] = orientation
     upright = Image.new("RGB", (24, 16), "white")
     upright.paste("red", (0, 0, 12, 8))  # upper left
-    picture = images.decode(encoded(turned(upright, orientation), "PNG", exif=exif), 1000)
+    picture = decode(encoded(turned(upright, orientation), "PNG", exif=exif), 1000)
     assert (picture.width, picture.height) == (24, 16)
     assert np.asarray(picture.image).tolist() == np.asarray(upright).tolist()
     assert not picture.plain or orientation == 1
 
 
 def test_only_bytes_that_say_exactly_these_pixels_are_plain():
-    assert images.decode(encoded(noise(8, 8), "PNG"), 100).plain
-    assert images.decode(encoded(noise(8, 8), "JPEG"), 100).plain
+    assert decode(encoded(noise(8, 8), "PNG"), 100).plain
+    assert decode(encoded(noise(8, 8), "JPEG"), 100).plain
     for other in ("L", "P", "RGBA", "1"):
-        assert not images.decode(encoded(noise(8, 8).convert(other), "PNG"), 100).plain
+        assert not decode(encoded(noise(8, 8).convert(other), "PNG"), 100).plain
 
 
 @pytest.mark.parametrize(("width", "height"), [(100, 50), (50, 100), (33, 32), (32, 32), (7, 5), (640, 33)])
 def test_resizing_gives_the_size_that_was_asked(width, height):
     picture = noise(width, height)
-    assert images.resize(picture, 32, "center_crop").size == (32, 32)
-    kept = images.resize(picture, 32, "keep_ratio")
+    assert resize(picture, 32, "center_crop").size == (32, 32)
+    kept = resize(picture, 32, "keep_ratio")
     assert min(kept.size) == 32
     assert max(kept.size) == max(32, round(max(width, height) * 32 / min(width, height)))
-    assert images.resize(picture, 32, "no") is picture
+    assert resize(picture, 32, "no") is picture
 
 
 def test_the_crop_is_the_middle():
     wide = Image.new("RGB", (90, 30), "black")
     wide.paste("red", (30, 0, 60, 30))
-    assert np.asarray(images.resize(wide, 30, "center_crop")).reshape(-1, 3).tolist() == [[255, 0, 0]] * 900
+    assert np.asarray(resize(wide, 30, "center_crop")).reshape(-1, 3).tolist() == [[255, 0, 0]] * 900
     high = wide.transpose(Image.Transpose.ROTATE_90)
-    assert np.asarray(images.resize(high, 30, "center_crop")).reshape(-1, 3).tolist() == [[255, 0, 0]] * 900
+    assert np.asarray(resize(high, 30, "center_crop")).reshape(-1, 3).tolist() == [[255, 0, 0]] * 900
 
 
 @pytest.mark.parametrize("how", ["center_crop", "keep_ratio"])
 def test_a_hairline_is_not_blown_up(how):
     """A file of a few bytes must not become gigabytes."""
-    with pytest.raises(images.BadPicture, match="too_narrow"):
-        images.resize(Image.new("RGB", (100_000, 1)), 256, how)
-    assert images.resize(Image.new("RGB", (3200, 32)), 32, how).height == 32
+    with pytest.raises(BadPicture, match="too_narrow"):
+        resize(Image.new("RGB", (100_000, 1)), 256, how)
+    assert resize(Image.new("RGB", (3200, 32)), 32, how).height == 32
 
 
 @pytest.mark.parametrize(("format_", "side"), [("jpg", 70_000), ("webp", 20_000)])
 def test_what_a_format_has_no_room_for_has_a_name(format_, side):
-    with pytest.raises(images.BadPicture, match="too_large"):
-        images.encode(Image.new("RGB", (side, 2)), format_, 90)
+    with pytest.raises(BadPicture, match="too_large"):
+        encode(Image.new("RGB", (side, 2)), format_, 90)
 
 
 @pytest.mark.parametrize("format_", ["jpg", "png", "webp"])
 def test_encoding_is_deterministic_and_near(format_):
     smooth = noise(8, 8).resize((64, 64), Image.Resampling.BICUBIC)
-    data = images.encode(smooth, format_, 95)
-    assert data == images.encode(smooth, format_, 95)
+    data = encode(smooth, format_, 95)
+    assert data == encode(smooth, format_, 95)
     shown = Image.open(io.BytesIO(data))
     assert shown.size == (64, 64)
-    assert np.abs(images.pixels(data).astype(int) - np.asarray(smooth)).mean() < (0.01 if format_ == "png" else 6)
+    assert np.abs(pixels(data).astype(int) - np.asarray(smooth)).mean() < (0.01 if format_ == "png" else 6)
 
 
 @pytest.mark.parametrize("how", ["center_crop", "keep_ratio", "keep_ratio_largest", "border"])
@@ -256,12 +259,12 @@ def test_a_jpeg_decoded_at_a_fraction_gives_the_same_picture(orientation, how):
     upright = photo(1001, 667)
     data = encoded(turned(upright, orientation), "JPEG", quality=95, exif=exif)
     for size in (80, 200):
-        small = images.decode(data, 10_000_000, at_least=size, how=how)
+        small = decode(data, 10_000_000, at_least=size, how=how)
         assert (small.width, small.height) == (1001, 667) and not small.plain
-        assert max(images.size_of(small.image)) in {-(-1001 // part) for part in (2, 4, 8)}
-        whole = images.resize(images.decode(data, 10_000_000), size, how)
-        shown = images.resize(small, size, how)
-        assert images.size_of(shown) == whole.size and psnr(shown, whole) > 42
+        assert max(size_of(small.image)) in {-(-1001 // part) for part in (2, 4, 8)}
+        whole = resize(decode(data, 10_000_000), size, how)
+        shown = resize(small, size, how)
+        assert size_of(shown) == whole.size and psnr(shown, whole) > 42
 
 
 @pytest.mark.parametrize("kind", ["grey", "cmyk", "progressive", "mpo", "plain"])
@@ -277,11 +280,11 @@ def test_every_kind_of_jpeg_decodes_at_a_fraction(kind):
     elif kind == "mpo":
         options |= {"save_all": True, "append_images": [photo(600, 400, 1)]}
     data = encoded(picture, "MPO" if kind == "mpo" else "JPEG", **options)
-    small = images.decode(data, 10_000_000, at_least=128)
-    assert images.size_of(small.image) == (300, 200) and (small.width, small.height) == (600, 400)
+    small = decode(data, 10_000_000, at_least=128)
+    assert size_of(small.image) == (300, 200) and (small.width, small.height) == (600, 400)
     assert isinstance(small.image, np.ndarray) == (kind in {"plain", "progressive"})
-    whole = images.resize(images.decode(data, 10_000_000), 128, "center_crop")
-    assert psnr(images.resize(small, 128, "center_crop"), whole) > 40
+    whole = resize(decode(data, 10_000_000), 128, "center_crop")
+    assert psnr(resize(small, 128, "center_crop"), whole) > 40
 
 
 def test_enough_is_left_for_resizing():
@@ -289,20 +292,20 @@ def test_enough_is_left_for_resizing():
     for size, how, width in ((133, "center_crop", 320), (134, "center_crop", 640), (133, "keep_ratio", 320),
                              (213, "border", 320), (214, "border", 640), (106, "keep_ratio_largest", 160),
                              (30, "no", 640), (0, "center_crop", 640), (1, "center_crop", 80), (33, "keep_ratio", 80)):
-        assert images.size_of(images.decode(data, 10_000_000, at_least=size, how=how).image)[0] == width
+        assert size_of(decode(data, 10_000_000, at_least=size, how=how).image)[0] == width
     hairline = encoded(Image.new("RGB", (2000, 3)), "JPEG")
-    small = images.decode(hairline, 10_000_000, at_least=100, how="border", max_aspect=1000)
-    assert images.size_of(images.resize(small, 100, "border", max_aspect=1000)) == (100, 100)
-    assert images.decode(encoded(photo(640, 400), "PNG"), 10_000_000, at_least=32).image.width == 640
+    small = decode(hairline, 10_000_000, at_least=100, how="border", max_aspect=1000)
+    assert size_of(resize(small, 100, "border", max_aspect=1000)) == (100, 100)
+    assert decode(encoded(photo(640, 400), "PNG"), 10_000_000, at_least=32).image.width == 640
 
 
 @pytest.mark.parametrize(("width", "height"), [(100, 50), (50, 100), (33, 32), (32, 32), (7, 5), (640, 33)])
 def test_the_long_side_and_the_border(width, height):
     picture = photo(width + 20, height + 20).crop((0, 0, width, height))
-    kept = images.resize(picture, 32, "keep_ratio_largest")
+    kept = resize(picture, 32, "keep_ratio_largest")
     scale = 32 / max(width, height)
     assert kept.size == (max(1, round(width * scale)), max(1, round(height * scale)))
-    square = np.asarray(images.resize(picture, 32, "border"))
+    square = np.asarray(resize(picture, 32, "border"))
     left, top = (32 - kept.width) // 2, (32 - kept.height) // 2
     inner = square[top:top + kept.height, left:left + kept.width]
     assert square.shape == (32, 32, 3) and inner.tolist() == np.asarray(kept).tolist()
@@ -311,23 +314,23 @@ def test_the_long_side_and_the_border(width, height):
 
 def test_small_pictures_are_not_enlarged_if_asked():
     picture = photo(40, 20)
-    assert images.resize(picture, 32, "keep_ratio", only_if_bigger=True) is picture
-    assert images.resize(picture, 40, "keep_ratio_largest", only_if_bigger=True) is picture
-    assert images.resize(picture, 10, "keep_ratio", only_if_bigger=True).size == (20, 10)
-    assert images.resize(picture, 10, "center_crop", only_if_bigger=True).size == (10, 10)
-    square = images.resize(picture, 32, "center_crop", only_if_bigger=True)
+    assert resize(picture, 32, "keep_ratio", only_if_bigger=True) is picture
+    assert resize(picture, 40, "keep_ratio_largest", only_if_bigger=True) is picture
+    assert resize(picture, 10, "keep_ratio", only_if_bigger=True).size == (20, 10)
+    assert resize(picture, 10, "center_crop", only_if_bigger=True).size == (10, 10)
+    square = resize(picture, 32, "center_crop", only_if_bigger=True)
     assert np.asarray(square).tolist() == np.asarray(picture)[:, 10:30].tolist()
-    padded = np.asarray(images.resize(picture, 64, "border", only_if_bigger=True))
+    padded = np.asarray(resize(picture, 64, "border", only_if_bigger=True))
     assert padded.shape == (64, 64, 3) and padded[22:42, 12:52].tolist() == np.asarray(picture).tolist()
     assert (padded[:22] == 255).all() and (padded[:, 52:] == 255).all()
-    assert images.resize(picture, 32, "border", only_if_bigger=True).size == (32, 32)
+    assert resize(picture, 32, "border", only_if_bigger=True).size == (32, 32)
 
 
 @pytest.mark.parametrize("how", ["center_crop", "keep_ratio"])
 def test_very_large_pictures_lose_nothing_to_speed(how):
     picture = photo(1301, 901)
     plain = picture.resize((46, 32), Image.Resampling.LANCZOS)
-    shown = images.resize(picture, 32, how)
+    shown = resize(picture, 32, how)
     # The square is cut at a fraction of a pixel here, and at a whole one there.
     expected, least = (plain, 45) if how == "keep_ratio" else (plain.crop((7, 0, 39, 32)), 30)
     assert psnr(shown, expected) > least
@@ -335,8 +338,8 @@ def test_very_large_pictures_lose_nothing_to_speed(how):
 
 def test_small_and_narrow_pictures_are_refused_on_the_header():
     def refused(data, **limits):
-        with pytest.raises(images.BadPicture) as caught:
-            images.decode(data, 10_000_000, **limits)
+        with pytest.raises(BadPicture) as caught:
+            decode(data, 10_000_000, **limits)
         return caught.value.reason
     broken = encoded(noise(300, 30), "PNG")[:200]
     assert refused(broken) == "corrupt"
@@ -344,16 +347,16 @@ def test_small_and_narrow_pictures_are_refused_on_the_header():
     assert refused(broken, min_size=30, max_aspect=9.9) == "too_narrow"
     assert refused(broken, min_size=30, max_aspect=10) == "corrupt"
     assert refused(png(100_001, 2, 8, 2, b"")) == "too_many_pixels"
-    images.check(10, 20, 10, 2)
-    with pytest.raises(images.BadPicture, match="too_narrow"):
-        images.resize(Image.new("RGB", (30, 10)), 8, "border", max_aspect=2.9)
-    with pytest.raises(images.BadPicture, match="too_narrow"):
-        images.resize(Image.new("RGB", (3000, 1)), 256, "keep_ratio", max_aspect=1e9)
-    assert images.pixels(encoded(Image.new("RGB", (500, 1)), "PNG")).shape == (1, 500, 3)
+    check(10, 20, 10, 2)
+    with pytest.raises(BadPicture, match="too_narrow"):
+        resize(Image.new("RGB", (30, 10)), 8, "border", max_aspect=2.9)
+    with pytest.raises(BadPicture, match="too_narrow"):
+        resize(Image.new("RGB", (3000, 1)), 256, "keep_ratio", max_aspect=1e9)
+    assert pixels(encoded(Image.new("RGB", (500, 1)), "PNG")).shape == (1, 500, 3)
 
 
 def test_a_spoiled_exif_block_does_not_spoil_the_picture():
-    assert images.decode(encoded(noise(8, 8), "JPEG", exif=b"Exif\0\0no TIFF at all"), 100).plain
+    assert decode(encoded(noise(8, 8), "JPEG", exif=b"Exif\0\0no TIFF at all"), 100).plain
 
 
 def test_what_is_no_picture_is_not_executed():
@@ -375,11 +378,11 @@ def p3_as_srgb(colour: tuple[int, int, int]) -> np.ndarray:
 def test_wide_colours_become_srgb(kind, colour):
     options = {"lossless": True} if kind == "WEBP" else {} if kind in {"PNG", "TIFF"} else {"quality": 100}
     flat = Image.new("RGB", (32, 32), colour)
-    picture = images.decode(encoded(flat, kind, icc_profile=wide_gamut(), **options), 2000)
+    picture = decode(encoded(flat, kind, icc_profile=wide_gamut(), **options), 2000)
     assert np.abs(np.asarray(picture.image)[16, 16] - p3_as_srgb(colour)).max() <= (2 if kind in {"PNG", "TIFF"} else 5)
     assert not picture.plain and picture.remarks == []
-    assert "icc_profile" not in Image.open(io.BytesIO(images.encode(picture.image, "png", 0))).info
-    small = images.decode(encoded(Image.new("RGB", (99, 99), colour), "JPEG", quality=100, icc_profile=wide_gamut()),
+    assert "icc_profile" not in Image.open(io.BytesIO(encode(picture.image, "png", 0))).info
+    small = decode(encoded(Image.new("RGB", (99, 99), colour), "JPEG", quality=100, icc_profile=wide_gamut()),
                           10_000, at_least=32)
     assert np.abs(np.asarray(small.image)[16, 16] - p3_as_srgb(colour)).max() <= 5 and small.image.width == 50
 
@@ -392,7 +395,7 @@ def test_srgb_by_whatever_name_is_left_alone():
                        round(65535 * (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4))
                        for v in np.arange(256) / 255)) for name in (b"rTRC", b"gTRC", b"bTRC")})
     for same in (own, srgb):
-        picture = images.decode(encoded(noise(16, 16), "PNG", icc_profile=same), 1000)
+        picture = decode(encoded(noise(16, 16), "PNG", icc_profile=same), 1000)
         assert picture.plain and picture.remarks == []
         assert np.asarray(picture.image).tolist() == np.asarray(noise(16, 16)).tolist()
 
@@ -401,14 +404,14 @@ def test_profiles_of_greys_and_inks():
     dark = profile(b"GRAY", {b"kTRC": gamma(1.0)})
     expected = 1.055 * (100 / 255) ** (1 / 2.4) * 255 - 0.055 * 255
     for mode, colour in (("L", 100), ("LA", (100, 255))):
-        picture = images.decode(encoded(Image.new(mode, (8, 8), colour), "PNG", icc_profile=dark), 100)
+        picture = decode(encoded(Image.new(mode, (8, 8), colour), "PNG", icc_profile=dark), 100)
         assert np.abs(np.asarray(picture.image)[0, 0] - expected).max() <= 2 and picture.remarks == []
     printed = Image.new("CMYK", (32, 32), (128, 0, 0, 128))
-    shown = images.decode(encoded(printed, "JPEG", quality=100, icc_profile=inks()), 2000)
+    shown = decode(encoded(printed, "JPEG", quality=100, icc_profile=inks()), 2000)
     assert np.ptp(np.asarray(shown.image)[8, 8]) <= 2 and not shown.plain and shown.remarks == []
-    lighter = images.decode(encoded(Image.new("CMYK", (32, 32), (64, 0, 0, 0)), "JPEG", icc_profile=inks()), 2000)
+    lighter = decode(encoded(Image.new("CMYK", (32, 32), (64, 0, 0, 0)), "JPEG", icc_profile=inks()), 2000)
     assert 60 < np.asarray(shown.image)[8, 8, 0] < np.asarray(lighter.image)[8, 8, 0] < 255
-    on_grey = images.decode(encoded(Image.new("L", (8, 8), 128), "PNG", icc_profile=wide_gamut()), 100)
+    on_grey = decode(encoded(Image.new("L", (8, 8), 128), "PNG", icc_profile=wide_gamut()), 100)
     assert np.abs(np.asarray(on_grey.image)[0, 0] - p3_as_srgb((128, 128, 128))).max() <= 2
 
 
@@ -416,17 +419,17 @@ def test_profiles_of_greys_and_inks():
                                     profile(b"GRAY", {b"kTRC": gamma(1.8)}), bytes(5 << 20)],
                          ids=["text", "cut", "inks", "empty", "greys", "giant"])
 def test_a_broken_profile_is_remarked_on_and_ignored(broken):
-    picture = images.decode(encoded(noise(8, 8), "TIFF", icc_profile=broken), 100)
+    picture = decode(encoded(noise(8, 8), "TIFF", icc_profile=broken), 100)
     assert [remark for remark, _ in picture.remarks] == ["bad_profile"]
     assert np.asarray(picture.image).tolist() == np.asarray(noise(8, 8)).tolist()
 
 
 def test_patches_are_a_function_of_seed_and_key():
     picture = noise(40, 33)
-    cut = images.patches(picture, 32, 400, 1, "a/b.jpg")
+    cut = patches(picture, 32, 400, 1, "a/b.jpg")
     # Written down, for they must be the same everywhere and ever.
     assert [place[:2] for place in cut[:3]] == [(7, 0), (5, 0), (0, 0)]
-    assert [place[:2] for place in images.patches(picture, 32, 3, 1, "a/b.jpg")] == [(7, 0), (5, 0), (0, 0)]
+    assert [place[:2] for place in patches(picture, 32, 3, 1, "a/b.jpg")] == [(7, 0), (5, 0), (0, 0)]
     assert all(np.asarray(patch).tolist() == np.asarray(picture)[top:top + 32, left:left + 32].tolist()
                for left, top, patch in cut)
     places = np.zeros((9, 2), int)
@@ -434,28 +437,28 @@ def test_patches_are_a_function_of_seed_and_key():
         places[left, top] += 1
     assert places.min() >= 8 and places.max() <= 45  # 22 expected at each of 18
     for seed, key in ((2, "a/b.jpg"), (1, "a/c.jpg")):
-        assert [place[:2] for place in images.patches(picture, 32, 9, seed, key)] != [place[:2] for place in cut[:9]]
-    assert images.patches(picture, 33, 1, 0, "")[0][2].size == (33, 33)
-    with pytest.raises(images.BadPicture, match="too_small"):
-        images.patches(picture, 34, 1, 0, "")
+        assert [place[:2] for place in patches(picture, 32, 9, seed, key)] != [place[:2] for place in cut[:9]]
+    assert patches(picture, 33, 1, 0, "")[0][2].size == (33, 33)
+    with pytest.raises(BadPicture, match="too_small"):
+        patches(picture, 34, 1, 0, "")
 
 
 def test_equal_pixels_have_equal_hashes():
     picture = noise(12, 10)
-    assert images.pixel_hash(picture) == images.pixel_hash(images.decode(encoded(picture, "PNG"), 1000).image)
-    assert images.pixel_hash(picture) == images.pixel_hash(picture.convert("RGBA"))
+    assert pixel_hash(picture) == pixel_hash(decode(encoded(picture, "PNG"), 1000).image)
+    assert pixel_hash(picture) == pixel_hash(picture.convert("RGBA"))
     flat = Image.new("RGB", (12, 10))
-    assert len({images.pixel_hash(flat), images.pixel_hash(flat.resize((10, 12))), images.pixel_hash(picture)}) == 3
+    assert len({pixel_hash(flat), pixel_hash(flat.resize((10, 12))), pixel_hash(picture)}) == 3
 
 
 def test_near_pictures_have_near_hashes():
     pytest.importorskip("imagehash")
-    hashes = [images.perceptual_hash(photo(200, 150, seed))[0] for seed in range(20)]
+    hashes = [perceptual_hash(photo(200, 150, seed))[0] for seed in range(20)]
     assert min((one ^ other).bit_count() for n, one in enumerate(hashes) for other in hashes[:n]) > 8
     for seed, one in enumerate(hashes):
-        copy = images.decode(encoded(photo(200, 150, seed).resize((140, 105)), "JPEG", quality=80), 100_000).image
-        assert (images.perceptual_hash(copy)[0] ^ one).bit_count() <= 6
-    red, blue = (images.perceptual_hash(Image.new("RGB", (64, 64), colour)) for colour in ("red", "blue"))
+        copy = decode(encoded(photo(200, 150, seed).resize((140, 105)), "JPEG", quality=80), 100_000).image
+        assert (perceptual_hash(copy)[0] ^ one).bit_count() <= 6
+    red, blue = (perceptual_hash(Image.new("RGB", (64, 64), colour)) for colour in ("red", "blue"))
     assert red[1] == (255, 0, 0) and blue[1] == (0, 0, 255) and 0 <= red[0] < 1 << 64
 
 
@@ -464,6 +467,6 @@ def test_colours_that_are_coarser_one_way_stay_true(subsampling):
     picture = photo(1203, 805)
     data = encoded(picture, "JPEG", quality=95, subsampling=subsampling)
     for size in (64, 128, 256):
-        small = images.resize(images.decode(data, 10_000_000, at_least=size, how="keep_ratio"), size, "keep_ratio")
-        whole = images.resize(images.decode(data, 10_000_000), size, "keep_ratio")
+        small = resize(decode(data, 10_000_000, at_least=size, how="keep_ratio"), size, "keep_ratio")
+        whole = resize(decode(data, 10_000_000), size, "keep_ratio")
         assert psnr(small, whole) > 42

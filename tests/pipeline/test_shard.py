@@ -16,8 +16,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from pipeline import stage, storage, tars, verify
+from pipeline import stage, storage, verify
 from pipeline.dataset import Dataset, metadata
+from pipeline.media import tars
 from pipeline.samples import Spool
 from pipeline.shard import Shard, ShardConfig
 from tests.pipeline import made

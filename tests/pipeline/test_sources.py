@@ -19,9 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import images, sources, stage, storage, tars, verify
+from pipeline import sources, stage, storage, verify
 from pipeline.dataset import Dataset
 from pipeline.download import DownloadConfig
+from pipeline.media import resize, tars
+from pipeline.media.foreign_tars import Suspicions, examine
 from pipeline.shard import Shard, ShardConfig
 from pipeline.sources import Reading
 from tests.pipeline import made, web
@@ -109,8 +111,8 @@ def test_a_list_of_any_kind_gives_the_same_tars(tmp_path, site):
                            for key, cell in sample["json"].items()}} for sample in whole]
     assert schemas["parquet"] == schemas["jsonl"] and len(schemas["parquet"]) == len(schemas["csv"]) == 1
     for sample in whole:
-        pixels = images.resize(Image.open(io.BytesIO(PICTURES[sample["json"]["url"][-6:]])), 16, "center_crop")
-        assert np.array_equal(images.pixels(sample["png"]), np.asarray(pixels))
+        pixels = resize.resize(Image.open(io.BytesIO(PICTURES[sample["json"]["url"][-6:]])), 16, "center_crop")
+        assert np.array_equal(resize.pixels(sample["png"]), np.asarray(pixels))
 
 
 def test_lists_may_be_a_folder_a_pattern_and_several_files_anywhere(tmp_path, site, s3):
@@ -557,14 +559,14 @@ def test_headers_that_lie_about_sizes_cost_no_memory(tmp_path):
         info.size = size
         header = info.tobuf(tarfile.GNU_FORMAT)
         (tmp_path / f"{name}.tar").write_bytes(data[:place] + header + data[place + 512:])
-        found = tars.Suspicions()
+        found = Suspicions()
         tracemalloc.start()
-        assert [one["__key__"] for one in tars.examine(tmp_path / f"{name}.tar", found)] == ["0"], name
+        assert [one["__key__"] for one in examine(tmp_path / f"{name}.tar", found)] == ["0"], name
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert found.cut and peak < 1 << 20
     (tmp_path / "none.tar").write_bytes(b"\xff" * 5000)
-    assert list(tars.examine(tmp_path / "none.tar", found := tars.Suspicions())) == [] and found.cut
+    assert list(examine(tmp_path / "none.tar", found := Suspicions())) == [] and found.cut
 
 
 def test_types_of_tars_are_those_of_the_parquet_beside_or_of_the_first_samples(tmp_path):
@@ -599,10 +601,10 @@ def test_patches_are_cut_where_they_say_and_always_the_same(tmp_path, site):
     assert sorted(found["turned"]) == sorted(found["7"])
     places = set()
     for url, left, top, data in found["7"]:
-        whole = images.resize(Image.open(io.BytesIO(PICTURES[url[-6:]])), 30, "keep_ratio")
+        whole = resize.resize(Image.open(io.BytesIO(PICTURES[url[-6:]])), 30, "keep_ratio")
         assert min(whole.size) == 30
         assert 0 <= left <= whole.width - 11 and 0 <= top <= whole.height - 11
-        assert np.array_equal(images.pixels(data), np.asarray(whole.crop((left, top, left + 11, top + 11))))
+        assert np.array_equal(resize.pixels(data), np.asarray(whole.crop((left, top, left + 11, top + 11))))
         places.add((left, top))
     assert len(places) > 20
     dataset, manifest = sharded(tmp_path / "seed", tmp_path / "7.csv", seed=1, **options)

@@ -3,7 +3,7 @@ import tarfile
 
 import pytest
 
-from pipeline import tars
+from pipeline.media import tars
 
 
 def _tar(path, members, format_=tarfile.USTAR_FORMAT):

@@ -101,7 +101,7 @@ def test_a_tar_cut_between_two_members_is_named_whatever_the_hashes(copied):
 
 
 def test_samples_in_another_order_than_their_metadata_are_named(copied):
-    from pipeline import tars
+    from pipeline.media import tars
     samples = [{key: value for key, value in sample.items() if key != "__url__"}
                for sample in tars.read(path(copied, "shards/000000.tar"))]
     samples[3]["png"], samples[4]["png"] = samples[4]["png"], samples[3]["png"]

@@ -153,7 +153,7 @@ def _tars_rate(report: Report, encoder: Any, batch: int, bare: float, side: int,
 
 
 def _tar(report: Report, side: int) -> tuple[Path, int]:
-    from pipeline import tars
+    from pipeline.media import tars
     path = report.scratch / f"{side}.tar"
     count = report.size(2048 if side == 256 else 1024, 64)
     if not path.exists():

@@ -1,18 +1,15 @@
-"""Tars of samples as webdataset has them: written, read, and read with suspicion where others wrote them.
-
-webdataset reads them, imported where it is used: it loads torch, which takes seconds and half a gigabyte.
-"""
+"""Read and write the tars of a dataset."""
 
 import contextlib
 import os
-import re
 import tarfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from pipeline.media.foreign_tars import KEY_AND_SUFFIX, META_MEMBER
 
 PICTURE_SUFFIXES = ("jpg", "png", "webp", "jpeg", "gif", "bmp", "tif", "tiff", "avif")
 
@@ -94,7 +91,7 @@ def _picture_places(stream: BinaryIO, path: Path) -> Iterator[tuple[int, int]]:
     """Where the picture of each sample begins and how long it is; samples are made of members as by `read`."""
     current: dict[str, Any] = {}
     for name, offset, length in _members(stream):
-        if not (parts := _KEY_AND_SUFFIX.match(name)) or _META.match(name):
+        if not (parts := KEY_AND_SUFFIX.match(name)) or META_MEMBER.match(name):
             continue
         key, suffix = parts.groups()
         if key != current.get("__key__"):
@@ -160,84 +157,3 @@ def picture(sample: dict[str, Any]) -> Any:
 def picture_suffix(sample: dict[str, Any]) -> str | None:
     """The suffix of a sample's picture, None if it has none."""
     return next((suffix for suffix in sample if suffix.lower() in PICTURE_SUFFIXES), None)
-
-
-@dataclass
-class Suspicions:
-    """What is wrong with a tar as a whole, or with members that no sample is made of."""
-
-    members: list[tuple[str, str, str]] = field(default_factory=list)
-    """(member, reason, detail)"""
-    cut: str = ""
-    """Why the tar is taken for cut off, "" if it ends as a tar does."""
-
-
-def examine(tar_: Path | BinaryIO, found: Suspicions) -> Iterator[dict[str, Any]]:
-    """The samples of a tar that others wrote, a path or an open file; what is wrong is added to `found`.
-
-    Nothing is ever unpacked to the disk; members with paths that lead outside, links and devices are
-    refused all the same, for whoever unpacks the tar later. Of a tar that is cut off the last sample
-    is given only if nothing seems to be missing of it.
-    """
-    from webdataset.tariterators import base_plus_ext
-
-    with contextlib.ExitStack() as stack:
-        stream = stack.enter_context(open(tar_, "rb")) if isinstance(tar_, Path) else tar_
-        length = stream.seek(0, os.SEEK_END)
-        stream.seek(0)
-        current: dict[str, Any] = {}
-        before: set[str] = set()  # what the last whole sample has
-        try:
-            tar = stack.enter_context(tarfile.open(fileobj=stream, mode="r:"))
-            for member in tar:
-                tar.members = []  # or it keeps a header of every member
-                if (refusal := _refusal(member)):
-                    found.members.append((member.name, *refusal))
-                    continue
-                key, suffix = base_plus_ext(member.name)
-                if member.isdir() or not key or _META.match(member.name):
-                    continue
-                if current and current["__key__"] != key:
-                    yield current
-                    current, before = {}, set(current)
-                # Before it is read: memory is asked for what the header says, and it may say anything.
-                if member.size < 0 or member.offset_data + member.size > length:
-                    found.cut = f"in the middle of {member.name}"
-                    return
-                suffix = suffix.lower()
-                if suffix in current:
-                    found.members.append((member.name, "repeated_member", "its sample has one of that kind"))
-                    continue
-                current["__key__"] = key
-                current[suffix] = tar.extractfile(member).read()  # type: ignore[union-attr]
-            # A tar ends with blocks of zeros: without them it was cut, or a header is damaged.
-            stream.seek(tar.offset)
-            end = stream.read(512)
-            if len(end) < 512:
-                found.cut = "between two members: it has no end"
-            elif any(end):
-                found.cut = "where its reader stops: a damaged header"
-        # Headers of a hostile tar: whatever numbers they hold, and whatever those make of tarfile.
-        except (tarfile.TarError, ValueError, OverflowError, KeyError, IndexError, EOFError, MemoryError) as error:
-            found.cut = f"where its reader stops: {error}"
-        if current and not (found.cut and before - set(current)):
-            yield current
-
-
-_META = re.compile(r"__[^/]*__($|/)")  # webdataset passes these over
-_KEY_AND_SUFFIX = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # as webdataset divides names
-
-
-def _refusal(member: tarfile.TarInfo) -> tuple[str, str] | None:
-    """The reason and detail for which a member is not taken, None if it is."""
-    parts = member.name.split("/")
-    if parts[0] == "" or ".." in parts:
-        return "unsafe_member", "its path leads outside"
-    if member.isdir():
-        return None
-    if not member.isreg() or member.issparse():
-        return "unsafe_member", "neither file nor folder" if not member.isreg() else "a file with holes"
-    if parts[-1].startswith(".") and len(parts) > 1:
-        # webdataset takes "folder/" for the key of "folder/.name.jpg", and makes a sample of it.
-        return "hidden_member", "a hidden file in a folder"
-    return None

@@ -1,0 +1,175 @@
+"""Resize, crop and encode images."""
+
+import hashlib
+import io
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from pipeline.media.decode import decode
+from pipeline.media.types import (
+    JPEG_MAGIC,
+    LONG_SIDE_MODES,
+    LONGEST,
+    NARROWEST,
+    BadPicture,
+    Decoded,
+    Format,
+    Kernel,
+    Pixels,
+    Resize,
+    check,
+    size_of,
+)
+
+try:
+    from cykooz_resizer import CropBox, FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
+except ImportError:  # no wheel for this machine; Pillow does the same, and takes its time
+    Resizer = None
+_KERNELS = {} if Resizer is None else {"lanczos": FilterType.lanczos3, "bicubic": FilterType.catmull_rom,
+                                         "bilinear": FilterType.bilinear}
+_LONGEST = {"jpg": 65500, "webp": 16383}
+_INSIDE = 1 - 2 ** -50
+
+
+def resize(image: Pixels | Decoded, size: int, how: Resize, *, only_if_bigger: bool = False,
+           max_aspect: float = NARROWEST) -> Pixels:
+    """Resize with Lanczos (a = 3), in one step from the part that is wanted; Pillow's images give Pillow's.
+
+    center_crop: the middle square at `size`; keep_ratio: the short side; keep_ratio_largest: the long side; border:
+    the long side, and white around it to a square; no: as it is. With `only_if_bigger` nothing is enlarged: the side
+    in question stays below `size`. Squares remain squares then: center_crop takes the middle at its own size, border
+    adds white up to `size` (img2dataset leaves such pictures neither cropped nor padded).
+    What needs no change is returned itself. BadPicture with the reason too_narrow beyond `max_aspect`, or where a
+    hair's breadth would be blown up to a giant.
+    """
+    box = None
+    if isinstance(image, Decoded):
+        box, (width, height), image = image.box, (image.width, image.height), image.image
+    else:
+        width, height = size_of(image)
+    if how == "no":
+        return image
+    check(width, height, 0, max_aspect)
+    side = max(width, height) if how in LONG_SIDE_MODES else min(width, height)
+    wanted = min(size, side) if only_if_bigger else size
+    scale = wanted / side
+    smallest = 1 if how in LONG_SIDE_MODES else wanted
+    shape = (max(smallest, round(width * scale)), max(smallest, round(height * scale)))
+    if max(shape) > LONGEST:
+        raise BadPicture("too_narrow", f"{width} x {height} would become {shape[0]} x {shape[1]}")
+    if how == "center_crop":
+        # The middle of what the whole would become, by whole pixels.
+        left, top = (shape[0] - wanted) // 2, (shape[1] - wanted) // 2
+        square = (left, top, left + wanted, top + wanted)
+        if wanted == side and box is None:
+            return image if width == height else _crop(image, square)
+        x, y = width / shape[0], height / shape[1]
+        part = (left * x, top * y, square[2] * x, square[3] * y)
+        return _lanczos(image, (wanted, wanted), part, (width, height), box)
+    if shape != size_of(image) or box is not None:
+        image = _lanczos(image, shape, (0, 0, width, height), (width, height), box)
+    if how == "border" and shape != (size, size):
+        left, top = (size - shape[0]) // 2, (size - shape[1]) // 2
+        if isinstance(image, Image.Image):
+            white = Image.new("RGB", (size, size), "white")
+            white.paste(image, (left, top))
+            return white
+        square_ = np.full((size, size, 3), 255, np.uint8)
+        square_[top:top + shape[1], left:left + shape[0]] = image
+        return square_
+    return image
+
+
+def _crop(image: Pixels, part: tuple[int, int, int, int]) -> Pixels:
+    left, top, right, bottom = part
+    return image.crop(part) if isinstance(image, Image.Image) else image[top:bottom, left:right]
+
+
+def _lanczos(image: Pixels, shape: tuple[int, int], part: tuple[float, float, float, float],
+             whole: tuple[int, int], box: tuple[float, float, float, float] | None) -> Pixels:
+    """`part` of a picture of the size `whole`, that lies at `box` of `image`, in `shape` pixels."""
+    width, height = size_of(image)
+    if box is not None:
+        x, y = (box[2] - box[0]) / whole[0], (box[3] - box[1]) / whole[1]
+        part = (box[0] + part[0] * x, box[1] + part[1] * y, box[0] + part[2] * x, box[1] + part[3] * y)
+        part = (max(part[0], 0), max(part[1], 0), min(part[2], width), min(part[3], height))
+    if isinstance(image, Image.Image):
+        # Four times and more too large: averaged by whole pixels first (47 dB and more against none of it).
+        return image.resize(shape, Image.Resampling.LANCZOS, box=part, reducing_gap=2.0)
+    return resampled(image, shape, part, "lanczos")
+
+
+def resampled(pixels: np.ndarray, shape: tuple[int, int], part: tuple[float, float, float, float],
+              kernel: Kernel) -> np.ndarray:
+    """`part` (left, top, right, bottom) of (H, W, 3) uint8 in `shape` (width, height), as Pillow would have it.
+
+    All kernels are as wide as the step from pixel to pixel when they make smaller (antialiased); bicubic has a = -0.5.
+    """
+    # What enlarges with bicubic overshoots, and who rounds when shows in the result.
+    enlarged = shape[0] > part[2] - part[0] or shape[1] > part[3] - part[1]
+    if Resizer is None or (kernel == "bicubic" and enlarged):
+        return np.asarray(Image.fromarray(pixels).resize(shape, Image.Resampling[kernel.upper()], box=part))
+    height, width = pixels.shape[:2]
+    source = ImageData(width, height, PixelType.U8x3, pixels.tobytes())
+    target = ImageData(*shape, PixelType.U8x3)
+    left, top = part[:2]
+    # A hair less than all: what is outside by the last bit of a float is refused.
+    across, down = (min(part[2], width * _INSIDE) - left, min(part[3], height * _INSIDE) - top)
+    Resizer().resize(source, target, ResizeOptions(ResizeAlg.convolution(_KERNELS[kernel]),
+                                                   crop_box=CropBox(left, top, across, down)))
+    return np.frombuffer(target.get_buffer(), np.uint8).reshape(shape[1], shape[0], 3)
+
+
+def encode(image: Pixels, format_: Format, quality: int) -> bytes:
+    """The bytes of `image` as jpg, png or webp; BadPicture with the reason too_large where the format has no room."""
+    if max(size_of(image)) > _LONGEST.get(format_, 1 << 31):
+        raise BadPicture("too_large", "{} x {}, {} ends at {}".format(*size_of(image), format_, _LONGEST[format_]))
+    if format_ == "jpg":
+        # As Pillow does it, which keeps all other threads waiting meanwhile.
+        return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality, "RGB", "420", fastdct=False)
+    buffer = io.BytesIO()
+    if format_ == "png":
+        to_pillow(image).save(buffer, "PNG")
+    else:
+        to_pillow(image).save(buffer, "WEBP", quality=quality)
+    return buffer.getvalue()
+
+
+def to_pillow(image: Pixels) -> Image.Image:
+    """As an image of Pillow's, in RGB."""
+    if not isinstance(image, Image.Image):
+        return Image.fromarray(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def pixels(data: bytes) -> np.ndarray:
+    """The picture of a shard as (H, W, 3) uint8; BadPicture if it does not decode."""
+    if data[:3] == JPEG_MAGIC:  # of the usual kind in half of Pillow's time, and without keeping other threads waiting
+        try:
+            _, _, space, _ = simplejpeg.decode_jpeg_header(data)
+            if space == "YCbCr" and b"Exif\0" not in data[:1 << 16] and b"ICC_PROFILE" not in data[:1 << 16]:
+                return simplejpeg.decode_jpeg(data, "RGB")
+        except ValueError:
+            pass  # Pillow tells what is wrong, and forgives what can be forgiven
+    return np.asarray(decode(data, max_pixels=1 << 40, max_aspect=float("inf")).image)
+
+
+def patches(image: Pixels, size: int, count: int, seed: int, key: str) -> list[tuple[int, int, Pixels]]:
+    """`count` squares of `size` cut at random from `image`: left, top, and the square.
+
+    Where is a function of (seed, key, number of the square) and nothing else, every place as likely as any other.
+    BadPicture with the reason too_small if there is no room.
+    """
+    width, height = size_of(image)
+    if min(width, height) < size:
+        raise BadPicture("too_small", f"{width} x {height}, less than a patch of {size}")
+    result = []
+    for number in range(count):
+        drawn = hashlib.sha256(f"{seed} {number} {key}".encode("utf-8", "surrogateescape")).digest()
+        # 128 bits each: what the remainder prefers is beyond measure.
+        left = int.from_bytes(drawn[:16], "big") % (width - size + 1)
+        top = int.from_bytes(drawn[16:], "big") % (height - size + 1)
+        result.append((left, top, _crop(image, (left, top, left + size, top + size))))
+    return result

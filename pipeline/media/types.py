@@ -1,0 +1,55 @@
+"""Types and limits of images that all steps of decoding share."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+Pixels = Image.Image | np.ndarray
+"""RGB of 8 bits: an image of Pillow's, or (H, W, 3) uint8."""
+Kernel = Literal["lanczos", "bicubic", "bilinear"]
+Resize = Literal["center_crop", "keep_ratio", "keep_ratio_largest", "border", "no"]
+Format = Literal["jpg", "png", "webp"]
+NARROWEST = 100  # long side to short side
+LONGEST = 100_000  # pixels of a side; more is no picture, whatever its other side
+LONG_SIDE_MODES = {"keep_ratio_largest", "border"}  # ways of resizing in which the long side counts
+JPEG_MAGIC = b"\xff\xd8\xff"
+# Those that no decoder here knows (HEIC, JPEG XL) are among them, to be counted instead of passed over.
+SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", ".jpg", ".jxl", ".png", ".ppm", ".tga",
+            ".tif", ".tiff", ".webp")
+
+
+class BadPicture(ValueError):
+    """A picture that cannot be used; `reason` is a word for the ledger."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+@dataclass
+class Decoded:
+    """A picture as RGB, its size before any resizing, and remarks worth a line in the ledger."""
+
+    image: Pixels
+    width: int
+    height: int
+    format: str
+    plain: bool  # 8-bit RGB as stored, so that its bytes may be kept as they are
+    remarks: list[tuple[str, str]] = field(default_factory=list)
+    box: tuple[float, float, float, float] | None = None
+    """Where in `image` the picture is, if it was decoded at a fraction (whose size is rounded up)."""
+
+
+def check(width: int, height: int, min_size: int, max_aspect: float) -> None:
+    """Refuse a short side below `min_size` (too_small) and a long side above `max_aspect` short ones (too_narrow)."""
+    if min(width, height) < min_size:
+        raise BadPicture("too_small", f"{width} x {height}, less than {min_size}")
+    if max(width, height) > max_aspect * min(width, height):
+        raise BadPicture("too_narrow", f"{width} x {height}, more than {max_aspect:g} to 1")
+
+
+def size_of(image: Pixels) -> tuple[int, int]:
+    """Width and height."""
+    return image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
