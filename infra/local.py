@@ -73,12 +73,13 @@ def pointer(name: str) -> dict[str, Any]:
 
 def sources() -> None:
     """Put the pictures of four styles, with captions, into the store."""
-    from pipeline import emoji, stage
+    from pipeline import emoji
     from pipeline.pictures import Pictures, PicturesConfig
+    from pipeline.stages.driver import run_stage
     emoji.fetch(FOLDER / "npm")
     config = PicturesConfig(corpus="emoji", size=64)
     pictures = Pictures(str(FOLDER / "root"), config, FOLDER / "npm")
-    stage.run(pictures)
+    run_stage(pictures)
     fs = store()
     while True:
         try:

@@ -21,7 +21,7 @@ from jobs import commands, interrupts, logs, submit, verbs
 from jobs.settings import Settings, resolve
 from pipeline import storage
 from pipeline.hardware import devices
-from pipeline.stage import StageFailed
+from pipeline.stages.types import StageFailed
 
 _log = logging.getLogger(__name__)
 _NO_WAY = "hint: --root must be a place where this user may write, and TMPDIR too"

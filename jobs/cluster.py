@@ -12,7 +12,8 @@ import ray
 
 from jobs import interrupts
 from jobs.settings import ClusterConfig
-from pipeline.stage import Stage, StageFailed
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import StageFailed
 
 _log = logging.getLogger(__name__)
 

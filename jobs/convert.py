@@ -14,7 +14,8 @@ from model.config import TrainConfig, to_dict
 from model.unet import UNet
 from pipeline import embed, storage
 from pipeline.dataset import Dataset
-from pipeline.stage import Item, Output, Stage
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Item, Output
 
 
 class Convert(Stage):

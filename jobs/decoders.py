@@ -16,8 +16,8 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs import cluster
-from pipeline import decoding
-from pipeline.decoding import Decoded
+from pipeline.embeddings import decode_batch
+from pipeline.stages.decoder_pool import Decoded
 
 _PATIENCE_S = 60.0  # after which a worker decodes itself what it asked for
 _AGAIN_S = 1.0  # between two looks whether one that was lost is back
@@ -34,7 +34,7 @@ class Decoder:
 
     def decode(self, data: list[bytes], preprocessing: dict[str, Any]) -> Decoded:
         """Encoded pictures as the encoder of that preprocessing takes them."""
-        return decoding.by_description(data, preprocessing)
+        return decode_batch.by_description(data, preprocessing)
 
 
 def start(count: int) -> list[Any]:

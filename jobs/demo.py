@@ -11,13 +11,16 @@ from jobs.sampling import Sampling
 from jobs.settings import RECIPES, Settings
 from jobs.training import Job
 from pipeline import drawn as drawn_corpus
-from pipeline import emoji, stage, storage
+from pipeline import emoji, storage
 from pipeline.dataset import Dataset
 from pipeline.embed import Embed
 from pipeline.index import Index
 from pipeline.neighbors import Neighbors
 from pipeline.pictures import Pictures
 from pipeline.shard import Shard
+from pipeline.stages.driver import Runner
+from pipeline.stages.plan import prepare
+from pipeline.stages.stage import Stage
 
 TRAIN, HELD_OUT = "train", "heldout"
 RUN = "demo"
@@ -28,7 +31,7 @@ EMOJI_PROMPTS = ("red apple", "house", "soccer ball", "sunflower", "red heart", 
 _log = logging.getLogger(__name__)
 
 
-def run(root: str, settings: Settings, runner: stage.Runner, *, drawn: bool, dry_run: bool, steps: int = 0,
+def run(root: str, settings: Settings, runner: Runner, *, drawn: bool, dry_run: bool, steps: int = 0,
         train: Callable[[Job], Any]) -> str:
     """Bring everything below `root` to its sealed state; the address of the report, "" on a dry run.
 
@@ -86,10 +89,10 @@ def _bundled(root: str) -> Run:
     return run
 
 
-def _seal(stage_: stage.Stage, runner: stage.Runner) -> bool:
+def _seal(stage_: Stage, runner: Runner) -> bool:
     """Run a stage unless it is sealed; whether there was anything to do."""
     if storage.exists(storage.join(stage_.folder, "manifest.json")):
-        stage.prepare(stage_)
+        prepare(stage_)
         return False
     manifest = watched.run(stage_, runner, name=f"{stage_.name} {stage_.path}")
     totals, info = manifest["totals"], manifest["info"]

@@ -26,7 +26,7 @@ from jobs.runs import Run
 from jobs.settings import EvaluateConfig, SampleConfig
 from model import judge
 from model.precision import compute_dtype
-from pipeline import clip, stage, storage
+from pipeline import clip, storage
 from pipeline.batches import averaged
 from pipeline.catalog import lot
 from pipeline.dataset import Dataset, Embeddings, file_of, metadata
@@ -34,7 +34,9 @@ from pipeline.hardware import devices
 from pipeline.index import Searcher
 from pipeline.media import tars
 from pipeline.media.resize import pixels
-from pipeline.stage import Item, Output, Stage
+from pipeline.stages.manifest import read_manifest, sealed_input
+from pipeline.stages.stage import Stage, fingerprint
+from pipeline.stages.types import Item, Output
 
 _log = logging.getLogger(__name__)
 _BLOCK, _ASKED = 1 << 16, 512  # training vectors that are compared at a time, and vectors with them
@@ -111,7 +113,7 @@ class Judging(Stage):
             raise ValueError(f"a database is named twice: {', '.join(one.label for one in databases)}")
         super().__init__(run.root, f"{run.path}/judges/", None)
         self.run, self.dataset, self.databases, self.steps = run, dataset, tuple(databases), steps
-        self.path = f"{run.path}/judges/{stage.fingerprint(self)[:12]}"
+        self.path = f"{run.path}/judges/{fingerprint(self)[:12]}"
         self.folder = storage.join(self.root, self.path)
 
     @property
@@ -207,7 +209,7 @@ class Evaluation(Stage):
         if name:
             Run.parse(self.root, name)  # a name, not a way out of the folder
         else:
-            self.path = f"{self.run.path}/evaluations/{stage.fingerprint(self)[:12]}"
+            self.path = f"{self.run.path}/evaluations/{fingerprint(self)[:12]}"
             self.folder = storage.join(self.root, self.path)
 
     @property
@@ -224,9 +226,9 @@ class Evaluation(Stage):
                 "prompts": list(self.given)}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
-        found = {"checkpoint": stage.identity(self.root, f"{self.run.path}/checkpoints/{self.step:07d}",
+        found = {"checkpoint": sealed_input(self.root, f"{self.run.path}/checkpoints/{self.step:07d}",
                                               self.run.command),
-                 "judges": stage.identity(self.root, self.judging.path, self.judging.command)}
+                 "judges": sealed_input(self.root, self.judging.path, self.judging.command)}
         for one in (self.mixed, *self.databases):
             found |= searched(one)
         return found
@@ -258,7 +260,7 @@ class Evaluation(Stage):
                        for scale in self.config.sweep_guidance]
 
     def _judges(self) -> dict[str, Any]:
-        return stage.manifest_of(self.judging.folder, self.judging.command)["info"]
+        return read_manifest(self.judging.folder, self.judging.command)["info"]
 
     def setup(self) -> None:
         torch.set_num_threads(1)
@@ -290,7 +292,7 @@ class Evaluation(Stage):
         vectors = np.concatenate([
             encoder.images(np.stack([encoder.prepared(_png(one)) for one in flat[start:start + 64]]))
             for start in range(0, len(flat), 64)])
-        network, probe = _judges_of(self.judging.folder, json.dumps(stage.manifest_of(
+        network, probe = _judges_of(self.judging.folder, json.dumps(read_manifest(
             self.judging.folder, self.judging.command)["items"][0]["files"]), len(self.databases))
         near, rows = nearest(self.judging.dataset, vectors)
         found = {"judge": judge.judged(network, flat), "probe": judge.probed(probe, vectors),

@@ -11,7 +11,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 
 from jobs import labels, status
 from pipeline import storage
-from pipeline.progress import period
+from pipeline.stages.progress import period
 
 _log = logging.getLogger(__name__)
 _STAGE = {

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from jobs.settings import ClusterConfig
-from pipeline import stage
 from pipeline.hardware import devices
-from pipeline.stage import Item, Outcome, Stage
+from pipeline.stages.driver import run_in_process
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Item, Outcome
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class InProcess:
     config: ClusterConfig
 
     def __call__(self, stage_: Stage, items: Sequence[Item]) -> Iterator[Outcome | None]:
-        return stage.in_process(stage_, items)
+        return run_in_process(stage_, items)
 
     def check(self, stage_: Stage, idle: bool) -> None:
         """ValueError for GPUs that the stage cannot use, DeviceUnavailable for a reserved one that is not usable.

@@ -21,7 +21,8 @@ from pipeline.dataset import Dataset, file_of
 from pipeline.hardware import devices
 from pipeline.media import tars
 from pipeline.media.resize import pixels
-from pipeline.stage import Item, Output, Stage
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Item, Output
 
 IN_THE_RUN = "first_stage"  # the source of a first stage that lies in the folder of its run
 

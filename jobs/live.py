@@ -12,7 +12,7 @@ from typing import Any
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from jobs import labels
-from pipeline.progress import Tally
+from pipeline.stages.progress import Tally
 
 _SECONDS = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0]
 ITEM = "item failed"  # beside the reasons for which samples are left out

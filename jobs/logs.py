@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from jobs import labels
-from pipeline import stage, storage
+from pipeline import storage
+from pipeline.stages.worker import current_item
 
 FORMATS = ("text", "json")
 _log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class _Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         event = {"time": f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{int(record.msecs):03d}Z",
                  "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage()}
-        held = stage.in_hand.get()
+        held = current_item.get()
         event |= _about if held is None else _known(labels.of(held[0], held[1]))
         if held is not None:
             event["item"] = held[2]

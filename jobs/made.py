@@ -15,7 +15,8 @@ from model.config import GROUPS, TrainConfig, to_dict
 from pipeline import storage
 from pipeline.dataset import Dataset
 from pipeline.hardware import devices
-from pipeline.stage import Item, Output, Stage
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Item, Output
 
 _PICTURES_AN_ITEM = 25
 _WIDTH, _HEIGHT = 1440, 1080

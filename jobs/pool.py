@@ -21,9 +21,11 @@ from jobs import cluster, decoders, labels, live, logs
 from jobs.gpus import check_gpus
 from jobs.retirement import Blame, Failed, Place, Task, WorkerState
 from jobs.settings import ClusterConfig
-from pipeline import stage, storage
+from pipeline import storage
 from pipeline.hardware import devices
-from pipeline.stage import Item, Outcome, Retired, Stage
+from pipeline.stages.stage import Stage, fingerprint
+from pipeline.stages.types import Item, Outcome, Retired, StageFailed
+from pipeline.stages.worker import error_sentence, process_and_commit, work_together
 
 LOSSES = 5
 WORKER_TIMEOUT_S = 300.0
@@ -67,10 +69,10 @@ class Worker:
                 self.ready, self.computed = print_, (stage_.precision, stage_.device)
             stage_.precision, stage_.device = self.computed  # each call brings a new copy of the stage
             if len(items) == 1:
-                return [stage.work(stage_, items[0])]
+                return [process_and_commit(stage_, items[0])]
             # An exception is not kept until the others are done: its traceback may keep tensors.
             found = {item.id: _failed(record) if isinstance(record, Exception) else record
-                     for item, record in stage.work_together(stage_, items)}
+                     for item, record in work_together(stage_, items)}
         except Exception as error:
             return _failed(error)
         return [found[item.id] for item in items]
@@ -78,7 +80,7 @@ class Worker:
 
 def _failed(error: BaseException) -> Failed:
     trace = "".join(traceback.format_exception(error))
-    return Failed(stage.sentence(error), trace, devices.kind_of(error), isinstance(error, ValueError),
+    return Failed(error_sentence(error), trace, devices.kind_of(error), isinstance(error, ValueError),
                   bool(storage.full(error)))
 
 
@@ -105,7 +107,7 @@ class Pool:
         cluster.connect()
         cluster.mention_unused_gpus(stage_, self.config)
         self._shape(stage_.workers_need_gpu and self.config.each_gpus > 0)
-        print_ = stage.fingerprint(stage_)
+        print_ = fingerprint(stage_)
         together = self._together(stage_, len(items))
         lent = self._lent(stage_)
         self.meter = live.Meter(labels.of(stage_.path, stage_.name))
@@ -206,7 +208,7 @@ class Pool:
         try:
             worker = WorkerState(actor, ray.get(reference))
         except ActorUnschedulableError as error:
-            raise stage.StageFailed(f"the cluster can start no worker: {error}") from error
+            raise StageFailed(f"the cluster can start no worker: {error}") from error
         except RayActorError:
             time.sleep(0.2)
             return
@@ -226,12 +228,12 @@ class Pool:
         nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= self.config.cpus
                  and node["Resources"].get("GPU", 0) >= gpus]
         if seconds > BROKEN_TIMEOUT_S and nodes and all(_broken(node, broken, gpus) for node in nodes):
-            raise stage.StageFailed(
+            raise StageFailed(
                 f"{stage_.name}: only broken places are left to start a worker in\n"
                 f"expected a node with {wants} that finishes items, got {self.blame.why(broken)}\n"
                 f"hint: repair or replace these nodes, then run the same command again")
         if seconds > WORKER_TIMEOUT_S:
-            raise stage.StageFailed(f"{stage_.name}: no worker could be started for {WORKER_TIMEOUT_S:.0f} s\n"
+            raise StageFailed(f"{stage_.name}: no worker could be started for {WORKER_TIMEOUT_S:.0f} s\n"
                                     f"hint: the cluster has {ray.cluster_resources()}; a worker wants {wants}")
 
     def _others(self, busy: dict[Any, tuple[WorkerState, Task]]) -> bool:

@@ -8,8 +8,10 @@ from jobs import latents
 from jobs.runs import Run
 from model import checkpoint, first_stage
 from model.config import from_dict
-from pipeline import stage, storage
-from pipeline.stage import Item, Output, Stage
+from pipeline import storage
+from pipeline.stages.driver import run_stage
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Item, Output
 
 BUNDLED = Path(__file__).parents[1] / "model" / "emoji_32"
 _KEPT = ("encoder", "image_size", "dataset", "database", "first_stage", "lineage")
@@ -89,4 +91,4 @@ class Import(Stage):
 
 def bring(run: Run, source: Path) -> dict[str, Any]:
     """Make such a folder a run, unless it is one."""
-    return stage.run(Import(run, source))
+    return run_stage(Import(run, source))

@@ -18,9 +18,10 @@ from jobs.training import Job, Training
 from jobs.validation import Validation
 from model.precision import compute_dtype
 from model.train import train
-from pipeline import stage
 from pipeline.batches import Batches
 from pipeline.hardware import devices
+from pipeline.stages.plan import prepare
+from pipeline.stages.scratch import scratch_folder
 
 KEEP_CHECKPOINTS = 3
 _log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def work(job: Job, stop: Callable[[], bool] | None = None) -> int:
         tracker = tracking.of_run(job, known)
 
     def save(reached: int, write: Callable[[Any], None]) -> None:
-        with stage.scratch_folder("checkpoint") as scratch:
+        with scratch_folder("checkpoint") as scratch:
             write(scratch / "checkpoint")
             metrics.flush()
             job.run.publish(reached, scratch / "checkpoint")
@@ -90,7 +91,7 @@ def in_processes(job: Job) -> bool:
     stage_ = Training(job)
     if world == 1:
         devices.choose()  # an unusable GPU must not leave a plan
-        stage.prepare(stage_)
+        prepare(stage_)
         job.run.mend()
         with _stoppable() as stop, job.run.telling():
             work(job, stop)
@@ -99,7 +100,7 @@ def in_processes(job: Job) -> bool:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         if dist.get_rank() == 0:
-            stage.prepare(stage_)
+            prepare(stage_)
             job.run.mend()
         dist.barrier()
         with _stoppable() as stop, job.run.telling():

@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from jobs import logs
-from pipeline.progress import Tally
+from pipeline.stages.progress import Tally
 
 EVERY_S = 10.0
 _log = logging.getLogger(__name__)

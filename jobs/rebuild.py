@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from jobs import logs, versions
-from pipeline import assembly, embed, forgotten, gates, index, published, stage, storage, update
+from pipeline import assembly, embed, forgotten, gates, index, published, storage, update
 from pipeline.dataset import Dataset
 from pipeline.embed import EmbedConfig
 from pipeline.extension import Drifted, Extension
@@ -18,7 +18,9 @@ from pipeline.gates import Gate, GatesConfig
 from pipeline.index import Index, IndexConfig
 from pipeline.published import Pointer
 from pipeline.shard import ShardConfig
-from pipeline.stage import Stage, StageFailed
+from pipeline.stages.plan import clear_folder
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import StageFailed
 from pipeline.tombstones import Tombstones
 from pipeline.update import Change, Compare, Reuse, ReuseCaptions, Sought, Update
 
@@ -100,8 +102,8 @@ class Rebuild:
         """The version to make, and whether it was published before: one begun for the same source, or the next free
         number."""
         last = self.last
-        source = stage.digest([self.sought.digest, Update.section_of(self.shard), self._settings()])
-        claim = {"digest": stage.digest([source, self.config.rewrite, self.config.thorough, last is None,
+        source = storage.digest([self.sought.digest, Update.section_of(self.shard), self._settings()])
+        claim = {"digest": storage.digest([source, self.config.rewrite, self.config.thorough, last is None,
                                          self.before.document["content"] if self.before else ""]), "source": source,
                  "from": self.before.version if self.before else None}
         data = storage.json_bytes(claim)
@@ -174,7 +176,7 @@ class Rebuild:
                 return
             except Drifted as error:
                 _log.info("%s; training it anew", str(error).splitlines()[0])
-                stage.clear(whole)
+                clear_folder(whole)
         assembly.run(whole, seal)
 
     def _planned(self, whole: Index) -> bool:

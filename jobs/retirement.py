@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.hardware import devices
-from pipeline.stage import Item
+from pipeline.stages.types import Item
 
 TRIES = 3  # failures that count, after which an item fails for good
 CONFIRMED = 2  # the same for a ValueError: the worker is rarely its cause, so one other worker is enough

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import stage, storage
+from pipeline import storage
+from pipeline.stages.manifest import read_manifest
 
 HOPELESS: dict[str, type[Exception]] = {one.__name__: one for one in (FloatingPointError, MemoryError, ValueError)}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -139,7 +140,7 @@ class Run:
 
     def first_stage(self) -> Path:
         """A local folder with the first stage that was converted together with the run, hashes checked."""
-        manifest = stage.manifest_of(self.folder, self.command)
+        manifest = read_manifest(self.folder, self.command)
         return self._fetched(storage.join(self.folder, "first_stage"), [
             entry | {"name": entry["name"].removeprefix("first_stage/")} for record in manifest["items"]
             for entry in record["files"] if entry["name"].startswith("first_stage/")])
@@ -151,7 +152,7 @@ class Run:
         if storage.is_local(folder):
             return storage.local_path(folder)
         # The cache names files by hash; these are read by name.
-        local = storage.cache_folder() / f"files-{stage.digest([[one['name'], one['sha256']] for one in files])}"
+        local = storage.cache_folder() / f"files-{storage.digest([[one['name'], one['sha256']] for one in files])}"
         local.mkdir(exist_ok=True)
         for name, path in paths.items():
             if not (local / name).exists():
@@ -164,11 +165,11 @@ class Run:
     def publish(self, step: int, folder: Path) -> None:
         """Put the finished checkpoint in the local `folder` in place, its manifest last."""
         target = storage.join(self.folder, "checkpoints", f"{step:07d}")
-        files = [stage.describe(path.name, path) for path in sorted(folder.iterdir())]
+        files = [storage.describe_file(path.name, path) for path in sorted(folder.iterdir())]
         for entry in files:
             storage.put_file(folder / entry["name"], storage.join(target, entry["name"]))
         storage.put_json({"stage": "checkpoint", "step": step, "files": files, "items": [],
-                          "content": stage.digest([[entry["name"], entry["sha256"]] for entry in files])},
+                          "content": storage.digest([[entry["name"], entry["sha256"]] for entry in files])},
                          storage.join(target, "manifest.json"))
 
     def forget(self, keep: int) -> None:

@@ -18,13 +18,15 @@ from jobs.retrieval import Drawn, Near, Retriever
 from jobs.runs import Run
 from jobs.settings import QueryConfig, SampleConfig
 from model.precision import compute_dtype
-from pipeline import clip, lookup, stage, storage
+from pipeline import clip, lookup, storage
 from pipeline.dataset import Dataset
 from pipeline.hardware import devices
 from pipeline.lookup import Sample
 from pipeline.media.contact_sheet import contact_sheet
 from pipeline.media.resize import pixels
-from pipeline.stage import Item, Output, Stage
+from pipeline.stages.manifest import sealed_input
+from pipeline.stages.stage import Stage, fingerprint
+from pipeline.stages.types import Item, Output
 
 _SHOWN = 256  # pixels of a side of what was asked for by a picture
 
@@ -56,7 +58,7 @@ class Sampling(Stage):
         self.step = step or run.latest_step()
         super().__init__(run.root, f"{run.path}/samples/{name}", config)
         if not name:
-            self.path = f"{run.path}/samples/{stage.fingerprint(self)[:12]}"
+            self.path = f"{run.path}/samples/{fingerprint(self)[:12]}"
             self.folder = storage.join(self.root, self.path)
 
     @property
@@ -79,7 +81,7 @@ class Sampling(Stage):
         return settings | ({"pool": self.asked.pool} if self.asked.pool else {})
 
     def inputs(self) -> dict[str, dict[str, Any]]:
-        found = {"checkpoint": stage.identity(self.root, f"{self.run.path}/checkpoints/{self.step:07d}",
+        found = {"checkpoint": sealed_input(self.root, f"{self.run.path}/checkpoints/{self.step:07d}",
                                               self.run.command)}
         for database in self._members():
             found |= searched(database)

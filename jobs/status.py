@@ -7,9 +7,14 @@ from typing import Any
 
 from jobs import labels, progress, tracking
 from jobs.runs import Run
-from pipeline import records, stage, storage
+from pipeline import storage
 from pipeline.dataset import Dataset
-from pipeline.stage import Item, Stage
+from pipeline.stages import records
+from pipeline.stages.manifest import changed_inputs
+from pipeline.stages.plan import prepare
+from pipeline.stages.seal import read_records
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Item
 
 _SILENT_S = 120.0
 _OF_A_DATASET = ("shards", "embeddings", "index")
@@ -68,9 +73,9 @@ def silent(now: dict[str, Any]) -> float:
 def forecast(stage_: Stage, *, rebuild: bool = False) -> dict[str, Any]:
     """What running a stage would do: items, how many are left, bytes to read, seconds as far as known."""
     claimed = not rebuild and storage.exists(storage.join(stage_.folder, "plan.json"))
-    items: Sequence[Item] = stage.prepare(stage_) if claimed else list(stage_.plan())
+    items: Sequence[Item] = prepare(stage_) if claimed else list(stage_.plan())
     ids = [item.id for item in items]
-    done = stage.recorded(stage_, ids).in_order(ids) if claimed else []
+    done = read_records(stage_, ids).in_order(ids) if claimed else []
     sealed = claimed and storage.exists(storage.join(stage_.folder, "manifest.json"))
     left = 0 if sealed else len(items) - len(done)
     each = [record["run"]["seconds"] for record in done]
@@ -111,7 +116,7 @@ def _state(root: str, path: str) -> dict[str, Any]:
     manifest = _read(root, path, "manifest.json")
     items = records.count(plan["items"])
     about = {"stage": plan["stage"], "items": items}
-    changed = stage.changed_inputs(root, plan)
+    changed = changed_inputs(root, plan)
     if manifest is None:
         for name in storage.names(storage.join(root, path, "more")):
             items += records.count(storage.read_json(storage.join(root, path, "more", name))["items"])

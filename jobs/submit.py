@@ -22,8 +22,9 @@ from typing import Any
 
 from jobs.commands import SubmitCommand
 from jobs.settings import Settings
-from pipeline import stage, storage
+from pipeline import storage
 from pipeline.dataset import Dataset
+from pipeline.stages.manifest import code_revision
 
 _log = logging.getLogger(__name__)
 STOPPED = 130
@@ -68,7 +69,7 @@ def of(words: tuple[str, ...], inner: Any, settings: Settings, command: SubmitCo
     if config:
         words = tuple(_SETTINGS if word == config else word.replace(f"--config={config}", f"--config={_SETTINGS}")
                       for word in words)
-    about = {"verb": verb, "root": inner.common.root, "revision": stage.code_revision(),
+    about = {"verb": verb, "root": inner.common.root, "revision": code_revision(),
              "needs": ",".join(sorted(command.secret))} | _subject(verb, inner)
     parts = (verb, about.get("run") or about.get("dataset"), about.get("version"), _hash(verb, inner, settings))
     name = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "-", part) for part in parts if part)
@@ -153,7 +154,7 @@ def _start(client: Any, one: Submission, command: SubmitCommand, number: int) ->
     """Submit an attempt; whoever was quicker to submit the same one is joined."""
     with tempfile.TemporaryDirectory(prefix="rdm-submit-") as scratch:
         folder = _folder(Path(scratch), one, command)
-        environment = one.variables if command.installed else one.variables | {"RDM_REVISION": stage.code_revision()}
+        environment = one.variables if command.installed else one.variables | {"RDM_REVISION": code_revision()}
         try:
             client.submit_job(submission_id=f"{one.name}-a{number}", entrypoint=_entrypoint(one),
                               metadata=one.about | {"attempt": str(number)},
@@ -267,7 +268,7 @@ def _subject(verb: str, inner: Any) -> dict[str, str]:
 def _hash(verb: str, inner: Any, settings: Settings) -> str:
     """Eight digits for all that is asked, however it was put; where it runs is no part of it."""
     inner = replace(inner, common=replace(inner.common, root=storage.normal(inner.common.root), config=""))
-    return stage.digest([verb, *({key: value for key, value in asdict(one).items() if key != "cluster"}
+    return storage.digest([verb, *({key: value for key, value in asdict(one).items() if key != "cluster"}
                                  for one in (inner, settings))])[:8]
 
 

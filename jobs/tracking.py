@@ -16,9 +16,10 @@ from PIL import Image
 from jobs import offline
 from jobs.runs import Run
 from model.config import to_dict
-from pipeline import stage, storage
-from pipeline.progress import Tally
-from pipeline.stage import Stage
+from pipeline import storage
+from pipeline.stages.manifest import code_revision
+from pipeline.stages.progress import Tally
+from pipeline.stages.stage import Stage
 
 _log = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class Tracker:
                 name=known["run"] or f"{group(known)} {known['stage']}", job_type=known["stage"],
                 dir=place,
                 config=config | {key: value for key, value in known.items() if value} | {
-                    "lineage": inputs, "code": stage.code_revision()},
+                    "lineage": inputs, "code": code_revision()},
                 resume="allow", mode=mode, settings=wandb.Settings(
                     silent=True, console="off", init_timeout=60, x_transaction_log_flush_interval=2.0))
             if self.online:  # offline nothing can be named as used

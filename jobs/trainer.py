@@ -14,8 +14,11 @@ from jobs.processes import work
 from jobs.runs import HOPELESS
 from jobs.settings import ClusterConfig
 from jobs.training import Job, Training
-from pipeline import stage, storage
+from pipeline import storage
 from pipeline.hardware import devices
+from pipeline.stages.plan import prepare
+from pipeline.stages.scratch import scratch_folder
+from pipeline.stages.types import StageFailed
 
 
 def train(job: Job, config: ClusterConfig, watch: Callable[[dict[str, Any]], None]) -> None:
@@ -27,11 +30,11 @@ def train(job: Job, config: ClusterConfig, watch: Callable[[dict[str, Any]], Non
     training = Training(job)
     cluster.connect()
     cluster.check_gpus_exist(training, config)
-    stage.prepare(training)
+    prepare(training)
     job.run.mend()
     cluster.mention_unused_gpus(training, config)
     launch = uuid.uuid4().hex
-    with stage.scratch_folder("ray-train") as scratch:
+    with scratch_folder("ray-train") as scratch:
         # Every worker of every node needs to reach Ray's own folder; nothing of ours is kept in it.
         shared = storage.join(job.run.folder, "ray") if storage.is_local(job.run.folder) else str(scratch)
         trainer = TorchTrainer(
@@ -54,7 +57,7 @@ def train(job: Job, config: ClusterConfig, watch: Callable[[dict[str, Any]], Non
         except ray.train.TrainingFailedError as error:
             if known := _known(job, launch):
                 raise known from error
-            raise stage.StageFailed(f"train: the run {job.run.name} failed {config.max_failures + 1} times: "
+            raise StageFailed(f"train: the run {job.run.name} failed {config.max_failures + 1} times: "
                                     f"{_first_line(error)}\nhint: run the same command again; it continues from the "
                                     f"newest checkpoint") from error
         finally:

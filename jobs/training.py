@@ -6,12 +6,13 @@ from typing import Any
 from jobs import tracking
 from jobs.runs import Run
 from model.config import TrainConfig, identity
-from pipeline import embed, stage
+from pipeline import embed, storage
 from pipeline.batches import OWN
 from pipeline.dataset import Dataset
 from pipeline.lookup import samples
 from pipeline.media.resize import pixels
-from pipeline.stage import Item, Output, Stage
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Item, Output
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class Training(Stage):
         lines = tracking.read(self.job.run)
         self.device = lines[-1].get("device", "") if lines else ""
         # Not the file of the curve: there are seconds in it, and an equal run has other ones.
-        curve = stage.digest([[line["step"], line["loss"]] for line in lines])
+        curve = storage.digest([[line["step"], line["loss"]] for line in lines])
         return Output(samples=step * self.job.config.global_batch,
                       info={"steps": step, "checkpoint": self.job.run.checkpoint(step)["content"], "curve": curve,
                             "loss": lines[-1]["loss"] if lines else None})

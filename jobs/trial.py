@@ -24,13 +24,13 @@ import numpy as np
 from jobs import costs, made, measured
 from jobs.costs import Build
 from jobs.rates import Rates, TrainRates
-from pipeline import assembly, clip, stage, storage
+from pipeline import assembly, clip, storage
 from pipeline.dataset import Dataset
 from pipeline.embed import Embed
 from pipeline.index import Index, IndexConfig
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.shard import Shard
-from pipeline.stage import Stage
+from pipeline.stages.stage import Stage
 
 Run = Callable[[Stage], dict[str, Any]]
 _FIRST = 8
@@ -61,7 +61,7 @@ class Trial:
         """The folder of what is run: what was interrupted goes on there, unless other things are asked."""
         config = self.build.settings
         what = [asdict(one) for one in (config.shard, config.embed, config.index, config.train)]
-        return storage.join(self.root, "trial", stage.digest(json.loads(json.dumps(
+        return storage.join(self.root, "trial", storage.digest(json.loads(json.dumps(
             [what, self.source, self.seconds, self.workers, self.gpu, self.build.dim])))[:12])
 
 

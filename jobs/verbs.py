@@ -20,7 +20,7 @@ from jobs.gpus import InProcess, check_gpus, local_device
 from jobs.runs import Run
 from jobs.settings import ClusterConfig, Settings
 from jobs.training import Job, Training
-from pipeline import assembly, clip, published, sift, stage, storage, verify
+from pipeline import assembly, clip, published, sift, storage, verify
 from pipeline.adopt import Adopt
 from pipeline.dataset import Dataset, datasets
 from pipeline.embed import Embed, EmbedCaptions
@@ -30,7 +30,10 @@ from pipeline.hardware import devices
 from pipeline.index import Index, check_autofaiss
 from pipeline.neighbors import Neighbors
 from pipeline.shard import Shard
-from pipeline.stage import Stage
+from pipeline.stages.driver import Runner, run_stage
+from pipeline.stages.manifest import read_manifest
+from pipeline.stages.plan import check_and_clear, prepare
+from pipeline.stages.stage import Stage
 from pipeline.tombstones import Tombstones
 
 _log = logging.getLogger(__name__)
@@ -195,7 +198,7 @@ def _convert(command: commands.ConvertCommand, settings: Settings) -> int:
         convert = Convert(run, command.checkpoint, Dataset.parse(root, command.database), command.convert)
     if command.common.dry_run:
         return _dry_run(convert, command.stage.rebuild)
-    _done(convert, stage.run(convert, rebuild=command.stage.rebuild))
+    _done(convert, run_stage(convert, rebuild=command.stage.rebuild))
     return 0
 
 
@@ -243,12 +246,12 @@ def _trained(job: Job, config: ClusterConfig, local: bool, rebuild: bool) -> dic
     check_gpus(training, config)
     training.check()
     if rebuild and os.environ.get("RANK", "0") == "0":
-        stage.empty(training)
+        check_and_clear(training)
     sealed = storage.join(training.folder, "manifest.json")
     # Of torchrun's processes one empties the folder: what the others see there meanwhile means nothing.
     if not rebuild and storage.exists(sealed):
-        stage.prepare(training)
-        manifest = stage.manifest_of(training.folder, training.command)
+        prepare(training)
+        manifest = read_manifest(training.folder, training.command)
         if manifest["info"]["steps"] >= job.config.steps:
             return manifest
     if local:
@@ -268,7 +271,7 @@ def _trained(job: Job, config: ClusterConfig, local: bool, rebuild: bool) -> dic
     if storage.exists(sealed):  # a finished run that was given more steps
         storage.remove(sealed)
         storage.remove(storage.join(training.folder, "records", "run.json"))
-    return stage.run(training)
+    return run_stage(training)
 
 
 def _sample(command: commands.SampleCommand, settings: Settings) -> int:
@@ -412,7 +415,7 @@ def _demo(command: commands.DemoCommand, settings: Settings) -> int:
 
 
 @contextlib.contextmanager
-def runner(command: Any) -> Iterator[stage.Runner]:
+def runner(command: Any) -> Iterator[Runner]:
     """The runner that a command asks for: this process, or actors that live as long as the command."""
     if command.common.local:
         with devices.reserving(local_device(command.cluster)):

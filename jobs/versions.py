@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.runs import Run
-from pipeline import published, stage, storage
+from pipeline import published, storage
 from pipeline.dataset import Dataset, datasets
+from pipeline.stages.manifest import read_manifest
+from pipeline.stages.plan import read_items
+from pipeline.stages.types import StageFailed
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ def rollback(root: str, name: str, to: str, *, dry_run: bool = False) -> dict[st
         raise ValueError(f"{name}@{version} is not what was published any more\nhint: verify --only datasets/{name}/"
                          f"{version}")
     if not dry_run and not published.publish(dataset, data, release["number"], pointer, rolled_back=pointer.version):
-        raise stage.StageFailed(f"somebody published another version of {name} at this moment\nhint: look at versions "
+        raise StageFailed(f"somebody published another version of {name} at this moment\nhint: look at versions "
                                 f"{name}, and try again")
     return {"dataset": name, "published": version, "rolled_back": pointer.version} | (
         {"dry_run": True} if dry_run else {})
@@ -228,7 +231,7 @@ def _files_of(root: str, name: str, kept: list[str]) -> set[str]:
         for stage_name in published.STAGES:
             folder = dataset.folder(stage_name)
             if dataset.sealed(stage_name):
-                manifest = stage.manifest_of(folder, "")
+                manifest = read_manifest(folder, "")
                 records: Any = manifest["items"]
             else:  # under way: what is recorded, and what its plan says will be taken
                 records = [storage.read_json(storage.join(folder, "records", one))
@@ -242,7 +245,7 @@ def _files_of(root: str, name: str, kept: list[str]) -> set[str]:
 def _to_be_taken(root: str, name: str, stage_name: str, folder: str) -> list[dict[str, Any]]:
     """Records of other versions that the items of a plan will take over, their files by whole address."""
     found = []
-    for item in stage.planned(folder):
+    for item in read_items(folder):
         for key in ("last", "vectors", "of"):
             record = item.inputs.get(key)
             version = item.inputs.get("version") or item.inputs.get("last")

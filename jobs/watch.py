@@ -8,7 +8,7 @@ from typing import Any
 
 from jobs import progress, status
 from pipeline import storage
-from pipeline.progress import period
+from pipeline.stages.progress import period
 
 _HEAD = ("dataset", "version", "stage", "state", "done", "rate", "left", "failures, left out")
 

@@ -7,20 +7,20 @@ from typing import Any
 
 from jobs import labels, logs, tracking
 from jobs.progress import watcher
-from pipeline import stage
-from pipeline.progress import Tally
-from pipeline.stage import Runner, Stage
+from pipeline.stages.driver import Runner, run_in_process, run_stage
+from pipeline.stages.progress import Tally
+from pipeline.stages.stage import Stage
 
 _log = logging.getLogger(__name__)
 
 
-def run(stage_: Stage, runner: Runner = stage.in_process, *, name: str = "", tracker: str = "none",
+def run(stage_: Stage, runner: Runner = run_in_process, *, name: str = "", tracker: str = "none",
         **how: Any) -> dict[str, Any]:
     """`stage.run`, shown as `name`, tracked by `tracker`."""
     known = labels.of(stage_.path, stage_.name)
     with logs.about(known), tracking.of_stage(stage_, known, tracker) as tracked:
         _log.debug("%s begins", stage_.name)
-        manifest = stage.run(stage_, runner, watch=_all([watcher(name or stage_.name), _metered(known), tracked.watch]),
+        manifest = run_stage(stage_, runner, watch=_all([watcher(name or stage_.name), _metered(known), tracked.watch]),
                              **how)
         tracked.sealed(manifest)
         _log.debug("%s is sealed", stage_.name, extra={"fields": manifest["totals"] | {"folder": stage_.folder}})

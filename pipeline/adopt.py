@@ -15,14 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
-from pipeline import samples, stage, storage
+from pipeline import samples, storage
 from pipeline.dataset import Dataset
 from pipeline.media import tars
 from pipeline.media.foreign_tars import Suspicions, examine
 from pipeline.shard import ShardConfig
 from pipeline.sources import addresses_of, cells_of, sound
 from pipeline.sources.tars import STEP, caption_of, local, metadata_of, types_of
-from pipeline.stage import Entry, Item, Output, Stage
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Entry, Item, Output
 from pipeline.storage import parquet
 
 
@@ -66,12 +67,12 @@ class Adopt(Stage):
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         found = storage.each(lambda url: json.dumps(storage.glance(url)), self.addresses())
-        return {"tars": {"path": "", "digest": stage.digest(found)}}
+        return {"tars": {"path": "", "digest": storage.digest(found)}}
 
     def plan(self) -> Iterator[Item]:
         types = types_of(self.addresses()[0])
         data = storage.json_bytes(types)
-        name = stage.name_by_content("rows/types.json", data)
+        name = storage.name_by_content("rows/types.json", data)
         for number, address in enumerate(self.addresses()):
             yield Item(f"{number:06d}", {"tar": address, "first": number * STEP, "types": name},
                        () if number else ((name, data),))
@@ -101,7 +102,7 @@ class Adopt(Stage):
         types = storage.read_json(storage.join(self.folder, item.inputs["types"]))
         pq.write_table(samples.table(metas, samples.COLUMNS, types), parquet)
         return Output(good, {f"metadata/{item.id}.parquet": parquet}, entries, {"rows": len(metas)},
-                      elsewhere=[stage.describe(address, path)])
+                      elsewhere=[storage.describe_file(address, path)])
 
     def _meta(self, number: int, sample: dict[str, Any], address: str) -> tuple[dict[str, Any], list[Entry]]:
         document = metadata_of(sample)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import stage, storage
+from pipeline import storage
 from pipeline.dataset import Dataset, Embeddings, file_of, finite
 from pipeline.index import (
     BLOCK,
@@ -35,7 +35,10 @@ from pipeline.index import (
     trained,
     training_rows,
 )
-from pipeline.stage import Item, Output, Stage
+from pipeline.stages.manifest import read_manifest, sealed_input
+from pipeline.stages.plan import check_and_clear, clear_folder
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Item, Output
 
 
 class Training(OfAnIndex):
@@ -97,7 +100,7 @@ class Parts(OfAnIndex):
         return {"part_memory": self.config.part_memory}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
-        return {"training": stage.identity(self.root, self.training.path, self.command),
+        return {"training": sealed_input(self.root, self.training.path, self.command),
                 "embeddings": self.dataset.identity("embeddings")}
 
     def plan(self) -> Iterator[Item]:
@@ -149,15 +152,15 @@ def run(index: Index, seal: Callable[[Stage], dict[str, Any]], *, rebuild: bool 
     index.plan()  # what cannot be built is told before anything is trained
     before = index.before()
     if rebuild:
-        stage.empty(index)
+        check_and_clear(index)
         for one in reversed(before):
-            stage.clear(one)
+            clear_folder(one)
     if not storage.exists(storage.join(index.folder, "manifest.json")):
         for one in before:
             seal(one)
     manifest = seal(index)
     for one in before[1:]:
-        stage.clear(one)
+        clear_folder(one)
     return manifest
 
 
@@ -169,7 +172,7 @@ def assemble(training: Training, parts: Parts, config: IndexConfig, scratch: Pat
     """
     index = faiss.read_index(str(_file(training, "trained.index")))
     queries = questions(training)
-    manifest = stage.manifest_of(parts.folder, parts.command)
+    manifest = read_manifest(parts.folder, parts.command)
     paths = [_local(parts, record, f"{record['id']}.index") for record in manifest["items"]]
     size = 0
     if lists_bytes(index, manifest["totals"]["samples"]) > memory(config.merge_memory, "merge_memory"):
@@ -183,7 +186,7 @@ def assemble(training: Training, parts: Parts, config: IndexConfig, scratch: Pat
             ids, scores = (np.load(_local(parts, record, f"{record['id']}.{one.kind}.{what}.npy"), allow_pickle=False)
                            for what in ("ids", "scores"))
             one.ids, one.scores = best(np.hstack([one.ids, ids]), np.hstack([one.scores, scores]), EXACT)
-    about = stage.manifest_of(training.folder, training.command)["info"]
+    about = read_manifest(training.folder, training.command)["info"]
     infos, info, times = measured(index, about["key"], queries, config, size)
     info |= {"parts": len(manifest["items"]), "trained_on": about["trained_on"], "error_of_training": about["error"],
              "error_of_held": error_of(index, queries[0].vectors)}
@@ -196,7 +199,7 @@ def questions(training: Training) -> list[Queries]:
     """The queries of a training: pictures that it did not see, and captions if there are any."""
     found = [Queries("image", np.load(_file(training, "images.npy"), allow_pickle=False),
                      np.load(_file(training, "held.npy"), allow_pickle=False))]
-    if any(entry["name"] == "texts.npy" for record in stage.manifest_of(training.folder, training.command)["items"]
+    if any(entry["name"] == "texts.npy" for record in read_manifest(training.folder, training.command)["items"]
            for entry in record["files"]):
         found.append(Queries("text", np.load(_file(training, "texts.npy"), allow_pickle=False)))
     return found
@@ -209,7 +212,7 @@ def _there(rows: np.ndarray) -> np.ndarray:
 
 
 def _file(training: Training, name: str) -> Path:
-    record = stage.manifest_of(training.folder, training.command)["items"][0]
+    record = read_manifest(training.folder, training.command)["items"][0]
     return _local(training, record, name)
 
 

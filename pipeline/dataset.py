@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import stage, storage
+from pipeline import storage
+from pipeline.stages.manifest import read_manifest, sealed_input
 from pipeline.storage import parquet
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -79,7 +80,7 @@ class Dataset:
 
     def manifest(self, stage_name: str) -> dict[str, Any]:
         """The manifest of a sealed stage; ValueError with the command that would finish it."""
-        return stage.manifest_of(self.folder(stage_name), self.command(stage_name), dict(self.trusted).get(stage_name))
+        return read_manifest(self.folder(stage_name), self.command(stage_name), dict(self.trusted).get(stage_name))
 
     def sealed(self, stage_name: str) -> bool:
         """Whether a stage has ended."""
@@ -87,7 +88,7 @@ class Dataset:
 
     def identity(self, stage_name: str) -> dict[str, Any]:
         """How a later stage names this one among its inputs."""
-        return stage.identity(self.root, self.path(stage_name), self.command(stage_name),
+        return sealed_input(self.root, self.path(stage_name), self.command(stage_name),
                               dict(self.trusted).get(stage_name))
 
     def fetch(self, stage_name: str, entry: dict[str, Any], *, check: bool = False) -> Path:

@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import clip, encoding, stage, storage
+from pipeline import clip, encoding, storage
 from pipeline.clip import ClipConfig
 from pipeline.dataset import Dataset, file_of, metadata
 from pipeline.encoding import Part
 from pipeline.hardware import devices
-from pipeline.stage import Entry, Item, Output, Stage, StageFailed
-from pipeline.times import Times
+from pipeline.stages.stage import Stage
+from pipeline.stages.timers import Times
+from pipeline.stages.types import Entry, Item, Output, StageFailed
 
 _TOGETHER = 16  # batches that shards which are taken together should fill: at most one is not full
 _MOST = 64  # shards that are taken together: what a worker that dies has in hand
@@ -74,7 +75,7 @@ class Embed(Stage):
         return {"shards": self.dataset.identity("shards")}
 
     def plan(self) -> list[Item]:
-        encoder, records = stage.digest(clip.describe(self.config.clip())), self.dataset.manifest("shards")["items"]
+        encoder, records = storage.digest(clip.describe(self.config.clip())), self.dataset.manifest("shards")["items"]
         self._room(map(_size, records), whole=False, threads=1)
         return [Item(record["id"], {"shard": record, "encoder": encoder, "count": record["samples"]})
                 for record in records]
@@ -98,7 +99,7 @@ class Embed(Stage):
         return output
 
     def process_together(self, work: Sequence[tuple[Item, Path]]) -> Iterator[Output | Exception]:
-        if any(stage.digest(clip.describe(self.config.clip())) != item.inputs["encoder"] for item, _ in work):
+        if any(storage.digest(clip.describe(self.config.clip())) != item.inputs["encoder"] for item, _ in work):
             raise ValueError(f"the weights {self.config.pretrained} of {self.config.model} on {platform.node()}, or "
                              f"its settings, are not those of the plan\nhint: the same files on every machine")
         encoder, times = self._encoder(), Times()

@@ -24,9 +24,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from pipeline import clip, decoding
+from pipeline import clip
+from pipeline.embeddings import decode_batch
 from pipeline.media import tars
-from pipeline.times import Times
+from pipeline.stages.decoder_pool import DecoderPool
+from pipeline.stages.timers import Times
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +123,7 @@ def part_of(count: int, size: int) -> int:
 
 
 def encoded(encoder: clip.Encoder, shards: Sequence[Shard], size: int, fitting: Room,
-            elsewhere: decoding.Elsewhere | None, times: Times) -> Iterator[Part]:
+            elsewhere: DecoderPool | None, times: Times) -> Iterator[Part]:
     """The parts of all shards in order, with vectors."""
     lent = elsewhere.at_once if elsewhere else 0
     decode = _decoder(encoder, elsewhere, fitting.threads if encoder.whole else 0, times)
@@ -158,7 +160,7 @@ def of_torch(threads: int) -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def _decoder(encoder: clip.Encoder, elsewhere: decoding.Elsewhere | None, threads: int, times: Times
+def _decoder(encoder: clip.Encoder, elsewhere: DecoderPool | None, threads: int, times: Times
              ) -> Callable[[Part], Part]:
     """What decodes a part: on so many threads here, and elsewhere what they do not get to."""
     here = threading.Semaphore(threads)
@@ -172,7 +174,7 @@ def _decoder(encoder: clip.Encoder, elsewhere: decoding.Elsewhere | None, thread
             if elsewhere and not mine and (found := elsewhere(data, encoder.preprocessing)):
                 times.add("elsewhere", found.seconds)
             if found is None:
-                found = decoding.decoded(data, encoder.prepared)
+                found = decode_batch.decoded(data, encoder.prepared)
                 times.add("decode", found.seconds)
         finally:
             if elsewhere and mine:

@@ -19,13 +19,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import clip, stage, storage
+from pipeline import clip, storage
 from pipeline.dataset import Dataset, file_of, metadata
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.media import tars
-from pipeline.stage import Entry, Item, Output, Stage, StageFailed
+from pipeline.stages import records as stage_records
+from pipeline.stages.stage import Stage
+from pipeline.stages.timers import Times
+from pipeline.stages.types import Entry, Item, Output, StageFailed
 from pipeline.storage import parquet
-from pipeline.times import Times
 
 LAYOUT, COMPVIS = "clip-retrieval", "compvis"
 _ARCHIVE = re.compile(r"(\d+)x(\d+)(?:-part_(\d+))?\.npz")
@@ -97,7 +99,7 @@ class AdoptEmbeddings(Embed):
     def inputs(self) -> dict[str, dict[str, Any]]:
         addresses = _archives(self.source) or [url for pair in _pairs(self.source) for url in pair]
         glances = [json.dumps(storage.glance(url)) for url in addresses]
-        return super().inputs() | {"vectors": {"path": "", "digest": stage.digest(glances)}}
+        return super().inputs() | {"vectors": {"path": "", "digest": storage.digest(glances)}}
 
     def together(self, gpu: bool | None = None) -> int:
         return 1
@@ -142,7 +144,7 @@ class AdoptEmbeddings(Embed):
         return Output(samples=len(vectors), files={f"{item.id}.npy": out}, ledger=ledger, times=dict(times.seconds))
 
     def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
-        totals = stage.totals(records)
+        totals = stage_records.totals(records)
         if totals["samples"] and totals["noted"].get("not_adopted", 0) == totals["samples"]:
             raise StageFailed(f"embed: none of the {totals['samples']} samples has a vector in {self.source}\n"
                               f"hint: are these the vectors of {self.dataset.label}? --rebuild adopts others")

@@ -34,7 +34,7 @@ from pipeline.index import (
     renumber,
     within,
 )
-from pipeline.stage import Item, Output, StageFailed
+from pipeline.stages.types import Item, Output, StageFailed
 
 _SAMPLE = 10_000  # rows whose error is measured
 _TINY = 1e-6  # errors are rounded to this

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from pipeline import stage, storage
+from pipeline import storage
 from pipeline.dataset import Dataset, metadata
 
 _NAME = "forgotten.json"
@@ -49,7 +49,7 @@ class Forgotten:
     @property
     def digest(self) -> str:
         """A hash of all of it."""
-        return stage.digest([sorted(getattr(self, kind)) for kind in _KINDS])
+        return storage.digest([sorted(getattr(self, kind)) for kind in _KINDS])
 
 
 def _host(name: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import clip, embed, forgotten, samples, stage, storage, update
+from pipeline import clip, embed, forgotten, samples, storage, update
 from pipeline.dataset import Dataset, labels, metadata
 from pipeline.forgotten import Forgotten
 from pipeline.index import Searcher
@@ -69,7 +69,7 @@ def queries(config: GatesConfig, before: dict[str, Any] | None, dataset: Dataset
     captions: set[str] = set()
     for record in dataset.manifest("shards")["items"]:
         captions |= {row["caption"].strip() for row in metadata(dataset, record, ["caption"]) if row["caption"]}
-    chosen = sorted(captions - {""}, key=lambda text: stage.digest(text))  # at random, and always the same
+    chosen = sorted(captions - {""}, key=lambda text: storage.digest(text))  # at random, and always the same
     return sorted(chosen[:config.query_count])
 
 

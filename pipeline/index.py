@@ -28,7 +28,8 @@ from pipeline import storage, tombstones
 from pipeline.dataset import Dataset, Embeddings
 from pipeline.hardware import devices
 from pipeline.openmp import blocked_scans, map_blocks, one_thread
-from pipeline.stage import Item, Output, Stage, StageFailed
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Item, Output, StageFailed
 
 if TYPE_CHECKING:
     import faiss

@@ -16,14 +16,17 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline import dataset as datasets
-from pipeline import embed, search, stage, storage, tombstones
+from pipeline import embed, search, storage, tombstones
 from pipeline import index as indices
 from pipeline.dataset import Dataset, Embeddings
 from pipeline.hardware import devices, malloc
 from pipeline.index import Lists, Searcher, memory
 from pipeline.search import Copies, Found, Queries
-from pipeline.stage import Item, Output, Stage
-from pipeline.times import Times
+from pipeline.stages.manifest import changed_inputs
+from pipeline.stages.scratch import shared_scratch
+from pipeline.stages.stage import Stage
+from pipeline.stages.timers import Times
+from pipeline.stages.types import Item, Output
 
 _BASE = 800 << 20  # what a worker has in memory before it searches: torch (470 MB with CUDA's), faiss, pyarrow, Ray
 _LEAST = 64 << 20  # for blocks, whatever the budget
@@ -120,7 +123,7 @@ class Neighbors(Stage):
     def plan(self) -> list[Item]:
         embed.same_encoder(self.dataset, self.database)
         inputs = self.inputs()
-        made_from = stage.digest([*map(inputs.get, ("database", "database_shards", "index", "tombstones")),
+        made_from = storage.digest([*map(inputs.get, ("database", "database_shards", "index", "tombstones")),
                                   *filter(None, [inputs.get("forgotten")])])
         shards = {record["id"]: record for record in self.dataset.manifest("shards")["items"]}
         if self.config.copy_bits >= 0:
@@ -202,7 +205,7 @@ class Neighbors(Stage):
 
     def _as_planned(self) -> None:
         """Refuse what was made anew since the plan: ids would be those of other rows."""
-        if changed := stage.changed_inputs(self.root, storage.read_json(storage.join(self.folder, "plan.json"))):
+        if changed := changed_inputs(self.root, storage.read_json(storage.join(self.folder, "plan.json"))):
             raise ValueError(f"{', '.join(changed)} changed since these neighbours were planned\n"
                              f"hint: {self.command} --rebuild")
 
@@ -346,7 +349,7 @@ class Opened:
                 # Of an index of its own, which leaves memory with the codes that lie among what is read.
                 _in_order_of_lists(folder, self.embeddings, Lists(database))
 
-        self._folder = stage.shared_scratch(f"neighbors-{digest[:24]}{'-hashed' * hashed}", fill)
+        self._folder = shared_scratch(f"neighbors-{digest[:24]}{'-hashed' * hashed}", fill)
         self.labels = np.load(self._folder / "labels.npy", mmap_mode="r")
         self.hashes = np.load(self._folder / "hashes.npy", mmap_mode="r") if hashed else None
         if len(self.labels) != len(self.embeddings):

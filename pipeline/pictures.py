@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 from pipeline import drawn, emoji, storage
 from pipeline.catalog import Catalog, Picture, lot
-from pipeline.stage import Entry, Item, Output, Stage, name_by_content
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Entry, Item, Output
+from pipeline.storage import name_by_content
 
 _COLUMNS = ("file", "caption", "tags", "style", "subject", "held_out")
 

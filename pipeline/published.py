@@ -14,8 +14,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline import stage, storage
+from pipeline import storage
 from pipeline.dataset import Dataset
+from pipeline.stages.manifest import code_revision
 
 STAGES = ("shards", "embeddings", "text_embeddings", "index", "tombstones")
 _NUMBERED = re.compile(r"v([1-9]\d*)")
@@ -123,7 +124,7 @@ def release(dataset: Dataset, about: dict[str, Any]) -> bytes:
     """
     prints = manifests(dataset)
     document = {"name": dataset.name, "version": dataset.version, "manifests": prints,
-                "content": stage.digest(prints), "code": stage.code_revision(), **about}
+                "content": storage.digest(prints), "code": code_revision(), **about}
     url = storage.join(folder(dataset.root, dataset.name), dataset.version, "release.json")
     storage.create_bytes(storage.json_bytes(document), url)
     there, data = released(dataset)

@@ -32,9 +32,9 @@ from pipeline.media.decode import decode
 from pipeline.media.hashes import perceptual_hash, pixel_hash
 from pipeline.media.resize import encode, patches, resize
 from pipeline.media.types import BadPicture, Pixels, size_of
-from pipeline.progress import Beat
 from pipeline.sources import Row
-from pipeline.stage import Entry
+from pipeline.stages.progress import Beat
+from pipeline.stages.types import Entry
 
 if TYPE_CHECKING:
     from pipeline.shard import ShardConfig

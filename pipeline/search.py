@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.dataset import Embeddings
 from pipeline.hardware import devices, malloc
 from pipeline.index import best
-from pipeline.times import Times
+from pipeline.stages.timers import Times
 
 if TYPE_CHECKING:
     import torch

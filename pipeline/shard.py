@@ -13,14 +13,16 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from pipeline import samples, sources, stage, storage
+from pipeline import samples, sources, storage
 from pipeline.dataset import Dataset, file_of
 from pipeline.download import DownloadConfig
 from pipeline.media.types import NARROWEST, BadPicture, Format, Resize
-from pipeline.records import infos
 from pipeline.sources import Kind, Part, Reading, Row, Source
-from pipeline.stage import Entry, Item, Output, Stage, StageFailed, name_by_content, totals
-from pipeline.storage import parquet
+from pipeline.stages.plan import read_items
+from pipeline.stages.records import infos, totals
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Entry, Item, Output, StageFailed
+from pipeline.storage import name_by_content, parquet
 
 # Bytes a pixel that pictures take: img2dataset's table of a million of 256 x 256, and some for the metadata.
 _BYTES_A_PIXEL = {"jpg": 0.46, "webp": 0.36, "png": 1.5}
@@ -170,7 +172,7 @@ class Shard(Stage):
 
     @property
     def _pictures(self) -> dict[str, Any]:
-        return {"path": "", "digest": stage.digest([self._identity, self._origins()])}
+        return {"path": "", "digest": storage.digest([self._identity, self._origins()])}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         named = {"pictures": self._pictures}
@@ -201,7 +203,7 @@ class Shard(Stage):
         if self.config.duplicates != "keep":
             raise ValueError(f"{self.base.label} is sealed, and duplicates are looked for among all pictures\n"
                              f"hint: --retry-failed before a version is sealed, or --rebuild")
-        planned = {item.id: item for item in stage.planned(self.base.folder("shards"))}
+        planned = {item.id: item for item in read_items(self.base.folder("shards"))}
         items = [planned[record["id"]] for record in manifest["items"]]
         for item, record in zip(items, manifest["items"], strict=True):
             kept = {key: value for key, value in item.inputs.items() if key == "round"}

@@ -14,11 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import samples, stage, storage
+from pipeline import samples, storage
 from pipeline.dataset import Dataset, file_of
 from pipeline.media import duplicates, tars
 from pipeline.shard import Shard, ShardConfig
-from pipeline.stage import Entry, Item, Output, name_by_content
+from pipeline.stages.manifest import read_manifest
+from pipeline.stages.plan import check_and_clear, clear_folder
+from pipeline.stages.types import Entry, Item, Output
+from pipeline.storage import name_by_content
 from pipeline.storage.parquet import read
 
 DUPLICATE = "duplicate"
@@ -32,7 +35,7 @@ class Sift(Shard):
         self.whole = Shard(dataset, config, folder="unsifted")
 
     def plan(self) -> Iterator[Item]:
-        manifest = stage.manifest_of(self.whole.folder, self.whole.command)
+        manifest = read_manifest(self.whole.folder, self.whole.command)
         done = manifest["items"]
         tables = (self._hashes(record) for record in done)
         hashes, colours, counts, places = [], [], [], []
@@ -122,11 +125,11 @@ class Sift(Shard):
 def run(sifted: Sift, seal: Callable[[Shard], dict[str, Any]], *, rebuild: bool = False) -> dict[str, Any]:
     """Shard, leave duplicates out, and remove what held them; `seal` brings a stage to its sealed state."""
     if rebuild:
-        stage.empty(sifted.whole)
-        stage.clear(sifted)
+        check_and_clear(sifted.whole)
+        clear_folder(sifted)
     if not storage.exists(storage.join(sifted.folder, "manifest.json")):
         seal(sifted.whole)
     manifest = seal(sifted)
-    stage.clear(sifted.whole)
+    clear_folder(sifted.whole)
     return manifest
 

@@ -13,7 +13,9 @@ import numpy as np
 
 from pipeline import forgotten, storage
 from pipeline.dataset import Dataset, metadata
-from pipeline.stage import Entry, Item, Output, Stage, digest
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Entry, Item, Output
+from pipeline.storage import digest
 
 
 class Tombstones(Stage):

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import samples, sources, stage, storage, tombstones
+from pipeline import samples, sources, storage, tombstones
 from pipeline.dataset import Dataset, file_of
 from pipeline.embed import Embed, EmbedCaptions, EmbedConfig
 from pipeline.forgotten import Forgotten
@@ -35,8 +35,9 @@ from pipeline.media import tars
 from pipeline.media.types import BadPicture
 from pipeline.shard import Shard, ShardConfig
 from pipeline.sources import Reading, Row, Source, listed, listed_rows
-from pipeline.stage import Entry, Item, Output, Stage, name_by_content
-from pipeline.storage import parquet
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Entry, Item, Output
+from pipeline.storage import name_by_content, parquet
 
 LISTING, DEAD = "listing.parquet", "dead.txt"
 _LISTING = pa.schema([(name, pa.string()) for name in ("name", "mark", "stamp", "sha256", "shard")]
@@ -89,7 +90,7 @@ class Sought:
             name = samples.called(row)
             if forgotten.named(name):
                 continue
-            mark = stage.digest([name, row.caption, row.columns, row.digest, row.caption_file, seen[name]])
+            mark = storage.digest([name, row.caption, row.columns, row.digest, row.caption_file, seen[name]])
             seen[name] += 1
             stamp = ":".join(stamps.get(one, "") for one in (row.name, row.caption_file) if one)
             row.number = len(self.rows)
@@ -162,7 +163,7 @@ def listing(base: Dataset) -> list[Known]:
         for row in _parquet(base, record).to_pylist():
             extra = {name: cell for name, cell in row.items() if name not in samples.COLUMNS}
             # Without the number among rows of one name, and what a list says of hashes: rows with those are new.
-            mark = stage.digest([row["url"], row["caption"] or "", extra, "", "", 0])
+            mark = storage.digest([row["url"], row["caption"] or "", extra, "", "", 0])
             one = known.setdefault(row["source_row"], Known(row["url"], mark, "?"))
             if one.status != samples.SUCCESS:
                 one.sha256, one.shard, one.row = row["original_sha256"] or "", record["id"], row["source_row"]
@@ -257,10 +258,10 @@ class Update(Shard):
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         assert self._seen
-        found = {"pictures": {"path": "", "digest": stage.digest([self._seen[0].digest, self._origins()])}}
+        found = {"pictures": {"path": "", "digest": storage.digest([self._seen[0].digest, self._origins()])}}
         if self.last:
             # Without its path: what is taken from it is known by hash, and the rest of it may go.
-            found["last"] = {"path": "", "digest": stage.digest([
+            found["last"] = {"path": "", "digest": storage.digest([
                 self.last.manifest("shards")["content"], tombstones.rows(self.last).tolist()])}
         return found
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import neighbors, stage, storage
+from pipeline import neighbors, storage
 from pipeline.dataset import Dataset, file_of, metadata
 from pipeline.media import tars
+from pipeline.stages import records
+from pipeline.stages.manifest import changed_inputs, read_manifest
 
 
 def folder(root: str, path: str, *, quick: bool = False) -> Iterator[dict[str, str]]:
@@ -21,14 +23,14 @@ def folder(root: str, path: str, *, quick: bool = False) -> Iterator[dict[str, s
     """
     base = storage.join(root, path)
     try:
-        manifest = stage.manifest_of(base, "")
+        manifest = read_manifest(base, "")
         changed = _changed(manifest)
     except (ValueError, KeyError, TypeError) as error:
         yield _fault(path, "manifest.json", f"cannot be read: {str(error).splitlines()[0]}")
         return
     for fault in changed:
         yield _fault(path, "manifest.json", f"was changed after sealing: {fault}")
-    for name in stage.changed_inputs(root, manifest):
+    for name in changed_inputs(root, manifest):
         yield _fault(path, "manifest.json", f"is stale: {name} changed since")
     if quick:
         return
@@ -80,11 +82,11 @@ class _Beside:
 def _changed(manifest: dict[str, Any]) -> list[str]:
     """What in a manifest does not follow from the rest of it."""
     faults = []
-    if manifest["fingerprint"] != stage.digest([manifest[key] for key in ("format", "stage", "section", "inputs")]):
+    if manifest["fingerprint"] != storage.digest([manifest[key] for key in ("format", "stage", "section", "inputs")]):
         faults.append("its settings and inputs do not give its fingerprint")
-    if manifest["content"] != stage.content(manifest["fingerprint"], manifest["files"], manifest["items"]):
+    if manifest["content"] != records.content(manifest["fingerprint"], manifest["files"], manifest["items"]):
         faults.append("its files do not give its content hash")
-    if manifest["totals"] != stage.totals(manifest["items"]):
+    if manifest["totals"] != records.totals(manifest["items"]):
         faults.append("its totals are not the sum of its items")
     return faults
 
@@ -184,7 +186,7 @@ def _curve(root: str, path: str, manifest: dict[str, Any]) -> Iterator[dict[str,
     try:
         text = storage.read_bytes(storage.join(root, path, "metrics.jsonl"))
         lines = [json.loads(line) for line in text.splitlines()]
-        if stage.digest([[line["step"], line["loss"]] for line in lines]) != manifest["info"]["curve"]:
+        if storage.digest([[line["step"], line["loss"]] for line in lines]) != manifest["info"]["curve"]:
             yield _fault(path, "metrics.jsonl", "is not the curve that was sealed")
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         yield _fault(path, "metrics.jsonl", "is missing or damaged")

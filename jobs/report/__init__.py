@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from jobs.report import finding, pictures, samples, tables
 from jobs.report.page import Album, Child, Html, amount, guarded, note, page, size, tag, today, together
 from jobs.report.root import Root
-from pipeline import stage, storage
+from pipeline import storage
+from pipeline.stages.manifest import code_revision
 
 TITLE = "Retrieval-augmented diffusion"
 _SAMPLES_OF_A_RUN = 4
@@ -36,7 +37,7 @@ def write(root: str, out: str) -> None:
     lede = ("A diffusion model that is shown, with every picture it learns or draws, the nearest pictures of a "
             "database. Exchange the database, and the same prompt is drawn in another style.")
     header = tag("header", tag("h1", TITLE), tag("p", lede, class_="lede"),
-                 tag("p", today(), " · code ", tag("code", stage.code_revision()), " · ", tag("code", place),
+                 tag("p", today(), " · code ", tag("code", code_revision()), " · ", tag("code", place),
                      class_="facts"),
                  guarded("The headline", tables.headline, found), contents)
     if empty:

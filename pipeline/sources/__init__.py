@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.media.types import SUFFIXES
-from pipeline.stage import name_by_content
+from pipeline.storage import name_by_content
 from pipeline.where import Where
 
 if TYPE_CHECKING:

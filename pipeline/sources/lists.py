@@ -40,7 +40,7 @@ from pipeline.sources import (
     text,
     where_of,
 )
-from pipeline.stage import name_by_content
+from pipeline.storage import name_by_content
 
 if TYPE_CHECKING:
     from pipeline.shard import ShardConfig

@@ -35,11 +35,12 @@ from pipeline.storage.files import (
     stamps,
     walk,
 )
+from pipeline.storage.hashing import describe_file, digest, name_by_content
 
 __all__ = [
-    "StorageError", "cache_folder", "can_swap", "create_bytes", "download", "each", "exists", "fetch", "folders",
-    "full", "glance", "glob", "is_local", "join", "json_bytes", "json_of", "local_path", "modified", "names",
-    "normal", "opened", "place", "put_bytes", "put_file", "put_json", "read_bytes", "read_json", "reader", "remove",
-    "remove_tree", "sha256", "sha256_file", "short_hash", "size", "size_of", "stamps", "swap_bytes", "walk",
-    "without_credentials",
+    "StorageError", "cache_folder", "can_swap", "create_bytes", "describe_file", "digest", "download", "each",
+    "exists", "fetch", "folders", "full", "glance", "glob", "is_local", "join", "json_bytes", "json_of",
+    "local_path", "modified", "name_by_content", "names", "normal", "opened", "place", "put_bytes", "put_file",
+    "put_json", "read_bytes", "read_json", "reader", "remove", "remove_tree", "sha256", "sha256_file", "short_hash",
+    "size", "size_of", "stamps", "swap_bytes", "walk", "without_credentials",
 ]

@@ -26,9 +26,10 @@ import photographs
 from download import CHECKOUT, Failed, Usage, machine, measured, versions
 
 sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
-from pipeline import stage
 from pipeline.dataset import Dataset, Embeddings
-from pipeline.stage import Item, Output, Stage
+from pipeline.stages.driver import run_stage
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Item, Output
 
 _PER_SHARD = 10_000
 _QUERIES = 1000
@@ -198,7 +199,7 @@ def main() -> int:
         return 0
     work = photographs.work_folder(given.work)
     dataset = Dataset(str(work / f"vectors-of-{given.vectors}-{given.dim}-{given.clusters}"), _NAME)
-    stage.run(Clustered(dataset, given.vectors, given.dim, given.clusters))
+    run_stage(Clustered(dataset, given.vectors, given.dim, given.clusters))
     queries = clustered(_QUERIES, given.dim, given.clusters, seed=1 << 40)
     nearest = exact(dataset, queries)
     runs: list[Callable[[], tuple[str, Usage, Path, str]]] = []

@@ -27,8 +27,9 @@ sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
 sys.path.insert(0, str(CHECKOUT / "tests" / "pipeline"))
 import made
 
-from pipeline import index, neighbors, search, stage
+from pipeline import index, neighbors, search
 from pipeline.dataset import Dataset, Embeddings
+from pipeline.stages.driver import run_stage
 
 _K = 20
 _SHARD = 10_000
@@ -54,7 +55,7 @@ def filled(work: Path, rows: int, queries: int, dim: int, key: str) -> tuple[Dat
         from pipeline import assembly
         print("making the index", file=sys.stderr)
         assembly.run(index.Index(datasets[0], index.IndexConfig(key=key, max_memory="100G", train_points=160_000)),
-                     stage.run)
+                     run_stage)
     return datasets[1], datasets[0]
 
 

@@ -42,13 +42,14 @@ from jobs.settings import Settings, tiny
 from jobs.training import Job, Training
 from model import flop
 from model.config import TrainConfig, UNetConfig
-from pipeline import assembly, clip, stage
+from pipeline import assembly, clip
 from pipeline.dataset import Dataset
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.index import Index, IndexConfig, choice
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.pictures import Pictures, PicturesConfig
 from pipeline.shard import Shard, ShardConfig
+from pipeline.stages.driver import run_stage
 
 _ROWS, _DIM, _KEY, _SEARCHED = 160_000, 512, "IVF4096_HNSW32,PQ128x8", "IVF512,SQ8"
 _LOG_EVERY = 5
@@ -75,22 +76,22 @@ def build(root: Path, pictures: int, settings: Settings) -> Shares:
     """All stages on so many drawn pictures, one after another in this process, neighbours in both ways."""
     shutil.rmtree(root, ignore_errors=True)
     drawn = Pictures(str(root), PicturesConfig(corpus="drawn", subjects=-(-pictures // 6)), root / "cache")
-    stage.run(drawn)
+    run_stage(drawn)
     dataset, twin = Dataset.parse(str(root), "drawn"), Dataset.parse(str(root), "twin")
     shares: Shares = {}
     for name, one in {
         "shard": Shard(dataset, replace(settings.shard, source=drawn.folder)), "embed": Embed(dataset, settings.embed),
         "index": Index(dataset, settings.index), "neighbors, index": Neighbors(dataset, dataset, settings.neighbors),
     }.items():
-        timed(shares, name, lambda one=one: stage.run(one))
+        timed(shares, name, lambda one=one: run_stage(one))
     # The same pictures again: a list is kept for each database, and these are two ways to one.
     shutil.copytree(root / "datasets" / "drawn", root / "datasets" / "twin",
                     ignore=shutil.ignore_patterns("index*", "neighbors"))
     exact = Neighbors(dataset, twin, replace(settings.neighbors, method="exact"))
-    timed(shares, "neighbors, exact", lambda: stage.run(exact))
+    timed(shares, "neighbors, exact", lambda: run_stage(exact))
     job = Job(Run.parse(str(root), "run"), dataset, dataset, settings.train)
     timed(shares, "train", lambda: in_processes(job))
-    stage.run(Training(job))
+    run_stage(Training(job))
     return shares
 
 
@@ -142,11 +143,11 @@ def search(root: Path, rows: int, each: int, settings: Settings) -> dict[str, fl
     parts = [made.clustered(size, _DIM, clusters=100, seed=number, spread=0.8) for number in range(rows // size)]
     listed, scanned = (made.given(root, name, parts, encoder=encoder) for name in ("drawn", "twin"))
     asked = made.given(root, "asked", parts[:len(parts) // each], encoder=encoder)
-    assembly.run(Index(listed, settings.index), stage.run)
+    assembly.run(Index(listed, settings.index), run_stage)
     shares: Shares = {}
     for name, one in (("neighbors, index", Neighbors(asked, listed, settings.neighbors)),
                       ("neighbors, exact", Neighbors(asked, scanned, replace(settings.neighbors, method="exact")))):
-        timed(shares, name, lambda one=one: stage.run(one))
+        timed(shares, name, lambda one=one: run_stage(one))
     return {name: asked.manifest(_FOLDERS[name])["run"]["seconds"] * share for name, share in shares.items()}
 
 
@@ -185,15 +186,15 @@ def default_rates(work: Path, out: Path) -> int:
     for side in (256, 768):
         one = Shard(Dataset.parse(str(root), f"photographs{side}"),
                     ShardConfig(source=str(folder), image_size=side, samples_per_shard=100))
-        timed(shares, f"shard {side}", lambda one=one: stage.run(one))
+        timed(shares, f"shard {side}", lambda one=one: run_stage(one))
     pictures = Dataset.parse(str(root), "photographs256")
     encoding = Embed(pictures, EmbedConfig("ViT-B-32-quickgelu", _random_weights(work), batch_size=64))
     encoding.setup()
-    timed(shares, "embed", lambda: stage.run(encoding))
+    timed(shares, "embed", lambda: run_stage(encoding))
     _vectors(root, shares)
     known = measured.rates(str(root), rates.built_in())
-    stage.run(Index(pictures, IndexConfig()))
-    stage.run(Neighbors(pictures, pictures, NeighborsConfig()))
+    run_stage(Index(pictures, IndexConfig()))
+    run_stage(Neighbors(pictures, pictures, NeighborsConfig()))
     unet = UNetConfig(model_channels=128, channel_mult=(1, 2, 4), attention_downsampling=(4, 2), context_dim=512,
                       patch=4)
     job = Job(Run.parse(str(root), "run"), pictures, pictures,
@@ -242,12 +243,12 @@ def _vectors(root: Path, shares: Shares) -> None:
     # autofaiss takes such a kind for a larger one than it is.
     config = IndexConfig(key=_KEY, max_memory="100G", part_memory="64M", train_points=100_000, queries=200,
                          target_recall=0.4)
-    timed(shares, "index", lambda: assembly.run(Index(database, config), stage.run))
-    assembly.run(Index(searched, replace(config, key=_SEARCHED)), stage.run)
+    timed(shares, "index", lambda: assembly.run(Index(database, config), run_stage))
+    assembly.run(Index(searched, replace(config, key=_SEARCHED)), run_stage)
     asked = made.given(root, "asked", [made.clustered(10_000, _DIM, clusters=100, seed=1)], encoder=encoder)
     for name, one in (("approximate", Neighbors(asked, searched, NeighborsConfig(probes=_NPROBE))),
                       ("exact", Neighbors(asked, database, NeighborsConfig(method="exact")))):
-        timed(shares, name, lambda one=one: stage.run(one))
+        timed(shares, name, lambda one=one: run_stage(one))
 
 
 def _random_weights(work: Path) -> str:

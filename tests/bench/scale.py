@@ -30,10 +30,16 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a checkout that was not installed
-from pipeline import records, stage, storage
+from pipeline import storage
 from pipeline.dataset import Dataset
 from pipeline.shard import Shard, ShardConfig
-from pipeline.stage import Item, Output, Stage
+from pipeline.stages import records
+from pipeline.stages.driver import Runner, run_in_process, run_stage
+from pipeline.stages.manifest import read_manifest
+from pipeline.stages.plan import item_ids, prepare
+from pipeline.stages.seal import _pack, read_records, seal_stage
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Item, Output
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 ROWS_PER_SHARD = 10_000
@@ -102,7 +108,7 @@ def plan(work: Path, source: str, rows: int, where: str) -> dict[str, Any]:
         config = ShardConfig(source=source, samples_per_shard=ROWS_PER_SHARD, image_size=256, where=where)
         one = Shard(Dataset.parse(str(root), "x"), config)
         begun, before = time.perf_counter(), memory()["VmRSS"]
-        items = stage.prepare(one)
+        items = prepare(one)
         written = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
         return {"rows": rows, "where": where, "items": len(items), "seconds": time.perf_counter() - begun,
                 "peak_mb": memory()["VmHWM"], "before_mb": before, "plan_bytes": written}
@@ -132,9 +138,9 @@ def driver(work: Path, items: int, workers: int) -> dict[str, Any]:
     """Trivial items, in process (0 workers) or on so many nodes of one worker each."""
     import scale  # not __main__: a class of that would be sent along with every item, by value
     with _folder(work) as root, _pool(workers) as runner:
-        stage.run(scale.Trivial(str(root), 20 * max(workers, 1)), runner)  # the workers are up
+        run_stage(scale.Trivial(str(root), 20 * max(workers, 1)), runner)  # the workers are up
         before, cpu, begun = memory()["VmRSS"], time.process_time(), time.perf_counter()
-        stage.run(scale.Trivial(str(root), items), runner, watch=lambda tally: None)
+        run_stage(scale.Trivial(str(root), items), runner, watch=lambda tally: None)
         return {"workers": workers, "items": items, "seconds": time.perf_counter() - begun,
                 "driver_cpu": time.process_time() - cpu, "driver_mb": memory()["VmRSS"] - before}
 
@@ -143,11 +149,11 @@ def shard(work: Path, pictures: int, workers: int) -> dict[str, Any]:
     """Pictures of a folder to tars, on so many nodes of one worker each."""
     with _folder(work) as root, _pool(workers) as runner:
         warm = ShardConfig(source=str(_pictures(work, 20 * workers)), samples_per_shard=10, image_size=256)
-        stage.run(Shard(Dataset.parse(str(root), "warm"), warm), runner)
+        run_stage(Shard(Dataset.parse(str(root), "warm"), warm), runner)
         config = ShardConfig(source=str(_pictures(work, pictures)), samples_per_shard=50, image_size=256,
                              resize="keep_ratio")
         begun = time.perf_counter()
-        manifest = stage.run(Shard(Dataset.parse(str(root), "x"), config), runner)
+        manifest = run_stage(Shard(Dataset.parse(str(root), "x"), config), runner)
         seconds = time.perf_counter() - begun
         assert manifest["totals"]["samples"] == pictures
         return {"workers": workers, "pictures": pictures, "seconds": seconds}
@@ -166,23 +172,23 @@ def lists(work: Path, items: int) -> dict[str, Any]:
     with _folder(work) as root:
         one = Trivial(str(root), items)
         with timed("plan"):
-            planned = stage.prepare(one)
+            planned = prepare(one)
         with timed("plan, loaded"):
-            planned = stage.prepare(one)
-            ids = stage._ids(planned)
+            planned = prepare(one)
+            ids = item_ids(planned)
         print_ = storage.read_json(f"{one.folder}/plan.json")["fingerprint"]
         with timed("records, collected and packed"):
             packs = storage.join(one.folder, "packs", print_[:12])
-            collected = records.Collected(lambda packed: stage._pack(packs, packed))
+            collected = records.Collected(lambda packed: _pack(packs, packed))
             for one_id in ids:
                 collected.add(_record(one_id, print_))
         with timed("records, in order"):
             done = collected.in_order(ids)
         with timed("manifest"):
-            stage.seal(one, planned, done)
+            seal_stage(one, planned, done)
         del done, collected, planned
         with timed("manifest, loaded"):
-            manifest = stage.manifest_of(one.folder, "")
+            manifest = read_manifest(one.folder, "")
         with timed("content and totals"):
             assert records.content(manifest["fingerprint"], manifest["files"], manifest["items"]) == manifest["content"]
             assert records.totals(manifest["items"]) == manifest["totals"]
@@ -191,7 +197,7 @@ def lists(work: Path, items: int) -> dict[str, Any]:
         del manifest
         storage.remove(f"{one.folder}/manifest.json")
         with timed("going on"):
-            stage.run(one, lambda stage_, left: iter(()))
+            run_stage(one, lambda stage_, left: iter(()))
         for name, pattern in (("plan", "items-*.parquet"), ("manifest", "manifest-*.parquet"),
                               ("records, collected and packed", "packs/*/*")):
             found[name]["bytes"] = sum(path.stat().st_size for path in Path(one.folder).glob(pattern))
@@ -202,10 +208,10 @@ def resume(work: Path, items: int, how: str) -> dict[str, Any]:
     """The records of so many items that are there, from packs or from a file each."""
     with _folder(work) as root:
         one = Trivial(str(root), items)
-        ids = stage._ids(stage.prepare(one))
+        ids = item_ids(prepare(one))
         print_ = storage.read_json(f"{one.folder}/plan.json")["fingerprint"]
         packs = storage.join(one.folder, "packs", print_[:12])
-        collected = records.Collected(lambda packed: stage._pack(packs, packed) if how == "packs" else None)
+        collected = records.Collected(lambda packed: _pack(packs, packed) if how == "packs" else None)
         folder = Path(one.folder) / "records"
         folder.mkdir(exist_ok=True)
         for one_id in ids:
@@ -214,7 +220,7 @@ def resume(work: Path, items: int, how: str) -> dict[str, Any]:
             collected.add(record)
         del collected
         begun, before = time.perf_counter(), memory()["VmRSS"]
-        found = stage.recorded(one, ids)
+        found = read_records(one, ids)
         seconds = time.perf_counter() - begun
         assert len(found.ids) == items
         return {"items": items, "from": how, "seconds": seconds, "mb": memory()["VmRSS"] - before}
@@ -256,9 +262,9 @@ def _folder(work: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _pool(workers: int) -> Iterator[stage.Runner]:
+def _pool(workers: int) -> Iterator[Runner]:
     if not workers:
-        yield stage.in_process
+        yield run_in_process
         return
     # The workers look for Trivial here.
     os.environ.update(PYTHONPATH=f"{Path(__file__).parent}:{CHECKOUT}", RAY_AUTH_MODE="disabled",

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from jobs import cli
-from pipeline import stage
 from pipeline.dataset import Dataset
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.index import Index, IndexConfig
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.shard import Shard, ShardConfig
+from pipeline.stages.driver import run_stage
 
 STYLES = ("flat", "hatched", "outline")
 _FAST_DEATH = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 1000,
@@ -53,7 +53,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, drawn_pictures: Path) -> 
                                               only_captioned=True, image_size=32, format="png", samples_per_shard=50)),
                    Embed(dataset, EmbedConfig()), Index(dataset, IndexConfig(bytes_per_vector=288)),
                    Neighbors(dataset, dataset, NeighborsConfig())):
-        stage.run(stage_)
+        run_stage(stage_)
     return root
 
 
@@ -68,7 +68,7 @@ def trained(prepared: Path, drawn_pictures: Path, tmp_path_factory: pytest.TempP
         for stage_ in (Shard(dataset, ShardConfig(source=str(drawn_pictures), captions=captions, only_captioned=True,
                                                   image_size=32, format="png")),
                        Embed(dataset, EmbedConfig()), Index(dataset, IndexConfig(bytes_per_vector=288))):
-            stage.run(stage_)
+            run_stage(stage_)
     (root / "settings.toml").write_text('[train]\nsteps = 3\nglobal_batch = 8\nprecision = "fp32"\nimage_size = 16\n'
                                         "[train.unet]\nmodel_channels = 32\n")
     assert cli.main(["train", "small", "--dataset", "drawn", "--root", str(root), "--config",

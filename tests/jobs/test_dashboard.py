@@ -17,12 +17,14 @@ from jobs import exporter, verbs, watched
 from jobs.runs import Run
 from jobs.settings import ClusterConfig, tiny
 from jobs.training import Job
-from pipeline import progress, stage, storage
+from pipeline import storage
 from pipeline.dataset import Dataset
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.index import Index, IndexConfig
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.shard import Shard, ShardConfig
+from pipeline.stages import progress
+from pipeline.stages.driver import run_in_process
 from tests.jobs import prometheus
 
 without = pytest.mark.skipif(not prometheus.binary(), reason="prometheus is not installed")
@@ -67,7 +69,7 @@ def _train(root: str, run: str, *, local: bool) -> None:
 
 
 def _stops(stage_: Any, items: Any) -> Iterator[Any]:
-    for number, outcome in enumerate(stage.in_process(stage_, items)):
+    for number, outcome in enumerate(run_in_process(stage_, items)):
         if number == 3:
             raise KeyboardInterrupt
         time.sleep(0.3)

@@ -17,12 +17,15 @@ from jobs import decoders
 from jobs.decoders import Decoders
 from jobs.pool import Pool
 from jobs.settings import ClusterConfig
-from pipeline import clip, decoding, stage
+from pipeline import clip
 from pipeline.dataset import Dataset
 from pipeline.embed import Embed, EmbedConfig
+from pipeline.embeddings import decode_batch
 from pipeline.hardware import devices
 from pipeline.shard import Shard, ShardConfig
-from pipeline.stage import Item, Output
+from pipeline.stages.driver import run_stage
+from pipeline.stages.manifest import without_run_facts
+from pipeline.stages.types import Item, Output
 from tests.pipeline import made
 from tests.pipeline.test_images import photo
 
@@ -65,7 +68,7 @@ class Killing(Embed):
 
 def _shards(root: Path, pictures: Path) -> Dataset:
     dataset = Dataset.parse(str(root), "drawn")
-    stage.run(Shard(dataset, ShardConfig(source=str(pictures), samples_per_shard=25, image_size=48, format="png")))
+    run_stage(Shard(dataset, ShardConfig(source=str(pictures), samples_per_shard=25, image_size=48, format="png")))
     return dataset
 
 
@@ -76,14 +79,14 @@ def _files(dataset: Dataset) -> dict[str, bytes]:
 @pytest.mark.parametrize("all_die", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_decoders_elsewhere_give_the_same_bytes_and_may_die(all_die, gpu_node, tmp_path, drawn_pictures) -> None:
     alone, lent = (_shards(tmp_path / name, drawn_pictures) for name in ("alone", "lent"))
-    wanted = stage.timeless(stage.run(Embed(alone, EmbedConfig(batch_size=8))))
+    wanted = without_run_facts(run_stage(Embed(alone, EmbedConfig(batch_size=8))))
     pool = Pool(ClusterConfig(workers=1, gpus=1, decoders=2))
     try:
         pool.decoders = decoders.start(2)
         before = ray.get([one.ping.remote() for one in pool.decoders])
         assert len({pid for pid, _ in before}) == 2 and gpu_node not in {node for _, node in before}
-        sealed = stage.run(Killing(lent, EmbedConfig(batch_size=8), [pid for pid, _ in before][:1 + all_die]), pool)
-        assert stage.timeless(sealed) == wanted and _files(lent) == _files(alone)
+        sealed = run_stage(Killing(lent, EmbedConfig(batch_size=8), [pid for pid, _ in before][:1 + all_die]), pool)
+        assert without_run_facts(sealed) == wanted and _files(lent) == _files(alone)
         times = [record["run"]["times"] for record in sealed["items"]]
         # Nothing is decoded here until a portion is lost; what the killed ones had is.
         assert all(one["elsewhere"] > 0 and "decode" not in one for one in times[:2])
@@ -114,7 +117,7 @@ def test_a_worker_asks_a_bounded_number_and_only_those_that_answer(cluster) -> N
         settings = clip.describe(clip.ClipConfig())["preprocessing"]
         ray.get([one.ping.remote() for one in handles])
         for wanted in (settings, settings | {"resize": "longest", "fill_color": 9}):  # the second by open_clip
-            here, there = decoding.by_description(data, wanted), asked(data, wanted)
+            here, there = decode_batch.by_description(data, wanted), asked(data, wanted)
             assert there.there == here.there == [0, 2] and there.pictures.flags.writeable
             np.testing.assert_array_equal(there.pictures, here.pictures)
         assert asked([b"none"], settings).pictures is None

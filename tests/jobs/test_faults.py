@@ -16,7 +16,11 @@ from jobs import demo, status
 from jobs.cli import main
 from jobs.settings import Settings, tiny
 from jobs.verbs import train
-from pipeline import stage, storage, verify
+from pipeline import storage, verify
+from pipeline.stages.driver import run_in_process
+from pipeline.stages.manifest import read_manifest, without_run_facts
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Item, Outcome
 
 UNINDEXED = "datasets/heldout/v1/index"  # nobody searches in what is held out
 # A network and a corpus that take seconds; the way is the demo's.
@@ -61,7 +65,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, settings_file: Path) -
 
 
 def _manifests(root: str) -> dict[str, Any]:
-    return {one["path"]: stage.timeless(stage.manifest_of(storage.join(root, one["path"]), ""))
+    return {one["path"]: without_run_facts(read_manifest(storage.join(root, one["path"]), ""))
             for one in status.of(root) if one["path"] != UNINDEXED}
 
 
@@ -182,7 +186,7 @@ def _settings(file: Path) -> Settings:
     return replace(found, pictures=replace(found.pictures, subjects=4))
 
 
-def _stops_after_pictures(stage_: stage.Stage, items: list[stage.Item]) -> Iterator[stage.Outcome]:
+def _stops_after_pictures(stage_: Stage, items: list[Item]) -> Iterator[Outcome]:
     if stage_.name != "pictures":
         raise KeyError("stop here")
-    return stage.in_process(stage_, items)
+    return run_in_process(stage_, items)

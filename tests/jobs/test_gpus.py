@@ -17,12 +17,13 @@ from jobs.pool import Pool
 from jobs.settings import ClusterConfig
 from jobs.training import Training
 from model import flop
-from pipeline import stage
 from pipeline.dataset import Dataset
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.hardware import devices
 from pipeline.index import Index, IndexConfig
-from pipeline.stage import Item, Output, Stage
+from pipeline.stages.driver import run_stage
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Item, Output, StageFailed
 
 OLD = "The NVIDIA driver on your system is too old (found version 12040). Please update your GPU driver."
 FULL = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB."
@@ -137,7 +138,7 @@ class _Lost(Stage):
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_lost_device_ends_a_process_and_costs_no_other_item(tmp_path: Path, size: int) -> None:
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        stage.run(_Lost(str(tmp_path), size))
+        run_stage(_Lost(str(tmp_path), size))
     tried = Path(tmp_path, "lost/tried").read_text().split()
     assert "1" in tried and not {"3", "4", "5"} & set(tried)
     assert not Path(tmp_path, "lost/failures").exists()
@@ -270,7 +271,7 @@ def _by_value() -> None:
 def test_a_worker_without_a_gpu_sees_none(cluster: Any, _by_value: None, tmp_path: Path) -> None:
     pool = Pool(ClusterConfig(workers=1))
     try:
-        manifest = stage.run(_Look(str(tmp_path)), pool)
+        manifest = run_stage(_Look(str(tmp_path)), pool)
     finally:
         pool.close()
     assert manifest["items"][0]["info"] == {"reserved": "cpu", "visible": ""}
@@ -281,7 +282,7 @@ def test_every_record_of_a_worker_names_its_precision(cluster: Any, root: str) -
     """A worker sets its stage up once, and each item brings a new copy of the stage."""
     dataset, pool = Dataset.parse(root, "drawn"), Pool(ClusterConfig(workers=1))
     try:
-        manifest = stage.run(Embed(dataset, EmbedConfig(precision="fp32")), pool, rebuild=True)
+        manifest = run_stage(Embed(dataset, EmbedConfig(precision="fp32")), pool, rebuild=True)
     finally:
         pool.close()
     assert len(manifest["items"]) > 1
@@ -296,7 +297,7 @@ def test_a_cluster_of_this_command_alone_without_a_gpu_is_an_error_at_once(clust
     clusters.check_gpus_exist(embed, ClusterConfig(gpus=1))
     assert "waits 5 minutes for nodes" in caplog.text
     monkeypatch.delenv("RAY_ADDRESS")
-    with pytest.raises(stage.StageFailed, match=r"(?s)reserves 1 GPU, and this machine has 0.*hint: --gpus 0"):
+    with pytest.raises(StageFailed, match=r"(?s)reserves 1 GPU, and this machine has 0.*hint: --gpus 0"):
         clusters.check_gpus_exist(embed, ClusterConfig(gpus=1))
     clusters.check_gpus_exist(embed, ClusterConfig(gpus=0))
 

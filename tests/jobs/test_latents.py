@@ -23,12 +23,13 @@ from jobs.validation import Validation
 from model import checkpoint, first_stage, released
 from model.config import UNetConfig
 from model.unet import UNet
-from pipeline import stage
 from pipeline.batches import Batches
 from pipeline.dataset import Dataset, file_of
 from pipeline.hardware import devices
 from pipeline.media import tars
 from pipeline.media.resize import pixels
+from pipeline.stages.driver import run_stage
+from pipeline.stages.manifest import without_run_facts
 
 GOLDEN = Path(__file__).parents[1] / "model" / "golden" / "compvis_small.safetensors"
 SMALL = UNetConfig(in_channels=16, out_channels=16, model_channels=32, channel_mult=(1, 2), num_res_blocks=1,
@@ -72,7 +73,7 @@ def _released(path: Path, unet: UNetConfig = SMALL) -> Path:
 
 def test_a_row_of_the_latents_is_the_picture_of_that_row_encoded_and_scaled(root: Path, autoencoder: Path) -> None:
     dataset = Dataset.parse(str(root), "drawn")
-    manifest = stage.run(latents.Latents(dataset, LatentsConfig(first_stage=str(autoencoder), flips=True)))
+    manifest = run_stage(latents.Latents(dataset, LatentsConfig(first_stage=str(autoencoder), flips=True)))
     about = manifest["info"]["first_stage"]
     assert about | {"sha256": "", "scale": 0} == {"source": str(autoencoder), "kind": "AutoencoderKL", "channels": 16,
                                                    "factor": 4, "scale": 0, "sha256": ""}
@@ -105,7 +106,7 @@ def test_latents_are_made_in_smaller_batches_after_out_of_memory(root: Path, aut
         return np.concatenate([np.load(dataset.fetch("latents", file_of(record, ".npy")))
                                for record in dataset.manifest("latents")["items"]])
 
-    stage.run(one)
+    run_stage(one)
     plain = rows()
 
     def limited(self: first_stage.FirstStage, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,7 +116,7 @@ def test_latents_are_made_in_smaller_batches_after_out_of_memory(root: Path, aut
 
     monkeypatch.setattr(first_stage.FirstStage, "moments", limited)
     monkeypatch.setattr(latents, "_fit", devices.Fit())
-    sealed = stage.run(one, rebuild=True)
+    sealed = run_stage(one, rebuild=True)
     np.testing.assert_allclose(rows().astype(np.float32), plain.astype(np.float32), atol=4e-3 * abs(plain).max())
     assert sealed["run"]["items_with_halved_batches"] == len(sealed["items"])
     assert sealed["items"][0]["run"]["times"][devices.HALVED].startswith("batch from 8 to 2 after out of memory on ")
@@ -128,13 +129,13 @@ def test_a_factor_that_is_given_or_configured_is_taken(root: Path, autoencoder: 
     dataset = Dataset.parse(str(root), "drawn")
     for config, scale in ((LatentsConfig(first_stage=str(folder)), 0.25),
                           (LatentsConfig(first_stage=str(folder), scale=2.0), 2.0)):
-        manifest = stage.run(latents.Latents(dataset, config), rebuild=True)
+        manifest = run_stage(latents.Latents(dataset, config), rebuild=True)
         assert manifest["info"]["first_stage"]["scale"] == scale
 
 
 def test_batches_of_latents_see_every_sample_once_and_both_sides_of_it(root: Path, autoencoder: Path) -> None:
     dataset = Dataset.parse(str(root), "drawn")
-    stage.run(latents.Latents(dataset, LatentsConfig(first_stage=str(autoencoder), flips=True)))
+    run_stage(latents.Latents(dataset, LatentsConfig(first_stage=str(autoencoder), flips=True)))
     total = dataset.manifest("shards")["totals"]["samples"]
     kept = np.concatenate([np.load(dataset.fetch("latents", file_of(record, ".npy")))
                            for record in dataset.manifest("latents")["items"]])
@@ -205,7 +206,7 @@ def test_validation_of_a_run_on_latents_shows_what_sample_draws_and_changes_noth
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     drawn = Dataset.parse(str(root), "drawn")
-    made = stage.run(latents.Latents(drawn, LatentsConfig(first_stage=autoencoder.name)))
+    made = run_stage(latents.Latents(drawn, LatentsConfig(first_stage=autoencoder.name)))
     monkeypatch.chdir(root)  # who trains has another working folder
     assert in_processes(_job(root, "with", "drawn")) and in_processes(_job(root, "without"))
     one, other = (Run.parse(str(root), name) for name in ("with", "without"))
@@ -230,7 +231,7 @@ def test_validation_of_a_run_on_latents_shows_what_sample_draws_and_changes_noth
     shutil.copytree(root / "datasets/drawn", root / "datasets/held")
     held = Dataset.parse(str(root), "held")
     scale = made["info"]["first_stage"]["scale"]
-    stage.run(latents.Latents(held, LatentsConfig(first_stage=str(autoencoder), scale=2 * scale)), rebuild=True)
+    run_stage(latents.Latents(held, LatentsConfig(first_stage=str(autoencoder), scale=2 * scale)), rebuild=True)
     torch.testing.assert_close(Validation(_job(root, "with", "held"), held).x0, look.x0, rtol=2e-3, atol=2e-3)
 
 
@@ -240,7 +241,7 @@ def test_without_its_first_stage_a_run_goes_on_and_says_so_once(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     folder = tmp_path / "going"
     shutil.copytree(autoencoder, folder)
-    stage.run(latents.Latents(Dataset.parse(str(root), "drawn"), LatentsConfig(first_stage=str(folder))))
+    run_stage(latents.Latents(Dataset.parse(str(root), "drawn"), LatentsConfig(first_stage=str(folder))))
     shutil.copytree(root / "datasets/drawn", root / "datasets/other")
     shutil.rmtree(folder)
     assert in_processes(_job(root, "blind", "drawn"))
@@ -258,7 +259,7 @@ def test_without_its_first_stage_a_run_goes_on_and_says_so_once(
     assert in_processes(_job(root, "deceived", "drawn"))
     assert caplog.text.count("is not the one that the run deceived was trained with") == 1
     latents.opened_on.cache_clear()
-    stage.run(latents.Latents(Dataset.parse(str(root), "other"), LatentsConfig(first_stage=str(folder))), rebuild=True)
+    run_stage(latents.Latents(Dataset.parse(str(root), "other"), LatentsConfig(first_stage=str(folder))), rebuild=True)
     latents.opened_on.cache_clear()
     with pytest.raises(ValueError, match="the latents of other are of another first stage than those of drawn"):
         Training(_job(root, "run", "other")).check()
@@ -270,7 +271,7 @@ def test_an_exported_run_on_latents_draws_where_its_first_stage_never_was(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     folder, out, elsewhere = tmp_path / "going", tmp_path / "carried", tmp_path / "elsewhere"
     shutil.copytree(autoencoder, folder)
-    stage.run(latents.Latents(Dataset.parse(str(root), "drawn"), LatentsConfig(first_stage=str(folder))))
+    run_stage(latents.Latents(Dataset.parse(str(root), "drawn"), LatentsConfig(first_stage=str(folder))))
     assert in_processes(_job(root, "run"))
     draw = ["sample", "--prompt", "a red circle", "--database", "drawn", "--steps", "3", "--name", "some", "--local"]
 
@@ -364,10 +365,10 @@ def test_without_a_first_stage_there_is_a_hint(root: Path, tmp_path: Path, capsy
 
 def test_latents_do_not_depend_on_who_computes_them(root: Path, autoencoder: Path, tmp_path: Path) -> None:
     dataset = Dataset.parse(str(root), "drawn")
-    here = stage.run(latents.Latents(dataset, LatentsConfig(first_stage=str(autoencoder))))
+    here = run_stage(latents.Latents(dataset, LatentsConfig(first_stage=str(autoencoder))))
     shutil.copytree(root, tmp_path / "other")
     shutil.rmtree(tmp_path / "other/datasets/drawn/v1/latents")
     subprocess.run([sys.executable, "-m", "jobs", "latents", "drawn", "--first-stage", str(autoencoder), "--root",
                     str(tmp_path / "other"), "--workers", "2"], check=True, capture_output=True)
     there = Dataset.parse(str(tmp_path / "other"), "drawn").manifest("latents")
-    assert stage.timeless(here) == stage.timeless(there)
+    assert without_run_facts(here) == without_run_facts(there)

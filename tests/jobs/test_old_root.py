@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from jobs.cli import main
-from pipeline import stage, storage
+from pipeline import storage
 from pipeline.dataset import Dataset, Embeddings
 from pipeline.index import Searcher
+from pipeline.stages import records
 from tests.jobs.golden import old_root
 
 ARCHIVE = Path(__file__).parent / "golden/old_root.tar.gz"
@@ -87,7 +88,7 @@ def seal_again(folder: Path) -> None:
     sealed = json.loads((folder / "manifest.json").read_text())
     for entry in sealed["items"][0]["files"]:
         entry["sha256"] = storage.sha256_file(folder / entry["name"])
-    sealed["content"] = stage.content(sealed["fingerprint"], sealed["files"], sealed["items"])
+    sealed["content"] = records.content(sealed["fingerprint"], sealed["files"], sealed["items"])
     (folder / "records/index.json").write_bytes(storage.json_bytes(sealed["items"][0]))
     (folder / "manifest.json").write_bytes(storage.json_bytes(sealed))
 

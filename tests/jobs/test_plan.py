@@ -19,12 +19,14 @@ from jobs.settings import RECIPES, Settings
 from jobs.training import Job, Training
 from model import flop, recipes
 from model.config import UNetConfig
-from pipeline import assembly, clip, stage
+from pipeline import assembly, clip
 from pipeline.dataset import Dataset
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.index import Index, IndexConfig
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.shard import Shard, ShardConfig
+from pipeline.stages.driver import run_stage
+from pipeline.stages.stage import Stage
 from tests.pipeline import made
 
 _TINY = recipes.tiny()
@@ -42,14 +44,14 @@ def root(tmp_path_factory: pytest.TempPathFactory, drawn_pictures: Path) -> Path
     folder = tmp_path_factory.mktemp("plan")
     dataset, twin = Dataset.parse(str(folder), "drawn"), Dataset.parse(str(folder), "twin")
     for one in (Shard(dataset, replace(SETTINGS.shard, source=str(drawn_pictures))), Embed(dataset, SETTINGS.embed)):
-        stage.run(one)
+        run_stage(one)
     shutil.copytree(folder / "datasets/drawn", folder / "datasets/twin")
-    stage.run(Index(dataset, SETTINGS.index))
-    stage.run(Neighbors(dataset, dataset, SETTINGS.neighbors))
-    stage.run(Neighbors(dataset, twin, replace(SETTINGS.neighbors, method="exact")))
+    run_stage(Index(dataset, SETTINGS.index))
+    run_stage(Neighbors(dataset, dataset, SETTINGS.neighbors))
+    run_stage(Neighbors(dataset, twin, replace(SETTINGS.neighbors, method="exact")))
     job = Job(Run.parse(str(folder), "run"), dataset, dataset, SETTINGS.train)
     in_processes(job)
-    stage.run(Training(job))
+    run_stage(Training(job))
     return folder
 
 
@@ -241,8 +243,8 @@ def test_an_index_in_parts_is_foretold_as_it_was(tmp_path: Path):
     config = IndexConfig(key="IVF16,SQ8", part_memory="100K", queries=50)
     parts: dict[str, float] = {}
 
-    def seal(one: stage.Stage) -> dict:
-        manifest = stage.run(one)
+    def seal(one: Stage) -> dict:
+        manifest = run_stage(one)
         parts[one.name] = manifest["run"]["seconds"]
         return manifest
 

@@ -16,11 +16,14 @@ import pytest
 
 from jobs import logs
 from jobs.settings import ClusterConfig
-from pipeline import stage, storage
+from pipeline import storage
 from pipeline.dataset import Dataset
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.shard import Shard, ShardConfig
-from pipeline.stage import Item, Output, Stage
+from pipeline.stages.driver import run_in_process, run_stage
+from pipeline.stages.manifest import read_manifest, without_run_facts
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Item, Output, StageFailed
 
 pytestmark = pytest.mark.ray
 
@@ -56,7 +59,7 @@ def test_ray_gives_the_same_bytes_as_one_process(cluster, pool, tmp_path: Path, 
     pools = {"one": pool(1), "three": pool(3)}
     manifests: dict[str, list[Any]] = {}
     for name, root in roots.items():
-        manifests[name] = [stage.timeless(stage.run(one, pools.get(name, stage.in_process)))
+        manifests[name] = [without_run_facts(run_stage(one, pools.get(name, run_in_process)))
                            for one in _stages(root, drawn_pictures)]
     assert manifests["local"] == manifests["one"] == manifests["three"]
     assert _bytes(roots["local"]) == _bytes(roots["one"]) == _bytes(roots["three"])
@@ -110,12 +113,12 @@ def _by_value() -> None:
 
 def _undisturbed(tmp_path: Path, config: SlowConfig) -> dict[str, Any]:
     plain = SlowConfig(config.items, 0.0)
-    return _result(stage.run(Slow(str(tmp_path / "plain"), plain, tmp_path / "plain.txt")))
+    return _result(run_stage(Slow(str(tmp_path / "plain"), plain, tmp_path / "plain.txt")))
 
 
 def _result(manifest: dict[str, Any]) -> dict[str, Any]:
     """What a slow run and a quick one have in common: all but the plan, which names the seconds."""
-    bare = stage.timeless(manifest)
+    bare = without_run_facts(manifest)
     return {"items": [record | {"plan": ""} for record in bare["items"]], "totals": bare["totals"]}
 
 
@@ -136,7 +139,7 @@ def test_a_killed_worker_costs_nothing(cluster, pool, tmp_path: Path) -> None:
 
     thread = threading.Thread(target=kill)
     thread.start()
-    manifest = stage.run(Slow(str(tmp_path / "root"), config, diary), pool(3))
+    manifest = run_stage(Slow(str(tmp_path / "root"), config, diary), pool(3))
     thread.join()
     assert killed and _same(manifest, _undisturbed(tmp_path, config))
 
@@ -154,14 +157,14 @@ def test_a_killed_node_costs_nothing(cluster, pool, tmp_path: Path) -> None:
 
     thread = threading.Thread(target=kill)
     thread.start()
-    manifest = stage.run(Slow(str(tmp_path / "root"), config, diary), pool(6))
+    manifest = run_stage(Slow(str(tmp_path / "root"), config, diary), pool(6))
     thread.join()
     assert _same(manifest, _undisturbed(tmp_path, config))
 
 
 def test_a_failed_item_is_tried_again_elsewhere(cluster, pool, tmp_path: Path) -> None:
     config, diary = SlowConfig(items=6, seconds=0.1, bad="000002"), tmp_path / "diary.txt"
-    manifest = stage.run(Slow(str(tmp_path / "root"), config, diary), pool(2))
+    manifest = run_stage(Slow(str(tmp_path / "root"), config, diary), pool(2))
     pids = [line.split()[1] for line in diary.read_text().splitlines() if line.startswith("000002")]
     assert len(pids) == 2 and pids[0] != pids[1]
     assert _same(manifest, _undisturbed(tmp_path, config))
@@ -171,17 +174,17 @@ def test_a_failed_item_is_tried_again_elsewhere(cluster, pool, tmp_path: Path) -
 def test_an_item_that_kills_its_workers_does_not_stop_the_rest(cluster, pool, tmp_path: Path) -> None:
     config, diary = SlowConfig(items=4, seconds=0.05, poison="000001"), tmp_path / "diary.txt"
     stage_ = Slow(str(tmp_path / "root"), config, diary)
-    with pytest.raises(stage.StageFailed, match=r"1 of 4 items failed.*000001.*its worker died 5 times"):
-        stage.run(stage_, pool(2))
+    with pytest.raises(StageFailed, match=r"1 of 4 items failed.*000001.*its worker died 5 times"):
+        run_stage(stage_, pool(2))
     assert storage.names(str(tmp_path / "root" / "slow" / "records")) == ["000000.json", "000002.json", "000003.json"]
     assert storage.names(str(tmp_path / "root" / "slow" / "failures")) == ["000001.json"]
     with pytest.raises(ValueError, match="not sealed"):
-        stage.manifest_of(stage_.folder, "python -m jobs slow")
+        read_manifest(stage_.folder, "python -m jobs slow")
 
 
 def test_items_that_are_taken_together_fail_alone_and_are_given_to_others_alone(cluster, pool, tmp_path: Path) -> None:
     config, diary = SlowConfig(items=8, seconds=0.05, bad="000001", deadly="000006", together=4), tmp_path / "diary.txt"
-    manifest = stage.run(Slow(str(tmp_path / "root"), config, diary), pool(2))
+    manifest = run_stage(Slow(str(tmp_path / "root"), config, diary), pool(2))
     assert _same(manifest, _undisturbed(tmp_path, config))
     lines = [line.split() for line in diary.read_text().splitlines()]
     made = {item: [pid for one, pid in lines if one == item] for item, _ in lines}
@@ -218,7 +221,7 @@ def spoken() -> Iterator[None]:
 def test_workers_speak_as_their_driver_does(cluster, pool, tmp_path: Path, spoken: None) -> None:
     import ray
 
-    stage.run(Talking(str(tmp_path / "root")), pool(1))
+    run_stage(Talking(str(tmp_path / "root")), pool(1))
     folder = Path(ray._private.worker._global_node.get_logs_dir_path())
     found: list[dict[str, Any]] = []
     end = time.monotonic() + 20

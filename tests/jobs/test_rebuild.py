@@ -22,13 +22,15 @@ from jobs import cli, rebuild, versions
 from jobs.rebuild import GatesFailed, Rebuild, RebuildConfig
 from jobs.runs import Run
 from jobs.versions import GcConfig
-from pipeline import published, stage, storage, tombstones, update
+from pipeline import published, storage, tombstones, update
 from pipeline.dataset import Dataset, Embeddings, metadata
 from pipeline.download import DownloadConfig
 from pipeline.embed import EmbedConfig, encoder_of
 from pipeline.gates import GatesConfig
 from pipeline.index import IndexConfig, Searcher
 from pipeline.shard import ShardConfig
+from pipeline.stages import records
+from pipeline.stages.driver import run_stage
 from pipeline.storage import files
 from tests.pipeline import made
 
@@ -45,7 +47,7 @@ def started(root: Path | str, source: Path | str, shard: ShardConfig = SHARD, ke
 
 
 def rebuilt(root: Path | str, source: Path | str, **more: Any) -> dict[str, Any]:
-    return rebuild.run(started(root, source, **more), stage.run)
+    return rebuild.run(started(root, source, **more), run_stage)
 
 
 def current(root: Path | str) -> Dataset:
@@ -197,7 +199,7 @@ def test_gates(place: Path, what: str) -> None:
             "stage": "train", "items": [], "inputs": {"database": {"path": f"datasets/{NAME}/v1/embeddings"}},
             "section": {"encoder": {"model": "another"}}}))
     with pytest.raises(GatesFailed, match=f"v2 is not published: .*{what}.*v1 stays published"):
-        rebuild.run(one, stage.run)
+        rebuild.run(one, run_stage)
     assert current(place / "root").version == "v1"
 
 
@@ -205,7 +207,7 @@ def test_of_two_at_once_one_publishes(place: Path) -> None:
     paint(place / "source" / "added.png", 1)
     one, other = (started(place / "root", place / "source") for _ in range(2))
     results: list[dict[str, Any]] = []
-    threads = [threading.Thread(target=lambda job=job: results.append(rebuild.run(job, stage.run)))
+    threads = [threading.Thread(target=lambda job=job: results.append(rebuild.run(job, run_stage)))
                for job in (one, other)]
     for thread in threads:
         thread.start()
@@ -223,7 +225,7 @@ def test_a_slower_older_build_does_not_replace_a_newer_one(place: Path) -> None:
     paint(place / "source" / "more.png", 2)
     newer = rebuilt(place / "root", place / "source")
     assert (begun.version, newer["published"]) == ("v2", "v3")
-    done = rebuild.run(older, stage.run)
+    done = rebuild.run(older, run_stage)
     assert done["superseded"] == "v2" and done["published"] == "v3" and current(place / "root").version == "v3"
     # And a newer one replaces an older one that was published while it was under way.
     paint(place / "source" / "a.png", 3)
@@ -231,8 +233,8 @@ def test_a_slower_older_build_does_not_replace_a_newer_one(place: Path) -> None:
     first.claim()
     paint(place / "source" / "b.png", 4)
     second = started(place / "root", place / "source")
-    assert rebuild.run(first, stage.run)["published"] == "v4"
-    assert rebuild.run(second, stage.run)["published"] == "v5" and current(place / "root").version == "v5"
+    assert rebuild.run(first, run_stage)["published"] == "v4"
+    assert rebuild.run(second, run_stage)["published"] == "v5" and current(place / "root").version == "v5"
 
 
 class Killed(BaseException):
@@ -311,7 +313,7 @@ def test_who_changes_a_published_version_is_found_out(place: Path, capsys: pytes
             if record["id"] == "000001":
                 record["files"][0]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
         if "items" in document:
-            document["content"] = stage.content(document["fingerprint"], document["files"], document["items"])
+            document["content"] = records.content(document["fingerprint"], document["files"], document["items"])
         path.write_bytes(storage.json_bytes(document))
     capsys.readouterr()
     with pytest.raises(ValueError, match="is not the one that was published"):
@@ -433,8 +435,8 @@ def test_on_s3(s3: str, place: Path) -> None:
     Image.new("RGB", (32, 32), "red").save(image, "PNG")
     fsspec.filesystem("s3").pipe_file(f"{s3}/source/added.png", image.getvalue())
     one, other = started(root, source), started(root, source)
-    assert rebuild.run(one, stage.run)["embedded"] == 1
-    assert rebuild.run(other, stage.run)["by"] == "another"
+    assert rebuild.run(one, run_stage)["embedded"] == 1
+    assert rebuild.run(other, run_stage)["by"] == "another"
     pointer = published.current(root, NAME)
     assert pointer and pointer.version == "v2" and len(by_content(current(root))) == 73
     assert not published.publish(current(root), b'{"content": "", "samples": 0, "recall@10": 1}', 3, None)

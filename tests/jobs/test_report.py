@@ -26,12 +26,12 @@ from jobs.sampling import Sampling
 from jobs.settings import SampleConfig
 from jobs.training import Job, Training
 from model import recipes
-from pipeline import stage
 from pipeline.dataset import Dataset
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.index import Index, IndexConfig
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.shard import Shard, ShardConfig
+from pipeline.stages.driver import run_stage
 from tests.pipeline import made
 
 HEADINGS = ("Samples", "The finding", "Training", "Neighbours", "Datasets", "Indices", "Stages", "Encoder and settings")
@@ -80,7 +80,7 @@ def shards(root: Path, name: str, pictures: Path) -> Dataset:
     (source / "broken<i>.png").write_bytes(b"no picture")
     (source / "sources.json").write_text(json.dumps(SOURCES))
     dataset = Dataset.parse(str(root), name)
-    stage.run(Shard(dataset, ShardConfig(source=str(source), sources=str(source / "sources.json"), image_size=32,
+    run_stage(Shard(dataset, ShardConfig(source=str(source), sources=str(source / "sources.json"), image_size=32,
                                          samples_per_shard=16, format="png")))
     return dataset
 
@@ -91,18 +91,18 @@ def root(tmp_path_factory: pytest.TempPathFactory, drawn_pictures: Path) -> Path
     folder = tmp_path_factory.mktemp("report")
     for name in ("train", "line"):
         dataset = shards(folder, name, drawn_pictures)
-        stage.run(Embed(dataset, EmbedConfig()))
-        stage.run(Index(dataset, IndexConfig()))
+        run_stage(Embed(dataset, EmbedConfig()))
+        run_stage(Index(dataset, IndexConfig()))
     train = Dataset.parse(str(folder), "train")
-    stage.run(Neighbors(train, train, NeighborsConfig(k=5)))
+    run_stage(Neighbors(train, train, NeighborsConfig(k=5)))
     run = Run.parse(str(folder), "first")
     tiny = recipes.tiny()
     config = replace(tiny, steps=4, global_batch=2, log_every=1, k=2,
                      unet=replace(tiny.unet, model_channels=32, channel_mult=(1,), attention_downsampling=(1,)))
     job = Job(run, train, train, config)
     in_processes(job)
-    stage.run(Training(job))
-    stage.run(Sampling(run, 0, PROMPTS, (train, Dataset.parse(str(folder), "line")), EmbedConfig().clip(),
+    run_stage(Training(job))
+    run_stage(Sampling(run, 0, PROMPTS, (train, Dataset.parse(str(folder), "line")), EmbedConfig().clip(),
                        SampleConfig(k=2, steps=2)))
     return folder
 
@@ -263,8 +263,8 @@ def test_no_tuning_of_one_point():
 
 def test_indices_with_a_knob_show_their_tuning(tmp_path: Path):
     vectors = made.clustered(2000, 16, clusters=200, spread=1.0)
-    stage.run(Index(made.given(tmp_path, "knob", [vectors]), IndexConfig(key="IVF16,SQ8", target_recall=1.0)))
-    stage.run(Index(made.given(tmp_path, "none", [vectors]), IndexConfig(key="SQ8")))
+    run_stage(Index(made.given(tmp_path, "knob", [vectors]), IndexConfig(key="IVF16,SQ8", target_recall=1.0)))
+    run_stage(Index(made.given(tmp_path, "none", [vectors]), IndexConfig(key="SQ8")))
     document = Document(tables.tuning(Root(str(tmp_path)))[0][0])
     assert "knobIVF16,SQ8" in document.text and "pictures as queries" in document.text
     curve_ = Dataset.parse(str(tmp_path), "knob").manifest("index")["info"]["curve"]

@@ -14,9 +14,12 @@ from jobs import pool as pools
 from jobs import status
 from jobs.retirement import REFUTED, TRIES, Blame, Failed, Place, Task, WorkerState
 from jobs.settings import ClusterConfig
-from pipeline import stage, storage
+from pipeline import storage
 from pipeline.hardware import devices
-from pipeline.stage import Item, Output, Stage, StageFailed
+from pipeline.stages.driver import run_stage
+from pipeline.stages.manifest import without_run_facts
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Item, Output, StageFailed
 
 CUDA = Failed("AcceleratorError: CUDA error: device-side assert triggered", "", "device lost")
 MEMORY = Failed("OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "", "out of memory")
@@ -268,7 +271,7 @@ def poison(folder: Path, *what: str) -> None:
 
 
 def undisturbed(root: Path, config: FaultyConfig) -> dict[str, Any]:
-    return stage.timeless(stage.run(Faulty(str(root), FaultyConfig(config.items, 0.0), root)))
+    return without_run_facts(run_stage(Faulty(str(root), FaultyConfig(config.items, 0.0), root)))
 
 
 @pytest.mark.ray
@@ -284,8 +287,8 @@ def test_three_healthy_workers_of_six_finish_everything(error: str, nodes: list[
         if tally.retired and not shown:
             shown.append(status.table(str(root), status.of(str(root))))
 
-    manifest = stage.run(Faulty(str(root), config, tmp_path / "notes"), start(6), watch=watch)
-    assert stage.timeless(manifest) == undisturbed(tmp_path / "plain", config)
+    manifest = run_stage(Faulty(str(root), config, tmp_path / "notes"), start(6), watch=watch)
+    assert without_run_facts(manifest) == undisturbed(tmp_path / "plain", config)
     assert manifest["totals"]["samples"] == config.items
     retired = manifest["run"]["retired"]
     assert {one["node"] for one in retired} == {nodes[0], nodes[3]}
@@ -308,8 +311,8 @@ def test_a_device_that_fails_items_taken_together_retires_its_worker(cluster: An
     node = next(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
     config = FaultyConfig(120, 0.1, "cuda", together=4)
     poison(tmp_path / "notes", node)
-    manifest = stage.run(Faulty(str(tmp_path / "root"), config, tmp_path / "notes"), start(4))
-    assert stage.timeless(manifest) == undisturbed(tmp_path / "plain", config)
+    manifest = run_stage(Faulty(str(tmp_path / "root"), config, tmp_path / "notes"), start(4))
+    assert without_run_facts(manifest) == undisturbed(tmp_path / "plain", config)
     assert {one["node"] for one in manifest["run"]["retired"]} == {node}
     assert manifest["run"]["retired"][0]["items"] == 4
     lines = [line.split() for line in (tmp_path / "notes" / "diary").read_text().splitlines()]
@@ -322,7 +325,7 @@ def test_items_that_fail_everywhere_fail_on_three_workers_and_retire_nobody(clus
     bad = ("000050", "000051", "000052")  # when every worker has finished something
     one = Faulty(str(tmp_path / "root"), FaultyConfig(80, 0.1, bad=bad), tmp_path / "notes")
     with pytest.raises(StageFailed, match=r"3 of 80 items failed.*no worker can do this"):
-        stage.run(one, start(4))
+        run_stage(one, start(4))
     lines = [line.split() for line in (tmp_path / "notes" / "diary").read_text().splitlines()]
     for item in bad:
         assert len([pid for name, pid in lines if name == item]) == TRIES
@@ -337,7 +340,7 @@ def test_an_item_that_breaks_every_device_fails_and_the_others_are_finished(clus
                                                                             ) -> None:
     one = Faulty(str(tmp_path / "root"), FaultyConfig(40, 0.05, "bad for devices", ("000010",)), tmp_path / "notes")
     with pytest.raises(StageFailed, match=r"1 of 40 items failed.*000010: .*device-side assert"):
-        stage.run(one, start(4))
+        run_stage(one, start(4))
     assert len(storage.names(storage.join(one.folder, "records"))) == 39
 
 
@@ -352,14 +355,14 @@ def test_only_broken_places_end_the_stage_and_the_same_command_resumes(cluster: 
     one = Faulty(str(tmp_path / "root"), config, tmp_path / "notes")
     with pytest.raises(StageFailed, match=r"only broken places are left(.|\n)*got .*node .*illegal memory access"
                                           r"(.|\n)*\nhint: "):
-        stage.run(one, start(2))
+        run_stage(one, start(2))
     retired = storage.read_json(storage.join(one.folder, "progress.json"))["retired"]
     assert len(retired) >= 4
     assert " retired after " in status.table(one.root, status.of(one.root))
     (tmp_path / "notes" / "poison").unlink()
-    manifest = stage.run(one, start(2))
+    manifest = run_stage(one, start(2))
     assert manifest["run"]["retired"] == retired  # of the run before
-    assert stage.timeless(manifest) == undisturbed(tmp_path / "plain", config)
+    assert without_run_facts(manifest) == undisturbed(tmp_path / "plain", config)
 
 
 @pytest.mark.ray
@@ -372,13 +375,13 @@ def test_a_broken_gpu_is_held_and_the_others_of_its_node_go_on(cluster: Any, sta
     try:
         poison(tmp_path / "notes", "GPU 1")
         running, config = start(3, gpus=1.0), FaultyConfig(60, 0.1, "cuda")
-        manifest = stage.run(Faulty(str(tmp_path / "root"), config, tmp_path / "notes"), running)
-        assert stage.timeless(manifest) == undisturbed(tmp_path / "plain", config)
+        manifest = run_stage(Faulty(str(tmp_path / "root"), config, tmp_path / "notes"), running)
+        assert without_run_facts(manifest) == undisturbed(tmp_path / "plain", config)
         retired = manifest["run"]["retired"]
         assert [(one["node"], one["card"], one["replaced"]) for one in retired] == [
             (node.node_id, "CUDA_VISIBLE_DEVICES=1", True), (node.node_id, "CUDA_VISIBLE_DEVICES=1", False)]
         # The next stage of the same command does not use that GPU either.
-        again = stage.run(Faulty(str(tmp_path / "again"), config, tmp_path / "notes"), running)
+        again = run_stage(Faulty(str(tmp_path / "again"), config, tmp_path / "notes"), running)
         assert "retired" not in again["run"]
         assert [one.place.visible for one in running.holding] == ["1"]
     finally:

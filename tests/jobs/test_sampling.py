@@ -19,10 +19,13 @@ from jobs.retrieval import Likely, usage_of
 from jobs.runs import Run
 from jobs.sampling import Sampling
 from jobs.settings import QueryConfig, SampleConfig
-from pipeline import clip, stage
+from pipeline import clip, storage
 from pipeline.dataset import Dataset
 from pipeline.index import Searcher
 from pipeline.neighbors import Neighbors, NeighborsConfig
+from pipeline.stages.driver import run_stage
+from pipeline.stages.manifest import sealed_input
+from pipeline.stages.stage import FORMAT
 from tests.pipeline import made
 
 PROMPTS = ("a red circle", "a blue square")
@@ -35,7 +38,7 @@ def root(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sampling") / "root"
     shutil.copytree(trained, root)
     for style in ("flat", "hatched"):
-        stage.run(Neighbors(_dataset(root, "drawn"), _dataset(root, style), NeighborsConfig(k=5)))
+        run_stage(Neighbors(_dataset(root, "drawn"), _dataset(root, style), NeighborsConfig(k=5)))
     return root
 
 
@@ -77,10 +80,10 @@ def test_without_the_new_flags_a_folder_is_what_it_was(root: Path) -> None:
     sampling = Sampling(Run.parse(str(root), "small"), 0, PROMPTS, (flat,), clip.ClipConfig(), CONFIG)
     section = {"k": 3, "guidance": 2.0, "seed": 0, "steps": 2, "batch_size": 16, "prompts": list(PROMPTS),
                "databases": ["flat"]}
-    inputs = {"checkpoint": stage.identity(str(root), "runs/small/checkpoints/0000003", "")} | {
+    inputs = {"checkpoint": sealed_input(str(root), "runs/small/checkpoints/0000003", "")} | {
         f"{name} of flat": flat.identity(name) for name in ("index", "embeddings", "shards")}
-    assert sampling.path == f"runs/small/samples/{stage.digest([stage.FORMAT, 'sample', section, inputs])[:12]}"
-    manifest = stage.run(sampling)
+    assert sampling.path == f"runs/small/samples/{storage.digest([FORMAT, 'sample', section, inputs])[:12]}"
+    manifest = run_stage(sampling)
     assert {entry["name"] for entry in manifest["items"][0]["files"]} == {
         f"flat/{name}{end}" for name in ("00-a-red-circle", "01-a-blue-square")
         for end in (".png", "-neighbor-0.png", "-neighbor-1.png", "-neighbor-2.png")}

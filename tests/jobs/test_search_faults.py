@@ -20,8 +20,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from jobs.cli import main
-from pipeline import clip, stage, storage, verify
+from pipeline import clip, storage, verify
 from pipeline.dataset import Dataset, file_of
+from pipeline.stages import records
+from pipeline.stages.manifest import without_run_facts
 from tests.pipeline import made
 
 SHARDS, PER_SHARD = 16, 18
@@ -119,7 +121,7 @@ def test_workers_killed_at_random_leave_the_bytes_of_a_quiet_run(before: list[st
     assert main([*command, "--root", str(quiet), "--local"]) == 0
     one, other = dataset(root), dataset(quiet)
     assert content(one, folder) == content(other, folder) and len(content(one, folder)) > 1
-    assert stage.timeless(one.manifest(folder)) == stage.timeless(other.manifest(folder))
+    assert without_run_facts(one.manifest(folder)) == without_run_facts(other.manifest(folder))
     assert list(verify.folder(str(root), one.path(folder))) == []
     assert storage.names(storage.join(one.folder(folder), "failures")) == []
 
@@ -175,10 +177,10 @@ def spoiled(root: Path, change: Any) -> None:
     entry = file_of(record, ".npy")
     path = Path(folder) / entry["name"]
     np.save(path, change(np.load(path)))
-    entry |= stage.describe(entry["name"], path)
+    entry |= storage.describe_file(entry["name"], path)
     storage.put_json(record, storage.join(folder, "records", f"{record['id']}.json"))
-    manifest["content"] = stage.content(manifest["fingerprint"], manifest["files"], manifest["items"])
-    manifest["totals"] = stage.totals(manifest["items"])
+    manifest["content"] = records.content(manifest["fingerprint"], manifest["files"], manifest["items"])
+    manifest["totals"] = records.totals(manifest["items"])
     storage.put_json(manifest, storage.join(folder, "manifest.json"))
 
 

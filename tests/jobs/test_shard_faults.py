@@ -26,9 +26,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.cli import main
-from pipeline import progress, stage, storage, verify
+from pipeline import storage, verify
 from pipeline.dataset import Dataset
 from pipeline.shard import accounting
+from pipeline.stages import progress
+from pipeline.stages.manifest import read_manifest
 from pipeline.storage import files as storage_files
 from tests.pipeline import web
 from tests.pipeline.made import encoded, noise
@@ -84,7 +86,7 @@ def files(root: Path | str) -> dict[str, bytes]:
 def accounted(root: Path | str, rows: int) -> dict[str, Any]:
     """The manifest of a root in which nothing is wrong and no row is lost."""
     assert list(verify.folder(str(root), "datasets/x/v1/shards")) == []
-    manifest = stage.manifest_of(shards(root), "")
+    manifest = read_manifest(shards(root), "")
     lines = [line for record in manifest["items"] for line in pq.read_table(io.BytesIO(storage.read_bytes(
         storage.join(shards(root), f"{record['id']}.parquet")))).to_pylist()]
     account = accounting(manifest, lines)
@@ -242,7 +244,7 @@ def test_a_full_disk_is_named_and_spoils_nothing(size: str, small_disk: Any, tmp
     assert text.count("error: ") == 1 and "the same command goes on" in text
     for name in storage.names(storage.join(shards(root), "records")):
         for entry in storage.read_json(storage.join(shards(root), "records", name))["files"]:
-            assert entry == stage.describe(entry["name"], Path(shards(root)) / entry["name"])
+            assert entry == storage.describe_file(entry["name"], Path(shards(root)) / entry["name"])
     # What is there is whole, and nothing else is.
     assert list(root.rglob(".*")) == [] and not storage.exists(storage.join(shards(root), "manifest.json"))
     small_disk("64m")

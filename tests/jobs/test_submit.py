@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 
 from jobs import cli, interrupts, submit
-from pipeline import stage, storage
+from pipeline import storage
+from pipeline.stages.manifest import code_revision, read_manifest, without_run_facts
 
 REPOSITORY = Path(__file__).parents[2]
 ROOT = "s3://bucket/root"
@@ -203,7 +204,7 @@ def test_the_verbs_own_exit_code_comes_back(machine: Machine, tmp_path: Path) ->
     assert "error: nothing is sealed in" in log
     for info in machine.ask(""):
         assert info["metadata"]["verb"] in info["entrypoint"]
-        assert info["metadata"]["revision"] == stage.code_revision()
+        assert info["metadata"]["revision"] == code_revision()
     assert Path(machine.environment["RAY_AUTH_TOKEN_PATH"]).stat().st_mode & 0o777 == 0o600
     machine.environment["RAY_AUTH_TOKEN"] = "a" * 64
     code, _, log = machine.submit("status", "--root", tmp_path)
@@ -236,7 +237,7 @@ def work(tmp_path: Path) -> list[str]:
 
 def _undisturbed(tmp_path: Path, work: list[str]) -> dict[str, Any]:
     assert cli.main([*work[:-1], str(tmp_path / "plain"), "--local"]) == 0
-    return stage.timeless(stage.manifest_of(str(tmp_path / "plain/datasets/some/v1/shards"), ""))
+    return without_run_facts(read_manifest(str(tmp_path / "plain/datasets/some/v1/shards"), ""))
 
 
 @pytest.mark.slow
@@ -256,7 +257,7 @@ def test_a_stopped_job_goes_on_as_the_next_attempt_and_the_same_one_is_joined(ma
     code, said, log = machine.submit("--wait", *work)
     assert (code, said["submission_id"]) == (0, joined["submission_id"].replace("-a1", "-a2")), log
     assert before == {path: path.stat().st_mtime_ns for path in before}
-    manifest = stage.timeless(stage.manifest_of(str(tmp_path / "root/datasets/some/v1/shards"), ""))
+    manifest = without_run_facts(read_manifest(str(tmp_path / "root/datasets/some/v1/shards"), ""))
     assert manifest == _undisturbed(tmp_path, work)
 
 
@@ -280,7 +281,7 @@ def test_a_driver_or_a_cluster_that_is_lost_is_tried_again(machine: Machine, wor
     machine.up()
     code, said, log = _ended(waiting)
     assert code == 0 and "it was started anew" in log, log
-    assert stage.timeless(stage.manifest_of(str(tmp_path / "again/datasets/some/v1/shards"), "")) == wanted
+    assert without_run_facts(read_manifest(str(tmp_path / "again/datasets/some/v1/shards"), "")) == wanted
 
 
 @pytest.mark.slow
@@ -329,7 +330,7 @@ def _contents(root: Path) -> dict[str, Any]:
         str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
         for folder in folders for path in folder.iterdir() if path.suffix != ".json" and path.is_file()}
     assert len(hashes) >= 2 * 60
-    return hashes | {folder.name: stage.timeless(stage.manifest_of(str(folder), "")) for folder in folders}
+    return hashes | {folder.name: without_run_facts(read_manifest(str(folder), "")) for folder in folders}
 
 
 def _driver(work: list[str], before: int) -> int:
@@ -360,7 +361,7 @@ def test_a_pipeline_as_a_job_with_settings_of_this_machine(machine: Machine, tmp
     assert (code, said["attempt"]) == (0, 1), log
     assert json.loads((tmp_path / "root/runs/run/manifest.json").read_text())["info"]["steps"] == 3
     plan = json.loads((tmp_path / "root/runs/run/plan.json").read_text())
-    assert plan["code"] == stage.code_revision()  # the job's folder has no git
+    assert plan["code"] == code_revision()  # the job's folder has no git
     code, said, log = machine.submit("--wait", *words)
     assert (code, said["attempt"]) == (0, 2), log
 

@@ -23,10 +23,13 @@ from jobs.training import Job, Training
 from jobs.verbs import train as train_run
 from model.config import TrainConfig
 from model.train import train
-from pipeline import stage, storage
+from pipeline import storage
 from pipeline.batches import Batches
 from pipeline.dataset import Dataset
 from pipeline.neighbors import Neighbors, NeighborsConfig
+from pipeline.stages.driver import run_stage
+from pipeline.stages.manifest import read_manifest
+from pipeline.stages.plan import check_and_clear, prepare
 
 SETTINGS = """
 [train]
@@ -87,7 +90,7 @@ def _undisturbed(root: Path) -> list[tuple[int, float]]:
     dataset = Dataset.parse(str(root), "drawn")
     job = Job(Run.parse(str(root), "undisturbed"), dataset, dataset, _config())
     assert in_processes(job)
-    stage.run(Training(job))
+    run_stage(Training(job))
     return _curve(root, "undisturbed")
 
 
@@ -135,7 +138,7 @@ def test_two_ray_workers_of_which_one_dies_equal_torchrun_and_one_process(root: 
     assert _curve(root, "ray") == _curve(root, "torchrun")
     assert [step for step, _ in one] == [step for step, _ in _curve(root, "ray")]
     assert [loss for _, loss in one] == pytest.approx([loss for _, loss in _curve(root, "ray")], rel=2e-3)
-    assert stage.manifest_of(str(root / "runs" / "ray"), "")["info"]["steps"] == 24
+    assert read_manifest(str(root / "runs" / "ray"), "")["info"]["steps"] == 24
     assert not (root / "runs" / "ray" / "ray").exists()
 
 
@@ -161,7 +164,7 @@ def test_other_settings_on_a_run_are_refused_by_name(root: Path) -> None:
     with pytest.raises(ValueError, match=r"section\.train\.lr: there 0\.\d+, now 0\.1"):
         in_processes(replace(job, config=_config(steps=2, lr=0.1)))
     with pytest.raises(ValueError, match=r"--context-dim 256"):
-        stage.prepare(Training(Job(Run.parse(str(root), "other"), dataset, dataset,
+        prepare(Training(Job(Run.parse(str(root), "other"), dataset, dataset,
                                    _config(unet=replace(_config().unet, context_dim=64)))))
 
 
@@ -236,7 +239,7 @@ def test_too_few_neighbours_are_seen_before_anything_starts(root: Path, capsys: 
     shutil.copytree(root / "datasets/drawn", root / "datasets/few")
     shutil.rmtree(root / "datasets/few/v1/neighbors")
     few = Dataset.parse(str(root), "few")
-    stage.run(Neighbors(few, dataset, NeighborsConfig(k=3)))
+    run_stage(Neighbors(few, dataset, NeighborsConfig(k=3)))
     for name, validation in (("drawn", "few"), ("few", "")):
         more = ["--validation", validation] if validation else []
         command = ["train", "run", "--dataset", name, "--database", "drawn", *more, "--root", str(root), "--config",
@@ -257,7 +260,7 @@ def test_a_run_keeps_its_id_and_its_lineage(root: Path, tmp_path: Path, monkeypa
     # wandb adds a number to the name of a second folder of the same second.
     assert len(folders) == 2 and all(f"-{first}" in name for name in folders)
     assert job.run.lineage()["neighbors"]["digest"] == dataset.identity("neighbors/drawn")["digest"]
-    stage.empty(Training(job))
+    check_and_clear(Training(job))
     assert in_processes(job)
     assert json.loads((root / "runs/tracked/wandb.json").read_text())["id"] != first
 

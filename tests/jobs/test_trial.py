@@ -15,8 +15,10 @@ from jobs.processes import in_processes
 from jobs.runs import Run
 from jobs.training import Job
 from model import recipes
-from pipeline import clip, stage, storage
+from pipeline import clip, storage
 from pipeline.dataset import Dataset
+from pipeline.stages.driver import run_stage
+from pipeline.stages.types import Item
 
 SETTINGS = """
 recipe = "tiny"
@@ -77,7 +79,7 @@ def test_steps_take_what_training_takes(prepared: Path, tmp_path: Path) -> None:
     assert in_processes(Job(run, dataset, dataset, replace(config, checkpoint_every=60)))
     lines = tracking.read(run)
     real = (lines[-1]["seconds"] - lines[0]["seconds"]) / 50
-    info = stage.run(made.Steps(str(tmp_path / "steps"), config, 32, 16, 10 * real, 1))["items"][0]["info"]
+    info = run_stage(made.Steps(str(tmp_path / "steps"), config, 32, 16, 10 * real, 1))["items"][0]["info"]
     assert info["batch"] <= 16 and info["parameters"] > 1e5
     from model import flop
     each = flop.size(config.unet, 32, config.k).training(False)
@@ -87,11 +89,11 @@ def test_steps_take_what_training_takes(prepared: Path, tmp_path: Path) -> None:
 def test_a_network_that_does_not_fit_is_made_narrower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = recipes.tiny()
     monkeypatch.setattr(made, "_memory", lambda: 30 << 20)
-    info = stage.run(made.Steps(str(tmp_path / "steps"), config, 32, 2, 0.1, 1))["items"][0]["info"]
+    info = run_stage(made.Steps(str(tmp_path / "steps"), config, 32, 2, 0.1, 1))["items"][0]["info"]
     assert 20 * info["parameters"] < 15 << 20
     monkeypatch.setattr(made, "_memory", lambda: 1 << 20)
     with pytest.raises(MemoryError, match="no network of this shape"):
-        made.Steps(str(tmp_path / "none"), config, 32, 2, 0.1, 1).process(stage.Item("0"), tmp_path)
+        made.Steps(str(tmp_path / "none"), config, 32, 2, 0.1, 1).process(Item("0"), tmp_path)
 
 
 @pytest.mark.parametrize(("flags", "sentence"), [

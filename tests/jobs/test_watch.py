@@ -17,9 +17,10 @@ import pytest
 from jobs import exporter, status, tracking, watch
 from jobs.cli import main
 from jobs.runs import Run
-from pipeline import stage, storage
+from pipeline import storage
 from pipeline.dataset import Dataset
 from pipeline.embed import Embed, EmbedConfig
+from pipeline.stages.plan import check_and_clear, prepare
 from tests.jobs import prometheus
 
 
@@ -33,8 +34,8 @@ def root(trained: Path, tmp_path: Path) -> str:
     tracking.Metrics(Run.parse(root, "small"), 0).add({"step": 3, "loss": 0.5, "samples_per_s": 80.0, "seconds": 1.0})
     dataset = Dataset.parse(root, "flat")
     embed = Embed(dataset, EmbedConfig(batch_size=8))
-    stage.empty(embed)
-    stage.prepare(embed)
+    check_and_clear(embed)
+    prepare(embed)
     storage.put_json({"rows": 30, "samples": 29, "bytes": 1000, "of_rows": 120, "items": 0, "of_items": 1,
                       "failed_items": 0, "skipped": {"cut": 1}, "rows_per_s": 10.0, "retried": 0, "seconds_left": 9,
                       "updated": time.time(), "host": "here"}, storage.join(embed.folder, "progress.json"))

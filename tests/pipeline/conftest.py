@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import stage
 from pipeline.dataset import Dataset
+from pipeline.stages.driver import run_stage
 from tests.pipeline import made
 
 
@@ -40,7 +40,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Dataset:
         Index(dataset, IndexConfig()),
         Neighbors(dataset, dataset, NeighborsConfig(k=4)),
     ):
-        stage.run(one)
+        run_stage(one)
     return dataset
 
 

@@ -10,9 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline import drawn, stage, storage
+from pipeline import drawn, storage
 from pipeline.dataset import Dataset
-from pipeline.stage import Item, Output, Stage
+from pipeline.stages.driver import run_stage
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Item, Output
 
 ENCODER = {"model": "given", "weights_sha256": "00", "dim": 16}
 
@@ -53,7 +55,7 @@ class Given(Stage):
         self.items, self.info = items, info or {}
 
     def section(self) -> dict[str, Any]:
-        return {"content": stage.digest([[name, storage.short_hash(repr(data))] for _, files in self.items.values()
+        return {"content": storage.digest([[name, storage.short_hash(repr(data))] for _, files in self.items.values()
                                          for name, data in files.items()])}
 
     def plan(self) -> list[Item]:
@@ -91,8 +93,8 @@ def given(root: Path, name: str, shards: Sequence[np.ndarray], hashes: Sequence[
         tables[f"{number:06d}"] = len(vectors), {f"{number:06d}.parquet": table.getvalue()}
         arrays[f"{number:06d}"] = len(vectors), {f"{number:06d}.npy": npy(vectors.astype(np.float16))}
         offset += len(vectors)
-    stage.run(Given(dataset, "shards", "shard", tables))
-    stage.run(Given(dataset, "embeddings", "embed", arrays, {"encoder": encoder or ENCODER}))
+    run_stage(Given(dataset, "shards", "shard", tables))
+    run_stage(Given(dataset, "embeddings", "embed", arrays, {"encoder": encoder or ENCODER}))
     return dataset
 
 

@@ -16,13 +16,18 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
 
-from pipeline import progress, shard, sift, stage, storage, verify
+from pipeline import shard, sift, storage, verify
 from pipeline.dataset import Dataset, file_of
 from pipeline.download import DownloadConfig
 from pipeline.media import tars
 from pipeline.shard import Shard, ShardConfig
 from pipeline.sift import Sift
-from pipeline.stage import StageFailed
+from pipeline.stages import progress
+from pipeline.stages.driver import run_stage
+from pipeline.stages.manifest import without_run_facts
+from pipeline.stages.plan import prepare
+from pipeline.stages.types import Outcome, StageFailed
+from pipeline.stages.worker import process_and_commit
 from tests.pipeline import made, web
 from tests.pipeline.made import encoded, noise
 from tests.pipeline.test_shard import ledger, table
@@ -49,7 +54,7 @@ def config(source, **options) -> ShardConfig:
 
 def sharded(root, source, **options) -> tuple[Dataset, dict]:
     dataset = Dataset.parse(str(root), "x")
-    return dataset, stage.run(Shard(dataset, config(source, **options)))
+    return dataset, run_stage(Shard(dataset, config(source, **options)))
 
 
 def write_list(path: Path, rows: list[dict]) -> Path:
@@ -190,7 +195,7 @@ def test_passwords_in_addresses_appear_nowhere(tmp_path, site, kind):
         (tmp_path / "list.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
     dataset = Dataset.parse(str(tmp_path / "root"), "x")
     one = Shard(dataset, config(tmp_path / f"list.{kind}", samples_per_shard=4))
-    manifest = stage.run(one, retry=True)
+    manifest = run_stage(one, retry=True)
     reasons = [line["error_message"] and line["error_message"].split(":")[0] for line in table(dataset, manifest)]
     # The password reached its server: what it answers to it is no picture, but not 401.
     assert reasons[:10] == [None, "not_a_picture", "http_404", "not_a_picture", None, "protocol", "bad_url", "bad_url",
@@ -229,7 +234,7 @@ def test_whatever_order_downloads_end_in_the_tars_are_those_of_a_folder(tmp_path
     plain = urls(tmp_path / "plain.csv", [f"http://{site}/{way}" for way in ("00.png", "hops/2?file=01.png", "02.png",
                                                                              "absent.png")])
     twice = [sharded(tmp_path / name, plain, samples_per_shard=3) for name in ("one", "other")]
-    assert stage.timeless(twice[0][1]) == stage.timeless(twice[1][1])
+    assert without_run_facts(twice[0][1]) == without_run_facts(twice[1][1])
     first, second = (made.files_below(tmp_path / name) for name in ("one", "other"))
     for name in first:
         if name.endswith((".tar", ".parquet", ".jsonl")):
@@ -281,7 +286,7 @@ def test_of_duplicates_the_first_stays(tmp_path, how):
     for size in (3, 100, 1):
         dataset = Dataset.parse(str(tmp_path / f"{size}"), "x")
         sifted = Sift(dataset, config(source, duplicates=how, samples_per_shard=size, image_size=64))
-        manifest = sift.run(sifted, stage.run)
+        manifest = sift.run(sifted, run_stage)
         reasons = accounted(dataset, manifest, len(KINDS) + 1)
         lines = table(dataset, manifest)
         assert [int(line["url"][:2]) for line in lines if line["status"] == "success"] == first_ones(how)
@@ -294,7 +299,7 @@ def test_of_duplicates_the_first_stays(tmp_path, how):
         assert not storage.exists(storage.join(dataset.folder("unsifted"), "plan.json"))
         assert not (tmp_path / f"{size}" / "datasets" / "x" / "v1" / "unsifted").exists()
         before = made.files_below(tmp_path / f"{size}")
-        assert stage.timeless(sift.run(sifted, stage.run)) == stage.timeless(manifest)
+        assert without_run_facts(sift.run(sifted, run_stage)) == without_run_facts(manifest)
         assert made.files_below(tmp_path / f"{size}") == before
         results.append([(line["url"], line["status"]) for line in lines])
     assert results[0] == results[1] == results[2]
@@ -303,7 +308,7 @@ def test_of_duplicates_the_first_stays(tmp_path, how):
 def test_a_sample_that_stays_is_named_by_those_that_go(tmp_path):
     dataset = Dataset.parse(str(tmp_path), "x")
     manifest = sift.run(Sift(dataset, config(blots(tmp_path / "source"), duplicates="exact", samples_per_shard=3,
-                                             image_size=64)), stage.run)
+                                             image_size=64)), run_stage)
     details = {line["url"]: line["error_message"] for line in table(dataset, manifest) if line["status"] == "duplicate"}
     assert details["02.png"] == "duplicate: of sample 0 of shard 000000"
     assert details["11.webp"] == "duplicate: of sample 2 of shard 000003"
@@ -317,7 +322,7 @@ def test_duplicates_among_patches(tmp_path):
         (source / name).write_bytes(encoded(image, "PNG"))
     dataset = Dataset.parse(str(tmp_path), "x")
     manifest = sift.run(Sift(dataset, config(source, duplicates="exact", samples_per_shard=2, patches=3, patch_side=32,
-                                             image_size=8)), stage.run)
+                                             image_size=8)), run_stage)
     assert manifest["totals"]["samples"] == 4 and manifest["totals"]["skipped"] == {"duplicate": 5}
     assert shard.accounting(manifest, table(dataset, manifest)) == {"rows": 3, "good": 2, "failed": 1, "filtered": 0}
     stats = [storage.read_json(storage.join(dataset.folder("shards"), f"00000{number}_stats.json"))
@@ -332,7 +337,7 @@ def test_sifting_is_gone_on_with_wherever_it_was_left(tmp_path):
     def make(name: str) -> Sift:
         return Sift(Dataset.parse(str(tmp_path / name), "x"), config(source, duplicates="near", samples_per_shard=4,
                                                                      image_size=64))
-    expected = stage.timeless(sift.run(make("whole"), stage.run))
+    expected = without_run_facts(sift.run(make("whole"), run_stage))
 
     class Killed(BaseException):
         pass
@@ -344,9 +349,9 @@ def test_sifting_is_gone_on_with_wherever_it_was_left(tmp_path):
         def seal(one):
             if len(done) < stages:
                 done.append(one)
-                return stage.run(one)
-            for item in stage.prepare(one)[:items]:
-                stage.work(one, item)
+                return run_stage(one)
+            for item in prepare(one)[:items]:
+                process_and_commit(one, item)
             raise Killed
         return seal
     for stages in (0, 1):
@@ -354,28 +359,28 @@ def test_sifting_is_gone_on_with_wherever_it_was_left(tmp_path):
             name = f"{stages}-{items}"
             with pytest.raises(Killed):
                 sift.run(make(name), seal_until(stages, items))
-            assert stage.timeless(sift.run(make(name), stage.run)) == expected
+            assert without_run_facts(sift.run(make(name), run_stage)) == expected
     # Sealed, and what it was made from not yet removed.
     one = make("late")
-    stage.run(one.whole)
-    stage.run(one)
-    assert stage.timeless(sift.run(make("late"), stage.run)) == expected
+    run_stage(one.whole)
+    run_stage(one)
+    assert without_run_facts(sift.run(make("late"), run_stage)) == expected
     assert not (tmp_path / "late" / "datasets" / "x" / "v1" / "unsifted").exists()
-    assert stage.timeless(sift.run(make("late"), stage.run, rebuild=True)) == expected
+    assert without_run_facts(sift.run(make("late"), run_stage, rebuild=True)) == expected
     with pytest.raises(ValueError, match="duplicate_bits"):
         sift.run(Sift(one.dataset, config(source, duplicates="near", samples_per_shard=4, image_size=64,
-                                          duplicate_bits=2)), stage.run)
+                                          duplicate_bits=2)), run_stage)
 
 
 def test_a_row_that_was_tried_again_stays_if_it_is_first_in_the_source(tmp_path, site):
     addresses = [f"http://{site}/{path}" for path in ("flaky?n=1&name=sift&file=00.png", "01.png", "00.png")]
     sifted = Sift(Dataset.parse(str(tmp_path), "x"), config(urls(tmp_path / "list.csv", addresses), duplicates="exact"))
-    manifest = sift.run(sifted, lambda one: stage.run(one, retry=one is sifted.whole))
+    manifest = sift.run(sifted, lambda one: run_stage(one, retry=one is sifted.whole))
     lines = table(sifted.dataset, manifest)
     assert [(line["source_row"], line["status"]) for line in lines] == [
         (0, "failed_to_download"), (1, "success"), (2, "duplicate"), (0, "success")]
     with pytest.raises(ValueError, match="duplicates are looked for among all"):
-        stage.prepare(Shard(sifted.dataset.following(), sifted.config, base=sifted.dataset))
+        prepare(Shard(sifted.dataset.following(), sifted.config, base=sifted.dataset))
 
 
 # Again.
@@ -404,12 +409,12 @@ def test_rows_that_failed_are_tried_again_before_sealing(tmp_path, site, kind):
     source = urls(tmp_path / f"list.{kind}", shaky(site, name))
     dataset = Dataset.parse(str(tmp_path), "x")
     one = Shard(dataset, config(source))
-    items = stage.prepare(one)
+    items = prepare(one)
     for item in items:
-        stage.work(one, item)
+        process_and_commit(one, item)
     first = made.files_below(tmp_path / "datasets")
     web.seen(site)
-    manifest = stage.run(Shard(dataset, config(source)), retry=True)
+    manifest = run_stage(Shard(dataset, config(source)), retry=True)
     failed = of_round(site, name)
     assert web.seen(site)["requests"] == len(failed[0])  # and of those that are there none
     assert [record["info"] for record in manifest["items"]] == [
@@ -432,7 +437,7 @@ def killing_after(count: int):
         for number, item in enumerate(items):
             if number == count:
                 os.kill(os.getpid(), signal.SIGKILL)
-            yield stage.Outcome(item, stage.work(one, item))
+            yield Outcome(item, process_and_commit(one, item))
     return runner
 
 
@@ -444,7 +449,7 @@ def test_a_second_round_tries_what_still_fails_and_a_round_may_be_cut_off(tmp_pa
     failed = of_round(site, name)
 
     def run(**options):
-        return stage.run(Shard(dataset, config(source, samples_per_shard=4)), **options)
+        return run_stage(Shard(dataset, config(source, samples_per_shard=4)), **options)
     with pytest.raises(StageFailed, match=r"rows failed \(\d+%, allowed are 1%\)"):
         run(max_failed=0.01)
     # Six shards are recorded; of the round's three one is worked off.
@@ -459,7 +464,7 @@ def test_a_second_round_tries_what_still_fails_and_a_round_may_be_cut_off(tmp_pa
     assert [line["source_row"] for line in lines] == [*range(22), *failed[0], *failed[1]]
     assert shard.accounting(manifest, lines) == {"rows": 22, "good": 21, "failed": 1, "filtered": 0}
     assert list(verify.folder(dataset.root, dataset.path("shards"))) == []
-    stage.run(Shard(dataset, config(source, samples_per_shard=4)), retry=True)
+    run_stage(Shard(dataset, config(source, samples_per_shard=4)), retry=True)
     assert "requests" not in web.seen(site)  # it is sealed
 
 
@@ -474,7 +479,7 @@ def test_another_version_takes_over_the_shards_and_tries_the_rest(tmp_path, site
     v2 = v1.following()
     assert (v2.version, v2.following().version) == ("v2", "v3")
     web.seen(site)
-    second = stage.run(Shard(v2, config(source, **options), base=v1))
+    second = run_stage(Shard(v2, config(source, **options), base=v1))
     assert web.seen(site)["requests"] == len(failed[0])
     assert {key: data for key, data in made.files_below(tmp_path).items() if key in before} == before
     ours, theirs = (made.files_below(Path(one.folder("shards"))) for one in (v2, v1))
@@ -490,24 +495,24 @@ def test_another_version_takes_over_the_shards_and_tries_the_rest(tmp_path, site
     # And so on: a third, and one from which nothing is left to try but what fails for good.
     web.seen(site)
     v3 = v2.following()
-    third = stage.run(Shard(v3, config(source, **options), base=v2))
+    third = run_stage(Shard(v3, config(source, **options), base=v2))
     assert web.seen(site)["requests"] == len(failed[1])
     assert shard.accounting(third, table(v3, third)) == {"rows": 22, "good": 20, "failed": 1, "filtered": 1}
-    fourth = stage.run(Shard(v3.following(), config(source, **options), base=v3))
+    fourth = run_stage(Shard(v3.following(), config(source, **options), base=v3))
     assert web.seen(site)["requests"] == 1 and len(fourth["items"]) == len(third["items"]) + 1
     assert fourth["info"]["filtered"] == 1
     with pytest.raises(ValueError, match=r"sharded with other settings \(image_size, quality\)"):
-        stage.prepare(Shard(Dataset.parse(v1.root, "x@other"), config(source, image_size=8, quality=9, **options),
+        prepare(Shard(Dataset.parse(v1.root, "x@other"), config(source, image_size=8, quality=9, **options),
                             base=v1))
 
 
 def test_a_version_of_a_version_without_failures_is_the_same_again(tmp_path, site):
     source = urls(tmp_path / "list.csv", [f"http://{site}/flaky?n=1&name=once&file=00.png", f"http://{site}/01.png"])
     v1 = Dataset.parse(str(tmp_path), "x")
-    one = stage.run(Shard(v1, config(source)), retry=True)
+    one = run_stage(Shard(v1, config(source)), retry=True)
     v2, v3 = v1.following(), v1.following().following()
-    two = stage.run(Shard(v2, config(source), base=v1))
-    three = stage.run(Shard(v3, config(source), base=v2), retry=True)
+    two = run_stage(Shard(v2, config(source), base=v1))
+    three = run_stage(Shard(v3, config(source), base=v2), retry=True)
     for manifest in (two, three):
         assert [record["files"] for record in manifest["items"]] == [record["files"] for record in one["items"]]
         assert shard.accounting(manifest, table(v1, one))["good"] == 2
@@ -518,7 +523,7 @@ def test_a_version_of_another_source_is_refused(tmp_path, site):
     v1, _ = sharded(tmp_path, source)
     urls(source, [f"http://{site}/{number:02d}.png" for number in range(22)])
     with pytest.raises(ValueError, match="x was sharded from other pictures than"):
-        stage.prepare(Shard(v1.following(), config(source), base=v1))
+        prepare(Shard(v1.following(), config(source), base=v1))
 
 
 def test_pictures_of_a_folder_are_tried_again(tmp_path):
@@ -529,15 +534,15 @@ def test_pictures_of_a_folder_are_tried_again(tmp_path):
     dataset = Dataset.parse(str(tmp_path), "x")
     one = Shard(dataset, config(source))
     with pytest.raises(StageFailed, match=r"5 of 24 rows failed .*: 5 not_a_picture"):
-        stage.run(one, max_failed=0.1)
+        run_stage(one, max_failed=0.1)
     for name in ("00.png", "05.png", "10.png"):
         (source / name).write_bytes(PICTURES[name])
-    manifest = stage.run(Shard(dataset, config(source)), retry=True, max_failed=0.1)
+    manifest = run_stage(Shard(dataset, config(source)), retry=True, max_failed=0.1)
     assert shard.accounting(manifest, table(dataset, manifest)) == {
         "rows": 24, "good": 22, "failed": 2, "filtered": 0}
     (source / "15.png").write_bytes(PICTURES["15.png"])
     v2 = dataset.following()
-    manifest = stage.run(Shard(v2, config(source), base=dataset))
+    manifest = run_stage(Shard(v2, config(source), base=dataset))
     assert shard.accounting(manifest, table(v2, manifest)) == {"rows": 24, "good": 23, "failed": 1, "filtered": 0}
     good = [line for line in table(v2, manifest) if line["status"] == "success"]
     assert sorted(line["source_row"] for line in good) == [number for number in range(24) if number != 20]
@@ -548,8 +553,8 @@ def test_what_is_in_the_source_is_not_tried_again(tmp_path):
     pq.write_table(pa.table({"image": [b"no picture", PICTURES["00.png"]]}), tmp_path / "list.parquet")
     one = Shard(Dataset.parse(str(tmp_path), "x"), config(tmp_path / "list.parquet"))
     with pytest.raises(ValueError, match="what failed once would fail again"):
-        stage.run(one, retry=True)
-    assert stage.run(one)["totals"]["samples"] == 1
+        run_stage(one, retry=True)
+    assert run_stage(one)["totals"]["samples"] == 1
 
 
 # The budget.
@@ -563,7 +568,7 @@ def test_a_hopeless_run_is_stopped_early_and_what_is_recorded_stays(tmp_path, si
     settings = {"samples_per_shard": 100, "image_size": 8}
     web.seen(site)
     with pytest.raises(StageFailed) as stopped:
-        stage.run(Shard(dataset, config(source, **settings)), max_failed=0.3)
+        run_stage(Shard(dataset, config(source, **settings)), max_failed=0.3)
     message = str(stopped.value)
     assert "allowed are 30%" in message and "http_404" in message and "not_a_picture" in message
     assert web.seen(site)["requests"] < 500
@@ -571,7 +576,7 @@ def test_a_hopeless_run_is_stopped_early_and_what_is_recorded_stays(tmp_path, si
     recorded = storage.names(storage.join(dataset.folder("shards"), "records"))
     assert 1 <= len(recorded) < 5
     before = made.files_below(tmp_path / "datasets")
-    manifest = stage.run(Shard(dataset, config(source, **settings)), max_failed=0.7)
+    manifest = run_stage(Shard(dataset, config(source, **settings)), max_failed=0.7)
     assert web.seen(site)["requests"] == 1500 - 100 * len(recorded)
     after = made.files_below(tmp_path / "datasets")
     assert all(after[name] == data for name, data in before.items() if "/progress" not in name)
@@ -584,6 +589,6 @@ def test_the_budget_is_kept_by_small_lists_too(tmp_path, site):
     dataset = Dataset.parse(str(tmp_path), "x")
     one = Shard(dataset, config(source, min_size=10))
     with pytest.raises(StageFailed, match=r"1 of 5 rows failed \(20%, allowed are 10%\): 1 http_404"):
-        stage.run(one, max_failed=0.1)
+        run_stage(one, max_failed=0.1)
     assert not storage.exists(storage.join(dataset.folder("shards"), "manifest.json"))
-    assert stage.run(one, max_failed=0.2)["totals"]["samples"] == 3  # what is too small was left out by choice
+    assert run_stage(one, max_failed=0.2)["totals"]["samples"] == 3  # what is too small was left out by choice

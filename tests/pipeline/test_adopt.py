@@ -10,13 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import stage, storage, verify
+from pipeline import storage, verify
 from pipeline.adopt import Adopt
 from pipeline.dataset import Dataset, Embeddings, file_of, metadata
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.media import tars
 from pipeline.shard import Shard, ShardConfig
-from pipeline.stage import StageFailed
+from pipeline.stages.driver import run_stage
+from pipeline.stages.types import StageFailed
 from tests.pipeline import made
 from tests.pipeline.made import encoded, noise
 from tests.pipeline.test_shard import ledger
@@ -60,7 +61,7 @@ def downloaded(folder: Path, shards: int = 2, rows: int = 8) -> Path:
 
 def adopted(root, source, name="old") -> tuple[Dataset, dict]:
     dataset = Dataset.parse(str(root), name)
-    return dataset, stage.run(Adopt(dataset, ShardConfig(source=str(source))))
+    return dataset, run_stage(Adopt(dataset, ShardConfig(source=str(source))))
 
 
 def state(folder: Path) -> dict[str, tuple[bytes, int, int]]:
@@ -100,16 +101,16 @@ def test_what_img2dataset_left_is_sealed_where_it_lies(tmp_path):
     assert len(ledger(dataset, manifest)) == 6
     assert not any(b"hidden-word" in data for data in made.files_below(tmp_path / "root").values())
     again = Adopt(dataset, ShardConfig(source=str(source)))
-    assert stage.run(again) == manifest
+    assert run_stage(again) == manifest
 
 
 def test_embeddings_of_adopted_shards_are_those_of_a_copy(tmp_path):
     source = downloaded(tmp_path / "source")
     dataset, _ = adopted(tmp_path / "root", source)
     copy = Dataset.parse(str(tmp_path / "root"), "copy")
-    stage.run(Shard(copy, ShardConfig(source=str(source), resize="no")))
+    run_stage(Shard(copy, ShardConfig(source=str(source), resize="no")))
     for one in (dataset, copy):
-        stage.run(Embed(one, EmbedConfig(batch_size=4)))
+        run_stage(Embed(one, EmbedConfig(batch_size=4)))
         assert list(verify.folder(one.root, one.path("embeddings"))) == []
     assert np.array_equal(Embeddings(dataset).all(), Embeddings(copy).all())
     assert len(Embeddings(dataset)) == 12 and not np.isclose(np.ptp(Embeddings(dataset).all(), 0), 0).all()
@@ -137,8 +138,8 @@ def test_tars_in_a_bucket_are_adopted_there(tmp_path, s3):
     assert {file["name"].rpartition("/")[2] for record in manifest["items"] for file in record["files"]} == {
         *(f"0000{number}.tar" for number in range(2)), *(f"00000{number}.{kind}" for number in range(2)
                                                          for kind in ("parquet", "jsonl"))}
-    stage.run(Embed(dataset, EmbedConfig(batch_size=4)))
-    stage.run(Embed(local, EmbedConfig(batch_size=4)))
+    run_stage(Embed(dataset, EmbedConfig(batch_size=4)))
+    run_stage(Embed(local, EmbedConfig(batch_size=4)))
     assert np.array_equal(Embeddings(dataset).all(), Embeddings(local).all())
 
 
@@ -215,7 +216,7 @@ def test_tars_that_only_look_odd_are_adopted(tmp_path):
     assert [row["key"] for row in rows] == ["./a", "below/b", "c", "d"]
     assert [row["width"] for row in rows] == [16, 16, None, 16] and rows[0]["x"] == "?"
     assert manifest["totals"]["noted"] == {"unreadable": 1} and manifest["totals"]["skipped"] == {}
-    stage.run(Embed(dataset, EmbedConfig(batch_size=4)))
+    run_stage(Embed(dataset, EmbedConfig(batch_size=4)))
     assert Embeddings(dataset).all().any(1).tolist() == [True, True, False, True]
 
 
@@ -225,7 +226,7 @@ def test_tars_in_the_folder_of_the_dataset_are_refused(tmp_path):
     before = state(source)
     for rebuild in (False, True):
         with pytest.raises(ValueError, match="lies where the dataset is written"):
-            stage.run(Adopt(dataset, ShardConfig(source=str(source))), rebuild=rebuild)
+            run_stage(Adopt(dataset, ShardConfig(source=str(source))), rebuild=rebuild)
     assert state(source) == before
 
 

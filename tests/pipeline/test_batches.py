@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import lookup, neighbors, stage, storage
+from pipeline import lookup, neighbors, storage
 from pipeline.batches import Batches, Order, averaged
 from pipeline.dataset import Dataset, Embeddings, file_of
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.media import tars
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.shard import Shard, ShardConfig
+from pipeline.stages.driver import run_stage
 from pipeline.storage import cache
 from tests.pipeline import made
 
@@ -142,9 +143,9 @@ def test_none_is_zeros(tmp_path, pictures):
     dataset, database = Dataset.parse(str(tmp_path), "x"), Dataset.parse(str(tmp_path), "small")
     few = made.drawings(tmp_path / "few", subjects=1, size=32, styles=["flat", "soft"])
     for one, source in ((dataset, pictures), (database, few)):
-        stage.run(Shard(one, ShardConfig(source=str(source), image_size=32)))
-        stage.run(Embed(one, EmbedConfig()))
-    stage.run(Neighbors(dataset, database, NeighborsConfig(k=4, method="exact", copy_similarity=2.0)))
+        run_stage(Shard(one, ShardConfig(source=str(source), image_size=32)))
+        run_stage(Embed(one, EmbedConfig()))
+    run_stage(Neighbors(dataset, database, NeighborsConfig(k=4, method="exact", copy_similarity=2.0)))
     batch = Batches(dataset, database, k=4, global_batch=16, seed=0).at(0)
     assert batch["neighbors"][:, :2].any(-1).all() and not batch["neighbors"][:, 2:].any()
 
@@ -165,9 +166,9 @@ def test_pictures_of_different_sizes_are_refused(tmp_path, samples_per_shard):
     for number, width in enumerate((20, 30, 40)):
         (source / f"{number}.png").write_bytes(made.encoded(made.noise(width, 20), "PNG"))
     dataset = Dataset.parse(str(tmp_path), "x")
-    stage.run(Shard(dataset, ShardConfig(source=str(source), resize="no", samples_per_shard=samples_per_shard)))
-    stage.run(Embed(dataset, EmbedConfig()))
-    stage.run(Neighbors(dataset, dataset, NeighborsConfig(k=1, method="exact")))
+    run_stage(Shard(dataset, ShardConfig(source=str(source), resize="no", samples_per_shard=samples_per_shard)))
+    run_stage(Embed(dataset, EmbedConfig()))
+    run_stage(Neighbors(dataset, dataset, NeighborsConfig(k=1, method="exact")))
     with pytest.raises(ValueError, match=r"different sizes.*\nhint: shard with --resize center_crop"):
         Batches(dataset, dataset, k=1, global_batch=3, seed=0).at(0)
 

@@ -15,10 +15,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from pipeline import clip, embed, stage
+from pipeline import clip, embed
 from pipeline.clip import ClipConfig
 from pipeline.dataset import Dataset, Embeddings
 from pipeline.embed import Embed, EmbedConfig
+from pipeline.stages.driver import run_stage
+from pipeline.stages.plan import prepare
+from pipeline.stages.worker import process_and_commit
 from tests.pipeline import made
 from tests.pipeline.test_images import photo
 
@@ -58,7 +61,7 @@ def by_open_clip(model: str, pictures: list[Image.Image]) -> np.ndarray:
 def test_a_folder_of_the_bundled_model_gives_its_vectors(copied: Dataset, built: Dataset, tmp_path: Path) -> None:
     model = folder(tmp_path / "model")
     shutil.rmtree(copied.folder("embeddings"))
-    stage.run(Embed(copied, EmbedConfig(model=model, batch_size=16)))
+    run_stage(Embed(copied, EmbedConfig(model=model, batch_size=16)))
     np.testing.assert_array_equal(Embeddings(copied).all(), Embeddings(built).all())
     said, bundled = embed.encoder_of(copied), embed.encoder_of(built)
     assert said["model"] == "local-dir"  # where it lies is no matter
@@ -118,12 +121,12 @@ def test_a_worker_whose_folder_has_other_settings_is_refused(copied: Dataset, tm
     """The same weights, but another mean: the vectors would be others."""
     shutil.rmtree(copied.folder("embeddings"))
     one = Embed(copied, EmbedConfig(model=folder(tmp_path / "model")))
-    items = stage.prepare(one)
+    items = prepare(one)
     shutil.rmtree(tmp_path / "model")
     folder(tmp_path / "model", {"mean": [0.5, 0.5, 0.5]})
     clip.describe.cache_clear()
     with pytest.raises(ValueError, match=r"or its settings, are not those of the plan\nhint: "):
-        stage.work(one, items[0])
+        process_and_commit(one, items[0])
 
 
 def test_folders_that_are_no_models_are_refused(tmp_path: Path) -> None:

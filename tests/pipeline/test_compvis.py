@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import stage, storage, verify
+from pipeline import storage, verify
 from pipeline.dataset import Dataset, Embeddings, metadata
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.exchange import AdoptEmbeddings
 from pipeline.shard import Shard, ShardConfig
-from pipeline.stage import StageFailed
+from pipeline.stages.driver import run_stage
+from pipeline.stages.plan import clear_folder
+from pipeline.stages.types import StageFailed
 from tests.pipeline.test_images import photo
 
 CONFIG = EmbedConfig(batch_size=16)
@@ -42,7 +44,7 @@ def pictures(folder: Path) -> Path:
 
 def sharded(root: Path, source: Path, patches: int) -> Dataset:
     dataset = Dataset.parse(str(root), "x")
-    stage.run(Shard(dataset, ShardConfig(source=str(source), samples_per_shard=4, image_size=48, format="png",
+    run_stage(Shard(dataset, ShardConfig(source=str(source), samples_per_shard=4, image_size=48, format="png",
                                          patches=patches, patch_side=96)))
     return dataset
 
@@ -52,7 +54,7 @@ def patched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray,
     """A folder of pictures; the vectors of the two patches of each, and their metadata."""
     folder = tmp_path_factory.mktemp("patched")
     dataset = sharded(folder / "root", pictures(folder / "pictures"), 2)
-    stage.run(Embed(dataset, CONFIG))
+    run_stage(Embed(dataset, CONFIG))
     return folder / "pictures", Embeddings(dataset).all(), rows_of(dataset)
 
 
@@ -73,7 +75,7 @@ def test_each_vector_comes_to_its_patch(name: str, patched: Any, tmp_path: Path)
     ids = np.array([NAMES[name](row) for row in rows])
     folder = archived(tmp_path / "theirs", 7 * vectors[order].astype(np.float32), ids[order], coordinates(rows)[order])
     dataset = sharded(tmp_path / "root", source, 2)
-    manifest = stage.run(AdoptEmbeddings(dataset, CONFIG, str(folder)))
+    manifest = run_stage(AdoptEmbeddings(dataset, CONFIG, str(folder)))
     found = Embeddings(dataset).all().astype(np.float32)
     assert np.abs(found - vectors.astype(np.float32)).max() < 1e-3 and not manifest["totals"]["noted"]
     # Sharp: patches of one picture are told apart.
@@ -85,14 +87,14 @@ def test_each_vector_comes_to_its_patch(name: str, patched: Any, tmp_path: Path)
 @pytest.mark.parametrize("name", ["row", "key", "file"])
 def test_whole_pictures_are_found_too(name: str, tmp_path: Path) -> None:
     dataset = sharded(tmp_path / "root", pictures(tmp_path / "pictures"), 0)
-    stage.run(Embed(dataset, CONFIG))
+    run_stage(Embed(dataset, CONFIG))
     vectors, rows = Embeddings(dataset).all(), rows_of(dataset)
     ids = np.array([NAMES[name](row) for row in rows])
     whole = np.tile([0, 0, 48, 48], (len(rows), 1))
     # One picture is not in it.
     folder = archived(tmp_path / "theirs", vectors[1:], ids[1:], whole[1:])
-    stage.clear(Embed(dataset, CONFIG))
-    manifest = stage.run(AdoptEmbeddings(dataset, CONFIG, str(folder)))
+    clear_folder(Embed(dataset, CONFIG))
+    manifest = run_stage(AdoptEmbeddings(dataset, CONFIG, str(folder)))
     found = Embeddings(dataset).all()
     assert manifest["totals"]["noted"] == {"not_adopted": 1} and not found[0].any()
     assert np.abs(found[1:].astype(np.float32) - vectors[1:].astype(np.float32)).max() < 1e-3
@@ -104,13 +106,13 @@ def test_a_database_in_a_store_is_adopted(patched: Any, s3: str, tmp_path: Path)
     for path in archived(tmp_path / "theirs", vectors, ids, coordinates(rows)).iterdir():
         storage.put_bytes(path.read_bytes(), f"{s3}/theirs/{path.name}")
     dataset = sharded(tmp_path / "root", source, 2)
-    stage.run(AdoptEmbeddings(dataset, CONFIG, f"{s3}/theirs"))
+    run_stage(AdoptEmbeddings(dataset, CONFIG, f"{s3}/theirs"))
     assert np.abs(Embeddings(dataset).all().astype(np.float32) - vectors.astype(np.float32)).max() < 1e-3
 
 
 def refused(dataset: Dataset, folder: Path) -> str:
     with pytest.raises((StageFailed, ValueError)) as caught:
-        stage.run(AdoptEmbeddings(dataset, CONFIG, str(folder)))
+        run_stage(AdoptEmbeddings(dataset, CONFIG, str(folder)))
     assert "\nhint: " in str(caught.value)
     assert not dataset.sealed("embeddings")
     return str(caught.value)
@@ -137,10 +139,10 @@ def test_vectors_of_other_pictures_or_of_none_are_refused(patched: Any, tmp_path
     ids, dataset = np.array([row["source_row"] for row in rows]), sharded(tmp_path / "root", source, 2)
     text = refused(dataset, archived(tmp_path / "turned", np.roll(vectors, 2, 0), ids, coordinates(rows)))
     assert "are not those that tiny-clip-64" in text
-    stage.clear(Embed(dataset, CONFIG))
+    clear_folder(Embed(dataset, CONFIG))
     text = refused(dataset, archived(tmp_path / "others", vectors, ids + 1000, coordinates(rows)))
     assert "none of the 18 samples has a vector" in text
-    stage.clear(Embed(dataset, CONFIG))
+    clear_folder(Embed(dataset, CONFIG))
     text = refused(dataset, archived(tmp_path / "narrow", vectors[:, :64], ids, coordinates(rows)))
     assert "vectors of 64 numbers, tiny-clip-64 makes 256" in text
 
@@ -150,7 +152,7 @@ def test_vectors_that_are_none_are_counted(patched: Any, tmp_path: Path) -> None
     spoiled, ids = vectors.astype(np.float32), np.array([row["source_row"] for row in rows])
     spoiled[0], spoiled[3, 7], spoiled[17] = 0, np.nan, np.inf
     dataset = sharded(tmp_path / "root", source, 2)
-    manifest = stage.run(AdoptEmbeddings(dataset, CONFIG, str(archived(tmp_path / "theirs", spoiled, ids,
+    manifest = run_stage(AdoptEmbeddings(dataset, CONFIG, str(archived(tmp_path / "theirs", spoiled, ids,
                                                                        coordinates(rows)))))
     assert manifest["totals"]["noted"] == {"not_finite": 3}
     assert np.flatnonzero(~Embeddings(dataset).all().any(1)).tolist() == [0, 3, 17]
@@ -180,7 +182,7 @@ class Trap:
 ])
 def test_archives_that_are_damaged_or_hostile_are_refused(name: str, change: Any, message: str, copied: Dataset,
                                                           tmp_path: Path) -> None:
-    stage.clear(Embed(copied, CONFIG))
+    clear_folder(Embed(copied, CONFIG))
     (tmp_path / "theirs").mkdir()
     arrays = {"embedding": np.ones((4, 256), np.float32), "img_id": np.arange(4),
               "patch_coords": np.zeros((4, 4), int)}
@@ -196,6 +198,6 @@ def test_archives_that_are_damaged_or_hostile_are_refused(name: str, change: Any
     if change == "cut":
         path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(StageFailed, match=message) as caught:
-        stage.run(AdoptEmbeddings(copied, CONFIG, str(tmp_path / "theirs")))
+        run_stage(AdoptEmbeddings(copied, CONFIG, str(tmp_path / "theirs")))
     assert "\nhint: " in str(caught.value)
     assert not (tmp_path / "sprung").exists()

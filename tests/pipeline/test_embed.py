@@ -11,14 +11,19 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import clip, embed, encoding, stage, storage, verify
+from pipeline import clip, embed, encoding, storage, verify
 from pipeline.clip import ClipConfig
 from pipeline.dataset import Dataset, Embeddings, file_of, metadata
 from pipeline.embed import Embed, EmbedCaptions, EmbedConfig
 from pipeline.hardware import devices
 from pipeline.media import tars
 from pipeline.shard import Shard, ShardConfig
-from pipeline.stage import StageFailed
+from pipeline.stages.driver import run_stage
+from pipeline.stages.manifest import without_run_facts
+from pipeline.stages.plan import prepare
+from pipeline.stages.stage import fingerprint
+from pipeline.stages.types import StageFailed
+from pipeline.stages.worker import process_and_commit
 from pipeline.update import Reuse
 from tests.pipeline import made
 from tests.pipeline.test_images import photo
@@ -108,7 +113,7 @@ def test_a_dozen_photographs_have_the_vectors_of_open_clip(tmp_path):
 
 def test_captions_have_embeddings_of_the_same_rows(copied):
     texts = EmbedCaptions(copied, EmbedConfig(batch_size=16))
-    manifest = stage.run(texts)
+    manifest = run_stage(texts)
     captions = [row["caption"] for record in copied.manifest("shards")["items"] for row in metadata(copied, record)]
     rows = np.concatenate([np.load(copied.fetch("text_embeddings", file_of(record, ".npy")))
                            for record in manifest["items"]])
@@ -175,7 +180,7 @@ def test_the_description_has_the_preprocessing_of_the_tag(model, tmp_path, monke
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_the_size_of_batches_changes_next_to_nothing(built, copied, size):
     shutil.rmtree(copied.folder("embeddings"))
-    stage.run(Embed(copied, EmbedConfig(batch_size=size)))
+    run_stage(Embed(copied, EmbedConfig(batch_size=size)))
     one, other = Embeddings(built).all().astype(np.float32), Embeddings(copied).all().astype(np.float32)
     assert (one * other).sum(1).min() > 1 - 1e-3
 
@@ -187,10 +192,10 @@ def test_two_runs_give_the_same_bytes_whatever_the_threads(threads, built, copie
     monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
     torch.set_num_threads(1)
     try:
-        stage.run(Embed(copied, EmbedConfig(batch_size=16)))
+        run_stage(Embed(copied, EmbedConfig(batch_size=16)))
     finally:
         torch.set_num_threads(before)
-    assert stage.timeless(copied.manifest("embeddings")) == stage.timeless(built.manifest("embeddings"))
+    assert without_run_facts(copied.manifest("embeddings")) == without_run_facts(built.manifest("embeddings"))
 
 
 def test_a_small_shard_keeps_two_threads_busy(copied, monkeypatch):
@@ -206,8 +211,8 @@ def test_a_small_shard_keeps_two_threads_busy(copied, monkeypatch):
         return encode(batch)
     monkeypatch.setattr(encoder, "encode", meeting)
     one = Embed(copied, EmbedConfig())
-    for item in stage.prepare(one)[:2]:
-        stage.work(one, item)
+    for item in prepare(one)[:2]:
+        process_and_commit(one, item)
     assert sizes == [15] * 4
 
 
@@ -223,14 +228,14 @@ def test_forward_passes_are_even_and_of_a_size_that_pays(size):
 
 def test_another_encoder_on_the_same_folder_is_refused_and_named(copied, weights):
     with pytest.raises(ValueError, match=r'section\.encoder\.pretrained: there "bundled", now "file"'):
-        stage.run(Embed(copied, EmbedConfig(pretrained=str(weights))))
+        run_stage(Embed(copied, EmbedConfig(pretrained=str(weights))))
     with pytest.raises(ValueError, match=r'section\.precision: there "auto", now "bf16"'):
-        stage.run(Embed(copied, EmbedConfig(batch_size=16, precision="bf16")))
+        run_stage(Embed(copied, EmbedConfig(batch_size=16, precision="bf16")))
 
 
 def test_weights_in_a_file_give_the_same_vectors(built, copied, weights):
     shutil.rmtree(copied.folder("embeddings"))
-    stage.run(Embed(copied, EmbedConfig(pretrained=str(weights), batch_size=16)))
+    run_stage(Embed(copied, EmbedConfig(pretrained=str(weights), batch_size=16)))
     np.testing.assert_array_equal(Embeddings(built).all(), Embeddings(copied).all())
     # The same weights, but told apart all the same: the names are what the user chose.
     with pytest.raises(ValueError, match="pretrained"):
@@ -251,11 +256,11 @@ def test_weights_swapped_under_the_same_name_are_refused(copied, weights, tmp_pa
     shutil.rmtree(copied.folder("embeddings"))
     own = shutil.copy(weights, tmp_path / "w.safetensors")
     config = EmbedConfig(pretrained=str(own))
-    stage.run(Embed(copied, config))
+    run_stage(Embed(copied, config))
     changed(weights, tmp_path)
     clip.describe.cache_clear()
     with pytest.raises(ValueError, match=r"section\.encoder\.weights_sha256"):
-        stage.run(Embed(copied, config))
+        run_stage(Embed(copied, config))
 
 
 def test_a_worker_with_other_weights_than_the_plan_is_refused(copied, weights, tmp_path):
@@ -263,11 +268,11 @@ def test_a_worker_with_other_weights_than_the_plan_is_refused(copied, weights, t
     shutil.rmtree(copied.folder("embeddings"))
     own = shutil.copy(weights, tmp_path / "w.safetensors")
     one = Embed(copied, EmbedConfig(pretrained=str(own)))
-    items = stage.prepare(one)
+    items = prepare(one)
     changed(weights, tmp_path)
     clip.describe.cache_clear()
     with pytest.raises(ValueError, match="not those of the plan"):
-        stage.work(one, items[0])
+        process_and_commit(one, items[0])
     assert storage.names(storage.join(one.folder, "records")) == []
 
 
@@ -299,13 +304,13 @@ def test_a_tar_cut_between_two_members_is_refused(copied):
     path.write_bytes(path.read_bytes()[:cut])
     assert len(list(tars.read(path))) == 29
     with pytest.raises(StageFailed, match="is not the file its manifest describes"):
-        stage.run(Embed(copied, EmbedConfig()))
+        run_stage(Embed(copied, EmbedConfig()))
     # Even where the manifest was written anew for the shorter file.
-    entry |= stage.describe(entry["name"], path)
+    entry |= storage.describe_file(entry["name"], path)
     storage.put_json(manifest, manifest_path)
     shutil.rmtree(copied.folder("embeddings"))
     with pytest.raises(StageFailed, match="does not have the 30 samples"):
-        stage.run(Embed(copied, EmbedConfig()))
+        run_stage(Embed(copied, EmbedConfig()))
 
 
 def test_a_picture_that_does_not_decode_is_a_row_of_zeros(copied, built):
@@ -318,9 +323,9 @@ def test_a_picture_that_does_not_decode_is_a_row_of_zeros(copied, built):
     for row in (0, 16, 29):
         samples[row]["png"] = b"spoiled"
     tars.write(path, [{key: value for key, value in sample.items() if key != "__url__"} for sample in samples])
-    entry |= stage.describe(entry["name"], path)
+    entry |= storage.describe_file(entry["name"], path)
     storage.put_json(manifest, storage.join(folder, "manifest.json"))
-    sealed = stage.run(Embed(copied, EmbedConfig(batch_size=8)))
+    sealed = run_stage(Embed(copied, EmbedConfig(batch_size=8)))
     assert sealed["totals"]["noted"] == {"undecodable": 3} and sealed["totals"]["samples"] == 72
     rows, expected = Embeddings(copied).all(), Embeddings(built).all()
     assert np.flatnonzero(~rows.any(1)).tolist() == [30, 46, 59]
@@ -333,15 +338,15 @@ def test_a_shard_without_samples_has_embeddings_without_rows(tmp_path):
     for number in range(4):
         (source / f"a{number}.png").write_bytes(b"no picture")
     dataset = Dataset.parse(str(tmp_path), "x")
-    stage.run(Shard(dataset, ShardConfig(source=str(source), samples_per_shard=4, image_size=16)))
-    stage.run(Embed(dataset, EmbedConfig()))
+    run_stage(Shard(dataset, ShardConfig(source=str(source), samples_per_shard=4, image_size=16)))
+    run_stage(Embed(dataset, EmbedConfig()))
     assert [shard.shape for shard in Embeddings(dataset).shards] == [(0, 256), (4, 256), (2, 256)]
 
 
 def test_unsealed_shards_are_refused_with_the_command(tmp_path):
     dataset = Dataset.parse(str(tmp_path), "x@v2")
     with pytest.raises(ValueError, match=r"not sealed.*\nhint: python -m jobs shard x@v2 --source FOLDER --root"):
-        stage.run(Embed(dataset, EmbedConfig()))
+        run_stage(Embed(dataset, EmbedConfig()))
 
 
 @pytest.fixture
@@ -369,7 +374,7 @@ def files_of(dataset: Dataset) -> dict[str, bytes]:
 def test_batches_go_on_from_shard_to_shard_and_files_do_not(size, copied, built, whole):
     """72 pictures in shards of 30, 30 and 12: all batches are full but the last, whoever is beside whom."""
     shutil.rmtree(copied.folder("embeddings"))
-    sealed = stage.run(Embed(copied, EmbedConfig(batch_size=size)))
+    sealed = run_stage(Embed(copied, EmbedConfig(batch_size=size)))
     assert [count for count, _ in whole] == [size] * (72 // size) + [72 % size] * (72 % size > 0)
     assert {padded for _, padded in whole} == {size}
     assert [(item["id"], item["samples"]) for item in sealed["items"]] == [
@@ -379,25 +384,25 @@ def test_batches_go_on_from_shard_to_shard_and_files_do_not(size, copied, built,
     together = files_of(copied)
     shutil.rmtree(copied.folder("embeddings"))
     alone = Embed(copied, EmbedConfig(batch_size=size))
-    for item in stage.prepare(alone):
-        stage.work(alone, item)
+    for item in prepare(alone):
+        process_and_commit(alone, item)
     assert files_of(copied) == together
 
 
 def test_a_shard_that_fails_among_others_fails_alone(copied, whole):
     shutil.rmtree(copied.folder("embeddings"))
     embedding = Embed(copied, EmbedConfig(batch_size=25))
-    undisturbed = stage.timeless(stage.run(embedding))
+    undisturbed = without_run_facts(run_stage(embedding))
     shutil.rmtree(copied.folder("embeddings"))
     path = storage.local_path(storage.join(copied.folder("shards"), "000001.tar"))
     whole_tar = path.read_bytes()
     path.write_bytes(whole_tar[:-2000])
     with pytest.raises(StageFailed, match=r"1 of 3 items failed, the first is 000001: .*not the file its manifest"):
-        stage.run(embedding)
+        run_stage(embedding)
     assert storage.names(storage.join(embedding.folder, "records")) == ["000000.json", "000002.json"]
     path.write_bytes(whole_tar)
     whole.clear()
-    assert stage.timeless(stage.run(embedding)) == undisturbed
+    assert without_run_facts(run_stage(embedding)) == undisturbed
     assert whole == [(25, 25), (5, 25)]  # what had a record was not made again
 
 
@@ -412,9 +417,9 @@ def test_pictures_that_do_not_decode_take_no_place_in_a_batch(copied, whole):
         for row in rows:
             samples[row]["png"] = b"spoiled"
         tars.write(path, [{key: value for key, value in sample.items() if key != "__url__"} for sample in samples])
-        entry |= stage.describe(entry["name"], path)
+        entry |= storage.describe_file(entry["name"], path)
     storage.put_json(manifest, storage.join(folder, "manifest.json"))
-    sealed = stage.run(Embed(copied, EmbedConfig(batch_size=20)))
+    sealed = run_stage(Embed(copied, EmbedConfig(batch_size=20)))
     assert [count for count, _ in whole] == [20, 19] and sealed["totals"]["noted"] == {"undecodable": 33}
     assert np.flatnonzero(~Embeddings(copied).all().any(1)).tolist() == [0, *range(29, 60), 63]
 
@@ -450,7 +455,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(whole_batches, copied, built
     monkeypatch.setattr(clip.Encoder, "whole", whole_batches)
     shutil.rmtree(copied.folder("embeddings"))
     passes = small_memory(9)
-    sealed = stage.run(Embed(copied, EmbedConfig(batch_size=40)))
+    sealed = run_stage(Embed(copied, EmbedConfig(batch_size=40)))
     # 40 images on a GPU, and 15 in each thread of a CPU, are halved until they fit.
     first = 40 if whole_batches else 15
     assert max(passes) == first and set(passes) - {first} and sealed["totals"]["samples"] == 72
@@ -464,7 +469,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(whole_batches, copied, built
     lines = [record.getMessage() for record in caplog.records if "halved from" in record.getMessage()]
     assert lines[0].startswith(f"batch halved from {first} to {first // 2} after out of memory on ")
     plain = Embed(copied, EmbedConfig(batch_size=40))
-    assert sealed["fingerprint"] == stage.fingerprint(plain)
+    assert sealed["fingerprint"] == fingerprint(plain)
 
 
 def test_one_image_that_does_not_fit_is_an_error_with_a_hint(copied, whole, small_memory):
@@ -472,14 +477,14 @@ def test_one_image_that_does_not_fit_is_an_error_with_a_hint(copied, whole, smal
     small_memory(0)
     with pytest.raises(StageFailed, match=r"OutOfDeviceMemory: a batch of 1 does not fit the memory of .*CUDA out of "
                                           r"memory(.|\n)*\nhint: nvidia-smi"):
-        stage.run(Embed(copied, EmbedConfig(batch_size=4)))
+        run_stage(Embed(copied, EmbedConfig(batch_size=4)))
 
 
 def test_captions_are_halved_too(copied, small_memory):
-    plain = stage.run(EmbedCaptions(copied, EmbedConfig()))
+    plain = run_stage(EmbedCaptions(copied, EmbedConfig()))
     before = Embeddings(copied, "text_embeddings").all().astype(np.float32)
     passes = small_memory(4)
-    sealed = stage.run(EmbedCaptions(copied, EmbedConfig()), rebuild=True)
+    sealed = run_stage(EmbedCaptions(copied, EmbedConfig()), rebuild=True)
     after = Embeddings(copied, "text_embeddings").all().astype(np.float32)
     assert (before * after).sum(1).min() > 1 - 1e-3 and max(passes) > 4
     assert "items_with_halved_batches" not in plain["run"] and sealed["run"]["items_with_halved_batches"] > 0
@@ -498,11 +503,11 @@ def test_an_encoder_that_fails_for_good_is_told_and_gone_on_with(copied, whole, 
         return encode(batch)
 
     monkeypatch.setattr(encoder, "encode", failing)
-    stage.run(Embed(copied, EmbedConfig(batch_size=20)))
+    run_stage(Embed(copied, EmbedConfig(batch_size=20)))
     monkeypatch.setattr(encoder, "encode", encode)
     before = files_of(copied)
     shutil.rmtree(copied.folder("embeddings"))
-    stage.run(Embed(copied, EmbedConfig(batch_size=20)))
+    run_stage(Embed(copied, EmbedConfig(batch_size=20)))
     assert files_of(copied) == before and len(passes) > 5
 
 
@@ -516,11 +521,11 @@ def test_batches_are_of_new_shards_where_others_stay(copied, whole):
         samples = list(tars.read(path))
         samples[5]["png"] = samples[6]["png"]
         tars.write(path, [{key: value for key, value in sample.items() if key != "__url__"} for sample in samples])
-        entry |= stage.describe(entry["name"], path)
+        entry |= storage.describe_file(entry["name"], path)
     storage.put_json(manifest, storage.join(following.folder("shards"), "manifest.json"))
     reusing = Reuse(following, EmbedConfig(batch_size=16), copied)
     reusing.together = lambda gpu=None: 3
-    sealed = stage.run(reusing)
+    sealed = run_stage(reusing)
     assert [record["info"] for record in sealed["items"]] == [{}, {}, {"reused": 12}]
     assert [count for count, _ in whole] == [16, 16, 16, 12]  # of 60 samples
     now, then = (np.concatenate([np.asarray(shard, np.float32) for shard in Embeddings(one).shards])
@@ -554,9 +559,9 @@ def test_memory_bounds_what_is_under_way_and_changes_no_byte(copied, built, monk
                 under_way[0] -= 1
 
     monkeypatch.setattr(encoder, "encode", counted)
-    stage.run(Embed(copied, EmbedConfig(batch_size=16, max_memory=least)))
+    run_stage(Embed(copied, EmbedConfig(batch_size=16, max_memory=least)))
     assert most[0] == 1
-    assert stage.timeless(copied.manifest("embeddings")) == stage.timeless(built.manifest("embeddings"))
+    assert without_run_facts(copied.manifest("embeddings")) == without_run_facts(built.manifest("embeddings"))
     less = f"{int(least[:-1]) - 1}M"
     with pytest.raises(ValueError, match=rf"(?s)embed\.max_memory = {less}: .*hint: --max-memory {least}$"):
         Embed(copied, EmbedConfig(batch_size=16, max_memory=less)).plan()

@@ -7,11 +7,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import stage, storage, verify
+from pipeline import storage, verify
 from pipeline.dataset import Dataset, Embeddings, file_of, metadata
 from pipeline.embed import EmbedCaptions, EmbedConfig
 from pipeline.exchange import AdoptEmbeddings, Export
-from pipeline.stage import StageFailed
+from pipeline.stages.driver import run_stage
+from pipeline.stages.types import StageFailed
 
 CONFIG = EmbedConfig(batch_size=16)
 
@@ -19,16 +20,16 @@ CONFIG = EmbedConfig(batch_size=16)
 @pytest.fixture
 def exported(copied: Dataset) -> Path:
     """A copy of the dataset without embeddings, and these in clip-retrieval's layout in a folder of their own."""
-    stage.run(EmbedCaptions(copied, CONFIG))
-    stage.run(Export(copied, CONFIG))
+    run_stage(EmbedCaptions(copied, CONFIG))
+    run_stage(Export(copied, CONFIG))
     moved = shutil.move(copied.folder("clip-retrieval"), Path(copied.root).parent / "theirs")
     shutil.rmtree(copied.folder("embeddings"))
     return Path(moved)
 
 
 def test_the_layout_is_clip_retrievals(copied, built):
-    stage.run(EmbedCaptions(copied, CONFIG))
-    manifest = stage.run(Export(copied, CONFIG))
+    run_stage(EmbedCaptions(copied, CONFIG))
+    manifest = run_stage(Export(copied, CONFIG))
     folder = Path(copied.folder("clip-retrieval"))
     kinds = {kind: sorted((folder / kind).iterdir()) for kind in ("img_emb", "text_emb", "metadata")}
     assert {len(files) for files in kinds.values()} == {3} and manifest["totals"]["samples"] == 72
@@ -55,7 +56,7 @@ def test_what_was_exported_is_adopted_in_any_order(copied, built, exported):
     np.save(exported / "img_emb/img_emb_0.npy", 3 * everything[order].astype(np.float32))  # of any length
     pq.write_table(pa.table({"image_path": [f"some/folder/{names[row]}.jpg" for row in order]}),
                    exported / "metadata/metadata_0.parquet")
-    stage.run(AdoptEmbeddings(copied, CONFIG, str(exported)))
+    run_stage(AdoptEmbeddings(copied, CONFIG, str(exported)))
     found, expected = Embeddings(copied).all().astype(np.float32), Embeddings(built).all().astype(np.float32)
     assert np.abs(found - expected).max() < 1e-3
     assert copied.manifest("embeddings")["info"]["encoder"] == built.manifest("embeddings")["info"]["encoder"]
@@ -67,7 +68,7 @@ def test_rows_that_are_missing_are_marked_and_counted(copied, exported):
     about = exported / "metadata" / path.name.replace("img_emb_", "metadata_").replace(".npy", ".parquet")
     np.save(path, np.load(path)[3:])
     pq.write_table(pq.read_table(about).slice(3), about)
-    sealed = stage.run(AdoptEmbeddings(copied, CONFIG, str(exported)))
+    sealed = run_stage(AdoptEmbeddings(copied, CONFIG, str(exported)))
     assert sealed["totals"]["noted"] == {"not_adopted": 3} and sealed["totals"]["samples"] == 72
     assert np.flatnonzero(~Embeddings(copied).all().any(1)).tolist() == [30, 31, 32]
 
@@ -76,14 +77,14 @@ def test_vectors_of_other_pictures_are_refused(copied, exported):
     for path in (exported / "img_emb").iterdir():
         np.save(path, np.roll(np.load(path), 1, axis=0))
     with pytest.raises(StageFailed, match="are not those that tiny-clip-64"):
-        stage.run(AdoptEmbeddings(copied, CONFIG, str(exported)))
+        run_stage(AdoptEmbeddings(copied, CONFIG, str(exported)))
 
 
 def test_a_file_that_was_cut_short_is_named(copied, exported):
     path = sorted((exported / "img_emb").iterdir())[1]
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(StageFailed, match=f"{path.name} is no whole .npy file"):
-        stage.run(AdoptEmbeddings(copied, CONFIG, str(exported)))
+        run_stage(AdoptEmbeddings(copied, CONFIG, str(exported)))
 
 
 def test_metadata_without_names_or_cut_short_is_named(copied, exported):
@@ -91,13 +92,13 @@ def test_metadata_without_names_or_cut_short_is_named(copied, exported):
     table = pq.read_table(path)
     pq.write_table(table.drop_columns(["image_path"]), path)
     with pytest.raises(StageFailed, match=f"{path.name} is no parquet with a column image_path"):
-        stage.run(AdoptEmbeddings(copied, CONFIG, str(exported)))
+        run_stage(AdoptEmbeddings(copied, CONFIG, str(exported)))
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(StageFailed, match=f"{path.name} is no parquet with a column image_path"):
-        stage.run(AdoptEmbeddings(copied, CONFIG, str(exported)), rebuild=True)
+        run_stage(AdoptEmbeddings(copied, CONFIG, str(exported)), rebuild=True)
     path.unlink()
     with pytest.raises(ValueError, match=rf"has no metadata beside it: there is no \S+{path.name}"):
-        stage.run(AdoptEmbeddings(copied, CONFIG, str(exported)), rebuild=True)
+        run_stage(AdoptEmbeddings(copied, CONFIG, str(exported)), rebuild=True)
 
 
 def test_vectors_in_another_order_are_refused_though_they_begin_well(copied, exported):
@@ -105,16 +106,16 @@ def test_vectors_in_another_order_are_refused_though_they_begin_well(copied, exp
         vectors = np.load(path)
         np.save(path, np.concatenate([vectors[:4], vectors[4:][::-1]]))
     with pytest.raises(StageFailed, match="are not those that tiny-clip-64"):
-        stage.run(AdoptEmbeddings(copied, CONFIG, str(exported)))
+        run_stage(AdoptEmbeddings(copied, CONFIG, str(exported)))
 
 
 def test_folders_that_do_not_hang_together_are_refused(copied, exported, tmp_path):
     with pytest.raises(ValueError, match="has no img_emb"):
-        stage.run(AdoptEmbeddings(copied, CONFIG, str(tmp_path)))
+        run_stage(AdoptEmbeddings(copied, CONFIG, str(tmp_path)))
     path = sorted((exported / "img_emb").iterdir())[0]
     np.save(path, np.load(path)[1:])
     with pytest.raises(StageFailed, match="29 rows, its metadata 30"):
-        stage.run(AdoptEmbeddings(copied, CONFIG, str(exported)))
+        run_stage(AdoptEmbeddings(copied, CONFIG, str(exported)))
 
 
 def test_rows_without_a_vector_are_left_out_of_the_export(copied):
@@ -125,9 +126,9 @@ def test_rows_without_a_vector_are_left_out_of_the_export(copied):
     vectors = np.load(path)
     vectors[4] = 0
     np.save(path, vectors)
-    entry |= stage.describe(entry["name"], path)
+    entry |= storage.describe_file(entry["name"], path)
     storage.put_json(manifest, storage.join(copied.folder("embeddings"), "manifest.json"))
-    sealed = stage.run(Export(copied, CONFIG))
+    sealed = run_stage(Export(copied, CONFIG))
     assert sealed["totals"]["skipped"] == {"undecodable": 1} and sealed["totals"]["samples"] == 71
     kept = pq.read_table(Path(copied.folder("clip-retrieval")) / f"metadata/metadata_{record['id']}.parquet")
     assert kept.num_rows == 29

@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 
 from jobs.cli import main
-from pipeline import assembly, stage, storage, tombstones, verify
+from pipeline import assembly, storage, tombstones, verify
 from pipeline.dataset import Dataset, Embeddings
 from pipeline.extension import Extension, compare
 from pipeline.index import LISTS, Index, IndexConfig, Searcher, build, fill, misnumbered, open_of, opened
 from pipeline.neighbors import Neighbors, NeighborsConfig
-from pipeline.stage import StageFailed
+from pipeline.stages.driver import run_stage
+from pipeline.stages.manifest import changed_inputs
+from pipeline.stages.plan import clear_folder
+from pipeline.stages.types import StageFailed
 from tests.pipeline import made
 
 KINDS = ["Flat", "SQ8", "PQ8x4", "IVF16,Flat", "IVF16,SQ8", "OPQ8_32,IVF16,PQ8x4", "OPQ8_32,PQ8x4"]
@@ -47,8 +50,8 @@ def versions(root, vectors) -> tuple[Dataset, Dataset]:
 @pytest.mark.parametrize("key", KINDS)
 def test_an_extended_index_is_the_trained_one_filled_with_the_rows_of_the_new_version(tmp_path, vectors, key):
     base, following = versions(tmp_path, vectors)
-    stage.run(Index(base, IndexConfig(key=key)))
-    about = stage.run(Extension(following, base, IndexConfig(max_drift=9)))["info"]
+    run_stage(Index(base, IndexConfig(key=key)))
+    about = run_stage(Extension(following, base, IndexConfig(max_drift=9)))["info"]
     filled = open_of(base)
     filled.reset()
     fill(filled, Embeddings(following).all().astype(np.float32))
@@ -63,24 +66,24 @@ def test_an_extended_index_is_the_trained_one_filled_with_the_rows_of_the_new_ve
 
 def test_an_extension_of_an_extension_and_the_removal_of_the_base(tmp_path, vectors):
     base, following = versions(tmp_path, vectors)
-    stage.run(Index(base, IndexConfig(key="IVF16,SQ8")))
-    stage.run(Extension(following, base, IndexConfig(max_drift=9)))
+    run_stage(Index(base, IndexConfig(key="IVF16,SQ8")))
+    run_stage(Extension(following, base, IndexConfig(max_drift=9)))
     third = made.given(tmp_path, "x@v3", np.array_split(vectors, 6))
-    about = stage.run(Extension(third, following, IndexConfig(max_drift=9)))["info"]
+    about = run_stage(Extension(third, following, IndexConfig(max_drift=9)))["info"]
     assert about["kept"] == 250 * 5 - 3 and about["added"] == 250 + 3 and about["removed"] == 0
     filled = open_of(base)
     filled.reset()
     fill(filled, vectors)
     assert bytes_of(open_of(third)) == bytes_of(filled)
     storage.remove_tree(base.folder("index"))
-    assert stage.changed_inputs(third.root, third.manifest("index")) == []
-    assert stage.changed_inputs(third.root, following.manifest("index")) == []
+    assert changed_inputs(third.root, third.manifest("index")) == []
+    assert changed_inputs(third.root, following.manifest("index")) == []
 
 
 def test_queries_of_an_extended_index_were_not_trained_on(tmp_path, vectors):
     base, following = versions(tmp_path, vectors)
-    stage.run(Index(base, IndexConfig(key="SQ8")))
-    about = stage.run(Extension(following, base, IndexConfig(max_drift=9)))["info"]
+    run_stage(Index(base, IndexConfig(key="SQ8")))
+    about = run_stage(Extension(following, base, IndexConfig(max_drift=9)))["info"]
     assert about["recall_queries"] == 1247 // 10
     held = {name: np.load(storage.local_path(storage.join(one.folder("index"), "held.npy")))
             for name, one in (("base", base), ("following", following))}
@@ -102,36 +105,36 @@ def test_equal_rows_are_counted_as_often_as_they_are_there(tmp_path, vectors):
 
 def test_a_graph_grows_at_its_end_and_in_no_other_way(tmp_path, vectors):
     base = made.given(tmp_path, "x", [vectors[:500], vectors[500:900]])
-    stage.run(Index(base, IndexConfig(key="HNSW15")))
+    run_stage(Index(base, IndexConfig(key="HNSW15")))
     grown = made.given(tmp_path, "x@v2", [vectors[:500], vectors[500:900], vectors[900:1100]])
-    about = stage.run(Extension(grown, base, IndexConfig()))["info"]
+    about = run_stage(Extension(grown, base, IndexConfig()))["info"]
     assert about["added"] == 200 and about["drift"] == 1.0 and about["recall_at_10"] > 0.9
     found = Searcher(grown).search(vectors[900:1100], 1)[0][:, 0]
     assert (found == np.arange(900, 1100)).mean() > 0.95
     shrunk = made.given(tmp_path, "x@v3", [vectors[500:900], vectors[900:1100]])
     with pytest.raises(StageFailed, match="can neither lose rows nor number them anew\nhint: "):
-        stage.run(Extension(shrunk, base, IndexConfig()))
+        run_stage(Extension(shrunk, base, IndexConfig()))
 
 
 @pytest.mark.parametrize("key", ["PQ8x4", "IVF16,Flat", "OPQ8_32,IVF16,PQ8x4"])
 def test_vectors_of_another_kind_are_refused_until_they_are_allowed(tmp_path, vectors, key):
     others = made.clustered(400, 32, clusters=400, seed=5, spread=3.0)
     base = made.given(tmp_path, "x", [vectors])
-    stage.run(Index(base, IndexConfig(key=key)))
+    run_stage(Index(base, IndexConfig(key=key)))
     alike = made.given(tmp_path, "x@v2", [vectors, made.clustered(1_900, 32)[1_500:]])
-    assert 0.5 < stage.run(Extension(alike, base, IndexConfig()))["info"]["drift"] < 1.5
+    assert 0.5 < run_stage(Extension(alike, base, IndexConfig()))["info"]["drift"] < 1.5
     drifted = made.given(tmp_path, "x@v3", [vectors, others])
     with pytest.raises(StageFailed, match=r"times the error of its training, --max-drift allows 1\.5\nhint: train"):
-        stage.run(Extension(drifted, base, IndexConfig()))
+        run_stage(Extension(drifted, base, IndexConfig()))
     assert not drifted.sealed("index")
-    assert stage.run(Extension(drifted, base, IndexConfig(max_drift=100)))["info"]["drift"] > 1.5
+    assert run_stage(Extension(drifted, base, IndexConfig(max_drift=100)))["info"]["drift"] > 1.5
 
 
 def test_an_extended_index_obeys_its_budget(tmp_path, vectors):
     base, following = versions(tmp_path, vectors)
-    stage.run(Index(base, IndexConfig(key="SQ8")))
+    run_stage(Index(base, IndexConfig(key="SQ8")))
     with pytest.raises(StageFailed, match="fits 20480 bytes"):
-        stage.run(Extension(following, base, IndexConfig(max_memory="20K")))
+        run_stage(Extension(following, base, IndexConfig(max_memory="20K")))
 
 
 @pytest.mark.parametrize("key", ["IVF16,SQ8", "OPQ8_32,IVF16,PQ8x4"])
@@ -140,7 +143,7 @@ def test_lists_merged_on_disk_are_those_merged_in_memory(tmp_path, vectors, key,
     for name, bound in (("memory", "4G"), ("disk", "10K")):
         dataset = made.given(tmp_path / name, "x", np.array_split(vectors, 6))
         config = IndexConfig(key=key, part_memory="20K", merge_memory=bound)
-        about = assembly.run(Index(dataset, config), stage.run)["info"]
+        about = assembly.run(Index(dataset, config), run_stage)["info"]
         assert about["parts"] > 2
         folder = storage.local_path(dataset.folder("index"))
         assert (folder / LISTS).exists() == (name == "disk")
@@ -165,7 +168,7 @@ def test_lists_merged_on_disk_are_those_merged_in_memory(tmp_path, vectors, key,
     following = made.given(moved, "x@v2", [*np.array_split(vectors, 6)[1:], made.clustered(1_700, 32)[1_500:]])
     extended = {}
     for bound in ("10K", "4G"):
-        about = assembly.run(Extension(following, base, IndexConfig(merge_memory=bound)), stage.run, rebuild=True)
+        about = assembly.run(Extension(following, base, IndexConfig(merge_memory=bound)), run_stage, rebuild=True)
         assert storage.exists(storage.join(following.folder("index"), LISTS)) == (bound == "10K")
         extended[bound] = (*Searcher(following).index.search(vectors[:200], 10), about["info"]["recall"])
     for one, other in zip(*extended.values(), strict=True):
@@ -177,9 +180,9 @@ def test_lists_on_disk_come_from_a_store_too(tmp_path, s3, vectors):
     found = []
     for root in (tmp_path, s3):
         dataset = made.given(root, "x", np.array_split(vectors, 4))
-        assembly.run(Index(dataset, IndexConfig(key="IVF16,SQ8", part_memory="60K", merge_memory="10K")), stage.run)
+        assembly.run(Index(dataset, IndexConfig(key="IVF16,SQ8", part_memory="60K", merge_memory="10K")), run_stage)
         following = made.given(root, "x@v2", np.array_split(vectors, 4)[1:])
-        stage.run(Extension(following, dataset, IndexConfig(merge_memory="10K")))
+        run_stage(Extension(following, dataset, IndexConfig(merge_memory="10K")))
         found.append([Searcher(one).search(vectors[:100], 5) for one in (dataset, following)])
         found[-1].append([one.manifest("index")["items"][0]["files"] for one in (dataset, following)])
     np.testing.assert_equal(found[0], found[1])
@@ -192,7 +195,7 @@ def test_parts_of_unequal_size_are_merged_with_the_right_rows(tmp_path, vectors,
     count = sum(sizes)
     dataset = made.given(tmp_path, "x", np.split(vectors[:count], np.cumsum(sizes)[:-1]))
     config = IndexConfig(key="IVF16,SQ8", part_memory="10K", merge_memory=merge_memory, target_recall=1.0)
-    assembly.run(Index(dataset, config), stage.run)
+    assembly.run(Index(dataset, config), run_stage)
     manifest = dataset.manifest("index")
     assert manifest["info"]["parts"] > 1 and manifest["info"]["recall_at_10"] > 0.95
     searcher = Searcher(dataset)
@@ -211,12 +214,12 @@ def test_an_index_with_rows_twice_or_beyond_is_not_sealed_and_a_fault(tmp_path, 
     assert misnumbered(index) == 4  # two that nobody has, and two that are gone
     monkeypatch.setattr("pipeline.index.build", lambda *_: (index, {}, {"recall_at_10": 1.0}, {}))
     with pytest.raises(StageFailed, match="not in it exactly once"):
-        stage.run(Index(dataset, IndexConfig(key="IVF8,Flat")))
+        run_stage(Index(dataset, IndexConfig(key="IVF8,Flat")))
 
 
 def test_lists_that_are_missing_or_cut_are_named(tmp_path, vectors):
     dataset = made.given(tmp_path, "x", np.array_split(vectors, 6))
-    assembly.run(Index(dataset, IndexConfig(key="IVF16,SQ8", part_memory="20K", merge_memory="10K")), stage.run)
+    assembly.run(Index(dataset, IndexConfig(key="IVF16,SQ8", part_memory="20K", merge_memory="10K")), run_stage)
     path = storage.local_path(dataset.folder("index")) / LISTS
     whole = path.read_bytes()
     path.write_bytes(whole[:-8])
@@ -229,12 +232,12 @@ def test_lists_that_are_missing_or_cut_are_named(tmp_path, vectors):
 @pytest.mark.parametrize("key", [*KINDS, "HNSW15"])
 def test_rows_with_tombstones_are_never_found(tmp_path, vectors, key):
     dataset = made.given(tmp_path, "x", [vectors[:700], vectors[700:1100]])
-    stage.run(Index(dataset, IndexConfig(key=key, target_recall=1.0)))
+    run_stage(Index(dataset, IndexConfig(key=key, target_recall=1.0)))
     gone = np.arange(0, 1100, 4)
     keys = [f"{row // 700:03d}-{row - 700 * (row // 700):05d}" for row in gone]
     (tmp_path / "keys.txt").write_text("\n".join([*keys, "nobody"]) + "\n")
     assert (Searcher(dataset).search(vectors[gone], 1)[0][:, 0] == gone).mean() > 0.9
-    manifest = stage.run(tombstones.Tombstones(dataset, str(tmp_path / "keys.txt")))
+    manifest = run_stage(tombstones.Tombstones(dataset, str(tmp_path / "keys.txt")))
     assert manifest["totals"]["samples"] == len(gone) and manifest["totals"]["skipped"] == {"not in this dataset": 1}
     ids, scores = Searcher(dataset).search(vectors[gone], 5)
     assert not np.isin(ids, gone).any() and (ids >= 0).mean() > 0.99
@@ -246,21 +249,21 @@ def test_rows_with_tombstones_are_never_found(tmp_path, vectors, key):
 @pytest.mark.parametrize("method", ["index", "exact"])
 def test_neighbours_do_not_have_tombstones(tmp_path, vectors, method):
     dataset = made.given(tmp_path, "x", [vectors[:600]])
-    stage.run(Index(dataset, IndexConfig(key="IVF16,SQ8")))
+    run_stage(Index(dataset, IndexConfig(key="IVF16,SQ8")))
     (tmp_path / "keys.txt").write_text("".join(f"000-{row:05d}\n" for row in range(0, 600, 2)))
-    stage.run(tombstones.Tombstones(dataset, str(tmp_path / "keys.txt")))
-    stage.run(Neighbors(dataset, dataset, NeighborsConfig(k=20, method=method)))
+    run_stage(tombstones.Tombstones(dataset, str(tmp_path / "keys.txt")))
+    run_stage(Neighbors(dataset, dataset, NeighborsConfig(k=20, method=method)))
     ids = np.load(storage.local_path(dataset.folder("neighbors/x")) / "000000.ids.npy")
     assert (ids[ids >= 0] % 2 == 1).all() and (ids >= 0).mean() > 0.99
 
 
 def test_tombstones_of_other_shards_are_refused(tmp_path, vectors):
     dataset = made.given(tmp_path, "x", [vectors[:300]])
-    stage.run(Index(dataset, IndexConfig()))
+    run_stage(Index(dataset, IndexConfig()))
     (tmp_path / "keys.txt").write_text("000-00001\n")
-    stage.run(tombstones.Tombstones(dataset, str(tmp_path / "keys.txt")))
-    stage.clear(made.Given(dataset, "shards", "shard", {}))
-    stage.clear(made.Given(dataset, "embeddings", "embed", {}))
+    run_stage(tombstones.Tombstones(dataset, str(tmp_path / "keys.txt")))
+    clear_folder(made.Given(dataset, "shards", "shard", {}))
+    clear_folder(made.Given(dataset, "embeddings", "embed", {}))
     made.given(tmp_path, "x", [vectors[:300]], hashes=["0" * 64] * 300)
     with pytest.raises(ValueError, match=r"tombstones is stale: shards changed since\nhint: .*--tombstone"):
         tombstones.rows(dataset)
@@ -269,7 +272,7 @@ def test_tombstones_of_other_shards_are_refused(tmp_path, vectors):
         if text is not None:
             (tmp_path / "keys.txt").write_text(text)
         with pytest.raises(ValueError, match=f"{told}.*\nhint"):
-            stage.run(tombstones.Tombstones(dataset, str(tmp_path / "keys.txt")))
+            run_stage(tombstones.Tombstones(dataset, str(tmp_path / "keys.txt")))
         (tmp_path / "keys.txt").touch()
 
 

@@ -11,11 +11,13 @@ import faiss
 import numpy as np
 import pytest
 
-from pipeline import assembly, index, stage, storage
+from pipeline import assembly, index, storage
 from pipeline.dataset import Dataset, Embeddings
 from pipeline.index import Index, IndexConfig, Lists, Queries, Searcher
 from pipeline.openmp import blocked_scans
-from pipeline.stage import StageFailed
+from pipeline.stages.driver import run_stage
+from pipeline.stages.manifest import without_run_facts
+from pipeline.stages.types import StageFailed
 from tests.pipeline import made
 
 ROOT = Path(__file__).parents[2]
@@ -200,7 +202,7 @@ def test_rows_of_zeros_are_no_queries_and_never_found(tmp_path, few):
     vectors = few[:500].copy()
     vectors[::3] = 0
     database = made.given(tmp_path, "x", [vectors])
-    manifest = stage.run(Index(database, IndexConfig()))
+    manifest = run_stage(Index(database, IndexConfig()))
     assert manifest["info"]["recall_at_10"] == 1.0
     ids, scores = Searcher(database).search(-vectors[1:2], 400)
     assert (ids[0] % 3 != 0)[ids[0] >= 0].all() and (ids[0] < 0).sum() == 400 - 333
@@ -211,14 +213,14 @@ def test_the_stage_gives_the_same_bytes_twice(tmp_path, few):
     manifests = []
     for name in ("one", "other"):
         database = made.given(tmp_path / name, "x", [few[:700], few[700:]])
-        manifests.append(stage.timeless(stage.run(Index(database, IndexConfig()))))
+        manifests.append(without_run_facts(run_stage(Index(database, IndexConfig()))))
     assert manifests[0] == manifests[1]
 
 
 @pytest.mark.parametrize("budget", ["4G", "80K"])
 def test_search_gives_exact_products_nearest_first(tmp_path, few, budget):
     database = made.given(tmp_path, "x", [few[:700], few[700:1900]])
-    stage.run(Index(database, IndexConfig(max_memory=budget)))
+    run_stage(Index(database, IndexConfig(max_memory=budget)))
     searcher, queries = Searcher(database), few[1900:]
     ids, scores = searcher.search(queries, 5)
     stored = Embeddings(database).all().astype(np.float32)
@@ -230,7 +232,7 @@ def test_search_gives_exact_products_nearest_first(tmp_path, few, budget):
 
 def test_an_index_of_other_embeddings_is_refused(tmp_path, few):
     database = made.given(tmp_path, "x", [few[:300]])
-    stage.run(Index(database, IndexConfig()))
+    run_stage(Index(database, IndexConfig()))
     other = made.given(tmp_path / "other", "x", [few[:200]])
     import shutil
     shutil.copytree(database.folder("index"), other.folder("index"))
@@ -245,7 +247,7 @@ def test_an_index_in_parts_is_the_index_in_one(tmp_path, few):
     whole = Index(dataset, IndexConfig(key=key, target_recall=0.99))
     assert whole.before() == []
     parts = Index(dataset, IndexConfig(key=key, target_recall=0.99, part_memory="30K"))
-    manifest = assembly.run(parts, stage.run)
+    manifest = assembly.run(parts, run_stage)
     about = manifest["info"]
     assert about["parts"] > 2 and about["recall_at_10"] > 0.9 and about["recall"]["image"].keys() == {"1", "10", "100"}
     assert not storage.exists(storage.join(dataset.folder("index-parts"), "plan.json"))
@@ -253,7 +255,7 @@ def test_an_index_in_parts_is_the_index_in_one(tmp_path, few):
     ids, scores = searcher.search(few[:50], 5)
     assert (ids[:, 0] == np.arange(50)).mean() > 0.95 and (scores[:, :-1] >= scores[:, 1:]).all()
     first = storage.read_bytes(storage.join(dataset.folder("index"), "knn.index"))
-    assembly.run(parts, stage.run, rebuild=True)
+    assembly.run(parts, run_stage, rebuild=True)
     assert storage.read_bytes(storage.join(dataset.folder("index"), "knn.index")) == first
     # Its exact neighbours are those of all rows, wherever the parts end.
     queries = Queries("image", few[:20], np.arange(20))
@@ -268,15 +270,15 @@ def test_less_recall_than_asked_for_is_not_sealed(tmp_path, few):
     dataset = made.given(tmp_path, "x", np.array_split(few, 3))
     config = IndexConfig(key="PQ4x4", min_recall=0.9)
     with pytest.raises(StageFailed, match=r"recall@10 is 0\.\d+, --min-recall asks for 0\.9\nhint: "):
-        stage.run(Index(dataset, config))
+        run_stage(Index(dataset, config))
     assert not storage.exists(storage.join(dataset.folder("index"), "manifest.json"))
-    stage.run(Index(dataset, replace(config, min_recall=0.0)))
+    run_stage(Index(dataset, replace(config, min_recall=0.0)))
 
 
 def test_kinds_that_cannot_be_filled_in_parts_are_refused_for_parts(tmp_path, few):
     dataset = made.given(tmp_path, "x", np.array_split(few, 3))
     with pytest.raises(StageFailed, match="HNSW15 cannot be filled in parts"):
-        assembly.run(Index(dataset, IndexConfig(key="HNSW15", part_memory="100K")), stage.run)
+        assembly.run(Index(dataset, IndexConfig(key="HNSW15", part_memory="100K")), run_stage)
 
 
 def test_the_rotation_is_as_good_as_that_of_faiss(few):
@@ -330,7 +332,7 @@ def test_searches_give_the_same_bits_with_any_number_of_threads(tmp_path):
     """faiss alone finds other scores in the last bits here, as it multiplies matrices with several threads."""
     vectors = made.clustered(5_000, 256)
     database = made.given(tmp_path, "x", [vectors])
-    stage.run(Index(database, IndexConfig(key="OPQ8_32,IVF32,PQ8x8")))
+    run_stage(Index(database, IndexConfig(key="OPQ8_32,IVF32,PQ8x8")))
     searcher, lists = Searcher(database), Lists(database)
     seen = set()
     for number in (1, 2, 3):

@@ -9,17 +9,22 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import dataset as datasets
-from pipeline import neighbors, search, stage, storage, verify
+from pipeline import neighbors, search, storage, verify
 from pipeline.batches import Batches
 from pipeline.dataset import Dataset, Embeddings, file_of
 from pipeline.index import Index, IndexConfig, Lists
 from pipeline.neighbors import Neighbors, NeighborsConfig
+from pipeline.stages.driver import run_stage
+from pipeline.stages.manifest import without_run_facts
+from pipeline.stages.plan import prepare
+from pipeline.stages.types import StageFailed
+from pipeline.stages.worker import process_and_commit
 from tests.pipeline import made
 
 
 def found(dataset: Dataset, database: Dataset, **options) -> tuple[np.ndarray, np.ndarray, dict]:
     """Ids (N, k), scores (N, k) and the manifest of the neighbours of a dataset."""
-    manifest = stage.run(Neighbors(dataset, database, NeighborsConfig(**options)))
+    manifest = run_stage(Neighbors(dataset, database, NeighborsConfig(**options)))
     scores = [np.load(dataset.fetch(f"neighbors/{database.label}", entry)) for record in manifest["items"]
               for entry in record["files"] if entry["name"].endswith("scores.npy")]
     return np.concatenate(neighbors.load(dataset, database)), np.concatenate(scores), manifest
@@ -33,7 +38,7 @@ def brute_force(queries: np.ndarray, stored: np.ndarray, k: int, excluded: np.nd
 
 
 def indexed(database: Dataset, **options) -> Dataset:
-    stage.run(Index(database, IndexConfig(**options)))
+    run_stage(Index(database, IndexConfig(**options)))
     return database
 
 
@@ -87,7 +92,7 @@ def test_exact_and_flat_index_agree_and_two_runs_are_the_same(tmp_path):
                       key="Flat")
         ids, scores, manifest = found(one, one, k=5, method=method)
         results.append((ids, scores))
-        manifests.append(stage.timeless(manifest))
+        manifests.append(without_run_facts(manifest))
     np.testing.assert_array_equal(results[0][0], results[1][0])
     np.testing.assert_allclose(results[0][1], results[1][1], atol=1e-6)
     assert manifests[1] == manifests[2] and manifests[0] == manifests[3]
@@ -176,8 +181,8 @@ def test_a_rebuilt_index_is_opened_anew(tmp_path):
     vectors = made.clustered(400, 16)
     database = indexed(made.given(tmp_path, "x", [vectors]), key="IVF30,Flat", target_recall=0.0)
     poor = found(database, database, k=3, candidates=4)[0].copy()
-    stage.run(Index(database, IndexConfig(key="Flat")), rebuild=True)
-    manifest = stage.run(Neighbors(database, database, NeighborsConfig(k=3, candidates=4)), rebuild=True)
+    run_stage(Index(database, IndexConfig(key="Flat")), rebuild=True)
+    manifest = run_stage(Neighbors(database, database, NeighborsConfig(k=3, candidates=4)), rebuild=True)
     again = neighbors.load(database, database)[0]
     assert manifest["inputs"]["index"]["digest"] == database.manifest("index")["content"]
     stored = Embeddings(database).all().astype(np.float32)
@@ -204,7 +209,7 @@ def column(dataset: Dataset, name: str, values: list) -> None:
         pq.write_table(table.append_column(name, pa.array(values[start:start + len(table)], kind)), buffer)
         tables[record["id"]] = record["samples"], {f"{record['id']}.parquet": buffer.getvalue()}
         start += len(table)
-    stage.run(made.Given(dataset, "shards", "shard", tables), rebuild=True)
+    run_stage(made.Given(dataset, "shards", "shard", tables), rebuild=True)
 
 
 def test_patches_of_the_same_picture_are_left_out(tmp_path):
@@ -255,7 +260,7 @@ def test_more_copies_than_any_list_of_candidates_holds(tmp_path, method):
 def test_vectors_are_written_when_asked_and_batches_read_them(copied):
     plain = Batches(copied, copied, k=3, global_batch=8, seed=0).at(2)["neighbors"]
     config = NeighborsConfig(k=4, vectors=True)
-    stage.run(Neighbors(copied, copied, config), rebuild=True)
+    run_stage(Neighbors(copied, copied, config), rebuild=True)
     vectors = neighbors.load(copied, copied, ".vectors.npy")
     ids = np.concatenate(neighbors.load(copied, copied))
     assert np.concatenate(vectors).dtype == np.float16
@@ -291,9 +296,9 @@ def test_recall_is_measured_against_exact_search(tmp_path):
     real = np.mean([len(np.intersect1d(one, other)) / 10 for one, other in zip(ids, order, strict=True)])
     assert 0.2 < real < 0.95 and abs(manifest["info"]["recall"] - real) < 0.05
     assert manifest["info"]["recall_pairs"] == 3000
-    manifest = stage.run(Neighbors(database, database, NeighborsConfig(k=10, probes=8, checked=300)), rebuild=True)
+    manifest = run_stage(Neighbors(database, database, NeighborsConfig(k=10, probes=8, checked=300)), rebuild=True)
     assert manifest["info"]["recall"] > real
-    manifest = stage.run(Neighbors(database, database, NeighborsConfig(k=10, probes=64, checked=300)), rebuild=True)
+    manifest = run_stage(Neighbors(database, database, NeighborsConfig(k=10, probes=64, checked=300)), rebuild=True)
     assert manifest["info"]["recall"] == 1.0
 
 
@@ -318,7 +323,7 @@ def test_shards_searched_together_give_what_each_gives_alone(tmp_path, method):
     config = NeighborsConfig(k=6, method=method, probes=4, vectors=True, checked=90)
     seen = []
     for at_once in (1, 2, 3, 100):
-        manifest = stage.run(Neighbors(database, database, replace(config, at_once=at_once)), rebuild=True)
+        manifest = run_stage(Neighbors(database, database, replace(config, at_once=at_once)), rebuild=True)
         folder = Path(database.folder("neighbors/x"))
         seen.append(({path.name: path.read_bytes() for path in folder.glob("*.npy")}, manifest["info"]))
         assert len(manifest["items"]) == -(-5 // at_once) and len(seen[-1][0]) == 3 * 5 + 1
@@ -349,7 +354,7 @@ def test_labels_tell_pictures_apart_where_it_is_not_known_what_was_fetched(tmp_p
     buffer = io.BytesIO()
     pq.write_table(table.append_column("original_sha256", fetched), buffer)
     again = made.Given(dataset, "shards", "shard", {"000000": (4, {"000000.parquet": buffer.getvalue()})})
-    stage.run(again, rebuild=True)
+    run_stage(again, rebuild=True)
     found = datasets.labels(dataset, dataset.manifest("shards")["items"][0])
     assert (found[:2, 0] == found[:2, 1]).all() and len(set(found[:, 1].tolist())) == 4
     assert found[2, 1] == int.from_bytes(bytes.fromhex("ab" * 8), "little") and (found[2:, 0] != found[2:, 1]).all()
@@ -377,19 +382,19 @@ def test_vectors_are_laid_out_list_after_list_whatever_was_left_there(tmp_path, 
 def test_a_database_rebuilt_after_the_plan_is_refused(tmp_path):
     one = made.given(tmp_path, "x", [made.clustered(30, 16)])
     planned = Neighbors(one, one, NeighborsConfig(k=2, method="exact"))
-    items = stage.prepare(planned)
+    items = prepare(planned)
     other = made.clustered(30, 16, seed=8).astype(np.float16)
-    stage.run(made.Given(one, "embeddings", "embed", {"000000": (30, {"000000.npy": made.npy(other)})},
+    run_stage(made.Given(one, "embeddings", "embed", {"000000": (30, {"000000.npy": made.npy(other)})},
                          {"encoder": made.ENCODER}), rebuild=True)
     with pytest.raises(ValueError, match=r"database, embeddings changed since these neighbours were planned\nhint: "):
-        stage.work(planned, items[0])
+        process_and_commit(planned, items[0])
 
 
 def test_vectors_that_are_no_numbers_are_refused(tmp_path):
     vectors = made.clustered(30, 16)
     vectors[7, 3] = np.nan
     one = made.given(tmp_path, "x", [vectors])
-    with pytest.raises(stage.StageFailed, match="not finite"):
+    with pytest.raises(StageFailed, match="not finite"):
         found(one, one, method="exact")
 
 

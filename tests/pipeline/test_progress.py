@@ -1,14 +1,20 @@
 """What a run says of itself adds up, whoever dies meanwhile, and a budget stops it when it should."""
 
+import random
 import time
 from collections import Counter
 
 import pytest
 
 from jobs.progress import sentence
-from pipeline import progress, records, stage, storage
-from pipeline.progress import LEAST, Beat, Tally
-from pipeline.stage import Item, Output, Stage, StageFailed
+from pipeline import storage
+from pipeline.stages import progress, records
+from pipeline.stages.driver import run_in_process, run_stage
+from pipeline.stages.manifest import without_run_facts
+from pipeline.stages.plan import prepare
+from pipeline.stages.progress import LEAST, Beat, Tally
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Item, Output, StageFailed
 
 
 @pytest.fixture(autouse=True)
@@ -243,37 +249,38 @@ def test_a_budget_holds_before_sealing(tmp_path):
     """Less rows than a share along the way would need."""
     one = Half(tmp_path, 0.5, items=1)
     with pytest.raises(StageFailed, match=r"50 of 100 rows failed \(50%, allowed are 40%\): 50 cut\nhint: .*retry"):
-        stage.run(one, max_failed=0.4)
+        run_stage(one, max_failed=0.4)
     assert not storage.exists(f"{one.folder}/manifest.json") and storage.names(f"{one.folder}/records")
     with pytest.raises(StageFailed, match="50 of 100"):
-        stage.run(Half(tmp_path, 0.5, items=1), max_failed=0.4)
-    assert stage.run(Half(tmp_path, 0.5, items=1), max_failed=0.5)["totals"]["skipped"] == {"cut": 50}
+        run_stage(Half(tmp_path, 0.5, items=1), max_failed=0.4)
+    assert run_stage(Half(tmp_path, 0.5, items=1), max_failed=0.5)["totals"]["skipped"] == {"cut": 50}
     assert storage.folders(one.folder) == ["records"] and storage.names(one.folder) == ["manifest.json", "plan.json"]
 
 
 def test_a_budget_stops_a_run_on_its_way(tmp_path):
     one = Half(tmp_path, 0.5)
     with pytest.raises(StageFailed, match=r"of \d+ rows failed \(50%"):
-        stage.run(one, max_failed=0.4)
+        run_stage(one, max_failed=0.4)
     assert 1 < len(one.done) < 6
 
 
 def test_a_second_try_is_made_before_the_budget_is_looked_at(tmp_path):
-    manifest = stage.run(Half(tmp_path, 0.3), retry=True, max_failed=0.3)
+    manifest = run_stage(Half(tmp_path, 0.3), retry=True, max_failed=0.3)
     assert manifest["totals"]["skipped"] == {} and manifest["totals"]["samples"] == 600
     assert [item["id"] for item in manifest["items"]] == [f"{number:06d}" for number in range(7)]
     # All of it fails again, and nothing is stopped for that: no row fails that had not before.
     worse = Half(tmp_path / "worse", 1.0, items=1)
     with pytest.raises(StageFailed, match=r"100 of 100 rows failed .*tried again counted anew"):
-        stage.run(worse, retry=True, max_failed=0.9)
+        run_stage(worse, retry=True, max_failed=0.9)
     assert worse.done == ["000000", "000001"]
 
 
 def test_a_second_try_that_was_cut_off_is_ended_and_no_other_begun(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        stage.run(Half(tmp_path / "cut", 1.0, items=2, upset={"000002"}), retry=True)
-    manifest = stage.run(Half(tmp_path / "cut", 1.0, items=2), retry=True)
-    assert stage.timeless(manifest) == stage.timeless(stage.run(Half(tmp_path / "whole", 1.0, items=2), retry=True))
+        run_stage(Half(tmp_path / "cut", 1.0, items=2, upset={"000002"}), retry=True)
+    manifest = run_stage(Half(tmp_path / "cut", 1.0, items=2), retry=True)
+    whole = run_stage(Half(tmp_path / "whole", 1.0, items=2), retry=True)
+    assert without_run_facts(manifest) == without_run_facts(whole)
 
 
 def test_two_drivers_make_one_second_try(tmp_path):
@@ -281,13 +288,13 @@ def test_two_drivers_make_one_second_try(tmp_path):
     one, other = Half(tmp_path, 1.0, items=3), Half(tmp_path, 1.0, items=3, upset={"000003"})
 
     def late(stage_, items):
-        yield from stage.in_process(stage_, items)
+        yield from run_in_process(stage_, items)
         if not late.met:
             late.met = True
             with pytest.raises(KeyboardInterrupt):
-                stage.run(other, retry=True)
+                run_stage(other, retry=True)
     late.met = False
-    manifest = stage.run(one, late, retry=True)
+    manifest = run_stage(one, late, retry=True)
     assert storage.names(f"{one.folder}/more") == ["0001.json"]
     assert [item["id"] for item in manifest["items"]] == [f"{number:06d}" for number in range(4)]
 
@@ -295,13 +302,13 @@ def test_two_drivers_make_one_second_try(tmp_path):
 def test_of_two_that_begin_at_once_one_takes_another_order(tmp_path, monkeypatch):
     """Both found no plan: who comes second must not do the same items in the same order."""
     shuffled = []
-    monkeypatch.setattr(stage.random, "shuffle", shuffled.append)
+    monkeypatch.setattr(random, "shuffle", shuffled.append)
     one, other = Half(tmp_path, 0.0), Half(tmp_path, 0.0)
     plan = other.plan
 
     def late():
-        stage.prepare(one)
+        prepare(one)
         return plan()
     other.plan = late
-    stage.run(other)
+    run_stage(other)
     assert shuffled == [[0, 1, 2, 3, 4, 5]]

@@ -7,12 +7,17 @@ import random
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import records, stage, storage, verify
+from pipeline import storage, verify
 from pipeline.dataset import Dataset, Embeddings
 from pipeline.embed import Embed, EmbedConfig
-from pipeline.records import Collected
 from pipeline.shard import Shard, ShardConfig
-from pipeline.stage import StageFailed
+from pipeline.stages import records
+from pipeline.stages.driver import run_stage
+from pipeline.stages.manifest import without_run_facts
+from pipeline.stages.plan import read_items
+from pipeline.stages.records import Collected
+from pipeline.stages.stage import fingerprint
+from pipeline.stages.types import StageFailed
 from tests.pipeline import made
 from tests.pipeline.made import encoded, noise
 from tests.pipeline.test_stage import Count, CountConfig
@@ -136,8 +141,8 @@ def source(folder):
 
 def built(root, pictures) -> tuple[Dataset, dict, dict]:
     dataset = Dataset.parse(str(root), "x")
-    shards = stage.run(Shard(dataset, ShardConfig(source=str(pictures), samples_per_shard=2, image_size=16)))
-    return dataset, shards, stage.run(Embed(dataset, EmbedConfig(batch_size=4)))
+    shards = run_stage(Shard(dataset, ShardConfig(source=str(pictures), samples_per_shard=2, image_size=16)))
+    return dataset, shards, run_stage(Embed(dataset, EmbedConfig(batch_size=4)))
 
 
 def test_a_stage_of_many_items_is_that_of_few(tmp_path, monkeypatch):
@@ -151,12 +156,12 @@ def test_a_stage_of_many_items_is_that_of_few(tmp_path, monkeypatch):
         assert plan["items"]["count"] == manifest["items"]["count"] == 5
         assert isinstance(storage.read_json(storage.join(few.folder(name), "plan.json"))["items"], list)
         loaded = many.manifest(name)
-        assert stage.timeless(one) == stage.timeless(other) == stage.timeless(loaded)
+        assert without_run_facts(one) == without_run_facts(other) == without_run_facts(loaded)
         assert one["content"] == loaded["content"] and one["totals"] == loaded["totals"]
         assert list(loaded["items"]) == list(other["items"]) and loaded["items"][-1] == other["items"][4]
         assert list(verify.folder(many.root, many.path(name))) == []
-    assert [item.inputs for item in stage.planned(many.folder("shards"))] == [
-        item.inputs for item in stage.planned(few.folder("shards"))]
+    assert [item.inputs for item in read_items(many.folder("shards"))] == [
+        item.inputs for item in read_items(few.folder("shards"))]
     assert (Embeddings(few).all() == Embeddings(many).all()).all()
     assert {name: data for name, data in made.files_below(tmp_path / "few").items() if name.endswith((".tar", ".npy"))
             } == {name: data for name, data in made.files_below(tmp_path / "many").items()
@@ -164,14 +169,14 @@ def test_a_stage_of_many_items_is_that_of_few(tmp_path, monkeypatch):
     # Nothing is done again, whichever form is written now.
     for inline in (3, 1000):
         monkeypatch.setattr(records, "INLINE", inline)
-        assert stage.timeless(built(tmp_path / "many", pictures)[1]) == stage.timeless(of_few[0])
+        assert without_run_facts(built(tmp_path / "many", pictures)[1]) == without_run_facts(of_few[0])
 
 
 @pytest.mark.parametrize("name", ["manifest", "items"])
 @pytest.mark.parametrize("how", ["gone", "cut", "other bytes", "other list"])
 def test_a_list_beside_its_document_that_was_changed_is_seen(tmp_path, monkeypatch, name, how):
     monkeypatch.setattr(records, "INLINE", 3)
-    stage.run(Count(tmp_path))
+    run_stage(Count(tmp_path))
     folder = tmp_path / "count"
     document = "manifest.json" if name == "manifest" else "plan.json"
     path = folder / json.loads((folder / document).read_text())["items"]["file"]["name"]
@@ -193,38 +198,38 @@ def test_a_list_beside_its_document_that_was_changed_is_seen(tmp_path, monkeypat
         assert any("manifest" in fault["path"] for fault in verify.folder(str(tmp_path), "count"))
     else:
         with pytest.raises(ValueError, match=r"hint: python -m jobs verify"):
-            stage.planned(str(folder))
+            read_items(str(folder))
 
 
 def test_packed_records_are_gone_on_from(tmp_path, monkeypatch):
-    expected = stage.timeless(stage.run(Count(tmp_path / "whole")))
-    monkeypatch.setattr(stage.records, "Collected", lambda flushed: Collected(flushed, every=2))
+    expected = without_run_facts(run_stage(Count(tmp_path / "whole")))
+    monkeypatch.setattr(records, "Collected", lambda flushed: Collected(flushed, every=2))
     one = Count(tmp_path / "broken", broken={"000003": ValueError("not today")})
     with pytest.raises(StageFailed, match="1 of 6 items failed, the first is 000003"):
-        stage.run(one)
+        run_stage(one)
     packs = list((tmp_path / "broken" / "count" / "packs").rglob("*.parquet"))
     assert [pq.read_table(pack).num_rows for pack in packs] == [2, 2] and len(one.processed) == 6
     # What is packed is not read again one by one.
     read = []
     monkeypatch.setattr(storage, "read_json", lambda url, real=storage.read_json: read.append(url) or real(url))
     again = Count(tmp_path / "broken")
-    assert stage.timeless(stage.run(again)) == expected
+    assert without_run_facts(run_stage(again)) == expected
     assert again.processed == ["000003"]
     assert sum("/records/0" in url for url in read) <= 3
     assert list(verify.folder(str(tmp_path / "broken"), "count")) == []
 
 
 def test_packs_of_another_plan_do_not_count(tmp_path, monkeypatch):
-    monkeypatch.setattr(stage.records, "Collected", lambda flushed: Collected(flushed, every=1))
+    monkeypatch.setattr(records, "Collected", lambda flushed: Collected(flushed, every=1))
     with pytest.raises(StageFailed):
-        stage.run(Count(tmp_path, broken={"000005": ValueError("not today")}))
+        run_stage(Count(tmp_path, broken={"000005": ValueError("not today")}))
     with pytest.raises(ValueError, match="planned with other settings"):
-        stage.run(Count(tmp_path, CountConfig(step=2)))
+        run_stage(Count(tmp_path, CountConfig(step=2)))
     other = Count(tmp_path, CountConfig(step=2))
-    manifest = stage.run(other, rebuild=True)
+    manifest = run_stage(other, rebuild=True)
     assert sorted(other.processed) == [f"{number:06d}" for number in range(6)]
-    assert {record["plan"] for record in manifest["items"]} == {stage.fingerprint(other)}
-    assert not list((tmp_path / "count" / "packs").rglob(f"*{stage.fingerprint(Count(tmp_path))[:12]}*"))
+    assert {record["plan"] for record in manifest["items"]} == {fingerprint(other)}
+    assert not list((tmp_path / "count" / "packs").rglob(f"*{fingerprint(Count(tmp_path))[:12]}*"))
 
 
 def test_rounds_of_many_items(tmp_path, monkeypatch):
@@ -234,11 +239,11 @@ def test_rounds_of_many_items(tmp_path, monkeypatch):
     dataset = Dataset.parse(str(tmp_path), "x")
     one = Shard(dataset, ShardConfig(source=str(pictures), samples_per_shard=1, image_size=16))
     with pytest.raises(StageFailed, match="3 of 9 rows failed"):
-        stage.run(one, max_failed=0.1)
+        run_stage(one, max_failed=0.1)
     for number in (0, 4, 8):
         (pictures / f"{number}.png").write_bytes(encoded(noise(16, 16, number), "PNG"))
-    manifest = stage.run(one, retry=True, max_failed=0.0)
-    assert [item.id for item in stage.planned(one.folder)] == [f"{number:06d}" for number in range(12)]
+    manifest = run_stage(one, retry=True, max_failed=0.0)
+    assert [item.id for item in read_items(one.folder)] == [f"{number:06d}" for number in range(12)]
     assert [one["samples"] for one in manifest["items"]] == [*(int(number % 4 > 0) for number in range(9)), 1, 1, 1]
     assert list(verify.folder(dataset.root, dataset.path("shards"))) == []
     added = storage.read_json(storage.join(one.folder, "more", "0001.json"))["items"]

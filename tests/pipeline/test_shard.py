@@ -16,11 +16,15 @@ import pytest
 import webdataset
 from PIL import Image
 
-from pipeline import stage, storage, verify
+from pipeline import storage, verify
 from pipeline.dataset import Dataset, metadata
 from pipeline.media import tars
 from pipeline.samples import Spool
 from pipeline.shard import Shard, ShardConfig
+from pipeline.stages.driver import run_stage
+from pipeline.stages.manifest import without_run_facts
+from pipeline.stages.plan import prepare
+from pipeline.stages.worker import process_and_commit
 from tests.pipeline import made
 from tests.pipeline.made import encoded, noise
 from tests.pipeline.test_images import png
@@ -33,7 +37,7 @@ def sharded(root, source, **options) -> tuple[Dataset, dict]:
     """The folder `source` made into a dataset `x` of small shards, and its manifest."""
     dataset = Dataset.parse(str(root), "x")
     settings = {"samples_per_shard": 7, "image_size": 16, "max_pixels": 1_000_000} | options
-    return dataset, stage.run(Shard(dataset, ShardConfig(source=str(source), **settings)))
+    return dataset, run_stage(Shard(dataset, ShardConfig(source=str(source), **settings)))
 
 
 def table(dataset: Dataset, manifest: dict) -> list[dict]:
@@ -175,7 +179,7 @@ def test_two_runs_give_the_same_bytes(tmp_path, everything):
     made_twice = []
     for name in ("one", "other"):
         dataset, manifest = sharded(tmp_path / name, everything)
-        made_twice.append((stage.timeless(manifest), {path: data for path, data in made.files_below(
+        made_twice.append((without_run_facts(manifest), {path: data for path, data in made.files_below(
             tmp_path / name).items() if path.endswith((".tar", ".parquet", ".jsonl"))}))
         assert dataset.label == "x"
     assert made_twice[0] == made_twice[1]
@@ -190,7 +194,7 @@ def test_a_bucket_gives_the_same_dataset_as_a_folder(tmp_path, s3):
     storage.put_bytes(b"not in the folder", storage.join(s3, "source2", "other.png"))
     _, local = sharded(tmp_path, source)
     remote_dataset, remote = sharded(storage.join(s3, "root"), storage.join(s3, "source"))
-    assert stage.timeless(local) == stage.timeless(remote)
+    assert without_run_facts(local) == without_run_facts(remote)
     assert list(verify.folder(remote_dataset.root, remote_dataset.path("shards"))) == []
     for record in remote["items"]:
         assert len(metadata(remote_dataset, record)) == record["samples"]
@@ -319,9 +323,9 @@ def test_pictures_that_vanish_after_planning_are_counted(tmp_path):
     source = few(tmp_path / "source")
     dataset = Dataset.parse(str(tmp_path), "x")
     one = Shard(dataset, ShardConfig(source=str(source), image_size=16))
-    items = stage.prepare(one)
+    items = prepare(one)
     (source / "b.png").unlink()
-    record = stage.work(one, items[0])
+    record = process_and_commit(one, items[0])
     assert record["samples"] == 2 and record["skipped"] == {"picture_missing": 1}
 
 

@@ -19,13 +19,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import sources, stage, storage, verify
+from pipeline import sources, storage, verify
 from pipeline.dataset import Dataset
 from pipeline.download import DownloadConfig
 from pipeline.media import resize, tars
 from pipeline.media.foreign_tars import Suspicions, examine
 from pipeline.shard import Shard, ShardConfig
 from pipeline.sources import Reading
+from pipeline.stages.driver import run_stage
+from pipeline.stages.types import StageFailed
 from tests.pipeline import made, web
 from tests.pipeline.made import encoded, noise
 from tests.pipeline.test_shard import ledger, table
@@ -46,7 +48,7 @@ def sharded(root, source, **options) -> tuple[Dataset, dict]:
     dataset = Dataset.parse(str(root), "x")
     settings = {"samples_per_shard": 7, "image_size": 16, "download": DOWNLOAD, "format": "png"} | options
     source = tuple(map(str, source)) if isinstance(source, tuple | list) else str(source)
-    manifest = stage.run(Shard(dataset, ShardConfig(source=source, **settings)))
+    manifest = run_stage(Shard(dataset, ShardConfig(source=source, **settings)))
     assert list(verify.folder(dataset.root, dataset.path("shards"))) == []
     return dataset, manifest
 
@@ -333,7 +335,7 @@ def test_hostile_cells_do_not_stop_a_shard(tmp_path, site):
     from pipeline.sift import Sift
     from pipeline.sift import run as sift
     sifted = sift(Sift(Dataset.parse(str(tmp_path), "near"), ShardConfig(
-        source=str(path), image_size=16, duplicates="near", download=DOWNLOAD)), stage.run)
+        source=str(path), image_size=16, duplicates="near", download=DOWNLOAD)), run_stage)
     assert sifted["totals"]["samples"] == 1
 
 
@@ -494,7 +496,7 @@ def test_tars_are_filtered_and_resized_anew(tmp_path, s3):
         assert [record["info"].get("filtered") for record in manifest["items"]] == [5, 2, None]
         results.append(packed(dataset, manifest))
     assert results[0] == results[1] == results[2]
-    with pytest.raises(stage.StageFailed, match="can be used: 30 filtered"):
+    with pytest.raises(StageFailed, match="can be used: 30 filtered"):
         sharded(tmp_path / "nothing", tmp_path / "tars", where="score > 100")
 
 
@@ -611,5 +613,5 @@ def test_patches_are_cut_where_they_say_and_always_the_same(tmp_path, site):
     assert [(one["json"]["patch_left"], one["json"]["patch_top"]) for one in packed(dataset, manifest)] != [
         (left, top) for _, left, top, _ in found["7"]]
     # Nothing is enlarged, and so there is no room.
-    with pytest.raises(stage.StageFailed, match="1 http_404, 9 too_small"):
+    with pytest.raises(StageFailed, match="1 http_404, 9 too_small"):
         sharded(tmp_path / "small", tmp_path / "7.csv", patches=2, patch_side=30, image_size=22, only_if_bigger=True)

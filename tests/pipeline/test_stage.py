@@ -10,9 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import stage, storage
+from pipeline import storage
 from pipeline.dataset import Dataset
-from pipeline.stage import Entry, Item, Output, Stage, StageFailed
+from pipeline.stages.driver import run_in_process, run_stage
+from pipeline.stages.manifest import read_manifest, without_run_facts
+from pipeline.stages.plan import prepare
+from pipeline.stages.scratch import _sweep, scratch_folder, shared_scratch
+from pipeline.stages.seal import seal_stage
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Entry, Item, Output, StageFailed
+from pipeline.stages.worker import process_and_commit
 from tests.pipeline import made
 
 
@@ -35,7 +42,7 @@ class Count(Stage):
         return {"numbers": {"path": "", "digest": "1"}}
 
     def plan(self):
-        named = [(stage.name_by_content(f"lists/{number}.txt", data), data) for number, data in
+        named = [(storage.name_by_content(f"lists/{number}.txt", data), data) for number, data in
                  ((number, str(number * self.config.step).encode()) for number in range(6))]
         return [Item(f"{number:06d}", {"list": name}, ((name, data),)) for number, (name, data) in enumerate(named)]
 
@@ -62,7 +69,7 @@ def lasting(folder) -> dict[str, bytes]:
     for name, data in files.items():
         document = json.loads(data) if name.endswith(".json") else None
         if name == "manifest.json":
-            document = stage.timeless(document)
+            document = without_run_facts(document)
         if isinstance(document, dict):
             document.pop("run", None)
             files[name] = json.dumps(document, sort_keys=True).encode()
@@ -90,12 +97,12 @@ class KilledAt:
 
     def run(self, stage_: Stage) -> None:
         os.replace, os.link = self.wrapped(os.replace), self.wrapped(os.link)
-        stage.run(stage_)
+        run_stage(stage_)
 
 
 def killed_at_every_point(make, root) -> int:
     """Run `make(folder)` anew for every point it can be killed at, each time to its end; how many there were."""
-    stage.run(undisturbed := make(root / "undisturbed"))
+    run_stage(undisturbed := make(root / "undisturbed"))
     expected = lasting(undisturbed.folder)
     for point in itertools.count():
         one = make(root / f"killed-{point}")
@@ -105,9 +112,9 @@ def killed_at_every_point(make, root) -> int:
         assert os.WTERMSIG(status) == signal.SIGKILL
         if not (sealed := storage.exists(storage.join(one.folder, "manifest.json"))):
             with pytest.raises(ValueError, match="is not sealed"):
-                stage.manifest_of(one.folder, one.command)
+                read_manifest(one.folder, one.command)
         again = make(root / f"killed-{point}")
-        stage.run(again)
+        run_stage(again)
         assert lasting(one.folder) == expected, f"killed at {point}, sealed {sealed}"
 
 
@@ -135,7 +142,7 @@ def test_killed_at_any_time_and_run_again_is_the_same_folder(tmp_path):
         pid = os.fork()
         if pid == 0:
             with contextlib.suppress(BaseException):
-                stage.run(one)
+                run_stage(one)
             os._exit(0)
         threading.Event().wait(0.004 * number)
         os.kill(pid, signal.SIGKILL)
@@ -144,7 +151,7 @@ def test_killed_at_any_time_and_run_again_is_the_same_folder(tmp_path):
 
 
 def stage_folder(one: Stage) -> str:
-    stage.run(one)
+    run_stage(one)
     return one.folder
 
 
@@ -154,11 +161,11 @@ def test_two_runs_give_the_same_bytes(tmp_path):
 
 
 def test_the_manifest_says_what_is_there(tmp_path):
-    manifest = stage.run(Count(tmp_path))
+    manifest = run_stage(Count(tmp_path))
     files = made.files_below(tmp_path / "count")
     described = [*manifest["files"], *(file for record in manifest["items"] for file in record["files"])]
     for entry in described:
-        assert entry == stage.describe(entry["name"], tmp_path / "count" / entry["name"])
+        assert entry == storage.describe_file(entry["name"], tmp_path / "count" / entry["name"])
     known = {entry["name"] for entry in described} | {name for name in files if name.startswith("lists/")}
     known |= {f"records/{number:06d}.json" for number in range(6)} | {"plan.json", "manifest.json"}
     assert set(files) == known
@@ -169,36 +176,36 @@ def test_the_manifest_says_what_is_there(tmp_path):
 
 
 def test_a_sealed_folder_is_not_touched(tmp_path):
-    stage.run(Count(tmp_path))
+    run_stage(Count(tmp_path))
     before = made.files_below(tmp_path)
     again = Count(tmp_path)
-    stage.run(again)
+    run_stage(again)
     assert again.processed == [] and made.files_below(tmp_path) == before
 
 
 def test_only_what_has_no_record_is_done_again(tmp_path):
     with pytest.raises(StageFailed):
-        stage.run(Count(tmp_path, broken={"000002": ValueError("no"), "000004": ValueError("no")}))
+        run_stage(Count(tmp_path, broken={"000002": ValueError("no"), "000004": ValueError("no")}))
     again = Count(tmp_path)
-    stage.run(again)
+    run_stage(again)
     assert sorted(again.processed) == ["000002", "000004"]
 
 
 def test_other_settings_are_refused_and_named(tmp_path):
-    stage.run(Count(tmp_path))
+    run_stage(Count(tmp_path))
     before = made.files_below(tmp_path)
     with pytest.raises(ValueError, match=r"section\.step: there 1, now 2") as caught:
-        stage.run(Count(tmp_path, CountConfig(step=2)))
+        run_stage(Count(tmp_path, CountConfig(step=2)))
     assert "hint:" in str(caught.value) and "text" not in str(caught.value)
     assert made.files_below(tmp_path) == before
 
 
 def test_other_inputs_are_refused_and_named(tmp_path):
-    stage.run(Count(tmp_path))
+    run_stage(Count(tmp_path))
     other = Count(tmp_path)
     other.inputs = lambda: {"numbers": {"path": "", "digest": "2"}}
     with pytest.raises(ValueError, match=r'inputs\.numbers\.digest: there "1", now "2"'):
-        stage.run(other)
+        run_stage(other)
 
 
 def test_of_two_plans_at_once_the_loser_leaves_the_winner_alone(tmp_path):
@@ -207,13 +214,13 @@ def test_of_two_plans_at_once_the_loser_leaves_the_winner_alone(tmp_path):
     plan = other.plan
 
     def late():
-        stage.prepare(one)
+        prepare(one)
         return plan()
     other.plan = late
     with pytest.raises(ValueError, match=r"section\.step"):
-        stage.prepare(other)
-    stage.run(one)
-    stage.run(Count(tmp_path / "alone"))
+        prepare(other)
+    run_stage(one)
+    run_stage(Count(tmp_path / "alone"))
     left, alone = lasting(tmp_path / "count"), lasting(tmp_path / "alone" / "count")
     assert {name: data for name, data in left.items() if name in alone} == alone
     # Lists of the loser stay, under names of their own; nothing refers to them.
@@ -224,7 +231,7 @@ def test_of_two_plans_at_once_the_loser_leaves_the_winner_alone(tmp_path):
 def test_a_failed_item_is_reported_and_the_others_are_done(tmp_path, error):
     broken = Count(tmp_path, broken={"000003": error})
     with pytest.raises(StageFailed, match=r"1 of 6 items failed, the first is 000003: .*bad") as caught:
-        stage.run(broken)
+        run_stage(broken)
     assert "hint:" in str(caught.value)
     assert len(storage.names(storage.join(broken.folder, "records"))) == 5
     assert not storage.exists(storage.join(broken.folder, "manifest.json"))
@@ -232,24 +239,24 @@ def test_a_failed_item_is_reported_and_the_others_are_done(tmp_path, error):
     assert "Traceback" in report["traceback"] and "bad" in report["error"]
     # A user's mistake is not tried again, bad luck is.
     assert broken.processed.count("000003") == (1 if isinstance(error, ValueError) else 3)
-    stage.run(Count(tmp_path))
+    run_stage(Count(tmp_path))
     assert storage.names(storage.join(broken.folder, "failures")) == []
-    stage.run(Count(tmp_path / "alone"))
+    run_stage(Count(tmp_path / "alone"))
     assert lasting(broken.folder) == lasting(tmp_path / "alone" / "count")
 
 
 def test_failures_of_items_that_succeeded_since_are_gone(tmp_path):
     with pytest.raises(StageFailed):
-        stage.run(Count(tmp_path, broken={"000001": ValueError("no"), "000003": ValueError("no")}))
+        run_stage(Count(tmp_path, broken={"000001": ValueError("no"), "000003": ValueError("no")}))
     with pytest.raises(StageFailed):
-        stage.run(Count(tmp_path, broken={"000003": ValueError("no")}))
+        run_stage(Count(tmp_path, broken={"000003": ValueError("no")}))
     assert storage.names(str(tmp_path / "count" / "failures")) == ["000003.json"]
 
 
 def test_passwords_are_not_written_into_failures(tmp_path):
     error = RuntimeError("cannot read https://user:secret@host/x")
     with pytest.raises(StageFailed) as caught:
-        stage.run(Count(tmp_path, broken={"000001": error}))
+        run_stage(Count(tmp_path, broken={"000001": error}))
     assert "secret" not in str(caught.value)
     assert b"secret" not in made.files_below(tmp_path / "count" / "failures")["000001.json"]
 
@@ -261,44 +268,44 @@ def test_bad_luck_that_passes_is_no_failure(tmp_path):
                 self.processed.append(item.id)
                 raise OSError("connection reset")
             return super().process(item, scratch)
-    stage.run(Flaky(tmp_path / "flaky"))
-    stage.run(Count(tmp_path / "calm"))
+    run_stage(Flaky(tmp_path / "flaky"))
+    run_stage(Count(tmp_path / "calm"))
     assert lasting(tmp_path / "flaky" / "count") == lasting(tmp_path / "calm" / "count")
 
 
 def test_a_late_twin_steps_back(tmp_path):
     """An actor thought dead comes back after its item was done by another, and has other bytes."""
     one = Count(tmp_path)
-    items = stage.prepare(one)
+    items = prepare(one)
 
     class Late(Count):
         def process(self, item, scratch):
             output = super().process(item, scratch)
             (scratch / "a").write_bytes(b"other bytes")
-            self.first = stage.work(one, item)
+            self.first = process_and_commit(one, item)
             return output
     late = Late(tmp_path)
-    record = stage.work(late, items[0])
+    record = process_and_commit(late, items[0])
     assert record == late.first
     assert (tmp_path / "count" / "000000.a").read_bytes() != b"other bytes"
-    assert stage.work(late, items[0]) == record and late.processed == ["000000"]
+    assert process_and_commit(late, items[0]) == record and late.processed == ["000000"]
 
 
 def test_a_seal_without_all_records_is_refused(tmp_path):
     one = Count(tmp_path)
-    items = stage.prepare(one)
-    stage.work(one, items[1])
+    items = prepare(one)
+    process_and_commit(one, items[1])
     with pytest.raises(StageFailed, match="5 of 6 items have no record, the first is 000000"):
-        stage.seal(one, items)
+        seal_stage(one, items)
     with pytest.raises(ValueError, match=r"is not sealed: it has no manifest\.json\nhint: python -m jobs count"):
-        stage.manifest_of(one.folder, one.command)
+        read_manifest(one.folder, one.command)
 
 
 def test_an_order_of_items_of_ones_own_changes_nothing(tmp_path):
     def backwards(stage_, items):
-        return stage.in_process(stage_, items[::-1])
-    stage.run(Count(tmp_path / "one"))
-    stage.run(Count(tmp_path / "other"), backwards)
+        return run_in_process(stage_, items[::-1])
+    run_stage(Count(tmp_path / "one"))
+    run_stage(Count(tmp_path / "other"), backwards)
     assert lasting(tmp_path / "one" / "count") == lasting(tmp_path / "other" / "count")
 
 
@@ -306,20 +313,20 @@ def test_nothing_to_do_is_said(tmp_path):
     empty = Count(tmp_path)
     empty.plan = lambda: []
     with pytest.raises(ValueError, match="nothing to do"):
-        stage.run(empty)
+        run_stage(empty)
 
 
 def test_rebuilding_starts_anew(tmp_path):
-    stage.run(Count(tmp_path))
+    run_stage(Count(tmp_path))
     (tmp_path / "count" / "stray").write_text("x")
-    stage.run(Count(tmp_path, CountConfig(step=2)), rebuild=True)
-    stage.run(Count(tmp_path / "alone", CountConfig(step=2)))
+    run_stage(Count(tmp_path, CountConfig(step=2)), rebuild=True)
+    run_stage(Count(tmp_path / "alone", CountConfig(step=2)))
     assert lasting(tmp_path / "count") == lasting(tmp_path / "alone" / "count")
 
 
 def test_rebuilding_killed_anywhere_leaves_nothing_of_the_old(tmp_path, monkeypatch):
     """The removal may be cut off after any file: what it left must not pass for a part of the new folder."""
-    stage.run(Count(tmp_path / "alone", CountConfig(step=2)))
+    run_stage(Count(tmp_path / "alone", CountConfig(step=2)))
     expected = lasting(tmp_path / "alone" / "count")
     removals = 0
     unlink, rmdir = os.unlink, os.rmdir
@@ -336,23 +343,23 @@ def test_rebuilding_killed_anywhere_leaves_nothing_of_the_old(tmp_path, monkeypa
     for limit in range(0, 40, 3):
         removals = 0
         root = tmp_path / f"{limit}"
-        stage.run(Count(root))
+        run_stage(Count(root))
         with monkeypatch.context() as patch:
             patch.setattr(os, "unlink", cut_off(unlink))
             patch.setattr(os, "rmdir", cut_off(rmdir))
             with contextlib.suppress(KeyboardInterrupt):
-                stage.run(Count(root, CountConfig(step=2)), rebuild=True)
+                run_stage(Count(root, CountConfig(step=2)), rebuild=True)
         with contextlib.suppress(ValueError):  # it may be refused: the old plan is still there
-            stage.run(Count(root, CountConfig(step=2)))
+            run_stage(Count(root, CountConfig(step=2)))
             assert lasting(root / "count") == expected, f"cut off after {limit} removals"
 
 
 def test_stages_on_an_object_store_are_like_local_ones(tmp_path, s3):
-    local, remote = stage.run(Count(tmp_path)), stage.run(Count(s3))
-    assert stage.timeless(local) == stage.timeless(remote)
+    local, remote = run_stage(Count(tmp_path)), run_stage(Count(s3))
+    assert without_run_facts(local) == without_run_facts(remote)
     again = Count(s3)
-    assert stage.run(again) == remote and again.processed == []
-    rebuilt = stage.run(Count(s3, CountConfig(step=2)), rebuild=True)
+    assert run_stage(again) == remote and again.processed == []
+    rebuilt = run_stage(Count(s3, CountConfig(step=2)), rebuild=True)
     assert rebuilt["section"]["step"] == 2 and rebuilt["content"] != remote["content"]
 
 
@@ -361,8 +368,8 @@ def test_scratch_folders_are_gone(tmp_path, monkeypatch):
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     with contextlib.suppress(StageFailed):
-        stage.run(Count(tmp_path, broken={"000001": ValueError("no")}))
-    stage.run(Count(tmp_path))
+        run_stage(Count(tmp_path, broken={"000001": ValueError("no")}))
+    run_stage(Count(tmp_path))
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
@@ -370,16 +377,16 @@ def test_scratch_of_a_killed_process_is_removed_by_another(tmp_path, monkeypatch
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     def die():
-        with stage.scratch_folder("one") as folder:
+        with scratch_folder("one") as folder:
             (folder / "spool").write_bytes(b"much")
             os.kill(os.getpid(), signal.SIGKILL)
     assert os.WTERMSIG(made.in_child(die)) == signal.SIGKILL
-    with stage.scratch_folder("other") as living:
+    with scratch_folder("other") as living:
         left = next(one for one in tmp_path.iterdir() if one != living)
         for one in (left, living):
             os.utime(one / ".alive", (0, 0))
-        stage._sweep.cache_clear()
-        with stage.scratch_folder("third"):
+        _sweep.cache_clear()
+        with scratch_folder("third"):
             assert living.exists() and not left.exists()
     assert list(tmp_path.iterdir()) == []
 
@@ -394,7 +401,7 @@ def test_scratch_in_common_is_filled_anew_after_somebody_died_over_it(tmp_path, 
 
     for _ in range(2):
         with pytest.raises(OSError, match="the disk is gone"):
-            stage.shared_scratch("test-of-filling", dies)
+            shared_scratch("test-of-filling", dies)
 
     def fills(folder):
         assert not (folder / "half").exists() and not (folder / "below").exists()
@@ -402,4 +409,4 @@ def test_scratch_in_common_is_filled_anew_after_somebody_died_over_it(tmp_path, 
             file.write(b"row")
 
     for _ in range(2):
-        assert (stage.shared_scratch("test-of-filling", fills) / "rows").read_bytes() == b"row"
+        assert (shared_scratch("test-of-filling", fills) / "rows").read_bytes() == b"row"

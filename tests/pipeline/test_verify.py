@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import stage, storage, verify
+from pipeline import storage, verify
+from pipeline.stages import records
+from pipeline.stages.driver import run_stage
 from tests.pipeline import made
 
 STAGES = ("shards", "embeddings", "index", "neighbors/drawn")
@@ -61,10 +63,10 @@ def rewritten(dataset, folder: str, name: str, data: bytes | None) -> None:
     for record in manifest["items"]:
         for entry in record["files"]:
             if entry["name"] == name:
-                entry |= stage.describe(name, path(dataset, f"{folder}/{name}"))
+                entry |= storage.describe_file(name, path(dataset, f"{folder}/{name}"))
         storage.put_json(record, storage.join(dataset.folder(folder), "records", f"{record['id']}.json"))
-    manifest["totals"] = stage.totals(manifest["items"])
-    manifest["content"] = stage.content(manifest["fingerprint"], manifest["files"], manifest["items"])
+    manifest["totals"] = records.totals(manifest["items"])
+    manifest["content"] = records.content(manifest["fingerprint"], manifest["files"], manifest["items"])
     storage.put_json(manifest, storage.join(dataset.folder(folder), "manifest.json"))
 
 
@@ -145,7 +147,7 @@ def test_a_manifest_that_is_none_is_named(copied, text):
 def test_an_index_of_other_embeddings_is_named(copied, tmp_path):
     other = made.given(tmp_path / "other", "x", [made.clustered(50, 256)])
     from pipeline.index import Index, IndexConfig
-    stage.run(Index(other, IndexConfig()))
+    run_stage(Index(other, IndexConfig()))
     shutil.copy(path(other, "index/knn.index"), path(copied, "index/knn.index"))
     rewritten(copied, "index", "knn.index", None)
     assert "has 50 rows" in faults(copied)["index/knn.index"]

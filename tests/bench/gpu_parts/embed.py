@@ -46,7 +46,7 @@ def _on_pixels(report: Report, encoder: Any, model: str, batch: int) -> float:
     """Rates of the bare pass and of what surrounds it; the bare one, images a second."""
     from pipeline import encoding
     from pipeline.encoding import Part
-    from pipeline.times import Times
+    from pipeline.stages.timers import Times
     side = encoder.preprocessing["image_size"]
     count = report.size(10 if model == "ViT-L-14" else 24, 3)
     rng = np.random.default_rng(0)
@@ -131,7 +131,7 @@ def _tars_rate(report: Report, encoder: Any, batch: int, bare: float, side: int,
     """Images a second of the embed stage's own loop, and where its time went."""
     from pipeline import encoding
     from pipeline.encoding import Room, Shard
-    from pipeline.times import Times
+    from pipeline.stages.timers import Times
     tar, count = _tar(report, side)
     # About three seconds at the rate of the bare pass, or at that of decoding.
     rate = min(bare, 4000.0 if side == 256 else 1000.0)

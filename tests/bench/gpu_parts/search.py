@@ -40,7 +40,7 @@ def run(report: Report) -> None:
 def _timed(report: Report, database: Any, queries: np.ndarray, memory: int, name: str, rate: float, read: float
            ) -> None:
     from pipeline import search
-    from pipeline.times import Times
+    from pipeline.stages.timers import Times
     few = _View(database, 1 << 18)
     search.exhaustive(queries[:256], few, _WANTED, memory)  # loads kernels
     times = Times()

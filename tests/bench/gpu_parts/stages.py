@@ -19,11 +19,11 @@ def run(report: Report) -> None:
     except ImportError as error:
         report.skip("all of stages", f"{error}; pip install tyro")
         return
-    from pipeline import stage
     from pipeline.pictures import Pictures, PicturesConfig
+    from pipeline.stages.driver import run_stage
     config = PicturesConfig(corpus="drawn", subjects=report.size(200, 24), size=64, pictures_per_item=200)
     images = Pictures(str(report.scratch / "images"), config, report.scratch / "cache")
-    stage.run(images)
+    run_stage(images)
     source = Path(images.folder)
     gpus = "0" if report.small else "1"
     verbs = [["shard", "drawn", "--source", str(source), "--captions", str(source / "train.csv"), "--only-captioned",

@@ -1,35 +1,14 @@
-"""Encoded pictures -> what an encoder takes; here, or wherever somebody lends cores. Needs no torch."""
+"""Decode images for an encoder, on this node or another one. Needs no torch."""
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from pipeline import clip
 from pipeline.media.types import BadPicture
-
-
-@dataclass
-class Decoded:
-    """Some pictures as an encoder takes them; those that are none left out."""
-
-    there: list[int]
-    """Positions of those that are pictures."""
-    pictures: np.ndarray | None
-    """Of these, (n, S, S, 3) uint8, or (n, 3, H, W) float32 as open_clip prepares them; None if there are none."""
-    seconds: float
-    """What it took, where it was done."""
-
-
-class Elsewhere(Protocol):
-    """Decoders on other nodes; `at_once` portions keep them busy."""
-
-    at_once: int
-
-    def __call__(self, data: list[bytes], preprocessing: dict[str, Any]) -> Decoded | None:
-        """As `decoded` gives it; None if none of them can: whoever asked does it then."""
+from pipeline.stages.decoder_pool import Decoded
 
 
 def decoded(data: list[bytes], prepare: Callable[[bytes], np.ndarray]) -> Decoded:

@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from pipeline import records, storage
+from pipeline import storage
+from pipeline.stages import records
 
 LEAST = 200  # rows before a share of failures means anything
 

@@ -1,0 +1,81 @@
+"""Scratch folders. A later process removes those of a killed one."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pipeline import storage
+
+_ALIVE = ".alive"  # locked in a scratch folder as long as its process lives
+
+
+@contextlib.contextmanager
+def scratch_folder(name: str) -> Iterator[Path]:
+    """A folder of this attempt alone, removed afterwards; by a later process, if this one is killed."""
+    _sweep()
+    folder = Path(tempfile.mkdtemp(prefix=f"rdm-{name.replace('/', '-')}-"))
+    try:
+        with open(folder / _ALIVE, "w") as alive:
+            fcntl.flock(alive, fcntl.LOCK_EX)
+            yield folder
+    except OSError as error:
+        if storage.full(error) and error.filename is None:
+            error.filename = f"{folder}/"  # what is written to a file that is open does not tell where
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def shared_scratch(name: str, fill: Callable[[Path], None]) -> Path:
+    """A folder of scratch that the processes of this machine have in common, filled by the first of them.
+
+    It is there as long as one of them lives, and removed by a later process.
+    """
+    _sweep()
+    folder = Path(tempfile.gettempdir()) / f"rdm-{name.replace('/', '-')}-{os.getuid()}"
+    if folder in _shared:
+        return folder
+    while True:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        try:
+            alive = open(folder / _ALIVE, "a")  # noqa: SIM115 (held until the process ends)
+            fcntl.flock(alive, fcntl.LOCK_SH)
+            if os.fstat(alive.fileno()).st_ino == (folder / _ALIVE).stat().st_ino:
+                break
+        except FileNotFoundError:  # somebody was just removing it
+            continue
+    with open(folder / ".fill", "a") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        if not (folder / "filled").exists():
+            # What somebody left who died over it is no beginning.
+            for left in folder.iterdir():
+                if left.name not in {_ALIVE, ".fill"}:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            try:
+                fill(folder)
+            except BaseException:
+                alive.close()
+                raise
+            (folder / "filled").touch()
+    _shared[folder] = alive
+    return folder
+
+
+_shared: dict[Path, Any] = {}
+
+
+@cache
+def _sweep() -> None:
+    """Remove the scratch folders whose processes are gone: nobody holds their locks."""
+    for path in Path(tempfile.gettempdir()).glob(f"rdm-*/{_ALIVE}"):
+        with contextlib.suppress(OSError), open(path) as alive:
+            if time.time() - path.stat().st_mtime > 60:  # or it may not have got so far as to lock it
+                fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path.parent, ignore_errors=True)

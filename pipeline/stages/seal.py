@@ -1,0 +1,81 @@
+"""Collect the records of all items and write the manifest."""
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from pipeline import storage
+from pipeline.stages import records
+from pipeline.stages.manifest import code_revision
+from pipeline.stages.plan import item_ids, plan_fingerprint
+from pipeline.stages.records import content, totals
+from pipeline.stages.scratch import scratch_folder
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Item, StageFailed
+from pipeline.storage.hashing import describe_file, name_by_content
+
+_AT_ONCE = 5000  # records in memory as dicts
+
+
+def read_records(stage: Stage, ids: Sequence[str]) -> records.Collected:
+    """The records that are there of the items `ids`; those of another plan do not count."""
+    folder = storage.join(stage.folder, "records")
+    plan = plan_fingerprint(stage.folder)
+    packs = storage.join(stage.folder, "packs", plan[:12])
+    found = records.Collected(partial(_pack, packs))
+    names = storage.names(folder)
+    for name in storage.names(packs):
+        found.add_pack(storage.read_bytes(storage.join(packs, name)))
+    alone = {one for name in names if (one := name.removesuffix(".json")) not in found.ids}
+    missing = [one for one in ids if one in alone]
+    for first in range(0, len(missing), _AT_ONCE):
+        some = [storage.join(folder, f"{one}.json") for one in missing[first:first + _AT_ONCE]]
+        for record in storage.each(storage.read_json, some):
+            if record["plan"] == plan:
+                found.add(record)
+    return found
+
+
+def _pack(folder: str, data: bytes) -> None:
+    """Keep thousands of records in one file: to go on after a million is not to read a million files."""
+    storage.put_bytes(data, storage.join(folder, name_by_content("records.parquet", data)))
+
+
+def seal_stage(stage: Stage, items: Sequence[Item], done: Sequence[dict[str, Any]] | None = None,
+         retired: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """Write manifest.json from the records of all items; the folder is finished from then on."""
+    ids = item_ids(items)
+    if done is None:
+        done = read_records(stage, ids).in_order(ids)
+    if len(done) != len(ids):
+        missing = sorted(set(ids) - {record["id"] for record in done})
+        raise StageFailed(f"{stage.name}: {len(missing)} of {len(ids)} items have no record, the first is "
+                          f"{missing[0]}\nhint: run the same command again")
+    with scratch_folder(f"{stage.name}-seal") as scratch:
+        extra = stage.finish(done, scratch)
+        described = [describe_file(name, path) for name, path in sorted(extra.files.items())]
+        for name, path in sorted(extra.files.items()):
+            storage.put_file(path, storage.join(stage.folder, name))
+    plan = storage.read_json(storage.join(stage.folder, "plan.json"))
+    manifest = {key: plan[key] for key in ("format", "stage", "fingerprint", "section", "inputs")}
+    manifest |= {
+        "items": done, "files": described, "info": extra.info, "totals": totals(done),
+        "content": content(plan["fingerprint"], described, done),
+        "run": {"sealed": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "code": code_revision(),
+                "seconds": round(records.seconds(done), 3)},
+    }
+    if any(found := records.devices(done)):
+        manifest["run"]["devices"] = found
+    if retired:
+        manifest["run"]["retired"] = list(retired)
+    if halved := records.halved(done):
+        manifest["run"]["items_with_halved_batches"] = halved
+    listed = done
+    if len(done) > records.INLINE:
+        data = done.data if isinstance(done, records.Rows) else records.to_bytes([records.table(done)])
+        listed = records.reference(name_by_content("manifest.parquet", data), data, len(done))
+        storage.put_bytes(data, storage.join(stage.folder, listed["file"]["name"]))
+    storage.put_json(manifest | {"items": list(listed) if isinstance(listed, Sequence) else listed},
+                     storage.join(stage.folder, "manifest.json"))
+    return manifest

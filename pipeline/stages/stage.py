@@ -1,0 +1,116 @@
+"""The base class of all stages, and the fingerprint of a stage."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pipeline import storage
+from pipeline.hardware import devices
+from pipeline.stages import progress
+from pipeline.stages.decoder_pool import DecoderPool
+from pipeline.stages.types import Item, Output, StageFailed
+from pipeline.storage.hashing import digest
+
+FORMAT = 2
+
+
+class Stage(ABC):
+    """A step from sealed folders to another; holds its settings and where it writes, nothing else.
+
+    Subclasses add `plan`, `process` and, where needed, `setup` (once per worker) and `finish`
+    (once, on the driver, when every record is there).
+    """
+
+    name: ClassVar[str]
+    workers_need_gpu: ClassVar[bool] = False
+    most_gpus: ClassVar[int] = 1  # that one worker can use
+    shares_gpus: ClassVar[bool] = True  # whether two workers may have parts of one GPU
+    precision = ""  # of its tensors, for records; known once a worker is set up
+    device = ""  # for records, if the work was done by other processes
+    by_choice: ClassVar[frozenset[str]] = frozenset()  # reasons that settings ask for: no failures
+    decodes: ClassVar[bool] = False  # whether others can decode pictures for it
+    decode: "DecoderPool | None" = None  # they, in a worker that somebody lends them to
+
+    def __init__(self, root: str, folder: str, config: Any) -> None:
+        self.root = storage.normal(root)
+        self.path = folder
+        self.folder = storage.join(self.root, folder)
+        self.config = config
+        self.heard: Callable[[], None] | None = None  # called at each word of a worker in this process
+        self.beat = progress.Beat(self.folder, "")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"heard": None}
+
+    @property
+    def command(self) -> str:
+        """The command line that would finish this stage, for hints."""
+        return f"python -m jobs {self.name}"
+
+    @property
+    def elsewhere(self) -> str:
+        """How to keep what is there and still get what is wanted, for hints."""
+        return "write to another version (name@v2)"
+
+    def section(self) -> dict[str, Any]:
+        """The settings that the result depends on, as JSON."""
+        assert is_dataclass(self.config)
+        return json.loads(json.dumps(asdict(self.config)))
+
+    def inputs(self) -> dict[str, dict[str, Any]]:
+        """What the stage reads: name -> {"path": stage folder below the root or "", "digest": ...}."""
+        return {}
+
+    @abstractmethod
+    def plan(self) -> Iterable[Item]:
+        """The items, the same for the same inputs; runs on the driver and writes nothing.
+
+        They are taken one by one, so a long list of files that they carry need not be in memory at once.
+        """
+
+    def rows(self, item: Item) -> int:
+        """How many rows an item is about, 0 where that is not known; for progress."""
+        return int(item.inputs.get("count", 0))
+
+    def again(self, items: Sequence[Item], done: Sequence[dict[str, Any]]) -> Iterable[Item]:
+        """More items, for another try at the rows that failed in the `done` records of `items`."""
+        raise ValueError(f"{self.name} cannot try failed rows again")
+
+    def setup(self) -> None:  # noqa: B027 (most stages load nothing)
+        """Load what every item needs, once per worker."""
+
+    @abstractmethod
+    def process(self, item: Item, scratch: Path) -> Output:
+        """Make the files of one item below the folder `scratch`."""
+
+    def check_device(self) -> None:
+        """DeviceUnavailable if this process reserved a GPU for the stage and cannot use it."""
+        if self.workers_need_gpu:
+            devices.choose()
+
+    def together(self, gpu: bool | None = None) -> int:
+        """How many items a worker takes at once, where that saves it work; `gpu`: workers have one, None: look here."""
+        return 1
+
+    def process_together(self, work: Sequence[tuple[Item, Path]]) -> Iterator[Output | Exception]:
+        """`process` for each of several items with its folder, in order; what it raises comes in its place."""
+        for item, scratch in work:
+            try:
+                output: Output | Exception = self.process(item, scratch)
+            except StageFailed:  # the driver's own, heard in the middle of an item
+                raise
+            except Exception as error:
+                output = error
+            yield output
+
+    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+        """Files and facts that need all items, for the manifest."""
+        return Output()
+
+
+def fingerprint(stage: Stage, inputs: dict[str, dict[str, Any]] | None = None) -> str:
+    """Hash of format version, stage name, settings and inputs: who may write into a folder."""
+    return digest([FORMAT, stage.name, stage.section(), inputs if inputs is not None else stage.inputs()])

@@ -1,0 +1,79 @@
+"""What passes between a stage, its workers and its driver."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Item:
+    """One unit of work: an id and the names of its inputs, never data."""
+
+    id: str
+    inputs: dict[str, Any] = field(default_factory=dict)
+    carries: tuple[tuple[str, bytes], ...] = field(default=(), compare=False)
+    """Small files that go beside the plan before the item is planned, as (name, bytes); not kept in it."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the ledger: what was wrong with the sample `key`, and whether it was kept all the same."""
+
+    key: str
+    reason: str
+    detail: str = ""
+    kept: bool = False
+
+
+@dataclass
+class Output:
+    """What `process` made: local files under their names in the stage folder, and counts."""
+
+    samples: int = 0
+    files: dict[str, Path] = field(default_factory=dict)
+    ledger: list[Entry] = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=dict)
+    aside: dict[str, bytes] = field(default_factory=dict)
+    """Files that differ from run to run (times): put in place, and not part of the content."""
+    mended: dict[str, int] = field(default_factory=dict)
+    """What was skipped by earlier tries at the same rows: this one counts in their place."""
+    counted: tuple[dict[str, int], dict[str, int]] | None = None
+    """(skipped, noted) of a ledger that is among the files already."""
+    times: dict[str, Any] = field(default_factory=dict)
+    """Seconds by what they were spent with, and what else is known of the run and not part of the content."""
+    elsewhere: list[dict[str, Any]] = field(default_factory=list)
+    """Files described (name, bytes, sha256) that lie where they are; their names are whole addresses."""
+
+
+@dataclass
+class Outcome:
+    """What became of one item: its record, or the error of its last try."""
+
+    item: Item
+    record: dict[str, Any] | None = None
+    error: str = ""
+    trace: str = ""
+    full: bool = False
+    """Whether a disk was full: no other item will fare better."""
+
+
+@dataclass(frozen=True)
+class Retired:
+    """A worker that its runner gave up, and why; part of progress.json and of a manifest's `run`."""
+
+    host: str
+    node: str
+    """The cluster's id of the node."""
+    card: str
+    """Name, UUID and CUDA_VISIBLE_DEVICES of its GPU; empty without one."""
+    reason: str
+    items: int
+    """How many items failed on it."""
+    replaced: bool
+    """Whether a new worker may start in its place."""
+    time: float
+    """Unix time."""
+
+
+class StageFailed(RuntimeError):
+    """Some items failed for good; the rest is done and recorded, the stage is not sealed."""

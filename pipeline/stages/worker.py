@@ -1,0 +1,168 @@
+"""Process and commit one item, or several together."""
+
+import contextlib
+import json
+import logging
+import platform
+import resource
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline import storage
+from pipeline.hardware import devices
+from pipeline.stages import progress
+from pipeline.stages.plan import plan_fingerprint
+from pipeline.stages.scratch import scratch_folder
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Entry, Item, Output, StageFailed
+from pipeline.storage.hashing import describe_file
+
+_log = logging.getLogger(__name__)
+
+current_item: ContextVar[tuple[str, str, str] | None] = ContextVar("in_hand", default=None)
+"""(folder below the root, stage, item) that is worked on here, for the log."""
+
+
+def process_and_commit(stage: Stage, item: Item) -> dict[str, Any]:
+    """Process and commit one item, and return its record; runs in whichever process is told to.
+
+    Idempotent: a late twin of a worker thought dead finds the record and steps back.
+    """
+    return process_item(stage, item)()
+
+
+def process_item(stage: Stage, item: Item) -> Callable[[], dict[str, Any]]:
+    """Process one item; what commits it and returns its record, to be called once, in any thread."""
+    address = storage.join(stage.folder, "records", f"{item.id}.json")
+    plan = plan_fingerprint(stage.folder)
+    if found := _record(address, plan):
+        return lambda: found
+    started = time.time()
+    stage.beat = progress.Beat(stage.folder, item.id, stage.heard, again="round" in item.inputs)
+    with _holding(stage, item), contextlib.ExitStack() as stack:
+        stack.callback(stage.beat.done)
+        scratch = stack.enter_context(scratch_folder(f"{stage.name}-{item.id}"))
+        output = stage.process(item, scratch)
+        held = stack.pop_all()
+
+    def commit() -> dict[str, Any]:
+        with _holding(stage, item), held:
+            record = _commit(stage, item, output, scratch, plan, started)
+            _tell(stage, item, record)
+            return record
+
+    return commit
+
+
+def work_together(stage: Stage, items: Sequence[Item]) -> Iterator[tuple[Item, dict[str, Any] | Exception | None]]:
+    """Process several items together and commit them one by one.
+
+    A failed item comes with its exception, or with None if another item's exception ended them all: try it alone.
+    """
+    plan = plan_fingerprint(stage.folder)
+    there = {item.id: _record(storage.join(stage.folder, "records", f"{item.id}.json"), plan) for item in items}
+    yield from ((item, there[item.id]) for item in items if there[item.id])
+    new = [item for item in items if not there[item.id]]
+    with contextlib.ExitStack() as stack:
+        work = [(item, stack.enter_context(scratch_folder(f"{stage.name}-{item.id}"))) for item in new]
+        outputs = stack.enter_context(contextlib.closing(stage.process_together(work)))
+        for item, scratch in work:
+            started, stage.beat = time.time(), progress.Beat(stage.folder, item.id, stage.heard)
+            record: dict[str, Any] | Exception | None = None
+            try:
+                output = next(outputs, None)  # none is left where one error ended all of them
+                if isinstance(output, Exception):
+                    raise output
+                if output:
+                    with _holding(stage, item):
+                        record = committed = _commit(stage, item, output, scratch, plan, started)
+                        _tell(stage, item, committed)
+            except StageFailed:  # the driver's own, heard in the middle of an item
+                raise
+            except Exception as error:
+                record = error
+                _log.warning("%s: %s failed among others and is tried alone: %s", stage.name, item.id,
+                             error_sentence(error))
+            finally:
+                stage.beat.done()
+            yield item, record
+
+
+@contextlib.contextmanager
+def _holding(stage: Stage, item: Item) -> Iterator[None]:
+    token = current_item.set((stage.path, stage.name, item.id))
+    try:
+        yield
+    finally:
+        current_item.reset(token)
+
+
+def _tell(stage: Stage, item: Item, record: dict[str, Any]) -> None:
+    _log.debug("%s: item %s is recorded: %d samples", stage.name, item.id, record["samples"], extra={"fields": {
+        "samples": record["samples"], "skipped": record["skipped"], "seconds": record["run"]["seconds"]}})
+
+
+def _commit(stage: Stage, item: Item, output: Output, scratch: Path, plan: str, started: float) -> dict[str, Any]:
+    address = storage.join(stage.folder, "records", f"{item.id}.json")
+    if output.ledger:
+        ledger = scratch / "ledger.jsonl"
+        ledger.write_text("".join(json.dumps(asdict(entry), sort_keys=True) + "\n" for entry in output.ledger))
+        output.files[f"ledger/{item.id}.jsonl"] = ledger
+    described = sorted([*(describe_file(name, path) for name, path in output.files.items()), *output.elsewhere],
+                       key=lambda file: file["name"])
+    skipped, noted = output.counted or (_count(entry for entry in output.ledger if not entry.kept),
+                                        _count(entry for entry in output.ledger if entry.kept))
+    if output.mended:
+        net = Counter(skipped)
+        net.subtract(output.mended)
+        skipped = {reason: count for reason, count in sorted(net.items()) if count}
+    record = {
+        "id": item.id, "plan": plan, "samples": output.samples, "files": described,
+        "skipped": skipped, "noted": noted,
+        "info": output.info,
+    }
+    if found := _record(address, plan):
+        return found
+    for name, path in sorted(output.files.items()):
+        storage.put_file(path, storage.join(stage.folder, name), give=path.is_relative_to(scratch))
+    for name, data in sorted(output.aside.items()):
+        storage.put_bytes(data, storage.join(stage.folder, name))
+    # Of the process since its start, which may have done other items: what a machine must have for it.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    record["run"] = {"seconds": round(time.time() - started, 3), "host": platform.node(), "peak_mb": round(peak),
+                     "device": stage.device or devices.describe(stage.precision)}
+    if output.times:
+        record["run"]["times"] = {name: round(value, 3) if isinstance(value, float) else value
+                                  for name, value in sorted(output.times.items())}
+    if not storage.create_bytes(storage.json_bytes(record), address):
+        if found := _record(address, plan):
+            return found
+        storage.put_json(record, address)  # of a plan that a rebuild has replaced
+    return record
+
+
+def _record(address: str, plan: str) -> dict[str, Any] | None:
+    """The record at `address` if it is one of this plan."""
+    try:
+        record = storage.read_json(address)
+    except FileNotFoundError:
+        return None
+    return record if record["plan"] == plan else None
+
+
+def error_sentence(error: BaseException) -> str:
+    """What is told of the error of an item."""
+    if full := storage.full(error):
+        return full
+    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    explained = devices.explain(error)
+    return text if "hint:" in text or not explained else f"{text.splitlines()[0]}\n{explained}"
+
+
+def _count(entries: Iterable[Entry]) -> dict[str, int]:
+    return dict(sorted(Counter(entry.reason for entry in entries).items()))
