@@ -700,7 +700,7 @@ def test_a_session_leaves_nothing_behind(site, certificate):
     script = """
         import asyncio, gc, sys
         from pipeline.download import DownloadConfig, Downloader
-        from pipeline.images import BadPicture
+        from pipeline.media.types import BadPicture
         async def main(url):
             config = DownloadConfig(allow_hosts=("127.0.0.1",), max_bytes=4_000_000, retries=0, read_timeout=0.5)
             async with Downloader(config) as downloader:

@@ -262,13 +262,13 @@ def test_filtered_rows_are_counted_in_the_manifest(tmp_path, site):
 MEASURE = """
 import sys
 from pathlib import Path
-from pipeline import stage
 from pipeline.dataset import Dataset
 from pipeline.shard import Shard, ShardConfig
+from pipeline.stages.plan import prepare
 
 for name, where in (("few.parquet", "score >= 50"), ("many.parquet", "score >= 50"), ("few.csv", ""), ("many.csv", "")):
     config = ShardConfig(source=f"{sys.argv[1]}/{name}", where=where)
-    items = stage.prepare(Shard(Dataset.parse(f"{sys.argv[1]}/{name} planned", "x"), config))
+    items = prepare(Shard(Dataset.parse(f"{sys.argv[1]}/{name} planned", "x"), config))
     # Not getrusage, which counts in what the process was before it became this one.
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     print(len(items), int(peak.split()[1]) // 1024)
