@@ -12,7 +12,7 @@ from model.config import TrainConfig
 from pipeline.embed import EmbedConfig
 from pipeline.index import IndexConfig
 from pipeline.neighbors import NeighborsConfig
-from pipeline.shard import ShardConfig
+from pipeline.sources.config import ShardConfig
 
 Flat = tyro.conf.OmitArgPrefixes
 

@@ -17,7 +17,7 @@ from pipeline.embed import Embed
 from pipeline.index import Index
 from pipeline.neighbors import Neighbors
 from pipeline.pictures import Pictures
-from pipeline.shard import Shard
+from pipeline.shards.shard import Shard
 from pipeline.stages.driver import Runner
 from pipeline.stages.plan import prepare
 from pipeline.stages.stage import Stage

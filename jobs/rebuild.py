@@ -17,7 +17,7 @@ from pipeline.extension import Drifted, Extension
 from pipeline.gates import Gate, GatesConfig
 from pipeline.index import Index, IndexConfig
 from pipeline.published import Pointer
-from pipeline.shard import ShardConfig
+from pipeline.sources.config import ShardConfig
 from pipeline.stages.plan import clear_folder
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import StageFailed

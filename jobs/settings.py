@@ -15,7 +15,7 @@ from pipeline.embed import EmbedConfig
 from pipeline.index import IndexConfig
 from pipeline.neighbors import NeighborsConfig
 from pipeline.pictures import PicturesConfig
-from pipeline.shard import ShardConfig
+from pipeline.sources.config import ShardConfig
 
 
 @dataclass(frozen=True)

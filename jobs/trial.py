@@ -29,7 +29,7 @@ from pipeline.dataset import Dataset
 from pipeline.embed import Embed
 from pipeline.index import Index, IndexConfig
 from pipeline.neighbors import Neighbors, NeighborsConfig
-from pipeline.shard import Shard
+from pipeline.shards.shard import Shard
 from pipeline.stages.stage import Stage
 
 Run = Callable[[Stage], dict[str, Any]]

@@ -29,7 +29,7 @@ from pipeline.extension import Extension
 from pipeline.hardware import devices
 from pipeline.index import Index, check_autofaiss
 from pipeline.neighbors import Neighbors
-from pipeline.shard import Shard
+from pipeline.shards.shard import Shard
 from pipeline.stages.driver import Runner, run_stage
 from pipeline.stages.manifest import read_manifest
 from pipeline.stages.plan import check_and_clear, prepare

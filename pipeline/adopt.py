@@ -19,8 +19,9 @@ from pipeline import samples, storage
 from pipeline.dataset import Dataset
 from pipeline.media import tars
 from pipeline.media.foreign_tars import Suspicions, examine
-from pipeline.shard import ShardConfig
-from pipeline.sources import addresses_of, cells_of, sound
+from pipeline.sources.config import ShardConfig
+from pipeline.sources.rows import cells_of, sound
+from pipeline.sources.source import addresses_of
 from pipeline.sources.tars import STEP, caption_of, local, metadata_of, types_of
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Entry, Item, Output

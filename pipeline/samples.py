@@ -32,12 +32,12 @@ from pipeline.media.decode import decode
 from pipeline.media.hashes import perceptual_hash, pixel_hash
 from pipeline.media.resize import encode, patches, resize
 from pipeline.media.types import BadPicture, Pixels, size_of
-from pipeline.sources import Row
+from pipeline.sources.rows import Row
 from pipeline.stages.progress import Beat
 from pipeline.stages.types import Entry
 
 if TYPE_CHECKING:
-    from pipeline.shard import ShardConfig
+    from pipeline.sources.config import ShardConfig
 
 # img2dataset's, and `source_row`: the place of the row in the source.
 COLUMNS = {"caption": pa.string(), "url": pa.string(), "key": pa.string(), "status": pa.string(),
@@ -222,7 +222,7 @@ class Packing:
             # More than threads, so that none waits for its next rows until the loop has put the last ones away.
             lanes, fetch = 2 * threads, None
             if read is None:
-                from pipeline.download import Downloader
+                from pipeline.sources.downloader import Downloader
                 downloader = await stack.enter_async_context(Downloader(self.config.download))
                 lanes, threads = self.config.download.connections, threads + 1
                 fetch = partial(_downloaded, downloader)

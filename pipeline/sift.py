@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from pipeline import samples, storage
 from pipeline.dataset import Dataset, file_of
 from pipeline.media import duplicates, tars
-from pipeline.shard import Shard, ShardConfig
+from pipeline.shards.shard import Shard
+from pipeline.sources.config import ShardConfig
 from pipeline.stages.manifest import read_manifest
 from pipeline.stages.plan import check_and_clear, clear_folder
 from pipeline.stages.types import Entry, Item, Output

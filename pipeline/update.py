@@ -27,14 +27,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import samples, sources, storage, tombstones
+from pipeline import samples, storage, tombstones
 from pipeline.dataset import Dataset, file_of
 from pipeline.embed import Embed, EmbedCaptions, EmbedConfig
 from pipeline.forgotten import Forgotten
 from pipeline.media import tars
 from pipeline.media.types import BadPicture
-from pipeline.shard import Shard, ShardConfig
-from pipeline.sources import Reading, Row, Source, listed, listed_rows
+from pipeline.shards.shard import Shard
+from pipeline.sources.config import ShardConfig
+from pipeline.sources.detect import open_source
+from pipeline.sources.rows import Reading, Row, read_rows, write_rows
+from pipeline.sources.source import Source
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Entry, Item, Output
 from pipeline.storage import name_by_content, parquet
@@ -77,7 +80,7 @@ class Sought:
     """The rows of a source as they are now."""
 
     def __init__(self, config: ShardConfig, forgotten: Forgotten) -> None:
-        source = sources.of(config)
+        source = open_source(config)
         if source.fetch == "none":
             raise ValueError(f"{', '.join(config.source)} holds the pictures themselves: what changed in it cannot be "
                              f"told\nhint: rebuild takes a folder of pictures, or lists of addresses")
@@ -209,12 +212,12 @@ class Compare(Stage):
     def plan(self) -> Iterator[Item]:
         assert self.sought
         for number, some in enumerate(_some(self.numbers, _READ_AT_ONCE)):
-            part = listed((self.sought.rows[one] for one in some), number, len(some))
+            part = write_rows((self.sought.rows[one] for one in some), number, len(some))
             yield Item(f"{number:06d}", part.inputs, part.carries)
 
     def process(self, item: Item, scratch: Path) -> Output:
         with ThreadPoolExecutor(_READERS) as pool:
-            found = list(pool.map(self._hash, listed_rows(self.folder, item.inputs)))
+            found = list(pool.map(self._hash, read_rows(self.folder, item.inputs)))
         out = scratch / "hashes.json"
         out.write_bytes(storage.json_bytes(found))
         return Output(len(found), {f"{item.id}.json": out})
@@ -282,7 +285,7 @@ class Update(Shard):
         carried = ((name_by_content("rows/types.json", data), data),) if types else ()
         more = {"types": carried[0][0]} if types else {}
         for number, some in enumerate(_some(change.fresh, self.config.rows_per_shard)):
-            part = listed(some, next_ + number, len(some))
+            part = write_rows(some, next_ + number, len(some))
             yield Item(f"{next_ + number:06d}", part.inputs | more, (*part.carries, *carried))
             carried = ()
 
@@ -334,7 +337,7 @@ class Update(Shard):
                             "of": file_of(record, ".tar")["sha256"]})
 
     def _rows(self, inputs: dict[str, Any], scratch: Path, reading: Reading) -> Iterator[Row]:
-        return listed_rows(self.folder, inputs)
+        return read_rows(self.folder, inputs)
 
     def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         output = super().finish(records, scratch)

@@ -17,11 +17,13 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.media.types import SUFFIXES, BadPicture
-from pipeline.sources import CAPTION_COLUMNS, Part, Reading, Row, Source, Types, cells_of, listed, listed_rows, text
+from pipeline.sources.column_types import Types
+from pipeline.sources.rows import CAPTION_COLUMNS, Part, Reading, Row, cells_of, read_rows, text, write_rows
+from pipeline.sources.source import Source
 from pipeline.storage import parquet
 
 if TYPE_CHECKING:
-    from pipeline.shard import ShardConfig
+    from pipeline.sources.config import ShardConfig
 
 FILE_COLUMNS = ("file", "file_name", "filename", "image", "image_path", "path")
 CAPTION_FILES = ("captions.parquet", "captions.csv", "captions.jsonl")
@@ -66,10 +68,10 @@ class Folder(Source):
             part = list(itertools.islice(rows, self.config.rows_per_shard))
             if not part:
                 return
-            yield listed(part, number, len(part))
+            yield write_rows(part, number, len(part))
 
     def rows(self, stage_folder: str, inputs: dict[str, Any], scratch: Path, reading: Reading) -> Iterator[Row]:
-        return listed_rows(stage_folder, inputs)
+        return read_rows(stage_folder, inputs)
 
     def read(self, row: Row) -> bytes:
         """The bytes of a row's picture; BadPicture if it is gone."""

@@ -26,24 +26,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.sources import (
-    CAPTION_COLUMNS,
-    Part,
-    Reading,
-    Row,
-    Source,
-    Types,
-    cells_of,
-    listed,
-    listed_rows,
-    sound,
-    text,
-    where_of,
-)
+from pipeline.sources.column_types import Types
+from pipeline.sources.rows import CAPTION_COLUMNS, Part, Reading, Row, cells_of, read_rows, sound, text, write_rows
+from pipeline.sources.source import Source, where_of
 from pipeline.storage import name_by_content
 
 if TYPE_CHECKING:
-    from pipeline.shard import ShardConfig
+    from pipeline.sources.config import ShardConfig
 
 URL_COLUMNS = ("url", "URL", "image_url", "img_url")
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "image_bytes", "bytes")
@@ -102,7 +91,7 @@ class Lists(Source):
 
     def rows(self, stage_folder: str, inputs: dict[str, Any], scratch: Path, reading: Reading) -> Iterator[Row]:
         if self.texts:
-            yield from listed_rows(stage_folder, inputs)
+            yield from read_rows(stage_folder, inputs)
             return
         only = (set(json.loads(storage.read_bytes(storage.join(stage_folder, inputs["only"]))))
                 if "only" in inputs else None)
@@ -275,12 +264,12 @@ class Lists(Source):
                         filtered += 1
                     else:
                         if len(chosen) == need:
-                            yield listed(chosen, number, need, {"filtered": filtered})
+                            yield write_rows(chosen, number, need, {"filtered": filtered})
                             chosen, number, filtered = [], number + 1, 0
                         chosen.append(self._row(position, cells))
                     position += 1
         if chosen:
-            yield listed(chosen, number, len(chosen), {"filtered": filtered})
+            yield write_rows(chosen, number, len(chosen), {"filtered": filtered})
         elif position:
             raise ValueError(f"not one of {position} rows passes the filter {self.config.where}")
 

@@ -16,10 +16,12 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.media import tars
 from pipeline.media.foreign_tars import Suspicions, examine
-from pipeline.sources import CAPTION_COLUMNS, Part, Reading, Row, Source, Types, cells_of, text, where_of
+from pipeline.sources.column_types import Types
+from pipeline.sources.rows import CAPTION_COLUMNS, Part, Reading, Row, cells_of, text
+from pipeline.sources.source import Source, where_of
 
 if TYPE_CHECKING:
-    from pipeline.shard import ShardConfig
+    from pipeline.sources.config import ShardConfig
 
 _BATCH = 64
 # Of how many samples a tar has at most: rows of tar 3 are numbered from 3,000,000,000 on, and no driver need count.

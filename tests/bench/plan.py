@@ -48,7 +48,8 @@ from pipeline.embed import Embed, EmbedConfig
 from pipeline.index import Index, IndexConfig, choice
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.pictures import Pictures, PicturesConfig
-from pipeline.shard import Shard, ShardConfig
+from pipeline.shards.shard import Shard
+from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage
 
 _ROWS, _DIM, _KEY, _SEARCHED = 160_000, 512, "IVF4096_HNSW32,PQ128x8", "IVF512,SQ8"

@@ -32,7 +32,8 @@ import pyarrow.parquet as pq
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a checkout that was not installed
 from pipeline import storage
 from pipeline.dataset import Dataset
-from pipeline.shard import Shard, ShardConfig
+from pipeline.shards.shard import Shard
+from pipeline.sources.config import ShardConfig
 from pipeline.stages import records
 from pipeline.stages.driver import Runner, run_in_process, run_stage
 from pipeline.stages.manifest import read_manifest

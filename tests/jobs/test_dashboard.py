@@ -22,7 +22,8 @@ from pipeline.dataset import Dataset
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.index import Index, IndexConfig
 from pipeline.neighbors import Neighbors, NeighborsConfig
-from pipeline.shard import Shard, ShardConfig
+from pipeline.shards.shard import Shard
+from pipeline.sources.config import ShardConfig
 from pipeline.stages import progress
 from pipeline.stages.driver import run_in_process
 from tests.jobs import prometheus

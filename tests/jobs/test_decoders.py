@@ -22,7 +22,8 @@ from pipeline.dataset import Dataset
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.embeddings import decode_batch
 from pipeline.hardware import devices
-from pipeline.shard import Shard, ShardConfig
+from pipeline.shards.shard import Shard
+from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import without_run_facts
 from pipeline.stages.types import Item, Output

@@ -19,7 +19,8 @@ from jobs.settings import ClusterConfig
 from pipeline import storage
 from pipeline.dataset import Dataset
 from pipeline.embed import Embed, EmbedConfig
-from pipeline.shard import Shard, ShardConfig
+from pipeline.shards.shard import Shard
+from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_in_process, run_stage
 from pipeline.stages.manifest import read_manifest, without_run_facts
 from pipeline.stages.stage import Stage

@@ -24,11 +24,10 @@ from jobs.runs import Run
 from jobs.versions import GcConfig
 from pipeline import published, storage, tombstones, update
 from pipeline.dataset import Dataset, Embeddings, metadata
-from pipeline.download import DownloadConfig
 from pipeline.embed import EmbedConfig, encoder_of
 from pipeline.gates import GatesConfig
 from pipeline.index import IndexConfig, Searcher
-from pipeline.shard import ShardConfig
+from pipeline.sources.config import DownloadConfig, ShardConfig
 from pipeline.stages import records
 from pipeline.stages.driver import run_stage
 from pipeline.storage import files

@@ -32,7 +32,8 @@ def built(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Dataset:
     from pipeline.embed import Embed, EmbedConfig
     from pipeline.index import Index, IndexConfig
     from pipeline.neighbors import Neighbors, NeighborsConfig
-    from pipeline.shard import Shard, ShardConfig
+    from pipeline.shards.shard import Shard
+    from pipeline.sources.config import ShardConfig
     dataset = Dataset.parse(str(tmp_path_factory.mktemp("root")), "drawn")
     for one in (
         Shard(dataset, ShardConfig(source=str(pictures), samples_per_shard=30, image_size=32, format="png")),

@@ -16,12 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
 
-from pipeline import shard, sift, storage, verify
+from pipeline import sift, storage, verify
 from pipeline.dataset import Dataset, file_of
-from pipeline.download import DownloadConfig
 from pipeline.media import tars
-from pipeline.shard import Shard, ShardConfig
+from pipeline.shards import shard
+from pipeline.shards.shard import Shard
 from pipeline.sift import Sift
+from pipeline.sources.config import DownloadConfig, ShardConfig
 from pipeline.stages import progress
 from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import without_run_facts
@@ -211,8 +212,8 @@ def test_passwords_in_addresses_appear_nowhere(tmp_path, site, kind):
 # Order.
 
 def test_whatever_order_downloads_end_in_the_tars_are_those_of_a_folder(tmp_path, site, monkeypatch):
-    from pipeline import download
-    monkeypatch.setattr(download, "_FIRST_WAIT", 0.05)
+    from pipeline.sources import downloader
+    monkeypatch.setattr(downloader, "_FIRST_WAIT", 0.05)
     folder = tmp_path / "source"
     folder.mkdir()
     for name, data in PICTURES.items():

@@ -15,7 +15,8 @@ from pipeline.adopt import Adopt
 from pipeline.dataset import Dataset, Embeddings, file_of, metadata
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.media import tars
-from pipeline.shard import Shard, ShardConfig
+from pipeline.shards.shard import Shard
+from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage
 from pipeline.stages.types import StageFailed
 from tests.pipeline import made

@@ -13,7 +13,8 @@ from pipeline.dataset import Dataset, Embeddings, file_of
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.media import tars
 from pipeline.neighbors import Neighbors, NeighborsConfig
-from pipeline.shard import Shard, ShardConfig
+from pipeline.shards.shard import Shard
+from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage
 from pipeline.storage import cache
 from tests.pipeline import made

@@ -12,7 +12,8 @@ from pipeline import storage, verify
 from pipeline.dataset import Dataset, Embeddings, metadata
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.exchange import AdoptEmbeddings
-from pipeline.shard import Shard, ShardConfig
+from pipeline.shards.shard import Shard
+from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage
 from pipeline.stages.plan import clear_folder
 from pipeline.stages.types import StageFailed

@@ -22,9 +22,10 @@ from urllib.parse import quote_from_bytes
 
 import pytest
 
-from pipeline import download
-from pipeline.download import DownloadConfig, Downloader
 from pipeline.media.types import BadPicture
+from pipeline.sources import downloader, resolver
+from pipeline.sources.config import DownloadConfig
+from pipeline.sources.downloader import Downloader
 from tests.pipeline import web
 
 FILES = {"a.jpg": bytes(range(256)) * 1200, "large.jpg": os.urandom(5 << 20), "empty.jpg": b"",
@@ -41,7 +42,7 @@ def site() -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Short pauses; and whatever a server does, asyncio and aiohttp have nothing to complain about."""
-    monkeypatch.setattr(download, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(downloader, "_FIRST_WAIT", 0.01)
     caplog.set_level(logging.WARNING)
     yield
     assert not caplog.records
@@ -392,7 +393,7 @@ def test_retry_after(site):
 
 @pytest.mark.parametrize("text", ["", "x", "Wed, 99 Oct 2015", "1e9", "٣", "Wed, 21 Oct 99999 07:28:00 GMT", "\udcff"])
 def test_a_retry_after_that_says_nothing(text):
-    assert download._retry_after(text) == 0
+    assert downloader._retry_after(text) == 0
 
 
 def test_sizes(site):
@@ -509,7 +510,7 @@ def test_the_address_that_was_checked_is_connected_to(site, names, connected):
 
 
 def test_a_name_that_turns_private_is_refused_when_it_is_looked_up_again(site, names, connected, monkeypatch):
-    monkeypatch.setattr(download, "_DNS_SECONDS", -1.0)
+    monkeypatch.setattr(resolver, "_DNS_SECONDS", -1.0)
     names.answers["rebound.test"] = [["8.8.8.8"], ["127.0.0.1"]]
     assert reason("http://rebound.test/", allow_hosts=(), retries=2) == "forbidden_address"
     assert connected == ["8.8.8.8"]
@@ -699,7 +700,8 @@ def test_a_session_leaves_nothing_behind(site, certificate):
     """Every loop of its own, over TLS and not, whatever was left unread; warnings are errors here."""
     script = """
         import asyncio, gc, sys
-        from pipeline.download import DownloadConfig, Downloader
+        from pipeline.sources.config import DownloadConfig
+        from pipeline.sources.downloader import Downloader
         from pipeline.media.types import BadPicture
         async def main(url):
             config = DownloadConfig(allow_hosts=("127.0.0.1",), max_bytes=4_000_000, retries=0, read_timeout=0.5)
@@ -732,7 +734,8 @@ def test_a_server_that_says_no_farewell_is_left_without_one(certificate):
         began = time.monotonic()
         assert run("""
             import asyncio, sys
-            from pipeline.download import DownloadConfig, Downloader
+            from pipeline.sources.config import DownloadConfig
+            from pipeline.sources.downloader import Downloader
             async def main():
                 async with Downloader(DownloadConfig(allow_hosts=("127.0.0.1",), retries=0, timeout=0.5)) as downloader:
                     try:

@@ -7,7 +7,8 @@ from PIL import Image
 from pipeline import verify
 from pipeline.dataset import Dataset
 from pipeline.pictures import Pictures, PicturesConfig
-from pipeline.shard import Shard, ShardConfig
+from pipeline.shards.shard import Shard
+from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import without_run_facts
 

@@ -10,7 +10,8 @@ import pytest
 from pipeline import storage, verify
 from pipeline.dataset import Dataset, Embeddings
 from pipeline.embed import Embed, EmbedConfig
-from pipeline.shard import Shard, ShardConfig
+from pipeline.shards.shard import Shard
+from pipeline.sources.config import ShardConfig
 from pipeline.stages import records
 from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import without_run_facts

@@ -20,7 +20,8 @@ from pipeline import storage, verify
 from pipeline.dataset import Dataset, metadata
 from pipeline.media import tars
 from pipeline.samples import Spool
-from pipeline.shard import Shard, ShardConfig
+from pipeline.shards.shard import Shard
+from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import without_run_facts
 from pipeline.stages.plan import prepare

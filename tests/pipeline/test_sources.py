@@ -19,13 +19,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import sources, storage, verify
+from pipeline import storage, verify
 from pipeline.dataset import Dataset
-from pipeline.download import DownloadConfig
 from pipeline.media import resize, tars
 from pipeline.media.foreign_tars import Suspicions, examine
-from pipeline.shard import Shard, ShardConfig
-from pipeline.sources import Reading
+from pipeline.shards.shard import Shard
+from pipeline.sources.config import DownloadConfig, ShardConfig
+from pipeline.sources.detect import open_source
+from pipeline.sources.rows import Reading
 from pipeline.stages.driver import run_stage
 from pipeline.stages.types import StageFailed
 from tests.pipeline import made, web
@@ -179,7 +180,7 @@ def test_sources_that_are_no_source_are_refused(tmp_path, site):
 
 
 def of(path, **options):
-    return sources.of(ShardConfig(source=str(path), **options))
+    return open_source(ShardConfig(source=str(path), **options))
 
 
 def read_back(source, folder: Path) -> tuple[list[list[int]], list[int], list[int]]:
@@ -263,7 +264,8 @@ MEASURE = """
 import sys
 from pathlib import Path
 from pipeline.dataset import Dataset
-from pipeline.shard import Shard, ShardConfig
+from pipeline.shards.shard import Shard
+from pipeline.sources.config import ShardConfig
 from pipeline.stages.plan import prepare
 
 for name, where in (("few.parquet", "score >= 50"), ("many.parquet", "score >= 50"), ("few.csv", ""), ("many.csv", "")):

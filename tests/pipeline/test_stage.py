@@ -125,7 +125,8 @@ def test_killed_anywhere_and_run_again_is_the_same_folder(tmp_path):
 
 
 def test_sharding_killed_anywhere_and_run_again_is_the_same_folder(tmp_path):
-    from pipeline.shard import Shard, ShardConfig
+    from pipeline.shards.shard import Shard
+    from pipeline.sources.config import ShardConfig
     source = made.drawings(tmp_path / "pictures", subjects=2, size=8)
     (source / "broken.png").write_bytes(b"no picture")
 

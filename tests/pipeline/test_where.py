@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
-from pipeline.where import Where
+from pipeline.sources.where import Where
 
 TABLE = pa.table({
     "a": pa.array([1, 2, None, 4], pa.int32()), "f": pa.array([0.1, math.nan, None, 3.5], pa.float32()),

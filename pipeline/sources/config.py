@@ -1,0 +1,157 @@
+"""Settings of `shard`: the source, the filters, the images and the downloads."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipeline.media.types import NARROWEST, Format, Resize
+from pipeline.sources.urls import TOKEN, parse_allowed_host
+
+Kind = Literal["auto", "pictures", "list", "tars"]
+
+
+@dataclass(frozen=True)
+class DownloadConfig:
+    """How pictures are downloaded."""
+
+    connections: int = 256
+    """Connections in use at once, per worker; as many again may be kept open for the next request."""
+    connections_per_host: int = 0
+    """Of these to one host; 0: no limit."""
+    connect_timeout: float = 10.0
+    """Seconds to a connection, TLS included."""
+    read_timeout: float = 10.0
+    """Seconds between two pieces of an answer."""
+    timeout: float = 60.0
+    """Seconds for one whole attempt, redirects and body included; waiting for a free connection is not counted."""
+    retries: int = 2
+    """Attempts after the first one, where another may help."""
+    max_bytes: int = 50_000_000
+    """Larger bodies are refused; unpacked ones count."""
+    user_agent: str = "Mozilla/5.0 (compatible; retrieval-diffusion/0.1)"
+    """What servers are told about who asks."""
+    robots: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
+    """Directives of an X-Robots-Tag header that keep a picture out; none: the header is not looked at."""
+    robots_agent: str = ""
+    """Name by which an X-Robots-Tag may address this program alone ("mybot: noai")."""
+    allow_hosts: tuple[str, ...] = ()
+    """Hosts (name, address, or either with :port) that may lie at private addresses: one's own servers."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("connections", 1), ("connections_per_host", 0), ("retries", 0), ("max_bytes", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"download.{name} = {getattr(self, name)}: must be at least {least}")
+        for name in ("connect_timeout", "read_timeout", "timeout"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"download.{name} = {getattr(self, name)}: must be above 0")
+        if not self.user_agent.isascii() or not self.user_agent.isprintable():
+            raise ValueError(f"download.user_agent = {self.user_agent!r}: must be printable ASCII")
+        if self.robots_agent and not TOKEN.fullmatch(self.robots_agent):
+            raise ValueError(f"download.robots_agent = {self.robots_agent!r}: must be one word")
+        for host in self.allow_hosts:
+            parse_allowed_host(host)
+
+
+# Bytes a pixel that pictures take: img2dataset's table of a million of 256 x 256, and some for the metadata.
+_BYTES_A_PIXEL = {"jpg": 0.46, "webp": 0.36, "png": 1.5}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+@dataclass(frozen=True)
+class ShardConfig:
+    """What to shard, and how."""
+
+    source: tuple[str, ...] = ()
+    """Where the corpus is (local or s3://): a folder of pictures, lists of addresses (parquet, CSV, JSON lines),
+    parquet with pictures in it, or tars; folders, files, patterns (*, **, ?), several of them."""
+    kind: Kind = "auto"
+    """What the source is; auto: by the names of its files."""
+    captions: str = ""
+    """Captions of a folder: a parquet, CSV or JSONL file with a column file (relative to the source) and a
+    column caption; others are carried along. Default: captions.parquet, .csv or .jsonl in the source, or
+    a .txt beside each picture."""
+    only_captioned: bool = False
+    """Take only the pictures that the captions name, in their order; otherwise all, sorted by name."""
+    sources: str = ""
+    """JSON file on origin and licence of the pictures; its content is kept in the manifest."""
+    url_column: str = ""
+    """Column of a list with the addresses; default: url, URL, image_url."""
+    image_column: str = ""
+    """Column with pictures as bytes, or as struct with a field bytes; default: image and the like."""
+    caption_column: str = ""
+    """Column with the captions; default: caption, TEXT, text."""
+    hash_column: str = ""
+    """Column with the hash (md5, sha1, sha256, sha512) that the bytes must have; default: sha256 or md5 if there;
+    none: do not check."""
+    where: str = ""
+    """Take only rows of which this is true, as in "punsafe < 0.1 and AESTHETIC_SCORE > 5"."""
+    samples_per_shard: int = 1000
+    """Rows of the source in one tar."""
+    shard_size: str = ""
+    """Instead of samples_per_shard: about how large a tar shall be, as in 500M."""
+    image_size: int = 256
+    """Side in pixels after resizing; which side, `resize` says."""
+    resize: Resize = "center_crop"
+    """center_crop: a square; keep_ratio: the short side; keep_ratio_largest: the long side; border: a square with
+    white around; no: as it is."""
+    only_if_bigger: bool = False
+    """Never enlarge."""
+    format: Format = "jpg"
+    """Encoding in the tar; bytes that need no change are passed through."""
+    quality: int = 95
+    """Quality of jpg and webp."""
+    max_pixels: int = 100_000_000
+    """Pictures with more pixels than this are refused before they are decoded."""
+    min_size: int = 0
+    """Pictures with a shorter side than this are left out."""
+    max_aspect: float = NARROWEST
+    """Pictures with a longer side than so many short ones are left out."""
+    patches: int = 0
+    """Cut so many squares of image_size at random from each picture, instead of resizing it."""
+    patch_side: int = 1200
+    """Short side that a picture is brought to before patches are cut."""
+    seed: int = 0
+    """Of the patches' places."""
+    exif: bool = False
+    """Keep the EXIF data of each picture in its metadata."""
+    duplicates: Literal["keep", "exact", "near"] = "keep"
+    """Leave out pictures whose pixels occurred before (exact), or that look like one that did (near)."""
+    duplicate_bits: int = 3
+    """Bits of 64 in which the perceptual hashes of near duplicates may differ."""
+    download: DownloadConfig = field(default_factory=DownloadConfig)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.source, str):  # one is the usual number
+            object.__setattr__(self, "source", (self.source,) if self.source else ())
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"shard.quality = {self.quality}: must be within 1 and 100")
+        for name in ("samples_per_shard", "image_size", "max_pixels", "patch_side", "max_aspect"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"shard.{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("min_size", "patches"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"shard.{name} must be at least 0, not {getattr(self, name)}")
+        if not 0 <= self.duplicate_bits <= 8:
+            raise ValueError(f"shard.duplicate_bits = {self.duplicate_bits}: must be within 0 and 8")
+        if self.patches and self.patch_side < self.image_size:
+            raise ValueError(f"shard.patch_side = {self.patch_side}: no room for patches of {self.image_size}")
+        assert self.rows_per_shard
+
+    @property
+    def rows_per_shard(self) -> int:
+        """Rows of the source for one tar, by number or by the size wanted."""
+        if not self.shard_size:
+            return self.samples_per_shard
+        if self.resize == "no":
+            raise ValueError("shard.shard_size: how large pictures are that keep their size is not known before\n"
+                             "hint: --samples-per-shard")
+        unit = self.shard_size.upper().removesuffix("B")[-1:]
+        unit = unit if unit in _UNITS else ""
+        number = self.shard_size.upper().removesuffix("B").removesuffix(unit)
+        try:
+            wanted = float(number) * _UNITS[unit]
+        except ValueError:
+            wanted = 0.0
+        if not 1 <= wanted < float("inf"):
+            raise ValueError(f"shard.shard_size = {self.shard_size!r}: must be a size such as 500M")
+        each = self.image_size ** 2 * _BYTES_A_PIXEL[self.format] + 3000
+        return max(1, round(wanted / each / max(self.patches, 1)))

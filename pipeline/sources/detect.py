@@ -1,0 +1,55 @@
+"""Choose the kind of a source by the names of its files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from pipeline import storage
+from pipeline.media.types import SUFFIXES
+from pipeline.sources.source import LISTS, Source, addresses_of
+
+if TYPE_CHECKING:
+    from pipeline.sources.config import ShardConfig
+
+
+def open_source(config: ShardConfig) -> Source:
+    """The source that the settings name; ValueError if there is none, or it cannot be told what it is."""
+    from pipeline.sources.folder import Folder
+    from pipeline.sources.lists import Lists
+    from pipeline.sources.tars import Tars
+    if not config.source:
+        raise ValueError("shard needs a source\nhint: --source FOLDER, or a list of addresses, or tars")
+    kind = config.kind if config.kind != "auto" else _guess(config.source)
+    if kind == "pictures":
+        return Folder(config)
+    addresses = [address for source in config.source for address in addresses_of(source, kind)]
+    if not addresses:
+        wanted = {"list": ", ".join(LISTS[::4]), "tars": ".tar"}[kind]
+        raise ValueError(f"no files ending in {wanted} in {', '.join(config.source)}")
+    return Lists(config, addresses) if kind == "list" else Tars(config, addresses)
+
+
+def _guess(sources: tuple[str, ...]) -> str:
+    kinds = set()
+    for source in sources:
+        names: Iterable[str] = [source]
+        if ("*" in source or "?" in source) and not source.lower().endswith((".tar", *LISTS, *SUFFIXES)):
+            names = storage.glob(source)
+        elif not source.lower().endswith((".tar", *LISTS, *SUFFIXES)) and not storage.exists(source):
+            try:
+                names = [name for name, _ in storage.walk(source)]
+            except FileNotFoundError:
+                raise ValueError(f"there is no file or folder {source}") from None
+        endings = [name.lower() for name in names]
+        for kind, suffixes in (("pictures", SUFFIXES), ("tars", (".tar",)), ("list", LISTS)):
+            if any(name.endswith(suffixes) for name in endings):
+                kinds.add(kind)
+                break
+        else:
+            raise ValueError(f"no pictures in {source}\nhint: files ending in {', '.join(SUFFIXES)} are looked "
+                             f"for, in folders below it too; or .tar; or lists, ending in {', '.join(LISTS[::4])}")
+    if len(kinds) != 1:
+        raise ValueError(f"the sources are of several kinds: {', '.join(sorted(kinds))}\n"
+                         f"hint: make a dataset of each")
+    return kinds.pop()

@@ -1,0 +1,95 @@
+"""Rows of a source, and parts of it that bring their rows along."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline import storage
+from pipeline.storage import name_by_content
+
+CAPTION_COLUMNS = ("caption", "TEXT", "text", "captions", "alt_text")
+
+
+@dataclass
+class Row:
+    """One row of a source: what its picture is called and where it is, and what is known of it."""
+
+    number: int
+    """Its place in the source; what is left out by a filter counts."""
+    name: str
+    """URL, name in the folder, or key in a tar."""
+    caption: str = ""
+    columns: dict[str, Any] = field(default_factory=dict)
+    digest: str = ""
+    """Hash that the picture's bytes must have, in hexadecimal."""
+    remarks: list[str] = field(default_factory=list)
+    caption_file: str = ""
+    missing: str = ""
+    """Why there is no picture to be had, as far as the listing knows."""
+    data: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a source for one item: names and ranges, and the small files that hold lists."""
+
+    inputs: dict[str, Any]
+    carries: tuple[tuple[str, bytes], ...] = ()
+
+
+@dataclass
+class Reading:
+    """What a worker learns while it reads a part."""
+
+    filtered: int = 0
+    remarks: list[tuple[str, str, str]] = field(default_factory=list)
+    """(name, reason, detail) of what is no row: members of tars that nothing can be made of."""
+
+
+def write_rows(rows: Iterable[Row], number: int, count: int, more: dict[str, Any] | None = None) -> Part:
+    """A part that brings its rows along, as lines of JSON in a file beside the plan."""
+    lines = "".join(json.dumps({key: value for key, value in vars(row).items() if value or key == "number"},
+                               sort_keys=True) + "\n" for row in rows).encode()
+    name = name_by_content(f"rows/{number:06d}.jsonl", lines)
+    return Part({"rows": name, "count": count} | (more or {}), ((name, lines),))
+
+
+def read_rows(stage_folder: str, inputs: dict[str, Any]) -> Iterator[Row]:
+    """The rows that `listed` wrote."""
+    for line in storage.read_bytes(storage.join(stage_folder, inputs["rows"])).splitlines():
+        row = Row(**({"name": ""} | json.loads(line)))
+        yield row
+
+
+def plain(value: Any) -> Any:
+    """A cell as JSON can hold it, which has no infinity and no NaN."""
+    if isinstance(value, str):
+        return sound(value)
+    if isinstance(value, float) and (value != value or value in {float("inf"), float("-inf")}):
+        return None
+    return value if isinstance(value, int | float | bool | None) else sound(str(value))
+
+
+def sound(text_: str) -> str:
+    """Text that UTF-8 can hold: halves of characters, as in emoji that somebody cut, become question marks."""
+    return text_ if text_.isascii() else text_.encode("utf-8", "replace").decode()
+
+
+def cells_of(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Cells that are carried along, as JSON can hold them, without passwords in addresses."""
+    usual = {sound(name): plain(value) for name, value in document.items()}
+    return {name: storage.without_credentials(value) if isinstance(value, str) and "://" in value else value
+            for name, value in usual.items()}
+
+
+def text(value: Any) -> str:
+    """A cell as one text: nothing is the empty text, of a list the first counts."""
+    if isinstance(value, list):
+        value = value[0] if value else None
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    usual = plain(value)
+    return "" if usual is None else str(usual)

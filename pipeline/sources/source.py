@@ -1,0 +1,75 @@
+"""The base class of sources, and the files that an address stands for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pipeline import storage
+from pipeline.sources.rows import Part, Reading, Row, read_rows, write_rows
+from pipeline.sources.where import Where
+
+if TYPE_CHECKING:
+    from pipeline.sources.config import ShardConfig
+LISTS = tuple(f".{kind}{packed}" for kind in ("parquet", "pq", "csv", "tsv", "jsonl", "ndjson")
+              for packed in ("", ".gz", ".zst", ".bz2"))
+
+
+class Source(ABC):
+    """A corpus to shard."""
+
+    fetch: ClassVar[Literal["file", "url", "none"]]
+    """How the bytes of a row's picture are come by; none: they are in the row."""
+
+    def __init__(self, config: ShardConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def identity(self) -> str:
+        """A hash that stands for what the source holds, wherever it lies."""
+
+    def types(self) -> dict[str, str]:
+        """Types of the columns of its own, so that all shards have the same; those left out are told by the cells."""
+        return {}
+
+    @abstractmethod
+    def parts(self) -> Iterator[Part]:
+        """The source in pieces of so many rows, in order."""
+
+    @abstractmethod
+    def rows(self, stage_folder: str, inputs: dict[str, Any], scratch: Path, reading: Reading) -> Iterator[Row]:
+        """The rows of a part, in order."""
+
+    def again(self, stage_folder: str, wanted: list[tuple[dict[str, Any], list[int]]], number: int) -> Part:
+        """A part of some rows of other parts: (inputs of the part, numbers of the rows) each."""
+        rows: list[Row] = []
+        for inputs, numbers in wanted:
+            chosen = set(numbers)
+            rows += [row for row in read_rows(stage_folder, inputs) if row.number in chosen]
+        return write_rows(rows, number, len(rows))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"addresses": []}  # long, and the parts have them
+
+
+def where_of(config: ShardConfig) -> Where | None:
+    """The filter that the settings ask for, None without one."""
+    return Where.parse(config.where) if config.where else None
+
+
+def addresses_of(source: str, kind: str) -> list[str]:
+    """The files of a kind that an address stands for: itself, those in the folder, or those that match."""
+    suffixes = (".tar",) if kind == "tars" else LISTS
+    if "*" in source or "?" in source:
+        found = storage.glob(source)
+        # As in folders; a pattern that names other endings means them.
+        return [address for address in found if address.lower().endswith(suffixes)] or found
+    if storage.exists(source):
+        return [storage.normal(source)]
+    try:
+        return [storage.join(storage.normal(source), name) for name, length in sorted(storage.walk(source))
+                if name.lower().endswith(suffixes) and length is not None]
+    except FileNotFoundError:
+        raise ValueError(f"there is no file or folder {source}") from None
