@@ -73,8 +73,8 @@ def pointer(name: str) -> dict[str, Any]:
 
 def sources() -> None:
     """Put the pictures of four styles, with captions, into the store."""
-    from pipeline import emoji
-    from pipeline.pictures import Pictures, PicturesConfig
+    from pipeline.corpora import emoji
+    from pipeline.corpora.demo_corpus import Pictures, PicturesConfig
     from pipeline.stages.driver import run_stage
     emoji.fetch(FOLDER / "npm")
     config = PicturesConfig(corpus="emoji", size=64)

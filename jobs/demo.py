@@ -10,13 +10,14 @@ from jobs.runs import Run
 from jobs.sampling import Sampling
 from jobs.settings import RECIPES, Settings
 from jobs.training import Job
-from pipeline import drawn as drawn_corpus
-from pipeline import emoji, storage
+from pipeline import storage
+from pipeline.corpora import drawn as drawn_corpus
+from pipeline.corpora import emoji
+from pipeline.corpora.demo_corpus import Pictures
 from pipeline.dataset import Dataset
 from pipeline.embed import Embed
 from pipeline.index import Index
 from pipeline.neighbors import Neighbors
-from pipeline.pictures import Pictures
 from pipeline.shards.shard import Shard
 from pipeline.stages.driver import Runner
 from pipeline.stages.plan import prepare

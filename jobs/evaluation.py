@@ -28,7 +28,7 @@ from model import judge
 from model.precision import compute_dtype
 from pipeline import clip, storage
 from pipeline.batches import averaged
-from pipeline.catalog import lot
+from pipeline.corpora.vocabulary import lot
 from pipeline.dataset import Dataset, Embeddings, file_of, metadata
 from pipeline.hardware import devices
 from pipeline.index import Searcher

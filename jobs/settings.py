@@ -11,10 +11,10 @@ from typing import Any, Literal
 from jobs.rebuild import RebuildConfig
 from model import recipes as networks
 from model.config import TrainConfig
+from pipeline.corpora.demo_corpus import PicturesConfig
 from pipeline.embed import EmbedConfig
 from pipeline.index import IndexConfig
 from pipeline.neighbors import NeighborsConfig
-from pipeline.pictures import PicturesConfig
 from pipeline.sources.config import ShardConfig
 
 

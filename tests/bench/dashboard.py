@@ -38,7 +38,7 @@ _COLOURS = ("#73bf69", "#f2cc0c", "#5794f2", "#ff9830", "#f2495c", "#b877d9", "#
 
 def corpus(work: Path, subjects: int) -> Path:
     """Drawn pictures of so many subjects in six styles, a share of the files cut short."""
-    from pipeline.pictures import Pictures, PicturesConfig
+    from pipeline.corpora.demo_corpus import Pictures, PicturesConfig
     from pipeline.stages.driver import run_stage
     made = Pictures(str(work / f"drawn-{subjects}"), PicturesConfig(corpus="drawn", subjects=subjects, size=64), work)
     run_stage(made)

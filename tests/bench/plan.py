@@ -43,11 +43,11 @@ from jobs.training import Job, Training
 from model import flop
 from model.config import TrainConfig, UNetConfig
 from pipeline import assembly, clip
+from pipeline.corpora.demo_corpus import Pictures, PicturesConfig
 from pipeline.dataset import Dataset
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.index import Index, IndexConfig, choice
 from pipeline.neighbors import Neighbors, NeighborsConfig
-from pipeline.pictures import Pictures, PicturesConfig
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from jobs import cli
-from pipeline.emoji import STYLES
+from pipeline.corpora.emoji import STYLES
 from tests.infra import manifests
 from tests.infra.manifests import INFRA, REPOSITORY, Document
 

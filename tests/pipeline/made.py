@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline import drawn, storage
+from pipeline import storage
+from pipeline.corpora import drawn
 from pipeline.dataset import Dataset
 from pipeline.stages.driver import run_stage
 from pipeline.stages.stage import Stage

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import drawn
+from pipeline.corpora import drawn
 
 
 def pixels(catalog, picture, size=64) -> np.ndarray:

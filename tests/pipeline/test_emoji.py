@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import emoji
+from pipeline.corpora import emoji
 
 SQUARE = '<path fill="{}" d="M0 0h8v8H0z"/>'
 STYLES = sorted(emoji.STYLES)

@@ -5,8 +5,8 @@ import numpy as np
 from PIL import Image
 
 from pipeline import verify
+from pipeline.corpora.demo_corpus import Pictures, PicturesConfig
 from pipeline.dataset import Dataset
-from pipeline.pictures import Pictures, PicturesConfig
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage

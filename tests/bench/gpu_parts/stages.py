@@ -19,7 +19,7 @@ def run(report: Report) -> None:
     except ImportError as error:
         report.skip("all of stages", f"{error}; pip install tyro")
         return
-    from pipeline.pictures import Pictures, PicturesConfig
+    from pipeline.corpora.demo_corpus import Pictures, PicturesConfig
     from pipeline.stages.driver import run_stage
     config = PicturesConfig(corpus="drawn", subjects=report.size(200, 24), size=64, pictures_per_item=200)
     images = Pictures(str(report.scratch / "images"), config, report.scratch / "cache")

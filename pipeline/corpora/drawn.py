@@ -13,8 +13,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from pipeline.catalog import Catalog, Picture, lot
-from pipeline.shapes import SHAPES, turned
+from pipeline.corpora.shapes import SHAPES, turned
+from pipeline.corpora.vocabulary import Catalog, Picture, lot
 
 HELD_OUT_ONE_IN = 10
 SUPERSAMPLED = 512  # pixels a side up to which sampling is threefold, past it twofold

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline import drawn, emoji, storage
-from pipeline.catalog import Catalog, Picture, lot
+from pipeline import storage
+from pipeline.corpora import drawn, emoji
+from pipeline.corpora.vocabulary import Catalog, Picture, lot
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Entry, Item, Output
 from pipeline.storage import name_by_content

@@ -23,7 +23,7 @@ from pathlib import Path
 import resvg_py
 from PIL import Image
 
-from pipeline.catalog import Catalog, Picture, lot
+from pipeline.corpora.vocabulary import Catalog, Picture, lot
 
 FETCH_SECONDS = 120
 FEWEST_STYLES = 6
