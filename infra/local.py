@@ -109,7 +109,8 @@ class Reader(threading.Thread):
     def run(self) -> None:
         """Draw, look where the neighbours came from, and again."""
         from jobs import cli
-        from pipeline.dataset import Dataset, metadata
+        from pipeline.datasets.dataset import Dataset
+        from pipeline.datasets.metadata import metadata
         os.environ.pop("RAY_ADDRESS", None)  # in this process alone, without the cluster
         assert cli.main(["convert", "emoji_32", "--checkpoint", "model/emoji_32", "--root", ROOT,
                          "--database", self.name_]) == 0

@@ -13,7 +13,7 @@ from model import checkpoint, first_stage, released
 from model.config import TrainConfig, to_dict
 from model.unet import UNet
 from pipeline import embed, storage
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output
 

@@ -7,7 +7,8 @@ from typing import Any
 from PIL import Image
 
 from pipeline import storage
-from pipeline.dataset import Dataset, metadata
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.metadata import metadata
 from pipeline.media.contact_sheet import contact_sheet
 
 _LICENCES = ("licence_spdx", "license", "licence", "licence_url", "license_url", "rights")

@@ -14,7 +14,7 @@ from pipeline import storage
 from pipeline.corpora import drawn as drawn_corpus
 from pipeline.corpora import emoji
 from pipeline.corpora.demo_corpus import Pictures
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 from pipeline.embed import Embed
 from pipeline.index import Index
 from pipeline.neighbors import Neighbors

@@ -16,8 +16,9 @@ from model.first_stage import FirstStage
 from model.precision import compute_dtype
 from model.sample import Denoiser, Guidance, initial_noise, sample
 from model.sample import fitting as check
-from pipeline import clip, embed, tombstones
-from pipeline.dataset import Dataset
+from pipeline import clip, embed
+from pipeline.datasets import hidden_rows
+from pipeline.datasets.dataset import Dataset
 from pipeline.hardware import devices
 
 
@@ -108,4 +109,4 @@ def same_encoder(run: Run, encoder: clip.ClipConfig, databases: Sequence[Dataset
 def searched(database: Dataset) -> dict[str, dict[str, Any]]:
     """The stages of a database that a search depends on, as inputs of another stage."""
     found = {name: database.identity(name) for name in ("index", "embeddings", "shards")}
-    return {f"{name} of {database.label}": one for name, one in (found | tombstones.identities(database)).items()}
+    return {f"{name} of {database.label}": one for name, one in (found | hidden_rows.identities(database)).items()}

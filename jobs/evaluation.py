@@ -29,7 +29,9 @@ from model.precision import compute_dtype
 from pipeline import clip, storage
 from pipeline.batches import averaged
 from pipeline.corpora.vocabulary import lot
-from pipeline.dataset import Dataset, Embeddings, file_of, metadata
+from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.datasets.embeddings import Embeddings
+from pipeline.datasets.metadata import metadata
 from pipeline.hardware import devices
 from pipeline.index import Searcher
 from pipeline.media import tars

@@ -6,9 +6,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from jobs import versions
-from pipeline import forgotten, storage
-from pipeline.dataset import Dataset, datasets
-from pipeline.forgotten import Forgotten
+from pipeline import storage
+from pipeline.datasets import takedowns
+from pipeline.datasets.dataset import Dataset, datasets
+from pipeline.datasets.takedowns import Forgotten
 
 _HOST = re.compile(r"[a-z0-9]([a-z0-9_.-]*[a-z0-9])?")
 
@@ -24,7 +25,7 @@ def asked(root: str, sha256: Sequence[str], urls: Sequence[str], keys: Sequence[
         dataset = Dataset.parse(root, name)
         pictures = [row for one in datasets(root) if one.name == dataset.name and one.sealed("shards")
                     and ("@" not in name or one.version == dataset.version)
-                    for _, row in forgotten.where(one, lambda row: row["key"] == key)]  # noqa: B023 (used at once)
+                    for _, row in takedowns.takedown_path(one, lambda row: row["key"] == key)]  # noqa: B023 (used at once)
         if not pictures:
             raise ValueError(f"no version of {name} has a sample {key}\nhint: DATASET/KEY, as samples.json and credits "
                              f"name them")
@@ -59,15 +60,15 @@ def forget(root: str, wanted: Forgotten, note: str, *, dry_run: bool = False) ->
     there = [one for one in datasets(root) if one.sealed("shards")]
     if not wanted.domains:
         for dataset in there:
-            hashes |= {value for _, row in forgotten.found(dataset, wanted)
+            hashes |= {value for _, row in takedowns.find_rows(dataset, wanted)
                        for value in (row["sha256"], row.get("original_sha256")) if value}
     wanted = Forgotten(wanted.sha256 | hashes, wanted.urls, wanted.domains)
     if not dry_run:
-        forgotten.add(root, wanted, note)  # before anything is hidden: a rebuild under way may still see it
+        takedowns.add(root, wanted, note)  # before anything is hidden: a rebuild under way may still see it
     touched, users = [], {name: versions.pins(root, name) for name in {one.name for one in there}}
     for dataset in there:
-        if rows := forgotten.found(dataset, wanted):
-            fresh = 0 if dry_run else forgotten.hide(dataset, [row for row, _ in rows])
+        if rows := takedowns.find_rows(dataset, wanted):
+            fresh = 0 if dry_run else takedowns.hide(dataset, [row for row, _ in rows])
             used = users[dataset.name].get(dataset.version, [])
             touched.append({"dataset": f"{dataset.name}@{dataset.version}", "pictures": len(rows), "hidden_now": fresh,
                             "keys": [row["key"] for _, row in rows][:20],

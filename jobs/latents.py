@@ -17,7 +17,7 @@ from jobs.runs import Run
 from jobs.settings import LatentsConfig
 from model import first_stage
 from model.first_stage import FirstStage
-from pipeline.dataset import Dataset, file_of
+from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.hardware import devices
 from pipeline.media import tars
 from pipeline.media.resize import pixels

@@ -13,7 +13,7 @@ from PIL import Image
 
 from model.config import GROUPS, TrainConfig, to_dict
 from pipeline import storage
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 from pipeline.hardware import devices
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output

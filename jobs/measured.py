@@ -16,7 +16,7 @@ from jobs.runs import Run
 from model import flop
 from model.config import UNetConfig
 from pipeline import clip, storage
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 from pipeline.neighbors import NeighborsConfig
 
 _log = logging.getLogger(__name__)

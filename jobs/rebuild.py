@@ -10,18 +10,19 @@ from functools import cached_property
 from typing import Any
 
 from jobs import logs, versions
-from pipeline import assembly, embed, forgotten, gates, index, published, storage, update
-from pipeline.dataset import Dataset
+from pipeline import assembly, embed, gates, index, storage, update
+from pipeline.datasets import published, takedowns
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.hidden_rows import Tombstones
+from pipeline.datasets.published import Pointer
 from pipeline.embed import EmbedConfig
 from pipeline.extension import Drifted, Extension
 from pipeline.gates import Gate, GatesConfig
 from pipeline.index import Index, IndexConfig
-from pipeline.published import Pointer
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.plan import clear_folder
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import StageFailed
-from pipeline.tombstones import Tombstones
 from pipeline.update import Change, Compare, Reuse, ReuseCaptions, Sought, Update
 
 _log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class Rebuild:
             raise ValueError("rebuild takes every picture of the source: for duplicates all must be looked at at once\n"
                              "hint: shard with --duplicates, embed and index make a version by hand")
         self.before = published.current(root, name)
-        self.sought = Sought(shard, forgotten.of(root))
+        self.sought = Sought(shard, takedowns.read_takedowns(root))
         if not self.sought.rows:
             raise ValueError(f"{', '.join(shard.source)} holds no picture that may be taken: nothing is published")
 
@@ -255,7 +256,7 @@ class Rebuild:
     def _pending(self) -> bool:
         """Whether pictures of the published version were forgotten since, and are still in its bytes."""
         last = self.last
-        return last is not None and len(forgotten.hidden(last)) > 0
+        return last is not None and len(takedowns.hidden(last)) > 0
 
 
 def run(rebuild: Rebuild, seal: Seal) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from random import Random
 import numpy as np
 
 from jobs.mixtures import Mixture
-from pipeline.dataset import Dataset, file_of
+from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.index import Searcher
 
 

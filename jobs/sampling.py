@@ -18,10 +18,11 @@ from jobs.retrieval import Drawn, Near, Retriever
 from jobs.runs import Run
 from jobs.settings import QueryConfig, SampleConfig
 from model.precision import compute_dtype
-from pipeline import clip, lookup, storage
-from pipeline.dataset import Dataset
+from pipeline import clip, storage
+from pipeline.datasets import lookup
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.lookup import Sample
 from pipeline.hardware import devices
-from pipeline.lookup import Sample
 from pipeline.media.contact_sheet import contact_sheet
 from pipeline.media.resize import pixels
 from pipeline.stages.manifest import sealed_input

@@ -8,7 +8,7 @@ from typing import Any
 from jobs import labels, progress, tracking
 from jobs.runs import Run
 from pipeline import storage
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 from pipeline.stages import records
 from pipeline.stages.manifest import changed_inputs
 from pipeline.stages.plan import prepare

@@ -5,7 +5,7 @@ from typing import Any
 
 from jobs import commands
 from jobs.runs import Run
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 
 
 def of(command: commands.PipelineCommand) -> Iterator[tuple[str, Any, str]]:

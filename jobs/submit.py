@@ -23,7 +23,7 @@ from typing import Any
 from jobs.commands import SubmitCommand
 from jobs.settings import Settings
 from pipeline import storage
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 from pipeline.stages.manifest import code_revision
 
 _log = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from jobs.runs import Run
 from model.config import TrainConfig, identity
 from pipeline import embed, storage
 from pipeline.batches import OWN
-from pipeline.dataset import Dataset
-from pipeline.lookup import samples
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.lookup import samples
 from pipeline.media.resize import pixels
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output

@@ -25,7 +25,7 @@ from jobs import costs, made, measured
 from jobs.costs import Build
 from jobs.rates import Rates, TrainRates
 from pipeline import assembly, clip, storage
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 from pipeline.embed import Embed
 from pipeline.index import Index, IndexConfig
 from pipeline.neighbors import Neighbors, NeighborsConfig

@@ -17,9 +17,11 @@ from model.first_stage import FirstStage
 from model.precision import compute_dtype
 from model.sample import initial_noise, sample
 from model.unet import UNet
-from pipeline import lookup, neighbors, storage
+from pipeline import neighbors, storage
 from pipeline.batches import OWN, averaged
-from pipeline.dataset import Dataset, Embeddings, file_of
+from pipeline.datasets import lookup
+from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.datasets.embeddings import Embeddings
 from pipeline.media.contact_sheet import contact_sheet
 from pipeline.media.resize import pixels
 

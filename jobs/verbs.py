@@ -20,9 +20,11 @@ from jobs.gpus import InProcess, check_gpus, local_device
 from jobs.runs import Run
 from jobs.settings import ClusterConfig, Settings
 from jobs.training import Job, Training
-from pipeline import assembly, clip, published, sift, storage, verify
+from pipeline import assembly, clip, sift, storage, verify
 from pipeline.adopt import Adopt
-from pipeline.dataset import Dataset, datasets
+from pipeline.datasets import published
+from pipeline.datasets.dataset import Dataset, datasets
+from pipeline.datasets.hidden_rows import Tombstones
 from pipeline.embed import Embed, EmbedCaptions
 from pipeline.exchange import AdoptEmbeddings, Export
 from pipeline.extension import Extension
@@ -34,7 +36,6 @@ from pipeline.stages.driver import Runner, run_stage
 from pipeline.stages.manifest import read_manifest
 from pipeline.stages.plan import check_and_clear, prepare
 from pipeline.stages.stage import Stage
-from pipeline.tombstones import Tombstones
 
 _log = logging.getLogger(__name__)
 STOPPED = 130

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.runs import Run
-from pipeline import published, storage
-from pipeline.dataset import Dataset, datasets
+from pipeline import storage
+from pipeline.datasets import published
+from pipeline.datasets.dataset import Dataset, datasets
 from pipeline.stages.manifest import read_manifest
 from pipeline.stages.plan import read_items
 from pipeline.stages.types import StageFailed

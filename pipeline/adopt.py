@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
 from pipeline import samples, storage
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 from pipeline.media import tars
 from pipeline.media.foreign_tars import Suspicions, examine
 from pipeline.sources.config import ShardConfig

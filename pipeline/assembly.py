@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from pipeline import storage
-from pipeline.dataset import Dataset, Embeddings, file_of, finite
+from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.datasets.embeddings import Embeddings, check_finite
 from pipeline.index import (
     BLOCK,
     EXACT,
@@ -127,7 +128,7 @@ class Parts(OfAnIndex):
             rows = np.load(self.dataset.fetch("embeddings", shard["file"], check=True), mmap_mode="r",
                            allow_pickle=False)
             for start in range(0, len(rows), BLOCK):
-                vectors = finite(np.asarray(rows[start:start + BLOCK], np.float32), f"shard {shard['id']}")
+                vectors = check_finite(np.asarray(rows[start:start + BLOCK], np.float32), f"shard {shard['id']}")
                 fill(index, vectors)
                 error.append((error_of(index, vectors[::max(1, len(vectors) // 200)]), len(vectors)))
                 for one in queries:

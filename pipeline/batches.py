@@ -17,7 +17,8 @@ import numpy as np
 
 from pipeline import neighbors
 from pipeline.ahead import Ahead
-from pipeline.dataset import Dataset, Embeddings, file_of, mapped
+from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.datasets.embeddings import Embeddings, map_array
 from pipeline.media import tars
 from pipeline.media.resize import pixels
 from pipeline.media.types import BadPicture
@@ -275,7 +276,7 @@ def _tar(dataset: Dataset, files: list[dict[str, Any]], counts: list[int], numbe
 def _array(dataset: Dataset, name: str, files: list[dict[str, Any]], counts: tuple[int, ...], wrong: str,
            number: int) -> np.ndarray:
     """The array of a shard; ValueError saying what is `wrong` if it has not a row for each sample."""
-    array = dataset.opened(name, files[number], mapped)
+    array = dataset.opened(name, files[number], map_array)
     if len(array) != counts[number]:
         raise ValueError(wrong)
     if len(array) and hasattr(mmap, "MADV_WILLNEED"):

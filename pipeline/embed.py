@@ -18,7 +18,8 @@ import numpy as np
 
 from pipeline import clip, encoding, storage
 from pipeline.clip import ClipConfig
-from pipeline.dataset import Dataset, file_of, metadata
+from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.datasets.metadata import metadata
 from pipeline.encoding import Part
 from pipeline.hardware import devices
 from pipeline.stages.stage import Stage

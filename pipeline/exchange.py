@@ -20,7 +20,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import clip, storage
-from pipeline.dataset import Dataset, file_of, metadata
+from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.datasets.metadata import metadata
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.media import tars
 from pipeline.stages import records as stage_records

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from pipeline import embed
-from pipeline.dataset import Dataset, Embeddings, file_of
+from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.datasets.embeddings import Embeddings
 from pipeline.index import (
     BLOCK,
     LISTS,

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import clip, embed, forgotten, samples, storage, update
-from pipeline.dataset import Dataset, labels, metadata
-from pipeline.forgotten import Forgotten
+from pipeline import clip, embed, samples, storage, update
+from pipeline.datasets import takedowns
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.metadata import labels, metadata
+from pipeline.datasets.takedowns import Forgotten
 from pipeline.index import Searcher
 from pipeline.update import Known
 
@@ -82,7 +84,7 @@ def judged(dataset: Dataset, before: Dataset | None, asked: Sequence[str], encod
     rows = update.listing(dataset)
     gates = [_recall(dataset, config), _failed(rows, config)]
     if before:
-        gates.append(_lost(rows, before, forgotten.of(dataset.root), config))
+        gates.append(_lost(rows, before, takedowns.read_takedowns(dataset.root), config))
     found = embed.encoder_of(dataset)
     others = sorted(name for name, one in pinned.items() if one != found)
     gates.append(Gate("encoder", f"{found['model']} {found.get('pretrained', '')}".strip() if not others else

@@ -24,8 +24,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pipeline import storage, tombstones
-from pipeline.dataset import Dataset, Embeddings
+from pipeline import storage
+from pipeline.datasets import hidden_rows
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.embeddings import Embeddings
 from pipeline.hardware import devices
 from pipeline.openmp import blocked_scans, map_blocks, one_thread
 from pipeline.stages.stage import Stage
@@ -940,7 +942,7 @@ class Searcher:
         if self.index.ntotal != len(self.embeddings):
             raise ValueError(f"the index of {dataset.label} has {self.index.ntotal} rows, its embeddings "
                              f"{len(self.embeddings)}\nhint: {dataset.command('index')} --rebuild")
-        self.gone = tombstones.rows(dataset)
+        self.gone = hidden_rows.rows(dataset)
         if without is not None:
             self.gone = np.union1d(self.gone, without)
         self._parameters = _without(self.index, self.gone) if len(self.gone) else None

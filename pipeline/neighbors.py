@@ -15,10 +15,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline import dataset as datasets
-from pipeline import embed, search, storage, tombstones
+from pipeline import embed, search, storage
 from pipeline import index as indices
-from pipeline.dataset import Dataset, Embeddings
+from pipeline.datasets import hidden_rows
+from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.datasets.embeddings import Embeddings, check_finite, map_array
+from pipeline.datasets.metadata import labels, perceptual_hashes
 from pipeline.hardware import devices, malloc
 from pipeline.index import Lists, Searcher, memory
 from pipeline.search import Copies, Found, Queries
@@ -117,7 +119,7 @@ class Neighbors(Stage):
                  "database": self.database.identity("embeddings"), "database_shards": self.database.identity("shards")}
         if self.config.method == "index":
             found["index"] = self.database.identity("index")
-        found |= tombstones.identities(self.database)
+        found |= hidden_rows.identities(self.database)
         return found
 
     def plan(self) -> list[Item]:
@@ -128,7 +130,7 @@ class Neighbors(Stage):
         shards = {record["id"]: record for record in self.dataset.manifest("shards")["items"]}
         if self.config.copy_bits >= 0:
             for one in {self.dataset, self.database}:
-                datasets.perceptual_hashes(one, one.manifest("shards")["items"][0])
+                perceptual_hashes(one, one.manifest("shards")["items"][0])
         records = self.dataset.manifest("embeddings")["items"]
         total = max(1, sum(record["samples"] for record in records))
         dim = self.dataset.manifest("embeddings")["info"]["encoder"]["dim"]
@@ -215,14 +217,14 @@ class Neighbors(Stage):
         rows = item.inputs["offset"] + np.arange(sum(map(len, vectors)))
         return Queries(np.concatenate(vectors, dtype=np.float32),
                        rows if self.dataset == self.database else np.full(len(rows), -1),
-                       np.concatenate([datasets.labels(self.dataset, one["shard"]) for one in shards]),
-                       np.concatenate([datasets.perceptual_hashes(self.dataset, one["shard"]) for one in shards])
+                       np.concatenate([labels(self.dataset, one["shard"]) for one in shards]),
+                       np.concatenate([perceptual_hashes(self.dataset, one["shard"]) for one in shards])
                        if hashed else None)
 
     def _vectors(self, one: dict[str, Any]) -> np.ndarray:
         """Those of a shard, (N_i, D) float16."""
-        own = self.dataset.fetch("embeddings", datasets.file_of(one["embeddings"], ".npy"))
-        vectors = datasets.finite(np.load(own, allow_pickle=False), str(own))
+        own = self.dataset.fetch("embeddings", file_of(one["embeddings"], ".npy"))
+        vectors = check_finite(np.load(own, allow_pickle=False), str(own))
         if len(vectors) != one["shard"]["samples"]:
             raise ValueError(f"{own} has {len(vectors)} rows, its shard {one['shard']['samples']} samples\n"
                              f"hint: python -m jobs verify")
@@ -336,14 +338,14 @@ class Opened:
         records = database.manifest("shards")["items"]
         kind = indices.kind(database) if method == "index" else "scan"
         self.gone = np.zeros(len(self.embeddings), bool)
-        self.gone[tombstones.rows(database)] = True
+        self.gone[hidden_rows.rows(database)] = True
         self.graph = Searcher(database) if kind == "graph" else None
         self.lists = Lists(database) if kind == "lists" else None
 
         def fill(folder: Path) -> None:
-            np.save(folder / "labels.npy", np.concatenate([datasets.labels(database, one) for one in records]))
+            np.save(folder / "labels.npy", np.concatenate([labels(database, one) for one in records]))
             if hashed:
-                np.save(folder / "hashes.npy", np.concatenate([datasets.perceptual_hashes(database, one)
+                np.save(folder / "hashes.npy", np.concatenate([perceptual_hashes(database, one)
                                                                for one in records]))
             if self.lists:
                 # Of an index of its own, which leaves memory with the codes that lie among what is read.
@@ -445,7 +447,7 @@ def files(items: Sequence[dict[str, Any]], suffix: str) -> list[dict[str, Any]]:
 def load(dataset: Dataset, database: Dataset, suffix: str = ".ids.npy") -> list[np.ndarray]:
     """The ids of a sealed neighbour list, shard by shard, each (N_i, k) int64, memory-mapped; or other files of it."""
     name = f"neighbors/{database.label}"
-    return [dataset.opened(name, entry, datasets.mapped) for entry in files(dataset.manifest(name)["items"], suffix)]
+    return [dataset.opened(name, entry, map_array) for entry in files(dataset.manifest(name)["items"], suffix)]
 
 
 def written(dataset: Dataset, database: Dataset) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.dataset import Embeddings
+from pipeline.datasets.embeddings import Embeddings
 from pipeline.hardware import devices, malloc
 from pipeline.index import best
 from pipeline.stages.timers import Times

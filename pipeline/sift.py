@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import samples, storage
-from pipeline.dataset import Dataset, file_of
+from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.media import duplicates, tars
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig

@@ -27,10 +27,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import samples, storage, tombstones
-from pipeline.dataset import Dataset, file_of
+from pipeline import samples, storage
+from pipeline.datasets import hidden_rows
+from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.datasets.takedowns import Forgotten
 from pipeline.embed import Embed, EmbedCaptions, EmbedConfig
-from pipeline.forgotten import Forgotten
 from pipeline.media import tars
 from pipeline.media.types import BadPicture
 from pipeline.shards.shard import Shard
@@ -265,7 +266,7 @@ class Update(Shard):
         if self.last:
             # Without its path: what is taken from it is known by hash, and the rest of it may go.
             found["last"] = {"path": "", "digest": storage.digest([
-                self.last.manifest("shards")["content"], tombstones.rows(self.last).tolist()])}
+                self.last.manifest("shards")["content"], hidden_rows.rows(self.last).tolist()])}
         return found
 
     def plan(self) -> Iterator[Item]:
@@ -273,7 +274,7 @@ class Update(Shard):
         sought, change = self._seen
         taken, next_ = [], 0
         if self.last:
-            gone, offset = set(tombstones.rows(self.last).tolist()), 0
+            gone, offset = set(hidden_rows.rows(self.last).tolist()), 0
             for record in self.last.manifest("shards")["items"]:
                 dead = [row - offset for row in range(offset, offset + record["samples"]) if row in gone]
                 taken.append(self._taken(record, dead, change.live.get(record["id"], set())))

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from pipeline import neighbors, storage
-from pipeline.dataset import Dataset, file_of, metadata
+from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.datasets.metadata import metadata
 from pipeline.media import tars
 from pipeline.stages import records
 from pipeline.stages.manifest import changed_inputs, read_manifest

@@ -8,9 +8,9 @@ import numpy as np
 from jobs.report.curve import bars
 from jobs.report.page import Album, Child, amount, link, note, scrolling, tag, together
 from jobs.report.root import Root
-from pipeline import lookup
-from pipeline.dataset import Dataset, file_of
-from pipeline.lookup import Sample
+from pipeline.datasets import lookup
+from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.datasets.lookup import Sample
 from pipeline.neighbors import files
 
 QUERIES = 12

@@ -7,7 +7,7 @@ from jobs import status
 from jobs.report.page import Html, tag
 from jobs.runs import Run
 from pipeline import storage
-from pipeline.dataset import Dataset, datasets
+from pipeline.datasets.dataset import Dataset, datasets
 
 _log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from jobs.mixtures import Mixture
 from jobs.report.page import Album, Child, amount, note, scrolling, tag
 from jobs.report.root import Root
 from jobs.runs import Run
-from pipeline import dataset as datasets
 from pipeline import storage
-from pipeline.dataset import Dataset, file_of
+from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.datasets.metadata import metadata
 
 _ROWS = 40
 _MOST_SEARCHED = 64 << 20
@@ -135,7 +135,7 @@ def _subjects(dataset: Dataset, prompts: Sequence[str]) -> dict[str, bool]:
             budget -= file_of(record, ".parquet")["bytes"]
             if budget < 0 or found.keys() >= wanted:
                 break
-            for row in datasets.metadata(dataset, record, ["caption", "held_out"]):
+            for row in metadata(dataset, record, ["caption", "held_out"]):
                 if row["caption"] in wanted:
                     held = str(row["held_out"]).lower() in {"1", "1.0", "true"}
                     found[row["caption"]] = found.get(row["caption"], False) or held

@@ -23,7 +23,7 @@ from jobs.report.page import (
 from jobs.report.root import Root
 from jobs.runs import Run
 from pipeline import storage
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 
 _REMARKS = 20
 _QUERIES = {"image": "pictures as queries", "text": "captions as queries"}

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import samples, storage
-from pipeline.dataset import Dataset, file_of
+from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.media.types import BadPicture
 from pipeline.sources.config import ShardConfig
 from pipeline.sources.detect import open_source

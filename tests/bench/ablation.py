@@ -35,7 +35,7 @@ from jobs.runs import Run
 from jobs.settings import emoji_32
 from pipeline import storage
 from pipeline.corpora.emoji import STYLES
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 
 # emoji_32 with half its width and half its batch, for a run of minutes; four neighbours always, drawn with as many.
 BASE = ("--recipe", "emoji_32", "--model-channels", "64", "--global-batch", "16", "--lr", "2e-3", "--ema-decay",

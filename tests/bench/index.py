@@ -26,7 +26,8 @@ import photographs
 from download import CHECKOUT, Failed, Usage, machine, measured, versions
 
 sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
-from pipeline.dataset import Dataset, Embeddings
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.embeddings import Embeddings
 from pipeline.stages.driver import run_stage
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output

@@ -28,7 +28,8 @@ sys.path.insert(0, str(CHECKOUT / "tests" / "pipeline"))
 import made
 
 from pipeline import index, neighbors, search
-from pipeline.dataset import Dataset, Embeddings
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.embeddings import Embeddings
 from pipeline.stages.driver import run_stage
 
 _K = 20

@@ -44,7 +44,7 @@ from model import flop
 from model.config import TrainConfig, UNetConfig
 from pipeline import assembly, clip
 from pipeline.corpora.demo_corpus import Pictures, PicturesConfig
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.index import Index, IndexConfig, choice
 from pipeline.neighbors import Neighbors, NeighborsConfig

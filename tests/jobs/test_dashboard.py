@@ -18,7 +18,7 @@ from jobs.runs import Run
 from jobs.settings import ClusterConfig, tiny
 from jobs.training import Job
 from pipeline import storage
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.index import Index, IndexConfig
 from pipeline.neighbors import Neighbors, NeighborsConfig

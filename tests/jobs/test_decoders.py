@@ -18,7 +18,7 @@ from jobs.decoders import Decoders
 from jobs.pool import Pool
 from jobs.settings import ClusterConfig
 from pipeline import clip
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.embeddings import decode_batch
 from pipeline.hardware import devices

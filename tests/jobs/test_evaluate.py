@@ -13,7 +13,7 @@ from PIL import Image
 
 from jobs import cli, findings
 from jobs.evaluation import held_out, rows_with
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 
 STYLES = ("flat", "hatched", "outline")
 FEW = ["--prompts", "2", "--judge-steps", "80", "--steps", "3", "--sweep-k", "1", "--sweep-guidance", "1.5",

@@ -17,7 +17,7 @@ from jobs.pool import Pool
 from jobs.settings import ClusterConfig
 from jobs.training import Training
 from model import flop
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.hardware import devices
 from pipeline.index import Index, IndexConfig

@@ -24,7 +24,7 @@ from model import checkpoint, first_stage, released
 from model.config import UNetConfig
 from model.unet import UNet
 from pipeline.batches import Batches
-from pipeline.dataset import Dataset, file_of
+from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.hardware import devices
 from pipeline.media import tars
 from pipeline.media.resize import pixels

@@ -10,7 +10,8 @@ import pytest
 
 from jobs.cli import main
 from pipeline import storage
-from pipeline.dataset import Dataset, Embeddings
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.embeddings import Embeddings
 from pipeline.index import Searcher
 from pipeline.stages import records
 from tests.jobs.golden import old_root

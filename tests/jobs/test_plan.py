@@ -20,7 +20,7 @@ from jobs.training import Job, Training
 from model import flop, recipes
 from model.config import UNetConfig
 from pipeline import assembly, clip
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.index import Index, IndexConfig
 from pipeline.neighbors import Neighbors, NeighborsConfig

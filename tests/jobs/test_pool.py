@@ -17,7 +17,7 @@ import pytest
 from jobs import logs
 from jobs.settings import ClusterConfig
 from pipeline import storage
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig

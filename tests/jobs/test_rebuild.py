@@ -22,8 +22,11 @@ from jobs import cli, rebuild, versions
 from jobs.rebuild import GatesFailed, Rebuild, RebuildConfig
 from jobs.runs import Run
 from jobs.versions import GcConfig
-from pipeline import published, storage, tombstones, update
-from pipeline.dataset import Dataset, Embeddings, metadata
+from pipeline import storage, update
+from pipeline.datasets import hidden_rows, published
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.embeddings import Embeddings
+from pipeline.datasets.metadata import metadata
 from pipeline.embed import EmbedConfig, encoder_of
 from pipeline.gates import GatesConfig
 from pipeline.index import IndexConfig, Searcher
@@ -56,7 +59,7 @@ def current(root: Path | str) -> Dataset:
 def by_content(dataset: Dataset) -> dict[str, np.ndarray]:
     """The vectors of what can be found, by the name of the picture and the hash of its bytes."""
     rows = [row for record in dataset.manifest("shards")["items"] for row in metadata(dataset, record)]
-    gone = set(tombstones.rows(dataset).tolist())
+    gone = set(hidden_rows.rows(dataset).tolist())
     vectors = Embeddings(dataset).all()
     return {f"{row['url']} {row['original_sha256']} {row['caption']}": vectors[number]
             for number, row in enumerate(rows) if number not in gone}
@@ -114,7 +117,7 @@ def test_only_what_changed_is_made_again(place: Path) -> None:
         assert np.abs(vector.astype(np.float32) - anew[name].astype(np.float32)).max() < 2e-2, name
     assert cli.main(["verify", "--root", str(root)]) == 0
     found = Searcher(current(root)).search(Embeddings(current(root)).all().astype(np.float32), 80)[0]
-    assert np.isin(tombstones.rows(current(root)), found).sum() == 0 and len(tombstones.rows(current(root))) == 3
+    assert np.isin(hidden_rows.rows(current(root)), found).sum() == 0 and len(hidden_rows.rows(current(root))) == 3
     # Bytes of shards that stayed were not copied.
     tars = [path.name for path in (root / "datasets" / NAME / "v2" / "shards").glob("*.tar")]
     assert tars == ["000003.tar"]
@@ -333,7 +336,7 @@ def test_what_is_forgotten(place: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main(["forget", "--key", f"{NAME}/{by_key['key']}", "--url", by_name["url"], "--sha256",
                      by_hash["sha256"], "--note", "asked by mail", "--root", root]) == 0
     assert "drawn@v1: 3 pictures, no longer found" in capsys.readouterr().out
-    assert list(tombstones.rows(current(root))) == [2, 35, 70]  # at once, in the version that is published
+    assert list(hidden_rows.rows(current(root))) == [2, 35, 70]  # at once, in the version that is published
     copy = source / "renamed.png"
     shutil.copy(source / by_key["url"], copy)  # the same bytes under another name
     done = rebuilt(root, source)

@@ -26,7 +26,7 @@ from jobs.sampling import Sampling
 from jobs.settings import SampleConfig
 from jobs.training import Job, Training
 from model import recipes
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.index import Index, IndexConfig
 from pipeline.neighbors import Neighbors, NeighborsConfig

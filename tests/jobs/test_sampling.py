@@ -20,7 +20,7 @@ from jobs.runs import Run
 from jobs.sampling import Sampling
 from jobs.settings import QueryConfig, SampleConfig
 from pipeline import clip, storage
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 from pipeline.index import Searcher
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.stages.driver import run_stage

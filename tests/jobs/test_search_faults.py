@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from jobs.cli import main
 from pipeline import clip, storage, verify
-from pipeline.dataset import Dataset, file_of
+from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.stages import records
 from pipeline.stages.manifest import without_run_facts
 from tests.pipeline import made

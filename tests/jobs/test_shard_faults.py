@@ -27,7 +27,7 @@ import pytest
 
 from jobs.cli import main
 from pipeline import storage, verify
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 from pipeline.shards.shard import accounting
 from pipeline.stages import progress
 from pipeline.stages.manifest import read_manifest

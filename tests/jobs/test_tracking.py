@@ -15,7 +15,7 @@ import pytest
 from jobs import cli, offline, tracking
 from jobs.runs import Run
 from pipeline import storage
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 
 _SMALL = ('[train]\nsteps = 24\nglobal_batch = 4\nlog_every = 1\ncheckpoint_every = 6\nprecision = "fp32"\n'
           'image_size = 16\n[train.unet]\nmodel_channels = 32\n')
@@ -82,7 +82,7 @@ from jobs import labels, tracking
 from jobs.runs import Run
 from jobs.training import Job
 from model.recipes import tiny
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 root, first, last, ends = sys.argv[1], *map(int, sys.argv[2:])
 dataset = Dataset.parse(root, "drawn")
 job = Job(Run.parse(root, "small"), dataset, dataset, tiny())

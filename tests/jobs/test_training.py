@@ -25,7 +25,7 @@ from model.config import TrainConfig
 from model.train import train
 from pipeline import storage
 from pipeline.batches import Batches
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import read_manifest

@@ -16,7 +16,7 @@ from jobs.runs import Run
 from jobs.training import Job
 from model import recipes
 from pipeline import clip, storage
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 from pipeline.stages.driver import run_stage
 from pipeline.stages.types import Item
 

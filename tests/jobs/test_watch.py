@@ -18,7 +18,7 @@ from jobs import exporter, status, tracking, watch
 from jobs.cli import main
 from jobs.runs import Run
 from pipeline import storage
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.stages.plan import check_and_clear, prepare
 from tests.jobs import prometheus

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 from pipeline.stages.driver import run_stage
 from tests.pipeline import made
 

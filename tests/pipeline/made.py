@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.corpora import drawn
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 from pipeline.stages.driver import run_stage
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output

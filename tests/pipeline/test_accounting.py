@@ -17,7 +17,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from pipeline import sift, storage, verify
-from pipeline.dataset import Dataset, file_of
+from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.media import tars
 from pipeline.shards import shard
 from pipeline.shards.shard import Shard

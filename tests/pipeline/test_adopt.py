@@ -12,7 +12,9 @@ from PIL import Image
 
 from pipeline import storage, verify
 from pipeline.adopt import Adopt
-from pipeline.dataset import Dataset, Embeddings, file_of, metadata
+from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.datasets.embeddings import Embeddings
+from pipeline.datasets.metadata import metadata
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.media import tars
 from pipeline.shards.shard import Shard

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import lookup, neighbors, storage
+from pipeline import neighbors, storage
 from pipeline.batches import Batches, Order, averaged
-from pipeline.dataset import Dataset, Embeddings, file_of
+from pipeline.datasets import lookup
+from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.datasets.embeddings import Embeddings
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.media import tars
 from pipeline.neighbors import Neighbors, NeighborsConfig
@@ -275,5 +277,5 @@ def test_samples_are_found_by_their_rows(built):
 
 
 def _rows(built, record):
-    from pipeline.dataset import metadata
+    from pipeline.datasets.metadata import metadata
     return metadata(built, record)

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import clip, embed
 from pipeline.clip import ClipConfig
-from pipeline.dataset import Dataset, Embeddings
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.embeddings import Embeddings
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.stages.driver import run_stage
 from pipeline.stages.plan import prepare

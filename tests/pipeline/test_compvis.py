@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from pipeline import storage, verify
-from pipeline.dataset import Dataset, Embeddings, metadata
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.embeddings import Embeddings
+from pipeline.datasets.metadata import metadata
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.exchange import AdoptEmbeddings
 from pipeline.shards.shard import Shard

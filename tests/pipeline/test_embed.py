@@ -13,7 +13,9 @@ from PIL import Image
 
 from pipeline import clip, embed, encoding, storage, verify
 from pipeline.clip import ClipConfig
-from pipeline.dataset import Dataset, Embeddings, file_of, metadata
+from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.datasets.embeddings import Embeddings
+from pipeline.datasets.metadata import metadata
 from pipeline.embed import Embed, EmbedCaptions, EmbedConfig
 from pipeline.hardware import devices
 from pipeline.media import tars

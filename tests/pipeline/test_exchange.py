@@ -8,7 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage, verify
-from pipeline.dataset import Dataset, Embeddings, file_of, metadata
+from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.datasets.embeddings import Embeddings
+from pipeline.datasets.metadata import metadata
 from pipeline.embed import EmbedCaptions, EmbedConfig
 from pipeline.exchange import AdoptEmbeddings, Export
 from pipeline.stages.driver import run_stage

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from jobs.cli import main
-from pipeline import assembly, storage, tombstones, verify
-from pipeline.dataset import Dataset, Embeddings
+from pipeline import assembly, storage, verify
+from pipeline.datasets import hidden_rows
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.embeddings import Embeddings
 from pipeline.extension import Extension, compare
 from pipeline.index import LISTS, Index, IndexConfig, Searcher, build, fill, misnumbered, open_of, opened
 from pipeline.neighbors import Neighbors, NeighborsConfig
@@ -237,7 +239,7 @@ def test_rows_with_tombstones_are_never_found(tmp_path, vectors, key):
     keys = [f"{row // 700:03d}-{row - 700 * (row // 700):05d}" for row in gone]
     (tmp_path / "keys.txt").write_text("\n".join([*keys, "nobody"]) + "\n")
     assert (Searcher(dataset).search(vectors[gone], 1)[0][:, 0] == gone).mean() > 0.9
-    manifest = run_stage(tombstones.Tombstones(dataset, str(tmp_path / "keys.txt")))
+    manifest = run_stage(hidden_rows.Tombstones(dataset, str(tmp_path / "keys.txt")))
     assert manifest["totals"]["samples"] == len(gone) and manifest["totals"]["skipped"] == {"not in this dataset": 1}
     ids, scores = Searcher(dataset).search(vectors[gone], 5)
     assert not np.isin(ids, gone).any() and (ids >= 0).mean() > 0.99
@@ -251,7 +253,7 @@ def test_neighbours_do_not_have_tombstones(tmp_path, vectors, method):
     dataset = made.given(tmp_path, "x", [vectors[:600]])
     run_stage(Index(dataset, IndexConfig(key="IVF16,SQ8")))
     (tmp_path / "keys.txt").write_text("".join(f"000-{row:05d}\n" for row in range(0, 600, 2)))
-    run_stage(tombstones.Tombstones(dataset, str(tmp_path / "keys.txt")))
+    run_stage(hidden_rows.Tombstones(dataset, str(tmp_path / "keys.txt")))
     run_stage(Neighbors(dataset, dataset, NeighborsConfig(k=20, method=method)))
     ids = np.load(storage.local_path(dataset.folder("neighbors/x")) / "000000.ids.npy")
     assert (ids[ids >= 0] % 2 == 1).all() and (ids >= 0).mean() > 0.99
@@ -261,18 +263,18 @@ def test_tombstones_of_other_shards_are_refused(tmp_path, vectors):
     dataset = made.given(tmp_path, "x", [vectors[:300]])
     run_stage(Index(dataset, IndexConfig()))
     (tmp_path / "keys.txt").write_text("000-00001\n")
-    run_stage(tombstones.Tombstones(dataset, str(tmp_path / "keys.txt")))
+    run_stage(hidden_rows.Tombstones(dataset, str(tmp_path / "keys.txt")))
     clear_folder(made.Given(dataset, "shards", "shard", {}))
     clear_folder(made.Given(dataset, "embeddings", "embed", {}))
     made.given(tmp_path, "x", [vectors[:300]], hashes=["0" * 64] * 300)
     with pytest.raises(ValueError, match=r"tombstones is stale: shards changed since\nhint: .*--tombstone"):
-        tombstones.rows(dataset)
+        hidden_rows.rows(dataset)
     for text, told in (("", "names no key"), (None, "there is no file")):
         (tmp_path / "keys.txt").unlink()
         if text is not None:
             (tmp_path / "keys.txt").write_text(text)
         with pytest.raises(ValueError, match=f"{told}.*\nhint"):
-            run_stage(tombstones.Tombstones(dataset, str(tmp_path / "keys.txt")))
+            run_stage(hidden_rows.Tombstones(dataset, str(tmp_path / "keys.txt")))
         (tmp_path / "keys.txt").touch()
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from pipeline import assembly, index, storage
-from pipeline.dataset import Dataset, Embeddings
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.embeddings import Embeddings
 from pipeline.index import Index, IndexConfig, Lists, Queries, Searcher
 from pipeline.openmp import blocked_scans
 from pipeline.stages.driver import run_stage

@@ -8,10 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import dataset as datasets
 from pipeline import neighbors, search, storage, verify
 from pipeline.batches import Batches
-from pipeline.dataset import Dataset, Embeddings, file_of
+from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.datasets.embeddings import Embeddings
+from pipeline.datasets.metadata import labels
 from pipeline.index import Index, IndexConfig, Lists
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.stages.driver import run_stage
@@ -355,7 +356,7 @@ def test_labels_tell_pictures_apart_where_it_is_not_known_what_was_fetched(tmp_p
     pq.write_table(table.append_column("original_sha256", fetched), buffer)
     again = made.Given(dataset, "shards", "shard", {"000000": (4, {"000000.parquet": buffer.getvalue()})})
     run_stage(again, rebuild=True)
-    found = datasets.labels(dataset, dataset.manifest("shards")["items"][0])
+    found = labels(dataset, dataset.manifest("shards")["items"][0])
     assert (found[:2, 0] == found[:2, 1]).all() and len(set(found[:, 1].tolist())) == 4
     assert found[2, 1] == int.from_bytes(bytes.fromhex("ab" * 8), "little") and (found[2:, 0] != found[2:, 1]).all()
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 from pipeline import verify
 from pipeline.corpora.demo_corpus import Pictures, PicturesConfig
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage
@@ -55,7 +55,7 @@ def test_training_shards_have_no_held_out_subject(tmp_path):
     manifest = run_stage(Shard(dataset, ShardConfig(source=str(folder), captions=str(folder / "train.csv"),
                                                     only_captioned=True, image_size=24, format="png",
                                                     sources=str(folder / "sources.json"))))
-    from pipeline.dataset import metadata
+    from pipeline.datasets.metadata import metadata
     rows = [row for record in manifest["items"] for row in metadata(dataset, record)]
     assert len(rows) == 108 and manifest["totals"] | {"bytes": 0} == {
         "items": 1, "samples": 108, "bytes": 0, "skipped": {}, "noted": {}}

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage, verify
-from pipeline.dataset import Dataset, Embeddings
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.embeddings import Embeddings
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from pipeline import search
-from pipeline.dataset import Dataset, Embeddings
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.embeddings import Embeddings
 from pipeline.hardware import devices
 from pipeline.search import Copies, Found, Queries
 from tests.pipeline import made

@@ -17,7 +17,8 @@ import webdataset
 from PIL import Image
 
 from pipeline import storage, verify
-from pipeline.dataset import Dataset, metadata
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.metadata import metadata
 from pipeline.media import tars
 from pipeline.samples import Spool
 from pipeline.shards.shard import Shard

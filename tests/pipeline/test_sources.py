@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from pipeline import storage, verify
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 from pipeline.media import resize, tars
 from pipeline.media.foreign_tars import Suspicions, examine
 from pipeline.shards.shard import Shard
@@ -263,7 +263,7 @@ def test_filtered_rows_are_counted_in_the_manifest(tmp_path, site):
 MEASURE = """
 import sys
 from pathlib import Path
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.plan import prepare

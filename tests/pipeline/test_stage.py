@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import storage
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 from pipeline.stages.driver import run_in_process, run_stage
 from pipeline.stages.manifest import read_manifest, without_run_facts
 from pipeline.stages.plan import prepare

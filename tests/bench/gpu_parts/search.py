@@ -87,13 +87,13 @@ def _unit(count: int, seed: int, device: torch.device) -> torch.Tensor:
 
 def _database(report: Report, rows: int) -> Any:
     """Embeddings in .npy files, as the embed stage writes them, without its manifest."""
-    from pipeline.dataset import Embeddings, mapped
+    from pipeline.datasets.embeddings import Embeddings, map_array
     database, paths = Embeddings.__new__(Embeddings), []
     for number, first in enumerate(range(0, rows, 1_000_000)):
         path = report.scratch / f"{number:06}.npy"
         np.save(path, _unit(min(1_000_000, rows - first), 100 + number, report.device).cpu().numpy())
         paths.append(path)
-    database.shards = [mapped(path) for path in paths]
+    database.shards = [map_array(path) for path in paths]
     database.offsets = np.cumsum([0, *(len(shard) for shard in database.shards)])
     database.folder = str(report.scratch)
     return database

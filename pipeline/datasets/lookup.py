@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.dataset import Dataset, file_of, metadata
+from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.datasets.metadata import metadata
 from pipeline.media import tars
 
 

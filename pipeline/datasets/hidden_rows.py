@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import forgotten, storage
-from pipeline.dataset import Dataset, metadata
+from pipeline import storage
+from pipeline.datasets import takedowns
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.metadata import metadata
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Entry, Item, Output
 from pipeline.storage import digest
@@ -79,7 +81,7 @@ def rows(dataset: Dataset) -> np.ndarray:
 
     With those that were forgotten since it was made.
     """
-    hidden = forgotten.hidden(dataset)
+    hidden = takedowns.hidden(dataset)
     if not dataset.sealed("tombstones"):
         return hidden
     dataset.identity("tombstones")
@@ -92,6 +94,6 @@ def rows(dataset: Dataset) -> np.ndarray:
 def identities(dataset: Dataset) -> dict[str, dict[str, Any]]:
     """What a search leaves out, as inputs of a stage that searches; nothing if it leaves out nothing."""
     found = {"tombstones": dataset.identity("tombstones")} if dataset.sealed("tombstones") else {}
-    if len(hidden := forgotten.hidden(dataset)):
+    if len(hidden := takedowns.hidden(dataset)):
         found["forgotten"] = {"path": "", "digest": digest(hidden.tolist())}
     return found

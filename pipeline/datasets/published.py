@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline import storage
-from pipeline.dataset import Dataset
+from pipeline.datasets.dataset import Dataset
 from pipeline.stages.manifest import code_revision
 
 STAGES = ("shards", "embeddings", "text_embeddings", "index", "tombstones")

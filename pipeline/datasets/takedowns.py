@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from pipeline import storage
-from pipeline.dataset import Dataset, metadata
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.metadata import metadata
 
 _NAME = "forgotten.json"
 _TRIES = 20
@@ -59,7 +60,7 @@ def _host(name: str) -> str:
         return ""
 
 
-def of(root: str) -> Forgotten:
+def read_takedowns(root: str) -> Forgotten:
     """All that was asked to be forgotten below a root."""
     document = _document(storage.join(root, _NAME))[1]
     return Forgotten(*(frozenset(document.get(kind, ())) for kind in _KINDS))
@@ -77,12 +78,12 @@ def add(root: str, more: Forgotten, note: str) -> None:
     _change(storage.join(root, _NAME), grown)
 
 
-def found(dataset: Dataset, forgotten: Forgotten) -> list[tuple[int, dict[str, Any]]]:
+def find_rows(dataset: Dataset, forgotten: Forgotten) -> list[tuple[int, dict[str, Any]]]:
     """The samples of a dataset that are among them: global rows, and their metadata."""
-    return where(dataset, forgotten.has)
+    return takedown_path(dataset, forgotten.has)
 
 
-def where(dataset: Dataset, wanted: Callable[[dict[str, Any]], bool]) -> list[tuple[int, dict[str, Any]]]:
+def takedown_path(dataset: Dataset, wanted: Callable[[dict[str, Any]], bool]) -> list[tuple[int, dict[str, Any]]]:
     """The samples of a dataset whose metadata are wanted: global rows, and those."""
     rows, offset = [], 0
     for record in dataset.manifest("shards")["items"]:

@@ -1,0 +1,108 @@
+"""The address of a dataset, and its sealed folders."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline import storage
+from pipeline.stages.manifest import read_manifest, sealed_input
+
+_T = TypeVar("_T")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+DEFAULT_VERSION = "v1"
+_CHECKED: set[tuple[str, str]] = set()  # files of published versions, and their hashes
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The address of a dataset: root, name and version."""
+
+    root: str
+    name: str
+    version: str = DEFAULT_VERSION
+    trusted: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
+    """Of a published version the sha256 of the manifest of each stage: what is read is held against it."""
+
+    @classmethod
+    def parse(cls, root: str, text: str) -> "Dataset":
+        """`name` or `name@version` below `root`."""
+        name, _, version = text.partition("@")
+        for part in (name, version or DEFAULT_VERSION):
+            if not _NAME.fullmatch(part):
+                raise ValueError(f"{text!r} is not a dataset name\nhint: letters, digits, '.', '_' and '-', "
+                                 f"as in ukiyo-e or ukiyo-e@v2")
+        return cls(storage.normal(root), name, version or DEFAULT_VERSION)
+
+    @property
+    def label(self) -> str:
+        """The name as the user writes it."""
+        return self.name if self.version == DEFAULT_VERSION else f"{self.name}@{self.version}"
+
+    def following(self) -> "Dataset":
+        """The next version: v2 after v1."""
+        stem, number = re.fullmatch(r"(.*?)(\d*)", self.version).groups()  # type: ignore[union-attr]
+        return Dataset(self.root, self.name, f"{stem}{int(number or 1) + 1}")
+
+    def path(self, stage_name: str) -> str:
+        """The folder of a stage, below the root."""
+        return f"datasets/{self.name}/{self.version}/{stage_name}"
+
+    def folder(self, stage_name: str) -> str:
+        """The address of the folder of a stage."""
+        return storage.join(self.root, self.path(stage_name))
+
+    def command(self, stage_name: str) -> str:
+        """The command that would finish a stage of this dataset, for hints."""
+        verb, _, database = stage_name.partition("/")
+        verb, more = {"shards": ("shard", " --source FOLDER"), "embeddings": ("embed", ""),
+                      "text_embeddings": ("embed", " --captions"),
+                      "tombstones": ("index", " --tombstone KEYS_FILE"),
+                      "neighbors": ("neighbors", f" --database {database}")}.get(verb, (verb, ""))
+        return f"python -m jobs {verb} {self.label}{more} --root {self.root}"
+
+    def manifest(self, stage_name: str) -> dict[str, Any]:
+        """The manifest of a sealed stage; ValueError with the command that would finish it."""
+        return read_manifest(self.folder(stage_name), self.command(stage_name), dict(self.trusted).get(stage_name))
+
+    def sealed(self, stage_name: str) -> bool:
+        """Whether a stage has ended."""
+        return storage.exists(storage.join(self.folder(stage_name), "manifest.json"))
+
+    def identity(self, stage_name: str) -> dict[str, Any]:
+        """How a later stage names this one among its inputs."""
+        return sealed_input(self.root, self.path(stage_name), self.command(stage_name),
+                              dict(self.trusted).get(stage_name))
+
+    def fetch(self, stage_name: str, entry: dict[str, Any], *, check: bool = False) -> Path:
+        """A local path of a file in the manifest of a stage."""
+        url = storage.place(self.folder(stage_name), entry["name"])
+        return storage.fetch(url, entry, check=check or self._suspect(url, entry))
+
+    def opened(self, stage_name: str, entry: dict[str, Any], open_: Callable[[Path], _T]) -> _T:
+        """What `open_` makes of the local path of a file in the manifest of a stage."""
+        url = storage.place(self.folder(stage_name), entry["name"])
+        return storage.opened(url, entry, open_, check=self._suspect(url, entry))
+
+    def _suspect(self, url: str, entry: dict[str, Any]) -> bool:
+        """Whether the bytes of a published file are still to be held against its hash, once in each process."""
+        if not self.trusted or (url, entry["sha256"]) in _CHECKED:
+            return False
+        _CHECKED.add((url, entry["sha256"]))
+        return True
+
+
+def datasets(root: str) -> list[Dataset]:
+    """Every version of every dataset that has a folder below a root, sealed or not."""
+    return [Dataset(storage.normal(root), name, version)
+            for name in storage.folders(storage.join(storage.normal(root), "datasets"))
+            for version in storage.folders(storage.join(storage.normal(root), "datasets", name))]
+
+
+def file_of(record: dict[str, Any], suffix: str) -> dict[str, Any]:
+    """The one file of a record or manifest whose name ends so."""
+    found = [entry for entry in record["files"] if entry["name"].endswith(suffix)]
+    assert len(found) == 1, (suffix, record["files"])
+    return found[0]
