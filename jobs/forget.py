@@ -25,7 +25,7 @@ def asked(root: str, sha256: Sequence[str], urls: Sequence[str], keys: Sequence[
         dataset = Dataset.parse(root, name)
         pictures = [row for one in datasets(root) if one.name == dataset.name and one.sealed("shards")
                     and ("@" not in name or one.version == dataset.version)
-                    for _, row in takedowns.takedown_path(one, lambda row: row["key"] == key)]  # noqa: B023 (used at once)
+                    for _, row in takedowns.find_matching_rows(one, lambda row: row["key"] == key)]  # noqa: B023
         if not pictures:
             raise ValueError(f"no version of {name} has a sample {key}\nhint: DATASET/KEY, as samples.json and credits "
                              f"name them")

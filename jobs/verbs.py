@@ -20,8 +20,7 @@ from jobs.gpus import InProcess, check_gpus, local_device
 from jobs.runs import Run
 from jobs.settings import ClusterConfig, Settings
 from jobs.training import Job, Training
-from pipeline import assembly, clip, sift, storage, verify
-from pipeline.adopt import Adopt
+from pipeline import assembly, clip, storage, verify
 from pipeline.datasets import published
 from pipeline.datasets.dataset import Dataset, datasets
 from pipeline.datasets.hidden_rows import Tombstones
@@ -31,6 +30,8 @@ from pipeline.extension import Extension
 from pipeline.hardware import devices
 from pipeline.index import Index, check_autofaiss
 from pipeline.neighbors import Neighbors
+from pipeline.shards import deduplicate
+from pipeline.shards.adopt import Adopt
 from pipeline.shards.shard import Shard
 from pipeline.stages.driver import Runner, run_stage
 from pipeline.stages.manifest import read_manifest
@@ -54,18 +55,18 @@ def _shard(command: commands.ShardCommand, settings: Settings) -> int:
         _log.info("shard: %s is sealed; rows that failed are tried again for %s", dataset.label, following.label)
         return _run(Shard(following, command.shard, base=dataset), command)
     if command.shard.duplicates != "keep" and not command.common.dry_run:
-        return _sift(sift.Sift(dataset, command.shard), command)
+        return _sift(deduplicate.Sift(dataset, command.shard), command)
     return _run(Shard(dataset, command.shard), command)
 
 
-def _sift(sifted: sift.Sift, command: commands.ShardCommand) -> int:
+def _sift(sifted: deduplicate.Sift, command: commands.ShardCommand) -> int:
     with runner(command) as run_with:
         def seal(stage_: Shard) -> dict[str, Any]:
             first = stage_ is sifted.whole
             return watched.run(stage_, run_with, name="shard" if first else "sift", tracker=command.stage.tracker,
                                retry=command.retry_failed and first, max_failed=command.max_failed)
 
-        manifest = sift.run(sifted, seal, rebuild=command.stage.rebuild)
+        manifest = deduplicate.run(sifted, seal, rebuild=command.stage.rebuild)
     _done(sifted, manifest)
     return 0
 

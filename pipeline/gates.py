@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import clip, embed, samples, storage, update
+from pipeline import clip, embed, storage, update
 from pipeline.datasets import takedowns
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import labels, metadata
 from pipeline.datasets.takedowns import Forgotten
 from pipeline.index import Searcher
+from pipeline.shards.metadata import FORGOTTEN, SUCCESS
 from pipeline.update import Known
 
 _NEAREST = 10  # overlap@10
@@ -110,16 +111,16 @@ def recall(dataset: Dataset) -> float | None:
 
 
 def _failed(rows: Sequence[Known], config: GatesConfig) -> Gate:
-    failed = sum(one.status not in {samples.SUCCESS, samples.FORGOTTEN} for one in rows)
+    failed = sum(one.status not in {SUCCESS, FORGOTTEN} for one in rows)
     value = failed / max(len(rows), 1)
     return Gate("failed", value, f"at most {config.max_failed}", value <= config.max_failed)
 
 
 def _lost(rows: Sequence[Known], before: Dataset, gone: Forgotten, config: GatesConfig) -> Gate:
     """What is gone of the pictures by content; what was forgotten is no loss."""
-    now = {one.sha256 for one in rows if one.status == samples.SUCCESS}
+    now = {one.sha256 for one in rows if one.status == SUCCESS}
     was = [one.sha256 for one in update.listing(before)
-           if one.status == samples.SUCCESS and one.sha256 not in gone.sha256 and not gone.named(one.name)]
+           if one.status == SUCCESS and one.sha256 not in gone.sha256 and not gone.named(one.name)]
     value = sum(one not in now for one in was) / max(len(was), 1)
     return Gate("lost", value, f"at most {config.max_lost}", value <= config.max_lost)
 

@@ -27,14 +27,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import samples, storage
+from pipeline import storage
 from pipeline.datasets import hidden_rows
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.takedowns import Forgotten
 from pipeline.embed import Embed, EmbedCaptions, EmbedConfig
 from pipeline.media import tars
 from pipeline.media.types import BadPicture
+from pipeline.shards import metadata
 from pipeline.shards.shard import Shard
+from pipeline.shards.transform import source_name
 from pipeline.sources.config import ShardConfig
 from pipeline.sources.detect import open_source
 from pipeline.sources.rows import Reading, Row, read_rows, write_rows
@@ -91,7 +93,7 @@ class Sought:
         self.known: list[Known] = []
         seen: Counter[str] = Counter()
         for row in _rows(source):
-            name = samples.called(row)
+            name = source_name(row)
             if forgotten.named(name):
                 continue
             mark = storage.digest([name, row.caption, row.columns, row.digest, row.caption_file, seen[name]])
@@ -123,12 +125,12 @@ class Sought:
             # Of a picture that could not be read then, no hash is known: its look alone tells.
             same = old is not None and (hashes[number] == old.sha256 if number in hashes and old.sha256
                                         else one.stamp == old.stamp)
-            if same and old and old.status != samples.SUCCESS and self.source.fetch == "url":
+            if same and old and old.status != metadata.SUCCESS and self.source.fetch == "url":
                 same = False  # a server that failed may answer now
-            if same and old and (old.status == samples.FORGOTTEN or old.sha256 in self.forgotten.sha256):
+            if same and old and (old.status == metadata.FORGOTTEN or old.sha256 in self.forgotten.sha256):
                 names[one.name] -= 1
-                change.counts["forgotten"] += old.status != samples.FORGOTTEN  # that was counted once
-                change.known.append(Known(one.name, one.mark, one.stamp, old.sha256, status=samples.FORGOTTEN))
+                change.counts["forgotten"] += old.status != metadata.FORGOTTEN  # that was counted once
+                change.known.append(Known(one.name, one.mark, one.stamp, old.sha256, status=metadata.FORGOTTEN))
                 continue
             if same and old:
                 names[one.name] -= 1
@@ -165,11 +167,11 @@ def listing(base: Dataset) -> list[Known]:
     for record in manifest["items"]:
         known: dict[int, Known] = {}
         for row in _parquet(base, record).to_pylist():
-            extra = {name: cell for name, cell in row.items() if name not in samples.COLUMNS}
+            extra = {name: cell for name, cell in row.items() if name not in metadata.COLUMNS}
             # Without the number among rows of one name, and what a list says of hashes: rows with those are new.
             mark = storage.digest([row["url"], row["caption"] or "", extra, "", "", 0])
             one = known.setdefault(row["source_row"], Known(row["url"], mark, "?"))
-            if one.status != samples.SUCCESS:
+            if one.status != metadata.SUCCESS:
                 one.sha256, one.shard, one.row = row["original_sha256"] or "", record["id"], row["source_row"]
                 one.status = row["status"]
         found += known.values()
@@ -352,10 +354,10 @@ class Update(Shard):
                                 columns=["source_row", "original_sha256", "status", "error_message"])
             for row in table.to_pylist():
                 one = by_number[row["source_row"]]
-                if one.status != samples.SUCCESS:
+                if one.status != metadata.SUCCESS:
                     one.sha256, one.shard, one.row = row["original_sha256"] or "", record["id"], row["source_row"]
-                    left_out = (row["error_message"] or "").startswith(f"{samples.FORGOTTEN}:")
-                    one.status = samples.FORGOTTEN if left_out else row["status"]
+                    left_out = (row["error_message"] or "").startswith(f"{metadata.FORGOTTEN}:")
+                    one.status = metadata.FORGOTTEN if left_out else row["status"]
         pq.write_table(pa.Table.from_pylist([vars(one) for one in change.known], _LISTING), scratch / LISTING)
         output.files[LISTING] = scratch / LISTING
         dead = [key for record in records for key in record["info"].get("dead", ())]
@@ -378,7 +380,7 @@ def _some(values: Iterable[_T], size: int) -> Iterator[list[_T]]:
 
 
 def _succeeded(table: pa.Table) -> pa.Table:
-    return table.filter(pc.equal(table["status"], samples.SUCCESS))
+    return table.filter(pc.equal(table["status"], metadata.SUCCESS))
 
 
 class Reuse(Embed):

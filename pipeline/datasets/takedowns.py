@@ -80,10 +80,10 @@ def add(root: str, more: Forgotten, note: str) -> None:
 
 def find_rows(dataset: Dataset, forgotten: Forgotten) -> list[tuple[int, dict[str, Any]]]:
     """The samples of a dataset that are among them: global rows, and their metadata."""
-    return takedown_path(dataset, forgotten.has)
+    return find_matching_rows(dataset, forgotten.has)
 
 
-def takedown_path(dataset: Dataset, wanted: Callable[[dict[str, Any]], bool]) -> list[tuple[int, dict[str, Any]]]:
+def find_matching_rows(dataset: Dataset, wanted: Callable[[dict[str, Any]], bool]) -> list[tuple[int, dict[str, Any]]]:
     """The samples of a dataset whose metadata are wanted: global rows, and those."""
     rows, offset = [], 0
     for record in dataset.manifest("shards")["items"]:

@@ -8,9 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline import samples, storage
+from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.media.types import BadPicture
+from pipeline.shards import metadata
+from pipeline.shards.packer import Packing
 from pipeline.sources.config import ShardConfig
 from pipeline.sources.detect import open_source
 from pipeline.sources.rows import Part, Reading, Row
@@ -33,7 +35,7 @@ class Shard(Stage):
     """
 
     name = "shard"
-    by_choice = frozenset({"too_small", "too_narrow", "robots", "duplicate", samples.FORGOTTEN})
+    by_choice = frozenset({"too_small", "too_narrow", "robots", "duplicate", metadata.FORGOTTEN})
     refused: frozenset[str] = frozenset()  # sha256 of fetched bytes that nothing is made of
 
     def __init__(self, dataset: Dataset, config: ShardConfig, base: Dataset | None = None,
@@ -110,7 +112,7 @@ class Shard(Stage):
         reading = Reading()
         digits = max(4, len(str(self.config.rows_per_shard - 1)))
         known = storage.read_json(storage.join(self.folder, item.inputs["types"])) if "types" in item.inputs else {}
-        packing = samples.Packing(self.config, item.id, digits, scratch, self.beat, known, self.refused)
+        packing = Packing(self.config, item.id, digits, scratch, self.beat, known, self.refused)
         files = self.source.fetch == "file"
         read = getattr(self.source, "read", None) if files else _nothing_to_read
         packing.run(self._rows(item.inputs, scratch, reading),
@@ -171,7 +173,7 @@ class Shard(Stage):
         entry = file_of(record, ".parquet")
         path = storage.fetch(storage.place(folder, entry["name"]), entry)
         rows = parquet.read(path, columns=["source_row", "status", "error_message"]).to_pylist()
-        return [(row["source_row"], reason) for row in rows if row["status"] != samples.SUCCESS
+        return [(row["source_row"], reason) for row in rows if row["status"] != metadata.SUCCESS
                 and (reason := (row["error_message"] or "").split(":")[0]) not in self.by_choice]
 
     def _copy(self, record: dict[str, Any], scratch: Path) -> Output:
@@ -217,7 +219,7 @@ def accounting(manifest: dict[str, Any], rows: Iterable[dict[str, Any]]) -> dict
     seen, good = set(), set()
     for row in rows:
         seen.add(row["source_row"])
-        if row["status"] == samples.SUCCESS:
+        if row["status"] == metadata.SUCCESS:
             good.add(row["source_row"])
     filtered = manifest["info"].get("filtered", 0)
     return {"rows": len(seen) + filtered, "good": len(good), "failed": len(seen) - len(good), "filtered": filtered}

@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
 
-from pipeline import sift, storage, verify
+from pipeline import storage, verify
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.media import tars
-from pipeline.shards import shard
+from pipeline.shards import deduplicate, shard
+from pipeline.shards.deduplicate import Sift
 from pipeline.shards.shard import Shard
-from pipeline.sift import Sift
 from pipeline.sources.config import DownloadConfig, ShardConfig
 from pipeline.stages import progress
 from pipeline.stages.driver import run_stage
@@ -287,7 +287,7 @@ def test_of_duplicates_the_first_stays(tmp_path, how):
     for size in (3, 100, 1):
         dataset = Dataset.parse(str(tmp_path / f"{size}"), "x")
         sifted = Sift(dataset, config(source, duplicates=how, samples_per_shard=size, image_size=64))
-        manifest = sift.run(sifted, run_stage)
+        manifest = deduplicate.run(sifted, run_stage)
         reasons = accounted(dataset, manifest, len(KINDS) + 1)
         lines = table(dataset, manifest)
         assert [int(line["url"][:2]) for line in lines if line["status"] == "success"] == first_ones(how)
@@ -300,7 +300,7 @@ def test_of_duplicates_the_first_stays(tmp_path, how):
         assert not storage.exists(storage.join(dataset.folder("unsifted"), "plan.json"))
         assert not (tmp_path / f"{size}" / "datasets" / "x" / "v1" / "unsifted").exists()
         before = made.files_below(tmp_path / f"{size}")
-        assert without_run_facts(sift.run(sifted, run_stage)) == without_run_facts(manifest)
+        assert without_run_facts(deduplicate.run(sifted, run_stage)) == without_run_facts(manifest)
         assert made.files_below(tmp_path / f"{size}") == before
         results.append([(line["url"], line["status"]) for line in lines])
     assert results[0] == results[1] == results[2]
@@ -308,7 +308,7 @@ def test_of_duplicates_the_first_stays(tmp_path, how):
 
 def test_a_sample_that_stays_is_named_by_those_that_go(tmp_path):
     dataset = Dataset.parse(str(tmp_path), "x")
-    manifest = sift.run(Sift(dataset, config(blots(tmp_path / "source"), duplicates="exact", samples_per_shard=3,
+    manifest = deduplicate.run(Sift(dataset, config(blots(tmp_path / "source"), duplicates="exact", samples_per_shard=3,
                                              image_size=64)), run_stage)
     details = {line["url"]: line["error_message"] for line in table(dataset, manifest) if line["status"] == "duplicate"}
     assert details["02.png"] == "duplicate: of sample 0 of shard 000000"
@@ -322,7 +322,8 @@ def test_duplicates_among_patches(tmp_path):
                         ("c.png", Image.new("RGB", (40, 40), "red"))):
         (source / name).write_bytes(encoded(image, "PNG"))
     dataset = Dataset.parse(str(tmp_path), "x")
-    manifest = sift.run(Sift(dataset, config(source, duplicates="exact", samples_per_shard=2, patches=3, patch_side=32,
+    manifest = deduplicate.run(Sift(dataset, config(
+        source, duplicates="exact", samples_per_shard=2, patches=3, patch_side=32,
                                              image_size=8)), run_stage)
     assert manifest["totals"]["samples"] == 4 and manifest["totals"]["skipped"] == {"duplicate": 5}
     assert shard.accounting(manifest, table(dataset, manifest)) == {"rows": 3, "good": 2, "failed": 1, "filtered": 0}
@@ -338,7 +339,7 @@ def test_sifting_is_gone_on_with_wherever_it_was_left(tmp_path):
     def make(name: str) -> Sift:
         return Sift(Dataset.parse(str(tmp_path / name), "x"), config(source, duplicates="near", samples_per_shard=4,
                                                                      image_size=64))
-    expected = without_run_facts(sift.run(make("whole"), run_stage))
+    expected = without_run_facts(deduplicate.run(make("whole"), run_stage))
 
     class Killed(BaseException):
         pass
@@ -359,24 +360,24 @@ def test_sifting_is_gone_on_with_wherever_it_was_left(tmp_path):
         for items in (0, 1, 3):
             name = f"{stages}-{items}"
             with pytest.raises(Killed):
-                sift.run(make(name), seal_until(stages, items))
-            assert without_run_facts(sift.run(make(name), run_stage)) == expected
+                deduplicate.run(make(name), seal_until(stages, items))
+            assert without_run_facts(deduplicate.run(make(name), run_stage)) == expected
     # Sealed, and what it was made from not yet removed.
     one = make("late")
     run_stage(one.whole)
     run_stage(one)
-    assert without_run_facts(sift.run(make("late"), run_stage)) == expected
+    assert without_run_facts(deduplicate.run(make("late"), run_stage)) == expected
     assert not (tmp_path / "late" / "datasets" / "x" / "v1" / "unsifted").exists()
-    assert without_run_facts(sift.run(make("late"), run_stage, rebuild=True)) == expected
+    assert without_run_facts(deduplicate.run(make("late"), run_stage, rebuild=True)) == expected
     with pytest.raises(ValueError, match="duplicate_bits"):
-        sift.run(Sift(one.dataset, config(source, duplicates="near", samples_per_shard=4, image_size=64,
+        deduplicate.run(Sift(one.dataset, config(source, duplicates="near", samples_per_shard=4, image_size=64,
                                           duplicate_bits=2)), run_stage)
 
 
 def test_a_row_that_was_tried_again_stays_if_it_is_first_in_the_source(tmp_path, site):
     addresses = [f"http://{site}/{path}" for path in ("flaky?n=1&name=sift&file=00.png", "01.png", "00.png")]
     sifted = Sift(Dataset.parse(str(tmp_path), "x"), config(urls(tmp_path / "list.csv", addresses), duplicates="exact"))
-    manifest = sift.run(sifted, lambda one: run_stage(one, retry=one is sifted.whole))
+    manifest = deduplicate.run(sifted, lambda one: run_stage(one, retry=one is sifted.whole))
     lines = table(sifted.dataset, manifest)
     assert [(line["source_row"], line["status"]) for line in lines] == [
         (0, "failed_to_download"), (1, "success"), (2, "duplicate"), (0, "success")]

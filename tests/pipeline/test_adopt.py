@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from pipeline import storage, verify
-from pipeline.adopt import Adopt
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.metadata import metadata
 from pipeline.embed import Embed, EmbedConfig
 from pipeline.media import tars
+from pipeline.shards.adopt import Adopt
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage

@@ -20,7 +20,7 @@ from pipeline import storage, verify
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import metadata
 from pipeline.media import tars
-from pipeline.samples import Spool
+from pipeline.shards.packer import Spool
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage

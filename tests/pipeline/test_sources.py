@@ -334,8 +334,8 @@ def test_hostile_cells_do_not_stop_a_shard(tmp_path, site):
     assert [row["error_message"].split(":")[0] for row in found[1:6]] == ["http_404", *["bad_url"] * 4]
     assert found[0]["x?"] == "?" and found[0]["phash"] == "text" and found[2]["key"] == "0000000002"
     # Columns of the same names as hashes of duplicates: those of failed rows are theirs, not ours.
-    from pipeline.sift import Sift
-    from pipeline.sift import run as sift
+    from pipeline.shards.deduplicate import Sift
+    from pipeline.shards.deduplicate import run as sift
     sifted = sift(Sift(Dataset.parse(str(tmp_path), "near"), ShardConfig(
         source=str(path), image_size=16, duplicates="near", download=DOWNLOAD)), run_stage)
     assert sifted["totals"]["samples"] == 1

@@ -1,9 +1,4 @@
-"""From rows to samples: bytes are fetched, decoded, resized and encoded by many hands, and packed in order.
-
-Rows are taken from their source one by one; whatever order their bytes come in, samples lie in the tar in the
-order of the rows, and the tar grows while later rows are fetched. Pictures that are encoded long before their turn
-wait in a file in scratch, so memory holds what is in the lanes, and a few hundred bytes of metadata for each row.
-"""
+"""Fetch, transform and pack rows concurrently. The order of the samples is that of the rows."""
 
 import asyncio
 import hashlib
@@ -16,7 +11,6 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,129 +22,28 @@ import uvloop
 from pipeline import storage
 from pipeline.hardware import malloc
 from pipeline.media import tars
-from pipeline.media.decode import decode
-from pipeline.media.hashes import perceptual_hash, pixel_hash
-from pipeline.media.resize import encode, patches, resize
-from pipeline.media.types import BadPicture, Pixels, size_of
+from pipeline.media.types import BadPicture
+from pipeline.shards.metadata import (
+    COLUMNS,
+    FORGOTTEN,
+    HASH_COLUMNS,
+    NOT_FETCHED,
+    NOT_USABLE,
+    PATCH_COLUMNS,
+    SUCCESS,
+    first_error,
+    table,
+)
+from pipeline.shards.transform import Made, NotFetched, failed_row, make_samples, source_name
 from pipeline.sources.rows import Row
 from pipeline.stages.progress import Beat
 from pipeline.stages.types import Entry
 
 if TYPE_CHECKING:
     from pipeline.sources.config import ShardConfig
-
-# img2dataset's, and `source_row`: the place of the row in the source.
-COLUMNS = {"caption": pa.string(), "url": pa.string(), "key": pa.string(), "status": pa.string(),
-           "error_message": pa.string(), "width": pa.int32(), "height": pa.int32(), "original_width": pa.int32(),
-           "original_height": pa.int32(), "exif": pa.string(), "sha256": pa.string(), "original_sha256": pa.string(),
-           "source_row": pa.int64()}
-PATCH_COLUMNS = {"patch_left": pa.int32(), "patch_top": pa.int32(), "patch_short_side": pa.int32()}
-HASH_COLUMNS = {"pixel_sha256": pa.string(), "phash": pa.uint64(), "mean_colour": pa.list_(pa.uint8())}
-SUCCESS, NOT_FETCHED, NOT_USABLE = "success", "failed_to_download", "failed_to_resize"
-FORGOTTEN = "forgotten"
-_KINDS = {"bool": pa.bool_(), "int64": pa.int64(), "double": pa.float64()}
 _READERS = 32  # pictures that are read at once from a store that is far
 _IN_HAND = 4  # rows that a thread takes at a time where nothing has to be fetched for them
 _AT_ONCE = 64  # rows that are appended to the tar in one go; as many again may wait in memory
-_ALGORITHMS = {32: "md5", 40: "sha1", 64: "sha256", 128: "sha512"}
-
-
-class NotFetched(BadPicture):
-    """A picture whose bytes were not to be had."""
-
-
-@dataclass
-class Made:
-    """What became of a row: metadata for the parquet, one for each sample or one that says what is wrong."""
-
-    metas: list[dict[str, Any]]
-    pictures: list[bytes] = field(default_factory=list)
-    entries: list[Entry] = field(default_factory=list)
-
-
-def make(config: "ShardConfig", row: Row, data: bytes, keys: list[str]) -> Made:
-    """The samples of a row whose picture's bytes are `data`; BadPicture if there are none."""
-    fetched = hashlib.sha256(data).hexdigest()
-    _check_hash(row.digest, data, fetched)
-    patched = config.patches > 0
-    picture = decode(data, config.max_pixels, at_least=config.patch_side if patched else config.image_size,
-                            how="keep_ratio" if patched else config.resize, min_size=config.min_size,
-                            max_aspect=config.max_aspect)
-    meta = bare(row) | {"status": SUCCESS, "original_width": picture.width, "original_height": picture.height,
-                        "exif": _exif(data) if config.exif else None, "original_sha256": fetched}
-    made = Made([], entries=[Entry(called(row), reason, detail, kept=True) for reason, detail in picture.remarks])
-    if patched:
-        whole = resize(picture, config.patch_side, "keep_ratio", only_if_bigger=config.only_if_bigger,
-                              max_aspect=config.max_aspect)
-        for (left, top, patch), key in zip(patches(whole, config.image_size, config.patches, config.seed,
-                                                          row.name), keys, strict=True):
-            place = {"patch_left": left, "patch_top": top, "patch_short_side": min(size_of(whole))}
-            _add(made, config, meta | place, key, patch, encode(patch, config.format, config.quality))
-        return made
-    resized = resize(picture, config.image_size, config.resize, only_if_bigger=config.only_if_bigger,
-                            max_aspect=config.max_aspect)
-    same = resized is picture.image and picture.plain
-    stored = {"jpg": "jpeg"}.get(config.format, config.format)
-    _add(made, config, meta, keys[0], resized,
-         data if same and picture.format == stored else encode(resized, config.format, config.quality))
-    return made
-
-
-def _add(made: Made, config: "ShardConfig", meta: dict[str, Any], key: str, image: Pixels, data: bytes) -> None:
-    width, height = size_of(image)
-    meta = meta | {"key": key, "width": width, "height": height, "sha256": hashlib.sha256(data).hexdigest()}
-    if config.duplicates != "keep":
-        meta["pixel_sha256"] = pixel_hash(image)
-        if config.duplicates == "near":
-            meta["phash"], meta["mean_colour"] = perceptual_hash(image)
-    made.metas.append(meta)
-    made.pictures.append(data)
-
-
-def failed(row: Row, key: str, bad: BadPicture) -> Made:
-    """A row that gives no sample."""
-    status = NOT_FETCHED if isinstance(bad, NotFetched) else NOT_USABLE
-    detail = storage.without_credentials(bad.detail)
-    return Made([bare(row) | {"key": key, "status": status, "error_message": f"{bad.reason}: {detail}"}],
-                entries=[Entry(called(row), bad.reason, detail)])
-
-
-def bare(row: Row) -> dict[str, Any]:
-    """The metadata of a row of which nothing is known but what the source says."""
-    extra = {name: value for name, value in row.columns.items() if name not in COLUMNS}
-    return extra | dict.fromkeys(COLUMNS) | {"caption": row.caption, "url": called(row), "source_row": row.number}
-
-
-def called(row: Row) -> str:
-    """What a row is called, as text without passwords: bytes that are no UTF-8 are spelled out."""
-    try:
-        name = row.name.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # halves of characters, which JSON can spell
-        name = row.name.encode("utf-8", "backslashreplace")
-    return storage.without_credentials(name.decode("utf-8", "backslashreplace"))
-
-
-def _check_hash(wanted: str, data: bytes, sha256: str) -> None:
-    if not wanted:
-        return
-    algorithm = _ALGORITHMS[len(wanted)]
-    found = sha256 if algorithm == "sha256" else hashlib.new(algorithm, data, usedforsecurity=False).hexdigest()
-    if found != wanted:
-        raise NotFetched("hash_mismatch", f"its {algorithm} is not the one in the list")
-
-
-def _exif(data: bytes) -> str:
-    """The EXIF of a picture as JSON, tags by name."""
-    import io
-
-    from PIL import ExifTags, Image
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            tags = image.getexif()
-            every = {**tags, **tags.get_ifd(ExifTags.IFD.Exif)}
-    except Exception:  # a spoiled EXIF block, frequent in the wild, does not spoil the picture
-        return "{}"
-    return json.dumps({ExifTags.TAGS.get(tag, str(tag)): str(value)[:500] for tag, value in sorted(every.items())})
 
 
 Place = bytes | tuple[int, int]
@@ -214,7 +107,7 @@ class Packing:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(self._all(enumerate(rows), read, far))
         except BaseExceptionGroup as group:
-            raise _first(group) from group
+            raise first_error(group) from group
 
     async def _all(self, rows: Iterator[tuple[int, Row]], read: Callable[[Row], bytes] | None, far: bool) -> None:
         threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
@@ -243,7 +136,7 @@ class Packing:
                 try:
                     row.data = await fetch(row)
                 except BadPicture as bad:
-                    self._take(number, failed(row, self._keys(number)[0],
+                    self._take(number, failed_row(row, self._keys(number)[0],
                                               NotFetched(bad.reason, bad.detail)), [])
                     continue
             for number, made, places in await loop.run_in_executor(pool, self._make_all, some, read):
@@ -273,10 +166,10 @@ class Packing:
                 raise NotFetched("picture_missing", row.missing)
             if self._refused and hashlib.sha256(data).hexdigest() in self._refused:
                 raise BadPicture(FORGOTTEN, "")
-            made = make(self.config, row, data, keys)
+            made = make_samples(self.config, row, data, keys)
         except BadPicture as bad:
-            made = failed(row, keys[0], bad)
-        made.entries += [Entry(called(row), reason, kept=True) for reason in row.remarks]
+            made = failed_row(row, keys[0], bad)
+        made.entries += [Entry(source_name(row), reason, kept=True) for reason in row.remarks]
         soon = number - self._written < 2 * _AT_ONCE
         return made, [data if soon else self._spool.put(data) for data in made.pictures]
 
@@ -340,32 +233,3 @@ class Packing:
             names = ("pixel_sha256",) if self.config.duplicates == "exact" else tuple(HASH_COLUMNS)
             types |= {name: HASH_COLUMNS[name] for name in names}
         return types
-
-
-def table(metas: list[dict[str, Any]], types: dict[str, pa.DataType], known: Mapping[str, str]) -> pa.Table:
-    """Metadata as a table: the source's own columns first, of the types that are known, then those of `types`."""
-    extra = sorted({*known, *(name for meta in metas for name in meta)} - set(types))
-    columns = {name: _column([meta.get(name) for meta in metas], known.get(name)) for name in extra}
-    for name, kind in types.items():
-        columns[name] = pa.array([meta.get(name) for meta in metas], kind)
-    return pa.table(columns)
-
-
-def _column(cells: list[Any], kind: str | None) -> pa.Array:
-    """Cells of a type, as text if they do not fit."""
-    if kind != "string":
-        try:
-            column = pa.array(cells, _KINDS.get(kind or ""))
-            if not pa.types.is_null(column.type):
-                return column
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # cells of several types, or numbers too large
-            pass
-    return pa.array([cell if cell is None or isinstance(cell, str) else str(cell) for cell in cells], pa.string())
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The error that ended the lanes, whatever else came with it."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

@@ -15,10 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
-from pipeline import samples, storage
+from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.media import tars
 from pipeline.media.foreign_tars import Suspicions, examine
+from pipeline.shards import metadata
 from pipeline.sources.config import ShardConfig
 from pipeline.sources.rows import cells_of, sound
 from pipeline.sources.source import addresses_of
@@ -101,7 +102,7 @@ class Adopt(Stage):
                     for meta in failed]
         parquet = scratch / "metadata.parquet"
         types = storage.read_json(storage.join(self.folder, item.inputs["types"]))
-        pq.write_table(samples.table(metas, samples.COLUMNS, types), parquet)
+        pq.write_table(metadata.table(metas, metadata.COLUMNS, types), parquet)
         return Output(good, {f"metadata/{item.id}.parquet": parquet}, entries, {"rows": len(metas)},
                       elsewhere=[storage.describe_file(address, path)])
 
@@ -124,13 +125,13 @@ class Adopt(Stage):
         except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
             width = height = None
             entries.append(Entry(key, "unreadable", f"{type(error).__name__}: {error}", kept=True))
-        extra = cells_of({name: value for name, value in document.items() if name not in samples.COLUMNS})
+        extra = cells_of({name: value for name, value in document.items() if name not in metadata.COLUMNS})
         hashed = document.get("sha256")
         exif = document.get("exif")
         return extra | {
             "caption": caption_of(sample, document, self.config.caption_column),
             "url": storage.without_credentials(sound(str(document.get("url") or key))), "key": key,
-            "status": samples.SUCCESS, "error_message": None, "width": width, "height": height,
+            "status": metadata.SUCCESS, "error_message": None, "width": width, "height": height,
             "original_width": _number(document.get("original_width")),
             "original_height": _number(document.get("original_height")),
             "exif": sound(exif) if isinstance(exif, str) else None, "sha256": hashlib.sha256(data).hexdigest(),
@@ -148,12 +149,12 @@ def _failed(address: str, good: int, first: int) -> list[dict[str, Any]]:
         raise ValueError(f"{beside} cannot be read as parquet: {str(error).strip()}") from None
     if not rows or "status" not in rows[0]:
         return []
-    failed = [row for row in rows if row["status"] != samples.SUCCESS]
+    failed = [row for row in rows if row["status"] != metadata.SUCCESS]
     if len(rows) - len(failed) != good:
         raise ValueError(f"{address} has {good} samples, {beside} says {len(rows) - len(failed)}\n"
                          f"hint: was one of them cut off? shard the tar without --adopt")
     kept = [cells_of(row) for row in failed]
-    return [row | dict.fromkeys(samples.COLUMNS) | {
+    return [row | dict.fromkeys(metadata.COLUMNS) | {
         "caption": str(row.get("caption") or ""), "url": storage.without_credentials(str(row.get("url") or "")),
         "key": str(row.get("key") or ""), "status": str(row["status"]),
         "error_message": storage.without_credentials(str(row.get("error_message") or "")),

@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import samples, storage
+from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.media import duplicates, tars
+from pipeline.shards import metadata
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.manifest import read_manifest
@@ -93,7 +94,7 @@ class Sift(Shard):
         entries, left = self._left_out(table, gone, parquet)
         if (old := files.get(f"ledger/{item.id}.jsonl")) is not None:
             entries = [*(Entry(**json.loads(line)) for line in old.read_text().splitlines()), *entries]
-        stats["status_dict"] |= {samples.SUCCESS: left, DUPLICATE: stats["successes"] - left}
+        stats["status_dict"] |= {metadata.SUCCESS: left, DUPLICATE: stats["successes"] - left}
         stats["successes"] = left
         return Output(record["samples"] - len(gone), {f"{item.id}.tar": tar, f"{item.id}.parquet": parquet}, entries,
                       record["info"], aside={name: storage.json_bytes(stats)})
@@ -103,7 +104,7 @@ class Sift(Shard):
         still have a sample."""
         statuses, messages = table.column("status").to_pylist(), table.column("error_message").to_pylist()
         urls, entries = table.column("url").to_pylist(), []
-        good = [row for row, status in enumerate(statuses) if status == samples.SUCCESS]
+        good = [row for row, status in enumerate(statuses) if status == metadata.SUCCESS]
         for sample, detail in gone.items():
             row = good[sample]
             statuses[row], messages[row] = DUPLICATE, f"{DUPLICATE}: {detail}"
@@ -112,7 +113,7 @@ class Sift(Shard):
             table = table.set_column(table.column_names.index(name), name, pa.array(cells, pa.string()))
         pq.write_table(table, parquet)
         rows = table.column("source_row").to_pylist()
-        return entries, len({row for row, status in zip(rows, statuses, strict=True) if status == samples.SUCCESS})
+        return entries, len({row for row, status in zip(rows, statuses, strict=True) if status == metadata.SUCCESS})
 
     def _hashes(self, record: dict[str, Any]) -> pa.Table:
         """The hashes of a shard's samples."""
@@ -120,7 +121,7 @@ class Sift(Shard):
         names = ["pixel_sha256"] if self.config.duplicates == "exact" else ["phash", "mean_colour"]
         data = storage.fetch(storage.join(self.whole.folder, entry["name"]), entry).read_bytes()
         table = read(data, columns=[*names, "status", "source_row"])
-        return table.filter(pc.equal(table.column("status"), samples.SUCCESS))
+        return table.filter(pc.equal(table.column("status"), metadata.SUCCESS))
 
 
 def run(sifted: Sift, seal: Callable[[Shard], dict[str, Any]], *, rebuild: bool = False) -> dict[str, Any]:
