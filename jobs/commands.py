@@ -9,7 +9,7 @@ from jobs.rebuild import RebuildConfig
 from jobs.settings import ClusterConfig, ConvertConfig, EvaluateConfig, LatentsConfig, QueryConfig, SampleConfig
 from jobs.versions import GcConfig
 from model.config import TrainConfig
-from pipeline.embed import EmbedConfig
+from pipeline.embeddings.embed import EmbedConfig
 from pipeline.index import IndexConfig
 from pipeline.neighbors import NeighborsConfig
 from pipeline.sources.config import ShardConfig

@@ -12,8 +12,9 @@ from jobs.settings import ConvertConfig
 from model import checkpoint, first_stage, released
 from model.config import TrainConfig, to_dict
 from model.unet import UNet
-from pipeline import embed, storage
+from pipeline import storage
 from pipeline.datasets.dataset import Dataset
+from pipeline.embeddings.embed import encoder_of
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output
 
@@ -46,12 +47,12 @@ class Convert(Stage):
         size = 256 if not about or about["factor"] < 16 else 768
         return super().section() | {
             "train": json.loads(json.dumps(to_dict(config))), "database": self.database.label,
-            "encoder": embed.encoder_of(self.database), "image_size": size, "first_stage": about,
+            "encoder": encoder_of(self.database), "image_size": size, "first_stage": about,
             "checkpoint": self._sha256, "averaged": found.averaged}
 
     def plan(self) -> list[Item]:
         found, config, _ = self._content
-        dim = embed.encoder_of(self.database)["dim"]
+        dim = encoder_of(self.database)["dim"]
         if config.unet.context_dim != dim:
             raise ValueError(f"the checkpoint takes vectors of {config.unet.context_dim}, {self.database.label} has "
                              f"vectors of {dim}\nhint: --database that was embedded by the encoder it was trained with")

@@ -15,7 +15,7 @@ from pipeline.corpora import drawn as drawn_corpus
 from pipeline.corpora import emoji
 from pipeline.corpora.demo_corpus import Pictures
 from pipeline.datasets.dataset import Dataset
-from pipeline.embed import Embed
+from pipeline.embeddings.embed import Embed
 from pipeline.index import Index
 from pipeline.neighbors import Neighbors
 from pipeline.shards.shard import Shard

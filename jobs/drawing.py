@@ -16,9 +16,10 @@ from model.first_stage import FirstStage
 from model.precision import compute_dtype
 from model.sample import Denoiser, Guidance, initial_noise, sample
 from model.sample import fitting as check
-from pipeline import clip, embed
 from pipeline.datasets import hidden_rows
 from pipeline.datasets.dataset import Dataset
+from pipeline.embeddings.clip_weights import ClipConfig, describe_encoder
+from pipeline.embeddings.embed import encoder_of
 from pipeline.hardware import devices
 
 
@@ -94,11 +95,11 @@ def fitting(run: Run, step: int, how: SampleConfig) -> None:
     check(config.diffusion, how.sampler, how.steps, how.eta)
 
 
-def same_encoder(run: Run, encoder: clip.ClipConfig, databases: Sequence[Dataset]) -> None:
+def same_encoder(run: Run, encoder: ClipConfig, databases: Sequence[Dataset]) -> None:
     """ValueError unless a run and the embeddings of databases belong to this encoder, naming what differs."""
-    wanted = clip.describe(encoder)
+    wanted = describe_encoder(encoder)
     for name, found in [(f"the run {run.name}", run.encoder()),
-                        *((one.label, embed.encoder_of(one)) for one in databases)]:
+                        *((one.label, encoder_of(one)) for one in databases)]:
         differing = [key for key in wanted if wanted[key] != found.get(key)]
         if differing:
             raise ValueError(f"{name} belongs to another encoder than {encoder.model} ({encoder.pretrained}): "

@@ -26,12 +26,14 @@ from jobs.runs import Run
 from jobs.settings import EvaluateConfig, SampleConfig
 from model import judge
 from model.precision import compute_dtype
-from pipeline import clip, storage
+from pipeline import storage
 from pipeline.batches import averaged
 from pipeline.corpora.vocabulary import lot
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.metadata import metadata
+from pipeline.embeddings import clip
+from pipeline.embeddings.clip_weights import ClipConfig
 from pipeline.hardware import devices
 from pipeline.index import Searcher
 from pipeline.media import tars
@@ -200,7 +202,7 @@ class Evaluation(Stage):
     name = "evaluate"
     workers_need_gpu = True
 
-    def __init__(self, judging: Judging, mixed: Dataset, step: int, encoder: clip.ClipConfig, config: EvaluateConfig,
+    def __init__(self, judging: Judging, mixed: Dataset, step: int, encoder: ClipConfig, config: EvaluateConfig,
                  how: SampleConfig, prompts: tuple[str, ...] = (), name: str = "") -> None:
         self.judging, self.run, self.databases = judging, judging.run, judging.databases
         self.mixed, self.encoder, self.how, self.given = mixed, encoder, how, prompts

@@ -15,8 +15,10 @@ from jobs.rates import ApproximateRates, EmbedRates, ExactRates, IndexRates, Rat
 from jobs.runs import Run
 from model import flop
 from model.config import UNetConfig
-from pipeline import clip, storage
+from pipeline import storage
 from pipeline.datasets.dataset import Dataset
+from pipeline.embeddings import clip
+from pipeline.embeddings.clip_weights import ClipConfig
 from pipeline.neighbors import NeighborsConfig
 
 _log = logging.getLogger(__name__)
@@ -83,7 +85,7 @@ def _embed(datasets: list[Dataset], gpu: bool) -> EmbedRates | None:
     operations = pixels = encoding = preparing = 0.0
     for dataset, manifest in _sealed(datasets, "embeddings", "embed"):
         try:
-            each, _ = clip.flop(clip.ClipConfig(manifest["info"]["encoder"]["model"]))
+            each, _ = clip.flop_per_image(ClipConfig(manifest["info"]["encoder"]["model"]))
         except ValueError as error:
             _log.warning("plan: %s is passed over: %s", dataset.folder("embeddings"), str(error).splitlines()[0])
             continue

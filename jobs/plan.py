@@ -17,7 +17,8 @@ from jobs.report.page import number, size
 from jobs.settings import RECIPES, ClusterConfig, Settings
 from jobs.trial import Trial
 from model import flop
-from pipeline import clip, storage
+from pipeline import storage
+from pipeline.embeddings import clip
 from pipeline.index import memory
 
 _log = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ def builds(command: PlanCommand, settings: Settings, used: Rates) -> list[Build]
     if not all(pictures):
         raise ValueError("--pictures 0: there is nothing to plan")
     rows = [count(text, "--database-rows") for text in command.database_rows] or [corpus.rows]
-    operations, dim = clip.flop(settings.embed.clip())
+    operations, dim = clip.flop_per_image(settings.embed.clip())
     factor, unet = command.downsampling or corpus.downsampling, settings.train.unet
     side = max(1, (settings.train.image_size or settings.shard.image_size) // factor)
     seen = -(-side // unet.stride) * unet.stride

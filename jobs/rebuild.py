@@ -10,12 +10,12 @@ from functools import cached_property
 from typing import Any
 
 from jobs import logs, versions
-from pipeline import assembly, embed, gates, index, storage, update
+from pipeline import assembly, gates, index, storage, update
 from pipeline.datasets import published, takedowns
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.hidden_rows import Tombstones
 from pipeline.datasets.published import Pointer
-from pipeline.embed import EmbedConfig
+from pipeline.embeddings.embed import EmbedConfig, encoder_of
 from pipeline.extension import Drifted, Extension
 from pipeline.gates import Gate, GatesConfig
 from pipeline.index import Index, IndexConfig
@@ -193,7 +193,7 @@ class Rebuild:
         if share > self.config.retrain:
             _log.info("rebuild: %.0f %% of the pictures came or went: the index is trained anew", 100 * share)
             return False
-        return (index.kind(last) != "graph" and embed.encoder_of(last) == embed.encoder_of(dataset))
+        return (index.kind(last) != "graph" and encoder_of(last) == encoder_of(dataset))
 
     def judge(self, dataset: Dataset, before: Pointer | None) -> tuple[list[Gate], list[str]]:
         """The gates of a version against what is published, and the queries that they asked."""
@@ -202,7 +202,7 @@ class Rebuild:
         asked = gates.queries(self.config.gates, release, dataset)
         pinned = {} if self.config.allow_encoder else versions.encoders(self.root, self.name)
         if base and not self.config.allow_encoder:
-            pinned[base.label] = embed.encoder_of(base)
+            pinned[base.label] = encoder_of(base)
         return gates.judged(dataset, base, asked, self.embed.clip(), self.config.gates, pinned), asked
 
     def publish(self, dataset: Dataset) -> dict[str, Any]:
@@ -233,7 +233,7 @@ class Rebuild:
             data = published.release(dataset, {
                 "number": number, "base": before.version if before else None, "source": self.sought.digest,
                 "samples": shards["totals"]["samples"] - shards["info"].get("dead", 0),
-                "recall@10": gates.recall(dataset), "encoder": embed.encoder_of(dataset), "queries": asked,
+                "recall@10": gates.recall(dataset), "encoder": encoder_of(dataset), "queries": asked,
                 "change": shards["info"]["change"], "gates": [vars(gate) for gate in found]})
             if published.publish(dataset, data, number, before):
                 return {"published": dataset.version, "gates": {gate.name: gate.value for gate in found}}

@@ -18,10 +18,12 @@ from jobs.retrieval import Drawn, Near, Retriever
 from jobs.runs import Run
 from jobs.settings import QueryConfig, SampleConfig
 from model.precision import compute_dtype
-from pipeline import clip, storage
+from pipeline import storage
 from pipeline.datasets import lookup
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.lookup import Sample
+from pipeline.embeddings import clip
+from pipeline.embeddings.clip_weights import ClipConfig
 from pipeline.hardware import devices
 from pipeline.media.contact_sheet import contact_sheet
 from pipeline.media.resize import pixels
@@ -39,7 +41,7 @@ class Sampling(Stage):
     workers_need_gpu = True
 
     def __init__(self, run: Run, step: int, prompts: tuple[str, ...], databases: Sequence[Dataset | Mixture],
-                 encoder: clip.ClipConfig, config: SampleConfig, name: str = "", *, pictures: tuple[str, ...] = (),
+                 encoder: ClipConfig, config: SampleConfig, name: str = "", *, pictures: tuple[str, ...] = (),
                  asked: QueryConfig | None = None) -> None:
         self.asked = asked or QueryConfig()
         if not (prompts or pictures or self.asked.unconditional) or not databases:

@@ -12,7 +12,7 @@ from jobs.rebuild import RebuildConfig
 from model import recipes as networks
 from model.config import TrainConfig
 from pipeline.corpora.demo_corpus import PicturesConfig
-from pipeline.embed import EmbedConfig
+from pipeline.embeddings.embed import EmbedConfig
 from pipeline.index import IndexConfig
 from pipeline.neighbors import NeighborsConfig
 from pipeline.sources.config import ShardConfig

@@ -6,10 +6,11 @@ from typing import Any
 from jobs import tracking
 from jobs.runs import Run
 from model.config import TrainConfig, identity
-from pipeline import embed, storage
+from pipeline import storage
 from pipeline.batches import OWN
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.lookup import samples
+from pipeline.embeddings.embed import encoder_of
 from pipeline.media.resize import pixels
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output
@@ -61,7 +62,7 @@ class Training(Stage):
         # A finished run may be given more steps: how many is no part of what it is.
         return {"train": identity(self.job.config), **latents,
                 "dataset": self.job.dataset.label, "database": self.job.database.label,
-                "encoder": embed.encoder_of(self.job.dataset), "image_size": size}
+                "encoder": encoder_of(self.job.dataset), "image_size": size}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         return {"shards": self.job.dataset.identity("shards"),
@@ -75,7 +76,7 @@ class Training(Stage):
             {"own": OWN[self.job.config.own]} if self.job.config.own != "none" else {})
 
     def plan(self) -> list[Item]:
-        dim = embed.encoder_of(self.job.database)["dim"]
+        dim = encoder_of(self.job.database)["dim"]
         if self.job.config.unet.context_dim != dim:
             raise ValueError(f"the network takes vectors of {self.job.config.unet.context_dim}, "
                              f"{self.job.database.label} has vectors of {dim}\nhint: --context-dim {dim}")

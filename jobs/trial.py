@@ -24,9 +24,10 @@ import numpy as np
 from jobs import costs, made, measured
 from jobs.costs import Build
 from jobs.rates import Rates, TrainRates
-from pipeline import assembly, clip, storage
+from pipeline import assembly, storage
 from pipeline.datasets.dataset import Dataset
-from pipeline.embed import Embed
+from pipeline.embeddings.clip_weights import RANDOM, ClipConfig, describe_encoder
+from pipeline.embeddings.embed import Embed
 from pipeline.index import Index, IndexConfig
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.shards.shard import Shard
@@ -128,14 +129,14 @@ class Some(Shard):
         return itertools.islice(super().plan(), self.parts)
 
 
-def _weights(config: clip.ClipConfig) -> str:
+def _weights(config: ClipConfig) -> str:
     """Those of the recipe where they are at hand; random ones take as long."""
     try:
-        clip.describe(config)
+        describe_encoder(config)
     except ValueError as error:
         _log.warning("plan: the weights of %s are random, which changes no rate: %s", config.model,
                      str(error).splitlines()[0])
-        return clip.RANDOM
+        return RANDOM
     return config.pretrained
 
 

@@ -20,12 +20,13 @@ from jobs.gpus import InProcess, check_gpus, local_device
 from jobs.runs import Run
 from jobs.settings import ClusterConfig, Settings
 from jobs.training import Job, Training
-from pipeline import assembly, clip, storage, verify
+from pipeline import assembly, storage, verify
 from pipeline.datasets import published
 from pipeline.datasets.dataset import Dataset, datasets
 from pipeline.datasets.hidden_rows import Tombstones
-from pipeline.embed import Embed, EmbedCaptions
-from pipeline.exchange import AdoptEmbeddings, Export
+from pipeline.embeddings.clip_retrieval import AdoptEmbeddings, Export
+from pipeline.embeddings.clip_weights import ClipConfig
+from pipeline.embeddings.embed import Embed, EmbedCaptions
 from pipeline.extension import Extension
 from pipeline.hardware import devices
 from pipeline.index import Index, check_autofaiss
@@ -280,7 +281,7 @@ def _sample(command: commands.SampleCommand, settings: Settings) -> int:
     from jobs.mixtures import Mixture
     from jobs.sampling import Sampling
     root = command.common.root
-    encoder = clip.ClipConfig(command.model or settings.embed.model, command.pretrained or settings.embed.pretrained,
+    encoder = ClipConfig(command.model or settings.embed.model, command.pretrained or settings.embed.pretrained,
                               settings.embed.precision)
     return _run(Sampling(Run.parse(root, command.run), command.checkpoint, command.prompt,
                          tuple(Mixture.parse(root, name) for name in command.database), encoder, command.sample,

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import embed
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
+from pipeline.embeddings.embed import same_encoder
 from pipeline.index import (
     BLOCK,
     LISTS,
@@ -71,7 +71,7 @@ class Extension(Index):
         return []
 
     def plan(self) -> list[Item]:
-        embed.same_encoder(self.dataset, self.base)
+        same_encoder(self.dataset, self.base)
         return [Item("index")]
 
     def process(self, item: Item, scratch: Path) -> Output:

@@ -6,11 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import clip, embed, storage, update
+from pipeline import storage, update
 from pipeline.datasets import takedowns
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import labels, metadata
 from pipeline.datasets.takedowns import Forgotten
+from pipeline.embeddings import clip
+from pipeline.embeddings.clip_weights import ClipConfig
+from pipeline.embeddings.embed import encoder_of
 from pipeline.index import Searcher
 from pipeline.shards.metadata import FORGOTTEN, SUCCESS
 from pipeline.update import Known
@@ -76,7 +79,7 @@ def queries(config: GatesConfig, before: dict[str, Any] | None, dataset: Dataset
     return sorted(chosen[:config.query_count])
 
 
-def judged(dataset: Dataset, before: Dataset | None, asked: Sequence[str], encoder: clip.ClipConfig,
+def judged(dataset: Dataset, before: Dataset | None, asked: Sequence[str], encoder: ClipConfig,
            config: GatesConfig, pinned: dict[str, dict[str, Any]]) -> list[Gate]:
     """Every gate of a version, against the published one (None: there is none).
 
@@ -86,11 +89,11 @@ def judged(dataset: Dataset, before: Dataset | None, asked: Sequence[str], encod
     gates = [_recall(dataset, config), _failed(rows, config)]
     if before:
         gates.append(_lost(rows, before, takedowns.read_takedowns(dataset.root), config))
-    found = embed.encoder_of(dataset)
+    found = encoder_of(dataset)
     others = sorted(name for name, one in pinned.items() if one != found)
     gates.append(Gate("encoder", f"{found['model']} {found.get('pretrained', '')}".strip() if not others else
                       f"another than that of {', '.join(others)}", "that of every consumer", not others))
-    if before and not others and asked and embed.encoder_of(before) == found:
+    if before and not others and asked and encoder_of(before) == found:
         value = overlap(dataset, before, asked, encoder)
         gates.append(Gate("overlap@10", value, f"at least {config.min_overlap}", value >= config.min_overlap))
     elif before and not asked:
@@ -125,7 +128,7 @@ def _lost(rows: Sequence[Known], before: Dataset, gone: Forgotten, config: Gates
     return Gate("lost", value, f"at most {config.max_lost}", value <= config.max_lost)
 
 
-def overlap(dataset: Dataset, before: Dataset, asked: Sequence[str], encoder: clip.ClipConfig) -> float:
+def overlap(dataset: Dataset, before: Dataset, asked: Sequence[str], encoder: ClipConfig) -> float:
     """overlap@10 of two versions: what share of the ten nearest pictures of each text is the same, on average."""
     vectors = clip.load(encoder).texts(list(asked))
     found = []

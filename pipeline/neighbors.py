@@ -15,12 +15,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline import embed, search, storage
 from pipeline import index as indices
+from pipeline import search, storage
 from pipeline.datasets import hidden_rows
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings, check_finite, map_array
 from pipeline.datasets.metadata import labels, perceptual_hashes
+from pipeline.embeddings.embed import same_encoder
 from pipeline.hardware import devices, malloc
 from pipeline.index import Lists, Searcher, memory
 from pipeline.search import Copies, Found, Queries
@@ -123,7 +124,7 @@ class Neighbors(Stage):
         return found
 
     def plan(self) -> list[Item]:
-        embed.same_encoder(self.dataset, self.database)
+        same_encoder(self.dataset, self.database)
         inputs = self.inputs()
         made_from = storage.digest([*map(inputs.get, ("database", "database_shards", "index", "tombstones")),
                                   *filter(None, [inputs.get("forgotten")])])

@@ -248,12 +248,12 @@ def where() -> tuple["torch.device", "torch.dtype"]:
     """The device and the precision in which it multiplies fastest: float16 as stored on a GPU."""
     import torch
 
-    from pipeline.clip import fastest
+    from pipeline.embeddings.clip import fastest_precision
 
     device = devices.choose()
     if device.type == "cuda":
         return device, torch.float16
-    return device, torch.bfloat16 if fastest(device) == "bf16" else torch.float32
+    return device, torch.bfloat16 if fastest_precision(device) == "bf16" else torch.float32
 
 
 _ReadLists = Callable[[np.ndarray], Iterator[tuple[int, np.ndarray, np.ndarray]]]

@@ -31,7 +31,7 @@ from pipeline import storage
 from pipeline.datasets import hidden_rows
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.takedowns import Forgotten
-from pipeline.embed import Embed, EmbedCaptions, EmbedConfig
+from pipeline.embeddings.embed import Embed, EmbedCaptions, EmbedConfig
 from pipeline.media import tars
 from pipeline.media.types import BadPicture
 from pipeline.shards import metadata

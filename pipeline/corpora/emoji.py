@@ -33,7 +33,7 @@ TONE = re.compile(r"skin-tone|-tone\d")
 TONE_SUFFIX = re.compile(r"(-medium)?-(light|dark)$|-medium$")
 FLAG = re.compile(r"^flag(-|$)|(^|-)(?<!lowered-)(?<!raised-)flags?$")
 # The text encoder never saw these subjects, so the denoiser may not either.
-TEXT_ENCODER_METRICS = Path(__file__).parent / "tiny_clip" / "metrics.json"
+TEXT_ENCODER_METRICS = Path(__file__).parents[1] / "embeddings" / "tiny_clip" / "metrics.json"
 
 Icon = dict[str, object]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import clip
+from pipeline.embeddings import clip
 from pipeline.media.types import BadPicture
 from pipeline.stages.decoder_pool import Decoded
 
@@ -25,5 +25,5 @@ def decoded(data: list[bytes], prepare: Callable[[bytes], np.ndarray]) -> Decode
 
 def by_description(data: list[bytes], preprocessing: dict[str, Any]) -> Decoded:
     """`decoded` for an encoder that is somewhere else, by the preprocessing in its description."""
-    theirs = clip.preparation(preprocessing)
-    return decoded(data, lambda one: clip.prepared(one, preprocessing, theirs))
+    theirs = clip.open_clip_transform(preprocessing)
+    return decoded(data, lambda one: clip.prepare_image(one, preprocessing, theirs))

@@ -93,11 +93,12 @@ def weights_of(model: str, work: Path) -> tuple[str, str]:
     import torch
     from safetensors.torch import load_file
 
-    from pipeline import clip  # torch takes seconds, and most of this script's processes do without
+    # torch takes seconds, and most of this script's processes do without.
+    from pipeline.embeddings.clip_weights import BUNDLED, BUNDLED_MODEL
     path = work / f"{model}.pt"
-    if model == clip.BUNDLED_MODEL:
-        torch.save(load_file(clip.BUNDLED / "tiny_clip.safetensors"), path)
-        return str(path), str(clip.BUNDLED)
+    if model == BUNDLED_MODEL:
+        torch.save(load_file(BUNDLED / "tiny_clip.safetensors"), path)
+        return str(path), str(BUNDLED)
     import open_clip
     if not path.exists():
         torch.manual_seed(0)
@@ -109,10 +110,11 @@ def _bare(model: str, weights: str, precision: str, pictures: int) -> None:
     """The forward pass over batches in memory; prints the seconds."""
     import torch
 
-    from pipeline import clip
-    if model == clip.BUNDLED_MODEL:
+    from pipeline.embeddings import clip
+    from pipeline.embeddings.clip_weights import BUNDLED_MODEL, ClipConfig
+    if model == BUNDLED_MODEL:
         weights = "bundled"
-    encoder = clip.load(clip.ClipConfig(model, weights, precision))
+    encoder = clip.load(ClipConfig(model, weights, precision))
     size = encoder.preprocessing["image_size"]
     batches = [torch.randn(_BATCH, 3, size, size).to(encoder.dtype).contiguous(memory_format=torch.channels_last)
                for _ in range(_BATCHES)]

@@ -27,8 +27,9 @@ def ways(model: str, weights: str) -> dict:
     """Encoders of equal weights: as loaded, compiled, channels last, and both."""
     import torch
 
-    from pipeline import clip
-    config, found = clip.ClipConfig(model, weights), {}
+    from pipeline.embeddings import clip
+    from pipeline.embeddings.clip_weights import ClipConfig
+    config, found = ClipConfig(model, weights), {}
     for name, compiled, last in (("as it is", False, False), ("compiled", True, False),
                                  ("channels last", False, True), ("both", True, True)):
         clip.load_on.cache_clear()  # each has weights of its own
@@ -77,11 +78,11 @@ def main() -> int:
     given = parser.parse_args()
     import torch
     torch.set_num_threads(1)
-    from pipeline import clip
+    from pipeline.embeddings.clip_weights import BUNDLED_MODEL
     work = photographs.work_folder(given.work)
     print(f"{machine()}, one thread; torch {torch.__version__}")
-    for model in ("ViT-B-32", clip.BUNDLED_MODEL):
-        weights = "bundled" if model == clip.BUNDLED_MODEL else weights_of(model, work)[0]
+    for model in ("ViT-B-32", BUNDLED_MODEL):
+        weights = "bundled" if model == BUNDLED_MODEL else weights_of(model, work)[0]
         print(f"\n{compared(model, weights, given.turns, given.passes * (10 if weights == 'bundled' else 1))}",
               flush=True)
     return 0

@@ -10,7 +10,7 @@ import pytest
 
 from jobs import cli
 from pipeline.datasets.dataset import Dataset
-from pipeline.embed import Embed, EmbedConfig
+from pipeline.embeddings.embed import Embed, EmbedConfig
 from pipeline.index import Index, IndexConfig
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.shards.shard import Shard

@@ -19,7 +19,7 @@ from jobs.settings import ClusterConfig, tiny
 from jobs.training import Job
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
-from pipeline.embed import Embed, EmbedConfig
+from pipeline.embeddings.embed import Embed, EmbedConfig
 from pipeline.index import Index, IndexConfig
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.shards.shard import Shard

@@ -17,10 +17,10 @@ from jobs import decoders
 from jobs.decoders import Decoders
 from jobs.pool import Pool
 from jobs.settings import ClusterConfig
-from pipeline import clip
 from pipeline.datasets.dataset import Dataset
-from pipeline.embed import Embed, EmbedConfig
 from pipeline.embeddings import decode_batch
+from pipeline.embeddings.clip_weights import ClipConfig, describe_encoder
+from pipeline.embeddings.embed import Embed, EmbedConfig
 from pipeline.hardware import devices
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
@@ -115,7 +115,7 @@ def test_a_worker_asks_a_bounded_number_and_only_those_that_answer(cluster) -> N
         asked = Decoders(handles, workers=2)
         assert asked.at_once == 3 and Decoders([], workers=2).at_once == 2
         data = [made.encoded(photo(90, 70), "PNG"), b"no picture", made.encoded(photo(70, 90, 1), "JPEG")]
-        settings = clip.describe(clip.ClipConfig())["preprocessing"]
+        settings = describe_encoder(ClipConfig())["preprocessing"]
         ray.get([one.ping.remote() for one in handles])
         for wanted in (settings, settings | {"resize": "longest", "fill_color": 9}):  # the second by open_clip
             here, there = decode_batch.by_description(data, wanted), asked(data, wanted)

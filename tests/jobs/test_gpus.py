@@ -18,7 +18,7 @@ from jobs.settings import ClusterConfig
 from jobs.training import Training
 from model import flop
 from pipeline.datasets.dataset import Dataset
-from pipeline.embed import Embed, EmbedConfig
+from pipeline.embeddings.embed import Embed, EmbedConfig
 from pipeline.hardware import devices
 from pipeline.index import Index, IndexConfig
 from pipeline.stages.driver import run_stage
@@ -61,7 +61,7 @@ def test_each_kind_of_failure_has_a_sentence_a_hint_and_exit_code_1(root: str, t
         raise RuntimeError(text)
 
     monkeypatch.setattr(devices, "_probe", probe)
-    from pipeline import clip
+    from pipeline.embeddings import clip
     clip.load_on.cache_clear()
     assert main([*_commands(root)["embed"], "--gpus", "1"]) == 1
     said = capsys.readouterr().err
@@ -74,7 +74,7 @@ def test_an_encoder_that_does_not_fit_the_gpu_is_no_fault_of_its_weights(root: s
     import open_clip
     import torch
 
-    from pipeline import clip
+    from pipeline.embeddings import clip
 
     def create(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError(FULL)

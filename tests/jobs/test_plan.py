@@ -19,9 +19,11 @@ from jobs.settings import RECIPES, Settings
 from jobs.training import Job, Training
 from model import flop, recipes
 from model.config import UNetConfig
-from pipeline import assembly, clip
+from pipeline import assembly
 from pipeline.datasets.dataset import Dataset
-from pipeline.embed import Embed, EmbedConfig
+from pipeline.embeddings import clip
+from pipeline.embeddings.clip_weights import ClipConfig
+from pipeline.embeddings.embed import Embed, EmbedConfig
 from pipeline.index import Index, IndexConfig
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.shards.shard import Shard
@@ -62,7 +64,7 @@ def known(root: Path) -> Rates:
 
 
 def built(pictures: int = 144, rows: int = 0, settings: Settings = SETTINGS, **changes) -> Build:
-    operations, dim = clip.flop(settings.embed.clip())
+    operations, dim = clip.flop_per_image(settings.embed.clip())
     network = flop.size(settings.train.unet, settings.shard.image_size, settings.train.k)
     return Build(settings, pictures, rows, dim, operations, network, **changes)
 
@@ -262,10 +264,10 @@ def test_an_index_in_parts_is_foretold_as_it_was(tmp_path: Path):
 
 def test_the_encoders_cost_what_open_clip_says():
     """Twice the multiply-adds in its table of models (docs/model_profile.csv)."""
-    assert clip.flop(clip.ClipConfig("ViT-B-32-quickgelu", "openai")) == (pytest.approx(8.82e9, rel=0.005), 512)
-    assert clip.flop(clip.ClipConfig("ViT-L-14-quickgelu", "openai")) == (pytest.approx(162.0e9, rel=0.005), 768)
+    assert clip.flop_per_image(ClipConfig("ViT-B-32-quickgelu", "openai")) == (pytest.approx(8.82e9, rel=0.005), 512)
+    assert clip.flop_per_image(ClipConfig("ViT-L-14-quickgelu", "openai")) == (pytest.approx(162.0e9, rel=0.005), 768)
     with pytest.raises(ValueError, match="RN50 is no vision transformer"):
-        clip.flop(clip.ClipConfig("RN50", "openai"))
+        clip.flop_per_image(ClipConfig("RN50", "openai"))
 
 
 def test_the_network_costs_what_its_layers_do():

@@ -18,7 +18,7 @@ from jobs import logs
 from jobs.settings import ClusterConfig
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
-from pipeline.embed import Embed, EmbedConfig
+from pipeline.embeddings.embed import Embed, EmbedConfig
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_in_process, run_stage

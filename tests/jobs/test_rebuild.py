@@ -27,7 +27,7 @@ from pipeline.datasets import hidden_rows, published
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.metadata import metadata
-from pipeline.embed import EmbedConfig, encoder_of
+from pipeline.embeddings.embed import EmbedConfig, encoder_of
 from pipeline.gates import GatesConfig
 from pipeline.index import IndexConfig, Searcher
 from pipeline.sources.config import DownloadConfig, ShardConfig

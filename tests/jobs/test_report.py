@@ -27,7 +27,7 @@ from jobs.settings import SampleConfig
 from jobs.training import Job, Training
 from model import recipes
 from pipeline.datasets.dataset import Dataset
-from pipeline.embed import Embed, EmbedConfig
+from pipeline.embeddings.embed import Embed, EmbedConfig
 from pipeline.index import Index, IndexConfig
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.shards.shard import Shard

@@ -19,8 +19,10 @@ from jobs.retrieval import Likely, usage_of
 from jobs.runs import Run
 from jobs.sampling import Sampling
 from jobs.settings import QueryConfig, SampleConfig
-from pipeline import clip, storage
+from pipeline import storage
 from pipeline.datasets.dataset import Dataset
+from pipeline.embeddings import clip
+from pipeline.embeddings.clip_weights import ClipConfig
 from pipeline.index import Searcher
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.stages.driver import run_stage
@@ -77,7 +79,7 @@ def _rows(one: dict[str, Any]) -> list[int]:
 
 def test_without_the_new_flags_a_folder_is_what_it_was(root: Path) -> None:
     flat = _dataset(root, "flat")
-    sampling = Sampling(Run.parse(str(root), "small"), 0, PROMPTS, (flat,), clip.ClipConfig(), CONFIG)
+    sampling = Sampling(Run.parse(str(root), "small"), 0, PROMPTS, (flat,), ClipConfig(), CONFIG)
     section = {"k": 3, "guidance": 2.0, "seed": 0, "steps": 2, "batch_size": 16, "prompts": list(PROMPTS),
                "databases": ["flat"]}
     inputs = {"checkpoint": sealed_input(str(root), "runs/small/checkpoints/0000003", "")} | {
@@ -88,7 +90,7 @@ def test_without_the_new_flags_a_folder_is_what_it_was(root: Path) -> None:
         f"flat/{name}{end}" for name in ("00-a-red-circle", "01-a-blue-square")
         for end in (".png", "-neighbor-0.png", "-neighbor-1.png", "-neighbor-2.png")}
     told = json.loads(Path(sampling.folder, "samples.json").read_text())["pictures"]
-    ids, _ = Searcher(flat).search(clip.load(clip.ClipConfig()).texts(PROMPTS), 3)
+    ids, _ = Searcher(flat).search(clip.load(ClipConfig()).texts(PROMPTS), 3)
     assert [_rows(one) for one in told] == ids.tolist()
     assert [(one["kind"], one["prompt"], one["position"]) for one in told] == [
         ("prompt", prompt, number) for number, prompt in enumerate(PROMPTS)]
@@ -142,7 +144,7 @@ def test_a_picture_stands_where_a_prompt_would(root: Path, picture: Path, drawn_
     assert told[1]["file"] == "flat/01-my-apple.png"
     kept = sorted((drawn_pictures / "flat").glob("*.png"))[3]
     assert told[1]["neighbors"][0]["sha256"] == hashlib.sha256(kept.read_bytes()).hexdigest()
-    encoder, searcher = clip.load(clip.ClipConfig()), Searcher(_dataset(root, "flat"))
+    encoder, searcher = clip.load(ClipConfig()), Searcher(_dataset(root, "flat"))
     vector = encoder.images(np.stack([encoder.prepared(picture.read_bytes())]))
     context = np.concatenate([vector, searcher.embeddings.rows(np.array(_rows(told[1]))).astype(np.float32)])
     drawer = drawing.opened(Run.parse(str(root), "small"), 3)
@@ -156,7 +158,7 @@ def test_a_picture_stands_where_a_prompt_would(root: Path, picture: Path, drawn_
 def test_neighbours_out_of_a_pool(root: Path) -> None:
     asked = ("--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--database", "flat", "--unconditional", "1")
     told = _sampled(root, "pool", *asked, "--pool", "8")
-    texts = clip.load(clip.ClipConfig()).texts(PROMPTS)
+    texts = clip.load(ClipConfig()).texts(PROMPTS)
     near, _ = Searcher(_dataset(root, "flat")).search(texts, 8)
     ranks = [[near[number].tolist().index(row) for row in _rows(told[number])] for number in range(2)]
     assert all(one == sorted(set(one)) and len(one) == 3 for one in ranks) and ranks[0] != ranks[1]
@@ -175,7 +177,7 @@ def test_a_mixture_shares_out_the_neighbours(root: Path) -> None:
     told = _sampled(root, "mixed", "--k", "4", "--prompt", PROMPTS[0], "--unconditional", "4", "--database",
                     "flat:3+hatched:1", "--database", "hatched")
     mixed = [one for one in told if one["database"] == "flat:3+hatched:1"]
-    text = clip.load(clip.ClipConfig()).texts(PROMPTS[:1])
+    text = clip.load(ClipConfig()).texts(PROMPTS[:1])
     nearest = {name: Searcher(_dataset(root, name)).search(text, count)[0][0].tolist()
                for name, count in (("flat", 3), ("hatched", 1))}
     for name, rows in nearest.items():
@@ -260,5 +262,5 @@ def test_a_run_that_was_not_trained_here_has_no_p_d(root: Path, tmp_path: Path) 
     del plan["section"]["dataset"]
     (tmp_path / "runs/small/plan.json").write_text(json.dumps(plan))
     with pytest.raises(ValueError, match="not trained here"):
-        Sampling(Run.parse(str(tmp_path), "small"), 0, (), (_dataset(tmp_path, "flat"),), clip.ClipConfig(), CONFIG,
+        Sampling(Run.parse(str(tmp_path), "small"), 0, (), (_dataset(tmp_path, "flat"),), ClipConfig(), CONFIG,
                  asked=QueryConfig(unconditional=1))

@@ -20,8 +20,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from jobs.cli import main
-from pipeline import clip, storage, verify
+from pipeline import storage, verify
 from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.embeddings.clip_weights import BUNDLED
 from pipeline.stages import records
 from pipeline.stages.manifest import without_run_facts
 from tests.pipeline import made
@@ -237,7 +238,7 @@ def test_a_vector_of_zeros_is_nobodys_neighbour(root: Path) -> None:
 
 def weights(path: Path, value: float) -> Path:
     """The bundled weights, but for the last matrix of the picture's encoder."""
-    tensors = load_file(clip.BUNDLED / "tiny_clip.safetensors")
+    tensors = load_file(BUNDLED / "tiny_clip.safetensors")
     tensors["visual.proj"] = tensors["visual.proj"] * 0 + value
     save_file(tensors, path)
     return path

@@ -15,8 +15,10 @@ from jobs.processes import in_processes
 from jobs.runs import Run
 from jobs.training import Job
 from model import recipes
-from pipeline import clip, storage
+from pipeline import storage
 from pipeline.datasets.dataset import Dataset
+from pipeline.embeddings import clip
+from pipeline.embeddings.clip_weights import ClipConfig
 from pipeline.stages.driver import run_stage
 from pipeline.stages.types import Item
 
@@ -54,7 +56,7 @@ def test_what_a_trial_measured_is_what_plan_takes(plan: list[str], drawn_picture
     assert main(["plan", *plan[1:7], "--rates", str(tmp_path / "rates.json"), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     embed = document["builds"][0]["stages"][1]
-    each = clip.flop(clip.ClipConfig())[0] / known.embed.flop_per_s + 32 ** 2 * known.embed.preparing_s_per_pixel
+    each = clip.flop_per_image(ClipConfig())[0] / known.embed.flop_per_s + 32 ** 2 * known.embed.preparing_s_per_pixel
     assert embed["worker_hours"] == pytest.approx(1e6 * each / 3600)
 
 

@@ -19,7 +19,7 @@ from jobs.cli import main
 from jobs.runs import Run
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
-from pipeline.embed import Embed, EmbedConfig
+from pipeline.embeddings.embed import Embed, EmbedConfig
 from pipeline.stages.plan import check_and_clear, prepare
 from tests.jobs import prometheus
 

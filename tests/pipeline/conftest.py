@@ -29,7 +29,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Dataset:
     """The pictures in three shards with embeddings, an index, and neighbours among themselves; not to be changed."""
-    from pipeline.embed import Embed, EmbedConfig
+    from pipeline.embeddings.embed import Embed, EmbedConfig
     from pipeline.index import Index, IndexConfig
     from pipeline.neighbors import Neighbors, NeighborsConfig
     from pipeline.shards.shard import Shard

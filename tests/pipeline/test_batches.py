@@ -12,7 +12,7 @@ from pipeline.batches import Batches, Order, averaged
 from pipeline.datasets import lookup
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
-from pipeline.embed import Embed, EmbedConfig
+from pipeline.embeddings.embed import Embed, EmbedConfig
 from pipeline.media import tars
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.shards.shard import Shard

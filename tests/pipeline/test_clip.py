@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from pipeline import clip, embed
-from pipeline.clip import ClipConfig
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
-from pipeline.embed import Embed, EmbedConfig
+from pipeline.embeddings import clip
+from pipeline.embeddings.clip_weights import BUNDLED, ClipConfig, describe_encoder
+from pipeline.embeddings.embed import Embed, EmbedConfig, encoder_of
 from pipeline.stages.driver import run_stage
 from pipeline.stages.plan import prepare
 from pipeline.stages.worker import process_and_commit
@@ -32,21 +32,21 @@ def as_new_process():
     """Models are read anew, as by the next command."""
     yield
     clip.load_on.cache_clear()
-    clip.describe.cache_clear()
+    describe_encoder.cache_clear()
 
 
 def folder(path: Path, preprocessing: dict[str, Any] | None = None, **vision: Any) -> str:
     """The bundled CLIP as a folder in open_clip's layout, with other settings; its name as a model."""
     path.mkdir()
-    architecture = json.loads((clip.BUNDLED / "tiny-clip-64.json").read_text())
+    architecture = json.loads((BUNDLED / "tiny-clip-64.json").read_text())
     architecture["vision_cfg"] |= vision
     (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": architecture,
                                                             "preprocess_cfg": preprocessing or {}}))
-    tensors = load_file(clip.BUNDLED / "tiny_clip.safetensors")
+    tensors = load_file(BUNDLED / "tiny_clip.safetensors")
     if vision:  # open_clip fits positions to another size in full precision only
         save_file({name: tensor.float() for name, tensor in tensors.items()}, path / "open_clip_model.safetensors")
     else:
-        shutil.copy(clip.BUNDLED / "tiny_clip.safetensors", path / "open_clip_model.safetensors")
+        shutil.copy(BUNDLED / "tiny_clip.safetensors", path / "open_clip_model.safetensors")
     return f"local-dir:{path}"
 
 
@@ -64,7 +64,7 @@ def test_a_folder_of_the_bundled_model_gives_its_vectors(copied: Dataset, built:
     shutil.rmtree(copied.folder("embeddings"))
     run_stage(Embed(copied, EmbedConfig(model=model, batch_size=16)))
     np.testing.assert_array_equal(Embeddings(copied).all(), Embeddings(built).all())
-    said, bundled = embed.encoder_of(copied), embed.encoder_of(built)
+    said, bundled = encoder_of(copied), encoder_of(built)
     assert said["model"] == "local-dir"  # where it lies is no matter
     assert said | {"model": bundled["model"]} == bundled
     texts = ["a red heart", "blue square"]
@@ -76,7 +76,7 @@ def test_a_folder_of_the_bundled_model_gives_its_vectors(copied: Dataset, built:
     {"resize_mode": "longest", "fill_color": 255}, {"interpolation": "random", "mean": None}])
 def test_the_preprocessing_is_that_of_the_folder(other: dict[str, Any], tmp_path: Path) -> None:
     config, plain = ClipConfig(folder(tmp_path / "model", other), precision="fp32"), ClipConfig(precision="fp32")
-    said, usual = clip.describe(config)["preprocessing"], clip.describe(plain)["preprocessing"]
+    said, usual = describe_encoder(config)["preprocessing"], describe_encoder(plain)["preprocessing"]
     given = {{"resize_mode": "resize"}.get(key, key): value for key, value in other.items() if value is not None}
     assert said == usual | given != usual
     pictures = [photo(200, 130), photo(90, 200, 1)]
@@ -89,8 +89,8 @@ def test_the_preprocessing_is_that_of_the_folder(other: dict[str, Any], tmp_path
 
 def test_the_size_of_pictures_is_that_of_the_folder(tmp_path: Path) -> None:
     config = ClipConfig(folder(tmp_path / "model", {"size": 64}, image_size=32), precision="fp32")
-    assert clip.describe(config)["preprocessing"]["image_size"] == 32
-    assert clip.describe(config)["architecture_sha256"] != clip.describe(ClipConfig())["architecture_sha256"]
+    assert describe_encoder(config)["preprocessing"]["image_size"] == 32
+    assert describe_encoder(config)["architecture_sha256"] != describe_encoder(ClipConfig())["architecture_sha256"]
     encoder, picture = clip.load(config), photo(100, 80)
     prepared = encoder.prepared(made.encoded(picture, "PNG"))
     assert prepared.shape == (32, 32, 3)
@@ -102,8 +102,8 @@ def test_a_description_loads_no_weights(tmp_path: Path) -> None:
     model = folder(tmp_path / "model")
     with open(tmp_path / "model" / "open_clip_model.safetensors", "ab") as file:
         file.truncate(300 << 20)
-    said = clip.describe(ClipConfig(model))
-    assert said["weights_sha256"] != clip.describe(ClipConfig())["weights_sha256"] and said["dim"] == 256
+    said = describe_encoder(ClipConfig(model))
+    assert said["weights_sha256"] != describe_encoder(ClipConfig())["weights_sha256"] and said["dim"] == 256
     with pytest.raises(ValueError, match="cannot load local-dir:"):  # it was never looked into
         clip.load(ClipConfig(model))
 
@@ -112,7 +112,7 @@ def test_of_several_weights_the_ones_that_are_loaded_are_described(tmp_path: Pat
     model = folder(tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "open_clip_model.safetensors")
     save_file({name: tensor + 0.01 for name, tensor in tensors.items()}, tmp_path / "model" / "a.safetensors")
-    assert clip.describe(ClipConfig(model))["weights_sha256"] == clip.describe(ClipConfig())["weights_sha256"]
+    assert describe_encoder(ClipConfig(model))["weights_sha256"] == describe_encoder(ClipConfig())["weights_sha256"]
     loaded = clip.load(ClipConfig(model)).model.state_dict()
     for name, tensor in clip.load(ClipConfig()).model.state_dict().items():
         assert torch.equal(loaded[name], tensor), name
@@ -125,7 +125,7 @@ def test_a_worker_whose_folder_has_other_settings_is_refused(copied: Dataset, tm
     items = prepare(one)
     shutil.rmtree(tmp_path / "model")
     folder(tmp_path / "model", {"mean": [0.5, 0.5, 0.5]})
-    clip.describe.cache_clear()
+    describe_encoder.cache_clear()
     with pytest.raises(ValueError, match=r"or its settings, are not those of the plan\nhint: "):
         process_and_commit(one, items[0])
 
@@ -139,7 +139,7 @@ def test_folders_that_are_no_models_are_refused(tmp_path: Path) -> None:
         ("nameless", ClipConfig("local-dir:"), "names no model"),
         ("other weights", ClipConfig(model, "openai"), "comes with its own weights, and --pretrained openai"),
     ]:
-        for ask in (clip.describe, clip.load):
+        for ask in (describe_encoder, clip.load):
             with pytest.raises(ValueError, match=message) as caught:
                 ask(config)
             assert "\nhint: " in str(caught.value) and len(str(caught.value).splitlines()) == 2, name
@@ -149,17 +149,18 @@ def test_folders_that_are_no_models_are_refused(tmp_path: Path) -> None:
     for text, message in [("{", "cannot be read"), ("{}", "has no model_cfg"),
                           ('{"model_cfg": {}}', "has no model_cfg"), ("[]", "has no model_cfg")]:
         (tmp_path / "model" / "open_clip_config.json").write_text(text)
-        shutil.copy(clip.BUNDLED / "tiny_clip.safetensors", tmp_path / "model" / "open_clip_model.safetensors")
+        shutil.copy(BUNDLED / "tiny_clip.safetensors", tmp_path / "model" / "open_clip_model.safetensors")
         with pytest.raises(ValueError, match=message):
-            clip.describe(ClipConfig(model))
+            describe_encoder(ClipConfig(model))
 
 
 _ASK = """
 import json, sys
-from pipeline import clip
+from pipeline.embeddings.clip_weights import ClipConfig, describe_encoder
+from pipeline.embeddings import clip
 try:
-    said = clip.describe(clip.ClipConfig(sys.argv[1]))
-    print(json.dumps([said, clip.load(clip.ClipConfig(sys.argv[1])).texts(["a red heart"]).tolist()]))
+    said = describe_encoder(ClipConfig(sys.argv[1]))
+    print(json.dumps([said, clip.load(ClipConfig(sys.argv[1])).texts(["a red heart"]).tolist()]))
 except ValueError as error:
     sys.exit(str(error))
 """
@@ -181,7 +182,7 @@ def test_a_model_of_a_hub_is_found_in_its_cache(tmp_path: Path) -> None:
     got = asked("hf-hub:someone/small", tmp_path)
     assert got.returncode == 0, got.stderr
     said, vectors = json.loads(got.stdout)
-    bundled = clip.describe(ClipConfig())
+    bundled = describe_encoder(ClipConfig())
     assert said["model"] == "hf-hub:someone/small" and said["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
     assert said["weights_sha256"] == bundled["weights_sha256"]
     np.testing.assert_allclose(vectors, clip.load(ClipConfig()).texts(["a red heart"]), atol=1e-6)

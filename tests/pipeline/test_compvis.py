@@ -12,8 +12,8 @@ from pipeline import storage, verify
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.metadata import metadata
-from pipeline.embed import Embed, EmbedConfig
-from pipeline.exchange import AdoptEmbeddings
+from pipeline.embeddings.clip_retrieval import AdoptEmbeddings
+from pipeline.embeddings.embed import Embed, EmbedConfig
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage

@@ -11,12 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import clip, embed, encoding, storage, verify
-from pipeline.clip import ClipConfig
+from pipeline import storage, verify
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.metadata import metadata
-from pipeline.embed import Embed, EmbedCaptions, EmbedConfig
+from pipeline.embeddings import clip
+from pipeline.embeddings.clip_weights import _MEAN, _STD, BUNDLED, ClipConfig, describe_encoder
+from pipeline.embeddings.embed import Embed, EmbedCaptions, EmbedConfig, same_encoder
+from pipeline.embeddings.encode_shards import Room, part_of, plan_room
 from pipeline.hardware import devices
 from pipeline.media import tars
 from pipeline.shards.shard import Shard
@@ -37,13 +39,13 @@ def as_new_process():
     """Weights are read anew, as by the next command."""
     yield
     clip.load_on.cache_clear()
-    clip.describe.cache_clear()
+    describe_encoder.cache_clear()
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """The bundled weights in a file of one's own."""
-    return shutil.copy(clip.BUNDLED / "tiny_clip.safetensors", tmp_path_factory.mktemp("weights") / "w.safetensors")
+    return shutil.copy(BUNDLED / "tiny_clip.safetensors", tmp_path_factory.mktemp("weights") / "w.safetensors")
 
 
 def pictures_of(dataset: Dataset) -> list[Image.Image]:
@@ -54,9 +56,9 @@ def pictures_of(dataset: Dataset) -> list[Image.Image]:
 
 def embedded_by_open_clip(pictures: list[Image.Image], **preprocessing) -> np.ndarray:
     """By the steps of open_clip's own documentation."""
-    open_clip.add_model_config(clip.BUNDLED)
+    open_clip.add_model_config(BUNDLED)
     model, _, preprocess = open_clip.create_model_and_transforms(
-        "tiny-clip-64", pretrained=str(clip.BUNDLED / "tiny_clip.safetensors"), **preprocessing)
+        "tiny-clip-64", pretrained=str(BUNDLED / "tiny_clip.safetensors"), **preprocessing)
     model.eval()
     with torch.no_grad():
         features = model.encode_image(torch.stack([preprocess(picture) for picture in pictures]))
@@ -91,7 +93,7 @@ def test_pictures_are_prepared_as_open_clip_does_it(width, height, mode, interpo
     if mode == "longest":
         np.testing.assert_array_equal(ours, theirs)
         return
-    mean, std = (np.array(values)[:, None, None] for values in (clip._MEAN, clip._STD))
+    mean, std = (np.array(values)[:, None, None] for values in (_MEAN, _STD))
     levels = (theirs * std + mean) * 255
     difference = np.abs(ours.transpose(2, 0, 1) - levels)
     assert difference.max() < 4.5 and difference.mean() < 0.5
@@ -158,7 +160,7 @@ def test_texts_are_those_of_open_clip():
 
 
 def test_the_description_is_of_what_was_loaded():
-    description, encoder = clip.describe(ClipConfig()), clip.load(ClipConfig())
+    description, encoder = describe_encoder(ClipConfig()), clip.load(ClipConfig())
     loaded = encoder.model.visual.preprocess_cfg
     assert description["dim"] == encoder.dim == 256
     said = description["preprocessing"]
@@ -173,7 +175,7 @@ def test_the_description_has_the_preprocessing_of_the_tag(model, tmp_path, monke
     tag = open_clip.list_pretrained_tags_by_model(model)[0]
     (tmp_path / "w").write_bytes(b"weights")
     monkeypatch.setattr(open_clip, "download_pretrained", lambda *_, **__: str(tmp_path / "w"))
-    said = clip.describe(ClipConfig(model, tag))["preprocessing"]
+    said = describe_encoder(ClipConfig(model, tag))["preprocessing"]
     wanted = open_clip.factory.PreprocessCfg(**{key: value for key, value in open_clip.get_pretrained_cfg(
         model, tag).items() if key in open_clip.factory.PreprocessCfg.__dataclass_fields__})
     assert (list(said["mean"]), list(said["std"])) == (list(wanted.mean), list(wanted.std))
@@ -222,11 +224,11 @@ def test_a_small_shard_keeps_two_threads_busy(copied, monkeypatch):
 @pytest.mark.parametrize("size", [1, 16, 500])
 def test_forward_passes_are_even_and_of_a_size_that_pays(size):
     for count in range(1, 200):
-        part = encoding.part_of(count, size)
+        part = part_of(count, size)
         sizes = [min(part, count - first) for first in range(0, count, part)]
         assert sum(sizes) == count and max(sizes) <= min(size, 32)
         assert len(sizes) > 1 or count < 16 or size == 1
-    assert encoding.part_of(0, size) == 1 and encoding.part_of(64, 128) == 32 and encoding.part_of(65, 128) == 22
+    assert part_of(0, size) == 1 and part_of(64, 128) == 32 and part_of(65, 128) == 22
 
 
 def test_another_encoder_on_the_same_folder_is_refused_and_named(copied, weights):
@@ -242,7 +244,7 @@ def test_weights_in_a_file_give_the_same_vectors(built, copied, weights):
     np.testing.assert_array_equal(Embeddings(built).all(), Embeddings(copied).all())
     # The same weights, but told apart all the same: the names are what the user chose.
     with pytest.raises(ValueError, match="pretrained"):
-        embed.same_encoder(built, copied)
+        same_encoder(built, copied)
 
 
 def changed(weights, folder):
@@ -261,7 +263,7 @@ def test_weights_swapped_under_the_same_name_are_refused(copied, weights, tmp_pa
     config = EmbedConfig(pretrained=str(own))
     run_stage(Embed(copied, config))
     changed(weights, tmp_path)
-    clip.describe.cache_clear()
+    describe_encoder.cache_clear()
     with pytest.raises(ValueError, match=r"section\.encoder\.weights_sha256"):
         run_stage(Embed(copied, config))
 
@@ -273,7 +275,7 @@ def test_a_worker_with_other_weights_than_the_plan_is_refused(copied, weights, t
     one = Embed(copied, EmbedConfig(pretrained=str(own)))
     items = prepare(one)
     changed(weights, tmp_path)
-    clip.describe.cache_clear()
+    describe_encoder.cache_clear()
     with pytest.raises(ValueError, match="not those of the plan"):
         process_and_commit(one, items[0])
     assert storage.names(storage.join(one.folder, "records")) == []
@@ -575,7 +577,7 @@ def test_more_memory_is_more_under_way_and_never_more_than_there_is(whole_batche
     shards, before = [(10_000, 10_000 * 30_000)], None
     for megabytes in range(100, 6000, 37):
         try:
-            room = encoding.room(megabytes << 20, ClipConfig(), shards, 256, whole=whole_batches, lent=6, threads=8)
+            room = plan_room(megabytes << 20, ClipConfig(), shards, 256, whole=whole_batches, lent=6, threads=8)
         except ValueError:
             assert before is None
             continue
@@ -583,4 +585,4 @@ def test_more_memory_is_more_under_way_and_never_more_than_there_is(whole_batche
         if before:
             assert room.threads >= before.threads and (room.ahead >= before.ahead or room.threads > before.threads)
         before = room
-    assert before == encoding.Room(8, 38 if whole_batches else 22)
+    assert before == Room(8, 38 if whole_batches else 22)

@@ -11,8 +11,8 @@ from pipeline import storage, verify
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.metadata import metadata
-from pipeline.embed import EmbedCaptions, EmbedConfig
-from pipeline.exchange import AdoptEmbeddings, Export
+from pipeline.embeddings.clip_retrieval import AdoptEmbeddings, Export
+from pipeline.embeddings.embed import EmbedCaptions, EmbedConfig
 from pipeline.stages.driver import run_stage
 from pipeline.stages.types import StageFailed
 

@@ -10,7 +10,7 @@ import pytest
 from pipeline import storage, verify
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
-from pipeline.embed import Embed, EmbedConfig
+from pipeline.embeddings.embed import Embed, EmbedConfig
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.stages import records

@@ -36,16 +36,16 @@ def run(report: Report) -> None:
 
 
 def _encoder(model: str) -> Any:
-    from pipeline import clip
-    pretrained = "bundled" if model == clip.BUNDLED_MODEL else clip.RANDOM
+    from pipeline.embeddings import clip
+    from pipeline.embeddings.clip_weights import BUNDLED_MODEL, RANDOM, ClipConfig
+    pretrained = "bundled" if model == BUNDLED_MODEL else RANDOM
     clip.load_on.cache_clear()
-    return clip.load(clip.ClipConfig(model=model, pretrained=pretrained))
+    return clip.load(ClipConfig(model=model, pretrained=pretrained))
 
 
 def _on_pixels(report: Report, encoder: Any, model: str, batch: int) -> float:
     """Rates of the bare pass and of what surrounds it; the bare one, images a second."""
-    from pipeline import encoding
-    from pipeline.encoding import Part
+    from pipeline.embeddings.encode_shards import Part, _in_whole_batches
     from pipeline.stages.timers import Times
     side = encoder.preprocessing["image_size"]
     count = report.size(10 if model == "ViT-L-14" else 24, 3)
@@ -70,7 +70,7 @@ def _on_pixels(report: Report, encoder: Any, model: str, batch: int) -> float:
 
     def parts() -> None:
         source = (Part(0, [""] * batch, [], list(range(batch)), pixels[number % 4]) for number in range(count))
-        for _ in encoding._in_whole_batches(encoder, source, batch, Times()):
+        for _ in _in_whole_batches(encoder, source, batch, Times()):
             pass
 
     rate = batch * count / seconds(bare, report.device, 3)
@@ -91,7 +91,8 @@ def _on_pixels(report: Report, encoder: Any, model: str, batch: int) -> float:
 
 def _precision(report: Report, encoder: Any, model: str, batch: int) -> None:
     """bf16 against fp32, and one image beside different batch mates."""
-    from pipeline import clip
+    from pipeline.embeddings import clip
+    from pipeline.embeddings.clip_weights import RANDOM, ClipConfig
     side = encoder.preprocessing["image_size"]
     rng = np.random.default_rng(1)
     # Smooth images: noise of single pixels is unlike any photograph.
@@ -99,7 +100,7 @@ def _precision(report: Report, encoder: Any, model: str, batch: int) -> None:
     pixels = torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic").clamp(0, 255).byte()
     pixels = pixels.permute(0, 2, 3, 1).contiguous().numpy()
     vectors = encoder.images(pixels)
-    config = clip.ClipConfig(model=model, pretrained=clip.RANDOM, precision="fp32")
+    config = ClipConfig(model=model, pretrained=RANDOM, precision="fp32")
     exact = clip.load_on.__wrapped__(config, False, encoder.device)
     exact.model.load_state_dict(encoder.model.state_dict())  # copies bf16 into fp32, exactly
     reference = exact.images(pixels[:report.size(128, 8)])
@@ -129,8 +130,7 @@ def _on_tars(report: Report, encoder: Any, model: str, batch: int, bare: float,
 
 def _tars_rate(report: Report, encoder: Any, batch: int, bare: float, side: int, threads: int) -> tuple[float, str]:
     """Images a second of the embed stage's own loop, and where its time went."""
-    from pipeline import encoding
-    from pipeline.encoding import Room, Shard
+    from pipeline.embeddings.encode_shards import Room, Shard, encode_parts
     from pipeline.stages.timers import Times
     tar, count = _tar(report, side)
     # About three seconds at the rate of the bare pass, or at that of decoding.
@@ -140,7 +140,7 @@ def _tars_rate(report: Report, encoder: Any, batch: int, bare: float, side: int,
         shards = shards[:1]
     times, first, seen = Times(), 0, 0
     begun = time.perf_counter() if report.small else 0.0
-    parts = encoding.encoded(encoder, shards, batch, Room(min(threads, 16), 4 * threads), None, times)
+    parts = encode_parts(encoder, shards, batch, Room(min(threads, 16), 4 * threads), None, times)
     for part in parts:
         if not begun:  # the time to fill the queue is no part of a rate
             begun, first = time.perf_counter(), len(part.keys)

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from pipeline import clip
-from pipeline.embeddings import decode_batch
+from pipeline.embeddings import clip, decode_batch
+from pipeline.embeddings.clip_weights import ClipConfig, describe_encoder
 from pipeline.media import tars
 from pipeline.stages.decoder_pool import DecoderPool
 from pipeline.stages.timers import Times
@@ -77,26 +77,26 @@ class Room:
     """Parts that are decoded, or being decoded."""
 
 
-def cores() -> int:
+def count_cores() -> int:
     """Threads that this process may have."""
     return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 
-def room(budget: int, config: clip.ClipConfig, shards: Iterable[tuple[int, int]], size: int, *, whole: bool,
+def plan_room(budget: int, config: ClipConfig, shards: Iterable[tuple[int, int]], size: int, *, whole: bool,
          lent: int = 0, threads: int = 0) -> Room:
     """What fits `budget` bytes beside the encoder: as many threads as there are cores, and two parts for each.
 
     `shards`: (samples, bytes) of each; `whole`: the encoder takes batches of `size`; `lent`: parts that keep others'
     decoders busy. ValueError with what would do, if not even one thread fits.
     """
-    threads = threads or cores()
-    dim, pixels = clip.describe(config)["dim"], 3 * clip.pixels(config)
+    threads = threads or count_cores()
+    dim, pixels = describe_encoder(config)["dim"], 3 * clip.input_pixels(config)
     largest, encoded, part = 0, 0.0, -(-size // threads) if whole else 1
     for count, length in shards:
         largest, encoded = max(largest, count), max(encoded, length / max(1, count))
         part = part if whole else max(part, part_of(count, size))
     each = int(part * (pixels + encoded))
-    passing = 0 if whole else part * (_WIDE * pixels + clip.activations(config))
+    passing = 0 if whole else part * (_WIDE * pixels + clip.activation_bytes(config))
     fixed = _BASE + 2 * largest * dim + (_BATCHES * size * pixels if whole else 0)
 
     def needed(some: int, ahead: int) -> int:
@@ -122,7 +122,7 @@ def part_of(count: int, size: int) -> int:
     return -(-count // passes) or 1
 
 
-def encoded(encoder: clip.Encoder, shards: Sequence[Shard], size: int, fitting: Room,
+def encode_parts(encoder: clip.Encoder, shards: Sequence[Shard], size: int, fitting: Room,
             elsewhere: DecoderPool | None, times: Times) -> Iterator[Part]:
     """The parts of all shards in order, with vectors."""
     lent = elsewhere.at_once if elsewhere else 0
@@ -141,7 +141,7 @@ def encoded(encoder: clip.Encoder, shards: Sequence[Shard], size: int, fitting: 
             yield from _in_whole_batches(encoder, in_order(pool, decode, parts, fitting.ahead, times), size, times)
         return
     parts = _read(shards, lambda shard: part_of(shard.count, size), times)
-    with of_torch(fitting.threads) as pool, ThreadPoolExecutor(max(1, lent)) as asking:
+    with torch_threads(fitting.threads) as pool, ThreadPoolExecutor(max(1, lent)) as asking:
         if elsewhere:
             # What is left beside the passes is for those who decode.
             passing = min(2 * fitting.threads, fitting.ahead - 1)
@@ -152,7 +152,7 @@ def encoded(encoder: clip.Encoder, shards: Sequence[Shard], size: int, fitting: 
 
 
 @contextmanager
-def of_torch(threads: int) -> Iterator[ThreadPoolExecutor]:
+def torch_threads(threads: int) -> Iterator[ThreadPoolExecutor]:
     """So many threads, one inside torch for each."""
     import torch
 

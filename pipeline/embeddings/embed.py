@@ -16,11 +16,22 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import clip, encoding, storage
-from pipeline.clip import ClipConfig
+from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.metadata import metadata
-from pipeline.encoding import Part
+from pipeline.embeddings import clip
+from pipeline.embeddings.clip_weights import ClipConfig, describe_encoder
+from pipeline.embeddings.encode_shards import (
+    Part,
+    Room,
+    Shard,
+    chunks,
+    encode_parts,
+    in_order,
+    part_of,
+    plan_room,
+    torch_threads,
+)
 from pipeline.hardware import devices
 from pipeline.stages.stage import Stage
 from pipeline.stages.timers import Times
@@ -69,14 +80,15 @@ class Embed(Stage):
     def section(self) -> dict[str, Any]:
         # The path of the weights may differ from node to node; what they are is in the encoder's description.
         section = {"precision": self.config.precision, "batch_size": self.config.batch_size,
-                   "encoder": clip.describe(self.config.clip())}
+                   "encoder": describe_encoder(self.config.clip())}
         return section | ({"compile": True} if self.config.compile else {})
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         return {"shards": self.dataset.identity("shards")}
 
     def plan(self) -> list[Item]:
-        encoder, records = storage.digest(clip.describe(self.config.clip())), self.dataset.manifest("shards")["items"]
+        encoder = storage.digest(describe_encoder(self.config.clip()))
+        records = self.dataset.manifest("shards")["items"]
         self._room(map(_size, records), whole=False, threads=1)
         return [Item(record["id"], {"shard": record, "encoder": encoder, "count": record["samples"]})
                 for record in records]
@@ -100,7 +112,7 @@ class Embed(Stage):
         return output
 
     def process_together(self, work: Sequence[tuple[Item, Path]]) -> Iterator[Output | Exception]:
-        if any(storage.digest(clip.describe(self.config.clip())) != item.inputs["encoder"] for item, _ in work):
+        if any(storage.digest(describe_encoder(self.config.clip())) != item.inputs["encoder"] for item, _ in work):
             raise ValueError(f"the weights {self.config.pretrained} of {self.config.model} on {platform.node()}, or "
                              f"its settings, are not those of the plan\nhint: the same files on every machine")
         encoder, times = self._encoder(), Times()
@@ -148,7 +160,7 @@ class Embed(Stage):
                       encoder.fit.times())
 
     def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
-        return Output(info={"encoder": clip.describe(self.config.clip())})
+        return Output(info={"encoder": describe_encoder(self.config.clip())})
 
     def _encoder(self) -> clip.Encoder:
         encoder = clip.load(self.config.clip(), True) if self.config.compile else clip.load(self.config.clip())
@@ -157,17 +169,17 @@ class Embed(Stage):
 
     def _parts(self, encoder: clip.Encoder, records: Sequence[dict[str, Any]], times: Times) -> Iterator[Part]:
         lent = self.decode.at_once if self.decode else 0
-        return encoding.encoded(encoder, [self._shard(record) for record in records], self.config.batch_size,
+        return encode_parts(encoder, [self._shard(record) for record in records], self.config.batch_size,
                                 self._room(map(_size, records), whole=encoder.whole, lent=lent), self.decode, times)
 
-    def _shard(self, record: dict[str, Any]) -> encoding.Shard:
+    def _shard(self, record: dict[str, Any]) -> Shard:
         entry = file_of(record, ".tar")
-        return encoding.Shard(record["samples"], partial(
+        return Shard(record["samples"], partial(
             storage.opened, storage.place(self.dataset.folder("shards"), entry["name"]), entry,
             partial(open, mode="rb"), check=True))
 
-    def _room(self, sizes: Iterable[tuple[int, int]], *, whole: bool, lent: int = 0, threads: int = 0) -> encoding.Room:
-        return encoding.room(storage.size_of(self.config.max_memory, "embed.max_memory"), self.config.clip(), sizes,
+    def _room(self, sizes: Iterable[tuple[int, int]], *, whole: bool, lent: int = 0, threads: int = 0) -> Room:
+        return plan_room(storage.size_of(self.config.max_memory, "embed.max_memory"), self.config.clip(), sizes,
                              self.config.batch_size, whole=whole, lent=lent, threads=threads)
 
 
@@ -192,13 +204,13 @@ class EmbedCaptions(Embed):
                     texts, len(texts), lambda part, _: encoder.texts(part), np.concatenate) if there else None)
 
         threads = self._room(map(_size, records), whole=False).threads
-        with encoding.of_torch(threads) as pool:
+        with torch_threads(threads) as pool:
             for number, record in enumerate(records):
                 with times("read"):
                     rows = metadata(self.dataset, record, ["key", "caption"])
-                size = encoding.part_of(len(rows), self.config.batch_size)
-                source = ((number, some) for some in encoding.chunks(rows, size, times))
-                yield from encoding.in_order(pool, work, source, 2 * threads, times)
+                size = part_of(len(rows), self.config.batch_size)
+                source = ((number, some) for some in chunks(rows, size, times))
+                yield from in_order(pool, work, source, 2 * threads, times)
                 yield Part(number)
 
 

@@ -1,48 +1,32 @@
-"""The one door to open_clip: pictures and texts to unit vectors of one space.
+"""Load CLIP encoders and encode images and texts. The only file that imports open_clip to encode."""
 
-It and torch are imported where they are used: that takes seconds, and most commands do without.
-"""
-
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from pipeline import storage
+from pipeline.embeddings.clip_weights import (
+    BUNDLED,
+    BUNDLED_MODEL,
+    OWN_WEIGHTS_SCHEMES,
+    RANDOM,
+    ClipConfig,
+    check_model,
+    describe_encoder,
+    read_own_weights,
+    read_tagged_weights,
+    weights_path,
+)
 from pipeline.hardware import devices
 from pipeline.media import resize
 
 if TYPE_CHECKING:
     import torch
-
-BUNDLED = Path(__file__).parent / "tiny_clip"
-BUNDLED_MODEL = "tiny-clip-64"
-RANDOM = "random"
-# What open_clip takes where a tag names nothing else: the values of the first CLIP models.
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_STD = (0.26862954, 0.26130258, 0.27577711)
-_OWN = ("hf-hub:", "local-dir:")  # schemes of names whose weights and settings lie in one folder
-_CONFIG = "open_clip_config.json"
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-
-
-@dataclass(frozen=True)
-class ClipConfig:
-    """Which encoder makes the vectors."""
-
-    model: str = "tiny-clip-64"
-    """Name of an open_clip model, hf-hub:ORGANISATION/NAME, or local-dir:FOLDER (with open_clip_config.json)."""
-    pretrained: str = "bundled"
-    """A pretrained tag of open_clip, a local file of weights, or `bundled` for those that come with the model: with
-    the tiny CLIP in the package, a hub's model or a folder; `random` for weights that mean nothing, to measure with."""
-    precision: Precision = "auto"
-    """auto: bf16 on a GPU, and on a CPU that multiplies in bf16; fp32 elsewhere."""
 
 
 @dataclass
@@ -69,7 +53,7 @@ class Encoder:
 
     def prepared(self, data: bytes) -> np.ndarray:
         """An encoded picture as the model wants it but for the normalisation; see `prepared`."""
-        return prepared(data, self.preprocessing, self.prepare)
+        return prepare_image(data, self.preprocessing, self.prepare)
 
     def images(self, batch: np.ndarray) -> np.ndarray:
         """Unit vectors of a batch of `prepared` pictures: (B, S, S, 3) uint8 -> (B, D) float32."""
@@ -109,7 +93,7 @@ class Encoder:
         return torch.nn.functional.normalize(vectors, dim=-1)
 
 
-def prepared(data: bytes, wanted: dict[str, Any], theirs: Callable[[Image.Image], "torch.Tensor"]) -> np.ndarray:
+def prepare_image(data: bytes, wanted: dict[str, Any], theirs: Callable[[Image.Image], "torch.Tensor"]) -> np.ndarray:
     """An encoded picture as the preprocessing `wanted` has it but for the normalisation, (S, S, 3) uint8; BadPicture if
     it is none.
 
@@ -133,7 +117,7 @@ def prepared(data: bytes, wanted: dict[str, Any], theirs: Callable[[Image.Image]
     return resize.resampled(pixels, (size, size), part, wanted["interpolation"])
 
 
-def preparation(wanted: dict[str, Any]) -> Callable[[Image.Image], "torch.Tensor"]:
+def open_clip_transform(wanted: dict[str, Any]) -> Callable[[Image.Image], "torch.Tensor"]:
     """open_clip's own preprocessing of a description, without the model; loaded once a picture needs it."""
 
     @lru_cache(maxsize=1)
@@ -162,14 +146,16 @@ def load_on(config: ClipConfig, compiled: bool, device: "torch.device") -> Encod
     import torch
 
     # Before anything else: open_clip takes random weights where a hub or a folder has none.
-    description = describe(config)
-    precision = config.precision if config.precision != "auto" else fastest(device)
+    description = describe_encoder(config)
+    precision = config.precision if config.precision != "auto" else fastest_precision(device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    own = config.model.startswith(OWN_WEIGHTS_SCHEMES) or config.pretrained == RANDOM
     try:
+        weights = None if own else weights_path(config)
         # open_clip keeps in full precision what has to stay so (norms).
         model, _, prepare = open_clip.create_model_and_transforms(
-            _known(config), pretrained=None if config.model.startswith(_OWN) or config.pretrained == RANDOM
-            else _weights(config), device=device, precision=precision, require_pretrained=config.pretrained != RANDOM)
+            check_model(config), pretrained=weights, device=device, precision=precision,
+            require_pretrained=config.pretrained != RANDOM)
     except Exception as error:  # readers of weights raise whatever they like
         if devices.kind_of(error) != "none":
             raise devices.DeviceUnavailable(f"the encoder {config.model} does not get onto the GPU: "
@@ -194,7 +180,7 @@ def load_on(config: ClipConfig, compiled: bool, device: "torch.device") -> Encod
                    lambda texts: tokenizer()(texts), device, dtype)
 
 
-def fastest(device: "torch.device") -> str:
+def fastest_precision(device: "torch.device") -> str:
     """The precision in which a machine is fastest, of those that keep the cosine to 1e-3."""
     import torch
 
@@ -213,106 +199,25 @@ def _has_bf16_dot_products() -> bool:
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags.split())
 
 
-@lru_cache(maxsize=8)
-def describe(config: ClipConfig) -> dict[str, Any]:
-    """What makes vectors comparable: model, sha256 of the weights, preprocessing, normalisation.
-
-    Loads no weights, so that a driver can plan; two encoders are the same if these are equal.
-    """
-    if config.model.startswith(_OWN):
-        path, document = _own(config)
-        architecture, tag = document["model_cfg"], document.get("preprocess_cfg") or {}
-    else:
-        path, architecture, tag = _tagged(config)
-    preprocessing = {"image_size": architecture["vision_cfg"].get("image_size", 224),
-                     "mean": list(tag.get("mean") or _MEAN), "std": list(tag.get("std") or _STD),
-                     "interpolation": tag.get("interpolation") or "bicubic",
-                     "resize": tag.get("resize_mode") or "shortest"}
-    if tag.get("fill_color"):
-        preprocessing["fill_color"] = tag["fill_color"]
-    # The place of a folder or of a file may be another on every machine; what is in it is in the hashes.
-    return {"model": "local-dir" if config.model.startswith("local-dir:") else config.model,
-            "pretrained": config.pretrained if config.pretrained in {"bundled", RANDOM} or tag else "file",
-            "weights_sha256": storage.sha256_file(Path(path)) if path else RANDOM,
-            "architecture_sha256": hashlib.sha256(json.dumps(architecture, sort_keys=True).encode()).hexdigest(),
-            "dim": architecture["embed_dim"], "preprocessing": preprocessing, "normalised": True}
-
-
-def _tagged(config: ClipConfig) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """The weights of a model that open_clip knows by name, its architecture, and what its tag says."""
-    if config.pretrained == RANDOM:
-        import open_clip
-        return "", open_clip.get_model_config(_known(config)), {}
-    path = _weights(config)
-    if config.pretrained == "bundled":
-        return path, json.loads((BUNDLED / f"{BUNDLED_MODEL}.json").read_text()), {}
-    import open_clip
-    architecture = open_clip.get_model_config(_known(config))
-    tag = open_clip.get_pretrained_cfg(config.model, config.pretrained)
-    if not Path(path).is_file():
-        try:
-            if not tag:
-                raise ValueError("no such tag")
-            path = open_clip.download_pretrained(tag)
-        except Exception as error:
-            raise ValueError(f"open_clip has no weights {config.pretrained!r} for {config.model}, and there is no "
-                             f"such file ({error})\nhint: --pretrained TAG or --pretrained /path/to/weights"
-                             ) from error
-    return path, architecture, tag
-
-
-def _own(config: ClipConfig) -> tuple[str, dict[str, Any]]:
-    """The weights of a model that lies in a folder or on a hub, and its open_clip_config.json."""
-    from open_clip import factory, pretrained
-
-    if config.pretrained != "bundled":
-        raise ValueError(f"{config.model} comes with its own weights, and --pretrained {config.pretrained} asks for "
-                         f"others\nhint: --pretrained bundled")
-    scheme, _, place = config.model.partition(":")
-    if not place:
-        raise ValueError(f"--model {config.model} names no model\nhint: {scheme}:"
-                         f"{'/path/to/folder' if scheme == 'local-dir' else 'organisation/name'}")
-    try:
-        if scheme == "local-dir":
-            # By open_clip's own choice among several: what is loaded is what is hashed.
-            settings, path = Path(place) / _CONFIG, factory._find_checkpoint_in_dir(Path(place))
-        else:
-            settings, path = (Path(pretrained.download_pretrained_from_hf(place, filename=name))
-                              for name in (_CONFIG, None))
-        document = json.loads(settings.read_text())
-    except Exception as error:  # what a hub's client raises has no common type
-        hint = (f"a folder with {_CONFIG} and weights" if scheme == "local-dir" else "where there is no way to the "
-                "hub, copy the model's files into a folder, and --model local-dir:FOLDER")
-        raise ValueError(f"{config.model} cannot be read: {(str(error) or repr(error)).splitlines()[0]}\nhint: {hint}"
-                         ) from error
-    if path is None:
-        raise ValueError(f"{place} has no weights beside its {_CONFIG}\nhint: open_clip_model.safetensors, or any "
-                         f"other *.safetensors, *.bin or *.pth")
-    architecture = document.get("model_cfg") if isinstance(document, dict) else None
-    if not isinstance(architecture, dict) or not architecture.keys() >= {"embed_dim", "vision_cfg", "text_cfg"}:
-        raise ValueError(f"{_CONFIG} of {config.model} has no model_cfg with embed_dim, vision_cfg and text_cfg\n"
-                         f"hint: open_clip's push_to_hf_hub writes such a file")
-    return str(path), document
-
-
-def pixels(config: ClipConfig) -> int:
+def input_pixels(config: ClipConfig) -> int:
     """Pixels of a picture as the encoder takes it."""
-    size = describe(config)["preprocessing"]["image_size"]
+    size = describe_encoder(config)["preprocessing"]["image_size"]
     return size ** 2 if isinstance(size, int) else size[0] * size[1]
 
 
-def activations(config: ClipConfig) -> int:
+def activation_bytes(config: ClipConfig) -> int:
     """Bytes that a forward pass over one picture takes where it is widest, in fp32; a guess but for transformers."""
-    architecture = _own(config)[1]["model_cfg"] if config.model.startswith(_OWN) else _tagged(config)[1]
+    own = config.model.startswith(OWN_WEIGHTS_SCHEMES)
+    architecture = read_own_weights(config)[1]["model_cfg"] if own else read_tagged_weights(config)[1]
     vision = architecture["vision_cfg"]
     if not vision.get("patch_size"):
-        return 200 * pixels(config)  # three of the first maps of a ResNet
-    tokens = pixels(config) // vision["patch_size"] ** 2 + 1
+        return 200 * input_pixels(config)  # three of the first maps of a ResNet
+    tokens = input_pixels(config) // vision["patch_size"] ** 2 + 1
     # Input, sum, query, key, value and output, and a network of 4 widths before and after its nonlinearity.
     return int(4 * tokens * vision.get("width", 768) * (6 + 2 * vision.get("mlp_ratio", 4.0)))
 
 
-def flop(config: ClipConfig) -> tuple[float, int]:
+def flop_per_image(config: ClipConfig) -> tuple[float, int]:
     """Floating point operations of a forward pass over one picture, and the length of its vector.
 
     Of a vision transformer with T tokens of width W: 24 T W^2 + 4 T^2 W in each layer (projections and a network of
@@ -322,7 +227,7 @@ def flop(config: ClipConfig) -> tuple[float, int]:
         architecture = json.loads((BUNDLED / f"{BUNDLED_MODEL}.json").read_text())
     else:
         import open_clip
-        architecture = open_clip.get_model_config(_known(config))
+        architecture = open_clip.get_model_config(check_model(config))
     vision = architecture["vision_cfg"]
     if not vision.get("patch_size") or not isinstance(vision.get("image_size"), int):
         raise ValueError(f"{config.model} is no vision transformer: how much it computes is not known here\n"
@@ -333,23 +238,3 @@ def flop(config: ClipConfig) -> tuple[float, int]:
     layer = (8 + 4 * vision.get("mlp_ratio", 4.0)) * tokens * width ** 2 + 4 * tokens ** 2 * width
     return (vision["layers"] * layer + 2 * patches * width * 3 * patch ** 2 + 2 * width * architecture["embed_dim"],
             architecture["embed_dim"])
-
-
-def _known(config: ClipConfig) -> str:
-    import open_clip
-    if config.model.startswith(_OWN):
-        return config.model
-    if config.model == BUNDLED_MODEL:
-        open_clip.add_model_config(BUNDLED)
-    if open_clip.get_model_config(config.model) is None:
-        raise ValueError(f"open_clip knows no model {config.model!r}\nhint: `python -c 'import open_clip; "
-                         f"print(open_clip.list_models())'` lists them")
-    return config.model
-
-
-def _weights(config: ClipConfig) -> str:
-    if config.pretrained == "bundled":
-        if config.model != BUNDLED_MODEL:
-            raise ValueError(f"only {BUNDLED_MODEL} is bundled, not {config.model}\nhint: --pretrained TAG or FILE")
-        return str(BUNDLED / "tiny_clip.safetensors")
-    return config.pretrained

@@ -1,0 +1,174 @@
+"""Read the embedding archives that CompVis published."""
+
+import io
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from pipeline import storage
+
+ARCHIVE_NAME = re.compile(r"(\d+)x(\d+)(?:-part_(\d+))?\.npz")
+ROW_NUMBER = ("source_row", "url", "key", "width", "height", "patch_left", "patch_top", "patch_short_side")
+OPEN_ARCHIVES = 2  # archives whose vectors are in memory at once
+
+
+def list_archives(source: str) -> list[str]:
+    """The addresses of the archives of a folder in CompVis's layout, in the order of their numbers."""
+    found = [(int(match[3] or 0), name) for name in storage.names(source) if (match := ARCHIVE_NAME.fullmatch(name))]
+    return [storage.join(source, name) for _, name in sorted(found)]
+
+
+class KeyTable:
+    """Names of the rows of several files, in order, each with its file and its row there."""
+
+    def __init__(self, names: Sequence[Sequence[bytes]]) -> None:
+        self.offsets = np.cumsum([0, *map(len, names)])
+        every = np.concatenate([np.array(some, np.bytes_) for some in names])
+        self.order = np.argsort(every, kind="stable")
+        self.names = every[self.order]
+
+    def place(self, name: bytes) -> int:
+        """Where a name stands, or would."""
+        return int(np.searchsorted(self.names, name))
+
+    def name(self, place: int) -> bytes:
+        """The name at a place, nothing beyond the last."""
+        return bytes(self.names[place]) if place < len(self.names) else b""
+
+    def beginning(self, prefix: bytes) -> tuple[int, list[bytes]]:
+        """The names that begin so, and the place of the first."""
+        first = self.place(prefix)
+        found = []
+        while (name := self.name(first + len(found))).startswith(prefix):
+            found.append(name)
+        return first, found
+
+    def row(self, place: int) -> tuple[int, int]:
+        """The file and the row in it of the name at a place."""
+        row = self.order[place]
+        file = int(np.searchsorted(self.offsets, row, side="right")) - 1
+        return file, int(row - self.offsets[file])
+
+
+class Archives:
+    """The vectors of CompVis's archives by picture and patch; in memory are the names of all and two archives' vectors.
+
+    A picture is called by the row of the source where `img_id` is a number, as CompVis counts; where it is text, by the
+    last part of its address, with or without its ending, or by its key.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source, self.files = source, list_archives(source)
+        names, kinds = [], set()
+        for url in self.files:
+            ids, places = _identities(url)
+            kinds.add(ids.dtype.kind == "U")
+            names.append([_patch(name, place) for name, place in zip(ids.tolist(), places.tolist(), strict=True)])
+        if len(kinds) > 1:
+            raise ValueError(f"some files of {source} have numbers as img_id, others text\n"
+                             f"hint: one database in a folder")
+        self.text, self.table = kinds.pop(), KeyTable(names)
+        self.vectors: Callable[[int], np.ndarray] = lru_cache(maxsize=OPEN_ARCHIVES)(lambda file: _member(
+            self.files[file], "embedding"))
+
+    @staticmethod
+    @lru_cache(maxsize=1)
+    def of(source: str) -> "Archives":
+        """Those of a folder, kept in this process."""
+        return Archives(source)
+
+    def rows(self, rows: Sequence[dict[str, Any]]) -> list[np.ndarray | None]:
+        """The vector of each sample by its metadata, None for those whose picture has none; ValueError if a picture is
+        there, but not this part of it.
+        """
+        # As many names as a picture may go by; a shard goes by one of them.
+        called: list[Callable[[dict[str, Any]], str]] = [lambda row: str(row.get("source_row"))]
+        if self.text:
+            called = [lambda row: _last(row), lambda row: _last(row).rpartition(".")[0] or _last(row),
+                      lambda row: row["key"]]
+        places: list[int | None] = []
+        for call in called:
+            places = [self._place(row, call(row)) for row in rows]
+            if any(place is not None for place in places):
+                break
+        wanted = [(None if place is None else self.table.row(place)) for place in places]
+        found: list[np.ndarray | None] = [None] * len(wanted)
+        # File by file: a file is decompressed as a whole.
+        for number, (file, row) in sorted(((number, one) for number, one in enumerate(wanted) if one),
+                                          key=lambda pair: pair[1]):
+            found[number] = np.array(self.vectors(file)[row])
+        return found
+
+    def _place(self, row: dict[str, Any], name: str) -> int | None:
+        first, there = self.table.beginning(name.encode() + b"\n")
+        if not there:
+            return None
+        if row.get("patch_left") is None:
+            if len(there) > 1:
+                raise ValueError(f"{self.source} has {len(there)} patches of the picture {name}, and its sample "
+                                 f"{row['key']} is no patch\nhint: adopt tars of these patches (shard --adopt)")
+            return first
+        if row["width"] is None:  # it could not be read
+            return None
+        left, top = row["patch_left"], row["patch_top"]
+        patch = _patch(name, [left, top, left + row["width"], top + row["height"]])
+        if patch not in there:
+            raise ValueError(f"{self.source} has {len(there)} patches of the picture {name}, but none at {left}, {top} "
+                             f"of {row['width']} x {row['height']} pixels as the sample {row['key']}, which was cut "
+                             f"from a picture of short side {row['patch_short_side']}\nhint: the coordinates must be "
+                             f"those of the same patches: --adopt takes no vectors of others")
+        return first + there.index(patch)
+
+
+def _last(row: dict[str, Any]) -> str:
+    """The last part of the address that a sample is from."""
+    return re.split(r"[?#]", str(row.get("url") or ""))[0].rpartition("/")[2]
+
+
+def _patch(name: Any, place: Sequence[int]) -> bytes:
+    return f"{name}\n{' '.join(map(str, place))}".encode()
+
+
+def _identities(url: str) -> tuple[np.ndarray, np.ndarray]:
+    """img_id (n,), numbers or text, and patch_coords (n, 4): left, top, right, bottom, of a whole archive."""
+    count, dim = map(int, ARCHIVE_NAME.fullmatch(url.rpartition("/")[2]).groups()[:2])  # type: ignore[union-attr]
+    ids, places, shape = _member(url, "img_id"), _member(url, "patch_coords"), _member(url, "embedding", shape=True)
+    if tuple(shape) != (count, dim):
+        raise ValueError(f"{url} has embeddings of shape {tuple(shape)}, its name says ({count}, {dim})\n"
+                         f"hint: was it copied whole?")
+    if ids.shape != (count,) or ids.dtype.kind not in "iuUS" or places.shape != (count, 4):
+        raise ValueError(f"{url}: img_id is {ids.dtype} {ids.shape} and patch_coords {places.shape}, wanted are "
+                         f"numbers or text ({count},) and ({count}, 4)\nhint: as CompVis's retrieval databases have "
+                         f"them")
+    if places.dtype.kind not in "iu" and not (places.dtype.kind == "f" and (places == np.rint(places)).all()):
+        raise ValueError(f"{url}: patch_coords are {places.dtype}, wanted are whole numbers: left, top, right, bottom\n"
+                         f"hint: pixels of the picture that the patch was cut from")
+    return ids.astype(str) if ids.dtype.kind == "S" else ids, places.astype(np.int64)
+
+
+def _member(url: str, name: str, *, shape: bool = False) -> Any:
+    """An array of an archive, or its shape alone; ValueError if it is not there, or could only be unpickled."""
+    archive: Any = storage.local_path(url) if storage.is_local(url) else io.BytesIO(storage.read_bytes(url))
+    try:
+        with zipfile.ZipFile(archive) as members:
+            with members.open(f"{name}.npy") as file:
+                version = np.lib.format.read_magic(file)
+                read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                if version not in read:
+                    raise ValueError(f"version {version} of the format")
+                found, _, kind = read[version](file)
+            if kind.hasobject:
+                raise ValueError(f"{name} is Python objects, which only unpickling reads, and that may run anything")
+            if shape:
+                return found
+            with members.open(f"{name}.npy") as file:
+                return np.lib.format.read_array(file, allow_pickle=False)
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        text = f"it has no {name}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{url} cannot be read: {text}\nhint: np.savez with embedding, img_id as numbers or text "
+                         f"(img_id.astype(str)) and patch_coords") from error
