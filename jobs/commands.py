@@ -10,7 +10,7 @@ from jobs.settings import ClusterConfig, ConvertConfig, EvaluateConfig, LatentsC
 from jobs.versions import GcConfig
 from model.config import TrainConfig
 from pipeline.embeddings.embed import EmbedConfig
-from pipeline.index import IndexConfig
+from pipeline.indices.config import IndexConfig
 from pipeline.neighbors import NeighborsConfig
 from pipeline.sources.config import ShardConfig
 

@@ -13,7 +13,7 @@ from typing import Any
 from jobs.rates import Rates
 from jobs.settings import Settings
 from model.flop import Size
-from pipeline.index import choice, estimated_bytes
+from pipeline.indices.choose import choose_key, estimated_bytes
 from pipeline.neighbors import NeighborsConfig
 from pipeline.search import LARGEST
 
@@ -227,7 +227,7 @@ def index_key(build: Build, rates: Rates) -> str:
         return config.key
     if not rates.index.in_parts and build.database <= config.rows_of_a_part(build.dim):
         return rates.index.key
-    return choice(build.database, build.dim, config)
+    return choose_key(build.database, build.dim, config)
 
 
 def index_bytes(build: Build, rates: Rates) -> float:

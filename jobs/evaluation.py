@@ -35,7 +35,7 @@ from pipeline.datasets.metadata import metadata
 from pipeline.embeddings import clip
 from pipeline.embeddings.clip_weights import ClipConfig
 from pipeline.hardware import devices
-from pipeline.index import Searcher
+from pipeline.indices.searcher import Searcher
 from pipeline.media import tars
 from pipeline.media.resize import pixels
 from pipeline.stages.manifest import read_manifest, sealed_input

@@ -19,7 +19,7 @@ from jobs.trial import Trial
 from model import flop
 from pipeline import storage
 from pipeline.embeddings import clip
-from pipeline.index import memory
+from pipeline.indices.config import memory
 
 _log = logging.getLogger(__name__)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}

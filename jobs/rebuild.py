@@ -10,15 +10,17 @@ from functools import cached_property
 from typing import Any
 
 from jobs import logs, versions
-from pipeline import assembly, gates, index, storage, update
+from pipeline import gates, storage, update
 from pipeline.datasets import published, takedowns
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.hidden_rows import Tombstones
 from pipeline.datasets.published import Pointer
 from pipeline.embeddings.embed import EmbedConfig, encoder_of
-from pipeline.extension import Drifted, Extension
 from pipeline.gates import Gate, GatesConfig
-from pipeline.index import Index, IndexConfig
+from pipeline.indices.config import IndexConfig
+from pipeline.indices.extend import Drifted, Extension
+from pipeline.indices.index import Index, build_index
+from pipeline.indices.searcher import kind
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.plan import clear_folder
 from pipeline.stages.stage import Stage
@@ -178,7 +180,7 @@ class Rebuild:
             except Drifted as error:
                 _log.info("%s; training it anew", str(error).splitlines()[0])
                 clear_folder(whole)
-        assembly.run(whole, seal)
+        build_index(whole, seal)
 
     def _planned(self, whole: Index) -> bool:
         """Whether an index was begun that is trained anew."""
@@ -193,7 +195,7 @@ class Rebuild:
         if share > self.config.retrain:
             _log.info("rebuild: %.0f %% of the pictures came or went: the index is trained anew", 100 * share)
             return False
-        return (index.kind(last) != "graph" and encoder_of(last) == encoder_of(dataset))
+        return (kind(last) != "graph" and encoder_of(last) == encoder_of(dataset))
 
     def judge(self, dataset: Dataset, before: Pointer | None) -> tuple[list[Gate], list[str]]:
         """The gates of a version against what is published, and the queries that they asked."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from jobs.mixtures import Mixture
 from pipeline.datasets.dataset import Dataset, file_of
-from pipeline.index import Searcher
+from pipeline.indices.searcher import Searcher
 
 
 @dataclass

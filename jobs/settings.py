@@ -13,7 +13,7 @@ from model import recipes as networks
 from model.config import TrainConfig
 from pipeline.corpora.demo_corpus import PicturesConfig
 from pipeline.embeddings.embed import EmbedConfig
-from pipeline.index import IndexConfig
+from pipeline.indices.config import IndexConfig
 from pipeline.neighbors import NeighborsConfig
 from pipeline.sources.config import ShardConfig
 

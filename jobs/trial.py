@@ -24,11 +24,12 @@ import numpy as np
 from jobs import costs, made, measured
 from jobs.costs import Build
 from jobs.rates import Rates, TrainRates
-from pipeline import assembly, storage
+from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings.clip_weights import RANDOM, ClipConfig, describe_encoder
 from pipeline.embeddings.embed import Embed
-from pipeline.index import Index, IndexConfig
+from pipeline.indices.config import IndexConfig
+from pipeline.indices.index import Index, build_index
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.shards.shard import Shard
 from pipeline.stages.stage import Stage
@@ -150,7 +151,7 @@ def _vectors(trial: Trial, base: Rates, run: Run) -> None:
     database = made.vectors(run, root, "database", rows, dim, parts=4 * trial.workers)
     config = IndexConfig(key=key, max_memory="1T", part_memory=str(4 * dim * -(-rows // (2 * trial.workers))),
                          train_points=64 * lists, queries=200, target_recall=0.4)
-    assembly.run(Index(database, config), run)
+    build_index(Index(database, config), run)
     few = made.vectors(run, storage.join(trial.place, "first"), "database", rows, dim, parts=4 * trial.workers)
     _searched(trial, "exact", (few, database), rows // 64, NeighborsConfig(method="exact", checked=0), run)
     _searched(trial, "listed", (database, database), rows // 64,

@@ -20,16 +20,17 @@ from jobs.gpus import InProcess, check_gpus, local_device
 from jobs.runs import Run
 from jobs.settings import ClusterConfig, Settings
 from jobs.training import Job, Training
-from pipeline import assembly, storage, verify
+from pipeline import storage, verify
 from pipeline.datasets import published
 from pipeline.datasets.dataset import Dataset, datasets
 from pipeline.datasets.hidden_rows import Tombstones
 from pipeline.embeddings.clip_retrieval import AdoptEmbeddings, Export
 from pipeline.embeddings.clip_weights import ClipConfig
 from pipeline.embeddings.embed import Embed, EmbedCaptions
-from pipeline.extension import Extension
 from pipeline.hardware import devices
-from pipeline.index import Index, check_autofaiss
+from pipeline.indices.choose import check_autofaiss
+from pipeline.indices.extend import Extension
+from pipeline.indices.index import Index, build_index
 from pipeline.neighbors import Neighbors
 from pipeline.shards import deduplicate
 from pipeline.shards.adopt import Adopt
@@ -97,7 +98,7 @@ def _index(command: commands.IndexCommand, settings: Settings) -> int:
     if command.common.dry_run:
         return _dry_run(index, command.stage.rebuild)
     with runner(command) as run_with:
-        manifest = assembly.run(index, lambda one: watched.run(one, run_with, name=one.name.replace("_", " "),
+        manifest = build_index(index, lambda one: watched.run(one, run_with, name=one.name.replace("_", " "),
                                                                tracker=command.stage.tracker),
                                 rebuild=command.stage.rebuild)
     _done(index, manifest)

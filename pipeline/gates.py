@@ -14,7 +14,7 @@ from pipeline.datasets.takedowns import Forgotten
 from pipeline.embeddings import clip
 from pipeline.embeddings.clip_weights import ClipConfig
 from pipeline.embeddings.embed import encoder_of
-from pipeline.index import Searcher
+from pipeline.indices.searcher import Searcher
 from pipeline.shards.metadata import FORGOTTEN, SUCCESS
 from pipeline.update import Known
 

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline import index as indices
 from pipeline import search, storage
 from pipeline.datasets import hidden_rows
 from pipeline.datasets.dataset import Dataset, file_of
@@ -23,7 +22,9 @@ from pipeline.datasets.embeddings import Embeddings, check_finite, map_array
 from pipeline.datasets.metadata import labels, perceptual_hashes
 from pipeline.embeddings.embed import same_encoder
 from pipeline.hardware import devices, malloc
-from pipeline.index import Lists, Searcher, memory
+from pipeline.indices import searcher
+from pipeline.indices.config import memory
+from pipeline.indices.searcher import Lists, Searcher
 from pipeline.search import Copies, Found, Queries
 from pipeline.stages.manifest import changed_inputs
 from pipeline.stages.scratch import shared_scratch
@@ -136,7 +137,7 @@ class Neighbors(Stage):
         total = max(1, sum(record["samples"] for record in records))
         dim = self.dataset.manifest("embeddings")["info"]["encoder"]["dim"]
         at_once = self.config.shards_at_once(len(records), total, dim, lists=self.config.method == "index"
-                                             and indices.kind(self.database) == "lists")
+                                             and searcher.kind(self.database) == "lists")
         items, offset = [], 0
         for start in range(0, len(records), at_once):
             some = records[start:start + at_once]
@@ -204,7 +205,7 @@ class Neighbors(Stage):
 
     @property
     def _exact(self) -> bool:
-        return self.config.method == "exact" or indices.kind(self.database) == "scan"
+        return self.config.method == "exact" or searcher.kind(self.database) == "scan"
 
     def _as_planned(self) -> None:
         """Refuse what was made anew since the plan: ids would be those of other rows."""
@@ -337,7 +338,7 @@ class Opened:
         started = time.perf_counter()
         self.embeddings = Embeddings(database)
         records = database.manifest("shards")["items"]
-        kind = indices.kind(database) if method == "index" else "scan"
+        kind = searcher.kind(database) if method == "index" else "scan"
         self.gone = np.zeros(len(self.embeddings), bool)
         self.gone[hidden_rows.rows(database)] = True
         self.graph = Searcher(database) if kind == "graph" else None

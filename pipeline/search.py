@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.hardware import devices, malloc
-from pipeline.index import best
+from pipeline.indices.searcher import best
 from pipeline.stages.timers import Times
 
 if TYPE_CHECKING:

@@ -148,7 +148,8 @@ def _latents(beside: _Beside, path: str, record: dict[str, Any]) -> Iterator[dic
 
 
 def _index(beside: _Beside, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
-    from pipeline.index import Searcher, UnreadableIndex, misnumbered
+    from pipeline.indices.faiss_door import UnreadableIndex
+    from pipeline.indices.searcher import Searcher, misnumbered
     try:
         searcher = Searcher(beside.dataset)
     except (ValueError, UnreadableIndex) as error:

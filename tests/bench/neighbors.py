@@ -27,9 +27,13 @@ sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
 sys.path.insert(0, str(CHECKOUT / "tests" / "pipeline"))
 import made
 
-from pipeline import index, neighbors, search
+from pipeline import neighbors, search
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
+from pipeline.indices import index
+from pipeline.indices.config import IndexConfig
+from pipeline.indices.searcher import Searcher
+from pipeline.indices.tune import Queries
 from pipeline.stages.driver import run_stage
 
 _K = 20
@@ -53,9 +57,9 @@ def filled(work: Path, rows: int, queries: int, dim: int, key: str) -> tuple[Dat
             made.given(root, name, vectors, encoder=encoder)
         datasets.append(dataset)
     if not datasets[0].sealed("index"):
-        from pipeline import assembly
+        from pipeline.indices.index import build_index
         print("making the index", file=sys.stderr)
-        assembly.run(index.Index(datasets[0], index.IndexConfig(key=key, max_memory="100G", train_points=160_000)),
+        build_index(index.Index(datasets[0], IndexConfig(key=key, max_memory="100G", train_points=160_000)),
                      run_stage)
     return datasets[1], datasets[0]
 
@@ -64,7 +68,7 @@ def peer(queries: Dataset, database: Dataset, out: Path) -> None:
     """All queries through `index.search`, batch by batch; prints the seconds, with and without loading."""
     import faiss
     begin = time.perf_counter()
-    opened = index.Searcher(database)
+    opened = Searcher(database)
     vectors = Embeddings(queries).all()
     loaded = time.perf_counter()
     found = [opened.index.search(vectors[start:start + _BATCH].astype(np.float32), _K)[1]
@@ -107,7 +111,7 @@ def exact(queries: Dataset, database: Dataset, turns: int) -> list[tuple[float, 
 def recall(found: np.ndarray, vectors: np.ndarray, database: Embeddings) -> float:
     """Share of the exact 20 neighbours of some queries that were found."""
     chosen = np.random.default_rng(5).choice(len(vectors), min(_JUDGED, len(vectors)), replace=False)
-    asked = index.Queries("image", vectors[chosen].astype(np.float32))
+    asked = Queries("image", vectors[chosen].astype(np.float32))
     for first, rows in database.blocks(50_000):
         asked.look(rows.astype(np.float32), first)
     hits = [len(np.intersect1d(one, other)) for one, other in zip(asked.ids[:, :_K], found[chosen], strict=True)]

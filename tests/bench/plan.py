@@ -42,12 +42,13 @@ from jobs.settings import Settings, tiny
 from jobs.training import Job, Training
 from model import flop
 from model.config import TrainConfig, UNetConfig
-from pipeline import assembly
 from pipeline.corpora.demo_corpus import Pictures, PicturesConfig
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings import clip
 from pipeline.embeddings.embed import Embed, EmbedConfig
-from pipeline.index import Index, IndexConfig, choice
+from pipeline.indices.choose import choose_key
+from pipeline.indices.config import IndexConfig
+from pipeline.indices.index import Index, build_index
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
@@ -145,7 +146,7 @@ def search(root: Path, rows: int, each: int, settings: Settings) -> dict[str, fl
     parts = [made.clustered(size, _DIM, clusters=100, seed=number, spread=0.8) for number in range(rows // size)]
     listed, scanned = (made.given(root, name, parts, encoder=encoder) for name in ("drawn", "twin"))
     asked = made.given(root, "asked", parts[:len(parts) // each], encoder=encoder)
-    assembly.run(Index(listed, settings.index), run_stage)
+    build_index(Index(listed, settings.index), run_stage)
     shares: Shares = {}
     for name, one in (("neighbors, index", Neighbors(asked, listed, settings.neighbors)),
                       ("neighbors, exact", Neighbors(asked, scanned, replace(settings.neighbors, method="exact")))):
@@ -235,7 +236,7 @@ def _vectors(root: Path, shares: Shares) -> None:
     By list those with a smaller index: of so many lists each would have less than a tenth of the rows that it has in a
     large one.
     """
-    choice(20_000_000, _DIM, IndexConfig())  # loads what loads once
+    choose_key(20_000_000, _DIM, IndexConfig())  # loads what loads once
     encoder = {"model": "given", "weights_sha256": "00", "dim": _DIM}
     vectors = made.clustered(_ROWS, _DIM, clusters=100, spread=0.8)
     parts = [vectors[start:start + 10_000] for start in range(0, _ROWS, 10_000)]
@@ -245,8 +246,8 @@ def _vectors(root: Path, shares: Shares) -> None:
     # autofaiss takes such a kind for a larger one than it is.
     config = IndexConfig(key=_KEY, max_memory="100G", part_memory="64M", train_points=100_000, queries=200,
                          target_recall=0.4)
-    timed(shares, "index", lambda: assembly.run(Index(database, config), run_stage))
-    assembly.run(Index(searched, replace(config, key=_SEARCHED)), run_stage)
+    timed(shares, "index", lambda: build_index(Index(database, config), run_stage))
+    build_index(Index(searched, replace(config, key=_SEARCHED)), run_stage)
     asked = made.given(root, "asked", [made.clustered(10_000, _DIM, clusters=100, seed=1)], encoder=encoder)
     for name, one in (("approximate", Neighbors(asked, searched, NeighborsConfig(probes=_NPROBE))),
                       ("exact", Neighbors(asked, database, NeighborsConfig(method="exact")))):

@@ -11,7 +11,8 @@ import pytest
 from jobs import cli
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings.embed import Embed, EmbedConfig
-from pipeline.index import Index, IndexConfig
+from pipeline.indices.config import IndexConfig
+from pipeline.indices.index import Index
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig

@@ -20,7 +20,8 @@ from model import flop
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings.embed import Embed, EmbedConfig
 from pipeline.hardware import devices
-from pipeline.index import Index, IndexConfig
+from pipeline.indices.config import IndexConfig
+from pipeline.indices.index import Index
 from pipeline.stages.driver import run_stage
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output, StageFailed

@@ -12,7 +12,7 @@ from jobs.cli import main
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
-from pipeline.index import Searcher
+from pipeline.indices.searcher import Searcher
 from pipeline.stages import records
 from tests.jobs.golden import old_root
 

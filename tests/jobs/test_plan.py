@@ -19,12 +19,12 @@ from jobs.settings import RECIPES, Settings
 from jobs.training import Job, Training
 from model import flop, recipes
 from model.config import UNetConfig
-from pipeline import assembly
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings import clip
 from pipeline.embeddings.clip_weights import ClipConfig
 from pipeline.embeddings.embed import Embed, EmbedConfig
-from pipeline.index import Index, IndexConfig
+from pipeline.indices.config import IndexConfig
+from pipeline.indices.index import Index, build_index
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
@@ -251,7 +251,7 @@ def test_an_index_in_parts_is_foretold_as_it_was(tmp_path: Path):
         parts[one.name] = manifest["run"]["seconds"]
         return manifest
 
-    assembly.run(Index(dataset, config), seal)
+    build_index(Index(dataset, config), seal)
     known = measured.rates(str(tmp_path), rates.built_in())
     assert known.index.in_parts and known.index.key == "IVF16,SQ8" and "embed" in known.defaults
     settings = replace(SETTINGS, index=config)

@@ -29,7 +29,8 @@ from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.metadata import metadata
 from pipeline.embeddings.embed import EmbedConfig, encoder_of
 from pipeline.gates import GatesConfig
-from pipeline.index import IndexConfig, Searcher
+from pipeline.indices.config import IndexConfig
+from pipeline.indices.searcher import Searcher
 from pipeline.sources.config import DownloadConfig, ShardConfig
 from pipeline.stages import records
 from pipeline.stages.driver import run_stage

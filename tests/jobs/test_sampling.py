@@ -23,7 +23,7 @@ from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings import clip
 from pipeline.embeddings.clip_weights import ClipConfig
-from pipeline.index import Searcher
+from pipeline.indices.searcher import Searcher
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import sealed_input

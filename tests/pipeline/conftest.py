@@ -30,7 +30,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Dataset:
     """The pictures in three shards with embeddings, an index, and neighbours among themselves; not to be changed."""
     from pipeline.embeddings.embed import Embed, EmbedConfig
-    from pipeline.index import Index, IndexConfig
+    from pipeline.indices.config import IndexConfig
+    from pipeline.indices.index import Index
     from pipeline.neighbors import Neighbors, NeighborsConfig
     from pipeline.shards.shard import Shard
     from pipeline.sources.config import ShardConfig

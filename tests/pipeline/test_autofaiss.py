@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from pipeline import index
-from pipeline.index import IndexConfig
+from pipeline.indices.choose import estimated_bytes, factory_keys
+from pipeline.indices.config import IndexConfig
 from tests.pipeline.golden import autofaiss_answers
 
 STORED = json.loads(autofaiss_answers.PATH.read_text())
@@ -20,7 +20,7 @@ def test_the_index_stage_tries_these_answers_first(count):
     for one in STORED:
         if one["count"] == count:
             chosen = list(dict.fromkeys(one["keys"]))
-            assert index._keys(count, one["dim"], one["KiB"] << 10, IndexConfig())[:len(chosen)] == chosen
+            assert factory_keys(count, one["dim"], one["KiB"] << 10, IndexConfig())[:len(chosen)] == chosen
             for key, size in zip(one["keys"], one["bytes"], strict=True):
                 if "," in key or "HNSW" in key:  # the stage has its own formulas for the others
-                    assert index.estimated_bytes(key, count, one["dim"]) == size
+                    assert estimated_bytes(key, count, one["dim"]) == size

@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 
 from jobs.cli import main
-from pipeline import assembly, storage, verify
+from pipeline import storage, verify
 from pipeline.datasets import hidden_rows
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
-from pipeline.extension import Extension, compare
-from pipeline.index import LISTS, Index, IndexConfig, Searcher, build, fill, misnumbered, open_of, opened
+from pipeline.indices.config import LISTS, IndexConfig
+from pipeline.indices.extend import Extension, compare
+from pipeline.indices.faiss_door import open_index
+from pipeline.indices.fill import fill
+from pipeline.indices.index import Index, build_index, build_whole
+from pipeline.indices.searcher import Searcher, misnumbered, open_dataset_index
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import changed_inputs
@@ -54,10 +58,10 @@ def test_an_extended_index_is_the_trained_one_filled_with_the_rows_of_the_new_ve
     base, following = versions(tmp_path, vectors)
     run_stage(Index(base, IndexConfig(key=key)))
     about = run_stage(Extension(following, base, IndexConfig(max_drift=9)))["info"]
-    filled = open_of(base)
+    filled = open_dataset_index(base)
     filled.reset()
     fill(filled, Embeddings(following).all().astype(np.float32))
-    assert bytes_of(open_of(following)) == bytes_of(filled)
+    assert bytes_of(open_dataset_index(following)) == bytes_of(filled)
     assert (about["kept"], about["added"], about["removed"]) == (250 * 3 - 3, 500, 250 + 3)
     assert about["key"] == key and about["recall_at_10"] > 0.2 and about["extends"] == "x"
     searcher = Searcher(following)
@@ -73,10 +77,10 @@ def test_an_extension_of_an_extension_and_the_removal_of_the_base(tmp_path, vect
     third = made.given(tmp_path, "x@v3", np.array_split(vectors, 6))
     about = run_stage(Extension(third, following, IndexConfig(max_drift=9)))["info"]
     assert about["kept"] == 250 * 5 - 3 and about["added"] == 250 + 3 and about["removed"] == 0
-    filled = open_of(base)
+    filled = open_dataset_index(base)
     filled.reset()
     fill(filled, vectors)
-    assert bytes_of(open_of(third)) == bytes_of(filled)
+    assert bytes_of(open_dataset_index(third)) == bytes_of(filled)
     storage.remove_tree(base.folder("index"))
     assert changed_inputs(third.root, third.manifest("index")) == []
     assert changed_inputs(third.root, following.manifest("index")) == []
@@ -145,7 +149,7 @@ def test_lists_merged_on_disk_are_those_merged_in_memory(tmp_path, vectors, key,
     for name, bound in (("memory", "4G"), ("disk", "10K")):
         dataset = made.given(tmp_path / name, "x", np.array_split(vectors, 6))
         config = IndexConfig(key=key, part_memory="20K", merge_memory=bound)
-        about = assembly.run(Index(dataset, config), run_stage)["info"]
+        about = build_index(Index(dataset, config), run_stage)["info"]
         assert about["parts"] > 2
         folder = storage.local_path(dataset.folder("index"))
         assert (folder / LISTS).exists() == (name == "disk")
@@ -161,7 +165,8 @@ def test_lists_merged_on_disk_are_those_merged_in_memory(tmp_path, vectors, key,
     (tmp_path / "c").mkdir()
     shutil.copy(folder / LISTS, tmp_path / "c" / "2c3d")
     (tmp_path / "c" / "2c3d").chmod(0o400)
-    assert (opened(tmp_path / "0a1b", tmp_path / "c" / "2c3d").search(vectors[:200], 10)[1] == found["disk"][1]).all()
+    on_disk = open_index(tmp_path / "0a1b", tmp_path / "c" / "2c3d")
+    assert (on_disk.search(vectors[:200], 10)[1] == found["disk"][1]).all()
     # Elsewhere it opens too, and an index made from it is on disk like it.
     moved = tmp_path / "moved"
     (tmp_path / "disk").rename(moved)
@@ -170,7 +175,7 @@ def test_lists_merged_on_disk_are_those_merged_in_memory(tmp_path, vectors, key,
     following = made.given(moved, "x@v2", [*np.array_split(vectors, 6)[1:], made.clustered(1_700, 32)[1_500:]])
     extended = {}
     for bound in ("10K", "4G"):
-        about = assembly.run(Extension(following, base, IndexConfig(merge_memory=bound)), run_stage, rebuild=True)
+        about = build_index(Extension(following, base, IndexConfig(merge_memory=bound)), run_stage, rebuild=True)
         assert storage.exists(storage.join(following.folder("index"), LISTS)) == (bound == "10K")
         extended[bound] = (*Searcher(following).index.search(vectors[:200], 10), about["info"]["recall"])
     for one, other in zip(*extended.values(), strict=True):
@@ -182,7 +187,7 @@ def test_lists_on_disk_come_from_a_store_too(tmp_path, s3, vectors):
     found = []
     for root in (tmp_path, s3):
         dataset = made.given(root, "x", np.array_split(vectors, 4))
-        assembly.run(Index(dataset, IndexConfig(key="IVF16,SQ8", part_memory="60K", merge_memory="10K")), run_stage)
+        build_index(Index(dataset, IndexConfig(key="IVF16,SQ8", part_memory="60K", merge_memory="10K")), run_stage)
         following = made.given(root, "x@v2", np.array_split(vectors, 4)[1:])
         run_stage(Extension(following, dataset, IndexConfig(merge_memory="10K")))
         found.append([Searcher(one).search(vectors[:100], 5) for one in (dataset, following)])
@@ -197,7 +202,7 @@ def test_parts_of_unequal_size_are_merged_with_the_right_rows(tmp_path, vectors,
     count = sum(sizes)
     dataset = made.given(tmp_path, "x", np.split(vectors[:count], np.cumsum(sizes)[:-1]))
     config = IndexConfig(key="IVF16,SQ8", part_memory="10K", merge_memory=merge_memory, target_recall=1.0)
-    assembly.run(Index(dataset, config), run_stage)
+    build_index(Index(dataset, config), run_stage)
     manifest = dataset.manifest("index")
     assert manifest["info"]["parts"] > 1 and manifest["info"]["recall_at_10"] > 0.95
     searcher = Searcher(dataset)
@@ -209,19 +214,19 @@ def test_parts_of_unequal_size_are_merged_with_the_right_rows(tmp_path, vectors,
 
 def test_an_index_with_rows_twice_or_beyond_is_not_sealed_and_a_fault(tmp_path, vectors, monkeypatch):
     dataset = made.given(tmp_path, "x", np.array_split(vectors[:600], 3))
-    index, _, _, _ = build(vectors[:600], IndexConfig(key="IVF8,Flat"))
+    index, _, _, _ = build_whole(vectors[:600], IndexConfig(key="IVF8,Flat"))
     assert misnumbered(index) == 0
     number = next(number for number in range(8) if index.invlists.list_size(number) > 1)
     faiss.rev_swig_ptr(index.invlists.get_ids(number), 2)[:] = 599_000, 599_001
     assert misnumbered(index) == 4  # two that nobody has, and two that are gone
-    monkeypatch.setattr("pipeline.index.build", lambda *_: (index, {}, {"recall_at_10": 1.0}, {}))
+    monkeypatch.setattr("pipeline.indices.index.build_whole", lambda *_: (index, {}, {"recall_at_10": 1.0}, {}))
     with pytest.raises(StageFailed, match="not in it exactly once"):
         run_stage(Index(dataset, IndexConfig(key="IVF8,Flat")))
 
 
 def test_lists_that_are_missing_or_cut_are_named(tmp_path, vectors):
     dataset = made.given(tmp_path, "x", np.array_split(vectors, 6))
-    assembly.run(Index(dataset, IndexConfig(key="IVF16,SQ8", part_memory="20K", merge_memory="10K")), run_stage)
+    build_index(Index(dataset, IndexConfig(key="IVF16,SQ8", part_memory="20K", merge_memory="10K")), run_stage)
     path = storage.local_path(dataset.folder("index")) / LISTS
     whole = path.read_bytes()
     path.write_bytes(whole[:-8])

@@ -11,11 +11,18 @@ import faiss
 import numpy as np
 import pytest
 
-from pipeline import assembly, index, storage
+from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
-from pipeline.index import Index, IndexConfig, Lists, Queries, Searcher
-from pipeline.openmp import blocked_scans
+from pipeline.indices import faiss_door, train, tune
+from pipeline.indices import fill as fill_of_index
+from pipeline.indices.config import IndexConfig, memory
+from pipeline.indices.faiss_door import blocked_scans
+from pipeline.indices.fill import fill, fill_by_lists
+from pipeline.indices.index import Index, build_index, build_whole
+from pipeline.indices.searcher import Lists, Searcher
+from pipeline.indices.train import _codebooks, rotation, train_index
+from pipeline.indices.tune import Queries, recall_error
 from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import without_run_facts
 from pipeline.stages.types import StageFailed
@@ -49,7 +56,7 @@ def few():
 
 @pytest.mark.parametrize("text", ["4G", "4g", "4GB", "4GiB", " 4 G ", "4096M", str(4 << 30)])
 def test_sizes_are_read(text):
-    assert index.memory(text) == 4 << 30
+    assert memory(text) == 4 << 30
 
 
 @pytest.mark.parametrize("text", ["", "four", "4X", "-1G", "4G5", "1e9"])
@@ -60,29 +67,29 @@ def test_what_is_no_size_is_refused(text, tmp_path):
 
 @pytest.mark.parametrize("budget", ["1G", "300K", "100K", "70K", "40K", "20K"])
 def test_an_index_below_ten_thousand_vectors_obeys_its_budget(few, budget):
-    built, infos, info, _ = index.build(few, IndexConfig(max_memory=budget))
-    assert len(bytes_of(built)) == info["bytes"] == infos["size in bytes"] <= index.memory(budget) == info["budget"]
+    built, infos, info, _ = build_whole(few, IndexConfig(max_memory=budget))
+    assert len(bytes_of(built)) == info["bytes"] == infos["size in bytes"] <= memory(budget) == info["budget"]
     assert built.ntotal == infos["nb vectors"] == 2_000 and built.d == infos["vectors dimension"] == 32
     assert infos["index_key"] == info["key"] and infos["compression ratio"] == round(2_000 * 128 / info["bytes"], 4)
 
 
 @pytest.mark.parametrize("budget", ["1G", "1M", pytest.param("300K", marks=pytest.mark.slow), "100K"])
 def test_an_index_above_ten_thousand_vectors_obeys_its_budget(many, budget):
-    built, _, info, _ = index.build(many, IndexConfig(max_memory=budget))
-    assert len(bytes_of(built)) == info["bytes"] <= index.memory(budget)
+    built, _, info, _ = build_whole(many, IndexConfig(max_memory=budget))
+    assert len(bytes_of(built)) == info["bytes"] <= memory(budget)
     assert built.ntotal == 10_500
 
 
 def test_above_ten_thousand_the_kind_is_autofaiss_s(many):
     from autofaiss.external.optimize import get_optimal_index_keys_v2
     for budget in ("1G", "1M"):
-        _, _, info, _ = index.build(many, IndexConfig(max_memory=budget))
+        _, _, info, _ = build_whole(many, IndexConfig(max_memory=budget))
         assert info["key"] in get_optimal_index_keys_v2(10_500, 16, budget)
 
 
 def test_a_budget_per_vector_is_a_budget_like_any_other(many):
-    _, _, whole, _ = index.build(many, IndexConfig(max_memory=str(10_500 * 100 + (64 << 10))))
-    _, _, each, _ = index.build(many, IndexConfig(bytes_per_vector=100))
+    _, _, whole, _ = build_whole(many, IndexConfig(max_memory=str(10_500 * 100 + (64 << 10))))
+    _, _, each, _ = build_whole(many, IndexConfig(bytes_per_vector=100))
     assert each == whole and each["bytes"] <= 10_500 * 100 + (64 << 10)
 
 
@@ -90,30 +97,30 @@ def test_a_budget_per_vector_is_a_budget_like_any_other(many):
 @pytest.mark.parametrize("count", [50, 600, 2_000])
 def test_an_impossible_budget_names_the_least_and_that_works(few, config, count):
     with pytest.raises(ValueError, match="hint: the smallest possible has about") as caught:
-        index.build(few[:count], config)
+        build_whole(few[:count], config)
     value = re.search(r"--max-memory (\w+)$", str(caught.value))[1]
-    _, _, info, _ = index.build(few[:count], IndexConfig(key=config.key, max_memory=value))
-    assert info["bytes"] <= index.memory(value) < 1.2 * info["bytes"] + max(1024, count)
+    _, _, info, _ = build_whole(few[:count], IndexConfig(key=config.key, max_memory=value))
+    assert info["bytes"] <= memory(value) < 1.2 * info["bytes"] + max(1024, count)
 
 
 def test_a_budget_per_vector_that_is_too_small_names_the_least():
     vectors = made.clustered(300, 4096)
     with pytest.raises(ValueError, match="hint: the smallest possible has about") as caught:
-        index.build(vectors, IndexConfig(bytes_per_vector=1))
+        build_whole(vectors, IndexConfig(bytes_per_vector=1))
     value = int(re.search(r"--bytes-per-vector (\d+)$", str(caught.value))[1])
-    assert index.build(vectors, IndexConfig(bytes_per_vector=value))[2]["bytes"] <= 300 * value + (64 << 10)
+    assert build_whole(vectors, IndexConfig(bytes_per_vector=value))[2]["bytes"] <= 300 * value + (64 << 10)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_a_handful_of_vectors_fits_a_budget_per_vector(few, count):
-    assert index.build(few[:count], IndexConfig(bytes_per_vector=288))[2]["recall_at_10"] is None
+    assert build_whole(few[:count], IndexConfig(bytes_per_vector=288))[2]["recall_at_10"] is None
 
 
 @pytest.mark.parametrize(("key", "floor"), [("Flat", 1.0), ("SQ8", 0.9), ("PQ8x8np", 0.1), ("IVF32,Flat", 0.9),
                                             ("HNSW15", 0.9)])
 def test_recall_is_that_of_queries_that_were_not_trained_on(few, key, floor):
     config = IndexConfig(key=key, queries=150)
-    built, _, info, _ = index.build(few, config)
+    built, _, info, _ = build_whole(few, config)
     assert info["recall_queries"] == 150 and info["recall_rows"] == 2000
     # Measured again with other means: another index of the same kind and setting, trained without these rows.
     held = np.random.default_rng((0, 17)).choice(2_000, 150, replace=False)
@@ -136,7 +143,7 @@ def test_recall_is_that_of_queries_that_were_not_trained_on(few, key, floor):
 def test_effort_is_the_least_that_reaches_the_target(few):
     efforts = {}
     for target in (0.5, 0.99):
-        built, _, info, _ = index.build(few, IndexConfig(key="IVF64,Flat", target_recall=target))
+        built, _, info, _ = build_whole(few, IndexConfig(key="IVF64,Flat", target_recall=target))
         assert info["recall_at_10"] >= target
         assert info["parameter"] == f"nprobe={built.nprobe}"
         efforts[target] = built.nprobe
@@ -145,7 +152,7 @@ def test_effort_is_the_least_that_reaches_the_target(few):
 
 @pytest.mark.parametrize("key", ["", "Flat", "SQ8", "HNSW15", "IVF32,Flat"])
 def test_ids_are_global_rows(few, key):
-    built, _, _, _ = index.build(few, IndexConfig(key=key, target_recall=1.0))
+    built, _, _, _ = build_whole(few, IndexConfig(key=key, target_recall=1.0))
     found = built.search(few, 1)[1][:, 0]
     assert (found == np.arange(len(few))).mean() > 0.99
 
@@ -153,13 +160,13 @@ def test_ids_are_global_rows(few, key):
 def test_training_takes_a_sample_of_all_not_the_first_rows(few):
     """The first rows may be all of one kind: a quantiser that saw only them would spoil the others."""
     one_kind = np.concatenate([np.repeat(few[:1], 1_000, axis=0), few[1_000:]])
-    built, _, _, _ = index.build(one_kind, IndexConfig(key="SQ8", train_points=200, queries=0))
+    built, _, _, _ = build_whole(one_kind, IndexConfig(key="SQ8", train_points=200, queries=0))
     error = np.abs(built.reconstruct_n(0, 2_000) - one_kind).max()
     assert error < 0.3
 
 
 def test_the_final_fill_uses_what_was_trained(few):
-    built, _, _, _ = index.build(few, IndexConfig(key="PQ8x8"))
+    built, _, _, _ = build_whole(few, IndexConfig(key="PQ8x8"))
     assert built.is_trained and built.ntotal == 2_000
     approximate = built.reconstruct_n(0, 2_000)
     assert (approximate * few).sum(1).mean() > 0.8
@@ -169,7 +176,7 @@ def test_the_final_fill_uses_what_was_trained(few):
 @pytest.mark.parametrize("budget", ["4G", "auto"])
 def test_tiny_databases_work(few, count, budget):
     limit = "4G" if budget == "4G" else str(count * 40 + 3_000)
-    built, _, info, _ = index.build(few[:count], IndexConfig(max_memory=limit))
+    built, _, info, _ = build_whole(few[:count], IndexConfig(max_memory=limit))
     assert built.ntotal == count
     assert set(built.search(few[:count], count)[1][:, 0].tolist()) <= set(range(count))
     assert info["recall_queries"] == count // 10
@@ -177,13 +184,13 @@ def test_tiny_databases_work(few, count, budget):
 
 def test_no_vectors_are_refused():
     with pytest.raises(ValueError, match="no vectors"):
-        index.build(np.empty((0, 32), np.float32), IndexConfig())
+        build_whole(np.empty((0, 32), np.float32), IndexConfig())
 
 
 def test_a_key_that_faiss_cannot_build_is_refused(few):
     for key in ("NoSuchKind", "IVF4096,Flat", "PQ7x8"):
         with pytest.raises(ValueError, match="faiss cannot build") as caught:
-            index.build(few, IndexConfig(key=key))
+            build_whole(few, IndexConfig(key=key))
         assert "hint:" in str(caught.value)
 
 
@@ -194,7 +201,7 @@ def test_equal_vectors_give_equal_bytes_whatever_the_threads(few, key):
     seen = set()
     for number in (1, 2, 2, 3):
         faiss.omp_set_num_threads(number)
-        seen.add(bytes_of(index.build(few, IndexConfig(key=key))[0]))
+        seen.add(bytes_of(build_whole(few, IndexConfig(key=key))[0]))
         assert faiss.omp_get_max_threads() == number
     assert len(seen) == 1
 
@@ -248,7 +255,7 @@ def test_an_index_in_parts_is_the_index_in_one(tmp_path, few):
     whole = Index(dataset, IndexConfig(key=key, target_recall=0.99))
     assert whole.before() == []
     parts = Index(dataset, IndexConfig(key=key, target_recall=0.99, part_memory="30K"))
-    manifest = assembly.run(parts, run_stage)
+    manifest = build_index(parts, run_stage)
     about = manifest["info"]
     assert about["parts"] > 2 and about["recall_at_10"] > 0.9 and about["recall"]["image"].keys() == {"1", "10", "100"}
     assert not storage.exists(storage.join(dataset.folder("index-parts"), "plan.json"))
@@ -256,7 +263,7 @@ def test_an_index_in_parts_is_the_index_in_one(tmp_path, few):
     ids, scores = searcher.search(few[:50], 5)
     assert (ids[:, 0] == np.arange(50)).mean() > 0.95 and (scores[:, :-1] >= scores[:, 1:]).all()
     first = storage.read_bytes(storage.join(dataset.folder("index"), "knn.index"))
-    assembly.run(parts, run_stage, rebuild=True)
+    build_index(parts, run_stage, rebuild=True)
     assert storage.read_bytes(storage.join(dataset.folder("index"), "knn.index")) == first
     # Its exact neighbours are those of all rows, wherever the parts end.
     queries = Queries("image", few[:20], np.arange(20))
@@ -279,7 +286,7 @@ def test_less_recall_than_asked_for_is_not_sealed(tmp_path, few):
 def test_kinds_that_cannot_be_filled_in_parts_are_refused_for_parts(tmp_path, few):
     dataset = made.given(tmp_path, "x", np.array_split(few, 3))
     with pytest.raises(StageFailed, match="HNSW15 cannot be filled in parts"):
-        assembly.run(Index(dataset, IndexConfig(key="HNSW15", part_memory="100K")), run_stage)
+        build_index(Index(dataset, IndexConfig(key="HNSW15", part_memory="100K")), run_stage)
 
 
 def test_the_rotation_is_as_good_as_that_of_faiss(few):
@@ -287,7 +294,7 @@ def test_the_rotation_is_as_good_as_that_of_faiss(few):
     for width in (32, 48, 16):
         theirs = faiss.OPQMatrix(32, 8, width)
         theirs.train(few)
-        ours = index.rotation(few, width, 8)
+        ours = rotation(few, width, 8)
         short = min(32, width)
         product = ours @ ours.T if width <= 32 else ours.T @ ours
         np.testing.assert_allclose(product, np.eye(short), atol=1e-4)
@@ -300,9 +307,9 @@ def test_the_rotation_is_as_good_as_that_of_faiss(few):
 
 
 def test_the_rotation_is_the_same_with_any_number_of_threads(tmp_path):
-    script = ("import numpy as np, pipeline.index as index; index._TURNS = 3;"
+    script = ("import numpy as np; from pipeline.indices import train; train._TURNS = 3;"
               "rows = np.random.default_rng(0).normal(size=(2000, 256)).astype(np.float32);"
-              "np.save('{}', index.rotation(rows, 320, 64))")
+              "np.save('{}', train.rotation(rows, 320, 64))")
     seen = set()
     for number in (1, 2, 3):
         path = tmp_path / f"{number}.npy"
@@ -315,9 +322,9 @@ def test_the_rotation_is_the_same_with_any_number_of_threads(tmp_path):
 @pytest.mark.parametrize("key", ["SQ6", "PQ8x8", "PQ2x4", "PCA16,SQ8", "IVF32,Flat", "IVF32,SQ4", "IVF32,PQ8x8",
                                  "IVF32,PQ8x4fs", "IVF32,RQ2x4", "RR32,IVF32,RaBitQ"])
 def test_training_and_filling_give_the_bytes_of_faiss_with_one_thread(few, key):
-    ours = index.trained(key, few, 32)
+    ours = train_index(key, few, 32)
     faiss.omp_set_num_threads(3)
-    index.fill(ours, few)
+    fill(ours, few)
     faiss.omp_set_num_threads(1)
     theirs = faiss.index_factory(32, key, faiss.METRIC_INNER_PRODUCT)
     inner = faiss.downcast_index(theirs.index) if isinstance(theirs, faiss.IndexPreTransform) else theirs
@@ -341,7 +348,7 @@ def test_searches_give_the_same_bits_with_any_number_of_threads(tmp_path):
         queries = Queries("image", vectors[:600], np.arange(600))
         queries.look(vectors, 0)
         found = [queries.scores, searcher.candidates(vectors[:600], 50), lists.nearest(vectors, 8)]
-        about = [index.error_of(searcher.index, vectors), queries.recall(searcher.index)]
+        about = [recall_error(searcher.index, vectors), queries.recall(searcher.index)]
         seen.add((*(one.tobytes() for one in found), str(about)))
     assert len(seen) == 1
 
@@ -350,24 +357,25 @@ def test_searches_give_the_same_bits_with_any_number_of_threads(tmp_path):
 def test_codebooks_of_short_parts_are_not_found_query_by_query(monkeypatch):
     """faiss does so where queries have few numbers. An index of ten thousand images then takes eleven times as long."""
     rows, seconds = made.clustered(8_000, 12), []
-    for scans in (index.blocked_scans, contextlib.nullcontext):
-        monkeypatch.setattr(index, "blocked_scans", scans)
+    for scans in (faiss_door.blocked_scans, contextlib.nullcontext):
+        monkeypatch.setattr(train, "blocked_scans", scans)
         begin = time.process_time()
-        index._codebooks(rows, 4, 256, faiss.ClusteringParameters())
+        _codebooks(rows, 4, 256, faiss.ClusteringParameters())
         seconds.append(time.process_time() - begin)
     assert 3 * seconds[0] < seconds[1]
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not index.gpus(), reason="faiss without a GPU")
+@pytest.mark.skipif(not faiss_door.gpus(), reason="faiss without a GPU")
 @pytest.mark.parametrize("key", ["IVF32,SQ8", "OPQ8_32,IVF32_HNSW8,PQ8x8"])
 def test_a_gpu_finds_what_the_cpu_finds(few, key, monkeypatch):
     queries = {}
     recall = {}
     for where in ("gpu", "cpu"):
         if where == "cpu":
-            monkeypatch.setattr(index, "gpus", lambda: 0)
-        recall[where] = index.build(few, IndexConfig(key=key, target_recall=1.0))[2]["recall_at_10"]
+            for module in (faiss_door, fill_of_index, train, tune):
+                monkeypatch.setattr(module, "gpus", lambda: 0)
+        recall[where] = build_whole(few, IndexConfig(key=key, target_recall=1.0))[2]["recall_at_10"]
         queries[where] = Queries("image", few[:50], np.arange(50))
         queries[where].look(few, 0)
     assert recall["gpu"] == pytest.approx(recall["cpu"], abs=0.03)
@@ -377,8 +385,8 @@ def test_a_gpu_finds_what_the_cpu_finds(few, key, monkeypatch):
 
 @pytest.mark.parametrize("key", ["IVF32,SQ8", "OPQ8_32,IVF16,PQ8x4"])
 def test_rows_filled_by_their_lists_are_those_filled_at_once(few, key):
-    one = index.trained(key, few, 32)
+    one = train_index(key, few, 32)
     other = faiss.clone_index(one)
-    index.fill(one, few)
-    index.fill_by_lists(other, few, place=lambda centres: centres)
+    fill(one, few)
+    fill_by_lists(other, few, place=lambda centres: centres)
     assert bytes_of(one) == bytes_of(other)

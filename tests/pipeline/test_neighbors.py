@@ -13,7 +13,9 @@ from pipeline.batches import Batches
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.metadata import labels
-from pipeline.index import Index, IndexConfig, Lists
+from pipeline.indices.config import IndexConfig
+from pipeline.indices.index import Index
+from pipeline.indices.searcher import Lists
 from pipeline.neighbors import Neighbors, NeighborsConfig
 from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import without_run_facts

@@ -146,7 +146,8 @@ def test_a_manifest_that_is_none_is_named(copied, text):
 
 def test_an_index_of_other_embeddings_is_named(copied, tmp_path):
     other = made.given(tmp_path / "other", "x", [made.clustered(50, 256)])
-    from pipeline.index import Index, IndexConfig
+    from pipeline.indices.config import IndexConfig
+    from pipeline.indices.index import Index
     run_stage(Index(other, IndexConfig()))
     shutil.copy(path(other, "index/knn.index"), path(copied, "index/knn.index"))
     rewritten(copied, "index", "knn.index", None)

@@ -26,13 +26,13 @@ def run(report: Report) -> None:
 
 
 def _stage(report: Report, cards: int) -> None:
-    from pipeline import index
-    from pipeline.index import IndexConfig
+    from pipeline.indices import index
+    from pipeline.indices.config import IndexConfig
     count = report.size(500_000, 5_000)
     vectors = _vectors(count, torch.device("cpu")).numpy()
     config = IndexConfig(key=f"IVF{report.size(4096, 64)},SQ8", queries=report.size(1000, 50))
     begun = time.perf_counter()
-    info = index.build(vectors, config)[2]
+    info = index.build_whole(vectors, config)[2]
     taken = time.perf_counter() - begun
     report.figure("index stage", taken, "s", f"{count} vectors, {cards} GPUs in faiss, recall@10 "
                                              f"{info['recall_at_10']}")

@@ -5,7 +5,7 @@
     index/            the parts as one, tuned and measured against the exact neighbours of all parts
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +14,51 @@ import numpy as np
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings, check_finite
-from pipeline.index import (
-    BLOCK,
-    EXACT,
-    LISTS,
-    Index,
-    IndexConfig,
-    OfAnIndex,
-    Queries,
-    best,
-    choice,
-    error_of,
-    faiss,
-    fill,
-    lists_bytes,
-    mapped,
-    measured,
-    memory,
-    merge,
-    merge_on_disk,
-    trained,
-    training_rows,
-)
+from pipeline.hardware import devices
+from pipeline.indices.choose import choose_key
+from pipeline.indices.config import BLOCK, EXACT, LISTS, IndexConfig, memory
+from pipeline.indices.faiss_door import faiss, gpus, gpus_possible, map_index
+from pipeline.indices.fill import fill, lists_bytes, merge, merge_on_disk
+from pipeline.indices.searcher import best
+from pipeline.indices.train import train_index, training_rows
+from pipeline.indices.tune import Queries, measure_recall, recall_error
 from pipeline.stages.manifest import read_manifest, sealed_input
-from pipeline.stages.plan import check_and_clear, clear_folder
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output
 
 
-class Training(OfAnIndex):
+class IndexingStage(Stage):
+    """A stage on the way to an index of `dataset`."""
+
+    dataset: Dataset
+
+    @property
+    def command(self) -> str:
+        return self.dataset.command("index")
+
+    most_gpus = 1024  # faiss uses all that it sees
+
+    @property
+    def workers_need_gpu(self) -> bool:  # type: ignore[override]
+        """Whether this faiss could use one."""
+        return gpus_possible()
+
+    def check_device(self) -> None:
+        gpus()
+
+    def setup(self) -> None:
+        self.precision = "fp32"
+        if gpus():
+            self.device = f"{devices.visible_cards()}, {self.precision}"
+
+
+def embedding_inputs(dataset: Dataset) -> dict[str, dict[str, Any]]:
+    """The sealed embeddings that an index of `dataset` is made from: of images, and of captions if there are any."""
+    names = ["embeddings", *(["text_embeddings"] if dataset.sealed("text_embeddings") else [])]
+    return {name: dataset.identity(name) for name in names}
+
+
+class Training(IndexingStage):
     """The stage that chooses a kind of index and trains it on a seeded sample of all shards."""
 
     name = "index_training"
@@ -56,7 +72,7 @@ class Training(OfAnIndex):
         return {name: value for name, value in super().section().items() if name not in unused}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
-        return Index(self.dataset, self.config).inputs()
+        return embedding_inputs(self.dataset)
 
     def plan(self) -> list[Item]:
         return [Item("training")]
@@ -64,13 +80,13 @@ class Training(OfAnIndex):
     def process(self, item: Item, scratch: Path) -> Output:
         embeddings, config = Embeddings(self.dataset), self.config
         count, rng = len(embeddings), np.random.default_rng((config.seed, 17))
-        key = choice(count, embeddings.dim, config)
+        key = choose_key(count, embeddings.dim, config)
         points, kept = training_rows(key, config), min(config.queries, count // 10)
         drawn = rng.choice(count, min(count, kept + points), replace=False, shuffle=True)
         held, sample = np.sort(drawn[:kept]), np.sort(drawn[kept:])
         own, sample = (rows[embeddings.rows(rows, once=True).any(1)] for rows in (held, sample))
         # Nobody else holds the sample: it leaves memory when the first step of the training has gone over it.
-        index = trained(key, embeddings.rows(sample, once=True), embeddings.dim)
+        index = train_index(key, embeddings.rows(sample, once=True), embeddings.dim)
         seen = embeddings.rows(sample[::max(1, len(sample) // 10_000)], once=True)
         faiss.write_index(index, str(scratch / "trained.index"))
         np.save(scratch / "held.npy", own, allow_pickle=False)
@@ -82,13 +98,13 @@ class Training(OfAnIndex):
             np.save(scratch / "texts.npy", _there(texts.rows(chosen)).astype(np.float32), allow_pickle=False)
             files.append("texts.npy")
         return Output(samples=len(sample), files={name: scratch / name for name in files},
-                      info={"key": key, "rows": count, "trained_on": len(sample), "error": error_of(index, seen)})
+                      info={"key": key, "rows": count, "trained_on": len(sample), "error": recall_error(index, seen)})
 
     def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
         return Output(info=records[0]["info"])
 
 
-class Parts(OfAnIndex):
+class Parts(IndexingStage):
     """The stage that fills copies of the trained index, one for each group of shards."""
 
     name = "index_parts"
@@ -122,7 +138,7 @@ class Parts(OfAnIndex):
 
     def process(self, item: Item, scratch: Path) -> Output:
         index = faiss.read_index(str(_file(self.training, "trained.index")))
-        queries = questions(self.training)
+        queries = held_out_queries(self.training)
         first, count, error = item.inputs["first"], 0, []
         for shard in item.inputs["shards"]:
             rows = np.load(self.dataset.fetch("embeddings", shard["file"], check=True), mmap_mode="r",
@@ -130,7 +146,7 @@ class Parts(OfAnIndex):
             for start in range(0, len(rows), BLOCK):
                 vectors = check_finite(np.asarray(rows[start:start + BLOCK], np.float32), f"shard {shard['id']}")
                 fill(index, vectors)
-                error.append((error_of(index, vectors[::max(1, len(vectors) // 200)]), len(vectors)))
+                error.append((recall_error(index, vectors[::max(1, len(vectors) // 200)]), len(vectors)))
                 for one in queries:
                     one.look(vectors, first + count)
                 count += len(vectors)
@@ -145,39 +161,19 @@ class Parts(OfAnIndex):
                       info={"error": round(sum(value * rows for value, rows in error) / max(1, total), 6)})
 
 
-def run(index: Index, seal: Callable[[Stage], dict[str, Any]], *, rebuild: bool = False) -> dict[str, Any]:
-    """Build an index, in parts where it takes some; `seal` brings a stage to its sealed state.
-
-    What it was trained to stays, the parts are removed.
-    """
-    index.plan()  # what cannot be built is told before anything is trained
-    before = index.before()
-    if rebuild:
-        check_and_clear(index)
-        for one in reversed(before):
-            clear_folder(one)
-    if not storage.exists(storage.join(index.folder, "manifest.json")):
-        for one in before:
-            seal(one)
-    manifest = seal(index)
-    for one in before[1:]:
-        clear_folder(one)
-    return manifest
-
-
-def assemble(training: Training, parts: Parts, config: IndexConfig, scratch: Path
+def merge_parts(training: Training, parts: Parts, config: IndexConfig, scratch: Path
              ) -> tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any], np.ndarray]:
     """The parts as one index, autofaiss's index_infos, measured facts, seconds, and the rows training did not see.
 
     Lists that are too large for memory are merged into a file in `scratch`.
     """
     index = faiss.read_index(str(_file(training, "trained.index")))
-    queries = questions(training)
+    queries = held_out_queries(training)
     manifest = read_manifest(parts.folder, parts.command)
     paths = [_local(parts, record, f"{record['id']}.index") for record in manifest["items"]]
     size = 0
     if lists_bytes(index, manifest["totals"]["samples"]) > memory(config.merge_memory, "merge_memory"):
-        merge_on_disk(index, [mapped(path) for path in paths], scratch / LISTS)
+        merge_on_disk(index, [map_index(path) for path in paths], scratch / LISTS)
         size = len(faiss.serialize_index(index)) + (scratch / LISTS).stat().st_size
     else:
         for path in paths:
@@ -188,15 +184,15 @@ def assemble(training: Training, parts: Parts, config: IndexConfig, scratch: Pat
                            for what in ("ids", "scores"))
             one.ids, one.scores = best(np.hstack([one.ids, ids]), np.hstack([one.scores, scores]), EXACT)
     about = read_manifest(training.folder, training.command)["info"]
-    infos, info, times = measured(index, about["key"], queries, config, size)
+    infos, info, times = measure_recall(index, about["key"], queries, config, size)
     info |= {"parts": len(manifest["items"]), "trained_on": about["trained_on"], "error_of_training": about["error"],
-             "error_of_held": error_of(index, queries[0].vectors)}
+             "error_of_held": recall_error(index, queries[0].vectors)}
     # The parts are removed, and with them what tells how long they took.
     times["seconds of the parts"] = manifest["run"]["seconds"]
     return index, infos, info, times, np.load(_file(training, "held.npy"), allow_pickle=False)
 
 
-def questions(training: Training) -> list[Queries]:
+def held_out_queries(training: Training) -> list[Queries]:
     """The queries of a training: pictures that it did not see, and captions if there are any."""
     found = [Queries("image", np.load(_file(training, "images.npy"), allow_pickle=False),
                      np.load(_file(training, "held.npy"), allow_pickle=False))]

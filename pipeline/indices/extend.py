@@ -16,25 +16,13 @@ import numpy as np
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.embeddings.embed import same_encoder
-from pipeline.index import (
-    BLOCK,
-    LISTS,
-    Index,
-    IndexConfig,
-    Queries,
-    emptied,
-    error_of,
-    faiss,
-    fill,
-    grows_only,
-    lists_bytes,
-    measured,
-    memory,
-    merge_on_disk,
-    open_of,
-    renumber,
-    within,
-)
+from pipeline.indices.choose import fits_budget
+from pipeline.indices.config import BLOCK, LISTS, IndexConfig, memory
+from pipeline.indices.faiss_door import faiss
+from pipeline.indices.fill import fill, grows_only, lists_bytes, merge_on_disk, remove_rows, renumber
+from pipeline.indices.index import Index
+from pipeline.indices.searcher import open_dataset_index
+from pipeline.indices.tune import Queries, measure_recall, recall_error
 from pipeline.stages.types import Item, Output, StageFailed
 
 _SAMPLE = 10_000  # rows whose error is measured
@@ -82,7 +70,7 @@ class Extension(Index):
                                                 "are still in it once more, with --tombstone", self.base.label,
                                                 self.dataset.label)
         index, size = self._filled(embeddings, change, scratch)
-        within(index, size, config)
+        fits_budget(index, size, config)
         rng = np.random.default_rng((config.seed, 17))
         drift = self._drift(index, embeddings, change, before, rng)
         held, own = self._held(change, len(embeddings), rng)
@@ -91,7 +79,7 @@ class Extension(Index):
         for one in queries:
             for offset, vectors in _blocks(embeddings):
                 one.look(vectors, offset)
-        infos, info, times = measured(index, before["key"], queries, config, size)
+        infos, info, times = measure_recall(index, before["key"], queries, config, size)
         info |= drift | {"extends": self.base.label, "kept": change.kept, "added": len(change.added),
                          "removed": change.removed}
         return self.output(index, infos, info, times, held, scratch)
@@ -106,17 +94,18 @@ class Extension(Index):
 
     def _filled(self, embeddings: Embeddings, change: "Change", scratch: Path) -> tuple[Any, int]:
         """The index with all rows of the new version, and its bytes."""
-        source, index = open_of(self.base, faiss.IO_FLAG_MMAP), emptied(open_of(self.base, faiss.IO_FLAG_MMAP))
+        source = open_dataset_index(self.base, faiss.IO_FLAG_MMAP)
+        index = remove_rows(open_dataset_index(self.base, faiss.IO_FLAG_MMAP))
         if grows_only(source):
             return self._grown(embeddings, change)
-        added = emptied(open_of(self.base, faiss.IO_FLAG_MMAP))
+        added = remove_rows(open_dataset_index(self.base, faiss.IO_FLAG_MMAP))
         for rows in np.split(change.fresh, range(BLOCK, len(change.fresh), BLOCK)):
             if len(rows):
                 fill(added, embeddings.rows(rows).astype(np.float32))
         on_disk = lists_bytes(index, len(embeddings)) > memory(self.config.merge_memory, "merge_memory")
         renumber(index, [(source, change.row_of), (added, change.fresh)], scratch / "loose" if on_disk else None)
         if on_disk:
-            compact = emptied(open_of(self.base, faiss.IO_FLAG_MMAP))
+            compact = remove_rows(open_dataset_index(self.base, faiss.IO_FLAG_MMAP))
             merge_on_disk(compact, [index], scratch / LISTS, shift=False)
             (scratch / "loose").unlink()
             return compact, len(faiss.serialize_index(compact)) + (scratch / LISTS).stat().st_size
@@ -128,7 +117,7 @@ class Extension(Index):
             raise ValueError(f"the index of {self.base.label} is of a kind that can neither lose rows nor number them "
                              f"anew\nhint: build this one with {self.dataset.command('index')} --rebuild; a kind with "
                              f"inverted lists, like --key IVF256,SQ8, can be extended")
-        index = open_of(self.base)
+        index = open_dataset_index(self.base)
         fill(index, embeddings.rows(change.fresh).astype(np.float32))
         return index, len(faiss.serialize_index(index))
 
@@ -141,9 +130,9 @@ class Extension(Index):
         at_first = before.get("error_of_held")
         if at_first is None:  # an index from before that was written down
             theirs = Embeddings(self.base)
-            at_first = error_of(index, _there(theirs.rows(_some(np.arange(len(theirs)), _SAMPLE, rng))))
+            at_first = recall_error(index, _there(theirs.rows(_some(np.arange(len(theirs)), _SAMPLE, rng))))
         rows = _there(embeddings.rows(_some(change.added, _SAMPLE, rng)))
-        error = error_of(index, rows)
+        error = recall_error(index, rows)
         drift = round((error + _TINY) / (at_first + _TINY), 4) if len(rows) else 1.0
         if drift > self.config.max_drift:
             logging.getLogger(__name__).warning("index: drift %s: %s was trained on other vectors than these", drift,

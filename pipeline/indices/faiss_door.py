@@ -1,0 +1,211 @@
+"""The only file that imports faiss: threads, GPUs, reading and writing of indices.
+
+From 1.14.2 on, the wheels of faiss multiply matrices with all threads of OpenMP. How a product is divided among the
+threads changes its last bits. So each block is computed by one thread, and the blocks do not depend on the number of
+threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from pipeline.hardware import devices
+from pipeline.indices.config import LISTS
+from pipeline.stages.types import StageFailed
+
+if TYPE_CHECKING:
+    import faiss
+else:
+    class _Faiss:
+        """faiss, once it is needed: every command reads the settings in this file, few want its 35 MB."""
+
+        def __getattr__(self, name: str) -> Any:
+            import faiss
+            return getattr(faiss, name)
+
+    faiss = _Faiss()
+ROWS_OF_A_THREAD, QUERIES_OF_A_THREAD = 1 << 13, 1 << 8
+_PRODUCTS_FROM = 16  # numbers in a part of a code from which faiss finds its centroid by matrix products
+
+
+def apply_transforms(transform: faiss.VectorTransform, sample: np.ndarray) -> np.ndarray:
+    out = np.empty((len(sample), transform.d_out), np.float32)
+
+    def apply(block: slice) -> None:
+        out[block] = transform.apply(np.ascontiguousarray(sample[block], np.float32))
+
+    map_blocks(apply, len(sample), ROWS_OF_A_THREAD)
+    return out
+
+
+def transform_before_lists(index: faiss.Index, vectors: np.ndarray) -> np.ndarray:
+    """Vectors as the part of `index` behind its transforms takes them, contiguous float32."""
+    if isinstance(index, faiss.IndexPreTransform):
+        for number in range(index.chain.size()):
+            vectors = apply_transforms(faiss.downcast_VectorTransform(index.chain.at(number)), vectors)
+    return np.ascontiguousarray(vectors, np.float32)
+
+
+def search_in_blocks(search: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], queries: np.ndarray
+            ) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and ids (Q, k) of queries (Q, D), the same with any number of threads."""
+    queries = np.ascontiguousarray(queries, np.float32)
+    # faiss would take a block of so few queries one by one, though all of them together are many.
+    with blocked_scans() if len(queries) > QUERIES_OF_A_THREAD else contextlib.nullcontext():
+        found = map_blocks(lambda block: search(queries[block]), len(queries), QUERIES_OF_A_THREAD)
+    if not found:
+        return search(queries)
+    scores, ids = zip(*found, strict=True)
+    return np.concatenate(scores), np.concatenate(ids)
+
+
+@contextlib.contextmanager
+def safe_threads(inner: faiss.Index) -> Iterator[None]:
+    """Let an index make codes with all threads if these do not depend on the number of threads, else with one."""
+    if isinstance(inner, faiss.IndexPQ | faiss.IndexIVFPQ):
+        safe = inner.pq.dsub < _PRODUCTS_FROM
+    else:
+        safe = isinstance(inner, faiss.IndexFlat | faiss.IndexScalarQuantizer | faiss.IndexIVFFlat |
+                          faiss.IndexIVFScalarQuantizer | faiss.IndexIVFRaBitQ)
+    with contextlib.nullcontext() if safe else one_thread():
+        yield
+
+
+def nearest_lists(quantizer: faiss.Index, vectors: np.ndarray) -> np.ndarray:
+    """The nearest list of each of (N, D) float32 vectors, (N,) int64."""
+    lists = map_blocks(lambda block: quantizer.search(vectors[block], 1)[1][:, 0], len(vectors), ROWS_OF_A_THREAD)
+    return np.concatenate([np.empty(0, np.int64), *lists])
+
+
+@cache
+def gpu_resources() -> Any:
+    """Memory on the GPU for intermediate results, which faiss takes at once and keeps."""
+    return faiss.StandardGpuResources()
+
+
+def gpus() -> int:
+    """How many GPUs faiss uses in this process. Raises DeviceUnavailable if one was reserved and faiss sees none."""
+    if not gpus_possible() or devices.reserved() == "cpu":
+        return 0
+    count = faiss.get_num_gpus()
+    if not count and devices.reserved() == "cuda":
+        raise devices.DeviceUnavailable("a GPU was reserved and faiss sees none\nhint: nvidia-smi and "
+                                        "CUDA_VISIBLE_DEVICES on this node; --gpus 0 computes on the CPU")
+    return count
+
+
+def gpus_possible() -> bool:
+    """Whether the installed faiss is the one for GPUs."""
+    return hasattr(faiss, "StandardGpuResources")
+
+
+def on_gpus(centres: faiss.Index) -> faiss.Index:
+    return faiss.index_cpu_to_all_gpus(centres)
+
+
+@contextlib.contextmanager
+def stderr_text() -> Iterator[None]:
+    """faiss tells on stdout, below Python, of each change of a file's size; stdout is for data."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
+def map_index(path: Path) -> faiss.Index:
+    """An index whose lists are read from its file as they are looked at; what has no lists is in memory."""
+    return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+
+
+def write_index(index: faiss.Index, folder: Path) -> dict[str, Path]:
+    """Write an index into `folder`; its files by name. Lists that are on disk are in that folder, as LISTS."""
+    faiss.write_index(index, str(folder / "knn.index"))
+    return {name: folder / name for name in ("knn.index", LISTS) if (folder / name).exists()}
+
+
+class UnreadableIndex(StageFailed):
+    """An index file that the installed faiss cannot read."""
+
+
+def open_index(path: Path, lists: Path | None = None, flags: int = 0) -> faiss.Index:
+    """The index in the file `path`, whose lists may be in another file, wherever that is by now.
+
+    RuntimeError or MemoryError if the installed faiss cannot read it.
+    """
+    if lists is None:
+        return faiss.read_index(str(path), flags)
+    # faiss can look beside the index too, but then says so on stdout; and in a cache the file has another name.
+    data, told, now = path.read_bytes(), *(struct.pack("<Q", len(name)) + name for name in (
+        LISTS.encode(), str(lists.absolute()).encode()))
+    start = data.rfind(told)
+    if start < 0:
+        raise RuntimeError(f"it does not name {LISTS}")
+    return faiss.deserialize_index(np.frombuffer(data[:start] + now + data[start + len(told):], np.uint8),
+                                   faiss.IO_FLAG_READ_ONLY)
+
+
+def inner_index(index: faiss.Index) -> faiss.Index:
+    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+
+
+_Result = TypeVar("_Result")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One OpenMP thread for what faiss does in this block. Other Python threads keep theirs."""
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(threads)
+
+
+def map_blocks(function: Callable[[slice], _Result], rows: int, size: int) -> list[_Result]:
+    """`function` of each block of at most `size` rows, in order.
+
+    Blocks are the same with any number of threads, and each is computed by one, so the results are too.
+    """
+    def compute(block: slice) -> _Result:
+        with one_thread():
+            return function(block)
+
+    blocks = [slice(start, min(rows, start + size)) for start in range(0, rows, size)]
+    threads = min(faiss.omp_get_max_threads(), len(blocks))
+    if threads <= 1:
+        return [compute(block) for block in blocks]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(compute, blocks))
+
+
+@contextmanager
+def blocked_scans() -> Iterator[None]:
+    """Comparisons with all rows go by blocks of queries in this block, however few numbers the queries have.
+
+    From 1.14.2 on, faiss compares query by query where all queries together have fewer than 128,000 numbers. With the
+    few numbers of a part of a code that takes 11 times as long.
+    """
+    threshold = faiss.cvar.distance_compute_blas_threshold
+    faiss.cvar.distance_compute_blas_threshold = 1
+    try:
+        yield
+    finally:
+        faiss.cvar.distance_compute_blas_threshold = threshold

@@ -1,0 +1,152 @@
+"""The stage `index` with one worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import storage
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.embeddings import Embeddings
+from pipeline.indices.choose import budget_of, estimated_bytes, factory_keys, no_room_error, possible
+from pipeline.indices.config import IndexConfig
+from pipeline.indices.faiss_door import faiss, write_index
+from pipeline.indices.fill import fill
+from pipeline.indices.parallel import IndexingStage, Parts, Training, embedding_inputs, merge_parts
+from pipeline.indices.searcher import misnumbered
+from pipeline.indices.train import train_index, training_rows
+from pipeline.indices.tune import Queries, held_out, measure_recall, recall_error
+from pipeline.stages.plan import check_and_clear, clear_folder
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Item, Output, StageFailed
+
+
+class Index(IndexingStage):
+    """The stage from the embeddings of a dataset to index/knn.index and index/index_infos.json."""
+
+    name = "index"
+
+    def __init__(self, dataset: Dataset, config: IndexConfig) -> None:
+        super().__init__(dataset.root, dataset.path("index"), config)
+        self.dataset = dataset
+
+    def section(self) -> dict[str, Any]:
+        section = super().section()
+        if self.config.merge_memory == IndexConfig.merge_memory:
+            del section["merge_memory"]  # indices from before there was a choice have the same files
+        return {name: value for name, value in section.items() if name not in {"min_recall", "max_drift"}}
+
+    def inputs(self) -> dict[str, dict[str, Any]]:
+        return embedding_inputs(self.dataset)
+
+    def before(self) -> list[Stage]:
+        """The stages that go before, where the vectors are too many for one worker; they are emptied afterwards."""
+        manifest = self.dataset.manifest("embeddings")
+        if manifest["totals"]["samples"] <= self.config.rows_of_a_part(manifest["info"]["encoder"]["dim"]):
+            return []
+        training = Training(self.dataset, self.config)
+        return [training, Parts(training, self.config)]
+
+    def plan(self) -> list[Item]:
+        manifest = self.dataset.manifest("embeddings")
+        possible(manifest["totals"]["samples"], manifest["info"]["encoder"]["dim"], self.config)
+        return [Item("index")]
+
+    def process(self, item: Item, scratch: Path) -> Output:
+        if before := self.before():
+            index, infos, info, times, held = merge_parts(*before, self.config, scratch)  # type: ignore[arg-type]
+        else:
+            vectors = Embeddings(self.dataset).all().astype(np.float32)
+            texts = Embeddings(self.dataset, "text_embeddings") if "text_embeddings" in self.inputs() else None
+            index, infos, info, times = build_whole(vectors, self.config, None if texts is None else texts.all())
+            held = held_out(len(vectors), self.config)
+        return self.output(index, infos, info, times, held, scratch)
+
+    def output(self, index: faiss.Index, infos: dict[str, Any], info: dict[str, Any], times: dict[str, Any],
+               held: np.ndarray, scratch: Path) -> Output:
+        """The files of an index: what is searched, autofaiss's facts, and the rows (Q,) that training did not see."""
+        if doubled := misnumbered(index):
+            raise StageFailed(f"index: {doubled} of {index.ntotal} rows are not in it exactly once; nothing is sealed\n"
+                              f"hint: this is a fault of the program or of a part: --rebuild, or other parts")
+        files = write_index(index, scratch)
+        (scratch / "index_infos.json").write_bytes(storage.json_bytes(infos))
+        np.save(scratch / "held.npy", held, allow_pickle=False)
+        return Output(samples=index.ntotal, info=info, times=times, files=files | {
+            name: scratch / name for name in ("index_infos.json", "held.npy")})
+
+    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+        info = records[0]["info"]
+        if info["recall_at_10"] is None and self.config.min_recall:
+            raise StageFailed(f"index: of {records[0]['samples']} vectors no recall can be measured, --min-recall asks "
+                              f"for {self.config.min_recall}\nhint: ten vectors for each query, or do without it")
+        if info["recall_at_10"] is not None and info["recall_at_10"] < self.config.min_recall:
+            raise StageFailed(f"index: recall@10 is {info['recall_at_10']}, --min-recall asks for "
+                              f"{self.config.min_recall}\nhint: more memory, or another --key, and --rebuild; what was "
+                              f"built ({info['key']}) is not sealed")
+        return Output(info=info)
+
+
+def build_whole(vectors: np.ndarray, config: IndexConfig, texts: np.ndarray | None = None
+          ) -> tuple[faiss.Index, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """An inner-product index over `vectors` (N, D) float32, autofaiss's index_infos, measured facts, and seconds.
+
+    Trained without the rows that serve as queries; `texts` (M, D) are rows of other queries. ValueError if no kind of
+    index fits the budget, with the least that would do.
+    """
+    count, dim = vectors.shape
+    if not count:
+        raise ValueError("no vectors to index: not one picture of the dataset could be used")
+    budget = budget_of(count, config)
+    held, rng = held_out(count, config), np.random.default_rng((config.seed, 18))
+    kept = np.delete(np.arange(count), held)
+    sample = kept if len(kept) <= config.train_points else np.sort(rng.choice(kept, config.train_points, replace=False))
+    held = held[vectors[held].any(1)]
+    queries = [Queries("image", vectors[held], held)]
+    if texts is not None:
+        there = np.flatnonzero(texts.any(1))
+        chosen = np.sort(rng.choice(there, min(config.queries, len(there)), replace=False))
+        queries.append(Queries("text", texts[chosen].astype(np.float32)))
+    tried = []
+    for key in factory_keys(count, dim, budget, config):
+        estimate = estimated_bytes(key, count, dim)
+        if not config.key and estimate > budget:
+            tried.append(estimate)
+            continue
+        points = training_rows(key, config)
+        seen = vectors[sample if len(sample) <= points else np.sort(rng.choice(sample, points, replace=False))]
+        index = train_index(key, seen, dim)
+        error = recall_error(index, vectors[held] if len(held) else seen)
+        fill(index, vectors)
+        size = len(faiss.serialize_index(index)) if count < 5_000_000 else estimate
+        if size <= budget:
+            break
+        tried.append(size)
+    else:
+        raise no_room_error(count, dim, budget, min(tried), config)
+    for one in queries:
+        one.look(vectors, 0)
+    infos, info, times = measure_recall(index, key, queries, config, size)
+    return index, infos, info | {"error_of_held": error}, times
+
+
+def build_index(index: Index, seal: Callable[[Stage], dict[str, Any]], *, rebuild: bool = False) -> dict[str, Any]:
+    """Build an index, in parts where it takes some; `seal` brings a stage to its sealed state.
+
+    What it was trained to stays, the parts are removed.
+    """
+    index.plan()  # what cannot be built is told before anything is trained
+    before = index.before()
+    if rebuild:
+        check_and_clear(index)
+        for one in reversed(before):
+            clear_folder(one)
+    if not storage.exists(storage.join(index.folder, "manifest.json")):
+        for one in before:
+            seal(one)
+    manifest = seal(index)
+    for one in before[1:]:
+        clear_folder(one)
+    return manifest

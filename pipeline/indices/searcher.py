@@ -1,0 +1,158 @@
+"""Search an index."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from pipeline import storage
+from pipeline.datasets import hidden_rows
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.embeddings import Embeddings
+from pipeline.indices.config import LISTS
+from pipeline.indices.faiss_door import (
+    UnreadableIndex,
+    faiss,
+    inner_index,
+    open_index,
+    search_in_blocks,
+    transform_before_lists,
+)
+
+
+def misnumbered(index: faiss.Index) -> int:
+    """How many rows are not in the lists of an index exactly once, or have a number that no row has."""
+    inner = inner_index(index)
+    if not isinstance(inner, faiss.IndexIVF):
+        return 0
+    times, beyond = np.zeros(index.ntotal, np.uint8), 0
+    for number in range(inner.nlist):
+        if size := inner.invlists.list_size(number):
+            ids = faiss.rev_swig_ptr(inner.invlists.get_ids(number), size)
+            good = ids[(ids >= 0) & (ids < len(times))]
+            beyond += size - len(good)
+            times[good] += 1  # nobody is twice in one list, or it is missing elsewhere
+    return beyond + int((times != 1).sum())
+
+
+def open_dataset_index(dataset: Dataset, flags: int = 0) -> faiss.Index:
+    """The sealed index of a dataset; UnreadableIndex if it is damaged, or of a kind that this faiss does not know."""
+    found = {entry["name"]: entry for record in dataset.manifest("index")["items"] for entry in record["files"]}
+    lists = dataset.fetch("index", found[LISTS]) if LISTS in found else None
+    path = dataset.fetch("index", found["knn.index"])
+    try:
+        return open_index(path, lists, flags)
+    except (RuntimeError, MemoryError) as error:
+        sealed = storage.sha256_file(path) == found["knn.index"]["sha256"]
+        cause = "the file is as it was sealed: another version of faiss wrote it" if sealed else \
+            "the file is not as it was sealed: it is damaged"
+        raise UnreadableIndex(
+            f"the index of {dataset.label} cannot be read: {cause}; expected an index that faiss {faiss.__version__} "
+            f"knows, got {str(error).rsplit(': ', 1)[-1]} ({path})\n"
+            f"hint: {dataset.command('index')} --rebuild") from error
+
+
+class Searcher:
+    """A database opened for search: the index finds candidates, exact vectors rank them."""
+
+    def __init__(self, dataset: Dataset, without: np.ndarray | None = None) -> None:
+        """`without` are rows that no search shall find, beside those that have a tombstone."""
+        self.dataset = dataset
+        self.manifest = dataset.manifest("index")
+        self.index = open_dataset_index(dataset)
+        self.embeddings = Embeddings(dataset)
+        if self.index.ntotal != len(self.embeddings):
+            raise ValueError(f"the index of {dataset.label} has {self.index.ntotal} rows, its embeddings "
+                             f"{len(self.embeddings)}\nhint: {dataset.command('index')} --rebuild")
+        self.gone = hidden_rows.rows(dataset)
+        if without is not None:
+            self.gone = np.union1d(self.gone, without)
+        self._parameters = _without(self.index, self.gone) if len(self.gone) else None
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    def candidates(self, queries: np.ndarray, count: int) -> np.ndarray:
+        """Ids of about the `count` nearest rows of each query (B, D), (B, count) int64, -1 for none."""
+        count = min(count, len(self))
+        if self._parameters or not len(self.gone):
+            return search_in_blocks(lambda block: self.index.search(block, count, params=self._parameters), queries)[1]
+        # A kind that cannot be told what to leave out: so many more, and what is left of them.
+        more = min(count + len(self.gone), len(self))
+        found = search_in_blocks(lambda block: self.index.search(block, more), queries)[1]
+        found[np.isin(found, self.gone)] = -1
+        return np.take_along_axis(found, np.argsort(found < 0, axis=1, kind="stable"), 1)[:, :count]
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest rows: ids (B, k) int64 and inner products (B, k) float32, -1 and -inf for none."""
+        return ranked(self.embeddings, queries, self.candidates(queries, 4 * k + 20), k)
+
+
+class Lists:
+    """The inverted lists of a database's index: what is in each, and which are nearest to a query."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        """ValueError if the index has no lists."""
+        # Mapped: of the codes nothing is read here.
+        self._index = open_dataset_index(dataset, faiss.IO_FLAG_MMAP)
+        self._inner = inner_index(self._index)
+        if not isinstance(self._inner, faiss.IndexIVF):
+            raise ValueError(f"the index of {dataset.label} has no inverted lists")
+        self.count, self.probes = int(self._inner.nlist), int(self._inner.nprobe)
+
+    def ids(self, number: int) -> np.ndarray:
+        """The global rows in a list, (n,) int64."""
+        lists = self._inner.invlists
+        size = lists.list_size(number)
+        if not size:
+            return np.empty(0, np.int64)
+        pointer = lists.get_ids(number)
+        found = faiss.rev_swig_ptr(pointer, size).copy()
+        lists.release_ids(number, pointer)
+        return found
+
+    def nearest(self, queries: np.ndarray, probes: int) -> np.ndarray:
+        """The lists nearest to queries (Q, D) float32, (Q, probes) int64, nearest first; -1 for none."""
+        queries = transform_before_lists(self._index, queries)
+        return search_in_blocks(lambda block: self._inner.quantizer.search(block, min(probes, self.count)), queries)[1]
+
+
+def kind(dataset: Dataset) -> Literal["lists", "graph", "scan"]:
+    """How the index of a database finds rows: in lists, along a graph, or by looking at all of them."""
+    key = dataset.manifest("index")["info"]["key"]
+    return "lists" if "IVF" in key else "graph" if "HNSW" in key else "scan"
+
+
+def _without(index: faiss.Index, gone: np.ndarray) -> faiss.SearchParameters | None:
+    """What tells a search to leave rows out; None for a kind that takes no such thing."""
+    inner, selector = inner_index(index), faiss.IDSelectorNot(faiss.IDSelectorBatch(gone))
+    if isinstance(inner, faiss.IndexIVF):
+        told = faiss.SearchParametersIVF(sel=selector, nprobe=inner.nprobe)
+    elif isinstance(inner, faiss.IndexHNSW):
+        told = faiss.SearchParametersHNSW(sel=selector, efSearch=inner.hnsw.efSearch)
+    elif isinstance(inner, faiss.IndexFlat | faiss.IndexScalarQuantizer):
+        told = faiss.SearchParameters(sel=selector)
+    else:
+        return None
+    return faiss.SearchParametersPreTransform(index_params=told) if inner is not index else told
+
+
+def ranked(embeddings: Embeddings, queries: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The best k of candidate `ids` (B, C) by exact inner product: ids (B, k) and scores (B, k)."""
+    vectors = embeddings.rows(ids).astype(np.float32)
+    scores = np.einsum("bcd,bd->bc", vectors, np.asarray(queries, np.float32), optimize=True)
+    scores[(ids < 0) | ~vectors.any(-1)] = -np.inf  # rows of zeros are pictures that did not decode
+    return best(ids, scores, k)
+
+
+def best(ids: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k highest of (B, C) scores with their ids, nearest first, equal scores by id; padded by -1 and -inf."""
+    order = np.lexsort((ids, -scores), axis=-1)[:, :k]
+    ids, scores = np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1)
+    ids = np.where(np.isneginf(scores), -1, ids)
+    short = k - ids.shape[1]
+    if short > 0:
+        ids = np.pad(ids, ((0, 0), (0, short)), constant_values=-1)
+        scores = np.pad(scores, ((0, 0), (0, short)), constant_values=-np.inf)
+    return ids.astype(np.int64), scores.astype(np.float32)

@@ -1,0 +1,158 @@
+"""Measure recall, and choose the search effort."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pipeline.indices.choose import budget_of
+from pipeline.indices.config import EXACT, FLAT_GAIN, IndexConfig
+from pipeline.indices.faiss_door import (
+    faiss,
+    gpu_resources,
+    gpus,
+    inner_index,
+    nearest_lists,
+    one_thread,
+    search_in_blocks,
+)
+from pipeline.indices.searcher import best
+
+
+@dataclass
+class Queries:
+    """Queries of one kind, and the exact neighbours of each among the rows that were looked at."""
+
+    kind: str
+    vectors: np.ndarray
+    """(Q, D) float32"""
+    own: np.ndarray | None = None
+    """(Q,) the row that each query is, which is no answer to it; None if they are no rows."""
+    ids: np.ndarray = field(init=False)
+    scores: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ids = np.full((len(self.vectors), EXACT), -1, np.int64)
+        self.scores = np.full((len(self.vectors), EXACT), -np.inf, np.float32)
+
+    def look(self, vectors: np.ndarray, offset: int) -> None:
+        """Take rows (N, D) float32 into account, which begin at the global row `offset`."""
+        rows = np.flatnonzero(vectors.any(1))  # rows of zeros are pictures that did not decode
+        if not len(rows) or not len(self.vectors):
+            return
+        some = vectors if len(rows) == len(vectors) else vectors[rows]
+        asked = self.vectors, np.ascontiguousarray(some), min(EXACT + 1, len(some))
+        if gpus():
+            scores, found = faiss.knn_gpu(gpu_resources(), *asked, metric=faiss.METRIC_INNER_PRODUCT)
+        else:
+            scores, found = search_in_blocks(
+                lambda queries: faiss.knn(queries, *asked[1:], metric=faiss.METRIC_INNER_PRODUCT), self.vectors)
+        ids = rows[found] + offset
+        if self.own is not None:
+            scores[ids == self.own[:, None]] = -np.inf
+        self.ids, self.scores = best(np.hstack([self.ids, ids]), np.hstack([self.scores, scores]), EXACT)
+
+    def recall(self, index: faiss.Index) -> dict[str, float]:
+        """recall@1, @10 and @100 of an index: the share of the exact neighbours that are among as many found."""
+        _, found = search_in_blocks(lambda queries: index.search(queries, EXACT + 1), self.vectors)
+        if self.own is not None:
+            # What is not the query itself moves up.
+            order = np.argsort(found == self.own[:, None], axis=1, kind="stable")
+            found = np.take_along_axis(found, order, 1)
+        result = {}
+        for depth in (1, 10, 100):
+            hits = [len(np.intersect1d(a[a >= 0], b)) for a, b in zip(self.ids[:, :depth], found[:, :depth],
+                                                                      strict=True)]
+            result[str(depth)] = round(float(sum(hits) / max(1, (self.ids[:, :depth] >= 0).sum())), 4)
+        return result
+
+
+def held_out(count: int, config: IndexConfig) -> np.ndarray:
+    """The rows that are kept out of training where one worker builds the index, ascending."""
+    rng = np.random.default_rng((config.seed, 17))
+    return np.sort(rng.choice(count, min(config.queries, count // 10), replace=False))
+
+
+def measure_recall(index: faiss.Index, key: str, queries: list[Queries], config: IndexConfig, size: int = 0
+             ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Tune a filled index; autofaiss's index_infos, facts, and seconds.
+
+    The search effort is set to the least that reaches the target recall@10 of pictures, or of captions where these are
+    all the queries; or to that from which on more effort finds no more.
+    """
+    count, dim = index.ntotal, index.d
+    size = size or len(faiss.serialize_index(index))
+    asked = [one for one in queries if len(one.vectors) and (one.ids[:, 9] >= 0).all()]
+    curve, setting, milliseconds = [], "", {}
+    for setting in _efforts(index) if asked else [""]:
+        if setting:
+            faiss.ParameterSpace().set_index_parameters(index, setting)
+        curve.append({"parameter": setting, **{one.kind: one.recall(index) for one in asked}})
+        milliseconds[setting or "all"] = _latency(index, asked[0].vectors if asked else queries[0].vectors)
+        found = [one[asked[0].kind]["10"] for one in curve] if asked else []
+        if found and found[-1] >= config.target_recall:
+            break
+        # Where codes are what loses the neighbours, no effort finds them.
+        if len(found) > 2 and found[-1] - found[-3] < FLAT_GAIN and found[-1] > 0.5 * config.target_recall:
+            setting = curve[-3]["parameter"]
+            break
+    if setting:
+        faiss.ParameterSpace().set_index_parameters(index, setting)
+    reached = next(one for one in curve if one["parameter"] == setting)
+    recall = {one.kind: reached[one.kind] for one in asked}
+    infos = {"index_key": key, "index_param": setting, "index_path": "knn.index", "size in bytes": size,
+             "nb vectors": count, "vectors dimension": dim,
+             "compression ratio": round(4.0 * count * dim / size, 4)}
+    info = {"key": key, "parameter": setting, "bytes": size, "budget": budget_of(count, config),
+            "bytes_per_vector": round(size / count, 2), "recall_at_10": recall.get("image", {}).get("10"),
+            "recall": recall, "recall_queries": len(queries[0].vectors), "recall_rows": count,
+            "curve": curve}
+    logging.getLogger(__name__).info("index %s: %d bytes, recall@10 %s", key, size, info["recall_at_10"])
+    # Times differ from run to run and would make equal indices look different.
+    return infos, info, {"milliseconds a query": milliseconds}
+
+
+def recall_error(index: faiss.Index, vectors: np.ndarray) -> float:
+    """Mean squared distance of unit vectors to what the index makes of them; 0 where it keeps them.
+
+    Of lists with whole vectors it is the distance to the centre of the list.
+    """
+    some = np.ascontiguousarray(vectors[:10_000], np.float32)
+    if not len(some):
+        return 0.0
+    try:
+        with one_thread():
+            decoded = index.sa_decode(index.sa_encode(some))
+    except RuntimeError:  # a kind that has no codes
+        return 0.0
+    if isinstance(index, faiss.IndexIVFFlat):
+        decoded = index.quantizer.reconstruct_batch(nearest_lists(index.quantizer, some))
+    return round(float(((decoded - some) ** 2).sum(1).mean()), 6)
+
+
+def _efforts(index: faiss.Index) -> Iterator[str]:
+    inner = inner_index(index)
+    if isinstance(inner, faiss.IndexIVF):
+        yield from (f"nprobe={1 << power}" for power in range(20) if 1 << power <= inner.nlist)
+    elif isinstance(inner, faiss.IndexHNSW):
+        yield from (f"efSearch={1 << power}" for power in range(5, 11))
+    else:
+        yield ""
+
+
+def _latency(index: faiss.Index, queries: np.ndarray) -> dict[str, float]:
+    """Milliseconds of a single query by one thread, median and 99th percentile."""
+    seconds = []
+    with one_thread():
+        for query in queries[:200]:
+            started = time.perf_counter()
+            index.search(query[None], 10)
+            seconds.append(time.perf_counter() - started)
+    if not seconds:
+        return {}
+    return {name: round(float(np.percentile(seconds, part)) * 1e3, 4) for name, part in (("p50", 50), ("p99", 99))}
