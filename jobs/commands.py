@@ -11,7 +11,7 @@ from jobs.versions import GcConfig
 from model.config import TrainConfig
 from pipeline.embeddings.embed import EmbedConfig
 from pipeline.indices.config import IndexConfig
-from pipeline.neighbors import NeighborsConfig
+from pipeline.neighbors.config import NeighborsConfig
 from pipeline.sources.config import ShardConfig
 
 Flat = tyro.conf.OmitArgPrefixes

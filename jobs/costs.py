@@ -14,8 +14,8 @@ from jobs.rates import Rates
 from jobs.settings import Settings
 from model.flop import Size
 from pipeline.indices.choose import choose_key, estimated_bytes
-from pipeline.neighbors import NeighborsConfig
-from pipeline.search import LARGEST
+from pipeline.neighbors.config import NeighborsConfig
+from pipeline.neighbors.exhaustive import LARGEST
 
 _HEADER = 128  # bytes of a .npy file before its numbers
 _CLUSTERING_ROUNDS = 10  # faiss's for the lists of an inverted file

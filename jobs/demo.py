@@ -17,7 +17,7 @@ from pipeline.corpora.demo_corpus import Pictures
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings.embed import Embed
 from pipeline.indices.index import Index
-from pipeline.neighbors import Neighbors
+from pipeline.neighbors.neighbors import Neighbors
 from pipeline.shards.shard import Shard
 from pipeline.stages.driver import Runner
 from pipeline.stages.plan import prepare

@@ -19,7 +19,7 @@ from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings import clip
 from pipeline.embeddings.clip_weights import ClipConfig
-from pipeline.neighbors import NeighborsConfig
+from pipeline.neighbors.config import NeighborsConfig
 
 _log = logging.getLogger(__name__)
 _PREPARING = ("read", "decode", "write")

@@ -14,7 +14,7 @@ from model.config import TrainConfig
 from pipeline.corpora.demo_corpus import PicturesConfig
 from pipeline.embeddings.embed import EmbedConfig
 from pipeline.indices.config import IndexConfig
-from pipeline.neighbors import NeighborsConfig
+from pipeline.neighbors.config import NeighborsConfig
 from pipeline.sources.config import ShardConfig
 
 

@@ -30,7 +30,8 @@ from pipeline.embeddings.clip_weights import RANDOM, ClipConfig, describe_encode
 from pipeline.embeddings.embed import Embed
 from pipeline.indices.config import IndexConfig
 from pipeline.indices.index import Index, build_index
-from pipeline.neighbors import Neighbors, NeighborsConfig
+from pipeline.neighbors.config import NeighborsConfig
+from pipeline.neighbors.neighbors import Neighbors
 from pipeline.shards.shard import Shard
 from pipeline.stages.stage import Stage
 

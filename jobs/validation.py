@@ -17,13 +17,14 @@ from model.first_stage import FirstStage
 from model.precision import compute_dtype
 from model.sample import initial_noise, sample
 from model.unet import UNet
-from pipeline import neighbors, storage
+from pipeline import storage
 from pipeline.batches import OWN, averaged
 from pipeline.datasets import lookup
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.media.contact_sheet import contact_sheet
 from pipeline.media.resize import pixels
+from pipeline.neighbors.files import load_neighbors
 
 _COUNT, _AT_ONCE = 256, 64
 _SHOWN, _STEPS = 8, 20
@@ -42,7 +43,7 @@ class Validation:
         counts = [record["samples"] for record in dataset.manifest("shards")["items"]]
         total = sum(counts)
         rows = np.unique(np.linspace(0, total - 1, min(total, _COUNT)).astype(np.int64))
-        ids = np.concatenate(list(neighbors.load(dataset, job.database)))[rows][:, :self.config.k]
+        ids = np.concatenate(list(load_neighbors(dataset, job.database)))[rows][:, :self.config.k]
         context = torch.from_numpy(Embeddings(job.database).rows(ids)).float()  # (N, k, D)
         if self.config.own != "none":
             own = Embeddings(dataset, OWN[self.config.own]).rows(rows)

@@ -31,7 +31,7 @@ from pipeline.hardware import devices
 from pipeline.indices.choose import check_autofaiss
 from pipeline.indices.extend import Extension
 from pipeline.indices.index import Index, build_index
-from pipeline.neighbors import Neighbors
+from pipeline.neighbors.neighbors import Neighbors
 from pipeline.shards import deduplicate
 from pipeline.shards.adopt import Adopt
 from pipeline.shards.shard import Shard

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import neighbors
 from pipeline.ahead import Ahead
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings, map_array
 from pipeline.media import tars
 from pipeline.media.resize import pixels
 from pipeline.media.types import BadPicture
+from pipeline.neighbors.files import has_vectors, neighbor_files
 
 OWN = {"image": "embeddings", "caption": "text_embeddings"}
 _THREADS = 8  # that decode, at most
@@ -120,7 +120,7 @@ class Batches:
         # A control: every sample gets the neighbours of another one, so they carry no information.
         self.shift = 0 if true_neighbors else int(self.offsets[-1]) // 2
         # Where the neighbours' vectors were written, they are read in one piece with the samples.
-        self.vectors = None if neighbors.written(dataset, database) else Embeddings(database)
+        self.vectors = None if has_vectors(dataset, database) else Embeddings(database)
         self.lists = self._lists(database)
         self.own = Embeddings(dataset, OWN[own]) if own != "none" else None
         self.latents = self._latents() if latents else None
@@ -139,7 +139,7 @@ class Batches:
         """The neighbours of each shard: their vectors where these were written, or else their rows."""
         name = f"neighbors/{database.label}"
         records = self.dataset.manifest(name)["items"]
-        lists = self._arrays(name, neighbors.files(records, ".ids.npy" if self.vectors else ".vectors.npy"), records)
+        lists = self._arrays(name, neighbor_files(records, ".ids.npy" if self.vectors else ".vectors.npy"), records)
         if (stored := lists[0].shape[1]) < self.k:
             raise ValueError(f"k = {self.k} neighbours wanted, {self.dataset.label} has {stored} stored of each "
                              f"sample\nhint: a smaller --k, or neighbors --k {self.k}")
@@ -147,7 +147,7 @@ class Batches:
 
     def _latents(self) -> Ahead[np.ndarray]:
         records = self.dataset.manifest("latents")["items"]
-        return self._arrays("latents", neighbors.files(records, ".npy"), records)
+        return self._arrays("latents", neighbor_files(records, ".npy"), records)
 
     def _arrays(self, name: str, files: list[dict[str, Any]], records: Any) -> Ahead[np.ndarray]:
         """The files of a stage with a row for each sample, one for each shard."""

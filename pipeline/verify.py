@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import neighbors, storage
+from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.metadata import metadata
 from pipeline.media import tars
+from pipeline.neighbors.files import neighbor_files
 from pipeline.stages import records
 from pipeline.stages.manifest import changed_inputs, read_manifest
 
@@ -161,7 +162,7 @@ def _index(beside: _Beside, path: str, record: dict[str, Any]) -> Iterator[dict[
 
 def _neighbors(beside: _Beside, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
     dataset, name, (database, total) = beside.dataset, beside.name, beside.database
-    for kept in neighbors.files([record], ".ids.npy"):
+    for kept in neighbor_files([record], ".ids.npy"):
         shard = kept["name"].removesuffix(".ids.npy")
         files = {entry["name"].removeprefix(f"{shard}."): entry for entry in record["files"]
                  if entry["name"].startswith(f"{shard}.")}

@@ -27,13 +27,16 @@ sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
 sys.path.insert(0, str(CHECKOUT / "tests" / "pipeline"))
 import made
 
-from pipeline import neighbors, search
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.indices import index
 from pipeline.indices.config import IndexConfig
 from pipeline.indices.searcher import Searcher
 from pipeline.indices.tune import Queries
+from pipeline.neighbors import rank
+from pipeline.neighbors.config import NeighborsConfig
+from pipeline.neighbors.exhaustive import Blocks, exhaustive, search_device
+from pipeline.neighbors.files import load_neighbors
 from pipeline.stages.driver import run_stage
 
 _K = 20
@@ -81,21 +84,21 @@ def peer(queries: Dataset, database: Dataset, out: Path) -> None:
 def exact(queries: Dataset, database: Dataset, turns: int) -> list[tuple[float, float, float]]:
     """(exhaustive search, with ranking, bare products) in 10^9 multiply-adds and additions a second, turn by turn."""
     import torch
-    device, dtype = search.where()
+    device, dtype = search_device()
     vectors, rows = Embeddings(queries).all()[:_EXACT].astype(np.float32), Embeddings(database)
-    memory = neighbors.NeighborsConfig().block_bytes
-    blocks = search.Blocks(len(vectors), rows.dim, memory, device.type)
+    memory = NeighborsConfig().block_bytes
+    blocks = Blocks(len(vectors), rows.dim, memory, device.type)
     work = 2.0 * len(vectors) * len(rows) * rows.dim
     one = torch.randn(blocks.rows, rows.dim, device=device).to(dtype)
     other = torch.randn(blocks.queries, rows.dim, device=device).to(dtype)
     labels = np.arange(len(rows), dtype=np.uint64)[:, None]
-    asked = search.Queries(vectors, np.full(len(vectors), -1), labels[:len(vectors)] + np.uint64(1 << 40))
+    asked = rank.Queries(vectors, np.full(len(vectors), -1), labels[:len(vectors)] + np.uint64(1 << 40))
     found = []
     for _ in range(turns):
         begin = time.perf_counter()
-        rough = search.exhaustive(vectors, rows, 4 * _K + 20, memory)
+        rough = exhaustive(vectors, rows, 4 * _K + 20, memory)
         searched = time.perf_counter()
-        search.settle(rough, asked, rows, search.Copies(labels, 2.0), _K)
+        rank.rank_candidates(rough, asked, rows, rank.Copies(labels, 2.0), _K)
         settled = time.perf_counter()
         times = max(1, round(work / (2.0 * blocks.rows * blocks.queries * rows.dim)))
         for _ in range(times):
@@ -168,7 +171,7 @@ def lists(queries: Dataset, database: Dataset, given: argparse.Namespace, work: 
                              work / "neighbors-ours.log")
             records = queries.manifest(f"neighbors/{database.label}")["items"]
             note(f"neighbors, {probes} lists", sum(record["run"]["seconds"] for record in records) / 2, usage,
-                 np.concatenate(neighbors.load(queries, database)))
+                 np.concatenate(load_neighbors(queries, database)))
     print(f"index {info['key']}, {info['parameter']}, {info['bytes'] / 2**20:.0f} MB\n")
     print("| | queries/s | whole command | recall@20 | peak memory (PSS), MB |\n|---|---|---|---|---|")
     for name, runs in told.items():

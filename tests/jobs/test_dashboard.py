@@ -22,7 +22,8 @@ from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings.embed import Embed, EmbedConfig
 from pipeline.indices.config import IndexConfig
 from pipeline.indices.index import Index
-from pipeline.neighbors import Neighbors, NeighborsConfig
+from pipeline.neighbors.config import NeighborsConfig
+from pipeline.neighbors.neighbors import Neighbors
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.stages import progress

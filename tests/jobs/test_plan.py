@@ -25,7 +25,8 @@ from pipeline.embeddings.clip_weights import ClipConfig
 from pipeline.embeddings.embed import Embed, EmbedConfig
 from pipeline.indices.config import IndexConfig
 from pipeline.indices.index import Index, build_index
-from pipeline.neighbors import Neighbors, NeighborsConfig
+from pipeline.neighbors.config import NeighborsConfig
+from pipeline.neighbors.neighbors import Neighbors
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage

@@ -24,7 +24,8 @@ from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings import clip
 from pipeline.embeddings.clip_weights import ClipConfig
 from pipeline.indices.searcher import Searcher
-from pipeline.neighbors import Neighbors, NeighborsConfig
+from pipeline.neighbors.config import NeighborsConfig
+from pipeline.neighbors.neighbors import Neighbors
 from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import sealed_input
 from pipeline.stages.stage import FORMAT

@@ -26,7 +26,8 @@ from model.train import train
 from pipeline import storage
 from pipeline.batches import Batches
 from pipeline.datasets.dataset import Dataset
-from pipeline.neighbors import Neighbors, NeighborsConfig
+from pipeline.neighbors.config import NeighborsConfig
+from pipeline.neighbors.neighbors import Neighbors
 from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import read_manifest
 from pipeline.stages.plan import check_and_clear, prepare

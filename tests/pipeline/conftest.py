@@ -32,7 +32,8 @@ def built(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Dataset:
     from pipeline.embeddings.embed import Embed, EmbedConfig
     from pipeline.indices.config import IndexConfig
     from pipeline.indices.index import Index
-    from pipeline.neighbors import Neighbors, NeighborsConfig
+    from pipeline.neighbors.config import NeighborsConfig
+    from pipeline.neighbors.neighbors import Neighbors
     from pipeline.shards.shard import Shard
     from pipeline.sources.config import ShardConfig
     dataset = Dataset.parse(str(tmp_path_factory.mktemp("root")), "drawn")

@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import neighbors, storage
+from pipeline import storage
 from pipeline.batches import Batches, Order, averaged
 from pipeline.datasets import lookup
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.embeddings.embed import Embed, EmbedConfig
 from pipeline.media import tars
-from pipeline.neighbors import Neighbors, NeighborsConfig
+from pipeline.neighbors.config import NeighborsConfig
+from pipeline.neighbors.files import load_neighbors, neighbor_files
+from pipeline.neighbors.neighbors import Neighbors
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage
@@ -84,7 +86,7 @@ def test_a_batch_has_the_pictures_and_the_exact_vectors_of_its_rows(built):
     assert batch["rows"].shape == (8,) and batch["rows"].dtype == np.int64
     pictures = [Image.open(io.BytesIO(tars.picture(sample))) for record in built.manifest("shards")["items"]
                 for sample in tars.read(built.fetch("shards", file_of(record, ".tar")))]
-    ids, vectors = np.concatenate(neighbors.load(built, built)), Embeddings(built).all()
+    ids, vectors = np.concatenate(load_neighbors(built, built)), Embeddings(built).all()
     for image, row, given in zip(batch["image"], batch["rows"], batch["neighbors"], strict=True):
         np.testing.assert_array_equal(image, np.asarray(pictures[row]))
         np.testing.assert_array_equal(given, vectors[ids[row, :3]])
@@ -138,7 +140,7 @@ def test_any_batch_can_be_asked_first(built):
 def test_the_control_has_neighbours_of_another_sample(built):
     true, false = batches(built).at(1), batches(built, true_neighbors=False).at(1)
     np.testing.assert_array_equal(true["image"], false["image"])
-    ids, vectors = np.concatenate(neighbors.load(built, built)), Embeddings(built).all()
+    ids, vectors = np.concatenate(load_neighbors(built, built)), Embeddings(built).all()
     np.testing.assert_array_equal(false["neighbors"], vectors[ids[(false["rows"] + 36) % 72, :3]])
 
 
@@ -200,7 +202,7 @@ def test_a_picture_that_does_not_decode_is_named(copied):
 def test_neighbours_of_other_samples_are_refused(copied):
     manifest = copied.manifest("neighbors/drawn")
     files = [storage.join(copied.folder("neighbors/drawn"), one["name"])
-             for one in neighbors.files(manifest["items"], ".ids.npy")]
+             for one in neighbor_files(manifest["items"], ".ids.npy")]
     rows = [np.load(path) for path in files]
     for path, part in zip(files, (rows[0], np.concatenate([rows[1], rows[2]])[:12], rows[1]), strict=True):
         np.save(path, part)

@@ -16,7 +16,8 @@ from pipeline.indices.faiss_door import open_index
 from pipeline.indices.fill import fill
 from pipeline.indices.index import Index, build_index, build_whole
 from pipeline.indices.searcher import Searcher, misnumbered, open_dataset_index
-from pipeline.neighbors import Neighbors, NeighborsConfig
+from pipeline.neighbors.config import NeighborsConfig
+from pipeline.neighbors.neighbors import Neighbors
 from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import changed_inputs
 from pipeline.stages.plan import clear_folder

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import neighbors, search, storage, verify
+from pipeline import storage, verify
 from pipeline.batches import Batches
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
@@ -16,7 +16,11 @@ from pipeline.datasets.metadata import labels
 from pipeline.indices.config import IndexConfig
 from pipeline.indices.index import Index
 from pipeline.indices.searcher import Lists
-from pipeline.neighbors import Neighbors, NeighborsConfig
+from pipeline.neighbors import neighbors
+from pipeline.neighbors.by_list import bytes_of_a_query
+from pipeline.neighbors.config import NeighborsConfig
+from pipeline.neighbors.files import load_neighbors
+from pipeline.neighbors.neighbors import Neighbors
 from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import without_run_facts
 from pipeline.stages.plan import prepare
@@ -30,7 +34,7 @@ def found(dataset: Dataset, database: Dataset, **options) -> tuple[np.ndarray, n
     manifest = run_stage(Neighbors(dataset, database, NeighborsConfig(**options)))
     scores = [np.load(dataset.fetch(f"neighbors/{database.label}", entry)) for record in manifest["items"]
               for entry in record["files"] if entry["name"].endswith("scores.npy")]
-    return np.concatenate(neighbors.load(dataset, database)), np.concatenate(scores), manifest
+    return np.concatenate(load_neighbors(dataset, database)), np.concatenate(scores), manifest
 
 
 def brute_force(queries: np.ndarray, stored: np.ndarray, k: int, excluded: np.ndarray) -> np.ndarray:
@@ -177,7 +181,7 @@ def test_empty_shards_are_empty_lists(tmp_path):
         if method == "exact":
             one = made.given(tmp_path / "exact", "x", [vectors[:0], vectors[:12], vectors[:0], vectors[12:]])
         found(one, one, k=3, method=method)
-        assert [part.shape for part in neighbors.load(one, one)] == [(0, 3), (12, 3), (0, 3), (8, 3)]
+        assert [part.shape for part in load_neighbors(one, one)] == [(0, 3), (12, 3), (0, 3), (8, 3)]
 
 
 def test_a_rebuilt_index_is_opened_anew(tmp_path):
@@ -186,7 +190,7 @@ def test_a_rebuilt_index_is_opened_anew(tmp_path):
     poor = found(database, database, k=3, candidates=4)[0].copy()
     run_stage(Index(database, IndexConfig(key="Flat")), rebuild=True)
     manifest = run_stage(Neighbors(database, database, NeighborsConfig(k=3, candidates=4)), rebuild=True)
-    again = neighbors.load(database, database)[0]
+    again = load_neighbors(database, database)[0]
     assert manifest["inputs"]["index"]["digest"] == database.manifest("index")["content"]
     stored = Embeddings(database).all().astype(np.float32)
     expected = brute_force(stored, stored, 3, np.eye(400, dtype=bool) | (stored @ stored.T >= 0.98))
@@ -264,8 +268,8 @@ def test_vectors_are_written_when_asked_and_batches_read_them(copied):
     plain = Batches(copied, copied, k=3, global_batch=8, seed=0).at(2)["neighbors"]
     config = NeighborsConfig(k=4, vectors=True)
     run_stage(Neighbors(copied, copied, config), rebuild=True)
-    vectors = neighbors.load(copied, copied, ".vectors.npy")
-    ids = np.concatenate(neighbors.load(copied, copied))
+    vectors = load_neighbors(copied, copied, ".vectors.npy")
+    ids = np.concatenate(load_neighbors(copied, copied))
     assert np.concatenate(vectors).dtype == np.float16
     np.testing.assert_array_equal(np.concatenate(vectors), Embeddings(copied).rows(ids))
     written = Batches(copied, copied, k=3, global_batch=8, seed=0)
@@ -331,7 +335,7 @@ def test_shards_searched_together_give_what_each_gives_alone(tmp_path, method):
         seen.append(({path.name: path.read_bytes() for path in folder.glob("*.npy")}, manifest["info"]))
         assert len(manifest["items"]) == -(-5 // at_once) and len(seen[-1][0]) == 3 * 5 + 1
         assert list(verify.folder(database.root, database.path("neighbors/x"))) == []
-        assert [len(one) for one in neighbors.load(database, database)] == [300, 10, 390, 800, 500]
+        assert [len(one) for one in load_neighbors(database, database)] == [300, 10, 390, 800, 500]
     assert all(one == seen[0] for one in seen)
 
 
@@ -339,7 +343,7 @@ def test_as_many_shards_are_searched_together_as_there_is_memory_and_work_for():
     config = NeighborsConfig(max_memory="1G")
     for lists, wanted in ((False, 100), (True, 32)):
         together = config.shards_at_once(10_000, 10_000_000, 512, lists=lists)
-        each = 4 * 512 + search.bytes_of_a_query(wanted)
+        each = 4 * 512 + bytes_of_a_query(wanted)
         assert together > 1 and together * 1000 * each <= config.block_bytes < (together + 1) * 1000 * each
         assert config.shards_at_once(64, 640_000, 512, lists=lists) == 1
         assert config.shards_at_once(100, 1000, 512, lists=lists) == 2

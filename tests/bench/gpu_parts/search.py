@@ -12,9 +12,9 @@ _DIM, _WANTED = 512, 100
 
 def run(report: Report) -> None:
     """Search a database in files, compare with exact products, and time it."""
-    from pipeline import search
+    from pipeline.neighbors.exhaustive import exhaustive, search_device
     rows, count = report.size(4_000_000, 20_000), report.size(65_536, 512)
-    device, dtype = search.where()
+    device, dtype = search_device()
     rate = products_per_second(device, dtype, report.size(8192, 512))
     report.figure("product of matrices", rate / 1e12, "TFLOP/s", str(dtype))
     database = _database(report, rows)
@@ -33,19 +33,19 @@ def run(report: Report) -> None:
     if report.device.type == "cuda":
         with report.attempt("waits"):
             few = _View(database, 1 << 19)
-            places = synchronizations(lambda: search.exhaustive(queries[:4096], few, _WANTED, 8 << 30), report.device)
+            places = synchronizations(lambda: exhaustive(queries[:4096], few, _WANTED, 8 << 30), report.device)
             report.figure("waits for the GPU in a search of 0.5 M rows", len(places), "", lines_by_count(places))
 
 
 def _timed(report: Report, database: Any, queries: np.ndarray, memory: int, name: str, rate: float, read: float
            ) -> None:
-    from pipeline import search
+    from pipeline.neighbors.exhaustive import exhaustive
     from pipeline.stages.timers import Times
     few = _View(database, 1 << 18)
-    search.exhaustive(queries[:256], few, _WANTED, memory)  # loads kernels
+    exhaustive(queries[:256], few, _WANTED, memory)  # loads kernels
     times = Times()
     begun = time.perf_counter()
-    search.exhaustive(queries, database, _WANTED, memory, times)
+    exhaustive(queries, database, _WANTED, memory, times)
     taken = time.perf_counter() - begun
     operations = 2.0 * len(queries) * len(database) * _DIM
     spent = ", ".join(f"{what} {seconds:.1f}" for what, seconds in times.taken().items())
@@ -57,8 +57,8 @@ def _timed(report: Report, database: Any, queries: np.ndarray, memory: int, name
 
 def _compare(report: Report, database: Any, queries: np.ndarray) -> None:
     """Against float32 products of all rows on the device."""
-    from pipeline import search
-    found = search.exhaustive(queries, database, _WANTED, 1 << 30)
+    from pipeline.neighbors.exhaustive import exhaustive
+    found = exhaustive(queries, database, _WANTED, 1 << 30)
     there = torch.from_numpy(queries).to(report.device)
     values, ids = [], []
     torch.backends.cuda.matmul.allow_tf32 = False

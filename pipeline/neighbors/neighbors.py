@@ -1,102 +1,36 @@
-"""Embeddings and a database -> the k nearest database rows of every sample.
-
-Left out of a sample's list are the sample itself and its copies: rows with the same picture (sha256), patches of the
-same picture, rows nearer than `copy_similarity`, or those that look like it. With them a model would learn to copy its
-condition.
-"""
+"""The stage `neighbors`."""
 
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from pipeline import search, storage
+from pipeline import storage
 from pipeline.datasets import hidden_rows
 from pipeline.datasets.dataset import Dataset, file_of
-from pipeline.datasets.embeddings import Embeddings, check_finite, map_array
+from pipeline.datasets.embeddings import Embeddings, check_finite
 from pipeline.datasets.metadata import labels, perceptual_hashes
 from pipeline.embeddings.embed import same_encoder
 from pipeline.hardware import devices, malloc
 from pipeline.indices import searcher
-from pipeline.indices.config import memory
 from pipeline.indices.searcher import Lists, Searcher
-from pipeline.search import Copies, Found, Queries
+from pipeline.neighbors.by_list import by_list, bytes_of_a_query
+from pipeline.neighbors.config import ALL_ROWS_FROM_LISTS, SCORE_BINS, SPARE_CANDIDATES, NeighborsConfig
+from pipeline.neighbors.exhaustive import exhaustive, halved, search_device
+from pipeline.neighbors.files import neighbor_files
+from pipeline.neighbors.rank import Copies, Found, Queries, masked, rank_candidates
 from pipeline.stages.manifest import changed_inputs
 from pipeline.stages.scratch import shared_scratch
 from pipeline.stages.stage import Stage
 from pipeline.stages.timers import Times
 from pipeline.stages.types import Item, Output
 
-_BASE = 800 << 20  # what a worker has in memory before it searches: torch (470 MB with CUDA's), faiss, pyarrow, Ray
-_LEAST = 64 << 20  # for blocks, whatever the budget
-_SCORES = np.linspace(-1, 1, 101)  # bounds of the bins that scores are counted in
-_MANY = 4  # where one list of so many is looked into, to compare all rows takes no longer
 _LAID = 64 << 20  # bytes of vectors that are laid out at a time
 _WRITTEN = 4096  # rows that are gathered and written at a time
-_FEW = 12  # candidates beyond k that are mostly enough
-_WORKERS = 64  # so many can work at once, however many shards are searched together
-
-
-@dataclass(frozen=True)
-class NeighborsConfig:
-    """Which neighbours are kept."""
-
-    k: int = 20
-    """Neighbours of each sample."""
-    method: Literal["index", "exact"] = "index"
-    """index: among the rows in the lists of the index that are nearest; exact: among all rows. An index without
-    lists gives candidates (HNSW), or all rows are compared, which is no slower (Flat, SQ, PQ)."""
-    candidates: int = 0
-    """Candidates that are ranked for each sample; 0 means 4 k + 20."""
-    probes: int = 0
-    """Lists that are looked into for each sample; 0 means as many as the index was tuned to. Where that is a quarter
-    of them or more, all rows are compared."""
-    copy_similarity: float = 0.98
-    """Rows at least so similar (cosine) count as copies of the sample."""
-    copy_bits: int = -1
-    """Rows whose perceptual hash differs in no more bits of 64 count as copies too; -1: hashes do not matter."""
-    vectors: bool = False
-    """Write the neighbours' vectors beside their ids, so that training reads them in one piece."""
-    checked: int = 200
-    """Samples of all whose neighbours are compared with the exact ones, to measure the recall."""
-    at_once: int = 0
-    """Shards whose samples are searched together, so that the database is read once for all of them; 0: as many as
-    `max_memory` has room for, as long as 64 workers have something to do."""
-    max_memory: str = "1G"
-    """A worker may take so many bytes; blocks are planned from it."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("k", 1), ("candidates", 0), ("probes", 0), ("checked", 0), ("copy_bits", -1),
-                            ("at_once", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"neighbors.{name} must be at least {least}, not {getattr(self, name)}")
-        if not self.copy_similarity > 0:
-            raise ValueError(f"neighbors.copy_similarity = {self.copy_similarity}: must be above 0, or nothing is "
-                             f"left; above 1 for none")
-        memory(self.max_memory, "max_memory")
-
-    @property
-    def block_bytes(self) -> int:
-        """What is left for blocks of vectors and products."""
-        return max(_LEAST, (memory(self.max_memory, "max_memory") - _BASE) // 2)
-
-    @property
-    def wanted(self) -> int:
-        """Candidates of a sample, at most."""
-        return max(self.k + 1, self.candidates or 4 * self.k + 20)
-
-    def shards_at_once(self, shards: int, samples: int, dim: int, *, lists: bool) -> int:
-        """How many of so many shards, with so many samples in all, are one item; `lists`: they are searched by list."""
-        if self.at_once:
-            return self.at_once
-        # By list few have all candidates in memory: those whose first ones were mostly copies.
-        each = 4 * dim + search.bytes_of_a_query(min(self.wanted, self.k + _FEW) if lists else self.wanted)
-        return max(1, min(self.block_bytes * shards // max(1, samples * each), -(-shards // _WORKERS)))
 
 
 class Neighbors(Stage):
@@ -156,7 +90,7 @@ class Neighbors(Stage):
 
     def process(self, item: Item, scratch: Path) -> Output:
         self._as_planned()
-        self.precision = devices.name_of(search.where()[1]) if self.workers_need_gpu else "fp32"
+        self.precision = devices.name_of(search_device()[1]) if self.workers_need_gpu else "fp32"
         malloc.give_back()  # what the last item took, in pieces that do not fit this one
         times = Times()
         opened = _opened(self.database, self.config.method, self.config.copy_bits >= 0, item.inputs["database"])
@@ -188,13 +122,13 @@ class Neighbors(Stage):
                 _write_vectors(path, opened.embeddings, ids[part])
             start = part.stop
         return Output(samples=len(queries), info=info, files=files,
-                      times=times.taken() | search.halved())
+                      times=times.taken() | halved())
 
     def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
         usage = self._usage(records)
         np.save(scratch / "usage.npy", usage, allow_pickle=False)
         infos = [record["info"] for record in records]
-        counts = sum((np.array(info["scores"]) for info in infos), np.zeros(len(_SCORES) - 1, np.int64))
+        counts = sum((np.array(info["scores"]) for info in infos), np.zeros(len(SCORE_BINS) - 1, np.int64))
         checked = sum(info.get("checked", 0) for info in infos)
         recall = sum(info.get("agreed", 0) for info in infos) / checked if checked else None
         return Output(files={"usage.npy": scratch / "usage.npy"}, info={
@@ -239,10 +173,10 @@ class Neighbors(Stage):
         copies = Copies(opened.labels, config.copy_similarity, opened.hashes, config.copy_bits, opened.gone)
         wanted = min(config.wanted, len(opened.embeddings))
         probes = (config.probes or opened.lists.probes) if opened.lists else 0
-        if opened.lists and not exactly and _MANY * probes < opened.lists.count:
+        if opened.lists and not exactly and ALL_ROWS_FROM_LISTS * probes < opened.lists.count:
             # Where a few more than k are enough, to keep more would only take time.
-            ids, scores = self._in_lists(opened, queries, copies, min(wanted, k + _FEW), probes, times)
-            short = np.flatnonzero((ids < 0).any(1)) if wanted > k + _FEW else []
+            ids, scores = self._in_lists(opened, queries, copies, min(wanted, k + SPARE_CANDIDATES), probes, times)
+            short = np.flatnonzero((ids < 0).any(1)) if wanted > k + SPARE_CANDIDATES else []
             if len(short):
                 ids[short], scores[short] = self._in_lists(opened, queries[short], copies, wanted, probes, times)
         elif opened.graph and not exactly:
@@ -250,9 +184,9 @@ class Neighbors(Stage):
                 ids = opened.graph.candidates(queries.vectors, wanted)
             found = Found(ids, np.where(ids >= 0, 0, -np.inf).astype(np.float32), np.inf)
             with times("settle"):
-                ids, scores = search.settle(found, queries, opened.embeddings, copies, k)
+                ids, scores = rank_candidates(found, queries, opened.embeddings, copies, k)
         else:
-            found = search.exhaustive(queries.vectors, opened.embeddings, wanted, config.block_bytes, times)
+            found = exhaustive(queries.vectors, opened.embeddings, wanted, config.block_bytes, times)
             with times("settle"):
                 return self._certain(opened, queries, found, copies)
         # An index that looks into a few lists has no more to give, however many candidates are asked for.
@@ -268,15 +202,15 @@ class Neighbors(Stage):
         there is memory for.
         """
         assert opened.lists
-        fitting = max(1, self.config.block_bytes // search.bytes_of_a_query(wanted))
+        fitting = max(1, self.config.block_bytes // bytes_of_a_query(wanted))
         found = []
         for part in np.array_split(np.arange(len(queries)), -(-len(queries) // fitting)):
             some = queries if len(part) == len(queries) else queries[part]
             with times("choose"):
                 nearest = opened.lists.nearest(some.vectors, probes)
-            rough = search.by_list(some.vectors, nearest, opened.in_lists, wanted, times)
+            rough = by_list(some.vectors, nearest, opened.in_lists, wanted, times)
             with times("settle"):
-                found.append(search.settle(rough, some, opened.embeddings, copies, self.config.k))
+                found.append(rank_candidates(rough, some, opened.embeddings, copies, self.config.k))
         ids, scores = (np.concatenate(column) for column in zip(*found, strict=True))
         return ids, scores
 
@@ -284,15 +218,15 @@ class Neighbors(Stage):
                  ) -> tuple[np.ndarray, np.ndarray]:
         """Ids and scores of an exhaustive search; again for queries where a row that was passed over may be nearer."""
         k, width = self.config.k, found.ids.shape[1]
-        ids, scores = search.settle(found, queries, opened.embeddings, copies, k)
+        ids, scores = rank_candidates(found, queries, opened.embeddings, copies, k)
         unsure = np.flatnonzero(scores[:, -1] < found.beyond)
         if len(unsure) and width < min(1024, len(opened.embeddings)):
-            wider = search.exhaustive(queries.vectors[unsure], opened.embeddings,
+            wider = exhaustive(queries.vectors[unsure], opened.embeddings,
                                       min(8 * width, 1024, len(opened.embeddings)), self.config.block_bytes)
-            ids[unsure], scores[unsure] = search.settle(wider, queries[unsure], opened.embeddings, copies, k)
+            ids[unsure], scores[unsure] = rank_candidates(wider, queries[unsure], opened.embeddings, copies, k)
             unsure = unsure[scores[unsure, -1] < wider.beyond]
         if len(unsure):
-            ids[unsure], scores[unsure] = search.masked(queries[unsure], opened.embeddings, copies, k,
+            ids[unsure], scores[unsure] = masked(queries[unsure], opened.embeddings, copies, k,
                                                         self.config.block_bytes)
         return ids, scores
 
@@ -322,7 +256,7 @@ class Neighbors(Stage):
         def read(entry: dict[str, Any]) -> np.ndarray:
             return np.load(storage.fetch(storage.join(self.folder, entry["name"]), entry), allow_pickle=False)
 
-        entries = files(records, ".ids.npy")
+        entries = neighbor_files(records, ".ids.npy")
         with ThreadPoolExecutor(8) as pool:
             for start in range(0, len(entries), 8):
                 for ids in pool.map(read, entries[start:start + 8]):
@@ -429,7 +363,7 @@ def _opened(database: Dataset, method: str, hashed: bool, digest: str) -> Opened
 
 def _facts(ids: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
     there = scores[ids >= 0]
-    return {"missing": int((ids < 0).sum()), "scores": np.histogram(there.clip(-1, 1), _SCORES)[0].tolist(),
+    return {"missing": int((ids < 0).sum()), "scores": np.histogram(there.clip(-1, 1), SCORE_BINS)[0].tolist(),
             "mean_similarity": round(float(there.mean()), 4) if len(there) else None}
 
 
@@ -439,19 +373,3 @@ def _write_vectors(path: Path, embeddings: Embeddings, ids: np.ndarray) -> None:
     for start in range(0, len(ids), _WRITTEN):
         out[start:start + _WRITTEN] = embeddings.rows(ids[start:start + _WRITTEN], once=True)
     out.flush()
-
-
-def files(items: Sequence[dict[str, Any]], suffix: str) -> list[dict[str, Any]]:
-    """The files of some records or of a manifest whose names end so, in the order of the shards."""
-    return [entry for record in items for entry in record["files"] if entry["name"].endswith(suffix)]
-
-
-def load(dataset: Dataset, database: Dataset, suffix: str = ".ids.npy") -> list[np.ndarray]:
-    """The ids of a sealed neighbour list, shard by shard, each (N_i, k) int64, memory-mapped; or other files of it."""
-    name = f"neighbors/{database.label}"
-    return [dataset.opened(name, entry, map_array) for entry in files(dataset.manifest(name)["items"], suffix)]
-
-
-def written(dataset: Dataset, database: Dataset) -> bool:
-    """Whether a sealed neighbour list has the neighbours' vectors too."""
-    return bool(files(dataset.manifest(f"neighbors/{database.label}")["items"], ".vectors.npy"))

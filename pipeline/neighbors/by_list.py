@@ -1,0 +1,54 @@
+"""Compare each query with the inverted lists nearest to it."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from pipeline.hardware import malloc
+from pipeline.neighbors.rank import NEAREST_LISTS, PRODUCT_ERROR, Best, Found
+from pipeline.stages.timers import Times
+
+_ReadLists = Callable[[np.ndarray], Iterator[tuple[int, np.ndarray, np.ndarray]]]
+
+
+def by_list(vectors: np.ndarray, probes: np.ndarray, lists: _ReadLists, m: int, times: Times | None = None) -> Found:
+    """The m best for each of (Q, D) float32 queries, of the rows in the lists `probes` (Q, P) of each.
+
+    `lists` gives (list, row ids (n,), vectors (n, D)) for some lists, in their order. A list is read for all queries
+    that look into it, and multiplied by all of them: once for those to which it is among the nearest, and once more for
+    the others, who by then know what to beat. Times are those of `exhaustive`.
+    """
+    import torch
+
+    times = times or Times()
+    malloc.keep()
+    queries, best_, rows = torch.from_numpy(vectors), Best(len(vectors), m), torch.empty(0)
+    for part, first in ((probes[:, :NEAREST_LISTS], True), (probes[:, NEAREST_LISTS:], False)):
+        if not part.size:
+            continue
+        order = np.argsort(part, axis=None, kind="stable")
+        wanted, starts = np.unique(part.ravel()[order], return_index=True)
+        places = dict(zip(wanted.tolist(), np.split(order, starts[1:]), strict=True))
+        for number, ids, stored in times.each("read", lists(wanted[wanted >= 0])):
+            if not len(ids):
+                continue
+            with times("read"):
+                # numpy takes ten times as long from half to single precision, and new memory is slow.
+                rows = torch.empty(stored.shape) if len(stored) > len(rows) else rows
+                list_ = rows[:len(stored)].copy_(torch.from_numpy(stored))
+            with times("products"):
+                which, rank = (torch.from_numpy(one) for one in np.divmod(places[number], part.shape[1]))
+                products = queries[which] @ list_.T
+            with times("choose"):
+                if first:
+                    best_.start(which, rank, torch.from_numpy(ids), products)
+                else:
+                    best_.add(which, torch.from_numpy(ids), products)
+        with times("choose"):
+            best_.choose(slice(None))
+    return Found(best_.ids[:, :m].numpy(), best_.scores[:, :m].numpy(), PRODUCT_ERROR["float32"])
+
+
+def bytes_of_a_query(m: int) -> int:
+    """What `by_list` holds for each query, whose m best rows are wanted."""
+    return 2 * m * 12 + m * 24

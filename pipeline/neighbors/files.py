@@ -1,0 +1,25 @@
+"""Read the neighbor lists of a dataset."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.embeddings import map_array
+
+
+def neighbor_files(items: Sequence[dict[str, Any]], suffix: str) -> list[dict[str, Any]]:
+    """The files of some records or of a manifest whose names end so, in the order of the shards."""
+    return [entry for record in items for entry in record["files"] if entry["name"].endswith(suffix)]
+
+
+def load_neighbors(dataset: Dataset, database: Dataset, suffix: str = ".ids.npy") -> list[np.ndarray]:
+    """The ids of a sealed neighbour list, shard by shard, each (N_i, k) int64, memory-mapped; or other files of it."""
+    name = f"neighbors/{database.label}"
+    return [dataset.opened(name, entry, map_array) for entry in neighbor_files(dataset.manifest(name)["items"], suffix)]
+
+
+def has_vectors(dataset: Dataset, database: Dataset) -> bool:
+    """Whether a sealed neighbour list has the neighbours' vectors too."""
+    return bool(neighbor_files(dataset.manifest(f"neighbors/{database.label}")["items"], ".vectors.npy"))
