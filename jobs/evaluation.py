@@ -27,7 +27,7 @@ from jobs.settings import EvaluateConfig, SampleConfig
 from model import judge
 from model.precision import compute_dtype
 from pipeline import storage
-from pipeline.batches import averaged
+from pipeline.batches.images import average_down
 from pipeline.corpora.vocabulary import lot
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
@@ -100,7 +100,7 @@ def pictures_of(dataset: Dataset, size: int) -> np.ndarray:
             raise ValueError(f"the pictures of {dataset.label} have different sizes, a judge needs one\n"
                              f"hint: shard with --resize center_crop")
         if pictures:
-            found.append(averaged(np.stack(pictures), size))
+            found.append(average_down(np.stack(pictures), size))
     return np.concatenate(found)
 
 

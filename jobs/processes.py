@@ -18,7 +18,7 @@ from jobs.training import Job, Training
 from jobs.validation import Validation
 from model.precision import compute_dtype
 from model.train import train
-from pipeline.batches import Batches
+from pipeline.batches.batches import Batches
 from pipeline.hardware import devices
 from pipeline.stages.plan import prepare
 from pipeline.stages.scratch import scratch_folder

@@ -7,7 +7,7 @@ from jobs import tracking
 from jobs.runs import Run
 from model.config import TrainConfig, identity
 from pipeline import storage
-from pipeline.batches import OWN
+from pipeline.batches.batches import OWN
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.lookup import samples
 from pipeline.embeddings.embed import encoder_of

@@ -18,7 +18,8 @@ from model.precision import compute_dtype
 from model.sample import initial_noise, sample
 from model.unet import UNet
 from pipeline import storage
-from pipeline.batches import OWN, averaged
+from pipeline.batches.batches import OWN
+from pipeline.batches.images import average_down
 from pipeline.datasets import lookup
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
@@ -135,7 +136,7 @@ class Validation:
     def _pixels(self, rows: np.ndarray) -> torch.Tensor:
         pictures = np.stack([pixels(one.picture) for one in lookup.samples(self.dataset, rows.tolist())])
         if self.config.image_size:
-            pictures = averaged(pictures, self.config.image_size)
+            pictures = average_down(pictures, self.config.image_size)
         return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def _latents(self, rows: np.ndarray) -> torch.Tensor:

@@ -98,7 +98,7 @@ def loader(root: Path, batch: int, decoder: str) -> Run:
 
 def ours(root: Path, batch: int, threads: int, kept: bool) -> Run:
     """One epoch of Batches; `kept`: the second one, of which everything was decoded in the first."""
-    from pipeline.batches import Batches
+    from pipeline.batches.batches import Batches
     from pipeline.datasets.dataset import Dataset
     photos = Dataset.parse(str(root), "photos")
     batches = Batches(photos, photos, k=_K, global_batch=batch, seed=0, threads=threads,

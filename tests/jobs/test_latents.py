@@ -23,7 +23,7 @@ from jobs.validation import Validation
 from model import checkpoint, first_stage, released
 from model.config import UNetConfig
 from model.unet import UNet
-from pipeline.batches import Batches
+from pipeline.batches.batches import Batches
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.hardware import devices
 from pipeline.media import tars

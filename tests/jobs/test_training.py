@@ -24,7 +24,7 @@ from jobs.verbs import train as train_run
 from model.config import TrainConfig
 from model.train import train
 from pipeline import storage
-from pipeline.batches import Batches
+from pipeline.batches.batches import Batches
 from pipeline.datasets.dataset import Dataset
 from pipeline.neighbors.config import NeighborsConfig
 from pipeline.neighbors.neighbors import Neighbors

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 
-from pipeline.ahead import Ahead
+from pipeline.batches.prefetch import Ahead
 
 
 class Thing:

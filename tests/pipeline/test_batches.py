@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from pipeline import storage
-from pipeline.batches import Batches, Order, averaged
+from pipeline.batches.batches import Batches
+from pipeline.batches.images import average_down
+from pipeline.batches.order import Order
 from pipeline.datasets import lookup
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
@@ -106,7 +108,7 @@ def test_pictures_are_averaged_down(built, decoded_bytes):
     for step in (0, 8, 0):
         image = small.at(step)["image"]
         assert image.shape == (8, 8, 8, 3)
-        np.testing.assert_array_equal(image, averaged(whole.at(step)["image"], 8))
+        np.testing.assert_array_equal(image, average_down(whole.at(step)["image"], 8))
     with pytest.raises(ValueError, match=r"cannot be averaged to 5 x 5\nhint"):
         batches(built, size=5).at(0)
 
