@@ -10,13 +10,12 @@ from functools import cached_property
 from typing import Any
 
 from jobs import logs, versions
-from pipeline import gates, storage, update
+from pipeline import storage
 from pipeline.datasets import published, takedowns
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.hidden_rows import Tombstones
 from pipeline.datasets.published import Pointer
 from pipeline.embeddings.embed import EmbedConfig, encoder_of
-from pipeline.gates import Gate, GatesConfig
 from pipeline.indices.config import IndexConfig
 from pipeline.indices.extend import Drifted, Extension
 from pipeline.indices.index import Index, build_index
@@ -25,7 +24,11 @@ from pipeline.sources.config import ShardConfig
 from pipeline.stages.plan import clear_folder
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import StageFailed
-from pipeline.update import Change, Compare, Reuse, ReuseCaptions, Sought, Update
+from pipeline.versions import gates
+from pipeline.versions.gates import Gate, GatesConfig
+from pipeline.versions.reuse_embeddings import Reuse, ReuseCaptions
+from pipeline.versions.source_diff import DEAD, Change, Compare, Sought, listing
+from pipeline.versions.update_shards import Update
 
 _log = logging.getLogger(__name__)
 _CLAIM = "rebuild.json"
@@ -96,7 +99,7 @@ class Rebuild:
 
     def forecast(self) -> dict[str, Any]:
         """What a rebuild would do, as far as the source's names and looks tell; writes nothing."""
-        before = update.listing(self.last) if self.last else []
+        before = listing(self.last) if self.last else []
         change = self.sought.against(before, {})
         return {"dataset": self.name, "published": self.before.version if self.before else None,
                 **{name: change.counts[name] for name in _COUNTS}, "to_be_read": len(self.sought.suspects(before))}
@@ -147,7 +150,7 @@ class Rebuild:
 
     def change(self, dataset: Dataset, seal: Seal) -> Change:
         """What is new in the source; files that look other than they did are read."""
-        before = update.listing(last) if (last := self.last) else []
+        before = listing(last) if (last := self.last) else []
         suspects: Sequence[int] = self.sought.suspects(before)
         if self.config.thorough and before and self.sought.source.fetch == "file":
             suspects = range(len(self.sought.rows))
@@ -164,7 +167,7 @@ class Rebuild:
         seal(Reuse(dataset, self.embed, last))
         if self.config.embed_captions or (last and last.sealed("text_embeddings")):
             seal(ReuseCaptions(dataset, self.embed, last))
-        dead = storage.join(dataset.folder("shards"), update.DEAD)
+        dead = storage.join(dataset.folder("shards"), DEAD)
         if storage.exists(dead):
             seal(Tombstones(dataset, dead))
         self._index(dataset, last, seal)

@@ -20,7 +20,7 @@ from jobs.gpus import InProcess, check_gpus, local_device
 from jobs.runs import Run
 from jobs.settings import ClusterConfig, Settings
 from jobs.training import Job, Training
-from pipeline import storage, verify
+from pipeline import storage
 from pipeline.datasets import published
 from pipeline.datasets.dataset import Dataset, datasets
 from pipeline.datasets.hidden_rows import Tombstones
@@ -39,6 +39,7 @@ from pipeline.stages.driver import Runner, run_stage
 from pipeline.stages.manifest import read_manifest
 from pipeline.stages.plan import check_and_clear, prepare
 from pipeline.stages.stage import Stage
+from pipeline.versions import verify
 
 _log = logging.getLogger(__name__)
 STOPPED = 130

@@ -95,7 +95,8 @@ class Batches:
     def _shifted(self, shards: list[int]) -> list[int]:
         """The shards that the neighbours of the samples of some shards are taken from."""
         rows = np.concatenate([np.arange(self.offsets[shard], self.offsets[shard + 1]) for shard in shards])
-        _, first = np.unique(found := shard_numbers(self.offsets, (rows + self.shift) % self.offsets[-1]), return_index=True)
+        found = shard_numbers(self.offsets, (rows + self.shift) % self.offsets[-1])
+        _, first = np.unique(found, return_index=True)
         return found[np.sort(first)].tolist()
 
     def _neighbors(self, rows: np.ndarray) -> np.ndarray:

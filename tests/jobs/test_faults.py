@@ -16,11 +16,12 @@ from jobs import demo, status
 from jobs.cli import main
 from jobs.settings import Settings, tiny
 from jobs.verbs import train
-from pipeline import storage, verify
+from pipeline import storage
 from pipeline.stages.driver import run_in_process
 from pipeline.stages.manifest import read_manifest, without_run_facts
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Outcome
+from pipeline.versions import verify
 
 UNINDEXED = "datasets/heldout/v1/index"  # nobody searches in what is held out
 # A network and a corpus that take seconds; the way is the demo's.

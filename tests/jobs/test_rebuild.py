@@ -22,19 +22,20 @@ from jobs import cli, rebuild, versions
 from jobs.rebuild import GatesFailed, Rebuild, RebuildConfig
 from jobs.runs import Run
 from jobs.versions import GcConfig
-from pipeline import storage, update
+from pipeline import storage
 from pipeline.datasets import hidden_rows, published
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.metadata import metadata
 from pipeline.embeddings.embed import EmbedConfig, encoder_of
-from pipeline.gates import GatesConfig
 from pipeline.indices.config import IndexConfig
 from pipeline.indices.searcher import Searcher
 from pipeline.sources.config import DownloadConfig, ShardConfig
 from pipeline.stages import records
 from pipeline.stages.driver import run_stage
 from pipeline.storage import files
+from pipeline.versions.gates import GatesConfig
+from pipeline.versions.source_diff import listing
 from tests.pipeline import made
 
 NAME = "drawn"
@@ -350,7 +351,7 @@ def test_what_is_forgotten(place: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert (source / row["url"]).read_bytes() not in tars and row["key"].encode() not in tars
     assert (source / rows[3]["url"]).read_bytes() in tars
     assert rebuilt(root, source)["unchanged"]
-    assert {one.name for one in update.listing(dataset) if one.status == "forgotten"} == {
+    assert {one.name for one in listing(dataset) if one.status == "forgotten"} == {
         by_key["url"], by_hash["url"], "renamed.png"}
     assert cli.main(["verify", "--root", root]) == 0
     for wrong in ([], ["--sha256", "12"], ["--key", f"{NAME}/none"]):

@@ -20,11 +20,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from jobs.cli import main
-from pipeline import storage, verify
+from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.embeddings.clip_weights import BUNDLED
 from pipeline.stages import records
 from pipeline.stages.manifest import without_run_facts
+from pipeline.versions import verify
 from tests.pipeline import made
 
 SHARDS, PER_SHARD = 16, 18

@@ -26,12 +26,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.cli import main
-from pipeline import storage, verify
+from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.shards.shard import accounting
 from pipeline.stages import progress
 from pipeline.stages.manifest import read_manifest
 from pipeline.storage import files as storage_files
+from pipeline.versions import verify
 from tests.pipeline import web
 from tests.pipeline.made import encoded, noise
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
 
-from pipeline import storage, verify
+from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.media import tars
 from pipeline.shards import deduplicate, shard
@@ -29,6 +29,7 @@ from pipeline.stages.manifest import without_run_facts
 from pipeline.stages.plan import prepare
 from pipeline.stages.types import Outcome, StageFailed
 from pipeline.stages.worker import process_and_commit
+from pipeline.versions import verify
 from tests.pipeline import made, web
 from tests.pipeline.made import encoded, noise
 from tests.pipeline.test_shard import ledger, table

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import storage, verify
+from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.metadata import metadata
@@ -21,6 +21,7 @@ from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage
 from pipeline.stages.types import StageFailed
+from pipeline.versions import verify
 from tests.pipeline import made
 from tests.pipeline.made import encoded, noise
 from tests.pipeline.test_shard import ledger

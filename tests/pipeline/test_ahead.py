@@ -85,6 +85,6 @@ def test_threads_end_with_what_they_are_for():
 
 def test_a_program_does_not_wait_for_what_it_will_not_use():
     begin = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import time\nfrom pipeline.ahead import Ahead\n"
+    subprocess.run([sys.executable, "-c", "import time\nfrom pipeline.batches.prefetch import Ahead\n"
                     "Ahead(lambda number: time.sleep(30)).want(range(8))"], check=True, timeout=60)
     assert time.monotonic() - begin < 25

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import storage, verify
+from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.metadata import metadata
@@ -19,6 +19,7 @@ from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage
 from pipeline.stages.plan import clear_folder
 from pipeline.stages.types import StageFailed
+from pipeline.versions import verify
 from tests.pipeline.test_images import photo
 
 CONFIG = EmbedConfig(batch_size=16)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import storage, verify
+from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.metadata import metadata
@@ -29,7 +29,8 @@ from pipeline.stages.plan import prepare
 from pipeline.stages.stage import fingerprint
 from pipeline.stages.types import StageFailed
 from pipeline.stages.worker import process_and_commit
-from pipeline.update import Reuse
+from pipeline.versions import verify
+from pipeline.versions.reuse_embeddings import Reuse
 from tests.pipeline import made
 from tests.pipeline.test_images import photo
 

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import storage, verify
+from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.metadata import metadata
@@ -15,6 +15,7 @@ from pipeline.embeddings.clip_retrieval import AdoptEmbeddings, Export
 from pipeline.embeddings.embed import EmbedCaptions, EmbedConfig
 from pipeline.stages.driver import run_stage
 from pipeline.stages.types import StageFailed
+from pipeline.versions import verify
 
 CONFIG = EmbedConfig(batch_size=16)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jobs.cli import main
-from pipeline import storage, verify
+from pipeline import storage
 from pipeline.datasets import hidden_rows
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
@@ -22,6 +22,7 @@ from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import changed_inputs
 from pipeline.stages.plan import clear_folder
 from pipeline.stages.types import StageFailed
+from pipeline.versions import verify
 from tests.pipeline import made
 
 KINDS = ["Flat", "SQ8", "PQ8x4", "IVF16,Flat", "IVF16,SQ8", "OPQ8_32,IVF16,PQ8x4", "OPQ8_32,PQ8x4"]

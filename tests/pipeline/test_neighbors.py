@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import storage, verify
+from pipeline import storage
 from pipeline.batches.batches import Batches
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
@@ -26,6 +26,7 @@ from pipeline.stages.manifest import without_run_facts
 from pipeline.stages.plan import prepare
 from pipeline.stages.types import StageFailed
 from pipeline.stages.worker import process_and_commit
+from pipeline.versions import verify
 from tests.pipeline import made
 
 

@@ -4,13 +4,13 @@ import io
 import numpy as np
 from PIL import Image
 
-from pipeline import verify
 from pipeline.corpora.demo_corpus import Pictures, PicturesConfig
 from pipeline.datasets.dataset import Dataset
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import without_run_facts
+from pipeline.versions import verify
 
 CONFIG = PicturesConfig(corpus="drawn", size=24, subjects=20, pictures_per_item=50)
 

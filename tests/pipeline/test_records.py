@@ -7,7 +7,7 @@ import random
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import storage, verify
+from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.embeddings.embed import Embed, EmbedConfig
@@ -20,6 +20,7 @@ from pipeline.stages.plan import read_items
 from pipeline.stages.records import Collected
 from pipeline.stages.stage import fingerprint
 from pipeline.stages.types import StageFailed
+from pipeline.versions import verify
 from tests.pipeline import made
 from tests.pipeline.made import encoded, noise
 from tests.pipeline.test_stage import Count, CountConfig

@@ -16,7 +16,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from pipeline import storage, verify
+from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import metadata
 from pipeline.media import tars
@@ -27,6 +27,7 @@ from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import without_run_facts
 from pipeline.stages.plan import prepare
 from pipeline.stages.worker import process_and_commit
+from pipeline.versions import verify
 from tests.pipeline import made
 from tests.pipeline.made import encoded, noise
 from tests.pipeline.test_images import png

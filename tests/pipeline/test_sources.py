@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import storage, verify
+from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.media import resize, tars
 from pipeline.media.foreign_tars import Suspicions, examine
@@ -29,6 +29,7 @@ from pipeline.sources.detect import open_source
 from pipeline.sources.rows import Reading
 from pipeline.stages.driver import run_stage
 from pipeline.stages.types import StageFailed
+from pipeline.versions import verify
 from tests.pipeline import made, web
 from tests.pipeline.made import encoded, noise
 from tests.pipeline.test_shard import ledger, table

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import storage, verify
+from pipeline import storage
 from pipeline.stages import records
 from pipeline.stages.driver import run_stage
+from pipeline.versions import verify
 from tests.pipeline import made
 
 STAGES = ("shards", "embeddings", "index", "neighbors/drawn")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import storage, update
+from pipeline import storage
 from pipeline.datasets import takedowns
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import labels, metadata
@@ -16,7 +16,7 @@ from pipeline.embeddings.clip_weights import ClipConfig
 from pipeline.embeddings.embed import encoder_of
 from pipeline.indices.searcher import Searcher
 from pipeline.shards.metadata import FORGOTTEN, SUCCESS
-from pipeline.update import Known
+from pipeline.versions.source_diff import Known, listing
 
 _NEAREST = 10  # overlap@10
 
@@ -85,7 +85,7 @@ def judged(dataset: Dataset, before: Dataset | None, asked: Sequence[str], encod
 
     `pinned` are the encoders that consumers of the database are bound to, by the consumers' names.
     """
-    rows = update.listing(dataset)
+    rows = listing(dataset)
     gates = [_recall(dataset, config), _failed(rows, config)]
     if before:
         gates.append(_lost(rows, before, takedowns.read_takedowns(dataset.root), config))
@@ -122,7 +122,7 @@ def _failed(rows: Sequence[Known], config: GatesConfig) -> Gate:
 def _lost(rows: Sequence[Known], before: Dataset, gone: Forgotten, config: GatesConfig) -> Gate:
     """What is gone of the pictures by content; what was forgotten is no loss."""
     now = {one.sha256 for one in rows if one.status == SUCCESS}
-    was = [one.sha256 for one in update.listing(before)
+    was = [one.sha256 for one in listing(before)
            if one.status == SUCCESS and one.sha256 not in gone.sha256 and not gone.named(one.name)]
     value = sum(one not in now for one in was) / max(len(was), 1)
     return Gate("lost", value, f"at most {config.max_lost}", value <= config.max_lost)
