@@ -9,9 +9,9 @@ from typing import Any
 from jobs import latents
 from jobs.runs import Run
 from jobs.settings import ConvertConfig
-from model import checkpoint, first_stage, released
 from model.config import TrainConfig, to_dict
-from model.unet import UNet
+from model.network.unet import UNet
+from model.weights import checkpoint, compvis, first_stage
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings.embed import encoder_of
@@ -85,14 +85,14 @@ class Convert(Stage):
         return storage.sha256_file(self.source)
 
     @cached_property
-    def _content(self) -> tuple[released.Released, TrainConfig, first_stage.FirstStage | None]:
+    def _content(self) -> tuple[compvis.Released, TrainConfig, first_stage.FirstStage | None]:
         """What is in the file; kept, for it may be many gigabytes."""
-        found = released.read(self.source)
-        unet = released.unet_config(found.unet, self.config.head_dim)
+        found = compvis.read(self.source)
+        unet = compvis.unet_config(found.unet, self.config.head_dim)
         config = TrainConfig(steps=max(1, found.step), global_batch=1, unet=unet, diffusion=found.diffusion,
                              k=self.config.k, context_norm=self.config.context_norm)
         if not found.first_stage:
             return found, config, None
         weights = {name: tensor.float() for name, tensor in found.first_stage.items()}
-        autoencoder = first_stage.build(released.first_stage_config(weights), released.first_stage_weights(weights))
+        autoencoder = first_stage.build(compvis.first_stage_config(weights), compvis.first_stage_weights(weights))
         return found, config, replace(autoencoder, scale=self.config.scale or found.scale or 1.0)

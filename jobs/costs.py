@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs.rates import Rates
 from jobs.settings import Settings
-from model.flop import Size
+from model.training.flops import Size
 from pipeline.indices.choose import choose_key, estimated_bytes
 from pipeline.neighbors.config import NeighborsConfig
 from pipeline.neighbors.exhaustive import LARGEST

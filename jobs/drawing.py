@@ -10,12 +10,14 @@ import torch
 from jobs import latents
 from jobs.runs import Run
 from jobs.settings import SampleConfig
-from model import checkpoint, randomness
 from model.config import from_dict
-from model.first_stage import FirstStage
-from model.precision import compute_dtype
-from model.sample import Denoiser, Guidance, initial_noise, sample
-from model.sample import fitting as check
+from model.diffusion import randomness
+from model.diffusion.guidance import Guidance
+from model.diffusion.samplers import Denoiser, initial_noise, sample
+from model.diffusion.samplers import fitting as check
+from model.training.precision import compute_dtype
+from model.weights import checkpoint
+from model.weights.first_stage import FirstStage
 from pipeline.datasets import hidden_rows
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings.clip_weights import ClipConfig, describe_encoder

@@ -24,8 +24,8 @@ from jobs import drawing, findings
 from jobs.drawing import fitting, same_encoder, searched
 from jobs.runs import Run
 from jobs.settings import EvaluateConfig, SampleConfig
-from model import judge
-from model.precision import compute_dtype
+from model import style_classifier
+from model.training.precision import compute_dtype
 from pipeline import storage
 from pipeline.batches.images import average_down
 from pipeline.corpora.vocabulary import lot
@@ -155,16 +155,16 @@ class Judging(Stage):
             if not (out & (y == number)).any() or not (~out & (y == number)).any():
                 raise ValueError(f"{database.label} has no pictures of held-out subjects, or none of others\n"
                                  f"hint: a judge needs both")
-        network = judge.train_judge(x[~out], y[~out], len(self.databases), steps=self.steps, seed=0)
-        probe = judge.train_probe(v[~out], y[~out], len(self.databases))
+        network = style_classifier.train_judge(x[~out], y[~out], len(self.databases), steps=self.steps, seed=0)
+        probe = style_classifier.train_probe(v[~out], y[~out], len(self.databases))
         save_file(network.state_dict(), scratch / "judge.safetensors")
         np.save(scratch / "probe.npy", probe, allow_pickle=False)
-        right = judge.judged(network, x[out]) == y[out], judge.probed(probe, v[out]) == y[out]
+        right = style_classifier.judged(network, x[out]) == y[out], style_classifier.probed(probe, v[out]) == y[out]
         near = nearest(self.dataset, v[out])[0]
         styles = [{"database": database.label, "seen": int((~out & (y == number)).sum()),
                    "held_out": int((out & (y == number)).sum()),
                    "judge": _share(right[0][y[out] == number]), "probe": _share(right[1][y[out] == number]),
-                   "kid": round(judge.kid(v[out & (y == number)], v[~out & (y == number)]), 6),
+                   "kid": round(style_classifier.kid(v[out & (y == number)], v[~out & (y == number)]), 6),
                    "nearest": round(float(near[y[out] == number].mean()), 4)}
                   for number, database in enumerate(self.databases)]
         info = {"judge": _share(right[0]), "probe": _share(right[1]), "nearest": round(float(near.mean()), 4),
@@ -299,7 +299,7 @@ class Evaluation(Stage):
         network, probe = _judges_of(self.judging.folder, json.dumps(read_manifest(
             self.judging.folder, self.judging.command)["items"][0]["files"]), len(self.databases))
         near, rows = nearest(self.judging.dataset, vectors)
-        found = {"judge": judge.judged(network, flat), "probe": judge.probed(probe, vectors),
+        found = {"judge": style_classifier.judged(network, flat), "probe": style_classifier.probed(probe, vectors),
                  "clip": np.einsum("psd,pd->ps", vectors.reshape(len(prompts), self.config.seeds, -1),
                                    plain).reshape(-1).round(4), "nearest": near.round(4), "nearest_row": rows}
         # The distance of what came out to real pictures of the style that it was to have, of other subjects.
@@ -307,7 +307,7 @@ class Evaluation(Stage):
         real = np.delete(real, rows_with(database, frozenset(self._judges()["held_out"])), 0)
         groups = np.repeat(np.arange(len(prompts)), self.config.seeds)
         document = {"way": way.id, "style": style, "prompts": prompts, "neighbors": ids.tolist(),
-                    "kid": round(judge.kid(vectors, real, groups), 6),
+                    "kid": round(style_classifier.kid(vectors, real, groups), 6),
                     **{name: values.reshape(len(prompts), -1).tolist() for name, values in found.items()}}
         (scratch / "found.json").write_bytes(storage.json_bytes(document))
         _tiled(drawn).save(scratch / "pictures.png")
@@ -384,10 +384,10 @@ def _searcher(database: Dataset, content: str, away: frozenset[str]) -> Searcher
 
 
 @lru_cache(maxsize=1)
-def _judges_of(folder: str, files: str, styles: int) -> tuple[judge.Judge, np.ndarray]:
+def _judges_of(folder: str, files: str, styles: int) -> tuple[style_classifier.Judge, np.ndarray]:
     paths = {entry["name"]: storage.fetch(storage.join(folder, entry["name"]), entry, check=True)
              for entry in json.loads(files)}
-    network = judge.Judge(styles)
+    network = style_classifier.Judge(styles)
     network.load_state_dict(load_file(paths["judge.safetensors"]))
     return network.eval().requires_grad_(False), np.load(paths["probe.npy"], allow_pickle=False)
 

@@ -15,8 +15,8 @@ import torch
 
 from jobs.runs import Run
 from jobs.settings import LatentsConfig
-from model import first_stage
-from model.first_stage import FirstStage
+from model.weights import first_stage
+from model.weights.first_stage import FirstStage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.hardware import devices
 from pipeline.media import tars

@@ -134,7 +134,7 @@ class Steps(Stage):
     def process(self, item: Item, scratch: Path) -> Output:
         import torch
 
-        from model import flop
+        from model.training import flops
         device = devices.choose()
         cuda = device.type == "cuda"
         threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
@@ -142,7 +142,7 @@ class Steps(Stage):
         memory = torch.cuda.mem_get_info()[0] if cuda else _memory() // self.workers
         config = replace(self.config, own="none", image_size=0, ema_more=(), validate_every=0)
         # An update needs the activations too, and a CPU without memory ends the process instead of raising.
-        while _BYTES_A_PARAMETER * flop.size(config.unet, self.side, config.k).parameters > memory / 2:
+        while _BYTES_A_PARAMETER * flops.size(config.unet, self.side, config.k).parameters > memory / 2:
             config = _narrower(config)
         took = batch = steps = 0
         while not took:
@@ -153,14 +153,14 @@ class Steps(Stage):
                 took = self._seconds(config, batch, steps, device)
             except MemoryError:
                 config, batch = (config, batch // 2) if batch > 1 else (_narrower(config), 0)
-        size = flop.size(config.unet, self.side, config.k)
+        size = flops.size(config.unet, self.side, config.k)
         return Output(samples=batch * steps, info={
             "flop_per_s": batch * size.training(config.unet.checkpointing) / took, "parameters": size.parameters,
             "batch": batch, "threads": threads, "device": torch.cuda.get_device_name() if cuda else _processor()})
 
     def _seconds(self, config: TrainConfig, batch: int, steps: int, device: Any) -> float:
         """Seconds of an update on so many pictures, but for the first, in which memory is fetched."""
-        from model.train import train
+        from model.training.train import train
         config = replace(config, steps=steps, global_batch=batch, accumulate=min(config.accumulate, batch),
                          log_every=1, checkpoint_every=steps)
         rng = np.random.default_rng(0)

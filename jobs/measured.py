@@ -13,8 +13,8 @@ from jobs import tracking
 from jobs.costs import duration, exact_amounts, listed_amounts, training_flop
 from jobs.rates import ApproximateRates, EmbedRates, ExactRates, IndexRates, Rates, ShardRates, TrainRates
 from jobs.runs import Run
-from model import flop
 from model.config import UNetConfig
+from model.training import flops
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings import clip
@@ -200,7 +200,7 @@ def _train(root: str, gpu: bool) -> TrainRates | None:
         config, unet = section["train"], dict(section["train"]["unet"])
         for sizes in ("channel_mult", "attention_downsampling"):
             unet[sizes] = tuple(unet[sizes])
-        network = flop.size(UNetConfig(**unet), section["image_size"], config["k"])
+        network = flops.size(UNetConfig(**unet), section["image_size"], config["k"])
         operations += lines[-1]["step"] * config["global_batch"] * network.training(unet["checkpointing"])
         seconds += lines[-1]["seconds"] * lines[-1].get("world_size", 1)
     return TrainRates(operations / seconds, gpu) if seconds else None

@@ -16,7 +16,7 @@ from jobs.rates import Rates
 from jobs.report.page import number, size
 from jobs.settings import RECIPES, ClusterConfig, Settings
 from jobs.trial import Trial
-from model import flop
+from model.training import flops
 from pipeline import storage
 from pipeline.embeddings import clip
 from pipeline.indices.config import memory
@@ -136,7 +136,7 @@ def builds(command: PlanCommand, settings: Settings, used: Rates) -> list[Build]
     factor, unet = command.downsampling or corpus.downsampling, settings.train.unet
     side = max(1, (settings.train.image_size or settings.shard.image_size) // factor)
     seen = -(-side // unet.stride) * unet.stride
-    network = flop.size(unet, seen, settings.train.k)
+    network = flops.size(unet, seen, settings.train.k)
     workers = command.workers or settings.cluster.workers
     return [Build(settings, one, other, dim, operations, network,
                   sample_bytes=2 * unet.in_channels * side ** 2 if factor > 1 else 0, side=seen, workers=workers,

@@ -6,8 +6,8 @@ from typing import Any
 
 from jobs import latents
 from jobs.runs import Run
-from model import checkpoint, first_stage
 from model.config import from_dict
+from model.weights import checkpoint, first_stage
 from pipeline import storage
 from pipeline.stages.driver import run_stage
 from pipeline.stages.stage import Stage

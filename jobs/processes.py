@@ -16,8 +16,8 @@ from jobs import labels, tracking
 from jobs.runs import Run
 from jobs.training import Job, Training
 from jobs.validation import Validation
-from model.precision import compute_dtype
-from model.train import train
+from model.training.precision import compute_dtype
+from model.training.train import train
 from pipeline.batches.batches import Batches
 from pipeline.hardware import devices
 from pipeline.stages.plan import prepare

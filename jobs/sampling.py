@@ -17,7 +17,7 @@ from jobs.queries import Query
 from jobs.retrieval import Drawn, Near, Retriever
 from jobs.runs import Run
 from jobs.settings import QueryConfig, SampleConfig
-from model.precision import compute_dtype
+from model.training.precision import compute_dtype
 from pipeline import storage
 from pipeline.datasets import lookup
 from pipeline.datasets.dataset import Dataset

@@ -11,12 +11,12 @@ from PIL import Image
 
 from jobs import latents
 from jobs.training import Job
-from model import diffusion, randomness
 from model.config import TrainConfig
-from model.first_stage import FirstStage
-from model.precision import compute_dtype
-from model.sample import initial_noise, sample
-from model.unet import UNet
+from model.diffusion import process, randomness
+from model.diffusion.samplers import initial_noise, sample
+from model.network.unet import UNet
+from model.training.precision import compute_dtype
+from model.weights.first_stage import FirstStage
 from pipeline import storage
 from pipeline.batches.batches import OWN
 from pipeline.batches.images import average_down
@@ -115,8 +115,8 @@ class Validation:
             part = slice(start, start + _AT_ONCE)
             x0, eps, t = (one[part].to(device) for one in (self.x0, self.eps, self.t))
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._half(device)):
-                answer = network(diffusion.q_sample(self.config.diffusion, x0, eps, t), t, context[part].to(device))
-            total += diffusion.loss(self.config.diffusion, answer, x0, eps, t).sum().item()
+                answer = network(process.q_sample(self.config.diffusion, x0, eps, t), t, context[part].to(device))
+            total += process.loss(self.config.diffusion, answer, x0, eps, t).sum().item()
         return total / len(self.x0)
 
     def _half(self, device: torch.device) -> bool:

@@ -40,8 +40,8 @@ from jobs.rates import Rates
 from jobs.runs import Run
 from jobs.settings import Settings, tiny
 from jobs.training import Job, Training
-from model import flop
 from model.config import TrainConfig, UNetConfig
+from model.training import flops
 from pipeline.corpora.demo_corpus import Pictures, PicturesConfig
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings import clip
@@ -110,7 +110,7 @@ def seconds(root: Path, shares: Shares) -> dict[str, float]:
 def foretold(known: Rates, pictures: int, settings: Settings) -> dict[str, float]:
     """Worker seconds of each stage for so many pictures, which are their own database."""
     operations, dim = clip.flop_per_image(settings.embed.clip())
-    network = flop.size(settings.train.unet, settings.shard.image_size, settings.train.k)
+    network = flops.size(settings.train.unet, settings.shard.image_size, settings.train.k)
     planned = Build(settings, pictures, 0, dim, operations, network)
     return {cost.stage: cost.worker_seconds for cost in costs.costs(planned, known)}
 
@@ -165,7 +165,7 @@ def compare_searches(work: Path, rows: int, each: int, times: int) -> int:
     known = measured.rates(str(work / "small"), rates.built_in())
     took = search(work / "large", rows * times, each, settings)
     before = Build(settings, rows // each, rows, _DIM, clip.flop_per_image(settings.embed.clip())[0],
-                   flop.size(settings.train.unet, settings.shard.image_size, settings.train.k))
+                   flops.size(settings.train.unet, settings.shard.image_size, settings.train.k))
     planned = replace(before, pictures=rows // each * times, rows=rows * times)
     print(f"{machine()}; {before.pictures} samples among {rows} x {_DIM}, then {planned.pictures} among "
           f"{planned.rows}; processor seconds\n")

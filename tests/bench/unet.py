@@ -22,10 +22,12 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from model import diffusion, flop, recipes, sample
+from model import recipes
 from model.config import DiffusionConfig, UNetConfig
-from model.precision import compute_dtype
-from model.unet import UNet
+from model.diffusion import process, samplers
+from model.network.unet import UNet
+from model.training import flops
+from model.training.precision import compute_dtype
 
 NOISE = DiffusionConfig(beta_start=0.0015, beta_end=0.0195)
 
@@ -99,7 +101,7 @@ def _training(networks: dict[str, nn.Module], config: UNetConfig, given: argpars
     x0 = torch.randn(given.batch, config.in_channels, given.side, given.side, device=device)
     eps, t = torch.randn_like(x0), torch.randint(1000, (given.batch,), device=device)
     context = torch.randn(given.batch, 4, config.context_dim, device=device)
-    x_t = diffusion.q_sample(NOISE, x0, eps, t)
+    x_t = process.q_sample(NOISE, x0, eps, t)
     if given.channels_last:
         x_t = x_t.contiguous(memory_format=torch.channels_last)
     steps: dict[str, Callable[[], None]] = {}
@@ -111,7 +113,7 @@ def _training(networks: dict[str, nn.Module], config: UNetConfig, given: argpars
         def step(asked: Any = asked, optimizer: Any = optimizer) -> None:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
                 answer = asked(x_t, t, context)
-            diffusion.loss(NOISE, answer, x0, eps, t).mean().backward()
+            process.loss(NOISE, answer, x0, eps, t).mean().backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -119,11 +121,11 @@ def _training(networks: dict[str, nn.Module], config: UNetConfig, given: argpars
     seconds = _in_turns(steps, given.turns, given.steps, device)
     rates = {name: given.batch * given.steps / one for name, one in seconds.items()}
     found = {"pictures_per_s": rates, "ratio": rates["ours"] / rates["diffusers"]}
-    operations = rates["ours"] * flop.size(config, given.side, 4).training(checkpointing=False)
+    operations = rates["ours"] * flops.size(config, given.side, 4).training(checkpointing=False)
     found["tflops_per_s"] = operations / 1e12
     if device.type == "cuda":
         found["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-        if peak := flop.peak(torch.cuda.get_device_name(device)):
+        if peak := flops.peak(torch.cuda.get_device_name(device)):
             found["mfu"] = operations / peak
     return found
 
@@ -140,7 +142,7 @@ def _sampling(networks: dict[str, nn.Module], config: UNetConfig, given: argpars
             def asked(x: torch.Tensor, t: torch.Tensor, given_context: torch.Tensor) -> torch.Tensor:
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
                     return networks["ours"](x, t, given_context)
-            sample.sample(asked, NOISE, context, noise, steps=count, guidance=2.0, sampler=sampler, clamp=False)
+            samplers.sample(asked, NOISE, context, noise, steps=count, guidance=2.0, sampler=sampler, clamp=False)
 
         def theirs(sampler: Any = sampler, count: int = count) -> None:
             _their_loop(networks["diffusers"], sampler, count, noise, context, dtype)

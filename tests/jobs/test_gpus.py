@@ -16,7 +16,7 @@ from jobs.cli import main
 from jobs.pool import Pool
 from jobs.settings import ClusterConfig
 from jobs.training import Training
-from model import flop
+from model.training import flops
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings.embed import Embed, EmbedConfig
 from pipeline.hardware import devices
@@ -91,7 +91,7 @@ def test_a_network_that_does_not_fit_the_gpu_has_another_hint_than_a_batch(root:
                                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from model import train
+    from model.training import train
 
     def start(*_: Any) -> Any:
         raise torch.OutOfMemoryError(FULL)
@@ -304,6 +304,6 @@ def test_a_cluster_of_this_command_alone_without_a_gpu_is_an_error_at_once(clust
 
 
 def test_a_slice_of_a_gpu_has_its_share_of_the_rate() -> None:
-    whole = flop.peak("NVIDIA H100 80GB HBM3")
-    assert whole and flop.peak("NVIDIA H100 80GB HBM3 MIG 1g.10gb") == whole / 7
-    assert flop.peak("NVIDIA H100 80GB HBM3 MIG 3g.40gb") == whole * 3 / 7
+    whole = flops.peak("NVIDIA H100 80GB HBM3")
+    assert whole and flops.peak("NVIDIA H100 80GB HBM3 MIG 1g.10gb") == whole / 7
+    assert flops.peak("NVIDIA H100 80GB HBM3 MIG 3g.40gb") == whole * 3 / 7

@@ -20,9 +20,9 @@ from jobs.runs import Run
 from jobs.settings import LatentsConfig, SampleConfig, tiny
 from jobs.training import Job, Training
 from jobs.validation import Validation
-from model import checkpoint, first_stage, released
 from model.config import UNetConfig
-from model.unet import UNet
+from model.network.unet import UNet
+from model.weights import checkpoint, compvis, first_stage
 from pipeline.batches.batches import Batches
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.hardware import devices
@@ -40,9 +40,9 @@ SMALL = UNetConfig(in_channels=16, out_channels=16, model_channels=32, channel_m
 def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small KL first stage of the golden weights, as diffusers keeps it; it names no factor."""
     folder = tmp_path_factory.mktemp("first-stage")
-    weights = {name: tensor.float() for name, tensor in released.read(GOLDEN).first_stage.items()}
-    first_stage.build(released.first_stage_config(weights),
-                      released.first_stage_weights(weights)).network.save_pretrained(folder)
+    weights = {name: tensor.float() for name, tensor in compvis.read(GOLDEN).first_stage.items()}
+    first_stage.build(compvis.first_stage_config(weights),
+                      compvis.first_stage_weights(weights)).network.save_pretrained(folder)
     _edit(folder / "config.json", "scaling_factor", None)
     return folder
 
@@ -64,7 +64,7 @@ def _released(path: Path, unet: UNetConfig = SMALL) -> Path:
     """A checkpoint under the names of the release, with random weights and the golden first stage."""
     torch.manual_seed(0)
     state = {f"model.diffusion_model.{name}": tensor for name, tensor in UNet(unet).state_dict().items()}
-    state |= {f"first_stage_model.{name}": tensor for name, tensor in released.read(GOLDEN).first_stage.items()}
+    state |= {f"first_stage_model.{name}": tensor for name, tensor in compvis.read(GOLDEN).first_stage.items()}
     state["betas"] = (torch.linspace(0.0015**0.5, 0.015**0.5, 1000, dtype=torch.float64) ** 2).float()
     state["scale_factor"] = torch.tensor(0.5)
     torch.save({"state_dict": state, "global_step": 1234}, path)

@@ -17,8 +17,9 @@ from jobs.rates import Rates
 from jobs.runs import Run
 from jobs.settings import RECIPES, Settings
 from jobs.training import Job, Training
-from model import flop, recipes
+from model import recipes
 from model.config import UNetConfig
+from model.training import flops
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings import clip
 from pipeline.embeddings.clip_weights import ClipConfig
@@ -39,7 +40,7 @@ SETTINGS = Settings(
     index=IndexConfig(key="IVF8,SQ8"), neighbors=NeighborsConfig(k=5, probes=1, checked=20, vectors=True),
     train=replace(_TINY, steps=6, global_batch=2, log_every=2, checkpoint_every=3, k=2,
                   unet=replace(_TINY.unet, model_channels=32)))
-NETWORK = flop.Size(forward=1e9, parameters=1000)
+NETWORK = flops.Size(forward=1e9, parameters=1000)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def known(root: Path) -> Rates:
 
 def built(pictures: int = 144, rows: int = 0, settings: Settings = SETTINGS, **changes) -> Build:
     operations, dim = clip.flop_per_image(settings.embed.clip())
-    network = flop.size(settings.train.unet, settings.shard.image_size, settings.train.k)
+    network = flops.size(settings.train.unet, settings.shard.image_size, settings.train.k)
     return Build(settings, pictures, rows, dim, operations, network, **changes)
 
 
@@ -275,7 +276,7 @@ def test_the_network_costs_what_its_layers_do():
     import torch
     from torch import nn
 
-    from model.unet import UNet
+    from model.network.unet import UNet
     config = UNetConfig(model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_downsampling=(),
                         context_dim=16)
     network, products = UNet(config), []
@@ -288,7 +289,7 @@ def test_the_network_costs_what_its_layers_do():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(count)
     network(torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.zeros(1, 2, 16))
-    found = flop.size(config, 8, 2)
+    found = flops.size(config, 8, 2)
     attention = 4 * 64 * (64 + 2) * 32  # scores and values of 64 places, among themselves and with two vectors
     assert found.forward == sum(products) + attention
     assert found.parameters == sum(one.numel() for one in network.parameters())

@@ -22,7 +22,7 @@ from jobs.settings import tiny
 from jobs.training import Job, Training
 from jobs.verbs import train as train_run
 from model.config import TrainConfig
-from model.train import train
+from model.training.train import train
 from pipeline import storage
 from pipeline.batches.batches import Batches
 from pipeline.datasets.dataset import Dataset

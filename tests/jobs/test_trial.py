@@ -83,8 +83,8 @@ def test_steps_take_what_training_takes(prepared: Path, tmp_path: Path) -> None:
     real = (lines[-1]["seconds"] - lines[0]["seconds"]) / 50
     info = run_stage(made.Steps(str(tmp_path / "steps"), config, 32, 16, 10 * real, 1))["items"][0]["info"]
     assert info["batch"] <= 16 and info["parameters"] > 1e5
-    from model import flop
-    each = flop.size(config.unet, 32, config.k).training(False)
+    from model.training import flops
+    each = flops.size(config.unet, 32, config.k).training(False)
     assert 1 / 3 < each * 16 / info["flop_per_s"] / real < 3  # the machine may do other things meanwhile
 
 

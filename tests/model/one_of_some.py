@@ -14,7 +14,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
 import toy  # noqa: E402
 
-from model.train import train  # noqa: E402
+from model.training.train import train  # noqa: E402
 
 
 def main(rank: int, world: int, port: int, folder: Path, fsdp: bool) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from model.config import DiffusionConfig, TrainConfig, from_dict, identity, to_dict
-from model.train import _prepare
-from model.unet import UNet
+from model.network.unet import UNet
+from model.training.train import _prepare
 from tests.model import toy
 
 

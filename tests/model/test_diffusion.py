@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from model import randomness
-from model.diffusion import (
+from model.diffusion import randomness
+from model.diffusion.guidance import Guidance
+from model.diffusion.process import (
     DiffusionConfig,
     alpha_bar,
     alpha_sigma,
@@ -16,7 +17,7 @@ from model.diffusion import (
     target,
     to_x0_eps,
 )
-from model.sample import Guidance, ddim_timesteps, initial_noise, sample, timesteps
+from model.diffusion.samplers import ddim_timesteps, initial_noise, sample, timesteps
 
 
 def test_schedule_is_the_square_of_a_ramp():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import judge
+from model import style_classifier
 
 
 def _pictures(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -26,10 +26,10 @@ def _vectors(count: int, centre: np.ndarray, rng: np.random.Generator) -> np.nda
 
 def test_a_judge_learns_how_pictures_are_drawn() -> None:
     torch.set_num_threads(1)
-    network = judge.train_judge(*_pictures(200, 0), 2, steps=60, seed=0)
+    network = style_classifier.train_judge(*_pictures(200, 0), 2, steps=60, seed=0)
     pictures, labels = _pictures(200, 1)
-    assert (judge.judged(network, pictures) == labels).mean() > 0.95
-    again = judge.train_judge(*_pictures(200, 0), 2, steps=60, seed=0)
+    assert (style_classifier.judged(network, pictures) == labels).mean() > 0.95
+    again = style_classifier.train_judge(*_pictures(200, 0), 2, steps=60, seed=0)
     assert all(torch.equal(one, other) for one, other in
                zip(network.state_dict().values(), again.state_dict().values(), strict=True))
 
@@ -38,9 +38,9 @@ def test_a_rare_style_is_learned_as_well_as_a_frequent_one() -> None:
     torch.set_num_threads(1)
     pictures, labels = _pictures(400, 0)
     rare = np.concatenate([np.flatnonzero(labels == 0), np.flatnonzero(labels == 1)[:12]])
-    network = judge.train_judge(pictures[rare], labels[rare], 2, steps=60, seed=0)
+    network = style_classifier.train_judge(pictures[rare], labels[rare], 2, steps=60, seed=0)
     pictures, labels = _pictures(200, 1)
-    assert (judge.judged(network, pictures[labels == 1]) == 1).mean() > 0.9
+    assert (style_classifier.judged(network, pictures[labels == 1]) == 1).mean() > 0.9
 
 
 def test_the_probe_tells_directions_apart() -> None:
@@ -48,20 +48,21 @@ def test_the_probe_tells_directions_apart() -> None:
     centres = np.eye(3, 8)
     vectors = np.concatenate([_vectors(50, centre, rng) for centre in centres])
     labels = np.repeat(np.arange(3), 50)
-    weights = judge.train_probe(vectors, labels, 3)
+    weights = style_classifier.train_probe(vectors, labels, 3)
     others = np.concatenate([_vectors(50, centre, rng) for centre in centres])
     assert weights.shape == (3, 9)
-    assert (judge.probed(weights, others) == labels).mean() > 0.95
+    assert (style_classifier.probed(weights, others) == labels).mean() > 0.95
 
 
 def test_kid_is_about_nothing_for_the_same_and_grows_with_the_distance() -> None:
     rng = np.random.default_rng(0)
     near, far = np.eye(2, 8)
     some = _vectors(150, near, rng)
-    same = np.mean([judge.kid(_vectors(100, near, rng), _vectors(150, near, rng)) for _ in range(20)])
-    between, apart = judge.kid(some, _vectors(150, near + 0.3 * far, rng)), judge.kid(some, _vectors(150, far, rng))
+    same = np.mean([style_classifier.kid(_vectors(100, near, rng), _vectors(150, near, rng)) for _ in range(20)])
+    between = style_classifier.kid(some, _vectors(150, near + 0.3 * far, rng))
+    apart = style_classifier.kid(some, _vectors(150, far, rng))
     assert abs(same) < 0.01 < between < apart
-    assert np.isnan(judge.kid(some[:1], some))
+    assert np.isnan(style_classifier.kid(some[:1], some))
 
 
 def test_kid_does_not_take_pictures_of_one_prompt_for_independent_ones() -> None:
@@ -71,10 +72,10 @@ def test_kid_does_not_take_pictures_of_one_prompt_for_independent_ones() -> None
     once = [_vectors(100, centre, rng) for _ in range(20)]
     twice = [np.repeat(some[:50], 2, 0) for some in once]  # two pictures of each prompt that are quite the same
     groups = np.repeat(np.arange(50), 2)
-    honest = np.mean([judge.kid(some, real, groups) for some in twice])
-    assert abs(honest - np.mean([judge.kid(some, real) for some in once])) < 0.02
-    assert np.mean([judge.kid(some, real) for some in twice]) > honest + 0.01
-    assert np.isnan(judge.kid(once[0][:2], real, np.zeros(2)))
+    honest = np.mean([style_classifier.kid(some, real, groups) for some in twice])
+    assert abs(honest - np.mean([style_classifier.kid(some, real) for some in once])) < 0.02
+    assert np.mean([style_classifier.kid(some, real) for some in twice]) > honest + 0.01
+    assert np.isnan(style_classifier.kid(once[0][:2], real, np.zeros(2)))
 
 
 def test_kid_is_what_its_definition_says() -> None:
@@ -88,4 +89,4 @@ def test_kid_is_what_its_definition_says() -> None:
         return float(np.mean([kernel(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j]))
 
     across = np.mean([kernel(a, b) for a in one for b in other])
-    assert judge.kid(one, other) == pytest.approx(within(one) + within(other) - 2 * across)
+    assert style_classifier.kid(one, other) == pytest.approx(within(one) + within(other) - 2 * across)

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from model import first_stage, released
-from model.diffusion import alpha_bar
+from model.diffusion.process import alpha_bar
+from model.diffusion.samplers import ddim_timesteps, sample
+from model.network.unet import UNet
 from model.recipes import ffhq_415m, imagenet_400m, laion_1p3b
-from model.sample import ddim_timesteps, sample
-from model.unet import UNet
+from model.weights import compvis, first_stage
 
 GOLDEN = Path(__file__).parent / "golden"
 KEYS = json.loads((GOLDEN / "compvis_full_keys.json").read_text())
@@ -24,7 +24,7 @@ KEYS = json.loads((GOLDEN / "compvis_full_keys.json").read_text())
 
 @pytest.fixture(scope="module")
 def small():
-    return released.read(GOLDEN / "compvis_small.safetensors")
+    return compvis.read(GOLDEN / "compvis_small.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def io():
 
 @pytest.fixture(scope="module")
 def unet(small):
-    net = UNet(released.unet_config(small.unet))
+    net = UNet(compvis.unet_config(small.unet))
     net.load_state_dict({name: tensor.float() for name, tensor in small.unet.items()})
     return net.eval()
 
@@ -43,7 +43,7 @@ def unet(small):
 @pytest.fixture(scope="module")
 def autoencoder(small):
     weights = {name: tensor.float() for name, tensor in small.first_stage.items()}
-    return first_stage.build(released.first_stage_config(weights), released.first_stage_weights(weights))
+    return first_stage.build(compvis.first_stage_config(weights), compvis.first_stage_weights(weights))
 
 
 def shapes(name: str) -> dict[str, torch.Tensor]:
@@ -77,7 +77,7 @@ def test_ten_steps_of_ddim_end_where_those_of_the_published_code_do(unet, io):
                                           ("rdm768", laion_1p3b)])
 def test_every_name_and_size_of_a_released_unet_is_known(name, recipe):
     weights = shapes(name)
-    config = released.unet_config(weights)
+    config = compvis.unet_config(weights)
     wanted = recipe().unet
     assert {**config.__dict__, "checkpointing": True, "attention_downsampling": set(config.attention_downsampling)} == {
         **wanted.__dict__, "attention_downsampling": set(wanted.attention_downsampling)}
@@ -92,11 +92,11 @@ def test_every_name_and_size_of_a_released_unet_is_known(name, recipe):
 def test_every_name_and_size_of_a_released_first_stage_is_known(name, kind, factor, channels):
     import diffusers
     weights = shapes(name)
-    config = released.first_stage_config(weights)
+    config = compvis.first_stage_config(weights)
     assert config["_class_name"] == kind
     with torch.device("meta"):
         network = getattr(diffusers, kind).from_config(config)
-    ours = {key: list(tensor.shape) for key, tensor in released.first_stage_weights(weights).items()}
+    ours = {key: list(tensor.shape) for key, tensor in compvis.first_stage_weights(weights).items()}
     assert ours == {key: list(tensor.shape) for key, tensor in network.state_dict().items()}
     stage = first_stage.FirstStage(network, kind, 1.0)
     assert (stage.factor, stage.channels) == (factor, channels)
@@ -118,7 +118,7 @@ def checkpoint(small, path: Path, **more) -> Path:
 
 
 def test_a_whole_checkpoint_is_read_with_its_average_and_its_schedule(small, tmp_path):
-    found = released.read(checkpoint(small, tmp_path / "model.ckpt"))
+    found = compvis.read(checkpoint(small, tmp_path / "model.ckpt"))
     assert found.averaged and found.step == 42 and found.scale == pytest.approx(0.2)
     assert (found.diffusion.beta_start, found.diffusion.beta_end) == (0.0015, 0.015)
     assert found.unet.keys() == small.unet.keys() and found.first_stage.keys() == small.first_stage.keys()
@@ -144,7 +144,7 @@ def test_no_code_of_a_checkpoint_runs(small, tmp_path):
     assert trap.exists()
     trap.unlink()
     try:
-        released.read(path)
+        compvis.read(path)
     except ValueError as error:
         assert "cannot be read as weights" in str(error)
     assert not trap.exists()
@@ -162,21 +162,21 @@ def test_what_is_no_released_checkpoint_is_refused_in_words(small, tmp_path, bre
     break_it(whole["state_dict"])
     torch.save(whole, path)
     with pytest.raises(ValueError, match=said):
-        released.read(path)
+        compvis.read(path)
 
 
 def test_a_file_that_was_cut_short_is_refused_in_words(small, tmp_path):
     path = checkpoint(small, tmp_path / "model.ckpt")
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match="cannot be read as weights"):
-        released.read(path)
+        compvis.read(path)
 
 
 def test_weights_of_something_else_are_refused(small):
     with pytest.raises(ValueError, match="not the weights of a UNet"):
-        released.unet_config(small.first_stage)
+        compvis.unet_config(small.first_stage)
     with pytest.raises(ValueError, match="not the weights of a first stage"):
-        released.first_stage_config(small.unet)
+        compvis.first_stage_config(small.unet)
 
 
 def test_a_first_stage_is_loaded_from_a_folder(autoencoder, io, tmp_path):

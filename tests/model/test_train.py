@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from model import randomness
-from model.checkpoint import load_denoiser
-from model.ema import EMA
-from model.train import learning_rate, train
+from model.diffusion import randomness
+from model.training.train import learning_rate, train
+from model.weights.checkpoint import load_denoiser
+from model.weights.ema import EMA
 from tests.model import toy
 
 

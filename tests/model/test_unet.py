@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from model.network.unet import UNet, UNetConfig
 from model.recipes import imagenet_400m, laion_1p3b
-from model.unet import UNet, UNetConfig
 
 SMALL = UNetConfig(
     model_channels=32,

@@ -3,8 +3,8 @@
 import numpy as np
 
 from model.config import TrainConfig
-from model.diffusion import DiffusionConfig
-from model.unet import UNetConfig
+from model.diffusion.process import DiffusionConfig
+from model.network.unet import UNetConfig
 
 UNET = UNetConfig(
     model_channels=32,

@@ -17,7 +17,7 @@ def run(report: Report) -> None:
     except ImportError as error:
         report.skip("all of latents", f"{error}; pip install diffusers")
         return
-    from model.first_stage import FirstStage
+    from model.weights.first_stage import FirstStage
     config = _KL_F8 | ({"block_out_channels": [32, 32, 64, 64]} if report.small else {})
     torch.manual_seed(0)
     network = AutoencoderKL.from_config(config).eval().requires_grad_(False).to(report.device)

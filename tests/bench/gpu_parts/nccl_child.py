@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from model import recipes
 from model.config import TrainConfig
-from model.train import train
+from model.training.train import train
 
 
 def main() -> None:

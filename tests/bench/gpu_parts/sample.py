@@ -6,8 +6,8 @@ import torch
 from gpu_parts.report import Report, lines_by_count, seconds, synchronizations
 
 from model import recipes
-from model.sample import sample
-from model.unet import UNet
+from model.diffusion.samplers import sample
+from model.network.unet import UNet
 
 
 def run(report: Report) -> None:

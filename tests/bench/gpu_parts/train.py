@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from gpu_parts.report import Report, lines_by_count, synchronizations
 
-from model import checkpoint, recipes
+from model import recipes
 from model.config import TrainConfig
-from model.train import train
+from model.training.train import train
+from model.weights import checkpoint
 
 _K = 4
 

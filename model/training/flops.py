@@ -44,7 +44,7 @@ def size(config: UNetConfig, side: int, k: int) -> Size:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from model.unet import UNet
+    from model.network.unet import UNet
     with torch.device("meta"):
         network = UNet(config).eval()
         inputs = (torch.empty(1, config.in_channels, side, side), torch.zeros(1),

@@ -23,12 +23,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from model import checkpoint, diffusion, flop, randomness
-from model.checkpoint import whole
 from model.config import TrainConfig
-from model.ema import EMA
-from model.precision import compute_dtype
-from model.unet import UNet
+from model.diffusion import process, randomness
+from model.network.unet import UNet
+from model.training import flops
+from model.training.precision import compute_dtype
+from model.weights import checkpoint
+from model.weights.checkpoint import whole
+from model.weights.ema import EMA
 
 Batch = dict[str, np.ndarray]
 Write = Callable[[Path], None]
@@ -336,12 +338,12 @@ def _synchronised(network: nn.Module, *, last: bool) -> Iterator[None]:
 def _losses(config: TrainConfig, network: nn.Module, x0: Tensor, eps: Tensor, t: Tensor, context: Tensor) -> Tensor:
     """The loss of each picture (B,)."""
     dtype = compute_dtype(config.precision, x0.device)
-    x_t = diffusion.q_sample(config.diffusion, x0, eps, t)
+    x_t = process.q_sample(config.diffusion, x0, eps, t)
     if config.channels_last:
         x_t = x_t.contiguous(memory_format=torch.channels_last)
     with torch.autocast(x0.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         answer = network(x_t, t, context)  # (B, C, H, W)
-    return diffusion.loss(config.diffusion, answer, x0, eps, t)
+    return process.loss(config.diffusion, answer, x0, eps, t)
 
 
 class _Meter:
@@ -392,10 +394,10 @@ class _Meter:
 
     def _operations(self, samples_per_s: float, inputs: Inputs) -> dict[str, float]:
         """Operations a second of all processes, and the share of what their GPUs could do, if that is known."""
-        each = flop.size(self.config.unet, inputs.x0.shape[-1], self.config.k)
+        each = flops.size(self.config.unet, inputs.x0.shape[-1], self.config.k)
         # What goes forwards again to save memory is no work that the model needs.
         done = samples_per_s * each.training(checkpointing=False)
-        peak = flop.peak(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        peak = flops.peak(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
         return {"tflops_per_s": done / 1e12} | ({"mfu": done / (peak * self.world)} if peak else {})
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn, optim
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model.config import TrainConfig, differences, from_dict, to_dict
-from model.ema import EMA
-from model.unet import UNet
+from model.network.unet import UNet
+from model.weights.ema import EMA
 
 FORMAT = 1
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.precision import compute_dtype
+from model.training.precision import compute_dtype
 
 _BATCH = 64
 _WIDTH = 32

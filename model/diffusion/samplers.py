@@ -1,8 +1,4 @@
-"""Sampling: DDIM, DPM-Solver++(2M), Euler and Heun behind one signature, with classifier-free guidance.
-
-Letters: B pictures, C channels, k context vectors, D their dimension, s guidance;
-x_t, x0, eps, alpha, sigma as in `model.diffusion`.
-"""
+"""Samplers: DDIM, DPM-Solver++ and the flow ODE."""
 
 import itertools
 import math
@@ -13,9 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from model import randomness
 from model.config import DiffusionConfig
-from model.diffusion import amplitudes, to_x0_eps
+from model.diffusion import randomness
+from model.diffusion.guidance import Guidance
+from model.diffusion.process import amplitudes, to_x0_eps
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 Sampler = Literal["ddim", "dpm++", "euler", "heun"]
@@ -57,19 +54,6 @@ def timesteps(diffusion: DiffusionConfig, sampler: Sampler, steps: int) -> list[
         nearest = int((logs - wanted).abs().argmin())
         levels.append(max(min(nearest, levels[-1] - 1), steps - i))
     return levels
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """How far the answer is moved away from that for nobody.
-
-    eps_u + text (eps_t - eps_u) + neighbors (eps_c - eps_t), where eps_t sees the first context vector alone (the
-    prompt), as Brooks et al. 2022, arXiv:2211.09800, equation 3, do with two conditions. With equal scales it is
-    eps_u + s (eps_c - eps_u) (Ho and Salimans 2022, arXiv:2207.12598); 1 is no guidance.
-    """
-
-    text: float
-    neighbors: float
 
 
 def fitting(diffusion: DiffusionConfig, sampler: Sampler, steps: int, eta: float = 0.0) -> None:
