@@ -17,10 +17,10 @@ import pyarrow as pa
 
 from pipeline import images, storage
 from pipeline.stage import name_by_content
-from pipeline.where import Where
 
 if TYPE_CHECKING:
     from pipeline.shard import ShardConfig
+    from pipeline.sources.row_filter import RowFilter
 
 Kind = Literal["auto", "pictures", "list", "tars"]
 LISTS = tuple(f".{kind}{packed}" for kind in ("parquet", "pq", "csv", "tsv", "jsonl", "ndjson")
@@ -180,9 +180,12 @@ def of(config: ShardConfig) -> Source:
     return Lists(config, addresses) if kind == "list" else Tars(config, addresses)
 
 
-def where_of(config: ShardConfig) -> Where | None:
-    """The filter that the settings ask for, None without one."""
-    return Where.parse(config.where) if config.where else None
+def where_of(config: ShardConfig) -> RowFilter | None:
+    """The row filter of the settings, None without one."""
+    if not config.where:
+        return None
+    from pipeline.sources.row_filter import RowFilter  # 50 MB, only for those who filter
+    return RowFilter.parse(config.where)
 
 
 def addresses_of(source: str, kind: str) -> list[str]:
