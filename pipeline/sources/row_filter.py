@@ -1,11 +1,13 @@
 """The row filter of `--where`: which rows of a table to keep, as in `punsafe < 0.1 and AESTHETIC_SCORE > 5`.
 
 docs/row-filter.md describes the language. sqlglot parses the text, and pyarrow evaluates the result, batch by batch.
-sqlglot was chosen over DuckDB and Polars SQL because it executes nothing: an expression cannot open a file, read the
-environment or run a second statement. Both engines also order NaN above all numbers: `score > 5` would keep NaN.
-One Arrow expression filters a batch of rows and prunes the row groups of parquet.
+The same Arrow expression prunes the row groups of a parquet file.
+
+sqlglot was chosen over DuckDB and Polars SQL because it executes nothing. So an expression cannot open a file, read
+the environment or run a second statement. DuckDB and Polars also order NaN above all numbers: `score > 5` keeps NaN.
 """
 
+import contextlib
 import functools
 import math
 import operator
@@ -29,6 +31,7 @@ _APPLY: dict[str, Callable[[Any, Any], Any]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne}
 _NEGATED = {"<": ">=", "<=": ">", ">": "<=", ">=": "<", "==": "!=", "!=": "=="}
 _SWAPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "==": "==", "!=": "!="}
+_SMALL_INTEGERS = {pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32()}
 _MISSING = pc.scalar(pa.scalar(None, pa.bool_()))
 
 
@@ -96,37 +99,36 @@ class RowFilter:
             footer = pa.BufferOutputStream()
             file.metadata.write_metadata_file(footer)  # a fragment of the file itself would read the footer again
             file = ds.ParquetFileFormat().make_fragment(footer.getvalue())
-        possible = _translate(self.text, file.physical_schema, prunes=True).expression
-        return [group.id for group in file.subset(filter=possible).row_groups]
+        expression = _translate(self.text, file.physical_schema, prunes=True).expression
+        with contextlib.suppress(pa.ArrowInvalid):  # float64 cannot hold a statistic: all row groups are read
+            file = file.subset(filter=expression)
+        return [group.id for group in file.row_groups]
 
 
 class _Translation:
-    """The Arrow expression of a text, for columns of the types of a schema; without one, to check what needs none.
+    """The Arrow expression of a text, for columns of the types of a schema; without a schema, to check what needs none.
 
     To prune row groups it is also true of rows that the filter would leave out, where statistics cannot tell.
     """
 
-    def __init__(self, text: str, schema: pa.Schema | None, prunes: bool) -> None:
-        self.text, self.schema, self.prunes = text, schema, prunes
+    def __init__(self, text: str, schema: pa.Schema | None, prunes: bool = False) -> None:
+        self.schema, self.prunes, self.error = schema, prunes, functools.partial(syntax.error, text)
         self.columns: dict[str, None] = {}
         self.uses: dict[str, str] = {}
-        """What a column is used as: number, text or truth."""
+        """Columns by name, as number, text or truth."""
         self.compared: list[tuple[_Value, str, _Value]] = []
         self.expression = self.condition(syntax.parse(text), True)
-
-    def error(self, what: str, hint: str) -> ValueError:
-        return syntax.error(self.text, what, hint)
 
     def condition(self, node: exp.Expr, true: bool) -> pc.Expression:
         """`node`, or its negation, which is applied to each comparison: a missing value makes neither true."""
         if isinstance(node, exp.Paren):
             return self.condition(node.this, true)
-        every = operator.and_ if true else operator.or_
         if isinstance(node, exp.Connector):
             parts = [self.condition(part, true) for part in node.flatten(unnest=False)]
             return functools.reduce(operator.and_ if isinstance(node, exp.And) == true else operator.or_, parts)
         if pairs := syntax.pairs(node):
-            return functools.reduce(every, [self.pair(left, sign, right, true) for left, sign, right in pairs])
+            parts = [self.pair(left, sign, right, true) for left, sign, right in pairs]
+            return functools.reduce(operator.and_ if true else operator.or_, parts)
         if isinstance(node, exp.Not):
             return self.condition(node.this, not true)
         if isinstance(node, exp.Anonymous) and node.name in {"contains", "match"}:
@@ -135,7 +137,7 @@ class _Translation:
         if value.kind not in {"truth", "nothing", ""}:
             if value.column:
                 raise self.error(f"has {value.name}, which is neither true nor false", "compare it with something")
-            raise self.error(f"has {value.name} where a condition is wanted", f"compare it: {_source(node)} > 0")
+            raise self.error(f"has {value.name} where a condition is wanted", f"compare it: {syntax.source(node)} > 0")
         return _MISSING if value.kind == "nothing" else value.arrow == pc.scalar(true)
 
     def pair(self, left: exp.Expr, sign: str, right: exp.Expr, true: bool) -> pc.Expression:
@@ -146,24 +148,24 @@ class _Translation:
             raise self.error("compares with None", "write `is None` or `is not None`")
         if sign.endswith("in"):
             return self.member(left, right, negated)
-        one, other = self.value(left), self.value(right)
-        self.same_kind(one, other)
-        if one.literal is not None:
-            one, other, sign = other, one, _SWAPPED[sign]
-        if one.literal is not None:
-            raise self.error(f"compares {other.name} with {one.name}, no column among them", syntax.OPERATORS)
-        self.compared.append((one, sign, other))
-        if "truth" in {one.kind, other.kind} and sign not in {"==", "!="}:
-            raise self.error(f"puts {one.name} and {other.name} in an order", "== and != compare True and False")
-        if {"nothing", ""} & {one.kind, other.kind}:
+        first, second = self.value(left), self.value(right)
+        self.same_kind(first, second)
+        if first.literal is not None:
+            first, second, sign = second, first, _SWAPPED[sign]
+        if first.literal is not None:
+            raise self.error(f"compares {second.name} with {first.name}, no column among them", syntax.OPERATORS)
+        self.compared.append((first, sign, second))
+        if "truth" in {first.kind, second.kind} and sign not in {"==", "!="}:
+            raise self.error(f"puts {first.name} and {second.name} in an order", "== and != compare True and False")
+        if {"nothing", ""} & {first.kind, second.kind}:
             return _MISSING
-        return _compare(one, sign if true else _NEGATED[sign], other)
+        return _compare(first, sign if true else _NEGATED[sign], second)
 
-    def same_kind(self, one: _Value, other: _Value) -> None:
-        if len({one.kind, other.kind} - {"nothing", ""}) > 1:
-            column_of_text = one.kind == "text" and other.literal is not None
-            raise self.error(f"is wrong: {one.name} is compared with {other.name}, {one.kind} with {other.kind}",
-                             f'text is compared with text: "{other.literal}"' if column_of_text else
+    def same_kind(self, first: _Value, second: _Value) -> None:
+        if len({first.kind, second.kind} - {"nothing", ""}) > 1:
+            column_of_text = first.kind == "text" and second.literal is not None
+            raise self.error(f"is wrong: {first.name} is compared with {second.name}, {first.kind} with {second.kind}",
+                             f'text is compared with text: "{second.literal}"' if column_of_text else
                              "both sides must be numbers, or texts")
 
     def missing(self, left: exp.Expr, right: exp.Expr, negated: bool) -> pc.Expression:
@@ -195,9 +197,22 @@ class _Translation:
         self.same_kind(self.use(value, kinds[0]), elements[0])
         if value.kind in {"nothing", ""}:
             return _MISSING
-        found = _is_in(value, [element.literal for element in elements])
+        contained = self.is_in(value, elements)
         # `isin` is false of a missing value, and its negation must be too.
-        return ~found & (value.arrow == value.arrow) if negated else found
+        return ~contained & (value.arrow == value.arrow) if negated else contained
+
+    def is_in(self, value: _Value, elements: list[_Value]) -> pc.Expression:
+        literals = [element.literal for element in elements]
+        if value.kind != "number":
+            return value.arrow.isin(pa.array(literals))
+        whole = not any(isinstance(literal, float) for literal in literals)
+        if value.type == pa.uint64() and whole:
+            return value.arrow.isin(pa.array([literal for literal in literals if literal >= 0], pa.uint64()))
+        if value.type in _SMALL_INTEGERS and {element.type for element in elements} == {pa.int64()}:
+            return value.arrow.isin(pa.array(literals, pa.int64()))
+        # `isin` tells -0.0 from 0.0, which `==` and statistics do not.
+        numbers = [*map(float, literals), *[-0.0, 0.0] * (0 in literals)]
+        return _float64(value).isin(pa.array(numbers, pa.float64()))
 
     def find(self, node: exp.Anonymous) -> pc.Expression:
         value, pattern = self.text_argument(node), self.value(node.expressions[1])
@@ -229,25 +244,29 @@ class _Translation:
                 return _Value("number", "len(..)", pc.utf8_length(self.text_argument(node)).cast(pa.int64()), pa.int64())
             if name == "lower":
                 return _Value("text", "lower(..)", pc.utf8_lower(self.text_argument(node)))
-        raise self.error(f"has {_source(node)}, which is not among what is understood",
-                         f"a column of that name goes into backticks: `{_source(node)}`"
-                         if isinstance(node, exp.Column | exp.Dot) else syntax.OPERATORS)
+        hint = syntax.OPERATORS
+        if isinstance(node, exp.Column | exp.Dot):
+            hint = f"a column of that name goes into backticks: `{syntax.source(node)}`"
+        elif isinstance(node, exp.Predicate | exp.Not | exp.Connector):
+            hint = "join two conditions with `and`, as in a < b and b is None"
+        raise self.error(f"has {syntax.source(node)}, which is not among what is understood", hint)
 
     def column(self, name: str) -> _Value:
         self.columns.setdefault(name)
         if self.schema is None:
             return _Value("", f"the column {name}", pc.field(name), column=name)
         indices = self.schema.get_all_field_indices(name)
-        if len(indices) != 1:
-            same = [other for other in self.schema.names if other.lower() == name.lower()]
-            raise self.error(f"names the column {name}, which is there {len(indices)} times",
-                             "rename all but one" if indices else f"it is written {same[0]}" if same else
-                             f"the columns are {_listed(self.schema.names)}")
-        type_, field = self.schema.field(indices[0]).type, pc.field(name)
-        kind, plain, shown = _kind(type_), _plain_type(type_), f"the column {name} ({type_})"
+        if not indices:
+            same = [f"it is written {other}" for other in self.schema.names if other.lower() == name.lower()]
+            raise self.error(f"names the column {name}, which the table does not have",
+                             *same[:1] or [f"the columns are {syntax.listed(self.schema.names)}"])
+        if len(indices) > 1:
+            raise self.error(f"names the column {name}, which the table has {len(indices)} times", "rename all but one")
+        found, arrow = self.schema.field(indices[0]).type, pc.field(name)
+        kind, plain, shown = _kind(found), _plain_type(found), f"the column {name} ({found})"
         if not kind:
             raise self.error(f"has {shown}, which is neither number nor text nor truth", "name another column")
-        return _Value(kind, shown, field if plain == type_ else field.cast(plain, safe=False), plain, column=name)
+        return _Value(kind, shown, arrow if plain == found else arrow.cast(plain, safe=False), plain, column=name)
 
     def literal(self, node: exp.Expr) -> _Value:
         if isinstance(node, exp.Boolean):
@@ -256,16 +275,18 @@ class _Translation:
             text = "".join(part.name for part in node.expressions) if isinstance(node, exp.Concat) else node.name
             return _Value("text", f"the text {text!r}", pc.scalar(text), literal=text)
         try:
-            return self.number(int(node.name) if node.name.isdigit() else float(node.name))
-        except ValueError as problem:
-            raise problem if "hint" in str(problem) else self.error(
-                "has a number that cannot be read", "write it with an exponent: 1e20") from None
+            number = int(node.name) if node.name.isdigit() else float(node.name)
+        except ValueError:  # int() refuses thousands of digits
+            raise self.error("has a number that cannot be read", "write it with an exponent: 1e20") from None
+        return self.number(number)
 
     def number(self, value: int | float) -> _Value:
         if isinstance(value, int) and abs(value) >= 1 << 64:
             raise self.error("has an integer of more than 64 bits", "write it with an exponent: 1e20")
         if not math.isfinite(value):
             raise self.error("has a number that is too large", "1e308 is the limit")
+        if isinstance(value, int) and -(1 << 63) <= value < 1 << 63:
+            return _Value("number", f"the number {value}", pc.scalar(value), pa.int64(), value)
         return _Value("number", f"the number {value}", pc.scalar(float(value)), pa.float64(), value)
 
     def arithmetic(self, node: exp.Expr) -> _Value:
@@ -278,12 +299,12 @@ class _Translation:
             try:
                 return self.number(work(*(side.literal for side in sides)))
             except ZeroDivisionError:
-                raise self.error(f"divides by zero: {_source(node)}", "use a number other than 0") from None
+                raise self.error(f"divides by zero: {syntax.source(node)}", "use a number other than 0") from None
         parts = [_float64(side) for side in sides]
         if isinstance(node, exp.Div):  # what is divided by zero is missing
             parts[1] = pc.if_else(parts[1] == 0.0, pc.scalar(pa.scalar(None, pa.float64())), parts[1])
         arrow = work(*parts) if len(parts) == 2 else pc.negate(parts[0])
-        return _Value("number", f"the calculation {_source(node)}", arrow, pa.float64())
+        return _Value("number", f"the calculation {syntax.source(node)}", arrow, pa.float64())
 
     def function(self, node: exp.Anonymous) -> str:
         if node.name not in _ARGUMENTS:
@@ -309,89 +330,46 @@ class _Translation:
         return value
 
     def suggestion(self, kind: str) -> str:
-        names = [field.name for field in self.schema or () if _kind(field.type) == kind]
-        return f"{_listed(names) or f'a {kind}'} would do"
+        return f"{syntax.listed([each.name for each in self.schema or () if _kind(each.type) == kind]) or kind} would do"
 
 
-@functools.lru_cache(64)
-def _translate(text: str, schema: pa.Schema | None, prunes: bool = False) -> _Translation:
-    return _Translation(text, schema, prunes)
+_translate = functools.lru_cache(64)(_Translation)
 
 
-def _compare(one: _Value, sign: str, other: _Value) -> pc.Expression:
+def _compare(first: _Value, sign: str, second: _Value) -> pc.Expression:
     """A comparison that is never true of NaN."""
-    left, right = one.arrow, other.arrow
-    if one.kind == "number" and other.literal is not None:
-        sign, left, right = _fit(one, sign, other.literal)
-    elif one.kind == other.kind == "number" and one.type != other.type and (
-            pa.uint64() in {one.type, other.type} or not all(map(pa.types.is_integer, (one.type, other.type)))):
-        # The types that Arrow would choose lose values: float32 for an integer and a float32.
-        left, right = _float64(one), _float64(other)
+    left, right, types = first.arrow, second.arrow, {first.type, second.type}
+    if first.type == pa.uint64() and isinstance(second.literal, int) and second.literal >= 0:
+        right = pc.scalar(pa.scalar(second.literal, pa.uint64()))
+    elif first.kind == "number" and len(types) > 1 and not types <= _SMALL_INTEGERS:
+        # Arrow's own common types are float32 for an integer and a float32, int64 for uint64 and 5: both lose values.
+        left, right = _float64(first), _float64(second)
     result = _APPLY[sign](left, right)
     return result & (left == left) & (right == right) if sign == "!=" else result
 
 
-def _fit(value: _Value, sign: str, literal: int | float) -> tuple[str, pc.Expression, pc.Expression]:
-    """The comparison with a number of the value's own type, the only one by which pyarrow prunes row groups.
-
-    `x < 2.5` is `x <= 2` for integers. A float32 is below 0.1 if it is below the float32 that is just above 0.1.
-    """
-    near, exact = _nearest(value.type, literal)
-    if near is None:
-        return sign, _float64(value), pc.scalar(float(literal))
-    if near != exact:
-        if sign in {"==", "!="}:  # no value is equal, and every value that is not missing differs
-            return ("<" if sign == "==" else "=="), value.arrow, value.arrow
-        sign = sign[0] + ("=" if (sign[0] == "<") == (near < exact) else "")
-    return sign, value.arrow, pc.scalar(pa.scalar(near, value.type))
-
-
-def _nearest(type_: pa.DataType, literal: int | float) -> tuple[int | float | None, int | float]:
-    """A number of a type with no other one between it and the literal, and the literal as it is compared with it.
-
-    None instead of the number if both are to be compared as float64.
-    """
-    if pa.types.is_floating(type_):
-        with np.errstate(over="ignore"):
-            return float(type_.to_pandas_dtype()(literal)), float(literal)
-    exact = isinstance(literal, int) and (literal < 1 << 63 or type_ == pa.uint64())
-    if not exact and abs(literal) >= 1 << 53:
-        return None, literal
-    limits = np.iinfo(type_.to_pandas_dtype())
-    return min(max(math.floor(literal), int(limits.min)), int(limits.max)), literal
-
-
-def _is_in(value: _Value, literals: list[Any]) -> pc.Expression:
-    if value.kind != "number":
-        return value.arrow.isin(pa.array(literals))
-    fitted = [_nearest(value.type, literal) for literal in literals]
-    if any(near is None for near, _ in fitted):
-        return _float64(value).isin(pa.array(list(map(float, literals)), pa.float64()))
-    equal = [near for near, exact in fitted if near == exact]
-    # `isin` tells -0.0 from 0.0.
-    return value.arrow.isin(pa.array(equal + [-0.0] * (0.0 in equal and pa.types.is_floating(value.type)), value.type))
-
-
 def _float64(value: _Value) -> pc.Expression:
+    if value.literal is not None:
+        return pc.scalar(float(value.literal))
     return value.arrow if value.type == pa.float64() else value.arrow.cast(pa.float64(), safe=False)
 
 
-def _kind(type_: pa.DataType) -> str:
+def _kind(data_type: pa.DataType) -> str:
     """number, text, truth, nothing (a column of nulls), or "" for a type that no expression can use."""
-    type_ = type_.value_type if pa.types.is_dictionary(type_) else type_
-    if pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_decimal(type_):
+    data_type = data_type.value_type if pa.types.is_dictionary(data_type) else data_type
+    if pa.types.is_integer(data_type) or pa.types.is_floating(data_type) or pa.types.is_decimal(data_type):
         return "number"
-    if pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_):
+    if pa.types.is_string(data_type) or pa.types.is_large_string(data_type) or pa.types.is_string_view(data_type):
         return "text"
-    return "truth" if pa.types.is_boolean(type_) else "nothing" if pa.types.is_null(type_) else ""
+    return "truth" if pa.types.is_boolean(data_type) else "nothing" if pa.types.is_null(data_type) else ""
 
 
-def _plain_type(type_: pa.DataType) -> pa.DataType:
+def _plain_type(data_type: pa.DataType) -> pa.DataType:
     """The type to cast a column to, one for which Arrow has all functions."""
-    type_ = type_.value_type if pa.types.is_dictionary(type_) else type_
-    if pa.types.is_float16(type_) or pa.types.is_decimal(type_):
+    data_type = data_type.value_type if pa.types.is_dictionary(data_type) else data_type
+    if pa.types.is_float16(data_type) or pa.types.is_decimal(data_type):
         return pa.float64()
-    return pa.large_string() if pa.types.is_string_view(type_) else type_
+    return pa.large_string() if pa.types.is_string_view(data_type) else data_type
 
 
 def _number_columns(translation: _Translation, schema: pa.Schema) -> list[str]:
@@ -403,12 +381,12 @@ def _number_columns(translation: _Translation, schema: pa.Schema) -> list[str]:
         known = _kind(schema.field(index).type) if index >= 0 else value.kind
         return uses.get(value.column, "") or (known if known != "text" or not value.column else "")
 
-    # a < b and b < 5: what is known of one column is known of the next, in whatever order they stand.
+    # `a < b and b < 5`: b is a number, so a is one too. The order of the comparisons does not matter.
     sides = [side for left, _, right in translation.compared for side in ((left, right), (right, left))]
     for _ in range(1 + len(translation.columns)):
-        for one, other in sides:
-            if one.column and kind_of(other):
-                uses.setdefault(one.column, kind_of(other))
+        for first, second in sides:
+            if first.column and kind_of(second):
+                uses.setdefault(first.column, kind_of(second))
     for left, sign, right in translation.compared:
         if sign not in {"==", "!="} and not kind_of(left) and not kind_of(right):
             uses |= {side.column: "number" for side in (left, right)}
@@ -420,11 +398,3 @@ def _numbers(column: pa.Array) -> pa.Array:
     text = pc.utf8_trim_whitespace(column.cast(pa.string()))
     valid = pc.match_substring_regex(text, r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$")
     return pc.utf8_ltrim(pc.if_else(valid, text, None), "+").cast(pa.float64())
-
-
-def _source(node: exp.Expr) -> str:
-    return syntax.shortened(node.sql(syntax.Language, normalize_functions=False))
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:60]) + (f" and {len(names) - 60} more" if len(names) > 60 else "")

@@ -26,6 +26,8 @@ _HINTS = {"=": "compare with ==", "#": "remove the comment", ";": "write one exp
 
 
 class Language(Dialect):
+    """The tokens that sqlglot's parser gets to see."""
+
     NUMBERS_CAN_BE_UNDERSCORE_SEPARATED = True
 
     class Tokenizer(tokens.Tokenizer):
@@ -54,8 +56,18 @@ def shortened(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def listed(names: list[str]) -> str:
+    return ", ".join(names[:60]) + (f" and {len(names) - 60} more" if len(names) > 60 else "")
+
+
+def source(node: exp.Expr) -> str:
+    """A part of an expression, for a message."""
+    return shortened(node.sql(Language, normalize_functions=False))
+
+
 @functools.lru_cache(64)
 def parse(text: str) -> exp.Expr:
+    """The tree of a text."""
     if not text.strip():
         raise ValueError(f"the expression is empty\nhint: {EXAMPLE}")
     if len(text) > _MAX_CHARACTERS:

@@ -82,8 +82,10 @@ def test_columns_are_named_in_order():
     ("A < 2", "it is written a"), ("width < 2", "the columns are a, f, t, b, n, W E, list"),
     ("t < 5", r"the column t \(string\) is compared with the number 5.*\n.*\"5\""),
     ("a == 'x'", "the column a (int32) is compared with the text 'x'"), ("a < t", "both sides"),
-    ("t in [1]", "the column t (string) is compared with the number 1"), ("len(a) > 3", r"is no text, which len.*\n.*t would do"),
-    ("contains(a, 'x')", "is no text"), ("t + 1 > 2", "is no number"), ("len(t) == 'x'", "len(..) is compared with the text 'x'"),
+    ("t in [1]", "the column t (string) is compared with the number 1"),
+    ("len(a) > 3", r"is no text, which len.*\n.*t would do"),
+    ("contains(a, 'x')", "is no text"), ("t + 1 > 2", "is no number"),
+    ("len(t) == 'x'", "len(..) is compared with the text 'x'"),
     ("list is None", "neither number nor text"), ("t", "neither true nor false"), ("b < b", "an order")])
 def test_what_is_wrong_is_said(text, message):
     with pytest.raises(ValueError, match=f"(?s){message}" if "|" in message or ".*" in message else None) as caught:
@@ -306,5 +308,74 @@ def test_row_groups_are_told_by_their_statistics(tmp_path):
 
 def test_the_expression_works_as_a_filter_of_a_dataset(tmp_path):
     pq.write_table(pa.table({"x": pa.array(range(100), pa.int32()), "t": ["a", "b"] * 50}), tmp_path / "a.parquet")
-    where = RowFilter.parse("x > 90.5 and t != 'a'")
-    assert ds.dataset(tmp_path / "a.parquet").to_table(filter=where.expression(ds.dataset(tmp_path / "a.parquet").schema))["x"].to_pylist() == [91, 93, 95, 97, 99]
+    where, dataset = RowFilter.parse("x > 90.5 and t != 'a'"), ds.dataset(tmp_path / "a.parquet")
+    assert dataset.to_table(filter=where.expression(dataset.schema))["x"].to_pylist() == [91, 93, 95, 97, 99]
+
+
+@pytest.mark.parametrize("text", [
+    "read_csv('/etc/passwd') is not None", "getenv('HOME') == caption", "env('HOME') == caption",
+    "current_setting('x') == caption", "a in (select 1)", "exists(select 1)", "a < 1; select 1", "a < 1;",
+    "a < 1 -- x", "a < 1 /* b */", "a < 1 {# b #}", "a < 1 union select 1", "case when b then b end", "cast(a as text) == t",
+    "a::text == t", "t like 'a%'", "a between 1 and 2", "date '2020-01-01' < t", "@a < 1", "$1 < a", "? < a", "a < :b",
+    "'/etc/passwd' in t", "`/etc/passwd`", "a.b.c.d < 1", "* < 1", "count(*) > 1", "sum(a) > 1", "a < 1 limit 3",
+    "b over (a)", "(a, b) in [1]", "[1, 2] == a", "{1} == a", "t[0] == 'x'", "a <=> 1", "a <> 1", "a := 1"])
+def test_no_other_sql_is_understood(text):
+    with pytest.raises(ValueError, match=r"\nhint: "):
+        RowFilter.parse(text).check(TABLE.schema)
+
+
+@pytest.mark.parametrize(("text", "hint"), [
+    ("a = 3", "compare with =="), ("a < 3 AND b", "and, or, not"), ("a is NULL", "`is None`"), ("a IS NULL", "is None"),
+    ("a < 3;", "without ;"), ("a < 3 # c", "comment"), ("a < 0x10", "decimal"), ("1a < 3", "`backticks`"),
+    ("a < f is None", "with `and`"), ("class == 'x'", "`backticks`"), ("A < 1", "it is written a")])
+def test_the_hint_has_the_right_spelling(text, hint):
+    with pytest.raises(ValueError, match=r"\nhint: ") as caught:
+        RowFilter.parse(text).check(TABLE.schema)
+    assert hint in str(caught.value).split("\nhint: ")[1]
+
+
+def test_nan_is_never_equal_below_or_above():
+    table = pa.table({"f": [math.nan, math.inf, -math.inf, None], "g": [1.0, math.nan, 0.0, 0.0]})
+    for sign in ("<", "<=", ">", ">=", "==", "!="):
+        for text in (f"f {sign} 5", f"not f {sign} 5", f"5 {sign} f", f"f {sign} f", f"f + 1 {sign} 5"):
+            assert not {0, 3} & set(wanted(text, table)), text
+        assert 1 not in wanted(f"f {sign} g", table) + wanted(f"not f {sign} g", table)
+    assert wanted("f > 5", table) == wanted("f not in [5] and f > 0", table) == [1]
+    assert wanted("not f > 5", table) == [2] and wanted("f in [5, 7]", table) == []
+    assert wanted("f is None", table) == [0, 3] and wanted("f - f is None", table) == [0, 1, 2, 3]
+
+
+def test_zero_has_no_sign():
+    table = pa.table({"f": pa.array([0.0, -0.0, 1.0], pa.float32())})
+    for text in ("f == 0", "f == -0.0", "f in [0]", "f in [-0.0, 7.5]", "not f != 0", "not f not in [0]"):
+        assert wanted(text, table) == [0, 1], text
+        data = io.BytesIO()
+        pq.write_table(table, data, row_group_size=1)
+        assert RowFilter.parse(text).row_groups(pq.ParquetFile(data)) == [0, 1], text
+
+
+def test_a_row_group_of_one_value_and_nan_is_read_for_nan():
+    data = io.BytesIO()
+    pq.write_table(pa.table({"f": [1.0, math.nan, 2.0, 2.0, math.nan, math.nan], "i": [1, 1, 1, 2, 3, 3]}), data,
+                   row_group_size=2)
+    file = pq.ParquetFile(data)
+    for text, groups in (("f is None", [0, 1, 2]), ("f + 1 is None and i < 3", [0, 1]), ("i is None", []),
+                         ("not f is not None", [0, 1, 2]), ("i == 2", [1])):
+        assert RowFilter.parse(text).row_groups(file) == groups, text
+
+
+def test_statistics_that_float64_cannot_hold_prune_nothing():
+    data = io.BytesIO()
+    pq.write_table(pa.table({"i": [2**53 + 1] * 2 + [1] * 2, "f": [0.5] * 4}), data, row_group_size=2)
+    where = RowFilter.parse("i > f and i > 1e3")
+    assert where.mask(pq.read_table(data)).tolist() == [True, True, False, False]
+    assert 0 in where.row_groups(pq.ParquetFile(data))
+
+
+def test_the_depth_that_is_allowed_is_evaluated():
+    brackets = "(" * 19 + "a < 3" + ")" * 19
+    assert wanted(brackets) == [0, 1] and wanted("not " * 18 + "a < 3") == [0, 1]
+    assert wanted(" and ".join(["a < 3"] * 900)) == wanted("a < 3 or " * 800 + "a < 2") == [0, 1]
+    assert wanted(f"a in [{', '.join(map(str, range(2, 1900)))}]") == [1, 3]
+    with pytest.raises(ValueError, match="20 brackets"):
+        RowFilter.parse(f"(({brackets}))")
