@@ -25,8 +25,9 @@ from sqlglot import exp
 from pipeline.sources import row_filter_syntax as syntax
 
 _ARGUMENTS = {"len": 1, "lower": 1, "contains": 2, "match": 2, "col": 1}
-_ARITHMETIC: dict[type[exp.Expr], Callable[[Any, Any], Any]] = {
-    exp.Add: operator.add, exp.Sub: operator.sub, exp.Mul: operator.mul, exp.Div: operator.truediv}
+_ARITHMETIC: dict[type[exp.Expr], Callable[..., Any]] = {
+    exp.Add: operator.add, exp.Sub: operator.sub, exp.Mul: operator.mul, exp.Div: operator.truediv,
+    exp.Neg: lambda side: pc.negate(side) if isinstance(side, pc.Expression) else -side}
 _APPLY: dict[str, Callable[[Any, Any], Any]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne}
 _NEGATED = {"<": ">=", "<=": ">", ">": "<=", ">=": "<", "==": "!=", "!=": "=="}
@@ -135,9 +136,8 @@ class _Translation:
             return self.find(node) if true else ~self.find(node)
         value = self.use(self.value(node), "truth")
         if value.kind not in {"truth", "nothing", ""}:
-            if value.column:
-                raise self.error(f"has {value.name}, which is neither true nor false", "compare it with something")
-            raise self.error(f"has {value.name} where a condition is wanted", f"compare it: {syntax.source(node)} > 0")
+            what = ", which is neither true nor false" if value.column else " where a condition is wanted"
+            raise self.error(f"has {value.name}{what}", f"compare it: {syntax.source(node)} > 0")
         return _MISSING if value.kind == "nothing" else value.arrow == pc.scalar(true)
 
     def pair(self, left: exp.Expr, sign: str, right: exp.Expr, true: bool) -> pc.Expression:
@@ -232,7 +232,7 @@ class _Translation:
             return self.column(node.name)
         if isinstance(node, exp.Boolean | exp.Literal | exp.Concat):
             return self.literal(node)
-        if isinstance(node, exp.Neg) or type(node) in _ARITHMETIC:
+        if type(node) in _ARITHMETIC:
             return self.arithmetic(node)
         if isinstance(node, exp.Anonymous):
             name = self.function(node)
@@ -241,7 +241,8 @@ class _Translation:
                     raise self.error("calls col with something other than a text", 'col("the name")')
                 return self.column(node.expressions[0].name)
             if name == "len":
-                return _Value("number", "len(..)", pc.utf8_length(self.text_argument(node)).cast(pa.int64()), pa.int64())
+                length = pc.utf8_length(self.text_argument(node)).cast(pa.int64())
+                return _Value("number", "len(..)", length, pa.int64())
             if name == "lower":
                 return _Value("text", "lower(..)", pc.utf8_lower(self.text_argument(node)))
         hint = syntax.OPERATORS
@@ -258,7 +259,7 @@ class _Translation:
         indices = self.schema.get_all_field_indices(name)
         if not indices:
             same = [f"it is written {other}" for other in self.schema.names if other.lower() == name.lower()]
-            raise self.error(f"names the column {name}, which the table does not have",
+            raise self.error(f"finds no column {name} in the table",
                              *same[:1] or [f"the columns are {syntax.listed(self.schema.names)}"])
         if len(indices) > 1:
             raise self.error(f"names the column {name}, which the table has {len(indices)} times", "rename all but one")
@@ -294,7 +295,7 @@ class _Translation:
         for side in sides:
             if side.kind not in {"number", "nothing", ""}:
                 raise self.error(f"calculates with {side.name}, which is no number", self.suggestion("number"))
-        work = _ARITHMETIC.get(type(node), operator.neg)
+        work = _ARITHMETIC[type(node)]
         if all(side.literal is not None for side in sides):
             try:
                 return self.number(work(*(side.literal for side in sides)))
@@ -303,8 +304,7 @@ class _Translation:
         parts = [_float64(side) for side in sides]
         if isinstance(node, exp.Div):  # what is divided by zero is missing
             parts[1] = pc.if_else(parts[1] == 0.0, pc.scalar(pa.scalar(None, pa.float64())), parts[1])
-        arrow = work(*parts) if len(parts) == 2 else pc.negate(parts[0])
-        return _Value("number", f"the calculation {syntax.source(node)}", arrow, pa.float64())
+        return _Value("number", f"the calculation {syntax.source(node)}", work(*parts), pa.float64())
 
     def function(self, node: exp.Anonymous) -> str:
         if node.name not in _ARGUMENTS:
@@ -330,7 +330,8 @@ class _Translation:
         return value
 
     def suggestion(self, kind: str) -> str:
-        return f"{syntax.listed([each.name for each in self.schema or () if _kind(each.type) == kind]) or kind} would do"
+        names = syntax.listed([field.name for field in self.schema or () if _kind(field.type) == kind])
+        return f"{names or kind} would do"
 
 
 _translate = functools.lru_cache(64)(_Translation)

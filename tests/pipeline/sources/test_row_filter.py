@@ -77,7 +77,8 @@ def test_columns_are_named_in_order():
     ("a < 1" + "0" * 5000, "cannot be read"), ("len('x') > 1", "len(caption)"), ("len(a, b) > 1", "with 2 values"),
     ("len() > 1", "with 0 values"), ("contains(t, b)", "as the second of contains"),
     ("contains('x', 'x')", "the first"),
-    ("contains(t, text='x')", "cannot be read at 'text='"), ("match(t, '(')", "RE2"), ("match(a + 1, 'x')", "the first"),
+    ("contains(t, text='x')", "cannot be read at 'text='"), ("match(t, '(')", "RE2"),
+    ("match(a + 1, 'x')", "the first"),
     ("col(a) > 1", 'col("the name")'), ("contains(t, 'x') > 1", "not among"), ("a.b > 1", "`a.b`"),
     ("A < 2", "it is written a"), ("width < 2", "the columns are a, f, t, b, n, W E, list"),
     ("t < 5", r"the column t \(string\) is compared with the number 5.*\n.*\"5\""),
@@ -315,8 +316,9 @@ def test_the_expression_works_as_a_filter_of_a_dataset(tmp_path):
 @pytest.mark.parametrize("text", [
     "read_csv('/etc/passwd') is not None", "getenv('HOME') == caption", "env('HOME') == caption",
     "current_setting('x') == caption", "a in (select 1)", "exists(select 1)", "a < 1; select 1", "a < 1;",
-    "a < 1 -- x", "a < 1 /* b */", "a < 1 {# b #}", "a < 1 union select 1", "case when b then b end", "cast(a as text) == t",
-    "a::text == t", "t like 'a%'", "a between 1 and 2", "date '2020-01-01' < t", "@a < 1", "$1 < a", "? < a", "a < :b",
+    "a < 1 -- x", "a < 1 /* b */", "a < 1 {# b #}", "a < 1 union select 1", "case when b then b end",
+    "cast(a as text) == t", "a::text == t", "t like 'a%'", "a between 1 and 2", "date '2020-01-01' < t",
+    "@a < 1", "$1 < a", "? < a", "a < :b",
     "'/etc/passwd' in t", "`/etc/passwd`", "a.b.c.d < 1", "* < 1", "count(*) > 1", "sum(a) > 1", "a < 1 limit 3",
     "b over (a)", "(a, b) in [1]", "[1, 2] == a", "{1} == a", "t[0] == 'x'", "a <=> 1", "a <> 1", "a := 1"])
 def test_no_other_sql_is_understood(text):
@@ -376,6 +378,6 @@ def test_the_depth_that_is_allowed_is_evaluated():
     brackets = "(" * 19 + "a < 3" + ")" * 19
     assert wanted(brackets) == [0, 1] and wanted("not " * 18 + "a < 3") == [0, 1]
     assert wanted(" and ".join(["a < 3"] * 900)) == wanted("a < 3 or " * 800 + "a < 2") == [0, 1]
-    assert wanted(f"a in [{', '.join(map(str, range(2, 1900)))}]") == [1, 3]
+    assert wanted(f"a in [{', '.join(map(str, range(2, 1700)))}]") == [1, 3]
     with pytest.raises(ValueError, match="20 brackets"):
         RowFilter.parse(f"(({brackets}))")
