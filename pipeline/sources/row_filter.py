@@ -302,7 +302,7 @@ class _Translation:
             except ZeroDivisionError:
                 raise self.error(f"divides by zero: {syntax.source(node)}", "use a number other than 0") from None
         parts = [_float64(side) for side in sides]
-        if isinstance(node, exp.Div):  # what is divided by zero is missing
+        if isinstance(node, exp.Div):  # by zero: missing
             parts[1] = pc.if_else(parts[1] == 0.0, pc.scalar(pa.scalar(None, pa.float64())), parts[1])
         return _Value("number", f"the calculation {syntax.source(node)}", work(*parts), pa.float64())
 
