@@ -38,7 +38,6 @@ _MISSING = pc.scalar(pa.scalar(None, pa.bool_()))
 
 class _Value(NamedTuple):
     """One side of a comparison."""
-
     kind: str
     """number, text, truth, nothing (a column of nulls), or "" for a column without a schema."""
     name: str
@@ -263,11 +262,11 @@ class _Translation:
                              *same[:1] or [f"the columns are {syntax.listed(self.schema.names)}"])
         if len(indices) > 1:
             raise self.error(f"names the column {name}, which the table has {len(indices)} times", "rename all but one")
-        found, arrow = self.schema.field(indices[0]).type, pc.field(name)
-        kind, plain, shown = _kind(found), _plain_type(found), f"the column {name} ({found})"
+        stored, arrow = self.schema.field(indices[0]).type, pc.field(name)
+        kind, plain, shown = _kind(stored), _plain_type(stored), f"the column {name} ({stored})"
         if not kind:
             raise self.error(f"has {shown}, which is neither number nor text nor truth", "name another column")
-        return _Value(kind, shown, arrow if plain == found else arrow.cast(plain, safe=False), plain, column=name)
+        return _Value(kind, shown, arrow if plain == stored else arrow.cast(plain, safe=False), plain, column=name)
 
     def literal(self, node: exp.Expr) -> _Value:
         if isinstance(node, exp.Boolean):
@@ -330,8 +329,8 @@ class _Translation:
         return value
 
     def suggestion(self, kind: str) -> str:
-        names = syntax.listed([field.name for field in self.schema or () if _kind(field.type) == kind])
-        return f"{names or kind} would do"
+        names = [field.name for field in self.schema or () if _kind(field.type) == kind]
+        return f"{syntax.listed(names) or kind} would do"
 
 
 _translate = functools.lru_cache(64)(_Translation)

@@ -2,6 +2,8 @@ import io
 import math
 import pickle
 import random
+import re
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -324,6 +326,15 @@ def test_the_expression_works_as_a_filter_of_a_dataset(tmp_path):
 def test_no_other_sql_is_understood(text):
     with pytest.raises(ValueError, match=r"\nhint: "):
         RowFilter.parse(text).check(TABLE.schema)
+
+
+def test_the_examples_of_the_documents_are_understood():
+    documents = Path(__file__).parents[3]
+    table = (documents / "docs/row-filter.md").read_text().split("## Language")[1].split("\n\n")[1].splitlines()[2:]
+    examples = [re.findall(r"`` (.*?) ``|`([^`]+)`|(`[^`]+` > [\d.]+)", line)[-1] for line in table]
+    texts = ["".join(example).replace("\\|", "|") for example in examples]
+    texts += re.findall(r"--where '(.*?)'", (documents / "README.md").read_text())
+    assert len(texts) >= 9 and all(RowFilter.parse(text).columns for text in texts)
 
 
 @pytest.mark.parametrize(("text", "hint"), [
