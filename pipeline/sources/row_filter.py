@@ -32,7 +32,7 @@ _APPLY: dict[str, Callable[[Any, Any], Any]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne}
 _NEGATED = {"<": ">=", "<=": ">", ">": "<=", ">=": "<", "==": "!=", "!=": "=="}
 _SWAPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "==": "==", "!=": "!="}
-_SMALL_INTEGERS = {pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32()}
+_HELD_BY_INT64 = {pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32()}
 _MISSING = pc.scalar(pa.scalar(None, pa.bool_()))
 
 
@@ -207,7 +207,7 @@ class _Translation:
         whole = not any(isinstance(literal, float) for literal in literals)
         if value.type == pa.uint64() and whole:
             return value.arrow.isin(pa.array([literal for literal in literals if literal >= 0], pa.uint64()))
-        if value.type in _SMALL_INTEGERS and {element.type for element in elements} == {pa.int64()}:
+        if value.type in _HELD_BY_INT64 and {element.type for element in elements} == {pa.int64()}:
             return value.arrow.isin(pa.array(literals, pa.int64()))
         # `isin` tells -0.0 from 0.0, which `==` and statistics do not.
         numbers = [*map(float, literals), *[-0.0, 0.0] * (0 in literals)]
@@ -341,7 +341,7 @@ def _compare(first: _Value, sign: str, second: _Value) -> pc.Expression:
     left, right, types = first.arrow, second.arrow, {first.type, second.type}
     if first.type == pa.uint64() and isinstance(second.literal, int) and second.literal >= 0:
         right = pc.scalar(pa.scalar(second.literal, pa.uint64()))
-    elif first.kind == "number" and len(types) > 1 and not types <= _SMALL_INTEGERS:
+    elif first.kind == "number" and len(types) > 1 and not types <= _HELD_BY_INT64:
         # Arrow's own common types are float32 for an integer and a float32, int64 for uint64 and 5: both lose values.
         left, right = _float64(first), _float64(second)
     result = _APPLY[sign](left, right)
@@ -377,9 +377,9 @@ def _number_columns(translation: _Translation, schema: pa.Schema) -> list[str]:
     uses = dict(translation.uses)
 
     def kind_of(value: _Value) -> str:
-        index = schema.get_field_index(value.column)
+        index = schema.get_field_index(value.column) if value.column else -1
         known = _kind(schema.field(index).type) if index >= 0 else value.kind
-        return uses.get(value.column, "") or (known if known != "text" or not value.column else "")
+        return uses.get(value.column, "") or (known if index < 0 or known in {"number", "truth"} else "")
 
     # `a < b and b < 5`: b is a number, so a is one too. The order of the comparisons does not matter.
     sides = [side for left, _, right in translation.compared for side in ((left, right), (right, left))]
