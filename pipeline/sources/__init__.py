@@ -184,7 +184,7 @@ def where_of(config: ShardConfig) -> RowFilter | None:
     """The row filter of the settings, None without one."""
     if not config.where:
         return None
-    from pipeline.sources.row_filter import RowFilter  # 50 MB, only for those who filter
+    from pipeline.sources.row_filter import RowFilter  # 50 MB, needed only with a filter
     return RowFilter.parse(config.where)
 
 

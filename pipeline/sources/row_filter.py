@@ -38,6 +38,7 @@ _MISSING = pc.scalar(pa.scalar(None, pa.bool_()))
 
 class _Value(NamedTuple):
     """One side of a comparison."""
+
     kind: str
     """number, text, truth, nothing (a column of nulls), or "" for a column without a schema."""
     name: str
@@ -86,9 +87,9 @@ class RowFilter:
 
     def mask(self, table: pa.Table) -> np.ndarray:
         """Whether to keep each row, as bool (N,)."""
-        columns = {"mask": self.expression(table.schema)}
+        columns, rows = {"mask": self.expression(table.schema)}, table.select(list(self.columns))
         try:
-            kept = ds.dataset(table.select(list(self.columns))).to_table(columns=columns, use_threads=False)["mask"]
+            kept = ds.dataset(rows).to_table(columns=columns, use_threads=False)["mask"]
         except pa.ArrowException as problem:
             raise ValueError(f"{syntax.shortened(self.text)} cannot be evaluated: {problem}") from None
         return kept.fill_null(False).to_numpy(zero_copy_only=False).astype(bool, copy=False)
@@ -99,16 +100,16 @@ class RowFilter:
             footer = pa.BufferOutputStream()
             file.metadata.write_metadata_file(footer)  # a fragment of the file itself would read the footer again
             file = ds.ParquetFileFormat().make_fragment(footer.getvalue())
-        expression = _translate(self.text, file.physical_schema, prunes=True).expression
+        translation = _translate(self.text, file.physical_schema, prunes=True)
         with contextlib.suppress(pa.ArrowInvalid):  # float64 cannot hold a statistic: all row groups are read
-            file = file.subset(filter=expression)
+            file = file.subset(filter=translation.expression)
         return [group.id for group in file.row_groups]
 
 
 class _Translation:
-    """The Arrow expression of a text, for columns of the types of a schema; without a schema, to check what needs none.
+    """The Arrow expression of a text for the columns of a schema; without a schema it only checks the text.
 
-    To prune row groups it is also true of rows that the filter would leave out, where statistics cannot tell.
+    `prunes`: the expression may also be true of rows to leave out, so that no row group to read is lost.
     """
 
     def __init__(self, text: str, schema: pa.Schema | None, prunes: bool = False) -> None:
@@ -324,8 +325,7 @@ class _Translation:
         return value.arrow.cast(pa.string()) if value.kind == "nothing" else value.arrow
 
     def use(self, value: _Value, kind: str) -> _Value:
-        if value.column:
-            self.uses.setdefault(value.column, kind)
+        self.uses.setdefault(value.column, kind)  # "" if it is no column
         return value
 
     def suggestion(self, kind: str) -> str:
@@ -374,7 +374,7 @@ def _plain_type(data_type: pa.DataType) -> pa.DataType:
 
 def _number_columns(translation: _Translation, schema: pa.Schema) -> list[str]:
     """The columns that an expression uses as numbers."""
-    uses = dict(translation.uses)
+    uses = {column: kind for column, kind in translation.uses.items() if column}
 
     def kind_of(value: _Value) -> str:
         index = schema.get_field_index(value.column) if value.column else -1
