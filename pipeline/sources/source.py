@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pipeline import storage
 from pipeline.sources.rows import Part, Reading, Row, read_rows, write_rows
-from pipeline.sources.where import Where
 
 if TYPE_CHECKING:
     from pipeline.sources.config import ShardConfig
+    from pipeline.sources.row_filter import RowFilter
+
 LISTS = tuple(f".{kind}{packed}" for kind in ("parquet", "pq", "csv", "tsv", "jsonl", "ndjson")
               for packed in ("", ".gz", ".zst", ".bz2"))
 
@@ -54,9 +55,12 @@ class Source(ABC):
         return self.__dict__ | {"addresses": []}  # long, and the parts have them
 
 
-def where_of(config: ShardConfig) -> Where | None:
-    """The filter that the settings ask for, None without one."""
-    return Where.parse(config.where) if config.where else None
+def where_of(config: ShardConfig) -> RowFilter | None:
+    """The row filter of the settings, None without one."""
+    if not config.where:
+        return None
+    from pipeline.sources.row_filter import RowFilter  # 50 MB, needed only with a filter
+    return RowFilter.parse(config.where)
 
 
 def addresses_of(source: str, kind: str) -> list[str]:

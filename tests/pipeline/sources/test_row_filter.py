@@ -2,6 +2,8 @@ import io
 import math
 import pickle
 import random
+import re
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -12,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
-from pipeline.sources.where import Where
+from pipeline.sources.row_filter import RowFilter
 
 TABLE = pa.table({
     "a": pa.array([1, 2, None, 4], pa.int32()), "f": pa.array([0.1, math.nan, None, 3.5], pa.float32()),
@@ -21,7 +23,7 @@ TABLE = pa.table({
 
 
 def wanted(text: str, table: pa.Table = TABLE) -> list[int]:
-    return np.flatnonzero(Where.parse(text).mask(table)).tolist()
+    return np.flatnonzero(RowFilter.parse(text).mask(table)).tolist()
 
 
 @pytest.mark.parametrize(("text", "rows"), [
@@ -44,8 +46,8 @@ def wanted(text: str, table: pa.Table = TABLE) -> list[int]:
     ("a <\n 3\n", [0, 1]), ("t == '''cat'''", [0]), ("((a)) == (1)", [0]), ("a<3 and(b)", [0])])
 def test_expressions_mean_what_they_say(text, rows):
     assert wanted(text) == rows
-    again = pickle.loads(pickle.dumps(Where.parse(text)))
-    assert np.flatnonzero(again.mask(TABLE)).tolist() == rows and again == Where.parse(text)
+    again = pickle.loads(pickle.dumps(RowFilter.parse(text)))
+    assert np.flatnonzero(again.mask(TABLE)).tolist() == rows and again == RowFilter.parse(text)
 
 
 @pytest.mark.parametrize("text", ["a < 3", "a == 2", "f > 1", "0 < a <= 2", "a in [1]", "a not in [1]", "f != 3.5", "b",
@@ -57,9 +59,9 @@ def test_a_missing_value_makes_neither_a_condition_nor_its_opposite_true(text):
 
 
 def test_columns_are_named_in_order():
-    where = Where.parse("len(caption) > `W E` and (b or not caption in ['b']) and col(\"x.y\") is None")
+    where = RowFilter.parse("len(caption) > `W E` and (b or not caption in ['b']) and col(\"x.y\") is None")
     assert where.columns == ("caption", "W E", "b", "x.y") and where.text.startswith("len(")
-    assert where == Where.parse(where.text) and hash(where) == hash(Where.parse(where.text))
+    assert where == RowFilter.parse(where.text) and hash(where) == hash(RowFilter.parse(where.text))
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -77,17 +79,20 @@ def test_columns_are_named_in_order():
     ("a < 1" + "0" * 5000, "cannot be read"), ("len('x') > 1", "len(caption)"), ("len(a, b) > 1", "with 2 values"),
     ("len() > 1", "with 0 values"), ("contains(t, b)", "as the second of contains"),
     ("contains('x', 'x')", "the first"),
-    ("contains(t, text='x')", "as the second|with 2"), ("match(t, '(')", "RE2"), ("match(a + 1, 'x')", "the first"),
+    ("contains(t, text='x')", "cannot be read at 'text='"), ("match(t, '(')", "RE2"),
+    ("match(a + 1, 'x')", "the first"),
     ("col(a) > 1", 'col("the name")'), ("contains(t, 'x') > 1", "not among"), ("a.b > 1", "`a.b`"),
     ("A < 2", "it is written a"), ("width < 2", "the columns are a, f, t, b, n, W E, list"),
     ("t < 5", r"the column t \(string\) is compared with the number 5.*\n.*\"5\""),
     ("a == 'x'", "the column a (int32) is compared with the text 'x'"), ("a < t", "both sides"),
-    ("t in [1]", "is looked for beside the number 1"), ("len(a) > 3", r"is no text, which len.*\n.*t would do"),
-    ("contains(a, 'x')", "is no text"), ("t + 1 > 2", "is no number"), ("len(t) == 'x'", "compares"),
+    ("t in [1]", "the column t (string) is compared with the number 1"),
+    ("len(a) > 3", r"is no text, which len.*\n.*t would do"),
+    ("contains(a, 'x')", "is no text"), ("t + 1 > 2", "is no number"),
+    ("len(t) == 'x'", "len(..) is compared with the text 'x'"),
     ("list is None", "neither number nor text"), ("t", "neither true nor false"), ("b < b", "an order")])
 def test_what_is_wrong_is_said(text, message):
     with pytest.raises(ValueError, match=f"(?s){message}" if "|" in message or ".*" in message else None) as caught:
-        Where.parse(text).check(TABLE.schema)
+        RowFilter.parse(text).check(TABLE.schema)
     assert ".*" in message or "|" in message or message in str(caught.value)
     assert str(caught.value).count("\nhint: ") == (0 if "characters" in str(caught.value) else 1)
 
@@ -100,7 +105,7 @@ def test_what_is_wrong_is_said(text, message):
     "len.x(t) > 1", "open('x') < a", "a; b", "import os", "a is b", "a is not b"])
 def test_nothing_else_is_understood(text):
     with pytest.raises(ValueError, match=r"\nhint: "):
-        Where.parse(text)
+        RowFilter.parse(text)
 
 
 @pytest.mark.parametrize("text", [
@@ -109,13 +114,13 @@ def test_nothing_else_is_understood(text):
     "[" * 9000])
 def test_giants_are_refused(text):
     with pytest.raises(ValueError):
-        Where.parse(text)
+        RowFilter.parse(text)
 
 
 def test_columns_that_are_there_twice_are_refused():
     with pytest.raises(ValueError, match="2 times"):
-        Where.parse("a < 1").check(pa.schema([("a", pa.int32()), ("a", pa.int32()), ("b", pa.int32())]))
-    assert Where.parse("b < 1").mask(pa.table([pa.array([0, 1])] * 2, ["b", "c"])).tolist() == [True, False]
+        RowFilter.parse("a < 1").check(pa.schema([("a", pa.int32()), ("a", pa.int32()), ("b", pa.int32())]))
+    assert RowFilter.parse("b < 1").mask(pa.table([pa.array([0, 1])] * 2, ["b", "c"])).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("type_", [pa.int8(), pa.uint8(), pa.int64(), pa.uint64(), pa.float16(), pa.float32(),
@@ -163,7 +168,7 @@ def test_text_of_a_csv_is_taken_for_numbers_where_it_has_to_be():
         "punsafe": ["0.05", " 1e-2 ", "", "n/a", None, "+.5", "-1.", "nan", "inf", "1,5", "0x10", "1_0"],
         "width": ["900", "1000"] * 6, "height": ["1000", "900"] * 6, "name": ["5"] * 12,
         "score": pa.array(["7", "x"] * 6).dictionary_encode()})
-    where = Where.parse("punsafe < 0.1 and width > height and len(name) == 1 and score != 6")
+    where = RowFilter.parse("punsafe < 0.1 and width > height and len(name) == 1 and score != 6")
     with pytest.raises(ValueError, match=r"punsafe \(string\) is compared with the number"):
         where.check(table.schema)
     cast = where.cast(table)
@@ -172,20 +177,20 @@ def test_text_of_a_csv_is_taken_for_numbers_where_it_has_to_be():
     assert cast["punsafe"].to_pylist() == [0.05, 0.01, None, None, None, 0.5, -1.0] + [None] * 5
     assert wanted("punsafe < 0.1 and width < height", cast) == [0, 6]
     assert where.cast(cast).equals(cast)
-    assert Where.parse("name == '5' and width != height").cast(table).equals(table)
-    chained = Where.parse("width == height and height == score and score < 3").cast(table)
+    assert RowFilter.parse("name == '5' and width != height").cast(table).equals(table)
+    chained = RowFilter.parse("width == height and height == score and score < 3").cast(table)
     assert [chained[name].type for name in ("width", "height", "score")] == [pa.float64()] * 3
-    both = Where.parse("len(name) > 0 and name > 3")
+    both = RowFilter.parse("len(name) > 0 and name > 3")
     with pytest.raises(ValueError, match="is compared with the number 3"):
         both.check(both.cast(table).schema)
-    empty = Where.parse("x > 1").cast(pa.table({"x": pa.chunked_array([], pa.string())}))
-    assert empty["x"].type == pa.float64() and Where.parse("x > 1").mask(empty).shape == (0,)
+    empty = RowFilter.parse("x > 1").cast(pa.table({"x": pa.chunked_array([], pa.string())}))
+    assert empty["x"].type == pa.float64() and RowFilter.parse("x > 1").mask(empty).shape == (0,)
 
 
 def test_masks_follow_the_order_of_many_chunks():
     values = np.random.default_rng(0).permutation(500_000)
     table = pa.table({"x": pa.chunked_array(np.array_split(values, 37))})
-    assert (Where.parse("x < 1000 or x in [70000]").mask(table) == ((values < 1000) | (values == 70000))).all()
+    assert (RowFilter.parse("x < 1000 or x in [70000]").mask(table) == ((values < 1000) | (values == 70000))).all()
 
 
 # Rows as Python sees them: an oracle for expressions made at random.
@@ -267,7 +272,7 @@ def test_random_expressions_agree_with_python_and_no_row_group_is_lost(grouped):
     rows, chance, left_out = grouped.to_pylist(), random.Random(1), 0
     for _ in range(600):
         node = made(chance, 3)
-        where = Where.parse(written(node))
+        where = RowFilter.parse(written(node))
         expected = [python(node, row) is True for row in rows]
         assert where.mask(grouped).tolist() == expected, where.text
         groups = where.row_groups(file)
@@ -293,18 +298,97 @@ def test_row_groups_are_told_by_their_statistics(tmp_path):
                          ("not (x >= 15 or b)", [0, 1]), ("x < 15 and t > '1'", []), ("u > 5 and x < 5", [0]),
                          ("x + 1 < 15 and x < 45", [0, 1, 2, 3, 4]), ("n + 1 > 0", [5, 6, 7, 8, 9]),
                          ("x < 1e9 and False", [])):
-        where = Where.parse(text)
+        where = RowFilter.parse(text)
         assert where.row_groups(local) == where.row_groups(remote) == where.row_groups(fragment) == groups, text
         assert set(np.flatnonzero(where.mask(table)) // 10) <= set(groups)
-    assert Where.parse("x < 25").row_groups(fragment.subset(row_group_ids=[1, 2, 7])) == [1, 2]
-    assert Where.parse("u < 9223372036854775818").row_groups(local) == [0]
+    assert RowFilter.parse("x < 25").row_groups(fragment.subset(row_group_ids=[1, 2, 7])) == [1, 2]
+    assert RowFilter.parse("u < 9223372036854775818").row_groups(local) == [0]
     for text in ("u > 5", "n is None", "len(t) > 5", "contains(t, 'x')"):
-        assert Where.parse(text).row_groups(local) == list(range(10))
+        assert RowFilter.parse(text).row_groups(local) == list(range(10))
     pq.write_table(table, tmp_path / "b.parquet", row_group_size=10, write_statistics=False)
-    assert Where.parse("x < 15").row_groups(pq.ParquetFile(tmp_path / "b.parquet")) == list(range(10))
+    assert RowFilter.parse("x < 15").row_groups(pq.ParquetFile(tmp_path / "b.parquet")) == list(range(10))
 
 
 def test_the_expression_works_as_a_filter_of_a_dataset(tmp_path):
     pq.write_table(pa.table({"x": pa.array(range(100), pa.int32()), "t": ["a", "b"] * 50}), tmp_path / "a.parquet")
-    where = Where.parse("x > 90.5 and t != 'a'")
-    assert ds.dataset(tmp_path / "a.parquet").to_table(filter=where.expression)["x"].to_pylist() == [91, 93, 95, 97, 99]
+    where, dataset = RowFilter.parse("x > 90.5 and t != 'a'"), ds.dataset(tmp_path / "a.parquet")
+    assert dataset.to_table(filter=where.expression(dataset.schema))["x"].to_pylist() == [91, 93, 95, 97, 99]
+
+
+@pytest.mark.parametrize("text", [
+    "read_csv('/etc/passwd') is not None", "getenv('HOME') == caption", "env('HOME') == caption",
+    "current_setting('x') == caption", "a in (select 1)", "exists(select 1)", "a < 1; select 1", "a < 1;",
+    "a < 1 -- x", "a < 1 /* b */", "a < 1 {# b #}", "a < 1 union select 1", "case when b then b end",
+    "cast(a as text) == t", "a::text == t", "t like 'a%'", "a between 1 and 2", "date '2020-01-01' < t",
+    "@a < 1", "$1 < a", "? < a", "a < :b",
+    "'/etc/passwd' in t", "`/etc/passwd`", "a.b.c.d < 1", "* < 1", "count(*) > 1", "sum(a) > 1", "a < 1 limit 3",
+    "b over (a)", "(a, b) in [1]", "[1, 2] == a", "{1} == a", "t[0] == 'x'", "a <=> 1", "a <> 1", "a := 1"])
+def test_no_other_sql_is_understood(text):
+    with pytest.raises(ValueError, match=r"\nhint: "):
+        RowFilter.parse(text).check(TABLE.schema)
+
+
+def test_the_examples_of_the_documents_are_understood():
+    documents = Path(__file__).parents[3]
+    table = (documents / "docs/row-filter.md").read_text().split("## Language")[1].split("\n\n")[1].splitlines()[2:]
+    examples = [re.findall(r"`` (.*?) ``|`([^`]+)`|(`[^`]+` > [\d.]+)", line)[-1] for line in table]
+    texts = ["".join(example).replace("\\|", "|") for example in examples]
+    texts += re.findall(r"--where '(.*?)'", (documents / "README.md").read_text())
+    assert len(texts) >= 9 and all(RowFilter.parse(text).columns for text in texts)
+
+
+@pytest.mark.parametrize(("text", "hint"), [
+    ("a = 3", "compare with =="), ("a < 3 AND b", "and, or, not"), ("a is NULL", "`is None`"), ("a IS NULL", "is None"),
+    ("a < 3;", "without ;"), ("a < 3 # c", "comment"), ("a < 0x10", "decimal"), ("1a < 3", "`backticks`"),
+    ("a < f is None", "with `and`"), ("class == 'x'", "`backticks`"), ("A < 1", "it is written a")])
+def test_the_hint_has_the_right_spelling(text, hint):
+    with pytest.raises(ValueError, match=r"\nhint: ") as caught:
+        RowFilter.parse(text).check(TABLE.schema)
+    assert hint in str(caught.value).split("\nhint: ")[1]
+
+
+def test_nan_is_never_equal_below_or_above():
+    table = pa.table({"f": [math.nan, math.inf, -math.inf, None], "g": [1.0, math.nan, 0.0, 0.0]})
+    for sign in ("<", "<=", ">", ">=", "==", "!="):
+        for text in (f"f {sign} 5", f"not f {sign} 5", f"5 {sign} f", f"f {sign} f", f"f + 1 {sign} 5"):
+            assert not {0, 3} & set(wanted(text, table)), text
+        assert 1 not in wanted(f"f {sign} g", table) + wanted(f"not f {sign} g", table)
+    assert wanted("f > 5", table) == wanted("f not in [5] and f > 0", table) == [1]
+    assert wanted("not f > 5", table) == [2] and wanted("f in [5, 7]", table) == []
+    assert wanted("f is None", table) == [0, 3] and wanted("f - f is None", table) == [0, 1, 2, 3]
+
+
+def test_zero_has_no_sign():
+    table = pa.table({"f": pa.array([0.0, -0.0, 1.0], pa.float32())})
+    for text in ("f == 0", "f == -0.0", "f in [0]", "f in [-0.0, 7.5]", "not f != 0", "not f not in [0]"):
+        assert wanted(text, table) == [0, 1], text
+        data = io.BytesIO()
+        pq.write_table(table, data, row_group_size=1)
+        assert RowFilter.parse(text).row_groups(pq.ParquetFile(data)) == [0, 1], text
+
+
+def test_a_row_group_of_one_value_and_nan_is_read_for_nan():
+    data = io.BytesIO()
+    pq.write_table(pa.table({"f": [1.0, math.nan, 2.0, 2.0, math.nan, math.nan], "i": [1, 1, 1, 2, 3, 3]}), data,
+                   row_group_size=2)
+    file = pq.ParquetFile(data)
+    for text, groups in (("f is None", [0, 1, 2]), ("f + 1 is None and i < 3", [0, 1]), ("i is None", []),
+                         ("not f is not None", [0, 1, 2]), ("i == 2", [1])):
+        assert RowFilter.parse(text).row_groups(file) == groups, text
+
+
+def test_statistics_that_float64_cannot_hold_prune_nothing():
+    data = io.BytesIO()
+    pq.write_table(pa.table({"i": [2**53 + 1] * 2 + [1] * 2, "f": [0.5] * 4}), data, row_group_size=2)
+    where = RowFilter.parse("i > f and i > 1e3")
+    assert where.mask(pq.read_table(data)).tolist() == [True, True, False, False]
+    assert 0 in where.row_groups(pq.ParquetFile(data))
+
+
+def test_the_depth_that_is_allowed_is_evaluated():
+    brackets = "(" * 19 + "a < 3" + ")" * 19
+    assert wanted(brackets) == [0, 1] and wanted("not " * 18 + "a < 3") == [0, 1]
+    assert wanted(" and ".join(["a < 3"] * 900)) == wanted("a < 3 or " * 800 + "a < 2") == [0, 1]
+    assert wanted(f"a in [{', '.join(map(str, range(2, 1700)))}]") == [1, 3]
+    with pytest.raises(ValueError, match="20 brackets"):
+        RowFilter.parse(f"(({brackets}))")
