@@ -2,7 +2,7 @@
 
 import sys
 
-from jobs import interrupts
+from jobs.telemetry import interrupts
 
 if __name__ == "__main__":
     try:

@@ -17,8 +17,9 @@ from typing import Any
 
 import tyro
 
-from jobs import commands, interrupts, logs, submit, verbs
+from jobs import commands, submit, verbs
 from jobs.settings import Settings, resolve
+from jobs.telemetry import interrupts, logs
 from pipeline import storage
 from pipeline.hardware import devices
 from pipeline.stages.types import StageFailed

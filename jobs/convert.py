@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import latents
-from jobs.runs import Run
+from jobs.runs.run import Run
 from jobs.settings import ConvertConfig
 from model.config import TrainConfig, to_dict
 from model.network.unet import UNet

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from jobs import portable, report, watched
-from jobs.runs import Run
+from jobs import portable, report
+from jobs.runs.run import Run
 from jobs.sampling import Sampling
 from jobs.settings import RECIPES, Settings
+from jobs.telemetry.observe import run_observed
 from jobs.training import Job
 from pipeline import storage
 from pipeline.corpora import drawn as drawn_corpus
@@ -95,7 +96,7 @@ def _seal(stage_: Stage, runner: Runner) -> bool:
     if storage.exists(storage.join(stage_.folder, "manifest.json")):
         prepare(stage_)
         return False
-    manifest = watched.run(stage_, runner, name=f"{stage_.name} {stage_.path}")
+    manifest = run_observed(stage_, runner, name=f"{stage_.name} {stage_.path}")
     totals, info = manifest["totals"], manifest["info"]
     _log.info("%s: %d samples, %.1f MB%s%s", stage_.path, totals["samples"], totals["bytes"] / 1e6,
               f", left out: {totals['skipped']}" if totals["skipped"] else "",

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from jobs import latents
-from jobs.runs import Run
+from jobs.runs.run import Run
 from jobs.settings import SampleConfig
 from model.config import from_dict
 from model.diffusion import randomness

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from jobs import drawing, findings
 from jobs.drawing import fitting, same_encoder, searched
-from jobs.runs import Run
+from jobs.runs.run import Run
 from jobs.settings import EvaluateConfig, SampleConfig
 from model import style_classifier
 from model.training.precision import compute_dtype

@@ -9,7 +9,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from jobs import labels, status
+from jobs import status
+from jobs.runs.labels import NAMES
 from pipeline import storage
 from pipeline.stages.progress import period
 
@@ -79,15 +80,15 @@ class Root:
 
 
 def _stages(found: list[dict[str, Any]]) -> Iterator[Metric]:
-    gauges = {name: GaugeMetricFamily(f"rdm_stage_{name}", what, labels=labels.NAMES) for name, what in _STAGE.items()}
-    curves = {name: GaugeMetricFamily(f"rdm_train_{name}", what, labels=labels.NAMES) for name, what in _TRAIN.items()}
-    left_out = GaugeMetricFamily("rdm_stage_left_out", "Samples left out, by reason.", labels=(*labels.NAMES, "reason"))
-    recall = GaugeMetricFamily("rdm_index_recall", "Recall of an index.", labels=(*labels.NAMES, "k"))
-    faults = GaugeMetricFamily("rdm_train_fault", "1 if this ended the run for good.", labels=(*labels.NAMES, "kind"))
+    gauges = {name: GaugeMetricFamily(f"rdm_stage_{name}", what, labels=NAMES) for name, what in _STAGE.items()}
+    curves = {name: GaugeMetricFamily(f"rdm_train_{name}", what, labels=NAMES) for name, what in _TRAIN.items()}
+    left_out = GaugeMetricFamily("rdm_stage_left_out", "Samples left out, by reason.", labels=(*NAMES, "reason"))
+    recall = GaugeMetricFamily("rdm_index_recall", "Recall of an index.", labels=(*NAMES, "k"))
+    faults = GaugeMetricFamily("rdm_train_fault", "1 if this ended the run for good.", labels=(*NAMES, "kind"))
     for one in found:
         if one["state"] == "absent":
             continue
-        known = [status.named(one["path"], one)[name] for name in labels.NAMES]
+        known = [status.named(one["path"], one)[name] for name in NAMES]
         for name, value in _numbers(one).items():
             gauges[name].add_metric(known, value)
         for reason, count in (one.get("progress") or one).get("skipped", {}).items():

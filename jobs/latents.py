@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from jobs.runs import Run
+from jobs.runs.run import Run
 from jobs.settings import LatentsConfig
 from model.weights import first_stage
 from model.weights.first_stage import FirstStage

@@ -9,10 +9,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from jobs import tracking
 from jobs.costs import duration, exact_amounts, listed_amounts, training_flop
 from jobs.rates import ApproximateRates, EmbedRates, ExactRates, IndexRates, Rates, ShardRates, TrainRates
-from jobs.runs import Run
+from jobs.runs.metrics import read
+from jobs.runs.run import Run
 from model.config import UNetConfig
 from model.training import flops
 from pipeline import storage
@@ -193,7 +193,7 @@ def _train(root: str, gpu: bool) -> TrainRates | None:
     operations = seconds = 0.0
     for name in storage.folders(storage.join(root, "runs")):
         run = Run(root, name)
-        lines = tracking.read(run)
+        lines = read(run)
         if not lines or not storage.exists(storage.join(run.folder, "plan.json")):
             continue
         section = run.section()

@@ -70,8 +70,8 @@ def workers_here(command: PlanCommand, settings: Settings) -> ClusterConfig:
         import torch
         there = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.is_available())}
     else:
-        from jobs import cluster
-        there = cluster.resources()
+        from jobs.cluster import connect
+        there = connect.worker_resources()
     return replace(settings.cluster, workers=command.measure_workers, min_workers=0,
                    gpus=1.0 if wanted and there.get("GPU", 0) >= 1 else 0.0,
                    cpus=min(settings.cluster.cpus, max(1.0, there["CPU"] // command.measure_workers)))

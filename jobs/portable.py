@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import latents
-from jobs.runs import Run
+from jobs.runs.run import Run
 from model.config import from_dict
 from model.weights import checkpoint, first_stage
 from pipeline import storage

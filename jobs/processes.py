@@ -12,8 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from jobs import labels, tracking
-from jobs.runs import Run
+from jobs.runs.labels import run_labels
+from jobs.runs.metrics import Metrics
+from jobs.runs.run import Run
+from jobs.telemetry import wandb_tracker
 from jobs.training import Job, Training
 from jobs.validation import Validation
 from model.training.precision import compute_dtype
@@ -44,10 +46,10 @@ def work(job: Job, stop: Callable[[], bool] | None = None) -> int:
     where = _devices(devices.describe(devices.name_of(compute_dtype(job.config.precision, device))))
     metrics = tracker = curve = None
     if rank == 0:
-        known = labels.of_run(job.dataset.name, job.dataset.version, job.run.name)
-        metrics = tracking.Metrics(job.run, step)
+        known = run_labels(job.dataset.name, job.dataset.version, job.run.name)
+        metrics = Metrics(job.run, step)
         curve = _curve(known, step, job)
-        tracker = tracking.of_run(job, known)
+        tracker = wandb_tracker.tracker_of_run(job, known)
 
     def save(reached: int, write: Callable[[Any], None]) -> None:
         with scratch_folder("checkpoint") as scratch:
@@ -81,8 +83,8 @@ def _curve(known: dict[str, str], step: int, job: Job) -> Any:
     """What tells Ray of the curve, in a process of Ray's."""
     if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
         return None
-    from jobs import live
-    return live.Curve(known, step, job.config.steps, job.config.global_batch)
+    from jobs.telemetry import ray_metrics
+    return ray_metrics.Curve(known, step, job.config.steps, job.config.global_batch)
 
 
 def in_processes(job: Job) -> bool:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from jobs import logs, versions
+from jobs import versions
+from jobs.telemetry import logs
 from pipeline import storage
 from pipeline.datasets import published, takedowns
 from pipeline.datasets.dataset import Dataset

@@ -15,7 +15,7 @@ from jobs.drawing import Drawer, same_encoder, searched
 from jobs.mixtures import Mixture, mixture
 from jobs.queries import Query
 from jobs.retrieval import Drawn, Near, Retriever
-from jobs.runs import Run
+from jobs.runs.run import Run
 from jobs.settings import QueryConfig, SampleConfig
 from model.training.precision import compute_dtype
 from pipeline import storage

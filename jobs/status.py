@@ -5,8 +5,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from jobs import labels, progress, tracking
-from jobs.runs import Run
+from jobs.runs.labels import run_labels, stage_labels
+from jobs.runs.metrics import read
+from jobs.runs.run import Run
+from jobs.telemetry import progress_bar
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.stages import records
@@ -60,8 +62,8 @@ def named(path: str, one: dict[str, Any]) -> dict[str, str]:
     """The labels of a stage folder with this state."""
     if one.get("dataset"):
         dataset = Dataset.parse("", one["dataset"])
-        return labels.of_run(dataset.name, dataset.version, path.split("/")[1])
-    return labels.of(path, one.get("stage") or path.rsplit("/", 1)[1])
+        return run_labels(dataset.name, dataset.version, path.split("/")[1])
+    return stage_labels(path, one.get("stage") or path.rsplit("/", 1)[1])
 
 
 def silent(now: dict[str, Any]) -> float:
@@ -129,7 +131,7 @@ def _state(root: str, path: str) -> dict[str, Any]:
             run = Run(root, path.split("/")[1])
             steps = run.steps()
             state = f"at step {steps[-1]}" if steps else "planned"
-            about |= {"dataset": plan["section"].get("dataset"), "curve": _last(tracking.read(run)),
+            about |= {"dataset": plan["section"].get("dataset"), "curve": _last(read(run)),
                       "fault": run.fault()}
         return about | {"state": "stale" if changed else state, "changed": changed, "failed": failed}
     sealed = about | {"state": "stale" if changed else "sealed", "changed": changed,
@@ -141,7 +143,7 @@ def _state(root: str, path: str) -> dict[str, Any]:
     if plan["stage"] == "train":
         # The stage only collects what the run left: its time and bytes are those of the run.
         run = Run(root, path.split("/")[1])
-        lines = tracking.read(run)
+        lines = read(run)
         sealed["seconds"] = round(lines[-1]["seconds"], 1) if lines else None
         sealed |= {"dataset": plan["section"].get("dataset"), "curve": _last(lines), "fault": None}
         sealed["bytes"] += sum(entry["bytes"] for step in run.steps() for entry in run.checkpoint(step)["files"])
@@ -157,13 +159,13 @@ def _detail(one: dict[str, Any]) -> str:
         skipped = ", ".join(f"{count} {reason}" for reason, count in one["skipped"].items())
         return "; ".join(filter(None, [
             f"{one['samples']} samples, {one['bytes'] / 1e6:.1f} MB" + (f", left out: {skipped}" if skipped else ""),
-            progress.computed_on(one.get("devices", {})), progress.retired(one.get("retired", []))]))
+            progress_bar.computed_on(one.get("devices", {})), progress_bar.retired(one.get("retired", []))]))
     said = [f"{one['failed']} failed"] if one.get("failed") else []
     if now := one.get("progress"):
         # Of a driver that is gone the records tell, and its last word does not.
         gone = silent(now)
-        said.append(f"nothing heard for {round(gone / 60)} min" if gone else progress.sentence(now))
-        said += [progress.computed_on(now.get("devices", {})), progress.retired(now.get("retired", []))]
+        said.append(f"nothing heard for {round(gone / 60)} min" if gone else progress_bar.sentence(now))
+        said += [progress_bar.computed_on(now.get("devices", {})), progress_bar.retired(now.get("retired", []))]
     return "; ".join(filter(None, said))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jobs import commands
-from jobs.runs import Run
+from jobs.runs.run import Run
 from pipeline.datasets.dataset import Dataset
 
 

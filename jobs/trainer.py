@@ -9,10 +9,13 @@ import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from jobs import cluster, labels, logs, tracking
+from jobs.cluster import connect
 from jobs.processes import work
-from jobs.runs import HOPELESS
+from jobs.runs.labels import run_labels
+from jobs.runs.metrics import read
+from jobs.runs.run import HOPELESS
 from jobs.settings import ClusterConfig
+from jobs.telemetry import logs
 from jobs.training import Job, Training
 from pipeline import storage
 from pipeline.hardware import devices
@@ -28,11 +31,11 @@ def train(job: Job, config: ClusterConfig, watch: Callable[[dict[str, Any]], Non
     never depends on what an earlier one left with Ray.
     """
     training = Training(job)
-    cluster.connect()
-    cluster.check_gpus_exist(training, config)
+    connect.connect()
+    connect.check_gpus_exist(training, config)
     prepare(training)
     job.run.mend()
-    cluster.mention_unused_gpus(training, config)
+    connect.mention_unused_gpus(training, config)
     launch = uuid.uuid4().hex
     with scratch_folder("ray-train") as scratch:
         # Every worker of every node needs to reach Ray's own folder; nothing of ours is kept in it.
@@ -78,7 +81,7 @@ def _loop(config: dict[str, Any]) -> None:
     logs.speak(config["log"])
     devices.reserve(config["device"])
     job = config["job"]
-    known = labels.of_run(job.dataset.name, job.dataset.version, job.run.name)
+    known = run_labels(job.dataset.name, job.dataset.version, job.run.name)
     # What will happen again is not tried again: the first to meet it writes it down.
     if fault := _known(job, config["launch"]):
         raise fault
@@ -96,7 +99,7 @@ def _follow(job: Job, watch: Callable[[dict[str, Any]], None], done: threading.E
     """Show the curve while it grows: it is written by another process, maybe on another node."""
     seen = 0
     while not done.wait(2.0):
-        lines = tracking.read(job.run)
+        lines = read(job.run)
         if lines and lines[-1]["step"] != seen:
             seen = lines[-1]["step"]
             watch(lines[-1])

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from jobs import tracking
-from jobs.runs import Run
+from jobs.runs.metrics import read
+from jobs.runs.run import Run
 from model.config import TrainConfig, identity
 from pipeline import storage
 from pipeline.batches.batches import OWN
@@ -125,7 +125,7 @@ class Training(Stage):
         """What the finished run left: the curve, and the checkpoint it ended with."""
         step = self.job.run.latest_step()
         assert step >= self.job.config.steps, (step, self.job.config.steps)
-        lines = tracking.read(self.job.run)
+        lines = read(self.job.run)
         self.device = lines[-1].get("device", "") if lines else ""
         # Not the file of the curve: there are seconds in it, and an equal run has other ones.
         curve = storage.digest([[line["step"], line["loss"]] for line in lines])

@@ -15,10 +15,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from jobs import commands, interrupts, labels, logs, report, status, steps, watched
-from jobs.gpus import InProcess, check_gpus, local_device
-from jobs.runs import Run
+from jobs import commands, report, status, steps
+from jobs.cluster.gpus import InProcess, check_gpus, local_device
+from jobs.runs.labels import run_labels, stage_labels
+from jobs.runs.run import Run
 from jobs.settings import ClusterConfig, Settings
+from jobs.telemetry import interrupts, logs
+from jobs.telemetry.observe import run_observed
 from jobs.training import Job, Training
 from pipeline import storage
 from pipeline.datasets import published
@@ -66,7 +69,7 @@ def _sift(sifted: deduplicate.Sift, command: commands.ShardCommand) -> int:
     with runner(command) as run_with:
         def seal(stage_: Shard) -> dict[str, Any]:
             first = stage_ is sifted.whole
-            return watched.run(stage_, run_with, name="shard" if first else "sift", tracker=command.stage.tracker,
+            return run_observed(stage_, run_with, name="shard" if first else "sift", tracker=command.stage.tracker,
                                retry=command.retry_failed and first, max_failed=command.max_failed)
 
         manifest = deduplicate.run(sifted, seal, rebuild=command.stage.rebuild)
@@ -99,7 +102,7 @@ def _index(command: commands.IndexCommand, settings: Settings) -> int:
     if command.common.dry_run:
         return _dry_run(index, command.stage.rebuild)
     with runner(command) as run_with:
-        manifest = build_index(index, lambda one: watched.run(one, run_with, name=one.name.replace("_", " "),
+        manifest = build_index(index, lambda one: run_observed(one, run_with, name=one.name.replace("_", " "),
                                                                tracker=command.stage.tracker),
                                 rebuild=command.stage.rebuild)
     _done(index, manifest)
@@ -123,7 +126,7 @@ def _rebuild(command: commands.RebuildCommand, settings: Settings) -> int:
     _torch_first()
     check_autofaiss()
     with runner(command) as run_with:
-        print(json.dumps(rebuild.run(one, lambda stage_: watched.run(
+        print(json.dumps(rebuild.run(one, lambda stage_: run_observed(
             stage_, run_with, name=stage_.name.replace("_", " "), tracker="auto"))))
     return 0
 
@@ -242,7 +245,7 @@ def _train(command: commands.TrainCommand, settings: Settings) -> int:
 
 def train(job: Job, config: ClusterConfig, *, local: bool, rebuild: bool = False) -> dict[str, Any] | None:
     """Bring a run to its sealed state; None in a process that does not speak for the run, or was stopped."""
-    with logs.about(labels.of_run(job.dataset.name, job.dataset.version, job.run.name)):
+    with logs.about(run_labels(job.dataset.name, job.dataset.version, job.run.name)):
         return _trained(job, config, local, rebuild)
 
 
@@ -307,10 +310,10 @@ def _evaluate(command: commands.EvaluateCommand, settings: Settings) -> int:
     if command.common.dry_run:
         return _dry_run(judging, command.stage.rebuild, command.cluster)
     with runner(command) as run_with:
-        watched.run(judging, run_with, tracker=command.stage.tracker, rebuild=command.stage.rebuild)
+        run_observed(judging, run_with, tracker=command.stage.tracker, rebuild=command.stage.rebuild)
         evaluation = Evaluation(judging, mixed, command.checkpoint, settings.embed.clip(), command.evaluate,
                                 command.sample, command.prompt, command.name)
-        watched.run(evaluation, run_with, tracker=command.stage.tracker, rebuild=command.stage.rebuild)
+        run_observed(evaluation, run_with, tracker=command.stage.tracker, rebuild=command.stage.rebuild)
     _log.info("evaluate: pictures, plot and numbers are in %s", evaluation.folder)
     file = storage.join(evaluation.folder, "evaluation.json" if command.json else "table.md")
     print(storage.read_bytes(file).decode(), end="")
@@ -384,7 +387,7 @@ def _plan(command: commands.PlanCommand, settings: Settings) -> int:
     if command.measure:
         workers = plan.workers_here(command, settings)
         with runner(SimpleNamespace(common=command.common, cluster=workers)) as run_with:
-            command = plan.measure(command, settings, workers, lambda one: watched.run(one, run_with))
+            command = plan.measure(command, settings, workers, lambda one: run_observed(one, run_with))
     print(plan.of(command, settings))
     return 0
 
@@ -427,7 +430,7 @@ def runner(command: Any) -> Iterator[Runner]:
             yield InProcess(command.cluster)
         return
     with interrupts.held():  # an exception in the midst of an import may be swallowed there
-        from jobs.pool import Pool
+        from jobs.cluster.actor_pool import Pool
     pool = Pool(command.cluster)
     try:
         with devices.reserving("cpu"):  # the driver reserved no GPU
@@ -441,7 +444,7 @@ def _run(stage_: Stage, command: Any) -> int:
     if command.common.dry_run:
         return _dry_run(stage_, command.stage.rebuild, command.cluster)
     with runner(command) as run_with:
-        manifest = watched.run(stage_, run_with, tracker=command.stage.tracker, rebuild=command.stage.rebuild,
+        manifest = run_observed(stage_, run_with, tracker=command.stage.tracker, rebuild=command.stage.rebuild,
                                retry=getattr(command, "retry_failed", False) and not getattr(stage_, "base", None),
                                max_failed=getattr(command, "max_failed", 1.0))
     _done(stage_, manifest)
@@ -469,7 +472,7 @@ def _dry_run(stage_: Stage, rebuild: bool = False, config: ClusterConfig | None 
 
 def _done(stage_: Stage, manifest: dict[str, Any]) -> None:
     """One JSON document on stdout: where, and how much; what was left out on stderr."""
-    totals, known = manifest["totals"], labels.of(stage_.path, stage_.name)
+    totals, known = manifest["totals"], stage_labels(stage_.path, stage_.name)
     print(json.dumps({"folder": stage_.folder, **totals, **{key: value for key, value in manifest["info"].items()
                                                             if isinstance(value, int | float | str)}}))
     if totals["skipped"]:

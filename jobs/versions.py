@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.runs import Run
+from jobs.runs.run import Run
 from pipeline import storage
 from pipeline.datasets import published
 from pipeline.datasets.dataset import Dataset, datasets

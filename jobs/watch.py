@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from jobs import progress, status
+from jobs import status
+from jobs.telemetry import progress_bar
 from pipeline import storage
 from pipeline.stages.progress import period
 
@@ -92,7 +93,7 @@ def text(now: dict[str, Any]) -> str:
 
 def _published(name: str, told: dict[str, Any]) -> tuple[str, ...]:
     recall = told.get("recall@10")
-    age = f"{progress.span(time.time() - told['published'])} ago" if told.get("published") else ""
+    age = f"{progress_bar.span(time.time() - told['published'])} ago" if told.get("published") else ""
     number = f"number {told['number']}" if told.get("number") is not None else ""
     return (name, f"{told['version']}*", "published", age, number, "", "",
             f"recall@10 {recall:.4f}" if isinstance(recall, float) else "")
@@ -111,8 +112,8 @@ def _done(one: dict[str, Any]) -> str:
 
 def _left(one: dict[str, Any]) -> str:
     if one["silent_s"]:
-        return f"silent for {progress.span(one['silent_s'])}"
-    return progress.span(one["seconds_left"]) if one["seconds_left"] else ""
+        return f"silent for {progress_bar.span(one['silent_s'])}"
+    return progress_bar.span(one["seconds_left"]) if one["seconds_left"] else ""
 
 
 def _failures(one: dict[str, Any]) -> str:

@@ -1,9 +1,10 @@
 """What evaluations found, and what validations saw."""
 
-from jobs import findings, tracking
+from jobs import findings
 from jobs.report.page import Album, Child, brief, number, scrolling, tag
 from jobs.report.root import Root
-from jobs.runs import Run
+from jobs.runs.metrics import read
+from jobs.runs.run import Run
 from pipeline import storage
 
 _WIDE = 1700
@@ -49,7 +50,7 @@ def evaluation(root: Root, run: Run, name: str, album: Album) -> Child:
 
 def validated(run: Run, album: Album) -> Child:
     """The last validation of a run: its losses, and what was drawn beside the neighbours; None if there was none."""
-    lines = tracking.read(run, "validation.jsonl")
+    lines = read(run, "validation.jsonl")
     if not lines:
         return None
     last = lines[-1]

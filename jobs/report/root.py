@@ -5,7 +5,7 @@ from typing import Any
 
 from jobs import status
 from jobs.report.page import Html, tag
-from jobs.runs import Run
+from jobs.runs.run import Run
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, datasets
 

@@ -7,7 +7,7 @@ from jobs import queries
 from jobs.mixtures import Mixture
 from jobs.report.page import Album, Child, amount, note, scrolling, tag
 from jobs.report.root import Root
-from jobs.runs import Run
+from jobs.runs.run import Run
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.metadata import metadata

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-from jobs import progress, tracking
 from jobs.report.curve import curve, trade_off
 from jobs.report.page import (
     Child,
@@ -21,7 +20,9 @@ from jobs.report.page import (
     tag,
 )
 from jobs.report.root import Root
-from jobs.runs import Run
+from jobs.runs.metrics import read
+from jobs.runs.run import Run
+from jobs.telemetry import progress_bar
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 
@@ -49,7 +50,7 @@ def headline(root: Root) -> Child:
         shown.append((low if low == high else f"{low}–{high}", "recall@10 of the indices"))
     for run in root.runs:
         of_run = f" of {run.name}" if len(root.runs) > 1 else ""
-        if lines := tracking.read(run):
+        if lines := read(run):
             steps = ((root.plan(run.path) or {}).get("section", {}).get("train") or {}).get("steps")
             of_all = f" of {number(steps)}" if steps and steps != lines[-1]["step"] else ""
             shown.append((number(lines[-1]["step"]), f"training steps{of_all}{of_run}"))
@@ -72,7 +73,7 @@ def _final(lines: list[dict[str, Any]]) -> float:
 
 def loss(root: Root, run: Run) -> Child:
     """The loss curve of a run with how fast it went; None while there is none."""
-    lines = tracking.read(run)
+    lines = read(run)
     drawing = curve(lines)
     if drawing is None:
         return None
@@ -169,7 +170,7 @@ def _stage(one: dict[str, Any], group: str) -> Html:
     state = one["state"] + (f", {one['failed']} failed" if one.get("failed") else "")
     kind = "failed" if one.get("failed") else one["state"].split()[0]
     changed = tag("small", f"rebuilt since: {', '.join(one['changed'])}") if one.get("changed") else None
-    on = progress.computed_on(one.get("devices") or (one.get("progress") or {}).get("devices", {}))
+    on = progress_bar.computed_on(one.get("devices") or (one.get("progress") or {}).get("devices", {}))
     return tag("tr", tag("th", name, scope="row"), tag("td", tag("span", state, class_=f"state {kind}"), changed,
                                                        tag("small", on) if on else None),
                _n(number(one.get("items"))), _n(number(samples)), tag("td", _reasons(one.get("skipped"))),

@@ -29,9 +29,10 @@ from scipy import stats
 
 sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
 
-from jobs import cli, findings, tracking
+from jobs import cli, findings
 from jobs.evaluation import Judging
-from jobs.runs import Run
+from jobs.runs.metrics import read
+from jobs.runs.run import Run
 from jobs.settings import emoji_32
 from pipeline import storage
 from pipeline.corpora.emoji import STYLES
@@ -151,7 +152,7 @@ def _found(root: Path, row: Row) -> list[dict[str, Any]]:
         # (prompts, styles); one picture of each
         right = np.array([np.array(one["judge"])[:, 0] == one["style"] for one in styles]).T.astype(float)
         clip = np.array([np.array(one["clip"])[:, 0] for one in styles]).T
-        last = tracking.read(run, "validation.jsonl")[-1]
+        last = read(run, "validation.jsonl")[-1]
         found.append({"judge": 100 * right, "clip": clip, "kid": document["ways"][0]["kid"],
                       "loss": last["validation_loss"], "shuffled": last["validation_shuffled"]})
     return found

@@ -59,11 +59,12 @@ def build(root: Path, source: Path, version: str) -> None:
 
 def watched(work: Path, arguments: argparse.Namespace) -> tuple[list[Any], list[float], tuple[float, float]]:
     """The panels with the series of their queries, when a version was published, when the run began and ended."""
-    from jobs import cli, cluster
+    from jobs import cli
+    from jobs.cluster import connect
     root, port = work / "root", prometheus.free_port()
     shutil.rmtree(root, ignore_errors=True)
     first, more = corpus(work, arguments.subjects), corpus(work, arguments.subjects * 3 // 2)
-    cluster.connect()
+    connect.connect()
     served = subprocess.Popen([sys.executable, "-m", "jobs", "status", "--serve", str(port), "--root", str(root)],
                               env=os.environ | {"PYTHONPATH": str(CHECKOUT)})
     try:

@@ -33,11 +33,12 @@ sys.path.insert(0, str(CHECKOUT / "tests" / "pipeline"))
 sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
 import made
 
-from jobs import costs, measured, rates, tracking
+from jobs import costs, measured, rates
 from jobs.costs import Build
 from jobs.processes import in_processes
 from jobs.rates import Rates
-from jobs.runs import Run
+from jobs.runs.metrics import read
+from jobs.runs.run import Run
 from jobs.settings import Settings, tiny
 from jobs.training import Job, Training
 from model.config import TrainConfig, UNetConfig
@@ -103,7 +104,7 @@ def seconds(root: Path, shares: Shares) -> dict[str, float]:
     """The processor's seconds of each stage."""
     dataset = Dataset.parse(str(root), "drawn")
     found = {name: dataset.manifest(folder)["run"]["seconds"] for name, folder in _FOLDERS.items()}
-    found["train"] = tracking.read(Run.parse(str(root), "run"))[-1]["seconds"]
+    found["train"] = read(Run.parse(str(root), "run"))[-1]["seconds"]
     return {name: shares[name] * one for name, one in found.items()}
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs import exporter, verbs, watched
-from jobs.runs import Run
+from jobs import exporter, verbs
+from jobs.runs.run import Run
 from jobs.settings import ClusterConfig, tiny
+from jobs.telemetry.observe import run_observed
 from jobs.training import Job
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
@@ -82,8 +83,8 @@ def _stops(stage_: Any, items: Any) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def seen(cluster: Any, tmp_path_factory: pytest.TempPathFactory, drawn_pictures: Path) -> Iterator[Any]:
     """Prometheus, when the run began, and its root; after shard, embed, index, neighbors on a cluster, and train."""
-    from jobs.cluster import tell_prometheus
-    from jobs.pool import Pool
+    from jobs.cluster.actor_pool import Pool
+    from jobs.cluster.connect import write_prometheus_targets
     folder = tmp_path_factory.mktemp("watched")
     root = str(folder / "root")
     dataset = Dataset.parse(root, NAME)
@@ -104,13 +105,13 @@ def seen(cluster: Any, tmp_path_factory: pytest.TempPathFactory, drawn_pictures:
                                                format="png", samples_per_shard=10)),
                     Embed(dataset, EmbedConfig()), Index(dataset, IndexConfig(bytes_per_vector=288)),
                     Neighbors(dataset, dataset, NeighborsConfig()))):
-                watched.run(one, pool)
+                run_observed(one, pool)
                 if not number:
-                    tell_prometheus(folder)
+                    write_prometheus_targets(folder)
             pool.close()
             # One that stays under way: the others are so quick that nobody may have asked meanwhile.
             with pytest.raises(KeyboardInterrupt):
-                watched.run(Shard(Dataset.parse(root, "unfinished"), ShardConfig(
+                run_observed(Shard(Dataset.parse(root, "unfinished"), ShardConfig(
                     source=str(drawn_pictures), image_size=32, format="png", samples_per_shard=10)), _stops)
             _train(root, "small", local=True)  # in this process, which Ray knows as it knows one of Ray Train's
             yield server, begun, root

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from jobs import cluster as clusters
-from jobs import gpus
 from jobs.cli import main
-from jobs.pool import Pool
+from jobs.cluster import connect as clusters
+from jobs.cluster.actor_pool import Pool
+from jobs.cluster.gpus import check_gpus
 from jobs.settings import ClusterConfig
 from jobs.training import Training
 from model.training import flops
@@ -184,12 +184,12 @@ def test_a_process_of_training_takes_one_whole_gpu(root: str, count: str, hint: 
 
 def test_workers_of_embed_share_a_gpu_and_those_of_index_take_several(root: str) -> None:
     dataset = Dataset.parse(root, "drawn")
-    gpus.check_gpus(Embed(dataset, EmbedConfig()), ClusterConfig(gpus=0.25))
+    check_gpus(Embed(dataset, EmbedConfig()), ClusterConfig(gpus=0.25))
 
     class OnGpus(Index):
         workers_need_gpu = True
 
-    gpus.check_gpus(OnGpus(dataset, IndexConfig()), ClusterConfig(gpus=4))
+    check_gpus(OnGpus(dataset, IndexConfig()), ClusterConfig(gpus=4))
     assert not Training.shares_gpus
 
 

@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs import drawing, latents, tracking
+from jobs import drawing, latents
 from jobs.cli import main
 from jobs.processes import in_processes
-from jobs.runs import Run
+from jobs.runs.metrics import read
+from jobs.runs.run import Run
 from jobs.settings import LatentsConfig, SampleConfig, tiny
 from jobs.training import Job, Training
 from jobs.validation import Validation
@@ -211,7 +212,7 @@ def test_validation_of_a_run_on_latents_shows_what_sample_draws_and_changes_noth
     assert in_processes(_job(root, "with", "drawn")) and in_processes(_job(root, "without"))
     one, other = (Run.parse(str(root), name) for name in ("with", "without"))
     assert one.checkpoint(2)["content"] == other.checkpoint(2)["content"]
-    assert [line["step"] for line in tracking.read(one, "validation.jsonl")] == [1, 2]
+    assert [line["step"] for line in read(one, "validation.jsonl")] == [1, 2]
     # The same noise and neighbours: the grid has what the run's own drawer makes of them.
     look, network = Validation(_job(root, "with", "drawn"), drawn), checkpoint.load_denoiser(one.fetch(2))[0]
     found = look.drawn(network, torch.device("cpu"))
@@ -246,7 +247,7 @@ def test_without_its_first_stage_a_run_goes_on_and_says_so_once(
     shutil.rmtree(folder)
     assert in_processes(_job(root, "blind", "drawn"))
     assert caplog.text.count("validation draws no pictures") == 1 and str(folder) in caplog.text
-    assert [line["step"] for line in tracking.read(Run.parse(str(root), "blind"), "validation.jsonl")] == [1, 2]
+    assert [line["step"] for line in read(Run.parse(str(root), "blind"), "validation.jsonl")] == [1, 2]
     assert not (root / "runs/blind/validation").exists()
     assert main(["report", "--root", str(root)]) == 0
     assert "drawn in validation" not in (root / "report.html").read_text()

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jobs import logs
 from jobs.cli import main
+from jobs.telemetry import logs
 
 
 def _pictures(folder: Path) -> Path:

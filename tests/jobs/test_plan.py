@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from jobs import costs, measured, plan, rates, tracking
+from jobs import costs, measured, plan, rates
 from jobs.cli import main
 from jobs.commands import Common, PlanCommand
 from jobs.costs import Build, Cost, Prices
 from jobs.processes import in_processes
 from jobs.rates import Rates
-from jobs.runs import Run
+from jobs.runs.metrics import read
+from jobs.runs.run import Run
 from jobs.settings import RECIPES, Settings
 from jobs.training import Job, Training
 from model import recipes
@@ -85,7 +86,7 @@ def test_the_run_that_the_rates_are_of_is_foretold_as_it_was(root: Path, known: 
         stored = manifest["totals"]["bytes"] + sum(file["bytes"] for file in manifest["files"])
         assert found[name].written == pytest.approx(stored, rel=1e-9), name
     run = Run.parse(str(root), "run")
-    assert found["train"].worker_seconds == pytest.approx(tracking.read(run)[-1]["seconds"], rel=1e-9)
+    assert found["train"].worker_seconds == pytest.approx(read(run)[-1]["seconds"], rel=1e-9)
     stored = sum(file["bytes"] for step in run.steps() for file in run.checkpoint(step)["files"])
     assert found["train"].written == pytest.approx(stored, rel=0.1) and found["train"].kept == found["train"].written
     assert known.defaults == ("storage",)

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from jobs import logs
 from jobs.settings import ClusterConfig
+from jobs.telemetry import logs
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings.embed import Embed, EmbedConfig
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture
 def pool(cluster: Any) -> Iterator[Any]:
-    from jobs.pool import Pool
+    from jobs.cluster.actor_pool import Pool
     made: list[Pool] = []
 
     def start(workers: int) -> Pool:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from jobs import cli, rebuild, versions
 from jobs.rebuild import GatesFailed, Rebuild, RebuildConfig
-from jobs.runs import Run
+from jobs.runs.run import Run
 from jobs.versions import GcConfig
 from pipeline import storage
 from pipeline.datasets import hidden_rows, published

@@ -21,7 +21,7 @@ from jobs.report.curve import curve, smoothed, trade_off
 from jobs.report.page import Album, size, tag
 from jobs.report.pictures import spread
 from jobs.report.root import Root
-from jobs.runs import Run
+from jobs.runs.run import Run
 from jobs.sampling import Sampling
 from jobs.settings import SampleConfig
 from jobs.training import Job, Training

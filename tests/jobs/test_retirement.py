@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from jobs import pool as pools
 from jobs import status
-from jobs.retirement import REFUTED, TRIES, Blame, Failed, Place, Task, WorkerState
+from jobs.cluster import actor_pool as pools
+from jobs.cluster.retirement import REFUTED, TRIES, Blame, Failed, Place, Task, WorkerState
 from jobs.settings import ClusterConfig
 from pipeline import storage
 from pipeline.hardware import devices

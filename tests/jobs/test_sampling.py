@@ -16,7 +16,7 @@ from PIL import Image
 from jobs import cli, drawing, report
 from jobs.mixtures import Mixture
 from jobs.retrieval import Likely, usage_of
-from jobs.runs import Run
+from jobs.runs.run import Run
 from jobs.sampling import Sampling
 from jobs.settings import QueryConfig, SampleConfig
 from pipeline import storage

@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 
-from jobs import cli, interrupts, submit
+from jobs import cli, submit
+from jobs.telemetry import interrupts
 from pipeline import storage
 from pipeline.stages.manifest import code_revision, read_manifest, without_run_facts
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
-from jobs import cli, offline, tracking
-from jobs.runs import Run
+from jobs import cli
+from jobs.runs.metrics import read
+from jobs.runs.run import Run
+from jobs.telemetry import wandb_offline, wandb_tracker
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 
@@ -40,7 +42,7 @@ def _session(folder: Path, last: str = "group") -> dict[str, Any]:
 
 def _written(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"history": [], "config": {}, "summary": {}}
-    for record in offline.records(next(folder.glob("*.wandb"))):
+    for record in wandb_offline.records(next(folder.glob("*.wandb"))):
         kind = record.WhichOneof("record_type")
         if kind == "run":
             found |= {"id": record.run.run_id, "group": record.run.run_group, "job": record.run.job_type,
@@ -78,16 +80,18 @@ def _train(root: Path, *more: str) -> list[str]:
 
 _FOLLOWED = """
 import sys, time
-from jobs import labels, tracking
-from jobs.runs import Run
+from jobs.runs.labels import run_labels
+from jobs.runs.metrics import Metrics
+from jobs.telemetry import wandb_tracker
+from jobs.runs.run import Run
 from jobs.training import Job
 from model.recipes import tiny
 from pipeline.datasets.dataset import Dataset
 root, first, last, ends = sys.argv[1], *map(int, sys.argv[2:])
 dataset = Dataset.parse(root, "drawn")
 job = Job(Run.parse(root, "small"), dataset, dataset, tiny())
-metrics = tracking.Metrics(job.run, first)
-tracker = tracking.of_run(job, labels.of_run("drawn", "v1", "small"))
+metrics = Metrics(job.run, first)
+tracker = wandb_tracker.tracker_of_run(job, run_labels("drawn", "v1", "small"))
 for step in range(first + 1, last + 1):
     tracker.add(metrics.add({"step": step, "loss": 1 / step, "seconds": 0.1}), hold=True)
     if step % 6 == 0:
@@ -139,7 +143,7 @@ def test_a_run_killed_and_resumed_is_one_curve_offline(root: Path, lines: int) -
     assert done.returncode == 0, done.stderr
     first, second = _sessions(root / "runs/small")
     assert first["history"] == kept and second["id"] == storage.read_json(str(root / "runs/small/wandb.json"))["id"]
-    curve_of = {line["step"]: line["loss"] for line in tracking.read(Run.parse(str(root), "small"))}
+    curve_of = {line["step"]: line["loss"] for line in read(Run.parse(str(root), "small"))}
     told = [(line["_step"], line["loss"]) for one in (first, second) for line in one["history"]]
     # Nothing twice, nothing missing, and nothing from steps that the killed process had not saved.
     assert told == sorted(curve_of.items()) and [step for step, _ in told] == list(range(1, steps + 1))
@@ -176,7 +180,7 @@ def test_none_is_none(root: Path) -> None:
     subprocess.run(_train(root, "--steps", "2", "--tracker", "none"), env=_environment(), check=True,
                    capture_output=True)
     assert not (root / "runs/small/wandb").exists() and not (root / "runs/small/wandb.json").exists()
-    assert len(tracking.read(Run.parse(str(root), "small"))) == 2
+    assert len(read(Run.parse(str(root), "small"))) == 2
 
 
 @pytest.mark.parametrize(("tracker", "by_default", "mode", "asked"), [
@@ -184,17 +188,17 @@ def test_none_is_none(root: Path) -> None:
     ("wandb", True, "disabled", False)])
 def test_who_is_told(tracker: str, by_default: bool, mode: str, asked: bool, monkeypatch) -> None:
     monkeypatch.setenv("WANDB_MODE", mode)
-    assert tracking.wanted(tracker, by_default) is asked
+    assert wandb_tracker.wanted(tracker, by_default) is asked
 
 
 def test_inputs_become_artifacts_told_apart_by_content() -> None:
     inputs = {"shards": {"path": "datasets/a/v1/shards", "digest": "1" * 64},
               "neighbors": {"path": "datasets/a/v1/neighbors/b@v2", "digest": "2" * 64}}
-    one, other = tracking.artifacts(inputs)
-    again = tracking.artifacts(inputs | {"shards": {"path": "datasets/a/v1/shards", "digest": "3" * 64}})[0]
+    one, other = wandb_tracker.artifacts(inputs)
+    again = wandb_tracker.artifacts(inputs | {"shards": {"path": "datasets/a/v1/shards", "digest": "3" * 64}})[0]
     assert (one.name, one.type, one.metadata["content"]) == ("datasets-a-v1-shards", "shards", "1" * 64)
     assert other.name == "datasets-a-v1-neighbors-b-v2"
-    assert one.digest != again.digest and one.digest == tracking.artifacts(inputs)[0].digest
+    assert one.digest != again.digest and one.digest == wandb_tracker.artifacts(inputs)[0].digest
 
 
 @pytest.mark.slow

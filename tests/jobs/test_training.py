@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from jobs import cli, tracking
+from jobs import cli
 from jobs.processes import in_processes, work
-from jobs.runs import Run
+from jobs.runs.metrics import read
+from jobs.runs.run import Run
 from jobs.settings import tiny
 from jobs.training import Job, Training
 from jobs.verbs import train as train_run
@@ -224,13 +225,13 @@ def test_validation_tells_whether_neighbours_are_used_and_changes_nothing(root: 
         assert in_processes(Job(Run.parse(str(root), name), dataset, dataset, config, validation=validation))
     one, other = (Run.parse(str(root), name) for name in ("with", "without"))
     assert one.checkpoint(24)["content"] == other.checkpoint(24)["content"]
-    found = tracking.read(one, "validation.jsonl")
-    assert [line["step"] for line in found] == [12, 24] and tracking.read(other, "validation.jsonl") == []
+    found = read(one, "validation.jsonl")
+    assert [line["step"] for line in found] == [12, 24] and read(other, "validation.jsonl") == []
     for line in found:
         assert {"validation_loss", "validation_shuffled", "validation_nobody"} <= line.keys()
         assert Image.open(io.BytesIO((root / f"runs/with/validation/{line['step']:07d}.png").read_bytes())).width > 300
     assert len({line["validation_loss"] for line in found}) == 2
-    assert [line["step"] for line in tracking.read(one)] == list(range(1, 25))
+    assert [line["step"] for line in read(one)] == list(range(1, 25))
     assert cli.main(["train", "with", "--dataset", "drawn", "--validation", "nowhere", "--root", str(root), "--config",
                      str(root / "settings.toml"), "--local", "--rebuild"]) == 2
 
@@ -308,7 +309,7 @@ def test_with_a_node_lost_it_goes_on_with_fewer_and_takes_it_back(root: Path, cl
 
 def _sizes(run: Run) -> list[int]:
     """The number of processes of each step."""
-    return [line["world_size"] for line in tracking.read(run)]
+    return [line["world_size"] for line in read(run)]
 
 
 def _wait_for_size(run: Run, size: int, process: "subprocess.Popen[bytes]") -> None:

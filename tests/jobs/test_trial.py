@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from jobs import made, rates, tracking
+from jobs import made, rates
 from jobs.cli import main
 from jobs.processes import in_processes
-from jobs.runs import Run
+from jobs.runs.metrics import read
+from jobs.runs.run import Run
 from jobs.training import Job
 from model import recipes
 from pipeline import storage
@@ -79,7 +80,7 @@ def test_steps_take_what_training_takes(prepared: Path, tmp_path: Path) -> None:
     dataset = Dataset.parse(str(prepared), "drawn")
     run = Run.parse(str(tmp_path), "run")
     assert in_processes(Job(run, dataset, dataset, replace(config, checkpoint_every=60)))
-    lines = tracking.read(run)
+    lines = read(run)
     real = (lines[-1]["seconds"] - lines[0]["seconds"]) / 50
     info = run_stage(made.Steps(str(tmp_path / "steps"), config, 32, 16, 10 * real, 1))["items"][0]["info"]
     assert info["batch"] <= 16 and info["parameters"] > 1e5

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from jobs import exporter, status, tracking, watch
+from jobs import exporter, status, watch
 from jobs.cli import main
-from jobs.runs import Run
+from jobs.runs.metrics import Metrics
+from jobs.runs.run import Run
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings.embed import Embed, EmbedConfig
@@ -31,7 +32,7 @@ def root(trained: Path, tmp_path: Path) -> str:
     root = str(tmp_path / "root")
     storage.put_json({"version": "v1", "content": "x", "published": time.time() - 3 * 86400, "number": 7,
                       "recall@10": 0.95}, storage.join(root, "datasets/drawn/current.json"))
-    tracking.Metrics(Run.parse(root, "small"), 0).add({"step": 3, "loss": 0.5, "samples_per_s": 80.0, "seconds": 1.0})
+    Metrics(Run.parse(root, "small"), 0).add({"step": 3, "loss": 0.5, "samples_per_s": 80.0, "seconds": 1.0})
     dataset = Dataset.parse(root, "flat")
     embed = Embed(dataset, EmbedConfig(batch_size=8))
     check_and_clear(embed)

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from jobs.progress import sentence
+from jobs.telemetry.progress_bar import sentence
 from pipeline import storage
 from pipeline.stages import progress, records
 from pipeline.stages.driver import run_in_process, run_stage

@@ -3,7 +3,7 @@
 NAMES = ("dataset", "version", "stage", "run")
 
 
-def of(path: str, stage: str) -> dict[str, str]:
+def stage_labels(path: str, stage: str) -> dict[str, str]:
     """The labels of the folder `path` below a root, which the stage named `stage` writes; "" where it has none."""
     match path.split("/"):
         case ["datasets", name, version, _, *rest]:  # neighbours are one stage for each database
@@ -15,7 +15,7 @@ def of(path: str, stage: str) -> dict[str, str]:
     raise AssertionError(path)
 
 
-def of_run(dataset: str, version: str, run: str) -> dict[str, str]:
+def run_labels(dataset: str, version: str, run: str) -> dict[str, str]:
     """The labels of a training run on a dataset."""
     return _all(dataset, version, "train", run)
 

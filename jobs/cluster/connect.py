@@ -10,8 +10,8 @@ from pathlib import Path
 
 import ray
 
-from jobs import interrupts
 from jobs.settings import ClusterConfig
+from jobs.telemetry import interrupts
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import StageFailed
 
@@ -44,10 +44,10 @@ def connect() -> None:
     with interrupts.held():
         context = ray.init("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False,
                            object_store_memory=200 << 20, **options)
-    tell_prometheus(Path(context.address_info["session_dir"]).parent)
+    write_prometheus_targets(Path(context.address_info["session_dir"]).parent)
 
 
-def tell_prometheus(folder: Path) -> None:
+def write_prometheus_targets(folder: Path) -> None:
     """Write down where the nodes tell their metrics, in the place and the way in which Ray's dashboard does."""
     targets = [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in ray.nodes()]
     with contextlib.suppress(OSError):
@@ -56,7 +56,7 @@ def tell_prometheus(folder: Path) -> None:
         own.replace(folder / "prom_metrics_service_discovery.json")
 
 
-def resources() -> dict[str, float]:
+def worker_resources() -> dict[str, float]:
     """What the cluster has in all: CPU, GPU, memory, ..."""
     connect()
     return ray.cluster_resources()

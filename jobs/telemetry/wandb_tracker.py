@@ -1,4 +1,4 @@
-"""The curve of a run: metrics.jsonl always, and the one door to wandb."""
+"""The only file that imports wandb: runs, stages and artifacts."""
 
 import contextlib
 import io
@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from jobs import offline
-from jobs.runs import Run
+from jobs.runs.metrics import read
+from jobs.telemetry import wandb_offline
 from model.config import to_dict
 from pipeline import storage
 from pipeline.stages.manifest import code_revision
@@ -22,57 +22,6 @@ from pipeline.stages.progress import Tally
 from pipeline.stages.stage import Stage
 
 _log = logging.getLogger(__name__)
-
-
-class Metrics:
-    """metrics.jsonl of a run, a line per log interval, and validation.jsonl; resumed it forgets what came after."""
-
-    def __init__(self, run: Run, step: int) -> None:
-        self.address = storage.join(run.folder, "metrics.jsonl")
-        self.notes_address = storage.join(run.folder, "validation.jsonl")
-        self.lines = [line for line in read(run) if line["step"] <= step]
-        self.notes = [line for line in read(run, "validation.jsonl") if line["step"] <= step]
-        # Seconds go on where they stopped, so that the curve over time has no fold.
-        self.seconds = self.lines[-1]["seconds"] if self.lines else 0.0
-        self.flush()
-
-    def add(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Append a record, on a local disk at once; `flush` does it on an object store."""
-        record = record | {"seconds": record["seconds"] + self.seconds}
-        self.lines.append(record)
-        if storage.is_local(self.address):
-            with open(storage.local_path(self.address), "a") as file:
-                file.write(json.dumps(record) + "\n")
-        return record
-
-    def note(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Keep what a validation found."""
-        self.notes.append(record)
-        self._write(self.notes, self.notes_address)
-        return record
-
-    def flush(self) -> None:
-        """Write the whole curve; objects cannot be appended to."""
-        self._write(self.lines, self.address)
-        if self.notes:
-            self._write(self.notes, self.notes_address)
-
-    @staticmethod
-    def _write(lines: list[dict[str, Any]], address: str) -> None:
-        storage.put_bytes("".join(json.dumps(line) + "\n" for line in lines).encode(), address)
-
-
-def read(run: Run, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """The curve of a run so far; a last line cut by a crash is left out."""
-    try:
-        text = storage.read_bytes(storage.join(run.folder, name)).decode()
-    except FileNotFoundError:
-        return []
-    lines = []
-    for line in text.splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
-    return lines
 
 
 class Tracker:
@@ -99,7 +48,7 @@ class Tracker:
             id_, place = _id(folder), _place(root, known)
             self.online = mode != "offline"
             if not self.online:
-                self.behind = offline.last_step(Path(place) / "wandb", id_)
+                self.behind = wandb_offline.last_step(Path(place) / "wandb", id_)
             self.session = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "rdm"), id=id_, group=group(known),
                 name=known["run"] or f"{group(known)} {known['stage']}", job_type=known["stage"],
@@ -149,7 +98,7 @@ class Tracker:
                 self.session = None
 
 
-def of_run(job: Any, known: dict[str, str]) -> Tracker:
+def tracker_of_run(job: Any, known: dict[str, str]) -> Tracker:
     """The tracker of a training run (jobs.training.Job)."""
     tracker = Tracker(job.run.root, job.run.folder, known, to_dict(job.config) | {"database": job.database.label},
                       job.run.lineage(), wanted=wanted(job.tracker, True))
@@ -192,7 +141,7 @@ class _Nobody:
 
 
 @contextlib.contextmanager
-def of_stage(stage_: Stage, known: dict[str, str], tracker: str) -> Iterator[Any]:
+def tracker_of_stage(stage_: Stage, known: dict[str, str], tracker: str) -> Iterator[Any]:
     """Who follows a stage: wandb, or nobody."""
     if not wanted(tracker, "WANDB_API_KEY" in os.environ):
         yield _Nobody()

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from jobs import labels
+from jobs.runs.labels import stage_labels
 from pipeline import storage
 from pipeline.stages.worker import current_item
 
@@ -46,7 +46,7 @@ class _Json(logging.Formatter):
         event = {"time": f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{int(record.msecs):03d}Z",
                  "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage()}
         held = current_item.get()
-        event |= _about if held is None else _known(labels.of(held[0], held[1]))
+        event |= _about if held is None else _known(stage_labels(held[0], held[1]))
         if held is not None:
             event["item"] = held[2]
         event |= getattr(record, "fields", {})

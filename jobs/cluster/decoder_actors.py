@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs import cluster
+from jobs.cluster import connect
 from pipeline.embeddings import decode_batch
 from pipeline.stages.decoder_pool import Decoded
 
@@ -39,7 +39,7 @@ class Decoder:
 
 def start(count: int) -> list[Any]:
     """So many decoders, spread over the nodes without a GPU, or over all where each has one."""
-    cluster.connect()
+    connect.connect()
     alive = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     nodes = [node for node in alive if not node["Resources"].get("GPU")]
     # Soft: if its node is gone, it starts again on another.

@@ -17,10 +17,12 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnschedulableError, RayActorError, RayError, RayTaskError
 
-from jobs import cluster, decoders, labels, live, logs
-from jobs.gpus import check_gpus
-from jobs.retirement import Blame, Failed, Place, Task, WorkerState
+from jobs.cluster import connect, decoder_actors
+from jobs.cluster.gpus import check_gpus
+from jobs.cluster.retirement import Blame, Failed, Place, Task, WorkerState
+from jobs.runs.labels import stage_labels
 from jobs.settings import ClusterConfig
+from jobs.telemetry import logs, ray_metrics
 from pipeline import storage
 from pipeline.hardware import devices
 from pipeline.stages.stage import Stage, fingerprint
@@ -45,7 +47,7 @@ class Worker:
             devices.hide_gpus()
         self.ready = ""
         self.computed = "", ""  # precision and device of the stage that was set up
-        self.decoders: decoders.Decoders | None = None
+        self.decoders: decoder_actors.Decoders | None = None
 
     def place(self) -> Place:
         """Answer once the process runs, with where it runs."""
@@ -62,7 +64,7 @@ class Worker:
         """
         try:
             if lent[0] and self.decoders is None:
-                self.decoders = decoders.Decoders(*lent)
+                self.decoders = decoder_actors.Decoders(*lent)
             stage_.decode = self.decoders if lent[0] else None
             if self.ready != print_:
                 stage_.setup()
@@ -104,13 +106,13 @@ class Pool:
         self.decoders: list[Any] = []
 
     def __call__(self, stage_: Stage, items: Sequence[Item]) -> Iterator[Outcome | Retired | None]:
-        cluster.connect()
-        cluster.mention_unused_gpus(stage_, self.config)
+        connect.connect()
+        connect.mention_unused_gpus(stage_, self.config)
         self._shape(stage_.workers_need_gpu and self.config.each_gpus > 0)
         print_ = fingerprint(stage_)
         together = self._together(stage_, len(items))
         lent = self._lent(stage_)
-        self.meter = live.Meter(labels.of(stage_.path, stage_.name))
+        self.meter = ray_metrics.Meter(stage_labels(stage_.path, stage_.name))
         fresh, left = iter(items), len(items)
         waiting: deque[Task] = deque()  # of a million items only those that are next, and those that came back
         busy: dict[Any, tuple[WorkerState, Task]] = {}
@@ -157,8 +159,8 @@ class Pool:
         """
         check_gpus(stage_, self.config)
         if stage_.workers_need_gpu and self.config.each_gpus and not idle:
-            cluster.connect()
-            cluster.check_gpus_exist(stage_, self.config)
+            connect.connect()
+            connect.check_gpus_exist(stage_, self.config)
 
     def close(self) -> None:
         """End the actors."""
@@ -187,7 +189,7 @@ class Pool:
     def _lent(self, stage_: Stage) -> tuple[list[Any], int]:
         """Decoders for a stage that can do with them, and the number of workers; they are kept like workers."""
         if stage_.decodes and not self.decoders:
-            self.decoders = decoders.start(self.config.decoders)
+            self.decoders = decoder_actors.start(self.config.decoders)
         return (self.decoders if stage_.decodes else []), self.config.workers
 
     def _grow(self, busy: int, useful: int) -> None:

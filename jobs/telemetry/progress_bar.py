@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jobs import logs
+from jobs.telemetry import logs
 from pipeline.stages.progress import Tally
 
 EVERY_S = 10.0

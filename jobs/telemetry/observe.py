@@ -5,8 +5,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from jobs import labels, logs, tracking
-from jobs.progress import watcher
+from jobs.runs.labels import stage_labels
+from jobs.telemetry import logs, wandb_tracker
+from jobs.telemetry.progress_bar import watcher
 from pipeline.stages.driver import Runner, run_in_process, run_stage
 from pipeline.stages.progress import Tally
 from pipeline.stages.stage import Stage
@@ -14,11 +15,11 @@ from pipeline.stages.stage import Stage
 _log = logging.getLogger(__name__)
 
 
-def run(stage_: Stage, runner: Runner = run_in_process, *, name: str = "", tracker: str = "none",
+def run_observed(stage_: Stage, runner: Runner = run_in_process, *, name: str = "", tracker: str = "none",
         **how: Any) -> dict[str, Any]:
     """`stage.run`, shown as `name`, tracked by `tracker`."""
-    known = labels.of(stage_.path, stage_.name)
-    with logs.about(known), tracking.of_stage(stage_, known, tracker) as tracked:
+    known = stage_labels(stage_.path, stage_.name)
+    with logs.about(known), wandb_tracker.tracker_of_stage(stage_, known, tracker) as tracked:
         _log.debug("%s begins", stage_.name)
         manifest = run_stage(stage_, runner, watch=_all([watcher(name or stage_.name), _metered(known), tracked.watch]),
                              **how)
@@ -42,8 +43,8 @@ def _metered(known: dict[str, str]) -> Callable[[Tally], None]:
     def watch(tally: Tally) -> None:
         nonlocal meter
         if "ray" in sys.modules and sys.modules["ray"].is_initialized():  # never loaded for this alone
-            from jobs import live
-            meter = meter or live.Meter(known)
+            from jobs.telemetry import ray_metrics
+            meter = meter or ray_metrics.Meter(known)
             meter.watch(tally)
 
     return watch

@@ -11,7 +11,7 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from jobs import labels
+from jobs.runs.labels import NAMES
 from pipeline.stages.progress import Tally
 
 _SECONDS = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0]
@@ -118,14 +118,14 @@ class Curve:
 
 @cache
 def _counter(name: str, what: str, *more: str) -> Counter:
-    return Counter(name, what, (*labels.NAMES, *more))
+    return Counter(name, what, (*NAMES, *more))
 
 
 @cache
 def _gauge(name: str, what: str, *more: str) -> Gauge:
-    return Gauge(name, what, (*labels.NAMES, *more))
+    return Gauge(name, what, (*NAMES, *more))
 
 
 @cache
 def _histogram(name: str, what: str) -> Histogram:
-    return Histogram(name, what, _SECONDS, labels.NAMES)
+    return Histogram(name, what, _SECONDS, NAMES)

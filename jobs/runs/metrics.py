@@ -1,0 +1,59 @@
+"""metrics.jsonl of a training run: write and read."""
+
+import contextlib
+import json
+from typing import Any
+
+from jobs.runs.run import Run
+from pipeline import storage
+
+
+class Metrics:
+    """metrics.jsonl of a run, a line per log interval, and validation.jsonl; resumed it forgets what came after."""
+
+    def __init__(self, run: Run, step: int) -> None:
+        self.address = storage.join(run.folder, "metrics.jsonl")
+        self.notes_address = storage.join(run.folder, "validation.jsonl")
+        self.lines = [line for line in read(run) if line["step"] <= step]
+        self.notes = [line for line in read(run, "validation.jsonl") if line["step"] <= step]
+        # Seconds go on where they stopped, so that the curve over time has no fold.
+        self.seconds = self.lines[-1]["seconds"] if self.lines else 0.0
+        self.flush()
+
+    def add(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Append a record, on a local disk at once; `flush` does it on an object store."""
+        record = record | {"seconds": record["seconds"] + self.seconds}
+        self.lines.append(record)
+        if storage.is_local(self.address):
+            with open(storage.local_path(self.address), "a") as file:
+                file.write(json.dumps(record) + "\n")
+        return record
+
+    def note(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Keep what a validation found."""
+        self.notes.append(record)
+        self._write(self.notes, self.notes_address)
+        return record
+
+    def flush(self) -> None:
+        """Write the whole curve; objects cannot be appended to."""
+        self._write(self.lines, self.address)
+        if self.notes:
+            self._write(self.notes, self.notes_address)
+
+    @staticmethod
+    def _write(lines: list[dict[str, Any]], address: str) -> None:
+        storage.put_bytes("".join(json.dumps(line) + "\n" for line in lines).encode(), address)
+
+
+def read(run: Run, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """The curve of a run so far; a last line cut by a crash is left out."""
+    try:
+        text = storage.read_bytes(storage.join(run.folder, name)).decode()
+    except FileNotFoundError:
+        return []
+    lines = []
+    for line in text.splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines

@@ -1,0 +1,6 @@
+"""What a running stage reports: logs, progress, Ray metrics, wandb.
+
+Input: tallies of a stage, metrics of a run. Output: lines, bars, series.
+A stage computes the same with and without it.
+Start with observe.py.
+"""
