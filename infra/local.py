@@ -108,15 +108,15 @@ class Reader(threading.Thread):
 
     def run(self) -> None:
         """Draw, look where the neighbours came from, and again."""
-        from jobs import cli
+        from jobs.cli.main import main
         from pipeline.datasets.dataset import Dataset
         from pipeline.datasets.metadata import metadata
         os.environ.pop("RAY_ADDRESS", None)  # in this process alone, without the cluster
-        assert cli.main(["convert", "emoji_32", "--checkpoint", "model/emoji_32", "--root", ROOT,
+        assert main(["convert", "emoji_32", "--checkpoint", "model/emoji_32", "--root", ROOT,
                          "--database", self.name_]) == 0
         while not self.ended.is_set():
             name = f"reader-{self.drawn:04d}"
-            code = cli.main(["sample", "emoji_32", "--recipe", "emoji_32", "--prompt", "red apple", "--prompt", "cat",
+            code = main(["sample", "emoji_32", "--recipe", "emoji_32", "--prompt", "red apple", "--prompt", "cat",
                              "--steps", "6", "--database", self.name_, "--name", name, "--seed", str(self.drawn),
                              "--root", ROOT, "--local"])
             if code:

@@ -5,9 +5,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jobs.rebuild import RebuildConfig
-from jobs.settings import ClusterConfig, ConvertConfig, EvaluateConfig, LatentsConfig, QueryConfig, SampleConfig
-from jobs.versions import GcConfig
+from jobs.cluster.config import ClusterConfig
+from jobs.evaluation.config import EvaluateConfig
+from jobs.publishing.config import RebuildConfig
+from jobs.publishing.releases import GcConfig
+from jobs.sampling.config import QueryConfig, SampleConfig
+from jobs.training.config import ConvertConfig, LatentsConfig
 from model.config import TrainConfig
 from pipeline.embeddings.embed import EmbedConfig
 from pipeline.indices.config import IndexConfig

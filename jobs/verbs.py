@@ -15,14 +15,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from jobs import commands, report, status, steps
+from jobs import commands, report
+from jobs.cli.pipeline import pipeline_steps
+from jobs.cluster.config import ClusterConfig
 from jobs.cluster.gpus import InProcess, check_gpus, local_device
+from jobs.config.settings import Settings
+from jobs.inspection import status
 from jobs.runs.labels import run_labels, stage_labels
 from jobs.runs.run import Run
-from jobs.settings import ClusterConfig, Settings
 from jobs.telemetry import interrupts, logs
 from jobs.telemetry.observe import run_observed
-from jobs.training import Job, Training
+from jobs.training.train_stage import Job, Training
 from pipeline import storage
 from pipeline.datasets import published
 from pipeline.datasets.dataset import Dataset, datasets
@@ -115,18 +118,18 @@ def _torch_first() -> None:
 
 
 def _rebuild(command: commands.RebuildCommand, settings: Settings) -> int:
-    from jobs import rebuild
+    from jobs.publishing.rebuild import Rebuild, run_rebuild
     root, name = storage.normal(command.common.root), Dataset.parse(command.common.root, command.dataset).name
     if "@" in command.dataset:
         raise ValueError(f"{command.dataset}: a rebuild makes the next version itself\nhint: rebuild {name}")
-    one = rebuild.Rebuild(root, name, command.shard, command.embed, command.index, command.rebuild)
+    one = Rebuild(root, name, command.shard, command.embed, command.index, command.rebuild)
     if command.common.dry_run:
         print(json.dumps(one.forecast(), indent=1))
         return 0
     _torch_first()
     check_autofaiss()
     with runner(command) as run_with:
-        print(json.dumps(rebuild.run(one, lambda stage_: run_observed(
+        print(json.dumps(run_rebuild(one, lambda stage_: run_observed(
             stage_, run_with, name=stage_.name.replace("_", " "), tracker="auto"))))
     return 0
 
@@ -140,31 +143,31 @@ def _name(command: Any, hint: str) -> str:
 
 
 def _versions(command: commands.VersionsCommand, settings: Settings) -> int:
-    from jobs import versions
-    found = versions.of(command.common.root, _name(command, f"versions {command.dataset.split('@')[0]}"))
-    print(json.dumps(found, indent=1) if command.json else versions.table(found))
+    from jobs.publishing.releases import list_versions, versions_table
+    found = list_versions(command.common.root, _name(command, f"versions {command.dataset.split('@')[0]}"))
+    print(json.dumps(found, indent=1) if command.json else versions_table(found))
     return 0
 
 
 def _rollback(command: commands.RollbackCommand, settings: Settings) -> int:
-    from jobs import versions
+    from jobs.publishing.releases import rollback
     plain, _, version = command.dataset.partition("@")
     name = _name(command, f"rollback {plain} --to {version}")
-    print(json.dumps(versions.rollback(command.common.root, name, command.to, dry_run=command.common.dry_run)))
+    print(json.dumps(rollback(command.common.root, name, command.to, dry_run=command.common.dry_run)))
     return 0
 
 
 def _gc(command: commands.GcCommand, settings: Settings) -> int:
-    from jobs import versions
+    from jobs.publishing.releases import collect_garbage, removed_table
     name = _name(command, f"gc {command.dataset.split('@')[0]} --keep 3")
-    found = versions.gc(command.common.root, name, command.gc, dry_run=command.common.dry_run)
-    print(json.dumps(found, indent=1) if command.json else versions.removed_table(found, command.common.dry_run))
+    found = collect_garbage(command.common.root, name, command.gc, dry_run=command.common.dry_run)
+    print(json.dumps(found, indent=1) if command.json else removed_table(found, command.common.dry_run))
     return 0
 
 
 def _credits(command: commands.CreditsCommand, settings: Settings) -> int:
-    from jobs import credits
-    found = credits.of(command.drawn)
+    from jobs.publishing import credits
+    found = credits.list_credits(command.drawn)
     if command.sheet and not command.common.dry_run:
         credits.sheet(found, Path(command.sheet))
         _log.info("credits: the pictures are in %s", command.sheet)
@@ -173,9 +176,9 @@ def _credits(command: commands.CreditsCommand, settings: Settings) -> int:
 
 
 def _forget(command: commands.ForgetCommand, settings: Settings) -> int:
-    from jobs import forget
+    from jobs.publishing import forget
     root = command.common.root
-    wanted = forget.asked(root, command.sha256, command.url, command.key, command.domain)
+    wanted = forget.parse_takedown(root, command.sha256, command.url, command.key, command.domain)
     found = forget.forget(root, wanted, command.note, dry_run=command.common.dry_run)
     print(json.dumps(found, indent=1) if command.json else forget.text(found))
     return 0
@@ -188,13 +191,13 @@ def _neighbors(command: commands.NeighborsCommand, settings: Settings) -> int:
 
 
 def _latents(command: commands.LatentsCommand, settings: Settings) -> int:
-    from jobs.latents import Latents
+    from jobs.training.latents import Latents
     return _run(Latents(published.reader(command.common.root, command.dataset), command.latents), command)
 
 
 def _convert(command: commands.ConvertCommand, settings: Settings) -> int:
-    from jobs.convert import Convert
-    from jobs.portable import Import
+    from jobs.training.convert import Convert
+    from jobs.training.export import Import
     root = command.common.root
     run = Run.parse(root, command.run)
     if Path(command.checkpoint).is_dir():
@@ -211,12 +214,12 @@ def _convert(command: commands.ConvertCommand, settings: Settings) -> int:
 
 
 def _export(command: commands.ExportCommand, settings: Settings) -> int:
-    from jobs import portable
+    from jobs.training.export import export_weights
     run, out = Run.parse(command.common.root, command.run), Path(command.out)
     if command.common.dry_run:
         print(json.dumps({"folder": str(out), "step": command.checkpoint or run.latest_step()}))
         return 0
-    print(json.dumps(portable.export(run, command.checkpoint, out)))
+    print(json.dumps(export_weights(run, command.checkpoint, out)))
     return 0
 
 
@@ -263,14 +266,14 @@ def _trained(job: Job, config: ClusterConfig, local: bool, rebuild: bool) -> dic
         if manifest["info"]["steps"] >= job.config.steps:
             return manifest
     if local:
-        from jobs.processes import in_processes
+        from jobs.training.worker import train_in_processes
         with devices.reserving(local_device(config)):
-            if not in_processes(job):
+            if not train_in_processes(job):
                 return None
     else:
         with interrupts.held():
-            from jobs import trainer
-        trainer.train(job, config, lambda line: _log.info(
+            from jobs.training.ray_train import train_on_ray
+        train_on_ray(job, config, lambda line: _log.info(
             "train: step %d of %d, loss %.4f, %.0f samples/s", line["step"], job.config.steps, line["loss"],
             line["samples_per_s"], extra={"fields": line}))
     if job.run.latest_step() < job.config.steps:
@@ -283,8 +286,8 @@ def _trained(job: Job, config: ClusterConfig, local: bool, rebuild: bool) -> dic
 
 
 def _sample(command: commands.SampleCommand, settings: Settings) -> int:
-    from jobs.mixtures import Mixture
-    from jobs.sampling import Sampling
+    from jobs.sampling.mixture import Mixture
+    from jobs.sampling.sample_stage import Sampling
     root = command.common.root
     encoder = ClipConfig(command.model or settings.embed.model, command.pretrained or settings.embed.pretrained,
                               settings.embed.precision)
@@ -294,7 +297,8 @@ def _sample(command: commands.SampleCommand, settings: Settings) -> int:
 
 
 def _evaluate(command: commands.EvaluateCommand, settings: Settings) -> int:
-    from jobs.evaluation import Evaluation, Judging, same_data
+    from jobs.evaluation.evaluate_stage import Evaluation, same_data
+    from jobs.evaluation.judge_stage import Judging
     root = command.common.root
     run = Run.parse(root, command.run)
     trained = run.section()
@@ -326,7 +330,7 @@ def _report(command: commands.ReportCommand, settings: Settings) -> int:
     if command.common.dry_run:
         print(f"would write {out}")
         return 0
-    if not status.of(root):
+    if not status.read_status(root):
         raise ValueError(f"there is nothing in {root} to report on\nhint: --root")
     report.write(root, out)
     print(out)
@@ -339,14 +343,14 @@ def _status(command: commands.StatusCommand, settings: Settings) -> int:
         raise ValueError("--watch shows it here, --serve to others: these are two commands")
     try:
         if command.serve:
-            from jobs import exporter
-            exporter.serve(root, command.serve)
+            from jobs.inspection import prometheus
+            prometheus.serve(root, command.serve)
         elif command.watch:
-            from jobs import watch
+            from jobs.inspection import watch
             watch.show(root, as_json=command.json)
         else:
-            found = status.of(root)
-            print(json.dumps(found, indent=1) if command.json else status.table(root, found), flush=True)
+            found = status.read_status(root)
+            print(json.dumps(found, indent=1) if command.json else status.status_table(root, found), flush=True)
     except KeyboardInterrupt:
         if not (command.watch or command.serve):
             raise
@@ -358,11 +362,11 @@ def _status(command: commands.StatusCommand, settings: Settings) -> int:
 def _verify(command: commands.VerifyCommand, settings: Settings) -> int:
     root = storage.normal(command.common.root)
     only = command.only.strip("/")
-    found = [one for one in status.of(root) if not only or f"{one['path']}/".startswith(f"{only}/")]
+    found = [one for one in status.read_status(root) if not only or f"{one['path']}/".startswith(f"{only}/")]
     chain: list[dict[str, str]] = []
     if command.against == "current":
-        from jobs import versions
-        current, chain = versions.against_current(root)
+        from jobs.publishing.releases import against_current
+        current, chain = against_current(root)
         found = [one for one in found if one["path"].startswith(current)]
     folders = [one["path"] for one in found if one["state"] in {"sealed", "stale", "damaged"}]
     if command.common.dry_run:
@@ -380,15 +384,15 @@ def _verify(command: commands.VerifyCommand, settings: Settings) -> int:
 
 
 def _plan(command: commands.PlanCommand, settings: Settings) -> int:
-    from jobs import plan
+    from jobs.planning import plan_table
     if command.measure and command.common.dry_run:
-        print(json.dumps(plan.to_measure(command, settings)))
+        print(json.dumps(plan_table.to_measure(command, settings)))
         return 0
     if command.measure:
-        workers = plan.workers_here(command, settings)
+        workers = plan_table.workers_here(command, settings)
         with runner(SimpleNamespace(common=command.common, cluster=workers)) as run_with:
-            command = plan.measure(command, settings, workers, lambda one: run_observed(one, run_with))
-    print(plan.of(command, settings))
+            command = plan_table.measure(command, settings, workers, lambda one: run_observed(one, run_with))
+    print(plan_table.make_plan(command, settings))
     return 0
 
 
@@ -398,7 +402,7 @@ def _pipeline(command: commands.PipelineCommand, settings: Settings) -> int:
     if not command.common.dry_run:
         check_autofaiss()
     before = ""
-    for verb, one, folder in steps.of(command):
+    for verb, one, folder in pipeline_steps(command):
         if before:
             print(json.dumps({"stage": verb, "folder": folder, "waits_for": before}))
             continue
@@ -410,12 +414,12 @@ def _pipeline(command: commands.PipelineCommand, settings: Settings) -> int:
 
 
 def _demo(command: commands.DemoCommand, settings: Settings) -> int:
-    from jobs import demo
+    from jobs.cli.demo import run_demo
     settings = replace(settings, cluster=command.cluster,
                        pictures=replace(settings.pictures, subjects=command.subjects))
     root = storage.normal(command.common.root)
     with runner(command) as run_with:
-        out = demo.run(root, settings, run_with, drawn=command.drawn, dry_run=command.common.dry_run,
+        out = run_demo(root, settings, run_with, drawn=command.drawn, dry_run=command.common.dry_run,
                        steps=command.steps, train=lambda job: train(job, command.cluster, local=command.common.local))
     if out:
         print(out)

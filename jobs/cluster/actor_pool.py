@@ -18,10 +18,10 @@ import ray
 from ray.exceptions import ActorUnschedulableError, RayActorError, RayError, RayTaskError
 
 from jobs.cluster import connect, decoder_actors
+from jobs.cluster.config import ClusterConfig
 from jobs.cluster.gpus import check_gpus
 from jobs.cluster.retirement import Blame, Failed, Place, Task, WorkerState
 from jobs.runs.labels import stage_labels
-from jobs.settings import ClusterConfig
 from jobs.telemetry import logs, ray_metrics
 from pipeline import storage
 from pipeline.hardware import devices

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ray
 
-from jobs.settings import ClusterConfig
+from jobs.cluster.config import ClusterConfig
 from jobs.telemetry import interrupts
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import StageFailed

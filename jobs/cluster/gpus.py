@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from jobs.settings import ClusterConfig
+from jobs.cluster.config import ClusterConfig
 from pipeline.hardware import devices
 from pipeline.stages.driver import run_in_process
 from pipeline.stages.stage import Stage

@@ -1,6 +1,6 @@
 """What evaluations found, and what validations saw."""
 
-from jobs import findings
+from jobs.evaluation import summary
 from jobs.report.page import Album, Child, brief, number, scrolling, tag
 from jobs.report.root import Root
 from jobs.runs.metrics import read
@@ -21,12 +21,12 @@ def evaluation(root: Root, run: Run, name: str, album: Album) -> Child:
         tag("th", what, scope="col") for what in ("judge", "probe", "CLIP score", "KID", "nearest in training")))
     rows = []
     for row in document["ways"]:
-        if row["way"] in findings.NAMES:
+        if row["way"] in summary.NAMES:
             asked = row["way"] != "neither"  # which asks for no style
-            shares = [findings.percent(row[judge]) if asked else "–" for judge in ("judge", "probe")]
+            shares = [summary.percent(row[judge]) if asked else "–" for judge in ("judge", "probe")]
             cells = (*shares, f"{row['clip']['mean']:.3f}", f"{row['kid']:.4f}" if asked else "–",
                      f"{row['nearest']['mean']:.3f}")
-            name_ = tag("th", findings.NAMES[row["way"]], scope="row")
+            name_ = tag("th", summary.NAMES[row["way"]], scope="row")
             rows.append(tag("tr", name_, (tag("td", one) for one in cells)))
     real = document["real"]
     what = "Samples of subjects that training never saw" if document["unseen"] else "Samples of given prompts"

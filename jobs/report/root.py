@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from jobs import status
+from jobs.inspection import status
 from jobs.report.page import Html, tag
 from jobs.runs.run import Run
 from pipeline import storage
@@ -22,7 +22,7 @@ class Root:
         self.runs = [Run(self.address, name) for name in self._folders("runs")]
         self.broken = ""
         try:
-            self.stages = status.of(self.address)
+            self.stages = status.read_status(self.address)
         except (ValueError, OSError, LookupError, TypeError) as error:
             _log.warning("report: the states of the stages could not be read", exc_info=True)
             self.stages, self.broken = [], str(error)

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jobs import queries
-from jobs.mixtures import Mixture
 from jobs.report.page import Album, Child, amount, note, scrolling, tag
 from jobs.report.root import Root
 from jobs.runs.run import Run
+from jobs.sampling.mixture import Mixture
+from jobs.sampling.queries import title
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.metadata import metadata
@@ -68,7 +68,7 @@ def _held_out(root: Root, labels: Sequence[str], prompts: Sequence[str]) -> dict
 def _asked(one: dict[str, Any], data: dict[str, bytes | None], met: dict[str, bool], album: Album) -> Child:
     """The heading of a row: what its pictures were drawn from."""
     held = tag("div", tag("span", "held out", class_="mark")) if met.get(one.get("prompt", "")) else None
-    heading = queries.title(one)
+    heading = title(one)
     if _kind(one) != "image":
         return [heading, held]
     return [album.picture(data[one["image"]["file"]], heading, f"{heading}\nsha256 {one['image']['sha256']}", side=96),
@@ -109,7 +109,7 @@ def _settings(document: dict[str, Any], shown: Sequence[dict[str, Any]]) -> str:
 def _drawn(one: dict[str, Any] | None, data: dict[str, bytes | None], album: Album) -> Child:
     if one is None:
         return note("none")
-    heading = queries.title(one)
+    heading = title(one)
     row = f", row {one['drawn']['row']}, used {one['drawn']['used']:,} times" if "drawn" in one else ""
     listed = "\n".join(f"{rank}. {_from(near)}{near['key']} · {near['caption']} · {near['score']:.3f}"
                        for rank, near in enumerate(one["neighbors"], 1))

@@ -29,11 +29,12 @@ from scipy import stats
 
 sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
 
-from jobs import cli, findings
-from jobs.evaluation import Judging
+from jobs.cli.main import main as cli_main
+from jobs.config.recipes import emoji_32
+from jobs.evaluation import summary
+from jobs.evaluation.judge_stage import Judging
 from jobs.runs.metrics import read
 from jobs.runs.run import Run
-from jobs.settings import emoji_32
 from pipeline import storage
 from pipeline.corpora.emoji import STYLES
 from pipeline.datasets.dataset import Dataset
@@ -111,7 +112,7 @@ def main() -> int:
 def _do(*words: str) -> None:
     """A command of the project, in this process; SystemExit with its code if it failed."""
     with contextlib.redirect_stdout(sys.stderr):
-        if code := cli.main([*words, "--local"]):
+        if code := cli_main([*words, "--local"]):
             raise SystemExit(code)
 
 
@@ -169,7 +170,7 @@ def _table(root: Path) -> str:
         if not runs:
             continue
         same = runs is base or not base
-        cells = [findings.percent(findings.interval(np.mean([one["judge"] for one in runs], 0) / 100)),
+        cells = [summary.percent(summary.interval(np.mean([one["judge"] for one in runs], 0) / 100)),
                  "" if same else _difference("judge", runs, base, spread, "{:+.1f}")]
         for name, form in (("kid", "{:.3f}"), ("clip", "{:.3f}"), ("loss", "{:.4f}")):
             text = form.format(np.mean([np.mean(one[name]) for one in runs]))

@@ -50,16 +50,16 @@ def corpus(work: Path, subjects: int) -> Path:
 
 def build(root: Path, source: Path, version: str) -> None:
     """The next version of the database, published, and its neighbours."""
-    from jobs import cli
+    from jobs.cli.main import main as cli_main
     common = ["--root", str(root), "--workers", "2"]
-    assert cli.main(["rebuild", "train", "--source", str(source), "--samples-per-shard", "100",
+    assert cli_main(["rebuild", "train", "--source", str(source), "--samples-per-shard", "100",
                      "--index.bytes-per-vector", "48", "--min-overlap", "0", *common]) == 0
-    assert cli.main(["neighbors", f"train@{version}", *common]) == 0
+    assert cli_main(["neighbors", f"train@{version}", *common]) == 0
 
 
 def watched(work: Path, arguments: argparse.Namespace) -> tuple[list[Any], list[float], tuple[float, float]]:
     """The panels with the series of their queries, when a version was published, when the run began and ended."""
-    from jobs import cli
+    from jobs.cli.main import main as cli_main
     from jobs.cluster import connect
     root, port = work / "root", prometheus.free_port()
     shutil.rmtree(root, ignore_errors=True)
@@ -72,7 +72,7 @@ def watched(work: Path, arguments: argparse.Namespace) -> tuple[list[Any], list[
         with prometheus.running(work / f"prometheus-{int(time.time())}", str(discovery), port, every="2s") as server:
             begun = time.time()
             build(root, first, "v1")
-            assert cli.main(["train", "run", "--dataset", "train@v1", "--root", str(root), "--workers", "1", "--steps",
+            assert cli_main(["train", "run", "--dataset", "train@v1", "--root", str(root), "--workers", "1", "--steps",
                              str(arguments.steps), "--tracker", "none", "--checkpoint-every", "200"]) == 0
             build(root, more, "v2")
             time.sleep(15)

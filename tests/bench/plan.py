@@ -33,14 +33,15 @@ sys.path.insert(0, str(CHECKOUT / "tests" / "pipeline"))
 sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
 import made
 
-from jobs import costs, measured, rates
-from jobs.costs import Build
-from jobs.processes import in_processes
-from jobs.rates import Rates
+from jobs.config.recipes import tiny
+from jobs.config.settings import Settings
+from jobs.planning import rates, rates_from_manifests
+from jobs.planning.cost_model import Build, costs, neighbors_exact, neighbors_index
+from jobs.planning.rates import Rates
 from jobs.runs.metrics import read
 from jobs.runs.run import Run
-from jobs.settings import Settings, tiny
-from jobs.training import Job, Training
+from jobs.training.train_stage import Job, Training
+from jobs.training.worker import train_in_processes
 from model.config import TrainConfig, UNetConfig
 from model.training import flops
 from pipeline.corpora.demo_corpus import Pictures, PicturesConfig
@@ -95,7 +96,7 @@ def build(root: Path, pictures: int, settings: Settings) -> Shares:
     exact = Neighbors(dataset, twin, replace(settings.neighbors, method="exact"))
     timed(shares, "neighbors, exact", lambda: run_stage(exact))
     job = Job(Run.parse(str(root), "run"), dataset, dataset, settings.train)
-    timed(shares, "train", lambda: in_processes(job))
+    timed(shares, "train", lambda: train_in_processes(job))
     run_stage(Training(job))
     return shares
 
@@ -113,7 +114,7 @@ def foretold(known: Rates, pictures: int, settings: Settings) -> dict[str, float
     operations, dim = clip.flop_per_image(settings.embed.clip())
     network = flops.size(settings.train.unet, settings.shard.image_size, settings.train.k)
     planned = Build(settings, pictures, 0, dim, operations, network)
-    return {cost.stage: cost.worker_seconds for cost in costs.costs(planned, known)}
+    return {cost.stage: cost.worker_seconds for cost in costs(planned, known)}
 
 
 def compare(work: Path, pictures: int, times: int) -> int:
@@ -128,7 +129,7 @@ def compare(work: Path, pictures: int, times: int) -> int:
     count = Dataset.parse(str(work / "large"), "drawn").manifest("shards")["totals"]["samples"]
     small, took = (seconds(work / name, shares[name]) for name in ("small", "large"))
     said = {name: one * shares["small"][name] for name, one in
-            foretold(measured.rates(str(work / "small"), rates.built_in()), count, settings).items()}
+            foretold(rates_from_manifests.rates(str(work / "small"), rates.built_in()), count, settings).items()}
     print(f"{machine()}; {pictures} pictures, then {count}; processor seconds\n")
     print("| stage | small | foretold | took | foretold / took | share of the core |\n"
           "| --- | --: | --: | --: | --: | --: |")
@@ -163,7 +164,7 @@ def compare_searches(work: Path, rows: int, each: int, times: int) -> int:
                        index=IndexConfig(key="IVF256,SQ8", max_memory="100G", queries=200))
     search(work / "first", 20_000, 20, settings)  # a process loads its libraries once
     small = search(work / "small", rows, each, settings)
-    known = measured.rates(str(work / "small"), rates.built_in())
+    known = rates_from_manifests.rates(str(work / "small"), rates.built_in())
     took = search(work / "large", rows * times, each, settings)
     before = Build(settings, rows // each, rows, _DIM, clip.flop_per_image(settings.embed.clip())[0],
                    flops.size(settings.train.unet, settings.shard.image_size, settings.train.k))
@@ -172,7 +173,7 @@ def compare_searches(work: Path, rows: int, each: int, times: int) -> int:
           f"{planned.rows}; processor seconds\n")
     print("| stage | small | foretold | took | foretold / took |\n| --- | --: | --: | --: | --: |")
     worst = 0.0
-    for name, cost in (("neighbors, index", costs.neighbors_index), ("neighbors, exact", costs.neighbors_exact)):
+    for name, cost in (("neighbors, index", neighbors_index), ("neighbors, exact", neighbors_exact)):
         # The rates are by the clock: the small run foretells itself, and the large one is so many times as much.
         said = small[name] * cost(planned, known).worker_seconds / cost(before, known).worker_seconds
         worst = max(worst, abs(said / took[name] - 1))
@@ -197,16 +198,16 @@ def default_rates(work: Path, out: Path) -> int:
     encoding.setup()
     timed(shares, "embed", lambda: run_stage(encoding))
     _vectors(root, shares)
-    known = measured.rates(str(root), rates.built_in())
+    known = rates_from_manifests.rates(str(root), rates.built_in())
     run_stage(Index(pictures, IndexConfig()))
     run_stage(Neighbors(pictures, pictures, NeighborsConfig()))
     unet = UNetConfig(model_channels=128, channel_mult=(1, 2, 4), attention_downsampling=(4, 2), context_dim=512,
                       patch=4)
     job = Job(Run.parse(str(root), "run"), pictures, pictures,
               TrainConfig(steps=6, global_batch=2, log_every=2, checkpoint_every=6, unet=unet))
-    timed(shares, "train", lambda: in_processes(job))
+    timed(shares, "train", lambda: train_in_processes(job))
     # Neighbours of so few pictures were found for the training alone.
-    known = _of_the_processor(replace(known, train=measured.rates(str(root), known).train), shares)
+    known = _of_the_processor(replace(known, train=rates_from_manifests.rates(str(root), known).train), shares)
     size = sum(path.stat().st_size for path in originals) / len(originals)
     document = rates.document(replace(
         known, shard=replace(known.shard, source_bytes=size), measured=time.strftime("%Y-%m-%d"),

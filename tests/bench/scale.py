@@ -275,7 +275,7 @@ def _pool(workers: int) -> Iterator[Runner]:
     from ray.cluster_utils import Cluster
 
     from jobs.cluster.actor_pool import Pool
-    from jobs.settings import ClusterConfig
+    from jobs.cluster.config import ClusterConfig
     cluster = Cluster(initialize_head=True, head_node_args={
         "num_cpus": 0, "object_store_memory": 100 << 20, "include_dashboard": False})
     for _ in range(workers):

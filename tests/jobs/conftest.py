@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jobs import cli
+from jobs.cli.main import main
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings.embed import Embed, EmbedConfig
 from pipeline.indices.config import IndexConfig
@@ -74,6 +74,6 @@ def trained(prepared: Path, drawn_pictures: Path, tmp_path_factory: pytest.TempP
             run_stage(stage_)
     (root / "settings.toml").write_text('[train]\nsteps = 3\nglobal_batch = 8\nprecision = "fp32"\nimage_size = 16\n'
                                         "[train.unet]\nmodel_channels = 32\n")
-    assert cli.main(["train", "small", "--dataset", "drawn", "--root", str(root), "--config",
+    assert main(["train", "small", "--dataset", "drawn", "--root", str(root), "--config",
                      str(root / "settings.toml"), "--local"]) == 0
     return root

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cli import VERBS, main
-from jobs.settings import RECIPES, resolve
+from jobs.cli.main import VERBS, main
+from jobs.config.recipes import RECIPES
+from jobs.config.toml import resolve_settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,7 +67,7 @@ def test_what_needs_no_tensors_does_not_load_torch(tmp_path: Path) -> None:
     """It takes half a gigabyte and seconds, in every worker of a stage and for every look at the status."""
     _pictures(tmp_path / "in")
     root = str(tmp_path / "root")
-    code = ("import sys\nfrom jobs.cli import main\nassert main(sys.argv[1:]) == 0\n"
+    code = ("import sys\nfrom jobs.cli.main import main\nassert main(sys.argv[1:]) == 0\n"
             "assert not {'torch', 'ray', 'open_clip', 'faiss'} & set(sys.modules)")
     for command in (["shard", "some", "--source", str(tmp_path / "in"), "--local", "--root", root],
                     ["status", "--root", root]):
@@ -139,7 +140,7 @@ def test_file_over_recipe_and_flags_over_file(tmp_path: Path, capsys) -> None:
     file = tmp_path / "settings.toml"
     file.write_text('recipe = "imagenet_400m"\n[shard]\nimage_size = 48\nquality = 80\n'
                     "[train.unet]\nchannel_mult = [1, 2]\n")
-    settings = resolve("", str(file))
+    settings = resolve_settings("", str(file))
     assert (settings.shard.image_size, settings.train.unet.channel_mult) == (48, (1, 2))
     assert settings.train.unet.model_channels == RECIPES["imagenet_400m"]().train.unet.model_channels
     _pictures(tmp_path / "in")
@@ -159,7 +160,7 @@ def test_faulty_settings_are_named(text: str, sentence: str, tmp_path: Path) -> 
     file = tmp_path / "settings.toml"
     file.write_text(text)
     with pytest.raises(ValueError, match=r"settings\.toml") as raised:
-        resolve("", str(file))
+        resolve_settings("", str(file))
     assert sentence in str(raised.value)
 
 

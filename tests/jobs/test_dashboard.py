@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs import exporter, verbs
+from jobs import verbs
+from jobs.cluster.config import ClusterConfig
+from jobs.config.recipes import tiny
+from jobs.inspection import prometheus as inspection_prometheus
 from jobs.runs.run import Run
-from jobs.settings import ClusterConfig, tiny
 from jobs.telemetry.observe import run_observed
-from jobs.training import Job
+from jobs.training.train_stage import Job
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings.embed import Embed, EmbedConfig
@@ -93,9 +95,9 @@ def seen(cluster: Any, tmp_path_factory: pytest.TempPathFactory, drawn_pictures:
     port = prometheus.free_port()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(progress, "period", lambda folder: 0.5)
-        patch.setattr(exporter, "period", lambda root: 0.5)
+        patch.setattr(inspection_prometheus, "period", lambda root: 0.5)
         patch.setenv("OMP_NUM_THREADS", "1")
-        threading.Thread(target=exporter.serve, args=(root, f"127.0.0.1:{port}"), daemon=True).start()
+        threading.Thread(target=inspection_prometheus.serve, args=(root, f"127.0.0.1:{port}"), daemon=True).start()
         with prometheus.running(folder / "prometheus", str(folder / "prom_metrics_service_discovery.json"),
                                 port) as server:
             begun = time.time()

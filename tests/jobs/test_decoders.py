@@ -15,8 +15,8 @@ from ray.exceptions import RayActorError
 
 from jobs.cluster import decoder_actors
 from jobs.cluster.actor_pool import Pool
+from jobs.cluster.config import ClusterConfig
 from jobs.cluster.decoder_actors import Decoders
-from jobs.settings import ClusterConfig
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings import decode_batch
 from pipeline.embeddings.clip_weights import ClipConfig, describe_encoder

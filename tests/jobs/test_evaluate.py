@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs import cli, findings
-from jobs.evaluation import held_out, rows_with
+from jobs.cli.main import main
+from jobs.evaluation import held_out, summary
+from jobs.evaluation.held_out import rows_with
 from pipeline.datasets.dataset import Dataset
 
 STYLES = ("flat", "hatched", "outline")
@@ -28,7 +29,7 @@ def root(trained: Path, tmp_path: Path) -> Path:
 
 def _evaluate(root: Path, *more: str, databases: Sequence[str] = STYLES) -> int:
     named = [word for name in databases for word in ("--database", name)]
-    return cli.main(["evaluate", "small", *named, "--root", str(root), "--local", *FEW, *more])
+    return main(["evaluate", "small", *named, "--root", str(root), "--local", *FEW, *more])
 
 
 def test_held_out_subjects_are_those_that_training_does_not_have(trained: Path, drawn_pictures: Path) -> None:
@@ -43,7 +44,7 @@ def test_held_out_subjects_are_those_that_training_does_not_have(trained: Path, 
 def test_everything_is_measured_and_said(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _evaluate(root, "--name", "here") == 0
     table = capsys.readouterr().out
-    assert all(name in table for name in findings.NAMES.values()) and "k = 1" in table and "guidance = 1.5" in table
+    assert all(name in table for name in summary.NAMES.values()) and "k = 1" in table and "guidance = 1.5" in table
     folder = root / "runs/small/evaluations/here"
     document = json.loads((folder / "evaluation.json").read_text())
     assert document["styles"] == list(STYLES) and document["step"] == 3
@@ -65,13 +66,13 @@ def test_everything_is_measured_and_said(root: Path, capsys: pytest.CaptureFixtu
     assert {path.name for path in folder.glob("grid-*.png")} == {
         f"grid-{way}.png" for way in ("database", "prompt", "both", "text")}
     assert Image.open(folder / "plot.png").width > 1000
-    assert cli.main(["verify", "--root", str(root)]) == 0
-    assert cli.main(["status", "--root", str(root)]) == 0
+    assert main(["verify", "--root", str(root)]) == 0
+    assert main(["status", "--root", str(root)]) == 0
     assert "runs/small/evaluations/here" in capsys.readouterr().out
-    assert cli.main(["report", "--root", str(root)]) == 0
+    assert main(["report", "--root", str(root)]) == 0
     page = (root / "report.html").read_text()
     part = page[page.index("<h2>The finding</h2>"):page.index("<h2>Training</h2>")]
-    assert all(name in part for name in findings.NAMES.values()) and part.count("data:image/webp") == 3
+    assert all(name in part for name in summary.NAMES.values()) and part.count("data:image/webp") == 3
 
 
 def test_neighbours_are_of_the_style_and_never_the_subject_itself(root: Path) -> None:
@@ -108,7 +109,7 @@ def test_what_is_not_asked_is_not_drawn(root: Path, capsys: pytest.CaptureFixtur
     folder = root / "runs/small/evaluations/here"
     assert [row["way"] for row in json.loads((folder / "evaluation.json").read_text())["ways"]] == ["database"]
     assert [path.name for path in folder.glob("grid-*.png")] == ["grid-database.png"]
-    assert cli.main(["report", "--root", str(root)]) == 0
+    assert main(["report", "--root", str(root)]) == 0
     page = (root / "report.html").read_text()
     part = page[page.index("<h2>The finding</h2>"):page.index("<h2>Training</h2>")]
     assert "databases swapped" in part and "the prompt names the style" not in part
@@ -120,7 +121,7 @@ def test_what_is_not_asked_is_not_drawn(root: Path, capsys: pytest.CaptureFixtur
 def test_neither_the_number_of_workers_nor_a_second_run_changes_anything(root: Path, cluster) -> None:
     assert _evaluate(root, "--name", "one") == 0
     ray = ["evaluate", "small", *[word for name in STYLES for word in ("--database", name)], "--root", str(root), *FEW]
-    assert cli.main([*ray, "--name", "two"]) == 0
+    assert main([*ray, "--name", "two"]) == 0
     manifests = [json.loads((root / f"runs/small/evaluations/{name}/manifest.json").read_text())
                  for name in ("one", "two")]
     assert manifests[0]["content"] == manifests[1]["content"]
@@ -156,7 +157,7 @@ def test_a_database_without_unseen_subjects_needs_prompts(root: Path, capsys: py
 def test_an_interval_is_that_of_prompts_and_not_of_pictures() -> None:
     rng = np.random.default_rng(0)
     by_prompt = np.repeat(rng.integers(2, size=(100, 1)), 50, 1).astype(float)  # all pictures of a prompt alike
-    wide = findings.interval(by_prompt)
-    narrow = findings.interval(rng.integers(2, size=(100, 50)).astype(float))
+    wide = summary.interval(by_prompt)
+    narrow = summary.interval(rng.integers(2, size=(100, 50)).astype(float))
     assert 0.15 < wide["high"] - wide["low"] < 0.25
     assert narrow["high"] - narrow["low"] < 0.05

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
-from jobs import demo, status
-from jobs.cli import main
-from jobs.settings import Settings, tiny
+from jobs.cli.demo import run_demo
+from jobs.cli.main import main
+from jobs.config.recipes import tiny
+from jobs.config.settings import Settings
+from jobs.inspection import status
 from jobs.verbs import train
 from pipeline import storage
 from pipeline.stages.driver import run_in_process
@@ -67,18 +69,18 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, settings_file: Path) -
 
 def _manifests(root: str) -> dict[str, Any]:
     return {one["path"]: without_run_facts(read_manifest(storage.join(root, one["path"]), ""))
-            for one in status.of(root) if one["path"] != UNINDEXED}
+            for one in status.read_status(root) if one["path"] != UNINDEXED}
 
 
 def test_the_demo_seals_everything_and_a_second_one_does_nothing(undisturbed: Path, settings_file: Path) -> None:
-    states = {one["path"]: one["state"] for one in status.of(str(undisturbed))}
+    states = {one["path"]: one["state"] for one in status.read_status(str(undisturbed))}
     assert states.pop(UNINDEXED) == "absent" and set(states.values()) == {"sealed"}
     # Pictures, datasets with and without an index, neighbours of training's and of held-out ones, run, samples.
     assert len(states) == 1 + 7 * 3 + 2 + 2 + 2
     times = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
     assert main(_arguments(undisturbed, settings_file, "--local")) == 0
     assert times == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
-    assert not [fault for one in status.of(str(undisturbed)) if one["path"] != UNINDEXED
+    assert not [fault for one in status.read_status(str(undisturbed)) if one["path"] != UNINDEXED
                 for fault in verify.folder(str(undisturbed), one["path"])]
     assert (undisturbed / "report.html").stat().st_size > 50_000
 
@@ -167,7 +169,7 @@ def test_s3_holds_the_same_bytes_as_a_local_disk(undisturbed: Path, s3: str, set
     root = f"{s3}/root"
     assert main(_arguments(root, settings_file, "--local")) == 0
     assert _manifests(root) == _manifests(str(undisturbed))
-    assert not [fault for one in status.of(root) if one["path"] != UNINDEXED
+    assert not [fault for one in status.read_status(root) if one["path"] != UNINDEXED
                 for fault in verify.folder(root, one["path"])]
     assert main(_arguments(root, settings_file, "--local")) == 0
 
@@ -176,14 +178,14 @@ def test_without_npm_the_demo_says_so_and_draws(tmp_path: Path, settings_file: P
     monkeypatch.setenv("PATH", "/nowhere")
     settings = replace(_settings(settings_file), train=replace(tiny().train, steps=1))
     with pytest.raises(KeyError, match="stop here"):
-        demo.run(str(tmp_path), settings, _stops_after_pictures, drawn=False, dry_run=False, train=train)
+        run_demo(str(tmp_path), settings, _stops_after_pictures, drawn=False, dry_run=False, train=train)
     assert "pictures drawn by the program, for there are no emoji" in caplog.text
-    assert status.of(str(tmp_path))[0]["path"] == "pictures/drawn"
+    assert status.read_status(str(tmp_path))[0]["path"] == "pictures/drawn"
 
 
 def _settings(file: Path) -> Settings:
-    from jobs.settings import resolve
-    found = resolve("", str(file))
+    from jobs.config.toml import resolve_settings
+    found = resolve_settings("", str(file))
     return replace(found, pictures=replace(found.pictures, subjects=4))
 
 

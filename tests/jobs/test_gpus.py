@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from jobs.cli import main
+from jobs.cli.main import main
 from jobs.cluster import connect as clusters
 from jobs.cluster.actor_pool import Pool
+from jobs.cluster.config import ClusterConfig
 from jobs.cluster.gpus import check_gpus
-from jobs.settings import ClusterConfig
-from jobs.training import Training
+from jobs.training.train_stage import Training
 from model.training import flops
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings.embed import Embed, EmbedConfig

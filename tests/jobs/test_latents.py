@@ -13,14 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs import drawing, latents
-from jobs.cli import main
-from jobs.processes import in_processes
+from jobs.cli.main import main
+from jobs.config.recipes import tiny
 from jobs.runs.metrics import read
 from jobs.runs.run import Run
-from jobs.settings import LatentsConfig, SampleConfig, tiny
-from jobs.training import Job, Training
-from jobs.validation import Validation
+from jobs.sampling.config import SampleConfig
+from jobs.sampling.generator import Drawer
+from jobs.training import latents
+from jobs.training.config import LatentsConfig
+from jobs.training.train_stage import Job, Training
+from jobs.training.validation import Validation
+from jobs.training.worker import train_in_processes
 from model.config import UNetConfig
 from model.network.unet import UNet
 from model.weights import checkpoint, compvis, first_stage
@@ -176,7 +179,7 @@ def test_a_run_on_latents_trains_and_draws_pictures(root: Path, autoencoder: Pat
     section = json.loads((root / "runs/run/plan.json").read_text())["section"]
     assert section["first_stage"]["factor"] == 4
     # Another first stage in the same place is noticed.
-    latents.opened_on.cache_clear()
+    latents.open_first_stage_on.cache_clear()
     other = first_stage.load(autoencoder)
     with torch.no_grad():
         next(other.network.parameters()).add_(1.0)
@@ -189,7 +192,7 @@ def test_a_run_on_latents_trains_and_draws_pictures(root: Path, autoencoder: Pat
     finally:
         shutil.rmtree(autoencoder)
         shutil.move(kept, autoencoder)
-        latents.opened_on.cache_clear()
+        latents.open_first_stage_on.cache_clear()
 
 
 def _job(root: Path, run: str, validation: str = "") -> Job:
@@ -209,14 +212,14 @@ def test_validation_of_a_run_on_latents_shows_what_sample_draws_and_changes_noth
     drawn = Dataset.parse(str(root), "drawn")
     made = run_stage(latents.Latents(drawn, LatentsConfig(first_stage=autoencoder.name)))
     monkeypatch.chdir(root)  # who trains has another working folder
-    assert in_processes(_job(root, "with", "drawn")) and in_processes(_job(root, "without"))
+    assert train_in_processes(_job(root, "with", "drawn")) and train_in_processes(_job(root, "without"))
     one, other = (Run.parse(str(root), name) for name in ("with", "without"))
     assert one.checkpoint(2)["content"] == other.checkpoint(2)["content"]
     assert [line["step"] for line in read(one, "validation.jsonl")] == [1, 2]
     # The same noise and neighbours: the grid has what the run's own drawer makes of them.
     look, network = Validation(_job(root, "with", "drawn"), drawn), checkpoint.load_denoiser(one.fetch(2))[0]
     found = look.drawn(network, torch.device("cpu"))
-    wanted = drawing.Drawer(one, 2).draw(look.context[:8].numpy(), range(8), SampleConfig(
+    wanted = Drawer(one, 2).draw(look.context[:8].numpy(), range(8), SampleConfig(
         steps=20, guidance=1.5, sampler="dpm++", precision="fp32", seed=look.config.seed))
     assert found.shape == (8, 32, 32, 3) and found.std() > 1 and look.config.context_norm == 1
     assert np.abs(found.astype(int) - wanted).max() <= 1
@@ -245,7 +248,7 @@ def test_without_its_first_stage_a_run_goes_on_and_says_so_once(
     run_stage(latents.Latents(Dataset.parse(str(root), "drawn"), LatentsConfig(first_stage=str(folder))))
     shutil.copytree(root / "datasets/drawn", root / "datasets/other")
     shutil.rmtree(folder)
-    assert in_processes(_job(root, "blind", "drawn"))
+    assert train_in_processes(_job(root, "blind", "drawn"))
     assert caplog.text.count("validation draws no pictures") == 1 and str(folder) in caplog.text
     assert [line["step"] for line in read(Run.parse(str(root), "blind"), "validation.jsonl")] == [1, 2]
     assert not (root / "runs/blind/validation").exists()
@@ -257,11 +260,11 @@ def test_without_its_first_stage_a_run_goes_on_and_says_so_once(
         next(changed.network.parameters()).add_(1.0)
     changed.network.save_pretrained(folder)
     caplog.clear()
-    assert in_processes(_job(root, "deceived", "drawn"))
+    assert train_in_processes(_job(root, "deceived", "drawn"))
     assert caplog.text.count("is not the one that the run deceived was trained with") == 1
-    latents.opened_on.cache_clear()
+    latents.open_first_stage_on.cache_clear()
     run_stage(latents.Latents(Dataset.parse(str(root), "other"), LatentsConfig(first_stage=str(folder))), rebuild=True)
-    latents.opened_on.cache_clear()
+    latents.open_first_stage_on.cache_clear()
     with pytest.raises(ValueError, match="the latents of other are of another first stage than those of drawn"):
         Training(_job(root, "run", "other")).check()
 
@@ -273,7 +276,7 @@ def test_an_exported_run_on_latents_draws_where_its_first_stage_never_was(
     folder, out, elsewhere = tmp_path / "going", tmp_path / "carried", tmp_path / "elsewhere"
     shutil.copytree(autoencoder, folder)
     run_stage(latents.Latents(Dataset.parse(str(root), "drawn"), LatentsConfig(first_stage=str(folder))))
-    assert in_processes(_job(root, "run"))
+    assert train_in_processes(_job(root, "run"))
     draw = ["sample", "--prompt", "a red circle", "--database", "drawn", "--steps", "3", "--name", "some", "--local"]
 
     def drawn(where: Path, run: str) -> np.ndarray:
@@ -284,7 +287,7 @@ def test_an_exported_run_on_latents_draws_where_its_first_stage_never_was(
     here = drawn(root, "run")
     assert main(["export", "run", "--out", str(out), "--root", str(root)]) == 0
     shutil.rmtree(folder)
-    latents.opened_on.cache_clear()
+    latents.open_first_stage_on.cache_clear()
     shutil.copytree(root / "datasets", elsewhere / "datasets")
     assert main(["convert", "brought", "--checkpoint", str(out), "--root", str(elsewhere)]) == 0
     # What was brought can be carried on, and is drawn with where neither the folder nor the export is any more.
@@ -301,7 +304,7 @@ def test_an_exported_run_on_latents_draws_where_its_first_stage_never_was(
     changed.network.save_pretrained(tmp_path / "moved/first_stage")
     assert main(again) == 1 and "is not the first stage that was exported" in capsys.readouterr().err
     # Without its first stage a run is not exported, and nothing is left behind.
-    latents.opened_on.cache_clear()
+    latents.open_first_stage_on.cache_clear()
     assert main(["export", "run", "--out", str(out), "--root", str(root)]) == 2
     assert "there is no autoencoder in" in capsys.readouterr().err and not out.exists()
 

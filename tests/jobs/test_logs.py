@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jobs.cli import main
+from jobs.cli.main import main
 from jobs.telemetry import logs
 
 

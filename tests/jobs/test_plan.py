@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from jobs import costs, measured, plan, rates
-from jobs.cli import main
+from jobs.cli.main import main
 from jobs.commands import Common, PlanCommand
-from jobs.costs import Build, Cost, Prices
-from jobs.processes import in_processes
-from jobs.rates import Rates
+from jobs.config.recipes import RECIPES
+from jobs.config.settings import Settings
+from jobs.planning import plan_table, rates, rates_from_manifests
+from jobs.planning.cost_model import Build, Cost, Prices, compared_rows, costs, exact_amounts, index, training_flop
+from jobs.planning.rates import Rates
 from jobs.runs.metrics import read
 from jobs.runs.run import Run
-from jobs.settings import RECIPES, Settings
-from jobs.training import Job, Training
+from jobs.training.train_stage import Job, Training
+from jobs.training.worker import train_in_processes
 from model import recipes
 from model.config import UNetConfig
 from model.training import flops
@@ -56,14 +57,14 @@ def root(tmp_path_factory: pytest.TempPathFactory, drawn_pictures: Path) -> Path
     run_stage(Neighbors(dataset, dataset, SETTINGS.neighbors))
     run_stage(Neighbors(dataset, twin, replace(SETTINGS.neighbors, method="exact")))
     job = Job(Run.parse(str(folder), "run"), dataset, dataset, SETTINGS.train)
-    in_processes(job)
+    train_in_processes(job)
     run_stage(Training(job))
     return folder
 
 
 @pytest.fixture(scope="module")
 def known(root: Path) -> Rates:
-    return measured.rates(str(root), rates.built_in())
+    return rates_from_manifests.rates(str(root), rates.built_in())
 
 
 def built(pictures: int = 144, rows: int = 0, settings: Settings = SETTINGS, **changes) -> Build:
@@ -73,7 +74,7 @@ def built(pictures: int = 144, rows: int = 0, settings: Settings = SETTINGS, **c
 
 
 def by_stage(build: Build, known: Rates) -> dict[str, Cost]:
-    return {one.stage: one for one in costs.costs(build, known)}
+    return {one.stage: one for one in costs(build, known)}
 
 
 def test_the_run_that_the_rates_are_of_is_foretold_as_it_was(root: Path, known: Rates):
@@ -102,7 +103,7 @@ def test_neighbours_whose_records_have_no_times_are_foretold_as_they_were_too(ro
         document["run"]["seconds"] = 7.0
         file.write_text(json.dumps(document))
     base = rates.built_in()
-    known = measured.rates(str(tmp_path), base)
+    known = rates_from_manifests.rates(str(tmp_path), base)
     found = by_stage(built(), known)
     for name, section, one in (("neighbors, index", known.approximate, base.approximate),
                                ("neighbors, exact", known.exact, base.exact)):
@@ -149,7 +150,7 @@ def test_exact_neighbours_are_products_choices_and_rows_that_are_read(known: Rat
         2 * 1000 * 500 * 256 / rate.flop_per_s + 1000 * 500 / rate.chosen_per_s + 1000 / rate.queries_per_s
         + (20 + 1) * 500 / rate.rows_per_s)  # twenty shards are searched alone, by one worker
     # Of later blocks hardly a row is chosen: each e times as many blocks are as much work as the first.
-    small, large = (costs.exact_amounts(1, 8192 * blocks, 1, 1, 1, False)["chosen_per_s"] for blocks in (1, 1000))
+    small, large = (exact_amounts(1, 8192 * blocks, 1, 1, 1, False)["chosen_per_s"] for blocks in (1, 1000))
     assert small == 8192 and large == pytest.approx(8192 * (1 + math.log(1000)))
 
 
@@ -238,8 +239,8 @@ def test_training_goes_by_steps_or_by_epochs(known: Rates):
     ("HNSW15", 0, 3000 * 60),
 ])
 def test_the_formulas_of_an_index(key: str, operations: float, compared: float | None):
-    assert costs.training_flop(key, 1_000_000, 64, 50_000) == operations
-    found = costs.compared_rows(key, 3000, 1_000_000, NeighborsConfig(checked=10), nprobe=4)
+    assert training_flop(key, 1_000_000, 64, 50_000) == operations
+    found = compared_rows(key, 3000, 1_000_000, NeighborsConfig(checked=10), nprobe=4)
     assert found == (compared if compared is None else pytest.approx(compared))
 
 
@@ -255,10 +256,10 @@ def test_an_index_in_parts_is_foretold_as_it_was(tmp_path: Path):
         return manifest
 
     build_index(Index(dataset, config), seal)
-    known = measured.rates(str(tmp_path), rates.built_in())
+    known = rates_from_manifests.rates(str(tmp_path), rates.built_in())
     assert known.index.in_parts and known.index.key == "IVF16,SQ8" and "embed" in known.defaults
     settings = replace(SETTINGS, index=config)
-    found = costs.index(Build(settings, 4000, 0, 16, 1e6, NETWORK, workers=9), known)
+    found = index(Build(settings, 4000, 0, 16, 1e6, NETWORK, workers=9), known)
     assert parts.keys() == {"index_training", "index_parts", "index"} and found.workers == 3
     assert found.worker_seconds == pytest.approx(sum(parts.values()), rel=1e-6)
     assert found.serial_seconds == pytest.approx(parts["index_training"] + parts["index"], rel=1e-6)
@@ -345,15 +346,15 @@ def test_two_sizes_of_pictures_tell_what_a_pixel_takes(root: Path, tmp_path: Pat
     document = json.loads(manifest.read_text())
     document["run"]["seconds"] = 144.0
     manifest.write_text(json.dumps(document))
-    found = measured.rates(str(tmp_path), rates.built_in()).shard
+    found = rates_from_manifests.rates(str(tmp_path), rates.built_in()).shard
     assert (found.image_size, found.pictures_per_s) == (32, 1.0)
     assert found.seconds_per_pixel == pytest.approx(2 / (64 ** 2 - 32 ** 2))
 
 
 def test_recipes_have_a_corpus():
-    assert plan.CORPORA.keys() == RECIPES.keys()
-    for name, corpus in plan.CORPORA.items():
-        builds = plan.builds(PlanCommand(Common()), RECIPES[name](), rates.built_in())
+    assert plan_table.CORPORA.keys() == RECIPES.keys()
+    for name, corpus in plan_table.CORPORA.items():
+        builds = plan_table.builds(PlanCommand(Common()), RECIPES[name](), rates.built_in())
         assert [(one.pictures, one.rows) for one in builds] == [(corpus.pictures, corpus.rows)]
         assert bool(builds[0].sample_bytes) == (corpus.downsampling > 1)
     assert builds[0].sample_bytes == 48 * 48 * 16 * 2  # latents of KL-f16

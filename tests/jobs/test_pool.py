@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from jobs.settings import ClusterConfig
+from jobs.cluster.config import ClusterConfig
 from jobs.telemetry import logs
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset

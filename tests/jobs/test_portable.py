@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs import cli
+from jobs.cli.main import main
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def root(trained: Path, tmp_path: Path) -> Path:
 
 
 def _sample(root: Path, run: str, *more: str) -> int:
-    return cli.main(["sample", run, "--prompt", "a red circle", "--database", "flat", "--steps", "3", "--name", "here",
+    return main(["sample", run, "--prompt", "a red circle", "--database", "flat", "--steps", "3", "--name", "here",
                      "--root", str(root), "--local", *more])
 
 
@@ -29,19 +29,19 @@ def _picture(root: Path, run: str) -> np.ndarray:
 def test_what_was_exported_draws_the_same_elsewhere(root: Path, tmp_path: Path,
                                                     capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "carried"
-    assert cli.main(["export", "small", "--out", str(out), "--root", str(root)]) == 0
+    assert main(["export", "small", "--out", str(out), "--root", str(root)]) == 0
     weights = root / "runs/small/checkpoints/0000003/ema.safetensors"
     assert (out / "ema.safetensors").stat().st_size < 0.55 * weights.stat().st_size
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(root / "datasets", elsewhere / "datasets")
-    assert cli.main(["convert", "brought", "--checkpoint", str(out), "--root", str(elsewhere)]) == 0
+    assert main(["convert", "brought", "--checkpoint", str(out), "--root", str(elsewhere)]) == 0
     assert _sample(root, "small") == 0 and _sample(elsewhere, "brought") == 0
     # Half precision moves a weight by one part in two thousand, and a pixel by hardly one step.
     assert np.abs(_picture(root, "small") - _picture(elsewhere, "brought")).max() <= 2
-    assert cli.main(["verify", "--root", str(elsewhere)]) == 0
-    assert cli.main(["convert", "brought", "--checkpoint", str(out), "--root", str(elsewhere)]) == 0
+    assert main(["verify", "--root", str(elsewhere)]) == 0
+    assert main(["convert", "brought", "--checkpoint", str(out), "--root", str(elsewhere)]) == 0
     # It knows what it was trained on, so it can be evaluated where that is.
-    assert cli.main(["evaluate", "brought", "--database", "flat", "--database", "outline", "--prompts", "1",
+    assert main(["evaluate", "brought", "--database", "flat", "--database", "outline", "--prompts", "1",
                      "--judge-steps", "5", "--steps", "2", "--sweep-k", "1", "--sweep-guidance", "1",
                      "--root", str(elsewhere), "--local"]) == 0
 
@@ -54,16 +54,16 @@ def test_an_export_says_what_is_wrong(root: Path, tmp_path: Path, capsys: pytest
                         (["export", "small", "--out", str(tmp_path / "new"), "--checkpoint", "9"], "no checkpoint 9"),
                         (["convert", "other", "--checkpoint", str(tmp_path / "full")], "not a folder that export"),
                         (["convert", "other", "--checkpoint", str(root / "settings.toml")], "--database")):
-        assert cli.main([*words, "--root", str(root)]) == 2
+        assert main([*words, "--root", str(root)]) == 2
         assert said in capsys.readouterr().err
     assert (tmp_path / "full" / "file").read_text() == "mine"
 
 
 def test_a_folder_of_another_network_is_not_put_over_a_run(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "carried"
-    assert cli.main(["export", "small", "--out", str(out), "--root", str(root)]) == 0
-    assert cli.main(["convert", "small", "--checkpoint", str(out), "--root", str(root)]) == 2
+    assert main(["export", "small", "--out", str(out), "--root", str(root)]) == 0
+    assert main(["convert", "small", "--checkpoint", str(out), "--root", str(root)]) == 2
     about = json.loads((out / "checkpoint.json").read_text())
     about["config"]["unet"]["model_channels"] = 64
     (out / "checkpoint.json").write_text(json.dumps(about))
-    assert cli.main(["convert", "other", "--checkpoint", str(out), "--root", str(root), "--local"]) in {1, 2}
+    assert main(["convert", "other", "--checkpoint", str(out), "--root", str(root), "--local"]) in {1, 2}

@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs import cli, rebuild, versions
-from jobs.rebuild import GatesFailed, Rebuild, RebuildConfig
+from jobs.cli.main import main
+from jobs.publishing.config import RebuildConfig
+from jobs.publishing.rebuild import GatesFailed, Rebuild, run_rebuild
+from jobs.publishing.releases import GcConfig, collect_garbage, list_versions
 from jobs.runs.run import Run
-from jobs.versions import GcConfig
 from pipeline import storage
 from pipeline.datasets import hidden_rows, published
 from pipeline.datasets.dataset import Dataset
@@ -51,7 +52,7 @@ def started(root: Path | str, source: Path | str, shard: ShardConfig = SHARD, ke
 
 
 def rebuilt(root: Path | str, source: Path | str, **more: Any) -> dict[str, Any]:
-    return rebuild.run(started(root, source, **more), run_stage)
+    return run_rebuild(started(root, source, **more), run_stage)
 
 
 def current(root: Path | str) -> Dataset:
@@ -117,14 +118,14 @@ def test_only_what_changed_is_made_again(place: Path) -> None:
     assert now.keys() == anew.keys() and len(now) == 72
     for name, vector in now.items():
         assert np.abs(vector.astype(np.float32) - anew[name].astype(np.float32)).max() < 2e-2, name
-    assert cli.main(["verify", "--root", str(root)]) == 0
+    assert main(["verify", "--root", str(root)]) == 0
     found = Searcher(current(root)).search(Embeddings(current(root)).all().astype(np.float32), 80)[0]
     assert np.isin(hidden_rows.rows(current(root)), found).sum() == 0 and len(hidden_rows.rows(current(root))) == 3
     # Bytes of shards that stayed were not copied.
     tars = [path.name for path in (root / "datasets" / NAME / "v2" / "shards").glob("*.tar")]
     assert tars == ["000003.tar"]
     again = rebuilt(root, source)
-    assert again["unchanged"] and again["published"] == "v2" and versions.of(str(root), NAME)[-1]["version"] == "v2"
+    assert again["unchanged"] and again["published"] == "v2" and list_versions(str(root), NAME)[-1]["version"] == "v2"
 
 
 def test_a_shard_that_lost_much_is_written_again(place: Path) -> None:
@@ -134,7 +135,7 @@ def test_a_shard_that_lost_much_is_written_again(place: Path) -> None:
     assert done["removed"] == 12 and done["embedded"] == 0 and len(by_content(current(place / "root"))) == 60
     dataset = current(place / "root")
     assert dataset.manifest("shards")["totals"]["samples"] == 60 and not dataset.sealed("tombstones")
-    assert cli.main(["verify", "--root", str(place / "root")]) == 0
+    assert main(["verify", "--root", str(place / "root")]) == 0
     # From a version of which nothing is left but what was taken over, another.
     paint(place / "source" / "added.png", 5)
     assert rebuilt(place / "root", place / "source")["embedded"] == 1
@@ -168,7 +169,7 @@ def test_a_list_of_addresses(tmp_path: Path, place: Path) -> None:
     done = listed([*lines[5:60], *lines[66:70]])
     assert (done["added"], done["removed"], done["kept"], done["embedded"]) == (4, 5, 55, 4)
     # A picture from a domain that is to be forgotten is not even fetched.
-    assert cli.main(["forget", "--url", lines[66]["url"], "--root", str(tmp_path / "root")]) == 0
+    assert main(["forget", "--url", lines[66]["url"], "--root", str(tmp_path / "root")]) == 0
     assert listed([*lines[5:60], *lines[66:70]])["forgotten"] == 1
     assert not any(lines[66]["url"] in name for name in by_content(current(tmp_path / "root")))
     server.shutdown()
@@ -180,13 +181,14 @@ def test_half_of_it_noise_stays_out(place: Path, capsys: pytest.CaptureFixture[s
         paint(path, number)
     command = ["rebuild", NAME, "--source", str(place / "source"), "--root", str(place / "root"), "--local",
                "--image-size", "32", "--samples-per-shard", "30"]
-    assert cli.main(command) == 1
+    assert main(command) == 1
     told = capsys.readouterr().err
     assert "v1 stays published" in told and "overlap@10: 0." in told and "at least 0.7" in told and "lost: 0.5" in told
     assert published.current(str(place / "root"), NAME) == before
-    assert [one.get("failed_gates") for one in versions.of(str(place / "root"), NAME)] == [None, ["lost", "overlap@10"]]
+    gates = [one.get("failed_gates") for one in list_versions(str(place / "root"), NAME)]
+    assert gates == [None, ["lost", "overlap@10"]]
     # Whoever knows better may say so; nothing is made again.
-    assert cli.main([*command, "--max-lost", "1", "--min-overlap", "0"]) == 0
+    assert main([*command, "--max-lost", "1", "--min-overlap", "0"]) == 0
     assert current(place / "root").version == "v2"
 
 
@@ -203,7 +205,7 @@ def test_gates(place: Path, what: str) -> None:
             "stage": "train", "items": [], "inputs": {"database": {"path": f"datasets/{NAME}/v1/embeddings"}},
             "section": {"encoder": {"model": "another"}}}))
     with pytest.raises(GatesFailed, match=f"v2 is not published: .*{what}.*v1 stays published"):
-        rebuild.run(one, run_stage)
+        run_rebuild(one, run_stage)
     assert current(place / "root").version == "v1"
 
 
@@ -211,7 +213,7 @@ def test_of_two_at_once_one_publishes(place: Path) -> None:
     paint(place / "source" / "added.png", 1)
     one, other = (started(place / "root", place / "source") for _ in range(2))
     results: list[dict[str, Any]] = []
-    threads = [threading.Thread(target=lambda job=job: results.append(rebuild.run(job, run_stage)))
+    threads = [threading.Thread(target=lambda job=job: results.append(run_rebuild(job, run_stage)))
                for job in (one, other)]
     for thread in threads:
         thread.start()
@@ -229,7 +231,7 @@ def test_a_slower_older_build_does_not_replace_a_newer_one(place: Path) -> None:
     paint(place / "source" / "more.png", 2)
     newer = rebuilt(place / "root", place / "source")
     assert (begun.version, newer["published"]) == ("v2", "v3")
-    done = rebuild.run(older, run_stage)
+    done = run_rebuild(older, run_stage)
     assert done["superseded"] == "v2" and done["published"] == "v3" and current(place / "root").version == "v3"
     # And a newer one replaces an older one that was published while it was under way.
     paint(place / "source" / "a.png", 3)
@@ -237,8 +239,8 @@ def test_a_slower_older_build_does_not_replace_a_newer_one(place: Path) -> None:
     first.claim()
     paint(place / "source" / "b.png", 4)
     second = started(place / "root", place / "source")
-    assert rebuild.run(first, run_stage)["published"] == "v4"
-    assert rebuild.run(second, run_stage)["published"] == "v5" and current(place / "root").version == "v5"
+    assert run_rebuild(first, run_stage)["published"] == "v4"
+    assert run_rebuild(second, run_stage)["published"] == "v5" and current(place / "root").version == "v5"
 
 
 class Killed(BaseException):
@@ -275,7 +277,7 @@ def test_whenever_it_ends_readers_have_a_whole_version(place: Path, monkeypatch:
             assert len(Searcher(dataset).search(Embeddings(dataset).all()[:1].astype(np.float32), 4)[0]) == 1
     assert tries > 3 and seen <= {"v1", "v2"} and current(place / "root").version == "v2"
     monkeypatch.undo()
-    assert cli.main(["verify", "--root", str(place / "root")]) == 0
+    assert main(["verify", "--root", str(place / "root")]) == 0
     assert [one["version"] for one in published.history(str(place / "root"), NAME)] == ["v1", "v2"]
 
 
@@ -283,17 +285,17 @@ def test_rollback_and_what_was_rolled_back_stays_so(place: Path, capsys: pytest.
     root, source = str(place / "root"), place / "source"
     paint(source / "added.png", 1)
     rebuilt(root, source)
-    assert cli.main(["rollback", NAME, "--root", root]) == 0 and current(root).version == "v1"
+    assert main(["rollback", NAME, "--root", root]) == 0 and current(root).version == "v1"
     assert rebuilt(root, source)["rolled_back"] == "v2" and current(root).version == "v1"
     paint(source / "more.png", 2)
     assert rebuilt(root, source)["published"] == "v3"
-    assert cli.main(["rollback", NAME, "--to", "v2", "--root", root]) == 0 and current(root).version == "v2"
+    assert main(["rollback", NAME, "--to", "v2", "--root", root]) == 0 and current(root).version == "v2"
     for wrong in ("v2", "v9"):
-        assert cli.main(["rollback", NAME, "--to", wrong, "--root", root]) == 2
-    assert cli.main(["versions", NAME, "--root", root]) == 0
+        assert main(["rollback", NAME, "--to", wrong, "--root", root]) == 2
+    assert main(["versions", NAME, "--root", root]) == 0
     lines = capsys.readouterr().out.splitlines()[-3:]
     assert [line[7:22].strip() for line in lines] == ["released", "published", "rolled back"]
-    assert cli.main(["embed", NAME, "--rebuild", "--root", root, "--local"]) == 2
+    assert main(["embed", NAME, "--rebuild", "--root", root, "--local"]) == 2
     assert "never changes" in capsys.readouterr().err
 
 
@@ -305,7 +307,7 @@ def test_who_changes_a_published_version_is_found_out(place: Path, capsys: pytes
     file.write_bytes(whole[:-4] + bytes([whole[-4] ^ 1]) + whole[-3:])
     with pytest.raises(ValueError, match="is not the file its manifest describes"):
         Embeddings(Dataset(held.root, held.name, held.version, (*held.trusted, ("other", "process"))))
-    assert cli.main(["verify", "--against", "current", "--root", root]) == 1
+    assert main(["verify", "--against", "current", "--root", root]) == 1
     # Somebody who is careful changes the manifests too: a few vectors are poisoned, everything else fits.
     vectors = np.load(io.BytesIO(whole))
     vectors[:3] = vectors[5]
@@ -322,7 +324,7 @@ def test_who_changes_a_published_version_is_found_out(place: Path, capsys: pytes
     capsys.readouterr()
     with pytest.raises(ValueError, match="is not the one that was published"):
         Embeddings(current(root))
-    assert cli.main(["verify", "--against", "current", "--root", root]) == 1
+    assert main(["verify", "--against", "current", "--root", root]) == 1
     assert "is not the one that was published" in capsys.readouterr().out
     release = Path(root, "datasets", NAME, "v1", "release.json")
     release.write_text(release.read_text().replace('"samples"', '"Samples"'))
@@ -335,7 +337,7 @@ def test_what_is_forgotten(place: Path, capsys: pytest.CaptureFixture[str]) -> N
     dataset = current(root)
     rows = [row for record in dataset.manifest("shards")["items"] for row in metadata(dataset, record)]
     by_key, by_name, by_hash = rows[2], rows[35], rows[70]
-    assert cli.main(["forget", "--key", f"{NAME}/{by_key['key']}", "--url", by_name["url"], "--sha256",
+    assert main(["forget", "--key", f"{NAME}/{by_key['key']}", "--url", by_name["url"], "--sha256",
                      by_hash["sha256"], "--note", "asked by mail", "--root", root]) == 0
     assert "drawn@v1: 3 pictures, no longer found" in capsys.readouterr().out
     assert list(hidden_rows.rows(current(root))) == [2, 35, 70]  # at once, in the version that is published
@@ -353,9 +355,9 @@ def test_what_is_forgotten(place: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert rebuilt(root, source)["unchanged"]
     assert {one.name for one in listing(dataset) if one.status == "forgotten"} == {
         by_key["url"], by_hash["url"], "renamed.png"}
-    assert cli.main(["verify", "--root", root]) == 0
+    assert main(["verify", "--root", root]) == 0
     for wrong in ([], ["--sha256", "12"], ["--key", f"{NAME}/none"]):
-        assert cli.main(["forget", *wrong, "--root", root]) == 2
+        assert main(["forget", *wrong, "--root", root]) == 2
     assert len(files) == 72
 
 
@@ -370,17 +372,17 @@ def test_gc_leaves_what_is_needed(place: Path) -> None:
         "stage": "train", "items": [], "section": {"encoder": encoder_of(current(root)), "database": f"{NAME}@v2"},
         "inputs": {"database": {"path": f"datasets/{NAME}/v2/embeddings", "digest": ""}}}))
     assert published.reader(root, NAME, Run(root, "consumer").planned()["database"]).version == "v2"
-    assert all(one["kept"] for one in versions.gc(root, NAME, GcConfig(keep=1)))  # the lease
-    kept = {one["version"]: one["kept"] for one in versions.gc(root, NAME, GcConfig(keep=1, lease=0))}
+    assert all(one["kept"] for one in collect_garbage(root, NAME, GcConfig(keep=1)))  # the lease
+    kept = {one["version"]: one["kept"] for one in collect_garbage(root, NAME, GcConfig(keep=1, lease=0))}
     assert kept == {"v1": "", "v2": "pinned by runs/consumer", "v3": "", "v4": "", "v5": "published"}
     assert not (place / "root/datasets" / NAME / "v3/shards/manifest.json").exists()
     for version in ("v2", "v5"):
         assert len(by_content(Dataset(root, NAME, version))) == {"v2": 73, "v5": 76}[version]
-    assert [one["removed"] for one in versions.of(root, NAME)] == [True, False, True, True, False]
+    assert [one["removed"] for one in list_versions(root, NAME)] == [True, False, True, True, False]
     paint(source / "more.png", 9)
     assert rebuilt(root, source)["published"] == "v6"
-    assert cli.main(["verify", "--only", f"datasets/{NAME}/v6", "--root", root]) == 0
-    assert cli.main(["rollback", NAME, "--to", "v3", "--root", root]) == 2
+    assert main(["verify", "--only", f"datasets/{NAME}/v6", "--root", root]) == 0
+    assert main(["rollback", NAME, "--to", "v3", "--root", root]) == 2
 
 
 class Forgetful(ThreadingHTTPServer):
@@ -439,15 +441,15 @@ def test_on_s3(s3: str, place: Path) -> None:
     Image.new("RGB", (32, 32), "red").save(image, "PNG")
     fsspec.filesystem("s3").pipe_file(f"{s3}/source/added.png", image.getvalue())
     one, other = started(root, source), started(root, source)
-    assert rebuild.run(one, run_stage)["embedded"] == 1
-    assert rebuild.run(other, run_stage)["by"] == "another"
+    assert run_rebuild(one, run_stage)["embedded"] == 1
+    assert run_rebuild(other, run_stage)["by"] == "another"
     pointer = published.current(root, NAME)
     assert pointer and pointer.version == "v2" and len(by_content(current(root))) == 73
     assert not published.publish(current(root), b'{"content": "", "samples": 0, "recall@10": 1}', 3, None)
-    assert cli.main(["rollback", NAME, "--root", root]) == 0 and current(root).version == "v1"
-    assert {one["version"]: one["kept"] for one in versions.gc(root, NAME, GcConfig(keep=0, lease=0))} == {
+    assert main(["rollback", NAME, "--root", root]) == 0 and current(root).version == "v1"
+    assert {one["version"]: one["kept"] for one in collect_garbage(root, NAME, GcConfig(keep=0, lease=0))} == {
         "v1": "published", "v2": ""}
-    assert cli.main(["verify", "--against", "current", "--root", root]) == 0
+    assert main(["verify", "--against", "current", "--root", root]) == 0
 
 
 def test_what_a_stranger_tried(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -456,19 +458,19 @@ def test_what_a_stranger_tried(place: Path, capsys: pytest.CaptureFixture[str]) 
     assert rebuilt(root, source)["added"] == 1
     for _ in range(2):  # what cannot be read is no change, however thoroughly it is looked at
         assert rebuilt(root, source, thorough=True)["unchanged"]
-    assert cli.main(["rollback", NAME, "--root", root]) == 0
+    assert main(["rollback", NAME, "--root", root]) == 0
     assert rebuilt(root, source, thorough=True)["rolled_back"] == "v2"
     for command in (["rollback", f"{NAME}@v9"], ["gc", f"{NAME}@v1"], ["versions", f"{NAME}@v1"],
                     ["forget", "--domain", ""], ["forget", "--domain", "http://x y/.."], ["forget", "--url", ""]):
-        assert cli.main([*command, "--root", root]) == 2, command
+        assert main([*command, "--root", root]) == 2, command
     assert current(root).version == "v1" and not storage.exists(f"{root}/forgotten.json")
-    assert cli.main(["forget", "--domain", "https://Example.org/a?b", "--root", root]) == 0
+    assert main(["forget", "--domain", "https://Example.org/a?b", "--root", root]) == 0
     assert storage.read_json(f"{root}/forgotten.json")["domains"] == ["example.org"]
     paint(source / "added.png", 1)
     assert rebuilt(root, source)["published"] == "v4"  # v3 holds what the thorough look had read
-    assert cli.main(["gc", NAME, "--keep", "1", "--root", root]) == 0
-    assert cli.main(["gc", NAME, "--keep", "0", "--lease", "0", "--root", root]) == 0
-    assert cli.main(["rollback", NAME, "--root", root]) == 2
+    assert main(["gc", NAME, "--keep", "1", "--root", root]) == 0
+    assert main(["gc", NAME, "--keep", "0", "--lease", "0", "--root", root]) == 0
+    assert main(["rollback", NAME, "--root", root]) == 2
     assert "v1 was removed" not in capsys.readouterr().err
-    assert cli.main(["rollback", NAME, "--to", "v1", "--root", root]) == 2
+    assert main(["rollback", NAME, "--to", "v1", "--root", root]) == 2
     assert "v1 was removed by gc" in capsys.readouterr().err

@@ -15,16 +15,16 @@ import pytest
 from PIL import Image
 
 from jobs import report
-from jobs.processes import in_processes
 from jobs.report import tables
 from jobs.report.curve import curve, smoothed, trade_off
 from jobs.report.page import Album, size, tag
 from jobs.report.pictures import spread
 from jobs.report.root import Root
 from jobs.runs.run import Run
-from jobs.sampling import Sampling
-from jobs.settings import SampleConfig
-from jobs.training import Job, Training
+from jobs.sampling.config import SampleConfig
+from jobs.sampling.sample_stage import Sampling
+from jobs.training.train_stage import Job, Training
+from jobs.training.worker import train_in_processes
 from model import recipes
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings.embed import Embed, EmbedConfig
@@ -103,7 +103,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, drawn_pictures: Path) -> Path
     config = replace(tiny, steps=4, global_batch=2, log_every=1, k=2,
                      unet=replace(tiny.unet, model_channels=32, channel_mult=(1,), attention_downsampling=(1,)))
     job = Job(run, train, train, config)
-    in_processes(job)
+    train_in_processes(job)
     run_stage(Training(job))
     run_stage(Sampling(run, 0, PROMPTS, (train, Dataset.parse(str(folder), "line")), EmbedConfig().clip(),
                        SampleConfig(k=2, steps=2)))

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from jobs import status
 from jobs.cluster import actor_pool as pools
+from jobs.cluster.config import ClusterConfig
 from jobs.cluster.retirement import REFUTED, TRIES, Blame, Failed, Place, Task, WorkerState
-from jobs.settings import ClusterConfig
+from jobs.inspection import status
 from pipeline import storage
 from pipeline.hardware import devices
 from pipeline.stages.driver import run_stage
@@ -285,7 +285,7 @@ def test_three_healthy_workers_of_six_finish_everything(error: str, nodes: list[
 
     def watch(tally: Any) -> None:
         if tally.retired and not shown:
-            shown.append(status.table(str(root), status.of(str(root))))
+            shown.append(status.status_table(str(root), status.read_status(str(root))))
 
     manifest = run_stage(Faulty(str(root), config, tmp_path / "notes"), start(6), watch=watch)
     assert without_run_facts(manifest) == undisturbed(tmp_path / "plain", config)
@@ -299,9 +299,9 @@ def test_three_healthy_workers_of_six_finish_everything(error: str, nodes: list[
     lines = [record.getMessage() for record in caplog.records if "is retired: " in record.getMessage()]
     assert len(lines) == len(retired) and all("node " in line and "it failed " in line for line in lines)
     assert " retired after " in shown[0] and " items, " in shown[0]
-    [sealed] = [one for one in status.of(str(root)) if one["path"].endswith("embeddings")]
+    [sealed] = [one for one in status.read_status(str(root)) if one["path"].endswith("embeddings")]
     assert sealed["state"] == "sealed" and sealed["retired"] == retired
-    assert f"{len(retired)} workers retired" in status.table(str(root), [sealed])
+    assert f"{len(retired)} workers retired" in status.status_table(str(root), [sealed])
 
 
 @pytest.mark.ray
@@ -358,7 +358,7 @@ def test_only_broken_places_end_the_stage_and_the_same_command_resumes(cluster: 
         run_stage(one, start(2))
     retired = storage.read_json(storage.join(one.folder, "progress.json"))["retired"]
     assert len(retired) >= 4
-    assert " retired after " in status.table(one.root, status.of(one.root))
+    assert " retired after " in status.status_table(one.root, status.read_status(one.root))
     (tmp_path / "notes" / "poison").unlink()
     manifest = run_stage(one, start(2))
     assert manifest["run"]["retired"] == retired  # of the run before

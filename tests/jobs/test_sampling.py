@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs import cli, drawing, report
-from jobs.mixtures import Mixture
-from jobs.retrieval import Likely, usage_of
+from jobs import report
+from jobs.cli.main import main
 from jobs.runs.run import Run
-from jobs.sampling import Sampling
-from jobs.settings import QueryConfig, SampleConfig
+from jobs.sampling.config import QueryConfig, SampleConfig
+from jobs.sampling.generator import open_generator
+from jobs.sampling.mixture import Mixture
+from jobs.sampling.retrieval import Likely, usage_of
+from jobs.sampling.sample_stage import Sampling
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings import clip
@@ -61,7 +63,7 @@ def _dataset(root: Path, name: str) -> Dataset:
 
 
 def _sample(root: Path, *arguments: str) -> int:
-    return cli.main(["sample", "small", "--root", str(root), "--local", "--steps", "2", *arguments])
+    return main(["sample", "small", "--root", str(root), "--local", "--steps", "2", *arguments])
 
 
 def _sampled(root: Path, name: str, *arguments: str) -> list[dict[str, Any]]:
@@ -117,7 +119,7 @@ def test_unconditional_pictures_are_of_likely_rows_and_their_neighbours(root: Pa
                     "--database", "flat", "--database", "drawn")
     assert [(one["position"], one["database"]) for one in told] == [
         (position, name) for position in range(3) for name in ("flat", "drawn")]
-    drawer = drawing.opened(Run.parse(str(root), "small"), 3)
+    drawer = open_generator(Run.parse(str(root), "small"), 3)
     for one in told:
         database = _dataset(root, one["database"])
         usage = usage_of(_dataset(root, "drawn"), database, np.empty(0, np.int64))
@@ -148,12 +150,12 @@ def test_a_picture_stands_where_a_prompt_would(root: Path, picture: Path, drawn_
     encoder, searcher = clip.load(ClipConfig()), Searcher(_dataset(root, "flat"))
     vector = encoder.images(np.stack([encoder.prepared(picture.read_bytes())]))
     context = np.concatenate([vector, searcher.embeddings.rows(np.array(_rows(told[1]))).astype(np.float32)])
-    drawer = drawing.opened(Run.parse(str(root), "small"), 3)
+    drawer = open_generator(Run.parse(str(root), "small"), 3)
     assert (drawer.draw(context[None], [1], CONFIG)[0] == _png(root, "asked", told[1])).all()
     assert Image.open(root / "runs/small/samples/asked/asked/01-my-apple.png").size == (34, 34)
     alone = _sampled(root, "alone", "--prompt", PROMPTS[0], "--database", "flat")
     assert (_png(root, "alone", alone[0]) == _png(root, "asked", told[0])).all()
-    assert cli.main(["verify", "--root", str(root), "--only", "runs/small/samples/asked"]) == 0
+    assert main(["verify", "--root", str(root), "--only", "runs/small/samples/asked"]) == 0
 
 
 def test_neighbours_out_of_a_pool(root: Path) -> None:
@@ -192,7 +194,7 @@ def test_a_mixture_shares_out_the_neighbours(root: Path) -> None:
         if one["kind"] == "p_D":
             first = one["neighbors"][0]
             assert one["drawn"].items() >= {name: first[name] for name in ("row", "key", "database")}.items()
-            drawer = drawing.opened(Run.parse(str(root), "small"), 3)
+            drawer = open_generator(Run.parse(str(root), "small"), 3)
             assert (drawer.draw(vectors[None], [one["position"]], CONFIG)[0] == _png(root, "mixed", one)).all()
     assert (root / "runs/small/samples/mixed/flat=3+hatched=1/00-a-red-circle.png").exists()
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from jobs.cli import main
+from jobs.cli.main import main
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.embeddings.clip_weights import BUNDLED

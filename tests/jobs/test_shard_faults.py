@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.cli import main
+from jobs.cli.main import main
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.shards.shard import accounting

@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 
-from jobs import cli, submit
+from jobs.cli.main import main
+from jobs.cli.submit import Submission, _entrypoint, make_submission
 from jobs.telemetry import interrupts
 from pipeline import storage
 from pipeline.stages.manifest import code_revision, read_manifest, without_run_facts
@@ -29,11 +30,11 @@ REPOSITORY = Path(__file__).parents[2]
 ROOT = "s3://bucket/root"
 
 
-def _of(*words: str, own: tuple[str, ...] = ()) -> submit.Submission:
+def _of(*words: str, own: tuple[str, ...] = ()) -> Submission:
     """What `submit OWN WORDS` would submit."""
-    _, command, _ = cli.parsed(["submit", *own, *words])
-    _, inner, settings = cli.parsed(command.words)
-    return submit.of(command.words, inner, settings, command)
+    _, command, _ = main.parsed(["submit", *own, *words])
+    _, inner, settings = main.parsed(command.words)
+    return make_submission(command.words, inner, settings, command)
 
 
 def test_the_same_work_has_the_same_name_wherever_it_runs(tmp_path: Path) -> None:
@@ -53,7 +54,7 @@ def test_the_same_work_has_the_same_name_wherever_it_runs(tmp_path: Path) -> Non
 
 def test_a_shell_gives_the_words_back() -> None:
     words = ("sample", "run", "--prompt", "it's a \"red\" $HOME; rm *", "--database", "x y", "--root", ROOT)
-    assert shlex.split(submit._entrypoint(_of(*words))) == ["python", "-m", "jobs", *words]
+    assert shlex.split(_entrypoint(_of(*words))) == ["python", "-m", "jobs", *words]
 
 
 def test_no_secret_goes_along(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -86,7 +87,7 @@ def test_no_secret_goes_along(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
 def test_misuse_is_found_before_anything_is_submitted(words: list[str], sentence: str, monkeypatch, capsys) -> None:
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    assert cli.main(["submit", *words]) == 2
+    assert main(["submit", *words]) == 2
     error = capsys.readouterr().err
     assert sentence in error and "secret@" not in error
 
@@ -94,10 +95,10 @@ def test_misuse_is_found_before_anything_is_submitted(words: list[str], sentence
 def test_a_job_looks_for_its_secrets_first(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path) -> None:
     monkeypatch.setenv("RDM_NEEDS", "SOME_SECRET")
     monkeypatch.delenv("SOME_SECRET", raising=False)
-    assert cli.main(["status", "--root", str(tmp_path)]) == 2
+    assert main(["status", "--root", str(tmp_path)]) == 2
     assert "this node has no SOME_SECRET" in capsys.readouterr().err
     monkeypatch.setenv("SOME_SECRET", "there")
-    assert cli.main(["status", "--root", str(tmp_path)]) == 0
+    assert main(["status", "--root", str(tmp_path)]) == 0
 
 
 def test_a_signal_that_is_held_comes_at_the_end_and_only_then() -> None:
@@ -116,16 +117,16 @@ def test_a_signal_that_is_held_comes_at_the_end_and_only_then() -> None:
 def test_a_pipeline_dry_run_tells_what_waits_for_what(tmp_path: Path, drawn_pictures: Path, capsys) -> None:
     pipeline = ["pipeline", "some", "--source", str(drawn_pictures), "--captions", str(drawn_pictures / "flat.csv"),
                 "--only-captioned", "--root", str(tmp_path), "--local"]
-    assert cli.main([*pipeline, "--train", "run", "--dry-run"]) == 0
+    assert main([*pipeline, "--train", "run", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert [one.rsplit("/", 1)[1] for one in re.findall(r'"folder": "([^"]*)"', said)] == [
         "shards", "embeddings", "index", "some", "run"]
     assert said.count("waits_for") == 4 and not list(tmp_path.iterdir())
-    assert cli.main(pipeline) == 0
+    assert main(pipeline) == 0
     folders = [Path(json.loads(line)["folder"]) for line in capsys.readouterr().out.splitlines()]
     assert [folder.name for folder in folders] == ["shards", "embeddings", "index"]
     times = {folder: (folder / "manifest.json").stat().st_mtime_ns for folder in folders}
-    assert cli.main(pipeline) == 0
+    assert main(pipeline) == 0
     assert times == {folder: (folder / "manifest.json").stat().st_mtime_ns for folder in folders}
 
 
@@ -237,7 +238,7 @@ def work(tmp_path: Path) -> list[str]:
 
 
 def _undisturbed(tmp_path: Path, work: list[str]) -> dict[str, Any]:
-    assert cli.main([*work[:-1], str(tmp_path / "plain"), "--local"]) == 0
+    assert main([*work[:-1], str(tmp_path / "plain"), "--local"]) == 0
     return without_run_facts(read_manifest(str(tmp_path / "plain/datasets/some/v1/shards"), ""))
 
 
@@ -293,7 +294,7 @@ def test_a_suspended_job_resumes_on_a_new_cluster_with_equal_bytes(
     plain, root = tmp_path / "plain", tmp_path / "root"
     embed = ["embed", "some", "--workers", "1", "--batch-size", "1", "--root", str(root)]
     for words in (work, embed):
-        assert cli.main([*words[:-1], str(plain), "--local"]) == 0
+        assert main([*words[:-1], str(plain), "--local"]) == 0
     for words, folder in ((work, "shards"), (embed, "embeddings")):
         before = _suspend(words, root / "datasets/some/v1" / folder, tmp_path_factory.mktemp("first"))
         assert not (root / "datasets/some/v1" / folder / "manifest.json").exists()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jobs import cli
+from jobs.cli.main import main
 from jobs.runs.metrics import read
 from jobs.runs.run import Run
 from jobs.telemetry import wandb_offline, wandb_tracker
@@ -84,7 +84,7 @@ from jobs.runs.labels import run_labels
 from jobs.runs.metrics import Metrics
 from jobs.telemetry import wandb_tracker
 from jobs.runs.run import Run
-from jobs.training import Job
+from jobs.training.train_stage import Job
 from model.recipes import tiny
 from pipeline.datasets.dataset import Dataset
 root, first, last, ends = sys.argv[1], *map(int, sys.argv[2:])
@@ -163,7 +163,7 @@ def test_stages_are_jobs_of_one_group_and_nobody_is_told_unasked(root: Path, mon
     for more in ([], ["--tracker", "wandb"]):
         shutil.rmtree(root / "datasets/drawn/v1/index")
         assert not (root / "datasets/drawn/v1/wandb").exists()
-        assert cli.main(["index", "drawn", "--root", str(root), "--local", *more]) == 0
+        assert main(["index", "drawn", "--root", str(root), "--local", *more]) == 0
     folder, = (root / "datasets/drawn/v1/wandb").glob("offline-run-*")
     one = _session(folder, "exit")  # wandb's process writes it last
     manifest = Dataset.parse(str(root), "drawn").manifest("index")

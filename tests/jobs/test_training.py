@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from jobs import cli
-from jobs.processes import in_processes, work
+from jobs.cli.main import main
+from jobs.config.recipes import tiny
 from jobs.runs.metrics import read
 from jobs.runs.run import Run
-from jobs.settings import tiny
-from jobs.training import Job, Training
+from jobs.training.train_stage import Job, Training
+from jobs.training.worker import train_in_processes, train_process
 from jobs.verbs import train as train_run
 from model.config import TrainConfig
 from model.training.train import train
@@ -91,7 +91,7 @@ def _wait_for_step(root: Path, run: str, step: int, process: "subprocess.Popen[b
 def _undisturbed(root: Path) -> list[tuple[int, float]]:
     dataset = Dataset.parse(str(root), "drawn")
     job = Job(Run.parse(str(root), "undisturbed"), dataset, dataset, _config())
-    assert in_processes(job)
+    assert train_in_processes(job)
     run_stage(Training(job))
     return _curve(root, "undisturbed")
 
@@ -162,9 +162,9 @@ def _train_workers(cluster: Any) -> list[int]:
 def test_other_settings_on_a_run_are_refused_by_name(root: Path) -> None:
     dataset = Dataset.parse(str(root), "drawn")
     job = Job(Run.parse(str(root), "run"), dataset, dataset, _config(steps=2))
-    assert in_processes(job)
+    assert train_in_processes(job)
     with pytest.raises(ValueError, match=r"section\.train\.lr: there 0\.\d+, now 0\.1"):
-        in_processes(replace(job, config=_config(steps=2, lr=0.1)))
+        train_in_processes(replace(job, config=_config(steps=2, lr=0.1)))
     with pytest.raises(ValueError, match=r"--context-dim 256"):
         prepare(Training(Job(Run.parse(str(root), "other"), dataset, dataset,
                                    _config(unet=replace(_config().unet, context_dim=64)))))
@@ -173,11 +173,11 @@ def test_other_settings_on_a_run_are_refused_by_name(root: Path) -> None:
 def test_a_checkpoint_without_manifest_is_not_read(root: Path) -> None:
     dataset = Dataset.parse(str(root), "drawn")
     job = Job(Run.parse(str(root), "cut"), dataset, dataset, _config(steps=10))
-    assert in_processes(job)
+    assert train_in_processes(job)
     storage.remove(storage.join(job.run.folder, "checkpoints", "0000010", "manifest.json"))
     (root / "runs" / "cut" / "checkpoints" / "0000010" / "model.safetensors").write_bytes(b"half")
     assert job.run.latest_step() == 5
-    assert work(job) == 10
+    assert train_process(job) == 10
     job.run.fetch(10)
 
 
@@ -207,11 +207,11 @@ def test_a_finished_run_is_given_more_steps(root: Path) -> None:
 def test_of_a_damaged_checkpoint_the_one_before_is_taken_in_words(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     dataset = Dataset.parse(str(root), "drawn")
     job = Job(Run.parse(str(root), "damaged"), dataset, dataset, _config(steps=10))
-    assert in_processes(job)
+    assert train_in_processes(job)
     whole = job.run.checkpoint(10)
     path = root / "runs/damaged/checkpoints/0000010/optimizer.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    assert work(job) == 10
+    assert train_process(job) == 10
     assert "checkpoint 10 of the run damaged cannot be used, the one before is taken" in caplog.text
     assert [(one["name"], one["sha256"]) for one in job.run.checkpoint(10)["files"]] == [
         (one["name"], one["sha256"]) for one in whole["files"]]
@@ -222,7 +222,7 @@ def test_validation_tells_whether_neighbours_are_used_and_changes_nothing(root: 
     dataset = Dataset.parse(str(root), "drawn")
     config = _config(steps=24, lr=2e-3, validate_every=12)
     for name, validation in (("with", dataset), ("without", None)):
-        assert in_processes(Job(Run.parse(str(root), name), dataset, dataset, config, validation=validation))
+        assert train_in_processes(Job(Run.parse(str(root), name), dataset, dataset, config, validation=validation))
     one, other = (Run.parse(str(root), name) for name in ("with", "without"))
     assert one.checkpoint(24)["content"] == other.checkpoint(24)["content"]
     found = read(one, "validation.jsonl")
@@ -232,7 +232,7 @@ def test_validation_tells_whether_neighbours_are_used_and_changes_nothing(root: 
         assert Image.open(io.BytesIO((root / f"runs/with/validation/{line['step']:07d}.png").read_bytes())).width > 300
     assert len({line["validation_loss"] for line in found}) == 2
     assert [line["step"] for line in read(one)] == list(range(1, 25))
-    assert cli.main(["train", "with", "--dataset", "drawn", "--validation", "nowhere", "--root", str(root), "--config",
+    assert main(["train", "with", "--dataset", "drawn", "--validation", "nowhere", "--root", str(root), "--config",
                      str(root / "settings.toml"), "--local", "--rebuild"]) == 2
 
 
@@ -246,7 +246,7 @@ def test_too_few_neighbours_are_seen_before_anything_starts(root: Path, capsys: 
         more = ["--validation", validation] if validation else []
         command = ["train", "run", "--dataset", name, "--database", "drawn", *more, "--root", str(root), "--config",
                    str(root / "settings.toml")]
-        assert cli.main(command) == 2
+        assert main(command) == 2
         assert "few has 3 neighbours of each sample, the run takes 4" in capsys.readouterr().err
     assert not (root / "runs/run").exists()
 
@@ -255,15 +255,15 @@ def test_a_run_keeps_its_id_and_its_lineage(root: Path, tmp_path: Path, monkeypa
     monkeypatch.setenv("WANDB_MODE", "offline")
     dataset = Dataset.parse(str(root), "drawn")
     job = Job(Run.parse(str(root), "tracked"), dataset, dataset, _config(steps=2))
-    assert in_processes(job)
+    assert train_in_processes(job)
     first = json.loads((root / "runs/tracked/wandb.json").read_text())["id"]
-    assert in_processes(replace(job, config=_config(steps=4)))
+    assert train_in_processes(replace(job, config=_config(steps=4)))
     folders = sorted(path.name for path in (root / "runs/tracked/wandb").glob("offline-run-*"))
     # wandb adds a number to the name of a second folder of the same second.
     assert len(folders) == 2 and all(f"-{first}" in name for name in folders)
     assert job.run.lineage()["neighbors"]["digest"] == dataset.identity("neighbors/drawn")["digest"]
     check_and_clear(Training(job))
-    assert in_processes(job)
+    assert train_in_processes(job)
     assert json.loads((root / "runs/tracked/wandb.json").read_text())["id"] != first
 
 
@@ -301,7 +301,7 @@ def test_with_a_node_lost_it_goes_on_with_fewer_and_takes_it_back(root: Path, cl
     assert last <= kept and last % 5 == 0, "a node that came back is taken in from a checkpoint on"
     steps = str(run.latest_step() + 5)
     for name in ("elastic", "undisturbed"):
-        assert cli.main([*_command(root, name, *more, "--steps", steps, "--local")[2:]]) == 0
+        assert main([*_command(root, name, *more, "--steps", steps, "--local")[2:]]) == 0
     one, other = _curve(root, "undisturbed"), _curve(root, "elastic")
     assert [step for step, _ in other] == list(range(1, int(steps) + 1))
     assert [loss for _, loss in other] == pytest.approx([loss for _, loss in one], rel=2e-3)

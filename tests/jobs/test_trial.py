@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from jobs import made, rates
-from jobs.cli import main
-from jobs.processes import in_processes
+from jobs.cli.main import main
+from jobs.planning import rates, synthetic_data
 from jobs.runs.metrics import read
 from jobs.runs.run import Run
-from jobs.training import Job
+from jobs.training.train_stage import Job
+from jobs.training.worker import train_in_processes
 from model import recipes
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
@@ -79,10 +79,10 @@ def test_steps_take_what_training_takes(prepared: Path, tmp_path: Path) -> None:
     config = replace(recipes.tiny(), steps=60, global_batch=16, log_every=10, precision="fp32", validate_every=0)
     dataset = Dataset.parse(str(prepared), "drawn")
     run = Run.parse(str(tmp_path), "run")
-    assert in_processes(Job(run, dataset, dataset, replace(config, checkpoint_every=60)))
+    assert train_in_processes(Job(run, dataset, dataset, replace(config, checkpoint_every=60)))
     lines = read(run)
     real = (lines[-1]["seconds"] - lines[0]["seconds"]) / 50
-    info = run_stage(made.Steps(str(tmp_path / "steps"), config, 32, 16, 10 * real, 1))["items"][0]["info"]
+    info = run_stage(synthetic_data.Steps(str(tmp_path / "steps"), config, 32, 16, 10 * real, 1))["items"][0]["info"]
     assert info["batch"] <= 16 and info["parameters"] > 1e5
     from model.training import flops
     each = flops.size(config.unet, 32, config.k).training(False)
@@ -91,12 +91,12 @@ def test_steps_take_what_training_takes(prepared: Path, tmp_path: Path) -> None:
 
 def test_a_network_that_does_not_fit_is_made_narrower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = recipes.tiny()
-    monkeypatch.setattr(made, "_memory", lambda: 30 << 20)
-    info = run_stage(made.Steps(str(tmp_path / "steps"), config, 32, 2, 0.1, 1))["items"][0]["info"]
+    monkeypatch.setattr(synthetic_data, "_memory", lambda: 30 << 20)
+    info = run_stage(synthetic_data.Steps(str(tmp_path / "steps"), config, 32, 2, 0.1, 1))["items"][0]["info"]
     assert 20 * info["parameters"] < 15 << 20
-    monkeypatch.setattr(made, "_memory", lambda: 1 << 20)
+    monkeypatch.setattr(synthetic_data, "_memory", lambda: 1 << 20)
     with pytest.raises(MemoryError, match="no network of this shape"):
-        made.Steps(str(tmp_path / "none"), config, 32, 2, 0.1, 1).process(Item("0"), tmp_path)
+        synthetic_data.Steps(str(tmp_path / "none"), config, 32, 2, 0.1, 1).process(Item("0"), tmp_path)
 
 
 @pytest.mark.parametrize(("flags", "sentence"), [

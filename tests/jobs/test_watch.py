@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from jobs import exporter, status, watch
-from jobs.cli import main
+from jobs.cli.main import main
+from jobs.inspection import prometheus as inspection_prometheus
+from jobs.inspection import status, watch
 from jobs.runs.metrics import Metrics
 from jobs.runs.run import Run
 from pipeline import storage
@@ -96,7 +97,7 @@ def test_ctrl_c_ends_it_with_0_and_json_is_a_line_each_time(root: str) -> None:
     process = _started(root, "--watch", "--json", stdout=subprocess.PIPE)
     assert process.stdout and process.stderr
     first = json.loads(process.stdout.readline())
-    assert {one["path"] for one in first["stages"]} == {one["path"] for one in status.of(root)
+    assert {one["path"] for one in first["stages"]} == {one["path"] for one in status.read_status(root)
                                                        if one["state"] != "absent"}
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 0 and process.stderr.read() == ""
@@ -147,14 +148,14 @@ def test_prometheus_is_answered_when_nothing_runs(root: str) -> None:
 
 
 def test_a_root_that_cannot_be_read_is_a_metric(root: str, monkeypatch) -> None:
-    served = exporter.Root(root)
+    served = inspection_prometheus.Root(root)
     assert {one.name: one for one in served.collect()}["rdm_root_readable"].samples[0].value == 1
 
     def broken(root: str) -> Any:
         raise OSError("https://me:secret@store does not answer")
 
-    monkeypatch.setattr(exporter.status, "of", broken)
-    monkeypatch.setattr(exporter, "period", lambda root: -1.0)
+    monkeypatch.setattr(inspection_prometheus.status, "of", broken)
+    monkeypatch.setattr(inspection_prometheus, "period", lambda root: -1.0)
     told = list(served.collect())
     assert [(one.name, one.samples[0].value) for one in told] == [("rdm_root_readable", 0.0)]
     monkeypatch.undo()

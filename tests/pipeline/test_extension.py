@@ -5,7 +5,7 @@ import faiss
 import numpy as np
 import pytest
 
-from jobs.cli import main
+from jobs.cli.main import main
 from pipeline import storage
 from pipeline.datasets import hidden_rows
 from pipeline.datasets.dataset import Dataset

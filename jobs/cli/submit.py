@@ -1,0 +1,277 @@
+"""`python -m jobs submit VERB ...`: a verb as a job of a Ray cluster, through the cluster's job server.
+
+A submission has a name made of what it would do, so whoever submits it again while it runs watches the same job.
+The server runs a job once: another try is another job, of the next number.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jobs.commands import SubmitCommand
+from jobs.config.settings import Settings
+from pipeline import storage
+from pipeline.datasets.dataset import Dataset
+from pipeline.stages.manifest import code_revision
+
+_log = logging.getLogger(__name__)
+STOPPED = 130
+NEEDED = "RDM_NEEDS"  # names of the variables that a job is to find where it runs
+_PACKAGES = ("pipeline", "model", "jobs")
+_PREFIXES = ("AWS_", "WANDB_", "RDM_")
+# What says something of this machine alone, or is a secret: a runtime environment is kept and shown by the cluster.
+_OF_HERE = {"AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CA_BUNDLE",
+            "WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "RDM_CACHE", NEEDED}
+_SECRET = re.compile("KEY|SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL")
+_STOP_S = 60  # what a driver is given to end in when its job is stopped; Ray's own 3 s are too few for a checkpoint
+_PATIENCE_S = 300.0  # for a job server that does not answer
+_SETTINGS = "settings.toml"
+_OF_ALL_VERSIONS = {"rebuild", "versions", "rollback", "gc"}
+_TALKATIVE = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk",
+              "ray._private.runtime_env.packaging")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What is asked of a cluster, whoever asks and however often."""
+
+    name: str
+    """The same for the same work: verb, what it is about, and a hash of its settings; an attempt adds its number."""
+    words: tuple[str, ...]
+    about: dict[str, str]
+    variables: dict[str, str]
+    config: str = ""
+    """File of settings on this machine, which goes along."""
+
+
+def make_submission(words: tuple[str, ...], inner: Any, settings: Settings, command: SubmitCommand) -> Submission:
+    """The submission of a verb whose `words` were parsed to `inner`; ValueError for what cannot work elsewhere."""
+    for place in (inner.common.root, getattr(inner, "out", ""), *getattr(getattr(inner, "shard", None), "source", ())):
+        if storage.is_local(place) and place and not Path(storage.local_path(place)).is_absolute():
+            raise ValueError(f"{place} is a folder of this machine, and the job's own folder does not outlive it\n"
+                             f"hint: --root s3://bucket/..., or an absolute path that every node has")
+    if storage.without_credentials(" ".join(words)) != " ".join(words):
+        raise ValueError("the command has a password or signature in it, which the cluster would keep and show\n"
+                         "hint: let the nodes have the keys: --secret NAME tells that they must")
+    verb, config = words[0], inner.common.config
+    if config:
+        words = tuple(_SETTINGS if word == config else word.replace(f"--config={config}", f"--config={_SETTINGS}")
+                      for word in words)
+    about = {"verb": verb, "root": inner.common.root, "revision": code_revision(),
+             "needs": ",".join(sorted(command.secret))} | _subject(verb, inner)
+    parts = (verb, about.get("run") or about.get("dataset"), about.get("version"), _hash(verb, inner, settings))
+    name = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "-", part) for part in parts if part)
+    return Submission(name, words, {key: value for key, value in about.items() if value},
+                      variables(command.env, command.secret), config)
+
+
+def variables(more: Iterable[str], needed: Iterable[str]) -> dict[str, str]:
+    """What a job is given of this environment: settings of S3, wandb and this program, and never a secret."""
+    passed = {}
+    for name in more:
+        if _SECRET.search(name) or name not in os.environ:
+            raise ValueError(f"--env {name}: " + ("is a secret by its name, which the cluster would keep and show\n"
+                             f"hint: give it to the nodes, and --secret {name}" if _SECRET.search(name)
+                             else "is not set here"))
+    held_back = []
+    for name, value in sorted(os.environ.items()):
+        if name in more or (name.startswith(_PREFIXES) and name not in _OF_HERE):
+            if _SECRET.search(name) or storage.without_credentials(value) != value:
+                held_back.append(name)
+            else:
+                passed[name] = value
+    if held_back := [name for name in held_back if name not in set(needed)]:
+        _log.info("submit: %s stay here: the nodes must have their own; --secret NAME has that checked",
+                  ", ".join(held_back))
+    return passed | ({NEEDED: ",".join(sorted(needed))} if needed else {}) | {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_S)}
+
+
+def check_needed() -> None:
+    """ValueError if this is a job, and a variable is missing that whoever submitted it said the node has."""
+    if missing := [name for name in os.environ.get(NEEDED, "").split(",") if name and not os.environ.get(name)]:
+        raise ValueError(f"this node has no {', '.join(missing)} in its environment\n"
+                         f"hint: infra/README.md tells how nodes get their secrets")
+
+
+def run_submission(one: Submission, command: SubmitCommand) -> int:
+    """Submit, or join what runs already; with `wait` until it ended, with its exit code."""
+    if command.retries and not command.wait:
+        raise ValueError("--retries needs --wait: whoever waits tries again")
+    if command.dry_run:
+        print(json.dumps({"name": one.name, "entrypoint": _entrypoint(one), "metadata": one.about,
+                          "env_vars": one.variables, "sends": _sent(one, command)}, indent=1))
+        return 0
+    client = _client(command.address)
+    number, info = _newest(client, one)
+    if info is not None and not info.status.is_terminal():
+        _log.info("submit: %s-a%d runs already: %s", one.name, number, info.entrypoint)
+    else:
+        number = _start(client, one, command, number + 1)
+    if not command.wait:
+        _say(f"{one.name}-a{number}", number, _newest(client, one)[1])
+        return 0
+    for left in reversed(range(command.retries + 1)):
+        info = _follow(client, one, number)
+        code = exit_code(info)
+        # 2 is misuse, and somebody stopped what is STOPPED: neither gets better by another try.
+        if code in {0, 2} or str(info and info.status) == "STOPPED" or not left:
+            break
+        _log.warning("submit: %s-a%d ended with %d; it is tried again, %d more left", one.name, number, code, left)
+        number = _start(client, one, command, number + 1)
+    _say(f"{one.name}-a{number}", number, info, code)
+    return code
+
+
+def exit_code(info: Any) -> int:
+    """What the verb of a job ended with: 0, 1, 2, or 130 where it was stopped; 1 for what is none of its own codes.
+
+    The server knows the code of a driver that ended by itself, not of one that it ended.
+    """
+    status = str(info.status) if info else "LOST"
+    if status in {"SUCCEEDED", "STOPPED"}:
+        return 0 if status == "SUCCEEDED" else STOPPED
+    code = info.driver_exit_code if info else None
+    if code in {1, 2, STOPPED}:
+        return code
+    reason = (info.message or str(info.error_type)) if info else "the cluster knows nothing of it: it was started anew"
+    _log.error("submit: the driver ended with %s: %s", code, reason.strip().splitlines()[0])
+    return 1
+
+
+def _start(client: Any, one: Submission, command: SubmitCommand, number: int) -> int:
+    """Submit an attempt; whoever was quicker to submit the same one is joined."""
+    with tempfile.TemporaryDirectory(prefix="rdm-submit-") as scratch:
+        folder = _folder(Path(scratch), one, command)
+        environment = one.variables if command.installed else one.variables | {"RDM_REVISION": code_revision()}
+        try:
+            client.submit_job(submission_id=f"{one.name}-a{number}", entrypoint=_entrypoint(one),
+                              metadata=one.about | {"attempt": str(number)},
+                              runtime_env={"env_vars": environment} | ({"working_dir": str(folder)} if folder else {}))
+            _log.info("submit: %s-a%d: %s", one.name, number, _entrypoint(one))
+        except RuntimeError as error:
+            if "already exists" not in str(error):
+                raise OSError(f"the cluster refused the job: {str(error).splitlines()[0]}") from None
+            _log.info("submit: %s-a%d was submitted by somebody else meanwhile", one.name, number)
+    return number
+
+
+def _follow(client: Any, one: Submission, number: int) -> Any:
+    """Copy the log of an attempt to stderr until it ended; what the server knows of it then, None for nothing."""
+    from aiohttp import ClientError
+    from ray.exceptions import RayError
+    shown, alive = 0, time.monotonic()
+    while True:
+        with contextlib.suppress(ClientError, RayError, RuntimeError, OSError):  # what became of it is asked below
+            shown = asyncio.run(_tail(client, f"{one.name}-a{number}", shown))
+        try:
+            info = _jobs(client, one).get(number)
+            if info is None or info.status.is_terminal():
+                return info
+            alive = time.monotonic()
+        except (RayError, RuntimeError, OSError) as error:
+            if time.monotonic() - alive > _PATIENCE_S:
+                raise OSError(f"the job server has not answered for {_PATIENCE_S:.0f} s: {error}\n"
+                              f"hint: the job may go on; the same command watches it again") from None
+        time.sleep(1)
+
+
+async def _tail(client: Any, name: str, shown: int) -> int:
+    """Show what is new of a log after `shown` characters; how much there is of it now."""
+    seen = 0
+    async for text in client.tail_job_logs(name):
+        sys.stderr.write(text[max(0, shown - seen):])
+        sys.stderr.flush()
+        seen += len(text)
+        shown = max(shown, seen)
+    return shown
+
+
+def _client(address: str) -> Any:
+    """The client of a job server; ValueError if none answers, or it wants another token."""
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if address:
+        os.environ["RAY_API_SERVER_ADDRESS"] = address  # otherwise the one in the environment would win
+    place = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "http://127.0.0.1:8265"
+    try:
+        return JobSubmissionClient(place)
+    except AuthenticationError:
+        raise ValueError(f"the cluster at {place} wants another token\n"
+                         f"hint: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE, or RAY_AUTH_TOKEN") from None
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"no job server answers at {place}: {str(error).splitlines()[0]}\n"
+                         f"hint: --address http://HEAD:8265, or a tunnel to it (infra/README.md)") from None
+
+
+def _jobs(client: Any, one: Submission) -> dict[int, Any]:
+    """The attempts that the server knows, by their number."""
+    attempt = re.compile(re.escape(one.name) + r"-a(\d+)")
+    found = ((attempt.fullmatch(info.submission_id or ""), info) for info in client.list_jobs())
+    return {int(match[1]): info for match, info in found if match}
+
+
+def _newest(client: Any, one: Submission) -> tuple[int, Any]:
+    return max(_jobs(client, one).items(), default=(0, None), key=lambda pair: pair[0])
+
+
+def _entrypoint(one: Submission) -> str:
+    return shlex.join(["python", "-m", "jobs", *one.words])  # a shell takes it apart again
+
+
+def _sent(one: Submission, command: SubmitCommand) -> list[str]:
+    return [*(() if command.installed else _PACKAGES), *((_SETTINGS,) if one.config else ())]
+
+
+def _folder(scratch: Path, one: Submission, command: SubmitCommand) -> Path | None:
+    """What the job is to find beside itself: this code, unless it is installed there, and the file of settings."""
+    here = Path(__file__).resolve().parents[2]
+    for name in () if command.installed else _PACKAGES:
+        shutil.copytree(here / name, scratch / name, ignore=shutil.ignore_patterns("__pycache__"))
+    if one.config:
+        shutil.copyfile(one.config, scratch / _SETTINGS)
+    return scratch if _sent(one, command) else None
+
+
+def _subject(verb: str, inner: Any) -> dict[str, str]:
+    """What a verb is about, for people: run or dataset, its version, and what is there of it as far as can be seen."""
+    if hasattr(inner, "run"):
+        return {"run": inner.run} | ({"dataset": inner.dataset} if hasattr(inner, "dataset") else {})
+    if not hasattr(inner, "dataset"):
+        return {}
+    dataset = Dataset.parse(inner.common.root, inner.dataset)
+    if verb in _OF_ALL_VERSIONS:
+        return {"dataset": dataset.name}
+    found = {"dataset": dataset.name, "version": dataset.version}
+    # Whoever submits need not be let into the store, and would wait for minutes to find out.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        if not storage.is_local(inner.common.root):
+            return found
+        plan = storage.read_json(storage.join(dataset.folder("shards"), "plan.json"))
+        found["fingerprint"] = str(plan["fingerprint"])
+    return found
+
+
+def _hash(verb: str, inner: Any, settings: Settings) -> str:
+    """Eight digits for all that is asked, however it was put; where it runs is no part of it."""
+    inner = replace(inner, common=replace(inner.common, root=storage.normal(inner.common.root), config=""))
+    return storage.digest([verb, *({key: value for key, value in asdict(one).items() if key != "cluster"}
+                                 for one in (inner, settings))])[:8]
+
+
+def _say(name: str, number: int, info: Any, code: int | None = None) -> None:
+    print(json.dumps({"submission_id": name, "attempt": number, "status": str(info.status) if info else "LOST"}
+                     | ({} if code is None else {"exit_code": code})))

@@ -1,0 +1,150 @@
+"""`status --serve`: a root for Prometheus, from the files alone, so that it speaks when no job runs at all."""
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+from jobs.inspection import status
+from jobs.runs.labels import NAMES
+from pipeline import storage
+from pipeline.stages.progress import period
+
+_log = logging.getLogger(__name__)
+_STAGE = {
+    "items": "Planned items.", "items_left": "Items without a record.", "items_failed": "Items that failed.",
+    "rows": "Rows of the source that were read.", "samples": "Samples made.", "bytes": "Bytes written.",
+    "sealed": "1 where it is finished.", "stale": "1 where an input was rebuilt since.", "damaged": "1 if unreadable.",
+    "rows_per_second": "Rate of a driver at work.", "seconds_left": "What a driver at work foretells.",
+    "heard_timestamp_seconds": "When the driver spoke last.", "sealed_timestamp_seconds": "When it was finished.",
+}
+_TRAIN = {"step": "Updates done.", "loss": "Mean loss of the last interval.", "grad_norm": "Norm of the gradient.",
+          "data_wait": "Share of the time that training waited for data.", "samples_per_s": "Pictures a second.",
+          "mfu": "Share of the GPUs' operations used.", "memory_gb": "Most memory of a process, GB."}
+_DATABASE = {"published_timestamp_seconds": "When the published version was published.",
+             "checked_timestamp_seconds": "When the source was last compared with it, whatever was found.",
+             "age_seconds": "Seconds since it was published.", "recall": "Its recall@10.",
+             "number": "Which build it is."}
+
+
+def serve(root: str, where: str) -> None:
+    """Answer Prometheus at PORT of this machine, or at HOST:PORT, until interrupted."""
+    host, _, port = where.rpartition(":")
+    if not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"--serve {where!r} is no port\nhint: --serve 9108, or 0.0.0.0:9108 for other machines")
+    registry = CollectorRegistry()
+    root_ = Root(root)
+    root_.look()  # who cannot read it at all shall know at once
+    registry.register(root_)
+    server, thread = start_http_server(int(port), host.strip("[]") or "127.0.0.1", registry)
+    _log.info("status: at http://%s:%d/metrics", host or "127.0.0.1", server.server_port)
+    try:
+        thread.join()
+    finally:
+        server.shutdown()
+
+
+class Root:
+    """What a root holds, as metrics; read at most once in a while, however many ask."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self._lock = threading.Lock()
+        self._read = 0.0
+        self._families: list[Metric] = []
+
+    def describe(self) -> list[Metric]:
+        """Nothing: what there is is seen when it is asked for."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics; of a root that cannot be read only that."""
+        with self._lock:
+            try:
+                if time.monotonic() - self._read > period(self.root) or not self._families:
+                    self.look()
+            except (OSError, ValueError) as error:
+                _log.warning("status: %s", storage.without_credentials(str(error).splitlines()[0]))
+                self._families = []
+            yield _one("rdm_root_readable", "1 if the root could be read.", float(bool(self._families)))
+            yield from self._families
+
+    def look(self) -> None:
+        """Read the root."""
+        families = [*_stages(status.read_status(self.root)), *_databases(status.published(self.root))]
+        self._families, self._read = families, time.monotonic()
+
+
+def _stages(found: list[dict[str, Any]]) -> Iterator[Metric]:
+    gauges = {name: GaugeMetricFamily(f"rdm_stage_{name}", what, labels=NAMES) for name, what in _STAGE.items()}
+    curves = {name: GaugeMetricFamily(f"rdm_train_{name}", what, labels=NAMES) for name, what in _TRAIN.items()}
+    left_out = GaugeMetricFamily("rdm_stage_left_out", "Samples left out, by reason.", labels=(*NAMES, "reason"))
+    recall = GaugeMetricFamily("rdm_index_recall", "Recall of an index.", labels=(*NAMES, "k"))
+    faults = GaugeMetricFamily("rdm_train_fault", "1 if this ended the run for good.", labels=(*NAMES, "kind"))
+    for one in found:
+        if one["state"] == "absent":
+            continue
+        known = [status.named(one["path"], one)[name] for name in NAMES]
+        for name, value in _numbers(one).items():
+            gauges[name].add_metric(known, value)
+        for reason, count in (one.get("progress") or one).get("skipped", {}).items():
+            left_out.add_metric([*known, reason], count)
+        for k, value in (one.get("recall") or {}).items():
+            recall.add_metric([*known, k], value)
+        if curve := one.get("curve"):
+            for name in _TRAIN.keys() & curve.keys():
+                curves[name].add_metric(known, curve[name])
+        if one.get("stage") == "train":
+            ended = (one.get("fault") or {}).get("kind")
+            for kind in ("FloatingPointError", "MemoryError", "ValueError"):
+                faults.add_metric([*known, kind], float(kind == ended))
+    yield from [*gauges.values(), *curves.values(), left_out, recall, faults]
+
+
+def _numbers(one: dict[str, Any]) -> dict[str, float]:
+    """What is known of a stage, under the names of `_STAGE`."""
+    state = {name: float(one["state"] == name) for name in ("stale", "damaged")}
+    if one["state"] == "damaged":
+        return state
+    now, whole = one.get("progress"), "samples" in one
+    done = one["items"] if whole else one["done"]
+    told = state | {"items": one["items"], "items_left": one["items"] - done, "sealed": float(whole),
+                    "items_failed": one.get("failed", 0)}
+    if whole:
+        told |= {"rows": one["samples"] + sum(one["skipped"].values()), "samples": one["samples"],
+                 "bytes": one["bytes"], "sealed_timestamp_seconds": _unix(one["sealed"])}
+    if now:
+        told |= {name: now[name] for name in ("rows", "samples", "bytes")}
+        told |= {"items_left": now["of_items"] - now["items"], "heard_timestamp_seconds": now["updated"],
+                 "items_failed": max(one["failed"], now["failed_items"])}
+        if not status.silent(now):
+            told |= {"rows_per_second": now["rows_per_s"]} | (
+                {"seconds_left": now["seconds_left"]} if now["seconds_left"] is not None else {})
+    return told
+
+
+def _unix(stamp: str) -> float:
+    from calendar import timegm
+    return float(timegm(time.strptime(stamp, "%Y-%m-%dT%H:%M:%SZ")))
+
+
+def _databases(published: dict[str, dict[str, Any]]) -> Iterator[Metric]:
+    gauges = {name: GaugeMetricFamily(f"rdm_database_{name}", what, labels=("dataset", "version"))
+              for name, what in _DATABASE.items()}
+    for name, one in published.items():
+        told = {"recall": one.get("recall@10"), "number": one.get("number")}
+        if (at := one.get("published")) is not None:
+            told |= {"published_timestamp_seconds": at, "age_seconds": max(time.time() - at, 0.0),
+                     "checked_timestamp_seconds": one.get("checked", at)}
+        for key, value in told.items():
+            if isinstance(value, int | float):
+                gauges[key].add_metric([name, str(one["version"])], value)
+    yield from gauges.values()
+
+
+def _one(name: str, what: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, what, value=value)

@@ -1,0 +1,198 @@
+"""Rates measured here: a sample of each stage by the stages themselves, each for about as long as is asked.
+
+    trial/<hash>/first/       a few pictures: libraries are loaded, and how many more there is time for
+                 pictures/    shard, embed
+                 vectors/     made vectors, for an index and searches take more of them than an encoder makes in minutes
+                 steps/       updates of the network on random numbers
+
+The first three are roots with datasets as any; what `jobs.measured` makes of their manifests are the rates.
+"""
+
+import itertools
+import json
+import logging
+import math
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from jobs.planning import rates_from_manifests, synthetic_data
+from jobs.planning.cost_model import Build, index_key
+from jobs.planning.rates import Rates, TrainRates
+from pipeline import storage
+from pipeline.datasets.dataset import Dataset
+from pipeline.embeddings.clip_weights import RANDOM, ClipConfig, describe_encoder
+from pipeline.embeddings.embed import Embed
+from pipeline.indices.config import IndexConfig
+from pipeline.indices.index import Index, build_index
+from pipeline.neighbors.config import NeighborsConfig
+from pipeline.neighbors.neighbors import Neighbors
+from pipeline.shards.shard import Shard
+from pipeline.stages.stage import Stage
+
+Run = Callable[[Stage], dict[str, Any]]
+_FIRST = 8
+# Pictures that are drawn for each second that a stage may take, without a GPU and with one: to draw as many as are
+# embedded in it would take longer than all the rest.
+_DRAWN_A_SECOND = (7, 35)
+_LISTS, _ROWS_A_LIST = (16, 65_536), 160
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is to be measured, for what, on what."""
+
+    root: str
+    build: Build
+    source: tuple[str, ...]
+    seconds: float
+    workers: int
+    gpu: bool
+
+    def __post_init__(self) -> None:
+        if not self.seconds > 0 or self.workers < 1:
+            raise ValueError(f"--seconds {self.seconds:g} --measure-workers {self.workers}: must be more than 0")
+
+    @property
+    def place(self) -> str:
+        """The folder of what is run: what was interrupted goes on there, unless other things are asked."""
+        config = self.build.settings
+        what = [asdict(one) for one in (config.shard, config.embed, config.index, config.train)]
+        return storage.join(self.root, "trial", storage.digest(json.loads(json.dumps(
+            [what, self.source, self.seconds, self.workers, self.gpu, self.build.dim])))[:12])
+
+
+def rates(trial: Trial, base: Rates, run: Run) -> Rates:
+    """The rates that all stages have here, over `base`; what was made for them is removed."""
+    size = _pictures(trial, run)
+    _vectors(trial, base, run)
+    steps = run(synthetic_data.Steps(storage.join(trial.place, "steps"), trial.build.settings.train, trial.build.side,
+                           _share(trial), trial.seconds, trial.workers))
+    found = base
+    for part in ("pictures", "vectors"):
+        found = rates_from_manifests.rates(storage.join(trial.place, part), found, gpu=trial.gpu)
+    train = TrainRates(_mean(steps, "flop_per_s"), trial.gpu)
+    # How many lists true vectors take, made ones do not tell.
+    approximate = replace(found.approximate, nprobe=base.approximate.nprobe)
+    found = replace(found.with_sections({"train": train, "approximate": approximate}, _machine(trial, steps),
+                                        time.strftime("%Y-%m-%d")),
+                    shard=replace(found.shard, source_bytes=size or found.shard.source_bytes))
+    storage.remove_tree(storage.join(trial.root, "trial"))
+    return found
+
+
+def _pictures(trial: Trial, run: Run) -> float:
+    """Shard and embed; the bytes of a picture of the source, 0 where that is not known."""
+    settings, place, size, source = trial.build.settings, trial.place, 0.0, trial.source
+    most = sys.maxsize
+    if not source:
+        most = max(3 * _FIRST * trial.workers, int(trial.seconds * _DRAWN_A_SECOND[trial.gpu] * trial.workers))
+        drawn = synthetic_data.Photographs(storage.join(place, "photographs"), most)
+        totals = run(drawn)["totals"]
+        source, size = (drawn.folder,), totals["bytes"] / totals["samples"]
+    embed = replace(settings.embed, pretrained=_weights(settings.embed.clip()))
+
+    def shard(part: str, name: str, count: int) -> dict[str, Any]:
+        # Two shards for each worker at least, or some would wait.
+        each = max(1, min(settings.shard.rows_per_shard, -(-count // (2 * trial.workers))))
+        config = replace(settings.shard, source=source, samples_per_shard=each, shard_size="", duplicates="keep")
+        dataset = Dataset.parse(storage.join(place, part), name)
+        return run(Some(dataset, config, -(-count // each)))
+
+    # The first of a worker loads libraries, at seconds each; of the second the seconds are those of the work.
+    rows = {"shard": 1.0, "embed": 1.0}
+    for turn in range(2):
+        part = "first" if turn == 0 else "pictures"
+        for name in rows:
+            count = _FIRST * trial.workers
+            if turn:
+                count = min(most, max(count, int(trial.seconds * rows[name] * trial.workers)))
+            manifest = shard(part, name, count)
+            if name == "embed":
+                manifest = run(Embed(Dataset.parse(storage.join(place, part), name), embed))
+            rows[name] = manifest["totals"]["samples"] / max(manifest["run"]["seconds"], 1e-3)
+    return size
+
+
+class Some(Shard):
+    """The stage `shard` of the first parts of a source."""
+
+    def __init__(self, dataset: Dataset, config: Any, parts: int) -> None:
+        super().__init__(dataset, config)
+        self.parts = parts
+
+    def plan(self) -> Any:
+        return itertools.islice(super().plan(), self.parts)
+
+
+def _weights(config: ClipConfig) -> str:
+    """Those of the recipe where they are at hand; random ones take as long."""
+    try:
+        describe_encoder(config)
+    except ValueError as error:
+        _log.warning("plan: the weights of %s are random, which changes no rate: %s", config.model,
+                     str(error).splitlines()[0])
+        return RANDOM
+    return config.pretrained
+
+
+def _vectors(trial: Trial, base: Rates, run: Run) -> None:
+    """An index in parts, and neighbours in both ways."""
+    root, dim = storage.join(trial.place, "vectors"), trial.build.dim
+    # A quarter of the time for the training: lists of few rows would be searched slower than those of a large index.
+    lists = 1 << int(math.log2(np.clip(math.sqrt(
+        trial.seconds / 4 * base.index.training_flop_per_s / (1280 * dim)), *_LISTS)))
+    rows, key = _ROWS_A_LIST * lists, f"IVF{lists}_HNSW32,{_codes(trial, base)}"
+    database = synthetic_data.vectors(run, root, "database", rows, dim, parts=4 * trial.workers)
+    config = IndexConfig(key=key, max_memory="1T", part_memory=str(4 * dim * -(-rows // (2 * trial.workers))),
+                         train_points=64 * lists, queries=200, target_recall=0.4)
+    build_index(Index(database, config), run)
+    first = storage.join(trial.place, "first")
+    few = synthetic_data.vectors(run, first, "database", rows, dim, parts=4 * trial.workers)
+    _searched(trial, "exact", (few, database), rows // 64, NeighborsConfig(method="exact", checked=0), run)
+    _searched(trial, "listed", (database, database), rows // 64,
+              NeighborsConfig(probes=max(1, min(base.approximate.nprobe, lists // 8))), run)
+
+
+def _searched(trial: Trial, name: str, databases: tuple[Dataset, Dataset], count: int, config: NeighborsConfig,
+              run: Run) -> None:
+    """Neighbours of a few vectors in the first database, and in the second of as many as there is time for."""
+    most = 4 * databases[1].manifest("embeddings")["totals"]["samples"]
+    for turn, database in enumerate(databases):
+        asked = synthetic_data.vectors(run, database.root, f"{name}{turn}", count, trial.build.dim,
+                                       parts=2 * trial.workers, seed=2)
+        took = run(Neighbors(asked, database, config))["run"]["seconds"]
+        count = int(np.clip(count * trial.seconds * trial.workers / 2 / max(took, 1e-3), count, most))
+
+
+def _codes(trial: Trial, base: Rates) -> str:
+    """The codes of the index that the build has, where they are products."""
+    found = re.search(r"PQ(\d+)x8", index_key(trial.build, base))
+    if found and trial.build.dim % int(found[1]) == 0:
+        return found[0]
+    return f"PQ{next(one for one in (128, 64, 32, 16, 8, 4, 2, 1) if trial.build.dim % one == 0)}x8"
+
+
+def _share(trial: Trial) -> int:
+    """Pictures of a batch that a process of the build has."""
+    processes = trial.build.gpus if trial.gpu else trial.build.workers
+    return max(1, -(-trial.build.settings.train.global_batch // processes))
+
+
+def _mean(manifest: dict[str, Any], name: str) -> float:
+    return float(np.mean([one["info"][name] for one in manifest["items"]]))
+
+
+def _machine(trial: Trial, steps: dict[str, Any]) -> str:
+    """Whose rates these are, for those who read them later."""
+    info = steps["items"][0]["info"]
+    network = "" if info["parameters"] == trial.build.network.parameters else (
+        f", training of a network of {info['parameters'] / 1e6:.0f} M parameters")
+    return (f"{trial.workers} worker{'s' if trial.workers > 1 else ''} on {info['device']}, {info['threads']} "
+            f"thread{'s' if info['threads'] > 1 else ''} each{network}, batches of {info['batch']}")

@@ -1,0 +1,371 @@
+"""What a build costs: for each stage a formula of seconds and bytes; nothing here is looked up or measured.
+
+Letters: N training pictures, M database rows, D numbers in a vector, k neighbours, C candidates, W workers. Seconds are
+those of one worker and add up; who works at the same time divides them. Bytes read are those that workers fetch from
+the root, written are those that they put there.
+"""
+
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jobs.config.settings import Settings
+from jobs.planning.rates import Rates
+from model.training.flops import Size
+from pipeline.indices.choose import choose_key, estimated_bytes
+from pipeline.neighbors.config import NeighborsConfig
+from pipeline.neighbors.exhaustive import LARGEST
+
+_HEADER = 128  # bytes of a .npy file before its numbers
+_CLUSTERING_ROUNDS = 10  # faiss's for the lists of an inverted file
+_POINTS_PER_LIST = 256  # it takes no more of the sample for each list, or word of a codebook
+_CODEBOOK_ROUNDS = 25
+# What a list takes besides its rows and products, as much of either as takes so long: some 50 microseconds each, here.
+_BYTES_A_LIST, _FLOP_A_LIST = 1 << 17, 1 << 21
+_KEPT_CHECKPOINTS = 3
+_BYTES_A_PARAMETER = 16  # of a checkpoint: weights, their mean and two moments, float32
+
+
+@dataclass(frozen=True)
+class Build:
+    """What is to be built, with what."""
+
+    settings: Settings
+    pictures: int
+    """Training pictures N."""
+    rows: int
+    """Database rows M; 0: the training pictures are the database."""
+    dim: int
+    """Numbers in a vector D."""
+    encoder_flop: float
+    """Of the encoder for one picture."""
+    network: Size
+    """Of the denoiser."""
+    sample_bytes: int = 0
+    """Of a latent; 0: the network sees the pictures."""
+    side: int = 0
+    """Pixels a side of what the network sees."""
+    workers: int = 1
+    gpus: int = 0
+    memory: int = 16 << 30
+    """Bytes that a worker may keep of the database."""
+    epochs: float = 0.0
+    """How often training sees each picture; 0: the recipe's steps."""
+
+    @property
+    def database(self) -> int:
+        """Rows that neighbours are taken from."""
+        return self.rows or self.pictures
+
+    @property
+    def all_pictures(self) -> int:
+        """Pictures to shard and to embed."""
+        return self.pictures + self.rows
+
+    def shards(self, pictures: int) -> int:
+        """Shards of so many pictures."""
+        return -(-pictures // self.settings.shard.rows_per_shard)
+
+    @property
+    def all_shards(self) -> int:
+        """Shards of the training pictures and of the database."""
+        return self.shards(self.pictures) + (self.shards(self.rows) if self.rows else 0)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage takes."""
+
+    stage: str
+    worker_seconds: float
+    workers: int
+    """How many can work at the same time."""
+    read: float
+    written: float
+    kept: float
+    """Bytes that stay."""
+    serial_seconds: float = 0.0
+    """Of the worker seconds, those in which one works and the others wait."""
+    gpu: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """By the clock, if the workers share the work evenly."""
+        return self.serial_seconds + (self.worker_seconds - self.serial_seconds) / self.workers
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Money per hour of a worker with a GPU and without, per GB kept for a month, and per GB read or written."""
+
+    gpu_hour: float | None = None
+    cpu_hour: float | None = None
+    gb_month: float | None = None
+    gb_moved: float | None = None
+    months: float = 1.0
+
+    @property
+    def given(self) -> bool:
+        """Whether there is any."""
+        return any(one is not None for one in (self.gpu_hour, self.cpu_hour, self.gb_month, self.gb_moved))
+
+    def of(self, cost: Cost) -> float:
+        """The money for a stage; what has no price costs nothing."""
+        hour = self.gpu_hour if cost.gpu else self.cpu_hour
+        return (cost.worker_seconds / 3600 * (hour or 0) + cost.kept / 1e9 * self.months * (self.gb_month or 0)
+                + (cost.read + cost.written) / 1e9 * (self.gb_moved or 0))
+
+
+def costs(build: Build, rates: Rates) -> list[Cost]:
+    """The stages in their order; neighbours in both ways, of which a build takes one."""
+    return [shard(build, rates), embed(build, rates), index(build, rates), neighbors_exact(build, rates),
+            neighbors_index(build, rates), train(build, rates)]
+
+
+def shard(build: Build, rates: Rates) -> Cost:
+    """(N + M) (1 / rate + pixels beyond those measured * seconds a pixel); read: the source; written: tars, parquet.
+
+    Tars grow with the pixels, the metadata does not. The pictures of the source are taken to be as large as those
+    that were measured.
+    """
+    one, size = rates.shard, build.settings.shard.image_size
+    more = size ** 2 - one.image_size ** 2
+    each = max(1 / one.pictures_per_s + more * one.seconds_per_pixel, 1e-9)
+    written = build.all_pictures * (_tar_bytes(build, rates) + one.metadata_bytes)
+    return _cost("shard", build, rates, build.all_pictures * each, build.all_shards,
+                 read=build.all_pictures * one.source_bytes, written=written)
+
+
+def embed(build: Build, rates: Rates) -> Cost:
+    """(N + M) (stored pixels * seconds a pixel + flop of the encoder / its rate); read: tars; written: (N + M) D 2.
+
+    Decoding takes the time of its pixels, an encoder that of its operations, whichever encoder was measured: a smaller
+    one may reach fewer operations a second.
+    """
+    one = rates.embed
+    each = build.settings.shard.image_size ** 2 * one.preparing_s_per_pixel + build.encoder_flop / one.flop_per_s
+    return _cost("embed", build, rates, build.all_pictures * each, build.all_shards,
+                 read=build.all_pictures * _tar_bytes(build, rates),
+                 written=_vectors(build.all_pictures, build) + build.all_shards * _HEADER, gpu=one.gpu)
+
+
+def index(build: Build, rates: Rates) -> Cost:
+    """Operations of the training / training rate + M / fill rate, and in parts M / merging rate.
+
+    Training and merging are one worker's. Read: the vectors, the sample beside them and, to merge them, the parts;
+    written: the parts and the index.
+    """
+    one, config, rows = rates.index, build.settings.index, build.database
+    room = config.rows_of_a_part(build.dim)
+    in_parts = rows > room
+    key, size = index_key(build, rates), index_bytes(build, rates)
+    training = training_flop(key, rows, build.dim, config.train_points) / one.training_flop_per_s
+    merging = rows / one.merged_per_s if in_parts else 0.0
+    vectors = _vectors(rows, build)
+    sample = min(rows, config.train_points) * build.dim * 2 if in_parts else 0
+    return _cost("index", build, rates, training + rows / one.vectors_per_s + merging,
+                 -(-rows // room), read=vectors + sample + (size if in_parts else 0),
+                 written=size * (2 if in_parts else 1), kept=size, serial=training + merging)
+
+
+def neighbors_exact(build: Build, rates: Rates) -> Cost:
+    """Its amounts, each by its rate; read: queries and database; written: N k (8 + 4) bytes, ids and scores, and 8 M,
+    how often each.
+
+    With the neighbours' vectors N k D 2 more. The database is read once by each worker, or once for the shards that
+    are searched together where it is more than a worker may keep.
+    """
+    searches, gpu = _searches(build, lists=False), rates.exact.gpu
+    vectors, workers = _vectors(build.database, build), min(searches, _workers(build, gpu))
+    times = workers if vectors <= build.memory else searches
+    seconds = duration(exact_amounts(build.pictures, build.database, build.dim, searches, workers, gpu), rates.exact)
+    return _neighbors("neighbors, exact", build, rates, seconds, vectors * times, searches, gpu)
+
+
+def neighbors_index(build: Build, rates: Rates) -> Cost:
+    """Its amounts, each by its rate; what else, as if exact.
+
+    A list is read once for the shards that are searched together, so of few lists nearly all are read each time, from a
+    worker's disk where they are more than it may keep. Where an index has no lists, or a quarter of them would be
+    looked into, all rows are compared.
+    """
+    key, searches = index_key(build, rates), _searches(build, lists=True)
+    copies = min(searches, build.workers)
+    amounts = listed_amounts(key, build.pictures, build.database, build.dim, searches, copies, build.settings.neighbors,
+                             rates.approximate.nprobe)
+    if amounts is None:
+        return replace(neighbors_exact(build, rates), stage="neighbors, index")
+    vectors, seconds = _vectors(build.database, build), duration(amounts, rates.approximate)
+    fetched = (index_bytes(build, rates) + vectors) * copies
+    rows = read_rows(key, build.pictures, searches, build.database, build.settings.neighbors, rates.approximate.nprobe)
+    again = 2.0 * rows * build.dim if vectors > build.memory else 0.0
+    return _neighbors("neighbors, index", build, rates, seconds, fetched + again, searches, False)
+
+
+def train(build: Build, rates: Rates) -> Cost:
+    """Samples seen * flop of an update for one / rate; read: every process reads all shards of an epoch.
+
+    With each sample its ids and k vectors; written: checkpoints of 16 bytes a parameter, of which the last three stay.
+    """
+    config, workers = build.settings.train, _workers(build, rates.train.gpu)
+    steps = math.ceil(build.epochs * build.pictures / config.global_batch) if build.epochs else config.steps
+    seen = steps * config.global_batch
+    flop = build.network.training(config.unet.checkpointing)
+    checkpoints = math.ceil(steps / config.checkpoint_every)
+    each = build.network.parameters * _BYTES_A_PARAMETER
+    stored = build.sample_bytes or _tar_bytes(build, rates)
+    return _cost("train", build, rates, seen * flop / rates.train.flop_per_s, config.global_batch,
+                 read=seen * (stored * workers + build.settings.neighbors.k * 8 + config.k * build.dim * 2),
+                 written=checkpoints * each, kept=min(checkpoints, _KEPT_CHECKPOINTS) * each, gpu=rates.train.gpu)
+
+
+def index_key(build: Build, rates: Rates) -> str:
+    """The kind of index: the setting's, the measured one if both are built at once, or what the stage would choose."""
+    config = build.settings.index
+    if config.key:
+        return config.key
+    if not rates.index.in_parts and build.database <= config.rows_of_a_part(build.dim):
+        return rates.index.key
+    return choose_key(build.database, build.dim, config)
+
+
+def index_bytes(build: Build, rates: Rates) -> float:
+    """Bytes of the whole index."""
+    key = index_key(build, rates)
+    if key == rates.index.key:
+        return build.database * rates.index.bytes_per_vector
+    return estimated_bytes(key, build.database, build.dim)
+
+
+def training_flop(key: str, rows: int, dim: int, train_points: int) -> float:
+    """Operations of the training of an index; 0 for kinds that need next to none.
+
+    Lists: 2 points lists D' in each of ten rounds, with 256 points a list at most; D' is what a rotation leaves of D.
+    Codebooks of 2^bits words: 2 points words D' in each of 25 rounds. A rotation (OPQ) makes one of 256 words 50 times,
+    in four rounds (the first time 40) and one to encode, with two products of the points and the rotation. faiss takes
+    256 points a word.
+    """
+    lists, inner = _lists(key), _inner_dim(key, dim)
+    points = min(rows, train_points)
+    found = 2.0 * min(points, _POINTS_PER_LIST * lists) * lists * inner * _CLUSTERING_ROUNDS
+    if codebook := re.search(r"PQ\d+x(\d+)", key):
+        words = 1 << int(codebook[1])
+        found += 2.0 * min(points, _POINTS_PER_LIST * words) * words * inner * _CODEBOOK_ROUNDS
+    if key.startswith("OPQ"):
+        found += min(points, _POINTS_PER_LIST * 256) * inner * (2.0 * 256 * (50 * 5 + 36) + 50 * 4.0 * dim)
+    return found
+
+
+def duration(amounts: dict[str, float], rates: Any) -> float:
+    """Seconds of the amounts of what is done, each by the rate of its name."""
+    return sum(amount / getattr(rates, name) for name, amount in amounts.items())
+
+
+def exact_amounts(pictures: int, rows: int, dim: int, searches: int, workers: int, gpu: bool) -> dict[str, float]:
+    """What there is to do to compare all rows, by the names of the rates.
+
+    2 N M D operations; every search reads all rows, every worker what tells copies among them. The best of N are
+    chosen among all rows of a first block, and of the n-th a share of 1 / n, for the others are no better than what is
+    known.
+    """
+    block = LARGEST["cuda" if gpu else "cpu"]
+    among = rows if rows <= block else block * (1 + math.log(rows / block))
+    return {"flop_per_s": 2.0 * pictures * rows * dim, "chosen_per_s": float(pictures) * among,
+            "rows_per_s": float(searches + workers) * rows, "queries_per_s": float(pictures)}
+
+
+def listed_amounts(key: str, pictures: int, rows: int, dim: int, searches: int, workers: int, config: NeighborsConfig,
+                   nprobe: int) -> dict[str, float] | None:
+    """What there is to do in a search by an index, by the names of the rates; None where all rows are compared.
+
+    Each sample is compared with M nprobe / lists rows. A list is read, and multiplied, twice: for those to which it is
+    among the nearest, and for the others. Each worker lays the vectors out by itself, as if none had a
+    node in common with another. A search that checks the recall of any sample reads all rows for it.
+    """
+    pairs = compared_rows(key, pictures, rows, config, nprobe)
+    if pairs is None:
+        return None
+    read = read_rows(key, pictures, searches, rows, config, nprobe)
+    lists = 2 * _lists(key) * read / rows
+    return {"flop_per_s": 2.0 * pairs * dim + lists * _FLOP_A_LIST, "laid_per_s": float(workers) * rows,
+            "read_per_s": read + lists * _BYTES_A_LIST / (2 * dim),
+            "checked_per_s": float(min(searches, pictures, config.checked)) * rows, "queries_per_s": float(pictures)}
+
+
+def compared_rows(key: str, pictures: int, rows: int, config: NeighborsConfig, nprobe: int) -> float | None:
+    """Pairs of samples and database rows that a search by an index compares; None where it compares all.
+
+    A graph of M edges compares about M vectors a step and takes as many steps as it is asked for results (Malkov and
+    Yashunin 2018, arXiv:1603.09320).
+    """
+    lists, probes = _lists(key), config.probes or nprobe
+    if graph := re.match(r"HNSW(\d+)", key):
+        each = min(rows, probes * int(graph[1]))
+    elif lists and 4 * probes < lists:
+        each = rows * probes / lists
+    else:
+        return None
+    return float(pictures) * each
+
+
+def read_rows(key: str, pictures: int, searches: int, rows: int, config: NeighborsConfig, nprobe: int) -> float:
+    """Database rows that are read list by list in all searches: of the lists that any sample of one looks into.
+
+    As if samples chose lists at random; they are alike, and choose fewer.
+    """
+    lists, probes = _lists(key), config.probes or nprobe
+    if not lists or probes >= lists:
+        return 0.0
+    return searches * rows * (1.0 - (1.0 - probes / lists) ** (pictures / searches))
+
+
+def _lists(key: str) -> int:
+    found = re.search(r"IVF(\d+)", key)
+    return int(found[1]) if found else 0
+
+
+def _inner_dim(key: str, dim: int) -> int:
+    """Numbers that are left of a vector by a rotation, as in OPQ64_384."""
+    found = re.match(r"(?:OPQ\d+_|PCAR?)(\d+),", key)
+    return int(found[1]) if found else dim
+
+
+def _neighbors(name: str, build: Build, rates: Rates, seconds: float, database: float, searches: int, gpu: bool
+               ) -> Cost:
+    config, shards = build.settings.neighbors, build.shards(build.pictures)
+    written = build.pictures * config.k * (8 + 4) + 2 * shards * _HEADER + build.database * 8 + _HEADER
+    if config.vectors:
+        written += _vectors(build.pictures * config.k, build) + shards * _HEADER
+    # Copies are known by their hashes, which stand in the metadata.
+    hashes = rates.shard.metadata_bytes * (build.pictures + build.database * min(searches, _workers(build, gpu)))
+    return _cost(name, build, rates, seconds, searches, read=_vectors(build.pictures, build) + database + hashes,
+                 written=written, gpu=gpu)
+
+
+def _searches(build: Build, *, lists: bool) -> int:
+    """How many times some shards are searched together, by list or not."""
+    shards = build.shards(build.pictures)
+    return -(-shards // build.settings.neighbors.shards_at_once(shards, build.pictures, build.dim, lists=lists))
+
+
+def _cost(name: str, build: Build, rates: Rates, seconds: float, items: int, *, read: float, written: float,
+          kept: float | None = None, serial: float = 0.0, gpu: bool = False) -> Cost:
+    """A cost whose seconds are at least those in which its bytes can be moved, if that is limited."""
+    if rates.storage.bytes_per_s:
+        seconds = max(seconds, (read + written) / rates.storage.bytes_per_s)
+    return Cost(name, seconds, max(1, min(_workers(build, gpu), items)), read, written,
+                written if kept is None else kept, serial, gpu)
+
+
+def _workers(build: Build, gpu: bool) -> int:
+    return build.gpus if gpu else build.workers
+
+
+def _tar_bytes(build: Build, rates: Rates) -> float:
+    return rates.shard.tar_bytes * (build.settings.shard.image_size / rates.shard.image_size) ** 2
+
+
+def _vectors(count: int, build: Build) -> float:
+    return count * build.dim * 2.0
+

@@ -1,0 +1,264 @@
+"""`python -m jobs plan`: the costs of builds as a table or as JSON, and where the rates come from."""
+
+import itertools
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jobs.cluster.config import ClusterConfig
+from jobs.commands import PlanCommand
+from jobs.config.recipes import RECIPES
+from jobs.config.settings import Settings
+from jobs.planning import benchmark, rates, rates_from_manifests
+from jobs.planning.benchmark import Trial
+from jobs.planning.cost_model import Build, Cost, Prices, costs
+from jobs.planning.rates import Rates
+from jobs.report.page import number, size
+from model.training import flops
+from pipeline import storage
+from pipeline.embeddings import clip
+from pipeline.indices.config import memory
+
+_log = logging.getLogger(__name__)
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a recipe is meant for."""
+
+    pictures: int
+    rows: int
+    downsampling: int
+    """Pixels a side for each of a latent's."""
+
+
+# Of the demo; of ImageNet with patches of OpenImages (arXiv:2204.11824); a corpus of LAION's kind, its size assumed.
+CORPORA = {**dict.fromkeys(("tiny", "emoji_32", "emoji_64"), Corpus(10_114, 0, 1)),
+           "imagenet_400m": Corpus(1_281_167, 20_000_000, 4),
+           "ffhq_415m": Corpus(70_000, 20_000_000, 4),
+           "laion_1p3b": Corpus(100_000_000, 20_000_000, 16)}
+
+
+def make_plan(command: PlanCommand, settings: Settings) -> str:
+    """What the command prints: a Markdown table with notes, or one JSON document."""
+    used, found = chosen(command), []
+    prices = Prices(command.price_gpu_hour, command.price_cpu_hour, command.price_gb_month, command.price_gb_moved,
+                    command.months)
+    for build in builds(command, settings, used):
+        found.append((build, costs(build, used)))
+    if command.json:
+        return json.dumps({"builds": [_document(build, stages, prices) for build, stages in found],
+                           "rates": rates.document(used)}, indent=1)
+    rows = _totals(found, prices) if command.totals else _stages(found, prices)
+    return f"{_markdown(rows)}\n\n{notes(found[0][0], used, prices)}"
+
+
+def to_measure(command: PlanCommand, settings: Settings) -> dict[str, Any]:
+    """Where `--measure` would run what, if there is a GPU where one is wanted."""
+    trial_ = _trial(command, settings, gpu=_wants_gpu(command, settings))
+    return {"folder": trial_.place, "seconds": trial_.seconds, "workers": trial_.workers, "gpu": trial_.gpu}
+
+
+def workers_here(command: PlanCommand, settings: Settings) -> ClusterConfig:
+    """The workers that `--measure` has: as large as the recipe's, with a GPU if those have one and there is any."""
+    wanted = _wants_gpu(command, settings)
+    _trial(command, settings, gpu=wanted)  # what is wrong with it is said before anything starts
+    if command.common.local:
+        import torch
+        there = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.is_available())}
+    else:
+        from jobs.cluster import connect
+        there = connect.worker_resources()
+    return replace(settings.cluster, workers=command.measure_workers, min_workers=0,
+                   gpus=1.0 if wanted and there.get("GPU", 0) >= 1 else 0.0,
+                   cpus=min(settings.cluster.cpus, max(1.0, there["CPU"] // command.measure_workers)))
+
+
+def measure(command: PlanCommand, settings: Settings, workers: ClusterConfig, run: benchmark.Run) -> PlanCommand:
+    """Measure, and write the rates; the same command with these."""
+    found = benchmark.rates(_trial(command, settings, gpu=workers.gpus > 0), _base(command), run)
+    Path(command.measure).write_text(json.dumps(rates.document(found), indent=1) + "\n")
+    _log.info("plan: the rates are in %s", command.measure)
+    return replace(command, rates=command.measure, measure="")
+
+
+def _wants_gpu(command: PlanCommand, settings: Settings) -> bool:
+    return bool(command.gpus or settings.cluster.gpus)
+
+
+def _trial(command: PlanCommand, settings: Settings, *, gpu: bool) -> Trial:
+    """What is to be measured, for the first of the builds; ValueError where it cannot be."""
+    if command.measured:
+        raise ValueError("--measure measures here, --from takes what was measured: one of them")
+    if command.gpus and not gpu:
+        raise ValueError(f"--gpus {command.gpus}: there is no GPU here to measure on\nhint: where there is one; or "
+                         f"--rates FILE, with rates of a GPU")
+    if not Path(command.measure).absolute().parent.is_dir():
+        raise ValueError(f"--measure {command.measure}: there is no such folder to write rates into")
+    build = builds(replace(command, gpus=0), settings, _base(command))[0]
+    return Trial(storage.normal(command.common.root), replace(build, gpus=command.gpus or build.gpus), command.source,
+                 command.seconds, command.measure_workers, gpu)
+
+
+def _base(command: PlanCommand) -> Rates:
+    return rates.read(command.rates) if command.rates else rates.built_in()
+
+
+def chosen(command: PlanCommand) -> Rates:
+    """The rates that a command asks for: the built-in ones, a file's, a root's over either."""
+    base = _base(command)
+    return rates_from_manifests.rates(command.measured, base, gpu=command.from_gpu) if command.measured else base
+
+
+def builds(command: PlanCommand, settings: Settings, used: Rates) -> list[Build]:
+    """A build for each combination of pictures and rows; ValueError where GPUs and rates do not go together."""
+    if command.gpus and not (used.embed.gpu or used.exact.gpu or used.train.gpu):
+        raise ValueError("--gpus: the rates are those of workers without a GPU\nhint: plan --measure FILE where there "
+                         "are GPUs; or run a sample on them, then plan --from ROOT --from-gpu; or rates of your own "
+                         "with \"gpu\": true: --rates FILE")
+    for name in ("workers", "gpus", "epochs", "downsampling", "months", "price_gpu_hour", "price_cpu_hour",
+                 "price_gb_month", "price_gb_moved"):
+        if (getattr(command, name) or 0) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(command, name)}: must be at least 0")
+    corpus = next((CORPORA[name] for name, recipe in RECIPES.items() if recipe().train.unet == settings.train.unet),
+                  CORPORA["tiny"])
+    kept = memory(command.memory, "memory")
+    if not kept:
+        raise ValueError(f"--memory {command.memory}: a worker keeps some of a database\nhint: --memory 16G")
+    pictures = [count(text, "--pictures") for text in command.corpus] or [corpus.pictures]
+    if not all(pictures):
+        raise ValueError("--pictures 0: there is nothing to plan")
+    rows = [count(text, "--database-rows") for text in command.database_rows] or [corpus.rows]
+    operations, dim = clip.flop_per_image(settings.embed.clip())
+    factor, unet = command.downsampling or corpus.downsampling, settings.train.unet
+    side = max(1, (settings.train.image_size or settings.shard.image_size) // factor)
+    seen = -(-side // unet.stride) * unet.stride
+    network = flops.size(unet, seen, settings.train.k)
+    workers = command.workers or settings.cluster.workers
+    return [Build(settings, one, other, dim, operations, network,
+                  sample_bytes=2 * unet.in_channels * side ** 2 if factor > 1 else 0, side=seen, workers=workers,
+                  gpus=command.gpus or workers, memory=kept, epochs=command.epochs)
+            for one, other in itertools.product(pictures, rows)]
+
+
+def count(text: str, flag: str) -> int:
+    """A number like 1M, 2.5B or 20000; ValueError if it is none."""
+    match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)\s*([KMGB]?)", text.strip(), re.IGNORECASE)
+    if not match:
+        raise ValueError(f"{flag} {text!r}: must be a number\nhint: with K, M or B, as in 100M")
+    return round(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def taken(build: Build, found: list[Cost]) -> list[Cost]:
+    """The stages of a build: neighbours are found in one way, that of the settings."""
+    other = {"index": "neighbors, exact", "exact": "neighbors, index"}[build.settings.neighbors.method]
+    return [one for one in found if one.stage != other]
+
+
+def notes(build: Build, used: Rates, prices: Prices) -> str:
+    """What must be known to read the table: whose rates these are, and what was assumed."""
+    method, config = build.settings.neighbors.method, build.settings
+    base = rates.built_in()
+    own = [name for name in rates.SECTIONS if name not in used.defaults and name != "storage"]
+    said = []
+    if own:
+        said.append(f"Rates of {', '.join(own)}: {used.machine}, {used.measured}.")
+    if defaults := [name for name in used.defaults if name != "storage"]:
+        said.append(f"Default rates ({', '.join(defaults)}): {base.machine}, {base.measured}; `--measure FILE` "
+                    f"measures them where you are.")
+    said.append(f"{config.embed.model}, vectors of {build.dim}, pictures of {config.shard.image_size} pixels, "
+                f"{config.shard.rows_per_shard} a shard, k = {config.neighbors.k}. Neighbours by "
+                f"{'the index' if method == 'index' else 'exact search'} are in the total, the other way is not.")
+    if build.sample_bytes:
+        said.append("Training sees latents; what makes them is not counted.")
+    if prices.given:
+        said.append(f"Money: what has no price is free; bytes are kept for {prices.months:g} months.")
+    return "\n".join(said)
+
+
+def _document(build: Build, stages: list[Cost], prices: Prices) -> dict[str, Any]:
+    def one(cost: Cost) -> dict[str, Any]:
+        return {"stage": cost.stage, "workers": cost.workers, "gpu": cost.gpu, "hours": cost.seconds / 3600,
+                "worker_hours": cost.worker_seconds / 3600, "read": round(cost.read), "written": round(cost.written),
+                "kept": round(cost.kept), **({"money": round(prices.of(cost), 2)} if prices.given else {})}
+
+    counted = [one(cost) for cost in taken(build, stages)]
+    names = ("hours", "read", "written", "kept", *(("money",) if prices.given else ()))
+    total = {name: sum(each[name] for each in counted) for name in names}
+    for name, gpu in (("worker_hours", False), ("gpu_hours", True)):
+        total[name] = sum(each["worker_hours"] for each in counted if each["gpu"] == gpu)
+    return {"pictures": build.pictures, "database_rows": build.database, "own_database": bool(build.rows),
+            "stages": [one(cost) for cost in stages], "total": total}
+
+
+def _stages(found: list[tuple[Build, list[Cost]]], prices: Prices) -> list[list[str]]:
+    """A row for each stage; of several builds, with the numbers that tell them apart in front."""
+    several = len(found) > 1
+    rows = [[*(("pictures", "database") if several else ()), "stage", "on", "#hours", "#worker hours", "#read",
+             "#written", "#kept", *(("#money",) if prices.given else ())]]
+    for build, stages in found:
+        front = [[_count(build.pictures), _count(build.rows) if build.rows else "itself"], *[["", ""]] * len(stages)]
+        lines = [[one.stage, f"{one.workers} {'GPU' if one.gpu else 'worker'}{'s' if one.workers > 1 else ''}",
+                  hours(one.seconds / 3600), hours(one.worker_seconds / 3600), size(one.read), size(one.written),
+                  size(one.kept), *([number(prices.of(one), 2)] if prices.given else [])] for one in stages]
+        counted = taken(build, stages)
+        lines.append(["total", "", hours(sum(one.seconds for one in counted) / 3600), _worker_hours(counted),
+                      size(sum(one.read for one in counted)),
+                      size(sum(one.written for one in counted)), size(sum(one.kept for one in counted)),
+                      *([number(sum(map(prices.of, counted)), 2)] if prices.given else [])])
+        rows += [[*(head if several else []), *line] for head, line in zip(front, lines, strict=True)]
+    return rows
+
+
+def _worker_hours(counted: list[Cost]) -> str:
+    """Hours of workers, those with a GPU apart."""
+    sums = [sum(one.worker_seconds for one in counted if one.gpu == gpu) / 3600 for gpu in (False, True)]
+    return hours(sums[0]) + (f" + {hours(sums[1])} GPU" if sums[1] else "")
+
+
+def _totals(found: list[tuple[Build, list[Cost]]], prices: Prices) -> list[list[str]]:
+    """A row for each build, with the worker hours of its stages."""
+    rows = [["pictures", "database", *(f"#{one.stage}" for one in found[0][1]), "#hours in all", "#read", "#written",
+             *(("#money",) if prices.given else ())]]
+    for build, stages in found:
+        counted = taken(build, stages)
+        rows.append([_count(build.pictures), _count(build.rows) if build.rows else "itself",
+                     *(hours(one.worker_seconds / 3600) for one in stages),
+                     hours(sum(one.seconds for one in counted) / 3600), size(sum(one.read for one in counted)),
+                     size(sum(one.written for one in counted)),
+                     *([number(sum(map(prices.of, counted)), 2)] if prices.given else [])])
+    return rows
+
+
+def hours(value: float) -> str:
+    """Hours in two digits, or all of their whole ones."""
+    if value < 0.001:
+        return f"{value * 3600:.2g} s"
+    return f"{value:.2g}" if value < 10 else f"{value:,.0f}"
+
+
+def _count(value: int) -> str:
+    for unit, factor in (("B", 10**9), ("M", 10**6)):
+        if value >= factor and round(value / factor, 1) * factor == value:
+            return f"{value / factor:g} {unit}"
+    return f"{value:,}"
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    """A table whose columns are as wide as they need be; those whose heads begin with # are numbers."""
+    right = [name.startswith("#") for name in rows[0]]
+    rows = [[name.lstrip("#") for name in rows[0]], *rows[1:]]
+    widths = [max(3, *(len(row[place]) for row in rows)) for place in range(len(right))]
+
+    def line(cells: list[str]) -> str:
+        written = [cell.rjust(width) if flush else cell.ljust(width)
+                   for cell, width, flush in zip(cells, widths, right, strict=True)]
+        return f"| {' | '.join(written)} |"
+
+    rule = ["-" * (width - 1) + ":" if flush else "-" * width for width, flush in zip(widths, right, strict=True)]
+    return "\n".join([line(rows[0]), line(rule), *map(line, rows[1:])])

@@ -1,0 +1,210 @@
+"""Rates from the manifests below a root: what its stages took, by the formulas of `jobs.costs` turned round.
+
+Every record has its seconds, so a sample that went through the pipeline on some machines tells what more would take on
+them. Several folders of a stage count together. What no folder tells stays as it is in the rates to begin with.
+"""
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from jobs.planning.cost_model import duration, exact_amounts, listed_amounts, training_flop
+from jobs.planning.rates import ApproximateRates, EmbedRates, ExactRates, IndexRates, Rates, ShardRates, TrainRates
+from jobs.runs.metrics import read
+from jobs.runs.run import Run
+from model.config import UNetConfig
+from model.training import flops
+from pipeline import storage
+from pipeline.datasets.dataset import Dataset
+from pipeline.embeddings import clip
+from pipeline.embeddings.clip_weights import ClipConfig
+from pipeline.neighbors.config import NeighborsConfig
+
+_log = logging.getLogger(__name__)
+_PREPARING = ("read", "decode", "write")
+# The rates that the times of neighbours' records belong to; what is not here, or not timed, is that of the queries.
+_EXACT = {"open": "rows_per_s", "read": "rows_per_s", "products": "flop_per_s", "choose": "chosen_per_s"}
+_LISTED = {"open": "laid_per_s", "read": "read_per_s", "products": "flop_per_s", "check": "checked_per_s"}
+
+
+def rates(root: str, base: Rates, *, gpu: bool = False) -> Rates:
+    """The rates of what is sealed below `root`, over `base`; `gpu`: embed, exact search and train had one in each
+    worker.
+
+    ValueError if nothing there tells any.
+    """
+    root = storage.normal(root)
+    datasets = [Dataset(root, name, version) for name in storage.folders(storage.join(root, "datasets"))
+                for version in storage.folders(storage.join(root, "datasets", name))]
+    exact, approximate = _neighbors(datasets, base, gpu)
+    found = {"shard": _shard(datasets, base), "embed": _embed(datasets, gpu), "index": _index(datasets, base),
+             "exact": exact, "approximate": approximate, "train": _train(root, gpu)}
+    sections = {name: one for name, one in found.items() if one is not None}
+    if not sections:
+        raise ValueError(f"nothing sealed below {root} tells how long a stage takes\n"
+                         f"hint: run the stages on a sample there first")
+    return base.with_sections(sections, f"what made {storage.without_credentials(root)}", "there")
+
+
+def _sealed(datasets: list[Dataset], folder: str, name: str) -> Iterator[tuple[Dataset, dict[str, Any]]]:
+    """The datasets whose `folder` was sealed by the stage `name`, with its manifest."""
+    for dataset in datasets:
+        # What was emptied since says nothing of what was made of it.
+        if dataset.sealed(folder) and (folder == "shards" or dataset.sealed("embeddings")):
+            manifest = dataset.manifest(folder)
+            if manifest["stage"] == name and manifest["totals"]["samples"]:
+                yield dataset, manifest
+
+
+def _shard(datasets: list[Dataset], base: Rates) -> ShardRates | None:
+    """Of the most frequent size of pictures; a second one tells what a pixel takes."""
+    sums: dict[int, Counter[str]] = defaultdict(Counter)
+    for _, manifest in _sealed(datasets, "shards", "shard"):
+        if "image_size" not in manifest["section"]:  # written by something else
+            continue
+        one = sums[manifest["section"]["image_size"]]
+        one.update({"samples": manifest["totals"]["samples"], "seconds": manifest["run"]["seconds"]})
+        for record in manifest["items"]:
+            for file in record["files"]:
+                one[file["name"].rpartition(".")[2]] += file["bytes"]
+    if not sums:
+        return None
+    size = max(sums, key=lambda size: sums[size]["samples"])
+    each = {one: sums[one]["seconds"] / sums[one]["samples"] for one in sums}
+    slope = base.shard.seconds_per_pixel
+    if other := max((other for other in sums if other != size), default=0):
+        slope = max(0.0, (each[other] - each[size]) / (other ** 2 - size ** 2))
+    count = sums[size]["samples"]
+    return ShardRates(1 / each[size], size, slope, base.shard.source_bytes, sums[size]["tar"] / count,
+                      sums[size]["parquet"] / count)
+
+
+def _embed(datasets: list[Dataset], gpu: bool) -> EmbedRates | None:
+    """The seconds of each record are shared out as its threads spent theirs: in the encoder, or with pictures."""
+    operations = pixels = encoding = preparing = 0.0
+    for dataset, manifest in _sealed(datasets, "embeddings", "embed"):
+        try:
+            each, _ = clip.flop_per_image(ClipConfig(manifest["info"]["encoder"]["model"]))
+        except ValueError as error:
+            _log.warning("plan: %s is passed over: %s", dataset.folder("embeddings"), str(error).splitlines()[0])
+            continue
+        side = dataset.manifest("shards")["section"].get("image_size", 0)
+        operations += manifest["totals"]["samples"] * each
+        pixels += manifest["totals"]["samples"] * side ** 2
+        for record in manifest["items"]:
+            times = record["run"].get("times", {})
+            spent = {name: times.get(name, 0.0) for name in ("forward", *_PREPARING)}
+            share = spent["forward"] / sum(spent.values()) if spent["forward"] and side else 1.0
+            encoding += record["run"]["seconds"] * share
+            preparing += record["run"]["seconds"] * (1 - share)
+    if not operations:
+        return None
+    return EmbedRates(operations / max(encoding, 1e-9), preparing / pixels if pixels else 0.0, gpu)
+
+
+def _index(datasets: list[Dataset], base: Rates) -> IndexRates | None:
+    """Of the largest index, and those of its kind."""
+    every = [(dataset, manifest) for dataset, manifest in _sealed(datasets, "index", "index")]
+    if not every:
+        return None
+    dataset, largest = max(every, key=lambda one: one[1]["totals"]["samples"])
+    key, rows, in_parts = largest["info"]["key"], largest["totals"]["samples"], "parts" in largest["info"]
+    dim = _dim(dataset)
+    operations = training_flop(key, rows, dim, largest["section"]["train_points"])
+    speed, merged, seconds = base.index.training_flop_per_s, base.index.merged_per_s, largest["run"]["seconds"]
+    if in_parts:
+        training = dataset.manifest("index-training")
+        if operations:
+            speed = operations / max(training["run"]["seconds"], 1e-9)
+        merged = rows / max(seconds, 1e-9)
+        filling = largest["items"][0]["run"]["times"].get("seconds of the parts") or rows / base.index.vectors_per_s
+    else:
+        alike = [one for _, one in every if one["info"]["key"] == key and "parts" not in one["info"]]
+        if not operations:
+            rows, seconds = (sum(one["totals"]["samples"] for one in alike),
+                             sum(one["run"]["seconds"] for one in alike))
+        # How its seconds divide it does not say: training takes what it would elsewhere, half of them at most.
+        speed = max(speed, 2 * operations / max(seconds, 1e-9))
+        filling = seconds - operations / speed
+    size = largest["totals"]["bytes"] / largest["totals"]["samples"]
+    return IndexRates(speed, rows / max(filling, 1e-9), merged, key, size, in_parts)
+
+
+def _neighbors(datasets: list[Dataset], base: Rates, gpu: bool) -> tuple[ExactRates | None, ApproximateRates | None]:
+    """Of both ways; what an index without lists finds is found by comparing all rows."""
+    exact, listed, nprobe = _Sums(base.exact, _EXACT), _Sums(base.approximate, _LISTED), base.approximate.nprobe
+    for dataset in datasets:
+        for label in storage.folders(dataset.folder("neighbors")):
+            database = Dataset.parse(dataset.root, label)
+            if not database.sealed("embeddings"):
+                continue
+            for _, manifest in _sealed([dataset], f"neighbors/{label}", "neighbors"):
+                section, searches = manifest["section"], manifest["totals"]["items"]
+                count, dim = manifest["totals"]["samples"], _dim(dataset)
+                rows = database.manifest("embeddings")["totals"]["samples"]
+                config = NeighborsConfig(**{name: section[name] for name in ("k", "method", "probes", "checked")})
+                if config.method == "index" and not database.sealed("index"):
+                    continue
+                info = database.manifest("index")["info"] if config.method == "index" else {"key": "", "parameter": ""}
+                probes = config.probes or int(info["parameter"].partition("=")[2] or nprobe)
+                times = [record["run"].get("times", {}) for record in manifest["items"]]
+                opened = sum("open" in one for one in times) if all(times) else 1
+                amounts = listed_amounts(info["key"], count, rows, dim, searches, opened, config, probes)
+                if amounts is None:
+                    exact.add(exact_amounts(count, rows, dim, searches, opened, gpu), manifest, times)
+                else:
+                    listed.add(amounts, manifest, times)
+                    nprobe = probes
+    return (ExactRates(**exact.rates(), gpu=gpu) if exact.seconds else None,
+            ApproximateRates(**listed.rates(), nprobe=nprobe) if listed.seconds else None)
+
+
+class _Sums:
+    """What was done in some searches, and its seconds, both by the names of rates."""
+
+    def __init__(self, base: Any, names: dict[str, str]) -> None:
+        self.base, self.names = base, names
+        self.amounts, self.seconds = Counter[str](), Counter[str]()
+
+    def add(self, amounts: dict[str, float], manifest: dict[str, Any], times: list[dict[str, Any]]) -> None:
+        """Count a manifest with the times of its records."""
+        left = seconds = max(manifest["run"]["seconds"], 1e-9)
+        self.amounts.update(amounts)
+        if not all(times):  # how its seconds divide it does not say: as they would elsewhere
+            share = seconds / duration(amounts, self.base)
+            self.seconds.update({name: share * amount / getattr(self.base, name) for name, amount in amounts.items()})
+            return
+        for what, name in self.names.items():
+            if amounts[name]:  # what was not to be done took no time
+                spent = sum(one.get(what, 0.0) for one in times)
+                self.seconds[name] += spent
+                left -= spent
+        self.seconds["queries_per_s"] += max(left, 0.0)
+
+    def rates(self) -> dict[str, float]:
+        """An amount a second, or what it was where there was none."""
+        return {name: amount / max(self.seconds[name], 1e-12) if amount else getattr(self.base, name)
+                for name, amount in self.amounts.items()}
+
+
+def _train(root: str, gpu: bool) -> TrainRates | None:
+    """By the clock of the runs, whose last lines of the curve have it, and their numbers of processes."""
+    operations = seconds = 0.0
+    for name in storage.folders(storage.join(root, "runs")):
+        run = Run(root, name)
+        lines = read(run)
+        if not lines or not storage.exists(storage.join(run.folder, "plan.json")):
+            continue
+        section = run.section()
+        config, unet = section["train"], dict(section["train"]["unet"])
+        for sizes in ("channel_mult", "attention_downsampling"):
+            unet[sizes] = tuple(unet[sizes])
+        network = flops.size(UNetConfig(**unet), section["image_size"], config["k"])
+        operations += lines[-1]["step"] * config["global_batch"] * network.training(unet["checkpointing"])
+        seconds += lines[-1]["seconds"] * lines[-1].get("world_size", 1)
+    return TrainRates(operations / seconds, gpu) if seconds else None
+
+
+def _dim(dataset: Dataset) -> int:
+    return int(dataset.manifest("embeddings")["info"]["encoder"]["dim"])

@@ -1,0 +1,29 @@
+"""Settings of `rebuild`."""
+
+from dataclasses import dataclass, field
+
+from pipeline.versions.gates import GatesConfig
+
+
+@dataclass(frozen=True)
+class RebuildConfig:
+    """How a version is made from the last one."""
+
+    rewrite: float = 0.25
+    """A shard of which a larger share is gone is written again without it; of others searches leave it out."""
+    retrain: float = 0.3
+    """The index is trained anew where a larger share of the pictures came or went, or where --max-drift is passed."""
+    thorough: bool = False
+    """Read every file of the source, even those that look as they did (size and time, or ETag)."""
+    full: bool = False
+    """Take nothing from the last version."""
+    embed_captions: bool = False
+    """Embed the captions too, in text_embeddings/; so it is done anyway if the last version has them."""
+    allow_encoder: bool = False
+    """Publish even if the encoder is another than that of the last version or of runs that draw from it."""
+    gates: GatesConfig = field(default_factory=GatesConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("rewrite", "retrain"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: a share, within 0 and 1")

@@ -1,0 +1,123 @@
+"""Which pictures a sample drew on: key, source, address, licence, caption, score; and a sheet of them."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pipeline import storage
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.metadata import metadata
+from pipeline.media.contact_sheet import contact_sheet
+
+_LICENCES = ("licence_spdx", "license", "licence", "licence_url", "license_url", "rights")
+_CELL = 160
+
+
+def list_credits(address: str) -> list[dict[str, Any]]:
+    """The credits of a sample (.png), or of every sample in a samples.json; the root is told from where it lies.
+
+    ValueError if the file is no sample of a run.
+    """
+    address = storage.normal(address)
+    root, below = _within(address)
+    parts = below.split("/")  # runs/RUN/samples/HASH/...
+    folder = storage.join(root, *parts[:4])
+    try:
+        document = storage.read_json(storage.join(folder, "samples.json"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no samples.json: these samples are not finished, or were not drawn here\n"
+                         f"hint: the same sample command ends them") from None
+    file = "/".join(parts[4:])
+    chosen = [one for one in document["pictures"] if file in {"samples.json", "grid.png", one["file"]}]
+    if not chosen:
+        raise ValueError(f"{address} is no sample: {folder}/samples.json names {len(document['pictures'])} others\n"
+                         f"hint: one of its files, as {document['pictures'][0]['file']}, or samples.json")
+    databases = {one.get("database", picture["database"]) for picture in chosen for one in picture["neighbors"]}
+    known = {label: _known(Dataset.parse(root, label)) for label in sorted(databases)}
+    return [{"sample": one["file"], "prompt": one.get("prompt", ""), "seed": one["seed"], "pictures": [
+        _credit(near, near.get("database", one["database"]), known, storage.join(folder, near["file"]))
+        for near in one["neighbors"]]} for one in chosen]
+
+
+def _within(address: str) -> tuple[str, str]:
+    """The root that a sample lies in, and its place below."""
+    root, sign, below = address.rpartition("/runs/")
+    if not sign or "/samples/" not in f"/{below}":
+        raise ValueError(f"{address} is not in runs/RUN/samples/ of a root\nhint: a .png that sample drew, or its "
+                         f"samples.json")
+    return root, f"runs/{below}"
+
+
+def _known(dataset: Dataset) -> dict[str, dict[str, Any]]:
+    """The metadata of a database by key, with what its manifest says of sources; nothing if it is gone."""
+    if not dataset.sealed("shards"):
+        return {}
+    manifest = dataset.manifest("shards")
+    origins = manifest["info"].get("sources") or []
+    return {row["key"]: row | {"sources": origins} for record in manifest["items"] for row in metadata(dataset, record)}
+
+
+def _credit(near: dict[str, Any], label: str, known: dict[str, dict[str, Any]], file: str) -> dict[str, Any]:
+    row = known[label].get(near["key"])
+    if row is not None and row["sha256"] != near["sha256"]:
+        row = None  # the version was made anew since
+    about = _origin(row, label) if row else {}
+    return {"database": label, "key": near["key"], "score": near["score"], "caption": near["caption"],
+            "url": row["url"] if row else "", "source": _first(about, ("package", "name", "style")),
+            "licence": _first(row or {}, _LICENCES) or _first(about, _LICENCES),
+            "authors": _first(about, ("author_name", "authors", "author")), "sha256": near["sha256"], "file": file,
+            **({} if row else {"note": "this version of the database is gone, or was made anew"})}
+
+
+def _first(cells: dict[str, Any], names: tuple[str, ...]) -> str:
+    return next((str(cells[name]) for name in names if cells.get(name)), "")
+
+
+def _origin(row: dict[str, Any], label: str) -> dict[str, Any]:
+    """What a manifest's sources say of a picture: the only one, or the one named like its folder or its database."""
+    listed = row["sources"] if isinstance(row["sources"], list) else [row["sources"]]
+    listed = [one for one in listed if isinstance(one, dict)]
+    if len(listed) < 2:
+        return listed[0] if listed else {}
+    for name in (row["url"].split("/")[0], label.split("@")[0]):
+        if named := [one for one in listed if name in map(str, one.values())]:
+            return named[0]
+    return {}
+
+
+def text(found: list[dict[str, Any]]) -> str:
+    """The credits for people, a paragraph a sample."""
+    lines = []
+    for one in found:
+        lines.append(f"{one['sample']}" + (f": {one['prompt']}" if one["prompt"] else ""))
+        for picture in one["pictures"]:
+            by = ", ".join(part for part in (picture["source"], picture["authors"], picture["licence"]) if part)
+            lines.append(f"  {picture['score']:.3f}  {picture['database']}/{picture['key']}  {picture['caption']}  "
+                         f"{picture['url']}  ({by or 'licence unknown'})  {picture.get('note', '')}".rstrip())
+    return "\n".join(lines)
+
+
+def sheet(found: list[dict[str, Any]], out: Path) -> None:
+    """A contact sheet: a row for each sample, itself first, then what it drew on with score and licence below."""
+    rows = []
+    for one in found:
+        if not one["pictures"]:
+            raise ValueError(f"{one['sample']} drew on no picture: there is nothing to show")
+        folder = one["pictures"][0]["file"].rpartition("/")[0]
+        drawn = f"{folder}/{one['sample'].rpartition('/')[2]}"
+        rows.append([(_picture(drawn), one["prompt"]), *((_picture(near["file"]), _below(near))
+                                                         for near in one["pictures"])])
+    width = max(map(len, rows))
+    rows = [row + [(None, "")] * (width - len(row)) for row in rows]
+    contact_sheet([picture for row in rows for picture, _ in row], width, cell=_CELL, label_lines=3,
+                  labels=[words for row in rows for _, words in row]).save(out)
+
+
+def _below(near: dict[str, Any]) -> str:
+    return f"{near['score']:.2f} {near['caption'] or near['key']}, {near['licence'] or 'licence unknown'}"
+
+
+def _picture(address: str) -> Image.Image:
+    return Image.open(io.BytesIO(storage.read_bytes(address))).convert("RGB")

@@ -1,0 +1,270 @@
+"""A source -> the next published version of a dataset: what is new is made, judged, and swapped in.
+
+Whoever runs it again goes on with the version that was begun for the same source; another source, another version.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+from jobs.publishing.config import RebuildConfig
+from jobs.publishing.releases import encoders
+from jobs.telemetry import logs
+from pipeline import storage
+from pipeline.datasets import published, takedowns
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.hidden_rows import Tombstones
+from pipeline.datasets.published import Pointer
+from pipeline.embeddings.embed import EmbedConfig, encoder_of
+from pipeline.indices.config import IndexConfig
+from pipeline.indices.extend import Drifted, Extension
+from pipeline.indices.index import Index, build_index
+from pipeline.indices.searcher import kind
+from pipeline.sources.config import ShardConfig
+from pipeline.stages.plan import clear_folder
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import StageFailed
+from pipeline.versions import gates
+from pipeline.versions.gates import Gate
+from pipeline.versions.reuse_embeddings import Reuse, ReuseCaptions
+from pipeline.versions.source_diff import DEAD, Change, Compare, Sought, listing
+from pipeline.versions.update_shards import Update
+
+_log = logging.getLogger(__name__)
+_CLAIM = "rebuild.json"
+_COUNTS = ("kept", "added", "changed", "removed", "forgotten")
+Seal = Callable[[Stage], dict[str, Any]]
+
+
+class GatesFailed(StageFailed):
+    """A version is not published, for it is not as it must be."""
+
+
+class Rebuild:
+    """One rebuild: a source, the version that is published, and the one that is made."""
+
+    def __init__(self, root: str, name: str, shard: ShardConfig, embed_: EmbedConfig, index_: IndexConfig,
+                 config: RebuildConfig) -> None:
+        self.root, self.name = root, name
+        self.shard, self.embed, self.index, self.config = shard, embed_, index_, config
+        if not storage.can_swap(published.folder(root, name)):
+            raise ValueError(f"the store of {root} does not keep the conditions If-Match and If-None-Match of a write: "
+                             f"two rebuilds could publish at once\nhint: a store that keeps them (AWS S3, MinIO, R2), "
+                             f"or a file system")
+        if shard.duplicates != "keep":
+            raise ValueError("rebuild takes every picture of the source: for duplicates all must be looked at at once\n"
+                             "hint: shard with --duplicates, embed and index make a version by hand")
+        self.before = published.current(root, name)
+        self.sought = Sought(shard, takedowns.read_takedowns(root))
+        if not self.sought.rows:
+            raise ValueError(f"{', '.join(shard.source)} holds no picture that may be taken: nothing is published")
+
+    @cached_property
+    def last(self) -> Dataset | None:
+        """The published version, if anything of it can be taken."""
+        if self.before is None or self.config.full:
+            return None
+        last = published.opened(self.root, self.name, self.before)
+        now = Update.section_of(self.shard)
+        there = {key: value for key, value in last.manifest("shards")["section"].items() if key != "rewrite"}
+        if differing := sorted(key for key in now.keys() | there.keys() if there.get(key) != now.get(key)):
+            _log.info("rebuild: %s was made with other settings (%s): everything is made anew", last.label,
+                      ", ".join(differing))
+            return None
+        return last
+
+    def forecast(self) -> dict[str, Any]:
+        """What a rebuild would do, as far as the source's names and looks tell; writes nothing."""
+        before = listing(self.last) if self.last else []
+        change = self.sought.against(before, {})
+        return {"dataset": self.name, "published": self.before.version if self.before else None,
+                **{name: change.counts[name] for name in _COUNTS}, "to_be_read": len(self.sought.suspects(before))}
+
+    def claim(self) -> tuple[Dataset, bool]:
+        """The version to make, and whether it was published before: one begun for the same source, or the next free
+        number."""
+        last = self.last
+        source = storage.digest([self.sought.digest, Update.section_of(self.shard), self._settings()])
+        claim = {"digest": storage.digest([source, self.config.rewrite, self.config.thorough, last is None,
+                                         self.before.document["content"] if self.before else ""]), "source": source,
+                 "from": self.before.version if self.before else None}
+        data = storage.json_bytes(claim)
+        there = published.versions(self.root, self.name)
+        least = self.before.number if self.before else 0
+        past = {one["version"] for one in published.history(self.root, self.name)}
+        for version in reversed(there):
+            found = self._claimed(version) if published.number_of(version) > least else None
+            if found == claim or (found and version in past and found["source"] == source):
+                return Dataset(self.root, self.name, version), version in past
+        number = least
+        while True:
+            number += 1
+            version = f"v{number}"
+            # Of two that begin at the same moment the second one finds the claim of the first.
+            if not self._taken(version) and (storage.create_bytes(data, self._address(version))
+                                             or self._claimed(version) == claim):
+                return Dataset(self.root, self.name, version), False
+
+    def _taken(self, version: str) -> bool:
+        """Whether a version was made by hand, or is over and gone: it has no claim, and is none to claim."""
+        base = storage.join(published.folder(self.root, self.name), version)
+        return self._claimed(version) is None and any(storage.exists(storage.join(base, file)) for file in (
+            "release.json", *(f"{one}/plan.json" for one in published.STAGES)))
+
+    def _settings(self) -> list[Any]:
+        embedding = Reuse(Dataset(self.root, self.name), self.embed, None).section()
+        return [embedding, Index(Dataset(self.root, self.name), self.index).section(), self.config.embed_captions]
+
+    def _address(self, version: str) -> str:
+        return storage.join(published.folder(self.root, self.name), version, _CLAIM)
+
+    def _claimed(self, version: str) -> Any:
+        try:
+            return storage.read_json(self._address(version))
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def change(self, dataset: Dataset, seal: Seal) -> Change:
+        """What is new in the source; files that look other than they did are read."""
+        before = listing(last) if (last := self.last) else []
+        suspects: Sequence[int] = self.sought.suspects(before)
+        if self.config.thorough and before and self.sought.source.fetch == "file":
+            suspects = range(len(self.sought.rows))
+        hashes = {}
+        if suspects:
+            compare = Compare(dataset, self.sought, suspects)
+            hashes = compare.hashes(seal(compare))
+        return self.sought.against(before, hashes)
+
+    def build(self, dataset: Dataset, change: Change, seal: Seal) -> None:
+        """Make every stage of the version."""
+        last = self.last
+        seal(Update(dataset, self.shard, last, self.sought, change, self.config.rewrite))
+        seal(Reuse(dataset, self.embed, last))
+        if self.config.embed_captions or (last and last.sealed("text_embeddings")):
+            seal(ReuseCaptions(dataset, self.embed, last))
+        dead = storage.join(dataset.folder("shards"), DEAD)
+        if storage.exists(dead):
+            seal(Tombstones(dataset, dead))
+        self._index(dataset, last, seal)
+
+    def _index(self, dataset: Dataset, last: Dataset | None, seal: Seal) -> None:
+        if dataset.sealed("index"):
+            return
+        whole = Index(dataset, self.index)
+        if last and not self._planned(whole) and self._extends(dataset, last):
+            try:
+                seal(Extension(dataset, last, self.index))
+                return
+            except Drifted as error:
+                _log.info("%s; training it anew", str(error).splitlines()[0])
+                clear_folder(whole)
+        build_index(whole, seal)
+
+    def _planned(self, whole: Index) -> bool:
+        """Whether an index was begun that is trained anew."""
+        plan = storage.join(whole.folder, "plan.json")
+        return storage.exists(plan) and "base" not in storage.read_json(plan)["inputs"]
+
+    def _extends(self, dataset: Dataset, last: Dataset) -> bool:
+        """Whether the index of the last version can be taken over."""
+        counts = dataset.manifest("shards")["info"]["change"]
+        moved = sum(counts.get(name, 0) for name in ("added", "changed", "removed", "forgotten"))
+        share = moved / max(sum(counts.values()), 1)
+        if share > self.config.retrain:
+            _log.info("rebuild: %.0f %% of the pictures came or went: the index is trained anew", 100 * share)
+            return False
+        return (kind(last) != "graph" and encoder_of(last) == encoder_of(dataset))
+
+    def judge(self, dataset: Dataset, before: Pointer | None) -> tuple[list[Gate], list[str]]:
+        """The gates of a version against what is published, and the queries that they asked."""
+        base = published.opened(self.root, self.name, before) if before else None
+        release = published.released(base)[0] if base else None
+        asked = gates.queries(self.config.gates, release, dataset)
+        pinned = {} if self.config.allow_encoder else encoders(self.root, self.name)
+        if base and not self.config.allow_encoder:
+            pinned[base.label] = encoder_of(base)
+        return gates.judged(dataset, base, asked, self.embed.clip(), self.config.gates, pinned), asked
+
+    def publish(self, dataset: Dataset) -> dict[str, Any]:
+        """Judge a version and swap it in; GatesFailed if it is not as it must be.
+
+        Where somebody published meanwhile, the later build stays, whoever is faster; an earlier one is judged against.
+        """
+        number = published.number_of(dataset.version)
+        while True:
+            before = published.current(self.root, self.name)
+            if before and before.version == dataset.version:
+                return {"published": dataset.version, "by": "another"}
+            if before and before.number > number:
+                _log.info("rebuild: %s was published meanwhile: %s, which was begun before it, is not", before.version,
+                          dataset.version)
+                return {"published": before.version, "superseded": dataset.version}
+            found, asked = self.judge(dataset, before)
+            for gate in found:
+                _log.info("gate %s%s", gate, "" if gate.passed else "  FAILED")
+            if failed := [gate for gate in found if not gate.passed]:
+                storage.put_json([vars(gate) for gate in found],
+                                 storage.join(published.folder(self.root, self.name), dataset.version, "gates.json"))
+                kept = f"{before.version} stays published" if before else "nothing is published"
+                raise GatesFailed(f"rebuild: {dataset.name}@{dataset.version} is not published: "
+                                  f"{'; '.join(map(str, failed))}: {kept}\nhint: look at the source; the flags of the "
+                                  f"gates (--max-lost ...) let this version pass if it is right")
+            shards = dataset.manifest("shards")
+            data = published.release(dataset, {
+                "number": number, "base": before.version if before else None, "source": self.sought.digest,
+                "samples": shards["totals"]["samples"] - shards["info"].get("dead", 0),
+                "recall@10": gates.recall(dataset), "encoder": encoder_of(dataset), "queries": asked,
+                "change": shards["info"]["change"], "gates": [vars(gate) for gate in found]})
+            if published.publish(dataset, data, number, before):
+                return {"published": dataset.version, "gates": {gate.name: gate.value for gate in found}}
+
+    def unchanged(self, dataset: Dataset, change: Change) -> bool:
+        """Whether the published version holds all of the source already.
+
+        The version that was begun goes then, but where files were read: so they need not be the next time.
+        """
+        if self.last is None or change.fresh or any(change.counts[name] for name in ("removed", "forgotten")):
+            return False
+        if self._pending():
+            return False
+        assert self.before
+        if not dataset.sealed("compare"):
+            storage.remove_tree(storage.join(published.folder(self.root, self.name), dataset.version))
+        published.checked(self.root, self.name, self.before)
+        return True
+
+    def _pending(self) -> bool:
+        """Whether pictures of the published version were forgotten since, and are still in its bytes."""
+        last = self.last
+        return last is not None and len(takedowns.hidden(last)) > 0
+
+
+def run_rebuild(rebuild: Rebuild, seal: Seal) -> dict[str, Any]:
+    """Bring a dataset's published version up to its source; what was done."""
+    dataset, past = rebuild.claim()
+    with logs.about({"dataset": dataset.name, "version": dataset.version, "stage": "rebuild", "run": ""}):
+        return _made(rebuild, dataset, past, seal)
+
+
+def _made(rebuild: Rebuild, dataset: Dataset, past: bool, seal: Seal) -> dict[str, Any]:
+    now = published.current(rebuild.root, rebuild.name)
+    if past and now and now.version == dataset.version:  # since this one began
+        return {"dataset": rebuild.name, "published": dataset.version, "by": "another"}
+    if past:
+        _log.warning("rebuild: the source is what %s was made from, which was rolled back\nhint: rollback %s --to %s "
+                     "publishes it again", dataset.version, rebuild.name, dataset.version)
+        assert rebuild.before
+        published.checked(rebuild.root, rebuild.name, rebuild.before)
+        return {"dataset": rebuild.name, "published": rebuild.before.version, "rolled_back": dataset.version}
+    change = rebuild.change(dataset, seal)
+    counts = {name: change.counts[name] for name in _COUNTS}
+    _log.info("rebuild: %s: %s", dataset.label, ", ".join(f"{count} {name}" for name, count in counts.items()))
+    if rebuild.unchanged(dataset, change):
+        assert rebuild.before
+        return {"dataset": rebuild.name, "published": rebuild.before.version, "unchanged": True, **counts}
+    rebuild.build(dataset, change, seal)
+    reused = dataset.manifest("embeddings")["info"]["reused"]
+    return {"dataset": rebuild.name, **rebuild.publish(dataset), **counts, "reused": reused,
+            "embedded": dataset.manifest("shards")["totals"]["samples"] - reused}

@@ -1,0 +1,98 @@
+"""A checkpoint of the CompVis release -> a run that draws: its UNet, its noise schedule and its first stage."""
+
+import json
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jobs.runs.run import Run
+from jobs.training import latents
+from jobs.training.config import ConvertConfig
+from model.config import TrainConfig, to_dict
+from model.network.unet import UNet
+from model.weights import checkpoint, compvis, first_stage
+from pipeline import storage
+from pipeline.datasets.dataset import Dataset
+from pipeline.embeddings.embed import encoder_of
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Item, Output
+
+
+class Convert(Stage):
+    """The stage from a `model.ckpt` to runs/<run>: a checkpoint and, where it has one, first_stage/."""
+
+    name = "convert"
+
+    def __init__(self, run: Run, source: str, database: Dataset, config: ConvertConfig) -> None:
+        super().__init__(run.root, run.path, config)
+        self.run, self.source, self.database = run, Path(source), database
+        if not self.source.is_file():
+            raise ValueError(f"there is no checkpoint {source}\nhint: --checkpoint model.ckpt")
+
+    @property
+    def command(self) -> str:
+        return (f"python -m jobs convert {self.run.name} --checkpoint {self.source} --database {self.database.label} "
+                f"--root {self.root}")
+
+    @property
+    def elsewhere(self) -> str:
+        return "give the run another name"
+
+    def section(self) -> dict[str, Any]:
+        found, config, autoencoder = self._content
+        about = None
+        if autoencoder:
+            about = latents.describe_first_stage(autoencoder, latents.IN_THE_RUN, autoencoder.scale)
+        size = 256 if not about or about["factor"] < 16 else 768
+        return super().section() | {
+            "train": json.loads(json.dumps(to_dict(config))), "database": self.database.label,
+            "encoder": encoder_of(self.database), "image_size": size, "first_stage": about,
+            "checkpoint": self._sha256, "averaged": found.averaged}
+
+    def plan(self) -> list[Item]:
+        found, config, _ = self._content
+        dim = encoder_of(self.database)["dim"]
+        if config.unet.context_dim != dim:
+            raise ValueError(f"the checkpoint takes vectors of {config.unet.context_dim}, {self.database.label} has "
+                             f"vectors of {dim}\nhint: --database that was embedded by the encoder it was trained with")
+        return [Item("checkpoint", {"step": found.step})]
+
+    def process(self, item: Item, scratch: Path) -> Output:
+        found, config, autoencoder = self._content
+        network = UNet(config.unet)
+        try:
+            network.load_state_dict({name: tensor.float() for name, tensor in found.unet.items()})
+        except RuntimeError as error:
+            raise ValueError(f"{self.source}: the UNet is not one of the release: "
+                             f"{str(error).splitlines()[1].strip()}") from error
+        kept = scratch / "checkpoint"
+        checkpoint.write_converted(kept, network, config, found.step)
+        self.run.publish(found.step, kept)
+        files = {}
+        if autoencoder:
+            latents.keep_first_stage(autoencoder, scratch / "first_stage")
+            files = {f"first_stage/{path.name}": path for path in sorted((scratch / "first_stage").iterdir())}
+        return Output(samples=sum(weight.numel() for weight in network.parameters()), files=files,
+                      info={"step": found.step, "averaged": found.averaged, "left_out": len(found.left_out),
+                            "checkpoint": self.run.checkpoint(found.step)["content"]})
+
+    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+        return Output(info=records[0]["info"])
+
+    @cached_property
+    def _sha256(self) -> str:
+        return storage.sha256_file(self.source)
+
+    @cached_property
+    def _content(self) -> tuple[compvis.Released, TrainConfig, first_stage.FirstStage | None]:
+        """What is in the file; kept, for it may be many gigabytes."""
+        found = compvis.read(self.source)
+        unet = compvis.unet_config(found.unet, self.config.head_dim)
+        config = TrainConfig(steps=max(1, found.step), global_batch=1, unet=unet, diffusion=found.diffusion,
+                             k=self.config.k, context_norm=self.config.context_norm)
+        if not found.first_stage:
+            return found, config, None
+        weights = {name: tensor.float() for name, tensor in found.first_stage.items()}
+        autoencoder = first_stage.build(compvis.first_stage_config(weights), compvis.first_stage_weights(weights))
+        return found, config, replace(autoencoder, scale=self.config.scale or found.scale or 1.0)

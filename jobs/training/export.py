@@ -1,0 +1,94 @@
+"""A trained network in a folder to be carried about, and such a folder as a run to draw with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jobs.runs.run import Run
+from jobs.training import latents
+from model.config import from_dict
+from model.weights import checkpoint, first_stage
+from pipeline import storage
+from pipeline.stages.driver import run_stage
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Item, Output
+
+BUNDLED = Path(__file__).parents[2] / "model" / "emoji_32"
+_KEPT = ("encoder", "image_size", "dataset", "database", "first_stage", "lineage")
+
+
+def export_weights(run: Run, step: int, out: Path) -> dict[str, Any]:
+    """Write the averaged weights of a checkpoint in half precision, the first stage, which stays as it is, and what
+    drawing needs to know, into a folder; ValueError where the first stage of the run is not to be had."""
+    section, step = run.section() | {"lineage": run.lineage()}, step or run.latest_step()
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty\nhint: another --out")
+    autoencoder = latents.first_stage_of_run(run, "cpu")
+    about = checkpoint.halve(run.fetch(step), out)
+    if autoencoder:
+        latents.keep_first_stage(autoencoder, out / latents.IN_THE_RUN)
+        section["first_stage"] |= {"source": latents.IN_THE_RUN}
+    about["run"] = {name: section[name] for name in _KEPT if section.get(name)} | {"name": run.name}
+    (out / "checkpoint.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+    written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    return {"folder": str(out), "step": step, "bytes": written}
+
+
+class Import(Stage):
+    """The stage from such a folder to runs/<run>: a checkpoint to draw with and, where it has one, first_stage/."""
+
+    name = "import"
+
+    def __init__(self, run: Run, source: Path) -> None:
+        super().__init__(run.root, run.path, None)
+        self.run, self.source = run, source
+        try:
+            self.about = json.loads((source / "checkpoint.json").read_text())
+            self.kept = self.about["run"]
+        except (FileNotFoundError, KeyError, json.JSONDecodeError):
+            raise ValueError(f"{source} is not a folder that export wrote\nhint: python -m jobs export RUN --out FOLDER"
+                             ) from None
+
+    @property
+    def command(self) -> str:
+        return f"python -m jobs convert {self.run.name} --checkpoint {self.source} --root {self.root}"
+
+    @property
+    def elsewhere(self) -> str:
+        return "give the run another name"
+
+    def section(self) -> dict[str, Any]:
+        return {name: self.kept[name] for name in _KEPT if name in self.kept} | {
+            "train": self.about["config"], "step": self.about["step"],
+            "weights": storage.sha256_file(self.source / "ema.safetensors")}
+
+    def plan(self) -> list[Item]:
+        return [Item("checkpoint", {"step": self.about["step"]})]
+
+    def process(self, item: Item, scratch: Path) -> Output:
+        network, _ = checkpoint.load_denoiser(self.source)
+        files = self._first_stage()
+        kept = scratch / "checkpoint"
+        checkpoint.write_converted(kept, network, from_dict(self.about["config"]), self.about["step"])
+        self.run.publish(self.about["step"], kept)
+        return Output(samples=sum(weight.numel() for weight in network.parameters()), files=files, info={
+            "step": self.about["step"], "checkpoint": self.run.checkpoint(self.about["step"])["content"]})
+
+    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+        return Output(info=records[0]["info"])
+
+    def _first_stage(self) -> dict[str, Path]:
+        """The files of the first stage by name; ValueError unless it is the one that was exported."""
+        known = self.kept.get("first_stage")
+        if not known or known["source"] != latents.IN_THE_RUN:  # the folder was named only, before it was carried along
+            return {}
+        folder = self.source / latents.IN_THE_RUN
+        if latents.digest(first_stage.load(folder)) != known["sha256"]:
+            raise ValueError(f"{folder} is not the first stage that was exported with {self.source}\n"
+                             f"hint: python -m jobs export {self.kept.get('name', 'RUN')} --out FOLDER, once more")
+        return {f"{latents.IN_THE_RUN}/{path.name}": path for path in sorted(folder.iterdir())}
+
+
+def import_run(run: Run, source: Path) -> dict[str, Any]:
+    """Make such a folder a run, unless it is one."""
+    return run_stage(Import(run, source))

@@ -1,0 +1,111 @@
+"""The door to Ray Train: the processes of a run on a cluster."""
+
+import threading
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from jobs.cluster import connect
+from jobs.cluster.config import ClusterConfig
+from jobs.runs.labels import run_labels
+from jobs.runs.metrics import read
+from jobs.runs.run import HOPELESS
+from jobs.telemetry import logs
+from jobs.training.train_stage import Job, Training
+from jobs.training.worker import train_process
+from pipeline import storage
+from pipeline.hardware import devices
+from pipeline.stages.plan import prepare
+from pipeline.stages.scratch import scratch_folder
+from pipeline.stages.types import StageFailed
+
+
+def train_on_ray(job: Job, config: ClusterConfig, watch: Callable[[dict[str, Any]], None]) -> None:
+    """Train on a Ray cluster, restarting after the loss of a worker; `watch` gets the newest record.
+
+    The run's own checkpoints are the only state: Ray's is thrown away, so that a second start
+    never depends on what an earlier one left with Ray.
+    """
+    training = Training(job)
+    connect.connect()
+    connect.check_gpus_exist(training, config)
+    prepare(training)
+    job.run.mend()
+    connect.mention_unused_gpus(training, config)
+    launch = uuid.uuid4().hex
+    with scratch_folder("ray-train") as scratch:
+        # Every worker of every node needs to reach Ray's own folder; nothing of ours is kept in it.
+        shared = storage.join(job.run.folder, "ray") if storage.is_local(job.run.folder) else str(scratch)
+        trainer = TorchTrainer(
+            _loop, train_loop_config={
+                "job": job, "launch": launch, "log": logs.form(), "device": "cuda" if config.each_gpus else "cpu"},
+            torch_config=TorchConfig(backend="nccl" if config.each_gpus else "gloo", timeout_s=600),
+            scaling_config=ScalingConfig(num_workers=_number(config), use_gpu=config.each_gpus > 0,
+                                         elastic_resize_monitor_interval_s=config.resize_every,
+                                         resources_per_worker={"CPU": config.cpus} | (
+                                             {"GPU": config.each_gpus} if config.each_gpus else {})),
+            run_config=RunConfig(name=f"{job.run.name}-{uuid.uuid4().hex[:8]}", storage_path=shared,
+                                 failure_config=FailureConfig(max_failures=config.max_failures,
+                                                              controller_failure_limit=config.max_failures)),
+        )
+        done = threading.Event()
+        thread = threading.Thread(target=_follow, args=(job, watch, done), daemon=True)
+        thread.start()
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            if known := _known(job, launch):
+                raise known from error
+            raise StageFailed(f"train: the run {job.run.name} failed {config.max_failures + 1} times: "
+                                    f"{_first_line(error)}\nhint: run the same command again; it continues from the "
+                                    f"newest checkpoint") from error
+        finally:
+            done.set()
+            thread.join()
+            if storage.is_local(shared):
+                storage.remove_tree(shared)
+
+
+def _number(config: ClusterConfig) -> int | tuple[int, int]:
+    """How many processes; with a least number Ray Train starts with those that there is room for, and adds later."""
+    if 0 < config.min_workers < config.workers:
+        return config.min_workers, config.workers
+    return config.workers
+
+
+def _loop(config: dict[str, Any]) -> None:
+    logs.speak(config["log"])
+    devices.reserve(config["device"])
+    job = config["job"]
+    known = run_labels(job.dataset.name, job.dataset.version, job.run.name)
+    # What will happen again is not tried again: the first to meet it writes it down.
+    if fault := _known(job, config["launch"]):
+        raise fault
+    with logs.about(known), job.run.telling(config["launch"]):
+        train_process(job)
+
+
+def _known(job: Job, launch: str) -> Exception | None:
+    """The error that ended this launch for good, if one did."""
+    fault = job.run.fault()
+    return HOPELESS[fault["kind"]](fault["message"]) if fault and fault["launch"] == launch else None
+
+
+def _follow(job: Job, watch: Callable[[dict[str, Any]], None], done: threading.Event) -> None:
+    """Show the curve while it grows: it is written by another process, maybe on another node."""
+    seen = 0
+    while not done.wait(2.0):
+        lines = read(job.run)
+        if lines and lines[-1]["step"] != seen:
+            seen = lines[-1]["step"]
+            watch(lines[-1])
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    last = [line for line in text.splitlines() if line.strip()]
+    return last[-1] if last else type(error).__name__
