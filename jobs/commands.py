@@ -349,7 +349,7 @@ class PlanCommand:
     """Workers without a GPU; by default the recipe's."""
     gpus: int = 0
     """Workers with a GPU each, for the stages whose rates are those of GPUs; by default as many as others."""
-    memory: str = "16G"
+    memory: str = "16Gi"
     """What a worker may keep of a database that is compared row by row."""
     epochs: float = 0.0
     """How often training sees each picture; by default it takes the recipe's steps."""

@@ -23,7 +23,7 @@ from jobs.config.settings import Settings
 from jobs.inspection import status
 from jobs.runs.labels import run_labels, stage_labels
 from jobs.runs.run import Run
-from jobs.telemetry import interrupts, logs
+from jobs.telemetry import interrupts, logs, tables
 from jobs.telemetry.observe import run_observed
 from jobs.training.train_stage import Job, Training
 from pipeline import storage
@@ -320,7 +320,8 @@ def _evaluate(command: commands.EvaluateCommand, settings: Settings) -> int:
         run_observed(evaluation, run_with, tracker=command.stage.tracker, rebuild=command.stage.rebuild)
     _log.info("evaluate: pictures, plot and numbers are in %s", evaluation.folder)
     file = storage.join(evaluation.folder, "evaluation.json" if command.json else "table.md")
-    print(storage.read_bytes(file).decode(), end="")
+    shown = storage.read_bytes(file).decode()
+    print(shown if command.json else tables.render_markdown(shown), end="")
     return 0
 
 

@@ -51,7 +51,7 @@ def laion_1p3b() -> Settings:
     """RDM-768 on LAION: CLIP ViT-L/14 and 1.3 B parameters on latents (arXiv:2207.13038)."""
     return Settings(shard=ShardConfig(image_size=768, samples_per_shard=10_000),
                     embed=EmbedConfig(model="ViT-L-14-quickgelu", pretrained="openai", batch_size=256),
-                    index=IndexConfig(max_memory="16G"), train=networks.laion_1p3b(),
+                    index=IndexConfig(max_memory="16Gi"), train=networks.laion_1p3b(),
                     cluster=ClusterConfig(workers=64, cpus=8, gpus=1))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from jobs.runs.labels import run_labels, stage_labels
 from jobs.runs.metrics import read
 from jobs.runs.run import Run
-from jobs.telemetry import progress_bar
+from jobs.telemetry import progress_bar, tables
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.stages import records
@@ -43,8 +43,7 @@ def status_table(root: str, found: list[dict[str, Any]]) -> str:
     """The states below a root as text, a line each."""
     if not found:
         return f"nothing here yet: {storage.without_credentials(root)} has no datasets and no runs"
-    width = max(len(one["path"]) for one in found)
-    return "\n".join(f"{one['path']:<{width}}  {one['state']:<12} {_detail(one)}".rstrip() for one in found)
+    return tables.render([[one["path"], one["state"], _detail(one)] for one in found])
 
 
 def published(root: str) -> dict[str, dict[str, Any]]:

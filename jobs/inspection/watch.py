@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jobs.inspection import status
-from jobs.telemetry import progress_bar
+from jobs.telemetry import progress_bar, tables
 from pipeline import storage
 from pipeline.stages.progress import period
 
@@ -29,7 +29,7 @@ def show(root: str, *, as_json: bool = False, every: float = 0.0) -> None:
     from rich.text import Text
     with Live(console=Console(highlight=False), auto_refresh=False, vertical_overflow="ellipsis") as live:
         for now in _looks(root, every):
-            live.update(Text(text(now), no_wrap=True, overflow="ellipsis"), refresh=True)
+            live.update(Text.from_ansi(text(now), no_wrap=True, overflow="ellipsis"), refresh=True)
 
 
 def _looks(root: str, every: float) -> Iterator[dict[str, Any]]:
@@ -74,7 +74,7 @@ def _stage(one: dict[str, Any]) -> dict[str, Any]:
 
 def text(now: dict[str, Any]) -> str:
     """The table: what is published of a dataset stands before its stages."""
-    lines = [_HEAD]
+    lines: list[tuple[str, ...]] = []
     published = dict(now["published"])
     for one in sorted(now["stages"], key=lambda one: not one["dataset"]):
         if told := published.pop(one["dataset"], None):
@@ -83,12 +83,10 @@ def text(now: dict[str, Any]) -> str:
         lines.append((one["dataset"] or one["run"], one["version"] + mark, _name(one), one["state"], _done(one),
                       f"{one['rate']:.0f}/s" if one["rate"] is not None else "", _left(one), _failures(one)))
     lines += [_published(name, told) for name, told in published.items()]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEAD))]
-    table = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     clock = time.strftime("%H:%M:%S", time.localtime(now["time"]))
     what = "" if now["stages"] else "\nnothing here yet"
     wrong = f"\ncannot be read since then: {now['error']}" if now.get("error") else ""
-    return f"{now['root']} at {clock}{wrong}\n\n" + "\n".join(table) + what
+    return f"{now['root']} at {clock}{wrong}\n\n" + tables.render(lines, head=_HEAD, fold=False) + what
 
 
 def _published(name: str, told: dict[str, Any]) -> tuple[str, ...]:

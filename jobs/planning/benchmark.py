@@ -150,7 +150,7 @@ def _vectors(trial: Trial, base: Rates, run: Run) -> None:
         trial.seconds / 4 * base.index.training_flop_per_s / (1280 * dim)), *_LISTS)))
     rows, key = _ROWS_A_LIST * lists, f"IVF{lists}_HNSW32,{_codes(trial, base)}"
     database = synthetic_data.vectors(run, root, "database", rows, dim, parts=4 * trial.workers)
-    config = IndexConfig(key=key, max_memory="1T", part_memory=str(4 * dim * -(-rows // (2 * trial.workers))),
+    config = IndexConfig(key=key, max_memory="1Ti", part_memory=str(4 * dim * -(-rows // (2 * trial.workers))),
                          train_points=64 * lists, queries=200, target_recall=0.4)
     build_index(Index(database, config), run)
     first = storage.join(trial.place, "first")

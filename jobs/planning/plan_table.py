@@ -18,10 +18,11 @@ from jobs.planning.benchmark import Trial
 from jobs.planning.cost_model import Build, Cost, Prices, costs
 from jobs.planning.rates import Rates
 from jobs.report.page import number, size
+from jobs.telemetry import tables
 from model.training import flops
 from pipeline import storage
 from pipeline.embeddings import clip
-from pipeline.indices.config import memory
+from pipeline.storage.sizes import parse_size
 
 _log = logging.getLogger(__name__)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
@@ -55,7 +56,9 @@ def make_plan(command: PlanCommand, settings: Settings) -> str:
         return json.dumps({"builds": [_document(build, stages, prices) for build, stages in found],
                            "rates": rates.document(used)}, indent=1)
     rows = _totals(found, prices) if command.totals else _stages(found, prices)
-    return f"{_markdown(rows)}\n\n{notes(found[0][0], used, prices)}"
+    right = [column for column, name in enumerate(rows[0]) if name.startswith("#")]
+    shown = tables.render(rows[1:], head=[name.lstrip("#") for name in rows[0]], right=right, markdown=True)
+    return f"{shown}\n\n{notes(found[0][0], used, prices)}"
 
 
 def to_measure(command: PlanCommand, settings: Settings) -> dict[str, Any]:
@@ -127,9 +130,9 @@ def builds(command: PlanCommand, settings: Settings, used: Rates) -> list[Build]
             raise ValueError(f"--{name.replace('_', '-')} {getattr(command, name)}: must be at least 0")
     corpus = next((CORPORA[name] for name, recipe in RECIPES.items() if recipe().train.unet == settings.train.unet),
                   CORPORA["tiny"])
-    kept = memory(command.memory, "memory")
+    kept = parse_size(command.memory, "--memory")
     if not kept:
-        raise ValueError(f"--memory {command.memory}: a worker keeps some of a database\nhint: --memory 16G")
+        raise ValueError(f"--memory {command.memory}: a worker keeps some of a database\nhint: --memory 16Gi")
     pictures = [count(text, "--pictures") for text in command.corpus] or [corpus.pictures]
     if not all(pictures):
         raise ValueError("--pictures 0: there is nothing to plan")
@@ -247,18 +250,3 @@ def _count(value: int) -> str:
         if value >= factor and round(value / factor, 1) * factor == value:
             return f"{value / factor:g} {unit}"
     return f"{value:,}"
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    """A table whose columns are as wide as they need be; those whose heads begin with # are numbers."""
-    right = [name.startswith("#") for name in rows[0]]
-    rows = [[name.lstrip("#") for name in rows[0]], *rows[1:]]
-    widths = [max(3, *(len(row[place]) for row in rows)) for place in range(len(right))]
-
-    def line(cells: list[str]) -> str:
-        written = [cell.rjust(width) if flush else cell.ljust(width)
-                   for cell, width, flush in zip(cells, widths, right, strict=True)]
-        return f"| {' | '.join(written)} |"
-
-    rule = ["-" * (width - 1) + ":" if flush else "-" * width for width, flush in zip(widths, right, strict=True)]
-    return "\n".join([line(rows[0]), line(rule), *map(line, rows[1:])])

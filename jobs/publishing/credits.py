@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL import Image
 
+from jobs.telemetry import tables
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import metadata
@@ -92,10 +93,12 @@ def text(found: list[dict[str, Any]]) -> str:
     lines = []
     for one in found:
         lines.append(f"{one['sample']}" + (f": {one['prompt']}" if one["prompt"] else ""))
+        rows = []
         for picture in one["pictures"]:
             by = ", ".join(part for part in (picture["source"], picture["authors"], picture["licence"]) if part)
-            lines.append(f"  {picture['score']:.3f}  {picture['database']}/{picture['key']}  {picture['caption']}  "
-                         f"{picture['url']}  ({by or 'licence unknown'})  {picture.get('note', '')}".rstrip())
+            rows.append(["", f"{picture['score']:.3f}", f"{picture['database']}/{picture['key']}", picture["caption"],
+                         picture["url"], f"({by or 'licence unknown'})", picture.get("note", "")])
+        lines += [tables.render(rows)] if rows else []
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.runs.run import Run
+from jobs.telemetry import tables
 from pipeline import storage
 from pipeline.datasets import published
 from pipeline.datasets.dataset import Dataset, datasets
@@ -111,7 +112,7 @@ def list_versions(root: str, name: str) -> list[dict[str, Any]]:
 
 def versions_table(found: list[dict[str, Any]]) -> str:
     """The versions as text, a line each."""
-    lines = []
+    rows = []
     for one in found:
         change = ", ".join(f"{count} {what}" for what, count in (one["change"] or {}).items() if count)
         state = next((word for word in ("published", "removed", "rolled_back", "released") if one[word]),
@@ -121,8 +122,8 @@ def versions_table(found: list[dict[str, Any]]) -> str:
         told = [f"{one['samples']} samples" if one["samples"] is not None else "",
                 f"recall@10 {one['recall@10']:.3f}" if one["recall@10"] is not None else "", change,
                 f"used by {', '.join(one['pinned_by'])}" if one["pinned_by"] else ""]
-        lines.append(f"{one['version']:<6} {state:<14} {'; '.join(part for part in told if part)}".rstrip())
-    return "\n".join(lines)
+        rows.append([one["version"], state, "; ".join(part for part in told if part)])
+    return tables.render(rows)
 
 
 def _when(seconds: float | None) -> float | None:
@@ -276,7 +277,7 @@ def _remove(root: str, name: str, version: str, stays: set[str], dry_run: bool) 
 def removed_table(found: list[dict[str, Any]], dry_run: bool) -> str:
     """What became of each version, a line each."""
     verb = "would be removed" if dry_run else "removed"
-    return "\n".join(f"{one['version']:<6} " + (f"kept: {one['kept']}" if one["kept"] else
-                     f"{verb}: {one['removed_files']} files, {one['removed_bytes'] / 1e6:.1f} MB"
-                     + (f"; {one['taken_over']} files stay, for later versions took them over" if one["taken_over"]
-                        else "")) for one in found)
+    return tables.render([[one["version"], f"kept: {one['kept']}" if one["kept"] else
+                           f"{verb}: {one['removed_files']} files, {one['removed_bytes'] / 1e6:.1f} MB"
+                           + (f"; {one['taken_over']} files stay, for later versions took them over"
+                              if one["taken_over"] else "")] for one in found])

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 from jobs.runs.labels import stage_labels
@@ -23,6 +23,16 @@ class _Stderr(logging.StreamHandler):
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
+        self.write: Callable[[str], None] | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.write is None:
+            super().emit(record)
+            return
+        try:
+            self.write(self.format(record))
+        except Exception:
+            self.handleError(record)
 
     @property
     def stream(self) -> Any:
@@ -76,6 +86,11 @@ def speak(form: str = "text") -> None:
     for name in ("jobs", "pipeline", "model", "__main__"):
         # What happens to each item is too much for people.
         logging.getLogger(name).setLevel(logging.DEBUG if form == "json" else logging.INFO)
+
+
+def write_with(write: Callable[[str], None] | None) -> None:
+    """Pass each line of the log to `write`, which knows of a live bar at the bottom of the terminal; None ends this."""
+    _handler.write = write
 
 
 @contextlib.contextmanager

@@ -21,8 +21,8 @@ def run_observed(stage_: Stage, runner: Runner = run_in_process, *, name: str = 
     known = stage_labels(stage_.path, stage_.name)
     with logs.about(known), wandb_tracker.tracker_of_stage(stage_, known, tracker) as tracked:
         _log.debug("%s begins", stage_.name)
-        manifest = run_stage(stage_, runner, watch=_all([watcher(name or stage_.name), _metered(known), tracked.watch]),
-                             **how)
+        with watcher(name or stage_.name) as show:
+            manifest = run_stage(stage_, runner, watch=_all([show, _metered(known), tracked.watch]), **how)
         tracked.sealed(manifest)
         _log.debug("%s is sealed", stage_.name, extra={"fields": manifest["totals"] | {"folder": stage_.folder}})
         return manifest

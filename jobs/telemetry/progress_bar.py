@@ -1,45 +1,98 @@
-"""Progress for people: a bar on a terminal, a line now and then elsewhere; always on stderr."""
+"""The progress of a stage on stderr: a live bar on a terminal, a log line every few seconds elsewhere."""
 
+import contextlib
 import logging
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
-
-from tqdm import tqdm
 
 from jobs.telemetry import logs
 from pipeline.stages.progress import Tally
 
-EVERY_S = 10.0
+EVERY_S = 10.0  # between two log lines
+_BAR_CELLS = 20
 _log = logging.getLogger(__name__)
 
 
-def watcher(name: str) -> Callable[[Tally], None]:
-    """Show a tally whenever it changes: in rows where their number is known, in items otherwise."""
-    bar: tqdm | None = None
-    spoken = time.monotonic()
+@contextlib.contextmanager
+def watcher(name: str) -> Iterator[Callable[[Tally], None]]:
+    """A function that shows a tally whenever it changes. The bar is closed at the end, also after an exception.
+
+    Counts are rows where their number is known, items otherwise.
+    """
+    bar: _Bar | None = None
+    logged = time.monotonic()
 
     def watch(tally: Tally) -> None:
-        nonlocal bar, spoken
-        now = tally.now
-        done, total = (now["rows"], tally.rows) if tally.rows else (tally.done_items, tally.items)
-        if sys.stderr.isatty() and logs.form() == "text":
-            bar = bar or tqdm(total=total, initial=done, desc=name, unit="row" if tally.rows else "item")
-            bar.set_postfix_str(_rest(now), refresh=False)
-            bar.update(done - bar.n)
-            if tally.done_items == tally.items:
+        nonlocal bar, logged
+        now, finished = tally.now, tally.done_items == tally.items
+        if _is_live():
+            bar = bar or _Bar(name)
+            bar.show(now)
+            if finished:
                 bar.close()
-                bar = None  # more items may follow: rows that are tried again
-        elif time.monotonic() - spoken > EVERY_S or tally.done_items == tally.items:
-            spoken = time.monotonic()
+                bar = None  # more items may follow: rows that are retried
+        elif time.monotonic() - logged > EVERY_S or finished:
+            logged = time.monotonic()
             _log.info("%s: %s", name, sentence(now), extra={"fields": now})
 
-    return watch
+    try:
+        yield watch
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def _is_live() -> bool:
+    """Whether stderr is a terminal on which a line can be rewritten."""
+    return sys.stderr.isatty() and logs.form() == "text" and os.environ.get("TERM", "") not in {"dumb", "unknown"}
+
+
+class _Bar:
+    """One line at the bottom of a terminal. Log lines and what libraries write to stderr appear above it."""
+
+    def __init__(self, name: str) -> None:
+        # Most commands show no bar, and need not wait 0.03 s for rich to load.
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+        from rich.table import Column
+        from rich.text import Text
+
+        class Details(ProgressColumn):
+            """Counts, which are cut at the right edge of a narrow terminal."""
+
+            def render(self, task: Task) -> Text:
+                return Text(task.fields["details"], no_wrap=True, overflow="ellipsis")
+
+        console = Console(stderr=True, highlight=False)
+        # No refresh thread: the driver starts processes, and a fork must not find a lock held.
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+            BarColumn(_BAR_CELLS, table_column=Column(no_wrap=True)), Details(),
+            console=console, auto_refresh=False, redirect_stdout=False)
+        self._task = self._progress.add_task(name, details="", total=None)
+        logs.write_with(lambda text: console.print(text, markup=False, emoji=False, soft_wrap=True))
+
+    def show(self, now: dict[str, Any]) -> None:
+        """Show the counts of a tally."""
+        done, total, unit = ((now["rows"], now["of_rows"], "rows") if now["of_rows"]
+                             else (now["items"], now["of_items"], "items"))
+        time_left = f", {span(now['seconds_left'])} left" if now["seconds_left"] and done < total else ""
+        self._progress.update(self._task, completed=done, total=total, details=(
+            f"{done / total:4.0%}  {done} of {total} {unit}{time_left}, {now['rows_per_s']:.0f} rows/s, {_rest(now)}"))
+        self._progress.start()  # does nothing if the bar is there already
+        self._progress.refresh()
+
+    def close(self) -> None:
+        """Leave the last state on the terminal, and give stderr back."""
+        self._progress.stop()
+        logs.write_with(None)
 
 
 def sentence(now: dict[str, Any]) -> str:
-    """What a tally says, in a line."""
+    """The counts of a tally in one line."""
     of = f" of {now['of_rows']}" if now["of_rows"] else ""
     again = f" ({now['retried']} tried again)" if now["retried"] else ""
     left = f", {span(now['seconds_left'])} left" if now["seconds_left"] and now["items"] < now["of_items"] else ""

@@ -7,14 +7,13 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from jobs.runs.metrics import read
-from jobs.telemetry import wandb_offline
 from model.config import to_dict
 from pipeline import storage
 from pipeline.stages.manifest import code_revision
@@ -27,28 +26,39 @@ _log = logging.getLogger(__name__)
 class Tracker:
     """A wandb run of a stage or a training run: online where there is a key, offline otherwise.
 
-    Its id lies in the folder that it is about, so what is resumed goes on under it, and what was begun anew does not.
-    Offline, that is another directory, and `wandb sync` joins them in the order of their names: so every record
-    carries its step, and those of training wait until a checkpoint has their step, for a run that was killed will do
-    the steps after it again. What wandb had not yet written down when it was killed is told by the next session, so
-    the sessions together are one curve. A failing tracker never stops what it follows.
+    The id is kept in wandb.json in the folder that the tracker is about. A resumed run keeps its id, and a run that
+    was emptied gets a new one. A failing tracker never stops what it follows.
+
+    Offline, each session has its own directory, and `wandb sync` joins the directories in the order of their names.
+    wandb flushes every few seconds. A killed process loses what it has not flushed. For training the directories in
+    `wandb/` together hold each step once, in increasing order, up to the last checkpoint:
+
+    * A step is logged when a checkpoint has it. A killed run repeats the steps after its last checkpoint.
+    * When a session has finished, wandb.json gets its name and its last step.
+    * The next session moves one that did not finish to `wandb-unfinished/`. It logs the steps again (`replay`), from
+      metrics.jsonl and validation.jsonl.
+
+    There is one exception. With an object store, sessions lie on the nodes. If the run resumes on another node, an
+    unfinished session stays where it is, and its steps are logged twice with equal values.
     """
 
     def __init__(self, root: str, folder: str, known: dict[str, str], config: dict[str, Any],
-                 inputs: dict[str, Any], *, wanted: bool = True) -> None:
+                 inputs: dict[str, Any], *, wanted: bool = True, training: bool = False) -> None:
         self.session: Any = None
         self.online = False
-        self.behind: int | None = None  # the last step of the sessions before, where some are here
+        self.folder, self.training = folder, training
+        self.first_step = self.last_step = 0  # steps that this session logs: above the first, up to the last
         self._held: list[Callable[[], None]] = []
         if not wanted:
             return
         try:
             import wandb
             mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-            id_, place = _id(folder), _place(root, known)
+            id_, place = _known(folder)["id"], _place(root, known)
             self.online = mode != "offline"
-            if not self.online:
-                self.behind = wandb_offline.last_step(Path(place) / "wandb", id_)
+            if training and not self.online:
+                _set_aside(folder, Path(place))
+                self.first_step = _known(folder)["last_step"]
             self.session = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "rdm"), id=id_, group=group(known),
                 name=known["run"] or f"{group(known)} {known['stage']}", job_type=known["stage"],
@@ -64,15 +74,19 @@ class Tracker:
             _log.warning("wandb is not used: %s", error)
 
     def add(self, record: dict[str, Any], picture: str = "", *, hold: bool = False) -> None:
-        """Log a record under its step, and the picture at an address; offline `hold` keeps it until `saved`."""
+        """Log a record under its step, and the image at a URL; offline `hold` keeps it until `saved`.
+
+        A step that a finished session has is skipped: after a damaged checkpoint a run repeats older steps.
+        """
         def log() -> None:
             values = {key: value for key, value in record.items() if key != "step"}
             if picture and storage.exists(picture):
                 import wandb
                 values["validation"] = wandb.Image(Image.open(io.BytesIO(storage.read_bytes(picture))))
             self.session.log(values, step=record["step"])
+            self.last_step = record["step"]
 
-        if self.session is not None:
+        if self.session is not None and (record["step"] > self.first_step or not self.training):
             self._held.append(log)
             if self.online or not hold:
                 self.saved()
@@ -83,11 +97,25 @@ class Tracker:
         for one in held:
             self._try(one)
 
+    def replay(self, records: Iterable[tuple[dict[str, Any], str]]) -> None:
+        """Log what no finished session has; offline only. `records`: each with the URL of its image, or ""."""
+        if not self.online:
+            for record, picture in records:
+                self.add(record, picture)
+
     def close(self, summary: dict[str, Any] | None = None) -> None:
         """End the session."""
         self._try(lambda: self.session.summary.update(summary or {}))
-        self._try(lambda: self.session.finish())
+        self._try(self._finish)
         self.session = None
+
+    def _finish(self) -> None:
+        session = Path(self.session.dir).parent
+        self.session.finish()
+        if self.training and session.exists():  # else another process resumed the run and moved this session
+            known = _known(self.folder)
+            storage.put_json(known | {"last_step": max(known["last_step"], self.last_step),
+                                      "finished": [*known["finished"], session.name]}, _address(self.folder))
 
     def _try(self, act: Any) -> None:
         if self.session is not None:
@@ -101,12 +129,24 @@ class Tracker:
 def tracker_of_run(job: Any, known: dict[str, str]) -> Tracker:
     """The tracker of a training run (jobs.training.Job)."""
     tracker = Tracker(job.run.root, job.run.folder, known, to_dict(job.config) | {"database": job.database.label},
-                      job.run.lineage(), wanted=wanted(job.tracker, True))
-    if tracker.behind is not None:
-        for line in read(job.run):  # the curve has been cut to the checkpoint that the run goes on from
-            if line["step"] > tracker.behind:
-                tracker.add(line)
+                      job.run.lineage(), wanted=wanted(job.tracker, True), training=True)
+    # The caller has cut both files to the checkpoint that the run resumes from.
+    records = [(line, "") for line in read(job.run)]
+    records += [(note, job.run.validated(note["step"])) for note in read(job.run, "validation.jsonl")]
+    tracker.replay(sorted(records, key=lambda one: one[0]["step"]))
     return tracker
+
+
+def _set_aside(folder: str, place: Path) -> None:
+    """Move the offline sessions of a run that did not finish out of the folder that `wandb sync` reads."""
+    known = _known(folder)
+    for session in sorted((place / "wandb").glob(f"offline-run-*-{known['id']}*")):
+        if session.name not in known["finished"]:
+            folder_aside = place / "wandb-unfinished"
+            folder_aside.mkdir(exist_ok=True)
+            session.rename(folder_aside / session.name)
+            _log.info("wandb: the session %s is not known to be finished. It is in %s now. This session logs its steps "
+                      "again.", session.name, folder_aside)
 
 
 class Followed:
@@ -186,12 +226,19 @@ def _place(root: str, known: dict[str, str]) -> str:
     return str(storage.local_path(root).joinpath(*folder))
 
 
-def _id(folder: str) -> str:
-    """The id of a folder's run among wandb's, made when it begins."""
-    address = storage.join(folder, "wandb.json")
+def _address(folder: str) -> str:
+    return storage.join(folder, "wandb.json")
+
+
+def _known(folder: str) -> dict[str, Any]:
+    """The content of wandb.json: the id, the last step of the finished sessions, and their names.
+
+    The id is made when there is none. Runs of earlier versions have the id alone: none of their sessions counts as
+    finished.
+    """
     try:
-        return storage.read_json(address)["id"]
+        known = storage.read_json(_address(folder))
     except FileNotFoundError:
-        made = secrets.token_hex(6)
-        storage.put_json({"id": made}, address)
-        return made
+        known = {"id": secrets.token_hex(6)}
+        storage.put_json(known, _address(folder))
+    return {"last_step": 0, "finished": []} | known

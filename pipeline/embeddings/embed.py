@@ -36,6 +36,7 @@ from pipeline.hardware import devices
 from pipeline.stages.stage import Stage
 from pipeline.stages.timers import Times
 from pipeline.stages.types import Entry, Item, Output, StageFailed
+from pipeline.storage.sizes import parse_size
 
 _TOGETHER = 16  # batches that shards which are taken together should fill: at most one is not full
 _MOST = 64  # shards that are taken together: what a worker that dies has in hand
@@ -49,7 +50,7 @@ class EmbedConfig(ClipConfig):
     """Pictures in one forward pass; on a CPU 32 at most."""
     compile: bool = False
     """Let torch.compile make the encoder faster, which takes a minute."""
-    max_memory: str = "2G"
+    max_memory: str = "2Gi"
     """A worker may take so many bytes beside the weights and the libraries of a GPU; threads and look-ahead are planned
     from it."""
 
@@ -69,7 +70,7 @@ class Embed(Stage):
     def __init__(self, dataset: Dataset, config: EmbedConfig) -> None:
         if config.batch_size < 1:
             raise ValueError(f"embed.batch_size must be at least 1, not {config.batch_size}")
-        storage.size_of(config.max_memory, "embed.max_memory")
+        parse_size(config.max_memory, "embed.max_memory")
         super().__init__(dataset.root, dataset.path(self.of), config)
         self.dataset = dataset
 
@@ -179,7 +180,7 @@ class Embed(Stage):
             partial(open, mode="rb"), check=True))
 
     def _room(self, sizes: Iterable[tuple[int, int]], *, whole: bool, lent: int = 0, threads: int = 0) -> Room:
-        return plan_room(storage.size_of(self.config.max_memory, "embed.max_memory"), self.config.clip(), sizes,
+        return plan_room(parse_size(self.config.max_memory, "embed.max_memory"), self.config.clip(), sizes,
                              self.config.batch_size, whole=whole, lent=lent, threads=threads)
 
 

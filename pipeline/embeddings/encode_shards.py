@@ -103,10 +103,10 @@ def plan_room(budget: int, config: ClipConfig, shards: Iterable[tuple[int, int]]
         return fixed + some * passing + (ahead + 1) * each
 
     if (least := needed(1, 2)) > budget:
-        raise ValueError(f"embed.max_memory = {budget >> 20}M: a worker takes {-(-least >> 20)}M at least, "
-                         f"{_BASE >> 20}M of it for libraries, with {'batches' if whole else 'passes'} of "
+        raise ValueError(f"embed.max_memory = {budget >> 20}Mi: a worker takes {-(-least >> 20)}Mi at least, "
+                         f"{_BASE >> 20}Mi of it for libraries, with {'batches' if whole else 'passes'} of "
                          f"{size if whole else part} pictures and shards of {largest}\n"
-                         f"hint: --max-memory {-(-least >> 20)}M")
+                         f"hint: --max-memory {-(-least >> 20)}Mi")
     threads = next(some for some in range(threads, 0, -1) if some == 1 or needed(some, some + 1) <= budget)
     most = (_AHEAD if whole else 2) * threads + lent
     ahead = most if not each else min(most, 2 + (budget - needed(threads, 2)) // each)

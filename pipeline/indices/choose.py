@@ -7,8 +7,9 @@ import importlib.util
 import re
 from collections.abc import Iterator
 
-from pipeline.indices.config import IndexConfig, memory
+from pipeline.indices.config import IndexConfig
 from pipeline.indices.faiss_door import faiss
+from pipeline.storage.sizes import parse_size
 
 _ALLOWANCE = 64 << 10
 
@@ -54,8 +55,9 @@ def fits_budget(index: faiss.Index, size: int, config: IndexConfig) -> None:
 
 
 def no_room_error(count: int, dim: int, budget: int, smallest: int, config: IndexConfig) -> ValueError:
-    flag = (f"--bytes-per-vector {-(-max(1, smallest - _ALLOWANCE) // count)}" if budget < memory(config.max_memory)
-            else f"--max-memory {-(-smallest // 1024)}K")
+    flag = (f"--bytes-per-vector {-(-max(1, smallest - _ALLOWANCE) // count)}"
+            if budget < parse_size(config.max_memory, "index.max_memory")
+            else f"--max-memory {-(-smallest // 1024)}Ki")
     return ValueError(f"no index of {count} vectors of {dim} fits {budget} bytes\n"
                       f"hint: the smallest possible has about {smallest} bytes: {flag}")
 
@@ -63,7 +65,7 @@ def no_room_error(count: int, dim: int, budget: int, smallest: int, config: Inde
 def budget_of(count: int, config: IndexConfig) -> int:
     """Bytes that an index of `count` vectors may have."""
     each = config.bytes_per_vector * count + _ALLOWANCE if config.bytes_per_vector else 1 << 62
-    return min(memory(config.max_memory), each)
+    return min(parse_size(config.max_memory, "index.max_memory"), each)
 
 
 @contextlib.contextmanager

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline import storage
+from pipeline.storage.sizes import parse_size
 
 BLOCK = 1 << 16  # rows in float32 at a time
 LISTS = "knn.ivfdata"  # inverted lists that are not in knn.index
+SIZES = ("max_memory", "part_memory", "merge_memory")  # settings that are sizes
 EXACT = 100  # neighbours of a query that are found exactly, to measure recall@1, @10 and @100
 FLAT_GAIN = 0.01  # less recall than this, gained by four times the effort, is not worth it
 
@@ -16,8 +17,8 @@ FLAT_GAIN = 0.01  # less recall than this, gained by four times the effort, is n
 class IndexConfig:
     """How large an index may be, and how its quality is measured."""
 
-    max_memory: str = "4G"
-    """The index may have so many bytes: a number with K, M, G or T."""
+    max_memory: str = "4Gi"
+    """Largest size of the index: bytes, or a number with K, M, G, T (powers of 1000) or Ki, Mi, Gi, Ti (of 1024)."""
     bytes_per_vector: int = 0
     """The same per vector, whichever is less, and 64K for what does not grow with them; 0 sets no such limit."""
     key: str = ""
@@ -33,17 +34,17 @@ class IndexConfig:
     """Rows sampled to train the quantiser."""
     seed: int = 0
     """Seed of the held-out rows and the training sample."""
-    part_memory: str = "512M"
+    part_memory: str = "512Mi"
     """Vectors beyond this (as float32) make an index in parts of that size, on all workers."""
-    merge_memory: str = "4G"
+    merge_memory: str = "4Gi"
     """Inverted lists larger than this are merged on disk, into a file that searches map into memory."""
     max_drift: float = 1.5
     """With --extend: an index that quantises the added vectors with more times the error of those that were held out
     when it was trained is not sealed."""
 
     def __post_init__(self) -> None:
-        for name in ("max_memory", "part_memory", "merge_memory"):
-            memory(getattr(self, name), name)
+        for name in SIZES:
+            parse_size(getattr(self, name), f"index.{name}")
         for name in ("target_recall", "min_recall"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"index.{name} = {getattr(self, name)}: must be within 0 and 1")
@@ -57,9 +58,4 @@ class IndexConfig:
 
     def rows_of_a_part(self, dim: int) -> int:
         """Vectors of so many numbers that one part may have."""
-        return max(1, memory(self.part_memory, "part_memory") // (4 * dim))
-
-
-def memory(text: str, name: str = "max_memory") -> int:
-    """Bytes of a size like 4G, 512K or 1000."""
-    return storage.size_of(text, f"index.{name}")
+        return max(1, parse_size(self.part_memory, "index.part_memory") // (4 * dim))

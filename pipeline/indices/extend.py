@@ -17,13 +17,14 @@ from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.embeddings.embed import same_encoder
 from pipeline.indices.choose import fits_budget
-from pipeline.indices.config import BLOCK, LISTS, IndexConfig, memory
+from pipeline.indices.config import BLOCK, LISTS, IndexConfig
 from pipeline.indices.faiss_door import faiss
 from pipeline.indices.fill import fill, grows_only, lists_bytes, merge_on_disk, remove_rows, renumber
 from pipeline.indices.index import Index
 from pipeline.indices.searcher import open_dataset_index
 from pipeline.indices.tune import Queries, measure_recall, recall_error
 from pipeline.stages.types import Item, Output, StageFailed
+from pipeline.storage.sizes import parse_size
 
 _SAMPLE = 10_000  # rows whose error is measured
 _TINY = 1e-6  # errors are rounded to this
@@ -102,7 +103,7 @@ class Extension(Index):
         for rows in np.split(change.fresh, range(BLOCK, len(change.fresh), BLOCK)):
             if len(rows):
                 fill(added, embeddings.rows(rows).astype(np.float32))
-        on_disk = lists_bytes(index, len(embeddings)) > memory(self.config.merge_memory, "merge_memory")
+        on_disk = lists_bytes(index, len(embeddings)) > parse_size(self.config.merge_memory, "index.merge_memory")
         renumber(index, [(source, change.row_of), (added, change.fresh)], scratch / "loose" if on_disk else None)
         if on_disk:
             compact = remove_rows(open_dataset_index(self.base, faiss.IO_FLAG_MMAP))

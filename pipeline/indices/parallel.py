@@ -16,7 +16,7 @@ from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings, check_finite
 from pipeline.hardware import devices
 from pipeline.indices.choose import choose_key
-from pipeline.indices.config import BLOCK, EXACT, LISTS, IndexConfig, memory
+from pipeline.indices.config import BLOCK, EXACT, LISTS, SIZES, IndexConfig
 from pipeline.indices.faiss_door import faiss, gpus, gpus_possible, map_index
 from pipeline.indices.fill import fill, lists_bytes, merge, merge_on_disk
 from pipeline.indices.searcher import best
@@ -25,6 +25,7 @@ from pipeline.indices.tune import Queries, measure_recall, recall_error
 from pipeline.stages.manifest import read_manifest, sealed_input
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output
+from pipeline.storage.sizes import is_decimal, parse_size, stored_size
 
 
 class IndexingStage(Stage):
@@ -45,6 +46,15 @@ class IndexingStage(Stage):
 
     def check_device(self) -> None:
         gpus()
+
+    @property
+    def elsewhere(self) -> str:
+        decimal = any(is_decimal(getattr(self.config, name), f"index.{name}") for name in SIZES)
+        return super().elsewhere + (", or write a size that is stored as 4G as 4Gi" if decimal else "")
+
+    def section(self) -> dict[str, Any]:
+        return {name: stored_size(value, f"index.{name}") if name in SIZES else value
+                for name, value in super().section().items()}
 
     def setup(self) -> None:
         self.precision = "fp32"
@@ -114,7 +124,7 @@ class Parts(IndexingStage):
         self.dataset, self.training = training.dataset, training
 
     def section(self) -> dict[str, Any]:
-        return {"part_memory": self.config.part_memory}
+        return {"part_memory": super().section()["part_memory"]}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         return {"training": sealed_input(self.root, self.training.path, self.command),
@@ -172,7 +182,7 @@ def merge_parts(training: Training, parts: Parts, config: IndexConfig, scratch: 
     manifest = read_manifest(parts.folder, parts.command)
     paths = [_local(parts, record, f"{record['id']}.index") for record in manifest["items"]]
     size = 0
-    if lists_bytes(index, manifest["totals"]["samples"]) > memory(config.merge_memory, "merge_memory"):
+    if lists_bytes(index, manifest["totals"]["samples"]) > parse_size(config.merge_memory, "index.merge_memory"):
         merge_on_disk(index, [map_index(path) for path in paths], scratch / LISTS)
         size = len(faiss.serialize_index(index)) + (scratch / LISTS).stat().st_size
     else:

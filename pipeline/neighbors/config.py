@@ -5,8 +5,8 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.indices.config import memory
 from pipeline.neighbors.by_list import bytes_of_a_query
+from pipeline.storage.sizes import parse_size
 
 _BASE = 800 << 20  # what a worker has in memory before it searches: torch (470 MB with CUDA's), faiss, pyarrow, Ray
 _LEAST = 64 << 20  # for blocks, whatever the budget
@@ -41,7 +41,7 @@ class NeighborsConfig:
     at_once: int = 0
     """Shards whose samples are searched together, so that the database is read once for all of them; 0: as many as
     `max_memory` has room for, as long as 64 workers have something to do."""
-    max_memory: str = "1G"
+    max_memory: str = "1Gi"
     """A worker may take so many bytes; blocks are planned from it."""
 
     def __post_init__(self) -> None:
@@ -52,12 +52,12 @@ class NeighborsConfig:
         if not self.copy_similarity > 0:
             raise ValueError(f"neighbors.copy_similarity = {self.copy_similarity}: must be above 0, or nothing is "
                              f"left; above 1 for none")
-        memory(self.max_memory, "max_memory")
+        parse_size(self.max_memory, "neighbors.max_memory")
 
     @property
     def block_bytes(self) -> int:
         """What is left for blocks of vectors and products."""
-        return max(_LEAST, (memory(self.max_memory, "max_memory") - _BASE) // 2)
+        return max(_LEAST, (parse_size(self.max_memory, "neighbors.max_memory") - _BASE) // 2)
 
     @property
     def wanted(self) -> int:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pipeline.media.types import NARROWEST, Format, Resize
 from pipeline.sources.urls import TOKEN, parse_allowed_host
+from pipeline.storage.sizes import parse_size
 
 Kind = Literal["auto", "pictures", "list", "tars"]
 
@@ -53,7 +54,6 @@ class DownloadConfig:
 
 # Bytes a pixel that pictures take: img2dataset's table of a million of 256 x 256, and some for the metadata.
 _BYTES_A_PIXEL = {"jpg": 0.46, "webp": 0.36, "png": 1.5}
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 @dataclass(frozen=True)
@@ -144,14 +144,9 @@ class ShardConfig:
         if self.resize == "no":
             raise ValueError("shard.shard_size: how large pictures are that keep their size is not known before\n"
                              "hint: --samples-per-shard")
-        unit = self.shard_size.upper().removesuffix("B")[-1:]
-        unit = unit if unit in _UNITS else ""
-        number = self.shard_size.upper().removesuffix("B").removesuffix(unit)
-        try:
-            wanted = float(number) * _UNITS[unit]
-        except ValueError:
-            wanted = 0.0
-        if not 1 <= wanted < float("inf"):
-            raise ValueError(f"shard.shard_size = {self.shard_size!r}: must be a size such as 500M")
+        wanted = parse_size(self.shard_size, "shard.shard_size")
+        if not wanted:
+            raise ValueError(f"shard.shard_size = {self.shard_size!r}: must be at least one byte\n"
+                             f"hint: --shard-size 500M")
         each = self.image_size ** 2 * _BYTES_A_PIXEL[self.format] + 3000
         return max(1, round(wanted / each / max(self.patches, 1)))

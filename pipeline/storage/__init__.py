@@ -6,7 +6,7 @@ Start with files.py.
 """
 
 from pipeline.storage.addresses import is_local, join, local_path, normal, place, short_hash, without_credentials
-from pipeline.storage.cache import cache_folder, fetch, opened, size_of
+from pipeline.storage.cache import cache_folder, fetch, opened
 from pipeline.storage.conditional import can_swap, create_bytes, swap_bytes
 from pipeline.storage.files import (
     StorageError,
@@ -42,5 +42,5 @@ __all__ = [
     "exists", "fetch", "folders", "full", "glance", "glob", "is_local", "join", "json_bytes", "json_of",
     "local_path", "modified", "name_by_content", "names", "normal", "opened", "place", "put_bytes", "put_file",
     "put_json", "read_bytes", "read_json", "reader", "remove", "remove_tree", "sha256", "sha256_file", "short_hash",
-    "size", "size_of", "stamps", "swap_bytes", "walk", "without_credentials",
+    "size", "stamps", "swap_bytes", "walk", "without_credentials",
 ]

@@ -18,10 +18,10 @@ from pipeline.storage.files import (
     storage_errors,
     unfinished_file,
 )
+from pipeline.storage.sizes import parse_size
 
 _T = TypeVar("_T")
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_CACHE_BYTES = "50G"
+_CACHE_BYTES = "50Gi"
 _CACHED = re.compile(r"[0-9a-f]{64}")  # files of the cache are named by their sha256
 _IN_USE_S = 60.0  # from fetching a file to opening it no more may pass
 _ABANDONED_S = 3600.0  # nothing was written into an unfinished file for so long: its process was killed
@@ -116,21 +116,13 @@ def _cached_files(folder: Path) -> Iterator[tuple[float, int, Path]]:
 
 
 def _cache_bytes() -> int:
-    return size_of(os.environ.get("RDM_CACHE_BYTES") or _CACHE_BYTES, "RDM_CACHE_BYTES")
-
-
-def size_of(text: str, name: str) -> int:
-    """Bytes of a size like 4G, 512K or 1000; ValueError with the `name` of the setting if it is none."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", text.strip(), re.IGNORECASE)
-    if not match:
-        raise ValueError(f"{name}: {text!r} is not a size\nhint: a number with K, M, G or T, as in 4G")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return parse_size(os.environ.get("RDM_CACHE_BYTES") or _CACHE_BYTES, "RDM_CACHE_BYTES")
 
 
 def cache_folder() -> Path:
     """Where this node keeps what it fetched: `$RDM_CACHE`, or a folder of this user for temporary files.
 
-    What `fetch` puts there takes at most `$RDM_CACHE_BYTES` (50G).
+    What `fetch` puts there takes at most `$RDM_CACHE_BYTES` (50Gi).
     """
     folder = Path(os.environ.get("RDM_CACHE") or Path(tempfile.gettempdir()) / f"rdm-cache-{os.getuid()}")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)

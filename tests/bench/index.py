@@ -156,7 +156,7 @@ def ours(dataset: Dataset, memory: str, cores: int, workers: int) -> tuple[str, 
     how = ["--local"] if not workers else ["--workers", str(workers)]
     first = ["env", f"OMP_NUM_THREADS={cores}"] if not workers else []
     usage = measured([*first, sys.executable, "-m", "jobs", "index", _NAME, "--root", dataset.root, "--max-memory",
-                      memory, *how], folder.with_suffix(".log"))
+                      f"{memory}i", *how], folder.with_suffix(".log"))
     who = f"ours, {workers} workers" if workers else f"ours, --local, {cores} core{'s' if cores > 1 else ''}"
     return who, usage, folder / "knn.index", dataset.manifest("index")["info"]["key"]
 

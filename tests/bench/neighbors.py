@@ -62,7 +62,7 @@ def filled(work: Path, rows: int, queries: int, dim: int, key: str) -> tuple[Dat
     if not datasets[0].sealed("index"):
         from pipeline.indices.index import build_index
         print("making the index", file=sys.stderr)
-        build_index(index.Index(datasets[0], IndexConfig(key=key, max_memory="100G", train_points=160_000)),
+        build_index(index.Index(datasets[0], IndexConfig(key=key, max_memory="100Gi", train_points=160_000)),
                      run_stage)
     return datasets[1], datasets[0]
 

@@ -161,7 +161,7 @@ def compare_searches(work: Path, rows: int, each: int, times: int) -> int:
     """Foretell both searches, run them, and say how far off each was."""
     base = tiny()
     settings = replace(base, shard=replace(base.shard, samples_per_shard=1000), neighbors=NeighborsConfig(probes=8),
-                       index=IndexConfig(key="IVF256,SQ8", max_memory="100G", queries=200))
+                       index=IndexConfig(key="IVF256,SQ8", max_memory="100Gi", queries=200))
     search(work / "first", 20_000, 20, settings)  # a process loads its libraries once
     small = search(work / "small", rows, each, settings)
     known = rates_from_manifests.rates(str(work / "small"), rates.built_in())
@@ -247,7 +247,7 @@ def _vectors(root: Path, shares: Shares) -> None:
                           for name, some in (("vectors", parts), ("searched", parts[:-1])))
     # Without a rotation, so that nearly all of the training is the clustering, as it is with tens of millions;
     # autofaiss takes such a kind for a larger one than it is.
-    config = IndexConfig(key=_KEY, max_memory="100G", part_memory="64M", train_points=100_000, queries=200,
+    config = IndexConfig(key=_KEY, max_memory="100Gi", part_memory="64Mi", train_points=100_000, queries=200,
                          target_recall=0.4)
     timed(shares, "index", lambda: build_index(Index(database, config), run_stage))
     build_index(Index(searched, replace(config, key=_SEARCHED)), run_stage)

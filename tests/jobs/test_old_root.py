@@ -49,6 +49,20 @@ def test_sealed_folders_stay_as_they_are(root: Path, tmp_path: Path) -> None:
     assert contents(root) == before
 
 
+def test_stored_sizes_keep_their_bytes(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The stored settings say 4G and 512M, which the program that wrote them took for powers of 1024."""
+    section = manifest(root, "art/v1/index")["section"]
+    assert (section["max_memory"], section["part_memory"]) == ("4G", "512M")
+    before = contents(root)
+    assert run(root, "index", "art", "--key", "IVF4,SQ8", "--max-memory", "4Gi", "--part-memory", "512Mi") == 0
+    capsys.readouterr()
+    assert run(root, "index", "art", "--key", "IVF4,SQ8", "--max-memory", "4G") == 2
+    said = capsys.readouterr().err
+    assert 'section.max_memory: there "4G", now "4000000000"' in said
+    assert "write a size that is stored as 4G as 4Gi" in said
+    assert contents(root) == before
+
+
 def test_an_unfinished_stage_is_continued(root: Path) -> None:
     folder = root / "datasets/half/v1/embeddings"
     before, planned = contents(folder), json.loads((folder / "plan.json").read_text())

@@ -5,6 +5,7 @@ import http.client
 import io
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -294,7 +295,9 @@ def test_rollback_and_what_was_rolled_back_stays_so(place: Path, capsys: pytest.
         assert main(["rollback", NAME, "--to", wrong, "--root", root]) == 2
     assert main(["versions", NAME, "--root", root]) == 0
     lines = capsys.readouterr().out.splitlines()[-3:]
-    assert [line[7:22].strip() for line in lines] == ["released", "published", "rolled back"]
+    assert [re.split("  +", line)[:2] for line in lines] == [["v1", "released"], ["v2", "published"],
+                                                             ["v3", "rolled back"]]
+    assert len({line.index(re.split("  +", line)[1]) for line in lines}) == 1  # aligned
     assert main(["embed", NAME, "--rebuild", "--root", root, "--local"]) == 2
     assert "never changes" in capsys.readouterr().err
 

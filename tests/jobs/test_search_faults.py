@@ -105,7 +105,7 @@ def killing(seed: int) -> Iterator[list[int]]:
 @pytest.mark.ray
 @pytest.mark.parametrize(("before", "command", "folder"), [
     ([], ["embed", "x", "--batch-size", "16"], "embeddings"),
-    (["embed"], ["index", "x", "--part-memory", "60K"], "index"),
+    (["embed"], ["index", "x", "--part-memory", "60Ki"], "index"),
     (["embed"], ["neighbors", "x", "--method", "exact", "--vectors"], "neighbors/x"),
     (["embed", "index"], ["neighbors", "x", "--probes", "1"], "neighbors/x"),
 ])
@@ -215,7 +215,7 @@ def test_embeddings_that_are_damaged_are_refused(change: Any, told: str, verifie
                                                  capsys: Any) -> None:
     assert main(embed(root, "--local")) == 0
     spoiled(root, change)
-    for command in (["index", "x"], ["index", "x", "--part-memory", "60K", "--rebuild"],
+    for command in (["index", "x"], ["index", "x", "--part-memory", "60Ki", "--rebuild"],
                     ["neighbors", "x", "--method", "exact"]):
         assert main([*command, "--root", str(root), "--local"]) == 1, command
         text = capsys.readouterr().err

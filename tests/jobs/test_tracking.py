@@ -7,17 +7,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from jobs.cli.main import main
+from jobs.runs.labels import run_labels
 from jobs.runs.metrics import read
 from jobs.runs.run import Run
-from jobs.telemetry import wandb_offline, wandb_tracker
+from jobs.telemetry import wandb_tracker
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
+from tests.jobs import wandb_files
 
 _SMALL = ('[train]\nsteps = 24\nglobal_batch = 4\nlog_every = 1\ncheckpoint_every = 6\nprecision = "fp32"\n'
           'image_size = 16\n[train.unet]\nmodel_channels = 32\n')
@@ -42,7 +46,7 @@ def _session(folder: Path, last: str = "group") -> dict[str, Any]:
 
 def _written(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"history": [], "config": {}, "summary": {}}
-    for record in wandb_offline.records(next(folder.glob("*.wandb"))):
+    for record in wandb_files.records(next(folder.glob("*.wandb"))):
         kind = record.WhichOneof("record_type")
         if kind == "run":
             found |= {"id": record.run.run_id, "group": record.run.run_group, "job": record.run.job_type,
@@ -61,9 +65,18 @@ def _written(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _sessions(folder: Path) -> list[dict[str, Any]]:
+def _sessions(folder: Path, place: str = "wandb") -> list[dict[str, Any]]:
     """The sessions in a folder, in the order in which `wandb sync` takes them."""
-    return [_session(one) for one in sorted((folder / "wandb").glob("offline-run-*"))]
+    return [_session(one) for one in sorted((folder / place).glob("offline-run-*"))]
+
+
+def _unfinished(folder: Path) -> list[dict[str, Any]]:
+    """The sessions of killed processes, which `wandb sync` does not take."""
+    return _sessions(folder, "wandb-unfinished")
+
+
+def _steps(sessions: list[dict[str, Any]]) -> list[list[int]]:
+    return [[line["_step"] for line in one["history"]] for one in sessions]
 
 
 def _environment() -> dict[str, str]:
@@ -79,7 +92,7 @@ def _train(root: Path, *more: str) -> list[str]:
 
 
 _FOLLOWED = """
-import sys, time
+import os, sys, time
 from jobs.runs.labels import run_labels
 from jobs.runs.metrics import Metrics
 from jobs.telemetry import wandb_tracker
@@ -87,41 +100,140 @@ from jobs.runs.run import Run
 from jobs.training.train_stage import Job
 from model.recipes import tiny
 from pipeline.datasets.dataset import Dataset
-root, first, last, ends = sys.argv[1], *map(int, sys.argv[2:])
+root, first, last, ends, *validates = sys.argv[1], *map(int, sys.argv[2:])
 dataset = Dataset.parse(root, "drawn")
 job = Job(Run.parse(root, "small"), dataset, dataset, tiny())
 metrics = Metrics(job.run, first)
 tracker = wandb_tracker.tracker_of_run(job, run_labels("drawn", "v1", "small"))
 for step in range(first + 1, last + 1):
     tracker.add(metrics.add({"step": step, "loss": 1 / step, "seconds": 0.1}), hold=True)
+    if validates and step % 6 == 0:
+        tracker.add(metrics.note({"step": step, "validation_loss": float(step)}), job.run.validated(step), hold=True)
     if step % 6 == 0:
         metrics.flush()
         tracker.saved()
 print("here", flush=True)
 if not ends:
     time.sleep(100)
+while "WAITS_FOR" in os.environ and not os.path.exists(os.environ["WAITS_FOR"]):
+    time.sleep(0.1)
 tracker.saved()
 tracker.close()
 """
 
 
-@pytest.mark.parametrize("seconds", [0.0, pytest.param(4.0, marks=pytest.mark.slow)])  # before wandb writes, and after
-def test_what_a_killed_session_had_not_written_the_next_one_tells(tmp_path: Path, seconds: float) -> None:
-    def session(*numbers: int) -> "subprocess.Popen[str]":
+@pytest.fixture
+def session(tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+    """Starts a session of a run: its first step but one, its last step, whether it ends by itself, its validations."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*numbers: int, **environment: str) -> "subprocess.Popen[str]":
         process = subprocess.Popen([sys.executable, "-c", _FOLLOWED, str(tmp_path), *map(str, numbers)], text=True,
-                                   env=_environment(), stdout=subprocess.PIPE)
+                                   env=_environment() | environment, stdout=subprocess.PIPE)
+        started.append(process)
         assert process.stdout and process.stdout.readline() == "here\n"
         return process
 
-    first = session(0, 15, 0)
-    time.sleep(seconds)
-    first.kill()
-    first.wait()
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def _kill(process: "subprocess.Popen[str]", after: float = 0.0) -> None:
+    time.sleep(after)
+    process.kill()
+    process.wait()
     time.sleep(1.1)  # the folders are named by the second
+
+
+@pytest.mark.parametrize("seconds", [0.0, pytest.param(4.0, marks=pytest.mark.slow)])  # before wandb writes, and after
+def test_the_steps_of_a_killed_session_are_told_once_by_the_next_one(tmp_path: Path, session: Any,
+                                                                     seconds: float) -> None:
+    run = tmp_path / "runs/small"
+    _kill(session(0, 15, 0), seconds)
     assert session(12, 20, 1).wait(60) == 0
-    told = [[line["_step"] for line in one["history"]] for one in _sessions(tmp_path / "runs/small")]
+    assert _steps(_sessions(run)) == [list(range(1, 21))]
     # wandb keeps the newest step open until there is another.
-    assert len(told[0]) == (11 if seconds else 0) and [*told[0], *told[1]] == list(range(1, 21))
+    assert _steps(_unfinished(run)) == [list(range(1, 12)) if seconds else []]
+
+
+def test_sessions_that_finished_stay_and_those_that_were_killed_do_not(tmp_path: Path, session: Any) -> None:
+    run = tmp_path / "runs/small"
+    assert session(0, 12, 1).wait(60) == 0
+    time.sleep(1.1)
+    _kill(session(12, 22, 0), 3.0)
+    _kill(session(18, 26, 0))
+    assert session(24, 30, 1).wait(60) == 0
+    time.sleep(1.1)
+    assert session(30, 33, 1).wait(60) == 0
+    assert _steps(_sessions(run)) == [list(range(1, 13)), list(range(13, 31)), list(range(31, 34))]
+    assert _steps(_unfinished(run)) == [list(range(13, 18)), []]
+    losses = [line["loss"] for one in _sessions(run) for line in one["history"]]
+    assert losses == [line["loss"] for line in read(Run.parse(str(tmp_path), "small"))] == [
+        1 / step for step in range(1, 34)]
+
+
+def test_validations_of_a_killed_session_are_told_with_their_images(tmp_path: Path, session: Any) -> None:
+    run = tmp_path / "runs/small"
+    (run / "validation").mkdir(parents=True)
+    for step in (6, 12):
+        Image.new("RGB", (8, 8), (step, 0, 0)).save(run / f"validation/{step:07d}.png")
+    _kill(session(0, 15, 0, 1))
+    assert session(12, 14, 1).wait(60) == 0
+    only, = _sessions(run)
+    assert [(line["_step"], line["validation_loss"], line["validation/_type"]) for line in only["history"]
+            if "validation_loss" in line] == [(6, 6.0, "image-file"), (12, 12.0, "image-file")]
+    assert _steps([only]) == [list(range(1, 15))]
+    folder, = (run / "wandb").glob("offline-run-*")
+    assert len(list((folder / "files/media/images").glob("validation_*.png"))) == 2
+
+
+def test_steps_that_are_repeated_after_a_damaged_checkpoint_are_told_once(tmp_path: Path, session: Any) -> None:
+    assert session(0, 12, 1).wait(60) == 0
+    time.sleep(1.1)
+    assert session(6, 20, 1).wait(60) == 0
+    assert _steps(_sessions(tmp_path / "runs/small")) == [list(range(1, 13)), list(range(13, 21))]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_run_of_an_earlier_version_is_one_curve(tmp_path: Path, session: Any, killed: bool) -> None:
+    run = tmp_path / "runs/small"
+    first = session(0, 12, int(not killed))
+    _kill(first, 3.0) if killed else first.wait(60)
+    id_ = storage.read_json(str(run / "wandb.json"))["id"]
+    storage.put_json({"id": id_}, str(run / "wandb.json"))  # as earlier versions wrote it
+    time.sleep(1.1)
+    assert session(12, 20, 1).wait(60) == 0
+    assert _steps(_sessions(run)) == [list(range(1, 21))] and _sessions(run)[0]["id"] == id_
+    # Nothing is deleted: what is not in the curve any more is beside it.
+    assert _steps(_unfinished(run)) == [list(range(1, 12 if killed else 13))]
+
+
+def test_an_online_session_leaves_offline_ones_alone_and_tells_nothing_again(tmp_path: Path) -> None:
+    run = Run.parse(str(tmp_path), "small")
+    folder = tmp_path / "runs/small/wandb/offline-run-20260101_000000-abc"
+    folder.mkdir(parents=True)
+    storage.put_json({"id": "abc"}, str(tmp_path / "runs/small/wandb.json"))
+    tracker = wandb_tracker.Tracker(str(tmp_path), run.folder, run_labels("drawn", "v1", "small"), {}, {}, wanted=False,
+                               training=True)
+    tracker.session, tracker.online = object(), True  # logging to it would raise, and end the session
+    tracker.replay([({"step": 1, "loss": 1.0}, "")])
+    assert tracker.session is not None and folder.exists()
+    wandb_tracker._set_aside(run.folder, tmp_path / "runs/small")
+    assert not folder.exists() and (tmp_path / "runs/small/wandb-unfinished" / folder.name).exists()
+
+
+def test_a_session_that_was_set_aside_meanwhile_does_not_count_as_finished(tmp_path: Path, session: Any) -> None:
+    run = tmp_path / "runs/small"
+    slow = session(0, 12, 1, WAITS_FOR=str(tmp_path / "next"))  # it lost its driver, and does not know of it
+    time.sleep(1.1)
+    assert session(12, 15, 1).wait(60) == 0
+    (tmp_path / "next").touch()
+    assert slow.wait(60) == 0
+    known = storage.read_json(str(run / "wandb.json"))
+    assert known["last_step"] == 15 and len(known["finished"]) == 1
+    assert _steps(_sessions(run)) == [list(range(1, 16))] and len(_unfinished(run)) == 1
 
 
 @pytest.mark.slow
@@ -141,10 +253,10 @@ def test_a_run_killed_and_resumed_is_one_curve_offline(root: Path, lines: int) -
     kept = _sessions(root / "runs/small")[0]["history"]
     done = subprocess.run(_train(root, "--steps", str(steps)), env=_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    first, second = _sessions(root / "runs/small")
+    (first,), (second,) = _unfinished(root / "runs/small"), _sessions(root / "runs/small")
     assert first["history"] == kept and second["id"] == storage.read_json(str(root / "runs/small/wandb.json"))["id"]
     curve_of = {line["step"]: line["loss"] for line in read(Run.parse(str(root), "small"))}
-    told = [(line["_step"], line["loss"]) for one in (first, second) for line in one["history"]]
+    told = [(line["_step"], line["loss"]) for line in second["history"]]
     # Nothing twice, nothing missing, and nothing from steps that the killed process had not saved.
     assert told == sorted(curve_of.items()) and [step for step, _ in told] == list(range(1, steps + 1))
     assert reached > 0 and reached % 6 == 0 and all(line["_step"] <= reached for line in kept)

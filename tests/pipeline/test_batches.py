@@ -246,7 +246,7 @@ def test_the_next_window_is_fetched_while_this_one_is_read(built, remote):
 
 
 def test_a_cache_too_small_for_the_corpus_changes_no_batch(built, remote, monkeypatch):
-    monkeypatch.setenv("RDM_CACHE_BYTES", "1K")
+    monkeypatch.setenv("RDM_CACHE_BYTES", "1Ki")
     monkeypatch.setattr(cache, "_IN_USE_S", 0.0)
     here, there = batches(built), batches(remote, decoded_bytes=0)
     for one in (here, there):

@@ -542,7 +542,7 @@ def test_batches_are_of_new_shards_where_others_stay(copied, whole):
 
 def least_memory(dataset: Dataset, config: EmbedConfig) -> str:
     with pytest.raises(ValueError, match="a worker takes") as caught:
-        Embed(dataset, replace(config, max_memory="1M")).plan()
+        Embed(dataset, replace(config, max_memory="1Mi")).plan()
     return str(caught.value).rpartition("--max-memory ")[2]
 
 
@@ -568,7 +568,7 @@ def test_memory_bounds_what_is_under_way_and_changes_no_byte(copied, built, monk
     run_stage(Embed(copied, EmbedConfig(batch_size=16, max_memory=least)))
     assert most[0] == 1
     assert without_run_facts(copied.manifest("embeddings")) == without_run_facts(built.manifest("embeddings"))
-    less = f"{int(least[:-1]) - 1}M"
+    less = f"{int(least[:-2]) - 1}Mi"
     with pytest.raises(ValueError, match=rf"(?s)embed\.max_memory = {less}: .*hint: --max-memory {least}$"):
         Embed(copied, EmbedConfig(batch_size=16, max_memory=less)).plan()
 

@@ -142,15 +142,15 @@ def test_an_extended_index_obeys_its_budget(tmp_path, vectors):
     base, following = versions(tmp_path, vectors)
     run_stage(Index(base, IndexConfig(key="SQ8")))
     with pytest.raises(StageFailed, match="fits 20480 bytes"):
-        run_stage(Extension(following, base, IndexConfig(max_memory="20K")))
+        run_stage(Extension(following, base, IndexConfig(max_memory="20Ki")))
 
 
 @pytest.mark.parametrize("key", ["IVF16,SQ8", "OPQ8_32,IVF16,PQ8x4"])
 def test_lists_merged_on_disk_are_those_merged_in_memory(tmp_path, vectors, key, capfd):
     found = {}
-    for name, bound in (("memory", "4G"), ("disk", "10K")):
+    for name, bound in (("memory", "4Gi"), ("disk", "10Ki")):
         dataset = made.given(tmp_path / name, "x", np.array_split(vectors, 6))
-        config = IndexConfig(key=key, part_memory="20K", merge_memory=bound)
+        config = IndexConfig(key=key, part_memory="20Ki", merge_memory=bound)
         about = build_index(Index(dataset, config), run_stage)["info"]
         assert about["parts"] > 2
         folder = storage.local_path(dataset.folder("index"))
@@ -176,9 +176,9 @@ def test_lists_merged_on_disk_are_those_merged_in_memory(tmp_path, vectors, key,
     assert (Searcher(base).index.search(vectors[:200], 10)[1] == found["disk"][1]).all()
     following = made.given(moved, "x@v2", [*np.array_split(vectors, 6)[1:], made.clustered(1_700, 32)[1_500:]])
     extended = {}
-    for bound in ("10K", "4G"):
+    for bound in ("10Ki", "4Gi"):
         about = build_index(Extension(following, base, IndexConfig(merge_memory=bound)), run_stage, rebuild=True)
-        assert storage.exists(storage.join(following.folder("index"), LISTS)) == (bound == "10K")
+        assert storage.exists(storage.join(following.folder("index"), LISTS)) == (bound == "10Ki")
         extended[bound] = (*Searcher(following).index.search(vectors[:200], 10), about["info"]["recall"])
     for one, other in zip(*extended.values(), strict=True):
         np.testing.assert_equal(one, other)
@@ -189,21 +189,21 @@ def test_lists_on_disk_come_from_a_store_too(tmp_path, s3, vectors):
     found = []
     for root in (tmp_path, s3):
         dataset = made.given(root, "x", np.array_split(vectors, 4))
-        build_index(Index(dataset, IndexConfig(key="IVF16,SQ8", part_memory="60K", merge_memory="10K")), run_stage)
+        build_index(Index(dataset, IndexConfig(key="IVF16,SQ8", part_memory="60Ki", merge_memory="10Ki")), run_stage)
         following = made.given(root, "x@v2", np.array_split(vectors, 4)[1:])
-        run_stage(Extension(following, dataset, IndexConfig(merge_memory="10K")))
+        run_stage(Extension(following, dataset, IndexConfig(merge_memory="10Ki")))
         found.append([Searcher(one).search(vectors[:100], 5) for one in (dataset, following)])
         found[-1].append([one.manifest("index")["items"][0]["files"] for one in (dataset, following)])
     np.testing.assert_equal(found[0], found[1])
     assert LISTS in str(found[0][-1])
 
 
-@pytest.mark.parametrize("merge_memory", ["10K", "4G"])
+@pytest.mark.parametrize("merge_memory", ["10Ki", "4Gi"])
 @pytest.mark.parametrize("sizes", [(900, 500), (500, 900), (400, 400, 37), (300, 37, 400, 263)])
 def test_parts_of_unequal_size_are_merged_with_the_right_rows(tmp_path, vectors, sizes, merge_memory):
     count = sum(sizes)
     dataset = made.given(tmp_path, "x", np.split(vectors[:count], np.cumsum(sizes)[:-1]))
-    config = IndexConfig(key="IVF16,SQ8", part_memory="10K", merge_memory=merge_memory, target_recall=1.0)
+    config = IndexConfig(key="IVF16,SQ8", part_memory="10Ki", merge_memory=merge_memory, target_recall=1.0)
     build_index(Index(dataset, config), run_stage)
     manifest = dataset.manifest("index")
     assert manifest["info"]["parts"] > 1 and manifest["info"]["recall_at_10"] > 0.95
@@ -221,14 +221,14 @@ def test_an_index_with_rows_twice_or_beyond_is_not_sealed_and_a_fault(tmp_path, 
     number = next(number for number in range(8) if index.invlists.list_size(number) > 1)
     faiss.rev_swig_ptr(index.invlists.get_ids(number), 2)[:] = 599_000, 599_001
     assert misnumbered(index) == 4  # two that nobody has, and two that are gone
-    monkeypatch.setattr("pipeline.indices.index.build_whole", lambda *_: (index, {}, {"recall_at_10": 1.0}, {}))
+    monkeypatch.setattr("pipeline.indices.build_whole", lambda *_: (index, {}, {"recall_at_10": 1.0}, {}))
     with pytest.raises(StageFailed, match="not in it exactly once"):
         run_stage(Index(dataset, IndexConfig(key="IVF8,Flat")))
 
 
 def test_lists_that_are_missing_or_cut_are_named(tmp_path, vectors):
     dataset = made.given(tmp_path, "x", np.array_split(vectors, 6))
-    build_index(Index(dataset, IndexConfig(key="IVF16,SQ8", part_memory="20K", merge_memory="10K")), run_stage)
+    build_index(Index(dataset, IndexConfig(key="IVF16,SQ8", part_memory="20Ki", merge_memory="10Ki")), run_stage)
     path = storage.local_path(dataset.folder("index")) / LISTS
     whole = path.read_bytes()
     path.write_bytes(whole[:-8])

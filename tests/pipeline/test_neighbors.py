@@ -341,7 +341,7 @@ def test_shards_searched_together_give_what_each_gives_alone(tmp_path, method):
 
 
 def test_as_many_shards_are_searched_together_as_there_is_memory_and_work_for():
-    config = NeighborsConfig(max_memory="1G")
+    config = NeighborsConfig(max_memory="1Gi")
     for lists, wanted in ((False, 100), (True, 32)):
         together = config.shards_at_once(10_000, 10_000_000, 512, lists=lists)
         each = 4 * 512 + bytes_of_a_query(wanted)

@@ -1,0 +1,187 @@
+"""The progress bar as a person sees it: commands run under a pseudo terminal, and what they write is played back."""
+
+import fcntl
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_LONG = "a warning of " + "many " * 30 + "words"
+_STAGE = f"""
+import logging, sys, time
+from jobs import cli, logs, watched
+from pipeline import stage
+from pipeline.stage import Item, Output, Stage, StageFailed
+
+class Slow(Stage):
+    name = "slow"
+    def __init__(self, root):
+        super().__init__(root, "datasets/x/v1/shards", None)
+    def section(self):
+        return {{}}
+    def plan(self):
+        return [Item(f"{{number:06d}}") for number in range(12)]
+    def rows(self, item):
+        return 100
+    def process(self, item, scratch):
+        time.sleep(0.2)
+        if item.id == "000006":
+            logging.getLogger("pipeline.slow").warning({_LONG!r})
+            print("a library says this", file=sys.stderr)
+        if item.id == "000009" and sys.argv[2] == "fault":
+            raise StageFailed("slow: the ninth item is broken")
+        return Output(samples=100, info={{"rows": 100}})
+
+def act(arguments):
+    watched.run(Slow(sys.argv[1]), name="[slow] stage")
+    print('{{"data": true}}')
+    return 0
+
+cli.parsed = lambda arguments: (lambda command, settings: act(arguments), None, None)
+sys.exit(cli.main(["status", *sys.argv[3:]]))
+"""
+
+
+class Seen:
+    """The output on a pseudo terminal: raw, and as the lines of the screen."""
+
+    def __init__(self, raw: bytes, code: int, columns: int) -> None:
+        self.raw, self.code, self.lines = raw.decode(), code, [""]
+        row = column = 0
+        for text, command in re.findall(r"(\x1b\[[?\d;]*([A-Za-z])|.|\n)", self.raw, re.DOTALL):
+            if command == "A":
+                row -= int(text[2:-1] or 1)
+            elif text == "\x1b[2K":
+                self.lines[row] = ""
+            elif text == "\r":
+                column = 0
+            elif text == "\n" or (not command and column >= columns):
+                row, column = row + 1, column if text == "\n" else 0
+                self.lines += [""] * (row + 1 - len(self.lines))
+            if not command and text not in "\r\n":
+                self.lines[row] = self.lines[row][:column].ljust(column) + text + self.lines[row][column + 1:]
+                column += 1
+
+    @property
+    def bars(self) -> list[str]:
+        """The lines that show the bar."""
+        return [line for line in self.lines if line.startswith("[slow] stage")]
+
+
+def _size(terminal: int, columns: int) -> None:
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+
+
+def _run(command: list[str], columns: int = 120, meanwhile: Callable[[int, "subprocess.Popen[bytes]", bytes], None] |
+         None = None, **environment: str) -> Seen:
+    """Run a command on a terminal; `meanwhile` is called with the terminal, the process and its output so far."""
+    ours, theirs = pty.openpty()
+    _size(theirs, columns)
+    kept = {key: value for key, value in os.environ.items() if key not in {"COLUMNS", "LINES", "NO_COLOR"}}
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+                               env=kept | {"TERM": "xterm", "PYTHONPATH": os.getcwd()} | environment)
+    os.close(theirs)
+    raw = b""
+    try:
+        while True:
+            try:
+                raw += os.read(ours, 65536)
+            except OSError:  # the other end is closed
+                break
+            if meanwhile:
+                meanwhile(ours, process, raw)
+        return Seen(raw, process.wait(30), columns)
+    finally:
+        process.kill()
+        os.close(ours)
+
+
+def _stage(root: Path, how: str = "", *flags: str) -> list[str]:
+    return [sys.executable, "-c", _STAGE, str(root), how, *flags]
+
+
+def test_log_lines_stay_whole_above_the_bar_and_the_bar_ends_full(tmp_path: Path) -> None:
+    seen = _run(_stage(tmp_path))
+    assert seen.code == 0 and len(seen.bars) == 1
+    assert "100%" in seen.bars[0] and "1200 of 1200 rows" in seen.bars[0] and "100.0% good" in seen.bars[0]
+    shown = "\n".join(seen.lines)
+    assert f" {_LONG}" in shown.replace("\n", "")  # wrapped by the terminal, and nothing between its words
+    assert "a library says this" in seen.lines
+    assert seen.lines.index("a library says this") < seen.lines.index(seen.bars[0])
+    assert seen.lines[seen.lines.index(seen.bars[0]) + 1] == '{"data": true}'
+    assert seen.raw.count("\x1b[?25l") == seen.raw.count("\x1b[?25h") == 1
+
+
+def test_after_an_exception_the_bar_is_closed_before_the_error(tmp_path: Path) -> None:
+    seen = _run(_stage(tmp_path, "fault"))
+    assert seen.code == 1 and len(seen.bars) == 1 and "%" in seen.bars[0]
+    assert "error: slow: the ninth item is broken" in seen.lines
+    assert seen.lines.index(seen.bars[0]) < seen.lines.index("error: slow: the ninth item is broken")
+    assert seen.raw.index("\x1b[?25h") < seen.raw.index("error: ")
+
+
+def test_ctrl_c_closes_the_bar(tmp_path: Path) -> None:
+    pressed: list[float] = []
+
+    def press(terminal: int, process: Any, raw: bytes) -> None:
+        if not pressed and b"%" in raw:
+            pressed.append(time.monotonic())
+            process.send_signal(signal.SIGINT)
+
+    seen = _run(_stage(tmp_path), meanwhile=press)
+    assert pressed and seen.code == 130 and len(seen.bars) == 1 and "100%" not in seen.bars[0]
+    assert "stopped; the same command goes on from here" in seen.lines and "Traceback" not in seen.raw
+    assert seen.raw.index("\x1b[?25h") < seen.raw.index("stopped; ")
+
+
+@pytest.mark.parametrize("columns", [44, 80])
+def test_a_narrow_terminal_cuts_the_bar_to_one_line(tmp_path: Path, columns: int) -> None:
+    seen = _run(_stage(tmp_path), columns)
+    assert len(seen.bars) == 1 and len(seen.bars[0]) <= columns and seen.bars[0].rstrip().endswith("…")
+    assert "100%" in seen.bars[0]
+
+
+def test_after_a_resize_the_bar_fits_the_new_width(tmp_path: Path) -> None:
+    resized: list[int] = []
+
+    def resize(terminal: int, process: Any, raw: bytes) -> None:
+        if not resized and b"%" in raw:
+            resized.append(len(raw))
+            _size(terminal, 60)
+
+    seen = _run(_stage(tmp_path), meanwhile=resize)
+    shown = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", seen.raw[resized[0]:]).replace("\r", "\n").split("\n")
+    bars = [line for line in shown if line.startswith("[slow] stage") and "%" in line]
+    assert len(bars) > 1 and all(len(line) <= 60 for line in bars)
+
+
+def test_without_color_there_is_none(tmp_path: Path) -> None:
+    seen = _run(_stage(tmp_path), NO_COLOR="1")
+    assert len(seen.bars) == 1 and not re.search(r"\x1b\[[\d;]*(3[0-7]|38|9[0-7])[\d;]*m", seen.raw)
+    assert re.search(r"\x1b\[[\d;]*(3[0-7]|38|9[0-7])[\d;]*m", _run(_stage(tmp_path / "other")).raw)
+
+
+@pytest.mark.parametrize(("flags", "environment"), [
+    ((), {"TERM": "dumb"}), (("--log-format", "json"), {}), ((), {"RDM_LOG": "json"})])
+def test_without_a_terminal_to_draw_on_there_are_lines(tmp_path: Path, flags: tuple[str, ...],
+                                                       environment: dict[str, str]) -> None:
+    seen = _run(_stage(tmp_path, "", *flags), 1000, **environment)
+    assert seen.code == 0 and "\x1b" not in seen.raw
+    assert sum("12 of 12 items, 1200 of 1200 rows" in line for line in seen.lines) == 1
+
+
+def test_a_piped_stderr_has_lines(tmp_path: Path) -> None:
+    done = subprocess.run(_stage(tmp_path), capture_output=True, text=True, env=os.environ | {
+        "PYTHONPATH": os.getcwd(), "FORCE_COLOR": "1", "TERM": "xterm"})
+    assert done.returncode == 0 and done.stdout == '{"data": true}\n' and "\x1b" not in done.stderr
+    assert "slow] stage: 12 of 12 items, 1200 of 1200 rows" in done.stderr and f" {_LONG}\n" in done.stderr
