@@ -15,12 +15,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from jobs import commands, report
+from jobs import commands
 from jobs.cli.pipeline import pipeline_steps
 from jobs.cluster.config import ClusterConfig
 from jobs.cluster.gpus import InProcess, check_gpus, local_device
 from jobs.config.settings import Settings
 from jobs.inspection import status
+from jobs.report import report
 from jobs.runs.labels import run_labels, stage_labels
 from jobs.runs.run import Run
 from jobs.telemetry import interrupts, logs, tables

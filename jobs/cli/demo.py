@@ -5,12 +5,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from jobs import report
 from jobs.config.recipes import RECIPES
 from jobs.config.settings import Settings
+from jobs.report import report
 from jobs.runs.run import Run
 from jobs.sampling.sample_stage import Sampling
 from jobs.telemetry.observe import run_observed
+from jobs.telemetry.units import format_bytes
 from jobs.training.export import BUNDLED, import_run
 from jobs.training.train_stage import Job
 from pipeline import storage
@@ -100,7 +101,7 @@ def _seal(stage_: Stage, runner: Runner) -> bool:
         return False
     manifest = run_observed(stage_, runner, name=f"{stage_.name} {stage_.path}")
     totals, info = manifest["totals"], manifest["info"]
-    _log.info("%s: %d samples, %.1f MB%s%s", stage_.path, totals["samples"], totals["bytes"] / 1e6,
+    _log.info("%s: %d samples, %s%s%s", stage_.path, totals["samples"], format_bytes(totals["bytes"]),
               f", left out: {totals['skipped']}" if totals["skipped"] else "",
               f", {info['key']}, recall@10 {info['recall_at_10']}" if "recall_at_10" in info else "")
     return True

@@ -1,14 +1,22 @@
 """What an evaluation found: means with intervals, a table, a plot."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from jobs.telemetry import plot_style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 NAMES = {"database": "the database", "prompt": "the prompt, mixed database", "both": "both",
          "text": "the prompt, no neighbours", "neither": "nothing, mixed database"}
 _DRAWS = 2000
+_PLOT_SIZE, _PIXEL_RATIO = (1086, 340), 1.5
+"""CSS pixels of the plot, those of the report's column, and pixels of the PNG for each."""
+_INTERVAL = {"capsize": 2.5, "error_kw": {"ecolor": plot_style.COLORS["ink"], "elinewidth": 1}}
 
 
 def summary(found: Sequence[dict[str, Any]], styles: Sequence[str], judges: dict[str, Any]) -> dict[str, Any]:
@@ -87,54 +95,65 @@ def percent(value: dict[str, float]) -> str:
 
 
 def plot(document: dict[str, Any], path: Path) -> None:
-    """Style accuracy of the ways, of each style, and over the sweeps, with intervals, as a PNG."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Write a PNG: style accuracy of each way, of each style, and over the sweeps, with intervals."""
     ways = [row for row in document["ways"] if row["way"] in NAMES and row["way"] != "neither"]
-    sweeps = {name: [(float(row["way"].split("-", 1)[1]), row) for row in document["ways"]
-                     if row["way"].startswith(f"{name}-")] for name in ("k", "guidance")}
-    chance, styles = 100 / len(document["styles"]), document["styles"]
-    figure, axes = pyplot.subplots(1, 4, figsize=(15, 4.4), width_ratios=(1.2, 2.6, 1, 1), layout="constrained")
-    colours = pyplot.get_cmap("tab10").colors
-    axes[0].bar(range(len(ways)), [100 * row["judge"]["mean"] for row in ways],
-                yerr=_errors(row["judge"] for row in ways), color=colours[:len(ways)], capsize=3)
-    axes[0].set_xticks(range(len(ways)), [NAMES[row["way"]].replace(", ", ",\n") for row in ways], rotation=30,
-                       ha="right")
-    axes[0].set_title("what names the style")
-    wide = 0.8 / max(1, len(ways))
+    with plot_style.plot_style():
+        figure = plot_style.new_figure(*_PLOT_SIZE, layout="constrained")
+        axes = figure.subplots(1, 4, width_ratios=(1.2, 2.6, 1, 1))
+        _plot_ways(axes[0], ways)
+        _plot_styles(axes[1], ways, document)
+        for axis, name in zip(axes[2:], ("k", "guidance"), strict=True):
+            _plot_sweep(axis, name, document)
+        for axis in axes:
+            axis.axhline(100 / len(document["styles"]), color=plot_style.COLORS["quiet"], linewidth=1, linestyle=":")
+            axis.set_ylim(0, 100)
+            axis.grid(axis="y")
+        axes[0].set_ylabel("right style, %")
+        figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper center", ncols=len(ways) + 1)
+        plot_style.save_png(figure, path, _PIXEL_RATIO)
+
+
+def _plot_ways(axis: "Axes", ways: Sequence[dict[str, Any]]) -> None:
+    axis.bar(range(len(ways)), [100 * row["judge"]["mean"] for row in ways], color=plot_style.SERIES[:len(ways)],
+             yerr=_errors(row["judge"] for row in ways), **_INTERVAL)
+    axis.set_xticks(range(len(ways)), [NAMES[row["way"]].replace(", ", ",\n") for row in ways], rotation=35, ha="right",
+                    rotation_mode="anchor")
+    axis.margins(x=0.06)
+    axis.set_title("style named by")
+
+
+def _plot_styles(axis: "Axes", ways: Sequence[dict[str, Any]], document: dict[str, Any]) -> None:
+    styles = document["styles"]
+    width = 0.8 / max(1, len(ways))
     for number, row in enumerate(ways):
-        places = [place + (number - (len(ways) - 1) / 2) * wide for place in range(len(styles))]
-        axes[1].bar(places, [100 * one["judge"]["mean"] for one in row["styles"]], wide,
-                    yerr=_errors(one["judge"] for one in row["styles"]), color=colours[number], label=NAMES[row["way"]])
-    axes[1].plot(range(len(styles)), [100 * one["judge"] for one in document["real"]["styles"]], "k_", markersize=18,
-                 label="real pictures")
-    axes[1].set_xticks(range(len(styles)), styles, rotation=30, ha="right")
-    axes[1].set_title("style by style")
-    figure.legend(*axes[1].get_legend_handles_labels(), fontsize=8, loc="outside upper center", ncols=len(ways) + 1)
-    for axis, (name, points) in zip(axes[2:], sweeps.items(), strict=True):
-        points.sort(key=lambda point: point[0])
-        for what, style in (("judge", "o-"), ("probe", "s--")):
-            axis.errorbar([x for x, _ in points], [100 * row[what]["mean"] for _, row in points],
-                          yerr=_errors(row[what] for _, row in points), fmt=style, capsize=3, label=what)
-        if points:
-            axis.set_xscale("log", base=2)
-            axis.set_xticks([x for x, _ in points], [f"{x:g}" for x, _ in points])
-            axis.legend(fontsize=7)
-        axis.set_title("swapped databases")
-        axis.set_xlabel("neighbours k" if name == "k" else name)
-    for axis in axes:
-        axis.axhline(chance, color="grey", linewidth=0.8, linestyle=":")
-        axis.set_ylim(0, 100)
-        axis.grid(axis="y", alpha=0.3)
-    axes[0].set_ylabel("style as asked for, %")
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
+        places = [place + (number - (len(ways) - 1) / 2) * width for place in range(len(styles))]
+        axis.bar(places, [100 * one["judge"]["mean"] for one in row["styles"]], width, color=plot_style.SERIES[number],
+                 yerr=_errors(one["judge"] for one in row["styles"]), label=NAMES[row["way"]], **_INTERVAL)
+    axis.plot(range(len(styles)), [100 * one["judge"] for one in document["real"]["styles"]], "_", markersize=26,
+              markeredgewidth=1.5, color=plot_style.COLORS["ink"], label="real images")
+    axis.set_xticks(range(len(styles)), styles, rotation=35, ha="right", rotation_mode="anchor")
+    axis.margins(x=0.02)
+    axis.set_title("each style")
 
 
-def _errors(values: Any) -> list[list[float]]:
-    """How far below and above the mean the intervals reach, in percent."""
+def _plot_sweep(axis: "Axes", name: str, document: dict[str, Any]) -> None:
+    """Style accuracy over the values of `k` or `guidance`."""
+    points = sorted(((float(row["way"].split("-", 1)[1]), row) for row in document["ways"]
+                     if row["way"].startswith(f"{name}-")), key=lambda point: point[0])
+    for judge, line, color in (("judge", "o-", plot_style.SERIES[0]), ("probe", "s--", plot_style.SERIES[1])):
+        axis.errorbar([x for x, _ in points], [100 * row[judge]["mean"] for _, row in points], fmt=line, color=color,
+                      yerr=_errors(row[judge] for _, row in points), markersize=5, capsize=3, label=judge)
+    if points:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([x for x, _ in points], [f"{x:g}" for x, _ in points])
+        axis.margins(x=0.08)
+        axis.legend(loc="best")
+    axis.set_title("swapped databases")
+    axis.set_xlabel("neighbors k" if name == "k" else name)
+
+
+def _errors(values: Iterable[dict[str, float]]) -> list[list[float]]:
+    """The distances from the mean down and up to the ends of the interval, in percent."""
     found = list(values)
     return [[max(0.0, 100 * (one["mean"] - one.get("low", one["mean"]))) for one in found],
             [max(0.0, 100 * (one.get("high", one["mean"]) - one["mean"])) for one in found]]

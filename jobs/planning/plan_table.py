@@ -17,8 +17,8 @@ from jobs.planning import benchmark, rates, rates_from_manifests
 from jobs.planning.benchmark import Trial
 from jobs.planning.cost_model import Build, Cost, Prices, costs
 from jobs.planning.rates import Rates
-from jobs.report.page import number, size
 from jobs.telemetry import tables
+from jobs.telemetry.units import format_bytes, format_hours, format_number
 from model.training import flops
 from pipeline import storage
 from pipeline.embeddings import clip
@@ -207,21 +207,22 @@ def _stages(found: list[tuple[Build, list[Cost]]], prices: Prices) -> list[list[
     for build, stages in found:
         front = [[_count(build.pictures), _count(build.rows) if build.rows else "itself"], *[["", ""]] * len(stages)]
         lines = [[one.stage, f"{one.workers} {'GPU' if one.gpu else 'worker'}{'s' if one.workers > 1 else ''}",
-                  hours(one.seconds / 3600), hours(one.worker_seconds / 3600), size(one.read), size(one.written),
-                  size(one.kept), *([number(prices.of(one), 2)] if prices.given else [])] for one in stages]
+                  format_hours(one.seconds), format_hours(one.worker_seconds),
+                  *map(format_bytes, (one.read, one.written, one.kept)),
+                  *([format_number(prices.of(one), 2)] if prices.given else [])] for one in stages]
         counted = taken(build, stages)
-        lines.append(["total", "", hours(sum(one.seconds for one in counted) / 3600), _worker_hours(counted),
-                      size(sum(one.read for one in counted)),
-                      size(sum(one.written for one in counted)), size(sum(one.kept for one in counted)),
-                      *([number(sum(map(prices.of, counted)), 2)] if prices.given else [])])
+        lines.append(["total", "", format_hours(sum(one.seconds for one in counted)), _worker_hours(counted),
+                      format_bytes(sum(one.read for one in counted)),
+                      format_bytes(sum(one.written for one in counted)), format_bytes(sum(one.kept for one in counted)),
+                      *([format_number(sum(map(prices.of, counted)), 2)] if prices.given else [])])
         rows += [[*(head if several else []), *line] for head, line in zip(front, lines, strict=True)]
     return rows
 
 
 def _worker_hours(counted: list[Cost]) -> str:
     """Hours of workers, those with a GPU apart."""
-    sums = [sum(one.worker_seconds for one in counted if one.gpu == gpu) / 3600 for gpu in (False, True)]
-    return hours(sums[0]) + (f" + {hours(sums[1])} GPU" if sums[1] else "")
+    sums = [sum(one.worker_seconds for one in counted if one.gpu == gpu) for gpu in (False, True)]
+    return format_hours(sums[0]) + (f" + {format_hours(sums[1])} GPU" if sums[1] else "")
 
 
 def _totals(found: list[tuple[Build, list[Cost]]], prices: Prices) -> list[list[str]]:
@@ -231,18 +232,11 @@ def _totals(found: list[tuple[Build, list[Cost]]], prices: Prices) -> list[list[
     for build, stages in found:
         counted = taken(build, stages)
         rows.append([_count(build.pictures), _count(build.rows) if build.rows else "itself",
-                     *(hours(one.worker_seconds / 3600) for one in stages),
-                     hours(sum(one.seconds for one in counted) / 3600), size(sum(one.read for one in counted)),
-                     size(sum(one.written for one in counted)),
-                     *([number(sum(map(prices.of, counted)), 2)] if prices.given else [])])
+                     *(format_hours(one.worker_seconds) for one in stages),
+                     format_hours(sum(one.seconds for one in counted)), format_bytes(sum(one.read for one in counted)),
+                     format_bytes(sum(one.written for one in counted)),
+                     *([format_number(sum(map(prices.of, counted)), 2)] if prices.given else [])])
     return rows
-
-
-def hours(value: float) -> str:
-    """Hours in two digits, or all of their whole ones."""
-    if value < 0.001:
-        return f"{value * 3600:.2g} s"
-    return f"{value:.2g}" if value < 10 else f"{value:,.0f}"
 
 
 def _count(value: int) -> str:

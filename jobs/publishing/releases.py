@@ -8,6 +8,7 @@ from typing import Any
 
 from jobs.runs.run import Run
 from jobs.telemetry import tables
+from jobs.telemetry.units import format_bytes
 from pipeline import storage
 from pipeline.datasets import published
 from pipeline.datasets.dataset import Dataset, datasets
@@ -278,6 +279,6 @@ def removed_table(found: list[dict[str, Any]], dry_run: bool) -> str:
     """What became of each version, a line each."""
     verb = "would be removed" if dry_run else "removed"
     return tables.render([[one["version"], f"kept: {one['kept']}" if one["kept"] else
-                           f"{verb}: {one['removed_files']} files, {one['removed_bytes'] / 1e6:.1f} MB"
+                           f"{verb}: {one['removed_files']} files, {format_bytes(one['removed_bytes'])}"
                            + (f"; {one['taken_over']} files stay, for later versions took them over"
                               if one["taken_over"] else "")] for one in found])

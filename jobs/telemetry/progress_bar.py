@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jobs.telemetry import logs
+from jobs.telemetry.units import format_duration
 from pipeline.stages.progress import Tally
 
 EVERY_S = 10.0  # between two log lines
@@ -128,9 +129,5 @@ def _rest(now: dict[str, Any]) -> str:
 
 
 def span(seconds: float) -> str:
-    """So many seconds, in the two units that matter."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 48:
-        return f"{hours // 24} days {hours % 24} h"
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+    """A duration as text."""
+    return format_duration(seconds)

@@ -105,7 +105,7 @@ def test_supported_versions_are_the_same_everywhere() -> None:
 
 def test_the_hint_and_the_documents_name_the_locked_autofaiss() -> None:
     command = f"pip install --no-deps autofaiss=={HERE['autofaiss']} embedding-reader=={HERE['embedding-reader']}"
-    for name in ("pipeline/index.py", "README.md", "docs/dependencies.md"):
+    for name in ("pipeline/indices/choose.py", "README.md", "docs/dependencies.md"):
         assert command in (REPOSITORY / name).read_text(), name
 
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from jobs.cli.main import main
-from jobs.evaluation import held_out, summary
-from jobs.evaluation.held_out import rows_with
+from jobs.evaluation import summary
+from jobs.evaluation.held_out import held_out, rows_with
 from pipeline.datasets.dataset import Dataset
 
 STYLES = ("flat", "hatched", "outline")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from jobs.cluster import actor_pool as pools
+from jobs.cluster import connect
 from jobs.cluster.config import ClusterConfig
 from jobs.cluster.retirement import REFUTED, TRIES, Blame, Failed, Place, Task, WorkerState
 from jobs.inspection import status
@@ -256,7 +257,7 @@ def nodes(cluster: Any) -> Iterator[list[str]]:
     import ray
     added = [cluster.add_node(num_cpus=1, object_store_memory=100 << 20) for _ in range(2)]
     cluster.wait_for_nodes()
-    pools.cluster.connect()
+    connect.connect()
     found = {node["NodeID"]: node["Resources"]["CPU"] for node in ray.nodes()
              if node["Alive"] and node["Resources"].get("CPU")}
     assert sum(found.values()) == 6
@@ -307,7 +308,7 @@ def test_three_healthy_workers_of_six_finish_everything(error: str, nodes: list[
 @pytest.mark.ray
 def test_a_device_that_fails_items_taken_together_retires_its_worker(cluster: Any, start: Any, tmp_path: Path) -> None:
     import ray
-    pools.cluster.connect()
+    connect.connect()
     node = next(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
     config = FaultyConfig(120, 0.1, "cuda", together=4)
     poison(tmp_path / "notes", node)
@@ -348,7 +349,7 @@ def test_an_item_that_breaks_every_device_fails_and_the_others_are_finished(clus
 def test_only_broken_places_end_the_stage_and_the_same_command_resumes(cluster: Any, start: Any, tmp_path: Path,
                                                                        monkeypatch: Any, caplog: Any) -> None:
     import ray
-    pools.cluster.connect()
+    connect.connect()
     monkeypatch.setattr(pools, "BROKEN_TIMEOUT_S", 1.0)
     poison(tmp_path / "notes", *(node["NodeID"] for node in ray.nodes()))
     config = FaultyConfig(10, 0.0, "cuda")

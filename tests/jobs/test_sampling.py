@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs import report
 from jobs.cli.main import main
+from jobs.report import report
 from jobs.runs.run import Run
 from jobs.sampling.config import QueryConfig, SampleConfig
 from jobs.sampling.generator import open_generator

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from jobs.cli.main import main
+from jobs.cli.main import main, parsed
 from jobs.cli.submit import Submission, _entrypoint, make_submission
 from jobs.telemetry import interrupts
 from pipeline import storage
@@ -32,8 +32,8 @@ ROOT = "s3://bucket/root"
 
 def _of(*words: str, own: tuple[str, ...] = ()) -> Submission:
     """What `submit OWN WORDS` would submit."""
-    _, command, _ = main.parsed(["submit", *own, *words])
-    _, inner, settings = main.parsed(command.words)
+    _, command, _ = parsed(["submit", *own, *words])
+    _, inner, settings = parsed(command.words)
     return make_submission(command.words, inner, settings, command)
 
 

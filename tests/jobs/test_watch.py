@@ -154,7 +154,7 @@ def test_a_root_that_cannot_be_read_is_a_metric(root: str, monkeypatch) -> None:
     def broken(root: str) -> Any:
         raise OSError("https://me:secret@store does not answer")
 
-    monkeypatch.setattr(inspection_prometheus.status, "of", broken)
+    monkeypatch.setattr(inspection_prometheus.status, "read_status", broken)
     monkeypatch.setattr(inspection_prometheus, "period", lambda root: -1.0)
     told = list(served.collect())
     assert [(one.name, one.samples[0].value) for one in told] == [("rdm_root_readable", 0.0)]

@@ -1,10 +1,9 @@
-"""What is below a root, as a report needs it: every manifest read once, what is missing simply missing."""
+"""The datasets, runs and stages of a root. Each manifest is read once; a missing one is None."""
 
 import logging
 from typing import Any
 
 from jobs.inspection import status
-from jobs.report.page import Html, tag
 from jobs.runs.run import Run
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, datasets
@@ -36,7 +35,7 @@ class Root:
             except FileNotFoundError:
                 self._manifests[path] = None
             except ValueError as error:
-                # The states of the stages will say so, too.
+                # The table of stages reports it, too.
                 _log.warning("report: %s", error)
                 self._manifests[path] = None
         return self._manifests[path]
@@ -64,14 +63,13 @@ class Root:
         return self._folders(f"{run.path}/evaluations")
 
     def databases(self, dataset: Dataset) -> list[str]:
-        """Labels of the databases that a dataset has, or will have, neighbours in."""
+        """Labels of the databases for which a dataset has a folder of neighbor lists, sealed or not."""
         return self._folders(dataset.path("neighbors"))
 
-    def mark(self, path: str) -> Html | None:
-        """A mark for a stage whose inputs were rebuilt since."""
-        if self._states.get(path, {}).get("state") != "stale":
-            return None
-        return tag("span", "stale", class_="mark stale", title=f"rebuilt since: {self._states[path]['changed']}")
+    def changed_inputs(self, path: str) -> list[str]:
+        """The inputs of a sealed stage that were rebuilt since."""
+        state = self._states.get(path, {})
+        return state["changed"] if state.get("state") == "stale" else []
 
     def _folders(self, path: str) -> list[str]:
         return storage.folders(storage.join(self.address, path))

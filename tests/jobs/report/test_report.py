@@ -1,4 +1,4 @@
-"""The report: whole on a whole root, readable on half a root, escaped and self-contained on any."""
+"""The report: complete on a complete root, readable on a partial root, escaped and self-contained on any root."""
 
 import csv
 import io
@@ -14,12 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs import report
-from jobs.report import tables
-from jobs.report.curve import curve, smoothed, trade_off
-from jobs.report.page import Album, size, tag
-from jobs.report.pictures import spread
-from jobs.report.root import Root
+from jobs.report import report, tables
+from jobs.report.collect import Root
+from jobs.report.images import spread
+from jobs.report.render import Album, render
 from jobs.runs.run import Run
 from jobs.sampling.config import SampleConfig
 from jobs.sampling.sample_stage import Sampling
@@ -37,8 +35,9 @@ from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage
 from tests.pipeline import made
 
-HEADINGS = ("Samples", "The finding", "Training", "Neighbours", "Datasets", "Indices", "Stages", "Encoder and settings")
+HEADINGS = ("Samples", "The finding", "Training", "Neighbors", "Datasets", "Indices", "Stages", "Encoder and settings")
 SCRIPT, QUOTES = "<script>alert(1)</script>", "\"&' onload='x"
+HOSTILE_NAME = "<img src=x onerror=alert(1)>\"'&"
 HELD_OUT = "a thing that training has not seen"
 PROMPTS = (SCRIPT, QUOTES, HELD_OUT)
 SOURCES = [{"style": "line", "package": "<b>pack</b>", "version": "1", "licence_spdx": "MIT & more",
@@ -52,7 +51,7 @@ class Document(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
-        self.feed(page)
+        self.feed(str(page))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
@@ -131,14 +130,17 @@ def test_everything_is_in_it(page: str):
 
 
 def test_neighbours_are_shown_from_the_nearest_to_the_farthest_with_their_distribution(page: str, root: Path):
-    part = page[page.index("<h2>Neighbours</h2>"):page.index("<h2>Datasets</h2>")]
+    part = page[page.index("<h2>Neighbors</h2>"):page.index("<h2>Datasets</h2>")]
     manifests = [json.loads(path.read_text()) for path in root.glob("datasets/*/v1/neighbors/*/manifest.json")]
-    assert len(manifests) == part.count("cosine similarity of all neighbours</span>")
+    # Each chart is there for wide and for narrow pages.
+    assert len(manifests) == part.count("cosine similarity of all neighbors</text>") / 2 == part.count('class="chart"')
+    charts = [chart.split("</div>")[0] for chart in part.split('<div class="chart">')[1:]]
+    bars = [chart.count('class="bar"') / 2 for chart in charts]
+    filled = [np.flatnonzero(manifest["info"]["scores"]) for manifest in manifests]
+    assert sorted(bars) == sorted(bins[-1] - bins[0] + 1 for bins in filled)
     for manifest in manifests:
-        filled = np.flatnonzero(manifest["info"]["scores"])
-        assert part.count("<rect ") >= filled[-1] - filled[0] + 1
         assert f"of {manifest['info']['rows']:,} in the database" in part
-        assert f"the most used one is that of {manifest['info']['most_used']} picture" in part
+        assert f"the most used one is that of {manifest['info']['most_used']} image" in part
     for table in part.split("<table")[1:]:
         nearest = [float(found.group(1)) for row in table.split("<tr>")[2:]
                    if (found := re.search(r"score (-?\d\.\d+)", row))]
@@ -172,8 +174,8 @@ def test_an_empty_root(tmp_path: Path):
 def test_a_root_with_only_shards(tmp_path: Path, drawn_pictures: Path):
     shards(tmp_path, "train", drawn_pictures)
     text = Document(written(tmp_path)).text
-    for words in ("No samples yet", "No curve yet", "No neighbours yet", "No index yet", "Nothing embedded yet",
-                  "36 of 36 pictures"):
+    for words in ("No samples yet", "No curve yet", "No neighbors yet", "No index yet", "Nothing embedded yet",
+                  "36 of 36 images"):
         assert words in text
     assert "could not be read" not in text
 
@@ -189,7 +191,7 @@ def test_one_damaged_part_does_not_cost_the_others(root: Path, tmp_path: Path, p
     text = Document(written(tmp_path)).text
     assert "could not be read" in text
     assert "loss at the end" in text or "The training loss over the steps" in text
-    assert "36 of 36 pictures" in text  # the contact sheet of the other dataset
+    assert "36 of 36 images" in text  # the contact sheet of the other dataset
 
 
 def test_unfinished_and_failed_stages_are_told(root: Path, tmp_path: Path):
@@ -214,78 +216,52 @@ def test_rows_are_spread_over_few_shards():
     assert len({row // 1000 for row in many}) <= 6
 
 
-def test_markup_escapes_unless_it_is_markup():
-    made = tag("p", "<&", tag("b", "x"), None, ["'", ["y"]], title='"')
-    assert made == '<p title="&quot;">&lt;&amp;<b>x</b>&#x27;y</p>'
+def test_templates_escape_values_but_not_rendered_parts():
+    page = render("section.html", intro=SCRIPT, parts=[render("unreadable.html", name=QUOTES, reason=SCRIPT)],
+                  absent="", command="", more=HOSTILE_NAME)
+    assert SCRIPT not in page and HOSTILE_NAME not in page and page.count('<p class="note">') == 2
+    document = Document(page)
+    assert {name for name, _ in document.tags} == {"p"}
+    assert {key for _, attributes in document.tags for key in attributes} == {"class"}
+    assert document.text.count(SCRIPT) == 2 and QUOTES in document.text and HOSTILE_NAME in document.text
+
+
+def test_names_of_runs_and_samples_are_text(root: Path, tmp_path: Path):
+    for name in ("datasets", "runs"):
+        shutil.copytree(root / name, tmp_path / name)
+    samples = tmp_path / "runs/first/samples"
+    next(samples.iterdir()).rename(samples / HOSTILE_NAME)
+    (tmp_path / "runs/first").rename(tmp_path / "runs" / HOSTILE_NAME)
+    page = written(tmp_path)
+    document = Document(page)
+    assert f"runs/{HOSTILE_NAME}/samples/{HOSTILE_NAME}" in document.text
+    assert HOSTILE_NAME not in page and "onerror" not in {key for _, one in document.tags for key in one}
+    assert all(value.startswith("data:image/") for value in document.values("src"))
 
 
 def test_an_album_has_an_end():
     noise = Image.effect_noise((64, 64), 90).convert("RGB")
-    assert "empty" in Album().picture(b"no picture", "broken") and "empty" in Album().picture(None, "none")
+    assert Album().image(b"no image", "broken").source is None and Album().image(None, "none").source is None
     data = io.BytesIO()
     noise.save(data, "PNG")
     album = Album(budget=5000)
-    shown = [album.picture(data.getvalue(), "noise") for _ in range(6)]
-    assert shown[0].startswith("<img") and "empty" in shown[-1] and album.left_out > 0
-
-
-@pytest.mark.parametrize("losses", [[1.0], [0.0, 0.0], [2.0, 1.9, float("nan"), 1.95], [5e4, 3.0, 1e-7],
-                                    [1 / (1 + step) for step in range(5000)], [-1.0, 3.0]])
-def test_every_curve_lies_within_its_plot(losses: list[float]):
-    drawing = curve([{"step": 10 * place, "loss": loss} for place, loss in enumerate(losses)])
-    found = re.findall(r"points=\"([^\"]*)\"", drawing)
-    points = [tuple(map(float, point.split(","))) for line in found for point in line.split()]
-    assert points and all(-0.01 <= value <= 100.01 for point in points for value in point)
-
-
-def test_a_curve_without_points_is_none():
-    assert curve([]) is None and curve([{"step": 1}]) is None
-
-
-@pytest.mark.parametrize("kinds", [
-    {"pictures": [("nprobe=1", 0.01, 0.2), ("nprobe=2", 0.013, 0.2), ("nprobe=4", 7.0, 1.0)]},
-    {"pictures": [("a", 0.5, 1.0), ("b", 0.5, 1.0)], "captions": [("a", 0.4, 0.0), ("b", 0.45, 0.01)]},
-    {"pictures": [("a", 0.5, 1.0), ("b", 0.5, 1.0)]},
-    {"pictures": [("a", 0.0, 0.3), ("b", 3.0, 0.99), ("c", 3.1, 0.995)]},
-])
-def test_a_tuning_lies_within_its_plot(kinds: dict):
-    drawing = trade_off(kinds)
-    points = [tuple(map(float, point.split(","))) for line in re.findall(r"points=\"([^\"]*)\"", drawing)
-              for point in line.split()]
-    timed = [one for points_ in kinds.values() for one in points_ if one[1] > 0]
-    assert len(points) == len(timed) == drawing.count("<title>")
-    assert all(-0.01 <= value <= 100.01 for point in points for value in point)
-    for (x, y), (_, time, recall) in zip(points, timed, strict=True):
-        assert all((time < other[1]) <= (x <= a) and (recall < other[2]) <= (y >= b)
-                   for (a, b), other in zip(points, timed, strict=True))
-
-
-def test_no_tuning_of_one_point():
-    assert trade_off({}) is None and trade_off({"pictures": [("all", 0.3, 0.9)]}) is None
+    shown = [album.image(data.getvalue(), "noise") for _ in range(6)]
+    assert (shown[0].source or "").startswith("data:image/webp") and (shown[0].width, shown[0].height) == (64, 64)
+    assert shown[-1].source is None and album.left_out == sum(one.source is None for one in shown) > 0
 
 
 def test_indices_with_a_knob_show_their_tuning(tmp_path: Path):
     vectors = made.clustered(2000, 16, clusters=200, spread=1.0)
     run_stage(Index(made.given(tmp_path, "knob", [vectors]), IndexConfig(key="IVF16,SQ8", target_recall=1.0)))
     run_stage(Index(made.given(tmp_path, "none", [vectors]), IndexConfig(key="SQ8")))
-    document = Document(tables.tuning(Root(str(tmp_path)))[0][0])
-    assert "knobIVF16,SQ8" in document.text and "pictures as queries" in document.text
+    document = Document(tables.tuning(Root(str(tmp_path))))
+    assert "knob IVF16,SQ8" in document.text and "images as queries" in document.text
     curve_ = Dataset.parse(str(tmp_path), "knob").manifest("index")["info"]["curve"]
     assert len(curve_) > 1
     for step in curve_:
         assert f"{step['parameter']}: {step['image']['10']:.3f} in " in document.text
     page = written(tmp_path)
-    assert "What a larger effort of search finds" in page and page.count("plot tuning") == 1
-
-
-def test_smoothing_keeps_a_line_and_the_ends():
-    line = [(float(x), 2.0 * x) for x in range(200)]
-    assert all(made == pytest.approx(given) for made, given in zip(smoothed(line), line, strict=True))
-
-
-def test_sizes():
-    assert [size(value) for value in (None, 0, 999, 1000, 99_960, 123_456_789, 5e12, 6e15)] == [
-        "–", "0 B", "999 B", "1.0 kB", "100 kB", "123 MB", "5.0 TB", "6.0 PB"]
+    assert "The share that a larger search effort finds" in page and page.count('<figure class="tuning">') == 1
 
 
 @pytest.mark.browser

@@ -1,0 +1,99 @@
+"""Rendering: Jinja templates that escape all text, and images that are inlined until the page is large enough."""
+
+import base64
+import functools
+import io
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+from PIL import Image, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+MOST_IMAGE_BYTES = 6_000_000
+_LOSSLESS_SIDE = 96
+_FOLDER = Path(__file__).parent
+_log = logging.getLogger(__name__)
+
+
+def render(template: str, **values: Any) -> Markup:
+    """The HTML of a file in templates/. Every value is escaped unless it is `Markup`."""
+    return Markup(_environment().get_template(template).render(**values))
+
+
+def render_page(**values: Any) -> bytes:
+    """The HTML document, with the style sheet inside."""
+    page = render("page.html", style=Markup((_FOLDER / "report.css").read_text()), **values)
+    # The name of a file may hold bytes that UTF-8 cannot encode.
+    return page.encode("utf-8", "backslashreplace")
+
+
+def try_part(name: str, make: Callable[..., Markup | None], *arguments: Any) -> Markup | None:
+    """The result of `make`, or a line with the reason if it fails: one damaged part must not cost the other parts."""
+    try:
+        return make(*arguments)
+    except Exception as error:
+        _log.warning("report: %s could not be read: %s", name, error,
+                     exc_info=not isinstance(error, ValueError | OSError))
+        return render("unreadable.html", name=name,
+                      reason=str(error).split("\nhint:")[0] or type(error).__name__)
+
+
+def web_url(value: Any) -> str | None:
+    """The value if it is an http or https URL. A link to anything else could run a script."""
+    return value if isinstance(value, str) and value.startswith(("https://", "http://")) else None
+
+
+@functools.cache
+def _environment() -> "Environment":
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    from jobs.telemetry import units
+    environment = Environment(loader=FileSystemLoader(_FOLDER / "templates"), autoescape=True,
+                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"count": units.format_count, "number": units.format_number, "bytes": units.format_bytes,
+                            "duration": units.format_duration, "web_url": web_url}
+    return environment
+
+
+@dataclass(frozen=True)
+class InlineImage:
+    """An image of the page. `source` is a data URL, or None for an empty place."""
+
+    alt: str
+    title: str | None = None
+    source: str | None = None
+    width: int = 0
+    height: int = 0
+
+
+class Album:
+    """The images of a page. It inlines them until they have `budget` bytes together, then returns empty places."""
+
+    def __init__(self, budget: int = MOST_IMAGE_BYTES) -> None:
+        self.left = budget
+        self.left_out = 0
+
+    def image(self, data: bytes | None, alt: str, title: str | None = None, side: int = 256) -> InlineImage:
+        """An encoded image, scaled to at most `side` pixels. An empty place if `data` is None or cannot be decoded."""
+        if not data:
+            return InlineImage(alt, title)
+        if self.left <= 0:
+            self.left_out += 1
+            return InlineImage(alt, title)
+        try:
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+        except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
+            return InlineImage(alt, title)
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        packed = io.BytesIO()
+        # Lossy coding blurs the hard edges of small images.
+        image.save(packed, "WEBP", lossless=max(image.size) <= _LOSSLESS_SIDE, quality=85)
+        text = base64.b64encode(packed.getvalue()).decode()
+        self.left -= len(text)
+        return InlineImage(alt, title, f"data:image/webp;base64,{text}", *image.size)

@@ -1,0 +1,121 @@
+"""Write the report of a root: samples, evaluations, losses, neighbors, datasets and stages on one HTML page."""
+
+import logging
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+
+from markupsafe import Markup
+
+from jobs.report import evaluations, images, samples, tables
+from jobs.report.collect import Root
+from jobs.report.render import Album, render, render_page, try_part
+from jobs.telemetry.units import format_bytes, format_count
+from pipeline import storage
+from pipeline.stages.manifest import code_revision
+
+TITLE = "Retrieval-augmented diffusion"
+_SAMPLES_PER_RUN = 4
+_NEIGHBOR_LISTS = 3
+_log = logging.getLogger(__name__)
+
+
+def write(root: str, out: str) -> None:
+    """Write the report on `root` (a path or s3:// address) to `out`. The page names what does not exist yet."""
+    collected, album = Root(root), Album()
+    parts: list[tuple[str, str, Callable[[], Markup]]] = [
+        ("samples", "Samples", lambda: _samples(collected, album)),
+        ("finding", "The finding", lambda: _evaluations(collected, album)),
+        ("loss", "Training", lambda: _training(collected, album)),
+        ("neighbors", "Neighbors", lambda: _neighbors(collected, album)),
+        ("datasets", "Datasets", lambda: _datasets(collected, album)),
+        ("indices", "Indices", lambda: _indices(collected)),
+        ("stages", "Stages", lambda: _stages(collected)),
+        ("settings", "Encoder and settings", lambda: _settings(collected)),
+    ]
+    is_empty = not (collected.datasets or collected.runs or collected.stages or collected.broken)
+    sections = [] if is_empty else [{"anchor": anchor, "title": title, "body": try_part(title, make)}
+                                    for anchor, title, make in parts]
+    now = datetime.now(UTC)
+    data = render_page(title=TITLE, written=f"{now.day} {now:%B %Y}, {now:%H:%M} UTC", code=code_revision(),
+                       root=storage.without_credentials(collected.address), is_empty=is_empty, sections=sections,
+                       headline=try_part("The headline", tables.headline, collected), left_out=album.left_out)
+    storage.put_bytes(data, out)
+    _log.info("report: %s, %s", out, format_bytes(len(data)))
+
+
+def _samples(root: Root, album: Album) -> Markup:
+    grids, more = [], 0
+    for run in root.runs:
+        names = root.samples(run)
+        newest = sorted(names, key=lambda name, path=run.path: _sealed_at(root, f"{path}/samples/{name}"),
+                        reverse=True)
+        grids += [try_part(f"{run.path}/samples/{name}", samples.sample_grid, root, run, name, album)
+                  for name in newest[:_SAMPLES_PER_RUN]]
+        more += len(newest[_SAMPLES_PER_RUN:])
+    return _section("The same prompts with different databases: the style comes from the neighbors.", grids,
+                    "No samples yet", "sample RUN --prompt 'a red apple' --database NAME",
+                    f"The root has {format_count(more, 'older folder')} of samples." if more else "")
+
+
+def _sealed_at(root: Root, path: str) -> str:
+    """The time at which a stage was sealed, "" if it is not sealed."""
+    return (root.manifest(path) or {}).get("run", {}).get("sealed", "")
+
+
+def _evaluations(root: Root, album: Album) -> Markup:
+    figures = [try_part(f"{run.path}/evaluations/{name}", evaluations.evaluation, root, run, name, album)
+               for run in root.runs for name in root.evaluations(run)]
+    return _section("Does the style follow the database, or what the prompt says?", figures, "No evaluation yet",
+                    "evaluate RUN")
+
+
+def _training(root: Root, album: Album) -> Markup:
+    figures = [figure for run in root.runs
+               for figure in (try_part(run.path, tables.loss, root, run),
+                              try_part(run.path, evaluations.validation, run, album))]
+    return _section("How the model learned to remove noise from images.", figures, "No curve yet",
+                    "train RUN --dataset NAME")
+
+
+def _neighbors(root: Root, album: Album) -> Markup:
+    used = {(section.get("dataset"), section.get("database")) for section in
+            ((root.plan(run.path) or {}).get("section", {}) for run in root.runs)}
+    every = [(dataset, label) for dataset in root.datasets for label in root.databases(dataset)]
+    # The lists that a run was trained with come first.
+    every.sort(key=lambda pair: (pair[0].label, pair[1]) not in used)
+    lists = [try_part(dataset.path(f"neighbors/{label}"), images.neighbors, root, dataset, label, album)
+             for dataset, label in every[:_NEIGHBOR_LISTS]]
+    more = len(every) - _NEIGHBOR_LISTS
+    return _section("The results of retrieval: images of a dataset beside the nearest images of a database.", lists,
+                    "No neighbors yet", "neighbors NAME --database NAME",
+                    f"The root has {format_count(more, 'more list')}." if more > 0 else "")
+
+
+def _datasets(root: Root, album: Album) -> Markup:
+    sheets = [try_part(dataset.path("shards"), images.contact_sheet, root, dataset, album)
+              for dataset in root.datasets]
+    return _section("Images spread evenly over each dataset, with their captions.", sheets, "No dataset yet",
+                    "shard NAME --source FOLDER")
+
+
+def _indices(root: Root) -> Markup:
+    return _section("The compressed indices that the searches for neighbors use.",
+                    [try_part("The indices", tables.indices, root), try_part("The tuning", tables.tuning, root)],
+                    "No index yet", "index NAME")
+
+
+def _stages(root: Root) -> Markup:
+    return _section("Every folder below the root, with its progress and its cost.",
+                    [try_part("The states", tables.stages, root)], "No stage yet", "shard NAME --source FOLDER")
+
+
+def _settings(root: Root) -> Markup:
+    return _section("The encoder of images and prompts, and the settings of the runs.",
+                    [try_part("The encoders", tables.encoders, root), try_part("The settings", tables.runs, root)],
+                    "Nothing embedded yet", "embed NAME")
+
+
+def _section(intro: str, parts: Iterable[Markup | None], absent: str, command: str, more: str = "") -> Markup:
+    """The body of a section. If no part exists, the command that makes one."""
+    return render("section.html", intro=intro, parts=[part for part in parts if part is not None], absent=absent,
+                  command=command, more=more)

@@ -1,0 +1,59 @@
+"""Text for counts, numbers, byte sizes and durations. A dash stands for None."""
+
+_BYTE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+_NONE = "–"
+_MINUTE, _HOUR, _DAY = 60, 3600, 86400
+_DAYS_FROM = 2 * _DAY
+"""Seconds from which a duration is in days."""
+
+
+def format_count(value: float | None, noun: str = "", plural: str = "") -> str:
+    """A whole number with a comma after each thousand, and its noun in the right form: "1,234 rows"."""
+    if value is None:
+        return _NONE
+    words = noun if value == 1 else plural or f"{noun}s"
+    return f"{value:,.0f} {words}" if noun else f"{value:,.0f}"
+
+
+def format_number(value: float | None, digits: int | None = None) -> str:
+    """A number with `digits` decimals; without `digits`, three significant digits, or all digits before the point."""
+    if value is None:
+        return _NONE
+    if digits is not None:
+        return f"{value:,.{digits}f}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def format_bytes(value: float | None) -> str:
+    """A byte size in decimal units: "1.5 MB" is 1,500,000 bytes."""
+    if value is None:
+        return _NONE
+    for unit in _BYTE_UNITS:
+        if abs(value) < 999.5 or unit == _BYTE_UNITS[-1]:
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" or abs(value) >= 99.5 else f"{value:.1f} {unit}"
+
+
+def format_duration(seconds: float | None) -> str:
+    """A duration in its two largest units: "0.056 s", "4.2 s", "12 s", "1 min 05 s", "1 h 05 min", "3 days 4 h"."""
+    if seconds is None:
+        return _NONE
+    if seconds < 9.95:
+        return f"{seconds:.2g} s"
+    whole = round(seconds)
+    if whole < _MINUTE:
+        return f"{whole} s"
+    if whole < _HOUR:
+        return f"{whole // _MINUTE} min {whole % _MINUTE:02d} s"
+    if whole < _DAYS_FROM:
+        return f"{whole // _HOUR} h {whole % _HOUR // _MINUTE:02d} min"
+    return f"{whole // _DAY:,} days {whole % _DAY // _HOUR} h"
+
+
+def format_hours(seconds: float) -> str:
+    """A duration as a bare number of hours, for columns of (worker) hours; below 3.6 s in seconds, with the unit."""
+    hours = seconds / _HOUR
+    if hours < 0.001:
+        return f"{seconds:.2g} s"
+    return f"{hours:.2g}" if hours < 10 else f"{hours:,.0f}"
