@@ -76,7 +76,7 @@ def _sift(sifted: deduplicate.Sift, command: commands.ShardCommand) -> int:
             return run_observed(stage_, run_with, name="shard" if first else "sift", tracker=command.stage.tracker,
                                retry=command.retry_failed and first, max_failed=command.max_failed)
 
-        manifest = deduplicate.run(sifted, seal, rebuild=command.stage.rebuild)
+        manifest = deduplicate.run(sifted, seal, overwrite=command.stage.rebuild)
     _done(sifted, manifest)
     return 0
 
@@ -108,7 +108,7 @@ def _index(command: commands.IndexCommand, settings: Settings) -> int:
     with runner(command) as run_with:
         manifest = build_index(index, lambda one: run_observed(one, run_with, name=one.name.replace("_", " "),
                                                                tracker=command.stage.tracker),
-                                rebuild=command.stage.rebuild)
+                                overwrite=command.stage.rebuild)
     _done(index, manifest)
     return 0
 
@@ -210,7 +210,7 @@ def _convert(command: commands.ConvertCommand, settings: Settings) -> int:
         convert = Convert(run, command.checkpoint, Dataset.parse(root, command.database), command.convert)
     if command.common.dry_run:
         return _dry_run(convert, command.stage.rebuild)
-    _done(convert, run_stage(convert, rebuild=command.stage.rebuild))
+    _done(convert, run_stage(convert, overwrite=command.stage.rebuild))
     return 0
 
 
@@ -240,28 +240,28 @@ def _train(command: commands.TrainCommand, settings: Settings) -> int:
     training = Training(job)
     if command.common.dry_run:
         return _dry_run(training, config=command.cluster)
-    manifest = train(job, command.cluster, local=local, rebuild=command.stage.rebuild)
+    manifest = train(job, command.cluster, local=local, overwrite=command.stage.rebuild)
     if manifest:
         _done(training, manifest)
     # Another process of torchrun's speaks for the run where this one does not.
     return 0 if manifest or os.environ.get("RANK", "0") != "0" else STOPPED
 
 
-def train(job: Job, config: ClusterConfig, *, local: bool, rebuild: bool = False) -> dict[str, Any] | None:
+def train(job: Job, config: ClusterConfig, *, local: bool, overwrite: bool = False) -> dict[str, Any] | None:
     """Bring a run to its sealed state; None in a process that does not speak for the run, or was stopped."""
     with logs.about(run_labels(job.dataset.name, job.dataset.version, job.run.name)):
-        return _trained(job, config, local, rebuild)
+        return _trained(job, config, local, overwrite)
 
 
-def _trained(job: Job, config: ClusterConfig, local: bool, rebuild: bool) -> dict[str, Any] | None:
+def _trained(job: Job, config: ClusterConfig, local: bool, overwrite: bool) -> dict[str, Any] | None:
     training = Training(job)
     check_gpus(training, config)
     training.check()
-    if rebuild and os.environ.get("RANK", "0") == "0":
+    if overwrite and os.environ.get("RANK", "0") == "0":
         check_and_clear(training)
     sealed = storage.join(training.folder, "manifest.json")
     # Of torchrun's processes one empties the folder: what the others see there meanwhile means nothing.
-    if not rebuild and storage.exists(sealed):
+    if not overwrite and storage.exists(sealed):
         prepare(training)
         manifest = read_manifest(training.folder, training.command)
         if manifest["info"]["steps"] >= job.config.steps:
@@ -315,10 +315,10 @@ def _evaluate(command: commands.EvaluateCommand, settings: Settings) -> int:
     if command.common.dry_run:
         return _dry_run(judging, command.stage.rebuild, command.cluster)
     with runner(command) as run_with:
-        run_observed(judging, run_with, tracker=command.stage.tracker, rebuild=command.stage.rebuild)
+        run_observed(judging, run_with, tracker=command.stage.tracker, overwrite=command.stage.rebuild)
         evaluation = Evaluation(judging, mixed, command.checkpoint, settings.embed.clip(), command.evaluate,
                                 command.sample, command.prompt, command.name)
-        run_observed(evaluation, run_with, tracker=command.stage.tracker, rebuild=command.stage.rebuild)
+        run_observed(evaluation, run_with, tracker=command.stage.tracker, overwrite=command.stage.rebuild)
     _log.info("evaluate: pictures, plot and numbers are in %s", evaluation.folder)
     file = storage.join(evaluation.folder, "evaluation.json" if command.json else "table.md")
     shown = storage.read_bytes(file).decode()
@@ -450,29 +450,29 @@ def _run(stage_: Stage, command: Any) -> int:
     if command.common.dry_run:
         return _dry_run(stage_, command.stage.rebuild, command.cluster)
     with runner(command) as run_with:
-        manifest = run_observed(stage_, run_with, tracker=command.stage.tracker, rebuild=command.stage.rebuild,
+        manifest = run_observed(stage_, run_with, tracker=command.stage.tracker, overwrite=command.stage.rebuild,
                                retry=getattr(command, "retry_failed", False) and not getattr(stage_, "base", None),
                                max_failed=getattr(command, "max_failed", 1.0))
     _done(stage_, manifest)
     return 0
 
 
-def _unreleased(stage_: Stage, rebuild: bool) -> None:
+def _unreleased(stage_: Stage, overwrite: bool) -> None:
     """ValueError if a stage would be written into a version that was published: those never change."""
     parts = stage_.path.split("/")
     if parts[0] == "datasets" and parts[3] in published.STAGES:
         dataset = Dataset(stage_.root, parts[1], parts[2])
         sealed = dataset.sealed(parts[3])
-        if (rebuild or (parts[3] == "tombstones" and not sealed)) and published.released(dataset)[0]:
+        if (overwrite or (parts[3] == "tombstones" and not sealed)) and published.released(dataset)[0]:
             hint = "forget takes pictures out of it at once, rebuild makes the next version"
             raise ValueError(f"{dataset.name}@{dataset.version} was published, and a published version never changes\n"
                              f"hint: {hint}; or write {dataset.name}@{dataset.following().version}")
 
 
-def _dry_run(stage_: Stage, rebuild: bool = False, config: ClusterConfig | None = None) -> int:
+def _dry_run(stage_: Stage, overwrite: bool = False, config: ClusterConfig | None = None) -> int:
     if config:
         check_gpus(stage_, config)
-    print(json.dumps(status.forecast(stage_, rebuild=rebuild), indent=1))
+    print(json.dumps(status.forecast(stage_, overwrite=overwrite), indent=1))
     return 0
 
 

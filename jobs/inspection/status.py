@@ -71,9 +71,9 @@ def silent(now: dict[str, Any]) -> float:
     return seconds if seconds > _SILENT_S else 0.0
 
 
-def forecast(stage_: Stage, *, rebuild: bool = False) -> dict[str, Any]:
+def forecast(stage_: Stage, *, overwrite: bool = False) -> dict[str, Any]:
     """What running a stage would do: items, how many are left, bytes to read, seconds as far as known."""
-    claimed = not rebuild and storage.exists(storage.join(stage_.folder, "plan.json"))
+    claimed = not overwrite and storage.exists(storage.join(stage_.folder, "plan.json"))
     items: Sequence[Item] = prepare(stage_) if claimed else list(stage_.plan())
     ids = [item.id for item in items]
     done = read_records(stage_, ids).in_order(ids) if claimed else []

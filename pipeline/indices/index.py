@@ -132,14 +132,14 @@ def build_whole(vectors: np.ndarray, config: IndexConfig, texts: np.ndarray | No
     return index, infos, info | {"error_of_held": error}, times
 
 
-def build_index(index: Index, seal: Callable[[Stage], dict[str, Any]], *, rebuild: bool = False) -> dict[str, Any]:
+def build_index(index: Index, seal: Callable[[Stage], dict[str, Any]], *, overwrite: bool = False) -> dict[str, Any]:
     """Build an index, in parts where it takes some; `seal` brings a stage to its sealed state.
 
     What it was trained to stays, the parts are removed.
     """
     index.plan()  # what cannot be built is told before anything is trained
     before = index.before()
-    if rebuild:
+    if overwrite:
         check_and_clear(index)
         for one in reversed(before):
             clear_folder(one)

@@ -124,9 +124,9 @@ class Sift(Shard):
         return table.filter(pc.equal(table.column("status"), metadata.SUCCESS))
 
 
-def run(sifted: Sift, seal: Callable[[Shard], dict[str, Any]], *, rebuild: bool = False) -> dict[str, Any]:
+def run(sifted: Sift, seal: Callable[[Shard], dict[str, Any]], *, overwrite: bool = False) -> dict[str, Any]:
     """Shard, leave duplicates out, and remove what held them; `seal` brings a stage to its sealed state."""
-    if rebuild:
+    if overwrite:
         check_and_clear(sifted.whole)
         clear_folder(sifted)
     if not storage.exists(storage.join(sifted.folder, "manifest.json")):

@@ -80,18 +80,18 @@ class _Left(Sequence[Item]):
         return self._items[self._numbers[index]]
 
 
-def run_stage(stage: Stage, runner: Runner = run_in_process, *, rebuild: bool = False, retry: bool = False,
+def run_stage(stage: Stage, runner: Runner = run_in_process, *, overwrite: bool = False, retry: bool = False,
         max_failed: float = 1.0, watch: Callable[[Tally], None] | None = None) -> dict[str, Any]:
     """Bring `stage` to its sealed state with `runner`, and return its manifest.
 
-    Runs whatever has no record yet; nothing if the folder is sealed. `rebuild` empties the folder
+    Runs whatever has no record yet; nothing if the folder is sealed. `overwrite` empties the folder
     first. `retry` tries the rows that failed once more before sealing. `max_failed` is the share of
     rows that may fail. `watch` is shown the tally whenever it changes.
     StageFailed if items failed, after all others were done, or if too many rows failed.
     """
     if check := getattr(runner, "check", None):
-        check(stage, idle=not rebuild and is_sealed(stage))  # before anything is removed or planned
-    if rebuild:
+        check(stage, idle=not overwrite and is_sealed(stage))  # before anything is removed or planned
+    if overwrite:
         check_and_clear(stage)
     more = storage.join(stage.folder, "more")
     rounds = storage.names(more)  # before the items: whoever adds a round meanwhile has added ours

@@ -283,7 +283,7 @@ def test_every_record_of_a_worker_names_its_precision(cluster: Any, root: str) -
     """A worker sets its stage up once, and each item brings a new copy of the stage."""
     dataset, pool = Dataset.parse(root, "drawn"), Pool(ClusterConfig(workers=1))
     try:
-        manifest = run_stage(Embed(dataset, EmbedConfig(precision="fp32")), pool, rebuild=True)
+        manifest = run_stage(Embed(dataset, EmbedConfig(precision="fp32")), pool, overwrite=True)
     finally:
         pool.close()
     assert len(manifest["items"]) > 1

@@ -120,7 +120,7 @@ def test_latents_are_made_in_smaller_batches_after_out_of_memory(root: Path, aut
 
     monkeypatch.setattr(first_stage.FirstStage, "moments", limited)
     monkeypatch.setattr(latents, "_fit", devices.Fit())
-    sealed = run_stage(one, rebuild=True)
+    sealed = run_stage(one, overwrite=True)
     np.testing.assert_allclose(rows().astype(np.float32), plain.astype(np.float32), atol=4e-3 * abs(plain).max())
     assert sealed["run"]["items_with_halved_batches"] == len(sealed["items"])
     assert sealed["items"][0]["run"]["times"][devices.HALVED].startswith("batch from 8 to 2 after out of memory on ")
@@ -133,7 +133,7 @@ def test_a_factor_that_is_given_or_configured_is_taken(root: Path, autoencoder: 
     dataset = Dataset.parse(str(root), "drawn")
     for config, scale in ((LatentsConfig(first_stage=str(folder)), 0.25),
                           (LatentsConfig(first_stage=str(folder), scale=2.0), 2.0)):
-        manifest = run_stage(latents.Latents(dataset, config), rebuild=True)
+        manifest = run_stage(latents.Latents(dataset, config), overwrite=True)
         assert manifest["info"]["first_stage"]["scale"] == scale
 
 
@@ -235,7 +235,7 @@ def test_validation_of_a_run_on_latents_shows_what_sample_draws_and_changes_noth
     shutil.copytree(root / "datasets/drawn", root / "datasets/held")
     held = Dataset.parse(str(root), "held")
     scale = made["info"]["first_stage"]["scale"]
-    run_stage(latents.Latents(held, LatentsConfig(first_stage=str(autoencoder), scale=2 * scale)), rebuild=True)
+    run_stage(latents.Latents(held, LatentsConfig(first_stage=str(autoencoder), scale=2 * scale)), overwrite=True)
     torch.testing.assert_close(Validation(_job(root, "with", "held"), held).x0, look.x0, rtol=2e-3, atol=2e-3)
 
 
@@ -263,7 +263,8 @@ def test_without_its_first_stage_a_run_goes_on_and_says_so_once(
     assert train_in_processes(_job(root, "deceived", "drawn"))
     assert caplog.text.count("is not the one that the run deceived was trained with") == 1
     latents.open_first_stage_on.cache_clear()
-    run_stage(latents.Latents(Dataset.parse(str(root), "other"), LatentsConfig(first_stage=str(folder))), rebuild=True)
+    other = latents.Latents(Dataset.parse(str(root), "other"), LatentsConfig(first_stage=str(folder)))
+    run_stage(other, overwrite=True)
     latents.open_first_stage_on.cache_clear()
     with pytest.raises(ValueError, match="the latents of other are of another first stage than those of drawn"):
         Training(_job(root, "run", "other")).check()

@@ -369,7 +369,7 @@ def test_sifting_is_gone_on_with_wherever_it_was_left(tmp_path):
     run_stage(one)
     assert without_run_facts(deduplicate.run(make("late"), run_stage)) == expected
     assert not (tmp_path / "late" / "datasets" / "x" / "v1" / "unsifted").exists()
-    assert without_run_facts(deduplicate.run(make("late"), run_stage, rebuild=True)) == expected
+    assert without_run_facts(deduplicate.run(make("late"), run_stage, overwrite=True)) == expected
     with pytest.raises(ValueError, match="duplicate_bits"):
         deduplicate.run(Sift(one.dataset, config(source, duplicates="near", samples_per_shard=4, image_size=64,
                                           duplicate_bits=2)), run_stage)

@@ -228,9 +228,9 @@ def test_tars_in_the_folder_of_the_dataset_are_refused(tmp_path):
     dataset = Dataset.parse(str(tmp_path), "old")
     source = downloaded(Path(dataset.folder("shards")))
     before = state(source)
-    for rebuild in (False, True):
+    for overwrite in (False, True):
         with pytest.raises(ValueError, match="lies where the dataset is written"):
-            run_stage(Adopt(dataset, ShardConfig(source=str(source))), rebuild=rebuild)
+            run_stage(Adopt(dataset, ShardConfig(source=str(source))), overwrite=overwrite)
     assert state(source) == before
 
 

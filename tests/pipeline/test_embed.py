@@ -490,7 +490,7 @@ def test_captions_are_halved_too(copied, small_memory):
     plain = run_stage(EmbedCaptions(copied, EmbedConfig()))
     before = Embeddings(copied, "text_embeddings").all().astype(np.float32)
     passes = small_memory(4)
-    sealed = run_stage(EmbedCaptions(copied, EmbedConfig()), rebuild=True)
+    sealed = run_stage(EmbedCaptions(copied, EmbedConfig()), overwrite=True)
     after = Embeddings(copied, "text_embeddings").all().astype(np.float32)
     assert (before * after).sum(1).min() > 1 - 1e-3 and max(passes) > 4
     assert "items_with_halved_batches" not in plain["run"] and sealed["run"]["items_with_halved_batches"] > 0

@@ -98,10 +98,10 @@ def test_metadata_without_names_or_cut_short_is_named(copied, exported):
         run_stage(AdoptEmbeddings(copied, CONFIG, str(exported)))
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(StageFailed, match=f"{path.name} is no parquet with a column image_path"):
-        run_stage(AdoptEmbeddings(copied, CONFIG, str(exported)), rebuild=True)
+        run_stage(AdoptEmbeddings(copied, CONFIG, str(exported)), overwrite=True)
     path.unlink()
     with pytest.raises(ValueError, match=rf"has no metadata beside it: there is no \S+{path.name}"):
-        run_stage(AdoptEmbeddings(copied, CONFIG, str(exported)), rebuild=True)
+        run_stage(AdoptEmbeddings(copied, CONFIG, str(exported)), overwrite=True)
 
 
 def test_vectors_in_another_order_are_refused_though_they_begin_well(copied, exported):

@@ -177,7 +177,7 @@ def test_lists_merged_on_disk_are_those_merged_in_memory(tmp_path, vectors, key,
     following = made.given(moved, "x@v2", [*np.array_split(vectors, 6)[1:], made.clustered(1_700, 32)[1_500:]])
     extended = {}
     for bound in ("10Ki", "4Gi"):
-        about = build_index(Extension(following, base, IndexConfig(merge_memory=bound)), run_stage, rebuild=True)
+        about = build_index(Extension(following, base, IndexConfig(merge_memory=bound)), run_stage, overwrite=True)
         assert storage.exists(storage.join(following.folder("index"), LISTS)) == (bound == "10Ki")
         extended[bound] = (*Searcher(following).index.search(vectors[:200], 10), about["info"]["recall"])
     for one, other in zip(*extended.values(), strict=True):

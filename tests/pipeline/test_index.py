@@ -260,7 +260,7 @@ def test_an_index_in_parts_is_the_index_in_one(tmp_path, few):
     ids, scores = searcher.search(few[:50], 5)
     assert (ids[:, 0] == np.arange(50)).mean() > 0.95 and (scores[:, :-1] >= scores[:, 1:]).all()
     first = storage.read_bytes(storage.join(dataset.folder("index"), "knn.index"))
-    build_index(parts, run_stage, rebuild=True)
+    build_index(parts, run_stage, overwrite=True)
     assert storage.read_bytes(storage.join(dataset.folder("index"), "knn.index")) == first
     # Its exact neighbours are those of all rows, wherever the parts end.
     queries = Queries("image", few[:20], np.arange(20))

@@ -189,8 +189,8 @@ def test_a_rebuilt_index_is_opened_anew(tmp_path):
     vectors = made.clustered(400, 16)
     database = indexed(made.given(tmp_path, "x", [vectors]), key="IVF30,Flat", target_recall=0.0)
     poor = found(database, database, k=3, candidates=4)[0].copy()
-    run_stage(Index(database, IndexConfig(key="Flat")), rebuild=True)
-    manifest = run_stage(Neighbors(database, database, NeighborsConfig(k=3, candidates=4)), rebuild=True)
+    run_stage(Index(database, IndexConfig(key="Flat")), overwrite=True)
+    manifest = run_stage(Neighbors(database, database, NeighborsConfig(k=3, candidates=4)), overwrite=True)
     again = load_neighbors(database, database)[0]
     assert manifest["inputs"]["index"]["digest"] == database.manifest("index")["content"]
     stored = Embeddings(database).all().astype(np.float32)
@@ -217,7 +217,7 @@ def column(dataset: Dataset, name: str, values: list) -> None:
         pq.write_table(table.append_column(name, pa.array(values[start:start + len(table)], kind)), buffer)
         tables[record["id"]] = record["samples"], {f"{record['id']}.parquet": buffer.getvalue()}
         start += len(table)
-    run_stage(made.Given(dataset, "shards", "shard", tables), rebuild=True)
+    run_stage(made.Given(dataset, "shards", "shard", tables), overwrite=True)
 
 
 def test_patches_of_the_same_picture_are_left_out(tmp_path):
@@ -268,7 +268,7 @@ def test_more_copies_than_any_list_of_candidates_holds(tmp_path, method):
 def test_vectors_are_written_when_asked_and_batches_read_them(copied):
     plain = Batches(copied, copied, k=3, global_batch=8, seed=0).at(2)["neighbors"]
     config = NeighborsConfig(k=4, vectors=True)
-    run_stage(Neighbors(copied, copied, config), rebuild=True)
+    run_stage(Neighbors(copied, copied, config), overwrite=True)
     vectors = load_neighbors(copied, copied, ".vectors.npy")
     ids = np.concatenate(load_neighbors(copied, copied))
     assert np.concatenate(vectors).dtype == np.float16
@@ -304,9 +304,9 @@ def test_recall_is_measured_against_exact_search(tmp_path):
     real = np.mean([len(np.intersect1d(one, other)) / 10 for one, other in zip(ids, order, strict=True)])
     assert 0.2 < real < 0.95 and abs(manifest["info"]["recall"] - real) < 0.05
     assert manifest["info"]["recall_pairs"] == 3000
-    manifest = run_stage(Neighbors(database, database, NeighborsConfig(k=10, probes=8, checked=300)), rebuild=True)
+    manifest = run_stage(Neighbors(database, database, NeighborsConfig(k=10, probes=8, checked=300)), overwrite=True)
     assert manifest["info"]["recall"] > real
-    manifest = run_stage(Neighbors(database, database, NeighborsConfig(k=10, probes=64, checked=300)), rebuild=True)
+    manifest = run_stage(Neighbors(database, database, NeighborsConfig(k=10, probes=64, checked=300)), overwrite=True)
     assert manifest["info"]["recall"] == 1.0
 
 
@@ -331,7 +331,7 @@ def test_shards_searched_together_give_what_each_gives_alone(tmp_path, method):
     config = NeighborsConfig(k=6, method=method, probes=4, vectors=True, checked=90)
     seen = []
     for at_once in (1, 2, 3, 100):
-        manifest = run_stage(Neighbors(database, database, replace(config, at_once=at_once)), rebuild=True)
+        manifest = run_stage(Neighbors(database, database, replace(config, at_once=at_once)), overwrite=True)
         folder = Path(database.folder("neighbors/x"))
         seen.append(({path.name: path.read_bytes() for path in folder.glob("*.npy")}, manifest["info"]))
         assert len(manifest["items"]) == -(-5 // at_once) and len(seen[-1][0]) == 3 * 5 + 1
@@ -362,7 +362,7 @@ def test_labels_tell_pictures_apart_where_it_is_not_known_what_was_fetched(tmp_p
     buffer = io.BytesIO()
     pq.write_table(table.append_column("original_sha256", fetched), buffer)
     again = made.Given(dataset, "shards", "shard", {"000000": (4, {"000000.parquet": buffer.getvalue()})})
-    run_stage(again, rebuild=True)
+    run_stage(again, overwrite=True)
     found = labels(dataset, dataset.manifest("shards")["items"][0])
     assert (found[:2, 0] == found[:2, 1]).all() and len(set(found[:, 1].tolist())) == 4
     assert found[2, 1] == int.from_bytes(bytes.fromhex("ab" * 8), "little") and (found[2:, 0] != found[2:, 1]).all()
@@ -393,7 +393,7 @@ def test_a_database_rebuilt_after_the_plan_is_refused(tmp_path):
     items = prepare(planned)
     other = made.clustered(30, 16, seed=8).astype(np.float16)
     run_stage(made.Given(one, "embeddings", "embed", {"000000": (30, {"000000.npy": made.npy(other)})},
-                         {"encoder": made.ENCODER}), rebuild=True)
+                         {"encoder": made.ENCODER}), overwrite=True)
     with pytest.raises(ValueError, match=r"database, embeddings changed since these neighbours were planned\nhint: "):
         process_and_commit(planned, items[0])
 

@@ -229,7 +229,7 @@ def test_packs_of_another_plan_do_not_count(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="planned with other settings"):
         run_stage(Count(tmp_path, CountConfig(step=2)))
     other = Count(tmp_path, CountConfig(step=2))
-    manifest = run_stage(other, rebuild=True)
+    manifest = run_stage(other, overwrite=True)
     assert sorted(other.processed) == [f"{number:06d}" for number in range(6)]
     assert {record["plan"] for record in manifest["items"]} == {fingerprint(other)}
     assert not list((tmp_path / "count" / "packs").rglob(f"*{fingerprint(Count(tmp_path))[:12]}*"))

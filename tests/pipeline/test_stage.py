@@ -320,7 +320,7 @@ def test_nothing_to_do_is_said(tmp_path):
 def test_rebuilding_starts_anew(tmp_path):
     run_stage(Count(tmp_path))
     (tmp_path / "count" / "stray").write_text("x")
-    run_stage(Count(tmp_path, CountConfig(step=2)), rebuild=True)
+    run_stage(Count(tmp_path, CountConfig(step=2)), overwrite=True)
     run_stage(Count(tmp_path / "alone", CountConfig(step=2)))
     assert lasting(tmp_path / "count") == lasting(tmp_path / "alone" / "count")
 
@@ -349,7 +349,7 @@ def test_rebuilding_killed_anywhere_leaves_nothing_of_the_old(tmp_path, monkeypa
             patch.setattr(os, "unlink", cut_off(unlink))
             patch.setattr(os, "rmdir", cut_off(rmdir))
             with contextlib.suppress(KeyboardInterrupt):
-                run_stage(Count(root, CountConfig(step=2)), rebuild=True)
+                run_stage(Count(root, CountConfig(step=2)), overwrite=True)
         with contextlib.suppress(ValueError):  # it may be refused: the old plan is still there
             run_stage(Count(root, CountConfig(step=2)))
             assert lasting(root / "count") == expected, f"cut off after {limit} removals"
@@ -360,7 +360,7 @@ def test_stages_on_an_object_store_are_like_local_ones(tmp_path, s3):
     assert without_run_facts(local) == without_run_facts(remote)
     again = Count(s3)
     assert run_stage(again) == remote and again.processed == []
-    rebuilt = run_stage(Count(s3, CountConfig(step=2)), rebuild=True)
+    rebuilt = run_stage(Count(s3, CountConfig(step=2)), overwrite=True)
     assert rebuilt["section"]["step"] == 2 and rebuilt["content"] != remote["content"]
 
 
