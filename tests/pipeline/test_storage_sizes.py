@@ -5,8 +5,8 @@ import pytest
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.indices import parallel
-from pipeline.indices.config import IndexConfig
-from pipeline.indices.index import SIZES, Index
+from pipeline.indices.config import SIZES, IndexConfig
+from pipeline.indices.index import Index
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage
 from pipeline.stages.plan import prepare
