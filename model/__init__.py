@@ -1,1 +1,14 @@
-"""The denoiser: from pictures and their neighbours to new pictures (torch only, no Ray)."""
+"""The retrieval-augmented diffusion model: from batches to a denoiser, from noise to images. Needs torch, not Ray.
+
+A folder imports only from folders below it in this list (`make lint` checks it).
+
+    style_classifier.py   judges the style of images
+    training/     the training loop, precision, cost of a step
+    weights/      checkpoints, moving averages, published weights, first stages
+    diffusion/    the process, samplers, guidance, randomness
+    network/      the denoising network
+    recipes.py    tested settings
+    config.py     settings
+
+Start with training/train.py.
+"""

@@ -1,1 +1,20 @@
-"""Corpus -> shards -> embeddings -> index -> neighbours -> batches; knows neither Ray nor the model."""
+"""From a corpus to batches: shards, embeddings, index, neighbors. Knows neither Ray nor the model.
+
+A folder imports only from folders below it in this list (`make lint` checks it).
+
+    versions/     compare a source with the last version, update it, gates, verify
+    batches/      what training and sampling read
+    neighbors/    the nearest database rows of each sample
+    indices/      choose, train, fill, merge, tune, extend, search
+    embeddings/   CLIP encoders and the embedding stages
+    shards/       the stage that writes tars, deduplication, adoption
+    datasets/     names, manifests, rows, takedowns, the published version
+    corpora/      the images of the demo
+    sources/      folders, lists, tars; row filters; downloads
+    stages/       plan, process, commit, seal
+    media/        images and tars
+    hardware/     GPUs, CPUs, memory
+    storage/      local disks and S3
+
+Start with stages/stage.py: every step of the pipeline has its shape.
+"""
