@@ -4,9 +4,8 @@ import pytest
 
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
-from pipeline.indices import parallel
 from pipeline.indices.config import SIZES, IndexConfig
-from pipeline.indices.index import Index
+from pipeline.indices.index import Index, build_index
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage
 from pipeline.stages.plan import prepare
@@ -76,7 +75,7 @@ def test_a_plan_of_an_earlier_version_is_continued_with_the_same_bytes(planned):
     dataset, print_ = planned
     index = Index(dataset, IndexConfig(key="IVF4,SQ8", queries=50, max_memory="500Ki", part_memory="2Mi"))
     plan = storage.read_bytes(storage.join(index.folder, "plan.json"))
-    manifest = parallel.build_index(index, run_stage)
+    manifest = build_index(index, run_stage)
     assert storage.read_bytes(storage.join(index.folder, "plan.json")) == plan
     assert manifest["fingerprint"] == print_ and manifest["info"]["budget"] == 500 << 10
     assert (manifest["section"]["max_memory"], manifest["section"]["part_memory"]) == ("500K", "2M")
