@@ -13,6 +13,7 @@ from PIL import Image
 from jobs.runs.run import Run
 from jobs.sampling.config import QueryConfig, SampleConfig
 from jobs.sampling.generator import Drawer, check_fit, open_generator, same_encoder, searched_database
+from jobs.sampling.grid import SHOWN_NEIGHBORS, grid_cell, read_cells, write_cells
 from jobs.sampling.mixture import Mixture, mixture
 from jobs.sampling.queries import Query, queries, read
 from jobs.sampling.retrieval import Drawn, Near, Retriever, p_d_identity
@@ -119,31 +120,33 @@ class Sampling(Stage):
 
     def process(self, item: Item, scratch: Path) -> Output:
         database = self.databases[item.inputs["number"]]
-        retriever, drawer = Retriever(database), open_generator(self.run, self.step, self.config.ema)
+        retriever, generator = Retriever(database), open_generator(self.run, self.step, self.config.ema)
         drawn = self._drawn(retriever)
         vectors = self._vectors(retriever, drawn)
         near = retriever.nearest(vectors, [one.position for one in self.queries], self.config.k, self.asked.pool,
                                  self.config.seed, drawn)
-        pictures = self._draw(drawer, vectors, near)
-        found = _samples(database, near)
-        output, told = Output(samples=len(self.queries)), []
+        images = self._draw(generator, vectors, near)
+        samples = _samples(database, near)
+        output, entries, cells = Output(samples=len(self.queries)), [], []
         for number, query in enumerate(self.queries):
-            beside = [(member, found[member, row], float(score)) for member, row, score in
-                      zip(near.members[number], near.rows[number], near.scores[number], strict=True) if row >= 0]
-            name, size = f"{item.id}/{query.name}", pictures[number].width
-            files = {f"{name}.png": pictures[number]}
-            files |= {_beside(name, rank): _square(one.picture, size) for rank, (_, one, _) in enumerate(beside)}
-            for file, picture in files.items():
+            neighbors = [(member, samples[member, row], float(score)) for member, row, score in
+                         zip(near.members[number], near.rows[number], near.scores[number], strict=True) if row >= 0]
+            name, image = f"{item.id}/{query.name}", images[number]
+            squares = [_square(neighbor.picture, image.width) for _, neighbor, _ in neighbors]
+            files = {f"{name}.png": image} | {_neighbor_file(name, rank): square for rank, square in enumerate(squares)}
+            for file, content in files.items():
                 (scratch / file).parent.mkdir(exist_ok=True)
-                picture.save(scratch / file)
+                content.save(scratch / file)
                 output.files[file] = scratch / file
-            neighbors = [{"key": one.key, "row": one.row, "score": round(score, 6), "caption": one.caption,
-                          "sha256": one.sha256, "file": _beside(name, rank), **_of(database, member)}
-                         for rank, (member, one, score) in enumerate(beside)]
-            told.append({"file": f"{name}.png", **query.about(), **_of_p_d(drawn[number], neighbors),
-                         "database": database.label, "seed": self.config.seed, "position": query.position,
-                         "checkpoint": drawer.about, "neighbors": neighbors})
-        output.info = {"pictures": told}
+            cells.append(grid_cell(image, squares))
+            about = _neighbor_entries(name, database, neighbors)
+            entries.append({"file": f"{name}.png", **query.about(), **_of_p_d(drawn[number], about),
+                            "database": database.label, "seed": self.config.seed, "position": query.position,
+                            "checkpoint": generator.about, "neighbors": about})
+        output.info = {"pictures": entries}
+        write_cells(scratch / "cells.tar", cells)
+        # The driver makes the grid from the cells, so it need not read the images again.
+        output.aside = {_cells_file(item.id): (scratch / "cells.tar").read_bytes()}
         return output
 
     def _drawn(self, retriever: Retriever) -> list[Drawn | None]:
@@ -178,10 +181,11 @@ class Sampling(Stage):
         return [Image.fromarray(one) for one in np.concatenate(drawn)]
 
     def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
-        pictures = {(one["position"], one["database"]): one for record in records for one in record["info"]["pictures"]}
-        self._grid(pictures).save(scratch / "grid.png")
+        self._grid(records, scratch).save(scratch / "grid.png")
+        entries = {(entry["position"], entry["database"]): entry
+                   for record in records for entry in record["info"]["pictures"]}
         document = self.section() | {"run": self.run.name, "pictures": [
-            pictures[query.position, database.label] for query in self.queries for database in self.databases]}
+            entries[query.position, database.label] for query in self.queries for database in self.databases]}
         (scratch / "samples.json").write_bytes(storage.json_bytes(document))
         files = {name: scratch / name for name in ("grid.png", "samples.json")}
         for query in self.queries:
@@ -190,19 +194,25 @@ class Sampling(Stage):
                 files[query.shown].parent.mkdir(exist_ok=True)
                 _small(self._bytes(query)).save(files[query.shown])
         return Output(files=files, info={"prompts": list(self.prompts), "step": self.step,
-                                         "databases": [one.label for one in self.databases]})
+                                         "databases": [database.label for database in self.databases]})
 
-    def _grid(self, pictures: dict[tuple[int, str], dict[str, Any]]) -> Image.Image:
-        """Rows queries, columns databases; beside each picture its first neighbours, small."""
-        cells = []
-        for query in self.queries:
-            for database in self.databases:
-                one = pictures[query.position, database.label]
-                picture = self._read(one["file"])
-                cells.append(_with_neighbors(picture, [self._read(near["file"]) for near in one["neighbors"][:4]]))
-        return contact_sheet(cells, len(self.databases), cell=max(one.width for one in cells),
-                             row_labels=[one.title for one in self.queries],
-                             column_labels=[one.label.replace("+", " + ") for one in self.databases])
+    def _grid(self, records: Sequence[dict[str, Any]], scratch: Path) -> Image.Image:
+        """The grid: rows are queries, columns are databases."""
+        columns = [self._cells(record, scratch) for record in records]
+        cells = [cell for row in zip(*columns, strict=True) for cell in row]
+        return contact_sheet(cells, len(columns), cell=max(cell.width for cell in cells),
+                             row_labels=[query.title for query in self.queries],
+                             column_labels=[database.label.replace("+", " + ") for database in self.databases])
+
+    def _cells(self, record: dict[str, Any], scratch: Path) -> list[Image.Image]:
+        """The cells of one database, in the order of the queries."""
+        url = storage.join(self.folder, _cells_file(record["id"]))
+        try:
+            return list(read_cells(storage.download(url, scratch / f"{record['id']}.tar")))
+        except FileNotFoundError:  # an earlier version of the program, which wrote no cells, processed this item
+            return [grid_cell(self._read(entry["file"]), [self._read(neighbor["file"]) for neighbor in
+                                                          entry["neighbors"][:SHOWN_NEIGHBORS]])
+                    for entry in record["info"]["pictures"]]
 
     def _read(self, name: str) -> Image.Image:
         return Image.open(io.BytesIO(storage.read_bytes(storage.join(self.folder, name)))).convert("RGB")
@@ -239,24 +249,27 @@ def _of_p_d(drawn: Drawn | None, neighbors: Sequence[dict[str, Any]]) -> dict[st
                       if name in neighbors[0]} | {"used": drawn.used}}
 
 
-def _beside(name: str, rank: int) -> str:
+def _neighbor_entries(name: str, database: Mixture, neighbors: Sequence[tuple[int, Sample, float]]
+                      ) -> list[dict[str, Any]]:
+    """The entries of samples.json for the neighbors of one image, which are (database, sample, score)."""
+    return [{"key": sample.key, "row": sample.row, "score": round(score, 6), "caption": sample.caption,
+             "sha256": sample.sha256, "file": _neighbor_file(name, rank), **_of(database, member)}
+            for rank, (member, sample, score) in enumerate(neighbors)]
+
+
+def _neighbor_file(name: str, rank: int) -> str:
     return f"{name}-neighbor-{rank}.png"
+
+
+def _cells_file(item: str) -> str:
+    """The file with the cells of the grid that the worker of an item made."""
+    return f"cells/{item}.tar"
 
 
 def _small(data: bytes) -> Image.Image:
     image = Image.fromarray(pixels(data))
     image.thumbnail((_SHOWN, _SHOWN), Image.Resampling.LANCZOS)
     return image
-
-
-def _with_neighbors(picture: Image.Image, neighbors: list[Image.Image]) -> Image.Image:
-    """The picture at twice its size, and up to four of its neighbours in a column beside it at half size."""
-    size = picture.width
-    sheet = Image.new("RGB", (2 * size + 4 + size // 2, 2 * size), "white")
-    sheet.paste(picture.resize((2 * size, 2 * size), Image.Resampling.LANCZOS), (0, 0))
-    for rank, one in enumerate(neighbors):
-        sheet.paste(one.resize((size // 2, size // 2), Image.Resampling.LANCZOS), (2 * size + 4, rank * size // 2))
-    return sheet
 
 
 def _square(data: bytes, size: int) -> Image.Image:

@@ -2,9 +2,11 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,6 +21,7 @@ from jobs.runs.run import Run
 from jobs.sampling.config import QueryConfig, SampleConfig
 from jobs.sampling.generator import open_generator
 from jobs.sampling.mixture import Mixture
+from jobs.sampling.queries import title
 from jobs.sampling.retrieval import Likely, usage_of
 from jobs.sampling.sample_stage import Sampling
 from pipeline import storage
@@ -26,11 +29,13 @@ from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings import clip
 from pipeline.embeddings.clip_weights import ClipConfig
 from pipeline.indices.searcher import Searcher
+from pipeline.media.contact_sheet import contact_sheet
 from pipeline.neighbors.config import NeighborsConfig
 from pipeline.neighbors.neighbors import Neighbors
 from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import sealed_input
 from pipeline.stages.stage import FORMAT
+from pipeline.storage import files
 from tests.pipeline import made
 
 PROMPTS = ("a red circle", "a blue square")
@@ -98,6 +103,64 @@ def test_without_the_new_flags_a_folder_is_what_it_was(root: Path) -> None:
     assert [(one["kind"], one["prompt"], one["position"]) for one in told] == [
         ("prompt", prompt, number) for number, prompt in enumerate(PROMPTS)]
     assert not any("database" in near for one in told for near in one["neighbors"])
+
+
+def test_the_driver_makes_the_grid_without_reading_the_images(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    databases = [Mixture.parse(str(root), "flat+hatched"), _dataset(root, "flat")]
+    sampling = Sampling(Run.parse(str(root), "small"), 0, PROMPTS, databases, ClipConfig(), replace(CONFIG, k=6),
+                        "grid", asked=QueryConfig(unconditional=1))
+    folder, reads = Path(sampling.folder), []
+    finish, storage_errors = Sampling.finish, files.storage_errors
+
+    def finish_without_images(stage: Sampling, *arguments: Any) -> Any:
+        """Finish while the images are elsewhere, and note what is read."""
+        images = [path for path in folder.rglob("*.png") if path.parent.name != "asked"]
+        assert len(images) == 2 * 3 * 7
+        for path in images:
+            path.rename(path.with_suffix(".moved"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(files, "storage_errors", lambda url, doing: (
+                reads.append(url) if doing == "read" else None, storage_errors(url, doing))[1])
+            output = finish(stage, *arguments)
+        for path in images:
+            path.with_suffix(".moved").rename(path)
+        return output
+
+    monkeypatch.setattr(Sampling, "finish", finish_without_images)
+    manifest = run_stage(sampling)
+    assert reads == [storage.join(sampling.folder, f"cells/{record['id']}.tar") for record in manifest["items"]]
+    assert not [entry for record in manifest["items"] for entry in record["files"] if "cells" in entry["name"]]
+    expected = _grid_of_files(folder)
+    assert (folder / "grid.png").read_bytes() == expected
+    # A folder that an earlier version of the program left unfinished has no cells.
+    monkeypatch.setattr(Sampling, "finish", finish)
+    shutil.rmtree(folder / "cells")
+    for name in ("manifest.json", "grid.png"):
+        (folder / name).unlink()
+    assert run_stage(sampling)["content"] == manifest["content"]
+    assert (folder / "grid.png").read_bytes() == expected
+
+
+def _grid_of_files(folder: Path) -> bytes:
+    """The grid, made from the image files: each at twice its size beside its first four neighbors at half size."""
+    document = json.loads((folder / "samples.json").read_text())
+    cells = []
+    for entry in document["pictures"]:
+        image = Image.open(folder / entry["file"])
+        size = image.width
+        cell = Image.new("RGB", (2 * size + 4 + size // 2, 2 * size), "white")
+        cell.paste(image.resize((2 * size, 2 * size), Image.Resampling.LANCZOS), (0, 0))
+        for rank, neighbor in enumerate(entry["neighbors"][:4]):
+            small = Image.open(folder / neighbor["file"]).resize((size // 2, size // 2), Image.Resampling.LANCZOS)
+            cell.paste(small, (2 * size + 4, rank * size // 2))
+        cells.append(cell)
+    labels = document["databases"]
+    sheet = contact_sheet(cells, len(labels), cell=cells[0].width,
+                          row_labels=[title(entry) for entry in document["pictures"][::len(labels)]],
+                          column_labels=[label.replace("+", " + ") for label in labels])
+    file = io.BytesIO()
+    sheet.save(file, "png")
+    return file.getvalue()
 
 
 def test_rows_are_drawn_as_often_as_they_are_used() -> None:
