@@ -9,7 +9,7 @@ import numpy as np
 from jobs.telemetry import plot_style
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from jobs.telemetry.plot_style import Axes
 
 NAMES = {"database": "the database", "prompt": "the prompt, mixed database", "both": "both",
          "text": "the prompt, no neighbours", "neither": "nothing, mixed database"}

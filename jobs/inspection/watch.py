@@ -24,12 +24,7 @@ def show(root: str, *, as_json: bool = False, every: float = 0.0) -> None:
         for now in _looks(root, every):
             print(json.dumps(now) if as_json else f"{text(now)}\n", flush=True)
         return
-    from rich.console import Console
-    from rich.live import Live
-    from rich.text import Text
-    with Live(console=Console(highlight=False), auto_refresh=False, vertical_overflow="ellipsis") as live:
-        for now in _looks(root, every):
-            live.update(Text.from_ansi(text(now), no_wrap=True, overflow="ellipsis"), refresh=True)
+    tables.show_live(map(text, _looks(root, every)))
 
 
 def _looks(root: str, every: float) -> Iterator[dict[str, Any]]:

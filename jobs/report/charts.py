@@ -4,7 +4,7 @@ for narrow pages, and CSS shows the one that fits.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from markupsafe import Markup
 
@@ -12,8 +12,7 @@ from jobs.telemetry import plot_style
 from jobs.telemetry.units import format_count, format_number
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
+    from jobs.telemetry.plot_style import Axes
 
 Point = tuple[float, float]
 
@@ -45,12 +44,12 @@ def loss_curve(lines: Sequence[Mapping[str, Any]]) -> Markup | None:
                   clip_on=False)
         axes.plot(*zip(*mean, strict=True), color=plot_style.COLORS["accent"], linewidth=2.25, gid="smooth",
                   clip_on=False, marker="o" if len(mean) == 1 else "")
-        _linear(axes.xaxis, 0.0, max(points[-1][0], 1.0), grow=False, ticks=10 if size == "wide" else 4)
+        _linear(axes, "x", 0.0, max(points[-1][0], 1.0), grow=False, ticks=10 if size == "wide" else 4)
         if logarithmic:
-            _logarithmic(axes.yaxis, low, high)
+            _logarithmic(axes, "y", low, high)
         else:
             # The axis includes zero if the loss varies much. Else the variation fills the plot.
-            _linear(axes.yaxis, min(0.0, low) if low <= 0 or high / low > 2 else low, high, grow=True)
+            _linear(axes, "y", min(0.0, low) if low <= 0 or high / low > 2 else low, high, grow=True)
         axes.set_xlabel("step", labelpad=8)
         _name_y_axis(axes, "loss (logarithmic)" if logarithmic else "loss")
         return plot_style.to_svg(figure, f"loss over steps, from {format_number(smooth[0][1])} to "
@@ -80,7 +79,7 @@ def histogram(counts: Sequence[int], low: float, high: float, name: str) -> Mark
                         color=plot_style.COLORS["accent"], clip_on=False)
         for place, bar in enumerate(bars):
             bar.set(gid=f"bar-{place}", alpha=0.8, x=edges[place] + 0.06 * bin_width)
-        _linear(axes.xaxis, edges[0], edges[-1], grow=False, ticks=10 if size == "wide" else 6)
+        _linear(axes, "x", edges[0], edges[-1], grow=False, ticks=10 if size == "wide" else 6)
         axes.set(ylim=(0, max(counts)), yticks=[])
         axes.set_xlabel(name, labelpad=8)
         return plot_style.to_svg(figure, f"{name}, from {edges[0]:.2f} to {edges[-1]:.2f}", size, titles)
@@ -112,8 +111,8 @@ def recall_over_time(kinds: Mapping[str, Sequence[tuple[str, float, float]]]) ->
                       gid=f"line-{row}", label=kind, clip_on=False)
             for place, (_, time, recall) in enumerate(points):
                 axes.plot([time], [recall], "o", color=color, markersize=8, gid=f"dot-{row}-{place}", clip_on=False)
-        _logarithmic(axes.xaxis, min(times), max(times))
-        _linear(axes.yaxis, min(0.99, *recalls), 1.0, grow=True)
+        _logarithmic(axes, "x", min(times), max(times))
+        _linear(axes, "y", min(0.99, *recalls), 1.0, grow=True)
         for (parameter, time, recall), (x, y, align) in ((top[0], (10, -4, "left")), (top[-1], (12, 9, "right"))):
             axes.annotate(parameter, (time, recall), (x, y), textcoords="offset pixels", ha=align, gid="label",
                           color=plot_style.COLORS["quiet"])
@@ -168,17 +167,16 @@ def _name_y_axis(axes: "Axes", name: str) -> None:
     axes.figure.text(0, 1, name, va="top", color=plot_style.COLORS["quiet"])
 
 
-def _linear(axis: "Axis", low: float, high: float, *, grow: bool, ticks: int = 6) -> None:
+def _linear(axes: "Axes", name: Literal["x", "y"], low: float, high: float, *, grow: bool, ticks: int = 6) -> None:
     """Round ticks from `low` to `high`. With `grow`, the axis is extended to the next ticks."""
-    from matplotlib.ticker import MaxNLocator
     span = max(high - low, abs(high) * 1e-3, 1e-9)
-    marks = [float(mark) for mark in MaxNLocator(ticks, steps=[1, 2, 5, 10]).tick_values(low, low + span)]
+    marks = plot_style.round_ticks(low, low + span, ticks)
     ends = (marks[0], marks[-1]) if grow else (low, low + span)
-    _set_axis(axis, "linear", ends, [mark for mark in marks
-                                     if ends[0] - 1e-9 * span <= mark <= ends[1] + 1e-9 * span])
+    shown = [mark for mark in marks if ends[0] - 1e-9 * span <= mark <= ends[1] + 1e-9 * span]
+    plot_style.set_axis(axes, name, "linear", ends, shown, _tick_text)
 
 
-def _logarithmic(axis: "Axis", low: float, high: float) -> None:
+def _logarithmic(axes: "Axes", name: Literal["x", "y"], low: float, high: float) -> None:
     """A logarithmic axis with ticks at 1, 2 and 5, or at powers of ten alone, and at most a tick beyond each end."""
     factors = (1.0,) if high / low > _ONLY_POWERS_FROM else (1.0, 2.0, 5.0)
     powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
@@ -187,16 +185,8 @@ def _logarithmic(axis: "Axis", low: float, high: float) -> None:
     last = min(place for place, mark in enumerate(marks) if mark >= high * 0.9999)
     # The axis needs two ends, even if all values are equal.
     shown = marks[first:max(last, first + 1) + 1]
-    _set_axis(axis, "log", (shown[0], shown[-1]), shown[::-(-len(shown) // 10)])
+    plot_style.set_axis(axes, name, "log", (shown[0], shown[-1]), shown[::-(-len(shown) // 10)], _tick_text)
 
 
-def _set_axis(axis: "Axis", scale: str, ends: Point, marks: Sequence[float]) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-    axis.axes.set(**{f"{axis.axis_name}scale": scale, f"{axis.axis_name}lim": ends})
-    axis.set_major_locator(FixedLocator(marks))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(_tick_text))
-
-
-def _tick_text(value: float, _: int | None = None) -> str:
+def _tick_text(value: float) -> str:
     return format_count(value) if abs(value) >= 1000 and value == int(value) else f"{value:.6g}"

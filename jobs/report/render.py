@@ -1,4 +1,7 @@
-"""Rendering: Jinja templates that escape all text, and images that are inlined until the page is large enough."""
+"""Rendering: Jinja templates that escape all text, and images that are inlined until the page is large enough.
+
+The only file that imports Jinja.
+"""
 
 import base64
 import functools

@@ -1,19 +1,20 @@
 """One style for all plots: figures with the colors of the report, as inline SVG or as PNG.
 
-matplotlib is imported inside of functions, because it takes half a second that most commands do not need.
+The only file that imports matplotlib. It does so inside of functions, because the import takes half a second that most
+commands do not need.
 """
 
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes as Axes
+    from matplotlib.figure import Figure as Figure
 
 # The light values of the variables of the same names in report.css.
 COLORS = {"paper": "#ffffff", "ink": "#1d2129", "quiet": "#667080", "line": "#e3e6eb", "accent": "#2a6292",
@@ -32,7 +33,7 @@ def plot_style() -> Iterator[None]:
     import matplotlib
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update({
+        settings: dict[Any, Any] = {
             "svg.fonttype": "none", "svg.hashsalt": "report", "font.family": "DejaVu Sans", "font.size": _FONT_PIXELS,
             "figure.dpi": _PIXELS_PER_INCH, "figure.facecolor": COLORS["paper"], "text.color": COLORS["ink"],
             "axes.facecolor": "none", "axes.edgecolor": COLORS["line"], "axes.labelcolor": COLORS["quiet"],
@@ -42,14 +43,15 @@ def plot_style() -> Iterator[None]:
             "xtick.major.pad": 8.0, "ytick.major.pad": 8.0, "legend.frameon": False,
             "legend.labelcolor": COLORS["quiet"], **{f"axes.spines.{side}": False for side in ("left", "top", "right")},
             **{f"{axis}tick.{name}": False for axis, name in (("x", "bottom"), ("y", "left"), ("x", "minor.bottom"),
-                                                              ("y", "minor.left"))}})
+                                                              ("y", "minor.left"))}}
+        matplotlib.rcParams.update(settings)
         yield
 
 
-def new_figure(width: float, height: float, **options: object) -> "Figure":
+def new_figure(width: float, height: float, layout: Literal["constrained"] | None = None) -> "Figure":
     """A figure of `width` by `height` CSS pixels, independent of pyplot."""
     from matplotlib.figure import Figure
-    return Figure(figsize=(width / _PIXELS_PER_INCH, height / _PIXELS_PER_INCH), **options)
+    return Figure(figsize=(width / _PIXELS_PER_INCH, height / _PIXELS_PER_INCH), layout=layout)
 
 
 def new_axes(figure: "Figure", left: float, right: float, top: float, bottom: float) -> "Axes":
@@ -60,6 +62,23 @@ def new_axes(figure: "Figure", left: float, right: float, top: float, bottom: fl
     axes.patch.set_gid("frame")
     axes.grid(axis="y", clip_on=False)
     return axes
+
+
+def round_ticks(low: float, high: float, most: int) -> list[float]:
+    """At most `most` round numbers from below `low` to above `high`, ascending."""
+    from matplotlib.ticker import MaxNLocator
+    return [float(mark) for mark in MaxNLocator(most, steps=[1, 2, 5, 10]).tick_values(low, high)]
+
+
+def set_axis(axes: "Axes", name: Literal["x", "y"], scale: Literal["linear", "log"], ends: tuple[float, float],
+             ticks: Sequence[float], tick_text: Callable[[float], str]) -> None:
+    """Fix the scale, the ends and the ticks of an axis."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+    axes.set(**{f"{name}scale": scale, f"{name}lim": ends})
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: tick_text(value)))
 
 
 def to_svg(figure: "Figure", label: str, css_class: str, titles: Mapping[str, str] | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Tables that commands print. The only place that aligns columns."""
+"""Tables that commands print, once or updated in place. The only place that aligns columns."""
 
 import io
 import itertools
@@ -42,6 +42,16 @@ def render(rows: Iterable[Row], *, head: Row = (), right: Collection[int] = (), 
         lines[1] = "|".join(f"{rule[:-1]}:" if number - 1 in right else rule
                             for number, rule in enumerate(lines[1].split("|")))
     return "\n".join(lines)
+
+
+def show_live(texts: Iterable[str]) -> None:
+    """Show each text in place of the one before, on a terminal."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+    with Live(console=Console(highlight=False), auto_refresh=False, vertical_overflow="ellipsis") as live:
+        for text in texts:
+            live.update(Text.from_ansi(text, no_wrap=True, overflow="ellipsis"), refresh=True)
 
 
 def render_markdown(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Load CLIP encoders and encode images and texts. The only file that imports open_clip to encode."""
+"""Load CLIP encoders, and encode images and texts."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -22,6 +22,7 @@ from pipeline.embeddings.clip_weights import (
     read_tagged_weights,
     weights_path,
 )
+from pipeline.embeddings.open_clip_door import open_clip
 from pipeline.hardware import devices
 from pipeline.media import resize
 
@@ -122,10 +123,9 @@ def open_clip_transform(wanted: dict[str, Any]) -> Callable[[Image.Image], "torc
 
     @lru_cache(maxsize=1)
     def made() -> Any:
-        from open_clip import transform
-        settings = {"size": wanted["image_size"], "resize_mode": wanted["resize"],
-                    **{name: wanted[name] for name in ("mean", "std", "interpolation", "fill_color") if name in wanted}}
-        return transform.image_transform_v2(transform.PreprocessCfg(**settings), is_train=False)
+        settings = {name: wanted[name] for name in ("mean", "std", "interpolation", "fill_color") if name in wanted}
+        wished = open_clip.transform.PreprocessCfg(size=wanted["image_size"], resize_mode=wanted["resize"], **settings)
+        return open_clip.transform.image_transform_v2(wished, is_train=False)
 
     return lambda picture: made()(picture)
 
@@ -142,7 +142,6 @@ def load(config: ClipConfig, compiled: bool = False) -> Encoder:
 @lru_cache(maxsize=2)
 def load_on(config: ClipConfig, compiled: bool, device: "torch.device") -> Encoder:
     """The encoder of `config` on a device; kept in this process."""
-    import open_clip
     import torch
 
     # Before anything else: open_clip takes random weights where a hub or a folder has none.
@@ -226,7 +225,6 @@ def flop_per_image(config: ClipConfig) -> tuple[float, int]:
     if config.model == BUNDLED_MODEL:
         architecture = json.loads((BUNDLED / f"{BUNDLED_MODEL}.json").read_text())
     else:
-        import open_clip
         architecture = open_clip.get_model_config(check_model(config))
     vision = architecture["vision_cfg"]
     if not vision.get("patch_size") or not isinstance(vision.get("image_size"), int):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import storage
+from pipeline.embeddings.open_clip_door import open_clip
 
 BUNDLED = Path(__file__).parent / "tiny_clip"
 BUNDLED_MODEL = "tiny-clip-64"
@@ -61,12 +62,10 @@ def describe_encoder(config: ClipConfig) -> dict[str, Any]:
 def read_tagged_weights(config: ClipConfig) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """The weights of a model that open_clip knows by name, its architecture, and what its tag says."""
     if config.pretrained == RANDOM:
-        import open_clip
         return "", open_clip.get_model_config(check_model(config)), {}
     path = weights_path(config)
     if config.pretrained == "bundled":
         return path, json.loads((BUNDLED / f"{BUNDLED_MODEL}.json").read_text()), {}
-    import open_clip
     architecture = open_clip.get_model_config(check_model(config))
     tag = open_clip.get_pretrained_cfg(config.model, config.pretrained)
     if not Path(path).is_file():
@@ -83,8 +82,6 @@ def read_tagged_weights(config: ClipConfig) -> tuple[str, dict[str, Any], dict[s
 
 def read_own_weights(config: ClipConfig) -> tuple[str, dict[str, Any]]:
     """The weights of a model that lies in a folder or on a hub, and its open_clip_config.json."""
-    from open_clip import factory, pretrained
-
     if config.pretrained != "bundled":
         raise ValueError(f"{config.model} comes with its own weights, and --pretrained {config.pretrained} asks for "
                          f"others\nhint: --pretrained bundled")
@@ -95,9 +92,9 @@ def read_own_weights(config: ClipConfig) -> tuple[str, dict[str, Any]]:
     try:
         if scheme == "local-dir":
             # By open_clip's own choice among several: what is loaded is what is hashed.
-            settings, path = Path(place) / _CONFIG, factory._find_checkpoint_in_dir(Path(place))
+            settings, path = Path(place) / _CONFIG, open_clip.factory._find_checkpoint_in_dir(Path(place))
         else:
-            settings, path = (Path(pretrained.download_pretrained_from_hf(place, filename=name))
+            settings, path = (Path(open_clip.pretrained.download_pretrained_from_hf(place, filename=name))
                               for name in (_CONFIG, None))
         document = json.loads(settings.read_text())
     except Exception as error:  # what a hub's client raises has no common type
@@ -116,7 +113,6 @@ def read_own_weights(config: ClipConfig) -> tuple[str, dict[str, Any]]:
 
 
 def check_model(config: ClipConfig) -> str:
-    import open_clip
     if config.model.startswith(OWN_WEIGHTS_SCHEMES):
         return config.model
     if config.model == BUNDLED_MODEL:
