@@ -74,11 +74,11 @@ def pointer(name: str) -> dict[str, Any]:
 def sources() -> None:
     """Put the pictures of four styles, with captions, into the store."""
     from pipeline.corpora import emoji
-    from pipeline.corpora.demo_corpus import Pictures, PicturesConfig
+    from pipeline.corpora.demo_corpus import DemoCorpus, DemoCorpusConfig
     from pipeline.stages.driver import run_stage
     emoji.fetch(FOLDER / "npm")
-    config = PicturesConfig(corpus="emoji", size=64)
-    pictures = Pictures(str(FOLDER / "root"), config, FOLDER / "npm")
+    config = DemoCorpusConfig(corpus="emoji", size=64)
+    pictures = DemoCorpus(str(FOLDER / "root"), config, FOLDER / "npm")
     run_stage(pictures)
     fs = store()
     while True:

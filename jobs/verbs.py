@@ -65,18 +65,18 @@ def _shard(command: commands.ShardCommand, settings: Settings) -> int:
         _log.info("shard: %s is sealed; rows that failed are tried again for %s", dataset.label, following.label)
         return _run(Shard(following, command.shard, base=dataset), command)
     if command.shard.duplicates != "keep" and not command.common.dry_run:
-        return _sift(deduplicate.Sift(dataset, command.shard), command)
+        return _sift(deduplicate.Deduplicate(dataset, command.shard), command)
     return _run(Shard(dataset, command.shard), command)
 
 
-def _sift(sifted: deduplicate.Sift, command: commands.ShardCommand) -> int:
+def _sift(sifted: deduplicate.Deduplicate, command: commands.ShardCommand) -> int:
     with runner(command) as run_with:
         def seal(stage_: Shard) -> dict[str, Any]:
             first = stage_ is sifted.whole
             return run_observed(stage_, run_with, name="shard" if first else "sift", tracker=command.stage.tracker,
                                retry=command.retry_failed and first, max_failed=command.max_failed)
 
-        manifest = deduplicate.run(sifted, seal, overwrite=command.stage.rebuild)
+        manifest = deduplicate.deduplicate_shards(sifted, seal, overwrite=command.stage.rebuild)
     _done(sifted, manifest)
     return 0
 
@@ -120,7 +120,7 @@ def _torch_first() -> None:
 
 def _rebuild(command: commands.RebuildCommand, settings: Settings) -> int:
     from jobs.publishing.rebuild import Rebuild, run_rebuild
-    root, name = storage.normal(command.common.root), Dataset.parse(command.common.root, command.dataset).name
+    root, name = storage.normalize(command.common.root), Dataset.parse(command.common.root, command.dataset).name
     if "@" in command.dataset:
         raise ValueError(f"{command.dataset}: a rebuild makes the next version itself\nhint: rebuild {name}")
     one = Rebuild(root, name, command.shard, command.embed, command.index, command.rebuild)
@@ -327,7 +327,7 @@ def _evaluate(command: commands.EvaluateCommand, settings: Settings) -> int:
 
 
 def _report(command: commands.ReportCommand, settings: Settings) -> int:
-    root = storage.normal(command.common.root)
+    root = storage.normalize(command.common.root)
     out = command.out or storage.join(root, "report.html")
     if command.common.dry_run:
         print(f"would write {out}")
@@ -340,7 +340,7 @@ def _report(command: commands.ReportCommand, settings: Settings) -> int:
 
 
 def _status(command: commands.StatusCommand, settings: Settings) -> int:
-    root = storage.normal(command.common.root)
+    root = storage.normalize(command.common.root)
     if command.watch and command.serve:
         raise ValueError("--watch shows it here, --serve to others: these are two commands")
     try:
@@ -362,7 +362,7 @@ def _status(command: commands.StatusCommand, settings: Settings) -> int:
 
 
 def _verify(command: commands.VerifyCommand, settings: Settings) -> int:
-    root = storage.normal(command.common.root)
+    root = storage.normalize(command.common.root)
     only = command.only.strip("/")
     found = [one for one in status.read_status(root) if not only or f"{one['path']}/".startswith(f"{only}/")]
     chain: list[dict[str, str]] = []
@@ -419,7 +419,7 @@ def _demo(command: commands.DemoCommand, settings: Settings) -> int:
     from jobs.cli.demo import run_demo
     settings = replace(settings, cluster=command.cluster,
                        pictures=replace(settings.pictures, subjects=command.subjects))
-    root = storage.normal(command.common.root)
+    root = storage.normalize(command.common.root)
     with runner(command) as run_with:
         out = run_demo(root, settings, run_with, drawn=command.drawn, dry_run=command.common.dry_run,
                        steps=command.steps, train=lambda job: train(job, command.cluster, local=command.common.local))

@@ -50,11 +50,11 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(scope="session")
 def drawn_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 144 drawn pictures of 24 subjects in six styles, with captions; read only."""
-    from pipeline.corpora.demo_corpus import Pictures, PicturesConfig
+    from pipeline.corpora.demo_corpus import DemoCorpus, DemoCorpusConfig
     from pipeline.stages.driver import run_stage
     root = tmp_path_factory.mktemp("drawn")
-    config = PicturesConfig(corpus="drawn", subjects=24, size=32, pictures_per_item=50)
-    stage_ = Pictures(str(root), config, root / "cache")
+    config = DemoCorpusConfig(corpus="drawn", subjects=24, size=32, pictures_per_item=50)
+    stage_ = DemoCorpus(str(root), config, root / "cache")
     run_stage(stage_)
     return Path(stage_.folder)
 

@@ -17,7 +17,7 @@ from jobs.training.train_stage import Job
 from pipeline import storage
 from pipeline.corpora import drawn as drawn_corpus
 from pipeline.corpora import emoji
-from pipeline.corpora.demo_corpus import Pictures
+from pipeline.corpora.demo_corpus import DemoCorpus
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings.embed import Embed
 from pipeline.indices.index import Index
@@ -107,7 +107,7 @@ def _seal(stage_: Stage, runner: Runner) -> bool:
     return True
 
 
-def _pictures(root: str, settings: Settings, drawn: bool) -> Pictures:
+def _pictures(root: str, settings: Settings, drawn: bool) -> DemoCorpus:
     """The corpus: the one that was taken before, else emoji where npm brings them, else drawn."""
     cache = (storage.local_path(root) if storage.is_local(root) else storage.cache_folder()) / "cache" / "npm"
     there = [name for name in ("emoji", "drawn") if storage.exists(storage.join(root, "pictures", name, "plan.json"))]
@@ -115,23 +115,23 @@ def _pictures(root: str, settings: Settings, drawn: bool) -> Pictures:
         try:
             emoji.fetch(cache)
             _log.info("corpus: emoji in eight styles, fetched with npm into %s", cache)
-            return Pictures(root, replace(settings.pictures, corpus="emoji"), cache)
+            return DemoCorpus(root, replace(settings.pictures, corpus="emoji"), cache)
         except emoji.NpmUnavailable as error:
             if "emoji" in there:
                 raise
             _log.warning("corpus: pictures drawn by the program, for there are no emoji: %s", error)
     else:
         _log.info("corpus: pictures drawn by the program")
-    return Pictures(root, replace(settings.pictures, corpus="drawn"), cache)
+    return DemoCorpus(root, replace(settings.pictures, corpus="drawn"), cache)
 
 
-def _styles(pictures: Pictures) -> list[str]:
+def _styles(pictures: DemoCorpus) -> list[str]:
     if pictures.config.corpus == "emoji":
         return sorted(emoji.STYLES)
     return list(drawn_corpus.catalog(1, pictures.config.seed).styles)
 
 
-def _prompts(pictures: Pictures) -> tuple[str, ...]:
+def _prompts(pictures: DemoCorpus) -> tuple[str, ...]:
     if pictures.config.corpus == "emoji":
         return EMOJI_PROMPTS
     subjects = drawn_corpus.catalog(pictures.config.subjects, pictures.config.seed).pictures

@@ -60,12 +60,12 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         if isinstance(error, BrokenPipeError) and _unheard():
             return 0
-        text = storage.full(error) or str(error)
+        text = storage.disk_full_message(error) or str(error)
         if "hint:" not in text and (sentence := devices.explain(error)):
             text = f"{text.splitlines()[0]}\n{sentence}"
         if "hint:" not in text:
             text += f"\n{_NO_WAY if getattr(error, 'errno', 0) in {errno.EROFS, errno.EACCES, errno.EPERM} else _GO_ON}"
-        logs.last_word(storage.without_credentials(text), exit=1)
+        logs.last_word(storage.redact_credentials(text), exit=1)
         return 1
     except KeyboardInterrupt:
         logs.last_word("stopped; the same command goes on from here", logging.WARNING, exit=verbs.STOPPED)
@@ -88,7 +88,7 @@ def parsed(arguments: Sequence[str]) -> tuple[Callable[[Any, Settings], int], An
 
 
 def _misuse(message: str) -> int:
-    logs.last_word(storage.without_credentials(message), exit=2)
+    logs.last_word(storage.redact_credentials(message), exit=2)
     return 2
 
 

@@ -62,7 +62,7 @@ def make_submission(words: tuple[str, ...], inner: Any, settings: Settings, comm
         if storage.is_local(place) and place and not Path(storage.local_path(place)).is_absolute():
             raise ValueError(f"{place} is a folder of this machine, and the job's own folder does not outlive it\n"
                              f"hint: --root s3://bucket/..., or an absolute path that every node has")
-    if storage.without_credentials(" ".join(words)) != " ".join(words):
+    if storage.redact_credentials(" ".join(words)) != " ".join(words):
         raise ValueError("the command has a password or signature in it, which the cluster would keep and show\n"
                          "hint: let the nodes have the keys: --secret NAME tells that they must")
     verb, config = words[0], inner.common.config
@@ -88,7 +88,7 @@ def variables(more: Iterable[str], needed: Iterable[str]) -> dict[str, str]:
     held_back = []
     for name, value in sorted(os.environ.items()):
         if name in more or (name.startswith(_PREFIXES) and name not in _OF_HERE):
-            if _SECRET.search(name) or storage.without_credentials(value) != value:
+            if _SECRET.search(name) or storage.redact_credentials(value) != value:
                 held_back.append(name)
             else:
                 passed[name] = value
@@ -267,7 +267,7 @@ def _subject(verb: str, inner: Any) -> dict[str, str]:
 
 def _hash(verb: str, inner: Any, settings: Settings) -> str:
     """Eight digits for all that is asked, however it was put; where it runs is no part of it."""
-    inner = replace(inner, common=replace(inner.common, root=storage.normal(inner.common.root), config=""))
+    inner = replace(inner, common=replace(inner.common, root=storage.normalize(inner.common.root), config=""))
     return storage.digest([verb, *({key: value for key, value in asdict(one).items() if key != "cluster"}
                                  for one in (inner, settings))])[:8]
 

@@ -83,7 +83,7 @@ class Worker:
 def _failed(error: BaseException) -> Failed:
     trace = "".join(traceback.format_exception(error))
     return Failed(error_sentence(error), trace, devices.kind_of(error), isinstance(error, ValueError),
-                  bool(storage.full(error)))
+                  bool(storage.disk_full_message(error)))
 
 
 class Pool:

@@ -9,7 +9,7 @@ from jobs.sampling.config import SampleConfig
 from jobs.training.config import LatentsConfig
 from model import recipes as networks
 from model.config import TrainConfig
-from pipeline.corpora.demo_corpus import PicturesConfig
+from pipeline.corpora.demo_corpus import DemoCorpusConfig
 from pipeline.embeddings.embed import EmbedConfig
 from pipeline.indices.config import IndexConfig
 from pipeline.neighbors.config import NeighborsConfig
@@ -20,7 +20,7 @@ from pipeline.sources.config import ShardConfig
 class Settings:
     """One section for each stage."""
 
-    pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    pictures: DemoCorpusConfig = field(default_factory=DemoCorpusConfig)
     shard: ShardConfig = field(default_factory=ShardConfig)
     embed: EmbedConfig = field(default_factory=EmbedConfig)
     index: IndexConfig = field(default_factory=IndexConfig)

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from pipeline.corpora.vocabulary import lot
+from pipeline.corpora.vocabulary import name_hash
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import metadata
 
@@ -15,7 +15,7 @@ def held_out(dataset: Dataset, databases: Sequence[Dataset]) -> list[str]:
     """Captions of databases that the dataset of a run does not have: first those in most databases, then by lot."""
     seen = _captions(dataset)
     found = Counter(caption for database in databases for caption in _captions(database) - seen)
-    return sorted(found, key=lambda caption: (-found[caption], lot(caption)))
+    return sorted(found, key=lambda caption: (-found[caption], name_hash(caption)))
 
 
 def _captions(dataset: Dataset) -> frozenset[str]:

@@ -16,7 +16,7 @@ from pipeline.batches.images import average_down
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.media import tars
-from pipeline.media.resize import pixels
+from pipeline.media.resize import decode_pixels
 from pipeline.stages.stage import Stage, fingerprint
 from pipeline.stages.types import Item, Output
 
@@ -28,7 +28,7 @@ def pictures_of(dataset: Dataset, size: int) -> np.ndarray:
     found = []
     for record in dataset.manifest("shards")["items"]:
         path = dataset.fetch("shards", file_of(record, ".tar"), check=True)
-        pictures = [pixels(tars.picture(sample)) for sample in tars.read(path)]
+        pictures = [decode_pixels(tars.sample_image(sample)) for sample in tars.read(path)]
         if len({one.shape for one in pictures}) > 1:
             raise ValueError(f"the pictures of {dataset.label} have different sizes, a judge needs one\n"
                              f"hint: shard with --resize center_crop")

@@ -42,14 +42,14 @@ def read_status(root: str) -> list[dict[str, Any]]:
 def status_table(root: str, found: list[dict[str, Any]]) -> str:
     """The states below a root as text, a line each."""
     if not found:
-        return f"nothing here yet: {storage.without_credentials(root)} has no datasets and no runs"
+        return f"nothing here yet: {storage.redact_credentials(root)} has no datasets and no runs"
     return tables.render([[one["path"], one["state"], _detail(one)] for one in found])
 
 
 def published(root: str) -> dict[str, dict[str, Any]]:
     """What is published of each dataset that has anything published: version, number, when (Unix time), recall@10."""
     found = {}
-    for name in storage.folders(storage.join(root, "datasets")):
+    for name in storage.list_folders(storage.join(root, "datasets")):
         with contextlib.suppress(FileNotFoundError, ValueError):
             one = storage.read_json(storage.join(root, "datasets", name, "current.json"))
             if isinstance(one, dict) and "version" in one:
@@ -95,18 +95,18 @@ def forecast(stage_: Stage, *, overwrite: bool = False) -> dict[str, Any]:
 
 
 def _paths(root: str) -> list[str]:
-    paths = [f"pictures/{name}" for name in storage.folders(storage.join(root, "pictures"))]
-    for name in storage.folders(storage.join(root, "datasets")):
-        for version in storage.folders(storage.join(root, "datasets", name)):
+    paths = [f"pictures/{name}" for name in storage.list_folders(storage.join(root, "pictures"))]
+    for name in storage.list_folders(storage.join(root, "datasets")):
+        for version in storage.list_folders(storage.join(root, "datasets", name)):
             base = f"datasets/{name}/{version}"
             paths += [f"{base}/{one}" for one in _OF_A_DATASET]
             paths += [f"{base}/{one}" for one in _OF_SOME
                       if storage.exists(storage.join(root, base, one, "plan.json"))]
-            paths += [f"{base}/neighbors/{one}" for one in storage.folders(storage.join(root, base, "neighbors"))]
-    for run in storage.folders(storage.join(root, "runs")):
+            paths += [f"{base}/neighbors/{one}" for one in storage.list_folders(storage.join(root, base, "neighbors"))]
+    for run in storage.list_folders(storage.join(root, "runs")):
         paths.append(f"runs/{run}")
         paths += [f"runs/{run}/{of}/{one}" for of in ("samples", "judges", "evaluations")
-                  for one in storage.folders(storage.join(root, "runs", run, of))]
+                  for one in storage.list_folders(storage.join(root, "runs", run, of))]
     return paths
 
 
@@ -119,10 +119,10 @@ def _state(root: str, path: str) -> dict[str, Any]:
     about = {"stage": plan["stage"], "items": items}
     changed = changed_inputs(root, plan)
     if manifest is None:
-        for name in storage.names(storage.join(root, path, "more")):
+        for name in storage.list_files(storage.join(root, path, "more")):
             items += records.count(storage.read_json(storage.join(root, path, "more", name))["items"])
-        done = min(len(storage.names(storage.join(root, path, "records"))), items)
-        failed = len(storage.names(storage.join(root, path, "failures")))
+        done = min(len(storage.list_files(storage.join(root, path, "records"))), items)
+        failed = len(storage.list_files(storage.join(root, path, "failures")))
         about["progress"] = _progress(root, path)
         state = f"{done} of {items}" if done or about["progress"] else "planned"
         about["done"] = done

@@ -35,12 +35,12 @@ def _looks(root: str, every: float) -> Iterator[dict[str, Any]]:
         try:
             now = look(root)
         except OSError as error:
-            now = now | {"error": storage.without_credentials(str(error).splitlines()[0])}
+            now = now | {"error": storage.redact_credentials(str(error).splitlines()[0])}
 
 
 def look(root: str) -> dict[str, Any]:
     """What there is: the time, what is published, and each stage that was planned."""
-    return {"time": round(time.time(), 1), "root": storage.without_credentials(root),
+    return {"time": round(time.time(), 1), "root": storage.redact_credentials(root),
             "published": status.published(root),
             "stages": [_stage(one) for one in status.read_status(root) if one["state"] != "absent"]}
 

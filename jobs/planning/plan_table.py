@@ -104,8 +104,8 @@ def _trial(command: PlanCommand, settings: Settings, *, gpu: bool) -> Trial:
     if not Path(command.measure).absolute().parent.is_dir():
         raise ValueError(f"--measure {command.measure}: there is no such folder to write rates into")
     build = builds(replace(command, gpus=0), settings, _base(command))[0]
-    return Trial(storage.normal(command.common.root), replace(build, gpus=command.gpus or build.gpus), command.source,
-                 command.seconds, command.measure_workers, gpu)
+    return Trial(storage.normalize(command.common.root), replace(build, gpus=command.gpus or build.gpus),
+                 command.source, command.seconds, command.measure_workers, gpu)
 
 
 def _base(command: PlanCommand) -> Rates:

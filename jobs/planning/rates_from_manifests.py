@@ -34,9 +34,9 @@ def rates(root: str, base: Rates, *, gpu: bool = False) -> Rates:
 
     ValueError if nothing there tells any.
     """
-    root = storage.normal(root)
-    datasets = [Dataset(root, name, version) for name in storage.folders(storage.join(root, "datasets"))
-                for version in storage.folders(storage.join(root, "datasets", name))]
+    root = storage.normalize(root)
+    datasets = [Dataset(root, name, version) for name in storage.list_folders(storage.join(root, "datasets"))
+                for version in storage.list_folders(storage.join(root, "datasets", name))]
     exact, approximate = _neighbors(datasets, base, gpu)
     found = {"shard": _shard(datasets, base), "embed": _embed(datasets, gpu), "index": _index(datasets, base),
              "exact": exact, "approximate": approximate, "train": _train(root, gpu)}
@@ -44,7 +44,7 @@ def rates(root: str, base: Rates, *, gpu: bool = False) -> Rates:
     if not sections:
         raise ValueError(f"nothing sealed below {root} tells how long a stage takes\n"
                          f"hint: run the stages on a sample there first")
-    return base.with_sections(sections, f"what made {storage.without_credentials(root)}", "there")
+    return base.with_sections(sections, f"what made {storage.redact_credentials(root)}", "there")
 
 
 def _sealed(datasets: list[Dataset], folder: str, name: str) -> Iterator[tuple[Dataset, dict[str, Any]]]:
@@ -135,7 +135,7 @@ def _neighbors(datasets: list[Dataset], base: Rates, gpu: bool) -> tuple[ExactRa
     """Of both ways; what an index without lists finds is found by comparing all rows."""
     exact, listed, nprobe = _Sums(base.exact, _EXACT), _Sums(base.approximate, _LISTED), base.approximate.nprobe
     for dataset in datasets:
-        for label in storage.folders(dataset.folder("neighbors")):
+        for label in storage.list_folders(dataset.folder("neighbors")):
             database = Dataset.parse(dataset.root, label)
             if not database.sealed("embeddings"):
                 continue
@@ -191,7 +191,7 @@ class _Sums:
 def _train(root: str, gpu: bool) -> TrainRates | None:
     """By the clock of the runs, whose last lines of the curve have it, and their numbers of processes."""
     operations = seconds = 0.0
-    for name in storage.folders(storage.join(root, "runs")):
+    for name in storage.list_folders(storage.join(root, "runs")):
         run = Run(root, name)
         lines = read(run)
         if not lines or not storage.exists(storage.join(run.folder, "plan.json")):

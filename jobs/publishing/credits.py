@@ -21,7 +21,7 @@ def list_credits(address: str) -> list[dict[str, Any]]:
 
     ValueError if the file is no sample of a run.
     """
-    address = storage.normal(address)
+    address = storage.normalize(address)
     root, below = _within(address)
     parts = below.split("/")  # runs/RUN/samples/HASH/...
     folder = storage.join(root, *parts[:4])

@@ -54,7 +54,7 @@ def forget(root: str, wanted: Forgotten, note: str, *, dry_run: bool = False) ->
 
     What is on the list stays out of later rebuilds. Other names of the same bytes are found by their hash.
     """
-    root = storage.normal(root)
+    root = storage.normalize(root)
     # Who names a picture by its address means its bytes too, under whatever address they come again.
     hashes: set[str] = set()
     there = [one for one in datasets(root) if one.sealed("shards")]

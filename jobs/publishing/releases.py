@@ -34,7 +34,7 @@ class GcConfig:
 
 def dataset_names(root: str) -> list[str]:
     """The datasets of a root that have something published."""
-    found = storage.folders(storage.join(storage.normal(root), "datasets"))
+    found = storage.list_folders(storage.join(storage.normalize(root), "datasets"))
     return [name for name in found if published.current(root, name)]
 
 
@@ -51,19 +51,19 @@ def pins(root: str, name: str) -> dict[str, list[str]]:
 def encoders(root: str, name: str) -> dict[str, dict[str, Any]]:
     """The encoders of the runs that draw their neighbours from a dataset, by the names of the runs."""
     found = {}
-    for run in storage.folders(storage.join(storage.normal(root), "runs")):
+    for run in storage.list_folders(storage.join(storage.normalize(root), "runs")):
         document = _plan(root, f"runs/{run}")
         if document and document.get("stage") == "train" and any(_read_by(document, name)):
-            found[f"the run {run}"] = Run(storage.normal(root), run).encoder()
+            found[f"the run {run}"] = Run(storage.normalize(root), run).encoder()
     return found
 
 
 def _consumers(root: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Plans of what reads databases, by their folders."""
-    root = storage.normal(root)
-    paths = [f"runs/{run}" for run in storage.folders(storage.join(root, "runs"))]
+    root = storage.normalize(root)
+    paths = [f"runs/{run}" for run in storage.list_folders(storage.join(root, "runs"))]
     for dataset in datasets(root):
-        paths += [dataset.path(f"neighbors/{one}") for one in storage.folders(dataset.folder("neighbors"))]
+        paths += [dataset.path(f"neighbors/{one}") for one in storage.list_folders(dataset.folder("neighbors"))]
     for path in paths:
         if document := _plan(root, path):
             yield path, document
@@ -71,7 +71,7 @@ def _consumers(root: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _plan(root: str, path: str) -> dict[str, Any] | None:
     try:
-        return storage.read_json(storage.join(storage.normal(root), path, "plan.json"))
+        return storage.read_json(storage.join(storage.normalize(root), path, "plan.json"))
     except (FileNotFoundError, ValueError):
         return None
 
@@ -86,7 +86,7 @@ def _read_by(document: dict[str, Any], name: str) -> Iterator[str]:
 
 def list_versions(root: str, name: str) -> list[dict[str, Any]]:
     """Every version of a dataset, the oldest first: what it is, and why it stays."""
-    root, pointer, pinned = storage.normal(root), published.current(root, name), pins(root, name)
+    root, pointer, pinned = storage.normalize(root), published.current(root, name), pins(root, name)
     rolled_back: set[str] = set()
     for past in published.history(root, name):
         rolled_back |= {past["rolled_back"]} if "rolled_back" in past else set()
@@ -152,7 +152,7 @@ def against_current(root: str) -> tuple[tuple[str, ...], list[dict[str, str]]]:
 
 def rollback(root: str, name: str, to: str, *, dry_run: bool = False) -> dict[str, Any]:
     """Publish an earlier version again: `to`, or the one before the published one; what stands there now."""
-    root, pointer = storage.normal(root), published.current(root, name)
+    root, pointer = storage.normalize(root), published.current(root, name)
     if pointer is None:
         raise ValueError(f"nothing of {name} is published in {root}\nhint: rebuild {name} --source ...")
     past = [one["version"] for one in published.history(root, name)]
@@ -181,7 +181,7 @@ def rollback(root: str, name: str, to: str, *, dry_run: bool = False) -> dict[st
 
 def collect_garbage(root: str, name: str, config: GcConfig, *, dry_run: bool = False) -> list[dict[str, Any]]:
     """Remove versions that nobody needs, but for files that others took over; what was done to which."""
-    root, pointer = storage.normal(root), published.current(root, name)
+    root, pointer = storage.normalize(root), published.current(root, name)
     if pointer is None:
         raise ValueError(f"nothing of {name} is published in {root}: nothing is old")
     pinned, there = pins(root, name), published.versions(root, name)
@@ -220,7 +220,7 @@ def _last_used(root: str, name: str, version: str) -> float:
     for path in ("rebuild.json", "gates.json", *(f"{one}/{file}" for one in published.STAGES for file in
                                                  ("plan.json", "progress.json", "manifest.json"))):
         try:
-            times.append(storage.modified(storage.join(base, path)))
+            times.append(storage.modified_time(storage.join(base, path)))
         except FileNotFoundError:
             continue
     return max(times)
@@ -238,10 +238,11 @@ def _files_of(root: str, name: str, kept: list[str]) -> set[str]:
                 records: Any = manifest["items"]
             else:  # under way: what is recorded, and what its plan says will be taken
                 records = [storage.read_json(storage.join(folder, "records", one))
-                           for one in storage.names(storage.join(folder, "records"))]
+                           for one in storage.list_files(storage.join(folder, "records"))]
                 if storage.exists(storage.join(folder, "plan.json")):
                     records += _to_be_taken(root, name, stage_name, folder)
-            found |= {storage.place(folder, entry["name"]) for record in records for entry in record["files"]}
+            found |= {storage.manifest_file_url(folder, entry["name"])
+                      for record in records for entry in record["files"]}
     return found
 
 
@@ -254,7 +255,7 @@ def _to_be_taken(root: str, name: str, stage_name: str, folder: str) -> list[dic
             version = item.inputs.get("version") or item.inputs.get("last")
             if isinstance(record, dict) and isinstance(version, str):
                 there = Dataset(root, name, version).folder("shards" if key == "of" else stage_name)
-                found.append({"files": [entry | {"name": storage.place(there, entry["name"])}
+                found.append({"files": [entry | {"name": storage.manifest_file_url(there, entry["name"])}
                                         for entry in record["files"]]})
     return found
 

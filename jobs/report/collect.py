@@ -15,7 +15,7 @@ class Root:
     """The datasets, runs and stages below an address."""
 
     def __init__(self, address: str) -> None:
-        self.address = storage.normal(address)
+        self.address = storage.normalize(address)
         self._manifests: dict[str, dict[str, Any] | None] = {}
         self.datasets = datasets(self.address)
         self.runs = [Run(self.address, name) for name in self._folders("runs")]
@@ -72,4 +72,4 @@ class Root:
         return state["changed"] if state.get("state") == "stale" else []
 
     def _folders(self, path: str) -> list[str]:
-        return storage.folders(storage.join(self.address, path))
+        return storage.list_folders(storage.join(self.address, path))

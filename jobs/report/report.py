@@ -37,7 +37,7 @@ def write(root: str, out: str) -> None:
                                     for anchor, title, make in parts]
     now = datetime.now(UTC)
     data = render_page(title=TITLE, written=f"{now.day} {now:%B %Y}, {now:%H:%M} UTC", code=code_revision(),
-                       root=storage.without_credentials(collected.address), is_empty=is_empty, sections=sections,
+                       root=storage.redact_credentials(collected.address), is_empty=is_empty, sections=sections,
                        headline=try_part("The headline", tables.headline, collected), left_out=album.left_out)
     storage.put_bytes(data, out)
     _log.info("report: %s, %s", out, format_bytes(len(data)))

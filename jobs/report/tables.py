@@ -149,9 +149,9 @@ def _reasons(counts: dict[str, int] | None) -> str:
 def _failures(root: Root, path: str) -> list[tuple[str, str]]:
     """The ids and errors of a stage's failed items."""
     folder = storage.join(root.address, path, "failures")
-    names = storage.names(folder)[:_FAILURES]
-    failures = storage.each(storage.read_json, [storage.join(folder, name) for name in names])
-    return [(failure["id"], storage.without_credentials(failure["error"])) for failure in failures]
+    names = storage.list_files(folder)[:_FAILURES]
+    failures = storage.map_urls(storage.read_json, [storage.join(folder, name) for name in names])
+    return [(failure["id"], storage.redact_credentials(failure["error"])) for failure in failures]
 
 
 def _ledger(root: Root, path: str) -> Iterator[dict[str, Any]]:

@@ -30,7 +30,7 @@ class Run:
         """The run `text` below `root`."""
         if not _NAME.fullmatch(text):
             raise ValueError(f"{text!r} is not a name of a run\nhint: letters, digits, '.', '_' and '-'")
-        return cls(storage.normal(root), text)
+        return cls(storage.normalize(root), text)
 
     @property
     def path(self) -> str:
@@ -103,8 +103,8 @@ class Run:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        found = [name for name in storage.folders(storage.join(self.folder, "checkpoints")) if name.isdigit()]
-        complete = storage.each(lambda name: storage.exists(
+        found = [name for name in storage.list_folders(storage.join(self.folder, "checkpoints")) if name.isdigit()]
+        complete = storage.map_urls(lambda name: storage.exists(
             storage.join(self.folder, "checkpoints", name, "manifest.json")), found)
         return sorted(int(name) for name, whole in zip(found, complete, strict=True) if whole)
 

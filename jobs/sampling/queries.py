@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.media.decode import decode
-from pipeline.media.types import BadPicture
+from pipeline.media.types import BadImage
 
 _MOST_PIXELS = 100_000_000
 FROM_P_D = "from p_D"
@@ -77,7 +77,7 @@ def read(path: str) -> bytes:
     except OSError as error:
         raise ValueError(f"cannot read the picture {path}: {error.strerror}\n"
                          f"hint: --image takes the path of a file on this machine") from None
-    except BadPicture as error:
+    except BadImage as error:
         raise ValueError(f"the picture {path} cannot be taken: {error}\n"
                          f"hint: --image takes what `shard` takes, JPEG, PNG or WebP for example") from None
     return data

@@ -26,7 +26,7 @@ from pipeline.embeddings import clip
 from pipeline.embeddings.clip_weights import ClipConfig
 from pipeline.hardware import devices
 from pipeline.media.contact_sheet import contact_sheet
-from pipeline.media.resize import pixels
+from pipeline.media.resize import decode_pixels
 from pipeline.stages.manifest import sealed_input
 from pipeline.stages.stage import Stage, fingerprint
 from pipeline.stages.types import Item, Output
@@ -267,7 +267,7 @@ def _cells_file(item: str) -> str:
 
 
 def _small(data: bytes) -> Image.Image:
-    image = Image.fromarray(pixels(data))
+    image = Image.fromarray(decode_pixels(data))
     image.thumbnail((_SHOWN, _SHOWN), Image.Resampling.LANCZOS)
     return image
 

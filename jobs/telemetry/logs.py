@@ -61,7 +61,7 @@ class _Json(logging.Formatter):
             event["item"] = held[2]
         event |= getattr(record, "fields", {})
         if record.exc_info:
-            event["traceback"] = storage.without_credentials(self.formatException(record.exc_info))
+            event["traceback"] = storage.redact_credentials(self.formatException(record.exc_info))
         return json.dumps(event, default=str)
 
 

@@ -20,7 +20,7 @@ from model.weights.first_stage import FirstStage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.hardware import devices
 from pipeline.media import tars
-from pipeline.media.resize import pixels
+from pipeline.media.resize import decode_pixels
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output
 
@@ -107,11 +107,11 @@ class Latents(Stage):
     def _pictures(self, record: dict[str, Any]) -> Any:
         """Batches (B, H, W, 3) uint8 of a shard, decoded while the last is encoded."""
         path = self.dataset.fetch("shards", file_of(record, ".tar"), check=True)
-        encoded = (tars.picture(sample) for sample in tars.read(path))
+        encoded = (tars.sample_image(sample) for sample in tars.read(path))
         with ThreadPoolExecutor(2) as pool:
             ahead = None
             while some := list(itertools.islice(encoded, self.config.batch_size)):
-                following = pool.submit(lambda some=some: np.stack([pixels(one) for one in some]))
+                following = pool.submit(lambda some=some: np.stack([decode_pixels(one) for one in some]))
                 if ahead:
                     yield ahead.result()
                 ahead = following

@@ -11,7 +11,7 @@ from pipeline.batches.batches import OWN
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.lookup import samples
 from pipeline.embeddings.embed import encoder_of
-from pipeline.media.resize import pixels
+from pipeline.media.resize import decode_pixels
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output
 
@@ -56,7 +56,7 @@ class Training(Stage):
         return "give the run another name"
 
     def section(self) -> dict[str, Any]:
-        size = self.job.config.image_size or int(pixels(samples(self.job.dataset, [0])[0].picture).shape[0])
+        size = self.job.config.image_size or int(decode_pixels(samples(self.job.dataset, [0])[0].picture).shape[0])
         latents = ({"first_stage": self.job.dataset.manifest("latents")["info"]["first_stage"]} if self.job.latents
                    else {})
         # A finished run may be given more steps: how many is no part of what it is.

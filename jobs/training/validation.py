@@ -24,7 +24,7 @@ from pipeline.datasets import lookup
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.media.contact_sheet import contact_sheet
-from pipeline.media.resize import pixels
+from pipeline.media.resize import decode_pixels
 from pipeline.neighbors.files import load_neighbors
 
 _COUNT, _AT_ONCE = 256, 64
@@ -134,7 +134,7 @@ class Validation:
                              column_labels=["held out", "drawn", *(f"neighbour {n + 1}" for n in range(columns - 2))])
 
     def _pixels(self, rows: np.ndarray) -> torch.Tensor:
-        pictures = np.stack([pixels(one.picture) for one in lookup.samples(self.dataset, rows.tolist())])
+        pictures = np.stack([decode_pixels(one.picture) for one in lookup.samples(self.dataset, rows.tolist())])
         if self.config.image_size:
             pictures = average_down(pictures, self.config.image_size)
         return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -162,4 +162,4 @@ def _sampler(config: TrainConfig) -> Any:
 
 
 def _opened(picture: bytes) -> Image.Image:
-    return Image.fromarray(pixels(picture))
+    return Image.fromarray(decode_pixels(picture))

@@ -12,8 +12,8 @@ from pipeline.batches.prefetch import Ahead
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import map_array
 from pipeline.media import tars
-from pipeline.media.resize import pixels
-from pipeline.media.types import BadPicture
+from pipeline.media.resize import decode_pixels
+from pipeline.media.types import BadImage
 
 _THREADS = 8  # that decode, at most
 _PIECES = 4  # of a batch for each thread, for some take longer than others
@@ -77,7 +77,7 @@ class Pictures:
         for _ in self._pool.map(piece, pieces):
             pass
 
-    def _picture(self, tar: tars.Pictures, position: int) -> np.ndarray:
+    def _picture(self, tar: tars.TarImages, position: int) -> np.ndarray:
         picture = _decoded(tar, position)
         if picture.shape != self._stored:
             raise ValueError(f"the pictures in {self.folder} have different sizes; training needs one size\n"
@@ -90,9 +90,9 @@ def shard_numbers(offsets: np.ndarray, rows: Any) -> Any:
     return np.searchsorted(offsets, rows, side="right") - 1
 
 
-def _tar(dataset: Dataset, files: list[dict[str, Any]], counts: list[int], number: int) -> tars.Pictures:
+def _tar(dataset: Dataset, files: list[dict[str, Any]], counts: list[int], number: int) -> tars.TarImages:
     """The tar of a shard; ValueError if it has not the samples of the manifest."""
-    tar = dataset.opened("shards", files[number], tars.Pictures)
+    tar = dataset.opened("shards", files[number], tars.TarImages)
     if len(tar) != counts[number]:
         raise ValueError(f"{tar.path} has {len(tar)} samples, its manifest says {counts[number]}\n"
                          f"hint: python -m jobs verify")
@@ -111,10 +111,10 @@ def open_array(dataset: Dataset, name: str, files: list[dict[str, Any]], counts:
     return array
 
 
-def _decoded(tar: tars.Pictures, position: int) -> np.ndarray:
+def _decoded(tar: tars.TarImages, position: int) -> np.ndarray:
     try:
-        return pixels(tar[position])
-    except BadPicture as error:
+        return decode_pixels(tar[position])
+    except BadImage as error:
         raise ValueError(f"sample {position} of {tar.path} does not decode ({error})\n"
                          f"hint: shard these tars anew without --adopt, which leaves such samples out") from error
 

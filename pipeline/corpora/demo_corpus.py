@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pipeline import storage
 from pipeline.corpora import drawn, emoji
-from pipeline.corpora.vocabulary import Catalog, Picture, lot
+from pipeline.corpora.vocabulary import Catalog, CatalogImage, name_hash
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Entry, Item, Output
 from pipeline.storage import name_by_content
@@ -24,7 +24,7 @@ _COLUMNS = ("file", "caption", "tags", "style", "subject", "held_out")
 
 
 @dataclass(frozen=True)
-class PicturesConfig:
+class DemoCorpusConfig:
     """Which corpus, and how large its pictures are."""
 
     corpus: Literal["emoji", "drawn"] = "emoji"
@@ -39,12 +39,12 @@ class PicturesConfig:
     """Pictures made by one worker at a time."""
 
 
-class Pictures(Stage):
+class DemoCorpus(Stage):
     """The stage from a catalog to a folder of pictures with captions."""
 
     name = "pictures"
 
-    def __init__(self, root: str, config: PicturesConfig, cache: Path) -> None:
+    def __init__(self, root: str, config: DemoCorpusConfig, cache: Path) -> None:
         super().__init__(root, f"pictures/{config.corpus}", config)
         self.cache = cache
 
@@ -78,7 +78,7 @@ class Pictures(Stage):
     def _lists(self, corpus: Catalog) -> Iterator[tuple[str, bytes]]:
         for style in corpus.styles:
             yield f"{style}.csv", _captions(picture for picture in corpus.pictures if picture.style == style)
-        mixed = sorted(corpus.pictures, key=lambda picture: lot(picture.key))
+        mixed = sorted(corpus.pictures, key=lambda picture: name_hash(picture.key))
         yield "train.csv", _captions(picture for picture in mixed if not picture.held_out)
         yield "heldout.csv", _captions(picture for picture in mixed if picture.held_out)
         sources = emoji.sources(self.cache) if self.config.corpus == "emoji" else drawn.sources()
@@ -91,7 +91,7 @@ class Pictures(Stage):
         pictures = []
         for row in rows:
             drawing = row.pop("drawing", None)
-            pictures.append(Picture(**row | {"tags": tuple(row["tags"])}))
+            pictures.append(CatalogImage(**row | {"tags": tuple(row["tags"])}))
             drawings[pictures[-1].key] = drawing
         if self.config.corpus == "emoji":
             corpus: Catalog = Catalog(tuple(pictures), drawings)
@@ -118,7 +118,7 @@ class Pictures(Stage):
         return drawn.catalog(self.config.subjects, self.config.seed)
 
 
-def _captions(pictures: Iterable[Picture]) -> bytes:
+def _captions(pictures: Iterable[CatalogImage]) -> bytes:
     buffer = io.StringIO(newline="")
     writer = csv.DictWriter(buffer, _COLUMNS, lineterminator="\n")
     writer.writeheader()

@@ -13,8 +13,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from pipeline.corpora.shapes import SHAPES, turned
-from pipeline.corpora.vocabulary import Catalog, Picture, lot
+from pipeline.corpora.shapes import SHAPES, rotate
+from pipeline.corpora.vocabulary import Catalog, CatalogImage, name_hash
 
 HELD_OUT_ONE_IN = 10
 SUPERSAMPLED = 512  # pixels a side up to which sampling is threefold, past it twofold
@@ -106,7 +106,7 @@ def catalog(subjects: int, seed: int = 0) -> Catalog[Scene]:
         raise ValueError(f"subjects={subjects} is not between 1 and {POSSIBLE}, all there are")
     scenes = list(itertools.islice(_scenes(seed), subjects))
     held_out = {
-        min((scene.name for scene in scenes[start : start + HELD_OUT_ONE_IN]), key=lot)
+        min((scene.name for scene in scenes[start : start + HELD_OUT_ONE_IN]), key=name_hash)
         for start in range(0, subjects - HELD_OUT_ONE_IN + 1, HELD_OUT_ONE_IN)
     }
     scenes.sort(key=lambda scene: scene.name.replace(" ", "-"))
@@ -114,7 +114,7 @@ def catalog(subjects: int, seed: int = 0) -> Catalog[Scene]:
     for style in sorted(STYLES):
         for scene in scenes:
             name = scene.name
-            picture = Picture(style, name.replace(" ", "-"), name, scene.tags, name in held_out)
+            picture = CatalogImage(style, name.replace(" ", "-"), name, scene.tags, name in held_out)
             pictures.append(picture)
             drawings[picture.key] = scene
     return Catalog(tuple(pictures), drawings)
@@ -159,7 +159,7 @@ def _pair(number: int, first_size: str, second_size: str) -> Scene:
     )
 
 
-def render(catalog: Catalog[Scene], picture: Picture, size: int) -> bytes:
+def render(catalog: Catalog[Scene], picture: CatalogImage, size: int) -> bytes:
     """A PNG of size x size, RGB on white; the same bytes each time."""
     over = max(2, min(3, SUPERSAMPLED // size))
     canvas = Image.new("RGB", (size * over, size * over), "white")
@@ -208,11 +208,11 @@ def _placed(scene: Scene) -> list[tuple[Group, Spots, float]]:
 
 def _layers(scene: Scene, key: str, side: int) -> Iterator[Layer]:
     # By chance, so that no two styles put a subject on exactly the same spot.
-    chance = np.random.default_rng(lot(key))
+    chance = np.random.default_rng(name_hash(key))
     shift, turn, scale = chance.uniform((-0.03, -0.03), 0.03), *chance.uniform((-5, 0.9), (5, 1))
     for number, (group, spots, room) in enumerate(_placed(scene)):
         shape = SHAPES[group.shape]
-        outline = turned(shape.outline, TILTS[group.tilt] + turn)
+        outline = rotate(shape.outline, TILTS[group.tilt] + turn)
         outline = outline * (SIZES[group.size] * room * scale)
         mask = Image.new("L", (side, side))
         pen, lines = ImageDraw.Draw(mask), []

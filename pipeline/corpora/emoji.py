@@ -23,7 +23,7 @@ from pathlib import Path
 import resvg_py
 from PIL import Image
 
-from pipeline.corpora.vocabulary import Catalog, Picture, lot
+from pipeline.corpora.vocabulary import Catalog, CatalogImage, name_hash
 
 FETCH_SECONDS = 120
 FEWEST_STYLES = 6
@@ -174,7 +174,7 @@ def catalog(cache: Path) -> Catalog[str]:
                 continue
             tags = tuple(tag for tag in words.get(subject, ()) if tag not in subject.split("-"))
             caption = subject.replace("-", " ")
-            picture = Picture(style, subject, caption, tags, subject in held_out)
+            picture = CatalogImage(style, subject, caption, tags, subject in held_out)
             pictures.append(picture)
             drawings[picture.key] = _svg(icon, sets[style])
     return Catalog(tuple(pictures), drawings)
@@ -225,7 +225,7 @@ def _find(icon_set: dict, name: str) -> Icon | None:
 def _held_out(subjects: Mapping[str, dict], kept_back: set[str]) -> set[str]:
     """Those kept back already, and one in ten of the subjects that lack a style."""
     lacking = (name for name, found in subjects.items() if len(found) < len(STYLES))
-    drawn = {name for name in lacking if lot(name) % HELD_OUT_ONE_IN == 0}
+    drawn = {name for name in lacking if name_hash(name) % HELD_OUT_ONE_IN == 0}
     return (kept_back & set(subjects)) | drawn
 
 
@@ -258,7 +258,7 @@ def _svg(icon: Icon, icon_set: dict) -> str:
     )
 
 
-def render(catalog: Catalog[str], picture: Picture, size: int) -> bytes:
+def render(catalog: Catalog[str], picture: CatalogImage, size: int) -> bytes:
     """A PNG of size x size, RGB on white; the same bytes each time.
 
     Raises:

@@ -21,7 +21,7 @@ class Shape:
     roomy: bool = True  # whether another shape fits inside
 
 
-def turned(points: Points, degrees: float) -> Points:
+def rotate(points: Points, degrees: float) -> Points:
     """The points turned clockwise about the origin."""
     angle = math.radians(degrees)
     cos, sin = math.cos(angle), math.sin(angle)
@@ -69,12 +69,12 @@ def _leaf() -> Points:
     t = np.linspace(-1, 1, 30)
     side = 0.5 * (1 - t**2)
     edge = np.concatenate([np.stack([side, t], 1), np.stack([-side, t], 1)[-2:0:-1]])
-    return turned(edge, 35)
+    return rotate(edge, 35)
 
 
 def _gear() -> Points:
     step = np.arange(32)
-    return turned(_polar(lambda angle: np.where(step % 4 < 2, 1.0, 0.74), 32), -6)
+    return rotate(_polar(lambda angle: np.where(step % 4 < 2, 1.0, 0.74), 32), -6)
 
 
 def _cloud() -> Points:
@@ -114,7 +114,7 @@ CIRCLE = _polar(lambda angle: np.full_like(angle, 0.92))
 SHAPES: dict[str, Shape] = {
     "circle": Shape("circles", ("disc", "round"), CIRCLE, turns=False),
     "ring": Shape("rings", ("hoop", "round", "hollow"), CIRCLE, hole=0.58, turns=False),
-    "square": Shape("squares", ("box", "corners"), 1.15 * turned(_corners(4), 45)),
+    "square": Shape("squares", ("box", "corners"), 1.15 * rotate(_corners(4), 45)),
     "triangle": Shape("triangles", ("three", "corners"), _corners(3) + np.array([0, 0.15])),
     "diamond": Shape("diamonds", ("rhombus", "card"), _corners(4) * [0.72, 1]),
     "pentagon": Shape("pentagons", ("five", "corners"), _corners(5)),
@@ -122,7 +122,7 @@ SHAPES: dict[str, Shape] = {
     "star": Shape("stars", ("points", "sky", "night"), _corners(5, 0.42)),
     "spark": Shape("sparks", ("twinkle", "four", "points"), _corners(4, 0.3), roomy=False),
     "sun": Shape("suns", ("rays", "sky", "day"), _corners(12, 0.68), turns=False),
-    "moon": Shape("moons", ("crescent", "sky", "night"), turned(_crescent(), -20), roomy=False),
+    "moon": Shape("moons", ("crescent", "sky", "night"), rotate(_crescent(), -20), roomy=False),
     "cloud": Shape("clouds", ("sky", "weather", "rain"), _cloud(), roomy=False),
     "bolt": Shape("bolts", ("lightning", "storm", "weather"), BOLT, roomy=False),
     "drop": Shape("drops", ("water", "rain", "weather"), _drop()),

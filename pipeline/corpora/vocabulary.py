@@ -9,7 +9,7 @@ Drawing = TypeVar("Drawing")
 
 
 @dataclass(frozen=True)
-class Picture:
+class CatalogImage:
     """One picture of a corpus: a subject in a style, and the words that go with it.
 
     The style is not in the caption; `tags` are search words that add to it. A held-out subject
@@ -32,7 +32,7 @@ class Picture:
 class Catalog(Generic[Drawing]):
     """Pictures in order of (style, subject), and by key what `render` draws each of them from."""
 
-    pictures: tuple[Picture, ...]
+    pictures: tuple[CatalogImage, ...]
     drawings: Mapping[str, Drawing]
 
     @property
@@ -46,6 +46,6 @@ class Catalog(Generic[Drawing]):
         return tuple(sorted({picture.subject for picture in self.pictures}))
 
 
-def lot(name: str) -> int:
+def name_hash(name: str) -> int:
     """A number of 64 bits drawn from a name, the same on every machine and in every run."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")

@@ -34,7 +34,7 @@ class Dataset:
             if not _NAME.fullmatch(part):
                 raise ValueError(f"{text!r} is not a dataset name\nhint: letters, digits, '.', '_' and '-', "
                                  f"as in ukiyo-e or ukiyo-e@v2")
-        return cls(storage.normal(root), name, version or DEFAULT_VERSION)
+        return cls(storage.normalize(root), name, version or DEFAULT_VERSION)
 
     @property
     def label(self) -> str:
@@ -78,13 +78,13 @@ class Dataset:
 
     def fetch(self, stage_name: str, entry: dict[str, Any], *, check: bool = False) -> Path:
         """A local path of a file in the manifest of a stage."""
-        url = storage.place(self.folder(stage_name), entry["name"])
+        url = storage.manifest_file_url(self.folder(stage_name), entry["name"])
         return storage.fetch(url, entry, check=check or self._suspect(url, entry))
 
     def opened(self, stage_name: str, entry: dict[str, Any], open_: Callable[[Path], _T]) -> _T:
         """What `open_` makes of the local path of a file in the manifest of a stage."""
-        url = storage.place(self.folder(stage_name), entry["name"])
-        return storage.opened(url, entry, open_, check=self._suspect(url, entry))
+        url = storage.manifest_file_url(self.folder(stage_name), entry["name"])
+        return storage.fetch_and_open(url, entry, open_, check=self._suspect(url, entry))
 
     def _suspect(self, url: str, entry: dict[str, Any]) -> bool:
         """Whether the bytes of a published file are still to be held against its hash, once in each process."""
@@ -96,9 +96,9 @@ class Dataset:
 
 def datasets(root: str) -> list[Dataset]:
     """Every version of every dataset that has a folder below a root, sealed or not."""
-    return [Dataset(storage.normal(root), name, version)
-            for name in storage.folders(storage.join(storage.normal(root), "datasets"))
-            for version in storage.folders(storage.join(storage.normal(root), "datasets", name))]
+    return [Dataset(storage.normalize(root), name, version)
+            for name in storage.list_folders(storage.join(storage.normalize(root), "datasets"))
+            for version in storage.list_folders(storage.join(storage.normalize(root), "datasets", name))]
 
 
 def file_of(record: dict[str, Any], suffix: str) -> dict[str, Any]:

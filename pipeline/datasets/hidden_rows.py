@@ -27,7 +27,7 @@ class Tombstones(Stage):
 
     def __init__(self, dataset: Dataset, keys: str) -> None:
         super().__init__(dataset.root, dataset.path("tombstones"), None)
-        self.dataset, self.keys = dataset, storage.normal(keys)
+        self.dataset, self.keys = dataset, storage.normalize(keys)
 
     @property
     def command(self) -> str:

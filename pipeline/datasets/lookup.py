@@ -39,7 +39,7 @@ def samples(dataset: Dataset, rows: Sequence[int]) -> list[Sample]:
         for position, sample in enumerate(tars.read(dataset.fetch("shards", file_of(items[shard], ".tar")))):
             if position in positions:
                 row = int(offsets[shard]) + position
-                found[row] = Sample(row, sample["__key__"], meta[position]["caption"] or "", tars.picture(sample),
+                found[row] = Sample(row, sample["__key__"], meta[position]["caption"] or "", tars.sample_image(sample),
                                     meta[position]["sha256"])
             if position == last:
                 break

@@ -43,7 +43,7 @@ class Pointer:
 
 def folder(root: str, name: str) -> str:
     """Where the versions of a dataset are, and its pointer."""
-    return storage.join(storage.normal(root), "datasets", name)
+    return storage.join(storage.normalize(root), "datasets", name)
 
 
 def current(root: str, name: str) -> Pointer | None:
@@ -53,7 +53,7 @@ def current(root: str, name: str) -> Pointer | None:
         data = storage.read_bytes(url)
     except FileNotFoundError:
         return None
-    document = storage.json_of(data, url)
+    document = storage.parse_json(data, url)
     if not isinstance(document, dict) or not document.keys() >= _KEYS:
         raise ValueError(f"{url} is damaged\nhint: python -m jobs rollback {name} publishes an earlier version again")
     return Pointer(data, document)
@@ -76,7 +76,7 @@ def reader(root: str, text: str, pinned: str = "") -> Dataset:
 
 def opened(root: str, name: str, pointer: Pointer) -> Dataset:
     """The version that a pointer leads to; ValueError if its release is not the one that was published."""
-    dataset = Dataset(storage.normal(root), name, pointer.version)
+    dataset = Dataset(storage.normalize(root), name, pointer.version)
     return _trusting(dataset, pointer.document["release"])
 
 
@@ -103,7 +103,7 @@ def released(dataset: Dataset) -> tuple[dict[str, Any] | None, bytes]:
         data = storage.read_bytes(url)
     except FileNotFoundError:
         return None, b""
-    return storage.json_of(data, url), data
+    return storage.parse_json(data, url), data
 
 
 def manifests(dataset: Dataset) -> dict[str, str]:
@@ -142,7 +142,7 @@ def number_of(version: str) -> int:
 
 def versions(root: str, name: str) -> list[str]:
     """The versions of a dataset that have a folder, the oldest first."""
-    return sorted(storage.folders(folder(root, name)), key=lambda one: (number_of(one), one))
+    return sorted(storage.list_folders(folder(root, name)), key=lambda one: (number_of(one), one))
 
 
 def publish(dataset: Dataset, data: bytes, number: int, before: Pointer | None, **more: Any) -> bool:
@@ -175,7 +175,7 @@ def checked(root: str, name: str, pointer: Pointer) -> None:
 
 
 def _past(root: str, name: str) -> str:
-    return storage.join(storage.normal(root), "published", name)
+    return storage.join(storage.normalize(root), "published", name)
 
 
 def _remember(root: str, name: str, document: dict[str, Any]) -> None:
@@ -186,8 +186,8 @@ def _remember(root: str, name: str, document: dict[str, Any]) -> None:
 def history(root: str, name: str) -> list[dict[str, Any]]:
     """Every pointer that stood there, the first one first; the one that stands there now is the last."""
     base = _past(root, name)
-    found = {one["sequence"]: one for one in storage.each(
-        lambda file: storage.read_json(storage.join(base, file)), storage.names(base))}
+    found = {one["sequence"]: one for one in storage.map_urls(
+        lambda file: storage.read_json(storage.join(base, file)), storage.list_files(base))}
     if pointer := current(root, name):
         found[pointer.document["sequence"]] = pointer.document
     return [found[sequence] for sequence in sorted(found)]

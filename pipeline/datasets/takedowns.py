@@ -118,7 +118,7 @@ def _document(url: str) -> tuple[bytes | None, dict[str, Any]]:
         data = storage.read_bytes(url)
     except FileNotFoundError:
         return None, {}
-    return data, storage.json_of(data, url)
+    return data, storage.parse_json(data, url)
 
 
 def _change(url: str, grown: Any) -> dict[str, Any]:

@@ -95,12 +95,12 @@ class Encoder:
 
 
 def prepare_image(data: bytes, wanted: dict[str, Any], theirs: Callable[[Image.Image], "torch.Tensor"]) -> np.ndarray:
-    """An encoded picture as the preprocessing `wanted` has it but for the normalisation, (S, S, 3) uint8; BadPicture if
+    """An encoded picture as the preprocessing `wanted` has it but for the normalisation, (S, S, 3) uint8; BadImage if
     it is none.
 
     Where that wants what is not done here, all of it by open_clip's own (`theirs`): (3, H, W) float32.
     """
-    pixels = resize.pixels(data)
+    pixels = resize.decode_pixels(data)
     if (wanted["resize"] not in {"shortest", "squash"} or wanted["interpolation"] not in {"bicubic", "bilinear"}
             or not isinstance(wanted["image_size"], int)):
         return theirs(Image.fromarray(pixels)).numpy()
@@ -115,7 +115,7 @@ def prepare_image(data: bytes, wanted: dict[str, Any], theirs: Callable[[Image.I
         part = (left * across, top * down, (left + size) * across, (top + size) * down)
     if part == (0, 0, width, height) and (width, height) == (size, size):
         return pixels
-    return resize.resampled(pixels, (size, size), part, wanted["interpolation"])
+    return resize.resample(pixels, (size, size), part, wanted["interpolation"])
 
 
 def open_clip_transform(wanted: dict[str, Any]) -> Callable[[Image.Image], "torch.Tensor"]:

@@ -85,14 +85,14 @@ class AdoptEmbeddings(Embed):
 
     def __init__(self, dataset: Dataset, config: EmbedConfig, source: str) -> None:
         super().__init__(dataset, config)
-        self.source = storage.normal(source)
+        self.source = storage.normalize(source)
 
     def section(self) -> dict[str, Any]:
         return {"adopted": COMPVIS if list_archives(self.source) else LAYOUT, "encoder": super().section()["encoder"]}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         addresses = list_archives(self.source) or [url for pair in _pairs(self.source) for url in pair]
-        glances = [json.dumps(storage.glance(url)) for url in addresses]
+        glances = [json.dumps(storage.summarize_file(url)) for url in addresses]
         return super().inputs() | {"vectors": {"path": "", "digest": storage.digest(glances)}}
 
     def together(self, gpu: bool | None = None) -> int:
@@ -126,7 +126,7 @@ class AdoptEmbeddings(Embed):
             # Spread over the shard: vectors in another order begin well.
             probes = [usable[place] for place in np.linspace(0, len(usable) - 1, min(_PROBES, len(usable))).astype(int)]
             with times("forward"):
-                own = encoder.images(np.stack([encoder.prepared(tars.picture(samples[row])) for row in probes]))
+                own = encoder.images(np.stack([encoder.prepared(tars.sample_image(samples[row])) for row in probes]))
             cosine = (own * vectors[probes].astype(np.float32)).sum(1)
             if cosine.min() < _LEAST:
                 raise ValueError(f"the vectors of {self.source} are not those that {self.config.model} "
@@ -157,8 +157,8 @@ class AdoptEmbeddings(Embed):
 
 def _pairs(source: str) -> list[tuple[str, str]]:
     """The addresses of the files of vectors of a folder, each with that of its metadata."""
-    found, beside = [], set(storage.names(storage.join(source, "metadata")))
-    for name in storage.names(storage.join(source, "img_emb")):
+    found, beside = [], set(storage.list_files(storage.join(source, "metadata")))
+    for name in storage.list_files(storage.join(source, "img_emb")):
         if match := re.fullmatch(r"img_emb_(.+)\.npy", name):
             about = f"metadata_{match[1]}.parquet"
             if about not in beside:

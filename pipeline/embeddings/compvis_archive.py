@@ -19,7 +19,8 @@ OPEN_ARCHIVES = 2  # archives whose vectors are in memory at once
 
 def list_archives(source: str) -> list[str]:
     """The addresses of the archives of a folder in CompVis's layout, in the order of their numbers."""
-    found = [(int(match[3] or 0), name) for name in storage.names(source) if (match := ARCHIVE_NAME.fullmatch(name))]
+    found = [(int(match[3] or 0), name) for name in storage.list_files(source)
+             if (match := ARCHIVE_NAME.fullmatch(name))]
     return [storage.join(source, name) for _, name in sorted(found)]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.embeddings import clip
-from pipeline.media.types import BadPicture
+from pipeline.media.types import BadImage
 from pipeline.stages.decoder_pool import Decoded
 
 
@@ -17,7 +17,7 @@ def decoded(data: list[bytes], prepare: Callable[[bytes], np.ndarray]) -> Decode
     for position, one in enumerate(data):
         try:
             pictures.append(prepare(one))
-        except BadPicture:
+        except BadImage:
             continue
         there.append(position)
     return Decoded(there, np.stack(pictures) if pictures else None, time.perf_counter() - begun)

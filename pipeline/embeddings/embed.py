@@ -176,7 +176,7 @@ class Embed(Stage):
     def _shard(self, record: dict[str, Any]) -> Shard:
         entry = file_of(record, ".tar")
         return Shard(record["samples"], partial(
-            storage.opened, storage.place(self.dataset.folder("shards"), entry["name"]), entry,
+            storage.fetch_and_open, storage.manifest_file_url(self.dataset.folder("shards"), entry["name"]), entry,
             partial(open, mode="rb"), check=True))
 
     def _room(self, sizes: Iterable[tuple[int, int]], *, whole: bool, lent: int = 0, threads: int = 0) -> Room:

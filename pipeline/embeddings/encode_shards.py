@@ -198,7 +198,7 @@ def _read(shards: Sequence[Shard], length: Callable[[Shard], int], times: Times)
                     stream = here.result()
                 with stream:
                     for some in chunks(tars.read(stream), length(shard), times):
-                        yield Part(number, [one["__key__"] for one in some], [tars.picture(one) for one in some])
+                        yield Part(number, [one["__key__"] for one in some], [tars.sample_image(one) for one in some])
                 yield Part(number)
             except Exception as error:
                 yield Part(number, error=error)

@@ -9,7 +9,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from pipeline.media.types import LONG_SIDE_MODES, LONGEST, NARROWEST, BadPicture, Decoded, Resize, check
+from pipeline.media.types import LONG_SIDE_MODES, LONGEST, NARROWEST, BadImage, Decoded, Resize, check_size
 
 # A JPEG is decoded at 1/2, 1/4 or 1/8 while so many times the wanted side is left. Against the Lanczos of the whole
 # picture 1.5 keeps 42 dB and more, and stays ahead of OpenCV's INTER_AREA on every picture tried; 1.2 does not.
@@ -34,27 +34,27 @@ def decode(data: bytes, max_pixels: int, *, at_least: int = 0, how: Resize = "ce
 
     With `at_least`, a picture that `resize` is going to bring to that size by `how` may come smaller than it is
     (JPEGs do, and then give the Decoded to `resize`, not its image); `width` and `height` are those of the whole.
-    BadPicture with the reason empty_file, not_a_picture, too_many_pixels or corrupt, or one of `check`.
+    BadImage with the reason empty_file, not_a_picture, too_many_pixels or corrupt, or one of `check`.
     """
     if not data:
-        raise BadPicture("empty_file", "0 bytes")
+        raise BadImage("empty_file", "0 bytes")
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError:
-        raise BadPicture("not_a_picture", f"{len(data)} bytes that no decoder knows") from None
+        raise BadImage("not_a_picture", f"{len(data)} bytes that no decoder knows") from None
     except Image.DecompressionBombError as error:
-        raise BadPicture("too_many_pixels", str(error)) from None
+        raise BadImage("too_many_pixels", str(error)) from None
     except Exception as error:  # decoders raise whatever they like on hostile headers
-        raise BadPicture("corrupt", f"{type(error).__name__}: {error}") from None
+        raise BadImage("corrupt", f"{type(error).__name__}: {error}") from None
     # The header tells the size: nothing has been allocated for the pixels yet.
     width, height = image.size
     if min(width, height) < 1:
-        raise BadPicture("corrupt", f"{width} x {height}")
+        raise BadImage("corrupt", f"{width} x {height}")
     if width * height > max_pixels:
-        raise BadPicture("too_many_pixels", f"{width} x {height}, allowed are {max_pixels}")
+        raise BadImage("too_many_pixels", f"{width} x {height}, allowed are {max_pixels}")
     if max(width, height) > LONGEST:
-        raise BadPicture("too_many_pixels", f"{width} x {height}, a side may have {LONGEST}")
-    check(width, height, min_size, max_aspect)
+        raise BadImage("too_many_pixels", f"{width} x {height}, a side may have {LONGEST}")
+    check_size(width, height, min_size, max_aspect)
     if at_least and (found := _quickly(image, data, at_least, how)):
         return found
     try:
@@ -70,7 +70,7 @@ def decode(data: bytes, max_pixels: int, *, at_least: int = 0, how: Resize = "ce
         rgb = _rgb(upright)
         rgb, converted, complaint = _srgb(rgb, image.mode, image.info.get("icc_profile"))
     except Exception as error:
-        raise BadPicture("corrupt", f"{type(error).__name__}: {error}") from None
+        raise BadImage("corrupt", f"{type(error).__name__}: {error}") from None
     box = None if part == 1 else _box(orientation, width / part, height / part, image.size)
     width, height = upright.size if part == 1 else (height, width) if orientation >= 5 else (width, height)
     plain = (image.mode == "RGB" and part == 1 and orientation in {0, 1} and frames == 1 and not converted

@@ -12,7 +12,7 @@ _MANY = 64, 1 << 20  # pairs to look at, for each row and besides, beyond which 
 _ONES = np.array([number.bit_count() for number in range(1 << 16)], np.uint8)
 
 
-def exact(hashes: np.ndarray, missing: np.ndarray | None = None) -> np.ndarray:
+def find_exact(hashes: np.ndarray, missing: np.ndarray | None = None) -> np.ndarray:
     """For each row the first row with the same hash, itself if there is none before it: int64 (N,).
 
     `hashes` is of bytes (N,), as S32 for sha256. Rows that are `missing` (bool) have no hash and stay.
@@ -25,7 +25,7 @@ def exact(hashes: np.ndarray, missing: np.ndarray | None = None) -> np.ndarray:
     return result
 
 
-def near(phash: np.ndarray, colour: np.ndarray, bits: int = 3, colour_distance: int = 12,
+def find_near(phash: np.ndarray, colour: np.ndarray, bits: int = 3, colour_distance: int = 12,
          missing: np.ndarray | None = None) -> np.ndarray:
     """For each row the first row that it is a near copy of, itself if it stays: int64 (N,).
 

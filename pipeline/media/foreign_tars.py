@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 
 @dataclass
-class Suspicions:
+class TarFaults:
     """What is wrong with a tar as a whole, or with members that no sample is made of."""
 
     members: list[tuple[str, str, str]] = field(default_factory=list)
@@ -20,7 +20,7 @@ class Suspicions:
     """Why the tar is taken for cut off, "" if it ends as a tar does."""
 
 
-def examine(tar_: Path | BinaryIO, found: Suspicions) -> Iterator[dict[str, Any]]:
+def read_foreign_tar(tar_: Path | BinaryIO, found: TarFaults) -> Iterator[dict[str, Any]]:
     """The samples of a tar that others wrote, a path or an open file; what is wrong is added to `found`.
 
     Nothing is ever unpacked to the disk; members with paths that lead outside, links and devices are

@@ -13,13 +13,13 @@ from pipeline.media.types import (
     LONG_SIDE_MODES,
     LONGEST,
     NARROWEST,
-    BadPicture,
+    BadImage,
     Decoded,
     Format,
     Kernel,
     Pixels,
     Resize,
-    check,
+    check_size,
     size_of,
 )
 
@@ -41,7 +41,7 @@ def resize(image: Pixels | Decoded, size: int, how: Resize, *, only_if_bigger: b
     the long side, and white around it to a square; no: as it is. With `only_if_bigger` nothing is enlarged: the side
     in question stays below `size`. Squares remain squares then: center_crop takes the middle at its own size, border
     adds white up to `size` (img2dataset leaves such pictures neither cropped nor padded).
-    What needs no change is returned itself. BadPicture with the reason too_narrow beyond `max_aspect`, or where a
+    What needs no change is returned itself. BadImage with the reason too_narrow beyond `max_aspect`, or where a
     hair's breadth would be blown up to a giant.
     """
     box = None
@@ -51,14 +51,14 @@ def resize(image: Pixels | Decoded, size: int, how: Resize, *, only_if_bigger: b
         width, height = size_of(image)
     if how == "no":
         return image
-    check(width, height, 0, max_aspect)
+    check_size(width, height, 0, max_aspect)
     side = max(width, height) if how in LONG_SIDE_MODES else min(width, height)
     wanted = min(size, side) if only_if_bigger else size
     scale = wanted / side
     smallest = 1 if how in LONG_SIDE_MODES else wanted
     shape = (max(smallest, round(width * scale)), max(smallest, round(height * scale)))
     if max(shape) > LONGEST:
-        raise BadPicture("too_narrow", f"{width} x {height} would become {shape[0]} x {shape[1]}")
+        raise BadImage("too_narrow", f"{width} x {height} would become {shape[0]} x {shape[1]}")
     if how == "center_crop":
         # The middle of what the whole would become, by whole pixels.
         left, top = (shape[0] - wanted) // 2, (shape[1] - wanted) // 2
@@ -98,10 +98,10 @@ def _lanczos(image: Pixels, shape: tuple[int, int], part: tuple[float, float, fl
     if isinstance(image, Image.Image):
         # Four times and more too large: averaged by whole pixels first (47 dB and more against none of it).
         return image.resize(shape, Image.Resampling.LANCZOS, box=part, reducing_gap=2.0)
-    return resampled(image, shape, part, "lanczos")
+    return resample(image, shape, part, "lanczos")
 
 
-def resampled(pixels: np.ndarray, shape: tuple[int, int], part: tuple[float, float, float, float],
+def resample(pixels: np.ndarray, shape: tuple[int, int], part: tuple[float, float, float, float],
               kernel: Kernel) -> np.ndarray:
     """`part` (left, top, right, bottom) of (H, W, 3) uint8 in `shape` (width, height), as Pillow would have it.
 
@@ -123,9 +123,9 @@ def resampled(pixels: np.ndarray, shape: tuple[int, int], part: tuple[float, flo
 
 
 def encode(image: Pixels, format_: Format, quality: int) -> bytes:
-    """The bytes of `image` as jpg, png or webp; BadPicture with the reason too_large where the format has no room."""
+    """The bytes of `image` as jpg, png or webp; BadImage with the reason too_large where the format has no room."""
     if max(size_of(image)) > _LONGEST.get(format_, 1 << 31):
-        raise BadPicture("too_large", "{} x {}, {} ends at {}".format(*size_of(image), format_, _LONGEST[format_]))
+        raise BadImage("too_large", "{} x {}, {} ends at {}".format(*size_of(image), format_, _LONGEST[format_]))
     if format_ == "jpg":
         # As Pillow does it, which keeps all other threads waiting meanwhile.
         return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality, "RGB", "420", fastdct=False)
@@ -144,8 +144,8 @@ def to_pillow(image: Pixels) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def pixels(data: bytes) -> np.ndarray:
-    """The picture of a shard as (H, W, 3) uint8; BadPicture if it does not decode."""
+def decode_pixels(data: bytes) -> np.ndarray:
+    """The picture of a shard as (H, W, 3) uint8; BadImage if it does not decode."""
     if data[:3] == JPEG_MAGIC:  # of the usual kind in half of Pillow's time, and without keeping other threads waiting
         try:
             _, _, space, _ = simplejpeg.decode_jpeg_header(data)
@@ -156,15 +156,15 @@ def pixels(data: bytes) -> np.ndarray:
     return np.asarray(decode(data, max_pixels=1 << 40, max_aspect=float("inf")).image)
 
 
-def patches(image: Pixels, size: int, count: int, seed: int, key: str) -> list[tuple[int, int, Pixels]]:
+def cut_patches(image: Pixels, size: int, count: int, seed: int, key: str) -> list[tuple[int, int, Pixels]]:
     """`count` squares of `size` cut at random from `image`: left, top, and the square.
 
     Where is a function of (seed, key, number of the square) and nothing else, every place as likely as any other.
-    BadPicture with the reason too_small if there is no room.
+    BadImage with the reason too_small if there is no room.
     """
     width, height = size_of(image)
     if min(width, height) < size:
-        raise BadPicture("too_small", f"{width} x {height}, less than a patch of {size}")
+        raise BadImage("too_small", f"{width} x {height}, less than a patch of {size}")
     result = []
     for number in range(count):
         drawn = hashlib.sha256(f"{seed} {number} {key}".encode("utf-8", "surrogateescape")).digest()

@@ -11,17 +11,17 @@ import numpy as np
 
 from pipeline.media.foreign_tars import KEY_AND_SUFFIX, META_MEMBER
 
-PICTURE_SUFFIXES = ("jpg", "png", "webp", "jpeg", "gif", "bmp", "tif", "tiff", "avif")
+IMAGE_SUFFIXES = ("jpg", "png", "webp", "jpeg", "gif", "bmp", "tif", "tiff", "avif")
 
 
 def write(path: Path, samples: Iterable[dict[str, Any]]) -> None:
     """Write samples ({"__key__": ..., suffix: bytes}) as a tar: equal samples give equal bytes."""
-    with Writer(path) as writer:
+    with TarWriter(path) as writer:
         for sample in samples:
             writer.add(sample)
 
 
-class Writer:
+class TarWriter:
     """A tar of samples in the making, the bytes that webdataset's TarWriter gives; a context manager."""
 
     def __init__(self, path: Path) -> None:
@@ -39,7 +39,7 @@ class Writer:
             self._stream.write(data)
             self._stream.write(bytes(-len(data) % tarfile.BLOCKSIZE))
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> "TarWriter":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -62,7 +62,7 @@ def read(tar: Path | BinaryIO) -> Iterator[dict[str, Any]]:
         yield from group_by_keys(files)
 
 
-class Pictures:
+class TarImages:
     """The encoded pictures of a tar, to be read one by one, in any order and by any thread; len() is their number.
 
     In memory are 16 bytes of each. The tar stays open, so it may be removed while it is being read from.
@@ -96,13 +96,13 @@ def _picture_places(stream: BinaryIO, path: Path) -> Iterator[tuple[int, int]]:
         key, suffix = parts.groups()
         if key != current.get("__key__"):
             if current:
-                yield picture(current)
+                yield sample_image(current)
             current = {"__key__": key}
         if (suffix := suffix.lower()) in current:
             raise ValueError(f"{path} has {name} twice\nhint: python -m jobs verify")
         current[suffix] = (offset, length)
     if current:
-        yield picture(current)
+        yield sample_image(current)
 
 
 def _members(stream: BinaryIO) -> Iterator[tuple[str, int, int]]:
@@ -147,13 +147,13 @@ def _plain(header: bytes) -> tuple[str, int] | None:
     return header[:100].rstrip(b"\0").decode("utf-8", "surrogateescape"), length
 
 
-def picture(sample: dict[str, Any]) -> Any:
+def sample_image(sample: dict[str, Any]) -> Any:
     """The picture of a sample: its encoded bytes, or whatever stands for them."""
-    if (suffix := picture_suffix(sample)) is not None:
+    if (suffix := image_suffix(sample)) is not None:
         return sample[suffix]
     raise ValueError(f"sample {sample.get('__key__')} has no picture; it has {sorted(sample)}")
 
 
-def picture_suffix(sample: dict[str, Any]) -> str | None:
+def image_suffix(sample: dict[str, Any]) -> str | None:
     """The suffix of a sample's picture, None if it has none."""
-    return next((suffix for suffix in sample if suffix.lower() in PICTURE_SUFFIXES), None)
+    return next((suffix for suffix in sample if suffix.lower() in IMAGE_SUFFIXES), None)

@@ -20,7 +20,7 @@ SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg",
             ".tif", ".tiff", ".webp")
 
 
-class BadPicture(ValueError):
+class BadImage(ValueError):
     """A picture that cannot be used; `reason` is a word for the ledger."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -42,12 +42,12 @@ class Decoded:
     """Where in `image` the picture is, if it was decoded at a fraction (whose size is rounded up)."""
 
 
-def check(width: int, height: int, min_size: int, max_aspect: float) -> None:
+def check_size(width: int, height: int, min_size: int, max_aspect: float) -> None:
     """Refuse a short side below `min_size` (too_small) and a long side above `max_aspect` short ones (too_narrow)."""
     if min(width, height) < min_size:
-        raise BadPicture("too_small", f"{width} x {height}, less than {min_size}")
+        raise BadImage("too_small", f"{width} x {height}, less than {min_size}")
     if max(width, height) > max_aspect * min(width, height):
-        raise BadPicture("too_narrow", f"{width} x {height}, more than {max_aspect:g} to 1")
+        raise BadImage("too_narrow", f"{width} x {height}, more than {max_aspect:g} to 1")
 
 
 def size_of(image: Pixels) -> tuple[int, int]:

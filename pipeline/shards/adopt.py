@@ -18,12 +18,12 @@ from PIL import Image, UnidentifiedImageError
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.media import tars
-from pipeline.media.foreign_tars import Suspicions, examine
+from pipeline.media.foreign_tars import TarFaults, read_foreign_tar
 from pipeline.shards import metadata
 from pipeline.sources.config import ShardConfig
-from pipeline.sources.rows import cells_of, sound
-from pipeline.sources.source import addresses_of
-from pipeline.sources.tars import STEP, caption_of, local, metadata_of, types_of
+from pipeline.sources.rows import json_cells, replace_surrogates
+from pipeline.sources.source import list_source_files
+from pipeline.sources.tars import STEP, local_tar, read_column_types, sample_caption, sample_metadata
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Entry, Item, Output
 from pipeline.storage import parquet
@@ -59,7 +59,7 @@ class Adopt(Stage):
     def addresses(self) -> list[str]:
         """The tars, sorted by name within each source."""
         if not self._addresses:
-            self._addresses = [one for source in self.config.source for one in addresses_of(source, "tars")]
+            self._addresses = [one for source in self.config.source for one in list_source_files(source, "tars")]
             if not self._addresses:
                 raise ValueError(f"no files ending in .tar in {', '.join(self.config.source)}")
             if inside := [one for one in self._addresses if one.startswith(f"{self.folder}/")]:
@@ -68,11 +68,11 @@ class Adopt(Stage):
         return self._addresses
 
     def inputs(self) -> dict[str, dict[str, Any]]:
-        found = storage.each(lambda url: json.dumps(storage.glance(url)), self.addresses())
+        found = storage.map_urls(lambda url: json.dumps(storage.summarize_file(url)), self.addresses())
         return {"tars": {"path": "", "digest": storage.digest(found)}}
 
     def plan(self) -> Iterator[Item]:
-        types = types_of(self.addresses()[0])
+        types = read_column_types(self.addresses()[0])
         data = storage.json_bytes(types)
         name = storage.name_by_content("rows/types.json", data)
         for number, address in enumerate(self.addresses()):
@@ -81,10 +81,10 @@ class Adopt(Stage):
 
     def process(self, item: Item, scratch: Path) -> Output:
         address = item.inputs["tar"]
-        path = local(address, scratch)
+        path = local_tar(address, scratch)
         metas, entries = [], []
-        suspicions = Suspicions()
-        for number, sample in enumerate(examine(path, suspicions), item.inputs["first"]):
+        suspicions = TarFaults()
+        for number, sample in enumerate(read_foreign_tar(path, suspicions), item.inputs["first"]):
             meta, entry = self._meta(number, sample, address)
             metas.append(meta)
             entries += entry
@@ -102,19 +102,19 @@ class Adopt(Stage):
                     for meta in failed]
         parquet = scratch / "metadata.parquet"
         types = storage.read_json(storage.join(self.folder, item.inputs["types"]))
-        pq.write_table(metadata.table(metas, metadata.COLUMNS, types), parquet)
+        pq.write_table(metadata.metadata_table(metas, metadata.COLUMNS, types), parquet)
         return Output(good, {f"metadata/{item.id}.parquet": parquet}, entries, {"rows": len(metas)},
                       elsewhere=[storage.describe_file(address, path)])
 
     def _meta(self, number: int, sample: dict[str, Any], address: str) -> tuple[dict[str, Any], list[Entry]]:
-        document = metadata_of(sample)
-        suffix = tars.picture_suffix(sample)
+        document = sample_metadata(sample)
+        suffix = tars.image_suffix(sample)
         key = sample["__key__"]
         if suffix is None:
             raise ValueError(f"{address}: the sample {key} has no picture, it has "
                              f"{', '.join(name for name in sample if name != '__key__')}\n"
                              f"hint: shard it without --adopt, which leaves such samples out")
-        if sound(key) != key:
+        if replace_surrogates(key) != key:
             raise ValueError(f"{address}: the name {key!r} is not UTF-8, as metadata must be\n"
                              f"hint: shard it without --adopt, which gives samples names of its own")
         data = sample[suffix]
@@ -125,17 +125,19 @@ class Adopt(Stage):
         except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
             width = height = None
             entries.append(Entry(key, "unreadable", f"{type(error).__name__}: {error}", kept=True))
-        extra = cells_of({name: value for name, value in document.items() if name not in metadata.COLUMNS})
+        extra = json_cells({name: value for name, value in document.items() if name not in metadata.COLUMNS})
         hashed = document.get("sha256")
         exif = document.get("exif")
         return extra | {
-            "caption": caption_of(sample, document, self.config.caption_column),
-            "url": storage.without_credentials(sound(str(document.get("url") or key))), "key": key,
+            "caption": sample_caption(sample, document, self.config.caption_column),
+            "url": storage.redact_credentials(replace_surrogates(str(document.get("url") or key))), "key": key,
             "status": metadata.SUCCESS, "error_message": None, "width": width, "height": height,
             "original_width": _number(document.get("original_width")),
             "original_height": _number(document.get("original_height")),
-            "exif": sound(exif) if isinstance(exif, str) else None, "sha256": hashlib.sha256(data).hexdigest(),
-            "original_sha256": sound(hashed) if isinstance(hashed, str) else None, "source_row": number}, entries
+            "exif": replace_surrogates(exif) if isinstance(exif, str) else None,
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "original_sha256": replace_surrogates(hashed) if isinstance(hashed, str) else None,
+            "source_row": number}, entries
 
 
 def _failed(address: str, good: int, first: int) -> list[dict[str, Any]]:
@@ -153,11 +155,11 @@ def _failed(address: str, good: int, first: int) -> list[dict[str, Any]]:
     if len(rows) - len(failed) != good:
         raise ValueError(f"{address} has {good} samples, {beside} says {len(rows) - len(failed)}\n"
                          f"hint: was one of them cut off? shard the tar without --adopt")
-    kept = [cells_of(row) for row in failed]
+    kept = [json_cells(row) for row in failed]
     return [row | dict.fromkeys(metadata.COLUMNS) | {
-        "caption": str(row.get("caption") or ""), "url": storage.without_credentials(str(row.get("url") or "")),
+        "caption": str(row.get("caption") or ""), "url": storage.redact_credentials(str(row.get("url") or "")),
         "key": str(row.get("key") or ""), "status": str(row["status"]),
-        "error_message": storage.without_credentials(str(row.get("error_message") or "")),
+        "error_message": storage.redact_credentials(str(row.get("error_message") or "")),
         "source_row": first + good + number} for number, row in enumerate(kept)]
 
 

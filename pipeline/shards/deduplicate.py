@@ -29,7 +29,7 @@ from pipeline.storage.parquet import read
 DUPLICATE = "duplicate"
 
 
-class Sift(Shard):
+class Deduplicate(Shard):
     """The stage that leaves duplicates out of the shards in `whole`."""
 
     def __init__(self, dataset: Dataset, config: ShardConfig) -> None:
@@ -54,9 +54,9 @@ class Sift(Shard):
         # In the order of the source: rows that were tried again stand in the last shards.
         order = np.argsort(np.concatenate(places), kind="stable")
         if self.config.duplicates == "exact":
-            found = duplicates.exact(np.concatenate(hashes)[order])
+            found = duplicates.find_exact(np.concatenate(hashes)[order])
         else:
-            found = duplicates.near(np.concatenate(hashes)[order], np.concatenate(colours)[order],
+            found = duplicates.find_near(np.concatenate(hashes)[order], np.concatenate(colours)[order],
                                     self.config.duplicate_bits)
         first = np.empty(len(order), np.int64)
         first[order] = order[found]
@@ -124,7 +124,8 @@ class Sift(Shard):
         return table.filter(pc.equal(table.column("status"), metadata.SUCCESS))
 
 
-def run(sifted: Sift, seal: Callable[[Shard], dict[str, Any]], *, overwrite: bool = False) -> dict[str, Any]:
+def deduplicate_shards(sifted: Deduplicate, seal: Callable[[Shard], dict[str, Any]], *,
+                       overwrite: bool = False) -> dict[str, Any]:
     """Shard, leave duplicates out, and remove what held them; `seal` brings a stage to its sealed state."""
     if overwrite:
         check_and_clear(sifted.whole)

@@ -17,7 +17,7 @@ FORGOTTEN = "forgotten"
 _KINDS = {"bool": pa.bool_(), "int64": pa.int64(), "double": pa.float64()}
 
 
-def table(metas: list[dict[str, Any]], types: dict[str, pa.DataType], known: Mapping[str, str]) -> pa.Table:
+def metadata_table(metas: list[dict[str, Any]], types: dict[str, pa.DataType], known: Mapping[str, str]) -> pa.Table:
     """Metadata as a table: the source's own columns first, of the types that are known, then those of `types`."""
     extra = sorted({*known, *(name for meta in metas for name in meta)} - set(types))
     columns = {name: _column([meta.get(name) for meta in metas], known.get(name)) for name in extra}

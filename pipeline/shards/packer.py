@@ -22,7 +22,7 @@ import uvloop
 from pipeline import storage
 from pipeline.hardware import malloc
 from pipeline.media import tars
-from pipeline.media.types import BadPicture
+from pipeline.media.types import BadImage
 from pipeline.shards.metadata import (
     COLUMNS,
     FORGOTTEN,
@@ -32,9 +32,9 @@ from pipeline.shards.metadata import (
     PATCH_COLUMNS,
     SUCCESS,
     first_error,
-    table,
+    metadata_table,
 )
-from pipeline.shards.transform import Made, NotFetched, failed_row, make_samples, source_name
+from pipeline.shards.transform import NotFetched, RowResult, failed_row, source_name, transform_row
 from pipeline.sources.rows import Row
 from pipeline.stages.progress import Beat
 from pipeline.stages.types import Entry
@@ -83,7 +83,7 @@ async def _downloaded(downloader: Any, row: Row) -> bytes:
     return await downloader.get(row.name)
 
 
-class Packing:
+class ShardPacker:
     """The shard under way: lanes that fetch, threads that decode and encode, a spool, and the counts."""
 
     def __init__(self, config: "ShardConfig", shard: str, digits: int, scratch: Path, beat: Beat,
@@ -91,7 +91,7 @@ class Packing:
         self.config, self.shard, self.digits, self.beat = config, shard, digits, beat
         self._known, self._refused = known, refused
         self.tar, self.parquet = scratch / "shard.tar", scratch / "shard.parquet"
-        self._spool, self._tar = Spool(scratch / "spool"), tars.Writer(self.tar)
+        self._spool, self._tar = Spool(scratch / "spool"), tars.TarWriter(self.tar)
         self._done = self._written = 0  # of the first rows
         self._writing = False
         self._results: dict[int, tuple[list[dict[str, Any]], list[Place], list[Entry]]] = {}
@@ -135,7 +135,7 @@ class Packing:
                 number, row = some[0]
                 try:
                     row.data = await fetch(row)
-                except BadPicture as bad:
+                except BadImage as bad:
                     self._take(number, failed_row(row, self._keys(number)[0],
                                               NotFetched(bad.reason, bad.detail)), [])
                     continue
@@ -147,27 +147,27 @@ class Packing:
                 self._writing = False
 
     def _make_all(self, some: list[tuple[int, Row]],
-                  read: Callable[[Row], bytes] | None) -> list[tuple[int, Made, list[Place]]]:
+                  read: Callable[[Row], bytes] | None) -> list[tuple[int, RowResult, list[Place]]]:
         made = []
         for number, row in some:
             made.append((number, *self._make(number, row, read)))
             row.data = None
         return made
 
-    def _make(self, number: int, row: Row, read: Callable[[Row], bytes] | None) -> tuple[Made, list[Place]]:
+    def _make(self, number: int, row: Row, read: Callable[[Row], bytes] | None) -> tuple[RowResult, list[Place]]:
         keys, data = self._keys(number), row.data
         try:
             if data is None and read is not None:
                 try:
                     data = read(row)
-                except BadPicture as bad:
+                except BadImage as bad:
                     raise NotFetched(bad.reason, bad.detail) from None
             if data is None:
                 raise NotFetched("picture_missing", row.missing)
             if self._refused and hashlib.sha256(data).hexdigest() in self._refused:
-                raise BadPicture(FORGOTTEN, "")
-            made = make_samples(self.config, row, data, keys)
-        except BadPicture as bad:
+                raise BadImage(FORGOTTEN, "")
+            made = transform_row(self.config, row, data, keys)
+        except BadImage as bad:
             made = failed_row(row, keys[0], bad)
         made.entries += [Entry(source_name(row), reason, kept=True) for reason in row.remarks]
         soon = number - self._written < 2 * _AT_ONCE
@@ -180,7 +180,7 @@ class Packing:
         digits = len(str(self.config.patches - 1))
         return [f"{key}{patch:0{digits}d}" for patch in range(self.config.patches)]
 
-    def _take(self, number: int, made: Made, places: list[Place]) -> None:
+    def _take(self, number: int, made: RowResult, places: list[Place]) -> None:
         self._results[number] = made.metas, places, made.entries
         while self._done in self._results:
             self._done += 1
@@ -212,7 +212,7 @@ class Packing:
         # Where a row failed, its source may have columns of these names, and anything in them.
         every = [meta if meta["status"] == SUCCESS else {name: cell for name, cell in meta.items() if name not in ours}
                  for metas, _, _ in results for meta in metas]
-        pq.write_table(table(every, types, self._known), self.parquet)
+        pq.write_table(metadata_table(every, types, self._known), self.parquet)
         return [entry for _, _, entries in results for entry in entries]
 
     def stats(self) -> bytes:

@@ -10,12 +10,12 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
-from pipeline.media.types import BadPicture
+from pipeline.media.types import BadImage
 from pipeline.shards import metadata
-from pipeline.shards.packer import Packing
+from pipeline.shards.packer import ShardPacker
 from pipeline.sources.config import ShardConfig
 from pipeline.sources.detect import open_source
-from pipeline.sources.rows import Part, Reading, Row
+from pipeline.sources.rows import Part, ReadReport, Row
 from pipeline.sources.source import Source
 from pipeline.stages.plan import read_items
 from pipeline.stages.records import infos, totals
@@ -109,10 +109,10 @@ class Shard(Stage):
     def process(self, item: Item, scratch: Path) -> Output:
         if "copy" in item.inputs:
             return self._copy(item.inputs["copy"], scratch)
-        reading = Reading()
+        reading = ReadReport()
         digits = max(4, len(str(self.config.rows_per_shard - 1)))
         known = storage.read_json(storage.join(self.folder, item.inputs["types"])) if "types" in item.inputs else {}
-        packing = Packing(self.config, item.id, digits, scratch, self.beat, known, self.refused)
+        packing = ShardPacker(self.config, item.id, digits, scratch, self.beat, known, self.refused)
         files = self.source.fetch == "file"
         read = getattr(self.source, "read", None) if files else _nothing_to_read
         packing.run(self._rows(item.inputs, scratch, reading),
@@ -128,7 +128,7 @@ class Shard(Stage):
         return Output(packing.samples, {f"{item.id}.tar": packing.tar, f"{item.id}.parquet": packing.parquet}, ledger,
                       info, aside={f"{item.id}_stats.json": packing.stats()}, mended=item.inputs.get("mended", {}))
 
-    def _rows(self, inputs: dict[str, Any], scratch: Path, reading: Reading) -> Iterator[Row]:
+    def _rows(self, inputs: dict[str, Any], scratch: Path, reading: ReadReport) -> Iterator[Row]:
         """The rows of an item, in order."""
         return self.source.rows(self.folder, inputs, scratch, reading)
 
@@ -171,7 +171,7 @@ class Shard(Stage):
     def _failed_rows(self, folder: str, record: dict[str, Any]) -> list[tuple[int, str]]:
         """The rows of a shard that gave nothing against our will, with reasons."""
         entry = file_of(record, ".parquet")
-        path = storage.fetch(storage.place(folder, entry["name"]), entry)
+        path = storage.fetch(storage.manifest_file_url(folder, entry["name"]), entry)
         rows = parquet.read(path, columns=["source_row", "status", "error_message"]).to_pylist()
         return [(row["source_row"], reason) for row in rows if row["status"] != metadata.SUCCESS
                 and (reason := (row["error_message"] or "").split(":")[0]) not in self.by_choice]
@@ -207,10 +207,10 @@ class Shard(Stage):
 
 
 def _nothing_to_read(row: Any) -> bytes:
-    raise BadPicture("picture_missing", row.missing)
+    raise BadImage("picture_missing", row.missing)
 
 
-def accounting(manifest: dict[str, Any], rows: Iterable[dict[str, Any]]) -> dict[str, int]:
+def count_rows(manifest: dict[str, Any], rows: Iterable[dict[str, Any]]) -> dict[str, int]:
     """Where the rows of a source went: in samples, failed for good, filtered; their sum is the source's.
 
     `rows` are those of all parquet files of the manifest. A row may have several lines, for it was tried again or

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline import storage
 from pipeline.media.decode import decode
 from pipeline.media.hashes import perceptual_hash, pixel_hash
-from pipeline.media.resize import encode, patches, resize
-from pipeline.media.types import BadPicture, Pixels, size_of
+from pipeline.media.resize import cut_patches, encode, resize
+from pipeline.media.types import BadImage, Pixels, size_of
 from pipeline.shards.metadata import COLUMNS, NOT_FETCHED, NOT_USABLE, SUCCESS
 from pipeline.sources.rows import Row
 from pipeline.stages.types import Entry
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 _ALGORITHMS = {32: "md5", 40: "sha1", 64: "sha256", 128: "sha512"}
 
 
-class NotFetched(BadPicture):
+class NotFetched(BadImage):
     """A picture whose bytes were not to be had."""
 
 
 @dataclass
-class Made:
+class RowResult:
     """What became of a row: metadata for the parquet, one for each sample or one that says what is wrong."""
 
     metas: list[dict[str, Any]]
@@ -32,8 +32,8 @@ class Made:
     entries: list[Entry] = field(default_factory=list)
 
 
-def make_samples(config: "ShardConfig", row: Row, data: bytes, keys: list[str]) -> Made:
-    """The samples of a row whose picture's bytes are `data`; BadPicture if there are none."""
+def transform_row(config: "ShardConfig", row: Row, data: bytes, keys: list[str]) -> RowResult:
+    """The samples of a row whose picture's bytes are `data`; BadImage if there are none."""
     fetched = hashlib.sha256(data).hexdigest()
     _check_hash(row.digest, data, fetched)
     patched = config.patches > 0
@@ -42,11 +42,12 @@ def make_samples(config: "ShardConfig", row: Row, data: bytes, keys: list[str]) 
                             max_aspect=config.max_aspect)
     meta = bare_row(row) | {"status": SUCCESS, "original_width": picture.width, "original_height": picture.height,
                         "exif": _exif(data) if config.exif else None, "original_sha256": fetched}
-    made = Made([], entries=[Entry(source_name(row), reason, detail, kept=True) for reason, detail in picture.remarks])
+    made = RowResult([], entries=[Entry(source_name(row), reason, detail, kept=True)
+                                  for reason, detail in picture.remarks])
     if patched:
         whole = resize(picture, config.patch_side, "keep_ratio", only_if_bigger=config.only_if_bigger,
                               max_aspect=config.max_aspect)
-        for (left, top, patch), key in zip(patches(whole, config.image_size, config.patches, config.seed,
+        for (left, top, patch), key in zip(cut_patches(whole, config.image_size, config.patches, config.seed,
                                                           row.name), keys, strict=True):
             place = {"patch_left": left, "patch_top": top, "patch_short_side": min(size_of(whole))}
             _add(made, config, meta | place, key, patch, encode(patch, config.format, config.quality))
@@ -60,7 +61,7 @@ def make_samples(config: "ShardConfig", row: Row, data: bytes, keys: list[str]) 
     return made
 
 
-def _add(made: Made, config: "ShardConfig", meta: dict[str, Any], key: str, image: Pixels, data: bytes) -> None:
+def _add(made: RowResult, config: "ShardConfig", meta: dict[str, Any], key: str, image: Pixels, data: bytes) -> None:
     width, height = size_of(image)
     meta = meta | {"key": key, "width": width, "height": height, "sha256": hashlib.sha256(data).hexdigest()}
     if config.duplicates != "keep":
@@ -71,11 +72,11 @@ def _add(made: Made, config: "ShardConfig", meta: dict[str, Any], key: str, imag
     made.pictures.append(data)
 
 
-def failed_row(row: Row, key: str, bad: BadPicture) -> Made:
+def failed_row(row: Row, key: str, bad: BadImage) -> RowResult:
     """A row that gives no sample."""
     status = NOT_FETCHED if isinstance(bad, NotFetched) else NOT_USABLE
-    detail = storage.without_credentials(bad.detail)
-    return Made([bare_row(row) | {"key": key, "status": status, "error_message": f"{bad.reason}: {detail}"}],
+    detail = storage.redact_credentials(bad.detail)
+    return RowResult([bare_row(row) | {"key": key, "status": status, "error_message": f"{bad.reason}: {detail}"}],
                 entries=[Entry(source_name(row), bad.reason, detail)])
 
 
@@ -91,7 +92,7 @@ def source_name(row: Row) -> str:
         name = row.name.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:  # halves of characters, which JSON can spell
         name = row.name.encode("utf-8", "backslashreplace")
-    return storage.without_credentials(name.decode("utf-8", "backslashreplace"))
+    return storage.redact_credentials(name.decode("utf-8", "backslashreplace"))
 
 
 def _check_hash(wanted: str, data: bytes, sha256: str) -> None:

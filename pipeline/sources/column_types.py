@@ -7,10 +7,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.sources.rows import sound
+from pipeline.sources.rows import replace_surrogates
 
 
-class Types:
+class ColumnTypes:
     """The type of each column that suits all its cells, whatever part they are in."""
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Types:
             self._of(field_.name).add(found)
 
     def _of(self, name: str) -> set[str]:
-        return self._seen.setdefault(sound(name), set())
+        return self._seen.setdefault(replace_surrogates(name), set())
 
     def found(self) -> dict[str, str]:
         """Columns and their types, by the names that Arrow has for them."""

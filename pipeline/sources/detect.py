@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pipeline import storage
 from pipeline.media.types import SUFFIXES
-from pipeline.sources.source import LISTS, Source, addresses_of
+from pipeline.sources.source import LISTS, Source, list_source_files
 
 if TYPE_CHECKING:
     from pipeline.sources.config import ShardConfig
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 def open_source(config: ShardConfig) -> Source:
     """The source that the settings name; ValueError if there is none, or it cannot be told what it is."""
-    from pipeline.sources.folder import Folder
-    from pipeline.sources.lists import Lists
-    from pipeline.sources.tars import Tars
+    from pipeline.sources.folder import FolderSource
+    from pipeline.sources.lists import ListSource
+    from pipeline.sources.tars import TarSource
     if not config.source:
         raise ValueError("shard needs a source\nhint: --source FOLDER, or a list of addresses, or tars")
     kind = config.kind if config.kind != "auto" else _guess(config.source)
     if kind == "pictures":
-        return Folder(config)
-    addresses = [address for source in config.source for address in addresses_of(source, kind)]
+        return FolderSource(config)
+    addresses = [address for source in config.source for address in list_source_files(source, kind)]
     if not addresses:
         wanted = {"list": ", ".join(LISTS[::4]), "tars": ".tar"}[kind]
         raise ValueError(f"no files ending in {wanted} in {', '.join(config.source)}")
-    return Lists(config, addresses) if kind == "list" else Tars(config, addresses)
+    return ListSource(config, addresses) if kind == "list" else TarSource(config, addresses)
 
 
 def _guess(sources: tuple[str, ...]) -> str:

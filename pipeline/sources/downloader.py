@@ -20,7 +20,7 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_exceptions import ContentEncodingError, ContentLengthError, TransferEncodingError
 from yarl import URL
 
-from pipeline.media.types import BadPicture
+from pipeline.media.types import BadImage
 from pipeline.sources.config import DownloadConfig
 from pipeline.sources.resolver import Resolver, Retryable
 from pipeline.sources.robots import robots_directives
@@ -78,7 +78,7 @@ class Downloader:
     async def get(self, url: str) -> bytes:
         """The body at `url`, empty if the server has none.
 
-        BadPicture with the reason bad_url, forbidden_address, dns, connect, tls, timeout, cut, too_large,
+        BadImage with the reason bad_url, forbidden_address, dns, connect, tls, timeout, cut, too_large,
         too_many_redirects, robots, protocol, or http_ and the status.
         """
         for attempt in range(self.config.retries + 1):
@@ -86,9 +86,9 @@ class Downloader:
                 return await self._attempt(url)
             except Retryable as error:
                 if error.wait > LONGEST_WAIT:
-                    raise BadPicture(error.reason, f"{error.detail}; to be asked again in {error.wait:.0f} s") from None
+                    raise BadImage(error.reason, f"{error.detail}; to be asked again in {error.wait:.0f} s") from None
                 if attempt == self.config.retries:
-                    raise BadPicture(error.reason, error.detail) from None
+                    raise BadImage(error.reason, error.detail) from None
                 backoff = min(_FIRST_WAIT * 2 ** attempt, _LONGEST_BACKOFF) * random.uniform(0.75, 1.25)
                 wait = max(backoff, error.wait)
             await asyncio.sleep(wait)
@@ -105,7 +105,7 @@ class Downloader:
             if isinstance(answer, bytes):
                 return answer
             target = self._target(answer, target)
-        raise BadPicture("too_many_redirects", f"more than {REDIRECTS}")
+        raise BadImage("too_many_redirects", f"more than {REDIRECTS}")
 
     def _slot_of_host(self, host: str) -> contextlib.AbstractAsyncContextManager[None]:
         if not self.config.connections_per_host:
@@ -122,7 +122,7 @@ class Downloader:
             address = literal_address(url)
         except ValueError:
             # Not the error's own text: it may quote the URL.
-            raise BadPicture("bad_url", "not an http or https URL" if base is None else "led to no http or https URL"
+            raise BadImage("bad_url", "not an http or https URL" if base is None else "led to no http or https URL"
                              ) from None
         # For addresses aiohttp asks no resolver; those behind names are checked there.
         if address:
@@ -145,12 +145,12 @@ class Downloader:
         try:
             async with asyncio.timeout(seconds):
                 return await self._hop(target)
-        except BadPicture:
+        except BadImage:
             raise
         except aiohttp.ClientSSLError as error:
-            raise BadPicture("tls", _certificate_fault(error)) from None
+            raise BadImage("tls", _certificate_fault(error)) from None
         except aiohttp.ClientConnectorCertificateError as error:
-            raise BadPicture("tls", _certificate_fault(error)) from None
+            raise BadImage("tls", _certificate_fault(error)) from None
         except aiohttp.ConnectionTimeoutError:
             raise Retryable("timeout", f"no connection within {self.config.connect_timeout:g} s") from None
         except aiohttp.SocketTimeoutError:
@@ -161,9 +161,9 @@ class Downloader:
             raise _payload_fault(error) from None
         except aiohttp.ClientResponseError as error:
             cause = error.__cause__ and error.__cause__.__cause__
-            raise BadPicture("protocol", f"malformed answer ({type(cause or error).__name__})") from None
+            raise BadImage("protocol", f"malformed answer ({type(cause or error).__name__})") from None
         except aiohttp.InvalidURL:
-            raise BadPicture("bad_url", "not a URL that can be asked for") from None
+            raise BadImage("bad_url", "not a URL that can be asked for") from None
         except aiohttp.ServerDisconnectedError:
             raise Retryable("connect", "closed without an answer") from None
         except (aiohttp.ClientConnectionError, OSError) as error:
@@ -197,13 +197,13 @@ class Downloader:
         if status in {408, 425, 429} or 500 <= status <= 599:
             raise Retryable(f"http_{status}", _phrase(status), _retry_after(headers.get("Retry-After", "")))
         if status != 200:
-            raise BadPicture(f"http_{status}", _phrase(status))
+            raise BadImage(f"http_{status}", _phrase(status))
         tags = headers.getall("X-Robots-Tag", ())
         if tags and (forbidden := self._robots & robots_directives(tags, self.config.robots_agent.lower())):
-            raise BadPicture("robots", f"X-Robots-Tag: {', '.join(sorted(forbidden))}")
+            raise BadImage("robots", f"X-Robots-Tag: {', '.join(sorted(forbidden))}")
         content, limit, length = response.content, self.config.max_bytes, response.content_length
         if length is not None and length > limit:
-            raise BadPicture("too_large", f"{length} bytes announced, allowed are {limit}")
+            raise BadImage("too_large", f"{length} bytes announced, allowed are {limit}")
         if length is not None and length <= _PIECE and "Content-Encoding" not in headers:
             # One waking for the whole body instead of one for each piece.
             if content.exception() is None:
@@ -215,7 +215,7 @@ class Downloader:
                 pieces.append(piece)
                 size += len(piece)
                 if size > limit:
-                    raise BadPicture("too_large", f"more than {limit} bytes")
+                    raise BadImage("too_large", f"more than {limit} bytes")
                 # Unpacking gives piece after piece without a look at the network, or at anybody else.
                 await asyncio.sleep(0)
         return b"".join(pieces)
@@ -291,12 +291,12 @@ def _look_at(closed: asyncio.Future[None]) -> None:
         closed.exception()
 
 
-def _payload_fault(error: aiohttp.ClientPayloadError) -> BadPicture:
+def _payload_fault(error: aiohttp.ClientPayloadError) -> BadImage:
     cause = error.__cause__
     if isinstance(cause, ContentEncodingError):
-        return BadPicture("protocol", "the body does not unpack")
+        return BadImage("protocol", "the body does not unpack")
     if isinstance(cause, ContentLengthError):
         return Retryable("cut", "fewer bytes than announced")
     if isinstance(cause, TransferEncodingError) and "Not enough data" in str(cause):
         return Retryable("cut", "closed before the last chunk")
-    return BadPicture("protocol", f"malformed body ({type(cause).__name__})" if cause else "malformed body")
+    return BadImage("protocol", f"malformed body ({type(cause).__name__})" if cause else "malformed body")

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.media.types import SUFFIXES, BadPicture
-from pipeline.sources.column_types import Types
-from pipeline.sources.rows import CAPTION_COLUMNS, Part, Reading, Row, cells_of, read_rows, text, write_rows
+from pipeline.media.types import SUFFIXES, BadImage
+from pipeline.sources.column_types import ColumnTypes
+from pipeline.sources.rows import CAPTION_COLUMNS, Part, ReadReport, Row, cell_text, json_cells, read_rows, write_rows
 from pipeline.sources.source import Source
 from pipeline.storage import parquet
 
@@ -29,7 +29,7 @@ FILE_COLUMNS = ("file", "file_name", "filename", "image", "image_path", "path")
 CAPTION_FILES = ("captions.parquet", "captions.csv", "captions.jsonl")
 
 
-class Folder(Source):
+class FolderSource(Source):
     """Pictures below a folder, sorted by name, or in the order of their captions."""
 
     fetch = "file"
@@ -57,7 +57,7 @@ class Folder(Source):
         return digest.hexdigest()
 
     def types(self) -> dict[str, str]:
-        types = Types()
+        types = ColumnTypes()
         for row in self._rows():
             types.see(row.columns)
         return types.found()
@@ -70,20 +70,20 @@ class Folder(Source):
                 return
             yield write_rows(part, number, len(part))
 
-    def rows(self, stage_folder: str, inputs: dict[str, Any], scratch: Path, reading: Reading) -> Iterator[Row]:
+    def rows(self, stage_folder: str, inputs: dict[str, Any], scratch: Path, reading: ReadReport) -> Iterator[Row]:
         return read_rows(stage_folder, inputs)
 
     def read(self, row: Row) -> bytes:
-        """The bytes of a row's picture; BadPicture if it is gone."""
+        """The bytes of a row's picture; BadImage if it is gone."""
         if row.missing:
-            raise BadPicture("picture_missing", row.missing)
+            raise BadImage("picture_missing", row.missing)
         try:
             if row.caption_file:
                 caption = storage.read_bytes(storage.join(self.base, row.caption_file))
                 row.caption = caption.decode("utf-8-sig", "replace").strip()
             return storage.read_bytes(storage.join(self.base, row.name))
         except FileNotFoundError:
-            raise BadPicture("picture_missing", "gone since it was listed") from None
+            raise BadImage("picture_missing", "gone since it was listed") from None
 
     def _rows(self) -> list[Row]:
         if self._found is None:
@@ -134,7 +134,7 @@ class Folder(Source):
         """Caption rows by file name (NFC), and the names that had more than one; the first row counts."""
         address = self.config.captions
         if not address:
-            there = storage.names(self.base)
+            there = storage.list_files(self.base)
             found = [name for name in CAPTION_FILES if name in there]
             if not found:
                 if self.config.only_captioned:
@@ -160,15 +160,15 @@ def _split(address: str) -> tuple[str, re.Pattern[str]]:
     """A folder, and the pattern that names below it must match: * stays in a folder, ** does not."""
     if "*" not in address and "?" not in address:
         if address.lower().endswith(SUFFIXES) and storage.exists(address):
-            folder, _, name = storage.normal(address).rpartition("/")
+            folder, _, name = storage.normalize(address).rpartition("/")
             return folder, re.compile(re.escape(name))
-        return storage.normal(address), re.compile(".*", re.DOTALL)
+        return storage.normalize(address), re.compile(".*", re.DOTALL)
     parts = address.split("/")
     first = next(number for number, part in enumerate(parts) if "*" in part or "?" in part)
     signs = {"**/": "(.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     pattern = "".join(signs.get(part, re.escape(part)) for part in re.split(r"(\*\*/|\*\*|\*|\?)",
                                                                            "/".join(parts[first:])))
-    return (storage.normal("/".join(parts[:first]) or ("/" if address.startswith("/") else ".")),
+    return (storage.normalize("/".join(parts[:first]) or ("/" if address.startswith("/") else ".")),
             re.compile(pattern, re.DOTALL))
 
 
@@ -202,7 +202,8 @@ def _caption_rows(address: str, caption_column: str) -> list[dict[str, Any]]:
     others = [name for name in header if name not in {file_column, caption}]
     # Arrow's widest integer of a mixed column has a sign: larger ones are kept as text, the whole column alike.
     large = {name for name in others if any(isinstance(row[name], int) and row[name] >= 1 << 63 for row in rows)}
-    return [cells_of({name: str(row[name]) if name in large and row[name] is not None else row[name]
+    return [json_cells({name: str(row[name]) if name in large and row[name] is not None else row[name]
                       for name in others})
-            | {"file": text(row[file_column]) or f"(row {number} of the captions)", "caption": text(row[caption])}
+            | {"file": cell_text(row[file_column]) or f"(row {number} of the captions)",
+               "caption": cell_text(row[caption])}
             for number, row in enumerate(rows, 1)]

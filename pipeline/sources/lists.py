@@ -26,9 +26,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.sources.column_types import Types
-from pipeline.sources.rows import CAPTION_COLUMNS, Part, Reading, Row, cells_of, read_rows, sound, text, write_rows
-from pipeline.sources.source import Source, where_of
+from pipeline.sources.column_types import ColumnTypes
+from pipeline.sources.rows import (
+    CAPTION_COLUMNS,
+    Part,
+    ReadReport,
+    Row,
+    cell_text,
+    json_cells,
+    read_rows,
+    replace_surrogates,
+    write_rows,
+)
+from pipeline.sources.source import Source, parse_row_filter
 from pipeline.storage import name_by_content
 
 if TYPE_CHECKING:
@@ -52,13 +62,13 @@ class Columns:
     digest: str
 
 
-class Lists(Source):
+class ListSource(Source):
     """Rows of tables."""
 
     def __init__(self, config: ShardConfig, addresses: list[str]) -> None:
         super().__init__(config)
         self.addresses = addresses
-        self.where = where_of(config)
+        self.where = parse_row_filter(config)
         texts = {address for address in addresses if not _is_parquet(address)}
         if texts and len(texts) < len(addresses):
             raise ValueError("parquet and text lists in one source\nhint: make a dataset of each")
@@ -70,13 +80,13 @@ class Lists(Source):
         if self.texts:
             found = [json.dumps([address.rsplit("/", 1)[-1], storage.sha256(address)]) for address in self.addresses]
         else:
-            found = storage.each(lambda url: json.dumps(storage.glance(url)), self.addresses)
+            found = storage.map_urls(lambda url: json.dumps(storage.summarize_file(url)), self.addresses)
         return hashlib.sha256("\n".join(found).encode()).hexdigest()
 
     def types(self) -> dict[str, str]:
-        types = Types()
+        types = ColumnTypes()
         if not self.texts:
-            for schema in storage.each(_schema, self.addresses):
+            for schema in storage.map_urls(_schema, self.addresses):
                 types.see_schema(schema)
         for address in self.addresses if self.texts else ():
             rows = _text_rows(address)
@@ -89,7 +99,7 @@ class Lists(Source):
     def parts(self) -> Iterator[Part]:
         return self._text_parts() if self.texts else self._parquet_parts()
 
-    def rows(self, stage_folder: str, inputs: dict[str, Any], scratch: Path, reading: Reading) -> Iterator[Row]:
+    def rows(self, stage_folder: str, inputs: dict[str, Any], scratch: Path, reading: ReadReport) -> Iterator[Row]:
         if self.texts:
             yield from read_rows(stage_folder, inputs)
             return
@@ -151,16 +161,16 @@ class Lists(Source):
     def _row(self, number: int, cells: dict[str, Any]) -> Row:
         told = self.columns
         picture = cells.pop(told.picture, None)
-        caption = text(cells.pop(told.caption, None)) if told.caption else ""
+        caption = cell_text(cells.pop(told.caption, None)) if told.caption else ""
         digest, remarks = _digest(cells.get(told.digest)) if told.digest else ("", [])
-        row = Row(number, "", caption, cells_of(cells), digest, remarks)
+        row = Row(number, "", caption, json_cells(cells), digest, remarks)
         if told.kind == "url":
-            row.name = text(picture).strip()
+            row.name = cell_text(picture).strip()
             row.missing = "" if row.name else "the list has no address here"
             return row
         if isinstance(picture, dict):
             row.name, picture = picture.get("path") or "", picture.get("bytes")
-        row.name = row.name or text(cells.get("url") or cells.get("key") or cells.get("id")) or f"row {number}"
+        row.name = row.name or cell_text(cells.get("url") or cells.get("key") or cells.get("id")) or f"row {number}"
         row.data, row.missing = picture, "" if picture is not None else "the table has no bytes here"
         return row
 
@@ -300,7 +310,7 @@ def _table(rows: list[dict[str, Any]], names: Sequence[str]) -> pa.Table:
             columns[name] = pa.array(cells)
         # Cells of several types, numbers too large, halves of characters.
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
-            columns[name] = pa.array([None if cell is None else text(cell) for cell in cells], pa.string())
+            columns[name] = pa.array([None if cell is None else cell_text(cell) for cell in cells], pa.string())
     return pa.table(columns)
 
 
@@ -312,7 +322,7 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 def _digest(cell: Any) -> tuple[str, list[str]]:
     """A hash in hexadecimal, "" if there is none; and what there is to remark."""
-    told = text(cell).strip()
+    told = cell_text(cell).strip()
     if len(told) in _DIGITS and _HASH.fullmatch(told):
         return told.lower(), []
     if isinstance(cell, bytes) and 2 * len(cell) in _DIGITS:
@@ -331,7 +341,7 @@ def _signed(table: pa.Table) -> pa.Table:
 @contextmanager
 def _parquet(address: str) -> Iterator[pq.ParquetFile]:
     try:
-        with storage.reader(address) as stream:
+        with storage.open_reader(address) as stream:
             # Buffered, or a row group would be read whole however small the batches are.
             yield pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
     except pa.ArrowException as error:
@@ -357,7 +367,7 @@ def _batches(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 def _text_rows(address: str) -> Iterator[dict[str, Any]]:
     """The rows of a CSV, a TSV or lines of JSON, one at a time."""
     name = address.lower()
-    with storage.reader(address) as stream:
+    with storage.open_reader(address) as stream:
         for ending, packing in ((".gz", "gzip"), (".bz2", "bz2")):
             if name.endswith(ending):
                 stream = fsspec.compression.compr[packing](stream, mode="r")
@@ -378,7 +388,7 @@ def _text_rows(address: str) -> Iterator[dict[str, Any]]:
                         row = json.loads(line)
                         if not isinstance(row, dict):
                             raise ValueError("a line that is no JSON object")
-                        yield {sound(name): cell for name, cell in row.items()} if "\\u" in line else row
+                        yield {replace_surrogates(name): cell for name, cell in row.items()} if "\\u" in line else row
         except (UnicodeDecodeError, csv.Error, ValueError, RecursionError, EOFError, OSError, zlib.error) as error:
             if isinstance(error, storage.StorageError):
                 raise

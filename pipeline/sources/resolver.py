@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 from aiohttp.abc import AbstractResolver, ResolveResult
 
-from pipeline.media.types import BadPicture
+from pipeline.media.types import BadImage
 from pipeline.sources.urls import refuse_private
 
 _DNS_THREADS, _DNS_SECONDS, _DNS_NAMES = 64, 300.0, 100_000
 
 
-class Retryable(BadPicture):
+class Retryable(BadImage):
     """A failure that another attempt may mend; `wait` is what the server asks for in seconds."""
 
     def __init__(self, reason: str, detail: str, wait: float = 0.0) -> None:
@@ -57,7 +57,7 @@ class Resolver(AbstractResolver):
             known = await asyncio.shield(asked)
         if not known.addresses:
             reason, detail, again = known.failure
-            raise (Retryable if again else BadPicture)(reason, detail)
+            raise (Retryable if again else BadImage)(reason, detail)
         if not self.permits(host, port):
             refuse_private(known.addresses)
         return [ResolveResult(hostname=host, host=address, port=port, proto=0, flags=socket.AI_NUMERICHOST,

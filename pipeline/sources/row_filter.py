@@ -61,7 +61,7 @@ class RowFilter:
         """Read an expression; ValueError says what is wrong with it."""
         columns = tuple(_translate(text, None).columns)
         if not columns:
-            raise syntax.error(text, "names no column, so it says the same of every row", syntax.EXAMPLE)
+            raise syntax.syntax_error(text, "names no column, so it says the same of every row", syntax.EXAMPLE)
         return RowFilter(text, columns)
 
     def expression(self, schema: pa.Schema) -> pc.Expression:
@@ -91,7 +91,7 @@ class RowFilter:
         try:
             kept = ds.dataset(rows).to_table(columns=columns, use_threads=False)["mask"]
         except pa.ArrowException as problem:
-            raise ValueError(f"{syntax.shortened(self.text)} cannot be evaluated: {problem}") from None
+            raise ValueError(f"{syntax.shorten(self.text)} cannot be evaluated: {problem}") from None
         return kept.fill_null(False).to_numpy(zero_copy_only=False).astype(bool, copy=False)
 
     def row_groups(self, file: pq.ParquetFile | ds.ParquetFileFragment) -> list[int]:
@@ -113,7 +113,7 @@ class _Translation:
     """
 
     def __init__(self, text: str, schema: pa.Schema | None, prunes: bool = False) -> None:
-        self.schema, self.prunes, self.error = schema, prunes, functools.partial(syntax.error, text)
+        self.schema, self.prunes, self.error = schema, prunes, functools.partial(syntax.syntax_error, text)
         self.columns: dict[str, None] = {}
         self.uses: dict[str, str] = {}
         """Columns by name, as number, text or truth."""
@@ -137,7 +137,7 @@ class _Translation:
         value = self.use(self.value(node), "truth")
         if value.kind not in {"truth", "nothing", ""}:
             what = ", which is neither true nor false" if value.column else " where a condition is wanted"
-            raise self.error(f"has {value.name}{what}", f"compare it: {syntax.source(node)} > 0")
+            raise self.error(f"has {value.name}{what}", f"compare it: {syntax.source_text(node)} > 0")
         return _MISSING if value.kind == "nothing" else value.arrow == pc.scalar(true)
 
     def pair(self, left: exp.Expr, sign: str, right: exp.Expr, true: bool) -> pc.Expression:
@@ -247,10 +247,10 @@ class _Translation:
                 return _Value("text", "lower(..)", pc.utf8_lower(self.text_argument(node)))
         hint = syntax.OPERATORS
         if isinstance(node, exp.Column | exp.Dot):
-            hint = f"a column of that name goes into backticks: `{syntax.source(node)}`"
+            hint = f"a column of that name goes into backticks: `{syntax.source_text(node)}`"
         elif isinstance(node, exp.Predicate | exp.Not | exp.Connector):
             hint = "join two conditions with `and`, as in a < b and b is None"
-        raise self.error(f"has {syntax.source(node)}, which is not among what is understood", hint)
+        raise self.error(f"has {syntax.source_text(node)}, which is not among what is understood", hint)
 
     def column(self, name: str) -> _Value:
         self.columns.setdefault(name)
@@ -260,7 +260,7 @@ class _Translation:
         if not indices:
             same = [f"it is written {other}" for other in self.schema.names if other.lower() == name.lower()]
             raise self.error(f"finds no column {name} in the table",
-                             *same[:1] or [f"the columns are {syntax.listed(self.schema.names)}"])
+                             *same[:1] or [f"the columns are {syntax.join_names(self.schema.names)}"])
         if len(indices) > 1:
             raise self.error(f"names the column {name}, which the table has {len(indices)} times", "rename all but one")
         stored, arrow = self.schema.field(indices[0]).type, pc.field(name)
@@ -300,11 +300,11 @@ class _Translation:
             try:
                 return self.number(work(*(side.literal for side in sides)))
             except ZeroDivisionError:
-                raise self.error(f"divides by zero: {syntax.source(node)}", "use a number other than 0") from None
+                raise self.error(f"divides by zero: {syntax.source_text(node)}", "use a number other than 0") from None
         parts = [_float64(side) for side in sides]
         if isinstance(node, exp.Div):  # by zero: missing
             parts[1] = pc.if_else(parts[1] == 0.0, pc.scalar(pa.scalar(None, pa.float64())), parts[1])
-        return _Value("number", f"the calculation {syntax.source(node)}", work(*parts), pa.float64())
+        return _Value("number", f"the calculation {syntax.source_text(node)}", work(*parts), pa.float64())
 
     def function(self, node: exp.Anonymous) -> str:
         if node.name not in _ARGUMENTS:
@@ -330,7 +330,7 @@ class _Translation:
 
     def suggestion(self, kind: str) -> str:
         names = [field.name for field in self.schema or () if _kind(field.type) == kind]
-        return f"{syntax.listed(names) or kind} would do"
+        return f"{syntax.join_names(names) or kind} would do"
 
 
 _translate = functools.lru_cache(64)(_Translation)

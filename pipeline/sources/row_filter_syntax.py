@@ -47,22 +47,22 @@ class Language(Dialect):
         NO_PAREN_FUNCTION_PARSERS: ClassVar = {}
 
 
-def error(text: str, what: str, hint: str) -> ValueError:
-    return ValueError(f"{shortened(text)} {what}\nhint: {hint}")
+def syntax_error(text: str, what: str, hint: str) -> ValueError:
+    return ValueError(f"{shorten(text)} {what}\nhint: {hint}")
 
 
-def shortened(text: str) -> str:
+def shorten(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def listed(names: list[str]) -> str:
+def join_names(names: list[str]) -> str:
     return ", ".join(names[:60]) + (f" and {len(names) - 60} more" if len(names) > 60 else "")
 
 
-def source(node: exp.Expr) -> str:
+def source_text(node: exp.Expr) -> str:
     """A part of an expression, for a message."""
-    return shortened(node.sql(Language, normalize_functions=False))
+    return shorten(node.sql(Language, normalize_functions=False))
 
 
 @functools.lru_cache(64)
@@ -79,14 +79,15 @@ def parse(text: str) -> exp.Expr:
             level = [child for node in level for child in (
                 node.flatten(unnest=False) if isinstance(node, exp.Connector) else node.iter_expressions())]
     except TokenError:
-        raise error(text, "has no second quote or backtick for the last one", "both come in pairs") from None
+        raise syntax_error(text, "has no second quote or backtick for the last one", "both come in pairs") from None
     except ParseError as problem:
-        raise error(text, f"cannot be read near {problem.errors[0]['highlight'] if problem.errors else 'the end'}",
+        place = problem.errors[0]["highlight"] if problem.errors else "the end"
+        raise syntax_error(text, f"cannot be read near {place}",
                     f'text goes into "quotes", unusual names into `backticks`; operators are {OPERATORS}') from None
     except RecursionError:
         level = [exp.Null()]
     if level:
-        raise error(text, "is nested too deeply", f"{_MAX_DEPTH} levels are allowed")
+        raise syntax_error(text, "is nested too deeply", f"{_MAX_DEPTH} levels are allowed")
     return tree
 
 
@@ -98,20 +99,20 @@ def _tokens(text: str) -> list[Token]:
         kind, word, last = token.token_type, token.text, result[-1] if result else None
         touches = last is not None and last.end + 1 == token.start
         if token.comments:
-            raise error(text, "has a comment", _HINTS["#"])
+            raise syntax_error(text, "has a comment", _HINTS["#"])
         if kind == TokenType.VAR and word in _WORDS:
             token = Token(_WORDS[word], word, token.line, token.col, token.start, token.end)
         elif kind == TokenType.VAR:
             if keyword.iskeyword(word) or not word.isidentifier() or (touches and last.token_type == TokenType.NUMBER):
                 hints = [hint for sign, hint in _HINTS.items() if sign in word]
-                raise error(text, f"cannot be read at {word!r}", *hints[:1] or [
+                raise syntax_error(text, f"cannot be read at {word!r}", *hints[:1] or [
                     f"numbers are decimal, other names go into `backticks`; operators are {OPERATORS}"])
         elif kind == TokenType.STRING and touches and last.text in {"r", "R"}:
             result.pop()  # r".." and ".." are the same
         prefixes = prefixes + 1 if token.token_type in {TokenType.NOT, TokenType.DASH, TokenType.PLUS} else 0
         brackets += (word in {"(", "[", "{"}) - (word in {")", "]", "}"}) if kind != TokenType.STRING else 0
         if brackets + prefixes > _MAX_BRACKETS:
-            raise error(text, "is nested too deeply", f"{_MAX_BRACKETS} brackets are allowed within each other")
+            raise syntax_error(text, "is nested too deeply", f"{_MAX_BRACKETS} brackets are allowed within each other")
         result.append(token)
     return result
 

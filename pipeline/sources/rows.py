@@ -41,7 +41,7 @@ class Part:
 
 
 @dataclass
-class Reading:
+class ReadReport:
     """What a worker learns while it reads a part."""
 
     filtered: int = 0
@@ -64,32 +64,32 @@ def read_rows(stage_folder: str, inputs: dict[str, Any]) -> Iterator[Row]:
         yield row
 
 
-def plain(value: Any) -> Any:
+def json_cell(value: Any) -> Any:
     """A cell as JSON can hold it, which has no infinity and no NaN."""
     if isinstance(value, str):
-        return sound(value)
+        return replace_surrogates(value)
     if isinstance(value, float) and (value != value or value in {float("inf"), float("-inf")}):
         return None
-    return value if isinstance(value, int | float | bool | None) else sound(str(value))
+    return value if isinstance(value, int | float | bool | None) else replace_surrogates(str(value))
 
 
-def sound(text_: str) -> str:
+def replace_surrogates(text_: str) -> str:
     """Text that UTF-8 can hold: halves of characters, as in emoji that somebody cut, become question marks."""
     return text_ if text_.isascii() else text_.encode("utf-8", "replace").decode()
 
 
-def cells_of(document: Mapping[str, Any]) -> dict[str, Any]:
+def json_cells(document: Mapping[str, Any]) -> dict[str, Any]:
     """Cells that are carried along, as JSON can hold them, without passwords in addresses."""
-    usual = {sound(name): plain(value) for name, value in document.items()}
-    return {name: storage.without_credentials(value) if isinstance(value, str) and "://" in value else value
+    usual = {replace_surrogates(name): json_cell(value) for name, value in document.items()}
+    return {name: storage.redact_credentials(value) if isinstance(value, str) and "://" in value else value
             for name, value in usual.items()}
 
 
-def text(value: Any) -> str:
+def cell_text(value: Any) -> str:
     """A cell as one text: nothing is the empty text, of a list the first counts."""
     if isinstance(value, list):
         value = value[0] if value else None
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
-    usual = plain(value)
+    usual = json_cell(value)
     return "" if usual is None else str(usual)

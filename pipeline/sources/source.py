@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pipeline import storage
-from pipeline.sources.rows import Part, Reading, Row, read_rows, write_rows
+from pipeline.sources.rows import Part, ReadReport, Row, read_rows, write_rows
 
 if TYPE_CHECKING:
     from pipeline.sources.config import ShardConfig
@@ -40,7 +40,7 @@ class Source(ABC):
         """The source in pieces of so many rows, in order."""
 
     @abstractmethod
-    def rows(self, stage_folder: str, inputs: dict[str, Any], scratch: Path, reading: Reading) -> Iterator[Row]:
+    def rows(self, stage_folder: str, inputs: dict[str, Any], scratch: Path, reading: ReadReport) -> Iterator[Row]:
         """The rows of a part, in order."""
 
     def again(self, stage_folder: str, wanted: list[tuple[dict[str, Any], list[int]]], number: int) -> Part:
@@ -55,7 +55,7 @@ class Source(ABC):
         return self.__dict__ | {"addresses": []}  # long, and the parts have them
 
 
-def where_of(config: ShardConfig) -> RowFilter | None:
+def parse_row_filter(config: ShardConfig) -> RowFilter | None:
     """The row filter of the settings, None without one."""
     if not config.where:
         return None
@@ -63,7 +63,7 @@ def where_of(config: ShardConfig) -> RowFilter | None:
     return RowFilter.parse(config.where)
 
 
-def addresses_of(source: str, kind: str) -> list[str]:
+def list_source_files(source: str, kind: str) -> list[str]:
     """The files of a kind that an address stands for: itself, those in the folder, or those that match."""
     suffixes = (".tar",) if kind == "tars" else LISTS
     if "*" in source or "?" in source:
@@ -71,9 +71,9 @@ def addresses_of(source: str, kind: str) -> list[str]:
         # As in folders; a pattern that names other endings means them.
         return [address for address in found if address.lower().endswith(suffixes)] or found
     if storage.exists(source):
-        return [storage.normal(source)]
+        return [storage.normalize(source)]
     try:
-        return [storage.join(storage.normal(source), name) for name, length in sorted(storage.walk(source))
+        return [storage.join(storage.normalize(source), name) for name, length in sorted(storage.walk(source))
                 if name.lower().endswith(suffixes) and length is not None]
     except FileNotFoundError:
         raise ValueError(f"there is no file or folder {source}") from None

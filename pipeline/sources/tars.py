@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.media import tars
-from pipeline.media.foreign_tars import Suspicions, examine
-from pipeline.sources.column_types import Types
-from pipeline.sources.rows import CAPTION_COLUMNS, Part, Reading, Row, cells_of, text
-from pipeline.sources.source import Source, where_of
+from pipeline.media.foreign_tars import TarFaults, read_foreign_tar
+from pipeline.sources.column_types import ColumnTypes
+from pipeline.sources.rows import CAPTION_COLUMNS, Part, ReadReport, Row, cell_text, json_cells
+from pipeline.sources.source import Source, parse_row_filter
 
 if TYPE_CHECKING:
     from pipeline.sources.config import ShardConfig
@@ -28,7 +28,7 @@ _BATCH = 64
 STEP = 10**9
 
 
-class Tars(Source):
+class TarSource(Source):
     """Samples of tars, in order."""
 
     fetch = "none"
@@ -36,23 +36,23 @@ class Tars(Source):
     def __init__(self, config: ShardConfig, addresses: list[str]) -> None:
         super().__init__(config)
         self.addresses = addresses
-        self.where = where_of(config)
+        self.where = parse_row_filter(config)
 
     def identity(self) -> str:
-        found = storage.each(lambda url: json.dumps(storage.glance(url)), self.addresses)
+        found = storage.map_urls(lambda url: json.dumps(storage.summarize_file(url)), self.addresses)
         return hashlib.sha256("\n".join(found).encode()).hexdigest()
 
     def types(self) -> dict[str, str]:
-        return types_of(self.addresses[0]) | {"source_key": "string"}
+        return read_column_types(self.addresses[0]) | {"source_key": "string"}
 
     def parts(self) -> Iterator[Part]:
         for number, address in enumerate(self.addresses):
             yield Part({"tar": address, "first": number * STEP})
 
-    def rows(self, stage_folder: str, inputs: dict[str, Any], scratch: Path, reading: Reading) -> Iterator[Row]:
-        suspicions = Suspicions()
+    def rows(self, stage_folder: str, inputs: dict[str, Any], scratch: Path, reading: ReadReport) -> Iterator[Row]:
+        suspicions = TarFaults()
         batch: list[Row] = []
-        samples = examine(local(inputs["tar"], scratch), suspicions)
+        samples = read_foreign_tar(local_tar(inputs["tar"], scratch), suspicions)
         for number, sample in enumerate(samples, inputs["first"]):
             batch.append(_row(number, sample, self.config.caption_column))
             if len(batch) == _BATCH:
@@ -63,7 +63,7 @@ class Tars(Source):
         if suspicions.cut:
             reading.remarks.append((inputs["tar"].rsplit("/", 1)[-1], "tar_cut", suspicions.cut))
 
-    def _passing(self, batch: list[Row], reading: Reading) -> list[Row]:
+    def _passing(self, batch: list[Row], reading: ReadReport) -> list[Row]:
         if self.where is None or not batch:
             return batch
         columns = {}
@@ -72,35 +72,35 @@ class Tars(Source):
             try:
                 columns[name] = pa.array(cells)
             except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-                columns[name] = pa.array([None if cell is None else text(cell) for cell in cells], pa.string())
+                columns[name] = pa.array([None if cell is None else cell_text(cell) for cell in cells], pa.string())
         passing = np.flatnonzero(self.where.mask(self.where.cast(pa.table(columns))))
         reading.filtered += len(batch) - len(passing)
         return [batch[number] for number in passing]
 
 
-def types_of(address: str) -> dict[str, str]:
+def read_column_types(address: str) -> dict[str, str]:
     """Types of the metadata in a tar: those of img2dataset's parquet beside it, or what its first samples have."""
-    types, beside = Types(), f"{address.removesuffix('.tar')}.parquet"
+    types, beside = ColumnTypes(), f"{address.removesuffix('.tar')}.parquet"
     if storage.exists(beside):
         try:
-            with storage.reader(beside) as stream:
+            with storage.open_reader(beside) as stream:
                 types.see_schema(pq.read_schema(stream))
             return types.found()
         except (pa.ArrowException, OSError):
-            types = Types()  # no parquet after all
-    with storage.reader(address) as stream:
-        for sample in itertools.islice(examine(stream, Suspicions()), _BATCH):
-            types.see(metadata_of(sample))
+            types = ColumnTypes()  # no parquet after all
+    with storage.open_reader(address) as stream:
+        for sample in itertools.islice(read_foreign_tar(stream, TarFaults()), _BATCH):
+            types.see(sample_metadata(sample))
     return types.found()
 
 
-def local(address: str, scratch: Path) -> Path:
+def local_tar(address: str, scratch: Path) -> Path:
     """A local path of a tar, which is copied to scratch if it lies elsewhere."""
     return storage.local_path(address) if storage.is_local(address) else storage.download(
         address, scratch / "source.tar")
 
 
-def metadata_of(sample: dict[str, Any]) -> dict[str, Any]:
+def sample_metadata(sample: dict[str, Any]) -> dict[str, Any]:
     """What the JSON of a sample says, {} if there is none or it is no object."""
     try:
         document = json.loads(sample.get("json", b"{}"))
@@ -109,18 +109,19 @@ def metadata_of(sample: dict[str, Any]) -> dict[str, Any]:
     return document if isinstance(document, dict) else {}
 
 
-def caption_of(sample: dict[str, Any], meta: dict[str, Any], column: str = "") -> str:
+def sample_caption(sample: dict[str, Any], meta: dict[str, Any], column: str = "") -> str:
     """The caption of a sample: its text, or what its JSON has under a usual name."""
     if column:
-        return text(meta.get(column))
+        return cell_text(meta.get(column))
     if "txt" in sample:
         return sample["txt"].decode("utf-8", "replace").strip()
-    return text(next((meta[name] for name in CAPTION_COLUMNS if meta.get(name)), None))
+    return cell_text(next((meta[name] for name in CAPTION_COLUMNS if meta.get(name)), None))
 
 
 def _row(number: int, sample: dict[str, Any], caption_column: str) -> Row:
-    meta = metadata_of(sample)
-    suffix = tars.picture_suffix(sample)
-    columns = cells_of(meta | {"source_key": sample["__key__"]})
-    return Row(number, text(meta.get("url")) or sample["__key__"], caption_of(sample, meta, caption_column), columns,
+    meta = sample_metadata(sample)
+    suffix = tars.image_suffix(sample)
+    columns = json_cells(meta | {"source_key": sample["__key__"]})
+    return Row(number, cell_text(meta.get("url")) or sample["__key__"],
+               sample_caption(sample, meta, caption_column), columns,
                data=sample[suffix] if suffix else None, missing="" if suffix else "the sample has no picture")

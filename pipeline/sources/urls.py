@@ -9,7 +9,7 @@ from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit
 
 from yarl import URL
 
-from pipeline.media.types import BadPicture
+from pipeline.media.types import BadImage
 
 _SPACE = "".join(map(chr, range(0x21)))
 _PATH = "%/:@!$&'()*+,;=~[]|"  # left as they are; % too, so that what is escaped already stays so
@@ -94,7 +94,7 @@ def literal_address(url: URL) -> str:
 def refuse_private(addresses: Iterable[str]) -> None:
     for address in addresses:
         if not _is_public(address):
-            raise BadPicture("forbidden_address", f"{address} is not on the public internet")
+            raise BadImage("forbidden_address", f"{address} is not on the public internet")
 
 
 @functools.lru_cache(1 << 14)

@@ -94,7 +94,7 @@ def run_stage(stage: Stage, runner: Runner = run_in_process, *, overwrite: bool 
     if overwrite:
         check_and_clear(stage)
     more = storage.join(stage.folder, "more")
-    rounds = storage.names(more)  # before the items: whoever adds a round meanwhile has added ours
+    rounds = storage.list_files(more)  # before the items: whoever adds a round meanwhile has added ours
     items, joined = claim_folder(stage)
     if is_sealed(stage):
         return read_manifest(stage.folder, stage.command)
@@ -111,7 +111,7 @@ def run_stage(stage: Stage, runner: Runner = run_in_process, *, overwrite: bool 
     if over := tally.over(max_failed, final=True):
         raise StageFailed(f"{stage.name}: {over}\nhint: --retry-failed tries these rows once more; a higher "
                           f"--max-failed seals what is there")
-    for name in storage.names(storage.join(stage.folder, "failures")):
+    for name in storage.list_files(storage.join(stage.folder, "failures")):
         storage.remove(storage.join(stage.folder, "failures", name))
     tally.clear()
     return seal_stage(stage, items, done, tally.retired)
@@ -122,7 +122,7 @@ def _under_way(stage: Stage, rounds: Sequence[str]) -> bool:
     if not rounds:
         return False
     listed = storage.read_json(storage.join(stage.folder, "more", rounds[-1]))["items"]
-    there = set(storage.names(storage.join(stage.folder, "records")))
+    there = set(storage.list_files(storage.join(stage.folder, "records")))
     return any(f"{one}.json" not in there for one in item_ids(load_items(stage.folder, listed)))
 
 
@@ -152,7 +152,7 @@ def _work_off(stage: Stage, runner: Runner, items: Sequence[Item], joined: bool,
             watch(tally)
 
     stage.heard = look
-    failures = set(storage.names(storage.join(stage.folder, "failures")))
+    failures = set(storage.list_files(storage.join(stage.folder, "failures")))
     failed = []
     for outcome in runner(stage, _Left(items, numbers)):
         if isinstance(outcome, Retired):
@@ -167,9 +167,9 @@ def _work_off(stage: Stage, runner: Runner, items: Sequence[Item], joined: bool,
                 failed.append(outcome)
                 tally.give_up(outcome.item.id)
                 _log.debug("%s: item %s failed: %s", stage.name, outcome.item.id,
-                           storage.without_credentials(outcome.error), extra={"fields": {"item": outcome.item.id}})
-                storage.put_json({"id": outcome.item.id, "error": storage.without_credentials(outcome.error),
-                                  "traceback": storage.without_credentials(outcome.trace)}, address)
+                           storage.redact_credentials(outcome.error), extra={"fields": {"item": outcome.item.id}})
+                storage.put_json({"id": outcome.item.id, "error": storage.redact_credentials(outcome.error),
+                                  "traceback": storage.redact_credentials(outcome.trace)}, address)
             else:
                 if f"{outcome.item.id}.json" in failures:
                     storage.remove(address)
@@ -187,7 +187,7 @@ def _work_off(stage: Stage, runner: Runner, items: Sequence[Item], joined: bool,
     if failed:
         first = failed[0]
         raise StageFailed(f"{stage.name}: {len(failed)} of {len(ids)} items failed, the first is {first.item.id}: "
-                          f"{storage.without_credentials(first.error)}\nhint: the tracebacks are in "
+                          f"{storage.redact_credentials(first.error)}\nhint: the tracebacks are in "
                           f"{storage.join(stage.folder, 'failures')}; run the same command again to retry them")
     return done.in_order(ids), tally
 
@@ -201,7 +201,7 @@ def _tried(stage: Stage, item: Item, first: Callable[[], dict[str, Any]]) -> Out
         except StageFailed:  # the driver's own, heard in the middle of an item
             raise
         except Exception as error:
-            full = storage.full(error)
+            full = storage.disk_full_message(error)
             if left == 0 or full or isinstance(error, ValueError):
                 return Outcome(item, error=error_sentence(error), trace=traceback.format_exc(), full=bool(full))
             attempt = partial(process_and_commit, stage, item)

@@ -27,7 +27,7 @@ def read_manifest(folder: str, command: str, sha256: str | None = None) -> dict[
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise ValueError(f"{folder}/manifest.json is not the one that was published: somebody changed this version\n"
                          f"hint: python -m jobs verify --against current tells what else; rollback to another version")
-    manifest = storage.json_of(data, storage.join(folder, "manifest.json"))
+    manifest = storage.parse_json(data, storage.join(folder, "manifest.json"))
     if not isinstance(manifest, dict) or not manifest.keys() >= _MANIFEST_KEYS:
         raise ValueError(f"{folder}/manifest.json is damaged\nhint: python -m jobs verify tells what else is")
     if isinstance(manifest["items"], dict):

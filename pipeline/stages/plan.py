@@ -50,7 +50,7 @@ def claim_folder(stage: Stage) -> tuple[Sequence[Item], bool]:
 def read_items(folder: str) -> Sequence[Item]:
     """The items of the plan in a stage folder, and those that were added to it."""
     more = storage.join(folder, "more")
-    documents = [storage.join(folder, "plan.json"), *(storage.join(more, name) for name in storage.names(more))]
+    documents = [storage.join(folder, "plan.json"), *(storage.join(more, name) for name in storage.list_files(more))]
     parts = [load_items(folder, storage.read_json(document)["items"]) for document in documents]
     return _Joined(parts) if len(parts) > 1 else parts[0]
 
@@ -127,7 +127,7 @@ def clear_folder(stage: Stage) -> None:
     folder = stage.folder
     if storage.exists(storage.join(folder, "plan.json")):
         storage.remove(storage.join(folder, "manifest.json"))
-        for name in [*storage.folders(folder), *storage.names(folder)]:
+        for name in [*storage.list_folders(folder), *storage.list_files(folder)]:
             if name != "plan.json":
                 storage.remove_tree(storage.join(folder, name))
         storage.remove_tree(folder)

@@ -205,7 +205,7 @@ def _read(folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
         except (FileNotFoundError, ValueError):
             return None  # recorded in this moment
 
-    names = storage.names(base)
-    for name, one in zip(names, storage.each(word, names), strict=True):
+    names = storage.list_files(base)
+    for name, one in zip(names, storage.map_urls(word, names), strict=True):
         if one is not None:
             yield name.removesuffix(".json"), one

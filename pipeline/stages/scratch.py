@@ -26,7 +26,7 @@ def scratch_folder(name: str) -> Iterator[Path]:
             fcntl.flock(alive, fcntl.LOCK_EX)
             yield folder
     except OSError as error:
-        if storage.full(error) and error.filename is None:
+        if storage.disk_full_message(error) and error.filename is None:
             error.filename = f"{folder}/"  # what is written to a file that is open does not tell where
         raise
     finally:

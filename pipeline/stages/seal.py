@@ -24,14 +24,14 @@ def read_records(stage: Stage, ids: Sequence[str]) -> records.Collected:
     plan = plan_fingerprint(stage.folder)
     packs = storage.join(stage.folder, "packs", plan[:12])
     found = records.Collected(partial(_pack, packs))
-    names = storage.names(folder)
-    for name in storage.names(packs):
+    names = storage.list_files(folder)
+    for name in storage.list_files(packs):
         found.add_pack(storage.read_bytes(storage.join(packs, name)))
     alone = {one for name in names if (one := name.removesuffix(".json")) not in found.ids}
     missing = [one for one in ids if one in alone]
     for first in range(0, len(missing), _AT_ONCE):
         some = [storage.join(folder, f"{one}.json") for one in missing[first:first + _AT_ONCE]]
-        for record in storage.each(storage.read_json, some):
+        for record in storage.map_urls(storage.read_json, some):
             if record["plan"] == plan:
                 found.add(record)
     return found

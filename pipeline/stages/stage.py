@@ -35,7 +35,7 @@ class Stage(ABC):
     decode: "DecoderPool | None" = None  # they, in a worker that somebody lends them to
 
     def __init__(self, root: str, folder: str, config: Any) -> None:
-        self.root = storage.normal(root)
+        self.root = storage.normalize(root)
         self.path = folder
         self.folder = storage.join(self.root, folder)
         self.config = config

@@ -157,7 +157,7 @@ def _record(address: str, plan: str) -> dict[str, Any] | None:
 
 def error_sentence(error: BaseException) -> str:
     """What is told of the error of an item."""
-    if full := storage.full(error):
+    if full := storage.disk_full_message(error):
         return full
     text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     explained = devices.explain(error)

@@ -5,42 +5,51 @@ Functions that other packages use are imported here: `from pipeline import stora
 Start with files.py.
 """
 
-from pipeline.storage.addresses import is_local, join, local_path, normal, place, short_hash, without_credentials
-from pipeline.storage.cache import cache_folder, fetch, opened
+from pipeline.storage.addresses import (
+    is_local,
+    join,
+    local_path,
+    manifest_file_url,
+    normalize,
+    redact_credentials,
+    short_hash,
+)
+from pipeline.storage.cache import cache_folder, fetch, fetch_and_open
 from pipeline.storage.conditional import can_swap, create_bytes, swap_bytes
 from pipeline.storage.files import (
     StorageError,
+    disk_full_message,
     download,
-    each,
     exists,
-    folders,
-    full,
-    glance,
     glob,
     json_bytes,
-    json_of,
-    modified,
-    names,
+    list_files,
+    list_folders,
+    list_stamps,
+    map_urls,
+    modified_time,
+    open_reader,
+    parse_json,
     put_bytes,
     put_file,
     put_json,
     read_bytes,
     read_json,
-    reader,
     remove,
     remove_tree,
     sha256,
     sha256_file,
     size,
-    stamps,
+    summarize_file,
     walk,
 )
 from pipeline.storage.hashing import describe_file, digest, name_by_content
 
 __all__ = [
-    "StorageError", "cache_folder", "can_swap", "create_bytes", "describe_file", "digest", "download", "each",
-    "exists", "fetch", "folders", "full", "glance", "glob", "is_local", "join", "json_bytes", "json_of",
-    "local_path", "modified", "name_by_content", "names", "normal", "opened", "place", "put_bytes", "put_file",
-    "put_json", "read_bytes", "read_json", "reader", "remove", "remove_tree", "sha256", "sha256_file", "short_hash",
-    "size", "stamps", "swap_bytes", "walk", "without_credentials",
+    "StorageError", "cache_folder", "can_swap", "create_bytes", "describe_file", "digest", "disk_full_message",
+    "download", "exists", "fetch", "fetch_and_open", "glob", "is_local", "join", "json_bytes", "list_files",
+    "list_folders", "list_stamps", "local_path", "manifest_file_url", "map_urls", "modified_time",
+    "name_by_content", "normalize", "open_reader", "parse_json", "put_bytes", "put_file", "put_json", "read_bytes",
+    "read_json", "redact_credentials", "remove", "remove_tree", "sha256", "sha256_file", "short_hash", "size",
+    "summarize_file", "swap_bytes", "walk",
 ]

@@ -24,7 +24,7 @@ def join(url: str, *parts: str) -> str:
     return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
-def place(folder: str, name: str) -> str:
+def manifest_file_url(folder: str, name: str) -> str:
     """Where a manifest's file is: below `folder`, or at the whole address that an adopted file has for a name.
 
     A name with `../` before it is that of a file beside the folder: another version's, which is not copied.
@@ -37,7 +37,7 @@ def place(folder: str, name: str) -> str:
     return join(base, name)
 
 
-def normal(url: str) -> str:
+def normalize(url: str) -> str:
     """`url` made absolute when it is local, without a trailing slash."""
     return os.path.abspath(os.path.expanduser(local_path(url))) if is_local(url) else url.rstrip("/")
 
@@ -46,7 +46,7 @@ _SECRET = re.compile(r"([?&](?:x-amz-[a-z-]+|awsaccesskeyid|signature|sig|token|
                      r"secret|policy|key-pair-id)=)[^&#\s]+", re.IGNORECASE)
 
 
-def without_credentials(text: str) -> str:
+def redact_credentials(text: str) -> str:
     """`text` with passwords, keys and signatures in its URLs taken out."""
     return _SECRET.sub(r"\1***", re.sub(r"(\w+://)[^/?#\s]*@", r"\1***@", text))
 

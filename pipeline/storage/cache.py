@@ -10,14 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.storage.addresses import ATTEMPTS, is_local, local_path
-from pipeline.storage.files import (
-    UNFINISHED_NAME,
-    StorageError,
-    open_url,
-    sha256_file,
-    storage_errors,
-    unfinished_file,
-)
+from pipeline.storage.files import UNFINISHED_NAME, StorageError, open_url, sha256_file, storage_errors, unfinished_file
 from pipeline.storage.sizes import parse_size
 
 _T = TypeVar("_T")
@@ -58,7 +51,7 @@ def fetch(url: str, entry: dict[str, Any], *, check: bool = False) -> Path:
     return cached
 
 
-def opened(url: str, entry: dict[str, Any], open_: Callable[[Path], _T], *, check: bool = False) -> _T:
+def fetch_and_open(url: str, entry: dict[str, Any], open_: Callable[[Path], _T], *, check: bool = False) -> _T:
     """What `open_` makes of the local path of a manifest's file; fetched again if another process just removed it."""
     for _ in range(ATTEMPTS):
         path = fetch(url, entry, check=check)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from pipeline.storage.addresses import ATTEMPTS, S3_SCHEMES, is_local, local_path, normal
+from pipeline.storage.addresses import ATTEMPTS, S3_SCHEMES, is_local, local_path, normalize
 
 _T = TypeVar("_T")
 _CHUNK = 1 << 20
@@ -28,7 +28,7 @@ class StorageError(OSError):
     """The store did not answer, or answered with something other than success or absence."""
 
 
-def full(error: BaseException) -> str:
+def disk_full_message(error: BaseException) -> str:
     """A sentence if `error` says that a disk is full, "" if it says anything else."""
     if not isinstance(error, OSError) or error.errno not in _FULL:
         return ""
@@ -97,7 +97,7 @@ def size(url: str) -> int:
         return int(fs.info(path)["size"])
 
 
-def names(url: str) -> list[str]:
+def list_files(url: str) -> list[str]:
     """Sorted names of the files directly below the folder `url`; empty if there is no such folder."""
     fs, path = open_url(url)
     with storage_errors(url, "list"):
@@ -108,7 +108,7 @@ def names(url: str) -> list[str]:
             return []
 
 
-def folders(url: str) -> list[str]:
+def list_folders(url: str) -> list[str]:
     """Sorted names of the folders directly below `url`."""
     fs, path = open_url(url)
     with storage_errors(url, "list"):
@@ -149,7 +149,7 @@ def walk(url: str) -> Iterator[tuple[str, int | None]]:
             yield name, int(info["size"])
 
 
-def stamps(url: str) -> dict[str, str]:
+def list_stamps(url: str) -> dict[str, str]:
     """What each file below `url` looks like from outside, by relative name: size and time, or size and ETag.
 
     A file with the same stamp as before is taken to have the same bytes. Hidden names are left out.
@@ -165,7 +165,7 @@ def stamps(url: str) -> dict[str, str]:
             for full, info in listed.items()}
 
 
-def modified(url: str) -> float:
+def modified_time(url: str) -> float:
     """When the file at `url` was written, in seconds of the epoch; FileNotFoundError if there is none."""
     fs, path = open_url(url)
     with storage_errors(url, "look at"):
@@ -174,14 +174,14 @@ def modified(url: str) -> float:
 
 def glob(pattern: str) -> list[str]:
     """Sorted addresses of the files that match a pattern (*, **, ?)."""
-    fs, path = open_url(normal(pattern))
+    fs, path = open_url(normalize(pattern))
     prefix = "" if is_local(pattern) else pattern.split("://", 1)[0] + "://"
     with storage_errors(pattern, "list"):
         return sorted(prefix + name for name, info in fs.glob(path, detail=True).items() if info["type"] == "file")
 
 
 @contextlib.contextmanager
-def reader(url: str) -> Iterator[Any]:
+def open_reader(url: str) -> Iterator[Any]:
     """A file object to seek in and read from, that fetches what is read and not the whole."""
     fs, path = open_url(url)
     with storage_errors(url, "read"), fs.open(path, "rb") as file:
@@ -196,7 +196,7 @@ def download(url: str, path: Path) -> Path:
     return path
 
 
-def glance(url: str) -> list[Any]:
+def summarize_file(url: str) -> list[Any]:
     """What tells a large file from another without reading it: its name, size, and a hash of both ends."""
     fs, path = open_url(url)
     with storage_errors(url, "read"):
@@ -216,10 +216,10 @@ def read_bytes(url: str) -> bytes:
 
 def read_json(url: str) -> Any:
     """The JSON document at `url`; ValueError with its address if it is not JSON."""
-    return json_of(read_bytes(url), url)
+    return parse_json(read_bytes(url), url)
 
 
-def json_of(data: bytes, url: str) -> Any:
+def parse_json(data: bytes, url: str) -> Any:
     """The JSON document that was read from `url`; ValueError with its address if it is not JSON."""
     try:
         return json.loads(data)
@@ -311,7 +311,7 @@ def sha256(url: str) -> str:
     return digest.hexdigest()
 
 
-def each(function: Callable[[str], _T], urls: Iterable[str], *, threads: int = 16) -> list[_T]:
+def map_urls(function: Callable[[str], _T], urls: Iterable[str], *, threads: int = 16) -> list[_T]:
     """`function` of every URL, in order; in threads because on S3 each call is a round trip."""
     urls = list(urls)
     if len(urls) < 2:

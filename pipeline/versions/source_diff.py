@@ -17,12 +17,12 @@ import pyarrow.compute as pc
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.takedowns import Forgotten
-from pipeline.media.types import BadPicture
+from pipeline.media.types import BadImage
 from pipeline.shards import metadata
 from pipeline.shards.transform import source_name
 from pipeline.sources.config import ShardConfig
 from pipeline.sources.detect import open_source
-from pipeline.sources.rows import Reading, Row, read_rows, write_rows
+from pipeline.sources.rows import ReadReport, Row, read_rows, write_rows
 from pipeline.sources.source import Source
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output
@@ -71,7 +71,7 @@ class Sought:
             raise ValueError(f"{', '.join(config.source)} holds the pictures themselves: what changed in it cannot be "
                              f"told\nhint: rebuild takes a folder of pictures, or lists of addresses")
         self.config, self.source, self.forgotten = config, source, forgotten
-        stamps = storage.stamps(source.base) if source.fetch == "file" else {}  # type: ignore[attr-defined]
+        stamps = storage.list_stamps(source.base) if source.fetch == "file" else {}  # type: ignore[attr-defined]
         self.rows: list[Row] = []
         self.known: list[Known] = []
         seen: Counter[str] = Counter()
@@ -136,7 +136,7 @@ def _rows(source: Source) -> Iterator[Row]:
         for part in source.parts():
             for name, data in part.carries:
                 storage.put_bytes(data, storage.join(folder, name))
-            yield from source.rows(folder, part.inputs, Path(folder), Reading())
+            yield from source.rows(folder, part.inputs, Path(folder), ReadReport())
 
 
 def listing(base: Dataset) -> list[Known]:
@@ -167,7 +167,7 @@ def read_metadata(dataset: Dataset, record: dict[str, Any]) -> pa.Table:
 
 def reference(base: Dataset, stage_name: str, dataset: Dataset, entry: dict[str, Any]) -> dict[str, Any]:
     """A file of another version as one of this: its name leads there from the stage folder."""
-    full = storage.place(base.folder(stage_name), entry["name"])
+    full = storage.manifest_file_url(base.folder(stage_name), entry["name"])
     versions = storage.join(dataset.root, "datasets", dataset.name) + "/"
     return entry | {"name": f"../../{full.removeprefix(versions)}" if full.startswith(versions) else full}
 
@@ -211,7 +211,7 @@ class Compare(Stage):
     def _hash(self, row: Row) -> tuple[int, str]:
         try:
             return row.number, hashlib.sha256(self.source.read(row)).hexdigest()  # type: ignore[attr-defined]
-        except BadPicture:
+        except BadImage:
             return row.number, ""
 
     def hashes(self, manifest: dict[str, Any]) -> dict[int, str]:

@@ -16,7 +16,7 @@ from pipeline.media import tars
 from pipeline.shards import metadata
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
-from pipeline.sources.rows import Reading, Row, read_rows, write_rows
+from pipeline.sources.rows import ReadReport, Row, read_rows, write_rows
 from pipeline.stages.types import Item, Output
 from pipeline.storage import name_by_content, parquet
 from pipeline.versions.source_diff import (
@@ -135,7 +135,7 @@ class Update(Shard):
                       info={"rows": record["samples"] - len(gone), "sifted": record["samples"] - len(gone),
                             "of": file_of(record, ".tar")["sha256"]})
 
-    def _rows(self, inputs: dict[str, Any], scratch: Path, reading: Reading) -> Iterator[Row]:
+    def _rows(self, inputs: dict[str, Any], scratch: Path, reading: ReadReport) -> Iterator[Row]:
         return read_rows(self.folder, inputs)
 
     def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:

@@ -39,7 +39,7 @@ def folder(root: str, path: str, *, quick: bool = False) -> Iterator[dict[str, s
     faulty = set()
     for entry in itertools.chain(manifest["files"], itertools.chain.from_iterable(
             record["files"] for record in manifest["items"])):
-        fault = _file(storage.place(base, entry["name"]), entry)
+        fault = _file(storage.manifest_file_url(base, entry["name"]), entry)
         if fault:
             faulty.add(entry["name"])
             yield _fault(path, entry["name"], fault)
@@ -119,7 +119,7 @@ def _shards(beside: _Beside, path: str, record: dict[str, Any]) -> Iterator[dict
     rows = metadata(dataset, record, ["key", "sha256"])
     found = []
     for sample in tars.read(dataset.fetch("shards", entry)):
-        key, hashed = sample["__key__"], hashlib.sha256(tars.picture(sample)).hexdigest()
+        key, hashed = sample["__key__"], hashlib.sha256(tars.sample_image(sample)).hexdigest()
         if len(found) < len(rows) and rows[len(found)] | {"status": ""} != {"key": key, "sha256": hashed, "status": ""}:
             yield _fault(path, entry["name"], f"{key} carries the metadata of another sample")
         found.append(key)
@@ -197,7 +197,7 @@ def _curve(root: str, path: str, manifest: dict[str, Any]) -> Iterator[dict[str,
 
 def _checkpoints(root: str, path: str) -> Iterator[dict[str, str]]:
     base = storage.join(root, path, "checkpoints")
-    for step in storage.folders(base):
+    for step in storage.list_folders(base):
         try:
             manifest = storage.read_json(storage.join(base, step, "manifest.json"))
         except FileNotFoundError:
@@ -209,4 +209,4 @@ def _checkpoints(root: str, path: str) -> Iterator[dict[str, str]]:
 
 
 def _fault(path: str, name: str, fault: str) -> dict[str, str]:
-    return {"path": storage.place(path, name), "fault": fault}
+    return {"path": storage.manifest_file_url(path, name), "fault": fault}

@@ -38,9 +38,10 @@ _COLOURS = ("#73bf69", "#f2cc0c", "#5794f2", "#ff9830", "#f2495c", "#b877d9", "#
 
 def corpus(work: Path, subjects: int) -> Path:
     """Drawn pictures of so many subjects in six styles, a share of the files cut short."""
-    from pipeline.corpora.demo_corpus import Pictures, PicturesConfig
+    from pipeline.corpora.demo_corpus import DemoCorpus, DemoCorpusConfig
     from pipeline.stages.driver import run_stage
-    made = Pictures(str(work / f"drawn-{subjects}"), PicturesConfig(corpus="drawn", subjects=subjects, size=64), work)
+    made = DemoCorpus(str(work / f"drawn-{subjects}"), DemoCorpusConfig(corpus="drawn", subjects=subjects, size=64),
+                      work)
     run_stage(made)
     files = sorted(Path(made.folder).rglob("*.png"))
     for file in random.Random(0).sample(files, int(_BROKEN * len(files))):

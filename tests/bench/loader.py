@@ -64,10 +64,10 @@ def _stream(root: Path, decoder: str) -> Any:
     """webdataset's own pipeline: the pictures of all tars, (256, 256, 3) uint8, in their order."""
     import webdataset
 
-    from pipeline.media.resize import pixels
+    from pipeline.media.resize import decode_pixels
     tars = [str(path) for path in sorted((root / "datasets/photos/v1/shards").glob("*.tar"))]
     found = webdataset.WebDataset(tars, shardshuffle=False)
-    found = found.decode("rgb8") if decoder == "pillow" else found.map_dict(jpg=pixels)
+    found = found.decode("rgb8") if decoder == "pillow" else found.map_dict(jpg=decode_pixels)
     return found.to_tuple("jpg").map(_first)
 
 

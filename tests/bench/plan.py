@@ -44,7 +44,7 @@ from jobs.training.train_stage import Job, Training
 from jobs.training.worker import train_in_processes
 from model.config import TrainConfig, UNetConfig
 from model.training import flops
-from pipeline.corpora.demo_corpus import Pictures, PicturesConfig
+from pipeline.corpora.demo_corpus import DemoCorpus, DemoCorpusConfig
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings import clip
 from pipeline.embeddings.embed import Embed, EmbedConfig
@@ -81,7 +81,7 @@ def timed(shares: Shares, name: str, act: Callable[[], Any]) -> None:
 def build(root: Path, pictures: int, settings: Settings) -> Shares:
     """All stages on so many drawn pictures, one after another in this process, neighbours in both ways."""
     shutil.rmtree(root, ignore_errors=True)
-    drawn = Pictures(str(root), PicturesConfig(corpus="drawn", subjects=-(-pictures // 6)), root / "cache")
+    drawn = DemoCorpus(str(root), DemoCorpusConfig(corpus="drawn", subjects=-(-pictures // 6)), root / "cache")
     run_stage(drawn)
     dataset, twin = Dataset.parse(str(root), "drawn"), Dataset.parse(str(root), "twin")
     shares: Shares = {}

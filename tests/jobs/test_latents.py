@@ -31,7 +31,7 @@ from pipeline.batches.batches import Batches
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.hardware import devices
 from pipeline.media import tars
-from pipeline.media.resize import pixels
+from pipeline.media.resize import decode_pixels
 from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import without_run_facts
 
@@ -86,7 +86,7 @@ def test_a_row_of_the_latents_is_the_picture_of_that_row_encoded_and_scaled(root
     for number, (record, shard) in enumerate(zip(manifest["items"], shards, strict=True)):
         rows = np.load(dataset.fetch("latents", file_of(record, ".npy")))
         assert rows.shape == (shard["samples"], 2, 16, 8, 8) and rows.dtype == np.float16
-        pictures = np.stack([pixels(tars.picture(one)) for one in tars.read(
+        pictures = np.stack([decode_pixels(tars.sample_image(one)) for one in tars.read(
             dataset.fetch("shards", file_of(shard, ".tar")))])
         if number == 0:
             x = torch.from_numpy(pictures[:8]).permute(0, 3, 1, 2).float() / 127.5 - 1

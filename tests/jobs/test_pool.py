@@ -169,7 +169,7 @@ def test_a_failed_item_is_tried_again_elsewhere(cluster, pool, tmp_path: Path) -
     pids = [line.split()[1] for line in diary.read_text().splitlines() if line.startswith("000002")]
     assert len(pids) == 2 and pids[0] != pids[1]
     assert _same(manifest, _undisturbed(tmp_path, config))
-    assert storage.names(str(tmp_path / "root" / "slow" / "failures")) == []
+    assert storage.list_files(str(tmp_path / "root" / "slow" / "failures")) == []
 
 
 def test_an_item_that_kills_its_workers_does_not_stop_the_rest(cluster, pool, tmp_path: Path) -> None:
@@ -177,8 +177,9 @@ def test_an_item_that_kills_its_workers_does_not_stop_the_rest(cluster, pool, tm
     stage_ = Slow(str(tmp_path / "root"), config, diary)
     with pytest.raises(StageFailed, match=r"1 of 4 items failed.*000001.*its worker died 5 times"):
         run_stage(stage_, pool(2))
-    assert storage.names(str(tmp_path / "root" / "slow" / "records")) == ["000000.json", "000002.json", "000003.json"]
-    assert storage.names(str(tmp_path / "root" / "slow" / "failures")) == ["000001.json"]
+    assert storage.list_files(str(tmp_path / "root" / "slow" / "records")) == [
+        "000000.json", "000002.json", "000003.json"]
+    assert storage.list_files(str(tmp_path / "root" / "slow" / "failures")) == ["000001.json"]
     with pytest.raises(ValueError, match="not sealed"):
         read_manifest(stage_.folder, "python -m jobs slow")
 

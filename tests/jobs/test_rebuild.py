@@ -349,7 +349,7 @@ def test_what_is_forgotten(place: Path, capsys: pytest.CaptureFixture[str]) -> N
     done = rebuilt(root, source)
     assert (done["forgotten"], done["published"], done["embedded"]) == (3, "v2", 0)
     dataset = current(root)
-    tars = b"".join(storage.read_bytes(storage.place(dataset.folder("shards"), entry["name"]))
+    tars = b"".join(storage.read_bytes(storage.manifest_file_url(dataset.folder("shards"), entry["name"]))
                     for record in dataset.manifest("shards")["items"] for entry in record["files"]
                     if entry["name"].endswith((".tar", ".parquet")))
     for row in (by_key, by_name, by_hash):

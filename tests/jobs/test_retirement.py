@@ -331,7 +331,7 @@ def test_items_that_fail_everywhere_fail_on_three_workers_and_retire_nobody(clus
     for item in bad:
         assert len([pid for name, pid in lines if name == item]) == TRIES
         assert len({pid for name, pid in lines if name == item}) == TRIES
-    assert len(storage.names(storage.join(one.folder, "records"))) == 77
+    assert len(storage.list_files(storage.join(one.folder, "records"))) == 77
     assert not [record for record in caplog.records if "is retired" in record.getMessage()]
     assert storage.read_json(storage.join(one.folder, "progress.json"))["retired"] == []
 
@@ -342,7 +342,7 @@ def test_an_item_that_breaks_every_device_fails_and_the_others_are_finished(clus
     one = Faulty(str(tmp_path / "root"), FaultyConfig(40, 0.05, "bad for devices", ("000010",)), tmp_path / "notes")
     with pytest.raises(StageFailed, match=r"1 of 40 items failed.*000010: .*device-side assert"):
         run_stage(one, start(4))
-    assert len(storage.names(storage.join(one.folder, "records"))) == 39
+    assert len(storage.list_files(storage.join(one.folder, "records"))) == 39
 
 
 @pytest.mark.ray

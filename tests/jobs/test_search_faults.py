@@ -125,7 +125,7 @@ def test_workers_killed_at_random_leave_the_bytes_of_a_quiet_run(before: list[st
     assert content(one, folder) == content(other, folder) and len(content(one, folder)) > 1
     assert without_run_facts(one.manifest(folder)) == without_run_facts(other.manifest(folder))
     assert list(verify.folder(str(root), one.path(folder))) == []
-    assert storage.names(storage.join(one.folder(folder), "failures")) == []
+    assert storage.list_files(storage.join(one.folder(folder), "failures")) == []
 
 
 def content(one: Dataset, folder: str) -> dict[str, bytes]:

@@ -28,7 +28,7 @@ import pytest
 from jobs.cli.main import main
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
-from pipeline.shards.shard import accounting
+from pipeline.shards.shard import count_rows
 from pipeline.stages import progress
 from pipeline.stages.manifest import read_manifest
 from pipeline.storage import files as storage_files
@@ -80,7 +80,7 @@ def shards(root: Path | str) -> str:
 
 def files(root: Path | str) -> dict[str, bytes]:
     """The tars and tables below a root."""
-    return {name: storage.read_bytes(storage.join(shards(root), name)) for name in storage.names(shards(root))
+    return {name: storage.read_bytes(storage.join(shards(root), name)) for name in storage.list_files(shards(root))
             if name.endswith(".tar") or (name.endswith(".parquet") and "-" not in name)}
 
 
@@ -90,10 +90,10 @@ def accounted(root: Path | str, rows: int) -> dict[str, Any]:
     manifest = read_manifest(shards(root), "")
     lines = [line for record in manifest["items"] for line in pq.read_table(io.BytesIO(storage.read_bytes(
         storage.join(shards(root), f"{record['id']}.parquet")))).to_pylist()]
-    account = accounting(manifest, lines)
+    account = count_rows(manifest, lines)
     assert account["rows"] == rows == account["good"] + account["failed"] + account["filtered"]
     assert account["good"] == manifest["totals"]["samples"]
-    assert storage.names(storage.join(shards(root), "failures")) == []
+    assert storage.list_files(storage.join(shards(root), "failures")) == []
     assert not storage.exists(storage.join(shards(root), "progress.json"))
     return manifest
 
@@ -162,10 +162,10 @@ def test_the_driver_killed_in_the_middle_of_a_shard(way: str, tmp_path: Path, ad
         request.getfixturevalue("cluster")
     source = slowed(tmp_path / "list.parquet", address, 80, 0.03)
     process = started(*arguments(tmp_path / "root", source, address, way))
-    until(lambda: storage.names(storage.join(shards(tmp_path / "root"), "records")) and packing(0.15), process)
+    until(lambda: storage.list_files(storage.join(shards(tmp_path / "root"), "records")) and packing(0.15), process)
     process.kill()
     process.communicate()
-    done = len(storage.names(storage.join(shards(tmp_path / "root"), "records")))
+    done = len(storage.list_files(storage.join(shards(tmp_path / "root"), "records")))
     assert 0 < done < 4 and not storage.exists(storage.join(shards(tmp_path / "root"), "manifest.json"))
     assert main(arguments(tmp_path / "root", source, address, way)) == 0
     accounted(tmp_path / "root", 80)
@@ -243,7 +243,7 @@ def test_a_full_disk_is_named_and_spoils_nothing(size: str, small_disk: Any, tmp
     text = capsys.readouterr().err
     assert f"no space is left on the disk of {root}" in text and "hint: " in text and "Traceback" not in text
     assert text.count("error: ") == 1 and "the same command goes on" in text
-    for name in storage.names(storage.join(shards(root), "records")):
+    for name in storage.list_files(storage.join(shards(root), "records")):
         for entry in storage.read_json(storage.join(shards(root), "records", name))["files"]:
             assert entry == storage.describe_file(entry["name"], Path(shards(root)) / entry["name"])
     # What is there is whole, and nothing else is.
@@ -437,7 +437,7 @@ def test_a_dead_server_stops_the_run_and_a_live_one_mends_it(tmp_path: Path, cap
     text = capsys.readouterr().err
     assert "rows failed (100%, allowed are 30%): " in text and " connect\n" in text
     assert "hint: " in text and "--retry-failed" in text and "Traceback" not in text
-    failed = len(storage.names(storage.join(shards(root), "records")))
+    failed = len(storage.list_files(storage.join(shards(root), "records")))
     assert 1 < failed < 20
     with _alive(address):
         assert main([*command, "--retry-failed"]) == 0

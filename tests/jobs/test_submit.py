@@ -224,7 +224,7 @@ def _pictures(folder: Path, count: int = 60) -> Path:
 
 def _until_records(root: Path, count: int) -> list[str]:
     end = time.monotonic() + 120
-    while len(found := storage.names(str(root / "datasets/some/v1/shards/records"))) < count:
+    while len(found := storage.list_files(str(root / "datasets/some/v1/shards/records"))) < count:
         assert time.monotonic() < end, found
         time.sleep(0.02)
     return found

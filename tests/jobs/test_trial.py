@@ -71,7 +71,7 @@ def test_ray_workers_measure_pictures_that_they_draw_on_s3(plan: list[str], s3: 
     assert done.returncode == 0, done.stderr
     known = rates.read(str(tmp_path / "rates.json"))
     assert known.machine.startswith("2 workers on") and 100_000 < known.shard.source_bytes < 1_000_000
-    assert "train" not in known.defaults and not storage.folders(f"{s3}/root/trial")
+    assert "train" not in known.defaults and not storage.list_folders(f"{s3}/root/trial")
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.media import tars
 from pipeline.shards import deduplicate, shard
-from pipeline.shards.deduplicate import Sift
+from pipeline.shards.deduplicate import Deduplicate
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import DownloadConfig, ShardConfig
 from pipeline.stages import progress
@@ -108,7 +108,7 @@ def accounted(dataset: Dataset, manifest: dict, rows: int) -> dict[int, str]:
         assert Counter(stats["status_dict"]) == Counter({"success": len(samples)} if samples else {}) + counted
         filtered += record["info"].get("filtered", 0)
     assert len(reasons) + filtered == rows and set(reasons) <= set(range(rows)) and len(schemas) == 1
-    told = shard.accounting(manifest, table(dataset, manifest))
+    told = shard.count_rows(manifest, table(dataset, manifest))
     assert told == {"rows": rows, "good": sum(not reason for reason in reasons.values()), "filtered": filtered,
                     "failed": sum(map(bool, reasons.values()))}
     assert list(verify.folder(dataset.root, dataset.path("shards"))) == []
@@ -116,7 +116,7 @@ def accounted(dataset: Dataset, manifest: dict, rows: int) -> dict[int, str]:
 
 
 def pictures(dataset: Dataset, manifest: dict) -> list[bytes]:
-    return [tars.picture(sample) for record in manifest["items"]
+    return [tars.sample_image(sample) for record in manifest["items"]
             for sample in tars.read(dataset.fetch("shards", file_of(record, ".tar")))]
 
 
@@ -287,8 +287,8 @@ def test_of_duplicates_the_first_stays(tmp_path, how):
     source, results = blots(tmp_path / "source"), []
     for size in (3, 100, 1):
         dataset = Dataset.parse(str(tmp_path / f"{size}"), "x")
-        sifted = Sift(dataset, config(source, duplicates=how, samples_per_shard=size, image_size=64))
-        manifest = deduplicate.run(sifted, run_stage)
+        sifted = Deduplicate(dataset, config(source, duplicates=how, samples_per_shard=size, image_size=64))
+        manifest = deduplicate.deduplicate_shards(sifted, run_stage)
         reasons = accounted(dataset, manifest, len(KINDS) + 1)
         lines = table(dataset, manifest)
         assert [int(line["url"][:2]) for line in lines if line["status"] == "success"] == first_ones(how)
@@ -301,7 +301,7 @@ def test_of_duplicates_the_first_stays(tmp_path, how):
         assert not storage.exists(storage.join(dataset.folder("unsifted"), "plan.json"))
         assert not (tmp_path / f"{size}" / "datasets" / "x" / "v1" / "unsifted").exists()
         before = made.files_below(tmp_path / f"{size}")
-        assert without_run_facts(deduplicate.run(sifted, run_stage)) == without_run_facts(manifest)
+        assert without_run_facts(deduplicate.deduplicate_shards(sifted, run_stage)) == without_run_facts(manifest)
         assert made.files_below(tmp_path / f"{size}") == before
         results.append([(line["url"], line["status"]) for line in lines])
     assert results[0] == results[1] == results[2]
@@ -309,8 +309,8 @@ def test_of_duplicates_the_first_stays(tmp_path, how):
 
 def test_a_sample_that_stays_is_named_by_those_that_go(tmp_path):
     dataset = Dataset.parse(str(tmp_path), "x")
-    manifest = deduplicate.run(Sift(dataset, config(blots(tmp_path / "source"), duplicates="exact", samples_per_shard=3,
-                                             image_size=64)), run_stage)
+    manifest = deduplicate.deduplicate_shards(Deduplicate(dataset, config(
+        blots(tmp_path / "source"), duplicates="exact", samples_per_shard=3, image_size=64)), run_stage)
     details = {line["url"]: line["error_message"] for line in table(dataset, manifest) if line["status"] == "duplicate"}
     assert details["02.png"] == "duplicate: of sample 0 of shard 000000"
     assert details["11.webp"] == "duplicate: of sample 2 of shard 000003"
@@ -323,11 +323,11 @@ def test_duplicates_among_patches(tmp_path):
                         ("c.png", Image.new("RGB", (40, 40), "red"))):
         (source / name).write_bytes(encoded(image, "PNG"))
     dataset = Dataset.parse(str(tmp_path), "x")
-    manifest = deduplicate.run(Sift(dataset, config(
+    manifest = deduplicate.deduplicate_shards(Deduplicate(dataset, config(
         source, duplicates="exact", samples_per_shard=2, patches=3, patch_side=32,
                                              image_size=8)), run_stage)
     assert manifest["totals"]["samples"] == 4 and manifest["totals"]["skipped"] == {"duplicate": 5}
-    assert shard.accounting(manifest, table(dataset, manifest)) == {"rows": 3, "good": 2, "failed": 1, "filtered": 0}
+    assert shard.count_rows(manifest, table(dataset, manifest)) == {"rows": 3, "good": 2, "failed": 1, "filtered": 0}
     stats = [storage.read_json(storage.join(dataset.folder("shards"), f"00000{number}_stats.json"))
              for number in range(2)]
     assert [one["successes"] for one in stats] == [2, 0]
@@ -337,10 +337,10 @@ def test_duplicates_among_patches(tmp_path):
 def test_sifting_is_gone_on_with_wherever_it_was_left(tmp_path):
     source = blots(tmp_path / "source")
 
-    def make(name: str) -> Sift:
-        return Sift(Dataset.parse(str(tmp_path / name), "x"), config(source, duplicates="near", samples_per_shard=4,
-                                                                     image_size=64))
-    expected = without_run_facts(deduplicate.run(make("whole"), run_stage))
+    def make(name: str) -> Deduplicate:
+        return Deduplicate(Dataset.parse(str(tmp_path / name), "x"), config(
+            source, duplicates="near", samples_per_shard=4, image_size=64))
+    expected = without_run_facts(deduplicate.deduplicate_shards(make("whole"), run_stage))
 
     class Killed(BaseException):
         pass
@@ -361,24 +361,25 @@ def test_sifting_is_gone_on_with_wherever_it_was_left(tmp_path):
         for items in (0, 1, 3):
             name = f"{stages}-{items}"
             with pytest.raises(Killed):
-                deduplicate.run(make(name), seal_until(stages, items))
-            assert without_run_facts(deduplicate.run(make(name), run_stage)) == expected
+                deduplicate.deduplicate_shards(make(name), seal_until(stages, items))
+            assert without_run_facts(deduplicate.deduplicate_shards(make(name), run_stage)) == expected
     # Sealed, and what it was made from not yet removed.
     one = make("late")
     run_stage(one.whole)
     run_stage(one)
-    assert without_run_facts(deduplicate.run(make("late"), run_stage)) == expected
+    assert without_run_facts(deduplicate.deduplicate_shards(make("late"), run_stage)) == expected
     assert not (tmp_path / "late" / "datasets" / "x" / "v1" / "unsifted").exists()
-    assert without_run_facts(deduplicate.run(make("late"), run_stage, overwrite=True)) == expected
+    assert without_run_facts(deduplicate.deduplicate_shards(make("late"), run_stage, overwrite=True)) == expected
     with pytest.raises(ValueError, match="duplicate_bits"):
-        deduplicate.run(Sift(one.dataset, config(source, duplicates="near", samples_per_shard=4, image_size=64,
-                                          duplicate_bits=2)), run_stage)
+        deduplicate.deduplicate_shards(Deduplicate(one.dataset, config(
+            source, duplicates="near", samples_per_shard=4, image_size=64, duplicate_bits=2)), run_stage)
 
 
 def test_a_row_that_was_tried_again_stays_if_it_is_first_in_the_source(tmp_path, site):
     addresses = [f"http://{site}/{path}" for path in ("flaky?n=1&name=sift&file=00.png", "01.png", "00.png")]
-    sifted = Sift(Dataset.parse(str(tmp_path), "x"), config(urls(tmp_path / "list.csv", addresses), duplicates="exact"))
-    manifest = deduplicate.run(sifted, lambda one: run_stage(one, retry=one is sifted.whole))
+    sifted = Deduplicate(Dataset.parse(str(tmp_path), "x"),
+                         config(urls(tmp_path / "list.csv", addresses), duplicates="exact"))
+    manifest = deduplicate.deduplicate_shards(sifted, lambda one: run_stage(one, retry=one is sifted.whole))
     lines = table(sifted.dataset, manifest)
     assert [(line["source_row"], line["status"]) for line in lines] == [
         (0, "failed_to_download"), (1, "success"), (2, "duplicate"), (0, "success")]
@@ -426,7 +427,7 @@ def test_rows_that_failed_are_tried_again_before_sealing(tmp_path, site, kind):
     assert [line["source_row"] for line in table(dataset, manifest)] == [*range(22), *failed[0]]
     assert manifest["info"]["retried"] == len(failed[0])
     assert sum(manifest["totals"]["skipped"].values()) == len(failed[1]) == 22 - manifest["totals"]["samples"]
-    assert shard.accounting(manifest, table(dataset, manifest)) == {
+    assert shard.count_rows(manifest, table(dataset, manifest)) == {
         "rows": 22, "good": 22 - len(failed[1]), "failed": len(failed[1]), "filtered": 0}
     after = made.files_below(tmp_path / "datasets")
     assert {key: data for key, data in first.items() if after.get(key) != data} == {}
@@ -465,7 +466,7 @@ def test_a_second_round_tries_what_still_fails_and_a_round_may_be_cut_off(tmp_pa
     assert web.seen(site)["requests"] == len(failed[1])
     lines = table(dataset, manifest)
     assert [line["source_row"] for line in lines] == [*range(22), *failed[0], *failed[1]]
-    assert shard.accounting(manifest, lines) == {"rows": 22, "good": 21, "failed": 1, "filtered": 0}
+    assert shard.count_rows(manifest, lines) == {"rows": 22, "good": 21, "failed": 1, "filtered": 0}
     assert list(verify.folder(dataset.root, dataset.path("shards"))) == []
     run_stage(Shard(dataset, config(source, samples_per_shard=4)), retry=True)
     assert "requests" not in web.seen(site)  # it is sealed
@@ -491,7 +492,7 @@ def test_another_version_takes_over_the_shards_and_tries_the_rest(tmp_path, site
             assert ours[file] == data, file
     assert [record | {"plan": "", "run": {}} for record in second["items"][:3]] == [
         record | {"plan": "", "run": {}} for record in first["items"]]
-    assert shard.accounting(second, table(v2, second)) == {"rows": 22, "good": 19, "failed": 2, "filtered": 1}
+    assert shard.count_rows(second, table(v2, second)) == {"rows": 22, "good": 19, "failed": 2, "filtered": 1}
     assert list(verify.folder(v2.root, v2.path("shards"))) == []
     schemas = {pq.read_schema(v2.fetch("shards", file_of(record, ".parquet"))) for record in second["items"]}
     assert len(schemas) == 1
@@ -500,7 +501,7 @@ def test_another_version_takes_over_the_shards_and_tries_the_rest(tmp_path, site
     v3 = v2.following()
     third = run_stage(Shard(v3, config(source, **options), base=v2))
     assert web.seen(site)["requests"] == len(failed[1])
-    assert shard.accounting(third, table(v3, third)) == {"rows": 22, "good": 20, "failed": 1, "filtered": 1}
+    assert shard.count_rows(third, table(v3, third)) == {"rows": 22, "good": 20, "failed": 1, "filtered": 1}
     fourth = run_stage(Shard(v3.following(), config(source, **options), base=v3))
     assert web.seen(site)["requests"] == 1 and len(fourth["items"]) == len(third["items"]) + 1
     assert fourth["info"]["filtered"] == 1
@@ -518,7 +519,7 @@ def test_a_version_of_a_version_without_failures_is_the_same_again(tmp_path, sit
     three = run_stage(Shard(v3, config(source), base=v2), retry=True)
     for manifest in (two, three):
         assert [record["files"] for record in manifest["items"]] == [record["files"] for record in one["items"]]
-        assert shard.accounting(manifest, table(v1, one))["good"] == 2
+        assert shard.count_rows(manifest, table(v1, one))["good"] == 2
 
 
 def test_a_version_of_another_source_is_refused(tmp_path, site):
@@ -541,12 +542,12 @@ def test_pictures_of_a_folder_are_tried_again(tmp_path):
     for name in ("00.png", "05.png", "10.png"):
         (source / name).write_bytes(PICTURES[name])
     manifest = run_stage(Shard(dataset, config(source)), retry=True, max_failed=0.1)
-    assert shard.accounting(manifest, table(dataset, manifest)) == {
+    assert shard.count_rows(manifest, table(dataset, manifest)) == {
         "rows": 24, "good": 22, "failed": 2, "filtered": 0}
     (source / "15.png").write_bytes(PICTURES["15.png"])
     v2 = dataset.following()
     manifest = run_stage(Shard(v2, config(source), base=dataset))
-    assert shard.accounting(manifest, table(v2, manifest)) == {"rows": 24, "good": 23, "failed": 1, "filtered": 0}
+    assert shard.count_rows(manifest, table(v2, manifest)) == {"rows": 24, "good": 23, "failed": 1, "filtered": 0}
     good = [line for line in table(v2, manifest) if line["status"] == "success"]
     assert sorted(line["source_row"] for line in good) == [number for number in range(24) if number != 20]
     assert {line["url"] for line in good} == {name for name in PICTURES if name != "20.png"}
@@ -576,7 +577,7 @@ def test_a_hopeless_run_is_stopped_early_and_what_is_recorded_stays(tmp_path, si
     assert "allowed are 30%" in message and "http_404" in message and "not_a_picture" in message
     assert web.seen(site)["requests"] < 500
     assert not storage.exists(storage.join(dataset.folder("shards"), "manifest.json"))
-    recorded = storage.names(storage.join(dataset.folder("shards"), "records"))
+    recorded = storage.list_files(storage.join(dataset.folder("shards"), "records"))
     assert 1 <= len(recorded) < 5
     before = made.files_below(tmp_path / "datasets")
     manifest = run_stage(Shard(dataset, config(source, **settings)), max_failed=0.7)

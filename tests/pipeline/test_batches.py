@@ -86,7 +86,7 @@ def test_a_batch_has_the_pictures_and_the_exact_vectors_of_its_rows(built):
     assert batch["image"].shape == (8, 32, 32, 3) and batch["image"].dtype == np.uint8
     assert batch["neighbors"].shape == (8, 3, 256) and batch["neighbors"].dtype == np.float16
     assert batch["rows"].shape == (8,) and batch["rows"].dtype == np.int64
-    pictures = [Image.open(io.BytesIO(tars.picture(sample))) for record in built.manifest("shards")["items"]
+    pictures = [Image.open(io.BytesIO(tars.sample_image(sample))) for record in built.manifest("shards")["items"]
                 for sample in tars.read(built.fetch("shards", file_of(record, ".tar")))]
     ids, vectors = np.concatenate(load_neighbors(built, built)), Embeddings(built).all()
     for image, row, given in zip(batch["image"], batch["rows"], batch["neighbors"], strict=True):
@@ -195,7 +195,7 @@ def test_a_tar_with_other_samples_than_its_manifest_is_refused(copied):
 
 def test_a_picture_that_does_not_decode_is_named(copied):
     path = copied.fetch("shards", file_of(copied.manifest("shards")["items"][0], ".tar"))
-    start = path.read_bytes().index(tars.Pictures(path)[3])
+    start = path.read_bytes().index(tars.TarImages(path)[3])
     _spoilt(copied, start, bytes(8))
     with pytest.raises(ValueError, match=r"sample 3 of .*000000\.tar does not decode \(not_a_picture.*\nhint"):
         [batches(copied).at(step) for step in range(9)]

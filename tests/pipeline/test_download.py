@@ -22,7 +22,7 @@ from urllib.parse import quote_from_bytes
 
 import pytest
 
-from pipeline.media.types import BadPicture
+from pipeline.media.types import BadImage
 from pipeline.sources import downloader, resolver
 from pipeline.sources.config import DownloadConfig
 from pipeline.sources.downloader import Downloader
@@ -58,8 +58,8 @@ def results(urls: list[str], **options) -> list[bytes | str]:
     async def one(downloader: Downloader, url: str) -> bytes | str:
         try:
             return await downloader.get(url)
-        except BadPicture as bad:
-            assert type(bad) is BadPicture and str(bad) == f"{bad.reason}: {bad.detail}"
+        except BadImage as bad:
+            assert type(bad) is BadImage and str(bad) == f"{bad.reason}: {bad.detail}"
             return str(bad)
 
     async def all_() -> list[bytes | str]:
@@ -250,7 +250,7 @@ def test_chunks_that_go_wrong_halfway_are_a_protocol_error_and_no_wait(site):
         port = server.sockets[0].getsockname()[1]
         async with server, Downloader(config()) as downloader:
             began = time.monotonic()
-            with pytest.raises(BadPicture) as caught:
+            with pytest.raises(BadImage) as caught:
                 await downloader.get(f"http://127.0.0.1:{port}/")
             assert caught.value.reason == "protocol" and time.monotonic() - began < 1
     asyncio.run(both())
@@ -578,7 +578,7 @@ def test_name_servers_that_do_not_answer_are_asked_again_and_then_given_up(site,
     async def one_after_the_other() -> None:
         async with Downloader(config(retries=2)) as downloader:
             for _ in range(5):
-                with pytest.raises(BadPicture, match="dns: no answer"):
+                with pytest.raises(BadImage, match="dns: no answer"):
                     await downloader.get("http://dead.test/")
     asyncio.run(one_after_the_other())
     assert names.asked["dead.test"] == 3
@@ -606,7 +606,7 @@ def test_who_gives_up_on_a_name_takes_it_from_nobody_else(names):
             first, second = (asyncio.create_task(downloader.get("http://slow.test/")) for _ in range(2))
             await asyncio.sleep(0.1)
             first.cancel()
-            with pytest.raises(BadPicture, match="dns: no such name"):
+            with pytest.raises(BadImage, match="dns: no such name"):
                 await second
             assert first.cancelled() and names.asked["slow.test"] == 1
     asyncio.run(two())
@@ -690,7 +690,7 @@ def test_certificates_are_checked(site, certificate):
     async def both() -> None:
         server = await asyncio.start_server(plain, "127.0.0.1", 0)
         async with server, Downloader(config()) as downloader:
-            with pytest.raises(BadPicture) as caught:
+            with pytest.raises(BadImage) as caught:
                 await downloader.get(f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}/")
             assert caught.value.reason == "tls"
     asyncio.run(both())
@@ -702,13 +702,13 @@ def test_a_session_leaves_nothing_behind(site, certificate):
         import asyncio, gc, sys
         from pipeline.sources.config import DownloadConfig
         from pipeline.sources.downloader import Downloader
-        from pipeline.media.types import BadPicture
+        from pipeline.media.types import BadImage
         async def main(url):
             config = DownloadConfig(allow_hosts=("127.0.0.1",), max_bytes=4_000_000, retries=0, read_timeout=0.5)
             async with Downloader(config) as downloader:
                 try:
                     print(len(await downloader.get(url)))
-                except BadPicture as bad:
+                except BadImage as bad:
                     print(bad.reason)
         for address in sys.argv[1:]:
             for path in ("a.jpg", "missing.jpg", "large.jpg", "forever", "hang", "cut", "hops/3", "chunked?file=a.jpg"):

@@ -23,7 +23,7 @@ def slowly(phash, colour, bits, distance, missing=None):
 
 def agrees(phash, colour, bits=3, distance=12, missing=None):
     phash, colour = np.asarray(phash, np.uint64), np.asarray(colour, np.uint8)
-    found = duplicates.near(phash, colour, bits, distance, missing)
+    found = duplicates.find_near(phash, colour, bits, distance, missing)
     assert found.dtype == np.int64
     assert found.tolist() == slowly(phash, colour, bits, distance, missing)
     return found
@@ -53,13 +53,13 @@ def hashes(values):
 
 
 def test_equal_hashes_are_told_by_their_first_row():
-    assert duplicates.exact(hashes([1, 2, 1, 3, 2, 1])).tolist() == [0, 1, 0, 3, 1, 0]
+    assert duplicates.find_exact(hashes([1, 2, 1, 3, 2, 1])).tolist() == [0, 1, 0, 3, 1, 0]
     missing = np.array([True, False, False, False, True, False])
-    assert duplicates.exact(hashes([1, 2, 1, 3, 2, 1]), missing).tolist() == [0, 1, 2, 3, 4, 2]
-    assert duplicates.exact(hashes([])).shape == (0,) and duplicates.exact(hashes([5])).tolist() == [0]
-    assert duplicates.exact(hashes([7] * 5)).tolist() == [0] * 5
+    assert duplicates.find_exact(hashes([1, 2, 1, 3, 2, 1]), missing).tolist() == [0, 1, 2, 3, 4, 2]
+    assert duplicates.find_exact(hashes([])).shape == (0,) and duplicates.find_exact(hashes([5])).tolist() == [0]
+    assert duplicates.find_exact(hashes([7] * 5)).tolist() == [0] * 5
     with pytest.raises(ValueError, match="shape"):
-        duplicates.exact(hashes([1, 2]), np.zeros(3, bool))
+        duplicates.find_exact(hashes([1, 2]), np.zeros(3, bool))
 
 
 def test_hashes_that_begin_alike_are_not_taken_for_equal():
@@ -70,8 +70,8 @@ def test_hashes_that_begin_alike_are_not_taken_for_equal():
     for each in (values, alike):
         first: dict[bytes, int] = {}
         expected = [first.setdefault(value, row) for row, value in enumerate(each.tolist())]
-        assert duplicates.exact(each).tolist() == expected
-    assert duplicates.exact(np.array([b"a", b"a\0", b"", b"b"], "S32")).tolist() == [0, 0, 2, 3]
+        assert duplicates.find_exact(each).tolist() == expected
+    assert duplicates.find_exact(np.array([b"a", b"a\0", b"", b"b"], "S32")).tolist() == [0, 0, 2, 3]
 
 
 def test_near_is_not_handed_on():
@@ -83,7 +83,7 @@ def test_near_is_not_handed_on():
     assert agrees([5] * 4, [[0, 0, 0], [10, 0, 0], [20, 0, 0], [13, 0, 0]]).tolist() == [0, 0, 2, 2]
     assert agrees([5, 5], [[0, 0, 0], [0, 0, 13]]).tolist() == [0, 1]
     assert agrees([2**64 - 1, 2**64 - 8], [[255] * 3, [243] * 3]).tolist() == [0, 0]
-    assert duplicates.near(np.zeros(0, np.uint64), np.zeros((0, 3), np.uint8)).shape == (0,)
+    assert duplicates.find_near(np.zeros(0, np.uint64), np.zeros((0, 3), np.uint8)).shape == (0,)
 
 
 def test_rows_without_a_hash_stay_and_send_nobody_away(few):
@@ -142,7 +142,7 @@ def test_the_bands_miss_no_pair_however_many_rows():
 def test_settings_out_of_range_are_refused():
     for settings in ({"bits": -1}, {"bits": 17}, {"colour_distance": 256}, {"missing": np.zeros(2, bool)}):
         with pytest.raises(ValueError):
-            duplicates.near(np.zeros(1, np.uint64), np.zeros((1, 3), np.uint8), **settings)
+            duplicates.find_near(np.zeros(1, np.uint64), np.zeros((1, 3), np.uint8), **settings)
 
 
 @pytest.mark.parametrize("kind", ["blank", "white", "ball", "copies"])
@@ -158,7 +158,7 @@ def test_crowds_take_seconds(kind):
     elif kind == "copies":
         phash, colour = np.repeat(phash[:1], count), np.full((count, 3), 255)
     started = time.perf_counter()
-    found = duplicates.near(phash, colour.astype(np.uint8))
+    found = duplicates.find_near(phash, colour.astype(np.uint8))
     assert time.perf_counter() - started < 60
     kept = np.flatnonzero(found == np.arange(count))
     assert (found[found] == found).all() and (found <= np.arange(count)).all() and len(kept) < 50_000

@@ -50,7 +50,7 @@ def weights(tmp_path_factory):
 
 
 def pictures_of(dataset: Dataset) -> list[Image.Image]:
-    return [Image.open(io.BytesIO(tars.picture(sample))).convert("RGB")
+    return [Image.open(io.BytesIO(tars.sample_image(sample))).convert("RGB")
             for record in dataset.manifest("shards")["items"]
             for sample in tars.read(dataset.fetch("shards", file_of(record, ".tar")))]
 
@@ -279,7 +279,7 @@ def test_a_worker_with_other_weights_than_the_plan_is_refused(copied, weights, t
     describe_encoder.cache_clear()
     with pytest.raises(ValueError, match="not those of the plan"):
         process_and_commit(one, items[0])
-    assert storage.names(storage.join(one.folder, "records")) == []
+    assert storage.list_files(storage.join(one.folder, "records")) == []
 
 
 def test_what_open_clip_does_not_know_is_refused(copied, tmp_path):
@@ -405,7 +405,7 @@ def test_a_shard_that_fails_among_others_fails_alone(copied, whole):
     path.write_bytes(whole_tar[:-2000])
     with pytest.raises(StageFailed, match=r"1 of 3 items failed, the first is 000001: .*not the file its manifest"):
         run_stage(embedding)
-    assert storage.names(storage.join(embedding.folder, "records")) == ["000000.json", "000002.json"]
+    assert storage.list_files(storage.join(embedding.folder, "records")) == ["000000.json", "000002.json"]
     path.write_bytes(whole_tar)
     whole.clear()
     assert without_run_facts(run_stage(embedding)) == undisturbed

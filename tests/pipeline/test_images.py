@@ -9,8 +9,8 @@ from PIL import Image, ImageCms, ImageDraw
 
 from pipeline.media.decode import decode
 from pipeline.media.hashes import perceptual_hash, pixel_hash
-from pipeline.media.resize import encode, patches, pixels, resize
-from pipeline.media.types import BadPicture, check, size_of
+from pipeline.media.resize import cut_patches, decode_pixels, encode, resize
+from pipeline.media.types import BadImage, check_size, size_of
 from tests.pipeline.made import encoded, noise
 
 
@@ -83,7 +83,7 @@ def decoded(data: bytes, max_pixels: int = 10_000_000) -> np.ndarray:
 
 
 def reason(data: bytes, max_pixels: int = 10_000_000) -> str:
-    with pytest.raises(BadPicture) as caught:
+    with pytest.raises(BadImage) as caught:
         decode(data, max_pixels)
     return caught.value.reason
 
@@ -120,7 +120,7 @@ def test_spoiled_bytes_give_a_picture_or_a_reason(kind, capfd):
                 assert np.asarray(picture.image).shape[2:] == (3,)
                 resized = resize(picture, 5, chance.choice(["center_crop", "keep_ratio"]))
                 assert min(size_of(resized)) == 5
-            except BadPicture as bad:
+            except BadImage as bad:
                 assert bad.reason in {"empty_file", "not_a_picture", "too_many_pixels", "corrupt", "too_narrow"}
 
 
@@ -229,14 +229,14 @@ def test_the_crop_is_the_middle():
 @pytest.mark.parametrize("how", ["center_crop", "keep_ratio"])
 def test_a_hairline_is_not_blown_up(how):
     """A file of a few bytes must not become gigabytes."""
-    with pytest.raises(BadPicture, match="too_narrow"):
+    with pytest.raises(BadImage, match="too_narrow"):
         resize(Image.new("RGB", (100_000, 1)), 256, how)
     assert resize(Image.new("RGB", (3200, 32)), 32, how).height == 32
 
 
 @pytest.mark.parametrize(("format_", "side"), [("jpg", 70_000), ("webp", 20_000)])
 def test_what_a_format_has_no_room_for_has_a_name(format_, side):
-    with pytest.raises(BadPicture, match="too_large"):
+    with pytest.raises(BadImage, match="too_large"):
         encode(Image.new("RGB", (side, 2)), format_, 90)
 
 
@@ -247,7 +247,7 @@ def test_encoding_is_deterministic_and_near(format_):
     assert data == encode(smooth, format_, 95)
     shown = Image.open(io.BytesIO(data))
     assert shown.size == (64, 64)
-    assert np.abs(pixels(data).astype(int) - np.asarray(smooth)).mean() < (0.01 if format_ == "png" else 6)
+    assert np.abs(decode_pixels(data).astype(int) - np.asarray(smooth)).mean() < (0.01 if format_ == "png" else 6)
 
 
 @pytest.mark.parametrize("how", ["center_crop", "keep_ratio", "keep_ratio_largest", "border"])
@@ -338,7 +338,7 @@ def test_very_large_pictures_lose_nothing_to_speed(how):
 
 def test_small_and_narrow_pictures_are_refused_on_the_header():
     def refused(data, **limits):
-        with pytest.raises(BadPicture) as caught:
+        with pytest.raises(BadImage) as caught:
             decode(data, 10_000_000, **limits)
         return caught.value.reason
     broken = encoded(noise(300, 30), "PNG")[:200]
@@ -347,12 +347,12 @@ def test_small_and_narrow_pictures_are_refused_on_the_header():
     assert refused(broken, min_size=30, max_aspect=9.9) == "too_narrow"
     assert refused(broken, min_size=30, max_aspect=10) == "corrupt"
     assert refused(png(100_001, 2, 8, 2, b"")) == "too_many_pixels"
-    check(10, 20, 10, 2)
-    with pytest.raises(BadPicture, match="too_narrow"):
+    check_size(10, 20, 10, 2)
+    with pytest.raises(BadImage, match="too_narrow"):
         resize(Image.new("RGB", (30, 10)), 8, "border", max_aspect=2.9)
-    with pytest.raises(BadPicture, match="too_narrow"):
+    with pytest.raises(BadImage, match="too_narrow"):
         resize(Image.new("RGB", (3000, 1)), 256, "keep_ratio", max_aspect=1e9)
-    assert pixels(encoded(Image.new("RGB", (500, 1)), "PNG")).shape == (1, 500, 3)
+    assert decode_pixels(encoded(Image.new("RGB", (500, 1)), "PNG")).shape == (1, 500, 3)
 
 
 def test_a_spoiled_exif_block_does_not_spoil_the_picture():
@@ -426,10 +426,10 @@ def test_a_broken_profile_is_remarked_on_and_ignored(broken):
 
 def test_patches_are_a_function_of_seed_and_key():
     picture = noise(40, 33)
-    cut = patches(picture, 32, 400, 1, "a/b.jpg")
+    cut = cut_patches(picture, 32, 400, 1, "a/b.jpg")
     # Written down, for they must be the same everywhere and ever.
     assert [place[:2] for place in cut[:3]] == [(7, 0), (5, 0), (0, 0)]
-    assert [place[:2] for place in patches(picture, 32, 3, 1, "a/b.jpg")] == [(7, 0), (5, 0), (0, 0)]
+    assert [place[:2] for place in cut_patches(picture, 32, 3, 1, "a/b.jpg")] == [(7, 0), (5, 0), (0, 0)]
     assert all(np.asarray(patch).tolist() == np.asarray(picture)[top:top + 32, left:left + 32].tolist()
                for left, top, patch in cut)
     places = np.zeros((9, 2), int)
@@ -437,10 +437,10 @@ def test_patches_are_a_function_of_seed_and_key():
         places[left, top] += 1
     assert places.min() >= 8 and places.max() <= 45  # 22 expected at each of 18
     for seed, key in ((2, "a/b.jpg"), (1, "a/c.jpg")):
-        assert [place[:2] for place in patches(picture, 32, 9, seed, key)] != [place[:2] for place in cut[:9]]
-    assert patches(picture, 33, 1, 0, "")[0][2].size == (33, 33)
-    with pytest.raises(BadPicture, match="too_small"):
-        patches(picture, 34, 1, 0, "")
+        assert [place[:2] for place in cut_patches(picture, 32, 9, seed, key)] != [place[:2] for place in cut[:9]]
+    assert cut_patches(picture, 33, 1, 0, "")[0][2].size == (33, 33)
+    with pytest.raises(BadImage, match="too_small"):
+        cut_patches(picture, 34, 1, 0, "")
 
 
 def test_equal_pixels_have_equal_hashes():

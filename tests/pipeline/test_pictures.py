@@ -4,7 +4,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from pipeline.corpora.demo_corpus import Pictures, PicturesConfig
+from pipeline.corpora.demo_corpus import DemoCorpus, DemoCorpusConfig
 from pipeline.datasets.dataset import Dataset
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
@@ -12,7 +12,7 @@ from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import without_run_facts
 from pipeline.versions import verify
 
-CONFIG = PicturesConfig(corpus="drawn", size=24, subjects=20, pictures_per_item=50)
+CONFIG = DemoCorpusConfig(corpus="drawn", size=24, subjects=20, pictures_per_item=50)
 
 
 def listed(folder, name: str) -> list[dict]:
@@ -20,7 +20,7 @@ def listed(folder, name: str) -> list[dict]:
 
 
 def test_the_drawn_corpus_is_a_folder_of_pictures_with_captions(tmp_path):
-    manifest = run_stage(Pictures(str(tmp_path), CONFIG, tmp_path / "cache"))
+    manifest = run_stage(DemoCorpus(str(tmp_path), CONFIG, tmp_path / "cache"))
     folder = tmp_path / "pictures" / "drawn"
     assert manifest["totals"]["samples"] == 120 and not manifest["totals"]["skipped"]
     styles = ("flat", "hatched", "lineart", "outline", "silhouette", "soft")
@@ -44,12 +44,12 @@ def test_the_drawn_corpus_is_a_folder_of_pictures_with_captions(tmp_path):
 
 
 def test_two_runs_give_the_same_corpus(tmp_path):
-    one, other = (run_stage(Pictures(str(tmp_path / name), CONFIG, tmp_path)) for name in ("one", "other"))
+    one, other = (run_stage(DemoCorpus(str(tmp_path / name), CONFIG, tmp_path)) for name in ("one", "other"))
     assert without_run_facts(one) == without_run_facts(other)
 
 
 def test_training_shards_have_no_held_out_subject(tmp_path):
-    run_stage(Pictures(str(tmp_path), CONFIG, tmp_path))
+    run_stage(DemoCorpus(str(tmp_path), CONFIG, tmp_path))
     folder = tmp_path / "pictures" / "drawn"
     dataset = Dataset.parse(str(tmp_path), "train")
     manifest = run_stage(Shard(dataset, ShardConfig(source=str(folder), captions=str(folder / "train.csv"),

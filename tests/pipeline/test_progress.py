@@ -55,7 +55,7 @@ def test_an_item_is_not_counted_twice_when_it_is_recorded(tmp_path):
     assert tally.look()["rows"] == tally.look(quick=True)["rows"] == 100
     assert tally.now["skipped"] == {"cut": 10}
     beat.done()
-    assert tally.look()["rows"] == 100 and storage.names(f"{tmp_path}/progress") == []
+    assert tally.look()["rows"] == 100 and storage.list_files(f"{tmp_path}/progress") == []
 
 
 def test_words_of_the_dead_do_not_count(tmp_path):
@@ -209,7 +209,7 @@ def test_nothing_is_left_of_it(tmp_path):
     say(tmp_path, "000000", 10)
     tally.look()
     tally.clear()
-    assert storage.names(str(tmp_path)) == storage.folders(str(tmp_path)) == []
+    assert storage.list_files(str(tmp_path)) == storage.list_folders(str(tmp_path)) == []
 
 
 class Half(Stage):
@@ -250,11 +250,12 @@ def test_a_budget_holds_before_sealing(tmp_path):
     one = Half(tmp_path, 0.5, items=1)
     with pytest.raises(StageFailed, match=r"50 of 100 rows failed \(50%, allowed are 40%\): 50 cut\nhint: .*retry"):
         run_stage(one, max_failed=0.4)
-    assert not storage.exists(f"{one.folder}/manifest.json") and storage.names(f"{one.folder}/records")
+    assert not storage.exists(f"{one.folder}/manifest.json") and storage.list_files(f"{one.folder}/records")
     with pytest.raises(StageFailed, match="50 of 100"):
         run_stage(Half(tmp_path, 0.5, items=1), max_failed=0.4)
     assert run_stage(Half(tmp_path, 0.5, items=1), max_failed=0.5)["totals"]["skipped"] == {"cut": 50}
-    assert storage.folders(one.folder) == ["records"] and storage.names(one.folder) == ["manifest.json", "plan.json"]
+    assert storage.list_folders(one.folder) == ["records"]
+    assert storage.list_files(one.folder) == ["manifest.json", "plan.json"]
 
 
 def test_a_budget_stops_a_run_on_its_way(tmp_path):
@@ -295,7 +296,7 @@ def test_two_drivers_make_one_second_try(tmp_path):
                 run_stage(other, retry=True)
     late.met = False
     manifest = run_stage(one, late, retry=True)
-    assert storage.names(f"{one.folder}/more") == ["0001.json"]
+    assert storage.list_files(f"{one.folder}/more") == ["0001.json"]
     assert [item["id"] for item in manifest["items"]] == [f"{number:06d}" for number in range(4)]
 
 

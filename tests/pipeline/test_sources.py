@@ -22,11 +22,11 @@ from PIL import Image
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.media import resize, tars
-from pipeline.media.foreign_tars import Suspicions, examine
+from pipeline.media.foreign_tars import TarFaults, read_foreign_tar
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import DownloadConfig, ShardConfig
 from pipeline.sources.detect import open_source
-from pipeline.sources.rows import Reading
+from pipeline.sources.rows import ReadReport
 from pipeline.stages.driver import run_stage
 from pipeline.stages.types import StageFailed
 from pipeline.versions import verify
@@ -116,7 +116,7 @@ def test_a_list_of_any_kind_gives_the_same_tars(tmp_path, site):
     assert schemas["parquet"] == schemas["jsonl"] and len(schemas["parquet"]) == len(schemas["csv"]) == 1
     for sample in whole:
         pixels = resize.resize(Image.open(io.BytesIO(PICTURES[sample["json"]["url"][-6:]])), 16, "center_crop")
-        assert np.array_equal(resize.pixels(sample["png"]), np.asarray(pixels))
+        assert np.array_equal(resize.decode_pixels(sample["png"]), np.asarray(pixels))
 
 
 def test_lists_may_be_a_folder_a_pattern_and_several_files_anywhere(tmp_path, site, s3):
@@ -194,7 +194,7 @@ def read_back(source, folder: Path) -> tuple[list[list[int]], list[int], list[in
         parts.append(part)
     there = pickle.loads(pickle.dumps(source))
     for part in parts:
-        reading = Reading()
+        reading = ReadReport()
         rows.append([row.number for row in there.rows(str(folder), part.inputs, folder, reading)])
         counts.append(part.inputs["count"])
         filtered.append(part.inputs["filtered"] + reading.filtered)
@@ -335,9 +335,9 @@ def test_hostile_cells_do_not_stop_a_shard(tmp_path, site):
     assert [row["error_message"].split(":")[0] for row in found[1:6]] == ["http_404", *["bad_url"] * 4]
     assert found[0]["x?"] == "?" and found[0]["phash"] == "text" and found[2]["key"] == "0000000002"
     # Columns of the same names as hashes of duplicates: those of failed rows are theirs, not ours.
-    from pipeline.shards.deduplicate import Sift
-    from pipeline.shards.deduplicate import run as sift
-    sifted = sift(Sift(Dataset.parse(str(tmp_path), "near"), ShardConfig(
+    from pipeline.shards.deduplicate import Deduplicate
+    from pipeline.shards.deduplicate import deduplicate_shards as sift
+    sifted = sift(Deduplicate(Dataset.parse(str(tmp_path), "near"), ShardConfig(
         source=str(path), image_size=16, duplicates="near", download=DOWNLOAD)), run_stage)
     assert sifted["totals"]["samples"] == 1
 
@@ -564,14 +564,14 @@ def test_headers_that_lie_about_sizes_cost_no_memory(tmp_path):
         info.size = size
         header = info.tobuf(tarfile.GNU_FORMAT)
         (tmp_path / f"{name}.tar").write_bytes(data[:place] + header + data[place + 512:])
-        found = Suspicions()
+        found = TarFaults()
         tracemalloc.start()
-        assert [one["__key__"] for one in examine(tmp_path / f"{name}.tar", found)] == ["0"], name
+        assert [one["__key__"] for one in read_foreign_tar(tmp_path / f"{name}.tar", found)] == ["0"], name
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert found.cut and peak < 1 << 20
     (tmp_path / "none.tar").write_bytes(b"\xff" * 5000)
-    assert list(examine(tmp_path / "none.tar", found := Suspicions())) == [] and found.cut
+    assert list(read_foreign_tar(tmp_path / "none.tar", found := TarFaults())) == [] and found.cut
 
 
 def test_types_of_tars_are_those_of_the_parquet_beside_or_of_the_first_samples(tmp_path):
@@ -609,7 +609,7 @@ def test_patches_are_cut_where_they_say_and_always_the_same(tmp_path, site):
         whole = resize.resize(Image.open(io.BytesIO(PICTURES[url[-6:]])), 30, "keep_ratio")
         assert min(whole.size) == 30
         assert 0 <= left <= whole.width - 11 and 0 <= top <= whole.height - 11
-        assert np.array_equal(resize.pixels(data), np.asarray(whole.crop((left, top, left + 11, top + 11))))
+        assert np.array_equal(resize.decode_pixels(data), np.asarray(whole.crop((left, top, left + 11, top + 11))))
         places.add((left, top))
     assert len(places) > 20
     dataset, manifest = sharded(tmp_path / "seed", tmp_path / "7.csv", seed=1, **options)

@@ -234,14 +234,14 @@ def test_a_failed_item_is_reported_and_the_others_are_done(tmp_path, error):
     with pytest.raises(StageFailed, match=r"1 of 6 items failed, the first is 000003: .*bad") as caught:
         run_stage(broken)
     assert "hint:" in str(caught.value)
-    assert len(storage.names(storage.join(broken.folder, "records"))) == 5
+    assert len(storage.list_files(storage.join(broken.folder, "records"))) == 5
     assert not storage.exists(storage.join(broken.folder, "manifest.json"))
     report = storage.read_json(storage.join(broken.folder, "failures", "000003.json"))
     assert "Traceback" in report["traceback"] and "bad" in report["error"]
     # A user's mistake is not tried again, bad luck is.
     assert broken.processed.count("000003") == (1 if isinstance(error, ValueError) else 3)
     run_stage(Count(tmp_path))
-    assert storage.names(storage.join(broken.folder, "failures")) == []
+    assert storage.list_files(storage.join(broken.folder, "failures")) == []
     run_stage(Count(tmp_path / "alone"))
     assert lasting(broken.folder) == lasting(tmp_path / "alone" / "count")
 
@@ -251,7 +251,7 @@ def test_failures_of_items_that_succeeded_since_are_gone(tmp_path):
         run_stage(Count(tmp_path, broken={"000001": ValueError("no"), "000003": ValueError("no")}))
     with pytest.raises(StageFailed):
         run_stage(Count(tmp_path, broken={"000003": ValueError("no")}))
-    assert storage.names(str(tmp_path / "count" / "failures")) == ["000003.json"]
+    assert storage.list_files(str(tmp_path / "count" / "failures")) == ["000003.json"]
 
 
 def test_passwords_are_not_written_into_failures(tmp_path):

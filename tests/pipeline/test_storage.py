@@ -139,14 +139,15 @@ def test_what_is_put_is_there(where, tmp_path, request):
         assert storage.sha256(url) == storage.sha256_file(local)
         entry = {"name": name, "bytes": 200_000, "sha256": storage.sha256_file(local)}
         assert storage.fetch(url, entry, check=True).read_bytes() == local.read_bytes()
-    assert "plain.bin" in storage.names(root)
-    assert storage.names(storage.join(root, "folder")) == sorted(["with space.bin", "zażółć ß 名.bin", "[a]*?.bin"])
-    assert {"folder", "f#r%20"} <= set(storage.folders(root))
+    assert "plain.bin" in storage.list_files(root)
+    assert storage.list_files(storage.join(root, "folder")) == sorted([
+        "with space.bin", "zażółć ß 名.bin", "[a]*?.bin"])
+    assert {"folder", "f#r%20"} <= set(storage.list_folders(root))
     storage.put_bytes(b"", storage.join(root, "folder2/x"))
     below = dict(storage.walk(storage.join(root, "folder")))
     assert below == dict.fromkeys(["with space.bin", "zażółć ß 名.bin", "[a]*?.bin"], 200_000)
     storage.remove_tree(storage.join(root, "folder"))
-    assert storage.names(storage.join(root, "folder")) == [] and storage.exists(storage.join(root, "folder2/x"))
+    assert storage.list_files(storage.join(root, "folder")) == [] and storage.exists(storage.join(root, "folder2/x"))
     storage.remove(storage.join(root, "plain.bin"))
     storage.remove(storage.join(root, "plain.bin"))
     with pytest.raises(FileNotFoundError):
@@ -157,12 +158,12 @@ def test_what_is_put_is_there(where, tmp_path, request):
 
 def test_what_another_process_wrote_is_listed(s3):
     folder = storage.join(s3, "records")
-    assert storage.names(folder) == []
+    assert storage.list_files(folder) == []
     storage.put_bytes(b"1", storage.join(folder, "1.json"))
-    assert storage.names(folder) == ["1.json"]
+    assert storage.list_files(folder) == ["1.json"]
     other = fsspec.filesystem("s3", skip_instance_cache=True)
     other.pipe_file(storage.join(folder, "2.json"), b"2")
-    assert storage.names(folder) == ["1.json", "2.json"]
+    assert storage.list_files(folder) == ["1.json", "2.json"]
     other.rm_file(storage.join(folder, "1.json"))
     assert not storage.exists(storage.join(folder, "1.json"))
 
@@ -170,7 +171,7 @@ def test_what_another_process_wrote_is_listed(s3):
 def test_a_bucket_that_is_not_there_is_an_error(s3):
     with pytest.raises(storage.StorageError, match=r"there is no such bucket\nhint: make it") as caught:
         storage.put_bytes(b"x", "s3://no-such-bucket-here/plan.json")
-    assert storage.names("s3://no-such-bucket-here/folder") == []
+    assert storage.list_files("s3://no-such-bucket-here/folder") == []
     assert "not-to-be-seen" not in str(caught.value) and "AKIATESTING" not in str(caught.value)
 
 
@@ -189,8 +190,8 @@ def dead_server(s3_server, monkeypatch):
     clear()
 
 
-@pytest.mark.parametrize("look", [storage.exists, storage.size, storage.names, storage.folders, storage.read_bytes,
-                                  storage.sha256, lambda url: list(storage.walk(url)),
+@pytest.mark.parametrize("look", [storage.exists, storage.size, storage.list_files, storage.list_folders,
+                                  storage.read_bytes, storage.sha256, lambda url: list(storage.walk(url)),
                                   lambda url: storage.put_bytes(b"x", url),
                                   lambda url: storage.create_bytes(b"x", url)])
 def test_a_store_that_does_not_answer_is_not_an_empty_one(dead_server, look):
@@ -286,9 +287,9 @@ def test_what_is_removed_is_read_on_and_fetched_again(objects):
             path.unlink()  # as another process may
         return path.read_bytes()
 
-    assert storage.opened(*objects[0], read) == bytes(1000) and len(seen) == 2
+    assert storage.fetch_and_open(*objects[0], read) == bytes(1000) and len(seen) == 2
     with pytest.raises(storage.StorageError, match=r"faster than it can be opened\nhint: a larger RDM_CACHE_BYTES"):
-        storage.opened(*objects[0], lambda path: (path.unlink(), path.read_bytes()))
+        storage.fetch_and_open(*objects[0], lambda path: (path.unlink(), path.read_bytes()))
 
 
 def test_damage_in_the_cache_is_noticed_when_asked_for(objects):
@@ -319,7 +320,7 @@ def _reads(objects, failures):
     try:
         for turn in range(4):
             for number in np.random.default_rng([os.getpid(), turn]).permutation(10):
-                assert storage.opened(*objects[number], Path.read_bytes) == bytes([number]) * 1000
+                assert storage.fetch_and_open(*objects[number], Path.read_bytes) == bytes([number]) * 1000
     except BaseException as error:
         failures.put(repr(error))
 
@@ -343,7 +344,7 @@ def test_a_bound_that_is_none_is_named(objects, monkeypatch, text):
 
 
 def test_passwords_in_addresses_are_taken_out():
-    text = storage.without_credentials("cannot read https://user:secret@host/path and s3://bucket/key")
+    text = storage.redact_credentials("cannot read https://user:secret@host/path and s3://bucket/key")
     assert text == "cannot read https://***@host/path and s3://bucket/key"
 
 

@@ -28,8 +28,8 @@ MEMBERS = [("__meta__/0.json", b"{}"), ("a/", None), ("a/0.json", b"{}"), ("a/0.
 @pytest.mark.parametrize("format_", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_pictures_by_position_are_those_read_in_order(tmp_path, format_):
     path = _tar(tmp_path / "some.tar", MEMBERS, format_)
-    expected = [tars.picture(sample) for sample in tars.read(path)]
-    pictures = tars.Pictures(path)
+    expected = [tars.sample_image(sample) for sample in tars.read(path)]
+    pictures = tars.TarImages(path)
     assert len(pictures) == len(expected) == 5
     path.unlink()  # open is open
     assert [pictures[position] for position in range(5)] == expected
@@ -40,31 +40,31 @@ def test_pictures_of_what_the_writer_makes(tmp_path):
     samples = [{"__key__": f"{number:06d}", "jpg": bytes([number]) * 700 * number, "json": b"{}", "txt": b"a word"}
                for number in range(40)]
     tars.write(tmp_path / "some.tar", samples)
-    pictures = tars.Pictures(tmp_path / "some.tar")
+    pictures = tars.TarImages(tmp_path / "some.tar")
     assert [pictures[position] for position in range(len(pictures))] == [sample["jpg"] for sample in samples]
 
 
 def test_an_empty_tar_has_no_pictures(tmp_path):
     tars.write(tmp_path / "some.tar", [])
-    assert len(tars.Pictures(tmp_path / "some.tar")) == 0
+    assert len(tars.TarImages(tmp_path / "some.tar")) == 0
 
 
 def test_samples_that_are_not_right_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"sample 0 has no picture"):
-        tars.Pictures(_tar(tmp_path / "none.tar", [("0.txt", b"a word"), ("1.png", b"1")]))
+        tars.TarImages(_tar(tmp_path / "none.tar", [("0.txt", b"a word"), ("1.png", b"1")]))
     with pytest.raises(ValueError, match=r"twice\.tar has 0\.PNG twice\nhint"):
-        tars.Pictures(_tar(tmp_path / "twice.tar", [("0.png", b"1"), ("0.PNG", b"1")]))
+        tars.TarImages(_tar(tmp_path / "twice.tar", [("0.png", b"1"), ("0.PNG", b"1")]))
 
 
 def test_a_tar_that_is_cut_has_fewer_samples_or_says_so(tmp_path):
     path = _tar(tmp_path / "some.tar", [(f"{number}.png", bytes([number]) * 1000) for number in range(4)])
     whole = path.read_bytes()
     path.write_bytes(whole[:2 * 1536])
-    assert len(tars.Pictures(path)) == 2
+    assert len(tars.TarImages(path)) == 2
     path.write_bytes(whole[:2 * 1536 + 600])
-    pictures = tars.Pictures(path)
+    pictures = tars.TarImages(path)
     assert len(pictures) == 3 and pictures[1] == bytes([1]) * 1000
     with pytest.raises(ValueError, match=r"some\.tar is cut in the middle of sample 2\nhint"):
         pictures[2]
     path.write_bytes(whole[:1536 + 100] + b"#" + whole[1536 + 101:])  # a damaged header
-    assert len(tars.Pictures(path)) == 1
+    assert len(tars.TarImages(path)) == 1

@@ -19,10 +19,10 @@ def run(report: Report) -> None:
     except ImportError as error:
         report.skip("all of stages", f"{error}; pip install tyro")
         return
-    from pipeline.corpora.demo_corpus import Pictures, PicturesConfig
+    from pipeline.corpora.demo_corpus import DemoCorpus, DemoCorpusConfig
     from pipeline.stages.driver import run_stage
-    config = PicturesConfig(corpus="drawn", subjects=report.size(200, 24), size=64, pictures_per_item=200)
-    images = Pictures(str(report.scratch / "images"), config, report.scratch / "cache")
+    config = DemoCorpusConfig(corpus="drawn", subjects=report.size(200, 24), size=64, pictures_per_item=200)
+    images = DemoCorpus(str(report.scratch / "images"), config, report.scratch / "cache")
     run_stage(images)
     source = Path(images.folder)
     gpus = "0" if report.small else "1"
