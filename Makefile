@@ -5,9 +5,14 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-
 # The GPU measurements run with any Python that has torch: that of the environment if there is one.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
-.PHONY: demo test test-all gpu lint setup outdated lock clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all gpu lint docs setup outdated lock clean
 
-demo: setup  ## the whole way on real pictures, and a report
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target what; do \
+	  printf '%-16s %s\n' "  $$target" "$$what"; done
+
+demo: setup  ## run every stage on real images, and write a report
 	$(BIN)/python -m jobs demo --root $(ROOT)
 
 test: setup lint  ## what every change must pass
@@ -19,9 +24,12 @@ test-all: setup lint  ## with the slow and the GPU tests
 gpu:  ## measure everything on this machine's GPU, at most nine minutes; needs torch, but not make setup
 	$(GPU_PYTHON) tests/bench/gpu.py $(GPU_OPTIONS)
 
-lint: setup
+lint: setup  ## style, layers and types
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
+
+docs: setup  ## check the documents: links, files, commands, examples
+	$(BIN)/python -m pytest tests/docs
 
 setup:  ## .venv, with the first supported Python of: PYTHON=..., python3, the newest python3.X
 	@PYTHON="$(PYTHON)" infra/setup.sh
@@ -38,5 +46,5 @@ lock: setup  ## the newest versions that fit together, into both lock files
 	} >requirements.new
 	mv requirements.new infra/requirements-gpu.lock
 
-clean:
+clean:  ## remove .venv and what was built
 	rm -rf .venv build *.egg-info
