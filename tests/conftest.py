@@ -1,4 +1,4 @@
-"""What all tests share: a home of their own, no trackers, a corpus drawn by the program, a server that speaks S3."""
+"""Fixtures of all tests: a private home folder, no trackers, drawn images, a Ray cluster, an S3 server."""
 
 import os
 import secrets
@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from _pytest.mark.expression import Expression
@@ -25,6 +26,9 @@ os.environ.update(HOME=_HOME, WANDB_MODE="disabled", RAY_AUTH_MODE="disabled", R
 os.environ.pop("RAY_ADDRESS", None)
 # A shell's background jobs are born deaf to Ctrl-C, which some tests send to what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+_FAST_DEATH = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 1000,
+               "health_check_failure_threshold": 3, "metrics_report_interval_ms": 1000}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -57,6 +61,32 @@ def drawn_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stage_ = DemoCorpus(str(root), config, root / "cache")
     run_stage(stage_)
     return Path(stage_.folder)
+
+
+@pytest.fixture(scope="session")
+def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A new cache folder for this session. Files are not synced to disk: tests kill processes, not machines."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RDM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Any]:
+    """A Ray cluster with a head without CPUs and two nodes of two CPUs. A test that kills a node adds one first."""
+    import ray
+    from ray.cluster_utils import Cluster
+    ray.shutdown()
+    ray_cluster = Cluster(initialize_head=True, head_node_args={
+        "num_cpus": 0, "object_store_memory": 100 << 20, "_system_config": _FAST_DEATH, "include_dashboard": False})
+    for _ in range(2):
+        ray_cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
+    os.environ["RAY_ADDRESS"] = ray_cluster.address
+    yield ray_cluster
+    del os.environ["RAY_ADDRESS"]
+    ray.shutdown()
+    ray_cluster.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -27,8 +27,7 @@ from matplotlib.dates import DateFormatter, MinuteLocator, date2num
 from matplotlib.ticker import EngFormatter
 
 sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
-sys.path.insert(0, str(CHECKOUT / "tests/jobs"))
-import prometheus
+from tests.jobs.inspection import prometheus_server
 
 _BROKEN = 0.04
 _STEP_S = 2.0
@@ -62,7 +61,7 @@ def watched(work: Path, arguments: argparse.Namespace) -> tuple[list[Any], list[
     """The panels with the series of their queries, when a version was published, when the run began and ended."""
     from jobs.cli.main import main as cli_main
     from jobs.cluster import connect
-    root, port = work / "root", prometheus.free_port()
+    root, port = work / "root", prometheus_server.free_port()
     shutil.rmtree(root, ignore_errors=True)
     first, more = corpus(work, arguments.subjects), corpus(work, arguments.subjects * 3 // 2)
     connect.connect()
@@ -70,7 +69,8 @@ def watched(work: Path, arguments: argparse.Namespace) -> tuple[list[Any], list[
                               env=os.environ | {"PYTHONPATH": str(CHECKOUT)})
     try:
         discovery = Path(os.environ["RAY_TMPDIR"]) / "ray/prom_metrics_service_discovery.json"
-        with prometheus.running(work / f"prometheus-{int(time.time())}", str(discovery), port, every="2s") as server:
+        with prometheus_server.running(work / f"prometheus-{int(time.time())}", str(discovery), port,
+                                       every="2s") as server:
             begun = time.time()
             build(root, first, "v1")
             assert cli_main(["train", "run", "--dataset", "train@v1", "--root", str(root), "--workers", "1", "--steps",
@@ -80,8 +80,8 @@ def watched(work: Path, arguments: argparse.Namespace) -> tuple[list[Any], list[
             ended = time.time()
             found = [(panel, [(legend, server.query_range(expression, begun, ended, _STEP_S))
                               for expression, legend in queries])
-                     for panel, queries in prometheus.panels("20s", "train")]
-            marks = [float(at) for expression in prometheus.annotations("20s", "train")
+                     for panel, queries in prometheus_server.panels("20s", "train")]
+            marks = [float(at) for expression in prometheus_server.annotations("20s", "train")
                      for one in server.query_range(expression, begun, ended, _STEP_S) for at, _ in one["values"]]
             first = [at for at, before in zip(marks, [0.0, *marks], strict=False) if at - before > 60]
             return found, first, (begun, ended)
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--work", default="")
     parser.add_argument("--out", default=str(CHECKOUT / "infra/pictures/dashboard.png"))
     arguments = parser.parse_args()
-    if not prometheus.binary():
+    if not prometheus_server.binary():
         raise SystemExit("prometheus is not installed\nhint: apt-get install prometheus")
     work = Path(arguments.work or tempfile.mkdtemp(prefix="rdm-dashboard-"))
     work.mkdir(parents=True, exist_ok=True)

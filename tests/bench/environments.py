@@ -26,8 +26,7 @@ from download import CHECKOUT, Failed, Usage, machine, measured
 from index import clustered
 
 sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
-sys.path.insert(0, str(CHECKOUT / "tests" / "pipeline"))
-import made
+from tests.pipeline import synthetic
 
 _PER_SHARD = 10_000
 _VERSIONS = ("import importlib.metadata as m, platform as p; print('Python', p.python_version(), "
@@ -82,7 +81,7 @@ def prepare(words: list[str], work: Path, args: argparse.Namespace) -> list[Envi
         shutil.rmtree(root, ignore_errors=True)
         vectors = [clustered(min(_PER_SHARD, args.vectors - start), args.dim, max(10, args.vectors // 100), start)
                    for start in range(0, args.vectors, _PER_SHARD)]
-        made.given(root, "vectors", vectors, encoder=made.ENCODER | {"dim": args.dim})
+        synthetic.given(root, "vectors", vectors, encoder=synthetic.ENCODER | {"dim": args.dim})
         environments.append(Environment(name, python, checkout or str(CHECKOUT), root))
     return environments
 

@@ -24,9 +24,6 @@ from download import CHECKOUT, Usage, machine, measured, versions
 from index import clustered
 
 sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
-sys.path.insert(0, str(CHECKOUT / "tests" / "pipeline"))
-import made
-
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.indices import index
@@ -38,6 +35,7 @@ from pipeline.neighbors.config import NeighborsConfig
 from pipeline.neighbors.exhaustive import Blocks, exhaustive, search_device
 from pipeline.neighbors.files import load_neighbors
 from pipeline.stages.driver import run_stage
+from tests.pipeline import synthetic
 
 _K = 20
 _SHARD = 10_000
@@ -49,7 +47,7 @@ _EXACT = 8192
 def filled(work: Path, rows: int, queries: int, dim: int, key: str) -> tuple[Dataset, Dataset]:
     """The sealed queries and database, the latter with an index of that kind."""
     root = work / f"neighbors-of-{rows}-{queries}-{dim}-{key}"
-    encoder = made.ENCODER | {"dim": dim}
+    encoder = synthetic.ENCODER | {"dim": dim}
     datasets = []
     for seed, (name, count) in enumerate((("database", rows), ("queries", queries))):
         dataset = Dataset.parse(str(root), name)
@@ -57,7 +55,7 @@ def filled(work: Path, rows: int, queries: int, dim: int, key: str) -> tuple[Dat
             print(f"making {count} vectors", file=sys.stderr)
             vectors = [clustered(min(_SHARD, count - first), dim, max(10, rows // 100), (seed << 32) + first)
                        .astype(np.float16) for first in range(0, count, _SHARD)]
-            made.given(root, name, vectors, encoder=encoder)
+            synthetic.given(root, name, vectors, encoder=encoder)
         datasets.append(dataset)
     if not datasets[0].sealed("index"):
         from pipeline.indices.index import build_index

@@ -29,10 +29,7 @@ from typing import Any
 import photographs
 from download import CHECKOUT, machine
 
-sys.path.insert(0, str(CHECKOUT / "tests" / "pipeline"))
 sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
-import made
-
 from jobs.config.recipes import tiny
 from jobs.config.settings import Settings
 from jobs.planning import rates, rates_from_manifests
@@ -56,6 +53,7 @@ from pipeline.neighbors.neighbors import Neighbors
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage
+from tests.pipeline import synthetic
 
 _ROWS, _DIM, _KEY, _SEARCHED = 160_000, 512, "IVF4096_HNSW32,PQ128x8", "IVF512,SQ8"
 _LOG_EVERY = 5
@@ -146,9 +144,9 @@ def search(root: Path, rows: int, each: int, settings: Settings) -> dict[str, fl
     """Processor seconds of both searches for the neighbours of a few samples among so many made vectors."""
     shutil.rmtree(root, ignore_errors=True)
     size, encoder = settings.shard.samples_per_shard, {"model": "given", "weights_sha256": "00", "dim": _DIM}
-    parts = [made.clustered(size, _DIM, clusters=100, seed=number, spread=0.8) for number in range(rows // size)]
-    listed, scanned = (made.given(root, name, parts, encoder=encoder) for name in ("drawn", "twin"))
-    asked = made.given(root, "asked", parts[:len(parts) // each], encoder=encoder)
+    parts = [synthetic.clustered(size, _DIM, clusters=100, seed=number, spread=0.8) for number in range(rows // size)]
+    listed, scanned = (synthetic.given(root, name, parts, encoder=encoder) for name in ("drawn", "twin"))
+    asked = synthetic.given(root, "asked", parts[:len(parts) // each], encoder=encoder)
     build_index(Index(listed, settings.index), run_stage)
     shares: Shares = {}
     for name, one in (("neighbors, index", Neighbors(asked, listed, settings.neighbors)),
@@ -241,9 +239,9 @@ def _vectors(root: Path, shares: Shares) -> None:
     """
     choose_key(20_000_000, _DIM, IndexConfig())  # loads what loads once
     encoder = {"model": "given", "weights_sha256": "00", "dim": _DIM}
-    vectors = made.clustered(_ROWS, _DIM, clusters=100, spread=0.8)
+    vectors = synthetic.clustered(_ROWS, _DIM, clusters=100, spread=0.8)
     parts = [vectors[start:start + 10_000] for start in range(0, _ROWS, 10_000)]
-    database, searched = (made.given(root, name, some, encoder=encoder)
+    database, searched = (synthetic.given(root, name, some, encoder=encoder)
                           for name, some in (("vectors", parts), ("searched", parts[:-1])))
     # Without a rotation, so that nearly all of the training is the clustering, as it is with tens of millions;
     # autofaiss takes such a kind for a larger one than it is.
@@ -251,7 +249,7 @@ def _vectors(root: Path, shares: Shares) -> None:
                          target_recall=0.4)
     timed(shares, "index", lambda: build_index(Index(database, config), run_stage))
     build_index(Index(searched, replace(config, key=_SEARCHED)), run_stage)
-    asked = made.given(root, "asked", [made.clustered(10_000, _DIM, clusters=100, seed=1)], encoder=encoder)
+    asked = synthetic.given(root, "asked", [synthetic.clustered(10_000, _DIM, clusters=100, seed=1)], encoder=encoder)
     for name, one in (("approximate", Neighbors(asked, searched, NeighborsConfig(probes=_NPROBE))),
                       ("exact", Neighbors(asked, database, NeighborsConfig(method="exact")))):
         timed(shares, name, lambda one=one: run_stage(one))

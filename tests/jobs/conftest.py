@@ -1,10 +1,7 @@
-"""Ray clusters of several nodes on this machine, and roots to work in."""
+"""Roots to work in: empty, with a dataset, with a training run."""
 
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,25 +17,6 @@ from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage
 
 STYLES = ("flat", "hatched", "outline")
-_FAST_DEATH = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 1000,
-               "health_check_failure_threshold": 3, "metrics_report_interval_ms": 1000}
-
-
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Any]:
-    """A Ray cluster of a head without workers and two nodes of two CPUs; whoever kills a node adds one first."""
-    import ray
-    from ray.cluster_utils import Cluster
-    ray.shutdown()
-    made = Cluster(initialize_head=True, head_node_args={
-        "num_cpus": 0, "object_store_memory": 100 << 20, "_system_config": _FAST_DEATH, "include_dashboard": False})
-    for _ in range(2):
-        made.add_node(num_cpus=2, object_store_memory=100 << 20)
-    os.environ["RAY_ADDRESS"] = made.address
-    yield made
-    del os.environ["RAY_ADDRESS"]
-    ray.shutdown()
-    made.shutdown()
 
 
 @pytest.fixture

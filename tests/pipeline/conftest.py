@@ -1,29 +1,24 @@
-"""What is made once for all tests: a server that speaks S3, and a dataset that went through every stage."""
+"""Data that is made once for all tests of the pipeline: drawn images, and a dataset that went through every stage."""
 
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pipeline.datasets.dataset import Dataset
 from pipeline.stages.driver import run_stage
-from tests.pipeline import made
+from tests.pipeline import synthetic
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RDM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(os, "fsync", lambda descriptor: None)  # tests kill processes, not machines
-        yield
+def _private_cache(private_cache: None) -> None:
+    pass
 
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 72 drawn pictures, 12 subjects in six styles, with captions."""
-    return made.drawings(tmp_path_factory.mktemp("pictures"))
+    return synthetic.drawings(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ from pipeline.neighbors.neighbors import Neighbors
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage
-from tests.pipeline import made
+from tests.pipeline import synthetic
 
 HEADINGS = ("Samples", "The finding", "Training", "Neighbors", "Datasets", "Indices", "Stages", "Encoder and settings")
 SCRIPT, QUOTES = "<script>alert(1)</script>", "\"&' onload='x"
@@ -251,9 +251,9 @@ def test_an_album_has_an_end():
 
 
 def test_indices_with_a_knob_show_their_tuning(tmp_path: Path):
-    vectors = made.clustered(2000, 16, clusters=200, spread=1.0)
-    run_stage(Index(made.given(tmp_path, "knob", [vectors]), IndexConfig(key="IVF16,SQ8", target_recall=1.0)))
-    run_stage(Index(made.given(tmp_path, "none", [vectors]), IndexConfig(key="SQ8")))
+    vectors = synthetic.clustered(2000, 16, clusters=200, spread=1.0)
+    run_stage(Index(synthetic.given(tmp_path, "knob", [vectors]), IndexConfig(key="IVF16,SQ8", target_recall=1.0)))
+    run_stage(Index(synthetic.given(tmp_path, "none", [vectors]), IndexConfig(key="SQ8")))
     document = Document(tables.tuning(Root(str(tmp_path))))
     assert "knob IVF16,SQ8" in document.text and "images as queries" in document.text
     curve_ = Dataset.parse(str(tmp_path), "knob").manifest("index")["info"]["curve"]

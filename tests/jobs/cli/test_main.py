@@ -1,0 +1,284 @@
+"""The command line: exit codes, sentences with hints, settings from recipe, file and flags."""
+
+import ast
+import itertools
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.cli.main import VERBS, main
+from jobs.config.recipes import RECIPES
+from jobs.config.toml import resolve_settings
+
+ROOT = Path(__file__).parents[3]
+
+
+def _pictures(folder: Path, count: int = 3) -> Path:
+    from PIL import Image
+    folder.mkdir(parents=True)
+    for number in range(count):
+        Image.new("RGB", (20, 20), (number * 50, 0, 99)).save(folder / f"{number}.png")
+    (folder / "captions.csv").write_text("file,caption\n" + "".join(f"{n}.png,picture {n}\n" for n in range(count)))
+    return folder
+
+
+def _shard(tmp_path: Path, *more: str) -> int:
+    return main(["shard", "some", "--root", str(tmp_path / "root"), "--source", str(tmp_path / "in"), "--local", *more])
+
+
+def test_every_verb_has_help_that_names_root_and_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    for verb in ("shard", "embed", "index", "neighbors", "train", "sample", "report", "status", "verify", "plan",
+                 "latents", "convert", "pipeline", "demo"):
+        assert f"  {verb} " in overview
+        with pytest.raises(SystemExit) as stopped:
+            main([verb, "--help"])
+        shown = capsys.readouterr().out
+        assert stopped.value.code == 0 and "--root" in shown and "--dry-run" in shown and "--local" in shown
+
+
+def test_every_flag_that_a_string_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    """Messages and help name flags of this program, or of the programs that it starts."""
+    there = {"--query-gpu", "--no-deps", "--short", "--ignore-scripts", "--fetch-retries", "--loglevel", "--log_format"}
+    for verb in VERBS:
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        there |= set(re.findall(r"--[a-z][a-z0-9.-]*", capsys.readouterr().out))
+    unknown = {}
+    for path in (path for package in ("pipeline", "model", "jobs") for path in (ROOT / package).rglob("*.py")):
+        if path.name == "style.py":  # CSS has variables of this form
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                for flag in set(re.findall(r"(?<![\w-])--[a-z][\w.-]*[a-z0-9]", node.value)) - there:
+                    unknown[flag] = f"{path.relative_to(ROOT)}:{node.lineno}"
+    assert unknown == {}
+
+
+def test_what_needs_no_tensors_does_not_load_torch(tmp_path: Path) -> None:
+    """It takes half a gigabyte and seconds, in every worker of a stage and for every look at the status."""
+    _pictures(tmp_path / "in")
+    root = str(tmp_path / "root")
+    code = ("import sys\nfrom jobs.cli.main import main\nassert main(sys.argv[1:]) == 0\n"
+            "assert not {'torch', 'ray', 'open_clip', 'faiss'} & set(sys.modules)")
+    for command in (["shard", "some", "--source", str(tmp_path / "in"), "--local", "--root", root],
+                    ["status", "--root", root]):
+        ended = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+
+
+def test_stdout_is_one_document_and_a_second_run_does_nothing(tmp_path: Path, capsys) -> None:
+    _pictures(tmp_path / "in")
+    assert _shard(tmp_path) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["samples"] == 3 and said["folder"].endswith("datasets/some/v1/shards")
+    manifest = tmp_path / "root/datasets/some/v1/shards/manifest.json"
+    before = manifest.stat().st_mtime_ns
+    assert _shard(tmp_path) == 0 and manifest.stat().st_mtime_ns == before
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path: Path, capsys) -> None:
+    _pictures(tmp_path / "in")
+    assert _shard(tmp_path, "--dry-run", "--samples-per-shard", "2") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["items"] == said["left"] == 2
+    assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (["fly"], "there is no verb 'fly'"),
+    (["embed", "some", "--local"], "is not sealed: it has no manifest.json\nhint: python -m jobs shard some"),
+    (["embed", "a/b", "--local"], "'a/b' is not a dataset name"),
+    (["shard", "some", "--local"], "shard needs a source\nhint: --source"),
+    (["shard", "some", "--local", "--source", "nowhere"], "nowhere"),
+    (["sample", "run", "--local"], "sample needs prompts"),
+    (["sample", "run", "--local", "--prompt", "x", "--database", "y"], "there is no run run"),
+    (["train", "run", "--dataset", "some", "--local"], "is not sealed"),
+    (["status", "--recipe", "huge"], "there is no recipe 'huge'\nhint: tiny"),
+    (["status", "--config", "absent.toml"], "cannot read the settings absent.toml"),
+    (["index", "some", "--max-memory", "much", "--local"], "'much' is not a size"),
+    (["verify"], "nothing is sealed"),
+    (["report"], "there is nothing in"),
+    (["embed", "some", "--workers", "0"], "cluster.workers = 0: must be at least 1"),
+    (["sample", "run", "--steps", "0", "--local"], "sample.steps = 0: must be at least 1"),
+    (["sample", "run", "--prompt", "x", "--database", "y", "--name", "../z", "--local"], "'../z' is not a name"),
+    (["sample", "run", "--prompt", "x", "--prompt", "x", "--database", "y", "--local"], "given twice"),
+])
+def test_misuse_is_a_sentence_and_exit_2(arguments, sentence: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main([*arguments, *(["--root", "root"] if arguments[0] != "fly" else [])])
+    except SystemExit as stopped:  # a flag's value, refused while the command line is read
+        code = stopped.code
+    error = capsys.readouterr().err
+    assert code == 2 and sentence in error and "Traceback" not in error
+
+
+def test_an_unknown_flag_is_misuse(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["status", "--rooot", str(tmp_path)])
+    assert stopped.value.code == 2
+
+
+def test_other_settings_on_a_sealed_folder_are_refused_by_name(tmp_path: Path, capsys) -> None:
+    _pictures(tmp_path / "in")
+    assert _shard(tmp_path) == 0
+    assert _shard(tmp_path, "--image-size", "99") == 2
+    assert "section.image_size: there 64, now 99" in capsys.readouterr().err
+    assert _shard(tmp_path, "--image-size", "99", "--rebuild") == 0
+
+
+def test_file_over_recipe_and_flags_over_file(tmp_path: Path, capsys) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text('recipe = "imagenet_400m"\n[shard]\nimage_size = 48\nquality = 80\n'
+                    "[train.unet]\nchannel_mult = [1, 2]\n")
+    settings = resolve_settings("", str(file))
+    assert (settings.shard.image_size, settings.train.unet.channel_mult) == (48, (1, 2))
+    assert settings.train.unet.model_channels == RECIPES["imagenet_400m"]().train.unet.model_channels
+    _pictures(tmp_path / "in")
+    assert _shard(tmp_path, "--config", str(file), "--quality", "70") == 0
+    section = json.loads((tmp_path / "root/datasets/some/v1/shards/plan.json").read_text())["section"]
+    assert (section["image_size"], section["quality"], section["format"]) == (48, 70, "jpg")
+
+
+@pytest.mark.parametrize(("text", "sentence"), [
+    ("[shard]\nimage_sise = 3", "there is no setting 'image_sise'"),
+    ("[shard]\nimage_size = 'big'", "shard: image_size = 'big': must be of the type int"),
+    ("shard = 3", "shard is a section"),
+    ("[shard]\nformat = 'bmp'", "must be one of jpg, png, webp"),
+    ("[shard\n", "is not TOML"),
+])
+def test_faulty_settings_are_named(text: str, sentence: str, tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"settings\.toml") as raised:
+        resolve_settings("", str(file))
+    assert sentence in str(raised.value)
+
+
+def test_faults_are_exit_1_and_named(tmp_path: Path, capsys) -> None:
+    _pictures(tmp_path / "in")
+    assert _shard(tmp_path) == 0
+    capsys.readouterr()
+    tar = tmp_path / "root/datasets/some/v1/shards/000000.tar"
+    data = bytearray(tar.read_bytes())
+    data[700] ^= 1
+    tar.write_bytes(bytes(data))
+    assert main(["verify", "--root", str(tmp_path / "root")]) == 1
+    assert "datasets/some/v1/shards/000000.tar: has other bytes than when it was sealed" in capsys.readouterr().out
+
+
+def test_status_tells_stale_from_sealed_and_damaged(tmp_path: Path, capsys) -> None:
+    _pictures(tmp_path / "in")
+    root = ["--root", str(tmp_path / "root")]
+    assert _shard(tmp_path) == 0 and main(["embed", "some", "--local", *root]) == 0
+    assert _shard(tmp_path, "--image-size", "32", "--rebuild") == 0
+    capsys.readouterr()
+    main(["status", "--json", *root])
+    states = {one["path"].rsplit("/", 1)[1]: one["state"] for one in json.loads(capsys.readouterr().out)}
+    assert states == {"shards": "sealed", "embeddings": "stale", "index": "absent"}
+    (tmp_path / "root/datasets/some/v1/embeddings/plan.json").write_text("{")
+    main(["status", "--json", *root])
+    assert json.loads(capsys.readouterr().out)[1]["state"] == "damaged"
+
+
+def test_a_stale_folder_is_no_input_and_a_fault(tmp_path: Path, capsys) -> None:
+    _pictures(tmp_path / "in")
+    root = ["--root", str(tmp_path / "root")]
+    assert _shard(tmp_path) == 0 and main(["embed", "some", "--local", *root]) == 0
+    assert main(["index", "some", "--local", *root]) == 0
+    _pictures(tmp_path / "other", 4)
+    shard = ["shard", "some", "--source", str(tmp_path / "other"), "--local", "--rebuild", *root]
+    assert main(shard) == 0
+    capsys.readouterr()
+    assert main(["neighbors", "some", "--local", *root]) == 2
+    assert "is stale: shards changed since" in capsys.readouterr().err
+    assert main(["verify", *root]) == 1
+    for verb in ("embed", "index"):
+        assert main([verb, "some", "--local", "--rebuild", *root]) == 0
+    assert main(["neighbors", "some", "--local", *root]) == 0 and main(["verify", *root]) == 0
+
+
+def test_a_rebuild_that_cannot_be_planned_leaves_what_is_there(tmp_path: Path) -> None:
+    _pictures(tmp_path / "in")
+    root = ["--root", str(tmp_path / "root")]
+    assert _shard(tmp_path) == 0 and main(["embed", "some", "--local", *root]) == 0
+    assert main(["shard", "some", "--source", str(tmp_path / "typo"), "--local", "--rebuild", *root]) == 2
+    assert main(["embed", "some", "--model", "nonsense", "--local", "--rebuild", *root]) == 2
+    assert main(["verify", *root]) == 0
+
+
+@pytest.mark.parametrize("settings, said", [
+    (["--key", "NONSENSE"], "faiss knows no index NONSENSE"), (["--key", "IVF5000,Flat"], "more lists than"),
+    (["--max-memory", "1Ki", "--bytes-per-vector", "0"], "the smallest possible")])
+def test_an_index_that_cannot_be_built_is_misuse_and_leaves_the_one_there_is(prepared, tmp_path, settings, said, capsys
+                                                                             ) -> None:
+    shutil.copytree(prepared, tmp_path / "root")
+    manifest = tmp_path / "root/datasets/drawn/v1/index/manifest.json"
+    before = manifest.read_bytes()
+    assert main(["index", "drawn", "--root", str(tmp_path / "root"), "--local", "--rebuild", *settings]) == 2
+    assert said in capsys.readouterr().err and manifest.read_bytes() == before
+
+
+def test_no_recall_is_none_to_seal_by(tmp_path: Path, capsys) -> None:
+    _pictures(tmp_path / "in")
+    common = ["--root", str(tmp_path / "root"), "--local"]
+    assert _shard(tmp_path) == 0 and main(["embed", "some", *common]) == 0
+    assert main(["index", "some", "--min-recall", "0.9", *common]) == 1
+    assert "no recall can be measured" in capsys.readouterr().err
+    assert not (tmp_path / "root/datasets/some/v1/index/manifest.json").exists()
+
+
+def test_a_damaged_manifest_is_a_fault(tmp_path: Path, capsys) -> None:
+    _pictures(tmp_path / "in")
+    root = ["--root", str(tmp_path / "root")]
+    for text in ("{", "[]", "{}"):
+        assert _shard(tmp_path, "--rebuild") == 0
+        (tmp_path / "root/datasets/some/v1/shards/manifest.json").write_text(text)
+        assert main(["verify", *root]) == 1
+        assert main(["embed", "some", "--local", *root]) == 2
+        assert "Traceback" not in capsys.readouterr().err
+
+
+def test_nothing_usable_is_a_failure(tmp_path: Path, capsys) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "words.png").write_text("no picture")
+    assert _shard(tmp_path) == 1
+    assert "not one picture" in capsys.readouterr().err
+
+
+def test_a_dead_store_is_a_sentence_and_exit_1(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    # The client retries for a while: in a process of its own, so that the test cannot hang.
+    done = subprocess.run([sys.executable, "-m", "jobs", "status", "--root", "s3://bucket/root"], capture_output=True,
+                          text=True, timeout=200, env={**os.environ, "AWS_ACCESS_KEY_ID": "key",
+                                                       "AWS_SECRET_ACCESS_KEY": "secret", "AWS_MAX_ATTEMPTS": "1",
+                                                       "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"})
+    assert done.returncode == 1 and "error: cannot " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_no_cluster_at_the_address_is_said(tmp_path: Path) -> None:
+    _pictures(tmp_path / "in")
+    done = subprocess.run([sys.executable, "-m", "jobs", "shard", "some", "--root", str(tmp_path / "root"), "--source",
+                           str(tmp_path / "in")], capture_output=True, text=True, timeout=200,
+                          env={**os.environ, "RAY_ADDRESS": "127.0.0.1:1"})
+    assert done.returncode == 2 and "no Ray cluster answers" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_whoever_reads_may_stop() -> None:
+    for words, unbuffered in itertools.product((["plan", "--json"], ["status", "--help"], ["--help"]), ("", "1")):
+        process = subprocess.Popen([sys.executable, "-m", "jobs", *words], stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert (process.wait(60), process.stderr.read()) == (0, b""), words

@@ -1,0 +1,133 @@
+"""Pictures that nodes without a GPU decode for a worker: the bytes of one process, whoever dies meanwhile."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from ray.exceptions import RayActorError
+
+from jobs.cluster import decoder_actors
+from jobs.cluster.actor_pool import Pool
+from jobs.cluster.config import ClusterConfig
+from jobs.cluster.decoder_actors import Decoders
+from pipeline.datasets.dataset import Dataset
+from pipeline.embeddings import decode_batch
+from pipeline.embeddings.clip_weights import ClipConfig, describe_encoder
+from pipeline.embeddings.embed import Embed, EmbedConfig
+from pipeline.hardware import devices
+from pipeline.shards.shard import Shard
+from pipeline.sources.config import ShardConfig
+from pipeline.stages.driver import run_stage
+from pipeline.stages.manifest import without_run_facts
+from pipeline.stages.types import Item, Output
+from tests.pipeline import synthetic
+from tests.pipeline.media.test_decode import photo
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(autouse=True)
+def _by_value() -> None:
+    from ray import cloudpickle
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture
+def gpu_node(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A node that says it has a GPU, where the worker goes. There is none, so `Killing` encodes on its core."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # the tests hide GPUs
+    node = cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=100 << 20)
+    yield node.node_id
+    cluster.remove_node(node)
+
+
+class Killing(Embed):
+    """Kills a decoder once the second shard is done. Computes on the CPU, although its worker reserved a GPU."""
+
+    def __init__(self, dataset: Dataset, config: EmbedConfig, victims: list[int]) -> None:
+        super().__init__(dataset, config)
+        self.victims = victims
+
+    def setup(self) -> None:
+        devices.reserve("cpu")
+        super().setup()
+
+    def _output(self, item: Item, *others: Any) -> Output:
+        output = super()._output(item, *others)
+        if item.id == "000001":
+            for pid in self.victims:
+                os.kill(pid, signal.SIGKILL)
+        return output
+
+
+def _shards(root: Path, pictures: Path) -> Dataset:
+    dataset = Dataset.parse(str(root), "drawn")
+    run_stage(Shard(dataset, ShardConfig(source=str(pictures), samples_per_shard=25, image_size=48, format="png")))
+    return dataset
+
+
+def _files(dataset: Dataset) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(dataset.folder("embeddings")).glob("*.npy")}
+
+
+@pytest.mark.parametrize("all_die", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_decoders_elsewhere_give_the_same_bytes_and_may_die(all_die, gpu_node, tmp_path, drawn_pictures) -> None:
+    alone, lent = (_shards(tmp_path / name, drawn_pictures) for name in ("alone", "lent"))
+    wanted = without_run_facts(run_stage(Embed(alone, EmbedConfig(batch_size=8))))
+    pool = Pool(ClusterConfig(workers=1, gpus=1, decoders=2))
+    try:
+        pool.decoders = decoder_actors.start(2)
+        before = ray.get([one.ping.remote() for one in pool.decoders])
+        assert len({pid for pid, _ in before}) == 2 and gpu_node not in {node for _, node in before}
+        sealed = run_stage(Killing(lent, EmbedConfig(batch_size=8), [pid for pid, _ in before][:1 + all_die]), pool)
+        assert without_run_facts(sealed) == wanted and _files(lent) == _files(alone)
+        times = [record["run"]["times"] for record in sealed["items"]]
+        # Nothing is decoded here until a portion is lost; what the killed ones had is.
+        assert all(one["elsewhere"] > 0 and "decode" not in one for one in times[:2])
+        assert {"wait", "forward", "read", "write"} <= times[0].keys()
+        assert sum(one.get("decode", 0) for one in times[2:]) > 0
+        assert all_die or sum(one.get("elsewhere", 0) for one in times[2:]) > 0
+        assert _again(pool.decoders[0])[0] != before[0][0]
+    finally:
+        pool.close()
+
+
+def _again(handle: Any) -> tuple[int, str]:
+    """Who answers in the place of a decoder that was killed."""
+    for _ in range(100):
+        try:
+            return ray.get(handle.ping.remote())
+        except ray.exceptions.RayError:
+            time.sleep(0.2)
+    raise AssertionError("the decoder is not started again")
+
+
+def test_a_worker_asks_a_bounded_number_and_only_those_that_answer(cluster) -> None:
+    handles = decoder_actors.start(3)
+    try:
+        asked = Decoders(handles, workers=2)
+        assert asked.at_once == 3 and Decoders([], workers=2).at_once == 2
+        data = [synthetic.encoded(photo(90, 70), "PNG"), b"no picture", synthetic.encoded(photo(70, 90, 1), "JPEG")]
+        settings = describe_encoder(ClipConfig())["preprocessing"]
+        ray.get([one.ping.remote() for one in handles])
+        for wanted in (settings, settings | {"resize": "longest", "fill_color": 9}):  # the second by open_clip
+            here, there = decode_batch.by_description(data, wanted), asked(data, wanted)
+            assert there.there == here.there == [0, 2] and there.pictures.flags.writeable
+            np.testing.assert_array_equal(there.pictures, here.pictures)
+        assert asked([b"none"], settings).pictures is None
+        for one in handles:
+            ray.kill(one)
+            with pytest.raises(RayActorError):
+                while True:  # it may answer a little longer
+                    ray.get(one.ping.remote())
+        assert asked(data, settings) is None
+    finally:
+        for one in handles:
+            ray.kill(one)

@@ -1,0 +1,194 @@
+"""Dashboard, rules and scrape configuration, asked of a real Prometheus that watches a real run on a real cluster."""
+
+import json
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jobs import verbs
+from jobs.cluster.config import ClusterConfig
+from jobs.config.recipes import tiny
+from jobs.inspection import prometheus as inspection_prometheus
+from jobs.runs.run import Run
+from jobs.telemetry.observe import run_observed
+from jobs.training.train_stage import Job
+from pipeline import storage
+from pipeline.datasets.dataset import Dataset
+from pipeline.embeddings.embed import Embed, EmbedConfig
+from pipeline.indices.config import IndexConfig
+from pipeline.indices.index import Index
+from pipeline.neighbors.config import NeighborsConfig
+from pipeline.neighbors.neighbors import Neighbors
+from pipeline.shards.shard import Shard
+from pipeline.sources.config import ShardConfig
+from pipeline.stages import progress
+from pipeline.stages.driver import run_in_process
+from tests.jobs.inspection import prometheus_server
+
+without = pytest.mark.skipif(not prometheus_server.binary(), reason="prometheus is not installed")
+STEPS = 40
+NAME = "watched"  # other tests on the same cluster have counted under theirs
+_NEEDS_GPU = ("ray_node_gpus_utilization", "ray_rdm_train_mfu")
+
+
+@without
+def test_rules_and_their_tests_pass() -> None:
+    """What each alert fires at, and what not, stands in rules_test.yaml."""
+    promtool = prometheus_server.binary("promtool")
+    assert promtool
+    for what in (["check", "rules", "rules.yaml"], ["check", "config", "prometheus.yaml"],
+                 ["test", "rules", "rules_test.yaml"]):
+        done = subprocess.run([promtool, *what], cwd=prometheus_server.INFRA / "prometheus", capture_output=True,
+                              text=True)
+        assert done.returncode == 0 and "FAILED" not in done.stdout, done.stdout + done.stderr
+
+
+def test_each_alert_is_tested() -> None:
+    folder = prometheus_server.INFRA / "prometheus"
+    rules = yaml.safe_load((folder / "rules.yaml").read_text())
+    tested = {one["alertname"] for test in yaml.safe_load((folder / "rules_test.yaml").read_text())["tests"]
+              for one in test["alert_rule_test"] if one.get("exp_alerts")}
+    assert tested == {rule["alert"] for group in rules["groups"] for rule in group["rules"] if "alert" in rule}
+
+
+def _corpus(folder: Path, pictures: Path) -> Path:
+    """The drawn pictures, and one that is none."""
+    shutil.copytree(pictures, folder)
+    (folder / "broken.png").write_text("no picture")
+    return folder
+
+
+def _train(root: str, run: str, *, local: bool) -> None:
+    dataset = Dataset.parse(root, NAME)
+    small = replace(tiny().train.unet, model_channels=32, channel_mult=(1, 2), num_res_blocks=1,
+                    attention_downsampling=(2,), head_dim=16, patch=4)
+    config = replace(tiny().train, steps=STEPS, global_batch=8, log_every=2, warmup=5, image_size=32, unet=small,
+                     precision="fp32")
+    assert verbs.train(Job(Run.parse(root, run), dataset, dataset, config), ClusterConfig(workers=1), local=local)
+
+
+def _stops(stage_: Any, items: Any) -> Iterator[Any]:
+    for number, outcome in enumerate(run_in_process(stage_, items)):
+        if number == 3:
+            raise KeyboardInterrupt
+        time.sleep(0.3)
+        yield outcome
+
+
+@pytest.fixture(scope="module")
+def seen(cluster: Any, tmp_path_factory: pytest.TempPathFactory, drawn_pictures: Path) -> Iterator[Any]:
+    """Prometheus, when the run began, and its root; after shard, embed, index, neighbors on a cluster, and train."""
+    from jobs.cluster.actor_pool import Pool
+    from jobs.cluster.connect import write_prometheus_targets
+    folder = tmp_path_factory.mktemp("watched")
+    root = str(folder / "root")
+    dataset = Dataset.parse(root, NAME)
+    storage.put_json({"version": "v1", "content": "", "published": time.time() - 3600, "number": 1,
+                      "recall@10": 0.9}, storage.join(root, f"datasets/{NAME}/current.json"))
+    port = prometheus_server.free_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "period", lambda folder: 0.5)
+        patch.setattr(inspection_prometheus, "period", lambda root: 0.5)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        threading.Thread(target=inspection_prometheus.serve, args=(root, f"127.0.0.1:{port}"), daemon=True).start()
+        with prometheus_server.running(folder / "prometheus", str(folder / "prom_metrics_service_discovery.json"),
+                                port) as server:
+            begun = time.time()
+            pool = Pool(ClusterConfig(workers=1))
+            for number, one in enumerate((
+                    Shard(dataset, ShardConfig(source=str(_corpus(folder / "in", drawn_pictures)), image_size=32,
+                                               format="png", samples_per_shard=10)),
+                    Embed(dataset, EmbedConfig()), Index(dataset, IndexConfig(bytes_per_vector=288)),
+                    Neighbors(dataset, dataset, NeighborsConfig()))):
+                run_observed(one, pool)
+                if not number:
+                    write_prometheus_targets(folder)
+            pool.close()
+            # One that stays under way: the others are so quick that nobody may have asked meanwhile.
+            with pytest.raises(KeyboardInterrupt):
+                run_observed(Shard(Dataset.parse(root, "unfinished"), ShardConfig(
+                    source=str(drawn_pictures), image_size=32, format="png", samples_per_shard=10)), _stops)
+            _train(root, "small", local=True)  # in this process, which Ray knows as it knows one of Ray Train's
+            yield server, begun, root
+
+
+def _found(seen: Any, expression: str) -> list[dict[str, Any]]:
+    """Its series at any time of the run."""
+    server, begun, _ = seen
+    return server.query_range(expression, begun, time.time(), 1.0)
+
+
+@without
+@pytest.mark.ray
+def test_every_query_of_the_dashboard_has_an_answer(seen: Any) -> None:
+    gpu = bool(_found(seen, "ray_node_gpus_available > 0"))
+    for expression in [one for _, queries in prometheus_server.panels("10s") for one, _ in queries]:
+        if gpu or not any(name in expression for name in _NEEDS_GPU):
+            # The last samples come a second late.
+            prometheus_server.until(lambda one=expression: _found(seen, one), expression)
+    for expression in prometheus_server.annotations("10s"):
+        assert _found(seen, expression.split(" > ")[0])
+
+
+@without
+@pytest.mark.ray
+def test_what_every_alert_compares_has_values(seen: Any) -> None:
+    rules = yaml.safe_load((prometheus_server.INFRA / "prometheus/rules.yaml").read_text())
+    expressions = [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
+    assert len(expressions) > 8
+    for one in [one for expression in expressions for one in prometheus_server.operands(expression)]:
+        prometheus_server.until(lambda one=one: _found(seen, one), one)  # what is recorded is not there at once
+    firing = {one["metric"]["alertname"] for one in _found(seen, 'ALERTS{alertstate="firing"}')}
+    assert firing == set()
+
+
+@without
+@pytest.mark.ray
+def test_the_numbers_are_those_of_the_run(seen: Any) -> None:
+    server, _, root = seen
+    def counted_now() -> dict[str, float]:
+        return {one["metric"]["stage"]: float(one["value"][1]) for one in server.query(
+            f'sum by (stage) (ray_rdm_samples_total{{dataset="{NAME}", version="v1"}})')}
+
+    # Ray tells each second, and each second it is asked.
+    prometheus_server.until(lambda: counted_now().get("train") == STEPS * 8, "the last step was never seen")
+    counted = counted_now()
+    assert counted == {"shard": 144, "embed": 144, "index": 144, f"neighbors/{NAME}": 144, "train": STEPS * 8}
+    failed = server.query(f'ray_rdm_failures_total{{dataset="{NAME}"}}')
+    assert [(one["metric"]["reason"], one["value"][1]) for one in failed] == [("not_a_picture", "1")]
+    items = {one["metric"]["stage"]: float(one["value"][1]) for one in server.query(
+        f'ray_rdm_item_seconds_count{{dataset="{NAME}"}}')}
+    manifest = Dataset.parse(root, NAME).manifest("shards")
+    assert items["shard"] == len(manifest["items"]) == 15
+    left = f'max by (stage) (ray_rdm_items_left{{dataset="{NAME}", version="v1"}})'
+    prometheus_server.until(lambda: {one["metric"]["stage"]: one["values"][-1][1] for one in _found(seen, left)}
+                     == dict.fromkeys(counted, "0"), "items are left")
+    # The files say the same.
+    prometheus_server.until(lambda: server.query('rdm_stage_sealed{stage="train"} == 1'), "never seen as sealed")
+    assert {one["metric"]["stage"]: float(one["value"][1]) for one in server.query("rdm_stage_samples")} == counted
+    line = json.loads(Path(root, "runs/small/metrics.jsonl").read_text().splitlines()[-1])
+    assert float(server.query("rdm_train_loss")[0]["value"][1]) == line["loss"]
+    assert 3600 <= float(server.query("rdm_database_age_seconds")[0]["value"][1]) < 4000
+
+
+@without
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_run_on_ray_train_is_seen(seen: Any) -> None:
+    server, _, root = seen
+    _train(root, "far", local=False)
+    worker = server.query_range('ray_rdm_train_step{run="far"}', time.time() - 120, time.time(), 1.0)
+    assert len({one["metric"]["WorkerId"] for one in worker}) == 1, "one series: the first process speaks for all"
+    assert 0 < float(worker[0]["values"][-1][1]) <= STEPS
+    here = server.query('ray_rdm_samples_total{stage="embed"}')[0]["metric"]["WorkerId"]
+    assert worker[0]["metric"]["WorkerId"] != here
+    for name in ("loss", "grad_norm", "data_wait", "tflops_per_s"):
+        assert server.query_range(f'ray_rdm_train_{name}{{run="far"}}', time.time() - 120, time.time(), 1.0), name

@@ -1,0 +1,170 @@
+"""`status --watch` and `--serve`: from the files alone, until the reader has enough."""
+
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.cli.main import main
+from jobs.inspection import prometheus as inspection_prometheus
+from jobs.inspection import status, watch
+from jobs.runs.metrics import Metrics
+from jobs.runs.run import Run
+from pipeline import storage
+from pipeline.datasets.dataset import Dataset
+from pipeline.embeddings.embed import Embed, EmbedConfig
+from pipeline.stages.plan import check_and_clear, prepare
+from tests.jobs.inspection import prometheus_server
+
+
+@pytest.fixture
+def root(trained: Path, tmp_path: Path) -> str:
+    """Four datasets and a run; one is published, and of one the embeddings are under way."""
+    shutil.copytree(trained, tmp_path / "root")
+    root = str(tmp_path / "root")
+    storage.put_json({"version": "v1", "content": "x", "published": time.time() - 3 * 86400, "number": 7,
+                      "recall@10": 0.95}, storage.join(root, "datasets/drawn/current.json"))
+    Metrics(Run.parse(root, "small"), 0).add({"step": 3, "loss": 0.5, "samples_per_s": 80.0, "seconds": 1.0})
+    dataset = Dataset.parse(root, "flat")
+    embed = Embed(dataset, EmbedConfig(batch_size=8))
+    check_and_clear(embed)
+    prepare(embed)
+    storage.put_json({"rows": 30, "samples": 29, "bytes": 1000, "of_rows": 120, "items": 0, "of_items": 1,
+                      "failed_items": 0, "skipped": {"cut": 1}, "rows_per_s": 10.0, "retried": 0, "seconds_left": 9,
+                      "updated": time.time(), "host": "here"}, storage.join(embed.folder, "progress.json"))
+    return root
+
+
+def _started(root: str, *more: str, **how: Any) -> "subprocess.Popen[str]":
+    return subprocess.Popen([sys.executable, "-m", "jobs", "status", "--root", root, *more], text=True,
+                            stderr=subprocess.PIPE, **how)
+
+
+def test_a_look_has_what_is_published_under_way_failed_and_left(root: str) -> None:
+    Path(root, "runs/small/manifest.json").unlink()
+    storage.put_json({"launch": "", "kind": "FloatingPointError", "message": "step 4: loss nan\nhint", "at": 1.0},
+                     Run.parse(root, "small").fault_address)
+    now = watch.look(root)
+    stages = {(one["dataset"], one["stage"]): one for one in now["stages"]}
+    under_way = stages["flat", "embed"]
+    assert (under_way["rows"], under_way["of_rows"], under_way["rate"], under_way["seconds_left"]) == (30, 120, 10.0, 9)
+    assert under_way["skipped"] == {"cut": 1} and under_way["state"] == "0 of 1"
+    assert stages["flat", "index"]["state"] == "stale"
+    run = stages["drawn", "train"]
+    assert (run["run"], run["step"], run["state"], run["error"]) == ("small", 3, "failed", "step 4: loss nan")
+    assert now["published"]["drawn"]["number"] == 7
+    shown = watch.text(now)
+    lines = {line.split("  ")[0] for line in shown.splitlines()}
+    assert {"drawn", "flat", "hatched", "outline"} <= lines
+    row = next(line for line in shown.splitlines() if "published" in line and "drawn" in line)
+    assert "v1*" in row and "3 days 0 h ago" in row and "number 7" in row and "recall@10 0.9500" in row
+    row = next(line for line in shown.splitlines() if line.startswith("flat") and " embed " in line)
+    assert "10/s" in row and "30 of 120 rows" in row and "9 s" in row and "1 cut" in row
+
+
+def test_a_driver_that_is_gone_is_silent(root: str) -> None:
+    address = storage.join(root, "datasets/flat/v1/embeddings/progress.json")
+    storage.put_json(storage.read_json(address) | {"updated": time.time() - 600}, address)
+    one = next(one for one in watch.look(root)["stages"] if one["path"] == "datasets/flat/v1/embeddings")
+    assert one["rate"] is None and one["silent_s"] == pytest.approx(600, abs=5)
+    assert "silent for 10 min" in watch.text(watch.look(root))
+
+
+def test_a_root_that_cannot_be_read_for_a_moment_is_said(root: str, monkeypatch) -> None:
+    looks = watch._looks(root, 0.0)
+    first = next(looks)
+
+    def broken(root: str) -> Any:
+        raise OSError("the store does not answer")
+
+    monkeypatch.setattr(watch, "look", broken)
+    second = next(looks)
+    assert second["stages"] == first["stages"] and "the store does not answer" in watch.text(second)
+    monkeypatch.undo()
+    assert "error" not in next(looks)
+
+
+def test_ctrl_c_ends_it_with_0_and_json_is_a_line_each_time(root: str) -> None:
+    process = _started(root, "--watch", "--json", stdout=subprocess.PIPE)
+    assert process.stdout and process.stderr
+    first = json.loads(process.stdout.readline())
+    assert {one["path"] for one in first["stages"]} == {one["path"] for one in status.read_status(root)
+                                                       if one["state"] != "absent"}
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 0 and process.stderr.read() == ""
+
+
+def test_on_a_terminal_it_stays_in_place(root: str) -> None:
+    ours, theirs = pty.openpty()
+    process = _started(root, "--watch", stdout=theirs, env=os.environ | {"TERM": "xterm", "COLUMNS": "150"})
+    os.close(theirs)
+    shown = b""
+    while b"outline" not in shown:
+        shown += os.read(ours, 65536)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 0
+    assert b"\x1b[?25l" in shown and b"published" in shown
+
+
+@pytest.mark.parametrize("more", [(), ("--watch",), ("--json",)])
+def test_a_reader_that_goes_away_is_no_fault(root: str, more: tuple[str, ...]) -> None:
+    process = _started(root, *more, stdout=subprocess.PIPE)
+    assert process.stdout and process.stderr
+    process.stdout.close()  # before anything is written: every write fails
+    assert process.wait(30) == 0 and process.stderr.read() == ""
+
+
+def test_prometheus_is_answered_when_nothing_runs(root: str) -> None:
+    port = prometheus_server.free_port()
+    process = _started(root, "--serve", str(port), stdout=subprocess.DEVNULL)
+    try:
+        address = f"http://127.0.0.1:{port}/metrics"
+        prometheus_server.until(lambda: prometheus_server.answers(address), "it does not answer", process)
+        with urllib.request.urlopen(address) as answer:
+            lines = answer.read().decode().splitlines()
+    finally:
+        process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 0
+    told = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+    flat = '{dataset="flat",run="",stage="embed",version="v1"}'
+    assert told["rdm_root_readable"] == 1
+    assert told[f"rdm_stage_items_left{flat}"] == 1 and told[f"rdm_stage_rows_per_second{flat}"] == 10
+    assert told['rdm_stage_left_out{dataset="flat",reason="cut",run="",stage="embed",version="v1"}'] == 1
+    assert told['rdm_stage_sealed{dataset="flat",run="",stage="shard",version="v1"}'] == 1
+    assert told['rdm_stage_stale{dataset="flat",run="",stage="index",version="v1"}'] == 1
+    assert told['rdm_database_recall{dataset="drawn",version="v1"}'] == 0.95
+    assert told['rdm_database_age_seconds{dataset="drawn",version="v1"}'] == pytest.approx(3 * 86400, abs=60)
+    assert told['rdm_train_step{dataset="drawn",run="small",stage="train",version="v1"}'] == 3
+    assert told['rdm_index_recall{dataset="drawn",k="10",run="",stage="index",version="v1"}'] > 0.5
+
+
+def test_a_root_that_cannot_be_read_is_a_metric(root: str, monkeypatch) -> None:
+    served = inspection_prometheus.Root(root)
+    assert {one.name: one for one in served.collect()}["rdm_root_readable"].samples[0].value == 1
+
+    def broken(root: str) -> Any:
+        raise OSError("https://me:secret@store does not answer")
+
+    monkeypatch.setattr(inspection_prometheus.status, "read_status", broken)
+    monkeypatch.setattr(inspection_prometheus, "period", lambda root: -1.0)
+    told = list(served.collect())
+    assert [(one.name, one.samples[0].value) for one in told] == [("rdm_root_readable", 0.0)]
+    monkeypatch.undo()
+    assert len(list(served.collect())) > 5
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (["--watch", "--serve", "9108"], "these are two commands"), (["--serve", "here"], "'here' is no port"),
+    (["--serve", "70000"], "'70000' is no port")])
+def test_misuse_is_a_sentence(arguments: list[str], sentence: str, tmp_path: Path, capsys) -> None:
+    assert main(["status", "--root", str(tmp_path), *arguments]) == 2
+    assert sentence in capsys.readouterr().err

@@ -1,0 +1,332 @@
+"""Samples of prompts, of pictures, of rows drawn from p_D; neighbours out of a pool, and of several databases."""
+
+import contextlib
+import hashlib
+import io
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jobs.cli.main import main
+from jobs.report import report
+from jobs.runs.run import Run
+from jobs.sampling.config import QueryConfig, SampleConfig
+from jobs.sampling.generator import open_generator
+from jobs.sampling.mixture import Mixture
+from jobs.sampling.queries import title
+from jobs.sampling.retrieval import Likely, usage_of
+from jobs.sampling.sample_stage import Sampling
+from pipeline import storage
+from pipeline.datasets.dataset import Dataset
+from pipeline.embeddings import clip
+from pipeline.embeddings.clip_weights import ClipConfig
+from pipeline.indices.searcher import Searcher
+from pipeline.media.contact_sheet import contact_sheet
+from pipeline.neighbors.config import NeighborsConfig
+from pipeline.neighbors.neighbors import Neighbors
+from pipeline.stages.driver import run_stage
+from pipeline.stages.manifest import sealed_input
+from pipeline.stages.stage import FORMAT
+from pipeline.storage import files
+from tests.pipeline import synthetic
+
+PROMPTS = ("a red circle", "a blue square")
+CONFIG = SampleConfig(k=3, steps=2)
+
+
+@pytest.fixture(scope="module")
+def root(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained root, where p_D is known of two of its style databases."""
+    root = tmp_path_factory.mktemp("sampling") / "root"
+    shutil.copytree(trained, root)
+    for style in ("flat", "hatched"):
+        run_stage(Neighbors(_dataset(root, "drawn"), _dataset(root, style), NeighborsConfig(k=5)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def picture(root: Path, drawn_pictures: Path) -> Path:
+    """A picture of the database `flat`, in another format, with a transparent border."""
+    inside = Image.open(sorted((drawn_pictures / "flat").glob("*.png"))[3]).convert("RGBA")
+    padded = Image.new("RGBA", (inside.width + 2, inside.height + 2))
+    padded.paste(inside, (1, 1))
+    path = root.parent / "My Apple.webp"
+    path.write_bytes(synthetic.encoded(padded, "WEBP", lossless=True))
+    return path
+
+
+def _dataset(root: Path, name: str) -> Dataset:
+    return Dataset.parse(str(root), name)
+
+
+def _sample(root: Path, *arguments: str) -> int:
+    return main(["sample", "small", "--root", str(root), "--local", "--steps", "2", *arguments])
+
+
+def _sampled(root: Path, name: str, *arguments: str) -> list[dict[str, Any]]:
+    """The pictures that samples.json tells of."""
+    assert _sample(root, "--name", name, "--k", "3", *arguments) == 0
+    return json.loads((root / f"runs/small/samples/{name}/samples.json").read_text())["pictures"]
+
+
+def _png(root: Path, name: str, one: dict[str, Any]) -> np.ndarray:
+    return np.asarray(Image.open(root / f"runs/small/samples/{name}" / one["file"]))
+
+
+def _rows(one: dict[str, Any]) -> list[int]:
+    return [near["row"] for near in one["neighbors"]]
+
+
+def test_without_the_new_flags_a_folder_is_what_it_was(root: Path) -> None:
+    flat = _dataset(root, "flat")
+    sampling = Sampling(Run.parse(str(root), "small"), 0, PROMPTS, (flat,), ClipConfig(), CONFIG)
+    section = {"k": 3, "guidance": 2.0, "seed": 0, "steps": 2, "batch_size": 16, "prompts": list(PROMPTS),
+               "databases": ["flat"]}
+    inputs = {"checkpoint": sealed_input(str(root), "runs/small/checkpoints/0000003", "")} | {
+        f"{name} of flat": flat.identity(name) for name in ("index", "embeddings", "shards")}
+    assert sampling.path == f"runs/small/samples/{storage.digest([FORMAT, 'sample', section, inputs])[:12]}"
+    manifest = run_stage(sampling)
+    assert {entry["name"] for entry in manifest["items"][0]["files"]} == {
+        f"flat/{name}{end}" for name in ("00-a-red-circle", "01-a-blue-square")
+        for end in (".png", "-neighbor-0.png", "-neighbor-1.png", "-neighbor-2.png")}
+    told = json.loads(Path(sampling.folder, "samples.json").read_text())["pictures"]
+    ids, _ = Searcher(flat).search(clip.load(ClipConfig()).texts(PROMPTS), 3)
+    assert [_rows(one) for one in told] == ids.tolist()
+    assert [(one["kind"], one["prompt"], one["position"]) for one in told] == [
+        ("prompt", prompt, number) for number, prompt in enumerate(PROMPTS)]
+    assert not any("database" in near for one in told for near in one["neighbors"])
+
+
+def test_the_driver_makes_the_grid_without_reading_the_images(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    databases = [Mixture.parse(str(root), "flat+hatched"), _dataset(root, "flat")]
+    sampling = Sampling(Run.parse(str(root), "small"), 0, PROMPTS, databases, ClipConfig(), replace(CONFIG, k=6),
+                        "grid", asked=QueryConfig(unconditional=1))
+    folder, reads = Path(sampling.folder), []
+    finish, storage_errors = Sampling.finish, files.storage_errors
+
+    def finish_without_images(stage: Sampling, *arguments: Any) -> Any:
+        """Finish while the images are elsewhere, and note what is read."""
+        images = [path for path in folder.rglob("*.png") if path.parent.name != "asked"]
+        assert len(images) == 2 * 3 * 7
+        for path in images:
+            path.rename(path.with_suffix(".moved"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(files, "storage_errors", lambda url, doing: (
+                reads.append(url) if doing == "read" else None, storage_errors(url, doing))[1])
+            output = finish(stage, *arguments)
+        for path in images:
+            path.with_suffix(".moved").rename(path)
+        return output
+
+    monkeypatch.setattr(Sampling, "finish", finish_without_images)
+    manifest = run_stage(sampling)
+    assert reads == [storage.join(sampling.folder, f"cells/{record['id']}.tar") for record in manifest["items"]]
+    assert not [entry for record in manifest["items"] for entry in record["files"] if "cells" in entry["name"]]
+    expected = _grid_of_files(folder)
+    assert (folder / "grid.png").read_bytes() == expected
+    # A folder that an earlier version of the program left unfinished has no cells.
+    monkeypatch.setattr(Sampling, "finish", finish)
+    shutil.rmtree(folder / "cells")
+    for name in ("manifest.json", "grid.png"):
+        (folder / name).unlink()
+    assert run_stage(sampling)["content"] == manifest["content"]
+    assert (folder / "grid.png").read_bytes() == expected
+
+
+def _grid_of_files(folder: Path) -> bytes:
+    """The grid, made from the image files: each at twice its size beside its first four neighbors at half size."""
+    document = json.loads((folder / "samples.json").read_text())
+    cells = []
+    for entry in document["pictures"]:
+        image = Image.open(folder / entry["file"])
+        size = image.width
+        cell = Image.new("RGB", (2 * size + 4 + size // 2, 2 * size), "white")
+        cell.paste(image.resize((2 * size, 2 * size), Image.Resampling.LANCZOS), (0, 0))
+        for rank, neighbor in enumerate(entry["neighbors"][:4]):
+            small = Image.open(folder / neighbor["file"]).resize((size // 2, size // 2), Image.Resampling.LANCZOS)
+            cell.paste(small, (2 * size + 4, rank * size // 2))
+        cells.append(cell)
+    labels = document["databases"]
+    sheet = contact_sheet(cells, len(labels), cell=cells[0].width,
+                          row_labels=[title(entry) for entry in document["pictures"][::len(labels)]],
+                          column_labels=[label.replace("+", " + ") for label in labels])
+    file = io.BytesIO()
+    sheet.save(file, "png")
+    return file.getvalue()
+
+
+def test_rows_are_drawn_as_often_as_they_are_used() -> None:
+    usage = np.array([0, 5, 1, 3, 0, 1])
+    drawn = Counter(Likely(usage, 1.0).draw(Random(f"{position}")) for position in range(4000))
+    assert set(drawn) == {1, 2, 3, 5}
+    assert all(abs(drawn[row] / 4000 - usage[row] / 10) < 0.03 for row in drawn)
+    few = Likely(usage, 1 / 3)
+    assert few.rows.tolist() == [1, 3]
+    drawn = Counter(few.draw(Random(f"{position}")) for position in range(4000))
+    assert abs(drawn[1] / 4000 - 5 / 8) < 0.03
+    assert Likely(usage, 1e-9).rows.tolist() == [1]
+    with pytest.raises(ValueError, match="nothing to draw"):
+        Likely(np.zeros(3, np.int64), 1.0)
+
+
+def test_unconditional_pictures_are_of_likely_rows_and_their_neighbours(root: Path) -> None:
+    told = _sampled(root, "likely", "--unconditional", "3", "--top-m", "0.2", "--text-guidance", "5",
+                    "--database", "flat", "--database", "drawn")
+    assert [(one["position"], one["database"]) for one in told] == [
+        (position, name) for position in range(3) for name in ("flat", "drawn")]
+    drawer = open_generator(Run.parse(str(root), "small"), 3)
+    for one in told:
+        database = _dataset(root, one["database"])
+        usage = usage_of(_dataset(root, "drawn"), database, np.empty(0, np.int64))
+        assert one["kind"] == "p_D" and one["drawn"]["used"] == usage[one["drawn"]["row"]]
+        assert (usage > one["drawn"]["used"]).sum() < round(0.2 * len(usage))
+        rows, searcher = _rows(one), Searcher(database)
+        assert rows[0] == one["drawn"]["row"] and one["neighbors"][0]["score"] == pytest.approx(1, abs=2e-3)
+        vectors = searcher.embeddings.rows(np.array([rows])).astype(np.float32)
+        near, _ = searcher.search(vectors[:, 0], 4)
+        assert rows[1:] == [row for row in near[0] if row != rows[0]][:2]
+        # Nothing else is in the context: no text, and so no guidance of its own.
+        assert (drawer.draw(vectors, [one["position"]], CONFIG)[0] == _png(root, "likely", one)).all()
+    more = _sampled(root, "more", "--unconditional", "4", "--top-m", "0.2", "--database", "flat")
+    assert [one["drawn"] for one in more[:3]] == [one["drawn"] for one in told if one["database"] == "flat"]
+    other = _sampled(root, "other", "--unconditional", "4", "--seed", "1", "--database", "flat")
+    assert [one["drawn"]["row"] for one in more] != [one["drawn"]["row"] for one in other]
+
+
+def test_a_picture_stands_where_a_prompt_would(root: Path, picture: Path, drawn_pictures: Path) -> None:
+    told = _sampled(root, "asked", "--image", str(picture), "--unconditional", "1", "--prompt", PROMPTS[0],
+                    "--database", "flat")
+    assert [one["kind"] for one in told] == ["prompt", "image", "p_D"]
+    assert told[1]["image"] == {"name": picture.name, "sha256": hashlib.sha256(picture.read_bytes()).hexdigest(),
+                                "file": "asked/01-my-apple.png"}
+    assert told[1]["file"] == "flat/01-my-apple.png"
+    kept = sorted((drawn_pictures / "flat").glob("*.png"))[3]
+    assert told[1]["neighbors"][0]["sha256"] == hashlib.sha256(kept.read_bytes()).hexdigest()
+    encoder, searcher = clip.load(ClipConfig()), Searcher(_dataset(root, "flat"))
+    vector = encoder.images(np.stack([encoder.prepared(picture.read_bytes())]))
+    context = np.concatenate([vector, searcher.embeddings.rows(np.array(_rows(told[1]))).astype(np.float32)])
+    drawer = open_generator(Run.parse(str(root), "small"), 3)
+    assert (drawer.draw(context[None], [1], CONFIG)[0] == _png(root, "asked", told[1])).all()
+    assert Image.open(root / "runs/small/samples/asked/asked/01-my-apple.png").size == (34, 34)
+    alone = _sampled(root, "alone", "--prompt", PROMPTS[0], "--database", "flat")
+    assert (_png(root, "alone", alone[0]) == _png(root, "asked", told[0])).all()
+    assert main(["verify", "--root", str(root), "--only", "runs/small/samples/asked"]) == 0
+
+
+def test_neighbours_out_of_a_pool(root: Path) -> None:
+    asked = ("--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--database", "flat", "--unconditional", "1")
+    told = _sampled(root, "pool", *asked, "--pool", "8")
+    texts = clip.load(ClipConfig()).texts(PROMPTS)
+    near, _ = Searcher(_dataset(root, "flat")).search(texts, 8)
+    ranks = [[near[number].tolist().index(row) for row in _rows(told[number])] for number in range(2)]
+    assert all(one == sorted(set(one)) and len(one) == 3 for one in ranks) and ranks[0] != ranks[1]
+    assert _rows(told[2])[0] == told[2]["drawn"]["row"]
+    again = _sampled(root, "again", *asked, "--pool", "8", "--batch-size", "1")
+    other = _sampled(root, "seeds", *asked, "--pool", "8", "--seed", "1")
+    assert [*map(_rows, again)] == [*map(_rows, told)] != [*map(_rows, other)]
+    whole, plain = _sampled(root, "whole", *asked, "--pool", "3"), _sampled(root, "plain", *asked)
+    assert [*map(_rows, whole)] == [*map(_rows, plain)]
+    # Of a database with fewer rows than the pool all that there are may be taken.
+    everything = _sampled(root, "everything", *asked, "--pool", "1000")
+    assert all(len(set(_rows(one))) == 3 for one in everything)
+
+
+def test_a_mixture_shares_out_the_neighbours(root: Path) -> None:
+    told = _sampled(root, "mixed", "--k", "4", "--prompt", PROMPTS[0], "--unconditional", "4", "--database",
+                    "flat:3+hatched:1", "--database", "hatched")
+    mixed = [one for one in told if one["database"] == "flat:3+hatched:1"]
+    text = clip.load(ClipConfig()).texts(PROMPTS[:1])
+    nearest = {name: Searcher(_dataset(root, name)).search(text, count)[0][0].tolist()
+               for name, count in (("flat", 3), ("hatched", 1))}
+    for name, rows in nearest.items():
+        assert [near["row"] for near in mixed[0]["neighbors"] if near["database"] == name] == rows
+    for one in mixed:
+        assert Counter(near["database"] for near in one["neighbors"]) == {"flat": 3, "hatched": 1}
+        scores = [near["score"] for near in one["neighbors"]]
+        assert scores == sorted(scores, reverse=True)
+        vectors = np.stack([Searcher(_dataset(root, near["database"])).embeddings.rows(np.array(near["row"]))
+                            for near in one["neighbors"]]).astype(np.float32)
+        if one["kind"] == "p_D":
+            first = one["neighbors"][0]
+            assert one["drawn"].items() >= {name: first[name] for name in ("row", "key", "database")}.items()
+            drawer = open_generator(Run.parse(str(root), "small"), 3)
+            assert (drawer.draw(vectors[None], [one["position"]], CONFIG)[0] == _png(root, "mixed", one)).all()
+    assert (root / "runs/small/samples/mixed/flat=3+hatched=1/00-a-red-circle.png").exists()
+
+
+def test_the_report_shows_what_was_asked_for(root: Path, picture: Path) -> None:
+    _sampled(root, "all", "--prompt", PROMPTS[0], "--image", str(picture), "--unconditional", "1", "--top-m", "0.5",
+             "--pool", "5", "--database", "flat+hatched")
+    report.write(str(root), str(root / "report.html"))
+    page = (root / "report.html").read_text()
+    assert "could not be read" not in page
+    for words in ("My Apple.webp", "from p_D", "flat+hatched", "among the 50 % of all rows", "from the 5 nearest",
+                  "Databases joined by +", "drawn from", "a red circle"):
+        assert words in page, words
+
+
+@pytest.mark.parametrize(("weights", "k", "shares"), [
+    ("a:3+b:1", 4, [3, 1]), ("a+b", 3, [2, 1]), ("a+b+c", 4, [2, 1, 1]), ("a:0.1+b:0.2", 3, [1, 2]),
+    ("a:1+b:3", 1, [0, 1]), ("a:5+b", 0, [0, 0]), ("a", 7, [7]), ("a:2+b:3+c:4", 10, [2, 3, 5])])
+def test_shares_follow_the_weights(weights: str, k: int, shares: list[int]) -> None:
+    assert Mixture.parse("root", weights).shares(k) == shares
+
+
+@pytest.mark.parametrize(("text", "label", "item"), [
+    ("a:3", "a", "a"), ("a@v2", "a@v2", "a-v2"), ("a:2+b:2", "a+b", "a+b"), ("a:30+b", "a:30+b:1", "a=30+b=1"),
+    ("a:0.50+b@v3:1", "a:0.5+b@v3:1", "a=0.5+b-v3=1")])
+def test_a_mixture_has_one_name(text: str, label: str, item: str) -> None:
+    mixture = Mixture.parse("root", text)
+    assert (mixture.label, mixture.item) == (label, item)
+    assert Mixture.parse("root", label) == mixture or len(set(mixture.weights)) == 1
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--image", "nowhere.png"], "cannot read the picture nowhere.png"),
+    (["--image", "{root}"], "cannot read the picture"),
+    (["--image", "{root}/settings.toml"], "not_a_picture"),
+    (["--image", "{picture}", "--image", "{picture}"], "a picture is given twice"),
+    (["--prompt", "x", "--pool", "2"], "hint: --pool 16"),
+    (["--prompt", "x", "--pool", "-1"], "pool = -1: must be at least 0"),
+    (["--unconditional", "1", "--top-m", "0"], "top_m = 0.0: must be above 0"),
+    (["--unconditional", "1", "--top-m", "1.5"], "top_m = 1.5: must be above 0"),
+    (["--unconditional", "1", "--k", "0"], "leaves nothing to draw from"),
+    (["--unconditional", "1", "--database", "outline"], "python -m jobs neighbors drawn --database outline"),
+    (["--prompt", "x", "--database", "flat+nowhere"], "python -m jobs index nowhere"),
+    (["--prompt", "x", "--database", "flat:0+hatched"], "the weight '0' of flat is not a number above 0"),
+    (["--prompt", "x", "--database", "flat:-1"], "not a number above 0"),
+    (["--prompt", "x", "--database", "flat+flat:2"], "names a database twice"),
+    (["--prompt", "x", "--database", "flat:2"], "a database is given twice"),
+    (["--prompt", "x", "--sampler", "heun"], "heun follows a flow"),
+    (["--prompt", "x", "--ema", "0.5"], "the run has no average of the rate 0.5"),
+    (["--prompt", "x", "--steps", "5000"], "below timesteps = 1000"),
+    ([], "sample needs prompts, pictures or rows to draw"),
+])
+def test_what_cannot_be_drawn_is_refused_in_words(arguments: list[str], said: str, root: Path, picture: Path, capsys
+                                                  ) -> None:
+    given = [one.format(root=root, picture=picture) for one in arguments]
+    code = 2
+    with contextlib.suppress(SystemExit):  # flags that are wrong by themselves end in the parser
+        code = _sample(root, "--database", "flat", *given)
+    error = capsys.readouterr().err
+    assert code == 2 and said in error and "Traceback" not in error
+    assert not [one for one in (root / "runs").glob("*/samples/*") if not (one / "manifest.json").exists()]
+
+
+def test_a_run_that_was_not_trained_here_has_no_p_d(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "runs/small", tmp_path / "runs/small", ignore=shutil.ignore_patterns("samples"))
+    (tmp_path / "datasets").symlink_to(root / "datasets")
+    plan = json.loads((tmp_path / "runs/small/plan.json").read_text())
+    del plan["section"]["dataset"]
+    (tmp_path / "runs/small/plan.json").write_text(json.dumps(plan))
+    with pytest.raises(ValueError, match="not trained here"):
+        Sampling(Run.parse(str(tmp_path), "small"), 0, (), (_dataset(tmp_path, "flat"),), ClipConfig(), CONFIG,
+                 asked=QueryConfig(unconditional=1))

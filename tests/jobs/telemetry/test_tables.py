@@ -1,0 +1,122 @@
+"""Tables of the verbs: aligned and whole where no terminal is, and fitted to a terminal."""
+
+import itertools
+import os
+import pty
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from jobs.cli.main import main
+from jobs.publishing import credits
+from jobs.publishing.releases import removed_table
+from jobs.telemetry import tables
+from tests.laws.test_old_root import ARCHIVE
+
+_ROWS = [["a", "1", "x" * 300], ["[bold]b[/] :smile:", "12345", ""], ["日本", "0", "last\x1b[31m\nline"]]
+
+
+def _columns(text: str) -> list[list[str]]:
+    return [re.split(r"  +", line) for line in text.splitlines()]
+
+
+def test_text_is_aligned_and_whole() -> None:
+    lines = tables.render(_ROWS, right={1}).splitlines()
+    assert lines == ["a                       1  " + "x" * 300, "[bold]b[/] :smile:  12345",
+                     "日本                    0  last [31m line"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_markdown_table_has_a_rule_and_numbers_flush_right(count: int) -> None:
+    lines = tables.render([["a", "1"]] * count, head=["name", "many hours"], right={1}, markdown=True).splitlines()
+    assert lines == ["| name | many hours |", "|------|-----------:|", *["| a    |          1 |"] * count]
+
+
+def test_without_rows_there_is_no_text() -> None:
+    assert tables.render([]) == ""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path / "root"
+
+
+def _on_terminal(words: list[str], columns: int, **environment: str) -> str:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-m", "jobs", *words], stdout=theirs, stderr=subprocess.PIPE,
+                               env=os.environ | {"TERM": "xterm", "COLUMNS": str(columns)} | environment)
+    os.close(theirs)
+    raw = b""
+    while True:
+        try:
+            raw += os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+    assert process.wait(60) == 0
+    os.close(ours)
+    return raw.decode().replace("\r", "")
+
+
+def test_status_loses_nothing_on_a_narrow_terminal(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--root", str(root)]) == 0
+    plain = capsys.readouterr().out
+    rows = _columns(plain)
+    assert {len(row) for row in rows} <= {2, 3} and ["datasets/art/v1/index", "sealed"] in [row[:2] for row in rows]
+    assert len({line.index(row[1]) for line, row in zip(plain.splitlines(), rows, strict=True)}) == 1
+    narrow = _on_terminal(["status", "--root", str(root)], 50)
+    assert max(map(len, narrow.splitlines())) <= 50 and len(narrow.splitlines()) > len(rows)
+    assert sorted(re.sub(r"\s", "", narrow)) == sorted(re.sub(r"\s", "", plain))
+    assert _columns(_on_terminal(["status", "--root", str(root)], 400)) == rows
+
+
+def test_plan_is_markdown_for_programs_and_aligned_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan"]) == 0
+    plain = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in plain}) == 1 and re.fullmatch(r"\|[-|:]+\|", plain[1])
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in plain]
+    shown = _on_terminal(["plan"], 200)
+    assert "\x1b[1mstage" in shown
+    bare = re.sub(r"\x1b\[[\d;]*m", "", shown).splitlines()
+    found = list(itertools.takewhile(bool, bare))
+    assert [line.split() for line in found] == [" ".join(row).split() for row in (cells[0], *cells[2:])]
+
+
+def test_a_markdown_text_is_unchanged_for_programs() -> None:
+    text = "| a | b |\n|---|---|\n| 1 |  |\n\nnote\n"
+    assert tables.render_markdown(text) == text
+
+
+def test_a_markdown_text_is_aligned_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "dumb")
+    assert tables.render_markdown("| a | long |\n|---|---|\n| 100 |  |\n| 2 | x |\n\nnote\n") == (
+        "a    long\n100\n2    x\n\nnote\n")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["status", "--root", "/nowhere/at/all", "--json"]])
+def test_rich_is_loaded_only_for_tables(words: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "jobs", *words], capture_output=True, text=True)
+    assert done.returncode == 0 and "jobs.telemetry" in done.stderr
+    assert not re.search(r"\| +(rich|tqdm)(\.|$)", done.stderr, re.MULTILINE)
+
+
+def test_credits_and_removed_versions_are_aligned() -> None:
+    near = {"score": 0.5, "database": "art@v1", "key": "000001", "caption": "a cat", "url": "https://a/b", "source": "",
+            "licence": "CC0-1.0", "authors": "someone"}
+    other = near | {"database": "photos@v12", "caption": "", "licence": "", "authors": "", "note": "gone"}
+    found = [{"sample": "0000.png", "prompt": "a cat", "pictures": [near, other]},
+             {"sample": "0001.png", "prompt": "", "pictures": []}]
+    assert credits.text(found).splitlines() == [
+        "0000.png: a cat", "  0.500  art@v1/000001      a cat  https://a/b  (someone, CC0-1.0)",
+        "  0.500  photos@v12/000001         https://a/b  (licence unknown)   gone", "0001.png"]
+    removed = [{"version": "v9", "kept": "published"},
+               {"version": "v10", "kept": "", "removed_files": 3, "removed_bytes": 2_000_000, "taken_over": 1}]
+    assert removed_table(removed, True).splitlines() == [
+        "v9   kept: published",
+        "v10  would be removed: 3 files, 2.0 MB; 1 files stay, for later versions took them over"]

@@ -1,0 +1,131 @@
+"""Datasets that an earlier version of the program and of its libraries wrote are read, continued and extended."""
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jobs.cli.main import main
+from pipeline import storage
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.embeddings import Embeddings
+from pipeline.indices.searcher import Searcher
+from pipeline.stages import records
+from tests.laws.golden import old_root
+
+ARCHIVE = Path(__file__).parent / "golden/old_root.tar.gz"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path / "root"
+
+
+def run(root: Path, *words: str) -> int:
+    return main([*words, "--root", str(root), "--local"])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def manifest(root: Path, place: str) -> dict[str, Any]:
+    return json.loads((root / "datasets" / place / "manifest.json").read_text())
+
+
+def test_sealed_folders_stay_as_they_are(root: Path, tmp_path: Path) -> None:
+    before = contents(root)
+    assert main(["verify", "--root", str(root)]) == main(["status", "--root", str(root)]) == 0
+    old_root.draw(tmp_path / "art", range(24))
+    assert run(root, "shard", "art", "--source", str(tmp_path / "art"), "--samples-per-shard", "8",
+               *old_root.SHARDS) == 0
+    assert run(root, "embed", "art", "--captions") == run(root, "index", "art", "--key", "IVF4,SQ8") == 0
+    assert run(root, "neighbors", "art", "--k", "3") == 0
+    assert contents(root) == before
+
+
+def test_stored_sizes_keep_their_bytes(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The stored settings say 4G and 512M, which the program that wrote them took for powers of 1024."""
+    section = manifest(root, "art/v1/index")["section"]
+    assert (section["max_memory"], section["part_memory"]) == ("4G", "512M")
+    before = contents(root)
+    assert run(root, "index", "art", "--key", "IVF4,SQ8", "--max-memory", "4Gi", "--part-memory", "512Mi") == 0
+    capsys.readouterr()
+    assert run(root, "index", "art", "--key", "IVF4,SQ8", "--max-memory", "4G") == 2
+    said = capsys.readouterr().err
+    assert 'section.max_memory: there "4G", now "4000000000"' in said
+    assert "write a size that is stored as 4G as 4Gi" in said
+    assert contents(root) == before
+
+
+def test_an_unfinished_stage_is_continued(root: Path) -> None:
+    folder = root / "datasets/half/v1/embeddings"
+    before, planned = contents(folder), json.loads((folder / "plan.json").read_text())
+    assert 0 < len(list((folder / "records").iterdir())) < 4
+    assert run(root, "embed", "half") == 0
+    after, sealed = contents(folder), manifest(root, "half/v1/embeddings")
+    assert before.items() <= after.items() and sealed["fingerprint"] == planned["fingerprint"]
+    old = Embeddings(Dataset.parse(str(root), "half")).all().astype(np.float32)
+    assert run(root, "embed", "half", "--rebuild") == 0
+    assert manifest(root, "half/v1/embeddings")["fingerprint"] == planned["fingerprint"]
+    new = Embeddings(Dataset.parse(str(root), "half")).all().astype(np.float32)
+    assert (old * new).sum(1).min() > 0.999
+
+
+def test_an_old_index_is_extended_and_searched(root: Path) -> None:
+    assert run(root, "index", "art@v2", "--extend", "art") == run(root, "neighbors", "art@v2", "--k", "3") == 0
+    about = manifest(root, "art/v2/index")["info"]
+    assert (about["kept"], about["added"], about["removed"]) == (16, 8, 8) and about["recall_at_10"] > 0.9
+    dataset = Dataset.parse(str(root), "art@v2")
+    searcher, vectors = Searcher(dataset), Embeddings(dataset).all().astype(np.float32)
+    found = searcher.search(vectors, 1)[0][:, 0]
+    assert ((vectors[found] * vectors).sum(1) > 0.999).all()  # itself, or an image that looks the same
+    assert main(["verify", "--root", str(root)]) == 0
+
+
+def test_what_is_made_again_has_the_same_fingerprints(root: Path) -> None:
+    places = ("art/v1/embeddings", "art/v1/text_embeddings", "art/v1/index", "art/v1/neighbors/art")
+    before = [manifest(root, place) for place in places]
+    assert run(root, "index", "art", "--key", "IVF4,SQ8", "--rebuild") == 0
+    again = manifest(root, "art/v1/index")
+    assert again["fingerprint"] == before[2]["fingerprint"]
+    assert again["info"]["recall"] == before[2]["info"]["recall"]
+    assert [manifest(root, place)["fingerprint"] for place in places] == [one["fingerprint"] for one in before]
+
+
+def seal_again(folder: Path) -> None:
+    """Give the manifest and the record of an index the hashes that its files have now."""
+    sealed = json.loads((folder / "manifest.json").read_text())
+    for entry in sealed["items"][0]["files"]:
+        entry["sha256"] = storage.sha256_file(folder / entry["name"])
+    sealed["content"] = records.content(sealed["fingerprint"], sealed["files"], sealed["items"])
+    (folder / "records/index.json").write_bytes(storage.json_bytes(sealed["items"][0]))
+    (folder / "manifest.json").write_bytes(storage.json_bytes(sealed))
+
+
+@pytest.mark.parametrize(("first", "newer"), [(b"IwZZ", True), (b"IwZZ", False), (b"\0" * 64, False)])
+def test_an_index_that_this_faiss_cannot_read_is_named_with_a_way_out(root: Path, first: bytes, newer: bool,
+                                                                     capfd: pytest.CaptureFixture[str]) -> None:
+    path = root / "datasets/art/v1/index/knn.index"
+    data = path.read_bytes()
+    path.write_bytes(first + data[len(first):])
+    if newer:  # as a program with a newer faiss would have sealed it
+        seal_again(path.parent)
+    why = "another version of faiss wrote it" if newer else "it is damaged"
+    commands = ["index", "art@v2", "--extend", "art"], ["neighbors", "art@v2", "--database", "art"]
+    for words in commands:
+        assert run(root, *words) == 1
+        said = capfd.readouterr().err
+        assert f"the index of art cannot be read: the file is {'' if newer else 'not '}as it was sealed: {why}" in said
+        assert f"hint: python -m jobs index art --root {root} --rebuild" in said and "Traceback" not in said
+    assert main(["verify", "--root", str(root)]) == 1
+    assert "datasets/art/v1/index/knn.index" in capfd.readouterr().out
+    assert run(root, "index", "art", "--key", "IVF4,SQ8", "--rebuild") == 0
+    for words in commands:
+        assert run(root, *words, "--rebuild") == 0
+    assert main(["verify", "--root", str(root)]) == 0

@@ -1,0 +1,589 @@
+import io
+import json
+import shutil
+import tarfile
+import threading
+from dataclasses import replace
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import storage
+from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.datasets.embeddings import Embeddings
+from pipeline.datasets.metadata import metadata
+from pipeline.embeddings import clip
+from pipeline.embeddings.clip_weights import _MEAN, _STD, BUNDLED, ClipConfig, describe_encoder
+from pipeline.embeddings.embed import Embed, EmbedCaptions, EmbedConfig, same_encoder
+from pipeline.embeddings.encode_shards import Room, part_of, plan_room
+from pipeline.hardware import devices
+from pipeline.media import tars
+from pipeline.shards.shard import Shard
+from pipeline.sources.config import ShardConfig
+from pipeline.stages.driver import run_stage
+from pipeline.stages.manifest import without_run_facts
+from pipeline.stages.plan import prepare
+from pipeline.stages.stage import fingerprint
+from pipeline.stages.types import StageFailed
+from pipeline.stages.worker import process_and_commit
+from pipeline.versions import verify
+from pipeline.versions.reuse_embeddings import Reuse
+from tests.pipeline import synthetic
+from tests.pipeline.media.test_decode import photo
+
+
+@pytest.fixture(autouse=True)
+def as_new_process():
+    """Weights are read anew, as by the next command."""
+    yield
+    clip.load_on.cache_clear()
+    describe_encoder.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """The bundled weights in a file of one's own."""
+    return shutil.copy(BUNDLED / "tiny_clip.safetensors", tmp_path_factory.mktemp("weights") / "w.safetensors")
+
+
+def pictures_of(dataset: Dataset) -> list[Image.Image]:
+    return [Image.open(io.BytesIO(tars.sample_image(sample))).convert("RGB")
+            for record in dataset.manifest("shards")["items"]
+            for sample in tars.read(dataset.fetch("shards", file_of(record, ".tar")))]
+
+
+def embedded_by_open_clip(pictures: list[Image.Image], **preprocessing) -> np.ndarray:
+    """By the steps of open_clip's own documentation."""
+    open_clip.add_model_config(BUNDLED)
+    model, _, preprocess = open_clip.create_model_and_transforms(
+        "tiny-clip-64", pretrained=str(BUNDLED / "tiny_clip.safetensors"), **preprocessing)
+    model.eval()
+    with torch.no_grad():
+        features = model.encode_image(torch.stack([preprocess(picture) for picture in pictures]))
+        return (features / features.norm(dim=-1, keepdim=True)).numpy()
+
+
+def test_embeddings_are_those_of_open_clip_row_by_row(built):
+    rows, pictures = Embeddings(built).all().astype(np.float32), pictures_of(built)
+    assert len(rows) == len(pictures) == 72
+    cosine = (rows * embedded_by_open_clip(pictures)).sum(1)
+    assert cosine.min() > 1 - 1e-3
+    # The comparison is sharp: one row further, or with other means, it fails.
+    assert (np.roll(rows, 1, axis=0) * rows).sum(1).min() < 0.9
+    other = embedded_by_open_clip(pictures, image_mean=open_clip.OPENAI_DATASET_STD,
+                                  image_std=open_clip.OPENAI_DATASET_MEAN)
+    assert (rows * other).sum(1).min() < 1 - 1e-3
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
+@pytest.mark.parametrize(("width", "height"), [(256, 256), (341, 256), (256, 341), (64, 64), (64, 97), (31, 50),
+                                               (1000, 99), (640, 427)])
+def test_pictures_are_prepared_as_open_clip_does_it(width, height, mode, interpolation):
+    """Level for level but for the rounding of two libraries; a crop one pixel further is off by ten times as much."""
+    wanted = open_clip.transform.PreprocessCfg(size=64, interpolation=interpolation, resize_mode=mode)
+    encoder = replace(clip.load(ClipConfig()), prepare=open_clip.transform.image_transform_v2(wanted, is_train=False),
+                      preprocessing={"image_size": 64, "resize": mode, "interpolation": interpolation})
+    picture = photo(width, height)
+    data = synthetic.encoded(picture, "PNG")
+    theirs = encoder.prepare(picture).numpy()
+    ours = encoder.prepared(data)
+    if mode == "longest":
+        np.testing.assert_array_equal(ours, theirs)
+        return
+    mean, std = (np.array(values)[:, None, None] for values in (_MEAN, _STD))
+    levels = (theirs * std + mean) * 255
+    difference = np.abs(ours.transpose(2, 0, 1) - levels)
+    assert difference.max() < 4.5 and difference.mean() < 0.5
+
+
+def test_a_dozen_photographs_have_the_vectors_of_open_clip(tmp_path):
+    """From JPEGs of many shapes and kinds on: what open_clip's documented steps give, to 1e-3 in cosine."""
+    shapes = [(300, 200), (200, 300), (256, 256), (500, 256), (256, 700), (64, 64), (90, 64), (640, 480), (65, 66),
+              (128, 512), (333, 222), (257, 301)]
+    kinds = [{}, {"quality": 60}, {"progressive": True}, {"subsampling": 0}, {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0"}]
+    data = [synthetic.encoded(photo(*shape, seed), "JPEG", **({"quality": 95} | kinds[seed % len(kinds)]))
+            for seed, shape in enumerate(shapes)]
+    encoder = clip.load(ClipConfig())
+    ours = encoder.images(np.stack([encoder.prepared(one) for one in data]))
+    theirs = embedded_by_open_clip([Image.open(io.BytesIO(one)).convert("RGB") for one in data])
+    assert (ours * theirs).sum(1).min() > 1 - 1e-3
+    assert np.abs(np.linalg.norm(ours, axis=1) - 1).max() < 1e-4
+    # It is sharp: a crop that is not in the middle, or another kernel, is farther away.
+    moved = np.stack([np.roll(encoder.prepared(one), 2, axis=1) for one in data])
+    assert (encoder.images(moved) * theirs).sum(1).min() < 1 - 1e-3
+
+
+def test_captions_have_embeddings_of_the_same_rows(copied):
+    texts = EmbedCaptions(copied, EmbedConfig(batch_size=16))
+    manifest = run_stage(texts)
+    captions = [row["caption"] for record in copied.manifest("shards")["items"] for row in metadata(copied, record)]
+    rows = np.concatenate([np.load(copied.fetch("text_embeddings", file_of(record, ".npy")))
+                           for record in manifest["items"]])
+    assert manifest["totals"]["samples"] == 72 and rows.dtype == np.float16
+    expected = clip.load(ClipConfig()).texts(captions)
+    assert (rows.astype(np.float32) * expected).sum(1).min() > 1 - 1e-3
+    assert list(verify.folder(copied.root, copied.path("text_embeddings"))) == []
+
+
+def test_the_manifest_tells_seconds_and_memory(built):
+    for record in built.manifest("embeddings")["items"]:
+        assert record["run"]["times"].keys() >= {"read", "decode", "forward", "wait", "write"}
+        assert record["run"]["times"]["forward"] > 0 and record["run"]["peak_mb"] > 100
+
+
+def test_rows_are_of_unit_length_and_half_precision(built):
+    embeddings = Embeddings(built)
+    assert all(shard.dtype == np.float16 for shard in embeddings.shards)
+    assert np.abs(np.linalg.norm(embeddings.all().astype(np.float32), axis=1) - 1).max() < 1e-3
+    assert [len(shard) for shard in embeddings.shards] == [30, 30, 12] and embeddings.dim == 256
+
+
+def test_rows_by_id_are_rows_by_shard(built):
+    embeddings, ids = Embeddings(built), np.array([[71, 0, 29], [30, -1, 59]])
+    rows, every = embeddings.rows(ids), embeddings.all()
+    assert rows.shape == (2, 3, 256) and not rows[1, 1].any()
+    np.testing.assert_array_equal(rows[ids >= 0], every[ids[ids >= 0]])
+
+
+def test_texts_are_those_of_open_clip():
+    encoder = clip.load(ClipConfig(precision="fp32"))
+    model = encoder.model
+    texts = ["a red heart", "blue square"]
+    with torch.no_grad():
+        expected = model.encode_text(open_clip.get_tokenizer("tiny-clip-64")(texts))
+    expected = (expected / expected.norm(dim=-1, keepdim=True)).numpy()
+    np.testing.assert_allclose(encoder.texts(texts), expected, atol=1e-4)
+    assert (clip.load(ClipConfig(precision="bf16")).texts(texts) * expected).sum(1).min() > 1 - 1e-3
+
+
+def test_the_description_is_of_what_was_loaded():
+    description, encoder = describe_encoder(ClipConfig()), clip.load(ClipConfig())
+    loaded = encoder.model.visual.preprocess_cfg
+    assert description["dim"] == encoder.dim == 256
+    said = description["preprocessing"]
+    assert list(loaded["mean"]) == list(said["mean"]) and list(loaded["std"]) == list(said["std"])
+    assert loaded["interpolation"] == said["interpolation"] and loaded["resize_mode"] == said["resize"]
+    assert json.loads(json.dumps(description)) == description
+
+
+@pytest.mark.parametrize("model", ["ViT-B-16-SigLIP-256", "ViT-L-14", "ViT-B-32"])
+def test_the_description_has_the_preprocessing_of_the_tag(model, tmp_path, monkeypatch):
+    """Told from names alone: these weights are too large to fetch."""
+    tag = open_clip.list_pretrained_tags_by_model(model)[0]
+    (tmp_path / "w").write_bytes(b"weights")
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda *_, **__: str(tmp_path / "w"))
+    said = describe_encoder(ClipConfig(model, tag))["preprocessing"]
+    wanted = open_clip.factory.PreprocessCfg(**{key: value for key, value in open_clip.get_pretrained_cfg(
+        model, tag).items() if key in open_clip.factory.PreprocessCfg.__dataclass_fields__})
+    assert (list(said["mean"]), list(said["std"])) == (list(wanted.mean), list(wanted.std))
+    assert (said["interpolation"], said["resize"]) == (wanted.interpolation, wanted.resize_mode)
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_the_size_of_batches_changes_next_to_nothing(built, copied, size):
+    shutil.rmtree(copied.folder("embeddings"))
+    run_stage(Embed(copied, EmbedConfig(batch_size=size)))
+    one, other = Embeddings(built).all().astype(np.float32), Embeddings(copied).all().astype(np.float32)
+    assert (one * other).sum(1).min() > 1 - 1e-3
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_two_runs_give_the_same_bytes_whatever_the_threads(threads, built, copied, monkeypatch):
+    before = torch.get_num_threads()
+    shutil.rmtree(copied.folder("embeddings"))
+    monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+    torch.set_num_threads(1)
+    try:
+        run_stage(Embed(copied, EmbedConfig(batch_size=16)))
+    finally:
+        torch.set_num_threads(before)
+    assert without_run_facts(copied.manifest("embeddings")) == without_run_facts(built.manifest("embeddings"))
+
+
+def test_a_small_shard_keeps_two_threads_busy(copied, monkeypatch):
+    """Each forward pass waits for another one beside it: with less than two at once this would never end."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    shutil.rmtree(copied.folder("embeddings"))
+    encoder, together, sizes = clip.load(ClipConfig()), threading.Barrier(2, timeout=60), []
+    encode = encoder.encode
+
+    def meeting(batch):
+        together.wait()
+        sizes.append(len(batch))
+        return encode(batch)
+    monkeypatch.setattr(encoder, "encode", meeting)
+    one = Embed(copied, EmbedConfig())
+    for item in prepare(one)[:2]:
+        process_and_commit(one, item)
+    assert sizes == [15] * 4
+
+
+@pytest.mark.parametrize("size", [1, 16, 500])
+def test_forward_passes_are_even_and_of_a_size_that_pays(size):
+    for count in range(1, 200):
+        part = part_of(count, size)
+        sizes = [min(part, count - first) for first in range(0, count, part)]
+        assert sum(sizes) == count and max(sizes) <= min(size, 32)
+        assert len(sizes) > 1 or count < 16 or size == 1
+    assert part_of(0, size) == 1 and part_of(64, 128) == 32 and part_of(65, 128) == 22
+
+
+def test_another_encoder_on_the_same_folder_is_refused_and_named(copied, weights):
+    with pytest.raises(ValueError, match=r'section\.encoder\.pretrained: there "bundled", now "file"'):
+        run_stage(Embed(copied, EmbedConfig(pretrained=str(weights))))
+    with pytest.raises(ValueError, match=r'section\.precision: there "auto", now "bf16"'):
+        run_stage(Embed(copied, EmbedConfig(batch_size=16, precision="bf16")))
+
+
+def test_weights_in_a_file_give_the_same_vectors(built, copied, weights):
+    shutil.rmtree(copied.folder("embeddings"))
+    run_stage(Embed(copied, EmbedConfig(pretrained=str(weights), batch_size=16)))
+    np.testing.assert_array_equal(Embeddings(built).all(), Embeddings(copied).all())
+    # The same weights, but told apart all the same: the names are what the user chose.
+    with pytest.raises(ValueError, match="pretrained"):
+        same_encoder(built, copied)
+
+
+def changed(weights, folder):
+    """Other weights under the same name in another folder."""
+    from safetensors.torch import load_file, save_file
+    tensors = load_file(weights)
+    name = next(name for name in tensors if name.endswith("proj"))
+    tensors[name] = tensors[name] + 0.1
+    save_file(tensors, folder / "w.safetensors")
+    return folder / "w.safetensors"
+
+
+def test_weights_swapped_under_the_same_name_are_refused(copied, weights, tmp_path):
+    shutil.rmtree(copied.folder("embeddings"))
+    own = shutil.copy(weights, tmp_path / "w.safetensors")
+    config = EmbedConfig(pretrained=str(own))
+    run_stage(Embed(copied, config))
+    changed(weights, tmp_path)
+    describe_encoder.cache_clear()
+    with pytest.raises(ValueError, match=r"section\.encoder\.weights_sha256"):
+        run_stage(Embed(copied, config))
+
+
+def test_a_worker_with_other_weights_than_the_plan_is_refused(copied, weights, tmp_path):
+    """The file has the same name on every machine, but not the same bytes."""
+    shutil.rmtree(copied.folder("embeddings"))
+    own = shutil.copy(weights, tmp_path / "w.safetensors")
+    one = Embed(copied, EmbedConfig(pretrained=str(own)))
+    items = prepare(one)
+    changed(weights, tmp_path)
+    describe_encoder.cache_clear()
+    with pytest.raises(ValueError, match="not those of the plan"):
+        process_and_commit(one, items[0])
+    assert storage.list_files(storage.join(one.folder, "records")) == []
+
+
+def test_what_open_clip_does_not_know_is_refused(copied, tmp_path):
+    (tmp_path / "wrong.safetensors").write_bytes(b"no weights")
+    for config, message in [
+        (EmbedConfig(model="no-such-model", pretrained=__file__), "open_clip knows no model"),
+        (EmbedConfig(pretrained="no-such-tag"), "open_clip has no weights 'no-such-tag'"),
+        (EmbedConfig(model="ViT-B-32"), "only tiny-clip-64 is bundled"),
+    ]:
+        with pytest.raises(ValueError, match=message) as caught:
+            Embed(copied, config).section()
+        assert "hint:" in str(caught.value)
+    with pytest.raises(ValueError, match="cannot load"):
+        clip.load(ClipConfig(pretrained=str(tmp_path / "wrong.safetensors")))
+    with pytest.raises(ValueError, match="batch_size"):
+        Embed(copied, EmbedConfig(batch_size=0))
+
+
+def test_a_tar_cut_between_two_members_is_refused(copied):
+    """Such a tar reads without an error; only its manifest tells what is missing."""
+    shutil.rmtree(copied.folder("embeddings"))
+    manifest_path = storage.join(copied.folder("shards"), "manifest.json")
+    manifest = storage.read_json(manifest_path)
+    entry = file_of(manifest["items"][1], ".tar")
+    path = storage.local_path(storage.join(copied.folder("shards"), entry["name"]))
+    with tarfile.open(path) as tar:
+        cut = tar.getmembers()[-3].offset
+    path.write_bytes(path.read_bytes()[:cut])
+    assert len(list(tars.read(path))) == 29
+    with pytest.raises(StageFailed, match="is not the file its manifest describes"):
+        run_stage(Embed(copied, EmbedConfig()))
+    # Even where the manifest was written anew for the shorter file.
+    entry |= storage.describe_file(entry["name"], path)
+    storage.put_json(manifest, manifest_path)
+    shutil.rmtree(copied.folder("embeddings"))
+    with pytest.raises(StageFailed, match="does not have the 30 samples"):
+        run_stage(Embed(copied, EmbedConfig()))
+
+
+def test_a_picture_that_does_not_decode_is_a_row_of_zeros(copied, built):
+    shutil.rmtree(copied.folder("embeddings"))
+    folder = copied.folder("shards")
+    manifest = storage.read_json(storage.join(folder, "manifest.json"))
+    entry = file_of(manifest["items"][1], ".tar")
+    path = storage.local_path(storage.join(folder, entry["name"]))
+    samples = list(tars.read(path))
+    for row in (0, 16, 29):
+        samples[row]["png"] = b"spoiled"
+    tars.write(path, [{key: value for key, value in sample.items() if key != "__url__"} for sample in samples])
+    entry |= storage.describe_file(entry["name"], path)
+    storage.put_json(manifest, storage.join(folder, "manifest.json"))
+    sealed = run_stage(Embed(copied, EmbedConfig(batch_size=8)))
+    assert sealed["totals"]["noted"] == {"undecodable": 3} and sealed["totals"]["samples"] == 72
+    rows, expected = Embeddings(copied).all(), Embeddings(built).all()
+    assert np.flatnonzero(~rows.any(1)).tolist() == [30, 46, 59]
+    rest = rows.any(1)
+    assert (rows[rest].astype(np.float32) * expected[rest]).sum(1).min() > 1 - 1e-3
+
+
+def test_a_shard_without_samples_has_embeddings_without_rows(tmp_path):
+    source = synthetic.drawings(tmp_path / "source", subjects=1, size=16)
+    for number in range(4):
+        (source / f"a{number}.png").write_bytes(b"no picture")
+    dataset = Dataset.parse(str(tmp_path), "x")
+    run_stage(Shard(dataset, ShardConfig(source=str(source), samples_per_shard=4, image_size=16)))
+    run_stage(Embed(dataset, EmbedConfig()))
+    assert [shard.shape for shard in Embeddings(dataset).shards] == [(0, 256), (4, 256), (2, 256)]
+
+
+def test_unsealed_shards_are_refused_with_the_command(tmp_path):
+    dataset = Dataset.parse(str(tmp_path), "x@v2")
+    with pytest.raises(ValueError, match=r"not sealed.*\nhint: python -m jobs shard x@v2 --source FOLDER --root"):
+        run_stage(Embed(dataset, EmbedConfig()))
+
+
+@pytest.fixture
+def whole(monkeypatch):
+    """The encoder takes whole batches, as on a GPU; what it was given, batch by batch."""
+    given, launch = [], clip.Encoder.launch
+    monkeypatch.setattr(clip.Encoder, "whole", True)
+
+    def counted(self, batch, size=0):
+        given.append((len(batch), size))
+        return launch(self, batch, size)
+
+    monkeypatch.setattr(clip.Encoder, "launch", counted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # two would wait for each other where something else runs
+    yield given
+    torch.set_num_threads(before)
+
+
+def files_of(dataset: Dataset) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in storage.local_path(dataset.folder("embeddings")).glob("*.npy")}
+
+
+@pytest.mark.parametrize("size", [25, 80])
+def test_batches_go_on_from_shard_to_shard_and_files_do_not(size, copied, built, whole):
+    """72 pictures in shards of 30, 30 and 12: all batches are full but the last, whoever is beside whom."""
+    shutil.rmtree(copied.folder("embeddings"))
+    sealed = run_stage(Embed(copied, EmbedConfig(batch_size=size)))
+    assert [count for count, _ in whole] == [size] * (72 // size) + [72 % size] * (72 % size > 0)
+    assert {padded for _, padded in whole} == {size}
+    assert [(item["id"], item["samples"]) for item in sealed["items"]] == [
+        ("000000", 30), ("000001", 30), ("000002", 12)]
+    one, other = Embeddings(built).all().astype(np.float32), Embeddings(copied).all().astype(np.float32)
+    assert (one * other).sum(1).min() > 1 - 1e-3
+    together = files_of(copied)
+    shutil.rmtree(copied.folder("embeddings"))
+    alone = Embed(copied, EmbedConfig(batch_size=size))
+    for item in prepare(alone):
+        process_and_commit(alone, item)
+    assert files_of(copied) == together
+
+
+def test_a_shard_that_fails_among_others_fails_alone(copied, whole):
+    shutil.rmtree(copied.folder("embeddings"))
+    embedding = Embed(copied, EmbedConfig(batch_size=25))
+    undisturbed = without_run_facts(run_stage(embedding))
+    shutil.rmtree(copied.folder("embeddings"))
+    path = storage.local_path(storage.join(copied.folder("shards"), "000001.tar"))
+    whole_tar = path.read_bytes()
+    path.write_bytes(whole_tar[:-2000])
+    with pytest.raises(StageFailed, match=r"1 of 3 items failed, the first is 000001: .*not the file its manifest"):
+        run_stage(embedding)
+    assert storage.list_files(storage.join(embedding.folder, "records")) == ["000000.json", "000002.json"]
+    path.write_bytes(whole_tar)
+    whole.clear()
+    assert without_run_facts(run_stage(embedding)) == undisturbed
+    assert whole == [(25, 25), (5, 25)]  # what had a record was not made again
+
+
+def test_pictures_that_do_not_decode_take_no_place_in_a_batch(copied, whole):
+    shutil.rmtree(copied.folder("embeddings"))
+    folder = copied.folder("shards")
+    manifest = storage.read_json(storage.join(folder, "manifest.json"))
+    for record, rows in zip(manifest["items"], ([0, 29], range(30), [3]), strict=True):
+        entry = file_of(record, ".tar")
+        path = storage.local_path(storage.join(folder, entry["name"]))
+        samples = list(tars.read(path))
+        for row in rows:
+            samples[row]["png"] = b"spoiled"
+        tars.write(path, [{key: value for key, value in sample.items() if key != "__url__"} for sample in samples])
+        entry |= storage.describe_file(entry["name"], path)
+    storage.put_json(manifest, storage.join(folder, "manifest.json"))
+    sealed = run_stage(Embed(copied, EmbedConfig(batch_size=20)))
+    assert [count for count, _ in whole] == [20, 19] and sealed["totals"]["noted"] == {"undecodable": 33}
+    assert np.flatnonzero(~Embeddings(copied).all().any(1)).tolist() == [0, *range(29, 60), 63]
+
+
+@pytest.fixture
+def small_memory(monkeypatch):
+    """Limits how many images or texts the device of the encoder has memory for."""
+    encoder = clip.load(ClipConfig())
+    encode, texts = encoder.encode, clip.Encoder.texts
+
+    def limit(most: int) -> list[int]:
+        passes: list[int] = []
+
+        def limited(compute):
+            def run(*args):
+                passes.append(len(args[-1]))
+                if len(args[-1]) > most:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total "
+                                                 "capacity of 79.11 GiB of which 1.02 GiB is free.")
+                return compute(*args)
+            return run
+
+        monkeypatch.setattr(encoder, "fit", devices.Fit())
+        monkeypatch.setattr(encoder, "encode", limited(encode))
+        monkeypatch.setattr(clip.Encoder, "texts", limited(texts))
+        return passes
+
+    return limit
+
+
+@pytest.mark.parametrize("whole_batches", [True, False], ids=["gpu", "cpu"])
+def test_out_of_memory_halves_the_batch_and_says_so(whole_batches, copied, built, small_memory, monkeypatch, caplog):
+    monkeypatch.setattr(clip.Encoder, "whole", whole_batches)
+    shutil.rmtree(copied.folder("embeddings"))
+    passes = small_memory(9)
+    sealed = run_stage(Embed(copied, EmbedConfig(batch_size=40)))
+    # 40 images on a GPU, and 15 in each thread of a CPU, are halved until they fit.
+    first = 40 if whole_batches else 15
+    assert max(passes) == first and set(passes) - {first} and sealed["totals"]["samples"] == 72
+    one, other = Embeddings(built).all().astype(np.float32), Embeddings(copied).all().astype(np.float32)
+    assert (one * other).sum(1).min() > 1 - 1e-3
+    last = 5 if whole_batches else 7
+    assert passes[-1] <= last and sum(size > 9 for size in passes) < 8  # later batches are not tried whole
+    notes = [item["run"]["times"][devices.HALVED] for item in sealed["items"]]
+    assert len(notes) == 3 and notes[-1].startswith(f"batch from {first} to {last} after out of memory on ")
+    assert sealed["run"]["items_with_halved_batches"] == 3
+    lines = [record.getMessage() for record in caplog.records if "halved from" in record.getMessage()]
+    assert lines[0].startswith(f"batch halved from {first} to {first // 2} after out of memory on ")
+    plain = Embed(copied, EmbedConfig(batch_size=40))
+    assert sealed["fingerprint"] == fingerprint(plain)
+
+
+def test_one_image_that_does_not_fit_is_an_error_with_a_hint(copied, whole, small_memory):
+    shutil.rmtree(copied.folder("embeddings"))
+    small_memory(0)
+    with pytest.raises(StageFailed, match=r"OutOfDeviceMemory: a batch of 1 does not fit the memory of .*CUDA out of "
+                                          r"memory(.|\n)*\nhint: nvidia-smi"):
+        run_stage(Embed(copied, EmbedConfig(batch_size=4)))
+
+
+def test_captions_are_halved_too(copied, small_memory):
+    plain = run_stage(EmbedCaptions(copied, EmbedConfig()))
+    before = Embeddings(copied, "text_embeddings").all().astype(np.float32)
+    passes = small_memory(4)
+    sealed = run_stage(EmbedCaptions(copied, EmbedConfig()), overwrite=True)
+    after = Embeddings(copied, "text_embeddings").all().astype(np.float32)
+    assert (before * after).sum(1).min() > 1 - 1e-3 and max(passes) > 4
+    assert "items_with_halved_batches" not in plain["run"] and sealed["run"]["items_with_halved_batches"] > 0
+
+
+def test_an_encoder_that_fails_for_good_is_told_and_gone_on_with(copied, whole, monkeypatch):
+    """One error ends all that were taken together; each is tried alone then."""
+    shutil.rmtree(copied.folder("embeddings"))
+    encoder = clip.load(ClipConfig())
+    encode, passes = encoder.encode, []
+
+    def failing(batch):
+        passes.append(len(batch))
+        if len(passes) == 3:
+            raise RuntimeError("the encoder failed")
+        return encode(batch)
+
+    monkeypatch.setattr(encoder, "encode", failing)
+    run_stage(Embed(copied, EmbedConfig(batch_size=20)))
+    monkeypatch.setattr(encoder, "encode", encode)
+    before = files_of(copied)
+    shutil.rmtree(copied.folder("embeddings"))
+    run_stage(Embed(copied, EmbedConfig(batch_size=20)))
+    assert files_of(copied) == before and len(passes) > 5
+
+
+def test_batches_are_of_new_shards_where_others_stay(copied, whole):
+    folder, following = copied.folder("shards"), copied.following()
+    shutil.copytree(folder, following.folder("shards"))
+    manifest = storage.read_json(storage.join(following.folder("shards"), "manifest.json"))
+    for record in manifest["items"][:2]:  # the third stays as it is
+        entry = file_of(record, ".tar")
+        path = storage.local_path(storage.join(following.folder("shards"), entry["name"]))
+        samples = list(tars.read(path))
+        samples[5]["png"] = samples[6]["png"]
+        tars.write(path, [{key: value for key, value in sample.items() if key != "__url__"} for sample in samples])
+        entry |= storage.describe_file(entry["name"], path)
+    storage.put_json(manifest, storage.join(following.folder("shards"), "manifest.json"))
+    reusing = Reuse(following, EmbedConfig(batch_size=16), copied)
+    reusing.together = lambda gpu=None: 3
+    sealed = run_stage(reusing)
+    assert [record["info"] for record in sealed["items"]] == [{}, {}, {"reused": 12}]
+    assert [count for count, _ in whole] == [16, 16, 16, 12]  # of 60 samples
+    now, then = (np.concatenate([np.asarray(shard, np.float32) for shard in Embeddings(one).shards])
+                 for one in (following, copied))
+    assert np.flatnonzero((now * then).sum(1) < 0.99).tolist() == [5, 35]
+    np.testing.assert_array_equal(now[60:], then[60:])
+
+
+def least_memory(dataset: Dataset, config: EmbedConfig) -> str:
+    with pytest.raises(ValueError, match="a worker takes") as caught:
+        Embed(dataset, replace(config, max_memory="1Mi")).plan()
+    return str(caught.value).rpartition("--max-memory ")[2]
+
+
+def test_memory_bounds_what_is_under_way_and_changes_no_byte(copied, built, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    shutil.rmtree(copied.folder("embeddings"))
+    least = least_memory(copied, EmbedConfig(batch_size=16))
+    under_way, most, lock = [0], [0], threading.Lock()
+    encoder = clip.load(ClipConfig())
+    encode = encoder.encode
+
+    def counted(batch):
+        with lock:
+            under_way[0] += 1
+            most[0] = max(most[0], under_way[0])
+        try:
+            return encode(batch)
+        finally:
+            with lock:
+                under_way[0] -= 1
+
+    monkeypatch.setattr(encoder, "encode", counted)
+    run_stage(Embed(copied, EmbedConfig(batch_size=16, max_memory=least)))
+    assert most[0] == 1
+    assert without_run_facts(copied.manifest("embeddings")) == without_run_facts(built.manifest("embeddings"))
+    less = f"{int(least[:-2]) - 1}Mi"
+    with pytest.raises(ValueError, match=rf"(?s)embed\.max_memory = {less}: .*hint: --max-memory {least}$"):
+        Embed(copied, EmbedConfig(batch_size=16, max_memory=less)).plan()
+
+
+@pytest.mark.parametrize("whole_batches", [False, True])
+def test_more_memory_is_more_under_way_and_never_more_than_there_is(whole_batches):
+    shards, before = [(10_000, 10_000 * 30_000)], None
+    for megabytes in range(100, 6000, 37):
+        try:
+            room = plan_room(megabytes << 20, ClipConfig(), shards, 256, whole=whole_batches, lent=6, threads=8)
+        except ValueError:
+            assert before is None
+            continue
+        assert 1 <= room.threads <= 8 and 2 <= room.ahead <= (4 if whole_batches else 2) * 8 + 6
+        if before:
+            assert room.threads >= before.threads and (room.ahead >= before.ahead or room.threads > before.threads)
+        before = room
+    assert before == Room(8, 38 if whole_batches else 22)

@@ -1,0 +1,189 @@
+import numpy as np
+import pytest
+
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.embeddings import Embeddings
+from pipeline.hardware import devices
+from pipeline.neighbors import exhaustive, rank
+from pipeline.neighbors.by_list import by_list
+from pipeline.neighbors.rank import Copies, Found, Queries
+from tests.pipeline import synthetic
+
+MEMORY = 64 << 20
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory) -> tuple[Embeddings, np.ndarray]:
+    """Seven shards of unequal lengths, with rows of zeros, and all vectors (3000, 24) float32."""
+    vectors = synthetic.clustered(3000, 24)
+    vectors[500:540] = 0
+    dataset: Dataset = synthetic.given(tmp_path_factory.mktemp("root"), "x",
+                                  np.split(vectors, [1, 33, 33, 700, 2000, 2999]))
+    return Embeddings(dataset), vectors
+
+
+def asked(vectors: np.ndarray) -> Queries:
+    numbers = np.arange(len(vectors), dtype=np.uint64)[:, None] + np.uint64(1 << 40)
+    return Queries(vectors, np.full(len(vectors), -1), numbers)
+
+
+def nobody(count: int) -> Copies:
+    return Copies(np.arange(count, dtype=np.uint64)[:, None], 2.0)
+
+
+def exact(queries: np.ndarray, vectors: np.ndarray, k: int) -> np.ndarray:
+    scores = np.where(vectors.any(1), queries @ vectors.T, -np.inf)
+    return -np.sort(-scores, axis=1)[:, :k]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("rows", [32, 96, 100_000])
+def test_exhaustive_search_misses_no_row_by_more_than_it_says(database, monkeypatch, dtype, rows):
+    import torch
+    embeddings, vectors = database
+    monkeypatch.setattr(exhaustive, "search_device", lambda: (torch.device("cpu"), getattr(torch, dtype)))
+    monkeypatch.setattr(exhaustive, "Blocks", lambda *_: type("Of", (), {"rows": rows, "queries": 17}))
+    queries = synthetic.clustered(70, 24, seed=3)
+    found = exhaustive.exhaustive(queries, embeddings, 12, MEMORY)
+    products = queries @ vectors.T
+    assert (np.diff(found.scores) <= 0).all() and all(len(set(row)) == 12 for row in found.ids.tolist())
+    assert vectors[found.ids].any(-1).all()
+    taken = np.take_along_axis(products, found.ids, 1)
+    assert abs(taken - found.scores).max() < found.off
+    left = products.copy()
+    np.put_along_axis(left, found.ids, -np.inf, 1)
+    assert (left.max(1) <= found.beyond).all()
+    np.testing.assert_allclose(rank.rank_candidates(found, asked(queries), embeddings, nobody(3000), 3)[1][:, 0],
+                               exact(queries, vectors, 1)[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("pairs", [70 * 64, 32 * 20])
+def test_a_search_that_does_not_fit_the_device_is_done_in_smaller_blocks(pairs, database, monkeypatch):
+    import torch
+    embeddings, _ = database
+    monkeypatch.setattr(exhaustive, "search_device", lambda: (torch.device("cpu"), torch.float32))
+    queries = synthetic.clustered(70, 24, seed=3)
+    whole = exhaustive.exhaustive(queries, embeddings, 12, MEMORY)
+    assert exhaustive.halved() == {}
+    product = torch.mm
+
+    def limited(one, other):
+        if one.shape[0] * other.shape[1] > pairs:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return product(one, other)
+
+    monkeypatch.setattr(torch, "mm", limited)
+    monkeypatch.setattr(exhaustive, "blocks_fit", devices.Fit("block (in bytes)"))
+    monkeypatch.setattr(exhaustive, "queries_fit", devices.Fit("number of queries"))
+    found = exhaustive.exhaustive(queries, embeddings, 12, MEMORY)
+    np.testing.assert_allclose(found.scores, whole.scores, atol=1e-5)
+    for one, other in zip(*(rank.rank_candidates(some, asked(queries), embeddings, nobody(3000), 5)
+                            for some in (whole, found)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert "block (in bytes) from " in exhaustive.halved()[devices.HALVED]
+    assert ("number of queries from 70 to 17" in exhaustive.halved()[devices.HALVED]) == (pairs < 32 * 70)
+    monkeypatch.setattr(torch, "mm", lambda *_: limited(torch.empty(1 << 12, 1), torch.empty(1, 1 << 12)))
+    with pytest.raises(devices.OutOfDeviceMemory, match=r"number of queries of 1 does not fit(.|\n)*hint: "):
+        exhaustive.exhaustive(queries, embeddings, 12, MEMORY)
+
+
+def test_of_a_small_database_every_row_is_found(tmp_path):
+    vectors = synthetic.clustered(5, 24)
+    embeddings = Embeddings(synthetic.given(tmp_path, "x", [vectors]))
+    found = exhaustive.exhaustive(vectors, embeddings, 9, MEMORY)
+    assert (np.sort(found.ids, 1) == [-1] * 4 + [0, 1, 2, 3, 4]).all() and np.isneginf(found.beyond).all()
+
+
+def test_lists_are_read_twice_and_give_the_best_of_what_is_in_them(database):
+    _, vectors = database
+    queries = synthetic.clustered(40, 24, seed=4)
+    rng = np.random.default_rng(0)
+    owner = rng.integers(11, size=len(vectors))
+    owner[owner == 7] = 8  # one list is empty
+    probes = np.stack([rng.permutation(11)[:3] for _ in queries])
+    probes[0, 2] = -1
+    read = []
+
+    def lists(wanted):
+        for number in wanted:
+            read.append(int(number))
+            rows = np.flatnonzero(owner == number)
+            yield int(number), rows, vectors[rows]
+
+    found = by_list(queries, probes, lists, 6)
+    nearest, others = (set(some[some >= 0].tolist()) for some in (probes[:, :2], probes[:, 2:]))
+    assert read == sorted(nearest) + sorted(others)
+    for query, its, ids, scores in zip(queries, probes, found.ids, found.scores, strict=True):
+        there = np.flatnonzero(np.isin(owner, its))
+        best = there[np.argsort(-(vectors[there] @ query), kind="stable")][:6]
+        np.testing.assert_allclose(scores, vectors[best] @ query, atol=1e-5)
+        np.testing.assert_allclose(vectors[ids] @ query, scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("off", [1e-5, 0.05, np.inf])
+def test_ranking_leaves_out_copies_and_is_exact_however_rough_the_products_were(database, off):
+    embeddings, vectors = database
+    queries = synthetic.clustered(30, 24, seed=5)
+    products = np.where(vectors.any(1), queries @ vectors.T, -np.inf)
+    order = np.argsort(-products, axis=1)[:, :400]
+    scores = np.take_along_axis(products, order, 1)
+    noise = np.random.default_rng(1).uniform(-0.9, 0.9, scores.shape) * (0 if np.isinf(off) else off)
+    rough = (scores + noise).astype(np.float32)
+    again = np.argsort(-rough, axis=1)
+    found = Found(np.take_along_axis(order, again, 1), np.take_along_axis(rough, again, 1), off)
+    copies = nobody(3000)
+    copies.similarity = 0.9
+    its = asked(queries)
+    its.own[3] = order[3, 0]
+    its.labels[4] = copies.labels[order[4, 1]]
+    ids, got = rank.rank_candidates(found, its, embeddings, copies, 10)
+    allowed = products.copy()
+    allowed[allowed >= 0.9] = -np.inf
+    allowed[3, order[3, 0]] = allowed[4, order[4, 1]] = -np.inf
+    np.testing.assert_allclose(got, -np.sort(-allowed, axis=1)[:, :10], atol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(products, ids, 1), got, atol=1e-5)
+    masked_ids, masked = rank.masked(its, embeddings, copies, 10, MEMORY)
+    np.testing.assert_array_equal(masked_ids, ids)
+    np.testing.assert_array_equal(masked, got)
+
+
+def test_perceptual_hashes_count_as_copies_up_to_so_many_bits():
+    hashes = np.array([0, 0b1, 0b111, 1 << 63 | 0b11, (1 << 64) - 1], np.uint64)
+    queries = Queries(np.ones((1, 2), np.float32), np.array([-1]), np.array([[9]], np.uint64), np.zeros(1, np.uint64))
+    copies = Copies(np.arange(5, dtype=np.uint64)[:, None], 2.0, hashes, 3)
+    assert copies.among(np.arange(5), queries, np.zeros(5, int)).tolist() == [True, True, True, True, False]
+    copies.bits = 0
+    assert copies.among(np.arange(5), queries, np.zeros(5, int)).tolist() == [True] + [False] * 4
+
+
+def test_a_product_does_not_depend_on_what_is_searched_beside_it(database):
+    embeddings, _ = database
+    queries = synthetic.clustered(64, 24, seed=6)
+    ids, which = np.arange(0, 2500, 5), np.arange(500) % 64
+    together = rank.products(embeddings, ids, queries, which)
+    alone = [rank.products(embeddings, ids[place:place + 1], queries, which[place:place + 1])[0]
+             for place in range(0, 500, 7)]
+    np.testing.assert_array_equal(together[::7], alone)
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_what_the_cpu_finds(database):
+    embeddings, vectors = database
+    queries = synthetic.clustered(70, 24, seed=3)
+    assert exhaustive.search_device()[0].type == "cuda"
+    found = exhaustive.exhaustive(queries, embeddings, 40, MEMORY)
+    np.testing.assert_allclose(rank.rank_candidates(found, asked(queries), embeddings, nobody(3000), 9)[1],
+                               exact(queries, vectors, 9), atol=1e-5)
+
+
+def test_rows_at_the_border_of_what_is_a_copy_do_not_crowd_out_others(tmp_path):
+    """Thirty equal rows whose exact score is what makes a copy, and some that are farther."""
+    vectors = synthetic.clustered(80, 24, clusters=1)
+    vectors[10:40] = vectors[10]
+    embeddings = Embeddings(synthetic.given(tmp_path, "x", [vectors]))
+    queries = asked(vectors[:1])
+    copies = nobody(80)
+    exactly = rank.products(embeddings, np.arange(80), queries.vectors, np.zeros(80, int))
+    copies.similarity = float(exactly[10])
+    _, got = rank.masked(queries, embeddings, copies, 5, MEMORY)
+    np.testing.assert_array_equal(got[0], -np.sort(-exactly[exactly < exactly[10]])[:5])

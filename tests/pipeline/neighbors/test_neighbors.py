@@ -1,0 +1,414 @@
+import io
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import storage
+from pipeline.batches.batches import Batches
+from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.datasets.embeddings import Embeddings
+from pipeline.datasets.metadata import labels
+from pipeline.indices.config import IndexConfig
+from pipeline.indices.index import Index
+from pipeline.indices.searcher import Lists
+from pipeline.neighbors import neighbors
+from pipeline.neighbors.by_list import bytes_of_a_query
+from pipeline.neighbors.config import NeighborsConfig
+from pipeline.neighbors.files import load_neighbors
+from pipeline.neighbors.neighbors import Neighbors
+from pipeline.stages.driver import run_stage
+from pipeline.stages.manifest import without_run_facts
+from pipeline.stages.plan import prepare
+from pipeline.stages.types import StageFailed
+from pipeline.stages.worker import process_and_commit
+from pipeline.versions import verify
+from tests.pipeline import synthetic
+
+
+def found(dataset: Dataset, database: Dataset, **options) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Ids (N, k), scores (N, k) and the manifest of the neighbours of a dataset."""
+    manifest = run_stage(Neighbors(dataset, database, NeighborsConfig(**options)))
+    scores = [np.load(dataset.fetch(f"neighbors/{database.label}", entry)) for record in manifest["items"]
+              for entry in record["files"] if entry["name"].endswith("scores.npy")]
+    return np.concatenate(load_neighbors(dataset, database)), np.concatenate(scores), manifest
+
+
+def brute_force(queries: np.ndarray, stored: np.ndarray, k: int, excluded: np.ndarray) -> np.ndarray:
+    """Scores (N, k) of the k best rows that are not `excluded` (N, M), -inf for none."""
+    scores = np.where(excluded, -np.inf, queries @ stored.T)
+    scores = np.pad(scores, ((0, 0), (0, k)), constant_values=-np.inf)
+    return -np.sort(-scores, axis=1)[:, :k]
+
+
+def indexed(database: Dataset, **options) -> Dataset:
+    run_stage(Index(database, IndexConfig(**options)))
+    return database
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory):
+    """Four shards of different lengths, with twelve rows of zeros."""
+    vectors = synthetic.clustered(900, 16)
+    vectors[100:112] = 0
+    return indexed(synthetic.given(tmp_path_factory.mktemp("root"), "database",
+                              [vectors[:300], vectors[300:310], vectors[310:700], vectors[700:]]), key="Flat")
+
+
+@pytest.fixture(scope="module")
+def dataset(database):
+    """Two shards of other vectors in the same root."""
+    vectors = synthetic.clustered(150, 16, seed=1)
+    return synthetic.given(database.root, "dataset", [vectors[:40], vectors[40:]])
+
+
+@pytest.mark.parametrize("method", ["exact", "index"])
+@pytest.mark.parametrize("itself", [True, False])
+def test_neighbours_are_those_of_brute_force(database, dataset, itself, method, tmp_path):
+    own = database if itself else dataset
+    target = Dataset(str(tmp_path / "root"), own.name)
+    shutil.copytree(database.root, target.root, ignore=shutil.ignore_patterns("neighbors"))
+    base = Dataset(target.root, database.name)
+    ids, scores, manifest = found(target, base, k=7, method=method, copy_similarity=2.0)
+    stored = Embeddings(base).all().astype(np.float32)
+    queries = Embeddings(target).all().astype(np.float32)
+    excluded = np.broadcast_to(~stored.any(1), (len(queries), len(stored)))
+    if itself:
+        excluded = excluded | np.eye(len(stored), dtype=bool)
+    expected = brute_force(queries, stored, 7, excluded)
+    expected[~queries.any(1)] = -np.inf
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    real = ids >= 0
+    np.testing.assert_allclose((stored[ids] * queries[:, None]).sum(-1)[real], scores[real], atol=1e-5)
+    assert np.isneginf(scores[~real]).all() and (~queries[~real.all(1)].any(1)).all()
+    assert manifest["info"]["missing"] == (~real).sum() == (12 * 7 if itself else 0)
+    assert ids.dtype == np.int64 and scores.dtype == np.float32
+    assert not np.isin(ids, np.arange(100, 112)).any()
+    if itself:
+        assert (ids != np.arange(len(ids))[:, None]).all()
+    assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in ids)
+
+
+def test_exact_and_flat_index_agree_and_two_runs_are_the_same(tmp_path):
+    results, manifests = [], []
+    for name, method in (("one", "exact"), ("two", "index"), ("three", "index"), ("four", "exact")):
+        one = indexed(synthetic.given(tmp_path / name, "x", [synthetic.clustered(200, 16),
+                                                             synthetic.clustered(90, 16, seed=2)]),
+                      key="Flat")
+        ids, scores, manifest = found(one, one, k=5, method=method)
+        results.append((ids, scores))
+        manifests.append(without_run_facts(manifest))
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    np.testing.assert_allclose(results[0][1], results[1][1], atol=1e-6)
+    assert manifests[1] == manifests[2] and manifests[0] == manifests[3]
+
+
+@pytest.mark.parametrize("method", ["exact", "index"])
+def test_copies_are_left_out_and_others_move_up(tmp_path, method):
+    """Row 0 has 40 near copies, and 40 rows with the same picture in very different places."""
+    rng = np.random.default_rng(0)
+    vectors = synthetic.clustered(300, 16)
+    near = vectors[:1] + 0.01 * rng.normal(size=(40, 16))
+    vectors[1:41] = near / np.linalg.norm(near, axis=1, keepdims=True)
+    hashes = [storage.short_hash(str(row)).ljust(64, "0") for row in range(300)]
+    for row in range(200, 240):
+        hashes[row] = hashes[0]
+    database = indexed(synthetic.given(tmp_path, "x", [vectors[:150], vectors[150:]], hashes), key="Flat")
+    ids, scores, _ = found(database, database, k=10, method=method, candidates=11)
+    stored = Embeddings(database).all().astype(np.float32)
+    same = np.array(hashes)[:, None] == np.array(hashes)
+    excluded = same | (stored @ stored.T >= 0.98) | np.eye(300, dtype=bool)
+    np.testing.assert_allclose(scores, brute_force(stored, stored, 10, excluded), atol=1e-5)
+    assert (ids >= 0).all() and not np.isin(ids[0], [*range(41), *range(200, 240)]).any()
+    assert scores.max() < 0.98
+
+
+def test_copies_in_another_database_are_left_out_too(tmp_path):
+    vectors = synthetic.clustered(60, 16)
+    hashes = [storage.short_hash(str(row)).ljust(64, "0") for row in range(60)]
+    one = synthetic.given(tmp_path, "one", [vectors[:20]], hashes[:20])
+    other = synthetic.given(tmp_path, "other", [np.roll(vectors, 16 // 2, axis=1)], hashes)
+    ids, _, _ = found(one, other, k=59, method="exact", copy_similarity=2.0)
+    assert all(row not in ids[row] and set(ids[row]) == set(range(60)) - {row} for row in range(20))
+
+
+@pytest.mark.parametrize("method", ["exact", "index"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_database_smaller_than_k_is_padded(tmp_path, method, count):
+    database = indexed(synthetic.given(tmp_path, "x", [synthetic.clustered(count, 16, clusters=9)]))
+    ids, scores, manifest = found(database, database, k=5, method=method)
+    assert ids.shape == scores.shape == (count, 5)
+    assert (ids[:, :count - 1] >= 0).all() and (ids[:, count - 1:] == -1).all()
+    assert np.isneginf(scores[:, count - 1:]).all() and manifest["info"]["missing"] == count * (6 - count)
+
+
+def test_an_index_of_few_lists_does_not_leave_gaps(tmp_path):
+    """Looking into one list of three, an index cannot give as many candidates as there are rows."""
+    database = indexed(synthetic.given(tmp_path, "x", [synthetic.clustered(300, 16, clusters=40)]), key="IVF30,Flat",
+                       target_recall=0.0)
+    ids, _, manifest = found(database, database, k=100, copy_similarity=2.0)
+    assert (ids >= 0).all() and manifest["info"]["missing"] == 0
+
+
+def test_ids_from_a_compressed_index_have_exact_scores(tmp_path):
+    database = indexed(synthetic.given(tmp_path, "x", [synthetic.clustered(1500, 16)]), key="PQ8x4")
+    ids, scores, _ = found(database, database, k=5)
+    stored = Embeddings(database).all().astype(np.float32)
+    np.testing.assert_allclose(scores, (stored[ids] * stored[:, None]).sum(-1), atol=1e-5)
+    expected = brute_force(stored, stored, 5, np.eye(len(stored), dtype=bool) | (stored @ stored.T >= 0.98))
+    assert np.isclose(scores, expected, atol=1e-5).mean() > 0.7
+
+
+def test_different_encoders_are_refused_and_named(tmp_path):
+    one = synthetic.given(tmp_path, "one", [synthetic.clustered(9, 16)])
+    other = synthetic.given(tmp_path, "other", [synthetic.clustered(9, 16)],
+                            encoder=synthetic.ENCODER | {"weights_sha256": "11"})
+    with pytest.raises(ValueError, match=r'they differ in weights_sha256 \("00" / "11"\)\nhint'):
+        found(one, other, method="exact")
+
+
+def test_a_database_without_an_index_is_refused_with_the_command(tmp_path):
+    one = synthetic.given(tmp_path, "one", [synthetic.clustered(9, 16)])
+    with pytest.raises(ValueError, match=r"index is not sealed.*\nhint: python -m jobs index one --root"):
+        found(one, one)
+
+
+def test_empty_shards_are_empty_lists(tmp_path):
+    vectors = synthetic.clustered(20, 16)
+    one = indexed(synthetic.given(tmp_path, "x", [vectors[:0], vectors[:12], vectors[:0], vectors[12:]]))
+    for method in ("index", "exact"):
+        if method == "exact":
+            one = synthetic.given(tmp_path / "exact", "x", [vectors[:0], vectors[:12], vectors[:0], vectors[12:]])
+        found(one, one, k=3, method=method)
+        assert [part.shape for part in load_neighbors(one, one)] == [(0, 3), (12, 3), (0, 3), (8, 3)]
+
+
+def test_a_rebuilt_index_is_opened_anew(tmp_path):
+    vectors = synthetic.clustered(400, 16)
+    database = indexed(synthetic.given(tmp_path, "x", [vectors]), key="IVF30,Flat", target_recall=0.0)
+    poor = found(database, database, k=3, candidates=4)[0].copy()
+    run_stage(Index(database, IndexConfig(key="Flat")), overwrite=True)
+    manifest = run_stage(Neighbors(database, database, NeighborsConfig(k=3, candidates=4)), overwrite=True)
+    again = load_neighbors(database, database)[0]
+    assert manifest["inputs"]["index"]["digest"] == database.manifest("index")["content"]
+    stored = Embeddings(database).all().astype(np.float32)
+    expected = brute_force(stored, stored, 3, np.eye(400, dtype=bool) | (stored @ stored.T >= 0.98))
+    assert np.isclose((stored[again] * stored[:, None]).sum(-1), expected, atol=1e-5).mean() > 0.95
+    assert (poor != again).any()
+
+
+def test_other_settings_are_refused(database, dataset):
+    found(dataset, database, k=4)
+    with pytest.raises(ValueError, match=r"section\.k: there 4, now 5"):
+        found(dataset, database, k=5)
+    with pytest.raises(ValueError, match="at least 1"):
+        NeighborsConfig(k=0)
+
+
+def column(dataset: Dataset, name: str, values: list) -> None:
+    """Put another column into the metadata of a dataset made of given vectors, and seal it so."""
+    start, tables = 0, {}
+    for record in dataset.manifest("shards")["items"]:
+        table = pq.read_table(dataset.fetch("shards", file_of(record, ".parquet")))
+        buffer = io.BytesIO()
+        kind = pa.uint64() if isinstance(values[0], int) else pa.string()
+        pq.write_table(table.append_column(name, pa.array(values[start:start + len(table)], kind)), buffer)
+        tables[record["id"]] = record["samples"], {f"{record['id']}.parquet": buffer.getvalue()}
+        start += len(table)
+    run_stage(synthetic.Given(dataset, "shards", "shard", tables), overwrite=True)
+
+
+def test_patches_of_the_same_picture_are_left_out(tmp_path):
+    """Every third row is of the same picture, and those are the nearest."""
+    vectors = synthetic.clustered(90, 16)
+    pictures = [storage.short_hash(str(row // 3)).ljust(64, "0") for row in range(90)]
+    for row in range(90):
+        vectors[row] = vectors[row // 3 * 3] + 0.02 * synthetic.clustered(1, 16, seed=row)[0]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    database = synthetic.given(tmp_path, "x", [vectors[:40], vectors[40:]])
+    column(database, "original_sha256", pictures)
+    ids, scores, _ = found(database, database, k=6, method="exact", copy_similarity=2.0)
+    stored = Embeddings(database).all().astype(np.float32)
+    same = np.array(pictures)[:, None] == np.array(pictures)
+    np.testing.assert_allclose(scores, brute_force(stored, stored, 6, same), atol=1e-5)
+    assert (ids // 3 != np.arange(90)[:, None] // 3).all() and scores.max() < 2
+
+
+def test_pictures_that_look_alike_are_left_out_when_asked(tmp_path):
+    vectors = synthetic.clustered(60, 16)
+    database = synthetic.given(tmp_path, "x", [vectors[:20], vectors[20:]])
+    with pytest.raises(ValueError, match=r"no perceptual hashes\nhint: shard it with --duplicates near"):
+        found(database, database, k=3, method="exact", copy_bits=2)
+    hashes = [int(value) for value in np.random.default_rng(0).integers(1 << 62, size=60)]
+    for row in range(30, 60):
+        hashes[row] = hashes[row - 30] ^ (1 << row % 60 | 1)  # two bits apart
+    column(database, "phash", hashes)
+    ids, _, manifest = found(database, database, k=58, method="exact", copy_bits=2, copy_similarity=2.0)
+    for row in range(60):
+        assert set(ids[row]) == set(range(60)) - {row, (row + 30) % 60}
+    assert manifest["section"]["copy_bits"] == 2
+
+
+@pytest.mark.parametrize("method", ["index", "exact"])
+def test_more_copies_than_any_list_of_candidates_holds(tmp_path, method):
+    """Row 0 has two thousand copies by its picture: what is left is still found."""
+    vectors = synthetic.clustered(3000, 16, clusters=3)
+    hashes = [storage.short_hash("same" if row < 2001 else str(row)).ljust(64, "0") for row in range(3000)]
+    database = indexed(synthetic.given(tmp_path, "x", [vectors], hashes), key="IVF16,Flat", target_recall=0.0)
+    ids, scores, _ = found(database, database, k=5, method=method, copy_similarity=2.0)
+    stored = Embeddings(database).all().astype(np.float32)
+    expected = brute_force(stored[:20], stored, 5, np.broadcast_to(np.arange(3000) < 2001, (20, 3000)))
+    if method == "exact":
+        np.testing.assert_allclose(scores[:20], expected, atol=1e-5)
+    assert (ids[:2001] >= 2001).all()
+
+
+def test_vectors_are_written_when_asked_and_batches_read_them(copied):
+    plain = Batches(copied, copied, k=3, global_batch=8, seed=0).at(2)["neighbors"]
+    config = NeighborsConfig(k=4, vectors=True)
+    run_stage(Neighbors(copied, copied, config), overwrite=True)
+    vectors = load_neighbors(copied, copied, ".vectors.npy")
+    ids = np.concatenate(load_neighbors(copied, copied))
+    assert np.concatenate(vectors).dtype == np.float16
+    np.testing.assert_array_equal(np.concatenate(vectors), Embeddings(copied).rows(ids))
+    written = Batches(copied, copied, k=3, global_batch=8, seed=0)
+    assert written.vectors is None
+    np.testing.assert_array_equal(written.at(2)["neighbors"], plain)
+    assert list(verify.folder(copied.root, copied.path(f"neighbors/{copied.label}"))) == []
+
+
+def test_the_manifest_tells_how_often_rows_are_used_and_how_near_they_are(database, dataset, tmp_path):
+    shutil.copytree(database.root, tmp_path / "root", ignore=shutil.ignore_patterns("neighbors"))
+    dataset, database = (Dataset(str(tmp_path / "root"), one.name) for one in (dataset, database))
+    ids, scores, manifest = found(dataset, database, k=6)
+    info = manifest["info"]
+    usage = np.load(dataset.fetch("neighbors/database", file_of(manifest, "usage.npy")))
+    np.testing.assert_array_equal(usage, np.bincount(ids[ids >= 0], minlength=900))
+    assert info["never_used"] == (usage == 0).sum() >= 12 and info["most_used"] == usage.max()
+    assert info["rows"] == 900 and sum(info["scores"]) == (ids >= 0).sum()
+    bins = np.clip((scores[ids >= 0] + 1) * 50, 0, 99).astype(int)
+    assert abs(np.bincount(bins, minlength=100) - info["scores"]).sum() <= 4  # on the bounds
+    assert info["recall"] == 1.0
+
+
+def test_recall_is_measured_against_exact_search(tmp_path):
+    """One list of thirty finds some neighbours; all lists find all."""
+    database = indexed(synthetic.given(tmp_path, "x", np.split(synthetic.clustered(3000, 16, clusters=400), 6)),
+                       key="IVF64,Flat", target_recall=0.0)
+    ids, _, manifest = found(database, database, k=10, checked=300)
+    stored = Embeddings(database).all().astype(np.float32)
+    excluded = np.eye(3000, dtype=bool) | (stored @ stored.T >= 0.98)
+    order = np.argsort(np.where(excluded, 2, -stored @ stored.T), axis=1)[:, :10]
+    real = np.mean([len(np.intersect1d(one, other)) / 10 for one, other in zip(ids, order, strict=True)])
+    assert 0.2 < real < 0.95 and abs(manifest["info"]["recall"] - real) < 0.05
+    assert manifest["info"]["recall_pairs"] == 3000
+    manifest = run_stage(Neighbors(database, database, NeighborsConfig(k=10, probes=8, checked=300)), overwrite=True)
+    assert manifest["info"]["recall"] > real
+    manifest = run_stage(Neighbors(database, database, NeighborsConfig(k=10, probes=64, checked=300)), overwrite=True)
+    assert manifest["info"]["recall"] == 1.0
+
+
+@pytest.mark.parametrize("method", ["exact", "index"])
+def test_records_say_how_long_each_part_took(tmp_path, method):
+    vectors = synthetic.clustered(900, 16)
+    database = indexed(synthetic.given(tmp_path, "x", np.split(vectors, 3)), key="IVF30,Flat")
+    _, _, manifest = found(database, database, k=5, method=method, probes=2, at_once=1)
+    times = [record["run"]["times"] for record in manifest["items"]]
+    parts = {"read", "products", "choose", "settle", "check", "cpu"}
+    assert [set(one) for one in times] == [parts | {"open"}, parts, parts]  # a worker keeps what it opened
+    for one, record in zip(times, manifest["items"], strict=True):
+        spent = sum(seconds for name, seconds in one.items() if name != "cpu")
+        assert 0 < spent <= record["run"]["seconds"] + 0.01
+
+
+@pytest.mark.parametrize("method", ["exact", "index"])
+def test_shards_searched_together_give_what_each_gives_alone(tmp_path, method):
+    vectors = synthetic.clustered(2000, 16, clusters=300)
+    database = indexed(synthetic.given(tmp_path, "x", np.split(vectors, [300, 310, 700, 1500])), key="IVF64,Flat",
+                       target_recall=0.0)
+    config = NeighborsConfig(k=6, method=method, probes=4, vectors=True, checked=90)
+    seen = []
+    for at_once in (1, 2, 3, 100):
+        manifest = run_stage(Neighbors(database, database, replace(config, at_once=at_once)), overwrite=True)
+        folder = Path(database.folder("neighbors/x"))
+        seen.append(({path.name: path.read_bytes() for path in folder.glob("*.npy")}, manifest["info"]))
+        assert len(manifest["items"]) == -(-5 // at_once) and len(seen[-1][0]) == 3 * 5 + 1
+        assert list(verify.folder(database.root, database.path("neighbors/x"))) == []
+        assert [len(one) for one in load_neighbors(database, database)] == [300, 10, 390, 800, 500]
+    assert all(one == seen[0] for one in seen)
+
+
+def test_as_many_shards_are_searched_together_as_there_is_memory_and_work_for():
+    config = NeighborsConfig(max_memory="1Gi")
+    for lists, wanted in ((False, 100), (True, 32)):
+        together = config.shards_at_once(10_000, 10_000_000, 512, lists=lists)
+        each = 4 * 512 + bytes_of_a_query(wanted)
+        assert together > 1 and together * 1000 * each <= config.block_bytes < (together + 1) * 1000 * each
+        assert config.shards_at_once(64, 640_000, 512, lists=lists) == 1
+        assert config.shards_at_once(100, 1000, 512, lists=lists) == 2
+        assert NeighborsConfig(at_once=7).shards_at_once(10, 10, 512, lists=lists) == 7
+    for wrong in (float("nan"), 0.0, -1.0):
+        with pytest.raises(ValueError, match=r"copy_similarity = .*: must be above 0"):
+            NeighborsConfig(copy_similarity=wrong)
+
+
+def test_labels_tell_pictures_apart_where_it_is_not_known_what_was_fetched(tmp_path):
+    dataset = synthetic.given(tmp_path, "x", [synthetic.clustered(4, 16)])
+    path = Path(dataset.folder("shards")) / "000000.parquet"
+    table = pq.read_table(path)
+    fetched = pa.array(["", None, "ab" * 32, "not a hash"], pa.string())
+    buffer = io.BytesIO()
+    pq.write_table(table.append_column("original_sha256", fetched), buffer)
+    again = synthetic.Given(dataset, "shards", "shard", {"000000": (4, {"000000.parquet": buffer.getvalue()})})
+    run_stage(again, overwrite=True)
+    found = labels(dataset, dataset.manifest("shards")["items"][0])
+    assert (found[:2, 0] == found[:2, 1]).all() and len(set(found[:, 1].tolist())) == 4
+    assert found[2, 1] == int.from_bytes(bytes.fromhex("ab" * 8), "little") and (found[2:, 0] != found[2:, 1]).all()
+
+
+def test_vectors_are_laid_out_list_after_list_whatever_was_left_there(tmp_path, monkeypatch):
+    vectors = synthetic.clustered(1000, 16)
+    vectors[50:60] = 0
+    database = indexed(synthetic.given(tmp_path, "x", np.split(vectors, [300, 310, 700])), key="IVF16,SQ8")
+    monkeypatch.setattr(neighbors, "_LAID", 8 << 10)  # several files, and several blocks
+    lists, kept = Lists(database), Embeddings(database)
+    folder = tmp_path / "laid"
+    folder.mkdir()
+    neighbors._in_order_of_lists(folder, kept, lists)
+    ids, ends = np.fromfile(folder / "ids", np.int64), np.load(folder / "ends.npy")
+    laid = np.fromfile(folder / "vectors", np.float16).reshape(-1, 16)
+    assert sorted(ids) == sorted(set(range(1000)) - set(range(50, 60)))
+    np.testing.assert_array_equal(laid, kept.rows(ids))
+    for number in range(16):
+        mine = ids[ends[number]:ends[number + 1]]
+        assert mine.tolist() == sorted(set(lists.ids(number).tolist()) - set(range(50, 60)))
+    assert {path.name for path in folder.iterdir()} == {"vectors", "ids", "ends.npy"}
+
+
+def test_a_database_rebuilt_after_the_plan_is_refused(tmp_path):
+    one = synthetic.given(tmp_path, "x", [synthetic.clustered(30, 16)])
+    planned = Neighbors(one, one, NeighborsConfig(k=2, method="exact"))
+    items = prepare(planned)
+    other = synthetic.clustered(30, 16, seed=8).astype(np.float16)
+    run_stage(synthetic.Given(one, "embeddings", "embed", {"000000": (30, {"000000.npy": synthetic.npy(other)})},
+                         {"encoder": synthetic.ENCODER}), overwrite=True)
+    with pytest.raises(ValueError, match=r"database, embeddings changed since these neighbours were planned\nhint: "):
+        process_and_commit(planned, items[0])
+
+
+def test_vectors_that_are_no_numbers_are_refused(tmp_path):
+    vectors = synthetic.clustered(30, 16)
+    vectors[7, 3] = np.nan
+    one = synthetic.given(tmp_path, "x", [vectors])
+    with pytest.raises(StageFailed, match="not finite"):
+        found(one, one, method="exact")
+
+
+@pytest.mark.parametrize("options", [{"checked": -1}, {"probes": -1}, {"copy_bits": -2}, {"max_memory": "much"}])
+def test_settings_that_make_no_sense_are_refused(options):
+    with pytest.raises(ValueError):
+        NeighborsConfig(**options)
