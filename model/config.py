@@ -2,7 +2,12 @@
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from math import inf
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Interval
+
+from model.bounds import check_bounds
 
 GROUPS = 32  # of the group norms
 
@@ -11,26 +16,25 @@ GROUPS = 32  # of the group norms
 class UNetConfig:
     """Sizes of a UNet; attention runs where the patched picture is downsampled by these factors."""
 
-    in_channels: int = 3
-    out_channels: int = 3
-    model_channels: int = 192
-    channel_mult: tuple[int, ...] = (1, 2, 3, 5)
-    num_res_blocks: int = 2
-    attention_downsampling: tuple[int, ...] = (8, 4, 2)
-    head_dim: int = 32
-    depth: int = 1
-    context_dim: int = 512
-    patch: int = 1
+    in_channels: Annotated[int, Ge(1)] = 3
+    out_channels: Annotated[int, Ge(1)] = 3
+    model_channels: Annotated[int, Ge(GROUPS)] = 192
+    channel_mult: tuple[Annotated[int, Ge(1)], ...] = (1, 2, 3, 5)
+    num_res_blocks: Annotated[int, Ge(1)] = 2
+    attention_downsampling: tuple[Annotated[int, Ge(1)], ...] = (8, 4, 2)
+    head_dim: Annotated[int, Ge(1)] = 32
+    depth: Annotated[int, Ge(1)] = 1
+    context_dim: Annotated[int, Ge(1)] = 512
+    patch: Annotated[int, Ge(1)] = 1
     checkpointing: bool = False
     learned_null: bool = False
     """A learned vector stands where the context has zeros: for nobody, and for neighbours that are missing."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        check_bounds("train.unet", self)
         if self.model_channels % GROUPS or self.model_channels % self.head_dim:
-            raise ValueError(
-                f"model_channels = {self.model_channels} must divide by {GROUPS} (group norm) "
-                f"and by head_dim = {self.head_dim}"
-            )
+            raise ValueError(f"train.unet.model_channels = {self.model_channels}: must divide by {GROUPS} (group norm) "
+                             f"and by train.unet.head_dim = {self.head_dim}")
 
     @property
     def stride(self) -> int:
@@ -48,91 +52,74 @@ class DiffusionConfig:
     Lipman et al. 2022, arXiv:2210.02747), and knows no betas.
     """
 
-    timesteps: int = 1000
-    beta_start: float = 0.0015
-    beta_end: float = 0.0195
+    timesteps: Annotated[int, Ge(1)] = 1000
+    beta_start: Annotated[float, Interval(gt=0, lt=1)] = 0.0015
+    beta_end: Annotated[float, Interval(gt=0, lt=1)] = 0.0195
     prediction: Literal["epsilon", "v", "x0", "flow"] = "epsilon"
-    min_snr: float = 0.0
+    min_snr: Annotated[float, Ge(0)] = 0.0
     """Weigh noise levels by their signal-to-noise ratio, up to this (5 is usual); 0 weighs as the target does."""
 
-    def __post_init__(self):
-        if self.prediction not in ("epsilon", "v", "x0", "flow"):
-            raise ValueError(f"prediction = {self.prediction!r}: must be epsilon, v, x0 or flow")
-        if not self.min_snr >= 0:
-            raise ValueError(f"min_snr = {self.min_snr}: must be above 0, or 0 for no such weights")
-        if not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError(f"betas {self.beta_start} .. {self.beta_end}: must rise within (0, 1)")
+    def __post_init__(self) -> None:
+        check_bounds("train.diffusion", self)
+        if self.beta_start > self.beta_end:
+            raise ValueError(f"train.diffusion.beta_start = {self.beta_start}: must be at most "
+                             f"train.diffusion.beta_end = {self.beta_end}")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of a training run; batches are counted over all processes, times in steps."""
 
-    steps: int
-    global_batch: int
+    steps: Annotated[int, Ge(1)]
+    global_batch: Annotated[int, Ge(1)]
     unet: UNetConfig = field(default_factory=UNetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    lr: float = 1e-4
-    warmup: int = 100
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    grad_clip: float = 1.0
+    lr: Annotated[float, Interval(ge=0, lt=inf)] = 1e-4
+    warmup: Annotated[int, Ge(0)] = 100
+    weight_decay: Annotated[float, Interval(ge=0, lt=inf)] = 0.01
+    betas: tuple[Annotated[float, Interval(ge=0, lt=1)], Annotated[float, Interval(ge=0, lt=1)]] = (0.9, 0.999)
+    grad_clip: Annotated[float, Ge(0)] = 1.0
     """Largest norm of the gradient; 0 leaves it as it is."""
-    ema_decay: float = 0.9999
-    ema_more: tuple[float, ...] = ()
+    ema_decay: Annotated[float, Interval(ge=0, lt=1)] = 0.9999
+    ema_more: tuple[Annotated[float, Interval(ge=0, lt=1)], ...] = ()
     """Rates of further averages that are kept beside it."""
-    p_uncond: float = 0.1
+    p_uncond: Annotated[float, Interval(ge=0, le=1)] = 0.1
     """How often a picture is trained without its neighbours, so that guidance has an anchor."""
-    k: int = 4
+    k: Annotated[int, Ge(1)] = 4
     """Context vectors a picture is trained with: the first k of those in the batch."""
     random_k: bool = False
     """A random number of them, 1 to k, another in every step."""
-    p_drop_neighbor: float = 0.0
+    p_drop_neighbor: Annotated[float, Interval(ge=0, le=1)] = 0.0
     """How often a single neighbour is left out (zeros)."""
-    neighbor_noise: float = 0.0
+    neighbor_noise: Annotated[float, Interval(ge=0, lt=inf)] = 0.0
     """Length of the Gaussian noise added to each neighbour's vector, before it is brought back to its length."""
     own: Literal["none", "image", "caption"] = "none"
     """Put the vector of the picture itself, or of its caption, before its neighbours: a prompt will stand there."""
-    image_size: int = 0
+    image_size: Annotated[int, Ge(0)] = 0
     """Pixels a side that pictures are averaged down to before they are trained on; 0: as they are."""
-    context_norm: float = 1.0
+    context_norm: Annotated[float, Interval(gt=0, lt=inf)] = 1.0
     """Length of the vectors as the network is given them; those of a database have one."""
-    seed: int = 0
+    seed: Annotated[int, Ge(0)] = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
     channels_last: bool = False
     """Keep the channels of a place together in memory, which convolutions on GPUs like."""
     fsdp: bool = False
     """Each process keeps its part of the weights, averages and moments alone (FSDP2): for what does not fit."""
-    accumulate: int = 1
+    accumulate: Annotated[int, Ge(1)] = 1
     """Parts that a process's share of the batch is worked on in, one after the other: less memory, the same update."""
-    checkpoint_every: int = 10_000
-    log_every: int = 50
-    validate_every: int = 0
+    checkpoint_every: Annotated[int, Ge(1)] = 10_000
+    log_every: Annotated[int, Ge(1)] = 50
+    validate_every: Annotated[int, Ge(0)] = 0
     """Steps from one validation to the next, where there is a dataset for it; 0: as often as checkpoints."""
 
-    def __post_init__(self):
-        for name in ("steps", "global_batch", "k", "accumulate", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
-        for name in ("p_uncond", "p_drop_neighbor"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be within [0, 1]")
-        if not self.neighbor_noise >= 0:
-            raise ValueError(f"neighbor_noise = {self.neighbor_noise}: must be at least 0")
-        if self.own not in ("none", "image", "caption"):
-            raise ValueError(f"own = {self.own!r}: must be none, image or caption")
-        if self.validate_every < 0:
-            raise ValueError(f"validate_every = {self.validate_every}: must be at least 1, or 0")
-        rates = (self.ema_decay, *self.ema_more)
-        if not all(0 <= rate < 1 for rate in rates) or len(set(rates)) < len(rates):
-            raise ValueError(f"ema_decay and ema_more = {rates}: must be different, and within [0, 1)")
-        if self.image_size < 0 or self.image_size % self.unet.stride:
-            raise ValueError(f"image_size = {self.image_size}: must divide by {self.unet.stride}, or be 0")
-        if not self.context_norm > 0:
-            raise ValueError(f"context_norm = {self.context_norm}: must be above 0")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise ValueError(f"precision = {self.precision!r}: must be auto, fp32 or bf16")
+    def __post_init__(self) -> None:
+        check_bounds("train", self)
+        if len({self.ema_decay, *self.ema_more}) <= len(self.ema_more):
+            raise ValueError(f"train.ema_more = {self.ema_more}: must be different from each other and from "
+                             f"train.ema_decay = {self.ema_decay}")
+        if self.image_size % self.unet.stride:
+            raise ValueError(f"train.image_size = {self.image_size}: must divide by {self.unet.stride}, or be 0")
 
 
 # What a resumed run may change: how long, how fast and how often, never what is learned.

@@ -17,14 +17,17 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from math import inf
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge, Interval
 
 from jobs.planning import rates_from_manifests, synthetic_data
 from jobs.planning.cost_model import Build, index_key
 from jobs.planning.rates import Rates, TrainRates
 from pipeline import storage
+from pipeline.bounds import check_bounds
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings.clip_weights import RANDOM, ClipConfig, describe_encoder
 from pipeline.embeddings.embed import Embed
@@ -51,13 +54,12 @@ class Trial:
     root: str
     build: Build
     source: tuple[str, ...]
-    seconds: float
-    workers: int
+    seconds: Annotated[float, Interval(gt=0, lt=inf)]
+    workers: Annotated[int, Ge(1)]
     gpu: bool
 
     def __post_init__(self) -> None:
-        if not self.seconds > 0 or self.workers < 1:
-            raise ValueError(f"--seconds {self.seconds:g} --measure-workers {self.workers}: must be more than 0")
+        check_bounds("measure", self)
 
     @property
     def place(self) -> str:

@@ -1,7 +1,11 @@
 """Settings of `rebuild`."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from annotated_types import Interval
+
+from pipeline.bounds import check_bounds
 from pipeline.versions.gates import GatesConfig
 
 
@@ -9,9 +13,9 @@ from pipeline.versions.gates import GatesConfig
 class RebuildConfig:
     """How a version is made from the last one."""
 
-    rewrite: float = 0.25
+    rewrite: Annotated[float, Interval(ge=0, le=1)] = 0.25
     """A shard of which a larger share is gone is written again without it; of others searches leave it out."""
-    retrain: float = 0.3
+    retrain: Annotated[float, Interval(ge=0, le=1)] = 0.3
     """The index is trained anew where a larger share of the pictures came or went, or where --max-drift is passed."""
     thorough: bool = False
     """Read every file of the source, even those that look as they did (size and time, or ETag)."""
@@ -24,6 +28,4 @@ class RebuildConfig:
     gates: GatesConfig = field(default_factory=GatesConfig)
 
     def __post_init__(self) -> None:
-        for name in ("rewrite", "retrain"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: a share, within 0 and 1")
+        check_bounds("rebuild", self)

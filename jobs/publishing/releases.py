@@ -4,12 +4,15 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge
 
 from jobs.runs.run import Run
 from jobs.telemetry import tables
 from jobs.telemetry.units import format_bytes
 from pipeline import storage
+from pipeline.bounds import check_bounds
 from pipeline.datasets import published
 from pipeline.datasets.dataset import Dataset, datasets
 from pipeline.stages.manifest import read_manifest
@@ -21,15 +24,14 @@ from pipeline.stages.types import StageFailed
 class GcConfig:
     """Which versions stay."""
 
-    keep: int = 3
+    keep: Annotated[int, Ge(0)] = 3
     """Published versions that stay beside those that must: the newest."""
-    lease: float = 24.0
+    lease: Annotated[float, Ge(0)] = 24.0
     """Hours that a version stays after it ceased to be the published one, or after work on it ended: readers keep the
     version that they began with."""
 
     def __post_init__(self) -> None:
-        if self.keep < 0 or self.lease < 0:
-            raise ValueError("--keep and --lease must be at least 0")
+        check_bounds("gc", self)
 
 
 def dataset_names(root: str) -> list[str]:

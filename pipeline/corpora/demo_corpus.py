@@ -11,9 +11,12 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
 
 from pipeline import storage
+from pipeline.bounds import check_bounds
 from pipeline.corpora import drawn, emoji
 from pipeline.corpora.vocabulary import Catalog, CatalogImage, name_hash
 from pipeline.stages.stage import Stage
@@ -29,14 +32,17 @@ class DemoCorpusConfig:
 
     corpus: Literal["emoji", "drawn"] = "emoji"
     """emoji: real ones, fetched with npm; drawn: shapes drawn by the program."""
-    size: int = 64
+    size: Annotated[int, Ge(1)] = 64
     """Width and height in pixels."""
-    subjects: int = 300
+    subjects: Annotated[int, Ge(1)] = 300
     """Subjects of the drawn corpus, each in six styles."""
-    seed: int = 0
+    seed: Annotated[int, Ge(0)] = 0
     """Seed of the drawn corpus."""
-    pictures_per_item: int = 600
+    pictures_per_item: Annotated[int, Ge(1)] = 600
     """Pictures made by one worker at a time."""
+
+    def __post_init__(self) -> None:
+        check_bounds("pictures", self)
 
 
 class DemoCorpus(Stage):

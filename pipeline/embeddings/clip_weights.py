@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import storage
+from pipeline.bounds import check_bounds
 from pipeline.embeddings.open_clip_door import open_clip
 
 BUNDLED = Path(__file__).parent / "tiny_clip"
@@ -32,6 +33,9 @@ class ClipConfig:
     the tiny CLIP in the package, a hub's model or a folder; `random` for weights that mean nothing, to measure with."""
     precision: Precision = "auto"
     """auto: bf16 on a GPU, and on a CPU that multiplies in bf16; fp32 elsewhere."""
+
+    def __post_init__(self) -> None:
+        check_bounds("embed", self)
 
 
 @lru_cache(maxsize=8)

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge
 
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
@@ -46,13 +47,17 @@ _MOST = 64  # shards that are taken together: what a worker that dies has in han
 class EmbedConfig(ClipConfig):
     """Which encoder, and how many pictures at a time."""
 
-    batch_size: int = 128
+    batch_size: Annotated[int, Ge(1)] = 128
     """Pictures in one forward pass; on a CPU 32 at most."""
     compile: bool = False
     """Let torch.compile make the encoder faster, which takes a minute."""
     max_memory: str = "2Gi"
     """A worker may take so many bytes beside the weights and the libraries of a GPU; threads and look-ahead are planned
     from it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_size(self.max_memory, "embed.max_memory")
 
     def clip(self) -> ClipConfig:
         """The encoder alone."""
@@ -68,9 +73,6 @@ class Embed(Stage):
     decodes = True
 
     def __init__(self, dataset: Dataset, config: EmbedConfig) -> None:
-        if config.batch_size < 1:
-            raise ValueError(f"embed.batch_size must be at least 1, not {config.batch_size}")
-        parse_size(config.max_memory, "embed.max_memory")
         super().__init__(dataset.root, dataset.path(self.of), config)
         self.dataset = dataset
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from annotated_types import Ge, Gt, Interval
+
+from pipeline.bounds import check_bounds
 from pipeline.storage.sizes import parse_size
 
 BLOCK = 1 << 16  # rows in float32 at a time
@@ -19,42 +23,33 @@ class IndexConfig:
 
     max_memory: str = "4Gi"
     """Largest size of the index: bytes, or a number with K, M, G, T (powers of 1000) or Ki, Mi, Gi, Ti (of 1024)."""
-    bytes_per_vector: int = 0
+    bytes_per_vector: Annotated[int, Ge(0)] = 0
     """The same per vector, whichever is less, and 64K for what does not grow with them; 0 sets no such limit."""
     key: str = ""
     """A faiss factory string instead of a choice."""
-    queries: int = 1000
+    queries: Annotated[int, Ge(0)] = 1000
     """Rows kept out of training as queries for the recall, a tenth of all at most."""
-    target_recall: float = 0.95
+    target_recall: Annotated[float, Interval(ge=0, le=1)] = 0.95
     """nprobe or efSearch is the least that reaches this recall@10, where the index has such a knob; or the least of
     which four times as much gains less than 0.01."""
-    min_recall: float = 0.0
+    min_recall: Annotated[float, Interval(ge=0, le=1)] = 0.0
     """An index with less recall@10 is not sealed."""
-    train_points: int = 1_000_000
+    train_points: Annotated[int, Ge(1)] = 1_000_000
     """Rows sampled to train the quantiser."""
-    seed: int = 0
+    seed: Annotated[int, Ge(0)] = 0
     """Seed of the held-out rows and the training sample."""
     part_memory: str = "512Mi"
     """Vectors beyond this (as float32) make an index in parts of that size, on all workers."""
     merge_memory: str = "4Gi"
     """Inverted lists larger than this are merged on disk, into a file that searches map into memory."""
-    max_drift: float = 1.5
+    max_drift: Annotated[float, Gt(0)] = 1.5
     """With --extend: an index that quantises the added vectors with more times the error of those that were held out
     when it was trained is not sealed."""
 
     def __post_init__(self) -> None:
+        check_bounds("index", self)
         for name in SIZES:
             parse_size(getattr(self, name), f"index.{name}")
-        for name in ("target_recall", "min_recall"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"index.{name} = {getattr(self, name)}: must be within 0 and 1")
-        for name in ("queries", "bytes_per_vector"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"index.{name} = {getattr(self, name)}: must be at least 0")
-        if not self.max_drift > 0:
-            raise ValueError(f"index.max_drift = {self.max_drift}: must be above 0")
-        if self.train_points < 1:
-            raise ValueError(f"index.train_points = {self.train_points}: must be at least 1")
 
     def rows_of_a_part(self, dim: int) -> int:
         """Vectors of so many numbers that one part may have."""

@@ -1,10 +1,12 @@
 """Settings of the neighbor search, and its plan of memory."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+from annotated_types import Ge, Gt, Interval
 
+from pipeline.bounds import check_bounds
 from pipeline.neighbors.by_list import bytes_of_a_query
 from pipeline.storage.sizes import parse_size
 
@@ -20,38 +22,32 @@ MOST_WORKERS = 64  # so many can work at once, however many shards are searched 
 class NeighborsConfig:
     """Which neighbours are kept."""
 
-    k: int = 20
+    k: Annotated[int, Ge(1)] = 20
     """Neighbours of each sample."""
     method: Literal["index", "exact"] = "index"
     """index: among the rows in the lists of the index that are nearest; exact: among all rows. An index without
     lists gives candidates (HNSW), or all rows are compared, which is no slower (Flat, SQ, PQ)."""
-    candidates: int = 0
+    candidates: Annotated[int, Ge(0)] = 0
     """Candidates that are ranked for each sample; 0 means 4 k + 20."""
-    probes: int = 0
+    probes: Annotated[int, Ge(0)] = 0
     """Lists that are looked into for each sample; 0 means as many as the index was tuned to. Where that is a quarter
     of them or more, all rows are compared."""
-    copy_similarity: float = 0.98
+    copy_similarity: Annotated[float, Gt(0)] = 0.98
     """Rows at least so similar (cosine) count as copies of the sample."""
-    copy_bits: int = -1
+    copy_bits: Annotated[int, Interval(ge=-1, le=64)] = -1
     """Rows whose perceptual hash differs in no more bits of 64 count as copies too; -1: hashes do not matter."""
     vectors: bool = False
     """Write the neighbours' vectors beside their ids, so that training reads them in one piece."""
-    checked: int = 200
+    checked: Annotated[int, Ge(0)] = 200
     """Samples of all whose neighbours are compared with the exact ones, to measure the recall."""
-    at_once: int = 0
+    at_once: Annotated[int, Ge(0)] = 0
     """Shards whose samples are searched together, so that the database is read once for all of them; 0: as many as
     `max_memory` has room for, as long as 64 workers have something to do."""
     max_memory: str = "1Gi"
     """A worker may take so many bytes; blocks are planned from it."""
 
     def __post_init__(self) -> None:
-        for name, least in (("k", 1), ("candidates", 0), ("probes", 0), ("checked", 0), ("copy_bits", -1),
-                            ("at_once", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"neighbors.{name} must be at least {least}, not {getattr(self, name)}")
-        if not self.copy_similarity > 0:
-            raise ValueError(f"neighbors.copy_similarity = {self.copy_similarity}: must be above 0, or nothing is "
-                             f"left; above 1 for none")
+        check_bounds("neighbors", self)
         parse_size(self.max_memory, "neighbors.max_memory")
 
     @property

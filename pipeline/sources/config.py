@@ -1,8 +1,12 @@
 """Settings of `shard`: the source, the filters, the images and the downloads."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from math import inf
+from typing import Annotated, Literal
 
+from annotated_types import Ge, Interval
+
+from pipeline.bounds import check_bounds
 from pipeline.media.types import NARROWEST, Format, Resize
 from pipeline.sources.urls import TOKEN, parse_allowed_host
 from pipeline.storage.sizes import parse_size
@@ -14,19 +18,19 @@ Kind = Literal["auto", "pictures", "list", "tars"]
 class DownloadConfig:
     """How pictures are downloaded."""
 
-    connections: int = 256
+    connections: Annotated[int, Ge(1)] = 256
     """Connections in use at once, per worker; as many again may be kept open for the next request."""
-    connections_per_host: int = 0
+    connections_per_host: Annotated[int, Ge(0)] = 0
     """Of these to one host; 0: no limit."""
-    connect_timeout: float = 10.0
+    connect_timeout: Annotated[float, Interval(gt=0, lt=inf)] = 10.0
     """Seconds to a connection, TLS included."""
-    read_timeout: float = 10.0
+    read_timeout: Annotated[float, Interval(gt=0, lt=inf)] = 10.0
     """Seconds between two pieces of an answer."""
-    timeout: float = 60.0
+    timeout: Annotated[float, Interval(gt=0, lt=inf)] = 60.0
     """Seconds for one whole attempt, redirects and body included; waiting for a free connection is not counted."""
-    retries: int = 2
+    retries: Annotated[int, Ge(0)] = 2
     """Attempts after the first one, where another may help."""
-    max_bytes: int = 50_000_000
+    max_bytes: Annotated[int, Ge(1)] = 50_000_000
     """Larger bodies are refused; unpacked ones count."""
     user_agent: str = "Mozilla/5.0 (compatible; retrieval-diffusion/0.1)"
     """What servers are told about who asks."""
@@ -38,16 +42,11 @@ class DownloadConfig:
     """Hosts (name, address, or either with :port) that may lie at private addresses: one's own servers."""
 
     def __post_init__(self) -> None:
-        for name, least in (("connections", 1), ("connections_per_host", 0), ("retries", 0), ("max_bytes", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"download.{name} = {getattr(self, name)}: must be at least {least}")
-        for name in ("connect_timeout", "read_timeout", "timeout"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"download.{name} = {getattr(self, name)}: must be above 0")
+        check_bounds("shard.download", self)
         if not self.user_agent.isascii() or not self.user_agent.isprintable():
-            raise ValueError(f"download.user_agent = {self.user_agent!r}: must be printable ASCII")
+            raise ValueError(f"shard.download.user_agent = {self.user_agent!r}: must be printable ASCII")
         if self.robots_agent and not TOKEN.fullmatch(self.robots_agent):
-            raise ValueError(f"download.robots_agent = {self.robots_agent!r}: must be one word")
+            raise ValueError(f"shard.download.robots_agent = {self.robots_agent!r}: must be one word")
         for host in self.allow_hosts:
             parse_allowed_host(host)
 
@@ -84,11 +83,11 @@ class ShardConfig:
     none: do not check."""
     where: str = ""
     """Take only rows of which this is true, as in "punsafe < 0.1 and AESTHETIC_SCORE > 5"."""
-    samples_per_shard: int = 1000
+    samples_per_shard: Annotated[int, Ge(1)] = 1000
     """Rows of the source in one tar."""
     shard_size: str = ""
     """Instead of samples_per_shard: about how large a tar shall be, as in 500M."""
-    image_size: int = 256
+    image_size: Annotated[int, Ge(1)] = 256
     """Side in pixels after resizing; which side, `resize` says."""
     resize: Resize = "center_crop"
     """center_crop: a square; keep_ratio: the short side; keep_ratio_largest: the long side; border: a square with
@@ -97,17 +96,17 @@ class ShardConfig:
     """Never enlarge."""
     format: Format = "jpg"
     """Encoding in the tar; bytes that need no change are passed through."""
-    quality: int = 95
+    quality: Annotated[int, Interval(ge=1, le=100)] = 95
     """Quality of jpg and webp."""
-    max_pixels: int = 100_000_000
+    max_pixels: Annotated[int, Ge(1)] = 100_000_000
     """Pictures with more pixels than this are refused before they are decoded."""
-    min_size: int = 0
+    min_size: Annotated[int, Ge(0)] = 0
     """Pictures with a shorter side than this are left out."""
-    max_aspect: float = NARROWEST
+    max_aspect: Annotated[float, Ge(1)] = NARROWEST
     """Pictures with a longer side than so many short ones are left out."""
-    patches: int = 0
+    patches: Annotated[int, Ge(0)] = 0
     """Cut so many squares of image_size at random from each picture, instead of resizing it."""
-    patch_side: int = 1200
+    patch_side: Annotated[int, Ge(1)] = 1200
     """Short side that a picture is brought to before patches are cut."""
     seed: int = 0
     """Of the patches' places."""
@@ -115,25 +114,18 @@ class ShardConfig:
     """Keep the EXIF data of each picture in its metadata."""
     duplicates: Literal["keep", "exact", "near"] = "keep"
     """Leave out pictures whose pixels occurred before (exact), or that look like one that did (near)."""
-    duplicate_bits: int = 3
+    duplicate_bits: Annotated[int, Interval(ge=0, le=8)] = 3
     """Bits of 64 in which the perceptual hashes of near duplicates may differ."""
     download: DownloadConfig = field(default_factory=DownloadConfig)
 
     def __post_init__(self) -> None:
-        if isinstance(self.source, str):  # one is the usual number
+        if isinstance(self.source, str):  # a single source may be given without a tuple
             object.__setattr__(self, "source", (self.source,) if self.source else ())
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"shard.quality = {self.quality}: must be within 1 and 100")
-        for name in ("samples_per_shard", "image_size", "max_pixels", "patch_side", "max_aspect"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"shard.{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("min_size", "patches"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"shard.{name} must be at least 0, not {getattr(self, name)}")
-        if not 0 <= self.duplicate_bits <= 8:
-            raise ValueError(f"shard.duplicate_bits = {self.duplicate_bits}: must be within 0 and 8")
+        check_bounds("shard", self)
         if self.patches and self.patch_side < self.image_size:
-            raise ValueError(f"shard.patch_side = {self.patch_side}: no room for patches of {self.image_size}")
+            raise ValueError(f"shard.patch_side = {self.patch_side}: must be at least "
+                             f"shard.image_size = {self.image_size} with shard.patches = {self.patches}\n"
+                             f"hint: --patch-side {self.image_size}")
         assert self.rows_per_shard
 
     @property
@@ -142,11 +134,11 @@ class ShardConfig:
         if not self.shard_size:
             return self.samples_per_shard
         if self.resize == "no":
-            raise ValueError("shard.shard_size: how large pictures are that keep their size is not known before\n"
-                             "hint: --samples-per-shard")
+            raise ValueError(f"shard.shard_size = {self.shard_size!r}: must be empty with shard.resize = 'no', because "
+                             f"the size of such images is unknown\nhint: --samples-per-shard 1000")
         wanted = parse_size(self.shard_size, "shard.shard_size")
         if not wanted:
-            raise ValueError(f"shard.shard_size = {self.shard_size!r}: must be at least one byte\n"
+            raise ValueError(f"shard.shard_size = {self.shard_size!r}: must be at least 1 byte\n"
                              f"hint: --shard-size 500M")
         each = self.image_size ** 2 * _BYTES_A_PIXEL[self.format] + 3000
         return max(1, round(wanted / each / max(self.patches, 1)))

@@ -34,7 +34,7 @@ def parse_allowed_host(text: str) -> tuple[str, int | None]:
         if credentials is not None or url.raw_path != "/" or url.query_string:
             raise ValueError
     except ValueError:
-        raise ValueError(f"download.allow_hosts has {text!r}: must be a host or host:port") from None
+        raise ValueError(f"shard.download.allow_hosts = {text!r}: must be a host or host:port") from None
     # Not url.explicit_port: :80 in the entry means 80.
     port = re.search(r":(\d+)$", host.rpartition("]")[2])
     return url.raw_host or "", int(port[1]) if port else None

@@ -38,6 +38,6 @@ def _parts(text: str | int, name: str) -> tuple[float, int, bool]:
     """The number, the power of its unit, and whether that is a power of 1024."""
     match = _SIZE.fullmatch(str(text).strip())
     if not match:
-        raise ValueError(f"{name}: {text!r} is not a size\n"
+        raise ValueError(f"{name} = {text!r}: must be a size\n"
                          f"hint: a number, with K, M, G, T (1000) or Ki, Mi, Gi, Ti (1024), as in 4Gi")
     return float(match[1]), _POWERS.index((match[2] or "").upper()), bool(match[3])

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge, Interval
 
 from pipeline import storage
+from pipeline.bounds import check_bounds
 from pipeline.datasets import takedowns
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import labels, metadata
@@ -25,26 +27,22 @@ _NEAREST = 10  # overlap@10
 class GatesConfig:
     """Limits that a version must keep to be published."""
 
-    min_recall: float = 0.8
+    min_recall: Annotated[float, Interval(ge=0, le=1)] = 0.8
     """Least recall@10 of the index, queries held out against exact search."""
-    max_lost: float = 0.3
+    max_lost: Annotated[float, Interval(ge=0, le=1)] = 0.3
     """Largest share of the published pictures that the new version has not (removed or replaced; what was asked to be
     forgotten does not count)."""
-    max_failed: float = 0.1
+    max_failed: Annotated[float, Interval(ge=0, le=1)] = 0.1
     """Largest share of the source's pictures that could not be fetched or decoded."""
-    min_overlap: float = 0.7
+    min_overlap: Annotated[float, Interval(ge=0, le=1)] = 0.7
     """Least share of the ten nearest pictures of the queries that the published version gives too."""
     queries: str = ""
     """Text file of the queries, one a line; by default captions of the first published version, which stay the same."""
-    query_count: int = 64
+    query_count: Annotated[int, Ge(0)] = 64
     """How many captions are taken, where no file is given."""
 
     def __post_init__(self) -> None:
-        for name in ("min_recall", "max_lost", "max_failed", "min_overlap"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: a share, within 0 and 1")
-        if self.query_count < 0:
-            raise ValueError(f"--query-count {self.query_count}: must be at least 0")
+        check_bounds("rebuild.gates", self)
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path: Path, ca
     (["train", "run", "--dataset", "some", "--local"], "is not sealed"),
     (["status", "--recipe", "huge"], "there is no recipe 'huge'\nhint: tiny"),
     (["status", "--config", "absent.toml"], "cannot read the settings absent.toml"),
-    (["index", "some", "--max-memory", "much", "--local"], "'much' is not a size"),
+    (["index", "some", "--max-memory", "much", "--local"], "index.max_memory = 'much': must be a size"),
     (["verify"], "nothing is sealed"),
     (["report"], "there is nothing in"),
     (["embed", "some", "--workers", "0"], "cluster.workers = 0: must be at least 1"),

@@ -103,7 +103,7 @@ def test_a_network_that_does_not_fit_is_made_narrower(tmp_path: Path, monkeypatc
     (["--gpus", "64"], "there is no GPU here to measure on"),
     (["--from", "nowhere"], "--measure measures here, --from takes what was measured"),
     (["--measure", "nowhere/rates.json"], "there is no such folder to write rates into"),
-    (["--seconds", "0"], "must be more than 0"),
+    (["--seconds", "0"], "measure.seconds = 0.0: must be above 0"),
     (["--memory", "0"], "--memory 0: a worker keeps some of a database"),
     (["--source", "nowhere"], "nowhere"),
 ])

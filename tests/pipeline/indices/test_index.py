@@ -57,7 +57,7 @@ def few():
 
 @pytest.mark.parametrize("text", ["", "four", "4X", "-1G", "4G5", "1e9", "4i", "4Bi"])
 def test_what_is_no_size_is_refused(text, tmp_path):
-    with pytest.raises(ValueError, match="is not a size\nhint"):
+    with pytest.raises(ValueError, match="must be a size\nhint"):
         Index(Dataset(str(tmp_path), "x"), IndexConfig(max_memory=text))
 
 

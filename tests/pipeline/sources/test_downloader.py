@@ -817,16 +817,16 @@ def test_spoiled_urls_give_bytes_or_a_reason(site, names):
 # Settings.
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"retries": -1}, "download.retries = -1: must be at least 0"),
-    ({"connections": 0}, "download.connections = 0: must be at least 1"),
-    ({"connections_per_host": -1}, "download.connections_per_host = -1: must be at least 0"),
-    ({"max_bytes": 0}, "download.max_bytes = 0: must be at least 1"),
-    ({"timeout": 0.0}, "download.timeout = 0.0: must be above 0"),
-    ({"read_timeout": float("nan")}, "download.read_timeout = nan: must be above 0"),
-    ({"connect_timeout": float("inf")}, "download.connect_timeout = inf"),
-    ({"user_agent": "a\r\nCookie: b"}, "download.user_agent = .*: must be printable ASCII"),
-    ({"robots_agent": "two words"}, "download.robots_agent = 'two words': must be one word"),
-    *(({"allow_hosts": (host,)}, "download.allow_hosts has .*: must be a host or host:port")
+    ({"retries": -1}, "shard.download.retries = -1: must be at least 0"),
+    ({"connections": 0}, "shard.download.connections = 0: must be at least 1"),
+    ({"connections_per_host": -1}, "shard.download.connections_per_host = -1: must be at least 0"),
+    ({"max_bytes": 0}, "shard.download.max_bytes = 0: must be at least 1"),
+    ({"timeout": 0.0}, "shard.download.timeout = 0.0: must be above 0 and below inf"),
+    ({"read_timeout": float("nan")}, "shard.download.read_timeout = nan: must be above 0 and below inf"),
+    ({"connect_timeout": float("inf")}, "shard.download.connect_timeout = inf"),
+    ({"user_agent": "a\r\nCookie: b"}, "shard.download.user_agent = .*: must be printable ASCII"),
+    ({"robots_agent": "two words"}, "shard.download.robots_agent = 'two words': must be one word"),
+    *(({"allow_hosts": (host,)}, "shard.download.allow_hosts = .*: must be a host or host:port")
       for host in ("", "http://a", "a/b", "a b", "a:b", "a:99999", "user@a", "[::1", "a?b")),
 ])
 def test_settings_that_make_no_sense_are_named(options, message):

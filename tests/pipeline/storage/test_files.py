@@ -339,7 +339,7 @@ def test_processes_that_share_a_small_cache_do_not_trip(objects):
 @pytest.mark.parametrize("text", ["much", "-1", "5X"])
 def test_a_bound_that_is_none_is_named(objects, monkeypatch, text):
     monkeypatch.setenv("RDM_CACHE_BYTES", text)
-    with pytest.raises(ValueError, match=r"RDM_CACHE_BYTES: .* is not a size\nhint"):
+    with pytest.raises(ValueError, match=r"RDM_CACHE_BYTES = .*: must be a size\nhint"):
         storage.fetch(*objects[0])
 
 

@@ -34,7 +34,7 @@ def test_what_is_no_size_is_named_in_one_way(text, tmp_path, monkeypatch):
     for name, read in (("shard.shard_size", lambda: ShardConfig(**config)),
                        ("index.part_memory", lambda: IndexConfig(part_memory=text)),
                        ("RDM_CACHE_BYTES", cache._cache_bytes)):
-        with pytest.raises(ValueError, match=rf"^{name}: '.*' is not a size\nhint: .*4Gi$"):
+        with pytest.raises(ValueError, match=rf"^{name} = '.*': must be a size\nhint: .*4Gi$"):
             read()
 
 
