@@ -11,4 +11,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("stopped before anything was done", file=sys.stderr)
         raise SystemExit(130) from None
-    raise SystemExit(main())
+    code = main()
+    interrupts.ignore()  # the work is done, and the exit code says so
+    raise SystemExit(code)

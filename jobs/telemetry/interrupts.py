@@ -16,6 +16,12 @@ def listen() -> None:
         signal.signal(signal.SIGTERM, _interrupt)
 
 
+def ignore() -> None:
+    """Ignore SIGTERM and Ctrl-C while the process ends: an exception there would only print a traceback."""
+    for number in _BOTH:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def held() -> Iterator[None]:
     """Put off SIGTERM and Ctrl-C to the end: what begins here cannot be left half-way without harm.

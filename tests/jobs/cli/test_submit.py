@@ -234,7 +234,7 @@ def _until_records(root: Path, count: int) -> list[str]:
 def work(tmp_path: Path) -> list[str]:
     """A verb that takes a while: sixty items, one after another."""
     return ["shard", "some", "--source", str(_pictures(tmp_path / "in")), "--samples-per-shard", "1", "--workers", "1",
-            "--image-size", "200", "--root", str(tmp_path / "root")]
+            "--image-size", "1000", "--root", str(tmp_path / "root")]
 
 
 def _undisturbed(tmp_path: Path, work: list[str]) -> dict[str, Any]:
