@@ -27,8 +27,6 @@ def read_foreign_tar(tar_: Path | BinaryIO, found: TarFaults) -> Iterator[dict[s
     refused all the same, for whoever unpacks the tar later. Of a tar that is cut off the last sample
     is given only if nothing seems to be missing of it.
     """
-    from webdataset.tariterators import base_plus_ext
-
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(open(tar_, "rb")) if isinstance(tar_, Path) else tar_
         length = stream.seek(0, os.SEEK_END)
@@ -42,9 +40,10 @@ def read_foreign_tar(tar_: Path | BinaryIO, found: TarFaults) -> Iterator[dict[s
                 if (refusal := _refusal(member)):
                     found.members.append((member.name, *refusal))
                     continue
-                key, suffix = base_plus_ext(member.name)
-                if member.isdir() or not key or META_MEMBER.match(member.name):
+                parts = KEY_AND_SUFFIX.match(member.name)
+                if member.isdir() or parts is None or META_MEMBER.match(member.name):
                     continue
+                key, suffix = parts.groups()
                 if current and current["__key__"] != key:
                     yield current
                     current, before = {}, set(current)

@@ -23,9 +23,9 @@ from pipeline.stages.stage import Stage
 from pipeline.stages.types import Entry, Item, Output, StageFailed
 from pipeline.storage import name_by_content, parquet
 
-# Where the pictures lie is not what they are, and how they are fetched does not change them.
-_NOT_IN_THE_RESULT = {"source", "captions", "sources"}
-_OF_A_DOWNLOAD = {"max_bytes", "robots", "robots_agent"}
+# The location of the images and the way of fetching them do not change the result.
+_IGNORED_SETTINGS = {"source", "captions", "sources"}
+_DOWNLOAD_SETTINGS = {"max_bytes", "robots", "robots_agent"}
 
 
 class Shard(Stage):
@@ -55,8 +55,8 @@ class Shard(Stage):
         return open_source(self.config)
 
     def section(self) -> dict[str, Any]:
-        section = {key: value for key, value in super().section().items() if key not in _NOT_IN_THE_RESULT}
-        section["download"] = {key: value for key, value in section["download"].items() if key in _OF_A_DOWNLOAD}
+        section = {key: value for key, value in super().section().items() if key not in _IGNORED_SETTINGS}
+        section["download"] = {key: value for key, value in section["download"].items() if key in _DOWNLOAD_SETTINGS}
         return section
 
     @cached_property
@@ -64,18 +64,18 @@ class Shard(Stage):
         return self.source.identity()
 
     @property
-    def _pictures(self) -> dict[str, Any]:
+    def _source_identity(self) -> dict[str, Any]:
         return {"path": "", "digest": storage.digest([self._identity, self._origins()])}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
-        named = {"pictures": self._pictures}
+        named = {"pictures": self._source_identity}
         if self.base:
             named["base"] = self.base.identity("shards")
         return named
 
     def plan(self) -> Iterator[Item]:
         if not self.base:
-            types = self.source.types()
+            types = self.source.column_types()
             data = storage.json_bytes(types)
             name = name_by_content("rows/types.json", data)
             more, carried = ({"types": name}, ((name, data),)) if types else ({}, ())
@@ -89,7 +89,7 @@ class Shard(Stage):
             differing = ", ".join(sorted(key for key in mine if mine[key] != theirs.get(key)))
             raise ValueError(f"{self.base.label} was sharded with other settings ({differing})\n"
                              f"hint: another version with failed rows tried again must have the same")
-        if manifest["inputs"]["pictures"] != self._pictures:
+        if manifest["inputs"]["pictures"] != self._source_identity:
             raise ValueError(f"{self.base.label} was sharded from other pictures than {', '.join(self.config.source)} "
                              f"holds now\nhint: without --retry-failed they make a version of their own: "
                              f"{self.dataset.label}")
@@ -101,41 +101,41 @@ class Shard(Stage):
         for item, record in zip(items, manifest["items"], strict=True):
             kept = {key: value for key, value in item.inputs.items() if key == "round"}
             yield Item(item.id, {"copy": record, "count": record["info"].get("rows", record["samples"])} | kept)
-        yield from self._again(items, manifest["items"], self.base.folder("shards"))
+        yield from self._retry_items(items, manifest["items"], self.base.folder("shards"))
 
     def setup(self) -> None:
         pa.array([None])  # pyarrow looks for pandas at its first list, which takes it half a second
 
     def process(self, item: Item, scratch: Path) -> Output:
         if "copy" in item.inputs:
-            return self._copy(item.inputs["copy"], scratch)
+            return self._copy_shard(item.inputs["copy"], scratch)
         reading = ReadReport()
         digits = max(4, len(str(self.config.rows_per_shard - 1)))
         known = storage.read_json(storage.join(self.folder, item.inputs["types"])) if "types" in item.inputs else {}
-        packing = ShardPacker(self.config, item.id, digits, scratch, self.beat, known, self.refused)
+        packer = ShardPacker(self.config, item.id, digits, scratch, self.beat, known, self.refused)
         files = self.source.fetch == "file"
-        read = getattr(self.source, "read", None) if files else _nothing_to_read
-        packing.run(self._rows(item.inputs, scratch, reading),
-                    None if self.source.fetch == "url" else read,
+        read = getattr(self.source, "read", None) if files else _raise_missing
+        packer.pack(self._rows(item.inputs, scratch, reading), None if self.source.fetch == "url" else read,
                     far=files and not storage.is_local(self.config.source[0]))
-        ledger = packing.finish()
-        # How many samples a damaged tar had, nobody knows: it counts as one thing left out, and is never silent.
+        ledger = packer.finish()
+        # The number of samples that a damaged tar had is unknown: it counts as one sample left out, and has a line.
         ledger += [Entry(name, reason, detail, kept=reason != "tar_cut") for name, reason, detail in reading.remarks]
         filtered = reading.filtered + item.inputs.get("filtered", 0)
-        info = {"rows": packing.rows} | ({"filtered": filtered} if filtered else {})
+        info = {"rows": packer.rows} | ({"filtered": filtered} if filtered else {})
         if "round" in item.inputs:
             info["retried"] = item.inputs["count"]
-        return Output(packing.samples, {f"{item.id}.tar": packing.tar, f"{item.id}.parquet": packing.parquet}, ledger,
-                      info, aside={f"{item.id}_stats.json": packing.stats()}, mended=item.inputs.get("mended", {}))
+        return Output(packer.samples, {f"{item.id}.tar": packer.tar, f"{item.id}.parquet": packer.parquet}, ledger,
+                      info, aside={f"{item.id}_stats.json": packer.img2dataset_stats()},
+                      mended=item.inputs.get("mended", {}))
 
     def _rows(self, inputs: dict[str, Any], scratch: Path, reading: ReadReport) -> Iterator[Row]:
         """The rows of an item, in order."""
         return self.source.rows(self.folder, inputs, scratch, reading)
 
     def again(self, items: Sequence[Item], done: Sequence[dict[str, Any]]) -> Iterable[Item]:
-        return self._again(items, done, self.folder)
+        return self._retry_items(items, done, self.folder)
 
-    def _again(self, items: Sequence[Item], done: Sequence[dict[str, Any]], folder: str) -> Iterator[Item]:
+    def _retry_items(self, items: Sequence[Item], done: Sequence[dict[str, Any]], folder: str) -> Iterator[Item]:
         """Items for the rows that failed when they were tried last, in parts of the usual size."""
         if self.source.fetch == "none":
             raise ValueError("the pictures of this source are in it: what failed once would fail again")
@@ -153,15 +153,15 @@ class Shard(Stage):
                 reasons.update(reason for _, reason in failed[:room])
                 failed = failed[room:]
                 if reasons.total() == self.config.rows_per_shard:
-                    yield self._retry(number, wanted, reasons, last + 1, folder)
+                    yield self._retry_item(number, wanted, reasons, last + 1, folder)
                     number, wanted, reasons = number + 1, [], Counter()
         if wanted:
-            yield self._retry(number, wanted, reasons, last + 1, folder)
+            yield self._retry_item(number, wanted, reasons, last + 1, folder)
 
-    def _retry(self, number: int, wanted: list[tuple[dict[str, Any], list[int]]], reasons: Counter[str], round_: int,
-               folder: str) -> Item:
-        part: Part = self.source.again(folder, wanted, number)
-        inputs, carries = part.inputs | {"count": reasons.total(), "round": round_,
+    def _retry_item(self, number: int, wanted: list[tuple[dict[str, Any], list[int]]], reasons: Counter[str],
+                    round_number: int, folder: str) -> Item:
+        part: Part = self.source.retry_part(folder, wanted, number)
+        inputs, carries = part.inputs | {"count": reasons.total(), "round": round_number,
                                          "mended": dict(sorted(reasons.items()))}, part.carries
         if (types := wanted[0][0].get("types")) is not None:  # of another version it lies elsewhere
             inputs["types"] = types
@@ -176,7 +176,7 @@ class Shard(Stage):
         return [(row["source_row"], reason) for row in rows if row["status"] != metadata.SUCCESS
                 and (reason := (row["error_message"] or "").split(":")[0]) not in self.by_choice]
 
-    def _copy(self, record: dict[str, Any], scratch: Path) -> Output:
+    def _copy_shard(self, record: dict[str, Any], scratch: Path) -> Output:
         """A shard of the base as it is."""
         assert self.base
         files = {}
@@ -206,7 +206,7 @@ class Shard(Stage):
         return storage.read_json(self.config.sources) if self.config.sources else []
 
 
-def _nothing_to_read(row: Any) -> bytes:
+def _raise_missing(row: Any) -> bytes:
     raise BadImage("picture_missing", row.missing)
 
 

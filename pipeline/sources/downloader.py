@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 from urllib.parse import urljoin
 
 import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_exceptions import ContentEncodingError, ContentLengthError, TransferEncodingError
-from yarl import URL
 
 from pipeline.media.types import BadImage
 from pipeline.sources.config import DownloadConfig
-from pipeline.sources.resolver import Resolver, Retryable
+from pipeline.sources.resolver import HostLookup, Retryable
 from pipeline.sources.robots import robots_directives
-from pipeline.sources.urls import clean_url, literal_address, parse_allowed_host, parse_url, refuse_private
+from pipeline.sources.urls import URL, clean_url, literal_address, parse_allowed_host, parse_url, refuse_private
 
 REDIRECTS = 5
 LONGEST_WAIT = 60.0  # seconds that a server may ask for by Retry-After
@@ -38,8 +38,24 @@ class _Target(NamedTuple):
     headers: dict[str, str]
 
 
+class _Resolver(AbstractResolver):
+    """A `HostLookup` as aiohttp wants it."""
+
+    def __init__(self, lookup: HostLookup) -> None:
+        self._lookup = lookup
+
+    async def resolve(self, host: str, port: int = 0,
+                      family: socket.AddressFamily = socket.AF_UNSPEC) -> list[ResolveResult]:
+        return [ResolveResult(hostname=host, host=address, port=port, proto=0, flags=socket.AI_NUMERICHOST,
+                              family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+                for address in await self._lookup.addresses(host, port)]
+
+    async def close(self) -> None:
+        self._lookup.close()
+
+
 class Downloader:
-    """A session with the web; an asynchronous context manager, for any number of `get` at once."""
+    """Downloads over HTTP; an asynchronous context manager, for any number of `get` at once."""
 
     def __init__(self, config: DownloadConfig) -> None:
         self.config = config
@@ -51,10 +67,10 @@ class Downloader:
         self._slots = asyncio.Semaphore(config.connections)
         self._slots_of_host: weakref.WeakValueDictionary[str, asyncio.Semaphore] = weakref.WeakValueDictionary()
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-        self._resolver = Resolver(self._allowed, config.retries + 1)
+        self._lookup = HostLookup(self._allowed, config.retries + 1)
         self._session = aiohttp.ClientSession(
             # No limit there: waiting in that queue would count as time spent on the attempt.
-            connector=aiohttp.TCPConnector(limit=0, resolver=self._resolver, use_dns_cache=False,
+            connector=aiohttp.TCPConnector(limit=0, resolver=_Resolver(self._lookup), use_dns_cache=False,
                                            socket_factory=self._socket),
             timeout=aiohttp.ClientTimeout(sock_connect=config.connect_timeout, sock_read=config.read_timeout),
             headers={"User-Agent": config.user_agent, "Accept-Encoding": "identity"},
@@ -65,7 +81,7 @@ class Downloader:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
                         trace: TracebackType | None) -> None:
         await self._session.close()
-        await self._resolver.close()
+        self._lookup.close()
         # What was given up over TLS still waits for the server's farewell, which the end of the loop would cut off.
         for left in list(self._sockets):
             with contextlib.suppress(OSError):
@@ -126,7 +142,7 @@ class Downloader:
                              ) from None
         # For addresses aiohttp asks no resolver; those behind names are checked there.
         if address:
-            if not self._resolver.permits(url.raw_host or "", url.port or 0):
+            if not self._lookup.permits(url.raw_host or "", url.port or 0):
                 refuse_private([address])
             if address != url.raw_host:
                 url = url.with_host(address)

@@ -56,7 +56,7 @@ class FolderSource(Source):
                                      sort_keys=True).encode() + b"\n")
         return digest.hexdigest()
 
-    def types(self) -> dict[str, str]:
+    def column_types(self) -> dict[str, str]:
         types = ColumnTypes()
         for row in self._rows():
             types.see(row.columns)

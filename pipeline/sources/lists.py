@@ -7,7 +7,9 @@ middle, so the driver reads them once and writes each item's rows beside the pla
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import hashlib
 import io
 import itertools
@@ -20,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import fsspec.compression
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -83,7 +84,7 @@ class ListSource(Source):
             found = storage.map_urls(lambda url: json.dumps(storage.summarize_file(url)), self.addresses)
         return hashlib.sha256("\n".join(found).encode()).hexdigest()
 
-    def types(self) -> dict[str, str]:
+    def column_types(self) -> dict[str, str]:
         types = ColumnTypes()
         if not self.texts:
             for schema in storage.map_urls(_schema, self.addresses):
@@ -111,9 +112,9 @@ class ListSource(Source):
                     if only is None or first + position in only:
                         yield self._row(first + position, cells)
 
-    def again(self, stage_folder: str, wanted: list[tuple[dict[str, Any], list[int]]], number: int) -> Part:
+    def retry_part(self, stage_folder: str, wanted: list[tuple[dict[str, Any], list[int]]], number: int) -> Part:
         if self.texts:
-            return super().again(stage_folder, wanted, number)
+            return super().retry_part(stage_folder, wanted, number)
         numbers = [one for _, chosen in wanted for one in chosen]
         data = json.dumps(numbers).encode()
         name = name_by_content(f"rows/{number:06d}.json", data)
@@ -368,10 +369,11 @@ def _text_rows(address: str) -> Iterator[dict[str, Any]]:
     """The rows of a CSV, a TSV or lines of JSON, one at a time."""
     name = address.lower()
     with storage.open_reader(address) as stream:
-        for ending, packing in ((".gz", "gzip"), (".bz2", "bz2")):
-            if name.endswith(ending):
-                stream = fsspec.compression.compr[packing](stream, mode="r")
-        if name.endswith(".zst"):
+        if name.endswith(".gz"):
+            stream = gzip.GzipFile(fileobj=stream, mode="r")
+        elif name.endswith(".bz2"):
+            stream = bz2.BZ2File(stream, mode="r")
+        elif name.endswith(".zst"):
             stream = pa.CompressedInputStream(pa.PythonFile(stream, "r"), "zstd")
         lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
         number = 0

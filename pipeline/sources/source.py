@@ -31,7 +31,7 @@ class Source(ABC):
     def identity(self) -> str:
         """A hash that stands for what the source holds, wherever it lies."""
 
-    def types(self) -> dict[str, str]:
+    def column_types(self) -> dict[str, str]:
         """Types of the columns of its own, so that all shards have the same; those left out are told by the cells."""
         return {}
 
@@ -43,7 +43,7 @@ class Source(ABC):
     def rows(self, stage_folder: str, inputs: dict[str, Any], scratch: Path, reading: ReadReport) -> Iterator[Row]:
         """The rows of a part, in order."""
 
-    def again(self, stage_folder: str, wanted: list[tuple[dict[str, Any], list[int]]], number: int) -> Part:
+    def retry_part(self, stage_folder: str, wanted: list[tuple[dict[str, Any], list[int]]], number: int) -> Part:
         """A part of some rows of other parts: (inputs of the part, numbers of the rows) each."""
         rows: list[Row] = []
         for inputs, numbers in wanted:

@@ -42,7 +42,7 @@ class TarSource(Source):
         found = storage.map_urls(lambda url: json.dumps(storage.summarize_file(url)), self.addresses)
         return hashlib.sha256("\n".join(found).encode()).hexdigest()
 
-    def types(self) -> dict[str, str]:
+    def column_types(self) -> dict[str, str]:
         return read_column_types(self.addresses[0]) | {"source_key": "string"}
 
     def parts(self) -> Iterator[Part]:

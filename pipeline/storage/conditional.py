@@ -9,10 +9,9 @@ import secrets
 import time
 from collections.abc import Iterator
 
-import fsspec
-
 from pipeline.storage.addresses import is_local, join, local_path
 from pipeline.storage.files import (
+    FileSystem,
     StorageError,
     exists,
     flush_to_disk,
@@ -54,7 +53,7 @@ def _link(temporary: str, path: str) -> None:
         os.replace(temporary, path)
 
 
-def _create_object(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
+def _create_object(fs: FileSystem, path: str, data: bytes) -> None:
     for left in reversed(range(5)):
         try:
             return fs.pipe_file(path, data, mode="create")
@@ -93,7 +92,7 @@ def swap_bytes(data: bytes, url: str, expected: bytes | None) -> bool:
     return read_bytes(url) == expected and _put_if(fs, url, data, IfMatch=etag)
 
 
-def _put_if(fs: fsspec.AbstractFileSystem, url: str, data: bytes, **condition: str) -> bool:
+def _put_if(fs: FileSystem, url: str, data: bytes, **condition: str) -> bool:
     """Put an object if the store finds the condition true."""
     bucket, _, key = url.split("://", 1)[1].partition("/")
     for left in reversed(range(5)):

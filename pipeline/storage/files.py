@@ -17,6 +17,7 @@ import fsspec
 
 from pipeline.storage.addresses import ATTEMPTS, S3_SCHEMES, is_local, local_path, normalize
 
+FileSystem = fsspec.AbstractFileSystem
 _T = TypeVar("_T")
 _CHUNK = 1 << 20
 _END = 64 << 10
@@ -36,7 +37,7 @@ def disk_full_message(error: BaseException) -> str:
 
 
 @cache
-def _filesystem(protocol: str) -> fsspec.AbstractFileSystem:
+def _filesystem(protocol: str) -> FileSystem:
     # Another process writes what we list: a cached listing would hide its records.
     options: dict[str, Any] = {} if protocol == "file" else {"use_listings_cache": False}
     if protocol in S3_SCHEMES and not {"AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS"} & os.environ.keys():
@@ -51,7 +52,8 @@ def _filesystem(protocol: str) -> fsspec.AbstractFileSystem:
         raise ValueError(f"cannot open {protocol}:// addresses: {error}\nhint: use a local path or s3://") from error
 
 
-def open_url(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def open_url(url: str) -> tuple[FileSystem, str]:
+    """The file system of `url`, and the path in it."""
     if is_local(url):
         return _filesystem("file"), str(local_path(url))
     protocol, path = url.split("://", 1)

@@ -79,7 +79,7 @@ class Update(Shard):
                 offset += record["samples"]
                 next_ = max(next_, int(record["id"]) + 1)
         yield from (item for item in taken if item)
-        types = sought.source.types()
+        types = sought.source.column_types()
         data = storage.json_bytes(types)
         carried = ((name_by_content("rows/types.json", data), data),) if types else ()
         more = {"types": carried[0][0]} if types else {}

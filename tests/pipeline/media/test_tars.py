@@ -2,8 +2,10 @@ import io
 import tarfile
 
 import pytest
+from webdataset.tariterators import base_plus_ext
 
 from pipeline.media import tars
+from pipeline.media.foreign_tars import KEY_AND_SUFFIX
 
 
 def _tar(path, members, format_=tarfile.USTAR_FORMAT):
@@ -23,6 +25,13 @@ def _tar(path, members, format_=tarfile.USTAR_FORMAT):
 MEMBERS = [("__meta__/0.json", b"{}"), ("a/", None), ("a/0.json", b"{}"), ("a/0.JPG", b"first"), ("a/0.txt", b""),
            ("1.png", b""), (f"{'long/' * 25}2.webp", b"x" * 513), ("b/żółć 3.tar.png", b"4"),
            ("b/żółć 3.png", b"y" * 512), (f"{'z' * 96}.jpg", b"last")]
+
+
+@pytest.mark.parametrize("name", ["0.jpg", "a/0.JPG", "a.b/0.jpg", "a/0.tar.png", "a/.hidden.jpg", "none", "a/none",
+                                  "0.", ".jpg", "a/", "a.b/none", "x\n.jpg", "żółć.png", ""])
+def test_names_are_divided_as_webdataset_divides_them(name):
+    parts = KEY_AND_SUFFIX.match(name)
+    assert (parts.groups() if parts else (None, None)) == base_plus_ext(name)
 
 
 @pytest.mark.parametrize("format_", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
