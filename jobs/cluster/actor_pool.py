@@ -200,7 +200,8 @@ class Pool:
         while len(self.idle) + len(self.starting) + busy < min(self.config.workers, useful):
             # A node with one broken GPU may have others. Its broken one is held instead (`_started`).
             avoid = sorted({place.node for place in self.blame.broken_places() if not place.visible})
-            actor = Worker.options(num_cpus=self.config.cpus, num_gpus=self.config.each_gpus if self.gpu else 0,
+            remote: Any = Worker  # `ray.remote` hides from type checkers that it adds `options`
+            actor = remote.options(num_cpus=self.config.cpus, num_gpus=self.config.each_gpus if self.gpu else 0,
                                    label_selector={"ray.io/node-id": f"!in({','.join(avoid)})"} if avoid else {},
                                    scheduling_strategy="SPREAD").remote(logs.form(), self.gpu)
             self.starting[actor.place.remote()] = actor, time.monotonic()

@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -22,7 +23,7 @@ def connect() -> None:
     """Connect to the cluster at RAY_ADDRESS, or start one here; once per process."""
     if ray.is_initialized():
         return
-    options = {"log_to_driver": False, "logging_level": logging.ERROR}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     address = os.environ.get("RAY_ADDRESS")
     if address:
@@ -42,7 +43,7 @@ def connect() -> None:
     # With as many logical CPUs as cores an actor, its driver and Train's controller starve each other.
     # "local": without it Ray would join whatever cluster of somebody else's runs on this machine.
     with interrupts.held():
-        context = ray.init("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False,
+        context: Any = ray.init("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False,
                            object_store_memory=200 << 20, **options)
     write_prometheus_targets(Path(context.address_info["session_dir"]).parent)
 

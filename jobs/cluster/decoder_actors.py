@@ -43,8 +43,9 @@ def start(count: int) -> list[Any]:
     alive = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     nodes = [node for node in alive if not node["Resources"].get("GPU")]
     # Soft: if its node is gone, it starts again on another.
-    places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=True) for node in nodes] or ["SPREAD"]
-    return [Decoder.options(scheduling_strategy=places[number % len(places)]).remote() for number in range(count)]
+    places: list[Any] = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=True) for node in nodes] or ["SPREAD"]
+    remote: Any = Decoder  # `ray.remote` hides from type checkers that it adds `options`
+    return [remote.options(scheduling_strategy=places[number % len(places)]).remote() for number in range(count)]
 
 
 class Decoders:

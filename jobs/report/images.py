@@ -135,17 +135,18 @@ def _affordable(root: Root, dataset: Dataset, rows: list[int]) -> list[int]:
     """The rows whose shards fit into the bytes that may be read, in the same order."""
     items = root.sealed(dataset.path("shards"))["items"]
     offsets = np.cumsum([0, *(record["samples"] for record in items)])
-    left, opened, kept = _MOST_READ_BYTES, set(), []
+    budget, chosen = _MOST_READ_BYTES, []
+    shards: set[int] = set()
     for row in rows:
         shard = int(np.searchsorted(offsets, row, side="right")) - 1
         if shard >= len(items):
             raise ValueError(f"{dataset.label} has {offsets[-1]} samples, there is no row {row}")
-        cost = 0 if shard in opened else file_of(items[shard], ".tar")["bytes"]
-        if cost <= left or not opened:
-            left -= cost
-            opened.add(shard)
-            kept.append(row)
-    return kept
+        cost = 0 if shard in shards else file_of(items[shard], ".tar")["bytes"]
+        if cost <= budget or not shards:
+            budget -= cost
+            shards.add(shard)
+            chosen.append(row)
+    return chosen
 
 
 def _about(sample: Sample) -> str:

@@ -47,8 +47,8 @@ def _samples(root: Root, album: Album) -> Markup:
     grids, more = [], 0
     for run in root.runs:
         names = root.samples(run)
-        newest = sorted(names, key=lambda name, path=run.path: _sealed_at(root, f"{path}/samples/{name}"),
-                        reverse=True)
+        dates = {name: _sealed_at(root, f"{run.path}/samples/{name}") for name in names}
+        newest = sorted(names, key=dates.__getitem__, reverse=True)
         grids += [try_part(f"{run.path}/samples/{name}", samples.sample_grid, root, run, name, album)
                   for name in newest[:_SAMPLES_PER_RUN]]
         more += len(newest[_SAMPLES_PER_RUN:])

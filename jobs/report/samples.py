@@ -114,7 +114,8 @@ def _held_out(root: Root, labels: Sequence[str], prompts: Sequence[str]) -> dict
 
 def _subjects(dataset: Dataset, prompts: Sequence[str]) -> dict[str, bool]:
     """For each prompt that is a caption of the dataset: whether its subject was held out of training."""
-    wanted, result, budget = set(prompts), {}, _MOST_SEARCHED_BYTES
+    result: dict[str, bool] = {}
+    wanted, budget = set(prompts), _MOST_SEARCHED_BYTES
     try:
         for record in dataset.manifest("shards")["items"]:
             budget -= file_of(record, ".parquet")["bytes"]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-_BOTH = {signal.SIGTERM, signal.SIGINT}
+_BOTH: set[int] = {signal.SIGTERM, signal.SIGINT}
 
 
 def listen() -> None:
@@ -33,7 +33,7 @@ def held() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    before = {number: signal.getsignal(number) for number in _BOTH}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in _BOTH}
     replace = signal.signal
 
     def kept(number: int, handler: Any) -> Any:

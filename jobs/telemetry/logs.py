@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 from jobs.runs.labels import stage_labels
 from pipeline import storage
@@ -50,7 +50,9 @@ class _Text(logging.Formatter):
 class _Json(logging.Formatter):
     """An event as one line: when, how grave, what, of which dataset, version, stage, run and item, as far as known."""
 
-    converter: ClassVar[Any] = time.gmtime
+    def __init__(self) -> None:
+        super().__init__()
+        self.converter = time.gmtime
 
     def format(self, record: logging.LogRecord) -> str:
         event = {"time": f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{int(record.msecs):03d}Z",

@@ -53,7 +53,7 @@ class Tracker:
             return
         try:
             import wandb
-            mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+            mode: Any = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
             id_, place = _known(folder)["id"], _place(root, known)
             self.online = mode != "offline"
             if training and not self.online:
@@ -153,7 +153,8 @@ class Followed:
     """A stage that wandb follows; a session begins with the first word of its tally, for a sealed stage has none."""
 
     def __init__(self, stage_: Stage, known: dict[str, str]) -> None:
-        self.stage, self.known, self.tracker = stage_, known, None
+        self.stage, self.known = stage_, known
+        self.tracker: Tracker | None = None
 
     def watch(self, tally: Tally) -> None:
         """Log how far it is, under the number of recorded items: it goes on where it stopped."""

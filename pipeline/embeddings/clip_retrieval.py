@@ -203,12 +203,12 @@ class _Vectors:
 
     def rows(self, keys: list[str]) -> list[np.ndarray | None]:
         """The vector of each key, None for those that have none."""
-        found = []
+        rows: list[np.ndarray | None] = []
         for key in keys:
             place = self.table.place(key.encode())
             if self.table.name(place) != key.encode():
-                found.append(None)
+                rows.append(None)
                 continue
             file, row = self.table.row(place)
-            found.append(np.array(self.vectors[file][row]))
-        return found
+            rows.append(np.array(self.vectors[file][row]))
+        return rows

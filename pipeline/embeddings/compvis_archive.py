@@ -44,10 +44,10 @@ class KeyTable:
     def beginning(self, prefix: bytes) -> tuple[int, list[bytes]]:
         """The names that begin so, and the place of the first."""
         first = self.place(prefix)
-        found = []
-        while (name := self.name(first + len(found))).startswith(prefix):
-            found.append(name)
-        return first, found
+        matches: list[bytes] = []
+        while (name := self.name(first + len(matches))).startswith(prefix):
+            matches.append(name)
+        return first, matches
 
     def row(self, place: int) -> tuple[int, int]:
         """The file and the row in it of the name at a place."""

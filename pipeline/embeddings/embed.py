@@ -6,10 +6,10 @@ batches several together, and each gets a file and a record of its own.
 
 import json
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
@@ -114,7 +114,7 @@ class Embed(Stage):
             raise output
         return output
 
-    def process_together(self, work: Sequence[tuple[Item, Path]]) -> Iterator[Output | Exception]:
+    def process_together(self, work: Sequence[tuple[Item, Path]]) -> Generator[Output | Exception, None, None]:
         if any(storage.digest(describe_encoder(self.config.clip())) != item.inputs["encoder"] for item, _ in work):
             raise ValueError(f"the weights {self.config.pretrained} of {self.config.model} on {platform.node()}, or "
                              f"its settings, are not those of the plan\nhint: the same files on every machine")
@@ -147,7 +147,7 @@ class Embed(Stage):
             ledger += [Entry(key, "undecodable", "row of zeros", kept=True) for position, key in enumerate(part.keys)
                        if position not in set(part.there)]
             row += len(part.keys)
-            self.beat(rows=row, samples=row - len(ledger), length=0, skipped={})
+            self.beat(rows=row, samples=row - len(ledger), length=0, skipped=Counter())
         if row != len(vectors):
             raise ValueError(f"shard {record['id']} does not have the {len(vectors)} samples that its manifest names\n"
                              f"hint: python -m jobs verify")
@@ -170,16 +170,17 @@ class Embed(Stage):
         self.precision = devices.name_of(encoder.dtype)
         return encoder
 
-    def _parts(self, encoder: clip.Encoder, records: Sequence[dict[str, Any]], times: Times) -> Iterator[Part]:
+    def _parts(self, encoder: clip.Encoder, records: Sequence[dict[str, Any]], times: Times
+               ) -> Generator[Part, None, None]:
         lent = self.decode.at_once if self.decode else 0
         return encode_parts(encoder, [self._shard(record) for record in records], self.config.batch_size,
                                 self._room(map(_size, records), whole=encoder.whole, lent=lent), self.decode, times)
 
     def _shard(self, record: dict[str, Any]) -> Shard:
         entry = file_of(record, ".tar")
-        return Shard(record["samples"], partial(
-            storage.fetch_and_open, storage.manifest_file_url(self.dataset.folder("shards"), entry["name"]), entry,
-            partial(open, mode="rb"), check=True))
+        url = storage.manifest_file_url(self.dataset.folder("shards"), entry["name"])
+        return Shard(record["samples"],
+                     lambda: storage.fetch_and_open(url, entry, lambda path: path.open("rb"), check=True))
 
     def _room(self, sizes: Iterable[tuple[int, int]], *, whole: bool, lent: int = 0, threads: int = 0) -> Room:
         return plan_room(parse_size(self.config.max_memory, "embed.max_memory"), self.config.clip(), sizes,
@@ -196,7 +197,8 @@ class EmbedCaptions(Embed):
     def together(self, gpu: bool | None = None) -> int:
         return 1
 
-    def _parts(self, encoder: clip.Encoder, records: Sequence[dict[str, Any]], times: Times) -> Iterator[Part]:
+    def _parts(self, encoder: clip.Encoder, records: Sequence[dict[str, Any]], times: Times
+               ) -> Generator[Part, None, None]:
         def work(part: tuple[int, list[dict[str, Any]]]) -> Part:
             # A sample without a caption gets a row of zeros: the vector of no words is near to everything.
             number, some = part

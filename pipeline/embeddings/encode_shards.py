@@ -16,7 +16,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -123,7 +123,7 @@ def part_of(count: int, size: int) -> int:
 
 
 def encode_parts(encoder: clip.Encoder, shards: Sequence[Shard], size: int, fitting: Room,
-            elsewhere: DecoderPool | None, times: Times) -> Iterator[Part]:
+                 elsewhere: DecoderPool | None, times: Times) -> Generator[Part, None, None]:
     """The parts of all shards in order, with vectors."""
     lent = elsewhere.at_once if elsewhere else 0
     decode = _decoder(encoder, elsewhere, fitting.threads if encoder.whole else 0, times)

@@ -36,6 +36,8 @@ else:
             return getattr(faiss, name)
 
     faiss = _Faiss()
+untyped_faiss: Any = faiss
+"""The same module, for the names that its type stubs lack or describe wrongly."""
 ROWS_OF_A_THREAD, QUERIES_OF_A_THREAD = 1 << 13, 1 << 8
 _PRODUCTS_FROM = 16  # numbers in a part of a code from which faiss finds its centroid by matrix products
 
@@ -52,9 +54,8 @@ def apply_transforms(transform: faiss.VectorTransform, sample: np.ndarray) -> np
 
 def transform_before_lists(index: faiss.Index, vectors: np.ndarray) -> np.ndarray:
     """Vectors as the part of `index` behind its transforms takes them, contiguous float32."""
-    if isinstance(index, faiss.IndexPreTransform):
-        for number in range(index.chain.size()):
-            vectors = apply_transforms(faiss.downcast_VectorTransform(index.chain.at(number)), vectors)
+    for transform in transforms_of(index):
+        vectors = apply_transforms(transform, vectors)
     return np.ascontiguousarray(vectors, np.float32)
 
 
@@ -161,8 +162,29 @@ def open_index(path: Path, lists: Path | None = None, flags: int = 0) -> faiss.I
                                    faiss.IO_FLAG_READ_ONLY)
 
 
+def transforms_of(index: faiss.Index) -> list[faiss.VectorTransform]:
+    """The transforms that an index applies to vectors first, in order."""
+    if not isinstance(index, faiss.IndexPreTransform):
+        return []
+    chain: Any = index.chain  # a C++ vector, not the list of the type stubs
+    return [faiss.downcast_VectorTransform(chain.at(number)) for number in range(chain.size())]
+
+
 def inner_index(index: faiss.Index) -> faiss.Index:
+    """The index behind the transforms, as its precise class."""
     return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+
+
+def inner_ivf(index: faiss.Index) -> faiss.IndexIVF:
+    """The index behind the transforms of an index that is known to have inverted lists."""
+    inner = inner_index(index)
+    assert isinstance(inner, faiss.IndexIVF)
+    return inner
+
+
+def inverted_lists(inner: faiss.IndexIVF) -> faiss.InvertedLists:
+    assert inner.invlists is not None  # only an index whose lists were taken away has none
+    return inner.invlists
 
 
 _Result = TypeVar("_Result")

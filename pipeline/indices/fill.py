@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,11 +12,14 @@ from pipeline.indices.faiss_door import (
     faiss,
     gpus,
     inner_index,
+    inner_ivf,
+    inverted_lists,
     nearest_lists,
     on_gpus,
     safe_threads,
     stderr_text,
     transform_before_lists,
+    untyped_faiss,
 )
 
 
@@ -34,7 +38,7 @@ def fill(index: faiss.Index, vectors: np.ndarray) -> None:
 def fill_by_lists(index: faiss.Index, vectors: np.ndarray, place: Callable[[faiss.Index], faiss.Index] | None = None
                   ) -> None:
     """Add vectors whose lists are found where `place` puts the centres; the codes, of all kinds, are made here."""
-    inner, vectors = inner_index(index), transform_before_lists(index, vectors)
+    inner, vectors = inner_ivf(index), transform_before_lists(index, vectors)
     if place:
         centres = faiss.IndexFlat(inner.d, inner.quantizer.metric_type)
         centres.add(inner.quantizer.reconstruct_n(0, inner.nlist))
@@ -64,17 +68,17 @@ def merge_on_disk(index: faiss.Index, parts: list[faiss.Index], path: Path, *, s
 
     The rows of each part come behind those of the part before, or with `shift` off have their numbers already.
     """
-    inner = inner_index(index)
-    pointers = faiss.InvertedListsPtrVector()
+    inner = inner_ivf(index)
+    pointers = untyped_faiss.InvertedListsPtrVector()
     for part in parts:
-        pointers.push_back(inner_index(part).invlists)
+        pointers.push_back(inner_ivf(part).invlists)
     lists = faiss.OnDiskInvertedLists(inner.nlist, inner.code_size, str(path))
     with stderr_text():
         # Its own shifting takes the size of each part for that of all before it.
         index.ntotal = inner.ntotal = lists.merge_from_multiple(pointers.data(), pointers.size(), False)
     starts = np.cumsum([0, *(part.ntotal for part in parts)])[:-1]
     for number in range(inner.nlist if shift else 0):
-        sizes = [inner_index(part).invlists.list_size(number) for part in parts]
+        sizes = [inverted_lists(inner_ivf(part)).list_size(number) for part in parts]
         if sum(sizes):
             ids = faiss.rev_swig_ptr(lists.get_ids(number), sum(sizes))  # the file itself, mapped
             ids += np.repeat(starts, sizes)
@@ -94,7 +98,8 @@ def remove_rows(index: faiss.Index) -> faiss.Index:
     return index
 
 
-def _give_lists(inner: faiss.IndexIVF, lists: faiss.InvertedLists) -> None:
+def _give_lists(inner: faiss.IndexIVF, lists: Any) -> None:
+    """Replace the lists of an index, which then owns them."""
     inner.replace_invlists(lists, True)
     lists.this.disown()
 
@@ -118,7 +123,7 @@ def renumber(index: faiss.Index, sources: list[tuple[faiss.Index, np.ndarray]], 
                  else faiss.ArrayInvertedLists(inner.nlist, inner.code_size))
         with stderr_text():
             for number in range(inner.nlist):
-                found = [_of_a_list(inner_index(source), rows, number) for source, rows in sources]
+                found = [_of_a_list(inner_ivf(source), rows, number) for source, rows in sources]
                 ids = np.concatenate([one for one, _ in found])
                 order = np.argsort(ids)
                 ids, codes = ids[order], np.concatenate([one for _, one in found])[order]
@@ -126,17 +131,20 @@ def renumber(index: faiss.Index, sources: list[tuple[faiss.Index, np.ndarray]], 
                     lists.add_entries(number, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(codes))
         _give_lists(inner, lists)
     else:
+        assert isinstance(inner, faiss.IndexFlatCodes)
         codes = np.empty((total, inner.code_size), np.uint8)
         for source, rows in sources:
-            codes[rows[rows >= 0]] = faiss.vector_to_array(inner_index(source).codes).reshape(
-                -1, inner.code_size)[rows >= 0]
+            flat = inner_index(source)
+            assert isinstance(flat, faiss.IndexFlatCodes)
+            codes[rows[rows >= 0]] = faiss.vector_to_array(flat.codes).reshape(-1, inner.code_size)[rows >= 0]
         faiss.copy_array_to_vector(codes.reshape(-1), inner.codes)
     index.ntotal = inner.ntotal = total
 
 
 def _of_a_list(inner: faiss.IndexIVF, rows: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
     """The new rows in a list and their codes, those that stay."""
-    lists, size = inner.invlists, inner.invlists.list_size(number)
+    lists = inverted_lists(inner)
+    size = lists.list_size(number)
     if not size:
         return np.empty(0, np.int64), np.empty((0, inner.code_size), np.uint8)
     ids = rows[faiss.rev_swig_ptr(lists.get_ids(number), size)]

@@ -57,7 +57,9 @@ class Index(IndexingStage):
 
     def process(self, item: Item, scratch: Path) -> Output:
         if before := self.before():
-            index, infos, info, times, held = merge_parts(*before, self.config, scratch)  # type: ignore[arg-type]
+            training, parts = before
+            assert isinstance(training, Training) and isinstance(parts, Parts)
+            index, infos, info, times, held = merge_parts(training, parts, self.config, scratch)
         else:
             vectors = Embeddings(self.dataset).all().astype(np.float32)
             texts = Embeddings(self.dataset, "text_embeddings") if "text_embeddings" in self.inputs() else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,9 +15,12 @@ from pipeline.indices.faiss_door import (
     UnreadableIndex,
     faiss,
     inner_index,
+    inner_ivf,
+    inverted_lists,
     open_index,
     search_in_blocks,
     transform_before_lists,
+    untyped_faiss,
 )
 
 
@@ -28,8 +31,8 @@ def misnumbered(index: faiss.Index) -> int:
         return 0
     times, beyond = np.zeros(index.ntotal, np.uint8), 0
     for number in range(inner.nlist):
-        if size := inner.invlists.list_size(number):
-            ids = faiss.rev_swig_ptr(inner.invlists.get_ids(number), size)
+        if size := inverted_lists(inner).list_size(number):
+            ids = faiss.rev_swig_ptr(inverted_lists(inner).get_ids(number), size)
             good = ids[(ids >= 0) & (ids < len(times))]
             beyond += size - len(good)
             times[good] += 1  # nobody is twice in one list, or it is missing elsewhere
@@ -96,14 +99,14 @@ class Lists:
         """ValueError if the index has no lists."""
         # Mapped: of the codes nothing is read here.
         self._index = open_dataset_index(dataset, faiss.IO_FLAG_MMAP)
-        self._inner = inner_index(self._index)
-        if not isinstance(self._inner, faiss.IndexIVF):
+        if not isinstance(inner_index(self._index), faiss.IndexIVF):
             raise ValueError(f"the index of {dataset.label} has no inverted lists")
+        self._inner = inner_ivf(self._index)
         self.count, self.probes = int(self._inner.nlist), int(self._inner.nprobe)
 
     def ids(self, number: int) -> np.ndarray:
         """The global rows in a list, (n,) int64."""
-        lists = self._inner.invlists
+        lists: Any = inverted_lists(self._inner)
         size = lists.list_size(number)
         if not size:
             return np.empty(0, np.int64)
@@ -128,14 +131,14 @@ def _without(index: faiss.Index, gone: np.ndarray) -> faiss.SearchParameters | N
     """What tells a search to leave rows out; None for a kind that takes no such thing."""
     inner, selector = inner_index(index), faiss.IDSelectorNot(faiss.IDSelectorBatch(gone))
     if isinstance(inner, faiss.IndexIVF):
-        told = faiss.SearchParametersIVF(sel=selector, nprobe=inner.nprobe)
+        parameters = untyped_faiss.SearchParametersIVF(sel=selector, nprobe=inner.nprobe)
     elif isinstance(inner, faiss.IndexHNSW):
-        told = faiss.SearchParametersHNSW(sel=selector, efSearch=inner.hnsw.efSearch)
+        parameters = untyped_faiss.SearchParametersHNSW(sel=selector, efSearch=inner.hnsw.efSearch)
     elif isinstance(inner, faiss.IndexFlat | faiss.IndexScalarQuantizer):
-        told = faiss.SearchParameters(sel=selector)
+        parameters = untyped_faiss.SearchParameters(sel=selector)
     else:
         return None
-    return faiss.SearchParametersPreTransform(index_params=told) if inner is not index else told
+    return untyped_faiss.SearchParametersPreTransform(index_params=parameters) if inner is not index else parameters
 
 
 def ranked(embeddings: Embeddings, queries: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

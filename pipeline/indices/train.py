@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from pipeline.indices.faiss_door import (
     nearest_lists,
     one_thread,
     safe_threads,
+    transforms_of,
 )
 from pipeline.indices.fill import fill
 
@@ -46,11 +48,9 @@ def train_index(key: str, sample: np.ndarray, dim: int) -> faiss.Index:
         if hasattr(inner, "do_polysemous_training"):
             # Orders the codes for a search that is not done here, at two seconds for each byte of a code.
             inner.do_polysemous_training = False
-        if isinstance(index, faiss.IndexPreTransform):
-            for number in range(index.chain.size()):
-                transform = faiss.downcast_VectorTransform(index.chain.at(number))
-                _train_transform(transform, sample)
-                sample = apply_transforms(transform, sample)
+        for transform in transforms_of(index):
+            _train_transform(transform, sample)
+            sample = apply_transforms(transform, sample)
         sample = np.ascontiguousarray(sample, np.float32)
         _train_inner(inner, sample)
         index.is_trained = True
@@ -140,7 +140,7 @@ def _length(matrix: np.ndarray) -> float:
 
 def _product(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """(N, K) by (K, M) float32, the same bits with any number of threads."""
-    transform = faiss.LinearTransform(*other.shape, False)
+    transform = faiss.LinearTransform(other.shape[0], other.shape[1], False)
     faiss.copy_array_to_vector(np.ascontiguousarray(other.T).reshape(-1), transform.A)
     transform.is_trained = True
     return apply_transforms(transform, one)
@@ -183,7 +183,8 @@ def _train_lists(inner: faiss.IndexIVF, sample: np.ndarray) -> None:
     """
     quantizer = faiss.downcast_index(inner.quantizer)
     if not isinstance(quantizer, faiss.IndexHNSW) and not gpus():
-        inner.train_q1(len(sample), faiss.swig_ptr(sample), False, inner.metric_type)
+        train_quantizer: Any = inner  # the type stubs lack the base class Level1Quantizer
+        train_quantizer.train_q1(len(sample), faiss.swig_ptr(sample), False, inner.metric_type)
         return
     clustering = faiss.Clustering(inner.d, inner.nlist, inner.cp)
     assigner = faiss.IndexFlatL2(inner.d)

@@ -20,6 +20,7 @@ from pipeline.indices.faiss_door import (
     nearest_lists,
     one_thread,
     search_in_blocks,
+    untyped_faiss,
 )
 from pipeline.indices.searcher import best
 
@@ -88,10 +89,11 @@ def measure_recall(index: faiss.Index, key: str, queries: list[Queries], config:
     count, dim = index.ntotal, index.d
     size = size or len(faiss.serialize_index(index))
     asked = [one for one in queries if len(one.vectors) and (one.ids[:, 9] >= 0).all()]
-    curve, setting, milliseconds = [], "", {}
+    curve: list[dict[str, Any]] = []
+    setting, milliseconds = "", {}
     for setting in _efforts(index) if asked else [""]:
         if setting:
-            faiss.ParameterSpace().set_index_parameters(index, setting)
+            untyped_faiss.ParameterSpace().set_index_parameters(index, setting)
         curve.append({"parameter": setting, **{one.kind: one.recall(index) for one in asked}})
         milliseconds[setting or "all"] = _latency(index, asked[0].vectors if asked else queries[0].vectors)
         found = [one[asked[0].kind]["10"] for one in curve] if asked else []
@@ -102,7 +104,7 @@ def measure_recall(index: faiss.Index, key: str, queries: list[Queries], config:
             setting = curve[-3]["parameter"]
             break
     if setting:
-        faiss.ParameterSpace().set_index_parameters(index, setting)
+        untyped_faiss.ParameterSpace().set_index_parameters(index, setting)
     reached = next(one for one in curve if one["parameter"] == setting)
     recall = {one.kind: reached[one.kind] for one in asked}
     infos = {"index_key": key, "index_param": setting, "index_path": "knn.index", "size in bytes": size,

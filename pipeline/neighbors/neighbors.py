@@ -176,8 +176,8 @@ class Neighbors(Stage):
         if opened.lists and not exactly and ALL_ROWS_FROM_LISTS * probes < opened.lists.count:
             # Where a few more than k are enough, to keep more would only take time.
             ids, scores = self._in_lists(opened, queries, copies, min(wanted, k + SPARE_CANDIDATES), probes, times)
-            short = np.flatnonzero((ids < 0).any(1)) if wanted > k + SPARE_CANDIDATES else []
-            if len(short):
+            short = np.flatnonzero((ids < 0).any(1))
+            if len(short) and wanted > k + SPARE_CANDIDATES:
                 ids[short], scores[short] = self._in_lists(opened, queries[short], copies, wanted, probes, times)
         elif opened.graph and not exactly:
             with times("products"):

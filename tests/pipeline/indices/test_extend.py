@@ -222,7 +222,7 @@ def test_an_index_with_rows_twice_or_beyond_is_not_sealed_and_a_fault(tmp_path, 
     number = next(number for number in range(8) if index.invlists.list_size(number) > 1)
     faiss.rev_swig_ptr(index.invlists.get_ids(number), 2)[:] = 599_000, 599_001
     assert misnumbered(index) == 4  # two that nobody has, and two that are gone
-    monkeypatch.setattr("pipeline.indices.build_whole", lambda *_: (index, {}, {"recall_at_10": 1.0}, {}))
+    monkeypatch.setattr("pipeline.indices.index.build_whole", lambda *_: (index, {}, {"recall_at_10": 1.0}, {}))
     with pytest.raises(StageFailed, match="not in it exactly once"):
         run_stage(Index(dataset, IndexConfig(key="IVF8,Flat")))
 
