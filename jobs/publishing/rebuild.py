@@ -4,9 +4,13 @@ Whoever runs it again goes on with the version that was begun for the same sourc
 """
 
 import logging
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
+
+import numpy as np
+import pyarrow as pa
 
 from jobs.publishing.config import RebuildConfig
 from jobs.publishing.releases import encoders
@@ -26,9 +30,11 @@ from pipeline.stages.plan import clear_folder
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import StageFailed
 from pipeline.versions import gates
+from pipeline.versions.compare_files import Compare
 from pipeline.versions.gates import Gate
+from pipeline.versions.listing import DEAD, LISTING_SCHEMA, read_listing, wide
 from pipeline.versions.reuse_embeddings import Reuse, ReuseCaptions
-from pipeline.versions.source_diff import DEAD, Change, Compare, Sought, listing
+from pipeline.versions.source_diff import Hashes, SourceDiff
 from pipeline.versions.update_shards import Update
 
 _log = logging.getLogger(__name__)
@@ -56,8 +62,9 @@ class Rebuild:
             raise ValueError("rebuild takes every picture of the source: for duplicates all must be looked at at once\n"
                              "hint: shard with --duplicates, embed and index make a version by hand")
         self.before = published.current(root, name)
-        self.sought = Sought(shard, takedowns.read_takedowns(root))
-        if not self.sought.rows:
+        self.scratch = tempfile.TemporaryDirectory(prefix="rebuild-")  # gone with this object
+        self.source = SourceDiff.read(shard, takedowns.read_takedowns(root), self.scratch.name)
+        if not self.source.count:
             raise ValueError(f"{', '.join(shard.source)} holds no picture that may be taken: nothing is published")
 
     @cached_property
@@ -76,16 +83,19 @@ class Rebuild:
 
     def forecast(self) -> dict[str, Any]:
         """What a rebuild would do, as far as the source's names and looks tell; writes nothing."""
-        before = listing(self.last) if self.last else []
-        change = self.sought.against(before, {})
+        before = self._last_listing()
+        diff = self.source.against(before, Hashes.none())
         return {"dataset": self.name, "published": self.before.version if self.before else None,
-                **{name: change.counts[name] for name in _COUNTS}, "to_be_read": len(self.sought.suspects(before))}
+                **{name: diff.counts[name] for name in _COUNTS}, "to_be_read": len(self.source.suspects(before))}
+
+    def _last_listing(self) -> pa.Table:
+        return read_listing(self.last) if self.last else wide(LISTING_SCHEMA).empty_table()
 
     def claim(self) -> tuple[Dataset, bool]:
         """The version to make, and whether it was published before: one begun for the same source, or the next free
         number."""
         last = self.last
-        source = storage.digest([self.sought.digest, Update.section_of(self.shard), self._settings()])
+        source = storage.digest([self.source.digest, Update.section_of(self.shard), self._settings()])
         claim = {"digest": storage.digest([source, self.config.rewrite, self.config.thorough, last is None,
                                          self.before.document["content"] if self.before else ""]), "source": source,
                  "from": self.before.version if self.before else None}
@@ -125,22 +135,21 @@ class Rebuild:
         except (FileNotFoundError, ValueError):
             return None
 
-    def change(self, dataset: Dataset, seal: Seal) -> Change:
+    def compare(self, dataset: Dataset, seal: Seal) -> SourceDiff:
         """What is new in the source; files that look other than they did are read."""
-        before = listing(last) if (last := self.last) else []
-        suspects: Sequence[int] = self.sought.suspects(before)
-        if self.config.thorough and before and self.sought.source.fetch == "file":
-            suspects = range(len(self.sought.rows))
-        hashes = {}
-        if suspects:
-            compare = Compare(dataset, self.sought, suspects)
-            hashes = compare.hashes(seal(compare))
-        return self.sought.against(before, hashes)
+        before = self._last_listing()
+        suspects = self.source.suspects(before)
+        if self.config.thorough and before.num_rows and self.source.source.fetch == "file":
+            suspects = np.arange(self.source.count)
+        if not len(suspects):
+            return self.source.against(before, Hashes.none())
+        stage = Compare(dataset, self.source, suspects)
+        return self.source.against(before, stage.hashes(seal(stage)))
 
-    def build(self, dataset: Dataset, change: Change, seal: Seal) -> None:
+    def build(self, dataset: Dataset, diff: SourceDiff, seal: Seal) -> None:
         """Make every stage of the version."""
         last = self.last
-        seal(Update(dataset, self.shard, last, self.sought, change, self.config.rewrite))
+        seal(Update(dataset, self.shard, last, diff, self.config.rewrite))
         seal(Reuse(dataset, self.embed, last))
         if self.config.embed_captions or (last and last.sealed("text_embeddings")):
             seal(ReuseCaptions(dataset, self.embed, last))
@@ -185,7 +194,7 @@ class Rebuild:
         pinned = {} if self.config.allow_encoder else encoders(self.root, self.name)
         if base and not self.config.allow_encoder:
             pinned[base.label] = encoder_of(base)
-        return gates.judged(dataset, base, asked, self.embed.clip(), self.config.gates, pinned), asked
+        return gates.measure_gates(dataset, base, asked, self.embed.clip(), self.config.gates, pinned), asked
 
     def publish(self, dataset: Dataset) -> dict[str, Any]:
         """Judge a version and swap it in; GatesFailed if it is not as it must be.
@@ -213,19 +222,20 @@ class Rebuild:
                                   f"gates (--max-lost ...) let this version pass if it is right")
             shards = dataset.manifest("shards")
             data = published.release(dataset, {
-                "number": number, "base": before.version if before else None, "source": self.sought.digest,
+                "number": number, "base": before.version if before else None, "source": self.source.digest,
                 "samples": shards["totals"]["samples"] - shards["info"].get("dead", 0),
                 "recall@10": gates.recall(dataset), "encoder": encoder_of(dataset), "queries": asked,
                 "change": shards["info"]["change"], "gates": [vars(gate) for gate in found]})
             if published.publish(dataset, data, number, before):
                 return {"published": dataset.version, "gates": {gate.name: gate.value for gate in found}}
 
-    def unchanged(self, dataset: Dataset, change: Change) -> bool:
+    def unchanged(self, dataset: Dataset, diff: SourceDiff) -> bool:
         """Whether the published version holds all of the source already.
 
         The version that was begun goes then, but where files were read: so they need not be the next time.
         """
-        if self.last is None or change.fresh or any(change.counts[name] for name in ("removed", "forgotten")):
+        if self.last is None or any(
+                diff.counts[name] for name in ("added", "changed", "removed", "forgotten")):
             return False
         if self._pending():
             return False
@@ -258,13 +268,13 @@ def _made(rebuild: Rebuild, dataset: Dataset, past: bool, seal: Seal) -> dict[st
         assert rebuild.before
         published.checked(rebuild.root, rebuild.name, rebuild.before)
         return {"dataset": rebuild.name, "published": rebuild.before.version, "rolled_back": dataset.version}
-    change = rebuild.change(dataset, seal)
-    counts = {name: change.counts[name] for name in _COUNTS}
+    diff = rebuild.compare(dataset, seal)
+    counts = {name: diff.counts[name] for name in _COUNTS}
     _log.info("rebuild: %s: %s", dataset.label, ", ".join(f"{count} {name}" for name, count in counts.items()))
-    if rebuild.unchanged(dataset, change):
+    if rebuild.unchanged(dataset, diff):
         assert rebuild.before
         return {"dataset": rebuild.name, "published": rebuild.before.version, "unchanged": True, **counts}
-    rebuild.build(dataset, change, seal)
+    rebuild.build(dataset, diff, seal)
     reused = dataset.manifest("embeddings")["info"]["reused"]
     return {"dataset": rebuild.name, **rebuild.publish(dataset), **counts, "reused": reused,
             "embedded": dataset.manifest("shards")["totals"]["samples"] - reused}

@@ -14,6 +14,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
@@ -35,7 +37,7 @@ class Forgotten:
     def __bool__(self) -> bool:
         return bool(self.sha256 or self.urls or self.domains)
 
-    def named(self, name: str) -> bool:
+    def has_name(self, name: str) -> bool:
         """Whether a picture of that name or address is one of them, as far as the name tells."""
         if name in self.urls:
             return True
@@ -45,7 +47,17 @@ class Forgotten:
     def has(self, row: Mapping[str, Any]) -> bool:
         """Whether a row of metadata (sha256, original_sha256, url) is about one of them."""
         return (row["sha256"] in self.sha256 or row.get("original_sha256") in self.sha256
-                or self.named(row.get("url") or ""))
+                or self.has_name(row.get("url") or ""))
+
+    def mask(self, table: pa.Table) -> np.ndarray:
+        """Which rows of a table of metadata (sha256, original_sha256, url) are among them, (N,) bool."""
+        among = np.zeros(table.num_rows, bool)
+        for column in {"sha256", "original_sha256"} & set(table.column_names):
+            hashes = pa.array(sorted(self.sha256), table[column].type)
+            among |= pc.is_in(table[column], value_set=hashes).to_numpy()
+        if (self.urls or self.domains) and "url" in table.column_names:
+            among |= np.array([self.has_name(name or "") for name in table["url"].to_pylist()], bool)
+        return among
 
     @property
     def digest(self) -> str:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from annotated_types import Ge, Interval
 
 from pipeline import storage
@@ -18,7 +20,7 @@ from pipeline.embeddings.clip_weights import ClipConfig
 from pipeline.embeddings.embed import encoder_of
 from pipeline.indices.searcher import Searcher
 from pipeline.shards.metadata import FORGOTTEN, SUCCESS
-from pipeline.versions.source_diff import Known, listing
+from pipeline.versions.listing import read_listing
 
 _NEAREST = 10  # overlap@10
 
@@ -77,24 +79,24 @@ def queries(config: GatesConfig, before: dict[str, Any] | None, dataset: Dataset
     return sorted(chosen[:config.query_count])
 
 
-def judged(dataset: Dataset, before: Dataset | None, asked: Sequence[str], encoder: ClipConfig,
-           config: GatesConfig, pinned: dict[str, dict[str, Any]]) -> list[Gate]:
-    """Every gate of a version, against the published one (None: there is none).
+def measure_gates(dataset: Dataset, before: Dataset | None, texts: Sequence[str], clip_config: ClipConfig,
+                  config: GatesConfig, pinned: dict[str, dict[str, Any]]) -> list[Gate]:
+    """Every gate of a version, against the published one (None: there is none), with `texts` as queries.
 
     `pinned` are the encoders that consumers of the database are bound to, by the consumers' names.
     """
-    rows = listing(dataset)
-    gates = [_recall(dataset, config), _failed(rows, config)]
+    listing = read_listing(dataset, ["sha256", "status"])
+    gates = [_recall(dataset, config), _failed(listing, config)]
     if before:
-        gates.append(_lost(rows, before, takedowns.read_takedowns(dataset.root), config))
-    found = encoder_of(dataset)
-    others = sorted(name for name, one in pinned.items() if one != found)
-    gates.append(Gate("encoder", f"{found['model']} {found.get('pretrained', '')}".strip() if not others else
+        gates.append(_lost(listing, before, takedowns.read_takedowns(dataset.root), config))
+    encoder = encoder_of(dataset)
+    others = sorted(name for name, description in pinned.items() if description != encoder)
+    gates.append(Gate("encoder", f"{encoder['model']} {encoder.get('pretrained', '')}".strip() if not others else
                       f"another than that of {', '.join(others)}", "that of every consumer", not others))
-    if before and not others and asked and encoder_of(before) == found:
-        value = overlap(dataset, before, asked, encoder)
+    if before and not others and texts and encoder_of(before) == encoder:
+        value = overlap(dataset, before, texts, clip_config)
         gates.append(Gate("overlap@10", value, f"at least {config.min_overlap}", value >= config.min_overlap))
-    elif before and not asked:
+    elif before and not texts:
         gates.append(Gate("overlap@10", "not measured: there are no captions and no --queries", "", True))
     return gates
 
@@ -111,30 +113,36 @@ def recall(dataset: Dataset) -> float | None:
     return dataset.manifest("index")["info"].get("recall_at_10")
 
 
-def _failed(rows: Sequence[Known], config: GatesConfig) -> Gate:
-    failed = sum(one.status not in {SUCCESS, FORGOTTEN} for one in rows)
-    value = failed / max(len(rows), 1)
+def _failed(listing: pa.Table, config: GatesConfig) -> Gate:
+    good = pc.is_in(listing["status"], value_set=pa.array([SUCCESS, FORGOTTEN], pa.large_string()))
+    value = (listing.num_rows - _count(good)) / max(listing.num_rows, 1)
     return Gate("failed", value, f"at most {config.max_failed}", value <= config.max_failed)
 
 
-def _lost(rows: Sequence[Known], before: Dataset, gone: Forgotten, config: GatesConfig) -> Gate:
-    """What is gone of the pictures by content; what was forgotten is no loss."""
-    now = {one.sha256 for one in rows if one.status == SUCCESS}
-    was = [one.sha256 for one in listing(before)
-           if one.status == SUCCESS and one.sha256 not in gone.sha256 and not gone.named(one.name)]
-    value = sum(one not in now for one in was) / max(len(was), 1)
+def _lost(listing: pa.Table, before: Dataset, forgotten: Forgotten, config: GatesConfig) -> Gate:
+    """The share of images that are gone, by content; forgotten images are no loss."""
+    now = listing["sha256"].filter(pc.equal(listing["status"], SUCCESS))
+    old = read_listing(before, ["name", "sha256", "status"])
+    old = old.filter(pc.equal(old["status"], SUCCESS))
+    wanted = old["sha256"].filter(pa.array(~forgotten.mask(old.rename_columns(["url", "sha256", "status"]))))
+    lost = len(wanted) - _count(pc.is_in(wanted, value_set=now))
+    value = lost / max(len(wanted), 1)
     return Gate("lost", value, f"at most {config.max_lost}", value <= config.max_lost)
 
 
-def overlap(dataset: Dataset, before: Dataset, asked: Sequence[str], encoder: ClipConfig) -> float:
-    """overlap@10 of two versions: what share of the ten nearest pictures of each text is the same, on average."""
-    vectors = clip.load(encoder).texts(list(asked))
-    found = []
-    for one in (dataset, before):
-        rows = Searcher(one).search(vectors, _NEAREST)[0]
-        names = _labels(one, rows)
-        found.append([set(line[row >= 0]) for line, row in zip(names, rows, strict=True)])
-    shares = [len(new & old) / max(len(old), 1) for new, old in zip(*found, strict=True)]
+def _count(truths: pa.ChunkedArray) -> int:
+    return pc.sum(truths).as_py() or 0
+
+
+def overlap(dataset: Dataset, before: Dataset, texts: Sequence[str], clip_config: ClipConfig) -> float:
+    """overlap@10 of two versions: the mean share of the ten nearest images of each text that is the same."""
+    vectors = clip.load(clip_config).texts(list(texts))
+    labels_of_versions = []
+    for version in (dataset, before):
+        rows = Searcher(version).search(vectors, _NEAREST)[0]
+        names = _labels(version, rows)
+        labels_of_versions.append([set(line[row >= 0]) for line, row in zip(names, rows, strict=True)])
+    shares = [len(new & old) / max(len(old), 1) for new, old in zip(*labels_of_versions, strict=True)]
     return float(np.mean(shares))
 
 

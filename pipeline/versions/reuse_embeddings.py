@@ -11,7 +11,7 @@ from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.embeddings.embed import Embed, EmbedCaptions, EmbedConfig
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Entry, Item, Output
-from pipeline.versions.source_diff import read_metadata, reference, succeeded_rows
+from pipeline.versions.listing import read_metadata, reference, succeeded_rows
 
 
 class Reuse(Embed):
@@ -48,8 +48,8 @@ class Reuse(Embed):
     def process_together(self, work: Sequence[tuple[Item, Path]]) -> Iterator[Output | Exception]:
         new = [(item, scratch) for item, scratch in work if "vectors" not in item.inputs]
         with closing(super().process_together(new)) as embedded:
-            for one in work:
-                yield from [next(embedded)] if one in new else Stage.process_together(self, [one])
+            for pair in work:
+                yield from [next(embedded)] if pair in new else Stage.process_together(self, [pair])
 
     def process(self, item: Item, scratch: Path) -> Output:
         if "vectors" not in item.inputs:
@@ -60,9 +60,9 @@ class Reuse(Embed):
                           counted=(theirs["skipped"], theirs["noted"]),
                           elsewhere=[reference(base, self.of, self.dataset, entry) for entry in theirs["files"]])
         rows = np.load(base.fetch(self.of, file_of(theirs, ".npy"), check=True), allow_pickle=False)
-        old = succeeded_rows(read_metadata(base, item.inputs["of"]))
+        old = succeeded_rows(read_metadata(base, item.inputs["of"], ["key", "status"]))
         place = {key: row for row, key in enumerate(old["key"].to_pylist())}
-        keys = succeeded_rows(read_metadata(self.dataset, item.inputs["shard"]))["key"].to_pylist()
+        keys = succeeded_rows(read_metadata(self.dataset, item.inputs["shard"], ["key", "status"]))["key"].to_pylist()
         vectors = rows[[place[key] for key in keys]]
         np.save(scratch / "vectors.npy", vectors, allow_pickle=False)
         ledger = [Entry(key, "no_vector", "row of zeros", kept=True) for key, vector in zip(keys, vectors, strict=True)

@@ -1,137 +1,175 @@
-"""Compare a source with the last version of its dataset."""
+"""What changed in a source since a version: the rows of the source beside the listing of the version."""
 
 import hashlib
 import json
 import tempfile
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import islice
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import storage
-from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.takedowns import Forgotten
-from pipeline.media.types import BadImage
-from pipeline.shards import metadata
+from pipeline.shards.metadata import FORGOTTEN, SUCCESS
 from pipeline.shards.transform import source_name
 from pipeline.sources.config import ShardConfig
 from pipeline.sources.detect import open_source
-from pipeline.sources.rows import ReadReport, Row, read_rows, write_rows
+from pipeline.sources.rows import ReadReport, Row
 from pipeline.sources.source import Source
-from pipeline.stages.stage import Stage
-from pipeline.stages.types import Item, Output
-from pipeline.storage import parquet
+from pipeline.versions.listing import LISTING_SCHEMA, groups, wide
 
-LISTING, DEAD = "listing.parquet", "dead.txt"
-LISTING_SCHEMA = pa.schema([(name, pa.string()) for name in ("name", "mark", "stamp", "sha256", "shard")]
-                     + [("row", pa.int64()), ("status", pa.string())])
-_READ_AT_ONCE = 1000
-_READERS = 16
-_T = TypeVar("_T")
+_ROWS, _SOURCE = "rows.jsonl", "source.arrow"
+_SOURCE_SCHEMA = wide(pa.schema([("name", pa.string()), ("mark", pa.string()), ("stamp", pa.string()),
+                                 ("offset", pa.int64())]))
+_PIECE_ROWS = 1 << 14
 
 
-@dataclass
-class Known:
-    """What became of a row of the source: how it looked, and where it is."""
+@dataclass(frozen=True)
+class Hashes:
+    """The sha256 of files that were read again: (N,) int64 numbers of their rows, and (N,) text."""
 
-    name: str
-    mark: str
-    stamp: str
-    sha256: str = ""
-    shard: str = ""
-    row: int = -1
-    status: str = ""
+    numbers: np.ndarray
+    sha256: pa.Array
 
-
-@dataclass
-class Change:
-    """What the rows of a source are beside those of the last version."""
-
-    known: list[Known]
-    """One for each row of the source, in order; those of new rows have no shard yet."""
-    fresh: list[Row] = field(default_factory=list)
-    live: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
-    """Of each shard of the last version the rows that are still in the source."""
-    counts: Counter[str] = field(default_factory=Counter)
-    """kept, added, changed, removed, forgotten: rows of the source; pictures of the last version: before."""
+    @classmethod
+    def none(cls) -> "Hashes":
+        """The hashes of no file."""
+        return cls(np.zeros(0, np.int64), pa.array([], pa.large_string()))
 
 
-class Sought:
-    """The rows of a source as they are now."""
+@dataclass(frozen=True)
+class SourceDiff:
+    """The rows of a source, and what they are beside those of the last version.
 
-    def __init__(self, config: ShardConfig, forgotten: Forgotten) -> None:
+    The rows lie in files of a scratch folder, which the driver maps into memory. So the object is small, and a stage
+    that holds it can be sent to workers. Only the driver can read the rows.
+    """
+
+    folder: str
+    source: Source
+    """To read files from; without the list of them."""
+    types: dict[str, str]
+    """Types of the columns of the source."""
+    forgotten: Forgotten
+    """Rows of these names are no rows of the source."""
+    digest: str
+    """A hash of what the source is seen to hold."""
+    count: int
+    """Rows of the source."""
+    counts: Counter[str]
+    """kept, added, changed, removed, forgotten: rows of the source; the last two: images of the last version."""
+    listing_file: str
+
+    @classmethod
+    def read(cls, config: ShardConfig, forgotten: Forgotten, folder: str) -> "SourceDiff":
+        """Read a source into an empty folder; every row counts as added."""
         source = open_source(config)
         if source.fetch == "none":
             raise ValueError(f"{', '.join(config.source)} holds the pictures themselves: what changed in it cannot be "
                              f"told\nhint: rebuild takes a folder of pictures, or lists of addresses")
-        self.config, self.source, self.forgotten = config, source, forgotten
-        stamps = storage.list_stamps(source.base) if source.fetch == "file" else {}  # type: ignore[attr-defined]
-        self.rows: list[Row] = []
-        self.known: list[Known] = []
-        seen: Counter[str] = Counter()
-        for row in _rows(source):
-            name = source_name(row)
-            if forgotten.named(name):
-                continue
-            mark = storage.digest([name, row.caption, row.columns, row.digest, row.caption_file, seen[name]])
-            seen[name] += 1
-            stamp = ":".join(stamps.get(one, "") for one in (row.name, row.caption_file) if one)
-            row.number = len(self.rows)
-            self.rows.append(row)
-            self.known.append(Known(name, mark, stamp))
+        with Path(folder, _ROWS).open("w+b") as lines:
+            table = _number_names(_read_source(source, forgotten, lines), lines)
+        _write_table(table, Path(folder, _SOURCE))
+        # A copy of a source is what workers get: it does not have the list of all its files.
+        diff = cls(folder, copy(source), source.column_types(), forgotten, _digest(table, forgotten), table.num_rows,
+                   Counter(), "")
+        return diff.against(wide(LISTING_SCHEMA).empty_table(), Hashes.none())
 
-    @property
-    def digest(self) -> str:
-        """A hash of what the source is seen to hold."""
-        lines = (json.dumps([one.mark, one.stamp]) for one in self.known)
-        return hashlib.sha256("\n".join([self.forgotten.digest, *lines]).encode()).hexdigest()
+    def rows(self, numbers: np.ndarray) -> Iterator[Row]:
+        """The rows of these numbers."""
+        offsets = self._table(_SOURCE)["offset"].take(pa.array(numbers, pa.int64())).to_numpy()
+        with Path(self.folder, _ROWS).open("rb") as lines:
+            for offset in offsets.tolist():
+                yield _row_at(lines, offset)
 
-    def suspects(self, before: Sequence[Known]) -> list[int]:
+    def suspects(self, before: pa.Table) -> np.ndarray:
         """Numbers of the rows that have another look than in the last version, and nothing else new."""
-        there = {one.mark: one for one in before}
-        return [number for number, one in enumerate(self.known)
-                if (old := there.get(one.mark)) and old.stamp != one.stamp and old.sha256]
+        source = self._table(_SOURCE)
+        old = _matches(source["mark"], before, ["stamp", "sha256"])
+        return np.flatnonzero(_bools(pc.not_equal(source["stamp"], old["stamp"]))
+                              & _bools(pc.not_equal(old["sha256"], "")))
 
-    def against(self, before: Sequence[Known], hashes: Mapping[int, str]) -> Change:
-        """What changed since; `hashes` are those of the bytes of rows that were read, by their number."""
-        there = {one.mark: one for one in before}
-        names = Counter(one.name for one in before)
-        change = Change([])
-        for number, (row, one) in enumerate(zip(self.rows, self.known, strict=True)):
-            old = there.get(one.mark)
-            # Of a picture that could not be read then, no hash is known: its look alone tells.
-            same = old is not None and (hashes[number] == old.sha256 if number in hashes and old.sha256
-                                        else one.stamp == old.stamp)
-            if same and old and old.status != metadata.SUCCESS and self.source.fetch == "url":
-                same = False  # a server that failed may answer now
-            if same and old and (old.status == metadata.FORGOTTEN or old.sha256 in self.forgotten.sha256):
-                names[one.name] -= 1
-                change.counts["forgotten"] += old.status != metadata.FORGOTTEN  # that was counted once
-                change.known.append(Known(one.name, one.mark, one.stamp, old.sha256, status=metadata.FORGOTTEN))
+    def against(self, before: pa.Table, hashes: Hashes) -> "SourceDiff":
+        """The same source beside the listing of a version; `hashes` are those of the files that were read again."""
+        source = self._table(_SOURCE)
+        old = _matches(source["mark"], before, ["stamp", "sha256", "shard", "row", "status"])
+        # No hash is known of an image that could not be read then: its look alone tells.
+        same = _bools(pc.equal(source["stamp"], old["stamp"]))
+        then = old["sha256"].take(pa.array(hashes.numbers, pa.int64()))
+        told = _bools(pc.not_equal(then, ""))
+        same[hashes.numbers[told]] = _bools(pc.equal(then, hashes.sha256))[told]
+        if self.source.fetch == "url":  # a server that failed may answer now
+            same &= _bools(pc.equal(old["status"], SUCCESS))
+        was_forgotten = _bools(pc.equal(old["status"], FORGOTTEN))
+        refused = pa.array(sorted(self.forgotten.sha256), pa.large_string())
+        left_out = same & (was_forgotten | _bools(pc.is_in(old["sha256"], value_set=refused)))
+        kept = same & ~left_out
+        counts = _count_by_name(source["name"], before["name"], same, self.forgotten)
+        if kept.any():
+            counts["kept"] = int(kept.sum())
+        if left_out.any():  # those that were left out before were counted then
+            counts["forgotten"] += int((left_out & ~was_forgotten).sum())
+        listing = pa.table({
+            "name": source["name"], "mark": source["mark"], "stamp": source["stamp"],
+            "sha256": _choose(same, old["sha256"], ""), "shard": _choose(kept, old["shard"], ""),
+            "row": _choose(kept, old["row"], -1),
+            "status": _choose(~left_out, _choose(kept, old["status"], ""), FORGOTTEN), "fresh": pa.array(~same)})
+        name = f"listing-{uuid.uuid4().hex}.arrow"
+        _write_table(listing, Path(self.folder, name))
+        return replace(self, counts=counts, listing_file=name)
+
+    def listing(self) -> pa.Table:
+        """The listing of the next version, wide; `fresh` tells rows that have no shard yet."""
+        return self._table(self.listing_file)
+
+    def fresh_numbers(self) -> np.ndarray:
+        """Numbers of the rows that are new or changed, ascending."""
+        return np.flatnonzero(_bools(self.listing()["fresh"]))
+
+    def live_rows(self) -> dict[str, np.ndarray]:
+        """For each shard of the last version the rows that became samples and stay, ascending; empty ones left out."""
+        listing = self.listing().select(["shard", "row", "status", "fresh"])
+        listing = listing.filter(pc.and_(pc.invert(listing["fresh"]), pc.and_(
+            pc.equal(listing["status"], SUCCESS), pc.not_equal(listing["shard"], ""))))
+        shards = pc.unique(listing["shard"])
+        codes, rows = pc.index_in(listing["shard"], value_set=shards).to_numpy(), listing["row"].to_numpy()
+        order = np.lexsort((rows, codes))
+        bounds = np.searchsorted(codes[order], np.arange(1, len(shards)))
+        return dict(zip(shards.to_pylist(), np.split(rows[order], bounds), strict=True)) if len(shards) else {}
+
+    def _table(self, name: str) -> pa.Table:
+        return pa.ipc.open_file(pa.memory_map(str(Path(self.folder, name)))).read_all()
+
+
+def _read_source(source: Source, forgotten: Forgotten, lines: BinaryIO) -> pa.Table:
+    """The columns of all rows of a source; each row goes to `lines`. A mark is that of the first row of its name."""
+    stamps = storage.list_stamps(source.base) if source.fetch == "file" else {}  # type: ignore[attr-defined]
+    tables, number = [_SOURCE_SCHEMA.empty_table()], 0
+    for rows in groups(_source_rows(source), _PIECE_ROWS):
+        cells: list[tuple[str, str, str, int]] = []
+        for row in rows:
+            name = source_name(row)
+            if forgotten.has_name(name):
                 continue
-            if same and old:
-                names[one.name] -= 1
-                change.counts["kept"] += 1
-                change.known.append(Known(one.name, one.mark, one.stamp, old.sha256, old.shard, old.row, old.status))
-                if old.shard:
-                    change.live[old.shard].add(old.row)
-                continue
-            change.counts["changed" if names[one.name] > 0 else "added"] += 1
-            names[one.name] -= names[one.name] > 0
-            change.known.append(one)
-            change.fresh.append(row)
-        for name, count in names.items():
-            change.counts["forgotten" if self.forgotten.named(name) else "removed"] += max(count, 0)
-        return change
+            row.number, number = number, number + 1
+            stamp = ":".join(stamps.get(file, "") for file in (row.name, row.caption_file) if file)
+            cells.append((name, _mark(row, 0), stamp, lines.tell()))
+            filled = {key: value for key, value in vars(row).items() if value or key == "number"}
+            lines.write(json.dumps(filled).encode() + b"\n")
+        if cells:
+            tables.append(pa.table([pa.array(column, field.type) for column, field in
+                                    zip(zip(*cells, strict=True), _SOURCE_SCHEMA, strict=True)], _SOURCE_SCHEMA))
+    return pa.concat_tables(tables)
 
 
-def _rows(source: Source) -> Iterator[Row]:
+def _source_rows(source: Source) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         for part in source.parts():
             for name, data in part.carries:
@@ -139,97 +177,86 @@ def _rows(source: Source) -> Iterator[Row]:
             yield from source.rows(folder, part.inputs, Path(folder), ReadReport())
 
 
-def listing(base: Dataset) -> list[Known]:
-    """The rows of the source that a version was made from; of one that `shard` made, as far as its metadata tell."""
-    manifest = base.manifest("shards")
-    for entry in manifest["files"]:
-        if entry["name"] == LISTING:
-            table = parquet.read(base.fetch("shards", entry))
-            return [Known(**row) for row in table.to_pylist()]
-    found = []
-    for record in manifest["items"]:
-        known: dict[int, Known] = {}
-        for row in read_metadata(base, record).to_pylist():
-            extra = {name: cell for name, cell in row.items() if name not in metadata.COLUMNS}
-            # Without the number among rows of one name, and what a list says of hashes: rows with those are new.
-            mark = storage.digest([row["url"], row["caption"] or "", extra, "", "", 0])
-            one = known.setdefault(row["source_row"], Known(row["url"], mark, "?"))
-            if one.status != metadata.SUCCESS:
-                one.sha256, one.shard, one.row = row["original_sha256"] or "", record["id"], row["source_row"]
-                one.status = row["status"]
-        found += known.values()
-    return found
+def _mark(row: Row, position: int) -> str:
+    """A hash of what the source says of a row; `position` is its place among the rows of its name."""
+    return storage.digest([source_name(row), row.caption, row.columns, row.digest, row.caption_file, position])
 
 
-def read_metadata(dataset: Dataset, record: dict[str, Any]) -> pa.Table:
-    return parquet.read(dataset.fetch("shards", file_of(record, ".parquet")))
+def _number_names(table: pa.Table, lines: BinaryIO) -> pa.Table:
+    """The table with other marks for rows whose name came before."""
+    codes = pc.index_in(table["name"], value_set=pc.unique(table["name"])).to_numpy()
+    order = np.argsort(codes, kind="stable")
+    positions = np.empty(len(order), np.int64)
+    positions[order] = np.arange(len(order)) - np.searchsorted(codes[order], codes[order])
+    repeated = np.flatnonzero(positions)
+    if not len(repeated):
+        return table
+    marks = [_mark(_row_at(lines, offset), position) for offset, position in
+             zip(table["offset"].to_numpy()[repeated].tolist(), positions[repeated].tolist(), strict=True)]
+    replaced = pc.replace_with_mask(table["mark"].combine_chunks(), pa.array(positions > 0),
+                                    pa.array(marks, pa.large_string()))
+    return table.set_column(table.column_names.index("mark"), "mark", replaced)
 
 
-def reference(base: Dataset, stage_name: str, dataset: Dataset, entry: dict[str, Any]) -> dict[str, Any]:
-    """A file of another version as one of this: its name leads there from the stage folder."""
-    full = storage.manifest_file_url(base.folder(stage_name), entry["name"])
-    versions = storage.join(dataset.root, "datasets", dataset.name) + "/"
-    return entry | {"name": f"../../{full.removeprefix(versions)}" if full.startswith(versions) else full}
+def _row_at(lines: BinaryIO, offset: int) -> Row:
+    lines.seek(offset)
+    return Row(**({"name": ""} | json.loads(lines.readline())))
 
 
-class Compare(Stage):
-    """The stage that reads the files which look other than they did; their hashes."""
-
-    name = "compare"
-
-    def __init__(self, dataset: Dataset, sought: Sought, numbers: Sequence[int]) -> None:
-        super().__init__(dataset.root, dataset.path("compare"), None)
-        self.dataset, self.source, self.numbers, self.digest = dataset, sought.source, numbers, sought.digest
-        self.sought: Sought | None = sought
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"sought": None, "numbers": ()}
-
-    @property
-    def command(self) -> str:
-        return f"python -m jobs rebuild {self.dataset.name} --root {self.root}"
-
-    def section(self) -> dict[str, Any]:
-        return {}
-
-    def inputs(self) -> dict[str, dict[str, Any]]:
-        return {"pictures": {"path": "", "digest": self.digest}}
-
-    def plan(self) -> Iterator[Item]:
-        assert self.sought
-        for number, some in enumerate(groups(self.numbers, _READ_AT_ONCE)):
-            part = write_rows((self.sought.rows[one] for one in some), number, len(some))
-            yield Item(f"{number:06d}", part.inputs, part.carries)
-
-    def process(self, item: Item, scratch: Path) -> Output:
-        with ThreadPoolExecutor(_READERS) as pool:
-            found = list(pool.map(self._hash, read_rows(self.folder, item.inputs)))
-        out = scratch / "hashes.json"
-        out.write_bytes(storage.json_bytes(found))
-        return Output(len(found), {f"{item.id}.json": out})
-
-    def _hash(self, row: Row) -> tuple[int, str]:
-        try:
-            return row.number, hashlib.sha256(self.source.read(row)).hexdigest()  # type: ignore[attr-defined]
-        except BadImage:
-            return row.number, ""
-
-    def hashes(self, manifest: dict[str, Any]) -> dict[int, str]:
-        """The hash of each row that was read, by its number; empty where it could not be."""
-        return {number: hashed for record in manifest["items"]
-                for number, hashed in storage.read_json(storage.join(self.folder, file_of(record, ".json")["name"]))}
+def _digest(table: pa.Table, forgotten: Forgotten) -> str:
+    digest = hashlib.sha256(forgotten.digest.encode())
+    for batch in table.select(["mark", "stamp"]).to_batches(_PIECE_ROWS):
+        for mark, stamp in zip(batch["mark"].to_pylist(), batch["stamp"].to_pylist(), strict=True):
+            digest.update(b"\n" + json.dumps([mark, stamp]).encode())
+    return digest.hexdigest()
 
 
-def row_counts(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record["info"].items() if name in {"rows", "filtered"}}
+def _write_table(table: pa.Table, path: Path) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
 
 
-def groups(values: Iterable[_T], size: int) -> Iterator[list[_T]]:
-    """`size` of them at a time."""
-    left = iter(values)
-    while part := list(islice(left, size)):
-        yield part
+def _matches(marks: pa.ChunkedArray, before: pa.Table, columns: list[str]) -> pa.Table:
+    """For each mark the row of a listing that has it, null where none has; of several the last one counts."""
+    backwards = before["mark"].take(pa.array(np.arange(before.num_rows)[::-1]))
+    found = pc.index_in(marks, value_set=backwards)
+    rows = pc.subtract(pa.scalar(before.num_rows - 1, pa.int64()), found.cast(pa.int64()))
+    return before.select(columns).take(rows)
 
 
-def succeeded_rows(table: pa.Table) -> pa.Table:
-    return table.filter(pc.equal(table["status"], metadata.SUCCESS))
+def _count_by_name(names: pa.ChunkedArray, before: pa.ChunkedArray, same: np.ndarray,
+                   forgotten: Forgotten) -> Counter[str]:
+    """How many rows are changed and added, and how many of the last version are removed and forgotten.
+
+    A row that is not the same is a changed one while the last version has rows of its name that no row of the source
+    stands for. Rows of one name are numbered in their marks, so the order of rows is of no matter.
+    """
+    every = pc.unique(pa.chunked_array([*before.chunks, *names.chunks], pa.large_string()))
+    codes = pc.index_in(names, value_set=every).to_numpy()
+    there, stay, fresh = (np.bincount(one, minlength=len(every)) for one in (
+        pc.index_in(before, value_set=every).to_numpy(), codes[same], codes[~same]))
+    vacant = np.maximum(there - stay, 0)
+    changed = np.minimum(vacant, fresh)
+    gone = vacant - changed
+    counts: Counter[str] = Counter()
+    for name, count in (("changed", changed.sum()), ("added", (fresh - changed).sum())):
+        if count:
+            counts[name] = int(count)
+    if len(names):
+        counts["removed"] = 0
+    positions = np.flatnonzero(gone)
+    for start in range(0, len(positions), _PIECE_ROWS):
+        some = positions[start:start + _PIECE_ROWS]
+        for name, count in zip(every.take(pa.array(some)).to_pylist(), gone[some].tolist(), strict=True):
+            counts["forgotten" if forgotten.has_name(name) else "removed"] += count
+    return counts
+
+
+def _bools(values: pa.ChunkedArray) -> np.ndarray:
+    """A column of truth values, (N,) bool; null is false."""
+    return pc.fill_null(values, False).to_numpy().copy()
+
+
+def _choose(condition: np.ndarray, values: pa.ChunkedArray, other: str | int) -> pa.ChunkedArray:
+    """`values` where the condition holds, else the other."""
+    return pc.if_else(pa.array(condition), values, pa.scalar(other, values.type))

@@ -5,46 +5,48 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.datasets import hidden_rows
 from pipeline.datasets.dataset import Dataset, file_of
-from pipeline.datasets.takedowns import Forgotten
 from pipeline.media import tars
-from pipeline.shards import metadata
+from pipeline.shards.metadata import FORGOTTEN
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.sources.rows import ReadReport, Row, read_rows, write_rows
 from pipeline.stages.types import Item, Output
-from pipeline.storage import name_by_content, parquet
-from pipeline.versions.source_diff import (
+from pipeline.storage import name_by_content
+from pipeline.versions.listing import (
     DEAD,
     LISTING,
-    LISTING_SCHEMA,
-    Change,
-    Sought,
     groups,
+    map_in_order,
     read_metadata,
     reference,
-    row_counts,
+    rows_of_source,
     succeeded_rows,
+    wide,
+    write_listing,
 )
+from pipeline.versions.source_diff import SourceDiff
+
+_FILLED = wide(pa.schema([("number", pa.int64()), ("sha256", pa.string()), ("shard", pa.string()), ("row", pa.int64()),
+                          ("status", pa.string())]))
 
 
 class Update(Shard):
     """The stage from a changed source and the last version (None: there is none) to the shards of the next."""
 
-    def __init__(self, dataset: Dataset, config: ShardConfig, last: Dataset | None, sought: Sought, change: Change,
+    def __init__(self, dataset: Dataset, config: ShardConfig, last: Dataset | None, diff: SourceDiff,
                  rewrite: float) -> None:
         """Shards of which a share of more than `rewrite` is gone are written again."""
         super().__init__(dataset, config)
-        self.last, self.rewrite, self.refused = last, rewrite, sought.forgotten.sha256
-        self._seen: tuple[Sought, Change] | None = (sought, change)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_seen": None}
+        self.last, self.diff, self.rewrite = last, diff, rewrite
+        self.refused = diff.forgotten.sha256
 
     @property
     def command(self) -> str:
@@ -59,55 +61,67 @@ class Update(Shard):
         return Shard(Dataset("", "any"), config).section()
 
     def inputs(self) -> dict[str, dict[str, Any]]:
-        assert self._seen
-        found = {"pictures": {"path": "", "digest": storage.digest([self._seen[0].digest, self._origins()])}}
+        inputs = {"pictures": {"path": "", "digest": storage.digest([self.diff.digest, self._origins()])}}
         if self.last:
             # Without its path: what is taken from it is known by hash, and the rest of it may go.
-            found["last"] = {"path": "", "digest": storage.digest([
+            inputs["last"] = {"path": "", "digest": storage.digest([
                 self.last.manifest("shards")["content"], hidden_rows.rows(self.last).tolist()])}
-        return found
+        return inputs
 
     def plan(self) -> Iterator[Item]:
-        assert self._seen
-        sought, change = self._seen
-        taken, next_ = [], 0
+        first_new = 0
         if self.last:
-            gone, offset = set(hidden_rows.rows(self.last).tolist()), 0
-            for record in self.last.manifest("shards")["items"]:
-                dead = [row - offset for row in range(offset, offset + record["samples"]) if row in gone]
-                taken.append(self._taken(record, dead, change.live.get(record["id"], set())))
-                offset += record["samples"]
-                next_ = max(next_, int(record["id"]) + 1)
-        yield from (item for item in taken if item)
-        types = sought.source.column_types()
+            yield from self._plan_last(self.last)
+            first_new = 1 + max((int(record["id"]) for record in self.last.manifest("shards")["items"]), default=-1)
+        types = self.diff.types
         data = storage.json_bytes(types)
-        carried = ((name_by_content("rows/types.json", data), data),) if types else ()
-        more = {"types": carried[0][0]} if types else {}
-        for number, some in enumerate(groups(change.fresh, self.config.rows_per_shard)):
-            part = write_rows(some, next_ + number, len(some))
-            yield Item(f"{next_ + number:06d}", part.inputs | more, (*part.carries, *carried))
-            carried = ()
+        name = name_by_content("rows/types.json", data)
+        more, carried = ({"types": name}, [(name, data)]) if types else ({}, [])
+        rows = self.diff.rows(self.diff.fresh_numbers())
+        for number, group in enumerate(groups(rows, self.config.rows_per_shard), first_new):
+            part = write_rows(group, number, len(group))
+            yield Item(f"{number:06d}", part.inputs | more, (*part.carries, *carried))
+            carried = []
 
-    def _taken(self, record: dict[str, Any], dead: list[int], live: set[int]) -> Item | None:
-        """What becomes of a shard of the last version: it stays, is written again, or goes."""
-        assert self.last
-        table = succeeded_rows(read_metadata(self.last, record))
-        columns = {"sha256", "original_sha256", "url"} & set(table.column_names)
-        forgotten = self._seen[0].forgotten if self._seen else Forgotten()
-        burning = [number for number, row in enumerate(table.select(sorted(columns)).to_pylist())
-                   if forgotten.has(row)] if forgotten else []
-        gone = sorted({*dead, *burning, *(number for number, row in enumerate(table["source_row"].to_pylist())
-                                          if row not in live)})
+    def _plan_last(self, last: Dataset) -> Iterator[Item]:
+        """What becomes of the shards of the last version."""
+        hidden, live, offset = hidden_rows.rows(last), self.diff.live_rows(), 0
+        work = []
+        for record in last.manifest("shards")["items"]:
+            end = offset + record["samples"]
+            dead = hidden[np.searchsorted(hidden, offset):np.searchsorted(hidden, end)] - offset
+            work.append((record, dead, live.get(record["id"], np.zeros(0, np.int64))))
+            offset = end
+        yield from (item for item in map_in_order(lambda one: self._plan_shard(last, *one), work) if item)
+
+    def _plan_shard(self, last: Dataset, record: dict[str, Any], dead: np.ndarray, live: np.ndarray) -> Item | None:
+        """What becomes of a shard of the last version: it stays, is written again, or goes (None).
+
+        `dead` are hidden samples, `live` the rows of the source, at that time, that are still in it.
+        """
+        gone, forgotten = self._gone_samples(last, record, dead, live)
         if len(gone) == record["samples"]:
             return None
-        base = self.last.version
-        inputs = {"last": record, "version": base, "count": record["info"].get("rows", record["samples"])}
+        inputs = {"last": record, "version": last.version, "count": record["info"].get("rows", record["samples"])}
         if not gone:
             return Item(record["id"], inputs)
-        sift = bool(burning) or len(gone) > self.rewrite * record["samples"]
+        sift = forgotten or len(gone) > self.rewrite * record["samples"]
         data = json.dumps(gone).encode()
         name = name_by_content(f"rows/gone-{record['id']}.json", data)
         return Item(record["id"], inputs | {"gone": name, "sift": sift}, ((name, data),))
+
+    def _gone_samples(self, last: Dataset, record: dict[str, Any], dead: np.ndarray,
+                      live: np.ndarray) -> tuple[list[int], bool]:
+        """Numbers of the samples of a shard that must not stay, and whether some of them are to be forgotten."""
+        forgotten = self.diff.forgotten
+        if not forgotten and not len(dead) and len(live) == record["samples"]:
+            return [], False  # as many rows stay as there are samples, so each sample is of one of these rows
+        columns = ["source_row", "status", *(["sha256", "original_sha256", "url"] if forgotten else [])]
+        samples = succeeded_rows(read_metadata(last, record, columns))
+        burning = forgotten.mask(samples)
+        gone = ~np.isin(samples["source_row"].to_numpy(), live) | burning
+        gone[dead] = True
+        return np.flatnonzero(gone).tolist(), bool(burning.any())
 
     def process(self, item: Item, scratch: Path) -> Output:
         if "last" not in item.inputs:
@@ -116,14 +130,15 @@ class Update(Shard):
         gone = (json.loads(storage.read_bytes(storage.join(self.folder, item.inputs["gone"])))
                 if "gone" in item.inputs else [])
         if item.inputs.get("sift"):
-            return self._sifted(item, base, record, set(gone), scratch)
-        keys = succeeded_rows(read_metadata(base, record))["key"].to_pylist() if gone else []
-        return Output(record["samples"], info=row_counts(record) | {"kept": record["samples"]}
+            return self._without(item, base, record, set(gone), scratch)
+        keys = succeeded_rows(read_metadata(base, record, ["key", "status"]))["key"].to_pylist() if gone else []
+        counts = {name: value for name, value in record["info"].items() if name in {"rows", "filtered"}}
+        return Output(record["samples"], info=counts | {"kept": record["samples"]}
                       | ({"dead": [keys[row] for row in gone]} if gone else {}),
                       counted=(record["skipped"], record["noted"]),
                       elsewhere=[reference(base, "shards", self.dataset, entry) for entry in record["files"]])
 
-    def _sifted(self, item: Item, base: Dataset, record: dict[str, Any], gone: set[int], scratch: Path) -> Output:
+    def _without(self, item: Item, base: Dataset, record: dict[str, Any], gone: set[int], scratch: Path) -> Output:
         """A shard without some of its samples, and without a trace of them."""
         tar, parquet = scratch / "shard.tar", scratch / "shard.parquet"
         there = base.fetch("shards", file_of(record, ".tar"), check=True)
@@ -140,25 +155,33 @@ class Update(Shard):
 
     def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         output = super().finish(records, scratch)
-        assert self._seen
-        change = self._seen[1]
-        by_number = {row.number: change.known[row.number] for row in change.fresh}
-        for record in records:
-            if "kept" in record["info"] or "sifted" in record["info"]:
-                continue
-            table = parquet.read(self.dataset.fetch("shards", file_of(record, ".parquet")),
-                                columns=["source_row", "original_sha256", "status", "error_message"])
-            for row in table.to_pylist():
-                one = by_number[row["source_row"]]
-                if one.status != metadata.SUCCESS:
-                    one.sha256, one.shard, one.row = row["original_sha256"] or "", record["id"], row["source_row"]
-                    left_out = (row["error_message"] or "").startswith(f"{metadata.FORGOTTEN}:")
-                    one.status = metadata.FORGOTTEN if left_out else row["status"]
-        pq.write_table(pa.Table.from_pylist([vars(one) for one in change.known], LISTING_SCHEMA), scratch / LISTING)
+        made = [record for record in records if not {"kept", "sifted"} & record["info"].keys()]
+        filled = pa.concat_tables([_FILLED.empty_table(), *map_in_order(self._outcomes, made)])
+        write_listing(_fill(self.diff.listing(), filled), scratch / LISTING)
         output.files[LISTING] = scratch / LISTING
         dead = [key for record in records for key in record["info"].get("dead", ())]
         if dead:
             (scratch / DEAD).write_text("".join(f"{key}\n" for key in dead))
             output.files[DEAD] = scratch / DEAD
-        output.info |= {"change": dict(change.counts), "dead": len(dead)}
+        output.info |= {"change": dict(self.diff.counts), "dead": len(dead)}
         return output
+
+    def _outcomes(self, record: dict[str, Any]) -> pa.Table:
+        """What became of each row of the source that a new shard was made of."""
+        table = read_metadata(self.dataset, record, ["source_row", "original_sha256", "status", "error_message"])
+        table = table.take(rows_of_source(table)[1])
+        left_out = pc.starts_with(pc.fill_null(table["error_message"], ""), f"{FORGOTTEN}:")
+        return pa.table([table["source_row"], pc.fill_null(table["original_sha256"], ""),
+                         pa.array([record["id"]] * table.num_rows, pa.string()), table["source_row"],
+                         pc.if_else(left_out, FORGOTTEN, table["status"])], _FILLED.names).cast(_FILLED)
+
+
+def _fill(listing: pa.Table, filled: pa.Table) -> pa.Table:
+    """A listing with what became of the rows of some numbers."""
+    positions = np.full(listing.num_rows, -1, np.int64)
+    positions[filled["number"].to_numpy()] = np.arange(filled.num_rows)
+    rows = pa.array(positions, mask=positions < 0)
+    for name in ("sha256", "shard", "row", "status"):
+        column = pc.coalesce(filled[name].take(rows), listing[name])
+        listing = listing.set_column(listing.column_names.index(name), name, column)
+    return listing

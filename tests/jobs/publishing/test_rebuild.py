@@ -37,7 +37,7 @@ from pipeline.stages import records
 from pipeline.stages.driver import run_stage
 from pipeline.storage import files
 from pipeline.versions.gates import GatesConfig
-from pipeline.versions.source_diff import listing
+from pipeline.versions.listing import read_listing
 from tests.pipeline import synthetic
 
 NAME = "drawn"
@@ -356,7 +356,7 @@ def test_what_is_forgotten(place: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert (source / row["url"]).read_bytes() not in tars and row["key"].encode() not in tars
     assert (source / rows[3]["url"]).read_bytes() in tars
     assert rebuilt(root, source)["unchanged"]
-    assert {one.name for one in listing(dataset) if one.status == "forgotten"} == {
+    assert {row["name"] for row in read_listing(dataset).to_pylist() if row["status"] == "forgotten"} == {
         by_key["url"], by_hash["url"], "renamed.png"}
     assert main(["verify", "--root", root]) == 0
     for wrong in ([], ["--sha256", "12"], ["--key", f"{NAME}/none"]):
