@@ -14,7 +14,7 @@ from pipeline.storage.addresses import (
     redact_credentials,
     short_hash,
 )
-from pipeline.storage.cache import cache_folder, fetch, fetch_and_open
+from pipeline.storage.cache import cache_folder, fetch, fetch_and_open, local_copy
 from pipeline.storage.conditional import can_swap, create_bytes, swap_bytes
 from pipeline.storage.files import (
     StorageError,
@@ -35,6 +35,7 @@ from pipeline.storage.files import (
     put_json,
     read_bytes,
     read_json,
+    read_range,
     remove,
     remove_tree,
     sha256,
@@ -48,8 +49,8 @@ from pipeline.storage.hashing import describe_file, digest, name_by_content
 __all__ = [
     "StorageError", "cache_folder", "can_swap", "create_bytes", "describe_file", "digest", "disk_full_message",
     "download", "exists", "fetch", "fetch_and_open", "glob", "is_local", "join", "json_bytes", "list_files",
-    "list_folders", "list_stamps", "local_path", "manifest_file_url", "map_urls", "modified_time",
+    "list_folders", "list_stamps", "local_copy", "local_path", "manifest_file_url", "map_urls", "modified_time",
     "name_by_content", "normalize", "open_reader", "parse_json", "put_bytes", "put_file", "put_json", "read_bytes",
-    "read_json", "redact_credentials", "remove", "remove_tree", "sha256", "sha256_file", "short_hash", "size",
-    "summarize_file", "swap_bytes", "walk",
+    "read_json", "read_range", "redact_credentials", "remove", "remove_tree", "sha256", "sha256_file", "short_hash",
+    "size", "summarize_file", "swap_bytes", "walk",
 ]

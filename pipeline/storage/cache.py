@@ -51,6 +51,14 @@ def fetch(url: str, entry: dict[str, Any], *, check: bool = False) -> Path:
     return cached
 
 
+def local_copy(url: str, entry: dict[str, Any]) -> Path | None:
+    """The path that `fetch` would give, None if it would download the file."""
+    if is_local(url):
+        return fetch(url, entry)
+    path = cache_folder() / entry["sha256"]
+    return path if _is_cached(path, entry, check=False) else None
+
+
 def fetch_and_open(url: str, entry: dict[str, Any], open_: Callable[[Path], _T], *, check: bool = False) -> _T:
     """What `open_` makes of the local path of a manifest's file; fetched again if another process just removed it."""
     for _ in range(ATTEMPTS):

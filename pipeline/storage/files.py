@@ -216,6 +216,13 @@ def read_bytes(url: str) -> bytes:
         return fs.cat_file(path)
 
 
+def read_range(url: str, start: int, end: int) -> bytes:
+    """The bytes of `url` from the offset `start` up to `end`."""
+    fs, path = open_url(url)
+    with storage_errors(url, "read"):
+        return fs.cat_file(path, start=start, end=end)
+
+
 def read_json(url: str) -> Any:
     """The JSON document at `url`; ValueError with its address if it is not JSON."""
     return parse_json(read_bytes(url), url)

@@ -1,0 +1,105 @@
+"""A few images of a large dataset are read by ranged reads, and are the same as by reading whole tars."""
+
+import hashlib
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline import storage
+from pipeline.datasets import lookup
+from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.media import tars
+from pipeline.shards.shard import Shard
+from pipeline.sources.config import ShardConfig
+from pipeline.stages.driver import run_stage
+from tests.pipeline import synthetic
+
+_COUNT, _IMAGES = 900, 20
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """A dataset with 900 images of noise, of 3 to 110 kB, in three tars of about 13 MB."""
+    images, sides = tmp_path_factory.mktemp("noise"), np.random.default_rng(0).integers(30, 190, _COUNT)
+    for number, side in enumerate(sides.tolist()):
+        image = synthetic.encoded(synthetic.noise(side, side, number), "PNG", compress_level=0)
+        (images / f"{number:04d}.png").write_bytes(image)
+    dataset = Dataset.parse(str(tmp_path_factory.mktemp("large")), "noise")
+    run_stage(Shard(dataset, ShardConfig(source=str(images), samples_per_shard=300, resize="no", format="png")))
+    return dataset
+
+
+@pytest.fixture
+def remote(large: Dataset, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
+    """The dataset in a bucket, and an empty cache."""
+    monkeypatch.setenv("RDM_CACHE", str(tmp_path / "cache"))
+    for name, data in synthetic.files_below(Path(large.root)).items():
+        storage.put_bytes(data, storage.join(s3, name))
+    return Dataset(s3, large.name, large.version)
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of each answer to a request for a tar."""
+    from s3fs import S3FileSystem
+    call, found = S3FileSystem._call_s3, []
+
+    async def counted(self: Any, method: str, *arguments: Any, **options: Any) -> Any:
+        answer = await call(self, method, *arguments, **options)
+        if method == "get_object" and options["Key"].endswith(".tar"):
+            found.append(answer["ContentLength"])
+        return answer
+
+    monkeypatch.setattr(S3FileSystem, "_call_s3", counted)
+    return found
+
+
+def _every(dataset: Dataset) -> list[tuple[str, bytes]]:
+    """The key and the image of each row, from whole tars."""
+    return [(sample["__key__"], tars.sample_image(sample)) for record in dataset.manifest("shards")["items"]
+            for sample in tars.read(dataset.fetch("shards", file_of(record, ".tar")))]
+
+
+def test_a_few_remote_images_take_few_bytes(large: Dataset, remote: Dataset, answers: list[int]) -> None:
+    rows = [*random.Random(0).sample(range(_COUNT), _IMAGES - 2), 0, _COUNT - 1]
+    found, expected = lookup.samples(remote, rows), _every(large)
+    assert [(sample.row, sample.key, sample.picture) for sample in found] == [(row, *expected[row]) for row in rows]
+    total = sum(file_of(record, ".tar")["bytes"] for record in large.manifest("shards")["items"])
+    assert 0 < sum(answers) < 0.2 * total
+    assert len(answers) < 6 * _IMAGES
+    assert not [record for record in large.manifest("shards")["items"]
+                if (storage.cache_folder() / file_of(record, ".tar")["sha256"]).exists()]
+
+
+def test_many_images_of_a_tar_take_the_whole_tar_once(large: Dataset, remote: Dataset, answers: list[int]) -> None:
+    expected = _every(large)
+    found = lookup.samples(remote, range(0, 300, 2))
+    assert [(sample.key, sample.picture) for sample in found] == expected[:300:2]
+    first = file_of(large.manifest("shards")["items"][0], ".tar")
+    assert sum(answers) == first["bytes"]
+    # The copy on this node serves a few images, too.
+    answers.clear()
+    assert lookup.samples(remote, [7, 250])[1].picture == expected[250][1]
+    assert answers == []
+
+
+def test_local_images_are_the_same(large: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = _every(large)
+    monkeypatch.setattr(tars, "read", None)  # no tar is read whole
+    for row in (0, 1, 299, 300, 599, 899, *random.Random(1).sample(range(_COUNT), 40)):
+        sample, = lookup.samples(large, [row])
+        assert (sample.key, sample.picture) == expected[row]
+
+
+def test_an_image_that_is_not_the_one_of_its_hash_is_looked_for_in_the_whole_tar(
+        large: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = _every(large)
+    image = lookup.TarSearch.image
+    for wrong in (lambda self, position: image(self, position + 1), lambda self, position: None):
+        monkeypatch.setattr(lookup.TarSearch, "image", wrong)
+        sample, = lookup.samples(large, [412])
+        assert (sample.key, sample.picture) == expected[412]
+        assert hashlib.sha256(sample.picture).hexdigest() == sample.sha256
