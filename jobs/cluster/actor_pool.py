@@ -56,28 +56,28 @@ class Worker:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") if context.get_accelerator_ids().get("GPU") else ""
         return Place(context.get_node_id(), platform.node(), visible, devices.cards(visible) if visible else "")
 
-    def work(self, stage_: Stage, print_: str, items: Sequence[Item], lent: tuple[list[Any], int]
+    def work(self, stage: Stage, stage_fingerprint: str, items: Sequence[Item], decoders: tuple[list[Any], int]
              ) -> list[dict[str, Any] | Failed | None] | Failed:
         """Process and commit an item, or several that are taken together, of which those without a record failed.
 
         The stage is set up at its first item here; `lent` are decoders, and how many workers share them.
         """
         try:
-            if lent[0] and self.decoders is None:
-                self.decoders = decoder_actors.Decoders(*lent)
-            stage_.decode = self.decoders if lent[0] else None
-            if self.ready != print_:
-                stage_.setup()
-                self.ready, self.computed = print_, (stage_.precision, stage_.device)
-            stage_.precision, stage_.device = self.computed  # each call brings a new copy of the stage
+            if decoders[0] and self.decoders is None:
+                self.decoders = decoder_actors.Decoders(*decoders)
+            stage.decode = self.decoders if decoders[0] else None
+            if self.ready != stage_fingerprint:
+                stage.setup()
+                self.ready, self.computed = stage_fingerprint, (stage.precision, stage.device)
+            stage.precision, stage.device = self.computed  # each call brings a new copy of the stage
             if len(items) == 1:
-                return [process_and_commit(stage_, items[0])]
+                return [process_and_commit(stage, items[0])]
             # An exception is not kept until the others are done: its traceback may keep tensors.
-            found = {item.id: _failed(record) if isinstance(record, Exception) else record
-                     for item, record in work_together(stage_, items)}
+            records = {item.id: _failed(record) if isinstance(record, Exception) else record
+                     for item, record in work_together(stage, items)}
         except Exception as error:
             return _failed(error)
-        return [found[item.id] for item in items]
+        return [records[item.id] for item in items]
 
 
 def _failed(error: BaseException) -> Failed:
@@ -105,31 +105,31 @@ class Pool:
         self.gpu = False
         self.decoders: list[Any] = []
 
-    def __call__(self, stage_: Stage, items: Sequence[Item]) -> Iterator[Outcome | Retired | None]:
+    def __call__(self, stage: Stage, items: Sequence[Item]) -> Iterator[Outcome | Retired | None]:
         connect.connect()
-        connect.mention_unused_gpus(stage_, self.config)
-        self._shape(stage_.workers_need_gpu and self.config.each_gpus > 0)
-        print_ = fingerprint(stage_)
-        together = self._together(stage_, len(items))
-        lent = self._lent(stage_)
-        self.meter = ray_metrics.Meter(stage_labels(stage_.path, stage_.name))
-        fresh, left = iter(items), len(items)
+        connect.mention_unused_gpus(stage, self.config)
+        self._shape(stage.workers_need_gpu and self.config.each_gpus > 0)
+        stage_fingerprint = fingerprint(stage)
+        together = self._together(stage, len(items))
+        decoders = self._lent(stage)
+        self.meter = ray_metrics.Meter(stage_labels(stage.path, stage.name))
+        fresh, unplanned = iter(items), len(items)
         waiting: deque[Task] = deque()  # of a million items only those that are next, and those that came back
         busy: dict[Any, tuple[WorkerState, Task]] = {}
         for worker in self.idle:
             worker.begin()
         alive = time.monotonic()
         try:
-            while left or waiting or busy:
-                while left and self._short(waiting):
+            while unplanned or waiting or busy:
+                while unplanned and self._short(waiting):
                     waiting.append(Task(list(itertools.islice(fresh, together))))
-                    left -= len(waiting[-1].items)
-                self._grow(len(busy), left + len(waiting) + len(busy))
+                    unplanned -= len(waiting[-1].items)
+                self._grow(len(busy), unplanned + len(waiting) + len(busy))
                 yield from self._given_up(waiting, busy)
                 while pair := self._pair(waiting, busy):
                     worker, task = pair
-                    task.given = time.monotonic()
-                    busy[worker.actor.work.remote(stage_, print_, task.items, lent)] = worker, task
+                    task.started = time.monotonic()
+                    busy[worker.actor.work.remote(stage, stage_fingerprint, task.items, decoders)] = worker, task
                 self.meter.workers(busy=len(busy), idle=len(self.idle), starting=len(self.starting))
                 if not busy and not self.starting:
                     continue  # every item that was waiting has failed for good
@@ -137,7 +137,7 @@ class Pool:
                 if done or busy:
                     alive = time.monotonic()
                 else:
-                    self._look_for_places(stage_, time.monotonic() - alive)
+                    self._look_for_places(stage, time.monotonic() - alive)
                 if not done:
                     yield None
                 for reference in done:
@@ -152,15 +152,15 @@ class Pool:
                 ray.kill(worker.actor)
             self.meter.workers(busy=0, idle=0, starting=0)  # those that are left are the next stage's
 
-    def check(self, stage_: Stage, idle: bool) -> None:
+    def check(self, stage: Stage, idle: bool) -> None:
         """ValueError if a worker of this stage cannot use the GPUs that it would reserve. StageFailed without any.
 
         `idle`: the stage is finished, so no worker is needed.
         """
-        check_gpus(stage_, self.config)
-        if stage_.workers_need_gpu and self.config.each_gpus and not idle:
+        check_gpus(stage, self.config)
+        if stage.workers_need_gpu and self.config.each_gpus and not idle:
             connect.connect()
-            connect.check_gpus_exist(stage_, self.config)
+            connect.check_gpus_exist(stage, self.config)
 
     def close(self) -> None:
         """End the actors."""
@@ -182,15 +182,15 @@ class Pool:
             self._end_workers()
             self.gpu = gpu
 
-    def _together(self, stage_: Stage, items: int) -> int:
+    def _together(self, stage: Stage, items: int) -> int:
         """How many items a worker gets at once: no more than leave something for each."""
-        return max(1, min(stage_.together(self.gpu), -(-items // self.config.workers)))
+        return max(1, min(stage.together(self.gpu), -(-items // self.config.workers)))
 
-    def _lent(self, stage_: Stage) -> tuple[list[Any], int]:
+    def _lent(self, stage: Stage) -> tuple[list[Any], int]:
         """Decoders for a stage that can do with them, and the number of workers; they are kept like workers."""
-        if stage_.decodes and not self.decoders:
+        if stage.decodes and not self.decoders:
             self.decoders = decoder_actors.start(self.config.decoders)
-        return (self.decoders if stage_.decodes else []), self.config.workers
+        return (self.decoders if stage.decodes else []), self.config.workers
 
     def _grow(self, busy: int, useful: int) -> None:
         """Start actors up to the number wanted; no more than there are items."""
@@ -207,7 +207,7 @@ class Pool:
             self.starting[actor.place.remote()] = actor, time.monotonic()
 
     def _started(self, reference: Any) -> None:
-        actor, asked = self.starting.pop(reference)
+        actor, requested_at = self.starting.pop(reference)
         try:
             worker = WorkerState(actor, ray.get(reference))
         except ActorUnschedulableError as error:
@@ -215,7 +215,7 @@ class Pool:
         except RayActorError:
             time.sleep(0.2)
             return
-        self.meter.worker(time.monotonic() - asked)
+        self.meter.worker(time.monotonic() - requested_at)
         if not self.blame.broken(worker.place):
             self.idle.append(worker)
         elif worker.place.visible:
@@ -223,7 +223,7 @@ class Pool:
         else:
             ray.kill(actor)  # it was on its way when its node was found to be broken
 
-    def _look_for_places(self, stage_: Stage, seconds: float) -> None:
+    def _look_for_places(self, stage: Stage, seconds: float) -> None:
         """StageFailed if no worker started for too long; sooner if only broken places are left."""
         gpus = self.config.each_gpus if self.gpu else 0
         wants = f"{self.config.cpus} CPU and {gpus} GPU"
@@ -232,16 +232,17 @@ class Pool:
                  and node["Resources"].get("GPU", 0) >= gpus]
         if seconds > BROKEN_TIMEOUT_S and nodes and all(_broken(node, broken, gpus) for node in nodes):
             raise StageFailed(
-                f"{stage_.name}: only broken places are left to start a worker in\n"
+                f"{stage.name}: only broken places are left to start a worker in\n"
                 f"expected a node with {wants} that finishes items, got {self.blame.why(broken)}\n"
                 f"hint: repair or replace these nodes, then run the same command again")
         if seconds > WORKER_TIMEOUT_S:
-            raise StageFailed(f"{stage_.name}: no worker could be started for {WORKER_TIMEOUT_S:.0f} s\n"
+            raise StageFailed(f"{stage.name}: no worker could be started for {WORKER_TIMEOUT_S:.0f} s\n"
                                     f"hint: the cluster has {ray.cluster_resources()}; a worker wants {wants}")
 
     def _others(self, busy: dict[Any, tuple[WorkerState, Task]]) -> bool:
         """Whether other workers may still come."""
-        return bool(busy) or any(time.monotonic() - asked < PATIENCE_S for _, asked in self.starting.values())
+        now = time.monotonic()
+        return bool(busy) or any(now - requested_at < PATIENCE_S for _, requested_at in self.starting.values())
 
     def _short(self, waiting: deque[Task]) -> bool:
         """Whether the queue needs more tasks: workers prove themselves with items that did not fail yet."""
@@ -291,22 +292,22 @@ class Pool:
     def _ended(self, reference: Any, worker: WorkerState, task: Task) -> tuple[list[Outcome | Retired], list[Task]]:
         """What a call brought, and what is to be tried again."""
         try:
-            found = ray.get(reference)
+            result = ray.get(reference)
         except RayTaskError as error:  # of the call itself: the worker cannot unpickle its arguments
-            found = _failed(error.cause)
+            result = _failed(error.cause)
         except RayError as error:
             return self._lost(worker, task, error)
-        if isinstance(found, Failed):
-            found = replace(found, trace=f"on {worker.place}:\n{found.trace}")
-            return ([], task.alone()) if worker.retired else self._failed(worker, task, found)
+        if isinstance(result, Failed):
+            result = replace(result, trace=f"on {worker.place}:\n{result.trace}")
+            return ([], task.alone()) if worker.retired else self._failed(worker, task, result)
         outcomes: list[Outcome | Retired] = []
-        again = [Task([item]) for item, one in zip(task.items, found, strict=True) if not isinstance(one, dict)]
-        records = [(item, one) for item, one in zip(task.items, found, strict=True) if isinstance(one, dict)]
+        again = [Task([item]) for item, record in zip(task.items, result, strict=True) if not isinstance(record, dict)]
+        records = [(item, record) for item, record in zip(task.items, result, strict=True) if isinstance(record, dict)]
         seconds = [record["run"]["seconds"] for _, record in records]
-        self.meter.items(max(time.monotonic() - task.given - sum(seconds), 0.0), seconds)
+        self.meter.items(max(time.monotonic() - task.started - sum(seconds), 0.0), seconds)
         outcomes += [Outcome(item, record=record) for item, record in records]
-        broken = next((one for one in found if isinstance(one, Failed) and one.device not in ("none", "out of memory")),
-                      None)
+        broken = next((failed for failed in result
+                       if isinstance(failed, Failed) and failed.device not in ("none", "out of memory")), None)
         if records:
             outcomes += [self._retire(*retired) for retired in self.blame.finished(worker, task, len(records))]
         if worker.retired:  # its last call ended before it was killed
@@ -361,8 +362,8 @@ class Pool:
 def _broken(node: dict[str, Any], broken: Sequence[Place], gpus: float) -> bool:
     """Whether a node cannot start a worker with so many GPUs beside the places that are broken there."""
     here = [place for place in broken if place.node == node["NodeID"]]
-    left = node["Resources"].get("GPU", 0) - sum(len(place.visible.split(",")) for place in here if place.visible)
-    return any(not place.visible for place in here) or left < gpus
+    usable = node["Resources"].get("GPU", 0) - sum(len(place.visible.split(",")) for place in here if place.visible)
+    return any(not place.visible for place in here) or usable < gpus
 
 
 def _some(task: Task) -> str:

@@ -61,14 +61,14 @@ class Decoders:
         if (handle := self._free()) is None:
             return None
         try:
-            found = ray.get(handle.decode.remote(data, preprocessing), timeout=_PATIENCE_S)
+            decoded = ray.get(handle.decode.remote(data, preprocessing), timeout=_PATIENCE_S)
         except RayError:
             self._lost(handle)
             return None
         self._done(handle)
-        if found.pictures is not None:
-            found.pictures = found.pictures.copy()  # or it stays in the store as long as anybody looks at it
-        return found
+        if decoded.pictures is not None:
+            decoded.pictures = decoded.pictures.copy()  # or it stays in the store as long as anybody looks at it
+        return decoded
 
     def _free(self) -> Any | None:
         with self._lock:
@@ -76,7 +76,7 @@ class Decoders:
             if not self._asked:
                 return None
             least = min(self._asked.values())
-            handle = random.choice([one for one, count in self._asked.items() if count == least])
+            handle = random.choice([decoder for decoder, count in self._asked.items() if count == least])
             self._asked[handle] += 1
             return handle
 

@@ -16,17 +16,17 @@ class InProcess:
 
     config: ClusterConfig
 
-    def __call__(self, stage_: Stage, items: Sequence[Item]) -> Iterator[Outcome | None]:
-        return run_in_process(stage_, items)
+    def __call__(self, stage: Stage, items: Sequence[Item]) -> Iterator[Outcome | None]:
+        return run_in_process(stage, items)
 
-    def check(self, stage_: Stage, idle: bool) -> None:
+    def check(self, stage: Stage, idle: bool) -> None:
         """ValueError for GPUs that the stage cannot use, DeviceUnavailable for a reserved one that is not usable.
 
         `idle`: the stage is finished, so no device is needed.
         """
-        check_gpus(stage_, self.config)
+        check_gpus(stage, self.config)
         if devices.reserved() == "cuda" and not idle:
-            stage_.check_device()
+            stage.check_device()
 
 
 def local_device(config: ClusterConfig) -> devices.Choice:
@@ -36,12 +36,12 @@ def local_device(config: ClusterConfig) -> devices.Choice:
     return "cuda" if config.gpus else "cpu"
 
 
-def check_gpus(stage_: Stage, config: ClusterConfig) -> None:
+def check_gpus(stage: Stage, config: ClusterConfig) -> None:
     """ValueError if a worker of the stage cannot use the GPUs that it would reserve."""
-    each = config.each_gpus if stage_.workers_need_gpu else 0.0
-    if each > stage_.most_gpus:
-        raise ValueError(f"--gpus {each:g}: a worker of {stage_.name} computes on {stage_.most_gpus} GPU\n"
-                         f"hint: --workers {round(config.workers * each)} --gpus {stage_.most_gpus} uses as many")
-    if 0 < each < 1 and not stage_.shares_gpus:
-        raise ValueError(f"--gpus {each:g}: each process of {stage_.name} takes a whole GPU: NCCL refuses two on one\n"
+    each = config.each_gpus if stage.workers_need_gpu else 0.0
+    if each > stage.most_gpus:
+        raise ValueError(f"--gpus {each:g}: a worker of {stage.name} computes on {stage.most_gpus} GPU\n"
+                         f"hint: --workers {round(config.workers * each)} --gpus {stage.most_gpus} uses as many")
+    if 0 < each < 1 and not stage.shares_gpus:
+        raise ValueError(f"--gpus {each:g}: each process of {stage.name} takes a whole GPU: NCCL refuses two on one\n"
                          f"hint: --gpus 1 with fewer --workers")

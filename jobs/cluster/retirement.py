@@ -97,7 +97,7 @@ class Task:
     """How often a device failed with this task that had worked before."""
     losses: int = 0
     last: Failed | None = None
-    given: float = 0.0
+    started: float = 0.0
 
     def alone(self) -> list["Task"]:
         """One task for each item, with the failures of this one."""

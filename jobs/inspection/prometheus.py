@@ -37,9 +37,9 @@ def serve(root: str, where: str) -> None:
     if not port.isdigit() or int(port) > 65535:
         raise ValueError(f"--serve {where!r} is no port\nhint: --serve 9108, or 0.0.0.0:9108 for other machines")
     registry = CollectorRegistry()
-    root_ = Root(root)
-    root_.look()  # who cannot read it at all shall know at once
-    registry.register(root_)
+    collector = Root(root)
+    collector.look()  # who cannot read it at all shall know at once
+    registry.register(collector)
     server, thread = start_http_server(int(port), host.strip("[]") or "127.0.0.1", registry)
     _log.info("status: at http://%s:%d/metrics", host or "127.0.0.1", server.server_port)
     try:
@@ -79,52 +79,52 @@ class Root:
         self._families, self._read = families, time.monotonic()
 
 
-def _stages(found: list[dict[str, Any]]) -> Iterator[Metric]:
+def _stages(states: list[dict[str, Any]]) -> Iterator[Metric]:
     gauges = {name: GaugeMetricFamily(f"rdm_stage_{name}", what, labels=NAMES) for name, what in _STAGE.items()}
     curves = {name: GaugeMetricFamily(f"rdm_train_{name}", what, labels=NAMES) for name, what in _TRAIN.items()}
     left_out = GaugeMetricFamily("rdm_stage_left_out", "Samples left out, by reason.", labels=(*NAMES, "reason"))
     recall = GaugeMetricFamily("rdm_index_recall", "Recall of an index.", labels=(*NAMES, "k"))
     faults = GaugeMetricFamily("rdm_train_fault", "1 if this ended the run for good.", labels=(*NAMES, "kind"))
-    for one in found:
-        if one["state"] == "absent":
+    for stage in states:
+        if stage["state"] == "absent":
             continue
-        known = [status.named(one["path"], one)[name] for name in NAMES]
-        for name, value in _numbers(one).items():
+        known = [status.named(stage["path"], stage)[name] for name in NAMES]
+        for name, value in _numbers(stage).items():
             gauges[name].add_metric(known, value)
-        for reason, count in (one.get("progress") or one).get("skipped", {}).items():
+        for reason, count in (stage.get("progress") or stage).get("skipped", {}).items():
             left_out.add_metric([*known, reason], count)
-        for k, value in (one.get("recall") or {}).items():
+        for k, value in (stage.get("recall") or {}).items():
             recall.add_metric([*known, k], value)
-        if curve := one.get("curve"):
+        if curve := stage.get("curve"):
             for name in _TRAIN.keys() & curve.keys():
                 curves[name].add_metric(known, curve[name])
-        if one.get("stage") == "train":
-            ended = (one.get("fault") or {}).get("kind")
+        if stage.get("stage") == "train":
+            ended = (stage.get("fault") or {}).get("kind")
             for kind in ("FloatingPointError", "MemoryError", "ValueError"):
                 faults.add_metric([*known, kind], float(kind == ended))
     yield from [*gauges.values(), *curves.values(), left_out, recall, faults]
 
 
-def _numbers(one: dict[str, Any]) -> dict[str, float]:
+def _numbers(stage: dict[str, Any]) -> dict[str, float]:
     """What is known of a stage, under the names of `_STAGE`."""
-    state = {name: float(one["state"] == name) for name in ("stale", "damaged")}
-    if one["state"] == "damaged":
+    state = {name: float(stage["state"] == name) for name in ("stale", "damaged")}
+    if stage["state"] == "damaged":
         return state
-    now, whole = one.get("progress"), "samples" in one
-    done = one["items"] if whole else one["done"]
-    told = state | {"items": one["items"], "items_left": one["items"] - done, "sealed": float(whole),
-                    "items_failed": one.get("failed", 0)}
+    now, whole = stage.get("progress"), "samples" in stage
+    done = stage["items"] if whole else stage["done"]
+    numbers = state | {"items": stage["items"], "items_left": stage["items"] - done, "sealed": float(whole),
+                    "items_failed": stage.get("failed", 0)}
     if whole:
-        told |= {"rows": one["samples"] + sum(one["skipped"].values()), "samples": one["samples"],
-                 "bytes": one["bytes"], "sealed_timestamp_seconds": _unix(one["sealed"])}
+        numbers |= {"rows": stage["samples"] + sum(stage["skipped"].values()), "samples": stage["samples"],
+                 "bytes": stage["bytes"], "sealed_timestamp_seconds": _unix(stage["sealed"])}
     if now:
-        told |= {name: now[name] for name in ("rows", "samples", "bytes")}
-        told |= {"items_left": now["of_items"] - now["items"], "heard_timestamp_seconds": now["updated"],
-                 "items_failed": max(one["failed"], now["failed_items"])}
+        numbers |= {name: now[name] for name in ("rows", "samples", "bytes")}
+        numbers |= {"items_left": now["of_items"] - now["items"], "heard_timestamp_seconds": now["updated"],
+                 "items_failed": max(stage["failed"], now["failed_items"])}
         if not status.silent(now):
-            told |= {"rows_per_second": now["rows_per_s"]} | (
+            numbers |= {"rows_per_second": now["rows_per_s"]} | (
                 {"seconds_left": now["seconds_left"]} if now["seconds_left"] is not None else {})
-    return told
+    return numbers
 
 
 def _unix(stamp: str) -> float:
@@ -135,14 +135,14 @@ def _unix(stamp: str) -> float:
 def _databases(published: dict[str, dict[str, Any]]) -> Iterator[Metric]:
     gauges = {name: GaugeMetricFamily(f"rdm_database_{name}", what, labels=("dataset", "version"))
               for name, what in _DATABASE.items()}
-    for name, one in published.items():
-        told = {"recall": one.get("recall@10"), "number": one.get("number")}
-        if (at := one.get("published")) is not None:
-            told |= {"published_timestamp_seconds": at, "age_seconds": max(time.time() - at, 0.0),
-                     "checked_timestamp_seconds": one.get("checked", at)}
-        for key, value in told.items():
+    for name, pointer in published.items():
+        numbers = {"recall": pointer.get("recall@10"), "number": pointer.get("number")}
+        if (at := pointer.get("published")) is not None:
+            numbers |= {"published_timestamp_seconds": at, "age_seconds": max(time.time() - at, 0.0),
+                     "checked_timestamp_seconds": pointer.get("checked", at)}
+        for key, value in numbers.items():
             if isinstance(value, int | float):
-                gauges[key].add_metric([name, str(one["version"])], value)
+                gauges[key].add_metric([name, str(pointer["version"])], value)
     yield from gauges.values()
 
 

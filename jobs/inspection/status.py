@@ -9,6 +9,7 @@ from jobs.runs.labels import run_labels, stage_labels
 from jobs.runs.metrics import read
 from jobs.runs.run import Run
 from jobs.telemetry import progress_bar, tables
+from jobs.telemetry.units import format_bytes
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.stages import records
@@ -30,39 +31,39 @@ def read_status(root: str) -> list[dict[str, Any]]:
     Stale means that an input was rebuilt since, and has other content now; damaged, that a plan or
     manifest cannot be read.
     """
-    found = []
+    states = []
     for path in _paths(root):
         try:
-            found.append({"path": path, **_state(root, path)})
+            states.append({"path": path, **_state(root, path)})
         except ValueError as error:
-            found.append({"path": path, "state": "damaged", "error": str(error).splitlines()[0]})
-    return found
+            states.append({"path": path, "state": "damaged", "error": str(error).splitlines()[0]})
+    return states
 
 
-def status_table(root: str, found: list[dict[str, Any]]) -> str:
+def status_table(root: str, states: list[dict[str, Any]]) -> str:
     """The states below a root as text, a line each."""
-    if not found:
+    if not states:
         return f"nothing here yet: {storage.redact_credentials(root)} has no datasets and no runs"
-    return tables.render([[one["path"], one["state"], _detail(one)] for one in found])
+    return tables.render([[state["path"], state["state"], _detail(state)] for state in states])
 
 
 def published(root: str) -> dict[str, dict[str, Any]]:
     """What is published of each dataset that has anything published: version, number, when (Unix time), recall@10."""
-    found = {}
+    pointers = {}
     for name in storage.list_folders(storage.join(root, "datasets")):
         with contextlib.suppress(FileNotFoundError, ValueError):
-            one = storage.read_json(storage.join(root, "datasets", name, "current.json"))
-            if isinstance(one, dict) and "version" in one:
-                found[name] = one
-    return found
+            pointer = storage.read_json(storage.join(root, "datasets", name, "current.json"))
+            if isinstance(pointer, dict) and "version" in pointer:
+                pointers[name] = pointer
+    return pointers
 
 
-def named(path: str, one: dict[str, Any]) -> dict[str, str]:
+def named(path: str, state: dict[str, Any]) -> dict[str, str]:
     """The labels of a stage folder with this state."""
-    if one.get("dataset"):
-        dataset = Dataset.parse("", one["dataset"])
+    if state.get("dataset"):
+        dataset = Dataset.parse("", state["dataset"])
         return run_labels(dataset.name, dataset.version, path.split("/")[1])
-    return stage_labels(path, one.get("stage") or path.rsplit("/", 1)[1])
+    return stage_labels(path, state.get("stage") or path.rsplit("/", 1)[1])
 
 
 def silent(now: dict[str, Any]) -> float:
@@ -71,27 +72,27 @@ def silent(now: dict[str, Any]) -> float:
     return seconds if seconds > _SILENT_S else 0.0
 
 
-def forecast(stage_: Stage, *, overwrite: bool = False) -> dict[str, Any]:
+def forecast(stage: Stage, *, overwrite: bool = False) -> dict[str, Any]:
     """What running a stage would do: items, how many are left, bytes to read, seconds as far as known."""
-    claimed = not overwrite and storage.exists(storage.join(stage_.folder, "plan.json"))
-    items: Sequence[Item] = prepare(stage_) if claimed else list(stage_.plan())
+    claimed = not overwrite and storage.exists(storage.join(stage.folder, "plan.json"))
+    items: Sequence[Item] = prepare(stage) if claimed else list(stage.plan())
     ids = [item.id for item in items]
-    done = read_records(stage_, ids).in_order(ids) if claimed else []
-    sealed = claimed and storage.exists(storage.join(stage_.folder, "manifest.json"))
-    left = 0 if sealed else len(items) - len(done)
+    done = read_records(stage, ids).in_order(ids) if claimed else []
+    sealed = claimed and storage.exists(storage.join(stage.folder, "manifest.json"))
+    items_left = 0 if sealed else len(items) - len(done)
     each = [record["run"]["seconds"] for record in done]
     if not each:
         # Other folders of the same stage tell how long an item takes here.
-        for path in _paths(stage_.root):
-            manifest = _read(stage_.root, path, "manifest.json")
-            if manifest and manifest.get("stage") == stage_.name:
+        for path in _paths(stage.root):
+            manifest = _read(stage.root, path, "manifest.json")
+            if manifest and manifest.get("stage") == stage.name:
                 each.append(manifest["run"]["seconds"] / max(manifest["totals"]["items"], 1))
-    reads = sum((_read(stage_.root, one["path"], "manifest.json") or {}).get("totals", {}).get("bytes", 0)
-                for one in stage_.inputs().values() if one["path"])
-    rows = sum(map(stage_.rows, items))
-    return {"stage": stage_.name, "folder": stage_.folder, "items": len(items), "left": left, "input_bytes": reads,
+    reads = sum((_read(stage.root, identity["path"], "manifest.json") or {}).get("totals", {}).get("bytes", 0)
+                for identity in stage.inputs().values() if identity["path"])
+    rows = sum(map(stage.rows, items))
+    return {"stage": stage.name, "folder": stage.folder, "items": len(items), "left": items_left, "input_bytes": reads,
             **({"rows": rows} if rows else {}),
-            "worker_seconds": round(left * sum(each) / len(each), 1) if each else None}
+            "worker_seconds": round(items_left * sum(each) / len(each), 1) if each else None}
 
 
 def _paths(root: str) -> list[str]:
@@ -99,14 +100,15 @@ def _paths(root: str) -> list[str]:
     for name in storage.list_folders(storage.join(root, "datasets")):
         for version in storage.list_folders(storage.join(root, "datasets", name)):
             base = f"datasets/{name}/{version}"
-            paths += [f"{base}/{one}" for one in _OF_A_DATASET]
-            paths += [f"{base}/{one}" for one in _OF_SOME
-                      if storage.exists(storage.join(root, base, one, "plan.json"))]
-            paths += [f"{base}/neighbors/{one}" for one in storage.list_folders(storage.join(root, base, "neighbors"))]
+            paths += [f"{base}/{stage}" for stage in _OF_A_DATASET]
+            paths += [f"{base}/{stage}" for stage in _OF_SOME
+                      if storage.exists(storage.join(root, base, stage, "plan.json"))]
+            paths += [f"{base}/neighbors/{database}"
+                      for database in storage.list_folders(storage.join(root, base, "neighbors"))]
     for run in storage.list_folders(storage.join(root, "runs")):
         paths.append(f"runs/{run}")
-        paths += [f"runs/{run}/{of}/{one}" for of in ("samples", "judges", "evaluations")
-                  for one in storage.list_folders(storage.join(root, "runs", run, of))]
+        paths += [f"runs/{run}/{kind}/{folder}" for kind in ("samples", "judges", "evaluations")
+                  for folder in storage.list_folders(storage.join(root, "runs", run, kind))]
     return paths
 
 
@@ -149,21 +151,22 @@ def _state(root: str, path: str) -> dict[str, Any]:
     return sealed
 
 
-def _detail(one: dict[str, Any]) -> str:
-    if one["state"] == "damaged":
-        return one["error"]
-    if one.get("changed"):
-        return f"rebuilt since: {', '.join(one['changed'])}"
-    if "samples" in one:
-        skipped = ", ".join(f"{count} {reason}" for reason, count in one["skipped"].items())
+def _detail(state: dict[str, Any]) -> str:
+    if state["state"] == "damaged":
+        return state["error"]
+    if state.get("changed"):
+        return f"rebuilt since: {', '.join(state['changed'])}"
+    if "samples" in state:
+        skipped = ", ".join(f"{count} {reason}" for reason, count in state["skipped"].items())
+        left_out = f", left out: {skipped}" if skipped else ""
         return "; ".join(filter(None, [
-            f"{one['samples']} samples, {one['bytes'] / 1e6:.1f} MB" + (f", left out: {skipped}" if skipped else ""),
-            progress_bar.computed_on(one.get("devices", {})), progress_bar.retired(one.get("retired", []))]))
-    said = [f"{one['failed']} failed"] if one.get("failed") else []
-    if now := one.get("progress"):
+            f"{state['samples']} samples, {format_bytes(state['bytes'])}{left_out}",
+            progress_bar.computed_on(state.get("devices", {})), progress_bar.retired(state.get("retired", []))]))
+    said = [f"{state['failed']} failed"] if state.get("failed") else []
+    if now := state.get("progress"):
         # Of a driver that is gone the records tell, and its last word does not.
-        gone = silent(now)
-        said.append(f"nothing heard for {round(gone / 60)} min" if gone else progress_bar.sentence(now))
+        seconds = silent(now)
+        said.append(f"nothing heard for {round(seconds / 60)} min" if seconds else progress_bar.sentence(now))
         said += [progress_bar.computed_on(now.get("devices", {})), progress_bar.retired(now.get("retired", []))]
     return "; ".join(filter(None, said))
 

@@ -18,7 +18,7 @@ Point = tuple[float, float]
 
 _WIDTHS = {"wide": 1086, "narrow": 400}
 """CSS pixels: the column of the page on a desktop, and a phone."""
-_MARGINS = {"left": 54, "right": 20, "top": 40, "bottom": 52}
+_MARGINS = {"left_margin": 54, "right_margin": 20, "top_margin": 40, "bottom_margin": 52}
 _MOST_POINTS = {"wide": 600, "narrow": 250}
 _LOGARITHMIC_FROM = 4.0
 """Greatest loss over least loss from which a linear axis would show only the first steps."""
@@ -74,7 +74,7 @@ def histogram(counts: Sequence[int], low: float, high: float, name: str) -> Mark
 
     def draw(size: str) -> str:
         figure = plot_style.new_figure(_WIDTHS[size], 178 if size == "wide" else 158)
-        axes = plot_style.new_axes(figure, left=10, right=10, top=4, bottom=52)
+        axes = plot_style.new_axes(figure, left_margin=10, right_margin=10, top_margin=4, bottom_margin=52)
         bars = axes.bar(edges[:-1], counts[first:last], 0.88 * bin_width, align="edge",
                         color=plot_style.COLORS["accent"], clip_on=False)
         for place, bar in enumerate(bars):

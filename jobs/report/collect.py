@@ -25,7 +25,7 @@ class Root:
         except (ValueError, OSError, LookupError, TypeError) as error:
             _log.warning("report: the states of the stages could not be read", exc_info=True)
             self.stages, self.broken = [], str(error)
-        self._states = {one["path"]: one for one in self.stages}
+        self._states = {state["path"]: state for state in self.stages}
 
     def manifest(self, path: str) -> dict[str, Any] | None:
         """The manifest of the stage folder `path`, None if it is not sealed or not readable."""

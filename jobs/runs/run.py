@@ -92,7 +92,7 @@ class Run:
         try:
             yield
         except tuple(HOPELESS.values()) as error:
-            kind = next(name for name, one in HOPELESS.items() if isinstance(error, one))
+            kind = next(name for name, kind_of_error in HOPELESS.items() if isinstance(error, kind_of_error))
             storage.put_json({"launch": launch, "kind": kind, "message": str(error), "at": round(time.time(), 1)},
                              self.fault_address)
             raise
@@ -103,10 +103,10 @@ class Run:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        found = [name for name in storage.list_folders(storage.join(self.folder, "checkpoints")) if name.isdigit()]
+        names = [name for name in storage.list_folders(storage.join(self.folder, "checkpoints")) if name.isdigit()]
         complete = storage.map_urls(lambda name: storage.exists(
-            storage.join(self.folder, "checkpoints", name, "manifest.json")), found)
-        return sorted(int(name) for name, whole in zip(found, complete, strict=True) if whole)
+            storage.join(self.folder, "checkpoints", name, "manifest.json")), names)
+        return sorted(int(name) for name, whole in zip(names, complete, strict=True) if whole)
 
     def latest_step(self) -> int:
         """Step of the newest complete checkpoint; ValueError if there is none."""
@@ -130,7 +130,7 @@ class Run:
         try:
             return self._fetched(folder, self.checkpoint(step)["files"])
         except ValueError as error:
-            others = ", ".join(str(one) for one in self.steps() if one != step)
+            others = ", ".join(str(other) for other in self.steps() if other != step)
             raise ValueError(f"{str(error).splitlines()[0]}\nhint: the run {self.name} has "
                              f"{f'these checkpoints too: {others}' if others else 'no other checkpoint'}") from error
 
@@ -152,7 +152,8 @@ class Run:
         if storage.is_local(folder):
             return storage.local_path(folder)
         # The cache names files by hash; these are read by name.
-        local = storage.cache_folder() / f"files-{storage.digest([[one['name'], one['sha256']] for one in files])}"
+        digest = storage.digest([[entry["name"], entry["sha256"]] for entry in files])
+        local = storage.cache_folder() / f"files-{digest}"
         local.mkdir(exist_ok=True)
         for name, path in paths.items():
             if not (local / name).exists():

@@ -87,7 +87,7 @@ class Retriever:
     def likely(self, train: Dataset, positions: Sequence[int], k: int, top_m: float, seed: int) -> list[Drawn]:
         """A row for each position, drawn from p_D of one of the databases, each as often as it gives neighbours."""
         owners = np.repeat(np.arange(len(self.searchers)), self.mixture.shares(k))
-        likelies = {int(member): Likely(usage_of(train, self.mixture.members[member], self.searchers[member].gone),
+        likelies = {int(member): Likely(usage_of(train, self.mixture.members[member], self.searchers[member].hidden),
                                         top_m) for member in np.unique(owners)}
         drawn = []
         for position in positions:

@@ -40,7 +40,7 @@ def held() -> Iterator[None]:
         return before[number] if number in _BOTH else replace(number, handler)
 
     for number in _BOTH:
-        replace(number, lambda one, frame: came.append(one))
+        replace(number, lambda number, frame: came.append(number))
     signal.signal = kept  # type: ignore[assignment]
     try:
         yield

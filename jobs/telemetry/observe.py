@@ -15,23 +15,23 @@ from pipeline.stages.stage import Stage
 _log = logging.getLogger(__name__)
 
 
-def run_observed(stage_: Stage, runner: Runner = run_in_process, *, name: str = "", tracker: str = "none",
+def run_observed(stage: Stage, runner: Runner = run_in_process, *, name: str = "", tracker: str = "none",
         **how: Any) -> dict[str, Any]:
     """`stage.run`, shown as `name`, tracked by `tracker`."""
-    known = stage_labels(stage_.path, stage_.name)
-    with logs.about(known), wandb_tracker.tracker_of_stage(stage_, known, tracker) as tracked:
-        _log.debug("%s begins", stage_.name)
-        with watcher(name or stage_.name) as show:
-            manifest = run_stage(stage_, runner, watch=_all([show, _metered(known), tracked.watch]), **how)
+    known = stage_labels(stage.path, stage.name)
+    with logs.about(known), wandb_tracker.tracker_of_stage(stage, known, tracker) as tracked:
+        _log.debug("%s begins", stage.name)
+        with watcher(name or stage.name) as show:
+            manifest = run_stage(stage, runner, watch=_all([show, _metered(known), tracked.watch]), **how)
         tracked.sealed(manifest)
-        _log.debug("%s is sealed", stage_.name, extra={"fields": manifest["totals"] | {"folder": stage_.folder}})
+        _log.debug("%s is sealed", stage.name, extra={"fields": manifest["totals"] | {"folder": stage.folder}})
         return manifest
 
 
 def _all(watching: list[Callable[[Tally], None]]) -> Callable[[Tally], None]:
     def watch(tally: Tally) -> None:
-        for one in watching:
-            one(tally)
+        for watch_tally in watching:
+            watch_tally(tally)
 
     return watch
 

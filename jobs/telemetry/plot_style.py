@@ -54,11 +54,12 @@ def new_figure(width: float, height: float, layout: Literal["constrained"] | Non
     return Figure(figsize=(width / _PIXELS_PER_INCH, height / _PIXELS_PER_INCH), layout=layout)
 
 
-def new_axes(figure: "Figure", left: float, right: float, top: float, bottom: float) -> "Axes":
+def new_axes(figure: "Figure", left_margin: float, right_margin: float, top_margin: float, bottom_margin: float
+             ) -> "Axes":
     """Axes with margins in CSS pixels and horizontal grid lines. Nothing is clipped: data must be within the limits."""
     width, height = figure.get_size_inches() * _PIXELS_PER_INCH
-    axes = figure.add_axes((left / width, bottom / height, (width - left - right) / width,
-                            (height - top - bottom) / height))
+    axes = figure.add_axes((left_margin / width, bottom_margin / height, (width - left_margin - right_margin) / width,
+                            (height - top_margin - bottom_margin) / height))
     axes.patch.set_gid("frame")
     axes.grid(axis="y", clip_on=False)
     return axes

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jobs.telemetry import logs
-from jobs.telemetry.units import format_duration
+from jobs.telemetry.units import format_bytes, format_duration
 from pipeline.stages.progress import Tally
 
 EVERY_S = 10.0  # between two log lines
@@ -80,7 +80,7 @@ class _Bar:
         """Show the counts of a tally."""
         done, total, unit = ((now["rows"], now["of_rows"], "rows") if now["of_rows"]
                              else (now["items"], now["of_items"], "items"))
-        time_left = f", {span(now['seconds_left'])} left" if now["seconds_left"] and done < total else ""
+        time_left = f", {format_duration(now['seconds_left'])} left" if now["seconds_left"] and done < total else ""
         self._progress.update(self._task, completed=done, total=total, details=(
             f"{done / total:4.0%}  {done} of {total} {unit}{time_left}, {now['rows_per_s']:.0f} rows/s, {_rest(now)}"))
         self._progress.start()  # does nothing if the bar is there already
@@ -94,11 +94,12 @@ class _Bar:
 
 def sentence(now: dict[str, Any]) -> str:
     """The counts of a tally in one line."""
-    of = f" of {now['of_rows']}" if now["of_rows"] else ""
+    total = f" of {now['of_rows']}" if now["of_rows"] else ""
     again = f" ({now['retried']} tried again)" if now["retried"] else ""
-    left = f", {span(now['seconds_left'])} left" if now["seconds_left"] and now["items"] < now["of_items"] else ""
-    return (f"{now['items']} of {now['of_items']} items, {now['rows']}{of} rows{again}, "
-            f"{now['rows_per_s']:.0f} rows/s, {_rest(now)}{left}")
+    unfinished = now["seconds_left"] and now["items"] < now["of_items"]
+    time_left = f", {format_duration(now['seconds_left'])} left" if unfinished else ""
+    return (f"{now['items']} of {now['of_items']} items, {now['rows']}{total} rows{again}, "
+            f"{now['rows_per_s']:.0f} rows/s, {_rest(now)}{time_left}")
 
 
 def retired(workers: list[dict[str, Any]]) -> str:
@@ -107,7 +108,7 @@ def retired(workers: list[dict[str, Any]]) -> str:
         return ""
     last = workers[-1]
     where = f"{last['host']}" + (f", {last['card']}" if last["card"] else f", node {last['node'][:8]}")
-    items = sum(one["items"] for one in workers)
+    items = sum(worker["items"] for worker in workers)
     return (f"{len(workers)} worker{'s' * (len(workers) > 1)} retired after {items} failed item{'s' * (items != 1)}, "
             f"the last on {where}: {last['reason']}")
 
@@ -119,15 +120,10 @@ def computed_on(devices: dict[str, int]) -> str:
 
 
 def _rest(now: dict[str, Any]) -> str:
-    # Not samples: of a row there may be several.
-    of = now["rows"] - now["retried"]
-    good = of - sum(now["skipped"].values())
-    share = f"{good / of:.1%} good, " if of else ""
+    # The share is one of rows, because a row may give several samples.
+    rows = now["rows"] - now["retried"]
+    good = rows - sum(now["skipped"].values())
+    share = f"{good / rows:.1%} good, " if rows else ""
     reasons = ", ".join(f"{count} {reason}" for reason, count in list(now["skipped"].items())[:4])
     failed = f", {now['failed_items']} items failed" if now["failed_items"] else ""
-    return f"{share}{now['bytes'] / 1e6:.0f} MB{failed}" + (f", left out: {reasons}" if reasons else "")
-
-
-def span(seconds: float) -> str:
-    """A duration as text."""
-    return format_duration(seconds)
+    return f"{share}{format_bytes(now['bytes'])}{failed}" + (f", left out: {reasons}" if reasons else "")

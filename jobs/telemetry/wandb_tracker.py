@@ -54,13 +54,13 @@ class Tracker:
         try:
             import wandb
             mode: Any = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-            id_, place = _known(folder)["id"], _place(root, known)
+            run_id, place = _known(folder)["id"], _place(root, known)
             self.online = mode != "offline"
             if training and not self.online:
                 _set_aside(folder, Path(place))
                 self.first_step = _known(folder)["last_step"]
             self.session = wandb.init(
-                project=os.environ.get("WANDB_PROJECT", "rdm"), id=id_, group=group(known),
+                project=os.environ.get("WANDB_PROJECT", "rdm"), id=run_id, group=group(known),
                 name=known["run"] or f"{group(known)} {known['stage']}", job_type=known["stage"],
                 dir=place,
                 config=config | {key: value for key, value in known.items() if value} | {
@@ -68,8 +68,8 @@ class Tracker:
                 resume="allow", mode=mode, settings=wandb.Settings(
                     silent=True, console="off", init_timeout=60, x_transaction_log_flush_interval=2.0))
             if self.online:  # offline nothing can be named as used
-                for one in artifacts(inputs):
-                    self.session.use_artifact(one)
+                for artifact in artifacts(inputs):
+                    self.session.use_artifact(artifact)
         except Exception as error:
             _log.warning("wandb is not used: %s", error)
 
@@ -94,8 +94,8 @@ class Tracker:
     def saved(self) -> None:
         """What was logged so far will not be done again."""
         held, self._held = self._held, []
-        for one in held:
-            self._try(one)
+        for log_record in held:
+            self._try(log_record)
 
     def replay(self, records: Iterable[tuple[dict[str, Any], str]]) -> None:
         """Log what no finished session has; offline only. `records`: each with the URL of its image, or ""."""
@@ -133,7 +133,7 @@ def tracker_of_run(job: Any, known: dict[str, str]) -> Tracker:
     # The caller has cut both files to the checkpoint that the run resumes from.
     records = [(line, "") for line in read(job.run)]
     records += [(note, job.run.validated(note["step"])) for note in read(job.run, "validation.jsonl")]
-    tracker.replay(sorted(records, key=lambda one: one[0]["step"]))
+    tracker.replay(sorted(records, key=lambda pair: pair[0]["step"]))
     return tracker
 
 
@@ -152,8 +152,8 @@ def _set_aside(folder: str, place: Path) -> None:
 class Followed:
     """A stage that wandb follows; a session begins with the first word of its tally, for a sealed stage has none."""
 
-    def __init__(self, stage_: Stage, known: dict[str, str]) -> None:
-        self.stage, self.known = stage_, known
+    def __init__(self, stage: Stage, known: dict[str, str]) -> None:
+        self.stage, self.known = stage, known
         self.tracker: Tracker | None = None
 
     def watch(self, tally: Tally) -> None:
@@ -182,12 +182,12 @@ class _Nobody:
 
 
 @contextlib.contextmanager
-def tracker_of_stage(stage_: Stage, known: dict[str, str], tracker: str) -> Iterator[Any]:
+def tracker_of_stage(stage: Stage, known: dict[str, str], tracker: str) -> Iterator[Any]:
     """Who follows a stage: wandb, or nobody."""
     if not wanted(tracker, "WANDB_API_KEY" in os.environ):
         yield _Nobody()
         return
-    followed = Followed(stage_, known)
+    followed = Followed(stage, known)
     try:
         yield followed
     finally:
@@ -207,15 +207,15 @@ def group(known: dict[str, str]) -> str:
 def artifacts(inputs: dict[str, Any]) -> list[Any]:
     """The inputs of a stage as artifacts of wandb: named by their folders, told apart by their content."""
     import wandb
-    found = []
-    for name, one in inputs.items():
-        path = one["path"] or name
-        found.append(wandb.Artifact(re.sub(r"[^A-Za-z0-9._-]+", "-", path), type=name,
-                                    metadata={"path": path, "content": one["digest"]}))
+    artifacts = []
+    for name, identity in inputs.items():
+        path = identity["path"] or name
+        artifacts.append(wandb.Artifact(re.sub(r"[^A-Za-z0-9._-]+", "-", path), type=name,
+                                    metadata={"path": path, "content": identity["digest"]}))
         # Without something of its own in it, another content would be taken for the same version.
-        with found[-1].new_file("content.json") as file:
-            json.dump({"path": path, "content": one["digest"]}, file)
-    return found
+        with artifacts[-1].new_file("content.json") as file:
+            json.dump({"path": path, "content": identity["digest"]}, file)
+    return artifacts
 
 
 def _place(root: str, known: dict[str, str]) -> str:

@@ -110,9 +110,9 @@ def prepare_image(data: bytes, wanted: dict[str, Any], theirs: Callable[[Image.I
     if wanted["resize"] == "shortest":
         # torchvision's rounding: of the long side down, of the crop's place to the nearest.
         shape = (int(size * width / short), int(size * height / short))
-        left, top = (round((side - size) / 2) for side in shape)
+        x, top = (round((side - size) / 2) for side in shape)
         across, down = width / shape[0], height / shape[1]
-        part = (left * across, top * down, (left + size) * across, (top + size) * down)
+        part = (x * across, top * down, (x + size) * across, (top + size) * down)
     if part == (0, 0, width, height) and (width, height) == (size, size):
         return pixels
     return resize.resample(pixels, (size, size), part, wanted["interpolation"])

@@ -104,12 +104,12 @@ class AdoptEmbeddings(Embed):
             path = self.dataset.fetch("shards", file_of(record, ".tar"), check=True)
             samples = list(tars.read(path))
             if list_archives(self.source):
-                found = Archives.of(self.source).rows(self._rows(record, samples))
+                adopted = Archives.open_cached(self.source).rows(self._rows(record, samples))
             else:
-                found = _Vectors.of(self.source).rows([sample["__key__"] for sample in samples])
+                adopted = _Vectors.open_cached(self.source).rows([sample["__key__"] for sample in samples])
         vectors = np.zeros((len(samples), encoder.dim), np.float16)
         ledger, usable = [], []
-        for row, (sample, vector) in enumerate(zip(samples, found, strict=True)):
+        for row, (sample, vector) in enumerate(zip(samples, adopted, strict=True)):
             if vector is None:
                 ledger.append(Entry(sample["__key__"], "not_adopted", "row of zeros", kept=True))
                 continue
@@ -157,18 +157,18 @@ class AdoptEmbeddings(Embed):
 
 def _pairs(source: str) -> list[tuple[str, str]]:
     """The addresses of the files of vectors of a folder, each with that of its metadata."""
-    found, beside = [], set(storage.list_files(storage.join(source, "metadata")))
+    pairs, metadata_names = [], set(storage.list_files(storage.join(source, "metadata")))
     for name in storage.list_files(storage.join(source, "img_emb")):
         if match := re.fullmatch(r"img_emb_(.+)\.npy", name):
             about = f"metadata_{match[1]}.parquet"
-            if about not in beside:
+            if about not in metadata_names:
                 raise ValueError(f"{storage.join(source, 'img_emb', name)} has no metadata beside it: there is no "
                                  f"{storage.join(source, 'metadata', about)}\nhint: copy it again")
-            found.append((storage.join(source, "img_emb", name), storage.join(source, "metadata", about)))
-    if not found:
+            pairs.append((storage.join(source, "img_emb", name), storage.join(source, "metadata", about)))
+    if not pairs:
         raise ValueError(f"{source} has no img_emb/img_emb_*.npy, and no 1000x512-part_1.npz\nhint: --adopt FOLDER, "
                          f"the output folder of clip-retrieval's inference, or a retrieval database of CompVis")
-    return found
+    return pairs
 
 
 class _Vectors:
@@ -197,7 +197,7 @@ class _Vectors:
 
     @staticmethod
     @lru_cache(maxsize=1)
-    def of(source: str) -> "_Vectors":
+    def open_cached(source: str) -> "_Vectors":
         """Those of a folder, kept in this process."""
         return _Vectors(source)
 

@@ -19,9 +19,9 @@ OPEN_ARCHIVES = 2  # archives whose vectors are in memory at once
 
 def list_archives(source: str) -> list[str]:
     """The addresses of the archives of a folder in CompVis's layout, in the order of their numbers."""
-    found = [(int(match[3] or 0), name) for name in storage.list_files(source)
+    archives = [(int(match[3] or 0), name) for name in storage.list_files(source)
              if (match := ARCHIVE_NAME.fullmatch(name))]
-    return [storage.join(source, name) for _, name in sorted(found)]
+    return [storage.join(source, name) for _, name in sorted(archives)]
 
 
 class KeyTable:
@@ -29,7 +29,7 @@ class KeyTable:
 
     def __init__(self, names: Sequence[Sequence[bytes]]) -> None:
         self.offsets = np.cumsum([0, *map(len, names)])
-        every = np.concatenate([np.array(some, np.bytes_) for some in names])
+        every = np.concatenate([np.array(file_names, np.bytes_) for file_names in names])
         self.order = np.argsort(every, kind="stable")
         self.names = every[self.order]
 
@@ -79,7 +79,7 @@ class Archives:
 
     @staticmethod
     @lru_cache(maxsize=1)
-    def of(source: str) -> "Archives":
+    def open_cached(source: str) -> "Archives":
         """Those of a folder, kept in this process."""
         return Archives(source)
 
@@ -88,22 +88,22 @@ class Archives:
         there, but not this part of it.
         """
         # As many names as a picture may go by; a shard goes by one of them.
-        called: list[Callable[[dict[str, Any]], str]] = [lambda row: str(row.get("source_row"))]
+        name_rules: list[Callable[[dict[str, Any]], str]] = [lambda row: str(row.get("source_row"))]
         if self.text:
-            called = [lambda row: _last(row), lambda row: _last(row).rpartition(".")[0] or _last(row),
+            name_rules = [lambda row: _last(row), lambda row: _last(row).rpartition(".")[0] or _last(row),
                       lambda row: row["key"]]
         places: list[int | None] = []
-        for call in called:
+        for call in name_rules:
             places = [self._place(row, call(row)) for row in rows]
             if any(place is not None for place in places):
                 break
         wanted = [(None if place is None else self.table.row(place)) for place in places]
-        found: list[np.ndarray | None] = [None] * len(wanted)
+        vectors: list[np.ndarray | None] = [None] * len(wanted)
         # File by file: a file is decompressed as a whole.
-        for number, (file, row) in sorted(((number, one) for number, one in enumerate(wanted) if one),
+        for number, (file, row) in sorted(((number, file_row) for number, file_row in enumerate(wanted) if file_row),
                                           key=lambda pair: pair[1]):
-            found[number] = np.array(self.vectors(file)[row])
-        return found
+            vectors[number] = np.array(self.vectors(file)[row])
+        return vectors
 
     def _place(self, row: dict[str, Any], name: str) -> int | None:
         first, there = self.table.beginning(name.encode() + b"\n")
@@ -116,10 +116,10 @@ class Archives:
             return first
         if row["width"] is None:  # it could not be read
             return None
-        left, top = row["patch_left"], row["patch_top"]
-        patch = _patch(name, [left, top, left + row["width"], top + row["height"]])
+        x, y = row["patch_left"], row["patch_top"]
+        patch = _patch(name, [x, y, x + row["width"], y + row["height"]])
         if patch not in there:
-            raise ValueError(f"{self.source} has {len(there)} patches of the picture {name}, but none at {left}, {top} "
+            raise ValueError(f"{self.source} has {len(there)} patches of the picture {name}, but none at {x}, {y} "
                              f"of {row['width']} x {row['height']} pixels as the sample {row['key']}, which was cut "
                              f"from a picture of short side {row['patch_short_side']}\nhint: the coordinates must be "
                              f"those of the same patches: --adopt takes no vectors of others")
@@ -162,11 +162,11 @@ def _member(url: str, name: str, *, shape: bool = False) -> Any:
                 read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
                 if version not in read:
                     raise ValueError(f"version {version} of the format")
-                found, _, kind = read[version](file)
+                array_shape, _, kind = read[version](file)
             if kind.hasobject:
                 raise ValueError(f"{name} is Python objects, which only unpickling reads, and that may run anything")
             if shape:
-                return found
+                return array_shape
             with members.open(f"{name}.npy") as file:
                 return np.lib.format.read_array(file, allow_pickle=False)
     except (KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:

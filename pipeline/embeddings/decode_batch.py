@@ -14,9 +14,9 @@ from pipeline.stages.decoder_pool import Decoded
 def decoded(data: list[bytes], prepare: Callable[[bytes], np.ndarray]) -> Decoded:
     """What `prepare` makes of each picture, one after another."""
     begun, there, pictures = time.perf_counter(), [], []
-    for position, one in enumerate(data):
+    for position, encoded in enumerate(data):
         try:
-            pictures.append(prepare(one))
+            pictures.append(prepare(encoded))
         except BadImage:
             continue
         there.append(position)
@@ -26,4 +26,4 @@ def decoded(data: list[bytes], prepare: Callable[[bytes], np.ndarray]) -> Decode
 def by_description(data: list[bytes], preprocessing: dict[str, Any]) -> Decoded:
     """`decoded` for an encoder that is somewhere else, by the preprocessing in its description."""
     theirs = clip.open_clip_transform(preprocessing)
-    return decoded(data, lambda one: clip.prepare_image(one, preprocessing, theirs))
+    return decoded(data, lambda encoded: clip.prepare_image(encoded, preprocessing, theirs))

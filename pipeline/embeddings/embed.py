@@ -68,17 +68,17 @@ class Embed(Stage):
     """The stage from the shards of a dataset to its embeddings, (N_i, D) float16 of unit length."""
 
     name = "embed"
-    of = "embeddings"
+    output_folder = "embeddings"
     workers_need_gpu = True
     decodes = True
 
     def __init__(self, dataset: Dataset, config: EmbedConfig) -> None:
-        super().__init__(dataset.root, dataset.path(self.of), config)
+        super().__init__(dataset.root, dataset.path(self.output_folder), config)
         self.dataset = dataset
 
     @property
     def command(self) -> str:
-        return self.dataset.command(self.of)
+        return self.dataset.command(self.output_folder)
 
     def section(self) -> dict[str, Any]:
         # The path of the weights may differ from node to node; what they are is in the encoder's description.
@@ -139,8 +139,8 @@ class Embed(Stage):
             if row + len(part.keys) > len(vectors):
                 row += len(part.keys)
                 break
-            if part.found is not None:
-                vectors[[row + position for position in part.there]] = part.found
+            if part.rows is not None:
+                vectors[[row + position for position in part.there]] = part.rows
             ledger += [Entry(part.keys[position], "no_direction", "row of zeros", kept=True) for position in part.there
                        if not vectors[row + position].any()]
             # A row of zeros marks what does not decode: what comes after must not move up.
@@ -172,9 +172,10 @@ class Embed(Stage):
 
     def _parts(self, encoder: clip.Encoder, records: Sequence[dict[str, Any]], times: Times
                ) -> Generator[Part, None, None]:
-        lent = self.decode.at_once if self.decode else 0
-        return encode_parts(encoder, [self._shard(record) for record in records], self.config.batch_size,
-                                self._room(map(_size, records), whole=encoder.whole, lent=lent), self.decode, times)
+        parts_in_flight = self.decode.at_once if self.decode else 0
+        room = self._room(map(_size, records), whole=encoder.whole, parts_in_flight=parts_in_flight)
+        shards = [self._shard(record) for record in records]
+        return encode_parts(encoder, shards, self.config.batch_size, room, self.decode, times)
 
     def _shard(self, record: dict[str, Any]) -> Shard:
         entry = file_of(record, ".tar")
@@ -182,16 +183,17 @@ class Embed(Stage):
         return Shard(record["samples"],
                      lambda: storage.fetch_and_open(url, entry, lambda path: path.open("rb"), check=True))
 
-    def _room(self, sizes: Iterable[tuple[int, int]], *, whole: bool, lent: int = 0, threads: int = 0) -> Room:
+    def _room(self, sizes: Iterable[tuple[int, int]], *, whole: bool, parts_in_flight: int = 0, threads: int = 0
+              ) -> Room:
         return plan_room(parse_size(self.config.max_memory, "embed.max_memory"), self.config.clip(), sizes,
-                             self.config.batch_size, whole=whole, lent=lent, threads=threads)
+                             self.config.batch_size, whole=whole, parts_in_flight=parts_in_flight, threads=threads)
 
 
 class EmbedCaptions(Embed):
     """The stage from the captions of a dataset to its text embeddings, of the same rows and form."""
 
     name = "embed_captions"
-    of = "text_embeddings"
+    output_folder = "text_embeddings"
     decodes = False
 
     def together(self, gpu: bool | None = None) -> int:
@@ -201,11 +203,11 @@ class EmbedCaptions(Embed):
                ) -> Generator[Part, None, None]:
         def work(part: tuple[int, list[dict[str, Any]]]) -> Part:
             # A sample without a caption gets a row of zeros: the vector of no words is near to everything.
-            number, some = part
-            there = [position for position, row in enumerate(some) if (row["caption"] or "").strip()]
+            number, samples = part
+            there = [position for position, row in enumerate(samples) if (row["caption"] or "").strip()]
             with times("forward"):
-                texts = [some[position]["caption"] for position in there]
-                return Part(number, [row["key"] for row in some], there=there, found=encoder.fit(
+                texts = [samples[position]["caption"] for position in there]
+                return Part(number, [row["key"] for row in samples], there=there, rows=encoder.fit(
                     texts, len(texts), lambda part, _: encoder.texts(part), np.concatenate) if there else None)
 
         threads = self._room(map(_size, records), whole=False).threads
@@ -214,7 +216,7 @@ class EmbedCaptions(Embed):
                 with times("read"):
                     rows = metadata(self.dataset, record, ["key", "caption"])
                 size = part_of(len(rows), self.config.batch_size)
-                source = ((number, some) for some in chunks(rows, size, times))
+                source = ((number, samples) for samples in chunks(rows, size, times))
                 yield from in_order(pool, work, source, 2 * threads, times)
                 yield Part(number)
 
@@ -229,11 +231,11 @@ def encoder_of(dataset: Dataset) -> dict[str, Any]:
     return dataset.manifest("embeddings")["info"]["encoder"]
 
 
-def same_encoder(one: Dataset, other: Dataset) -> None:
+def same_encoder(first_dataset: Dataset, second_dataset: Dataset) -> None:
     """ValueError unless two datasets were embedded by the same encoder, naming what differs."""
-    first, second = encoder_of(one), encoder_of(other)
+    first, second = encoder_of(first_dataset), encoder_of(second_dataset)
     if first != second:
         differing = [f"{key} ({json.dumps(first.get(key))} / {json.dumps(second.get(key))})"
                      for key in sorted(first.keys() | second.keys()) if first.get(key) != second.get(key)]
-        raise ValueError(f"{one.label} and {other.label} were embedded by different encoders: they differ in "
-                         f"{', '.join(differing)}\nhint: embed both with the same --model and --pretrained")
+        raise ValueError(f"{first_dataset.label} and {second_dataset.label} were embedded by different encoders: they "
+                         f"differ in {', '.join(differing)}\nhint: embed both with the same --model and --pretrained")

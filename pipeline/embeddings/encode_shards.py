@@ -51,8 +51,8 @@ class Part:
     """The encoded pictures, until they are decoded."""
     there: list[int] = field(default_factory=list)
     """Positions of the samples that decode."""
-    found: np.ndarray | None = None
-    """Their pictures, and then their vectors (n, D) float32; None if there are none."""
+    rows: np.ndarray | None = None
+    """Their images, and then their vectors (n, D) float32; None if there are none."""
     missing: int = 0
     """Vectors that are still to come."""
     error: Exception | None = None
@@ -64,7 +64,7 @@ class Shard:
     """A shard as it is read: how many samples its record names, and what opens its tar."""
 
     count: int
-    opened: Callable[[], BinaryIO]
+    open_tar: Callable[[], BinaryIO]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def count_cores() -> int:
 
 
 def plan_room(budget: int, config: ClipConfig, shards: Iterable[tuple[int, int]], size: int, *, whole: bool,
-         lent: int = 0, threads: int = 0) -> Room:
+         parts_in_flight: int = 0, threads: int = 0) -> Room:
     """What fits `budget` bytes beside the encoder: as many threads as there are cores, and two parts for each.
 
     `shards`: (samples, bytes) of each; `whole`: the encoder takes batches of `size`; `lent`: parts that keep others'
@@ -99,16 +99,16 @@ def plan_room(budget: int, config: ClipConfig, shards: Iterable[tuple[int, int]]
     passing = 0 if whole else part * (_WIDE * pixels + clip.activation_bytes(config))
     fixed = _BASE + 2 * largest * dim + (_BATCHES * size * pixels if whole else 0)
 
-    def needed(some: int, ahead: int) -> int:
-        return fixed + some * passing + (ahead + 1) * each
+    def needed(threads_used: int, ahead: int) -> int:
+        return fixed + threads_used * passing + (ahead + 1) * each
 
     if (least := needed(1, 2)) > budget:
         raise ValueError(f"embed.max_memory = {budget >> 20}Mi: a worker takes {-(-least >> 20)}Mi at least, "
                          f"{_BASE >> 20}Mi of it for libraries, with {'batches' if whole else 'passes'} of "
                          f"{size if whole else part} pictures and shards of {largest}\n"
                          f"hint: --max-memory {-(-least >> 20)}Mi")
-    threads = next(some for some in range(threads, 0, -1) if some == 1 or needed(some, some + 1) <= budget)
-    most = (_AHEAD if whole else 2) * threads + lent
+    threads = next(number for number in range(threads, 0, -1) if number == 1 or needed(number, number + 1) <= budget)
+    most = (_AHEAD if whole else 2) * threads + parts_in_flight
     ahead = most if not each else min(most, 2 + (budget - needed(threads, 2)) // each)
     return Room(threads, ahead)
 
@@ -123,29 +123,29 @@ def part_of(count: int, size: int) -> int:
 
 
 def encode_parts(encoder: clip.Encoder, shards: Sequence[Shard], size: int, fitting: Room,
-                 elsewhere: DecoderPool | None, times: Times) -> Generator[Part, None, None]:
+                 pool_of_decoders: DecoderPool | None, times: Times) -> Generator[Part, None, None]:
     """The parts of all shards in order, with vectors."""
-    lent = elsewhere.at_once if elsewhere else 0
-    decode = _decoder(encoder, elsewhere, fitting.threads if encoder.whole else 0, times)
+    parts_in_flight = pool_of_decoders.at_once if pool_of_decoders else 0
+    decode = _decoder(encoder, pool_of_decoders, fitting.threads if encoder.whole else 0, times)
 
     def forward(part: Part) -> Part:
-        if part.found is not None:
+        if part.rows is not None:
             full = part_of(shards[part.shard].count, size) if encoder.compiled else 0
             with times("forward"):
-                part.found = _launched(encoder, part.found, full)[:len(part.found)].numpy()
+                part.rows = _launched(encoder, part.rows, full)[:len(part.rows)].numpy()
         return part
 
     if encoder.whole:
         parts = _read(shards, lambda shard: -(-size // fitting.threads), times)
-        with ThreadPoolExecutor(fitting.threads + lent) as pool:
+        with ThreadPoolExecutor(fitting.threads + parts_in_flight) as pool:
             yield from _in_whole_batches(encoder, in_order(pool, decode, parts, fitting.ahead, times), size, times)
         return
     parts = _read(shards, lambda shard: part_of(shard.count, size), times)
-    with torch_threads(fitting.threads) as pool, ThreadPoolExecutor(max(1, lent)) as asking:
-        if elsewhere:
+    with torch_threads(fitting.threads) as pool, ThreadPoolExecutor(max(1, parts_in_flight)) as asking:
+        if pool_of_decoders:
             # What is left beside the passes is for those who decode.
             passing = min(2 * fitting.threads, fitting.ahead - 1)
-            parts = in_order(asking, decode, parts, max(1, min(lent, fitting.ahead - passing)), times)
+            parts = in_order(asking, decode, parts, max(1, min(parts_in_flight, fitting.ahead - passing)), times)
             yield from in_order(pool, forward, parts, passing, times, waiting="encoding")
         else:
             yield from in_order(pool, lambda part: forward(decode(part)), parts, fitting.ahead, times)
@@ -160,7 +160,7 @@ def torch_threads(threads: int) -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def _decoder(encoder: clip.Encoder, elsewhere: DecoderPool | None, threads: int, times: Times
+def _decoder(encoder: clip.Encoder, pool_of_decoders: DecoderPool | None, threads: int, times: Times
              ) -> Callable[[Part], Part]:
     """What decodes a part: on so many threads here, and elsewhere what they do not get to."""
     here = threading.Semaphore(threads)
@@ -169,17 +169,17 @@ def _decoder(encoder: clip.Encoder, elsewhere: DecoderPool | None, threads: int,
         data, part.data = part.data, []
         if not data:
             return part
-        found, mine = None, elsewhere is None or here.acquire(blocking=False)
+        result, mine = None, pool_of_decoders is None or here.acquire(blocking=False)
         try:
-            if elsewhere and not mine and (found := elsewhere(data, encoder.preprocessing)):
-                times.add("elsewhere", found.seconds)
-            if found is None:
-                found = decode_batch.decoded(data, encoder.prepared)
-                times.add("decode", found.seconds)
+            if pool_of_decoders and not mine and (result := pool_of_decoders(data, encoder.preprocessing)):
+                times.add("elsewhere", result.seconds)
+            if result is None:
+                result = decode_batch.decoded(data, encoder.prepared)
+                times.add("decode", result.seconds)
         finally:
-            if elsewhere and mine:
+            if pool_of_decoders and mine:
                 here.release()
-        part.there, part.found = found.there, found.pictures
+        part.there, part.rows = result.there, result.pictures
         return part
 
     return decode
@@ -188,17 +188,18 @@ def _decoder(encoder: clip.Encoder, elsewhere: DecoderPool | None, threads: int,
 def _read(shards: Sequence[Shard], length: Callable[[Shard], int], times: Times) -> Iterator[Part]:
     """The samples of all shards in parts of some length, each shard opened while the one before is read."""
     with ThreadPoolExecutor(1) as opening:
-        following = opening.submit(shards[0].opened) if shards else None
+        following = opening.submit(shards[0].open_tar) if shards else None
         for number, shard in enumerate(shards):
-            here, following = following, (opening.submit(shards[number + 1].opened) if number + 1 < len(shards)
+            here, following = following, (opening.submit(shards[number + 1].open_tar) if number + 1 < len(shards)
                                           else None)
             assert here
             try:
                 with times("read"):
                     stream = here.result()
                 with stream:
-                    for some in chunks(tars.read(stream), length(shard), times):
-                        yield Part(number, [one["__key__"] for one in some], [tars.sample_image(one) for one in some])
+                    for samples in chunks(tars.read(stream), length(shard), times):
+                        yield Part(number, [sample["__key__"] for sample in samples],
+                                   [tars.sample_image(sample) for sample in samples])
                 yield Part(number)
             except Exception as error:
                 yield Part(number, error=error)
@@ -209,10 +210,10 @@ def chunks(samples: Iterable[Any], size: int, times: Times) -> Iterator[list[Any
     source = iter(samples)
     while True:
         with times("read"):
-            some = list(itertools.islice(source, size))
-        if not some:
+            chunk = list(itertools.islice(source, size))
+        if not chunk:
             return
-        yield some
+        yield chunk
 
 
 def in_order(pool: ThreadPoolExecutor, work: Callable[[Any], Any], source: Iterable[Any], ahead: int, times: Times, *,
@@ -228,15 +229,15 @@ def in_order(pool: ThreadPoolExecutor, work: Callable[[Any], Any], source: Itera
         with times(waiting):
             return going.popleft().result()
 
-    for one in source:
-        going.append(pool.submit(work, one))
+    for element in source:
+        going.append(pool.submit(work, element))
         going[-1].add_done_callback(noted)
         if len(going) >= ahead:
             done = first()
-            left = time.perf_counter()
+            yielded_at = time.perf_counter()
             yield done
-            if going and all(one.done() for one in going):
-                times.add("full", time.perf_counter() - max(left, last[0]))
+            if going and all(future.done() for future in going):
+                times.add("full", time.perf_counter() - max(yielded_at, last[0]))
     while going:
         yield first()
 
@@ -252,11 +253,11 @@ def _in_whole_batches(encoder: clip.Encoder, parts: Iterable[Part], size: int, t
     for part in itertools.chain(parts, [None]):
         if part is not None:
             held.append(part)
-            if part.found is not None:
-                pieces.append((part, 0, part.found))
-                part.missing = len(part.found)
+            if part.rows is not None:
+                pieces.append((part, 0, part.rows))
+                part.missing = len(part.rows)
                 count += part.missing
-                part.found = np.empty((part.missing, encoder.dim), np.float32)
+                part.rows = np.empty((part.missing, encoder.dim), np.float32)
         while count >= size or (part is None and count):
             batch = _cut(pieces, size)
             count -= sum(len(pictures) for _, _, pictures in batch)
@@ -283,22 +284,22 @@ def _launched(encoder: clip.Encoder, batch: np.ndarray, size: int) -> "torch.Ten
 
 def _cut(pieces: deque[tuple[Part, int, np.ndarray]], size: int) -> list[tuple[Part, int, np.ndarray]]:
     """Take `size` pictures from the front, or what is there."""
-    taken, left = [], size
-    while pieces and left:
+    batch, missing = [], size
+    while pieces and missing:
         part, first, pictures = pieces.popleft()
-        if len(pictures) > left:
-            pieces.appendleft((part, first + left, pictures[left:]))
-            pictures = pictures[:left]
-        taken.append((part, first, pictures))
-        left -= len(pictures)
-    return taken
+        if len(pictures) > missing:
+            pieces.appendleft((part, first + missing, pictures[missing:]))
+            pictures = pictures[:missing]
+        batch.append((part, first, pictures))
+        missing -= len(pictures)
+    return batch
 
 
 def _fetch(batch: list[tuple[Part, int, np.ndarray]], launched: Any) -> None:
     """Give the vectors of a batch to the parts that its pictures are of."""
     vectors, start = launched.cpu().numpy(), 0
     for part, first, pictures in batch:
-        assert part.found is not None
-        part.found[first:first + len(pictures)] = vectors[start:start + len(pictures)]
+        assert part.rows is not None
+        part.rows[first:first + len(pictures)] = vectors[start:start + len(pictures)]
         part.missing -= len(pictures)
         start += len(pictures)

@@ -126,8 +126,8 @@ def _probe(number: int | None) -> None:
     torch.cuda.init()
     if number is not None:
         torch.cuda.set_device(number)
-    one = torch.ones(16, 16, device="cuda")
-    torch.mm(one, one).sum().item()
+    matrix = torch.ones(16, 16, device="cuda")
+    torch.mm(matrix, matrix).sum().item()
 
 
 @lru_cache(maxsize=2)

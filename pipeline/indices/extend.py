@@ -77,9 +77,9 @@ class Extension(Index):
         held, own = self._held(change, len(embeddings), rng)
         queries = [Queries("image", embeddings.rows(own).astype(np.float32), own)]
         queries += self._texts(rng)
-        for one in queries:
+        for query_set in queries:
             for offset, vectors in _blocks(embeddings):
-                one.look(vectors, offset)
+                query_set.look(vectors, offset)
         infos, info, times = measure_recall(index, before["key"], queries, config, size)
         info |= drift | {"extends": self.base.label, "kept": change.kept, "added": len(change.added),
                          "removed": change.removed}
@@ -200,8 +200,8 @@ def compare(dataset: Dataset, base: Dataset) -> Change:
             row_of[first:first + len(rows)] = rows
         else:
             fresh.append(rows)
-    left, new = np.flatnonzero(row_of < 0), np.concatenate([np.empty(0, np.int64), *fresh])
-    return Change(row_of, new, new[_unmatched(_marks(embeddings, new), _marks(theirs, left))])
+    unmatched, new = np.flatnonzero(row_of < 0), np.concatenate([np.empty(0, np.int64), *fresh])
+    return Change(row_of, new, new[_unmatched(_marks(embeddings, new), _marks(theirs, unmatched))])
 
 
 def _unmatched(marks: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -219,8 +219,8 @@ def _unmatched(marks: np.ndarray, others: np.ndarray) -> np.ndarray:
 def _marks(embeddings: Embeddings, rows: np.ndarray) -> np.ndarray:
     """A number for each row that only equal vectors share, (N,) uint64."""
     factors = np.random.default_rng(0).integers(0, 1 << 63, embeddings.dim, np.uint64) * np.uint64(2) + np.uint64(1)
-    parts = [embeddings.rows(some).view(np.uint16).astype(np.uint64) @ factors
-             for some in np.split(rows, range(BLOCK // 8, len(rows), BLOCK // 8))]
+    parts = [embeddings.rows(block).view(np.uint16).astype(np.uint64) @ factors
+             for block in np.split(rows, range(BLOCK // 8, len(rows), BLOCK // 8))]
     return np.concatenate(parts)
 
 

@@ -65,10 +65,10 @@ def search_in_blocks(search: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray
     queries = np.ascontiguousarray(queries, np.float32)
     # faiss would take a block of so few queries one by one, though all of them together are many.
     with blocked_scans() if len(queries) > QUERIES_OF_A_THREAD else contextlib.nullcontext():
-        found = map_blocks(lambda block: search(queries[block]), len(queries), QUERIES_OF_A_THREAD)
-    if not found:
+        results = map_blocks(lambda block: search(queries[block]), len(queries), QUERIES_OF_A_THREAD)
+    if not results:
         return search(queries)
-    scores, ids = zip(*found, strict=True)
+    scores, ids = zip(*results, strict=True)
     return np.concatenate(scores), np.concatenate(ids)
 
 
@@ -153,12 +153,12 @@ def open_index(path: Path, lists: Path | None = None, flags: int = 0) -> faiss.I
     if lists is None:
         return faiss.read_index(str(path), flags)
     # faiss can look beside the index too, but then says so on stdout; and in a cache the file has another name.
-    data, told, now = path.read_bytes(), *(struct.pack("<Q", len(name)) + name for name in (
+    data, stored_name, new_name = path.read_bytes(), *(struct.pack("<Q", len(name)) + name for name in (
         LISTS.encode(), str(lists.absolute()).encode()))
-    start = data.rfind(told)
+    start = data.rfind(stored_name)
     if start < 0:
         raise RuntimeError(f"it does not name {LISTS}")
-    return faiss.deserialize_index(np.frombuffer(data[:start] + now + data[start + len(told):], np.uint8),
+    return faiss.deserialize_index(np.frombuffer(data[:start] + new_name + data[start + len(stored_name):], np.uint8),
                                    faiss.IO_FLAG_READ_ONLY)
 
 

@@ -123,10 +123,10 @@ def renumber(index: faiss.Index, sources: list[tuple[faiss.Index, np.ndarray]], 
                  else faiss.ArrayInvertedLists(inner.nlist, inner.code_size))
         with stderr_text():
             for number in range(inner.nlist):
-                found = [_of_a_list(inner_ivf(source), rows, number) for source, rows in sources]
-                ids = np.concatenate([one for one, _ in found])
+                rows_and_codes = [_of_a_list(inner_ivf(source), rows, number) for source, rows in sources]
+                ids = np.concatenate([part for part, _ in rows_and_codes])
                 order = np.argsort(ids)
-                ids, codes = ids[order], np.concatenate([one for _, one in found])[order]
+                ids, codes = ids[order], np.concatenate([part for _, part in rows_and_codes])[order]
                 if len(ids):
                     lists.add_entries(number, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(codes))
         _give_lists(inner, lists)

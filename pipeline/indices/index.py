@@ -128,8 +128,8 @@ def build_whole(vectors: np.ndarray, config: IndexConfig, texts: np.ndarray | No
         tried.append(size)
     else:
         raise no_room_error(count, dim, budget, min(tried), config)
-    for one in queries:
-        one.look(vectors, 0)
+    for query_set in queries:
+        query_set.look(vectors, 0)
     infos, info, times = measure_recall(index, key, queries, config, size)
     return index, infos, info | {"error_of_held": error}, times
 
@@ -143,12 +143,12 @@ def build_index(index: Index, seal: Callable[[Stage], dict[str, Any]], *, overwr
     before = index.before()
     if overwrite:
         check_and_clear(index)
-        for one in reversed(before):
-            clear_folder(one)
+        for stage in reversed(before):
+            clear_folder(stage)
     if not storage.exists(storage.join(index.folder, "manifest.json")):
-        for one in before:
-            seal(one)
+        for stage in before:
+            seal(stage)
     manifest = seal(index)
-    for one in before[1:]:
-        clear_folder(one)
+    for stage in before[1:]:
+        clear_folder(stage)
     return manifest

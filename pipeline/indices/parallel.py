@@ -92,8 +92,8 @@ class Training(IndexingStage):
         count, rng = len(embeddings), np.random.default_rng((config.seed, 17))
         key = choose_key(count, embeddings.dim, config)
         points, kept = training_rows(key, config), min(config.queries, count // 10)
-        drawn = rng.choice(count, min(count, kept + points), replace=False, shuffle=True)
-        held, sample = np.sort(drawn[:kept]), np.sort(drawn[kept:])
+        permutation = rng.choice(count, min(count, kept + points), replace=False, shuffle=True)
+        held, sample = np.sort(permutation[:kept]), np.sort(permutation[kept:])
         own, sample = (rows[embeddings.rows(rows, once=True).any(1)] for rows in (held, sample))
         # Nobody else holds the sample: it leaves memory when the first step of the training has gone over it.
         index = train_index(key, embeddings.rows(sample, once=True), embeddings.dim)
@@ -144,7 +144,8 @@ class Parts(IndexingStage):
         yield self._item(number, first, group)
 
     def _item(self, number: int, first: int, group: list[dict[str, Any]]) -> Item:
-        return Item(f"{number:06d}", {"first": first, "shards": group, "count": sum(one["samples"] for one in group)})
+        count = sum(record["samples"] for record in group)
+        return Item(f"{number:06d}", {"first": first, "shards": group, "count": count})
 
     def process(self, item: Item, scratch: Path) -> Output:
         index = faiss.read_index(str(_file(self.training, "trained.index")))
@@ -157,15 +158,15 @@ class Parts(IndexingStage):
                 vectors = check_finite(np.asarray(rows[start:start + BLOCK], np.float32), f"shard {shard['id']}")
                 fill(index, vectors)
                 error.append((recall_error(index, vectors[::max(1, len(vectors) // 200)]), len(vectors)))
-                for one in queries:
-                    one.look(vectors, first + count)
+                for query_set in queries:
+                    query_set.look(vectors, first + count)
                 count += len(vectors)
         faiss.write_index(index, str(scratch / "part.index"))
         files = {f"{item.id}.index": scratch / "part.index"}
-        for one in queries:
-            for what, values in (("ids", one.ids), ("scores", one.scores)):
-                np.save(path := scratch / f"{one.kind}.{what}.npy", values, allow_pickle=False)
-                files[f"{item.id}.{one.kind}.{what}.npy"] = path
+        for query_set in queries:
+            for what, values in (("ids", query_set.ids), ("scores", query_set.scores)):
+                np.save(path := scratch / f"{query_set.kind}.{what}.npy", values, allow_pickle=False)
+                files[f"{item.id}.{query_set.kind}.{what}.npy"] = path
         total = sum(rows for _, rows in error)
         return Output(samples=count, files=files,
                       info={"error": round(sum(value * rows for value, rows in error) / max(1, total), 6)})
@@ -189,10 +190,11 @@ def merge_parts(training: Training, parts: Parts, config: IndexConfig, scratch: 
         for path in paths:
             merge(index, faiss.read_index(str(path)))
     for record in manifest["items"]:
-        for one in queries:
-            ids, scores = (np.load(_local(parts, record, f"{record['id']}.{one.kind}.{what}.npy"), allow_pickle=False)
-                           for what in ("ids", "scores"))
-            one.ids, one.scores = best(np.hstack([one.ids, ids]), np.hstack([one.scores, scores]), EXACT)
+        for query_set in queries:
+            ids, scores = (np.load(_local(parts, record, f"{record['id']}.{query_set.kind}.{what}.npy"),
+                                   allow_pickle=False) for what in ("ids", "scores"))
+            query_set.ids, query_set.scores = best(np.hstack([query_set.ids, ids]),
+                                                   np.hstack([query_set.scores, scores]), EXACT)
     about = read_manifest(training.folder, training.command)["info"]
     infos, info, times = measure_recall(index, about["key"], queries, config, size)
     info |= {"parts": len(manifest["items"]), "trained_on": about["trained_on"], "error_of_training": about["error"],
@@ -204,12 +206,12 @@ def merge_parts(training: Training, parts: Parts, config: IndexConfig, scratch: 
 
 def held_out_queries(training: Training) -> list[Queries]:
     """The queries of a training: pictures that it did not see, and captions if there are any."""
-    found = [Queries("image", np.load(_file(training, "images.npy"), allow_pickle=False),
+    query_sets = [Queries("image", np.load(_file(training, "images.npy"), allow_pickle=False),
                      np.load(_file(training, "held.npy"), allow_pickle=False))]
     if any(entry["name"] == "texts.npy" for record in read_manifest(training.folder, training.command)["items"]
            for entry in record["files"]):
-        found.append(Queries("text", np.load(_file(training, "texts.npy"), allow_pickle=False)))
-    return found
+        query_sets.append(Queries("text", np.load(_file(training, "texts.npy"), allow_pickle=False)))
+    return query_sets
 
 
 def _there(rows: np.ndarray) -> np.ndarray:
@@ -223,6 +225,6 @@ def _file(training: Training, name: str) -> Path:
     return _local(training, record, name)
 
 
-def _local(one: Stage, record: dict[str, Any], name: str) -> Path:
+def _local(stage: Stage, record: dict[str, Any], name: str) -> Path:
     entry = next(entry for entry in record["files"] if entry["name"] == name)
-    return storage.fetch(storage.join(one.folder, name), entry)
+    return storage.fetch(storage.join(stage.folder, name), entry)

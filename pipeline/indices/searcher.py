@@ -41,13 +41,13 @@ def misnumbered(index: faiss.Index) -> int:
 
 def open_dataset_index(dataset: Dataset, flags: int = 0) -> faiss.Index:
     """The sealed index of a dataset; UnreadableIndex if it is damaged, or of a kind that this faiss does not know."""
-    found = {entry["name"]: entry for record in dataset.manifest("index")["items"] for entry in record["files"]}
-    lists = dataset.fetch("index", found[LISTS]) if LISTS in found else None
-    path = dataset.fetch("index", found["knn.index"])
+    entries = {entry["name"]: entry for record in dataset.manifest("index")["items"] for entry in record["files"]}
+    lists = dataset.fetch("index", entries[LISTS]) if LISTS in entries else None
+    path = dataset.fetch("index", entries["knn.index"])
     try:
         return open_index(path, lists, flags)
     except (RuntimeError, MemoryError) as error:
-        sealed = storage.sha256_file(path) == found["knn.index"]["sha256"]
+        sealed = storage.sha256_file(path) == entries["knn.index"]["sha256"]
         cause = "the file is as it was sealed: another version of faiss wrote it" if sealed else \
             "the file is not as it was sealed: it is damaged"
         raise UnreadableIndex(
@@ -68,10 +68,10 @@ class Searcher:
         if self.index.ntotal != len(self.embeddings):
             raise ValueError(f"the index of {dataset.label} has {self.index.ntotal} rows, its embeddings "
                              f"{len(self.embeddings)}\nhint: {dataset.command('index')} --rebuild")
-        self.gone = hidden_rows.rows(dataset)
+        self.hidden = hidden_rows.rows(dataset)
         if without is not None:
-            self.gone = np.union1d(self.gone, without)
-        self._parameters = _without(self.index, self.gone) if len(self.gone) else None
+            self.hidden = np.union1d(self.hidden, without)
+        self._parameters = _without(self.index, self.hidden) if len(self.hidden) else None
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -79,13 +79,13 @@ class Searcher:
     def candidates(self, queries: np.ndarray, count: int) -> np.ndarray:
         """Ids of about the `count` nearest rows of each query (B, D), (B, count) int64, -1 for none."""
         count = min(count, len(self))
-        if self._parameters or not len(self.gone):
+        if self._parameters or not len(self.hidden):
             return search_in_blocks(lambda block: self.index.search(block, count, params=self._parameters), queries)[1]
         # A kind that cannot be told what to leave out: so many more, and what is left of them.
-        more = min(count + len(self.gone), len(self))
-        found = search_in_blocks(lambda block: self.index.search(block, more), queries)[1]
-        found[np.isin(found, self.gone)] = -1
-        return np.take_along_axis(found, np.argsort(found < 0, axis=1, kind="stable"), 1)[:, :count]
+        more = min(count + len(self.hidden), len(self))
+        ids = search_in_blocks(lambda block: self.index.search(block, more), queries)[1]
+        ids[np.isin(ids, self.hidden)] = -1
+        return np.take_along_axis(ids, np.argsort(ids < 0, axis=1, kind="stable"), 1)[:, :count]
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest rows: ids (B, k) int64 and inner products (B, k) float32, -1 and -inf for none."""
@@ -111,9 +111,9 @@ class Lists:
         if not size:
             return np.empty(0, np.int64)
         pointer = lists.get_ids(number)
-        found = faiss.rev_swig_ptr(pointer, size).copy()
+        ids = faiss.rev_swig_ptr(pointer, size).copy()
         lists.release_ids(number, pointer)
-        return found
+        return ids
 
     def nearest(self, queries: np.ndarray, probes: int) -> np.ndarray:
         """The lists nearest to queries (Q, D) float32, (Q, probes) int64, nearest first; -1 for none."""
@@ -127,9 +127,9 @@ def kind(dataset: Dataset) -> Literal["lists", "graph", "scan"]:
     return "lists" if "IVF" in key else "graph" if "HNSW" in key else "scan"
 
 
-def _without(index: faiss.Index, gone: np.ndarray) -> faiss.SearchParameters | None:
+def _without(index: faiss.Index, hidden: np.ndarray) -> faiss.SearchParameters | None:
     """What tells a search to leave rows out; None for a kind that takes no such thing."""
-    inner, selector = inner_index(index), faiss.IDSelectorNot(faiss.IDSelectorBatch(gone))
+    inner, selector = inner_index(index), faiss.IDSelectorNot(faiss.IDSelectorBatch(hidden))
     if isinstance(inner, faiss.IndexIVF):
         parameters = untyped_faiss.SearchParametersIVF(sel=selector, nprobe=inner.nprobe)
     elif isinstance(inner, faiss.IndexHNSW):

@@ -103,22 +103,22 @@ def _codebooks(rows: np.ndarray, parts: int, size: int, how: faiss.ClusteringPar
     long when other programs use the same cores.
     """
     width = rows.shape[1] // parts
-    found = np.empty((parts, size, width), np.float32)
+    centroids = np.empty((parts, size, width), np.float32)
 
     def cluster(block: slice) -> None:
         for part in range(parts)[block]:
-            some = np.ascontiguousarray(rows[:, part * width:(part + 1) * width])
+            columns = np.ascontiguousarray(rows[:, part * width:(part + 1) * width])
             clustering, index = faiss.Clustering(width, size, how), faiss.IndexFlatL2(width)
             if start is not None:
                 faiss.copy_array_to_vector(start[part].reshape(-1), clustering.centroids)
-            clustering.train(some, index)
-            found[part] = faiss.vector_to_array(clustering.centroids).reshape(size, width)
+            clustering.train(columns, index)
+            centroids[part] = faiss.vector_to_array(clustering.centroids).reshape(size, width)
             if nearest is not None:
-                nearest[part] = index.search(some, 1)[1][:, 0]
+                nearest[part] = index.search(columns, 1)[1][:, 0]
 
     with blocked_scans():
         map_blocks(cluster, parts, 1)
-    return found
+    return centroids
 
 
 def _orthonormal(matrix: np.ndarray) -> np.ndarray:
@@ -138,12 +138,12 @@ def _length(matrix: np.ndarray) -> float:
     return float(np.sqrt(np.square(matrix).sum()))  # numpy.linalg.norm depends on the number of threads too
 
 
-def _product(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+def _product(left_matrix: np.ndarray, right_matrix: np.ndarray) -> np.ndarray:
     """(N, K) by (K, M) float32, the same bits with any number of threads."""
-    transform = faiss.LinearTransform(other.shape[0], other.shape[1], False)
-    faiss.copy_array_to_vector(np.ascontiguousarray(other.T).reshape(-1), transform.A)
+    transform = faiss.LinearTransform(right_matrix.shape[0], right_matrix.shape[1], False)
+    faiss.copy_array_to_vector(np.ascontiguousarray(right_matrix.T).reshape(-1), transform.A)
     transform.is_trained = True
-    return apply_transforms(transform, one)
+    return apply_transforms(transform, left_matrix)
 
 
 def _train_inner(inner: faiss.Index, sample: np.ndarray) -> None:
@@ -168,8 +168,8 @@ def _train_codes(inner: faiss.Index, rows: np.ndarray, otherwise: Callable[[], N
     """Train the codes of an index on `rows` (N, D) float32: its codebooks here, anything else by `otherwise`."""
     if isinstance(inner, faiss.IndexPQ | faiss.IndexIVFPQ):
         quantizer = inner.pq
-        found = _codebooks(rows, quantizer.M, quantizer.ksub, quantizer.cp)
-        faiss.copy_array_to_vector(found.reshape(-1), quantizer.centroids)
+        codebooks = _codebooks(rows, quantizer.M, quantizer.ksub, quantizer.cp)
+        faiss.copy_array_to_vector(codebooks.reshape(-1), quantizer.centroids)
         inner.is_trained = True
         return
     with safe_threads(inner):

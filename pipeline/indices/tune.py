@@ -46,28 +46,28 @@ class Queries:
         rows = np.flatnonzero(vectors.any(1))  # rows of zeros are pictures that did not decode
         if not len(rows) or not len(self.vectors):
             return
-        some = vectors if len(rows) == len(vectors) else vectors[rows]
-        asked = self.vectors, np.ascontiguousarray(some), min(EXACT + 1, len(some))
+        decoded = vectors if len(rows) == len(vectors) else vectors[rows]
+        arguments = self.vectors, np.ascontiguousarray(decoded), min(EXACT + 1, len(decoded))
         if gpus():
-            scores, found = faiss.knn_gpu(gpu_resources(), *asked, metric=faiss.METRIC_INNER_PRODUCT)
+            scores, places = faiss.knn_gpu(gpu_resources(), *arguments, metric=faiss.METRIC_INNER_PRODUCT)
         else:
-            scores, found = search_in_blocks(
-                lambda queries: faiss.knn(queries, *asked[1:], metric=faiss.METRIC_INNER_PRODUCT), self.vectors)
-        ids = rows[found] + offset
+            scores, places = search_in_blocks(
+                lambda queries: faiss.knn(queries, *arguments[1:], metric=faiss.METRIC_INNER_PRODUCT), self.vectors)
+        ids = rows[places] + offset
         if self.own is not None:
             scores[ids == self.own[:, None]] = -np.inf
         self.ids, self.scores = best(np.hstack([self.ids, ids]), np.hstack([self.scores, scores]), EXACT)
 
     def recall(self, index: faiss.Index) -> dict[str, float]:
         """recall@1, @10 and @100 of an index: the share of the exact neighbours that are among as many found."""
-        _, found = search_in_blocks(lambda queries: index.search(queries, EXACT + 1), self.vectors)
+        _, ids = search_in_blocks(lambda queries: index.search(queries, EXACT + 1), self.vectors)
         if self.own is not None:
             # What is not the query itself moves up.
-            order = np.argsort(found == self.own[:, None], axis=1, kind="stable")
-            found = np.take_along_axis(found, order, 1)
+            order = np.argsort(ids == self.own[:, None], axis=1, kind="stable")
+            ids = np.take_along_axis(ids, order, 1)
         result = {}
         for depth in (1, 10, 100):
-            hits = [len(np.intersect1d(a[a >= 0], b)) for a, b in zip(self.ids[:, :depth], found[:, :depth],
+            hits = [len(np.intersect1d(a[a >= 0], b)) for a, b in zip(self.ids[:, :depth], ids[:, :depth],
                                                                       strict=True)]
             result[str(depth)] = round(float(sum(hits) / max(1, (self.ids[:, :depth] >= 0).sum())), 4)
         return result
@@ -88,25 +88,25 @@ def measure_recall(index: faiss.Index, key: str, queries: list[Queries], config:
     """
     count, dim = index.ntotal, index.d
     size = size or len(faiss.serialize_index(index))
-    asked = [one for one in queries if len(one.vectors) and (one.ids[:, 9] >= 0).all()]
+    usable = [query_set for query_set in queries if len(query_set.vectors) and (query_set.ids[:, 9] >= 0).all()]
     curve: list[dict[str, Any]] = []
     setting, milliseconds = "", {}
-    for setting in _efforts(index) if asked else [""]:
+    for setting in _efforts(index) if usable else [""]:
         if setting:
             untyped_faiss.ParameterSpace().set_index_parameters(index, setting)
-        curve.append({"parameter": setting, **{one.kind: one.recall(index) for one in asked}})
-        milliseconds[setting or "all"] = _latency(index, asked[0].vectors if asked else queries[0].vectors)
-        found = [one[asked[0].kind]["10"] for one in curve] if asked else []
-        if found and found[-1] >= config.target_recall:
+        curve.append({"parameter": setting, **{query_set.kind: query_set.recall(index) for query_set in usable}})
+        milliseconds[setting or "all"] = _latency(index, usable[0].vectors if usable else queries[0].vectors)
+        recalls = [point[usable[0].kind]["10"] for point in curve] if usable else []
+        if recalls and recalls[-1] >= config.target_recall:
             break
         # Where codes are what loses the neighbours, no effort finds them.
-        if len(found) > 2 and found[-1] - found[-3] < FLAT_GAIN and found[-1] > 0.5 * config.target_recall:
+        if len(recalls) > 2 and recalls[-1] - recalls[-3] < FLAT_GAIN and recalls[-1] > 0.5 * config.target_recall:
             setting = curve[-3]["parameter"]
             break
     if setting:
         untyped_faiss.ParameterSpace().set_index_parameters(index, setting)
-    reached = next(one for one in curve if one["parameter"] == setting)
-    recall = {one.kind: reached[one.kind] for one in asked}
+    reached = next(point for point in curve if point["parameter"] == setting)
+    recall = {query_set.kind: reached[query_set.kind] for query_set in usable}
     infos = {"index_key": key, "index_param": setting, "index_path": "knn.index", "size in bytes": size,
              "nb vectors": count, "vectors dimension": dim,
              "compression ratio": round(4.0 * count * dim / size, 4)}
@@ -124,17 +124,17 @@ def recall_error(index: faiss.Index, vectors: np.ndarray) -> float:
 
     Of lists with whole vectors it is the distance to the centre of the list.
     """
-    some = np.ascontiguousarray(vectors[:10_000], np.float32)
-    if not len(some):
+    sample = np.ascontiguousarray(vectors[:10_000], np.float32)
+    if not len(sample):
         return 0.0
     try:
         with one_thread():
-            decoded = index.sa_decode(index.sa_encode(some))
+            decoded = index.sa_decode(index.sa_encode(sample))
     except RuntimeError:  # a kind that has no codes
         return 0.0
     if isinstance(index, faiss.IndexIVFFlat):
-        decoded = index.quantizer.reconstruct_batch(nearest_lists(index.quantizer, some))
-    return round(float(((decoded - some) ** 2).sum(1).mean()), 6)
+        decoded = index.quantizer.reconstruct_batch(nearest_lists(index.quantizer, sample))
+    return round(float(((decoded - sample) ** 2).sum(1).mean()), 6)
 
 
 def _efforts(index: faiss.Index) -> Iterator[str]:

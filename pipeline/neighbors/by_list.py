@@ -22,7 +22,7 @@ def by_list(vectors: np.ndarray, probes: np.ndarray, lists: _ReadLists, m: int, 
 
     times = times or Times()
     malloc.keep()
-    queries, best_, rows = torch.from_numpy(vectors), Best(len(vectors), m), torch.empty(0)
+    queries, best, rows = torch.from_numpy(vectors), Best(len(vectors), m), torch.empty(0)
     for part, first in ((probes[:, :NEAREST_LISTS], True), (probes[:, NEAREST_LISTS:], False)):
         if not part.size:
             continue
@@ -35,18 +35,18 @@ def by_list(vectors: np.ndarray, probes: np.ndarray, lists: _ReadLists, m: int, 
             with times("read"):
                 # numpy takes ten times as long from half to single precision, and new memory is slow.
                 rows = torch.empty(stored.shape) if len(stored) > len(rows) else rows
-                list_ = rows[:len(stored)].copy_(torch.from_numpy(stored))
+                list_rows = rows[:len(stored)].copy_(torch.from_numpy(stored))
             with times("products"):
-                which, rank = (torch.from_numpy(one) for one in np.divmod(places[number], part.shape[1]))
-                products = queries[which] @ list_.T
+                which, rank = (torch.from_numpy(indices) for indices in np.divmod(places[number], part.shape[1]))
+                products = queries[which] @ list_rows.T
             with times("choose"):
                 if first:
-                    best_.start(which, rank, torch.from_numpy(ids), products)
+                    best.start(which, rank, torch.from_numpy(ids), products)
                 else:
-                    best_.add(which, torch.from_numpy(ids), products)
+                    best.add(which, torch.from_numpy(ids), products)
         with times("choose"):
-            best_.choose(slice(None))
-    return Found(best_.ids[:, :m].numpy(), best_.scores[:, :m].numpy(), PRODUCT_ERROR["float32"])
+            best.choose(slice(None))
+    return Found(best.ids[:, :m].numpy(), best.scores[:, :m].numpy(), PRODUCT_ERROR["float32"])
 
 
 def bytes_of_a_query(m: int) -> int:

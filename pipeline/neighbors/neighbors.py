@@ -51,12 +51,12 @@ class Neighbors(Stage):
         return {name: value for name, value in super().section().items() if name not in {"max_memory", "at_once"}}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
-        found = {"shards": self.dataset.identity("shards"), "embeddings": self.dataset.identity("embeddings"),
+        inputs = {"shards": self.dataset.identity("shards"), "embeddings": self.dataset.identity("embeddings"),
                  "database": self.database.identity("embeddings"), "database_shards": self.database.identity("shards")}
         if self.config.method == "index":
-            found["index"] = self.database.identity("index")
-        found |= hidden_rows.identities(self.database)
-        return found
+            inputs["index"] = self.database.identity("index")
+        inputs |= hidden_rows.identities(self.database)
+        return inputs
 
     def plan(self) -> list[Item]:
         same_encoder(self.dataset, self.database)
@@ -65,8 +65,8 @@ class Neighbors(Stage):
                                   *filter(None, [inputs.get("forgotten")])])
         shards = {record["id"]: record for record in self.dataset.manifest("shards")["items"]}
         if self.config.copy_bits >= 0:
-            for one in {self.dataset, self.database}:
-                perceptual_hashes(one, one.manifest("shards")["items"][0])
+            for dataset in {self.dataset, self.database}:
+                perceptual_hashes(dataset, dataset.manifest("shards")["items"][0])
         records = self.dataset.manifest("embeddings")["items"]
         total = max(1, sum(record["samples"] for record in records))
         dim = self.dataset.manifest("embeddings")["info"]["encoder"]["dim"]
@@ -74,17 +74,17 @@ class Neighbors(Stage):
                                              and searcher.kind(self.database) == "lists")
         items, offset = [], 0
         for start in range(0, len(records), at_once):
-            some = records[start:start + at_once]
-            count = sum(record["samples"] for record in some)
+            group = records[start:start + at_once]
+            count = sum(record["samples"] for record in group)
             end = offset + count
             # Only what the item needs: a worker that opened all embeddings would fetch them all.
-            ends = np.cumsum([offset, *(record["samples"] for record in some)]).tolist()
-            items.append(Item(some[0]["id"] if len(some) == 1 else f"{some[0]['id']}-{some[-1]['id']}", {
+            ends = np.cumsum([offset, *(record["samples"] for record in group)]).tolist()
+            items.append(Item(group[0]["id"] if len(group) == 1 else f"{group[0]['id']}-{group[-1]['id']}", {
                 "offset": offset, "count": count, "database": made_from,
                 # How many samples of a shard are checked does not depend on which are searched together.
                 "shards": [{"shard": shards[record["id"]], "embeddings": record,
                             "checked": self.config.checked * last // total - self.config.checked * first // total}
-                           for record, first, last in zip(some, ends, ends[1:], strict=False)]}))
+                           for record, first, last in zip(group, ends, ends[1:], strict=False)]}))
             offset = end
         return items
 
@@ -93,33 +93,33 @@ class Neighbors(Stage):
         self.precision = devices.name_of(search_device()[1]) if self.workers_need_gpu else "fp32"
         malloc.give_back()  # what the last item took, in pieces that do not fit this one
         times = Times()
-        opened = _opened(self.database, self.config.method, self.config.copy_bits >= 0, item.inputs["database"])
-        if opened.seconds:
-            times.add("open", opened.seconds)
-            opened.seconds = 0.0
+        database = _opened(self.database, self.config.method, self.config.copy_bits >= 0, item.inputs["database"])
+        if database.seconds:
+            times.add("open", database.seconds)
+            database.seconds = 0.0
         queries = self._queries(item)
-        if queries.vectors.shape[1] != opened.embeddings.dim:
+        if queries.vectors.shape[1] != database.embeddings.dim:
             raise ValueError(f"shard {item.id} of {self.dataset.label} has vectors of {queries.vectors.shape[1]} "
-                             f"numbers, the database {self.database.label} of {opened.embeddings.dim}\n"
+                             f"numbers, the database {self.database.label} of {database.embeddings.dim}\n"
                              f"hint: python -m jobs verify")
         ids = np.full((len(queries), self.config.k), -1, np.int64)
         scores = np.full(ids.shape, -np.inf, np.float32)
         there = np.flatnonzero(queries.vectors.any(1))  # a row of zeros is equally near to everything
         if len(there):
-            ids[there], scores[there] = self._found(opened, queries if len(there) == len(queries) else queries[there],
+            ids[there], scores[there] = self._found(database, queries if len(there) == len(queries) else queries[there],
                                                     times)
         malloc.give_back()
         with times("check"):
-            info = _facts(ids, scores) | self._quality(opened, queries, ids, there, item)
+            info = _facts(ids, scores) | self._quality(database, queries, ids, there, item)
         files, start = {}, 0
-        for one in item.inputs["shards"]:
-            part = slice(start, start + one["embeddings"]["samples"])
+        for shard in item.inputs["shards"]:
+            part = slice(start, start + shard["embeddings"]["samples"])
             for name, values in (("ids", ids), ("scores", scores)):
-                files[f"{one['shard']['id']}.{name}.npy"] = path = scratch / f"{one['shard']['id']}.{name}.npy"
+                files[f"{shard['shard']['id']}.{name}.npy"] = path = scratch / f"{shard['shard']['id']}.{name}.npy"
                 np.save(path, values[part], allow_pickle=False)
             if self.config.vectors:
-                files[f"{one['shard']['id']}.vectors.npy"] = path = scratch / f"{one['shard']['id']}.vectors.npy"
-                _write_vectors(path, opened.embeddings, ids[part])
+                files[f"{shard['shard']['id']}.vectors.npy"] = path = scratch / f"{shard['shard']['id']}.vectors.npy"
+                _write_vectors(path, database.embeddings, ids[part])
             start = part.stop
         return Output(samples=len(queries), info=info, files=files,
                       times=times.taken() | halved())
@@ -149,104 +149,105 @@ class Neighbors(Stage):
 
     def _queries(self, item: Item) -> Queries:
         hashed, shards = self.config.copy_bits >= 0, item.inputs["shards"]
-        vectors = [self._vectors(one) for one in shards]
+        vectors = [self._vectors(shard) for shard in shards]
         rows = item.inputs["offset"] + np.arange(sum(map(len, vectors)))
         return Queries(np.concatenate(vectors, dtype=np.float32),
                        rows if self.dataset == self.database else np.full(len(rows), -1),
-                       np.concatenate([labels(self.dataset, one["shard"]) for one in shards]),
-                       np.concatenate([perceptual_hashes(self.dataset, one["shard"]) for one in shards])
+                       np.concatenate([labels(self.dataset, shard["shard"]) for shard in shards]),
+                       np.concatenate([perceptual_hashes(self.dataset, shard["shard"]) for shard in shards])
                        if hashed else None)
 
-    def _vectors(self, one: dict[str, Any]) -> np.ndarray:
+    def _vectors(self, shard: dict[str, Any]) -> np.ndarray:
         """Those of a shard, (N_i, D) float16."""
-        own = self.dataset.fetch("embeddings", file_of(one["embeddings"], ".npy"))
+        own = self.dataset.fetch("embeddings", file_of(shard["embeddings"], ".npy"))
         vectors = check_finite(np.load(own, allow_pickle=False), str(own))
-        if len(vectors) != one["shard"]["samples"]:
-            raise ValueError(f"{own} has {len(vectors)} rows, its shard {one['shard']['samples']} samples\n"
+        if len(vectors) != shard["shard"]["samples"]:
+            raise ValueError(f"{own} has {len(vectors)} rows, its shard {shard['shard']['samples']} samples\n"
                              f"hint: python -m jobs verify")
         return vectors
 
-    def _found(self, opened: "Opened", queries: Queries, times: Times, *, exactly: bool = False
+    def _found(self, database: "Opened", queries: Queries, times: Times, *, exactly: bool = False
                ) -> tuple[np.ndarray, np.ndarray]:
         """Ids and scores (Q, k); all rows are compared for those whose candidates copies ate up."""
         k, config = self.config.k, self.config
-        copies = Copies(opened.labels, config.copy_similarity, opened.hashes, config.copy_bits, opened.gone)
-        wanted = min(config.wanted, len(opened.embeddings))
-        probes = (config.probes or opened.lists.probes) if opened.lists else 0
-        if opened.lists and not exactly and ALL_ROWS_FROM_LISTS * probes < opened.lists.count:
+        copies = Copies(database.labels, config.copy_similarity, database.hashes, config.copy_bits, database.hidden)
+        wanted = min(config.wanted, len(database.embeddings))
+        probes = (config.probes or database.lists.probes) if database.lists else 0
+        if database.lists and not exactly and ALL_ROWS_FROM_LISTS * probes < database.lists.count:
             # Where a few more than k are enough, to keep more would only take time.
-            ids, scores = self._in_lists(opened, queries, copies, min(wanted, k + SPARE_CANDIDATES), probes, times)
+            ids, scores = self._in_lists(database, queries, copies, min(wanted, k + SPARE_CANDIDATES), probes, times)
             short = np.flatnonzero((ids < 0).any(1))
             if len(short) and wanted > k + SPARE_CANDIDATES:
-                ids[short], scores[short] = self._in_lists(opened, queries[short], copies, wanted, probes, times)
-        elif opened.graph and not exactly:
+                ids[short], scores[short] = self._in_lists(database, queries[short], copies, wanted, probes, times)
+        elif database.graph and not exactly:
             with times("products"):
-                ids = opened.graph.candidates(queries.vectors, wanted)
-            found = Found(ids, np.where(ids >= 0, 0, -np.inf).astype(np.float32), np.inf)
+                ids = database.graph.candidates(queries.vectors, wanted)
+            candidates = Found(ids, np.where(ids >= 0, 0, -np.inf).astype(np.float32), np.inf)
             with times("settle"):
-                ids, scores = rank_candidates(found, queries, opened.embeddings, copies, k)
+                ids, scores = rank_candidates(candidates, queries, database.embeddings, copies, k)
         else:
-            found = exhaustive(queries.vectors, opened.embeddings, wanted, config.block_bytes, times)
+            candidates = exhaustive(queries.vectors, database.embeddings, wanted, config.block_bytes, times)
             with times("settle"):
-                return self._certain(opened, queries, found, copies)
+                return self._certain(database, queries, candidates, copies)
         # An index that looks into a few lists has no more to give, however many candidates are asked for.
         short = np.flatnonzero((ids < 0).any(1))
         if len(short):
             with times("again"):
-                ids[short], scores[short] = self._found(opened, queries[short], Times(), exactly=True)
+                ids[short], scores[short] = self._found(database, queries[short], Times(), exactly=True)
         return ids, scores
 
-    def _in_lists(self, opened: "Opened", queries: Queries, copies: Copies, wanted: int, probes: int, times: Times
+    def _in_lists(self, database: "Opened", queries: Queries, copies: Copies, wanted: int, probes: int, times: Times
                   ) -> tuple[np.ndarray, np.ndarray]:
         """The best k (Q, k) of the best `wanted` rows in the nearest lists, -1 for none; as many queries at a time as
         there is memory for.
         """
-        assert opened.lists
+        assert database.lists
         fitting = max(1, self.config.block_bytes // bytes_of_a_query(wanted))
-        found = []
+        results = []
         for part in np.array_split(np.arange(len(queries)), -(-len(queries) // fitting)):
-            some = queries if len(part) == len(queries) else queries[part]
+            block = queries if len(part) == len(queries) else queries[part]
             with times("choose"):
-                nearest = opened.lists.nearest(some.vectors, probes)
-            rough = by_list(some.vectors, nearest, opened.in_lists, wanted, times)
+                nearest = database.lists.nearest(block.vectors, probes)
+            rough = by_list(block.vectors, nearest, database.in_lists, wanted, times)
             with times("settle"):
-                found.append(rank_candidates(rough, some, opened.embeddings, copies, self.config.k))
-        ids, scores = (np.concatenate(column) for column in zip(*found, strict=True))
+                results.append(rank_candidates(rough, block, database.embeddings, copies, self.config.k))
+        ids, scores = (np.concatenate(column) for column in zip(*results, strict=True))
         return ids, scores
 
-    def _certain(self, opened: "Opened", queries: Queries, found: Found, copies: Copies
+    def _certain(self, database: "Opened", queries: Queries, candidates: Found, copies: Copies
                  ) -> tuple[np.ndarray, np.ndarray]:
         """Ids and scores of an exhaustive search; again for queries where a row that was passed over may be nearer."""
-        k, width = self.config.k, found.ids.shape[1]
-        ids, scores = rank_candidates(found, queries, opened.embeddings, copies, k)
-        unsure = np.flatnonzero(scores[:, -1] < found.beyond)
-        if len(unsure) and width < min(1024, len(opened.embeddings)):
-            wider = exhaustive(queries.vectors[unsure], opened.embeddings,
-                                      min(8 * width, 1024, len(opened.embeddings)), self.config.block_bytes)
-            ids[unsure], scores[unsure] = rank_candidates(wider, queries[unsure], opened.embeddings, copies, k)
+        k, width = self.config.k, candidates.ids.shape[1]
+        ids, scores = rank_candidates(candidates, queries, database.embeddings, copies, k)
+        unsure = np.flatnonzero(scores[:, -1] < candidates.beyond)
+        if len(unsure) and width < min(1024, len(database.embeddings)):
+            wider = exhaustive(queries.vectors[unsure], database.embeddings,
+                                      min(8 * width, 1024, len(database.embeddings)), self.config.block_bytes)
+            ids[unsure], scores[unsure] = rank_candidates(wider, queries[unsure], database.embeddings, copies, k)
             unsure = unsure[scores[unsure, -1] < wider.beyond]
         if len(unsure):
-            ids[unsure], scores[unsure] = masked(queries[unsure], opened.embeddings, copies, k,
+            ids[unsure], scores[unsure] = masked(queries[unsure], database.embeddings, copies, k,
                                                         self.config.block_bytes)
         return ids, scores
 
-    def _quality(self, opened: "Opened", queries: Queries, ids: np.ndarray, there: np.ndarray, item: Item
+    def _quality(self, database: "Opened", queries: Queries, ids: np.ndarray, there: np.ndarray, item: Item
                  ) -> dict[str, int]:
         """How many of a few samples' exact neighbours were found."""
-        if not (opened.lists or opened.graph):
+        if not (database.lists or database.graph):
             return {}
         parts, start = [np.empty(0, np.int64)], 0
-        for one in item.inputs["shards"]:
-            end = start + one["shard"]["samples"]
+        for shard in item.inputs["shards"]:
+            end = start + shard["shard"]["samples"]
             here = there[(there >= start) & (there < end)]
             rng = np.random.default_rng((29, item.inputs["offset"] + start))
-            parts.append(np.sort(rng.choice(here, min(one["checked"], len(here)), replace=False)))
+            parts.append(np.sort(rng.choice(here, min(shard["checked"], len(here)), replace=False)))
             start = end
         chosen = np.concatenate(parts)
         if not len(chosen):
             return {}
-        exact, _ = self._found(opened, queries[chosen], Times(), exactly=True)
-        agreed = sum(len(np.intersect1d(one[one >= 0], other)) for one, other in zip(exact, ids[chosen], strict=True))
+        exact, _ = self._found(database, queries[chosen], Times(), exactly=True)
+        agreed = sum(len(np.intersect1d(expected[expected >= 0], actual))
+                     for expected, actual in zip(exact, ids[chosen], strict=True))
         return {"checked": int((exact >= 0).sum()), "agreed": agreed}
 
     def _usage(self, records: Sequence[dict[str, Any]]) -> np.ndarray:
@@ -260,8 +261,8 @@ class Neighbors(Stage):
         with ThreadPoolExecutor(8) as pool:
             for start in range(0, len(entries), 8):
                 for ids in pool.map(read, entries[start:start + 8]):
-                    found, counts = np.unique(ids[ids >= 0], return_counts=True)
-                    usage[found] += counts
+                    rows, counts = np.unique(ids[ids >= 0], return_counts=True)
+                    usage[rows] += counts
         return usage
 
 
@@ -273,16 +274,16 @@ class Opened:
         self.embeddings = Embeddings(database)
         records = database.manifest("shards")["items"]
         kind = searcher.kind(database) if method == "index" else "scan"
-        self.gone = np.zeros(len(self.embeddings), bool)
-        self.gone[hidden_rows.rows(database)] = True
+        self.hidden = np.zeros(len(self.embeddings), bool)
+        self.hidden[hidden_rows.rows(database)] = True
         self.graph = Searcher(database) if kind == "graph" else None
         self.lists = Lists(database) if kind == "lists" else None
 
         def fill(folder: Path) -> None:
-            np.save(folder / "labels.npy", np.concatenate([labels(database, one) for one in records]))
+            np.save(folder / "labels.npy", np.concatenate([labels(database, record) for record in records]))
             if hashed:
-                np.save(folder / "hashes.npy", np.concatenate([perceptual_hashes(database, one)
-                                                               for one in records]))
+                np.save(folder / "hashes.npy", np.concatenate([perceptual_hashes(database, record)
+                                                               for record in records]))
             if self.lists:
                 # Of an index of its own, which leaves memory with the codes that lie among what is read.
                 _in_order_of_lists(folder, self.embeddings, Lists(database))
@@ -324,10 +325,10 @@ def _in_order_of_lists(folder: Path, embeddings: Embeddings, lists: Lists) -> No
         there = np.flatnonzero(_any(rows))
         goal = list_of[first:first + len(rows)][there] // per_file
         for number in np.unique(goal):
-            some = there[goal == number]
+            selected = there[goal == number]
             with open(rough[number][0], "ab") as vectors, open(rough[number][1], "ab") as ids:
-                rows[some].tofile(vectors)
-                (first + some).tofile(ids)
+                rows[selected].tofile(vectors)
+                (first + selected).tofile(ids)
     counts = np.zeros(lists.count, np.int64)
     with open(folder / "vectors", "wb") as vectors, open(folder / "ids", "wb") as ids:
         for paths in rough:

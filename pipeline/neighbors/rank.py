@@ -47,7 +47,7 @@ class Copies:
     """(N,) uint64 perceptual hashes of the database."""
     bits: int = -1
     """Rows whose perceptual hashes differ in no more bits are copies; -1: they do not count."""
-    gone: np.ndarray | None = None
+    hidden: np.ndarray | None = None
     """(N,) bool: rows that must not be found at all."""
 
     def among(self, ids: np.ndarray, queries: "Queries", which: np.ndarray) -> np.ndarray:
@@ -55,8 +55,8 @@ class Copies:
         same = ids == queries.own[which]
         for column in range(self.labels.shape[1]):
             same |= self.labels[ids, column] == queries.labels[which, column]
-        if self.gone is not None:
-            same |= self.gone[ids]
+        if self.hidden is not None:
+            same |= self.hidden[ids]
         if self.hashes is not None and self.bits >= 0:
             assert queries.hashes is not None
             same |= _differing_bits(self.hashes[ids], queries.hashes[which]) <= self.bits
@@ -84,8 +84,8 @@ class Queries:
                        None if self.hashes is None else self.hashes[part])
 
 
-def _differing_bits(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    return _BITS[(one ^ other)[..., None].view(np.uint8)].sum(-1)
+def _differing_bits(hashes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    return _BITS[(hashes ^ others)[..., None].view(np.uint8)].sum(-1)
 
 
 _BITS = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
@@ -148,24 +148,24 @@ class Best:
         scores, places = self.scores[which].topk(self.m, 1)
         ids = self.ids[which].gather(1, places)
         room = self.ids.shape[1] - self.m
-        self.scores[which], self.ids[which] = (torch.nn.functional.pad(one, (0, room), value=nothing)
-                                               for one, nothing in ((scores, -torch.inf), (ids, -1)))
+        self.scores[which], self.ids[which] = (torch.nn.functional.pad(values, (0, room), value=nothing)
+                                               for values, nothing in ((scores, -torch.inf), (ids, -1)))
         self.filled[which] = (scores > -torch.inf).sum(1)
         self.least[which] = scores[:, -1]
 
 
-def rank_candidates(found: Found, queries: Queries, database: Embeddings, copies: Copies, k: int
+def rank_candidates(candidates: Found, queries: Queries, database: Embeddings, copies: Copies, k: int
            ) -> tuple[np.ndarray, np.ndarray]:
     """The k best rows that are no copies, of those that were found: ids (Q, k) and exact scores (Q, k)."""
-    ids, rough = found.ids.copy(), found.scores.copy()
+    ids, rough = candidates.ids.copy(), candidates.scores.copy()
     which, place = np.nonzero(ids >= 0)
-    gone = copies.among(ids[which, place], queries, which)
-    rough[which[gone], place[gone]] = -np.inf
+    excluded = copies.among(ids[which, place], queries, which)
+    rough[which[excluded], place[excluded]] = -np.inf
     # What is a copy for sure needs no exact product, nor what comes after k that are none for sure.
-    rough[rough >= copies.similarity + found.off] = -np.inf
-    sure = np.where(rough < copies.similarity - found.off, rough, -np.inf)
+    rough[rough >= copies.similarity + candidates.off] = -np.inf
+    sure = np.where(rough < copies.similarity - candidates.off, rough, -np.inf)
     if sure.shape[1] > k:
-        least = -np.partition(-sure, k - 1, axis=1)[:, k - 1] - 2 * found.off
+        least = -np.partition(-sure, k - 1, axis=1)[:, k - 1] - 2 * candidates.off
         rough[rough < least[:, None]] = -np.inf
     which, place = np.nonzero(rough > -np.inf)
     scores = np.full(rough.shape, -np.inf, np.float32)
@@ -212,8 +212,8 @@ def masked(queries: Queries, database: Embeddings, copies: Copies, k: int, memor
         here[which, place] = products(database, first + place, queries.vectors, which)
         every = np.broadcast_to(first + np.arange(len(rows)), here.shape)
         # A few more than k: the products of a block are not to the last bit those that rank.
-        found = best(every, np.where(here >= copies.similarity, -np.inf, here), k + 8)
-        ids, scores = best(np.hstack([ids, found[0]]), np.hstack([scores, found[1]]), k + 8)
+        block_best = best(every, np.where(here >= copies.similarity, -np.inf, here), k + 8)
+        ids, scores = best(np.hstack([ids, block_best[0]]), np.hstack([scores, block_best[1]]), k + 8)
     which, place = np.nonzero(ids >= 0)
     scores[which, place] = products(database, ids[which, place], queries.vectors, which)
     scores[scores >= copies.similarity] = -np.inf

@@ -23,9 +23,12 @@ class Reuse(Embed):
 
     def plan(self) -> list[Item]:
         items = super().plan()
-        if not self.last or not self.last.sealed(self.of) or self.last.manifest(self.of)["section"] != self.section():
+        if not self.last or not self.last.sealed(self.output_folder):
             return items
-        vectors = {record["id"]: record for record in self.last.manifest(self.of)["items"]}
+        manifest = self.last.manifest(self.output_folder)
+        if manifest["section"] != self.section():
+            return items
+        vectors = {record["id"]: record for record in manifest["items"]}
         shards = {file_of(record, ".tar")["sha256"]: record for record in self.last.manifest("shards")["items"]}
         return [self._reusing(item, shards, vectors) for item in items]
 
@@ -58,8 +61,9 @@ class Reuse(Embed):
         if "of" not in item.inputs:
             return Output(theirs["samples"], info={"reused": theirs["samples"]},
                           counted=(theirs["skipped"], theirs["noted"]),
-                          elsewhere=[reference(base, self.of, self.dataset, entry) for entry in theirs["files"]])
-        rows = np.load(base.fetch(self.of, file_of(theirs, ".npy"), check=True), allow_pickle=False)
+                          elsewhere=[reference(base, self.output_folder, self.dataset, entry)
+                                     for entry in theirs["files"]])
+        rows = np.load(base.fetch(self.output_folder, file_of(theirs, ".npy"), check=True), allow_pickle=False)
         old = succeeded_rows(read_metadata(base, item.inputs["of"], ["key", "status"]))
         place = {key: row for row, key in enumerate(old["key"].to_pylist())}
         keys = succeeded_rows(read_metadata(self.dataset, item.inputs["shard"], ["key", "status"]))["key"].to_pylist()

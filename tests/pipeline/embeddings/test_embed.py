@@ -578,7 +578,8 @@ def test_more_memory_is_more_under_way_and_never_more_than_there_is(whole_batche
     shards, before = [(10_000, 10_000 * 30_000)], None
     for megabytes in range(100, 6000, 37):
         try:
-            room = plan_room(megabytes << 20, ClipConfig(), shards, 256, whole=whole_batches, lent=6, threads=8)
+            room = plan_room(megabytes << 20, ClipConfig(), shards, 256, whole=whole_batches, parts_in_flight=6,
+                             threads=8)
         except ValueError:
             assert before is None
             continue

@@ -301,6 +301,6 @@ def test_the_command_line_extends_and_sets_tombstones(tmp_path, vectors, capsys)
     assert "has none of the keys in" in capsys.readouterr().err
     (tmp_path / "keys.txt").write_text("000-00001\n")
     assert main(["index", "x@v2", "--tombstone", str(tmp_path / "keys.txt"), *root]) == 0
-    assert Searcher(following).gone.tolist() == [1]
+    assert Searcher(following).hidden.tolist() == [1]
     assert main(["status", "--root", str(tmp_path)]) == 0
     assert "datasets/x/v2/tombstones" in capsys.readouterr().out
