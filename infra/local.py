@@ -27,10 +27,10 @@ _seen: list[tuple[str, str, bool]] = []
 _began = time.monotonic()
 
 
-def saw(what: str, found: object, good: bool) -> None:
+def saw(what: str, value: object, good: bool) -> None:
     """Note something that was seen, and whether it is as it must be."""
-    _seen.append((what, str(found), good))
-    print(f"[{time.monotonic() - _began:4.0f} s] {'ok   ' if good else 'WRONG'} {what}: {found}", flush=True)
+    _seen.append((what, str(value), good))
+    print(f"[{time.monotonic() - _began:4.0f} s] {'ok   ' if good else 'WRONG'} {what}: {value}", flush=True)
 
 
 def jobs(*words: str, log: str = "local") -> subprocess.CompletedProcess[str]:
@@ -58,7 +58,7 @@ class Job:
         said = [json.loads(line[line.index('{"dataset"'):]) for line in lines if '{"dataset"' in line]
         return code, said[-1] if said else {}
 
-    def told(self) -> str:
+    def log_text(self) -> str:
         return self.log.read_text()[self.began:]
 
 
@@ -122,13 +122,14 @@ class Reader(threading.Thread):
             if code:
                 self.faults.append(f"{name} ended with {code}")
                 return
-            told = json.loads(store().cat_file(f"{ROOT}/runs/emoji_32/samples/{name}/samples.json"))
-            label = told["databases"][0]
+            samples = json.loads(store().cat_file(f"{ROOT}/runs/emoji_32/samples/{name}/samples.json"))
+            label = samples["databases"][0]
             version = Dataset.parse(ROOT, label)
             there = {(row["key"], row["sha256"]) for record in version.manifest("shards")["items"]
                      for row in metadata(version, record, ["key", "sha256"])}
-            used = {(near["key"], near["sha256"]) for one in told["pictures"] for near in one["neighbors"]}
-            if not used <= there or {one["database"] for one in told["pictures"]} != {label}:
+            used = {(neighbor["key"], neighbor["sha256"])
+                    for image in samples["pictures"] for neighbor in image["neighbors"]}
+            if not used <= there or {image["database"] for image in samples["pictures"]} != {label}:
                 self.faults.append(f"{name} drew on pictures that {label} has not")
             self.drawn += 1
             self.versions.append(version.version)
@@ -145,16 +146,16 @@ def until(what: str, there: Any, seconds: float = 240) -> None:
 
 
 def drivers(*words: str) -> list[int]:
-    """Process ids of drivers of a verb in the cluster (not of whoever waits for them here)."""
-    found = []
+    """Process ids of drivers of a verb in the cluster (not of processes that wait for them here)."""
+    pids = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             line = path.read_bytes().split(b"\0")
         except OSError:
             continue
         if line[1:4] == [b"-m", b"jobs", words[0].encode()] and words[1].encode() in line[4:5]:
-            found.append(int(path.parent.name))
-    return found
+            pids.append(int(path.parent.name))
+    return pids
 
 
 def change(name: str) -> None:
@@ -222,7 +223,7 @@ def show() -> None:
     spoil("twemoji")
     job = Job("twemoji")
     code, _ = job.wait()
-    reason = next((line for line in job.told().splitlines() if "is not published" in line), "")
+    reason = next((line for line in job.log_text().splitlines() if "is not published" in line), "")
     saw("twemoji, half of it noise", f"exit {code}: {reason.partition('is not published: ')[2]}",
         code == 1 and pointer("twemoji")["version"] == "v1")
     until("the reader on v2", lambda: "v2" in reader.versions or reader.faults)
@@ -238,34 +239,35 @@ def show() -> None:
     done = jobs("verify", "--against", "current", "--root", ROOT)
     saw("verify --against current", f"exit {done.returncode}", done.returncode == 0)
     if "RDM_PROMETHEUS" in os.environ:
-        until("Prometheus", lambda: asked("rdm_database_number").get("noto/") == 1, 60)
-        numbers = asked("rdm_database_number")
+        until("Prometheus", lambda: query_prometheus("rdm_database_number").get("noto/") == 1, 60)
+        numbers = query_prometheus("rdm_database_number")
         saw("published builds in Prometheus", numbers, sorted(numbers) == sorted(f"{name}/" for name in STYLES))
-        embedded = asked('sum by (dataset, stage) (max_over_time(ray_rdm_samples_total{stage="embed"}[30m]))')
+        embedded = query_prometheus(
+            'sum by (dataset, stage) (max_over_time(ray_rdm_samples_total{stage="embed"}[30m]))')
         saw("embedded, in Prometheus", embedded, "noto/embed" in embedded)
 
 
-def asked(query: str) -> dict[str, float]:
+def query_prometheus(query: str) -> dict[str, float]:
     """What Prometheus answers, by database or stage."""
     url = f"{os.environ['RDM_PROMETHEUS']}/api/v1/query?{urlencode({'query': query})}"
     with urlopen(url, timeout=30) as answer:
-        found = json.load(answer)["data"]["result"]
-    return {one["metric"].get("dataset", "") + "/" + one["metric"].get("stage", ""): float(one["value"][1])
-            for one in found}
+        series = json.load(answer)["data"]["result"]
+    return {entry["metric"].get("dataset", "") + "/" + entry["metric"].get("stage", ""): float(entry["value"][1])
+            for entry in series}
 
 
 def children(pid: int) -> list[int]:
     """Every process below another."""
-    found = []
+    processes = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in map(int, path.read_text().split()):
-            found += [*children(child), child]
-    return found
+            processes += [*children(child), child]
+    return processes
 
 
 def table() -> str:
     """What was seen, a row each."""
-    rows = [f"| {what} | {found} | {'as it must be' if good else 'WRONG'} |" for what, found, good in _seen]
+    rows = [f"| {what} | {value} | {'as it must be' if good else 'WRONG'} |" for what, value, good in _seen]
     return "\n".join(["| | seen | |", "|---|---|---|", *rows])
 
 
