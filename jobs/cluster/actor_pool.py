@@ -25,7 +25,8 @@ from jobs.runs.labels import stage_labels
 from jobs.telemetry import logs, ray_metrics
 from pipeline import storage
 from pipeline.hardware import devices
-from pipeline.stages.stage import Stage, fingerprint
+from pipeline.stages.plan import claim_of
+from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Outcome, Retired, StageFailed
 from pipeline.stages.worker import error_sentence, process_and_commit, work_together
 
@@ -109,7 +110,7 @@ class Pool:
         connect.connect()
         connect.mention_unused_gpus(stage, self.config)
         self._shape(stage.workers_need_gpu and self.config.each_gpus > 0)
-        stage_fingerprint = fingerprint(stage)
+        stage_fingerprint = claim_of(stage).fingerprint
         together = self._together(stage, len(items))
         decoders = self._lent(stage)
         self.meter = ray_metrics.Meter(stage_labels(stage.path, stage.name))

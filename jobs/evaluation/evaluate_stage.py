@@ -8,6 +8,7 @@ style a sample has. Two stages: the judges of a run and its databases, and the s
 import io
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -181,7 +182,7 @@ class Evaluation(Stage):
         named = dict(one.split("=", 1) for one in self.config.words)
         return named.get(database.label, database.label.split("@")[0].replace("-", " ").replace("_", " "))
 
-    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+    def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         found = [json.loads(storage.read_bytes(storage.join(self.folder, f"{record['id']}.json")))
                  for record in records]
         document = summary.summary(found, [one.label for one in self.databases], self._judges())

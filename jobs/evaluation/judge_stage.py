@@ -105,7 +105,7 @@ class Judging(Stage):
         return Output(samples=len(x), info=info,
                       files={name: scratch / name for name in ("judge.safetensors", "probe.npy")})
 
-    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+    def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         return Output(info=records[0]["info"])
 
 

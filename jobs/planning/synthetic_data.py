@@ -1,7 +1,7 @@
 """What a trial makes for itself: pictures like photographs, vectors in clusters, and steps on random numbers."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ class Vectors(Stage):
             np.save(path, (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float16))
         return Output(samples=count, files={path.name: path})
 
-    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+    def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         return Output(info={"encoder": {"model": "made", "weights_sha256": "", "dim": self.dim}})
 
 

@@ -180,7 +180,7 @@ class Sampling(Stage):
                  drawer.draw(near.vectors[own:], positions[own:], replace(self.config, text_guidance=-1.0))]
         return [Image.fromarray(one) for one in np.concatenate(drawn)]
 
-    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+    def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         self._grid(records, scratch).save(scratch / "grid.png")
         entries = {(entry["position"], entry["database"]): entry
                    for record in records for entry in record["info"]["pictures"]}

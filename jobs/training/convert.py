@@ -1,6 +1,7 @@
 """A checkpoint of the CompVis release -> a run that draws: its UNet, its noise schedule and its first stage."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -77,7 +78,7 @@ class Convert(Stage):
                       info={"step": found.step, "averaged": found.averaged, "left_out": len(found.left_out),
                             "checkpoint": self.run.checkpoint(found.step)["content"]})
 
-    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+    def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         return Output(info=records[0]["info"])
 
     @cached_property

@@ -1,6 +1,7 @@
 """A trained network in a folder to be carried about, and such a folder as a run to draw with."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class Import(Stage):
         return Output(samples=sum(weight.numel() for weight in network.parameters()), files=files, info={
             "step": self.about["step"], "checkpoint": self.run.checkpoint(self.about["step"])["content"]})
 
-    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+    def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         return Output(info=records[0]["info"])
 
     def _first_stage(self) -> dict[str, Path]:

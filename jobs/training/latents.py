@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
@@ -82,7 +83,7 @@ class Latents(Stage):
         return Output(samples=len(latents), files={path.name: path}, info={
             "shape": list(latents.shape[1:]), "scale": item.inputs["scale"]}, times=_fit.times())
 
-    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+    def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         shapes = {tuple(record["info"]["shape"]) for record in records if record["samples"]}
         if len(shapes) > 1:
             raise ValueError(f"the latents have different shapes: {sorted(shapes)}\n"

@@ -1,5 +1,6 @@
 """A training run as a stage, and what a process needs to know to take part in it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,5 +134,5 @@ class Training(Stage):
                       info={"steps": step, "checkpoint": self.job.run.checkpoint(step)["content"], "curve": curve,
                             "loss": lines[-1]["loss"] if lines else None})
 
-    def finish(self, records: list[dict[str, Any]], scratch: Any) -> Output:
+    def finish(self, records: Sequence[dict[str, Any]], scratch: Any) -> Output:
         return Output(info=records[0]["info"])

@@ -8,7 +8,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -74,7 +74,7 @@ class DemoCorpus(Stage):
         return [Item(number, {"drawings": name, "count": len(part)}, ((name, data),))
                 for (number, _), (name, data), part in zip(drawings, named, parts, strict=True)]
 
-    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+    def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         output = Output()
         for name, data in self._lists(self._catalog()):
             (scratch / name).write_bytes(data)

@@ -137,7 +137,7 @@ class AdoptEmbeddings(Embed):
         np.save(out, vectors, allow_pickle=False)
         return Output(samples=len(vectors), files={f"{item.id}.npy": out}, ledger=ledger, times=dict(times.seconds))
 
-    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+    def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         totals = stage_records.totals(records)
         if totals["samples"] and totals["noted"].get("not_adopted", 0) == totals["samples"]:
             raise StageFailed(f"embed: none of the {totals['samples']} samples has a vector in {self.source}\n"

@@ -162,7 +162,7 @@ class Embed(Stage):
                       times=times.taken() | {"precision": str(encoder.dtype).removeprefix("torch.")} |
                       encoder.fit.times())
 
-    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+    def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         return Output(info={"encoder": describe_encoder(self.config.clip())})
 
     def _encoder(self) -> clip.Encoder:

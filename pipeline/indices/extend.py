@@ -6,7 +6,7 @@ result is the same as if the trained index had been filled with all rows of the 
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ class Extension(Index):
                          "removed": change.removed}
         return self.output(index, infos, info, times, held, scratch)
 
-    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+    def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         info = records[0]["info"]
         if info["drift"] > self.config.max_drift:
             raise Drifted(f"index: the vectors added to {self.base.label} are quantised with {info['drift']} times "

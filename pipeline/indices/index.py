@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from pipeline.indices.parallel import IndexingStage, Parts, Training, embedding_
 from pipeline.indices.searcher import misnumbered
 from pipeline.indices.train import train_index, training_rows
 from pipeline.indices.tune import Queries, held_out, measure_recall, recall_error
-from pipeline.stages.plan import check_and_clear, clear_folder
+from pipeline.stages.plan import clear_folder
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output, StageFailed
 
@@ -79,7 +79,7 @@ class Index(IndexingStage):
         return Output(samples=index.ntotal, info=info, times=times, files=files | {
             name: scratch / name for name in ("index_infos.json", "held.npy")})
 
-    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+    def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         info = records[0]["info"]
         if info["recall_at_10"] is None and self.config.min_recall:
             raise StageFailed(f"index: of {records[0]['samples']} vectors no recall can be measured, --min-recall asks "
@@ -142,7 +142,8 @@ def build_index(index: Index, seal: Callable[[Stage], dict[str, Any]], *, overwr
     index.plan()  # what cannot be built is told before anything is trained
     before = index.before()
     if overwrite:
-        check_and_clear(index)
+        index.inputs()  # those that cannot be used are told before anything is removed
+        clear_folder(index)
         for stage in reversed(before):
             clear_folder(stage)
     if not storage.exists(storage.join(index.folder, "manifest.json")):

@@ -5,7 +5,7 @@
     index/            the parts as one, tuned and measured against the exact neighbours of all parts
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ class Training(IndexingStage):
         return Output(samples=len(sample), files={name: scratch / name for name in files},
                       info={"key": key, "rows": count, "trained_on": len(sample), "error": recall_error(index, seen)})
 
-    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+    def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         return Output(info=records[0]["info"])
 
 

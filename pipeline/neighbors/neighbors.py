@@ -23,7 +23,6 @@ from pipeline.neighbors.config import ALL_ROWS_FROM_LISTS, SCORE_BINS, SPARE_CAN
 from pipeline.neighbors.exhaustive import exhaustive, halved, search_device
 from pipeline.neighbors.files import neighbor_files
 from pipeline.neighbors.rank import Copies, Found, Queries, masked, rank_candidates
-from pipeline.stages.manifest import changed_inputs
 from pipeline.stages.scratch import shared_scratch
 from pipeline.stages.stage import Stage
 from pipeline.stages.timers import Times
@@ -89,7 +88,6 @@ class Neighbors(Stage):
         return items
 
     def process(self, item: Item, scratch: Path) -> Output:
-        self._as_planned()
         self.precision = devices.name_of(search_device()[1]) if self.workers_need_gpu else "fp32"
         malloc.give_back()  # what the last item took, in pieces that do not fit this one
         times = Times()
@@ -124,7 +122,7 @@ class Neighbors(Stage):
         return Output(samples=len(queries), info=info, files=files,
                       times=times.taken() | halved())
 
-    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+    def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         usage = self._usage(records)
         np.save(scratch / "usage.npy", usage, allow_pickle=False)
         infos = [record["info"] for record in records]
@@ -140,12 +138,6 @@ class Neighbors(Stage):
     @property
     def _exact(self) -> bool:
         return self.config.method == "exact" or searcher.kind(self.database) == "scan"
-
-    def _as_planned(self) -> None:
-        """Refuse what was made anew since the plan: ids would be those of other rows."""
-        if changed := changed_inputs(self.root, storage.read_json(storage.join(self.folder, "plan.json"))):
-            raise ValueError(f"{', '.join(changed)} changed since these neighbours were planned\n"
-                             f"hint: {self.command} --rebuild")
 
     def _queries(self, item: Item) -> Queries:
         hashed, shards = self.config.copy_bits >= 0, item.inputs["shards"]

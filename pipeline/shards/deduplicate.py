@@ -21,7 +21,7 @@ from pipeline.shards import metadata
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.manifest import read_manifest
-from pipeline.stages.plan import check_and_clear, clear_folder
+from pipeline.stages.plan import clear_folder, replace_plan
 from pipeline.stages.types import Entry, Item, Output
 from pipeline.storage import name_by_content
 from pipeline.storage.parquet import read
@@ -128,7 +128,7 @@ def deduplicate_shards(sifted: Deduplicate, seal: Callable[[Shard], dict[str, An
                        overwrite: bool = False) -> dict[str, Any]:
     """Shard, leave duplicates out, and remove what held them; `seal` brings a stage to its sealed state."""
     if overwrite:
-        check_and_clear(sifted.whole)
+        replace_plan(sifted.whole)
         clear_folder(sifted)
     if not storage.exists(storage.join(sifted.folder, "manifest.json")):
         seal(sifted.whole)

@@ -11,10 +11,18 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.hardware import devices
-from pipeline.stages import records
 from pipeline.stages.manifest import is_sealed, read_manifest
-from pipeline.stages.plan import check_and_clear, claim_folder, item_ids, load_items, prepare, write_item_list
+from pipeline.stages.plan import (
+    claim_folder,
+    item_ids,
+    load_items,
+    prepare,
+    refuse_replaced_plan,
+    replace_plan,
+    write_more_items,
+)
 from pipeline.stages.progress import Tally
+from pipeline.stages.records import Collected
 from pipeline.stages.seal import read_records, seal_stage
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Outcome, Retired, StageFailed
@@ -65,7 +73,7 @@ def _raise(error: Exception) -> Any:
     raise error
 
 
-class _Left(Sequence[Item]):
+class _Subset(Sequence[Item]):
     """Some of a sequence's items, by their numbers."""
 
     def __init__(self, items: Sequence[Item], numbers: Sequence[int]) -> None:
@@ -81,7 +89,7 @@ class _Left(Sequence[Item]):
 
 
 def run_stage(stage: Stage, runner: Runner = run_in_process, *, overwrite: bool = False, retry: bool = False,
-        max_failed: float = 1.0, watch: Callable[[Tally], None] | None = None) -> dict[str, Any]:
+              max_failed: float = 1.0, watch: Callable[[Tally], None] | None = None) -> dict[str, Any]:
     """Bring `stage` to its sealed state with `runner`, and return its manifest.
 
     Runs whatever has no record yet; nothing if the folder is sealed. `overwrite` empties the folder
@@ -91,23 +99,19 @@ def run_stage(stage: Stage, runner: Runner = run_in_process, *, overwrite: bool 
     """
     if check := getattr(runner, "check", None):
         check(stage, idle=not overwrite and is_sealed(stage))  # before anything is removed or planned
-    if overwrite:
-        check_and_clear(stage)
-    more = storage.join(stage.folder, "more")
-    rounds = storage.list_files(more)  # before the items: whoever adds a round meanwhile has added ours
+    planned = overwrite and replace_plan(stage)
+    # Before the items: a driver that adds a round meanwhile has added ours.
+    rounds = storage.list_files(storage.join(stage.folder, "more"))
     items, joined = claim_folder(stage)
     if is_sealed(stage):
         return read_manifest(stage.folder, stage.command)
-    retry = retry and not _under_way(stage, rounds)
-    done, tally = _work_off(stage, runner, items, joined, max_failed, watch)
+    retry = retry and not _retry_is_unfinished(stage, rounds)
+    done, tally = _run_items(stage, runner, items, joined and not planned, max_failed, watch)
     if retry:
-        number = len(rounds) + 1
-        listed = write_item_list(stage, stage.again(items, done), f"more-{number:04d}")
-        if records.count(listed):
-            joined = not storage.create_bytes(storage.json_bytes({"items": listed}),
-                                              storage.join(more, f"{number:04d}.json"))
+        added, joined = write_more_items(stage, stage.again(items, done), len(rounds) + 1)
+        if added:
             items = prepare(stage)
-            done, tally = _work_off(stage, runner, items, joined, max_failed, watch)
+            done, tally = _run_items(stage, runner, items, joined, max_failed, watch)
     if over := tally.over(max_failed, final=True):
         raise StageFailed(f"{stage.name}: {over}\nhint: --retry-failed tries these rows once more; a higher "
                           f"--max-failed seals what is there")
@@ -117,79 +121,106 @@ def run_stage(stage: Stage, runner: Runner = run_in_process, *, overwrite: bool 
     return seal_stage(stage, items, done, tally.retired)
 
 
-def _under_way(stage: Stage, rounds: Sequence[str]) -> bool:
-    """Whether the last try at rows that failed was cut off, so that it is to be ended and no other begun."""
+def _retry_is_unfinished(stage: Stage, rounds: Sequence[str]) -> bool:
+    """Whether the last retry of failed rows was interrupted. It is finished first, and no other begins."""
     if not rounds:
         return False
     listed = storage.read_json(storage.join(stage.folder, "more", rounds[-1]))["items"]
-    there = set(storage.list_files(storage.join(stage.folder, "records")))
-    return any(f"{one}.json" not in there for one in item_ids(load_items(stage.folder, listed)))
+    recorded = set(storage.list_files(storage.join(stage.folder, "records")))
+    return any(f"{item_id}.json" not in recorded for item_id in item_ids(load_items(stage.folder, listed)))
 
 
-def _work_off(stage: Stage, runner: Runner, items: Sequence[Item], joined: bool, max_failed: float,
-              watch: Callable[[Tally], None] | None) -> tuple[Sequence[dict[str, Any]], Tally]:
-    """Run every item that has no record; the records of all, in order, and what they add up to."""
+def _run_items(stage: Stage, runner: Runner, items: Sequence[Item], joined: bool, max_failed: float,
+               watch: Callable[[Tally], None] | None) -> tuple[Sequence[dict[str, Any]], Tally]:
+    """Run every item that has no record; the records of all, in order, and their tally."""
     ids = item_ids(items)
     done = read_records(stage, ids)
-    numbers = [number for number, one in enumerate(ids) if one not in done.ids]
+    numbers = [number for number, item_id in enumerate(ids) if item_id not in done.ids]
     if joined:
-        # Drivers on one folder share its work: each goes its own way, and steps back where it finds a record.
+        # Drivers on one folder share its work: each takes its own order, and steps back where it finds a record.
         random.shuffle(numbers)
     tally = Tally(stage.folder, len(ids), sum(map(stage.rows, items)), stage.by_choice, done.ids)
-    before = done.in_order(ids)
-    tally.start(before)
+    recorded = done.in_order(ids)
+    tally.start(recorded)
     if not numbers:
-        return before, tally
-    del before
-
-    def look() -> None:
-        tally.look()
-        if (over := tally.over(max_failed)):
-            raise StageFailed(f"{stage.name}: {over}\nhint: the same command goes on when the cause is gone, and with "
-                              f"--retry-failed tries the rows that failed again; a higher --max-failed goes on all the "
-                              f"same")
-        if watch:
-            watch(tally)
-
-    stage.heard = look
-    failures = set(storage.list_files(storage.join(stage.folder, "failures")))
-    failed = []
-    for outcome in runner(stage, _Left(items, numbers)):
-        if isinstance(outcome, Retired):
-            tally.retire(asdict(outcome))
-            tally.look()  # now, so that other terminals can show it
-        elif outcome is not None:
-            address = storage.join(stage.folder, "failures", f"{outcome.item.id}.json")
-            if outcome.full:
-                raise StageFailed(f"{stage.name}: {outcome.error}\nhint: make room there (scratch is where TMPDIR "
-                                  f"says); the same command goes on from here")
-            if outcome.record is None:
-                failed.append(outcome)
-                tally.give_up(outcome.item.id)
-                _log.debug("%s: item %s failed: %s", stage.name, outcome.item.id,
-                           storage.redact_credentials(outcome.error), extra={"fields": {"item": outcome.item.id}})
-                storage.put_json({"id": outcome.item.id, "error": storage.redact_credentials(outcome.error),
-                                  "traceback": storage.redact_credentials(outcome.trace)}, address)
-            else:
-                if f"{outcome.item.id}.json" in failures:
-                    storage.remove(address)
-                done.add(outcome.record)
-                tally.record(outcome.record, sum(file["bytes"] for file in outcome.record["files"]))
-        if tally.due():
-            look()
-        elif watch and tally.due(quick=True):
-            tally.look(quick=True)
-            watch(tally)
+        return recorded, tally
+    del recorded
+    outcomes = _Outcomes(stage, done, tally, max_failed, watch)
+    stage.heard = outcomes.look
+    for outcome in runner(stage, _Subset(items, numbers)):
+        outcomes.add(outcome)
     stage.heard = None
-    if watch and tally.now.get("items", len(ids) - len(numbers)) != tally.done_items:
-        tally.look(quick=True)
-        watch(tally)
-    if failed:
-        first = failed[0]
-        raise StageFailed(f"{stage.name}: {len(failed)} of {len(ids)} items failed, the first is {first.item.id}: "
-                          f"{storage.redact_credentials(first.error)}\nhint: the tracebacks are in "
-                          f"{storage.join(stage.folder, 'failures')}; run the same command again to retry them")
+    outcomes.end(len(ids), len(numbers))
     return done.in_order(ids), tally
+
+
+class _Outcomes:
+    """Counts the outcomes of a run: records, failed items, retired workers."""
+
+    def __init__(self, stage: Stage, done: Collected, tally: Tally, max_failed: float,
+                 watch: Callable[[Tally], None] | None) -> None:
+        self.stage, self.done, self.tally, self.max_failed, self.watch = stage, done, tally, max_failed, watch
+        self.failed: list[Outcome] = []
+        self.folder = storage.join(stage.folder, "failures")
+        self.reports = set(storage.list_files(self.folder))  # of earlier runs
+
+    def add(self, outcome: Outcome | Retired | None) -> None:
+        """Count what a runner yields. StageFailed if the stage cannot continue."""
+        if isinstance(outcome, Retired):
+            self.tally.retire(asdict(outcome))
+            self.tally.look()  # now, so that other terminals can show it
+        elif outcome is not None:
+            if outcome.full:
+                raise StageFailed(f"{self.stage.name}: {outcome.error}\nhint: make room there (scratch is where TMPDIR "
+                                  f"says); the same command continues from here")
+            if outcome.record is None:
+                self._fail(outcome)
+            else:
+                self._record(outcome.item, outcome.record)
+        if self.tally.due():
+            self.look()
+        elif self.watch and self.tally.due(quick=True):
+            self._show(self.watch)
+
+    def look(self) -> None:
+        """Count everything anew. StageFailed if too many rows failed."""
+        self.tally.look()
+        if over := self.tally.over(self.max_failed):
+            raise StageFailed(f"{self.stage.name}: {over}\nhint: the same command goes on when the cause is gone, and "
+                              f"with --retry-failed tries the rows that failed again; a higher --max-failed goes on "
+                              f"all the same")
+        if self.watch:
+            self.watch(self.tally)
+
+    def end(self, items: int, ran: int) -> None:
+        """Show the last count. StageFailed if one of the `ran` items of all `items` failed."""
+        if self.watch and self.tally.now.get("items", items - ran) != self.tally.done_items:
+            self._show(self.watch)
+        if self.failed:
+            first = self.failed[0]
+            raise StageFailed(f"{self.stage.name}: {len(self.failed)} of {items} items failed, the first is "
+                              f"{first.item.id}: {storage.redact_credentials(first.error)}\nhint: the tracebacks are "
+                              f"in {self.folder}; run the same command again to retry them")
+
+    def _show(self, watch: Callable[[Tally], None]) -> None:
+        self.tally.look(quick=True)
+        watch(self.tally)
+
+    def _record(self, item: Item, record: dict[str, Any]) -> None:
+        if (report := f"{item.id}.json") in self.reports:
+            storage.remove(storage.join(self.folder, report))
+        self.done.add(record)
+        self.tally.record(record, sum(file["bytes"] for file in record["files"]))
+
+    def _fail(self, outcome: Outcome) -> None:
+        refuse_replaced_plan(self.stage)  # the report would lie in the folder of another plan
+        self.failed.append(outcome)
+        self.tally.give_up(outcome.item.id)
+        error, trace = map(storage.redact_credentials, (outcome.error, outcome.trace))
+        _log.debug("%s: item %s failed: %s", self.stage.name, outcome.item.id, error,
+                   extra={"fields": {"item": outcome.item.id}})
+        storage.put_json({"id": outcome.item.id, "error": error, "traceback": trace},
+                         storage.join(self.folder, f"{outcome.item.id}.json"))
 
 
 def _tried(stage: Stage, item: Item, first: Callable[[], dict[str, Any]]) -> Outcome:

@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import os
 import subprocess
+import threading
+from collections import OrderedDict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,30 @@ from typing import Any
 from pipeline import storage
 from pipeline.stages import records
 from pipeline.stages.stage import Stage
+from pipeline.stages.types import Claim
 
 _MANIFEST_KEYS = {"stage", "content", "items", "files"}  # those of a checkpoint's manifest too
+
+_KEPT_FILES = 16
+_kept: OrderedDict[str, tuple[str, bytes]] = OrderedDict()  # url -> stamp, content
+_kept_lock = threading.Lock()
+
+
+def _read_if_changed(url: str) -> bytes:
+    """The content of `url`. This process keeps it and reads it again when the file was replaced."""
+    stamp = storage.stamp(url)
+    with _kept_lock:
+        known, data = _kept.get(url, ("", b""))
+        if stamp and stamp == known:
+            _kept.move_to_end(url)
+            return data
+    data = storage.read_bytes(url)
+    with _kept_lock:
+        _kept[url] = stamp, data  # if it was replaced since the stamp was taken, the next stamp differs
+        _kept.move_to_end(url)
+        while len(_kept) > _KEPT_FILES:
+            _kept.popitem(last=False)
+    return data
 
 
 def read_manifest(folder: str, command: str, sha256: str | None = None) -> dict[str, Any]:
@@ -21,7 +45,7 @@ def read_manifest(folder: str, command: str, sha256: str | None = None) -> dict[
     ValueError too if its bytes are not those of `sha256`, the hash under which it was published.
     """
     try:
-        data = storage.read_bytes(storage.join(folder, "manifest.json"))
+        data = _read_if_changed(storage.join(folder, "manifest.json"))
     except FileNotFoundError:
         raise ValueError(f"{folder} is not sealed: it has no manifest.json\nhint: {command}") from None
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
@@ -35,23 +59,39 @@ def read_manifest(folder: str, command: str, sha256: str | None = None) -> dict[
     return manifest
 
 
-def changed_inputs(root: str, document: dict[str, Any]) -> list[str]:
-    """Names of the inputs of a plan or manifest whose folder holds other content than when it was planned."""
+def changed_inputs(root: str, document: dict[str, Any], *, removed: bool = True) -> list[str]:
+    """Names of the inputs of a plan or manifest whose folder holds other content than when it was planned.
+
+    `removed`: count folders that do not exist any more. A folder that is being made again always counts.
+    """
     changed = []
-    for name, one in document.get("inputs", {}).items():
-        if one["path"]:
+    for name, described in document.get("inputs", {}).items():
+        if described["path"]:
+            folder = storage.join(root, described["path"])
+            url = storage.join(folder, "manifest.json")
             try:
-                now = storage.read_json(storage.join(root, one["path"], "manifest.json"))
+                manifest = storage.parse_json(_read_if_changed(url), url)
             except FileNotFoundError:
-                # A published version that was removed for its age did not change: its release stays to say so.
-                if storage.exists(storage.join(root, one["path"].rpartition("/")[0], "release.json")):
+                # A published version that was removed for its age did not change. Its release.json stays.
+                if storage.exists(storage.join(folder.rpartition("/")[0], "release.json")):
                     continue
-                now = None
+                if not removed and not storage.exists(storage.join(folder, "plan.json")):
+                    continue
+                manifest = None
             except ValueError:
-                now = None
-            if not isinstance(now, dict) or now.get("content") != one["digest"]:
+                manifest = None
+            if not isinstance(manifest, dict) or manifest.get("content") != described["digest"]:
                 changed.append(name)
     return changed
+
+
+def stale_inputs(stage: Stage, claim: Claim) -> str:
+    """A sentence if inputs of a stage changed since it was planned, "" if not. An input that is gone did not change."""
+    changed = changed_inputs(stage.root, {"inputs": claim.inputs}, removed=False)
+    if not changed:
+        return ""
+    return (f"{stage.name}: {', '.join(changed)} changed since {stage.folder} was planned: expected the content that "
+            f"plan.json names, got another\nhint: {stage.command} --rebuild")
 
 
 def without_run_facts(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -3,15 +3,17 @@
 import bisect
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pipeline import storage
 from pipeline.stages import records
 from pipeline.stages.manifest import code_revision
+from pipeline.stages.scratch import scratch_folder
 from pipeline.stages.stage import FORMAT, Stage, fingerprint
-from pipeline.stages.types import Item
+from pipeline.stages.types import Claim, Item, PlanReplaced
 from pipeline.storage.hashing import name_by_content
 
 _PLAN_KEYS = {"format", "stage", "fingerprint", "section", "inputs", "items"}
@@ -26,51 +28,128 @@ def prepare(stage: Stage) -> Sequence[Item]:
 
 
 def claim_folder(stage: Stage) -> tuple[Sequence[Item], bool]:
-    """The items of a folder that is ours now, and whether it was before, or another driver came first."""
+    """The items of a folder that is ours now, and whether its plan was there before, or another driver came first."""
     inputs = stage.inputs()
-    print_ = fingerprint(stage, inputs)
-    address = storage.join(stage.folder, "plan.json")
-    joined = storage.exists(address)
+    url = storage.join(stage.folder, "plan.json")
+    joined = storage.exists(url)
     if not joined:
-        listed = write_item_list(stage, stage.plan(), "items")
-        if not records.count(listed):
-            raise ValueError(f"{stage.name}: nothing to do: the inputs of {stage.folder} are empty")
-        joined = not storage.create_bytes(storage.json_bytes({
-            "format": FORMAT, "stage": stage.name, "fingerprint": print_, "section": stage.section(),
-            "inputs": inputs, "items": listed, "code": code_revision(),
-        }), address)
-    claimed = storage.read_json(address)
-    if not isinstance(claimed, dict) or not claimed.keys() >= _PLAN_KEYS:
-        raise ValueError(f"{address} is damaged\nhint: --rebuild makes this folder anew")
-    if claimed["fingerprint"] != print_:
-        raise ValueError(_disagreement(stage, claimed, inputs))
-    return read_items(stage.folder), joined
+        listed = write_item_list(stage.plan(), "items", partial(_put_beside_plan, stage))
+        joined = not _create_plan(stage, inputs, listed)
+    stamp, plan = storage.stamp(url), storage.read_json(url)
+    if not isinstance(plan, dict) or not plan.keys() >= _PLAN_KEYS:
+        raise ValueError(f"{url} is damaged\nhint: --rebuild makes this folder anew")
+    if plan["fingerprint"] != fingerprint(stage, inputs):
+        raise ValueError(_disagreement(stage, plan, inputs))
+    stage.claim = Claim(plan["fingerprint"], plan["inputs"], stamp)
+    return _all_items(stage.folder, plan), joined
+
+
+def replace_plan(stage: Stage) -> bool:
+    """Remove the folder of `stage` and write a new plan there; False if another driver wrote one first.
+
+    Everything is planned before anything is removed: a plan that fails costs nothing. The files that items carry wait
+    in a scratch folder.
+    """
+    inputs = stage.inputs()
+    with scratch_folder(f"{stage.name}-plan") as scratch:
+        (carried := scratch / "carried").mkdir()
+        listed = write_item_list(stage.plan(), "items", partial(_write_local, carried))
+        _refuse_empty(stage, listed)
+        clear_folder(stage)
+        for name, _ in sorted(storage.walk(str(carried))):
+            storage.put_file(carried / name, storage.join(stage.folder, name), give=True)
+    return _create_plan(stage, inputs, listed)
+
+
+def _create_plan(stage: Stage, inputs: dict[str, dict[str, Any]], listed: Any) -> bool:
+    """Write plan.json unless there is one; whether it was written."""
+    _refuse_empty(stage, listed)
+    return storage.create_bytes(storage.json_bytes({
+        "format": FORMAT, "stage": stage.name, "fingerprint": fingerprint(stage, inputs), "section": stage.section(),
+        "inputs": inputs, "items": listed, "code": code_revision(),
+    }), storage.join(stage.folder, "plan.json"))
+
+
+def _refuse_empty(stage: Stage, listed: Any) -> None:
+    if not records.count(listed):
+        raise ValueError(f"{stage.name}: nothing to do: the inputs of {stage.folder} are empty")
+
+
+def _put_beside_plan(stage: Stage, name: str, data: bytes) -> None:
+    storage.put_bytes(data, storage.join(stage.folder, name))
+
+
+def _write_local(folder: Path, name: str, data: bytes) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(data)
+
+
+def read_claim(folder: str) -> Claim:
+    """What the plan of a folder says of all its items."""
+    url = storage.join(folder, "plan.json")
+    stamp, plan = storage.stamp(url), storage.read_json(url)
+    return Claim(plan["fingerprint"], plan["inputs"], stamp)
+
+
+def claim_of(stage: Stage) -> Claim:
+    """The claim that came with a stage; read from its plan where no driver claimed the folder in this process."""
+    if stage.claim is None:
+        stage.claim = read_claim(stage.folder)
+    return stage.claim
+
+
+def refuse_replaced_plan(stage: Stage) -> None:
+    """PlanReplaced if the plan in the folder of a stage is not the one that the stage works on."""
+    claim = claim_of(stage)
+    try:
+        if storage.stamp(storage.join(stage.folder, "plan.json")) == claim.stamp != "":
+            return
+        there = read_claim(stage.folder).fingerprint
+    except FileNotFoundError:
+        there = "no plan"
+    if there != claim.fingerprint:
+        raise PlanReplaced(f"{stage.name}: {stage.folder} was planned again or removed while this command ran: "
+                           f"expected the plan {claim.fingerprint[:12]}, got {there[:12]}\n"
+                           f"hint: {stage.command} --rebuild, once no other command works on this folder")
 
 
 def read_items(folder: str) -> Sequence[Item]:
     """The items of the plan in a stage folder, and those that were added to it."""
+    return _all_items(folder, storage.read_json(storage.join(folder, "plan.json")))
+
+
+def _all_items(folder: str, plan: dict[str, Any]) -> Sequence[Item]:
     more = storage.join(folder, "more")
-    documents = [storage.join(folder, "plan.json"), *(storage.join(more, name) for name in storage.list_files(more))]
-    parts = [load_items(folder, storage.read_json(document)["items"]) for document in documents]
+    documents = [plan, *(storage.read_json(storage.join(more, name)) for name in storage.list_files(more))]
+    parts = [load_items(folder, document["items"]) for document in documents]
     return _Joined(parts) if len(parts) > 1 else parts[0]
 
 
-def write_item_list(stage: Stage, items: Iterable[Item], name: str) -> Any:
-    """Put what the items carry in place, and give their list as a plan holds it."""
-    ready = ({"id": item.id, "inputs": item.inputs} for item in _carried(stage, items))
+def write_item_list(items: Iterable[Item], name: str, put: Callable[[str, bytes], None]) -> Any:
+    """The list of items as a plan holds it; `put` gets the files (name, content) that belong beside the plan."""
+    ready = ({"id": item.id, "inputs": item.inputs} for item in _carried(items, put))
     few = list(itertools.islice(ready, records.INLINE + 1))
     if len(few) <= records.INLINE:
         return few
     data = records.items_to_bytes(itertools.chain(few, ready))
     name = name_by_content(f"{name}.parquet", data)
-    storage.put_bytes(data, storage.join(stage.folder, name))
+    put(name, data)
     return records.reference(name, data, len(records.items(data, Item)))
 
 
-def _carried(stage: Stage, items: Iterable[Item]) -> Iterator[Item]:
+def write_more_items(stage: Stage, items: Iterable[Item], number: int) -> tuple[bool, bool]:
+    """Add the round `number` of items to a plan; whether there are any, and whether another driver added them first."""
+    listed = write_item_list(items, f"more-{number:04d}", partial(_put_beside_plan, stage))
+    if not records.count(listed):
+        return False, False
+    url = storage.join(stage.folder, "more", f"{number:04d}.json")
+    return True, not storage.create_bytes(storage.json_bytes({"items": listed}), url)
+
+
+def _carried(items: Iterable[Item], put: Callable[[str, bytes], None]) -> Iterator[Item]:
     for item in items:
-        for carried, data in item.carries:
-            storage.put_bytes(data, storage.join(stage.folder, carried))
+        for name, data in item.carries:
+            put(name, data)
         yield item
 
 
@@ -103,11 +182,6 @@ class _Joined(Sequence[Item]):
     def ids(self) -> list[str]:
         """The ids alone, in order."""
         return [one for part in self._parts for one in item_ids(part)]
-
-
-def plan_fingerprint(folder: str) -> str:
-    """The fingerprint that the plan of a folder fixed."""
-    return storage.read_json(storage.join(folder, "plan.json"))["fingerprint"]
 
 
 def item_ids(items: Sequence[Item]) -> list[str]:

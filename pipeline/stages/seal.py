@@ -7,8 +7,8 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.stages import records
-from pipeline.stages.manifest import code_revision
-from pipeline.stages.plan import item_ids, plan_fingerprint
+from pipeline.stages.manifest import code_revision, stale_inputs
+from pipeline.stages.plan import claim_of, item_ids, refuse_replaced_plan
 from pipeline.stages.records import content, totals
 from pipeline.stages.scratch import scratch_folder
 from pipeline.stages.stage import Stage
@@ -21,7 +21,7 @@ _AT_ONCE = 5000  # records in memory as dicts
 def read_records(stage: Stage, ids: Sequence[str]) -> records.Collected:
     """The records that are there of the items `ids`; those of another plan do not count."""
     folder = storage.join(stage.folder, "records")
-    plan = plan_fingerprint(stage.folder)
+    plan = claim_of(stage).fingerprint
     packs = storage.join(stage.folder, "packs", plan[:12])
     found = records.Collected(partial(_pack, packs))
     names = storage.list_files(folder)
@@ -43,8 +43,11 @@ def _pack(folder: str, data: bytes) -> None:
 
 
 def seal_stage(stage: Stage, items: Sequence[Item], done: Sequence[dict[str, Any]] | None = None,
-         retired: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """Write manifest.json from the records of all items; the folder is finished from then on."""
+               retired: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """Write manifest.json from the records of all items; the folder is finished from then on.
+
+    StageFailed if an item has no record, or an input changed since the plan. PlanReplaced if the plan is another now.
+    """
     ids = item_ids(items)
     if done is None:
         done = read_records(stage, ids).in_order(ids)
@@ -55,27 +58,37 @@ def seal_stage(stage: Stage, items: Sequence[Item], done: Sequence[dict[str, Any
     with scratch_folder(f"{stage.name}-seal") as scratch:
         extra = stage.finish(done, scratch)
         described = [describe_file(name, path) for name, path in sorted(extra.files.items())]
+        refuse_replaced_plan(stage)
+        if stale := stale_inputs(stage, claim_of(stage)):
+            raise StageFailed(stale)
         for name, path in sorted(extra.files.items()):
             storage.put_file(path, storage.join(stage.folder, name))
     plan = storage.read_json(storage.join(stage.folder, "plan.json"))
-    manifest = {key: plan[key] for key in ("format", "stage", "fingerprint", "section", "inputs")}
-    manifest |= {
+    manifest = {key: plan[key] for key in ("format", "stage", "fingerprint", "section", "inputs")} | {
         "items": done, "files": described, "info": extra.info, "totals": totals(done),
-        "content": content(plan["fingerprint"], described, done),
-        "run": {"sealed": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "code": code_revision(),
-                "seconds": round(records.seconds(done), 3)},
-    }
-    if any(found := records.devices(done)):
-        manifest["run"]["devices"] = found
-    if retired:
-        manifest["run"]["retired"] = list(retired)
-    if halved := records.halved(done):
-        manifest["run"]["items_with_halved_batches"] = halved
-    listed = done
-    if len(done) > records.INLINE:
-        data = done.data if isinstance(done, records.Rows) else records.to_bytes([records.table(done)])
-        listed = records.reference(name_by_content("manifest.parquet", data), data, len(done))
-        storage.put_bytes(data, storage.join(stage.folder, listed["file"]["name"]))
-    storage.put_json(manifest | {"items": list(listed) if isinstance(listed, Sequence) else listed},
-                     storage.join(stage.folder, "manifest.json"))
+        "content": content(plan["fingerprint"], described, done), "run": _run_facts(done, retired)}
+    storage.put_json(manifest | {"items": _listed(stage, done)}, storage.join(stage.folder, "manifest.json"))
     return manifest
+
+
+def _run_facts(done: Sequence[dict[str, Any]], retired: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a manifest says of the run and not of its result: date, code, seconds, devices, retired workers."""
+    facts: dict[str, Any] = {"sealed": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "code": code_revision(),
+                             "seconds": round(records.seconds(done), 3)}
+    if any(devices := records.devices(done)):
+        facts["devices"] = devices
+    if retired:
+        facts["retired"] = list(retired)
+    if halved := records.halved(done):
+        facts["items_with_halved_batches"] = halved
+    return facts
+
+
+def _listed(stage: Stage, done: Sequence[dict[str, Any]]) -> list[dict[str, Any]] | dict[str, Any]:
+    """The records as manifest.json holds them: all of them, or a reference to a file beside it that this writes."""
+    if len(done) <= records.INLINE:
+        return list(done)
+    data = done.data if isinstance(done, records.Rows) else records.to_bytes([records.table(done)])
+    listed = records.reference(name_by_content("manifest.parquet", data), data, len(done))
+    storage.put_bytes(data, storage.join(stage.folder, listed["file"]["name"]))
+    return listed

@@ -11,7 +11,7 @@ from pipeline import storage
 from pipeline.hardware import devices
 from pipeline.stages import progress
 from pipeline.stages.decoder_pool import DecoderPool
-from pipeline.stages.types import Item, Output, StageFailed
+from pipeline.stages.types import Claim, Item, Output, StageFailed
 from pipeline.storage.hashing import digest
 
 FORMAT = 2
@@ -39,6 +39,7 @@ class Stage(ABC):
         self.path = folder
         self.folder = storage.join(self.root, folder)
         self.config = config
+        self.claim: Claim | None = None  # set when the driver claims the folder; goes to the workers with the stage
         self.heard: Callable[[], None] | None = None  # called at each word of a worker in this process
         self.beat = progress.Beat(self.folder, "")
 
@@ -106,7 +107,7 @@ class Stage(ABC):
                 output = error
             yield output
 
-    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+    def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         """Files and facts that need all items, for the manifest."""
         return Output()
 

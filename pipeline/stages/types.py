@@ -16,6 +16,17 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """What the plan of a folder says of all its items. Workers get it with the stage and do not read the plan."""
+
+    fingerprint: str
+    inputs: dict[str, Any]
+    """Name -> {"path", "digest"}, as in `Stage.inputs`."""
+    stamp: str
+    """`storage.stamp` of plan.json."""
+
+
+@dataclass(frozen=True)
 class Entry:
     """A line of the ledger: what was wrong with the sample `key`, and whether it was kept all the same."""
 
@@ -73,6 +84,10 @@ class Retired:
     """Whether a new worker may start in its place."""
     time: float
     """Unix time."""
+
+
+class PlanReplaced(ValueError):
+    """Another command planned the folder again, or emptied it, while this one worked on it."""
 
 
 class StageFailed(RuntimeError):

@@ -16,13 +16,15 @@ from typing import Any
 from pipeline import storage
 from pipeline.hardware import devices
 from pipeline.stages import progress
-from pipeline.stages.plan import plan_fingerprint
+from pipeline.stages.manifest import stale_inputs
+from pipeline.stages.plan import claim_of, refuse_replaced_plan
 from pipeline.stages.scratch import scratch_folder
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Entry, Item, Output, StageFailed
 from pipeline.storage.hashing import describe_file
 
 _log = logging.getLogger(__name__)
+_INPUTS_COMPARED: set[tuple[str, str]] = set()  # folder and fingerprint of the plans that this process works on
 
 current_item: ContextVar[tuple[str, str, str] | None] = ContextVar("in_hand", default=None)
 """(folder below the root, stage, item) that is worked on here, for the log."""
@@ -39,7 +41,7 @@ def process_and_commit(stage: Stage, item: Item) -> dict[str, Any]:
 def process_item(stage: Stage, item: Item) -> Callable[[], dict[str, Any]]:
     """Process one item; what commits it and returns its record, to be called once, in any thread."""
     address = storage.join(stage.folder, "records", f"{item.id}.json")
-    plan = plan_fingerprint(stage.folder)
+    plan = _begin(stage)
     if found := _record(address, plan):
         return lambda: found
     started = time.time()
@@ -64,7 +66,7 @@ def work_together(stage: Stage, items: Sequence[Item]) -> Iterator[tuple[Item, d
 
     A failed item comes with its exception, or with None if another item's exception ended them all: try it alone.
     """
-    plan = plan_fingerprint(stage.folder)
+    plan = _begin(stage)
     there = {item.id: _record(storage.join(stage.folder, "records", f"{item.id}.json"), plan) for item in items}
     yield from ((item, there[item.id]) for item in items if there[item.id])
     new = [item for item in items if not there[item.id]]
@@ -91,6 +93,19 @@ def work_together(stage: Stage, items: Sequence[Item]) -> Iterator[tuple[Item, d
             finally:
                 stage.beat.done()
             yield item, record
+
+
+def _begin(stage: Stage) -> str:
+    """The fingerprint of the plan that a stage works on; ValueError if an input changed before this worker began.
+
+    Inputs are compared once in each process. The seal compares them again.
+    """
+    claim = claim_of(stage)
+    if (stage.folder, claim.fingerprint) not in _INPUTS_COMPARED:
+        if stale := stale_inputs(stage, claim):
+            raise ValueError(stale)
+        _INPUTS_COMPARED.add((stage.folder, claim.fingerprint))
+    return claim.fingerprint
 
 
 @contextlib.contextmanager
@@ -128,6 +143,7 @@ def _commit(stage: Stage, item: Item, output: Output, scratch: Path, plan: str, 
     }
     if found := _record(address, plan):
         return found
+    refuse_replaced_plan(stage)
     for name, path in sorted(output.files.items()):
         storage.put_file(path, storage.join(stage.folder, name), give=path.is_relative_to(scratch))
     for name, data in sorted(output.aside.items()):
@@ -142,7 +158,8 @@ def _commit(stage: Stage, item: Item, output: Output, scratch: Path, plan: str, 
     if not storage.create_bytes(storage.json_bytes(record), address):
         if found := _record(address, plan):
             return found
-        storage.put_json(record, address)  # of a plan that a rebuild has replaced
+        refuse_replaced_plan(stage)  # a record of another plan: one of the two is late
+        storage.put_json(record, address)
     return record
 
 

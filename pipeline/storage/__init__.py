@@ -41,6 +41,7 @@ from pipeline.storage.files import (
     sha256,
     sha256_file,
     size,
+    stamp,
     summarize_file,
     walk,
 )
@@ -52,5 +53,5 @@ __all__ = [
     "list_folders", "list_stamps", "local_copy", "local_path", "manifest_file_url", "map_urls", "modified_time",
     "name_by_content", "normalize", "open_reader", "parse_json", "put_bytes", "put_file", "put_json", "read_bytes",
     "read_json", "read_range", "redact_credentials", "remove", "remove_tree", "sha256", "sha256_file", "short_hash",
-    "size", "summarize_file", "swap_bytes", "walk",
+    "size", "stamp", "summarize_file", "swap_bytes", "walk",
 ]

@@ -167,6 +167,21 @@ def list_stamps(url: str) -> dict[str, str]:
             for full, info in listed.items()}
 
 
+def stamp(url: str) -> str:
+    """The size of the file at `url` with its time and inode, or with its ETag: another one if the file was replaced.
+
+    Empty if the store tells neither a time nor an ETag. FileNotFoundError if there is no file.
+    """
+    if is_local(url):
+        stat = os.stat(local_path(url))
+        return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}"
+    fs, path = open_url(url)
+    with storage_errors(url, "look at"):
+        info = fs.info(path)
+    mark = info.get("ETag") or info.get("mtime")
+    return f"{info['size']}-{mark}" if mark else ""
+
+
 def modified_time(url: str) -> float:
     """When the file at `url` was written, in seconds of the epoch; FileNotFoundError if there is none."""
     fs, path = open_url(url)

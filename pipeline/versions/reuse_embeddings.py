@@ -73,7 +73,7 @@ class Reuse(Embed):
                   if not vector.any()]
         return Output(len(vectors), {f"{item.id}.npy": scratch / "vectors.npy"}, ledger, {"reused": len(vectors)})
 
-    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+    def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         output = super().finish(records, scratch)
         output.info["reused"] = sum(record["info"].get("reused", 0) for record in records)
         return output

@@ -16,7 +16,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class Clustered(Stage):
         np.save(path, vectors.astype(np.float16), allow_pickle=False)
         return Output(samples=len(vectors), files={path.name: path})
 
-    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+    def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         return Output(info={"encoder": {"model": "clustered", "dim": self.dim}})
 
 

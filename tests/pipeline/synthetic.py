@@ -68,7 +68,7 @@ class Given(Stage):
             (scratch / name).write_bytes(data)
         return Output(samples=samples, files={name: scratch / name for name in files})
 
-    def finish(self, records: list[dict[str, Any]], scratch: Path) -> Output:
+    def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         return Output(info=self.info)
 
 
