@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.cluster import connect
 from pipeline.embeddings import decode_batch
-from pipeline.stages.decoder_pool import Decoded
+from pipeline.stages.decoder_pool import DecodedBatch
 
 _PATIENCE_S = 60.0  # after which a worker decodes itself what it asked for
 _AGAIN_S = 1.0  # between two looks whether one that was lost is back
@@ -32,7 +32,7 @@ class Decoder:
         """Answer once the process runs: which, on which node."""
         return os.getpid(), ray.get_runtime_context().get_node_id()
 
-    def decode(self, data: list[bytes], preprocessing: dict[str, Any]) -> Decoded:
+    def decode(self, data: list[bytes], preprocessing: dict[str, Any]) -> DecodedBatch:
         """Encoded pictures as the encoder of that preprocessing takes them."""
         return decode_batch.by_description(data, preprocessing)
 
@@ -57,7 +57,7 @@ class Decoders:
         self._asked: dict[Any, int] = {}  # who answers, and with how many portions
         self._lock = threading.Lock()
 
-    def __call__(self, data: list[bytes], preprocessing: dict[str, Any]) -> Decoded | None:
+    def __call__(self, data: list[bytes], preprocessing: dict[str, Any]) -> DecodedBatch | None:
         if (handle := self._free()) is None:
             return None
         try:

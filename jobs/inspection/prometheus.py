@@ -37,7 +37,7 @@ def serve(root: str, where: str) -> None:
     if not port.isdigit() or int(port) > 65535:
         raise ValueError(f"--serve {where!r} is no port\nhint: --serve 9108, or 0.0.0.0:9108 for other machines")
     registry = CollectorRegistry()
-    collector = Root(root)
+    collector = RootMetrics(root)
     collector.look()  # who cannot read it at all shall know at once
     registry.register(collector)
     server, thread = start_http_server(int(port), host.strip("[]") or "127.0.0.1", registry)
@@ -48,7 +48,7 @@ def serve(root: str, where: str) -> None:
         server.shutdown()
 
 
-class Root:
+class RootMetrics:
     """What a root holds, as metrics; read at most once in a while, however many ask."""
 
     def __init__(self, root: str) -> None:

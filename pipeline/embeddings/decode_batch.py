@@ -8,10 +8,10 @@ import numpy as np
 
 from pipeline.embeddings import clip
 from pipeline.media.types import BadImage
-from pipeline.stages.decoder_pool import Decoded
+from pipeline.stages.decoder_pool import DecodedBatch
 
 
-def decoded(data: list[bytes], prepare: Callable[[bytes], np.ndarray]) -> Decoded:
+def decoded(data: list[bytes], prepare: Callable[[bytes], np.ndarray]) -> DecodedBatch:
     """What `prepare` makes of each picture, one after another."""
     begun, there, pictures = time.perf_counter(), [], []
     for position, encoded in enumerate(data):
@@ -20,10 +20,10 @@ def decoded(data: list[bytes], prepare: Callable[[bytes], np.ndarray]) -> Decode
         except BadImage:
             continue
         there.append(position)
-    return Decoded(there, np.stack(pictures) if pictures else None, time.perf_counter() - begun)
+    return DecodedBatch(there, np.stack(pictures) if pictures else None, time.perf_counter() - begun)
 
 
-def by_description(data: list[bytes], preprocessing: dict[str, Any]) -> Decoded:
+def by_description(data: list[bytes], preprocessing: dict[str, Any]) -> DecodedBatch:
     """`decoded` for an encoder that is somewhere else, by the preprocessing in its description."""
     theirs = clip.open_clip_transform(preprocessing)
     return decoded(data, lambda encoded: clip.prepare_image(encoded, preprocessing, theirs))

@@ -23,9 +23,9 @@ from pipeline.datasets.metadata import metadata
 from pipeline.embeddings import clip
 from pipeline.embeddings.clip_weights import ClipConfig, describe_encoder
 from pipeline.embeddings.encode_shards import (
-    Part,
     Room,
-    Shard,
+    ShardInput,
+    ShardPart,
     chunks,
     encode_parts,
     in_order,
@@ -128,7 +128,8 @@ class Embed(Stage):
                 except Exception as error:
                     yield error
 
-    def _output(self, item: Item, scratch: Path, parts: Iterable[Part], encoder: clip.Encoder, times: Times) -> Output:
+    def _output(self, item: Item, scratch: Path, parts: Iterable[ShardPart], encoder: clip.Encoder, times: Times
+                ) -> Output:
         """The file of one shard, of its parts."""
         record = item.inputs["shard"]
         vectors = np.zeros((record["samples"], encoder.dim), np.float16)
@@ -171,16 +172,16 @@ class Embed(Stage):
         return encoder
 
     def _parts(self, encoder: clip.Encoder, records: Sequence[dict[str, Any]], times: Times
-               ) -> Generator[Part, None, None]:
+               ) -> Generator[ShardPart, None, None]:
         parts_in_flight = self.decode.at_once if self.decode else 0
         room = self._room(map(_size, records), whole=encoder.whole, parts_in_flight=parts_in_flight)
         shards = [self._shard(record) for record in records]
         return encode_parts(encoder, shards, self.config.batch_size, room, self.decode, times)
 
-    def _shard(self, record: dict[str, Any]) -> Shard:
+    def _shard(self, record: dict[str, Any]) -> ShardInput:
         entry = file_of(record, ".tar")
         url = storage.manifest_file_url(self.dataset.folder("shards"), entry["name"])
-        return Shard(record["samples"],
+        return ShardInput(record["samples"],
                      lambda: storage.fetch_and_open(url, entry, lambda path: path.open("rb"), check=True))
 
     def _room(self, sizes: Iterable[tuple[int, int]], *, whole: bool, parts_in_flight: int = 0, threads: int = 0
@@ -200,14 +201,14 @@ class EmbedCaptions(Embed):
         return 1
 
     def _parts(self, encoder: clip.Encoder, records: Sequence[dict[str, Any]], times: Times
-               ) -> Generator[Part, None, None]:
-        def work(part: tuple[int, list[dict[str, Any]]]) -> Part:
+               ) -> Generator[ShardPart, None, None]:
+        def work(part: tuple[int, list[dict[str, Any]]]) -> ShardPart:
             # A sample without a caption gets a row of zeros: the vector of no words is near to everything.
             number, samples = part
             there = [position for position, row in enumerate(samples) if (row["caption"] or "").strip()]
             with times("forward"):
                 texts = [samples[position]["caption"] for position in there]
-                return Part(number, [row["key"] for row in samples], there=there, rows=encoder.fit(
+                return ShardPart(number, [row["key"] for row in samples], there=there, rows=encoder.fit(
                     texts, len(texts), lambda part, _: encoder.texts(part), np.concatenate) if there else None)
 
         threads = self._room(map(_size, records), whole=False).threads
@@ -218,7 +219,7 @@ class EmbedCaptions(Embed):
                 size = part_of(len(rows), self.config.batch_size)
                 source = ((number, samples) for samples in chunks(rows, size, times))
                 yield from in_order(pool, work, source, 2 * threads, times)
-                yield Part(number)
+                yield ShardPart(number)
 
 
 def _size(record: dict[str, Any]) -> tuple[int, int]:

@@ -42,7 +42,7 @@ _WIDE = 14  # bytes of a channel of a pixel on its way from 8 bits to the encode
 
 
 @dataclass
-class Part:
+class ShardPart:
     """Some samples of one of the shards that are taken together, in order; a part without samples ends its shard."""
 
     shard: int
@@ -60,7 +60,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardInput:
     """A shard as it is read: how many samples its record names, and what opens its tar."""
 
     count: int
@@ -122,13 +122,13 @@ def part_of(count: int, size: int) -> int:
     return -(-count // passes) or 1
 
 
-def encode_parts(encoder: clip.Encoder, shards: Sequence[Shard], size: int, fitting: Room,
-                 pool_of_decoders: DecoderPool | None, times: Times) -> Generator[Part, None, None]:
+def encode_parts(encoder: clip.Encoder, shards: Sequence[ShardInput], size: int, fitting: Room,
+                 pool_of_decoders: DecoderPool | None, times: Times) -> Generator[ShardPart, None, None]:
     """The parts of all shards in order, with vectors."""
     parts_in_flight = pool_of_decoders.at_once if pool_of_decoders else 0
     decode = _decoder(encoder, pool_of_decoders, fitting.threads if encoder.whole else 0, times)
 
-    def forward(part: Part) -> Part:
+    def forward(part: ShardPart) -> ShardPart:
         if part.rows is not None:
             full = part_of(shards[part.shard].count, size) if encoder.compiled else 0
             with times("forward"):
@@ -161,11 +161,11 @@ def torch_threads(threads: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def _decoder(encoder: clip.Encoder, pool_of_decoders: DecoderPool | None, threads: int, times: Times
-             ) -> Callable[[Part], Part]:
+             ) -> Callable[[ShardPart], ShardPart]:
     """What decodes a part: on so many threads here, and elsewhere what they do not get to."""
     here = threading.Semaphore(threads)
 
-    def decode(part: Part) -> Part:
+    def decode(part: ShardPart) -> ShardPart:
         data, part.data = part.data, []
         if not data:
             return part
@@ -185,7 +185,7 @@ def _decoder(encoder: clip.Encoder, pool_of_decoders: DecoderPool | None, thread
     return decode
 
 
-def _read(shards: Sequence[Shard], length: Callable[[Shard], int], times: Times) -> Iterator[Part]:
+def _read(shards: Sequence[ShardInput], length: Callable[[ShardInput], int], times: Times) -> Iterator[ShardPart]:
     """The samples of all shards in parts of some length, each shard opened while the one before is read."""
     with ThreadPoolExecutor(1) as opening:
         following = opening.submit(shards[0].open_tar) if shards else None
@@ -198,11 +198,11 @@ def _read(shards: Sequence[Shard], length: Callable[[Shard], int], times: Times)
                     stream = here.result()
                 with stream:
                     for samples in chunks(tars.read(stream), length(shard), times):
-                        yield Part(number, [sample["__key__"] for sample in samples],
+                        yield ShardPart(number, [sample["__key__"] for sample in samples],
                                    [tars.sample_image(sample) for sample in samples])
-                yield Part(number)
+                yield ShardPart(number)
             except Exception as error:
-                yield Part(number, error=error)
+                yield ShardPart(number, error=error)
 
 
 def chunks(samples: Iterable[Any], size: int, times: Times) -> Iterator[list[Any]]:
@@ -242,13 +242,14 @@ def in_order(pool: ThreadPoolExecutor, work: Callable[[Any], Any], source: Itera
         yield first()
 
 
-def _in_whole_batches(encoder: clip.Encoder, parts: Iterable[Part], size: int, times: Times) -> Iterator[Part]:
+def _in_whole_batches(encoder: clip.Encoder, parts: Iterable[ShardPart], size: int, times: Times
+                      ) -> Iterator[ShardPart]:
     """The parts with vectors of batches of `size`, which go on over the ends of parts and shards; the vectors of one
     batch are fetched while the next is under way.
     """
-    held: deque[Part] = deque()  # in order, until all of their vectors are there
-    pieces: deque[tuple[Part, int, np.ndarray]] = deque()  # (part, first picture, pictures) that are to be encoded
-    going: tuple[list[tuple[Part, int, np.ndarray]], Any] | None = None
+    held: deque[ShardPart] = deque()  # in order, until all of their vectors are there
+    pieces: deque[tuple[ShardPart, int, np.ndarray]] = deque()  # (part, first picture, pictures) that are to be encoded
+    going: tuple[list[tuple[ShardPart, int, np.ndarray]], Any] | None = None
     count = 0
     for part in itertools.chain(parts, [None]):
         if part is not None:
@@ -282,7 +283,7 @@ def _launched(encoder: clip.Encoder, batch: np.ndarray, size: int) -> "torch.Ten
                        lambda part, most: encoder.launch(part, most if size else 0), torch.cat)
 
 
-def _cut(pieces: deque[tuple[Part, int, np.ndarray]], size: int) -> list[tuple[Part, int, np.ndarray]]:
+def _cut(pieces: deque[tuple[ShardPart, int, np.ndarray]], size: int) -> list[tuple[ShardPart, int, np.ndarray]]:
     """Take `size` pictures from the front, or what is there."""
     batch, missing = [], size
     while pieces and missing:
@@ -295,7 +296,7 @@ def _cut(pieces: deque[tuple[Part, int, np.ndarray]], size: int) -> list[tuple[P
     return batch
 
 
-def _fetch(batch: list[tuple[Part, int, np.ndarray]], launched: Any) -> None:
+def _fetch(batch: list[tuple[ShardPart, int, np.ndarray]], launched: Any) -> None:
     """Give the vectors of a batch to the parts that its pictures are of."""
     vectors, start = launched.cpu().numpy(), 0
     for part, first, pictures in batch:

@@ -15,7 +15,7 @@ from pipeline.indices.choose import budget_of, estimated_bytes, factory_keys, no
 from pipeline.indices.config import IndexConfig
 from pipeline.indices.faiss_door import faiss, write_index
 from pipeline.indices.fill import fill
-from pipeline.indices.parallel import IndexingStage, Parts, Training, embedding_inputs, merge_parts
+from pipeline.indices.parallel import IndexingStage, IndexTraining, Parts, embedding_inputs, merge_parts
 from pipeline.indices.searcher import misnumbered
 from pipeline.indices.train import train_index, training_rows
 from pipeline.indices.tune import Queries, held_out, measure_recall, recall_error
@@ -47,7 +47,7 @@ class Index(IndexingStage):
         manifest = self.dataset.manifest("embeddings")
         if manifest["totals"]["samples"] <= self.config.rows_of_a_part(manifest["info"]["encoder"]["dim"]):
             return []
-        training = Training(self.dataset, self.config)
+        training = IndexTraining(self.dataset, self.config)
         return [training, Parts(training, self.config)]
 
     def plan(self) -> list[Item]:
@@ -58,7 +58,7 @@ class Index(IndexingStage):
     def process(self, item: Item, scratch: Path) -> Output:
         if before := self.before():
             training, parts = before
-            assert isinstance(training, Training) and isinstance(parts, Parts)
+            assert isinstance(training, IndexTraining) and isinstance(parts, Parts)
             index, infos, info, times, held = merge_parts(training, parts, self.config, scratch)
         else:
             vectors = Embeddings(self.dataset).all().astype(np.float32)

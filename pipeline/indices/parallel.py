@@ -68,7 +68,7 @@ def embedding_inputs(dataset: Dataset) -> dict[str, dict[str, Any]]:
     return {name: dataset.identity(name) for name in names}
 
 
-class Training(IndexingStage):
+class IndexTraining(IndexingStage):
     """The stage that chooses a kind of index and trains it on a seeded sample of all shards."""
 
     name = "index_training"
@@ -119,7 +119,7 @@ class Parts(IndexingStage):
 
     name = "index_parts"
 
-    def __init__(self, training: Training, config: IndexConfig) -> None:
+    def __init__(self, training: IndexTraining, config: IndexConfig) -> None:
         super().__init__(training.root, training.dataset.path("index-parts"), config)
         self.dataset, self.training = training.dataset, training
 
@@ -172,7 +172,7 @@ class Parts(IndexingStage):
                       info={"error": round(sum(value * rows for value, rows in error) / max(1, total), 6)})
 
 
-def merge_parts(training: Training, parts: Parts, config: IndexConfig, scratch: Path
+def merge_parts(training: IndexTraining, parts: Parts, config: IndexConfig, scratch: Path
              ) -> tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any], np.ndarray]:
     """The parts as one index, autofaiss's index_infos, measured facts, seconds, and the rows training did not see.
 
@@ -204,7 +204,7 @@ def merge_parts(training: Training, parts: Parts, config: IndexConfig, scratch: 
     return index, infos, info, times, np.load(_file(training, "held.npy"), allow_pickle=False)
 
 
-def held_out_queries(training: Training) -> list[Queries]:
+def held_out_queries(training: IndexTraining) -> list[Queries]:
     """The queries of a training: pictures that it did not see, and captions if there are any."""
     query_sets = [Queries("image", np.load(_file(training, "images.npy"), allow_pickle=False),
                      np.load(_file(training, "held.npy"), allow_pickle=False))]
@@ -220,7 +220,7 @@ def _there(rows: np.ndarray) -> np.ndarray:
     return rows if there.all() else rows[there]
 
 
-def _file(training: Training, name: str) -> Path:
+def _file(training: IndexTraining, name: str) -> Path:
     record = read_manifest(training.folder, training.command)["items"][0]
     return _local(training, record, name)
 

@@ -22,7 +22,7 @@ from pipeline.neighbors.by_list import by_list, bytes_of_a_query
 from pipeline.neighbors.config import ALL_ROWS_FROM_LISTS, SCORE_BINS, SPARE_CANDIDATES, NeighborsConfig
 from pipeline.neighbors.exhaustive import exhaustive, halved, search_device
 from pipeline.neighbors.files import neighbor_files
-from pipeline.neighbors.rank import Copies, Found, Queries, masked, rank_candidates
+from pipeline.neighbors.rank import Copies, Found, NeighborQueries, masked, rank_candidates
 from pipeline.stages.scratch import shared_scratch
 from pipeline.stages.stage import Stage
 from pipeline.stages.timers import Times
@@ -139,15 +139,15 @@ class Neighbors(Stage):
     def _exact(self) -> bool:
         return self.config.method == "exact" or searcher.kind(self.database) == "scan"
 
-    def _queries(self, item: Item) -> Queries:
+    def _queries(self, item: Item) -> NeighborQueries:
         hashed, shards = self.config.copy_bits >= 0, item.inputs["shards"]
         vectors = [self._vectors(shard) for shard in shards]
         rows = item.inputs["offset"] + np.arange(sum(map(len, vectors)))
-        return Queries(np.concatenate(vectors, dtype=np.float32),
-                       rows if self.dataset == self.database else np.full(len(rows), -1),
-                       np.concatenate([labels(self.dataset, shard["shard"]) for shard in shards]),
-                       np.concatenate([perceptual_hashes(self.dataset, shard["shard"]) for shard in shards])
-                       if hashed else None)
+        return NeighborQueries(np.concatenate(vectors, dtype=np.float32),
+                               rows if self.dataset == self.database else np.full(len(rows), -1),
+                               np.concatenate([labels(self.dataset, shard["shard"]) for shard in shards]),
+                               np.concatenate([perceptual_hashes(self.dataset, shard["shard"]) for shard in shards])
+                               if hashed else None)
 
     def _vectors(self, shard: dict[str, Any]) -> np.ndarray:
         """Those of a shard, (N_i, D) float16."""
@@ -158,7 +158,7 @@ class Neighbors(Stage):
                              f"hint: python -m jobs verify")
         return vectors
 
-    def _found(self, database: "Opened", queries: Queries, times: Times, *, exactly: bool = False
+    def _found(self, database: "Opened", queries: NeighborQueries, times: Times, *, exactly: bool = False
                ) -> tuple[np.ndarray, np.ndarray]:
         """Ids and scores (Q, k); all rows are compared for those whose candidates copies ate up."""
         k, config = self.config.k, self.config
@@ -188,8 +188,8 @@ class Neighbors(Stage):
                 ids[short], scores[short] = self._found(database, queries[short], Times(), exactly=True)
         return ids, scores
 
-    def _in_lists(self, database: "Opened", queries: Queries, copies: Copies, wanted: int, probes: int, times: Times
-                  ) -> tuple[np.ndarray, np.ndarray]:
+    def _in_lists(self, database: "Opened", queries: NeighborQueries, copies: Copies, wanted: int, probes: int,
+                  times: Times) -> tuple[np.ndarray, np.ndarray]:
         """The best k (Q, k) of the best `wanted` rows in the nearest lists, -1 for none; as many queries at a time as
         there is memory for.
         """
@@ -206,7 +206,7 @@ class Neighbors(Stage):
         ids, scores = (np.concatenate(column) for column in zip(*results, strict=True))
         return ids, scores
 
-    def _certain(self, database: "Opened", queries: Queries, candidates: Found, copies: Copies
+    def _certain(self, database: "Opened", queries: NeighborQueries, candidates: Found, copies: Copies
                  ) -> tuple[np.ndarray, np.ndarray]:
         """Ids and scores of an exhaustive search; again for queries where a row that was passed over may be nearer."""
         k, width = self.config.k, candidates.ids.shape[1]
@@ -222,7 +222,7 @@ class Neighbors(Stage):
                                                         self.config.block_bytes)
         return ids, scores
 
-    def _quality(self, database: "Opened", queries: Queries, ids: np.ndarray, there: np.ndarray, item: Item
+    def _quality(self, database: "Opened", queries: NeighborQueries, ids: np.ndarray, there: np.ndarray, item: Item
                  ) -> dict[str, int]:
         """How many of a few samples' exact neighbours were found."""
         if not (database.lists or database.graph):

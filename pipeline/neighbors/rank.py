@@ -50,7 +50,7 @@ class Copies:
     hidden: np.ndarray | None = None
     """(N,) bool: rows that must not be found at all."""
 
-    def among(self, ids: np.ndarray, queries: "Queries", which: np.ndarray) -> np.ndarray:
+    def among(self, ids: np.ndarray, queries: "NeighborQueries", which: np.ndarray) -> np.ndarray:
         """(P,) whether the rows `ids` (P,) are the queries `which` (P,) themselves or show their pictures."""
         same = ids == queries.own[which]
         for column in range(self.labels.shape[1]):
@@ -64,7 +64,7 @@ class Copies:
 
 
 @dataclass
-class Queries:
+class NeighborQueries:
     """Vectors whose neighbours are wanted, and what is known of the pictures."""
 
     vectors: np.ndarray
@@ -79,9 +79,9 @@ class Queries:
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def __getitem__(self, part: np.ndarray) -> "Queries":
-        return Queries(self.vectors[part], self.own[part], self.labels[part],
-                       None if self.hashes is None else self.hashes[part])
+    def __getitem__(self, part: np.ndarray) -> "NeighborQueries":
+        return NeighborQueries(self.vectors[part], self.own[part], self.labels[part],
+                               None if self.hashes is None else self.hashes[part])
 
 
 def _differing_bits(hashes: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -154,7 +154,7 @@ class Best:
         self.least[which] = scores[:, -1]
 
 
-def rank_candidates(candidates: Found, queries: Queries, database: Embeddings, copies: Copies, k: int
+def rank_candidates(candidates: Found, queries: NeighborQueries, database: Embeddings, copies: Copies, k: int
            ) -> tuple[np.ndarray, np.ndarray]:
     """The k best rows that are no copies, of those that were found: ids (Q, k) and exact scores (Q, k)."""
     ids, rough = candidates.ids.copy(), candidates.scores.copy()
@@ -192,7 +192,7 @@ def products(database: Embeddings, ids: np.ndarray, vectors: np.ndarray, which: 
     return scores
 
 
-def masked(queries: Queries, database: Embeddings, copies: Copies, k: int, memory: int
+def masked(queries: NeighborQueries, database: Embeddings, copies: Copies, k: int, memory: int
            ) -> tuple[np.ndarray, np.ndarray]:
     """As `settle` for all rows of the database, however many of them are copies; for few queries, for it is slow."""
     ids, scores = np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32)

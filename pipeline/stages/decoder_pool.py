@@ -7,7 +7,7 @@ import numpy as np
 
 
 @dataclass
-class Decoded:
+class DecodedBatch:
     """Some pictures as an encoder takes them; those that are none left out."""
 
     there: list[int]
@@ -23,5 +23,5 @@ class DecoderPool(Protocol):
 
     at_once: int
 
-    def __call__(self, data: list[bytes], preprocessing: dict[str, Any]) -> Decoded | None:
+    def __call__(self, data: list[bytes], preprocessing: dict[str, Any]) -> DecodedBatch | None:
         """As `decoded` gives it; None if none of them can: whoever asked does it then."""

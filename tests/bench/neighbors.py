@@ -90,7 +90,7 @@ def exact(queries: Dataset, database: Dataset, turns: int) -> list[tuple[float, 
     one = torch.randn(blocks.rows, rows.dim, device=device).to(dtype)
     other = torch.randn(blocks.queries, rows.dim, device=device).to(dtype)
     labels = np.arange(len(rows), dtype=np.uint64)[:, None]
-    asked = rank.Queries(vectors, np.full(len(vectors), -1), labels[:len(vectors)] + np.uint64(1 << 40))
+    asked = rank.NeighborQueries(vectors, np.full(len(vectors), -1), labels[:len(vectors)] + np.uint64(1 << 40))
     found = []
     for _ in range(turns):
         begin = time.perf_counter()

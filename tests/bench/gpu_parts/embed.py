@@ -45,7 +45,7 @@ def _encoder(model: str) -> Any:
 
 def _on_pixels(report: Report, encoder: Any, model: str, batch: int) -> float:
     """Rates of the bare pass and of what surrounds it; the bare one, images a second."""
-    from pipeline.embeddings.encode_shards import Part, _in_whole_batches
+    from pipeline.embeddings.encode_shards import ShardPart, _in_whole_batches
     from pipeline.stages.timers import Times
     side = encoder.preprocessing["image_size"]
     count = report.size(10 if model == "ViT-L-14" else 24, 3)
@@ -69,7 +69,7 @@ def _on_pixels(report: Report, encoder: Any, model: str, batch: int) -> float:
         previous.cpu()
 
     def parts() -> None:
-        source = (Part(0, [""] * batch, [], list(range(batch)), pixels[number % 4]) for number in range(count))
+        source = (ShardPart(0, [""] * batch, [], list(range(batch)), pixels[number % 4]) for number in range(count))
         for _ in _in_whole_batches(encoder, source, batch, Times()):
             pass
 
@@ -130,12 +130,12 @@ def _on_tars(report: Report, encoder: Any, model: str, batch: int, bare: float,
 
 def _tars_rate(report: Report, encoder: Any, batch: int, bare: float, side: int, threads: int) -> tuple[float, str]:
     """Images a second of the embed stage's own loop, and where its time went."""
-    from pipeline.embeddings.encode_shards import Room, Shard, encode_parts
+    from pipeline.embeddings.encode_shards import Room, ShardInput, encode_parts
     from pipeline.stages.timers import Times
     tar, count = _tar(report, side)
     # About three seconds at the rate of the bare pass, or at that of decoding.
     rate = min(bare, 4000.0 if side == 256 else 1000.0)
-    shards = [Shard(count, lambda: tar.open("rb"))] * max(2, int(3 * rate / count))
+    shards = [ShardInput(count, lambda: tar.open("rb"))] * max(2, int(3 * rate / count))
     if report.small:
         shards = shards[:1]
     times, first, seen = Times(), 0, 0

@@ -148,7 +148,7 @@ def test_prometheus_is_answered_when_nothing_runs(root: str) -> None:
 
 
 def test_a_root_that_cannot_be_read_is_a_metric(root: str, monkeypatch) -> None:
-    served = inspection_prometheus.Root(root)
+    served = inspection_prometheus.RootMetrics(root)
     assert {one.name: one for one in served.collect()}["rdm_root_readable"].samples[0].value == 1
 
     def broken(root: str) -> Any:

@@ -6,7 +6,7 @@ from pipeline.datasets.embeddings import Embeddings
 from pipeline.hardware import devices
 from pipeline.neighbors import exhaustive, rank
 from pipeline.neighbors.by_list import by_list
-from pipeline.neighbors.rank import Copies, Found, Queries
+from pipeline.neighbors.rank import Copies, Found, NeighborQueries
 from tests.pipeline import synthetic
 
 MEMORY = 64 << 20
@@ -22,9 +22,9 @@ def database(tmp_path_factory) -> tuple[Embeddings, np.ndarray]:
     return Embeddings(dataset), vectors
 
 
-def asked(vectors: np.ndarray) -> Queries:
+def asked(vectors: np.ndarray) -> NeighborQueries:
     numbers = np.arange(len(vectors), dtype=np.uint64)[:, None] + np.uint64(1 << 40)
-    return Queries(vectors, np.full(len(vectors), -1), numbers)
+    return NeighborQueries(vectors, np.full(len(vectors), -1), numbers)
 
 
 def nobody(count: int) -> Copies:
@@ -149,7 +149,8 @@ def test_ranking_leaves_out_copies_and_is_exact_however_rough_the_products_were(
 
 def test_perceptual_hashes_count_as_copies_up_to_so_many_bits():
     hashes = np.array([0, 0b1, 0b111, 1 << 63 | 0b11, (1 << 64) - 1], np.uint64)
-    queries = Queries(np.ones((1, 2), np.float32), np.array([-1]), np.array([[9]], np.uint64), np.zeros(1, np.uint64))
+    queries = NeighborQueries(np.ones((1, 2), np.float32), np.array([-1]), np.array([[9]], np.uint64),
+                              np.zeros(1, np.uint64))
     copies = Copies(np.arange(5, dtype=np.uint64)[:, None], 2.0, hashes, 3)
     assert copies.among(np.arange(5), queries, np.zeros(5, int)).tolist() == [True, True, True, True, False]
     copies.bits = 0
