@@ -9,13 +9,11 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn, optim
@@ -24,15 +22,15 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from model.config import TrainConfig
-from model.diffusion import process, randomness
+from model.diffusion import process
 from model.network.unet import UNet
 from model.training import flops
+from model.training.inputs import Batch, Inputs, prefetch_inputs
 from model.training.precision import compute_dtype
 from model.weights import checkpoint
 from model.weights.checkpoint import whole
 from model.weights.ema import EMA
 
-Batch = dict[str, np.ndarray]
 Write = Callable[[Path], None]
 _LEVELS = 4  # parts of the noise levels whose losses are told apart
 
@@ -45,24 +43,6 @@ class State:
     ema: EMA
     optimizer: optim.Optimizer
     step: int = 0
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """One step's share of this process: x0, eps (B, C, H, W), t (B,), context (B, k, D)."""
-
-    x0: Tensor
-    eps: Tensor
-    t: Tensor
-    context: Tensor
-
-    def to(self, device: torch.device) -> "Inputs":
-        def move(x: Tensor) -> Tensor:
-            if device.type == "cuda":
-                return x.pin_memory().to(device, non_blocking=True)
-            return x.to(device)
-
-        return Inputs(move(self.x0), move(self.eps), move(self.t), move(self.context))
 
 
 def train(
@@ -97,9 +77,9 @@ def train(
     if config.global_batch < world:
         raise ValueError(f"global_batch = {config.global_batch} is less than a picture for each of {world} processes")
     device = torch.device(device)
-    with _enough_memory(config, world, loading=True):
-        state = _start(config, device, resume)
-        network = _shared(state.model, device) if dist.is_initialized() and not config.fsdp else state.model
+    with _explain_out_of_memory(config, world, loading=True):
+        state = _initial_state(config, device, resume)
+        network = _wrap_in_ddp(state.model, device) if dist.is_initialized() and not config.fsdp else state.model
     meter = _Meter(config, device, world)
     saved = state.step
     every = config.validate_every or config.checkpoint_every
@@ -110,7 +90,8 @@ def train(
         if rank == 0:
             save(state.step, lambda folder: checkpoint.write(folder, whole, state.step, state.ema.updates, config))
 
-    with _enough_memory(config, world), closing(_ahead(config, batch_at, rank, world, state.step)) as stream:
+    with (_explain_out_of_memory(config, world),
+          closing(prefetch_inputs(config, batch_at, rank, world, state.step)) as stream):
         for inputs, waited in stream:
             leave = stop is not None and stop()
             done = _update(config, network, state, inputs.to(device), leave)
@@ -119,7 +100,7 @@ def train(
                 log(record)
             if validate and (state.step % every == 0 or state.step == config.steps):
                 with meter.paused():
-                    averaged = _averaged(state, config)
+                    averaged = _averaged_network(state, config)
                     if rank == 0:
                         log({"step": state.step, **validate(state.step, averaged)})
             if done.leaving:
@@ -140,7 +121,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * min(1.0, (step + 1) / max(1, config.warmup))
 
 
-def _start(config: TrainConfig, device: torch.device, resume: Path | None) -> State:
+def _initial_state(config: TrainConfig, device: torch.device, resume: Path | None) -> State:
     with torch.random.fork_rng(devices=[]):
         # Drawn on the CPU: the same first weights on every device and every process.
         torch.manual_seed(config.seed)
@@ -149,7 +130,7 @@ def _start(config: TrainConfig, device: torch.device, resume: Path | None) -> St
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if config.fsdp and dist.is_initialized():
-        _divide(model, device)
+        _shard_weights(model, device)
     optimizer = optim.AdamW(
         model.parameters(),
         lr=config.lr,
@@ -165,7 +146,7 @@ def _start(config: TrainConfig, device: torch.device, resume: Path | None) -> St
     return state
 
 
-def _shared(model: nn.Module, device: torch.device) -> nn.Module:
+def _wrap_in_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
@@ -173,7 +154,7 @@ def _shared(model: nn.Module, device: torch.device) -> nn.Module:
     )
 
 
-def _divide(model: UNet, device: torch.device) -> None:
+def _shard_weights(model: UNet, device: torch.device) -> None:
     """Leave each process its part of the weights; a block's are brought together while it works."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in (*model.input_blocks, model.middle_block, *model.output_blocks):
@@ -181,7 +162,7 @@ def _divide(model: UNet, device: torch.device) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def _averaged(state: State, config: TrainConfig) -> UNet:
+def _averaged_network(state: State, config: TrainConfig) -> UNet:
     """A network of its own with the averaged weights, to be looked at."""
     with torch.device("meta"):
         network = UNet(config.unet)
@@ -191,7 +172,7 @@ def _averaged(state: State, config: TrainConfig) -> UNet:
 
 
 @contextlib.contextmanager
-def _enough_memory(config: TrainConfig, world: int, loading: bool = False) -> Iterator[None]:
+def _explain_out_of_memory(config: TrainConfig, world: int, loading: bool = False) -> Iterator[None]:
     """MemoryError, naming what to change, where torch has none left; `loading`: not even for the network."""
     try:
         yield
@@ -210,68 +191,8 @@ def _enough_memory(config: TrainConfig, world: int, loading: bool = False) -> It
             f"--checkpointing or more workers; nothing after the last checkpoint was saved") from error
 
 
-def _ahead(
-    config: TrainConfig, batch_at: Callable[[int], Batch], rank: int, world: int, first: int
-) -> Iterator[tuple[Inputs, float]]:
-    """The inputs of the steps from `first` on, the next always being prepared in a thread, and seconds waited for."""
-    positions = range(rank * config.global_batch // world, (rank + 1) * config.global_batch // world)
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        future = None
-        for step in range(first, config.steps):
-            future = future or pool.submit(_prepare, config, batch_at, step, positions)
-            asked = time.perf_counter()
-            inputs, future = future.result(), None
-            waited = time.perf_counter() - asked
-            if step + 1 < config.steps:
-                future = pool.submit(_prepare, config, batch_at, step + 1, positions)
-            yield inputs, waited
-
-
-def _prepare(config: TrainConfig, batch_at: Callable[[int], Batch], step: int, positions: range) -> Inputs:
-    """One step's inputs, from its batch and from the random numbers of its positions."""
-    batch = batch_at(step)
-    if "latent" in batch:
-        x0 = torch.from_numpy(batch["latent"]).float()  # (B, C, h, w)
-    else:
-        image = torch.from_numpy(batch["image"]).permute(0, 3, 1, 2)  # (B, 3, H, W)
-        x0 = (image.float() / 127.5 - 1.0).contiguous()
-    neighbors = torch.from_numpy(batch["neighbors"])  # (B, K, D)
-    k = randomness.number(config.seed, "k", step, 1, config.k) if config.random_k else config.k
-    wanted = (len(positions), config.k, config.unet.context_dim)
-    found = (len(x0), min(neighbors.shape[1], config.k), neighbors.shape[2])
-    if wanted != found or len(neighbors) != len(x0):
-        raise ValueError(
-            f"step {step}: batch of {len(x0)} pictures with neighbors {tuple(neighbors.shape)}, "
-            f"but this process needs (B, at least k, D) = {wanted}"
-        )
-    context = _disturbed(config, neighbors[:, :k].float(), step, positions)  # (B, k, D)
-    if config.own != "none":
-        context = torch.cat([torch.from_numpy(batch["own"]).float()[:, None], context], dim=1)  # (B, 1 + k, D)
-    context = config.context_norm * context
-    # The condition of nobody is a set of zeros, as in the release's guidance.
-    dropped = randomness.dropped(config.seed, step, positions, config.p_uncond)
-    context = context.masked_fill(dropped[:, None, None], 0.0)
-    eps = randomness.noise(config.seed, "noise", step, positions, x0.shape[1:])
-    t = randomness.timesteps(config.seed, step, positions, config.diffusion.timesteps)
-    return Inputs(x0, eps, t, context)
-
-
-def _disturbed(config: TrainConfig, neighbors: Tensor, step: int, positions: range) -> Tensor:
-    """Neighbours (B, k, D) with noise, each as long as before, and some of them left out."""
-    if config.neighbor_noise:
-        drawn = randomness.noise(config.seed, "neighbor noise", step, positions, neighbors.shape[1:])
-        length = neighbors.norm(dim=-1, keepdim=True)
-        # Noise of D numbers has the length sqrt(D).
-        noisy = neighbors + config.neighbor_noise * length * drawn / neighbors.shape[-1] ** 0.5
-        neighbors = torch.nn.functional.normalize(noisy, dim=-1) * length
-    if config.p_drop_neighbor:
-        draws = randomness.uniform(config.seed, "neighbor dropout", step, positions, neighbors.shape[1:2])
-        neighbors = neighbors.masked_fill((draws < config.p_drop_neighbor)[..., None], 0.0)
-    return neighbors
-
-
 @dataclass(frozen=True)
-class _Done:
+class _StepResult:
     """What came of a step, of the global batch: sums of the loss and counts of pictures by quarter of noise levels."""
 
     loss: float
@@ -281,7 +202,7 @@ class _Done:
     """(2, 4) float64."""
 
 
-def _update(config: TrainConfig, network: nn.Module, state: State, inputs: Inputs, leave: bool) -> _Done:
+def _update(config: TrainConfig, network: nn.Module, state: State, inputs: Inputs, leave: bool) -> _StepResult:
     """One optimiser step."""
     device, number = inputs.x0.device, state.step + 1
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -292,7 +213,7 @@ def _update(config: TrainConfig, network: nn.Module, state: State, inputs: Input
     parts = list(zip(*(one.tensor_split(count) for one in (inputs.x0, inputs.eps, inputs.t, inputs.context)),
                      strict=True))
     for place, (x0, eps, t, context) in enumerate(parts):
-        with _synchronised(network, last=place == len(parts) - 1):
+        with _gradient_sync(network, last=place == len(parts) - 1):
             losses = _losses(config, network, x0, eps, t, context)  # (B,)
             # DDP takes the mean of the processes' gradients, whose shares may differ by a picture.
             (losses.sum() / (config.global_batch / world)).backward()
@@ -320,11 +241,11 @@ def _update(config: TrainConfig, network: nn.Module, state: State, inputs: Input
     state.optimizer.zero_grad(set_to_none=True)
     state.ema.update(state.model)
     state.step = number
-    return _Done(loss, grad_norm, leaving > 0, shared[2:-1].reshape(2, _LEVELS))
+    return _StepResult(loss, grad_norm, leaving > 0, shared[2:-1].reshape(2, _LEVELS))
 
 
 @contextlib.contextmanager
-def _synchronised(network: nn.Module, *, last: bool) -> Iterator[None]:
+def _gradient_sync(network: nn.Module, *, last: bool) -> Iterator[None]:
     """Add the processes' gradients up after the last part of a step only."""
     if isinstance(network, DistributedDataParallel) and not last:
         with network.no_sync():
@@ -363,7 +284,7 @@ class _Meter:
         yield
         self.since += time.perf_counter() - started
 
-    def add(self, step: int, done: _Done, waited: float, inputs: Inputs) -> dict[str, Any] | None:
+    def add(self, step: int, done: _StepResult, waited: float, inputs: Inputs) -> dict[str, Any] | None:
         """Count a finished step; at the end of an interval, its record."""
         self.losses.append(done.loss)
         self.by_level += done.by_level
@@ -384,7 +305,7 @@ class _Meter:
             "grad_norm": done.grad_norm,
             "samples_per_s": samples_per_s,
             "data_wait": min(1.0, self.waited / seconds),
-            "memory_gb": _memory(self.device) / 1e9,
+            "memory_gb": _peak_memory(self.device) / 1e9,
             **self._operations(samples_per_s, inputs),
             "seconds": now - self.begun,
         }
@@ -401,7 +322,7 @@ class _Meter:
         return {"tflops_per_s": done / 1e12} | ({"mfu": done / (peak * self.world)} if peak else {})
 
 
-def _memory(device: torch.device) -> int:
+def _peak_memory(device: torch.device) -> int:
     """The most bytes that this process had: of the GPU's memory where it has one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

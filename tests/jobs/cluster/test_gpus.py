@@ -96,7 +96,7 @@ def test_a_network_that_does_not_fit_the_gpu_has_another_hint_than_a_batch(root:
     def start(*_: Any) -> Any:
         raise torch.OutOfMemoryError(FULL)
 
-    monkeypatch.setattr(train, "_start", start)
+    monkeypatch.setattr(train, "_initial_state", start)
     assert main(_commands(root)["train"]) == 1
     said = capsys.readouterr().err
     assert FULL in said and "hint: --fsdp" in said and "Traceback" not in said

@@ -9,7 +9,7 @@ import torch
 
 from model.config import DiffusionConfig, TrainConfig, from_dict, identity, to_dict
 from model.network.unet import UNet
-from model.training.train import _prepare
+from model.training.inputs import _prepare_inputs
 from tests.model.training import toy_run
 
 
@@ -20,7 +20,7 @@ def prepared(config: TrainConfig, step: int = 0, rank: int = 0, world: int = 1, 
         return batch if own is None else batch | {"own": own[rank * share:(rank + 1) * share]}
 
     share = config.global_batch // world
-    return _prepare(config, batch_at, step, range(rank * share, (rank + 1) * share))
+    return _prepare_inputs(config, batch_at, step, range(rank * share, (rank + 1) * share))
 
 
 def test_a_random_k_is_one_for_the_batch_and_another_in_other_steps():
