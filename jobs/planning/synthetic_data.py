@@ -144,7 +144,7 @@ class Steps(Stage):
         # An update needs the activations too, and a CPU without memory ends the process instead of raising.
         while _BYTES_A_PARAMETER * flops.size(config.unet, self.side, config.k).parameters > memory / 2:
             config = _narrower(config)
-        took = batch = steps = 0
+        took, batch, steps = 0.0, 0, 0
         while not took:
             try:
                 each = self._seconds(config, 1, 2, device)

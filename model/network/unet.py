@@ -82,7 +82,7 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 class Stack(nn.Sequential):
     """Layers in sequence, each given what it takes of the time embedding and the context."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:  # type: ignore[override]  # it takes more
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
@@ -234,7 +234,7 @@ def _down_path(config: UNetConfig, emb: int) -> tuple[nn.ModuleList, list[int]]:
     blocks, skips = [Stack(first)], [channels]
     for level, mult in enumerate(config.channel_mult):
         for _ in range(config.num_res_blocks):
-            layers = [ResBlock(channels, mult * config.model_channels, emb)]
+            layers: list[nn.Module] = [ResBlock(channels, mult * config.model_channels, emb)]
             channels = mult * config.model_channels
             if 2**level in config.attention_downsampling:
                 layers.append(_transformer(config, channels))
@@ -251,7 +251,7 @@ def _up_path(config: UNetConfig, emb: int, skips: list[int]) -> nn.ModuleList:
     skips, channels, blocks = list(skips), skips[-1], []
     for level, mult in reversed(list(enumerate(config.channel_mult))):
         for i in range(config.num_res_blocks + 1):
-            layers = [ResBlock(channels + skips.pop(), mult * config.model_channels, emb)]
+            layers: list[nn.Module] = [ResBlock(channels + skips.pop(), mult * config.model_channels, emb)]
             channels = mult * config.model_channels
             if 2**level in config.attention_downsampling:
                 layers.append(_transformer(config, channels))

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -102,9 +102,18 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], int]:
 
 def _inert(name: str) -> type:
     """A class that takes whatever it is given and keeps nothing."""
-    return type(name.rpartition(".")[2], (), {"__init__": lambda self, *_, **__: None,
-                                              "__new__": lambda cls, *_, **__: object.__new__(cls),
-                                              "__setstate__": lambda self, state: None})
+    class Inert:
+        def __new__(cls, *_: Any, **__: Any) -> Self:
+            return object.__new__(cls)
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def __setstate__(self, state: Any) -> None:
+            pass
+
+    Inert.__name__ = name.rpartition(".")[2]
+    return Inert
 
 
 def _averaged(path: Path, unet: dict[str, Tensor], average: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -139,7 +148,9 @@ def unet_config(weights: Mapping[str, Tensor], head_dim: int = 32) -> UNetConfig
     """
     try:
         first, last = weights["input_blocks.0.0.weight"], weights["out.2.weight"]
-        width, mults, attention, blocks, level = first.shape[0], [], [], 0, 0
+        width, blocks, level = first.shape[0], 0, 0
+        mults: list[int] = []
+        attention: list[int] = []
         last_block = max(int(name.split(".")[1]) for name in weights if name.startswith("input_blocks."))
         for number in range(1, last_block + 1):
             start = f"input_blocks.{number}."
