@@ -14,11 +14,11 @@ from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.stages.driver import run_in_process, run_stage
 from pipeline.stages.manifest import read_manifest, without_run_facts
-from pipeline.stages.plan import prepare
+from pipeline.stages.plan import clear_folder, prepare
 from pipeline.stages.scratch import _sweep, scratch_folder, shared_scratch
 from pipeline.stages.seal import seal_stage
 from pipeline.stages.stage import Stage
-from pipeline.stages.types import Entry, Item, Output, StageFailed
+from pipeline.stages.types import Entry, Item, Output, PlanReplaced, StageFailed
 from pipeline.stages.worker import process_and_commit
 from tests.pipeline import synthetic
 
@@ -290,6 +290,57 @@ def test_a_late_twin_steps_back(tmp_path):
     assert record == late.first
     assert (tmp_path / "count" / "000000.a").read_bytes() != b"other bytes"
     assert process_and_commit(late, items[0]) == record and late.processed == ["000000"]
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_a_late_worker_of_a_replaced_plan_changes_nothing(tmp_path, done):
+    """The folder is planned again with other settings while an item is in hand; the new item is done, or not yet."""
+    late, new = Count(tmp_path), Count(tmp_path, CountConfig(step=2))
+    items = prepare(late)
+    process = late.process
+
+    def slow(item, scratch):
+        output = process(item, scratch)
+        clear_folder(new)
+        new_items = prepare(new)
+        if done:
+            process_and_commit(new, new_items[1])
+        late.before = lasting(new.folder)
+        return output
+    late.process = slow
+    with pytest.raises(PlanReplaced, match=r"planned again or removed while this command ran: expected .*\nhint: "):
+        process_and_commit(late, items[1])
+    assert lasting(new.folder) == late.before
+    run_stage(Count(tmp_path, CountConfig(step=2)))
+    run_stage(Count(tmp_path / "alone", CountConfig(step=2)))
+    assert lasting(new.folder) == lasting(tmp_path / "alone" / "count")
+
+
+def test_a_driver_of_a_replaced_plan_ends_and_changes_nothing(tmp_path):
+    late, new = Count(tmp_path), Count(tmp_path, CountConfig(step=2))
+
+    def replaced(stage_, items):
+        for number, outcome in enumerate(run_in_process(stage_, items)):
+            if number == 1:
+                run_stage(new, overwrite=True)
+            yield outcome
+    with pytest.raises(PlanReplaced):
+        run_stage(late, replaced)
+    run_stage(Count(tmp_path / "alone", CountConfig(step=2)))
+    assert lasting(new.folder) == lasting(tmp_path / "alone" / "count")
+
+
+def test_a_record_of_a_replaced_plan_is_replaced(tmp_path):
+    """A late worker wrote it just after the folder was emptied."""
+    late = Count(tmp_path)
+    record = process_and_commit(late, prepare(late)[1])
+    new = Count(tmp_path, CountConfig(step=2))
+    clear_folder(new)
+    prepare(new)
+    storage.put_json(record, storage.join(new.folder, "records", "000001.json"))
+    run_stage(new)
+    run_stage(Count(tmp_path / "alone", CountConfig(step=2)))
+    assert lasting(new.folder) == lasting(tmp_path / "alone" / "count")
 
 
 def test_a_seal_without_all_records_is_refused(tmp_path):
