@@ -1,141 +1,38 @@
-"""The whole way in one command: pictures, datasets, samples of a trained model, a training of its own, a report."""
+"""`python -m jobs demo`: images, datasets, samples of a bundled model, a training run, a report."""
 
-import logging
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
-from jobs.config.recipes import RECIPES
+from jobs.cli.options import CommonOptions, Flat, Unflagged
+from jobs.cli.run_stage import open_runner
+from jobs.cluster.config import ClusterConfig
 from jobs.config.settings import Settings
-from jobs.report import report
-from jobs.runs.run import Run
-from jobs.sampling.sample_stage import Sampling
-from jobs.telemetry.observe import run_observed
-from jobs.telemetry.units import format_bytes
-from jobs.training.export import BUNDLED, import_run
-from jobs.training.train_stage import Job
 from pipeline import storage
-from pipeline.corpora import drawn as drawn_corpus
-from pipeline.corpora import emoji
-from pipeline.corpora.demo_corpus import DemoCorpus
-from pipeline.datasets.dataset import Dataset
-from pipeline.embeddings.embed import Embed
-from pipeline.indices.index import Index
-from pipeline.neighbors.neighbors import Neighbors
-from pipeline.shards.shard import Shard
-from pipeline.stages.driver import Runner
-from pipeline.stages.plan import prepare
-from pipeline.stages.stage import Stage
-
-TRAIN, HELD_OUT = "train", "heldout"
-RUN = "demo"
-TRAINED = "emoji_32"  # the run of the model that comes along, which knows emoji alone
-_FEW_STEPS = 600  # beside a model that is trained already
-# Some that training has seen, some of the held-out tenth; every style has a picture of each.
-EMOJI_PROMPTS = ("red apple", "house", "soccer ball", "sunflower", "red heart", "ghost", "rose", "trophy")
-_log = logging.getLogger(__name__)
 
 
-def run_demo(root: str, settings: Settings, runner: Runner, *, drawn: bool, dry_run: bool, steps: int = 0,
-        train: Callable[[Job], Any]) -> str:
-    """Bring everything below `root` to its sealed state; the address of the report, "" on a dry run.
+@dataclass(frozen=True)
+class DemoOptions:
+    """Run everything on real images: eight style databases, a trained model, samples and a report."""
 
-    What is sealed already is left alone, so a second run only looks. `steps` of training; 0: the recipe's, or a few
-    where a model that is trained comes along.
-    """
-    pictures = _pictures(root, settings, drawn)
-    styles, bundled = _styles(pictures), pictures.config.corpus == "emoji" and BUNDLED.is_dir()
-    settings = replace(settings, train=replace(settings.train, steps=steps or (
-        _FEW_STEPS if bundled else settings.train.steps)))
-    if dry_run:
-        print(f"corpus {pictures.config.corpus}, datasets {', '.join([TRAIN, *styles])}, run {RUN} of "
-              f"{settings.train.steps} steps, report {storage.join(root, 'report.html')}")
-        return ""
-    did = [_seal(pictures, runner)]
-    names = {name: Dataset.parse(root, name) for name in (TRAIN, HELD_OUT, *styles)}
-    sources = storage.join(pictures.folder, "sources.json")
-    for name, dataset in names.items():
-        did.append(_seal(Shard(dataset, replace(
-            settings.shard, source=pictures.folder, captions=storage.join(pictures.folder, f"{name}.csv"),
-            sources=sources, only_captioned=True, image_size=pictures.config.size)), runner))
-        did.append(_seal(Embed(dataset, settings.embed), runner))
-        if name != HELD_OUT:
-            did.append(_seal(Index(dataset, settings.index), runner))
-    for name in (TRAIN, HELD_OUT):
-        did.append(_seal(Neighbors(names[name], names[TRAIN], settings.neighbors), runner))
-    databases = tuple(names[style] for style in styles)
-    if bundled:
-        did.append(_seal(Sampling(_bundled(root), 0, _prompts(pictures), databases, settings.embed.clip(),
-                                  RECIPES[TRAINED]().sample), runner))
-    job = Job(Run.parse(root, RUN), names[TRAIN], names[TRAIN], settings.train, validation=names[HELD_OUT])
-    if not storage.exists(storage.join(job.run.folder, "manifest.json")):
-        _log.info("train: %d steps of %d pictures", settings.train.steps, settings.train.global_batch)
-        did.append(True)
-    if train(job) is None:
-        raise KeyboardInterrupt
-    did.append(_seal(Sampling(job.run, 0, _prompts(pictures), databases, settings.embed.clip(), settings.sample),
-                     runner))
-    address = storage.join(root, "report.html")
-    if any(did) or not storage.exists(address):
-        report.write(root, address)
-    else:
-        _log.info("everything was there already")
-    _log.info("the report is %s", address)
-    return address
+    common: Flat[CommonOptions]
+    cluster: Flat[ClusterConfig]
+    settings: Unflagged[Settings]
+    drawn: bool = False
+    """Use the corpus drawn by the program instead of the emoji."""
+    steps: int = 0
+    """Training steps. 0: the recipe's, or 600 with a bundled model."""
+    subjects: int = 300
+    """Subjects of the drawn corpus."""
 
 
-def _bundled(root: str) -> Run:
-    """The model that comes along as a run of the root."""
-    run = Run.parse(root, TRAINED)
-    new = not storage.exists(storage.join(run.folder, "manifest.json"))
-    import_run(run, BUNDLED)
-    if new:
-        _log.info("%s: a model of %d steps that comes along", run.path, run.latest_step())
-    return run
-
-
-def _seal(stage_: Stage, runner: Runner) -> bool:
-    """Run a stage unless it is sealed; whether there was anything to do."""
-    if storage.exists(storage.join(stage_.folder, "manifest.json")):
-        prepare(stage_)
-        return False
-    manifest = run_observed(stage_, runner, name=f"{stage_.name} {stage_.path}")
-    totals, info = manifest["totals"], manifest["info"]
-    _log.info("%s: %d samples, %s%s%s", stage_.path, totals["samples"], format_bytes(totals["bytes"]),
-              f", left out: {totals['skipped']}" if totals["skipped"] else "",
-              f", {info['key']}, recall@10 {info['recall_at_10']}" if "recall_at_10" in info else "")
-    return True
-
-
-def _pictures(root: str, settings: Settings, drawn: bool) -> DemoCorpus:
-    """The corpus: the one that was taken before, else emoji where npm brings them, else drawn."""
-    cache = (storage.local_path(root) if storage.is_local(root) else storage.cache_folder()) / "cache" / "npm"
-    there = [name for name in ("emoji", "drawn") if storage.exists(storage.join(root, "pictures", name, "plan.json"))]
-    if not drawn and "drawn" not in there:
-        try:
-            emoji.fetch(cache)
-            _log.info("corpus: emoji in eight styles, fetched with npm into %s", cache)
-            return DemoCorpus(root, replace(settings.pictures, corpus="emoji"), cache)
-        except emoji.NpmUnavailable as error:
-            if "emoji" in there:
-                raise
-            _log.warning("corpus: pictures drawn by the program, for there are no emoji: %s", error)
-    else:
-        _log.info("corpus: pictures drawn by the program")
-    return DemoCorpus(root, replace(settings.pictures, corpus="drawn"), cache)
-
-
-def _styles(pictures: DemoCorpus) -> list[str]:
-    if pictures.config.corpus == "emoji":
-        return sorted(emoji.STYLES)
-    return list(drawn_corpus.catalog(1, pictures.config.seed).styles)
-
-
-def _prompts(pictures: DemoCorpus) -> tuple[str, ...]:
-    if pictures.config.corpus == "emoji":
-        return EMOJI_PROMPTS
-    subjects = drawn_corpus.catalog(pictures.config.subjects, pictures.config.seed).pictures
-    captions = list(dict.fromkeys(one.caption for one in subjects if not one.held_out))
-    held_out = list(dict.fromkeys(one.caption for one in subjects if one.held_out))
-    return (*captions[::max(1, len(captions) // 5)][:5], *held_out[:3])
-
+def run_demo(options: DemoOptions) -> int:
+    from jobs.cli.demo_stages import make_demo
+    from jobs.cli.model import train
+    settings = replace(options.settings, cluster=options.cluster,
+                       pictures=replace(options.settings.pictures, subjects=options.subjects))
+    with open_runner(options.common, options.cluster) as runner:
+        report = make_demo(storage.normalize(options.common.root), settings, runner, drawn=options.drawn,
+                           dry_run=options.common.dry_run, steps=options.steps,
+                           train=lambda job: train(job, options.cluster, local=options.common.local))
+    if report:
+        print(report)
+    return 0

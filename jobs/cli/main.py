@@ -1,8 +1,8 @@
-"""`python -m jobs VERB`: stdout is data, stderr is log.
+"""`python -m jobs VERB`: data on stdout, logs on stderr.
 
-What loads torch or Ray is imported where it is used: a look at the status is not to wait for them.
+A verb's module imports torch, Ray and the like inside its functions: `--help` and `status` do not wait for them.
 
-Exit 0: done; 1: failed items or faults; 2: misuse; 130: stopped by SIGINT or SIGTERM, to be gone on with.
+Exit 0: done; 1: failed items or faults; 2: invalid usage; 130: stopped by SIGINT or SIGTERM, run again to resume.
 """
 
 import argparse
@@ -11,16 +11,10 @@ import logging
 import os
 import select
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING
-from typing import Any
 
-import tyro
-
-from jobs import commands, verbs
-from jobs.cli.submit import check_needed, make_submission, run_submission
-from jobs.config.settings import Settings
-from jobs.config.toml import resolve_settings
+from jobs.cli.options import STOPPED
+from jobs.cli.parse import VERBS, load_verb, parse_command
+from jobs.cli.submit import check_needed
 from jobs.telemetry import interrupts, logs
 from pipeline import storage
 from pipeline.hardware import devices
@@ -44,8 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if arguments else 2
     try:
         check_needed()
-        act, command, settings = parsed(arguments)
-        code = act(command, settings)
+        run, options = parse_command(arguments)
+        code = run(options)
         sys.stdout.flush()
         return code
     except SystemExit:  # tyro printed the help, or what is wrong with a flag
@@ -68,23 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
         logs.last_word(storage.redact_credentials(text), exit=1)
         return 1
     except KeyboardInterrupt:
-        logs.last_word("stopped; the same command goes on from here", logging.WARNING, exit=verbs.STOPPED)
-        return verbs.STOPPED
-
-
-def parsed(arguments: Sequence[str]) -> tuple[Callable[[Any, Settings], int], Any, Settings]:
-    """A command line as what acts on it, what it says, and the settings below that; ValueError for no such verb."""
-    verb, flags = arguments[0], list(arguments[1:])
-    if verb not in VERBS:
-        raise ValueError(f"there is no verb {verb!r}\nhint: one of {', '.join(VERBS)}")
-    kind, act = VERBS[verb]
-    settings = Settings()
-    if kind is commands.SubmitCommand:  # its own flags end where the other verb begins
-        end = next((number for number, word in enumerate(flags) if word in VERBS), len(flags))
-        flags.insert(end, "--")
-    else:
-        settings = _settings(flags)
-    return act, tyro.cli(kind, args=flags, default=_default(kind, settings), prog=f"python -m jobs {verb}"), settings
+        logs.last_word("stopped; the same command goes on from here", logging.WARNING, exit=STOPPED)
+        return STOPPED
 
 
 def _misuse(message: str) -> int:
@@ -120,44 +99,8 @@ def _unheard() -> bool:
     return gone
 
 
-def _settings(arguments: list[str]) -> Settings:
-    """The settings before flags: recipe and file are read first, for they are the flags' defaults."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default="")
-    first.add_argument("--config", default="")
-    known, _ = first.parse_known_args(arguments)
-    return resolve_settings(known.recipe, known.config)
-
-
-def _default(kind: type, settings: Settings) -> Any:
-    """An instance of a verb's dataclass with the settings in place of its sections; the rest is asked for."""
-    values: dict[str, Any] = {}
-    for name in kind.__dataclass_fields__:
-        if name in {"common", "stage"}:
-            values[name] = {"common": commands.Common, "stage": commands.Rebuild}[name]()
-        elif name in settings.__dataclass_fields__:
-            values[name] = getattr(settings, name)
-        elif kind.__dataclass_fields__[name].default is not MISSING:
-            values[name] = kind.__dataclass_fields__[name].default
-        elif kind.__dataclass_fields__[name].default_factory is not MISSING:
-            values[name] = kind.__dataclass_fields__[name].default_factory()
-        else:
-            values[name] = tyro.MISSING
-    return kind(**values)
-
-
-def _submit(command: commands.SubmitCommand, settings: Settings) -> int:
-    if not command.words or command.words[0] == "submit":
-        raise ValueError("submit needs a verb\nhint: python -m jobs submit --wait embed NAME --root s3://...")
-    _, inner, settings = parsed(command.words)
-    return run_submission(make_submission(command.words, inner, settings, command), command)
-
-
-VERBS = verbs.VERBS | {"submit": (commands.SubmitCommand, _submit)}
-
-
 def _overview() -> str:
-    lines = [f"  {name:<10} {(kind.__doc__ or '').strip()}" for name, (kind, _) in VERBS.items()]
+    lines = [f"  {verb:<10} {(load_verb(verb)[0].__doc__ or '').strip()}" for verb in VERBS]
     return ("usage: python -m jobs VERB [...]; python -m jobs VERB --help\n\n" + "\n".join(lines) +
             "\n\nEvery verb takes --root (a folder or s3://...), --local (no Ray) and --dry-run.\n"
-            "To go on after any fault, run the same command again.\n")
+            "To resume after any fault, run the same command again.\n")

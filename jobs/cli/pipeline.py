@@ -1,24 +1,85 @@
-"""`python -m jobs pipeline`: the verbs that bring a dataset all the way, one after another."""
+"""`python -m jobs pipeline`: all stages of a dataset, one after another."""
 
-from collections.abc import Iterator
-from typing import Any
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from jobs import commands
-from jobs.runs.run import Run
-from pipeline.datasets.dataset import Dataset
+import tyro
+
+from jobs.cli.data import (
+    EmbedOptions,
+    IndexOptions,
+    NeighborsOptions,
+    ShardOptions,
+    run_embed,
+    run_index,
+    run_neighbors,
+    run_shard,
+)
+from jobs.cli.model import TrainOptions, run_train
+from jobs.cli.options import CommonOptions, Dataset, Flat, StageOptions
+from jobs.cli.publish import import_torch_first
+from jobs.cluster.config import ClusterConfig
+from model.config import TrainConfig
+from pipeline import storage
+from pipeline.embeddings.embed import EmbedConfig
+from pipeline.indices.config import IndexConfig
+from pipeline.neighbors.config import NeighborsConfig
+from pipeline.sources.config import ShardConfig
 
 
-def pipeline_steps(command: commands.PipelineCommand) -> Iterator[tuple[str, Any, str]]:
-    """Each verb with its own command, and the folder that is sealed when it has ended."""
-    name, cluster, common, again = command.dataset, command.cluster, command.common, commands.Rebuild()
-    dataset, database = Dataset.parse(common.root, name), Dataset.parse(common.root, command.database or name)
-    yield "shard", commands.ShardCommand(name, command.shard, cluster, common, again), dataset.folder("shards")
-    yield ("embed", commands.EmbedCommand(name, command.embed, cluster, common, again),
-           dataset.folder("embeddings"))
-    yield "index", commands.IndexCommand(name, command.index, cluster, common, again), dataset.folder("index")
-    if command.database or command.trained:
-        yield ("neighbors", commands.NeighborsCommand(name, command.neighbors, cluster, common, again, database.label),
+@dataclass(frozen=True)
+class PipelineOptions:
+    """Run all stages of a dataset: shards, embeddings, index, and on request neighbors and a training run."""
+
+    dataset: Dataset
+    shard: Flat[ShardConfig]
+    embed: EmbedConfig
+    index: IndexConfig
+    neighbors: NeighborsConfig
+    train: TrainConfig
+    cluster: Flat[ClusterConfig]
+    common: Flat[CommonOptions]
+    database: str = ""
+    """Also find the neighbors of its images in this database."""
+    train_run: Annotated[str, tyro.conf.arg(name="train", metavar="RUN")] = ""
+    """Also train this run, with neighbors in the database or, without one, in the dataset itself."""
+
+
+def run_pipeline(options: PipelineOptions) -> int:
+    from pipeline.indices.choose import check_autofaiss
+    dry_run, missing_folder = options.common.dry_run, ""
+    if options.train_run and not dry_run:
+        import_torch_first()
+    if not dry_run:
+        check_autofaiss()
+    for verb, run, verb_options, folder in _steps(options):
+        if missing_folder:
+            print(json.dumps({"stage": verb, "folder": folder, "waits_for": missing_folder}))
+            continue
+        if code := run(verb_options):
+            return code
+        if dry_run and not storage.exists(storage.join(folder, "manifest.json")):
+            missing_folder = folder
+    return 0
+
+
+def _steps(options: PipelineOptions) -> Iterator[tuple[str, Callable[[Any], int], Any, str]]:
+    """Each verb with its function, its options, and the folder that it seals."""
+    from jobs.runs.run import Run
+    from pipeline.datasets import dataset as datasets
+    name, cluster, common, stage = options.dataset, options.cluster, options.common, StageOptions()
+    dataset = datasets.Dataset.parse(common.root, name)
+    database = datasets.Dataset.parse(common.root, options.database or name)
+    yield "shard", run_shard, ShardOptions(name, options.shard, cluster, common, stage), dataset.folder("shards")
+    yield "embed", run_embed, EmbedOptions(name, options.embed, cluster, common, stage), dataset.folder("embeddings")
+    yield "index", run_index, IndexOptions(name, options.index, cluster, common, stage), dataset.folder("index")
+    if options.database or options.train_run:
+        yield ("neighbors", run_neighbors,
+               NeighborsOptions(name, options.neighbors, cluster, common, stage, database.label),
                dataset.folder(f"neighbors/{database.label}"))
-    if command.trained:
-        yield ("train", commands.TrainCommand(command.trained, name, command.train, cluster, common, again,
-                                              database.label), Run.parse(common.root, command.trained).folder)
+    if options.train_run:
+        yield ("train", run_train,
+               TrainOptions(options.train_run, name, options.train, cluster, common, stage, database.label),
+               Run.parse(common.root, options.train_run).folder)

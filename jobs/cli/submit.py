@@ -18,16 +18,15 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from jobs.commands import SubmitCommand
-from jobs.config.settings import Settings
+import tyro
+
+from jobs.cli.options import STOPPED, Words
+from jobs.cli.parse import parse_command
 from pipeline import storage
-from pipeline.datasets.dataset import Dataset
-from pipeline.stages.manifest import code_revision
 
 _log = logging.getLogger(__name__)
-STOPPED = 130
 NEEDED = "RDM_NEEDS"  # names of the variables that a job is to find where it runs
 _PACKAGES = ("pipeline", "model", "jobs")
 _PREFIXES = ("AWS_", "WANDB_", "RDM_")
@@ -44,6 +43,31 @@ _TALKATIVE = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_
 
 
 @dataclass(frozen=True)
+class SubmitOptions:
+    """Run a verb as a job of a Ray cluster: submit [flags] VERB .... Paths are those of the nodes."""
+
+    words: Annotated[tuple[str, ...], tyro.conf.Positional,
+                     tyro.conf.arg(metavar="VERB ...", help="The verb with its options.")] = ()
+    address: str = ""
+    """URL of the cluster's dashboard, http://HEAD:8265. Default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS or this
+    machine."""
+    wait: bool = False
+    """Show the log, and exit as the verb exits: 0, 1, 2, or 130 if it was stopped. Ctrl-C does not stop the job."""
+    retries: int = 0
+    """With --wait: attempts after the first one fails or is lost. Invalid usage is not retried."""
+    installed: bool = False
+    """Send no code: the nodes have it, in an image."""
+    env: Words = ()
+    """Variable of this environment to pass to the job, in addition to AWS_*, WANDB_* and RDM_* without secrets. Repeat
+    the flag for more."""
+    secret: Words = ()
+    """Name of a variable that the nodes must have. The job checks for it before it begins. Repeat the flag for
+    more."""
+    dry_run: bool = False
+    """Print what would be submitted, and submit nothing."""
+
+
+@dataclass(frozen=True)
 class Submission:
     """What is asked of a cluster, whoever asks and however often."""
 
@@ -56,7 +80,14 @@ class Submission:
     """File of settings on this machine, which goes along."""
 
 
-def make_submission(words: tuple[str, ...], inner: Any, settings: Settings, command: SubmitCommand) -> Submission:
+def run_submit(options: SubmitOptions) -> int:
+    if not options.words or options.words[0] == "submit":
+        raise ValueError("submit needs a verb\nhint: python -m jobs submit --wait embed NAME --root s3://...")
+    _, inner = parse_command(options.words)
+    return run_submission(make_submission(options.words, inner, options), options)
+
+
+def make_submission(words: tuple[str, ...], inner: Any, options: SubmitOptions) -> Submission:
     """The submission of a verb whose `words` were parsed to `inner`; ValueError for what cannot work elsewhere."""
     for place in (inner.common.root, getattr(inner, "out", ""), *getattr(getattr(inner, "shard", None), "source", ())):
         if storage.is_local(place) and place and not Path(storage.local_path(place)).is_absolute():
@@ -65,16 +96,17 @@ def make_submission(words: tuple[str, ...], inner: Any, settings: Settings, comm
     if storage.redact_credentials(" ".join(words)) != " ".join(words):
         raise ValueError("the command has a password or signature in it, which the cluster would keep and show\n"
                          "hint: let the nodes have the keys: --secret NAME tells that they must")
+    from pipeline.stages.manifest import code_revision
     verb, config = words[0], inner.common.config
     if config:
         words = tuple(_SETTINGS if word == config else word.replace(f"--config={config}", f"--config={_SETTINGS}")
                       for word in words)
     about = {"verb": verb, "root": inner.common.root, "revision": code_revision(),
-             "needs": ",".join(sorted(command.secret))} | _subject(verb, inner)
-    parts = (verb, about.get("run") or about.get("dataset"), about.get("version"), _hash(verb, inner, settings))
+             "needs": ",".join(sorted(options.secret))} | _subject(verb, inner)
+    parts = (verb, about.get("run") or about.get("dataset"), about.get("version"), _hash(verb, inner))
     name = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "-", part) for part in parts if part)
     return Submission(name, words, {key: value for key, value in about.items() if value},
-                      variables(command.env, command.secret), config)
+                      variables(options.env, options.secret), config)
 
 
 def variables(more: Iterable[str], needed: Iterable[str]) -> dict[str, str]:
@@ -105,31 +137,31 @@ def check_needed() -> None:
                          f"hint: infra/README.md tells how nodes get their secrets")
 
 
-def run_submission(one: Submission, command: SubmitCommand) -> int:
+def run_submission(one: Submission, options: SubmitOptions) -> int:
     """Submit, or join what runs already; with `wait` until it ended, with its exit code."""
-    if command.retries and not command.wait:
+    if options.retries and not options.wait:
         raise ValueError("--retries needs --wait: whoever waits tries again")
-    if command.dry_run:
+    if options.dry_run:
         print(json.dumps({"name": one.name, "entrypoint": _entrypoint(one), "metadata": one.about,
-                          "env_vars": one.variables, "sends": _sent(one, command)}, indent=1))
+                          "env_vars": one.variables, "sends": _sent(one, options)}, indent=1))
         return 0
-    client = _client(command.address)
+    client = _client(options.address)
     number, info = _newest(client, one)
     if info is not None and not info.status.is_terminal():
         _log.info("submit: %s-a%d runs already: %s", one.name, number, info.entrypoint)
     else:
-        number = _start(client, one, command, number + 1)
-    if not command.wait:
+        number = _start(client, one, options, number + 1)
+    if not options.wait:
         _say(f"{one.name}-a{number}", number, _newest(client, one)[1])
         return 0
-    for left in reversed(range(command.retries + 1)):
+    for left in reversed(range(options.retries + 1)):
         info = _follow(client, one, number)
         code = exit_code(info)
         # 2 is misuse, and somebody stopped what is STOPPED: neither gets better by another try.
         if code in {0, 2} or str(info and info.status) == "STOPPED" or not left:
             break
         _log.warning("submit: %s-a%d ended with %d; it is tried again, %d more left", one.name, number, code, left)
-        number = _start(client, one, command, number + 1)
+        number = _start(client, one, options, number + 1)
     _say(f"{one.name}-a{number}", number, info, code)
     return code
 
@@ -150,11 +182,12 @@ def exit_code(info: Any) -> int:
     return 1
 
 
-def _start(client: Any, one: Submission, command: SubmitCommand, number: int) -> int:
+def _start(client: Any, one: Submission, options: SubmitOptions, number: int) -> int:
     """Submit an attempt; whoever was quicker to submit the same one is joined."""
+    from pipeline.stages.manifest import code_revision
     with tempfile.TemporaryDirectory(prefix="rdm-submit-") as scratch:
-        folder = _folder(Path(scratch), one, command)
-        environment = one.variables if command.installed else one.variables | {"RDM_REVISION": code_revision()}
+        folder = _folder(Path(scratch), one, options)
+        environment = one.variables if options.installed else one.variables | {"RDM_REVISION": code_revision()}
         try:
             client.submit_job(submission_id=f"{one.name}-a{number}", entrypoint=_entrypoint(one),
                               metadata=one.about | {"attempt": str(number)},
@@ -232,18 +265,18 @@ def _entrypoint(one: Submission) -> str:
     return shlex.join(["python", "-m", "jobs", *one.words])  # a shell takes it apart again
 
 
-def _sent(one: Submission, command: SubmitCommand) -> list[str]:
-    return [*(() if command.installed else _PACKAGES), *((_SETTINGS,) if one.config else ())]
+def _sent(one: Submission, options: SubmitOptions) -> list[str]:
+    return [*(() if options.installed else _PACKAGES), *((_SETTINGS,) if one.config else ())]
 
 
-def _folder(scratch: Path, one: Submission, command: SubmitCommand) -> Path | None:
+def _folder(scratch: Path, one: Submission, options: SubmitOptions) -> Path | None:
     """What the job is to find beside itself: this code, unless it is installed there, and the file of settings."""
     here = Path(__file__).resolve().parents[2]
-    for name in () if command.installed else _PACKAGES:
+    for name in () if options.installed else _PACKAGES:
         shutil.copytree(here / name, scratch / name, ignore=shutil.ignore_patterns("__pycache__"))
     if one.config:
         shutil.copyfile(one.config, scratch / _SETTINGS)
-    return scratch if _sent(one, command) else None
+    return scratch if _sent(one, options) else None
 
 
 def _subject(verb: str, inner: Any) -> dict[str, str]:
@@ -252,6 +285,7 @@ def _subject(verb: str, inner: Any) -> dict[str, str]:
         return {"run": inner.run} | ({"dataset": inner.dataset} if hasattr(inner, "dataset") else {})
     if not hasattr(inner, "dataset"):
         return {}
+    from pipeline.datasets.dataset import Dataset
     dataset = Dataset.parse(inner.common.root, inner.dataset)
     if verb in _OF_ALL_VERSIONS:
         return {"dataset": dataset.name}
@@ -265,11 +299,12 @@ def _subject(verb: str, inner: Any) -> dict[str, str]:
     return found
 
 
-def _hash(verb: str, inner: Any, settings: Settings) -> str:
-    """Eight digits for all that is asked, however it was put; where it runs is no part of it."""
-    inner = replace(inner, common=replace(inner.common, root=storage.normalize(inner.common.root), config=""))
-    return storage.digest([verb, *({key: value for key, value in asdict(one).items() if key != "cluster"}
-                                 for one in (inner, settings))])[:8]
+def _hash(verb: str, inner: Any) -> str:
+    """Eight digits of the verb, its options and its settings. Those of the cluster are not part of them."""
+    document = asdict(replace(inner, common=replace(inner.common, root=storage.normalize(inner.common.root), config="")))
+    for options in (document, document.get("settings", {})):
+        options.pop("cluster", None)
+    return storage.digest([verb, document])[:8]
 
 
 def _say(name: str, number: int, info: Any, code: int | None = None) -> None:

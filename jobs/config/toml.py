@@ -2,7 +2,8 @@
 
 import tomllib
 import typing
-from dataclasses import is_dataclass, replace
+from collections.abc import Collection
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -12,10 +13,30 @@ from jobs.config.settings import Settings
 
 
 def resolve_settings(recipe: str, file: str) -> Settings:
-    """The settings of a recipe as a TOML file overrides them; the file may name the recipe itself.
+    """All settings: the recipe's, overridden by a TOML file. The file may name the recipe itself.
 
-    ValueError naming the key of the file that no setting has, or whose value has another type.
+    ValueError for an unknown key in the file, and for a value of another type.
     """
+    settings, document = _read(recipe, file)
+    return _override(settings, document, file)
+
+
+def resolve_sections(recipe: str, file: str, names: Collection[str]) -> dict[str, Any]:
+    """Only the sections `names`, like `resolve_settings`. The name `settings` stands for all of them.
+
+    Other sections of the file are not read, except that an unknown section is a ValueError.
+    """
+    settings, document = _read(recipe, file)
+    if "settings" not in names:
+        known = {field.name for field in fields(settings)}
+        document = {name: value for name, value in document.items() if name in names or name not in known}
+    settings = _override(settings, document, file)
+    return {"settings": settings} | {field.name: getattr(settings, field.name) for field in fields(settings)
+                                     if field.name in names}
+
+
+def _read(recipe: str, file: str) -> tuple[Settings, dict[str, Any]]:
+    """The settings of the recipe, and the sections of the file."""
     document: dict[str, Any] = {}
     if file:
         try:
@@ -24,14 +45,14 @@ def resolve_settings(recipe: str, file: str) -> Settings:
             raise ValueError(f"cannot read the settings {file}: {error.strerror}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{file} is not TOML: {error}") from None
-    chosen = recipe or document.pop("recipe", "tiny")
+    name = recipe or document.pop("recipe", "tiny")
     document.pop("recipe", None)
-    if not isinstance(chosen, str) or chosen not in RECIPES:
-        raise ValueError(f"there is no recipe {chosen!r}\nhint: {', '.join(RECIPES)}")
-    return _overridden(RECIPES[chosen](), document, file)
+    if not isinstance(name, str) or name not in RECIPES:
+        raise ValueError(f"there is no recipe {name!r}\nhint: {', '.join(RECIPES)}")
+    return RECIPES[name](), document
 
 
-def _overridden(section: Any, values: dict[str, Any], where: str) -> Any:
+def _override(section: Any, values: dict[str, Any], where: str) -> Any:
     types = typing.get_type_hints(type(section))
     changes = {}
     for name, value in values.items():
@@ -41,13 +62,13 @@ def _overridden(section: Any, values: dict[str, Any], where: str) -> Any:
         if is_dataclass(current):
             if not isinstance(value, dict):
                 raise ValueError(f"{where}: {name} is a section: write [{name}] and its settings below")
-            changes[name] = _overridden(current, value, f"{where}: {name}")
+            changes[name] = _override(current, value, f"{where}: {name}")
         else:
-            changes[name] = _typed(types[name], value, f"{where}: {name}")
+            changes[name] = _parse_value(types[name], value, f"{where}: {name}")
     return replace(section, **changes)
 
 
-def _typed(kind: Any, value: Any, where: str) -> Any:
+def _parse_value(kind: Any, value: Any, where: str) -> Any:
     """A TOML value as the type that the setting has."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
@@ -57,7 +78,7 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list):
             raise ValueError(f"{where} = {value!r}: must be a list")
-        return tuple(_typed(arguments[0], each, where) for each in value)
+        return tuple(_parse_value(arguments[0], each, where) for each in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(kind, type) and not isinstance(origin, UnionType) and type(value) is not kind:

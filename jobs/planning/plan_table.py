@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cluster.config import ClusterConfig
-from jobs.commands import PlanCommand
 from jobs.config.recipes import RECIPES
 from jobs.config.settings import Settings
 from jobs.planning import benchmark, rates, rates_from_manifests
 from jobs.planning.benchmark import Trial
+from jobs.planning.config import PlanConfig
 from jobs.planning.cost_model import Build, Cost, Prices, costs
 from jobs.planning.rates import Rates
 from jobs.telemetry import tables
@@ -45,107 +45,106 @@ CORPORA = {**dict.fromkeys(("tiny", "emoji_32", "emoji_64"), Corpus(10_114, 0, 1
            "laion_1p3b": Corpus(100_000_000, 20_000_000, 16)}
 
 
-def make_plan(command: PlanCommand, settings: Settings) -> str:
-    """What the command prints: a Markdown table with notes, or one JSON document."""
-    used, found = chosen(command), []
-    prices = Prices(command.price_gpu_hour, command.price_cpu_hour, command.price_gb_month, command.price_gb_moved,
-                    command.months)
-    for build in builds(command, settings, used):
+def make_plan(plan: PlanConfig, settings: Settings) -> str:
+    """What `plan` prints: a Markdown table with notes, or one JSON document."""
+    used, found = chosen(plan), []
+    prices = Prices(plan.price_gpu_hour, plan.price_cpu_hour, plan.price_gb_month, plan.price_gb_moved,
+                    plan.months)
+    for build in builds(plan, settings, used):
         found.append((build, costs(build, used)))
-    if command.json:
+    if plan.json:
         return json.dumps({"builds": [_document(build, stages, prices) for build, stages in found],
                            "rates": rates.document(used)}, indent=1)
-    rows = _totals(found, prices) if command.totals else _stages(found, prices)
+    rows = _totals(found, prices) if plan.totals else _stages(found, prices)
     right = [column for column, name in enumerate(rows[0]) if name.startswith("#")]
     shown = tables.render(rows[1:], head=[name.lstrip("#") for name in rows[0]], right=right, markdown=True)
     return f"{shown}\n\n{notes(found[0][0], used, prices)}"
 
 
-def to_measure(command: PlanCommand, settings: Settings) -> dict[str, Any]:
+def to_measure(plan: PlanConfig, settings: Settings, root: str) -> dict[str, Any]:
     """Where `--measure` would run what, if there is a GPU where one is wanted."""
-    trial_ = _trial(command, settings, gpu=_wants_gpu(command, settings))
+    trial_ = _trial(plan, settings, root, gpu=_wants_gpu(plan, settings))
     return {"folder": trial_.place, "seconds": trial_.seconds, "workers": trial_.workers, "gpu": trial_.gpu}
 
 
-def workers_here(command: PlanCommand, settings: Settings) -> ClusterConfig:
+def workers_here(plan: PlanConfig, settings: Settings, root: str, *, local: bool) -> ClusterConfig:
     """The workers that `--measure` has: as large as the recipe's, with a GPU if those have one and there is any."""
-    wanted = _wants_gpu(command, settings)
-    _trial(command, settings, gpu=wanted)  # what is wrong with it is said before anything starts
-    if command.common.local:
+    wanted = _wants_gpu(plan, settings)
+    _trial(plan, settings, root, gpu=wanted)  # what is wrong with it is said before anything starts
+    if local:
         import torch
         there = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.is_available())}
     else:
         from jobs.cluster import connect
         there = connect.worker_resources()
-    return replace(settings.cluster, workers=command.measure_workers, min_workers=0,
+    return replace(settings.cluster, workers=plan.measure_workers, min_workers=0,
                    gpus=1.0 if wanted and there.get("GPU", 0) >= 1 else 0.0,
-                   cpus=min(settings.cluster.cpus, max(1.0, there["CPU"] // command.measure_workers)))
+                   cpus=min(settings.cluster.cpus, max(1.0, there["CPU"] // plan.measure_workers)))
 
 
-def measure(command: PlanCommand, settings: Settings, workers: ClusterConfig, run: benchmark.Run) -> PlanCommand:
-    """Measure, and write the rates; the same command with these."""
-    found = benchmark.rates(_trial(command, settings, gpu=workers.gpus > 0), _base(command), run)
-    Path(command.measure).write_text(json.dumps(rates.document(found), indent=1) + "\n")
-    _log.info("plan: the rates are in %s", command.measure)
-    return replace(command, rates=command.measure, measure="")
+def measure(plan: PlanConfig, settings: Settings, root: str, workers: ClusterConfig, run: benchmark.Run) -> None:
+    """Measure the rates, and write them to the file that `plan.measure` names."""
+    found = benchmark.rates(_trial(plan, settings, root, gpu=bool(workers.gpus)), _base(plan), run)
+    Path(plan.measure).write_text(json.dumps(rates.document(found), indent=1) + "\n")
+    _log.info("plan: the rates are in %s", plan.measure)
 
 
-def _wants_gpu(command: PlanCommand, settings: Settings) -> bool:
-    return bool(command.gpus or settings.cluster.gpus)
+def _wants_gpu(plan: PlanConfig, settings: Settings) -> bool:
+    return bool(plan.gpus or settings.cluster.gpus)
 
 
-def _trial(command: PlanCommand, settings: Settings, *, gpu: bool) -> Trial:
+def _trial(plan: PlanConfig, settings: Settings, root: str, *, gpu: bool) -> Trial:
     """What is to be measured, for the first of the builds; ValueError where it cannot be."""
-    if command.measured:
+    if plan.from_root:
         raise ValueError("--measure measures here, --from takes what was measured: one of them")
-    if command.gpus and not gpu:
-        raise ValueError(f"--gpus {command.gpus}: there is no GPU here to measure on\nhint: where there is one; or "
+    if plan.gpus and not gpu:
+        raise ValueError(f"--gpus {plan.gpus}: there is no GPU here to measure on\nhint: where there is one; or "
                          f"--rates FILE, with rates of a GPU")
-    if not Path(command.measure).absolute().parent.is_dir():
-        raise ValueError(f"--measure {command.measure}: there is no such folder to write rates into")
-    build = builds(replace(command, gpus=0), settings, _base(command))[0]
-    return Trial(storage.normalize(command.common.root), replace(build, gpus=command.gpus or build.gpus),
-                 command.source, command.seconds, command.measure_workers, gpu)
+    if not Path(plan.measure).absolute().parent.is_dir():
+        raise ValueError(f"--measure {plan.measure}: there is no such folder to write rates into")
+    build = builds(replace(plan, gpus=0), settings, _base(plan))[0]
+    return Trial(storage.normalize(root), replace(build, gpus=plan.gpus or build.gpus), plan.source,
+                 plan.seconds, plan.measure_workers, gpu)
 
 
-def _base(command: PlanCommand) -> Rates:
-    return rates.read(command.rates) if command.rates else rates.built_in()
+def _base(plan: PlanConfig) -> Rates:
+    return rates.read(plan.rates) if plan.rates else rates.built_in()
 
 
-def chosen(command: PlanCommand) -> Rates:
-    """The rates that a command asks for: the built-in ones, a file's, a root's over either."""
-    base = _base(command)
-    return rates_from_manifests.rates(command.measured, base, gpu=command.from_gpu) if command.measured else base
+def chosen(plan: PlanConfig) -> Rates:
+    """The rates that a plan asks for: the built-in ones, a file's, a root's over either."""
+    base = _base(plan)
+    return rates_from_manifests.rates(plan.from_root, base, gpu=plan.from_gpu) if plan.from_root else base
 
 
-def builds(command: PlanCommand, settings: Settings, used: Rates) -> list[Build]:
+def builds(plan: PlanConfig, settings: Settings, used: Rates) -> list[Build]:
     """A build for each combination of pictures and rows; ValueError where GPUs and rates do not go together."""
-    if command.gpus and not (used.embed.gpu or used.exact.gpu or used.train.gpu):
+    if plan.gpus and not (used.embed.gpu or used.exact.gpu or used.train.gpu):
         raise ValueError("--gpus: the rates are those of workers without a GPU\nhint: plan --measure FILE where there "
                          "are GPUs; or run a sample on them, then plan --from ROOT --from-gpu; or rates of your own "
                          "with \"gpu\": true: --rates FILE")
     for name in ("workers", "gpus", "epochs", "downsampling", "months", "price_gpu_hour", "price_cpu_hour",
                  "price_gb_month", "price_gb_moved"):
-        if (getattr(command, name) or 0) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(command, name)}: must be at least 0")
+        if (getattr(plan, name) or 0) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(plan, name)}: must be at least 0")
     corpus = next((CORPORA[name] for name, recipe in RECIPES.items() if recipe().train.unet == settings.train.unet),
                   CORPORA["tiny"])
-    kept = parse_size(command.memory, "--memory")
+    kept = parse_size(plan.memory, "--memory")
     if not kept:
-        raise ValueError(f"--memory {command.memory}: a worker keeps some of a database\nhint: --memory 16Gi")
-    pictures = [count(text, "--pictures") for text in command.corpus] or [corpus.pictures]
+        raise ValueError(f"--memory {plan.memory}: a worker keeps some of a database\nhint: --memory 16Gi")
+    pictures = [count(text, "--pictures") for text in plan.pictures] or [corpus.pictures]
     if not all(pictures):
         raise ValueError("--pictures 0: there is nothing to plan")
-    rows = [count(text, "--database-rows") for text in command.database_rows] or [corpus.rows]
+    rows = [count(text, "--database-rows") for text in plan.database_rows] or [corpus.rows]
     operations, dim = clip.flop_per_image(settings.embed.clip())
-    factor, unet = command.downsampling or corpus.downsampling, settings.train.unet
+    factor, unet = plan.downsampling or corpus.downsampling, settings.train.unet
     side = max(1, (settings.train.image_size or settings.shard.image_size) // factor)
     seen = -(-side // unet.stride) * unet.stride
     network = flops.size(unet, seen, settings.train.k)
-    workers = command.workers or settings.cluster.workers
+    workers = plan.workers or settings.cluster.workers
     return [Build(settings, one, other, dim, operations, network,
                   sample_bytes=2 * unet.in_channels * side ** 2 if factor > 1 else 0, side=seen, workers=workers,
-                  gpus=command.gpus or workers, memory=kept, epochs=command.epochs)
+                  gpus=plan.gpus or workers, memory=kept, epochs=plan.epochs)
             for one, other in itertools.product(pictures, rows)]
 
 

@@ -1,8 +1,10 @@
-"""A stage that is run and watched meanwhile: by people, by the log, by Ray's metrics, by wandb."""
+"""Run a stage with all observers: the terminal, the log, the metrics of Ray, wandb."""
 
+import contextlib
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.runs.labels import stage_labels
@@ -15,36 +17,55 @@ from pipeline.stages.stage import Stage
 _log = logging.getLogger(__name__)
 
 
-def run_observed(stage: Stage, runner: Runner = run_in_process, *, name: str = "", tracker: str = "none",
-        **how: Any) -> dict[str, Any]:
-    """`stage.run`, shown as `name`, tracked by `tracker`."""
-    known = stage_labels(stage.path, stage.name)
-    with logs.about(known), wandb_tracker.tracker_of_stage(stage, known, tracker) as tracked:
+@dataclass
+class Observation:
+    """Observers of a stage while it runs."""
+
+    watch: Callable[[Tally], None]
+    """To call whenever the tally changes."""
+    manifest: dict[str, Any] = field(default_factory=dict)
+    """To set when the stage is sealed."""
+
+
+@contextlib.contextmanager
+def observe(stage: Stage, *, name: str = "", tracker: str = "none") -> Iterator[Observation]:
+    """Observers of a stage that is shown as `name` and tracked by `tracker`. The caller sets the manifest."""
+    labels = stage_labels(stage.path, stage.name)
+    with logs.about(labels), wandb_tracker.tracker_of_stage(stage, labels, tracker) as tracked:
         _log.debug("%s begins", stage.name)
         with watcher(name or stage.name) as show:
-            manifest = run_stage(stage, runner, watch=_all([show, _metered(known), tracked.watch]), **how)
+            observation = Observation(_call_all([show, _ray_watcher(labels), tracked.watch]))
+            yield observation
+        manifest = observation.manifest
         tracked.sealed(manifest)
         _log.debug("%s is sealed", stage.name, extra={"fields": manifest["totals"] | {"folder": stage.folder}})
-        return manifest
 
 
-def _all(watching: list[Callable[[Tally], None]]) -> Callable[[Tally], None]:
+def run_observed(stage: Stage, runner: Runner = run_in_process, *, name: str = "", tracker: str = "none",
+                 **how: Any) -> dict[str, Any]:
+    """Run a stage with its observers, and return its manifest. `how` goes to `run_stage`."""
+    with observe(stage, name=name, tracker=tracker) as observation:
+        observation.manifest = run_stage(stage, runner, watch=observation.watch, **how)
+    return observation.manifest
+
+
+def _call_all(watchers: list[Callable[[Tally], None]]) -> Callable[[Tally], None]:
     def watch(tally: Tally) -> None:
-        for watch_tally in watching:
-            watch_tally(tally)
+        for show in watchers:
+            show(tally)
 
     return watch
 
 
-def _metered(known: dict[str, str]) -> Callable[[Tally], None]:
-    """Tells Ray, where the stage runs on it."""
+def _ray_watcher(labels: dict[str, str]) -> Callable[[Tally], None]:
+    """A watcher that updates the metrics of Ray if the stage runs on Ray."""
     meter: Any = None
 
     def watch(tally: Tally) -> None:
         nonlocal meter
-        if "ray" in sys.modules and sys.modules["ray"].is_initialized():  # never loaded for this alone
+        if "ray" in sys.modules and sys.modules["ray"].is_initialized():  # do not import Ray for this alone
             from jobs.telemetry import ray_metrics
-            meter = meter or ray_metrics.Meter(known)
+            meter = meter or ray_metrics.Meter(labels)
             meter.watch(tally)
 
     return watch

@@ -16,7 +16,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from jobs.cli.main import parsed
+from jobs.cli import parse
 
 REPOSITORY = Path(__file__).parents[2]
 INFRA = REPOSITORY / "infra"
@@ -142,7 +142,7 @@ def split_command(line: str, environment: dict[str, str]) -> list[str]:
 def parse_command(words: list[str]) -> Any:
     """Through the command line's own parser; a verb that submit sends too."""
     try:
-        _, command, _ = parsed(words)
+        _, command = parse.parse_command(words)
     except (SystemExit, ValueError) as error:
         raise AssertionError(f"{shlex.join(words)}: {error}") from None
     return parse_command(list(command.words)) if words[0] == "submit" else command

@@ -9,7 +9,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from jobs.cli.main import parsed
+from jobs.cli import parse
 from pipeline.corpora.emoji import STYLES
 from tests.infra import manifests
 from tests.infra.manifests import INFRA, REPOSITORY, Document
@@ -173,7 +173,7 @@ def test_each_style_is_rebuilt_at_night_by_one_pod_that_waits(overlay: list[Docu
     words = list(manifests.read_commands(jobs, manifests.read_settings(overlay)))
     datasets = [manifests.parse_command(one).dataset for one in words]
     assert sorted(datasets) == sorted(STYLES)
-    assert all(parsed(one)[1].wait and one[one.index("--source") + 1].endswith(f"/{dataset}")
+    assert all(parse.parse_command(one)[1].wait and one[one.index("--source") + 1].endswith(f"/{dataset}")
                for one, dataset in zip(words, datasets, strict=True))
     for what in ({one["spec"]["schedule"] for one in jobs}, {one["metadata"]["name"] for one in jobs}):
         assert len(what) == len(STYLES)

@@ -17,7 +17,7 @@ from jobs.cli.main import main
 from jobs.config.recipes import tiny
 from jobs.config.settings import Settings
 from jobs.inspection import status
-from jobs.verbs import train
+from jobs.cli.model import train
 from pipeline import storage
 from pipeline.stages.driver import run_in_process
 from pipeline.stages.manifest import read_manifest, without_run_facts

@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 
-from jobs.cli.main import main, parsed
+from jobs.cli.main import main
+from jobs.cli.parse import parse_command
 from jobs.cli.submit import Submission, _entrypoint, make_submission
 from jobs.telemetry import interrupts
 from pipeline import storage
@@ -32,9 +33,9 @@ ROOT = "s3://bucket/root"
 
 def _of(*words: str, own: tuple[str, ...] = ()) -> Submission:
     """What `submit OWN WORDS` would submit."""
-    _, command, _ = parsed(["submit", *own, *words])
-    _, inner, settings = parsed(command.words)
-    return make_submission(command.words, inner, settings, command)
+    _, options = parse_command(["submit", *own, *words])
+    _, inner = parse_command(options.words)
+    return make_submission(options.words, inner, options)
 
 
 def test_the_same_work_has_the_same_name_wherever_it_runs(tmp_path: Path) -> None:

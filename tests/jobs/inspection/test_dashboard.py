@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs import verbs
+from jobs.cli.model import train
 from jobs.cluster.config import ClusterConfig
 from jobs.config.recipes import tiny
 from jobs.inspection import prometheus as inspection_prometheus
@@ -72,7 +72,7 @@ def _train(root: str, run: str, *, local: bool) -> None:
                     attention_downsampling=(2,), head_dim=16, patch=4)
     config = replace(tiny().train, steps=STEPS, global_batch=8, log_every=2, warmup=5, image_size=32, unet=small,
                      precision="fp32")
-    assert verbs.train(Job(Run.parse(root, run), dataset, dataset, config), ClusterConfig(workers=1), local=local)
+    assert train(Job(Run.parse(root, run), dataset, dataset, config), ClusterConfig(workers=1), local=local)
 
 
 def _stops(stage_: Any, items: Any) -> Iterator[Any]:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from jobs.cli.main import main
-from jobs.commands import Common, PlanCommand
 from jobs.config.recipes import RECIPES
 from jobs.config.settings import Settings
 from jobs.planning import plan_table, rates, rates_from_manifests
+from jobs.planning.config import PlanConfig
 from jobs.planning.cost_model import Build, Cost, Prices, compared_rows, costs, exact_amounts, index, training_flop
 from jobs.planning.rates import Rates
 from jobs.runs.metrics import read
@@ -354,7 +354,7 @@ def test_two_sizes_of_pictures_tell_what_a_pixel_takes(root: Path, tmp_path: Pat
 def test_recipes_have_a_corpus():
     assert plan_table.CORPORA.keys() == RECIPES.keys()
     for name, corpus in plan_table.CORPORA.items():
-        builds = plan_table.builds(PlanCommand(Common()), RECIPES[name](), rates.built_in())
+        builds = plan_table.builds(PlanConfig(), RECIPES[name](), rates.built_in())
         assert [(one.pictures, one.rows) for one in builds] == [(corpus.pictures, corpus.rows)]
         assert bool(builds[0].sample_bytes) == (corpus.downsampling > 1)
     assert builds[0].sample_bytes == 48 * 48 * 16 * 2  # latents of KL-f16

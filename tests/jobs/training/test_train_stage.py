@@ -21,7 +21,7 @@ from jobs.runs.metrics import read
 from jobs.runs.run import Run
 from jobs.training.train_stage import Job, Training
 from jobs.training.worker import train_in_processes, train_process
-from jobs.verbs import train as train_run
+from jobs.cli.model import train as train_run
 from model.config import TrainConfig
 from model.training.train import train
 from pipeline import storage

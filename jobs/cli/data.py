@@ -1,0 +1,186 @@
+"""Verbs that make a dataset: shard, embed, index, neighbors, latents."""
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from jobs.cli.options import CommonOptions, Dataset, Flat, StageOptions
+from jobs.cli.run_stage import check_unpublished, open_runner, print_forecast, print_result, seal_and_print
+from jobs.cluster.config import ClusterConfig
+from jobs.training.config import LatentsConfig
+from pipeline import storage
+from pipeline.embeddings.embed import EmbedConfig
+from pipeline.indices.config import IndexConfig
+from pipeline.neighbors.config import NeighborsConfig
+from pipeline.sources.config import ShardConfig
+
+if TYPE_CHECKING:
+    from pipeline.shards.deduplicate import Deduplicate
+    from pipeline.stages.stage import Stage
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """Pack a corpus (a folder, lists of URLs, parquet with images, tars) into tars."""
+
+    dataset: Dataset
+    shard: Flat[ShardConfig]
+    cluster: Flat[ClusterConfig]
+    common: Flat[CommonOptions]
+    stage: Flat[StageOptions]
+    adopt: bool = False
+    """The source is existing tars: seal them in place, without a copy."""
+    retry_failed: bool = False
+    """Retry only the rows that failed: in more shards of this version while it is not sealed, otherwise in the next
+    version, which takes over the shards of this one."""
+    max_failed: float = 1.0
+    """Stop when a larger share of the rows has failed."""
+
+
+def run_shard(options: ShardOptions) -> int:
+    from pipeline.datasets import dataset as datasets
+    from pipeline.shards.adopt import Adopt
+    from pipeline.shards.deduplicate import Deduplicate
+    from pipeline.shards.shard import Shard
+    dataset = datasets.Dataset.parse(options.common.root, options.dataset)
+    if not 0 <= options.max_failed <= 1:
+        raise ValueError(f"--max-failed {options.max_failed}: a share of the rows, within 0 and 1")
+    if options.adopt:
+        if options.retry_failed:
+            raise ValueError("--adopt takes tars as they are: there is nothing to try again")
+        return seal_and_print(Adopt(dataset, options.shard), options, max_failed=options.max_failed)
+    if options.retry_failed and storage.exists(storage.join(dataset.folder("shards"), "manifest.json")):
+        following = dataset.following()
+        _log.info("shard: %s is sealed; rows that failed are tried again for %s", dataset.label, following.label)
+        return seal_and_print(Shard(following, options.shard, base=dataset), options, max_failed=options.max_failed)
+    if options.shard.duplicates != "keep" and not options.common.dry_run:
+        return _shard_and_deduplicate(Deduplicate(dataset, options.shard), options)
+    return seal_and_print(Shard(dataset, options.shard), options, retry=options.retry_failed,
+                          max_failed=options.max_failed)
+
+
+def _shard_and_deduplicate(sift: "Deduplicate", options: ShardOptions) -> int:
+    from jobs.telemetry.observe import run_observed
+    from pipeline.shards import deduplicate
+    with open_runner(options.common, options.cluster) as runner:
+        def seal(stage: "Stage") -> dict[str, Any]:
+            whole = stage is sift.whole
+            return run_observed(stage, runner, name="shard" if whole else "sift", tracker=options.stage.tracker,
+                                retry=options.retry_failed and whole, max_failed=options.max_failed)
+
+        manifest = deduplicate.deduplicate_shards(sift, seal, overwrite=options.stage.overwrite)
+    print_result(sift, manifest)
+    return 0
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """Compute the CLIP embeddings of the images of a dataset."""
+
+    dataset: Dataset
+    embed: Flat[EmbedConfig]
+    cluster: Flat[ClusterConfig]
+    common: Flat[CommonOptions]
+    stage: Flat[StageOptions]
+    captions: bool = False
+    """Also embed captions, into text_embeddings/."""
+    adopt: str = ""
+    """Take the embeddings from this folder: of clip-retrieval, or a retrieval database of CompVis (.npz)."""
+    export: Literal["", "clip-retrieval"] = ""
+    """Also write the embeddings in this layout, into a folder of the same name."""
+
+
+def run_embed(options: EmbedOptions) -> int:
+    from pipeline.datasets import dataset as datasets
+    from pipeline.embeddings.clip_retrieval import AdoptEmbeddings, Export
+    from pipeline.embeddings.embed import Embed, EmbedCaptions
+    dataset = datasets.Dataset.parse(options.common.root, options.dataset)
+    stages: list[Stage] = [AdoptEmbeddings(dataset, options.embed, options.adopt) if options.adopt
+                           else Embed(dataset, options.embed)]
+    if options.captions:
+        stages.append(EmbedCaptions(dataset, options.embed))
+    for stage in stages:
+        seal_and_print(stage, options)
+    if options.export and not options.common.dry_run:
+        seal_and_print(Export(dataset, options.embed), options)
+    return 0
+
+
+@dataclass(frozen=True)
+class IndexOptions:
+    """Build the compressed index that makes a dataset a database."""
+
+    dataset: Dataset
+    index: Flat[IndexConfig]
+    cluster: Flat[ClusterConfig]
+    common: Flat[CommonOptions]
+    stage: Flat[StageOptions]
+    extend: str = ""
+    """Do not train: take over the index of this version (NAME@VERSION), and add and remove the rows that changed."""
+    tombstone: str = ""
+    """Do not build: searches leave out the samples whose keys are in this text file, one on each line."""
+
+
+def run_index(options: IndexOptions) -> int:
+    from jobs.telemetry.observe import run_observed
+    from pipeline.datasets import dataset as datasets
+    from pipeline.datasets.hidden_rows import Tombstones
+    from pipeline.indices.extend import Extension
+    from pipeline.indices.index import Index, build_index
+    dataset = datasets.Dataset.parse(options.common.root, options.dataset)
+    if options.tombstone and options.extend:
+        raise ValueError("--tombstone leaves the index as it is, --extend makes one: these are two commands")
+    if options.tombstone:
+        return seal_and_print(Tombstones(dataset, options.tombstone), options)
+    index = Index(dataset, options.index)
+    if options.extend:
+        index = Extension(dataset, datasets.Dataset.parse(options.common.root, options.extend), options.index)
+    check_unpublished(index, options.stage.overwrite)
+    if options.common.dry_run:
+        return print_forecast(index, options.stage.overwrite)
+    with open_runner(options.common, options.cluster) as runner:
+        manifest = build_index(index, lambda stage: run_observed(stage, runner, name=stage.name.replace("_", " "),
+                                                                 tracker=options.stage.tracker),
+                               overwrite=options.stage.overwrite)
+    print_result(index, manifest)
+    return 0
+
+
+@dataclass(frozen=True)
+class NeighborsOptions:
+    """Find the nearest images of a database for every sample of a dataset."""
+
+    dataset: Dataset
+    neighbors: Flat[NeighborsConfig]
+    cluster: Flat[ClusterConfig]
+    common: Flat[CommonOptions]
+    stage: Flat[StageOptions]
+    database: str = ""
+    """The database. Default: the dataset itself."""
+
+
+def run_neighbors(options: NeighborsOptions) -> int:
+    from pipeline.datasets import published
+    from pipeline.neighbors.neighbors import Neighbors
+    dataset = published.reader(options.common.root, options.dataset)
+    database = published.reader(options.common.root, options.database or options.dataset)
+    return seal_and_print(Neighbors(dataset, database, options.neighbors), options)
+
+
+@dataclass(frozen=True)
+class LatentsOptions:
+    """Compute the latents of the images of a dataset, for training in the space of a first stage."""
+
+    dataset: Dataset
+    latents: Flat[LatentsConfig]
+    cluster: Flat[ClusterConfig]
+    common: Flat[CommonOptions]
+    stage: Flat[StageOptions]
+
+
+def run_latents(options: LatentsOptions) -> int:
+    from jobs.training.latents import Latents
+    from pipeline.datasets import published
+    return seal_and_print(Latents(published.reader(options.common.root, options.dataset), options.latents), options)

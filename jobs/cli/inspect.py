@@ -1,0 +1,143 @@
+"""Verbs that write no stage: status, verify, report, plan."""
+
+import itertools
+import json
+import logging
+import os
+import sys
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from jobs.cli.options import CommonOptions, Flat, Unflagged
+from jobs.cli.run_stage import open_runner
+from jobs.config.settings import Settings
+from jobs.planning.config import PlanConfig
+from pipeline import storage
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StatusOptions:
+    """Print the state of every stage: absent, planned, i of n, sealed or stale."""
+
+    common: Flat[CommonOptions]
+    json: bool = False
+    """Print JSON instead of a table."""
+    watch: bool = False
+    """Repeat until Ctrl-C (exit 0): in place on a terminal, elsewhere a block or a line of JSON each time."""
+    serve: str = ""
+    """Serve metrics to Prometheus at PORT of this machine or at HOST:PORT, until Ctrl-C (exit 0)."""
+
+
+def run_status(options: StatusOptions) -> int:
+    root = storage.normalize(options.common.root)
+    if options.watch and options.serve:
+        raise ValueError("--watch shows it here, --serve to others: these are two commands")
+    try:
+        if options.serve:
+            from jobs.inspection import prometheus
+            prometheus.serve(root, options.serve)
+        elif options.watch:
+            from jobs.inspection import watch
+            watch.show(root, as_json=options.json)
+        else:
+            from jobs.inspection.status import read_status, status_table
+            stages = read_status(root)
+            print(json.dumps(stages, indent=1) if options.json else status_table(root, stages), flush=True)
+    except KeyboardInterrupt:
+        if not (options.watch or options.serve):
+            raise
+    except BrokenPipeError:  # the reader of stdout has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Read everything again: sizes, hashes, counts and alignment. Exit 1 if anything is wrong."""
+
+    common: Flat[CommonOptions]
+    only: str = ""
+    """Only folders below this path of the root, for example datasets/noto."""
+    against: Literal["", "current"] = ""
+    """current: only the published versions, against the hashes of their publication."""
+    quick: bool = False
+    """Only the manifests, not the files that they name."""
+    json: bool = False
+    """Print faults as JSON lines."""
+
+
+def run_verify(options: VerifyOptions) -> int:
+    from jobs.inspection.status import read_status
+    from pipeline.versions import verify
+    root = storage.normalize(options.common.root)
+    only = options.only.strip("/")
+    stages = [stage for stage in read_status(root) if not only or f"{stage['path']}/".startswith(f"{only}/")]
+    chain: list[dict[str, str]] = []
+    if options.against == "current":
+        from jobs.publishing.releases import against_current
+        current, chain = against_current(root)
+        stages = [stage for stage in stages if stage["path"].startswith(current)]
+    folders = [stage["path"] for stage in stages if stage["state"] in {"sealed", "stale", "damaged"}]
+    if options.common.dry_run:
+        print("\n".join(folders))
+        return 0
+    damaged = [{"path": stage["path"], "fault": stage["error"]} for stage in stages if stage["state"] == "damaged"]
+    faults = 0
+    for fault in itertools.chain(chain, damaged, *(verify.folder(root, path, quick=options.quick) for path in folders)):
+        faults += 1
+        print(json.dumps(fault) if options.json else f"{fault['path']}: {fault['fault']}")
+    _log.info("verify: %d folders read, %d faults", len(folders), faults)
+    if not folders and not chain:
+        raise ValueError(f"nothing is sealed in {storage.join(root, only)}")
+    return 1 if faults else 0
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Write report.html, one file with everything in it: images, neighbors, losses, samples, stages."""
+
+    common: Flat[CommonOptions]
+    out: str = ""
+    """File to write. Default: report.html in the root."""
+
+
+def run_report(options: ReportOptions) -> int:
+    from jobs.inspection.status import read_status
+    from jobs.report import report
+    root = storage.normalize(options.common.root)
+    out = options.out or storage.join(root, "report.html")
+    if options.common.dry_run:
+        print(f"would write {out}")
+        return 0
+    if not read_status(root):
+        raise ValueError(f"there is nothing in {root} to report on\nhint: --root")
+    report.write(root, out)
+    print(out)
+    return 0
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Estimate the cost of a full build, stage by stage: hours, bytes, money."""
+
+    common: Flat[CommonOptions]
+    plan: Flat[PlanConfig]
+    settings: Unflagged[Settings]
+
+
+def run_plan(options: PlanOptions) -> int:
+    from jobs.planning import plan_table
+    plan, settings, common = options.plan, options.settings, options.common
+    if plan.measure and common.dry_run:
+        print(json.dumps(plan_table.to_measure(plan, settings, common.root)))
+        return 0
+    if plan.measure:
+        from jobs.telemetry.observe import run_observed
+        workers = plan_table.workers_here(plan, settings, common.root, local=common.local)
+        with open_runner(common, workers) as runner:
+            plan_table.measure(plan, settings, common.root, workers, lambda stage: run_observed(stage, runner))
+        plan = replace(plan, rates=plan.measure, measure="")
+    print(plan_table.make_plan(plan, settings))
+    return 0

@@ -1,0 +1,276 @@
+"""Verbs for models: train, sample, evaluate, convert, export."""
+
+import json
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from jobs.cli.options import STOPPED, CommonOptions, Flat, RunName, StageOptions, Unflagged, Words
+from jobs.cli.run_stage import open_runner, print_forecast, print_result, seal_and_print
+from jobs.cluster.config import ClusterConfig
+from jobs.evaluation.config import EvaluateConfig
+from jobs.sampling.config import QueryConfig, SampleConfig
+from jobs.telemetry import interrupts
+from jobs.training.config import ConvertConfig
+from model.config import TrainConfig
+from pipeline import storage
+from pipeline.embeddings.embed import EmbedConfig
+
+if TYPE_CHECKING:
+    from jobs.runs.run import Run
+    from jobs.training.train_stage import Job
+    from pipeline.datasets.dataset import Dataset
+    from pipeline.stages.stage import Stage
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train a retrieval-augmented diffusion model on a dataset and its neighbors."""
+
+    run: RunName
+    dataset: str
+    """Dataset with shards and neighbors."""
+    train: Flat[TrainConfig]
+    cluster: Flat[ClusterConfig]
+    common: Flat[CommonOptions]
+    stage: Flat[StageOptions]
+    database: str = ""
+    """Database of the neighbors. Default: the dataset itself."""
+    on_latents: Annotated[bool, tyro.conf.arg(name="latents")] = False
+    """Train on the latents of the dataset instead of its images."""
+    validation: str = ""
+    """Dataset to validate on: losses with its own neighbors in the database, with those of other samples and with
+    none, and sample images."""
+
+
+def run_train(options: TrainOptions) -> int:
+    from jobs.runs.run import Run
+    from jobs.training.train_stage import Job, Training
+    from pipeline.datasets import published
+    # torchrun has started the processes, and --local would be a flag of its own.
+    local = options.common.local or "TORCHELASTIC_RUN_ID" in os.environ
+    run = Run.parse(options.common.root, options.run)
+    # A resumed run keeps its versions when other versions are published.
+    pinned = {} if options.stage.overwrite else run.planned()
+
+    def reader(text: str, role: str) -> "Dataset":
+        return published.reader(run.root, text, pinned.get(role, ""))
+
+    job = Job(run, reader(options.dataset, "dataset"), reader(options.database or options.dataset, "database"),
+              options.train, options.on_latents,
+              published.reader(run.root, options.validation) if options.validation else None, options.stage.tracker)
+    training = Training(job)
+    if options.common.dry_run:
+        return print_forecast(training, cluster=options.cluster)
+    manifest = train(job, options.cluster, local=local, overwrite=options.stage.overwrite)
+    if manifest:
+        print_result(training, manifest)
+    # Only the process of rank 0 reports whether the run was stopped.
+    return 0 if manifest or os.environ.get("RANK", "0") != "0" else STOPPED
+
+
+def train(job: "Job", cluster: ClusterConfig, *, local: bool, overwrite: bool = False) -> dict[str, Any] | None:
+    """Bring a run to its sealed state. None if it was stopped, and in processes of torchrun other than rank 0."""
+    from jobs.cluster.gpus import check_gpus, local_device
+    from jobs.runs.labels import run_labels
+    from jobs.telemetry import logs
+    from jobs.training.train_stage import Training
+    from pipeline.hardware import devices
+    from pipeline.stages.driver import run_stage
+    from pipeline.stages.manifest import read_manifest
+    from pipeline.stages.plan import check_and_clear, prepare
+    with logs.about(run_labels(job.dataset.name, job.dataset.version, job.run.name)):
+        training = Training(job)
+        check_gpus(training, cluster)
+        training.check()
+        if overwrite and os.environ.get("RANK", "0") == "0":
+            check_and_clear(training)
+        sealed = storage.join(training.folder, "manifest.json")
+        # With --overwrite rank 0 empties the folder, so its content means nothing to the other ranks.
+        if not overwrite and storage.exists(sealed):
+            prepare(training)
+            manifest = read_manifest(training.folder, training.command)
+            if manifest["info"]["steps"] >= job.config.steps:
+                return manifest
+        if local:
+            from jobs.training.worker import train_in_processes
+            with devices.reserving(local_device(cluster)):
+                if not train_in_processes(job):
+                    return None
+        else:
+            with interrupts.held():
+                from jobs.training.ray_train import train_on_ray
+            train_on_ray(job, cluster, lambda line: _log.info(
+                "train: step %d of %d, loss %.4f, %.0f samples/s", line["step"], job.config.steps, line["loss"],
+                line["samples_per_s"], extra={"fields": line}))
+        if job.run.latest_step() < job.config.steps:
+            _log.info("train: stopped at step %d; the same command goes on from there", job.run.latest_step())
+            return None
+        if storage.exists(sealed):  # a finished run with more --steps
+            storage.remove(sealed)
+            storage.remove(storage.join(training.folder, "records", "run.json"))
+        return run_stage(training)
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Generate images for prompts or for query images, each with its neighbors in a database."""
+
+    run: RunName
+    sample: Flat[SampleConfig]
+    embed: Unflagged[EmbedConfig]
+    cluster: Flat[ClusterConfig]
+    common: Flat[CommonOptions]
+    stage: Flat[StageOptions]
+    prompt: Words = ()
+    """Prompt. Repeat the flag for more."""
+    image: Words = ()
+    """Local image file that is used in place of a prompt. Repeat the flag for more."""
+    query: Flat[QueryConfig] = field(default_factory=QueryConfig)
+    database: Words = ()
+    """Database of the neighbors. Repeat the flag for more. noto:3+openmoji:1 mixes databases by weight."""
+    checkpoint: int = 0
+    """Step of the checkpoint. 0: the newest."""
+    name: str = ""
+    """Name of the folder in the samples of the run. Default: a hash of these settings."""
+    model: str = ""
+    """Name of the open_clip model that embeds the prompts. Default: that of the recipe."""
+    pretrained: str = ""
+    """Pretrained tag or weights file of that model. Default: that of the recipe."""
+
+
+def run_sample(options: SampleOptions) -> int:
+    from jobs.runs.run import Run
+    from jobs.sampling.mixture import Mixture
+    from jobs.sampling.sample_stage import Sampling
+    from pipeline.embeddings.clip_weights import ClipConfig
+    root, embed = options.common.root, options.embed
+    encoder = ClipConfig(options.model or embed.model, options.pretrained or embed.pretrained, embed.precision)
+    databases = tuple(Mixture.parse(root, name) for name in options.database)
+    return seal_and_print(Sampling(Run.parse(root, options.run), options.checkpoint, options.prompt, databases, encoder,
+                                   options.sample, options.name, pictures=options.image, asked=options.query), options)
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Measure whether the style of samples follows the database, with prompts that training has not seen."""
+
+    run: RunName
+    evaluate: Flat[EvaluateConfig]
+    sample: Flat[SampleConfig]
+    embed: Unflagged[EmbedConfig]
+    cluster: Flat[ClusterConfig]
+    common: Flat[CommonOptions]
+    stage: Flat[StageOptions]
+    database: Words = ()
+    """Database of one style. Repeat the flag. Default: every other dataset of the root that has an index."""
+    prompt: Words = ()
+    """Prompt. Default: the subjects that training has not seen."""
+    checkpoint: int = 0
+    """Step of the checkpoint. 0: the newest."""
+    name: str = ""
+    """Name of the folder in the evaluations of the run. Default: a hash of these settings."""
+    json: bool = False
+    """Print all results as JSON instead of the table."""
+
+
+def run_evaluate(options: EvaluateOptions) -> int:
+    from jobs.evaluation.evaluate_stage import Evaluation, same_data
+    from jobs.evaluation.judge_stage import Judging
+    from jobs.runs.run import Run
+    from jobs.telemetry import tables
+    from jobs.telemetry.observe import run_observed
+    run = Run.parse(options.common.root, options.run)
+    dataset, train_database, databases = _evaluation_data(options, run)
+    same_data(run, dataset)
+    judging, stage = Judging(run, dataset, databases, options.evaluate.judge_steps), options.stage
+    if options.common.dry_run:
+        return print_forecast(judging, stage.overwrite, options.cluster)
+    with open_runner(options.common, options.cluster) as runner:
+        run_observed(judging, runner, tracker=stage.tracker, overwrite=stage.overwrite)
+        evaluation = Evaluation(judging, train_database, options.checkpoint, options.embed.clip(), options.evaluate,
+                                options.sample, options.prompt, options.name)
+        run_observed(evaluation, runner, tracker=stage.tracker, overwrite=stage.overwrite)
+    _log.info("evaluate: pictures, plot and numbers are in %s", evaluation.folder)
+    file = storage.join(evaluation.folder, "evaluation.json" if options.json else "table.md")
+    result = storage.read_bytes(file).decode()
+    print(result if options.json else tables.render_markdown(result), end="")
+    return 0
+
+
+def _evaluation_data(options: EvaluateOptions, run: "Run") -> tuple["Dataset", "Dataset", list["Dataset"]]:
+    """The dataset and the database of the training, and the databases to evaluate."""
+    from pipeline.datasets import published
+    from pipeline.datasets.dataset import Dataset, datasets
+    root, section = options.common.root, run.section()
+    if "dataset" not in section:
+        raise ValueError(f"the run {run.name} was not trained here: what it has seen is not known")
+    dataset, database = (Dataset.parse(root, section[name]) for name in ("dataset", "database"))
+    newest = {other.name: other for other in sorted(datasets(root), key=lambda data: (len(data.version), data.version))
+              if other.sealed("index") and other.name not in {dataset.name, database.name}}
+    newest |= {name: published.reader(root, name) for name in newest if published.current(root, name)}
+    return dataset, database, [published.reader(root, name) for name in options.database] or list(newest.values())
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Make a run from a checkpoint of the CompVis release (model.ckpt), or from a folder that export wrote."""
+
+    run: RunName
+    checkpoint: str
+    """The file or folder. A pickle is read as weights only, and its code never runs."""
+    common: Flat[CommonOptions]
+    stage: Flat[StageOptions]
+    database: str = ""
+    """A dataset embedded by the encoder that the released network was trained with."""
+    convert: Flat[ConvertConfig] = field(default_factory=ConvertConfig)
+
+
+def run_convert(options: ConvertOptions) -> int:
+    from jobs.runs.run import Run
+    from jobs.training.convert import Convert
+    from jobs.training.export import Import
+    from pipeline.datasets.dataset import Dataset
+    from pipeline.stages.driver import run_stage
+    root = options.common.root
+    run = Run.parse(root, options.run)
+    if Path(options.checkpoint).is_dir():
+        convert: Stage = Import(run, Path(options.checkpoint))
+    elif not options.database:
+        raise ValueError("a released checkpoint does not say which encoder it was trained with\n"
+                         "hint: --database NAME, a dataset that was embedded by it")
+    else:
+        convert = Convert(run, options.checkpoint, Dataset.parse(root, options.database), options.convert)
+    if options.common.dry_run:
+        return print_forecast(convert, options.stage.overwrite)
+    print_result(convert, run_stage(convert, overwrite=options.stage.overwrite))
+    return 0
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write the weights of a run, in half precision, into a folder that convert reads."""
+
+    run: RunName
+    out: str
+    """The folder. It must not exist, or be empty."""
+    common: Flat[CommonOptions]
+    checkpoint: int = 0
+    """Step of the checkpoint. 0: the newest."""
+
+
+def run_export(options: ExportOptions) -> int:
+    from jobs.runs.run import Run
+    from jobs.training.export import export_weights
+    run, out = Run.parse(options.common.root, options.run), Path(options.out)
+    if options.common.dry_run:
+        print(json.dumps({"folder": str(out), "step": options.checkpoint or run.latest_step()}))
+        return 0
+    print(json.dumps(export_weights(run, options.checkpoint, out)))
+    return 0

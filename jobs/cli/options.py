@@ -1,0 +1,50 @@
+"""Options that several verbs share. A flag is a field of an options class; its help is the text below the field."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeVar
+
+import tyro
+
+Section = TypeVar("Section")
+Flat = tyro.conf.OmitArgPrefixes
+"""Flags of these fields have no prefix."""
+Unflagged = Annotated[Section, tyro.conf.Fixed, tyro.conf.Suppress]
+"""Settings from the recipe and the TOML file. They have no flags here."""
+Words = tyro.conf.UseAppendAction[tuple[str, ...]]
+"""A flag that may be repeated."""
+STOPPED = 130
+"""Exit code after SIGINT or SIGTERM."""
+
+
+@dataclass(frozen=True)
+class CommonOptions:
+    """Options of every verb."""
+
+    root: str = "data"
+    """Folder or s3:// URL that holds everything."""
+    recipe: str = ""
+    """Settings to start from: tiny (default), emoji_32, emoji_64, imagenet_400m, ffhq_415m or laion_1p3b."""
+    config: str = ""
+    """TOML file of settings, with the sections of the recipe. Flags override it."""
+    local: bool = False
+    """Run in this process, without Ray. Under torchrun: in its processes."""
+    dry_run: bool = False
+    """Print what would be done, and do nothing."""
+    log_format: Literal["", "text", "json"] = ""
+    """Format of stderr: text lines, or one JSON document for each event. Default: RDM_LOG, otherwise text."""
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """Options of the verbs that write a stage."""
+
+    overwrite: bool = False
+    """Empty the folder of this stage first, with everything below it (the samples of a run)."""
+    tracker: Literal["auto", "none", "wandb"] = "auto"
+    """Log to wandb too (offline without WANDB_API_KEY), or not. auto: training always, other stages with a key."""
+
+
+Dataset = Annotated[str, tyro.conf.Positional,
+                    tyro.conf.arg(metavar="DATASET", help="Name of the dataset, NAME or NAME@VERSION.")]
+DatasetName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET", help="Name of the dataset.")]
+RunName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="Name of the run.")]

@@ -1,0 +1,57 @@
+"""Parse the options of one verb. Imports only the module of that verb."""
+
+import argparse
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+from typing import Any
+
+from jobs.cli.options import CommonOptions, StageOptions
+
+Run = Callable[[Any], int]
+"""The function of a verb: from its options to the exit code."""
+VERBS = {**dict.fromkeys(("shard", "embed", "index", "neighbors", "latents"), "data"),
+         **dict.fromkeys(("convert", "export", "train", "sample", "evaluate"), "model"),
+         **dict.fromkeys(("rebuild", "versions", "rollback", "gc", "credits", "forget"), "publish"),
+         **dict.fromkeys(("report", "status", "verify", "plan"), "inspect"),
+         **{verb: verb for verb in ("pipeline", "demo", "submit")}}
+"""The verbs, and the module of each: `VERB` has the class `VerbOptions` and the function `run_VERB`."""
+
+
+def parse_command(arguments: Sequence[str]) -> tuple[Run, Any]:
+    """The function of a verb, and its options. ValueError if there is no such verb."""
+    verb, flags = arguments[0], list(arguments[1:])
+    kind, run = load_verb(verb)
+    if verb == "submit":  # its own flags end where the other verb begins
+        end = next((number for number, word in enumerate(flags) if word in VERBS), len(flags))
+        flags.insert(end, "--")
+    import tyro
+    return run, tyro.cli(kind, args=flags, default=_default(kind, flags), prog=f"python -m jobs {verb}")
+
+
+def load_verb(verb: str) -> tuple[type, Run]:
+    """The options class and the function of a verb. Imports only the module of the verb."""
+    if verb not in VERBS:
+        raise ValueError(f"there is no verb {verb!r}\nhint: one of {', '.join(VERBS)}")
+    module = importlib.import_module(f"jobs.cli.{VERBS[verb]}")
+    return getattr(module, f"{verb.capitalize()}Options"), getattr(module, f"run_{verb}")
+
+
+def _default(kind: type, flags: list[str]) -> Any:
+    """The options before the flags: settings from the recipe and the file, and the defaults of the rest."""
+    import tyro
+
+    from jobs.config.toml import resolve_sections
+    names = {field.name for field in fields(kind)}
+    values: dict[str, Any] = {"common": CommonOptions(), "stage": StageOptions()}
+    if "common" in names:
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--recipe", default="")
+        first.add_argument("--config", default="")
+        known, _ = first.parse_known_args(flags)
+        values |= resolve_sections(known.recipe, known.config, names)
+    for field in fields(kind):
+        if field.name not in values:
+            values[field.name] = (field.default if field.default is not MISSING else field.default_factory()
+                                  if field.default_factory is not MISSING else tyro.MISSING)
+    return kind(**{field.name: values[field.name] for field in fields(kind)})

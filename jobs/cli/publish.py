@@ -1,0 +1,174 @@
+"""Verbs for published databases: rebuild, versions, rollback, gc, credits, forget."""
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from jobs.cli.options import CommonOptions, DatasetName, Flat, Words
+from jobs.cli.run_stage import open_runner
+from jobs.cluster.config import ClusterConfig
+from jobs.publishing.config import RebuildConfig
+from jobs.publishing.releases import GcConfig
+from pipeline import storage
+from pipeline.embeddings.embed import EmbedConfig
+from pipeline.indices.config import IndexConfig
+from pipeline.sources.config import ShardConfig
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RebuildOptions:
+    """Update a published database to its source: build what changed, check it, publish it."""
+
+    dataset: DatasetName
+    shard: Flat[ShardConfig]
+    embed: EmbedConfig
+    index: IndexConfig
+    rebuild: Flat[RebuildConfig]
+    cluster: Flat[ClusterConfig]
+    common: Flat[CommonOptions]
+
+
+def run_rebuild(options: RebuildOptions) -> int:
+    from jobs.publishing import rebuild
+    from jobs.telemetry.observe import run_observed
+    from pipeline.datasets.dataset import Dataset
+    from pipeline.indices.choose import check_autofaiss
+    root, name = storage.normalize(options.common.root), Dataset.parse(options.common.root, options.dataset).name
+    if "@" in options.dataset:
+        raise ValueError(f"{options.dataset}: a rebuild makes the next version itself\nhint: rebuild {name}")
+    build = rebuild.Rebuild(root, name, options.shard, options.embed, options.index, options.rebuild)
+    if options.common.dry_run:
+        print(json.dumps(build.forecast(), indent=1))
+        return 0
+    import_torch_first()
+    check_autofaiss()
+    with open_runner(options.common, options.cluster) as runner:
+        print(json.dumps(rebuild.run_rebuild(build, lambda stage: run_observed(
+            stage, runner, name=stage.name.replace("_", " "), tracker="auto"))))
+    return 0
+
+
+def import_torch_first() -> None:
+    """Import torch before faiss. In a job's driver the other order sometimes fails to load MKL and ends the process."""
+    import torch  # noqa: F401
+
+
+@dataclass(frozen=True)
+class VersionsOptions:
+    """List the versions of a published database: their changes, and the runs and neighbors that use them."""
+
+    dataset: DatasetName
+    common: Flat[CommonOptions]
+    json: bool = False
+    """Print JSON."""
+
+
+def run_versions(options: VersionsOptions) -> int:
+    from jobs.publishing.releases import list_versions, versions_table
+    name = _dataset_name(options.common.root, options.dataset, f"versions {options.dataset.split('@')[0]}")
+    versions = list_versions(options.common.root, name)
+    print(json.dumps(versions, indent=1) if options.json else versions_table(versions))
+    return 0
+
+
+@dataclass(frozen=True)
+class RollbackOptions:
+    """Publish an earlier version of a database again."""
+
+    dataset: DatasetName
+    common: Flat[CommonOptions]
+    to: str = ""
+    """The version, for example v2. Default: the one before the published one."""
+
+
+def run_rollback(options: RollbackOptions) -> int:
+    from jobs.publishing.releases import rollback
+    plain, _, version = options.dataset.partition("@")
+    name = _dataset_name(options.common.root, options.dataset, f"rollback {plain} --to {version}")
+    print(json.dumps(rollback(options.common.root, name, options.to, dry_run=options.common.dry_run)))
+    return 0
+
+
+@dataclass(frozen=True)
+class GcOptions:
+    """Remove versions of a published database that nothing uses any more."""
+
+    dataset: DatasetName
+    common: Flat[CommonOptions]
+    gc: Flat[GcConfig] = field(default_factory=GcConfig)
+    json: bool = False
+    """Print JSON."""
+
+
+def run_gc(options: GcOptions) -> int:
+    from jobs.publishing.releases import collect_garbage, removed_table
+    name = _dataset_name(options.common.root, options.dataset, f"gc {options.dataset.split('@')[0]} --keep 3")
+    removed = collect_garbage(options.common.root, name, options.gc, dry_run=options.common.dry_run)
+    print(json.dumps(removed, indent=1) if options.json else removed_table(removed, options.common.dry_run))
+    return 0
+
+
+def _dataset_name(root: str, text: str, hint: str) -> str:
+    """The name of a dataset, for verbs about all its versions. ValueError if `text` names a version."""
+    from pipeline.datasets.dataset import Dataset
+    name = Dataset.parse(root, text).name
+    if "@" in text:
+        raise ValueError(f"{text}: this is about all versions of {name}\nhint: {hint}")
+    return name
+
+
+@dataclass(frozen=True)
+class CreditsOptions:
+    """List the images that a sample used as neighbors, with source and license."""
+
+    drawn: Annotated[str, tyro.conf.Positional,
+                     tyro.conf.arg(metavar="SAMPLE", help="Image or samples.json in runs/RUN/samples/.")]
+    common: Flat[CommonOptions]
+    sheet: str = ""
+    """Write a contact sheet of the images to this file (.png)."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run_credits(options: CreditsOptions) -> int:
+    from jobs.publishing import credits
+    samples = credits.list_credits(options.drawn)
+    if options.sheet and not options.common.dry_run:
+        credits.sheet(samples, Path(options.sheet))
+        _log.info("credits: the pictures are in %s", options.sheet)
+    print(json.dumps(samples, indent=1) if options.json else credits.text(samples))
+    return 0
+
+
+@dataclass(frozen=True)
+class ForgetOptions:
+    """Take images out of every database for good, and list what used them."""
+
+    common: Flat[CommonOptions]
+    sha256: Words = ()
+    """Hash of an image, as downloaded or as stored. Repeat the flag for more."""
+    url: Words = ()
+    """URL of an image, or its name in the source folder. Repeat the flag for more."""
+    key: Words = ()
+    """DATASET/KEY of a sample, or DATASET@VERSION/KEY. Repeat the flag for more."""
+    domain: Words = ()
+    """All images from this host and its subdomains. Repeat the flag for more."""
+    note: str = ""
+    """Reason, or name of the requester. It is stored with the request."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run_forget(options: ForgetOptions) -> int:
+    from jobs.publishing import forget
+    root = options.common.root
+    takedown = forget.parse_takedown(root, options.sha256, options.url, options.key, options.domain)
+    result = forget.forget(root, takedown, options.note, dry_run=options.common.dry_run)
+    print(json.dumps(result, indent=1) if options.json else forget.text(result))
+    return 0

@@ -1,0 +1,87 @@
+"""Run a stage with the options of a verb. Imports Ray and torch only when a stage needs them."""
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from jobs.cli.options import CommonOptions
+from jobs.cluster.config import ClusterConfig
+from jobs.telemetry import interrupts
+
+if TYPE_CHECKING:
+    from pipeline.stages.driver import Runner
+    from pipeline.stages.stage import Stage
+
+_log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def open_runner(common: CommonOptions, cluster: ClusterConfig) -> Iterator["Runner"]:
+    """The runner of a command: this process with --local, otherwise actors that live as long as the command."""
+    from jobs.cluster.gpus import InProcess, local_device
+    from pipeline.hardware import devices
+    if common.local:
+        with devices.reserving(local_device(cluster)):
+            yield InProcess(cluster)
+        return
+    with interrupts.held():  # an import may swallow the exception of a signal
+        from jobs.cluster.actor_pool import Pool
+    pool = Pool(cluster)
+    try:
+        with devices.reserving("cpu"):  # the driver reserved no GPU
+            yield pool
+    finally:
+        pool.close()
+
+
+def seal_and_print(stage: "Stage", options: Any, **how: Any) -> int:
+    """Bring a stage to its sealed state and print its result. `how` goes to `run_stage` of the driver."""
+    from jobs.telemetry.observe import observe
+    from pipeline.stages.driver import run_stage
+    overwrite = options.stage.overwrite
+    check_unpublished(stage, overwrite)
+    if options.common.dry_run:
+        return print_forecast(stage, overwrite, options.cluster)
+    with (open_runner(options.common, options.cluster) as runner,
+          observe(stage, tracker=options.stage.tracker) as observation):
+        observation.manifest = run_stage(stage, runner, watch=observation.watch, overwrite=overwrite, **how)
+    print_result(stage, observation.manifest)
+    return 0
+
+
+def check_unpublished(stage: "Stage", overwrite: bool) -> None:
+    """ValueError if the stage would be written into a published version. Published versions never change."""
+    from pipeline.datasets import published
+    from pipeline.datasets.dataset import Dataset
+    parts = stage.path.split("/")
+    if parts[0] == "datasets" and parts[3] in published.STAGES:
+        dataset = Dataset(stage.root, parts[1], parts[2])
+        sealed = dataset.sealed(parts[3])
+        if (overwrite or (parts[3] == "tombstones" and not sealed)) and published.released(dataset)[0]:
+            hint = "forget takes pictures out of it at once, rebuild makes the next version"
+            raise ValueError(f"{dataset.name}@{dataset.version} was published, and a published version never changes\n"
+                             f"hint: {hint}; or write {dataset.name}@{dataset.following().version}")
+
+
+def print_forecast(stage: "Stage", overwrite: bool = False, cluster: ClusterConfig | None = None) -> int:
+    """Print what running the stage would do."""
+    from jobs.cluster.gpus import check_gpus
+    from jobs.inspection import status
+    if cluster:
+        check_gpus(stage, cluster)
+    print(json.dumps(status.forecast(stage, overwrite=overwrite), indent=1))
+    return 0
+
+
+def print_result(stage: "Stage", manifest: dict[str, Any]) -> None:
+    """Print one JSON document: the folder, counts and facts. Counts of rows that were left out go to the log."""
+    from jobs.runs.labels import stage_labels
+    totals, labels = manifest["totals"], stage_labels(stage.path, stage.name)
+    facts = {key: value for key, value in manifest["info"].items() if isinstance(value, int | float | str)}
+    print(json.dumps({"folder": stage.folder, **totals, **facts}))
+    if totals["skipped"]:
+        _log.warning("%s: left out %s; the ledger names each", stage.name,
+                     ", ".join(f"{count} {reason}" for reason, count in totals["skipped"].items()),
+                     extra={"fields": {name: value for name, value in labels.items() if value}})

@@ -1,0 +1,56 @@
+"""Settings of `plan`."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What to estimate, and with which rates."""
+
+    pictures: tuple[str, ...] = ()
+    """Training images, for example 1M 100M 1B. Several make a table of all combinations. Default: the recipe's."""
+    database_rows: tuple[str, ...] = ()
+    """Rows of a separate database. Several make a table too. 0: the training images are the database. Default: the
+    recipe's."""
+    workers: int = 0
+    """Workers without a GPU. Default: the recipe's."""
+    gpus: int = 0
+    """Workers with one GPU each, for the stages whose rates are those of GPUs. Default: as many as the others."""
+    memory: str = "16Gi"
+    """Memory of a worker for a database that is compared row by row."""
+    epochs: float = 0.0
+    """Passes of training over the images. Default: the steps of the recipe."""
+    downsampling: int = 0
+    """Pixels on a side for each pixel of a latent. 1: the network trains on images. Default: the recipe's."""
+    rates: str = ""
+    """JSON file of rates, as `plan --json` prints them. Missing entries keep their defaults."""
+    measure: str = ""
+    """Run a small part of each stage first, with these settings, on this cluster, below --root. Write the measured
+    rates into this file, and use them."""
+    source: tuple[str, ...] = ()
+    """Source for --measure, as for `shard`. Default: generated images."""
+    seconds: float = 60.0
+    """Approximate limit of each measured stage."""
+    measure_workers: int = 1
+    """Workers of --measure. Several show how they slow each other down."""
+    from_root: Annotated[str, tyro.conf.arg(name="from")] = ""
+    """Take the rates from the sealed stages of this root."""
+    from_gpu: bool = False
+    """In that root, embed, train and exact neighbors had a GPU in each worker."""
+    price_gpu_hour: float | None = None
+    """Price of an hour of a worker with a GPU."""
+    price_cpu_hour: float | None = None
+    """Price of an hour of any other worker."""
+    price_gb_month: float | None = None
+    """Price of storing one GB for a month."""
+    price_gb_moved: float | None = None
+    """Price of reading or writing one GB."""
+    months: float = 1.0
+    """Months that everything is stored."""
+    totals: bool = False
+    """Print one row for each combination, with the worker hours of its stages."""
+    json: bool = False
+    """Print JSON, with the rates."""
