@@ -55,7 +55,7 @@ def make_demo(root: str, settings: Settings, runner: Runner, *, drawn: bool, dry
     sources = storage.join(pictures.folder, "sources.json")
     for name, dataset in names.items():
         did.append(_seal(Shard(dataset, replace(
-            settings.shard, source=pictures.folder, captions=storage.join(pictures.folder, f"{name}.csv"),
+            settings.shard, source=(pictures.folder,), captions=storage.join(pictures.folder, f"{name}.csv"),
             sources=sources, only_captioned=True, image_size=pictures.config.size)), runner))
         did.append(_seal(Embed(dataset, settings.embed), runner))
         if name != HELD_OUT:

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from jobs.cli.options import CommonOptions, Flat, Unflagged
@@ -123,8 +123,8 @@ class PlanOptions:
     """Estimate the cost of a full build, stage by stage: hours, bytes, money."""
 
     common: Flat[CommonOptions]
-    plan: Flat[PlanConfig]
     settings: Unflagged[Settings]
+    plan: Flat[PlanConfig] = field(default_factory=PlanConfig)
 
 
 def run_plan(options: PlanOptions) -> int:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 
 Section = TypeVar("Section")
-Flat = tyro.conf.OmitArgPrefixes
+Flat = Annotated[Section, tyro.conf.OmitArgPrefixes]
 """Flags of these fields have no prefix."""
 Unflagged = Annotated[Section, tyro.conf.Fixed, tyro.conf.Suppress]
 """Settings from the recipe and the TOML file. They have no flags here."""

@@ -16,6 +16,7 @@ VERBS = {**dict.fromkeys(("shard", "embed", "index", "neighbors", "latents"), "d
          **dict.fromkeys(("report", "status", "verify", "plan"), "inspect"),
          **{verb: verb for verb in ("pipeline", "demo", "submit")}}
 """The verbs, and the module of each: `VERB` has the class `VerbOptions` and the function `run_VERB`."""
+_OLD_FLAGS = {f"--{old}": f"--{new}" for old, new in (("rebuild", "overwrite"), ("no-rebuild", "no-overwrite"))}
 
 
 def parse_command(arguments: Sequence[str]) -> tuple[Run, Any]:
@@ -25,6 +26,8 @@ def parse_command(arguments: Sequence[str]) -> tuple[Run, Any]:
     if verb == "submit":  # its own flags end where the other verb begins
         end = next((number for number, word in enumerate(flags) if word in VERBS), len(flags))
         flags.insert(end, "--")
+    elif "stage" in {field.name for field in fields(kind)}:
+        flags = [_OLD_FLAGS.get(flag, flag) for flag in flags]
     import tyro
     return run, tyro.cli(kind, args=flags, default=_default(kind, flags), prog=f"python -m jobs {verb}")
 

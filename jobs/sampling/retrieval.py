@@ -138,7 +138,8 @@ def p_d_identity(train: Dataset, database: Dataset) -> dict[str, str]:
                          f"known yet\nhint: {train.command(name)}")
     found = train.identity(name)
     if not any(entry["name"] == "usage.npy" for entry in train.manifest(name)["files"]):
-        raise ValueError(f"{train.folder(name)} was made before p_D was counted\nhint: {train.command(name)} --rebuild")
+        raise ValueError(f"{train.folder(name)} was made before p_D was counted\n"
+                         f"hint: {train.command(name)} --overwrite")
     return found
 
 

@@ -99,7 +99,7 @@ class Training(Stage):
         there = dataset.manifest(f"neighbors/{database}")["info"]["k"]
         if there < k:
             raise ValueError(f"{dataset.label} has {there} neighbours of each sample, the run takes {k}\n"
-                             f"hint: neighbors {dataset.label} --database {database} --k {k} --rebuild")
+                             f"hint: neighbors {dataset.label} --database {database} --k {k} --overwrite")
 
     def check(self) -> None:
         """ValueError, before anything starts, unless the run and what it is looked at with have neighbours enough."""
@@ -120,7 +120,7 @@ class Training(Stage):
             if ours["sha256"] != theirs["sha256"]:
                 raise ValueError(f"the latents of {validation.label} are of another first stage than those of "
                                  f"{self.job.dataset.label}\nhint: latents {validation.label} --first-stage "
-                                 f"{ours['source']} --rebuild")
+                                 f"{ours['source']} --overwrite")
 
     def process(self, item: Item, scratch: Any) -> Output:
         """What the finished run left: the curve, and the checkpoint it ended with."""

@@ -75,7 +75,7 @@ class Batches:
     def _arrays(self, name: str, files: list[dict[str, Any]], records: Any) -> Ahead[np.ndarray]:
         """The files of a stage with a row for each sample, one for each shard."""
         wrong = (f"shards and {name.partition('/')[0]} of {self.dataset.label} have different samples\n"
-                 f"hint: {self.dataset.command(name)} --rebuild")
+                 f"hint: {self.dataset.command(name)} --overwrite")
         if len(files) != len(self.order.counts) or sum(record["samples"] for record in records) != self.offsets[-1]:
             raise ValueError(wrong)
         return Ahead(partial(open_array, self.dataset, name, files, self.order.counts, wrong))

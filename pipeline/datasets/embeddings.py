@@ -23,7 +23,7 @@ def check_finite(vectors: np.ndarray, place: str) -> np.ndarray:
     good = np.isfinite(vectors).all(-1)
     if not good.all():
         raise ValueError(f"{int((~good).sum())} vectors of {place} are not finite\n"
-                         f"hint: python -m jobs verify tells which files are meant; embed --rebuild makes them anew")
+                         f"hint: python -m jobs verify tells which files are meant; embed --overwrite makes them anew")
     return vectors
 
 

@@ -141,7 +141,7 @@ class AdoptEmbeddings(Embed):
         totals = stage_records.totals(records)
         if totals["samples"] and totals["noted"].get("not_adopted", 0) == totals["samples"]:
             raise StageFailed(f"embed: none of the {totals['samples']} samples has a vector in {self.source}\n"
-                              f"hint: are these the vectors of {self.dataset.label}? --rebuild adopts others")
+                              f"hint: are these the vectors of {self.dataset.label}? --overwrite adopts others")
         return super().finish(records, scratch)
 
     def _rows(self, record: dict[str, Any], samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

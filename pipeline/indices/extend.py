@@ -90,7 +90,7 @@ class Extension(Index):
         if info["drift"] > self.config.max_drift:
             raise Drifted(f"index: the vectors added to {self.base.label} are quantised with {info['drift']} times "
                           f"the error of its training, --max-drift allows {self.config.max_drift}\n"
-                          f"hint: train anew: {self.dataset.command('index')} --rebuild")
+                          f"hint: train anew: {self.dataset.command('index')} --overwrite")
         return super().finish(records, scratch)
 
     def _filled(self, embeddings: Embeddings, change: "Change", scratch: Path) -> tuple[Any, int]:
@@ -116,8 +116,8 @@ class Extension(Index):
         """A graph with more rows at its end: it can be changed in no other way."""
         if not np.array_equal(change.row_of, np.arange(len(change.row_of))):
             raise ValueError(f"the index of {self.base.label} is of a kind that can neither lose rows nor number them "
-                             f"anew\nhint: build this one with {self.dataset.command('index')} --rebuild; a kind with "
-                             f"inverted lists, like --key IVF256,SQ8, can be extended")
+                             f"anew\nhint: build this one with {self.dataset.command('index')} --overwrite; a kind "
+                             f"with inverted lists, like --key IVF256,SQ8, can be extended")
         index = open_dataset_index(self.base)
         fill(index, embeddings.rows(change.fresh).astype(np.float32))
         return index, len(faiss.serialize_index(index))

@@ -72,7 +72,7 @@ class Index(IndexingStage):
         """The files of an index: what is searched, autofaiss's facts, and the rows (Q,) that training did not see."""
         if doubled := misnumbered(index):
             raise StageFailed(f"index: {doubled} of {index.ntotal} rows are not in it exactly once; nothing is sealed\n"
-                              f"hint: this is a fault of the program or of a part: --rebuild, or other parts")
+                              f"hint: this is a fault of the program or of a part: --overwrite, or other parts")
         files = write_index(index, scratch)
         (scratch / "index_infos.json").write_bytes(storage.json_bytes(infos))
         np.save(scratch / "held.npy", held, allow_pickle=False)
@@ -86,8 +86,8 @@ class Index(IndexingStage):
                               f"for {self.config.min_recall}\nhint: ten vectors for each query, or do without it")
         if info["recall_at_10"] is not None and info["recall_at_10"] < self.config.min_recall:
             raise StageFailed(f"index: recall@10 is {info['recall_at_10']}, --min-recall asks for "
-                              f"{self.config.min_recall}\nhint: more memory, or another --key, and --rebuild; what was "
-                              f"built ({info['key']}) is not sealed")
+                              f"{self.config.min_recall}\nhint: more memory, or another --key, and --overwrite; what "
+                              f"was built ({info['key']}) is not sealed")
         return Output(info=info)
 
 

@@ -53,7 +53,7 @@ def open_dataset_index(dataset: Dataset, flags: int = 0) -> faiss.Index:
         raise UnreadableIndex(
             f"the index of {dataset.label} cannot be read: {cause}; expected an index that faiss {faiss.__version__} "
             f"knows, got {str(error).rsplit(': ', 1)[-1]} ({path})\n"
-            f"hint: {dataset.command('index')} --rebuild") from error
+            f"hint: {dataset.command('index')} --overwrite") from error
 
 
 class Searcher:
@@ -67,7 +67,7 @@ class Searcher:
         self.embeddings = Embeddings(dataset)
         if self.index.ntotal != len(self.embeddings):
             raise ValueError(f"the index of {dataset.label} has {self.index.ntotal} rows, its embeddings "
-                             f"{len(self.embeddings)}\nhint: {dataset.command('index')} --rebuild")
+                             f"{len(self.embeddings)}\nhint: {dataset.command('index')} --overwrite")
         self.hidden = hidden_rows.rows(dataset)
         if without is not None:
             self.hidden = np.union1d(self.hidden, without)

@@ -63,7 +63,7 @@ class Adopt(Stage):
             if not self._addresses:
                 raise ValueError(f"no files ending in .tar in {', '.join(self.config.source)}")
             if inside := [one for one in self._addresses if one.startswith(f"{self.folder}/")]:
-                raise ValueError(f"{inside[0]} lies where the dataset is written, and --rebuild would remove it\n"
+                raise ValueError(f"{inside[0]} lies where the dataset is written, and --overwrite would remove it\n"
                                  f"hint: move the tars to a folder of their own")
         return self._addresses
 

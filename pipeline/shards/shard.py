@@ -95,7 +95,7 @@ class Shard(Stage):
                              f"{self.dataset.label}")
         if self.config.duplicates != "keep":
             raise ValueError(f"{self.base.label} is sealed, and duplicates are looked for among all pictures\n"
-                             f"hint: --retry-failed before a version is sealed, or --rebuild")
+                             f"hint: --retry-failed before a version is sealed, or --overwrite")
         planned = {item.id: item for item in read_items(self.base.folder("shards"))}
         items = [planned[record["id"]] for record in manifest["items"]]
         for item, record in zip(items, manifest["items"], strict=True):

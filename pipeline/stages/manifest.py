@@ -114,7 +114,7 @@ def sealed_input(root: str, path: str, command: str, sha256: str | None = None) 
     manifest = read_manifest(storage.join(root, path), command, sha256)
     if changed := changed_inputs(root, manifest):
         raise ValueError(f"{storage.join(root, path)} is stale: {', '.join(changed)} changed since\n"
-                         f"hint: make it again, with its own settings: {command} --rebuild")
+                         f"hint: make it again, with its own settings: {command} --overwrite")
     return {"path": path, "digest": manifest["content"]}
 
 

@@ -37,7 +37,7 @@ def claim_folder(stage: Stage) -> tuple[Sequence[Item], bool]:
         joined = not _create_plan(stage, inputs, listed)
     stamp, plan = storage.stamp(url), storage.read_json(url)
     if not isinstance(plan, dict) or not plan.keys() >= _PLAN_KEYS:
-        raise ValueError(f"{url} is damaged\nhint: --rebuild makes this folder anew")
+        raise ValueError(f"{url} is damaged\nhint: --overwrite makes this folder anew")
     if plan["fingerprint"] != fingerprint(stage, inputs):
         raise ValueError(_disagreement(stage, plan, inputs))
     stage.claim = Claim(plan["fingerprint"], plan["inputs"], stamp)
@@ -110,7 +110,7 @@ def refuse_replaced_plan(stage: Stage) -> None:
     if there != claim.fingerprint:
         raise PlanReplaced(f"{stage.name}: {stage.folder} was planned again or removed while this command ran: "
                            f"expected the plan {claim.fingerprint[:12]}, got {there[:12]}\n"
-                           f"hint: {stage.command} --rebuild, once no other command works on this folder")
+                           f"hint: {stage.command} --overwrite, once no other command works on this folder")
 
 
 def read_items(folder: str) -> Sequence[Item]:
@@ -214,7 +214,7 @@ def _disagreement(stage: Stage, claimed: dict[str, Any], inputs: dict[str, Any])
     moved = [name for name, one in inputs.items() if one != claimed["inputs"].get(name)]
     changed = f"; what it is made from has changed: {', '.join(moved)}" if moved else ""
     return (f"{stage.folder} was planned with other settings or inputs ({differing}){changed}\n"
-            f"hint: {stage.elsewhere}, or make this one anew with --rebuild")
+            f"hint: {stage.elsewhere}, or make this one anew with --overwrite")
 
 
 def _differences(there: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:

@@ -115,7 +115,7 @@ def main() -> int:
                 for stage, words in commands.items():
                     for one in environments if turn % 2 == 0 else environments[::-1]:
                         usage = one.run(threads, log, "-m", "jobs", *words, "--root", str(one.root), "--local",
-                                        "--rebuild")
+                                        "--overwrite")
                         if turn:
                             seconds.setdefault((threads, stage, one.name), []).append(usage)
                         print(f"turn {turn}, {threads} threads, {stage}, {one.name}: {usage.wall_s:.2f} s, "

@@ -165,7 +165,7 @@ def lists(queries: Dataset, database: Dataset, given: argparse.Namespace, work: 
         for probes in (tuned, tuned // 2, tuned // 4):
             usage = measured([sys.executable, "-m", "jobs", "neighbors", queries.label, "--database", database.label,
                               "--root", database.root, "--k", str(_K), "--copy-similarity", "2", "--checked", "0",
-                              "--at-once", "10", "--probes", str(probes), "--workers", "2", "--rebuild"],
+                              "--at-once", "10", "--probes", str(probes), "--workers", "2", "--overwrite"],
                              work / "neighbors-ours.log")
             records = queries.manifest(f"neighbors/{database.label}")["items"]
             note(f"neighbors, {probes} lists", sum(record["run"]["seconds"] for record in records) / 2, usage,

@@ -71,7 +71,7 @@ def test_an_unfinished_stage_is_continued(root: Path) -> None:
     after, sealed = contents(folder), manifest(root, "half/v1/embeddings")
     assert before.items() <= after.items() and sealed["fingerprint"] == planned["fingerprint"]
     old = Embeddings(Dataset.parse(str(root), "half")).all().astype(np.float32)
-    assert run(root, "embed", "half", "--rebuild") == 0
+    assert run(root, "embed", "half", "--overwrite") == 0
     assert manifest(root, "half/v1/embeddings")["fingerprint"] == planned["fingerprint"]
     new = Embeddings(Dataset.parse(str(root), "half")).all().astype(np.float32)
     assert (old * new).sum(1).min() > 0.999
@@ -91,7 +91,7 @@ def test_an_old_index_is_extended_and_searched(root: Path) -> None:
 def test_what_is_made_again_has_the_same_fingerprints(root: Path) -> None:
     places = ("art/v1/embeddings", "art/v1/text_embeddings", "art/v1/index", "art/v1/neighbors/art")
     before = [manifest(root, place) for place in places]
-    assert run(root, "index", "art", "--key", "IVF4,SQ8", "--rebuild") == 0
+    assert run(root, "index", "art", "--key", "IVF4,SQ8", "--overwrite") == 0
     again = manifest(root, "art/v1/index")
     assert again["fingerprint"] == before[2]["fingerprint"]
     assert again["info"]["recall"] == before[2]["info"]["recall"]
@@ -122,10 +122,10 @@ def test_an_index_that_this_faiss_cannot_read_is_named_with_a_way_out(root: Path
         assert run(root, *words) == 1
         said = capfd.readouterr().err
         assert f"the index of art cannot be read: the file is {'' if newer else 'not '}as it was sealed: {why}" in said
-        assert f"hint: python -m jobs index art --root {root} --rebuild" in said and "Traceback" not in said
+        assert f"hint: python -m jobs index art --root {root} --overwrite" in said and "Traceback" not in said
     assert main(["verify", "--root", str(root)]) == 1
     assert "datasets/art/v1/index/knn.index" in capfd.readouterr().out
-    assert run(root, "index", "art", "--key", "IVF4,SQ8", "--rebuild") == 0
+    assert run(root, "index", "art", "--key", "IVF4,SQ8", "--overwrite") == 0
     for words in commands:
-        assert run(root, *words, "--rebuild") == 0
+        assert run(root, *words, "--overwrite") == 0
     assert main(["verify", "--root", str(root)]) == 0

@@ -144,17 +144,17 @@ def test_shards_made_anew_make_embeddings_stale_for_index_and_neighbors(root: Pa
     assert main(["index", "x", "--root", str(root), "--local"]) == 0
     other = synthetic.drawings(tmp_path / "other", subjects=4)
     assert main(["shard", "x", "--source", str(other), "--root", str(root), "--local", "--image-size", "32",
-                 "--samples-per-shard", str(PER_SHARD), "--rebuild"]) == 0
+                 "--samples-per-shard", str(PER_SHARD), "--overwrite"]) == 0
     capsys.readouterr()
     for verb in ("index", "neighbors"):
-        for more in ([], ["--rebuild"]):
+        for more in ([], ["--overwrite"]):
             assert main([verb, "x", "--root", str(root), "--local", *more]) == 2
             text = capsys.readouterr().err
             assert "embeddings is stale: shards changed since\nhint: " in text and "embed x" in text
     # Nothing was lost by trying.
     assert dataset(root).sealed("index") and not dataset(root).sealed("neighbors/x")
     for verb in ("embed", "index"):
-        assert main([verb, "x", "--root", str(root), "--local", "--rebuild"]) == 0
+        assert main([verb, "x", "--root", str(root), "--local", "--overwrite"]) == 0
     assert main(["neighbors", "x", "--root", str(root), "--local"]) == 0
 
 
@@ -215,7 +215,7 @@ def test_embeddings_that_are_damaged_are_refused(change: Any, told: str, verifie
                                                  capsys: Any) -> None:
     assert main(embed(root, "--local")) == 0
     spoiled(root, change)
-    for command in (["index", "x"], ["index", "x", "--part-memory", "60Ki", "--rebuild"],
+    for command in (["index", "x"], ["index", "x", "--part-memory", "60Ki", "--overwrite"],
                     ["neighbors", "x", "--method", "exact"]):
         assert main([*command, "--root", str(root), "--local"]) == 1, command
         text = capsys.readouterr().err

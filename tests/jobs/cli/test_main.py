@@ -133,7 +133,41 @@ def test_other_settings_on_a_sealed_folder_are_refused_by_name(tmp_path: Path, c
     assert _shard(tmp_path) == 0
     assert _shard(tmp_path, "--image-size", "99") == 2
     assert "section.image_size: there 64, now 99" in capsys.readouterr().err
-    assert _shard(tmp_path, "--image-size", "99", "--rebuild") == 0
+    assert _shard(tmp_path, "--image-size", "99", "--overwrite") == 0
+
+
+def test_the_old_spelling_of_overwrite_works_and_is_hidden(tmp_path: Path, capsys) -> None:
+    _pictures(tmp_path / "in")
+    manifest, said = tmp_path / "root/datasets/some/v1/shards/manifest.json", []
+    for flag in ("--overwrite", "--rebuild"):
+        assert _shard(tmp_path) == 0
+        size = json.loads(manifest.read_text())["section"]["image_size"] // 2
+        capsys.readouterr()
+        assert _shard(tmp_path, "--image-size", str(size), flag, "--dry-run") == 0
+        plan = json.loads(capsys.readouterr().out)
+        assert _shard(tmp_path, "--image-size", str(size), flag) == 0
+        assert json.loads(manifest.read_text())["section"]["image_size"] == size
+        said.append((plan, json.loads(capsys.readouterr().out)))
+        shutil.rmtree(tmp_path / "root")
+    assert said[0][1]["samples"] == 3 and said[0] == said[1]
+    with pytest.raises(SystemExit):
+        main(["shard", "--help"])
+    shown = capsys.readouterr().out
+    assert "--overwrite" in shown and "--rebuild" not in shown
+    with pytest.raises(SystemExit):  # the verb `rebuild` makes a version, and never had the flag
+        main(["rebuild", "some", "--rebuild", "--source", str(tmp_path / "in"), "--root", str(tmp_path / "root")])
+
+
+def test_a_verb_reads_only_its_own_sections(tmp_path: Path, capsys) -> None:
+    _pictures(tmp_path / "in")
+    file = tmp_path / "settings.toml"
+    file.write_text("[shard]\nimage_size = 16\n[train]\nsteps = -1\n[cluster]\nworkers = 3\n")
+    assert _shard(tmp_path, "--config", str(file)) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 3
+    assert main(["train", "run", "--dataset", "some", "--config", str(file), "--root", str(tmp_path / "root")]) == 2
+    assert "steps" in capsys.readouterr().err
+    file.write_text("[shards]\nimage_size = 16\n")
+    assert _shard(tmp_path, "--config", str(file)) == 2 and "there is no setting 'shards'" in capsys.readouterr().err
 
 
 def test_file_over_recipe_and_flags_over_file(tmp_path: Path, capsys) -> None:
@@ -180,7 +214,7 @@ def test_status_tells_stale_from_sealed_and_damaged(tmp_path: Path, capsys) -> N
     _pictures(tmp_path / "in")
     root = ["--root", str(tmp_path / "root")]
     assert _shard(tmp_path) == 0 and main(["embed", "some", "--local", *root]) == 0
-    assert _shard(tmp_path, "--image-size", "32", "--rebuild") == 0
+    assert _shard(tmp_path, "--image-size", "32", "--overwrite") == 0
     capsys.readouterr()
     main(["status", "--json", *root])
     states = {one["path"].rsplit("/", 1)[1]: one["state"] for one in json.loads(capsys.readouterr().out)}
@@ -196,14 +230,14 @@ def test_a_stale_folder_is_no_input_and_a_fault(tmp_path: Path, capsys) -> None:
     assert _shard(tmp_path) == 0 and main(["embed", "some", "--local", *root]) == 0
     assert main(["index", "some", "--local", *root]) == 0
     _pictures(tmp_path / "other", 4)
-    shard = ["shard", "some", "--source", str(tmp_path / "other"), "--local", "--rebuild", *root]
+    shard = ["shard", "some", "--source", str(tmp_path / "other"), "--local", "--overwrite", *root]
     assert main(shard) == 0
     capsys.readouterr()
     assert main(["neighbors", "some", "--local", *root]) == 2
     assert "is stale: shards changed since" in capsys.readouterr().err
     assert main(["verify", *root]) == 1
     for verb in ("embed", "index"):
-        assert main([verb, "some", "--local", "--rebuild", *root]) == 0
+        assert main([verb, "some", "--local", "--overwrite", *root]) == 0
     assert main(["neighbors", "some", "--local", *root]) == 0 and main(["verify", *root]) == 0
 
 
@@ -211,8 +245,8 @@ def test_a_rebuild_that_cannot_be_planned_leaves_what_is_there(tmp_path: Path) -
     _pictures(tmp_path / "in")
     root = ["--root", str(tmp_path / "root")]
     assert _shard(tmp_path) == 0 and main(["embed", "some", "--local", *root]) == 0
-    assert main(["shard", "some", "--source", str(tmp_path / "typo"), "--local", "--rebuild", *root]) == 2
-    assert main(["embed", "some", "--model", "nonsense", "--local", "--rebuild", *root]) == 2
+    assert main(["shard", "some", "--source", str(tmp_path / "typo"), "--local", "--overwrite", *root]) == 2
+    assert main(["embed", "some", "--model", "nonsense", "--local", "--overwrite", *root]) == 2
     assert main(["verify", *root]) == 0
 
 
@@ -224,7 +258,7 @@ def test_an_index_that_cannot_be_built_is_misuse_and_leaves_the_one_there_is(pre
     shutil.copytree(prepared, tmp_path / "root")
     manifest = tmp_path / "root/datasets/drawn/v1/index/manifest.json"
     before = manifest.read_bytes()
-    assert main(["index", "drawn", "--root", str(tmp_path / "root"), "--local", "--rebuild", *settings]) == 2
+    assert main(["index", "drawn", "--root", str(tmp_path / "root"), "--local", "--overwrite", *settings]) == 2
     assert said in capsys.readouterr().err and manifest.read_bytes() == before
 
 
@@ -241,7 +275,7 @@ def test_a_damaged_manifest_is_a_fault(tmp_path: Path, capsys) -> None:
     _pictures(tmp_path / "in")
     root = ["--root", str(tmp_path / "root")]
     for text in ("{", "[]", "{}"):
-        assert _shard(tmp_path, "--rebuild") == 0
+        assert _shard(tmp_path, "--overwrite") == 0
         (tmp_path / "root/datasets/some/v1/shards/manifest.json").write_text(text)
         assert main(["verify", *root]) == 1
         assert main(["embed", "some", "--local", *root]) == 2

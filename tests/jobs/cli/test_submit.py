@@ -53,6 +53,12 @@ def test_the_same_work_has_the_same_name_wherever_it_runs(tmp_path: Path) -> Non
     assert by_file.words[-1] == "settings.toml" and by_file.config == str(tmp_path / "settings.toml")
 
 
+def test_the_old_spelling_of_overwrite_names_the_same_job() -> None:
+    new, old = (_of("embed", "noto", "--root", ROOT, flag) for flag in ("--overwrite", "--rebuild"))
+    assert new.name == old.name != _of("embed", "noto", "--root", ROOT).name
+    assert old.words[-1] == "--rebuild"  # nodes with an earlier version of the code know only this one
+
+
 def test_a_shell_gives_the_words_back() -> None:
     words = ("sample", "run", "--prompt", "it's a \"red\" $HOME; rm *", "--database", "x y", "--root", ROOT)
     assert shlex.split(_entrypoint(_of(*words))) == ["python", "-m", "jobs", *words]

@@ -38,8 +38,8 @@ def root(prepared: Path, tmp_path: Path) -> str:
 
 def _commands(root: str) -> dict[str, list[str]]:
     some = ["--root", root, "--local"]
-    return {"embed": ["embed", "drawn", *some, "--rebuild"],
-            "neighbors": ["neighbors", "drawn", *some, "--method", "exact", "--rebuild"],
+    return {"embed": ["embed", "drawn", *some, "--overwrite"],
+            "neighbors": ["neighbors", "drawn", *some, "--method", "exact", "--overwrite"],
             "train": ["train", "run", "--dataset", "drawn", "--steps", "2", *some]}
 
 
@@ -168,7 +168,7 @@ def test_gpus_that_embed_cannot_use_are_refused_before_planning(root: str, count
     monkeypatch.setattr(clusters, "connect", lambda: pytest.fail("connected to a cluster"))
     before = sorted(Path(root).rglob("*"))
     with pytest.raises(SystemExit) if count != "2" else contextlib.nullcontext() as stopped:
-        assert main(["embed", "drawn", "--root", root, "--gpus", count, "--rebuild"]) == 2
+        assert main(["embed", "drawn", "--root", root, "--gpus", count, "--overwrite"]) == 2
     assert stopped is None or stopped.value.code == 2
     assert "gpus" in capsys.readouterr().err and sorted(Path(root).rglob("*")) == before
 
@@ -203,7 +203,7 @@ def test_they_are_refused_without_ray_too(root: str, verb: str, count: str, dry:
 
 def test_no_plan_is_left_by_a_gpu_that_is_not_there(root: str) -> None:
     """A plan would refuse other settings afterwards."""
-    for command in (["embed", "drawn@v2"], ["neighbors", "drawn", "--method", "exact", "--k", "3", "--rebuild"],
+    for command in (["embed", "drawn@v2"], ["neighbors", "drawn", "--method", "exact", "--k", "3", "--overwrite"],
                     ["train", "run", "--dataset", "drawn", "--steps", "2"]):
         before = sorted(Path(root).rglob("*"))
         shutil.copytree(Path(root, "datasets/drawn/v1/shards"), Path(root, "datasets/drawn/v2/shards"),

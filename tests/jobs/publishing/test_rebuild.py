@@ -298,7 +298,7 @@ def test_rollback_and_what_was_rolled_back_stays_so(place: Path, capsys: pytest.
     assert [re.split("  +", line)[:2] for line in lines] == [["v1", "released"], ["v2", "published"],
                                                              ["v3", "rolled back"]]
     assert len({line.index(re.split("  +", line)[1]) for line in lines}) == 1  # aligned
-    assert main(["embed", NAME, "--rebuild", "--root", root, "--local"]) == 2
+    assert main(["embed", NAME, "--overwrite", "--root", root, "--local"]) == 2
     assert "never changes" in capsys.readouterr().err
 
 

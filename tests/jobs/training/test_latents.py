@@ -167,11 +167,11 @@ def test_a_run_on_latents_trains_and_draws_pictures(root: Path, autoencoder: Pat
     train = ["train", "run", "--dataset", "drawn", *common, "--steps", "4", "--global-batch", "4", "--log-every", "1",
              "--checkpoint-every", "4"]
     assert main([*train, *sizes, "--latents"]) == 0
-    assert main([*train, "--rebuild"]) == 0  # on pictures
+    assert main([*train, "--overwrite"]) == 0  # on pictures
     capsys.readouterr()
-    assert main([*train, "--latents", "--rebuild"]) == 2
+    assert main([*train, "--latents", "--overwrite"]) == 2
     assert "16 x 8 x 8" in capsys.readouterr().err
-    assert main([*train, *sizes, "--latents", "--rebuild"]) == 0
+    assert main([*train, *sizes, "--latents", "--overwrite"]) == 0
     assert main(["sample", "run", "--prompt", "a red circle", "--database", "drawn", "--steps", "2", *common,
                  "--name", "some"]) == 0
     picture = Image.open(next((root / "runs/run/samples/some/drawn").glob("00-*circle.png")))
@@ -317,9 +317,9 @@ def test_a_run_with_its_own_vectors_draws_with_every_sampler(root: Path, capsys)
     assert main([*train, "--prediction", "v", "--min-snr", "5"]) == 0
     inputs = json.loads((root / "runs/own/plan.json").read_text())["inputs"]
     assert inputs["own"] == Dataset.parse(str(root), "drawn").identity("embeddings")
-    assert main([*train, "--own", "caption", "--rebuild"]) == 2  # no captions were embedded
+    assert main([*train, "--own", "caption", "--overwrite"]) == 2  # no captions were embedded
     assert "embed drawn --captions" in capsys.readouterr().err
-    assert main([*train, "--prediction", "v", "--min-snr", "5", "--rebuild"]) == 0
+    assert main([*train, "--prediction", "v", "--min-snr", "5", "--overwrite"]) == 0
     draw = ["sample", "own", "--prompt", "a red circle", "--database", "drawn", "--steps", "3", *common]
     pictures = []
     for more in ([], ["--sampler", "dpm++"], ["--eta", "1"], ["--text-guidance", "4"]):

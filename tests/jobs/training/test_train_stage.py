@@ -16,12 +16,12 @@ import pytest
 from PIL import Image
 
 from jobs.cli.main import main
+from jobs.cli.model import train as train_run
 from jobs.config.recipes import tiny
 from jobs.runs.metrics import read
 from jobs.runs.run import Run
 from jobs.training.train_stage import Job, Training
 from jobs.training.worker import train_in_processes, train_process
-from jobs.cli.model import train as train_run
 from model.config import TrainConfig
 from model.training.train import train
 from pipeline import storage
@@ -233,7 +233,7 @@ def test_validation_tells_whether_neighbours_are_used_and_changes_nothing(root: 
     assert len({line["validation_loss"] for line in found}) == 2
     assert [line["step"] for line in read(one)] == list(range(1, 25))
     assert main(["train", "with", "--dataset", "drawn", "--validation", "nowhere", "--root", str(root), "--config",
-                     str(root / "settings.toml"), "--local", "--rebuild"]) == 2
+                     str(root / "settings.toml"), "--local", "--overwrite"]) == 2
 
 
 def test_too_few_neighbours_are_seen_before_anything_starts(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

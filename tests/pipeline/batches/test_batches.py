@@ -213,7 +213,7 @@ def test_neighbours_of_other_samples_are_refused(copied):
                 if path.endswith(one["name"]):
                     one["bytes"] = os.path.getsize(path)
     storage.put_json(manifest, storage.join(copied.folder("neighbors/drawn"), "manifest.json"))
-    with pytest.raises(ValueError, match=r"shards and neighbors of drawn have different samples\nhint: .*--rebuild"):
+    with pytest.raises(ValueError, match=r"shards and neighbors of drawn have different samples\nhint: .*--overwrite"):
         [batches(copied).at(step) for step in range(9)]
 
 
