@@ -301,7 +301,8 @@ def _subject(verb: str, inner: Any) -> dict[str, str]:
 
 def _hash(verb: str, inner: Any) -> str:
     """Eight digits of the verb, its options and its settings. Those of the cluster are not part of them."""
-    document = asdict(replace(inner, common=replace(inner.common, root=storage.normalize(inner.common.root), config="")))
+    common = replace(inner.common, root=storage.normalize(inner.common.root), config="")
+    document = asdict(replace(inner, common=common))
     for options in (document, document.get("settings", {})):
         options.pop("cluster", None)
     return storage.digest([verb, document])[:8]
