@@ -6,7 +6,9 @@ import logging
 import os
 import sys
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from jobs.cli.options import CommonOptions, Flat, Unflagged
 from jobs.cli.run_stage import open_runner
@@ -125,11 +127,17 @@ class PlanOptions:
     common: Flat[CommonOptions]
     settings: Unflagged[Settings]
     plan: Flat[PlanConfig] = field(default_factory=PlanConfig)
+    from_root: Annotated[str, tyro.conf.arg(name="from")] = ""
+    """Take the rates from the sealed stages of this root."""
+    from_gpu: bool = False
+    """In that root, embed, train and exact neighbors had a GPU in each worker."""
 
 
 def run_plan(options: PlanOptions) -> int:
     from jobs.planning import plan_table
     plan, settings, common = options.plan, options.settings, options.common
+    if plan.measure and options.from_root:
+        raise ValueError("--measure measures here, --from takes what was measured: one of them")
     if plan.measure and common.dry_run:
         print(json.dumps(plan_table.to_measure(plan, settings, common.root)))
         return 0
@@ -139,5 +147,6 @@ def run_plan(options: PlanOptions) -> int:
         with open_runner(common, workers) as runner:
             plan_table.measure(plan, settings, common.root, workers, lambda stage: run_observed(stage, runner))
         plan = replace(plan, rates=plan.measure, measure="")
-    print(plan_table.make_plan(plan, settings))
+    rates = plan_table.resolve_rates(plan, options.from_root, gpu=options.from_gpu)
+    print(plan_table.make_plan(plan, settings, rates))
     return 0

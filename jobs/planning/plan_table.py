@@ -45,9 +45,9 @@ CORPORA = {**dict.fromkeys(("tiny", "emoji_32", "emoji_64"), Corpus(10_114, 0, 1
            "laion_1p3b": Corpus(100_000_000, 20_000_000, 16)}
 
 
-def make_plan(plan: PlanConfig, settings: Settings) -> str:
+def make_plan(plan: PlanConfig, settings: Settings, used: Rates) -> str:
     """What `plan` prints: a Markdown table with notes, or one JSON document."""
-    used, found = chosen(plan), []
+    found = []
     prices = Prices(plan.price_gpu_hour, plan.price_cpu_hour, plan.price_gb_month, plan.price_gb_moved,
                     plan.months)
     for build in builds(plan, settings, used):
@@ -95,8 +95,6 @@ def _wants_gpu(plan: PlanConfig, settings: Settings) -> bool:
 
 def _trial(plan: PlanConfig, settings: Settings, root: str, *, gpu: bool) -> Trial:
     """What is to be measured, for the first of the builds; ValueError where it cannot be."""
-    if plan.from_root:
-        raise ValueError("--measure measures here, --from takes what was measured: one of them")
     if plan.gpus and not gpu:
         raise ValueError(f"--gpus {plan.gpus}: there is no GPU here to measure on\nhint: where there is one; or "
                          f"--rates FILE, with rates of a GPU")
@@ -111,10 +109,10 @@ def _base(plan: PlanConfig) -> Rates:
     return rates.read(plan.rates) if plan.rates else rates.built_in()
 
 
-def chosen(plan: PlanConfig) -> Rates:
-    """The rates that a plan asks for: the built-in ones, a file's, a root's over either."""
+def resolve_rates(plan: PlanConfig, measured_root: str = "", *, gpu: bool = False) -> Rates:
+    """Rates of the sealed stages below `measured_root`, of a file, or built in. `gpu`: those stages ran on GPUs."""
     base = _base(plan)
-    return rates_from_manifests.rates(plan.from_root, base, gpu=plan.from_gpu) if plan.from_root else base
+    return rates_from_manifests.rates(measured_root, base, gpu=gpu) if measured_root else base
 
 
 def builds(plan: PlanConfig, settings: Settings, used: Rates) -> list[Build]:
@@ -123,10 +121,6 @@ def builds(plan: PlanConfig, settings: Settings, used: Rates) -> list[Build]:
         raise ValueError("--gpus: the rates are those of workers without a GPU\nhint: plan --measure FILE where there "
                          "are GPUs; or run a sample on them, then plan --from ROOT --from-gpu; or rates of your own "
                          "with \"gpu\": true: --rates FILE")
-    for name in ("workers", "gpus", "epochs", "downsampling", "months", "price_gpu_hour", "price_cpu_hour",
-                 "price_gb_month", "price_gb_moved"):
-        if (getattr(plan, name) or 0) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(plan, name)}: must be at least 0")
     corpus = next((CORPORA[name] for name, recipe in RECIPES.items() if recipe().train.unet == settings.train.unet),
                   CORPORA["tiny"])
     kept = parse_size(plan.memory, "--memory")

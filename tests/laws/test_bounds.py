@@ -7,9 +7,10 @@ from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import pytest
 
-from jobs import commands
+from jobs.cli.parse import VERBS, load_verb
 from jobs.config.settings import Settings
 from jobs.planning.benchmark import Trial
+from jobs.planning.config import PlanConfig
 from jobs.publishing.releases import GcConfig
 from jobs.sampling.config import QueryConfig
 from jobs.training.config import ConvertConfig
@@ -22,6 +23,7 @@ SECTIONS: list[tuple[str, Any]] = [
     ("train.unet", SETTINGS.train.unet), ("train.diffusion", SETTINGS.train.diffusion),
     ("shard.download", SETTINGS.shard.download), ("rebuild.gates", SETTINGS.rebuild.gates),
     ("gc", GcConfig()), ("convert", ConvertConfig()), ("sample", QueryConfig()), ("embed", ClipConfig()),
+    ("plan", PlanConfig()),
     ("measure", Trial(".", cast(Any, None), (), 1.0, 1, False)),  # the build has its own sections
 ]
 UNBOUNDED = {("sample", "seed"): "any whole number: it is hashed as text",
@@ -105,8 +107,7 @@ def test_all_sections_of_the_command_line_are_here() -> None:
         kinds = {each for each in get_type_hints(kind).values() if is_dataclass(each)}
         return kinds.union(*(sections(each) for each in kinds))
 
-    kinds = {each for each in vars(commands).values() if is_dataclass(each) and each.__name__.endswith("Command")}
-    found = set().union(*(sections(each) for each in kinds)) | sections(Settings)
+    found = set().union(*(sections(load_verb(verb)[0]) for verb in VERBS)) | sections(Settings)
     assert {each for each in found if each.__name__.endswith("Config")} <= {type(config) for _, config in SECTIONS}
 
 
