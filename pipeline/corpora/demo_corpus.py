@@ -8,7 +8,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -99,9 +99,10 @@ class DemoCorpus(Stage):
             drawing = row.pop("drawing", None)
             pictures.append(CatalogImage(**row | {"tags": tuple(row["tags"])}))
             drawings[pictures[-1].key] = drawing
+        corpus: Catalog[Any]
+        render: Callable[[Catalog[Any], CatalogImage, int], bytes]
         if self.config.corpus == "emoji":
-            corpus: Catalog = Catalog(tuple(pictures), drawings)
-            render = emoji.render
+            corpus, render = Catalog(tuple(pictures), drawings), emoji.render
         else:
             corpus, render = self._catalog(), drawn.render
         for picture in pictures:

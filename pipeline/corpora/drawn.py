@@ -141,7 +141,8 @@ def _scenes(seed: int) -> Iterator[Scene]:
             yield Scene(groups[number])
     for kind, sizes in enumerate(PAIR_SIZES, 2):
         pairs = (_pair(int(number), *sizes) for number in _shuffled(PAIRS, seed, kind))
-        yield from (p for p in pairs if p.joint != "inside" or SHAPES[p.second.shape].roomy)
+        yield from (pair for pair in pairs
+                    if pair.joint != "inside" or (pair.second and SHAPES[pair.second.shape].roomy))
 
 
 def _shuffled(count: int, seed: int, kind: int) -> np.ndarray:
@@ -150,8 +151,8 @@ def _shuffled(count: int, seed: int, kind: int) -> np.ndarray:
 
 def _pair(number: int, first_size: str, second_size: str) -> Scene:
     number, joint = divmod(number, len(JOINTS))
-    one, other = divmod(number, len(PLAIN) - 1)
-    first, second = PLAIN[one], PLAIN[other + (other >= one)]  # never twice the same
+    first_number, second_number = divmod(number, len(PLAIN) - 1)
+    first, second = PLAIN[first_number], PLAIN[second_number + (second_number >= first_number)]  # never twice the same
     return Scene(
         Group(first.colour, first.shape, first_size),
         JOINTS[joint],
@@ -177,7 +178,7 @@ class Layer:
     colour: Colour
     mask: Image.Image  # L, 255 within
     lines: list[list[tuple[float, float]]]  # in pixels
-    within: bool  # stands on another layer, so it is set off by white
+    is_inner: bool  # stands on another layer, so it is set off by white
 
     def stroke(self, share: float) -> Image.Image:
         """A mask (L) of the lines, as wide as this share of the canvas."""
@@ -221,17 +222,18 @@ def _layers(scene: Scene, key: str, side: int) -> Iterator[Layer]:
                 corners = (outline * part + np.array(spot) * scale + shift + 1) * (side / 2)
                 lines.append([tuple(corner) for corner in corners.tolist()])
                 pen.polygon(lines[-1], fill=fill)
-        within = scene.joint == "inside" and number == 1
-        yield Layer(COLOURS[group.colour], mask, lines, within)
+        is_inner = scene.joint == "inside" and number == 1
+        yield Layer(COLOURS[group.colour], mask, lines, is_inner)
 
 
 def _mixed(colour: Colour, other: int, share: float) -> Colour:
     """The colour with a share of grey level `other`: lighter with 255, darker with 0."""
-    return tuple(round(level + (other - level) * share) for level in colour)
+    red, green, blue = (round(level + (other - level) * share) for level in colour)
+    return red, green, blue
 
 
 def _clear(canvas: Image.Image, layer: Layer, rim: float) -> None:
-    if layer.within:
+    if layer.is_inner:
         canvas.paste("white", mask=ImageChops.lighter(layer.mask, layer.stroke(2 * rim)))
 
 
@@ -304,7 +306,7 @@ STYLES: dict[str, Callable[[Image.Image, Layer], None]] = {
 
 def sources() -> list[dict]:
     """Per style where its drawings come from: this program, free of rights."""
-    made = {
+    styles = {
         "package": "pipeline.drawn",
         "version": "1",
         "licence_spdx": "CC0-1.0",
@@ -314,4 +316,4 @@ def sources() -> list[dict]:
         "author_url": "",
         "drawings": POSSIBLE,
     }
-    return [{"style": style, **made} for style in sorted(STYLES)]
+    return [{"style": style, **styles} for style in sorted(STYLES)]

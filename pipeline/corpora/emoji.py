@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import resvg_py
 from PIL import Image
@@ -35,7 +36,7 @@ FLAG = re.compile(r"^flag(-|$)|(^|-)(?<!lowered-)(?<!raised-)flags?$")
 # The text encoder never saw these subjects, so the denoiser may not either.
 TEXT_ENCODER_METRICS = Path(__file__).parents[1] / "embeddings" / "tiny_clip" / "metrics.json"
 
-Icon = dict[str, object]
+Icon = dict[str, Any]
 
 
 class NpmUnavailable(OSError):
@@ -132,20 +133,23 @@ def _npm_pack(spec: str, folder: Path) -> None:
 def _is_whole(archive: Path, member: str) -> bool:
     try:
         with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
-            found = member in [entry.name for entry in tar]
+            is_member = member in [entry.name for entry in tar]
             # gzip's checksum stands at the end: only reading that far finds a cut-off file.
             while stream.read(1 << 20):
                 pass
     except (OSError, EOFError, zlib.error, tarfile.TarError):
         return False
-    return found
+    return is_member
 
 
-def _read_json(package: Package, cache: Path, member: str):
+def _read_json(package: Package, cache: Path, member: str) -> Any:
     archive = package.archive(cache)
     try:
         with tarfile.open(archive) as tar:
-            return json.load(tar.extractfile(member))
+            file = tar.extractfile(member)
+            if file is None:
+                raise KeyError(f"{member} is not a file")
+            return json.load(file)
     except (OSError, EOFError, zlib.error, tarfile.TarError, KeyError, ValueError) as error:
         raise ValueError(
             f"{archive} is missing or broken: {error}\nhint: fetch the emoji into {cache} again"
@@ -186,16 +190,16 @@ def _subjects(sets: Mapping[str, dict], first: set[str]) -> dict[str, dict[str, 
     for icon_set in sets.values():
         names = {name for name, icon in icon_set["icons"].items() if not icon.get("hidden")}
         shared.update(name for name in names if not _is_variant(name, names))
-    taken: dict[str, set[str]] = {style: set() for style in sets}
+    bodies: dict[str, set[str]] = {style: set() for style in sets}
     subjects = {}
     for name in sorted(shared, key=lambda name: (-shared[name], name not in first, name)):
-        found = {style: _find(icon_set, name) for style, icon_set in sets.items()}
+        icons = {style: _find(icon_set, name) for style, icon_set in sets.items()}
         # An alias may lead to another subject's drawing: one set's `cricket` is its bat and ball.
-        free = {s: icon for s, icon in found.items() if icon and icon["body"] not in taken[s]}
+        free = {s: icon for s, icon in icons.items() if icon and icon["body"] not in bodies[s]}
         if len(free) >= FEWEST_STYLES:
             subjects[name] = free
             for style, icon in free.items():
-                taken[style].add(icon["body"])
+                bodies[style].add(icon["body"])
     return subjects
 
 
@@ -224,14 +228,14 @@ def _find(icon_set: dict, name: str) -> Icon | None:
 
 def _held_out(subjects: Mapping[str, dict], kept_back: set[str]) -> set[str]:
     """Those kept back already, and one in ten of the subjects that lack a style."""
-    lacking = (name for name, found in subjects.items() if len(found) < len(STYLES))
-    drawn = {name for name in lacking if name_hash(name) % HELD_OUT_ONE_IN == 0}
-    return (kept_back & set(subjects)) | drawn
+    lacking = (name for name, icons in subjects.items() if len(icons) < len(STYLES))
+    chosen = {name for name in lacking if name_hash(name) % HELD_OUT_ONE_IN == 0}
+    return (kept_back & set(subjects)) | chosen
 
 
 def _search_words(cache: Path) -> dict[str, tuple[str, ...]]:
     """Subject -> search words; the label `jack-o’-lantern` is the subject `jack-o-lantern`."""
-    words = {}
+    words: dict[str, tuple[str, ...]] = {}
     for entry in _read_json(TAGS, cache, TAGS.member):
         label = entry["label"].lower().replace("’", "").replace("'", "")
         plain = unicodedata.normalize("NFKD", label).encode("ascii", "ignore").decode()
@@ -266,12 +270,12 @@ def render(catalog: Catalog[str], picture: CatalogImage, size: int) -> bytes:
     """
     svg = catalog.drawings[picture.key]
     try:
-        drawn = resvg_py.svg_to_bytes(
+        rendered = resvg_py.svg_to_bytes(
             svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True
         )
     except ValueError as error:
         raise ValueError(f"{picture.key} cannot be rendered: {error}") from error
-    image = Image.open(io.BytesIO(drawn)).convert("RGB")
+    image = Image.open(io.BytesIO(rendered)).convert("RGB")
     if image.getextrema() == ((255, 255),) * 3:
         raise ValueError(f"{picture.key} comes out blank")
     png = io.BytesIO()

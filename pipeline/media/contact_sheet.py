@@ -12,18 +12,9 @@ EMPTY = (238, 238, 238)
 LINE_SPACING = 1.25
 
 
-def contact_sheet(
-    pictures: Sequence[Image.Image | None],
-    columns: int,
-    *,
-    labels: Sequence[str] | None = None,
-    row_labels: Sequence[str] | None = None,
-    column_labels: Sequence[str] | None = None,
-    cell: int = 64,
-    gap: int = 6,
-    text_size: int | None = None,
-    label_lines: int = 2,
-) -> Image.Image:
+def contact_sheet(pictures: Sequence[Image.Image | None], columns: int, *, labels: Sequence[str] | None = None,
+                  row_labels: Sequence[str] | None = None, column_labels: Sequence[str] | None = None,
+                  cell: int = 64, gap: int = 6, text_size: int | None = None, label_lines: int = 2) -> Image.Image:
     """A sheet of the pictures, row by row, each fitted undistorted into a square cell.
 
     None leaves a light grey cell. `labels` stand below the cells, at most `label_lines` lines
@@ -34,53 +25,53 @@ def contact_sheet(
         ValueError: labels do not match the cells, rows or columns, or a length is too small.
     """
     if columns < 1 or cell < 1 or gap < 0 or label_lines < 1:
-        raise ValueError(
-            f"columns={columns}, cell={cell} and label_lines={label_lines} must be at least 1, "
-            f"gap={gap} at least 0"
-        )
+        raise ValueError(f"columns={columns}, cell={cell} and label_lines={label_lines} must be at least 1, "
+                         f"gap={gap} at least 0")
     rows = -(-len(pictures) // columns)
     _same_length("labels", labels, "pictures", len(pictures))
     _same_length("row_labels", row_labels, "rows", rows)
     _same_length("column_labels", column_labels, "columns", columns)
 
     font = _font(text_size or max(10, min(20, round(cell * 0.17))))
-    below = [_wrap(label, font, cell, label_lines) for label in labels or ()]
-    above = [_wrap(label, font, cell, 3) for label in column_labels or ()]
-    beside = [_wrap(label, font, round(cell * 1.6), 3) for label in row_labels or ()]
+    cell_texts = [_wrap(label, font, cell, label_lines) for label in labels or ()]
+    column_texts = [_wrap(label, font, cell, 3) for label in column_labels or ()]
+    row_texts = [_wrap(label, font, round(cell * 1.6), 3) for label in row_labels or ()]
 
     margin = max(gap, 4)
-    left = margin + _widest(beside, font) + (gap + 2 if beside else 0)
-    top = margin + _tallest(above, font) + (gap if above else 0)
-    caption = _tallest(below, font) + (3 if below else 0)
+    left = margin + _widest(row_texts, font) + (gap + 2 if row_texts else 0)
+    top = margin + _tallest(column_texts, font) + (gap if column_texts else 0)
+    caption = _tallest(cell_texts, font) + (3 if cell_texts else 0)
     width = left + columns * (cell + gap) - gap + margin
     height = top + rows * (cell + caption + gap) - gap + margin
     sheet = Image.new("RGB", (width, max(height, top + margin)), "white")
     pen = ImageDraw.Draw(sheet)
 
-    for column, lines in enumerate(above):
+    for column, lines in enumerate(column_texts):
         x = left + column * (cell + gap) + cell / 2
         # Headings stand on the pictures, so short ones do not float above long neighbours.
         _write(pen, lines, font, x, top - gap - _tallest([lines], font), INK, "m")
-    for row, lines in enumerate(beside):
+    for row, lines in enumerate(row_texts):
         y = top + row * (cell + caption + gap) + (cell - _tallest([lines], font)) / 2
         _write(pen, lines, font, left - gap - 2, y, INK, "r")
     for number, picture in enumerate(pictures):
         row, column = divmod(number, columns)
         x, y = left + column * (cell + gap), top + row * (cell + caption + gap)
         _place(sheet, pen, picture, x, y, cell)
-        if below:
-            _write(pen, below[number], font, x + cell / 2, y + cell + 3, QUIET, "m")
+        if cell_texts:
+            _write(pen, cell_texts[number], font, x + cell / 2, y + cell + 3, QUIET, "m")
     return sheet
 
 
-def _same_length(name: str, given: Sequence[str] | None, what: str, count: int) -> None:
-    if given is not None and len(given) != count:
-        raise ValueError(f"{len(given)} {name} do not match {count} {what}")
+def _same_length(name: str, labels: Sequence[str] | None, what: str, count: int) -> None:
+    if labels is not None and len(labels) != count:
+        raise ValueError(f"{len(labels)} {name} do not match {count} {what}")
 
 
 @lru_cache(maxsize=16)
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # another one only if Pillow was built without FreeType
+    return font
 
 
 def _place(
@@ -95,7 +86,7 @@ def _place(
         pen.rectangle((x, y, x + cell - 1, y + cell - 1), fill=EMPTY)
         return
     scale = cell / max(picture.size)
-    fitted = tuple(max(1, round(side * scale)) for side in picture.size)
+    fitted = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     # Modes with a palette or alpha cannot be resampled as they are; white shows through.
     pixels = picture.convert("RGBA")
     if fitted != picture.size:

@@ -46,35 +46,30 @@ def decode(data: bytes, max_pixels: int, *, at_least: int = 0, how: Resize = "ce
         raise BadImage("too_many_pixels", str(error)) from None
     except Exception as error:  # decoders raise whatever they like on hostile headers
         raise BadImage("corrupt", f"{type(error).__name__}: {error}") from None
-    # The header tells the size: nothing has been allocated for the pixels yet.
+    # The header has the size: no memory has been allocated for the pixels yet.
     width, height = image.size
-    if min(width, height) < 1:
-        raise BadImage("corrupt", f"{width} x {height}")
-    if width * height > max_pixels:
-        raise BadImage("too_many_pixels", f"{width} x {height}, allowed are {max_pixels}")
-    if max(width, height) > LONGEST:
-        raise BadImage("too_many_pixels", f"{width} x {height}, a side may have {LONGEST}")
+    _check_pixels(width, height, max_pixels)
     check_size(width, height, min_size, max_aspect)
-    if at_least and (found := _quickly(image, data, at_least, how)):
-        return found
+    if at_least and (reduced := _decode_reduced(image, data, at_least, how)):
+        return reduced
     try:
         # Counting the frames of a GIF reads all of it.
         frames = getattr(image, "n_frames", 1) if image.format in {"GIF", "WEBP", "PNG", "AVIF"} else 1
-        part = _fraction(image, at_least, how) if at_least and how != "no" else 1
+        part = _reduction(image, at_least, how) if at_least and how != "no" else 1
         if part > 1:
             image.draft(None, (width // part, height // part))
         image.load()
-        orientation = _orientation(image)
+        orientation = _read_orientation(image)
         method = _TRANSPOSE.get(orientation)
         upright = image if method is None else image.transpose(method)
-        rgb = _rgb(upright)
-        rgb, converted, complaint = _srgb(rgb, image.mode, image.info.get("icc_profile"))
+        rgb = _to_rgb(upright)
+        rgb, converted, complaint = _to_srgb(rgb, image.mode, image.info.get("icc_profile"))
     except Exception as error:
         raise BadImage("corrupt", f"{type(error).__name__}: {error}") from None
     box = None if part == 1 else _box(orientation, width / part, height / part, image.size)
     width, height = upright.size if part == 1 else (height, width) if orientation >= 5 else (width, height)
     plain = (image.mode == "RGB" and part == 1 and orientation in {0, 1} and frames == 1 and not converted
-             and "transparency" not in image.info and not _deep_png(image, data))
+             and "transparency" not in image.info and not _is_deep_png(image, data))
     rgb.info = {}  # else `encode` would write comments, and profiles that hold no more
     decoded = Decoded(rgb, width, height, (image.format or "").lower(), plain, box=box)
     if frames > 1:
@@ -84,15 +79,24 @@ def decode(data: bytes, max_pixels: int, *, at_least: int = 0, how: Resize = "ce
     return decoded
 
 
-def _quickly(image: Image.Image, data: bytes, size: int, how: Resize) -> Decoded | None:
+def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+    if min(width, height) < 1:
+        raise BadImage("corrupt", f"{width} x {height}")
+    if width * height > max_pixels:
+        raise BadImage("too_many_pixels", f"{width} x {height}, allowed are {max_pixels}")
+    if max(width, height) > LONGEST:
+        raise BadImage("too_many_pixels", f"{width} x {height}, a side may have {LONGEST}")
+
+
+def _decode_reduced(image: Image.Image, data: bytes, size: int, how: Resize) -> Decoded | None:
     """What most pictures on the web are, a JPEG of three colours to be made smaller; None for any other."""
-    (width, height), part = image.size, _fraction(image, size, how)
+    (width, height), part = image.size, _reduction(image, size, how)
     side = max(width, height) if how in LONG_SIDE_MODES else min(width, height)
     if image.format != "JPEG" or image.mode != "RGB" or how == "no" or side <= size:
         return None
     profile = image.info.get("icc_profile")
     if profile and (not isinstance(profile, bytes) or len(profile) > _LARGEST_PROFILE
-                    or _transform(profile) != ("RGB", None, "")):
+                    or _profile_transform(profile) != ("RGB", None, "")):
         return None
     stored = (-(-width // part), -(-height // part))
     try:
@@ -101,14 +105,14 @@ def _quickly(image: Image.Image, data: bytes, size: int, how: Resize) -> Decoded
         return None  # Pillow tells what is wrong, and forgives what can be forgiven
     if pixels.shape != (stored[1], stored[0], 3):
         return None
-    orientation = _orientation(image)
+    orientation = _read_orientation(image)
     box = _box(orientation, width / part, height / part, stored)
     if orientation >= 5:
         width, height = height, width
-    return Decoded(_upright(pixels, orientation), width, height, "jpeg", plain=False, box=box)
+    return Decoded(_turn_upright(pixels, orientation), width, height, "jpeg", plain=False, box=box)
 
 
-def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+def _turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Rows and columns as the EXIF orientation wants them, without a copy."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
@@ -116,7 +120,7 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels[::-1 if down else 1, ::-1 if right else 1]
 
 
-def _fraction(image: Image.Image, size: int, how: Resize) -> int:
+def _reduction(image: Image.Image, size: int, how: Resize) -> int:
     """1, 2, 4 or 8: at which part of its size libjpeg may decode, so that `resize` still has enough to choose from."""
     if image.format not in {"JPEG", "MPO"}:
         return 1
@@ -138,7 +142,7 @@ def _box(orientation: int, width: float, height: float, size: tuple[int, int]) -
     return (y[0], x[0], y[1], x[1]) if orientation >= 5 else (x[0], y[0], x[1], y[1])
 
 
-def _orientation(image: Image.Image) -> int:
+def _read_orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(0x0112, 0)
     except Exception:  # a spoiled EXIF block, frequent in the wild, does not spoil the picture
@@ -146,11 +150,11 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and value in range(9) else 0
 
 
-def _deep_png(image: Image.Image, data: bytes) -> bool:
+def _is_deep_png(image: Image.Image, data: bytes) -> bool:
     return image.format == "PNG" and data[24] > 8  # bits a channel, in the header; Pillow drops those above 8
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     """RGB, except that CMYK stays what it is: its profile comes first."""
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow clips these at 255; 16-bit greys are scaled instead. The other modes do not tell their range.
@@ -167,7 +171,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image if image.mode in {"RGB", "CMYK"} else image.convert("RGB")
 
 
-def _srgb(image: Image.Image, stored: str, profile: Any) -> tuple[Image.Image, bool, str]:
+def _to_srgb(image: Image.Image, stored: str, profile: Any) -> tuple[Image.Image, bool, str]:
     """RGB or CMYK with a profile -> sRGB, whether the profile changed it, and what is wrong with the profile.
 
     `stored` is the mode of the file: a profile of greys is taken for pictures stored as greys only.
@@ -177,7 +181,7 @@ def _srgb(image: Image.Image, stored: str, profile: Any) -> tuple[Image.Image, b
         if not isinstance(profile, bytes) or len(profile) > _LARGEST_PROFILE:
             complaint = "no profile, or a giant"
         else:
-            space, transform, complaint = _transform(profile)
+            space, transform, complaint = _profile_transform(profile)
             grey = stored in {"1", "L", "LA", "La"} or stored.startswith("I;16")
             if not complaint and space != image.mode and not (space == "L" and grey):
                 transform, complaint = None, f"a profile for {space} in a picture of {stored}"
@@ -189,7 +193,7 @@ def _srgb(image: Image.Image, stored: str, profile: Any) -> tuple[Image.Image, b
 
 
 @lru_cache(maxsize=64)
-def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None, str]:
+def _profile_transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None, str]:
     """The mode a profile is for, its way to sRGB, and what is wrong with it; without a way if it is sRGB already.
 
     That is seen by what it does, for sRGB has many profiles and names. Two steps of 255 are what they differ by.
@@ -204,7 +208,7 @@ def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None, 
                                             ImageCms.Intent.RELATIVE_COLORIMETRIC,
                                             ImageCms.Flags.BLACKPOINTCOMPENSATION)
         if mode != "CMYK":
-            levels = np.arange(0, 256, 15, np.uint8)
+            levels = np.arange(0, 256, 15, dtype=np.uint8)
             grid = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 1, 3)
             probe = Image.fromarray(grid if mode == "RGB" else grid[..., 0])
             moved = ImageCms.applyTransform(probe, transform)

@@ -26,7 +26,7 @@ def find_exact(hashes: np.ndarray, missing: np.ndarray | None = None) -> np.ndar
 
 
 def find_near(phash: np.ndarray, colour: np.ndarray, bits: int = 3, colour_distance: int = 12,
-         missing: np.ndarray | None = None) -> np.ndarray:
+              missing: np.ndarray | None = None) -> np.ndarray:
     """For each row the first row that it is a near copy of, itself if it stays: int64 (N,).
 
     Rows are taken in order. One goes if an earlier one that stayed differs from it in at most `bits` bits of `phash`
@@ -42,7 +42,7 @@ def find_near(phash: np.ndarray, colour: np.ndarray, bits: int = 3, colour_dista
     packed = colours.astype(np.uint64) @ np.array([1 << 16, 1 << 8, 1], np.uint64)
     firsts = _firsts([hashes, packed])  # what is equal shares its fate
     points = np.flatnonzero(firsts == np.arange(len(rows)))
-    near_points = _Near(hashes[points], colours[points], bits, colour_distance).first()
+    near_points = _NearDuplicates(hashes[points], colours[points], bits, colour_distance).first_copies()
     fate = np.empty(len(rows), np.int64)
     fate[points] = points[near_points]
     result = np.arange(len(phash))
@@ -77,7 +77,7 @@ def _firsts(columns: Sequence[np.ndarray]) -> np.ndarray:
     return result
 
 
-class _Near:
+class _NearDuplicates:
     """Points, no two of them equal, and who stays.
 
     Hashes that differ in `bits` bits at most agree in some of a few bands: sorting by each choice of bands brings them
@@ -93,35 +93,35 @@ class _Near:
         self.choices = _choices(bits, len(hashes))
         self.target = np.full(len(hashes), -1)
 
-    def first(self) -> np.ndarray:
+    def first_copies(self) -> np.ndarray:
         """For each point the first near one that stays, or itself."""
         self._settle(0, len(self.hashes))
         return np.where(self.target < 0, np.arange(len(self.target)), self.target)
 
-    def _open(self, low: int, high: int) -> np.ndarray:
+    def _undecided(self, low: int, high: int) -> np.ndarray:
         return low + np.flatnonzero(self.target[low:high] < 0)
 
     def _settle(self, low: int, high: int) -> None:
         """Decide on the points from `low` to `high`, of which those near one that stayed before `low` are gone."""
-        points = self._open(low, high)
-        pairs = self._all(points) if len(points) <= _FEW else self._within(points)
+        points = self._undecided(low, high)
+        pairs = self._all_pairs(points) if len(points) <= _FEW else self._close_pairs(points)
         if pairs is not None:
             self._resolve(*pairs)
             return
         middle = int(points[len(points) // 2])
         self._settle(low, middle)
-        self._compare(self._open(low, middle), self._open(middle, high))
+        self._compare(self._undecided(low, middle), self._undecided(middle, high))
         self._settle(middle, high)
 
-    def _all(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        one, other = np.triu_indices(len(points), 1)
-        return self._near(points[one], points[other])
+    def _all_pairs(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        first, second = np.triu_indices(len(points), 1)
+        return self._filter_pairs(points[first], points[second])
 
-    def _within(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    def _close_pairs(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """The pairs (earlier, later) among `points` that are near; None if there are too many to look at."""
-        left, found = _MANY[0] * len(points) + _MANY[1], [(np.zeros(0, np.int64), np.zeros(0, np.int64))]
-        for choice in self.choices:
-            keys = self._keys(points, choice)
+        budget, pairs = _MANY[0] * len(points) + _MANY[1], [(np.zeros(0, np.int64), np.zeros(0, np.int64))]
+        for bands in self.choices:
+            keys = self._keys(points, bands)
             order = np.argsort(keys)
             keys = keys[order]
             same = keys[1:] >> 16 == keys[:-1] >> 16
@@ -129,57 +129,58 @@ class _Near:
             ordered, keys = points[order[shared]], keys[shared]
             start, end = self._window(keys, keys, 0)
             windows = [(np.maximum(start, np.arange(1, len(keys) + 1)), end), self._window(keys, keys, 1)]
-            left -= sum(int((end - start).clip(0).sum()) for start, end in windows)
-            if left < 0:
+            budget -= sum(int((end - start).clip(0).sum()) for start, end in windows)
+            if budget < 0:
                 return None
             for start, end in windows:
-                found += [self._near(ordered[one], ordered[other]) for one, other in _spread(start, end)]
-        one, other = (np.concatenate(side) for side in zip(*found, strict=True))
-        return np.minimum(one, other), np.maximum(one, other)
+                pairs += [self._filter_pairs(ordered[first], ordered[second])
+                          for first, second in _pair_blocks(start, end)]
+        first, second = (np.concatenate(side) for side in zip(*pairs, strict=True))
+        return np.minimum(first, second), np.maximum(first, second)
 
-    def _resolve(self, one: np.ndarray, other: np.ndarray) -> None:
-        """Who goes, from all pairs (earlier, later) that are near."""
-        order = np.lexsort([one, other])
-        one, other = one[order], other[order]
-        gone = bytearray(len(self.target))
-        # In this order all that can send a point away is decided before it can send others away.
-        for first, second in zip(one.tolist(), other.tolist(), strict=True):
-            if not gone[first]:
-                gone[second] = 1
-        stays = np.frombuffer(gone, np.uint8)[one] == 0
-        later, where = np.unique(other[stays], return_index=True)
-        self.target[later] = one[stays][where]
+    def _resolve(self, earlier: np.ndarray, later: np.ndarray) -> None:
+        """Decide which points are removed, from all near pairs (earlier, later)."""
+        order = np.lexsort([earlier, later])
+        earlier, later = earlier[order], later[order]
+        removed = bytearray(len(self.target))
+        # In this order a point is decided before it can remove others.
+        for first, second in zip(earlier.tolist(), later.tolist(), strict=True):
+            if not removed[first]:
+                removed[second] = 1
+        stays = np.frombuffer(removed, np.uint8)[earlier] == 0
+        points, positions = np.unique(later[stays], return_index=True)
+        self.target[points] = earlier[stays][positions]
 
     def _compare(self, kept: np.ndarray, points: np.ndarray) -> None:
         """Send away those of `points` that are near one of `kept`, to the first such."""
-        nobody = len(self.target)
-        best = np.full(nobody, nobody)
-        for choice in self.choices:
-            base, keys = self._keys(kept, choice), self._keys(points, choice)
-            order, asked = np.argsort(base), np.argsort(keys)
-            base, keys = base[order], keys[asked]
+        count = len(self.target)
+        best = np.full(count, count)
+        for bands in self.choices:
+            base, keys = self._keys(kept, bands), self._keys(points, bands)
+            order, key_order = np.argsort(base), np.argsort(keys)
+            base, keys = base[order], keys[key_order]
             for step in (-1, 0, 1):
-                for one, other in _spread(*self._window(base, keys, step)):
-                    point, stayed = self._near(points[asked[one]], kept[order[other]])
+                for first, second in _pair_blocks(*self._window(base, keys, step)):
+                    point, stayed = self._filter_pairs(points[key_order[first]], kept[order[second]])
                     np.minimum.at(best, point, stayed)
-        found = points[best[points] < nobody]
-        self.target[found] = best[found]
+        duplicates = points[best[points] < count]
+        self.target[duplicates] = best[duplicates]
 
-    def _near(self, one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _filter_pairs(self, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Those of the pairs that are near."""
-        words = (self.hashes[one] ^ self.hashes[other]).view(np.uint16).reshape(-1, 4)
-        near = _ONES[words].sum(1, dtype=np.uint8) <= self.bits
-        one, other = one[near], other[near]
+        words = (self.hashes[first] ^ self.hashes[second]).view(np.uint16).reshape(-1, 4)
+        close = _ONES[words].sum(1, dtype=np.uint8) <= self.bits
+        first, second = first[close], second[close]
         for channel in self.channels:
-            a, b = channel[one], channel[other]
-            near = np.maximum(a, b) - np.minimum(a, b) <= self.distance
-            one, other = one[near], other[near]
-        return one, other
+            a, b = channel[first], channel[second]
+            close = np.maximum(a, b) - np.minimum(a, b) <= self.distance
+            first, second = first[close], second[close]
+        return first, second
 
-    def _keys(self, points: np.ndarray, choice: Sequence[tuple[int, int]]) -> np.ndarray:
+    def _keys(self, points: np.ndarray, bands: Sequence[tuple[int, int]]) -> np.ndarray:
         """What near hashes have in common (46 bits of it at most), the cell of red, green: in one int64."""
         hashes, key, room = self.hashes[points], np.zeros(len(points), np.uint64), 46
-        for shift, width in choice:
+        for shift, width in bands:
             width = min(width, room)
             room -= width
             key = key << np.uint64(width) | hashes >> np.uint64(shift) & np.uint64((1 << width) - 1)
@@ -209,10 +210,10 @@ def _choices(bits: int, count: int) -> list[tuple[tuple[int, int], ...]]:
     return list(itertools.combinations(bands, agreeing))
 
 
-def _spread(start: np.ndarray, end: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _pair_blocks(start: np.ndarray, end: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The pairs (n, each from start[n] to end[n]), some at a time."""
-    some = np.flatnonzero(end > start)
-    counts = (end - start)[some]
+    nonempty = np.flatnonzero(end > start)
+    counts = (end - start)[nonempty]
     ends = np.cumsum(counts)
     for first in range(0, int(ends[-1]) if len(ends) else 0, _PAIRS):
         last = min(first + _PAIRS, int(ends[-1]))
@@ -220,5 +221,5 @@ def _spread(start: np.ndarray, end: np.ndarray) -> Iterator[tuple[np.ndarray, np
         part = np.arange(low, high + 1)
         # A long range is cut where the part begins and ends.
         before = np.minimum(ends[part], last) - np.maximum(ends[part] - counts[part], first)
-        one = np.repeat(part, before)
-        yield some[one], start[some[one]] + np.arange(first, last) - (ends[one] - counts[one])
+        source = np.repeat(part, before)
+        yield nonempty[source], start[nonempty[source]] + np.arange(first, last) - (ends[source] - counts[source])

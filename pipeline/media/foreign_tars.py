@@ -20,15 +20,17 @@ class TarFaults:
     """Why the tar is taken for cut off, "" if it ends as a tar does."""
 
 
-def read_foreign_tar(tar_: Path | BinaryIO, found: TarFaults) -> Iterator[dict[str, Any]]:
+def read_foreign_tar(source: Path | BinaryIO, faults: TarFaults) -> Iterator[dict[str, Any]]:
     """The samples of a tar that others wrote, a path or an open file; what is wrong is added to `found`.
 
-    Nothing is ever unpacked to the disk; members with paths that lead outside, links and devices are
-    refused all the same, for whoever unpacks the tar later. Of a tar that is cut off the last sample
-    is given only if nothing seems to be missing of it.
+    Nothing is unpacked to the disk. Members with paths that lead outside, links and devices are refused all the same,
+    because another program may unpack the tar later. If a tar is cut off, its last sample is given only if it seems
+    to be complete.
     """
+    # Why not webdataset's reader: it skips links and ends silently at a damaged header, so lost samples could not
+    # be counted.
     with contextlib.ExitStack() as stack:
-        stream = stack.enter_context(open(tar_, "rb")) if isinstance(tar_, Path) else tar_
+        stream = stack.enter_context(open(source, "rb")) if isinstance(source, Path) else source
         length = stream.seek(0, os.SEEK_END)
         stream.seek(0)
         current: dict[str, Any] = {}
@@ -36,9 +38,9 @@ def read_foreign_tar(tar_: Path | BinaryIO, found: TarFaults) -> Iterator[dict[s
         try:
             tar = stack.enter_context(tarfile.open(fileobj=stream, mode="r:"))
             for member in tar:
-                tar.members = []  # or it keeps a header of every member
-                if (refusal := _refusal(member)):
-                    found.members.append((member.name, *refusal))
+                tar.members = []  # type: ignore[attr-defined]  # else it keeps all headers; typeshed lacks it
+                if (refusal := _refusal_reason(member)):
+                    faults.members.append((member.name, *refusal))
                     continue
                 parts = KEY_AND_SUFFIX.match(member.name)
                 if member.isdir() or parts is None or META_MEMBER.match(member.name):
@@ -49,11 +51,11 @@ def read_foreign_tar(tar_: Path | BinaryIO, found: TarFaults) -> Iterator[dict[s
                     current, before = {}, set(current)
                 # Before it is read: memory is asked for what the header says, and it may say anything.
                 if member.size < 0 or member.offset_data + member.size > length:
-                    found.cut = f"in the middle of {member.name}"
+                    faults.cut = f"in the middle of {member.name}"
                     return
                 suffix = suffix.lower()
                 if suffix in current:
-                    found.members.append((member.name, "repeated_member", "its sample has one of that kind"))
+                    faults.members.append((member.name, "repeated_member", "its sample has one of that kind"))
                     continue
                 current["__key__"] = key
                 current[suffix] = tar.extractfile(member).read()  # type: ignore[union-attr]
@@ -61,13 +63,13 @@ def read_foreign_tar(tar_: Path | BinaryIO, found: TarFaults) -> Iterator[dict[s
             stream.seek(tar.offset)
             end = stream.read(512)
             if len(end) < 512:
-                found.cut = "between two members: it has no end"
+                faults.cut = "between two members: it has no end"
             elif any(end):
-                found.cut = "where its reader stops: a damaged header"
+                faults.cut = "where its reader stops: a damaged header"
         # Headers of a hostile tar: whatever numbers they hold, and whatever those make of tarfile.
         except (tarfile.TarError, ValueError, OverflowError, KeyError, IndexError, EOFError, MemoryError) as error:
-            found.cut = f"where its reader stops: {error}"
-        if current and not (found.cut and before - set(current)):
+            faults.cut = f"where its reader stops: {error}"
+        if current and not (faults.cut and before - set(current)):
             yield current
 
 
@@ -75,7 +77,7 @@ META_MEMBER = re.compile(r"__[^/]*__($|/)")  # webdataset passes these over
 KEY_AND_SUFFIX = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # as webdataset divides names
 
 
-def _refusal(member: tarfile.TarInfo) -> tuple[str, str] | None:
+def _refusal_reason(member: tarfile.TarInfo) -> tuple[str, str] | None:
     """The reason and detail for which a member is not taken, None if it is."""
     parts = member.name.split("/")
     if parts[0] == "" or ".." in parts:

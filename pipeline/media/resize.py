@@ -76,9 +76,9 @@ def resize(image: Pixels | Decoded, size: int, how: Resize, *, only_if_bigger: b
             white = Image.new("RGB", (size, size), "white")
             white.paste(image, (left, top))
             return white
-        square_ = np.full((size, size, 3), 255, np.uint8)
-        square_[top:top + shape[1], left:left + shape[0]] = image
-        return square_
+        canvas = np.full((size, size, 3), 255, np.uint8)
+        canvas[top:top + shape[1], left:left + shape[0]] = image
+        return canvas
     return image
 
 
@@ -122,15 +122,16 @@ def resample(pixels: np.ndarray, shape: tuple[int, int], part: tuple[float, floa
     return np.frombuffer(target.get_buffer(), np.uint8).reshape(shape[1], shape[0], 3)
 
 
-def encode(image: Pixels, format_: Format, quality: int) -> bytes:
+def encode(image: Pixels, image_format: Format, quality: int) -> bytes:
     """The bytes of `image` as jpg, png or webp; BadImage with the reason too_large where the format has no room."""
-    if max(size_of(image)) > _LONGEST.get(format_, 1 << 31):
-        raise BadImage("too_large", "{} x {}, {} ends at {}".format(*size_of(image), format_, _LONGEST[format_]))
-    if format_ == "jpg":
+    if max(size_of(image)) > _LONGEST.get(image_format, 1 << 31):
+        width, height = size_of(image)
+        raise BadImage("too_large", f"{width} x {height}, {image_format} ends at {_LONGEST[image_format]}")
+    if image_format == "jpg":
         # As Pillow does it, which keeps all other threads waiting meanwhile.
         return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality, "RGB", "420", fastdct=False)
     buffer = io.BytesIO()
-    if format_ == "png":
+    if image_format == "png":
         to_pillow(image).save(buffer, "PNG")
     else:
         to_pillow(image).save(buffer, "WEBP", quality=quality)
@@ -167,9 +168,9 @@ def cut_patches(image: Pixels, size: int, count: int, seed: int, key: str) -> li
         raise BadImage("too_small", f"{width} x {height}, less than a patch of {size}")
     result = []
     for number in range(count):
-        drawn = hashlib.sha256(f"{seed} {number} {key}".encode("utf-8", "surrogateescape")).digest()
+        digest = hashlib.sha256(f"{seed} {number} {key}".encode("utf-8", "surrogateescape")).digest()
         # 128 bits each: what the remainder prefers is beyond measure.
-        left = int.from_bytes(drawn[:16], "big") % (width - size + 1)
-        top = int.from_bytes(drawn[16:], "big") % (height - size + 1)
+        left = int.from_bytes(digest[:16], "big") % (width - size + 1)
+        top = int.from_bytes(digest[16:], "big") % (height - size + 1)
         result.append((left, top, _crop(image, (left, top, left + size, top + size))))
     return result

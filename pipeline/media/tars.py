@@ -22,7 +22,10 @@ def write(path: Path, samples: Iterable[dict[str, Any]]) -> None:
 
 
 class TarWriter:
-    """A tar of samples in the making, the bytes that webdataset's TarWriter gives; a context manager."""
+    """Writes a tar of samples with the bytes of webdataset's TarWriter; a context manager."""
+
+    # Why not webdataset's TarWriter: it loads torch, which workers of `shard` need for nothing else. tarfile makes
+    # the headers (its default format, PAX, has other bytes). Its `addfile` keeps the header of every member in memory.
 
     def __init__(self, path: Path) -> None:
         self._stream = open(path, "wb")  # noqa: SIM115 (closed by __exit__)
@@ -63,10 +66,12 @@ def read(tar: Path | BinaryIO) -> Iterator[dict[str, Any]]:
 
 
 class TarImages:
-    """The encoded pictures of a tar, to be read one by one, in any order and by any thread; len() is their number.
+    """The encoded images of a tar, read one by one, in any order and by any thread; len() is their number.
 
-    In memory are 16 bytes of each. The tar stays open, so it may be removed while it is being read from.
+    Each takes 16 bytes of memory. The tar stays open, so it may be removed while it is read.
     """
+
+    # webdataset reads a tar only from its first byte to its last.
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -74,23 +79,23 @@ class TarImages:
         if hasattr(os, "posix_fadvise"):
             # From the first byte to the last and ahead: what is asked for later comes in no order.
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-        self._places = np.array(list(_picture_places(self._file, path)), np.int64).reshape(-1, 2)
+        self._positions = np.array(list(_image_positions(self._file, path)), np.int64).reshape(-1, 2)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._positions)
 
     def __getitem__(self, position: int) -> bytes:
-        offset, length = self._places[position].tolist()
+        offset, length = self._positions[position].tolist()
         data = os.pread(self._file.fileno(), length, offset)
         if len(data) < length:
             raise ValueError(f"{self.path} is cut in the middle of sample {position}\nhint: python -m jobs verify")
         return data
 
 
-def _picture_places(stream: BinaryIO, path: Path) -> Iterator[tuple[int, int]]:
+def _image_positions(stream: BinaryIO, path: Path) -> Iterator[tuple[int, int]]:
     """Where the picture of each sample begins and how long it is; samples are made of members as by `read`."""
     current: dict[str, Any] = {}
-    for name, offset, length in _members(stream):
+    for name, offset, length in _list_members(stream):
         if not (parts := KEY_AND_SUFFIX.match(name)) or META_MEMBER.match(name):
             continue
         key, suffix = parts.groups()
@@ -105,25 +110,25 @@ def _picture_places(stream: BinaryIO, path: Path) -> Iterator[tuple[int, int]]:
         yield sample_image(current)
 
 
-def _members(stream: BinaryIO) -> Iterator[tuple[str, int, int]]:
+def _list_members(stream: BinaryIO) -> Iterator[tuple[str, int, int]]:
     """Name, offset and length of each file in a tar; of what its end is missing from, those before."""
     offset = 0
     while (header := os.pread(stream.fileno(), tarfile.BLOCKSIZE, offset)) and any(header):
-        if (found := parse_header(header)) is None:
-            yield from _all_members(stream, offset)
+        if (name_and_length := parse_header(header)) is None:
+            yield from _list_any_members(stream, offset)
             return
-        name, length = found
+        name, length = name_and_length
         yield name, offset + tarfile.BLOCKSIZE, length
         offset += tarfile.BLOCKSIZE + -(-length // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
-def _all_members(stream: BinaryIO, start: int) -> Iterator[tuple[str, int, int]]:
-    """As `_members` from an offset on, for headers of any kind."""
+def _list_any_members(stream: BinaryIO, start: int) -> Iterator[tuple[str, int, int]]:
+    """As `_list_members` from an offset on, for headers of any kind."""
     stream.seek(start)
     try:
         with tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
-                tar.members = []  # or it keeps a header of every member
+                tar.members = []  # type: ignore[attr-defined]  # else it keeps all headers; typeshed lacks it
                 if member.isreg():
                     yield member.name, member.offset_data, member.size
     except tarfile.TarError:
@@ -131,9 +136,9 @@ def _all_members(stream: BinaryIO, start: int) -> Iterator[tuple[str, int, int]]
 
 
 def parse_header(header: bytes) -> tuple[str, int] | None:
-    """Name and length in the header of a file as `Writer` makes it, None for any other header.
+    """Name and length in the header of a file as `TarWriter` makes it, None for any other header.
 
-    tarfile takes three times as long: a tenth of what it takes to decode a picture of 256 pixels.
+    tarfile takes three times as long: a tenth of the time to decode an image of 256 pixels.
     """
     # A regular file of POSIX's format without a prefix to its name; longer names and sizes have other headers.
     if header[156:157] not in b"0\0" or header[257:265] != b"ustar\x0000" or header[345]:

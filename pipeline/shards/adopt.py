@@ -37,10 +37,10 @@ class Adopt(Stage):
     def __init__(self, dataset: Dataset, config: ShardConfig) -> None:
         if not config.source:
             raise ValueError("--adopt needs a source\nhint: --source FOLDER with tars")
-        asked = [name for name, usual in (("where", ""), ("duplicates", "keep"), ("patches", 0), ("min_size", 0))
+        filters = [name for name, usual in (("where", ""), ("duplicates", "keep"), ("patches", 0), ("min_size", 0))
                  if getattr(config, name) != usual]
-        if asked:
-            raise ValueError(f"--adopt takes tars as they are, and not {', '.join(asked)}\n"
+        if filters:
+            raise ValueError(f"--adopt takes tars as they are, and not {', '.join(filters)}\n"
                              f"hint: without --adopt they are filtered and resized into new ones")
         super().__init__(dataset.root, dataset.path("shards"), config)
         self.dataset = dataset
@@ -59,17 +59,17 @@ class Adopt(Stage):
     def addresses(self) -> list[str]:
         """The tars, sorted by name within each source."""
         if not self._addresses:
-            self._addresses = [one for source in self.config.source for one in list_source_files(source, "tars")]
+            self._addresses = [url for source in self.config.source for url in list_source_files(source, "tars")]
             if not self._addresses:
                 raise ValueError(f"no files ending in .tar in {', '.join(self.config.source)}")
-            if inside := [one for one in self._addresses if one.startswith(f"{self.folder}/")]:
+            if inside := [url for url in self._addresses if url.startswith(f"{self.folder}/")]:
                 raise ValueError(f"{inside[0]} lies where the dataset is written, and --overwrite would remove it\n"
                                  f"hint: move the tars to a folder of their own")
         return self._addresses
 
     def inputs(self) -> dict[str, dict[str, Any]]:
-        found = storage.map_urls(lambda url: json.dumps(storage.summarize_file(url)), self.addresses())
-        return {"tars": {"path": "", "digest": storage.digest(found)}}
+        summaries = storage.map_urls(lambda url: json.dumps(storage.summarize_file(url)), self.addresses())
+        return {"tars": {"path": "", "digest": storage.digest(summaries)}}
 
     def plan(self) -> Iterator[Item]:
         types = read_column_types(self.addresses()[0])
@@ -119,6 +119,8 @@ class Adopt(Stage):
                              f"hint: shard it without --adopt, which gives samples names of its own")
         data = sample[suffix]
         entries = []
+        width: int | None
+        height: int | None
         try:
             with Image.open(io.BytesIO(data)) as image:
                 width, height = image.size
@@ -142,18 +144,18 @@ class Adopt(Stage):
 
 def _failed(address: str, good: int, first: int) -> list[dict[str, Any]]:
     """The rows that img2dataset's parquet beside a tar names as failed; `first`: number of the tar's first row."""
-    beside = f"{address.removesuffix('.tar')}.parquet"
-    if not storage.exists(beside):
+    parquet_url = f"{address.removesuffix('.tar')}.parquet"
+    if not storage.exists(parquet_url):
         return []
     try:
-        rows = parquet.read(storage.read_bytes(beside)).to_pylist()
+        rows = parquet.read(storage.read_bytes(parquet_url)).to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{beside} cannot be read as parquet: {str(error).strip()}") from None
+        raise ValueError(f"{parquet_url} cannot be read as parquet: {str(error).strip()}") from None
     if not rows or "status" not in rows[0]:
         return []
     failed = [row for row in rows if row["status"] != metadata.SUCCESS]
     if len(rows) - len(failed) != good:
-        raise ValueError(f"{address} has {good} samples, {beside} says {len(rows) - len(failed)}\n"
+        raise ValueError(f"{address} has {good} samples, {parquet_url} says {len(rows) - len(failed)}\n"
                          f"hint: was one of them cut off? shard the tar without --adopt")
     kept = [json_cells(row) for row in failed]
     return [row | dict.fromkeys(metadata.COLUMNS) | {

@@ -54,24 +54,24 @@ class Deduplicate(Shard):
         # In the order of the source: rows that were tried again stand in the last shards.
         order = np.argsort(np.concatenate(places), kind="stable")
         if self.config.duplicates == "exact":
-            found = duplicates.find_exact(np.concatenate(hashes)[order])
+            first_of_each = duplicates.find_exact(np.concatenate(hashes)[order])
         else:
-            found = duplicates.find_near(np.concatenate(hashes)[order], np.concatenate(colours)[order],
+            first_of_each = duplicates.find_near(np.concatenate(hashes)[order], np.concatenate(colours)[order],
                                     self.config.duplicate_bits)
         first = np.empty(len(order), np.int64)
-        first[order] = order[found]
+        first[order] = order[first_of_each]
         offsets = np.cumsum([0, *counts])
         for number, record in enumerate(done):
             low, high = offsets[number], offsets[number + 1]
-            gone = np.flatnonzero(first[low:high] != np.arange(low, high))
+            removed = np.flatnonzero(first[low:high] != np.arange(low, high))
             item = {"record": record, "count": record["info"]["rows"]}
-            if not len(gone):
+            if not len(removed):
                 yield Item(record["id"], item)
                 continue
-            kept = first[low:high][gone]
+            kept = first[low:high][removed]
             shard_of = np.searchsorted(offsets, kept, side="right") - 1
             lines = [[int(row), done[int(shard)]["id"], int(other - offsets[shard])]
-                     for row, shard, other in zip(gone, shard_of, kept, strict=True)]
+                     for row, shard, other in zip(removed, shard_of, kept, strict=True)]
             data = json.dumps(lines).encode()
             name = name_by_content(f"rows/duplicates-{record['id']}.json", data)
             yield Item(record["id"], item | {"duplicates": name}, ((name, data),))
@@ -85,27 +85,29 @@ class Deduplicate(Shard):
         if "duplicates" not in item.inputs:
             return Output(record["samples"], files, info=record["info"], aside={name: storage.json_bytes(stats)},
                           counted=(record["skipped"], record["noted"]))
-        gone = {row: f"of sample {other} of shard {shard}" for row, shard, other in json.loads(
+        details = {row: f"of sample {other} of shard {shard}" for row, shard, other in json.loads(
             storage.read_bytes(storage.join(self.folder, item.inputs["duplicates"])))}
         tar, parquet = scratch / "shard.tar", scratch / "shard.parquet"
         tars.write(tar, ({key: value for key, value in sample.items() if key != "__url__"}
-                         for row, sample in enumerate(tars.read(files[f"{item.id}.tar"])) if row not in gone))
+                         for row, sample in enumerate(tars.read(files[f"{item.id}.tar"])) if row not in details))
         table = read(files[f"{item.id}.parquet"])
-        entries, left = self._left_out(table, gone, parquet)
+        entries, remaining = self._mark_duplicates(table, details, parquet)
         if (old := files.get(f"ledger/{item.id}.jsonl")) is not None:
             entries = [*(Entry(**json.loads(line)) for line in old.read_text().splitlines()), *entries]
-        stats["status_dict"] |= {metadata.SUCCESS: left, DUPLICATE: stats["successes"] - left}
-        stats["successes"] = left
-        return Output(record["samples"] - len(gone), {f"{item.id}.tar": tar, f"{item.id}.parquet": parquet}, entries,
+        stats["status_dict"] |= {metadata.SUCCESS: remaining, DUPLICATE: stats["successes"] - remaining}
+        stats["successes"] = remaining
+        return Output(record["samples"] - len(details), {f"{item.id}.tar": tar, f"{item.id}.parquet": parquet}, entries,
                       record["info"], aside={name: storage.json_bytes(stats)})
 
-    def _left_out(self, table: pa.Table, gone: dict[int, str], parquet: Path) -> tuple[list[Entry], int]:
-        """Write the metadata with the status of duplicates changed; their lines for the ledger, and how many rows
-        still have a sample."""
+    def _mark_duplicates(self, table: pa.Table, details: dict[int, str], parquet: Path) -> tuple[list[Entry], int]:
+        """Write the metadata with the status of duplicates changed.
+
+        Returns their lines for the ledger, and the number of rows that still have a sample.
+        """
         statuses, messages = table.column("status").to_pylist(), table.column("error_message").to_pylist()
         urls, entries = table.column("url").to_pylist(), []
         good = [row for row, status in enumerate(statuses) if status == metadata.SUCCESS]
-        for sample, detail in gone.items():
+        for sample, detail in details.items():
             row = good[sample]
             statuses[row], messages[row] = DUPLICATE, f"{DUPLICATE}: {detail}"
             entries.append(Entry(urls[row], DUPLICATE, detail))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.sources.rows import replace_surrogates
 
@@ -16,25 +17,25 @@ class ColumnTypes:
     def __init__(self) -> None:
         self._seen: dict[str, set[str]] = {}
 
-    def see(self, cells: Mapping[str, Any]) -> None:
+    def add_row(self, cells: Mapping[str, Any]) -> None:
         """The cells of one more row."""
         for name, value in cells.items():
-            self._of(name).add(_type_of(value))
+            self._kinds(name).add(_type_of(value))
 
-    def see_schema(self, schema: pa.Schema) -> None:
+    def add_schema(self, schema: pa.Schema) -> None:
         """The columns of one more file of parquet."""
-        for field_ in schema:
-            kind = field_.type.value_type if pa.types.is_dictionary(field_.type) else field_.type
+        for field in schema:
+            kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
             # As `plain` and JSON have them: 64 bits without a sign become text.
-            found = ("none" if pa.types.is_null(kind) else "bool" if pa.types.is_boolean(kind) else
+            type_name = ("none" if pa.types.is_null(kind) else "bool" if pa.types.is_boolean(kind) else
                      "double" if pa.types.is_floating(kind) else
                      "int64" if pa.types.is_integer(kind) and kind != pa.uint64() else "string")
-            self._of(field_.name).add(found)
+            self._kinds(field.name).add(type_name)
 
-    def _of(self, name: str) -> set[str]:
+    def _kinds(self, name: str) -> set[str]:
         return self._seen.setdefault(replace_surrogates(name), set())
 
-    def found(self) -> dict[str, str]:
+    def by_column(self) -> dict[str, str]:
         """Columns and their types, by the names that Arrow has for them."""
         return {name: _common(kinds - {"none"}) for name, kinds in sorted(self._seen.items())}
 
@@ -55,3 +56,10 @@ def _common(kinds: set[str]) -> str:
         if kinds and kinds <= parts:
             return wide
     return "string"
+
+
+def text_to_numbers(column: pa.Array) -> pa.Array:
+    """Texts as float64, null where a text is not a number."""
+    text = pc.utf8_trim_whitespace(column.cast(pa.string()))
+    valid = pc.match_substring_regex(text, r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$")
+    return pc.utf8_ltrim(pc.if_else(valid, text, None), "+").cast(pa.float64())

@@ -71,7 +71,7 @@ class Downloader:
         self._session = aiohttp.ClientSession(
             # No limit there: waiting in that queue would count as time spent on the attempt.
             connector=aiohttp.TCPConnector(limit=0, resolver=_Resolver(self._lookup), use_dns_cache=False,
-                                           socket_factory=self._socket),
+                                           socket_factory=self._open_socket),
             timeout=aiohttp.ClientTimeout(sock_connect=config.connect_timeout, sock_read=config.read_timeout),
             headers={"User-Agent": config.user_agent, "Accept-Encoding": "identity"},
             cookie_jar=aiohttp.DummyCookieJar(), trust_env=False, read_bufsize=_PIECE, max_line_size=_HEADER,
@@ -83,11 +83,11 @@ class Downloader:
         await self._session.close()
         self._lookup.close()
         # What was given up over TLS still waits for the server's farewell, which the end of the loop would cut off.
-        for left in list(self._sockets):
+        for open_socket in list(self._sockets):
             with contextlib.suppress(OSError):
-                left.shutdown(socket.SHUT_RDWR)
+                open_socket.shutdown(socket.SHUT_RDWR)
         for _ in range(100):
-            if all(left.fileno() < 0 for left in self._sockets):
+            if all(open_socket.fileno() < 0 for open_socket in self._sockets):
                 break
             await asyncio.sleep(0.001)
 
@@ -97,6 +97,8 @@ class Downloader:
         BadImage with the reason bad_url, forbidden_address, dns, connect, tls, timeout, cut, too_large,
         too_many_redirects, robots, protocol, or http_ and the status.
         """
+        # No retry library: each attempt has a time limit of its own, which starts when a connection is free, each
+        # redirect is checked again, and the server's Retry-After counts. With one, all of that would still be here.
         for attempt in range(self.config.retries + 1):
             try:
                 return await self._attempt(url)
@@ -111,16 +113,16 @@ class Downloader:
         raise AssertionError("not reached")
 
     async def _attempt(self, url: str) -> bytes:
-        target, left = self._target(url, None), self.config.timeout
+        target, seconds = self._parse_target(url, None), self.config.timeout
         for _ in range(REDIRECTS + 1):
             # First the host's slot: whoever waits for a busy host keeps nobody else waiting.
             async with self._slot_of_host(target.url.raw_host or ""), self._slots:
                 began = time.monotonic()
-                answer = await self._translated(target, left)
-                left -= time.monotonic() - began
+                answer = await self._request_translated(target, seconds)
+                seconds -= time.monotonic() - began
             if isinstance(answer, bytes):
                 return answer
-            target = self._target(answer, target)
+            target = self._parse_target(answer, target)
         raise BadImage("too_many_redirects", f"more than {REDIRECTS}")
 
     def _slot_of_host(self, host: str) -> contextlib.AbstractAsyncContextManager[None]:
@@ -131,7 +133,7 @@ class Downloader:
             self._slots_of_host[host] = slot = asyncio.Semaphore(self.config.connections_per_host)
         return slot
 
-    def _target(self, text: str, base: _Target | None) -> _Target:
+    def _parse_target(self, text: str, base: _Target | None) -> _Target:
         """What to ask for, checked: `text` as a browser would read it, relative to `base`."""
         try:
             url, credentials = parse_url(text if base is None else urljoin(str(base.url), clean_url(text)))
@@ -153,14 +155,14 @@ class Downloader:
             headers["Authorization"] = base.headers["Authorization"]
         return _Target(url, headers)
 
-    async def _translated(self, target: _Target, seconds: float) -> bytes | str:
-        """`_hop` within `seconds`, with aiohttp's errors as ours.
+    async def _request_translated(self, target: _Target, seconds: float) -> bytes | str:
+        """`_request` within `seconds`, with aiohttp's errors as ours.
 
         Their texts may hold the URL, or what the server wrote (which may be the URL too), so none is used.
         """
         try:
             async with asyncio.timeout(seconds):
-                return await self._hop(target)
+                return await self._request(target)
         except BadImage:
             raise
         except aiohttp.ClientSSLError as error:
@@ -185,7 +187,7 @@ class Downloader:
         except (aiohttp.ClientConnectionError, OSError) as error:
             raise Retryable("connect", _system_fault(error)) from None
 
-    async def _hop(self, target: _Target) -> bytes | str:
+    async def _request(self, target: _Target) -> bytes | str:
         """One request: the body, or where it leads."""
         headers = target.headers
         # aiohttp keeps any number of idle connections, and a million hosts are more than there are descriptors.
@@ -196,7 +198,7 @@ class Downloader:
         try:
             if crowded and (protocol := _protocol(response)) is not None:
                 protocol.force_close()
-            return await self._answer(response)
+            return await self._read_answer(response)
         finally:
             # There is none if all of the body has come. What is left of it is not waited for, nor a farewell by TLS.
             if response.connection is not None:
@@ -204,7 +206,7 @@ class Downloader:
                     response.connection.transport.abort()
                 response.close()
 
-    async def _answer(self, response: aiohttp.ClientResponse) -> bytes | str:
+    async def _read_answer(self, response: aiohttp.ClientResponse) -> bytes | str:
         status, headers = response.status, response.headers
         if status in {301, 302, 303, 307, 308} and (location := headers.get("Location")):
             return location
@@ -226,7 +228,7 @@ class Downloader:
                 await content.wait_eof()
             return content.read_nowait()
         pieces, size = [], 0
-        with _woken(response):
+        with _wake_on_close(response):
             while piece := await content.readany():
                 pieces.append(piece)
                 size += len(piece)
@@ -236,10 +238,10 @@ class Downloader:
                 await asyncio.sleep(0)
         return b"".join(pieces)
 
-    def _socket(self, info: tuple[Any, ...]) -> socket.socket:
-        made = socket.socket(*info[:3])
-        self._sockets.add(made)
-        return made
+    def _open_socket(self, info: tuple[Any, ...]) -> socket.socket:
+        new_socket = socket.socket(*info[:3])
+        self._sockets.add(new_socket)
+        return new_socket
 
 
 def _retry_after(text: str) -> float:
@@ -278,7 +280,7 @@ def _protocol(response: aiohttp.ClientResponse) -> ResponseHandler | None:
 
 
 @contextlib.contextmanager
-def _woken(response: aiohttp.ClientResponse) -> Iterator[None]:
+def _wake_on_close(response: aiohttp.ClientResponse) -> Iterator[None]:
     """Let the reader of a body know when its connection is lost.
 
     aiohttp does not if chunks go wrong halfway: the reader would wait until the attempt is over.
@@ -293,8 +295,8 @@ def _woken(response: aiohttp.ClientResponse) -> Iterator[None]:
         if not content.is_eof() and content.exception() is None:
             content.set_exception(aiohttp.ClientPayloadError())
     # Once for a connection: the future complains about an error that nobody has looked at.
-    closed.remove_done_callback(_look_at)
-    closed.add_done_callback(_look_at)
+    closed.remove_done_callback(_retrieve_exception)
+    closed.add_done_callback(_retrieve_exception)
     closed.add_done_callback(wake)
     try:
         yield
@@ -302,7 +304,7 @@ def _woken(response: aiohttp.ClientResponse) -> Iterator[None]:
         closed.remove_done_callback(wake)
 
 
-def _look_at(closed: asyncio.Future[None]) -> None:
+def _retrieve_exception(closed: asyncio.Future[None]) -> None:
     if not closed.cancelled():
         closed.exception()
 

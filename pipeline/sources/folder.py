@@ -39,15 +39,16 @@ class FolderSource(Source):
         if len(config.source) > 1:
             raise ValueError(f"pictures are taken from one folder, not from {len(config.source)}\n"
                              f"hint: name the folder above them, or a pattern")
-        asked = [name for name in ("where", "url_column", "image_column", "hash_column") if getattr(config, name)]
-        if asked:
-            raise ValueError(f"{', '.join(asked)}: settings for lists and tars, and {config.source[0]} is a folder of "
-                             f"pictures\nhint: choose among the captions, and take --only-captioned")
+        foreign = [name for name in ("where", "url_column", "image_column", "hash_column") if getattr(config, name)]
+        if foreign:
+            raise ValueError(f"{', '.join(foreign)}: settings for lists and tars, and {config.source[0]} is a folder "
+                             f"of pictures\nhint: choose among the captions, and take --only-captioned")
         self.base, self.pattern = _split(config.source[0])
-        self._found: list[Row] | None = None
+        self._listed_rows: list[Row] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_found": None}  # the list stays on the driver; workers read their own part
+        # The list stays on the driver. Workers read their own part.
+        return super().__getstate__() | {"_listed_rows": None}
 
     def identity(self) -> str:
         digest = hashlib.sha256()
@@ -59,8 +60,8 @@ class FolderSource(Source):
     def column_types(self) -> dict[str, str]:
         types = ColumnTypes()
         for row in self._rows():
-            types.see(row.columns)
-        return types.found()
+            types.add_row(row.columns)
+        return types.by_column()
 
     def parts(self) -> Iterator[Part]:
         rows = iter(self._rows())
@@ -86,30 +87,30 @@ class FolderSource(Source):
             raise BadImage("picture_missing", "gone since it was listed") from None
 
     def _rows(self) -> list[Row]:
-        if self._found is None:
-            self._found = list(self._list())
-            if not self._found:
+        if self._listed_rows is None:
+            self._listed_rows = list(self._list())
+            if not self._listed_rows:
                 raise ValueError(f"no pictures in {self.config.source[0]}\nhint: files ending in "
                                  f"{', '.join(SUFFIXES)} are looked for, in folders below it too")
-        return self._found
+        return self._listed_rows
 
     def _list(self) -> Iterator[Row]:
-        found: dict[str, int | None] = {}
+        lengths: dict[str, int | None] = {}
         texts = set()
         try:
             for name, length in storage.walk(self.base):
                 if name.lower().endswith(SUFFIXES) and self.pattern.fullmatch(name):
-                    found[name] = length
+                    lengths[name] = length
                 elif name.endswith(".txt"):
                     texts.add(name)
         except FileNotFoundError:
             raise ValueError(f"there is no folder {self.base}") from None
         by_name: dict[str, str] = {}
-        for name in sorted(found):
+        for name in sorted(lengths):
             # macOS spells accents in two characters where a captions file has one: compare both as one,
             # unless both spellings are there as two files.
             usual = unicodedata.normalize("NFC", name)
-            by_name[name if usual in found or usual in by_name else usual] = name
+            by_name[name if usual in lengths or usual in by_name else usual] = name
         captions, duplicates = self._captions(set(by_name))
         captions = {name: row for name, row in captions.items() if name in by_name or self.pattern.fullmatch(name)}
         if self.config.only_captioned:
@@ -121,12 +122,12 @@ class FolderSource(Source):
             columns = dict(captions.get(name, {}))
             caption = columns.pop("caption", None) or ""
             remarks = ["caption_twice"] if name in duplicates else []
-            beside = f"{(file or name).rpartition('.')[0]}.txt"
-            caption_file = beside if not captions and beside in texts else ""
+            text_file = f"{(file or name).rpartition('.')[0]}.txt"
+            caption_file = text_file if not captions and text_file in texts else ""
             if name not in captions and not caption_file and (captions or texts):
                 remarks.append("caption_missing")
             problem = "named in the captions, not in the folder" if file is None else (
-                "a link that leads nowhere" if found[file] is None else "")
+                "a link that leads nowhere" if lengths[file] is None else "")
             yield Row(number, file or name, caption, columns, remarks=remarks, caption_file=caption_file,
                       missing=problem)
 
@@ -135,12 +136,12 @@ class FolderSource(Source):
         address = self.config.captions
         if not address:
             there = storage.list_files(self.base)
-            found = [name for name in CAPTION_FILES if name in there]
-            if not found:
+            caption_files = [name for name in CAPTION_FILES if name in there]
+            if not caption_files:
                 if self.config.only_captioned:
                     raise ValueError(f"only_captioned, but {self.base} has no captions\nhint: --captions FILE")
                 return {}, set()
-            address = storage.join(self.base, found[0])
+            address = storage.join(self.base, caption_files[0])
         by_stem: dict[str, list[str]] = {}
         for name in sorted(names):
             by_stem.setdefault(name.rsplit(".", 1)[0], []).append(name)

@@ -7,15 +7,10 @@ middle, so the driver reads them once and writes each item's rows beside the pla
 
 from __future__ import annotations
 
-import bz2
-import csv
-import gzip
 import hashlib
-import io
 import itertools
 import json
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,10 +31,10 @@ from pipeline.sources.rows import (
     cell_text,
     json_cells,
     read_rows,
-    replace_surrogates,
     write_rows,
 )
 from pipeline.sources.source import Source, parse_row_filter
+from pipeline.sources.text_lists import read_text_rows, text_list_ending
 from pipeline.storage import name_by_content
 
 if TYPE_CHECKING:
@@ -79,22 +74,23 @@ class ListSource(Source):
 
     def identity(self) -> str:
         if self.texts:
-            found = [json.dumps([address.rsplit("/", 1)[-1], storage.sha256(address)]) for address in self.addresses]
+            summaries = [json.dumps([address.rsplit("/", 1)[-1], storage.sha256(address)])
+                         for address in self.addresses]
         else:
-            found = storage.map_urls(lambda url: json.dumps(storage.summarize_file(url)), self.addresses)
-        return hashlib.sha256("\n".join(found).encode()).hexdigest()
+            summaries = storage.map_urls(lambda url: json.dumps(storage.summarize_file(url)), self.addresses)
+        return hashlib.sha256("\n".join(summaries).encode()).hexdigest()
 
     def column_types(self) -> dict[str, str]:
         types = ColumnTypes()
         if not self.texts:
-            for schema in storage.map_urls(_schema, self.addresses):
-                types.see_schema(schema)
+            for schema in storage.map_urls(_read_schema, self.addresses):
+                types.add_schema(schema)
         for address in self.addresses if self.texts else ():
-            rows = _text_rows(address)
+            rows = read_text_rows(address)
             # Of a CSV every cell is text.
-            for cells in itertools.islice(rows, 1 if _ending(address) in {"csv", "tsv"} else None):
-                types.see(cells)
-        return {name: kind for name, kind in types.found().items()
+            for cells in itertools.islice(rows, 1 if text_list_ending(address) in {"csv", "tsv"} else None):
+                types.add_row(cells)
+        return {name: kind for name, kind in types.by_column().items()
                 if name not in {self.columns.picture, self.columns.caption}}
 
     def parts(self) -> Iterator[Part]:
@@ -107,15 +103,15 @@ class ListSource(Source):
         only = (set(json.loads(storage.read_bytes(storage.join(stage_folder, inputs["only"]))))
                 if "only" in inputs else None)
         for address, first, start, stop in inputs["spans"]:
-            with _parquet(address) as file:
-                for position, cells in self._span(file, start, stop):
+            with _open_parquet(address) as file:
+                for position, cells in self._read_span(file, start, stop):
                     if only is None or first + position in only:
                         yield self._row(first + position, cells)
 
     def retry_part(self, stage_folder: str, wanted: list[tuple[dict[str, Any], list[int]]], number: int) -> Part:
         if self.texts:
             return super().retry_part(stage_folder, wanted, number)
-        numbers = [one for _, chosen in wanted for one in chosen]
+        numbers = [number for _, chosen in wanted for number in chosen]
         data = json.dumps(numbers).encode()
         name = name_by_content(f"rows/{number:06d}.json", data)
         return Part({"spans": [span for inputs, _ in wanted for span in inputs["spans"]], "only": name},
@@ -124,20 +120,20 @@ class ListSource(Source):
     def _columns(self) -> Columns:
         first = self.addresses[0]
         if not self.texts:
-            schema = _schema(first)
+            schema = _read_schema(first)
         else:
             # An object of JSON need not have every column, and of many files one may be empty.
-            batches = (next(_batches(_text_rows(address)), []) for address in self.addresses)
+            batches = (next(_batch_rows(read_text_rows(address)), []) for address in self.addresses)
             rows = next((rows for rows in batches if rows), [])
             if not rows:
                 raise ValueError(f"{first} holds no rows")
             schema = _table(rows, list(dict.fromkeys(name for row in rows for name in row))).schema
-        columns = self._told(schema, first)
+        columns = self._choose_columns(schema, first)
         if self.where:
             self.where.check(self.where.cast(schema.empty_table()).schema if self.texts else schema)
         return columns
 
-    def _told(self, schema: pa.Schema, address: str) -> Columns:
+    def _choose_columns(self, schema: pa.Schema, address: str) -> Columns:
         """Which column is what, by the settings or the names that are usual."""
         names, config = schema.names, self.config
         for setting in ("url_column", "image_column", "caption_column", "hash_column"):
@@ -145,27 +141,28 @@ class ListSource(Source):
             if wanted and wanted not in names and not (setting == "hash_column" and wanted == "none"):
                 raise ValueError(f"{address} has no column {wanted} ({setting})\nhint: it has {', '.join(names)}")
         image = config.image_column or next(
-            (name for name in IMAGE_COLUMNS if name in names and _holds_bytes(schema.field(name).type)), None)
+            (name for name in IMAGE_COLUMNS if name in names and _is_bytes_type(schema.field(name).type)), None)
         # What is here need not be fetched.
         url = config.url_column or (None if image else next((name for name in URL_COLUMNS if name in names), None))
-        if url is None and image is None:
+        column = url or image
+        if column is None:
             raise ValueError(f"{address} has the columns {', '.join(names)}; wanted is one of "
                              f"{', '.join(URL_COLUMNS)}, or pictures as bytes\n"
                              f"hint: --url-column, or --image-column for one with bytes")
-        if url is None and not _holds_bytes(schema.field(image).type):
+        if url is None and not _is_bytes_type(schema.field(image).type):
             raise ValueError(f"{address}: the column {image} holds {schema.field(image).type}, not bytes of pictures")
         digest = config.hash_column or next((name for name in HASH_COLUMNS if name in names), "")
-        return Columns(url or image, "url" if url else "bytes",
+        return Columns(column, "url" if url else "bytes",
                        config.caption_column or next((name for name in CAPTION_COLUMNS if name in names), ""),
                        "" if digest == "none" else digest)
 
     def _row(self, number: int, cells: dict[str, Any]) -> Row:
-        told = self.columns
-        picture = cells.pop(told.picture, None)
-        caption = cell_text(cells.pop(told.caption, None)) if told.caption else ""
-        digest, remarks = _digest(cells.get(told.digest)) if told.digest else ("", [])
+        columns = self.columns
+        picture = cells.pop(columns.picture, None)
+        caption = cell_text(cells.pop(columns.caption, None)) if columns.caption else ""
+        digest, remarks = _parse_digest(cells.get(columns.digest)) if columns.digest else ("", [])
         row = Row(number, "", caption, json_cells(cells), digest, remarks)
-        if told.kind == "url":
+        if columns.kind == "url":
             row.name = cell_text(picture).strip()
             row.missing = "" if row.name else "the list has no address here"
             return row
@@ -182,12 +179,12 @@ class ListSource(Source):
         spans: list[list[Any]] = []
         chosen = 0
         for address in self.addresses:
-            with _parquet(address) as file:
-                self._same(file, address)
+            with _open_parquet(address) as file:
+                self._check_columns(file, address)
                 total, start = file.metadata.num_rows, 0
                 # A part is closed by the first row that it has no room for: what a filter leaves out
                 # between two parts belongs to the earlier.
-                for position, passing in self._passing(file):
+                for position, passing in self._filter_groups(file):
                     while chosen + len(passing) > need:
                         cut = position + int(passing[need - chosen])
                         spans.append([address, first, start, cut])
@@ -207,7 +204,7 @@ class ListSource(Source):
         return Part({"spans": spans, "count": chosen,
                      "filtered": sum(stop - start for _, _, start, stop in spans) - chosen})
 
-    def _same(self, file: pq.ParquetFile, address: str) -> None:
+    def _check_columns(self, file: pq.ParquetFile, address: str) -> None:
         """The files of a list must have the same columns, as far as they are used."""
         names = file.schema_arrow.names
         used = {self.columns.picture, *([self.columns.caption] if self.columns.caption else ()),
@@ -216,7 +213,7 @@ class ListSource(Source):
             raise ValueError(f"{address} has no column {', '.join(sorted(missing))}, which {self.addresses[0]} has\n"
                              f"hint: make a dataset of each, or name the columns")
 
-    def _passing(self, file: pq.ParquetFile) -> Iterator[tuple[int, np.ndarray]]:
+    def _filter_groups(self, file: pq.ParquetFile) -> Iterator[tuple[int, np.ndarray]]:
         """(position, numbers from there on) of rows that pass the filter, batch by batch."""
         position = 0
         if self.where is None:
@@ -226,10 +223,10 @@ class ListSource(Source):
                     yield position + begin, np.arange(min(1 << 20, count - begin))
                 position += count
             return
-        possible = set(self.where.row_groups(file))
+        row_groups = set(self.where.row_groups(file))
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows
-            if group in possible:
+            if group in row_groups:
                 begin = position
                 for batch in file.iter_batches(1 << 16, row_groups=[group], columns=list(self.where.columns),
                                               use_threads=False):
@@ -237,14 +234,14 @@ class ListSource(Source):
                     begin += batch.num_rows
             position += count
 
-    def _span(self, file: pq.ParquetFile, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _read_span(self, file: pq.ParquetFile, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """(position, cells) of the rows of a file between start and stop that pass the filter."""
         position = 0
-        possible = set(self.where.row_groups(file)) if self.where else None
+        row_groups = set(self.where.row_groups(file)) if self.where else None
         size = 64 if self.columns.kind == "bytes" else _BATCH
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows
-            if position < stop and position + count > start and (possible is None or group in possible):
+            if position < stop and position + count > start and (row_groups is None or group in row_groups):
                 begin = position
                 for batch in file.iter_batches(size, row_groups=[group], use_threads=False):
                     low, high = max(start - begin, 0), min(stop - begin, batch.num_rows)
@@ -252,7 +249,8 @@ class ListSource(Source):
                         table = pa.Table.from_batches([batch]).slice(low, high - low)
                         chosen = (np.flatnonzero(self.where.mask(table)) if self.where else
                                   np.arange(table.num_rows))
-                        table = _signed(table.take(pa.array(chosen)) if len(chosen) < table.num_rows else table)
+                        table = table.take(pa.array(chosen)) if len(chosen) < table.num_rows else table
+                        table = _unsigned_to_text(table)
                         rows = table.to_pylist()
                         yield from ((begin + low + int(number), cells)
                                     for number, cells in zip(chosen, rows, strict=True))
@@ -268,7 +266,7 @@ class ListSource(Source):
         chosen: list[Row] = []
         filtered = 0
         for address in self.addresses:
-            for batch in _batches(_text_rows(address)):
+            for batch in _batch_rows(read_text_rows(address)):
                 passing = self._text_mask(batch)
                 for cells, passes in zip(batch, passing, strict=True):
                     if not passes:
@@ -294,14 +292,6 @@ def _is_parquet(address: str) -> bool:
     return address.lower().endswith((".parquet", ".pq"))
 
 
-def _ending(address: str) -> str:
-    """What the name of a list ends in, but for its packing."""
-    name = address.lower()
-    for packed in (".gz", ".bz2", ".zst"):
-        name = name.removesuffix(packed)
-    return name.rpartition(".")[2]
-
-
 def _table(rows: list[dict[str, Any]], names: Sequence[str]) -> pa.Table:
     """Some columns of rows of text, to be looked at by a filter."""
     columns = {}
@@ -315,23 +305,23 @@ def _table(rows: list[dict[str, Any]], names: Sequence[str]) -> pa.Table:
     return pa.table(columns)
 
 
-def _holds_bytes(kind: pa.DataType) -> bool:
+def _is_bytes_type(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _digest(cell: Any) -> tuple[str, list[str]]:
+def _parse_digest(cell: Any) -> tuple[str, list[str]]:
     """A hash in hexadecimal, "" if there is none; and what there is to remark."""
-    told = cell_text(cell).strip()
-    if len(told) in _DIGITS and _HASH.fullmatch(told):
-        return told.lower(), []
+    hexadecimal = cell_text(cell).strip()
+    if len(hexadecimal) in _DIGITS and _HASH.fullmatch(hexadecimal):
+        return hexadecimal.lower(), []
     if isinstance(cell, bytes) and 2 * len(cell) in _DIGITS:
         return cell.hex(), []
-    return "", ["hash_unreadable"] if told else []
+    return "", ["hash_unreadable"] if hexadecimal else []
 
 
-def _signed(table: pa.Table) -> pa.Table:
+def _unsigned_to_text(table: pa.Table) -> pa.Table:
     """Numbers that only fit without a sign as texts: mixed with others, Arrow has no type for them."""
     for number, field in enumerate(table.schema):
         if field.type == pa.uint64():
@@ -340,7 +330,7 @@ def _signed(table: pa.Table) -> pa.Table:
 
 
 @contextmanager
-def _parquet(address: str) -> Iterator[pq.ParquetFile]:
+def _open_parquet(address: str) -> Iterator[pq.ParquetFile]:
     try:
         with storage.open_reader(address) as stream:
             # Buffered, or a row group would be read whole however small the batches are.
@@ -349,12 +339,12 @@ def _parquet(address: str) -> Iterator[pq.ParquetFile]:
         raise ValueError(f"{address} cannot be read as parquet: {str(error).strip()}") from None
 
 
-def _schema(address: str) -> pa.Schema:
-    with _parquet(address) as file:
+def _read_schema(address: str) -> pa.Schema:
+    with _open_parquet(address) as file:
         return file.schema_arrow
 
 
-def _batches(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+def _batch_rows(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     batch = []
     for row in rows:
         batch.append(row)
@@ -363,36 +353,3 @@ def _batches(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
             batch = []
     if batch:
         yield batch
-
-
-def _text_rows(address: str) -> Iterator[dict[str, Any]]:
-    """The rows of a CSV, a TSV or lines of JSON, one at a time."""
-    name = address.lower()
-    with storage.open_reader(address) as stream:
-        if name.endswith(".gz"):
-            stream = gzip.GzipFile(fileobj=stream, mode="r")
-        elif name.endswith(".bz2"):
-            stream = bz2.BZ2File(stream, mode="r")
-        elif name.endswith(".zst"):
-            stream = pa.CompressedInputStream(pa.PythonFile(stream, "r"), "zstd")
-        lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-        number = 0
-        try:
-            if (kind := _ending(address)) in {"csv", "tsv"}:
-                for row in csv.DictReader(lines, delimiter="\t" if kind == "tsv" else ","):
-                    number += 1
-                    row.pop(None, None)  # cells beyond the header
-                    yield {key: value or None for key, value in row.items()}
-            else:
-                for line in lines:
-                    number += 1
-                    if line.strip():
-                        row = json.loads(line)
-                        if not isinstance(row, dict):
-                            raise ValueError("a line that is no JSON object")
-                        yield {replace_surrogates(name): cell for name, cell in row.items()} if "\\u" in line else row
-        except (UnicodeDecodeError, csv.Error, ValueError, RecursionError, EOFError, OSError, zlib.error) as error:
-            if isinstance(error, storage.StorageError):
-                raise
-            raise ValueError(f"{address} cannot be read after row {number}: {error}\n"
-                             f"hint: UTF-8; a CSV needs a header, JSON lines an object each") from None

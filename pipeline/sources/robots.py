@@ -12,7 +12,7 @@ def robots_directives(tags: Iterable[str], agent: str) -> set[str]:
 
     A name before a colon addresses the rest of its header, up to the next name.
     """
-    found = set()
+    directives = set()
     for tag in tags:
         ours = True
         for part in tag.lower().split(","):
@@ -20,5 +20,5 @@ def robots_directives(tags: Iterable[str], agent: str) -> set[str]:
             if colon and name not in _ROBOTS_WITH_VALUE and TOKEN.fullmatch(name):
                 ours, name = name in {"*", agent}, rest
             if ours:
-                found.add(name)
-    return found
+                directives.add(name)
+    return directives

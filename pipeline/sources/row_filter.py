@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from sqlglot import exp
 
 from pipeline.sources import row_filter_syntax as syntax
+from pipeline.sources.column_types import text_to_numbers
 
 _ARGUMENTS = {"len": 1, "lower": 1, "contains": 2, "match": 2, "col": 1}
 _ARITHMETIC: dict[type[exp.Expr], Callable[..., Any]] = {
@@ -81,7 +82,7 @@ class RowFilter:
         for name in _number_columns(_translate(self.text, None), table.schema):
             index = table.schema.get_field_index(name)
             if index >= 0 and _kind(table.schema.field(index).type) == "text":
-                numbers = [_numbers(chunk) for chunk in table.column(index).chunks]
+                numbers = [text_to_numbers(chunk) for chunk in table.column(index).chunks]
                 table = table.set_column(index, name, pa.chunked_array(numbers, pa.float64()))
         return table
 
@@ -391,10 +392,3 @@ def _number_columns(translation: _Translation, schema: pa.Schema) -> list[str]:
         if sign not in {"==", "!="} and not kind_of(left) and not kind_of(right):
             uses |= {side.column: "number" for side in (left, right)}
     return [name for name, kind in uses.items() if kind == "number"]
-
-
-def _numbers(column: pa.Array) -> pa.Array:
-    """Texts as float64, null where they are none."""
-    text = pc.utf8_trim_whitespace(column.cast(pa.string()))
-    valid = pc.match_substring_regex(text, r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$")
-    return pc.utf8_ltrim(pc.if_else(valid, text, None), "+").cast(pa.float64())

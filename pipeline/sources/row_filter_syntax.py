@@ -73,7 +73,9 @@ def parse(text: str) -> exp.Expr:
     if len(text) > _MAX_CHARACTERS:
         raise ValueError(f"the expression has {len(text)} characters, {_MAX_CHARACTERS} are allowed")
     try:
-        [tree] = Language().parser().parse_into(exp.Condition, _tokens(text), text)
+        [parsed] = Language().parser().parse_into(exp.Condition, _tokens(text), text)
+        assert parsed is not None  # the text is not empty
+        tree: exp.Expr = parsed
         level = [tree]
         for _ in range(_MAX_DEPTH):
             level = [child for node in level for child in (
@@ -103,11 +105,12 @@ def _tokens(text: str) -> list[Token]:
         if kind == TokenType.VAR and word in _WORDS:
             token = Token(_WORDS[word], word, token.line, token.col, token.start, token.end)
         elif kind == TokenType.VAR:
-            if keyword.iskeyword(word) or not word.isidentifier() or (touches and last.token_type == TokenType.NUMBER):
+            after_number = last is not None and touches and last.token_type == TokenType.NUMBER
+            if keyword.iskeyword(word) or not word.isidentifier() or after_number:
                 hints = [hint for sign, hint in _HINTS.items() if sign in word]
                 raise syntax_error(text, f"cannot be read at {word!r}", *hints[:1] or [
                     f"numbers are decimal, other names go into `backticks`; operators are {OPERATORS}"])
-        elif kind == TokenType.STRING and touches and last.text in {"r", "R"}:
+        elif kind == TokenType.STRING and touches and last and last.text in {"r", "R"}:
             result.pop()  # r".." and ".." are the same
         prefixes = prefixes + 1 if token.token_type in {TokenType.NOT, TokenType.DASH, TokenType.PLUS} else 0
         brackets += (word in {"(", "[", "{"}) - (word in {")", "]", "}"}) if kind != TokenType.STRING else 0

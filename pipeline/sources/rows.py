@@ -73,9 +73,9 @@ def json_cell(value: Any) -> Any:
     return value if isinstance(value, int | float | bool | None) else replace_surrogates(str(value))
 
 
-def replace_surrogates(text_: str) -> str:
+def replace_surrogates(string: str) -> str:
     """Text that UTF-8 can hold: halves of characters, as in emoji that somebody cut, become question marks."""
-    return text_ if text_.isascii() else text_.encode("utf-8", "replace").decode()
+    return string if string.isascii() else string.encode("utf-8", "replace").decode()
 
 
 def json_cells(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import storage
 from pipeline.sources.rows import Part, ReadReport, Row, read_rows, write_rows
@@ -21,8 +21,8 @@ LISTS = tuple(f".{kind}{packed}" for kind in ("parquet", "pq", "csv", "tsv", "js
 class Source(ABC):
     """A corpus to shard."""
 
-    fetch: ClassVar[Literal["file", "url", "none"]]
-    """How the bytes of a row's picture are come by; none: they are in the row."""
+    fetch: Literal["file", "url", "none"]
+    """How the bytes of a row's image are obtained; none: they are in the row."""
 
     def __init__(self, config: ShardConfig) -> None:
         self.config = config
@@ -67,9 +67,9 @@ def list_source_files(source: str, kind: str) -> list[str]:
     """The files of a kind that an address stands for: itself, those in the folder, or those that match."""
     suffixes = (".tar",) if kind == "tars" else LISTS
     if "*" in source or "?" in source:
-        found = storage.glob(source)
+        matches = storage.glob(source)
         # As in folders; a pattern that names other endings means them.
-        return [address for address in found if address.lower().endswith(suffixes)] or found
+        return [address for address in matches if address.lower().endswith(suffixes)] or matches
     if storage.exists(source):
         return [storage.normalize(source)]
     try:

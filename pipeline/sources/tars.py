@@ -39,8 +39,8 @@ class TarSource(Source):
         self.where = parse_row_filter(config)
 
     def identity(self) -> str:
-        found = storage.map_urls(lambda url: json.dumps(storage.summarize_file(url)), self.addresses)
-        return hashlib.sha256("\n".join(found).encode()).hexdigest()
+        summaries = storage.map_urls(lambda url: json.dumps(storage.summarize_file(url)), self.addresses)
+        return hashlib.sha256("\n".join(summaries).encode()).hexdigest()
 
     def column_types(self) -> dict[str, str]:
         return read_column_types(self.addresses[0]) | {"source_key": "string"}
@@ -54,16 +54,16 @@ class TarSource(Source):
         batch: list[Row] = []
         samples = read_foreign_tar(local_tar(inputs["tar"], scratch), suspicions)
         for number, sample in enumerate(samples, inputs["first"]):
-            batch.append(_row(number, sample, self.config.caption_column))
+            batch.append(_sample_row(number, sample, self.config.caption_column))
             if len(batch) == _BATCH:
-                yield from self._passing(batch, reading)
+                yield from self._filter_batch(batch, reading)
                 batch = []
-        yield from self._passing(batch, reading)
+        yield from self._filter_batch(batch, reading)
         reading.remarks += suspicions.members
         if suspicions.cut:
             reading.remarks.append((inputs["tar"].rsplit("/", 1)[-1], "tar_cut", suspicions.cut))
 
-    def _passing(self, batch: list[Row], reading: ReadReport) -> list[Row]:
+    def _filter_batch(self, batch: list[Row], reading: ReadReport) -> list[Row]:
         if self.where is None or not batch:
             return batch
         columns = {}
@@ -80,18 +80,18 @@ class TarSource(Source):
 
 def read_column_types(address: str) -> dict[str, str]:
     """Types of the metadata in a tar: those of img2dataset's parquet beside it, or what its first samples have."""
-    types, beside = ColumnTypes(), f"{address.removesuffix('.tar')}.parquet"
-    if storage.exists(beside):
+    types, parquet_url = ColumnTypes(), f"{address.removesuffix('.tar')}.parquet"
+    if storage.exists(parquet_url):
         try:
-            with storage.open_reader(beside) as stream:
-                types.see_schema(pq.read_schema(stream))
-            return types.found()
+            with storage.open_reader(parquet_url) as stream:
+                types.add_schema(pq.read_schema(stream))
+            return types.by_column()
         except (pa.ArrowException, OSError):
             types = ColumnTypes()  # no parquet after all
     with storage.open_reader(address) as stream:
         for sample in itertools.islice(read_foreign_tar(stream, TarFaults()), _BATCH):
-            types.see(sample_metadata(sample))
-    return types.found()
+            types.add_row(sample_metadata(sample))
+    return types.by_column()
 
 
 def local_tar(address: str, scratch: Path) -> Path:
@@ -118,7 +118,7 @@ def sample_caption(sample: dict[str, Any], meta: dict[str, Any], column: str = "
     return cell_text(next((meta[name] for name in CAPTION_COLUMNS if meta.get(name)), None))
 
 
-def _row(number: int, sample: dict[str, Any], caption_column: str) -> Row:
+def _sample_row(number: int, sample: dict[str, Any], caption_column: str) -> Row:
     meta = sample_metadata(sample)
     suffix = tars.image_suffix(sample)
     columns = json_cells(meta | {"source_key": sample["__key__"]})

@@ -13,6 +13,8 @@ from pipeline.storage.addresses import ATTEMPTS, is_local, local_path
 from pipeline.storage.files import UNFINISHED_NAME, StorageError, open_url, sha256_file, storage_errors, unfinished_file
 from pipeline.storage.sizes import parse_size
 
+# Why not a cache of fsspec: it names files by a hash of their URL and removes them by age. Here a file is named by its
+# sha256, so equal files of two versions are stored once, a damaged file is noticed, and the cache has a size limit.
 _T = TypeVar("_T")
 _CACHE_BYTES = "50Gi"
 _CACHED = re.compile(r"[0-9a-f]{64}")  # files of the cache are named by their sha256
@@ -31,10 +33,10 @@ def fetch(url: str, entry: dict[str, Any], *, check: bool = False) -> Path:
     if is_local(url):
         path = local_path(url)
         try:
-            found = path.stat().st_size
+            byte_count = path.stat().st_size
         except FileNotFoundError:
             raise ValueError(f"{url} is in its manifest but not there\nhint: python -m jobs verify") from None
-        if found != entry["bytes"] or (check and sha256_file(path) != entry["sha256"]):
+        if byte_count != entry["bytes"] or (check and sha256_file(path) != entry["sha256"]):
             raise ValueError(f"{url} is not the file its manifest describes\nhint: python -m jobs verify")
         return path
     cached = cache_folder() / entry["sha256"]
@@ -59,12 +61,12 @@ def local_copy(url: str, entry: dict[str, Any]) -> Path | None:
     return path if _is_cached(path, entry, check=False) else None
 
 
-def fetch_and_open(url: str, entry: dict[str, Any], open_: Callable[[Path], _T], *, check: bool = False) -> _T:
+def fetch_and_open(url: str, entry: dict[str, Any], open_path: Callable[[Path], _T], *, check: bool = False) -> _T:
     """What `open_` makes of the local path of a manifest's file; fetched again if another process just removed it."""
     for _ in range(ATTEMPTS):
         path = fetch(url, entry, check=check)
         try:
-            return open_(path)
+            return open_path(path)
         except FileNotFoundError:
             if is_local(url):
                 raise
@@ -75,11 +77,11 @@ def fetch_and_open(url: str, entry: dict[str, Any], open_: Callable[[Path], _T],
 def _is_cached(path: Path, entry: dict[str, Any], check: bool) -> bool:
     """Whether the cache has a file; if so, it counts as used now."""
     try:
-        found = path.stat()
-        if found.st_size != entry["bytes"] or (check and sha256_file(path) != entry["sha256"]):
+        status = path.stat()
+        if status.st_size != entry["bytes"] or (check and sha256_file(path) != entry["sha256"]):
             return False
         with contextlib.suppress(PermissionError):  # another user's: its age is that of its download
-            os.utime(path, ns=(time.time_ns(), found.st_mtime_ns))
+            os.utime(path, ns=(time.time_ns(), status.st_mtime_ns))
     except FileNotFoundError:
         return False
     return True
@@ -112,8 +114,8 @@ def _cached_files(folder: Path) -> Iterator[tuple[float, int, Path]]:
         for entry in entries:
             if _CACHED.fullmatch(entry.name) or UNFINISHED_NAME.fullmatch(entry.name):
                 with contextlib.suppress(FileNotFoundError):  # removed or finished meanwhile
-                    found = entry.stat(follow_symlinks=False)
-                    yield max(found.st_atime, found.st_mtime), found.st_size, Path(entry.path)
+                    status = entry.stat(follow_symlinks=False)
+                    yield max(status.st_atime, status.st_mtime), status.st_size, Path(entry.path)
 
 
 def _cache_bytes() -> int:

@@ -53,15 +53,17 @@ def _link(temporary: str, path: str) -> None:
         os.replace(temporary, path)
 
 
+# Only conflicts of conditional writes (409) are retried in this file. boto retries throttled and failed requests, but not
+# this one.
 def _create_object(fs: FileSystem, path: str, data: bytes) -> None:
-    for left in reversed(range(5)):
+    for retries in reversed(range(5)):
         try:
             return fs.pipe_file(path, data, mode="create")
         except FileExistsError:
             raise
         except OSError as error:
-            # 409: somebody is creating it at this moment, and may yet fail.
-            if left == 0 or "ConditionalRequestConflict" not in str(error):
+            # 409: another writer is creating it now, and may fail.
+            if retries == 0 or "ConditionalRequestConflict" not in str(error):
                 raise
             time.sleep(0.2)
 
@@ -95,7 +97,7 @@ def swap_bytes(data: bytes, url: str, expected: bytes | None) -> bool:
 def _put_if(fs: FileSystem, url: str, data: bytes, **condition: str) -> bool:
     """Put an object if the store finds the condition true."""
     bucket, _, key = url.split("://", 1)[1].partition("/")
-    for left in reversed(range(5)):
+    for retries in reversed(range(5)):
         try:
             with storage_errors(url, "write"):
                 fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
@@ -106,8 +108,8 @@ def _put_if(fs: FileSystem, url: str, data: bytes, **condition: str) -> bool:
             text = str(error.__cause__ or error)
             if "PreconditionFailed" in text or "At least one of the pre-conditions" in text:
                 return False
-            # 409: somebody is writing it at this moment, and may yet fail.
-            if left == 0 or "ConditionalRequestConflict" not in text:
+            # 409: another writer is writing it now, and may fail.
+            if retries == 0 or "ConditionalRequestConflict" not in text:
                 raise
             time.sleep(0.2)
     raise AssertionError
@@ -135,7 +137,11 @@ def can_swap(folder: str) -> bool:
 
 @contextlib.contextmanager
 def _locked(folder: str) -> Iterator[None]:
-    """Alone among the processes that swap files of a folder."""
+    """Hold the lock of a folder, one process at a time.
+
+    filelock takes the same lock (flock) by the same two calls on a file system, and it cannot lock on S3. There the
+    store's conditional writes do the same work, so a lock is needed only here, for the length of one swap.
+    """
     os.makedirs(folder, exist_ok=True)
     descriptor = os.open(os.path.join(folder, ".swap"), os.O_CREAT | os.O_RDWR, 0o644)
     try:

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import fsspec
 
 from pipeline.storage.addresses import ATTEMPTS, S3_SCHEMES, is_local, local_path, normalize
 
-FileSystem = fsspec.AbstractFileSystem
+FileSystem: TypeAlias = fsspec.AbstractFileSystem
 _T = TypeVar("_T")
 _CHUNK = 1 << 20
 _END = 64 << 10
@@ -41,13 +41,14 @@ def _filesystem(protocol: str) -> FileSystem:
     # Another process writes what we list: a cached listing would hide its records.
     options: dict[str, Any] = {} if protocol == "file" else {"use_listings_cache": False}
     if protocol in S3_SCHEMES and not {"AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS"} & os.environ.keys():
+        # boto retries requests, so this package has no retry loop and no retry library.
         # All requests alike: boto's older mode gives up HEAD, whose answer has no body to say SlowDown, in seconds.
         options["config_kwargs"] = {"retries": {"mode": "standard", "total_max_attempts": ATTEMPTS}}
     try:
-        made = fsspec.filesystem(protocol, **options)
+        filesystem = fsspec.filesystem(protocol, **options)
         if protocol in S3_SCHEMES:
-            made.retries = 2  # around boto's own, for answers that are cut off; five times would take minutes
-        return made
+            filesystem.retries = 2  # around boto's own, for answers that are cut off; five times would take minutes
+        return filesystem
     except (ValueError, ImportError) as error:
         raise ValueError(f"cannot open {protocol}:// addresses: {error}\nhint: use a local path or s3://") from error
 
@@ -144,22 +145,22 @@ def walk(url: str) -> Iterator[tuple[str, int | None]]:
         return
     fs, path = open_url(url)
     with storage_errors(url, "list"):
-        found = fs.find(path, detail=True)
-    for full, info in found.items():
+        entries = fs.find(path, detail=True)
+    for full, info in entries.items():
         name = full[len(path):].lstrip("/")
         if name and not any(part.startswith(".") for part in name.split("/")):
             yield name, int(info["size"])
 
 
 def list_stamps(url: str) -> dict[str, str]:
-    """What each file below `url` looks like from outside, by relative name: size and time, or size and ETag.
+    """A stamp of each file below `url`, by relative name: size and time, or size and ETag.
 
-    A file with the same stamp as before is taken to have the same bytes. Hidden names are left out.
+    A file with an unchanged stamp counts as unchanged. Hidden names are left out.
     """
     if is_local(url):
         base = local_path(url)
-        found = ((name, os.stat(base / name)) for name, length in walk(url) if length is not None)
-        return {name: f"{stat.st_size}-{stat.st_mtime_ns}" for name, stat in found}
+        stats = ((name, os.stat(base / name)) for name, length in walk(url) if length is not None)
+        return {name: f"{stat.st_size}-{stat.st_mtime_ns}" for name, stat in stats}
     fs, path = open_url(url)
     with storage_errors(url, "list"):
         listed = fs.find(path, detail=True)
