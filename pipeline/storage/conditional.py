@@ -53,8 +53,8 @@ def _link(temporary: str, path: str) -> None:
         os.replace(temporary, path)
 
 
-# Only conflicts of conditional writes (409) are retried in this file. boto retries throttled and failed requests, but not
-# this one.
+# Only conflicts of conditional writes (409) are retried in this file. boto retries throttled and failed requests, but
+# not this one.
 def _create_object(fs: FileSystem, path: str, data: bytes) -> None:
     for retries in reversed(range(5)):
         try:
