@@ -6,7 +6,7 @@ from jobs.telemetry import interrupts
 
 if __name__ == "__main__":
     try:
-        with interrupts.held():  # what is imported here takes a second
+        with interrupts.defer_interrupts():  # what is imported here takes a second
             from jobs.cli.main import main
     except KeyboardInterrupt:
         print("stopped before anything was done", file=sys.stderr)

@@ -76,7 +76,7 @@ def make_demo(root: str, settings: Settings, runner: Runner, *, drawn: bool, dry
                      runner))
     address = storage.join(root, "report.html")
     if any(did) or not storage.exists(address):
-        report.write(root, address)
+        report.write_report(root, address)
     else:
         _log.info("everything was there already")
     _log.info("the report is %s", address)

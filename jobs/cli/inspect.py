@@ -39,10 +39,10 @@ def run_status(options: StatusOptions) -> int:
     try:
         if options.serve:
             from jobs.inspection import prometheus
-            prometheus.serve(root, options.serve)
+            prometheus.serve_metrics(root, options.serve)
         elif options.watch:
             from jobs.inspection import watch
-            watch.show(root, as_json=options.json)
+            watch.watch_root(root, as_json=options.json)
         else:
             from jobs.inspection.status import read_status, status_table
             stages = read_status(root)
@@ -115,7 +115,7 @@ def run_report(options: ReportOptions) -> int:
         return 0
     if not read_status(root):
         raise ValueError(f"there is nothing in {root} to report on\nhint: --root")
-    report.write(root, out)
+    report.write_report(root, out)
     print(out)
     return 0
 

@@ -28,9 +28,9 @@ _GO_ON = "hint: nothing that is recorded is lost; the same command goes on from 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    interrupts.listen()
+    interrupts.convert_sigterm()
     try:
-        logs.speak(_log_format(arguments))
+        logs.configure_logging(_log_format(arguments))
     except ValueError as error:
         return _misuse(str(error))
     if not arguments or arguments[0] in {"-h", "--help"}:
@@ -50,24 +50,24 @@ def main(arguments: list[str] | None = None) -> int:
     except (NotADirectoryError, IsADirectoryError) as error:
         return _misuse(f"{error.filename}: {error.strerror}")
     except (StageFailed, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, StageFailed) and not devices.explain(error):
+        if isinstance(error, RuntimeError) and not isinstance(error, StageFailed) and not devices.failure_hint(error):
             raise
         if isinstance(error, BrokenPipeError) and _unheard():
             return 0
         text = storage.disk_full_message(error) or str(error)
-        if "hint:" not in text and (sentence := devices.explain(error)):
+        if "hint:" not in text and (sentence := devices.failure_hint(error)):
             text = f"{text.splitlines()[0]}\n{sentence}"
         if "hint:" not in text:
             text += f"\n{_NO_WAY if getattr(error, 'errno', 0) in {errno.EROFS, errno.EACCES, errno.EPERM} else _GO_ON}"
-        logs.last_word(storage.redact_credentials(text), exit=1)
+        logs.log_exit(storage.redact_credentials(text), exit=1)
         return 1
     except KeyboardInterrupt:
-        logs.last_word("stopped; the same command goes on from here", logging.WARNING, exit=STOPPED)
+        logs.log_exit("stopped; the same command goes on from here", logging.WARNING, exit=STOPPED)
         return STOPPED
 
 
 def _misuse(message: str) -> int:
-    logs.last_word(storage.redact_credentials(message), exit=2)
+    logs.log_exit(storage.redact_credentials(message), exit=2)
     return 2
 
 
@@ -76,9 +76,9 @@ def _log_format(arguments: list[str]) -> str:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--log-format", "--log_format", default="")
     try:
-        return logs.chosen(first.parse_known_args(arguments)[0].log_format)
+        return logs.choose_format(first.parse_known_args(arguments)[0].log_format)
     except argparse.ArgumentError:  # it will be said again by who reads the whole command line
-        return logs.chosen()
+        return logs.choose_format()
 
 
 def _print_help(text: str) -> None:

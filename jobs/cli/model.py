@@ -85,7 +85,7 @@ def train(job: "Job", cluster: ClusterConfig, *, local: bool, overwrite: bool = 
     from pipeline.stages.driver import run_stage
     from pipeline.stages.manifest import read_manifest
     from pipeline.stages.plan import check_and_clear, prepare
-    with logs.about(run_labels(job.dataset.name, job.dataset.version, job.run.name)):
+    with logs.label_events(run_labels(job.dataset.name, job.dataset.version, job.run.name)):
         training = Training(job)
         check_gpus(training, cluster)
         training.check()
@@ -100,11 +100,11 @@ def train(job: "Job", cluster: ClusterConfig, *, local: bool, overwrite: bool = 
                 return manifest
         if local:
             from jobs.training.worker import train_in_processes
-            with devices.reserving(local_device(cluster)):
+            with devices.reserve_temporarily(local_device(cluster)):
                 if not train_in_processes(job):
                     return None
         else:
-            with interrupts.held():
+            with interrupts.defer_interrupts():
                 from jobs.training.ray_train import train_on_ray
             train_on_ray(job, cluster, lambda line: _log.info(
                 "train: step %d of %d, loss %.4f, %.0f samples/s", line["step"], job.config.steps, line["loss"],

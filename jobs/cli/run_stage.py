@@ -23,14 +23,14 @@ def open_runner(common: CommonOptions, cluster: ClusterConfig) -> Iterator["Runn
     from jobs.cluster.gpus import InProcess, local_device
     from pipeline.hardware import devices
     if common.local:
-        with devices.reserving(local_device(cluster)):
+        with devices.reserve_temporarily(local_device(cluster)):
             yield InProcess(cluster)
         return
-    with interrupts.held():  # an import may swallow the exception of a signal
+    with interrupts.defer_interrupts():  # an import may swallow the exception of a signal
         from jobs.cluster.actor_pool import Pool
     pool = Pool(cluster)
     try:
-        with devices.reserving("cpu"):  # the driver reserved no GPU
+        with devices.reserve_temporarily("cpu"):  # the driver reserved no GPU
             yield pool
     finally:
         pool.close()
@@ -71,7 +71,7 @@ def print_forecast(stage: "Stage", overwrite: bool = False, cluster: ClusterConf
     from jobs.inspection import status
     if cluster:
         check_gpus(stage, cluster)
-    print(json.dumps(status.forecast(stage, overwrite=overwrite), indent=1))
+    print(json.dumps(status.forecast_stage(stage, overwrite=overwrite), indent=1))
     return 0
 
 

@@ -42,7 +42,7 @@ class Worker:
     """A process that holds what its stage loaded; nothing large comes or goes, but for pictures that others decode."""
 
     def __init__(self, log: str, gpu: bool) -> None:
-        logs.speak(log)
+        logs.configure_logging(log)
         devices.reserve("cuda" if gpu else "cpu")
         if not gpu:
             devices.hide_gpus()
@@ -55,7 +55,7 @@ class Worker:
         context = ray.get_runtime_context()
         # Without a reserved GPU the variable may still name every GPU of the node.
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") if context.get_accelerator_ids().get("GPU") else ""
-        return Place(context.get_node_id(), platform.node(), visible, devices.cards(visible) if visible else "")
+        return Place(context.get_node_id(), platform.node(), visible, devices.list_cards(visible) if visible else "")
 
     def work(self, stage: Stage, stage_fingerprint: str, items: Sequence[Item], decoders: tuple[list[Any], int]
              ) -> list[dict[str, Any] | Failed | None] | Failed:
@@ -74,16 +74,16 @@ class Worker:
             if len(items) == 1:
                 return [process_and_commit(stage, items[0])]
             # An exception is not kept until the others are done: its traceback may keep tensors.
-            records = {item.id: _failed(record) if isinstance(record, Exception) else record
+            records = {item.id: _describe_error(record) if isinstance(record, Exception) else record
                      for item, record in work_together(stage, items)}
         except Exception as error:
-            return _failed(error)
+            return _describe_error(error)
         return [records[item.id] for item in items]
 
 
-def _failed(error: BaseException) -> Failed:
+def _describe_error(error: BaseException) -> Failed:
     trace = "".join(traceback.format_exception(error))
-    return Failed(error_sentence(error), trace, devices.kind_of(error), isinstance(error, ValueError),
+    return Failed(error_sentence(error), trace, devices.failure_kind(error), isinstance(error, ValueError),
                   bool(storage.disk_full_message(error)))
 
 
@@ -190,7 +190,7 @@ class Pool:
     def _lent(self, stage: Stage) -> tuple[list[Any], int]:
         """Decoders for a stage that can do with them, and the number of workers; they are kept like workers."""
         if stage.decodes and not self.decoders:
-            self.decoders = decoder_actors.start(self.config.decoders)
+            self.decoders = decoder_actors.start_decoders(self.config.decoders)
         return (self.decoders if stage.decodes else []), self.config.workers
 
     def _grow(self, busy: int, useful: int) -> None:
@@ -204,7 +204,7 @@ class Pool:
             remote: Any = Worker  # `ray.remote` hides from type checkers that it adds `options`
             actor = remote.options(num_cpus=self.config.cpus, num_gpus=self.config.each_gpus if self.gpu else 0,
                                    label_selector={"ray.io/node-id": f"!in({','.join(avoid)})"} if avoid else {},
-                                   scheduling_strategy="SPREAD").remote(logs.form(), self.gpu)
+                                   scheduling_strategy="SPREAD").remote(logs.current_format(), self.gpu)
             self.starting[actor.place.remote()] = actor, time.monotonic()
 
     def _started(self, reference: Any) -> None:
@@ -231,7 +231,7 @@ class Pool:
         broken = self.blame.broken_places()
         nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= self.config.cpus
                  and node["Resources"].get("GPU", 0) >= gpus]
-        if seconds > BROKEN_TIMEOUT_S and nodes and all(_broken(node, broken, gpus) for node in nodes):
+        if seconds > BROKEN_TIMEOUT_S and nodes and all(_is_broken(node, broken, gpus) for node in nodes):
             raise StageFailed(
                 f"{stage.name}: only broken places are left to start a worker in\n"
                 f"expected a node with {wants} that finishes items, got {self.blame.why(broken)}\n"
@@ -295,7 +295,7 @@ class Pool:
         try:
             result = ray.get(reference)
         except RayTaskError as error:  # of the call itself: the worker cannot unpickle its arguments
-            result = _failed(error.cause)
+            result = _describe_error(error.cause)
         except RayError as error:
             return self._lost(worker, task, error)
         if isinstance(result, Failed):
@@ -328,7 +328,7 @@ class Pool:
             self.idle.append(worker)
         if not self.blame.hopeless(task):
             self.meter.again("device failed" if reason else "failed")
-            _log.warning("item %s failed on %s and is tried again elsewhere: %s", _some(task), worker.place,
+            _log.warning("item %s failed on %s and is tried again elsewhere: %s", _task_label(task), worker.place,
                          failed.error.splitlines()[0], extra={"fields": {"item": task.items[0].id}})
         return retired, task.alone()
 
@@ -338,7 +338,7 @@ class Pool:
             return [], task.alone()
         task.losses += 1
         self.meter.again("worker lost")
-        _log.warning("the worker of item %s was lost (%d of %d times): it is given to another", _some(task),
+        _log.warning("the worker of item %s was lost (%d of %d times): it is given to another", _task_label(task),
                      task.losses, LOSSES, extra={"fields": {"item": task.items[0].id}})
         ray.kill(worker.actor)
         if task.losses >= LOSSES:
@@ -360,14 +360,14 @@ class Pool:
                        round(time.time(), 1))
 
 
-def _broken(node: dict[str, Any], broken: Sequence[Place], gpus: float) -> bool:
+def _is_broken(node: dict[str, Any], broken: Sequence[Place], gpus: float) -> bool:
     """Whether a node cannot start a worker with so many GPUs beside the places that are broken there."""
     here = [place for place in broken if place.node == node["NodeID"]]
     usable = node["Resources"].get("GPU", 0) - sum(len(place.visible.split(",")) for place in here if place.visible)
     return any(not place.visible for place in here) or usable < gpus
 
 
-def _some(task: Task) -> str:
+def _task_label(task: Task) -> str:
     return task.items[0].id + (f" and {len(task.items) - 1} more" if len(task.items) > 1 else "")
 
 

@@ -28,8 +28,8 @@ def connect() -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
-            _knock(address)
-            with interrupts.held():
+            _check_reachable(address)
+            with interrupts.defer_interrupts():
                 ray.init(**options)
         except OSError as error:  # ConnectionError is one
             raise ValueError(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}\n"
@@ -42,7 +42,7 @@ def connect() -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # With as many logical CPUs as cores an actor, its driver and Train's controller starve each other.
     # "local": without it Ray would join whatever cluster of somebody else's runs on this machine.
-    with interrupts.held():
+    with interrupts.defer_interrupts():
         context: Any = ray.init("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False,
                            object_store_memory=200 << 20, **options)
     write_prometheus_targets(Path(context.address_info["session_dir"]).parent)
@@ -57,7 +57,7 @@ def write_prometheus_targets(folder: Path) -> None:
         own.replace(folder / "prom_metrics_service_discovery.json")
 
 
-def worker_resources() -> dict[str, float]:
+def cluster_resources() -> dict[str, float]:
     """What the cluster has in all: CPU, GPU, memory, ..."""
     connect()
     return ray.cluster_resources()
@@ -83,7 +83,7 @@ def mention_unused_gpus(stage: Stage, config: ClusterConfig) -> None:
                      stage.name, there, "s" * (there != 1))
 
 
-def _knock(address: str) -> None:
+def _check_reachable(address: str) -> None:
     """ConnectionError at once where nobody listens: Ray itself tries for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdigit():

@@ -34,10 +34,10 @@ class Decoder:
 
     def decode(self, data: list[bytes], preprocessing: dict[str, Any]) -> DecodedBatch:
         """Encoded pictures as the encoder of that preprocessing takes them."""
-        return decode_batch.by_description(data, preprocessing)
+        return decode_batch.decode_by_description(data, preprocessing)
 
 
-def start(count: int) -> list[Any]:
+def start_decoders(count: int) -> list[Any]:
     """So many decoders, spread over the nodes without a GPU, or over all where each has one."""
     connect.connect()
     alive = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]

@@ -25,14 +25,14 @@ class InProcess:
         `idle`: the stage is finished, so no device is needed.
         """
         check_gpus(stage, self.config)
-        if devices.reserved() == "cuda" and not idle:
+        if devices.reserved_device() == "cuda" and not idle:
             stage.check_device()
 
 
 def local_device(config: ClusterConfig) -> devices.Choice:
     """The device of a process without Ray. Without --gpus the environment may name it."""
     if config.gpus is None:
-        return devices.reserved()
+        return devices.reserved_device()
     return "cuda" if config.gpus else "cpu"
 
 

@@ -136,7 +136,7 @@ class Blame:
         # A device that never worked says nothing about the item, unless the item broke two that did.
         task.strikes += len(task.items) == 1 and (worked or task.strikes >= GUILTY)
         return self._blame(worker, task, 1 if worked else 2,
-                           f"{devices.sentence(failed.device)}: {_first_line(failed.error)}")
+                           f"{devices.describe_failure(failed.device)}: {_first_line(failed.error)}")
 
     def finished(self, worker: WorkerState, task: Task, count: int) -> Iterator[tuple[WorkerState, str]]:
         """Count `count` finished items of a task. Yields each worker to retire, with the reason."""
@@ -206,7 +206,7 @@ def _refuted(worker: WorkerState) -> str:
     kinds = Counter(failed.device for failed in worker.recent.values())
     example = _first_line(worker.recent[next(iter(worker.refuted))].error)
     if kinds["out of memory"] == len(worker.recent) >= 2:
-        return f"{devices.sentence('out of memory')}, for {len(worker.recent)} items in a row: {example}"
+        return f"{devices.describe_failure('out of memory')}, for {len(worker.recent)} items in a row: {example}"
     if len(worker.refuted) >= REFUTED:
         return f"others finished {len(worker.refuted)} items that failed here in a row: {example}"
     return ""

@@ -132,14 +132,14 @@ class Evaluation(Stage):
     def setup(self) -> None:
         torch.set_num_threads(1)
         same_encoder(self.run, self.encoder, [self.mixed, *self.databases])
-        clip.load(self.encoder)
+        clip.load_encoder(self.encoder)
         open_generator(self.run, self.step, self.how.ema)
-        self.precision = devices.name_of(compute_dtype(self.how.precision, devices.choose()))
+        self.precision = devices.dtype_name(compute_dtype(self.how.precision, devices.choose_device()))
 
     def process(self, item: Item, scratch: Path) -> Output:
         torch.set_num_threads(1)
         way, style, prompts = Asked(**item.inputs["way"]), item.inputs["style"], item.inputs["prompts"]
-        database, how, encoder = self.databases[style], self.how, clip.load(self.encoder)
+        database, how, encoder = self.databases[style], self.how, clip.load_encoder(self.encoder)
         how = replace(how, k=way.k if way.k >= 0 else how.k,
                       guidance=how.guidance if way.guidance is None else way.guidance)
         plain = encoder.texts(prompts)

@@ -31,7 +31,7 @@ _DATABASE = {"published_timestamp_seconds": "When the published version was publ
              "number": "Which build it is."}
 
 
-def serve(root: str, where: str) -> None:
+def serve_metrics(root: str, where: str) -> None:
     """Answer Prometheus at PORT of this machine, or at HOST:PORT, until interrupted."""
     host, _, port = where.rpartition(":")
     if not port.isdigit() or int(port) > 65535:
@@ -70,16 +70,17 @@ class RootMetrics:
             except (OSError, ValueError) as error:
                 _log.warning("status: %s", storage.redact_credentials(str(error).splitlines()[0]))
                 self._families = []
-            yield _one("rdm_root_readable", "1 if the root could be read.", float(bool(self._families)))
+            yield _gauge("rdm_root_readable", "1 if the root could be read.", float(bool(self._families)))
             yield from self._families
 
     def look(self) -> None:
         """Read the root."""
-        families = [*_stages(status.read_status(self.root)), *_databases(status.published(self.root))]
+        families = [*_stage_metrics(status.read_status(self.root)),
+                    *_database_metrics(status.read_published(self.root))]
         self._families, self._read = families, time.monotonic()
 
 
-def _stages(states: list[dict[str, Any]]) -> Iterator[Metric]:
+def _stage_metrics(states: list[dict[str, Any]]) -> Iterator[Metric]:
     gauges = {name: GaugeMetricFamily(f"rdm_stage_{name}", what, labels=NAMES) for name, what in _STAGE.items()}
     curves = {name: GaugeMetricFamily(f"rdm_train_{name}", what, labels=NAMES) for name, what in _TRAIN.items()}
     left_out = GaugeMetricFamily("rdm_stage_left_out", "Samples left out, by reason.", labels=(*NAMES, "reason"))
@@ -88,8 +89,8 @@ def _stages(states: list[dict[str, Any]]) -> Iterator[Metric]:
     for stage in states:
         if stage["state"] == "absent":
             continue
-        known = [status.named(stage["path"], stage)[name] for name in NAMES]
-        for name, value in _numbers(stage).items():
+        known = [status.state_labels(stage["path"], stage)[name] for name in NAMES]
+        for name, value in _stage_numbers(stage).items():
             gauges[name].add_metric(known, value)
         for reason, count in (stage.get("progress") or stage).get("skipped", {}).items():
             left_out.add_metric([*known, reason], count)
@@ -105,7 +106,7 @@ def _stages(states: list[dict[str, Any]]) -> Iterator[Metric]:
     yield from [*gauges.values(), *curves.values(), left_out, recall, faults]
 
 
-def _numbers(stage: dict[str, Any]) -> dict[str, float]:
+def _stage_numbers(stage: dict[str, Any]) -> dict[str, float]:
     """What is known of a stage, under the names of `_STAGE`."""
     state = {name: float(stage["state"] == name) for name in ("stale", "damaged")}
     if stage["state"] == "damaged":
@@ -121,7 +122,7 @@ def _numbers(stage: dict[str, Any]) -> dict[str, float]:
         numbers |= {name: now[name] for name in ("rows", "samples", "bytes")}
         numbers |= {"items_left": now["of_items"] - now["items"], "heard_timestamp_seconds": now["updated"],
                  "items_failed": max(stage["failed"], now["failed_items"])}
-        if not status.silent(now):
+        if not status.seconds_silent(now):
             numbers |= {"rows_per_second": now["rows_per_s"]} | (
                 {"seconds_left": now["seconds_left"]} if now["seconds_left"] is not None else {})
     return numbers
@@ -132,7 +133,7 @@ def _unix(stamp: str) -> float:
     return float(timegm(time.strptime(stamp, "%Y-%m-%dT%H:%M:%SZ")))
 
 
-def _databases(published: dict[str, dict[str, Any]]) -> Iterator[Metric]:
+def _database_metrics(published: dict[str, dict[str, Any]]) -> Iterator[Metric]:
     gauges = {name: GaugeMetricFamily(f"rdm_database_{name}", what, labels=("dataset", "version"))
               for name, what in _DATABASE.items()}
     for name, pointer in published.items():
@@ -146,5 +147,5 @@ def _databases(published: dict[str, dict[str, Any]]) -> Iterator[Metric]:
     yield from gauges.values()
 
 
-def _one(name: str, what: str, value: float) -> Metric:
+def _gauge(name: str, what: str, value: float) -> Metric:
     return GaugeMetricFamily(name, what, value=value)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jobs.runs.labels import run_labels, stage_labels
-from jobs.runs.metrics import read
+from jobs.runs.metrics import read_metrics
 from jobs.runs.run import Run
 from jobs.telemetry import progress_bar, tables
 from jobs.telemetry.units import format_bytes
@@ -47,7 +47,7 @@ def status_table(root: str, states: list[dict[str, Any]]) -> str:
     return tables.render([[state["path"], state["state"], _detail(state)] for state in states])
 
 
-def published(root: str) -> dict[str, dict[str, Any]]:
+def read_published(root: str) -> dict[str, dict[str, Any]]:
     """What is published of each dataset that has anything published: version, number, when (Unix time), recall@10."""
     pointers = {}
     for name in storage.list_folders(storage.join(root, "datasets")):
@@ -58,7 +58,7 @@ def published(root: str) -> dict[str, dict[str, Any]]:
     return pointers
 
 
-def named(path: str, state: dict[str, Any]) -> dict[str, str]:
+def state_labels(path: str, state: dict[str, Any]) -> dict[str, str]:
     """The labels of a stage folder with this state."""
     if state.get("dataset"):
         dataset = Dataset.parse("", state["dataset"])
@@ -66,13 +66,13 @@ def named(path: str, state: dict[str, Any]) -> dict[str, str]:
     return stage_labels(path, state.get("stage") or path.rsplit("/", 1)[1])
 
 
-def silent(now: dict[str, Any]) -> float:
+def seconds_silent(now: dict[str, Any]) -> float:
     """Seconds since a driver's last word, 0 while it may still be there."""
     seconds = time.time() - now["updated"]
     return seconds if seconds > _SILENT_S else 0.0
 
 
-def forecast(stage: Stage, *, overwrite: bool = False) -> dict[str, Any]:
+def forecast_stage(stage: Stage, *, overwrite: bool = False) -> dict[str, Any]:
     """What running a stage would do: items, how many are left, bytes to read, seconds as far as known."""
     claimed = not overwrite and storage.exists(storage.join(stage.folder, "plan.json"))
     items: Sequence[Item] = prepare(stage) if claimed else list(stage.plan())
@@ -132,7 +132,7 @@ def _state(root: str, path: str) -> dict[str, Any]:
             run = Run(root, path.split("/")[1])
             steps = run.steps()
             state = f"at step {steps[-1]}" if steps else "planned"
-            about |= {"dataset": plan["section"].get("dataset"), "curve": _last(read(run)),
+            about |= {"dataset": plan["section"].get("dataset"), "curve": _last(read_metrics(run)),
                       "fault": run.fault()}
         return about | {"state": "stale" if changed else state, "changed": changed, "failed": failed}
     sealed = about | {"state": "stale" if changed else "sealed", "changed": changed,
@@ -144,7 +144,7 @@ def _state(root: str, path: str) -> dict[str, Any]:
     if plan["stage"] == "train":
         # The stage only collects what the run left: its time and bytes are those of the run.
         run = Run(root, path.split("/")[1])
-        lines = read(run)
+        lines = read_metrics(run)
         sealed["seconds"] = round(lines[-1]["seconds"], 1) if lines else None
         sealed |= {"dataset": plan["section"].get("dataset"), "curve": _last(lines), "fault": None}
         sealed["bytes"] += sum(entry["bytes"] for step in run.steps() for entry in run.checkpoint(step)["files"])
@@ -161,13 +161,15 @@ def _detail(state: dict[str, Any]) -> str:
         left_out = f", left out: {skipped}" if skipped else ""
         return "; ".join(filter(None, [
             f"{state['samples']} samples, {format_bytes(state['bytes'])}{left_out}",
-            progress_bar.computed_on(state.get("devices", {})), progress_bar.retired(state.get("retired", []))]))
+            progress_bar.describe_devices(state.get("devices", {})),
+            progress_bar.describe_retired(state.get("retired", []))]))
     said = [f"{state['failed']} failed"] if state.get("failed") else []
     if now := state.get("progress"):
         # Of a driver that is gone the records tell, and its last word does not.
-        seconds = silent(now)
-        said.append(f"nothing heard for {round(seconds / 60)} min" if seconds else progress_bar.sentence(now))
-        said += [progress_bar.computed_on(now.get("devices", {})), progress_bar.retired(now.get("retired", []))]
+        seconds = seconds_silent(now)
+        said.append(f"nothing heard for {round(seconds / 60)} min" if seconds else progress_bar.describe_progress(now))
+        said += [progress_bar.describe_devices(now.get("devices", {})),
+                 progress_bar.describe_retired(now.get("retired", []))]
     return "; ".join(filter(None, said))
 
 

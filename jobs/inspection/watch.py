@@ -15,41 +15,41 @@ from pipeline.stages.progress import period
 _HEAD = ("dataset", "version", "stage", "state", "done", "rate", "left", "failures, left out")
 
 
-def show(root: str, *, as_json: bool = False, every: float = 0.0) -> None:
+def watch_root(root: str, *, as_json: bool = False, every: float = 0.0) -> None:
     """Print the root until the reader has enough: in place on a terminal, elsewhere a block or a line of JSON a time.
 
     After a first look, a root that cannot be read for a moment is said and tried again.
     """
     every = every or period(root)
     if as_json or not sys.stdout.isatty():
-        for now in _looks(root, every):
-            print(json.dumps(now) if as_json else f"{text(now)}\n", flush=True)
+        for now in _snapshots(root, every):
+            print(json.dumps(now) if as_json else f"{snapshot_text(now)}\n", flush=True)
         return
-    tables.show_live(map(text, _looks(root, every)))
+    tables.show_live(map(snapshot_text, _snapshots(root, every)))
 
 
-def _looks(root: str, every: float) -> Iterator[dict[str, Any]]:
-    now = look(root)
+def _snapshots(root: str, every: float) -> Iterator[dict[str, Any]]:
+    now = read_snapshot(root)
     while True:
         yield now
         time.sleep(every)
         try:
-            now = look(root)
+            now = read_snapshot(root)
         except OSError as error:
             now = now | {"error": storage.redact_credentials(str(error).splitlines()[0])}
 
 
-def look(root: str) -> dict[str, Any]:
+def read_snapshot(root: str) -> dict[str, Any]:
     """What there is: the time, what is published, and each stage that was planned."""
     return {"time": round(time.time(), 1), "root": storage.redact_credentials(root),
-            "published": status.published(root),
-            "stages": [_stage(state) for state in status.read_status(root) if state["state"] != "absent"]}
+            "published": status.read_published(root),
+            "stages": [_stage_row(state) for state in status.read_status(root) if state["state"] != "absent"]}
 
 
-def _stage(state: dict[str, Any]) -> dict[str, Any]:
+def _stage_row(state: dict[str, Any]) -> dict[str, Any]:
     now, curve = state.get("progress"), state.get("curve")
-    silent = status.silent(now) if now else 0.0
-    known = status.named(state["path"], state)
+    silent = status.seconds_silent(now) if now else 0.0
+    known = status.state_labels(state["path"], state)
     row = {**known, "path": state["path"], "state": state["state"], "items": state.get("items"),
            "done": state.get("done"), "rows": None, "of_rows": None, "rate": None, "seconds_left": None,
            "silent_s": round(silent) or None, "failed": state.get("failed", 0), "skipped": state.get("skipped", {}),
@@ -68,24 +68,25 @@ def _stage(state: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def text(now: dict[str, Any]) -> str:
+def snapshot_text(now: dict[str, Any]) -> str:
     """The table: what is published of a dataset stands before its stages."""
     lines: list[tuple[str, ...]] = []
     published = dict(now["published"])
     for row in sorted(now["stages"], key=lambda row: not row["dataset"]):
         if pointer := published.pop(row["dataset"], None):
-            lines.append(_published(row["dataset"], pointer))
+            lines.append(_published_cells(row["dataset"], pointer))
         mark = "*" if now["published"].get(row["dataset"], {}).get("version") == row["version"] else ""
-        lines.append((row["dataset"] or row["run"], row["version"] + mark, _name(row), row["state"], _done(row),
-                      f"{row['rate']:.0f}/s" if row["rate"] is not None else "", _left(row), _failures(row)))
-    lines += [_published(name, pointer) for name, pointer in published.items()]
+        rate = f"{row['rate']:.0f}/s" if row["rate"] is not None else ""
+        lines.append((row["dataset"] or row["run"], row["version"] + mark, _stage_name(row), row["state"],
+                      _done_text(row), rate, _time_left(row), _failures_text(row)))
+    lines += [_published_cells(name, pointer) for name, pointer in published.items()]
     clock = time.strftime("%H:%M:%S", time.localtime(now["time"]))
     what = "" if now["stages"] else "\nnothing here yet"
     wrong = f"\ncannot be read since then: {now['error']}" if now.get("error") else ""
     return f"{now['root']} at {clock}{wrong}\n\n" + tables.render(lines, head=_HEAD, fold=False) + what
 
 
-def _published(name: str, pointer: dict[str, Any]) -> tuple[str, ...]:
+def _published_cells(name: str, pointer: dict[str, Any]) -> tuple[str, ...]:
     recall = pointer.get("recall@10")
     age = f"{format_duration(time.time() - pointer['published'])} ago" if pointer.get("published") else ""
     number = f"number {pointer['number']}" if pointer.get("number") is not None else ""
@@ -93,24 +94,24 @@ def _published(name: str, pointer: dict[str, Any]) -> tuple[str, ...]:
             f"recall@10 {recall:.4f}" if isinstance(recall, float) else "")
 
 
-def _name(row: dict[str, Any]) -> str:
+def _stage_name(row: dict[str, Any]) -> str:
     return f"{row['stage']} {row['run']}" if row["dataset"] and row["run"] else row["stage"]
 
 
-def _done(row: dict[str, Any]) -> str:
+def _done_text(row: dict[str, Any]) -> str:
     if row.get("step") is not None:
         return f"step {row['step']}, loss {row['loss']:.4f}"
     rows = f", {row['rows']}{' of ' + str(row['of_rows']) if row['of_rows'] else ''} rows" if row["rows"] else ""
     return f"{row['done']} of {row['items']}{rows}" if row["items"] is not None else ""
 
 
-def _left(row: dict[str, Any]) -> str:
+def _time_left(row: dict[str, Any]) -> str:
     if row["silent_s"]:
         return f"silent for {format_duration(row['silent_s'])}"
     return format_duration(row["seconds_left"]) if row["seconds_left"] else ""
 
 
-def _failures(row: dict[str, Any]) -> str:
+def _failures_text(row: dict[str, Any]) -> str:
     said = [row["error"]] if row["error"] else []
     said += [f"{row['failed']} items failed"] if row["failed"] else []
     said += [f"{len(row['retired'])} workers retired"] if row["retired"] else []

@@ -76,7 +76,7 @@ def workers_here(plan: PlanConfig, settings: Settings, root: str, *, local: bool
         there = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.is_available())}
     else:
         from jobs.cluster import connect
-        there = connect.worker_resources()
+        there = connect.cluster_resources()
     return replace(settings.cluster, workers=plan.measure_workers, min_workers=0,
                    gpus=1.0 if wanted and there.get("GPU", 0) >= 1 else 0.0,
                    cpus=min(settings.cluster.cpus, max(1.0, there["CPU"] // plan.measure_workers)))

@@ -11,7 +11,7 @@ from typing import Any
 
 from jobs.planning.cost_model import duration, exact_amounts, listed_amounts, training_flop
 from jobs.planning.rates import ApproximateRates, EmbedRates, ExactRates, IndexRates, Rates, ShardRates, TrainRates
-from jobs.runs.metrics import read
+from jobs.runs.metrics import read_metrics
 from jobs.runs.run import Run
 from model.config import UNetConfig
 from model.training import flops
@@ -193,7 +193,7 @@ def _train(root: str, gpu: bool) -> TrainRates | None:
     operations = seconds = 0.0
     for name in storage.list_folders(storage.join(root, "runs")):
         run = Run(root, name)
-        lines = read(run)
+        lines = read_metrics(run)
         if not lines or not storage.exists(storage.join(run.folder, "plan.json")):
             continue
         section = run.section()

@@ -135,7 +135,7 @@ class Steps(Stage):
         import torch
 
         from model.training import flops
-        device = devices.choose()
+        device = devices.choose_device()
         cuda = device.type == "cuda"
         threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
         torch.set_num_threads(threads)

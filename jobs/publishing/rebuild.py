@@ -20,11 +20,11 @@ from pipeline.datasets import published, takedowns
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.hidden_rows import Tombstones
 from pipeline.datasets.published import Pointer
-from pipeline.embeddings.embed import EmbedConfig, encoder_of
+from pipeline.embeddings.embed import EmbedConfig, dataset_encoder
 from pipeline.indices.config import IndexConfig
 from pipeline.indices.extend import Drifted, Extension
 from pipeline.indices.index import Index, build_index
-from pipeline.indices.searcher import kind
+from pipeline.indices.searcher import search_kind
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.plan import clear_folder
 from pipeline.stages.stage import Stage
@@ -184,7 +184,7 @@ class Rebuild:
         if share > self.config.retrain:
             _log.info("rebuild: %.0f %% of the pictures came or went: the index is trained anew", 100 * share)
             return False
-        return (kind(last) != "graph" and encoder_of(last) == encoder_of(dataset))
+        return (search_kind(last) != "graph" and dataset_encoder(last) == dataset_encoder(dataset))
 
     def judge(self, dataset: Dataset, before: Pointer | None) -> tuple[list[Gate], list[str]]:
         """The gates of a version against what is published, and the queries that they asked."""
@@ -193,7 +193,7 @@ class Rebuild:
         asked = gates.queries(self.config.gates, release, dataset)
         pinned = {} if self.config.allow_encoder else encoders(self.root, self.name)
         if base and not self.config.allow_encoder:
-            pinned[base.label] = encoder_of(base)
+            pinned[base.label] = dataset_encoder(base)
         return gates.measure_gates(dataset, base, asked, self.embed.clip(), self.config.gates, pinned), asked
 
     def publish(self, dataset: Dataset) -> dict[str, Any]:
@@ -224,7 +224,7 @@ class Rebuild:
             data = published.release(dataset, {
                 "number": number, "base": before.version if before else None, "source": self.source.digest,
                 "samples": shards["totals"]["samples"] - shards["info"].get("dead", 0),
-                "recall@10": gates.recall(dataset), "encoder": encoder_of(dataset), "queries": asked,
+                "recall@10": gates.recall(dataset), "encoder": dataset_encoder(dataset), "queries": asked,
                 "change": shards["info"]["change"], "gates": [vars(gate) for gate in found]})
             if published.publish(dataset, data, number, before):
                 return {"published": dataset.version, "gates": {gate.name: gate.value for gate in found}}
@@ -254,7 +254,7 @@ class Rebuild:
 def run_rebuild(rebuild: Rebuild, seal: Seal) -> dict[str, Any]:
     """Bring a dataset's published version up to its source; what was done."""
     dataset, past = rebuild.claim()
-    with logs.about({"dataset": dataset.name, "version": dataset.version, "stage": "rebuild", "run": ""}):
+    with logs.label_events({"dataset": dataset.name, "version": dataset.version, "stage": "rebuild", "run": ""}):
         return _made(rebuild, dataset, past, seal)
 
 

@@ -11,7 +11,7 @@ from pipeline.datasets.dataset import Dataset, datasets
 _log = logging.getLogger(__name__)
 
 
-class Root:
+class RootContents:
     """The datasets, runs and stages below an address."""
 
     def __init__(self, address: str) -> None:

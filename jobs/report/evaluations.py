@@ -5,9 +5,9 @@ from typing import Any
 from markupsafe import Markup
 
 from jobs.evaluation import summary
-from jobs.report.collect import Root
+from jobs.report.collect import RootContents
 from jobs.report.render import Album, render
-from jobs.runs.metrics import read
+from jobs.runs.metrics import read_metrics
 from jobs.runs.run import Run
 from pipeline import storage
 
@@ -20,7 +20,7 @@ _IMAGES = (("", "plot.png", "style accuracy", ""),
 """For each image: the way that it shows ("" for all), its file, its alternative text, the line above it."""
 
 
-def evaluation(root: Root, run: Run, name: str, album: Album) -> Markup | None:
+def evaluation(root: RootContents, run: Run, name: str, album: Album) -> Markup | None:
     """The table, the plot and some samples of a sealed evaluation. None if it is not sealed."""
     path = f"{run.path}/evaluations/{name}"
     if root.manifest(path) is None:
@@ -44,7 +44,7 @@ def _row(row: dict[str, Any]) -> list[str]:
 
 def validation(run: Run, album: Album) -> Markup | None:
     """The losses and the images of a run's last validation. None if there was none."""
-    lines = read(run, "validation.jsonl")
+    lines = read_metrics(run, "validation.jsonl")
     if not lines:
         return None
     last = lines[-1]

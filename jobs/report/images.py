@@ -7,7 +7,7 @@ import numpy as np
 from markupsafe import Markup
 
 from jobs.report.charts import histogram
-from jobs.report.collect import Root
+from jobs.report.collect import RootContents
 from jobs.report.render import Album, InlineImage, render
 from pipeline.datasets import lookup
 from pipeline.datasets.dataset import Dataset, file_of
@@ -25,7 +25,7 @@ _MOST_READ_BYTES = 1 << 30
 """Bytes of tars that are read for the images of one dataset or database."""
 
 
-def neighbors(root: Root, dataset: Dataset, label: str, album: Album) -> Markup | None:
+def neighbors(root: RootContents, dataset: Dataset, label: str, album: Album) -> Markup | None:
     """A dozen images of a dataset with their nearest images in a database. None if the list is not sealed."""
     name = f"neighbors/{label}"
     if root.manifest(dataset.path(name)) is None:
@@ -46,10 +46,10 @@ def neighbors(root: Root, dataset: Dataset, label: str, album: Album) -> Markup 
                   changed=root.changed_inputs(dataset.path(name)), queries=queries, columns=ids.shape[1])
 
 
-def _near_and_far(root: Root, dataset: Dataset, name: str) -> tuple[list[int], np.ndarray, np.ndarray]:
+def _near_and_far(root: RootContents, dataset: Dataset, name: str) -> tuple[list[int], np.ndarray, np.ndarray]:
     """Rows of a dataset with the ids and scores of their neighbors: the nearest, those in the middle, the farthest."""
     counts = [record["samples"] for record in root.sealed(dataset.path("shards"))["items"]]
-    rows = np.array(_affordable(root, dataset, spread(counts, _CANDIDATES)), np.int64)
+    rows = np.array(_affordable(root, dataset, spread_rows(counts, _CANDIDATES)), np.int64)
     offsets, items = np.cumsum([0, *counts]), root.sealed(dataset.path(name))["items"]
     shards = np.searchsorted(offsets, rows, side="right") - 1
     arrays: dict[str, list[np.ndarray]] = {".ids.npy": [], ".scores.npy": []}
@@ -76,12 +76,12 @@ def _neighbor(row: int, score: float, samples: dict[int, Sample], album: Album) 
     return album.image(sample.picture, sample.caption, f"{_about(sample)}, score {score:.3f}", side=96), score
 
 
-def contact_sheet(root: Root, dataset: Dataset, album: Album) -> Markup | None:
+def contact_sheet(root: RootContents, dataset: Dataset, album: Album) -> Markup | None:
     """Images spread over a dataset with their captions and sources. None without shards."""
     manifest = root.manifest(dataset.path("shards"))
     if manifest is None:
         return None
-    rows = _affordable(root, dataset, spread([record["samples"] for record in manifest["items"]], SHEET))
+    rows = _affordable(root, dataset, spread_rows([record["samples"] for record in manifest["items"]], SHEET))
     cells = [(album.image(sample.picture, sample.caption, _about(sample), side=96), sample.caption or sample.key)
              for sample in lookup.samples(dataset, rows)]
     return render("contact_sheet.html", dataset=dataset.label, cells=cells, total=manifest["totals"]["samples"],
@@ -115,7 +115,7 @@ def _source(source: dict[str, Any]) -> dict[str, Any]:
             "license": license_name, "license_url": source.get("licence_url")}
 
 
-def spread(counts: Sequence[int], wanted: int) -> list[int]:
+def spread_rows(counts: Sequence[int], wanted: int) -> list[int]:
     """Global rows spread evenly over a few shards, which are spread evenly. `counts` has the samples of each shard."""
     full = [shard for shard, count in enumerate(counts) if count]
     chosen = [full[(2 * place + 1) * len(full) // (2 * min(_SHARDS, len(full)))]
@@ -131,7 +131,7 @@ def spread(counts: Sequence[int], wanted: int) -> list[int]:
     return rows
 
 
-def _affordable(root: Root, dataset: Dataset, rows: list[int]) -> list[int]:
+def _affordable(root: RootContents, dataset: Dataset, rows: list[int]) -> list[int]:
     """The rows whose shards fit into the bytes that may be read, in the same order."""
     items = root.sealed(dataset.path("shards"))["items"]
     offsets = np.cumsum([0, *(record["samples"] for record in items)])

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from markupsafe import Markup
 
 from jobs.report import evaluations, images, samples, tables
-from jobs.report.collect import Root
+from jobs.report.collect import RootContents
 from jobs.report.render import Album, render, render_page, try_part
 from jobs.telemetry.units import format_bytes, format_count
 from pipeline import storage
@@ -19,9 +19,9 @@ _NEIGHBOR_LISTS = 3
 _log = logging.getLogger(__name__)
 
 
-def write(root: str, out: str) -> None:
+def write_report(root: str, out: str) -> None:
     """Write the report on `root` (a path or s3:// address) to `out`. The page names what does not exist yet."""
-    collected, album = Root(root), Album()
+    collected, album = RootContents(root), Album()
     parts: list[tuple[str, str, Callable[[], Markup]]] = [
         ("samples", "Samples", lambda: _samples(collected, album)),
         ("finding", "The finding", lambda: _evaluations(collected, album)),
@@ -43,7 +43,7 @@ def write(root: str, out: str) -> None:
     _log.info("report: %s, %s", out, format_bytes(len(data)))
 
 
-def _samples(root: Root, album: Album) -> Markup:
+def _samples(root: RootContents, album: Album) -> Markup:
     grids, more = [], 0
     for run in root.runs:
         names = root.samples(run)
@@ -57,19 +57,19 @@ def _samples(root: Root, album: Album) -> Markup:
                     f"The root has {format_count(more, 'older folder')} of samples." if more else "")
 
 
-def _sealed_at(root: Root, path: str) -> str:
+def _sealed_at(root: RootContents, path: str) -> str:
     """The time at which a stage was sealed, "" if it is not sealed."""
     return (root.manifest(path) or {}).get("run", {}).get("sealed", "")
 
 
-def _evaluations(root: Root, album: Album) -> Markup:
+def _evaluations(root: RootContents, album: Album) -> Markup:
     figures = [try_part(f"{run.path}/evaluations/{name}", evaluations.evaluation, root, run, name, album)
                for run in root.runs for name in root.evaluations(run)]
     return _section("Does the style follow the database, or what the prompt says?", figures, "No evaluation yet",
                     "evaluate RUN")
 
 
-def _training(root: Root, album: Album) -> Markup:
+def _training(root: RootContents, album: Album) -> Markup:
     figures = [figure for run in root.runs
                for figure in (try_part(run.path, tables.loss, root, run),
                               try_part(run.path, evaluations.validation, run, album))]
@@ -77,7 +77,7 @@ def _training(root: Root, album: Album) -> Markup:
                     "train RUN --dataset NAME")
 
 
-def _neighbors(root: Root, album: Album) -> Markup:
+def _neighbors(root: RootContents, album: Album) -> Markup:
     used = {(section.get("dataset"), section.get("database")) for section in
             ((root.plan(run.path) or {}).get("section", {}) for run in root.runs)}
     every = [(dataset, label) for dataset in root.datasets for label in root.databases(dataset)]
@@ -91,25 +91,25 @@ def _neighbors(root: Root, album: Album) -> Markup:
                     f"The root has {format_count(more, 'more list')}." if more > 0 else "")
 
 
-def _datasets(root: Root, album: Album) -> Markup:
+def _datasets(root: RootContents, album: Album) -> Markup:
     sheets = [try_part(dataset.path("shards"), images.contact_sheet, root, dataset, album)
               for dataset in root.datasets]
     return _section("Images spread evenly over each dataset, with their captions.", sheets, "No dataset yet",
                     "shard NAME --source FOLDER")
 
 
-def _indices(root: Root) -> Markup:
+def _indices(root: RootContents) -> Markup:
     return _section("The compressed indices that the searches for neighbors use.",
                     [try_part("The indices", tables.indices, root), try_part("The tuning", tables.tuning, root)],
                     "No index yet", "index NAME")
 
 
-def _stages(root: Root) -> Markup:
+def _stages(root: RootContents) -> Markup:
     return _section("Every folder below the root, with its progress and its cost.",
                     [try_part("The states", tables.stages, root)], "No stage yet", "shard NAME --source FOLDER")
 
 
-def _settings(root: Root) -> Markup:
+def _settings(root: RootContents) -> Markup:
     return _section("The encoder of images and prompts, and the settings of the runs.",
                     [try_part("The encoders", tables.encoders, root), try_part("The settings", tables.runs, root)],
                     "Nothing embedded yet", "embed NAME")

@@ -5,7 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from jobs.report.collect import Root
+from jobs.report.collect import RootContents
 from jobs.report.render import Album, InlineImage, render
 from jobs.runs.run import Run
 from jobs.sampling import queries
@@ -23,7 +23,7 @@ _SAMPLERS = {"ddim": "DDIM", "dpm++": "DPM-Solver++", "euler": "Euler", "heun": 
 Images = dict[str, bytes | None]
 
 
-def sample_grid(root: Root, run: Run, name: str, album: Album) -> Markup | None:
+def sample_grid(root: RootContents, run: Run, name: str, album: Album) -> Markup | None:
     """The sealed samples `name` of a run: rows are requests, columns databases. None if they are not sealed."""
     path = f"{run.path}/samples/{name}"
     if root.manifest(path) is None:
@@ -104,7 +104,7 @@ def _database(neighbor: dict[str, Any]) -> str:
     return f"{neighbor['database']}, " if "database" in neighbor else ""
 
 
-def _held_out(root: Root, labels: Sequence[str], prompts: Sequence[str]) -> dict[str, bool]:
+def _held_out(root: RootContents, labels: Sequence[str], prompts: Sequence[str]) -> dict[str, bool]:
     """For each prompt that is a caption in one of the databases: whether its subject was held out of training."""
     result: dict[str, bool] = {}
     for dataset in dict.fromkeys(member for label in labels for member in Mixture.parse(root.address, label).members):

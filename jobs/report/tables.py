@@ -8,9 +8,9 @@ from typing import Any
 from markupsafe import Markup
 
 from jobs.report.charts import loss_curve, recall_over_time
-from jobs.report.collect import Root
+from jobs.report.collect import RootContents
 from jobs.report.render import render
-from jobs.runs.metrics import read
+from jobs.runs.metrics import read_metrics
 from jobs.runs.run import Run
 from jobs.telemetry import progress_bar
 from jobs.telemetry.units import format_count, format_number
@@ -22,7 +22,7 @@ _FAILURES = 20
 _QUERIES = {"image": "images as queries", "text": "captions as queries"}
 
 
-def headline(root: Root) -> Markup | None:
+def headline(root: RootContents) -> Markup | None:
     """The amount of data and the quality, in a few numbers. None if there are none."""
     shards, indices = ([manifest for dataset in root.datasets if (manifest := root.manifest(dataset.path(name)))]
                        for name in ("shards", "index"))
@@ -46,9 +46,9 @@ def headline(root: Root) -> Markup | None:
     return render("headline.html", numbers=shown) if shown else None
 
 
-def _run_numbers(root: Root, run: Run) -> list[tuple[str, str]]:
+def _run_numbers(root: RootContents, run: Run) -> list[tuple[str, str]]:
     """The steps and the loss of a run, with what they are."""
-    lines = read(run)
+    lines = read_metrics(run)
     if not lines:
         return []
     of_run = f" of {run.name}" if len(root.runs) > 1 else ""
@@ -69,9 +69,9 @@ def _final_loss(lines: list[dict[str, Any]]) -> float:
     return sum(last) / len(last)
 
 
-def loss(root: Root, run: Run) -> Markup | None:
+def loss(root: RootContents, run: Run) -> Markup | None:
     """The loss curve of a run and its speed. None if there is no curve yet."""
-    lines = read(run)
+    lines = read_metrics(run)
     chart = loss_curve(lines)
     if chart is None:
         return None
@@ -80,7 +80,7 @@ def loss(root: Root, run: Run) -> Markup | None:
                   rate=rates[len(rates) // 2] if rates else None)
 
 
-def indices(root: Root) -> Markup | None:
+def indices(root: RootContents) -> Markup | None:
     """A row for each database with an index. None without any."""
     rows = [{"database": dataset.label, "changed": root.changed_inputs(dataset.path("index")),
              "vectors": manifest["totals"]["samples"], **manifest["info"]}
@@ -88,7 +88,7 @@ def indices(root: Root) -> Markup | None:
     return render("indices.html", rows=rows) if rows else None
 
 
-def tuning(root: Root) -> Markup | None:
+def tuning(root: RootContents) -> Markup | None:
     """Recall over time for each index that was tuned with several settings. None without any."""
     figures = []
     for dataset in root.datasets:
@@ -107,7 +107,7 @@ def tuning(root: Root) -> Markup | None:
     return render("tuning.html", figures=figures) if figures else None
 
 
-def stages(root: Root) -> Markup | None:
+def stages(root: RootContents) -> Markup | None:
     """Every stage with its state and its counts, by dataset and run. Failures and ledgers follow below."""
     if root.broken:
         raise ValueError(root.broken)
@@ -134,7 +134,7 @@ def _stage(state: dict[str, Any], group: str) -> dict[str, Any]:
     return {"name": state["path"][len(group):].strip("/") or state.get("stage", "run"),
             "state": state["state"] + (f", {failed} failed" if failed else ""),
             "kind": "failed" if failed else state["state"].split()[0], "changed": state.get("changed") or [],
-            "device": progress_bar.computed_on(devices), "items": state.get("items"), "samples": samples,
+            "device": progress_bar.describe_devices(devices), "items": state.get("items"), "samples": samples,
             "skipped": _reasons(state.get("skipped")), "noted": _reasons(state.get("noted")), "seconds": seconds,
             "rate": samples / seconds if samples and seconds else None, "bytes": state.get("bytes")}
 
@@ -146,7 +146,7 @@ def _reasons(counts: dict[str, int] | None) -> str:
     return ", ".join(listed) or "none"
 
 
-def _failures(root: Root, path: str) -> list[tuple[str, str]]:
+def _failures(root: RootContents, path: str) -> list[tuple[str, str]]:
     """The ids and errors of a stage's failed items."""
     folder = storage.join(root.address, path, "failures")
     names = storage.list_files(folder)[:_FAILURES]
@@ -154,7 +154,7 @@ def _failures(root: Root, path: str) -> list[tuple[str, str]]:
     return [(failure["id"], storage.redact_credentials(failure["error"])) for failure in failures]
 
 
-def _ledger(root: Root, path: str) -> Iterator[dict[str, Any]]:
+def _ledger(root: RootContents, path: str) -> Iterator[dict[str, Any]]:
     """The ledger entries of a stage."""
     for record in root.sealed(path)["items"]:
         for entry in record["files"]:
@@ -163,7 +163,7 @@ def _ledger(root: Root, path: str) -> Iterator[dict[str, Any]]:
                 yield from map(json.loads, text.splitlines())
 
 
-def encoders(root: Root) -> Markup | None:
+def encoders(root: RootContents) -> Markup | None:
     """The encoders, each with the datasets that it embedded. None if nothing is embedded."""
     users: dict[str, list[Dataset]] = {}
     for dataset in root.datasets:
@@ -185,7 +185,7 @@ def _short(sha256: str | None) -> str | None:
     return sha256 and sha256[:12]
 
 
-def runs(root: Root) -> Markup | None:
+def runs(root: RootContents) -> Markup | None:
     """The settings of every run and of its samples, folded."""
     tables = []
     for run in root.runs:

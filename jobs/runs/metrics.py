@@ -14,8 +14,8 @@ class Metrics:
     def __init__(self, run: Run, step: int) -> None:
         self.address = storage.join(run.folder, "metrics.jsonl")
         self.notes_address = storage.join(run.folder, "validation.jsonl")
-        self.lines = [line for line in read(run) if line["step"] <= step]
-        self.notes = [line for line in read(run, "validation.jsonl") if line["step"] <= step]
+        self.lines = [line for line in read_metrics(run) if line["step"] <= step]
+        self.notes = [line for line in read_metrics(run, "validation.jsonl") if line["step"] <= step]
         # Seconds go on where they stopped, so that the curve over time has no fold.
         self.seconds = self.lines[-1]["seconds"] if self.lines else 0.0
         self.flush()
@@ -46,7 +46,7 @@ class Metrics:
         storage.put_bytes("".join(json.dumps(line) + "\n" for line in lines).encode(), address)
 
 
-def read(run: Run, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+def read_metrics(run: Run, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """The curve of a run so far; a last line cut by a crash is left out."""
     try:
         text = storage.read_bytes(storage.join(run.folder, name)).decode()

@@ -21,7 +21,7 @@ from model.weights.first_stage import FirstStage
 from pipeline.datasets import hidden_rows
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings.clip_weights import ClipConfig, describe_encoder
-from pipeline.embeddings.embed import encoder_of
+from pipeline.embeddings.embed import dataset_encoder
 from pipeline.hardware import devices
 
 
@@ -31,9 +31,9 @@ class Drawer:
     def __init__(self, run: Run, step: int, rate: float = 0.0) -> None:
         """`rate` is that of the average; 0: the run's first one."""
         self.run = run
-        self.device = devices.choose()
+        self.device = devices.choose_device()
         denoiser, self.config = checkpoint.load_denoiser(run.fetch(step), rate=rate)
-        with devices.explained(f"the network of the run {run.name} does not get onto the device"):
+        with devices.explain_failures(f"the network of the run {run.name} does not get onto the device"):
             self.denoiser = denoiser.to(self.device)
         self.about = {"step": step, "content": run.checkpoint(step)["content"]}
         self.size = int(run.section()["image_size"])
@@ -80,7 +80,8 @@ class Drawer:
 def open_generator(run: Run, step: int, rate: float = 0.0) -> Drawer:
     """The drawer of a checkpoint and one of its averages; the last one is kept in this process."""
     # A first stage that lies elsewhere may be another one by now.
-    return _opened(run, step, rate, run.checkpoint(step)["content"], latents.first_stage_of_run(run), devices.choose())
+    return _opened(run, step, rate, run.checkpoint(step)["content"], latents.first_stage_of_run(run),
+                   devices.choose_device())
 
 
 @lru_cache(maxsize=1)
@@ -101,7 +102,7 @@ def same_encoder(run: Run, encoder: ClipConfig, databases: Sequence[Dataset]) ->
     """ValueError unless a run and the embeddings of databases belong to this encoder, naming what differs."""
     wanted = describe_encoder(encoder)
     for name, found in [(f"the run {run.name}", run.encoder()),
-                        *((one.label, encoder_of(one)) for one in databases)]:
+                        *((one.label, dataset_encoder(one)) for one in databases)]:
         differing = [key for key in wanted if wanted[key] != found.get(key)]
         if differing:
             raise ValueError(f"{name} belongs to another encoder than {encoder.model} ({encoder.pretrained}): "

@@ -115,8 +115,8 @@ class Sampling(Stage):
         # On a CPU the bytes of a picture depend on how a sum is split among threads.
         torch.set_num_threads(1)
         same_encoder(self.run, self.encoder, self._members())
-        clip.load(self.encoder)
-        self.precision = devices.name_of(compute_dtype(self.config.precision, devices.choose()))
+        clip.load_encoder(self.encoder)
+        self.precision = devices.dtype_name(compute_dtype(self.config.precision, devices.choose_device()))
 
     def process(self, item: Item, scratch: Path) -> Output:
         database = self.databases[item.inputs["number"]]
@@ -158,7 +158,7 @@ class Sampling(Stage):
 
     def _vectors(self, retriever: Retriever, drawn: Sequence[Drawn | None]) -> np.ndarray:
         """The vectors that neighbours are looked for, (Q, D) float32: of prompts, of pictures, of drawn rows."""
-        encoder = clip.load(self.encoder)
+        encoder = clip.load_encoder(self.encoder)
         vectors = [encoder.texts(self.prompts)] if self.prompts else []
         # One by one, so that none depends on what else is asked for.
         vectors += [encoder.images(np.stack([encoder.prepared(self._bytes(one))])) for one in self.queries

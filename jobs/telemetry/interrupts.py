@@ -10,7 +10,7 @@ from typing import Any
 _BOTH: set[int] = {signal.SIGTERM, signal.SIGINT}
 
 
-def listen() -> None:
+def convert_sigterm() -> None:
     """Turn SIGTERM into KeyboardInterrupt."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)
@@ -23,7 +23,7 @@ def ignore() -> None:
 
 
 @contextlib.contextmanager
-def held() -> Iterator[None]:
+def defer_interrupts() -> Iterator[None]:
     """Put off SIGTERM and Ctrl-C to the end: what begins here cannot be left half-way without harm.
 
     Ray, while it starts, puts a handler of its own in place, and what that raises inside of native code aborts the
@@ -47,7 +47,7 @@ def held() -> Iterator[None]:
     finally:
         signal.signal = replace
         replace(signal.SIGINT, before[signal.SIGINT])
-        listen()
+        convert_sigterm()
     if came:
         raise KeyboardInterrupt
 

@@ -67,7 +67,7 @@ class _Json(logging.Formatter):
         return json.dumps(event, default=str)
 
 
-def chosen(flag: str = "") -> str:
+def choose_format(flag: str = "") -> str:
     """The format that is asked for: by the flag, or else by RDM_LOG."""
     form = flag or os.environ.get("RDM_LOG") or "text"
     if form not in FORMATS:
@@ -75,12 +75,12 @@ def chosen(flag: str = "") -> str:
     return form
 
 
-def form() -> str:
+def current_format() -> str:
     """The format in use, to be handed to other processes."""
     return "json" if isinstance(_handler.formatter, _Json) else "text"
 
 
-def speak(form: str = "text") -> None:
+def configure_logging(form: str = "text") -> None:
     """Log in this format from now on."""
     logging.basicConfig(level=logging.WARNING, handlers=[_handler])
     _handler.setFormatter(_Json() if form == "json" else _Text())
@@ -90,13 +90,13 @@ def speak(form: str = "text") -> None:
         logging.getLogger(name).setLevel(logging.DEBUG if form == "json" else logging.INFO)
 
 
-def write_with(write: Callable[[str], None] | None) -> None:
+def redirect_lines(write: Callable[[str], None] | None) -> None:
     """Pass each line of the log to `write`, which knows of a live bar at the bottom of the terminal; None ends this."""
     _handler.write = write
 
 
 @contextlib.contextmanager
-def about(known: dict[str, str]) -> Iterator[None]:
+def label_events(known: dict[str, str]) -> Iterator[None]:
     """Events of this process are about these labels meanwhile."""
     before = dict(_about)
     _about.clear()
@@ -108,9 +108,9 @@ def about(known: dict[str, str]) -> Iterator[None]:
         _about.update(before)
 
 
-def last_word(text: str, level: int = logging.ERROR, **fields: Any) -> None:
+def log_exit(text: str, level: int = logging.ERROR, **fields: Any) -> None:
     """Say why the command ends: as it is to people, as an event otherwise, its hint apart."""
-    if form() == "text":
+    if current_format() == "text":
         print(f"error: {text}" if level == logging.ERROR else text, file=sys.stderr)
         return
     said, _, hint = text.partition("\nhint: ")

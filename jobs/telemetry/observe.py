@@ -9,7 +9,6 @@ from typing import Any
 
 from jobs.runs.labels import stage_labels
 from jobs.telemetry import logs, wandb_tracker
-from jobs.telemetry.progress_bar import watcher
 from pipeline.stages.driver import Runner, run_in_process, run_stage
 from pipeline.stages.progress import Tally
 from pipeline.stages.stage import Stage
@@ -31,9 +30,9 @@ class Observation:
 def observe(stage: Stage, *, name: str = "", tracker: str = "none") -> Iterator[Observation]:
     """Observers of a stage that is shown as `name` and tracked by `tracker`. The caller sets the manifest."""
     labels = stage_labels(stage.path, stage.name)
-    with logs.about(labels), wandb_tracker.tracker_of_stage(stage, labels, tracker) as tracked:
+    with logs.label_events(labels), wandb_tracker.track_stage(stage, labels, tracker) as tracked:
         _log.debug("%s begins", stage.name)
-        with watcher(name or stage.name) as show:
+        with show_progress(name or stage.name) as show:
             observation = Observation(_call_all([show, _ray_watcher(labels), tracked.watch]))
             yield observation
         manifest = observation.manifest

@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def watcher(name: str) -> Iterator[Callable[[Tally], None]]:
+def show_progress(name: str) -> Iterator[Callable[[Tally], None]]:
     """A function that shows a tally whenever it changes. The bar is closed at the end, also after an exception.
 
     Counts are rows where their number is known, items otherwise.
@@ -37,7 +37,7 @@ def watcher(name: str) -> Iterator[Callable[[Tally], None]]:
                 bar = None  # more items may follow: rows that are retried
         elif time.monotonic() - logged > EVERY_S or finished:
             logged = time.monotonic()
-            _log.info("%s: %s", name, sentence(now), extra={"fields": now})
+            _log.info("%s: %s", name, describe_progress(now), extra={"fields": now})
 
     try:
         yield watch
@@ -48,7 +48,8 @@ def watcher(name: str) -> Iterator[Callable[[Tally], None]]:
 
 def _is_live() -> bool:
     """Whether stderr is a terminal on which a line can be rewritten."""
-    return sys.stderr.isatty() and logs.form() == "text" and os.environ.get("TERM", "") not in {"dumb", "unknown"}
+    return (sys.stderr.isatty() and logs.current_format() == "text"
+            and os.environ.get("TERM", "") not in {"dumb", "unknown"})
 
 
 class _Bar:
@@ -74,7 +75,7 @@ class _Bar:
             BarColumn(_BAR_CELLS, table_column=Column(no_wrap=True)), Details(),
             console=console, auto_refresh=False, redirect_stdout=False)
         self._task = self._progress.add_task(name, details="", total=None)
-        logs.write_with(lambda text: console.print(text, markup=False, emoji=False, soft_wrap=True))
+        logs.redirect_lines(lambda text: console.print(text, markup=False, emoji=False, soft_wrap=True))
 
     def show(self, now: dict[str, Any]) -> None:
         """Show the counts of a tally."""
@@ -89,10 +90,10 @@ class _Bar:
     def close(self) -> None:
         """Leave the last state on the terminal, and give stderr back."""
         self._progress.stop()
-        logs.write_with(None)
+        logs.redirect_lines(None)
 
 
-def sentence(now: dict[str, Any]) -> str:
+def describe_progress(now: dict[str, Any]) -> str:
     """The counts of a tally in one line."""
     total = f" of {now['of_rows']}" if now["of_rows"] else ""
     again = f" ({now['retried']} tried again)" if now["retried"] else ""
@@ -102,7 +103,7 @@ def sentence(now: dict[str, Any]) -> str:
             f"{now['rows_per_s']:.0f} rows/s, {_rest(now)}{time_left}")
 
 
-def retired(workers: list[dict[str, Any]]) -> str:
+def describe_retired(workers: list[dict[str, Any]]) -> str:
     """A sentence on workers that were retired; empty if there are none."""
     if not workers:
         return ""
@@ -113,7 +114,7 @@ def retired(workers: list[dict[str, Any]]) -> str:
             f"the last on {where}: {last['reason']}")
 
 
-def computed_on(devices: dict[str, int]) -> str:
+def describe_devices(devices: dict[str, int]) -> str:
     """The devices and precisions of a stage, the most frequent first. Empty for stages without tensors."""
     names = [name for name in devices if name.rpartition(", ")[2] in {"fp32", "bf16", "fp16"}]
     return f"on {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "") if names else ""

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from jobs.runs.metrics import read
+from jobs.runs.metrics import read_metrics
 from model.config import to_dict
 from pipeline import storage
 from pipeline.stages.manifest import code_revision
@@ -54,21 +54,21 @@ class Tracker:
         try:
             import wandb
             mode: Any = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-            run_id, place = _known(folder)["id"], _place(root, known)
+            run_id, place = _read_state(folder)["id"], _wandb_folder(root, known)
             self.online = mode != "offline"
             if training and not self.online:
                 _set_aside(folder, Path(place))
-                self.first_step = _known(folder)["last_step"]
+                self.first_step = _read_state(folder)["last_step"]
             self.session = wandb.init(
-                project=os.environ.get("WANDB_PROJECT", "rdm"), id=run_id, group=group(known),
-                name=known["run"] or f"{group(known)} {known['stage']}", job_type=known["stage"],
+                project=os.environ.get("WANDB_PROJECT", "rdm"), id=run_id, group=group_name(known),
+                name=known["run"] or f"{group_name(known)} {known['stage']}", job_type=known["stage"],
                 dir=place,
                 config=config | {key: value for key, value in known.items() if value} | {
                     "lineage": inputs, "code": code_revision()},
                 resume="allow", mode=mode, settings=wandb.Settings(
                     silent=True, console="off", init_timeout=60, x_transaction_log_flush_interval=2.0))
             if self.online:  # offline nothing can be named as used
-                for artifact in artifacts(inputs):
+                for artifact in make_artifacts(inputs):
                     self.session.use_artifact(artifact)
         except Exception as error:
             _log.warning("wandb is not used: %s", error)
@@ -113,9 +113,9 @@ class Tracker:
         session = Path(self.session.dir).parent
         self.session.finish()
         if self.training and session.exists():  # else another process resumed the run and moved this session
-            known = _known(self.folder)
+            known = _read_state(self.folder)
             storage.put_json(known | {"last_step": max(known["last_step"], self.last_step),
-                                      "finished": [*known["finished"], session.name]}, _address(self.folder))
+                                      "finished": [*known["finished"], session.name]}, _state_url(self.folder))
 
     def _try(self, act: Any) -> None:
         if self.session is not None:
@@ -126,20 +126,20 @@ class Tracker:
                 self.session = None
 
 
-def tracker_of_run(job: Any, known: dict[str, str]) -> Tracker:
+def start_run_tracker(job: Any, known: dict[str, str]) -> Tracker:
     """The tracker of a training run (jobs.training.Job)."""
     tracker = Tracker(job.run.root, job.run.folder, known, to_dict(job.config) | {"database": job.database.label},
-                      job.run.lineage(), wanted=wanted(job.tracker, True), training=True)
+                      job.run.lineage(), wanted=is_wanted(job.tracker, True), training=True)
     # The caller has cut both files to the checkpoint that the run resumes from.
-    records = [(line, "") for line in read(job.run)]
-    records += [(note, job.run.validated(note["step"])) for note in read(job.run, "validation.jsonl")]
+    records = [(line, "") for line in read_metrics(job.run)]
+    records += [(note, job.run.validated(note["step"])) for note in read_metrics(job.run, "validation.jsonl")]
     tracker.replay(sorted(records, key=lambda pair: pair[0]["step"]))
     return tracker
 
 
 def _set_aside(folder: str, place: Path) -> None:
     """Move the offline sessions of a run that did not finish out of the folder that `wandb sync` reads."""
-    known = _known(folder)
+    known = _read_state(folder)
     for session in sorted((place / "wandb").glob(f"offline-run-*-{known['id']}*")):
         if session.name not in known["finished"]:
             folder_aside = place / "wandb-unfinished"
@@ -149,7 +149,7 @@ def _set_aside(folder: str, place: Path) -> None:
                       "again.", session.name, folder_aside)
 
 
-class Followed:
+class StageTracker:
     """A stage that wandb follows; a session begins with the first word of its tally, for a sealed stage has none."""
 
     def __init__(self, stage: Stage, known: dict[str, str]) -> None:
@@ -175,36 +175,36 @@ class Followed:
             self.tracker = None
 
 
-class _Nobody:
+class _NoTracker:
     def watch(self, tally: Tally) -> None: ...
 
     def sealed(self, manifest: dict[str, Any]) -> None: ...
 
 
 @contextlib.contextmanager
-def tracker_of_stage(stage: Stage, known: dict[str, str], tracker: str) -> Iterator[Any]:
+def track_stage(stage: Stage, known: dict[str, str], tracker: str) -> Iterator[Any]:
     """Who follows a stage: wandb, or nobody."""
-    if not wanted(tracker, "WANDB_API_KEY" in os.environ):
-        yield _Nobody()
+    if not is_wanted(tracker, "WANDB_API_KEY" in os.environ):
+        yield _NoTracker()
         return
-    followed = Followed(stage, known)
+    followed = StageTracker(stage, known)
     try:
         yield followed
     finally:
         followed.close()
 
 
-def wanted(tracker: str, by_default: bool) -> bool:
+def is_wanted(tracker: str, by_default: bool) -> bool:
     """Whether wandb is asked for: by `--tracker`, and not ruled out by WANDB_MODE=disabled."""
     return os.environ.get("WANDB_MODE") != "disabled" and (tracker == "wandb" or (tracker == "auto" and by_default))
 
 
-def group(known: dict[str, str]) -> str:
+def group_name(known: dict[str, str]) -> str:
     """What the stages of one pipeline have in common: dataset@version, or the run where there is none."""
     return "@".join(filter(None, (known["dataset"], known["version"]))) or known["run"]
 
 
-def artifacts(inputs: dict[str, Any]) -> list[Any]:
+def make_artifacts(inputs: dict[str, Any]) -> list[Any]:
     """The inputs of a stage as artifacts of wandb: named by their folders, told apart by their content."""
     import wandb
     artifacts = []
@@ -218,7 +218,7 @@ def artifacts(inputs: dict[str, Any]) -> list[Any]:
     return artifacts
 
 
-def _place(root: str, known: dict[str, str]) -> str:
+def _wandb_folder(root: str, known: dict[str, str]) -> str:
     """Where wandb writes: beside the stages of a version, or in the folder of a run, never where stages are listed."""
     if not storage.is_local(root):
         return str(storage.cache_folder())
@@ -227,19 +227,19 @@ def _place(root: str, known: dict[str, str]) -> str:
     return str(storage.local_path(root).joinpath(*folder))
 
 
-def _address(folder: str) -> str:
+def _state_url(folder: str) -> str:
     return storage.join(folder, "wandb.json")
 
 
-def _known(folder: str) -> dict[str, Any]:
+def _read_state(folder: str) -> dict[str, Any]:
     """The content of wandb.json: the id, the last step of the finished sessions, and their names.
 
     The id is made when there is none. Runs of earlier versions have the id alone: none of their sessions counts as
     finished.
     """
     try:
-        known = storage.read_json(_address(folder))
+        known = storage.read_json(_state_url(folder))
     except FileNotFoundError:
         known = {"id": secrets.token_hex(6)}
-        storage.put_json(known, _address(folder))
+        storage.put_json(known, _state_url(folder))
     return {"last_step": 0, "finished": []} | known

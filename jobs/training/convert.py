@@ -15,7 +15,7 @@ from model.network.unet import UNet
 from model.weights import checkpoint, compvis, first_stage
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
-from pipeline.embeddings.embed import encoder_of
+from pipeline.embeddings.embed import dataset_encoder
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output
 
@@ -48,12 +48,12 @@ class Convert(Stage):
         size = 256 if not about or about["factor"] < 16 else 768
         return super().section() | {
             "train": json.loads(json.dumps(to_dict(config))), "database": self.database.label,
-            "encoder": encoder_of(self.database), "image_size": size, "first_stage": about,
+            "encoder": dataset_encoder(self.database), "image_size": size, "first_stage": about,
             "checkpoint": self._sha256, "averaged": found.averaged}
 
     def plan(self) -> list[Item]:
         found, config, _ = self._content
-        dim = encoder_of(self.database)["dim"]
+        dim = dataset_encoder(self.database)["dim"]
         if config.unet.context_dim != dim:
             raise ValueError(f"the checkpoint takes vectors of {config.unet.context_dim}, {self.database.label} has "
                              f"vectors of {dim}\nhint: --database that was embedded by the encoder it was trained with")

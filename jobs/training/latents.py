@@ -60,7 +60,7 @@ class Latents(Stage):
     def setup(self) -> None:
         # On a CPU the last bits depend on how a sum is split among threads.
         torch.set_num_threads(1)
-        self.precision = devices.name_of(next(open_first_stage(self.config.first_stage).network.parameters()).dtype)
+        self.precision = devices.dtype_name(next(open_first_stage(self.config.first_stage).network.parameters()).dtype)
 
     def process(self, item: Item, scratch: Path) -> Output:
         stage, record = open_first_stage(self.config.first_stage), item.inputs["shard"]
@@ -130,18 +130,18 @@ def _encoded(stage: FirstStage, pictures: np.ndarray, scale: float, flips: bool)
     return _fit(pictures, len(pictures), encode, np.concatenate)
 
 
-_fit = devices.Fit()  # of this process: it has one device
+_fit = devices.BatchFit()  # of this process: it has one device
 
 
 def open_first_stage(source: str) -> FirstStage:
     """The first stage of a folder or the hub, on the device of this process; kept in this process."""
-    return open_first_stage_on(source, devices.choose())
+    return open_first_stage_on(source, devices.choose_device())
 
 
 @lru_cache(maxsize=1)
 def open_first_stage_on(source: str, device: torch.device) -> FirstStage:
     """The first stage of a folder or the hub on a device; kept in this process."""
-    with devices.explained(f"the first stage {source} does not get onto the device"):
+    with devices.explain_failures(f"the first stage {source} does not get onto the device"):
         return first_stage.load(source, device)
 
 

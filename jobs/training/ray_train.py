@@ -12,7 +12,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from jobs.cluster import connect
 from jobs.cluster.config import ClusterConfig
 from jobs.runs.labels import run_labels
-from jobs.runs.metrics import read
+from jobs.runs.metrics import read_metrics
 from jobs.runs.run import HOPELESS
 from jobs.telemetry import logs
 from jobs.training.train_stage import Job, Training
@@ -42,7 +42,8 @@ def train_on_ray(job: Job, config: ClusterConfig, watch: Callable[[dict[str, Any
         shared = storage.join(job.run.folder, "ray") if storage.is_local(job.run.folder) else str(scratch)
         trainer = TorchTrainer(
             _loop, train_loop_config={
-                "job": job, "launch": launch, "log": logs.form(), "device": "cuda" if config.each_gpus else "cpu"},
+                "job": job, "launch": launch, "log": logs.current_format(),
+                "device": "cuda" if config.each_gpus else "cpu"},
             torch_config=TorchConfig(backend="nccl" if config.each_gpus else "gloo", timeout_s=600),
             scaling_config=ScalingConfig(num_workers=_number(config), use_gpu=config.each_gpus > 0,
                                          elastic_resize_monitor_interval_s=config.resize_every,
@@ -78,14 +79,14 @@ def _number(config: ClusterConfig) -> int | tuple[int, int]:
 
 
 def _loop(config: dict[str, Any]) -> None:
-    logs.speak(config["log"])
+    logs.configure_logging(config["log"])
     devices.reserve(config["device"])
     job = config["job"]
     known = run_labels(job.dataset.name, job.dataset.version, job.run.name)
     # What will happen again is not tried again: the first to meet it writes it down.
     if fault := _known(job, config["launch"]):
         raise fault
-    with logs.about(known), job.run.telling(config["launch"]):
+    with logs.label_events(known), job.run.telling(config["launch"]):
         train_process(job)
 
 
@@ -99,7 +100,7 @@ def _follow(job: Job, watch: Callable[[dict[str, Any]], None], done: threading.E
     """Show the curve while it grows: it is written by another process, maybe on another node."""
     seen = 0
     while not done.wait(2.0):
-        lines = read(job.run)
+        lines = read_metrics(job.run)
         if lines and lines[-1]["step"] != seen:
             seen = lines[-1]["step"]
             watch(lines[-1])

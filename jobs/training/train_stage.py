@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.runs.metrics import read
+from jobs.runs.metrics import read_metrics
 from jobs.runs.run import Run
 from model.config import TrainConfig, identity
 from pipeline import storage
 from pipeline.batches.batches import OWN
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.lookup import samples
-from pipeline.embeddings.embed import encoder_of
+from pipeline.embeddings.embed import dataset_encoder
 from pipeline.media.resize import decode_pixels
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output
@@ -63,7 +63,7 @@ class Training(Stage):
         # A finished run may be given more steps: how many is no part of what it is.
         return {"train": identity(self.job.config), **latents,
                 "dataset": self.job.dataset.label, "database": self.job.database.label,
-                "encoder": encoder_of(self.job.dataset), "image_size": size}
+                "encoder": dataset_encoder(self.job.dataset), "image_size": size}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         return {"shards": self.job.dataset.identity("shards"),
@@ -77,7 +77,7 @@ class Training(Stage):
             {"own": OWN[self.job.config.own]} if self.job.config.own != "none" else {})
 
     def plan(self) -> list[Item]:
-        dim = encoder_of(self.job.database)["dim"]
+        dim = dataset_encoder(self.job.database)["dim"]
         if self.job.config.unet.context_dim != dim:
             raise ValueError(f"the network takes vectors of {self.job.config.unet.context_dim}, "
                              f"{self.job.database.label} has vectors of {dim}\nhint: --context-dim {dim}")
@@ -126,7 +126,7 @@ class Training(Stage):
         """What the finished run left: the curve, and the checkpoint it ended with."""
         step = self.job.run.latest_step()
         assert step >= self.job.config.steps, (step, self.job.config.steps)
-        lines = read(self.job.run)
+        lines = read_metrics(self.job.run)
         self.device = lines[-1].get("device", "") if lines else ""
         # Not the file of the curve: there are seconds in it, and an equal run has other ones.
         curve = storage.digest([[line["step"], line["loss"]] for line in lines])

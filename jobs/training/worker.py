@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 def train_process(job: Job, stop: Callable[[], bool] | None = None) -> int:
     """This process's part of the run, from the newest complete checkpoint on; returns the step reached."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = devices.choose()
+    device = devices.choose_device()
     # Said aloud, for a stage that ran before in this process may have left another number: the last
     # bits of a loss depend on it.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
@@ -43,13 +43,13 @@ def train_process(job: Job, stop: Callable[[], bool] | None = None) -> int:
     if job.validation:
         validate = Validation(job, job.validation) if rank == 0 else lambda *_: {}
     step = _agreed(_whole(job.run) if rank == 0 else 0, device)
-    where = _devices(devices.describe(devices.name_of(compute_dtype(job.config.precision, device))))
+    where = _devices(devices.describe_device(devices.dtype_name(compute_dtype(job.config.precision, device))))
     metrics = tracker = curve = None
     if rank == 0:
         known = run_labels(job.dataset.name, job.dataset.version, job.run.name)
         metrics = Metrics(job.run, step)
         curve = _curve(known, step, job)
-        tracker = wandb_tracker.tracker_of_run(job, known)
+        tracker = wandb_tracker.start_run_tracker(job, known)
 
     def save(reached: int, write: Callable[[Any], None]) -> None:
         with scratch_folder("checkpoint") as scratch:
@@ -92,13 +92,13 @@ def train_in_processes(job: Job) -> bool:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     stage_ = Training(job)
     if world == 1:
-        devices.choose()  # an unusable GPU must not leave a plan
+        devices.choose_device()  # an unusable GPU must not leave a plan
         prepare(stage_)
         job.run.mend()
         with _stoppable() as stop, job.run.telling():
             train_process(job, stop)
         return True
-    device = devices.choose(int(os.environ.get("LOCAL_RANK", "0")))
+    device = devices.choose_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         if dist.get_rank() == 0:

@@ -44,7 +44,7 @@ class Encoder:
     tokenize: Callable[[list[str]], "torch.Tensor"]
     device: "torch.device"
     dtype: "torch.dtype"
-    fit: devices.Fit = field(default_factory=devices.Fit)
+    fit: devices.BatchFit = field(default_factory=devices.BatchFit)
     """How many images or texts fit the device in one forward pass."""
 
     @property
@@ -130,17 +130,17 @@ def open_clip_transform(wanted: dict[str, Any]) -> Callable[[Image.Image], "torc
     return lambda picture: made()(picture)
 
 
-def load(config: ClipConfig, compiled: bool = False) -> Encoder:
+def load_encoder(config: ClipConfig, compiled: bool = False) -> Encoder:
     """The encoder of `config` on the device of this process; kept in this process.
 
     ValueError where open_clip knows no such model, or the weights do not fit it. DeviceUnavailable where the device
     cannot be used.
     """
-    return load_on(config, compiled, devices.choose())
+    return load_encoder_on(config, compiled, devices.choose_device())
 
 
 @lru_cache(maxsize=2)
-def load_on(config: ClipConfig, compiled: bool, device: "torch.device") -> Encoder:
+def load_encoder_on(config: ClipConfig, compiled: bool, device: "torch.device") -> Encoder:
     """The encoder of `config` on a device; kept in this process."""
     import torch
 
@@ -156,9 +156,9 @@ def load_on(config: ClipConfig, compiled: bool, device: "torch.device") -> Encod
             check_model(config), pretrained=weights, device=device, precision=precision,
             require_pretrained=config.pretrained != RANDOM)
     except Exception as error:  # readers of weights raise whatever they like
-        if devices.kind_of(error) != "none":
+        if devices.failure_kind(error) != "none":
             raise devices.DeviceUnavailable(f"the encoder {config.model} does not get onto the GPU: "
-                                            f"{str(error).splitlines()[0]}\n{devices.explain(error)}") from error
+                                            f"{str(error).splitlines()[0]}\n{devices.failure_hint(error)}") from error
         raise ValueError(f"open_clip cannot load {config.model} with the weights {config.pretrained}: "
                          f"{(str(error) or repr(error)).splitlines()[0]}\nhint: `python -c 'import open_clip; "
                          f"print(open_clip.list_pretrained())'` lists names and tags") from error

@@ -99,7 +99,7 @@ class AdoptEmbeddings(Embed):
         return 1
 
     def process(self, item: Item, scratch: Path) -> Output:
-        encoder, record = clip.load(self.config.clip()), item.inputs["shard"]
+        encoder, record = clip.load_encoder(self.config.clip()), item.inputs["shard"]
         with (times := Times())("read"):
             path = self.dataset.fetch("shards", file_of(record, ".tar"), check=True)
             samples = list(tars.read(path))

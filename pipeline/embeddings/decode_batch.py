@@ -11,7 +11,7 @@ from pipeline.media.types import BadImage
 from pipeline.stages.decoder_pool import DecodedBatch
 
 
-def decoded(data: list[bytes], prepare: Callable[[bytes], np.ndarray]) -> DecodedBatch:
+def decode_images(data: list[bytes], prepare: Callable[[bytes], np.ndarray]) -> DecodedBatch:
     """What `prepare` makes of each picture, one after another."""
     begun, there, pictures = time.perf_counter(), [], []
     for position, encoded in enumerate(data):
@@ -23,7 +23,7 @@ def decoded(data: list[bytes], prepare: Callable[[bytes], np.ndarray]) -> Decode
     return DecodedBatch(there, np.stack(pictures) if pictures else None, time.perf_counter() - begun)
 
 
-def by_description(data: list[bytes], preprocessing: dict[str, Any]) -> DecodedBatch:
+def decode_by_description(data: list[bytes], preprocessing: dict[str, Any]) -> DecodedBatch:
     """`decoded` for an encoder that is somewhere else, by the preprocessing in its description."""
     theirs = clip.open_clip_transform(preprocessing)
-    return decoded(data, lambda encoded: clip.prepare_image(encoded, preprocessing, theirs))
+    return decode_images(data, lambda encoded: clip.prepare_image(encoded, preprocessing, theirs))

@@ -23,14 +23,14 @@ from pipeline.datasets.metadata import metadata
 from pipeline.embeddings import clip
 from pipeline.embeddings.clip_weights import ClipConfig, describe_encoder
 from pipeline.embeddings.encode_shards import (
-    Room,
+    MemoryPlan,
     ShardInput,
     ShardPart,
-    chunks,
     encode_parts,
-    in_order,
-    part_of,
-    plan_room,
+    map_in_order,
+    plan_memory,
+    read_chunks,
+    samples_per_pass,
     torch_threads,
 )
 from pipeline.hardware import devices
@@ -167,8 +167,9 @@ class Embed(Stage):
         return Output(info={"encoder": describe_encoder(self.config.clip())})
 
     def _encoder(self) -> clip.Encoder:
-        encoder = clip.load(self.config.clip(), True) if self.config.compile else clip.load(self.config.clip())
-        self.precision = devices.name_of(encoder.dtype)
+        compiled = {"compiled": True} if self.config.compile else {}
+        encoder = clip.load_encoder(self.config.clip(), **compiled)
+        self.precision = devices.dtype_name(encoder.dtype)
         return encoder
 
     def _parts(self, encoder: clip.Encoder, records: Sequence[dict[str, Any]], times: Times
@@ -185,8 +186,8 @@ class Embed(Stage):
                      lambda: storage.fetch_and_open(url, entry, lambda path: path.open("rb"), check=True))
 
     def _room(self, sizes: Iterable[tuple[int, int]], *, whole: bool, parts_in_flight: int = 0, threads: int = 0
-              ) -> Room:
-        return plan_room(parse_size(self.config.max_memory, "embed.max_memory"), self.config.clip(), sizes,
+              ) -> MemoryPlan:
+        return plan_memory(parse_size(self.config.max_memory, "embed.max_memory"), self.config.clip(), sizes,
                              self.config.batch_size, whole=whole, parts_in_flight=parts_in_flight, threads=threads)
 
 
@@ -216,9 +217,9 @@ class EmbedCaptions(Embed):
             for number, record in enumerate(records):
                 with times("read"):
                     rows = metadata(self.dataset, record, ["key", "caption"])
-                size = part_of(len(rows), self.config.batch_size)
-                source = ((number, samples) for samples in chunks(rows, size, times))
-                yield from in_order(pool, work, source, 2 * threads, times)
+                size = samples_per_pass(len(rows), self.config.batch_size)
+                source = ((number, samples) for samples in read_chunks(rows, size, times))
+                yield from map_in_order(pool, work, source, 2 * threads, times)
                 yield ShardPart(number)
 
 
@@ -227,14 +228,14 @@ def _size(record: dict[str, Any]) -> tuple[int, int]:
     return record["samples"], file_of(record, ".tar")["bytes"]
 
 
-def encoder_of(dataset: Dataset) -> dict[str, Any]:
+def dataset_encoder(dataset: Dataset) -> dict[str, Any]:
     """The description of the encoder that made a dataset's embeddings."""
     return dataset.manifest("embeddings")["info"]["encoder"]
 
 
-def same_encoder(first_dataset: Dataset, second_dataset: Dataset) -> None:
+def check_same_encoder(first_dataset: Dataset, second_dataset: Dataset) -> None:
     """ValueError unless two datasets were embedded by the same encoder, naming what differs."""
-    first, second = encoder_of(first_dataset), encoder_of(second_dataset)
+    first, second = dataset_encoder(first_dataset), dataset_encoder(second_dataset)
     if first != second:
         differing = [f"{key} ({json.dumps(first.get(key))} / {json.dumps(second.get(key))})"
                      for key in sorted(first.keys() | second.keys()) if first.get(key) != second.get(key)]

@@ -4,7 +4,7 @@ Decoders do not hold the interpreter, so threads decode while the encoder works.
 of a shard from end to end, with one thread inside torch, for how torch splits a sum among threads would change the
 last bits, and with them the bytes of the result. A GPU gets batches of one size, which go on from shard to shard: one
 is encoded while the next is decoded and the last is fetched. Where somebody lends decoders, parts are sent there.
-If the GPU runs out of memory, it encodes this batch and all later ones in halves (`devices.Fit`).
+If the GPU runs out of memory, it encodes this batch and all later ones in halves (`devices.BatchFit`).
 
 Of the times, `wait` is how long the encoder had no pictures; `full`: nothing was decoded, for the encoder was behind;
 `elsewhere`: decoding by others, who take no time of this process; `encoding`: all that others had decoded was in the
@@ -68,7 +68,7 @@ class ShardInput:
 
 
 @dataclass(frozen=True)
-class Room:
+class MemoryPlan:
     """How much may be under way at once."""
 
     threads: int
@@ -82,8 +82,8 @@ def count_cores() -> int:
     return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 
-def plan_room(budget: int, config: ClipConfig, shards: Iterable[tuple[int, int]], size: int, *, whole: bool,
-         parts_in_flight: int = 0, threads: int = 0) -> Room:
+def plan_memory(budget: int, config: ClipConfig, shards: Iterable[tuple[int, int]], size: int, *, whole: bool,
+         parts_in_flight: int = 0, threads: int = 0) -> MemoryPlan:
     """What fits `budget` bytes beside the encoder: as many threads as there are cores, and two parts for each.
 
     `shards`: (samples, bytes) of each; `whole`: the encoder takes batches of `size`; `lent`: parts that keep others'
@@ -94,7 +94,7 @@ def plan_room(budget: int, config: ClipConfig, shards: Iterable[tuple[int, int]]
     largest, encoded, part = 0, 0.0, -(-size // threads) if whole else 1
     for count, length in shards:
         largest, encoded = max(largest, count), max(encoded, length / max(1, count))
-        part = part if whole else max(part, part_of(count, size))
+        part = part if whole else max(part, samples_per_pass(count, size))
     each = int(part * (pixels + encoded))
     passing = 0 if whole else part * (_WIDE * pixels + clip.activation_bytes(config))
     fixed = _BASE + 2 * largest * dim + (_BATCHES * size * pixels if whole else 0)
@@ -110,10 +110,10 @@ def plan_room(budget: int, config: ClipConfig, shards: Iterable[tuple[int, int]]
     threads = next(number for number in range(threads, 0, -1) if number == 1 or needed(number, number + 1) <= budget)
     most = (_AHEAD if whole else 2) * threads + parts_in_flight
     ahead = most if not each else min(most, 2 + (budget - needed(threads, 2)) // each)
-    return Room(threads, ahead)
+    return MemoryPlan(threads, ahead)
 
 
-def part_of(count: int, size: int) -> int:
+def samples_per_pass(count: int, size: int) -> int:
     """How many of `count` samples make a forward pass on a CPU: as even as can be, and two passes if there is enough.
 
     Of the number of threads it knows nothing, for the last bits of a vector may depend on the pictures beside it.
@@ -122,7 +122,7 @@ def part_of(count: int, size: int) -> int:
     return -(-count // passes) or 1
 
 
-def encode_parts(encoder: clip.Encoder, shards: Sequence[ShardInput], size: int, fitting: Room,
+def encode_parts(encoder: clip.Encoder, shards: Sequence[ShardInput], size: int, fitting: MemoryPlan,
                  pool_of_decoders: DecoderPool | None, times: Times) -> Generator[ShardPart, None, None]:
     """The parts of all shards in order, with vectors."""
     parts_in_flight = pool_of_decoders.at_once if pool_of_decoders else 0
@@ -130,7 +130,7 @@ def encode_parts(encoder: clip.Encoder, shards: Sequence[ShardInput], size: int,
 
     def forward(part: ShardPart) -> ShardPart:
         if part.rows is not None:
-            full = part_of(shards[part.shard].count, size) if encoder.compiled else 0
+            full = samples_per_pass(shards[part.shard].count, size) if encoder.compiled else 0
             with times("forward"):
                 part.rows = _launched(encoder, part.rows, full)[:len(part.rows)].numpy()
         return part
@@ -138,17 +138,17 @@ def encode_parts(encoder: clip.Encoder, shards: Sequence[ShardInput], size: int,
     if encoder.whole:
         parts = _read(shards, lambda shard: -(-size // fitting.threads), times)
         with ThreadPoolExecutor(fitting.threads + parts_in_flight) as pool:
-            yield from _in_whole_batches(encoder, in_order(pool, decode, parts, fitting.ahead, times), size, times)
+            yield from _in_whole_batches(encoder, map_in_order(pool, decode, parts, fitting.ahead, times), size, times)
         return
-    parts = _read(shards, lambda shard: part_of(shard.count, size), times)
+    parts = _read(shards, lambda shard: samples_per_pass(shard.count, size), times)
     with torch_threads(fitting.threads) as pool, ThreadPoolExecutor(max(1, parts_in_flight)) as asking:
         if pool_of_decoders:
             # What is left beside the passes is for those who decode.
             passing = min(2 * fitting.threads, fitting.ahead - 1)
-            parts = in_order(asking, decode, parts, max(1, min(parts_in_flight, fitting.ahead - passing)), times)
-            yield from in_order(pool, forward, parts, passing, times, waiting="encoding")
+            parts = map_in_order(asking, decode, parts, max(1, min(parts_in_flight, fitting.ahead - passing)), times)
+            yield from map_in_order(pool, forward, parts, passing, times, waiting="encoding")
         else:
-            yield from in_order(pool, lambda part: forward(decode(part)), parts, fitting.ahead, times)
+            yield from map_in_order(pool, lambda part: forward(decode(part)), parts, fitting.ahead, times)
 
 
 @contextmanager
@@ -174,7 +174,7 @@ def _decoder(encoder: clip.Encoder, pool_of_decoders: DecoderPool | None, thread
             if pool_of_decoders and not mine and (result := pool_of_decoders(data, encoder.preprocessing)):
                 times.add("elsewhere", result.seconds)
             if result is None:
-                result = decode_batch.decoded(data, encoder.prepared)
+                result = decode_batch.decode_images(data, encoder.prepared)
                 times.add("decode", result.seconds)
         finally:
             if pool_of_decoders and mine:
@@ -197,7 +197,7 @@ def _read(shards: Sequence[ShardInput], length: Callable[[ShardInput], int], tim
                 with times("read"):
                     stream = here.result()
                 with stream:
-                    for samples in chunks(tars.read(stream), length(shard), times):
+                    for samples in read_chunks(tars.read(stream), length(shard), times):
                         yield ShardPart(number, [sample["__key__"] for sample in samples],
                                    [tars.sample_image(sample) for sample in samples])
                 yield ShardPart(number)
@@ -205,7 +205,7 @@ def _read(shards: Sequence[ShardInput], length: Callable[[ShardInput], int], tim
                 yield ShardPart(number, error=error)
 
 
-def chunks(samples: Iterable[Any], size: int, times: Times) -> Iterator[list[Any]]:
+def read_chunks(samples: Iterable[Any], size: int, times: Times) -> Iterator[list[Any]]:
     """So many of some samples at a time."""
     source = iter(samples)
     while True:
@@ -216,9 +216,9 @@ def chunks(samples: Iterable[Any], size: int, times: Times) -> Iterator[list[Any
         yield chunk
 
 
-def in_order(pool: ThreadPoolExecutor, work: Callable[[Any], Any], source: Iterable[Any], ahead: int, times: Times, *,
-             waiting: str = "wait") -> Iterator[Any]:
-    """What `work` makes of each in the order of the source, up to `ahead` of them at once."""
+def map_in_order(pool: ThreadPoolExecutor, work: Callable[[Any], Any], source: Iterable[Any], ahead: int,
+                 times: Times, *, waiting: str = "wait") -> Iterator[Any]:
+    """The result of `work` for each element, in the order of the source, up to `ahead` of them at once."""
     going: deque[Future] = deque()
     last = [0.0]  # when something was done
 

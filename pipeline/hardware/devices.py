@@ -74,7 +74,7 @@ def hide_gpus() -> None:
 
 
 @contextlib.contextmanager
-def reserving(choice: Choice) -> Iterator[None]:
+def reserve_temporarily(choice: Choice) -> Iterator[None]:
     """`reserve` for the time of a block."""
     before = os.environ.get(_VARIABLE)
     reserve(choice)
@@ -87,7 +87,7 @@ def reserving(choice: Choice) -> Iterator[None]:
             os.environ[_VARIABLE] = before
 
 
-def reserved() -> Choice:
+def reserved_device() -> Choice:
     """The device that was reserved, in this process or in its parent."""
     choice = os.environ.get(_VARIABLE, "auto")
     if choice not in ("auto", "cpu", "cuda"):
@@ -95,14 +95,14 @@ def reserved() -> Choice:
     return choice  # type: ignore[return-value]
 
 
-def choose(number: int | None = None) -> "torch.device":
+def choose_device(number: int | None = None) -> "torch.device":
     """The device of this process; with `number` that one of its GPUs, as each process of torchrun takes another.
 
     Raises DeviceUnavailable if a GPU was reserved and cannot be used.
     """
     import torch
 
-    choice = reserved()
+    choice = reserved_device()
     if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
         _mention_unused(choice)
         return torch.device("cpu")
@@ -113,7 +113,7 @@ def choose(number: int | None = None) -> "torch.device":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
         raise DeviceUnavailable(f"a GPU was reserved on {platform.node()} and cannot be used: {reason}\n"
                                 f"CUDA_VISIBLE_DEVICES is {visible or 'empty'}. "
-                                f"{explain(error) or _SENTENCES['no device']}") from error
+                                f"{failure_hint(error) or _SENTENCES['no device']}") from error
     _mention_slice(torch.cuda.get_device_name())
     return torch.device("cuda", torch.cuda.current_device())
 
@@ -148,25 +148,25 @@ def _mention_slice(name: str) -> None:
 
 
 @contextlib.contextmanager
-def explained(what: str) -> Iterator[None]:
+def explain_failures(what: str) -> Iterator[None]:
     """Turn a failure of the device inside into DeviceUnavailable, which says what it happened to, and a hint."""
     try:
         yield
     except (DeviceUnavailable, OutOfDeviceMemory):
         raise
     except RuntimeError as error:
-        if kind_of(error) == "none":
+        if failure_kind(error) == "none":
             raise
-        raise DeviceUnavailable(f"{what}: {str(error).splitlines()[0]}\n{explain(error)}") from error
+        raise DeviceUnavailable(f"{what}: {str(error).splitlines()[0]}\n{failure_hint(error)}") from error
 
 
-def kind_of(error: BaseException) -> Failure:
+def failure_kind(error: BaseException) -> Failure:
     """What an exception says of the device: by its type, then by its text, then by its cause."""
     torch_oom = type(error).__name__ in ("OutOfMemoryError", "OutOfMemory")
     if torch_oom or isinstance(error, MemoryError | OutOfDeviceMemory):
         return "out of memory"
     if isinstance(error, DeviceUnavailable):
-        return kind_of(error.__cause__) if error.__cause__ is not None else "no device"
+        return failure_kind(error.__cause__) if error.__cause__ is not None else "no device"
     if isinstance(error, RuntimeError | AssertionError):
         text = str(error).lower()
         for kind, pattern in _PATTERNS:
@@ -176,30 +176,30 @@ def kind_of(error: BaseException) -> Failure:
         if torch and isinstance(error, torch.AcceleratorError):
             return "device lost"
     cause = error.__cause__
-    return kind_of(cause) if cause is not None and cause is not error else "none"
+    return failure_kind(cause) if cause is not None and cause is not error else "none"
 
 
-def unusable(error: BaseException) -> bool:
+def is_unusable(error: BaseException) -> bool:
     """Whether this process cannot use its device any more after this exception."""
-    return kind_of(error) in ("device lost", "no device", "old driver")
+    return failure_kind(error) in ("device lost", "no device", "old driver")
 
 
-def explain(error: BaseException) -> str:
+def failure_hint(error: BaseException) -> str:
     """A sentence and a hint for a failure of the device; empty if the exception is none."""
-    return _SENTENCES[kind_of(error)]
+    return _SENTENCES[failure_kind(error)]
 
 
-def sentence(kind: Failure) -> str:
+def describe_failure(kind: Failure) -> str:
     """The sentence of `explain` alone, without the hint; empty for "none"."""
     return _SENTENCES[kind].partition("\n")[0].rstrip(".")
 
 
 def visible_cards() -> str:
     """The GPUs that this process sees, without CUDA of torch: for libraries that bring their own."""
-    return f"{cards(os.environ.get('CUDA_VISIBLE_DEVICES', '')) or 'GPU'}, driver {_driver()}"
+    return f"{list_cards(os.environ.get('CUDA_VISIBLE_DEVICES', '')) or 'GPU'}, driver {_driver()}"
 
 
-def cards(visible: str) -> str:
+def list_cards(visible: str) -> str:
     """Names and UUIDs of the GPUs in a CUDA_VISIBLE_DEVICES, as nvidia-smi lists them; empty if it cannot.
 
     torch would initialize CUDA for this. That takes memory of the GPU, and fails on a broken one.
@@ -218,7 +218,7 @@ def _query_driver(fields: str, visible: str = "") -> list[str]:
     return [line.strip() for line in listed.stdout.splitlines() if line.strip()]
 
 
-def describe(precision: str = "") -> str:
+def describe_device(precision: str = "") -> str:
     """The device that this process computed on, for records: name, driver and precision.
 
     A process that never touched a GPU computed on its CPU: this initializes no CUDA.
@@ -228,7 +228,7 @@ def describe(precision: str = "") -> str:
     return ", ".join(filter(None, [_gpu() if on_gpu else _cpu(), precision]))
 
 
-def name_of(dtype: "torch.dtype") -> str:
+def dtype_name(dtype: "torch.dtype") -> str:
     """fp32, bf16 or fp16."""
     name = str(dtype).removeprefix("torch.")
     return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(name, name)
@@ -257,7 +257,7 @@ def _driver() -> str:
     return next(iter(_query_driver("driver_version")), "unknown")
 
 
-class Fit:
+class BatchFit:
     """The largest batch that fits the memory of this process's device.
 
     It is halved after each out of memory, and stays at that. Each kind of batch has its own; threads may share it.
@@ -285,7 +285,7 @@ class Fit:
                 parts = [batch[start:start + most] for start in range(0, len(batch), most)]
                 return join([compute(part, most)[:len(part)] for part in parts])
             except RuntimeError as error:
-                if kind_of(error) != "out of memory":
+                if failure_kind(error) != "out of memory":
                     raise
                 text = str(error).splitlines()[0]
             # After the handler: while it runs, the traceback keeps the tensors of the failed pass.
@@ -293,7 +293,7 @@ class Fit:
 
     def halve(self, most: int, text: str) -> None:
         """Note that `most` rows do not fit; OutOfDeviceMemory if that is one."""
-        free()
+        free_cached_memory()
         if most <= 1:
             raise OutOfDeviceMemory(f"a {self.unit} of {most} does not fit the memory of {_device()}: {text}\n"
                                     f"expected room for one, got none\nhint: nvidia-smi lists the processes that use "
@@ -309,7 +309,7 @@ class Fit:
         return {HALVED: f"{self.unit} {self.note}"} if self.note else {}
 
 
-def free() -> None:
+def free_cached_memory() -> None:
     """Give the device's memory that torch caches back to it."""
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_initialized():

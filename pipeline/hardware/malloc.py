@@ -8,7 +8,7 @@ _KEPT, _LARGEST = 128 << 20, 32 << 20  # bytes of each arena; the latter is the 
 _USUAL = 128 << 10  # glibc's own, of both
 
 
-def keep() -> None:
+def keep_freed_memory() -> None:
     """Have glibc keep the memory of one large array for the next.
 
     Its default gives the pages of every one back at once, for the kernel to fill them with zeros anew: four times the
@@ -17,7 +17,7 @@ def keep() -> None:
     _set(_KEPT, _LARGEST)
 
 
-def give_back() -> None:
+def release_freed_memory() -> None:
     """Have glibc give back what is kept and not used, and keep nothing from now on.
 
     Large arrays among small objects leave holes that fit no other: a worker grew by 60 MB with each search.

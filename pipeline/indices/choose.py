@@ -14,7 +14,7 @@ from pipeline.storage.sizes import parse_size
 _ALLOWANCE = 64 << 10
 
 
-def possible(count: int, dim: int, config: IndexConfig) -> None:
+def check_possible(count: int, dim: int, config: IndexConfig) -> None:
     """ValueError if no index of so many vectors can be built with these settings, as far as can be told before."""
     if config.key:
         try:
@@ -27,7 +27,7 @@ def possible(count: int, dim: int, config: IndexConfig) -> None:
             raise ValueError(f"{config.key} has more lists than there are vectors to train them on, of {count}\n"
                              f"hint: another --key, or none for a choice")
     elif count:
-        budget = budget_of(count, config)
+        budget = budget_bytes(count, config)
         smallest = min(estimated_bytes(key, count, dim) for key in factory_keys(count, dim, budget, config))
         if smallest > budget:
             raise no_room_error(count, dim, budget, smallest, config)
@@ -35,7 +35,7 @@ def possible(count: int, dim: int, config: IndexConfig) -> None:
 
 def choose_key(count: int, dim: int, config: IndexConfig) -> str:
     """The kind of an index of so many vectors that is filled in parts; ValueError if none fits the budget."""
-    budget = budget_of(count, config)
+    budget = budget_bytes(count, config)
     # Graphs over all rows cannot be put together from parts.
     keys = [key for key in factory_keys(count, dim, budget, config) if not key.startswith("HNSW")]
     if config.key and not keys:
@@ -48,9 +48,9 @@ def choose_key(count: int, dim: int, config: IndexConfig) -> str:
     raise no_room_error(count, dim, budget, min(sizes.values()), config)
 
 
-def fits_budget(index: faiss.Index, size: int, config: IndexConfig) -> None:
+def check_budget(index: faiss.Index, size: int, config: IndexConfig) -> None:
     """ValueError if an index of `size` bytes is larger than its budget."""
-    if size > (budget := budget_of(index.ntotal, config)):
+    if size > (budget := budget_bytes(index.ntotal, config)):
         raise no_room_error(index.ntotal, index.d, budget, size, config)
 
 
@@ -62,7 +62,7 @@ def no_room_error(count: int, dim: int, budget: int, smallest: int, config: Inde
                       f"hint: the smallest possible has about {smallest} bytes: {flag}")
 
 
-def budget_of(count: int, config: IndexConfig) -> int:
+def budget_bytes(count: int, config: IndexConfig) -> int:
     """Bytes that an index of `count` vectors may have."""
     each = config.bytes_per_vector * count + _ALLOWANCE if config.bytes_per_vector else 1 << 62
     return min(parse_size(config.max_memory, "index.max_memory"), each)

@@ -15,14 +15,14 @@ import numpy as np
 
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
-from pipeline.embeddings.embed import same_encoder
-from pipeline.indices.choose import fits_budget
+from pipeline.embeddings.embed import check_same_encoder
+from pipeline.indices.choose import check_budget
 from pipeline.indices.config import BLOCK, LISTS, IndexConfig
 from pipeline.indices.faiss_door import faiss
-from pipeline.indices.fill import fill, grows_only, lists_bytes, merge_on_disk, remove_rows, renumber
+from pipeline.indices.fill import can_only_append, fill, lists_bytes, merge_on_disk, remove_rows, renumber
 from pipeline.indices.index import Index
 from pipeline.indices.searcher import open_dataset_index
-from pipeline.indices.tune import Queries, measure_recall, recall_error
+from pipeline.indices.tune import RecallQueries, measure_recall, recall_error
 from pipeline.stages.types import Item, Output, StageFailed
 from pipeline.storage.sizes import parse_size
 
@@ -60,25 +60,25 @@ class Extension(Index):
         return []
 
     def plan(self) -> list[Item]:
-        same_encoder(self.dataset, self.base)
+        check_same_encoder(self.dataset, self.base)
         return [Item("index")]
 
     def process(self, item: Item, scratch: Path) -> Output:
         embeddings, config, before = Embeddings(self.dataset), self.config, self.base.manifest("index")["info"]
-        change = compare(self.dataset, self.base)
+        change = compare_rows(self.dataset, self.base)
         if self.base.sealed("tombstones") and not self.dataset.sealed("tombstones"):
             logging.getLogger(__name__).warning("index: the tombstones of %s do not hold for %s: name those keys that "
                                                 "are still in it once more, with --tombstone", self.base.label,
                                                 self.dataset.label)
         index, size = self._filled(embeddings, change, scratch)
-        fits_budget(index, size, config)
+        check_budget(index, size, config)
         rng = np.random.default_rng((config.seed, 17))
         drift = self._drift(index, embeddings, change, before, rng)
         held, own = self._held(change, len(embeddings), rng)
-        queries = [Queries("image", embeddings.rows(own).astype(np.float32), own)]
+        queries = [RecallQueries("image", embeddings.rows(own).astype(np.float32), own)]
         queries += self._texts(rng)
         for query_set in queries:
-            for offset, vectors in _blocks(embeddings):
+            for offset, vectors in _read_blocks(embeddings):
                 query_set.look(vectors, offset)
         infos, info, times = measure_recall(index, before["key"], queries, config, size)
         info |= drift | {"extends": self.base.label, "kept": change.kept, "added": len(change.added),
@@ -93,11 +93,11 @@ class Extension(Index):
                           f"hint: train anew: {self.dataset.command('index')} --overwrite")
         return super().finish(records, scratch)
 
-    def _filled(self, embeddings: Embeddings, change: "Change", scratch: Path) -> tuple[Any, int]:
+    def _filled(self, embeddings: Embeddings, change: "RowChanges", scratch: Path) -> tuple[Any, int]:
         """The index with all rows of the new version, and its bytes."""
         source = open_dataset_index(self.base, faiss.IO_FLAG_MMAP)
         index = remove_rows(open_dataset_index(self.base, faiss.IO_FLAG_MMAP))
-        if grows_only(source):
+        if can_only_append(source):
             return self._grown(embeddings, change)
         added = remove_rows(open_dataset_index(self.base, faiss.IO_FLAG_MMAP))
         for rows in np.split(change.fresh, range(BLOCK, len(change.fresh), BLOCK)):
@@ -112,7 +112,7 @@ class Extension(Index):
             return compact, len(faiss.serialize_index(compact)) + (scratch / LISTS).stat().st_size
         return index, len(faiss.serialize_index(index))
 
-    def _grown(self, embeddings: Embeddings, change: "Change") -> tuple[Any, int]:
+    def _grown(self, embeddings: Embeddings, change: "RowChanges") -> tuple[Any, int]:
         """A graph with more rows at its end: it can be changed in no other way."""
         if not np.array_equal(change.row_of, np.arange(len(change.row_of))):
             raise ValueError(f"the index of {self.base.label} is of a kind that can neither lose rows nor number them "
@@ -122,7 +122,7 @@ class Extension(Index):
         fill(index, embeddings.rows(change.fresh).astype(np.float32))
         return index, len(faiss.serialize_index(index))
 
-    def _drift(self, index: Any, embeddings: Embeddings, change: "Change", before: dict[str, Any],
+    def _drift(self, index: Any, embeddings: Embeddings, change: "RowChanges", before: dict[str, Any],
                rng: np.random.Generator) -> dict[str, float]:
         """The error of quantising the added rows beside that of rows held out of training, 1 where nothing was added.
 
@@ -131,8 +131,9 @@ class Extension(Index):
         at_first = before.get("error_of_held")
         if at_first is None:  # an index from before that was written down
             theirs = Embeddings(self.base)
-            at_first = recall_error(index, _there(theirs.rows(_some(np.arange(len(theirs)), _SAMPLE, rng))))
-        rows = _there(embeddings.rows(_some(change.added, _SAMPLE, rng)))
+            sample = theirs.rows(_sample_rows(np.arange(len(theirs)), _SAMPLE, rng))
+            at_first = recall_error(index, _nonzero_rows(sample))
+        rows = _nonzero_rows(embeddings.rows(_sample_rows(change.added, _SAMPLE, rng)))
         error = recall_error(index, rows)
         drift = round((error + _TINY) / (at_first + _TINY), 4) if len(rows) else 1.0
         if drift > self.config.max_drift:
@@ -141,7 +142,7 @@ class Extension(Index):
         # Handed on: an index that is extended again and again is measured by its training all the same.
         return {"drift": drift, "error_of_held": at_first, "error_of_added": error}
 
-    def _held(self, change: "Change", count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def _held(self, change: "RowChanges", count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Rows that training did not see: those known, for the next extension, and those that are queries here.
 
         Added rows have the share of the queries that they have of all rows.
@@ -150,22 +151,22 @@ class Extension(Index):
                       if entry["name"] == "held.npy"), None)
         old = np.load(self.base.fetch("index", entry), allow_pickle=False) if entry else np.empty(0, np.int64)
         old = change.row_of[old]
-        old, new = np.sort(old[old >= 0]), _some(change.added, self.config.queries, rng)
+        old, new = np.sort(old[old >= 0]), _sample_rows(change.added, self.config.queries, rng)
         wanted = min(self.config.queries, count // 10)
         share = max(round(wanted * len(change.added) / count), wanted - len(old))
-        new = _some(new, share, rng)
-        return np.union1d(old, new), np.union1d(_some(old, wanted - len(new), rng), new)
+        new = _sample_rows(new, share, rng)
+        return np.union1d(old, new), np.union1d(_sample_rows(old, wanted - len(new), rng), new)
 
-    def _texts(self, rng: np.random.Generator) -> list[Queries]:
+    def _texts(self, rng: np.random.Generator) -> list[RecallQueries]:
         if "text_embeddings" not in self.inputs():
             return []
         texts = Embeddings(self.dataset, "text_embeddings")
-        rows = _there(texts.rows(_some(np.arange(len(texts)), self.config.queries, rng)))
-        return [Queries("text", rows.astype(np.float32))]
+        rows = _nonzero_rows(texts.rows(_sample_rows(np.arange(len(texts)), self.config.queries, rng)))
+        return [RecallQueries("text", rows.astype(np.float32))]
 
 
 @dataclass
-class Change:
+class RowChanges:
     """What became of the rows of a base in another version."""
 
     row_of: np.ndarray
@@ -186,7 +187,7 @@ class Change:
         return len(self.row_of) - self.kept
 
 
-def compare(dataset: Dataset, base: Dataset) -> Change:
+def compare_rows(dataset: Dataset, base: Dataset) -> RowChanges:
     """Which rows of `base` are where in `dataset`: shards by the hash of their embeddings, what is left row by row."""
     embeddings, theirs = Embeddings(dataset), Embeddings(base)
     row_of, fresh = np.full(len(theirs), -1, np.int64), []
@@ -201,7 +202,7 @@ def compare(dataset: Dataset, base: Dataset) -> Change:
         else:
             fresh.append(rows)
     unmatched, new = np.flatnonzero(row_of < 0), np.concatenate([np.empty(0, np.int64), *fresh])
-    return Change(row_of, new, new[_unmatched(_marks(embeddings, new), _marks(theirs, unmatched))])
+    return RowChanges(row_of, new, new[_unmatched(_vector_hashes(embeddings, new), _vector_hashes(theirs, unmatched))])
 
 
 def _unmatched(marks: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -216,7 +217,7 @@ def _unmatched(marks: np.ndarray, others: np.ndarray) -> np.ndarray:
     return out
 
 
-def _marks(embeddings: Embeddings, rows: np.ndarray) -> np.ndarray:
+def _vector_hashes(embeddings: Embeddings, rows: np.ndarray) -> np.ndarray:
     """A number for each row that only equal vectors share, (N,) uint64."""
     factors = np.random.default_rng(0).integers(0, 1 << 63, embeddings.dim, np.uint64) * np.uint64(2) + np.uint64(1)
     parts = [embeddings.rows(block).view(np.uint16).astype(np.uint64) @ factors
@@ -224,18 +225,18 @@ def _marks(embeddings: Embeddings, rows: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _blocks(embeddings: Embeddings) -> Iterator[tuple[int, np.ndarray]]:
+def _read_blocks(embeddings: Embeddings) -> Iterator[tuple[int, np.ndarray]]:
     """All rows in float32, some at a time, with the number of the first."""
     for offset, shard in zip(embeddings.offsets[:-1], embeddings.shards, strict=True):
         for start in range(0, len(shard), BLOCK):
             yield int(offset) + start, np.asarray(shard[start:start + BLOCK], np.float32)
 
 
-def _some(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+def _sample_rows(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """At most `count` of some rows, ascending."""
     return rows if len(rows) <= count else np.sort(rng.choice(rows, max(0, count), replace=False))
 
 
-def _there(rows: np.ndarray) -> np.ndarray:
+def _nonzero_rows(rows: np.ndarray) -> np.ndarray:
     """Without the rows of zeros, which mark pictures that did not decode."""
     return rows[rows.any(1)]

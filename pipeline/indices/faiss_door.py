@@ -54,7 +54,7 @@ def apply_transforms(transform: faiss.VectorTransform, sample: np.ndarray) -> np
 
 def transform_before_lists(index: faiss.Index, vectors: np.ndarray) -> np.ndarray:
     """Vectors as the part of `index` behind its transforms takes them, contiguous float32."""
-    for transform in transforms_of(index):
+    for transform in list_transforms(index):
         vectors = apply_transforms(transform, vectors)
     return np.ascontiguousarray(vectors, np.float32)
 
@@ -64,7 +64,7 @@ def search_in_blocks(search: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray
     """Scores and ids (Q, k) of queries (Q, D), the same with any number of threads."""
     queries = np.ascontiguousarray(queries, np.float32)
     # faiss would take a block of so few queries one by one, though all of them together are many.
-    with blocked_scans() if len(queries) > QUERIES_OF_A_THREAD else contextlib.nullcontext():
+    with scan_in_blocks() if len(queries) > QUERIES_OF_A_THREAD else contextlib.nullcontext():
         results = map_blocks(lambda block: search(queries[block]), len(queries), QUERIES_OF_A_THREAD)
     if not results:
         return search(queries)
@@ -73,14 +73,14 @@ def search_in_blocks(search: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray
 
 
 @contextlib.contextmanager
-def safe_threads(inner: faiss.Index) -> Iterator[None]:
+def use_safe_threads(inner: faiss.Index) -> Iterator[None]:
     """Let an index make codes with all threads if these do not depend on the number of threads, else with one."""
     if isinstance(inner, faiss.IndexPQ | faiss.IndexIVFPQ):
         safe = inner.pq.dsub < _PRODUCTS_FROM
     else:
         safe = isinstance(inner, faiss.IndexFlat | faiss.IndexScalarQuantizer | faiss.IndexIVFFlat |
                           faiss.IndexIVFScalarQuantizer | faiss.IndexIVFRaBitQ)
-    with contextlib.nullcontext() if safe else one_thread():
+    with contextlib.nullcontext() if safe else use_one_thread():
         yield
 
 
@@ -96,28 +96,28 @@ def gpu_resources() -> Any:
     return faiss.StandardGpuResources()
 
 
-def gpus() -> int:
+def count_gpus() -> int:
     """How many GPUs faiss uses in this process. Raises DeviceUnavailable if one was reserved and faiss sees none."""
-    if not gpus_possible() or devices.reserved() == "cpu":
+    if not is_gpu_build() or devices.reserved_device() == "cpu":
         return 0
     count = faiss.get_num_gpus()
-    if not count and devices.reserved() == "cuda":
+    if not count and devices.reserved_device() == "cuda":
         raise devices.DeviceUnavailable("a GPU was reserved and faiss sees none\nhint: nvidia-smi and "
                                         "CUDA_VISIBLE_DEVICES on this node; --gpus 0 computes on the CPU")
     return count
 
 
-def gpus_possible() -> bool:
+def is_gpu_build() -> bool:
     """Whether the installed faiss is the one for GPUs."""
     return hasattr(faiss, "StandardGpuResources")
 
 
-def on_gpus(centres: faiss.Index) -> faiss.Index:
+def copy_to_gpus(centres: faiss.Index) -> faiss.Index:
     return faiss.index_cpu_to_all_gpus(centres)
 
 
 @contextlib.contextmanager
-def stderr_text() -> Iterator[None]:
+def send_stdout_to_stderr() -> Iterator[None]:
     """faiss tells on stdout, below Python, of each change of a file's size; stdout is for data."""
     sys.stdout.flush()
     stdout = os.dup(1)
@@ -162,7 +162,7 @@ def open_index(path: Path, lists: Path | None = None, flags: int = 0) -> faiss.I
                                    faiss.IO_FLAG_READ_ONLY)
 
 
-def transforms_of(index: faiss.Index) -> list[faiss.VectorTransform]:
+def list_transforms(index: faiss.Index) -> list[faiss.VectorTransform]:
     """The transforms that an index applies to vectors first, in order."""
     if not isinstance(index, faiss.IndexPreTransform):
         return []
@@ -191,7 +191,7 @@ _Result = TypeVar("_Result")
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def use_one_thread() -> Iterator[None]:
     """One OpenMP thread for what faiss does in this block. Other Python threads keep theirs."""
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
@@ -207,7 +207,7 @@ def map_blocks(function: Callable[[slice], _Result], rows: int, size: int) -> li
     Blocks are the same with any number of threads, and each is computed by one, so the results are too.
     """
     def compute(block: slice) -> _Result:
-        with one_thread():
+        with use_one_thread():
             return function(block)
 
     blocks = [slice(start, min(rows, start + size)) for start in range(0, rows, size)]
@@ -219,7 +219,7 @@ def map_blocks(function: Callable[[slice], _Result], rows: int, size: int) -> li
 
 
 @contextmanager
-def blocked_scans() -> Iterator[None]:
+def scan_in_blocks() -> Iterator[None]:
     """Comparisons with all rows go by blocks of queries in this block, however few numbers the queries have.
 
     From 1.14.2 on, faiss compares query by query where all queries together have fewer than 128,000 numbers. With the

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 
 from pipeline.indices.faiss_door import (
+    copy_to_gpus,
+    count_gpus,
     faiss,
-    gpus,
     inner_index,
     inner_ivf,
     inverted_lists,
     nearest_lists,
-    on_gpus,
-    safe_threads,
-    stderr_text,
+    send_stdout_to_stderr,
     transform_before_lists,
     untyped_faiss,
+    use_safe_threads,
 )
 
 
@@ -27,10 +27,10 @@ def fill(index: faiss.Index, vectors: np.ndarray) -> None:
     """Add vectors in order; to a graph with one thread, for with more it differs from run to run."""
     inner = inner_index(index)
     if isinstance(inner, faiss.IndexIVF) and not isinstance(inner, faiss.IndexIVFFastScan):
-        fill_by_lists(index, vectors, on_gpus if gpus() else None)
+        fill_by_lists(index, vectors, copy_to_gpus if count_gpus() else None)
         return
     vectors = transform_before_lists(index, vectors)
-    with safe_threads(inner):
+    with use_safe_threads(inner):
         inner.add(vectors)
     index.ntotal = inner.ntotal
 
@@ -45,7 +45,7 @@ def fill_by_lists(index: faiss.Index, vectors: np.ndarray, place: Callable[[fais
         lists = np.ascontiguousarray(place(centres).search(vectors, 1)[1][:, 0])
     else:
         lists = nearest_lists(inner.quantizer, vectors)
-    with safe_threads(inner):
+    with use_safe_threads(inner):
         inner.add_core(len(vectors), faiss.swig_ptr(vectors), None, faiss.swig_ptr(lists))
     index.ntotal = inner.ntotal
 
@@ -73,7 +73,7 @@ def merge_on_disk(index: faiss.Index, parts: list[faiss.Index], path: Path, *, s
     for part in parts:
         pointers.push_back(inner_ivf(part).invlists)
     lists = faiss.OnDiskInvertedLists(inner.nlist, inner.code_size, str(path))
-    with stderr_text():
+    with send_stdout_to_stderr():
         # Its own shifting takes the size of each part for that of all before it.
         index.ntotal = inner.ntotal = lists.merge_from_multiple(pointers.data(), pointers.size(), False)
     starts = np.cumsum([0, *(part.ntotal for part in parts)])[:-1]
@@ -104,7 +104,7 @@ def _give_lists(inner: faiss.IndexIVF, lists: Any) -> None:
     lists.this.disown()
 
 
-def grows_only(index: faiss.Index) -> bool:
+def can_only_append(index: faiss.Index) -> bool:
     """Whether rows can be put behind those of an index, and neither leave it nor change their numbers."""
     inner = inner_index(index)
     return not isinstance(inner, faiss.IndexIVF | faiss.IndexFlatCodes) or isinstance(inner, faiss.IndexIVFFastScan)
@@ -121,9 +121,9 @@ def renumber(index: faiss.Index, sources: list[tuple[faiss.Index, np.ndarray]], 
     if isinstance(inner, faiss.IndexIVF):
         lists = (faiss.OnDiskInvertedLists(inner.nlist, inner.code_size, str(loose)) if loose
                  else faiss.ArrayInvertedLists(inner.nlist, inner.code_size))
-        with stderr_text():
+        with send_stdout_to_stderr():
             for number in range(inner.nlist):
-                rows_and_codes = [_of_a_list(inner_ivf(source), rows, number) for source, rows in sources]
+                rows_and_codes = [_renumber_list(inner_ivf(source), rows, number) for source, rows in sources]
                 ids = np.concatenate([part for part, _ in rows_and_codes])
                 order = np.argsort(ids)
                 ids, codes = ids[order], np.concatenate([part for _, part in rows_and_codes])[order]
@@ -141,7 +141,7 @@ def renumber(index: faiss.Index, sources: list[tuple[faiss.Index, np.ndarray]], 
     index.ntotal = inner.ntotal = total
 
 
-def _of_a_list(inner: faiss.IndexIVF, rows: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+def _renumber_list(inner: faiss.IndexIVF, rows: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
     """The new rows in a list and their codes, those that stay."""
     lists = inverted_lists(inner)
     size = lists.list_size(number)

@@ -11,14 +11,14 @@ import numpy as np
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
-from pipeline.indices.choose import budget_of, estimated_bytes, factory_keys, no_room_error, possible
+from pipeline.indices.choose import budget_bytes, check_possible, estimated_bytes, factory_keys, no_room_error
 from pipeline.indices.config import IndexConfig
 from pipeline.indices.faiss_door import faiss, write_index
 from pipeline.indices.fill import fill
-from pipeline.indices.parallel import IndexingStage, IndexTraining, Parts, embedding_inputs, merge_parts
-from pipeline.indices.searcher import misnumbered
+from pipeline.indices.parallel import IndexingStage, IndexParts, IndexTraining, embedding_inputs, merge_parts
+from pipeline.indices.searcher import count_misnumbered_rows
 from pipeline.indices.train import train_index, training_rows
-from pipeline.indices.tune import Queries, held_out, measure_recall, recall_error
+from pipeline.indices.tune import RecallQueries, held_out_rows, measure_recall, recall_error
 from pipeline.stages.plan import clear_folder
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output, StageFailed
@@ -48,29 +48,29 @@ class Index(IndexingStage):
         if manifest["totals"]["samples"] <= self.config.rows_of_a_part(manifest["info"]["encoder"]["dim"]):
             return []
         training = IndexTraining(self.dataset, self.config)
-        return [training, Parts(training, self.config)]
+        return [training, IndexParts(training, self.config)]
 
     def plan(self) -> list[Item]:
         manifest = self.dataset.manifest("embeddings")
-        possible(manifest["totals"]["samples"], manifest["info"]["encoder"]["dim"], self.config)
+        check_possible(manifest["totals"]["samples"], manifest["info"]["encoder"]["dim"], self.config)
         return [Item("index")]
 
     def process(self, item: Item, scratch: Path) -> Output:
         if before := self.before():
             training, parts = before
-            assert isinstance(training, IndexTraining) and isinstance(parts, Parts)
+            assert isinstance(training, IndexTraining) and isinstance(parts, IndexParts)
             index, infos, info, times, held = merge_parts(training, parts, self.config, scratch)
         else:
             vectors = Embeddings(self.dataset).all().astype(np.float32)
             texts = Embeddings(self.dataset, "text_embeddings") if "text_embeddings" in self.inputs() else None
             index, infos, info, times = build_whole(vectors, self.config, None if texts is None else texts.all())
-            held = held_out(len(vectors), self.config)
+            held = held_out_rows(len(vectors), self.config)
         return self.output(index, infos, info, times, held, scratch)
 
     def output(self, index: faiss.Index, infos: dict[str, Any], info: dict[str, Any], times: dict[str, Any],
                held: np.ndarray, scratch: Path) -> Output:
         """The files of an index: what is searched, autofaiss's facts, and the rows (Q,) that training did not see."""
-        if doubled := misnumbered(index):
+        if doubled := count_misnumbered_rows(index):
             raise StageFailed(f"index: {doubled} of {index.ntotal} rows are not in it exactly once; nothing is sealed\n"
                               f"hint: this is a fault of the program or of a part: --overwrite, or other parts")
         files = write_index(index, scratch)
@@ -101,16 +101,16 @@ def build_whole(vectors: np.ndarray, config: IndexConfig, texts: np.ndarray | No
     count, dim = vectors.shape
     if not count:
         raise ValueError("no vectors to index: not one picture of the dataset could be used")
-    budget = budget_of(count, config)
-    held, rng = held_out(count, config), np.random.default_rng((config.seed, 18))
+    budget = budget_bytes(count, config)
+    held, rng = held_out_rows(count, config), np.random.default_rng((config.seed, 18))
     kept = np.delete(np.arange(count), held)
     sample = kept if len(kept) <= config.train_points else np.sort(rng.choice(kept, config.train_points, replace=False))
     held = held[vectors[held].any(1)]
-    queries = [Queries("image", vectors[held], held)]
+    queries = [RecallQueries("image", vectors[held], held)]
     if texts is not None:
         there = np.flatnonzero(texts.any(1))
         chosen = np.sort(rng.choice(there, min(config.queries, len(there)), replace=False))
-        queries.append(Queries("text", texts[chosen].astype(np.float32)))
+        queries.append(RecallQueries("text", texts[chosen].astype(np.float32)))
     tried = []
     for key in factory_keys(count, dim, budget, config):
         estimate = estimated_bytes(key, count, dim)

@@ -17,11 +17,11 @@ from pipeline.datasets.embeddings import Embeddings, check_finite
 from pipeline.hardware import devices
 from pipeline.indices.choose import choose_key
 from pipeline.indices.config import BLOCK, EXACT, LISTS, SIZES, IndexConfig
-from pipeline.indices.faiss_door import faiss, gpus, gpus_possible, map_index
+from pipeline.indices.faiss_door import count_gpus, faiss, is_gpu_build, map_index
 from pipeline.indices.fill import fill, lists_bytes, merge, merge_on_disk
-from pipeline.indices.searcher import best
+from pipeline.indices.searcher import best_rows
 from pipeline.indices.train import train_index, training_rows
-from pipeline.indices.tune import Queries, measure_recall, recall_error
+from pipeline.indices.tune import RecallQueries, measure_recall, recall_error
 from pipeline.stages.manifest import read_manifest, sealed_input
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output
@@ -42,10 +42,10 @@ class IndexingStage(Stage):
     @property
     def workers_need_gpu(self) -> bool:  # type: ignore[override]
         """Whether this faiss could use one."""
-        return gpus_possible()
+        return is_gpu_build()
 
     def check_device(self) -> None:
-        gpus()
+        count_gpus()
 
     @property
     def elsewhere(self) -> str:
@@ -58,7 +58,7 @@ class IndexingStage(Stage):
 
     def setup(self) -> None:
         self.precision = "fp32"
-        if gpus():
+        if count_gpus():
             self.device = f"{devices.visible_cards()}, {self.precision}"
 
 
@@ -105,7 +105,7 @@ class IndexTraining(IndexingStage):
         if "text_embeddings" in self.inputs():
             texts = Embeddings(self.dataset, "text_embeddings")
             chosen = np.sort(rng.choice(len(texts), min(len(texts), config.queries), replace=False))
-            np.save(scratch / "texts.npy", _there(texts.rows(chosen)).astype(np.float32), allow_pickle=False)
+            np.save(scratch / "texts.npy", _nonzero_rows(texts.rows(chosen)).astype(np.float32), allow_pickle=False)
             files.append("texts.npy")
         return Output(samples=len(sample), files={name: scratch / name for name in files},
                       info={"key": key, "rows": count, "trained_on": len(sample), "error": recall_error(index, seen)})
@@ -114,7 +114,7 @@ class IndexTraining(IndexingStage):
         return Output(info=records[0]["info"])
 
 
-class Parts(IndexingStage):
+class IndexParts(IndexingStage):
     """The stage that fills copies of the trained index, one for each group of shards."""
 
     name = "index_parts"
@@ -148,7 +148,7 @@ class Parts(IndexingStage):
         return Item(f"{number:06d}", {"first": first, "shards": group, "count": count})
 
     def process(self, item: Item, scratch: Path) -> Output:
-        index = faiss.read_index(str(_file(self.training, "trained.index")))
+        index = faiss.read_index(str(_fetch_training_file(self.training, "trained.index")))
         queries = held_out_queries(self.training)
         first, count, error = item.inputs["first"], 0, []
         for shard in item.inputs["shards"]:
@@ -172,16 +172,16 @@ class Parts(IndexingStage):
                       info={"error": round(sum(value * rows for value, rows in error) / max(1, total), 6)})
 
 
-def merge_parts(training: IndexTraining, parts: Parts, config: IndexConfig, scratch: Path
+def merge_parts(training: IndexTraining, parts: IndexParts, config: IndexConfig, scratch: Path
              ) -> tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any], np.ndarray]:
     """The parts as one index, autofaiss's index_infos, measured facts, seconds, and the rows training did not see.
 
     Lists that are too large for memory are merged into a file in `scratch`.
     """
-    index = faiss.read_index(str(_file(training, "trained.index")))
+    index = faiss.read_index(str(_fetch_training_file(training, "trained.index")))
     queries = held_out_queries(training)
     manifest = read_manifest(parts.folder, parts.command)
-    paths = [_local(parts, record, f"{record['id']}.index") for record in manifest["items"]]
+    paths = [_fetch_file(parts, record, f"{record['id']}.index") for record in manifest["items"]]
     size = 0
     if lists_bytes(index, manifest["totals"]["samples"]) > parse_size(config.merge_memory, "index.merge_memory"):
         merge_on_disk(index, [map_index(path) for path in paths], scratch / LISTS)
@@ -191,9 +191,9 @@ def merge_parts(training: IndexTraining, parts: Parts, config: IndexConfig, scra
             merge(index, faiss.read_index(str(path)))
     for record in manifest["items"]:
         for query_set in queries:
-            ids, scores = (np.load(_local(parts, record, f"{record['id']}.{query_set.kind}.{what}.npy"),
+            ids, scores = (np.load(_fetch_file(parts, record, f"{record['id']}.{query_set.kind}.{what}.npy"),
                                    allow_pickle=False) for what in ("ids", "scores"))
-            query_set.ids, query_set.scores = best(np.hstack([query_set.ids, ids]),
+            query_set.ids, query_set.scores = best_rows(np.hstack([query_set.ids, ids]),
                                                    np.hstack([query_set.scores, scores]), EXACT)
     about = read_manifest(training.folder, training.command)["info"]
     infos, info, times = measure_recall(index, about["key"], queries, config, size)
@@ -201,30 +201,31 @@ def merge_parts(training: IndexTraining, parts: Parts, config: IndexConfig, scra
              "error_of_held": recall_error(index, queries[0].vectors)}
     # The parts are removed, and with them what tells how long they took.
     times["seconds of the parts"] = manifest["run"]["seconds"]
-    return index, infos, info, times, np.load(_file(training, "held.npy"), allow_pickle=False)
+    return index, infos, info, times, np.load(_fetch_training_file(training, "held.npy"), allow_pickle=False)
 
 
-def held_out_queries(training: IndexTraining) -> list[Queries]:
+def held_out_queries(training: IndexTraining) -> list[RecallQueries]:
     """The queries of a training: pictures that it did not see, and captions if there are any."""
-    query_sets = [Queries("image", np.load(_file(training, "images.npy"), allow_pickle=False),
-                     np.load(_file(training, "held.npy"), allow_pickle=False))]
+    query_sets = [RecallQueries("image", np.load(_fetch_training_file(training, "images.npy"), allow_pickle=False),
+                     np.load(_fetch_training_file(training, "held.npy"), allow_pickle=False))]
     if any(entry["name"] == "texts.npy" for record in read_manifest(training.folder, training.command)["items"]
            for entry in record["files"]):
-        query_sets.append(Queries("text", np.load(_file(training, "texts.npy"), allow_pickle=False)))
+        texts = np.load(_fetch_training_file(training, "texts.npy"), allow_pickle=False)
+        query_sets.append(RecallQueries("text", texts))
     return query_sets
 
 
-def _there(rows: np.ndarray) -> np.ndarray:
+def _nonzero_rows(rows: np.ndarray) -> np.ndarray:
     """Without the rows of zeros, which mark pictures that did not decode."""
     there = rows.any(1)
     return rows if there.all() else rows[there]
 
 
-def _file(training: IndexTraining, name: str) -> Path:
+def _fetch_training_file(training: IndexTraining, name: str) -> Path:
     record = read_manifest(training.folder, training.command)["items"][0]
-    return _local(training, record, name)
+    return _fetch_file(training, record, name)
 
 
-def _local(stage: Stage, record: dict[str, Any], name: str) -> Path:
+def _fetch_file(stage: Stage, record: dict[str, Any], name: str) -> Path:
     entry = next(entry for entry in record["files"] if entry["name"] == name)
     return storage.fetch(storage.join(stage.folder, name), entry)

@@ -24,7 +24,7 @@ from pipeline.indices.faiss_door import (
 )
 
 
-def misnumbered(index: faiss.Index) -> int:
+def count_misnumbered_rows(index: faiss.Index) -> int:
     """How many rows are not in the lists of an index exactly once, or have a number that no row has."""
     inner = inner_index(index)
     if not isinstance(inner, faiss.IndexIVF):
@@ -71,7 +71,7 @@ class Searcher:
         self.hidden = hidden_rows.rows(dataset)
         if without is not None:
             self.hidden = np.union1d(self.hidden, without)
-        self._parameters = _without(self.index, self.hidden) if len(self.hidden) else None
+        self._parameters = _exclude(self.index, self.hidden) if len(self.hidden) else None
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -89,10 +89,10 @@ class Searcher:
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest rows: ids (B, k) int64 and inner products (B, k) float32, -1 and -inf for none."""
-        return ranked(self.embeddings, queries, self.candidates(queries, 4 * k + 20), k)
+        return rank_exactly(self.embeddings, queries, self.candidates(queries, 4 * k + 20), k)
 
 
-class Lists:
+class IndexLists:
     """The inverted lists of a database's index: what is in each, and which are nearest to a query."""
 
     def __init__(self, dataset: Dataset) -> None:
@@ -121,13 +121,13 @@ class Lists:
         return search_in_blocks(lambda block: self._inner.quantizer.search(block, min(probes, self.count)), queries)[1]
 
 
-def kind(dataset: Dataset) -> Literal["lists", "graph", "scan"]:
+def search_kind(dataset: Dataset) -> Literal["lists", "graph", "scan"]:
     """How the index of a database finds rows: in lists, along a graph, or by looking at all of them."""
     key = dataset.manifest("index")["info"]["key"]
     return "lists" if "IVF" in key else "graph" if "HNSW" in key else "scan"
 
 
-def _without(index: faiss.Index, hidden: np.ndarray) -> faiss.SearchParameters | None:
+def _exclude(index: faiss.Index, hidden: np.ndarray) -> faiss.SearchParameters | None:
     """What tells a search to leave rows out; None for a kind that takes no such thing."""
     inner, selector = inner_index(index), faiss.IDSelectorNot(faiss.IDSelectorBatch(hidden))
     if isinstance(inner, faiss.IndexIVF):
@@ -141,15 +141,15 @@ def _without(index: faiss.Index, hidden: np.ndarray) -> faiss.SearchParameters |
     return untyped_faiss.SearchParametersPreTransform(index_params=parameters) if inner is not index else parameters
 
 
-def ranked(embeddings: Embeddings, queries: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def rank_exactly(embeddings: Embeddings, queries: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The best k of candidate `ids` (B, C) by exact inner product: ids (B, k) and scores (B, k)."""
     vectors = embeddings.rows(ids).astype(np.float32)
     scores = np.einsum("bcd,bd->bc", vectors, np.asarray(queries, np.float32), optimize=True)
     scores[(ids < 0) | ~vectors.any(-1)] = -np.inf  # rows of zeros are pictures that did not decode
-    return best(ids, scores, k)
+    return best_rows(ids, scores, k)
 
 
-def best(ids: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def best_rows(ids: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k highest of (B, C) scores with their ids, nearest first, equal scores by id; padded by -1 and -inf."""
     order = np.lexsort((ids, -scores), axis=-1)[:, :k]
     ids, scores = np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1)

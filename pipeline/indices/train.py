@@ -11,15 +11,15 @@ import numpy as np
 from pipeline.indices.config import IndexConfig
 from pipeline.indices.faiss_door import (
     apply_transforms,
-    blocked_scans,
+    count_gpus,
     faiss,
-    gpus,
     inner_index,
+    list_transforms,
     map_blocks,
     nearest_lists,
-    one_thread,
-    safe_threads,
-    transforms_of,
+    scan_in_blocks,
+    use_one_thread,
+    use_safe_threads,
 )
 from pipeline.indices.fill import fill
 
@@ -48,7 +48,7 @@ def train_index(key: str, sample: np.ndarray, dim: int) -> faiss.Index:
         if hasattr(inner, "do_polysemous_training"):
             # Orders the codes for a search that is not done here, at two seconds for each byte of a code.
             inner.do_polysemous_training = False
-        for transform in transforms_of(index):
+        for transform in list_transforms(index):
             _train_transform(transform, sample)
             sample = apply_transforms(transform, sample)
         sample = np.ascontiguousarray(sample, np.float32)
@@ -63,14 +63,14 @@ def train_index(key: str, sample: np.ndarray, dim: int) -> faiss.Index:
 def _train_transform(transform: faiss.VectorTransform, sample: np.ndarray) -> None:
     if isinstance(transform, faiss.OPQMatrix):
         rows = np.asarray(sample[::max(1, len(sample) // _ROWS_OF_A_ROTATION)], np.float32)
-        faiss.copy_array_to_vector(rotation(rows, transform.d_out, transform.M).reshape(-1), transform.A)
+        faiss.copy_array_to_vector(train_rotation(rows, transform.d_out, transform.M).reshape(-1), transform.A)
         transform.is_trained = transform.is_orthonormal = True
     elif not transform.is_trained:
-        with one_thread():
+        with use_one_thread():
             transform.train(np.ascontiguousarray(sample, np.float32))
 
 
-def rotation(rows: np.ndarray, width: int, parts: int) -> np.ndarray:
+def train_rotation(rows: np.ndarray, width: int, parts: int) -> np.ndarray:
     """The rotation (width, D) float32 after which codes of so many parts lose least of rows (N, D) float32: OPQ.
 
     As faiss.OPQMatrix, but each turn goes on from the codebooks of the last one. That learns them anew in every turn,
@@ -79,7 +79,7 @@ def rotation(rows: np.ndarray, width: int, parts: int) -> np.ndarray:
     rows = np.ascontiguousarray(rows - rows.mean(0))
     upright = np.ascontiguousarray(rows.T)
     start = faiss.RandomRotationMatrix(rows.shape[1], width)
-    with one_thread():
+    with use_one_thread():
         start.init(17)
     matrix = np.ascontiguousarray(faiss.vector_to_array(start.A).reshape(width, -1).T)
     codebooks, nearest = None, np.empty((parts, len(rows)), np.int64)
@@ -116,7 +116,7 @@ def _codebooks(rows: np.ndarray, parts: int, size: int, how: faiss.ClusteringPar
             if nearest is not None:
                 nearest[part] = index.search(columns, 1)[1][:, 0]
 
-    with blocked_scans():
+    with scan_in_blocks():
         map_blocks(cluster, parts, 1)
     return centroids
 
@@ -151,7 +151,7 @@ def _train_inner(inner: faiss.Index, sample: np.ndarray) -> None:
     if not isinstance(inner, faiss.IndexIVF):
         _train_codes(inner, sample, lambda: inner.train(sample))
         return
-    with one_thread():
+    with use_one_thread():
         _train_lists(inner, sample)
     limit = inner.train_encoder_num_vectors()
     rows = sample if limit <= 0 else np.ascontiguousarray(sample[::max(1, -(-len(sample) // limit))])
@@ -172,7 +172,7 @@ def _train_codes(inner: faiss.Index, rows: np.ndarray, otherwise: Callable[[], N
         faiss.copy_array_to_vector(codebooks.reshape(-1), quantizer.centroids)
         inner.is_trained = True
         return
-    with safe_threads(inner):
+    with use_safe_threads(inner):
         otherwise()
 
 
@@ -182,11 +182,11 @@ def _train_lists(inner: faiss.IndexIVF, sample: np.ndarray) -> None:
     faiss does the rest of them itself, with the same clustering.
     """
     quantizer = faiss.downcast_index(inner.quantizer)
-    if not isinstance(quantizer, faiss.IndexHNSW) and not gpus():
+    if not isinstance(quantizer, faiss.IndexHNSW) and not count_gpus():
         train_quantizer: Any = inner  # the type stubs lack the base class Level1Quantizer
         train_quantizer.train_q1(len(sample), faiss.swig_ptr(sample), False, inner.metric_type)
         return
     clustering = faiss.Clustering(inner.d, inner.nlist, inner.cp)
     assigner = faiss.IndexFlatL2(inner.d)
-    clustering.train(sample, faiss.index_cpu_to_all_gpus(assigner) if gpus() else assigner)
+    clustering.train(sample, faiss.index_cpu_to_all_gpus(assigner) if count_gpus() else assigner)
     fill(quantizer, faiss.vector_to_array(clustering.centroids).reshape(inner.nlist, inner.d))

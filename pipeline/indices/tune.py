@@ -10,23 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.indices.choose import budget_of
+from pipeline.indices.choose import budget_bytes
 from pipeline.indices.config import EXACT, FLAT_GAIN, IndexConfig
 from pipeline.indices.faiss_door import (
+    count_gpus,
     faiss,
     gpu_resources,
-    gpus,
     inner_index,
     nearest_lists,
-    one_thread,
     search_in_blocks,
     untyped_faiss,
+    use_one_thread,
 )
-from pipeline.indices.searcher import best
+from pipeline.indices.searcher import best_rows
 
 
 @dataclass
-class Queries:
+class RecallQueries:
     """Queries of one kind, and the exact neighbours of each among the rows that were looked at."""
 
     kind: str
@@ -48,7 +48,7 @@ class Queries:
             return
         decoded = vectors if len(rows) == len(vectors) else vectors[rows]
         arguments = self.vectors, np.ascontiguousarray(decoded), min(EXACT + 1, len(decoded))
-        if gpus():
+        if count_gpus():
             scores, places = faiss.knn_gpu(gpu_resources(), *arguments, metric=faiss.METRIC_INNER_PRODUCT)
         else:
             scores, places = search_in_blocks(
@@ -56,7 +56,7 @@ class Queries:
         ids = rows[places] + offset
         if self.own is not None:
             scores[ids == self.own[:, None]] = -np.inf
-        self.ids, self.scores = best(np.hstack([self.ids, ids]), np.hstack([self.scores, scores]), EXACT)
+        self.ids, self.scores = best_rows(np.hstack([self.ids, ids]), np.hstack([self.scores, scores]), EXACT)
 
     def recall(self, index: faiss.Index) -> dict[str, float]:
         """recall@1, @10 and @100 of an index: the share of the exact neighbours that are among as many found."""
@@ -73,13 +73,13 @@ class Queries:
         return result
 
 
-def held_out(count: int, config: IndexConfig) -> np.ndarray:
+def held_out_rows(count: int, config: IndexConfig) -> np.ndarray:
     """The rows that are kept out of training where one worker builds the index, ascending."""
     rng = np.random.default_rng((config.seed, 17))
     return np.sort(rng.choice(count, min(config.queries, count // 10), replace=False))
 
 
-def measure_recall(index: faiss.Index, key: str, queries: list[Queries], config: IndexConfig, size: int = 0
+def measure_recall(index: faiss.Index, key: str, queries: list[RecallQueries], config: IndexConfig, size: int = 0
              ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Tune a filled index; autofaiss's index_infos, facts, and seconds.
 
@@ -110,7 +110,7 @@ def measure_recall(index: faiss.Index, key: str, queries: list[Queries], config:
     infos = {"index_key": key, "index_param": setting, "index_path": "knn.index", "size in bytes": size,
              "nb vectors": count, "vectors dimension": dim,
              "compression ratio": round(4.0 * count * dim / size, 4)}
-    info = {"key": key, "parameter": setting, "bytes": size, "budget": budget_of(count, config),
+    info = {"key": key, "parameter": setting, "bytes": size, "budget": budget_bytes(count, config),
             "bytes_per_vector": round(size / count, 2), "recall_at_10": recall.get("image", {}).get("10"),
             "recall": recall, "recall_queries": len(queries[0].vectors), "recall_rows": count,
             "curve": curve}
@@ -128,7 +128,7 @@ def recall_error(index: faiss.Index, vectors: np.ndarray) -> float:
     if not len(sample):
         return 0.0
     try:
-        with one_thread():
+        with use_one_thread():
             decoded = index.sa_decode(index.sa_encode(sample))
     except RuntimeError:  # a kind that has no codes
         return 0.0
@@ -150,7 +150,7 @@ def _efforts(index: faiss.Index) -> Iterator[str]:
 def _latency(index: faiss.Index, queries: np.ndarray) -> dict[str, float]:
     """Milliseconds of a single query by one thread, median and 99th percentile."""
     seconds = []
-    with one_thread():
+    with use_one_thread():
         for query in queries[:200]:
             started = time.perf_counter()
             index.search(query[None], 10)

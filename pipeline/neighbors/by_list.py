@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from pipeline.hardware import malloc
-from pipeline.neighbors.rank import NEAREST_LISTS, PRODUCT_ERROR, Best, Found
+from pipeline.neighbors.rank import NEAREST_LISTS, PRODUCT_ERROR, BestRows, Candidates
 from pipeline.stages.timers import Times
 
 _ReadLists = Callable[[np.ndarray], Iterator[tuple[int, np.ndarray, np.ndarray]]]
 
 
-def by_list(vectors: np.ndarray, probes: np.ndarray, lists: _ReadLists, m: int, times: Times | None = None) -> Found:
+def search_by_list(vectors: np.ndarray, probes: np.ndarray, lists: _ReadLists, m: int, times: Times | None = None
+                   ) -> Candidates:
     """The m best for each of (Q, D) float32 queries, of the rows in the lists `probes` (Q, P) of each.
 
     `lists` gives (list, row ids (n,), vectors (n, D)) for some lists, in their order. A list is read for all queries
@@ -21,8 +22,8 @@ def by_list(vectors: np.ndarray, probes: np.ndarray, lists: _ReadLists, m: int, 
     import torch
 
     times = times or Times()
-    malloc.keep()
-    queries, best, rows = torch.from_numpy(vectors), Best(len(vectors), m), torch.empty(0)
+    malloc.keep_freed_memory()
+    queries, best, rows = torch.from_numpy(vectors), BestRows(len(vectors), m), torch.empty(0)
     for part, first in ((probes[:, :NEAREST_LISTS], True), (probes[:, NEAREST_LISTS:], False)):
         if not part.size:
             continue
@@ -46,9 +47,9 @@ def by_list(vectors: np.ndarray, probes: np.ndarray, lists: _ReadLists, m: int, 
                     best.add(which, torch.from_numpy(ids), products)
         with times("choose"):
             best.choose(slice(None))
-    return Found(best.ids[:, :m].numpy(), best.scores[:, :m].numpy(), PRODUCT_ERROR["float32"])
+    return Candidates(best.ids[:, :m].numpy(), best.scores[:, :m].numpy(), PRODUCT_ERROR["float32"])
 
 
-def bytes_of_a_query(m: int) -> int:
+def bytes_per_query(m: int) -> int:
     """What `by_list` holds for each query, whose m best rows are wanted."""
     return 2 * m * 12 + m * 24

@@ -7,7 +7,7 @@ import numpy as np
 from annotated_types import Ge, Gt, Interval
 
 from pipeline.bounds import check_bounds
-from pipeline.neighbors.by_list import bytes_of_a_query
+from pipeline.neighbors.by_list import bytes_per_query
 from pipeline.storage.sizes import parse_size
 
 _BASE = 800 << 20  # what a worker has in memory before it searches: torch (470 MB with CUDA's), faiss, pyarrow, Ray
@@ -65,5 +65,5 @@ class NeighborsConfig:
         if self.at_once:
             return self.at_once
         # By list few have all candidates in memory: those whose first ones were mostly copies.
-        each = 4 * dim + bytes_of_a_query(min(self.wanted, self.k + SPARE_CANDIDATES) if lists else self.wanted)
+        each = 4 * dim + bytes_per_query(min(self.wanted, self.k + SPARE_CANDIDATES) if lists else self.wanted)
         return max(1, min(self.block_bytes * shards // max(1, samples * each), -(-shards // MOST_WORKERS)))

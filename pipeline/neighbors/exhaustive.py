@@ -7,7 +7,7 @@ import numpy as np
 
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.hardware import devices
-from pipeline.neighbors.rank import PRODUCT_ERROR, ROWS_OF_A_GROUP, Found
+from pipeline.neighbors.rank import PRODUCT_ERROR, ROWS_OF_A_GROUP, Candidates
 from pipeline.stages.timers import Times
 
 if TYPE_CHECKING:
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 LARGEST = {"cpu": 8192, "cuda": 1 << 18}  # rows of a block, at most
 
 
-def exhaustive(vectors: np.ndarray, database: Embeddings, m: int, memory: int, times: Times | None = None) -> Found:
+def search_exhaustively(vectors: np.ndarray, database: Embeddings, m: int, memory: int, times: Times | None = None
+                        ) -> Candidates:
     """The m best of all rows for each of (Q, D) float32 queries, by matrix products in half precision.
 
     `memory`: bytes for the blocks. After out of memory the search starts again with half of them, then with half of
@@ -27,40 +28,40 @@ def exhaustive(vectors: np.ndarray, database: Embeddings, m: int, memory: int, t
         most = min(memory, blocks_fit.most or memory)
         at_once = min(len(vectors), queries_fit.most or len(vectors)) or 1
         try:
-            return _joined_queries([_exhaustive(vectors[start:start + at_once], database, m, most, times)
+            return _join_queries([_exhaustive(vectors[start:start + at_once], database, m, most, times)
                                     for start in range(0, len(vectors), at_once)])
         except RuntimeError as error:
-            if devices.kind_of(error) != "out of memory":
+            if devices.failure_kind(error) != "out of memory":
                 raise
             text = str(error).splitlines()[0]
         # After the handler: while it runs, the traceback keeps the tensors of the failed search.
-        blocks = Blocks(at_once, database.dim, most, search_device()[0].type)
+        blocks = BlockSizes(at_once, database.dim, most, search_device()[0].type)
         if blocks.rows > ROWS_OF_A_GROUP:
             blocks_fit.halve(blocks.bytes, text)
         else:
             queries_fit.halve(at_once, text)
 
 
-blocks_fit = devices.Fit("block (in bytes)")  # of this process: it has one device
-queries_fit = devices.Fit("number of queries")
+blocks_fit = devices.BatchFit("block (in bytes)")  # of this process: it has one device
+queries_fit = devices.BatchFit("number of queries")
 
 
-def halved() -> dict[str, str]:
+def halved_batches() -> dict[str, str]:
     """An entry of `Output.times` if this process halved its blocks or queries after out of memory."""
     notes = [note for fit in (blocks_fit, queries_fit) for note in fit.times().values()]
     return {devices.HALVED: "; ".join(notes)} if notes else {}
 
 
-def _joined_queries(parts: list[Found]) -> Found:
-    return parts[0] if len(parts) == 1 else Found(np.concatenate([part.ids for part in parts]),
+def _join_queries(parts: list[Candidates]) -> Candidates:
+    return parts[0] if len(parts) == 1 else Candidates(np.concatenate([part.ids for part in parts]),
                                                   np.concatenate([part.scores for part in parts]), parts[0].off)
 
 
-def _exhaustive(vectors: np.ndarray, database: Embeddings, m: int, memory: int, times: Times) -> Found:
+def _exhaustive(vectors: np.ndarray, database: Embeddings, m: int, memory: int, times: Times) -> Candidates:
     import torch
 
     device, dtype = search_device()
-    blocks = Blocks(len(vectors), database.dim, memory, device.type)
+    blocks = BlockSizes(len(vectors), database.dim, memory, device.type)
     queries = torch.from_numpy(vectors).to(device, dtype)
     ids = torch.full((len(vectors), m), -1, dtype=torch.int64, device=device)
     scores = torch.full((len(vectors), m), -torch.inf, device=device)
@@ -78,14 +79,14 @@ def _exhaustive(vectors: np.ndarray, database: Embeddings, m: int, memory: int, 
             part = slice(start, start + blocks.queries)
             with times("products"):
                 products = torch.mm(block, queries[part].T)
-                promising = _promising(products, scores[part, -1])
+                promising = _find_promising_groups(products, scores[part, -1])
             with times("choose"):
-                ids[part], scores[part] = _joined(products, promising, count, numbers, ids[part], scores[part])
+                ids[part], scores[part] = _merge_best(products, promising, count, numbers, ids[part], scores[part])
     name = str(dtype).removeprefix("torch.")
-    return Found(ids.cpu().numpy(), scores.cpu().numpy(), PRODUCT_ERROR[name])
+    return Candidates(ids.cpu().numpy(), scores.cpu().numpy(), PRODUCT_ERROR[name])
 
 
-def _promising(products: "torch.Tensor", least: "torch.Tensor") -> "torch.Tensor":
+def _find_promising_groups(products: "torch.Tensor", least: "torch.Tensor") -> "torch.Tensor":
     """(H, 2) groups of rows of (R, Q) products, and queries (Q,) whose `least` score they exceed.
 
     A block is searched in groups of rows: hardly any has a score that matters, once some blocks were seen.
@@ -98,7 +99,7 @@ def _promising(products: "torch.Tensor", least: "torch.Tensor") -> "torch.Tensor
         floor.float() > least, torch.nextafter(floor, torch.full_like(floor, -torch.inf)), floor))
 
 
-def _joined(products: "torch.Tensor", promising: "torch.Tensor", count: int, numbers: "torch.Tensor",
+def _merge_best(products: "torch.Tensor", promising: "torch.Tensor", count: int, numbers: "torch.Tensor",
             ids: "torch.Tensor", scores: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
     """The best of (Q, m) `ids` and `scores`, and of the first `count` rows of (R, Q) products, whose ids are `numbers`,
     where they are in groups that are `promising`.
@@ -118,12 +119,12 @@ def _joined(products: "torch.Tensor", promising: "torch.Tensor", count: int, num
         inside = torch.arange(ROWS_OF_A_GROUP, device=products.device)
         places = group[:, None] * ROWS_OF_A_GROUP + inside
         values[(places >= count) | (values <= least[query, None])] = -torch.inf
-        values, rows = _by_query(values, numbers[places.clamp(max=count - 1)], query, len(least))
+        values, rows = _group_by_query(values, numbers[places.clamp(max=count - 1)], query, len(least))
     every, order = torch.cat([scores, values], 1).topk(wanted, 1)
     return torch.cat([ids, rows], 1).gather(1, order), every
 
 
-def _by_query(values: "torch.Tensor", rows: "torch.Tensor", query: "torch.Tensor", count: int
+def _group_by_query(values: "torch.Tensor", rows: "torch.Tensor", query: "torch.Tensor", count: int
               ) -> tuple["torch.Tensor", "torch.Tensor"]:
     """(H, G) values and rows of some queries as (Q, W), those of each query together, -inf and -1 for none."""
     import torch
@@ -143,7 +144,7 @@ def _by_query(values: "torch.Tensor", rows: "torch.Tensor", query: "torch.Tensor
 
 
 @dataclass
-class Blocks:
+class BlockSizes:
     """How many rows and queries are multiplied at a time: (rows, queries), from the bytes there are."""
 
     rows: int
@@ -166,7 +167,7 @@ def search_device() -> tuple["torch.device", "torch.dtype"]:
 
     from pipeline.embeddings.clip import fastest_precision
 
-    device = devices.choose()
+    device = devices.choose_device()
     if device.type == "cuda":
         return device, torch.float16
     return device, torch.bfloat16 if fastest_precision(device) == "bf16" else torch.float32

@@ -14,15 +14,15 @@ from pipeline.datasets import hidden_rows
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings, check_finite
 from pipeline.datasets.metadata import labels, perceptual_hashes
-from pipeline.embeddings.embed import same_encoder
+from pipeline.embeddings.embed import check_same_encoder
 from pipeline.hardware import devices, malloc
 from pipeline.indices import searcher
-from pipeline.indices.searcher import Lists, Searcher
-from pipeline.neighbors.by_list import by_list, bytes_of_a_query
+from pipeline.indices.searcher import IndexLists, Searcher
+from pipeline.neighbors.by_list import bytes_per_query, search_by_list
 from pipeline.neighbors.config import ALL_ROWS_FROM_LISTS, SCORE_BINS, SPARE_CANDIDATES, NeighborsConfig
-from pipeline.neighbors.exhaustive import exhaustive, halved, search_device
+from pipeline.neighbors.exhaustive import halved_batches, search_device, search_exhaustively
 from pipeline.neighbors.files import neighbor_files
-from pipeline.neighbors.rank import Copies, Found, NeighborQueries, masked, rank_candidates
+from pipeline.neighbors.rank import Candidates, Copies, NeighborQueries, rank_candidates, search_all_rows
 from pipeline.stages.scratch import shared_scratch
 from pipeline.stages.stage import Stage
 from pipeline.stages.timers import Times
@@ -58,7 +58,7 @@ class Neighbors(Stage):
         return inputs
 
     def plan(self) -> list[Item]:
-        same_encoder(self.dataset, self.database)
+        check_same_encoder(self.dataset, self.database)
         inputs = self.inputs()
         made_from = storage.digest([*map(inputs.get, ("database", "database_shards", "index", "tombstones")),
                                   *filter(None, [inputs.get("forgotten")])])
@@ -70,7 +70,7 @@ class Neighbors(Stage):
         total = max(1, sum(record["samples"] for record in records))
         dim = self.dataset.manifest("embeddings")["info"]["encoder"]["dim"]
         at_once = self.config.shards_at_once(len(records), total, dim, lists=self.config.method == "index"
-                                             and searcher.kind(self.database) == "lists")
+                                             and searcher.search_kind(self.database) == "lists")
         items, offset = [], 0
         for start in range(0, len(records), at_once):
             group = records[start:start + at_once]
@@ -88,10 +88,11 @@ class Neighbors(Stage):
         return items
 
     def process(self, item: Item, scratch: Path) -> Output:
-        self.precision = devices.name_of(search_device()[1]) if self.workers_need_gpu else "fp32"
-        malloc.give_back()  # what the last item took, in pieces that do not fit this one
+        self.precision = devices.dtype_name(search_device()[1]) if self.workers_need_gpu else "fp32"
+        malloc.release_freed_memory()  # what the last item took, in pieces that do not fit this one
         times = Times()
-        database = _opened(self.database, self.config.method, self.config.copy_bits >= 0, item.inputs["database"])
+        hashed = self.config.copy_bits >= 0
+        database = _open_database(self.database, self.config.method, hashed, item.inputs["database"])
         if database.seconds:
             times.add("open", database.seconds)
             database.seconds = 0.0
@@ -106,9 +107,9 @@ class Neighbors(Stage):
         if len(there):
             ids[there], scores[there] = self._found(database, queries if len(there) == len(queries) else queries[there],
                                                     times)
-        malloc.give_back()
+        malloc.release_freed_memory()
         with times("check"):
-            info = _facts(ids, scores) | self._quality(database, queries, ids, there, item)
+            info = _score_facts(ids, scores) | self._quality(database, queries, ids, there, item)
         files, start = {}, 0
         for shard in item.inputs["shards"]:
             part = slice(start, start + shard["embeddings"]["samples"])
@@ -120,7 +121,7 @@ class Neighbors(Stage):
                 _write_vectors(path, database.embeddings, ids[part])
             start = part.stop
         return Output(samples=len(queries), info=info, files=files,
-                      times=times.taken() | halved())
+                      times=times.taken() | halved_batches())
 
     def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         usage = self._usage(records)
@@ -137,17 +138,18 @@ class Neighbors(Stage):
 
     @property
     def _exact(self) -> bool:
-        return self.config.method == "exact" or searcher.kind(self.database) == "scan"
+        return self.config.method == "exact" or searcher.search_kind(self.database) == "scan"
 
     def _queries(self, item: Item) -> NeighborQueries:
         hashed, shards = self.config.copy_bits >= 0, item.inputs["shards"]
         vectors = [self._vectors(shard) for shard in shards]
         rows = item.inputs["offset"] + np.arange(sum(map(len, vectors)))
-        return NeighborQueries(np.concatenate(vectors, dtype=np.float32),
-                               rows if self.dataset == self.database else np.full(len(rows), -1),
-                               np.concatenate([labels(self.dataset, shard["shard"]) for shard in shards]),
-                               np.concatenate([perceptual_hashes(self.dataset, shard["shard"]) for shard in shards])
-                               if hashed else None)
+        own = rows if self.dataset == self.database else np.full(len(rows), -1)
+        hashes = None
+        if hashed:
+            hashes = np.concatenate([perceptual_hashes(self.dataset, shard["shard"]) for shard in shards])
+        return NeighborQueries(np.concatenate(vectors, dtype=np.float32), own,
+                               np.concatenate([labels(self.dataset, shard["shard"]) for shard in shards]), hashes)
 
     def _vectors(self, shard: dict[str, Any]) -> np.ndarray:
         """Those of a shard, (N_i, D) float16."""
@@ -158,7 +160,7 @@ class Neighbors(Stage):
                              f"hint: python -m jobs verify")
         return vectors
 
-    def _found(self, database: "Opened", queries: NeighborQueries, times: Times, *, exactly: bool = False
+    def _found(self, database: "OpenDatabase", queries: NeighborQueries, times: Times, *, exactly: bool = False
                ) -> tuple[np.ndarray, np.ndarray]:
         """Ids and scores (Q, k); all rows are compared for those whose candidates copies ate up."""
         k, config = self.config.k, self.config
@@ -174,11 +176,11 @@ class Neighbors(Stage):
         elif database.graph and not exactly:
             with times("products"):
                 ids = database.graph.candidates(queries.vectors, wanted)
-            candidates = Found(ids, np.where(ids >= 0, 0, -np.inf).astype(np.float32), np.inf)
+            candidates = Candidates(ids, np.where(ids >= 0, 0, -np.inf).astype(np.float32), np.inf)
             with times("settle"):
                 ids, scores = rank_candidates(candidates, queries, database.embeddings, copies, k)
         else:
-            candidates = exhaustive(queries.vectors, database.embeddings, wanted, config.block_bytes, times)
+            candidates = search_exhaustively(queries.vectors, database.embeddings, wanted, config.block_bytes, times)
             with times("settle"):
                 return self._certain(database, queries, candidates, copies)
         # An index that looks into a few lists has no more to give, however many candidates are asked for.
@@ -188,42 +190,42 @@ class Neighbors(Stage):
                 ids[short], scores[short] = self._found(database, queries[short], Times(), exactly=True)
         return ids, scores
 
-    def _in_lists(self, database: "Opened", queries: NeighborQueries, copies: Copies, wanted: int, probes: int,
+    def _in_lists(self, database: "OpenDatabase", queries: NeighborQueries, copies: Copies, wanted: int, probes: int,
                   times: Times) -> tuple[np.ndarray, np.ndarray]:
         """The best k (Q, k) of the best `wanted` rows in the nearest lists, -1 for none; as many queries at a time as
         there is memory for.
         """
         assert database.lists
-        fitting = max(1, self.config.block_bytes // bytes_of_a_query(wanted))
+        fitting = max(1, self.config.block_bytes // bytes_per_query(wanted))
         results = []
         for part in np.array_split(np.arange(len(queries)), -(-len(queries) // fitting)):
             block = queries if len(part) == len(queries) else queries[part]
             with times("choose"):
                 nearest = database.lists.nearest(block.vectors, probes)
-            rough = by_list(block.vectors, nearest, database.in_lists, wanted, times)
+            rough = search_by_list(block.vectors, nearest, database.in_lists, wanted, times)
             with times("settle"):
                 results.append(rank_candidates(rough, block, database.embeddings, copies, self.config.k))
         ids, scores = (np.concatenate(column) for column in zip(*results, strict=True))
         return ids, scores
 
-    def _certain(self, database: "Opened", queries: NeighborQueries, candidates: Found, copies: Copies
+    def _certain(self, database: "OpenDatabase", queries: NeighborQueries, candidates: Candidates, copies: Copies
                  ) -> tuple[np.ndarray, np.ndarray]:
         """Ids and scores of an exhaustive search; again for queries where a row that was passed over may be nearer."""
         k, width = self.config.k, candidates.ids.shape[1]
         ids, scores = rank_candidates(candidates, queries, database.embeddings, copies, k)
         unsure = np.flatnonzero(scores[:, -1] < candidates.beyond)
         if len(unsure) and width < min(1024, len(database.embeddings)):
-            wider = exhaustive(queries.vectors[unsure], database.embeddings,
+            wider = search_exhaustively(queries.vectors[unsure], database.embeddings,
                                       min(8 * width, 1024, len(database.embeddings)), self.config.block_bytes)
             ids[unsure], scores[unsure] = rank_candidates(wider, queries[unsure], database.embeddings, copies, k)
             unsure = unsure[scores[unsure, -1] < wider.beyond]
         if len(unsure):
-            ids[unsure], scores[unsure] = masked(queries[unsure], database.embeddings, copies, k,
+            ids[unsure], scores[unsure] = search_all_rows(queries[unsure], database.embeddings, copies, k,
                                                         self.config.block_bytes)
         return ids, scores
 
-    def _quality(self, database: "Opened", queries: NeighborQueries, ids: np.ndarray, there: np.ndarray, item: Item
-                 ) -> dict[str, int]:
+    def _quality(self, database: "OpenDatabase", queries: NeighborQueries, ids: np.ndarray, there: np.ndarray,
+                 item: Item) -> dict[str, int]:
         """How many of a few samples' exact neighbours were found."""
         if not (database.lists or database.graph):
             return {}
@@ -258,18 +260,18 @@ class Neighbors(Stage):
         return usage
 
 
-class Opened:
+class OpenDatabase:
     """A database as a worker keeps it from item to item."""
 
     def __init__(self, database: Dataset, method: str, hashed: bool, digest: str) -> None:
         started = time.perf_counter()
         self.embeddings = Embeddings(database)
         records = database.manifest("shards")["items"]
-        kind = searcher.kind(database) if method == "index" else "scan"
+        kind = searcher.search_kind(database) if method == "index" else "scan"
         self.hidden = np.zeros(len(self.embeddings), bool)
         self.hidden[hidden_rows.rows(database)] = True
         self.graph = Searcher(database) if kind == "graph" else None
-        self.lists = Lists(database) if kind == "lists" else None
+        self.lists = IndexLists(database) if kind == "lists" else None
 
         def fill(folder: Path) -> None:
             np.save(folder / "labels.npy", np.concatenate([labels(database, record) for record in records]))
@@ -278,7 +280,7 @@ class Opened:
                                                                for record in records]))
             if self.lists:
                 # Of an index of its own, which leaves memory with the codes that lie among what is read.
-                _in_order_of_lists(folder, self.embeddings, Lists(database))
+                _write_in_list_order(folder, self.embeddings, IndexLists(database))
 
         self._folder = shared_scratch(f"neighbors-{digest[:24]}{'-hashed' * hashed}", fill)
         self.labels = np.load(self._folder / "labels.npy", mmap_mode="r")
@@ -302,7 +304,7 @@ class Opened:
                        np.fromfile(vectors, np.float16, (end - start) * dim).reshape(-1, dim))
 
 
-def _in_order_of_lists(folder: Path, embeddings: Embeddings, lists: Lists) -> None:
+def _write_in_list_order(folder: Path, embeddings: Embeddings, lists: IndexLists) -> None:
     """The vectors of a database list after list in one file, so that a list is read in one piece.
 
     They are read in their order and put into one file for some lists each, which fit into memory.
@@ -314,7 +316,7 @@ def _in_order_of_lists(folder: Path, embeddings: Embeddings, lists: Lists) -> No
     per_file = -(-lists.count // files)
     rough = [(folder / f"vectors{number}", folder / f"ids{number}") for number in range(files)]
     for first, rows in embeddings.blocks(_LAID // 4 // (2 * embeddings.dim)):
-        there = np.flatnonzero(_any(rows))
+        there = np.flatnonzero(_nonzero_rows(rows))
         goal = list_of[first:first + len(rows)][there] // per_file
         for number in np.unique(goal):
             selected = there[goal == number]
@@ -340,7 +342,7 @@ def _in_order_of_lists(folder: Path, embeddings: Embeddings, lists: Lists) -> No
     (folder / "lists.npy").unlink()
 
 
-def _any(rows: np.ndarray) -> np.ndarray:
+def _nonzero_rows(rows: np.ndarray) -> np.ndarray:
     """Which rows (N, D) float16 are not all zero: `rows.any(1)`, which takes its time for half precision."""
     there = rows[:, 0] != 0
     unsure = np.flatnonzero(~there)
@@ -349,12 +351,12 @@ def _any(rows: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def _opened(database: Dataset, method: str, hashed: bool, digest: str) -> Opened:
+def _open_database(database: Dataset, method: str, hashed: bool, digest: str) -> OpenDatabase:
     """The database, kept in this worker; `digest` tells rebuilds apart."""
-    return Opened(database, method, hashed, digest)
+    return OpenDatabase(database, method, hashed, digest)
 
 
-def _facts(ids: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
+def _score_facts(ids: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
     there = scores[ids >= 0]
     return {"missing": int((ids < 0).sum()), "scores": np.histogram(there.clip(-1, 1), SCORE_BINS)[0].tolist(),
             "mean_similarity": round(float(there.mean()), 4) if len(there) else None}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.datasets.embeddings import Embeddings
-from pipeline.indices.searcher import best
+from pipeline.indices.searcher import best_rows
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,7 @@ PRODUCT_ERROR = {"bfloat16": 2 ** -8 + 2 ** -9, "float16": 2e-3, "float32": 1e-5
 
 
 @dataclass
-class Found:
+class Candidates:
     """The best rows of each query so far, by products that may be off by `off`."""
 
     ids: np.ndarray
@@ -81,7 +81,7 @@ class NeighborQueries:
 
     def __getitem__(self, part: np.ndarray) -> "NeighborQueries":
         return NeighborQueries(self.vectors[part], self.own[part], self.labels[part],
-                               None if self.hashes is None else self.hashes[part])
+                       None if self.hashes is None else self.hashes[part])
 
 
 def _differing_bits(hashes: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -91,7 +91,7 @@ def _differing_bits(hashes: np.ndarray, others: np.ndarray) -> np.ndarray:
 _BITS = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 
 
-class Best:
+class BestRows:
     """The m best rows of each query, of rows that come a few at a time.
 
     What beats the least of the best is put behind them, and only where the room for it is used up are the best chosen
@@ -154,7 +154,7 @@ class Best:
         self.least[which] = scores[:, -1]
 
 
-def rank_candidates(candidates: Found, queries: NeighborQueries, database: Embeddings, copies: Copies, k: int
+def rank_candidates(candidates: Candidates, queries: NeighborQueries, database: Embeddings, copies: Copies, k: int
            ) -> tuple[np.ndarray, np.ndarray]:
     """The k best rows that are no copies, of those that were found: ids (Q, k) and exact scores (Q, k)."""
     ids, rough = candidates.ids.copy(), candidates.scores.copy()
@@ -169,12 +169,12 @@ def rank_candidates(candidates: Found, queries: NeighborQueries, database: Embed
         rough[rough < least[:, None]] = -np.inf
     which, place = np.nonzero(rough > -np.inf)
     scores = np.full(rough.shape, -np.inf, np.float32)
-    scores[which, place] = products(database, ids[which, place], queries.vectors, which)
+    scores[which, place] = exact_products(database, ids[which, place], queries.vectors, which)
     scores[scores >= copies.similarity] = -np.inf
-    return best(ids, scores, k)
+    return best_rows(ids, scores, k)
 
 
-def products(database: Embeddings, ids: np.ndarray, vectors: np.ndarray, which: np.ndarray) -> np.ndarray:
+def exact_products(database: Embeddings, ids: np.ndarray, vectors: np.ndarray, which: np.ndarray) -> np.ndarray:
     """(P,) float32 inner products of the rows `ids` (P,) with the queries `which` (P,) of (Q, D), each for itself."""
     import torch
 
@@ -192,7 +192,7 @@ def products(database: Embeddings, ids: np.ndarray, vectors: np.ndarray, which: 
     return scores
 
 
-def masked(queries: NeighborQueries, database: Embeddings, copies: Copies, k: int, memory: int
+def search_all_rows(queries: NeighborQueries, database: Embeddings, copies: Copies, k: int, memory: int
            ) -> tuple[np.ndarray, np.ndarray]:
     """As `settle` for all rows of the database, however many of them are copies; for few queries, for it is slow."""
     ids, scores = np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32)
@@ -209,12 +209,12 @@ def masked(queries: NeighborQueries, database: Embeddings, copies: Copies, k: in
             here[np.ix_(part, there)] = rough
         # At the border of what is a copy the last bits decide.
         which, place = np.nonzero(abs(here - copies.similarity) < PRODUCT_ERROR["float32"])
-        here[which, place] = products(database, first + place, queries.vectors, which)
+        here[which, place] = exact_products(database, first + place, queries.vectors, which)
         every = np.broadcast_to(first + np.arange(len(rows)), here.shape)
         # A few more than k: the products of a block are not to the last bit those that rank.
-        block_best = best(every, np.where(here >= copies.similarity, -np.inf, here), k + 8)
-        ids, scores = best(np.hstack([ids, block_best[0]]), np.hstack([scores, block_best[1]]), k + 8)
+        block_best = best_rows(every, np.where(here >= copies.similarity, -np.inf, here), k + 8)
+        ids, scores = best_rows(np.hstack([ids, block_best[0]]), np.hstack([scores, block_best[1]]), k + 8)
     which, place = np.nonzero(ids >= 0)
-    scores[which, place] = products(database, ids[which, place], queries.vectors, which)
+    scores[which, place] = exact_products(database, ids[which, place], queries.vectors, which)
     scores[scores >= copies.similarity] = -np.inf
-    return best(ids, scores, k)
+    return best_rows(ids, scores, k)

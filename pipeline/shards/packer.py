@@ -97,7 +97,7 @@ class ShardPacker:
         `read` gives the bytes of a row's image; None: they are downloaded. `far`: it reads from a remote store, so
         many rows are read at once.
         """
-        malloc.keep()
+        malloc.keep_freed_memory()
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(self._start_lanes(enumerate(rows), read, far))

@@ -43,7 +43,7 @@ def run_in_process(stage: Stage, items: Sequence[Item]) -> Iterator[Outcome | No
     if (size := stage.together()) > 1:
         for start in range(0, len(items), size):
             for item, record in work_together(stage, items[start:start + size]):
-                if isinstance(record, Exception) and devices.unusable(record):
+                if isinstance(record, Exception) and devices.is_unusable(record):
                     raise record  # this process cannot compute any other item either
                 yield (Outcome(item, record) if isinstance(record, dict) else
                        _tried(stage, item, partial(process_and_commit, stage, item)))
@@ -57,7 +57,7 @@ def run_in_process(stage: Stage, items: Sequence[Item]) -> Iterator[Outcome | No
             except StageFailed:  # the driver's own, heard in the middle of an item
                 raise
             except Exception as error:
-                if devices.unusable(error):
+                if devices.is_unusable(error):
                     raise  # this process cannot compute any other item either
                 failed = partial(_raise, error)
             if before:

@@ -90,7 +90,7 @@ class Stage(ABC):
     def check_device(self) -> None:
         """DeviceUnavailable if this process reserved a GPU for the stage and cannot use it."""
         if self.workers_need_gpu:
-            devices.choose()
+            devices.choose_device()
 
     def together(self, gpu: bool | None = None) -> int:
         """How many items a worker takes at once, where that saves it work; `gpu`: workers have one, None: look here."""

@@ -151,7 +151,7 @@ def _commit(stage: Stage, item: Item, output: Output, scratch: Path, plan: str, 
     # Of the process since its start, which may have done other items: what a machine must have for it.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     record["run"] = {"seconds": round(time.time() - started, 3), "host": platform.node(), "peak_mb": round(peak),
-                     "device": stage.device or devices.describe(stage.precision)}
+                     "device": stage.device or devices.describe_device(stage.precision)}
     if output.times:
         record["run"]["times"] = {name: round(value, 3) if isinstance(value, float) else value
                                   for name, value in sorted(output.times.items())}
@@ -177,7 +177,7 @@ def error_sentence(error: BaseException) -> str:
     if full := storage.disk_full_message(error):
         return full
     text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    explained = devices.explain(error)
+    explained = devices.failure_hint(error)
     return text if "hint:" in text or not explained else f"{text.splitlines()[0]}\n{explained}"
 
 

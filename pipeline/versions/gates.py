@@ -17,7 +17,7 @@ from pipeline.datasets.metadata import labels, metadata
 from pipeline.datasets.takedowns import Forgotten
 from pipeline.embeddings import clip
 from pipeline.embeddings.clip_weights import ClipConfig
-from pipeline.embeddings.embed import encoder_of
+from pipeline.embeddings.embed import dataset_encoder
 from pipeline.indices.searcher import Searcher
 from pipeline.shards.metadata import FORGOTTEN, SUCCESS
 from pipeline.versions.listing import read_listing
@@ -89,11 +89,11 @@ def measure_gates(dataset: Dataset, before: Dataset | None, texts: Sequence[str]
     gates = [_recall(dataset, config), _failed(listing, config)]
     if before:
         gates.append(_lost(listing, before, takedowns.read_takedowns(dataset.root), config))
-    encoder = encoder_of(dataset)
+    encoder = dataset_encoder(dataset)
     others = sorted(name for name, description in pinned.items() if description != encoder)
     gates.append(Gate("encoder", f"{encoder['model']} {encoder.get('pretrained', '')}".strip() if not others else
                       f"another than that of {', '.join(others)}", "that of every consumer", not others))
-    if before and not others and texts and encoder_of(before) == encoder:
+    if before and not others and texts and dataset_encoder(before) == encoder:
         value = overlap(dataset, before, texts, clip_config)
         gates.append(Gate("overlap@10", value, f"at least {config.min_overlap}", value >= config.min_overlap))
     elif before and not texts:
@@ -136,7 +136,7 @@ def _count(truths: pa.ChunkedArray) -> int:
 
 def overlap(dataset: Dataset, before: Dataset, texts: Sequence[str], clip_config: ClipConfig) -> float:
     """overlap@10 of two versions: the mean share of the ten nearest images of each text that is the same."""
-    vectors = clip.load(clip_config).texts(list(texts))
+    vectors = clip.load_encoder(clip_config).texts(list(texts))
     labels_of_versions = []
     for version in (dataset, before):
         rows = Searcher(version).search(vectors, _NEAREST)[0]

@@ -150,13 +150,13 @@ def _latents(beside: _Beside, path: str, record: dict[str, Any]) -> Iterator[dic
 
 def _index(beside: _Beside, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
     from pipeline.indices.faiss_door import UnreadableIndex
-    from pipeline.indices.searcher import Searcher, misnumbered
+    from pipeline.indices.searcher import Searcher, count_misnumbered_rows
     try:
         searcher = Searcher(beside.dataset)
     except (ValueError, UnreadableIndex) as error:
         yield _fault(path, "knn.index", str(error).splitlines()[0])
         return
-    if wrong := misnumbered(searcher.index):
+    if wrong := count_misnumbered_rows(searcher.index):
         yield _fault(path, "knn.index", f"{wrong} of its {searcher.index.ntotal} rows are not in it exactly once")
 
 

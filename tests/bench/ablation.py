@@ -33,7 +33,7 @@ from jobs.cli.main import main as cli_main
 from jobs.config.recipes import emoji_32
 from jobs.evaluation import summary
 from jobs.evaluation.judge_stage import Judging
-from jobs.runs.metrics import read
+from jobs.runs.metrics import read_metrics
 from jobs.runs.run import Run
 from pipeline import storage
 from pipeline.corpora.emoji import STYLES
@@ -153,7 +153,7 @@ def _found(root: Path, row: Row) -> list[dict[str, Any]]:
         # (prompts, styles); one picture of each
         right = np.array([np.array(one["judge"])[:, 0] == one["style"] for one in styles]).T.astype(float)
         clip = np.array([np.array(one["clip"])[:, 0] for one in styles]).T
-        last = read(run, "validation.jsonl")[-1]
+        last = read_metrics(run, "validation.jsonl")[-1]
         found.append({"judge": 100 * right, "clip": clip, "kid": document["ways"][0]["kid"],
                       "loss": last["validation_loss"], "shuffled": last["validation_shuffled"]})
     return found

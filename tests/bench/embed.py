@@ -114,7 +114,7 @@ def _bare(model: str, weights: str, precision: str, pictures: int) -> None:
     from pipeline.embeddings.clip_weights import BUNDLED_MODEL, ClipConfig
     if model == BUNDLED_MODEL:
         weights = "bundled"
-    encoder = clip.load(ClipConfig(model, weights, precision))
+    encoder = clip.load_encoder(ClipConfig(model, weights, precision))
     size = encoder.preprocessing["image_size"]
     batches = [torch.randn(_BATCH, 3, size, size).to(encoder.dtype).contiguous(memory_format=torch.channels_last)
                for _ in range(_BATCHES)]

@@ -32,8 +32,8 @@ def ways(model: str, weights: str) -> dict:
     config, found = ClipConfig(model, weights), {}
     for name, compiled, last in (("as it is", False, False), ("compiled", True, False),
                                  ("channels last", False, True), ("both", True, True)):
-        clip.load_on.cache_clear()  # each has weights of its own
-        one = clip.load(config)
+        clip.load_encoder_on.cache_clear()  # each has weights of its own
+        one = clip.load_encoder(config)
         if last:
             one.model.to(memory_format=torch.channels_last)
         encode = torch.compile(one.model.encode_image) if compiled else one.model.encode_image

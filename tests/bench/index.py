@@ -102,8 +102,8 @@ def clustered(count: int, dim: int, clusters: int, seed: int) -> np.ndarray:
 
 def exact(dataset: Dataset, queries: np.ndarray) -> np.ndarray:
     """The ids of the nearest rows of every query, (Q, 10)."""
-    from pipeline.indices.tune import Queries
-    asked, embeddings = Queries("image", queries), Embeddings(dataset)
+    from pipeline.indices.tune import RecallQueries
+    asked, embeddings = RecallQueries("image", queries), Embeddings(dataset)
     for offset, shard in zip(embeddings.offsets[:-1], embeddings.shards, strict=True):
         asked.look(np.asarray(shard, np.float32), int(offset))
     return asked.ids[:, :_DEPTH]

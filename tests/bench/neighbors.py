@@ -29,10 +29,10 @@ from pipeline.datasets.embeddings import Embeddings
 from pipeline.indices import index
 from pipeline.indices.config import IndexConfig
 from pipeline.indices.searcher import Searcher
-from pipeline.indices.tune import Queries
+from pipeline.indices.tune import RecallQueries
 from pipeline.neighbors import rank
 from pipeline.neighbors.config import NeighborsConfig
-from pipeline.neighbors.exhaustive import Blocks, exhaustive, search_device
+from pipeline.neighbors.exhaustive import BlockSizes, search_device, search_exhaustively
 from pipeline.neighbors.files import load_neighbors
 from pipeline.stages.driver import run_stage
 from tests.pipeline import synthetic
@@ -85,7 +85,7 @@ def exact(queries: Dataset, database: Dataset, turns: int) -> list[tuple[float, 
     device, dtype = search_device()
     vectors, rows = Embeddings(queries).all()[:_EXACT].astype(np.float32), Embeddings(database)
     memory = NeighborsConfig().block_bytes
-    blocks = Blocks(len(vectors), rows.dim, memory, device.type)
+    blocks = BlockSizes(len(vectors), rows.dim, memory, device.type)
     work = 2.0 * len(vectors) * len(rows) * rows.dim
     one = torch.randn(blocks.rows, rows.dim, device=device).to(dtype)
     other = torch.randn(blocks.queries, rows.dim, device=device).to(dtype)
@@ -94,7 +94,7 @@ def exact(queries: Dataset, database: Dataset, turns: int) -> list[tuple[float, 
     found = []
     for _ in range(turns):
         begin = time.perf_counter()
-        rough = exhaustive(vectors, rows, 4 * _K + 20, memory)
+        rough = search_exhaustively(vectors, rows, 4 * _K + 20, memory)
         searched = time.perf_counter()
         rank.rank_candidates(rough, asked, rows, rank.Copies(labels, 2.0), _K)
         settled = time.perf_counter()
@@ -112,7 +112,7 @@ def exact(queries: Dataset, database: Dataset, turns: int) -> list[tuple[float, 
 def recall(found: np.ndarray, vectors: np.ndarray, database: Embeddings) -> float:
     """Share of the exact 20 neighbours of some queries that were found."""
     chosen = np.random.default_rng(5).choice(len(vectors), min(_JUDGED, len(vectors)), replace=False)
-    asked = Queries("image", vectors[chosen].astype(np.float32))
+    asked = RecallQueries("image", vectors[chosen].astype(np.float32))
     for first, rows in database.blocks(50_000):
         asked.look(rows.astype(np.float32), first)
     hits = [len(np.intersect1d(one, other)) for one, other in zip(asked.ids[:, :_K], found[chosen], strict=True)]

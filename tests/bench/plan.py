@@ -35,7 +35,7 @@ from jobs.config.settings import Settings
 from jobs.planning import rates, rates_from_manifests
 from jobs.planning.cost_model import Build, costs, neighbors_exact, neighbors_index
 from jobs.planning.rates import Rates
-from jobs.runs.metrics import read
+from jobs.runs.metrics import read_metrics
 from jobs.runs.run import Run
 from jobs.training.train_stage import Job, Training
 from jobs.training.worker import train_in_processes
@@ -103,7 +103,7 @@ def seconds(root: Path, shares: Shares) -> dict[str, float]:
     """The processor's seconds of each stage."""
     dataset = Dataset.parse(str(root), "drawn")
     found = {name: dataset.manifest(folder)["run"]["seconds"] for name, folder in _FOLDERS.items()}
-    found["train"] = read(Run.parse(str(root), "run"))[-1]["seconds"]
+    found["train"] = read_metrics(Run.parse(str(root), "run"))[-1]["seconds"]
     return {name: shares[name] * one for name, one in found.items()}
 
 

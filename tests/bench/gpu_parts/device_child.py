@@ -15,7 +15,7 @@ def provoke(what: str) -> None:
 
     if what in ("hidden card", "absent card"):
         devices.reserve("cuda")
-        devices.choose()
+        devices.choose_device()
     if what == "device-side assert":
         torch.zeros(4, device="cuda")[torch.tensor([1 << 20], device="cuda")].cpu()
     if what == "out of memory":
@@ -40,7 +40,7 @@ def main() -> None:
         provoke(sys.argv[1])
         found = {"kind": "fine", "type": "", "text": ""}
     except Exception as error:
-        found = {"kind": devices.kind_of(error), "type": type(error).__name__,
+        found = {"kind": devices.failure_kind(error), "type": type(error).__name__,
                  "text": " ".join(str(error).split("\n")[:2])}
     print(json.dumps(found))
 

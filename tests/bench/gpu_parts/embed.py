@@ -39,8 +39,8 @@ def _encoder(model: str) -> Any:
     from pipeline.embeddings import clip
     from pipeline.embeddings.clip_weights import BUNDLED_MODEL, RANDOM, ClipConfig
     pretrained = "bundled" if model == BUNDLED_MODEL else RANDOM
-    clip.load_on.cache_clear()
-    return clip.load(ClipConfig(model=model, pretrained=pretrained))
+    clip.load_encoder_on.cache_clear()
+    return clip.load_encoder(ClipConfig(model=model, pretrained=pretrained))
 
 
 def _on_pixels(report: Report, encoder: Any, model: str, batch: int) -> float:
@@ -101,7 +101,7 @@ def _precision(report: Report, encoder: Any, model: str, batch: int) -> None:
     pixels = pixels.permute(0, 2, 3, 1).contiguous().numpy()
     vectors = encoder.images(pixels)
     config = ClipConfig(model=model, pretrained=RANDOM, precision="fp32")
-    exact = clip.load_on.__wrapped__(config, False, encoder.device)
+    exact = clip.load_encoder_on.__wrapped__(config, False, encoder.device)
     exact.model.load_state_dict(encoder.model.state_dict())  # copies bf16 into fp32, exactly
     reference = exact.images(pixels[:report.size(128, 8)])
     cosine = (vectors[:len(reference)] * reference).sum(1).min()
@@ -130,7 +130,7 @@ def _on_tars(report: Report, encoder: Any, model: str, batch: int, bare: float,
 
 def _tars_rate(report: Report, encoder: Any, batch: int, bare: float, side: int, threads: int) -> tuple[float, str]:
     """Images a second of the embed stage's own loop, and where its time went."""
-    from pipeline.embeddings.encode_shards import Room, ShardInput, encode_parts
+    from pipeline.embeddings.encode_shards import MemoryPlan, ShardInput, encode_parts
     from pipeline.stages.timers import Times
     tar, count = _tar(report, side)
     # About three seconds at the rate of the bare pass, or at that of decoding.
@@ -140,7 +140,7 @@ def _tars_rate(report: Report, encoder: Any, batch: int, bare: float, side: int,
         shards = shards[:1]
     times, first, seen = Times(), 0, 0
     begun = time.perf_counter() if report.small else 0.0
-    parts = encode_parts(encoder, shards, batch, Room(min(threads, 16), 4 * threads), None, times)
+    parts = encode_parts(encoder, shards, batch, MemoryPlan(min(threads, 16), 4 * threads), None, times)
     for part in parts:
         if not begun:  # the time to fill the queue is no part of a rate
             begun, first = time.perf_counter(), len(part.keys)

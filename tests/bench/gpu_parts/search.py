@@ -12,7 +12,7 @@ _DIM, _WANTED = 512, 100
 
 def run(report: Report) -> None:
     """Search a database in files, compare with exact products, and time it."""
-    from pipeline.neighbors.exhaustive import exhaustive, search_device
+    from pipeline.neighbors.exhaustive import search_device, search_exhaustively
     rows, count = report.size(4_000_000, 20_000), report.size(65_536, 512)
     device, dtype = search_device()
     rate = products_per_second(device, dtype, report.size(8192, 512))
@@ -33,19 +33,19 @@ def run(report: Report) -> None:
     if report.device.type == "cuda":
         with report.attempt("waits"):
             few = _View(database, 1 << 19)
-            places = synchronizations(lambda: exhaustive(queries[:4096], few, _WANTED, 8 << 30), report.device)
+            places = synchronizations(lambda: search_exhaustively(queries[:4096], few, _WANTED, 8 << 30), report.device)
             report.figure("waits for the GPU in a search of 0.5 M rows", len(places), "", lines_by_count(places))
 
 
 def _timed(report: Report, database: Any, queries: np.ndarray, memory: int, name: str, rate: float, read: float
            ) -> None:
-    from pipeline.neighbors.exhaustive import exhaustive
+    from pipeline.neighbors.exhaustive import search_exhaustively
     from pipeline.stages.timers import Times
     few = _View(database, 1 << 18)
-    exhaustive(queries[:256], few, _WANTED, memory)  # loads kernels
+    search_exhaustively(queries[:256], few, _WANTED, memory)  # loads kernels
     times = Times()
     begun = time.perf_counter()
-    exhaustive(queries, database, _WANTED, memory, times)
+    search_exhaustively(queries, database, _WANTED, memory, times)
     taken = time.perf_counter() - begun
     operations = 2.0 * len(queries) * len(database) * _DIM
     spent = ", ".join(f"{what} {seconds:.1f}" for what, seconds in times.taken().items())
@@ -57,8 +57,8 @@ def _timed(report: Report, database: Any, queries: np.ndarray, memory: int, name
 
 def _compare(report: Report, database: Any, queries: np.ndarray) -> None:
     """Against float32 products of all rows on the device."""
-    from pipeline.neighbors.exhaustive import exhaustive
-    found = exhaustive(queries, database, _WANTED, 1 << 30)
+    from pipeline.neighbors.exhaustive import search_exhaustively
+    found = search_exhaustively(queries, database, _WANTED, 1 << 30)
     there = torch.from_numpy(queries).to(report.device)
     values, ids = [], []
     torch.backends.cuda.matmul.allow_tf32 = False

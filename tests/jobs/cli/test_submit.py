@@ -111,13 +111,13 @@ def test_a_job_looks_for_its_secrets_first(monkeypatch: pytest.MonkeyPatch, caps
 def test_a_signal_that_is_held_comes_at_the_end_and_only_then() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         before, reached = signal.getsignal(signal.SIGINT), False
-        with pytest.raises(KeyboardInterrupt), interrupts.held():
+        with pytest.raises(KeyboardInterrupt), interrupts.defer_interrupts():
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))  # as Ray does
             os.kill(os.getpid(), number)
             time.sleep(0.05)
             reached = True
         assert reached and signal.getsignal(signal.SIGINT) is before
-    with interrupts.held():
+    with interrupts.defer_interrupts():
         pass
 
 

@@ -215,9 +215,9 @@ class Talking(Stage):
 
 @pytest.fixture
 def spoken() -> Iterator[None]:
-    logs.speak("json")
+    logs.configure_logging("json")
     yield
-    logs.speak("text")
+    logs.configure_logging("text")
 
 
 def test_workers_speak_as_their_driver_does(cluster, pool, tmp_path: Path, spoken: None) -> None:

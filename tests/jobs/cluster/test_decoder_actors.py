@@ -83,7 +83,7 @@ def test_decoders_elsewhere_give_the_same_bytes_and_may_die(all_die, gpu_node, t
     wanted = without_run_facts(run_stage(Embed(alone, EmbedConfig(batch_size=8))))
     pool = Pool(ClusterConfig(workers=1, gpus=1, decoders=2))
     try:
-        pool.decoders = decoder_actors.start(2)
+        pool.decoders = decoder_actors.start_decoders(2)
         before = ray.get([one.ping.remote() for one in pool.decoders])
         assert len({pid for pid, _ in before}) == 2 and gpu_node not in {node for _, node in before}
         sealed = run_stage(Killing(lent, EmbedConfig(batch_size=8), [pid for pid, _ in before][:1 + all_die]), pool)
@@ -110,7 +110,7 @@ def _again(handle: Any) -> tuple[int, str]:
 
 
 def test_a_worker_asks_a_bounded_number_and_only_those_that_answer(cluster) -> None:
-    handles = decoder_actors.start(3)
+    handles = decoder_actors.start_decoders(3)
     try:
         asked = Decoders(handles, workers=2)
         assert asked.at_once == 3 and Decoders([], workers=2).at_once == 2
@@ -118,7 +118,7 @@ def test_a_worker_asks_a_bounded_number_and_only_those_that_answer(cluster) -> N
         settings = describe_encoder(ClipConfig())["preprocessing"]
         ray.get([one.ping.remote() for one in handles])
         for wanted in (settings, settings | {"resize": "longest", "fill_color": 9}):  # the second by open_clip
-            here, there = decode_batch.by_description(data, wanted), asked(data, wanted)
+            here, there = decode_batch.decode_by_description(data, wanted), asked(data, wanted)
             assert there.there == here.there == [0, 2] and there.pictures.flags.writeable
             np.testing.assert_array_equal(there.pictures, here.pictures)
         assert asked([b"none"], settings).pictures is None

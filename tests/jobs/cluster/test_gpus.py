@@ -63,11 +63,11 @@ def test_each_kind_of_failure_has_a_sentence_a_hint_and_exit_code_1(root: str, t
 
     monkeypatch.setattr(devices, "_probe", probe)
     from pipeline.embeddings import clip
-    clip.load_on.cache_clear()
+    clip.load_encoder_on.cache_clear()
     assert main([*_commands(root)["embed"], "--gpus", "1"]) == 1
     said = capsys.readouterr().err
     assert text[:40] in said and sentence in said and "hint: " in said and "Traceback" not in said
-    clip.load_on.cache_clear()
+    clip.load_encoder_on.cache_clear()
 
 
 def test_an_encoder_that_does_not_fit_the_gpu_is_no_fault_of_its_weights(root: str, capsys: Any,
@@ -80,7 +80,7 @@ def test_an_encoder_that_does_not_fit_the_gpu_is_no_fault_of_its_weights(root: s
     def create(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError(FULL)
 
-    clip.load_on.cache_clear()
+    clip.load_encoder_on.cache_clear()
     monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
     assert main(_commands(root)["embed"]) == 1
     said = capsys.readouterr().err
@@ -107,8 +107,8 @@ def test_zero_gpus_is_the_cpu_although_there_is_one(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     devices._mention_unused.cache_clear()
-    with caplog.at_level("INFO"), devices.reserving("cpu"):
-        assert devices.choose().type == devices.choose().type == "cpu"
+    with caplog.at_level("INFO"), devices.reserve_temporarily("cpu"):
+        assert devices.choose_device().type == devices.choose_device().type == "cpu"
     assert [record.message for record in caplog.records] == [
         "this computes on the CPU, as --gpus 0 says; there is a GPU here: NVIDIA H200"]
 
@@ -155,10 +155,10 @@ def test_a_slice_of_a_gpu_is_named_once(caplog: Any) -> None:
 
 
 def test_what_was_reserved_ends_with_its_block() -> None:
-    before = devices.reserved()
-    with devices.reserving("cuda"):
-        assert devices.reserved() == "cuda" and os.environ["RDM_DEVICE"] == "cuda"
-    assert devices.reserved() == before
+    before = devices.reserved_device()
+    with devices.reserve_temporarily("cuda"):
+        assert devices.reserved_device() == "cuda" and os.environ["RDM_DEVICE"] == "cuda"
+    assert devices.reserved_device() == before
 
 
 @pytest.mark.parametrize("count", ["2", "1.5", "-1", "nan"])
@@ -257,7 +257,7 @@ class _Look(Stage):
         return [Item("0")]
 
     def process(self, item: Item, scratch: Path) -> Output:
-        return Output(samples=1, info={"reserved": devices.reserved(),
+        return Output(samples=1, info={"reserved": devices.reserved_device(),
                                        "visible": os.environ.get("CUDA_VISIBLE_DEVICES")})
 
 

@@ -42,7 +42,7 @@ def task(number: int) -> Task:
 def test_a_failed_device_retires_its_worker_and_the_second_time_its_place() -> None:
     blame = Blame(4)
     one, other = worker(finished=0), worker(finished=0)
-    assert blame.failed(one, task(0), CUDA) == f"{devices.sentence('device lost')}: {CUDA.error}"
+    assert blame.failed(one, task(0), CUDA) == f"{devices.describe_failure('device lost')}: {CUDA.error}"
     assert not blame.broken(one.place)
     assert blame.failed(other, task(0), CUDA) and blame.broken(one.place)
     assert not blame.broken(worker(1).place) and not blame.broken(worker(0, visible="1").place)
@@ -125,7 +125,7 @@ def test_out_of_memory_twice_in_a_row_retires_a_worker_once_others_finish_an_ite
     assert list(blame.finished(good, first, 1)) == []  # once is no pattern
     blame.failed(full, second, MEMORY)
     [(retired, reason)] = blame.finished(good, second, 1)
-    assert retired is full and reason.startswith(devices.sentence("out of memory"))
+    assert retired is full and reason.startswith(devices.describe_failure("out of memory"))
 
 
 def test_failures_on_workers_that_finish_nothing_count_only_if_nobody_finishes_anything() -> None:

@@ -98,7 +98,8 @@ def seen(cluster: Any, tmp_path_factory: pytest.TempPathFactory, drawn_pictures:
         patch.setattr(progress, "period", lambda folder: 0.5)
         patch.setattr(inspection_prometheus, "period", lambda root: 0.5)
         patch.setenv("OMP_NUM_THREADS", "1")
-        threading.Thread(target=inspection_prometheus.serve, args=(root, f"127.0.0.1:{port}"), daemon=True).start()
+        threading.Thread(target=inspection_prometheus.serve_metrics, args=(root, f"127.0.0.1:{port}"),
+                         daemon=True).start()
         with prometheus_server.running(folder / "prometheus", str(folder / "prom_metrics_service_discovery.json"),
                                 port) as server:
             begun = time.time()

@@ -53,7 +53,7 @@ def test_a_look_has_what_is_published_under_way_failed_and_left(root: str) -> No
     Path(root, "runs/small/manifest.json").unlink()
     storage.put_json({"launch": "", "kind": "FloatingPointError", "message": "step 4: loss nan\nhint", "at": 1.0},
                      Run.parse(root, "small").fault_address)
-    now = watch.look(root)
+    now = watch.read_snapshot(root)
     stages = {(one["dataset"], one["stage"]): one for one in now["stages"]}
     under_way = stages["flat", "embed"]
     assert (under_way["rows"], under_way["of_rows"], under_way["rate"], under_way["seconds_left"]) == (30, 120, 10.0, 9)
@@ -62,7 +62,7 @@ def test_a_look_has_what_is_published_under_way_failed_and_left(root: str) -> No
     run = stages["drawn", "train"]
     assert (run["run"], run["step"], run["state"], run["error"]) == ("small", 3, "failed", "step 4: loss nan")
     assert now["published"]["drawn"]["number"] == 7
-    shown = watch.text(now)
+    shown = watch.snapshot_text(now)
     lines = {line.split("  ")[0] for line in shown.splitlines()}
     assert {"drawn", "flat", "hatched", "outline"} <= lines
     row = next(line for line in shown.splitlines() if "published" in line and "drawn" in line)
@@ -74,21 +74,21 @@ def test_a_look_has_what_is_published_under_way_failed_and_left(root: str) -> No
 def test_a_driver_that_is_gone_is_silent(root: str) -> None:
     address = storage.join(root, "datasets/flat/v1/embeddings/progress.json")
     storage.put_json(storage.read_json(address) | {"updated": time.time() - 600}, address)
-    one = next(one for one in watch.look(root)["stages"] if one["path"] == "datasets/flat/v1/embeddings")
+    one = next(one for one in watch.read_snapshot(root)["stages"] if one["path"] == "datasets/flat/v1/embeddings")
     assert one["rate"] is None and one["silent_s"] == pytest.approx(600, abs=5)
-    assert "silent for 10 min" in watch.text(watch.look(root))
+    assert "silent for 10 min" in watch.snapshot_text(watch.read_snapshot(root))
 
 
 def test_a_root_that_cannot_be_read_for_a_moment_is_said(root: str, monkeypatch) -> None:
-    looks = watch._looks(root, 0.0)
+    looks = watch._snapshots(root, 0.0)
     first = next(looks)
 
     def broken(root: str) -> Any:
         raise OSError("the store does not answer")
 
-    monkeypatch.setattr(watch, "look", broken)
+    monkeypatch.setattr(watch, "read_snapshot", broken)
     second = next(looks)
-    assert second["stages"] == first["stages"] and "the store does not answer" in watch.text(second)
+    assert second["stages"] == first["stages"] and "the store does not answer" in watch.snapshot_text(second)
     monkeypatch.undo()
     assert "error" not in next(looks)
 

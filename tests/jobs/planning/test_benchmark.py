@@ -11,7 +11,7 @@ import pytest
 
 from jobs.cli.main import main
 from jobs.planning import rates, synthetic_data
-from jobs.runs.metrics import read
+from jobs.runs.metrics import read_metrics
 from jobs.runs.run import Run
 from jobs.training.train_stage import Job
 from jobs.training.worker import train_in_processes
@@ -80,7 +80,7 @@ def test_steps_take_what_training_takes(prepared: Path, tmp_path: Path) -> None:
     dataset = Dataset.parse(str(prepared), "drawn")
     run = Run.parse(str(tmp_path), "run")
     assert train_in_processes(Job(run, dataset, dataset, replace(config, checkpoint_every=60)))
-    lines = read(run)
+    lines = read_metrics(run)
     real = (lines[-1]["seconds"] - lines[0]["seconds"]) / 50
     info = run_stage(synthetic_data.Steps(str(tmp_path / "steps"), config, 32, 16, 10 * real, 1))["items"][0]["info"]
     assert info["batch"] <= 16 and info["parameters"] > 1e5

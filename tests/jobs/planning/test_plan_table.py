@@ -15,7 +15,7 @@ from jobs.planning import plan_table, rates, rates_from_manifests
 from jobs.planning.config import PlanConfig
 from jobs.planning.cost_model import Build, Cost, Prices, compared_rows, costs, exact_amounts, index, training_flop
 from jobs.planning.rates import Rates
-from jobs.runs.metrics import read
+from jobs.runs.metrics import read_metrics
 from jobs.runs.run import Run
 from jobs.training.train_stage import Job, Training
 from jobs.training.worker import train_in_processes
@@ -87,7 +87,7 @@ def test_the_run_that_the_rates_are_of_is_foretold_as_it_was(root: Path, known: 
         stored = manifest["totals"]["bytes"] + sum(file["bytes"] for file in manifest["files"])
         assert found[name].written == pytest.approx(stored, rel=1e-9), name
     run = Run.parse(str(root), "run")
-    assert found["train"].worker_seconds == pytest.approx(read(run)[-1]["seconds"], rel=1e-9)
+    assert found["train"].worker_seconds == pytest.approx(read_metrics(run)[-1]["seconds"], rel=1e-9)
     stored = sum(file["bytes"] for step in run.steps() for file in run.checkpoint(step)["files"])
     assert found["train"].written == pytest.approx(stored, rel=0.1) and found["train"].kept == found["train"].written
     assert known.defaults == ("storage",)

@@ -29,7 +29,7 @@ from pipeline.datasets import hidden_rows, published
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.metadata import metadata
-from pipeline.embeddings.embed import EmbedConfig, encoder_of
+from pipeline.embeddings.embed import EmbedConfig, dataset_encoder
 from pipeline.indices.config import IndexConfig
 from pipeline.indices.searcher import Searcher
 from pipeline.sources.config import DownloadConfig, ShardConfig
@@ -372,7 +372,7 @@ def test_gc_leaves_what_is_needed(place: Path) -> None:
     run = place / "root" / "runs" / "consumer"
     run.mkdir(parents=True)
     (run / "plan.json").write_text(json.dumps({
-        "stage": "train", "items": [], "section": {"encoder": encoder_of(current(root)), "database": f"{NAME}@v2"},
+        "stage": "train", "items": [], "section": {"encoder": dataset_encoder(current(root)), "database": f"{NAME}@v2"},
         "inputs": {"database": {"path": f"datasets/{NAME}/v2/embeddings", "digest": ""}}}))
     assert published.reader(root, NAME, Run(root, "consumer").planned()["database"]).version == "v2"
     assert all(one["kept"] for one in collect_garbage(root, NAME, GcConfig(keep=1)))  # the lease

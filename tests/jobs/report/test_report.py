@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from jobs.report import report, tables
-from jobs.report.collect import Root
-from jobs.report.images import spread
+from jobs.report.collect import RootContents
+from jobs.report.images import spread_rows
 from jobs.report.render import Album, render
 from jobs.runs.run import Run
 from jobs.sampling.config import SampleConfig
@@ -64,7 +64,7 @@ class Document(HTMLParser):
 
 
 def written(root: Path) -> str:
-    report.write(str(root), str(root / "report.html"))
+    report.write_report(str(root), str(root / "report.html"))
     return (root / "report.html").read_text()
 
 
@@ -208,10 +208,10 @@ def test_unfinished_and_failed_stages_are_told(root: Path, tmp_path: Path):
 
 
 def test_rows_are_spread_over_few_shards():
-    assert spread([10, 0, 10], 4) == [2, 7, 12, 17]
-    assert spread([], 4) == [] and spread([0], 4) == []
-    assert spread([3], 40) == [0, 1, 2]
-    many = spread([1000] * 5000, 40)
+    assert spread_rows([10, 0, 10], 4) == [2, 7, 12, 17]
+    assert spread_rows([], 4) == [] and spread_rows([0], 4) == []
+    assert spread_rows([3], 40) == [0, 1, 2]
+    many = spread_rows([1000] * 5000, 40)
     assert many == sorted(set(many)) and len(many) == 40
     assert len({row // 1000 for row in many}) <= 6
 
@@ -254,7 +254,7 @@ def test_indices_with_a_knob_show_their_tuning(tmp_path: Path):
     vectors = synthetic.clustered(2000, 16, clusters=200, spread=1.0)
     run_stage(Index(synthetic.given(tmp_path, "knob", [vectors]), IndexConfig(key="IVF16,SQ8", target_recall=1.0)))
     run_stage(Index(synthetic.given(tmp_path, "none", [vectors]), IndexConfig(key="SQ8")))
-    document = Document(tables.tuning(Root(str(tmp_path))))
+    document = Document(tables.tuning(RootContents(str(tmp_path))))
     assert "knob IVF16,SQ8" in document.text and "images as queries" in document.text
     curve_ = Dataset.parse(str(tmp_path), "knob").manifest("index")["info"]["curve"]
     assert len(curve_) > 1

@@ -98,7 +98,7 @@ def test_without_the_new_flags_a_folder_is_what_it_was(root: Path) -> None:
         f"flat/{name}{end}" for name in ("00-a-red-circle", "01-a-blue-square")
         for end in (".png", "-neighbor-0.png", "-neighbor-1.png", "-neighbor-2.png")}
     told = json.loads(Path(sampling.folder, "samples.json").read_text())["pictures"]
-    ids, _ = Searcher(flat).search(clip.load(ClipConfig()).texts(PROMPTS), 3)
+    ids, _ = Searcher(flat).search(clip.load_encoder(ClipConfig()).texts(PROMPTS), 3)
     assert [_rows(one) for one in told] == ids.tolist()
     assert [(one["kind"], one["prompt"], one["position"]) for one in told] == [
         ("prompt", prompt, number) for number, prompt in enumerate(PROMPTS)]
@@ -210,7 +210,7 @@ def test_a_picture_stands_where_a_prompt_would(root: Path, picture: Path, drawn_
     assert told[1]["file"] == "flat/01-my-apple.png"
     kept = sorted((drawn_pictures / "flat").glob("*.png"))[3]
     assert told[1]["neighbors"][0]["sha256"] == hashlib.sha256(kept.read_bytes()).hexdigest()
-    encoder, searcher = clip.load(ClipConfig()), Searcher(_dataset(root, "flat"))
+    encoder, searcher = clip.load_encoder(ClipConfig()), Searcher(_dataset(root, "flat"))
     vector = encoder.images(np.stack([encoder.prepared(picture.read_bytes())]))
     context = np.concatenate([vector, searcher.embeddings.rows(np.array(_rows(told[1]))).astype(np.float32)])
     drawer = open_generator(Run.parse(str(root), "small"), 3)
@@ -224,7 +224,7 @@ def test_a_picture_stands_where_a_prompt_would(root: Path, picture: Path, drawn_
 def test_neighbours_out_of_a_pool(root: Path) -> None:
     asked = ("--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--database", "flat", "--unconditional", "1")
     told = _sampled(root, "pool", *asked, "--pool", "8")
-    texts = clip.load(ClipConfig()).texts(PROMPTS)
+    texts = clip.load_encoder(ClipConfig()).texts(PROMPTS)
     near, _ = Searcher(_dataset(root, "flat")).search(texts, 8)
     ranks = [[near[number].tolist().index(row) for row in _rows(told[number])] for number in range(2)]
     assert all(one == sorted(set(one)) and len(one) == 3 for one in ranks) and ranks[0] != ranks[1]
@@ -243,7 +243,7 @@ def test_a_mixture_shares_out_the_neighbours(root: Path) -> None:
     told = _sampled(root, "mixed", "--k", "4", "--prompt", PROMPTS[0], "--unconditional", "4", "--database",
                     "flat:3+hatched:1", "--database", "hatched")
     mixed = [one for one in told if one["database"] == "flat:3+hatched:1"]
-    text = clip.load(ClipConfig()).texts(PROMPTS[:1])
+    text = clip.load_encoder(ClipConfig()).texts(PROMPTS[:1])
     nearest = {name: Searcher(_dataset(root, name)).search(text, count)[0][0].tolist()
                for name, count in (("flat", 3), ("hatched", 1))}
     for name, rows in nearest.items():
@@ -265,7 +265,7 @@ def test_a_mixture_shares_out_the_neighbours(root: Path) -> None:
 def test_the_report_shows_what_was_asked_for(root: Path, picture: Path) -> None:
     _sampled(root, "all", "--prompt", PROMPTS[0], "--image", str(picture), "--unconditional", "1", "--top-m", "0.5",
              "--pool", "5", "--database", "flat+hatched")
-    report.write(str(root), str(root / "report.html"))
+    report.write_report(str(root), str(root / "report.html"))
     page = (root / "report.html").read_text()
     assert "could not be read" not in page
     for words in ("My Apple.webp", "from p_D", "flat+hatched", "among the 50 % of all rows", "from the 5 nearest",

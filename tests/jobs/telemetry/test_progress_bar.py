@@ -19,9 +19,10 @@ import pytest
 _LONG = "a warning of " + "many " * 30 + "words"
 _STAGE = f"""
 import logging, sys, time
-from jobs import cli, logs, watched
-from pipeline import stage
-from pipeline.stage import Item, Output, Stage, StageFailed
+from jobs.cli import main as cli
+from jobs.telemetry.observe import run_observed
+from pipeline.stages.stage import Stage
+from pipeline.stages.types import Item, Output, StageFailed
 
 class Slow(Stage):
     name = "slow"
@@ -43,7 +44,7 @@ class Slow(Stage):
         return Output(samples=100, info={{"rows": 100}})
 
 def act(arguments):
-    watched.run(Slow(sys.argv[1]), name="[slow] stage")
+    run_observed(Slow(sys.argv[1]), name="[slow] stage")
     print('{{"data": true}}')
     return 0
 

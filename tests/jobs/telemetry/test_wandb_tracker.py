@@ -16,7 +16,7 @@ from PIL import Image
 
 from jobs.cli.main import main
 from jobs.runs.labels import run_labels
-from jobs.runs.metrics import read
+from jobs.runs.metrics import read_metrics
 from jobs.runs.run import Run
 from jobs.telemetry import wandb_tracker
 from pipeline import storage
@@ -104,7 +104,7 @@ root, first, last, ends, *validates = sys.argv[1], *map(int, sys.argv[2:])
 dataset = Dataset.parse(root, "drawn")
 job = Job(Run.parse(root, "small"), dataset, dataset, tiny())
 metrics = Metrics(job.run, first)
-tracker = wandb_tracker.tracker_of_run(job, run_labels("drawn", "v1", "small"))
+tracker = wandb_tracker.start_run_tracker(job, run_labels("drawn", "v1", "small"))
 for step in range(first + 1, last + 1):
     tracker.add(metrics.add({"step": step, "loss": 1 / step, "seconds": 0.1}), hold=True)
     if validates and step % 6 == 0:
@@ -170,7 +170,7 @@ def test_sessions_that_finished_stay_and_those_that_were_killed_do_not(tmp_path:
     assert _steps(_sessions(run)) == [list(range(1, 13)), list(range(13, 31)), list(range(31, 34))]
     assert _steps(_unfinished(run)) == [list(range(13, 18)), []]
     losses = [line["loss"] for one in _sessions(run) for line in one["history"]]
-    assert losses == [line["loss"] for line in read(Run.parse(str(tmp_path), "small"))] == [
+    assert losses == [line["loss"] for line in read_metrics(Run.parse(str(tmp_path), "small"))] == [
         1 / step for step in range(1, 34)]
 
 
@@ -255,7 +255,7 @@ def test_a_run_killed_and_resumed_is_one_curve_offline(root: Path, lines: int) -
     assert done.returncode == 0, done.stderr
     (first,), (second,) = _unfinished(root / "runs/small"), _sessions(root / "runs/small")
     assert first["history"] == kept and second["id"] == storage.read_json(str(root / "runs/small/wandb.json"))["id"]
-    curve_of = {line["step"]: line["loss"] for line in read(Run.parse(str(root), "small"))}
+    curve_of = {line["step"]: line["loss"] for line in read_metrics(Run.parse(str(root), "small"))}
     told = [(line["_step"], line["loss"]) for line in second["history"]]
     # Nothing twice, nothing missing, and nothing from steps that the killed process had not saved.
     assert told == sorted(curve_of.items()) and [step for step, _ in told] == list(range(1, steps + 1))
@@ -292,7 +292,7 @@ def test_none_is_none(root: Path) -> None:
     subprocess.run(_train(root, "--steps", "2", "--tracker", "none"), env=_environment(), check=True,
                    capture_output=True)
     assert not (root / "runs/small/wandb").exists() and not (root / "runs/small/wandb.json").exists()
-    assert len(read(Run.parse(str(root), "small"))) == 2
+    assert len(read_metrics(Run.parse(str(root), "small"))) == 2
 
 
 @pytest.mark.parametrize(("tracker", "by_default", "mode", "asked"), [
@@ -300,17 +300,17 @@ def test_none_is_none(root: Path) -> None:
     ("wandb", True, "disabled", False)])
 def test_who_is_told(tracker: str, by_default: bool, mode: str, asked: bool, monkeypatch) -> None:
     monkeypatch.setenv("WANDB_MODE", mode)
-    assert wandb_tracker.wanted(tracker, by_default) is asked
+    assert wandb_tracker.is_wanted(tracker, by_default) is asked
 
 
 def test_inputs_become_artifacts_told_apart_by_content() -> None:
     inputs = {"shards": {"path": "datasets/a/v1/shards", "digest": "1" * 64},
               "neighbors": {"path": "datasets/a/v1/neighbors/b@v2", "digest": "2" * 64}}
-    one, other = wandb_tracker.artifacts(inputs)
-    again = wandb_tracker.artifacts(inputs | {"shards": {"path": "datasets/a/v1/shards", "digest": "3" * 64}})[0]
+    one, other = wandb_tracker.make_artifacts(inputs)
+    again = wandb_tracker.make_artifacts(inputs | {"shards": {"path": "datasets/a/v1/shards", "digest": "3" * 64}})[0]
     assert (one.name, one.type, one.metadata["content"]) == ("datasets-a-v1-shards", "shards", "1" * 64)
     assert other.name == "datasets-a-v1-neighbors-b-v2"
-    assert one.digest != again.digest and one.digest == wandb_tracker.artifacts(inputs)[0].digest
+    assert one.digest != again.digest and one.digest == wandb_tracker.make_artifacts(inputs)[0].digest
 
 
 @pytest.mark.slow

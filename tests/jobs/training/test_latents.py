@@ -15,7 +15,7 @@ from PIL import Image
 
 from jobs.cli.main import main
 from jobs.config.recipes import tiny
-from jobs.runs.metrics import read
+from jobs.runs.metrics import read_metrics
 from jobs.runs.run import Run
 from jobs.sampling.config import SampleConfig
 from jobs.sampling.generator import Drawer
@@ -119,7 +119,7 @@ def test_latents_are_made_in_smaller_batches_after_out_of_memory(root: Path, aut
         return moments(self, pictures)
 
     monkeypatch.setattr(first_stage.FirstStage, "moments", limited)
-    monkeypatch.setattr(latents, "_fit", devices.Fit())
+    monkeypatch.setattr(latents, "_fit", devices.BatchFit())
     sealed = run_stage(one, overwrite=True)
     np.testing.assert_allclose(rows().astype(np.float32), plain.astype(np.float32), atol=4e-3 * abs(plain).max())
     assert sealed["run"]["items_with_halved_batches"] == len(sealed["items"])
@@ -215,7 +215,7 @@ def test_validation_of_a_run_on_latents_shows_what_sample_draws_and_changes_noth
     assert train_in_processes(_job(root, "with", "drawn")) and train_in_processes(_job(root, "without"))
     one, other = (Run.parse(str(root), name) for name in ("with", "without"))
     assert one.checkpoint(2)["content"] == other.checkpoint(2)["content"]
-    assert [line["step"] for line in read(one, "validation.jsonl")] == [1, 2]
+    assert [line["step"] for line in read_metrics(one, "validation.jsonl")] == [1, 2]
     # The same noise and neighbours: the grid has what the run's own drawer makes of them.
     look, network = Validation(_job(root, "with", "drawn"), drawn), checkpoint.load_denoiser(one.fetch(2))[0]
     found = look.drawn(network, torch.device("cpu"))
@@ -250,7 +250,7 @@ def test_without_its_first_stage_a_run_goes_on_and_says_so_once(
     shutil.rmtree(folder)
     assert train_in_processes(_job(root, "blind", "drawn"))
     assert caplog.text.count("validation draws no pictures") == 1 and str(folder) in caplog.text
-    assert [line["step"] for line in read(Run.parse(str(root), "blind"), "validation.jsonl")] == [1, 2]
+    assert [line["step"] for line in read_metrics(Run.parse(str(root), "blind"), "validation.jsonl")] == [1, 2]
     assert not (root / "runs/blind/validation").exists()
     assert main(["report", "--root", str(root)]) == 0
     assert "drawn in validation" not in (root / "report.html").read_text()

@@ -18,7 +18,7 @@ from PIL import Image
 from jobs.cli.main import main
 from jobs.cli.model import train as train_run
 from jobs.config.recipes import tiny
-from jobs.runs.metrics import read
+from jobs.runs.metrics import read_metrics
 from jobs.runs.run import Run
 from jobs.training.train_stage import Job, Training
 from jobs.training.worker import train_in_processes, train_process
@@ -225,13 +225,13 @@ def test_validation_tells_whether_neighbours_are_used_and_changes_nothing(root: 
         assert train_in_processes(Job(Run.parse(str(root), name), dataset, dataset, config, validation=validation))
     one, other = (Run.parse(str(root), name) for name in ("with", "without"))
     assert one.checkpoint(24)["content"] == other.checkpoint(24)["content"]
-    found = read(one, "validation.jsonl")
-    assert [line["step"] for line in found] == [12, 24] and read(other, "validation.jsonl") == []
+    found = read_metrics(one, "validation.jsonl")
+    assert [line["step"] for line in found] == [12, 24] and read_metrics(other, "validation.jsonl") == []
     for line in found:
         assert {"validation_loss", "validation_shuffled", "validation_nobody"} <= line.keys()
         assert Image.open(io.BytesIO((root / f"runs/with/validation/{line['step']:07d}.png").read_bytes())).width > 300
     assert len({line["validation_loss"] for line in found}) == 2
-    assert [line["step"] for line in read(one)] == list(range(1, 25))
+    assert [line["step"] for line in read_metrics(one)] == list(range(1, 25))
     assert main(["train", "with", "--dataset", "drawn", "--validation", "nowhere", "--root", str(root), "--config",
                      str(root / "settings.toml"), "--local", "--overwrite"]) == 2
 
@@ -309,7 +309,7 @@ def test_with_a_node_lost_it_goes_on_with_fewer_and_takes_it_back(root: Path, cl
 
 def _sizes(run: Run) -> list[int]:
     """The number of processes of each step."""
-    return [line["world_size"] for line in read(run)]
+    return [line["world_size"] for line in read_metrics(run)]
 
 
 def _wait_for_size(run: Run, size: int, process: "subprocess.Popen[bytes]") -> None:

@@ -19,7 +19,7 @@ from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.embeddings import clip
 from pipeline.embeddings.clip_weights import BUNDLED, ClipConfig, describe_encoder
-from pipeline.embeddings.embed import Embed, EmbedConfig, encoder_of
+from pipeline.embeddings.embed import Embed, EmbedConfig, dataset_encoder
 from pipeline.stages.driver import run_stage
 from pipeline.stages.plan import prepare
 from pipeline.stages.worker import process_and_commit
@@ -31,7 +31,7 @@ from tests.pipeline.media.test_decode import photo
 def as_new_process():
     """Models are read anew, as by the next command."""
     yield
-    clip.load_on.cache_clear()
+    clip.load_encoder_on.cache_clear()
     describe_encoder.cache_clear()
 
 
@@ -64,11 +64,12 @@ def test_a_folder_of_the_bundled_model_gives_its_vectors(copied: Dataset, built:
     shutil.rmtree(copied.folder("embeddings"))
     run_stage(Embed(copied, EmbedConfig(model=model, batch_size=16)))
     np.testing.assert_array_equal(Embeddings(copied).all(), Embeddings(built).all())
-    said, bundled = encoder_of(copied), encoder_of(built)
+    said, bundled = dataset_encoder(copied), dataset_encoder(built)
     assert said["model"] == "local-dir"  # where it lies is no matter
     assert said | {"model": bundled["model"]} == bundled
     texts = ["a red heart", "blue square"]
-    np.testing.assert_array_equal(clip.load(ClipConfig(model)).texts(texts), clip.load(ClipConfig()).texts(texts))
+    expected = clip.load_encoder(ClipConfig()).texts(texts)
+    np.testing.assert_array_equal(clip.load_encoder(ClipConfig(model)).texts(texts), expected)
 
 
 @pytest.mark.parametrize("other", [
@@ -80,7 +81,7 @@ def test_the_preprocessing_is_that_of_the_folder(other: dict[str, Any], tmp_path
     given = {{"resize_mode": "resize"}.get(key, key): value for key, value in other.items() if value is not None}
     assert said == usual | given != usual
     pictures = [photo(200, 130), photo(90, 200, 1)]
-    found = [clip.load(one).images(np.stack([clip.load(one).prepared(synthetic.encoded(picture, "PNG"))
+    found = [clip.load_encoder(one).images(np.stack([clip.load_encoder(one).prepared(synthetic.encoded(picture, "PNG"))
                                              for picture in pictures])) for one in (config, plain)]
     assert (found[0] * by_open_clip(config.model, pictures)).sum(1).min() > 1 - 1e-3
     if other.get("interpolation") != "random":  # which open_clip takes for bicubic
@@ -91,7 +92,7 @@ def test_the_size_of_pictures_is_that_of_the_folder(tmp_path: Path) -> None:
     config = ClipConfig(folder(tmp_path / "model", {"size": 64}, image_size=32), precision="fp32")
     assert describe_encoder(config)["preprocessing"]["image_size"] == 32
     assert describe_encoder(config)["architecture_sha256"] != describe_encoder(ClipConfig())["architecture_sha256"]
-    encoder, picture = clip.load(config), photo(100, 80)
+    encoder, picture = clip.load_encoder(config), photo(100, 80)
     prepared = encoder.prepared(synthetic.encoded(picture, "PNG"))
     assert prepared.shape == (32, 32, 3)
     assert (encoder.images(prepared[None]) * by_open_clip(config.model, [picture])).sum() > 1 - 1e-3
@@ -105,7 +106,7 @@ def test_a_description_loads_no_weights(tmp_path: Path) -> None:
     said = describe_encoder(ClipConfig(model))
     assert said["weights_sha256"] != describe_encoder(ClipConfig())["weights_sha256"] and said["dim"] == 256
     with pytest.raises(ValueError, match="cannot load local-dir:"):  # it was never looked into
-        clip.load(ClipConfig(model))
+        clip.load_encoder(ClipConfig(model))
 
 
 def test_of_several_weights_the_ones_that_are_loaded_are_described(tmp_path: Path) -> None:
@@ -113,8 +114,8 @@ def test_of_several_weights_the_ones_that_are_loaded_are_described(tmp_path: Pat
     tensors = load_file(tmp_path / "model" / "open_clip_model.safetensors")
     save_file({name: tensor + 0.01 for name, tensor in tensors.items()}, tmp_path / "model" / "a.safetensors")
     assert describe_encoder(ClipConfig(model))["weights_sha256"] == describe_encoder(ClipConfig())["weights_sha256"]
-    loaded = clip.load(ClipConfig(model)).model.state_dict()
-    for name, tensor in clip.load(ClipConfig()).model.state_dict().items():
+    loaded = clip.load_encoder(ClipConfig(model)).model.state_dict()
+    for name, tensor in clip.load_encoder(ClipConfig()).model.state_dict().items():
         assert torch.equal(loaded[name], tensor), name
 
 
@@ -139,13 +140,13 @@ def test_folders_that_are_no_models_are_refused(tmp_path: Path) -> None:
         ("nameless", ClipConfig("local-dir:"), "names no model"),
         ("other weights", ClipConfig(model, "openai"), "comes with its own weights, and --pretrained openai"),
     ]:
-        for ask in (describe_encoder, clip.load):
+        for ask in (describe_encoder, clip.load_encoder):
             with pytest.raises(ValueError, match=message) as caught:
                 ask(config)
             assert "\nhint: " in str(caught.value) and len(str(caught.value).splitlines()) == 2, name
     (tmp_path / "model" / "open_clip_model.safetensors").unlink()
     with pytest.raises(ValueError, match="has no weights beside its open_clip_config"):
-        clip.load(ClipConfig(model))  # open_clip would take random ones
+        clip.load_encoder(ClipConfig(model))  # open_clip would take random ones
     for text, message in [("{", "cannot be read"), ("{}", "has no model_cfg"),
                           ('{"model_cfg": {}}', "has no model_cfg"), ("[]", "has no model_cfg")]:
         (tmp_path / "model" / "open_clip_config.json").write_text(text)
@@ -160,7 +161,7 @@ from pipeline.embeddings.clip_weights import ClipConfig, describe_encoder
 from pipeline.embeddings import clip
 try:
     said = describe_encoder(ClipConfig(sys.argv[1]))
-    print(json.dumps([said, clip.load(ClipConfig(sys.argv[1])).texts(["a red heart"]).tolist()]))
+    print(json.dumps([said, clip.load_encoder(ClipConfig(sys.argv[1])).texts(["a red heart"]).tolist()]))
 except ValueError as error:
     sys.exit(str(error))
 """
@@ -185,7 +186,7 @@ def test_a_model_of_a_hub_is_found_in_its_cache(tmp_path: Path) -> None:
     bundled = describe_encoder(ClipConfig())
     assert said["model"] == "hf-hub:someone/small" and said["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
     assert said["weights_sha256"] == bundled["weights_sha256"]
-    np.testing.assert_allclose(vectors, clip.load(ClipConfig()).texts(["a red heart"]), atol=1e-6)
+    np.testing.assert_allclose(vectors, clip.load_encoder(ClipConfig()).texts(["a red heart"]), atol=1e-6)
     # Settings, but no weights.
     (repository / "snapshots" / ("0" * 40) / "open_clip_model.safetensors").unlink()
     got = asked("hf-hub:someone/small", tmp_path)

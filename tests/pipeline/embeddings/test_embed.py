@@ -17,8 +17,8 @@ from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.metadata import metadata
 from pipeline.embeddings import clip
 from pipeline.embeddings.clip_weights import _MEAN, _STD, BUNDLED, ClipConfig, describe_encoder
-from pipeline.embeddings.embed import Embed, EmbedCaptions, EmbedConfig, same_encoder
-from pipeline.embeddings.encode_shards import Room, part_of, plan_room
+from pipeline.embeddings.embed import Embed, EmbedCaptions, EmbedConfig, check_same_encoder
+from pipeline.embeddings.encode_shards import MemoryPlan, plan_memory, samples_per_pass
 from pipeline.hardware import devices
 from pipeline.media import tars
 from pipeline.shards.shard import Shard
@@ -39,7 +39,7 @@ from tests.pipeline.media.test_decode import photo
 def as_new_process():
     """Weights are read anew, as by the next command."""
     yield
-    clip.load_on.cache_clear()
+    clip.load_encoder_on.cache_clear()
     describe_encoder.cache_clear()
 
 
@@ -85,7 +85,8 @@ def test_embeddings_are_those_of_open_clip_row_by_row(built):
 def test_pictures_are_prepared_as_open_clip_does_it(width, height, mode, interpolation):
     """Level for level but for the rounding of two libraries; a crop one pixel further is off by ten times as much."""
     wanted = open_clip.transform.PreprocessCfg(size=64, interpolation=interpolation, resize_mode=mode)
-    encoder = replace(clip.load(ClipConfig()), prepare=open_clip.transform.image_transform_v2(wanted, is_train=False),
+    encoder = replace(clip.load_encoder(ClipConfig()),
+                      prepare=open_clip.transform.image_transform_v2(wanted, is_train=False),
                       preprocessing={"image_size": 64, "resize": mode, "interpolation": interpolation})
     picture = photo(width, height)
     data = synthetic.encoded(picture, "PNG")
@@ -107,7 +108,7 @@ def test_a_dozen_photographs_have_the_vectors_of_open_clip(tmp_path):
     kinds = [{}, {"quality": 60}, {"progressive": True}, {"subsampling": 0}, {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0"}]
     data = [synthetic.encoded(photo(*shape, seed), "JPEG", **({"quality": 95} | kinds[seed % len(kinds)]))
             for seed, shape in enumerate(shapes)]
-    encoder = clip.load(ClipConfig())
+    encoder = clip.load_encoder(ClipConfig())
     ours = encoder.images(np.stack([encoder.prepared(one) for one in data]))
     theirs = embedded_by_open_clip([Image.open(io.BytesIO(one)).convert("RGB") for one in data])
     assert (ours * theirs).sum(1).min() > 1 - 1e-3
@@ -124,7 +125,7 @@ def test_captions_have_embeddings_of_the_same_rows(copied):
     rows = np.concatenate([np.load(copied.fetch("text_embeddings", file_of(record, ".npy")))
                            for record in manifest["items"]])
     assert manifest["totals"]["samples"] == 72 and rows.dtype == np.float16
-    expected = clip.load(ClipConfig()).texts(captions)
+    expected = clip.load_encoder(ClipConfig()).texts(captions)
     assert (rows.astype(np.float32) * expected).sum(1).min() > 1 - 1e-3
     assert list(verify.folder(copied.root, copied.path("text_embeddings"))) == []
 
@@ -150,18 +151,18 @@ def test_rows_by_id_are_rows_by_shard(built):
 
 
 def test_texts_are_those_of_open_clip():
-    encoder = clip.load(ClipConfig(precision="fp32"))
+    encoder = clip.load_encoder(ClipConfig(precision="fp32"))
     model = encoder.model
     texts = ["a red heart", "blue square"]
     with torch.no_grad():
         expected = model.encode_text(open_clip.get_tokenizer("tiny-clip-64")(texts))
     expected = (expected / expected.norm(dim=-1, keepdim=True)).numpy()
     np.testing.assert_allclose(encoder.texts(texts), expected, atol=1e-4)
-    assert (clip.load(ClipConfig(precision="bf16")).texts(texts) * expected).sum(1).min() > 1 - 1e-3
+    assert (clip.load_encoder(ClipConfig(precision="bf16")).texts(texts) * expected).sum(1).min() > 1 - 1e-3
 
 
 def test_the_description_is_of_what_was_loaded():
-    description, encoder = describe_encoder(ClipConfig()), clip.load(ClipConfig())
+    description, encoder = describe_encoder(ClipConfig()), clip.load_encoder(ClipConfig())
     loaded = encoder.model.visual.preprocess_cfg
     assert description["dim"] == encoder.dim == 256
     said = description["preprocessing"]
@@ -208,7 +209,7 @@ def test_a_small_shard_keeps_two_threads_busy(copied, monkeypatch):
     """Each forward pass waits for another one beside it: with less than two at once this would never end."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     shutil.rmtree(copied.folder("embeddings"))
-    encoder, together, sizes = clip.load(ClipConfig()), threading.Barrier(2, timeout=60), []
+    encoder, together, sizes = clip.load_encoder(ClipConfig()), threading.Barrier(2, timeout=60), []
     encode = encoder.encode
 
     def meeting(batch):
@@ -225,11 +226,11 @@ def test_a_small_shard_keeps_two_threads_busy(copied, monkeypatch):
 @pytest.mark.parametrize("size", [1, 16, 500])
 def test_forward_passes_are_even_and_of_a_size_that_pays(size):
     for count in range(1, 200):
-        part = part_of(count, size)
+        part = samples_per_pass(count, size)
         sizes = [min(part, count - first) for first in range(0, count, part)]
         assert sum(sizes) == count and max(sizes) <= min(size, 32)
         assert len(sizes) > 1 or count < 16 or size == 1
-    assert part_of(0, size) == 1 and part_of(64, 128) == 32 and part_of(65, 128) == 22
+    assert samples_per_pass(0, size) == 1 and samples_per_pass(64, 128) == 32 and samples_per_pass(65, 128) == 22
 
 
 def test_another_encoder_on_the_same_folder_is_refused_and_named(copied, weights):
@@ -245,7 +246,7 @@ def test_weights_in_a_file_give_the_same_vectors(built, copied, weights):
     np.testing.assert_array_equal(Embeddings(built).all(), Embeddings(copied).all())
     # The same weights, but told apart all the same: the names are what the user chose.
     with pytest.raises(ValueError, match="pretrained"):
-        same_encoder(built, copied)
+        check_same_encoder(built, copied)
 
 
 def changed(weights, folder):
@@ -293,7 +294,7 @@ def test_what_open_clip_does_not_know_is_refused(copied, tmp_path):
             Embed(copied, config).section()
         assert "hint:" in str(caught.value)
     with pytest.raises(ValueError, match="cannot load"):
-        clip.load(ClipConfig(pretrained=str(tmp_path / "wrong.safetensors")))
+        clip.load_encoder(ClipConfig(pretrained=str(tmp_path / "wrong.safetensors")))
     with pytest.raises(ValueError, match="batch_size"):
         Embed(copied, EmbedConfig(batch_size=0))
 
@@ -433,7 +434,7 @@ def test_pictures_that_do_not_decode_take_no_place_in_a_batch(copied, whole):
 @pytest.fixture
 def small_memory(monkeypatch):
     """Limits how many images or texts the device of the encoder has memory for."""
-    encoder = clip.load(ClipConfig())
+    encoder = clip.load_encoder(ClipConfig())
     encode, texts = encoder.encode, clip.Encoder.texts
 
     def limit(most: int) -> list[int]:
@@ -448,7 +449,7 @@ def small_memory(monkeypatch):
                 return compute(*args)
             return run
 
-        monkeypatch.setattr(encoder, "fit", devices.Fit())
+        monkeypatch.setattr(encoder, "fit", devices.BatchFit())
         monkeypatch.setattr(encoder, "encode", limited(encode))
         monkeypatch.setattr(clip.Encoder, "texts", limited(texts))
         return passes
@@ -499,7 +500,7 @@ def test_captions_are_halved_too(copied, small_memory):
 def test_an_encoder_that_fails_for_good_is_told_and_gone_on_with(copied, whole, monkeypatch):
     """One error ends all that were taken together; each is tried alone then."""
     shutil.rmtree(copied.folder("embeddings"))
-    encoder = clip.load(ClipConfig())
+    encoder = clip.load_encoder(ClipConfig())
     encode, passes = encoder.encode, []
 
     def failing(batch):
@@ -551,7 +552,7 @@ def test_memory_bounds_what_is_under_way_and_changes_no_byte(copied, built, monk
     shutil.rmtree(copied.folder("embeddings"))
     least = least_memory(copied, EmbedConfig(batch_size=16))
     under_way, most, lock = [0], [0], threading.Lock()
-    encoder = clip.load(ClipConfig())
+    encoder = clip.load_encoder(ClipConfig())
     encode = encoder.encode
 
     def counted(batch):
@@ -578,7 +579,7 @@ def test_more_memory_is_more_under_way_and_never_more_than_there_is(whole_batche
     shards, before = [(10_000, 10_000 * 30_000)], None
     for megabytes in range(100, 6000, 37):
         try:
-            room = plan_room(megabytes << 20, ClipConfig(), shards, 256, whole=whole_batches, parts_in_flight=6,
+            room = plan_memory(megabytes << 20, ClipConfig(), shards, 256, whole=whole_batches, parts_in_flight=6,
                              threads=8)
         except ValueError:
             assert before is None
@@ -587,4 +588,4 @@ def test_more_memory_is_more_under_way_and_never_more_than_there_is(whole_batche
         if before:
             assert room.threads >= before.threads and (room.ahead >= before.ahead or room.threads > before.threads)
         before = room
-    assert before == Room(8, 38 if whole_batches else 22)
+    assert before == MemoryPlan(8, 38 if whole_batches else 22)

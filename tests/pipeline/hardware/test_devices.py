@@ -44,26 +44,27 @@ TEXTS = [
 
 @pytest.mark.parametrize(("kind", "type_", "text"), TEXTS)
 def test_failures_are_recognized_by_type_and_text(kind, type_, text):
-    assert devices.kind_of(type_(text)) == kind
-    sentence, _, hint = devices.explain(type_(text)).partition("\n")
+    assert devices.failure_kind(type_(text)) == kind
+    sentence, _, hint = devices.failure_hint(type_(text)).partition("\n")
     assert bool(sentence) == hint.startswith("hint: ") == (kind != "none")
-    assert devices.sentence(kind) == sentence.rstrip(".")
+    assert devices.describe_failure(kind) == sentence.rstrip(".")
     try:
         raise ValueError("the encoder cannot be loaded") from type_(text)
     except ValueError as error:
-        assert devices.kind_of(error) == kind
+        assert devices.failure_kind(error) == kind
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_what_torch_raises_here_without_a_gpu_is_recognized():
     with pytest.raises((RuntimeError, AssertionError)) as caught:
         torch.zeros(1, device="cuda")
-    assert devices.kind_of(caught.value) == "no device"
+    assert devices.failure_kind(caught.value) == "no device"
 
 
 def test_torch_is_not_loaded_to_look_at_an_exception():
-    code = ("import sys; from pipeline.hardware import devices; assert devices.kind_of(RuntimeError('x')) == 'none'; "
-            "devices.free(); assert 'torch' not in sys.modules")
+    code = ("import sys; from pipeline.hardware import devices; "
+            "assert devices.failure_kind(RuntimeError('x')) == 'none'; "
+            "devices.free_cached_memory(); assert 'torch' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -72,13 +73,13 @@ def test_cards_are_named_as_nvidia_smi_lists_them(tmp_path, monkeypatch):
     listing.write_text('#!/bin/sh\n[ "$4" = 2 ] || exit 6\necho "NVIDIA H100 80GB HBM3, GPU-1b2c"\n')
     listing.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert devices.cards("2") == "NVIDIA H100 80GB HBM3 GPU-1b2c" and devices.cards("3") == ""
+    assert devices.list_cards("2") == "NVIDIA H100 80GB HBM3 GPU-1b2c" and devices.list_cards("3") == ""
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
-    assert devices.cards("2") == ""
+    assert devices.list_cards("2") == ""
 
 
 def test_a_batch_that_fits_is_not_cut_and_other_errors_are_raised():
-    fit, seen = devices.Fit(), []
+    fit, seen = devices.BatchFit(), []
     assert fit([1, 2, 3], 8, lambda rows, most: seen.append(most) or rows, sum) == [1, 2, 3]
     assert seen == [8] and fit.most is None and fit.times() == {}
     with pytest.raises(RuntimeError, match="shapes"):

@@ -11,11 +11,11 @@ from pipeline.datasets import hidden_rows
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.indices.config import LISTS, IndexConfig
-from pipeline.indices.extend import Extension, compare
+from pipeline.indices.extend import Extension, compare_rows
 from pipeline.indices.faiss_door import open_index
 from pipeline.indices.fill import fill
 from pipeline.indices.index import Index, build_index, build_whole
-from pipeline.indices.searcher import Searcher, misnumbered, open_dataset_index
+from pipeline.indices.searcher import Searcher, count_misnumbered_rows, open_dataset_index
 from pipeline.neighbors.config import NeighborsConfig
 from pipeline.neighbors.neighbors import Neighbors
 from pipeline.stages.driver import run_stage
@@ -96,7 +96,7 @@ def test_queries_of_an_extended_index_were_not_trained_on(tmp_path, vectors):
     held = {name: np.load(storage.local_path(storage.join(one.folder("index"), "held.npy")))
             for name, one in (("base", base), ("following", following))}
     assert len(held["base"]) == 100
-    rows, change = Embeddings(following), compare(following, base)
+    rows, change = Embeddings(following), compare_rows(following, base)
     of_base = held["following"][~np.isin(held["following"], change.fresh)]
     assert set(of_base) <= set(change.row_of[held["base"]]) and len(of_base) > 30
     assert np.isin(held["following"], change.added).sum() == len(held["following"]) - len(of_base) > 30
@@ -107,7 +107,7 @@ def test_queries_of_an_extended_index_were_not_trained_on(tmp_path, vectors):
 def test_equal_rows_are_counted_as_often_as_they_are_there(tmp_path, vectors):
     base = synthetic.given(tmp_path, "x", [np.repeat(vectors[:3], 2, 0), vectors[10:20]])
     following = synthetic.given(tmp_path, "x@v2", [np.repeat(vectors[:3], 3, 0), vectors[10:20], vectors[10:20]])
-    change = compare(following, base)
+    change = compare_rows(following, base)
     assert change.kept == 6 + 10 and change.removed == 0 and len(change.added) == 3 + 10
 
 
@@ -209,7 +209,7 @@ def test_parts_of_unequal_size_are_merged_with_the_right_rows(tmp_path, vectors,
     manifest = dataset.manifest("index")
     assert manifest["info"]["parts"] > 1 and manifest["info"]["recall_at_10"] > 0.95
     searcher = Searcher(dataset)
-    assert misnumbered(searcher.index) == 0
+    assert count_misnumbered_rows(searcher.index) == 0
     searcher.index.nprobe = 16
     assert (searcher.index.search(vectors[:count], 1)[1][:, 0] == np.arange(count)).mean() > 0.98
     assert list(verify.folder(dataset.root, dataset.path("index"))) == []
@@ -218,10 +218,10 @@ def test_parts_of_unequal_size_are_merged_with_the_right_rows(tmp_path, vectors,
 def test_an_index_with_rows_twice_or_beyond_is_not_sealed_and_a_fault(tmp_path, vectors, monkeypatch):
     dataset = synthetic.given(tmp_path, "x", np.array_split(vectors[:600], 3))
     index, _, _, _ = build_whole(vectors[:600], IndexConfig(key="IVF8,Flat"))
-    assert misnumbered(index) == 0
+    assert count_misnumbered_rows(index) == 0
     number = next(number for number in range(8) if index.invlists.list_size(number) > 1)
     faiss.rev_swig_ptr(index.invlists.get_ids(number), 2)[:] = 599_000, 599_001
-    assert misnumbered(index) == 4  # two that nobody has, and two that are gone
+    assert count_misnumbered_rows(index) == 4  # two that nobody has, and two that are gone
     monkeypatch.setattr("pipeline.indices.index.build_whole", lambda *_: (index, {}, {"recall_at_10": 1.0}, {}))
     with pytest.raises(StageFailed, match="not in it exactly once"):
         run_stage(Index(dataset, IndexConfig(key="IVF8,Flat")))

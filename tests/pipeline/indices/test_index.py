@@ -17,12 +17,12 @@ from pipeline.datasets.embeddings import Embeddings
 from pipeline.indices import faiss_door, train, tune
 from pipeline.indices import fill as fill_of_index
 from pipeline.indices.config import IndexConfig
-from pipeline.indices.faiss_door import blocked_scans
+from pipeline.indices.faiss_door import scan_in_blocks
 from pipeline.indices.fill import fill, fill_by_lists
 from pipeline.indices.index import Index, build_index, build_whole
-from pipeline.indices.searcher import Lists, Searcher
-from pipeline.indices.train import _codebooks, rotation, train_index
-from pipeline.indices.tune import Queries, recall_error
+from pipeline.indices.searcher import IndexLists, Searcher
+from pipeline.indices.train import _codebooks, train_index, train_rotation
+from pipeline.indices.tune import RecallQueries, recall_error
 from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import without_run_facts
 from pipeline.stages.types import StageFailed
@@ -263,7 +263,7 @@ def test_an_index_in_parts_is_the_index_in_one(tmp_path, few):
     build_index(parts, run_stage, overwrite=True)
     assert storage.read_bytes(storage.join(dataset.folder("index"), "knn.index")) == first
     # Its exact neighbours are those of all rows, wherever the parts end.
-    queries = Queries("image", few[:20], np.arange(20))
+    queries = RecallQueries("image", few[:20], np.arange(20))
     for start in range(0, len(few), 333):
         queries.look(few[start:start + 333], start)
     products = few[:20] @ few.T
@@ -291,7 +291,7 @@ def test_the_rotation_is_as_good_as_that_of_faiss(few):
     for width in (32, 48, 16):
         theirs = faiss.OPQMatrix(32, 8, width)
         theirs.train(few)
-        ours = rotation(few, width, 8)
+        ours = train_rotation(few, width, 8)
         short = min(32, width)
         product = ours @ ours.T if width <= 32 else ours.T @ ours
         np.testing.assert_allclose(product, np.eye(short), atol=1e-4)
@@ -306,7 +306,7 @@ def test_the_rotation_is_as_good_as_that_of_faiss(few):
 def test_the_rotation_is_the_same_with_any_number_of_threads(tmp_path):
     script = ("import numpy as np; from pipeline.indices import train; train._TURNS = 3;"
               "rows = np.random.default_rng(0).normal(size=(2000, 256)).astype(np.float32);"
-              "np.save('{}', train.rotation(rows, 320, 64))")
+              "np.save('{}', train.train_rotation(rows, 320, 64))")
     seen = set()
     for number in (1, 2, 3):
         path = tmp_path / f"{number}.npy"
@@ -327,7 +327,7 @@ def test_training_and_filling_give_the_bytes_of_faiss_with_one_thread(few, key):
     inner = faiss.downcast_index(theirs.index) if isinstance(theirs, faiss.IndexPreTransform) else theirs
     if hasattr(inner, "do_polysemous_training"):
         inner.do_polysemous_training = False
-    with blocked_scans():
+    with scan_in_blocks():
         theirs.train(few)
     theirs.add(few)
     assert bytes_of(ours) == bytes_of(theirs)
@@ -338,11 +338,11 @@ def test_searches_give_the_same_bits_with_any_number_of_threads(tmp_path):
     vectors = synthetic.clustered(5_000, 256)
     database = synthetic.given(tmp_path, "x", [vectors])
     run_stage(Index(database, IndexConfig(key="OPQ8_32,IVF32,PQ8x8")))
-    searcher, lists = Searcher(database), Lists(database)
+    searcher, lists = Searcher(database), IndexLists(database)
     seen = set()
     for number in (1, 2, 3):
         faiss.omp_set_num_threads(number)
-        queries = Queries("image", vectors[:600], np.arange(600))
+        queries = RecallQueries("image", vectors[:600], np.arange(600))
         queries.look(vectors, 0)
         found = [queries.scores, searcher.candidates(vectors[:600], 50), lists.nearest(vectors, 8)]
         about = [recall_error(searcher.index, vectors), queries.recall(searcher.index)]
@@ -354,7 +354,7 @@ def test_searches_give_the_same_bits_with_any_number_of_threads(tmp_path):
 def test_codebooks_of_short_parts_are_not_found_query_by_query(monkeypatch):
     """faiss does so where queries have few numbers. An index of ten thousand images then takes eleven times as long."""
     rows, seconds = synthetic.clustered(8_000, 12), []
-    for scans in (faiss_door.blocked_scans, contextlib.nullcontext):
+    for scans in (faiss_door.scan_in_blocks, contextlib.nullcontext):
         monkeypatch.setattr(train, "blocked_scans", scans)
         begin = time.process_time()
         _codebooks(rows, 4, 256, faiss.ClusteringParameters())
@@ -363,7 +363,7 @@ def test_codebooks_of_short_parts_are_not_found_query_by_query(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not faiss_door.gpus(), reason="faiss without a GPU")
+@pytest.mark.skipif(not faiss_door.count_gpus(), reason="faiss without a GPU")
 @pytest.mark.parametrize("key", ["IVF32,SQ8", "OPQ8_32,IVF32_HNSW8,PQ8x8"])
 def test_a_gpu_finds_what_the_cpu_finds(few, key, monkeypatch):
     queries = {}
@@ -373,7 +373,7 @@ def test_a_gpu_finds_what_the_cpu_finds(few, key, monkeypatch):
             for module in (faiss_door, fill_of_index, train, tune):
                 monkeypatch.setattr(module, "gpus", lambda: 0)
         recall[where] = build_whole(few, IndexConfig(key=key, target_recall=1.0))[2]["recall_at_10"]
-        queries[where] = Queries("image", few[:50], np.arange(50))
+        queries[where] = RecallQueries("image", few[:50], np.arange(50))
         queries[where].look(few, 0)
     assert recall["gpu"] == pytest.approx(recall["cpu"], abs=0.03)
     assert (queries["gpu"].ids[:, :10] == queries["cpu"].ids[:, :10]).mean() > 0.99

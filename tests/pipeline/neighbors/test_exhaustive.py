@@ -5,8 +5,8 @@ from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.hardware import devices
 from pipeline.neighbors import exhaustive, rank
-from pipeline.neighbors.by_list import by_list
-from pipeline.neighbors.rank import Copies, Found, NeighborQueries
+from pipeline.neighbors.by_list import search_by_list
+from pipeline.neighbors.rank import Candidates, Copies, NeighborQueries
 from tests.pipeline import synthetic
 
 MEMORY = 64 << 20
@@ -42,9 +42,9 @@ def test_exhaustive_search_misses_no_row_by_more_than_it_says(database, monkeypa
     import torch
     embeddings, vectors = database
     monkeypatch.setattr(exhaustive, "search_device", lambda: (torch.device("cpu"), getattr(torch, dtype)))
-    monkeypatch.setattr(exhaustive, "Blocks", lambda *_: type("Of", (), {"rows": rows, "queries": 17}))
+    monkeypatch.setattr(exhaustive, "BlockSizes", lambda *_: type("Of", (), {"rows": rows, "queries": 17}))
     queries = synthetic.clustered(70, 24, seed=3)
-    found = exhaustive.exhaustive(queries, embeddings, 12, MEMORY)
+    found = exhaustive.search_exhaustively(queries, embeddings, 12, MEMORY)
     products = queries @ vectors.T
     assert (np.diff(found.scores) <= 0).all() and all(len(set(row)) == 12 for row in found.ids.tolist())
     assert vectors[found.ids].any(-1).all()
@@ -63,8 +63,8 @@ def test_a_search_that_does_not_fit_the_device_is_done_in_smaller_blocks(pairs, 
     embeddings, _ = database
     monkeypatch.setattr(exhaustive, "search_device", lambda: (torch.device("cpu"), torch.float32))
     queries = synthetic.clustered(70, 24, seed=3)
-    whole = exhaustive.exhaustive(queries, embeddings, 12, MEMORY)
-    assert exhaustive.halved() == {}
+    whole = exhaustive.search_exhaustively(queries, embeddings, 12, MEMORY)
+    assert exhaustive.halved_batches() == {}
     product = torch.mm
 
     def limited(one, other):
@@ -73,24 +73,24 @@ def test_a_search_that_does_not_fit_the_device_is_done_in_smaller_blocks(pairs, 
         return product(one, other)
 
     monkeypatch.setattr(torch, "mm", limited)
-    monkeypatch.setattr(exhaustive, "blocks_fit", devices.Fit("block (in bytes)"))
-    monkeypatch.setattr(exhaustive, "queries_fit", devices.Fit("number of queries"))
-    found = exhaustive.exhaustive(queries, embeddings, 12, MEMORY)
+    monkeypatch.setattr(exhaustive, "blocks_fit", devices.BatchFit("block (in bytes)"))
+    monkeypatch.setattr(exhaustive, "queries_fit", devices.BatchFit("number of queries"))
+    found = exhaustive.search_exhaustively(queries, embeddings, 12, MEMORY)
     np.testing.assert_allclose(found.scores, whole.scores, atol=1e-5)
     for one, other in zip(*(rank.rank_candidates(some, asked(queries), embeddings, nobody(3000), 5)
                             for some in (whole, found)), strict=True):
         np.testing.assert_array_equal(one, other)
-    assert "block (in bytes) from " in exhaustive.halved()[devices.HALVED]
-    assert ("number of queries from 70 to 17" in exhaustive.halved()[devices.HALVED]) == (pairs < 32 * 70)
+    assert "block (in bytes) from " in exhaustive.halved_batches()[devices.HALVED]
+    assert ("number of queries from 70 to 17" in exhaustive.halved_batches()[devices.HALVED]) == (pairs < 32 * 70)
     monkeypatch.setattr(torch, "mm", lambda *_: limited(torch.empty(1 << 12, 1), torch.empty(1, 1 << 12)))
     with pytest.raises(devices.OutOfDeviceMemory, match=r"number of queries of 1 does not fit(.|\n)*hint: "):
-        exhaustive.exhaustive(queries, embeddings, 12, MEMORY)
+        exhaustive.search_exhaustively(queries, embeddings, 12, MEMORY)
 
 
 def test_of_a_small_database_every_row_is_found(tmp_path):
     vectors = synthetic.clustered(5, 24)
     embeddings = Embeddings(synthetic.given(tmp_path, "x", [vectors]))
-    found = exhaustive.exhaustive(vectors, embeddings, 9, MEMORY)
+    found = exhaustive.search_exhaustively(vectors, embeddings, 9, MEMORY)
     assert (np.sort(found.ids, 1) == [-1] * 4 + [0, 1, 2, 3, 4]).all() and np.isneginf(found.beyond).all()
 
 
@@ -110,7 +110,7 @@ def test_lists_are_read_twice_and_give_the_best_of_what_is_in_them(database):
             rows = np.flatnonzero(owner == number)
             yield int(number), rows, vectors[rows]
 
-    found = by_list(queries, probes, lists, 6)
+    found = search_by_list(queries, probes, lists, 6)
     nearest, others = (set(some[some >= 0].tolist()) for some in (probes[:, :2], probes[:, 2:]))
     assert read == sorted(nearest) + sorted(others)
     for query, its, ids, scores in zip(queries, probes, found.ids, found.scores, strict=True):
@@ -130,7 +130,7 @@ def test_ranking_leaves_out_copies_and_is_exact_however_rough_the_products_were(
     noise = np.random.default_rng(1).uniform(-0.9, 0.9, scores.shape) * (0 if np.isinf(off) else off)
     rough = (scores + noise).astype(np.float32)
     again = np.argsort(-rough, axis=1)
-    found = Found(np.take_along_axis(order, again, 1), np.take_along_axis(rough, again, 1), off)
+    found = Candidates(np.take_along_axis(order, again, 1), np.take_along_axis(rough, again, 1), off)
     copies = nobody(3000)
     copies.similarity = 0.9
     its = asked(queries)
@@ -142,7 +142,7 @@ def test_ranking_leaves_out_copies_and_is_exact_however_rough_the_products_were(
     allowed[3, order[3, 0]] = allowed[4, order[4, 1]] = -np.inf
     np.testing.assert_allclose(got, -np.sort(-allowed, axis=1)[:, :10], atol=1e-5)
     np.testing.assert_allclose(np.take_along_axis(products, ids, 1), got, atol=1e-5)
-    masked_ids, masked = rank.masked(its, embeddings, copies, 10, MEMORY)
+    masked_ids, masked = rank.search_all_rows(its, embeddings, copies, 10, MEMORY)
     np.testing.assert_array_equal(masked_ids, ids)
     np.testing.assert_array_equal(masked, got)
 
@@ -161,8 +161,8 @@ def test_a_product_does_not_depend_on_what_is_searched_beside_it(database):
     embeddings, _ = database
     queries = synthetic.clustered(64, 24, seed=6)
     ids, which = np.arange(0, 2500, 5), np.arange(500) % 64
-    together = rank.products(embeddings, ids, queries, which)
-    alone = [rank.products(embeddings, ids[place:place + 1], queries, which[place:place + 1])[0]
+    together = rank.exact_products(embeddings, ids, queries, which)
+    alone = [rank.exact_products(embeddings, ids[place:place + 1], queries, which[place:place + 1])[0]
              for place in range(0, 500, 7)]
     np.testing.assert_array_equal(together[::7], alone)
 
@@ -172,7 +172,7 @@ def test_a_gpu_finds_what_the_cpu_finds(database):
     embeddings, vectors = database
     queries = synthetic.clustered(70, 24, seed=3)
     assert exhaustive.search_device()[0].type == "cuda"
-    found = exhaustive.exhaustive(queries, embeddings, 40, MEMORY)
+    found = exhaustive.search_exhaustively(queries, embeddings, 40, MEMORY)
     np.testing.assert_allclose(rank.rank_candidates(found, asked(queries), embeddings, nobody(3000), 9)[1],
                                exact(queries, vectors, 9), atol=1e-5)
 
@@ -184,7 +184,7 @@ def test_rows_at_the_border_of_what_is_a_copy_do_not_crowd_out_others(tmp_path):
     embeddings = Embeddings(synthetic.given(tmp_path, "x", [vectors]))
     queries = asked(vectors[:1])
     copies = nobody(80)
-    exactly = rank.products(embeddings, np.arange(80), queries.vectors, np.zeros(80, int))
+    exactly = rank.exact_products(embeddings, np.arange(80), queries.vectors, np.zeros(80, int))
     copies.similarity = float(exactly[10])
-    _, got = rank.masked(queries, embeddings, copies, 5, MEMORY)
+    _, got = rank.search_all_rows(queries, embeddings, copies, 5, MEMORY)
     np.testing.assert_array_equal(got[0], -np.sort(-exactly[exactly < exactly[10]])[:5])

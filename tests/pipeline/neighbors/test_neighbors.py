@@ -15,9 +15,9 @@ from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.metadata import labels
 from pipeline.indices.config import IndexConfig
 from pipeline.indices.index import Index
-from pipeline.indices.searcher import Lists
+from pipeline.indices.searcher import IndexLists
 from pipeline.neighbors import neighbors
-from pipeline.neighbors.by_list import bytes_of_a_query
+from pipeline.neighbors.by_list import bytes_per_query
 from pipeline.neighbors.config import NeighborsConfig
 from pipeline.neighbors.files import load_neighbors
 from pipeline.neighbors.neighbors import Neighbors
@@ -346,7 +346,7 @@ def test_as_many_shards_are_searched_together_as_there_is_memory_and_work_for():
     config = NeighborsConfig(max_memory="1Gi")
     for lists, wanted in ((False, 100), (True, 32)):
         together = config.shards_at_once(10_000, 10_000_000, 512, lists=lists)
-        each = 4 * 512 + bytes_of_a_query(wanted)
+        each = 4 * 512 + bytes_per_query(wanted)
         assert together > 1 and together * 1000 * each <= config.block_bytes < (together + 1) * 1000 * each
         assert config.shards_at_once(64, 640_000, 512, lists=lists) == 1
         assert config.shards_at_once(100, 1000, 512, lists=lists) == 2
@@ -375,10 +375,10 @@ def test_vectors_are_laid_out_list_after_list_whatever_was_left_there(tmp_path, 
     vectors[50:60] = 0
     database = indexed(synthetic.given(tmp_path, "x", np.split(vectors, [300, 310, 700])), key="IVF16,SQ8")
     monkeypatch.setattr(neighbors, "_LAID", 8 << 10)  # several files, and several blocks
-    lists, kept = Lists(database), Embeddings(database)
+    lists, kept = IndexLists(database), Embeddings(database)
     folder = tmp_path / "laid"
     folder.mkdir()
-    neighbors._in_order_of_lists(folder, kept, lists)
+    neighbors._write_in_list_order(folder, kept, lists)
     ids, ends = np.fromfile(folder / "ids", np.int64), np.load(folder / "ends.npy")
     laid = np.fromfile(folder / "vectors", np.float16).reshape(-1, 16)
     assert sorted(ids) == sorted(set(range(1000)) - set(range(50, 60)))

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from jobs.telemetry.progress_bar import sentence
+from jobs.telemetry.progress_bar import describe_progress
 from pipeline import storage
 from pipeline.stages import progress, records
 from pipeline.stages.driver import run_in_process, run_stage
@@ -130,7 +130,8 @@ def test_rows_that_are_tried_again_count_once_in_a_budget(tmp_path):
     assert tally.now["rows"] == 1290 and tally.now["retried"] == 290
     tally.record(record("000002", 100, retried=100), 0)
     assert "100 of 1000 rows failed (10%" in tally.over(0.09, final=True)
-    assert "90.0% good" in sentence(tally.look()) and "1300 of 1500 rows (300 tried again)" in sentence(tally.now)
+    assert "90.0% good" in describe_progress(tally.look())
+    assert "1300 of 1500 rows (300 tried again)" in describe_progress(tally.now)
 
 
 def test_a_run_that_was_stopped_goes_on_when_the_cause_is_gone(tmp_path):
@@ -171,13 +172,13 @@ def test_the_rate_is_that_of_this_run(tmp_path, monkeypatch):
     clock[0] += 10
     tally.record(record("000001", 1000), 0)
     assert tally.look()["rows_per_s"] == 100 and tally.now["seconds_left"] == 40
-    assert "100 rows/s" in sentence(tally.now) and sentence(tally.now).endswith("40 s left")
+    assert "100 rows/s" in describe_progress(tally.now) and describe_progress(tally.now).endswith("40 s left")
 
 
 def test_several_samples_of_a_row_are_no_better_than_one(tmp_path):
     tally = Tally(str(tmp_path), 1, 100)
     tally.record({"id": "000000", "samples": 360, "skipped": {"cut": 10}, "info": {"rows": 100}}, 0)
-    assert "90.0% good" in sentence(tally.look())
+    assert "90.0% good" in describe_progress(tally.look())
 
 
 def test_a_look_that_takes_long_is_taken_less_often(tmp_path, monkeypatch):
