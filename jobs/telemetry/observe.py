@@ -9,6 +9,7 @@ from typing import Any
 
 from jobs.runs.labels import stage_labels
 from jobs.telemetry import logs, wandb_tracker
+from jobs.telemetry.progress_bar import show_progress
 from pipeline.stages.driver import Runner, run_in_process, run_stage
 from pipeline.stages.progress import Tally
 from pipeline.stages.stage import Stage
