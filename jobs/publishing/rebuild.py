@@ -93,7 +93,8 @@ class Rebuild:
 
     def claim(self) -> tuple[Dataset, bool]:
         """The version to make, and whether it was published before: one begun for the same source, or the next free
-        number."""
+        number.
+        """
         last = self.last
         source = storage.digest([self.source.digest, Update.section_of(self.shard), self._settings()])
         claim = {"digest": storage.digest([source, self.config.rewrite, self.config.thorough, last is None,

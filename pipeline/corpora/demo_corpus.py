@@ -1,8 +1,8 @@
 """A corpus to begin with: emoji drawn in eight styles, or where npm is missing, pictures drawn here.
 
-    <style>/<subject>.png          one picture
-    <style>.csv train.csv          captions: of each style, of the mix of all that training may see
-    heldout.csv sources.json       captions of what training may not see; origins and licences
+<style>/<subject>.png          one picture
+<style>.csv train.csv          captions: of each style, of the mix of all that training may see
+heldout.csv sources.json       captions of what training may not see; origins and licences
 """
 
 import csv

@@ -1,8 +1,8 @@
 """An index for more vectors than one worker should hold: trained on a sample of all, filled in parts, put together.
 
-    index-training/   trained.index, and the queries that measure the result (rows kept out of the sample)
-    index-parts/      part.index for a group of shards, and the exact neighbours of the queries among its rows
-    index/            the parts as one, tuned and measured against the exact neighbours of all parts
+index-training/   trained.index, and the queries that measure the result (rows kept out of the sample)
+index-parts/      part.index for a group of shards, and the exact neighbours of the queries among its rows
+index/            the parts as one, tuned and measured against the exact neighbours of all parts
 """
 
 from collections.abc import Iterator, Sequence

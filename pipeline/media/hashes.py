@@ -17,7 +17,7 @@ def pixel_hash(image: Pixels) -> str:
 
 
 def perceptual_hash(image: Pixels) -> tuple[int, tuple[int, int, int]]:
-    """pHash (64 bits, the same but for a few bits for a copy scaled or encoded anew), and the mean colour.
+    """PHash (64 bits, the same but for a few bits for a copy scaled or encoded anew), and the mean colour.
 
     pHash sees luminance alone, without its level: a red square and a blue one, a blank picture and any other have the
     same. The mean colour tells these apart.

@@ -94,7 +94,7 @@ def parse(text: str) -> exp.Expr:
 
 
 def _tokens(text: str) -> list[Token]:
-    """sqlglot's tokens, with the words of the language as keywords, in lower case as in Python."""
+    """Sqlglot's tokens, with the words of the language as keywords, in lower case as in Python."""
     result: list[Token] = []
     brackets = prefixes = 0
     for token in Language().tokenize(text):

@@ -1,8 +1,8 @@
 """The listing of a version: what became of each row of its source, one table of columns.
 
-    name mark stamp    what the row is called, a hash of what the source says of it, how its file looks from outside
-    sha256             of the fetched bytes
-    shard row status   where it is: item of the shard stage, row of the source at that time, status in the metadata
+name mark stamp    what the row is called, a hash of what the source says of it, how its file looks from outside
+sha256             of the fetched bytes
+shard row status   where it is: item of the shard stage, row of the source at that time, status in the metadata
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

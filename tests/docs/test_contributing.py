@@ -13,6 +13,10 @@ ROOT = Path(__file__).parents[2]
 SECTIONS = re.findall(r"^## (Add .*?)\n(.*?)(?=^## |\Z)", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S)
 
 
+def test_there_are_four_examples() -> None:
+    assert [title for title, _ in SECTIONS] == ["Add a stage", "Add a source", "Add a sampler", "Add a verb"]
+
+
 @pytest.mark.parametrize(("title", "text"), SECTIONS, ids=[title for title, _ in SECTIONS])
 def test_an_example_prints_what_it_says(title: str, text: str, tmp_path: Path) -> None:
     program, printed = (re.search(rf"^```{kind}\n(.*?)^```", text, re.M | re.S)[1] for kind in ("python", "text"))

@@ -363,7 +363,7 @@ def test_an_order_of_items_of_ones_own_changes_nothing(tmp_path):
 
 def test_nothing_to_do_is_said(tmp_path):
     empty = Count(tmp_path)
-    empty.plan = lambda: []
+    empty.plan = list
     with pytest.raises(ValueError, match="nothing to do"):
         run_stage(empty)
 
