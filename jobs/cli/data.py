@@ -164,8 +164,8 @@ class NeighborsOptions:
 def run_neighbors(options: NeighborsOptions) -> int:
     from pipeline.datasets import published
     from pipeline.neighbors.neighbors import Neighbors
-    dataset = published.reader(options.common.root, options.dataset)
-    database = published.reader(options.common.root, options.database or options.dataset)
+    dataset = published.open_dataset(options.common.root, options.dataset)
+    database = published.open_dataset(options.common.root, options.database or options.dataset)
     return seal_and_print(Neighbors(dataset, database, options.neighbors), options)
 
 
@@ -183,4 +183,5 @@ class LatentsOptions:
 def run_latents(options: LatentsOptions) -> int:
     from jobs.training.latents import Latents
     from pipeline.datasets import published
-    return seal_and_print(Latents(published.reader(options.common.root, options.dataset), options.latents), options)
+    dataset = published.open_dataset(options.common.root, options.dataset)
+    return seal_and_print(Latents(dataset, options.latents), options)

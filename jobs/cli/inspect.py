@@ -78,8 +78,8 @@ def run_verify(options: VerifyOptions) -> int:
     stages = [stage for stage in read_status(root) if not only or f"{stage['path']}/".startswith(f"{only}/")]
     chain: list[dict[str, str]] = []
     if options.against == "current":
-        from jobs.publishing.releases import against_current
-        current, chain = against_current(root)
+        from jobs.publishing.releases import check_published
+        current, chain = check_published(root)
         stages = [stage for stage in stages if stage["path"].startswith(current)]
     folders = [stage["path"] for stage in stages if stage["state"] in {"sealed", "stale", "damaged"}]
     if options.common.dry_run:
@@ -87,7 +87,8 @@ def run_verify(options: VerifyOptions) -> int:
         return 0
     damaged = [{"path": stage["path"], "fault": stage["error"]} for stage in stages if stage["state"] == "damaged"]
     faults = 0
-    for fault in itertools.chain(chain, damaged, *(verify.folder(root, path, quick=options.quick) for path in folders)):
+    for fault in itertools.chain(chain, damaged, *(
+            verify.find_faults(root, path, quick=options.quick) for path in folders)):
         faults += 1
         print(json.dumps(fault) if options.json else f"{fault['path']}: {fault['fault']}")
     _log.info("verify: %d folders read, %d faults", len(folders), faults)

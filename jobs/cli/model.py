@@ -60,11 +60,12 @@ def run_train(options: TrainOptions) -> int:
     pinned = {} if options.stage.overwrite else run.planned()
 
     def reader(text: str, role: str) -> "Dataset":
-        return published.reader(run.root, text, pinned.get(role, ""))
+        return published.open_dataset(run.root, text, pinned.get(role, ""))
 
     job = Job(run, reader(options.dataset, "dataset"), reader(options.database or options.dataset, "database"),
               options.train, options.on_latents,
-              published.reader(run.root, options.validation) if options.validation else None, options.stage.tracker)
+              published.open_dataset(run.root, options.validation) if options.validation else None,
+              options.stage.tracker)
     training = Training(job)
     if options.common.dry_run:
         return print_forecast(training, cluster=options.cluster)
@@ -214,8 +215,10 @@ def _evaluation_data(options: EvaluateOptions, run: "Run") -> tuple["Dataset", "
     dataset, database = (Dataset.parse(root, section[name]) for name in ("dataset", "database"))
     newest = {other.name: other for other in sorted(datasets(root), key=lambda data: (len(data.version), data.version))
               if other.sealed("index") and other.name not in {dataset.name, database.name}}
-    newest |= {name: published.reader(root, name) for name in newest if published.current(root, name)}
-    return dataset, database, [published.reader(root, name) for name in options.database] or list(newest.values())
+    newest |= {name: published.open_dataset(root, name) for name in newest
+               if published.Published.load(root, name).version}
+    databases = [published.open_dataset(root, name) for name in options.database] or list(newest.values())
+    return dataset, database, databases
 
 
 @dataclass(frozen=True)

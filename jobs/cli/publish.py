@@ -140,9 +140,9 @@ def run_credits(options: CreditsOptions) -> int:
     from jobs.publishing import credits
     samples = credits.list_credits(options.drawn)
     if options.sheet and not options.common.dry_run:
-        credits.sheet(samples, Path(options.sheet))
+        credits.save_sheet(samples, Path(options.sheet))
         _log.info("credits: the pictures are in %s", options.sheet)
-    print(json.dumps(samples, indent=1) if options.json else credits.text(samples))
+    print(json.dumps(samples, indent=1) if options.json else credits.credits_text(samples))
     return 0
 
 
@@ -170,5 +170,5 @@ def run_forget(options: ForgetOptions) -> int:
     root = options.common.root
     takedown = forget.parse_takedown(root, options.sha256, options.url, options.key, options.domain)
     result = forget.forget(root, takedown, options.note, dry_run=options.common.dry_run)
-    print(json.dumps(result, indent=1) if options.json else forget.text(result))
+    print(json.dumps(result, indent=1) if options.json else forget.forget_text(result))
     return 0

@@ -31,15 +31,16 @@ def list_credits(address: str) -> list[dict[str, Any]]:
         raise ValueError(f"{folder} has no samples.json: these samples are not finished, or were not drawn here\n"
                          f"hint: the same sample command ends them") from None
     file = "/".join(parts[4:])
-    chosen = [one for one in document["pictures"] if file in {"samples.json", "grid.png", one["file"]}]
+    chosen = [picture for picture in document["pictures"] if file in {"samples.json", "grid.png", picture["file"]}]
     if not chosen:
         raise ValueError(f"{address} is no sample: {folder}/samples.json names {len(document['pictures'])} others\n"
                          f"hint: one of its files, as {document['pictures'][0]['file']}, or samples.json")
-    databases = {one.get("database", picture["database"]) for picture in chosen for one in picture["neighbors"]}
+    databases = {neighbor.get("database", picture["database"])
+                 for picture in chosen for neighbor in picture["neighbors"]}
     known = {label: _known(Dataset.parse(root, label)) for label in sorted(databases)}
-    return [{"sample": one["file"], "prompt": one.get("prompt", ""), "seed": one["seed"], "pictures": [
-        _credit(near, near.get("database", one["database"]), known, storage.join(folder, near["file"]))
-        for near in one["neighbors"]]} for one in chosen]
+    return [{"sample": picture["file"], "prompt": picture.get("prompt", ""), "seed": picture["seed"], "pictures": [
+        _credit(neighbor, neighbor.get("database", picture["database"]), known, storage.join(folder, neighbor["file"]))
+        for neighbor in picture["neighbors"]]} for picture in chosen]
 
 
 def _within(address: str) -> tuple[str, str]:
@@ -60,15 +61,15 @@ def _known(dataset: Dataset) -> dict[str, dict[str, Any]]:
     return {row["key"]: row | {"sources": origins} for record in manifest["items"] for row in metadata(dataset, record)}
 
 
-def _credit(near: dict[str, Any], label: str, known: dict[str, dict[str, Any]], file: str) -> dict[str, Any]:
-    row = known[label].get(near["key"])
-    if row is not None and row["sha256"] != near["sha256"]:
+def _credit(neighbor: dict[str, Any], label: str, known: dict[str, dict[str, Any]], file: str) -> dict[str, Any]:
+    row = known[label].get(neighbor["key"])
+    if row is not None and row["sha256"] != neighbor["sha256"]:
         row = None  # the version was made anew since
     about = _origin(row, label) if row else {}
-    return {"database": label, "key": near["key"], "score": near["score"], "caption": near["caption"],
+    return {"database": label, "key": neighbor["key"], "score": neighbor["score"], "caption": neighbor["caption"],
             "url": row["url"] if row else "", "source": _first(about, ("package", "name", "style")),
             "licence": _first(row or {}, _LICENCES) or _first(about, _LICENCES),
-            "authors": _first(about, ("author_name", "authors", "author")), "sha256": near["sha256"], "file": file,
+            "authors": _first(about, ("author_name", "authors", "author")), "sha256": neighbor["sha256"], "file": file,
             **({} if row else {"note": "this version of the database is gone, or was made anew"})}
 
 
@@ -79,22 +80,22 @@ def _first(cells: dict[str, Any], names: tuple[str, ...]) -> str:
 def _origin(row: dict[str, Any], label: str) -> dict[str, Any]:
     """What a manifest's sources say of a picture: the only one, or the one named like its folder or its database."""
     listed = row["sources"] if isinstance(row["sources"], list) else [row["sources"]]
-    listed = [one for one in listed if isinstance(one, dict)]
+    listed = [origin for origin in listed if isinstance(origin, dict)]
     if len(listed) < 2:
         return listed[0] if listed else {}
     for name in (row["url"].split("/")[0], label.split("@")[0]):
-        if named := [one for one in listed if name in map(str, one.values())]:
+        if named := [origin for origin in listed if name in map(str, origin.values())]:
             return named[0]
     return {}
 
 
-def text(found: list[dict[str, Any]]) -> str:
+def credits_text(credited: list[dict[str, Any]]) -> str:
     """The credits for people, a paragraph a sample."""
     lines = []
-    for one in found:
-        lines.append(f"{one['sample']}" + (f": {one['prompt']}" if one["prompt"] else ""))
+    for credit in credited:
+        lines.append(f"{credit['sample']}" + (f": {credit['prompt']}" if credit["prompt"] else ""))
         rows = []
-        for picture in one["pictures"]:
+        for picture in credit["pictures"]:
             by = ", ".join(part for part in (picture["source"], picture["authors"], picture["licence"]) if part)
             rows.append(["", f"{picture['score']:.3f}", f"{picture['database']}/{picture['key']}", picture["caption"],
                          picture["url"], f"({by or 'licence unknown'})", picture.get("note", "")])
@@ -102,24 +103,25 @@ def text(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def sheet(found: list[dict[str, Any]], out: Path) -> None:
+def save_sheet(credited: list[dict[str, Any]], out: Path) -> None:
     """A contact sheet: a row for each sample, itself first, then what it drew on with score and licence below."""
-    rows = []
-    for one in found:
-        if not one["pictures"]:
-            raise ValueError(f"{one['sample']} drew on no picture: there is nothing to show")
-        folder = one["pictures"][0]["file"].rpartition("/")[0]
-        drawn = f"{folder}/{one['sample'].rpartition('/')[2]}"
-        rows.append([(_picture(drawn), one["prompt"]), *((_picture(near["file"]), _below(near))
-                                                         for near in one["pictures"])])
+    rows: list[list[tuple[Image.Image | None, str]]] = []
+    for credit in credited:
+        if not credit["pictures"]:
+            raise ValueError(f"{credit['sample']} drew on no picture: there is nothing to show")
+        folder = credit["pictures"][0]["file"].rpartition("/")[0]
+        sample = f"{folder}/{credit['sample'].rpartition('/')[2]}"
+        rows.append([(_picture(sample), credit["prompt"]), *((_picture(neighbor["file"]), _below(neighbor))
+                                                         for neighbor in credit["pictures"])])
     width = max(map(len, rows))
     rows = [row + [(None, "")] * (width - len(row)) for row in rows]
     contact_sheet([picture for row in rows for picture, _ in row], width, cell=_CELL, label_lines=3,
                   labels=[words for row in rows for _, words in row]).save(out)
 
 
-def _below(near: dict[str, Any]) -> str:
-    return f"{near['score']:.2f} {near['caption'] or near['key']}, {near['licence'] or 'licence unknown'}"
+def _below(neighbor: dict[str, Any]) -> str:
+    return (f"{neighbor['score']:.2f} {neighbor['caption'] or neighbor['key']}, "
+            f"{neighbor['licence'] or 'licence unknown'}")
 
 
 def _picture(address: str) -> Image.Image:

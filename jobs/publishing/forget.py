@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from jobs.publishing.releases import pins
+from jobs.publishing.releases import find_consumers
 from pipeline import storage
 from pipeline.datasets import takedowns
 from pipeline.datasets.dataset import Dataset, datasets
@@ -17,25 +17,25 @@ _HOST = re.compile(r"[a-z0-9]([a-z0-9_.-]*[a-z0-9])?")
 def parse_takedown(root: str, sha256: Sequence[str], urls: Sequence[str], keys: Sequence[str],
           domains: Sequence[str]) -> Forgotten:
     """What a request is about; keys become the hashes of their pictures. ValueError if it is about nothing."""
-    hashes = {one.lower() for one in sha256}
-    if wrong := [one for one in hashes if len(one) != 64 or set(one) - set("0123456789abcdef")]:
+    hashes = {value.lower() for value in sha256}
+    if wrong := [value for value in hashes if len(value) != 64 or set(value) - set("0123456789abcdef")]:
         raise ValueError(f"{wrong[0]!r} is no sha256\nhint: 64 hexadecimal digits, as sha256sum prints them")
     for text in keys:
         name, _, key = text.rpartition("/")
         dataset = Dataset.parse(root, name)
-        pictures = [row for one in datasets(root) if one.name == dataset.name and one.sealed("shards")
-                    and ("@" not in name or one.version == dataset.version)
-                    for _, row in takedowns.find_matching_rows(one, lambda row: row["key"] == key)]  # noqa: B023
+        pictures = [row for version in datasets(root) if version.name == dataset.name and version.sealed("shards")
+                    and ("@" not in name or version.version == dataset.version)
+                    for _, row in takedowns.find_matching_rows(version, lambda row: row["key"] == key)]  # noqa: B023
         if not pictures:
             raise ValueError(f"no version of {name} has a sample {key}\nhint: DATASET/KEY, as samples.json and credits "
                              f"name them")
         hashes |= {value for row in pictures for value in (row["sha256"], row.get("original_sha256")) if value}
     if not all(urls):
         raise ValueError("--url '' names nothing\nhint: an address, or a file's name below its folder")
-    found = Forgotten(frozenset(hashes), frozenset(urls), frozenset(map(_host, domains)))
-    if not found:
+    takedown = Forgotten(frozenset(hashes), frozenset(urls), frozenset(map(_host, domains)))
+    if not takedown:
         raise ValueError("forget needs pictures\nhint: --sha256, --url, --key DATASET/KEY or --domain")
-    return found
+    return takedown
 
 
 def _host(text: str) -> str:
@@ -57,43 +57,43 @@ def forget(root: str, wanted: Forgotten, note: str, *, dry_run: bool = False) ->
     root = storage.normalize(root)
     # Who names a picture by its address means its bytes too, under whatever address they come again.
     hashes: set[str] = set()
-    there = [one for one in datasets(root) if one.sealed("shards")]
+    there = [dataset for dataset in datasets(root) if dataset.sealed("shards")]
     if not wanted.domains:
         for dataset in there:
             hashes |= {value for _, row in takedowns.find_rows(dataset, wanted)
                        for value in (row["sha256"], row.get("original_sha256")) if value}
     wanted = Forgotten(wanted.sha256 | hashes, wanted.urls, wanted.domains)
     if not dry_run:
-        takedowns.add(root, wanted, note)  # before anything is hidden: a rebuild under way may still see it
-    touched, users = [], {name: pins(root, name) for name in {one.name for one in there}}
+        takedowns.add_takedowns(root, wanted, note)  # before anything is hidden: a rebuild under way may still see it
+    touched, users = [], {name: find_consumers(root, name) for name in {dataset.name for dataset in there}}
     for dataset in there:
         if rows := takedowns.find_rows(dataset, wanted):
-            fresh = 0 if dry_run else takedowns.hide(dataset, [row for row, _ in rows])
+            fresh = 0 if dry_run else takedowns.hide_rows(dataset, [row for row, _ in rows])
             used = users[dataset.name].get(dataset.version, [])
             touched.append({"dataset": f"{dataset.name}@{dataset.version}", "pictures": len(rows), "hidden_now": fresh,
                             "keys": [row["key"] for _, row in rows][:20],
-                            "neighbors": [one for one in used if one.startswith("datasets/")],
-                            "runs": [one for one in used if one.startswith("runs/")]})
+                            "neighbors": [consumer for consumer in used if consumer.startswith("datasets/")],
+                            "runs": [consumer for consumer in used if consumer.startswith("runs/")]})
     return {"sha256": sorted(wanted.sha256), "urls": sorted(wanted.urls), "domains": sorted(wanted.domains),
             "dry_run": dry_run, "found": touched}
 
 
-def text(found: dict[str, Any]) -> str:
+def forget_text(report: dict[str, Any]) -> str:
     """What was done, for people."""
-    if not found["found"]:
-        leave = "would leave" if found["dry_run"] else "leave"
+    if not report["found"]:
+        leave = "would leave" if report["dry_run"] else "leave"
         return (f"no dataset has such pictures; later rebuilds {leave} them out\n"
                 f"(a picture of a folder goes by its name below the folder, one of a list by its address as listed)")
     lines = []
-    for one in found["found"]:
-        hidden = "would no longer be found" if found["dry_run"] else "no longer found"
-        lines.append(f"{one['dataset']}: {one['pictures']} pictures, {hidden} by searches "
-                     f"({', '.join(one['keys'])}{', ...' if one['pictures'] > len(one['keys']) else ''})")
-        if one["neighbors"]:
-            lines.append(f"  neighbour lists made with it: {', '.join(one['neighbors'])}")
-        if one["runs"]:
-            lines.append(f"  runs that used it: {', '.join(one['runs'])}")
-    names = sorted({one["dataset"].split("@")[0] for one in found["found"]})
+    for entry in report["found"]:
+        hidden = "would no longer be found" if report["dry_run"] else "no longer found"
+        lines.append(f"{entry['dataset']}: {entry['pictures']} pictures, {hidden} by searches "
+                     f"({', '.join(entry['keys'])}{', ...' if entry['pictures'] > len(entry['keys']) else ''})")
+        if entry["neighbors"]:
+            lines.append(f"  neighbour lists made with it: {', '.join(entry['neighbors'])}")
+        if entry["runs"]:
+            lines.append(f"  runs that used it: {', '.join(entry['runs'])}")
+    names = sorted({entry["dataset"].split("@")[0] for entry in report["found"]})
     lines.append(f"they are in the bytes until the next version: rebuild {' / '.join(names)}; then gc; neighbour lists "
                  f"and runs stay as they were made")
     return "\n".join(lines)

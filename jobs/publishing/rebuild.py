@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.publishing.config import RebuildConfig
-from jobs.publishing.releases import encoders
+from jobs.publishing.releases import list_encoders
 from jobs.telemetry import logs
 from pipeline import storage
 from pipeline.datasets import published, takedowns
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.hidden_rows import Tombstones
-from pipeline.datasets.published import Pointer
+from pipeline.datasets.published import Published
 from pipeline.embeddings.embed import EmbedConfig, dataset_encoder
 from pipeline.indices.config import IndexConfig
 from pipeline.indices.extend import Drifted, Extension
@@ -50,18 +50,18 @@ class GatesFailed(StageFailed):
 class Rebuild:
     """One rebuild: a source, the version that is published, and the one that is made."""
 
-    def __init__(self, root: str, name: str, shard: ShardConfig, embed_: EmbedConfig, index_: IndexConfig,
+    def __init__(self, root: str, name: str, shard: ShardConfig, embed: EmbedConfig, index: IndexConfig,
                  config: RebuildConfig) -> None:
         self.root, self.name = root, name
-        self.shard, self.embed, self.index, self.config = shard, embed_, index_, config
-        if not storage.can_swap(published.folder(root, name)):
+        self.shard, self.embed, self.index, self.config = shard, embed, index, config
+        self.before = Published.load(root, name)
+        if not storage.can_swap(self.before.folder):
             raise ValueError(f"the store of {root} does not keep the conditions If-Match and If-None-Match of a write: "
                              f"two rebuilds could publish at once\nhint: a store that keeps them (AWS S3, MinIO, R2), "
                              f"or a file system")
         if shard.duplicates != "keep":
             raise ValueError("rebuild takes every picture of the source: for duplicates all must be looked at at once\n"
                              "hint: shard with --duplicates, embed and index make a version by hand")
-        self.before = published.current(root, name)
         self.scratch = tempfile.TemporaryDirectory(prefix="rebuild-")  # gone with this object
         self.source = SourceDiff.read(shard, takedowns.read_takedowns(root), self.scratch.name)
         if not self.source.count:
@@ -70,9 +70,9 @@ class Rebuild:
     @cached_property
     def last(self) -> Dataset | None:
         """The published version, if anything of it can be taken."""
-        if self.before is None or self.config.full:
+        if not self.before.version or self.config.full:
             return None
-        last = published.opened(self.root, self.name, self.before)
+        last = self.before.open()
         now = Update.section_of(self.shard)
         there = {key: value for key, value in last.manifest("shards")["section"].items() if key != "rewrite"}
         if differing := sorted(key for key in now.keys() | there.keys() if there.get(key) != now.get(key)):
@@ -85,7 +85,7 @@ class Rebuild:
         """What a rebuild would do, as far as the source's names and looks tell; writes nothing."""
         before = self._last_listing()
         diff = self.source.against(before, Hashes.none())
-        return {"dataset": self.name, "published": self.before.version if self.before else None,
+        return {"dataset": self.name, "published": self.before.version or None,
                 **{name: diff.counts[name] for name in _COUNTS}, "to_be_read": len(self.source.suspects(before))}
 
     def _last_listing(self) -> pa.Table:
@@ -98,17 +98,15 @@ class Rebuild:
         last = self.last
         source = storage.digest([self.source.digest, Update.section_of(self.shard), self._settings()])
         claim = {"digest": storage.digest([source, self.config.rewrite, self.config.thorough, last is None,
-                                         self.before.document["content"] if self.before else ""]), "source": source,
-                 "from": self.before.version if self.before else None}
+                                         self.before.document.get("content", "")]), "source": source,
+                 "from": self.before.version or None}
         data = storage.json_bytes(claim)
-        there = published.versions(self.root, self.name)
-        least = self.before.number if self.before else 0
-        past = {one["version"] for one in published.history(self.root, self.name)}
-        for version in reversed(there):
-            found = self._claimed(version) if published.number_of(version) > least else None
-            if found == claim or (found and version in past and found["source"] == source):
+        past = {document["version"] for document in Published.load(self.root, self.name).history()}
+        for version in reversed(self.before.versions()):
+            earlier = self._claimed(version) if published.version_number(version) > self.before.number else None
+            if earlier == claim or (earlier and version in past and earlier["source"] == source):
                 return Dataset(self.root, self.name, version), version in past
-        number = least
+        number = self.before.number
         while True:
             number += 1
             version = f"v{number}"
@@ -119,16 +117,16 @@ class Rebuild:
 
     def _taken(self, version: str) -> bool:
         """Whether a version was made by hand, or is over and gone: it has no claim, and is none to claim."""
-        base = storage.join(published.folder(self.root, self.name), version)
+        base = storage.join(self.before.folder, version)
         return self._claimed(version) is None and any(storage.exists(storage.join(base, file)) for file in (
-            "release.json", *(f"{one}/plan.json" for one in published.STAGES)))
+            "release.json", *(f"{stage}/plan.json" for stage in published.STAGES)))
 
     def _settings(self) -> list[Any]:
         embedding = Reuse(Dataset(self.root, self.name), self.embed, None).section()
         return [embedding, Index(Dataset(self.root, self.name), self.index).section(), self.config.embed_captions]
 
     def _address(self, version: str) -> str:
-        return storage.join(published.folder(self.root, self.name), version, _CLAIM)
+        return storage.join(self.before.folder, version, _CLAIM)
 
     def _claimed(self, version: str) -> Any:
         try:
@@ -187,48 +185,48 @@ class Rebuild:
             return False
         return (search_kind(last) != "graph" and dataset_encoder(last) == dataset_encoder(dataset))
 
-    def judge(self, dataset: Dataset, before: Pointer | None) -> tuple[list[Gate], list[str]]:
+    def judge(self, dataset: Dataset, before: Published) -> tuple[list[Gate], list[str]]:
         """The gates of a version against what is published, and the queries that they asked."""
-        base = published.opened(self.root, self.name, before) if before else None
-        release = published.released(base)[0] if base else None
-        asked = gates.queries(self.config.gates, release, dataset)
-        pinned = {} if self.config.allow_encoder else encoders(self.root, self.name)
+        base = before.open() if before.version else None
+        release = published.read_release(base)[0] if base else None
+        texts = gates.choose_queries(self.config.gates, release, dataset)
+        pinned = {} if self.config.allow_encoder else list_encoders(self.root, self.name)
         if base and not self.config.allow_encoder:
             pinned[base.label] = dataset_encoder(base)
-        return gates.measure_gates(dataset, base, asked, self.embed.clip(), self.config.gates, pinned), asked
+        return gates.measure_gates(dataset, base, texts, self.embed.clip(), self.config.gates, pinned), texts
 
     def publish(self, dataset: Dataset) -> dict[str, Any]:
         """Judge a version and swap it in; GatesFailed if it is not as it must be.
 
         Where somebody published meanwhile, the later build stays, whoever is faster; an earlier one is judged against.
         """
-        number = published.number_of(dataset.version)
+        number = published.version_number(dataset.version)
         while True:
-            before = published.current(self.root, self.name)
-            if before and before.version == dataset.version:
+            before = Published.load(self.root, self.name)
+            if before.version == dataset.version:
                 return {"published": dataset.version, "by": "another"}
-            if before and before.number > number:
+            if before.number > number:
                 _log.info("rebuild: %s was published meanwhile: %s, which was begun before it, is not", before.version,
                           dataset.version)
                 return {"published": before.version, "superseded": dataset.version}
-            found, asked = self.judge(dataset, before)
-            for gate in found:
+            results, texts = self.judge(dataset, before)
+            for gate in results:
                 _log.info("gate %s%s", gate, "" if gate.passed else "  FAILED")
-            if failed := [gate for gate in found if not gate.passed]:
-                storage.put_json([vars(gate) for gate in found],
-                                 storage.join(published.folder(self.root, self.name), dataset.version, "gates.json"))
-                kept = f"{before.version} stays published" if before else "nothing is published"
+            if failed := [gate for gate in results if not gate.passed]:
+                storage.put_json([vars(gate) for gate in results],
+                                 storage.join(before.folder, dataset.version, "gates.json"))
+                kept = f"{before.version} stays published" if before.version else "nothing is published"
                 raise GatesFailed(f"rebuild: {dataset.name}@{dataset.version} is not published: "
                                   f"{'; '.join(map(str, failed))}: {kept}\nhint: look at the source; the flags of the "
                                   f"gates (--max-lost ...) let this version pass if it is right")
             shards = dataset.manifest("shards")
-            data = published.release(dataset, {
-                "number": number, "base": before.version if before else None, "source": self.source.digest,
+            data = published.write_release(dataset, {
+                "number": number, "base": before.version or None, "source": self.source.digest,
                 "samples": shards["totals"]["samples"] - shards["info"].get("dead", 0),
-                "recall@10": gates.recall(dataset), "encoder": dataset_encoder(dataset), "queries": asked,
-                "change": shards["info"]["change"], "gates": [vars(gate) for gate in found]})
-            if published.publish(dataset, data, number, before):
-                return {"published": dataset.version, "gates": {gate.name: gate.value for gate in found}}
+                "recall@10": gates.recall(dataset), "encoder": dataset_encoder(dataset), "queries": texts,
+                "change": shards["info"]["change"], "gates": [vars(gate) for gate in results]})
+            if before.publish(dataset, data, number):
+                return {"published": dataset.version, "gates": {gate.name: gate.value for gate in results}}
 
     def unchanged(self, dataset: Dataset, diff: SourceDiff) -> bool:
         """Whether the published version holds all of the source already.
@@ -240,16 +238,15 @@ class Rebuild:
             return False
         if self._pending():
             return False
-        assert self.before
         if not dataset.sealed("compare"):
-            storage.remove_tree(storage.join(published.folder(self.root, self.name), dataset.version))
-        published.checked(self.root, self.name, self.before)
+            storage.remove_tree(storage.join(self.before.folder, dataset.version))
+        self.before.mark_checked()
         return True
 
     def _pending(self) -> bool:
         """Whether pictures of the published version were forgotten since, and are still in its bytes."""
         last = self.last
-        return last is not None and len(takedowns.hidden(last)) > 0
+        return last is not None and len(takedowns.read_forgotten_rows(last)) > 0
 
 
 def run_rebuild(rebuild: Rebuild, seal: Seal) -> dict[str, Any]:
@@ -260,20 +257,18 @@ def run_rebuild(rebuild: Rebuild, seal: Seal) -> dict[str, Any]:
 
 
 def _made(rebuild: Rebuild, dataset: Dataset, past: bool, seal: Seal) -> dict[str, Any]:
-    now = published.current(rebuild.root, rebuild.name)
-    if past and now and now.version == dataset.version:  # since this one began
+    now = Published.load(rebuild.root, rebuild.name)
+    if past and now.version == dataset.version:  # since this one began
         return {"dataset": rebuild.name, "published": dataset.version, "by": "another"}
     if past:
         _log.warning("rebuild: the source is what %s was made from, which was rolled back\nhint: rollback %s --to %s "
                      "publishes it again", dataset.version, rebuild.name, dataset.version)
-        assert rebuild.before
-        published.checked(rebuild.root, rebuild.name, rebuild.before)
+        rebuild.before.mark_checked()
         return {"dataset": rebuild.name, "published": rebuild.before.version, "rolled_back": dataset.version}
     diff = rebuild.compare(dataset, seal)
     counts = {name: diff.counts[name] for name in _COUNTS}
     _log.info("rebuild: %s: %s", dataset.label, ", ".join(f"{count} {name}" for name, count in counts.items()))
     if rebuild.unchanged(dataset, diff):
-        assert rebuild.before
         return {"dataset": rebuild.name, "published": rebuild.before.version, "unchanged": True, **counts}
     rebuild.build(dataset, diff, seal)
     reused = dataset.manifest("embeddings")["info"]["reused"]

@@ -113,4 +113,5 @@ def same_encoder(run: Run, encoder: ClipConfig, databases: Sequence[Dataset]) ->
 def searched_database(database: Dataset) -> dict[str, dict[str, Any]]:
     """The stages of a database that a search depends on, as inputs of another stage."""
     found = {name: database.identity(name) for name in ("index", "embeddings", "shards")}
-    return {f"{name} of {database.label}": one for name, one in (found | hidden_rows.identities(database)).items()}
+    found |= hidden_rows.hidden_row_inputs(database)
+    return {f"{name} of {database.label}": one for name, one in found.items()}

@@ -27,7 +27,7 @@ class Mixture:
             if colon and not (_WEIGHT.fullmatch(weight) and Decimal(weight)):
                 raise ValueError(f"{text!r}: the weight {weight!r} of {name} is not a number above 0\n"
                                  f"hint: --database noto:3+openmoji:1")
-            members.append(published.reader(root, name))
+            members.append(published.open_dataset(root, name))
             weights.append(Decimal(weight or 1).normalize())
         if len(set(members)) < len(members):
             raise ValueError(f"{text!r} names a database twice\nhint: give it a larger weight, as in noto:3+openmoji:1")

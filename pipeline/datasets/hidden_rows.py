@@ -41,8 +41,8 @@ class Tombstones(Stage):
         return {}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
-        told = hashlib.sha256("\n".join(sorted(self._named())).encode()).hexdigest()
-        return {"shards": self.dataset.identity("shards"), "keys": {"path": "", "digest": told}}
+        keys = hashlib.sha256("\n".join(sorted(self._named())).encode()).hexdigest()
+        return {"shards": self.dataset.identity("shards"), "keys": {"path": "", "digest": keys}}
 
     def plan(self) -> list[Item]:
         named = self._named()
@@ -54,15 +54,15 @@ class Tombstones(Stage):
 
     def process(self, item: Item, scratch: Path) -> Output:
         named, rows, offset = self._named(), [], 0
-        found: set[str] = set()
+        present: set[str] = set()
         for record in self.dataset.manifest("shards")["items"]:
             keys = [row["key"] for row in metadata(self.dataset, record, ["key"])]
             rows += [offset + position for position, key in enumerate(keys) if key in named]
-            found.update(named.intersection(keys))
+            present.update(named.intersection(keys))
             offset += record["samples"]
         np.save(scratch / "rows.npy", np.array(rows, np.int64), allow_pickle=False)
         return Output(samples=len(rows), files={"rows.npy": scratch / "rows.npy"},
-                      ledger=[Entry(key, "not in this dataset") for key in sorted(named - found)])
+                      ledger=[Entry(key, "not in this dataset") for key in sorted(named - present)])
 
     def _named(self) -> set[str]:
         try:
@@ -76,24 +76,24 @@ class Tombstones(Stage):
         return named
 
 
-def rows(dataset: Dataset) -> np.ndarray:
+def read_hidden_rows(dataset: Dataset) -> np.ndarray:
     """The rows of a dataset that must not be found, ascending (T,) int64; ValueError if its shards changed since.
 
     With those that were forgotten since it was made.
     """
-    hidden = takedowns.hidden(dataset)
+    hidden = takedowns.read_forgotten_rows(dataset)
     if not dataset.sealed("tombstones"):
         return hidden
     dataset.identity("tombstones")
     entry = dataset.manifest("tombstones")["items"][0]["files"]
-    named = np.load(dataset.fetch("tombstones", next(one for one in entry if one["name"] == "rows.npy")),
+    named = np.load(dataset.fetch("tombstones", next(file for file in entry if file["name"] == "rows.npy")),
                     allow_pickle=False)
     return np.union1d(named, hidden)
 
 
-def identities(dataset: Dataset) -> dict[str, dict[str, Any]]:
+def hidden_row_inputs(dataset: Dataset) -> dict[str, dict[str, Any]]:
     """What a search leaves out, as inputs of a stage that searches; nothing if it leaves out nothing."""
-    found = {"tombstones": dataset.identity("tombstones")} if dataset.sealed("tombstones") else {}
-    if len(hidden := takedowns.hidden(dataset)):
-        found["forgotten"] = {"path": "", "digest": digest(hidden.tolist())}
-    return found
+    inputs = {"tombstones": dataset.identity("tombstones")} if dataset.sealed("tombstones") else {}
+    if len(hidden := takedowns.read_forgotten_rows(dataset)):
+        inputs["forgotten"] = {"path": "", "digest": digest(hidden.tolist())}
+    return inputs

@@ -1,10 +1,10 @@
-"""Which version of a dataset readers get: one small file that is swapped whole.
+"""What is published of a dataset: one small file that is swapped whole names the version that readers get.
 
     <root>/datasets/<name>/current.json     the version, the sha256 of its release.json, since when; all that changes
     <root>/datasets/<name>/v3/release.json  what is published: sha256 of the manifests, its base, what the gates saw
-    <root>/published/<name>/000007.json     every pointer that ever stood there, in order
+    <root>/published/<name>/000007.json     every current.json that ever stood there, in order
 
-A reader resolves the pointer once, and holds what it reads against the hashes that it leads to. Versions never change.
+A reader reads current.json once, and checks what it reads against the hashes that it leads to. Versions never change.
 """
 
 import hashlib
@@ -24,81 +24,134 @@ _KEYS = {"version", "number", "sequence", "release", "published"}
 
 
 @dataclass(frozen=True)
-class Pointer:
-    """What stands in current.json, and its bytes."""
+class Published:
+    """What is published of a dataset, as its current.json said when it was read."""
 
-    data: bytes
+    root: str
+    name: str
+    data: bytes | None
+    """The bytes of current.json; None if nothing is published."""
     document: dict[str, Any]
+
+    @classmethod
+    def load(cls, root: str, name: str) -> "Published":
+        """Read current.json; ValueError if it is damaged."""
+        root = storage.normalize(root)
+        url = storage.join(root, "datasets", name, "current.json")
+        try:
+            data = storage.read_bytes(url)
+        except FileNotFoundError:
+            return cls(root, name, None, {})
+        document = storage.parse_json(data, url)
+        if not isinstance(document, dict) or not document.keys() >= _KEYS:
+            raise ValueError(f"{url} is damaged\nhint: python -m jobs rollback {name} publishes an earlier version "
+                             f"again")
+        return cls(root, name, data, document)
 
     @property
     def version(self) -> str:
-        """The published version."""
-        return self.document["version"]
+        """The published version, empty if nothing is published."""
+        return self.document.get("version", "")
 
     @property
     def number(self) -> int:
-        """Which build it is: of two the later one has the higher number."""
-        return self.document["number"]
+        """The number of the build: the later of two has the higher one; 0 if nothing is published."""
+        return self.document.get("number", 0)
+
+    @property
+    def folder(self) -> str:
+        """Where the versions of the dataset are, and current.json."""
+        return storage.join(self.root, "datasets", self.name)
+
+    def versions(self) -> list[str]:
+        """The versions of the dataset that have a folder, the oldest first."""
+        return sorted(storage.list_folders(self.folder), key=lambda version: (version_number(version), version))
+
+    def open(self) -> Dataset:
+        """The published version, with the hashes to check it by; ValueError if its release is not the published one."""
+        return _open_release(Dataset(self.root, self.name, self.version), self.document["release"])
+
+    def open_version(self, version: str) -> Dataset:
+        """A version with the hashes under which it was last published; without hashes if it never was."""
+        dataset = Dataset(self.root, self.name, version)
+        for document in reversed(self.history()):
+            if document["version"] == version:
+                return _open_release(dataset, document["release"])
+        return dataset
+
+    def history(self) -> list[dict[str, Any]]:
+        """Every current.json that there was, the oldest first, this one included."""
+        base = storage.join(self.root, "published", self.name)
+        documents = {document["sequence"]: document for document in storage.map_urls(
+            lambda file: storage.read_json(storage.join(base, file)), storage.list_files(base))}
+        if self.document:
+            documents[self.document["sequence"]] = self.document
+        return [documents[sequence] for sequence in sorted(documents)]
+
+    def unpublished_since(self, version: str) -> float | None:
+        """When a version ceased to be the published one, None if it never was; infinity if it is."""
+        since: float | None = None
+        history = self.history()
+        for document, successor in zip(history, [*history[1:], None], strict=True):
+            if document["version"] == version:
+                since = successor["published"] if successor else float("inf")
+        return since
+
+    def publish(self, dataset: Dataset, data: bytes, number: int, **more: Any) -> bool:
+        """Publish the release `data` of a version in the place of this one; False if another took its place."""
+        release = json.loads(data)
+        now = round(time.time(), 3)
+        after = {"checked": now, "version": dataset.version, "number": number,
+                 "sequence": self.document.get("sequence", 0) + 1,
+                 "release": hashlib.sha256(data).hexdigest(), "content": release["content"],
+                 "previous": self.version or None, "samples": release["samples"],
+                 "recall@10": release["recall@10"], "published": now, **more}
+        if self.document:  # whoever published it may have been killed before it did so
+            self._add_to_history(self.document)
+        if not self._swap(after):
+            return False
+        self._add_to_history(after)
+        return True
+
+    def mark_checked(self) -> None:
+        """Note that the source was compared and nothing had changed; without effect if another was published."""
+        self._swap(self.document | {"checked": round(time.time(), 3)})
+
+    def _swap(self, document: dict[str, Any]) -> bool:
+        url = storage.join(self.folder, "current.json")
+        return storage.swap_bytes(storage.json_bytes(document), url, self.data)
+
+    def _add_to_history(self, document: dict[str, Any]) -> None:
+        url = storage.join(self.root, "published", self.name, f"{document['sequence']:06d}.json")
+        storage.create_bytes(storage.json_bytes(document), url)
 
 
-def folder(root: str, name: str) -> str:
-    """Where the versions of a dataset are, and its pointer."""
-    return storage.join(storage.normalize(root), "datasets", name)
+def open_dataset(root: str, text: str, pinned: str = "") -> Dataset:
+    """The dataset that `text` (NAME or NAME@VERSION) means to readers.
 
-
-def current(root: str, name: str) -> Pointer | None:
-    """The pointer of a dataset, None if nothing is published; ValueError if it is damaged."""
-    url = storage.join(folder(root, name), "current.json")
-    try:
-        data = storage.read_bytes(url)
-    except FileNotFoundError:
-        return None
-    document = storage.parse_json(data, url)
-    if not isinstance(document, dict) or not document.keys() >= _KEYS:
-        raise ValueError(f"{url} is damaged\nhint: python -m jobs rollback {name} publishes an earlier version again")
-    return Pointer(data, document)
-
-
-def reader(root: str, text: str, pinned: str = "") -> Dataset:
-    """The dataset that `text` (NAME or NAME@VERSION) means to those who read it.
-
-    Without a version it is `pinned` if that is one of this name, else the published one, whose bytes will be held
+    Without a version it is `pinned` if that is one of this name, else the published one, whose bytes will be checked
     against their hashes, and v1 where nothing was ever published.
     """
     dataset = Dataset.parse(root, text)
     if "@" in text:
         return dataset
-    if pinned and Dataset.parse(root, pinned).name == dataset.name:
-        return trusted(Dataset.parse(root, pinned))
-    pointer = current(root, dataset.name)
-    return opened(dataset.root, dataset.name, pointer) if pointer else dataset
+    published = Published.load(root, dataset.name)
+    if pinned and (wanted := Dataset.parse(root, pinned)).name == dataset.name:
+        return published.open_version(wanted.version)
+    return published.open() if published.version else dataset
 
 
-def opened(root: str, name: str, pointer: Pointer) -> Dataset:
-    """The version that a pointer leads to; ValueError if its release is not the one that was published."""
-    dataset = Dataset(storage.normalize(root), name, pointer.version)
-    return _trusting(dataset, pointer.document["release"])
-
-
-def trusted(dataset: Dataset) -> Dataset:
-    """A version with the hashes under which it was published, as the history of pointers has them, if it ever was."""
-    for document in reversed(history(dataset.root, dataset.name)):
-        if document["version"] == dataset.version:
-            return _trusting(dataset, document["release"])
-    return dataset
-
-
-def _trusting(dataset: Dataset, sha256: str) -> Dataset:
-    release, data = released(dataset)
+def _open_release(dataset: Dataset, sha256: str) -> Dataset:
+    release, data = read_release(dataset)
     if release is None or hashlib.sha256(data).hexdigest() != sha256:
         raise ValueError(f"the release of {dataset.name}@{dataset.version} is not the one that was published: somebody "
                          f"changed or removed it\nhint: python -m jobs rollback {dataset.name}")
     return Dataset(dataset.root, dataset.name, dataset.version, tuple(sorted(release["manifests"].items())))
 
 
-def released(dataset: Dataset) -> tuple[dict[str, Any] | None, bytes]:
+def read_release(dataset: Dataset) -> tuple[dict[str, Any] | None, bytes]:
     """The release of a version and its bytes; None if it has none."""
-    url = storage.join(folder(dataset.root, dataset.name), dataset.version, "release.json")
+    url = _release_url(dataset)
     try:
         data = storage.read_bytes(url)
     except FileNotFoundError:
@@ -106,98 +159,38 @@ def released(dataset: Dataset) -> tuple[dict[str, Any] | None, bytes]:
     return storage.parse_json(data, url), data
 
 
-def manifests(dataset: Dataset) -> dict[str, str]:
+def hash_manifests(dataset: Dataset) -> dict[str, str]:
     """sha256 of the manifest of each sealed stage that belongs to a release; ValueError if one is stale or missing."""
-    found = {}
+    hashes = {}
     for name in STAGES:
         if name in {"shards", "embeddings", "index"} or dataset.sealed(name):
             dataset.identity(name)
             data = storage.read_bytes(storage.join(dataset.folder(name), "manifest.json"))
-            found[name] = hashlib.sha256(data).hexdigest()
-    return found
+            hashes[name] = hashlib.sha256(data).hexdigest()
+    return hashes
 
 
-def release(dataset: Dataset, about: dict[str, Any]) -> bytes:
+def write_release(dataset: Dataset, about: dict[str, Any]) -> bytes:
     """Write the release of a version, or find that there is one; its bytes.
 
     What was published of the same version before must be the same: a version never changes.
     """
-    prints = manifests(dataset)
-    document = {"name": dataset.name, "version": dataset.version, "manifests": prints,
-                "content": storage.digest(prints), "code": code_revision(), **about}
-    url = storage.join(folder(dataset.root, dataset.name), dataset.version, "release.json")
-    storage.create_bytes(storage.json_bytes(document), url)
-    there, data = released(dataset)
-    if there is None or there["manifests"] != prints:
+    hashes = hash_manifests(dataset)
+    document = {"name": dataset.name, "version": dataset.version, "manifests": hashes,
+                "content": storage.digest(hashes), "code": code_revision(), **about}
+    storage.create_bytes(storage.json_bytes(document), _release_url(dataset))
+    release, data = read_release(dataset)
+    if release is None or release["manifests"] != hashes:
         raise ValueError(f"{dataset.name}@{dataset.version} was released with other content than it has now\n"
                          f"hint: a version never changes; make another")
     return data
 
 
-def number_of(version: str) -> int:
+def version_number(version: str) -> int:
     """The number in a version's name: 3 of v3, 0 of others."""
     match = _NUMBERED.fullmatch(version)
     return int(match[1]) if match else 0
 
 
-def versions(root: str, name: str) -> list[str]:
-    """The versions of a dataset that have a folder, the oldest first."""
-    return sorted(storage.list_folders(folder(root, name)), key=lambda one: (number_of(one), one))
-
-
-def publish(dataset: Dataset, data: bytes, number: int, before: Pointer | None, **more: Any) -> bool:
-    """Swap the pointer from `before` to the release `data` of a version; False if another one stands there now."""
-    document = json.loads(data)
-    after = {"version": dataset.version, "number": number,
-             "sequence": before.document["sequence"] + 1 if before else 1,
-             "release": hashlib.sha256(data).hexdigest(), "content": document["content"],
-             "previous": before.version if before else None,
-             "samples": document["samples"], "recall@10": document["recall@10"], "published": round(time.time(), 3),
-             **more}
-    return swap(dataset.root, dataset.name, before, {"checked": after["published"]} | after)
-
-
-def swap(root: str, name: str, before: Pointer | None, after: dict[str, Any]) -> bool:
-    """Put a pointer in the place of another, and both into the history; False if another one stands there now."""
-    if before:  # of one whose publisher was killed before it could
-        _remember(root, name, before.document)
-    data = storage.json_bytes(after)
-    if not storage.swap_bytes(data, storage.join(folder(root, name), "current.json"), before.data if before else None):
-        return False
-    _remember(root, name, after)
-    return True
-
-
-def checked(root: str, name: str, pointer: Pointer) -> None:
-    """Note that the source was looked at, and nothing had changed; of no matter if somebody published meanwhile."""
-    after = pointer.document | {"checked": round(time.time(), 3)}
-    storage.swap_bytes(storage.json_bytes(after), storage.join(folder(root, name), "current.json"), pointer.data)
-
-
-def _past(root: str, name: str) -> str:
-    return storage.join(storage.normalize(root), "published", name)
-
-
-def _remember(root: str, name: str, document: dict[str, Any]) -> None:
-    url = storage.join(_past(root, name), f"{document['sequence']:06d}.json")
-    storage.create_bytes(storage.json_bytes(document), url)
-
-
-def history(root: str, name: str) -> list[dict[str, Any]]:
-    """Every pointer that stood there, the first one first; the one that stands there now is the last."""
-    base = _past(root, name)
-    found = {one["sequence"]: one for one in storage.map_urls(
-        lambda file: storage.read_json(storage.join(base, file)), storage.list_files(base))}
-    if pointer := current(root, name):
-        found[pointer.document["sequence"]] = pointer.document
-    return [found[sequence] for sequence in sorted(found)]
-
-
-def unpublished_since(root: str, name: str, version: str) -> float | None:
-    """When a version ceased to be the published one, None if it never was; infinity if it is."""
-    gone: float | None = None
-    past = history(root, name)
-    for one, after in zip(past, [*past[1:], None], strict=True):
-        if one["version"] == version:
-            gone = after["published"] if after else float("inf")
-    return gone
+def _release_url(dataset: Dataset) -> str:
+    return storage.join(dataset.root, "datasets", dataset.name, dataset.version, "release.json")

@@ -42,7 +42,7 @@ class Forgotten:
         if name in self.urls:
             return True
         host = _host(name) if self.domains else ""
-        return any(host == one or host.endswith(f".{one}") for one in self.domains)
+        return any(host == domain or host.endswith(f".{domain}") for domain in self.domains)
 
     def has(self, row: Mapping[str, Any]) -> bool:
         """Whether a row of metadata (sha256, original_sha256, url) is about one of them."""
@@ -78,12 +78,12 @@ def read_takedowns(root: str) -> Forgotten:
     return Forgotten(*(frozenset(document.get(kind, ())) for kind in _KINDS))
 
 
-def add(root: str, more: Forgotten, note: str) -> None:
+def add_takedowns(root: str, more: Forgotten, note: str) -> None:
     """Add to the list of a root; `note` says why, and is kept."""
-    asked = {kind: sorted(getattr(more, kind)) for kind in _KINDS if getattr(more, kind)}
+    listed = {kind: sorted(getattr(more, kind)) for kind in _KINDS if getattr(more, kind)}
 
     def grown(document: dict[str, Any]) -> dict[str, Any]:
-        request = {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "note": note, **asked}
+        request = {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "note": note, **listed}
         return {kind: sorted({*document.get(kind, ()), *getattr(more, kind)}) for kind in _KINDS} | {
             "requests": [*document.get("requests", ()), request]}
 
@@ -104,7 +104,7 @@ def find_matching_rows(dataset: Dataset, wanted: Callable[[dict[str, Any]], bool
     return rows
 
 
-def hide(dataset: Dataset, rows: list[int]) -> int:
+def hide_rows(dataset: Dataset, rows: list[int]) -> int:
     """Let searches leave out these rows from now on; how many more these are than before."""
     before = 0
 
@@ -116,7 +116,7 @@ def hide(dataset: Dataset, rows: list[int]) -> int:
     return len(_change(_address(dataset), grown)["rows"]) - before
 
 
-def hidden(dataset: Dataset) -> np.ndarray:
+def read_forgotten_rows(dataset: Dataset) -> np.ndarray:
     """The rows of a version that were forgotten since it was made, ascending (T,) int64."""
     return np.array(_document(_address(dataset))[1].get("rows", []), np.int64)
 

@@ -68,7 +68,7 @@ class Searcher:
         if self.index.ntotal != len(self.embeddings):
             raise ValueError(f"the index of {dataset.label} has {self.index.ntotal} rows, its embeddings "
                              f"{len(self.embeddings)}\nhint: {dataset.command('index')} --overwrite")
-        self.hidden = hidden_rows.rows(dataset)
+        self.hidden = hidden_rows.read_hidden_rows(dataset)
         if without is not None:
             self.hidden = np.union1d(self.hidden, without)
         self._parameters = _exclude(self.index, self.hidden) if len(self.hidden) else None

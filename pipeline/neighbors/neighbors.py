@@ -54,7 +54,7 @@ class Neighbors(Stage):
                  "database": self.database.identity("embeddings"), "database_shards": self.database.identity("shards")}
         if self.config.method == "index":
             inputs["index"] = self.database.identity("index")
-        inputs |= hidden_rows.identities(self.database)
+        inputs |= hidden_rows.hidden_row_inputs(self.database)
         return inputs
 
     def plan(self) -> list[Item]:
@@ -269,7 +269,7 @@ class OpenDatabase:
         records = database.manifest("shards")["items"]
         kind = searcher.search_kind(database) if method == "index" else "scan"
         self.hidden = np.zeros(len(self.embeddings), bool)
-        self.hidden[hidden_rows.rows(database)] = True
+        self.hidden[hidden_rows.read_hidden_rows(database)] = True
         self.graph = Searcher(database) if kind == "graph" else None
         self.lists = IndexLists(database) if kind == "lists" else None
 

@@ -61,7 +61,7 @@ class Gate:
         return f"{self.name}: {value}{f', {self.limit}' if self.limit else ''}"
 
 
-def queries(config: GatesConfig, before: dict[str, Any] | None, dataset: Dataset) -> list[str]:
+def choose_queries(config: GatesConfig, before: dict[str, Any] | None, dataset: Dataset) -> list[str]:
     """The fixed list of queries: that of the file, that of the published release, or captions of this version."""
     if config.queries:
         try:
@@ -94,7 +94,7 @@ def measure_gates(dataset: Dataset, before: Dataset | None, texts: Sequence[str]
     gates.append(Gate("encoder", f"{encoder['model']} {encoder.get('pretrained', '')}".strip() if not others else
                       f"another than that of {', '.join(others)}", "that of every consumer", not others))
     if before and not others and texts and dataset_encoder(before) == encoder:
-        value = overlap(dataset, before, texts, clip_config)
+        value = measure_overlap(dataset, before, texts, clip_config)
         gates.append(Gate("overlap@10", value, f"at least {config.min_overlap}", value >= config.min_overlap))
     elif before and not texts:
         gates.append(Gate("overlap@10", "not measured: there are no captions and no --queries", "", True))
@@ -134,7 +134,7 @@ def _count(truths: pa.ChunkedArray) -> int:
     return pc.sum(truths).as_py() or 0
 
 
-def overlap(dataset: Dataset, before: Dataset, texts: Sequence[str], clip_config: ClipConfig) -> float:
+def measure_overlap(dataset: Dataset, before: Dataset, texts: Sequence[str], clip_config: ClipConfig) -> float:
     """overlap@10 of two versions: the mean share of the ten nearest images of each text that is the same."""
     vectors = clip.load_encoder(clip_config).texts(list(texts))
     labels_of_versions = []

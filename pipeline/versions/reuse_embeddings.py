@@ -1,6 +1,6 @@
 """The stage that embeds what changed and keeps the vectors of what stayed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class Reuse(Embed):
     def together(self, gpu: bool | None = None) -> int:
         return super().together(gpu) if gpu else 1
 
-    def process_together(self, work: Sequence[tuple[Item, Path]]) -> Iterator[Output | Exception]:
+    def process_together(self, work: Sequence[tuple[Item, Path]]) -> Generator[Output | Exception, None, None]:
         new = [(item, scratch) for item, scratch in work if "vectors" not in item.inputs]
         with closing(super().process_together(new)) as embedded:
             for pair in work:

@@ -103,8 +103,8 @@ class SourceDiff:
         # No hash is known of an image that could not be read then: its look alone tells.
         same = _bools(pc.equal(source["stamp"], old["stamp"]))
         then = old["sha256"].take(pa.array(hashes.numbers, pa.int64()))
-        told = _bools(pc.not_equal(then, ""))
-        same[hashes.numbers[told]] = _bools(pc.equal(then, hashes.sha256))[told]
+        known = _bools(pc.not_equal(then, ""))
+        same[hashes.numbers[known]] = _bools(pc.equal(then, hashes.sha256))[known]
         if self.source.fetch == "url":  # a server that failed may answer now
             same &= _bools(pc.equal(old["status"], SUCCESS))
         was_forgotten = _bools(pc.equal(old["status"], FORGOTTEN))
@@ -219,8 +219,8 @@ def _write_table(table: pa.Table, path: Path) -> None:
 def _matches(marks: pa.ChunkedArray, before: pa.Table, columns: list[str]) -> pa.Table:
     """For each mark the row of a listing that has it, null where none has; of several the last one counts."""
     backwards = before["mark"].take(pa.array(np.arange(before.num_rows)[::-1]))
-    found = pc.index_in(marks, value_set=backwards)
-    rows = pc.subtract(pa.scalar(before.num_rows - 1, pa.int64()), found.cast(pa.int64()))
+    positions = pc.index_in(marks, value_set=backwards)
+    rows = pc.subtract(pa.scalar(before.num_rows - 1, pa.int64()), positions.cast(pa.int64()))
     return before.select(columns).take(rows)
 
 
@@ -233,21 +233,21 @@ def _count_by_name(names: pa.ChunkedArray, before: pa.ChunkedArray, same: np.nda
     """
     every = pc.unique(pa.chunked_array([*before.chunks, *names.chunks], pa.large_string()))
     codes = pc.index_in(names, value_set=every).to_numpy()
-    there, stay, fresh = (np.bincount(one, minlength=len(every)) for one in (
+    there, stay, fresh = (np.bincount(group, minlength=len(every)) for group in (
         pc.index_in(before, value_set=every).to_numpy(), codes[same], codes[~same]))
     vacant = np.maximum(there - stay, 0)
     changed = np.minimum(vacant, fresh)
-    gone = vacant - changed
+    removed = vacant - changed
     counts: Counter[str] = Counter()
     for name, count in (("changed", changed.sum()), ("added", (fresh - changed).sum())):
         if count:
             counts[name] = int(count)
     if len(names):
         counts["removed"] = 0
-    positions = np.flatnonzero(gone)
+    positions = np.flatnonzero(removed)
     for start in range(0, len(positions), _PIECE_ROWS):
-        some = positions[start:start + _PIECE_ROWS]
-        for name, count in zip(every.take(pa.array(some)).to_pylist(), gone[some].tolist(), strict=True):
+        piece = positions[start:start + _PIECE_ROWS]
+        for name, count in zip(every.take(pa.array(piece)).to_pylist(), removed[piece].tolist(), strict=True):
             counts["forgotten" if forgotten.has_name(name) else "removed"] += count
     return counts
 

@@ -65,7 +65,7 @@ class Update(Shard):
         if self.last:
             # Without its path: what is taken from it is known by hash, and the rest of it may go.
             inputs["last"] = {"path": "", "digest": storage.digest([
-                self.last.manifest("shards")["content"], hidden_rows.rows(self.last).tolist()])}
+                self.last.manifest("shards")["content"], hidden_rows.read_hidden_rows(self.last).tolist()])}
         return inputs
 
     def plan(self) -> Iterator[Item]:
@@ -85,28 +85,28 @@ class Update(Shard):
 
     def _plan_last(self, last: Dataset) -> Iterator[Item]:
         """What becomes of the shards of the last version."""
-        hidden, live, offset = hidden_rows.rows(last), self.diff.live_rows(), 0
+        hidden, live, offset = hidden_rows.read_hidden_rows(last), self.diff.live_rows(), 0
         work = []
         for record in last.manifest("shards")["items"]:
             end = offset + record["samples"]
             dead = hidden[np.searchsorted(hidden, offset):np.searchsorted(hidden, end)] - offset
             work.append((record, dead, live.get(record["id"], np.zeros(0, np.int64))))
             offset = end
-        yield from (item for item in map_in_order(lambda one: self._plan_shard(last, *one), work) if item)
+        yield from (item for item in map_in_order(lambda arguments: self._plan_shard(last, *arguments), work) if item)
 
     def _plan_shard(self, last: Dataset, record: dict[str, Any], dead: np.ndarray, live: np.ndarray) -> Item | None:
         """What becomes of a shard of the last version: it stays, is written again, or goes (None).
 
         `dead` are hidden samples, `live` the rows of the source, at that time, that are still in it.
         """
-        gone, forgotten = self._gone_samples(last, record, dead, live)
-        if len(gone) == record["samples"]:
+        positions, forgotten = self._gone_samples(last, record, dead, live)
+        if len(positions) == record["samples"]:
             return None
         inputs = {"last": record, "version": last.version, "count": record["info"].get("rows", record["samples"])}
-        if not gone:
+        if not positions:
             return Item(record["id"], inputs)
-        sift = forgotten or len(gone) > self.rewrite * record["samples"]
-        data = json.dumps(gone).encode()
+        sift = forgotten or len(positions) > self.rewrite * record["samples"]
+        data = json.dumps(positions).encode()
         name = name_by_content(f"rows/gone-{record['id']}.json", data)
         return Item(record["id"], inputs | {"gone": name, "sift": sift}, ((name, data),))
 
@@ -119,35 +119,35 @@ class Update(Shard):
         columns = ["source_row", "status", *(["sha256", "original_sha256", "url"] if forgotten else [])]
         samples = succeeded_rows(read_metadata(last, record, columns))
         burning = forgotten.mask(samples)
-        gone = ~np.isin(samples["source_row"].to_numpy(), live) | burning
-        gone[dead] = True
-        return np.flatnonzero(gone).tolist(), bool(burning.any())
+        left_out = ~np.isin(samples["source_row"].to_numpy(), live) | burning
+        left_out[dead] = True
+        return np.flatnonzero(left_out).tolist(), bool(burning.any())
 
     def process(self, item: Item, scratch: Path) -> Output:
         if "last" not in item.inputs:
             return super().process(item, scratch)
         record, base = item.inputs["last"], Dataset(self.root, self.dataset.name, item.inputs["version"])
-        gone = (json.loads(storage.read_bytes(storage.join(self.folder, item.inputs["gone"])))
+        positions = (json.loads(storage.read_bytes(storage.join(self.folder, item.inputs["gone"])))
                 if "gone" in item.inputs else [])
         if item.inputs.get("sift"):
-            return self._without(item, base, record, set(gone), scratch)
-        keys = succeeded_rows(read_metadata(base, record, ["key", "status"]))["key"].to_pylist() if gone else []
+            return self._without(item, base, record, set(positions), scratch)
+        keys = succeeded_rows(read_metadata(base, record, ["key", "status"]))["key"].to_pylist() if positions else []
         counts = {name: value for name, value in record["info"].items() if name in {"rows", "filtered"}}
         return Output(record["samples"], info=counts | {"kept": record["samples"]}
-                      | ({"dead": [keys[row] for row in gone]} if gone else {}),
+                      | ({"dead": [keys[row] for row in positions]} if positions else {}),
                       counted=(record["skipped"], record["noted"]),
                       elsewhere=[reference(base, "shards", self.dataset, entry) for entry in record["files"]])
 
-    def _without(self, item: Item, base: Dataset, record: dict[str, Any], gone: set[int], scratch: Path) -> Output:
+    def _without(self, item: Item, base: Dataset, record: dict[str, Any], positions: set[int], scratch: Path) -> Output:
         """A shard without some of its samples, and without a trace of them."""
         tar, parquet = scratch / "shard.tar", scratch / "shard.parquet"
         there = base.fetch("shards", file_of(record, ".tar"), check=True)
         tars.write(tar, ({key: value for key, value in sample.items() if key != "__url__"}
-                         for row, sample in enumerate(tars.read(there)) if row not in gone))
+                         for row, sample in enumerate(tars.read(there)) if row not in positions))
         table = succeeded_rows(read_metadata(base, record))
-        pq.write_table(table.take([row for row in range(table.num_rows) if row not in gone]), parquet)
-        return Output(record["samples"] - len(gone), {f"{item.id}.tar": tar, f"{item.id}.parquet": parquet},
-                      info={"rows": record["samples"] - len(gone), "sifted": record["samples"] - len(gone),
+        pq.write_table(table.take([row for row in range(table.num_rows) if row not in positions]), parquet)
+        return Output(record["samples"] - len(positions), {f"{item.id}.tar": tar, f"{item.id}.parquet": parquet},
+                      info={"rows": record["samples"] - len(positions), "sifted": record["samples"] - len(positions),
                             "of": file_of(record, ".tar")["sha256"]})
 
     def _rows(self, inputs: dict[str, Any], scratch: Path, reading: ReadReport) -> Iterator[Row]:
@@ -155,8 +155,8 @@ class Update(Shard):
 
     def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         output = super().finish(records, scratch)
-        made = [record for record in records if not {"kept", "sifted"} & record["info"].keys()]
-        filled = pa.concat_tables([_FILLED.empty_table(), *map_in_order(self._outcomes, made)])
+        new_records = [record for record in records if not {"kept", "sifted"} & record["info"].keys()]
+        filled = pa.concat_tables([_FILLED.empty_table(), *map_in_order(self._outcomes, new_records)])
         write_listing(_fill(self.diff.listing(), filled), scratch / LISTING)
         output.files[LISTING] = scratch / LISTING
         dead = [key for record in records for key in record["info"].get("dead", ())]

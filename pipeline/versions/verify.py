@@ -18,7 +18,7 @@ from pipeline.stages import records
 from pipeline.stages.manifest import changed_inputs, read_manifest
 
 
-def folder(root: str, path: str, *, quick: bool = False) -> Iterator[dict[str, str]]:
+def find_faults(root: str, path: str, *, quick: bool = False) -> Iterator[dict[str, str]]:
     """The faults of a sealed folder below `root`, each {"path", "fault"}; none if all is well.
 
     `quick` looks at the manifest alone: does it follow from its parts, and are its inputs what they were?
@@ -48,11 +48,11 @@ def folder(root: str, path: str, *, quick: bool = False) -> Iterator[dict[str, s
               "neighbors": _neighbors, "latents": _latents}
     check = checks.get(manifest["stage"])
     if check:
-        beside = _Beside(root, path, manifest)
+        checked = _Checked(root, path, manifest)
         for record in manifest["items"]:
             if faulty.isdisjoint(entry["name"] for entry in record["files"]):
                 try:
-                    yield from check(beside, path, record)
+                    yield from check(checked, path, record)
                 except Exception as error:  # hostile bytes make readers raise whatever they like
                     said = (str(error).splitlines() or [""])[0]
                     yield _fault(path, record["id"], f"cannot be read: {type(error).__name__}: {said}")
@@ -62,7 +62,7 @@ def folder(root: str, path: str, *, quick: bool = False) -> Iterator[dict[str, s
         yield from _checkpoints(root, path)
 
 
-class _Beside:
+class _Checked:
     """What the records of a folder are held against: read once, for there may be a hundred thousand of them."""
 
     def __init__(self, root: str, path: str, manifest: dict[str, Any]) -> None:
@@ -72,13 +72,13 @@ class _Beside:
     @cached_property
     def samples(self) -> dict[str, int]:
         """How many samples each shard has."""
-        return {one["id"]: one["samples"] for one in self.dataset.manifest("shards")["items"]}
+        return {record["id"]: record["samples"] for record in self.dataset.manifest("shards")["items"]}
 
     @cached_property
     def database(self) -> tuple[str, int]:
         """The database that neighbours are from, and its rows."""
-        found = Dataset.parse(self.dataset.root, self.name.rpartition("/")[2])
-        return found.label, found.manifest("embeddings")["totals"]["samples"]
+        database = Dataset.parse(self.dataset.root, self.name.rpartition("/")[2])
+        return database.label, database.manifest("embeddings")["totals"]["samples"]
 
 
 def _changed(manifest: dict[str, Any]) -> list[str]:
@@ -113,26 +113,26 @@ def _records(root: str, path: str, manifest: dict[str, Any]) -> Iterator[dict[st
             yield _fault(path, name, "is missing or no JSON")
 
 
-def _shards(beside: _Beside, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
-    dataset = beside.dataset
+def _shards(checked: _Checked, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
+    dataset = checked.dataset
     entry = file_of(record, ".tar")
     rows = metadata(dataset, record, ["key", "sha256"])
-    found = []
+    keys: list[str] = []
     for sample in tars.read(dataset.fetch("shards", entry)):
         key, hashed = sample["__key__"], hashlib.sha256(tars.sample_image(sample)).hexdigest()
-        if len(found) < len(rows) and rows[len(found)] | {"status": ""} != {"key": key, "sha256": hashed, "status": ""}:
+        if len(keys) < len(rows) and rows[len(keys)] | {"status": ""} != {"key": key, "sha256": hashed, "status": ""}:
             yield _fault(path, entry["name"], f"{key} carries the metadata of another sample")
-        found.append(key)
-    if found != [row["key"] for row in rows]:
-        yield _fault(path, entry["name"], f"its {len(found)} samples are not the {len(rows)} of its parquet")
-    if len(found) != record["samples"]:
-        yield _fault(path, entry["name"], f"has {len(found)} samples, its record says {record['samples']}")
+        keys.append(key)
+    if keys != [row["key"] for row in rows]:
+        yield _fault(path, entry["name"], f"its {len(keys)} samples are not the {len(rows)} of its parquet")
+    if len(keys) != record["samples"]:
+        yield _fault(path, entry["name"], f"has {len(keys)} samples, its record says {record['samples']}")
 
 
-def _embeddings(beside: _Beside, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
-    rows = np.load(beside.dataset.fetch(beside.name, file_of(record, ".npy")), mmap_mode="r", allow_pickle=False)
-    yield from _lengths(beside, path, record["id"], len(rows), f"{record['id']}.npy")
-    if (dim := beside.manifest["info"]["encoder"].get("dim")) and rows.shape[1:] != (dim,):
+def _embeddings(checked: _Checked, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
+    rows = np.load(checked.dataset.fetch(checked.name, file_of(record, ".npy")), mmap_mode="r", allow_pickle=False)
+    yield from _lengths(checked, path, record["id"], len(rows), f"{record['id']}.npy")
+    if (dim := checked.manifest["info"]["encoder"].get("dim")) and rows.shape[1:] != (dim,):
         yield _fault(path, f"{record['id']}.npy", f"has vectors of shape {rows.shape[1:]}, its encoder makes {dim}")
         return
     norms = np.linalg.norm(np.asarray(rows, np.float32), axis=1)
@@ -141,18 +141,18 @@ def _embeddings(beside: _Beside, path: str, record: dict[str, Any]) -> Iterator[
         yield _fault(path, f"{record['id']}.npy", f"{wrong} rows are not of unit length")
 
 
-def _latents(beside: _Beside, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
-    rows = np.load(beside.dataset.fetch("latents", file_of(record, ".npy")), mmap_mode="r", allow_pickle=False)
-    yield from _lengths(beside, path, record["id"], len(rows), f"{record['id']}.npy")
+def _latents(checked: _Checked, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
+    rows = np.load(checked.dataset.fetch("latents", file_of(record, ".npy")), mmap_mode="r", allow_pickle=False)
+    yield from _lengths(checked, path, record["id"], len(rows), f"{record['id']}.npy")
     if not np.isfinite(rows).all():
         yield _fault(path, f"{record['id']}.npy", "has latents that are not finite")
 
 
-def _index(beside: _Beside, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
+def _index(checked: _Checked, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
     from pipeline.indices.faiss_door import UnreadableIndex
     from pipeline.indices.searcher import Searcher, count_misnumbered_rows
     try:
-        searcher = Searcher(beside.dataset)
+        searcher = Searcher(checked.dataset)
     except (ValueError, UnreadableIndex) as error:
         yield _fault(path, "knn.index", str(error).splitlines()[0])
         return
@@ -160,15 +160,15 @@ def _index(beside: _Beside, path: str, record: dict[str, Any]) -> Iterator[dict[
         yield _fault(path, "knn.index", f"{wrong} of its {searcher.index.ntotal} rows are not in it exactly once")
 
 
-def _neighbors(beside: _Beside, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
-    dataset, name, (database, total) = beside.dataset, beside.name, beside.database
+def _neighbors(checked: _Checked, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
+    dataset, name, (database, total) = checked.dataset, checked.name, checked.database
     for kept in neighbor_files([record], ".ids.npy"):
         shard = kept["name"].removesuffix(".ids.npy")
         files = {entry["name"].removeprefix(f"{shard}."): entry for entry in record["files"]
                  if entry["name"].startswith(f"{shard}.")}
         ids = np.load(dataset.fetch(name, kept), allow_pickle=False)
         scores = np.load(dataset.fetch(name, files["scores.npy"]), allow_pickle=False)
-        yield from _lengths(beside, path, shard, len(ids), kept["name"])
+        yield from _lengths(checked, path, shard, len(ids), kept["name"])
         if ids.shape != scores.shape or ids.min(initial=-1) < -1 or ids.max(initial=-1) >= total:
             yield _fault(path, kept["name"], f"ids beyond the {total} rows of {database}")
         elif (scores[:, 1:] > scores[:, :-1]).any():
@@ -179,9 +179,9 @@ def _neighbors(beside: _Beside, path: str, record: dict[str, Any]) -> Iterator[d
                 yield _fault(path, vectors["name"], f"has vectors for {shape[:2]} neighbours, ids for {ids.shape}")
 
 
-def _lengths(beside: _Beside, path: str, shard: str, rows: int, name: str) -> Iterator[dict[str, str]]:
+def _lengths(checked: _Checked, path: str, shard: str, rows: int, name: str) -> Iterator[dict[str, str]]:
     """Rows must be as many as the samples of the shard of the same number."""
-    if rows != (samples := beside.samples.get(shard)):
+    if rows != (samples := checked.samples.get(shard)):
         yield _fault(path, name, f"has {rows} rows, its shard {samples} samples")
 
 

@@ -112,7 +112,7 @@ def accounted(dataset: Dataset, manifest: dict, rows: int) -> dict[int, str]:
     told = shard.count_rows(manifest, table(dataset, manifest))
     assert told == {"rows": rows, "good": sum(not reason for reason in reasons.values()), "filtered": filtered,
                     "failed": sum(map(bool, reasons.values()))}
-    assert list(verify.folder(dataset.root, dataset.path("shards"))) == []
+    assert list(verify.find_faults(dataset.root, dataset.path("shards"))) == []
     return reasons
 
 
@@ -432,7 +432,7 @@ def test_rows_that_failed_are_tried_again_before_sealing(tmp_path, site, kind):
         "rows": 22, "good": 22 - len(failed[1]), "failed": len(failed[1]), "filtered": 0}
     after = synthetic.files_below(tmp_path / "datasets")
     assert {key: data for key, data in first.items() if after.get(key) != data} == {}
-    assert list(verify.folder(dataset.root, dataset.path("shards"))) == []
+    assert list(verify.find_faults(dataset.root, dataset.path("shards"))) == []
     assert {line["caption"] for line in table(dataset, manifest)} == {f"row {number}" for number in range(22)}
 
 
@@ -468,7 +468,7 @@ def test_a_second_round_tries_what_still_fails_and_a_round_may_be_cut_off(tmp_pa
     lines = table(dataset, manifest)
     assert [line["source_row"] for line in lines] == [*range(22), *failed[0], *failed[1]]
     assert shard.count_rows(manifest, lines) == {"rows": 22, "good": 21, "failed": 1, "filtered": 0}
-    assert list(verify.folder(dataset.root, dataset.path("shards"))) == []
+    assert list(verify.find_faults(dataset.root, dataset.path("shards"))) == []
     run_stage(Shard(dataset, config(source, samples_per_shard=4)), retry=True)
     assert "requests" not in web_server.seen(site)  # it is sealed
 
@@ -494,7 +494,7 @@ def test_another_version_takes_over_the_shards_and_tries_the_rest(tmp_path, site
     assert [record | {"plan": "", "run": {}} for record in second["items"][:3]] == [
         record | {"plan": "", "run": {}} for record in first["items"]]
     assert shard.count_rows(second, table(v2, second)) == {"rows": 22, "good": 19, "failed": 2, "filtered": 1}
-    assert list(verify.folder(v2.root, v2.path("shards"))) == []
+    assert list(verify.find_faults(v2.root, v2.path("shards"))) == []
     schemas = {pq.read_schema(v2.fetch("shards", file_of(record, ".parquet"))) for record in second["items"]}
     assert len(schemas) == 1
     # And so on: a third, and one from which nothing is left to try but what fails for good.

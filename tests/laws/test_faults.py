@@ -81,7 +81,7 @@ def test_the_demo_seals_everything_and_a_second_one_does_nothing(undisturbed: Pa
     assert main(_arguments(undisturbed, settings_file, "--local")) == 0
     assert times == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
     assert not [fault for one in status.read_status(str(undisturbed)) if one["path"] != UNINDEXED
-                for fault in verify.folder(str(undisturbed), one["path"])]
+                for fault in verify.find_faults(str(undisturbed), one["path"])]
     assert (undisturbed / "report.html").stat().st_size > 50_000
 
 
@@ -170,7 +170,7 @@ def test_s3_holds_the_same_bytes_as_a_local_disk(undisturbed: Path, s3: str, set
     assert main(_arguments(root, settings_file, "--local")) == 0
     assert _manifests(root) == _manifests(str(undisturbed))
     assert not [fault for one in status.read_status(root) if one["path"] != UNINDEXED
-                for fault in verify.folder(root, one["path"])]
+                for fault in verify.find_faults(root, one["path"])]
     assert main(_arguments(root, settings_file, "--local")) == 0
 
 

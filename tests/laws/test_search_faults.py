@@ -124,7 +124,7 @@ def test_workers_killed_at_random_leave_the_bytes_of_a_quiet_run(before: list[st
     one, other = dataset(root), dataset(quiet)
     assert content(one, folder) == content(other, folder) and len(content(one, folder)) > 1
     assert without_run_facts(one.manifest(folder)) == without_run_facts(other.manifest(folder))
-    assert list(verify.folder(str(root), one.path(folder))) == []
+    assert list(verify.find_faults(str(root), one.path(folder))) == []
     assert storage.list_files(storage.join(one.folder(folder), "failures")) == []
 
 
@@ -269,4 +269,4 @@ def test_shards_without_samples_go_the_whole_way(tmp_path: Path) -> None:
     assert counts == [0, 0, PER_SHARD, PER_SHARD]
     for name in ("embeddings", "neighbors/x"):
         assert [record["samples"] for record in found.manifest(name)["items"]] == counts
-        assert list(verify.folder(found.root, found.path(name))) == []
+        assert list(verify.find_faults(found.root, found.path(name))) == []

@@ -87,7 +87,7 @@ def files(root: Path | str) -> dict[str, bytes]:
 
 def accounted(root: Path | str, rows: int) -> dict[str, Any]:
     """The manifest of a root in which nothing is wrong and no row is lost."""
-    assert list(verify.folder(str(root), "datasets/x/v1/shards")) == []
+    assert list(verify.find_faults(str(root), "datasets/x/v1/shards")) == []
     manifest = read_manifest(shards(root), "")
     lines = [line for record in manifest["items"] for line in pq.read_table(io.BytesIO(storage.read_bytes(
         storage.join(shards(root), f"{record['id']}.parquet")))).to_pylist()]

@@ -29,6 +29,7 @@ from pipeline.datasets import hidden_rows, published
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.metadata import metadata
+from pipeline.datasets.published import Published
 from pipeline.embeddings.embed import EmbedConfig, dataset_encoder
 from pipeline.indices.config import IndexConfig
 from pipeline.indices.searcher import Searcher
@@ -57,13 +58,13 @@ def rebuilt(root: Path | str, source: Path | str, **more: Any) -> dict[str, Any]
 
 
 def current(root: Path | str) -> Dataset:
-    return published.reader(str(root), NAME)
+    return published.open_dataset(str(root), NAME)
 
 
 def by_content(dataset: Dataset) -> dict[str, np.ndarray]:
     """The vectors of what can be found, by the name of the picture and the hash of its bytes."""
     rows = [row for record in dataset.manifest("shards")["items"] for row in metadata(dataset, record)]
-    gone = set(hidden_rows.rows(dataset).tolist())
+    gone = set(hidden_rows.read_hidden_rows(dataset).tolist())
     vectors = Embeddings(dataset).all()
     return {f"{row['url']} {row['original_sha256']} {row['caption']}": vectors[number]
             for number, row in enumerate(rows) if number not in gone}
@@ -121,7 +122,8 @@ def test_only_what_changed_is_made_again(place: Path) -> None:
         assert np.abs(vector.astype(np.float32) - anew[name].astype(np.float32)).max() < 2e-2, name
     assert main(["verify", "--root", str(root)]) == 0
     found = Searcher(current(root)).search(Embeddings(current(root)).all().astype(np.float32), 80)[0]
-    assert np.isin(hidden_rows.rows(current(root)), found).sum() == 0 and len(hidden_rows.rows(current(root))) == 3
+    hidden = hidden_rows.read_hidden_rows(current(root))
+    assert np.isin(hidden, found).sum() == 0 and len(hidden) == 3
     # Bytes of shards that stayed were not copied.
     tars = [path.name for path in (root / "datasets" / NAME / "v2" / "shards").glob("*.tar")]
     assert tars == ["000003.tar"]
@@ -177,7 +179,7 @@ def test_a_list_of_addresses(tmp_path: Path, place: Path) -> None:
 
 
 def test_half_of_it_noise_stays_out(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = published.current(str(place / "root"), NAME)
+    before = Published.load(str(place / "root"), NAME)
     for number, path in enumerate(pictures(place)[::2]):
         paint(path, number)
     command = ["rebuild", NAME, "--source", str(place / "source"), "--root", str(place / "root"), "--local",
@@ -185,7 +187,7 @@ def test_half_of_it_noise_stays_out(place: Path, capsys: pytest.CaptureFixture[s
     assert main(command) == 1
     told = capsys.readouterr().err
     assert "v1 stays published" in told and "overlap@10: 0." in told and "at least 0.7" in told and "lost: 0.5" in told
-    assert published.current(str(place / "root"), NAME) == before
+    assert Published.load(str(place / "root"), NAME) == before
     gates = [one.get("failed_gates") for one in list_versions(str(place / "root"), NAME)]
     assert gates == [None, ["lost", "overlap@10"]]
     # Whoever knows better may say so; nothing is made again.
@@ -222,7 +224,7 @@ def test_of_two_at_once_one_publishes(place: Path) -> None:
         thread.join()
     assert [done["published"] for done in results] == ["v2", "v2"]
     assert sum("by" in done for done in results) == 1
-    assert [one["version"] for one in published.history(str(place / "root"), NAME)] == ["v1", "v2"]
+    assert [one["version"] for one in Published.load(str(place / "root"), NAME).history()] == ["v1", "v2"]
 
 
 def test_a_slower_older_build_does_not_replace_a_newer_one(place: Path) -> None:
@@ -273,13 +275,13 @@ def test_whenever_it_ends_readers_have_a_whole_version(place: Path, monkeypatch:
             rebuilt(place / "root", place / "source")
             break
         except Killed:
-            dataset = published.reader(str(place / "root"), NAME)
+            dataset = published.open_dataset(str(place / "root"), NAME)
             seen.add(dataset.version)
             assert len(Searcher(dataset).search(Embeddings(dataset).all()[:1].astype(np.float32), 4)[0]) == 1
     assert tries > 3 and seen <= {"v1", "v2"} and current(place / "root").version == "v2"
     monkeypatch.undo()
     assert main(["verify", "--root", str(place / "root")]) == 0
-    assert [one["version"] for one in published.history(str(place / "root"), NAME)] == ["v1", "v2"]
+    assert [one["version"] for one in Published.load(str(place / "root"), NAME).history()] == ["v1", "v2"]
 
 
 def test_rollback_and_what_was_rolled_back_stays_so(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -343,7 +345,7 @@ def test_what_is_forgotten(place: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["forget", "--key", f"{NAME}/{by_key['key']}", "--url", by_name["url"], "--sha256",
                      by_hash["sha256"], "--note", "asked by mail", "--root", root]) == 0
     assert "drawn@v1: 3 pictures, no longer found" in capsys.readouterr().out
-    assert list(hidden_rows.rows(current(root))) == [2, 35, 70]  # at once, in the version that is published
+    assert list(hidden_rows.read_hidden_rows(current(root))) == [2, 35, 70]  # at once, in the version that is published
     copy = source / "renamed.png"
     shutil.copy(source / by_key["url"], copy)  # the same bytes under another name
     done = rebuilt(root, source)
@@ -374,7 +376,7 @@ def test_gc_leaves_what_is_needed(place: Path) -> None:
     (run / "plan.json").write_text(json.dumps({
         "stage": "train", "items": [], "section": {"encoder": dataset_encoder(current(root)), "database": f"{NAME}@v2"},
         "inputs": {"database": {"path": f"datasets/{NAME}/v2/embeddings", "digest": ""}}}))
-    assert published.reader(root, NAME, Run(root, "consumer").planned()["database"]).version == "v2"
+    assert published.open_dataset(root, NAME, Run(root, "consumer").planned()["database"]).version == "v2"
     assert all(one["kept"] for one in collect_garbage(root, NAME, GcConfig(keep=1)))  # the lease
     kept = {one["version"]: one["kept"] for one in collect_garbage(root, NAME, GcConfig(keep=1, lease=0))}
     assert kept == {"v1": "", "v2": "pinned by runs/consumer", "v3": "", "v4": "", "v5": "published"}
@@ -446,9 +448,9 @@ def test_on_s3(s3: str, place: Path) -> None:
     one, other = started(root, source), started(root, source)
     assert run_rebuild(one, run_stage)["embedded"] == 1
     assert run_rebuild(other, run_stage)["by"] == "another"
-    pointer = published.current(root, NAME)
-    assert pointer and pointer.version == "v2" and len(by_content(current(root))) == 73
-    assert not published.publish(current(root), b'{"content": "", "samples": 0, "recall@10": 1}', 3, None)
+    assert Published.load(root, NAME).version == "v2" and len(by_content(current(root))) == 73
+    nothing = Published(root, NAME, None, {})
+    assert not nothing.publish(current(root), b'{"content": "", "samples": 0, "recall@10": 1}', 3)
     assert main(["rollback", NAME, "--root", root]) == 0 and current(root).version == "v1"
     assert {one["version"]: one["kept"] for one in collect_garbage(root, NAME, GcConfig(keep=0, lease=0))} == {
         "v1": "published", "v2": ""}

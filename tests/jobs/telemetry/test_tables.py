@@ -112,7 +112,7 @@ def test_credits_and_removed_versions_are_aligned() -> None:
     other = near | {"database": "photos@v12", "caption": "", "licence": "", "authors": "", "note": "gone"}
     found = [{"sample": "0000.png", "prompt": "a cat", "pictures": [near, other]},
              {"sample": "0001.png", "prompt": "", "pictures": []}]
-    assert credits.text(found).splitlines() == [
+    assert credits.credits_text(found).splitlines() == [
         "0000.png: a cat", "  0.500  art@v1/000001      a cat  https://a/b  (someone, CC0-1.0)",
         "  0.500  photos@v12/000001         https://a/b  (licence unknown)   gone", "0001.png"]
     removed = [{"version": "v9", "kept": "published"},

@@ -40,7 +40,7 @@ def test_the_drawn_corpus_is_a_folder_of_pictures_with_captions(tmp_path):
         assert row["caption"] and row["style"] == row["file"].split("/")[0]
     # In the mix the styles are not one after the other.
     assert len({row["style"] for row in train[:12]}) > 2
-    assert list(verify.folder(str(tmp_path), "pictures/drawn")) == []
+    assert list(verify.find_faults(str(tmp_path), "pictures/drawn")) == []
 
 
 def test_two_runs_give_the_same_corpus(tmp_path):

@@ -43,7 +43,7 @@ def test_the_layout_is_clip_retrievals(copied, built):
         assert table["image_path"].to_pylist() == [row["key"] for row in rows]
         assert table["caption"].to_pylist() == [row["caption"] for row in rows]
     np.testing.assert_array_equal(np.concatenate([np.load(path) for path in kinds["img_emb"]]), Embeddings(built).all())
-    assert list(verify.folder(copied.root, copied.path("clip-retrieval"))) == []
+    assert list(verify.find_faults(copied.root, copied.path("clip-retrieval"))) == []
 
 
 def test_what_was_exported_is_adopted_in_any_order(copied, built, exported):
@@ -63,7 +63,7 @@ def test_what_was_exported_is_adopted_in_any_order(copied, built, exported):
     found, expected = Embeddings(copied).all().astype(np.float32), Embeddings(built).all().astype(np.float32)
     assert np.abs(found - expected).max() < 1e-3
     assert copied.manifest("embeddings")["info"]["encoder"] == built.manifest("embeddings")["info"]["encoder"]
-    assert list(verify.folder(copied.root, copied.path("embeddings"))) == []
+    assert list(verify.find_faults(copied.root, copied.path("embeddings"))) == []
 
 
 def test_rows_that_are_missing_are_marked_and_counted(copied, exported):

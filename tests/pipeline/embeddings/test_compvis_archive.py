@@ -85,7 +85,7 @@ def test_each_vector_comes_to_its_patch(name: str, patched: Any, tmp_path: Path)
     # Sharp: patches of one picture are told apart.
     assert np.abs(found[0] - vectors[1].astype(np.float32)).max() > 1e-2
     assert manifest["section"]["adopted"] == "compvis"
-    assert list(verify.folder(dataset.root, dataset.path("embeddings"))) == []
+    assert list(verify.find_faults(dataset.root, dataset.path("embeddings"))) == []
 
 
 @pytest.mark.parametrize("name", ["row", "key", "file"])

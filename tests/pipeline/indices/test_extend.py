@@ -69,7 +69,7 @@ def test_an_extended_index_is_the_trained_one_filled_with_the_rows_of_the_new_ve
     searcher = Searcher(following)
     ids, scores = searcher.search(Embeddings(following).rows(np.arange(0, 1247, 13)).astype(np.float32), 1)
     assert (ids[:, 0] == np.arange(0, 1247, 13)).mean() > 0.9 and (scores > 0.99).mean() > 0.9
-    assert list(verify.folder(following.root, following.path("index"))) == []
+    assert list(verify.find_faults(following.root, following.path("index"))) == []
 
 
 def test_an_extension_of_an_extension_and_the_removal_of_the_base(tmp_path, vectors):
@@ -157,7 +157,7 @@ def test_lists_merged_on_disk_are_those_merged_in_memory(tmp_path, vectors, key,
         assert (folder / LISTS).exists() == (name == "disk")
         assert about["bytes"] == sum((folder / one).stat().st_size for one in ("knn.index", LISTS)
                                      if (folder / one).exists())
-        assert list(verify.folder(dataset.root, dataset.path("index"))) == []
+        assert list(verify.find_faults(dataset.root, dataset.path("index"))) == []
         searcher = Searcher(dataset)
         found[name] = (*searcher.index.search(vectors[:200], 10), about["recall"])
     for one, other in zip(found["memory"], found["disk"], strict=True):
@@ -212,7 +212,7 @@ def test_parts_of_unequal_size_are_merged_with_the_right_rows(tmp_path, vectors,
     assert count_misnumbered_rows(searcher.index) == 0
     searcher.index.nprobe = 16
     assert (searcher.index.search(vectors[:count], 1)[1][:, 0] == np.arange(count)).mean() > 0.98
-    assert list(verify.folder(dataset.root, dataset.path("index"))) == []
+    assert list(verify.find_faults(dataset.root, dataset.path("index"))) == []
 
 
 def test_an_index_with_rows_twice_or_beyond_is_not_sealed_and_a_fault(tmp_path, vectors, monkeypatch):
@@ -236,7 +236,7 @@ def test_lists_that_are_missing_or_cut_are_named(tmp_path, vectors):
     with pytest.raises(ValueError, match="is not the file its manifest describes"):
         Searcher(dataset)
     path.write_bytes(b"x" + whole[1:])
-    assert "sha256" in next(verify.folder(dataset.root, dataset.path("index")))["fault"]
+    assert "sha256" in next(verify.find_faults(dataset.root, dataset.path("index")))["fault"]
 
 
 @pytest.mark.parametrize("key", [*KINDS, "HNSW15"])
@@ -276,7 +276,7 @@ def test_tombstones_of_other_shards_are_refused(tmp_path, vectors):
     clear_folder(synthetic.Given(dataset, "embeddings", "embed", {}))
     synthetic.given(tmp_path, "x", [vectors[:300]], hashes=["0" * 64] * 300)
     with pytest.raises(ValueError, match=r"tombstones is stale: shards changed since\nhint: .*--tombstone"):
-        hidden_rows.rows(dataset)
+        hidden_rows.read_hidden_rows(dataset)
     for text, told in (("", "names no key"), (None, "there is no file")):
         (tmp_path / "keys.txt").unlink()
         if text is not None:

@@ -278,7 +278,7 @@ def test_vectors_are_written_when_asked_and_batches_read_them(copied):
     written = Batches(copied, copied, k=3, global_batch=8, seed=0)
     assert written.vectors is None
     np.testing.assert_array_equal(written.at(2)["neighbors"], plain)
-    assert list(verify.folder(copied.root, copied.path(f"neighbors/{copied.label}"))) == []
+    assert list(verify.find_faults(copied.root, copied.path(f"neighbors/{copied.label}"))) == []
 
 
 def test_the_manifest_tells_how_often_rows_are_used_and_how_near_they_are(database, dataset, tmp_path):
@@ -337,7 +337,7 @@ def test_shards_searched_together_give_what_each_gives_alone(tmp_path, method):
         folder = Path(database.folder("neighbors/x"))
         seen.append(({path.name: path.read_bytes() for path in folder.glob("*.npy")}, manifest["info"]))
         assert len(manifest["items"]) == -(-5 // at_once) and len(seen[-1][0]) == 3 * 5 + 1
-        assert list(verify.folder(database.root, database.path("neighbors/x"))) == []
+        assert list(verify.find_faults(database.root, database.path("neighbors/x"))) == []
         assert [len(one) for one in load_neighbors(database, database)] == [300, 10, 390, 800, 500]
     assert all(one == seen[0] for one in seen)
 

@@ -79,7 +79,7 @@ def test_what_img2dataset_left_is_sealed_where_it_lies(tmp_path):
     assert state(source) == before
     assert not list((tmp_path / "root").rglob("*.tar"))
     assert sum(len(data) for data in synthetic.files_below(tmp_path / "root").values()) < 60_000
-    assert list(verify.folder(dataset.root, dataset.path("shards"))) == []
+    assert list(verify.find_faults(dataset.root, dataset.path("shards"))) == []
     assert manifest["totals"]["samples"] == 18 and manifest["totals"]["skipped"] == {"failed_to_download": 6}
     numbers, schemas, seen = [number for number in range(24) if number % 4 != 3], set(), []
     for shard, record in enumerate(manifest["items"]):
@@ -115,16 +115,16 @@ def test_embeddings_of_adopted_shards_are_those_of_a_copy(tmp_path):
     run_stage(Shard(copy, ShardConfig(source=str(source), resize="no")))
     for one in (dataset, copy):
         run_stage(Embed(one, EmbedConfig(batch_size=4)))
-        assert list(verify.folder(one.root, one.path("embeddings"))) == []
+        assert list(verify.find_faults(one.root, one.path("embeddings"))) == []
     assert np.array_equal(Embeddings(dataset).all(), Embeddings(copy).all())
     assert len(Embeddings(dataset)) == 12 and not np.isclose(np.ptp(Embeddings(dataset).all(), 0), 0).all()
     # What happens to the tars is seen.
     with open(source / "00001.tar", "r+b") as file:
         file.seek(1000)
         file.write(b"other")
-    faults = list(verify.folder(dataset.root, dataset.path("shards")))
+    faults = list(verify.find_faults(dataset.root, dataset.path("shards")))
     assert [fault["path"] for fault in faults] == [str(source / "00001.tar")]
-    assert list(verify.folder(copy.root, copy.path("shards"))) == []
+    assert list(verify.find_faults(copy.root, copy.path("shards"))) == []
 
 
 def test_tars_in_a_bucket_are_adopted_there(tmp_path, s3):
@@ -134,7 +134,7 @@ def test_tars_in_a_bucket_are_adopted_there(tmp_path, s3):
     local = adopted(tmp_path / "local", source)[0]
     for root in (tmp_path / "root", storage.join(s3, "root")):
         dataset, manifest = adopted(root, storage.join(s3, "downloads"))
-        assert list(verify.folder(dataset.root, dataset.path("shards"))) == []
+        assert list(verify.find_faults(dataset.root, dataset.path("shards"))) == []
         assert [file_of(record, ".tar")["name"] for record in manifest["items"]] == [
             f"{s3}/downloads/0000{number}.tar" for number in range(2)]
         for record, other in zip(manifest["items"], local.manifest("shards")["items"], strict=True):
@@ -215,7 +215,7 @@ def test_tars_that_only_look_odd_are_adopted(tmp_path):
                        ("__meta__/d.jpg", jpeg), ("d.jpg", jpeg), ("d.seg.png", jpeg)):
         added(source / "a.tar", name, data)
     dataset, manifest = adopted(tmp_path / "root", source)
-    assert list(verify.folder(dataset.root, dataset.path("shards"))) == []
+    assert list(verify.find_faults(dataset.root, dataset.path("shards"))) == []
     rows = metadata(dataset, manifest["items"][0])
     assert [row["key"] for row in rows] == ["./a", "below/b", "c", "d"]
     assert [row["width"] for row in rows] == [16, 16, None, 16] and rows[0]["x"] == "?"

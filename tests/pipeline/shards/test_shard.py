@@ -139,7 +139,7 @@ def test_everything_in_one_folder_is_a_sample_or_has_a_reason(tmp_path, everythi
         assert good[name]["caption"] == f'the "{name}",\nin two lines' and good[name]["licence"] == "CC0"
     assert good["stem.png"]["caption"] == good["stem.jpg"]["caption"] == 'the "stem",\nin two lines'
     assert (good["turned.jpg"]["original_width"], good["turned.jpg"]["original_height"]) == (20, 40)
-    assert list(verify.folder(dataset.root, dataset.path("shards"))) == []
+    assert list(verify.find_faults(dataset.root, dataset.path("shards"))) == []
 
 
 def test_webdataset_reads_the_same_samples(tmp_path, everything):
@@ -198,7 +198,7 @@ def test_a_bucket_gives_the_same_dataset_as_a_folder(tmp_path, s3):
     _, local = sharded(tmp_path, source)
     remote_dataset, remote = sharded(storage.join(s3, "root"), storage.join(s3, "source"))
     assert without_run_facts(local) == without_run_facts(remote)
-    assert list(verify.folder(remote_dataset.root, remote_dataset.path("shards"))) == []
+    assert list(verify.find_faults(remote_dataset.root, remote_dataset.path("shards"))) == []
     for record in remote["items"]:
         assert len(metadata(remote_dataset, record)) == record["samples"]
 

@@ -51,7 +51,7 @@ def sharded(root, source, **options) -> tuple[Dataset, dict]:
     settings = {"samples_per_shard": 7, "image_size": 16, "download": DOWNLOAD, "format": "png"} | options
     source = tuple(map(str, source)) if isinstance(source, tuple | list) else str(source)
     manifest = run_stage(Shard(dataset, ShardConfig(source=source, **settings)))
-    assert list(verify.folder(dataset.root, dataset.path("shards"))) == []
+    assert list(verify.find_faults(dataset.root, dataset.path("shards"))) == []
     return dataset, manifest
 
 

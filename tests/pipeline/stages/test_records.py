@@ -162,7 +162,7 @@ def test_a_stage_of_many_items_is_that_of_few(tmp_path, monkeypatch):
         assert without_run_facts(one) == without_run_facts(other) == without_run_facts(loaded)
         assert one["content"] == loaded["content"] and one["totals"] == loaded["totals"]
         assert list(loaded["items"]) == list(other["items"]) and loaded["items"][-1] == other["items"][4]
-        assert list(verify.folder(many.root, many.path(name))) == []
+        assert list(verify.find_faults(many.root, many.path(name))) == []
     assert [item.inputs for item in read_items(many.folder("shards"))] == [
         item.inputs for item in read_items(few.folder("shards"))]
     assert (Embeddings(few).all() == Embeddings(many).all()).all()
@@ -198,7 +198,7 @@ def test_a_list_beside_its_document_that_was_changed_is_seen(tmp_path, monkeypat
         entry["items"]["file"]["bytes"] = len(changed)
         (folder / document).write_text(json.dumps(entry))
     if name == "manifest":
-        assert any("manifest" in fault["path"] for fault in verify.folder(str(tmp_path), "count"))
+        assert any("manifest" in fault["path"] for fault in verify.find_faults(str(tmp_path), "count"))
     else:
         with pytest.raises(ValueError, match=r"hint: python -m jobs verify"):
             read_items(str(folder))
@@ -219,7 +219,7 @@ def test_packed_records_are_gone_on_from(tmp_path, monkeypatch):
     assert without_run_facts(run_stage(again)) == expected
     assert again.processed == ["000003"]
     assert sum("/records/0" in url for url in read) <= 3
-    assert list(verify.folder(str(tmp_path / "broken"), "count")) == []
+    assert list(verify.find_faults(str(tmp_path / "broken"), "count")) == []
 
 
 def test_packs_of_another_plan_do_not_count(tmp_path, monkeypatch):
@@ -248,7 +248,7 @@ def test_rounds_of_many_items(tmp_path, monkeypatch):
     manifest = run_stage(one, retry=True, max_failed=0.0)
     assert [item.id for item in read_items(one.folder)] == [f"{number:06d}" for number in range(12)]
     assert [one["samples"] for one in manifest["items"]] == [*(int(number % 4 > 0) for number in range(9)), 1, 1, 1]
-    assert list(verify.folder(dataset.root, dataset.path("shards"))) == []
+    assert list(verify.find_faults(dataset.root, dataset.path("shards"))) == []
     added = storage.read_json(storage.join(one.folder, "more", "0001.json"))["items"]
     assert added["count"] == 3 and added["file"]["name"].startswith("more-0001")
     assert list(itertools.chain.from_iterable(one["noted"] for one in manifest["items"])) == []

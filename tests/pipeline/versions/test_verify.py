@@ -18,7 +18,7 @@ STAGES = ("shards", "embeddings", "index", "neighbors/drawn")
 def faults(dataset) -> dict[str, str]:
     """Every fault of every stage by path."""
     return {found["path"].removeprefix("datasets/drawn/v1/"): found["fault"]
-            for name in STAGES for found in verify.folder(dataset.root, dataset.path(name))}
+            for name in STAGES for found in verify.find_faults(dataset.root, dataset.path(name))}
 
 
 def path(dataset, name: str) -> Path:
