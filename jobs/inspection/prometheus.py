@@ -1,4 +1,8 @@
-"""`status --serve`: a root for Prometheus, from the files alone, so that it speaks when no job runs at all."""
+"""`status --serve`: an exporter that serves the state of a root to Prometheus. The only file that imports its client.
+
+Ray's own exporter ends with the job. Alerts also need what is known when no job runs: the age of the published version,
+failed runs and dead drivers. This exporter reads them from the files.
+"""
 
 import logging
 import threading

@@ -14,7 +14,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.stages.manifest import read_manifest
 
-HOPELESS: dict[str, type[Exception]] = {one.__name__: one for one in (FloatingPointError, MemoryError, ValueError)}
+HOPELESS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (FloatingPointError, MemoryError, ValueError)}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 

@@ -122,12 +122,12 @@ def open_clip_transform(wanted: dict[str, Any]) -> Callable[[Image.Image], "torc
     """open_clip's own preprocessing of a description, without the model; loaded once a picture needs it."""
 
     @lru_cache(maxsize=1)
-    def made() -> Any:
+    def build_transform() -> Any:
         settings = {name: wanted[name] for name in ("mean", "std", "interpolation", "fill_color") if name in wanted}
         wished = open_clip.transform.PreprocessCfg(size=wanted["image_size"], resize_mode=wanted["resize"], **settings)
         return open_clip.transform.image_transform_v2(wished, is_train=False)
 
-    return lambda picture: made()(picture)
+    return lambda image: build_transform()(image)
 
 
 def load_encoder(config: ClipConfig, compiled: bool = False) -> Encoder:

@@ -61,11 +61,11 @@ class OutOfDeviceMemory(RuntimeError):
     """A batch of one does not fit the memory of the device."""
 
 
-def reserve(choice: Choice) -> None:
+def reserve(device: Choice) -> None:
     """Fix the device of this process: `cpu`, `cuda` (a GPU was reserved), or `auto` (a GPU if there is one)."""
-    if choice not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"{_VARIABLE} = {choice!r}: must be auto, cpu or cuda")
-    os.environ[_VARIABLE] = choice
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"{_VARIABLE} = {device!r}: must be auto, cpu or cuda")
+    os.environ[_VARIABLE] = device
 
 
 def hide_gpus() -> None:
@@ -74,10 +74,10 @@ def hide_gpus() -> None:
 
 
 @contextlib.contextmanager
-def reserve_temporarily(choice: Choice) -> Iterator[None]:
+def reserve_temporarily(device: Choice) -> Iterator[None]:
     """`reserve` for the time of a block."""
     before = os.environ.get(_VARIABLE)
-    reserve(choice)
+    reserve(device)
     try:
         yield
     finally:
@@ -89,10 +89,10 @@ def reserve_temporarily(choice: Choice) -> Iterator[None]:
 
 def reserved_device() -> Choice:
     """The device that was reserved, in this process or in its parent."""
-    choice = os.environ.get(_VARIABLE, "auto")
-    if choice not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"{_VARIABLE} = {choice!r}: must be auto, cpu or cuda\nhint: unset {_VARIABLE}")
-    return choice  # type: ignore[return-value]
+    device = os.environ.get(_VARIABLE, "auto")
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"{_VARIABLE} = {device!r}: must be auto, cpu or cuda\nhint: unset {_VARIABLE}")
+    return device  # type: ignore[return-value]
 
 
 def choose_device(number: int | None = None) -> "torch.device":
@@ -102,9 +102,9 @@ def choose_device(number: int | None = None) -> "torch.device":
     """
     import torch
 
-    choice = reserved_device()
-    if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
-        _mention_unused(choice)
+    device = reserved_device()
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        _mention_unused(device)
         return torch.device("cpu")
     try:
         _probe(number)
@@ -131,11 +131,11 @@ def _probe(number: int | None) -> None:
 
 
 @lru_cache(maxsize=2)
-def _mention_unused(choice: Choice) -> None:
+def _mention_unused(device: Choice) -> None:
     """Log once that there is a GPU which this process does not use."""
     import torch
 
-    if choice == "cpu" and torch.cuda.is_available():
+    if device == "cpu" and torch.cuda.is_available():
         _log.info("this computes on the CPU, as --gpus 0 says; there is a GPU here: %s", torch.cuda.get_device_name())
 
 

@@ -181,14 +181,14 @@ def exact_products(database: Embeddings, ids: np.ndarray, vectors: np.ndarray, w
     scores = np.empty(len(ids), np.float32)
     order = np.argsort(ids, kind="stable")  # so that what lies together is read together
 
-    def some(start: int) -> None:
+    def compute(start: int) -> None:
         part = order[start:start + _PAIRS]
         rows = torch.from_numpy(database.rows(ids[part], once=True)).float().numpy()
         # Rows of zeros are pictures that did not decode.
         scores[part] = np.where(rows.any(1), np.einsum("pd,pd->p", rows, vectors[which[part]]), -np.inf)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(some, range(0, len(ids), _PAIRS)))
+        list(pool.map(compute, range(0, len(ids), _PAIRS)))
     return scores
 
 
