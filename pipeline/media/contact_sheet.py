@@ -1,4 +1,4 @@
-"""Many small pictures on one sheet of white, with headings and captions, for reports."""
+"""Many small images on one sheet of white, with headings and captions, for reports."""
 
 import re
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ EMPTY = (238, 238, 238)
 LINE_SPACING = 1.25
 
 
-def contact_sheet(pictures: Sequence[Image.Image | None], columns: int, *, labels: Sequence[str] | None = None,
+def contact_sheet(images: Sequence[Image.Image | None], columns: int, *, labels: Sequence[str] | None = None,
                   row_labels: Sequence[str] | None = None, column_labels: Sequence[str] | None = None,
                   cell: int = 64, gap: int = 6, text_size: int | None = None, label_lines: int = 2) -> Image.Image:
-    """A sheet of the pictures, row by row, each fitted undistorted into a square cell.
+    """A sheet of the images, row by row, each fitted undistorted into a square cell.
 
     None leaves a light grey cell. `labels` stand below the cells, at most `label_lines` lines
     each; `row_labels` at the left, `column_labels` on top. What does not fit ends in an ellipsis.
@@ -27,8 +27,8 @@ def contact_sheet(pictures: Sequence[Image.Image | None], columns: int, *, label
     if columns < 1 or cell < 1 or gap < 0 or label_lines < 1:
         raise ValueError(f"columns={columns}, cell={cell} and label_lines={label_lines} must be at least 1, "
                          f"gap={gap} at least 0")
-    rows = -(-len(pictures) // columns)
-    _same_length("labels", labels, "pictures", len(pictures))
+    rows = -(-len(images) // columns)
+    _same_length("labels", labels, "pictures", len(images))
     _same_length("row_labels", row_labels, "rows", rows)
     _same_length("column_labels", column_labels, "columns", columns)
 
@@ -48,15 +48,15 @@ def contact_sheet(pictures: Sequence[Image.Image | None], columns: int, *, label
 
     for column, lines in enumerate(column_texts):
         x = left + column * (cell + gap) + cell / 2
-        # Headings stand on the pictures, so short ones do not float above long neighbours.
+        # Headings stand on the images, so short ones do not float above long neighbours.
         _write(pen, lines, font, x, top - gap - _tallest([lines], font), INK, "m")
     for row, lines in enumerate(row_texts):
         y = top + row * (cell + caption + gap) + (cell - _tallest([lines], font)) / 2
         _write(pen, lines, font, left - gap - 2, y, INK, "r")
-    for number, picture in enumerate(pictures):
+    for number, image in enumerate(images):
         row, column = divmod(number, columns)
         x, y = left + column * (cell + gap), top + row * (cell + caption + gap)
-        _place(sheet, pen, picture, x, y, cell)
+        _place(sheet, pen, image, x, y, cell)
         if cell_texts:
             _write(pen, cell_texts[number], font, x + cell / 2, y + cell + 3, QUIET, "m")
     return sheet
@@ -77,19 +77,19 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 def _place(
     sheet: Image.Image,
     pen: ImageDraw.ImageDraw,
-    picture: Image.Image | None,
+    image: Image.Image | None,
     x: int,
     y: int,
     cell: int,
 ) -> None:
-    if picture is None:
+    if image is None:
         pen.rectangle((x, y, x + cell - 1, y + cell - 1), fill=EMPTY)
         return
-    scale = cell / max(picture.size)
-    fitted = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    scale = cell / max(image.size)
+    fitted = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     # Modes with a palette or alpha cannot be resampled as they are; white shows through.
-    pixels = picture.convert("RGBA")
-    if fitted != picture.size:
+    pixels = image.convert("RGBA")
+    if fitted != image.size:
         pixels = pixels.resize(fitted, Image.Resampling.LANCZOS)
     sheet.paste(pixels, (x + (cell - fitted[0]) // 2, y + (cell - fitted[1]) // 2), pixels)
 

@@ -52,7 +52,7 @@ _BATCH = 1024
 class Columns:
     """Which column of a list is what."""
 
-    picture: str
+    image: str
     kind: Literal["url", "bytes"]
     caption: str
     digest: str
@@ -91,7 +91,7 @@ class ListSource(Source):
             for cells in itertools.islice(rows, 1 if text_list_ending(address) in {"csv", "tsv"} else None):
                 types.add_row(cells)
         return {name: kind for name, kind in types.by_column().items()
-                if name not in {self.columns.picture, self.columns.caption}}
+                if name not in {self.columns.image, self.columns.caption}}
 
     def parts(self) -> Iterator[Part]:
         return self._text_parts() if self.texts else self._parquet_parts()
@@ -158,18 +158,18 @@ class ListSource(Source):
 
     def _row(self, number: int, cells: dict[str, Any]) -> Row:
         columns = self.columns
-        picture = cells.pop(columns.picture, None)
+        cell = cells.pop(columns.image, None)
         caption = cell_text(cells.pop(columns.caption, None)) if columns.caption else ""
         digest, remarks = _parse_digest(cells.get(columns.digest)) if columns.digest else ("", [])
         row = Row(number, "", caption, json_cells(cells), digest, remarks)
         if columns.kind == "url":
-            row.name = cell_text(picture).strip()
+            row.name = cell_text(cell).strip()
             row.missing = "" if row.name else "the list has no address here"
             return row
-        if isinstance(picture, dict):
-            row.name, picture = picture.get("path") or "", picture.get("bytes")
+        if isinstance(cell, dict):
+            row.name, cell = cell.get("path") or "", cell.get("bytes")
         row.name = row.name or cell_text(cells.get("url") or cells.get("key") or cells.get("id")) or f"row {number}"
-        row.data, row.missing = picture, "" if picture is not None else "the table has no bytes here"
+        row.data, row.missing = cell, "" if cell is not None else "the table has no bytes here"
         return row
 
     # Parquet: ranges of rows.
@@ -207,7 +207,7 @@ class ListSource(Source):
     def _check_columns(self, file: pq.ParquetFile, address: str) -> None:
         """The files of a list must have the same columns, as far as they are used."""
         names = file.schema_arrow.names
-        used = {self.columns.picture, *([self.columns.caption] if self.columns.caption else ()),
+        used = {self.columns.image, *([self.columns.caption] if self.columns.caption else ()),
                 *(self.where.columns if self.where else ())}
         if missing := used - set(names):
             raise ValueError(f"{address} has no column {', '.join(sorted(missing))}, which {self.addresses[0]} has\n"
