@@ -28,7 +28,7 @@ from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import without_run_facts
 from pipeline.stages.types import Item, Output
 from tests.pipeline import synthetic
-from tests.pipeline.media.test_decode import photo
+from tests.pipeline.media.sample_images import photo
 
 pytestmark = pytest.mark.ray
 

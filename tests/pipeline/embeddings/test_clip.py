@@ -24,7 +24,7 @@ from pipeline.stages.driver import run_stage
 from pipeline.stages.plan import prepare
 from pipeline.stages.worker import process_and_commit
 from tests.pipeline import synthetic
-from tests.pipeline.media.test_decode import photo
+from tests.pipeline.media.sample_images import photo
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from pipeline.stages.driver import run_stage
 from pipeline.stages.plan import clear_folder
 from pipeline.stages.types import StageFailed
 from pipeline.versions import verify
-from tests.pipeline.media.test_decode import photo
+from tests.pipeline.media.sample_images import photo
 
 CONFIG = EmbedConfig(batch_size=16)
 PICTURES = 9

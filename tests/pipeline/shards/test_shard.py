@@ -29,7 +29,7 @@ from pipeline.stages.plan import prepare
 from pipeline.stages.worker import process_and_commit
 from pipeline.versions import verify
 from tests.pipeline import synthetic
-from tests.pipeline.media.test_decode import png
+from tests.pipeline.media.sample_images import png
 from tests.pipeline.synthetic import encoded, noise
 
 ACCENT = "caf\N{LATIN SMALL LETTER E WITH ACUTE}"

@@ -22,7 +22,7 @@ from pipeline.stages.stage import fingerprint
 from pipeline.stages.types import StageFailed
 from pipeline.versions import verify
 from tests.pipeline import synthetic
-from tests.pipeline.stages.test_stage import Count, CountConfig
+from tests.pipeline.stages.count_stage import Count, CountConfig
 from tests.pipeline.synthetic import encoded, noise
 
 

@@ -1,159 +1,18 @@
-import contextlib
-import itertools
+"""Planning, processing, committing and sealing of a stage."""
+
 import json
-import os
-import signal
-import tempfile
-import threading
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
 from pipeline import storage
-from pipeline.datasets.dataset import Dataset
 from pipeline.stages.driver import run_in_process, run_stage
 from pipeline.stages.manifest import read_manifest, without_run_facts
 from pipeline.stages.plan import clear_folder, prepare
-from pipeline.stages.scratch import _sweep, scratch_folder, shared_scratch
 from pipeline.stages.seal import seal_stage
-from pipeline.stages.stage import Stage
-from pipeline.stages.types import Entry, Item, Output, PlanReplaced, StageFailed
+from pipeline.stages.types import PlanReplaced, StageFailed
 from pipeline.stages.worker import process_and_commit
 from tests.pipeline import synthetic
-
-
-@dataclass(frozen=True)
-class CountConfig:
-    step: int = 1
-    text: str = "x"
-
-
-class Count(Stage):
-    """Six items of two files each; some can be told to fail."""
-
-    name = "count"
-
-    def __init__(self, root, config=None, broken=()):
-        super().__init__(str(root), "count", config or CountConfig())
-        self.broken, self.processed = broken, []
-
-    def inputs(self):
-        return {"numbers": {"path": "", "digest": "1"}}
-
-    def plan(self):
-        named = [(storage.name_by_content(f"lists/{number}.txt", data), data) for number, data in
-                 ((number, str(number * self.config.step).encode()) for number in range(6))]
-        return [Item(f"{number:06d}", {"list": name}, ((name, data),)) for number, (name, data) in enumerate(named)]
-
-    def process(self, item, scratch):
-        self.processed.append(item.id)
-        error = self.broken.get(item.id) if self.broken else None
-        if error:
-            raise error
-        number = storage.read_bytes(storage.join(self.folder, item.inputs["list"]))
-        for name in "ab":
-            (scratch / name).write_bytes(name.encode() + number * 100)
-        return Output(2, {f"{item.id}.{name}": scratch / name for name in "ab"},
-                      [Entry("k", "odd", "left out"), Entry("k", "remark", kept=True)] if number == b"1" else [])
-
-    def finish(self, records, scratch):
-        (scratch / "all").write_text(" ".join(record["id"] for record in records))
-        return Output(files={"all.txt": scratch / "all"}, info={"records": len(records)})
-
-
-def lasting(folder) -> dict[str, bytes]:
-    """What a folder holds for good: no remains of a killed process, no seconds and dates."""
-    files = {name: data for name, data in synthetic.files_below(Path(folder)).items()
-             if not any(part.startswith(".") for part in Path(name).parts) and not name.endswith("_stats.json")}
-    for name, data in files.items():
-        document = json.loads(data) if name.endswith(".json") else None
-        if name == "manifest.json":
-            document = without_run_facts(document)
-        if isinstance(document, dict):
-            document.pop("run", None)
-            files[name] = json.dumps(document, sort_keys=True).encode()
-    return files
-
-
-class KilledAt:
-    """The process kills itself right before or after its nth change of a final name."""
-
-    def __init__(self, point: int) -> None:
-        self.left = point
-
-    def wrapped(self, change):
-        def one(*arguments, **options):
-            self.tick()
-            result = change(*arguments, **options)
-            self.tick()
-            return result
-        return one
-
-    def tick(self) -> None:
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.left -= 1
-
-    def run(self, stage_: Stage) -> None:
-        os.replace, os.link = self.wrapped(os.replace), self.wrapped(os.link)
-        run_stage(stage_)
-
-
-def killed_at_every_point(make, root) -> int:
-    """Run `make(folder)` anew for every point it can be killed at, each time to its end; how many there were."""
-    run_stage(undisturbed := make(root / "undisturbed"))
-    expected = lasting(undisturbed.folder)
-    for point in itertools.count():
-        one = make(root / f"killed-{point}")
-        status = synthetic.in_child(lambda: KilledAt(point).run(one))  # noqa: B023
-        if status == 0:
-            return point
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        if not (sealed := storage.exists(storage.join(one.folder, "manifest.json"))):
-            with pytest.raises(ValueError, match="is not sealed"):
-                read_manifest(one.folder, one.command)
-        again = make(root / f"killed-{point}")
-        run_stage(again)
-        assert lasting(one.folder) == expected, f"killed at {point}, sealed {sealed}"
-
-
-def test_killed_anywhere_and_run_again_is_the_same_folder(tmp_path):
-    # Of 6 lists, the plan, 13 files of items, 6 records, the file of all and the manifest, before and after. Files of
-    # items come from scratch by a name that is hidden at first.
-    assert killed_at_every_point(Count, tmp_path) == 2 * (6 + 1 + 2 * 13 + 6 + 1 + 1)
-
-
-def test_sharding_killed_anywhere_and_run_again_is_the_same_folder(tmp_path):
-    from pipeline.shards.shard import Shard
-    from pipeline.sources.config import ShardConfig
-    source = synthetic.drawings(tmp_path / "pictures", subjects=2, size=8)
-    (source / "broken.png").write_bytes(b"no picture")
-
-    def make(root):
-        return Shard(Dataset.parse(str(root), "x"), ShardConfig(source=str(source), samples_per_shard=6, image_size=8))
-    assert killed_at_every_point(make, tmp_path) > 20
-
-
-def test_killed_at_any_time_and_run_again_is_the_same_folder(tmp_path):
-    """Not between two steps but somewhere in the middle of one."""
-    expected = lasting(stage_folder(Count(tmp_path / "undisturbed")))
-    for number in range(12):
-        one = Count(tmp_path / f"{number}")
-        pid = os.fork()
-        if pid == 0:
-            with contextlib.suppress(BaseException):
-                run_stage(one)
-            os._exit(0)
-        threading.Event().wait(0.004 * number)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        assert lasting(stage_folder(one)) == expected
-
-
-def stage_folder(one: Stage) -> str:
-    run_stage(one)
-    return one.folder
+from tests.pipeline.stages.count_stage import Count, CountConfig, lasting, stage_folder
 
 
 def test_two_runs_give_the_same_bytes(tmp_path):
@@ -376,36 +235,6 @@ def test_rebuilding_starts_anew(tmp_path):
     assert lasting(tmp_path / "count") == lasting(tmp_path / "alone" / "count")
 
 
-def test_rebuilding_killed_anywhere_leaves_nothing_of_the_old(tmp_path, monkeypatch):
-    """The removal may be cut off after any file: what it left must not pass for a part of the new folder."""
-    run_stage(Count(tmp_path / "alone", CountConfig(step=2)))
-    expected = lasting(tmp_path / "alone" / "count")
-    removals = 0
-    unlink, rmdir = os.unlink, os.rmdir
-
-    def cut_off(change):
-        def one(path, *arguments, **options):
-            nonlocal removals
-            if removals == limit:
-                raise KeyboardInterrupt
-            removals += 1
-            return change(path, *arguments, **options)
-        return one
-
-    for limit in range(0, 40, 3):
-        removals = 0
-        root = tmp_path / f"{limit}"
-        run_stage(Count(root))
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "unlink", cut_off(unlink))
-            patch.setattr(os, "rmdir", cut_off(rmdir))
-            with contextlib.suppress(KeyboardInterrupt):
-                run_stage(Count(root, CountConfig(step=2)), overwrite=True)
-        with contextlib.suppress(ValueError):  # it may be refused: the old plan is still there
-            run_stage(Count(root, CountConfig(step=2)))
-            assert lasting(root / "count") == expected, f"cut off after {limit} removals"
-
-
 def test_stages_on_an_object_store_are_like_local_ones(tmp_path, s3):
     local, remote = run_stage(Count(tmp_path)), run_stage(Count(s3))
     assert without_run_facts(local) == without_run_facts(remote)
@@ -413,52 +242,3 @@ def test_stages_on_an_object_store_are_like_local_ones(tmp_path, s3):
     assert run_stage(again) == remote and again.processed == []
     rebuilt = run_stage(Count(s3, CountConfig(step=2)), overwrite=True)
     assert rebuilt["section"]["step"] == 2 and rebuilt["content"] != remote["content"]
-
-
-def test_scratch_folders_are_gone(tmp_path, monkeypatch):
-    import tempfile
-    (tmp_path / "scratch").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
-    with contextlib.suppress(StageFailed):
-        run_stage(Count(tmp_path, broken={"000001": ValueError("no")}))
-    run_stage(Count(tmp_path))
-    assert list((tmp_path / "scratch").iterdir()) == []
-
-
-def test_scratch_of_a_killed_process_is_removed_by_another(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-
-    def die():
-        with scratch_folder("one") as folder:
-            (folder / "spool").write_bytes(b"much")
-            os.kill(os.getpid(), signal.SIGKILL)
-    assert os.WTERMSIG(synthetic.in_child(die)) == signal.SIGKILL
-    with scratch_folder("other") as living:
-        left = next(one for one in tmp_path.iterdir() if one != living)
-        for one in (left, living):
-            os.utime(one / ".alive", (0, 0))
-        _sweep.cache_clear()
-        with scratch_folder("third"):
-            assert living.exists() and not left.exists()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_scratch_in_common_is_filled_anew_after_somebody_died_over_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-
-    def dies(folder):
-        (folder / "half").write_bytes(b"x")
-        (folder / "below").mkdir()
-        raise OSError("the disk is gone")
-
-    for _ in range(2):
-        with pytest.raises(OSError, match="the disk is gone"):
-            shared_scratch("test-of-filling", dies)
-
-    def fills(folder):
-        assert not (folder / "half").exists() and not (folder / "below").exists()
-        with open(folder / "rows", "ab") as file:
-            file.write(b"row")
-
-    for _ in range(2):
-        assert (shared_scratch("test-of-filling", fills) / "rows").read_bytes() == b"row"

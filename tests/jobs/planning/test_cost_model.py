@@ -1,0 +1,259 @@
+"""The cost model: a measured run is estimated as it was, and each formula follows its inputs."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jobs.config.recipes import RECIPES
+from jobs.planning import plan_table, rates, rates_from_manifests
+from jobs.planning.config import PlanConfig
+from jobs.planning.cost_model import Build, Cost, compared_rows, exact_amounts, index, training_flop
+from jobs.planning.rates import Rates
+from jobs.runs.metrics import read_metrics
+from jobs.runs.run import Run
+from model.config import UNetConfig
+from model.training import flops
+from pipeline.datasets.dataset import Dataset
+from pipeline.embeddings import clip
+from pipeline.embeddings.clip_weights import ClipConfig
+from pipeline.indices.config import IndexConfig
+from pipeline.indices.index import Index, build_index
+from pipeline.neighbors.config import NeighborsConfig
+from pipeline.stages.driver import run_stage
+from pipeline.stages.stage import Stage
+from tests.jobs.planning.planned_run import NETWORK, SETTINGS, built, by_stage
+from tests.pipeline import synthetic
+
+
+def test_the_run_that_the_rates_are_of_is_foretold_as_it_was(planned_root: Path, known: Rates):
+    found, dataset = by_stage(built(), known), Dataset.parse(str(planned_root), "drawn")
+    folders = {"shard": "shards", "embed": "embeddings", "index": "index", "neighbors, index": "neighbors/drawn",
+               "neighbors, exact": "neighbors/twin"}
+    for name, folder in folders.items():
+        manifest = dataset.manifest(folder)
+        assert found[name].worker_seconds == pytest.approx(manifest["run"]["seconds"], rel=1e-9), name
+        stored = manifest["totals"]["bytes"] + sum(file["bytes"] for file in manifest["files"])
+        assert found[name].written == pytest.approx(stored, rel=1e-9), name
+    run = Run.parse(str(planned_root), "run")
+    assert found["train"].worker_seconds == pytest.approx(read_metrics(run)[-1]["seconds"], rel=1e-9)
+    stored = sum(file["bytes"] for step in run.steps() for file in run.checkpoint(step)["files"])
+    assert found["train"].written == pytest.approx(stored, rel=0.1) and found["train"].kept == found["train"].written
+    assert known.defaults == ("storage",)
+
+
+def test_neighbours_whose_records_have_no_times_are_foretold_as_they_were_too(planned_root: Path, tmp_path: Path):
+    shutil.copytree(planned_root / "datasets", tmp_path / "datasets")
+    for label in ("drawn", "twin"):
+        file = tmp_path / f"datasets/drawn/v1/neighbors/{label}/manifest.json"
+        document = json.loads(file.read_text())
+        for record in document["items"]:
+            assert record["run"].pop("times")["products"] >= 0
+        document["run"]["seconds"] = 7.0
+        file.write_text(json.dumps(document))
+    base = rates.built_in()
+    known = rates_from_manifests.rates(str(tmp_path), base)
+    found = by_stage(built(), known)
+    for name, section, one in (("neighbors, index", known.approximate, base.approximate),
+                               ("neighbors, exact", known.exact, base.exact)):
+        assert found[name].worker_seconds == pytest.approx(7.0)
+        slower = {getattr(section, rate) / getattr(one, rate) for rate in vars(one) if rate.endswith("_per_s")}
+        assert max(slower) == pytest.approx(min(slower)), name  # as they would divide elsewhere
+
+
+def test_what_a_stage_reads_is_what_those_before_it_wrote(planned_root: Path, known: Rates):
+    found, dataset = by_stage(built(), known), Dataset.parse(str(planned_root), "drawn")
+    tars = sum(file["bytes"] for record in dataset.manifest("shards")["items"] for file in record["files"]
+               if file["name"].endswith(".tar"))
+    vectors = dataset.manifest("embeddings")["totals"]["bytes"] - 3 * 128
+    assert found["embed"].read == pytest.approx(tars) and found["index"].read == pytest.approx(vectors)
+    parquet = dataset.manifest("shards")["totals"]["bytes"] - tars
+    assert found["neighbors, exact"].read == pytest.approx(2 * vectors + 2 * parquet)
+    index = dataset.manifest("index")["totals"]["bytes"]
+    assert found["neighbors, index"].read == pytest.approx(2 * vectors + 2 * parquet + index)
+
+
+def test_twice_as_many_pictures_are_twice_the_work(known: Rates):
+    alone = replace(SETTINGS, neighbors=replace(SETTINGS.neighbors, at_once=1))
+    one, two, three = (by_stage(built(count, rows=1000, settings=alone), known)
+                       for count in (100_000, 200_000, 300_000))
+    for name in ("neighbors, exact", "neighbors, index"):  # what the database takes besides, it takes once
+        for what in ("worker_seconds", "read", "written"):
+            first, second, third = (getattr(each[name], what) for each in (one, two, three))
+            assert third - second == pytest.approx(second - first) and second > first
+    assert two["index"] == one["index"] and two["train"] == one["train"]
+    one, two = (by_stage(built(count), known) for count in (100_000, 200_000))
+    for name in ("shard", "embed"):
+        assert two[name].worker_seconds == pytest.approx(2 * one[name].worker_seconds)
+        assert two[name].read == pytest.approx(2 * one[name].read)
+        assert two[name].written == pytest.approx(2 * one[name].written)
+
+
+def test_exact_neighbours_are_products_choices_and_rows_that_are_read(known: Rates):
+    def took(pictures: int, rows: int) -> float:
+        return by_stage(built(pictures, rows), known)["neighbors, exact"].worker_seconds
+
+    rate = known.exact
+    assert took(1000, 0) == pytest.approx(took(1000, 1000))
+    assert took(1000, 500) == pytest.approx(
+        2 * 1000 * 500 * 256 / rate.flop_per_s + 1000 * 500 / rate.chosen_per_s + 1000 / rate.queries_per_s
+        + (20 + 1) * 500 / rate.rows_per_s)  # twenty shards are searched alone, by one worker
+    # Of later blocks hardly a row is chosen: each e times as many blocks are as much work as the first.
+    small, large = (exact_amounts(1, 8192 * blocks, 1, 1, 1, False)["chosen_per_s"] for blocks in (1, 1000))
+    assert small == 8192 and large == pytest.approx(8192 * (1 + math.log(1000)))
+
+
+def test_an_index_without_lists_is_searched_like_all_rows(known: Rates):
+    flat = replace(SETTINGS, index=IndexConfig(key="SQ8"))
+    found = by_stage(built(1000, 500, settings=flat), known)
+    assert found["neighbors, index"] == replace(found["neighbors, exact"], stage="neighbors, index")
+    found = by_stage(built(1000, 500), known)
+    rate, lists = known.approximate, 2 * 20 * 8 * (1 - (7 / 8) ** 50)  # of twenty searches, each in two turns
+    assert found["neighbors, index"].worker_seconds == pytest.approx(
+        (2 * 1000 / 8 * 500 * 256 + lists * 2 ** 21) / rate.flop_per_s + 500 / rate.laid_per_s
+        + 20 * 500 / rate.checked_per_s + (lists / 2 / 8 * 500 + lists * 256) / rate.read_per_s
+        + 1000 / rate.queries_per_s)
+    vectors, shards = 500 * 256 * 2, 20
+    kept, not_kept = (by_stage(built(1000, 500, memory=memory), known)["neighbors, index"].read
+                      for memory in (vectors, vectors - 1))
+    assert not_kept - kept == pytest.approx(shards * vectors * (1 - (7 / 8) ** 50))
+
+
+def test_shards_and_vectors_of_a_database_of_its_own_are_made_too(known: Rates):
+    alone, beside = by_stage(built(3000), known), by_stage(built(1000, 2000), known)
+    for name in ("shard", "embed"):
+        assert beside[name].worker_seconds == pytest.approx(alone[name].worker_seconds)
+
+
+def test_workers_share_items_and_wait_for_what_one_does(known: Rates):
+    one, many = (by_stage(built(1000, workers=count), known) for count in (1, 8))
+    for name in ("shard", "embed"):
+        assert many[name].seconds == pytest.approx(one[name].seconds / 8)
+        assert many[name].worker_seconds == one[name].worker_seconds
+    assert by_stage(built(1000, workers=50), known)["embed"].workers == 20  # shards there are
+    cost = Cost("index", worker_seconds=100, workers=10, read=0, written=0, kept=0, serial_seconds=40)
+    assert cost.seconds == 46
+
+
+def test_a_gpu_does_what_its_rates_are_of(known: Rates):
+    on_gpus = replace(known, embed=replace(known.embed, gpu=True))
+    found = by_stage(built(10_000, workers=50, gpus=3), on_gpus)
+    assert found["embed"].workers == 3 and found["embed"].gpu and not found["shard"].gpu
+    assert found["shard"].workers == 50
+
+
+def test_larger_pictures_take_more_of_what_pixels_cost(known: Rates):
+    pixels = replace(known, shard=replace(known.shard, seconds_per_pixel=1e-6))
+    large = replace(SETTINGS, shard=replace(SETTINGS.shard, image_size=64))
+    small, found = by_stage(built(1000), pixels), by_stage(built(1000, settings=large), pixels)
+    assert found["shard"].worker_seconds - small["shard"].worker_seconds == pytest.approx(1000 * 3 * 1024 * 1e-6)
+    assert found["embed"].read == pytest.approx(4 * small["embed"].read)
+    more = 1000 * 3 * 1024 * known.embed.preparing_s_per_pixel
+    assert found["embed"].worker_seconds - small["embed"].worker_seconds == pytest.approx(more)
+
+
+def test_storage_may_be_what_a_stage_waits_for(known: Rates):
+    slow = replace(known, storage=rates.StorageRates(bytes_per_s=1000.0))
+    found = by_stage(built(1000), slow)
+    assert found["shard"].worker_seconds == pytest.approx((found["shard"].read + found["shard"].written) / 1000)
+
+
+@pytest.mark.parametrize("at_once, searches", [(1, 100), (7, 15), (0, 50)])
+def test_a_database_that_a_worker_cannot_keep_is_read_for_the_shards_searched_together(known: Rates, at_once, searches):
+    vectors = 1000 * 256 * 2
+    together = replace(SETTINGS, neighbors=replace(SETTINGS.neighbors, at_once=at_once))
+    kept, not_kept = (by_stage(built(5000, 1000, settings=together, workers=4, memory=memory), known)
+                      ["neighbors, exact"].read for memory in (vectors, vectors - 1))
+    assert not_kept - kept == pytest.approx((searches - 4) * vectors)
+
+
+def test_training_goes_by_steps_or_by_epochs(known: Rates):
+    config = SETTINGS.train
+    found = by_stage(built(1000, epochs=2), known)["train"]
+    network = built().network
+    assert found.worker_seconds == pytest.approx(2000 * network.training(False) / known.train.flop_per_s)
+    assert found.written == 334 * 16 * network.parameters and found.kept == 3 * 16 * network.parameters
+    assert by_stage(built(1000), known)["train"].worker_seconds == pytest.approx(
+        config.steps * config.global_batch * network.training(False) / known.train.flop_per_s)
+
+
+@pytest.mark.parametrize(("key", "operations", "compared"), [
+    ("SQ8", 0, None),
+    ("IVF100,SQ8", 2 * 100 * 256 * 100 * 64 * 10, 3000 * 40_000),
+    ("IVF16,SQ8", 2 * 16 * 256 * 16 * 64 * 10, None),  # four lists are a quarter of them
+    ("IVF100,PQ16x8", 2 * 100 * 256 * 100 * 64 * 10 + 2 * 50_000 * 256 * 64 * 25, 3000 * 40_000),
+    ("OPQ16_32,IVF4000_HNSW32,PQ16x8", 2 * 50_000 * 4000 * 32 * 10 + 2 * 50_000 * 256 * 32 * (25 + 36 + 250)
+     + 4 * 50_000 * 64 * 32 * 50, 3000 * 1000),
+    ("PQ8x4", 2 * 256 * 16 * 16 * 64 * 25, None),
+    ("HNSW15", 0, 3000 * 60),
+])
+def test_the_formulas_of_an_index(key: str, operations: float, compared: float | None):
+    assert training_flop(key, 1_000_000, 64, 50_000) == operations
+    found = compared_rows(key, 3000, 1_000_000, NeighborsConfig(checked=10), nprobe=4)
+    assert found == (compared if compared is None else pytest.approx(compared))
+
+
+def test_an_index_in_parts_is_foretold_as_it_was(tmp_path: Path):
+    vectors = synthetic.clustered(4000, 16)
+    dataset = synthetic.given(tmp_path, "some", [vectors[:2000], vectors[2000:]])
+    config = IndexConfig(key="IVF16,SQ8", part_memory="100Ki", queries=50)
+    parts: dict[str, float] = {}
+
+    def seal(one: Stage) -> dict:
+        manifest = run_stage(one)
+        parts[one.name] = manifest["run"]["seconds"]
+        return manifest
+
+    build_index(Index(dataset, config), seal)
+    known = rates_from_manifests.rates(str(tmp_path), rates.built_in())
+    assert known.index.in_parts and known.index.key == "IVF16,SQ8" and "embed" in known.defaults
+    settings = replace(SETTINGS, index=config)
+    found = index(Build(settings, 4000, 0, 16, 1e6, NETWORK, workers=9), known)
+    assert parts.keys() == {"index_training", "index_parts", "index"} and found.workers == 3
+    assert found.worker_seconds == pytest.approx(sum(parts.values()), rel=1e-6)
+    assert found.serial_seconds == pytest.approx(parts["index_training"] + parts["index"], rel=1e-6)
+    assert found.kept == pytest.approx(dataset.manifest("index")["totals"]["bytes"])
+
+
+def test_the_encoders_cost_what_open_clip_says():
+    """Twice the multiply-adds in its table of models (docs/model_profile.csv)."""
+    assert clip.flop_per_image(ClipConfig("ViT-B-32-quickgelu", "openai")) == (pytest.approx(8.82e9, rel=0.005), 512)
+    assert clip.flop_per_image(ClipConfig("ViT-L-14-quickgelu", "openai")) == (pytest.approx(162.0e9, rel=0.005), 768)
+    with pytest.raises(ValueError, match="RN50 is no vision transformer"):
+        clip.flop_per_image(ClipConfig("RN50", "openai"))
+
+
+def test_the_network_costs_what_its_layers_do():
+    import torch
+    from torch import nn
+
+    from model.network.unet import UNet
+    config = UNetConfig(model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_downsampling=(),
+                        context_dim=16)
+    network, products = UNet(config), []
+
+    def count(module, inputs, output) -> None:
+        # Every number of the output is a product with a row of the weights.
+        products.append(2 * output.numel() * module.weight[0].numel())
+
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(count)
+    network(torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.zeros(1, 2, 16))
+    found = flops.size(config, 8, 2)
+    attention = 4 * 64 * (64 + 2) * 32  # scores and values of 64 places, among themselves and with two vectors
+    assert found.forward == sum(products) + attention
+    assert found.parameters == sum(one.numel() for one in network.parameters())
+    assert found.training(False) == 3 * found.forward and found.training(True) == 4 * found.forward
+
+
+def test_recipes_have_a_corpus():
+    assert plan_table.CORPORA.keys() == RECIPES.keys()
+    for name, corpus in plan_table.CORPORA.items():
+        builds = plan_table.builds(PlanConfig(), RECIPES[name](), rates.built_in())
+        assert [(one.pictures, one.rows) for one in builds] == [(corpus.pictures, corpus.rows)]
+        assert bool(builds[0].sample_bytes) == (corpus.downsampling > 1)
+    assert builds[0].sample_bytes == 48 * 48 * 16 * 2  # latents of KL-f16

@@ -1,0 +1,63 @@
+"""A published dataset of drawn images, and changes to its source."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jobs.publishing.config import RebuildConfig
+from jobs.publishing.rebuild import Rebuild, run_rebuild
+from pipeline.datasets import hidden_rows, published
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.embeddings import Embeddings
+from pipeline.datasets.metadata import metadata
+from pipeline.embeddings.embed import EmbedConfig
+from pipeline.indices.config import IndexConfig
+from pipeline.sources.config import ShardConfig
+from pipeline.stages.driver import run_stage
+from tests.pipeline import synthetic
+
+NAME = "drawn"
+
+
+SHARD = ShardConfig(image_size=32, format="png", samples_per_shard=30)
+
+
+def started(root: Path | str, source: Path | str, shard: ShardConfig = SHARD, key: str = "", **more: Any) -> Rebuild:
+    """A rebuild of a folder of drawn pictures."""
+    return Rebuild(str(root), NAME, replace(shard, source=(str(source),)), EmbedConfig(),
+                   IndexConfig(bytes_per_vector=288, key=key), RebuildConfig(**more))
+
+
+def rebuilt(root: Path | str, source: Path | str, **more: Any) -> dict[str, Any]:
+    return run_rebuild(started(root, source, **more), run_stage)
+
+
+def current(root: Path | str) -> Dataset:
+    return published.open_dataset(str(root), NAME)
+
+
+def by_content(dataset: Dataset) -> dict[str, np.ndarray]:
+    """The vectors of what can be found, by the name of the picture and the hash of its bytes."""
+    rows = [row for record in dataset.manifest("shards")["items"] for row in metadata(dataset, record)]
+    gone = set(hidden_rows.read_hidden_rows(dataset).tolist())
+    vectors = Embeddings(dataset).all()
+    return {f"{row['url']} {row['original_sha256']} {row['caption']}": vectors[number]
+            for number, row in enumerate(rows) if number not in gone}
+
+
+def paint(path: Path, seed: int) -> None:
+    synthetic.noise(32, 32, seed).save(path)
+
+
+def pictures(place: Path) -> list[Path]:
+    return sorted((place / "source").rglob("*.png"))
+
+
+def drop(place: Path, path: Path) -> None:
+    """Take a picture and its caption out of the source."""
+    path.unlink()
+    captions = place / "source" / "captions.csv"
+    name = str(path.relative_to(place / "source"))
+    captions.write_text("".join(line for line in captions.read_text().splitlines(True) if not line.startswith(name)))

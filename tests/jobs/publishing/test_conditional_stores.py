@@ -1,0 +1,88 @@
+"""Publishing on S3, and on a store without conditional writes."""
+
+import http.client
+import io
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from PIL import Image
+
+from jobs.cli.main import main
+from jobs.publishing.rebuild import run_rebuild
+from jobs.publishing.releases import GcConfig, collect_garbage
+from pipeline.datasets.published import Published
+from pipeline.stages.driver import run_stage
+from pipeline.storage import files
+from tests.jobs.publishing.published_art import NAME, by_content, current, rebuilt, started
+
+
+class Forgetful(ThreadingHTTPServer):
+    """A proxy before a store, which drops the conditions of writes: so does a store that does not know them."""
+
+    def __init__(self, store: str) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def answer(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                connection = http.client.HTTPConnection(store.removeprefix("http://"))
+                kept = {name: value for name, value in self.headers.items() if not name.lower().startswith("if-")}
+                connection.request(self.command, self.path, body, kept)
+                got = connection.getresponse()
+                data = got.read()
+                self.send_response(got.status)
+                for name, value in got.getheaders():
+                    if name.lower() not in {"transfer-encoding", "connection", "server", "date"}:
+                        self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(b"" if self.command == "HEAD" else data)
+
+            do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = answer
+
+            def log_message(self, *given: Any) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def forgetful(s3_server: str, s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    proxy = Forgetful(s3_server)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
+    for clear in (files._filesystem.cache_clear, fsspec.get_filesystem_class("s3").clear_instance_cache):
+        clear()
+    yield s3
+    for clear in (files._filesystem.cache_clear, fsspec.get_filesystem_class("s3").clear_instance_cache):
+        clear()
+    proxy.shutdown()
+
+
+def test_a_store_without_conditions_is_refused(forgetful: str, place: Path) -> None:
+    with pytest.raises(ValueError, match="does not keep the conditions If-Match"):
+        started(f"{forgetful}/root", place / "source")
+
+
+def test_on_s3(s3: str, place: Path) -> None:
+    root = f"{s3}/root"
+    fsspec.filesystem("s3").put(str(place / "source"), f"{s3}/source", recursive=True)
+    source = f"{s3}/source"
+    assert rebuilt(root, source)["published"] == "v1"
+    image = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(image, "PNG")
+    fsspec.filesystem("s3").pipe_file(f"{s3}/source/added.png", image.getvalue())
+    one, other = started(root, source), started(root, source)
+    assert run_rebuild(one, run_stage)["embedded"] == 1
+    assert run_rebuild(other, run_stage)["by"] == "another"
+    assert Published.load(root, NAME).version == "v2" and len(by_content(current(root))) == 73
+    nothing = Published(root, NAME, None, {})
+    assert not nothing.publish(current(root), b'{"content": "", "samples": 0, "recall@10": 1}', 3)
+    assert main(["rollback", NAME, "--root", root]) == 0 and current(root).version == "v1"
+    assert {one["version"]: one["kept"] for one in collect_garbage(root, NAME, GcConfig(keep=0, lease=0))} == {
+        "v1": "published", "v2": ""}
+    assert main(["verify", "--against", "current", "--root", root]) == 0

@@ -1,0 +1,124 @@
+"""A stage that is killed at any point and run again gives the same folder."""
+
+import contextlib
+import itertools
+import os
+import signal
+import threading
+
+import pytest
+
+from pipeline import storage
+from pipeline.datasets.dataset import Dataset
+from pipeline.stages.driver import run_stage
+from pipeline.stages.manifest import read_manifest
+from pipeline.stages.stage import Stage
+from tests.pipeline import synthetic
+from tests.pipeline.stages.count_stage import Count, CountConfig, lasting, stage_folder
+
+pytestmark = pytest.mark.usefixtures("private_cache")
+
+
+class KilledAt:
+    """The process kills itself right before or after its nth change of a final name."""
+
+    def __init__(self, point: int) -> None:
+        self.left = point
+
+    def wrapped(self, change):
+        def one(*arguments, **options):
+            self.tick()
+            result = change(*arguments, **options)
+            self.tick()
+            return result
+        return one
+
+    def tick(self) -> None:
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.left -= 1
+
+    def run(self, stage_: Stage) -> None:
+        os.replace, os.link = self.wrapped(os.replace), self.wrapped(os.link)
+        run_stage(stage_)
+
+
+def killed_at_every_point(make, root) -> int:
+    """Run `make(folder)` anew for every point it can be killed at, each time to its end; how many there were."""
+    run_stage(undisturbed := make(root / "undisturbed"))
+    expected = lasting(undisturbed.folder)
+    for point in itertools.count():
+        one = make(root / f"killed-{point}")
+        status = synthetic.in_child(lambda: KilledAt(point).run(one))  # noqa: B023
+        if status == 0:
+            return point
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        if not (sealed := storage.exists(storage.join(one.folder, "manifest.json"))):
+            with pytest.raises(ValueError, match="is not sealed"):
+                read_manifest(one.folder, one.command)
+        again = make(root / f"killed-{point}")
+        run_stage(again)
+        assert lasting(one.folder) == expected, f"killed at {point}, sealed {sealed}"
+
+
+def test_killed_anywhere_and_run_again_is_the_same_folder(tmp_path):
+    # Of 6 lists, the plan, 13 files of items, 6 records, the file of all and the manifest, before and after. Files of
+    # items come from scratch by a name that is hidden at first.
+    assert killed_at_every_point(Count, tmp_path) == 2 * (6 + 1 + 2 * 13 + 6 + 1 + 1)
+
+
+def test_sharding_killed_anywhere_and_run_again_is_the_same_folder(tmp_path):
+    from pipeline.shards.shard import Shard
+    from pipeline.sources.config import ShardConfig
+    source = synthetic.drawings(tmp_path / "pictures", subjects=2, size=8)
+    (source / "broken.png").write_bytes(b"no picture")
+
+    def make(root):
+        return Shard(Dataset.parse(str(root), "x"), ShardConfig(source=str(source), samples_per_shard=6, image_size=8))
+    assert killed_at_every_point(make, tmp_path) > 20
+
+
+def test_killed_at_any_time_and_run_again_is_the_same_folder(tmp_path):
+    """Not between two steps but somewhere in the middle of one."""
+    expected = lasting(stage_folder(Count(tmp_path / "undisturbed")))
+    for number in range(12):
+        one = Count(tmp_path / f"{number}")
+        pid = os.fork()
+        if pid == 0:
+            with contextlib.suppress(BaseException):
+                run_stage(one)
+            os._exit(0)
+        threading.Event().wait(0.004 * number)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        assert lasting(stage_folder(one)) == expected
+
+
+def test_rebuilding_killed_anywhere_leaves_nothing_of_the_old(tmp_path, monkeypatch):
+    """The removal may be cut off after any file: what it left must not pass for a part of the new folder."""
+    run_stage(Count(tmp_path / "alone", CountConfig(step=2)))
+    expected = lasting(tmp_path / "alone" / "count")
+    removals = 0
+    unlink, rmdir = os.unlink, os.rmdir
+
+    def cut_off(change):
+        def one(path, *arguments, **options):
+            nonlocal removals
+            if removals == limit:
+                raise KeyboardInterrupt
+            removals += 1
+            return change(path, *arguments, **options)
+        return one
+
+    for limit in range(0, 40, 3):
+        removals = 0
+        root = tmp_path / f"{limit}"
+        run_stage(Count(root))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", cut_off(unlink))
+            patch.setattr(os, "rmdir", cut_off(rmdir))
+            with contextlib.suppress(KeyboardInterrupt):
+                run_stage(Count(root, CountConfig(step=2)), overwrite=True)
+        with contextlib.suppress(ValueError):  # it may be refused: the old plan is still there
+            run_stage(Count(root, CountConfig(step=2)))
+            assert lasting(root / "count") == expected, f"cut off after {limit} removals"

@@ -1,0 +1,22 @@
+"""Fixtures of the tests of embeddings."""
+
+import shutil
+
+import pytest
+
+from pipeline.embeddings import clip
+from pipeline.embeddings.clip_weights import BUNDLED, describe_encoder
+
+
+@pytest.fixture
+def fresh_encoder():
+    """Weights are read anew, as by the next command."""
+    yield
+    clip.load_encoder_on.cache_clear()
+    describe_encoder.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """The bundled weights in a file of one's own."""
+    return shutil.copy(BUNDLED / "tiny_clip.safetensors", tmp_path_factory.mktemp("weights") / "w.safetensors")
