@@ -22,7 +22,7 @@ from pipeline.indices.faiss_door import faiss
 from pipeline.indices.fill import can_only_append, fill, lists_bytes, merge_on_disk, remove_rows, renumber
 from pipeline.indices.index import Index
 from pipeline.indices.searcher import open_dataset_index
-from pipeline.indices.tune import RecallQueries, measure_recall, recall_error
+from pipeline.indices.tune import RecallQueries, measure_recall, nonzero_rows, recall_error
 from pipeline.stages.types import Item, Output, StageFailed
 from pipeline.storage.sizes import parse_size
 
@@ -132,8 +132,8 @@ class Extension(Index):
         if at_first is None:  # an index from before that was written down
             theirs = Embeddings(self.base)
             sample = theirs.rows(_sample_rows(np.arange(len(theirs)), _SAMPLE, rng))
-            at_first = recall_error(index, _nonzero_rows(sample))
-        rows = _nonzero_rows(embeddings.rows(_sample_rows(change.added, _SAMPLE, rng)))
+            at_first = recall_error(index, nonzero_rows(sample))
+        rows = nonzero_rows(embeddings.rows(_sample_rows(change.added, _SAMPLE, rng)))
         error = recall_error(index, rows)
         drift = round((error + _TINY) / (at_first + _TINY), 4) if len(rows) else 1.0
         if drift > self.config.max_drift:
@@ -161,7 +161,7 @@ class Extension(Index):
         if "text_embeddings" not in self.inputs():
             return []
         texts = Embeddings(self.dataset, "text_embeddings")
-        rows = _nonzero_rows(texts.rows(_sample_rows(np.arange(len(texts)), self.config.queries, rng)))
+        rows = nonzero_rows(texts.rows(_sample_rows(np.arange(len(texts)), self.config.queries, rng)))
         return [RecallQueries("text", rows.astype(np.float32))]
 
 
@@ -235,8 +235,3 @@ def _read_blocks(embeddings: Embeddings) -> Iterator[tuple[int, np.ndarray]]:
 def _sample_rows(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """At most `count` of some rows, ascending."""
     return rows if len(rows) <= count else np.sort(rng.choice(rows, max(0, count), replace=False))
-
-
-def _nonzero_rows(rows: np.ndarray) -> np.ndarray:
-    """Without the rows of zeros, which mark pictures that did not decode."""
-    return rows[rows.any(1)]

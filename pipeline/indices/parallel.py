@@ -21,7 +21,7 @@ from pipeline.indices.faiss_door import count_gpus, faiss, is_gpu_build, map_ind
 from pipeline.indices.fill import fill, lists_bytes, merge, merge_on_disk
 from pipeline.indices.searcher import best_rows
 from pipeline.indices.train import train_index, training_rows
-from pipeline.indices.tune import RecallQueries, measure_recall, recall_error
+from pipeline.indices.tune import RecallQueries, measure_recall, nonzero_rows, recall_error
 from pipeline.stages.manifest import read_manifest, sealed_input
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output
@@ -105,7 +105,7 @@ class IndexTraining(IndexingStage):
         if "text_embeddings" in self.inputs():
             texts = Embeddings(self.dataset, "text_embeddings")
             chosen = np.sort(rng.choice(len(texts), min(len(texts), config.queries), replace=False))
-            np.save(scratch / "texts.npy", _nonzero_rows(texts.rows(chosen)).astype(np.float32), allow_pickle=False)
+            np.save(scratch / "texts.npy", nonzero_rows(texts.rows(chosen)).astype(np.float32), allow_pickle=False)
             files.append("texts.npy")
         return Output(samples=len(sample), files={name: scratch / name for name in files},
                       info={"key": key, "rows": count, "trained_on": len(sample), "error": recall_error(index, seen)})
@@ -213,12 +213,6 @@ def held_out_queries(training: IndexTraining) -> list[RecallQueries]:
         texts = np.load(_fetch_training_file(training, "texts.npy"), allow_pickle=False)
         query_sets.append(RecallQueries("text", texts))
     return query_sets
-
-
-def _nonzero_rows(rows: np.ndarray) -> np.ndarray:
-    """Without the rows of zeros, which mark pictures that did not decode."""
-    there = rows.any(1)
-    return rows if there.all() else rows[there]
 
 
 def _fetch_training_file(training: IndexTraining, name: str) -> Path:

@@ -79,6 +79,12 @@ def held_out_rows(count: int, config: IndexConfig) -> np.ndarray:
     return np.sort(rng.choice(count, min(config.queries, count // 10), replace=False))
 
 
+def nonzero_rows(rows: np.ndarray) -> np.ndarray:
+    """Without the rows of zeros, which mark images that did not decode."""
+    there = rows.any(1)
+    return rows if there.all() else rows[there]
+
+
 def measure_recall(index: faiss.Index, key: str, queries: list[RecallQueries], config: IndexConfig, size: int = 0
              ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Tune a filled index; autofaiss's index_infos, facts, and seconds.
