@@ -52,15 +52,15 @@ def train_judge(pictures: np.ndarray, labels: np.ndarray, styles: int, *, steps:
     rng = np.random.default_rng((seed, 41))
     generator = torch.Generator().manual_seed(seed)
     fast = compute_dtype("auto", torch.device("cpu")) == torch.bfloat16
-    of = [np.flatnonzero(labels == style) for style in range(styles)]
+    rows_of_style = [np.flatnonzero(labels == style) for style in range(styles)]
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for _ in range(steps):
-        drawn = rng.integers(styles, size=_BATCH)
-        rows = np.array([rng.choice(of[style]) for style in drawn])
+        chosen_styles = rng.integers(styles, size=_BATCH)
+        rows = np.array([rng.choice(rows_of_style[style]) for style in chosen_styles])
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast):
             logits = judge(_disturbed(as_tensor(pictures[rows]), generator))
-        loss = F.cross_entropy(logits.float(), torch.from_numpy(drawn), label_smoothing=0.05)
+        loss = F.cross_entropy(logits.float(), torch.from_numpy(chosen_styles), label_smoothing=0.05)
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -128,7 +128,7 @@ def _with_one(vectors: np.ndarray) -> np.ndarray:
     return np.concatenate([10 * vectors.astype(np.float32), np.ones((len(vectors), 1), np.float32)], 1)
 
 
-def kid(one: np.ndarray, other: np.ndarray, groups: np.ndarray | None = None) -> float:
+def kid(samples: np.ndarray, reference: np.ndarray, groups: np.ndarray | None = None) -> float:
     """Kernel Inception distance between two sets of unit vectors (N, D) and (M, D), on whatever features they are.
 
     The unbiased estimate of the squared maximum mean discrepancy with the kernel (x y + 1)^3 (Binkowski et al. 2018,
@@ -136,8 +136,8 @@ def kid(one: np.ndarray, other: np.ndarray, groups: np.ndarray | None = None) ->
     be a little below zero. Vectors of `one` with the same of `groups` (N,) were not drawn independently: such pairs are
     left out. NaN where no pair is left.
     """
-    n, m = len(one), len(other)
-    x, y = one.astype(np.float64), other.astype(np.float64)
+    n, m = len(samples), len(reference)
+    x, y = samples.astype(np.float64), reference.astype(np.float64)
     xx, yy, xy = ((a @ b.T + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
     groups = np.arange(n) if groups is None else groups
     apart = groups[:, None] != groups[None]

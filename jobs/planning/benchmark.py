@@ -65,7 +65,7 @@ class Trial:
     def place(self) -> str:
         """The folder of what is run: what was interrupted goes on there, unless other things are asked."""
         config = self.build.settings
-        what = [asdict(one) for one in (config.shard, config.embed, config.index, config.train)]
+        what = [asdict(section) for section in (config.shard, config.embed, config.index, config.train)]
         return storage.join(self.root, "trial", storage.digest(json.loads(json.dumps(
             [what, self.source, self.seconds, self.workers, self.gpu, self.build.dim])))[:12])
 
@@ -76,17 +76,17 @@ def rates(trial: Trial, base: Rates, run: Run) -> Rates:
     _vectors(trial, base, run)
     steps = run(synthetic_data.Steps(storage.join(trial.place, "steps"), trial.build.settings.train, trial.build.side,
                            _share(trial), trial.seconds, trial.workers))
-    found = base
+    measured_rates = base
     for part in ("pictures", "vectors"):
-        found = rates_from_manifests.rates(storage.join(trial.place, part), found, gpu=trial.gpu)
+        measured_rates = rates_from_manifests.rates(storage.join(trial.place, part), measured_rates, gpu=trial.gpu)
     train = TrainRates(_mean(steps, "flop_per_s"), trial.gpu)
     # How many lists true vectors take, made ones do not tell.
-    approximate = replace(found.approximate, nprobe=base.approximate.nprobe)
-    found = replace(found.with_sections({"train": train, "approximate": approximate}, _machine(trial, steps),
-                                        time.strftime("%Y-%m-%d")),
-                    shard=replace(found.shard, source_bytes=size or found.shard.source_bytes))
+    approximate = replace(measured_rates.approximate, nprobe=base.approximate.nprobe)
+    measured_rates = measured_rates.with_sections({"train": train, "approximate": approximate}, _machine(trial, steps),
+                                                  time.strftime("%Y-%m-%d"))
+    shard = replace(measured_rates.shard, source_bytes=size or measured_rates.shard.source_bytes)
     storage.remove_tree(storage.join(trial.root, "trial"))
-    return found
+    return replace(measured_rates, shard=shard)
 
 
 def _pictures(trial: Trial, run: Run) -> float:
@@ -95,9 +95,9 @@ def _pictures(trial: Trial, run: Run) -> float:
     most = sys.maxsize
     if not source:
         most = max(3 * _FIRST * trial.workers, int(trial.seconds * _DRAWN_A_SECOND[trial.gpu] * trial.workers))
-        drawn = synthetic_data.Photographs(storage.join(place, "photographs"), most)
-        totals = run(drawn)["totals"]
-        source, size = (drawn.folder,), totals["bytes"] / totals["samples"]
+        photographs = synthetic_data.Photographs(storage.join(place, "photographs"), most)
+        totals = run(photographs)["totals"]
+        source, size = (photographs.folder,), totals["bytes"] / totals["samples"]
     embed = replace(settings.embed, pretrained=_weights(settings.embed.clip()))
 
     def shard(part: str, name: str, count: int) -> dict[str, Any]:
@@ -167,18 +167,18 @@ def _searched(trial: Trial, name: str, databases: tuple[Dataset, Dataset], count
     """Neighbours of a few vectors in the first database, and in the second of as many as there is time for."""
     most = 4 * databases[1].manifest("embeddings")["totals"]["samples"]
     for turn, database in enumerate(databases):
-        asked = synthetic_data.vectors(run, database.root, f"{name}{turn}", count, trial.build.dim,
+        samples = synthetic_data.vectors(run, database.root, f"{name}{turn}", count, trial.build.dim,
                                        parts=2 * trial.workers, seed=2)
-        took = run(Neighbors(asked, database, config))["run"]["seconds"]
+        took = run(Neighbors(samples, database, config))["run"]["seconds"]
         count = int(np.clip(count * trial.seconds * trial.workers / 2 / max(took, 1e-3), count, most))
 
 
 def _codes(trial: Trial, base: Rates) -> str:
     """The codes of the index that the build has, where they are products."""
-    found = re.search(r"PQ(\d+)x8", index_key(trial.build, base))
-    if found and trial.build.dim % int(found[1]) == 0:
-        return found[0]
-    return f"PQ{next(one for one in (128, 64, 32, 16, 8, 4, 2, 1) if trial.build.dim % one == 0)}x8"
+    codes = re.search(r"PQ(\d+)x8", index_key(trial.build, base))
+    if codes and trial.build.dim % int(codes[1]) == 0:
+        return codes[0]
+    return f"PQ{next(count for count in (128, 64, 32, 16, 8, 4, 2, 1) if trial.build.dim % count == 0)}x8"
 
 
 def _share(trial: Trial) -> int:
@@ -188,7 +188,7 @@ def _share(trial: Trial) -> int:
 
 
 def _mean(manifest: dict[str, Any], name: str) -> float:
-    return float(np.mean([one["info"][name] for one in manifest["items"]]))
+    return float(np.mean([record["info"][name] for record in manifest["items"]]))
 
 
 def _machine(trial: Trial, steps: dict[str, Any]) -> str:

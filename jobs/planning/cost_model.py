@@ -108,7 +108,7 @@ class Prices:
     @property
     def given(self) -> bool:
         """Whether there is any."""
-        return any(one is not None for one in (self.gpu_hour, self.cpu_hour, self.gb_month, self.gb_moved))
+        return any(price is not None for price in (self.gpu_hour, self.cpu_hour, self.gb_month, self.gb_moved))
 
     def of(self, cost: Cost) -> float:
         """The money for a stage; what has no price costs nothing."""
@@ -129,12 +129,12 @@ def shard(build: Build, rates: Rates) -> Cost:
     Tars grow with the pixels, the metadata does not. The pictures of the source are taken to be as large as those
     that were measured.
     """
-    one, size = rates.shard, build.settings.shard.image_size
-    more = size ** 2 - one.image_size ** 2
-    each = max(1 / one.pictures_per_s + more * one.seconds_per_pixel, 1e-9)
-    written = build.all_pictures * (_tar_bytes(build, rates) + one.metadata_bytes)
+    stage_rates, size = rates.shard, build.settings.shard.image_size
+    more = size ** 2 - stage_rates.image_size ** 2
+    each = max(1 / stage_rates.pictures_per_s + more * stage_rates.seconds_per_pixel, 1e-9)
+    bytes_written = build.all_pictures * (_tar_bytes(build, rates) + stage_rates.metadata_bytes)
     return _cost("shard", build, rates, build.all_pictures * each, build.all_shards,
-                 read=build.all_pictures * one.source_bytes, written=written)
+                 read=build.all_pictures * stage_rates.source_bytes, written=bytes_written)
 
 
 def embed(build: Build, rates: Rates) -> Cost:
@@ -143,11 +143,11 @@ def embed(build: Build, rates: Rates) -> Cost:
     Decoding takes the time of its pixels, an encoder that of its operations, whichever encoder was measured: a smaller
     one may reach fewer operations a second.
     """
-    one = rates.embed
-    each = build.settings.shard.image_size ** 2 * one.preparing_s_per_pixel + build.encoder_flop / one.flop_per_s
+    stage_rates, pixels = rates.embed, build.settings.shard.image_size ** 2
+    each = pixels * stage_rates.preparing_s_per_pixel + build.encoder_flop / stage_rates.flop_per_s
     return _cost("embed", build, rates, build.all_pictures * each, build.all_shards,
                  read=build.all_pictures * _tar_bytes(build, rates),
-                 written=_vectors(build.all_pictures, build) + build.all_shards * _HEADER, gpu=one.gpu)
+                 written=_vectors(build.all_pictures, build) + build.all_shards * _HEADER, gpu=stage_rates.gpu)
 
 
 def index(build: Build, rates: Rates) -> Cost:
@@ -156,15 +156,15 @@ def index(build: Build, rates: Rates) -> Cost:
     Training and merging are one worker's. Read: the vectors, the sample beside them and, to merge them, the parts;
     written: the parts and the index.
     """
-    one, config, rows = rates.index, build.settings.index, build.database
+    stage_rates, config, rows = rates.index, build.settings.index, build.database
     room = config.rows_of_a_part(build.dim)
     in_parts = rows > room
     key, size = index_key(build, rates), index_bytes(build, rates)
-    training = training_flop(key, rows, build.dim, config.train_points) / one.training_flop_per_s
-    merging = rows / one.merged_per_s if in_parts else 0.0
+    training = training_flop(key, rows, build.dim, config.train_points) / stage_rates.training_flop_per_s
+    merging = rows / stage_rates.merged_per_s if in_parts else 0.0
     vectors = _vectors(rows, build)
     sample = min(rows, config.train_points) * build.dim * 2 if in_parts else 0
-    return _cost("index", build, rates, training + rows / one.vectors_per_s + merging,
+    return _cost("index", build, rates, training + rows / stage_rates.vectors_per_s + merging,
                  -(-rows // room), read=vectors + sample + (size if in_parts else 0),
                  written=size * (2 if in_parts else 1), kept=size, serial=training + merging)
 
@@ -248,13 +248,13 @@ def training_flop(key: str, rows: int, dim: int, train_points: int) -> float:
     """
     lists, inner = _lists(key), _inner_dim(key, dim)
     points = min(rows, train_points)
-    found = 2.0 * min(points, _POINTS_PER_LIST * lists) * lists * inner * _CLUSTERING_ROUNDS
+    operations = 2.0 * min(points, _POINTS_PER_LIST * lists) * lists * inner * _CLUSTERING_ROUNDS
     if codebook := re.search(r"PQ\d+x(\d+)", key):
         words = 1 << int(codebook[1])
-        found += 2.0 * min(points, _POINTS_PER_LIST * words) * words * inner * _CODEBOOK_ROUNDS
+        operations += 2.0 * min(points, _POINTS_PER_LIST * words) * words * inner * _CODEBOOK_ROUNDS
     if key.startswith("OPQ"):
-        found += min(points, _POINTS_PER_LIST * 256) * inner * (2.0 * 256 * (50 * 5 + 36) + 50 * 4.0 * dim)
-    return found
+        operations += min(points, _POINTS_PER_LIST * 256) * inner * (2.0 * 256 * (50 * 5 + 36) + 50 * 4.0 * dim)
+    return operations
 
 
 def duration(amounts: dict[str, float], rates: Any) -> float:
@@ -301,7 +301,7 @@ def compared_rows(key: str, pictures: int, rows: int, config: NeighborsConfig, n
     """
     lists, probes = _lists(key), config.probes or nprobe
     if graph := re.match(r"HNSW(\d+)", key):
-        each = min(rows, probes * int(graph[1]))
+        each = float(min(rows, probes * int(graph[1])))
     elif lists and 4 * probes < lists:
         each = rows * probes / lists
     else:
@@ -321,26 +321,26 @@ def read_rows(key: str, pictures: int, searches: int, rows: int, config: Neighbo
 
 
 def _lists(key: str) -> int:
-    found = re.search(r"IVF(\d+)", key)
-    return int(found[1]) if found else 0
+    match = re.search(r"IVF(\d+)", key)
+    return int(match[1]) if match else 0
 
 
 def _inner_dim(key: str, dim: int) -> int:
     """Numbers that are left of a vector by a rotation, as in OPQ64_384."""
-    found = re.match(r"(?:OPQ\d+_|PCAR?)(\d+),", key)
-    return int(found[1]) if found else dim
+    match = re.match(r"(?:OPQ\d+_|PCAR?)(\d+),", key)
+    return int(match[1]) if match else dim
 
 
 def _neighbors(name: str, build: Build, rates: Rates, seconds: float, database: float, searches: int, gpu: bool
                ) -> Cost:
     config, shards = build.settings.neighbors, build.shards(build.pictures)
-    written = build.pictures * config.k * (8 + 4) + 2 * shards * _HEADER + build.database * 8 + _HEADER
+    bytes_written: float = build.pictures * config.k * (8 + 4) + 2 * shards * _HEADER + build.database * 8 + _HEADER
     if config.vectors:
-        written += _vectors(build.pictures * config.k, build) + shards * _HEADER
+        bytes_written += _vectors(build.pictures * config.k, build) + shards * _HEADER
     # Copies are known by their hashes, which stand in the metadata.
     hashes = rates.shard.metadata_bytes * (build.pictures + build.database * min(searches, _workers(build, gpu)))
     return _cost(name, build, rates, seconds, searches, read=_vectors(build.pictures, build) + database + hashes,
-                 written=written, gpu=gpu)
+                 written=bytes_written, gpu=gpu)
 
 
 def _searches(build: Build, *, lists: bool) -> int:

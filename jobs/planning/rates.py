@@ -139,7 +139,7 @@ class Rates:
                        defaults=tuple(name for name in self.defaults if name not in sections))
 
 
-SECTIONS = tuple(one.name for one in fields(Rates) if one.name not in {"machine", "measured", "defaults"})
+SECTIONS = tuple(section.name for section in fields(Rates) if section.name not in {"machine", "measured", "defaults"})
 
 
 @cache

@@ -38,9 +38,9 @@ def rates(root: str, base: Rates, *, gpu: bool = False) -> Rates:
     datasets = [Dataset(root, name, version) for name in storage.list_folders(storage.join(root, "datasets"))
                 for version in storage.list_folders(storage.join(root, "datasets", name))]
     exact, approximate = _neighbors(datasets, base, gpu)
-    found = {"shard": _shard(datasets, base), "embed": _embed(datasets, gpu), "index": _index(datasets, base),
+    by_section = {"shard": _shard(datasets, base), "embed": _embed(datasets, gpu), "index": _index(datasets, base),
              "exact": exact, "approximate": approximate, "train": _train(root, gpu)}
-    sections = {name: one for name, one in found.items() if one is not None}
+    sections = {name: rates for name, rates in by_section.items() if rates is not None}
     if not sections:
         raise ValueError(f"nothing sealed below {root} tells how long a stage takes\n"
                          f"hint: run the stages on a sample there first")
@@ -63,15 +63,15 @@ def _shard(datasets: list[Dataset], base: Rates) -> ShardRates | None:
     for _, manifest in _sealed(datasets, "shards", "shard"):
         if "image_size" not in manifest["section"]:  # written by something else
             continue
-        one = sums[manifest["section"]["image_size"]]
-        one.update({"samples": manifest["totals"]["samples"], "seconds": manifest["run"]["seconds"]})
+        totals = sums[manifest["section"]["image_size"]]
+        totals.update({"samples": manifest["totals"]["samples"], "seconds": manifest["run"]["seconds"]})
         for record in manifest["items"]:
             for file in record["files"]:
-                one[file["name"].rpartition(".")[2]] += file["bytes"]
+                totals[file["name"].rpartition(".")[2]] += file["bytes"]
     if not sums:
         return None
     size = max(sums, key=lambda size: sums[size]["samples"])
-    each = {one: sums[one]["seconds"] / sums[one]["samples"] for one in sums}
+    each = {side: sums[side]["seconds"] / sums[side]["samples"] for side in sums}
     slope = base.shard.seconds_per_pixel
     if other := max((other for other in sums if other != size), default=0):
         slope = max(0.0, (each[other] - each[size]) / (other ** 2 - size ** 2))
@@ -108,7 +108,7 @@ def _index(datasets: list[Dataset], base: Rates) -> IndexRates | None:
     every = [(dataset, manifest) for dataset, manifest in _sealed(datasets, "index", "index")]
     if not every:
         return None
-    dataset, largest = max(every, key=lambda one: one[1]["totals"]["samples"])
+    dataset, largest = max(every, key=lambda entry: entry[1]["totals"]["samples"])
     key, rows, in_parts = largest["info"]["key"], largest["totals"]["samples"], "parts" in largest["info"]
     dim = _dim(dataset)
     operations = training_flop(key, rows, dim, largest["section"]["train_points"])
@@ -120,10 +120,11 @@ def _index(datasets: list[Dataset], base: Rates) -> IndexRates | None:
         merged = rows / max(seconds, 1e-9)
         filling = largest["items"][0]["run"]["times"].get("seconds of the parts") or rows / base.index.vectors_per_s
     else:
-        alike = [one for _, one in every if one["info"]["key"] == key and "parts" not in one["info"]]
+        alike = [manifest for _, manifest in every
+                 if manifest["info"]["key"] == key and "parts" not in manifest["info"]]
         if not operations:
-            rows, seconds = (sum(one["totals"]["samples"] for one in alike),
-                             sum(one["run"]["seconds"] for one in alike))
+            rows, seconds = (sum(manifest["totals"]["samples"] for manifest in alike),
+                             sum(manifest["run"]["seconds"] for manifest in alike))
         # How its seconds divide it does not say: training takes what it would elsewhere, half of them at most.
         speed = max(speed, 2 * operations / max(seconds, 1e-9))
         filling = seconds - operations / speed
@@ -149,10 +150,10 @@ def _neighbors(datasets: list[Dataset], base: Rates, gpu: bool) -> tuple[ExactRa
                 info = database.manifest("index")["info"] if config.method == "index" else {"key": "", "parameter": ""}
                 probes = config.probes or int(info["parameter"].partition("=")[2] or nprobe)
                 times = [record["run"].get("times", {}) for record in manifest["items"]]
-                opened = sum("open" in one for one in times) if all(times) else 1
-                amounts = listed_amounts(info["key"], count, rows, dim, searches, opened, config, probes)
+                workers = sum("open" in record for record in times) if all(times) else 1
+                amounts = listed_amounts(info["key"], count, rows, dim, searches, workers, config, probes)
                 if amounts is None:
-                    exact.add(exact_amounts(count, rows, dim, searches, opened, gpu), manifest, times)
+                    exact.add(exact_amounts(count, rows, dim, searches, workers, gpu), manifest, times)
                 else:
                     listed.add(amounts, manifest, times)
                     nprobe = probes
@@ -169,7 +170,7 @@ class _Sums:
 
     def add(self, amounts: dict[str, float], manifest: dict[str, Any], times: list[dict[str, Any]]) -> None:
         """Count a manifest with the times of its records."""
-        left = seconds = max(manifest["run"]["seconds"], 1e-9)
+        rest = seconds = max(manifest["run"]["seconds"], 1e-9)
         self.amounts.update(amounts)
         if not all(times):  # how its seconds divide it does not say: as they would elsewhere
             share = seconds / duration(amounts, self.base)
@@ -177,10 +178,10 @@ class _Sums:
             return
         for what, name in self.names.items():
             if amounts[name]:  # what was not to be done took no time
-                spent = sum(one.get(what, 0.0) for one in times)
+                spent = sum(record.get(what, 0.0) for record in times)
                 self.seconds[name] += spent
-                left -= spent
-        self.seconds["queries_per_s"] += max(left, 0.0)
+                rest -= spent
+        self.seconds["queries_per_s"] += max(rest, 0.0)
 
     def rates(self) -> dict[str, float]:
         """An amount a second, or what it was where there was none."""

@@ -92,9 +92,9 @@ class Vectors(Stage):
             path = scratch / f"{item.id}.npy"
             centres = np.random.default_rng(0).standard_normal((_CLUSTERS, self.dim), np.float32)
             rng = np.random.default_rng([self.seed, int(item.id)])
-            found = centres[rng.integers(_CLUSTERS, size=count)] + 0.8 * rng.standard_normal(
+            rows = centres[rng.integers(_CLUSTERS, size=count)] + 0.8 * rng.standard_normal(
                 (count, self.dim), np.float32)
-            np.save(path, (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float16))
+            np.save(path, (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16))
         return Output(samples=count, files={path.name: path})
 
     def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
@@ -165,10 +165,10 @@ class Steps(Stage):
                          log_every=1, checkpoint_every=steps)
         rng = np.random.default_rng(0)
         unet, times = config.unet, []
-        given = {"latent": rng.standard_normal((batch, unet.in_channels, self.side, self.side), np.float32)
+        batch_data = {"latent": rng.standard_normal((batch, unet.in_channels, self.side, self.side), np.float32)
                  .astype(np.float16),
                  "neighbors": rng.standard_normal((batch, config.k, unet.context_dim), np.float32).astype(np.float16)}
-        train(config, lambda step: given, device=device, save=lambda *_: None,
+        train(config, lambda step: batch_data, device=device, save=lambda *_: None,
               log=lambda record: times.append(record["seconds"]))
         return max(1e-9, (times[-1] - times[0]) / (len(times) - 1))
 
@@ -183,13 +183,13 @@ def _narrower(config: TrainConfig) -> TrainConfig:
 
 def _memory() -> int:
     """Bytes that this machine, or the container, may have."""
-    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
-            found = min(found, int(Path(file).read_text()))
+            limit = min(limit, int(Path(file).read_text()))
         except (OSError, ValueError):  # none of these, or "max"
             continue
-    return found
+    return limit
 
 
 def _processor() -> str:

@@ -24,7 +24,7 @@ def alpha_bar(config: DiffusionConfig, device: torch.device | str = "cpu") -> Te
 
 def alpha_sigma(config: DiffusionConfig, t: Tensor) -> tuple[Tensor, Tensor]:
     """Amplitudes of signal and noise at t (B,) -> two of (B, 1, 1, 1) float32."""
-    alpha, sigma = (one[t][:, None, None, None].float() for one in amplitudes(config, t.device))
+    alpha, sigma = (amplitude[t][:, None, None, None].float() for amplitude in amplitudes(config, t.device))
     return alpha, sigma
 
 
@@ -80,7 +80,7 @@ def weights(config: DiffusionConfig, t: Tensor) -> Tensor:
 
     Hang et al. 2023, arXiv:2303.09556, section 3.4, where they stand for x0, epsilon and v.
     """
-    alpha, sigma = (one.flatten() for one in alpha_sigma(config, t))
+    alpha, sigma = (amplitude.flatten() for amplitude in alpha_sigma(config, t))
     snr = (alpha / sigma).square()
     # How far an error of the answer moves the picture that it stands for.
     moved = {"epsilon": 1 / snr, "x0": torch.ones_like(snr), "v": sigma.square(), "flow": sigma.square()}

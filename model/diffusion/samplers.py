@@ -112,8 +112,8 @@ def sample(
                 assert fresh is not None
                 before = path.amplitudes(level)[0]
                 # Equation 16 of the paper; what is drawn anew is taken from what is left of the old noise.
-                drawn = eta * sigma / here * math.sqrt(max(0.0, 1 - (before / alpha) ** 2))
-                x = alpha * x0 + math.sqrt(max(0.0, sigma**2 - drawn**2)) * eps + drawn * fresh(number).to(x)
+                added = eta * sigma / here * math.sqrt(max(0.0, 1 - (before / alpha) ** 2))
+                x = alpha * x0 + math.sqrt(max(0.0, sigma**2 - added**2)) * eps + added * fresh(number).to(x)
             else:
                 x = alpha * x0 + sigma * eps
     return x.clamp(-1.0, 1.0) if clamp else x

@@ -210,7 +210,7 @@ def _update(config: TrainConfig, network: nn.Module, state: State, inputs: Input
     shared = torch.zeros(2 + 2 * _LEVELS, dtype=torch.float64, device=device)
     # As many parts in every process, whose shares may differ by a picture: FSDP2 has them wait for each other.
     count = min(config.accumulate, config.global_batch // world)
-    parts = list(zip(*(one.tensor_split(count) for one in (inputs.x0, inputs.eps, inputs.t, inputs.context)),
+    parts = list(zip(*(tensor.tensor_split(count) for tensor in (inputs.x0, inputs.eps, inputs.t, inputs.context)),
                      strict=True))
     for place, (x0, eps, t, context) in enumerate(parts):
         with _gradient_sync(network, last=place == len(parts) - 1):

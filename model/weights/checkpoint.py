@@ -37,14 +37,14 @@ def contents(model: nn.Module, ema: EMA, optimizer: optim.Optimizer, keep: bool)
     parts = {"model.safetensors": model.state_dict()}
     parts |= {average(rate, ema.decay): weights for rate, weights in ema.averages.items()}
     parts["optimizer.safetensors"] = moments
-    found: Contents = {}
+    contents: Contents = {}
     for file, tensors in parts.items():
         for name, tensor in tensors.items():
             if keep or isinstance(tensor, DTensor):
                 full = whole(tensor.detach())
                 if keep:
-                    found.setdefault(file, {})[name] = full.cpu().contiguous()
-    return found
+                    contents.setdefault(file, {})[name] = full.cpu().contiguous()
+    return contents
 
 
 def write(folder: Path, tensors: Contents, step: int, updates: int, config: TrainConfig) -> None:
@@ -156,7 +156,7 @@ def of_rate(config: TrainConfig, rate: float) -> None:
     """ValueError unless a run keeps an average of that rate; 0 is its first one."""
     if rate and rate not in (config.ema_decay, *config.ema_more):
         raise ValueError(f"the run has no average of the rate {rate:g}\n"
-                         f"hint: it has {', '.join(f'{one:g}' for one in (config.ema_decay, *config.ema_more))}")
+                         f"hint: it has {', '.join(f'{decay:g}' for decay in (config.ema_decay, *config.ema_more))}")
 
 
 def _about(folder: Path) -> dict:

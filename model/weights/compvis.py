@@ -88,13 +88,13 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], int]:
         # A trainer pickles its callbacks: their classes are replaced by one that does nothing.
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(_inert(name), name) for name in names]):
-            found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # readers of weights raise whatever they like
         raise ValueError(f"{path} cannot be read as weights: {(str(error) or repr(error)).splitlines()[0]}\n"
                          f"hint: a checkpoint as torch.save writes it since version 1.6, or safetensors") from error
-    step = found.get("global_step", 0) if isinstance(found, Mapping) else 0
-    found = found.get("state_dict", found) if isinstance(found, Mapping) else {}
-    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    step = loaded.get("global_step", 0) if isinstance(loaded, Mapping) else 0
+    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else {}
+    tensors = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"{path} holds no weights\nhint: is it a checkpoint?")
     return tensors, step if isinstance(step, int) else 0
@@ -118,18 +118,18 @@ def _inert(name: str) -> type:
 
 def _averaged(path: Path, unet: dict[str, Tensor], average: dict[str, Tensor]) -> dict[str, Tensor]:
     """The moving average under the names of the UNet: there they stand without dots."""
-    found = {}
+    weights = {}
     for name in unet:
         for flat in (f"diffusion_model.{name}".replace(".", ""), name.replace(".", "")):
             if flat in average:
-                found[name] = average.pop(flat)
+                weights[name] = average.pop(flat)
                 break
         else:
             raise ValueError(f"{path}: the moving average lacks {name}\nhint: is the file whole?")
     if average:
         raise ValueError(f"{path}: the moving average has names that the UNet has not: "
                          f"{', '.join(sorted(average)[:4])}")
-    return found
+    return weights
 
 
 def _schedule(path: Path, betas: Tensor) -> DiffusionConfig:
@@ -193,8 +193,8 @@ def first_stage_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     sizes = {"in_channels": weights["encoder.conv_in.weight"].shape[1],
              "out_channels": weights["decoder.conv_out.weight"].shape[0], "block_out_channels": widths,
              "layers_per_block": blocks, "latent_channels": latent, "norm_num_groups": 32, "act_fn": "silu",
-             "down_block_types": ["AttnDownEncoderBlock2D" if one else "DownEncoderBlock2D" for one in attended],
-             "up_block_types": ["AttnUpDecoderBlock2D" if one else "UpDecoderBlock2D" for one in reversed(attended)]}
+             "down_block_types": [f"{'Attn' if attends else ''}DownEncoderBlock2D" for attends in attended],
+             "up_block_types": [f"{'Attn' if attends else ''}UpDecoderBlock2D" for attends in reversed(attended)]}
     if vq:
         codes, dim = weights["quantize.embedding.weight"].shape
         return sizes | {"_class_name": "VQModel", "num_vq_embeddings": codes, "vq_embed_dim": dim,
@@ -209,13 +209,13 @@ _IN_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "p
 def first_stage_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of CompVis's first stage under the names of diffusers, 1x1 convolutions of attention as matrices."""
     levels = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("encoder.down."))
-    found = {}
+    renamed = {}
     for name, tensor in weights.items():
         new = _new_name(name, levels)
         if tensor.ndim == 4 and re.search(r"\.to_(q|k|v|out\.0)\.weight$", new):
             tensor = tensor[:, :, 0, 0]
-        found[new] = tensor
-    return found
+        renamed[new] = tensor
+    return renamed
 
 
 def _new_name(name: str, levels: int) -> str:

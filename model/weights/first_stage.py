@@ -51,8 +51,8 @@ class FirstStage:
         if self.kind == "VQModel":
             mean = self.network.encode(pictures).latents
             return mean, torch.zeros_like(mean)
-        found = self.network.encode(pictures).latent_dist
-        return found.mean, found.std
+        distribution = self.network.encode(pictures).latent_dist
+        return distribution.mean, distribution.std
 
     def encode(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
         """Scaled latents (B, C, h, w) of pictures (B, 3, H, W) in [-1, 1]: mean + std * noise (B, C, h, w)."""
