@@ -59,7 +59,7 @@ def train_judge(pictures: np.ndarray, labels: np.ndarray, styles: int, *, steps:
         chosen_styles = rng.integers(styles, size=_BATCH)
         rows = np.array([rng.choice(rows_of_style[style]) for style in chosen_styles])
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast):
-            logits = judge(_disturbed(as_tensor(pictures[rows]), generator))
+            logits = judge(_augment(as_tensor(pictures[rows]), generator))
         loss = F.cross_entropy(logits.float(), torch.from_numpy(chosen_styles), label_smoothing=0.05)
         loss.backward()
         optimizer.step()
@@ -68,8 +68,8 @@ def train_judge(pictures: np.ndarray, labels: np.ndarray, styles: int, *, steps:
     return judge.eval().requires_grad_(False)
 
 
-def _disturbed(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures (N, 3, S, S), each mirrored or not, shifted by up to an eighth, blurred, and with some noise."""
+def _augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Images (N, 3, S, S), randomly mirrored, shifted by at most an eighth, blurred, and with noise."""
     count = len(pictures)
 
     def draw(*shape: int) -> Tensor:
@@ -94,15 +94,15 @@ def as_tensor(pictures: np.ndarray) -> Tensor:
 
 
 @torch.no_grad()
-def judged(judge: Judge, pictures: np.ndarray) -> np.ndarray:
-    """The style that the judge sees in each picture (N, S, S, 3) uint8: (N,) int64."""
+def classify_images(judge: Judge, pictures: np.ndarray) -> np.ndarray:
+    """The style that the judge assigns to each image (N, S, S, 3) uint8: (N,) int64."""
     return np.concatenate([judge(as_tensor(pictures[start:start + 256])).argmax(1).numpy()
                            for start in range(0, len(pictures), 256)] or [np.empty(0, np.int64)])
 
 
 def train_probe(vectors: np.ndarray, labels: np.ndarray, styles: int) -> np.ndarray:
     """Logistic regression on unit vectors (N, D) and styles (N,) int64: weights (C, D + 1); styles weigh the same."""
-    x = torch.from_numpy(_with_one(vectors)).double()
+    x = torch.from_numpy(_with_bias(vectors)).double()
     y = torch.from_numpy(labels)
     counts = torch.bincount(y, minlength=styles).double()
     weights = torch.zeros(styles, x.shape[1], dtype=torch.float64, requires_grad=True)
@@ -118,12 +118,12 @@ def train_probe(vectors: np.ndarray, labels: np.ndarray, styles: int) -> np.ndar
     return weights.detach().float().numpy()
 
 
-def probed(weights: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """The style that the probe sees in each vector (N, D): (N,) int64."""
-    return (_with_one(vectors) @ weights.T).argmax(1)
+def classify_vectors(weights: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """The style that the probe assigns to each vector (N, D): (N,) int64."""
+    return (_with_bias(vectors) @ weights.T).argmax(1)
 
 
-def _with_one(vectors: np.ndarray) -> np.ndarray:
+def _with_bias(vectors: np.ndarray) -> np.ndarray:
     # Unit vectors of a CLIP lie close together: ten times as long, a fit takes a tenth of the steps.
     return np.concatenate([10 * vectors.astype(np.float32), np.ones((len(vectors), 1), np.float32)], 1)
 

@@ -163,7 +163,8 @@ class Evaluation(Stage):
         network, probe = _judges_of(self.judging.folder, json.dumps(read_manifest(
             self.judging.folder, self.judging.command)["items"][0]["files"]), len(self.databases))
         near, rows = nearest(self.judging.dataset, vectors)
-        found = {"judge": style_classifier.judged(network, flat), "probe": style_classifier.probed(probe, vectors),
+        found = {"judge": style_classifier.classify_images(network, flat),
+                 "probe": style_classifier.classify_vectors(probe, vectors),
                  "clip": np.einsum("psd,pd->ps", vectors.reshape(len(prompts), self.config.seeds, -1),
                                    plain).reshape(-1).round(4), "nearest": near.round(4), "nearest_row": rows}
         # The distance of what came out to real pictures of the style that it was to have, of other subjects.

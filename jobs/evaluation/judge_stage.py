@@ -92,7 +92,8 @@ class Judging(Stage):
         probe = style_classifier.train_probe(v[~out], y[~out], len(self.databases))
         save_file(network.state_dict(), scratch / "judge.safetensors")
         np.save(scratch / "probe.npy", probe, allow_pickle=False)
-        right = style_classifier.judged(network, x[out]) == y[out], style_classifier.probed(probe, v[out]) == y[out]
+        right = (style_classifier.classify_images(network, x[out]) == y[out],
+                 style_classifier.classify_vectors(probe, v[out]) == y[out])
         near = nearest(self.dataset, v[out])[0]
         styles = [{"database": database.label, "seen": int((~out & (y == number)).sum()),
                    "held_out": int((out & (y == number)).sum()),

@@ -72,25 +72,25 @@ class Trial:
 
 def rates(trial: Trial, base: Rates, run: Run) -> Rates:
     """The rates that all stages have here, over `base`; what was made for them is removed."""
-    size = _pictures(trial, run)
-    _vectors(trial, base, run)
+    size = _measure_images(trial, run)
+    _measure_vectors(trial, base, run)
     steps = run(synthetic_data.Steps(storage.join(trial.place, "steps"), trial.build.settings.train, trial.build.side,
-                           _share(trial), trial.seconds, trial.workers))
+                           _batch_share(trial), trial.seconds, trial.workers))
     measured_rates = base
     for part in ("pictures", "vectors"):
         measured_rates = rates_from_manifests.rates(storage.join(trial.place, part), measured_rates, gpu=trial.gpu)
     train = TrainRates(_mean(steps, "flop_per_s"), trial.gpu)
     # How many lists true vectors take, made ones do not tell.
     approximate = replace(measured_rates.approximate, nprobe=base.approximate.nprobe)
-    measured_rates = measured_rates.with_sections({"train": train, "approximate": approximate}, _machine(trial, steps),
-                                                  time.strftime("%Y-%m-%d"))
+    measured_rates = measured_rates.with_sections({"train": train, "approximate": approximate},
+                                                  _machine_description(trial, steps), time.strftime("%Y-%m-%d"))
     shard = replace(measured_rates.shard, source_bytes=size or measured_rates.shard.source_bytes)
     storage.remove_tree(storage.join(trial.root, "trial"))
     return replace(measured_rates, shard=shard)
 
 
-def _pictures(trial: Trial, run: Run) -> float:
-    """Shard and embed; the bytes of a picture of the source, 0 where that is not known."""
+def _measure_images(trial: Trial, run: Run) -> float:
+    """Measure shard and embed. Returns the bytes of a source image, 0 if unknown."""
     settings, place, size, source = trial.build.settings, trial.place, 0.0, trial.source
     most = sys.maxsize
     if not source:
@@ -98,14 +98,14 @@ def _pictures(trial: Trial, run: Run) -> float:
         photographs = synthetic_data.Photographs(storage.join(place, "photographs"), most)
         totals = run(photographs)["totals"]
         source, size = (photographs.folder,), totals["bytes"] / totals["samples"]
-    embed = replace(settings.embed, pretrained=_weights(settings.embed.clip()))
+    embed = replace(settings.embed, pretrained=_available_weights(settings.embed.clip()))
 
     def shard(part: str, name: str, count: int) -> dict[str, Any]:
         # Two shards for each worker at least, or some would wait.
         each = max(1, min(settings.shard.rows_per_shard, -(-count // (2 * trial.workers))))
         config = replace(settings.shard, source=source, samples_per_shard=each, shard_size="", duplicates="keep")
         dataset = Dataset.parse(storage.join(place, part), name)
-        return run(Some(dataset, config, -(-count // each)))
+        return run(FirstShards(dataset, config, -(-count // each)))
 
     # The first of a worker loads libraries, at seconds each; of the second the seconds are those of the work.
     rows = {"shard": 1.0, "embed": 1.0}
@@ -122,8 +122,8 @@ def _pictures(trial: Trial, run: Run) -> float:
     return size
 
 
-class Some(Shard):
-    """The stage `shard` of the first parts of a source."""
+class FirstShards(Shard):
+    """The stage `shard`, limited to the first parts of a source."""
 
     def __init__(self, dataset: Dataset, config: Any, parts: int) -> None:
         super().__init__(dataset, config)
@@ -133,8 +133,8 @@ class Some(Shard):
         return itertools.islice(super().plan(), self.parts)
 
 
-def _weights(config: ClipConfig) -> str:
-    """Those of the recipe where they are at hand; random ones take as long."""
+def _available_weights(config: ClipConfig) -> str:
+    """The weights of the recipe, or random weights if those are missing: both take the same time."""
     try:
         describe_encoder(config)
     except ValueError as error:
@@ -144,30 +144,30 @@ def _weights(config: ClipConfig) -> str:
     return config.pretrained
 
 
-def _vectors(trial: Trial, base: Rates, run: Run) -> None:
-    """An index in parts, and neighbours in both ways."""
+def _measure_vectors(trial: Trial, base: Rates, run: Run) -> None:
+    """Measure an index in parts, exact search and search by inverted list."""
     root, dim = storage.join(trial.place, "vectors"), trial.build.dim
     # A quarter of the time for the training: lists of few rows would be searched slower than those of a large index.
     lists = 1 << int(math.log2(np.clip(math.sqrt(
         trial.seconds / 4 * base.index.training_flop_per_s / (1280 * dim)), *_LISTS)))
     rows, key = _ROWS_A_LIST * lists, f"IVF{lists}_HNSW32,{_codes(trial, base)}"
-    database = synthetic_data.vectors(run, root, "database", rows, dim, parts=4 * trial.workers)
+    database = synthetic_data.make_vectors(run, root, "database", rows, dim, parts=4 * trial.workers)
     config = IndexConfig(key=key, max_memory="1Ti", part_memory=str(4 * dim * -(-rows // (2 * trial.workers))),
                          train_points=64 * lists, queries=200, target_recall=0.4)
     build_index(Index(database, config), run)
     first = storage.join(trial.place, "first")
-    few = synthetic_data.vectors(run, first, "database", rows, dim, parts=4 * trial.workers)
-    _searched(trial, "exact", (few, database), rows // 64, NeighborsConfig(method="exact", checked=0), run)
-    _searched(trial, "listed", (database, database), rows // 64,
+    few = synthetic_data.make_vectors(run, first, "database", rows, dim, parts=4 * trial.workers)
+    _measure_searches(trial, "exact", (few, database), rows // 64, NeighborsConfig(method="exact", checked=0), run)
+    _measure_searches(trial, "listed", (database, database), rows // 64,
               NeighborsConfig(probes=max(1, min(base.approximate.nprobe, lists // 8))), run)
 
 
-def _searched(trial: Trial, name: str, databases: tuple[Dataset, Dataset], count: int, config: NeighborsConfig,
+def _measure_searches(trial: Trial, name: str, databases: tuple[Dataset, Dataset], count: int, config: NeighborsConfig,
               run: Run) -> None:
-    """Neighbours of a few vectors in the first database, and in the second of as many as there is time for."""
+    """Search the first database for a few vectors, and the second for as many as the time allows."""
     most = 4 * databases[1].manifest("embeddings")["totals"]["samples"]
     for turn, database in enumerate(databases):
-        samples = synthetic_data.vectors(run, database.root, f"{name}{turn}", count, trial.build.dim,
+        samples = synthetic_data.make_vectors(run, database.root, f"{name}{turn}", count, trial.build.dim,
                                        parts=2 * trial.workers, seed=2)
         took = run(Neighbors(samples, database, config))["run"]["seconds"]
         count = int(np.clip(count * trial.seconds * trial.workers / 2 / max(took, 1e-3), count, most))
@@ -181,8 +181,8 @@ def _codes(trial: Trial, base: Rates) -> str:
     return f"PQ{next(count for count in (128, 64, 32, 16, 8, 4, 2, 1) if trial.build.dim % count == 0)}x8"
 
 
-def _share(trial: Trial) -> int:
-    """Pictures of a batch that a process of the build has."""
+def _batch_share(trial: Trial) -> int:
+    """Images of the global batch for each process of the build."""
     processes = trial.build.gpus if trial.gpu else trial.build.workers
     return max(1, -(-trial.build.settings.train.global_batch // processes))
 
@@ -191,8 +191,8 @@ def _mean(manifest: dict[str, Any], name: str) -> float:
     return float(np.mean([record["info"][name] for record in manifest["items"]]))
 
 
-def _machine(trial: Trial, steps: dict[str, Any]) -> str:
-    """Whose rates these are, for those who read them later."""
+def _machine_description(trial: Trial, steps: dict[str, Any]) -> str:
+    """The machine that the rates were measured on, for the file of rates."""
     info = steps["items"][0]["info"]
     network = "" if info["parameters"] == trial.build.network.parameters else (
         f", training of a network of {info['parameters'] / 1e6:.0f} M parameters")

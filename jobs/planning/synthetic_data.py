@@ -101,9 +101,9 @@ class Vectors(Stage):
         return Output(info={"encoder": {"model": "made", "weights_sha256": "", "dim": self.dim}})
 
 
-def vectors(run: Callable[[Stage], Any], root: str, name: str, count: int, dim: int, *, parts: int,
+def make_vectors(run: Callable[[Stage], Any], root: str, name: str, count: int, dim: int, *, parts: int,
             seed: int = 0) -> Dataset:
-    """A sealed dataset of so many made vectors, without pictures."""
+    """A sealed dataset of `count` random vectors, without images."""
     dataset = Dataset.parse(root, name)
     counts = [count * (part + 1) // parts - count * part // parts for part in range(parts)]
     for folder in ("shards", "embeddings"):
@@ -139,11 +139,11 @@ class Steps(Stage):
         cuda = device.type == "cuda"
         threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
         torch.set_num_threads(threads)
-        memory = torch.cuda.mem_get_info()[0] if cuda else _memory() // self.workers
+        memory = torch.cuda.mem_get_info()[0] if cuda else _memory_limit() // self.workers
         config = replace(self.config, own="none", image_size=0, ema_more=(), validate_every=0)
         # An update needs the activations too, and a CPU without memory ends the process instead of raising.
         while _BYTES_A_PARAMETER * flops.size(config.unet, self.side, config.k).parameters > memory / 2:
-            config = _narrower(config)
+            config = _narrow_network(config)
         took, batch, steps = 0.0, 0, 0
         while not took:
             try:
@@ -152,11 +152,11 @@ class Steps(Stage):
                 steps = max(3, min(_MOST_STEPS, int(self.seconds / each / batch)))
                 took = self._seconds(config, batch, steps, device)
             except MemoryError:
-                config, batch = (config, batch // 2) if batch > 1 else (_narrower(config), 0)
+                config, batch = (config, batch // 2) if batch > 1 else (_narrow_network(config), 0)
         size = flops.size(config.unet, self.side, config.k)
         return Output(samples=batch * steps, info={
             "flop_per_s": batch * size.training(config.unet.checkpointing) / took, "parameters": size.parameters,
-            "batch": batch, "threads": threads, "device": torch.cuda.get_device_name() if cuda else _processor()})
+            "batch": batch, "threads": threads, "device": torch.cuda.get_device_name() if cuda else _processor_name()})
 
     def _seconds(self, config: TrainConfig, batch: int, steps: int, device: Any) -> float:
         """Seconds of an update on so many pictures, but for the first, in which memory is fetched."""
@@ -173,16 +173,16 @@ class Steps(Stage):
         return max(1e-9, (times[-1] - times[0]) / (len(times) - 1))
 
 
-def _narrower(config: TrainConfig) -> TrainConfig:
-    """The same network with half as many channels; MemoryError where that is none."""
+def _narrow_network(config: TrainConfig) -> TrainConfig:
+    """The network with half the channels. Raises MemoryError if no such network exists."""
     wide = config.unet.model_channels // 2 // GROUPS * GROUPS
     if not wide or wide % config.unet.head_dim:
         raise MemoryError("no network of this shape fits into the memory of a worker\nhint: --rates for training")
     return replace(config, unet=replace(config.unet, model_channels=wide))
 
 
-def _memory() -> int:
-    """Bytes that this machine, or the container, may have."""
+def _memory_limit() -> int:
+    """Bytes of memory of this machine, or the limit of the container."""
     limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
@@ -192,8 +192,8 @@ def _memory() -> int:
     return limit
 
 
-def _processor() -> str:
-    """What the processor calls itself."""
+def _processor_name() -> str:
+    """The model name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -14,7 +14,7 @@ from model.config import from_dict
 from model.diffusion import randomness
 from model.diffusion.guidance import Guidance
 from model.diffusion.samplers import Denoiser, initial_noise, sample
-from model.diffusion.samplers import fitting as check
+from model.diffusion.samplers import check_sampler as check
 from model.training.precision import compute_dtype
 from model.weights import checkpoint
 from model.weights.first_stage import FirstStage
@@ -94,7 +94,7 @@ def check_fit(run: Run, step: int, how: SampleConfig) -> None:
     """ValueError unless a checkpoint can be drawn from like that."""
     run.checkpoint(step)
     config = from_dict(run.config(step))
-    checkpoint.of_rate(config, how.ema)
+    checkpoint.check_average(config, how.ema)
     check(config.diffusion, how.sampler, how.steps, how.eta)
 
 

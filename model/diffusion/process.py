@@ -72,10 +72,10 @@ def to_x0_eps(config: DiffusionConfig, x_t: Tensor, answer: Tensor, t: Tensor) -
 def loss(config: DiffusionConfig, answer: Tensor, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """Squared error of the answer, averaged over each picture and weighted by its noise level: (B,) float32."""
     error = (answer.float() - target(config, x0, eps, t)).square().mean(dim=(1, 2, 3))
-    return error * weights(config, t) if config.min_snr else error
+    return error * loss_weights(config, t) if config.min_snr else error
 
 
-def weights(config: DiffusionConfig, t: Tensor) -> Tensor:
+def loss_weights(config: DiffusionConfig, t: Tensor) -> Tensor:
     """Weights of the error of the answer at t (B,) -> (B,) float32: those of an error of x0 by min(SNR, min_snr).
 
     Hang et al. 2023, arXiv:2303.09556, section 3.4, where they stand for x0, epsilon and v.

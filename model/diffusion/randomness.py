@@ -32,8 +32,8 @@ def timesteps(seed: int, step: int, positions: Iterable[int], count: int) -> Ten
     return torch.stack(draws)
 
 
-def dropped(seed: int, step: int, positions: Iterable[int], probability: float) -> Tensor:
-    """Which positions lose their condition in this step: (B,) bool."""
+def dropout_mask(seed: int, step: int, positions: Iterable[int], probability: float) -> Tensor:
+    """The positions whose condition is dropped in this step: (B,) bool."""
     draws = [torch.rand((), generator=generator(seed, "dropout", step, i)) for i in positions]
     return torch.stack(draws) < probability
 
@@ -43,6 +43,6 @@ def uniform(seed: int, purpose: str, step: int, positions: Iterable[int], shape:
     return torch.stack([torch.rand(*shape, generator=generator(seed, purpose, step, i)) for i in positions])
 
 
-def number(seed: int, purpose: str, step: int, least: int, most: int) -> int:
-    """A whole number in least..most that the whole batch of a step has in common."""
+def shared_integer(seed: int, purpose: str, step: int, least: int, most: int) -> int:
+    """An integer in least..most, the same for all positions of a step."""
     return int(torch.randint(least, most + 1, (), generator=generator(seed, purpose, step, -1)))

@@ -56,8 +56,8 @@ def timesteps(diffusion: DiffusionConfig, sampler: Sampler, steps: int) -> list[
     return levels
 
 
-def fitting(diffusion: DiffusionConfig, sampler: Sampler, steps: int, eta: float = 0.0) -> None:
-    """ValueError unless a network that was trained like this can be sampled from like that."""
+def check_sampler(diffusion: DiffusionConfig, sampler: Sampler, steps: int, eta: float = 0.0) -> None:
+    """Raise ValueError unless the sampler suits the network's noise process."""
     flow = diffusion.prediction == "flow"
     if sampler not in ("ddim", "dpm++", "euler", "heun"):
         raise ValueError(f"sampler = {sampler!r}: must be ddim, dpm++, euler or heun")
@@ -93,7 +93,7 @@ def sample(
     """
     if len(context) != len(noise):
         raise ValueError(f"{len(context)} contexts for {len(noise)} pictures of noise")
-    fitting(diffusion, sampler, steps, eta)
+    check_sampler(diffusion, sampler, steps, eta)
     if eta and fresh is None:
         raise ValueError("eta needs fresh noise")
     scales = guidance if isinstance(guidance, Guidance) else Guidance(guidance, guidance)

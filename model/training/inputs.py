@@ -58,7 +58,7 @@ def _prepare_inputs(config: TrainConfig, batch_at: Callable[[int], Batch], step:
         image = torch.from_numpy(batch["image"]).permute(0, 3, 1, 2)  # (B, 3, H, W)
         x0 = (image.float() / 127.5 - 1.0).contiguous()
     neighbors = torch.from_numpy(batch["neighbors"])  # (B, K, D)
-    k = randomness.number(config.seed, "k", step, 1, config.k) if config.random_k else config.k
+    k = randomness.shared_integer(config.seed, "k", step, 1, config.k) if config.random_k else config.k
     wanted = (len(positions), config.k, config.unet.context_dim)
     shape = (len(x0), min(neighbors.shape[1], config.k), neighbors.shape[2])
     if wanted != shape or len(neighbors) != len(x0):
@@ -71,7 +71,7 @@ def _prepare_inputs(config: TrainConfig, batch_at: Callable[[int], Batch], step:
         context = torch.cat([torch.from_numpy(batch["own"]).float()[:, None], context], dim=1)  # (B, 1 + k, D)
     context = config.context_norm * context
     # The unconditional condition is zeros, as in the release's guidance.
-    without = randomness.dropped(config.seed, step, positions, config.p_uncond)
+    without = randomness.dropout_mask(config.seed, step, positions, config.p_uncond)
     context = context.masked_fill(without[:, None, None], 0.0)
     eps = randomness.noise(config.seed, "noise", step, positions, x0.shape[1:])
     t = randomness.timesteps(config.seed, step, positions, config.diffusion.timesteps)

@@ -28,7 +28,7 @@ from model.training import flops
 from model.training.inputs import Batch, Inputs, prefetch_inputs
 from model.training.precision import compute_dtype
 from model.weights import checkpoint
-from model.weights.checkpoint import whole
+from model.weights.checkpoint import full_tensor
 from model.weights.ema import EMA
 
 Write = Callable[[Path], None]
@@ -86,7 +86,7 @@ def train(
 
     def publish() -> None:
         # Where each process has a part of everything, all of them bring theirs.
-        whole = checkpoint.contents(state.model, state.ema, state.optimizer, rank == 0)
+        whole = checkpoint.gather_contents(state.model, state.ema, state.optimizer, rank == 0)
         if rank == 0:
             save(state.step, lambda folder: checkpoint.write(folder, whole, state.step, state.ema.updates, config))
 
@@ -167,7 +167,7 @@ def _averaged_network(state: State, config: TrainConfig) -> UNet:
     with torch.device("meta"):
         network = UNet(config.unet)
     # No copy, unless it is in parts: nothing is trained meanwhile.
-    network.load_state_dict({name: whole(weight) for name, weight in state.ema.weights.items()}, assign=True)
+    network.load_state_dict({name: full_tensor(weight) for name, weight in state.ema.weights.items()}, assign=True)
     return network.eval().requires_grad_(False)
 
 
@@ -227,7 +227,7 @@ def _update(config: TrainConfig, network: nn.Module, state: State, inputs: Input
         dist.all_reduce(shared)
         shared[:2] /= world
     limit = config.grad_clip or math.inf
-    norm = whole(nn.utils.clip_grad_norm_(state.model.parameters(), limit))
+    norm = full_tensor(nn.utils.clip_grad_norm_(state.model.parameters(), limit))
     shared = torch.cat([shared, norm.double()[None]]).cpu()  # the only wait for the GPU in a step
     loss, leaving, *_, grad_norm = shared.tolist()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):

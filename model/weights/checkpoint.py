@@ -25,23 +25,23 @@ FORMAT = 1
 Contents = dict[str, dict[str, Tensor]]
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor as it is, or put together from the parts of all processes, which all have to ask for it."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole tensor. All processes must call it for a tensor that is sharded among them."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def contents(model: nn.Module, ema: EMA, optimizer: optim.Optimizer, keep: bool) -> Contents:
+def gather_contents(model: nn.Module, ema: EMA, optimizer: optim.Optimizer, keep: bool) -> Contents:
     """The tensors of a checkpoint on the CPU, by file and name; in a process that does not `keep` them, none."""
     moments = {f"{kind}/{name}": tensor for name, weight in model.named_parameters()
                for kind, tensor in optimizer.state[weight].items()}
     parts = {"model.safetensors": model.state_dict()}
-    parts |= {average(rate, ema.decay): weights for rate, weights in ema.averages.items()}
+    parts |= {average_file(rate, ema.decay): weights for rate, weights in ema.averages.items()}
     parts["optimizer.safetensors"] = moments
     contents: Contents = {}
     for file, tensors in parts.items():
         for name, tensor in tensors.items():
             if keep or isinstance(tensor, DTensor):
-                full = whole(tensor.detach())
+                full = full_tensor(tensor.detach())
                 if keep:
                     contents.setdefault(file, {})[name] = full.cpu().contiguous()
     return contents
@@ -71,7 +71,7 @@ def halve(folder: Path, out: Path) -> dict:
 
     Half as large, and enough to draw with: the rounding, 5e-4 of a weight, is far below what training moves them by.
     """
-    about = _about(Path(folder))
+    about = _read_description(Path(folder))
     out.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.half() for name, tensor in load_file(Path(folder) / "ema.safetensors").items()}
     if not all(tensor.isfinite().all() for tensor in weights.values()):
@@ -86,7 +86,7 @@ def read(folder: Path, model: nn.Module, ema: EMA, optimizer: optim.Optimizer, c
     Raises ValueError if it is not a checkpoint or belongs to a run with other settings.
     """
     folder = Path(folder)
-    about = _about(folder)
+    about = _read_description(folder)
     changed = differences(from_dict(about["config"]), config)
     if changed:
         raise ValueError(
@@ -97,7 +97,7 @@ def read(folder: Path, model: nn.Module, ema: EMA, optimizer: optim.Optimizer, c
         raise ValueError(f"{folder} was converted: there is nothing in it to train on from")
     fill(dict(model.named_parameters()), load_file(folder / "model.safetensors"))
     for rate, weights in ema.averages.items():
-        fill(weights, load_file(folder / average(rate, ema.decay)))
+        fill(weights, load_file(folder / average_file(rate, ema.decay)))
     ema.updates = about["ema_updates"]
     moments: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(folder / "optimizer.safetensors").items():
@@ -105,7 +105,7 @@ def read(folder: Path, model: nn.Module, ema: EMA, optimizer: optim.Optimizer, c
         moments.setdefault(name, {})[kind] = tensor
     state = optimizer.state_dict()
     # AdamW numbers the weights in the order it was given them, which is that of the model.
-    state["state"] = {i: {kind: tensor if kind == "step" else _divided(tensor, weight)
+    state["state"] = {i: {kind: tensor if kind == "step" else _split_like(tensor, weight)
                           for kind, tensor in moments[name].items()}
                       for i, (name, weight) in enumerate(model.named_parameters())}
     optimizer.load_state_dict(state)
@@ -114,21 +114,21 @@ def read(folder: Path, model: nn.Module, ema: EMA, optimizer: optim.Optimizer, c
 
 @torch.no_grad()
 def fill(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """Give tensors other values, of each process's part its own; ValueError unless the names are the same."""
+    """Copy values into tensors, sharded ones too. Raises ValueError unless the names are the same."""
     if tensors.keys() != values.keys():
         raise ValueError(f"other weights than the network's: {sorted(tensors.keys() ^ values.keys())[:3]}")
     for name, tensor in tensors.items():
-        tensor.copy_(_divided(values[name], tensor))
+        tensor.copy_(_split_like(values[name], tensor))
 
 
-def _divided(value: Tensor, like: Tensor) -> Tensor:
+def _split_like(value: Tensor, like: Tensor) -> Tensor:
     if isinstance(like, DTensor):
         return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
     return value
 
 
-def average(rate: float, first: float) -> str:
-    """The file of the average of a rate, `first` being that of the run's first one."""
+def average_file(rate: float, first: float) -> str:
+    """The file of the average with a rate; `first` is the rate of the run's first average."""
     return "ema.safetensors" if rate == first else f"ema-{rate:g}.safetensors"
 
 
@@ -139,11 +139,11 @@ def load_denoiser(folder: Path, ema: bool = True, rate: float = 0.0) -> tuple[UN
     not a checkpoint, or has no such average.
     """
     folder = Path(folder)
-    config = from_dict(_about(folder)["config"])
+    config = from_dict(_read_description(folder)["config"])
     model = UNet(config.unet)
-    of_rate(config, rate)
+    check_average(config, rate)
     # Half precision is for those that are carried about: the network has float32 weights always.
-    path = folder / (average(rate or config.ema_decay, config.ema_decay) if ema else "model.safetensors")
+    path = folder / (average_file(rate or config.ema_decay, config.ema_decay) if ema else "model.safetensors")
     try:
         weights = load_file(path)
     except SafetensorError as error:
@@ -152,14 +152,14 @@ def load_denoiser(folder: Path, ema: bool = True, rate: float = 0.0) -> tuple[UN
     return model.eval().requires_grad_(False), config
 
 
-def of_rate(config: TrainConfig, rate: float) -> None:
-    """ValueError unless a run keeps an average of that rate; 0 is its first one."""
+def check_average(config: TrainConfig, rate: float) -> None:
+    """Raise ValueError unless the run keeps an average with this rate. 0 means its first average."""
     if rate and rate not in (config.ema_decay, *config.ema_more):
         raise ValueError(f"the run has no average of the rate {rate:g}\n"
                          f"hint: it has {', '.join(f'{decay:g}' for decay in (config.ema_decay, *config.ema_more))}")
 
 
-def _about(folder: Path) -> dict:
+def _read_description(folder: Path) -> dict:
     path = folder / "checkpoint.json"
     if not path.is_file():
         raise ValueError(f"{folder} is not a complete checkpoint: it has no checkpoint.json")

@@ -71,9 +71,9 @@ def read(path: Path) -> Released:
         raise ValueError(f"{path} has no weights of a UNet ({_UNET}*)\nhint: this reads checkpoints of CompVis's "
                          f"latent diffusion and RDM")
     if average:
-        released.unet, released.averaged = _averaged(path, released.unet, average), True
+        released.unet, released.averaged = _averaged_weights(path, released.unet, average), True
     if "betas" in values:
-        released.diffusion = _schedule(path, values["betas"])
+        released.diffusion = _diffusion_config(path, values["betas"])
     if "scale_factor" in values:
         released.scale = float(values["scale_factor"])
     return released
@@ -87,7 +87,7 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], int]:
             return load_file(path), 0
         # A trainer pickles its callbacks: their classes are replaced by one that does nothing.
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(_inert(name), name) for name in names]):
+        with torch.serialization.safe_globals([(_inert_class(name), name) for name in names]):
             loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # readers of weights raise whatever they like
         raise ValueError(f"{path} cannot be read as weights: {(str(error) or repr(error)).splitlines()[0]}\n"
@@ -100,8 +100,8 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], int]:
     return tensors, step if isinstance(step, int) else 0
 
 
-def _inert(name: str) -> type:
-    """A class that takes whatever it is given and keeps nothing."""
+def _inert_class(name: str) -> type:
+    """A class that accepts all arguments and keeps nothing."""
     class Inert:
         def __new__(cls, *_: Any, **__: Any) -> Self:
             return object.__new__(cls)
@@ -116,8 +116,8 @@ def _inert(name: str) -> type:
     return Inert
 
 
-def _averaged(path: Path, unet: dict[str, Tensor], average: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The moving average under the names of the UNet: there they stand without dots."""
+def _averaged_weights(path: Path, unet: dict[str, Tensor], average: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The moving average under the names of the UNet. The checkpoint spells these names without dots."""
     weights = {}
     for name in unet:
         for flat in (f"diffusion_model.{name}".replace(".", ""), name.replace(".", "")):
@@ -132,7 +132,7 @@ def _averaged(path: Path, unet: dict[str, Tensor], average: dict[str, Tensor]) -
     return weights
 
 
-def _schedule(path: Path, betas: Tensor) -> DiffusionConfig:
+def _diffusion_config(path: Path, betas: Tensor) -> DiffusionConfig:
     config = DiffusionConfig(timesteps=len(betas), beta_start=round(float(betas[0]), 7),
                              beta_end=round(float(betas[-1]), 7))
     root = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, config.timesteps, dtype=torch.float64)

@@ -28,7 +28,7 @@ def test_a_judge_learns_how_pictures_are_drawn() -> None:
     torch.set_num_threads(1)
     network = style_classifier.train_judge(*_pictures(200, 0), 2, steps=60, seed=0)
     pictures, labels = _pictures(200, 1)
-    assert (style_classifier.judged(network, pictures) == labels).mean() > 0.95
+    assert (style_classifier.classify_images(network, pictures) == labels).mean() > 0.95
     again = style_classifier.train_judge(*_pictures(200, 0), 2, steps=60, seed=0)
     assert all(torch.equal(one, other) for one, other in
                zip(network.state_dict().values(), again.state_dict().values(), strict=True))
@@ -40,7 +40,7 @@ def test_a_rare_style_is_learned_as_well_as_a_frequent_one() -> None:
     rare = np.concatenate([np.flatnonzero(labels == 0), np.flatnonzero(labels == 1)[:12]])
     network = style_classifier.train_judge(pictures[rare], labels[rare], 2, steps=60, seed=0)
     pictures, labels = _pictures(200, 1)
-    assert (style_classifier.judged(network, pictures[labels == 1]) == 1).mean() > 0.9
+    assert (style_classifier.classify_images(network, pictures[labels == 1]) == 1).mean() > 0.9
 
 
 def test_the_probe_tells_directions_apart() -> None:
@@ -51,7 +51,7 @@ def test_the_probe_tells_directions_apart() -> None:
     weights = style_classifier.train_probe(vectors, labels, 3)
     others = np.concatenate([_vectors(50, centre, rng) for centre in centres])
     assert weights.shape == (3, 9)
-    assert (style_classifier.probed(weights, others) == labels).mean() > 0.95
+    assert (style_classifier.classify_vectors(weights, others) == labels).mean() > 0.95
 
 
 def test_kid_is_about_nothing_for_the_same_and_grows_with_the_distance() -> None:

@@ -182,7 +182,7 @@ def measure_rate(report: Report, name: str, config: TrainConfig, side: int, leas
         saved["write"] = time.perf_counter() - begun
         saved["bytes"] = float(sum(path.stat().st_size for path in (report.scratch / "large").iterdir()))
 
-    copied = checkpoint.contents
+    copied = checkpoint.gather_contents
 
     def contents(*given: Any) -> checkpoint.Contents:
         begun = time.perf_counter()
@@ -191,11 +191,11 @@ def measure_rate(report: Report, name: str, config: TrainConfig, side: int, leas
         return found
 
     begun = time.perf_counter()
-    checkpoint.contents = contents  # to time the copy from the device too
+    checkpoint.gather_contents = contents  # to time the copy from the device too
     try:
         log = _trained(config, report, side, save=save)
     finally:
-        checkpoint.contents = copied
+        checkpoint.gather_contents = copied
     last = log[-1]
     note = (f"{last['samples_per_s']:.1f} images/s, batch {config.global_batch} in {config.accumulate}, "
             f"{last['memory_gb']:.1f} GB, waiting for data {last['data_wait']:.2f}, "

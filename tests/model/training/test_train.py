@@ -107,7 +107,7 @@ def test_more_processes_than_pictures_are_refused(monkeypatch):
 def test_randomness_does_not_know_the_processes():
     whole = randomness.noise(1, "noise", 9, range(8), (3, 4, 4))
     levels = randomness.timesteps(1, 9, range(8), 1000)
-    dropped = randomness.dropped(1, 9, range(1000), 0.1)
+    dropped = randomness.dropout_mask(1, 9, range(1000), 0.1)
     for world in (2, 4, 8):
         shares = [range(r * 8 // world, (r + 1) * 8 // world) for r in range(world)]
         assert torch.equal(whole, torch.cat([randomness.noise(1, "noise", 9, s, (3, 4, 4)) for s in shares]))
