@@ -71,7 +71,7 @@ class Evaluation(Stage):
         self.mixed, self.encoder, self.how, self.given = mixed, encoder, how, prompts
         self.step = step or self.run.latest_step()
         if wrong := [one for one in config.ways if one not in summary.NAMES]:
-            raise ValueError(f"--ways {wrong[0]}: must be some of {', '.join(summary.NAMES)}")
+            raise ValueError(f"evaluate.ways = {wrong[0]!r}: must be some of {', '.join(summary.NAMES)}")
         super().__init__(self.run.root, f"{self.run.path}/evaluations/{name}", config)
         if name:
             Run.parse(self.root, name)  # a name, not a way out of the folder

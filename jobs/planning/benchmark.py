@@ -159,16 +159,16 @@ def _measure_vectors(trial: Trial, base: Rates, run: Run) -> None:
     few = synthetic_data.make_vectors(run, first, "database", rows, dim, parts=4 * trial.workers)
     _measure_searches(trial, "exact", (few, database), rows // 64, NeighborsConfig(method="exact", checked=0), run)
     _measure_searches(trial, "listed", (database, database), rows // 64,
-              NeighborsConfig(probes=max(1, min(base.approximate.nprobe, lists // 8))), run)
+                      NeighborsConfig(probes=max(1, min(base.approximate.nprobe, lists // 8))), run)
 
 
 def _measure_searches(trial: Trial, name: str, databases: tuple[Dataset, Dataset], count: int, config: NeighborsConfig,
-              run: Run) -> None:
+                      run: Run) -> None:
     """Search the first database for a few vectors, and the second for as many as the time allows."""
     most = 4 * databases[1].manifest("embeddings")["totals"]["samples"]
     for turn, database in enumerate(databases):
         samples = synthetic_data.make_vectors(run, database.root, f"{name}{turn}", count, trial.build.dim,
-                                       parts=2 * trial.workers, seed=2)
+                                               parts=2 * trial.workers, seed=2)
         took = run(Neighbors(samples, database, config))["run"]["seconds"]
         count = int(np.clip(count * trial.seconds * trial.workers / 2 / max(took, 1e-3), count, most))
 

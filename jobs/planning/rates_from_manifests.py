@@ -39,7 +39,7 @@ def rates(root: str, base: Rates, *, gpu: bool = False) -> Rates:
                 for version in storage.list_folders(storage.join(root, "datasets", name))]
     exact, approximate = _neighbors(datasets, base, gpu)
     by_section = {"shard": _shard(datasets, base), "embed": _embed(datasets, gpu), "index": _index(datasets, base),
-             "exact": exact, "approximate": approximate, "train": _train(root, gpu)}
+                  "exact": exact, "approximate": approximate, "train": _train(root, gpu)}
     sections = {name: rates for name, rates in by_section.items() if rates is not None}
     if not sections:
         raise ValueError(f"nothing sealed below {root} tells how long a stage takes\n"

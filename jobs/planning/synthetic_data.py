@@ -166,8 +166,9 @@ class Steps(Stage):
         rng = np.random.default_rng(0)
         unet, times = config.unet, []
         batch_data = {"latent": rng.standard_normal((batch, unet.in_channels, self.side, self.side), np.float32)
-                 .astype(np.float16),
-                 "neighbors": rng.standard_normal((batch, config.k, unet.context_dim), np.float32).astype(np.float16)}
+                      .astype(np.float16),
+                      "neighbors": rng.standard_normal((batch, config.k, unet.context_dim), np.float32)
+                      .astype(np.float16)}
         train(config, lambda step: batch_data, device=device, save=lambda *_: None,
               log=lambda record: times.append(record["seconds"]))
         return max(1e-9, (times[-1] - times[0]) / (len(times) - 1))

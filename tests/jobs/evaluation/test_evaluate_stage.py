@@ -135,7 +135,7 @@ def test_neither_the_number_of_workers_nor_a_second_run_changes_anything(root: P
     (("--template", "a {prompt}"), STYLES, "{style}"),
     (("--words", "flat"), STYLES, "DATABASE=WORDS"),
     (("--prompts", "0"), STYLES, "at least 1"),
-    (("--ways", "prompts"), STYLES, "--ways prompts: must be some of database, prompt"),
+    (("--ways", "prompts"), STYLES, "evaluate.ways = 'prompts': must be some of database, prompt"),
     (("--checkpoint", "7"), STYLES, "7"),
     ((), ("flat", "nowhere"), "nowhere"),
 ])
