@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
+import toy_run  # by its own folder: an installed package may be called `tests`
+
 from model.training.train import train
-from tests.model.training import toy_run
 
 
 def main(rank: int, world: int, port: int, folder: Path, fsdp: bool) -> None:
