@@ -14,9 +14,10 @@ from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.indices.searcher import Searcher
 from pipeline.stages import records
-from tests.laws.golden import old_root
+from tests.laws.golden import old_published, old_root
 
 ARCHIVE = Path(__file__).parent / "golden/old_root.tar.gz"
+PUBLISHED = Path(__file__).parent / "golden/old_published.tar.gz"
 
 
 @pytest.fixture
@@ -129,3 +130,50 @@ def test_an_index_that_this_faiss_cannot_read_is_named_with_a_way_out(root: Path
     for words in commands:
         assert run(root, *words, "--overwrite") == 0
     assert main(["verify", "--root", str(root)]) == 0
+
+
+@pytest.fixture
+def published_root(tmp_path: Path) -> Path:
+    with tarfile.open(PUBLISHED) as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path / "root"
+
+
+def rebuild(root: Path, source: Path, *words: str) -> int:
+    return run(root, "rebuild", "styles", "--source", str(source), *old_published.GATES, *old_root.SHARDS, *words)
+
+
+def test_an_old_published_database_is_rebuilt(published_root: Path, tmp_path: Path,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    root, source = published_root, tmp_path / "source"
+    old_published.draw_first(source)
+    old_published.change(source)
+    before = contents(root / "datasets")
+    assert rebuild(root, source) == 0  # the source is what it was
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["unchanged"]
+    (source / "005.png").unlink()
+    (source / "005.txt").unlink()
+    (source / "006.png").write_bytes((source / "007.png").read_bytes())
+    (source / "008.png").touch()  # looks new, and is not
+    old_root.draw(source / "further", range(30, 32))
+    assert rebuild(root, source) == 0
+    done = json.loads(capsys.readouterr().out.splitlines()[-1])
+    counts = {name: done[name] for name in ("published", "kept", "added", "changed", "removed", "embedded")}
+    assert counts == {"published": "v3", "kept": 22, "added": 2, "changed": 1, "removed": 1, "embedded": 3}
+    after = contents(root / "datasets")
+    assert {name for name in before if after[name] != before[name]} == {"styles/current.json"}
+    assert main(["verify", "--root", str(root), "--only", "datasets/styles"]) == 0
+    assert main(["verify", "--against", "current", "--root", str(root)]) == 0
+    assert main(["rollback", "styles", "--root", str(root)]) == 0
+
+
+def test_old_samples_have_their_credits(published_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = published_root / "runs/small/samples/first"
+    assert main(["verify", "--root", str(published_root), "--only", "runs/small/samples"]) == 0
+    capsys.readouterr()
+    assert main(["credits", str(folder / "samples.json"), "--json"]) == 0
+    credits = json.loads(capsys.readouterr().out)
+    assert [sample["prompt"] for sample in credits] == ["a red disc", "a blue box"]
+    assert all(len(sample["pictures"]) == 2 for sample in credits)
+    assert all("note" not in image and image["database"] == "styles@v2" for sample in credits
+               for image in sample["pictures"])

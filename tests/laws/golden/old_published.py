@@ -1,13 +1,13 @@
 """Make a small root with a published database, a training run and samples, with the program of a past day.
 
-    PYTHONPATH=CHECKOUT:TESTS python old_published.py old_published.tar.gz [--whole]
+    PYTHONPATH=CHECKOUT python FOLDER/old_published.py old_published.tar.gz [--whole]
 
-TESTS is the folder of this file. `old_published.tar.gz` was made so by commit a8d3969 with the libraries that
-old_root.py names. Its datasets and runs:
+CHECKOUT has the program; run it in a folder outside of any checkout. `old_published.tar.gz` was made so by
+commit a8d3969 with the libraries that old_root.py names. Its datasets and runs:
 
     styles      v1: 24 images in 3 shards; v2, the published one: without image 3, image 20 changed, image 24 added
     small       a finished run of 4 steps with neighbors from styles, and its samples of two prompts; the weights in its
-                checkpoint only with --whole: 8 MB, so the archive here has none
+                checkpoint and the files of wandb only with --whole: 6 MB, so the archive here has none
 """
 
 import os
@@ -16,8 +16,12 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from old_root import SHARDS, draw, run
 from PIL import Image
+
+if __name__ == "__main__":  # beside the program of a past day, whose folders are other ones
+    from old_root import SHARDS, draw, run
+else:
+    from tests.laws.golden.old_root import SHARDS, draw, run
 
 TRAIN = ("--steps", "4", "--precision", "fp32", "--global-batch", "4", "--k", "2", "--warmup", "2", "--log-every", "1",
          "--checkpoint-every", "4", "--model-channels", "32", "--head-dim", "16")
@@ -44,7 +48,8 @@ def change(folder: Path) -> None:
 
 
 def without_weights(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    return None if "/checkpoints/" in member.name and member.name.endswith(".safetensors") else member
+    weights = "/checkpoints/" in member.name and member.name.endswith(".safetensors")
+    return None if weights or "/wandb/" in member.name else member
 
 
 def make(work: Path) -> None:
