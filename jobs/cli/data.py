@@ -52,7 +52,7 @@ def run_shard(options: ShardOptions) -> int:
             raise ValueError("--adopt takes tars as they are: there is nothing to try again")
         return seal_and_print(Adopt(dataset, options.shard), options, max_failed=options.max_failed)
     if options.retry_failed and storage.exists(storage.join(dataset.folder("shards"), "manifest.json")):
-        following = dataset.following()
+        following = dataset.next_version()
         _log.info("shard: %s is sealed; rows that failed are tried again for %s", dataset.label, following.label)
         return seal_and_print(Shard(following, options.shard, base=dataset), options, max_failed=options.max_failed)
     if options.shard.duplicates != "keep" and not options.common.dry_run:

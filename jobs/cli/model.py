@@ -214,7 +214,7 @@ def _evaluation_data(options: EvaluateOptions, run: "Run") -> tuple["Dataset", "
         raise ValueError(f"the run {run.name} was not trained here: what it has seen is not known")
     dataset, database = (Dataset.parse(root, section[name]) for name in ("dataset", "database"))
     newest = {other.name: other for other in sorted(datasets(root), key=lambda data: (len(data.version), data.version))
-              if other.sealed("index") and other.name not in {dataset.name, database.name}}
+              if other.is_sealed("index") and other.name not in {dataset.name, database.name}}
     newest |= {name: published.open_dataset(root, name) for name in newest
                if published.Published.load(root, name).version}
     databases = [published.open_dataset(root, name) for name in options.database] or list(newest.values())

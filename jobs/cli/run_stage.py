@@ -58,11 +58,11 @@ def check_unpublished(stage: "Stage", overwrite: bool) -> None:
     parts = stage.path.split("/")
     if parts[0] == "datasets" and parts[3] in published.STAGES:
         dataset = Dataset(stage.root, parts[1], parts[2])
-        sealed = dataset.sealed(parts[3])
+        sealed = dataset.is_sealed(parts[3])
         if (overwrite or (parts[3] == "tombstones" and not sealed)) and published.read_release(dataset)[0]:
             hint = "forget takes pictures out of it at once, rebuild makes the next version"
             raise ValueError(f"{dataset.name}@{dataset.version} was published, and a published version never changes\n"
-                             f"hint: {hint}; or write {dataset.name}@{dataset.following().version}")
+                             f"hint: {hint}; or write {dataset.name}@{dataset.next_version().version}")
 
 
 def print_forecast(stage: "Stage", overwrite: bool = False, cluster: ClusterConfig | None = None) -> int:

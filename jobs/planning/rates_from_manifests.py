@@ -51,7 +51,7 @@ def _sealed(datasets: list[Dataset], folder: str, name: str) -> Iterator[tuple[D
     """The datasets whose `folder` was sealed by the stage `name`, with its manifest."""
     for dataset in datasets:
         # What was emptied since says nothing of what was made of it.
-        if dataset.sealed(folder) and (folder == "shards" or dataset.sealed("embeddings")):
+        if dataset.is_sealed(folder) and (folder == "shards" or dataset.is_sealed("embeddings")):
             manifest = dataset.manifest(folder)
             if manifest["stage"] == name and manifest["totals"]["samples"]:
                 yield dataset, manifest
@@ -138,14 +138,14 @@ def _neighbors(datasets: list[Dataset], base: Rates, gpu: bool) -> tuple[ExactRa
     for dataset in datasets:
         for label in storage.list_folders(dataset.folder("neighbors")):
             database = Dataset.parse(dataset.root, label)
-            if not database.sealed("embeddings"):
+            if not database.is_sealed("embeddings"):
                 continue
             for _, manifest in _sealed([dataset], f"neighbors/{label}", "neighbors"):
                 section, searches = manifest["section"], manifest["totals"]["items"]
                 count, dim = manifest["totals"]["samples"], _dim(dataset)
                 rows = database.manifest("embeddings")["totals"]["samples"]
                 config = NeighborsConfig(**{name: section[name] for name in ("k", "method", "probes", "checked")})
-                if config.method == "index" and not database.sealed("index"):
+                if config.method == "index" and not database.is_sealed("index"):
                     continue
                 info = database.manifest("index")["info"] if config.method == "index" else {"key": "", "parameter": ""}
                 probes = config.probes or int(info["parameter"].partition("=")[2] or nprobe)

@@ -54,7 +54,7 @@ def _within(address: str) -> tuple[str, str]:
 
 def _known(dataset: Dataset) -> dict[str, dict[str, Any]]:
     """The metadata of a database by key, with what its manifest says of sources; nothing if it is gone."""
-    if not dataset.sealed("shards"):
+    if not dataset.is_sealed("shards"):
         return {}
     manifest = dataset.manifest("shards")
     origins = manifest["info"].get("sources") or []

@@ -23,7 +23,7 @@ def parse_takedown(root: str, sha256: Sequence[str], urls: Sequence[str], keys: 
     for text in keys:
         name, _, key = text.rpartition("/")
         dataset = Dataset.parse(root, name)
-        pictures = [row for version in datasets(root) if version.name == dataset.name and version.sealed("shards")
+        pictures = [row for version in datasets(root) if version.name == dataset.name and version.is_sealed("shards")
                     and ("@" not in name or version.version == dataset.version)
                     for _, row in takedowns.find_matching_rows(version, lambda row: row["key"] == key)]  # noqa: B023
         if not pictures:
@@ -57,7 +57,7 @@ def forget(root: str, wanted: Forgotten, note: str, *, dry_run: bool = False) ->
     root = storage.normalize(root)
     # Who names a picture by its address means its bytes too, under whatever address they come again.
     hashes: set[str] = set()
-    there = [dataset for dataset in datasets(root) if dataset.sealed("shards")]
+    there = [dataset for dataset in datasets(root) if dataset.is_sealed("shards")]
     if not wanted.domains:
         for dataset in there:
             hashes |= {value for _, row in takedowns.find_rows(dataset, wanted)

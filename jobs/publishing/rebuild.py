@@ -150,7 +150,7 @@ class Rebuild:
         last = self.last
         seal(Update(dataset, self.shard, last, diff, self.config.rewrite))
         seal(Reuse(dataset, self.embed, last))
-        if self.config.embed_captions or (last and last.sealed("text_embeddings")):
+        if self.config.embed_captions or (last and last.is_sealed("text_embeddings")):
             seal(ReuseCaptions(dataset, self.embed, last))
         dead = storage.join(dataset.folder("shards"), DEAD)
         if storage.exists(dead):
@@ -158,7 +158,7 @@ class Rebuild:
         self._index(dataset, last, seal)
 
     def _index(self, dataset: Dataset, last: Dataset | None, seal: Seal) -> None:
-        if dataset.sealed("index"):
+        if dataset.is_sealed("index"):
             return
         whole = Index(dataset, self.index)
         if last and not self._planned(whole) and self._extends(dataset, last):
@@ -238,7 +238,7 @@ class Rebuild:
             return False
         if self._pending():
             return False
-        if not dataset.sealed("compare"):
+        if not dataset.is_sealed("compare"):
             storage.remove_tree(storage.join(self.before.folder, dataset.version))
         self.before.mark_checked()
         return True

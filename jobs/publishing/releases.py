@@ -198,7 +198,7 @@ def collect_garbage(root: str, name: str, config: GcConfig, *, dry_run: bool = F
                   if version in pinned else f"one of the newest {config.keep}" if version in newest
                   else "not made by rebuild" if version not in past and not storage.exists(
                       storage.join(current.folder, version, "rebuild.json"))
-                  and any(Dataset(root, name, version).sealed(stage) for stage in published.STAGES)
+                  and any(Dataset(root, name, version).is_sealed(stage) for stage in published.STAGES)
                   else "leased" if time.time() - _last_used(current, version) < 3600 * config.lease else "")
         versions.append({"version": version, "kept": reason})
     stays = _files_of(root, name, [entry["version"] for entry in versions if entry["kept"]])
@@ -212,7 +212,7 @@ def collect_garbage(root: str, name: str, config: GcConfig, *, dry_run: bool = F
 def _is_removed(root: str, name: str, version: str) -> bool:
     """Whether a version was removed: its release alone is left, and files that others took over."""
     dataset = Dataset(root, name, version)
-    return published.read_release(dataset)[0] is not None and not dataset.sealed("shards")
+    return published.read_release(dataset)[0] is not None and not dataset.is_sealed("shards")
 
 
 def _last_used(current: Published, version: str) -> float:
@@ -237,7 +237,7 @@ def _files_of(root: str, name: str, kept: list[str]) -> set[str]:
         dataset = Dataset(root, name, version)
         for stage_name in published.STAGES:
             folder = dataset.folder(stage_name)
-            if dataset.sealed(stage_name):
+            if dataset.is_sealed(stage_name):
                 manifest = read_manifest(folder, "")
                 records: Any = manifest["items"]
             else:  # under way: what is recorded, and what its plan says will be taken

@@ -133,7 +133,7 @@ def usage_of(train: Dataset, database: Dataset, gone: np.ndarray) -> np.ndarray:
 def p_d_identity(train: Dataset, database: Dataset) -> dict[str, str]:
     """How p_D stands among the inputs of a stage; ValueError with the command that finds it."""
     name = f"neighbors/{database.label}"
-    if not train.sealed(name):
+    if not train.is_sealed(name):
         raise ValueError(f"how often rows of {database.label} are neighbours of pictures of {train.label} (p_D) is not "
                          f"known yet\nhint: {train.command(name)}")
     found = train.identity(name)

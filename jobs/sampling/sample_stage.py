@@ -146,7 +146,7 @@ class Sampling(Stage):
         output.info = {"pictures": entries}
         write_cells(scratch / "cells.tar", cells)
         # The driver makes the grid from the cells, so it need not read the images again.
-        output.aside = {_cells_file(item.id): (scratch / "cells.tar").read_bytes()}
+        output.run_files = {_cells_file(item.id): (scratch / "cells.tar").read_bytes()}
         return output
 
     def _drawn(self, retriever: Retriever) -> list[Drawn | None]:

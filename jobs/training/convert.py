@@ -37,7 +37,7 @@ class Convert(Stage):
                 f"--root {self.root}")
 
     @property
-    def elsewhere(self) -> str:
+    def alternative(self) -> str:
         return "give the run another name"
 
     def section(self) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Import(Stage):
         return f"python -m jobs convert {self.run.name} --checkpoint {self.source} --root {self.root}"
 
     @property
-    def elsewhere(self) -> str:
+    def alternative(self) -> str:
         return "give the run another name"
 
     def section(self) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Latents(Stage):
         parts = []
         for pictures in self._pictures(record):
             parts.append(_encoded(stage, pictures, item.inputs["scale"], self.config.flips))
-            self.beat(rows=sum(map(len, parts)), samples=sum(map(len, parts)), length=0, skipped={})
+            self.report_progress(rows=sum(map(len, parts)), samples=sum(map(len, parts)), length=0, skipped={})
         latents = np.concatenate(parts) if parts else np.empty((0, 1 + self.config.flips, stage.channels, 1, 1),
                                                                np.float16)
         if len(latents) != record["samples"]:

@@ -53,7 +53,7 @@ class Training(Stage):
                 f"--database {self.job.database.label} --root {self.root}")
 
     @property
-    def elsewhere(self) -> str:
+    def alternative(self) -> str:
         return "give the run another name"
 
     def section(self) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def shard_numbers(offsets: np.ndarray, rows: Any) -> Any:
 
 def _tar(dataset: Dataset, files: list[dict[str, Any]], counts: list[int], number: int) -> tars.TarImages:
     """The tar of a shard; ValueError if it has not the samples of the manifest."""
-    tar = dataset.opened("shards", files[number], tars.TarImages)
+    tar = dataset.open_file("shards", files[number], tars.TarImages)
     if len(tar) != counts[number]:
         raise ValueError(f"{tar.path} has {len(tar)} samples, its manifest says {counts[number]}\n"
                          f"hint: python -m jobs verify")
@@ -102,7 +102,7 @@ def _tar(dataset: Dataset, files: list[dict[str, Any]], counts: list[int], numbe
 def open_array(dataset: Dataset, name: str, files: list[dict[str, Any]], counts: tuple[int, ...], wrong: str,
            number: int) -> np.ndarray:
     """The array of a shard; ValueError saying what is `wrong` if it has not a row for each sample."""
-    array = dataset.opened(name, files[number], map_array)
+    array = dataset.open_file(name, files[number], map_array)
     if len(array) != counts[number]:
         raise ValueError(wrong)
     if len(array) and hasattr(mmap, "MADV_WILLNEED"):

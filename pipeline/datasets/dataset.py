@@ -41,7 +41,7 @@ class Dataset:
         """The name as the user writes it."""
         return self.name if self.version == DEFAULT_VERSION else f"{self.name}@{self.version}"
 
-    def following(self) -> "Dataset":
+    def next_version(self) -> "Dataset":
         """The next version: v2 after v1."""
         stem, number = re.fullmatch(r"(.*?)(\d*)", self.version).groups()  # type: ignore[union-attr]
         return Dataset(self.root, self.name, f"{stem}{int(number or 1) + 1}")
@@ -67,7 +67,7 @@ class Dataset:
         """The manifest of a sealed stage; ValueError with the command that would finish it."""
         return read_manifest(self.folder(stage_name), self.command(stage_name), dict(self.trusted).get(stage_name))
 
-    def sealed(self, stage_name: str) -> bool:
+    def is_sealed(self, stage_name: str) -> bool:
         """Whether a stage has ended."""
         return storage.exists(storage.join(self.folder(stage_name), "manifest.json"))
 
@@ -81,10 +81,10 @@ class Dataset:
         url = storage.manifest_file_url(self.folder(stage_name), entry["name"])
         return storage.fetch(url, entry, check=check or self._suspect(url, entry))
 
-    def opened(self, stage_name: str, entry: dict[str, Any], open_: Callable[[Path], _T]) -> _T:
+    def open_file(self, stage_name: str, entry: dict[str, Any], open_local: Callable[[Path], _T]) -> _T:
         """What `open_` makes of the local path of a file in the manifest of a stage."""
         url = storage.manifest_file_url(self.folder(stage_name), entry["name"])
-        return storage.fetch_and_open(url, entry, open_, check=self._suspect(url, entry))
+        return storage.fetch_and_open(url, entry, open_local, check=self._suspect(url, entry))
 
     def _suspect(self, url: str, entry: dict[str, Any]) -> bool:
         """Whether the bytes of a published file are still to be held against its hash, once in each process."""
@@ -103,6 +103,6 @@ def datasets(root: str) -> list[Dataset]:
 
 def file_of(record: dict[str, Any], suffix: str) -> dict[str, Any]:
     """The one file of a record or manifest whose name ends so."""
-    found = [entry for entry in record["files"] if entry["name"].endswith(suffix)]
-    assert len(found) == 1, (suffix, record["files"])
-    return found[0]
+    entries = [entry for entry in record["files"] if entry["name"].endswith(suffix)]
+    assert len(entries) == 1, (suffix, record["files"])
+    return entries[0]

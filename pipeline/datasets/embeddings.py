@@ -11,13 +11,13 @@ from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.metadata import NO_NUMBER
 
 
-def map_array(path: Path) -> np.ndarray:
+def map_array(path: Path) -> np.memmap:
     """The array of a .npy file, memory-mapped."""
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def check_finite(vectors: np.ndarray, place: str) -> np.ndarray:
-    """The vectors (..., D) as they are; ValueError if there are numbers in them that are none."""
+    """The vectors (..., D) as they are; ValueError if one is not finite."""
     if vectors.dtype == np.float16 and not ((vectors.view(np.uint16) & NO_NUMBER) == NO_NUMBER).any():
         return vectors  # as below, ten times faster
     good = np.isfinite(vectors).all(-1)
@@ -31,21 +31,22 @@ class Embeddings:
     """The embeddings of a dataset by global row, memory-mapped shard by shard.
 
     len() is the number of rows N; `dim` is D. Rows are float16 and of unit length, or all zero
-    where a picture could not be decoded.
+    where an image could not be decoded.
     """
 
-    def __init__(self, dataset: Dataset, of: str = "embeddings") -> None:
-        self.manifest = dataset.manifest(of)
-        self.shards = [dataset.opened(of, file_of(record, ".npy"), map_array) for record in self.manifest["items"]]
+    def __init__(self, dataset: Dataset, stage_name: str = "embeddings") -> None:
+        self.manifest = dataset.manifest(stage_name)
+        self.folder = dataset.folder(stage_name)
+        self.shards = [dataset.open_file(stage_name, file_of(record, ".npy"), map_array)
+                       for record in self.manifest["items"]]
         self.offsets = np.cumsum([0, *(len(shard) for shard in self.shards)])
         for shard, record in zip(self.shards, self.manifest["items"], strict=True):
             if len(shard) != record["samples"]:
-                raise ValueError(f"{dataset.folder(of)}: shard {record['id']} has {len(shard)} rows, its "
+                raise ValueError(f"{self.folder}: shard {record['id']} has {len(shard)} rows, its "
                                  f"manifest says {record['samples']}\nhint: python -m jobs verify")
             if shard.ndim != 2 or shard.shape[1] != self.shards[0].shape[1]:
-                raise ValueError(f"{dataset.folder(of)}: shard {record['id']} has vectors of shape {shard.shape[1:]}, "
+                raise ValueError(f"{self.folder}: shard {record['id']} has vectors of shape {shard.shape[1:]}, "
                                  f"the first one {self.shards[0].shape[1:]}\nhint: python -m jobs verify")
-        self.folder = dataset.folder(of)
 
     def __len__(self) -> int:
         return int(self.offsets[-1])
@@ -62,7 +63,7 @@ class Embeddings:
     def rows(self, ids: np.ndarray, *, once: bool = False) -> np.ndarray:
         """The rows `ids` (any shape S, int64) as (*S, D) float16; zeros for the id -1 (none); ValueError for NaN.
 
-        With `once` a shard leaves memory as soon as it was read.
+        With `once` a shard leaves memory after it was read.
         """
         flat = np.asarray(ids, np.int64).reshape(-1)
         out = np.zeros((len(flat), self.dim), np.float16)
@@ -72,7 +73,8 @@ class Embeddings:
             here = order[ends[number]:ends[number + 1]]
             out[here] = check_finite(self.shards[number][flat[here] - self.offsets[number]], self.folder)
             if once:
-                self.shards[number]._mmap.madvise(mmap.MADV_DONTNEED)
+                # numpy keeps the map private, and its stubs do not have it.
+                self.shards[number]._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
         return out.reshape(*np.shape(ids), self.dim)
 
     def blocks(self, rows: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -83,7 +85,7 @@ class Embeddings:
             done = 0
             while done < len(shard):
                 count = min(rows - here, len(shard) - done)
-                pieces.append(np.fromfile(shard.filename, shard.dtype, count * self.dim, offset=shard.offset
+                pieces.append(np.fromfile(str(shard.filename), shard.dtype, count * self.dim, offset=shard.offset
                                           + done * self.dim * shard.itemsize).reshape(count, self.dim))
                 here, done = here + count, done + count
                 if here == rows:

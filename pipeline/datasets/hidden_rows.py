@@ -34,7 +34,7 @@ class Tombstones(Stage):
         return self.dataset.command("tombstones")
 
     @property
-    def elsewhere(self) -> str:
+    def alternative(self) -> str:
         return "name all keys in one file"
 
     def section(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def read_hidden_rows(dataset: Dataset) -> np.ndarray:
     With those that were forgotten since it was made.
     """
     hidden = takedowns.read_forgotten_rows(dataset)
-    if not dataset.sealed("tombstones"):
+    if not dataset.is_sealed("tombstones"):
         return hidden
     dataset.identity("tombstones")
     entry = dataset.manifest("tombstones")["items"][0]["files"]
@@ -93,7 +93,7 @@ def read_hidden_rows(dataset: Dataset) -> np.ndarray:
 
 def hidden_row_inputs(dataset: Dataset) -> dict[str, dict[str, Any]]:
     """What a search leaves out, as inputs of a stage that searches; nothing if it leaves out nothing."""
-    inputs = {"tombstones": dataset.identity("tombstones")} if dataset.sealed("tombstones") else {}
+    inputs = {"tombstones": dataset.identity("tombstones")} if dataset.is_sealed("tombstones") else {}
     if len(hidden := takedowns.read_forgotten_rows(dataset)):
         inputs["forgotten"] = {"path": "", "digest": digest(hidden.tolist())}
     return inputs

@@ -46,14 +46,14 @@ def samples(dataset: Dataset, rows: Sequence[int]) -> list[Sample]:
             raise ValueError(f"{dataset.label} has {offsets[-1]} samples, there is no row {row}")
         shard = int(np.searchsorted(offsets, row, side="right")) - 1
         wanted[shard].add(int(row - offsets[shard]))
-    found = {}
+    samples_by_row = {}
     for shard, positions in wanted.items():
         meta = metadata(dataset, items[shard], ["key", "caption", "sha256"])
         images = _images(dataset, file_of(items[shard], ".tar"), meta, sorted(positions))
         for position, (key, image) in images.items():
             row = int(offsets[shard]) + position
-            found[row] = Sample(row, key, meta[position]["caption"] or "", image, meta[position]["sha256"])
-    return [found[int(row)] for row in rows]
+            samples_by_row[row] = Sample(row, key, meta[position]["caption"] or "", image, meta[position]["sha256"])
+    return [samples_by_row[int(row)] for row in rows]
 
 
 def _images(dataset: Dataset, tar: dict[str, Any], meta: Sequence[dict[str, Any]], positions: Sequence[int]
@@ -68,11 +68,12 @@ def _images(dataset: Dataset, tar: dict[str, Any], meta: Sequence[dict[str, Any]
             images = list(pool.map(search.image, positions))
         if all(image is not None and hashlib.sha256(image).hexdigest() == meta[position]["sha256"]
                for position, image in zip(positions, images, strict=True)):
-            return {position: (meta[position]["key"], image) for position, image in zip(positions, images, strict=True)}
-    found = {}
+            return {position: (meta[position]["key"], image) for position, image in zip(positions, images, strict=True)
+                    if image is not None}
+    by_position = {}
     for position, sample in enumerate(tars.read(dataset.fetch("shards", tar))):
         if position in positions:
-            found[position] = sample["__key__"], tars.sample_image(sample)
+            by_position[position] = sample["__key__"], tars.sample_image(sample)
         if position == positions[-1]:
             break
-    return found
+    return by_position

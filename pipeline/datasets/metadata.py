@@ -18,26 +18,27 @@ _HASH = re.compile("[0-9a-f]{64}")
 
 def metadata(dataset: Dataset, record: dict[str, Any], columns: list[str] | None = None) -> list[dict[str, Any]]:
     """The parquet rows of one shard's samples, in the order of its tar; failed rows left out."""
-    return _succeeded(dataset, record, columns).to_pylist()
+    return _successful_rows(dataset, record, columns).to_pylist()
 
 
-def _succeeded(dataset: Dataset, record: dict[str, Any], columns: list[str] | None) -> pa.Table:
+def _successful_rows(dataset: Dataset, record: dict[str, Any], columns: list[str] | None) -> pa.Table:
     data = dataset.fetch("shards", file_of(record, ".parquet")).read_bytes()
     table = parquet.read(data, columns=None if columns is None else [*columns, "status"])
     return table.filter(pc.equal(table["status"], "success"))
 
 
 def labels(dataset: Dataset, record: dict[str, Any]) -> np.ndarray:
-    """What tells the pictures of a shard from others, (N_i, 2) uint64: of the bytes stored, of the bytes fetched.
+    """Two hashes of each image of a shard, (N_i, 2) uint64: of the stored bytes and of the fetched bytes.
 
-    Patches of one picture have the second in common. Where it is not known what was fetched, it is the first.
+    Patches of one image share the second. If the fetched bytes are unknown, the second equals the first.
     """
     columns = {"sha256", "original_sha256"} & set(_schema(dataset, record))
-    table = _succeeded(dataset, record, sorted(columns))
+    table = _successful_rows(dataset, record, sorted(columns))
     stored = fetched = table["sha256"].to_pylist()
-    if "original_sha256" in columns:  # empty or none where it is not known
-        fetched = [one or other for one, other in zip(table["original_sha256"].to_pylist(), stored, strict=True)]
-    return np.stack([_labels(stored), _labels(fetched)], 1)
+    if "original_sha256" in columns:  # empty or None if unknown
+        originals = table["original_sha256"].to_pylist()
+        fetched = [original or other for original, other in zip(originals, stored, strict=True)]
+    return np.stack([_first_bytes(stored), _first_bytes(fetched)], 1)
 
 
 def perceptual_hashes(dataset: Dataset, record: dict[str, Any]) -> np.ndarray:
@@ -48,8 +49,8 @@ def perceptual_hashes(dataset: Dataset, record: dict[str, Any]) -> np.ndarray:
     return np.array([row["phash"] or 0 for row in metadata(dataset, record, ["phash"])], np.uint64)
 
 
-def _labels(texts: list[str]) -> np.ndarray:
-    """A number for each text, (N,) uint64: the first bytes of a hash, or of the hash of what is none."""
+def _first_bytes(texts: list[str]) -> np.ndarray:
+    """A number for each text, (N,) uint64: the first bytes of a sha256, or of the hash of another text."""
     if all(map(_HASH.fullmatch, texts)):
         return np.frombuffer(bytes.fromhex("".join(text[:16] for text in texts)), "<u8").astype(np.uint64)
     return np.array([int.from_bytes(bytes.fromhex(text[:16]) if _HASH.fullmatch(text)

@@ -163,7 +163,7 @@ def hash_manifests(dataset: Dataset) -> dict[str, str]:
     """sha256 of the manifest of each sealed stage that belongs to a release; ValueError if one is stale or missing."""
     hashes = {}
     for name in STAGES:
-        if name in {"shards", "embeddings", "index"} or dataset.sealed(name):
+        if name in {"shards", "embeddings", "index"} or dataset.is_sealed(name):
             dataset.identity(name)
             data = storage.read_bytes(storage.join(dataset.folder(name), "manifest.json"))
             hashes[name] = hashlib.sha256(data).hexdigest()

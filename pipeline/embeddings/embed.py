@@ -123,7 +123,7 @@ class Embed(Stage):
             for (item, scratch), (_, own) in zip(work, groupby(parts, lambda part: part.shard), strict=True):
                 try:
                     yield self._output(item, scratch, own, encoder, times)
-                except StageFailed:  # the driver's own, heard in the middle of an item
+                except StageFailed:  # the driver's own, from `on_progress`
                     raise
                 except Exception as error:
                     yield error
@@ -148,7 +148,7 @@ class Embed(Stage):
             ledger += [Entry(key, "undecodable", "row of zeros", kept=True) for position, key in enumerate(part.keys)
                        if position not in set(part.there)]
             row += len(part.keys)
-            self.beat(rows=row, samples=row - len(ledger), length=0, skipped=Counter())
+            self.report_progress(rows=row, samples=row - len(ledger), length=0, skipped=Counter())
         if row != len(vectors):
             raise ValueError(f"shard {record['id']} does not have the {len(vectors)} samples that its manifest names\n"
                              f"hint: python -m jobs verify")
@@ -160,7 +160,7 @@ class Embed(Stage):
             out = scratch / "embeddings.npy"
             np.save(out, vectors, allow_pickle=False)
         return Output(samples=len(vectors), files={f"{item.id}.npy": out}, ledger=ledger,
-                      times=times.taken() | {"precision": str(encoder.dtype).removeprefix("torch.")} |
+                      times=times.pop_seconds() | {"precision": str(encoder.dtype).removeprefix("torch.")} |
                       encoder.fit.times())
 
     def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:

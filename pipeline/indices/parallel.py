@@ -48,9 +48,9 @@ class IndexingStage(Stage):
         count_gpus()
 
     @property
-    def elsewhere(self) -> str:
+    def alternative(self) -> str:
         decimal = any(is_decimal(getattr(self.config, name), f"index.{name}") for name in SIZES)
-        return super().elsewhere + (", or write a size that is stored as 4G as 4Gi" if decimal else "")
+        return super().alternative + (", or write a size that is stored as 4G as 4Gi" if decimal else "")
 
     def section(self) -> dict[str, Any]:
         return {name: stored_size(value, f"index.{name}") if name in SIZES else value
@@ -64,7 +64,7 @@ class IndexingStage(Stage):
 
 def embedding_inputs(dataset: Dataset) -> dict[str, dict[str, Any]]:
     """The sealed embeddings that an index of `dataset` is made from: of images, and of captions if there are any."""
-    names = ["embeddings", *(["text_embeddings"] if dataset.sealed("text_embeddings") else [])]
+    names = ["embeddings", *(["text_embeddings"] if dataset.is_sealed("text_embeddings") else [])]
     return {name: dataset.identity(name) for name in names}
 
 

@@ -121,7 +121,7 @@ class Neighbors(Stage):
                 _write_vectors(path, database.embeddings, ids[part])
             start = part.stop
         return Output(samples=len(queries), info=info, files=files,
-                      times=times.taken() | halved_batches())
+                      times=times.pop_seconds() | halved_batches())
 
     def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         usage = self._usage(records)

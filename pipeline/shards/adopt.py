@@ -104,7 +104,7 @@ class Adopt(Stage):
         types = storage.read_json(storage.join(self.folder, item.inputs["types"]))
         pq.write_table(metadata.metadata_table(metas, metadata.COLUMNS, types), parquet)
         return Output(good, {f"metadata/{item.id}.parquet": parquet}, entries, {"rows": len(metas)},
-                      elsewhere=[storage.describe_file(address, path)])
+                      external_files=[storage.describe_file(address, path)])
 
     def _meta(self, number: int, sample: dict[str, Any], address: str) -> tuple[dict[str, Any], list[Entry]]:
         document = sample_metadata(sample)

@@ -83,8 +83,8 @@ class Deduplicate(Shard):
         stats = storage.read_json(storage.join(self.whole.folder, f"{item.id}_stats.json"))
         name = f"{item.id}_stats.json"
         if "duplicates" not in item.inputs:
-            return Output(record["samples"], files, info=record["info"], aside={name: storage.json_bytes(stats)},
-                          counted=(record["skipped"], record["noted"]))
+            return Output(record["samples"], files, info=record["info"], run_files={name: storage.json_bytes(stats)},
+                          counts=(record["skipped"], record["noted"]))
         details = {row: f"of sample {other} of shard {shard}" for row, shard, other in json.loads(
             storage.read_bytes(storage.join(self.folder, item.inputs["duplicates"])))}
         tar, parquet = scratch / "shard.tar", scratch / "shard.parquet"
@@ -97,7 +97,7 @@ class Deduplicate(Shard):
         stats["status_dict"] |= {metadata.SUCCESS: remaining, DUPLICATE: stats["successes"] - remaining}
         stats["successes"] = remaining
         return Output(record["samples"] - len(details), {f"{item.id}.tar": tar, f"{item.id}.parquet": parquet}, entries,
-                      record["info"], aside={name: storage.json_bytes(stats)})
+                      record["info"], run_files={name: storage.json_bytes(stats)})
 
     def _mark_duplicates(self, table: pa.Table, details: dict[int, str], parquet: Path) -> tuple[list[Entry], int]:
         """Write the metadata with the status of duplicates changed.

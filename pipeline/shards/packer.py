@@ -34,7 +34,7 @@ from pipeline.shards.metadata import (
 )
 from pipeline.shards.transform import NotFetched, RowResult, failed_row, transform_row
 from pipeline.sources.rows import Row
-from pipeline.stages.progress import Beat
+from pipeline.stages.progress import ProgressReporter
 from pipeline.stages.types import Entry
 
 if TYPE_CHECKING:
@@ -78,9 +78,9 @@ class Spool:
 class ShardPacker:
     """Packs the rows of one shard: lanes fetch, threads transform, one thread at a time writes the tar."""
 
-    def __init__(self, config: "ShardConfig", shard: str, digits: int, scratch: Path, beat: Beat,
+    def __init__(self, config: "ShardConfig", shard: str, digits: int, scratch: Path, report_progress: ProgressReporter,
                  known: Mapping[str, str], refused: frozenset[str] = frozenset()) -> None:
-        self.config, self.shard, self.digits, self.beat = config, shard, digits, beat
+        self.config, self.shard, self.digits, self.report_progress = config, shard, digits, report_progress
         self._known, self._refused = known, refused
         self.tar, self.parquet = scratch / "shard.tar", scratch / "shard.parquet"
         self._spool, self._tar = Spool(scratch / "spool"), tars.TarWriter(self.tar)
@@ -168,7 +168,7 @@ class ShardPacker:
         self.samples += len(stored)
         self.length += sum(len(item) if isinstance(item, bytes) else item[1] for item in stored)
         self.skipped.update(entry.reason for entry in result.entries if not entry.kept)
-        self.beat(rows=self.rows, samples=self.samples, length=self.length, skipped=self.skipped)
+        self.report_progress(rows=self.rows, samples=self.samples, length=self.length, skipped=self.skipped)
 
     def _append_to_tar(self) -> None:
         """Append the samples of all rows that have no unfinished row before them."""

@@ -112,7 +112,7 @@ class Shard(Stage):
         reading = ReadReport()
         digits = max(4, len(str(self.config.rows_per_shard - 1)))
         known = storage.read_json(storage.join(self.folder, item.inputs["types"])) if "types" in item.inputs else {}
-        packer = ShardPacker(self.config, item.id, digits, scratch, self.beat, known, self.refused)
+        packer = ShardPacker(self.config, item.id, digits, scratch, self.report_progress, known, self.refused)
         files = self.source.fetch == "file"
         read = getattr(self.source, "read", None) if files else _raise_missing
         packer.pack(self._rows(item.inputs, scratch, reading), None if self.source.fetch == "url" else read,
@@ -125,14 +125,14 @@ class Shard(Stage):
         if "round" in item.inputs:
             info["retried"] = item.inputs["count"]
         return Output(packer.samples, {f"{item.id}.tar": packer.tar, f"{item.id}.parquet": packer.parquet}, ledger,
-                      info, aside={f"{item.id}_stats.json": packer.img2dataset_stats()},
-                      mended=item.inputs.get("mended", {}))
+                      info, run_files={f"{item.id}_stats.json": packer.img2dataset_stats()},
+                      earlier_skipped=item.inputs.get("mended", {}))
 
     def _rows(self, inputs: dict[str, Any], scratch: Path, reading: ReadReport) -> Iterator[Row]:
         """The rows of an item, in order."""
         return self.source.rows(self.folder, inputs, scratch, reading)
 
-    def again(self, items: Sequence[Item], done: Sequence[dict[str, Any]]) -> Iterable[Item]:
+    def items_to_retry(self, items: Sequence[Item], done: Sequence[dict[str, Any]]) -> Iterable[Item]:
         return self._retry_items(items, done, self.folder)
 
     def _retry_items(self, items: Sequence[Item], done: Sequence[dict[str, Any]], folder: str) -> Iterator[Item]:
@@ -185,8 +185,8 @@ class Shard(Stage):
             files[entry["name"]] = self.base.fetch("shards", entry, check=True)
         stats = f"{record['id']}_stats.json"
         there = storage.join(self.base.folder("shards"), stats)
-        return Output(record["samples"], files, info=record["info"], counted=(record["skipped"], record["noted"]),
-                      aside={stats: storage.read_bytes(there)} if storage.exists(there) else {})
+        return Output(record["samples"], files, info=record["info"], counts=(record["skipped"], record["noted"]),
+                      run_files={stats: storage.read_bytes(there)} if storage.exists(there) else {})
 
     def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         counts, sums = totals(records), Counter[str]()

@@ -8,14 +8,14 @@ import numpy as np
 
 @dataclass
 class DecodedBatch:
-    """Some pictures as an encoder takes them; those that are none left out."""
+    """Decoded images as an encoder takes them, without those that did not decode."""
 
     there: list[int]
-    """Positions of those that are pictures."""
+    """Positions of the files that decoded."""
     pictures: np.ndarray | None
-    """Of these, (n, S, S, 3) uint8, or (n, 3, H, W) float32 as open_clip prepares them; None if there are none."""
+    """(n, S, S, 3) uint8, or (n, 3, H, W) float32 as open_clip prepares them; None if n is 0."""
     seconds: float
-    """What it took, where it was done."""
+    """Seconds that the decoder took."""
 
 
 class DecoderPool(Protocol):
@@ -24,4 +24,4 @@ class DecoderPool(Protocol):
     at_once: int
 
     def __call__(self, data: list[bytes], preprocessing: dict[str, Any]) -> DecodedBatch | None:
-        """As `decoded` gives it; None if none of them can: whoever asked does it then."""
+        """Decode image files. None if no decoder answers: the caller decodes them itself."""

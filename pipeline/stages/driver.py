@@ -54,7 +54,7 @@ def run_in_process(stage: Stage, items: Sequence[Item]) -> Iterator[Outcome | No
             going, failed = None, None
             try:
                 going = item, committer.submit(process_item(stage, item))
-            except StageFailed:  # the driver's own, heard in the middle of an item
+            except StageFailed:  # the driver's own, from `on_progress`
                 raise
             except Exception as error:
                 if devices.is_unusable(error):
@@ -108,7 +108,7 @@ def run_stage(stage: Stage, runner: Runner = run_in_process, *, overwrite: bool 
     retry = retry and not _retry_is_unfinished(stage, rounds)
     done, tally = _run_items(stage, runner, items, joined and not planned, max_failed, watch)
     if retry:
-        added, joined = write_more_items(stage, stage.again(items, done), len(rounds) + 1)
+        added, joined = write_more_items(stage, stage.items_to_retry(items, done), len(rounds) + 1)
         if added:
             items = prepare(stage)
             done, tally = _run_items(stage, runner, items, joined, max_failed, watch)
@@ -146,10 +146,10 @@ def _run_items(stage: Stage, runner: Runner, items: Sequence[Item], joined: bool
         return recorded, tally
     del recorded
     outcomes = _Outcomes(stage, done, tally, max_failed, watch)
-    stage.heard = outcomes.look
+    stage.on_progress = outcomes.look
     for outcome in runner(stage, _Subset(items, numbers)):
         outcomes.add(outcome)
-    stage.heard = None
+    stage.on_progress = None
     outcomes.end(len(ids), len(numbers))
     return done.in_order(ids), tally
 
@@ -226,14 +226,14 @@ class _Outcomes:
 def _tried(stage: Stage, item: Item, first: Callable[[], dict[str, Any]]) -> Outcome:
     """One item with retries in this process after the `first` try; a ValueError will not get better by another."""
     attempt = first
-    for left in reversed(range(_TRIES)):
+    for tries_left in reversed(range(_TRIES)):
         try:
             return Outcome(item, record=attempt())
-        except StageFailed:  # the driver's own, heard in the middle of an item
+        except StageFailed:  # the driver's own, from `on_progress`
             raise
         except Exception as error:
             full = storage.disk_full_message(error)
-            if left == 0 or full or isinstance(error, ValueError):
+            if tries_left == 0 or full or isinstance(error, ValueError):
                 return Outcome(item, error=error_sentence(error), trace=traceback.format_exc(), full=bool(full))
             attempt = partial(process_and_commit, stage, item)
     raise AssertionError

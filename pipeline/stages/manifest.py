@@ -96,9 +96,9 @@ def stale_inputs(stage: Stage, claim: Claim) -> str:
 
 def without_run_facts(manifest: dict[str, Any]) -> dict[str, Any]:
     """A manifest without its `run` parts (seconds, hosts, dates): equal for equal results."""
-    bare = {key: value for key, value in manifest.items() if key != "run"}
-    bare["items"] = [{key: value for key, value in record.items() if key != "run"} for record in manifest["items"]]
-    return bare
+    result = {key: value for key, value in manifest.items() if key != "run"}
+    result["items"] = [{key: value for key, value in record.items() if key != "run"} for record in manifest["items"]]
+    return result
 
 
 def is_sealed(stage: Stage) -> bool:
@@ -121,8 +121,8 @@ def sealed_input(root: str, path: str, command: str, sha256: str | None = None) 
 @cache
 def code_revision() -> str:
     """The git revision of this code: what $RDM_REVISION says of a copy, or else git; without it the version."""
-    if told := os.environ.get("RDM_REVISION"):
-        return told
+    if revision := os.environ.get("RDM_REVISION"):
+        return revision
     here = Path(__file__).parent
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         got = subprocess.run(["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"],

@@ -155,7 +155,7 @@ def _carried(items: Iterable[Item], put: Callable[[str, bytes], None]) -> Iterat
 
 def load_items(folder: str, listed: Any) -> Sequence[Item]:
     if isinstance(listed, list):
-        return [Item(one["id"], one["inputs"]) for one in listed]
+        return [Item(planned["id"], planned["inputs"]) for planned in listed]
     return records.load(folder, listed, partial(records.items, element=Item))
 
 
@@ -181,7 +181,7 @@ class _Joined(Sequence[Item]):
 
     def ids(self) -> list[str]:
         """The ids alone, in order."""
-        return [one for part in self._parts for one in item_ids(part)]
+        return [item_id for part in self._parts for item_id in item_ids(part)]
 
 
 def item_ids(items: Sequence[Item]) -> list[str]:
@@ -211,10 +211,10 @@ def _disagreement(stage: Stage, claimed: dict[str, Any], inputs: dict[str, Any])
     wanted = {"format": FORMAT, "stage": stage.name, "section": stage.section(), "inputs": inputs}
     differing = "; ".join(f"{field}: there {there}, now {now}" for field, there, now in
                           _differences({key: claimed[key] for key in wanted}, wanted))
-    moved = [name for name, one in inputs.items() if one != claimed["inputs"].get(name)]
+    moved = [name for name, described in inputs.items() if described != claimed["inputs"].get(name)]
     changed = f"; what it is made from has changed: {', '.join(moved)}" if moved else ""
     return (f"{stage.folder} was planned with other settings or inputs ({differing}){changed}\n"
-            f"hint: {stage.elsewhere}, or make this one anew with --overwrite")
+            f"hint: {stage.alternative}, or make this one anew with --overwrite")
 
 
 def _differences(there: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:

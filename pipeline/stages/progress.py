@@ -1,8 +1,8 @@
-"""How far a run has come, for people and for budgets: what is recorded, and what workers have in hand.
+"""The progress of a run, for people and for the failure budget.
 
-A worker says every few seconds how far it is in its item, in `progress/<item>.json`; the driver adds that to
-the records, and keeps the sum in `progress.json` for whoever asks from another terminal. Both are gone when the
-stage is sealed, and nothing depends on them but the failure budget.
+A worker reports every few seconds how far it is in its item, in `progress/<item>.json`. The driver adds the
+reports to the records and writes the sum to `progress.json`, which other terminals read. The seal removes both.
+Only the failure budget depends on them.
 """
 
 import contextlib
@@ -19,29 +19,30 @@ LEAST = 200  # rows before a share of failures means anything
 
 
 def period(folder: str) -> float:
-    """Seconds between two words on progress: requests to an object store cost money."""
+    """Seconds between two reports of a worker. Requests to an object store cost money."""
     return 5.0 if storage.is_local(folder) else 20.0
 
 
-class Beat:
-    """A worker's word on the item in its hands; `again`: its rows failed before."""
+class ProgressReporter:
+    """Reports how far a worker is in its item. `again`: the rows of the item failed before."""
 
-    def __init__(self, folder: str, item: str, heard: Callable[[], None] | None = None, *, again: bool = False) -> None:
+    def __init__(self, folder: str, item: str, on_report: Callable[[], None] | None = None, *,
+                 again: bool = False) -> None:
         self._url = storage.join(folder, "progress", f"{item}.json")
-        self._period, self._last, self._heard = period(folder), time.monotonic(), heard
+        self._period, self._last, self._on_report = period(folder), time.monotonic(), on_report
         self._again, self._written = again, False
 
     def __call__(self, *, rows: int, samples: int, length: int, skipped: Counter[str]) -> None:
-        """Say how many rows are done, if the last word is old enough."""
+        """Report how many rows are done, if the last report is old enough."""
         if time.monotonic() - self._last < self._period:
             return
         self._last = time.monotonic()
-        with contextlib.suppress(OSError):  # an item must not fail for want of a word on it
+        with contextlib.suppress(OSError):  # an item must not fail because a report cannot be written
             storage.put_json({"rows": rows, "samples": samples, "bytes": length, "skipped": dict(skipped),
                               "again": self._again}, self._url)
             self._written = True
-        if self._heard:
-            self._heard()
+        if self._on_report:
+            self._on_report()
 
     def done(self) -> None:
         """The item is recorded, or given up."""
@@ -51,14 +52,14 @@ class Beat:
 
 
 class Tally:
-    """Rows, samples, bytes and reasons so far; the driver's.
+    """Rows, samples, bytes and reasons so far, as the driver counts them.
 
-    Rows that are tried again count anew in `rows` and among the reasons; shares of failures count each row once.
+    Retried rows count again in `rows` and among the reasons. Shares of failures count each row once.
     """
 
     def __init__(self, folder: str, items: int, rows: int, by_choice: Iterable[str] = (),
                  recorded: set[str] | None = None) -> None:
-        """`recorded`: ids of what has a record, where somebody keeps them already."""
+        """`recorded`: a set that the caller keeps of the ids that have a record."""
         self.folder, self.items, self.rows = folder, items, rows
         self.by_choice = set(by_choice)
         self.recorded_ids: set[str] = set() if recorded is None else recorded
@@ -73,10 +74,10 @@ class Tally:
         self._fresh_rows, self._fresh_reasons = 0, Counter[str]()  # of this run, without what is tried again
         self._given_up: set[str] = set()
         self._in_hand: dict[str, dict[str, Any]] = {}
-        self.retired: list[dict[str, Any]] = _retired(folder)
+        self.retired: list[dict[str, Any]] = _read_retired(folder)
         """Workers that were retired, also by earlier runs of this stage."""
-        # Words of workers that died with an earlier run; who lives says another one soon.
-        self._old = dict(_read(folder))
+        # Reports of workers that died with an earlier run. A living worker writes another one soon.
+        self._old = dict(_read_reports(folder))
 
     def record(self, record: dict[str, Any], length: int) -> None:
         """Count a record; `length`: bytes of its files."""
@@ -104,9 +105,9 @@ class Tally:
         self.retired.append(worker)
 
     def start(self, done: Sequence[dict[str, Any]] = ()) -> None:
-        """Count the records of earlier runs; what is counted so far was done by them."""
+        """Count the records of earlier runs."""
         infos = list(records.infos(done)) if isinstance(done, records.Rows) else []
-        if infos and all("rows" in info for info, _ in infos):  # a million of them, in columns
+        if isinstance(done, records.Rows) and infos and all("rows" in info for info, _ in infos):
             counts = records.totals(done)
             self.done_items += counts["items"]
             self.recorded_ids.update(done.ids())
@@ -123,27 +124,28 @@ class Tally:
         self._fresh_rows, self._fresh_reasons = 0, Counter()
 
     def due(self, *, quick: bool = False) -> bool:
-        """Whether it is time for another look; one at thousands of workers takes a while."""
+        """Whether it is time to count again. Reading the reports of thousands of workers takes a while."""
         if quick:
             return time.monotonic() - self._counted >= 0.5
         return time.monotonic() - self._last >= max(period(self.folder), 10 * self._took)
 
     def look(self, *, quick: bool = False) -> dict[str, Any]:
-        """Count everything anew, tell other terminals, and return it."""
+        """Count everything again, write it for other terminals, and return it."""
         begun = self._counted = time.monotonic()
         if not quick:
             self._last = begun
-            self._in_hand = {item: one for item, one in _read(self.folder) if one != self._old.get(item)}
-        in_hand = self._words()
-        total = {key: value + sum(one[key] for one in in_hand) for key, value in self.recorded.items()}
+            self._in_hand = {item: report for item, report in _read_reports(self.folder)
+                             if report != self._old.get(item)}
+        in_hand = self._reports()
+        total = {key: value + sum(report[key] for report in in_hand) for key, value in self.recorded.items()}
         elapsed = begun - self._begun
         rate = (total["rows"] - self.earlier["rows"]) / elapsed if elapsed > 0 else 0.0
-        left = max(self.rows - total["rows"], 0)
+        rows_left = max(self.rows - total["rows"], 0)
         self.now = total | {
             "of_rows": self.rows, "items": self.done_items, "of_items": self.items, "failed_items": self.failed_items,
-            "skipped": dict((+_sum(self.reasons, in_hand)).most_common()), "rows_per_s": round(rate, 1),
-            "retried": self.retried + sum(one["rows"] for one in in_hand if one["again"]),
-            "seconds_left": round(left / rate) if rate > 0 and self.rows else None,
+            "skipped": dict((+_sum_reasons(self.reasons, in_hand)).most_common()), "rows_per_s": round(rate, 1),
+            "retried": self.retried + sum(report["rows"] for report in in_hand if report["again"]),
+            "seconds_left": round(rows_left / rate) if rate > 0 and self.rows else None,
             "retired": self.retired, "devices": dict(self.devices), "updated": round(time.time(), 1),
             "host": platform.node()}
         if not quick:
@@ -155,14 +157,14 @@ class Tally:
     def over(self, most: float, *, final: bool = False) -> str:
         """A sentence if the share of rows that failed is above `most`, "" if not or not yet known.
 
-        Along the way rows of this run count, so that one that was stopped can go on when the cause is gone; at
-        the end (`final`) all.
+        Only rows of this run count, so that a stopped run can continue when the cause is gone. At the end
+        (`final`) all rows count.
         """
-        fresh = [one for one in self._words() if not one["again"]]
+        fresh = [report for report in self._reports() if not report["again"]]
         rows, reasons = ((self.recorded["rows"] - self.retried, self.reasons) if final else
                          (self._fresh_rows, self._fresh_reasons))
-        rows += sum(one["rows"] for one in fresh)
-        reasons = Counter({reason: count for reason, count in _sum(reasons, fresh).items()
+        rows += sum(report["rows"] for report in fresh)
+        reasons = Counter({reason: count for reason, count in _sum_reasons(reasons, fresh).items()
                            if reason not in self.by_choice and count > 0})
         failed = reasons.total()
         if failed <= most * rows or (rows < LEAST and not final):
@@ -171,41 +173,41 @@ class Tally:
         return (f"{failed} of {rows} rows failed ({failed / rows:.0%}, allowed are {most:.0%}): {frequent}"
                 f"{' (those tried again counted anew)' if final and self.retried else ''}")
 
-    def _words(self) -> list[dict[str, Any]]:
-        """What workers said of items that are neither recorded nor given up."""
-        return [one for item, one in self._in_hand.items()
+    def _reports(self) -> list[dict[str, Any]]:
+        """Reports on items that are neither recorded nor given up."""
+        return [report for item, report in self._in_hand.items()
                 if item not in self.recorded_ids and item not in self._given_up]
 
     def clear(self) -> None:
-        """Remove what was said along the way."""
+        """Remove the reports and their sum."""
         storage.remove(storage.join(self.folder, "progress.json"))
         storage.remove_tree(storage.join(self.folder, "progress"))
 
 
-def _retired(folder: str) -> list[dict[str, Any]]:
+def _read_retired(folder: str) -> list[dict[str, Any]]:
     try:
         return storage.read_json(storage.join(folder, "progress.json")).get("retired", [])
     except (FileNotFoundError, ValueError):
         return []
 
 
-def _sum(reasons: Counter[str], words: list[dict[str, Any]]) -> Counter[str]:
+def _sum_reasons(reasons: Counter[str], reports: list[dict[str, Any]]) -> Counter[str]:
     total = Counter(reasons)
-    for one in words:
-        total.update(one["skipped"])
+    for report in reports:
+        total.update(report["skipped"])
     return total
 
 
-def _read(folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_reports(folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
     base = storage.join(folder, "progress")
 
-    def word(name: str) -> dict[str, Any] | None:
+    def read(name: str) -> dict[str, Any] | None:
         try:
             return storage.read_json(storage.join(base, name))
         except (FileNotFoundError, ValueError):
             return None  # recorded in this moment
 
     names = storage.list_files(base)
-    for name, one in zip(names, storage.map_urls(word, names), strict=True):
-        if one is not None:
-            yield name.removesuffix(".json"), one
+    for name, report in zip(names, storage.map_urls(read, names), strict=True):
+        if report is not None:
+            yield name.removesuffix(".json"), report

@@ -66,8 +66,8 @@ class Rows(Sequence[_T]):
         return self._element(self._unpacked[1].slice(index - first, 1).to_pylist()[0])
 
     def __iter__(self) -> Iterator[_T]:
-        for table_ in self.tables():
-            for batch in table_.to_batches(max_chunksize=_BATCH):
+        for group in self.tables():
+            for batch in group.to_batches(max_chunksize=_BATCH):
                 yield from map(self._element, batch.to_pylist())
 
     def __eq__(self, other: object) -> bool:
@@ -85,7 +85,7 @@ class Rows(Sequence[_T]):
 
     def ids(self) -> list[str]:
         """The ids alone, in order."""
-        return [one for table_ in self.tables("id") for one in table_.column("id").to_pylist()]
+        return [item_id for group in self.tables("id") for item_id in group.column("id").to_pylist()]
 
 
 def records(data: bytes) -> Rows[dict[str, Any]]:
@@ -118,22 +118,22 @@ def to_bytes(tables: Iterable[pa.Table], schema: pa.Schema = RECORDS) -> bytes:
     """Tables, one after the other, as the bytes of a parquet file: the same however they are divided."""
     buffer = io.BytesIO()
     with pq.ParquetWriter(buffer, schema, compression="zstd") as writer:
-        left = schema.empty_table()
-        for one in tables:
-            left = pa.concat_tables([left, one])
-            while left.num_rows >= _GROUP:
-                writer.write_table(left.slice(0, _GROUP).combine_chunks())
-                left = left.slice(_GROUP)
-        if left.num_rows:
-            writer.write_table(left.combine_chunks())
+        pending = schema.empty_table()
+        for part in tables:
+            pending = pa.concat_tables([pending, part])
+            while pending.num_rows >= _GROUP:
+                writer.write_table(pending.slice(0, _GROUP).combine_chunks())
+                pending = pending.slice(_GROUP)
+        if pending.num_rows:
+            writer.write_table(pending.combine_chunks())
     return buffer.getvalue()
 
 
 def items_to_bytes(planned: Iterable[dict[str, Any]]) -> bytes:
     """Planned items as the bytes of a parquet file of the schema `ITEMS`; no more than a group of them is held."""
-    rows = ({"id": one["id"], "inputs": json.dumps(one["inputs"])} for one in planned)
-    return to_bytes((pa.Table.from_pylist(some, ITEMS)
-                     for some in iter(lambda: list(itertools.islice(rows, _BATCH)), [])), ITEMS)
+    rows = ({"id": item["id"], "inputs": json.dumps(item["inputs"])} for item in planned)
+    return to_bytes((pa.Table.from_pylist(batch, ITEMS)
+                     for batch in iter(lambda: list(itertools.islice(rows, _BATCH)), [])), ITEMS)
 
 
 def reference(name: str, data: bytes, count: int) -> dict[str, Any]:
@@ -150,12 +150,12 @@ def load(folder: str, listed: Any, unpack: Callable[[bytes], Rows[_T]]) -> Rows[
     """The list that a document in `folder` refers to; ValueError if it is not the one."""
     url = storage.join(folder, listed["file"]["name"])
     try:
-        found = unpack(Path(storage.fetch(url, listed["file"], check=True)).read_bytes())
+        rows = unpack(Path(storage.fetch(url, listed["file"], check=True)).read_bytes())
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{url} is damaged: {error}\nhint: python -m jobs verify") from None
-    if len(found) != listed["count"]:
+    if len(rows) != listed["count"]:
         raise ValueError(f"{url} is not the list that its document describes\nhint: python -m jobs verify")
-    return found
+    return rows
 
 
 def content(fingerprint: str, described: Iterable[dict[str, Any]], done: Sequence[dict[str, Any]]) -> str:
@@ -164,8 +164,8 @@ def content(fingerprint: str, described: Iterable[dict[str, Any]], done: Sequenc
     for file in described:
         digest.update(f"{file['name']} {file['sha256']}\n".encode())
     if isinstance(done, Rows):
-        for table_ in done.tables("files"):
-            for batch in table_.to_batches():
+        for group in done.tables("files"):
+            for batch in group.to_batches():
                 files = batch.column("files").flatten()
                 lines = pc.binary_join_element_wise(files.field("name"), files.field("sha256"), " ")
                 digest.update("".join(f"{line}\n" for line in lines.to_pylist()).encode())
@@ -198,9 +198,9 @@ def _occurring(counts: Counter[str]) -> dict[str, int]:
 def _column_totals(done: Rows[Any]) -> dict[str, Any]:
     sums = {name: Counter[str]() for name in ("skipped", "noted")}
     samples = length = 0
-    for table_ in done.tables("samples", "files", *sums):
-        samples += pc.sum(table_.column("samples")).as_py() or 0
-        for batch in table_.to_batches():
+    for group in done.tables("samples", "files", *sums):
+        samples += pc.sum(group.column("samples")).as_py() or 0
+        for batch in group.to_batches():
             length += pc.sum(batch.column("files").flatten().field("bytes")).as_py() or 0
             for name, counter in sums.items():
                 # Of a map that has been sliced, `keys` are those of the whole: flatten by the offsets instead.
@@ -217,17 +217,17 @@ def _column_totals(done: Rows[Any]) -> dict[str, Any]:
 def seconds(done: Sequence[dict[str, Any]]) -> float:
     """Worker seconds of all records together."""
     if isinstance(done, Rows):
-        found = (pc.extract_regex(table_.column("run"), r'"seconds": (?P<s>[0-9.e+-]+)').combine_chunks()
-                 for table_ in done.tables("run"))
-        return sum(pc.sum(one.field("s").cast(pa.float64())).as_py() or 0.0 for one in found)
+        matches = (pc.extract_regex(group.column("run"), r'"seconds": (?P<s>[0-9.e+-]+)').combine_chunks()
+                 for group in done.tables("run"))
+        return sum(pc.sum(match.field("s").cast(pa.float64())).as_py() or 0.0 for match in matches)
     return sum(record["run"]["seconds"] for record in done)
 
 
 def halved(done: Sequence[dict[str, Any]]) -> int:
     """How many records say that a batch was halved after out of memory (`pipeline.devices.HALVED`)."""
     if isinstance(done, Rows):
-        found = (pc.sum(pc.match_substring(table_.column("run"), f'"{HALVED}": ')) for table_ in done.tables("run"))
-        return sum(one.as_py() or 0 for one in found)
+        counts = (pc.sum(pc.match_substring(group.column("run"), f'"{HALVED}": ')) for group in done.tables("run"))
+        return sum(count.as_py() or 0 for count in counts)
     return sum(HALVED in record["run"].get("times", {}) for record in done)
 
 
@@ -235,10 +235,10 @@ def devices(done: Sequence[dict[str, Any]]) -> dict[str, int]:
     """How many records were made on each device; records from before devices were noted are left out."""
     if isinstance(done, Rows):
         counts = Counter[str]()
-        for table_ in done.tables("run"):
-            found = pc.extract_regex(table_.column("run"), r'"device": "(?P<device>(?:[^"\\]|\\.)*)"')
-            names = pc.value_counts(pc.struct_field(found.combine_chunks(), "device").drop_null())
-            counts.update({json.loads(f'"{one["values"]}"'): one["counts"] for one in names.to_pylist()})
+        for group in done.tables("run"):
+            matches = pc.extract_regex(group.column("run"), r'"device": "(?P<device>(?:[^"\\]|\\.)*)"')
+            names = pc.value_counts(pc.struct_field(matches.combine_chunks(), "device").drop_null())
+            counts.update({json.loads(f'"{row["values"]}"'): row["counts"] for row in names.to_pylist()})
     else:
         counts = Counter(record["run"]["device"] for record in done if record.get("run", {}).get("device"))
     return dict(counts.most_common())
@@ -248,8 +248,8 @@ def infos(done: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], int]
     """Each `info` that occurs among records, and how often."""
     if isinstance(done, Rows):
         counts = Counter[str]()
-        for table_ in done.tables("info"):
-            counts.update({one["values"]: one["counts"] for one in pc.value_counts(table_.column("info")).to_pylist()})
+        for group in done.tables("info"):
+            counts.update({row["values"]: row["counts"] for row in pc.value_counts(group.column("info")).to_pylist()})
         for info, often in counts.items():
             yield json.loads(info), often
     else:
@@ -284,22 +284,22 @@ class Collected:
         """The records of these items that are there, in the order of `ids`."""
         if not self._packs:
             by_id = {record["id"]: record for record in self._loose}
-            return [by_id[one] for one in ids if one in by_id]
+            return [by_id[item_id] for item_id in ids if item_id in by_id]
         return records(to_bytes(self._ordered(ids)))
 
     def _ordered(self, ids: Sequence[str]) -> Iterator[pa.Table]:
         """A group at a time: of the packs, which hold all, only those are unpacked that have some of it."""
         packs = [*self._packs, records(to_bytes([table(self._loose)]))]
-        there = pa.concat_tables(table_ for pack in packs for table_ in pack.tables("id")).column("id")
+        there = pa.concat_tables(group for pack in packs for group in pack.tables("id")).column("id")
         place = pc.index_in(pa.array(ids, pa.string()), there.combine_chunks())
         wanted = place.drop_null().to_numpy()
         firsts = np.cumsum([0, *map(len, packs)])
         for start in range(0, len(wanted), _GROUP):
             rows = wanted[start:start + _GROUP]
-            of = np.searchsorted(firsts, rows, side="right") - 1
+            pack_of_row = np.searchsorted(firsts, rows, side="right") - 1
             parts, order = [], []
-            for pack in np.unique(of):
-                some = np.flatnonzero(of == pack)
-                parts.append(pa.concat_tables(packs[pack].tables()).take(pa.array(rows[some] - firsts[pack])))
-                order.append(some)
+            for pack in np.unique(pack_of_row):
+                places = np.flatnonzero(pack_of_row == pack)
+                parts.append(pa.concat_tables(packs[pack].tables()).take(pa.array(rows[places] - firsts[pack])))
+                order.append(places)
             yield pa.concat_tables(parts).take(pa.array(np.argsort(np.concatenate(order))))

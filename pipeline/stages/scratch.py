@@ -55,9 +55,9 @@ def shared_scratch(name: str, fill: Callable[[Path], None]) -> Path:
         fcntl.flock(turn, fcntl.LOCK_EX)
         if not (folder / "filled").exists():
             # What somebody left who died over it is no beginning.
-            for left in folder.iterdir():
-                if left.name not in {_ALIVE, ".fill"}:
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            for leftover in folder.iterdir():
+                if leftover.name not in {_ALIVE, ".fill"}:
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             try:
                 fill(folder)
             except BaseException:

@@ -23,18 +23,18 @@ def read_records(stage: Stage, ids: Sequence[str]) -> records.Collected:
     folder = storage.join(stage.folder, "records")
     plan = claim_of(stage).fingerprint
     packs = storage.join(stage.folder, "packs", plan[:12])
-    found = records.Collected(partial(_pack, packs))
+    collected = records.Collected(partial(_pack, packs))
     names = storage.list_files(folder)
     for name in storage.list_files(packs):
-        found.add_pack(storage.read_bytes(storage.join(packs, name)))
-    alone = {one for name in names if (one := name.removesuffix(".json")) not in found.ids}
-    missing = [one for one in ids if one in alone]
+        collected.add_pack(storage.read_bytes(storage.join(packs, name)))
+    alone = {item_id for name in names if (item_id := name.removesuffix(".json")) not in collected.ids}
+    missing = [item_id for item_id in ids if item_id in alone]
     for first in range(0, len(missing), _AT_ONCE):
-        some = [storage.join(folder, f"{one}.json") for one in missing[first:first + _AT_ONCE]]
-        for record in storage.map_urls(storage.read_json, some):
+        urls = [storage.join(folder, f"{item_id}.json") for item_id in missing[first:first + _AT_ONCE]]
+        for record in storage.map_urls(storage.read_json, urls):
             if record["plan"] == plan:
-                found.add(record)
-    return found
+                collected.add(record)
+    return collected
 
 
 def _pack(folder: str, data: bytes) -> None:

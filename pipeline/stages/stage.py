@@ -2,7 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,11 +40,11 @@ class Stage(ABC):
         self.folder = storage.join(self.root, folder)
         self.config = config
         self.claim: Claim | None = None  # set when the driver claims the folder; goes to the workers with the stage
-        self.heard: Callable[[], None] | None = None  # called at each word of a worker in this process
-        self.beat = progress.Beat(self.folder, "")
+        self.on_progress: Callable[[], None] | None = None  # called at each word of a worker in this process
+        self.report_progress = progress.ProgressReporter(self.folder, "")
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"heard": None}
+        return self.__dict__ | {"on_progress": None}
 
     @property
     def command(self) -> str:
@@ -52,13 +52,13 @@ class Stage(ABC):
         return f"python -m jobs {self.name}"
 
     @property
-    def elsewhere(self) -> str:
+    def alternative(self) -> str:
         """How to keep what is there and still get what is wanted, for hints."""
         return "write to another version (name@v2)"
 
     def section(self) -> dict[str, Any]:
         """The settings that the result depends on, as JSON."""
-        assert is_dataclass(self.config)
+        assert is_dataclass(self.config) and not isinstance(self.config, type)
         return json.loads(json.dumps(asdict(self.config)))
 
     def inputs(self) -> dict[str, dict[str, Any]]:
@@ -76,7 +76,7 @@ class Stage(ABC):
         """How many rows an item is about, 0 where that is not known; for progress."""
         return int(item.inputs.get("count", 0))
 
-    def again(self, items: Sequence[Item], done: Sequence[dict[str, Any]]) -> Iterable[Item]:
+    def items_to_retry(self, items: Sequence[Item], done: Sequence[dict[str, Any]]) -> Iterable[Item]:
         """More items, for another try at the rows that failed in the `done` records of `items`."""
         raise ValueError(f"{self.name} cannot try failed rows again")
 
@@ -96,12 +96,12 @@ class Stage(ABC):
         """How many items a worker takes at once, where that saves it work; `gpu`: workers have one, None: look here."""
         return 1
 
-    def process_together(self, work: Sequence[tuple[Item, Path]]) -> Iterator[Output | Exception]:
+    def process_together(self, work: Sequence[tuple[Item, Path]]) -> Generator[Output | Exception, None, None]:
         """`process` for each of several items with its folder, in order; what it raises comes in its place."""
         for item, scratch in work:
             try:
                 output: Output | Exception = self.process(item, scratch)
-            except StageFailed:  # the driver's own, heard in the middle of an item
+            except StageFailed:  # the driver's own, from `on_progress`
                 raise
             except Exception as error:
                 output = error

@@ -1,8 +1,8 @@
-"""How long a process takes for this and that."""
+"""Seconds that a process spends on each kind of work."""
 
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,15 +13,15 @@ _T = TypeVar("_T")
 
 @dataclass
 class Times:
-    """Seconds spent with this and that, all threads together; `cpu`: what this process used meanwhile."""
+    """Seconds by kind of work, all threads together."""
 
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     lock: threading.Lock = field(default_factory=threading.Lock)
     used: float = field(default_factory=time.process_time)
 
     @contextmanager
     def __call__(self, what: str) -> Iterator[None]:
-        """Count the time inside."""
+        """Count the time of a `with` block."""
         started = time.perf_counter()
         try:
             yield
@@ -29,24 +29,24 @@ class Times:
             self.add(what, time.perf_counter() - started)
 
     def add(self, what: str, seconds: float) -> None:
-        """Count these too."""
+        """Count these seconds too."""
         with self.lock:
             self.seconds[what] += seconds
 
-    def each(self, what: str, made: Iterable[_T]) -> Iterator[_T]:
-        """What is made one by one, the making counted."""
-        made = iter(made)
+    def each(self, what: str, values: Iterable[_T]) -> Iterator[_T]:
+        """The values one by one; counts the time until each is there."""
+        iterator = iter(values)
         while True:
             with self(what):
-                one = next(made, None)
-            if one is None:
+                value = next(iterator, None)
+            if value is None:
                 return
-            yield one
+            yield value
 
-    def taken(self) -> dict[str, float]:
-        """What was spent since the last time this was asked."""
+    def pop_seconds(self) -> dict[str, float]:
+        """The seconds since the last call, with those of the CPU that this process used as `cpu`."""
         with self.lock:
             now = time.process_time()
-            found, self.seconds = dict(self.seconds) | {"cpu": now - self.used}, Counter()
-            self.used = now
-        return found
+            seconds = dict(self.seconds) | {"cpu": now - self.used}
+            self.seconds, self.used = defaultdict(float), now
+        return seconds

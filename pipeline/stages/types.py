@@ -44,15 +44,15 @@ class Output:
     files: dict[str, Path] = field(default_factory=dict)
     ledger: list[Entry] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
-    aside: dict[str, bytes] = field(default_factory=dict)
+    run_files: dict[str, bytes] = field(default_factory=dict)
     """Files that differ from run to run (times): put in place, and not part of the content."""
-    mended: dict[str, int] = field(default_factory=dict)
+    earlier_skipped: dict[str, int] = field(default_factory=dict)
     """What was skipped by earlier tries at the same rows: this one counts in their place."""
-    counted: tuple[dict[str, int], dict[str, int]] | None = None
+    counts: tuple[dict[str, int], dict[str, int]] | None = None
     """(skipped, noted) of a ledger that is among the files already."""
     times: dict[str, Any] = field(default_factory=dict)
     """Seconds by what they were spent with, and what else is known of the run and not part of the content."""
-    elsewhere: list[dict[str, Any]] = field(default_factory=list)
+    external_files: list[dict[str, Any]] = field(default_factory=list)
     """Files described (name, bytes, sha256) that lie where they are; their names are whole addresses."""
 
 

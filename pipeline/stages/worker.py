@@ -26,36 +26,37 @@ from pipeline.storage.hashing import describe_file
 _log = logging.getLogger(__name__)
 _INPUTS_COMPARED: set[tuple[str, str]] = set()  # folder and fingerprint of the plans that this process works on
 
-current_item: ContextVar[tuple[str, str, str] | None] = ContextVar("in_hand", default=None)
-"""(folder below the root, stage, item) that is worked on here, for the log."""
+current_item: ContextVar[tuple[str, str, str] | None] = ContextVar("current_item", default=None)
+"""(folder below the root, stage, item) of the item in work, for the log."""
 
 
 def process_and_commit(stage: Stage, item: Item) -> dict[str, Any]:
-    """Process and commit one item, and return its record; runs in whichever process is told to.
+    """Process and commit one item, and return its record. Runs in any process.
 
-    Idempotent: a late twin of a worker thought dead finds the record and steps back.
+    Idempotent: a late duplicate of a worker that was given up finds the record and steps back.
     """
     return process_item(stage, item)()
 
 
 def process_item(stage: Stage, item: Item) -> Callable[[], dict[str, Any]]:
-    """Process one item; what commits it and returns its record, to be called once, in any thread."""
+    """Process one item. Returns a function that commits it and returns its record: call it once, in any thread."""
     address = storage.join(stage.folder, "records", f"{item.id}.json")
     plan = _begin(stage)
-    if found := _record(address, plan):
-        return lambda: found
+    if earlier := _read_record(address, plan):
+        return lambda: earlier
     started = time.time()
-    stage.beat = progress.Beat(stage.folder, item.id, stage.heard, again="round" in item.inputs)
-    with _holding(stage, item), contextlib.ExitStack() as stack:
-        stack.callback(stage.beat.done)
+    stage.report_progress = progress.ProgressReporter(stage.folder, item.id, stage.on_progress,
+                                                      again="round" in item.inputs)
+    with _current(stage, item), contextlib.ExitStack() as stack:
+        stack.callback(stage.report_progress.done)
         scratch = stack.enter_context(scratch_folder(f"{stage.name}-{item.id}"))
         output = stage.process(item, scratch)
         held = stack.pop_all()
 
     def commit() -> dict[str, Any]:
-        with _holding(stage, item), held:
+        with _current(stage, item), held:
             record = _commit(stage, item, output, scratch, plan, started)
-            _tell(stage, item, record)
+            _log_record(stage, item, record)
             return record
 
     return commit
@@ -67,31 +68,32 @@ def work_together(stage: Stage, items: Sequence[Item]) -> Iterator[tuple[Item, d
     A failed item comes with its exception, or with None if another item's exception ended them all: try it alone.
     """
     plan = _begin(stage)
-    there = {item.id: _record(storage.join(stage.folder, "records", f"{item.id}.json"), plan) for item in items}
+    there = {item.id: _read_record(storage.join(stage.folder, "records", f"{item.id}.json"), plan) for item in items}
     yield from ((item, there[item.id]) for item in items if there[item.id])
     new = [item for item in items if not there[item.id]]
     with contextlib.ExitStack() as stack:
         work = [(item, stack.enter_context(scratch_folder(f"{stage.name}-{item.id}"))) for item in new]
         outputs = stack.enter_context(contextlib.closing(stage.process_together(work)))
         for item, scratch in work:
-            started, stage.beat = time.time(), progress.Beat(stage.folder, item.id, stage.heard)
+            started = time.time()
+            stage.report_progress = progress.ProgressReporter(stage.folder, item.id, stage.on_progress)
             record: dict[str, Any] | Exception | None = None
             try:
-                output = next(outputs, None)  # none is left where one error ended all of them
+                output = next(outputs, None)  # none is left if one error ended all of them
                 if isinstance(output, Exception):
                     raise output
                 if output:
-                    with _holding(stage, item):
+                    with _current(stage, item):
                         record = committed = _commit(stage, item, output, scratch, plan, started)
-                        _tell(stage, item, committed)
-            except StageFailed:  # the driver's own, heard in the middle of an item
+                        _log_record(stage, item, committed)
+            except StageFailed:  # the driver's own, from `on_progress`
                 raise
             except Exception as error:
                 record = error
                 _log.warning("%s: %s failed among others and is tried alone: %s", stage.name, item.id,
                              error_sentence(error))
             finally:
-                stage.beat.done()
+                stage.report_progress.done()
             yield item, record
 
 
@@ -109,7 +111,7 @@ def _begin(stage: Stage) -> str:
 
 
 @contextlib.contextmanager
-def _holding(stage: Stage, item: Item) -> Iterator[None]:
+def _current(stage: Stage, item: Item) -> Iterator[None]:
     token = current_item.set((stage.path, stage.name, item.id))
     try:
         yield
@@ -117,7 +119,7 @@ def _holding(stage: Stage, item: Item) -> Iterator[None]:
         current_item.reset(token)
 
 
-def _tell(stage: Stage, item: Item, record: dict[str, Any]) -> None:
+def _log_record(stage: Stage, item: Item, record: dict[str, Any]) -> None:
     _log.debug("%s: item %s is recorded: %d samples", stage.name, item.id, record["samples"], extra={"fields": {
         "samples": record["samples"], "skipped": record["skipped"], "seconds": record["run"]["seconds"]}})
 
@@ -128,27 +130,27 @@ def _commit(stage: Stage, item: Item, output: Output, scratch: Path, plan: str, 
         ledger = scratch / "ledger.jsonl"
         ledger.write_text("".join(json.dumps(asdict(entry), sort_keys=True) + "\n" for entry in output.ledger))
         output.files[f"ledger/{item.id}.jsonl"] = ledger
-    described = sorted([*(describe_file(name, path) for name, path in output.files.items()), *output.elsewhere],
+    described = sorted([*(describe_file(name, path) for name, path in output.files.items()), *output.external_files],
                        key=lambda file: file["name"])
-    skipped, noted = output.counted or (_count(entry for entry in output.ledger if not entry.kept),
-                                        _count(entry for entry in output.ledger if entry.kept))
-    if output.mended:
+    skipped, noted = output.counts or (_count_reasons(entry for entry in output.ledger if not entry.kept),
+                                        _count_reasons(entry for entry in output.ledger if entry.kept))
+    if output.earlier_skipped:
         net = Counter(skipped)
-        net.subtract(output.mended)
+        net.subtract(output.earlier_skipped)
         skipped = {reason: count for reason, count in sorted(net.items()) if count}
-    record = {
+    record: dict[str, Any] = {
         "id": item.id, "plan": plan, "samples": output.samples, "files": described,
         "skipped": skipped, "noted": noted,
         "info": output.info,
     }
-    if found := _record(address, plan):
-        return found
+    if earlier := _read_record(address, plan):
+        return earlier
     refuse_replaced_plan(stage)
     for name, path in sorted(output.files.items()):
         storage.put_file(path, storage.join(stage.folder, name), give=path.is_relative_to(scratch))
-    for name, data in sorted(output.aside.items()):
+    for name, data in sorted(output.run_files.items()):
         storage.put_bytes(data, storage.join(stage.folder, name))
-    # Of the process since its start, which may have done other items: what a machine must have for it.
+    # The peak since the process started, other items included: a machine must have this much.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     record["run"] = {"seconds": round(time.time() - started, 3), "host": platform.node(), "peak_mb": round(peak),
                      "device": stage.device or devices.describe_device(stage.precision)}
@@ -156,14 +158,14 @@ def _commit(stage: Stage, item: Item, output: Output, scratch: Path, plan: str, 
         record["run"]["times"] = {name: round(value, 3) if isinstance(value, float) else value
                                   for name, value in sorted(output.times.items())}
     if not storage.create_bytes(storage.json_bytes(record), address):
-        if found := _record(address, plan):
-            return found
+        if earlier := _read_record(address, plan):
+            return earlier
         refuse_replaced_plan(stage)  # a record of another plan: one of the two is late
         storage.put_json(record, address)
     return record
 
 
-def _record(address: str, plan: str) -> dict[str, Any] | None:
+def _read_record(address: str, plan: str) -> dict[str, Any] | None:
     """The record at `address` if it is one of this plan."""
     try:
         record = storage.read_json(address)
@@ -173,7 +175,7 @@ def _record(address: str, plan: str) -> dict[str, Any] | None:
 
 
 def error_sentence(error: BaseException) -> str:
-    """What is told of the error of an item."""
+    """The message that a report gives for the error of an item."""
     if full := storage.disk_full_message(error):
         return full
     text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
@@ -181,5 +183,5 @@ def error_sentence(error: BaseException) -> str:
     return text if "hint:" in text or not explained else f"{text.splitlines()[0]}\n{explained}"
 
 
-def _count(entries: Iterable[Entry]) -> dict[str, int]:
+def _count_reasons(entries: Iterable[Entry]) -> dict[str, int]:
     return dict(sorted(Counter(entry.reason for entry in entries).items()))

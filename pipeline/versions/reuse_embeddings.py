@@ -23,7 +23,7 @@ class Reuse(Embed):
 
     def plan(self) -> list[Item]:
         items = super().plan()
-        if not self.last or not self.last.sealed(self.output_folder):
+        if not self.last or not self.last.is_sealed(self.output_folder):
             return items
         manifest = self.last.manifest(self.output_folder)
         if manifest["section"] != self.section():
@@ -60,8 +60,8 @@ class Reuse(Embed):
         theirs, base = item.inputs["vectors"], Dataset(self.root, self.dataset.name, item.inputs["last"])
         if "of" not in item.inputs:
             return Output(theirs["samples"], info={"reused": theirs["samples"]},
-                          counted=(theirs["skipped"], theirs["noted"]),
-                          elsewhere=[reference(base, self.output_folder, self.dataset, entry)
+                          counts=(theirs["skipped"], theirs["noted"]),
+                          external_files=[reference(base, self.output_folder, self.dataset, entry)
                                      for entry in theirs["files"]])
         rows = np.load(base.fetch(self.output_folder, file_of(theirs, ".npy"), check=True), allow_pickle=False)
         old = succeeded_rows(read_metadata(base, item.inputs["of"], ["key", "status"]))

@@ -135,8 +135,8 @@ class Update(Shard):
         counts = {name: value for name, value in record["info"].items() if name in {"rows", "filtered"}}
         return Output(record["samples"], info=counts | {"kept": record["samples"]}
                       | ({"dead": [keys[row] for row in positions]} if positions else {}),
-                      counted=(record["skipped"], record["noted"]),
-                      elsewhere=[reference(base, "shards", self.dataset, entry) for entry in record["files"]])
+                      counts=(record["skipped"], record["noted"]),
+                      external_files=[reference(base, "shards", self.dataset, entry) for entry in record["files"]])
 
     def _without(self, item: Item, base: Dataset, record: dict[str, Any], positions: set[int], scratch: Path) -> Output:
         """A shard without some of its samples, and without a trace of them."""

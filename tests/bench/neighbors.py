@@ -51,13 +51,13 @@ def filled(work: Path, rows: int, queries: int, dim: int, key: str) -> tuple[Dat
     datasets = []
     for seed, (name, count) in enumerate((("database", rows), ("queries", queries))):
         dataset = Dataset.parse(str(root), name)
-        if not dataset.sealed("embeddings"):
+        if not dataset.is_sealed("embeddings"):
             print(f"making {count} vectors", file=sys.stderr)
             vectors = [clustered(min(_SHARD, count - first), dim, max(10, rows // 100), (seed << 32) + first)
                        .astype(np.float16) for first in range(0, count, _SHARD)]
             synthetic.given(root, name, vectors, encoder=encoder)
         datasets.append(dataset)
-    if not datasets[0].sealed("index"):
+    if not datasets[0].is_sealed("index"):
         from pipeline.indices.index import build_index
         print("making the index", file=sys.stderr)
         build_index(index.Index(datasets[0], IndexConfig(key=key, max_memory="100Gi", train_points=160_000)),

@@ -162,4 +162,4 @@ def test_a_row_that_was_tried_again_stays_if_it_is_first_in_the_source(tmp_path,
     assert [(line["source_row"], line["status"]) for line in lines] == [
         (0, "failed_to_download"), (1, "success"), (2, "duplicate"), (0, "success")]
     with pytest.raises(ValueError, match="duplicates are looked for among all"):
-        prepare(Shard(sifted.dataset.following(), sifted.config, base=sifted.dataset))
+        prepare(Shard(sifted.dataset.next_version(), sifted.config, base=sifted.dataset))

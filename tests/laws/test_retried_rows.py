@@ -117,8 +117,8 @@ def test_another_version_takes_over_the_shards_and_tries_the_rest(tmp_path, imag
     options = {"where": 'not contains(caption, "row 20")'}
     v1, first = sharded(tmp_path, source, **options)
     before = synthetic.files_below(tmp_path)
-    v2 = v1.following()
-    assert (v2.version, v2.following().version) == ("v2", "v3")
+    v2 = v1.next_version()
+    assert (v2.version, v2.next_version().version) == ("v2", "v3")
     web_server.seen(image_site)
     second = run_stage(Shard(v2, config(source, **options), base=v1))
     assert web_server.seen(image_site)["requests"] == len(failed[0])
@@ -135,11 +135,11 @@ def test_another_version_takes_over_the_shards_and_tries_the_rest(tmp_path, imag
     assert len(schemas) == 1
     # And so on: a third, and one from which nothing is left to try but what fails for good.
     web_server.seen(image_site)
-    v3 = v2.following()
+    v3 = v2.next_version()
     third = run_stage(Shard(v3, config(source, **options), base=v2))
     assert web_server.seen(image_site)["requests"] == len(failed[1])
     assert shard.count_rows(third, table(v3, third)) == {"rows": 22, "good": 20, "failed": 1, "filtered": 1}
-    fourth = run_stage(Shard(v3.following(), config(source, **options), base=v3))
+    fourth = run_stage(Shard(v3.next_version(), config(source, **options), base=v3))
     assert web_server.seen(image_site)["requests"] == 1 and len(fourth["items"]) == len(third["items"]) + 1
     assert fourth["info"]["filtered"] == 1
     with pytest.raises(ValueError, match=r"sharded with other settings \(image_size, quality\)"):
@@ -151,7 +151,7 @@ def test_a_version_of_a_version_without_failures_is_the_same_again(tmp_path, ima
     source = urls(tmp_path / "list.csv", [f"http://{image_site}/flaky?n=1&name=once&file=00.png", f"http://{image_site}/01.png"])
     v1 = Dataset.parse(str(tmp_path), "x")
     one = run_stage(Shard(v1, config(source)), retry=True)
-    v2, v3 = v1.following(), v1.following().following()
+    v2, v3 = v1.next_version(), v1.next_version().next_version()
     two = run_stage(Shard(v2, config(source), base=v1))
     three = run_stage(Shard(v3, config(source), base=v2), retry=True)
     for manifest in (two, three):
@@ -164,7 +164,7 @@ def test_a_version_of_another_source_is_refused(tmp_path, image_site):
     v1, _ = sharded(tmp_path, source)
     urls(source, [f"http://{image_site}/{number:02d}.png" for number in range(22)])
     with pytest.raises(ValueError, match="x was sharded from other pictures than"):
-        prepare(Shard(v1.following(), config(source), base=v1))
+        prepare(Shard(v1.next_version(), config(source), base=v1))
 
 
 def test_pictures_of_a_folder_are_tried_again(tmp_path):
@@ -182,7 +182,7 @@ def test_pictures_of_a_folder_are_tried_again(tmp_path):
     assert shard.count_rows(manifest, table(dataset, manifest)) == {
         "rows": 24, "good": 22, "failed": 2, "filtered": 0}
     (source / "15.png").write_bytes(PICTURES["15.png"])
-    v2 = dataset.following()
+    v2 = dataset.next_version()
     manifest = run_stage(Shard(v2, config(source), base=dataset))
     assert shard.count_rows(manifest, table(v2, manifest)) == {"rows": 24, "good": 23, "failed": 1, "filtered": 0}
     good = [line for line in table(v2, manifest) if line["status"] == "success"]

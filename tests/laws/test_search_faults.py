@@ -152,7 +152,7 @@ def test_shards_made_anew_make_embeddings_stale_for_index_and_neighbors(root: Pa
             text = capsys.readouterr().err
             assert "embeddings is stale: shards changed since\nhint: " in text and "embed x" in text
     # Nothing was lost by trying.
-    assert dataset(root).sealed("index") and not dataset(root).sealed("neighbors/x")
+    assert dataset(root).is_sealed("index") and not dataset(root).is_sealed("neighbors/x")
     for verb in ("embed", "index"):
         assert main([verb, "x", "--root", str(root), "--local", "--overwrite"]) == 0
     assert main(["neighbors", "x", "--root", str(root), "--local"]) == 0
@@ -254,7 +254,7 @@ def test_an_encoder_that_makes_no_vectors_is_told(value: float, root: Path, tmp_
         assert json.loads(text.out)["noted"] == {"no_direction": SHARDS * PER_SHARD}
         return
     assert code == 1 and f"{PER_SHARD} vectors of shard 0000" in text.err and "are not finite" in text.err
-    assert "hint: " in text.err and not dataset(root).sealed("embeddings")
+    assert "hint: " in text.err and not dataset(root).is_sealed("embeddings")
 
 
 def test_shards_without_samples_go_the_whole_way(tmp_path: Path) -> None:

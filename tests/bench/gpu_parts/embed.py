@@ -148,7 +148,7 @@ def _tars_rate(report: Report, encoder: Any, batch: int, bare: float, side: int,
         seen += len(part.keys)
     rate = seen / max(time.perf_counter() - begun, 1e-9)
     assert seen + first == count * len(shards)
-    spent = {name: round(taken, 1) for name, taken in times.taken().items()}
+    spent = {name: round(taken, 1) for name, taken in times.pop_seconds().items()}
     return rate, ", ".join(f"{name} {taken}" for name, taken in spent.items())
 
 

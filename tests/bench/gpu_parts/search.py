@@ -48,7 +48,7 @@ def _timed(report: Report, database: Any, queries: np.ndarray, memory: int, name
     search_exhaustively(queries, database, _WANTED, memory, times)
     taken = time.perf_counter() - begun
     operations = 2.0 * len(queries) * len(database) * _DIM
-    spent = ", ".join(f"{what} {seconds:.1f}" for what, seconds in times.taken().items())
+    spent = ", ".join(f"{what} {seconds:.1f}" for what, seconds in times.pop_seconds().items())
     note = f"{len(queries)} queries, {taken:.1f} s; seconds: {spent}"
     report.speed(f"{name}: rate / product", operations / taken / rate, ">= 0.5", "", note)
     floor = max(operations / rate, 2.0 * len(database) * _DIM / read)

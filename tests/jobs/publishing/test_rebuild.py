@@ -73,7 +73,7 @@ def test_a_shard_that_lost_much_is_written_again(place: Path) -> None:
     done = rebuilt(place / "root", place / "source")
     assert done["removed"] == 12 and done["embedded"] == 0 and len(by_content(current(place / "root"))) == 60
     dataset = current(place / "root")
-    assert dataset.manifest("shards")["totals"]["samples"] == 60 and not dataset.sealed("tombstones")
+    assert dataset.manifest("shards")["totals"]["samples"] == 60 and not dataset.is_sealed("tombstones")
     assert main(["verify", "--root", str(place / "root")]) == 0
     # From a version of which nothing is left but what was taken over, another.
     paint(place / "source" / "added.png", 5)

@@ -118,7 +118,7 @@ def refused(dataset: Dataset, folder: Path) -> str:
     with pytest.raises((StageFailed, ValueError)) as caught:
         run_stage(AdoptEmbeddings(dataset, CONFIG, str(folder)))
     assert "\nhint: " in str(caught.value)
-    assert not dataset.sealed("embeddings")
+    assert not dataset.is_sealed("embeddings")
     return str(caught.value)
 
 

@@ -191,7 +191,7 @@ def test_an_encoder_that_fails_for_good_is_told_and_gone_on_with(copied, whole, 
 
 
 def test_batches_are_of_new_shards_where_others_stay(copied, whole):
-    folder, following = copied.folder("shards"), copied.following()
+    folder, following = copied.folder("shards"), copied.next_version()
     shutil.copytree(folder, following.folder("shards"))
     manifest = storage.read_json(storage.join(following.folder("shards"), "manifest.json"))
     for record in manifest["items"][:2]:  # the third stays as it is

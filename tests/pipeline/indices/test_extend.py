@@ -134,7 +134,7 @@ def test_vectors_of_another_kind_are_refused_until_they_are_allowed(tmp_path, ve
     drifted = synthetic.given(tmp_path, "x@v3", [vectors, others])
     with pytest.raises(StageFailed, match=r"times the error of its training, --max-drift allows 1\.5\nhint: train"):
         run_stage(Extension(drifted, base, IndexConfig()))
-    assert not drifted.sealed("index")
+    assert not drifted.is_sealed("index")
     assert run_stage(Extension(drifted, base, IndexConfig(max_drift=100)))["info"]["drift"] > 1.5
 
 

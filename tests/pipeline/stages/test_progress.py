@@ -12,7 +12,7 @@ from pipeline.stages import progress, records
 from pipeline.stages.driver import run_in_process, run_stage
 from pipeline.stages.manifest import without_run_facts
 from pipeline.stages.plan import prepare
-from pipeline.stages.progress import LEAST, Beat, Tally
+from pipeline.stages.progress import LEAST, ProgressReporter, Tally
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output, StageFailed
 
@@ -24,9 +24,9 @@ def _at_once(monkeypatch):
 
 def say(folder, item, rows, *, again=False, **skipped):
     """A worker's word on an item that it goes on with."""
-    beat = Beat(str(folder), item, again=again)
-    beat(rows=rows, samples=rows - sum(skipped.values()), length=10 * rows, skipped=Counter(skipped))
-    return beat
+    report_progress = ProgressReporter(str(folder), item, again=again)
+    report_progress(rows=rows, samples=rows - sum(skipped.values()), length=10 * rows, skipped=Counter(skipped))
+    return report_progress
 
 
 def record(item, rows, *, retried=0, **skipped):
@@ -48,13 +48,13 @@ def test_what_is_recorded_and_what_is_in_hand_add_up(tmp_path):
 
 def test_an_item_is_not_counted_twice_when_it_is_recorded(tmp_path):
     tally = Tally(str(tmp_path), 2, 200)
-    beat = say(tmp_path, "000000", 90, cut=9)
+    report_progress = say(tmp_path, "000000", 90, cut=9)
     assert tally.look()["rows"] == 90
     tally.record(record("000000", 100, cut=10), 1000)
     # Its worker has not yet taken back its word; or died before.
     assert tally.look()["rows"] == tally.look(quick=True)["rows"] == 100
     assert tally.now["skipped"] == {"cut": 10}
-    beat.done()
+    report_progress.done()
     assert tally.look()["rows"] == 100 and storage.list_files(f"{tmp_path}/progress") == []
 
 
@@ -228,7 +228,7 @@ class Half(Stage):
     def plan(self):
         return [Item(f"{number:06d}", {"count": 100}) for number in range(self.items)]
 
-    def again(self, items, done):
+    def items_to_retry(self, items, done):
         assert len({item.id for item in items}) == len(items)
         last = max(item.inputs.get("round", 0) for item in items)
         failed = sum(one["skipped"].get("cut", 0) for item, one in zip(items, done, strict=True)
@@ -241,9 +241,10 @@ class Half(Stage):
         again, rows = "round" in item.inputs, item.inputs["count"]
         failed = 0 if again and self.failing < 1 else round(rows * self.failing)
         self.done.append(item.id)
-        self.beat(rows=rows, samples=rows - failed, length=0, skipped=Counter(cut=failed))
-        return Output(rows - failed, counted=({"cut": failed} if failed else {}, {}),
-                      info={"rows": rows} | ({"retried": rows} if again else {}), mended={"cut": rows} if again else {})
+        self.report_progress(rows=rows, samples=rows - failed, length=0, skipped=Counter(cut=failed))
+        return Output(rows - failed, counts=({"cut": failed} if failed else {}, {}),
+                      info={"rows": rows} | ({"retried": rows} if again else {}),
+                      earlier_skipped={"cut": rows} if again else {})
 
 
 def test_a_budget_holds_before_sealing(tmp_path):
