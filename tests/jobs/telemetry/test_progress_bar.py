@@ -48,7 +48,7 @@ def act(arguments):
     print('{{"data": true}}')
     return 0
 
-cli.parsed = lambda arguments: (lambda command, settings: act(arguments), None, None)
+cli.parse_command = lambda arguments: (act, arguments)
 sys.exit(cli.main(["status", *sys.argv[3:]]))
 """
 
