@@ -74,7 +74,8 @@ def pointer(name: str) -> dict[str, Any]:
 def sources() -> None:
     """Put the pictures of four styles, with captions, into the store."""
     from pipeline.corpora import emoji
-    from pipeline.corpora.demo_corpus import DemoCorpus, DemoCorpusConfig
+    from pipeline.corpora.config import DemoCorpusConfig
+    from pipeline.corpora.demo_corpus import DemoCorpus
     from pipeline.stages.driver import run_stage
     emoji.fetch(FOLDER / "npm")
     config = DemoCorpusConfig(corpus="emoji", size=64)

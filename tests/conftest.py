@@ -54,7 +54,8 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(scope="session")
 def drawn_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 144 drawn pictures of 24 subjects in six styles, with captions; read only."""
-    from pipeline.corpora.demo_corpus import DemoCorpus, DemoCorpusConfig
+    from pipeline.corpora.config import DemoCorpusConfig
+    from pipeline.corpora.demo_corpus import DemoCorpus
     from pipeline.stages.driver import run_stage
     root = tmp_path_factory.mktemp("drawn")
     config = DemoCorpusConfig(corpus="drawn", subjects=24, size=32, pictures_per_item=50)

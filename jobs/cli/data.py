@@ -9,7 +9,7 @@ from jobs.cli.run_stage import check_unpublished, open_runner, print_forecast, p
 from jobs.cluster.config import ClusterConfig
 from jobs.training.config import LatentsConfig
 from pipeline import storage
-from pipeline.embeddings.embed import EmbedConfig
+from pipeline.embeddings.config import EmbedConfig
 from pipeline.indices.config import IndexConfig
 from pipeline.neighbors.config import NeighborsConfig
 from pipeline.sources.config import ShardConfig

@@ -18,7 +18,7 @@ from jobs.telemetry import interrupts
 from jobs.training.config import ConvertConfig
 from model.config import TrainConfig
 from pipeline import storage
-from pipeline.embeddings.embed import EmbedConfig
+from pipeline.embeddings.config import EmbedConfig
 
 if TYPE_CHECKING:
     from jobs.runs.run import Run

@@ -23,7 +23,7 @@ from jobs.cli.publish import import_torch_first
 from jobs.cluster.config import ClusterConfig
 from model.config import TrainConfig
 from pipeline import storage
-from pipeline.embeddings.embed import EmbedConfig
+from pipeline.embeddings.config import EmbedConfig
 from pipeline.indices.config import IndexConfig
 from pipeline.neighbors.config import NeighborsConfig
 from pipeline.sources.config import ShardConfig

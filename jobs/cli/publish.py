@@ -11,10 +11,9 @@ import tyro
 from jobs.cli.options import CommonOptions, DatasetName, Flat, Words
 from jobs.cli.run_stage import open_runner
 from jobs.cluster.config import ClusterConfig
-from jobs.publishing.config import RebuildConfig
-from jobs.publishing.releases import GcConfig
+from jobs.publishing.config import GcConfig, RebuildConfig
 from pipeline import storage
-from pipeline.embeddings.embed import EmbedConfig
+from pipeline.embeddings.config import EmbedConfig
 from pipeline.indices.config import IndexConfig
 from pipeline.sources.config import ShardConfig
 

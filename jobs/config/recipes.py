@@ -7,7 +7,7 @@ from jobs.config.settings import Settings
 from jobs.evaluation.config import EvaluateConfig
 from jobs.sampling.config import SampleConfig
 from model import recipes as networks
-from pipeline.embeddings.embed import EmbedConfig
+from pipeline.embeddings.config import EmbedConfig
 from pipeline.indices.config import IndexConfig
 from pipeline.sources.config import ShardConfig
 

@@ -9,8 +9,8 @@ from jobs.sampling.config import SampleConfig
 from jobs.training.config import LatentsConfig
 from model import recipes as networks
 from model.config import TrainConfig
-from pipeline.corpora.demo_corpus import DemoCorpusConfig
-from pipeline.embeddings.embed import EmbedConfig
+from pipeline.corpora.config import DemoCorpusConfig
+from pipeline.embeddings.config import EmbedConfig
 from pipeline.indices.config import IndexConfig
 from pipeline.neighbors.config import NeighborsConfig
 from pipeline.sources.config import ShardConfig

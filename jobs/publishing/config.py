@@ -1,12 +1,12 @@
-"""Settings of `rebuild`."""
+"""Settings of `rebuild` and `gc`."""
 
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from annotated_types import Interval
+from annotated_types import Ge, Interval
 
 from pipeline.bounds import check_bounds
-from pipeline.versions.gates import GatesConfig
+from pipeline.versions.config import GatesConfig
 
 
 @dataclass(frozen=True)
@@ -29,3 +29,17 @@ class RebuildConfig:
 
     def __post_init__(self) -> None:
         check_bounds("rebuild", self)
+
+
+@dataclass(frozen=True)
+class GcConfig:
+    """Which versions stay."""
+
+    keep: Annotated[int, Ge(0)] = 3
+    """Published versions that stay beside those that must: the newest."""
+    lease: Annotated[float, Ge(0)] = 24.0
+    """Hours that a version stays after it ceased to be the published one, or after work on it ended: readers keep the
+    version that they began with."""
+
+    def __post_init__(self) -> None:
+        check_bounds("gc", self)

@@ -20,7 +20,8 @@ from pipeline.datasets import published, takedowns
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.hidden_rows import Tombstones
 from pipeline.datasets.published import Published
-from pipeline.embeddings.embed import EmbedConfig, dataset_encoder
+from pipeline.embeddings.config import EmbedConfig
+from pipeline.embeddings.embed import dataset_encoder
 from pipeline.indices.config import IndexConfig
 from pipeline.indices.extend import Drifted, Extension
 from pipeline.indices.index import Index, build_index

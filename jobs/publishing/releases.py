@@ -3,36 +3,19 @@
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-from annotated_types import Ge
-
+from jobs.publishing.config import GcConfig
 from jobs.runs.run import Run
 from jobs.telemetry import tables
 from jobs.telemetry.units import format_bytes
 from pipeline import storage
-from pipeline.bounds import check_bounds
 from pipeline.datasets import published
 from pipeline.datasets.dataset import Dataset, datasets
 from pipeline.datasets.published import Published
 from pipeline.stages.manifest import read_manifest
 from pipeline.stages.plan import read_items
 from pipeline.stages.types import StageFailed
-
-
-@dataclass(frozen=True)
-class GcConfig:
-    """Which versions stay."""
-
-    keep: Annotated[int, Ge(0)] = 3
-    """Published versions that stay beside those that must: the newest."""
-    lease: Annotated[float, Ge(0)] = 24.0
-    """Hours that a version stays after it ceased to be the published one, or after work on it ended: readers keep the
-    version that they began with."""
-
-    def __post_init__(self) -> None:
-        check_bounds("gc", self)
 
 
 def list_published(root: str) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from jobs.runs.labels import stage_labels
 from pipeline import storage
-from pipeline.stages.worker import current_item
+from pipeline.stages.types import current_item
 
 FORMATS = ("text", "json")
 _log = logging.getLogger(__name__)

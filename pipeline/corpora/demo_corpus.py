@@ -9,40 +9,19 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from annotated_types import Ge
+from typing import Any
 
 from pipeline import storage
-from pipeline.bounds import check_bounds
 from pipeline.corpora import drawn, emoji
+from pipeline.corpora.config import DemoCorpusConfig
 from pipeline.corpora.vocabulary import Catalog, CatalogImage, name_hash
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Entry, Item, Output
 from pipeline.storage import name_by_content
 
 _COLUMNS = ("file", "caption", "tags", "style", "subject", "held_out")
-
-
-@dataclass(frozen=True)
-class DemoCorpusConfig:
-    """Which corpus, and how large its pictures are."""
-
-    corpus: Literal["emoji", "drawn"] = "emoji"
-    """emoji: real ones, fetched with npm; drawn: shapes drawn by the program."""
-    size: Annotated[int, Ge(1)] = 64
-    """Width and height in pixels."""
-    subjects: Annotated[int, Ge(1)] = 300
-    """Subjects of the drawn corpus, each in six styles."""
-    seed: Annotated[int, Ge(0)] = 0
-    """Seed of the drawn corpus."""
-    pictures_per_item: Annotated[int, Ge(1)] = 600
-    """Pictures made by one worker at a time."""
-
-    def __post_init__(self) -> None:
-        check_bounds("pictures", self)
 
 
 class DemoCorpus(Stage):

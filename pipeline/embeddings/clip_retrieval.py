@@ -18,7 +18,8 @@ from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.metadata import metadata
 from pipeline.embeddings import clip
 from pipeline.embeddings.compvis_archive import ROW_NUMBER, Archives, KeyTable, list_archives
-from pipeline.embeddings.embed import Embed, EmbedConfig
+from pipeline.embeddings.config import EmbedConfig
+from pipeline.embeddings.embed import Embed
 from pipeline.media import tars
 from pipeline.stages import records as stage_records
 from pipeline.stages.stage import Stage

@@ -9,19 +9,18 @@ import platform
 from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from annotated_types import Ge
 
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.metadata import metadata
 from pipeline.embeddings import clip
-from pipeline.embeddings.clip_weights import ClipConfig, describe_encoder
+from pipeline.embeddings.clip_weights import describe_encoder
+from pipeline.embeddings.config import EmbedConfig
 from pipeline.embeddings.encode_shards import (
     MemoryPlan,
     ShardInput,
@@ -41,27 +40,6 @@ from pipeline.storage.sizes import parse_size
 
 _TOGETHER = 16  # batches that shards which are taken together should fill: at most one is not full
 _MOST = 64  # shards that are taken together: what a worker that dies has in hand
-
-
-@dataclass(frozen=True)
-class EmbedConfig(ClipConfig):
-    """Which encoder, and how many pictures at a time."""
-
-    batch_size: Annotated[int, Ge(1)] = 128
-    """Pictures in one forward pass; on a CPU 32 at most."""
-    compile: bool = False
-    """Let torch.compile make the encoder faster, which takes a minute."""
-    max_memory: str = "2Gi"
-    """A worker may take so many bytes beside the weights and the libraries of a GPU; threads and look-ahead are planned
-    from it."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        parse_size(self.max_memory, "embed.max_memory")
-
-    def clip(self) -> ClipConfig:
-        """The encoder alone."""
-        return ClipConfig(self.model, self.pretrained, self.precision)
 
 
 class Embed(Stage):

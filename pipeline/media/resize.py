@@ -33,7 +33,7 @@ _LONGEST = {"jpg": 65500, "webp": 16383}
 _INSIDE = 1 - 2 ** -50
 
 
-def resize(image: Pixels | Decoded, size: int, how: Resize, *, only_if_bigger: bool = False,
+def resize(image: "Pixels | Decoded", size: int, how: Resize, *, only_if_bigger: bool = False,
            max_aspect: float = NARROWEST) -> Pixels:
     """Resize with Lanczos (a = 3), in one step from the part that is wanted; Pillow's images give Pillow's.
 

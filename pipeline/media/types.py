@@ -1,12 +1,13 @@
 """Types and limits of images that all steps of decoding share."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-import numpy as np
-from PIL import Image
+if TYPE_CHECKING:  # the settings of shard are here too, and they need neither
+    import numpy as np
+    from PIL import Image
 
-Pixels = Image.Image | np.ndarray
+Pixels: TypeAlias = "Image.Image | np.ndarray"
 """RGB of 8 bits: an image of Pillow's, or (H, W, 3) uint8."""
 Kernel = Literal["lanczos", "bicubic", "bilinear"]
 Resize = Literal["center_crop", "keep_ratio", "keep_ratio_largest", "border", "no"]
@@ -52,4 +53,5 @@ def check_size(width: int, height: int, min_size: int, max_aspect: float) -> Non
 
 def size_of(image: Pixels) -> tuple[int, int]:
     """Width and height."""
+    from PIL import Image
     return image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])

@@ -3,16 +3,13 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import numpy as np
 from annotated_types import Ge, Gt, Interval
 
 from pipeline.bounds import check_bounds
-from pipeline.neighbors.by_list import bytes_per_query
 from pipeline.storage.sizes import parse_size
 
 _BASE = 800 << 20  # what a worker has in memory before it searches: torch (470 MB with CUDA's), faiss, pyarrow, Ray
 _LEAST = 64 << 20  # for blocks, whatever the budget
-SCORE_BINS = np.linspace(-1, 1, 101)  # bounds of the bins that scores are counted in
 ALL_ROWS_FROM_LISTS = 4  # where one list of so many is looked into, to compare all rows takes no longer
 SPARE_CANDIDATES = 12  # candidates beyond k that are mostly enough
 MOST_WORKERS = 64  # so many can work at once, however many shards are searched together
@@ -64,6 +61,7 @@ class NeighborsConfig:
         """How many of so many shards, with so many samples in all, are one item; `lists`: they are searched by list."""
         if self.at_once:
             return self.at_once
+        from pipeline.neighbors.by_list import bytes_per_query
         # By list few have all candidates in memory: those whose first ones were mostly copies.
         each = 4 * dim + bytes_per_query(min(self.wanted, self.k + SPARE_CANDIDATES) if lists else self.wanted)
         return max(1, min(self.block_bytes * shards // max(1, samples * each), -(-shards // MOST_WORKERS)))

@@ -19,7 +19,7 @@ from pipeline.hardware import devices, malloc
 from pipeline.indices import searcher
 from pipeline.indices.searcher import IndexLists, Searcher
 from pipeline.neighbors.by_list import bytes_per_query, search_by_list
-from pipeline.neighbors.config import ALL_ROWS_FROM_LISTS, SCORE_BINS, SPARE_CANDIDATES, NeighborsConfig
+from pipeline.neighbors.config import ALL_ROWS_FROM_LISTS, SPARE_CANDIDATES, NeighborsConfig
 from pipeline.neighbors.exhaustive import halved_batches, search_device, search_exhaustively
 from pipeline.neighbors.files import neighbor_files
 from pipeline.neighbors.rank import Candidates, Copies, NeighborQueries, rank_candidates, search_all_rows
@@ -30,6 +30,7 @@ from pipeline.stages.types import Item, Output
 
 _LAID = 64 << 20  # bytes of vectors that are laid out at a time
 _WRITTEN = 4096  # rows that are gathered and written at a time
+SCORE_BINS = np.linspace(-1, 1, 101)  # bounds of the bins that scores are counted in
 
 
 class Neighbors(Stage):

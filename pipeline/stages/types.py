@@ -1,8 +1,12 @@
 """What passes between a stage, its workers and its driver."""
 
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+current_item: ContextVar[tuple[str, str, str] | None] = ContextVar("in_hand", default=None)
+"""(folder below the root, stage, item) that is worked on here, for the log."""
 
 
 @dataclass(frozen=True)

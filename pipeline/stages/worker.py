@@ -8,7 +8,6 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,11 @@ from pipeline.stages.manifest import stale_inputs
 from pipeline.stages.plan import claim_of, refuse_replaced_plan
 from pipeline.stages.scratch import scratch_folder
 from pipeline.stages.stage import Stage
-from pipeline.stages.types import Entry, Item, Output, StageFailed
+from pipeline.stages.types import Entry, Item, Output, StageFailed, current_item
 from pipeline.storage.hashing import describe_file
 
 _log = logging.getLogger(__name__)
 _INPUTS_COMPARED: set[tuple[str, str]] = set()  # folder and fingerprint of the plans that this process works on
-
-current_item: ContextVar[tuple[str, str, str] | None] = ContextVar("current_item", default=None)
-"""(folder below the root, stage, item) of the item in work, for the log."""
 
 
 def process_and_commit(stage: Stage, item: Item) -> dict[str, Any]:

@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from annotated_types import Ge, Interval
 
 from pipeline import storage
-from pipeline.bounds import check_bounds
 from pipeline.datasets import takedowns
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import labels, metadata
@@ -20,31 +18,10 @@ from pipeline.embeddings.clip_weights import ClipConfig
 from pipeline.embeddings.embed import dataset_encoder
 from pipeline.indices.searcher import Searcher
 from pipeline.shards.metadata import FORGOTTEN, SUCCESS
+from pipeline.versions.config import GatesConfig
 from pipeline.versions.listing import read_listing
 
 _NEAREST = 10  # overlap@10
-
-
-@dataclass(frozen=True)
-class GatesConfig:
-    """Limits that a version must keep to be published."""
-
-    min_recall: Annotated[float, Interval(ge=0, le=1)] = 0.8
-    """Least recall@10 of the index, queries held out against exact search."""
-    max_lost: Annotated[float, Interval(ge=0, le=1)] = 0.3
-    """Largest share of the published pictures that the new version has not (removed or replaced; what was asked to be
-    forgotten does not count)."""
-    max_failed: Annotated[float, Interval(ge=0, le=1)] = 0.1
-    """Largest share of the source's pictures that could not be fetched or decoded."""
-    min_overlap: Annotated[float, Interval(ge=0, le=1)] = 0.7
-    """Least share of the ten nearest pictures of the queries that the published version gives too."""
-    queries: str = ""
-    """Text file of the queries, one a line; by default captions of the first published version, which stay the same."""
-    query_count: Annotated[int, Ge(0)] = 64
-    """How many captions are taken, where no file is given."""
-
-    def __post_init__(self) -> None:
-        check_bounds("rebuild.gates", self)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.datasets.dataset import Dataset, file_of
-from pipeline.embeddings.embed import Embed, EmbedCaptions, EmbedConfig
+from pipeline.embeddings.config import EmbedConfig
+from pipeline.embeddings.embed import Embed, EmbedCaptions
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Entry, Item, Output
 from pipeline.versions.listing import read_metadata, reference, succeeded_rows

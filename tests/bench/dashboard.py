@@ -37,7 +37,8 @@ _COLOURS = ("#73bf69", "#f2cc0c", "#5794f2", "#ff9830", "#f2495c", "#b877d9", "#
 
 def corpus(work: Path, subjects: int) -> Path:
     """Drawn pictures of so many subjects in six styles, a share of the files cut short."""
-    from pipeline.corpora.demo_corpus import DemoCorpus, DemoCorpusConfig
+    from pipeline.corpora.config import DemoCorpusConfig
+    from pipeline.corpora.demo_corpus import DemoCorpus
     from pipeline.stages.driver import run_stage
     made = DemoCorpus(str(work / f"drawn-{subjects}"), DemoCorpusConfig(corpus="drawn", subjects=subjects, size=64),
                       work)

@@ -41,10 +41,12 @@ from jobs.training.train_stage import Job, Training
 from jobs.training.worker import train_in_processes
 from model.config import TrainConfig, UNetConfig
 from model.training import flops
-from pipeline.corpora.demo_corpus import DemoCorpus, DemoCorpusConfig
+from pipeline.corpora.config import DemoCorpusConfig
+from pipeline.corpora.demo_corpus import DemoCorpus
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings import clip
-from pipeline.embeddings.embed import Embed, EmbedConfig
+from pipeline.embeddings.config import EmbedConfig
+from pipeline.embeddings.embed import Embed
 from pipeline.indices.choose import choose_key
 from pipeline.indices.config import IndexConfig
 from pipeline.indices.index import Index, build_index

@@ -7,7 +7,8 @@ import pytest
 
 from jobs.cli.main import main
 from pipeline.datasets.dataset import Dataset
-from pipeline.embeddings.embed import Embed, EmbedConfig
+from pipeline.embeddings.config import EmbedConfig
+from pipeline.embeddings.embed import Embed
 from pipeline.indices.config import IndexConfig
 from pipeline.indices.index import Index
 from pipeline.neighbors.config import NeighborsConfig

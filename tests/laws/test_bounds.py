@@ -11,7 +11,7 @@ from jobs.cli.parse import VERBS, load_verb
 from jobs.config.settings import Settings
 from jobs.planning.benchmark import Trial
 from jobs.planning.config import PlanConfig
-from jobs.publishing.releases import GcConfig
+from jobs.publishing.config import GcConfig
 from jobs.sampling.config import QueryConfig
 from jobs.training.config import ConvertConfig
 from pipeline.embeddings.clip_weights import ClipConfig

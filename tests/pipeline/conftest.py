@@ -24,7 +24,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Dataset:
     """The pictures in three shards with embeddings, an index, and neighbours among themselves; not to be changed."""
-    from pipeline.embeddings.embed import Embed, EmbedConfig
+    from pipeline.embeddings.config import EmbedConfig
+    from pipeline.embeddings.embed import Embed
     from pipeline.indices.config import IndexConfig
     from pipeline.indices.index import Index
     from pipeline.neighbors.config import NeighborsConfig

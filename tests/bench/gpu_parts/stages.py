@@ -19,7 +19,8 @@ def run(report: Report) -> None:
     except ImportError as error:
         report.skip("all of stages", f"{error}; pip install tyro")
         return
-    from pipeline.corpora.demo_corpus import DemoCorpus, DemoCorpusConfig
+    from pipeline.corpora.config import DemoCorpusConfig
+    from pipeline.corpora.demo_corpus import DemoCorpus
     from pipeline.stages.driver import run_stage
     config = DemoCorpusConfig(corpus="drawn", subjects=report.size(200, 24), size=64, pictures_per_item=200)
     images = DemoCorpus(str(report.scratch / "images"), config, report.scratch / "cache")

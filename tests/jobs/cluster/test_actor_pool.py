@@ -18,7 +18,8 @@ from jobs.cluster.config import ClusterConfig
 from jobs.telemetry import logs
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
-from pipeline.embeddings.embed import Embed, EmbedConfig
+from pipeline.embeddings.config import EmbedConfig
+from pipeline.embeddings.embed import Embed
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_in_process, run_stage

@@ -20,7 +20,8 @@ from jobs.cluster.decoder_actors import Decoders
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings import decode_batch
 from pipeline.embeddings.clip_weights import ClipConfig, describe_encoder
-from pipeline.embeddings.embed import Embed, EmbedConfig
+from pipeline.embeddings.config import EmbedConfig
+from pipeline.embeddings.embed import Embed
 from pipeline.hardware import devices
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig

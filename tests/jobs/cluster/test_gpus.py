@@ -18,7 +18,8 @@ from jobs.cluster.gpus import check_gpus
 from jobs.training.train_stage import Training
 from model.training import flops
 from pipeline.datasets.dataset import Dataset
-from pipeline.embeddings.embed import Embed, EmbedConfig
+from pipeline.embeddings.config import EmbedConfig
+from pipeline.embeddings.embed import Embed
 from pipeline.hardware import devices
 from pipeline.indices.config import IndexConfig
 from pipeline.indices.index import Index

@@ -22,7 +22,8 @@ from jobs.telemetry.observe import run_observed
 from jobs.training.train_stage import Job
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
-from pipeline.embeddings.embed import Embed, EmbedConfig
+from pipeline.embeddings.config import EmbedConfig
+from pipeline.embeddings.embed import Embed
 from pipeline.indices.config import IndexConfig
 from pipeline.indices.index import Index
 from pipeline.neighbors.config import NeighborsConfig

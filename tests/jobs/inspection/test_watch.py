@@ -21,7 +21,8 @@ from jobs.runs.metrics import Metrics
 from jobs.runs.run import Run
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
-from pipeline.embeddings.embed import Embed, EmbedConfig
+from pipeline.embeddings.config import EmbedConfig
+from pipeline.embeddings.embed import Embed
 from pipeline.stages.plan import check_and_clear, prepare
 from tests.jobs.inspection import prometheus_server
 

@@ -8,7 +8,7 @@ from jobs.planning.rates import Rates
 from model import recipes
 from model.training import flops
 from pipeline.embeddings import clip
-from pipeline.embeddings.embed import EmbedConfig
+from pipeline.embeddings.config import EmbedConfig
 from pipeline.indices.config import IndexConfig
 from pipeline.neighbors.config import NeighborsConfig
 from pipeline.sources.config import ShardConfig

@@ -12,7 +12,7 @@ from pipeline.datasets import hidden_rows, published
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.metadata import metadata
-from pipeline.embeddings.embed import EmbedConfig
+from pipeline.embeddings.config import EmbedConfig
 from pipeline.indices.config import IndexConfig
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage

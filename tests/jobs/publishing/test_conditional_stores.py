@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from jobs.cli.main import main
+from jobs.publishing.config import GcConfig
 from jobs.publishing.rebuild import run_rebuild
-from jobs.publishing.releases import GcConfig, collect_garbage
+from jobs.publishing.releases import collect_garbage
 from pipeline.datasets.published import Published
 from pipeline.stages.driver import run_stage
 from pipeline.storage import files

@@ -23,7 +23,7 @@ from pipeline.indices.searcher import Searcher
 from pipeline.sources.config import DownloadConfig
 from pipeline.stages.driver import run_stage
 from pipeline.storage import files
-from pipeline.versions.gates import GatesConfig
+from pipeline.versions.config import GatesConfig
 from tests.jobs.publishing.published_art import (
     NAME,
     SHARD,

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jobs.cli.main import main
-from jobs.publishing.releases import GcConfig, collect_garbage, list_versions
+from jobs.publishing.config import GcConfig
+from jobs.publishing.releases import collect_garbage, list_versions
 from jobs.runs.run import Run
 from pipeline import storage
 from pipeline.datasets import hidden_rows, published

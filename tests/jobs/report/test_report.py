@@ -25,7 +25,8 @@ from jobs.training.train_stage import Job, Training
 from jobs.training.worker import train_in_processes
 from model import recipes
 from pipeline.datasets.dataset import Dataset
-from pipeline.embeddings.embed import Embed, EmbedConfig
+from pipeline.embeddings.config import EmbedConfig
+from pipeline.embeddings.embed import Embed
 from pipeline.indices.config import IndexConfig
 from pipeline.indices.index import Index
 from pipeline.neighbors.config import NeighborsConfig

@@ -14,7 +14,8 @@ from pipeline.batches.order import Order
 from pipeline.datasets import lookup
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
-from pipeline.embeddings.embed import Embed, EmbedConfig
+from pipeline.embeddings.config import EmbedConfig
+from pipeline.embeddings.embed import Embed
 from pipeline.media import tars
 from pipeline.neighbors.config import NeighborsConfig
 from pipeline.neighbors.files import load_neighbors, neighbor_files

@@ -4,7 +4,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from pipeline.corpora.demo_corpus import DemoCorpus, DemoCorpusConfig
+from pipeline.corpora.config import DemoCorpusConfig
+from pipeline.corpora.demo_corpus import DemoCorpus
 from pipeline.datasets.dataset import Dataset
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig

@@ -19,7 +19,8 @@ from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.embeddings import clip
 from pipeline.embeddings.clip_weights import BUNDLED, ClipConfig, describe_encoder
-from pipeline.embeddings.embed import Embed, EmbedConfig, dataset_encoder
+from pipeline.embeddings.config import EmbedConfig
+from pipeline.embeddings.embed import Embed, dataset_encoder
 from pipeline.stages.driver import run_stage
 from pipeline.stages.plan import prepare
 from pipeline.stages.worker import process_and_commit

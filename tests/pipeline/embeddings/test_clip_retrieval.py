@@ -12,7 +12,8 @@ from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.metadata import metadata
 from pipeline.embeddings.clip_retrieval import AdoptEmbeddings, Export
-from pipeline.embeddings.embed import EmbedCaptions, EmbedConfig
+from pipeline.embeddings.config import EmbedConfig
+from pipeline.embeddings.embed import EmbedCaptions
 from pipeline.stages.driver import run_stage
 from pipeline.stages.types import StageFailed
 from pipeline.versions import verify

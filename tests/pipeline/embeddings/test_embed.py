@@ -19,7 +19,8 @@ from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.metadata import metadata
 from pipeline.embeddings import clip
 from pipeline.embeddings.clip_weights import _MEAN, _STD, BUNDLED, ClipConfig, describe_encoder
-from pipeline.embeddings.embed import Embed, EmbedCaptions, EmbedConfig, check_same_encoder
+from pipeline.embeddings.config import EmbedConfig
+from pipeline.embeddings.embed import Embed, EmbedCaptions, check_same_encoder
 from pipeline.embeddings.encode_shards import samples_per_pass
 from pipeline.media import tars
 from pipeline.shards.shard import Shard

@@ -13,7 +13,8 @@ from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.embeddings import clip
 from pipeline.embeddings.clip_weights import ClipConfig
-from pipeline.embeddings.embed import Embed, EmbedCaptions, EmbedConfig
+from pipeline.embeddings.config import EmbedConfig
+from pipeline.embeddings.embed import Embed, EmbedCaptions
 from pipeline.embeddings.encode_shards import MemoryPlan, plan_memory
 from pipeline.hardware import devices
 from pipeline.media import tars

@@ -14,7 +14,8 @@ from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.metadata import metadata
-from pipeline.embeddings.embed import Embed, EmbedConfig
+from pipeline.embeddings.config import EmbedConfig
+from pipeline.embeddings.embed import Embed
 from pipeline.media import tars
 from pipeline.shards.adopt import Adopt
 from pipeline.shards.shard import Shard

@@ -10,7 +10,8 @@ import pytest
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
-from pipeline.embeddings.embed import Embed, EmbedConfig
+from pipeline.embeddings.config import EmbedConfig
+from pipeline.embeddings.embed import Embed
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.stages import records

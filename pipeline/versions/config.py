@@ -1,0 +1,30 @@
+"""Settings of the publication checks."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge, Interval
+
+from pipeline.bounds import check_bounds
+
+
+@dataclass(frozen=True)
+class GatesConfig:
+    """Limits that a version must keep to be published."""
+
+    min_recall: Annotated[float, Interval(ge=0, le=1)] = 0.8
+    """Least recall@10 of the index, queries held out against exact search."""
+    max_lost: Annotated[float, Interval(ge=0, le=1)] = 0.3
+    """Largest share of the published pictures that the new version has not (removed or replaced; what was asked to be
+    forgotten does not count)."""
+    max_failed: Annotated[float, Interval(ge=0, le=1)] = 0.1
+    """Largest share of the source's pictures that could not be fetched or decoded."""
+    min_overlap: Annotated[float, Interval(ge=0, le=1)] = 0.7
+    """Least share of the ten nearest pictures of the queries that the published version gives too."""
+    queries: str = ""
+    """Text file of the queries, one a line; by default captions of the first published version, which stay the same."""
+    query_count: Annotated[int, Ge(0)] = 64
+    """How many captions are taken, where no file is given."""
+
+    def __post_init__(self) -> None:
+        check_bounds("rebuild.gates", self)
