@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from download import CHECKOUT
+from harness import CHECKOUT
 from scipy import stats
 
 sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed

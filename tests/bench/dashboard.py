@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from download import CHECKOUT
+from harness import CHECKOUT
 from matplotlib import pyplot as plt
 from matplotlib.dates import DateFormatter, MinuteLocator, date2num
 from matplotlib.ticker import EngFormatter
 
 sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
-from tests.jobs.inspection import prometheus_server
+sys.path.insert(0, str(CHECKOUT / "tests/jobs/inspection"))
+import prometheus_server
 
 _BROKEN = 0.04
 _STEP_S = 2.0

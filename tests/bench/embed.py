@@ -25,8 +25,8 @@ from pathlib import Path
 
 import numpy as np
 import photographs
-from download import CHECKOUT, Failed, environment, machine, measured, versions
 from folder import filled
+from harness import CHECKOUT, Failed, environment, machine, measured, versions
 
 sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
 

@@ -15,8 +15,8 @@ from dataclasses import replace
 
 import numpy as np
 import photographs
-from download import CHECKOUT, machine
 from embed import weights_of
+from harness import CHECKOUT, machine
 
 sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
 

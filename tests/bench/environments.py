@@ -2,15 +2,9 @@
 
     python tests/bench/environments.py OLD/bin/python NEW/bin/python [--images 200] [--vectors 20000] [--repeats 3]
 
-<<<<<<< HEAD
 PYTHON@CHECKOUT runs another checkout of the program with that Python. Each environment has its own root with the same
 images and vectors. A first turn is not counted: it leaves compiled bytecode for the others. Prints a Markdown table of
 medians and of the lowest and highest run. Every run is in environments.json in the work folder.
-=======
-PYTHON@CHECKOUT runs another checkout of the program with that Python. Each environment has a root of its own, with the
-same images and vectors in it. A first turn is not counted: it leaves compiled bytecode for the others. Prints a
-Markdown table of medians and of the lowest and highest run; every run is in environments.json in the work folder.
->>>>>>> w-code
 """
 
 import argparse
@@ -22,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import photographs
-from download import CHECKOUT, Failed, Usage, machine, measured
+from harness import CHECKOUT, Failed, Usage, machine, measured, spread
 from index import clustered
 
 sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
-from tests.pipeline import synthetic
+sys.path.insert(0, str(CHECKOUT / "tests/pipeline"))
+import synthetic
 
 _PER_SHARD = 10_000
 _VERSIONS = ("import importlib.metadata as m, platform as p; print('Python', p.python_version(), "
@@ -65,8 +60,7 @@ def table(seconds: dict[tuple[int, str, str], list[Usage]], environments: list[E
         for attribute in ("wall_s", "cpu_s"):
             runs = [[getattr(usage, attribute) for usage in seconds[threads, stage, name]] for name in (first, second)]
             medians = [statistics.median(values) for values in runs]
-            cells += [f"{median:.2f} ({min(values):.2f} to {max(values):.2f})"
-                      for median, values in zip(medians, runs, strict=True)]
+            cells += map(spread, runs)
             cells.append(f"{medians[1] / medians[0]:.2f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

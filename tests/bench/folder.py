@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import photographs
-from download import CHECKOUT, QUALITY, SIZE, Failed, machine, measured, seconds_of_shards, versions
+from download import QUALITY, SIZE, seconds_of_shards
+from harness import CHECKOUT, Failed, machine, measured, versions
 
 sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
 from pipeline.media.decode import decode

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import photographs
-from download import CHECKOUT, Failed, Usage, machine, measured, versions
+from harness import CHECKOUT, Failed, Usage, machine, measured, versions
 
 sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
 from pipeline.datasets.dataset import Dataset

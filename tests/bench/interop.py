@@ -20,7 +20,8 @@ import photographs
 import pyarrow as pa
 import pyarrow.parquet as pq
 import server
-from download import CHECKOUT, PEER, environment, machine, versions
+from download import PEER
+from harness import CHECKOUT, environment, machine, versions
 
 CLIP_RETRIEVAL = "clip-retrieval==2.45.0"
 _WITH_CLIP_RETRIEVAL = ("torch==2.14.1", "torchvision==0.29.1", "faiss-cpu==1.13.2", "setuptools<81")

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import photographs
-from download import CHECKOUT, Failed, machine, measured, versions
 from folder import filled
+from harness import CHECKOUT, Failed, machine, measured, versions
 
 sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
 

@@ -20,10 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import photographs
-from download import CHECKOUT, Usage, machine, measured, versions
+from harness import CHECKOUT, Usage, machine, measured, versions
 from index import clustered
 
 sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
+sys.path.insert(0, str(CHECKOUT / "tests/pipeline"))
+import synthetic
+
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.indices import index
@@ -35,7 +38,6 @@ from pipeline.neighbors.config import NeighborsConfig
 from pipeline.neighbors.exhaustive import BlockSizes, search_device, search_exhaustively
 from pipeline.neighbors.files import load_neighbors
 from pipeline.stages.driver import run_stage
-from tests.pipeline import synthetic
 
 _K = 20
 _SHARD = 10_000

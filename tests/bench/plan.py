@@ -27,9 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import photographs
-from download import CHECKOUT, machine
+from harness import CHECKOUT, machine
 
 sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
+sys.path.insert(0, str(CHECKOUT / "tests/pipeline"))
+import synthetic
+
 from jobs.config.recipes import tiny
 from jobs.config.settings import Settings
 from jobs.planning import rates, rates_from_manifests
@@ -55,7 +58,6 @@ from pipeline.neighbors.neighbors import Neighbors
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage
-from tests.pipeline import synthetic
 
 _ROWS, _DIM, _KEY, _SEARCHED = 160_000, 512, "IVF4096_HNSW32,PQ128x8", "IVF512,SQ8"
 _LOG_EVERY = 5

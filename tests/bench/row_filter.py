@@ -12,7 +12,6 @@ of medians, and of the lowest and highest run.
 import argparse
 import importlib.util
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -150,8 +149,8 @@ def _run(program: str, path: Path, name: str, older: str) -> dict[str, float]:
 
 
 def _spread(runs: list[dict[str, float]], key: str, digits: int = 2) -> str:
-    values = [run[key] for run in runs]
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    from harness import spread  # not for the children, whose memory is measured
+    return spread([run[key] for run in runs], digits)
 
 
 def main() -> None:
@@ -166,7 +165,7 @@ def main() -> None:
     if args.child:
         print(json.dumps(child(args.child, Path(args.list), CASES[args.case], args.older)))
         return
-    from download import machine, versions  # not for the children, whose memory is measured
+    from harness import machine, versions  # not for the children, whose memory is measured
     args.work.mkdir(parents=True, exist_ok=True)
     path = args.work / f"list-{args.rows}.parquet"
     if not path.exists():
