@@ -154,8 +154,9 @@ def run_sample(options: SampleOptions) -> int:
     root, embed = options.common.root, options.embed
     encoder = ClipConfig(options.model or embed.model, options.pretrained or embed.pretrained, embed.precision)
     databases = tuple(Mixture.parse(root, name) for name in options.database)
-    return seal_and_print(Sampling(Run.parse(root, options.run), options.checkpoint, options.prompt, databases, encoder,
-                                   options.sample, options.name, pictures=options.image, asked=options.query), options)
+    sampling = Sampling(Run.parse(root, options.run), options.checkpoint, options.prompt, databases, encoder,
+                        options.sample, options.name, pictures=options.image, query_config=options.query)
+    return seal_and_print(sampling, options)
 
 
 @dataclass(frozen=True)
@@ -182,15 +183,16 @@ class EvaluateOptions:
 
 
 def run_evaluate(options: EvaluateOptions) -> int:
-    from jobs.evaluation.evaluate_stage import Evaluation, same_data
-    from jobs.evaluation.judge_stage import Judging
+    from jobs.evaluation.evaluate_stage import Evaluation, check_same_data
+    from jobs.evaluation.judge_stage import StyleClassifierStage
     from jobs.runs.run import Run
     from jobs.telemetry import tables
     from jobs.telemetry.observe import run_observed
     run = Run.parse(options.common.root, options.run)
     dataset, train_database, databases = _evaluation_data(options, run)
-    same_data(run, dataset)
-    judging, stage = Judging(run, dataset, databases, options.evaluate.judge_steps), options.stage
+    check_same_data(run, dataset)
+    judging = StyleClassifierStage(run, dataset, databases, options.evaluate.judge_steps)
+    stage = options.stage
     if options.common.dry_run:
         return print_forecast(judging, stage.overwrite, options.cluster)
     with open_runner(options.common, options.cluster) as runner:

@@ -1,8 +1,8 @@
-"""Does the style follow the database? The finding of Rombach et al. 2022 (arXiv:2207.13038), measured.
+"""Does the style follow the database? Measures the finding of Rombach et al. 2022 (arXiv:2207.13038).
 
-Subjects that training never saw are drawn in every style, the style being named by the database that neighbours come
-from, by the prompt, by both, or by the prompt without neighbours; judges that were trained on real pictures say which
-style a sample has. Two stages: the judges of a run and its databases, and the samples with what was found.
+The run generates held-out subjects in every style. The database, the prompt, or both name the style. Style classifiers
+that were trained on real images tell the style of each sample. There are two stages: the classifiers, and the samples
+with their scores.
 """
 
 import io
@@ -19,13 +19,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from jobs.evaluation import summary
+from jobs.evaluation import plot, summary
 from jobs.evaluation.config import EvaluateConfig
-from jobs.evaluation.held_out import held_out, item_id, rows_with
-from jobs.evaluation.judge_stage import Judging, nearest
+from jobs.evaluation.held_out import held_out_captions, item_id, rows_with_captions
+from jobs.evaluation.judge_stage import StyleClassifierStage, nearest_rows
 from jobs.runs.run import Run
 from jobs.sampling.config import SampleConfig
-from jobs.sampling.generator import check_fit, open_generator, same_encoder, searched_database
+from jobs.sampling.generator import check_same_encoder, check_sample_config, open_generator, search_inputs
 from model import style_classifier
 from model.training.precision import compute_dtype
 from pipeline import storage
@@ -43,20 +43,20 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Asked:
+class StyleRequest:
     """One way to ask for a style."""
 
     id: str
     named: bool
     """Whether the prompt names it."""
     source: str
-    """Where neighbours come from: "style", "mixed" or "" for nowhere."""
+    """The database of the neighbors: "style", "mixed", or "" for none."""
     k: int = -1
     guidance: float | None = None
 
 
-WAYS = (Asked("database", False, "style"), Asked("prompt", True, "mixed"), Asked("both", True, "style"),
-        Asked("text", True, ""), Asked("neither", False, "mixed"))
+WAYS = (StyleRequest("database", False, "style"), StyleRequest("prompt", True, "mixed"),
+        StyleRequest("both", True, "style"), StyleRequest("text", True, ""), StyleRequest("neither", False, "mixed"))
 
 
 class Evaluation(Stage):
@@ -65,12 +65,12 @@ class Evaluation(Stage):
     name = "evaluate"
     workers_need_gpu = True
 
-    def __init__(self, judging: Judging, mixed: Dataset, step: int, encoder: ClipConfig, config: EvaluateConfig,
-                 how: SampleConfig, prompts: tuple[str, ...] = (), name: str = "") -> None:
+    def __init__(self, judging: StyleClassifierStage, mixed: Dataset, step: int, encoder: ClipConfig,
+                 config: EvaluateConfig, how: SampleConfig, prompts: tuple[str, ...] = (), name: str = "") -> None:
         self.judging, self.run, self.databases = judging, judging.run, judging.databases
         self.mixed, self.encoder, self.how, self.given = mixed, encoder, how, prompts
         self.step = step or self.run.latest_step()
-        if wrong := [one for one in config.ways if one not in summary.NAMES]:
+        if wrong := [way for way in config.ways if way not in summary.NAMES]:
             raise ValueError(f"evaluate.ways = {wrong[0]!r}: must be some of {', '.join(summary.NAMES)}")
         super().__init__(self.run.root, f"{self.run.path}/evaluations/{name}", config)
         if name:
@@ -89,21 +89,21 @@ class Evaluation(Stage):
             del config["ways"]
         return {"evaluate": config, "sample": json.loads(json.dumps(asdict(self.how))),
                 "encoder": [self.encoder.model, self.encoder.precision],
-                "databases": [one.label for one in self.databases], "mixed": self.mixed.label,
+                "databases": [database.label for database in self.databases], "mixed": self.mixed.label,
                 "prompts": list(self.given)}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
-        found = {"checkpoint": sealed_input(self.root, f"{self.run.path}/checkpoints/{self.step:07d}",
+        inputs = {"checkpoint": sealed_input(self.root, f"{self.run.path}/checkpoints/{self.step:07d}",
                                               self.run.command),
                  "judges": sealed_input(self.root, self.judging.path, self.judging.command)}
-        for one in (self.mixed, *self.databases):
-            found |= searched_database(one)
-        return found
+        for database in (self.mixed, *self.databases):
+            inputs |= search_inputs(database)
+        return inputs
 
     def plan(self) -> list[Item]:
-        check_fit(self.run, self.step, self.how)
-        same_encoder(self.run, self.encoder, [self.mixed, *self.databases])
-        prompts = self.given or held_out(self.judging.dataset, self.databases)[:self.config.prompts]
+        check_sample_config(self.run, self.step, self.how)
+        check_same_encoder(self.run, self.encoder, [self.mixed, *self.databases])
+        prompts = self.given or held_out_captions(self.judging.dataset, self.databases)[:self.config.prompts]
         if not prompts:
             raise ValueError("the databases have no subject that training has not seen\n"
                              "hint: --prompt 'a red apple', once for each")
@@ -111,19 +111,19 @@ class Evaluation(Stage):
         if not ways:
             raise ValueError("nothing is asked\nhint: --ways database, or numbers for --sweep-k")
         for way, count in ways:
-            # What asks for no style is asked once.
+            # A request without a style runs once.
             for number, database in enumerate(self.databases if way.named or way.source == "style" else [None]):
                 items.append(Item(item_id(way.id, database), {"way": asdict(way), "style": number,
                                                           "prompts": list(prompts[:count]),
                                                           "count": count * self.config.seeds}))
         return items
 
-    def _ways(self, prompts: int) -> list[tuple[Asked, int]]:
+    def _ways(self, prompts: int) -> list[tuple[StyleRequest, int]]:
         few = min(self.config.sweep_prompts, prompts)
         ways = [(way, prompts) for way in WAYS if (way.source or self.how.text)
                 and (not self.config.ways or way.id in self.config.ways)]
-        ways += [(Asked(f"k-{k}", False, "style", k=k), few) for k in self.config.sweep_k]
-        return ways + [(Asked(f"guidance-{scale:g}", False, "style", guidance=scale), few)
+        ways += [(StyleRequest(f"k-{k}", False, "style", k=k), few) for k in self.config.sweep_k]
+        return ways + [(StyleRequest(f"guidance-{scale:g}", False, "style", guidance=scale), few)
                        for scale in self.config.sweep_guidance]
 
     def _judges(self) -> dict[str, Any]:
@@ -131,121 +131,122 @@ class Evaluation(Stage):
 
     def setup(self) -> None:
         torch.set_num_threads(1)
-        same_encoder(self.run, self.encoder, [self.mixed, *self.databases])
+        check_same_encoder(self.run, self.encoder, [self.mixed, *self.databases])
         clip.load_encoder(self.encoder)
         open_generator(self.run, self.step, self.how.ema)
         self.precision = devices.dtype_name(compute_dtype(self.how.precision, devices.choose_device()))
 
     def process(self, item: Item, scratch: Path) -> Output:
         torch.set_num_threads(1)
-        way, style, prompts = Asked(**item.inputs["way"]), item.inputs["style"], item.inputs["prompts"]
+        way, style, prompts = StyleRequest(**item.inputs["way"]), item.inputs["style"], item.inputs["prompts"]
         database, how, encoder = self.databases[style], self.how, clip.load_encoder(self.encoder)
         how = replace(how, k=way.k if way.k >= 0 else how.k,
                       guidance=how.guidance if way.guidance is None else way.guidance)
         plain = encoder.texts(prompts)
-        asked = encoder.texts([self.config.template.format(prompt=prompt, style=self._words(database))
+        queries = encoder.texts([self.config.template.format(prompt=prompt, style=self._words(database))
                                for prompt in prompts]) if way.named else plain
-        context, ids = asked[:, None], np.empty((len(prompts), 0), np.int64)
+        context, ids = queries[:, None], np.empty((len(prompts), 0), np.int64)
         if way.source:
             source = database if way.source == "style" else self.mixed
             unseen = frozenset(self._judges()["held_out"]) | set(prompts)
             left_out = frozenset() if self.config.seen else unseen
-            searcher = _searcher(source, json.dumps(searched_database(source)), left_out)
-            ids, _ = searcher.search(asked, how.k)
+            searcher = _open_searcher(source, json.dumps(search_inputs(source)), left_out)
+            ids, _ = searcher.search(queries, how.k)
             context = np.concatenate([context] * how.text + [searcher.embeddings.rows(ids).astype(np.float32)], 1)
-        drawer = open_generator(self.run, self.step, self.how.ema)
-        drawn = np.stack([drawer.draw(context, range(len(prompts)), replace(how, seed=how.seed + seed))
+        generator = open_generator(self.run, self.step, self.how.ema)
+        images = np.stack([generator.generate(context, range(len(prompts)), replace(how, seed=how.seed + seed))
                           for seed in range(self.config.seeds)], 1)  # (P, seeds, S, S, 3)
-        flat = drawn.reshape(-1, *drawn.shape[2:])
+        flat = images.reshape(-1, *images.shape[2:])
         vectors = np.concatenate([
-            encoder.images(np.stack([encoder.prepared(_png(one)) for one in flat[start:start + 64]]))
+            encoder.images(np.stack([encoder.prepared(_encode_png(image)) for image in flat[start:start + 64]]))
             for start in range(0, len(flat), 64)])
-        network, probe = _judges_of(self.judging.folder, json.dumps(read_manifest(
+        network, probe = _load_classifiers(self.judging.folder, json.dumps(read_manifest(
             self.judging.folder, self.judging.command)["items"][0]["files"]), len(self.databases))
-        near, rows = nearest(self.judging.dataset, vectors)
-        found = {"judge": style_classifier.classify_images(network, flat),
-                 "probe": style_classifier.classify_vectors(probe, vectors),
-                 "clip": np.einsum("psd,pd->ps", vectors.reshape(len(prompts), self.config.seeds, -1),
-                                   plain).reshape(-1).round(4), "nearest": near.round(4), "nearest_row": rows}
-        # The distance of what came out to real pictures of the style that it was to have, of other subjects.
+        similarities, rows = nearest_rows(self.judging.dataset, vectors)
+        scores = {"judge": style_classifier.classify_images(network, flat),
+                  "probe": style_classifier.classify_vectors(probe, vectors),
+                  "clip": np.einsum("psd,pd->ps", vectors.reshape(len(prompts), self.config.seeds, -1),
+                                    plain).reshape(-1).round(4), "nearest": similarities.round(4), "nearest_row": rows}
+        # The distance of the samples to real images of the requested style with other subjects.
         real = Embeddings(database).all().astype(np.float32)
-        real = np.delete(real, rows_with(database, frozenset(self._judges()["held_out"])), 0)
+        real = np.delete(real, rows_with_captions(database, frozenset(self._judges()["held_out"])), 0)
         groups = np.repeat(np.arange(len(prompts)), self.config.seeds)
         document = {"way": way.id, "style": style, "prompts": prompts, "neighbors": ids.tolist(),
                     "kid": round(style_classifier.kid(vectors, real, groups), 6),
-                    **{name: values.reshape(len(prompts), -1).tolist() for name, values in found.items()}}
+                    **{name: values.reshape(len(prompts), -1).tolist() for name, values in scores.items()}}
         (scratch / "found.json").write_bytes(storage.json_bytes(document))
-        _tiled(drawn).save(scratch / "pictures.png")
+        _tile_images(images).save(scratch / "pictures.png")
         return Output(samples=len(flat), files={f"{item.id}.json": scratch / "found.json",
                                                 f"{item.id}.png": scratch / "pictures.png"})
 
     def _words(self, database: Dataset) -> str:
-        named = dict(one.split("=", 1) for one in self.config.words)
+        named = dict(words.split("=", 1) for words in self.config.words)
         return named.get(database.label, database.label.split("@")[0].replace("-", " ").replace("_", " "))
 
     def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
-        found = [json.loads(storage.read_bytes(storage.join(self.folder, f"{record['id']}.json")))
+        results = [json.loads(storage.read_bytes(storage.join(self.folder, f"{record['id']}.json")))
                  for record in records]
-        document = summary.summary(found, [one.label for one in self.databases], self._judges())
-        document["unseen"] = set(found[0]["prompts"]) <= set(self._judges()["held_out"])
+        document = summary.summarize(results, [database.label for database in self.databases], self._judges())
+        document["unseen"] = set(results[0]["prompts"]) <= set(self._judges()["held_out"])
         document |= {"run": self.run.name, "step": self.step, "settings": self.section()}
         (scratch / "evaluation.json").write_bytes(storage.json_bytes(document))
-        (scratch / "table.md").write_text(summary.table(document))
-        summary.plot(document, scratch / "plot.png")
-        asked = {one["way"] for one in found}
-        drawn = [way.id for way in WAYS if way.id in asked and (way.named or way.source == "style")]
-        for way in drawn:
-            self._grid(way, found).save(scratch / f"grid-{way}.png")
-        names = ["evaluation.json", "table.md", "plot.png", *(f"grid-{way}.png" for way in drawn)]
+        (scratch / "table.md").write_text(summary.markdown_table(document))
+        plot.write_plot(document, scratch / "plot.png")
+        evaluated = {result["way"] for result in results}
+        shown = [way.id for way in WAYS if way.id in evaluated and (way.named or way.source == "style")]
+        for way in shown:
+            self._grid(way, results).save(scratch / f"grid-{way}.png")
+        names = ["evaluation.json", "table.md", "plot.png", *(f"grid-{way}.png" for way in shown)]
         return Output(files={name: scratch / name for name in names},
                       info={"step": self.step, **{row["way"]: row["judge"]["mean"] for row in document["ways"]}})
 
-    def _grid(self, way: str, found: list[dict[str, Any]], rows: int = 8) -> Image.Image:
+    def _grid(self, way: str, results: list[dict[str, Any]], rows: int = 8) -> Image.Image:
         """The first pictures of some prompts in every style, as the way has them; rows prompts, columns styles."""
         from pipeline.media.contact_sheet import contact_sheet
         size = int(self.run.section()["image_size"])
-        styles = [one for one in found if one["way"] == way]
+        styles = [result for result in results if result["way"] == way]
         prompts = styles[0]["prompts"][:rows]
         sheets = [Image.open(io.BytesIO(storage.read_bytes(storage.join(self.folder, (
-            f"{item_id(way, self.databases[one['style']])}.png"))))).convert("RGB") for one in styles]
-        cells = [_cell(sheet, number, self.config.seeds, size) for number in range(len(prompts)) for sheet in sheets]
+            f"{item_id(way, self.databases[result['style']])}.png"))))).convert("RGB") for result in styles]
+        cells = [_crop_cell(sheet, number, self.config.seeds, size)
+                 for number in range(len(prompts)) for sheet in sheets]
         return contact_sheet(cells, len(sheets), cell=max(64, size), row_labels=prompts,
-                             column_labels=[self.databases[one["style"]].label for one in styles])
+                             column_labels=[self.databases[result["style"]].label for result in styles])
 
 
 _ACROSS = 10  # prompts side by side on a sheet of one way and style
 
 
-def _tiled(drawn: np.ndarray) -> Image.Image:
+def _tile_images(images: np.ndarray) -> Image.Image:
     """Pictures (P, seeds, S, S, 3) without gaps: ten prompts side by side, the seeds of each below each other."""
-    prompts, seeds, size = drawn.shape[:3]
+    prompts, seeds, size = images.shape[:3]
     sheet = np.full((-(-prompts // _ACROSS) * seeds * size, min(_ACROSS, prompts) * size, 3), 255, np.uint8)
-    for number, of_prompt in enumerate(drawn):
+    for number, of_prompt in enumerate(images):
         for seed, picture in enumerate(of_prompt):
             top, left = (number // _ACROSS * seeds + seed) * size, number % _ACROSS * size
             sheet[top:top + size, left:left + size] = picture
     return Image.fromarray(sheet)
 
 
-def _cell(sheet: Image.Image, number: int, seeds: int, size: int) -> Image.Image:
+def _crop_cell(sheet: Image.Image, number: int, seeds: int, size: int) -> Image.Image:
     left, top = number % _ACROSS * size, number // _ACROSS * seeds * size
     side = max(64, size)
     return sheet.crop((left, top, left + size, top + size)).resize((side, side), Image.Resampling.NEAREST)
 
 
-def _png(picture: np.ndarray) -> bytes:
+def _encode_png(picture: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 
 @lru_cache(maxsize=16)
-def _searcher(database: Dataset, content: str, away: frozenset[str]) -> Searcher:
-    return Searcher(database, rows_with(database, away))
+def _open_searcher(database: Dataset, content: str, away: frozenset[str]) -> Searcher:
+    return Searcher(database, rows_with_captions(database, away))
 
 
 @lru_cache(maxsize=1)
-def _judges_of(folder: str, files: str, styles: int) -> tuple[style_classifier.Judge, np.ndarray]:
+def _load_classifiers(folder: str, files: str, styles: int) -> tuple[style_classifier.Judge, np.ndarray]:
     paths = {entry["name"]: storage.fetch(storage.join(folder, entry["name"]), entry, check=True)
              for entry in json.loads(files)}
     network = style_classifier.Judge(styles)
@@ -253,7 +254,7 @@ def _judges_of(folder: str, files: str, styles: int) -> tuple[style_classifier.J
     return network.eval().requires_grad_(False), np.load(paths["probe.npy"], allow_pickle=False)
 
 
-def same_data(run: Run, dataset: Dataset) -> None:
+def check_same_data(run: Run, dataset: Dataset) -> None:
     """ValueError unless a run was trained on the shards that a dataset has now: else held out means nothing.
 
     Of a run that was brought from elsewhere it is only said: pictures that were drawn anew may differ in a few bits.

@@ -11,31 +11,31 @@ from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import metadata
 
 
-def held_out(dataset: Dataset, databases: Sequence[Dataset]) -> list[str]:
+def held_out_captions(dataset: Dataset, databases: Sequence[Dataset]) -> list[str]:
     """Captions of databases that the dataset of a run does not have: first those in most databases, then by lot."""
-    seen = _captions(dataset)
-    found = Counter(caption for database in databases for caption in _captions(database) - seen)
-    return sorted(found, key=lambda caption: (-found[caption], name_hash(caption)))
+    seen = _captions_of_dataset(dataset)
+    counts = Counter(caption for database in databases for caption in _captions_of_dataset(database) - seen)
+    return sorted(counts, key=lambda caption: (-counts[caption], name_hash(caption)))
 
 
-def _captions(dataset: Dataset) -> frozenset[str]:
-    return _captions_of(dataset, dataset.identity("shards")["digest"])
+def _captions_of_dataset(dataset: Dataset) -> frozenset[str]:
+    return _read_captions(dataset, dataset.identity("shards")["digest"])
 
 
 @lru_cache(maxsize=32)
-def _captions_of(dataset: Dataset, content: str) -> frozenset[str]:
+def _read_captions(dataset: Dataset, content: str) -> frozenset[str]:
     return frozenset(row["caption"].strip() for record in dataset.manifest("shards")["items"]
                      for row in metadata(dataset, record, ["caption"]) if (row["caption"] or "").strip())
 
 
-def rows_with(dataset: Dataset, captions: frozenset[str]) -> np.ndarray:
+def rows_with_captions(dataset: Dataset, captions: frozenset[str]) -> np.ndarray:
     """Global rows whose caption is one of these, ascending (n,) int64."""
-    found, offset = [], 0
+    matching, offset = [], 0
     for record in dataset.manifest("shards")["items"]:
         rows = metadata(dataset, record, ["caption"])
-        found += [offset + number for number, row in enumerate(rows) if (row["caption"] or "").strip() in captions]
+        matching += [offset + number for number, row in enumerate(rows) if (row["caption"] or "").strip() in captions]
         offset += len(rows)
-    return np.array(found, np.int64)
+    return np.array(matching, np.int64)
 
 
 def item_id(way: str, database: Dataset | None) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from jobs.evaluation.held_out import held_out, item_id, rows_with
+from jobs.evaluation.held_out import held_out_captions, item_id, rows_with_captions
 from jobs.runs.run import Run
 from model import style_classifier
 from pipeline import storage
@@ -23,21 +23,21 @@ from pipeline.stages.types import Item, Output
 _BLOCK, _ASKED = 1 << 16, 512  # training vectors that are compared at a time, and vectors with them
 
 
-def pictures_of(dataset: Dataset, size: int) -> np.ndarray:
+def load_images(dataset: Dataset, size: int) -> np.ndarray:
     """All pictures of a dataset, averaged down to `size` pixels a side: (N, S, S, 3) uint8."""
-    found = []
+    batches = []
     for record in dataset.manifest("shards")["items"]:
         path = dataset.fetch("shards", file_of(record, ".tar"), check=True)
         pictures = [decode_pixels(tars.sample_image(sample)) for sample in tars.read(path)]
-        if len({one.shape for one in pictures}) > 1:
+        if len({image.shape for image in pictures}) > 1:
             raise ValueError(f"the pictures of {dataset.label} have different sizes, a judge needs one\n"
                              f"hint: shard with --resize center_crop")
         if pictures:
-            found.append(average_down(np.stack(pictures), size))
-    return np.concatenate(found)
+            batches.append(average_down(np.stack(pictures), size))
+    return np.concatenate(batches)
 
 
-class Judging(Stage):
+class StyleClassifierStage(Stage):
     """The stage from the databases of styles to runs/<run>/judges/<hash>: a judge, a probe, how good both are."""
 
     name = "judge"
@@ -46,8 +46,8 @@ class Judging(Stage):
         if len(databases) < 2:
             raise ValueError(f"to tell styles apart takes two databases at least, not {len(databases)}\n"
                              f"hint: --database noto --database openmoji")
-        if len({item_id("", one) for one in databases}) < len(databases):
-            raise ValueError(f"a database is named twice: {', '.join(one.label for one in databases)}")
+        if len({item_id("", database) for database in databases}) < len(databases):
+            raise ValueError(f"a database is named twice: {', '.join(database.label for database in databases)}")
         super().__init__(run.root, f"{run.path}/judges/", None)
         self.run, self.dataset, self.databases, self.steps = run, dataset, tuple(databases), steps
         self.path = f"{run.path}/judges/{fingerprint(self)[:12]}"
@@ -59,29 +59,29 @@ class Judging(Stage):
 
     def section(self) -> dict[str, Any]:
         return {"steps": self.steps, "image_size": int(self.run.section()["image_size"]),
-                "databases": [one.label for one in self.databases]}
+                "databases": [database.label for database in self.databases]}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
-        found = {"shards of the run": self.dataset.identity("shards"),
+        inputs = {"shards of the run": self.dataset.identity("shards"),
                  "embeddings of the run": self.dataset.identity("embeddings")}
         for database in self.databases:
-            found[f"shards of {database.label}"] = database.identity("shards")
-            found[f"embeddings of {database.label}"] = database.identity("embeddings")
-        return found
+            inputs[f"shards of {database.label}"] = database.identity("shards")
+            inputs[f"embeddings of {database.label}"] = database.identity("embeddings")
+        return inputs
 
     def plan(self) -> list[Item]:
         return [Item("judge")]
 
     def process(self, item: Item, scratch: Path) -> Output:
         torch.set_num_threads(1)
-        size, unseen = int(self.run.section()["image_size"]), frozenset(held_out(self.dataset, self.databases))
+        size, unseen = int(self.run.section()["image_size"]), frozenset(held_out_captions(self.dataset, self.databases))
         pictures, vectors, labels, away = [], [], [], []
         for number, database in enumerate(self.databases):
-            pictures.append(pictures_of(database, size))
+            pictures.append(load_images(database, size))
             vectors.append(Embeddings(database).all().astype(np.float32))
             labels.append(np.full(len(pictures[-1]), number))
             # Without held-out subjects a tenth of what is there has to do.
-            rows = rows_with(database, unseen) if unseen else np.arange(0, len(pictures[-1]), 10)
+            rows = rows_with_captions(database, unseen) if unseen else np.arange(0, len(pictures[-1]), 10)
             away.append(np.isin(np.arange(len(pictures[-1])), rows))
         x, v, y, out = map(np.concatenate, (pictures, vectors, labels, away))
         for number, database in enumerate(self.databases):
@@ -94,15 +94,16 @@ class Judging(Stage):
         np.save(scratch / "probe.npy", probe, allow_pickle=False)
         right = (style_classifier.classify_images(network, x[out]) == y[out],
                  style_classifier.classify_vectors(probe, v[out]) == y[out])
-        near = nearest(self.dataset, v[out])[0]
+        similarities = nearest_rows(self.dataset, v[out])[0]
         styles = [{"database": database.label, "seen": int((~out & (y == number)).sum()),
                    "held_out": int((out & (y == number)).sum()),
                    "judge": mean_share(right[0][y[out] == number]), "probe": mean_share(right[1][y[out] == number]),
                    "kid": round(style_classifier.kid(v[out & (y == number)], v[~out & (y == number)]), 6),
-                   "nearest": round(float(near[y[out] == number].mean()), 4)}
+                   "nearest": round(float(similarities[y[out] == number].mean()), 4)}
                   for number, database in enumerate(self.databases)]
-        info = {"judge": mean_share(right[0]), "probe": mean_share(right[1]), "nearest": round(float(near.mean()), 4),
-                "nearest_99": round(float(np.quantile(near, 0.99)), 4), "styles": styles, "held_out": sorted(unseen)}
+        info = {"judge": mean_share(right[0]), "probe": mean_share(right[1]), "styles": styles,
+                "held_out": sorted(unseen), "nearest": round(float(similarities.mean()), 4),
+                "nearest_99": round(float(np.quantile(similarities, 0.99)), 4)}
         return Output(samples=len(x), info=info,
                       files={name: scratch / name for name in ("judge.safetensors", "probe.npy")})
 
@@ -110,19 +111,19 @@ class Judging(Stage):
         return Output(info=records[0]["info"])
 
 
-def nearest(dataset: Dataset, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def nearest_rows(dataset: Dataset, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The similarity of vectors (N, D) to the nearest one of a dataset, and its row: (N,) float32, (N,) int64."""
     best, rows = np.full(len(vectors), -np.inf, np.float32), np.full(len(vectors), -1, np.int64)
-    asked = vectors.astype(np.float32)
+    queries = vectors.astype(np.float32)
     for first, block in Embeddings(dataset).blocks(_BLOCK):
         block = block.astype(np.float32)
-        for start in range(0, len(asked), _ASKED):
+        for start in range(0, len(queries), _ASKED):
             part = slice(start, start + _ASKED)
-            scores = asked[part] @ block.T
+            scores = queries[part] @ block.T
             here = scores.argmax(1)
-            found = scores[np.arange(len(scores)), here]
-            rows[part] = np.where(found > best[part], first + here, rows[part])
-            best[part] = np.maximum(best[part], found)
+            scores_of_best = scores[np.arange(len(scores)), here]
+            rows[part] = np.where(scores_of_best > best[part], first + here, rows[part])
+            best[part] = np.maximum(best[part], scores_of_best)
     return best, rows
 
 

@@ -37,7 +37,7 @@ def evaluation(root: RootContents, run: Run, name: str, album: Album) -> Markup 
 
 def _row(row: dict[str, Any]) -> list[str]:
     styled = row["way"] != "neither"  # that way names no style
-    shares = [summary.percent(row[judge]) if styled else "–" for judge in ("judge", "probe")]
+    shares = [summary.format_percent(row[judge]) if styled else "–" for judge in ("judge", "probe")]
     return [summary.NAMES[row["way"]], *shares, f"{row['clip']['mean']:.3f}", f"{row['kid']:.4f}" if styled else "–",
             f"{row['nearest']['mean']:.3f}"]
 

@@ -38,7 +38,7 @@ def sample_grid(root: RootContents, run: Run, name: str, album: Album) -> Markup
     requests = {entry["position"]: entry for entry in shown.values()}
     data = _read_images(folder, list(shown.values()))
     held_out = _held_out(root, labels, [entry["prompt"] for entry in shown.values() if _kind(entry) == "prompt"])
-    rows = [{"heading": queries.title(requests[position]), "image": _given(requests[position], data, album),
+    rows = [{"heading": queries.query_title(requests[position]), "image": _given(requests[position], data, album),
              "held_out": held_out.get(requests[position].get("prompt", ""), False),
              "cells": [_cell(shown.get((position, label)), data, album) for label in labels]}
             for position in positions]
@@ -74,7 +74,7 @@ def _given(entry: dict[str, Any], data: Images, album: Album) -> InlineImage | N
     """The image that was given in place of a prompt."""
     if _kind(entry) != "image":
         return None
-    heading, image = queries.title(entry), entry["image"]
+    heading, image = queries.query_title(entry), entry["image"]
     return album.image(data[image["file"]], heading, f"{heading}\nsha256 {image['sha256']}", side=96)
 
 
@@ -82,7 +82,7 @@ def _cell(entry: dict[str, Any] | None, data: Images, album: Album) -> dict[str,
     """A generated image and its neighbors."""
     if entry is None:
         return None
-    heading, neighbors, row = queries.title(entry), entry["neighbors"], ""
+    heading, neighbors, row = queries.query_title(entry), entry["neighbors"], ""
     if "drawn" in entry:
         row = f", row {entry['drawn']['row']}, used {format_count(entry['drawn']['used'], 'time')}"
     listed = "\n".join(f"{rank}. {_database(neighbor)}{neighbor['key']} · {neighbor['caption']} · "

@@ -1,7 +1,7 @@
-"""A trained run opened for drawing: context vectors -> pictures."""
+"""A trained run opened for sampling: context vectors -> images."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,7 @@ from jobs.training import latents
 from model.config import from_dict
 from model.diffusion import randomness
 from model.diffusion.guidance import Guidance
-from model.diffusion.samplers import Denoiser, initial_noise, sample
-from model.diffusion.samplers import check_sampler as check
+from model.diffusion.samplers import Denoiser, check_sampler, initial_noise, sample
 from model.training.precision import compute_dtype
 from model.weights import checkpoint
 from model.weights.first_stage import FirstStage
@@ -25,7 +24,7 @@ from pipeline.embeddings.embed import dataset_encoder
 from pipeline.hardware import devices
 
 
-class Drawer:
+class ImageGenerator:
     """The averaged network of a checkpoint and what its latents are decoded with, on the GPU if there is one."""
 
     def __init__(self, run: Run, step: int, rate: float = 0.0) -> None:
@@ -39,10 +38,10 @@ class Drawer:
         self.size = int(run.section()["image_size"])
         self.first_stage = latents.first_stage_of_run(run)
 
-    def draw(self, context: np.ndarray, positions: Sequence[int], how: SampleConfig) -> np.ndarray:
-        """Pictures (N, S, S, 3) uint8 for unit vectors (N, k, D); `positions` (N,) choose the noise with the seed.
+    def generate(self, context: np.ndarray, positions: Sequence[int], how: SampleConfig) -> np.ndarray:
+        """Images (N, S, S, 3) uint8 for unit vectors (N, k, D). Seed and `positions` (N,) choose the noise.
 
-        A picture depends on its context, its position and `how` alone, whatever is drawn beside it.
+        An image depends only on its context, its position and `how`, not on the rest of the batch.
         """
         if len(positions) != len(context):
             raise ValueError(f"{len(positions)} positions for {len(context)} contexts")
@@ -51,67 +50,70 @@ class Drawer:
         side = self.size // (self.first_stage.factor if self.first_stage else 1)
         shape = (self.config.unet.in_channels, side, side)
         pictures = [np.empty((0, self.size, self.size, 3), np.uint8)]
+
+        def fresh_noise(part: list[int], step: int) -> torch.Tensor:
+            return randomness.noise(how.seed, "eta", step, part, shape)
+
         for start in range(0, len(vectors), how.batch_size):
-            here = list(positions[start:start + how.batch_size])
-            drawn = sample(self._asked(how.precision), self.config.diffusion,
-                           vectors[start:start + len(here)].to(self.device),
-                           initial_noise(how.seed, here, shape).to(self.device), steps=how.steps, guidance=guidance,
+            chunk = list(positions[start:start + how.batch_size])
+            samples = sample(self._denoiser_in(how.precision), self.config.diffusion,
+                           vectors[start:start + len(chunk)].to(self.device),
+                           initial_noise(how.seed, chunk, shape).to(self.device), steps=how.steps, guidance=guidance,
                            sampler=how.sampler, eta=how.eta,
-                           fresh=lambda step, here=here: randomness.noise(how.seed, "eta", step, here, shape),
-                           clamp=self.first_stage is None)
+                           fresh=partial(fresh_noise, chunk), clamp=self.first_stage is None)
             if self.first_stage:
-                drawn = torch.cat([self.first_stage.decode(one[None]) for one in drawn])
-            values = ((drawn.cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+                samples = torch.cat([self.first_stage.decode(latent[None]) for latent in samples])
+            values = ((samples.cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
             pictures.append(values.permute(0, 2, 3, 1).numpy())
         return np.concatenate(pictures)
 
-    def _asked(self, precision: str) -> Denoiser:
+    def _denoiser_in(self, precision: str) -> Denoiser:
         """The network, computing in that precision; levels and steps stay in float32."""
         if compute_dtype(precision, self.device) == torch.float32:
             return self.denoiser
 
-        def asked(x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        def denoise(x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
             with torch.autocast(self.device.type, dtype=torch.bfloat16):
                 return self.denoiser(x, t, context)
 
-        return asked
+        return denoise
 
 
-def open_generator(run: Run, step: int, rate: float = 0.0) -> Drawer:
-    """The drawer of a checkpoint and one of its averages; the last one is kept in this process."""
-    # A first stage that lies elsewhere may be another one by now.
-    return _opened(run, step, rate, run.checkpoint(step)["content"], latents.first_stage_of_run(run),
-                   devices.choose_device())
+def open_generator(run: Run, step: int, rate: float = 0.0) -> ImageGenerator:
+    """The generator of a checkpoint and one of its averages. This process keeps the last one."""
+    # The files of a first stage outside of the run may have changed.
+    return _load_generator(run, step, rate, run.checkpoint(step)["content"], latents.first_stage_of_run(run),
+                           devices.choose_device())
 
 
 @lru_cache(maxsize=1)
-def _opened(run: Run, step: int, rate: float, content: str, first_stage: FirstStage | None,
-            device: torch.device) -> Drawer:
-    return Drawer(run, step, rate)
+def _load_generator(run: Run, step: int, rate: float, content: str, first_stage: FirstStage | None,
+                    device: torch.device) -> ImageGenerator:
+    return ImageGenerator(run, step, rate)
 
 
-def check_fit(run: Run, step: int, how: SampleConfig) -> None:
-    """ValueError unless a checkpoint can be drawn from like that."""
+def check_sample_config(run: Run, step: int, how: SampleConfig) -> None:
+    """ValueError unless a checkpoint can be sampled with this configuration."""
     run.checkpoint(step)
     config = from_dict(run.config(step))
     checkpoint.check_average(config, how.ema)
-    check(config.diffusion, how.sampler, how.steps, how.eta)
+    check_sampler(config.diffusion, how.sampler, how.steps, how.eta)
 
 
-def same_encoder(run: Run, encoder: ClipConfig, databases: Sequence[Dataset]) -> None:
+def check_same_encoder(run: Run, encoder: ClipConfig, databases: Sequence[Dataset]) -> None:
     """ValueError unless a run and the embeddings of databases belong to this encoder, naming what differs."""
     wanted = describe_encoder(encoder)
-    for name, found in [(f"the run {run.name}", run.encoder()),
-                        *((one.label, dataset_encoder(one)) for one in databases)]:
-        differing = [key for key in wanted if wanted[key] != found.get(key)]
+    for name, description in [(f"the run {run.name}", run.encoder()),
+                        *((database.label, dataset_encoder(database)) for database in databases)]:
+        differing = [key for key in wanted if wanted[key] != description.get(key)]
         if differing:
             raise ValueError(f"{name} belongs to another encoder than {encoder.model} ({encoder.pretrained}): "
                              f"they differ in {', '.join(differing)}\n"
                              f"hint: --model and --pretrained as when it was embedded")
 
 
-def searched_database(database: Dataset) -> dict[str, dict[str, Any]]:
+def search_inputs(database: Dataset) -> dict[str, dict[str, Any]]:
     """The stages of a database that a search depends on, as inputs of another stage."""
-    found = {name: database.identity(name) for name in ("index", "embeddings", "shards")}
-    found |= hidden_rows.hidden_row_inputs(database)
-    return {f"{name} of {database.label}": one for name, one in found.items()}
+    inputs = {name: database.identity(name) for name in ("index", "embeddings", "shards")}
+    inputs |= hidden_rows.hidden_row_inputs(database)
+    return {f"{name} of {database.label}": identity for name, identity in inputs.items()}

@@ -1,4 +1,4 @@
-"""The databases that give the neighbours of a picture: one, or several by weight."""
+"""The databases that give the neighbors of an image: one, or several by weight."""
 
 import re
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ _WEIGHT = re.compile(r"\d{1,9}(\.\d{1,9})?")
 
 @dataclass(frozen=True)
 class Mixture:
-    """Databases and the weights by which they share out the neighbours; mostly one database alone."""
+    """Databases and their weights. In most cases it is one database."""
 
     members: tuple[Dataset, ...]
     weights: tuple[Decimal, ...] = (Decimal(1),)
@@ -45,11 +45,12 @@ class Mixture:
 
     def _joined(self, sign: str) -> str:
         if len(set(self.weights)) == 1:
-            return "+".join(one.label for one in self.members)
-        return "+".join(f"{one.label}{sign}{weight:f}" for one, weight in zip(self.members, self.weights, strict=True))
+            return "+".join(database.label for database in self.members)
+        return "+".join(f"{database.label}{sign}{weight:f}"
+                        for database, weight in zip(self.members, self.weights, strict=True))
 
     def shares(self, k: int) -> list[int]:
-        """How many of k neighbours each database gives: by largest remainder, of equal ones the first named."""
+        """How many of k neighbors each database gives, by largest remainder. The first named wins a tie."""
         weights = [Fraction(weight) for weight in self.weights]
         quotas = [k * weight / sum(weights) for weight in weights]
         shares = [int(quota) for quota in quotas]
@@ -59,6 +60,6 @@ class Mixture:
         return shares
 
 
-def mixture(database: Dataset | Mixture) -> Mixture:
-    """A database alone as the mixture that it is."""
+def as_mixture(database: Dataset | Mixture) -> Mixture:
+    """A mixture of this database alone, or the mixture itself."""
     return database if isinstance(database, Mixture) else Mixture((database,))

@@ -1,4 +1,4 @@
-"""What pictures are drawn from: prompts, pictures, and rows of the database as likely as they are in training."""
+"""The queries of a sampling run: prompts, images, and rows sampled from p_D."""
 
 import hashlib
 import re
@@ -16,14 +16,14 @@ FROM_P_D = "from p_D"
 
 @dataclass(frozen=True)
 class Query:
-    """A row of the grid: its pictures have the noise of its position in common."""
+    """A row of the grid. All its images start from the noise of its position."""
 
     position: int
     kind: Literal["prompt", "image", "p_D"]
     title: str
-    """The prompt, or the name of the picture's file."""
+    """The prompt, or the name of the image file."""
     sha256: str = ""
-    """Of the bytes of the picture."""
+    """Hash of the bytes of the image."""
 
     @property
     def name(self) -> str:
@@ -33,16 +33,16 @@ class Query:
 
     @property
     def carried(self) -> str:
-        """Where the bytes of the picture stand in the folder, for workers on other machines."""
+        """Path in the folder of the original bytes of the image, for workers on other machines."""
         return f"asked/{self.sha256[:16]}"
 
     @property
     def shown(self) -> str:
-        """Where the picture stands, small, for people to look at."""
+        """Path in the folder of a small copy of the image, for viewing."""
         return f"asked/{self.name}.png"
 
     def about(self) -> dict[str, Any]:
-        """What samples.json says of it in each database; of rows drawn from p_D that differs."""
+        """The fields of samples.json that are the same in each database."""
         if self.kind == "prompt":
             return {"kind": self.kind, "prompt": self.title}
         if self.kind == "image":
@@ -50,27 +50,27 @@ class Query:
         return {"kind": self.kind}
 
 
-def title(picture: dict[str, Any]) -> str:
-    """The title of the query that a picture in samples.json was drawn for; older files know prompts alone."""
+def query_title(picture: dict[str, Any]) -> str:
+    """The title of the query of an entry in samples.json. Older files have prompts only."""
     kind = picture.get("kind", "prompt")
     return picture["prompt"] if kind == "prompt" else picture["image"]["name"] if kind == "image" else FROM_P_D
 
 
-def queries(prompts: Sequence[str], paths: Sequence[str], unconditional: int) -> tuple[Query, ...]:
-    """Prompts, then pictures, then rows of p_D; ValueError where one is empty, unreadable or given twice."""
-    if len(set(prompts)) < len(prompts) or not all(one.strip() for one in prompts):
+def build_queries(prompts: Sequence[str], paths: Sequence[str], unconditional: int) -> tuple[Query, ...]:
+    """Prompts, then images, then rows of p_D. ValueError if one is empty, unreadable or given twice."""
+    if len(set(prompts)) < len(prompts) or not all(prompt.strip() for prompt in prompts):
         raise ValueError(f"a prompt is empty or given twice: {', '.join(map(repr, prompts))}")
-    hashes = [hashlib.sha256(read(path)).hexdigest() for path in paths]
+    hashes = [hashlib.sha256(read_image(path)).hexdigest() for path in paths]
     if len(set(hashes)) < len(hashes):
         raise ValueError(f"a picture is given twice: {', '.join(paths)}")
-    asked: list[tuple[Any, ...]] = [("prompt", one) for one in prompts]
-    asked += [("image", Path(path).name, sha256) for path, sha256 in zip(paths, hashes, strict=True)]
-    asked += [("p_D", FROM_P_D)] * unconditional
-    return tuple(Query(position, *one) for position, one in enumerate(asked))
+    kinds: list[tuple[Any, ...]] = [("prompt", prompt) for prompt in prompts]
+    kinds += [("image", Path(path).name, sha256) for path, sha256 in zip(paths, hashes, strict=True)]
+    kinds += [("p_D", FROM_P_D)] * unconditional
+    return tuple(Query(position, *kind) for position, kind in enumerate(kinds))
 
 
-def read(path: str) -> bytes:
-    """The bytes of a picture on this machine; ValueError if there is none that can be decoded."""
+def read_image(path: str) -> bytes:
+    """The bytes of an image on this machine. ValueError if it cannot be read or decoded."""
     try:
         data = Path(path).expanduser().read_bytes()
         decode(data, _MOST_PIXELS)

@@ -1,4 +1,4 @@
-"""A checkpoint of the CompVis release -> a run that draws: its UNet, its noise schedule and its first stage."""
+"""A checkpoint of the CompVis release -> a run for sampling: its UNet, noise schedule and first stage."""
 
 import json
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ class Convert(Stage):
         return "give the run another name"
 
     def section(self) -> dict[str, Any]:
-        found, config, autoencoder = self._content
+        released, config, autoencoder = self._content
         about = None
         if autoencoder:
             about = latents.describe_first_stage(autoencoder, latents.IN_THE_RUN, autoencoder.scale)
@@ -49,34 +49,34 @@ class Convert(Stage):
         return super().section() | {
             "train": json.loads(json.dumps(to_dict(config))), "database": self.database.label,
             "encoder": dataset_encoder(self.database), "image_size": size, "first_stage": about,
-            "checkpoint": self._sha256, "averaged": found.averaged}
+            "checkpoint": self._sha256, "averaged": released.averaged}
 
     def plan(self) -> list[Item]:
-        found, config, _ = self._content
+        released, config, _ = self._content
         dim = dataset_encoder(self.database)["dim"]
         if config.unet.context_dim != dim:
             raise ValueError(f"the checkpoint takes vectors of {config.unet.context_dim}, {self.database.label} has "
                              f"vectors of {dim}\nhint: --database that was embedded by the encoder it was trained with")
-        return [Item("checkpoint", {"step": found.step})]
+        return [Item("checkpoint", {"step": released.step})]
 
     def process(self, item: Item, scratch: Path) -> Output:
-        found, config, autoencoder = self._content
+        released, config, autoencoder = self._content
         network = UNet(config.unet)
         try:
-            network.load_state_dict({name: tensor.float() for name, tensor in found.unet.items()})
+            network.load_state_dict({name: tensor.float() for name, tensor in released.unet.items()})
         except RuntimeError as error:
             raise ValueError(f"{self.source}: the UNet is not one of the release: "
                              f"{str(error).splitlines()[1].strip()}") from error
         kept = scratch / "checkpoint"
-        checkpoint.write_converted(kept, network, config, found.step)
-        self.run.publish(found.step, kept)
+        checkpoint.write_converted(kept, network, config, released.step)
+        self.run.publish(released.step, kept)
         files = {}
         if autoencoder:
-            latents.keep_first_stage(autoencoder, scratch / "first_stage")
+            latents.save_first_stage(autoencoder, scratch / "first_stage")
             files = {f"first_stage/{path.name}": path for path in sorted((scratch / "first_stage").iterdir())}
         return Output(samples=sum(weight.numel() for weight in network.parameters()), files=files,
-                      info={"step": found.step, "averaged": found.averaged, "left_out": len(found.left_out),
-                            "checkpoint": self.run.checkpoint(found.step)["content"]})
+                      info={"step": released.step, "averaged": released.averaged, "left_out": len(released.left_out),
+                            "checkpoint": self.run.checkpoint(released.step)["content"]})
 
     def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         return Output(info=records[0]["info"])
@@ -87,13 +87,13 @@ class Convert(Stage):
 
     @cached_property
     def _content(self) -> tuple[compvis.Released, TrainConfig, first_stage.FirstStage | None]:
-        """What is in the file; kept, for it may be many gigabytes."""
-        found = compvis.read(self.source)
-        unet = compvis.unet_config(found.unet, self.config.head_dim)
-        config = TrainConfig(steps=max(1, found.step), global_batch=1, unet=unet, diffusion=found.diffusion,
+        """The content of the file, cached because it may be many gigabytes."""
+        released = compvis.read(self.source)
+        unet = compvis.unet_config(released.unet, self.config.head_dim)
+        config = TrainConfig(steps=max(1, released.step), global_batch=1, unet=unet, diffusion=released.diffusion,
                              k=self.config.k, context_norm=self.config.context_norm)
-        if not found.first_stage:
-            return found, config, None
-        weights = {name: tensor.float() for name, tensor in found.first_stage.items()}
+        if not released.first_stage:
+            return released, config, None
+        weights = {name: tensor.float() for name, tensor in released.first_stage.items()}
         autoencoder = first_stage.build(compvis.first_stage_config(weights), compvis.first_stage_weights(weights))
-        return found, config, replace(autoencoder, scale=self.config.scale or found.scale or 1.0)
+        return released, config, replace(autoencoder, scale=self.config.scale or released.scale or 1.0)

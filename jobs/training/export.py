@@ -28,12 +28,12 @@ def export_weights(run: Run, step: int, out: Path) -> dict[str, Any]:
     autoencoder = latents.first_stage_of_run(run, "cpu")
     about = checkpoint.halve(run.fetch(step), out)
     if autoencoder:
-        latents.keep_first_stage(autoencoder, out / latents.IN_THE_RUN)
+        latents.save_first_stage(autoencoder, out / latents.IN_THE_RUN)
         section["first_stage"] |= {"source": latents.IN_THE_RUN}
     about["run"] = {name: section[name] for name in _KEPT if section.get(name)} | {"name": run.name}
     (out / "checkpoint.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
-    written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    return {"folder": str(out), "step": step, "bytes": written}
+    total_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    return {"folder": str(out), "step": step, "bytes": total_bytes}
 
 
 class Import(Stage):
@@ -85,7 +85,7 @@ class Import(Stage):
         if not known or known["source"] != latents.IN_THE_RUN:  # the folder was named only, before it was carried along
             return {}
         folder = self.source / latents.IN_THE_RUN
-        if latents.digest(first_stage.load(folder)) != known["sha256"]:
+        if latents.weights_digest(first_stage.load(folder)) != known["sha256"]:
             raise ValueError(f"{folder} is not the first stage that was exported with {self.source}\n"
                              f"hint: python -m jobs export {self.kept.get('name', 'RUN')} --out FOLDER, once more")
         return {f"{latents.IN_THE_RUN}/{path.name}": path for path in sorted(folder.iterdir())}

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -46,14 +47,14 @@ class Latents(Stage):
 
     def section(self) -> dict[str, Any]:
         # The folder may be elsewhere on another machine; what is in it is in the digest.
-        return {"first_stage": digest(open_first_stage(self.config.first_stage)), "flips": self.config.flips,
+        return {"first_stage": weights_digest(open_first_stage(self.config.first_stage)), "flips": self.config.flips,
                 "scale": self.config.scale}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         return {"shards": self.dataset.identity("shards")}
 
     def plan(self) -> list[Item]:
-        scale, wanted = self._scale(), digest(open_first_stage(self.config.first_stage))
+        scale, wanted = self._scale(), weights_digest(open_first_stage(self.config.first_stage))
         return [Item(record["id"], {"shard": record, "scale": scale, "count": record["samples"], "first_stage": wanted})
                 for record in self.dataset.manifest("shards")["items"]]
 
@@ -64,13 +65,13 @@ class Latents(Stage):
 
     def process(self, item: Item, scratch: Path) -> Output:
         stage, record = open_first_stage(self.config.first_stage), item.inputs["shard"]
-        if digest(stage) != item.inputs["first_stage"]:
+        if weights_digest(stage) != item.inputs["first_stage"]:
             raise ValueError(f"the first stage {self.config.first_stage} is not that of the plan\n"
                              f"hint: the same files on every machine")
         parts = []
         for pictures in self._pictures(record):
-            parts.append(_encoded(stage, pictures, item.inputs["scale"], self.config.flips))
-            self.report_progress(rows=sum(map(len, parts)), samples=sum(map(len, parts)), length=0, skipped={})
+            parts.append(_encode_latents(stage, pictures, item.inputs["scale"], self.config.flips))
+            self.report_progress(rows=sum(map(len, parts)), samples=sum(map(len, parts)), length=0, skipped=Counter())
         latents = np.concatenate(parts) if parts else np.empty((0, 1 + self.config.flips, stage.channels, 1, 1),
                                                                np.float16)
         if len(latents) != record["samples"]:
@@ -99,10 +100,10 @@ class Latents(Stage):
         stage = open_first_stage(self.config.first_stage)
         if self.config.scale or stage.scale:
             return self.config.scale or stage.scale
-        record = next((one for one in self.dataset.manifest("shards")["items"] if one["samples"]), None)
+        record = next((record for record in self.dataset.manifest("shards")["items"] if record["samples"]), None)
         if record is None:
             raise ValueError(f"{self.dataset.label} has no samples")
-        deviation = float(_encoded(stage, next(self._pictures(record)), 1.0, False).astype(np.float32).std())
+        deviation = float(_encode_latents(stage, next(self._pictures(record)), 1.0, False).astype(np.float32).std())
         return float(np.float32(1 / max(deviation, 1e-6)))
 
     def _pictures(self, record: dict[str, Any]) -> Any:
@@ -111,8 +112,8 @@ class Latents(Stage):
         encoded = (tars.sample_image(sample) for sample in tars.read(path))
         with ThreadPoolExecutor(2) as pool:
             ahead = None
-            while some := list(itertools.islice(encoded, self.config.batch_size)):
-                following = pool.submit(lambda some=some: np.stack([decode_pixels(one) for one in some]))
+            while batch := list(itertools.islice(encoded, self.config.batch_size)):
+                following = pool.submit(_decode_all, batch)
                 if ahead:
                     yield ahead.result()
                 ahead = following
@@ -120,12 +121,16 @@ class Latents(Stage):
                 yield ahead.result()
 
 
-def _encoded(stage: FirstStage, pictures: np.ndarray, scale: float, flips: bool) -> np.ndarray:
+def _decode_all(images: Sequence[bytes]) -> np.ndarray:
+    return np.stack([decode_pixels(image) for image in images])
+
+
+def _encode_latents(stage: FirstStage, pictures: np.ndarray, scale: float, flips: bool) -> np.ndarray:
     """Latents (B, A, C, h, w) float16 of pictures (B, H, W, 3) uint8."""
-    def encode(some: np.ndarray, _: int) -> np.ndarray:
-        x = (torch.from_numpy(some).permute(0, 3, 1, 2).to(stage.device).float() / 127.5 - 1).contiguous()
+    def encode(batch: np.ndarray, _: int) -> np.ndarray:
+        x = (torch.from_numpy(batch).permute(0, 3, 1, 2).to(stage.device).float() / 127.5 - 1).contiguous()
         kinds = [x, x.flip(-1)] if flips else [x]
-        return torch.stack([scale * stage.moments(one)[0] for one in kinds], 1).cpu().numpy().astype(np.float16)
+        return torch.stack([scale * stage.moments(kind)[0] for kind in kinds], 1).cpu().numpy().astype(np.float16)
 
     return _fit(pictures, len(pictures), encode, np.concatenate)
 
@@ -146,7 +151,7 @@ def open_first_stage_on(source: str, device: torch.device) -> FirstStage:
 
 
 def first_stage_of_run(run: Run, device: str = "") -> FirstStage | None:
-    """What decodes the latents of a run, with their factor; None if it draws pixels.
+    """The decoder of the latents of a run, with their factor. None if the run generates pixels.
 
     On a `device` it is one of the caller's own, otherwise that which this process keeps. Raises ValueError where there
     is none, or another one than the run was trained with.
@@ -155,34 +160,34 @@ def first_stage_of_run(run: Run, device: str = "") -> FirstStage | None:
     if not known:
         return None
     source = str(run.first_stage()) if known["source"] == IN_THE_RUN else known["source"]
-    found = first_stage.load(source, device) if device else open_first_stage(source)
-    if digest(found) != known["sha256"]:
+    stage = first_stage.load(source, device) if device else open_first_stage(source)
+    if weights_digest(stage) != known["sha256"]:
         raise ValueError(f"the first stage {known['source']} is not the one that the run {run.name} was trained with")
-    return replace(found, scale=known["scale"])
+    return replace(stage, scale=known["scale"])
 
 
-def keep_first_stage(stage: FirstStage, folder: Path) -> None:
+def save_first_stage(stage: FirstStage, folder: Path) -> None:
     """Write a first stage with its factor into a folder, as diffusers keeps it."""
     stage.network.register_to_config(scaling_factor=stage.scale)
     stage.network.save_pretrained(folder, safe_serialization=True)
 
 
 def describe_first_stage(stage: FirstStage, source: str, scale: float) -> dict[str, Any]:
-    """What is written down of the first stage of some latents: a run that draws needs the same."""
+    """The description of a first stage in manifests. Sampling needs the same first stage."""
     return {"source": source, "kind": stage.kind, "channels": stage.channels, "factor": stage.factor, "scale": scale,
-            "sha256": digest(stage)}
+            "sha256": weights_digest(stage)}
 
 
-def digest(stage: FirstStage) -> str:
+def weights_digest(stage: FirstStage) -> str:
     """sha256 of the weights of a first stage, of their names and numbers."""
-    found = _digests.get(stage.network)
-    if found is None:
+    weights_sha256 = _digests.get(stage.network)
+    if weights_sha256 is None:
         sha = hashlib.sha256()
         for name, tensor in sorted(stage.network.state_dict().items()):
             sha.update(name.encode())
             sha.update(tensor.cpu().contiguous().numpy().tobytes())
-        found = _digests[stage.network] = sha.hexdigest()
-    return found
+        weights_sha256 = _digests[stage.network] = sha.hexdigest()
+    return weights_sha256
 
 
 _digests: WeakKeyDictionary[Any, str] = WeakKeyDictionary()

@@ -27,8 +27,7 @@ from pipeline.stages.types import StageFailed
 def train_on_ray(job: Job, config: ClusterConfig, watch: Callable[[dict[str, Any]], None]) -> None:
     """Train on a Ray cluster, restarting after the loss of a worker; `watch` gets the newest record.
 
-    The run's own checkpoints are the only state: Ray's is thrown away, so that a second start
-    never depends on what an earlier one left with Ray.
+    The checkpoints of the run are the only state. Ray's own state is discarded, so a second start never depends on it.
     """
     training = Training(job)
     connect.connect()
@@ -41,25 +40,21 @@ def train_on_ray(job: Job, config: ClusterConfig, watch: Callable[[dict[str, Any
         # Every worker of every node needs to reach Ray's own folder; nothing of ours is kept in it.
         shared = storage.join(job.run.folder, "ray") if storage.is_local(job.run.folder) else str(scratch)
         trainer = TorchTrainer(
-            _loop, train_loop_config={
+            _train_worker, train_loop_config={
                 "job": job, "launch": launch, "log": logs.current_format(),
                 "device": "cuda" if config.each_gpus else "cpu"},
             torch_config=TorchConfig(backend="nccl" if config.each_gpus else "gloo", timeout_s=600),
-            scaling_config=ScalingConfig(num_workers=_number(config), use_gpu=config.each_gpus > 0,
-                                         elastic_resize_monitor_interval_s=config.resize_every,
-                                         resources_per_worker={"CPU": config.cpus} | (
-                                             {"GPU": config.each_gpus} if config.each_gpus else {})),
+            scaling_config=_scaling(config),
             run_config=RunConfig(name=f"{job.run.name}-{uuid.uuid4().hex[:8]}", storage_path=shared,
-                                 failure_config=FailureConfig(max_failures=config.max_failures,
-                                                              controller_failure_limit=config.max_failures)),
+                                 failure_config=_failures(config)),
         )
         done = threading.Event()
-        thread = threading.Thread(target=_follow, args=(job, watch, done), daemon=True)
+        thread = threading.Thread(target=_watch_metrics, args=(job, watch, done), daemon=True)
         thread.start()
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
-            if known := _known(job, launch):
+            if known := _fatal_error(job, launch):
                 raise known from error
             raise StageFailed(f"train: the run {job.run.name} failed {config.max_failures + 1} times: "
                                     f"{_first_line(error)}\nhint: run the same command again; it continues from the "
@@ -71,33 +66,47 @@ def train_on_ray(job: Job, config: ClusterConfig, watch: Callable[[dict[str, Any
                 storage.remove_tree(shared)
 
 
-def _number(config: ClusterConfig) -> int | tuple[int, int]:
-    """How many processes; with a least number Ray Train starts with those that there is room for, and adds later."""
+# mypy sees the configuration classes of Ray's older Train API. ray.train replaces them when it is imported.
+
+def _scaling(config: ClusterConfig) -> ScalingConfig:
+    resources = {"CPU": config.cpus} | ({"GPU": config.each_gpus} if config.each_gpus else {})
+    return ScalingConfig(  # type: ignore[call-arg]
+        num_workers=_worker_count(config), use_gpu=config.each_gpus > 0,  # type: ignore[arg-type]
+        elastic_resize_monitor_interval_s=config.resize_every, resources_per_worker=resources)
+
+
+def _failures(config: ClusterConfig) -> FailureConfig:
+    return FailureConfig(  # type: ignore[call-arg]
+        max_failures=config.max_failures, controller_failure_limit=config.max_failures)
+
+
+def _worker_count(config: ClusterConfig) -> int | tuple[int, int]:
+    """The number of processes. With a minimum, Ray Train starts with those that fit, and adds more later."""
     if 0 < config.min_workers < config.workers:
         return config.min_workers, config.workers
     return config.workers
 
 
-def _loop(config: dict[str, Any]) -> None:
+def _train_worker(config: dict[str, Any]) -> None:
     logs.configure_logging(config["log"])
     devices.reserve(config["device"])
     job = config["job"]
     known = run_labels(job.dataset.name, job.dataset.version, job.run.name)
-    # What will happen again is not tried again: the first to meet it writes it down.
-    if fault := _known(job, config["launch"]):
+    # The first worker with an error that a retry cannot fix records it. Other workers do not try again.
+    if fault := _fatal_error(job, config["launch"]):
         raise fault
     with logs.label_events(known), job.run.telling(config["launch"]):
         train_process(job)
 
 
-def _known(job: Job, launch: str) -> Exception | None:
+def _fatal_error(job: Job, launch: str) -> Exception | None:
     """The error that ended this launch for good, if one did."""
     fault = job.run.fault()
     return HOPELESS[fault["kind"]](fault["message"]) if fault and fault["launch"] == launch else None
 
 
-def _follow(job: Job, watch: Callable[[dict[str, Any]], None], done: threading.Event) -> None:
-    """Show the curve while it grows: it is written by another process, maybe on another node."""
+def _watch_metrics(job: Job, watch: Callable[[dict[str, Any]], None], done: threading.Event) -> None:
+    """Report new metrics. Another process writes them, possibly on another node."""
     seen = 0
     while not done.wait(2.0):
         lines = read_metrics(job.run)

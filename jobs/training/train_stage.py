@@ -1,4 +1,4 @@
-"""A training run as a stage, and what a process needs to know to take part in it."""
+"""A training run as a stage, and the job that its processes receive."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,24 +19,24 @@ from pipeline.stages.types import Item, Output
 
 @dataclass(frozen=True)
 class Job:
-    """What a process needs to know to take part in a run."""
+    """The job of each process of a run."""
 
     run: Run
     dataset: Dataset
     database: Dataset
     config: TrainConfig
     latents: bool = False
-    """Whether it trains on the latents of the dataset instead of its pictures."""
+    """Whether it trains on the latents of the dataset instead of its images."""
     validation: Dataset | None = None
-    """What the run is looked at with and learns nothing from; so it is no part of what the run is."""
+    """The dataset of validation. It does not change the run, so it is not part of its fingerprint."""
     tracker: str = "auto"
-    """Who is told of the curve: wandb, none, or auto for wandb; no part of it either."""
+    """The tracker: wandb, none, or auto for wandb. It is not part of the fingerprint either."""
 
 
 class Training(Stage):
     """A run as a stage with one item: planned, sealed and verified like any other.
 
-    What is special is between: the processes of the run work together, not item by item.
+    The processes of the run work together in between, not item by item.
     """
 
     name = "train"
@@ -60,7 +60,7 @@ class Training(Stage):
         size = self.job.config.image_size or int(decode_pixels(samples(self.job.dataset, [0])[0].picture).shape[0])
         latents = ({"first_stage": self.job.dataset.manifest("latents")["info"]["first_stage"]} if self.job.latents
                    else {})
-        # A finished run may be given more steps: how many is no part of what it is.
+        # A finished run may continue with more steps, so their number is not part of the fingerprint.
         return {"train": identity(self.job.config), **latents,
                 "dataset": self.job.dataset.label, "database": self.job.database.label,
                 "encoder": dataset_encoder(self.job.dataset), "image_size": size}
@@ -69,9 +69,9 @@ class Training(Stage):
         return {"shards": self.job.dataset.identity("shards"),
                 "neighbors": self.job.dataset.identity(f"neighbors/{self.job.database.label}"),
                 "database": self.job.database.identity("embeddings"),
-                **{name: self.job.dataset.identity(of) for name, of in self._more().items()}}
+                **{name: self.job.dataset.identity(stage_name) for name, stage_name in self._optional_stages().items()}}
 
-    def _more(self) -> dict[str, str]:
+    def _optional_stages(self) -> dict[str, str]:
         """Stages of the dataset that only some runs read."""
         return ({"latents": "latents"} if self.job.latents else {}) | (
             {"own": OWN[self.job.config.own]} if self.job.config.own != "none" else {})
@@ -93,8 +93,8 @@ class Training(Stage):
                              f"--latents trains on latents")
         return [Item("run")]
 
-    def _enough(self, dataset: Dataset) -> None:
-        """ValueError unless each sample has as many neighbours as the run takes."""
+    def _check_neighbor_count(self, dataset: Dataset) -> None:
+        """ValueError unless each sample has at least as many neighbors as the run takes."""
         database, k = self.job.database.label, self.job.config.k
         there = dataset.manifest(f"neighbors/{database}")["info"]["k"]
         if there < k:
@@ -102,33 +102,34 @@ class Training(Stage):
                              f"hint: neighbors {dataset.label} --database {database} --k {k} --overwrite")
 
     def check(self) -> None:
-        """ValueError, before anything starts, unless the run and what it is looked at with have neighbours enough."""
-        self._enough(self.job.dataset)
+        """ValueError, before anything starts, unless training and validation data fit the run."""
+        self._check_neighbor_count(self.job.dataset)
         if self.job.validation is None:
             return
         validation = self.job.validation
         validation.identity("shards")
         validation.identity(f"neighbors/{self.job.database.label}")
-        self._enough(validation)
+        self._check_neighbor_count(validation)
         if (count := validation.manifest("shards")["totals"]["samples"]) < 2:
             raise ValueError(f"{validation.label} has {count} samples: too few to validate with")
         if self.job.config.own != "none":
             self.job.validation.identity(OWN[self.job.config.own])
         if self.job.latents:
             self.job.validation.identity("latents")
-            ours, theirs = (one.manifest("latents")["info"]["first_stage"] for one in (self.job.dataset, validation))
+            ours, theirs = (dataset.manifest("latents")["info"]["first_stage"]
+                            for dataset in (self.job.dataset, validation))
             if ours["sha256"] != theirs["sha256"]:
                 raise ValueError(f"the latents of {validation.label} are of another first stage than those of "
                                  f"{self.job.dataset.label}\nhint: latents {validation.label} --first-stage "
                                  f"{ours['source']} --overwrite")
 
     def process(self, item: Item, scratch: Any) -> Output:
-        """What the finished run left: the curve, and the checkpoint it ended with."""
+        """The result of the finished run: its loss curve and its last checkpoint."""
         step = self.job.run.latest_step()
         assert step >= self.job.config.steps, (step, self.job.config.steps)
         lines = read_metrics(self.job.run)
         self.device = lines[-1].get("device", "") if lines else ""
-        # Not the file of the curve: there are seconds in it, and an equal run has other ones.
+        # Not a hash of metrics.jsonl: it has seconds, which differ between equal runs.
         curve = storage.digest([[line["step"], line["loss"]] for line in lines])
         return Output(samples=step * self.job.config.global_batch,
                       info={"steps": step, "checkpoint": self.job.run.checkpoint(step)["content"], "curve": curve,

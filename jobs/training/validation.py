@@ -1,4 +1,4 @@
-"""What training looks at from time to time: pictures that it does not learn from, with their neighbours and without."""
+"""Validation during training: losses and images of held-out samples, with and without their neighbors."""
 
 import io
 import logging
@@ -29,12 +29,12 @@ from pipeline.neighbors.files import load_neighbors
 
 _COUNT, _AT_ONCE = 256, 64
 _SHOWN, _STEPS = 8, 20
-_SMALL, _LARGE = 64, 192  # pixels of a side of a picture in the grid
+_SMALL, _LARGE = 64, 192  # least and most pixels of a side of an image in the grid
 _log = logging.getLogger(__name__)
 
 
 class Validation:
-    """Samples of a dataset that training does not see, spread evenly over it, and their neighbours' vectors.
+    """Samples of a dataset that training does not see, spread evenly over it, with the vectors of their neighbors.
 
     The noise and the noise level of each are always the same, so that losses of different steps can be compared.
     """
@@ -51,61 +51,64 @@ class Validation:
             context = torch.cat([torch.from_numpy(own).float()[:, None], context], 1)
         self.context = self.config.context_norm * context
         self.pictures = lookup.samples(dataset, rows[:_SHOWN].tolist())
-        near = sorted({int(row) for row in ids[:_SHOWN].ravel() if row >= 0})
-        self.near = dict(zip(near, lookup.samples(job.database, near), strict=True))
+        rows_of_neighbors = sorted({int(row) for row in ids[:_SHOWN].ravel() if row >= 0})
+        self.near = dict(zip(rows_of_neighbors, lookup.samples(job.database, rows_of_neighbors), strict=True))
         self.ids = ids
         self.x0 = self._latents(rows) if job.latents else self._pixels(rows)  # (N, C, h, w)
         self.eps = randomness.noise(self.config.seed, "validation", 0, range(len(rows)), self.x0.shape[1:])
         levels = (np.arange(len(rows)) + 0.5) / len(rows) * self.config.diffusion.timesteps
-        # In an order of their own, or neighbouring samples would have neighbouring levels.
+        # In random order, so that similar samples do not get similar levels.
         self.t = torch.from_numpy(np.random.default_rng(0).permutation(levels.astype(np.int64)))
 
     def __call__(self, step: int, network: UNet) -> dict[str, Any]:
-        """The losses of a network with the true neighbours, with those of other samples and with none; a grid is drawn.
-        """
+        """The losses of a network with the true neighbors, with those of other samples and with none. Writes a grid."""
         device = next(network.parameters()).device
         shuffled = self.context.roll(len(self.context) // 2, 0)
         losses = {f"validation_{name}": self._loss(network, context, device) for name, context in (
             ("loss", self.context), ("shuffled", shuffled), ("nobody", torch.zeros_like(self.context)))}
-        if (drawn := self.drawn(network, device)) is not None:
+        if (images := self.generate(network, device)) is not None:
             buffer = io.BytesIO()
-            self._grid(drawn).save(buffer, "PNG")
+            self._grid(images).save(buffer, "PNG")
             storage.put_bytes(buffer.getvalue(), self.job.run.validated(step))
         return losses
 
-    def drawn(self, network: UNet, device: torch.device) -> np.ndarray | None:
-        """Pictures (N, S, S, 3) uint8 that a network draws from neighbours; None if its latents cannot be decoded."""
+    def generate(self, network: UNet, device: torch.device) -> np.ndarray | None:
+        """Images (N, S, S, 3) uint8 that a network generates from neighbors. None if its latents cannot be decoded."""
         if self.job.latents and not self._first_stage:
             return None
         count = len(self.pictures)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._half(device)):
-            found = sample(network, self.config.diffusion, self.context[:count].to(device),
+            generated = sample(network, self.config.diffusion, self.context[:count].to(device),
                            initial_noise(self.config.seed, range(count), self.x0.shape[1:]).to(device),
                            steps=_STEPS, guidance=1.5, sampler=_sampler(self.config), clamp=not self.job.latents)
-        if self.job.latents and (found := self._decoded(found.float())) is None:
+        decoded = self._decode_latents(generated.float()) if self.job.latents else generated
+        if decoded is None:
             return None
-        return ((found.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        return ((decoded.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
     @cached_property
     def _first_stage(self) -> FirstStage | None:
-        """What the latents are decoded with, on the CPU; None, which is said once, if it is not to be had."""
+        """The decoder of the latents, on the CPU. None, with one warning, if it cannot be loaded."""
         try:
             return latents.first_stage_of_run(self.job.run, "cpu")
         except (ValueError, OSError) as error:
-            return _missed(error)
+            _warn_not_decodable(error)
+            return None
 
-    def _decoded(self, drawn: torch.Tensor) -> torch.Tensor | None:
-        """Pictures of latents, one after another; the first stage is on the GPU only meanwhile."""
-        network = self._first_stage.network
+    def _decode_latents(self, generated: torch.Tensor) -> torch.Tensor | None:
+        """Images of latents, decoded one by one. The first stage is on the GPU only during this call."""
+        assert self._first_stage is not None
+        network, decode = self._first_stage.network, self._first_stage.decode
         try:
-            network.to(drawn.device)
-            return torch.cat([self._first_stage.decode(one[None]).cpu() for one in drawn])
+            network.to(generated.device)
+            return torch.cat([decode(latent[None]).cpu() for latent in generated])
         except torch.OutOfMemoryError as error:
-            self._first_stage = _missed(error)
+            _warn_not_decodable(error)
+            self._first_stage = None
         finally:
             network.cpu()
-            if drawn.device.type == "cuda":
-                torch.cuda.empty_cache()  # training has its own use for it
+            if generated.device.type == "cuda":
+                torch.cuda.empty_cache()  # training needs the memory
         return None
 
     @torch.no_grad()
@@ -113,7 +116,7 @@ class Validation:
         total = 0.0
         for start in range(0, len(self.x0), _AT_ONCE):
             part = slice(start, start + _AT_ONCE)
-            x0, eps, t = (one[part].to(device) for one in (self.x0, self.eps, self.t))
+            x0, eps, t = (tensor[part].to(device) for tensor in (self.x0, self.eps, self.t))
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._half(device)):
                 answer = network(process.q_sample(self.config.diffusion, x0, eps, t), t, context[part].to(device))
             total += process.loss(self.config.diffusion, answer, x0, eps, t).sum().item()
@@ -122,19 +125,20 @@ class Validation:
     def _half(self, device: torch.device) -> bool:
         return compute_dtype(self.config.precision, device) == torch.bfloat16
 
-    def _grid(self, drawn: np.ndarray) -> Image.Image:
-        """A row for some samples: the picture, what was drawn from its neighbours, and these."""
+    def _grid(self, images: np.ndarray) -> Image.Image:
+        """A row for each shown sample: the image, the generated image, and the neighbors."""
         cells: list[Image.Image | None] = []
-        for number, one in enumerate(self.pictures):
-            cells += [_opened(one.picture), Image.fromarray(drawn[number])]
-            cells += [_opened(self.near[int(row)].picture) if row >= 0 else None for row in self.ids[number][:4]]
+        for number, held_out in enumerate(self.pictures):
+            cells += [_decode_image(held_out.picture), Image.fromarray(images[number])]
+            cells += [_decode_image(self.near[int(row)].picture) if row >= 0 else None for row in self.ids[number][:4]]
         columns = len(cells) // len(self.pictures)
-        return contact_sheet(cells, columns, cell=min(max(_SMALL, drawn.shape[1]), _LARGE),
-                             row_labels=[one.caption or one.key for one in self.pictures],
+        return contact_sheet(cells, columns, cell=min(max(_SMALL, images.shape[1]), _LARGE),
+                             row_labels=[held_out.caption or held_out.key for held_out in self.pictures],
                              column_labels=["held out", "drawn", *(f"neighbour {n + 1}" for n in range(columns - 2))])
 
     def _pixels(self, rows: np.ndarray) -> torch.Tensor:
-        pictures = np.stack([decode_pixels(one.picture) for one in lookup.samples(self.dataset, rows.tolist())])
+        samples = lookup.samples(self.dataset, rows.tolist())
+        pictures = np.stack([decode_pixels(held_out.picture) for held_out in samples])
         if self.config.image_size:
             pictures = average_down(pictures, self.config.image_size)
         return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -144,15 +148,15 @@ class Validation:
                  for record in self.dataset.manifest("latents")["items"]]
         offsets = np.cumsum([0, *map(len, parts)])
         shards = np.searchsorted(offsets, rows, side="right") - 1
-        found = torch.from_numpy(np.stack([parts[shard][row - offsets[shard], 0] for shard, row in
+        latents_of_rows = torch.from_numpy(np.stack([parts[shard][row - offsets[shard], 0] for shard, row in
                                            zip(shards, rows, strict=True)])).float()
-        # Where nobody gave a factor, each dataset has chosen its own.
-        ours, theirs = (one.manifest("latents")["info"]["first_stage"]["scale"] for one in
+        # Without a given factor, each dataset has its own.
+        ours, theirs = (dataset.manifest("latents")["info"]["first_stage"]["scale"] for dataset in
                         (self.job.dataset, self.dataset))
-        return found if ours == theirs else found * (ours / theirs)
+        return latents_of_rows if ours == theirs else latents_of_rows * (ours / theirs)
 
 
-def _missed(error: Exception) -> None:
+def _warn_not_decodable(error: Exception) -> None:
     _log.warning("train: validation draws no pictures, for latents cannot be decoded here; losses go on: %s",
                  str(error).splitlines()[0])
 
@@ -161,5 +165,5 @@ def _sampler(config: TrainConfig) -> Any:
     return "heun" if config.diffusion.prediction == "flow" else "dpm++"
 
 
-def _opened(picture: bytes) -> Image.Image:
+def _decode_image(picture: bytes) -> Image.Image:
     return Image.fromarray(decode_pixels(picture))

@@ -1,4 +1,4 @@
-"""What every process of a training run does, whoever started them."""
+"""The work of each process of a training run, on Ray or under torchrun."""
 
 import contextlib
 import logging
@@ -18,6 +18,7 @@ from jobs.runs.run import Run
 from jobs.telemetry import wandb_tracker
 from jobs.training.train_stage import Job, Training
 from jobs.training.validation import Validation
+from model.network.unet import UNet
 from model.training.precision import compute_dtype
 from model.training.train import train
 from pipeline.batches.batches import Batches
@@ -33,54 +34,74 @@ def train_process(job: Job, stop: Callable[[], bool] | None = None) -> int:
     """This process's part of the run, from the newest complete checkpoint on; returns the step reached."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = devices.choose_device()
-    # Said aloud, for a stage that ran before in this process may have left another number: the last
-    # bits of a loss depend on it.
+    # Set explicitly: an earlier stage of this process may have left another number, and the last bits of a loss
+    # depend on it.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     batches = Batches(job.dataset, job.database, k=job.config.k, global_batch=job.config.global_batch,
                       seed=job.config.seed, rank=rank, world=world, latents=job.latents,
                       own=job.config.own, size=job.config.image_size)
-    validate = None
+    validate: Callable[[int, UNet], dict[str, Any]] | None = None
     if job.validation:
-        validate = Validation(job, job.validation) if rank == 0 else lambda *_: {}
-    step = _agreed(_whole(job.run) if rank == 0 else 0, device)
-    where = _devices(devices.describe_device(devices.dtype_name(compute_dtype(job.config.precision, device))))
-    metrics = tracker = curve = None
-    if rank == 0:
-        known = run_labels(job.dataset.name, job.dataset.version, job.run.name)
-        metrics = Metrics(job.run, step)
-        curve = _curve(known, step, job)
-        tracker = wandb_tracker.start_run_tracker(job, known)
+        validate = Validation(job, job.validation) if rank == 0 else _validate_on_rank_0
+    step = _broadcast_step(_newest_complete_step(job.run) if rank == 0 else 0, device)
+    dtype = devices.dtype_name(compute_dtype(job.config.precision, device))
+    described = _describe_devices(devices.describe_device(dtype))
+    resume = job.run.fetch(step) if step else None
+    if rank != 0:
+        return train(job.config, batches.at, device=device, save=_on_rank_0, log=_on_rank_0, stop=stop,
+                     validate=validate, resume=resume)
+    with contextlib.closing(_Recorder(job, step, {"world_size": world, "device": described})) as recorder:
+        return train(job.config, batches.at, device=device, save=recorder.save, log=recorder.log, stop=stop,
+                     validate=validate, resume=resume)
 
-    def save(reached: int, write: Callable[[Any], None]) -> None:
+
+def _on_rank_0(*_: Any) -> None:
+    raise AssertionError("only rank 0 saves and logs")
+
+
+def _validate_on_rank_0(step: int, network: UNet) -> dict[str, Any]:
+    """Other ranks take part in nothing here, but must agree that the run validates."""
+    return {}
+
+
+class _Recorder:
+    """Records a run on rank 0: checkpoints, metrics.jsonl, the tracker, and Ray metrics."""
+
+    def __init__(self, job: Job, step: int, about: dict[str, Any]) -> None:
+        labels = run_labels(job.dataset.name, job.dataset.version, job.run.name)
+        self.job, self.about = job, about
+        self.metrics = Metrics(job.run, step)
+        self.ray_metrics = _start_ray_metrics(labels, step, job)
+        self.tracker = wandb_tracker.start_run_tracker(job, labels)
+
+    def save(self, step: int, write: Callable[[Any], None]) -> None:
+        """Publish the checkpoint of a step, and remove old ones."""
         with scratch_folder("checkpoint") as scratch:
             write(scratch / "checkpoint")
-            metrics.flush()
-            job.run.publish(reached, scratch / "checkpoint")
-        tracker.saved()
-        job.run.forget(KEEP_CHECKPOINTS)
+            self.metrics.flush()
+            self.job.run.publish(step, scratch / "checkpoint")
+        self.tracker.saved()
+        self.job.run.forget(KEEP_CHECKPOINTS)
 
-    def log(record: dict[str, Any]) -> None:
-        if "loss" in record:
-            record = metrics.add(record | {"world_size": world, "device": where})
-            tracker.add(record, hold=True)
-            if curve:
-                curve.add(record)
-        else:
-            tracker.add(metrics.note(record), picture=job.run.validated(record["step"]), hold=True)
+    def log(self, record: dict[str, Any]) -> None:
+        """Record the metrics of a step of training, or of a validation."""
+        if "loss" not in record:
+            self.tracker.add(self.metrics.note(record), picture=self.job.run.validated(record["step"]), hold=True)
+            return
+        record = self.metrics.add(record | self.about)
+        self.tracker.add(record, hold=True)
+        if self.ray_metrics:
+            self.ray_metrics.add(record)
 
-    try:
-        return train(job.config, batches.at, device=device, save=save, log=log, stop=stop, validate=validate,
-                     resume=job.run.fetch(step) if step else None)
-    finally:
-        if rank == 0:
-            metrics.flush()
-            tracker.close()
-            if curve:
-                curve.close()
+    def close(self) -> None:
+        self.metrics.flush()
+        self.tracker.close()
+        if self.ray_metrics:
+            self.ray_metrics.close()
 
 
-def _curve(known: dict[str, str], step: int, job: Job) -> Any:
-    """What tells Ray of the curve, in a process of Ray's."""
+def _start_ray_metrics(known: dict[str, str], step: int, job: Job) -> Any:
+    """Ray metrics of the loss curve, None outside of Ray."""
     if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
         return None
     from jobs.telemetry import ray_metrics
@@ -88,34 +109,34 @@ def _curve(known: dict[str, str], step: int, job: Job) -> Any:
 
 
 def train_in_processes(job: Job) -> bool:
-    """Train in this process, or in those that torchrun started; whether this one speaks for all."""
+    """Train in this process, or in those that torchrun started. True if this process has rank 0."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    stage_ = Training(job)
+    training = Training(job)
     if world == 1:
         devices.choose_device()  # an unusable GPU must not leave a plan
-        prepare(stage_)
+        prepare(training)
         job.run.mend()
-        with _stoppable() as stop, job.run.telling():
+        with _stop_on_sigterm() as stop, job.run.telling():
             train_process(job, stop)
         return True
     device = devices.choose_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         if dist.get_rank() == 0:
-            prepare(stage_)
+            prepare(training)
             job.run.mend()
         dist.barrier()
-        with _stoppable() as stop, job.run.telling():
+        with _stop_on_sigterm() as stop, job.run.telling():
             train_process(job, stop)
         return dist.get_rank() == 0
     finally:
         dist.destroy_process_group()
 
 
-def _whole(run: Run) -> int:
+def _newest_complete_step(run: Run) -> int:
     """The step of the newest checkpoint whose files are as its manifest says, 0 without one.
 
-    Those after it are no checkpoints any more: nobody shall draw with one, or take the run for finished.
+    Later checkpoints are discarded, so that no process samples from one or takes the run for finished.
     """
     for step in reversed(run.steps()):
         try:
@@ -129,7 +150,7 @@ def _whole(run: Run) -> int:
     return 0
 
 
-def _devices(mine: str) -> str:
+def _describe_devices(mine: str) -> str:
     """The devices of all processes, such as "8 x NVIDIA H100"."""
     if not dist.is_initialized():
         return mine
@@ -138,8 +159,8 @@ def _devices(mine: str) -> str:
     return "; ".join(f"{count} x {name}" for name, count in Counter(every).most_common())
 
 
-def _agreed(step: int, device: torch.device) -> int:
-    """Rank 0's newest checkpoint: another rank may look a moment later and see a newer one."""
+def _broadcast_step(step: int, device: torch.device) -> int:
+    """The newest checkpoint of rank 0. Another rank may look later and see a newer one."""
     if not dist.is_initialized():
         return step
     shared = torch.tensor([step], device=device)
@@ -148,11 +169,11 @@ def _agreed(step: int, device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def _stoppable() -> Iterator[Callable[[], bool]]:
-    """A function that tells whether SIGTERM came: the run then saves and ends instead of losing steps."""
-    asked = []
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+def _stop_on_sigterm() -> Iterator[Callable[[], bool]]:
+    """A function that is true after SIGTERM. The run then saves a checkpoint and ends, and loses no steps."""
+    signals = []
+    before = signal.signal(signal.SIGTERM, lambda *_: signals.append(True))
     try:
-        yield lambda: bool(asked)
+        yield lambda: bool(signals)
     finally:
         signal.signal(signal.SIGTERM, before)

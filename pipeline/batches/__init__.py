@@ -1,4 +1,4 @@
-"""What training and sampling read: batches of images with their neighbors.
+"""Batches of images with their neighbors, for training and sampling.
 
 Input: sealed shards and neighbor lists. Output: a dict of arrays for each step.
 The batch of a step depends only on the seed and the step.

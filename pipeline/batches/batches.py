@@ -1,8 +1,14 @@
-"""Sealed shards and neighbour lists -> batches, the border to the model.
+"""Sealed shards and neighbor lists -> batches, the interface to the model.
 
-A batch is a dict: image (B, H, W, 3) uint8, or latent (B, C, h, w) float16, scaled; neighbors (B, k, D) float16, unit
-vectors, zeros where there is no neighbour; rows (B,) int64, global rows; when asked for, own (B, D) float16, the
-vectors of the pictures themselves or of their captions.
+A batch is a dict of arrays:
+
+| key | shape and type | content |
+|---|---|---|
+| image | (B, H, W, 3) uint8 | pixels; absent if the run trains on latents |
+| latent | (B, C, h, w) float16 | scaled latents; absent if the run trains on pixels |
+| neighbors | (B, k, D) float16 | unit vectors, zeros for missing neighbors |
+| rows | (B,) int64 | global rows |
+| own | (B, D) float16 | vectors of the images or of their captions, if requested |
 """
 
 from functools import partial
@@ -10,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.batches.images import Pictures, open_array, shard_numbers
+from pipeline.batches.images import DatasetImages, open_array, shard_numbers
 from pipeline.batches.order import Order
-from pipeline.batches.prefetch import Ahead
+from pipeline.batches.prefetch import Prefetcher
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.neighbors.files import has_vectors, neighbor_files
@@ -21,11 +27,11 @@ OWN = {"image": "embeddings", "caption": "text_embeddings"}
 
 
 class Batches:
-    """Batches of a dataset with its neighbours in a database, to be asked for by one thread.
+    """Batches of a dataset with its neighbors in a database, for one calling thread.
 
-    Shards of this window and the next are fetched and opened in the background. Pictures are decoded when they are
-    asked for, by `threads` threads (0: one for each core, eight at most); where all pictures of the dataset take
-    `decoded_bytes` at most once they are decoded, they are kept so.
+    The shards of this window and the next are fetched and opened in the background. `threads` threads decode the
+    images of a batch (0: one for each core, eight at most). If all decoded images of the dataset fit in
+    `decoded_bytes`, they stay in memory.
     """
 
     def __init__(self, dataset: Dataset, database: Dataset, *, k: int, global_batch: int, seed: int,
@@ -40,26 +46,26 @@ class Batches:
         self.order = Order(counts, global_batch, seed)
         self.offsets = np.cumsum([0, *counts])
         self.mine = slice(rank * global_batch // world, (rank + 1) * global_batch // world)
-        # A control: every sample gets the neighbours of another one, so they carry no information.
+        # A control experiment: each sample gets the neighbors of another one, so they carry no information.
         self.shift = 0 if true_neighbors else int(self.offsets[-1]) // 2
-        # Where the neighbours' vectors were written, they are read in one piece with the samples.
+        # If the neighbor lists hold vectors, they are read in one piece with the samples.
         self.vectors = None if has_vectors(dataset, database) else Embeddings(database)
         self.lists = self._lists(database)
         self.own = Embeddings(dataset, OWN[own]) if own != "none" else None
         self.latents = self._latents() if latents else None
-        self.pictures = None if latents else Pictures(dataset, size, decoded_bytes, threads)
+        self.pictures = None if latents else DatasetImages(dataset, size, decoded_bytes, threads)
         self._opened = range(0)
 
     def at(self, step: int) -> dict[str, np.ndarray]:
-        """This rank's contiguous part of the global batch of `step`: one more on some ranks if it does not divide."""
+        """This rank's contiguous part of the global batch of `step`. Some ranks have one more if it does not divide."""
         self._look_ahead(step)
         rows = self.order.rows(step)[self.mine]
-        batch = {"image": self.pictures.rows(rows)} if self.pictures else {"latent": self._drawn(rows, step)}
+        batch = {"image": self.pictures.rows(rows)} if self.pictures else {"latent": self._sample_latents(rows, step)}
         batch |= {"rows": rows, "neighbors": self._neighbors((rows + self.shift) % self.offsets[-1])}
         return batch | ({"own": self.own.rows(rows)} if self.own else {})
 
-    def _lists(self, database: Dataset) -> Ahead[np.ndarray]:
-        """The neighbours of each shard: their vectors where these were written, or else their rows."""
+    def _lists(self, database: Dataset) -> Prefetcher[np.ndarray]:
+        """The neighbors of each shard: their vectors if the lists hold them, else their rows."""
         name = f"neighbors/{database.label}"
         records = self.dataset.manifest(name)["items"]
         lists = self._arrays(name, neighbor_files(records, ".ids.npy" if self.vectors else ".vectors.npy"), records)
@@ -68,20 +74,20 @@ class Batches:
                              f"sample\nhint: a smaller --k, or neighbors --k {self.k}")
         return lists
 
-    def _latents(self) -> Ahead[np.ndarray]:
+    def _latents(self) -> Prefetcher[np.ndarray]:
         records = self.dataset.manifest("latents")["items"]
         return self._arrays("latents", neighbor_files(records, ".npy"), records)
 
-    def _arrays(self, name: str, files: list[dict[str, Any]], records: Any) -> Ahead[np.ndarray]:
+    def _arrays(self, name: str, files: list[dict[str, Any]], records: Any) -> Prefetcher[np.ndarray]:
         """The files of a stage with a row for each sample, one for each shard."""
         wrong = (f"shards and {name.partition('/')[0]} of {self.dataset.label} have different samples\n"
                  f"hint: {self.dataset.command(name)} --overwrite")
         if len(files) != len(self.order.counts) or sum(record["samples"] for record in records) != self.offsets[-1]:
             raise ValueError(wrong)
-        return Ahead(partial(open_array, self.dataset, name, files, self.order.counts, wrong))
+        return Prefetcher(partial(open_array, self.dataset, name, files, self.order.counts, wrong))
 
     def _look_ahead(self, step: int) -> None:
-        """Have the shards of a step opened, and those of the window after it; forget all others."""
+        """Open the shards of a step and of the window after it. Forget all others."""
         first, last = step * self.order.global_batch, (step + 1) * self.order.global_batch - 1
         if first in self._opened and last in self._opened:
             return
@@ -93,25 +99,26 @@ class Batches:
         self.lists.want(self._shifted(shards) if self.shift else shards)
 
     def _shifted(self, shards: list[int]) -> list[int]:
-        """The shards that the neighbours of the samples of some shards are taken from."""
+        """The shards that hold the shifted neighbors of the samples of `shards`."""
         rows = np.concatenate([np.arange(self.offsets[shard], self.offsets[shard + 1]) for shard in shards])
-        found = shard_numbers(self.offsets, (rows + self.shift) % self.offsets[-1])
-        _, first = np.unique(found, return_index=True)
-        return found[np.sort(first)].tolist()
+        neighbor_shards = shard_numbers(self.offsets, (rows + self.shift) % self.offsets[-1])
+        _, first = np.unique(neighbor_shards, return_index=True)
+        return neighbor_shards[np.sort(first)].tolist()
 
     def _neighbors(self, rows: np.ndarray) -> np.ndarray:
-        found = np.stack([self.lists[shard][position][:self.k] for shard, position in self._places(rows)])
-        return self.vectors.rows(found) if self.vectors else found
+        neighbors = np.stack([self.lists[shard][position][:self.k] for shard, position in self._places(rows)])
+        return self.vectors.rows(neighbors) if self.vectors else neighbors
 
-    def _drawn(self, rows: np.ndarray, step: int) -> np.ndarray:
-        """A latent of each row; which of its augmentations depends on the step and its place alone."""
-        places = self._places(rows)
+    def _sample_latents(self, rows: np.ndarray, step: int) -> np.ndarray:
+        """A latent of each row. The choice of its augmentation depends only on the step and the place in the batch."""
+        assert self.latents is not None
+        latents, places = self.latents, self._places(rows)
         kinds = np.random.default_rng((self.order.seed, 31, step)).integers(
-            self.latents[places[0][0]].shape[1], size=self.order.global_batch)[self.mine]
-        return np.stack([self.latents[shard][position, kind]
+            latents[places[0][0]].shape[1], size=self.order.global_batch)[self.mine]
+        return np.stack([latents[shard][position, kind]
                          for (shard, position), kind in zip(places, kinds, strict=True)])
 
     def _places(self, rows: np.ndarray) -> list[tuple[int, int]]:
-        """Shard and row in it of global rows."""
+        """The shard and the position in it of each global row."""
         shards = shard_numbers(self.offsets, rows)
         return list(zip(shards.tolist(), (rows - self.offsets[shards]).tolist(), strict=True))

@@ -66,14 +66,14 @@ def _images(dataset: Dataset, tar: dict[str, Any], meta: Sequence[dict[str, Any]
                            {sample["key"]: position for position, sample in enumerate(meta)})
         with ThreadPoolExecutor(_THREADS) as pool:
             images = list(pool.map(search.image, positions))
-        if all(image is not None and hashlib.sha256(image).hexdigest() == meta[position]["sha256"]
-               for position, image in zip(positions, images, strict=True)):
-            return {position: (meta[position]["key"], image) for position, image in zip(positions, images, strict=True)
-                    if image is not None}
-    by_position = {}
+        checked = {position: (meta[position]["key"], image) for position, image in zip(positions, images, strict=True)
+                   if image is not None and hashlib.sha256(image).hexdigest() == meta[position]["sha256"]}
+        if len(checked) == len(positions):
+            return checked
+    images_by_position = {}
     for position, sample in enumerate(tars.read(dataset.fetch("shards", tar))):
         if position in positions:
-            by_position[position] = sample["__key__"], tars.sample_image(sample)
+            images_by_position[position] = sample["__key__"], tars.sample_image(sample)
         if position == positions[-1]:
             break
-    return by_position
+    return images_by_position

@@ -32,7 +32,7 @@ sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
 from jobs.cli.main import main as cli_main
 from jobs.config.recipes import emoji_32
 from jobs.evaluation import summary
-from jobs.evaluation.judge_stage import Judging
+from jobs.evaluation.judge_stage import StyleClassifierStage
 from jobs.runs.metrics import read_metrics
 from jobs.runs.run import Run
 from pipeline import storage
@@ -134,8 +134,8 @@ def _run(root: Path, name: str, seed: int, steps: int, prompts: int) -> None:
 
 def _share_judges(root: Path, run: Run) -> None:
     """Judges know nothing of a run but its pictures' size: those that there are for these databases do for all."""
-    judging = Judging(run, Dataset.parse(str(root), "train"), [Dataset.parse(str(root), one) for one in sorted(STYLES)],
-                      emoji_32().evaluate.judge_steps)
+    databases = [Dataset.parse(str(root), style) for style in sorted(STYLES)]
+    judging = StyleClassifierStage(run, Dataset.parse(str(root), "train"), databases, emoji_32().evaluate.judge_steps)
     mine = storage.local_path(judging.folder)
     there = [path.parent for path in sorted(root.glob(f"runs/*/judges/{mine.name}/manifest.json"))]
     if there and not mine.exists():
@@ -170,7 +170,7 @@ def _table(root: Path) -> str:
         if not runs:
             continue
         same = runs is base or not base
-        cells = [summary.percent(summary.interval(np.mean([one["judge"] for one in runs], 0) / 100)),
+        cells = [summary.format_percent(summary.interval(np.mean([one["judge"] for one in runs], 0) / 100)),
                  "" if same else _difference("judge", runs, base, spread, "{:+.1f}")]
         for name, form in (("kid", "{:.3f}"), ("clip", "{:.3f}"), ("loss", "{:.4f}")):
             text = form.format(np.mean([np.mean(one[name]) for one in runs]))

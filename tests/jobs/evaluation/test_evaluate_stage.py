@@ -13,7 +13,7 @@ from PIL import Image
 
 from jobs.cli.main import main
 from jobs.evaluation import summary
-from jobs.evaluation.held_out import held_out, rows_with
+from jobs.evaluation.held_out import held_out_captions, rows_with_captions
 from pipeline.datasets.dataset import Dataset
 
 STYLES = ("flat", "hatched", "outline")
@@ -34,10 +34,10 @@ def _evaluate(root: Path, *more: str, databases: Sequence[str] = STYLES) -> int:
 
 def test_held_out_subjects_are_those_that_training_does_not_have(trained: Path, drawn_pictures: Path) -> None:
     train = Dataset.parse(str(trained), "drawn")
-    found = held_out(train, [Dataset.parse(str(trained), style) for style in STYLES])
+    found = held_out_captions(train, [Dataset.parse(str(trained), style) for style in STYLES])
     listed = (drawn_pictures / "heldout.csv").read_text().splitlines()[1:]
     assert set(found) == {line.split(",")[1] for line in listed} != set()
-    rows = rows_with(Dataset.parse(str(trained), "flat"), frozenset(found))
+    rows = rows_with_captions(Dataset.parse(str(trained), "flat"), frozenset(found))
     assert len(rows) == len(found)
 
 
@@ -77,11 +77,11 @@ def test_everything_is_measured_and_said(root: Path, capsys: pytest.CaptureFixtu
 
 def test_neighbours_are_of_the_style_and_never_the_subject_itself(root: Path) -> None:
     assert _evaluate(root, "--name", "without") == 0 and _evaluate(root, "--name", "with", "--seen") == 0
-    unseen = frozenset(held_out(Dataset.parse(str(root), "drawn"),
+    unseen = frozenset(held_out_captions(Dataset.parse(str(root), "drawn"),
                                 [Dataset.parse(str(root), style) for style in STYLES]))
     met = 0
     for style in STYLES:
-        away = set(rows_with(Dataset.parse(str(root), style), unseen).tolist())
+        away = set(rows_with_captions(Dataset.parse(str(root), style), unseen).tolist())
         for name in ("without", "with"):
             found = json.loads((root / f"runs/small/evaluations/{name}/database-{style}.json").read_text())
             near = {row for rows in found["neighbors"] for row in rows}

@@ -177,7 +177,7 @@ def test_settings_of_matplotlib_neither_matter_nor_change(monkeypatch: pytest.Mo
         assert every_chart() == before and dict(matplotlib.rcParams) == settings
 
 
-@pytest.mark.parametrize("command", ["import jobs.report.report, jobs.evaluation.summary, jobs.planning.plan_table",
+@pytest.mark.parametrize("command", ["import jobs.report.report, jobs.evaluation.plot, jobs.planning.plan_table",
                                      "from jobs.cli import main; import contextlib\n"
                                      "with contextlib.suppress(SystemExit): main.main(['--help'])"])
 def test_matplotlib_is_loaded_only_for_plots(command: str) -> None:

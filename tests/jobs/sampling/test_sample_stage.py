@@ -21,8 +21,8 @@ from jobs.runs.run import Run
 from jobs.sampling.config import QueryConfig, SampleConfig
 from jobs.sampling.generator import open_generator
 from jobs.sampling.mixture import Mixture
-from jobs.sampling.queries import title
-from jobs.sampling.retrieval import Likely, usage_of
+from jobs.sampling.queries import query_title
+from jobs.sampling.retrieval import RowDistribution, neighbor_counts
 from jobs.sampling.sample_stage import Sampling
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
@@ -108,7 +108,7 @@ def test_without_the_new_flags_a_folder_is_what_it_was(root: Path) -> None:
 def test_the_driver_makes_the_grid_without_reading_the_images(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     databases = [Mixture.parse(str(root), "flat+hatched"), _dataset(root, "flat")]
     sampling = Sampling(Run.parse(str(root), "small"), 0, PROMPTS, databases, ClipConfig(), replace(CONFIG, k=6),
-                        "grid", asked=QueryConfig(unconditional=1))
+                        "grid", query_config=QueryConfig(unconditional=1))
     folder, reads = Path(sampling.folder), []
     finish, storage_errors = Sampling.finish, files.storage_errors
 
@@ -156,7 +156,7 @@ def _grid_of_files(folder: Path) -> bytes:
         cells.append(cell)
     labels = document["databases"]
     sheet = contact_sheet(cells, len(labels), cell=cells[0].width,
-                          row_labels=[title(entry) for entry in document["pictures"][::len(labels)]],
+                          row_labels=[query_title(entry) for entry in document["pictures"][::len(labels)]],
                           column_labels=[label.replace("+", " + ") for label in labels])
     file = io.BytesIO()
     sheet.save(file, "png")
@@ -165,16 +165,16 @@ def _grid_of_files(folder: Path) -> bytes:
 
 def test_rows_are_drawn_as_often_as_they_are_used() -> None:
     usage = np.array([0, 5, 1, 3, 0, 1])
-    drawn = Counter(Likely(usage, 1.0).draw(Random(f"{position}")) for position in range(4000))
+    drawn = Counter(RowDistribution(usage, 1.0).sample_row(Random(f"{position}")) for position in range(4000))
     assert set(drawn) == {1, 2, 3, 5}
     assert all(abs(drawn[row] / 4000 - usage[row] / 10) < 0.03 for row in drawn)
-    few = Likely(usage, 1 / 3)
+    few = RowDistribution(usage, 1 / 3)
     assert few.rows.tolist() == [1, 3]
-    drawn = Counter(few.draw(Random(f"{position}")) for position in range(4000))
+    drawn = Counter(few.sample_row(Random(f"{position}")) for position in range(4000))
     assert abs(drawn[1] / 4000 - 5 / 8) < 0.03
-    assert Likely(usage, 1e-9).rows.tolist() == [1]
+    assert RowDistribution(usage, 1e-9).rows.tolist() == [1]
     with pytest.raises(ValueError, match="nothing to draw"):
-        Likely(np.zeros(3, np.int64), 1.0)
+        RowDistribution(np.zeros(3, np.int64), 1.0)
 
 
 def test_unconditional_pictures_are_of_likely_rows_and_their_neighbours(root: Path) -> None:
@@ -185,7 +185,7 @@ def test_unconditional_pictures_are_of_likely_rows_and_their_neighbours(root: Pa
     drawer = open_generator(Run.parse(str(root), "small"), 3)
     for one in told:
         database = _dataset(root, one["database"])
-        usage = usage_of(_dataset(root, "drawn"), database, np.empty(0, np.int64))
+        usage = neighbor_counts(_dataset(root, "drawn"), database, np.empty(0, np.int64))
         assert one["kind"] == "p_D" and one["drawn"]["used"] == usage[one["drawn"]["row"]]
         assert (usage > one["drawn"]["used"]).sum() < round(0.2 * len(usage))
         rows, searcher = _rows(one), Searcher(database)
@@ -194,7 +194,7 @@ def test_unconditional_pictures_are_of_likely_rows_and_their_neighbours(root: Pa
         near, _ = searcher.search(vectors[:, 0], 4)
         assert rows[1:] == [row for row in near[0] if row != rows[0]][:2]
         # Nothing else is in the context: no text, and so no guidance of its own.
-        assert (drawer.draw(vectors, [one["position"]], CONFIG)[0] == _png(root, "likely", one)).all()
+        assert (drawer.generate(vectors, [one["position"]], CONFIG)[0] == _png(root, "likely", one)).all()
     more = _sampled(root, "more", "--unconditional", "4", "--top-m", "0.2", "--database", "flat")
     assert [one["drawn"] for one in more[:3]] == [one["drawn"] for one in told if one["database"] == "flat"]
     other = _sampled(root, "other", "--unconditional", "4", "--seed", "1", "--database", "flat")
@@ -214,7 +214,7 @@ def test_a_picture_stands_where_a_prompt_would(root: Path, picture: Path, drawn_
     vector = encoder.images(np.stack([encoder.prepared(picture.read_bytes())]))
     context = np.concatenate([vector, searcher.embeddings.rows(np.array(_rows(told[1]))).astype(np.float32)])
     drawer = open_generator(Run.parse(str(root), "small"), 3)
-    assert (drawer.draw(context[None], [1], CONFIG)[0] == _png(root, "asked", told[1])).all()
+    assert (drawer.generate(context[None], [1], CONFIG)[0] == _png(root, "asked", told[1])).all()
     assert Image.open(root / "runs/small/samples/asked/asked/01-my-apple.png").size == (34, 34)
     alone = _sampled(root, "alone", "--prompt", PROMPTS[0], "--database", "flat")
     assert (_png(root, "alone", alone[0]) == _png(root, "asked", told[0])).all()
@@ -258,7 +258,7 @@ def test_a_mixture_shares_out_the_neighbours(root: Path) -> None:
             first = one["neighbors"][0]
             assert one["drawn"].items() >= {name: first[name] for name in ("row", "key", "database")}.items()
             drawer = open_generator(Run.parse(str(root), "small"), 3)
-            assert (drawer.draw(vectors[None], [one["position"]], CONFIG)[0] == _png(root, "mixed", one)).all()
+            assert (drawer.generate(vectors[None], [one["position"]], CONFIG)[0] == _png(root, "mixed", one)).all()
     assert (root / "runs/small/samples/mixed/flat=3+hatched=1/00-a-red-circle.png").exists()
 
 
@@ -329,4 +329,4 @@ def test_a_run_that_was_not_trained_here_has_no_p_d(root: Path, tmp_path: Path) 
     (tmp_path / "runs/small/plan.json").write_text(json.dumps(plan))
     with pytest.raises(ValueError, match="not trained here"):
         Sampling(Run.parse(str(tmp_path), "small"), 0, (), (_dataset(tmp_path, "flat"),), ClipConfig(), CONFIG,
-                 asked=QueryConfig(unconditional=1))
+                 query_config=QueryConfig(unconditional=1))

@@ -18,7 +18,7 @@ from jobs.config.recipes import tiny
 from jobs.runs.metrics import read_metrics
 from jobs.runs.run import Run
 from jobs.sampling.config import SampleConfig
-from jobs.sampling.generator import Drawer
+from jobs.sampling.generator import ImageGenerator
 from jobs.training import latents
 from jobs.training.config import LatentsConfig
 from jobs.training.train_stage import Job, Training
@@ -218,8 +218,8 @@ def test_validation_of_a_run_on_latents_shows_what_sample_draws_and_changes_noth
     assert [line["step"] for line in read_metrics(one, "validation.jsonl")] == [1, 2]
     # The same noise and neighbours: the grid has what the run's own drawer makes of them.
     look, network = Validation(_job(root, "with", "drawn"), drawn), checkpoint.load_denoiser(one.fetch(2))[0]
-    found = look.drawn(network, torch.device("cpu"))
-    wanted = Drawer(one, 2).draw(look.context[:8].numpy(), range(8), SampleConfig(
+    found = look.generate(network, torch.device("cpu"))
+    wanted = ImageGenerator(one, 2).generate(look.context[:8].numpy(), range(8), SampleConfig(
         steps=20, guidance=1.5, sampler="dpm++", precision="fp32", seed=look.config.seed))
     assert found.shape == (8, 32, 32, 3) and found.std() > 1 and look.config.context_norm == 1
     assert np.abs(found.astype(int) - wanted).max() <= 1

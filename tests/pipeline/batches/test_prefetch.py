@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 
-from pipeline.batches.prefetch import Ahead
+from pipeline.batches.prefetch import Prefetcher
 
 
 class Thing:
@@ -19,7 +19,7 @@ class Thing:
 
 def test_what_is_wanted_is_opened_before_it_is_asked_for_and_once():
     opened: list[int] = []
-    ahead = Ahead(lambda number: opened.append(number) or Thing(number), threads=1)
+    ahead = Prefetcher(lambda number: opened.append(number) or Thing(number), threads=1)
     ahead.want([5, 3, 9])
     assert ahead[9].number == 9 and opened == [5, 3, 9]
     ahead.want([9, 3])
@@ -27,7 +27,7 @@ def test_what_is_wanted_is_opened_before_it_is_asked_for_and_once():
 
 
 def test_what_is_not_wanted_any_more_is_forgotten():
-    ahead = Ahead(Thing, threads=2)
+    ahead = Prefetcher(Thing, threads=2)
     one, other = weakref.ref(ahead[1]), weakref.ref(ahead[2])
     ahead.want([2, 3])
     assert ahead[3].number == 3
@@ -43,7 +43,7 @@ def test_what_is_forgotten_before_its_turn_is_not_opened():
         opened.append(number)
         return number
 
-    ahead = Ahead(open_, threads=1)
+    ahead = Prefetcher(open_, threads=1)
     ahead.want(range(20))
     time.sleep(0.1)  # the first is under way
     ahead.want([7])
@@ -60,7 +60,7 @@ def test_what_failed_is_tried_again_when_it_is_asked_for():
             raise ConnectionError("gone")
         return number
 
-    ahead = Ahead(open_)
+    ahead = Prefetcher(open_)
     ahead.want([1])
     while not tries:
         time.sleep(0.01)
@@ -72,7 +72,7 @@ def test_what_failed_is_tried_again_when_it_is_asked_for():
 
 def test_threads_end_with_what_they_are_for():
     before = set(threading.enumerate())
-    ahead = Ahead(Thing, threads=3)
+    ahead = Prefetcher(Thing, threads=3)
     ahead.want(range(5))
     threads = set(threading.enumerate()) - before
     assert len(threads) == 3
@@ -85,6 +85,6 @@ def test_threads_end_with_what_they_are_for():
 
 def test_a_program_does_not_wait_for_what_it_will_not_use():
     begin = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import time\nfrom pipeline.batches.prefetch import Ahead\n"
-                    "Ahead(lambda number: time.sleep(30)).want(range(8))"], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", "import time\nfrom pipeline.batches.prefetch import Prefetcher\n"
+                    "Prefetcher(lambda number: time.sleep(30)).want(range(8))"], check=True, timeout=60)
     assert time.monotonic() - begin < 25
