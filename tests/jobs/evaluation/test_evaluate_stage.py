@@ -101,7 +101,7 @@ def test_neighbours_alone_are_drawn_from_without_the_text(root: Path, capsys: py
     assert _evaluate(root, "--name", "nothing", "--no-text", "--sweep-k", "1") == 0
     with contextlib.suppress(SystemExit):
         assert _evaluate(root, "--no-text", "--k", "0") == 2
-    assert "takes neighbours" in " ".join(capsys.readouterr().err.split())
+    assert "sample.k = 0: must be at least 1 with sample.text = False" in " ".join(capsys.readouterr().err.split())
 
 
 def test_what_is_not_asked_is_not_drawn(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
