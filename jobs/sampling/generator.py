@@ -104,7 +104,7 @@ def check_same_encoder(run: Run, encoder: ClipConfig, databases: Sequence[Datase
     """ValueError unless a run and the embeddings of databases belong to this encoder, naming what differs."""
     wanted = describe_encoder(encoder)
     for name, description in [(f"the run {run.name}", run.encoder()),
-                        *((database.label, dataset_encoder(database)) for database in databases)]:
+                              *((database.label, dataset_encoder(database)) for database in databases)]:
         differing = [key for key in wanted if wanted[key] != description.get(key)]
         if differing:
             raise ValueError(f"{name} belongs to another encoder than {encoder.model} ({encoder.pretrained}): "
