@@ -6,7 +6,6 @@ Makes a version of a list of URLs with its listing and metadata, then plans the 
 """
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -86,8 +85,9 @@ def make(folder: Path, rows: int) -> None:
 
 def plan(folder: Path) -> None:
     """Plan the next version; print seconds and memory."""
-    def memory() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    def memory() -> float:  # of this process alone, which `resource` does not tell after a fork
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) / 1024
     config, before_all = ShardConfig(source=(str(folder / "list.jsonl"),)), memory()
     last, start = Dataset(str(folder / "root"), "many"), time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
