@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-current_item: ContextVar[tuple[str, str, str] | None] = ContextVar("in_hand", default=None)
-"""(folder below the root, stage, item) that is worked on here, for the log."""
+current_item: ContextVar[tuple[str, str, str] | None] = ContextVar("current_item", default=None)
+"""(folder below the root, stage, item) of the item in work, for the log."""
 
 
 @dataclass(frozen=True)
