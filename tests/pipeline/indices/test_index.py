@@ -355,7 +355,7 @@ def test_codebooks_of_short_parts_are_not_found_query_by_query(monkeypatch):
     """faiss does so where queries have few numbers. An index of ten thousand images then takes eleven times as long."""
     rows, seconds = synthetic.clustered(8_000, 12), []
     for scans in (faiss_door.scan_in_blocks, contextlib.nullcontext):
-        monkeypatch.setattr(train, "blocked_scans", scans)
+        monkeypatch.setattr(train, "scan_in_blocks", scans)
         begin = time.process_time()
         _codebooks(rows, 4, 256, faiss.ClusteringParameters())
         seconds.append(time.process_time() - begin)
