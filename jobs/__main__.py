@@ -1,4 +1,4 @@
-"""`python -m jobs VERB ...`"""
+"""Entry point of `python -m jobs VERB ...`."""
 
 import sys
 

@@ -110,8 +110,9 @@ def imagenet_400m() -> TrainConfig:
 
 
 def ffhq_415m() -> TrainConfig:
-    """RDM-256 on FFHQ, 415 M parameters, on VQ-f4 latents of 64x64x3 (arXiv:2204.11824); wider, and as to the rest as
-    `imagenet_400m`.
+    """RDM-256 on FFHQ: 415 M parameters on VQ-f4 latents of 64x64x3 (arXiv:2204.11824).
+
+    It is wider than `imagenet_400m`, and equal otherwise.
     """
     recipe = imagenet_400m()
     return replace(recipe, unet=replace(recipe.unet, model_channels=224, channel_mult=(1, 2, 3, 4)))

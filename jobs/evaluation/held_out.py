@@ -39,4 +39,5 @@ def rows_with_captions(dataset: Dataset, captions: frozenset[str]) -> np.ndarray
 
 
 def item_id(way: str, database: Dataset | None) -> str:
+    """The id of the item of one way and one database."""
     return f"{way}-{database.label.replace('@', '-')}" if database else way

@@ -128,4 +128,5 @@ def nearest_rows(dataset: Dataset, vectors: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def mean_share(right: np.ndarray) -> float:
+    """The share of true values in a boolean array, rounded."""
     return round(float(right.mean()), 4)

@@ -49,8 +49,9 @@ def _summarize_way(way: str, results: list[dict[str, Any]], styles: Sequence[str
 
 
 def interval(values: np.ndarray) -> dict[str, float]:
-    """The mean of values (P, ...), and 95 % of the means of prompts drawn anew (bootstrap): pictures of one prompt are
-    alike, so prompts are drawn and not pictures.
+    """The mean of values (P, ...), and an interval of 95 %.
+
+    The interval is a bootstrap over prompts, because images of one prompt are alike.
     """
     means = values.reshape(len(values), -1).mean(1)
     draws = np.random.default_rng(0).integers(len(means), size=(_DRAWS, len(means)))

@@ -29,10 +29,9 @@ _LISTED = {"open": "laid_per_s", "read": "read_per_s", "products": "flop_per_s",
 
 
 def rates(root: str, base: Rates, *, gpu: bool = False) -> Rates:
-    """The rates of what is sealed below `root`, over `base`; `gpu`: embed, exact search and train had one in each
-    worker.
+    """The rates of what is sealed below `root`, over `base`.
 
-    ValueError if nothing there tells any.
+    `gpu`: each worker of embed, exact search and train had a GPU. ValueError if no manifest has rates.
     """
     root = storage.normalize(root)
     datasets = [Dataset(root, name, version) for name in storage.list_folders(storage.join(root, "datasets"))

@@ -93,8 +93,9 @@ class Rebuild:
         return read_listing(self.last) if self.last else wide(LISTING_SCHEMA).empty_table()
 
     def claim(self) -> tuple[Dataset, bool]:
-        """The version to make, and whether it was published before: one begun for the same source, or the next free
-        number.
+        """The version to make, and whether it was published before.
+
+        It is one that was begun for the same source, or the next free number.
         """
         last = self.last
         source = storage.digest([self.source.digest, Update.section_of(self.shard), self._settings()])

@@ -1,5 +1,6 @@
-"""The charts of a report: loss over steps, histograms, recall over time. Each comes as one SVG for wide pages and one
-for narrow pages, and CSS shows the one that fits.
+"""The charts of a report: loss over steps, histograms, recall over time.
+
+Each chart comes as one SVG for wide pages and one for narrow pages. CSS shows the one that fits.
 """
 
 import math

@@ -19,8 +19,10 @@ _KEPT = ("encoder", "image_size", "dataset", "database", "first_stage", "lineage
 
 
 def export_weights(run: Run, step: int, out: Path) -> dict[str, Any]:
-    """Write the averaged weights of a checkpoint in half precision, the first stage, which stays as it is, and what
-    drawing needs to know, into a folder; ValueError where the first stage of the run is not to be had.
+    """Write what sampling needs of a checkpoint into a folder.
+
+    That is the averaged weights in half precision, the first stage as it is, and the settings. ValueError if the first
+    stage of the run is missing.
     """
     section, step = run.section() | {"lineage": run.lineage()}, step or run.latest_step()
     if out.exists() and any(out.iterdir()):

@@ -95,10 +95,10 @@ class Encoder:
 
 
 def prepare_image(data: bytes, wanted: dict[str, Any], theirs: Callable[[Image.Image], "torch.Tensor"]) -> np.ndarray:
-    """An encoded picture as the preprocessing `wanted` has it but for the normalisation, (S, S, 3) uint8; BadImage if
-    it is none.
+    """Decode an image and resize it as the preprocessing `wanted` says: (S, S, 3) uint8.
 
-    Where that wants what is not done here, all of it by open_clip's own (`theirs`): (3, H, W) float32.
+    It is not normalized. A preprocessing that this program does not have is done by open_clip's own transform (`theirs`):
+    (3, H, W) float32. BadImage if the bytes are no image.
     """
     pixels = resize.decode_pixels(data)
     if (wanted["resize"] not in {"shortest", "squash"} or wanted["interpolation"] not in {"bicubic", "bilinear"}

@@ -117,6 +117,7 @@ def read_own_weights(config: ClipConfig) -> tuple[str, dict[str, Any]]:
 
 
 def check_model(config: ClipConfig) -> str:
+    """The name of the model; ValueError if open_clip does not know it."""
     if config.model.startswith(OWN_WEIGHTS_SCHEMES):
         return config.model
     if config.model == BUNDLED_MODEL:
@@ -128,6 +129,7 @@ def check_model(config: ClipConfig) -> str:
 
 
 def weights_path(config: ClipConfig) -> str:
+    """The file or tag of the weights; ValueError if `bundled` is asked of another model."""
     if config.pretrained == "bundled":
         if config.model != BUNDLED_MODEL:
             raise ValueError(f"only {BUNDLED_MODEL} is bundled, not {config.model}\nhint: --pretrained TAG or FILE")

@@ -84,8 +84,9 @@ class Archives:
         return Archives(source)
 
     def rows(self, rows: Sequence[dict[str, Any]]) -> list[np.ndarray | None]:
-        """The vector of each sample by its metadata, None for those whose picture has none; ValueError if a picture is
-        there, but not this part of it.
+        """The vector of each sample by its metadata, None for an image without vectors.
+
+        ValueError if the image has vectors, but not for this part of it.
         """
         # As many names as a picture may go by; a shard goes by one of them.
         name_rules: list[Callable[[dict[str, Any]], str]] = [lambda row: str(row.get("source_row"))]

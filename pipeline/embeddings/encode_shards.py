@@ -244,8 +244,10 @@ def map_in_order(pool: ThreadPoolExecutor, work: Callable[[Any], Any], source: I
 
 def _in_whole_batches(encoder: clip.Encoder, parts: Iterable[ShardPart], size: int, times: Times
                       ) -> Iterator[ShardPart]:
-    """The parts with vectors of batches of `size`, which go on over the ends of parts and shards; the vectors of one
-    batch are fetched while the next is under way.
+    """The parts with their vectors, encoded in batches of `size`.
+
+    Batches continue over the ends of parts and shards. The vectors of one batch are fetched while the next one is
+    computed.
     """
     held: deque[ShardPart] = deque()  # in order, until all of their vectors are there
     pieces: deque[tuple[ShardPart, int, np.ndarray]] = deque()  # (part, first picture, pictures) that are to be encoded

@@ -55,6 +55,7 @@ def check_budget(index: faiss.Index, size: int, config: IndexConfig) -> None:
 
 
 def no_room_error(count: int, dim: int, budget: int, smallest: int, config: IndexConfig) -> ValueError:
+    """The error for a budget that no index fits, with the smallest size that is possible."""
     flag = (f"--bytes-per-vector {-(-max(1, smallest - _ALLOWANCE) // count)}"
             if budget < parse_size(config.max_memory, "index.max_memory")
             else f"--max-memory {-(-smallest // 1024)}Ki")

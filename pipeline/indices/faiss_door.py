@@ -43,6 +43,7 @@ _PRODUCTS_FROM = 16  # numbers in a part of a code from which faiss finds its ce
 
 
 def apply_transforms(transform: faiss.VectorTransform, sample: np.ndarray) -> np.ndarray:
+    """Transform vectors in blocks: (N, D) -> (N, d_out) float32, equal for any number of threads."""
     out = np.empty((len(sample), transform.d_out), np.float32)
 
     def apply(block: slice) -> None:
@@ -113,6 +114,7 @@ def is_gpu_build() -> bool:
 
 
 def copy_to_gpus(centres: faiss.Index) -> faiss.Index:
+    """A copy of an index on all GPUs that faiss sees."""
     return faiss.index_cpu_to_all_gpus(centres)
 
 
@@ -183,6 +185,7 @@ def inner_ivf(index: faiss.Index) -> faiss.IndexIVF:
 
 
 def inverted_lists(inner: faiss.IndexIVF) -> faiss.InvertedLists:
+    """The inverted lists of an index."""
     assert inner.invlists is not None  # only an index whose lists were taken away has none
     return inner.invlists
 

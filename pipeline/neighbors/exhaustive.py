@@ -105,8 +105,10 @@ def _find_promising_groups(products: "torch.Tensor", least: "torch.Tensor") -> "
 
 def _merge_best(products: "torch.Tensor", promising: "torch.Tensor", count: int, numbers: "torch.Tensor",
             ids: "torch.Tensor", scores: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
-    """The best of (Q, m) `ids` and `scores`, and of the first `count` rows of (R, Q) products, whose ids are `numbers`,
-    where they are in groups that are `promising`.
+    """The best of earlier candidates and of a block of rows.
+
+    Candidates: `ids` and `scores` (Q, m). The block: the first `count` rows of products (R, Q), whose ids are `numbers`,
+    as far as their groups are `promising`.
     """
     import torch
 

@@ -193,8 +193,9 @@ class Neighbors(Stage):
 
     def _in_lists(self, database: "OpenDatabase", queries: NeighborQueries, copies: Copies, wanted: int, probes: int,
                   times: Times) -> tuple[np.ndarray, np.ndarray]:
-        """The best k (Q, k) of the best `wanted` rows in the nearest lists, -1 for none; as many queries at a time as
-        there is memory for.
+        """The best k (Q, k) of the best `wanted` rows in the nearest lists, -1 where there are fewer.
+
+        As many queries are searched together as memory allows.
         """
         assert database.lists
         fitting = max(1, self.config.block_bytes // bytes_per_query(wanted))

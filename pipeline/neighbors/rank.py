@@ -108,8 +108,9 @@ class BestRows:
         self.least = torch.full((queries,), -torch.inf)
 
     def start(self, which: "torch.Tensor", rank: "torch.Tensor", ids: "torch.Tensor", products: "torch.Tensor") -> None:
-        """Rows `ids` (n,) of the list that is the `rank`-th (q,) nearest of the queries `which` (q,), by their products
-        (q, n); before any are added, and to be chosen from when all are there.
+        """Add rows `ids` (n,) of one list for the queries `which` (q,), by their products (q, n).
+
+        The list is the `rank`-th (q,) nearest of each query. Candidates are chosen when all lists were added.
         """
         count = min(self.m, len(ids))
         values, rows = products.topk(count, 1)

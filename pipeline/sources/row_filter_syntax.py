@@ -31,6 +31,7 @@ class Language(Dialect):
     NUMBERS_CAN_BE_UNDERSCORE_SEPARATED = True
 
     class Tokenizer(tokens.Tokenizer):
+        """Tokens of the language: quotes, no comments."""
         QUOTES: ClassVar = ["'", '"']
         IDENTIFIERS: ClassVar = ["`"]
         STRING_ESCAPES: ClassVar = ["\0"]  # sqlglot wants one; a backslash is a backslash
@@ -41,6 +42,7 @@ class Language(Dialect):
                                    if sign in "()[]{},.+-*/<>'\"`"}
 
     class Parser(parser.Parser):
+        """A parser without functions: row_filter.py allows some by name."""
         FUNCTIONS: ClassVar = {}
         FUNCTION_PARSERS: ClassVar = {}
         NO_PAREN_FUNCTIONS: ClassVar = {}
@@ -48,15 +50,18 @@ class Language(Dialect):
 
 
 def syntax_error(text: str, what: str, hint: str) -> ValueError:
+    """An error that quotes the expression and has a hint."""
     return ValueError(f"{shorten(text)} {what}\nhint: {hint}")
 
 
 def shorten(text: str) -> str:
+    """At most 80 characters of a text, on one line."""
     text = " ".join(text.split())
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def join_names(names: list[str]) -> str:
+    """At most 60 names, and how many more there are."""
     return ", ".join(names[:60]) + (f" and {len(names) - 60} more" if len(names) > 60 else "")
 
 

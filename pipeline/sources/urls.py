@@ -92,6 +92,7 @@ def literal_address(url: URL) -> str:
 
 
 def refuse_private(addresses: Iterable[str]) -> None:
+    """BadImage if one of the addresses is not on the public internet."""
     for address in addresses:
         if not _is_public(address):
             raise BadImage("forbidden_address", f"{address} is not on the public internet")

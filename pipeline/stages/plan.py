@@ -154,6 +154,7 @@ def _carried(items: Iterable[Item], put: Callable[[str, bytes], None]) -> Iterat
 
 
 def load_items(folder: str, listed: Any) -> Sequence[Item]:
+    """The items of a plan, from its list or from the parquet file that the list names."""
     if isinstance(listed, list):
         return [Item(planned["id"], planned["inputs"]) for planned in listed]
     return records.load(folder, listed, partial(records.items, element=Item))
@@ -185,6 +186,7 @@ class _Joined(Sequence[Item]):
 
 
 def item_ids(items: Sequence[Item]) -> list[str]:
+    """The ids of items, without unpacking long lists."""
     return items.ids() if isinstance(items, records.Rows | _Joined) else [item.id for item in items]
 
 

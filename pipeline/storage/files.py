@@ -291,6 +291,7 @@ def put_bytes(data: bytes, url: str) -> None:
 
 
 def raise_error(error: OSError) -> None:
+    """Raise an error, as a callback of os.walk."""
     raise error
 
 
