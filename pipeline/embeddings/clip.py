@@ -97,8 +97,8 @@ class Encoder:
 def prepare_image(data: bytes, wanted: dict[str, Any], theirs: Callable[[Image.Image], "torch.Tensor"]) -> np.ndarray:
     """Decode an image and resize it as the preprocessing `wanted` says: (S, S, 3) uint8.
 
-    It is not normalized. A preprocessing that this program does not have is done by open_clip's own transform (`theirs`):
-    (3, H, W) float32. BadImage if the bytes are no image.
+    It is not normalized. A preprocessing that this program does not have is done by open_clip's own transform
+    (`theirs`): (3, H, W) float32. BadImage if the bytes are no image.
     """
     pixels = resize.decode_pixels(data)
     if (wanted["resize"] not in {"shortest", "squash"} or wanted["interpolation"] not in {"bicubic", "bilinear"}

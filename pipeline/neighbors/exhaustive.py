@@ -107,8 +107,8 @@ def _merge_best(products: "torch.Tensor", promising: "torch.Tensor", count: int,
             ids: "torch.Tensor", scores: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
     """The best of earlier candidates and of a block of rows.
 
-    Candidates: `ids` and `scores` (Q, m). The block: the first `count` rows of products (R, Q), whose ids are `numbers`,
-    as far as their groups are `promising`.
+    Candidates: `ids` and `scores` (Q, m). The block: the first `count` rows of products (R, Q), whose ids are
+    `numbers`, as far as their groups are `promising`.
     """
     import torch
 
