@@ -27,6 +27,7 @@ gpu:  ## measure everything on this machine's GPU, at most nine minutes; needs t
 lint: setup  ## style, layers and types
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 docs: setup  ## check the documents: links, files, commands, examples
 	$(BIN)/python -m pytest tests/docs

@@ -173,8 +173,8 @@ def neighbors_exact(build: Build, rates: Rates) -> Cost:
     """The cost of an exact search: each amount by its rate.
 
     Read: queries and database. Written: N k (8 + 4) bytes for ids and scores, and 8 M for how often each row is used;
-    with the vectors of neighbors N k D 2 more. The database is read once by each worker, or once for the shards that are
-    searched together where it is more than a worker may keep.
+    with the vectors of neighbors N k D 2 more. The database is read once by each worker, or once for the shards that
+    are searched together where it is more than a worker may keep.
     """
     searches, gpu = _searches(build, lists=False), rates.exact.gpu
     vectors, workers = _vectors(build.database, build), min(searches, _workers(build, gpu))
