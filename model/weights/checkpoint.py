@@ -165,7 +165,8 @@ def _read_description(folder: Path) -> dict:
         raise ValueError(f"{folder} is not a complete checkpoint: it has no checkpoint.json")
     about = json.loads(path.read_text())
     if about.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {about.get('format')}, this code reads {FORMAT}")
+        raise ValueError(f"{path} has format {about.get('format')}, and this version reads format {FORMAT}\n"
+                         f"hint: install the version that wrote it")
     return about
 
 

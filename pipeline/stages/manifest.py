@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.stages import records
-from pipeline.stages.stage import Stage
+from pipeline.stages.stage import Stage, check_format
 from pipeline.stages.types import Claim
 
 _MANIFEST_KEYS = {"stage", "content", "items", "files"}  # those of a checkpoint's manifest too
@@ -52,6 +52,7 @@ def read_manifest(folder: str, command: str, sha256: str | None = None) -> dict[
         raise ValueError(f"{folder}/manifest.json is not the one that was published: somebody changed this version\n"
                          f"hint: python -m jobs verify --against current tells what else; rollback to another version")
     manifest = storage.parse_json(data, storage.join(folder, "manifest.json"))
+    check_format(manifest, f"{folder}/manifest.json")
     if not isinstance(manifest, dict) or not manifest.keys() >= _MANIFEST_KEYS:
         raise ValueError(f"{folder}/manifest.json is damaged\nhint: python -m jobs verify tells what else is")
     if isinstance(manifest["items"], dict):

@@ -12,7 +12,7 @@ from pipeline import storage
 from pipeline.stages import records
 from pipeline.stages.manifest import code_revision
 from pipeline.stages.scratch import scratch_folder
-from pipeline.stages.stage import FORMAT, Stage, fingerprint
+from pipeline.stages.stage import FORMAT, Stage, check_format, fingerprint
 from pipeline.stages.types import Claim, Item, PlanReplaced
 from pipeline.storage.hashing import name_by_content
 
@@ -36,6 +36,7 @@ def claim_folder(stage: Stage) -> tuple[Sequence[Item], bool]:
         listed = write_item_list(stage.plan(), "items", partial(_put_beside_plan, stage))
         joined = not _create_plan(stage, inputs, listed)
     stamp, plan = storage.stamp(url), storage.read_json(url)
+    check_format(plan, url)
     if not isinstance(plan, dict) or not plan.keys() >= _PLAN_KEYS:
         raise ValueError(f"{url} is damaged\nhint: --overwrite makes this folder anew")
     if plan["fingerprint"] != fingerprint(stage, inputs):

@@ -112,6 +112,14 @@ class Stage(ABC):
         return Output()
 
 
+def check_format(document: Any, url: str) -> None:
+    """ValueError if a later version of this program wrote a plan or manifest."""
+    written = document.get("format") if isinstance(document, dict) else None
+    if isinstance(written, int) and written > FORMAT:
+        raise ValueError(f"{url} has format {written}, and this version reads formats up to {FORMAT}\n"
+                         f"hint: install the version that wrote it, or a later one")
+
+
 def fingerprint(stage: Stage, inputs: dict[str, dict[str, Any]] | None = None) -> str:
     """Hash of format version, stage name, settings and inputs: who may write into a folder."""
     return digest([FORMAT, stage.name, stage.section(), inputs if inputs is not None else stage.inputs()])

@@ -50,6 +50,19 @@ def test_sealed_folders_stay_as_they_are(root: Path, tmp_path: Path) -> None:
     assert contents(root) == before
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "plan.json"])
+def test_a_root_of_a_later_format_is_refused_and_stays_as_it_is(root: Path, capsys: pytest.CaptureFixture[str],
+                                                                name: str) -> None:
+    path = root / "datasets/art/v1/embeddings" / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3}))
+    before = contents(root)
+    verb = "index" if name == "manifest.json" else "embed"  # a reader, and the stage itself
+    assert run(root, verb, "art", *(["--captions"] if verb == "embed" else ["--key", "IVF4,SQ8"])) == 2
+    assert (f"{name} has format 3, and this version reads formats up to 2\n"
+            "hint: install the version that wrote it, or a later one") in capsys.readouterr().err
+    assert contents(root) == before
+
+
 def test_stored_sizes_keep_their_bytes(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The stored settings say 4G and 512M, which the program that wrote them took for powers of 1024."""
     section = manifest(root, "art/v1/index")["section"]
