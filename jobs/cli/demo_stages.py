@@ -93,14 +93,14 @@ def _bundled(root: str) -> Run:
     return run
 
 
-def _seal(stage_: Stage, runner: Runner) -> bool:
+def _seal(stage: Stage, runner: Runner) -> bool:
     """Run a stage unless it is sealed; whether there was anything to do."""
-    if storage.exists(storage.join(stage_.folder, "manifest.json")):
-        prepare(stage_)
+    if storage.exists(storage.join(stage.folder, "manifest.json")):
+        prepare(stage)
         return False
-    manifest = run_observed(stage_, runner, name=f"{stage_.name} {stage_.path}")
+    manifest = run_observed(stage, runner, name=f"{stage.name} {stage.path}")
     totals, info = manifest["totals"], manifest["info"]
-    _log.info("%s: %d samples, %s%s%s", stage_.path, totals["samples"], format_bytes(totals["bytes"]),
+    _log.info("%s: %d samples, %s%s%s", stage.path, totals["samples"], format_bytes(totals["bytes"]),
               f", left out: {totals['skipped']}" if totals["skipped"] else "",
               f", {info['key']}, recall@10 {info['recall_at_10']}" if "recall_at_10" in info else "")
     return True
@@ -134,7 +134,7 @@ def _prompts(pictures: DemoCorpus) -> tuple[str, ...]:
     if pictures.config.corpus == "emoji":
         return EMOJI_PROMPTS
     subjects = drawn_corpus.catalog(pictures.config.subjects, pictures.config.seed).pictures
-    captions = list(dict.fromkeys(one.caption for one in subjects if not one.held_out))
-    held_out = list(dict.fromkeys(one.caption for one in subjects if one.held_out))
+    captions = list(dict.fromkeys(subject.caption for subject in subjects if not subject.held_out))
+    held_out = list(dict.fromkeys(subject.caption for subject in subjects if subject.held_out))
     return (*captions[::max(1, len(captions) // 5)][:5], *held_out[:3])
 

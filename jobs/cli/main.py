@@ -94,9 +94,9 @@ def _unheard() -> bool:
     """Whether whoever read the output has seen enough, as `head` does; the rest of it goes nowhere then."""
     out = select.poll()
     out.register(sys.stdout.fileno(), 0)  # a pipe without a reader says so unasked
-    if gone := bool(out.poll(0)):
+    if closed := bool(out.poll(0)):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return gone
+    return closed
 
 
 def _overview() -> str:

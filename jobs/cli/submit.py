@@ -137,32 +137,33 @@ def check_needed() -> None:
                          f"hint: infra/README.md tells how nodes get their secrets")
 
 
-def run_submission(one: Submission, options: SubmitOptions) -> int:
+def run_submission(submission: Submission, options: SubmitOptions) -> int:
     """Submit, or join what runs already; with `wait` until it ended, with its exit code."""
     if options.retries and not options.wait:
         raise ValueError("--retries needs --wait: whoever waits tries again")
     if options.dry_run:
-        print(json.dumps({"name": one.name, "entrypoint": _entrypoint(one), "metadata": one.about,
-                          "env_vars": one.variables, "sends": _sent(one, options)}, indent=1))
+        print(json.dumps({"name": submission.name, "entrypoint": _entrypoint(submission), "metadata": submission.about,
+                          "env_vars": submission.variables, "sends": _sent(submission, options)}, indent=1))
         return 0
     client = _client(options.address)
-    number, info = _newest(client, one)
+    number, info = _newest(client, submission)
     if info is not None and not info.status.is_terminal():
-        _log.info("submit: %s-a%d runs already: %s", one.name, number, info.entrypoint)
+        _log.info("submit: %s-a%d runs already: %s", submission.name, number, info.entrypoint)
     else:
-        number = _start(client, one, options, number + 1)
+        number = _start(client, submission, options, number + 1)
     if not options.wait:
-        _say(f"{one.name}-a{number}", number, _newest(client, one)[1])
+        _say(f"{submission.name}-a{number}", number, _newest(client, submission)[1])
         return 0
-    for left in reversed(range(options.retries + 1)):
-        info = _follow(client, one, number)
+    for retries_left in reversed(range(options.retries + 1)):
+        info = _follow(client, submission, number)
         code = exit_code(info)
         # 2 is misuse, and somebody stopped what is STOPPED: neither gets better by another try.
-        if code in {0, 2} or str(info and info.status) == "STOPPED" or not left:
+        if code in {0, 2} or str(info and info.status) == "STOPPED" or not retries_left:
             break
-        _log.warning("submit: %s-a%d ended with %d; it is tried again, %d more left", one.name, number, code, left)
-        number = _start(client, one, options, number + 1)
-    _say(f"{one.name}-a{number}", number, info, code)
+        _log.warning("submit: %s-a%d ended with %d; it is tried again, %d more left", submission.name, number, code,
+                     retries_left)
+        number = _start(client, submission, options, number + 1)
+    _say(f"{submission.name}-a{number}", number, info, code)
     return code
 
 
@@ -182,34 +183,35 @@ def exit_code(info: Any) -> int:
     return 1
 
 
-def _start(client: Any, one: Submission, options: SubmitOptions, number: int) -> int:
+def _start(client: Any, submission: Submission, options: SubmitOptions, number: int) -> int:
     """Submit an attempt; whoever was quicker to submit the same one is joined."""
     from pipeline.stages.manifest import code_revision
     with tempfile.TemporaryDirectory(prefix="rdm-submit-") as scratch:
-        folder = _folder(Path(scratch), one, options)
-        environment = one.variables if options.installed else one.variables | {"RDM_REVISION": code_revision()}
+        folder = _folder(Path(scratch), submission, options)
+        revision = {} if options.installed else {"RDM_REVISION": code_revision()}
         try:
-            client.submit_job(submission_id=f"{one.name}-a{number}", entrypoint=_entrypoint(one),
-                              metadata=one.about | {"attempt": str(number)},
-                              runtime_env={"env_vars": environment} | ({"working_dir": str(folder)} if folder else {}))
-            _log.info("submit: %s-a%d: %s", one.name, number, _entrypoint(one))
+            client.submit_job(submission_id=f"{submission.name}-a{number}", entrypoint=_entrypoint(submission),
+                              metadata=submission.about | {"attempt": str(number)},
+                              runtime_env={"env_vars": submission.variables | revision}
+                              | ({"working_dir": str(folder)} if folder else {}))
+            _log.info("submit: %s-a%d: %s", submission.name, number, _entrypoint(submission))
         except RuntimeError as error:
             if "already exists" not in str(error):
                 raise OSError(f"the cluster refused the job: {str(error).splitlines()[0]}") from None
-            _log.info("submit: %s-a%d was submitted by somebody else meanwhile", one.name, number)
+            _log.info("submit: %s-a%d was submitted by somebody else meanwhile", submission.name, number)
     return number
 
 
-def _follow(client: Any, one: Submission, number: int) -> Any:
+def _follow(client: Any, submission: Submission, number: int) -> Any:
     """Copy the log of an attempt to stderr until it ended; what the server knows of it then, None for nothing."""
     from aiohttp import ClientError
     from ray.exceptions import RayError
     shown, alive = 0, time.monotonic()
     while True:
         with contextlib.suppress(ClientError, RayError, RuntimeError, OSError):  # what became of it is asked below
-            shown = asyncio.run(_tail(client, f"{one.name}-a{number}", shown))
+            shown = asyncio.run(_tail(client, f"{submission.name}-a{number}", shown))
         try:
-            info = _jobs(client, one).get(number)
+            info = _jobs(client, submission).get(number)
             if info is None or info.status.is_terminal():
                 return info
             alive = time.monotonic()
@@ -250,33 +252,33 @@ def _client(address: str) -> Any:
                          f"hint: --address http://HEAD:8265, or a tunnel to it (infra/README.md)") from None
 
 
-def _jobs(client: Any, one: Submission) -> dict[int, Any]:
+def _jobs(client: Any, submission: Submission) -> dict[int, Any]:
     """The attempts that the server knows, by their number."""
-    attempt = re.compile(re.escape(one.name) + r"-a(\d+)")
-    found = ((attempt.fullmatch(info.submission_id or ""), info) for info in client.list_jobs())
-    return {int(match[1]): info for match, info in found if match}
+    attempt = re.compile(re.escape(submission.name) + r"-a(\d+)")
+    matches = ((attempt.fullmatch(info.submission_id or ""), info) for info in client.list_jobs())
+    return {int(match[1]): info for match, info in matches if match}
 
 
-def _newest(client: Any, one: Submission) -> tuple[int, Any]:
-    return max(_jobs(client, one).items(), default=(0, None), key=lambda pair: pair[0])
+def _newest(client: Any, submission: Submission) -> tuple[int, Any]:
+    return max(_jobs(client, submission).items(), default=(0, None), key=lambda pair: pair[0])
 
 
-def _entrypoint(one: Submission) -> str:
-    return shlex.join(["python", "-m", "jobs", *one.words])  # a shell takes it apart again
+def _entrypoint(submission: Submission) -> str:
+    return shlex.join(["python", "-m", "jobs", *submission.words])  # a shell takes it apart again
 
 
-def _sent(one: Submission, options: SubmitOptions) -> list[str]:
-    return [*(() if options.installed else _PACKAGES), *((_SETTINGS,) if one.config else ())]
+def _sent(submission: Submission, options: SubmitOptions) -> list[str]:
+    return [*(() if options.installed else _PACKAGES), *((_SETTINGS,) if submission.config else ())]
 
 
-def _folder(scratch: Path, one: Submission, options: SubmitOptions) -> Path | None:
+def _folder(scratch: Path, submission: Submission, options: SubmitOptions) -> Path | None:
     """What the job is to find beside itself: this code, unless it is installed there, and the file of settings."""
     here = Path(__file__).resolve().parents[2]
     for name in () if options.installed else _PACKAGES:
         shutil.copytree(here / name, scratch / name, ignore=shutil.ignore_patterns("__pycache__"))
-    if one.config:
-        shutil.copyfile(one.config, scratch / _SETTINGS)
-    return scratch if _sent(one, options) else None
+    if submission.config:
+        shutil.copyfile(submission.config, scratch / _SETTINGS)
+    return scratch if _sent(submission, options) else None
 
 
 def _subject(verb: str, inner: Any) -> dict[str, str]:
@@ -289,14 +291,14 @@ def _subject(verb: str, inner: Any) -> dict[str, str]:
     dataset = Dataset.parse(inner.common.root, inner.dataset)
     if verb in _OF_ALL_VERSIONS:
         return {"dataset": dataset.name}
-    found = {"dataset": dataset.name, "version": dataset.version}
+    subject = {"dataset": dataset.name, "version": dataset.version}
     # Whoever submits need not be let into the store, and would wait for minutes to find out.
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         if not storage.is_local(inner.common.root):
-            return found
+            return subject
         plan = storage.read_json(storage.join(dataset.folder("shards"), "plan.json"))
-        found["fingerprint"] = str(plan["fingerprint"])
-    return found
+        subject["fingerprint"] = str(plan["fingerprint"])
+    return subject
 
 
 def _hash(verb: str, inner: Any) -> str:

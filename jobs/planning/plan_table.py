@@ -47,24 +47,24 @@ CORPORA = {**dict.fromkeys(("tiny", "emoji_32", "emoji_64"), Corpus(10_114, 0, 1
 
 def make_plan(plan: PlanConfig, settings: Settings, used: Rates) -> str:
     """What `plan` prints: a Markdown table with notes, or one JSON document."""
-    found = []
+    costed_builds = []
     prices = Prices(plan.price_gpu_hour, plan.price_cpu_hour, plan.price_gb_month, plan.price_gb_moved,
                     plan.months)
     for build in builds(plan, settings, used):
-        found.append((build, costs(build, used)))
+        costed_builds.append((build, costs(build, used)))
     if plan.json:
-        return json.dumps({"builds": [_document(build, stages, prices) for build, stages in found],
+        return json.dumps({"builds": [_document(build, stages, prices) for build, stages in costed_builds],
                            "rates": rates.document(used)}, indent=1)
-    rows = _totals(found, prices) if plan.totals else _stages(found, prices)
+    rows = _totals(costed_builds, prices) if plan.totals else _stages(costed_builds, prices)
     right = [column for column, name in enumerate(rows[0]) if name.startswith("#")]
     shown = tables.render(rows[1:], head=[name.lstrip("#") for name in rows[0]], right=right, markdown=True)
-    return f"{shown}\n\n{notes(found[0][0], used, prices)}"
+    return f"{shown}\n\n{notes(costed_builds[0][0], used, prices)}"
 
 
 def to_measure(plan: PlanConfig, settings: Settings, root: str) -> dict[str, Any]:
     """Where `--measure` would run what, if there is a GPU where one is wanted."""
-    trial_ = _trial(plan, settings, root, gpu=_wants_gpu(plan, settings))
-    return {"folder": trial_.place, "seconds": trial_.seconds, "workers": trial_.workers, "gpu": trial_.gpu}
+    trial = _trial(plan, settings, root, gpu=_wants_gpu(plan, settings))
+    return {"folder": trial.place, "seconds": trial.seconds, "workers": trial.workers, "gpu": trial.gpu}
 
 
 def workers_here(plan: PlanConfig, settings: Settings, root: str, *, local: bool) -> ClusterConfig:
@@ -84,8 +84,8 @@ def workers_here(plan: PlanConfig, settings: Settings, root: str, *, local: bool
 
 def measure(plan: PlanConfig, settings: Settings, root: str, workers: ClusterConfig, run: benchmark.Run) -> None:
     """Measure the rates, and write them to the file that `plan.measure` names."""
-    found = benchmark.rates(_trial(plan, settings, root, gpu=bool(workers.gpus)), _base(plan), run)
-    Path(plan.measure).write_text(json.dumps(rates.document(found), indent=1) + "\n")
+    measured_rates = benchmark.rates(_trial(plan, settings, root, gpu=bool(workers.gpus)), _base(plan), run)
+    Path(plan.measure).write_text(json.dumps(rates.document(measured_rates), indent=1) + "\n")
     _log.info("plan: the rates are in %s", plan.measure)
 
 
@@ -150,10 +150,10 @@ def count(text: str, flag: str) -> int:
     return round(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def taken(build: Build, found: list[Cost]) -> list[Cost]:
+def stages_in_total(build: Build, stage_costs: list[Cost]) -> list[Cost]:
     """The stages of a build: neighbours are found in one way, that of the settings."""
     other = {"index": "neighbors, exact", "exact": "neighbors, index"}[build.settings.neighbors.method]
-    return [one for one in found if one.stage != other]
+    return [cost for cost in stage_costs if cost.stage != other]
 
 
 def notes(build: Build, used: Rates, prices: Prices) -> str:
@@ -178,35 +178,36 @@ def notes(build: Build, used: Rates, prices: Prices) -> str:
 
 
 def _document(build: Build, stages: list[Cost], prices: Prices) -> dict[str, Any]:
-    def one(cost: Cost) -> dict[str, Any]:
+    def describe(cost: Cost) -> dict[str, Any]:
         return {"stage": cost.stage, "workers": cost.workers, "gpu": cost.gpu, "hours": cost.seconds / 3600,
                 "worker_hours": cost.worker_seconds / 3600, "read": round(cost.read), "written": round(cost.written),
                 "kept": round(cost.kept), **({"money": round(prices.of(cost), 2)} if prices.given else {})}
 
-    counted = [one(cost) for cost in taken(build, stages)]
+    counted = [describe(cost) for cost in stages_in_total(build, stages)]
     names = ("hours", "read", "written", "kept", *(("money",) if prices.given else ()))
     total = {name: sum(each[name] for each in counted) for name in names}
     for name, gpu in (("worker_hours", False), ("gpu_hours", True)):
         total[name] = sum(each["worker_hours"] for each in counted if each["gpu"] == gpu)
     return {"pictures": build.pictures, "database_rows": build.database, "own_database": bool(build.rows),
-            "stages": [one(cost) for cost in stages], "total": total}
+            "stages": [describe(cost) for cost in stages], "total": total}
 
 
-def _stages(found: list[tuple[Build, list[Cost]]], prices: Prices) -> list[list[str]]:
+def _stages(costed_builds: list[tuple[Build, list[Cost]]], prices: Prices) -> list[list[str]]:
     """A row for each stage; of several builds, with the numbers that tell them apart in front."""
-    several = len(found) > 1
+    several = len(costed_builds) > 1
     rows = [[*(("pictures", "database") if several else ()), "stage", "on", "#hours", "#worker hours", "#read",
              "#written", "#kept", *(("#money",) if prices.given else ())]]
-    for build, stages in found:
+    for build, stages in costed_builds:
         front = [[_count(build.pictures), _count(build.rows) if build.rows else "itself"], *[["", ""]] * len(stages)]
-        lines = [[one.stage, f"{one.workers} {'GPU' if one.gpu else 'worker'}{'s' if one.workers > 1 else ''}",
-                  format_hours(one.seconds), format_hours(one.worker_seconds),
-                  *map(format_bytes, (one.read, one.written, one.kept)),
-                  *([format_number(prices.of(one), 2)] if prices.given else [])] for one in stages]
-        counted = taken(build, stages)
-        lines.append(["total", "", format_hours(sum(one.seconds for one in counted)), _worker_hours(counted),
-                      format_bytes(sum(one.read for one in counted)),
-                      format_bytes(sum(one.written for one in counted)), format_bytes(sum(one.kept for one in counted)),
+        lines = [[cost.stage, f"{cost.workers} {'GPU' if cost.gpu else 'worker'}{'s' if cost.workers > 1 else ''}",
+                  format_hours(cost.seconds), format_hours(cost.worker_seconds),
+                  *map(format_bytes, (cost.read, cost.written, cost.kept)),
+                  *([format_number(prices.of(cost), 2)] if prices.given else [])] for cost in stages]
+        counted = stages_in_total(build, stages)
+        lines.append(["total", "", format_hours(sum(cost.seconds for cost in counted)), _worker_hours(counted),
+                      format_bytes(sum(cost.read for cost in counted)),
+                      format_bytes(sum(cost.written for cost in counted)),
+                      format_bytes(sum(cost.kept for cost in counted)),
                       *([format_number(sum(map(prices.of, counted)), 2)] if prices.given else [])])
         rows += [[*(head if several else []), *line] for head, line in zip(front, lines, strict=True)]
     return rows
@@ -214,20 +215,21 @@ def _stages(found: list[tuple[Build, list[Cost]]], prices: Prices) -> list[list[
 
 def _worker_hours(counted: list[Cost]) -> str:
     """Hours of workers, those with a GPU apart."""
-    sums = [sum(one.worker_seconds for one in counted if one.gpu == gpu) for gpu in (False, True)]
+    sums = [sum(cost.worker_seconds for cost in counted if cost.gpu == gpu) for gpu in (False, True)]
     return format_hours(sums[0]) + (f" + {format_hours(sums[1])} GPU" if sums[1] else "")
 
 
-def _totals(found: list[tuple[Build, list[Cost]]], prices: Prices) -> list[list[str]]:
+def _totals(costed_builds: list[tuple[Build, list[Cost]]], prices: Prices) -> list[list[str]]:
     """A row for each build, with the worker hours of its stages."""
-    rows = [["pictures", "database", *(f"#{one.stage}" for one in found[0][1]), "#hours in all", "#read", "#written",
-             *(("#money",) if prices.given else ())]]
-    for build, stages in found:
-        counted = taken(build, stages)
+    rows = [["pictures", "database", *(f"#{cost.stage}" for cost in costed_builds[0][1]), "#hours in all",
+             "#read", "#written", *(("#money",) if prices.given else ())]]
+    for build, stages in costed_builds:
+        counted = stages_in_total(build, stages)
         rows.append([_count(build.pictures), _count(build.rows) if build.rows else "itself",
-                     *(format_hours(one.worker_seconds) for one in stages),
-                     format_hours(sum(one.seconds for one in counted)), format_bytes(sum(one.read for one in counted)),
-                     format_bytes(sum(one.written for one in counted)),
+                     *(format_hours(cost.worker_seconds) for cost in stages),
+                     format_hours(sum(cost.seconds for cost in counted)),
+                     format_bytes(sum(cost.read for cost in counted)),
+                     format_bytes(sum(cost.written for cost in counted)),
                      *([format_number(sum(map(prices.of, counted)), 2)] if prices.given else [])])
     return rows
 
