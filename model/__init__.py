@@ -9,6 +9,7 @@ A folder imports only from folders below it in this list (`make lint` checks it)
     network/      the denoising network
     recipes.py    tested settings
     config.py     settings
+    bounds.py     check the bounds of settings
 
 Start with training/train.py.
 """

@@ -15,6 +15,7 @@ A folder imports only from folders below it in this list (`make lint` checks it)
     media/        images and tars
     hardware/     GPUs, CPUs, memory
     storage/      local disks and S3
+    bounds.py     check the bounds of settings
 
 Start with stages/stage.py: every step of the pipeline has its shape.
 """
