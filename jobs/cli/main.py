@@ -22,7 +22,7 @@ from pipeline.stages.types import StageFailed
 
 _log = logging.getLogger(__name__)
 _NO_WAY = "hint: --root must be a place where this user may write, and TMPDIR too"
-_GO_ON = "hint: nothing that is recorded is lost; the same command goes on from here"
+_GO_ON = "hint: nothing that is recorded is lost; the same command continues from here"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         logs.log_exit(storage.redact_credentials(text), exit=1)
         return 1
     except KeyboardInterrupt:
-        logs.log_exit("stopped; the same command goes on from here", logging.WARNING, exit=STOPPED)
+        logs.log_exit("stopped; the same command continues from here", logging.WARNING, exit=STOPPED)
         return STOPPED
 
 

@@ -111,7 +111,7 @@ def train(job: "Job", cluster: ClusterConfig, *, local: bool, overwrite: bool = 
                 "train: step %d of %d, loss %.4f, %.0f samples/s", line["step"], job.config.steps, line["loss"],
                 line["samples_per_s"], extra={"fields": line}))
         if job.run.latest_step() < job.config.steps:
-            _log.info("train: stopped at step %d; the same command goes on from there", job.run.latest_step())
+            _log.info("train: stopped at step %d; the same command continues from there", job.run.latest_step())
             return None
         if storage.exists(sealed):  # a finished run with more --steps
             storage.remove(sealed)

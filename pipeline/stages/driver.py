@@ -186,9 +186,9 @@ class _Outcomes:
         """Count everything anew. StageFailed if too many rows failed."""
         self.tally.look()
         if over := self.tally.over(self.max_failed):
-            raise StageFailed(f"{self.stage.name}: {over}\nhint: the same command goes on when the cause is gone, and "
-                              f"with --retry-failed tries the rows that failed again; a higher --max-failed goes on "
-                              f"all the same")
+            raise StageFailed(f"{self.stage.name}: {over}\nhint: the same command continues when the cause is gone, "
+                              f"and with --retry-failed tries the rows that failed again; a higher --max-failed "
+                              f"continues all the same")
         if self.watch:
             self.watch(self.tally)
 

@@ -88,7 +88,7 @@ def test_sigterm_stops_and_the_same_command_goes_on(tmp_path: Path, address: str
     assert found["progress"]["of_rows"] == 200 and found["progress"].keys() == now.keys()
     process.terminate()
     _, text = process.communicate(timeout=20)
-    assert process.returncode == 130 and "the same command goes on" in text and "Traceback" not in text
+    assert process.returncode == 130 and "the same command continues" in text and "Traceback" not in text
     assert main(arguments(tmp_path / "root", source, address, "--local", "--connections", "32")) == 0
     accounted(tmp_path / "root", 200)
     assert files(tmp_path / "root") == undisturbed(tmp_path, source, address)

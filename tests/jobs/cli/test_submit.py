@@ -260,7 +260,7 @@ def test_a_stopped_job_goes_on_as_the_next_attempt_and_the_same_one_is_joined(ma
     machine.ask(f"{joined['submission_id']}/stop", "POST")
     code, said, log = _ended(waiting)
     assert (code, said["status"], said["attempt"]) == (130, "STOPPED", 1), log  # on purpose: not tried again
-    assert "stopped; the same command goes on from here" in log
+    assert "stopped; the same command continues from here" in log
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "root/datasets/some/v1/shards/records").iterdir()}
     assert 3 <= len(before) < 60
     code, said, log = machine.submit("--wait", *work)

@@ -141,7 +141,7 @@ def test_ctrl_c_closes_the_bar(tmp_path: Path) -> None:
 
     seen = _run(_stage(tmp_path), meanwhile=press)
     assert pressed and seen.code == 130 and len(seen.bars) == 1 and "100%" not in seen.bars[0]
-    assert "stopped; the same command goes on from here" in seen.lines and "Traceback" not in seen.raw
+    assert "stopped; the same command continues from here" in seen.lines and "Traceback" not in seen.raw
     assert seen.raw.index("\x1b[?25h") < seen.raw.index("stopped; ")
 
 
