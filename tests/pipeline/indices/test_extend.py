@@ -28,14 +28,6 @@ from tests.pipeline import synthetic
 KINDS = ["Flat", "SQ8", "PQ8x4", "IVF16,Flat", "IVF16,SQ8", "OPQ8_32,IVF16,PQ8x4", "OPQ8_32,PQ8x4"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    yield
-    faiss.omp_set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def vectors():
     return synthetic.clustered(1_500, 32)

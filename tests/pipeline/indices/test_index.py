@@ -36,15 +36,6 @@ def bytes_of(built_index) -> bytes:
     return faiss.serialize_index(built_index).tobytes()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for each other on shared cores take many times as long."""
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    yield
-    faiss.omp_set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def many():
     return synthetic.clustered(10_500, 16, clusters=100)
