@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jobs.telemetry import logs
+from jobs.telemetry import interrupts, logs
 from jobs.telemetry.units import format_bytes, format_duration
 from pipeline.stages.progress import Tally
 
@@ -53,7 +53,10 @@ def _is_live() -> bool:
 
 
 class _Bar:
-    """One line at the bottom of a terminal. Log lines and what libraries write to stderr appear above it."""
+    """One line at the bottom of a terminal. Log lines and what libraries write to stderr appear above it.
+
+    Ctrl-C waits until a line is written: rich writes a line again that an exception interrupted.
+    """
 
     def __init__(self, name: str) -> None:
         # Most commands show no bar, and need not wait 0.03 s for rich to load.
@@ -75,21 +78,29 @@ class _Bar:
             BarColumn(_BAR_CELLS, table_column=Column(no_wrap=True)), Details(),
             console=console, auto_refresh=False, redirect_stdout=False)
         self._task = self._progress.add_task(name, details="", total=None)
-        logs.redirect_lines(lambda text: console.print(text, markup=False, emoji=False, soft_wrap=True))
+
+        def print_line(text: str) -> None:
+            with interrupts.defer_interrupts():
+                console.print(text, markup=False, emoji=False, soft_wrap=True)
+
+        logs.redirect_lines(print_line)
 
     def show(self, now: dict[str, Any]) -> None:
         """Show the counts of a tally."""
         done, total, unit = ((now["rows"], now["of_rows"], "rows") if now["of_rows"]
                              else (now["items"], now["of_items"], "items"))
         time_left = f", {format_duration(now['seconds_left'])} left" if now["seconds_left"] and done < total else ""
-        self._progress.update(self._task, completed=done, total=total, details=(
-            f"{done / total:4.0%}  {done} of {total} {unit}{time_left}, {now['rows_per_s']:.0f} rows/s, {_rest(now)}"))
-        self._progress.start()  # does nothing if the bar is there already
-        self._progress.refresh()
+        details = (f"{done / total:4.0%}  {done} of {total} {unit}{time_left}, "
+                   f"{now['rows_per_s']:.0f} rows/s, {_rest(now)}")
+        with interrupts.defer_interrupts():
+            self._progress.update(self._task, completed=done, total=total, details=details)
+            self._progress.start()  # does nothing if the bar is there already
+            self._progress.refresh()
 
     def close(self) -> None:
         """Leave the last state on the terminal, and give stderr back."""
-        self._progress.stop()
+        with interrupts.defer_interrupts():
+            self._progress.stop()
         logs.redirect_lines(None)
 
 

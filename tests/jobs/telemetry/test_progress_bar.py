@@ -18,7 +18,7 @@ import pytest
 
 _LONG = "a warning of " + "many " * 30 + "words"
 _STAGE = f"""
-import logging, sys, time
+import logging, os, signal, sys, time
 from jobs.cli import main as cli
 from jobs.telemetry.observe import run_observed
 from pipeline.stages.stage import Stage
@@ -47,6 +47,17 @@ def act(arguments):
     run_observed(Slow(sys.argv[1]), name="[slow] stage")
     print('{{"data": true}}')
     return 0
+
+if sys.argv[2] == "interrupt":  # Ctrl-C arrives while the first bar is written
+    write = sys.stderr.write
+    def write_and_interrupt(text):
+        write(text)
+        sys.stderr.flush()
+        if "%" in text:
+            sys.stderr.write = write
+            os.kill(os.getpid(), signal.SIGINT)
+        return len(text)
+    sys.stderr.write = write_and_interrupt
 
 cli.parse_command = lambda arguments: (act, arguments)
 sys.exit(cli.main(["status", *sys.argv[3:]]))
@@ -143,6 +154,12 @@ def test_ctrl_c_closes_the_bar(tmp_path: Path) -> None:
     assert pressed and seen.code == 130 and len(seen.bars) == 1 and "100%" not in seen.bars[0]
     assert "stopped; the same command continues from here" in seen.lines and "Traceback" not in seen.raw
     assert seen.raw.index("\x1b[?25h") < seen.raw.index("stopped; ")
+
+
+def test_ctrl_c_while_the_bar_is_written_leaves_one_bar(tmp_path: Path) -> None:
+    seen = _run(_stage(tmp_path, "interrupt"))
+    assert seen.code == 130 and len(seen.bars) == 1 and seen.bars[0].count("[slow] stage") == 1
+    assert "stopped; the same command continues from here" in seen.lines and "Traceback" not in seen.raw
 
 
 @pytest.mark.parametrize("columns", [44, 80])
