@@ -26,7 +26,6 @@ from matplotlib import pyplot as plt
 from matplotlib.dates import DateFormatter, MinuteLocator, date2num
 from matplotlib.ticker import EngFormatter
 
-sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
 sys.path.insert(0, str(CHECKOUT / "tests/jobs/inspection"))
 import prometheus_server
 

@@ -17,9 +17,8 @@ from pathlib import Path
 
 import photographs
 from harness import CHECKOUT, Failed, Usage, machine, measured, spread
-from index import clustered
+from vectors import clustered
 
-sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
 sys.path.insert(0, str(CHECKOUT / "tests/pipeline"))
 import synthetic
 

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -36,17 +36,27 @@ from gpu_parts.report import Report, Row, line
 
 ROOT = Path(__file__).parents[2]
 
-# Seconds that each part may take. Those of the default parts add up to nine minutes.
-LIMITS = {"ceilings": 20, "device": 35, "tests": 20, "stages": 55, "embed": 75, "search": 45, "index": 15,
-          "train": 185, "latents": 30, "sample": 25, "nccl": 35, "compile": 240}
-DEFAULT = [part for part in LIMITS if part != "compile"]  # that one runs only if --only names it
+
+class Part(NamedTuple):
+    """A module below gpu_parts, and the seconds that it may take."""
+
+    module: str
+    limit_s: int
+
+
+PARTS = {"ceilings": Part("card.ceilings", 20), "device": Part("card.device", 35), "tests": Part("tests", 20),
+         "stages": Part("stages", 55), "embed": Part("search.embed", 75), "search": Part("search.search", 45),
+         "index": Part("search.index", 15), "train": Part("model.train", 185), "latents": Part("model.latents", 30),
+         "sample": Part("model.sample", 25), "nccl": Part("model.nccl", 35), "compile": Part("model.compile", 240)}
+# Nine minutes at most. compile runs only if --only names it.
+DEFAULT = [part for part in PARTS if part != "compile"]
 
 
 def main() -> int:
     """Run the parts; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--only", default="", help=f"parts, with commas: {', '.join(LIMITS)}")
+    parser.add_argument("--only", default="", help=f"parts, with commas: {', '.join(PARTS)}")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for the figures")
     parser.add_argument("--part", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -55,8 +65,8 @@ def main() -> int:
         _run_part(given.part, given.device, given.out)
         return 0
     parts = [one for one in given.only.split(",") if one] or DEFAULT
-    if unknown := sorted(set(parts) - set(LIMITS)):
-        print(f"there is no part {', '.join(unknown)}\nhint: --only {','.join(LIMITS)}", file=sys.stderr)
+    if unknown := sorted(set(parts) - set(PARTS)):
+        print(f"there is no part {', '.join(unknown)}\nhint: --only {','.join(PARTS)}", file=sys.stderr)
         return 2
     if given.device == "cuda" and (reason := _no_gpu()):
         print(f"there is no GPU to measure: {reason}\nhint: --device cpu tries the script with small sizes",
@@ -80,7 +90,7 @@ def _run_parts(parts: list[str], device: str, out: Path) -> int:
 
 def _process(part: str, device: str, out: Path) -> list[Row]:
     """Run one part as a process of its own; its rows, with one more if it broke or took too long."""
-    path, limit = out / f"{part}.jsonl", LIMITS[part] * (8 if device == "cpu" else 1)
+    path, limit = out / f"{part}.jsonl", PARTS[part].limit_s * (8 if device == "cpu" else 1)
     path.unlink(missing_ok=True)
     command = [sys.executable, __file__, "--part", part, "--device", device, "--out", str(out)]
     problem = ""
@@ -101,7 +111,7 @@ def _process(part: str, device: str, out: Path) -> list[Row]:
 
 def _run_part(part: str, device: str, out: Path) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    module = importlib.import_module(f"gpu_parts.{part}")
+    module = importlib.import_module(f"gpu_parts.{PARTS[part].module}")
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(prefix="rdm-gpu-") as scratch:
         module.run(Report(part, torch.device(device, 0) if device == "cuda" else torch.device(device),

@@ -1,4 +1,7 @@
-"""Shared by all benchmarks: environments of other programs, resources that a command uses, facts of the machine."""
+"""Shared by all benchmarks: environments of other programs, resources that a command uses, facts of the machine.
+
+The import also puts the checkout on sys.path.
+"""
 
 import contextlib
 import importlib.metadata
@@ -19,6 +22,7 @@ from pathlib import Path
 from PIL import features
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 

@@ -11,6 +11,7 @@ import argparse
 import io
 import math
 import os
+import shutil
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -132,6 +133,20 @@ def make(work: Path, count: int = COUNT, seed: int = 1) -> list[Path]:
         with ProcessPoolExecutor() as pool:
             list(pool.map(partial(_make, folder, seed), missing))
     return [folder / f"{number:06d}.jpg" for number in range(count)]
+
+
+def fill_folder(work: Path, count: int) -> Path:
+    """A folder of so many photographs, those that are different again and again."""
+    folder = work / f"folder-{count}"
+    if not folder.exists():
+        hidden = work / f"folder-{count}.part"
+        shutil.rmtree(hidden, ignore_errors=True)
+        hidden.mkdir()
+        originals = make(work, min(count, COUNT))
+        for number in range(count):
+            shutil.copyfile(originals[number % len(originals)], hidden / f"{number:06d}.jpg")
+        hidden.rename(folder)
+    return folder
 
 
 def main() -> int:

@@ -29,7 +29,6 @@ from typing import Any
 import photographs
 from harness import CHECKOUT, machine
 
-sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
 sys.path.insert(0, str(CHECKOUT / "tests/pipeline"))
 import synthetic
 

@@ -25,9 +25,9 @@ def test_without_a_gpu_or_with_an_unknown_part_it_says_what_to_do(tmp_path: Path
 def test_the_default_parts_take_nine_minutes_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     import gpu
-    assert sum(gpu.LIMITS[part] for part in gpu.DEFAULT) <= 540
-    for part in gpu.LIMITS:
-        assert (SCRIPT.parent / "gpu_parts" / f"{part}.py").is_file()
+    assert sum(gpu.PARTS[part].limit_s for part in gpu.DEFAULT) <= 540
+    for part in gpu.PARTS.values():
+        assert (SCRIPT.parent / "gpu_parts" / f"{part.module.replace('.', '/')}.py").is_file()
 
 
 def test_a_part_leaves_its_rows_and_a_table_without_ray_and_faiss(tmp_path: Path) -> None:

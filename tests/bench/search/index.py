@@ -1,6 +1,6 @@
 """Recall, seconds and memory of building an index, beside autofaiss's build_index.
 
-    python tests/bench/index.py [--vectors 500000] [--memory 100M] [--repeats 3] [--work FOLDER]
+    python tests/bench/search/index.py [--vectors 500000] [--memory 100M] [--repeats 3] [--work FOLDER]
 
 Both read the same sealed embeddings (clustered unit vectors as float16, made from a seed) and may use the same memory
 for the index; with the default they choose the same kind. autofaiss runs with its defaults otherwise, on one core and
@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import photographs
-from harness import CHECKOUT, Failed, Usage, machine, measured, versions
 
-sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules that all benchmarks share
+import photographs
+from harness import Failed, Usage, machine, measured, versions
+from vectors import clustered
+
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.stages.driver import run_stage
@@ -80,24 +82,6 @@ class Clustered(Stage):
 
     def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         return Output(info={"encoder": {"model": "clustered", "dim": self.dim}})
-
-
-def clustered(count: int, dim: int, clusters: int, seed: int) -> np.ndarray:
-    """Unit vectors (count, dim) float32 around centres that are the same for all seeds; clusters differ in size.
-
-    Centres and spread lie in 64 directions, with a little noise in all, for the embeddings of pictures have fewer
-    degrees of freedom than numbers. The twenty nearest of a million have cosines of about 0.9.
-    """
-    rng = np.random.default_rng((1, dim))
-    free = min(64, dim)
-    basis = np.linalg.qr(rng.standard_normal((dim, free)))[0].T.astype(np.float32)
-    centres = rng.standard_normal((clusters, free), np.float32)
-    shares = rng.pareto(1.5, clusters) + 0.2
-    rng = np.random.default_rng((2, seed))
-    inner = centres[rng.choice(clusters, count, p=shares / shares.sum())]
-    inner += 0.4 * rng.standard_normal((count, free), np.float32)
-    vectors = inner @ basis + 0.05 * rng.standard_normal((count, dim), np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def exact(dataset: Dataset, queries: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Pictures per second, memory, CPU and quality from a list of addresses to tars, beside img2dataset.
 
-    python tests/bench/download.py [--pictures 20000] [--repeats 3] [--work FOLDER]
+    python tests/bench/data/download.py [--pictures 20000] [--repeats 3] [--work FOLDER]
 
 Both read the same parquet list from the same web server (server.py), make the short side 256 pixels long, and write
 JPEG 95 into tars of 1,000. img2dataset runs with its defaults otherwise, in two processes, with the number of threads
@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import photographs
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image, JpegImagePlugin
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules that all benchmarks share
+import photographs
 import server
 from harness import Failed, Usage, environment, machine, measured, versions
-from PIL import Image, JpegImagePlugin
 
 PEER = "img2dataset==1.47.0"
 SIZE, QUALITY, PER_SHARD, PROCESSES = 256, 95, 1000, 2

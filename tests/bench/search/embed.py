@@ -1,6 +1,6 @@
 """Pictures per second from tars to CLIP embeddings, beside clip-retrieval and beside the bare forward pass.
 
-    python tests/bench/embed.py [--model ViT-B-32|tiny-clip-64] [--pictures 1000] [--repeats 3] [--work FOLDER]
+    python tests/bench/search/embed.py [--model ViT-B-32|tiny-clip-64] [--pictures 1000] [--repeats 3] [--work FOLDER]
 
 All take the same tars of JPEGs (short side 256) and the same weights (random ones for ViT-B-32, from a file). The bare
 pass encodes batches of random pixels that are in memory, with the same precision, in the better of two ways: torch's
@@ -24,11 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import photographs
-from folder import filled
-from harness import CHECKOUT, Failed, environment, machine, measured, versions
 
-sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules that all benchmarks share
+import photographs
+from harness import CHECKOUT, Failed, environment, machine, measured, versions
 
 PEER = "clip-retrieval==2.45.0"
 _WITH_PEER = ("torch==2.14.1", "torchvision==0.29.1", "faiss-cpu==1.13.2", "setuptools<81")
@@ -81,9 +80,10 @@ def sharded(work: Path, count: int) -> Path:
     """A root with so many pictures in four shards under the name `photos`."""
     root = work / f"embed-{count}"
     if not (root / "datasets/photos/v1/shards/manifest.json").exists():
-        subprocess.run([sys.executable, "-m", "jobs", "shard", "photos", "--source", str(filled(work, count)), "--root",
-                        str(root), "--image-size", "256", "--resize", "keep_ratio", "--format", "jpg", "--local",
-                        "--samples-per-shard", str(-(-count // 4))], cwd=CHECKOUT, check=True,
+        source = photographs.fill_folder(work, count)
+        subprocess.run([sys.executable, "-m", "jobs", "shard", "photos", "--source", str(source), "--root", str(root),
+                        "--image-size", "256", "--resize", "keep_ratio", "--format", "jpg",
+                        "--local", "--samples-per-shard", str(-(-count // 4))], cwd=CHECKOUT, check=True,
                        stdout=subprocess.DEVNULL)
     return root
 

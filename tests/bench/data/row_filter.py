@@ -1,6 +1,6 @@
 """The row filter of `--where` on a long list, beside an older one, plain pyarrow and DuckDB: seconds and peak memory.
 
-    python tests/bench/row_filter.py [--rows 10000000] [--repeats 5] [--old bd228ec:pipeline/where.py] [--work FOLDER]
+    python tests/bench/data/row_filter.py [--rows 10000000] [--repeats 5] [--old COMMIT:PATH] [--work FOLDER]
 
 Each run is its own process with one thread. It has imported pyarrow, and ours also what `shard` imports
 without a filter. Ours reads the list as the driver does: it prunes row groups, then reads batches of the columns that
@@ -26,8 +26,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-_CHECKOUT = Path(__file__).parents[2]
-sys.path.insert(0, str(_CHECKOUT))  # for a checkout that was not installed
+_CHECKOUT = Path(__file__).resolve().parents[3]
+sys.path[:0] = [str(_CHECKOUT), str(_CHECKOUT / "tests/bench")]
 
 _ROW_GROUP = 100_000
 _SEED = 0

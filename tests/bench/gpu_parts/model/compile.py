@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
+from gpu_parts.model.train import measure_rate, without_checkpointing
 from gpu_parts.report import Report
-from gpu_parts.train import measure_rate, without_checkpointing
 
 from model import recipes
 

@@ -1,6 +1,6 @@
 """Whether others read what this project writes, and this project what others write: with the others themselves.
 
-    python tests/bench/interop.py [--work FOLDER]
+    python tests/bench/data/interop.py [--work FOLDER]
 
 img2dataset downloads, the stages here go on from its folder. The shard stage downloads; webdataset, Ray Data and
 clip-retrieval read its tars. A list with the columns of LAION's is taken as it is. Prints a table; exit 1 if anything
@@ -16,9 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import photographs
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules that all benchmarks share
+import photographs
 import server
 from download import PEER
 from harness import CHECKOUT, environment, machine, versions

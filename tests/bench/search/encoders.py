@@ -1,6 +1,6 @@
 """Encoders as they are, with torch.compile, and with channels last in their weights: pictures a second of a core.
 
-    python tests/bench/encoders.py [--turns 7] [--passes 2] [--work FOLDER]
+    python tests/bench/search/encoders.py [--turns 7] [--passes 2] [--work FOLDER]
 
 ViT-B-32 with random weights and the tiny CLIP, in the precision that is the default here, batches of 32 pictures of 8
 bits as `embed` makes them on a CPU. All ways take turns; prints medians, and how long the first pass took, in which
@@ -12,13 +12,14 @@ import statistics
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules that all benchmarks share
 import photographs
 from embed import weights_of
-from harness import CHECKOUT, machine
-
-sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
+from harness import machine
 
 _BATCH = 32
 

@@ -1,6 +1,6 @@
 """What a billion rows cost the driver: planning, items, manifests and going on, measured at up to ten million.
 
-    python tests/bench/scale.py [--small] [--only plan driver workers lists] [--work FOLDER]
+    python tests/bench/data/scale.py [--small] [--only plan driver workers lists] [--work FOLDER]
 
 Each measurement runs in a process of its own, so that its peak of memory is its own. Prints Markdown tables, and from
 the measured constants a table for 100 million and 5 billion rows. --small takes a hundredth of everything, to see that
@@ -23,13 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import photographs
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a checkout that was not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules that all benchmarks share
+import photographs
+from harness import CHECKOUT
+
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.shards.shard import Shard
@@ -42,7 +44,6 @@ from pipeline.stages.seal import _pack, read_records, seal_stage
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 ROWS_PER_SHARD = 10_000
 GROUP = 100_000
 WHERE = "punsafe < 0.1 and AESTHETIC_SCORE > 5"

@@ -1,7 +1,7 @@
 """What the settings of training do for the pictures: a base and runs that differ from it in one setting, judged.
 
-    python tests/bench/ablation.py --root data/demo             # the demo's pictures and databases: hours on one core
-    python tests/bench/ablation.py --root data/demo --table     # of what is there, no runs
+    python tests/bench/model/ablation.py --root data/demo           # the demo's images and databases: hours on one core
+    python tests/bench/model/ablation.py --root data/demo --table   # of the runs that exist, no new ones
 
 Each run is a small network on the demo's emoji, `--seeds` times, the base `--base-seeds` times: another seed draws
 other first weights, batches and noise. What it draws for held-out subjects, each style's database swapped in, is judged
@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import CHECKOUT
 from scipy import stats
 
-sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # for a checkout that was not installed
 
 from jobs.cli.main import main as cli_main
 from jobs.config.recipes import emoji_32

@@ -1,6 +1,6 @@
 """Pictures per second from a folder to tars, beside a bare loop of the same decoder.
 
-    python tests/bench/folder.py [--pictures 2000] [--repeats 3] [--work FOLDER]
+    python tests/bench/data/folder.py [--pictures 2000] [--repeats 3] [--work FOLDER]
 
 The bare loop reads a file, decodes, resizes and encodes by the functions of pipeline.images, and does nothing else: no
 tars, no hashes, no metadata, no plan. So what is missing to 1 is what all of that costs. A second loop decodes at full
@@ -17,11 +17,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules that all benchmarks share
 import photographs
 from download import QUALITY, SIZE, seconds_of_shards
-from harness import CHECKOUT, Failed, machine, measured, versions
+from harness import Failed, machine, measured, versions
 
-sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
 from pipeline.media.decode import decode
 from pipeline.media.resize import encode, resize
 
@@ -40,20 +40,6 @@ class Result:
     cpu_s: float
     peak_mb: float
     others_cores: float
-
-
-def filled(work: Path, count: int) -> Path:
-    """A folder of so many photographs, those that are different again and again."""
-    folder = work / f"folder-{count}"
-    if not folder.exists():
-        hidden = work / f"folder-{count}.part"
-        shutil.rmtree(hidden, ignore_errors=True)
-        hidden.mkdir()
-        originals = photographs.make(work, min(count, photographs.COUNT))
-        for number in range(count):
-            shutil.copyfile(originals[number % len(originals)], hidden / f"{number:06d}.jpg")
-        hidden.rename(folder)
-    return folder
 
 
 def _whole_way(paths: list[Path]) -> int:
@@ -136,7 +122,7 @@ def main() -> int:
         _bare(Path(given.bare), given.processes, not given.decode_alone)
         return 0
     work = photographs.work_folder(given.work)
-    folder, results = filled(work, given.pictures), []
+    folder, results = photographs.fill_folder(work, given.pictures), []
     try:
         for _ in range(given.repeats):
             for whole_way in (True, False):

@@ -1,7 +1,7 @@
 """The UNet beside diffusers' UNet2DConditionModel of the same shape: training, and sampling in each one's own loop.
 
-    python tests/bench/unet.py                                  # emoji_64's network, on this machine's CPU
-    python tests/bench/unet.py --preset imagenet_400m --side 64 --batch 32 --compile    # on a GPU
+    python tests/bench/model/unet.py                                  # emoji_64's network, on this machine's CPU
+    python tests/bench/model/unet.py --preset imagenet_400m --side 64 --batch 32 --compile    # on a GPU
 
 Both get the same batches, optimiser and precision, in turns in one process; medians of the turns. Needs torch,
 diffusers and this project's model/, nothing else.
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # for a checkout that was not installed
 
 from model import recipes
 from model.config import DiffusionConfig, UNetConfig

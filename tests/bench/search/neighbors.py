@@ -1,6 +1,7 @@
 """Neighbours of many queries, beside `index.search` of the same index, and exact search beside bare matrix products.
 
-    python tests/bench/neighbors.py [--rows 1000000] [--queries 200000] [--dim 512] [--key KEY] [--only lists|exact]
+    python tests/bench/search/neighbors.py [--rows 1000000] [--queries 200000] [--dim 512] [--key KEY]
+        [--only lists|exact]
 
 Rows and queries are the clustered unit vectors of the bench of the index, 100 to a cluster on average. faiss is given
 the queries in batches of 1,024, at the search effort that the index was tuned to, with all threads; ours is the stage
@@ -19,11 +20,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules that all benchmarks share
 import photographs
 from harness import CHECKOUT, Usage, machine, measured, versions
-from index import clustered
+from vectors import clustered
 
-sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
 sys.path.insert(0, str(CHECKOUT / "tests/pipeline"))
 import synthetic
 

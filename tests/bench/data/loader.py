@@ -1,6 +1,6 @@
 """Pictures per second from tars to batches of uint8, beside bare webdataset over the same tars.
 
-    python tests/bench/loader.py [--pictures 4000] [--batch 32] [--repeats 5] [--work FOLDER]
+    python tests/bench/data/loader.py [--pictures 4000] [--batch 32] [--repeats 5] [--work FOLDER]
 
 The tars, four of them, are made by `shard` from photographs: JPEGs of 256 x 256. webdataset reads and decodes them
 in their order and does nothing else, with its own decoder (Pillow) and with ours, in a plain loop, or in batches by a
@@ -22,11 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules that all benchmarks share
 import photographs
-from folder import filled
 from harness import CHECKOUT, Failed, machine, measured, versions
-
-sys.path.insert(0, str(CHECKOUT))  # for a checkout that was not installed
 
 _TARS, _SIZE, _WORKERS, _K = 4, 256, 2, 4
 _PLAIN, _LOADER = "webdataset, plain loop", f"webdataset, DataLoader of {_WORKERS} workers"
@@ -51,8 +49,8 @@ class Result:
 def sharded(work: Path, count: int) -> Path:
     """A root with so many pictures under the name `photos`, and their neighbours among themselves."""
     root = work / f"loader-{count}"
-    for verb in (["shard", "photos", "--source", str(filled(work, count)), "--image-size", str(_SIZE), "--resize",
-                  "center_crop", "--format", "jpg", "--samples-per-shard", str(-(-count // _TARS))],
+    for verb in (["shard", "photos", "--source", str(photographs.fill_folder(work, count)), "--image-size", str(_SIZE),
+                  "--resize", "center_crop", "--format", "jpg", "--samples-per-shard", str(-(-count // _TARS))],
                  ["embed", "photos"],
                  ["neighbors", "photos", "--database", "photos", "--method", "exact", "--k", str(_K)]):
         subprocess.run([sys.executable, "-m", "jobs", *verb, "--root", str(root), "--local"], cwd=CHECKOUT, check=True,

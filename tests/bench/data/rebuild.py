@@ -1,6 +1,6 @@
 """What the driver of a rebuild needs before any work starts: seconds and memory, for many rows of which few changed.
 
-    python tests/bench/rebuild.py [ROWS] [FOLDER]
+    python tests/bench/data/rebuild.py [ROWS] [FOLDER]
 
 Makes a version of a list of URLs with its listing and metadata, then plans the next one in a process of its own.
 """
@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # for a checkout that was not installed
 
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.takedowns import Forgotten
