@@ -5,6 +5,7 @@
 Makes a version of a list of URLs with its listing and metadata, then plans the next one in a process of its own.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -103,12 +104,21 @@ def plan(folder: Path) -> None:
                       "start_mb": round(before_all), "peak_mb": round(memory())}))
 
 
-if __name__ == "__main__":
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 300_000
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=int, nargs="?", default=300_000, metavar="ROWS")
+    parser.add_argument("folder", nargs="?", default="", metavar="FOLDER",
+                        help="with a version that an earlier call made: only plan; default: a temporary folder")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        place = Path(sys.argv[2] if len(sys.argv) > 2 else temporary)
-        if (place / "list.jsonl").exists():
-            plan(place)
+        folder = Path(arguments.folder or temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "list.jsonl").exists():
+            plan(folder)
         else:
-            make(place, count)
-            subprocess.run([sys.executable, __file__, str(count), str(place)], check=True)
+            make(folder, arguments.rows)
+            subprocess.run([sys.executable, __file__, str(arguments.rows), str(folder)], check=True)
+
+
+if __name__ == "__main__":
+    main()
