@@ -115,24 +115,24 @@ def seconds(call: Callable[[], object], device: torch.device, repeats: int = 5, 
     """Median seconds of a call, the device idle before and after."""
     for _ in range(warm):
         call()
-    found = []
+    durations = []
     for _ in range(repeats):
         wait(device)
         begun = time.perf_counter()
         call()
         wait(device)
-        found.append(time.perf_counter() - begun)
-    return statistics.median(found)
+        durations.append(time.perf_counter() - begun)
+    return statistics.median(durations)
 
 
 def products_per_second(device: torch.device, dtype: torch.dtype, side: int) -> float:
     """Floating-point operations a second of a product of two random square matrices."""
-    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    left_matrix, right_matrix = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     inner = 4 if device.type == "cpu" else 20
 
     def multiply() -> None:
         for _ in range(inner):
-            torch.mm(left, right)
+            torch.mm(left_matrix, right_matrix)
 
     return 2.0 * side ** 3 * inner / seconds(multiply, device)
 
@@ -148,7 +148,8 @@ def synchronizations(call: Callable[[], object], device: torch.device) -> list[s
             call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return [f"{Path(one.filename).name}:{one.lineno}" for one in caught if "synchroniz" in str(one.message)]
+    return [f"{Path(warning.filename).name}:{warning.lineno}" for warning in caught
+            if "synchroniz" in str(warning.message)]
 
 
 def lines_by_count(places: list[str]) -> str:

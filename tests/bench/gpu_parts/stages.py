@@ -37,13 +37,13 @@ def run(report: Report) -> None:
     for command in verbs:
         with report.attempt(command[0]):
             begun = time.perf_counter()
-            _type(report, command)
+            _run_command(report, command)
             report.figure(f"{command[0]}: seconds with start", time.perf_counter() - begun, "s")
     with report.attempt("devices"):
         _devices(report)
 
 
-def _type(report: Report, command: list[str]) -> str:
+def _run_command(report: Report, command: list[str]) -> str:
     done = subprocess.run([sys.executable, "-m", "jobs", *command, "--root", str(report.scratch / "root"), "--local"],
                           cwd=_ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -54,9 +54,9 @@ def _type(report: Report, command: list[str]) -> str:
 def _devices(report: Report) -> None:
     done = subprocess.run([sys.executable, "-m", "jobs", "status", "--json", "--root", str(report.scratch / "root")],
                           cwd=_ROOT, capture_output=True, text=True, check=True)
-    found: dict[str, Any] = {one["stage"]: one.get("devices", {}) for one in json.loads(done.stdout)
-                             if one["state"] == "sealed"}
+    devices_by_stage: dict[str, Any] = {record["stage"]: record.get("devices", {}) for record in json.loads(done.stdout)
+                                        if record["state"] == "sealed"}
     for name in ("embed", "neighbors", "train"):
-        devices = list(found.get(name, {}))
-        good = bool(devices) and all(one.startswith("CPU") == report.small for one in devices)
+        devices = list(devices_by_stage.get(name, {}))
+        good = bool(devices) and all(device.startswith("CPU") == report.small for device in devices)
         report.expect(f"{name}: records name the device", good, "yes", "; ".join(devices))

@@ -10,8 +10,8 @@ def run(report: Report) -> None:
     """Measure the ceilings that other parts are compared with."""
     device, side = report.device, report.size(8192, 512)
     if device.type == "cuda":
-        about = torch.cuda.get_device_properties(device)
-        report.figure("device memory", about.total_memory / 2 ** 30, "GiB", about.name)
+        properties = torch.cuda.get_device_properties(device)
+        report.figure("device memory", properties.total_memory / 2 ** 30, "GiB", properties.name)
     report.figure("host cores", os.cpu_count() or 1)
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
         with report.attempt(f"product in {name}"):
@@ -20,8 +20,8 @@ def run(report: Report) -> None:
     with report.attempt("copy within device memory"):
         source = torch.randint(0, 255, (report.size(4 << 30, 64 << 20),), dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
-        taken = seconds(lambda: target.copy_(source), device)
-        report.figure("copy within device memory", 2 * len(source) / taken / 1e12, "TB/s", "bytes read and written")
+        elapsed_s = seconds(lambda: target.copy_(source), device)
+        report.figure("copy within device memory", 2 * len(source) / elapsed_s / 1e12, "TB/s", "bytes read and written")
     _from_host(report)
 
 
@@ -36,5 +36,5 @@ def _from_host(report: Report) -> None:
                     report.skip("host to device, pinned", "no GPU")
                     continue
                 source = source.pin_memory()
-            taken = seconds(lambda source=source: target.copy_(source, non_blocking=True), report.device)
-            report.figure(f"host to device, {name}", length / taken / 1e9, "GB/s")
+            elapsed_s = seconds(lambda source=source: target.copy_(source, non_blocking=True), report.device)
+            report.figure(f"host to device, {name}", length / elapsed_s / 1e9, "GB/s")

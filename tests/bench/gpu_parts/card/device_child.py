@@ -9,23 +9,23 @@ sys.path.insert(0, str(Path(__file__).parents[4]))
 import torch
 
 
-def provoke(what: str) -> None:
-    """Fail as `what` says."""
+def provoke(failure: str) -> None:
+    """Fail as `failure` says."""
     from pipeline.hardware import devices
 
-    if what in ("hidden card", "absent card"):
+    if failure in ("hidden card", "absent card"):
         devices.reserve("cuda")
         devices.choose_device()
-    if what == "device-side assert":
+    if failure == "device-side assert":
         torch.zeros(4, device="cuda")[torch.tensor([1 << 20], device="cuda")].cpu()
-    if what == "out of memory":
+    if failure == "out of memory":
         torch.empty(1 << 45, dtype=torch.uint8, device="cuda")
-    if what == "after out of memory":
+    if failure == "after out of memory":
         try:
             torch.empty(1 << 45, dtype=torch.uint8, device="cuda")
         except torch.OutOfMemoryError:
             torch.ones(8, device="cuda").sum().item()
-    if what == "after an assert":
+    if failure == "after an assert":
         try:
             provoke("device-side assert")
         except RuntimeError:
@@ -38,11 +38,11 @@ def main() -> None:
 
     try:
         provoke(sys.argv[1])
-        found = {"kind": "fine", "type": "", "text": ""}
+        outcome = {"kind": "fine", "type": "", "text": ""}
     except Exception as error:
-        found = {"kind": devices.failure_kind(error), "type": type(error).__name__,
-                 "text": " ".join(str(error).split("\n")[:2])}
-    print(json.dumps(found))
+        outcome = {"kind": devices.failure_kind(error), "type": type(error).__name__,
+                   "text": " ".join(str(error).split("\n")[:2])}
+    print(json.dumps(outcome))
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ def run(report: Report) -> None:
             _encode(report, stage, batch, side)
     with report.attempt("decode"):
         latents = torch.randn(report.size(16, 2), 4, side // 8, side // 8, device=report.device)
-        alone = seconds(lambda: [stage.decode(one[None]) for one in latents], report.device, 3) / len(latents)
-        together = seconds(lambda: stage.decode(latents), report.device, 3) / len(latents)
-        report.figure("decode one by one, as sample does", 1 / alone, "images/s", f"{side} px, fp32")
-        report.figure("decode together", 1 / together, "images/s", f"{alone / together:.2f} x one by one")
+        single_s = seconds(lambda: [stage.decode(latent[None]) for latent in latents], report.device, 3) / len(latents)
+        batch_s = seconds(lambda: stage.decode(latents), report.device, 3) / len(latents)
+        report.figure("decode one by one, as sample does", 1 / single_s, "images/s", f"{side} px, fp32")
+        report.figure("decode together", 1 / batch_s, "images/s", f"{single_s / batch_s:.2f} x one by one")
 
 
 def _encode(report: Report, stage: object, batch: int, side: int) -> None:

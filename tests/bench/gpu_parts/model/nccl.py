@@ -24,47 +24,51 @@ def run(report: Report) -> None:
         report.skip("NCCL, DDP and FSDP2 on several cards", "one card")
         return
     with report.attempt("bandwidth and scaling"):
-        found = _together(report, cards, "rates")
-        report.figure(f"all-reduce between {cards}", found["bus_gb_per_s"], "GB/s", "bus bandwidth, 256 MB of bf16")
-        alone = _together(report, 1, "rates")
+        figures = _run_processes(report, cards, "rates")
+        report.figure(f"all-reduce between {cards}", figures["bus_gb_per_s"], "GB/s", "bus bandwidth, 256 MB of bf16")
+        single_card = _run_processes(report, 1, "rates")
         for name in ("ddp", "fsdp"):
             report.speed(f"{name.upper()}: rate of {cards} / {cards} x rate of one",
-                         found[name] / (cards * alone[name]), ">= 0.9", "", f"{found[name]:.1f} images/s")
+                         figures[name] / (cards * single_card[name]), ">= 0.9", "", f"{figures[name]:.1f} images/s")
     with report.attempt("killed and resumed"):
-        report.expect("a killed run resumes to the same bits", _killed(report, cards), "yes")
+        report.expect("a killed run resumes to the same bits", _resumes_exactly(report, cards), "yes")
 
 
-def _together(report: Report, world: int, what: str) -> dict[str, float]:
+def _run_processes(report: Report, world: int, what: str) -> dict[str, float]:
     """Run the child in `world` processes; what rank 0 printed."""
-    running = _start(report, world, what, report.scratch / what)
-    outputs = [process.communicate(timeout=120)[0] for process in running]
-    if any(process.returncode for process in running):
-        raise RuntimeError(f"{what}: processes ended with {[process.returncode for process in running]}")
+    processes = _start(report, world, what, report.scratch / what)
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise RuntimeError(f"{what}: processes ended with {[process.returncode for process in processes]}")
     return dict(json.loads(outputs[0].strip().splitlines()[-1]))
 
 
 def _start(report: Report, world: int, what: str, folder: Path) -> list[subprocess.Popen[str]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
     return [subprocess.Popen([sys.executable, str(_CHILD), what, report.device.type, str(folder)],
                              env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
                                                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
                              stdout=subprocess.PIPE, text=True) for rank in range(world)]
 
 
-def _killed(report: Report, world: int) -> bool:
+def _resumes_exactly(report: Report, world: int) -> bool:
     """Whether a run whose processes are killed after a checkpoint ends with the weights of an undisturbed one."""
-    _together(report, world, "undisturbed")
+    _run_processes(report, world, "undisturbed")
     folder = report.scratch / "killed"
-    running = _start(report, world, "killed", folder)
+    processes = _start(report, world, "killed", folder)
     deadline = time.monotonic() + 60
     while not list(folder.glob("*/checkpoint.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    for process in running:
+    for process in processes:
         process.kill()
         process.wait()
-    _together(report, world, "killed")
-    one, other = (max((report.scratch / name).glob("*/model.safetensors"), key=lambda path: int(path.parent.name))
-                  for name in ("undisturbed", "killed"))
-    return one.read_bytes() == other.read_bytes()
+    _run_processes(report, world, "killed")
+    undisturbed, resumed = (_last_weights(report.scratch / name) for name in ("undisturbed", "killed"))
+    return undisturbed == resumed
+
+
+def _last_weights(folder: Path) -> bytes:
+    """The weights of the checkpoint with the most steps."""
+    return max(folder.glob("*/model.safetensors"), key=lambda path: int(path.parent.name)).read_bytes()

@@ -29,9 +29,9 @@ def main() -> None:
     else:
         torch.set_num_threads(1)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    found = _rates(device, rank, world) if what == "rates" else _resumable(device, rank, world, folder)
+    figures = _rates(device, rank, world) if what == "rates" else _resumable(device, rank, world, folder)
     if rank == 0:
-        print(json.dumps(found))
+        print(json.dumps(figures))
     dist.destroy_process_group()
 
 
@@ -40,13 +40,13 @@ def _rates(device: torch.device, rank: int, world: int) -> dict[str, float]:
     recipe = recipes.tiny() if small else recipes.imagenet_400m()
     config = replace(recipe, steps=12, log_every=6, global_batch=(4 if small else 32) * world, k=4,
                      checkpoint_every=10**6, unet=replace(recipe.unet, checkpointing=False))
-    found = {"bus_gb_per_s": _bandwidth(device, world)}
+    figures = {"bus_gb_per_s": _bandwidth(device, world)}
     for name, change in (("ddp", {}), ("fsdp", {"fsdp": True})):
         log: list[dict[str, Any]] = []
         train(replace(config, **change), _batches(config, rank, world), device=device,
               save=lambda step, write: None, log=log.append)
-        found[name] = log[-1]["samples_per_s"] if log else 0.0
-    return found
+        figures[name] = log[-1]["samples_per_s"] if log else 0.0
+    return figures
 
 
 def _bandwidth(device: torch.device, world: int) -> float:
@@ -66,29 +66,29 @@ def _bandwidth(device: torch.device, world: int) -> float:
 def _resumable(device: torch.device, rank: int, world: int, folder: Path) -> dict[str, float]:
     """Train with checkpoints, from the newest one that is there."""
     config = replace(recipes.tiny(), steps=24, global_batch=2 * world, checkpoint_every=6, log_every=10)
-    there = sorted((path.parent for path in folder.glob("*/checkpoint.json")), key=lambda path: int(path.name))
+    checkpoints = sorted((path.parent for path in folder.glob("*/checkpoint.json")), key=lambda path: int(path.name))
 
     def save(step: int, write: Any) -> None:
         scratch = folder / f"{step}.part"
         write(scratch)
         scratch.rename(folder / str(step))
 
-    reached = train(config, _batches(config, rank, world), device=device, save=save, log=lambda record: None,
-                    resume=next((path for path in reversed(there) if path.name.isdigit()), None))
-    return {"step": reached}
+    last_step = train(config, _batches(config, rank, world), device=device, save=save, log=lambda record: None,
+                      resume=next((path for path in reversed(checkpoints) if path.name.isdigit()), None))
+    return {"step": last_step}
 
 
 def _batches(config: TrainConfig, rank: int, world: int) -> Any:
-    unet, mine = config.unet, slice(rank * config.global_batch // world, (rank + 1) * config.global_batch // world)
+    unet, own_rows = config.unet, slice(rank * config.global_batch // world, (rank + 1) * config.global_batch // world)
 
     def batch_at(step: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng((3, step % 8))
-        near = rng.standard_normal((config.global_batch, config.k, unet.context_dim)).astype(np.float16)
+        neighbors = rng.standard_normal((config.global_batch, config.k, unet.context_dim)).astype(np.float16)
         if unet.patch > 1:
-            return {"image": rng.integers(0, 256, (config.global_batch, 64, 64, 3), np.uint8)[mine],
-                    "neighbors": near[mine]}
+            return {"image": rng.integers(0, 256, (config.global_batch, 64, 64, 3), np.uint8)[own_rows],
+                    "neighbors": neighbors[own_rows]}
         latent = rng.standard_normal((config.global_batch, unet.in_channels, 64, 64), np.float32)
-        return {"latent": latent.astype(np.float16)[mine], "neighbors": near[mine]}
+        return {"latent": latent.astype(np.float16)[own_rows], "neighbors": neighbors[own_rows]}
 
     return batch_at
 

@@ -23,11 +23,11 @@ def run(report: Report) -> None:
         for batch in (1, report.size(16, 2)):
             with report.attempt(f"batch {batch} in {precision}"):
                 steps = report.size(10, 2)
-                taken = seconds(lambda batch=batch, precision=precision, steps=steps: _sample(
+                elapsed_s = seconds(lambda batch=batch, precision=precision, steps=steps: _sample(
                     report, network, recipe, batch, precision, steps), report.device, 2)
-                report.figure(f"batch {batch} in {precision}", batch * steps / 50 / taken, "images/s",
+                report.figure(f"batch {batch} in {precision}", batch * steps / 50 / elapsed_s, "images/s",
                               "50 steps of DDIM with guidance, by the time of "
-                              f"{steps} steps: {1000 * taken / steps:.0f} ms a step")
+                              f"{steps} steps: {1000 * elapsed_s / steps:.0f} ms a step")
     with report.attempt("error of bf16"):
         steps = report.size(25, 4)
         exact, half = (_sample(report, network, recipe, 4, precision, steps) for precision in ("fp32", "bf16"))
@@ -45,9 +45,9 @@ def _sample(report: Report, network: UNet, recipe: object, batch: int, precision
     noise = torch.randn(batch, unet.in_channels, side, side, generator=generator).to(report.device)
     context = torch.nn.functional.normalize(torch.randn(batch, 4, unet.context_dim, generator=generator), dim=-1)
 
-    def denoise(x: torch.Tensor, t: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    def denoise(x: torch.Tensor, t: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
         with torch.autocast(report.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            return network(x, t, given)
+            return network(x, t, conditioning)
 
     return sample(denoise, recipe.diffusion, context.to(report.device), noise, steps=steps, guidance=2.0,
                   clamp=unet.patch > 1)

@@ -53,20 +53,21 @@ def _batches(config: TrainConfig, side: int) -> Callable[[int], dict[str, np.nda
     unet, count = config.unet, config.global_batch
 
     def batch() -> dict[str, np.ndarray]:
-        near = rng.standard_normal((count, config.k, unet.context_dim))
-        near /= np.linalg.norm(near, axis=-1, keepdims=True)
+        neighbors = rng.standard_normal((count, config.k, unet.context_dim))
+        neighbors /= np.linalg.norm(neighbors, axis=-1, keepdims=True)
         if unet.patch > 1:
-            here = {"image": rng.integers(0, 256, (count, side, side, 3), np.uint8)}
+            target = {"image": rng.integers(0, 256, (count, side, side, 3), np.uint8)}
         else:
-            here = {"latent": rng.standard_normal((count, unet.in_channels, side, side), np.float32).astype(np.float16)}
-        return here | {"neighbors": near.astype(np.float16)}
+            latents = rng.standard_normal((count, unet.in_channels, side, side), np.float32)
+            target = {"latent": latents.astype(np.float16)}
+        return target | {"neighbors": neighbors.astype(np.float16)}
 
     batches = [batch() for _ in range(8)]
     return lambda step: batches[step % len(batches)]
 
 
-def _trained(config: TrainConfig, report: Report, side: int, *, save: Any = None, resume: Path | None = None
-             ) -> list[dict[str, Any]]:
+def _train(config: TrainConfig, report: Report, side: int, *, save: Any = None, resume: Path | None = None
+           ) -> list[dict[str, Any]]:
     """Train on random batches; the log."""
     log: list[dict[str, Any]] = []
     train(config, _batches(config, side), device=report.device, save=save or (lambda step, write: None),
@@ -75,42 +76,42 @@ def _trained(config: TrainConfig, report: Report, side: int, *, save: Any = None
 
 
 def _precisions(report: Report, config: TrainConfig) -> None:
-    losses = {precision: _trained(replace(config, precision=precision), report, 64)[-1]["loss"]
+    losses = {precision: _train(replace(config, precision=precision), report, 64)[-1]["loss"]
               for precision in ("fp32", "bf16")}
-    apart = abs(losses["bf16"] / losses["fp32"] - 1)
-    report.check("loss of bf16 against fp32", apart, "<= 0.01", "", f"mean of {config.steps} steps: {losses}")
+    difference = abs(losses["bf16"] / losses["fp32"] - 1)
+    report.check("loss of bf16 against fp32", difference, "<= 0.01", "", f"mean of {config.steps} steps: {losses}")
 
 
 def _resume(report: Report, config: TrainConfig) -> None:
     """Equal bits of a run that was never stopped and of one that resumed half-way."""
-    def kept(name: str) -> Any:
+    def save_under(name: str) -> Any:
         return lambda step, write: write(report.scratch / name / str(step))
 
-    _trained(config, report, 64, save=kept("whole"))
-    _trained(config, report, 64, save=kept("again"))
-    _trained(replace(config, steps=6), report, 64, save=kept("half"))
-    _trained(config, report, 64, save=kept("half"), resume=report.scratch / "half/6")
+    _train(config, report, 64, save=save_under("whole"))
+    _train(config, report, 64, save=save_under("again"))
+    _train(replace(config, steps=6), report, 64, save=save_under("half"))
+    _train(config, report, 64, save=save_under("half"), resume=report.scratch / "half/6")
     whole, again, half = (_weights(report.scratch / name / "12") for name in ("whole", "again", "half"))
-    report.expect("two equal runs give equal weights", _same(whole, again), "yes", _apart(whole, again))
-    report.expect("a resumed run gives equal weights", _same(whole, half), "yes", _apart(whole, half))
+    report.expect("two equal runs give equal weights", _equal_weights(whole, again), "yes", _difference(whole, again))
+    report.expect("a resumed run gives equal weights", _equal_weights(whole, half), "yes", _difference(whole, half))
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return checkpoint.load_denoiser(folder, ema=False)[0].state_dict()
 
 
-def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(one[name], other[name]) for name in one)
+def _equal_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
 
 
-def _apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> str:
-    most = max(float((one[name] - other[name]).abs().max()) for name in one)
-    return f"largest difference {most:.1e}"
+def _difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> str:
+    largest = max(float((first[name] - second[name]).abs().max()) for name in first)
+    return f"largest difference {largest:.1e}"
 
 
 def _waits(report: Report, config: TrainConfig) -> None:
     """Waits for the GPU in a step, from the difference of a long and a short run."""
-    few, many = (synchronizations(lambda steps=steps: _trained(replace(config, steps=steps), report, 64),
+    few, many = (synchronizations(lambda steps=steps: _train(replace(config, steps=steps), report, 64),
                                   report.device) for steps in (4, 12))
     if report.device.type == "cuda":
         report.check("waits for the GPU in a step", (len(many) - len(few)) / 8, "<= 1", "", lines_by_count(many))
@@ -118,11 +119,11 @@ def _waits(report: Report, config: TrainConfig) -> None:
 
 def _one_process(report: Report, config: TrainConfig, name: str, change: dict[str, Any]) -> None:
     """Losses under torch.distributed with one process, against none."""
-    alone = _trained(config, report, 64)[-1]["loss"]
+    alone = _train(config, report, 64)[-1]["loss"]
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29731", RANK="0", WORLD_SIZE="1")
     torch.distributed.init_process_group("nccl" if report.device.type == "cuda" else "gloo")
     try:
-        loss = _trained(replace(config, **change), report, 64)[-1]["loss"]
+        loss = _train(replace(config, **change), report, 64)[-1]["loss"]
     finally:
         torch.distributed.destroy_process_group()
     report.check(f"loss under {name} in one process / alone", abs(loss / alone - 1), "<= 0.001", "", f"{loss:.6f}")
@@ -135,7 +136,7 @@ def _out_of_memory(report: Report) -> None:
     torch.cuda.set_per_process_memory_fraction(
         limit / torch.cuda.get_device_properties(report.device).total_memory, report.device)
     try:
-        _trained(config, report, 128)
+        _train(config, report, 128)
         report.expect("out of memory is MemoryError", False, "yes", "2 GB were enough")
     except MemoryError as error:
         report.expect("out of memory is MemoryError", "hint:" in str(error), "yes", str(error).split("\n")[-1])
@@ -145,7 +146,7 @@ def _out_of_memory(report: Report) -> None:
 
 def _rates(report: Report) -> None:
     if report.small:
-        log = _trained(replace(_small(report), steps=6, log_every=3), report, 64)
+        log = _train(replace(_small(report), steps=6, log_every=3), report, 64)
         report.figure("tiny: rate", log[-1]["samples_per_s"], "images/s")
         return
     memory = torch.cuda.get_device_properties(report.device).total_memory
@@ -157,13 +158,13 @@ def _rates(report: Report) -> None:
              ("laion_1p3b, checkpointing", recipes.laion_1p3b(), 48, {"global_batch": 40}, 0.0),
              ("laion_1p3b", without_checkpointing(recipes.laion_1p3b()), 48,
               {"global_batch": 40, "accumulate": 1 if memory > 100 << 30 else 2}, 0.4)]
-    for name, recipe, side, change, least in cases:
+    for name, recipe, side, overrides, min_mfu in cases:
         with report.attempt(name):
             torch.cuda.reset_peak_memory_stats()
             steps, since = (20, 10) if name == "emoji_64" else (12, 6)
             config = replace(recipe, steps=steps, log_every=since, k=_K, random_k=False, checkpoint_every=10**6,
-                             **change)
-            measure_rate(report, name, config, side, least)
+                             **overrides)
+            measure_rate(report, name, config, side, min_mfu)
 
 
 def without_checkpointing(recipe: TrainConfig) -> TrainConfig:
@@ -171,7 +172,7 @@ def without_checkpointing(recipe: TrainConfig) -> TrainConfig:
     return replace(recipe, unet=replace(recipe.unet, checkpointing=False))
 
 
-def measure_rate(report: Report, name: str, config: TrainConfig, side: int, least: float) -> None:
+def measure_rate(report: Report, name: str, config: TrainConfig, side: int, min_mfu: float) -> None:
     saved: dict[str, float] = {}
 
     def save(step: int, write: Callable[[Path], None]) -> None:
@@ -182,26 +183,26 @@ def measure_rate(report: Report, name: str, config: TrainConfig, side: int, leas
         saved["write"] = time.perf_counter() - begun
         saved["bytes"] = float(sum(path.stat().st_size for path in (report.scratch / "large").iterdir()))
 
-    copied = checkpoint.gather_contents
+    gather_contents = checkpoint.gather_contents
 
-    def contents(*given: Any) -> checkpoint.Contents:
+    def gather_and_time(*arguments: Any) -> checkpoint.Contents:
         begun = time.perf_counter()
-        found = copied(*given)
+        contents = gather_contents(*arguments)
         saved["copy"] = time.perf_counter() - begun
-        return found
+        return contents
 
     begun = time.perf_counter()
-    checkpoint.gather_contents = contents  # to time the copy from the device too
+    checkpoint.gather_contents = gather_and_time  # to time the copy from the device too
     try:
-        log = _trained(config, report, side, save=save)
+        log = _train(config, report, side, save=save)
     finally:
-        checkpoint.gather_contents = copied
+        checkpoint.gather_contents = gather_contents
     last = log[-1]
     note = (f"{last['samples_per_s']:.1f} images/s, batch {config.global_batch} in {config.accumulate}, "
             f"{last['memory_gb']:.1f} GB, waiting for data {last['data_wait']:.2f}, "
             f"{time.perf_counter() - begun:.0f} s with start")
-    if least:
-        report.check(f"{name}: MFU", last.get("mfu", float("nan")), f">= {least}", "", note)
+    if min_mfu:
+        report.check(f"{name}: MFU", last.get("mfu", float("nan")), f">= {min_mfu}", "", note)
     elif "mfu" in last:
         report.figure(f"{name}: MFU", last["mfu"], "", note)
     else:

@@ -29,10 +29,10 @@ def run(report: Report) -> None:
     for model in (large, small):
         with report.attempt(f"{model}"):
             encoder = _encoder(model)
-            bare = _on_pixels(report, encoder, model, batch)
+            bare_rate = _on_pixels(report, encoder, model, batch)
             if model == large:
                 _precision(report, encoder, model, batch)
-            _on_tars(report, encoder, model, batch, bare, gate=">= 0.9" if model == large else "")
+            _on_tars(report, encoder, model, batch, bare_rate, gate=">= 0.9" if model == large else "")
 
 
 def _encoder(model: str) -> Any:
@@ -51,15 +51,15 @@ def _on_pixels(report: Report, encoder: Any, model: str, batch: int) -> float:
     count = report.size(10 if model == "ViT-L-14" else 24, 3)
     rng = np.random.default_rng(0)
     pixels = [rng.integers(0, 256, (batch, side, side, 3), np.uint8) for _ in range(4)]
-    ready = torch.randn(batch, 3, side, side, device=report.device).to(
+    device_pixels = torch.randn(batch, 3, side, side, device=report.device).to(
         encoder.dtype, memory_format=torch.channels_last)
 
-    def bare() -> None:
+    def bare_pass() -> None:
         with torch.inference_mode():
             for _ in range(count):
-                encoder.model.encode_image(ready)
+                encoder.model.encode_image(device_pixels)
 
-    def launches() -> None:
+    def launch_loop() -> None:
         previous = None
         for number in range(count):
             current = encoder.launch(pixels[number % 4], batch)
@@ -68,22 +68,22 @@ def _on_pixels(report: Report, encoder: Any, model: str, batch: int) -> float:
             previous = current
         previous.cpu()
 
-    def parts() -> None:
+    def encode_ready_pixels() -> None:
         source = (ShardPart(0, [""] * batch, [], list(range(batch)), pixels[number % 4]) for number in range(count))
         for _ in _in_whole_batches(encoder, source, batch, Times()):
             pass
 
-    rate = batch * count / seconds(bare, report.device, 3)
+    rate = batch * count / seconds(bare_pass, report.device, 3)
     report.figure(f"{model}: bare pass", rate, "images/s", f"batches of {batch} in {encoder.dtype}")
-    for name, call, gate in (("launch loop", launches, ">= 0.97"), ("ready pixels", parts, ">= 0.95")):
+    for name, call, gate in (("launch loop", launch_loop, ">= 0.97"), ("ready pixels", encode_ready_pixels, ">= 0.95")):
         if name == "ready pixels" and not encoder.whole:
             report.skip(f"{model}: {name}", "a CPU takes parts of a shard")
             continue
-        taken = seconds(call, report.device, 3)
-        report.speed(f"{model}: {name} / bare pass", batch * count / taken / rate, gate, "",
-                     f"{batch * count / taken:.0f} images/s")
+        elapsed_s = seconds(call, report.device, 3)
+        report.speed(f"{model}: {name} / bare pass", batch * count / elapsed_s / rate, gate, "",
+                     f"{batch * count / elapsed_s:.0f} images/s")
     if report.device.type == "cuda":
-        places = synchronizations(launches, report.device)
+        places = synchronizations(launch_loop, report.device)
         # One wait for the vectors of each batch is needed.
         report.check(f"{model}: waits for the GPU in a batch", len(places) / count, "<= 1", "", lines_by_count(places))
     return rate
@@ -114,27 +114,27 @@ def _precision(report: Report, encoder: Any, model: str, batch: int) -> None:
                       "yes", "the same image at another place of another batch")
 
 
-def _on_tars(report: Report, encoder: Any, model: str, batch: int, bare: float,
-             gate: str) -> None:
+def _on_tars(report: Report, encoder: Any, model: str, batch: int, bare_rate: float, gate: str) -> None:
     for side in (256, 768) if gate else (256,):
         for threads in ((4, 16) if side == 256 and not report.small else (16,)):
             with report.attempt(f"{model}: JPEG tars of {side} px, {threads} threads"):
-                rate, spent = _tars_rate(report, encoder, batch, bare, side, threads)
+                rate, spent = _tars_rate(report, encoder, batch, bare_rate, side, threads)
                 name = f"{model}: JPEGs of {side} px, {threads} threads / bare pass"
                 note = f"{rate:.0f} images/s; thread seconds: {spent}"
                 if gate and side == 256 and threads == 16:
-                    report.speed(name, rate / bare, gate, "", note)
+                    report.speed(name, rate / bare_rate, gate, "", note)
                 else:
-                    report.figure(name, rate / bare, "", note)
+                    report.figure(name, rate / bare_rate, "", note)
 
 
-def _tars_rate(report: Report, encoder: Any, batch: int, bare: float, side: int, threads: int) -> tuple[float, str]:
+def _tars_rate(report: Report, encoder: Any, batch: int, bare_rate: float, side: int, threads: int
+               ) -> tuple[float, str]:
     """Images a second of the embed stage's own loop, and where its time went."""
     from pipeline.embeddings.encode_shards import MemoryPlan, ShardInput, encode_parts
     from pipeline.stages.timers import Times
     tar, count = _tar(report, side)
     # About three seconds at the rate of the bare pass, or at that of decoding.
-    rate = min(bare, 4000.0 if side == 256 else 1000.0)
+    rate = min(bare_rate, 4000.0 if side == 256 else 1000.0)
     shards = [ShardInput(count, lambda: tar.open("rb"))] * max(2, int(3 * rate / count))
     if report.small:
         shards = shards[:1]
@@ -148,8 +148,8 @@ def _tars_rate(report: Report, encoder: Any, batch: int, bare: float, side: int,
         seen += len(part.keys)
     rate = seen / max(time.perf_counter() - begun, 1e-9)
     assert seen + first == count * len(shards)
-    spent = {name: round(taken, 1) for name, taken in times.pop_seconds().items()}
-    return rate, ", ".join(f"{name} {taken}" for name, taken in spent.items())
+    spent = {name: round(duration, 1) for name, duration in times.pop_seconds().items()}
+    return rate, ", ".join(f"{name} {duration}" for name, duration in spent.items())
 
 
 def _tar(report: Report, side: int) -> tuple[Path, int]:

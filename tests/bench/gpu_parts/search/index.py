@@ -33,16 +33,16 @@ def _stage(report: Report, cards: int) -> None:
     config = IndexConfig(key=f"IVF{report.size(4096, 64)},SQ8", queries=report.size(1000, 50))
     begun = time.perf_counter()
     info = index.build_whole(vectors, config)[2]
-    taken = time.perf_counter() - begun
-    report.figure("index stage", taken, "s", f"{count} vectors, {cards} GPUs in faiss, recall@10 "
-                                             f"{info['recall_at_10']}")
+    elapsed_s = time.perf_counter() - begun
+    report.figure("index stage", elapsed_s, "s", f"{count} vectors, {cards} GPUs in faiss, recall@10 "
+                                                 f"{info['recall_at_10']}")
     if not cards and not report.small:
         report.fail("the index stage on the card", "this faiss has no GPU, and the stage has no other GPU path")
 
 
 def _k_means(report: Report) -> None:
     """Seconds of k-means steps, and of assigning rows to lists: the card against one core."""
-    lists, rows, on_core = report.size(4096, 64), report.size(1_000_000, 4_000), report.size(8_192, 2_000)
+    lists, rows, core_rows = report.size(4096, 64), report.size(1_000_000, 4_000), report.size(8_192, 2_000)
     vectors = _vectors(rows, report.device)
     centers = vectors[:lists].clone()
     _step(vectors, centers)
@@ -51,20 +51,20 @@ def _k_means(report: Report) -> None:
     for _ in range(5):
         centers = _step(vectors, centers)
     wait(report.device)
-    on_device = rows * 5 / (time.perf_counter() - begun)
+    device_rate = rows * 5 / (time.perf_counter() - begun)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        few, some = vectors[:on_core].cpu(), centers.cpu()
+        host_vectors, host_centers = vectors[:core_rows].cpu(), centers.cpu()
         begun = time.perf_counter()
-        _step(few, some)
-        core = on_core / (time.perf_counter() - begun)
+        _step(host_vectors, host_centers)
+        core_rate = core_rows / (time.perf_counter() - begun)
     finally:
         torch.set_num_threads(threads)
-    report.figure("torch k-means step", on_device / 1e6, "M rows/s", f"{lists} lists, {_DIM} dimensions, fp32")
-    report.figure("torch k-means step / one core", on_device / core, "x", "reference: not part of the stage yet")
-    same = (_nearest(vectors[:on_core], centers).cpu() == _nearest(few, centers.cpu())).float().mean()
-    report.check("rows in the same list as on the CPU", float(same), ">= 0.999")
+    report.figure("torch k-means step", device_rate / 1e6, "M rows/s", f"{lists} lists, {_DIM} dimensions, fp32")
+    report.figure("torch k-means step / one core", device_rate / core_rate, "x", "reference: not part of the stage yet")
+    agreement = (_nearest(vectors[:core_rows], centers).cpu() == _nearest(host_vectors, centers.cpu())).float().mean()
+    report.check("rows in the same list as on the CPU", float(agreement), ">= 0.999")
 
 
 def _step(vectors: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
