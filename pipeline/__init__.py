@@ -10,7 +10,8 @@ A folder imports only from folders below it in this list (`make lint` checks it)
     shards/       the stage that writes tars, deduplication, adoption
     datasets/     names, manifests, rows, takedowns, the published version
     corpora/      the images of the demo
-    sources/      folders, lists, tars; row filters; downloads
+    sources/      folders, lists, tars; row filters
+    downloads/    images over HTTP
     stages/       plan, process, commit, seal
     media/        images and tars
     hardware/     GPUs, CPUs, memory

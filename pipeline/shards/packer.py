@@ -38,8 +38,8 @@ from pipeline.stages.progress import ProgressReporter
 from pipeline.stages.types import Entry
 
 if TYPE_CHECKING:
+    from pipeline.downloads.downloader import Downloader
     from pipeline.sources.config import ShardConfig
-    from pipeline.sources.downloader import Downloader
 _READERS = 32  # images that are read at once from a remote store
 _ROWS_PER_TASK = 4  # rows in one task of a thread, where nothing is fetched for them
 _ROWS_PER_WRITE = 64  # rows that are appended to the tar together; as many again may wait in memory
@@ -112,7 +112,7 @@ class ShardPacker:
             lanes = 2 * threads
             fetch: Callable[[Row], Awaitable[bytes]] | None = None
             if read is None:
-                from pipeline.sources.downloader import Downloader
+                from pipeline.downloads.downloader import Downloader
                 downloader = await stack.enter_async_context(Downloader(self.config.download))
                 lanes, threads = self.config.download.connections, threads + 1
                 fetch = partial(_download, downloader)

@@ -1,54 +1,16 @@
-"""Settings of `shard`: the source, the filters, the images and the downloads."""
+"""Settings of `shard`: the source, the filters and the images."""
 
 from dataclasses import dataclass, field
-from math import inf
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Interval
 
 from pipeline.bounds import check_bounds
+from pipeline.downloads.config import DownloadConfig
 from pipeline.media.types import NARROWEST, Format, Resize
-from pipeline.sources.urls import TOKEN, parse_allowed_host
 from pipeline.storage.sizes import parse_size
 
 Kind = Literal["auto", "pictures", "list", "tars"]
-
-
-@dataclass(frozen=True)
-class DownloadConfig:
-    """How pictures are downloaded."""
-
-    connections: Annotated[int, Ge(1)] = 256
-    """Connections in use at once, per worker; as many again may be kept open for the next request."""
-    connections_per_host: Annotated[int, Ge(0)] = 0
-    """Of these to one host; 0: no limit."""
-    connect_timeout: Annotated[float, Interval(gt=0, lt=inf)] = 10.0
-    """Seconds to a connection, TLS included."""
-    read_timeout: Annotated[float, Interval(gt=0, lt=inf)] = 10.0
-    """Seconds between two pieces of an answer."""
-    timeout: Annotated[float, Interval(gt=0, lt=inf)] = 60.0
-    """Seconds for one whole attempt, redirects and body included; waiting for a free connection is not counted."""
-    retries: Annotated[int, Ge(0)] = 2
-    """Attempts after the first one, where another may help."""
-    max_bytes: Annotated[int, Ge(1)] = 50_000_000
-    """Larger bodies are refused; unpacked ones count."""
-    user_agent: str = "Mozilla/5.0 (compatible; retrieval-diffusion/0.1)"
-    """What servers are told about who asks."""
-    robots: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
-    """Directives of an X-Robots-Tag header that keep a picture out; none: the header is not looked at."""
-    robots_agent: str = ""
-    """Name by which an X-Robots-Tag may address this program alone ("mybot: noai")."""
-    allow_hosts: tuple[str, ...] = ()
-    """Hosts (name, address, or either with :port) that may lie at private addresses: one's own servers."""
-
-    def __post_init__(self) -> None:
-        check_bounds("shard.download", self)
-        if not self.user_agent.isascii() or not self.user_agent.isprintable():
-            raise ValueError(f"shard.download.user_agent = {self.user_agent!r}: must be printable ASCII")
-        if self.robots_agent and not TOKEN.fullmatch(self.robots_agent):
-            raise ValueError(f"shard.download.robots_agent = {self.robots_agent!r}: must be one word")
-        for host in self.allow_hosts:
-            parse_allowed_host(host)
 
 
 # Bytes a pixel that pictures take: img2dataset's table of a million of 256 x 256, and some for the metadata.

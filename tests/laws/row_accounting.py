@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.downloads.config import DownloadConfig
 from pipeline.media import tars
 from pipeline.shards import shard
 from pipeline.shards.shard import Shard
-from pipeline.sources.config import DownloadConfig, ShardConfig
+from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage
 from pipeline.versions import verify
 from tests.pipeline.shards.test_shard import table

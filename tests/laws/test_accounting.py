@@ -111,7 +111,7 @@ def test_passwords_in_addresses_appear_nowhere(tmp_path, image_site, kind):
 
 
 def test_whatever_order_downloads_end_in_the_tars_are_those_of_a_folder(tmp_path, image_site, monkeypatch):
-    from pipeline.sources import downloader
+    from pipeline.downloads import downloader
     monkeypatch.setattr(downloader, "_FIRST_WAIT", 0.05)
     folder = tmp_path / "source"
     folder.mkdir()

@@ -19,8 +19,8 @@ from pipeline import storage
 from pipeline.datasets import hidden_rows, published
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.published import Published
+from pipeline.downloads.config import DownloadConfig
 from pipeline.indices.searcher import Searcher
-from pipeline.sources.config import DownloadConfig
 from pipeline.stages.driver import run_stage
 from pipeline.storage import files
 from pipeline.versions.config import GatesConfig

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
+from pipeline.downloads.config import DownloadConfig
 from pipeline.media import tars
 from pipeline.shards.shard import Shard
-from pipeline.sources.config import DownloadConfig, ShardConfig
+from pipeline.sources.config import ShardConfig
 from pipeline.sources.detect import open_source
 from pipeline.sources.rows import ReadReport
 from pipeline.stages.driver import run_stage

@@ -20,11 +20,11 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_exceptions import ContentEncodingError, ContentLengthError, TransferEncodingError
 
+from pipeline.downloads.config import DownloadConfig
+from pipeline.downloads.resolver import HostLookup, Retryable
+from pipeline.downloads.robots import robots_directives
+from pipeline.downloads.urls import URL, clean_url, literal_address, parse_allowed_host, parse_url, refuse_private
 from pipeline.media.types import BadImage
-from pipeline.sources.config import DownloadConfig
-from pipeline.sources.resolver import HostLookup, Retryable
-from pipeline.sources.robots import robots_directives
-from pipeline.sources.urls import URL, clean_url, literal_address, parse_allowed_host, parse_url, refuse_private
 
 REDIRECTS = 5
 LONGEST_WAIT = 60.0  # seconds that a server may ask for by Retry-After

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from pipeline.sources.urls import TOKEN
+from pipeline.downloads.urls import TOKEN
 
 _ROBOTS_WITH_VALUE = {"max-snippet", "max-image-preview", "max-video-preview", "unavailable_after"}
 

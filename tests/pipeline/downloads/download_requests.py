@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import pytest
 
+from pipeline.downloads.config import DownloadConfig
+from pipeline.downloads.downloader import Downloader
 from pipeline.media.types import BadImage
-from pipeline.sources.config import DownloadConfig
-from pipeline.sources.downloader import Downloader
 
 FILES = {"a.jpg": bytes(range(256)) * 1200, "large.jpg": os.urandom(5 << 20), "empty.jpg": b"",
          "zeros.jpg": bytes(20 << 20),

@@ -13,11 +13,11 @@ from urllib.parse import quote_from_bytes
 
 import pytest
 
+from pipeline.downloads import downloader
+from pipeline.downloads.downloader import Downloader
 from pipeline.media.types import BadImage
-from pipeline.sources import downloader
-from pipeline.sources.downloader import Downloader
 from tests.pipeline import web_server
-from tests.pipeline.sources.download_requests import FILES, config, get, reason, results
+from tests.pipeline.downloads.download_requests import FILES, config, get, reason, results
 
 pytestmark = pytest.mark.usefixtures("no_warnings")
 

@@ -4,9 +4,9 @@ import ipaddress
 
 import pytest
 
-from pipeline.sources import resolver
+from pipeline.downloads import resolver
 from tests.pipeline import web_server
-from tests.pipeline.sources.download_requests import FILES, get, reason, results
+from tests.pipeline.downloads.download_requests import FILES, get, reason, results
 
 pytestmark = pytest.mark.usefixtures("no_warnings")
 

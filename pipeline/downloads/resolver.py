@@ -7,8 +7,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+from pipeline.downloads.urls import refuse_private
 from pipeline.media.types import BadImage
-from pipeline.sources.urls import refuse_private
 
 _DNS_THREADS, _DNS_SECONDS, _DNS_NAMES = 64, 300.0, 100_000
 

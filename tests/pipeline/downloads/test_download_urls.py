@@ -6,7 +6,7 @@ from urllib.parse import quote_from_bytes
 import pytest
 
 from tests.pipeline import web_server
-from tests.pipeline.sources.download_requests import FILES, get, reason, results
+from tests.pipeline.downloads.download_requests import FILES, get, reason, results
 
 pytestmark = pytest.mark.usefixtures("no_warnings")
 

@@ -8,11 +8,11 @@ import time
 
 import pytest
 
+from pipeline.downloads.config import DownloadConfig
+from pipeline.downloads.downloader import Downloader
 from pipeline.media.types import BadImage
-from pipeline.sources.config import DownloadConfig
-from pipeline.sources.downloader import Downloader
 from tests.pipeline import web_server
-from tests.pipeline.sources.download_requests import FILES, config, get, reason, results, run
+from tests.pipeline.downloads.download_requests import FILES, config, get, reason, results, run
 
 pytestmark = pytest.mark.usefixtures("no_warnings")
 
@@ -139,8 +139,8 @@ def test_a_session_leaves_nothing_behind(site, certificate):
     """Every loop of its own, over TLS and not, whatever was left unread; warnings are errors here."""
     script = """
         import asyncio, gc, sys
-        from pipeline.sources.config import DownloadConfig
-        from pipeline.sources.downloader import Downloader
+        from pipeline.downloads.config import DownloadConfig
+        from pipeline.downloads.downloader import Downloader
         from pipeline.media.types import BadImage
         async def main(url):
             config = DownloadConfig(allow_hosts=("127.0.0.1",), max_bytes=4_000_000, retries=0, read_timeout=0.5)
@@ -173,8 +173,8 @@ def test_a_server_that_says_no_farewell_is_left_without_one(certificate):
         began = time.monotonic()
         assert run("""
             import asyncio, sys
-            from pipeline.sources.config import DownloadConfig
-            from pipeline.sources.downloader import Downloader
+            from pipeline.downloads.config import DownloadConfig
+            from pipeline.downloads.downloader import Downloader
             async def main():
                 async with Downloader(DownloadConfig(allow_hosts=("127.0.0.1",), retries=0, timeout=0.5)) as downloader:
                     try:

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
+from pipeline.downloads.downloader import Downloader
 from pipeline.media.types import BadImage
-from pipeline.sources.downloader import Downloader
-from tests.pipeline.sources.download_requests import FILES, config, get, reason, results
+from tests.pipeline.downloads.download_requests import FILES, config, get, reason, results
 
 pytestmark = pytest.mark.usefixtures("no_warnings")
 
