@@ -1,4 +1,4 @@
-"""A planned_root that went through all stages, and the rates measured there."""
+"""A root that went through all stages, and the rates measured there."""
 
 import shutil
 from dataclasses import replace
@@ -25,8 +25,8 @@ def planned_root(tmp_path_factory: pytest.TempPathFactory, drawn_pictures: Path)
     """144 drawn pictures through all stages, with neighbours by an index and by exact search, and a run."""
     folder = tmp_path_factory.mktemp("plan")
     dataset, twin = Dataset.parse(str(folder), "drawn"), Dataset.parse(str(folder), "twin")
-    for one in (Shard(dataset, replace(SETTINGS.shard, source=str(drawn_pictures))), Embed(dataset, SETTINGS.embed)):
-        run_stage(one)
+    for stage in (Shard(dataset, replace(SETTINGS.shard, source=str(drawn_pictures))), Embed(dataset, SETTINGS.embed)):
+        run_stage(stage)
     shutil.copytree(folder / "datasets/drawn", folder / "datasets/twin")
     run_stage(Index(dataset, SETTINGS.index))
     run_stage(Neighbors(dataset, dataset, SETTINGS.neighbors))

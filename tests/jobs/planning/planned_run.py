@@ -22,11 +22,11 @@ SETTINGS = Settings(
 NETWORK = flops.Size(forward=1e9, parameters=1000)
 
 
-def built(pictures: int = 144, rows: int = 0, settings: Settings = SETTINGS, **changes) -> Build:
+def make_build(pictures: int = 144, rows: int = 0, settings: Settings = SETTINGS, **changes) -> Build:
     operations, dim = clip.flop_per_image(settings.embed.clip())
     network = flops.size(settings.train.unet, settings.shard.image_size, settings.train.k)
     return Build(settings, pictures, rows, dim, operations, network, **changes)
 
 
-def by_stage(build: Build, known: Rates) -> dict[str, Cost]:
-    return {one.stage: one for one in costs(build, known)}
+def costs_by_stage(build: Build, known: Rates) -> dict[str, Cost]:
+    return {cost.stage: cost for cost in costs(build, known)}

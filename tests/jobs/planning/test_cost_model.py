@@ -25,23 +25,23 @@ from pipeline.indices.index import Index, build_index
 from pipeline.neighbors.config import NeighborsConfig
 from pipeline.stages.driver import run_stage
 from pipeline.stages.stage import Stage
-from tests.jobs.planning.planned_run import NETWORK, SETTINGS, built, by_stage
+from tests.jobs.planning.planned_run import NETWORK, SETTINGS, costs_by_stage, make_build
 from tests.pipeline import synthetic
 
 
 def test_the_run_that_the_rates_are_of_is_foretold_as_it_was(planned_root: Path, known: Rates):
-    found, dataset = by_stage(built(), known), Dataset.parse(str(planned_root), "drawn")
+    costs, dataset = costs_by_stage(make_build(), known), Dataset.parse(str(planned_root), "drawn")
     folders = {"shard": "shards", "embed": "embeddings", "index": "index", "neighbors, index": "neighbors/drawn",
                "neighbors, exact": "neighbors/twin"}
     for name, folder in folders.items():
         manifest = dataset.manifest(folder)
-        assert found[name].worker_seconds == pytest.approx(manifest["run"]["seconds"], rel=1e-9), name
+        assert costs[name].worker_seconds == pytest.approx(manifest["run"]["seconds"], rel=1e-9), name
         stored = manifest["totals"]["bytes"] + sum(file["bytes"] for file in manifest["files"])
-        assert found[name].written == pytest.approx(stored, rel=1e-9), name
+        assert costs[name].written == pytest.approx(stored, rel=1e-9), name
     run = Run.parse(str(planned_root), "run")
-    assert found["train"].worker_seconds == pytest.approx(read_metrics(run)[-1]["seconds"], rel=1e-9)
+    assert costs["train"].worker_seconds == pytest.approx(read_metrics(run)[-1]["seconds"], rel=1e-9)
     stored = sum(file["bytes"] for step in run.steps() for file in run.checkpoint(step)["files"])
-    assert found["train"].written == pytest.approx(stored, rel=0.1) and found["train"].kept == found["train"].written
+    assert costs["train"].written == pytest.approx(stored, rel=0.1) and costs["train"].kept == costs["train"].written
     assert known.defaults == ("storage",)
 
 
@@ -56,49 +56,50 @@ def test_neighbours_whose_records_have_no_times_are_foretold_as_they_were_too(pl
         file.write_text(json.dumps(document))
     base = rates.built_in()
     known = rates_from_manifests.rates(str(tmp_path), base)
-    found = by_stage(built(), known)
-    for name, section, one in (("neighbors, index", known.approximate, base.approximate),
-                               ("neighbors, exact", known.exact, base.exact)):
-        assert found[name].worker_seconds == pytest.approx(7.0)
-        slower = {getattr(section, rate) / getattr(one, rate) for rate in vars(one) if rate.endswith("_per_s")}
+    costs = costs_by_stage(make_build(), known)
+    for name, section, base_section in (("neighbors, index", known.approximate, base.approximate),
+                                        ("neighbors, exact", known.exact, base.exact)):
+        assert costs[name].worker_seconds == pytest.approx(7.0)
+        slower = {getattr(section, rate) / getattr(base_section, rate) for rate in vars(base_section)
+                  if rate.endswith("_per_s")}
         assert max(slower) == pytest.approx(min(slower)), name  # as they would divide elsewhere
 
 
 def test_what_a_stage_reads_is_what_those_before_it_wrote(planned_root: Path, known: Rates):
-    found, dataset = by_stage(built(), known), Dataset.parse(str(planned_root), "drawn")
+    costs, dataset = costs_by_stage(make_build(), known), Dataset.parse(str(planned_root), "drawn")
     tars = sum(file["bytes"] for record in dataset.manifest("shards")["items"] for file in record["files"]
                if file["name"].endswith(".tar"))
     vectors = dataset.manifest("embeddings")["totals"]["bytes"] - 3 * 128
-    assert found["embed"].read == pytest.approx(tars) and found["index"].read == pytest.approx(vectors)
+    assert costs["embed"].read == pytest.approx(tars) and costs["index"].read == pytest.approx(vectors)
     parquet = dataset.manifest("shards")["totals"]["bytes"] - tars
-    assert found["neighbors, exact"].read == pytest.approx(2 * vectors + 2 * parquet)
+    assert costs["neighbors, exact"].read == pytest.approx(2 * vectors + 2 * parquet)
     index = dataset.manifest("index")["totals"]["bytes"]
-    assert found["neighbors, index"].read == pytest.approx(2 * vectors + 2 * parquet + index)
+    assert costs["neighbors, index"].read == pytest.approx(2 * vectors + 2 * parquet + index)
 
 
 def test_twice_as_many_pictures_are_twice_the_work(known: Rates):
-    alone = replace(SETTINGS, neighbors=replace(SETTINGS.neighbors, at_once=1))
-    one, two, three = (by_stage(built(count, rows=1000, settings=alone), known)
-                       for count in (100_000, 200_000, 300_000))
+    settings = replace(SETTINGS, neighbors=replace(SETTINGS.neighbors, at_once=1))
+    single, double, triple = (costs_by_stage(make_build(count, rows=1000, settings=settings), known)
+                              for count in (100_000, 200_000, 300_000))
     for name in ("neighbors, exact", "neighbors, index"):  # what the database takes besides, it takes once
-        for what in ("worker_seconds", "read", "written"):
-            first, second, third = (getattr(each[name], what) for each in (one, two, three))
+        for field in ("worker_seconds", "read", "written"):
+            first, second, third = (getattr(costs[name], field) for costs in (single, double, triple))
             assert third - second == pytest.approx(second - first) and second > first
-    assert two["index"] == one["index"] and two["train"] == one["train"]
-    one, two = (by_stage(built(count), known) for count in (100_000, 200_000))
+    assert double["index"] == single["index"] and double["train"] == single["train"]
+    single, double = (costs_by_stage(make_build(count), known) for count in (100_000, 200_000))
     for name in ("shard", "embed"):
-        assert two[name].worker_seconds == pytest.approx(2 * one[name].worker_seconds)
-        assert two[name].read == pytest.approx(2 * one[name].read)
-        assert two[name].written == pytest.approx(2 * one[name].written)
+        assert double[name].worker_seconds == pytest.approx(2 * single[name].worker_seconds)
+        assert double[name].read == pytest.approx(2 * single[name].read)
+        assert double[name].written == pytest.approx(2 * single[name].written)
 
 
 def test_exact_neighbours_are_products_choices_and_rows_that_are_read(known: Rates):
-    def took(pictures: int, rows: int) -> float:
-        return by_stage(built(pictures, rows), known)["neighbors, exact"].worker_seconds
+    def exact_seconds(pictures: int, rows: int) -> float:
+        return costs_by_stage(make_build(pictures, rows), known)["neighbors, exact"].worker_seconds
 
     rate = known.exact
-    assert took(1000, 0) == pytest.approx(took(1000, 1000))
-    assert took(1000, 500) == pytest.approx(
+    assert exact_seconds(1000, 0) == pytest.approx(exact_seconds(1000, 1000))
+    assert exact_seconds(1000, 500) == pytest.approx(
         2 * 1000 * 500 * 256 / rate.flop_per_s + 1000 * 500 / rate.chosen_per_s + 1000 / rate.queries_per_s
         + (20 + 1) * 500 / rate.rows_per_s)  # twenty shards are searched alone, by one worker
     # Of later blocks hardly a row is chosen: each e times as many blocks are as much work as the first.
@@ -108,75 +109,78 @@ def test_exact_neighbours_are_products_choices_and_rows_that_are_read(known: Rat
 
 def test_an_index_without_lists_is_searched_like_all_rows(known: Rates):
     flat = replace(SETTINGS, index=IndexConfig(key="SQ8"))
-    found = by_stage(built(1000, 500, settings=flat), known)
-    assert found["neighbors, index"] == replace(found["neighbors, exact"], stage="neighbors, index")
-    found = by_stage(built(1000, 500), known)
+    costs = costs_by_stage(make_build(1000, 500, settings=flat), known)
+    assert costs["neighbors, index"] == replace(costs["neighbors, exact"], stage="neighbors, index")
+    costs = costs_by_stage(make_build(1000, 500), known)
     rate, lists = known.approximate, 2 * 20 * 8 * (1 - (7 / 8) ** 50)  # of twenty searches, each in two turns
-    assert found["neighbors, index"].worker_seconds == pytest.approx(
+    assert costs["neighbors, index"].worker_seconds == pytest.approx(
         (2 * 1000 / 8 * 500 * 256 + lists * 2 ** 21) / rate.flop_per_s + 500 / rate.laid_per_s
         + 20 * 500 / rate.checked_per_s + (lists / 2 / 8 * 500 + lists * 256) / rate.read_per_s
         + 1000 / rate.queries_per_s)
     vectors, shards = 500 * 256 * 2, 20
-    kept, not_kept = (by_stage(built(1000, 500, memory=memory), known)["neighbors, index"].read
+    kept, not_kept = (costs_by_stage(make_build(1000, 500, memory=memory), known)["neighbors, index"].read
                       for memory in (vectors, vectors - 1))
     assert not_kept - kept == pytest.approx(shards * vectors * (1 - (7 / 8) ** 50))
 
 
 def test_shards_and_vectors_of_a_database_of_its_own_are_made_too(known: Rates):
-    alone, beside = by_stage(built(3000), known), by_stage(built(1000, 2000), known)
+    without_database = costs_by_stage(make_build(3000), known)
+    with_database = costs_by_stage(make_build(1000, 2000), known)
     for name in ("shard", "embed"):
-        assert beside[name].worker_seconds == pytest.approx(alone[name].worker_seconds)
+        assert with_database[name].worker_seconds == pytest.approx(without_database[name].worker_seconds)
 
 
 def test_workers_share_items_and_wait_for_what_one_does(known: Rates):
-    one, many = (by_stage(built(1000, workers=count), known) for count in (1, 8))
+    one_worker, many_workers = (costs_by_stage(make_build(1000, workers=count), known) for count in (1, 8))
     for name in ("shard", "embed"):
-        assert many[name].seconds == pytest.approx(one[name].seconds / 8)
-        assert many[name].worker_seconds == one[name].worker_seconds
-    assert by_stage(built(1000, workers=50), known)["embed"].workers == 20  # shards there are
+        assert many_workers[name].seconds == pytest.approx(one_worker[name].seconds / 8)
+        assert many_workers[name].worker_seconds == one_worker[name].worker_seconds
+    assert costs_by_stage(make_build(1000, workers=50), known)["embed"].workers == 20  # shards there are
     cost = Cost("index", worker_seconds=100, workers=10, read=0, written=0, kept=0, serial_seconds=40)
     assert cost.seconds == 46
 
 
 def test_a_gpu_does_what_its_rates_are_of(known: Rates):
     on_gpus = replace(known, embed=replace(known.embed, gpu=True))
-    found = by_stage(built(10_000, workers=50, gpus=3), on_gpus)
-    assert found["embed"].workers == 3 and found["embed"].gpu and not found["shard"].gpu
-    assert found["shard"].workers == 50
+    costs = costs_by_stage(make_build(10_000, workers=50, gpus=3), on_gpus)
+    assert costs["embed"].workers == 3 and costs["embed"].gpu and not costs["shard"].gpu
+    assert costs["shard"].workers == 50
 
 
 def test_larger_pictures_take_more_of_what_pixels_cost(known: Rates):
     pixels = replace(known, shard=replace(known.shard, seconds_per_pixel=1e-6))
     large = replace(SETTINGS, shard=replace(SETTINGS.shard, image_size=64))
-    small, found = by_stage(built(1000), pixels), by_stage(built(1000, settings=large), pixels)
-    assert found["shard"].worker_seconds - small["shard"].worker_seconds == pytest.approx(1000 * 3 * 1024 * 1e-6)
-    assert found["embed"].read == pytest.approx(4 * small["embed"].read)
-    more = 1000 * 3 * 1024 * known.embed.preparing_s_per_pixel
-    assert found["embed"].worker_seconds - small["embed"].worker_seconds == pytest.approx(more)
+    small_costs = costs_by_stage(make_build(1000), pixels)
+    large_costs = costs_by_stage(make_build(1000, settings=large), pixels)
+    extra_seconds = 1000 * 3 * 1024 * 1e-6
+    assert large_costs["shard"].worker_seconds - small_costs["shard"].worker_seconds == pytest.approx(extra_seconds)
+    assert large_costs["embed"].read == pytest.approx(4 * small_costs["embed"].read)
+    extra_seconds = 1000 * 3 * 1024 * known.embed.preparing_s_per_pixel
+    assert large_costs["embed"].worker_seconds - small_costs["embed"].worker_seconds == pytest.approx(extra_seconds)
 
 
 def test_storage_may_be_what_a_stage_waits_for(known: Rates):
     slow = replace(known, storage=rates.StorageRates(bytes_per_s=1000.0))
-    found = by_stage(built(1000), slow)
-    assert found["shard"].worker_seconds == pytest.approx((found["shard"].read + found["shard"].written) / 1000)
+    costs = costs_by_stage(make_build(1000), slow)
+    assert costs["shard"].worker_seconds == pytest.approx((costs["shard"].read + costs["shard"].written) / 1000)
 
 
 @pytest.mark.parametrize("at_once, searches", [(1, 100), (7, 15), (0, 50)])
 def test_a_database_that_a_worker_cannot_keep_is_read_for_the_shards_searched_together(known: Rates, at_once, searches):
     vectors = 1000 * 256 * 2
     together = replace(SETTINGS, neighbors=replace(SETTINGS.neighbors, at_once=at_once))
-    kept, not_kept = (by_stage(built(5000, 1000, settings=together, workers=4, memory=memory), known)
+    kept, not_kept = (costs_by_stage(make_build(5000, 1000, settings=together, workers=4, memory=memory), known)
                       ["neighbors, exact"].read for memory in (vectors, vectors - 1))
     assert not_kept - kept == pytest.approx((searches - 4) * vectors)
 
 
 def test_training_goes_by_steps_or_by_epochs(known: Rates):
     config = SETTINGS.train
-    found = by_stage(built(1000, epochs=2), known)["train"]
-    network = built().network
-    assert found.worker_seconds == pytest.approx(2000 * network.training(False) / known.train.flop_per_s)
-    assert found.written == 334 * 16 * network.parameters and found.kept == 3 * 16 * network.parameters
-    assert by_stage(built(1000), known)["train"].worker_seconds == pytest.approx(
+    cost = costs_by_stage(make_build(1000, epochs=2), known)["train"]
+    network = make_build().network
+    assert cost.worker_seconds == pytest.approx(2000 * network.training(False) / known.train.flop_per_s)
+    assert cost.written == 334 * 16 * network.parameters and cost.kept == 3 * 16 * network.parameters
+    assert costs_by_stage(make_build(1000), known)["train"].worker_seconds == pytest.approx(
         config.steps * config.global_batch * network.training(False) / known.train.flop_per_s)
 
 
@@ -192,8 +196,8 @@ def test_training_goes_by_steps_or_by_epochs(known: Rates):
 ])
 def test_the_formulas_of_an_index(key: str, operations: float, compared: float | None):
     assert training_flop(key, 1_000_000, 64, 50_000) == operations
-    found = compared_rows(key, 3000, 1_000_000, NeighborsConfig(checked=10), nprobe=4)
-    assert found == (compared if compared is None else pytest.approx(compared))
+    rows = compared_rows(key, 3000, 1_000_000, NeighborsConfig(checked=10), nprobe=4)
+    assert rows == (compared if compared is None else pytest.approx(compared))
 
 
 def test_an_index_in_parts_is_foretold_as_it_was(tmp_path: Path):
@@ -202,20 +206,20 @@ def test_an_index_in_parts_is_foretold_as_it_was(tmp_path: Path):
     config = IndexConfig(key="IVF16,SQ8", part_memory="100Ki", queries=50)
     parts: dict[str, float] = {}
 
-    def seal(one: Stage) -> dict:
-        manifest = run_stage(one)
-        parts[one.name] = manifest["run"]["seconds"]
+    def seal(stage: Stage) -> dict:
+        manifest = run_stage(stage)
+        parts[stage.name] = manifest["run"]["seconds"]
         return manifest
 
     build_index(Index(dataset, config), seal)
     known = rates_from_manifests.rates(str(tmp_path), rates.built_in())
     assert known.index.in_parts and known.index.key == "IVF16,SQ8" and "embed" in known.defaults
     settings = replace(SETTINGS, index=config)
-    found = index(Build(settings, 4000, 0, 16, 1e6, NETWORK, workers=9), known)
-    assert parts.keys() == {"index_training", "index_parts", "index"} and found.workers == 3
-    assert found.worker_seconds == pytest.approx(sum(parts.values()), rel=1e-6)
-    assert found.serial_seconds == pytest.approx(parts["index_training"] + parts["index"], rel=1e-6)
-    assert found.kept == pytest.approx(dataset.manifest("index")["totals"]["bytes"])
+    cost = index(Build(settings, 4000, 0, 16, 1e6, NETWORK, workers=9), known)
+    assert parts.keys() == {"index_training", "index_parts", "index"} and cost.workers == 3
+    assert cost.worker_seconds == pytest.approx(sum(parts.values()), rel=1e-6)
+    assert cost.serial_seconds == pytest.approx(parts["index_training"] + parts["index"], rel=1e-6)
+    assert cost.kept == pytest.approx(dataset.manifest("index")["totals"]["bytes"])
 
 
 def test_the_encoders_cost_what_open_clip_says():
@@ -243,17 +247,17 @@ def test_the_network_costs_what_its_layers_do():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(count)
     network(torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.zeros(1, 2, 16))
-    found = flops.size(config, 8, 2)
+    size = flops.size(config, 8, 2)
     attention = 4 * 64 * (64 + 2) * 32  # scores and values of 64 places, among themselves and with two vectors
-    assert found.forward == sum(products) + attention
-    assert found.parameters == sum(one.numel() for one in network.parameters())
-    assert found.training(False) == 3 * found.forward and found.training(True) == 4 * found.forward
+    assert size.forward == sum(products) + attention
+    assert size.parameters == sum(parameter.numel() for parameter in network.parameters())
+    assert size.training(False) == 3 * size.forward and size.training(True) == 4 * size.forward
 
 
 def test_recipes_have_a_corpus():
     assert plan_table.CORPORA.keys() == RECIPES.keys()
     for name, corpus in plan_table.CORPORA.items():
         builds = plan_table.builds(PlanConfig(), RECIPES[name](), rates.built_in())
-        assert [(one.pictures, one.rows) for one in builds] == [(corpus.pictures, corpus.rows)]
+        assert [(build.pictures, build.rows) for build in builds] == [(corpus.pictures, corpus.rows)]
         assert bool(builds[0].sample_bytes) == (corpus.downsampling > 1)
     assert builds[0].sample_bytes == 48 * 48 * 16 * 2  # latents of KL-f16

@@ -16,16 +16,16 @@ def table(text: str) -> list[list[str]]:
 
 def test_the_table_names_stages_hours_bytes_and_whose_rates(capsys, planned_root: Path):
     assert main(["plan", "--pictures", "1M", "--database-rows", "2M", "--workers", "8"]) == 0
-    shown = capsys.readouterr().out
-    rows = table(shown)
+    output = capsys.readouterr().out
+    rows = table(output)
     assert rows[0] == ["stage", "on", "hours", "worker hours", "read", "written", "kept"]
     assert [row[0] for row in rows[2:]] == ["shard", "embed", "index", "neighbors, exact", "neighbors, index",
                                             "train", "total"]
-    assert rows[2][1] == "8 workers" and len({len(line) for line in shown.splitlines() if line[:1] == "|"}) == 1
-    assert f"Default rates (shard, embed, index, exact, approximate, train): {rates.built_in().machine}" in shown
+    assert rows[2][1] == "8 workers" and len({len(line) for line in output.splitlines() if line[:1] == "|"}) == 1
+    assert f"Default rates (shard, embed, index, exact, approximate, train): {rates.built_in().machine}" in output
     assert main(["plan", "--pictures", "1M", "--from", str(planned_root)]) == 0
-    shown = capsys.readouterr().out
-    assert "Rates of shard, embed, index, exact, approximate, train" in shown and "Default rates" not in shown
+    output = capsys.readouterr().out
+    assert "Rates of shard, embed, index, exact, approximate, train" in output and "Default rates" not in output
 
 
 def test_all_combinations_and_totals(capsys):
@@ -42,13 +42,13 @@ def test_all_combinations_and_totals(capsys):
 def test_json_adds_up(capsys):
     assert main(["plan", "--pictures", "1M", "--price-cpu-hour", "0.1", "--price-gb-month", "0.02", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    one = document["builds"][0]
-    counted = [stage for stage in one["stages"] if stage["stage"] != "neighbors, exact"]
+    build = document["builds"][0]
+    counted = [stage for stage in build["stages"] if stage["stage"] != "neighbors, exact"]
     for name in ("hours", "worker_hours", "read", "written", "money"):
-        assert one["total"][name] == pytest.approx(sum(stage[name] for stage in counted))
-    assert one["pictures"] == one["database_rows"] == 1_000_000 and one["total"]["gpu_hours"] == 0
+        assert build["total"][name] == pytest.approx(sum(stage[name] for stage in counted))
+    assert build["pictures"] == build["database_rows"] == 1_000_000 and build["total"]["gpu_hours"] == 0
     assert document["rates"]["defaults"] == list(rates.SECTIONS)
-    shard = one["stages"][0]
+    shard = build["stages"][0]
     assert shard["money"] == pytest.approx(shard["worker_hours"] * 0.1 + shard["kept"] / 1e9 * 0.02, abs=0.006)
 
 

@@ -25,10 +25,10 @@ def test_rates_are_written_and_read(known: Rates, tmp_path: Path):
     file.write_text(json.dumps(rates.document(known)))
     assert replace(rates.read(str(file)), defaults=known.defaults) == known
     file.write_text('{"machine": "ours", "embed": {"flop_per_s": 2e14, "gpu": true}, "approximate": {"nprobe": 8}}')
-    found, base = rates.read(str(file)), rates.built_in()
-    assert found.embed == replace(base.embed, flop_per_s=2e14, gpu=True) and found.machine == "ours"
-    assert found.approximate == replace(base.approximate, nprobe=8) and found.shard == base.shard
-    assert set(rates.SECTIONS) - set(found.defaults) == {"embed", "approximate"}
+    file_rates, base = rates.read(str(file)), rates.built_in()
+    assert file_rates.embed == replace(base.embed, flop_per_s=2e14, gpu=True) and file_rates.machine == "ours"
+    assert file_rates.approximate == replace(base.approximate, nprobe=8) and file_rates.shard == base.shard
+    assert set(rates.SECTIONS) - set(file_rates.defaults) == {"embed", "approximate"}
     assert rates.read(str(rates.BUILT_IN)).shard == base.shard
 
 
@@ -60,6 +60,6 @@ def test_two_sizes_of_pictures_tell_what_a_pixel_takes(planned_root: Path, tmp_p
     document = json.loads(manifest.read_text())
     document["run"]["seconds"] = 144.0
     manifest.write_text(json.dumps(document))
-    found = rates_from_manifests.rates(str(tmp_path), rates.built_in()).shard
-    assert (found.image_size, found.pictures_per_s) == (32, 1.0)
-    assert found.seconds_per_pixel == pytest.approx(2 / (64 ** 2 - 32 ** 2))
+    shard_rates = rates_from_manifests.rates(str(tmp_path), rates.built_in()).shard
+    assert (shard_rates.image_size, shard_rates.pictures_per_s) == (32, 1.0)
+    assert shard_rates.seconds_per_pixel == pytest.approx(2 / (64 ** 2 - 32 ** 2))
