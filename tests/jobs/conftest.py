@@ -27,30 +27,30 @@ def root(tmp_path: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory: pytest.TempPathFactory, drawn_pictures: Path) -> Path:
+def prepared_root(tmp_path_factory: pytest.TempPathFactory, drawn_pictures: Path) -> Path:
     """A root with a drawn dataset that has everything training needs; copy it before use."""
     root = tmp_path_factory.mktemp("prepared") / "root"
     dataset = Dataset.parse(str(root), "drawn")
-    for stage_ in (Shard(dataset, ShardConfig(source=str(drawn_pictures), captions=str(drawn_pictures / "train.csv"),
-                                              only_captioned=True, image_size=32, format="png", samples_per_shard=50)),
-                   Embed(dataset, EmbedConfig()), Index(dataset, IndexConfig(bytes_per_vector=288)),
-                   Neighbors(dataset, dataset, NeighborsConfig())):
-        run_stage(stage_)
+    for stage in (Shard(dataset, ShardConfig(source=str(drawn_pictures), captions=str(drawn_pictures / "train.csv"),
+                                             only_captioned=True, image_size=32, format="png", samples_per_shard=50)),
+                  Embed(dataset, EmbedConfig()), Index(dataset, IndexConfig(bytes_per_vector=288)),
+                  Neighbors(dataset, dataset, NeighborsConfig())):
+        run_stage(stage)
     return root
 
 
 @pytest.fixture(scope="session")
-def trained(prepared: Path, drawn_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained_root(prepared_root: Path, drawn_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with a run of a few steps and a database of each of three styles; copy it before use."""
     root = tmp_path_factory.mktemp("trained") / "root"
-    shutil.copytree(prepared, root)
+    shutil.copytree(prepared_root, root)
     for style in STYLES:
         dataset = Dataset.parse(str(root), style)
         captions = str(drawn_pictures / f"{style}.csv")
-        for stage_ in (Shard(dataset, ShardConfig(source=str(drawn_pictures), captions=captions, only_captioned=True,
-                                                  image_size=32, format="png")),
-                       Embed(dataset, EmbedConfig()), Index(dataset, IndexConfig(bytes_per_vector=288))):
-            run_stage(stage_)
+        for stage in (Shard(dataset, ShardConfig(source=str(drawn_pictures), captions=captions, only_captioned=True,
+                                                 image_size=32, format="png")),
+                      Embed(dataset, EmbedConfig()), Index(dataset, IndexConfig(bytes_per_vector=288))):
+            run_stage(stage)
     (root / "settings.toml").write_text('[train]\nsteps = 3\nglobal_batch = 8\nprecision = "fp32"\nimage_size = 16\n'
                                         "[train.unet]\nmodel_channels = 32\n")
     assert main(["train", "small", "--dataset", "drawn", "--root", str(root), "--config",

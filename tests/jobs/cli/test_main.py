@@ -254,9 +254,9 @@ def test_a_rebuild_that_cannot_be_planned_leaves_what_is_there(tmp_path: Path) -
 @pytest.mark.parametrize("settings, said", [
     (["--key", "NONSENSE"], "faiss knows no index NONSENSE"), (["--key", "IVF5000,Flat"], "more lists than"),
     (["--max-memory", "1Ki", "--bytes-per-vector", "0"], "the smallest possible")])
-def test_an_index_that_cannot_be_built_is_misuse_and_leaves_the_one_there_is(prepared, tmp_path, settings, said, capsys
-                                                                             ) -> None:
-    shutil.copytree(prepared, tmp_path / "root")
+def test_an_index_that_cannot_be_built_is_misuse_and_leaves_the_one_there_is(prepared_root, tmp_path, settings, said,
+                                                                             capsys) -> None:
+    shutil.copytree(prepared_root, tmp_path / "root")
     manifest = tmp_path / "root/datasets/drawn/v1/index/manifest.json"
     before = manifest.read_bytes()
     assert main(["index", "drawn", "--root", str(tmp_path / "root"), "--local", "--overwrite", *settings]) == 2

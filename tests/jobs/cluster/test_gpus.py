@@ -32,25 +32,25 @@ FULL = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capac
 
 
 @pytest.fixture
-def root(prepared: Path, tmp_path: Path) -> str:
-    shutil.copytree(prepared, tmp_path / "root")
+def root(prepared_root: Path, tmp_path: Path) -> str:
+    shutil.copytree(prepared_root, tmp_path / "root")
     return str(tmp_path / "root")
 
 
 def _commands(root: str) -> dict[str, list[str]]:
-    some = ["--root", root, "--local"]
-    return {"embed": ["embed", "drawn", *some, "--overwrite"],
-            "neighbors": ["neighbors", "drawn", *some, "--method", "exact", "--overwrite"],
-            "train": ["train", "run", "--dataset", "drawn", "--steps", "2", *some]}
+    flags = ["--root", root, "--local"]
+    return {"embed": ["embed", "drawn", *flags, "--overwrite"],
+            "neighbors": ["neighbors", "drawn", *flags, "--method", "exact", "--overwrite"],
+            "train": ["train", "run", "--dataset", "drawn", "--steps", "2", *flags]}
 
 
 @pytest.mark.parametrize("verb", ["embed", "neighbors", "train"])
 def test_a_reserved_gpu_that_is_not_there_is_an_error_with_torchs_reason(root: str, verb: str, capsys: Any) -> None:
     assert main([*_commands(root)[verb], "--gpus", "1"]) == 1
-    said = capsys.readouterr().err
-    assert "a GPU was reserved" in said and "CUDA_VISIBLE_DEVICES is" in said and "hint: " in said
-    assert "NVIDIA" in said or "CUDA GPUs" in said  # torch's own words
-    assert "Traceback" not in said
+    error = capsys.readouterr().err
+    assert "a GPU was reserved" in error and "CUDA_VISIBLE_DEVICES is" in error and "hint: " in error
+    assert "NVIDIA" in error or "CUDA GPUs" in error  # torch's own words
+    assert "Traceback" not in error
 
 
 @pytest.mark.parametrize(("text", "sentence"), [
@@ -66,8 +66,8 @@ def test_each_kind_of_failure_has_a_sentence_a_hint_and_exit_code_1(root: str, t
     from pipeline.embeddings import clip
     clip.load_encoder_on.cache_clear()
     assert main([*_commands(root)["embed"], "--gpus", "1"]) == 1
-    said = capsys.readouterr().err
-    assert text[:40] in said and sentence in said and "hint: " in said and "Traceback" not in said
+    error = capsys.readouterr().err
+    assert text[:40] in error and sentence in error and "hint: " in error and "Traceback" not in error
     clip.load_encoder_on.cache_clear()
 
 
@@ -84,8 +84,8 @@ def test_an_encoder_that_does_not_fit_the_gpu_is_no_fault_of_its_weights(root: s
     clip.load_encoder_on.cache_clear()
     monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
     assert main(_commands(root)["embed"]) == 1
-    said = capsys.readouterr().err
-    assert "does not get onto the GPU" in said and FULL in said and "too little memory" in said and "hint: " in said
+    error = capsys.readouterr().err
+    assert "does not get onto the GPU" in error and FULL in error and "too little memory" in error and "hint: " in error
 
 
 def test_a_network_that_does_not_fit_the_gpu_has_another_hint_than_a_batch(root: str, capsys: Any,
@@ -99,8 +99,8 @@ def test_a_network_that_does_not_fit_the_gpu_has_another_hint_than_a_batch(root:
 
     monkeypatch.setattr(train, "_initial_state", start)
     assert main(_commands(root)["train"]) == 1
-    said = capsys.readouterr().err
-    assert FULL in said and "hint: --fsdp" in said and "Traceback" not in said
+    error = capsys.readouterr().err
+    assert FULL in error and "hint: --fsdp" in error and "Traceback" not in error
 
 
 def test_zero_gpus_is_the_cpu_although_there_is_one(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
@@ -179,8 +179,8 @@ def test_a_process_of_training_takes_one_whole_gpu(root: str, count: str, hint: 
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clusters, "connect", lambda: pytest.fail("connected to a cluster"))
     assert main(["train", "run", "--dataset", "drawn", "--root", root, "--workers", "4", "--gpus", count]) == 2
-    said = capsys.readouterr().err
-    assert f"--gpus {count}" in said and hint in said and not Path(root, "runs/run").exists()
+    error = capsys.readouterr().err
+    assert f"--gpus {count}" in error and hint in error and not Path(root, "runs/run").exists()
 
 
 def test_workers_of_embed_share_a_gpu_and_those_of_index_take_several(root: str) -> None:
@@ -206,7 +206,6 @@ def test_no_plan_is_left_by_a_gpu_that_is_not_there(root: str) -> None:
     """A plan would refuse other settings afterwards."""
     for command in (["embed", "drawn@v2"], ["neighbors", "drawn", "--method", "exact", "--k", "3", "--overwrite"],
                     ["train", "run", "--dataset", "drawn", "--steps", "2"]):
-        before = sorted(Path(root).rglob("*"))
         shutil.copytree(Path(root, "datasets/drawn/v1/shards"), Path(root, "datasets/drawn/v2/shards"),
                         dirs_exist_ok=True)
         before = sorted(Path(root).rglob("*"))

@@ -22,23 +22,23 @@ FEW = ["--prompts", "2", "--judge-steps", "80", "--steps", "3", "--sweep-k", "1"
 
 
 @pytest.fixture
-def root(trained: Path, tmp_path: Path) -> Path:
-    shutil.copytree(trained, tmp_path / "root")
+def root(trained_root: Path, tmp_path: Path) -> Path:
+    shutil.copytree(trained_root, tmp_path / "root")
     return tmp_path / "root"
 
 
-def _evaluate(root: Path, *more: str, databases: Sequence[str] = STYLES) -> int:
-    named = [word for name in databases for word in ("--database", name)]
-    return main(["evaluate", "small", *named, "--root", str(root), "--local", *FEW, *more])
+def _evaluate(root: Path, *flags: str, databases: Sequence[str] = STYLES) -> int:
+    database_flags = [word for name in databases for word in ("--database", name)]
+    return main(["evaluate", "small", *database_flags, "--root", str(root), "--local", *FEW, *flags])
 
 
-def test_held_out_subjects_are_those_that_training_does_not_have(trained: Path, drawn_pictures: Path) -> None:
-    train = Dataset.parse(str(trained), "drawn")
-    found = held_out_captions(train, [Dataset.parse(str(trained), style) for style in STYLES])
-    listed = (drawn_pictures / "heldout.csv").read_text().splitlines()[1:]
-    assert set(found) == {line.split(",")[1] for line in listed} != set()
-    rows = rows_with_captions(Dataset.parse(str(trained), "flat"), frozenset(found))
-    assert len(rows) == len(found)
+def test_held_out_subjects_are_those_that_training_does_not_have(trained_root: Path, drawn_pictures: Path) -> None:
+    train = Dataset.parse(str(trained_root), "drawn")
+    held_out = held_out_captions(train, [Dataset.parse(str(trained_root), style) for style in STYLES])
+    listed_lines = (drawn_pictures / "heldout.csv").read_text().splitlines()[1:]
+    assert set(held_out) == {line.split(",")[1] for line in listed_lines} != set()
+    rows = rows_with_captions(Dataset.parse(str(trained_root), "flat"), frozenset(held_out))
+    assert len(rows) == len(held_out)
 
 
 def test_everything_is_measured_and_said(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,14 +50,15 @@ def test_everything_is_measured_and_said(root: Path, capsys: pytest.CaptureFixtu
     assert document["styles"] == list(STYLES) and document["step"] == 3
     rows = {row["way"]: row for row in document["ways"]}
     for way in ("database", "prompt", "both", "text", "k-1", "guidance-1.5"):
-        right = []
+        correct = []
         for number, style in enumerate(STYLES):
-            found = json.loads((folder / f"{way}-{style}.json").read_text())
-            assert found["style"] == number and np.shape(found["judge"]) == (len(found["prompts"]), 2)
-            right.append(np.array(found["judge"]) == number)
+            style_scores = json.loads((folder / f"{way}-{style}.json").read_text())
+            assert style_scores["style"] == number
+            assert np.shape(style_scores["judge"]) == (len(style_scores["prompts"]), 2)
+            correct.append(np.array(style_scores["judge"]) == number)
             sheet = np.asarray(Image.open(io.BytesIO((folder / f"{way}-{style}.png").read_bytes())))
-            assert sheet.shape == (32, 16 * len(found["prompts"]), 3)
-        assert rows[way]["judge"]["mean"] == pytest.approx(np.mean(right), abs=1e-4)
+            assert sheet.shape == (32, 16 * len(style_scores["prompts"]), 3)
+        assert rows[way]["judge"]["mean"] == pytest.approx(np.mean(correct), abs=1e-4)
         assert rows[way]["judge"]["low"] <= rows[way]["judge"]["mean"] <= rows[way]["judge"]["high"]
         assert sum(rows[way]["styles"][0]["taken_for"].values()) == pytest.approx(1, abs=1e-3)
     assert sum(rows["neither"]["seen"].values()) == pytest.approx(1, abs=1e-3)
@@ -79,19 +80,19 @@ def test_neighbours_are_of_the_style_and_never_the_subject_itself(root: Path) ->
     assert _evaluate(root, "--name", "without") == 0 and _evaluate(root, "--name", "with", "--seen") == 0
     unseen = frozenset(held_out_captions(Dataset.parse(str(root), "drawn"),
                                 [Dataset.parse(str(root), style) for style in STYLES]))
-    met = 0
+    unseen_neighbors = 0
     for style in STYLES:
-        away = set(rows_with_captions(Dataset.parse(str(root), style), unseen).tolist())
+        unseen_rows = set(rows_with_captions(Dataset.parse(str(root), style), unseen).tolist())
         for name in ("without", "with"):
-            found = json.loads((root / f"runs/small/evaluations/{name}/database-{style}.json").read_text())
-            near = {row for rows in found["neighbors"] for row in rows}
-            assert -1 not in near
+            document = json.loads((root / f"runs/small/evaluations/{name}/database-{style}.json").read_text())
+            neighbor_rows = {row for rows in document["neighbors"] for row in rows}
+            assert -1 not in neighbor_rows
             if name == "without":
-                assert not near & away
-            met += len(near & away)
+                assert not neighbor_rows & unseen_rows
+            unseen_neighbors += len(neighbor_rows & unseen_rows)
         text = json.loads((root / f"runs/small/evaluations/without/text-{style}.json").read_text())
         assert text["neighbors"] == [[], []]
-    assert met
+    assert unseen_neighbors
 
 
 def test_neighbours_alone_are_drawn_from_without_the_text(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +131,7 @@ def test_neither_the_number_of_workers_nor_a_second_run_changes_anything(root: P
     assert (root / "runs/small/evaluations/one/manifest.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize(("more", "databases", "said"), [
+@pytest.mark.parametrize(("flags", "databases", "message"), [
     ((), ("flat",), "two databases"),
     (("--template", "a {prompt}"), STYLES, "{style}"),
     (("--words", "flat"), STYLES, "DATABASE=WORDS"),
@@ -140,10 +141,11 @@ def test_neither_the_number_of_workers_nor_a_second_run_changes_anything(root: P
     ((), ("flat", "nowhere"), "nowhere"),
 ])
 def test_what_cannot_be_evaluated_is_refused_in_words(root: Path, capsys: pytest.CaptureFixture[str],
-                                                      more: Sequence[str], databases: Sequence[str], said: str) -> None:
+                                                      flags: Sequence[str], databases: Sequence[str], message: str
+                                                      ) -> None:
     with contextlib.suppress(SystemExit):  # flags that are wrong by themselves end in the parser
-        assert _evaluate(root, *more, databases=databases) == 2
-    assert said in capsys.readouterr().err
+        assert _evaluate(root, *flags, databases=databases) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_database_without_unseen_subjects_needs_prompts(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

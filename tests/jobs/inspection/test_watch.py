@@ -28,9 +28,9 @@ from tests.jobs.inspection import prometheus_server
 
 
 @pytest.fixture
-def root(trained: Path, tmp_path: Path) -> str:
+def root(trained_root: Path, tmp_path: Path) -> str:
     """Four datasets and a run; one is published, and of one the embeddings are under way."""
-    shutil.copytree(trained, tmp_path / "root")
+    shutil.copytree(trained_root, tmp_path / "root")
     root = str(tmp_path / "root")
     storage.put_json({"version": "v1", "content": "x", "published": time.time() - 3 * 86400, "number": 7,
                       "recall@10": 0.95}, storage.join(root, "datasets/drawn/current.json"))

@@ -46,9 +46,9 @@ def plan(tmp_path: Path) -> list[str]:
 def test_what_a_trial_measured_is_what_plan_takes(plan: list[str], drawn_pictures: Path, tmp_path: Path,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*plan, "--local", "--source", str(drawn_pictures)]) == 0
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     known, base = rates.read(str(tmp_path / "rates.json")), rates.built_in()
-    assert "Rates of shard, embed, index, exact, approximate, train: 1 worker on" in shown
+    assert "Rates of shard, embed, index, exact, approximate, train: 1 worker on" in output
     for name in ("shard", "embed", "index", "exact", "train"):
         assert getattr(known, name) != getattr(base, name), name
     assert known.shard.image_size == 32 and known.shard.source_bytes == base.shard.source_bytes
@@ -57,27 +57,28 @@ def test_what_a_trial_measured_is_what_plan_takes(plan: list[str], drawn_picture
     assert main(["plan", *plan[1:7], "--rates", str(tmp_path / "rates.json"), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     embed = document["builds"][0]["stages"][1]
-    each = clip.flop_per_image(ClipConfig())[0] / known.embed.flop_per_s + 32 ** 2 * known.embed.preparing_s_per_pixel
-    assert embed["worker_hours"] == pytest.approx(1e6 * each / 3600)
+    encoding_seconds = clip.flop_per_image(ClipConfig())[0] / known.embed.flop_per_s
+    image_seconds = encoding_seconds + 32 ** 2 * known.embed.preparing_s_per_pixel
+    assert embed["worker_hours"] == pytest.approx(1e6 * image_seconds / 3600)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_ray_workers_measure_pictures_that_they_draw_on_s3(plan: list[str], s3: str, tmp_path: Path) -> None:
     # A cluster of its own, whose workers know the store.
-    done = subprocess.run([sys.executable, "-m", "jobs", *plan, "--root", f"{s3}/root", "--measure-workers", "2",
-                           "--seconds", "1"], capture_output=True, text=True, timeout=300,
-                          env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"})
-    assert done.returncode == 0, done.stderr
+    completed = subprocess.run([sys.executable, "-m", "jobs", *plan, "--root", f"{s3}/root", "--measure-workers", "2",
+                                "--seconds", "1"], capture_output=True, text=True, timeout=300,
+                               env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"})
+    assert completed.returncode == 0, completed.stderr
     known = rates.read(str(tmp_path / "rates.json"))
     assert known.machine.startswith("2 workers on") and 100_000 < known.shard.source_bytes < 1_000_000
     assert "train" not in known.defaults and not storage.list_folders(f"{s3}/root/trial")
 
 
 @pytest.mark.slow
-def test_steps_take_what_training_takes(prepared: Path, tmp_path: Path) -> None:
+def test_steps_take_what_training_takes(prepared_root: Path, tmp_path: Path) -> None:
     config = replace(recipes.tiny(), steps=60, global_batch=16, log_every=10, precision="fp32", validate_every=0)
-    dataset = Dataset.parse(str(prepared), "drawn")
+    dataset = Dataset.parse(str(prepared_root), "drawn")
     run = Run.parse(str(tmp_path), "run")
     assert train_in_processes(Job(run, dataset, dataset, replace(config, checkpoint_every=60)))
     lines = read_metrics(run)
@@ -85,8 +86,8 @@ def test_steps_take_what_training_takes(prepared: Path, tmp_path: Path) -> None:
     info = run_stage(synthetic_data.Steps(str(tmp_path / "steps"), config, 32, 16, 10 * real, 1))["items"][0]["info"]
     assert info["batch"] <= 16 and info["parameters"] > 1e5
     from model.training import flops
-    each = flops.size(config.unet, 32, config.k).training(False)
-    assert 1 / 3 < each * 16 / info["flop_per_s"] / real < 3  # the machine may do other things meanwhile
+    image_flop = flops.size(config.unet, 32, config.k).training(False)
+    assert 1 / 3 < image_flop * 16 / info["flop_per_s"] / real < 3  # the machine may do other things meanwhile
 
 
 def test_a_network_that_does_not_fit_is_made_narrower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,9 +118,9 @@ def test_an_index_without_lists_is_searched_like_all_rows(known: Rates):
         + 20 * 500 / rate.checked_per_s + (lists / 2 / 8 * 500 + lists * 256) / rate.read_per_s
         + 1000 / rate.queries_per_s)
     vectors, shards = 500 * 256 * 2, 20
-    kept, not_kept = (costs_by_stage(make_build(1000, 500, memory=memory), known)["neighbors, index"].read
-                      for memory in (vectors, vectors - 1))
-    assert not_kept - kept == pytest.approx(shards * vectors * (1 - (7 / 8) ** 50))
+    cached, uncached = (costs_by_stage(make_build(1000, 500, memory=memory), known)["neighbors, index"].read
+                        for memory in (vectors, vectors - 1))
+    assert uncached - cached == pytest.approx(shards * vectors * (1 - (7 / 8) ** 50))
 
 
 def test_shards_and_vectors_of_a_database_of_its_own_are_made_too(known: Rates):
@@ -169,9 +169,9 @@ def test_storage_may_be_what_a_stage_waits_for(known: Rates):
 def test_a_database_that_a_worker_cannot_keep_is_read_for_the_shards_searched_together(known: Rates, at_once, searches):
     vectors = 1000 * 256 * 2
     together = replace(SETTINGS, neighbors=replace(SETTINGS.neighbors, at_once=at_once))
-    kept, not_kept = (costs_by_stage(make_build(5000, 1000, settings=together, workers=4, memory=memory), known)
-                      ["neighbors, exact"].read for memory in (vectors, vectors - 1))
-    assert not_kept - kept == pytest.approx((searches - 4) * vectors)
+    cached, uncached = (costs_by_stage(make_build(5000, 1000, settings=together, workers=4, memory=memory), known)
+                        ["neighbors, exact"].read for memory in (vectors, vectors - 1))
+    assert uncached - cached == pytest.approx((searches - 4) * vectors)
 
 
 def test_training_goes_by_steps_or_by_epochs(known: Rates):

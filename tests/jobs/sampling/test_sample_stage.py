@@ -1,4 +1,4 @@
-"""Samples of prompts, of pictures, of rows drawn from p_D; neighbours out of a pool, and of several databases."""
+"""Samples of prompts, of images and of rows of p_D; neighbors from a pool, and from several databases."""
 
 import contextlib
 import hashlib
@@ -43,10 +43,10 @@ CONFIG = SampleConfig(k=3, steps=2)
 
 
 @pytest.fixture(scope="module")
-def root(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(trained_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trained root, where p_D is known of two of its style databases."""
     root = tmp_path_factory.mktemp("sampling") / "root"
-    shutil.copytree(trained, root)
+    shutil.copytree(trained_root, root)
     for style in ("flat", "hatched"):
         run_stage(Neighbors(_dataset(root, "drawn"), _dataset(root, style), NeighborsConfig(k=5)))
     return root
@@ -54,7 +54,7 @@ def root(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def picture(root: Path, drawn_pictures: Path) -> Path:
-    """A picture of the database `flat`, in another format, with a transparent border."""
+    """An image of the database `flat`, in another format, with a transparent border."""
     inside = Image.open(sorted((drawn_pictures / "flat").glob("*.png"))[3]).convert("RGBA")
     padded = Image.new("RGBA", (inside.width + 2, inside.height + 2))
     padded.paste(inside, (1, 1))
@@ -71,18 +71,18 @@ def _sample(root: Path, *arguments: str) -> int:
     return main(["sample", "small", "--root", str(root), "--local", "--steps", "2", *arguments])
 
 
-def _sampled(root: Path, name: str, *arguments: str) -> list[dict[str, Any]]:
-    """The pictures that samples.json tells of."""
+def _sample_records(root: Path, name: str, *arguments: str) -> list[dict[str, Any]]:
+    """Sample, and return the records of images in samples.json."""
     assert _sample(root, "--name", name, "--k", "3", *arguments) == 0
     return json.loads((root / f"runs/small/samples/{name}/samples.json").read_text())["pictures"]
 
 
-def _png(root: Path, name: str, one: dict[str, Any]) -> np.ndarray:
-    return np.asarray(Image.open(root / f"runs/small/samples/{name}" / one["file"]))
+def _png(root: Path, name: str, record: dict[str, Any]) -> np.ndarray:
+    return np.asarray(Image.open(root / f"runs/small/samples/{name}" / record["file"]))
 
 
-def _rows(one: dict[str, Any]) -> list[int]:
-    return [near["row"] for near in one["neighbors"]]
+def _rows(record: dict[str, Any]) -> list[int]:
+    return [neighbor["row"] for neighbor in record["neighbors"]]
 
 
 def test_without_the_new_flags_a_folder_is_what_it_was(root: Path) -> None:
@@ -97,12 +97,12 @@ def test_without_the_new_flags_a_folder_is_what_it_was(root: Path) -> None:
     assert {entry["name"] for entry in manifest["items"][0]["files"]} == {
         f"flat/{name}{end}" for name in ("00-a-red-circle", "01-a-blue-square")
         for end in (".png", "-neighbor-0.png", "-neighbor-1.png", "-neighbor-2.png")}
-    told = json.loads(Path(sampling.folder, "samples.json").read_text())["pictures"]
+    records = json.loads(Path(sampling.folder, "samples.json").read_text())["pictures"]
     ids, _ = Searcher(flat).search(clip.load_encoder(ClipConfig()).texts(PROMPTS), 3)
-    assert [_rows(one) for one in told] == ids.tolist()
-    assert [(one["kind"], one["prompt"], one["position"]) for one in told] == [
+    assert [_rows(record) for record in records] == ids.tolist()
+    assert [(record["kind"], record["prompt"], record["position"]) for record in records] == [
         ("prompt", prompt, number) for number, prompt in enumerate(PROMPTS)]
-    assert not any("database" in near for one in told for near in one["neighbors"])
+    assert not any("database" in neighbor for record in records for neighbor in record["neighbors"])
 
 
 def test_the_driver_makes_the_grid_without_reading_the_images(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,106 +165,109 @@ def _grid_of_files(folder: Path) -> bytes:
 
 def test_rows_are_drawn_as_often_as_they_are_used() -> None:
     usage = np.array([0, 5, 1, 3, 0, 1])
-    drawn = Counter(RowDistribution(usage, 1.0).sample_row(Random(f"{position}")) for position in range(4000))
-    assert set(drawn) == {1, 2, 3, 5}
-    assert all(abs(drawn[row] / 4000 - usage[row] / 10) < 0.03 for row in drawn)
-    few = RowDistribution(usage, 1 / 3)
-    assert few.rows.tolist() == [1, 3]
-    drawn = Counter(few.sample_row(Random(f"{position}")) for position in range(4000))
-    assert abs(drawn[1] / 4000 - 5 / 8) < 0.03
+    counts = Counter(RowDistribution(usage, 1.0).sample_row(Random(f"{position}")) for position in range(4000))
+    assert set(counts) == {1, 2, 3, 5}
+    assert all(abs(counts[row] / 4000 - usage[row] / 10) < 0.03 for row in counts)
+    top_third = RowDistribution(usage, 1 / 3)
+    assert top_third.rows.tolist() == [1, 3]
+    counts = Counter(top_third.sample_row(Random(f"{position}")) for position in range(4000))
+    assert abs(counts[1] / 4000 - 5 / 8) < 0.03
     assert RowDistribution(usage, 1e-9).rows.tolist() == [1]
     with pytest.raises(ValueError, match="nothing to draw"):
         RowDistribution(np.zeros(3, np.int64), 1.0)
 
 
 def test_unconditional_pictures_are_of_likely_rows_and_their_neighbours(root: Path) -> None:
-    told = _sampled(root, "likely", "--unconditional", "3", "--top-m", "0.2", "--text-guidance", "5",
-                    "--database", "flat", "--database", "drawn")
-    assert [(one["position"], one["database"]) for one in told] == [
+    records = _sample_records(root, "likely", "--unconditional", "3", "--top-m", "0.2", "--text-guidance", "5",
+                              "--database", "flat", "--database", "drawn")
+    assert [(record["position"], record["database"]) for record in records] == [
         (position, name) for position in range(3) for name in ("flat", "drawn")]
-    drawer = open_generator(Run.parse(str(root), "small"), 3)
-    for one in told:
-        database = _dataset(root, one["database"])
+    generator = open_generator(Run.parse(str(root), "small"), 3)
+    for record in records:
+        database = _dataset(root, record["database"])
         usage = neighbor_counts(_dataset(root, "drawn"), database, np.empty(0, np.int64))
-        assert one["kind"] == "p_D" and one["drawn"]["used"] == usage[one["drawn"]["row"]]
-        assert (usage > one["drawn"]["used"]).sum() < round(0.2 * len(usage))
-        rows, searcher = _rows(one), Searcher(database)
-        assert rows[0] == one["drawn"]["row"] and one["neighbors"][0]["score"] == pytest.approx(1, abs=2e-3)
+        assert record["kind"] == "p_D" and record["drawn"]["used"] == usage[record["drawn"]["row"]]
+        assert (usage > record["drawn"]["used"]).sum() < round(0.2 * len(usage))
+        rows, searcher = _rows(record), Searcher(database)
+        assert rows[0] == record["drawn"]["row"] and record["neighbors"][0]["score"] == pytest.approx(1, abs=2e-3)
         vectors = searcher.embeddings.rows(np.array([rows])).astype(np.float32)
-        near, _ = searcher.search(vectors[:, 0], 4)
-        assert rows[1:] == [row for row in near[0] if row != rows[0]][:2]
-        # Nothing else is in the context: no text, and so no guidance of its own.
-        assert (drawer.generate(vectors, [one["position"]], CONFIG)[0] == _png(root, "likely", one)).all()
-    more = _sampled(root, "more", "--unconditional", "4", "--top-m", "0.2", "--database", "flat")
-    assert [one["drawn"] for one in more[:3]] == [one["drawn"] for one in told if one["database"] == "flat"]
-    other = _sampled(root, "other", "--unconditional", "4", "--seed", "1", "--database", "flat")
-    assert [one["drawn"]["row"] for one in more] != [one["drawn"]["row"] for one in other]
+        nearest, _ = searcher.search(vectors[:, 0], 4)
+        assert rows[1:] == [row for row in nearest[0] if row != rows[0]][:2]
+        # Nothing else is in the context: no text, and so no guidance by text.
+        assert (generator.generate(vectors, [record["position"]], CONFIG)[0] == _png(root, "likely", record)).all()
+    more_records = _sample_records(root, "more", "--unconditional", "4", "--top-m", "0.2", "--database", "flat")
+    assert [record["drawn"] for record in more_records[:3]] == [
+        record["drawn"] for record in records if record["database"] == "flat"]
+    other_records = _sample_records(root, "other", "--unconditional", "4", "--seed", "1", "--database", "flat")
+    assert [record["drawn"]["row"] for record in more_records] != [record["drawn"]["row"] for record in other_records]
 
 
 def test_a_picture_stands_where_a_prompt_would(root: Path, picture: Path, drawn_pictures: Path) -> None:
-    told = _sampled(root, "asked", "--image", str(picture), "--unconditional", "1", "--prompt", PROMPTS[0],
-                    "--database", "flat")
-    assert [one["kind"] for one in told] == ["prompt", "image", "p_D"]
-    assert told[1]["image"] == {"name": picture.name, "sha256": hashlib.sha256(picture.read_bytes()).hexdigest(),
-                                "file": "asked/01-my-apple.png"}
-    assert told[1]["file"] == "flat/01-my-apple.png"
-    kept = sorted((drawn_pictures / "flat").glob("*.png"))[3]
-    assert told[1]["neighbors"][0]["sha256"] == hashlib.sha256(kept.read_bytes()).hexdigest()
+    records = _sample_records(root, "asked", "--image", str(picture), "--unconditional", "1", "--prompt", PROMPTS[0],
+                              "--database", "flat")
+    assert [record["kind"] for record in records] == ["prompt", "image", "p_D"]
+    assert records[1]["image"] == {"name": picture.name, "sha256": hashlib.sha256(picture.read_bytes()).hexdigest(),
+                                   "file": "asked/01-my-apple.png"}
+    assert records[1]["file"] == "flat/01-my-apple.png"
+    database_image = sorted((drawn_pictures / "flat").glob("*.png"))[3]
+    assert records[1]["neighbors"][0]["sha256"] == hashlib.sha256(database_image.read_bytes()).hexdigest()
     encoder, searcher = clip.load_encoder(ClipConfig()), Searcher(_dataset(root, "flat"))
     vector = encoder.images(np.stack([encoder.prepared(picture.read_bytes())]))
-    context = np.concatenate([vector, searcher.embeddings.rows(np.array(_rows(told[1]))).astype(np.float32)])
-    drawer = open_generator(Run.parse(str(root), "small"), 3)
-    assert (drawer.generate(context[None], [1], CONFIG)[0] == _png(root, "asked", told[1])).all()
+    context = np.concatenate([vector, searcher.embeddings.rows(np.array(_rows(records[1]))).astype(np.float32)])
+    generator = open_generator(Run.parse(str(root), "small"), 3)
+    assert (generator.generate(context[None], [1], CONFIG)[0] == _png(root, "asked", records[1])).all()
     assert Image.open(root / "runs/small/samples/asked/asked/01-my-apple.png").size == (34, 34)
-    alone = _sampled(root, "alone", "--prompt", PROMPTS[0], "--database", "flat")
-    assert (_png(root, "alone", alone[0]) == _png(root, "asked", told[0])).all()
+    records_alone = _sample_records(root, "alone", "--prompt", PROMPTS[0], "--database", "flat")
+    assert (_png(root, "alone", records_alone[0]) == _png(root, "asked", records[0])).all()
     assert main(["verify", "--root", str(root), "--only", "runs/small/samples/asked"]) == 0
 
 
 def test_neighbours_out_of_a_pool(root: Path) -> None:
-    asked = ("--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--database", "flat", "--unconditional", "1")
-    told = _sampled(root, "pool", *asked, "--pool", "8")
+    flags = ("--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--database", "flat", "--unconditional", "1")
+    records = _sample_records(root, "pool", *flags, "--pool", "8")
     texts = clip.load_encoder(ClipConfig()).texts(PROMPTS)
-    near, _ = Searcher(_dataset(root, "flat")).search(texts, 8)
-    ranks = [[near[number].tolist().index(row) for row in _rows(told[number])] for number in range(2)]
-    assert all(one == sorted(set(one)) and len(one) == 3 for one in ranks) and ranks[0] != ranks[1]
-    assert _rows(told[2])[0] == told[2]["drawn"]["row"]
-    again = _sampled(root, "again", *asked, "--pool", "8", "--batch-size", "1")
-    other = _sampled(root, "seeds", *asked, "--pool", "8", "--seed", "1")
-    assert [*map(_rows, again)] == [*map(_rows, told)] != [*map(_rows, other)]
-    whole, plain = _sampled(root, "whole", *asked, "--pool", "3"), _sampled(root, "plain", *asked)
-    assert [*map(_rows, whole)] == [*map(_rows, plain)]
-    # Of a database with fewer rows than the pool all that there are may be taken.
-    everything = _sampled(root, "everything", *asked, "--pool", "1000")
-    assert all(len(set(_rows(one))) == 3 for one in everything)
+    nearest, _ = Searcher(_dataset(root, "flat")).search(texts, 8)
+    ranks = [[nearest[number].tolist().index(row) for row in _rows(records[number])] for number in range(2)]
+    assert all(query_ranks == sorted(set(query_ranks)) and len(query_ranks) == 3 for query_ranks in ranks)
+    assert ranks[0] != ranks[1]
+    assert _rows(records[2])[0] == records[2]["drawn"]["row"]
+    records_again = _sample_records(root, "again", *flags, "--pool", "8", "--batch-size", "1")
+    other_records = _sample_records(root, "seeds", *flags, "--pool", "8", "--seed", "1")
+    assert [*map(_rows, records_again)] == [*map(_rows, records)] != [*map(_rows, other_records)]
+    full_pool, no_pool = _sample_records(root, "whole", *flags, "--pool", "3"), _sample_records(root, "plain", *flags)
+    assert [*map(_rows, full_pool)] == [*map(_rows, no_pool)]
+    # A database with fewer rows than the pool gives all its rows to choose from.
+    large_pool = _sample_records(root, "everything", *flags, "--pool", "1000")
+    assert all(len(set(_rows(record))) == 3 for record in large_pool)
 
 
 def test_a_mixture_shares_out_the_neighbours(root: Path) -> None:
-    told = _sampled(root, "mixed", "--k", "4", "--prompt", PROMPTS[0], "--unconditional", "4", "--database",
-                    "flat:3+hatched:1", "--database", "hatched")
-    mixed = [one for one in told if one["database"] == "flat:3+hatched:1"]
+    records = _sample_records(root, "mixed", "--k", "4", "--prompt", PROMPTS[0], "--unconditional", "4", "--database",
+                              "flat:3+hatched:1", "--database", "hatched")
+    mixed = [record for record in records if record["database"] == "flat:3+hatched:1"]
     text = clip.load_encoder(ClipConfig()).texts(PROMPTS[:1])
     nearest = {name: Searcher(_dataset(root, name)).search(text, count)[0][0].tolist()
                for name, count in (("flat", 3), ("hatched", 1))}
     for name, rows in nearest.items():
-        assert [near["row"] for near in mixed[0]["neighbors"] if near["database"] == name] == rows
-    for one in mixed:
-        assert Counter(near["database"] for near in one["neighbors"]) == {"flat": 3, "hatched": 1}
-        scores = [near["score"] for near in one["neighbors"]]
+        assert [neighbor["row"] for neighbor in mixed[0]["neighbors"] if neighbor["database"] == name] == rows
+    for record in mixed:
+        assert Counter(neighbor["database"] for neighbor in record["neighbors"]) == {"flat": 3, "hatched": 1}
+        scores = [neighbor["score"] for neighbor in record["neighbors"]]
         assert scores == sorted(scores, reverse=True)
-        vectors = np.stack([Searcher(_dataset(root, near["database"])).embeddings.rows(np.array(near["row"]))
-                            for near in one["neighbors"]]).astype(np.float32)
-        if one["kind"] == "p_D":
-            first = one["neighbors"][0]
-            assert one["drawn"].items() >= {name: first[name] for name in ("row", "key", "database")}.items()
-            drawer = open_generator(Run.parse(str(root), "small"), 3)
-            assert (drawer.generate(vectors[None], [one["position"]], CONFIG)[0] == _png(root, "mixed", one)).all()
+        vectors = np.stack([Searcher(_dataset(root, neighbor["database"])).embeddings.rows(np.array(neighbor["row"]))
+                            for neighbor in record["neighbors"]]).astype(np.float32)
+        if record["kind"] == "p_D":
+            first = record["neighbors"][0]
+            assert record["drawn"].items() >= {name: first[name] for name in ("row", "key", "database")}.items()
+            generator = open_generator(Run.parse(str(root), "small"), 3)
+            image = generator.generate(vectors[None], [record["position"]], CONFIG)[0]
+            assert (image == _png(root, "mixed", record)).all()
     assert (root / "runs/small/samples/mixed/flat=3+hatched=1/00-a-red-circle.png").exists()
 
 
 def test_the_report_shows_what_was_asked_for(root: Path, picture: Path) -> None:
-    _sampled(root, "all", "--prompt", PROMPTS[0], "--image", str(picture), "--unconditional", "1", "--top-m", "0.5",
-             "--pool", "5", "--database", "flat+hatched")
+    _sample_records(root, "all", "--prompt", PROMPTS[0], "--image", str(picture), "--unconditional", "1",
+                    "--top-m", "0.5", "--pool", "5", "--database", "flat+hatched")
     report.write_report(str(root), str(root / "report.html"))
     page = (root / "report.html").read_text()
     assert "could not be read" not in page
@@ -289,7 +292,7 @@ def test_a_mixture_has_one_name(text: str, label: str, item: str) -> None:
     assert Mixture.parse("root", label) == mixture or len(set(mixture.weights)) == 1
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
+@pytest.mark.parametrize(("arguments", "message"), [
     (["--image", "nowhere.png"], "cannot read the picture nowhere.png"),
     (["--image", "{root}"], "cannot read the picture"),
     (["--image", "{root}/settings.toml"], "not_a_picture"),
@@ -310,15 +313,15 @@ def test_a_mixture_has_one_name(text: str, label: str, item: str) -> None:
     (["--prompt", "x", "--steps", "5000"], "below timesteps = 1000"),
     ([], "sample needs prompts, pictures or rows to draw"),
 ])
-def test_what_cannot_be_drawn_is_refused_in_words(arguments: list[str], said: str, root: Path, picture: Path, capsys
+def test_what_cannot_be_drawn_is_refused_in_words(arguments: list[str], message: str, root: Path, picture: Path, capsys
                                                   ) -> None:
-    given = [one.format(root=root, picture=picture) for one in arguments]
+    flags = [argument.format(root=root, picture=picture) for argument in arguments]
     code = 2
     with contextlib.suppress(SystemExit):  # flags that are wrong by themselves end in the parser
-        code = _sample(root, "--database", "flat", *given)
+        code = _sample(root, "--database", "flat", *flags)
     error = capsys.readouterr().err
-    assert code == 2 and said in error and "Traceback" not in error
-    assert not [one for one in (root / "runs").glob("*/samples/*") if not (one / "manifest.json").exists()]
+    assert code == 2 and message in error and "Traceback" not in error
+    assert not [folder for folder in (root / "runs").glob("*/samples/*") if not (folder / "manifest.json").exists()]
 
 
 def test_a_run_that_was_not_trained_here_has_no_p_d(root: Path, tmp_path: Path) -> None:

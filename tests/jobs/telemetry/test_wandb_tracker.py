@@ -28,9 +28,9 @@ _SMALL = ('[train]\nsteps = 24\nglobal_batch = 4\nlog_every = 1\ncheckpoint_ever
 
 
 @pytest.fixture
-def root(prepared: Path, tmp_path: Path) -> Path:
+def root(prepared_root: Path, tmp_path: Path) -> Path:
     """A copy of the prepared root, with settings of a small run."""
-    shutil.copytree(prepared, tmp_path / "root")
+    shutil.copytree(prepared_root, tmp_path / "root")
     (tmp_path / "root/settings.toml").write_text(_SMALL)
     return tmp_path / "root"
 

@@ -12,14 +12,14 @@ from jobs.cli.main import main
 
 
 @pytest.fixture
-def root(trained: Path, tmp_path: Path) -> Path:
-    shutil.copytree(trained, tmp_path / "root")
+def root(trained_root: Path, tmp_path: Path) -> Path:
+    shutil.copytree(trained_root, tmp_path / "root")
     return tmp_path / "root"
 
 
-def _sample(root: Path, run: str, *more: str) -> int:
+def _sample(root: Path, run: str, *flags: str) -> int:
     return main(["sample", run, "--prompt", "a red circle", "--database", "flat", "--steps", "3", "--name", "here",
-                     "--root", str(root), "--local", *more])
+                     "--root", str(root), "--local", *flags])
 
 
 def _picture(root: Path, run: str) -> np.ndarray:
@@ -32,30 +32,31 @@ def test_what_was_exported_draws_the_same_elsewhere(root: Path, tmp_path: Path,
     assert main(["export", "small", "--out", str(out), "--root", str(root)]) == 0
     weights = root / "runs/small/checkpoints/0000003/ema.safetensors"
     assert (out / "ema.safetensors").stat().st_size < 0.55 * weights.stat().st_size
-    elsewhere = tmp_path / "elsewhere"
-    shutil.copytree(root / "datasets", elsewhere / "datasets")
-    assert main(["convert", "brought", "--checkpoint", str(out), "--root", str(elsewhere)]) == 0
-    assert _sample(root, "small") == 0 and _sample(elsewhere, "brought") == 0
+    other_root = tmp_path / "elsewhere"
+    shutil.copytree(root / "datasets", other_root / "datasets")
+    assert main(["convert", "brought", "--checkpoint", str(out), "--root", str(other_root)]) == 0
+    assert _sample(root, "small") == 0 and _sample(other_root, "brought") == 0
     # Half precision moves a weight by one part in two thousand, and a pixel by hardly one step.
-    assert np.abs(_picture(root, "small") - _picture(elsewhere, "brought")).max() <= 2
-    assert main(["verify", "--root", str(elsewhere)]) == 0
-    assert main(["convert", "brought", "--checkpoint", str(out), "--root", str(elsewhere)]) == 0
+    assert np.abs(_picture(root, "small") - _picture(other_root, "brought")).max() <= 2
+    assert main(["verify", "--root", str(other_root)]) == 0
+    assert main(["convert", "brought", "--checkpoint", str(out), "--root", str(other_root)]) == 0
     # It knows what it was trained on, so it can be evaluated where that is.
     assert main(["evaluate", "brought", "--database", "flat", "--database", "outline", "--prompts", "1",
                      "--judge-steps", "5", "--steps", "2", "--sweep-k", "1", "--sweep-guidance", "1",
-                     "--root", str(elsewhere), "--local"]) == 0
+                     "--root", str(other_root), "--local"]) == 0
 
 
 def test_an_export_says_what_is_wrong(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
-    for words, said in ((["export", "small", "--out", str(tmp_path / "full")], "not empty"),
-                        (["export", "nobody", "--out", str(tmp_path / "new")], "no run nobody"),
-                        (["export", "small", "--out", str(tmp_path / "new"), "--checkpoint", "9"], "no checkpoint 9"),
-                        (["convert", "other", "--checkpoint", str(tmp_path / "full")], "not a folder that export"),
-                        (["convert", "other", "--checkpoint", str(root / "settings.toml")], "--database")):
-        assert main([*words, "--root", str(root)]) == 2
-        assert said in capsys.readouterr().err
+    for command, message in (
+            (["export", "small", "--out", str(tmp_path / "full")], "not empty"),
+            (["export", "nobody", "--out", str(tmp_path / "new")], "no run nobody"),
+            (["export", "small", "--out", str(tmp_path / "new"), "--checkpoint", "9"], "no checkpoint 9"),
+            (["convert", "other", "--checkpoint", str(tmp_path / "full")], "not a folder that export"),
+            (["convert", "other", "--checkpoint", str(root / "settings.toml")], "--database")):
+        assert main([*command, "--root", str(root)]) == 2
+        assert message in capsys.readouterr().err
     assert (tmp_path / "full" / "file").read_text() == "mine"
 
 
@@ -63,7 +64,7 @@ def test_a_folder_of_another_network_is_not_put_over_a_run(root: Path, tmp_path:
     out = tmp_path / "carried"
     assert main(["export", "small", "--out", str(out), "--root", str(root)]) == 0
     assert main(["convert", "small", "--checkpoint", str(out), "--root", str(root)]) == 2
-    about = json.loads((out / "checkpoint.json").read_text())
-    about["config"]["unet"]["model_channels"] = 64
-    (out / "checkpoint.json").write_text(json.dumps(about))
+    description = json.loads((out / "checkpoint.json").read_text())
+    description["config"]["unet"]["model_channels"] = 64
+    (out / "checkpoint.json").write_text(json.dumps(description))
     assert main(["convert", "other", "--checkpoint", str(out), "--root", str(root), "--local"]) in {1, 2}

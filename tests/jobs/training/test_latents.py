@@ -52,19 +52,19 @@ def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def root(prepared: Path, tmp_path: Path) -> Path:
+def root(prepared_root: Path, tmp_path: Path) -> Path:
     """A copy of the prepared root."""
-    shutil.copytree(prepared, tmp_path / "root")
+    shutil.copytree(prepared_root, tmp_path / "root")
     return tmp_path / "root"
 
 
 def _edit(path: Path, name: str, value: object) -> None:
     document = json.loads(path.read_text())
     document[name] = value
-    path.write_text(json.dumps({key: each for key, each in document.items() if each is not None}))
+    path.write_text(json.dumps({key: setting for key, setting in document.items() if setting is not None}))
 
 
-def _released(path: Path, unet: UNetConfig = SMALL) -> Path:
+def _write_checkpoint(path: Path, unet: UNetConfig = SMALL) -> Path:
     """A checkpoint under the names of the release, with random weights and the golden first stage."""
     torch.manual_seed(0)
     state = {f"model.diffusion_model.{name}": tensor for name, tensor in UNet(unet).state_dict().items()}
@@ -86,7 +86,7 @@ def test_a_row_of_the_latents_is_the_picture_of_that_row_encoded_and_scaled(root
     for number, (record, shard) in enumerate(zip(manifest["items"], shards, strict=True)):
         rows = np.load(dataset.fetch("latents", file_of(record, ".npy")))
         assert rows.shape == (shard["samples"], 2, 16, 8, 8) and rows.dtype == np.float16
-        pictures = np.stack([decode_pixels(tars.sample_image(one)) for one in tars.read(
+        pictures = np.stack([decode_pixels(tars.sample_image(sample)) for sample in tars.read(
             dataset.fetch("shards", file_of(shard, ".tar")))])
         if number == 0:
             x = torch.from_numpy(pictures[:8]).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -95,23 +95,23 @@ def test_a_row_of_the_latents_is_the_picture_of_that_row_encoded_and_scaled(root
                                                              .astype(np.float32).std()), rel=1e-5)
         for position in (0, len(pictures) - 1):
             x = torch.from_numpy(pictures[position][None]).permute(0, 3, 1, 2).float() / 127.5 - 1
-            for kind, seen in enumerate((x, x.flip(-1))):
-                wanted = about["scale"] * network.moments(seen)[0][0].numpy()
-                np.testing.assert_allclose(rows[position, kind], wanted, atol=4e-3 * abs(wanted).max())
+            for kind, image in enumerate((x, x.flip(-1))):
+                expected = about["scale"] * network.moments(image)[0][0].numpy()
+                np.testing.assert_allclose(rows[position, kind], expected, atol=4e-3 * abs(expected).max())
     assert main(["verify", "--root", str(root), "--only", "datasets/drawn/v1/latents"]) == 0
 
 
 def test_latents_are_made_in_smaller_batches_after_out_of_memory(root: Path, autoencoder: Path,
                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     dataset, moments = Dataset.parse(str(root), "drawn"), first_stage.FirstStage.moments
-    one = latents.Latents(dataset, LatentsConfig(first_stage=str(autoencoder), batch_size=8, scale=1.0))
+    stage = latents.Latents(dataset, LatentsConfig(first_stage=str(autoencoder), batch_size=8, scale=1.0))
 
     def rows() -> np.ndarray:
         return np.concatenate([np.load(dataset.fetch("latents", file_of(record, ".npy")))
                                for record in dataset.manifest("latents")["items"]])
 
-    run_stage(one)
-    plain = rows()
+    run_stage(stage)
+    full_batch_rows = rows()
 
     def limited(self: first_stage.FirstStage, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if len(pictures) > 3:
@@ -120,10 +120,11 @@ def test_latents_are_made_in_smaller_batches_after_out_of_memory(root: Path, aut
 
     monkeypatch.setattr(first_stage.FirstStage, "moments", limited)
     monkeypatch.setattr(latents, "_fit", devices.BatchFit())
-    sealed = run_stage(one, overwrite=True)
-    np.testing.assert_allclose(rows().astype(np.float32), plain.astype(np.float32), atol=4e-3 * abs(plain).max())
-    assert sealed["run"]["items_with_halved_batches"] == len(sealed["items"])
-    assert sealed["items"][0]["run"]["times"][devices.HALVED].startswith("batch from 8 to 2 after out of memory on ")
+    manifest = run_stage(stage, overwrite=True)
+    np.testing.assert_allclose(rows().astype(np.float32), full_batch_rows.astype(np.float32),
+                               atol=4e-3 * abs(full_batch_rows).max())
+    assert manifest["run"]["items_with_halved_batches"] == len(manifest["items"])
+    assert manifest["items"][0]["run"]["times"][devices.HALVED].startswith("batch from 8 to 2 after out of memory on ")
 
 
 def test_a_factor_that_is_given_or_configured_is_taken(root: Path, autoencoder: Path, tmp_path: Path) -> None:
@@ -141,21 +142,21 @@ def test_batches_of_latents_see_every_sample_once_and_both_sides_of_it(root: Pat
     dataset = Dataset.parse(str(root), "drawn")
     run_stage(latents.Latents(dataset, LatentsConfig(first_stage=str(autoencoder), flips=True)))
     total = dataset.manifest("shards")["totals"]["samples"]
-    kept = np.concatenate([np.load(dataset.fetch("latents", file_of(record, ".npy")))
-                           for record in dataset.manifest("latents")["items"]])
+    all_latents = np.concatenate([np.load(dataset.fetch("latents", file_of(record, ".npy")))
+                                  for record in dataset.manifest("latents")["items"]])
     whole = Batches(dataset, dataset, k=4, global_batch=8, seed=1, latents=True)
     halves = [Batches(dataset, dataset, k=4, global_batch=8, seed=1, latents=True, rank=rank, world=2)
               for rank in range(2)]
     rows, kinds = [], []
     for step in range(total // 8):
         batch = whole.at(step)
-        parts = [one.at(step) for one in halves]
+        parts = [half.at(step) for half in halves]
         for name in ("latent", "rows", "neighbors"):
             np.testing.assert_array_equal(batch[name], np.concatenate([part[name] for part in parts]))
         for latent, row in zip(batch["latent"], batch["rows"], strict=True):
-            alike = [bool((latent == kept[row, kind]).all()) for kind in range(2)]
-            assert any(alike)
-            kinds.append(alike.index(True))
+            matches = [bool((latent == all_latents[row, kind]).all()) for kind in range(2)]
+            assert any(matches)
+            kinds.append(matches.index(True))
             rows.append(int(row))
     assert len(set(rows)) == len(rows) and 0.3 < np.mean(kinds) < 0.7
 
@@ -180,18 +181,18 @@ def test_a_run_on_latents_trains_and_draws_pictures(root: Path, autoencoder: Pat
     assert section["first_stage"]["factor"] == 4
     # Another first stage in the same place is noticed.
     latents.open_first_stage_on.cache_clear()
-    other = first_stage.load(autoencoder)
+    changed = first_stage.load(autoencoder)
     with torch.no_grad():
-        next(other.network.parameters()).add_(1.0)
-    kept = autoencoder.with_name("kept")
-    shutil.copytree(autoencoder, kept)
+        next(changed.network.parameters()).add_(1.0)
+    backup = autoencoder.with_name("kept")
+    shutil.copytree(autoencoder, backup)
     try:
-        other.network.save_pretrained(autoencoder)
+        changed.network.save_pretrained(autoencoder)
         assert main(["sample", "run", "--prompt", "a blue square", "--database", "drawn", "--steps", "2", *common]) == 1
         assert "is not the one that the run run was trained with" in capsys.readouterr().err
     finally:
         shutil.rmtree(autoencoder)
-        shutil.move(kept, autoencoder)
+        shutil.move(backup, autoencoder)
         latents.open_first_stage_on.cache_clear()
 
 
@@ -209,34 +210,35 @@ def test_validation_of_a_run_on_latents_shows_what_sample_draws_and_changes_noth
     monkeypatch.chdir(autoencoder.parent)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    drawn = Dataset.parse(str(root), "drawn")
-    made = run_stage(latents.Latents(drawn, LatentsConfig(first_stage=autoencoder.name)))
+    dataset = Dataset.parse(str(root), "drawn")
+    manifest = run_stage(latents.Latents(dataset, LatentsConfig(first_stage=autoencoder.name)))
     monkeypatch.chdir(root)  # who trains has another working folder
     assert train_in_processes(_job(root, "with", "drawn")) and train_in_processes(_job(root, "without"))
-    one, other = (Run.parse(str(root), name) for name in ("with", "without"))
-    assert one.checkpoint(2)["content"] == other.checkpoint(2)["content"]
-    assert [line["step"] for line in read_metrics(one, "validation.jsonl")] == [1, 2]
-    # The same noise and neighbours: the grid has what the run's own drawer makes of them.
-    look, network = Validation(_job(root, "with", "drawn"), drawn), checkpoint.load_denoiser(one.fetch(2))[0]
-    found = look.generate(network, torch.device("cpu"))
-    wanted = ImageGenerator(one, 2).generate(look.context[:8].numpy(), range(8), SampleConfig(
-        steps=20, guidance=1.5, sampler="dpm++", precision="fp32", seed=look.config.seed))
-    assert found.shape == (8, 32, 32, 3) and found.std() > 1 and look.config.context_norm == 1
-    assert np.abs(found.astype(int) - wanted).max() <= 1
+    validated_run, plain_run = (Run.parse(str(root), name) for name in ("with", "without"))
+    assert validated_run.checkpoint(2)["content"] == plain_run.checkpoint(2)["content"]
+    assert [line["step"] for line in read_metrics(validated_run, "validation.jsonl")] == [1, 2]
+    # The same noise and neighbors: the grid has what the run's own generator makes of them.
+    validation = Validation(_job(root, "with", "drawn"), dataset)
+    network = checkpoint.load_denoiser(validated_run.fetch(2))[0]
+    images = validation.generate(network, torch.device("cpu"))
+    expected = ImageGenerator(validated_run, 2).generate(validation.context[:8].numpy(), range(8), SampleConfig(
+        steps=20, guidance=1.5, sampler="dpm++", precision="fp32", seed=validation.config.seed))
+    assert images.shape == (8, 32, 32, 3) and images.std() > 1 and validation.config.context_norm == 1
+    assert np.abs(images.astype(int) - expected).max() <= 1
     grid = (root / "runs/with/validation/0000002.png").read_bytes()
-    cells = np.asarray(look._grid(found))
+    cells = np.asarray(validation._grid(images))
     assert np.abs(np.asarray(Image.open(io.BytesIO(grid))).astype(int) - cells).max() <= 1
-    assert not np.array_equal(cells, np.asarray(look._grid(wanted[::-1])))
+    assert not np.array_equal(cells, np.asarray(validation._grid(expected[::-1])))
     assert {int(path.name.split("_")[1]) for path in root.glob(
         "runs/with/wandb/offline-run-*/files/media/images/validation_*.png")} == {1, 2}
     assert main(["report", "--root", str(root)]) == 0
     assert "drawn in validation" in (root / "report.html").read_text()
     # Latents that were made with a factor of their own are brought to that of the run.
     shutil.copytree(root / "datasets/drawn", root / "datasets/held")
-    held = Dataset.parse(str(root), "held")
-    scale = made["info"]["first_stage"]["scale"]
-    run_stage(latents.Latents(held, LatentsConfig(first_stage=str(autoencoder), scale=2 * scale)), overwrite=True)
-    torch.testing.assert_close(Validation(_job(root, "with", "held"), held).x0, look.x0, rtol=2e-3, atol=2e-3)
+    held_out = Dataset.parse(str(root), "held")
+    scale = manifest["info"]["first_stage"]["scale"]
+    run_stage(latents.Latents(held_out, LatentsConfig(first_stage=str(autoencoder), scale=2 * scale)), overwrite=True)
+    torch.testing.assert_close(Validation(_job(root, "with", "held"), held_out).x0, validation.x0, rtol=2e-3, atol=2e-3)
 
 
 def test_without_its_first_stage_a_run_goes_on_and_says_so_once(
@@ -263,8 +265,8 @@ def test_without_its_first_stage_a_run_goes_on_and_says_so_once(
     assert train_in_processes(_job(root, "deceived", "drawn"))
     assert caplog.text.count("is not the one that the run deceived was trained with") == 1
     latents.open_first_stage_on.cache_clear()
-    other = latents.Latents(Dataset.parse(str(root), "other"), LatentsConfig(first_stage=str(folder)))
-    run_stage(other, overwrite=True)
+    stage = latents.Latents(Dataset.parse(str(root), "other"), LatentsConfig(first_stage=str(folder)))
+    run_stage(stage, overwrite=True)
     latents.open_first_stage_on.cache_clear()
     with pytest.raises(ValueError, match="the latents of other are of another first stage than those of drawn"):
         Training(_job(root, "run", "other")).check()
@@ -274,36 +276,36 @@ def test_an_exported_run_on_latents_draws_where_its_first_stage_never_was(
         root: Path, autoencoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    folder, out, elsewhere = tmp_path / "going", tmp_path / "carried", tmp_path / "elsewhere"
+    folder, out, other_root = tmp_path / "going", tmp_path / "carried", tmp_path / "elsewhere"
     shutil.copytree(autoencoder, folder)
     run_stage(latents.Latents(Dataset.parse(str(root), "drawn"), LatentsConfig(first_stage=str(folder))))
     assert train_in_processes(_job(root, "run"))
-    draw = ["sample", "--prompt", "a red circle", "--database", "drawn", "--steps", "3", "--name", "some", "--local"]
+    command = ["sample", "--prompt", "a red circle", "--database", "drawn", "--steps", "3", "--name", "some", "--local"]
 
-    def drawn(where: Path, run: str) -> np.ndarray:
-        assert main([*draw[:1], run, *draw[1:], "--root", str(where)]) == 0
-        found = next((where / f"runs/{run}/samples/some/drawn").glob("00-*circle.png"))
-        return np.asarray(Image.open(found)).astype(int)
+    def sampled_image(run_root: Path, run: str) -> np.ndarray:
+        assert main([*command[:1], run, *command[1:], "--root", str(run_root)]) == 0
+        image_file = next((run_root / f"runs/{run}/samples/some/drawn").glob("00-*circle.png"))
+        return np.asarray(Image.open(image_file)).astype(int)
 
-    here = drawn(root, "run")
+    image = sampled_image(root, "run")
     assert main(["export", "run", "--out", str(out), "--root", str(root)]) == 0
     shutil.rmtree(folder)
     latents.open_first_stage_on.cache_clear()
-    shutil.copytree(root / "datasets", elsewhere / "datasets")
-    assert main(["convert", "brought", "--checkpoint", str(out), "--root", str(elsewhere)]) == 0
+    shutil.copytree(root / "datasets", other_root / "datasets")
+    assert main(["convert", "brought", "--checkpoint", str(out), "--root", str(other_root)]) == 0
     # What was brought can be carried on, and is drawn with where neither the folder nor the export is any more.
-    assert main(["export", "brought", "--out", str(tmp_path / "further"), "--root", str(elsewhere)]) == 0
+    assert main(["export", "brought", "--out", str(tmp_path / "further"), "--root", str(other_root)]) == 0
     shutil.move(out, tmp_path / "moved")
-    there = drawn(elsewhere, "brought")
-    assert here.std() > 1 and np.abs(here - there).mean() < 1  # weights in half precision
-    assert main(["verify", "--root", str(elsewhere), "--only", "runs/brought"]) == 0
+    converted_image = sampled_image(other_root, "brought")
+    assert image.std() > 1 and np.abs(image - converted_image).mean() < 1  # weights in half precision
+    assert main(["verify", "--root", str(other_root), "--only", "runs/brought"]) == 0
     # Half an export, or another first stage in it, is no run.
-    again = ["convert", "again", "--checkpoint", str(tmp_path / "moved"), "--root", str(elsewhere)]
+    convert = ["convert", "again", "--checkpoint", str(tmp_path / "moved"), "--root", str(other_root)]
     changed = first_stage.load(autoencoder)
     with torch.no_grad():
         next(changed.network.parameters()).add_(1.0)
     changed.network.save_pretrained(tmp_path / "moved/first_stage")
-    assert main(again) == 1 and "is not the first stage that was exported" in capsys.readouterr().err
+    assert main(convert) == 1 and "is not the first stage that was exported" in capsys.readouterr().err
     # Without its first stage a run is not exported, and nothing is left behind.
     latents.open_first_stage_on.cache_clear()
     assert main(["export", "run", "--out", str(out), "--root", str(root)]) == 2
@@ -322,8 +324,8 @@ def test_a_run_with_its_own_vectors_draws_with_every_sampler(root: Path, capsys)
     assert main([*train, "--prediction", "v", "--min-snr", "5", "--overwrite"]) == 0
     draw = ["sample", "own", "--prompt", "a red circle", "--database", "drawn", "--steps", "3", *common]
     pictures = []
-    for more in ([], ["--sampler", "dpm++"], ["--eta", "1"], ["--text-guidance", "4"]):
-        assert main([*draw, *more]) == 0
+    for flags in ([], ["--sampler", "dpm++"], ["--eta", "1"], ["--text-guidance", "4"]):
+        assert main([*draw, *flags]) == 0
         folder = Path(json.loads(capsys.readouterr().out.splitlines()[-1])["folder"])
         pictures.append(next((folder / "drawn").glob("00-*circle.png")).read_bytes())
     assert len(set(pictures[:3])) == 3  # after two steps hardly anything follows the text
@@ -333,10 +335,10 @@ def test_a_run_with_its_own_vectors_draws_with_every_sampler(root: Path, capsys)
 
 def test_a_released_checkpoint_becomes_a_run_that_draws(root: Path, tmp_path: Path, capsys) -> None:
     common = ["--root", str(root), "--local"]
-    file = _released(tmp_path / "model.ckpt")
+    file = _write_checkpoint(tmp_path / "model.ckpt")
     assert main(["convert", "paper", "--checkpoint", str(file), "--database", "drawn", *common]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["step"] == 1234 and said["averaged"] is False
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["step"] == 1234 and summary["averaged"] is False
     assert main(["sample", "paper", "--prompt", "a red circle", "--database", "drawn", "--steps", "1", "--k", "2",
                  *common, "--name", "some"]) == 0
     picture = Image.open(next((root / "runs/paper/samples/some/drawn").glob("00-*circle.png")))
@@ -349,15 +351,16 @@ def test_a_released_checkpoint_becomes_a_run_that_draws(root: Path, tmp_path: Pa
     assert main(["report", "--root", str(root)]) == 0
 
 
-@pytest.mark.parametrize("spoil, said", [
+@pytest.mark.parametrize("spoil, message", [
     (lambda path: path.write_bytes(path.read_bytes()[:5000]), "cannot be read as weights"),
-    (lambda path: _released(path, UNetConfig(**{**SMALL.__dict__, "context_dim": 48})), "takes vectors of 48"),
+    (lambda path: _write_checkpoint(path, UNetConfig(**{**SMALL.__dict__, "context_dim": 48})), "takes vectors of 48"),
     (lambda path: path.unlink(), "there is no checkpoint")])
-def test_what_cannot_be_converted_is_said_and_nothing_is_left(root: Path, tmp_path: Path, spoil, said, capsys) -> None:
-    file = _released(tmp_path / "model.ckpt")
+def test_what_cannot_be_converted_is_said_and_nothing_is_left(root: Path, tmp_path: Path, spoil, message, capsys
+                                                              ) -> None:
+    file = _write_checkpoint(tmp_path / "model.ckpt")
     spoil(file)
     assert main(["convert", "paper", "--checkpoint", str(file), "--database", "drawn", "--root", str(root)]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (root / "runs/paper/plan.json").exists()
 
 
@@ -370,10 +373,10 @@ def test_without_a_first_stage_there_is_a_hint(root: Path, tmp_path: Path, capsy
 
 def test_latents_do_not_depend_on_who_computes_them(root: Path, autoencoder: Path, tmp_path: Path) -> None:
     dataset = Dataset.parse(str(root), "drawn")
-    here = run_stage(latents.Latents(dataset, LatentsConfig(first_stage=str(autoencoder))))
+    local_manifest = run_stage(latents.Latents(dataset, LatentsConfig(first_stage=str(autoencoder))))
     shutil.copytree(root, tmp_path / "other")
     shutil.rmtree(tmp_path / "other/datasets/drawn/v1/latents")
     subprocess.run([sys.executable, "-m", "jobs", "latents", "drawn", "--first-stage", str(autoencoder), "--root",
                     str(tmp_path / "other"), "--workers", "2"], check=True, capture_output=True)
-    there = Dataset.parse(str(tmp_path / "other"), "drawn").manifest("latents")
-    assert without_run_facts(here) == without_run_facts(there)
+    cluster_manifest = Dataset.parse(str(tmp_path / "other"), "drawn").manifest("latents")
+    assert without_run_facts(local_manifest) == without_run_facts(cluster_manifest)

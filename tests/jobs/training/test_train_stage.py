@@ -53,9 +53,9 @@ context_dim = 256
 
 
 @pytest.fixture
-def root(prepared: Path, tmp_path: Path) -> Path:
+def root(prepared_root: Path, tmp_path: Path) -> Path:
     """A copy of the prepared root."""
-    shutil.copytree(prepared, tmp_path / "root")
+    shutil.copytree(prepared_root, tmp_path / "root")
     (tmp_path / "root/settings.toml").write_text(SETTINGS)
     return tmp_path / "root"
 
@@ -67,9 +67,9 @@ def _config(**changes: Any) -> TrainConfig:
                                     "precision": "fp32", "unet": small} | changes)
 
 
-def _command(root: Path, run: str, *more: str) -> list[str]:
+def _command(root: Path, run: str, *flags: str) -> list[str]:
     return ["-m", "jobs", "train", run, "--dataset", "drawn", "--root", str(root), "--config",
-            str(root / "settings.toml"), *more]
+            str(root / "settings.toml"), *flags]
 
 
 def _curve(root: Path, run: str) -> list[tuple[int, float]]:
@@ -80,15 +80,15 @@ def _curve(root: Path, run: str) -> list[tuple[int, float]]:
 def _wait_for_step(root: Path, run: str, step: int, process: "subprocess.Popen[bytes] | None",
                    seconds: float = 120) -> None:
     path = root / "runs" / run / "metrics.jsonl"
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and (process is None or process.poll() is None):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and (process is None or process.poll() is None):
         if path.exists() and len(path.read_text().splitlines()) >= step:
             return
         time.sleep(0.02)
     raise AssertionError(f"{run} never reached step {step}")
 
 
-def _undisturbed(root: Path) -> list[tuple[int, float]]:
+def _undisturbed_curve(root: Path) -> list[tuple[int, float]]:
     dataset = Dataset.parse(str(root), "drawn")
     job = Job(Run.parse(str(root), "undisturbed"), dataset, dataset, _config())
     assert train_in_processes(job)
@@ -106,12 +106,13 @@ def test_killed_at_any_moment_and_started_again_the_curve_is_the_same(root: Path
         process.kill()
         process.wait()
         assert not (root / "runs" / "killed" / "manifest.json").exists()
-    done = subprocess.run([sys.executable, *_command(root, "killed", "--local")], env=environment, capture_output=True)
-    assert done.returncode == 0, done.stderr
+    completed = subprocess.run([sys.executable, *_command(root, "killed", "--local")], env=environment,
+                               capture_output=True)
+    assert completed.returncode == 0, completed.stderr
     assert _curve(root, "killed") == _curve(root, "whole")
     assert len(_curve(root, "whole")) == 24
-    one, other = (Run.parse(str(root), name) for name in ("killed", "whole"))
-    assert one.checkpoint(24)["files"] == other.checkpoint(24)["files"]
+    killed_run, whole_run = (Run.parse(str(root), name) for name in ("killed", "whole"))
+    assert killed_run.checkpoint(24)["files"] == whole_run.checkpoint(24)["files"]
 
 
 def test_sigterm_saves_before_it_leaves(root: Path) -> None:
@@ -126,7 +127,7 @@ def test_sigterm_saves_before_it_leaves(root: Path) -> None:
 
 @pytest.mark.ray
 def test_two_ray_workers_of_which_one_dies_equal_torchrun_and_one_process(root: Path, cluster: Any) -> None:
-    one = _undisturbed(root)
+    expected_curve = _undisturbed_curve(root)
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                     *_command(root, "torchrun")], check=True, stderr=subprocess.DEVNULL,
                    env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -138,25 +139,25 @@ def test_two_ray_workers_of_which_one_dies_equal_torchrun_and_one_process(root: 
     _, log = process.communicate(timeout=200)
     assert process.returncode == 0, log.decode()
     assert _curve(root, "ray") == _curve(root, "torchrun")
-    assert [step for step, _ in one] == [step for step, _ in _curve(root, "ray")]
-    assert [loss for _, loss in one] == pytest.approx([loss for _, loss in _curve(root, "ray")], rel=2e-3)
+    assert [step for step, _ in expected_curve] == [step for step, _ in _curve(root, "ray")]
+    assert [loss for _, loss in expected_curve] == pytest.approx([loss for _, loss in _curve(root, "ray")], rel=2e-3)
     assert read_manifest(str(root / "runs" / "ray"), "")["info"]["steps"] == 24
     assert not (root / "runs" / "ray" / "ray").exists()
 
 
 def _train_workers(cluster: Any) -> list[int]:
     """Processes of Ray Train's workers that this cluster's raylets have started."""
-    raylets = {one.process.pid for node in cluster.list_all_nodes() for processes in node.all_processes.values()
-               for one in processes}
-    found = []
+    raylets = {process_info.process.pid for node in cluster.list_all_nodes()
+               for processes in node.all_processes.values() for process_info in processes}
+    pids = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
             name, stat = (path / "cmdline").read_bytes(), (path / "stat").read_text()
         except OSError:
             continue
         if b"RayTrainWorker" in name and int(stat.rpartition(")")[2].split()[1]) in raylets:
-            found.append(int(path.name))
-    return sorted(found)
+            pids.append(int(path.name))
+    return sorted(pids)
 
 
 def test_other_settings_on_a_run_are_refused_by_name(root: Path) -> None:
@@ -182,8 +183,8 @@ def test_a_checkpoint_without_manifest_is_not_read(root: Path) -> None:
 
 
 @pytest.mark.slow
-def test_true_neighbours_beat_those_of_other_pictures(prepared: Path) -> None:
-    dataset = Dataset.parse(str(prepared), "drawn")
+def test_true_neighbours_beat_those_of_other_pictures(prepared_root: Path) -> None:
+    dataset = Dataset.parse(str(prepared_root), "drawn")
     config = _config(steps=300, global_batch=16, log_every=100, checkpoint_every=10_000, lr=1e-3, warmup=20)
     losses = {}
     for true in (True, False):
@@ -213,8 +214,8 @@ def test_of_a_damaged_checkpoint_the_one_before_is_taken_in_words(root: Path, ca
     path.write_bytes(path.read_bytes()[:1000])
     assert train_process(job) == 10
     assert "checkpoint 10 of the run damaged cannot be used, the one before is taken" in caplog.text
-    assert [(one["name"], one["sha256"]) for one in job.run.checkpoint(10)["files"]] == [
-        (one["name"], one["sha256"]) for one in whole["files"]]
+    assert [(file["name"], file["sha256"]) for file in job.run.checkpoint(10)["files"]] == [
+        (file["name"], file["sha256"]) for file in whole["files"]]
     job.run.fetch(10)
 
 
@@ -223,15 +224,16 @@ def test_validation_tells_whether_neighbours_are_used_and_changes_nothing(root: 
     config = _config(steps=24, lr=2e-3, validate_every=12)
     for name, validation in (("with", dataset), ("without", None)):
         assert train_in_processes(Job(Run.parse(str(root), name), dataset, dataset, config, validation=validation))
-    one, other = (Run.parse(str(root), name) for name in ("with", "without"))
-    assert one.checkpoint(24)["content"] == other.checkpoint(24)["content"]
-    found = read_metrics(one, "validation.jsonl")
-    assert [line["step"] for line in found] == [12, 24] and read_metrics(other, "validation.jsonl") == []
-    for line in found:
-        assert {"validation_loss", "validation_shuffled", "validation_nobody"} <= line.keys()
-        assert Image.open(io.BytesIO((root / f"runs/with/validation/{line['step']:07d}.png").read_bytes())).width > 300
-    assert len({line["validation_loss"] for line in found}) == 2
-    assert [line["step"] for line in read_metrics(one)] == list(range(1, 25))
+    validated_run, plain_run = (Run.parse(str(root), name) for name in ("with", "without"))
+    assert validated_run.checkpoint(24)["content"] == plain_run.checkpoint(24)["content"]
+    records = read_metrics(validated_run, "validation.jsonl")
+    assert [record["step"] for record in records] == [12, 24] and read_metrics(plain_run, "validation.jsonl") == []
+    for record in records:
+        assert {"validation_loss", "validation_shuffled", "validation_nobody"} <= record.keys()
+        grid = (root / f"runs/with/validation/{record['step']:07d}.png").read_bytes()
+        assert Image.open(io.BytesIO(grid)).width > 300
+    assert len({record["validation_loss"] for record in records}) == 2
+    assert [line["step"] for line in read_metrics(validated_run)] == list(range(1, 25))
     assert main(["train", "with", "--dataset", "drawn", "--validation", "nowhere", "--root", str(root), "--config",
                      str(root / "settings.toml"), "--local", "--overwrite"]) == 2
 
@@ -243,9 +245,9 @@ def test_too_few_neighbours_are_seen_before_anything_starts(root: Path, capsys: 
     few = Dataset.parse(str(root), "few")
     run_stage(Neighbors(few, dataset, NeighborsConfig(k=3)))
     for name, validation in (("drawn", "few"), ("few", "")):
-        more = ["--validation", validation] if validation else []
-        command = ["train", "run", "--dataset", name, "--database", "drawn", *more, "--root", str(root), "--config",
-                   str(root / "settings.toml")]
+        validation_flags = ["--validation", validation] if validation else []
+        command = ["train", "run", "--dataset", name, "--database", "drawn", *validation_flags, "--root", str(root),
+                   "--config", str(root / "settings.toml")]
         assert main(command) == 2
         assert "few has 3 neighbours of each sample, the run takes 4" in capsys.readouterr().err
     assert not (root / "runs/run").exists()
@@ -273,38 +275,38 @@ def test_with_a_node_lost_it_goes_on_with_fewer_and_takes_it_back(root: Path, cl
                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
     # A low rate, for the number of processes moves last bits, and many steps would make more of them.
-    more = ["--global-batch", "64", "--lr", "1e-4"]
+    flags = ["--global-batch", "64", "--lr", "1e-4"]
     run = Run.parse(str(root), "elastic")
-    lost = cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
+    node = cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
     process = subprocess.Popen([sys.executable, *_command(
-        root, "elastic", *more, "--workers", "3", "--min-workers", "1", "--cpus", "2", "--resize-every", "5",
+        root, "elastic", *flags, "--workers", "3", "--min-workers", "1", "--cpus", "2", "--resize-every", "5",
         "--steps", "1000000")], stderr=subprocess.PIPE)
     try:
         _wait_for_step(root, "elastic", 8, process, seconds=240)
         assert _sizes(run) == [3] * len(_sizes(run))
-        kept = run.latest_step()
-        cluster.remove_node(lost, allow_graceful=False)
+        kept_step = run.latest_step()
+        cluster.remove_node(node, allow_graceful=False)
         _wait_for_size(run, 2, process)
         # What was done since the last checkpoint is done again, and nothing before it.
-        assert kept <= _sizes(run).index(2) and _sizes(run).index(2) % 5 == 0
-        lost = cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
+        assert kept_step <= _sizes(run).index(2) and _sizes(run).index(2) % 5 == 0
+        node = cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
         _wait_for_size(run, 3, process)
-        kept = run.latest_step()
+        kept_step = run.latest_step()
     finally:
         process.terminate()
         _, log = process.communicate(timeout=60)
-        cluster.remove_node(lost)
+        cluster.remove_node(node)
     assert process.returncode == 130, log.decode()
     sizes = _sizes(run)
     assert sorted(set(sizes)) == [2, 3] and sizes[0] == sizes[-1] == 3
     last = len(sizes) - sizes[::-1].index(2)
-    assert last <= kept and last % 5 == 0, "a node that came back is taken in from a checkpoint on"
+    assert last <= kept_step and last % 5 == 0, "a node that came back is taken in from a checkpoint on"
     steps = str(run.latest_step() + 5)
     for name in ("elastic", "undisturbed"):
-        assert main([*_command(root, name, *more, "--steps", steps, "--local")[2:]]) == 0
-    one, other = _curve(root, "undisturbed"), _curve(root, "elastic")
-    assert [step for step, _ in other] == list(range(1, int(steps) + 1))
-    assert [loss for _, loss in other] == pytest.approx([loss for _, loss in one], rel=2e-3)
+        assert main([*_command(root, name, *flags, "--steps", steps, "--local")[2:]]) == 0
+    undisturbed_curve, elastic_curve = _curve(root, "undisturbed"), _curve(root, "elastic")
+    assert [step for step, _ in elastic_curve] == list(range(1, int(steps) + 1))
+    assert [loss for _, loss in elastic_curve] == pytest.approx([loss for _, loss in undisturbed_curve], rel=2e-3)
 
 
 def _sizes(run: Run) -> list[int]:
@@ -313,8 +315,8 @@ def _sizes(run: Run) -> list[int]:
 
 
 def _wait_for_size(run: Run, size: int, process: "subprocess.Popen[bytes]") -> None:
-    end = time.monotonic() + 240
-    while time.monotonic() < end and process.poll() is None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
         if _sizes(run)[-1:] == [size]:
             return
         time.sleep(0.05)
