@@ -31,17 +31,17 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture
-def pool(cluster: Any) -> Iterator[Any]:
+def start_pool(cluster: Any) -> Iterator[Any]:
     from jobs.cluster.actor_pool import Pool
-    made: list[Pool] = []
+    pools: list[Pool] = []
 
     def start(workers: int) -> Pool:
-        made.append(Pool(ClusterConfig(workers=workers)))
-        return made[-1]
+        pools.append(Pool(ClusterConfig(workers=workers)))
+        return pools[-1]
 
     yield start
-    for one in made:
-        one.close()
+    for pool in pools:
+        pool.close()
 
 
 def _stages(root: str, pictures: Path) -> list[Stage]:
@@ -51,21 +51,21 @@ def _stages(root: str, pictures: Path) -> list[Stage]:
     return [Shard(dataset, config), Embed(dataset, EmbedConfig(batch_size=16))]
 
 
-def _bytes(root: str) -> dict[str, bytes]:
+def _data_files(root: str) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(Path(root).rglob("*"))
             if path.suffix in {".tar", ".parquet", ".npy", ".jsonl"}}
 
 
-def test_ray_gives_the_same_bytes_as_one_process(cluster, pool, tmp_path: Path, drawn_pictures: Path) -> None:
+def test_ray_gives_the_same_bytes_as_one_process(cluster, start_pool, tmp_path: Path, drawn_pictures: Path) -> None:
     roots = {name: str(tmp_path / name) for name in ("local", "one", "three")}
-    pools = {"one": pool(1), "three": pool(3)}
+    pools = {"one": start_pool(1), "three": start_pool(3)}
     manifests: dict[str, list[Any]] = {}
     for name, root in roots.items():
-        manifests[name] = [without_run_facts(run_stage(one, pools.get(name, run_in_process)))
-                           for one in _stages(root, drawn_pictures)]
+        manifests[name] = [without_run_facts(run_stage(stage, pools.get(name, run_in_process)))
+                           for stage in _stages(root, drawn_pictures)]
     assert manifests["local"] == manifests["one"] == manifests["three"]
-    assert _bytes(roots["local"]) == _bytes(roots["one"]) == _bytes(roots["three"])
-    assert len(_bytes(roots["local"])) > 10
+    assert _data_files(roots["local"]) == _data_files(roots["one"]) == _data_files(roots["three"])
+    assert len(_data_files(roots["local"])) > 10
 
 
 @dataclass(frozen=True)
@@ -113,22 +113,22 @@ def _by_value() -> None:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
-def _undisturbed(tmp_path: Path, config: SlowConfig) -> dict[str, Any]:
-    plain = SlowConfig(config.items, 0.0)
-    return _result(run_stage(Slow(str(tmp_path / "plain"), plain, tmp_path / "plain.txt")))
+def _undisturbed_result(tmp_path: Path, config: SlowConfig) -> dict[str, Any]:
+    quick_config = SlowConfig(config.items, 0.0)
+    return _result(run_stage(Slow(str(tmp_path / "plain"), quick_config, tmp_path / "plain.txt")))
 
 
 def _result(manifest: dict[str, Any]) -> dict[str, Any]:
     """What a slow run and a quick one have in common: all but the plan, which names the seconds."""
-    bare = without_run_facts(manifest)
-    return {"items": [record | {"plan": ""} for record in bare["items"]], "totals": bare["totals"]}
+    manifest = without_run_facts(manifest)
+    return {"items": [record | {"plan": ""} for record in manifest["items"]], "totals": manifest["totals"]}
 
 
-def _same(manifest: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    return _result(manifest) == wanted
+def _has_result(manifest: dict[str, Any], expected: dict[str, Any]) -> bool:
+    return _result(manifest) == expected
 
 
-def test_a_killed_worker_costs_nothing(cluster, pool, tmp_path: Path) -> None:
+def test_a_killed_worker_costs_nothing(cluster, start_pool, tmp_path: Path) -> None:
     config, diary = SlowConfig(), tmp_path / "diary.txt"
     killed: list[int] = []
 
@@ -141,12 +141,12 @@ def test_a_killed_worker_costs_nothing(cluster, pool, tmp_path: Path) -> None:
 
     thread = threading.Thread(target=kill)
     thread.start()
-    manifest = run_stage(Slow(str(tmp_path / "root"), config, diary), pool(3))
+    manifest = run_stage(Slow(str(tmp_path / "root"), config, diary), start_pool(3))
     thread.join()
-    assert killed and _same(manifest, _undisturbed(tmp_path, config))
+    assert killed and _has_result(manifest, _undisturbed_result(tmp_path, config))
 
 
-def test_a_killed_node_costs_nothing(cluster, pool, tmp_path: Path) -> None:
+def test_a_killed_node_costs_nothing(cluster, start_pool, tmp_path: Path) -> None:
     config, diary = SlowConfig(items=16), tmp_path / "diary.txt"
     node = cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
 
@@ -154,46 +154,47 @@ def test_a_killed_node_costs_nothing(cluster, pool, tmp_path: Path) -> None:
         while not diary.exists() or len(diary.read_text().splitlines()) < 6:
             time.sleep(0.05)
         for processes in node.all_processes.values():
-            for one in processes:
-                os.kill(one.process.pid, signal.SIGKILL)
+            for process_info in processes:
+                os.kill(process_info.process.pid, signal.SIGKILL)
 
     thread = threading.Thread(target=kill)
     thread.start()
-    manifest = run_stage(Slow(str(tmp_path / "root"), config, diary), pool(6))
+    manifest = run_stage(Slow(str(tmp_path / "root"), config, diary), start_pool(6))
     thread.join()
-    assert _same(manifest, _undisturbed(tmp_path, config))
+    assert _has_result(manifest, _undisturbed_result(tmp_path, config))
 
 
-def test_a_failed_item_is_tried_again_elsewhere(cluster, pool, tmp_path: Path) -> None:
+def test_a_failed_item_is_tried_again_elsewhere(cluster, start_pool, tmp_path: Path) -> None:
     config, diary = SlowConfig(items=6, seconds=0.1, bad="000002"), tmp_path / "diary.txt"
-    manifest = run_stage(Slow(str(tmp_path / "root"), config, diary), pool(2))
+    manifest = run_stage(Slow(str(tmp_path / "root"), config, diary), start_pool(2))
     pids = [line.split()[1] for line in diary.read_text().splitlines() if line.startswith("000002")]
     assert len(pids) == 2 and pids[0] != pids[1]
-    assert _same(manifest, _undisturbed(tmp_path, config))
+    assert _has_result(manifest, _undisturbed_result(tmp_path, config))
     assert storage.list_files(str(tmp_path / "root" / "slow" / "failures")) == []
 
 
-def test_an_item_that_kills_its_workers_does_not_stop_the_rest(cluster, pool, tmp_path: Path) -> None:
+def test_an_item_that_kills_its_workers_does_not_stop_the_rest(cluster, start_pool, tmp_path: Path) -> None:
     config, diary = SlowConfig(items=4, seconds=0.05, poison="000001"), tmp_path / "diary.txt"
-    stage_ = Slow(str(tmp_path / "root"), config, diary)
+    stage = Slow(str(tmp_path / "root"), config, diary)
     with pytest.raises(StageFailed, match=r"1 of 4 items failed.*000001.*its worker died 5 times"):
-        run_stage(stage_, pool(2))
+        run_stage(stage, start_pool(2))
     assert storage.list_files(str(tmp_path / "root" / "slow" / "records")) == [
         "000000.json", "000002.json", "000003.json"]
     assert storage.list_files(str(tmp_path / "root" / "slow" / "failures")) == ["000001.json"]
     with pytest.raises(ValueError, match="not sealed"):
-        read_manifest(stage_.folder, "python -m jobs slow")
+        read_manifest(stage.folder, "python -m jobs slow")
 
 
-def test_items_that_are_taken_together_fail_alone_and_are_given_to_others_alone(cluster, pool, tmp_path: Path) -> None:
+def test_items_that_are_taken_together_fail_alone_and_are_given_to_others_alone(
+        cluster, start_pool, tmp_path: Path) -> None:
     config, diary = SlowConfig(items=8, seconds=0.05, bad="000001", deadly="000006", together=4), tmp_path / "diary.txt"
-    manifest = run_stage(Slow(str(tmp_path / "root"), config, diary), pool(2))
-    assert _same(manifest, _undisturbed(tmp_path, config))
+    manifest = run_stage(Slow(str(tmp_path / "root"), config, diary), start_pool(2))
+    assert _has_result(manifest, _undisturbed_result(tmp_path, config))
     lines = [line.split() for line in diary.read_text().splitlines()]
-    made = {item: [pid for one, pid in lines if one == item] for item, _ in lines}
-    assert [len(made[f"{number:06d}"]) for number in range(8)] == [1, 2, 1, 1, 1, 1, 2, 1]
-    assert len({made[f"00000{number}"][0] for number in range(4)}) == 1  # one worker had all four
-    assert made["000006"][0] != made["000006"][1]
+    pids_by_item = {item: [pid for tried_item, pid in lines if tried_item == item] for item, _ in lines}
+    assert [len(pids_by_item[f"{number:06d}"]) for number in range(8)] == [1, 2, 1, 1, 1, 1, 2, 1]
+    assert len({pids_by_item[f"00000{number}"][0] for number in range(4)}) == 1  # one worker had all four
+    assert pids_by_item["000006"][0] != pids_by_item["000006"][1]
 
 
 class Talking(Stage):
@@ -215,23 +216,23 @@ class Talking(Stage):
 
 
 @pytest.fixture
-def spoken() -> Iterator[None]:
+def json_logging() -> Iterator[None]:
     logs.configure_logging("json")
     yield
     logs.configure_logging("text")
 
 
-def test_workers_speak_as_their_driver_does(cluster, pool, tmp_path: Path, spoken: None) -> None:
+def test_workers_speak_as_their_driver_does(cluster, start_pool, tmp_path: Path, json_logging: None) -> None:
     import ray
 
-    run_stage(Talking(str(tmp_path / "root")), pool(1))
+    run_stage(Talking(str(tmp_path / "root")), start_pool(1))
     folder = Path(ray._private.worker._global_node.get_logs_dir_path())
-    found: list[dict[str, Any]] = []
-    end = time.monotonic() + 20
-    while len(found) < 2 and time.monotonic() < end:
-        found = [json.loads(line) for file in folder.glob("worker-*.err") for line in file.read_text().splitlines()
-                 if '"pipeline.talking"' in line]
+    records: list[dict[str, Any]] = []
+    deadline = time.monotonic() + 20
+    while len(records) < 2 and time.monotonic() < deadline:
+        records = [json.loads(line) for file in folder.glob("worker-*.err") for line in file.read_text().splitlines()
+                   if '"pipeline.talking"' in line]
         time.sleep(0.2)
-    assert [(one["message"], one["item"], one["dataset"], one["version"], one["stage"], one["level"])
-            for one in found] == [(f"at work on {item}", item, "some", "v3", "talking", "warning")
-                                  for item in ("000000", "000001")]
+    assert [(record["message"], record["item"], record["dataset"], record["version"], record["stage"], record["level"])
+            for record in records] == [(f"at work on {item}", item, "some", "v3", "talking", "warning")
+                                       for item in ("000000", "000001")]

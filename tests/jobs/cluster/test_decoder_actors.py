@@ -60,8 +60,8 @@ class Killing(Embed):
         devices.reserve("cpu")
         super().setup()
 
-    def _output(self, item: Item, *others: Any) -> Output:
-        output = super()._output(item, *others)
+    def _output(self, item: Item, *arguments: Any) -> Output:
+        output = super()._output(item, *arguments)
         if item.id == "000001":
             for pid in self.victims:
                 os.kill(pid, signal.SIGKILL)
@@ -80,27 +80,28 @@ def _files(dataset: Dataset) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("all_die", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_decoders_elsewhere_give_the_same_bytes_and_may_die(all_die, gpu_node, tmp_path, drawn_pictures) -> None:
-    alone, lent = (_shards(tmp_path / name, drawn_pictures) for name in ("alone", "lent"))
-    wanted = without_run_facts(run_stage(Embed(alone, EmbedConfig(batch_size=8))))
+    local_dataset, remote_dataset = (_shards(tmp_path / name, drawn_pictures) for name in ("alone", "lent"))
+    expected = without_run_facts(run_stage(Embed(local_dataset, EmbedConfig(batch_size=8))))
     pool = Pool(ClusterConfig(workers=1, gpus=1, decoders=2))
     try:
         pool.decoders = decoder_actors.start_decoders(2)
-        before = ray.get([one.ping.remote() for one in pool.decoders])
-        assert len({pid for pid, _ in before}) == 2 and gpu_node not in {node for _, node in before}
-        sealed = run_stage(Killing(lent, EmbedConfig(batch_size=8), [pid for pid, _ in before][:1 + all_die]), pool)
-        assert without_run_facts(sealed) == wanted and _files(lent) == _files(alone)
-        times = [record["run"]["times"] for record in sealed["items"]]
+        processes = ray.get([decoder.ping.remote() for decoder in pool.decoders])
+        assert len({pid for pid, _ in processes}) == 2 and gpu_node not in {node for _, node in processes}
+        victims = [pid for pid, _ in processes][:1 + all_die]
+        manifest = run_stage(Killing(remote_dataset, EmbedConfig(batch_size=8), victims), pool)
+        assert without_run_facts(manifest) == expected and _files(remote_dataset) == _files(local_dataset)
+        times = [record["run"]["times"] for record in manifest["items"]]
         # Nothing is decoded here until a portion is lost; what the killed ones had is.
-        assert all(one["elsewhere"] > 0 and "decode" not in one for one in times[:2])
+        assert all(item_times["elsewhere"] > 0 and "decode" not in item_times for item_times in times[:2])
         assert {"wait", "forward", "read", "write"} <= times[0].keys()
-        assert sum(one.get("decode", 0) for one in times[2:]) > 0
-        assert all_die or sum(one.get("elsewhere", 0) for one in times[2:]) > 0
-        assert _again(pool.decoders[0])[0] != before[0][0]
+        assert sum(item_times.get("decode", 0) for item_times in times[2:]) > 0
+        assert all_die or sum(item_times.get("elsewhere", 0) for item_times in times[2:]) > 0
+        assert _ping_after_restart(pool.decoders[0])[0] != processes[0][0]
     finally:
         pool.close()
 
 
-def _again(handle: Any) -> tuple[int, str]:
+def _ping_after_restart(handle: Any) -> tuple[int, str]:
     """Who answers in the place of a decoder that was killed."""
     for _ in range(100):
         try:
@@ -113,22 +114,22 @@ def _again(handle: Any) -> tuple[int, str]:
 def test_a_worker_asks_a_bounded_number_and_only_those_that_answer(cluster) -> None:
     handles = decoder_actors.start_decoders(3)
     try:
-        asked = Decoders(handles, workers=2)
-        assert asked.at_once == 3 and Decoders([], workers=2).at_once == 2
+        decoders = Decoders(handles, workers=2)
+        assert decoders.at_once == 3 and Decoders([], workers=2).at_once == 2
         data = [synthetic.encoded(photo(90, 70), "PNG"), b"no picture", synthetic.encoded(photo(70, 90, 1), "JPEG")]
         settings = describe_encoder(ClipConfig())["preprocessing"]
-        ray.get([one.ping.remote() for one in handles])
-        for wanted in (settings, settings | {"resize": "longest", "fill_color": 9}):  # the second by open_clip
-            here, there = decode_batch.decode_by_description(data, wanted), asked(data, wanted)
-            assert there.there == here.there == [0, 2] and there.pictures.flags.writeable
-            np.testing.assert_array_equal(there.pictures, here.pictures)
-        assert asked([b"none"], settings).pictures is None
-        for one in handles:
-            ray.kill(one)
+        ray.get([handle.ping.remote() for handle in handles])
+        for description in (settings, settings | {"resize": "longest", "fill_color": 9}):  # the second by open_clip
+            local, remote = decode_batch.decode_by_description(data, description), decoders(data, description)
+            assert remote.there == local.there == [0, 2] and remote.pictures.flags.writeable
+            np.testing.assert_array_equal(remote.pictures, local.pictures)
+        assert decoders([b"none"], settings).pictures is None
+        for handle in handles:
+            ray.kill(handle)
             with pytest.raises(RayActorError):
                 while True:  # it may answer a little longer
-                    ray.get(one.ping.remote())
-        assert asked(data, settings) is None
+                    ray.get(handle.ping.remote())
+        assert decoders(data, settings) is None
     finally:
-        for one in handles:
-            ray.kill(one)
+        for handle in handles:
+            ray.kill(handle)
