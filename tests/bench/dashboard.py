@@ -40,13 +40,13 @@ def corpus(work: Path, subjects: int) -> Path:
     from pipeline.corpora.config import DemoCorpusConfig
     from pipeline.corpora.demo_corpus import DemoCorpus
     from pipeline.stages.driver import run_stage
-    made = DemoCorpus(str(work / f"drawn-{subjects}"), DemoCorpusConfig(corpus="drawn", subjects=subjects, size=64),
-                      work)
-    run_stage(made)
-    files = sorted(Path(made.folder).rglob("*.png"))
+    config = DemoCorpusConfig(corpus="drawn", subjects=subjects, size=64)
+    demo_corpus = DemoCorpus(str(work / f"drawn-{subjects}"), config, work)
+    run_stage(demo_corpus)
+    files = sorted(Path(demo_corpus.folder).rglob("*.png"))
     for file in random.Random(0).sample(files, int(_BROKEN * len(files))):
         file.write_bytes(file.read_bytes()[:60])
-    return Path(made.folder)
+    return Path(demo_corpus.folder)
 
 
 def build(root: Path, source: Path, version: str) -> None:
@@ -58,37 +58,40 @@ def build(root: Path, source: Path, version: str) -> None:
     assert cli_main(["neighbors", f"train@{version}", *common]) == 0
 
 
-def watched(work: Path, arguments: argparse.Namespace) -> tuple[list[Any], list[float], tuple[float, float]]:
+def run_and_watch(work: Path, args: argparse.Namespace) -> tuple[list[Any], list[float], tuple[float, float]]:
     """The panels with the series of their queries, when a version was published, when the run began and ended."""
     from jobs.cli.main import main as cli_main
     from jobs.cluster import connect
     root, port = work / "root", prometheus_server.free_port()
     shutil.rmtree(root, ignore_errors=True)
-    first, more = corpus(work, arguments.subjects), corpus(work, arguments.subjects * 3 // 2)
+    corpus_v1, corpus_v2 = corpus(work, args.subjects), corpus(work, args.subjects * 3 // 2)
     connect.connect()
-    served = subprocess.Popen([sys.executable, "-m", "jobs", "status", "--serve", str(port), "--root", str(root)],
-                              env=os.environ | {"PYTHONPATH": str(CHECKOUT)})
+    status_server = subprocess.Popen(
+        [sys.executable, "-m", "jobs", "status", "--serve", str(port), "--root", str(root)],
+        env=os.environ | {"PYTHONPATH": str(CHECKOUT)})
     try:
         discovery = Path(os.environ["RAY_TMPDIR"]) / "ray/prom_metrics_service_discovery.json"
         with prometheus_server.running(work / f"prometheus-{int(time.time())}", str(discovery), port,
                                        every="2s") as server:
             begun = time.time()
-            build(root, first, "v1")
+            build(root, corpus_v1, "v1")
             assert cli_main(["train", "run", "--dataset", "train@v1", "--root", str(root), "--workers", "1", "--steps",
-                             str(arguments.steps), "--tracker", "none", "--checkpoint-every", "200"]) == 0
-            build(root, more, "v2")
+                             str(args.steps), "--tracker", "none", "--checkpoint-every", "200"]) == 0
+            build(root, corpus_v2, "v2")
             time.sleep(15)
             ended = time.time()
-            found = [(panel, [(legend, server.query_range(expression, begun, ended, _STEP_S))
-                              for expression, legend in queries])
-                     for panel, queries in prometheus_server.panels("20s", "train")]
-            marks = [float(at) for expression in prometheus_server.annotations("20s", "train")
-                     for one in server.query_range(expression, begun, ended, _STEP_S) for at, _ in one["values"]]
-            first = [at for at, before in zip(marks, [0.0, *marks], strict=False) if at - before > 60]
-            return found, first, (begun, ended)
+            panels = [(panel, [(legend, server.query_range(expression, begun, ended, _STEP_S))
+                               for expression, legend in queries])
+                      for panel, queries in prometheus_server.panels("20s", "train")]
+            marks = [float(timestamp) for expression in prometheus_server.annotations("20s", "train")
+                     for series in server.query_range(expression, begun, ended, _STEP_S)
+                     for timestamp, _ in series["values"]]
+            publish_times = [timestamp for timestamp, previous in zip(marks, [0.0, *marks], strict=False)
+                             if timestamp - previous > 60]
+            return panels, publish_times, (begun, ended)
     finally:
-        served.terminate()
-        served.wait(20)
+        status_server.terminate()
+        status_server.wait(20)
 
 
 def _label(legend: str, metric: dict[str, str]) -> str:
@@ -102,27 +105,27 @@ _ROW_IN, _SHOWN = 2.25, 6
 _FRESH_S = 8.0  # a value that is older is no longer true
 
 
-def draw(found: list[Any], marks: list[float], span: tuple[float, float], out: Path) -> None:
+def draw(panels: list[Any], marks: list[float], span: tuple[float, float], out: Path) -> None:
     """Every panel where the dashboard has it, with a line at each of the `marks`."""
     plt.rcParams.update({"font.size": 7.5, "text.color": _INK, "axes.labelcolor": _INK, "xtick.color": _INK,
                          "ytick.color": _INK, "axes.edgecolor": _FAINT})
-    rows = sorted({panel["gridPos"]["y"] for panel, _ in found})
+    rows = sorted({panel["gridPos"]["y"] for panel, _ in panels})
     figure = plt.figure(figsize=(14, _ROW_IN * len(rows)), facecolor=_BACK)
-    for panel, series in found:
+    for panel, queries in panels:
         place, row = panel["gridPos"], len(rows) - 1 - rows.index(panel["gridPos"]["y"])
         axis = figure.add_axes((place["x"] / 24 + 0.038, (row + 0.28) / len(rows), place["w"] / 24 - 0.05,
                                 0.6 / len(rows)))
-        _panel(axis, panel, _lines(series), span)
+        _panel(axis, panel, _lines(queries), span)
         for mark in marks:
             axis.axvline(_at([mark])[0], color="#73bf69", linewidth=0.8, linestyle=(0, (4, 3)))
     figure.savefig(out, dpi=110, facecolor=_BACK)
     print(out)
 
 
-def _lines(series: list[Any]) -> list[tuple[str, Any]]:
+def _lines(queries: list[Any]) -> list[tuple[str, Any]]:
     """(legend, (n, 2) times and values) of all series of a panel, the largest first."""
-    lines = [(_label(legend, one["metric"]), np.array(one["values"], float))
-             for legend, found in series for one in found]
+    lines = [(_label(legend, series["metric"]), np.array(series["values"], float))
+             for legend, query_series in queries for series in query_series]
     lines = [(label, values[np.isfinite(values[:, 1])]) for label, values in lines]
     return sorted(((label, values) for label, values in lines if len(values)), key=lambda line: -line[1][:, 1].max())
 
@@ -172,18 +175,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--work", default="")
     parser.add_argument("--out", default=str(CHECKOUT / "infra/pictures/dashboard.png"))
-    arguments = parser.parse_args()
+    args = parser.parse_args()
     if not prometheus_server.binary():
         raise SystemExit("prometheus is not installed\nhint: apt-get install prometheus")
-    work = Path(arguments.work or tempfile.mkdtemp(prefix="rdm-dashboard-"))
+    work = Path(args.work or tempfile.mkdtemp(prefix="rdm-dashboard-"))
     work.mkdir(parents=True, exist_ok=True)
     # Ray's sockets want a short path, and its discovery file shall be ours.
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="rdm-ray-", dir="/tmp")
     os.environ.setdefault("RAY_metrics_report_interval_ms", "2000")
     os.environ["PYTHONPATH"] = str(CHECKOUT)
-    seen = watched(work, arguments)
+    seen = run_and_watch(work, args)
     (work / "seen.json").write_text(json.dumps(seen))
-    draw(*seen, Path(arguments.out))
+    draw(*seen, Path(args.out))
 
 
 if __name__ == "__main__":

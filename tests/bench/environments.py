@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import photographs
-from harness import CHECKOUT, Failed, Usage, machine, measured, spread
+from harness import CHECKOUT, Failed, Usage, machine, measure, spread
 from vectors import clustered
 
 sys.path.insert(0, str(CHECKOUT / "tests/pipeline"))
@@ -37,8 +37,8 @@ class Environment:
     root: Path
 
     def run(self, threads: int, log: Path, *words: str) -> Usage:
-        return measured(["env", "-C", self.checkout, "-u", "PYTHONDONTWRITEBYTECODE", f"OMP_NUM_THREADS={threads}",
-                         self.python, *words], log)
+        return measure(["env", "-C", self.checkout, "-u", "PYTHONDONTWRITEBYTECODE", f"OMP_NUM_THREADS={threads}",
+                        self.python, *words], log)
 
 
 def stages(args: argparse.Namespace, images: Path) -> dict[str, list[str]]:
@@ -51,7 +51,7 @@ def stages(args: argparse.Namespace, images: Path) -> dict[str, list[str]]:
 
 def table(seconds: dict[tuple[int, str, str], list[Usage]], environments: list[Environment]) -> str:
     """Medians of both environments and their ratio, for each number of threads and stage."""
-    first, second = (one.name for one in environments)
+    first, second = (environment.name for environment in environments)
     lines = [f"| threads, stage | wall s: {first} | {second} | ratio | CPU s: {first} | {second} | ratio |",
              "|---" * 7 + "|"]
     for threads, stage in dict.fromkeys((threads, stage) for threads, stage, _ in seconds):
@@ -102,16 +102,16 @@ def main() -> int:
     seconds: dict[tuple[int, str, str], list[Usage]] = {}
     log = work / "environments.log"
     try:
-        names = [one.run(1, log, "-c", _VERSIONS).stdout.strip() for one in environments]
+        versions = [environment.run(1, log, "-c", _VERSIONS).stdout.strip() for environment in environments]
         for turn in range(args.repeats + 1):
             for threads in args.threads:
                 for stage, words in commands.items():
-                    for one in environments if turn % 2 == 0 else environments[::-1]:
-                        usage = one.run(threads, log, "-m", "jobs", *words, "--root", str(one.root), "--local",
-                                        "--overwrite")
+                    for environment in environments if turn % 2 == 0 else environments[::-1]:
+                        usage = environment.run(threads, log, "-m", "jobs", *words, "--root", str(environment.root),
+                                                "--local", "--overwrite")
                         if turn:
-                            seconds.setdefault((threads, stage, one.name), []).append(usage)
-                        print(f"turn {turn}, {threads} threads, {stage}, {one.name}: {usage.wall_s:.2f} s, "
+                            seconds.setdefault((threads, stage, environment.name), []).append(usage)
+                        print(f"turn {turn}, {threads} threads, {stage}, {environment.name}: {usage.wall_s:.2f} s, "
                               f"CPU {usage.cpu_s:.2f} s, others {usage.others_cores:.2f} cores", file=sys.stderr)
     except Failed as failure:
         print(failure, file=sys.stderr)
@@ -121,7 +121,8 @@ def main() -> int:
           "peak_mb": usage.peak_mb, "others_cores": usage.others_cores}
          for (threads, stage, name), usages in seconds.items() for usage in usages], indent=1))
     print(f"{args.images} images, {args.vectors} x {args.dim} vectors, {args.repeats} runs in turns; {machine()}\n")
-    print("\n".join(f"* {one.name}: {name}" for one, name in zip(environments, names, strict=True)) + "\n")
+    print("\n".join(f"* {environment.name}: {program_versions}"
+                    for environment, program_versions in zip(environments, versions, strict=True)) + "\n")
     print(table(seconds, environments))
     return 0
 

@@ -59,32 +59,33 @@ def main() -> int:
     parser.add_argument("--only", default="", help=f"parts, with commas: {', '.join(PARTS)}")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for the figures")
     parser.add_argument("--part", default="", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
-    if given.part:
-        _run_part(given.part, given.device, given.out)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.part:
+        _run_part(args.part, args.device, args.out)
         return 0
-    parts = [one for one in given.only.split(",") if one] or DEFAULT
+    parts = [part for part in args.only.split(",") if part] or DEFAULT
     if unknown := sorted(set(parts) - set(PARTS)):
         print(f"there is no part {', '.join(unknown)}\nhint: --only {','.join(PARTS)}", file=sys.stderr)
         return 2
-    if given.device == "cuda" and (reason := _no_gpu()):
+    if args.device == "cuda" and (reason := _no_gpu()):
         print(f"there is no GPU to measure: {reason}\nhint: --device cpu tries the script with small sizes",
               file=sys.stderr)
         return 2
-    return _run_parts(parts, given.device, given.out)
+    return _run_parts(parts, args.device, args.out)
 
 
 def _run_parts(parts: list[str], device: str, out: Path) -> int:
-    about = _machine(device)
-    print(f"{about['device']}, {about['cores']} cores, torch {about['torch']}, driver {about['driver']}", flush=True)
+    machine = _machine(device)
+    print(f"{machine['device']}, {machine['cores']} cores, torch {machine['torch']}, driver {machine['driver']}",
+          flush=True)
     rows: list[Row] = []
     for part in parts:
         begun = time.perf_counter()
         rows += _process(part, device, out)
         print(f"       {part} took {time.perf_counter() - begun:.0f} s", flush=True)
-        _write(out, about, rows)
-    print(f"\n{_table(about, rows)}")
+        _write(out, machine, rows)
+    print(f"\n{_table(machine, rows)}")
     return int(any(row.status == "FAIL" for row in rows))
 
 
@@ -134,9 +135,9 @@ def _machine(device: str) -> dict[str, Any]:
         name = torch.cuda.get_device_name()
         if torch.cuda.device_count() > 1:
             name = f"{torch.cuda.device_count()} x {name}"
-        asked = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-                               capture_output=True, text=True, check=False)
-        driver = (asked.stdout.splitlines() or ["unknown"])[0].strip()
+        nvidia_smi = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+                                    capture_output=True, text=True, check=False)
+        driver = (nvidia_smi.stdout.splitlines() or ["unknown"])[0].strip()
     commit = os.environ.get("RDM_REVISION") or subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     return {"device": name, "driver": driver, "cores": os.cpu_count(), "torch": torch.__version__,
@@ -144,16 +145,16 @@ def _machine(device: str) -> dict[str, Any]:
             "date": datetime.date.today().isoformat()}
 
 
-def _write(out: Path, about: dict[str, Any], rows: list[Row]) -> None:
-    document = {"machine": about, "rows": [vars(row) for row in rows]}
+def _write(out: Path, machine: dict[str, Any], rows: list[Row]) -> None:
+    document = {"machine": machine, "rows": [vars(row) for row in rows]}
     (out / "gpu.json").write_text(json.dumps(document, indent=1) + "\n")
-    (out / "gpu.md").write_text(_table(about, rows))
+    (out / "gpu.md").write_text(_table(machine, rows))
 
 
-def _table(about: dict[str, Any], rows: list[Row]) -> str:
+def _table(machine: dict[str, Any], rows: list[Row]) -> str:
     count = {status: sum(row.status == status for row in rows) for status in ("PASS", "FAIL", "SKIP")}
-    lines = [f"{about['device']}, driver {about['driver']}, {about['cores']} cores, torch {about['torch']}, "
-             f"Python {about['python']}, {about['date']}, commit {about['commit']}: {count['PASS']} passed, "
+    lines = [f"{machine['device']}, driver {machine['driver']}, {machine['cores']} cores, torch {machine['torch']}, "
+             f"Python {machine['python']}, {machine['date']}, commit {machine['commit']}: {count['PASS']} passed, "
              f"{count['FAIL']} failed, {count['SKIP']} skipped.", "",
              "| part | check | figure | gate | result | note |", "|---|---|---|---|---|---|"]
     for row in rows:

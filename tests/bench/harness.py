@@ -47,8 +47,8 @@ def environment(work: Path, name: str, *packages: str) -> Path:
     python, ready = folder / "bin" / "python", folder / "installed.json"
     if ready.exists() and json.loads(ready.read_text()) == list(packages):
         return python
-    beside = Path(sys.executable).parent / "uv"
-    uv = str(beside) if beside.exists() else shutil.which("uv")
+    adjacent_uv = Path(sys.executable).parent / "uv"
+    uv = str(adjacent_uv) if adjacent_uv.exists() else shutil.which("uv")
     if uv:
         subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder)], check=True)
         subprocess.run([uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", str(python), *packages],
@@ -120,7 +120,7 @@ def _machine_busy_s() -> float:
     return (sum(fields) - fields[3] - fields[4]) / _TICKS  # all but idle and waiting for disks; with stolen time
 
 
-def measured(command: list[str], log: Path, served: Callable[[], float] = lambda: 0.0) -> Usage:
+def measure(command: list[str], log: Path, served: Callable[[], float] = lambda: 0.0) -> Usage:
     """Run a command from the checkout's folder; Failed with the end of its log if it does not exit 0.
 
     `served` tells the CPU seconds of a server, which are neither the command's nor those of something else.
@@ -169,17 +169,17 @@ def machine() -> str:
 
 def versions(python: Path | None = None) -> str:
     """What ran."""
-    told = [f"Python {platform.python_version()}", f"Pillow {importlib.metadata.version('pillow')} "
-            f"(libjpeg-turbo {features.version('libjpeg_turbo')})", f"Ray {importlib.metadata.version('ray')}"]
+    descriptions = [f"Python {platform.python_version()}", f"Pillow {importlib.metadata.version('pillow')} "
+                    f"(libjpeg-turbo {features.version('libjpeg_turbo')})", f"Ray {importlib.metadata.version('ray')}"]
     git = subprocess.run(["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty"], capture_output=True,
                          text=True)
-    told += [f"this checkout {git.stdout.strip()}"] if git.returncode == 0 else []
+    descriptions += [f"this checkout {git.stdout.strip()}"] if git.returncode == 0 else []
     if python:
-        asked = "import importlib.metadata as m; print(*(n + ' ' + m.version(n) for n in ('img2dataset', " \
+        version_query = "import importlib.metadata as m; print(*(n + ' ' + m.version(n) for n in ('img2dataset', " \
                 "'opencv-python-headless', 'albumentations', 'numpy')), sep=', ')"
-        told.append(subprocess.run([str(python), "-c", asked], stdout=subprocess.PIPE, text=True, check=True
-                                   ).stdout.strip())
-    return "; ".join(told)
+        descriptions.append(subprocess.run([str(python), "-c", version_query], stdout=subprocess.PIPE, text=True,
+                                           check=True).stdout.strip())
+    return "; ".join(descriptions)
 
 
 def spread(values: list[float], digits: int = 2) -> str:

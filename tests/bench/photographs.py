@@ -25,9 +25,9 @@ _ASPECTS = (4 / 3, 3 / 2, 3 / 2, 16 / 9, 1.0)
 _VERSION = 1
 
 
-def work_folder(given: str = "") -> Path:
+def work_folder(path: str = "") -> Path:
     """The folder of everything that is kept from one measurement to the next."""
-    folder = Path(given or Path(tempfile.gettempdir()) / "rdm-bench").resolve()
+    folder = Path(path or Path(tempfile.gettempdir()) / "rdm-bench").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -154,8 +154,8 @@ def main() -> int:
     parser.add_argument("--work", default="", help="folder of the pictures; default: rdm-bench in the temporary folder")
     parser.add_argument("--count", type=int, default=COUNT)
     parser.add_argument("--seed", type=int, default=1)
-    given = parser.parse_args()
-    paths = make(work_folder(given.work), given.count, given.seed)
+    args = parser.parse_args()
+    paths = make(work_folder(args.work), args.count, args.seed)
     sizes = np.array([path.stat().st_size for path in paths]) / 1e3
     pixels = np.array([math.prod(Image.open(path).size) for path in paths]) / 1e6
     print(f"{len(paths)} pictures in {paths[0].parent}: {sizes.min():.0f} to {sizes.max():.0f} kB, "

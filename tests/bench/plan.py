@@ -82,15 +82,16 @@ def timed(shares: Shares, name: str, act: Callable[[], Any]) -> None:
 def build(root: Path, pictures: int, settings: Settings) -> Shares:
     """All stages on so many drawn pictures, one after another in this process, neighbours in both ways."""
     shutil.rmtree(root, ignore_errors=True)
-    drawn = DemoCorpus(str(root), DemoCorpusConfig(corpus="drawn", subjects=-(-pictures // 6)), root / "cache")
-    run_stage(drawn)
+    demo_corpus = DemoCorpus(str(root), DemoCorpusConfig(corpus="drawn", subjects=-(-pictures // 6)), root / "cache")
+    run_stage(demo_corpus)
     dataset, twin = Dataset.parse(str(root), "drawn"), Dataset.parse(str(root), "twin")
     shares: Shares = {}
-    for name, one in {
-        "shard": Shard(dataset, replace(settings.shard, source=drawn.folder)), "embed": Embed(dataset, settings.embed),
+    for name, stage in {
+        "shard": Shard(dataset, replace(settings.shard, source=demo_corpus.folder)),
+        "embed": Embed(dataset, settings.embed),
         "index": Index(dataset, settings.index), "neighbors, index": Neighbors(dataset, dataset, settings.neighbors),
     }.items():
-        timed(shares, name, lambda one=one: run_stage(one))
+        timed(shares, name, lambda stage=stage: run_stage(stage))
     # The same pictures again: a list is kept for each database, and these are two ways to one.
     shutil.copytree(root / "datasets" / "drawn", root / "datasets" / "twin",
                     ignore=shutil.ignore_patterns("index*", "neighbors"))
@@ -105,12 +106,12 @@ def build(root: Path, pictures: int, settings: Settings) -> Shares:
 def seconds(root: Path, shares: Shares) -> dict[str, float]:
     """The processor's seconds of each stage."""
     dataset = Dataset.parse(str(root), "drawn")
-    found = {name: dataset.manifest(folder)["run"]["seconds"] for name, folder in _FOLDERS.items()}
-    found["train"] = read_metrics(Run.parse(str(root), "run"))[-1]["seconds"]
-    return {name: shares[name] * one for name, one in found.items()}
+    stage_seconds = {name: dataset.manifest(folder)["run"]["seconds"] for name, folder in _FOLDERS.items()}
+    stage_seconds["train"] = read_metrics(Run.parse(str(root), "run"))[-1]["seconds"]
+    return {name: shares[name] * elapsed_s for name, elapsed_s in stage_seconds.items()}
 
 
-def foretold(known: Rates, pictures: int, settings: Settings) -> dict[str, float]:
+def predicted_seconds(known: Rates, pictures: int, settings: Settings) -> dict[str, float]:
     """Worker seconds of each stage for so many pictures, which are their own database."""
     operations, dim = clip.flop_per_image(settings.embed.clip())
     network = flops.size(settings.train.unet, settings.shard.image_size, settings.train.k)
@@ -128,17 +129,18 @@ def compare(work: Path, pictures: int, times: int) -> int:
         settings = replace(base, train=replace(base.train, steps=steps, checkpoint_every=steps, log_every=_LOG_EVERY))
         shares[name] = build(work / name, size, settings)
     count = Dataset.parse(str(work / "large"), "drawn").manifest("shards")["totals"]["samples"]
-    small, took = (seconds(work / name, shares[name]) for name in ("small", "large"))
-    said = {name: one * shares["small"][name] for name, one in
-            foretold(rates_from_manifests.rates(str(work / "small"), rates.built_in()), count, settings).items()}
+    small, actual = (seconds(work / name, shares[name]) for name in ("small", "large"))
+    known = rates_from_manifests.rates(str(work / "small"), rates.built_in())
+    predicted = {name: predicted_s * shares["small"][name]
+                 for name, predicted_s in predicted_seconds(known, count, settings).items()}
     print(f"{machine()}; {pictures} pictures, then {count}; processor seconds\n")
     print("| stage | small | foretold | took | foretold / took | share of the core |\n"
           "| --- | --: | --: | --: | --: | --: |")
-    for name in took:
-        print(f"| {name} | {small[name]:.2f} | {said[name]:.2f} | {took[name]:.2f} | {said[name] / took[name]:.2f} | "
-              f"{shares['small'][name]:.2f}, {shares['large'][name]:.2f} |")
-    counted = [name for name in took if took[name] > _LEAST_S]
-    ratio = sum(said[name] for name in counted) / max(sum(took[name] for name in counted), 1e-9)
+    for name in actual:
+        print(f"| {name} | {small[name]:.2f} | {predicted[name]:.2f} | {actual[name]:.2f} "
+              f"| {predicted[name] / actual[name]:.2f} | {shares['small'][name]:.2f}, {shares['large'][name]:.2f} |")
+    counted = [name for name in actual if actual[name] > _LEAST_S]
+    ratio = sum(predicted[name] for name in counted) / max(sum(actual[name] for name in counted), 1e-9)
     print(f"\nsum of {', '.join(counted)}: foretold / took = {ratio:.2f}")
     return 0 if abs(ratio - 1) <= _MOST_OFF else 1
 
@@ -149,13 +151,13 @@ def search(root: Path, rows: int, each: int, settings: Settings) -> dict[str, fl
     size, encoder = settings.shard.samples_per_shard, {"model": "given", "weights_sha256": "00", "dim": _DIM}
     parts = [synthetic.clustered(size, _DIM, clusters=100, seed=number, spread=0.8) for number in range(rows // size)]
     listed, scanned = (synthetic.given(root, name, parts, encoder=encoder) for name in ("drawn", "twin"))
-    asked = synthetic.given(root, "asked", parts[:len(parts) // each], encoder=encoder)
+    queries = synthetic.given(root, "asked", parts[:len(parts) // each], encoder=encoder)
     build_index(Index(listed, settings.index), run_stage)
     shares: Shares = {}
-    for name, one in (("neighbors, index", Neighbors(asked, listed, settings.neighbors)),
-                      ("neighbors, exact", Neighbors(asked, scanned, replace(settings.neighbors, method="exact")))):
-        timed(shares, name, lambda one=one: run_stage(one))
-    return {name: asked.manifest(_FOLDERS[name])["run"]["seconds"] * share for name, share in shares.items()}
+    for name, stage in (("neighbors, index", Neighbors(queries, listed, settings.neighbors)),
+                        ("neighbors, exact", Neighbors(queries, scanned, replace(settings.neighbors, method="exact")))):
+        timed(shares, name, lambda stage=stage: run_stage(stage))
+    return {name: queries.manifest(_FOLDERS[name])["run"]["seconds"] * share for name, share in shares.items()}
 
 
 def compare_searches(work: Path, rows: int, each: int, times: int) -> int:
@@ -166,7 +168,7 @@ def compare_searches(work: Path, rows: int, each: int, times: int) -> int:
     search(work / "first", 20_000, 20, settings)  # a process loads its libraries once
     small = search(work / "small", rows, each, settings)
     known = rates_from_manifests.rates(str(work / "small"), rates.built_in())
-    took = search(work / "large", rows * times, each, settings)
+    actual = search(work / "large", rows * times, each, settings)
     before = Build(settings, rows // each, rows, _DIM, clip.flop_per_image(settings.embed.clip())[0],
                    flops.size(settings.train.unet, settings.shard.image_size, settings.train.k))
     planned = replace(before, pictures=rows // each * times, rows=rows * times)
@@ -176,9 +178,10 @@ def compare_searches(work: Path, rows: int, each: int, times: int) -> int:
     worst = 0.0
     for name, cost in (("neighbors, index", neighbors_index), ("neighbors, exact", neighbors_exact)):
         # The rates are by the clock: the small run foretells itself, and the large one is so many times as much.
-        said = small[name] * cost(planned, known).worker_seconds / cost(before, known).worker_seconds
-        worst = max(worst, abs(said / took[name] - 1))
-        print(f"| {name} | {small[name]:.2f} | {said:.2f} | {took[name]:.2f} | {said / took[name]:.2f} |")
+        predicted_s = small[name] * cost(planned, known).worker_seconds / cost(before, known).worker_seconds
+        worst = max(worst, abs(predicted_s / actual[name] - 1))
+        print(f"| {name} | {small[name]:.2f} | {predicted_s:.2f} | {actual[name]:.2f} "
+              f"| {predicted_s / actual[name]:.2f} |")
     return 0 if worst <= _MOST_OFF else 1
 
 
@@ -191,9 +194,9 @@ def default_rates(work: Path, out: Path) -> int:
     for number, path in enumerate(originals):
         shutil.copyfile(path, folder / f"{number:06d}.jpg")
     for side in (256, 768):
-        one = Shard(Dataset.parse(str(root), f"photographs{side}"),
-                    ShardConfig(source=str(folder), image_size=side, samples_per_shard=100))
-        timed(shares, f"shard {side}", lambda one=one: run_stage(one))
+        stage = Shard(Dataset.parse(str(root), f"photographs{side}"),
+                      ShardConfig(source=str(folder), image_size=side, samples_per_shard=100))
+        timed(shares, f"shard {side}", lambda stage=stage: run_stage(stage))
     pictures = Dataset.parse(str(root), "photographs256")
     encoding = Embed(pictures, EmbedConfig("ViT-B-32-quickgelu", _random_weights(work), batch_size=64))
     encoding.setup()
@@ -222,9 +225,9 @@ def default_rates(work: Path, out: Path) -> int:
 def _of_the_processor(known: Rates, shares: Shares) -> Rates:
     """Rates by the clock as those of a core that does nothing else."""
     def alone(section: Any, share: float) -> Any:
-        found = {name: value / share for name, value in asdict(section).items() if name.endswith("_per_s")}
-        return replace(section, **found | {name: value * share for name, value in asdict(section).items()
-                                           if name.endswith("_per_pixel")})
+        speeds = {name: value / share for name, value in asdict(section).items() if name.endswith("_per_s")}
+        return replace(section, **speeds | {name: value * share for name, value in asdict(section).items()
+                                            if name.endswith("_per_pixel")})
 
     return replace(
         known,
@@ -244,18 +247,18 @@ def _vectors(root: Path, shares: Shares) -> None:
     encoder = {"model": "given", "weights_sha256": "00", "dim": _DIM}
     vectors = synthetic.clustered(_ROWS, _DIM, clusters=100, spread=0.8)
     parts = [vectors[start:start + 10_000] for start in range(0, _ROWS, 10_000)]
-    database, searched = (synthetic.given(root, name, some, encoder=encoder)
-                          for name, some in (("vectors", parts), ("searched", parts[:-1])))
+    database, searched = (synthetic.given(root, name, vector_parts, encoder=encoder)
+                          for name, vector_parts in (("vectors", parts), ("searched", parts[:-1])))
     # Without a rotation, so that nearly all of the training is the clustering, as it is with tens of millions;
     # autofaiss takes such a kind for a larger one than it is.
     config = IndexConfig(key=_KEY, max_memory="100Gi", part_memory="64Mi", train_points=100_000, queries=200,
                          target_recall=0.4)
     timed(shares, "index", lambda: build_index(Index(database, config), run_stage))
     build_index(Index(searched, replace(config, key=_SEARCHED)), run_stage)
-    asked = synthetic.given(root, "asked", [synthetic.clustered(10_000, _DIM, clusters=100, seed=1)], encoder=encoder)
-    for name, one in (("approximate", Neighbors(asked, searched, NeighborsConfig(probes=_NPROBE))),
-                      ("exact", Neighbors(asked, database, NeighborsConfig(method="exact")))):
-        timed(shares, name, lambda one=one: run_stage(one))
+    queries = synthetic.given(root, "asked", [synthetic.clustered(10_000, _DIM, clusters=100, seed=1)], encoder=encoder)
+    for name, stage in (("approximate", Neighbors(queries, searched, NeighborsConfig(probes=_NPROBE))),
+                        ("exact", Neighbors(queries, database, NeighborsConfig(method="exact")))):
+        timed(shares, name, lambda stage=stage: run_stage(stage))
 
 
 def _random_weights(work: Path) -> str:
@@ -269,8 +272,9 @@ def _random_weights(work: Path) -> str:
 
 
 def _rounded(values: dict) -> dict:
-    return {name: _rounded(one) if isinstance(one, dict) else float(f"{one:.4g}") if isinstance(one, float) else one
-            for name, one in values.items()}
+    return {name: _rounded(value) if isinstance(value, dict)
+            else float(f"{value:.4g}") if isinstance(value, float) else value
+            for name, value in values.items()}
 
 
 def main() -> int:
@@ -281,19 +285,19 @@ def main() -> int:
     parser.add_argument("--each", type=int, default=20, help="with --vectors: vectors of the database for each sample")
     parser.add_argument("--rates", default="", help="measure the default rates, and write them to this file")
     parser.add_argument("--work", default="", help="default: rdm-bench in the temporary folder")
-    given = parser.parse_args()
+    args = parser.parse_args()
     if "OMP_NUM_THREADS" not in os.environ:  # before anything counts the cores: again, on one
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         os.execve(sys.executable, [sys.executable, *sys.argv],
                   os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"})
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s")
-    work = photographs.work_folder(given.work) / "plan"
+    work = photographs.work_folder(args.work) / "plan"
     work.mkdir(exist_ok=True)
-    if given.rates:
-        return default_rates(work, Path(given.rates))
-    if given.vectors:
-        return compare_searches(work, given.vectors, given.each, given.times)
-    return compare(work, given.pictures, given.times)
+    if args.rates:
+        return default_rates(work, Path(args.rates))
+    if args.vectors:
+        return compare_searches(work, args.vectors, args.each, args.times)
+    return compare(work, args.pictures, args.times)
 
 
 if __name__ == "__main__":

@@ -37,12 +37,12 @@ class _Picture(NamedTuple):
 class _Connection:
     """What is left to send on a socket, and what came of a request so far."""
 
-    __slots__ = ("closing", "left", "offset", "received", "socket", "writing")
+    __slots__ = ("closing", "offset", "received", "remaining", "socket", "writing")
 
     def __init__(self, accepted: socket.socket) -> None:
         self.socket = accepted
         self.received = b""
-        self.offset = self.left = 0
+        self.offset = self.remaining = 0
         self.closing = self.writing = False
 
 
@@ -120,7 +120,7 @@ class Server:
 
     def _answer(self, connection: _Connection) -> None:
         """Answer the requests that came, one after the other; one waits while an answer is on its way."""
-        while not connection.left:
+        while not connection.remaining:
             request, end, rest = connection.received.partition(b"\r\n\r\n")
             if not end:
                 return
@@ -132,7 +132,7 @@ class Server:
                 number = int(name[:-4])
                 picture = self.pictures[number % len(self.pictures)]
                 head = picture.head + _COMMENT % number
-                connection.offset, connection.left = picture.offset, picture.bytes
+                connection.offset, connection.remaining = picture.offset, picture.bytes
                 # Whoever asks has read the answer before: there is room for the head.
                 connection.socket.send(head, socket.MSG_MORE)
                 self.sent += picture.bytes + len(head)
@@ -146,10 +146,10 @@ class Server:
 
     def _send(self, connection: _Connection) -> None:
         try:
-            while connection.left:
-                sent = os.sendfile(connection.socket.fileno(), self.memory, connection.offset, connection.left)
+            while connection.remaining:
+                sent = os.sendfile(connection.socket.fileno(), self.memory, connection.offset, connection.remaining)
                 connection.offset += sent
-                connection.left -= sent
+                connection.remaining -= sent
         except BlockingIOError:
             if not connection.writing:
                 self.epoll.modify(connection.socket, select.EPOLLIN | select.EPOLLOUT)
@@ -233,15 +233,15 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
     parser.add_argument("--no-keep-alive", action="store_true", help="close every connection after one answer")
     parser.add_argument("--measure", action="store_true", help="say what a request costs, and end")
-    given = parser.parse_args()
-    work = photographs.work_folder(given.work)
-    if given.measure:
+    args = parser.parse_args()
+    work = photographs.work_folder(args.work)
+    if args.measure:
         _measure(work, 5000)
         return 0
     # Thousands of connections may wait at once.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    server = Server(photographs.make(work), given.port, not given.no_keep_alive)
+    server = Server(photographs.make(work), args.port, not args.no_keep_alive)
     host, port = server.listening.getsockname()
     print(f"{host}:{port}", flush=True)
     server.serve()

@@ -37,8 +37,8 @@ def test_a_part_leaves_its_rows_and_a_table_without_ray_and_faiss(tmp_path: Path
         (hidden / f"{name}.py").write_text("raise ImportError('hidden')\n")
     done = _run("--device", "cpu", "--only", "device,index", "--out", str(tmp_path), PYTHONPATH=str(hidden))
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    results = {row["name"]: row["status"] for row in found["rows"]}
+    document = json.loads((tmp_path / "gpu.json").read_text())
+    results = {row["name"]: row["status"] for row in document["rows"]}
     assert results["hidden card"] == results["absent card"] == "PASS"
     assert results["the index stage"] == "SKIP" and results["rows in the same list as on the CPU"] == "PASS"
     assert "| device | hidden card | yes" in (tmp_path / "gpu.md").read_text()

@@ -28,7 +28,7 @@ from PIL import Image, JpegImagePlugin
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules that all benchmarks share
 import photographs
 import server
-from harness import Failed, Usage, environment, machine, measured, versions
+from harness import Failed, Usage, environment, machine, measure, versions
 
 PEER = "img2dataset==1.47.0"
 SIZE, QUALITY, PER_SHARD, PROCESSES = 256, 95, 1000, 2
@@ -61,7 +61,7 @@ def peer(python: Path, source: Path, folder: Path, web: server.Running, threads:
     """img2dataset over a list."""
     shutil.rmtree(folder, ignore_errors=True)
     before = web.cpu_seconds()
-    usage = measured(
+    usage = measure(
         [str(python.parent / "img2dataset"), f"--url_list={source}", "--input_format=parquet", "--url_col=url",
          "--caption_col=caption", f"--output_folder={folder}", "--output_format=webdataset", f"--image_size={SIZE}",
          "--resize_mode=keep_ratio", "--encode_format=jpg", f"--encode_quality={QUALITY}",
@@ -74,7 +74,7 @@ def ours(source: Path, root: Path, web: server.Running, local: bool) -> Result:
     """The shard stage over a list, on Ray or in one process."""
     shutil.rmtree(root, ignore_errors=True)
     before = web.cpu_seconds()
-    usage = measured(
+    usage = measure(
         [sys.executable, "-m", "jobs", "shard", "bench", "--source", str(source), "--root", str(root), "--image-size",
          str(SIZE), "--resize", "keep_ratio", "--format", "jpg", "--quality", str(QUALITY), "--samples-per-shard",
          str(PER_SHARD), "--allow-hosts", web.address, "--connections", str(CONNECTIONS),
@@ -88,7 +88,7 @@ def ours(source: Path, root: Path, web: server.Running, local: bool) -> Result:
 def seconds_of_shards(folder: Path) -> float:
     """Seconds from the begin of the first shard to the end of the last; both write that beside each shard."""
     stats = [json.loads(path.read_text()) for path in folder.glob("*_stats.json")]
-    return max(one["end_time"] for one in stats) - min(one["start_time"] for one in stats)
+    return max(shard["end_time"] for shard in stats) - min(shard["start_time"] for shard in stats)
 
 
 def _result(who: str, usage: Usage, folder: Path, served: float) -> Result:
@@ -100,13 +100,13 @@ def _result(who: str, usage: Usage, folder: Path, served: float) -> Result:
 
 def pictures_of(folder: Path) -> dict[str, bytes]:
     """Every picture of the tars of a folder by its key."""
-    found = {}
+    images = {}
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as tar:
             for member in tar:
                 if member.name.endswith(".jpg"):
-                    found[member.name.removesuffix(".jpg")] = tar.extractfile(member).read()  # type: ignore[union-attr]
-    return found
+                    images[member.name.removesuffix(".jpg")] = tar.extractfile(member).read()  # type: ignore[union-attr]
+    return images
 
 
 def quality(folder: Path, work: Path, pictures: int, sample: int = 200) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def quality(folder: Path, work: Path, pictures: int, sample: int = 200) -> dict[
     The reference is the whole picture decoded and resized to the same size, not encoded again; with Lanczos, and as
     a second one with area averaging, for img2dataset shrinks with that.
     """
-    found, psnr, sampling = pictures_of(folder), {"LANCZOS": [], "BOX": []}, set()
+    images, psnr, sampling = pictures_of(folder), {"LANCZOS": [], "BOX": []}, set()
     keys: dict[str, str] = {}
     for path in folder.glob("*.parquet"):
         table = pq.read_table(path, columns=["url", "key", "status"]).to_pylist()
@@ -123,14 +123,14 @@ def quality(folder: Path, work: Path, pictures: int, sample: int = 200) -> dict[
     originals = photographs.make(work)
     wanted = range(0, pictures, max(1, pictures // sample))
     for number in list(wanted)[:sample]:
-        image = Image.open(io.BytesIO(found[keys[f"{number:06d}.jpg"]]))
+        image = Image.open(io.BytesIO(images[keys[f"{number:06d}.jpg"]]))
         sampling.add({0: "4:4:4", 1: "4:2:2", 2: "4:2:0"}.get(JpegImagePlugin.get_sampling(image), "other"))
         original = Image.open(originals[number % len(originals)]).convert("RGB")
         for how, values in psnr.items():
             reference = original.resize(image.size, Image.Resampling[how])
             error = np.asarray(image, np.float64) - np.asarray(reference, np.float64)
             values.append(10 * np.log10(255 ** 2 / np.mean(error ** 2)))
-    return {"tars": len(found), "bytes": round(statistics.mean(len(data) for data in found.values())),
+    return {"tars": len(images), "bytes": round(statistics.mean(len(data) for data in images.values())),
             "psnr_lanczos": round(float(np.mean(psnr["LANCZOS"])), 2),
             "psnr_area": round(float(np.mean(psnr["BOX"])), 2), "chroma": " ".join(sorted(sampling))}
 
@@ -147,17 +147,17 @@ def best_threads(python: Path, source: Path, work: Path, web: server.Running) ->
     return min(threads for threads, speed in speeds.items() if speed > 0.97 * max(speeds.values()))
 
 
-def table(results: list[Result], found: dict[str, dict[str, Any]]) -> str:
+def table(results: list[Result], quality_by_who: dict[str, dict[str, Any]]) -> str:
     """Medians of the runs as a Markdown table, with lowest and highest speed; ratios are to the first column."""
     names = list(dict.fromkeys(result.who for result in results))
     lines: list[tuple[str, str, bool, Callable[[Result], float]]] = [
-        ("pictures/s, whole command", ".1f", True, lambda one: one.pictures / one.wall_s),
-        ("pictures/s, without start-up", ".1f", True, lambda one: one.pictures / one.work_s),
-        ("start-up and end, s", ".1f", False, lambda one: one.wall_s - one.work_s),
-        ("CPU ms a picture", ".2f", True, lambda one: 1e3 * one.cpu_s / one.pictures),
-        ("peak memory (PSS), MB", ".0f", True, lambda one: one.peak_mb),
-        ("server's CPU ms a picture", ".2f", False, lambda one: 1e3 * one.server_cpu_s / one.pictures),
-        ("cores busy with something else", ".2f", False, lambda one: one.others_cores)]
+        ("pictures/s, whole command", ".1f", True, lambda result: result.pictures / result.wall_s),
+        ("pictures/s, without start-up", ".1f", True, lambda result: result.pictures / result.work_s),
+        ("start-up and end, s", ".1f", False, lambda result: result.wall_s - result.work_s),
+        ("CPU ms a picture", ".2f", True, lambda result: 1e3 * result.cpu_s / result.pictures),
+        ("peak memory (PSS), MB", ".0f", True, lambda result: result.peak_mb),
+        ("server's CPU ms a picture", ".2f", False, lambda result: 1e3 * result.server_cpu_s / result.pictures),
+        ("cores busy with something else", ".2f", False, lambda result: result.others_cores)]
     rows = [["", names[0], *(cell for name in names[1:] for cell in (name, "ratio"))]]
     rows.append(["---"] * len(rows[0]))
     for title, form, compared, value in lines:
@@ -172,10 +172,10 @@ def table(results: list[Result], found: dict[str, dict[str, Any]]) -> str:
     for title, key in (("PSNR to Lanczos of the whole picture, dB", "psnr_lanczos"),
                        ("PSNR to its area average, dB", "psnr_area"), ("mean bytes of a JPEG", "bytes"),
                        ("chroma", "chroma"), ("pictures in the tars", "tars")):
-        base = found[names[0]][key]
+        base = quality_by_who[names[0]][key]
         row = [title, str(base)]
         for name in names[1:]:
-            here = found[name][key]
+            here = quality_by_who[name][key]
             ratio = f"{here - base:+.2f}" if "psnr" in key else f"{here / base:.2f}" if key == "bytes" else ""
             row += [str(here), ratio]
         rows.append(row)
@@ -190,44 +190,44 @@ def main() -> int:
     parser.add_argument("--no-keep-alive", action="store_true", help="the server closes a connection after one picture")
     parser.add_argument("--only", choices=("peer", "ours"), help="leave the other out")
     parser.add_argument("--work", default="", help="default: rdm-bench in the temporary folder")
-    given = parser.parse_args()
-    work = photographs.work_folder(given.work)
+    args = parser.parse_args()
+    work = photographs.work_folder(args.work)
     python = environment(work, PEER.replace("==", "-"), PEER)
     results: list[Result] = []
-    found: dict[str, dict[str, Any]] = {}
+    quality_by_who: dict[str, dict[str, Any]] = {}
     try:
-        with server.running(work, keep_alive=not given.no_keep_alive) as web:
-            whole = write_list(work / "list.parquet", [web.url(number) for number in range(given.pictures)])
-            short = write_list(work / "short.parquet", [web.url(number) for number in range(min(given.pictures, 2000))])
-            threads = given.threads
-            if given.only != "ours":
+        with server.running(work, keep_alive=not args.no_keep_alive) as web:
+            whole = write_list(work / "list.parquet", [web.url(number) for number in range(args.pictures)])
+            short = write_list(work / "short.parquet", [web.url(number) for number in range(min(args.pictures, 2000))])
+            threads = args.threads
+            if args.only != "ours":
                 threads = threads or best_threads(python, short, work, web)
             runs: list[tuple[Path, Callable[[], Result]]] = []
-            if given.only != "ours":
+            if args.only != "ours":
                 runs.append((work / "peer", lambda: peer(python, whole, work / "peer", web, threads)))
-            if given.only != "peer":
+            if args.only != "peer":
                 root = work / "ours"
                 shards = root / "datasets" / "bench" / "v1" / "shards"
                 runs.append((shards, lambda: ours(whole, root, web, local=False)))
                 runs.append((shards, lambda: ours(whole, root, web, local=True)))
-            for _ in range(given.repeats):
+            for _ in range(args.repeats):
                 for folder, run in runs:
                     result = run()
                     results.append(result)
                     print(json.dumps(asdict(result)), file=sys.stderr, flush=True)
-                    if result.who not in found:
-                        found[result.who] = quality(folder, work, given.pictures)
+                    if result.who not in quality_by_who:
+                        quality_by_who[result.who] = quality(folder, work, args.pictures)
     except Failed as failure:
         print(failure, file=sys.stderr)
         return 1
-    document = {"machine": machine(), "versions": versions(python), "list": given.pictures,
-                "runs": [asdict(result) for result in results], "found": found}
+    document = {"machine": machine(), "versions": versions(python), "list": args.pictures,
+                "runs": [asdict(result) for result in results], "found": quality_by_who}
     (work / "download.json").write_text(json.dumps(document, indent=1))
-    print(f"{given.pictures} pictures ({photographs.COUNT} different ones), {given.repeats} runs each in turns"
-          f"{', no keep-alive' if given.no_keep_alive else ''}; {machine()}; {versions(python)}\n")
-    print(table(results, found))
-    incomplete = [result for result in results if result.pictures != given.pictures]
-    incomplete_tars = [who for who, numbers in found.items() if numbers["tars"] != given.pictures]
+    print(f"{args.pictures} pictures ({photographs.COUNT} different ones), {args.repeats} runs each in turns"
+          f"{', no keep-alive' if args.no_keep_alive else ''}; {machine()}; {versions(python)}\n")
+    print(table(results, quality_by_who))
+    incomplete = [result for result in results if result.pictures != args.pictures]
+    incomplete_tars = [who for who, numbers in quality_by_who.items() if numbers["tars"] != args.pictures]
     if incomplete or incomplete_tars:
         print(f"\nincomplete: {incomplete} {incomplete_tars}")
     return 1 if incomplete or incomplete_tars else 0

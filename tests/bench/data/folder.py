@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules that all benchmarks share
 import photographs
 from download import QUALITY, SIZE, seconds_of_shards
-from harness import Failed, machine, measured, versions
+from harness import Failed, machine, measure, versions
 
 from pipeline.media.decode import decode
 from pipeline.media.resize import encode, resize
@@ -55,7 +55,7 @@ def _decode_alone(paths: list[Path]) -> int:
     return sum(decode(path.read_bytes(), _MAX_PIXELS).width for path in paths)
 
 
-def _bare(folder: Path, processes: int, whole_way: bool) -> None:
+def _run_bare_loop(folder: Path, processes: int, whole_way: bool) -> None:
     """The loop in so many processes; prints the seconds, without what it takes to start them."""
     paths, work = sorted(folder.glob("*.jpg")), _whole_way if whole_way else _decode_alone
     with ProcessPoolExecutor(processes) as pool:
@@ -66,22 +66,22 @@ def _bare(folder: Path, processes: int, whole_way: bool) -> None:
         print(json.dumps(time.perf_counter() - begin))
 
 
-def _bare_result(folder: Path, count: int, processes: int, whole_way: bool, log: Path) -> Result:
-    usage = measured([sys.executable, __file__, "--bare", str(folder), "--processes", str(processes),
-                      *([] if whole_way else ["--decode-alone"])], log)
+def _measure_bare_loop(folder: Path, count: int, processes: int, whole_way: bool, log: Path) -> Result:
+    usage = measure([sys.executable, __file__, "--bare", str(folder), "--processes", str(processes),
+                     *([] if whole_way else ["--decode-alone"])], log)
     who = "bare loop" if whole_way else "decoding alone, full size"
     return Result(f"{who}, {processes} process{'es' if processes > 1 else ''}", count, usage.wall_s,
                   json.loads(usage.stdout), usage.cpu_s, usage.peak_mb, usage.others_cores)
 
 
-def _ours(folder: Path, root: Path, local: bool) -> Result:
+def _measure_stage(folder: Path, root: Path, local: bool) -> Result:
     shutil.rmtree(root, ignore_errors=True)
-    usage = measured(
+    usage = measure(
         [sys.executable, "-m", "jobs", "shard", "bench", "--source", str(folder), "--root", str(root), "--image-size",
          str(SIZE), "--resize", "keep_ratio", "--format", "jpg", "--quality", str(QUALITY), "--samples-per-shard",
          str(_PER_SHARD), *(["--local"] if local else ["--workers", "2"])], root.with_suffix(".log"))
-    told = json.loads(usage.stdout.splitlines()[-1])
-    return Result("shard --local" if local else "shard, 2 workers", told["samples"], usage.wall_s,
+    summary = json.loads(usage.stdout.splitlines()[-1])
+    return Result("shard --local" if local else "shard, 2 workers", summary["samples"], usage.wall_s,
                   seconds_of_shards(root / "datasets" / "bench" / "v1" / "shards"), usage.cpu_s, usage.peak_mb,
                   usage.others_cores)
 
@@ -90,9 +90,9 @@ def table(results: list[Result]) -> str:
     """Medians as a Markdown table; ratios of speeds are to the two loops in two processes, in the same turn."""
     names = list(dict.fromkeys(result.who for result in results))
     runs = {name: [result for result in results if result.who == name] for name in names}
-    speeds = {name: [one.pictures / one.work_s for one in runs[name]] for name in names}
+    speeds = {name: [result.pictures / result.work_s for result in runs[name]] for name in names}
 
-    def beside(name: str, other: str) -> str:
+    def speed_ratio(name: str, other: str) -> str:
         # Turn by turn: what else the machine does comes and goes.
         return f"{statistics.median(a / b for a, b in zip(speeds[name], speeds[other], strict=True)):.2f}"
 
@@ -100,12 +100,12 @@ def table(results: list[Result]) -> str:
              "CPU ms a picture", "peak memory (PSS), MB", "start-up and end, s", "cores busy with something else"],
             ["---"] * 8]
     for name in names:
-        rows.append([name, f"{statistics.median(speeds[name]):.1f}", beside(name, "bare loop, 2 processes"),
-                     beside(name, "decoding alone, full size, 2 processes"),
-                     f"{statistics.median(1e3 * one.cpu_s / one.pictures for one in runs[name]):.2f}",
-                     f"{statistics.median(one.peak_mb for one in runs[name]):.0f}",
-                     f"{statistics.median(one.wall_s - one.work_s for one in runs[name]):.1f}",
-                     f"{statistics.median(one.others_cores for one in runs[name]):.2f}"])
+        rows.append([name, f"{statistics.median(speeds[name]):.1f}", speed_ratio(name, "bare loop, 2 processes"),
+                     speed_ratio(name, "decoding alone, full size, 2 processes"),
+                     f"{statistics.median(1e3 * result.cpu_s / result.pictures for result in runs[name]):.2f}",
+                     f"{statistics.median(result.peak_mb for result in runs[name]):.0f}",
+                     f"{statistics.median(result.wall_s - result.work_s for result in runs[name]):.1f}",
+                     f"{statistics.median(result.others_cores for result in runs[name]):.2f}"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -117,25 +117,25 @@ def main() -> int:
     parser.add_argument("--bare", default="", help=argparse.SUPPRESS)
     parser.add_argument("--processes", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--decode-alone", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.bare:
-        _bare(Path(given.bare), given.processes, not given.decode_alone)
+    args = parser.parse_args()
+    if args.bare:
+        _run_bare_loop(Path(args.bare), args.processes, not args.decode_alone)
         return 0
-    work = photographs.work_folder(given.work)
-    folder, results = photographs.fill_folder(work, given.pictures), []
+    work = photographs.work_folder(args.work)
+    folder, results = photographs.fill_folder(work, args.pictures), []
     try:
-        for _ in range(given.repeats):
+        for _ in range(args.repeats):
             for whole_way in (True, False):
                 for processes in (1, 2):
-                    results.append(_bare_result(folder, given.pictures, processes, whole_way, work / "bare.log"))
-            results.append(_ours(folder, work / "ours-folder", local=True))
-            results.append(_ours(folder, work / "ours-folder", local=False))
+                    results.append(_measure_bare_loop(folder, args.pictures, processes, whole_way, work / "bare.log"))
+            results.append(_measure_stage(folder, work / "ours-folder", local=True))
+            results.append(_measure_stage(folder, work / "ours-folder", local=False))
     except Failed as failure:
         print(failure, file=sys.stderr)
         return 1
-    print(f"{given.pictures} pictures, {given.repeats} runs each in turns; {machine()}; {versions()}\n")
+    print(f"{args.pictures} pictures, {args.repeats} runs each in turns; {machine()}; {versions()}\n")
     print(table(results))
-    incomplete = [result for result in results if result.pictures != given.pictures]
+    incomplete = [result for result in results if result.pictures != args.pictures]
     if incomplete:
         print(f"\nincomplete: {incomplete}")
     return 1 if incomplete else 0

@@ -58,15 +58,15 @@ class Checks:
     def __init__(self) -> None:
         self.rows: list[tuple[str, str, str, bool]] = []
 
-    def equal(self, what: str, expected: Any, found: Any) -> None:
+    def equal(self, what: str, expected: Any, actual: Any) -> None:
         """Note a comparison."""
-        self.rows.append((what, str(expected), str(found).replace("|", "\\|"), expected == found))
-        print(f"{'ok' if expected == found else 'FAULT'}: {what}: {found}", file=sys.stderr, flush=True)
+        self.rows.append((what, str(expected), str(actual).replace("|", "\\|"), expected == actual))
+        print(f"{'ok' if expected == actual else 'FAULT'}: {what}: {actual}", file=sys.stderr, flush=True)
 
     def table(self) -> str:
         """All comparisons as a Markdown table."""
-        rows = [(what, expected, found if len(found) < 200 else f"{found[:197]}...", "ok" if good else "**fault**")
-                for what, expected, found, good in self.rows]
+        rows = [(what, expected, actual if len(actual) < 200 else f"{actual[:197]}...", "ok" if good else "**fault**")
+                for what, expected, actual, good in self.rows]
         return "\n".join(f"| {' | '.join(row)} |" for row in [("check", "expected", "found", ""), ("---",) * 4, *rows])
 
     @property
@@ -136,11 +136,11 @@ def read_by_others(checks: Checks, work: Path, source: Path, web: server.Running
                                              *_WITH_CLIP_RETRIEVAL)}
     for name, code in _READERS.items():
         stdout, ended = _run([str(pythons.get(name, sys.executable)), "-c", code, *tars])
-        found = json.loads(stdout.splitlines()[-1]) if ended == "exit 0" else []
-        agrees = "the tables' keys" if sorted(found) == sorted(keys) else "other keys"
+        read_keys = json.loads(stdout.splitlines()[-1]) if ended == "exit 0" else []
+        agrees = "the tables' keys" if sorted(read_keys) == sorted(keys) else "other keys"
         checks.equal(f"{CLIP_RETRIEVAL if name in pythons else name} reads the tars",
                      f"{len(keys)} samples, the tables' keys",
-                     f"{len(found)} samples, {agrees}" if ended == "exit 0" else ended)
+                     f"{len(read_keys)} samples, {agrees}" if ended == "exit 0" else ended)
 
 
 def laion(checks: Checks, work: Path, web: server.Running) -> None:
@@ -168,8 +168,8 @@ def laion(checks: Checks, work: Path, web: server.Running) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", default="", help="default: rdm-bench in the temporary folder")
-    given = parser.parse_args()
-    work = photographs.work_folder(given.work)
+    args = parser.parse_args()
+    work = photographs.work_folder(args.work)
     python = environment(work, PEER.replace("==", "-"), PEER)
     checks = Checks()
     with server.running(work) as web:

@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules that all benchmarks share
 import photographs
-from harness import CHECKOUT, Failed, machine, measured, versions
+from harness import CHECKOUT, Failed, machine, measure, versions
 
 _TARS, _SIZE, _WORKERS, _K = 4, 256, 2, 4
 _PLAIN, _LOADER = "webdataset, plain loop", f"webdataset, DataLoader of {_WORKERS} workers"
@@ -46,7 +46,7 @@ class Result:
     others_cores: float
 
 
-def sharded(work: Path, count: int) -> Path:
+def make_dataset(work: Path, count: int) -> Path:
     """A root with so many pictures under the name `photos`, and their neighbours among themselves."""
     root = work / f"loader-{count}"
     for verb in (["shard", "photos", "--source", str(photographs.fill_folder(work, count)), "--image-size", str(_SIZE),
@@ -64,9 +64,9 @@ def _stream(root: Path, decoder: str) -> Any:
 
     from pipeline.media.resize import decode_pixels
     tars = [str(path) for path in sorted((root / "datasets/photos/v1/shards").glob("*.tar"))]
-    found = webdataset.WebDataset(tars, shardshuffle=False)
-    found = found.decode("rgb8") if decoder == "pillow" else found.map_dict(jpg=decode_pixels)
-    return found.to_tuple("jpg").map(_first)
+    dataset = webdataset.WebDataset(tars, shardshuffle=False)
+    dataset = dataset.decode("rgb8") if decoder == "pillow" else dataset.map_dict(jpg=decode_pixels)
+    return dataset.to_tuple("jpg").map(_first)
 
 
 def _first(sample: tuple[Any]) -> Any:
@@ -128,9 +128,9 @@ def _run(who: str, root: Path, batch: int) -> None:
 
 
 def _result(who: str, root: Path, batch: int, log: Path) -> Result:
-    usage = measured([sys.executable, __file__, "--run", who, "--root", str(root), "--batch", str(batch)], log)
-    told = json.loads(usage.stdout.splitlines()[-1])
-    return Result(who, told["pictures"], told["pictures_s"], usage.cpu_s, usage.peak_mb, usage.others_cores)
+    usage = measure([sys.executable, __file__, "--run", who, "--root", str(root), "--batch", str(batch)], log)
+    summary = json.loads(usage.stdout.splitlines()[-1])
+    return Result(who, summary["pictures"], summary["pictures_s"], usage.cpu_s, usage.peak_mb, usage.others_cores)
 
 
 def table(results: list[Result]) -> str:
@@ -138,18 +138,19 @@ def table(results: list[Result]) -> str:
     names = list(dict.fromkeys(result.who for result in results))
     runs = {name: [result for result in results if result.who == name] for name in names}
 
-    def beside(name: str, other: str) -> str:
+    def speed_ratio(name: str, other: str) -> str:
         # Turn by turn: what else the machine does comes and goes.
         pairs = zip(runs[name], runs[other], strict=True)
-        return f"{statistics.median(one.pictures_s / to.pictures_s for one, to in pairs):.2f}"
+        return f"{statistics.median(result.pictures_s / baseline.pictures_s for result, baseline in pairs):.2f}"
 
     rows = [["", "pictures/s", "to the plain loop", f"to the DataLoader of {_WORKERS}", "CPU s with start-up",
              "peak memory (PSS), MB", "cores busy with something else"], ["---"] * 7]
     for name in names:
-        rows.append([name, f"{statistics.median(one.pictures_s for one in runs[name]):.0f}", beside(name, _PLAIN),
-                     beside(name, _LOADER), f"{statistics.median(one.cpu_s for one in runs[name]):.1f}",
-                     f"{statistics.median(one.peak_mb for one in runs[name]):.0f}",
-                     f"{statistics.median(one.others_cores for one in runs[name]):.2f}"])
+        rows.append([name, f"{statistics.median(result.pictures_s for result in runs[name]):.0f}",
+                     speed_ratio(name, _PLAIN), speed_ratio(name, _LOADER),
+                     f"{statistics.median(result.cpu_s for result in runs[name]):.1f}",
+                     f"{statistics.median(result.peak_mb for result in runs[name]):.0f}",
+                     f"{statistics.median(result.others_cores for result in runs[name]):.2f}"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -161,24 +162,24 @@ def main() -> int:
     parser.add_argument("--work", default="", help="default: rdm-bench in the temporary folder")
     parser.add_argument("--run", default="", help=argparse.SUPPRESS)
     parser.add_argument("--root", default="", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.run:
-        _run(given.run, Path(given.root), given.batch)
+    args = parser.parse_args()
+    if args.run:
+        _run(args.run, Path(args.root), args.batch)
         return 0
-    work, results = photographs.work_folder(given.work), []
+    work, results = photographs.work_folder(args.work), []
     try:
-        root = sharded(work, given.pictures)
-        for _ in range(given.repeats):
+        root = make_dataset(work, args.pictures)
+        for _ in range(args.repeats):
             for who in CONTESTANTS:
-                results.append(_result(who, root, given.batch, work / "loader.log"))
+                results.append(_result(who, root, args.batch, work / "loader.log"))
     except Failed as failure:
         print(failure, file=sys.stderr)
         return 1
-    print(f"{given.pictures} pictures, batches of {given.batch}, {given.repeats} runs each in turns; {machine()}; "
+    print(f"{args.pictures} pictures, batches of {args.batch}, {args.repeats} runs each in turns; {machine()}; "
           f"{versions()}\n")
     print(table(results))
-    # An epoch's last batch is filled from the next epoch, so it is left out.
-    incomplete = [result for result in results if result.pictures < given.pictures - given.batch + 1]
+    # An epoch's last batch is make_folder from the next epoch, so it is left out.
+    incomplete = [result for result in results if result.pictures < args.pictures - args.batch + 1]
     if incomplete:
         print(f"\nincomplete: {incomplete}")
     return 1 if incomplete else 0

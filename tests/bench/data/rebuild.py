@@ -109,15 +109,15 @@ def main() -> None:
     parser.add_argument("rows", type=int, nargs="?", default=300_000, metavar="ROWS")
     parser.add_argument("folder", nargs="?", default="", metavar="FOLDER",
                         help="with a version that an earlier call made: only plan; default: a temporary folder")
-    arguments = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(arguments.folder or temporary)
+        folder = Path(args.folder or temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "list.jsonl").exists():
             plan(folder)
         else:
-            make(folder, arguments.rows)
-            subprocess.run([sys.executable, __file__, str(arguments.rows), str(folder)], check=True)
+            make(folder, args.rows)
+            subprocess.run([sys.executable, __file__, str(args.rows), str(folder)], check=True)
 
 
 if __name__ == "__main__":

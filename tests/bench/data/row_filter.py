@@ -126,10 +126,10 @@ def child(program: str, path: Path, case: Case, older: str) -> dict[str, float]:
         where = _filter_class(older if program == "before" else "").parse(case.where)
         loaded = time.perf_counter()
         file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-        possible = where.row_groups(file)
-        groups = len(possible)
+        candidate_groups = where.row_groups(file)
+        groups = len(candidate_groups)
         kept = sum(int(where.mask(pa.Table.from_batches([batch])).sum())
-                   for batch in _batches(file, case, list(where.columns), possible))
+                   for batch in _batches(file, case, list(where.columns), candidate_groups))
     return {"load_s": loaded - begin, "kept": kept, "groups": groups,
             "seconds": time.perf_counter() - begin,
             "cpu_s": time.process_time() - before, "peak_mb": _peak_mb()}

@@ -41,85 +41,85 @@ class Sizes:
         return Sizes(*(max(value // 100, 200) for value in self.__dict__.values()))
 
 
-def measured(part: str, work: Path, **given: Any) -> dict[str, Any]:
+def run_part(part: str, work: Path, **arguments: Any) -> dict[str, Any]:
     """What a part of this script says in a process of its own."""
-    print(f"{part} {given} ...", file=sys.stderr, flush=True)
-    done = subprocess.run([sys.executable, __file__, "--part", json.dumps([part, given]), "--work", str(work)],
-                          stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    print(f"{part} {arguments} ...", file=sys.stderr, flush=True)
+    process = subprocess.run([sys.executable, __file__, "--part", json.dumps([part, arguments]), "--work", str(work)],
+                             stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(process.stdout.splitlines()[-1])
 
 
-def planning(work: Path, sizes: Sizes) -> list[dict[str, Any]]:
+def measure_planning(work: Path, sizes: Sizes) -> list[dict[str, Any]]:
     long, few = (write_laion_list(work / f"laion-{count}.parquet", count) for count in (sizes.rows, sizes.few))
     table = write_laion_list(work / f"laion-{sizes.csv}.csv", sizes.csv)
-    found = [measured("plan", work, source=str(source), rows=rows, where=where)
-             for source, rows, where in ((few, sizes.few, ""), (few, sizes.few, WHERE), (long, sizes.rows, ""),
-                                         (long, sizes.rows, WHERE), (table, sizes.csv, ""))]
+    figures = [run_part("plan", work, source=str(source), rows=rows, where=where)
+               for source, rows, where in ((few, sizes.few, ""), (few, sizes.few, WHERE), (long, sizes.rows, ""),
+                                           (long, sizes.rows, WHERE), (table, sizes.csv, ""))]
     print("\n| list | rows | filter | file | items | seconds | peak memory | plan |\n|---|---|---|---|---|---|---|---|")
-    for one, source in zip(found, (few, few, long, long, table), strict=True):
-        print(f"| {source.suffix[1:]} | {one['rows']:,} | {one['where'] or 'none'} "
-              f"| {source.stat().st_size / 1e6:,.1f} MB | {one['items']:,} | {one['seconds']:.2f} "
-              f"| {one['peak_mb']:.0f} MB, {one['before_mb']:.0f} MB of it before "
-              f"| {one['plan_bytes'] / 1e6:,.3f} MB |")
-    return found
+    for row, source in zip(figures, (few, few, long, long, table), strict=True):
+        print(f"| {source.suffix[1:]} | {row['rows']:,} | {row['where'] or 'none'} "
+              f"| {source.stat().st_size / 1e6:,.1f} MB | {row['items']:,} | {row['seconds']:.2f} "
+              f"| {row['peak_mb']:.0f} MB, {row['before_mb']:.0f} MB of it before "
+              f"| {row['plan_bytes'] / 1e6:,.3f} MB |")
+    return figures
 
 
-def driving(work: Path, sizes: Sizes, workers: list[int]) -> list[dict[str, Any]]:
-    found = [measured("driver", work, items=items, workers=count) for items, count in (
+def measure_driver(work: Path, sizes: Sizes, workers: list[int]) -> list[dict[str, Any]]:
+    figures = [run_part("driver", work, items=items, workers=count) for items, count in (
         (sizes.trivial, 0), (4 * sizes.trivial, 0), *((sizes.trivial, count) for count in workers))]
     print("\n| trivial items | workers | items/s | driver CPU an item | driver memory grew by |\n|---|---|---|---|---|")
-    for one in found:
-        print(f"| {one['items']:,} | {one['workers'] or 'in process'} | {one['items'] / one['seconds']:,.0f} "
-              f"| {one['driver_cpu'] / one['items'] * 1e3:.2f} ms | {one['driver_mb']:,.0f} MB |")
+    for row in figures:
+        print(f"| {row['items']:,} | {row['workers'] or 'in process'} | {row['items'] / row['seconds']:,.0f} "
+              f"| {row['driver_cpu'] / row['items'] * 1e3:.2f} ms | {row['driver_mb']:,.0f} MB |")
     print(f"\nAll on the {os.cpu_count()} cores of one machine: more workers than that share them. In process the "
           f"driver is the worker too.")
-    return found
+    return figures
 
 
-def working(work: Path, sizes: Sizes, workers: list[int]) -> list[dict[str, Any]]:
-    found = [measured("shard", work, pictures=sizes.pictures, workers=count) for count in workers]
+def measure_workers(work: Path, sizes: Sizes, workers: list[int]) -> list[dict[str, Any]]:
+    figures = [run_part("shard", work, pictures=sizes.pictures, workers=count) for count in workers]
     print("\n| pictures | workers, each a node | pictures/s |\n|---|---|---|")
-    for one in found:
-        print(f"| {one['pictures']:,} | {one['workers']} | {one['pictures'] / one['seconds']:,.0f} |")
-    return found
+    for row in figures:
+        print(f"| {row['pictures']:,} | {row['workers']} | {row['pictures'] / row['seconds']:,.0f} |")
+    return figures
 
 
-def listing(work: Path, sizes: Sizes) -> dict[str, Any]:
-    found = {"lists": measured("lists", work, items=sizes.items),
-             "resume": [measured("resume", work, items=sizes.recorded, how=how) for how in ("packs", "files")]}
-    print(f"\n| of {found['lists']['items']:,} items | seconds | bytes | peak memory so far |\n|---|---|---|---|")
-    for name, one in found["lists"].items():
+def measure_lists(work: Path, sizes: Sizes) -> dict[str, Any]:
+    figures = {"lists": run_part("lists", work, items=sizes.items),
+               "resume": [run_part("resume", work, items=sizes.recorded, how=how) for how in ("packs", "files")]}
+    print(f"\n| of {figures['lists']['items']:,} items | seconds | bytes | peak memory so far |\n|---|---|---|---|")
+    for name, row in figures["lists"].items():
         if name != "items":
-            length = f"{one['bytes']:,}" if "bytes" in one else ""
-            print(f"| {name} | {one['seconds']:.1f} | {length} | {one['peak_mb']:,.0f} MB |")
+            length = f"{row['bytes']:,}" if "bytes" in row else ""
+            print(f"| {name} | {row['seconds']:.1f} | {length} | {row['peak_mb']:,.0f} MB |")
     print("\n| records there | from | seconds | memory |\n|---|---|---|---|")
-    for one in found["resume"]:
-        print(f"| {one['items']:,} | {one['from']} | {one['seconds']:.2f} | {one['mb']:.0f} MB |")
-    return found
+    for row in figures["resume"]:
+        print(f"| {row['items']:,} | {row['from']} | {row['seconds']:.2f} | {row['mb']:.0f} MB |")
+    return figures
 
 
-def extrapolated(found: dict[str, Any], sizes: Sizes) -> None:
+def print_extrapolation(figures: dict[str, Any], sizes: Sizes) -> None:
     """What 100 million and 5 billion rows would cost, by the constants measured."""
-    per_row = (found["plan"][2]["seconds"] - found["plan"][0]["seconds"]) / sizes.rows
-    filtered = (found["plan"][3]["seconds"] - found["plan"][1]["seconds"]) / sizes.rows
-    at_all, base = found["lists"]["lists"], found["plan"][0]["before_mb"]
-    count = at_all["items"]
-    each = {name: one["seconds"] / count for name, one in at_all.items() if name != "items"}
-    busiest = max(one["driver_cpu"] / one["items"] for one in found["driver"][2:])
-    packed = found["lists"]["resume"][0]
+    row_s = (figures["plan"][2]["seconds"] - figures["plan"][0]["seconds"]) / sizes.rows
+    filtered_row_s = (figures["plan"][3]["seconds"] - figures["plan"][1]["seconds"]) / sizes.rows
+    list_figures, base = figures["lists"]["lists"], figures["plan"][0]["before_mb"]
+    count = list_figures["items"]
+    item_s = {name: figure["seconds"] / count for name, figure in list_figures.items() if name != "items"}
+    driver_cpu_per_item = max(row["driver_cpu"] / row["items"] for row in figures["driver"][2:])
+    from_packs = figures["lists"]["resume"][0]
     print("\n| | 100 million rows | 5 billion rows |\n|---|---|---|")
     totals = [rows // ROWS_PER_SHARD for rows in (100_000_000, 5_000_000_000)]
     lines = {
         "items": [f"{n:,}" for n in totals],
-        "plan, bytes": [f"{n * at_all['plan']['bytes'] / count / 1e6:,.1f} MB" for n in totals],
-        "manifest, bytes": [f"{n * at_all['manifest']['bytes'] / count / 1e6:,.1f} MB" for n in totals],
-        "reading the list, no filter": [_time(n * ROWS_PER_SHARD * per_row) for n in totals],
-        "reading the list, with a filter": [_time(n * ROWS_PER_SHARD * filtered) for n in totals],
-        "driver CPU for the items": [_time(n * busiest) for n in totals],
-        "driver memory, at the most": [f"{base + n * (at_all['going on']['peak_mb'] - base) / count:,.0f} MB"
+        "plan, bytes": [f"{n * list_figures['plan']['bytes'] / count / 1e6:,.1f} MB" for n in totals],
+        "manifest, bytes": [f"{n * list_figures['manifest']['bytes'] / count / 1e6:,.1f} MB" for n in totals],
+        "reading the list, no filter": [_time(n * ROWS_PER_SHARD * row_s) for n in totals],
+        "reading the list, with a filter": [_time(n * ROWS_PER_SHARD * filtered_row_s) for n in totals],
+        "driver CPU for the items": [_time(n * driver_cpu_per_item) for n in totals],
+        "driver memory, at the most": [f"{base + n * (list_figures['going on']['peak_mb'] - base) / count:,.0f} MB"
                                        for n in totals],
-        "manifest, written and loaded": [_time(n * (each["manifest"] + each["manifest, loaded"])) for n in totals],
-        "going on, from packs on a disk": [_time(n * (each["going on"] + packed["seconds"] / packed["items"]))
+        "manifest, written and loaded": [_time(n * (item_s["manifest"] + item_s["manifest, loaded"])) for n in totals],
+        "going on, from packs on a disk": [_time(n * (item_s["going on"] + from_packs["seconds"] / from_packs["items"]))
                                            for n in totals],
         "requests to list the records on S3": [f"{-(-n // LISTED):,}" for n in totals],
         "requests to read packs when going on": [f"{-(-n // 5000):,}" for n in totals],
@@ -142,20 +142,22 @@ def main() -> int:
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--small", action="store_true", help="a hundredth of everything")
     parser.add_argument("--part", default="", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    work = photographs.work_folder(given.work)
-    if given.part:
-        name, settings = json.loads(given.part)
+    args = parser.parse_args()
+    work = photographs.work_folder(args.work)
+    if args.part:
+        name, settings = json.loads(args.part)
         print(json.dumps(PARTS[name](work, **settings)))
         return 0
-    sizes = Sizes().small() if given.small else Sizes()
+    sizes = Sizes().small() if args.small else Sizes()
     print(f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}")
-    makers = {"plan": lambda: planning(work, sizes), "driver": lambda: driving(work, sizes, given.workers),
-              "workers": lambda: working(work, sizes, given.workers), "lists": lambda: listing(work, sizes)}
-    found = {name: makers[name]() for name in given.only}
-    if {"plan", "driver", "lists"} <= found.keys():
-        extrapolated(found, sizes)
-    (work / "scale.json").write_text(json.dumps(found, indent=1))
+    measurements = {"plan": lambda: measure_planning(work, sizes),
+                    "driver": lambda: measure_driver(work, sizes, args.workers),
+                    "workers": lambda: measure_workers(work, sizes, args.workers),
+                    "lists": lambda: measure_lists(work, sizes)}
+    figures = {name: measurements[name]() for name in args.only}
+    if {"plan", "driver", "lists"} <= figures.keys():
+        print_extrapolation(figures, sizes)
+    (work / "scale.json").write_text(json.dumps(figures, indent=1))
     return 0
 
 

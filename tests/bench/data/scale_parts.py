@@ -72,12 +72,12 @@ def plan(work: Path, source: str, rows: int, where: str) -> dict[str, Any]:
     """Claim a folder for a list: identity, parts, plan.json."""
     with _folder(work) as root:
         config = ShardConfig(source=source, samples_per_shard=ROWS_PER_SHARD, image_size=256, where=where)
-        one = Shard(Dataset.parse(str(root), "x"), config)
+        stage = Shard(Dataset.parse(str(root), "x"), config)
         begun, before = time.perf_counter(), memory()["VmRSS"]
-        items = prepare(one)
-        written = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+        items = prepare(stage)
+        plan_bytes = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
         return {"rows": rows, "where": where, "items": len(items), "seconds": time.perf_counter() - begun,
-                "peak_mb": memory()["VmHWM"], "before_mb": before, "plan_bytes": written}
+                "peak_mb": memory()["VmHWM"], "before_mb": before, "plan_bytes": plan_bytes}
 
 
 class Trivial(Stage):
@@ -126,68 +126,68 @@ def shard(work: Path, pictures: int, workers: int) -> dict[str, Any]:
 
 def lists(work: Path, items: int) -> dict[str, Any]:
     """Write and load the plan, records and manifest of `items` items, then resume the stage."""
-    found: dict[str, Any] = {"items": items}
+    figures: dict[str, Any] = {"items": items}
 
     @contextmanager
     def timed(name: str) -> Iterator[None]:
         begun = time.perf_counter()
         yield
-        found[name] = {"seconds": time.perf_counter() - begun, "peak_mb": memory()["VmHWM"]}
+        figures[name] = {"seconds": time.perf_counter() - begun, "peak_mb": memory()["VmHWM"]}
 
     with _folder(work) as root:
-        one = Trivial(str(root), items)
+        stage = Trivial(str(root), items)
         with timed("plan"):
-            planned = prepare(one)
+            planned_items = prepare(stage)
         with timed("plan, loaded"):
-            planned = prepare(one)
-            ids = item_ids(planned)
-        print_ = storage.read_json(f"{one.folder}/plan.json")["fingerprint"]
+            planned_items = prepare(stage)
+            ids = item_ids(planned_items)
+        fingerprint = storage.read_json(f"{stage.folder}/plan.json")["fingerprint"]
         with timed("records, collected and packed"):
-            packs = storage.join(one.folder, "packs", print_[:12])
+            packs = storage.join(stage.folder, "packs", fingerprint[:12])
             collected = records.Collected(lambda packed: _pack(packs, packed))
-            for one_id in ids:
-                collected.add(_record(one_id, print_))
+            for item_id in ids:
+                collected.add(_record(item_id, fingerprint))
         with timed("records, in order"):
-            done = collected.in_order(ids)
+            ordered_records = collected.in_order(ids)
         with timed("manifest"):
-            seal_stage(one, planned, done)
-        del done, collected, planned
+            seal_stage(stage, planned_items, ordered_records)
+        del ordered_records, collected, planned_items
         with timed("manifest, loaded"):
-            manifest = read_manifest(one.folder, "")
+            manifest = read_manifest(stage.folder, "")
         with timed("content and totals"):
             assert records.content(manifest["fingerprint"], manifest["files"], manifest["items"]) == manifest["content"]
             assert records.totals(manifest["items"]) == manifest["totals"]
         with timed("every record, looked at"):
             assert sum(record["info"]["rows"] for record in manifest["items"]) == items * ROWS_PER_SHARD
         del manifest
-        storage.remove(f"{one.folder}/manifest.json")
+        storage.remove(f"{stage.folder}/manifest.json")
         with timed("going on"):
-            run_stage(one, lambda stage_, left: iter(()))
+            run_stage(stage, lambda stage, remaining_items: iter(()))
         for name, pattern in (("plan", "items-*.parquet"), ("manifest", "manifest-*.parquet"),
                               ("records, collected and packed", "packs/*/*")):
-            found[name]["bytes"] = sum(path.stat().st_size for path in Path(one.folder).glob(pattern))
-    return found
+            figures[name]["bytes"] = sum(path.stat().st_size for path in Path(stage.folder).glob(pattern))
+    return figures
 
 
 def resume(work: Path, items: int, how: str) -> dict[str, Any]:
     """The records of so many items that are there, from packs or from a file each."""
     with _folder(work) as root:
-        one = Trivial(str(root), items)
-        ids = item_ids(prepare(one))
-        print_ = storage.read_json(f"{one.folder}/plan.json")["fingerprint"]
-        packs = storage.join(one.folder, "packs", print_[:12])
+        stage = Trivial(str(root), items)
+        ids = item_ids(prepare(stage))
+        fingerprint = storage.read_json(f"{stage.folder}/plan.json")["fingerprint"]
+        packs = storage.join(stage.folder, "packs", fingerprint[:12])
         collected = records.Collected(lambda packed: _pack(packs, packed) if how == "packs" else None)
-        folder = Path(one.folder) / "records"
+        folder = Path(stage.folder) / "records"
         folder.mkdir(exist_ok=True)
-        for one_id in ids:
-            record = _record(one_id, print_)
-            (folder / f"{one_id}.json").write_bytes(storage.json_bytes(record))
+        for item_id in ids:
+            record = _record(item_id, fingerprint)
+            (folder / f"{item_id}.json").write_bytes(storage.json_bytes(record))
             collected.add(record)
         del collected
         begun, before = time.perf_counter(), memory()["VmRSS"]
-        found = read_records(one, ids)
+        collection = read_records(stage, ids)
         seconds = time.perf_counter() - begun
-        assert len(found.ids) == items
+        assert len(collection.ids) == items
         return {"items": items, "from": how, "seconds": seconds, "mb": memory()["VmRSS"] - before}
 
 
@@ -199,10 +199,10 @@ def _item(number: int) -> Item:
                                   "count": ROWS_PER_SHARD, "filtered": 0})
 
 
-def _record(item: str, print_: str) -> dict[str, Any]:
+def _record(item: str, fingerprint: str) -> dict[str, Any]:
     """A record as a shard of a list has it: three files, some reasons."""
     number = int(item)
-    return {"id": item, "plan": print_, "samples": 8000 + number % 1000, "info": {"rows": ROWS_PER_SHARD},
+    return {"id": item, "plan": fingerprint, "samples": 8000 + number % 1000, "info": {"rows": ROWS_PER_SHARD},
             "files": [{"name": name, "bytes": 200_000_000 + number, "sha256": hashlib.sha256(name.encode()).hexdigest()}
                       for name in (f"{item}.parquet", f"{item}.tar", f"ledger/{item}.jsonl")],
             "skipped": {"http_404": 800, "timeout": 200, "not_a_picture": 1000 - number % 1000},
@@ -260,9 +260,9 @@ def _pictures(work: Path, count: int) -> Path:
     if not folder.exists():
         hidden = folder.with_name(f".{folder.name}-{os.getpid()}")
         hidden.mkdir()
-        made = photographs.make(work)
+        photos = photographs.make(work)
         for number in range(count):
-            os.link(made[number % len(made)], hidden / f"{number:06d}.jpg")
+            os.link(photos[number % len(photos)], hidden / f"{number:06d}.jpg")
         hidden.rename(folder)
     return folder
 

@@ -64,9 +64,9 @@ class Row:
 
     title: str
     run: str
-    drawn: str = "drawn"
+    evaluation: str = "drawn"
     flags: tuple[str, ...] = ()
-    against: str = "base-drawn"
+    baseline: str = "base-drawn"
 
 
 ROWS = (
@@ -90,25 +90,25 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--prompts", type=int, default=40, help="held-out subjects, in each of the eight styles")
     parser.add_argument("--table", action="store_true", help="only the table of what is there")
-    given = parser.parse_args()
-    root = Path(given.root)
+    args = parser.parse_args()
+    root = Path(args.root)
     if not (root / "datasets" / "heldout" / "v1" / "neighbors" / "train").is_dir():
         parser.error(f"{root} has no held-out dataset with neighbours in the training set\n"
                      f"hint: python -m jobs demo --root {root}")
-    if not given.table:
+    if not args.table:
         os.environ.setdefault("WANDB_MODE", "disabled")
         for name in ("train", "heldout"):  # what --own caption reads
-            _do("embed", name, "--captions", "--root", str(root))
-        for seed in range(given.base_seeds):  # first, for without their spread the others mean nothing
-            _run(root, "base", seed, given.steps, given.prompts)
-        for seed in range(given.seeds):
+            _run_verb("embed", name, "--captions", "--root", str(root))
+        for seed in range(args.base_seeds):  # first, for without their spread the others mean nothing
+            _run(root, "base", seed, args.steps, args.prompts)
+        for seed in range(args.seeds):
             for name in RUNS:
-                _run(root, name, seed, given.steps, given.prompts)
+                _run(root, name, seed, args.steps, args.prompts)
     print(_table(root), end="")
     return 0
 
 
-def _do(*words: str) -> None:
+def _run_verb(*words: str) -> None:
     """A command of the project, in this process; SystemExit with its code if it failed."""
     with contextlib.redirect_stdout(sys.stderr):
         if code := cli_main([*words, "--local"]):
@@ -118,68 +118,69 @@ def _do(*words: str) -> None:
 def _run(root: Path, name: str, seed: int, steps: int, prompts: int) -> None:
     run = Run.parse(str(root), f"abl-{name}-{seed}")
     print(f"-- {run.name}", file=sys.stderr, flush=True)
-    _do("train", run.name, "--dataset", "train", "--validation", "heldout", "--root", str(root), *BASE, *RUNS[name],
-        "--seed", str(seed), "--steps", str(steps), "--checkpoint-every", str(steps))
+    _run_verb("train", run.name, "--dataset", "train", "--validation", "heldout", "--root", str(root), *BASE,
+              *RUNS[name], "--seed", str(seed), "--steps", str(steps), "--checkpoint-every", str(steps))
     _share_judges(root, run)
     # Heun's sampler asks the network twice in a step.
-    how = ("--sampler", "heun", "--steps", "8") if name == "flow" else ()
+    sampler_flags = ("--sampler", "heun", "--steps", "8") if name == "flow" else ()
     databases = [word for style in sorted(STYLES) for word in ("--database", style)]
     for row in ROWS:
         if row.run == name:
-            _do("evaluate", run.name, "--recipe", "emoji_32", "--root", str(root), *databases, "--name", row.drawn,
-                "--ways", "database", "--sweep-k", "--sweep-guidance", "--prompts", str(prompts), "--seeds", "1",
-                *how, *row.flags)
+            _run_verb("evaluate", run.name, "--recipe", "emoji_32", "--root", str(root), *databases, "--name",
+                      row.evaluation, "--ways", "database", "--sweep-k", "--sweep-guidance", "--prompts", str(prompts),
+                      "--seeds", "1", *sampler_flags, *row.flags)
 
 
 def _share_judges(root: Path, run: Run) -> None:
     """Judges know nothing of a run but its pictures' size: those that there are for these databases do for all."""
     databases = [Dataset.parse(str(root), style) for style in sorted(STYLES)]
     judging = StyleClassifierStage(run, Dataset.parse(str(root), "train"), databases, emoji_32().evaluate.judge_steps)
-    mine = storage.local_path(judging.folder)
-    there = [path.parent for path in sorted(root.glob(f"runs/*/judges/{mine.name}/manifest.json"))]
-    if there and not mine.exists():
-        shutil.copytree(there[0], mine)
+    own_folder = storage.local_path(judging.folder)
+    existing_folders = [path.parent for path in sorted(root.glob(f"runs/*/judges/{own_folder.name}/manifest.json"))]
+    if existing_folders and not own_folder.exists():
+        shutil.copytree(existing_folders[0], own_folder)
 
 
-def _found(root: Path, row: Row) -> list[dict[str, Any]]:
+def _evaluations(root: Path, row: Row) -> list[dict[str, Any]]:
     """What was found of each seed: the evaluation, who each picture was taken for, and the losses."""
-    found = []
-    for manifest in sorted(root.glob(f"runs/abl-{row.run}-[0-9]*/evaluations/{row.drawn}/manifest.json")):
+    evaluations = []
+    for manifest in sorted(root.glob(f"runs/abl-{row.run}-[0-9]*/evaluations/{row.evaluation}/manifest.json")):
         folder = manifest.parent
         run = Run.parse(str(root), folder.parents[1].name)
         document = json.loads((folder / "evaluation.json").read_text())
-        styles = [json.loads((folder / f"database-{one}.json").read_text()) for one in document["styles"]]
+        styles = [json.loads((folder / f"database-{style}.json").read_text()) for style in document["styles"]]
         # (prompts, styles); one picture of each
-        right = np.array([np.array(one["judge"])[:, 0] == one["style"] for one in styles]).T.astype(float)
-        clip = np.array([np.array(one["clip"])[:, 0] for one in styles]).T
+        right = np.array([np.array(style["judge"])[:, 0] == style["style"] for style in styles]).T.astype(float)
+        clip = np.array([np.array(style["clip"])[:, 0] for style in styles]).T
         last = read_metrics(run, "validation.jsonl")[-1]
-        found.append({"judge": 100 * right, "clip": clip, "kid": document["ways"][0]["kid"],
-                      "loss": last["validation_loss"], "shuffled": last["validation_shuffled"]})
-    return found
+        evaluations.append({"judge": 100 * right, "clip": clip, "kid": document["ways"][0]["kid"],
+                            "loss": last["validation_loss"], "shuffled": last["validation_shuffled"]})
+    return evaluations
 
 
 def _table(root: Path) -> str:
-    found = {(row.run, row.drawn): _found(root, row) for row in ROWS}
-    spread = {name: _spread([np.array([np.mean(one[name]) for one in runs]) for key, runs in found.items()
+    runs_by_row = {(row.run, row.evaluation): _evaluations(root, row) for row in ROWS}
+    spread = {name: _spread([np.array([np.mean(run[name]) for run in runs]) for key, runs in runs_by_row.items()
                              if key[1] == "drawn" and (name != "loss" or key[0] in _COMPARABLE)])
               for name in ("judge", "clip", "kid", "loss")}
     lines = ["| | judge | less the base's | KID | CLIP score | validation loss |", "|---|---|---|---|---|---|"]
     for row in ROWS:
-        runs, base = found[row.run, row.drawn], found[tuple(row.against.rsplit("-", 1))] if row.against else []
+        runs = runs_by_row[row.run, row.evaluation]
+        base = runs_by_row[tuple(row.baseline.rsplit("-", 1))] if row.baseline else []
         if not runs:
             continue
         same = runs is base or not base
-        cells = [summary.format_percent(summary.interval(np.mean([one["judge"] for one in runs], 0) / 100)),
+        cells = [summary.format_percent(summary.interval(np.mean([run["judge"] for run in runs], 0) / 100)),
                  "" if same else _difference("judge", runs, base, spread, "{:+.1f}")]
         for name, form in (("kid", "{:.3f}"), ("clip", "{:.3f}"), ("loss", "{:.4f}")):
-            text = form.format(np.mean([np.mean(one[name]) for one in runs]))
-            if name == "loss" and (row.run not in _COMPARABLE or row.drawn != "drawn"):
+            text = form.format(np.mean([np.mean(run[name]) for run in runs]))
+            if name == "loss" and (row.run not in _COMPARABLE or row.evaluation != "drawn"):
                 text = ""
             elif not same and _beyond(name, runs, base, spread):
                 text = f"**{text}**"
             cells.append(text)
         lines.append(f"| {row.title} | {' | '.join(cells)} |")
-    count = {len(runs) for runs in found.values() if runs}
+    count = {len(runs) for runs in runs_by_row.values() if runs}
     lines += ["", f"{min(count)} to {max(count)} runs of each. Runs that differ in the seed alone differ by (standard "
               f"deviation, degrees of freedom): " + ", ".join(
                   f"{name} {value:.3g} ({freedom})" for name, (value, freedom) in spread.items())]
@@ -188,8 +189,8 @@ def _table(root: Path) -> str:
 
 def _spread(groups: list[np.ndarray]) -> tuple[float, int]:
     """The standard deviation within groups, pooled, and its degrees of freedom."""
-    freedom = sum(len(one) - 1 for one in groups if len(one))
-    squares = sum(((one - one.mean()) ** 2).sum() for one in groups if len(one))
+    freedom = sum(len(group) - 1 for group in groups if len(group))
+    squares = sum(((group - group.mean()) ** 2).sum() for group in groups if len(group))
     return (float(np.sqrt(squares / freedom)) if freedom else float("nan")), freedom
 
 
@@ -200,22 +201,22 @@ def _error(name: str, runs: list[dict[str, Any]], base: list[dict[str, Any]], sp
         return float("nan")
     parts = [(value ** 2 * (1 / len(runs) + 1 / len(base)), freedom)]
     if np.ndim(runs[0][name]):  # of each prompt: prompts drawn anew, the same for both
-        paired = np.mean([one[name] for one in runs], (0, 2)) - np.mean([one[name] for one in base], (0, 2))
+        paired = np.mean([run[name] for run in runs], (0, 2)) - np.mean([run[name] for run in base], (0, 2))
         parts.append((paired.var(ddof=1) / len(paired), len(paired) - 1))
-    squared = sum(one for one, _ in parts)
+    squared = sum(variance for variance, _ in parts)
     # Welch and Satterthwaite's degrees of freedom of a sum of variances.
-    together = squared ** 2 / sum(one ** 2 / free for one, free in parts)
+    together = squared ** 2 / sum(variance ** 2 / degrees for variance, degrees in parts)
     return float(stats.t.ppf(0.975, together) * np.sqrt(squared))
 
 
 def _beyond(name: str, runs: list[dict[str, Any]], base: list[dict[str, Any]], spread: dict[str, Any]) -> bool:
-    difference = np.mean([np.mean(one[name]) for one in runs]) - np.mean([np.mean(one[name]) for one in base])
+    difference = np.mean([np.mean(run[name]) for run in runs]) - np.mean([np.mean(run[name]) for run in base])
     return abs(difference) > _error(name, runs, base, spread)
 
 
 def _difference(name: str, runs: list[dict[str, Any]], base: list[dict[str, Any]], spread: dict[str, Any],
                 form: str) -> str:
-    difference = float(np.mean([one[name] for one in runs]) - np.mean([one[name] for one in base]))
+    difference = float(np.mean([run[name] for run in runs]) - np.mean([run[name] for run in base]))
     error = _error(name, runs, base, spread)
     text = f"{form.format(difference)} [{form.format(difference - error)}, {form.format(difference + error)}]"
     return f"**{text}**" if abs(difference) > error else text

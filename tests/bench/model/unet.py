@@ -38,16 +38,16 @@ class Peer(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         from diffusers import UNet2DConditionModel
-        wide = [config.model_channels * mult for mult in config.channel_mult]
-        attends = [2 ** level in config.attention_downsampling for level in range(len(wide))]
+        widths = [config.model_channels * mult for mult in config.channel_mult]
+        attention_levels = [2 ** level in config.attention_downsampling for level in range(len(widths))]
         self.patch = config.patch
         self.network = UNet2DConditionModel(
             in_channels=config.in_channels * config.patch ** 2, out_channels=config.out_channels * config.patch ** 2,
-            block_out_channels=wide, layers_per_block=config.num_res_blocks, cross_attention_dim=config.context_dim,
+            block_out_channels=widths, layers_per_block=config.num_res_blocks, cross_attention_dim=config.context_dim,
             # What diffusers calls the dimension of a head is their number here, for reasons of its history.
-            attention_head_dim=[one // config.head_dim for one in wide],
-            down_block_types=["CrossAttnDownBlock2D" if one else "DownBlock2D" for one in attends],
-            up_block_types=["CrossAttnUpBlock2D" if one else "UpBlock2D" for one in reversed(attends)])
+            attention_head_dim=[width // config.head_dim for width in widths],
+            down_block_types=["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in attention_levels],
+            up_block_types=["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(attention_levels)])
         if config.checkpointing:
             self.network.enable_gradient_checkpointing()
 
@@ -68,91 +68,92 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
+    args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config: UNetConfig = getattr(recipes, given.preset)().unet
+    config: UNetConfig = getattr(recipes, args.preset)().unet
     torch.manual_seed(0)
     networks = {"ours": UNet(config), "diffusers": Peer(config)}
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "given": vars(given) | {"out": ""},
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "given": vars(args) | {"out": ""},
         "precision": str(compute_dtype("auto", device)).removeprefix("torch."),
         "parameters": {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}}
-    networks = {name: network.to(device, memory_format=torch.channels_last if given.channels_last
+    networks = {name: network.to(device, memory_format=torch.channels_last if args.channels_last
                                  else torch.preserve_format) for name, network in networks.items()}
-    found["training"] = _training(networks, config, given, device)
-    if given.drawn:
-        found["sampling"] = _sampling(networks, config, given, device)
-    print(json.dumps(found))
-    if given.out:
-        given.out.write_text(json.dumps(found, indent=1) + "\n")
-    for name, rates in found["training"]["pictures_per_s"].items():
-        print(f"training  {name:10} {rates:9.2f} pictures/s")
-    print(f"training  ratio {found['training']['ratio']:.2f}"
-          + (f", MFU {found['training']['mfu']:.2f}" if "mfu" in found["training"] else ""))
-    for what, one in found.get("sampling", {}).items():
-        print(f"{what}: " + ", ".join(f"{name} {rate:.3f} pictures/s" for name, rate in one["pictures_per_s"].items())
-              + f", ratio {one['ratio']:.2f}")
+    figures["training"] = _training(networks, config, args, device)
+    if args.drawn:
+        figures["sampling"] = _sampling(networks, config, args, device)
+    print(json.dumps(figures))
+    if args.out:
+        args.out.write_text(json.dumps(figures, indent=1) + "\n")
+    for name, rate in figures["training"]["pictures_per_s"].items():
+        print(f"training  {name:10} {rate:9.2f} pictures/s")
+    print(f"training  ratio {figures['training']['ratio']:.2f}"
+          + (f", MFU {figures['training']['mfu']:.2f}" if "mfu" in figures["training"] else ""))
+    for sampler, sampler_figures in figures.get("sampling", {}).items():
+        rates = sampler_figures["pictures_per_s"]
+        print(f"{sampler}: " + ", ".join(f"{name} {rate:.3f} pictures/s" for name, rate in rates.items())
+              + f", ratio {sampler_figures['ratio']:.2f}")
 
 
-def _training(networks: dict[str, nn.Module], config: UNetConfig, given: argparse.Namespace,
+def _training(networks: dict[str, nn.Module], config: UNetConfig, args: argparse.Namespace,
               device: torch.device) -> dict[str, Any]:
     dtype = compute_dtype("auto", device)
-    x0 = torch.randn(given.batch, config.in_channels, given.side, given.side, device=device)
-    eps, t = torch.randn_like(x0), torch.randint(1000, (given.batch,), device=device)
-    context = torch.randn(given.batch, 4, config.context_dim, device=device)
+    x0 = torch.randn(args.batch, config.in_channels, args.side, args.side, device=device)
+    eps, t = torch.randn_like(x0), torch.randint(1000, (args.batch,), device=device)
+    context = torch.randn(args.batch, 4, config.context_dim, device=device)
     x_t = process.q_sample(NOISE, x0, eps, t)
-    if given.channels_last:
+    if args.channels_last:
         x_t = x_t.contiguous(memory_format=torch.channels_last)
     steps: dict[str, Callable[[], None]] = {}
     for name, network in networks.items():
         network.train()
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
-        asked = torch.compile(network) if given.compile else network
+        forward = torch.compile(network) if args.compile else network
 
-        def step(asked: Any = asked, optimizer: Any = optimizer) -> None:
+        def step(forward: Any = forward, optimizer: Any = optimizer) -> None:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                answer = asked(x_t, t, context)
+                answer = forward(x_t, t, context)
             process.loss(NOISE, answer, x0, eps, t).mean().backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
         steps[name] = step
-    seconds = _in_turns(steps, given.turns, given.steps, device)
-    rates = {name: given.batch * given.steps / one for name, one in seconds.items()}
-    found = {"pictures_per_s": rates, "ratio": rates["ours"] / rates["diffusers"]}
-    operations = rates["ours"] * flops.size(config, given.side, 4).training(checkpointing=False)
-    found["tflops_per_s"] = operations / 1e12
+    seconds = _in_turns(steps, args.turns, args.steps, device)
+    rates = {name: args.batch * args.steps / duration for name, duration in seconds.items()}
+    figures = {"pictures_per_s": rates, "ratio": rates["ours"] / rates["diffusers"]}
+    operations = rates["ours"] * flops.size(config, args.side, 4).training(checkpointing=False)
+    figures["tflops_per_s"] = operations / 1e12
     if device.type == "cuda":
-        found["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+        figures["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
         if peak := flops.peak(torch.cuda.get_device_name(device)):
-            found["mfu"] = operations / peak
-    return found
+            figures["mfu"] = operations / peak
+    return figures
 
 
-def _sampling(networks: dict[str, nn.Module], config: UNetConfig, given: argparse.Namespace,
+def _sampling(networks: dict[str, nn.Module], config: UNetConfig, args: argparse.Namespace,
               device: torch.device) -> dict[str, Any]:
     """Each network in its own project's loop, with guidance 2 against nobody."""
     dtype = compute_dtype("auto", device)
-    noise = torch.randn(given.drawn, config.in_channels, given.side, given.side, device=device)
-    context = torch.randn(given.drawn, 4, config.context_dim, device=device)
-    found = {}
+    noise = torch.randn(args.drawn, config.in_channels, args.side, args.side, device=device)
+    context = torch.randn(args.drawn, 4, config.context_dim, device=device)
+    figures = {}
     for what, sampler, count in (("50 steps of DDIM", "ddim", 50), ("20 steps of DPM-Solver++", "dpm++", 20)):
         def ours(sampler: Any = sampler, count: int = count) -> None:
-            def asked(x: torch.Tensor, t: torch.Tensor, given_context: torch.Tensor) -> torch.Tensor:
+            def denoise(x: torch.Tensor, t: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                    return networks["ours"](x, t, given_context)
-            samplers.sample(asked, NOISE, context, noise, steps=count, guidance=2.0, sampler=sampler, clamp=False)
+                    return networks["ours"](x, t, conditioning)
+            samplers.sample(denoise, NOISE, context, noise, steps=count, guidance=2.0, sampler=sampler, clamp=False)
 
         def theirs(sampler: Any = sampler, count: int = count) -> None:
             _their_loop(networks["diffusers"], sampler, count, noise, context, dtype)
 
         for network in networks.values():
             network.eval()
-        seconds = _in_turns({"ours": ours, "diffusers": theirs}, max(3, given.turns // 2), 1, device)
-        rates = {name: given.drawn / one for name, one in seconds.items()}
-        found[what] = {"pictures_per_s": rates, "ratio": rates["ours"] / rates["diffusers"]}
-    return found
+        seconds = _in_turns({"ours": ours, "diffusers": theirs}, max(3, args.turns // 2), 1, device)
+        rates = {name: args.drawn / duration for name, duration in seconds.items()}
+        figures[what] = {"pictures_per_s": rates, "ratio": rates["ours"] / rates["diffusers"]}
+    return figures
 
 
 @torch.no_grad()
@@ -163,12 +164,12 @@ def _their_loop(network: nn.Module, sampler: str, count: int, noise: torch.Tenso
     more = {"clip_sample": False} if sampler == "ddim" else {}
     scheduler = kind(beta_start=NOISE.beta_start, beta_end=NOISE.beta_end, beta_schedule="scaled_linear", **more)
     scheduler.set_timesteps(count, device=noise.device)
-    x, both = noise, torch.cat([torch.zeros_like(context), context])
+    x, contexts = noise, torch.cat([torch.zeros_like(context), context])
     for t in scheduler.timesteps:
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            answer = network(torch.cat([x, x]), t.expand(2 * len(x)), both).float()
-        nobody, somebody = answer.chunk(2)
-        x = scheduler.step(nobody + 2.0 * (somebody - nobody), t, x).prev_sample
+            answer = network(torch.cat([x, x]), t.expand(2 * len(x)), contexts).float()
+        unconditional, conditional = answer.chunk(2)
+        x = scheduler.step(unconditional + 2.0 * (conditional - unconditional), t, x).prev_sample
     return x
 
 

@@ -27,7 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules that all benchmarks share
 import photographs
-from harness import CHECKOUT, Failed, environment, machine, measured, versions
+from harness import CHECKOUT, Failed, environment, machine, measure, versions
 
 PEER = "clip-retrieval==2.45.0"
 _WITH_PEER = ("torch==2.14.1", "torchvision==0.29.1", "faiss-cpu==1.13.2", "setuptools<81")
@@ -76,7 +76,7 @@ class Result:
     times: dict[str, float] = field(default_factory=dict)
 
 
-def sharded(work: Path, count: int) -> Path:
+def make_shards(work: Path, count: int) -> Path:
     """A root with so many pictures in four shards under the name `photos`."""
     root = work / f"embed-{count}"
     if not (root / "datasets/photos/v1/shards/manifest.json").exists():
@@ -88,7 +88,7 @@ def sharded(work: Path, count: int) -> Path:
     return root
 
 
-def weights_of(model: str, work: Path) -> tuple[str, str]:
+def save_weights(model: str, work: Path) -> tuple[str, str]:
     """A file with the weights of a model, as torch.save writes it, and the folder of its configuration."""
     import torch
     from safetensors.torch import load_file
@@ -106,7 +106,7 @@ def weights_of(model: str, work: Path) -> tuple[str, str]:
     return str(path), ""
 
 
-def _bare(model: str, weights: str, precision: str, pictures: int) -> None:
+def _run_bare_pass(model: str, weights: str, precision: str, pictures: int) -> None:
     """The forward pass over batches in memory; prints the seconds."""
     import torch
 
@@ -124,22 +124,22 @@ def _bare(model: str, weights: str, precision: str, pictures: int) -> None:
         with torch.inference_mode():
             encoder.model.encode_image(batch)
 
-    def timed(some: list[torch.Tensor], threads: int) -> tuple[float, float]:
+    def timed(inputs: list[torch.Tensor], threads: int) -> tuple[float, float]:
         """Seconds and CPU seconds of so many threads, each with a share of those of torch."""
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(cores // threads,)) as pool:
-            list(pool.map(encode, some[:threads]))
+            list(pool.map(encode, inputs[:threads]))
             begin, used = time.perf_counter(), time.process_time()
-            list(pool.map(encode, (some[number % len(some)] for number in range(pictures // len(some[0])))))
+            list(pool.map(encode, (inputs[number % len(inputs)] for number in range(pictures // len(inputs[0])))))
             return time.perf_counter() - begin, time.process_time() - used
 
     cores = os.cpu_count() or 1
     print(json.dumps(min(timed(batches, 1), timed(parts, cores))))
 
 
-def bare(model: str, weights: str, precision: str, pictures: int, log: Path) -> Result:
+def measure_bare_pass(model: str, weights: str, precision: str, pictures: int, log: Path) -> Result:
     """The bare pass in a process of its own."""
-    usage = measured([sys.executable, __file__, "--bare", precision, "--model", model, "--weights", weights,
-                      "--pictures", str(pictures)], log)
+    usage = measure([sys.executable, __file__, "--bare", precision, "--model", model, "--weights", weights,
+                     "--pictures", str(pictures)], log)
     seconds, used = json.loads(usage.stdout.splitlines()[-1])
     return Result(f"bare forward pass, {precision}", pictures, usage.wall_s, seconds, used,
                   usage.cpu_s, usage.peak_mb, usage.others_cores)
@@ -148,9 +148,9 @@ def bare(model: str, weights: str, precision: str, pictures: int, log: Path) -> 
 def ours(root: Path, model: str, weights: str, precision: str) -> Result:
     """The embed stage; its vectors are left in the root."""
     shutil.rmtree(root / "datasets/photos/v1/embeddings", ignore_errors=True)
-    usage = measured([sys.executable, "-m", "jobs", "embed", "photos", "--root", str(root), "--local", "--model", model,
-                      "--pretrained", weights, "--precision", precision, "--batch-size", str(_BATCH)],
-                     root / "ours.log")
+    usage = measure([sys.executable, "-m", "jobs", "embed", "photos", "--root", str(root), "--local", "--model", model,
+                     "--pretrained", weights, "--precision", precision, "--batch-size", str(_BATCH)],
+                    root / "ours.log")
     manifest = json.loads((root / "datasets/photos/v1/embeddings/manifest.json").read_text())
     times: Counter[str] = Counter()
     for record in manifest["items"]:
@@ -167,37 +167,38 @@ def peer(python: Path, root: Path, out: Path, model: str, weights: str, config: 
     brace = str(tars[0].parent / f"{{000000..{len(tars) - 1:06d}}}.tar")
     script = out.with_suffix(".py")
     script.write_text(_PEER)
-    usage = measured([str(python), str(script), brace, str(out), model, weights, config, str(workers), str(_BATCH)],
-                     out.with_suffix(".log"))
+    usage = measure([str(python), str(script), brace, str(out), model, weights, config, str(workers), str(_BATCH)],
+                    out.with_suffix(".log"))
     count = sum(len(np.load(path, mmap_mode="r")) for path in out.glob("img_emb/*.npy"))
     used = next(float(line.split()[1]) for line in usage.stdout.splitlines() if line.startswith("used "))
     stats = [json.loads(path.read_text()) for path in out.glob("stats/*.json")]
-    work = sum(one["total_duration"] for one in stats)
+    work = sum(partition["total_duration"] for partition in stats)
     if not count or not work:
         raise Failed(f"clip-retrieval wrote {count} vectors: {out.with_suffix('.log')} tells why")
     return Result(f"clip-retrieval, fp32, {workers} loading", count, usage.wall_s, work,
                   used, usage.cpu_s, usage.peak_mb, usage.others_cores)
 
 
-def apart(root: Path, out: Path) -> float:
+def least_cosine(root: Path, out: Path) -> float:
     """The least cosine between our vectors and the peer's; clip-retrieval's names are the keys."""
     import pyarrow.parquet as pq
     keys = [row["key"] for path in sorted((root / "datasets/photos/v1/shards").glob("*.parquet"))
             for row in pq.read_table(path, columns=["key", "status"]).to_pylist() if row["status"] == "success"]
-    mine = np.concatenate([np.load(path) for path in sorted((root / "datasets/photos/v1/embeddings").glob("*.npy"))])
-    theirs = np.concatenate([np.load(path) for path in sorted(out.glob("img_emb/*.npy"))])
+    own_files = sorted((root / "datasets/photos/v1/embeddings").glob("*.npy"))
+    own_vectors = np.concatenate([np.load(path) for path in own_files])
+    all_peer_vectors = np.concatenate([np.load(path) for path in sorted(out.glob("img_emb/*.npy"))])
     names = [name for path in sorted(out.glob("metadata/*.parquet"))
              for name in pq.read_table(path)["image_path"].to_pylist()]
     row = {name: number for number, name in enumerate(names)}
-    found = theirs[[row[key] for key in keys]].astype(np.float32)
-    return float((found * mine.astype(np.float32)).sum(1).min())
+    peer_vectors = all_peer_vectors[[row[key] for key in keys]].astype(np.float32)
+    return float((peer_vectors * own_vectors.astype(np.float32)).sum(1).min())
 
 
 def table(results: list[Result]) -> str:
     """Medians as a Markdown table."""
     names = list(dict.fromkeys(result.who for result in results))
     runs = {name: [result for result in results if result.who == name] for name in names}
-    speed = {name: statistics.median(one.pictures / one.work_s for one in runs[name]) for name in names}
+    speed = {name: statistics.median(result.pictures / result.work_s for result in runs[name]) for name in names}
     theirs = next(speed[name] for name in names if name.startswith("clip-retrieval"))
     rows = [["", "pictures/s without start-up", "to clip-retrieval", "to the bare pass", "pictures/s, whole command",
              "CPU ms a picture without start-up (clip-retrieval: forward pass alone)",
@@ -207,22 +208,22 @@ def table(results: list[Result]) -> str:
         precision = "bf16" if "bf16" in name else "fp32"
         rows.append([name, f"{speed[name]:.1f}", f"{speed[name] / theirs:.2f}",
                      f"{speed[name] / speed[f'bare forward pass, {precision}']:.2f}",
-                     f"{statistics.median(one.pictures / one.wall_s for one in runs[name]):.1f}",
-                     f"{statistics.median(1e3 * one.work_cpu_s / one.pictures for one in runs[name]):.2f}",
-                     f"{statistics.median(1e3 * one.cpu_s / one.pictures for one in runs[name]):.1f}",
-                     f"{statistics.median(one.peak_mb for one in runs[name]):.0f}",
-                     f"{statistics.median(one.wall_s - one.work_s for one in runs[name]):.1f}",
-                     f"{statistics.median(one.others_cores for one in runs[name]):.1f}"])
+                     f"{statistics.median(result.pictures / result.wall_s for result in runs[name]):.1f}",
+                     f"{statistics.median(1e3 * result.work_cpu_s / result.pictures for result in runs[name]):.2f}",
+                     f"{statistics.median(1e3 * result.cpu_s / result.pictures for result in runs[name]):.1f}",
+                     f"{statistics.median(result.peak_mb for result in runs[name]):.0f}",
+                     f"{statistics.median(result.wall_s - result.work_s for result in runs[name]):.1f}",
+                     f"{statistics.median(result.others_cores for result in runs[name]):.1f}"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def spent(results: list[Result]) -> str:
+def time_per_image(results: list[Result]) -> str:
     """Where our time went, in ms a picture of all threads together."""
     lines = []
     for who in dict.fromkeys(result.who for result in results if result.times):
         runs = [result for result in results if result.who == who]
         lines.append(f"{who}: " + ", ".join(
-            f"{name} {statistics.median(1e3 * one.times[name] / one.pictures for one in runs):.2f}"
+            f"{name} {statistics.median(1e3 * result.times[name] / result.pictures for result in runs):.2f}"
             for name in sorted(runs[0].times)) + " ms a picture")
     return "\n".join(lines)
 
@@ -236,32 +237,33 @@ def main() -> int:
     parser.add_argument("--work", default="", help="default: rdm-bench in the temporary folder")
     parser.add_argument("--weights", default="", help=argparse.SUPPRESS)
     parser.add_argument("--bare", default="", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.bare:
-        _bare(given.model, given.weights, given.bare, given.pictures)
+    args = parser.parse_args()
+    if args.bare:
+        _run_bare_pass(args.model, args.weights, args.bare, args.pictures)
         return 0
-    work = photographs.work_folder(given.work)
+    work = photographs.work_folder(args.work)
     python = environment(work, PEER.replace("==", "-"), PEER, *_WITH_PEER)
-    weights, config = weights_of(given.model, work)
-    root, results, out = sharded(work, given.pictures), [], work / "embed-peer"
+    weights, config = save_weights(args.model, work)
+    root, results, out = make_shards(work, args.pictures), [], work / "embed-peer"
     try:
-        loading = given.loading or min((1, 2), key=lambda workers: peer(python, root, out, given.model, weights, config,
-                                                                        workers).work_s)
-        for _ in range(given.repeats):
+        loading = args.loading or min((1, 2), key=lambda workers: peer(python, root, out, args.model, weights, config,
+                                                                       workers).work_s)
+        for _ in range(args.repeats):
             for precision in ("fp32", "bf16"):
-                results.append(bare(given.model, weights, precision, given.pictures, work / "bare.log"))
-            results.append(peer(python, root, out, given.model, weights, config, loading))
-            least = {}
+                results.append(measure_bare_pass(args.model, weights, precision, args.pictures, work / "bare.log"))
+            results.append(peer(python, root, out, args.model, weights, config, loading))
+            min_cosine = {}
             for precision in ("fp32", "bf16"):
-                results.append(ours(root, given.model, weights, precision))
-                least[precision] = apart(root, out)
+                results.append(ours(root, args.model, weights, precision))
+                min_cosine[precision] = least_cosine(root, out)
             print(*results[-5:], sep="\n", file=sys.stderr, flush=True)
     except Failed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{given.model}, {given.pictures} pictures, {given.repeats} runs each in turns; {machine()}; "
-          f"{versions()}; {PEER}\n\n{table(results)}\n\n{spent(results)}\nleast cosine to clip-retrieval's vectors: "
-          + ", ".join(f"{precision} {value:.5f}" for precision, value in least.items()))
+    print(f"{args.model}, {args.pictures} pictures, {args.repeats} runs each in turns; {machine()}; "
+          f"{versions()}; {PEER}\n\n{table(results)}\n\n{time_per_image(results)}\n"
+          "least cosine to clip-retrieval's vectors: "
+          + ", ".join(f"{precision} {value:.5f}" for precision, value in min_cosine.items()))
     return 0
 
 

@@ -18,56 +18,56 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules that all benchmarks share
 import photographs
-from embed import weights_of
+from embed import save_weights
 from harness import machine
 
 _BATCH = 32
 
 
-def ways(model: str, weights: str) -> dict:
+def encoder_variants(model: str, weights: str) -> dict:
     """Encoders of equal weights: as loaded, compiled, channels last, and both."""
     import torch
 
     from pipeline.embeddings import clip
     from pipeline.embeddings.clip_weights import ClipConfig
-    config, found = ClipConfig(model, weights), {}
+    config, variants = ClipConfig(model, weights), {}
     for name, compiled, last in (("as it is", False, False), ("compiled", True, False),
                                  ("channels last", False, True), ("both", True, True)):
         clip.load_encoder_on.cache_clear()  # each has weights of its own
-        one = clip.load_encoder(config)
+        encoder = clip.load_encoder(config)
         if last:
-            one.model.to(memory_format=torch.channels_last)
-        encode = torch.compile(one.model.encode_image) if compiled else one.model.encode_image
-        found[name] = replace(one, encode=encode, compiled=compiled)
-    return found
+            encoder.model.to(memory_format=torch.channels_last)
+        encode = torch.compile(encoder.model.encode_image) if compiled else encoder.model.encode_image
+        variants[name] = replace(encoder, encode=encode, compiled=compiled)
+    return variants
 
 
-def compared(model: str, weights: str, turns: int, passes: int) -> str:
+def compare_encoders(model: str, weights: str, turns: int, passes: int) -> str:
     """A Markdown table of medians."""
-    encoders = ways(model, weights)
-    some = next(iter(encoders.values()))
-    size = some.preprocessing["image_size"]
+    encoders = encoder_variants(model, weights)
+    first_encoder = next(iter(encoders.values()))
+    size = first_encoder.preprocessing["image_size"]
     batches = [np.random.default_rng(number).integers(0, 256, (_BATCH, size, size, 3), np.uint8)
                for number in range(passes)]
-    first, speeds = {}, {name: [] for name in encoders}
-    for name, one in encoders.items():
+    first_s, speeds = {}, {name: [] for name in encoders}
+    for name, encoder in encoders.items():
         begun = time.perf_counter()
-        one.images(batches[0])
-        first[name] = time.perf_counter() - begun
+        encoder.images(batches[0])
+        first_s[name] = time.perf_counter() - begun
     for _ in range(turns):
-        for name, one in encoders.items():
+        for name, encoder in encoders.items():
             begun, used = time.perf_counter(), time.process_time()
             for batch in batches:
-                one.images(batch)
+                encoder.images(batch)
             speeds[name].append((passes * _BATCH / (time.perf_counter() - begun),
                                  passes * _BATCH / (time.process_time() - used)))
-    lines = [f"{model}, {some.dtype}, {turns} turns of {passes} batches of {_BATCH}\n",
+    lines = [f"{model}, {first_encoder.dtype}, {turns} turns of {passes} batches of {_BATCH}\n",
              "| way | pictures/s | to the first | pictures a CPU second | first pass, s |", "|---|--:|--:|--:|--:|"]
-    clock = {name: statistics.median(one for one, _ in found) for name, found in speeds.items()}
-    for name, found in speeds.items():
-        lines.append(f"| {name} | {clock[name]:.1f} ({min(found)[0]:.1f} to {max(found)[0]:.1f}) "
-                     f"| {clock[name] / clock['as it is']:.2f} | {statistics.median(one for _, one in found):.1f} "
-                     f"| {first[name]:.1f} |")
+    clock = {name: statistics.median(rate for rate, _ in rates) for name, rates in speeds.items()}
+    for name, rates in speeds.items():
+        lines.append(f"| {name} | {clock[name]:.1f} ({min(rates)[0]:.1f} to {max(rates)[0]:.1f}) "
+                     f"| {clock[name] / clock['as it is']:.2f} | {statistics.median(rate for _, rate in rates):.1f} "
+                     f"| {first_s[name]:.1f} |")
     return "\n".join(lines)
 
 
@@ -76,15 +76,15 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--passes", type=int, default=2)
     parser.add_argument("--work", default="", help="default: rdm-bench in the temporary folder")
-    given = parser.parse_args()
+    args = parser.parse_args()
     import torch
     torch.set_num_threads(1)
     from pipeline.embeddings.clip_weights import BUNDLED_MODEL
-    work = photographs.work_folder(given.work)
+    work = photographs.work_folder(args.work)
     print(f"{machine()}, one thread; torch {torch.__version__}")
     for model in ("ViT-B-32", BUNDLED_MODEL):
-        weights = "bundled" if model == BUNDLED_MODEL else weights_of(model, work)[0]
-        print(f"\n{compared(model, weights, given.turns, given.passes * (10 if weights == 'bundled' else 1))}",
+        weights = "bundled" if model == BUNDLED_MODEL else save_weights(model, work)[0]
+        print(f"\n{compare_encoders(model, weights, args.turns, args.passes * (10 if weights == 'bundled' else 1))}",
               flush=True)
     return 0
 

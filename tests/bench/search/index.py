@@ -25,7 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules that all benchmarks share
 import photographs
-from harness import Failed, Usage, machine, measured, versions
+from harness import Failed, Usage, machine, measure, versions
 from vectors import clustered
 
 from pipeline.datasets.dataset import Dataset
@@ -84,23 +84,23 @@ class Clustered(Stage):
         return Output(info={"encoder": {"model": "clustered", "dim": self.dim}})
 
 
-def exact(dataset: Dataset, queries: np.ndarray) -> np.ndarray:
+def exact_neighbors(dataset: Dataset, queries: np.ndarray) -> np.ndarray:
     """The ids of the nearest rows of every query, (Q, 10)."""
     from pipeline.indices.tune import RecallQueries
-    asked, embeddings = RecallQueries("image", queries), Embeddings(dataset)
+    recall_queries, embeddings = RecallQueries("image", queries), Embeddings(dataset)
     for offset, shard in zip(embeddings.offsets[:-1], embeddings.shards, strict=True):
-        asked.look(np.asarray(shard, np.float32), int(offset))
-    return asked.ids[:, :_DEPTH]
+        recall_queries.look(np.asarray(shard, np.float32), int(offset))
+    return recall_queries.ids[:, :_DEPTH]
 
 
-def looked_at(path: Path, queries: np.ndarray, nearest: np.ndarray) -> dict[str, Any]:
+def measure_index(path: Path, queries: np.ndarray, nearest: np.ndarray) -> dict[str, Any]:
     """recall@10 of an index as its builder left it, milliseconds a query, and recall@10 with the effort of all."""
     import faiss
     index = faiss.read_index(str(path))
 
     def recall() -> float:
-        found = index.search(queries, _DEPTH)[1]
-        return float(np.mean([len(np.intersect1d(a, b)) for a, b in zip(nearest, found, strict=True)]) / _DEPTH)
+        neighbor_ids = index.search(queries, _DEPTH)[1]
+        return float(np.mean([len(np.intersect1d(a, b)) for a, b in zip(nearest, neighbor_ids, strict=True)]) / _DEPTH)
 
     begin = time.perf_counter()
     own = recall()
@@ -125,9 +125,9 @@ def peer(dataset: Dataset, out: Path, memory: str, cores: int) -> tuple[str, Usa
     """autofaiss on so many cores: who, what it used, where its index is, and of which kind."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    usage = measured(["env", f"OMP_NUM_THREADS={cores}", sys.executable, __file__, "--peer",
-                      dataset.folder("embeddings"), "--out", str(out), "--memory", memory, "--cores", str(cores)],
-                     out.with_suffix(".log"))
+    usage = measure(["env", f"OMP_NUM_THREADS={cores}", sys.executable, __file__, "--peer",
+                     dataset.folder("embeddings"), "--out", str(out), "--memory", memory, "--cores", str(cores)],
+                    out.with_suffix(".log"))
     key = json.loads((out / "index_infos.json").read_text())["index_key"]
     return f"autofaiss, {cores} core{'s' if cores > 1 else ''}", usage, out / "knn.index", key
 
@@ -137,10 +137,10 @@ def ours(dataset: Dataset, memory: str, cores: int, workers: int) -> tuple[str, 
     folder = Path(dataset.folder("index"))
     for name in ("index", "index-training", "index-parts"):
         shutil.rmtree(dataset.folder(name), ignore_errors=True)
-    how = ["--local"] if not workers else ["--workers", str(workers)]
-    first = ["env", f"OMP_NUM_THREADS={cores}"] if not workers else []
-    usage = measured([*first, sys.executable, "-m", "jobs", "index", _NAME, "--root", dataset.root, "--max-memory",
-                      f"{memory}i", *how], folder.with_suffix(".log"))
+    worker_flags = ["--local"] if not workers else ["--workers", str(workers)]
+    prefix = ["env", f"OMP_NUM_THREADS={cores}"] if not workers else []
+    usage = measure([*prefix, sys.executable, "-m", "jobs", "index", _NAME, "--root", dataset.root, "--max-memory",
+                     f"{memory}i", *worker_flags], folder.with_suffix(".log"))
     who = f"ours, {workers} workers" if workers else f"ours, --local, {cores} core{'s' if cores > 1 else ''}"
     return who, usage, folder / "knn.index", dataset.manifest("index")["info"]["key"]
 
@@ -149,20 +149,21 @@ def table(results: list[Result]) -> str:
     """Medians as a Markdown table."""
     names = list(dict.fromkeys(result.who for result in results))
     lines: list[tuple[str, str, Callable[[Result], float]]] = [
-        ("seconds, whole command", ".0f", lambda one: one.wall_s),
-        ("CPU seconds", ".0f", lambda one: one.cpu_s),
-        ("peak memory (PSS), MB", ".0f", lambda one: one.peak_mb),
-        ("recall@10, own effort", ".4f", lambda one: one.recall),
-        (f"recall@10, nprobe {_SAME_EFFORT}", ".4f", lambda one: one.recall_same_effort),
-        ("ms a query, own effort", ".2f", lambda one: one.query_ms),
-        ("index, MB", ".1f", lambda one: one.bytes / 1e6),
-        ("cores busy with something else", ".2f", lambda one: one.others_cores)]
+        ("seconds, whole command", ".0f", lambda result: result.wall_s),
+        ("CPU seconds", ".0f", lambda result: result.cpu_s),
+        ("peak memory (PSS), MB", ".0f", lambda result: result.peak_mb),
+        ("recall@10, own effort", ".4f", lambda result: result.recall),
+        (f"recall@10, nprobe {_SAME_EFFORT}", ".4f", lambda result: result.recall_same_effort),
+        ("ms a query, own effort", ".2f", lambda result: result.query_ms),
+        ("index, MB", ".1f", lambda result: result.bytes / 1e6),
+        ("cores busy with something else", ".2f", lambda result: result.others_cores)]
     rows = [["", *names], ["---"] * (len(names) + 1)]
     for title, form, value in lines:
-        rows.append([title, *(f"{statistics.median(value(one) for one in results if one.who == name):{form}}"
+        rows.append([title, *(f"{statistics.median(value(result) for result in results if result.who == name):{form}}"
                               for name in names)])
-    for title, text in (("kind", lambda one: one.key), ("own effort", lambda one: one.parameter)):
-        rows.append([title, *(", ".join(sorted({text(one) for one in results if one.who == name})) for name in names)])
+    for title, text in (("kind", lambda result: result.key), ("own effort", lambda result: result.parameter)):
+        rows.append([title, *(", ".join(sorted({text(result) for result in results if result.who == name}))
+                              for name in names)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -178,37 +179,38 @@ def main() -> int:
     parser.add_argument("--work", default="", help="default: rdm-bench in the temporary folder")
     parser.add_argument("--peer", default="", help=argparse.SUPPRESS)
     parser.add_argument("--out", default="", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.peer:
-        _peer(given.peer, given.out, given.memory, given.cores[0])
+    args = parser.parse_args()
+    if args.peer:
+        _peer(args.peer, args.out, args.memory, args.cores[0])
         return 0
-    work = photographs.work_folder(given.work)
-    dataset = Dataset(str(work / f"vectors-of-{given.vectors}-{given.dim}-{given.clusters}"), _NAME)
-    run_stage(Clustered(dataset, given.vectors, given.dim, given.clusters))
-    queries = clustered(_QUERIES, given.dim, given.clusters, seed=1 << 40)
-    nearest = exact(dataset, queries)
+    work = photographs.work_folder(args.work)
+    dataset = Dataset(str(work / f"vectors-of-{args.vectors}-{args.dim}-{args.clusters}"), _NAME)
+    run_stage(Clustered(dataset, args.vectors, args.dim, args.clusters))
+    queries = clustered(_QUERIES, args.dim, args.clusters, seed=1 << 40)
+    nearest = exact_neighbors(dataset, queries)
     runs: list[Callable[[], tuple[str, Usage, Path, str]]] = []
-    if given.only != "peer":
-        runs += [lambda cores=cores: ours(dataset, given.memory, cores, 0) for cores in given.cores]
-        runs += [lambda: ours(dataset, given.memory, 0, 2)]
-    if given.only != "ours":
-        runs += [lambda cores=cores: peer(dataset, work / "autofaiss", given.memory, cores) for cores in given.cores]
+    if args.only != "peer":
+        runs += [lambda cores=cores: ours(dataset, args.memory, cores, 0) for cores in args.cores]
+        runs += [lambda: ours(dataset, args.memory, 0, 2)]
+    if args.only != "ours":
+        runs += [lambda cores=cores: peer(dataset, work / "autofaiss", args.memory, cores) for cores in args.cores]
     results: list[Result] = []
     try:
-        for _ in range(given.repeats):
+        for _ in range(args.repeats):
             for run in runs:
                 who, usage, path, key = run()
                 results.append(Result(who, round(usage.wall_s, 2), round(usage.cpu_s, 2), round(usage.peak_mb, 1),
-                                      round(usage.others_cores, 2), key=key, **looked_at(path, queries, nearest)))
+                                      round(usage.others_cores, 2), key=key, **measure_index(path, queries, nearest)))
                 print(json.dumps(asdict(results[-1])), file=sys.stderr, flush=True)
     except Failed as failure:
         print(failure, file=sys.stderr)
         return 1
-    told = f"{versions()}; autofaiss {importlib.metadata.version('autofaiss')}"
-    (work / "index.json").write_text(json.dumps({"machine": machine(), "versions": told, "vectors": given.vectors,
-                                                 "runs": [asdict(one) for one in results]}, indent=1))
-    print(f"{given.vectors} x {given.dim}, {given.memory} for the index, {given.repeats} runs each in turns; "
-          f"{machine()}; {told}\n")
+    program_versions = f"{versions()}; autofaiss {importlib.metadata.version('autofaiss')}"
+    document = {"machine": machine(), "versions": program_versions, "vectors": args.vectors,
+                "runs": [asdict(result) for result in results]}
+    (work / "index.json").write_text(json.dumps(document, indent=1))
+    print(f"{args.vectors} x {args.dim}, {args.memory} for the index, {args.repeats} runs each in turns; "
+          f"{machine()}; {program_versions}\n")
     print(table(results))
     return 0
 

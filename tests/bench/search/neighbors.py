@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules that all benchmarks share
 import photographs
-from harness import CHECKOUT, Usage, machine, measured, versions
+from harness import CHECKOUT, Usage, machine, measure, versions
 from vectors import clustered
 
 sys.path.insert(0, str(CHECKOUT / "tests/pipeline"))
@@ -48,7 +48,7 @@ _JUDGED = 1000
 _EXACT = 8192
 
 
-def filled(work: Path, rows: int, queries: int, dim: int, key: str) -> tuple[Dataset, Dataset]:
+def make_datasets(work: Path, rows: int, queries: int, dim: int, key: str) -> tuple[Dataset, Dataset]:
     """The sealed queries and database, the latter with an index of that kind."""
     root = work / f"neighbors-of-{rows}-{queries}-{dim}-{key}"
     encoder = synthetic.ENCODER | {"dim": dim}
@@ -73,17 +73,17 @@ def peer(queries: Dataset, database: Dataset, out: Path) -> None:
     """All queries through `index.search`, batch by batch; prints the seconds, with and without loading."""
     import faiss
     begin = time.perf_counter()
-    opened = Searcher(database)
+    searcher = Searcher(database)
     vectors = Embeddings(queries).all()
     loaded = time.perf_counter()
-    found = [opened.index.search(vectors[start:start + _BATCH].astype(np.float32), _K)[1]
-             for start in range(0, len(vectors), _BATCH)]
-    np.save(out, np.concatenate(found))
+    neighbor_ids = [searcher.index.search(vectors[start:start + _BATCH].astype(np.float32), _K)[1]
+                    for start in range(0, len(vectors), _BATCH)]
+    np.save(out, np.concatenate(neighbor_ids))
     print(json.dumps({"work": time.perf_counter() - loaded, "all": time.perf_counter() - begin,
                       "threads": faiss.omp_get_max_threads()}))
 
 
-def exact(queries: Dataset, database: Dataset, turns: int) -> list[tuple[float, float, float]]:
+def exact_rates(queries: Dataset, database: Dataset, turns: int) -> list[tuple[float, float, float]]:
     """(exhaustive search, with ranking, bare products) in 10^9 multiply-adds and additions a second, turn by turn."""
     import torch
     device, dtype = search_device()
@@ -91,35 +91,38 @@ def exact(queries: Dataset, database: Dataset, turns: int) -> list[tuple[float, 
     memory = NeighborsConfig().block_bytes
     blocks = BlockSizes(len(vectors), rows.dim, memory, device.type)
     work = 2.0 * len(vectors) * len(rows) * rows.dim
-    one = torch.randn(blocks.rows, rows.dim, device=device).to(dtype)
-    other = torch.randn(blocks.queries, rows.dim, device=device).to(dtype)
+    row_block = torch.randn(blocks.rows, rows.dim, device=device).to(dtype)
+    query_block = torch.randn(blocks.queries, rows.dim, device=device).to(dtype)
     labels = np.arange(len(rows), dtype=np.uint64)[:, None]
-    asked = rank.NeighborQueries(vectors, np.full(len(vectors), -1), labels[:len(vectors)] + np.uint64(1 << 40))
-    found = []
+    neighbor_queries = rank.NeighborQueries(vectors, np.full(len(vectors), -1),
+                                            labels[:len(vectors)] + np.uint64(1 << 40))
+    rates = []
     for _ in range(turns):
         begin = time.perf_counter()
-        rough = search_exhaustively(vectors, rows, 4 * _K + 20, memory)
-        searched = time.perf_counter()
-        rank.rank_candidates(rough, asked, rows, rank.Copies(labels, 2.0), _K)
-        settled = time.perf_counter()
+        candidates = search_exhaustively(vectors, rows, 4 * _K + 20, memory)
+        search_end = time.perf_counter()
+        rank.rank_candidates(candidates, neighbor_queries, rows, rank.Copies(labels, 2.0), _K)
+        rank_end = time.perf_counter()
         times = max(1, round(work / (2.0 * blocks.rows * blocks.queries * rows.dim)))
         for _ in range(times):
-            torch.mm(one, other.T)
+            torch.mm(row_block, query_block.T)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        bare = time.perf_counter() - settled
-        done = times * 2.0 * blocks.rows * blocks.queries * rows.dim
-        found.append((work / (searched - begin) / 1e9, work / (settled - begin) / 1e9, done / bare / 1e9))
-    return found
+        product_s = time.perf_counter() - rank_end
+        product_operations = times * 2.0 * blocks.rows * blocks.queries * rows.dim
+        rates.append((work / (search_end - begin) / 1e9, work / (rank_end - begin) / 1e9,
+                      product_operations / product_s / 1e9))
+    return rates
 
 
-def recall(found: np.ndarray, vectors: np.ndarray, database: Embeddings) -> float:
+def recall(neighbor_ids: np.ndarray, vectors: np.ndarray, database: Embeddings) -> float:
     """Share of the exact 20 neighbours of some queries that were found."""
     chosen = np.random.default_rng(5).choice(len(vectors), min(_JUDGED, len(vectors)), replace=False)
-    asked = RecallQueries("image", vectors[chosen].astype(np.float32))
+    recall_queries = RecallQueries("image", vectors[chosen].astype(np.float32))
     for first, rows in database.blocks(50_000):
-        asked.look(rows.astype(np.float32), first)
-    hits = [len(np.intersect1d(one, other)) for one, other in zip(asked.ids[:, :_K], found[chosen], strict=True)]
+        recall_queries.look(rows.astype(np.float32), first)
+    hits = [len(np.intersect1d(exact_row, found_row))
+            for exact_row, found_row in zip(recall_queries.ids[:, :_K], neighbor_ids[chosen], strict=True)]
     return float(np.mean(hits)) / _K
 
 
@@ -133,62 +136,62 @@ def main() -> int:
     parser.add_argument("--only", choices=("lists", "exact"), help="leave the other out")
     parser.add_argument("--work", default="", help="default: rdm-bench in the temporary folder")
     parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    work = photographs.work_folder(given.work)
-    queries, database = filled(work, given.rows, given.queries, given.dim, given.key)
-    if given.peer:
+    args = parser.parse_args()
+    work = photographs.work_folder(args.work)
+    queries, database = make_datasets(work, args.rows, args.queries, args.dim, args.key)
+    if args.peer:
         peer(queries, database, work / "neighbors-peer.npy")
         return 0
-    print(f"{given.queries} queries among {given.rows} x {given.dim}, k = {_K}; {given.repeats} runs each in turns; "
+    print(f"{args.queries} queries among {args.rows} x {args.dim}, k = {_K}; {args.repeats} runs each in turns; "
           f"{machine()}; {versions()}\n")
-    if given.only != "exact":
-        lists(queries, database, given, work)
-    if given.only != "lists":
-        exactly(queries, database, given.repeats)
+    if args.only != "exact":
+        report_lists(queries, database, args, work)
+    if args.only != "lists":
+        report_exact(queries, database, args.repeats)
     return 0
 
 
-def lists(queries: Dataset, database: Dataset, given: argparse.Namespace, work: Path) -> None:
+def report_lists(queries: Dataset, database: Dataset, args: argparse.Namespace, work: Path) -> None:
     """Run both by turns and print the table."""
     info = database.manifest("index")["info"]
     tuned = int(info["parameter"].partition("=")[2])
-    opened, vectors = Embeddings(database), Embeddings(queries).all()
-    told: dict[str, list[tuple[float, float, float, float]]] = {}
+    rows, vectors = Embeddings(database), Embeddings(queries).all()
+    figures: dict[str, list[tuple[float, float, float, float]]] = {}
 
-    def note(name: str, work_s: float, usage: Usage, found: np.ndarray) -> None:
-        told.setdefault(name, []).append((work_s, usage.wall_s, recall(found, vectors, opened), usage.peak_mb))
-        print(name, told[name][-1], f"{usage.others_cores:.2f} cores busy with something else", file=sys.stderr,
+    def note(name: str, work_s: float, usage: Usage, neighbor_ids: np.ndarray) -> None:
+        figures.setdefault(name, []).append((work_s, usage.wall_s, recall(neighbor_ids, vectors, rows), usage.peak_mb))
+        print(name, figures[name][-1], f"{usage.others_cores:.2f} cores busy with something else", file=sys.stderr,
               flush=True)
 
-    for _ in range(given.repeats):
-        usage = measured([sys.executable, __file__, "--peer", "--rows", str(given.rows), "--queries",
-                          str(given.queries), "--dim", str(given.dim), "--key", given.key, "--work", given.work],
-                         work / "neighbors-peer.log")
+    for _ in range(args.repeats):
+        usage = measure([sys.executable, __file__, "--peer", "--rows", str(args.rows), "--queries",
+                         str(args.queries), "--dim", str(args.dim), "--key", args.key, "--work", args.work],
+                        work / "neighbors-peer.log")
         note(f"`index.search`, {tuned} lists", json.loads(usage.stdout.splitlines()[-1])["work"], usage,
              np.load(work / "neighbors-peer.npy"))
         for probes in (tuned, tuned // 2, tuned // 4):
-            usage = measured([sys.executable, "-m", "jobs", "neighbors", queries.label, "--database", database.label,
-                              "--root", database.root, "--k", str(_K), "--copy-similarity", "2", "--checked", "0",
-                              "--at-once", "10", "--probes", str(probes), "--workers", "2", "--overwrite"],
-                             work / "neighbors-ours.log")
+            usage = measure([sys.executable, "-m", "jobs", "neighbors", queries.label, "--database", database.label,
+                             "--root", database.root, "--k", str(_K), "--copy-similarity", "2", "--checked", "0",
+                             "--at-once", "10", "--probes", str(probes), "--workers", "2", "--overwrite"],
+                            work / "neighbors-ours.log")
             records = queries.manifest(f"neighbors/{database.label}")["items"]
             note(f"neighbors, {probes} lists", sum(record["run"]["seconds"] for record in records) / 2, usage,
                  np.concatenate(load_neighbors(queries, database)))
     print(f"index {info['key']}, {info['parameter']}, {info['bytes'] / 2**20:.0f} MB\n")
     print("| | queries/s | whole command | recall@20 | peak memory (PSS), MB |\n|---|---|---|---|---|")
-    for name, runs in told.items():
-        seconds, all_, hit, peak = (statistics.median(column) for column in zip(*runs, strict=True))
-        print(f"| {name} | {given.queries / seconds:.0f} | {given.queries / all_:.0f} | {hit:.4f} | {peak:.0f} |")
+    for name, runs in figures.items():
+        seconds, wall_s, hit, peak = (statistics.median(column) for column in zip(*runs, strict=True))
+        print(f"| {name} | {args.queries / seconds:.0f} | {args.queries / wall_s:.0f} | {hit:.4f} | {peak:.0f} |")
 
 
-def exactly(queries: Dataset, database: Dataset, turns: int) -> None:
+def report_exact(queries: Dataset, database: Dataset, turns: int) -> None:
     """Measure the exact search and print the table."""
-    rates = exact(queries, database, turns)
-    searched, settled, bare = (statistics.median(column) for column in zip(*rates, strict=True))
-    share = statistics.median(one[1] / one[2] for one in rates)
-    print(f"\n| | GFLOP/s |\n|---|---|\n| exact search of {_EXACT} queries | {searched:.0f} |\n"
-          f"| with leaving out copies and exact ranking | {settled:.0f} |\n"
-          f"| bare products of the same blocks | {bare:.0f} |\n\nshare of the bare rate: {share:.2f}")
+    rates = exact_rates(queries, database, turns)
+    search_rate, ranked_rate, product_rate = (statistics.median(column) for column in zip(*rates, strict=True))
+    share = statistics.median(turn_rates[1] / turn_rates[2] for turn_rates in rates)
+    print(f"\n| | GFLOP/s |\n|---|---|\n| exact search of {_EXACT} queries | {search_rate:.0f} |\n"
+          f"| with leaving out copies and exact ranking | {ranked_rate:.0f} |\n"
+          f"| bare products of the same blocks | {product_rate:.0f} |\n\nshare of the bare rate: {share:.2f}")
 
 
 if __name__ == "__main__":
