@@ -34,7 +34,7 @@ def config(source, **options) -> ShardConfig:
                           "download": download} | options)
 
 
-def sharded(root, source, **options) -> tuple[Dataset, dict]:
+def shard_source(root, source, **options) -> tuple[Dataset, dict]:
     dataset = Dataset.parse(str(root), "x")
     return dataset, run_stage(Shard(dataset, config(source, **options)))
 
@@ -53,11 +53,11 @@ def write_list(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def urls(path: Path, addresses: list[str]) -> Path:
+def write_url_list(path: Path, addresses: list[str]) -> Path:
     return write_list(path, [{"url": url, "caption": f"row {row}"} for row, url in enumerate(addresses)])
 
 
-def accounted(dataset: Dataset, manifest: dict, rows: int) -> dict[int, str]:
+def check_accounting(dataset: Dataset, manifest: dict, rows: int) -> dict[int, str]:
     """Check that tars, parquet, ledger, statistics and records tell the same story; reasons by row, "" for good."""
     reasons: dict[int, str] = {}
     filtered, schemas = 0, set()
@@ -88,13 +88,13 @@ def accounted(dataset: Dataset, manifest: dict, rows: int) -> dict[int, str]:
         assert Counter(stats["status_dict"]) == Counter({"success": len(samples)} if samples else {}) + counted
         filtered += record["info"].get("filtered", 0)
     assert len(reasons) + filtered == rows and set(reasons) <= set(range(rows)) and len(schemas) == 1
-    told = shard.count_rows(manifest, table(dataset, manifest))
-    assert told == {"rows": rows, "good": sum(not reason for reason in reasons.values()), "filtered": filtered,
-                    "failed": sum(map(bool, reasons.values()))}
+    row_counts = shard.count_rows(manifest, table(dataset, manifest))
+    assert row_counts == {"rows": rows, "good": sum(not reason for reason in reasons.values()), "filtered": filtered,
+                          "failed": sum(map(bool, reasons.values()))}
     assert list(verify.find_faults(dataset.root, dataset.path("shards"))) == []
     return reasons
 
 
-def pictures(dataset: Dataset, manifest: dict) -> list[bytes]:
+def stored_images(dataset: Dataset, manifest: dict) -> list[bytes]:
     return [tars.sample_image(sample) for record in manifest["items"]
             for sample in tars.read(dataset.fetch("shards", file_of(record, ".tar")))]

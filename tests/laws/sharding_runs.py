@@ -24,21 +24,21 @@ PICTURES = 20
 ray = pytest.mark.ray
 
 
-def pictures(address: str, count: int) -> list[str]:
+def image_urls(address: str, count: int) -> list[str]:
     """Addresses of pictures, each another."""
     return [f"http://{address}/{number % PICTURES}.jpg?{number}" for number in range(count)]
 
 
-def listed(path: Path, urls: Sequence[str]) -> Path:
+def write_url_list(path: Path, urls: Sequence[str]) -> Path:
     """A parquet list with captions."""
     pq.write_table(pa.table({"url": urls, "caption": [f"picture {number}" for number in range(len(urls))]}), path)
     return path
 
 
-def slowed(path: Path, address: str, count: int, pause: float) -> Path:
+def write_slow_list(path: Path, address: str, count: int, pause: float) -> Path:
     """A list in which every fourth row takes ten pauses, and is no picture."""
-    return listed(path, [url if number % 4 else f"http://{address}/slow-body?pause={pause}&{number}"
-                         for number, url in enumerate(pictures(address, count))])
+    return write_url_list(path, [url if number % 4 else f"http://{address}/slow-body?pause={pause}&{number}"
+                                 for number, url in enumerate(image_urls(address, count))])
 
 
 def arguments(root: Path | str, source: Path, address: str, *more: str) -> list[str]:
@@ -46,54 +46,55 @@ def arguments(root: Path | str, source: Path, address: str, *more: str) -> list[
             "--image-size", "32", "--connections", "2", "--samples-per-shard", "20", *more]
 
 
-def started(*given: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen([sys.executable, "-m", "jobs", *given], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+def start_command(*command: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen([sys.executable, "-m", "jobs", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True)
 
 
-def shards(root: Path | str) -> str:
+def shards_folder(root: Path | str) -> str:
     return Dataset.parse(str(root), "x").folder("shards")
 
 
 def files(root: Path | str) -> dict[str, bytes]:
     """The tars and tables below a root."""
-    return {name: storage.read_bytes(storage.join(shards(root), name)) for name in storage.list_files(shards(root))
+    folder = shards_folder(root)
+    return {name: storage.read_bytes(storage.join(folder, name)) for name in storage.list_files(folder)
             if name.endswith(".tar") or (name.endswith(".parquet") and "-" not in name)}
 
 
-def accounted(root: Path | str, rows: int) -> dict[str, Any]:
+def checked_manifest(root: Path | str, rows: int) -> dict[str, Any]:
     """The manifest of a root in which nothing is wrong and no row is lost."""
     assert list(verify.find_faults(str(root), "datasets/x/v1/shards")) == []
-    manifest = read_manifest(shards(root), "")
+    manifest = read_manifest(shards_folder(root), "")
     lines = [line for record in manifest["items"] for line in pq.read_table(io.BytesIO(storage.read_bytes(
-        storage.join(shards(root), f"{record['id']}.parquet")))).to_pylist()]
+        storage.join(shards_folder(root), f"{record['id']}.parquet")))).to_pylist()]
     account = count_rows(manifest, lines)
     assert account["rows"] == rows == account["good"] + account["failed"] + account["filtered"]
     assert account["good"] == manifest["totals"]["samples"]
-    assert storage.list_files(storage.join(shards(root), "failures")) == []
-    assert not storage.exists(storage.join(shards(root), "progress.json"))
+    assert storage.list_files(storage.join(shards_folder(root), "failures")) == []
+    assert not storage.exists(storage.join(shards_folder(root), "progress.json"))
     return manifest
 
 
-def undisturbed(tmp_path: Path, source: Path, address: str, *more: str) -> dict[str, bytes]:
+def undisturbed_files(tmp_path: Path, source: Path, address: str, *more: str) -> dict[str, bytes]:
     """The files of a run on a disk, in one process, that nothing happened to."""
     root = tmp_path / "undisturbed"
     assert main(arguments(root, source, address, "--local", "--connections", "32", *more)) == 0
     return files(root)
 
 
-def until(condition: Callable[[], Any], process: "subprocess.Popen[str] | None" = None) -> Any:
+def wait_until(condition: Callable[[], Any], process: "subprocess.Popen[str] | None" = None) -> Any:
     """What the condition gives as soon as it gives something."""
     end = time.monotonic() + 120
     while time.monotonic() < end:
-        if found := condition():
-            return found
+        if outcome := condition():
+            return outcome
         assert process is None or process.poll() is None, f"ended too soon: {process.communicate()}"
         time.sleep(0.02)
     raise AssertionError("it did not come to that")
 
 
-def packing(seconds: float, shard: str = "") -> int:
+def packing_worker(seconds: float, shard: str = "") -> int:
     """A process started here that has been packing a shard for so long, 0 if there is none."""
     for pid in _descendants(os.getpid()):
         folder = Path(f"/proc/{pid}/fd")

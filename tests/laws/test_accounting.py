@@ -13,7 +13,15 @@ from pipeline.datasets.dataset import Dataset
 from pipeline.shards.shard import Shard
 from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import without_run_facts
-from tests.laws.row_accounting import PICTURES, accounted, config, pictures, sharded, urls, write_list
+from tests.laws.row_accounting import (
+    PICTURES,
+    check_accounting,
+    config,
+    shard_source,
+    stored_images,
+    write_list,
+    write_url_list,
+)
 from tests.pipeline import synthetic
 from tests.pipeline.shards.test_shard import ledger, table
 
@@ -33,9 +41,9 @@ def test_every_row_is_a_sample_or_has_a_reason(tmp_path, image_site, kind):
     addresses = [f"http://{image_site}/{path}" for path in expected]
     more = {"": "bad_url", "no address": "bad_url", "ftp://example.org/a.png": "bad_url",
             "http://localhost/a.png": "forbidden_address", "http://169.254.169.254/latest": "forbidden_address"}
-    dataset, manifest = sharded(tmp_path, urls(tmp_path / f"list.{kind}", [*addresses, *more]), min_size=10,
-                                where='not contains(caption, "row 0")')
-    reasons = accounted(dataset, manifest, len(expected) + len(more))
+    dataset, manifest = shard_source(tmp_path, write_url_list(tmp_path / f"list.{kind}", [*addresses, *more]),
+                                     min_size=10, where='not contains(caption, "row 0")')
+    reasons = check_accounting(dataset, manifest, len(expected) + len(more))
     assert reasons == dict(list(enumerate([*expected.values(), *more.values()]))[1:])
     late = {"not_a_picture", "empty_file", "corrupt", "too_small"}
     for line in table(dataset, manifest):
@@ -48,37 +56,37 @@ def test_every_row_is_a_sample_or_has_a_reason(tmp_path, image_site, kind):
 
 
 def test_hashes_of_the_list_are_checked(tmp_path, image_site):
-    def of(algorithm: str) -> list[str]:
+    def hash_cells(algorithm: str) -> list[str]:
         right = [hashlib.new(algorithm, PICTURES[f"{number:02d}.png"]).hexdigest() for number in range(8)]
         return [right[0], right[1].upper(), f" {right[2]}\n", right[0], "0" * len(right[0]), "garbage", "", "z" * len(
             right[0])]
     for name in ("sha256", "md5", "original_sha256"):
-        cells = of(name.removeprefix("original_"))
+        cells = hash_cells(name.removeprefix("original_"))
         rows = [{"url": f"http://{image_site}/{number:02d}.png", name: cell} for number, cell in enumerate(cells)]
         for kind in ("csv", "parquet"):
             root = tmp_path / f"{name}-{kind}"
-            dataset, manifest = sharded(root, write_list(tmp_path / f"{name}.{kind}", rows))
-            reasons = accounted(dataset, manifest, 8)
+            dataset, manifest = shard_source(root, write_list(tmp_path / f"{name}.{kind}", rows))
+            reasons = check_accounting(dataset, manifest, 8)
             assert [row for row, reason in reasons.items() if reason] == [3, 4]
             assert manifest["totals"]["skipped"] == {"hash_mismatch": 2}
             assert manifest["totals"]["noted"] == {"hash_unreadable": 2}
             assert [line["status"] for line in table(dataset, manifest)][3] == "failed_to_download"
-        dataset, manifest = sharded(tmp_path / f"{name}-none", tmp_path / f"{name}.csv", hash_column="none")
+        dataset, manifest = shard_source(tmp_path / f"{name}-none", tmp_path / f"{name}.csv", hash_column="none")
         assert manifest["totals"]["samples"] == 8 and manifest["totals"]["noted"] == {}
     raw = [{"url": f"http://{image_site}/{number:02d}.png", "sha256": hashlib.sha256(PICTURES["00.png"]).digest()}
            for number in range(2)]
-    _, manifest = sharded(tmp_path / "raw", write_list(tmp_path / "raw.parquet", raw))
+    _, manifest = shard_source(tmp_path / "raw", write_list(tmp_path / "raw.parquet", raw))
     assert manifest["totals"]["skipped"] == {"hash_mismatch": 1} and manifest["totals"]["noted"] == {}
 
 
 def readable(folder: Path) -> dict[str, str]:
     """Every file below a folder as text, parquet and tars with what is in them."""
-    found = {}
+    texts = {}
     for name, data in synthetic.files_below(folder).items():
-        found[name] = data.decode("latin-1")
+        texts[name] = data.decode("latin-1")
         if name.endswith(".parquet"):
-            found[name] += json.dumps(pq.read_table(io.BytesIO(data)).to_pylist(), default=str)
-    return found
+            texts[name] += json.dumps(pq.read_table(io.BytesIO(data)).to_pylist(), default=str)
+    return texts
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl.gz"])
@@ -96,18 +104,18 @@ def test_passwords_in_addresses_appear_nowhere(tmp_path, image_site, kind):
     if kind.endswith(".gz"):
         (tmp_path / "list.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
     dataset = Dataset.parse(str(tmp_path / "root"), "x")
-    one = Shard(dataset, config(tmp_path / f"list.{kind}", samples_per_shard=4))
-    manifest = run_stage(one, retry=True)
+    stage = Shard(dataset, config(tmp_path / f"list.{kind}", samples_per_shard=4))
+    manifest = run_stage(stage, retry=True)
     reasons = [line["error_message"] and line["error_message"].split(":")[0] for line in table(dataset, manifest)]
     # The password reached its server: what it answers to it is no picture, but not 401.
     assert reasons[:10] == [None, "not_a_picture", "http_404", "not_a_picture", None, "protocol", "bad_url", "bad_url",
                             "http_500", None]
     assert reasons[-1] is None  # so it did at the second try
     # Rows of a list of text are copied beside the plan as they are: workers need them in full.
-    found = {name: text for name, text in readable(tmp_path / "root").items() if "/rows/" not in name}
-    assert any("http://***@" in text for text in found.values())
+    texts = {name: text for name, text in readable(tmp_path / "root").items() if "/rows/" not in name}
+    assert any("http://***@" in text for text in texts.values())
     for word in ("hidden-word", "hidden%2Dword", "somebody"):
-        assert [name for name, text in found.items() if word in text] == []
+        assert [name for name, text in texts.items() if word in text] == []
 
 
 def test_whatever_order_downloads_end_in_the_tars_are_those_of_a_folder(tmp_path, image_site, monkeypatch):
@@ -119,21 +127,21 @@ def test_whatever_order_downloads_end_in_the_tars_are_those_of_a_folder(tmp_path
         (folder / name).write_bytes(data)
     ways = ["{0}", "flaky?n={2}&name={1}{0}&file={0}", "hops/{2}?file={0}", "chunked?file={0}",
             "busy?after=0&n=1&name={1}{0}&file={0}"]
-    found = []
+    runs = []
     for run in range(2):
         addresses = [f"http://{image_site}/{ways[number % len(ways)].format(name, run, number % 3 + 1)}"
                      for number, name in enumerate(sorted(PICTURES))]
-        dataset, manifest = sharded(tmp_path / f"{run}", urls(tmp_path / f"{run}.csv", addresses), samples_per_shard=24,
-                                    download={"retries": 3, "connections": 24})
-        assert set(accounted(dataset, manifest, 24).values()) == {""}
-        found.append((dataset, manifest))
-    local = sharded(tmp_path / "local", folder, samples_per_shard=24)
-    assert pictures(*found[0]) == pictures(*found[1]) == pictures(*local)
-    assert [line["source_row"] for line in table(*found[0])] == list(range(24))
+        dataset, manifest = shard_source(tmp_path / f"{run}", write_url_list(tmp_path / f"{run}.csv", addresses),
+                                         samples_per_shard=24, download={"retries": 3, "connections": 24})
+        assert set(check_accounting(dataset, manifest, 24).values()) == {""}
+        runs.append((dataset, manifest))
+    local = shard_source(tmp_path / "local", folder, samples_per_shard=24)
+    assert stored_images(*runs[0]) == stored_images(*runs[1]) == stored_images(*local)
+    assert [line["source_row"] for line in table(*runs[0])] == list(range(24))
     # The same list twice: the same bytes.
     paths = ("00.png", "hops/2?file=01.png", "02.png", "absent.png")
-    plain = urls(tmp_path / "plain.csv", [f"http://{image_site}/{path}" for path in paths])
-    twice = [sharded(tmp_path / name, plain, samples_per_shard=3) for name in ("one", "other")]
+    plain = write_url_list(tmp_path / "plain.csv", [f"http://{image_site}/{path}" for path in paths])
+    twice = [shard_source(tmp_path / name, plain, samples_per_shard=3) for name in ("one", "other")]
     assert without_run_facts(twice[0][1]) == without_run_facts(twice[1][1])
     first, second = (synthetic.files_below(tmp_path / name) for name in ("one", "other"))
     for name in first:

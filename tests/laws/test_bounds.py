@@ -35,16 +35,16 @@ WITH = {("train.diffusion", "beta_start", "lt"): {"beta_end": math.nextafter(1, 
 
 def numbers(kind: Any) -> set[type]:
     """The numeric types in an annotation; bool is none."""
-    return {kind} & {int, float} | {found for part in get_args(kind) for found in numbers(part)}
+    return {kind} & {int, float} | {number_type for part in get_args(kind) for number_type in numbers(part)}
 
 
 def bounds(kind: Any) -> dict[str, Any]:
     """The bounds of a field or of its elements, by the name of the comparison."""
-    found = {key: limit for bound in getattr(kind, "__metadata__", ()) for key, limit in asdict(bound).items()
-             if limit is not None}
+    limits = {key: limit for bound in getattr(kind, "__metadata__", ()) for key, limit in asdict(bound).items()
+              if limit is not None}
     for part in get_args(kind):
-        found |= bounds(part)
-    return found
+        limits |= bounds(part)
+    return limits
 
 
 def outside(kind: Any, comparison: str, limit: float) -> tuple[list[Any], Any]:
@@ -107,8 +107,8 @@ def test_all_sections_of_the_command_line_are_here() -> None:
         kinds = {each for each in get_type_hints(kind).values() if is_dataclass(each)}
         return kinds.union(*(sections(each) for each in kinds))
 
-    found = set().union(*(sections(load_verb(verb)[0]) for verb in VERBS)) | sections(Settings)
-    assert {each for each in found if each.__name__.endswith("Config")} <= {type(config) for _, config in SECTIONS}
+    classes = set().union(*(sections(load_verb(verb)[0]) for verb in VERBS)) | sections(Settings)
+    assert {each for each in classes if each.__name__.endswith("Config")} <= {type(config) for _, config in SECTIONS}
 
 
 def test_model_and_pipeline_have_the_same_checker() -> None:

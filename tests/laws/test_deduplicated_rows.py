@@ -15,7 +15,7 @@ from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import without_run_facts
 from pipeline.stages.plan import prepare
 from pipeline.stages.worker import process_and_commit
-from tests.laws.row_accounting import accounted, config, urls
+from tests.laws.row_accounting import check_accounting, config, write_url_list
 from tests.pipeline import synthetic
 from tests.pipeline.shards.test_shard import ledger, table
 from tests.pipeline.synthetic import encoded, noise
@@ -49,15 +49,15 @@ def blots(folder: Path) -> Path:
     return folder
 
 
-def first_ones(how: str) -> list[int]:
+def kept_positions(how: str) -> list[int]:
     """Places of the pictures that stay, the broken one among them as none."""
-    seen, stays = set(), []
-    for place, (number, kind) in enumerate(KINDS):
+    seen, kept = set(), []
+    for position, (number, kind) in enumerate(KINDS):
         sign = number if how == "near" else (number, kind == "dark")
         if sign not in seen:
             seen.add(sign)
-            stays.append(place)
-    return stays
+            kept.append(position)
+    return kept
 
 
 @pytest.mark.parametrize("how", ["exact", "near"])
@@ -65,21 +65,21 @@ def test_of_duplicates_the_first_stays(tmp_path, how):
     source, results = blots(tmp_path / "source"), []
     for size in (3, 100, 1):
         dataset = Dataset.parse(str(tmp_path / f"{size}"), "x")
-        sifted = Deduplicate(dataset, config(source, duplicates=how, samples_per_shard=size, image_size=64))
-        manifest = deduplicate.deduplicate_shards(sifted, run_stage)
-        reasons = accounted(dataset, manifest, len(KINDS) + 1)
+        final_stage = Deduplicate(dataset, config(source, duplicates=how, samples_per_shard=size, image_size=64))
+        manifest = deduplicate.deduplicate_shards(final_stage, run_stage)
+        reasons = check_accounting(dataset, manifest, len(KINDS) + 1)
         lines = table(dataset, manifest)
-        assert [int(line["url"][:2]) for line in lines if line["status"] == "success"] == first_ones(how)
+        assert [int(line["url"][:2]) for line in lines if line["status"] == "success"] == kept_positions(how)
         assert reasons[5] == "not_a_picture"
-        assert sum(reason == "duplicate" for reason in reasons.values()) == len(KINDS) - len(first_ones(how))
-        gone = [line for line in lines if line["status"] == "duplicate"]
-        assert all(line["error_message"].startswith("duplicate: of sample ") for line in gone)
+        assert sum(reason == "duplicate" for reason in reasons.values()) == len(KINDS) - len(kept_positions(how))
+        duplicates = [line for line in lines if line["status"] == "duplicate"]
+        assert all(line["error_message"].startswith("duplicate: of sample ") for line in duplicates)
         assert sorted(line["key"] for line in ledger(dataset, manifest)) == sorted(
-            ["05 broken.png", *(line["url"] for line in gone)])
+            ["05 broken.png", *(line["url"] for line in duplicates)])
         assert not storage.exists(storage.join(dataset.folder("unsifted"), "plan.json"))
         assert not (tmp_path / f"{size}" / "datasets" / "x" / "v1" / "unsifted").exists()
         before = synthetic.files_below(tmp_path / f"{size}")
-        assert without_run_facts(deduplicate.deduplicate_shards(sifted, run_stage)) == without_run_facts(manifest)
+        assert without_run_facts(deduplicate.deduplicate_shards(final_stage, run_stage)) == without_run_facts(manifest)
         assert synthetic.files_below(tmp_path / f"{size}") == before
         results.append([(line["url"], line["status"]) for line in lines])
     assert results[0] == results[1] == results[2]
@@ -108,8 +108,9 @@ def test_duplicates_among_patches(tmp_path):
     assert shard.count_rows(manifest, table(dataset, manifest)) == {"rows": 3, "good": 2, "failed": 1, "filtered": 0}
     stats = [storage.read_json(storage.join(dataset.folder("shards"), f"00000{number}_stats.json"))
              for number in range(2)]
-    assert [one["successes"] for one in stats] == [2, 0]
-    assert [one["status_dict"] for one in stats] == [{"success": 2, "duplicate": 0}, {"success": 0, "duplicate": 1}]
+    assert [shard_stats["successes"] for shard_stats in stats] == [2, 0]
+    assert [shard_stats["status_dict"] for shard_stats in stats] == [{"success": 2, "duplicate": 0},
+                                                                     {"success": 0, "duplicate": 1}]
 
 
 def test_sifting_is_gone_on_with_wherever_it_was_left(tmp_path):
@@ -127,12 +128,12 @@ def test_sifting_is_gone_on_with_wherever_it_was_left(tmp_path):
         """Seals some stages, and of the next one works off some items."""
         done = []
 
-        def seal(one):
+        def seal(stage):
             if len(done) < stages:
-                done.append(one)
-                return run_stage(one)
-            for item in prepare(one)[:items]:
-                process_and_commit(one, item)
+                done.append(stage)
+                return run_stage(stage)
+            for item in prepare(stage)[:items]:
+                process_and_commit(stage, item)
             raise Killed
         return seal
     for stages in (0, 1):
@@ -142,24 +143,25 @@ def test_sifting_is_gone_on_with_wherever_it_was_left(tmp_path):
                 deduplicate.deduplicate_shards(make(name), seal_until(stages, items))
             assert without_run_facts(deduplicate.deduplicate_shards(make(name), run_stage)) == expected
     # Sealed, and what it was made from not yet removed.
-    one = make("late")
-    run_stage(one.whole)
-    run_stage(one)
+    interrupted = make("late")
+    run_stage(interrupted.whole)
+    run_stage(interrupted)
     assert without_run_facts(deduplicate.deduplicate_shards(make("late"), run_stage)) == expected
     assert not (tmp_path / "late" / "datasets" / "x" / "v1" / "unsifted").exists()
     assert without_run_facts(deduplicate.deduplicate_shards(make("late"), run_stage, overwrite=True)) == expected
     with pytest.raises(ValueError, match="duplicate_bits"):
-        deduplicate.deduplicate_shards(Deduplicate(one.dataset, config(
+        deduplicate.deduplicate_shards(Deduplicate(interrupted.dataset, config(
             source, duplicates="near", samples_per_shard=4, image_size=64, duplicate_bits=2)), run_stage)
 
 
 def test_a_row_that_was_tried_again_stays_if_it_is_first_in_the_source(tmp_path, image_site):
     addresses = [f"http://{image_site}/{path}" for path in ("flaky?n=1&name=sift&file=00.png", "01.png", "00.png")]
-    sifted = Deduplicate(Dataset.parse(str(tmp_path), "x"),
-                         config(urls(tmp_path / "list.csv", addresses), duplicates="exact"))
-    manifest = deduplicate.deduplicate_shards(sifted, lambda one: run_stage(one, retry=one is sifted.whole))
-    lines = table(sifted.dataset, manifest)
+    final_stage = Deduplicate(Dataset.parse(str(tmp_path), "x"),
+                              config(write_url_list(tmp_path / "list.csv", addresses), duplicates="exact"))
+    manifest = deduplicate.deduplicate_shards(
+        final_stage, lambda stage: run_stage(stage, retry=stage is final_stage.whole))
+    lines = table(final_stage.dataset, manifest)
     assert [(line["source_row"], line["status"]) for line in lines] == [
         (0, "failed_to_download"), (1, "success"), (2, "duplicate"), (0, "success")]
     with pytest.raises(ValueError, match="duplicates are looked for among all"):
-        prepare(Shard(sifted.dataset.next_version(), sifted.config, base=sifted.dataset))
+        prepare(Shard(final_stage.dataset.next_version(), final_stage.config, base=final_stage.dataset))

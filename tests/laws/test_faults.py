@@ -68,20 +68,20 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, settings_file: Path) -
 
 
 def _manifests(root: str) -> dict[str, Any]:
-    return {one["path"]: without_run_facts(read_manifest(storage.join(root, one["path"]), ""))
-            for one in status.read_status(root) if one["path"] != UNINDEXED}
+    return {stage_status["path"]: without_run_facts(read_manifest(storage.join(root, stage_status["path"]), ""))
+            for stage_status in status.read_status(root) if stage_status["path"] != UNINDEXED}
 
 
 def test_the_demo_seals_everything_and_a_second_one_does_nothing(undisturbed: Path, settings_file: Path) -> None:
-    states = {one["path"]: one["state"] for one in status.read_status(str(undisturbed))}
+    states = {stage_status["path"]: stage_status["state"] for stage_status in status.read_status(str(undisturbed))}
     assert states.pop(UNINDEXED) == "absent" and set(states.values()) == {"sealed"}
     # Pictures, datasets with and without an index, neighbours of training's and of held-out ones, run, samples.
     assert len(states) == 1 + 7 * 3 + 2 + 2 + 2
     times = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
     assert main(_arguments(undisturbed, settings_file, "--local")) == 0
     assert times == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
-    assert not [fault for one in status.read_status(str(undisturbed)) if one["path"] != UNINDEXED
-                for fault in verify.find_faults(str(undisturbed), one["path"])]
+    assert not [fault for stage_status in status.read_status(str(undisturbed)) if stage_status["path"] != UNINDEXED
+                for fault in verify.find_faults(str(undisturbed), stage_status["path"])]
     assert (undisturbed / "report.html").stat().st_size > 50_000
 
 
@@ -98,10 +98,10 @@ def test_samples_name_prompt_seed_checkpoint_and_neighbours(undisturbed: Path) -
     folder = next((undisturbed / "runs/demo/samples").iterdir())
     document = storage.read_json(str(folder / "samples.json"))
     assert len(document["pictures"]) == len(document["prompts"]) * 6
-    one = document["pictures"][0]
-    assert (one["prompt"], one["seed"], one["checkpoint"]["step"]) == (document["prompts"][0], 0, 12)
-    assert len(one["neighbors"]) == 2 and one["neighbors"][0]["score"] >= one["neighbors"][1]["score"]
-    assert (folder / one["file"]).exists() and (folder / "grid.png").exists()
+    sample = document["pictures"][0]
+    assert (sample["prompt"], sample["seed"], sample["checkpoint"]["step"]) == (document["prompts"][0], 0, 12)
+    assert len(sample["neighbors"]) == 2 and sample["neighbors"][0]["score"] >= sample["neighbors"][1]["score"]
+    assert (folder / sample["file"]).exists() and (folder / "grid.png").exists()
 
 
 @pytest.mark.parametrize("way", [("--local",), pytest.param((), marks=[pytest.mark.ray, pytest.mark.slow])],
@@ -119,19 +119,19 @@ def test_the_driver_killed_again_and_again_gives_the_same_manifests(
         moments = [("pictures/drawn", "plan.json"), *moments, ("runs/demo", "checkpoints/0000004/manifest.json")]
     for path, name in moments:
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        _until(root / path / name, process)
+        _wait_for_file(root / path / name, process)
         process.kill()
         process.wait()
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-    found, wanted = _manifests(str(root)), _manifests(str(undisturbed))
+    actual, expected = _manifests(str(root)), _manifests(str(undisturbed))
     if not way:
         # Two workers add their gradients in another order than one: the run is compared by its data.
-        found, wanted = ({path: one for path, one in manifests.items() if not path.startswith("runs/")}
-                         for manifests in (found, wanted))
-    assert found == wanted
+        actual, expected = ({path: manifest for path, manifest in manifests.items() if not path.startswith("runs/")}
+                            for manifests in (actual, expected))
+    assert actual == expected
 
 
-def _until(path: Path, process: "subprocess.Popen[bytes]") -> None:
+def _wait_for_file(path: Path, process: "subprocess.Popen[bytes]") -> None:
     end = time.monotonic() + 200
     while not path.exists() and time.monotonic() < end:
         assert process.poll() is None, f"ended with {process.returncode} before {path} was there"
@@ -142,10 +142,10 @@ def _until(path: Path, process: "subprocess.Popen[bytes]") -> None:
 def doomed_cluster() -> Iterator[Any]:
     """A Ray cluster in processes of its own session, to be killed whole."""
     from ray.cluster_utils import Cluster
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "object_store_memory": 100 << 20,
-                                                         "include_dashboard": False})
-    yield made
-    made.shutdown()
+    ray_cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "object_store_memory": 100 << 20,
+                                                                "include_dashboard": False})
+    yield ray_cluster
+    ray_cluster.shutdown()
 
 
 @pytest.mark.ray
@@ -155,11 +155,11 @@ def test_the_whole_cluster_killed_then_another_one_goes_on(undisturbed: Path, tm
     command = [sys.executable, "-m", "jobs", *_arguments(root, settings_file)]
     environment = os.environ | {"RAY_ADDRESS": doomed_cluster.address, "RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    _until(root / "datasets/train/v1/embeddings/records/000000.json", process)
+    _wait_for_file(root / "datasets/train/v1/embeddings/records/000000.json", process)
     for node in doomed_cluster.list_all_nodes():
         for processes in node.all_processes.values():
-            for one in processes:
-                os.kill(one.process.pid, signal.SIGKILL)
+            for process_info in processes:
+                os.kill(process_info.process.pid, signal.SIGKILL)
     assert process.wait(120) != 0
     assert main(_arguments(root, settings_file, "--local")) == 0
     assert _manifests(str(root)) == _manifests(str(undisturbed))
@@ -169,8 +169,8 @@ def test_s3_holds_the_same_bytes_as_a_local_disk(undisturbed: Path, s3: str, set
     root = f"{s3}/root"
     assert main(_arguments(root, settings_file, "--local")) == 0
     assert _manifests(root) == _manifests(str(undisturbed))
-    assert not [fault for one in status.read_status(root) if one["path"] != UNINDEXED
-                for fault in verify.find_faults(root, one["path"])]
+    assert not [fault for stage_status in status.read_status(root) if stage_status["path"] != UNINDEXED
+                for fault in verify.find_faults(root, stage_status["path"])]
     assert main(_arguments(root, settings_file, "--local")) == 0
 
 
@@ -185,11 +185,11 @@ def test_without_npm_the_demo_says_so_and_draws(tmp_path: Path, settings_file: P
 
 def _settings(file: Path) -> Settings:
     from jobs.config.toml import resolve_settings
-    found = resolve_settings("", str(file))
-    return replace(found, pictures=replace(found.pictures, subjects=4))
+    settings = resolve_settings("", str(file))
+    return replace(settings, pictures=replace(settings.pictures, subjects=4))
 
 
-def _stops_after_pictures(stage_: Stage, items: list[Item]) -> Iterator[Outcome]:
-    if stage_.name != "pictures":
+def _stops_after_pictures(stage: Stage, items: list[Item]) -> Iterator[Outcome]:
+    if stage.name != "pictures":
         raise KeyError("stop here")
-    return run_in_process(stage_, items)
+    return run_in_process(stage, items)

@@ -23,24 +23,24 @@ class KilledAt:
     """The process kills itself right before or after its nth change of a final name."""
 
     def __init__(self, point: int) -> None:
-        self.left = point
+        self.remaining = point
 
-    def wrapped(self, change):
-        def one(*arguments, **options):
+    def wrap(self, change):
+        def tracked_change(*arguments, **options):
             self.tick()
             result = change(*arguments, **options)
             self.tick()
             return result
-        return one
+        return tracked_change
 
     def tick(self) -> None:
-        if self.left == 0:
+        if self.remaining == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        self.left -= 1
+        self.remaining -= 1
 
-    def run(self, stage_: Stage) -> None:
-        os.replace, os.link = self.wrapped(os.replace), self.wrapped(os.link)
-        run_stage(stage_)
+    def run(self, stage: Stage) -> None:
+        os.replace, os.link = self.wrap(os.replace), self.wrap(os.link)
+        run_stage(stage)
 
 
 def killed_at_every_point(make, root) -> int:
@@ -48,17 +48,17 @@ def killed_at_every_point(make, root) -> int:
     run_stage(undisturbed := make(root / "undisturbed"))
     expected = lasting(undisturbed.folder)
     for point in itertools.count():
-        one = make(root / f"killed-{point}")
-        status = synthetic.in_child(lambda: KilledAt(point).run(one))  # noqa: B023
+        stage = make(root / f"killed-{point}")
+        status = synthetic.in_child(lambda: KilledAt(point).run(stage))  # noqa: B023
         if status == 0:
             return point
         assert os.WTERMSIG(status) == signal.SIGKILL
-        if not (sealed := storage.exists(storage.join(one.folder, "manifest.json"))):
+        if not (sealed := storage.exists(storage.join(stage.folder, "manifest.json"))):
             with pytest.raises(ValueError, match="is not sealed"):
-                read_manifest(one.folder, one.command)
+                read_manifest(stage.folder, stage.command)
         again = make(root / f"killed-{point}")
         run_stage(again)
-        assert lasting(one.folder) == expected, f"killed at {point}, sealed {sealed}"
+        assert lasting(stage.folder) == expected, f"killed at {point}, sealed {sealed}"
 
 
 def test_killed_anywhere_and_run_again_is_the_same_folder(tmp_path):
@@ -82,16 +82,16 @@ def test_killed_at_any_time_and_run_again_is_the_same_folder(tmp_path):
     """Not between two steps but somewhere in the middle of one."""
     expected = lasting(stage_folder(Count(tmp_path / "undisturbed")))
     for number in range(12):
-        one = Count(tmp_path / f"{number}")
+        stage = Count(tmp_path / f"{number}")
         pid = os.fork()
         if pid == 0:
             with contextlib.suppress(BaseException):
-                run_stage(one)
+                run_stage(stage)
             os._exit(0)
         threading.Event().wait(0.004 * number)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        assert lasting(stage_folder(one)) == expected
+        assert lasting(stage_folder(stage)) == expected
 
 
 def test_rebuilding_killed_anywhere_leaves_nothing_of_the_old(tmp_path, monkeypatch):
@@ -101,22 +101,22 @@ def test_rebuilding_killed_anywhere_leaves_nothing_of_the_old(tmp_path, monkeypa
     removals = 0
     unlink, rmdir = os.unlink, os.rmdir
 
-    def cut_off(change):
-        def one(path, *arguments, **options):
+    def stop_at_limit(change):
+        def change_or_stop(path, *arguments, **options):
             nonlocal removals
             if removals == limit:
                 raise KeyboardInterrupt
             removals += 1
             return change(path, *arguments, **options)
-        return one
+        return change_or_stop
 
     for limit in range(0, 40, 3):
         removals = 0
         root = tmp_path / f"{limit}"
         run_stage(Count(root))
         with monkeypatch.context() as patch:
-            patch.setattr(os, "unlink", cut_off(unlink))
-            patch.setattr(os, "rmdir", cut_off(rmdir))
+            patch.setattr(os, "unlink", stop_at_limit(unlink))
+            patch.setattr(os, "rmdir", stop_at_limit(rmdir))
             with contextlib.suppress(KeyboardInterrupt):
                 run_stage(Count(root, CountConfig(step=2)), overwrite=True)
         with contextlib.suppress(ValueError):  # it may be refused: the old plan is still there

@@ -97,8 +97,8 @@ def test_an_old_index_is_extended_and_searched(root: Path) -> None:
     assert (about["kept"], about["added"], about["removed"]) == (16, 8, 8) and about["recall_at_10"] > 0.9
     dataset = Dataset.parse(str(root), "art@v2")
     searcher, vectors = Searcher(dataset), Embeddings(dataset).all().astype(np.float32)
-    found = searcher.search(vectors, 1)[0][:, 0]
-    assert ((vectors[found] * vectors).sum(1) > 0.999).all()  # itself, or an image that looks the same
+    nearest_rows = searcher.search(vectors, 1)[0][:, 0]
+    assert ((vectors[nearest_rows] * vectors).sum(1) > 0.999).all()  # itself, or an image that looks the same
     assert main(["verify", "--root", str(root)]) == 0
 
 
@@ -109,7 +109,7 @@ def test_what_is_made_again_has_the_same_fingerprints(root: Path) -> None:
     again = manifest(root, "art/v1/index")
     assert again["fingerprint"] == before[2]["fingerprint"]
     assert again["info"]["recall"] == before[2]["info"]["recall"]
-    assert [manifest(root, place)["fingerprint"] for place in places] == [one["fingerprint"] for one in before]
+    assert [manifest(root, place)["fingerprint"] for place in places] == [sealed["fingerprint"] for sealed in before]
 
 
 def seal_again(folder: Path) -> None:

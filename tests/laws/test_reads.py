@@ -42,7 +42,7 @@ sys.addaudithook(_record_open)
 
 
 @contextmanager
-def opened_documents() -> Iterator[Counter[str]]:
+def count_opens() -> Iterator[Counter[str]]:
     """Counts how often this process opens each plan.json and manifest.json. It remembers none from before."""
     manifest._kept.clear()
     _recordings.append(Counter())
@@ -52,8 +52,8 @@ def opened_documents() -> Iterator[Counter[str]]:
         _recordings.pop()
 
 
-def _count(opened: Counter[str], name: str) -> int:
-    return sum(number for path, number in opened.items() if path.endswith(f"/{name}.json"))
+def _count(opens: Counter[str], name: str) -> int:
+    return sum(number for path, number in opens.items() if path.endswith(f"/{name}.json"))
 
 
 def _stages(dataset: Dataset, images: Path) -> list[Stage]:
@@ -71,22 +71,22 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_each_stage_reads_each_manifest_once(tmp_path: Path, images: Path) -> None:
     manifests = {"shard": 0, "embed": 1, "index": 2, "neighbors": 3}
     for stage in _stages(Dataset.parse(str(tmp_path), "x"), images):
-        with opened_documents() as opened:
+        with count_opens() as opens:
             sealed = run_stage(stage)
         assert len(sealed["items"]) == (1 if stage.name == "index" else 6)
-        assert _count(opened, "plan") <= 2, opened
-        assert _count(opened, "manifest") == manifests[stage.name], opened
-        assert max((number for path, number in opened.items() if path.endswith("manifest.json")), default=1) == 1
+        assert _count(opens, "plan") <= 2, opens
+        assert _count(opens, "manifest") == manifests[stage.name], opens
+        assert max((number for path, number in opens.items() if path.endswith("manifest.json")), default=1) == 1
 
 
 def test_neighbors_in_another_dataset_read_five_manifests(tmp_path: Path) -> None:
     queries = synthetic.given(tmp_path, "queries", np.split(synthetic.clustered(60, 16), 6))
     database = synthetic.given(tmp_path, "database", np.split(synthetic.clustered(400, 16, seed=1), 4))
     run_stage(Index(database, IndexConfig(key="IVF4,SQ8", queries=20)))
-    with opened_documents() as opened:
+    with count_opens() as opens:
         run_stage(Neighbors(queries, database, NeighborsConfig(k=3)))
-    assert _count(opened, "plan") <= 2 and _count(opened, "manifest") == 5, opened
-    assert {number for path, number in opened.items() if path.endswith("manifest.json")} == {1}
+    assert _count(opens, "plan") <= 2 and _count(opens, "manifest") == 5, opens
+    assert {number for path, number in opens.items() if path.endswith("manifest.json")} == {1}
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,10 @@ def test_workers_of_ray_read_no_plan_and_each_manifest_once(cluster: Any, tmp_pa
     pool = Pool(ClusterConfig(workers=2))
     try:
         sealed = run_stage(_Logged(dataset, dataset, _LoggedConfig(k=3, log=str(log))), pool)
-        opened = Counter(log.read_text().splitlines())
-        assert len(sealed["items"]) == 8 and opened
-        assert not [line for line in opened if line.endswith("plan.json")]
-        assert set(opened.values()) == {1}, opened
+        opens = Counter(log.read_text().splitlines())
+        assert len(sealed["items"]) == 8 and opens
+        assert not [line for line in opens if line.endswith("plan.json")]
+        assert set(opens.values()) == {1}, opens
         # The same workers, another version: nothing of the first one is used.
         other = synthetic.given(root, "x@v2", np.split(synthetic.clustered(400, 16, seed=5), 8))
         run_stage(Index(other, IndexConfig(key="IVF4,SQ8", queries=20)))

@@ -19,14 +19,14 @@ from pipeline.stages.plan import prepare
 from pipeline.stages.types import Outcome, StageFailed
 from pipeline.stages.worker import process_and_commit
 from pipeline.versions import verify
-from tests.laws.row_accounting import PICTURES, accounted, config, sharded, urls
+from tests.laws.row_accounting import PICTURES, check_accounting, config, shard_source, write_url_list
 from tests.pipeline import synthetic, web_server
 from tests.pipeline.shards.test_shard import table
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 
 
-def shaky(image_site: str, name: str, count: int = 22) -> list[str]:
+def flaky_urls(image_site: str, name: str, count: int = 22) -> list[str]:
     """Every third fails once, every seventh twice, one for good."""
     addresses = []
     for number in range(count):
@@ -37,7 +37,7 @@ def shaky(image_site: str, name: str, count: int = 22) -> list[str]:
     return addresses
 
 
-def of_round(image_site: str, name: str, count: int = 22) -> list[list[int]]:
+def failing_rows(image_site: str, name: str, count: int = 22) -> list[list[int]]:
     """Rows that fail at the first try, the second, the third."""
     twice, once = ([number for number in range(count) if number != 13 and number % 7 == 6],
                    [number for number in range(count) if number != 13 and number % 7 != 6 and number % 3 == 0])
@@ -47,16 +47,16 @@ def of_round(image_site: str, name: str, count: int = 22) -> list[list[int]]:
 @pytest.mark.parametrize("kind", ["parquet", "csv"])
 def test_rows_that_failed_are_tried_again_before_sealing(tmp_path, image_site, kind):
     name = f"{kind}-again"
-    source = urls(tmp_path / f"list.{kind}", shaky(image_site, name))
+    source = write_url_list(tmp_path / f"list.{kind}", flaky_urls(image_site, name))
     dataset = Dataset.parse(str(tmp_path), "x")
-    one = Shard(dataset, config(source))
-    items = prepare(one)
+    stage = Shard(dataset, config(source))
+    items = prepare(stage)
     for item in items:
-        process_and_commit(one, item)
+        process_and_commit(stage, item)
     first = synthetic.files_below(tmp_path / "datasets")
     web_server.seen(image_site)
     manifest = run_stage(Shard(dataset, config(source)), retry=True)
-    failed = of_round(image_site, name)
+    failed = failing_rows(image_site, name)
     assert web_server.seen(image_site)["requests"] == len(failed[0])  # and of those that are there none
     assert [record["info"] for record in manifest["items"]] == [
         {"rows": 7}, {"rows": 7}, {"rows": 7}, {"rows": 1}, {"rows": 7, "retried": 7},
@@ -72,29 +72,29 @@ def test_rows_that_failed_are_tried_again_before_sealing(tmp_path, image_site, k
     assert {line["caption"] for line in table(dataset, manifest)} == {f"row {number}" for number in range(22)}
 
 
-def killing_after(count: int):
+def runner_killed_after(count: int):
     """A runner whose process dies when so many items are done."""
-    def runner(one, items):
+    def runner(stage, items):
         for number, item in enumerate(items):
             if number == count:
                 os.kill(os.getpid(), signal.SIGKILL)
-            yield Outcome(item, process_and_commit(one, item))
+            yield Outcome(item, process_and_commit(stage, item))
     return runner
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv"])
 def test_a_second_round_tries_what_still_fails_and_a_round_may_be_cut_off(tmp_path, image_site, kind):
     name = f"{kind}-rounds"
-    source = urls(tmp_path / f"list.{kind}", shaky(image_site, name))
+    source = write_url_list(tmp_path / f"list.{kind}", flaky_urls(image_site, name))
     dataset = Dataset.parse(str(tmp_path), "x")
-    failed = of_round(image_site, name)
+    failed = failing_rows(image_site, name)
 
     def run(**options):
         return run_stage(Shard(dataset, config(source, samples_per_shard=4)), **options)
     with pytest.raises(StageFailed, match=r"rows failed \(\d+%, allowed are 1%\)"):
         run(max_failed=0.01)
     # Six shards are recorded; of the round's three one is worked off.
-    assert synthetic.in_child(lambda: run(retry=True, runner=killing_after(1), max_failed=0.01)) == signal.SIGKILL
+    assert synthetic.in_child(lambda: run(retry=True, runner=runner_killed_after(1), max_failed=0.01)) == signal.SIGKILL
     web_server.seen(image_site)
     with pytest.raises(StageFailed, match="rows failed"):
         run(retry=True, max_failed=0.01)
@@ -112,10 +112,10 @@ def test_a_second_round_tries_what_still_fails_and_a_round_may_be_cut_off(tmp_pa
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
 def test_another_version_takes_over_the_shards_and_tries_the_rest(tmp_path, image_site, kind):
     name = f"{kind}-version"
-    source = urls(tmp_path / f"list.{kind}", shaky(image_site, name))
-    failed = [[row for row in rows if row != 20] for rows in of_round(image_site, name)]
+    source = write_url_list(tmp_path / f"list.{kind}", flaky_urls(image_site, name))
+    failed = [[row for row in rows if row != 20] for rows in failing_rows(image_site, name)]
     options = {"where": 'not contains(caption, "row 20")'}
-    v1, first = sharded(tmp_path, source, **options)
+    v1, first = shard_source(tmp_path, source, **options)
     before = synthetic.files_below(tmp_path)
     v2 = v1.next_version()
     assert (v2.version, v2.next_version().version) == ("v2", "v3")
@@ -123,7 +123,7 @@ def test_another_version_takes_over_the_shards_and_tries_the_rest(tmp_path, imag
     second = run_stage(Shard(v2, config(source, **options), base=v1))
     assert web_server.seen(image_site)["requests"] == len(failed[0])
     assert {key: data for key, data in synthetic.files_below(tmp_path).items() if key in before} == before
-    ours, theirs = (synthetic.files_below(Path(one.folder("shards"))) for one in (v2, v1))
+    ours, theirs = (synthetic.files_below(Path(dataset.folder("shards"))) for dataset in (v2, v1))
     for file, data in theirs.items():
         if not file.startswith(("rows/", "records/", "plan", "manifest")):
             assert ours[file] == data, file
@@ -148,21 +148,22 @@ def test_another_version_takes_over_the_shards_and_tries_the_rest(tmp_path, imag
 
 
 def test_a_version_of_a_version_without_failures_is_the_same_again(tmp_path, image_site):
-    source = urls(tmp_path / "list.csv", [f"http://{image_site}/flaky?n=1&name=once&file=00.png", f"http://{image_site}/01.png"])
+    source = write_url_list(tmp_path / "list.csv", [
+        f"http://{image_site}/flaky?n=1&name=once&file=00.png", f"http://{image_site}/01.png"])
     v1 = Dataset.parse(str(tmp_path), "x")
-    one = run_stage(Shard(v1, config(source)), retry=True)
+    first = run_stage(Shard(v1, config(source)), retry=True)
     v2, v3 = v1.next_version(), v1.next_version().next_version()
-    two = run_stage(Shard(v2, config(source), base=v1))
-    three = run_stage(Shard(v3, config(source), base=v2), retry=True)
-    for manifest in (two, three):
-        assert [record["files"] for record in manifest["items"]] == [record["files"] for record in one["items"]]
-        assert shard.count_rows(manifest, table(v1, one))["good"] == 2
+    second = run_stage(Shard(v2, config(source), base=v1))
+    third = run_stage(Shard(v3, config(source), base=v2), retry=True)
+    for manifest in (second, third):
+        assert [record["files"] for record in manifest["items"]] == [record["files"] for record in first["items"]]
+        assert shard.count_rows(manifest, table(v1, first))["good"] == 2
 
 
 def test_a_version_of_another_source_is_refused(tmp_path, image_site):
-    source = urls(tmp_path / "list.parquet", shaky(image_site, "other"))
-    v1, _ = sharded(tmp_path, source)
-    urls(source, [f"http://{image_site}/{number:02d}.png" for number in range(22)])
+    source = write_url_list(tmp_path / "list.parquet", flaky_urls(image_site, "other"))
+    v1, _ = shard_source(tmp_path, source)
+    write_url_list(source, [f"http://{image_site}/{number:02d}.png" for number in range(22)])
     with pytest.raises(ValueError, match="x was sharded from other pictures than"):
         prepare(Shard(v1.next_version(), config(source), base=v1))
 
@@ -173,9 +174,9 @@ def test_pictures_of_a_folder_are_tried_again(tmp_path):
     for name in PICTURES:
         (source / name).write_bytes(PICTURES[name] if int(name[:2]) % 5 else b"not yet copied")
     dataset = Dataset.parse(str(tmp_path), "x")
-    one = Shard(dataset, config(source))
+    stage = Shard(dataset, config(source))
     with pytest.raises(StageFailed, match=r"5 of 24 rows failed .*: 5 not_a_picture"):
-        run_stage(one, max_failed=0.1)
+        run_stage(stage, max_failed=0.1)
     for name in ("00.png", "05.png", "10.png"):
         (source / name).write_bytes(PICTURES[name])
     manifest = run_stage(Shard(dataset, config(source)), retry=True, max_failed=0.1)
@@ -192,17 +193,17 @@ def test_pictures_of_a_folder_are_tried_again(tmp_path):
 
 def test_what_is_in_the_source_is_not_tried_again(tmp_path):
     pq.write_table(pa.table({"image": [b"no picture", PICTURES["00.png"]]}), tmp_path / "list.parquet")
-    one = Shard(Dataset.parse(str(tmp_path), "x"), config(tmp_path / "list.parquet"))
+    stage = Shard(Dataset.parse(str(tmp_path), "x"), config(tmp_path / "list.parquet"))
     with pytest.raises(ValueError, match="what failed once would fail again"):
-        run_stage(one, retry=True)
-    assert run_stage(one)["totals"]["samples"] == 1
+        run_stage(stage, retry=True)
+    assert run_stage(stage)["totals"]["samples"] == 1
 
 
 def test_a_hopeless_run_is_stopped_early_and_what_is_recorded_stays(tmp_path, image_site, monkeypatch):
     monkeypatch.setattr(progress, "period", lambda folder: 0.02)
     addresses = [f"http://{image_site}/{'00.png' if number % 3 == 0 else 'gone.png' if number % 3 == 1 else 'text.jpg'}"
                  for number in range(1500)]
-    source = urls(tmp_path / "list.csv", addresses)
+    source = write_url_list(tmp_path / "list.csv", addresses)
     dataset = Dataset.parse(str(tmp_path), "x")
     settings = {"samples_per_shard": 100, "image_size": 8}
     web_server.seen(image_site)
@@ -219,16 +220,16 @@ def test_a_hopeless_run_is_stopped_early_and_what_is_recorded_stays(tmp_path, im
     assert web_server.seen(image_site)["requests"] == 1500 - 100 * len(recorded)
     after = synthetic.files_below(tmp_path / "datasets")
     assert all(after[name] == data for name, data in before.items() if "/progress" not in name)
-    reasons = accounted(dataset, manifest, 1500)
+    reasons = check_accounting(dataset, manifest, 1500)
     assert Counter(reasons.values()) == {"": 500, "http_404": 500, "not_a_picture": 500}
 
 
 def test_the_budget_is_kept_by_small_lists_too(tmp_path, image_site):
     names = ("00", "gone", "01", "small", "02")
-    source = urls(tmp_path / "list.csv", [f"http://{image_site}/{name}.png" for name in names])
+    source = write_url_list(tmp_path / "list.csv", [f"http://{image_site}/{name}.png" for name in names])
     dataset = Dataset.parse(str(tmp_path), "x")
-    one = Shard(dataset, config(source, min_size=10))
+    stage = Shard(dataset, config(source, min_size=10))
     with pytest.raises(StageFailed, match=r"1 of 5 rows failed \(20%, allowed are 10%\): 1 http_404"):
-        run_stage(one, max_failed=0.1)
+        run_stage(stage, max_failed=0.1)
     assert not storage.exists(storage.join(dataset.folder("shards"), "manifest.json"))
-    assert run_stage(one, max_failed=0.2)["totals"]["samples"] == 3  # what is too small was left out by choice
+    assert run_stage(stage, max_failed=0.2)["totals"]["samples"] == 3  # what is too small was left out by choice

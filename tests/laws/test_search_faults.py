@@ -55,16 +55,16 @@ def dataset(root: Path) -> Dataset:
     return Dataset.parse(str(root), "x")
 
 
-def _working() -> list[int]:
+def _working_pids() -> list[int]:
     """The processes started here that Ray calls at work on an item."""
-    found = []
+    pids = []
     for pid in _descendants(os.getpid()):
         try:
             if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::Worker.work"):
-                found.append(pid)
+                pids.append(pid)
         except OSError:  # it ended meanwhile
             continue
-    return found
+    return pids
 
 
 def _descendants(pid: int) -> Iterator[int]:
@@ -82,15 +82,15 @@ def _descendants(pid: int) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def killing(seed: int) -> Iterator[list[int]]:
+def kill_workers(seed: int) -> Iterator[list[int]]:
     """Workers are killed at random, four of them at most: an item whose worker died five times is given up."""
     chance, killed, ended = random.Random(seed), [], threading.Event()
 
     def kill() -> None:
         while len(killed) < 4 and not ended.is_set():
             time.sleep(chance.uniform(0, 1))
-            if working := _working():
-                killed.append(chance.choice(working))
+            if pids := _working_pids():
+                killed.append(chance.choice(pids))
                 os.kill(killed[-1], signal.SIGKILL)
     thread = threading.Thread(target=kill)
     thread.start()
@@ -116,22 +116,22 @@ def test_workers_killed_at_random_leave_the_bytes_of_a_quiet_run(before: list[st
         more = ["--key", "IVF8,Flat", "--bytes-per-vector", "0"] if verb == "index" else []
         assert main([verb, "x", "--root", str(root), "--local", *more]) == 0
     quiet = Path(shutil.copytree(root, tmp_path / "quiet"))
-    with killing(len(folder) + len(before)) as killed:
+    with kill_workers(len(folder) + len(before)) as killed:
         assert main([*command, "--root", str(root), "--workers", "3"]) == 0
     lost = [record.getMessage() for record in caplog.records if "was lost" in record.getMessage()]
     assert len(killed) >= 2 and lost, (killed, lost)
     assert main([*command, "--root", str(quiet), "--local"]) == 0
-    one, other = dataset(root), dataset(quiet)
-    assert content(one, folder) == content(other, folder) and len(content(one, folder)) > 1
-    assert without_run_facts(one.manifest(folder)) == without_run_facts(other.manifest(folder))
-    assert list(verify.find_faults(str(root), one.path(folder))) == []
-    assert storage.list_files(storage.join(one.folder(folder), "failures")) == []
+    disturbed, undisturbed = dataset(root), dataset(quiet)
+    assert content(disturbed, folder) == content(undisturbed, folder) and len(content(disturbed, folder)) > 1
+    assert without_run_facts(disturbed.manifest(folder)) == without_run_facts(undisturbed.manifest(folder))
+    assert list(verify.find_faults(str(root), disturbed.path(folder))) == []
+    assert storage.list_files(storage.join(disturbed.folder(folder), "failures")) == []
 
 
-def content(one: Dataset, folder: str) -> dict[str, bytes]:
+def content(dataset: Dataset, folder: str) -> dict[str, bytes]:
     """The files that a sealed stage made."""
-    manifest = one.manifest(folder)
-    return {entry["name"]: one.fetch(folder, entry, check=True).read_bytes()
+    manifest = dataset.manifest(folder)
+    return {entry["name"]: dataset.fetch(folder, entry, check=True).read_bytes()
             for part in [manifest, *manifest["items"]] for entry in part["files"]}
 
 
@@ -171,7 +171,7 @@ def test_a_tar_replaced_behind_the_back_of_its_manifest_is_not_embedded(root: Pa
 # Vectors that are none.
 
 
-def spoiled(root: Path, change: Any) -> None:
+def spoil_vectors(root: Path, change: Any) -> None:
     """Change a file of vectors, and everything that tells what it was."""
     folder = dataset(root).folder("embeddings")
     manifest = storage.read_json(storage.join(folder, "manifest.json"))
@@ -191,7 +191,7 @@ def nan(vectors: np.ndarray) -> np.ndarray:
     return vectors
 
 
-def nothing(vectors: np.ndarray) -> np.ndarray:
+def zeros(vectors: np.ndarray) -> np.ndarray:
     vectors[3] = 0
     return vectors
 
@@ -204,29 +204,29 @@ def short(vectors: np.ndarray) -> np.ndarray:
     return vectors[:-1]
 
 
-@pytest.mark.parametrize(("change", "told", "verified"), [
+@pytest.mark.parametrize(("change", "refusal", "fault"), [
     (nan, " are not finite", "000002.npy: 2 rows are not of unit length"),
     (narrow, "shard 000002 has vectors of shape (100,), the first one (256,)",
      "000002.npy: has vectors of shape (100,), its encoder makes 256"),
     (short, f"shard 000002 has {PER_SHARD - 1} rows, its manifest says {PER_SHARD}",
      f"000002.npy: has {PER_SHARD - 1} rows, its shard {PER_SHARD} samples"),
 ])
-def test_embeddings_that_are_damaged_are_refused(change: Any, told: str, verified: str, root: Path,
+def test_embeddings_that_are_damaged_are_refused(change: Any, refusal: str, fault: str, root: Path,
                                                  capsys: Any) -> None:
     assert main(embed(root, "--local")) == 0
-    spoiled(root, change)
+    spoil_vectors(root, change)
     for command in (["index", "x"], ["index", "x", "--part-memory", "60Ki", "--overwrite"],
                     ["neighbors", "x", "--method", "exact"]):
         assert main([*command, "--root", str(root), "--local"]) == 1, command
         text = capsys.readouterr().err
-        assert told in text and "hint: " in text and "Traceback" not in text, text
+        assert refusal in text and "hint: " in text and "Traceback" not in text, text
     assert main(["verify", "--root", str(root), "--only", "datasets/x/v1/embeddings"]) == 1
-    assert verified in capsys.readouterr().out
+    assert fault in capsys.readouterr().out
 
 
 def test_a_vector_of_zeros_is_nobodys_neighbour(root: Path) -> None:
     assert main(embed(root, "--local")) == 0
-    spoiled(root, nothing)
+    spoil_vectors(root, zeros)
     zero = 2 * PER_SHARD + 3
     assert main(["index", "x", "--root", str(root), "--local"]) == 0
     assert main(["neighbors", "x", "--root", str(root), "--local", "--k", "300", "--copy-similarity", "1.1"]) == 0
@@ -264,9 +264,9 @@ def test_shards_without_samples_go_the_whole_way(tmp_path: Path) -> None:
     assert main(["shard", "x", "--source", str(source), "--samples-per-shard", str(PER_SHARD), *root]) == 0
     for command in (["embed", "x"], ["index", "x"], ["neighbors", "x"]):
         assert main([*command, *root]) == 0
-    found = dataset(tmp_path / "root")
-    counts = [record["samples"] for record in found.manifest("shards")["items"]]
+    sparse_dataset = dataset(tmp_path / "root")
+    counts = [record["samples"] for record in sparse_dataset.manifest("shards")["items"]]
     assert counts == [0, 0, PER_SHARD, PER_SHARD]
     for name in ("embeddings", "neighbors/x"):
-        assert [record["samples"] for record in found.manifest(name)["items"]] == counts
-        assert list(verify.find_faults(found.root, found.path(name))) == []
+        assert [record["samples"] for record in sparse_dataset.manifest(name)["items"]] == counts
+        assert list(verify.find_faults(sparse_dataset.root, sparse_dataset.path(name))) == []

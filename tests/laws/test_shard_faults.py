@@ -20,18 +20,18 @@ from jobs.cli.main import main
 from pipeline import storage
 from pipeline.stages import progress
 from tests.laws.sharding_runs import (
-    accounted,
     arguments,
+    checked_manifest,
     files,
-    listed,
-    packing,
-    pictures,
+    image_urls,
+    packing_worker,
     ray,
-    shards,
-    slowed,
-    started,
-    undisturbed,
-    until,
+    shards_folder,
+    start_command,
+    undisturbed_files,
+    wait_until,
+    write_slow_list,
+    write_url_list,
 )
 from tests.pipeline import web_server
 from tests.pipeline.synthetic import encoded, noise
@@ -39,17 +39,17 @@ from tests.pipeline.synthetic import encoded, noise
 
 @ray
 def test_a_worker_killed_in_the_middle_of_a_shard(cluster: Any, tmp_path: Path, address: str) -> None:
-    source, killed = slowed(tmp_path / "list.parquet", address, 80, 0.15), []
+    source, killed = write_slow_list(tmp_path / "list.parquet", address, 80, 0.15), []
 
     def kill() -> None:
-        killed.append(until(lambda: packing(0.15)))
+        killed.append(wait_until(lambda: packing_worker(0.15)))
         os.kill(killed[0], signal.SIGKILL)
     thread = threading.Thread(target=kill)
     thread.start()
     assert main(arguments(tmp_path / "root", source, address)) == 0
     thread.join()
-    assert killed and accounted(tmp_path / "root", 80)["totals"]["skipped"] == {"not_a_picture": 20}
-    assert files(tmp_path / "root") == undisturbed(tmp_path, source, address)
+    assert killed and checked_manifest(tmp_path / "root", 80)["totals"]["skipped"] == {"not_a_picture": 20}
+    assert files(tmp_path / "root") == undisturbed_files(tmp_path, source, address)
 
 
 @pytest.mark.parametrize("way", ["--local", pytest.param("--workers=2", marks=[ray, pytest.mark.slow])])
@@ -57,22 +57,23 @@ def test_the_driver_killed_in_the_middle_of_a_shard(way: str, tmp_path: Path, ad
                                                     request: pytest.FixtureRequest) -> None:
     if way != "--local":
         request.getfixturevalue("cluster")
-    source = slowed(tmp_path / "list.parquet", address, 80, 0.03)
-    process = started(*arguments(tmp_path / "root", source, address, way))
-    until(lambda: storage.list_files(storage.join(shards(tmp_path / "root"), "records")) and packing(0.15), process)
+    source = write_slow_list(tmp_path / "list.parquet", address, 80, 0.03)
+    process = start_command(*arguments(tmp_path / "root", source, address, way))
+    records = storage.join(shards_folder(tmp_path / "root"), "records")
+    wait_until(lambda: storage.list_files(records) and packing_worker(0.15), process)
     process.kill()
     process.communicate()
-    done = len(storage.list_files(storage.join(shards(tmp_path / "root"), "records")))
-    assert 0 < done < 4 and not storage.exists(storage.join(shards(tmp_path / "root"), "manifest.json"))
+    done = len(storage.list_files(records))
+    assert 0 < done < 4 and not storage.exists(storage.join(shards_folder(tmp_path / "root"), "manifest.json"))
     assert main(arguments(tmp_path / "root", source, address, way)) == 0
-    accounted(tmp_path / "root", 80)
-    assert files(tmp_path / "root") == undisturbed(tmp_path, source, address)
+    checked_manifest(tmp_path / "root", 80)
+    assert files(tmp_path / "root") == undisturbed_files(tmp_path, source, address)
 
 
 def test_sigterm_stops_and_the_same_command_goes_on(tmp_path: Path, address: str, capsys: Any) -> None:
-    source = slowed(tmp_path / "list.parquet", address, 200, 0.05)
-    process = started(*arguments(tmp_path / "root", source, address, "--local"))
-    now = until(lambda: _said(tmp_path / "root"), process)
+    source = write_slow_list(tmp_path / "list.parquet", address, 200, 0.05)
+    process = start_command(*arguments(tmp_path / "root", source, address, "--local"))
+    now = wait_until(lambda: _last_progress(tmp_path / "root"), process)
     # From another terminal, while it is under way.
     assert now["rows"] and now["of_rows"] == 200 and now["bytes"] and now["rows_per_s"] > 0 and now["seconds_left"]
     assert now["skipped"].keys() == {"not_a_picture"}
@@ -84,20 +85,20 @@ def test_sigterm_stops_and_the_same_command_goes_on(tmp_path: Path, address: str
     assert re.search(r"% good, [1-9][0-9.]* ([kM]?B), left out: ", line)
     assert "nothing heard" not in line
     assert main(["status", "--json", "--root", str(tmp_path / "root")]) == 0
-    found = {one["path"]: one for one in json.loads(capsys.readouterr().out)}["datasets/x/v1/shards"]
-    assert found["progress"]["of_rows"] == 200 and found["progress"].keys() == now.keys()
+    stage_status = {stage["path"]: stage for stage in json.loads(capsys.readouterr().out)}["datasets/x/v1/shards"]
+    assert stage_status["progress"]["of_rows"] == 200 and stage_status["progress"].keys() == now.keys()
     process.terminate()
     _, text = process.communicate(timeout=20)
     assert process.returncode == 130 and "the same command continues" in text and "Traceback" not in text
     assert main(arguments(tmp_path / "root", source, address, "--local", "--connections", "32")) == 0
-    accounted(tmp_path / "root", 200)
-    assert files(tmp_path / "root") == undisturbed(tmp_path, source, address)
+    checked_manifest(tmp_path / "root", 200)
+    assert files(tmp_path / "root") == undisturbed_files(tmp_path, source, address)
 
 
-def _said(root: Path) -> Any:
+def _last_progress(root: Path) -> Any:
     """What the driver said last, once it has seen some of everything."""
     try:
-        now = storage.read_json(storage.join(shards(root), "progress.json"))
+        now = storage.read_json(storage.join(shards_folder(root), "progress.json"))
     except FileNotFoundError:
         return None
     return now if now["skipped"] else None
@@ -108,30 +109,30 @@ def test_two_drivers_on_one_folder_share_the_work(way: str, tmp_path: Path, addr
                                                   request: pytest.FixtureRequest) -> None:
     if way != "--local":
         request.getfixturevalue("cluster")
-    source = slowed(tmp_path / "list.parquet", address, 240, 0.01)
+    source = write_slow_list(tmp_path / "list.parquet", address, 240, 0.01)
     web_server.seen(address)
     command = arguments(tmp_path / "root", source, address, way)
-    both = [started(*command), started(*command)]
+    both = [start_command(*command), start_command(*command)]
     said = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     totals = [json.loads(out) for out, _ in said]
     assert totals[0] == totals[1]
     # Of twelve items, both may have had the last ones in hand at once, and a few by chance.
     assert web_server.seen(address)["requests"] <= 1.7 * 240
-    accounted(tmp_path / "root", 240)
-    assert files(tmp_path / "root") == undisturbed(tmp_path, source, address)
+    checked_manifest(tmp_path / "root", 240)
+    assert files(tmp_path / "root") == undisturbed_files(tmp_path, source, address)
 
 
 def test_of_two_drivers_with_other_settings_one_wins(tmp_path: Path, address: str) -> None:
-    source = slowed(tmp_path / "list.parquet", address, 60, 0.01)
-    both = {quality: started(*arguments(tmp_path / "root", source, address, "--local", "--quality", quality))
+    source = write_slow_list(tmp_path / "list.parquet", address, 60, 0.01)
+    both = {quality: start_command(*arguments(tmp_path / "root", source, address, "--local", "--quality", quality))
             for quality in ("90", "80")}
     said = {quality: process.communicate(timeout=120) for quality, process in both.items()}
     codes = {process.returncode: quality for quality, process in both.items()}
     assert codes.keys() == {0, 2}, said
     assert f"section.quality: there {codes[0]}, now {codes[2]}" in said[codes[2]][1]
-    accounted(tmp_path / "root", 60)
-    assert files(tmp_path / "root") == undisturbed(tmp_path, source, address, "--quality", codes[0])
+    checked_manifest(tmp_path / "root", 60)
+    assert files(tmp_path / "root") == undisturbed_files(tmp_path, source, address, "--quality", codes[0])
 
 
 # Servers that misbehave.
@@ -143,25 +144,25 @@ FAULTS = {"hang": "timeout", "cut": "cut", "status/500": "http_500", "loop": "to
 
 
 def test_every_row_of_a_bad_web_is_accounted_for_in_time(tmp_path: Path, address: str) -> None:
-    urls, wanted = pictures(address, 100), Counter()
+    urls, wanted = image_urls(address, 100), Counter()
     for number, (path, reason) in enumerate(FAULTS.items()):
         for row in (number * 10 + 3, number * 10 + 4):
             urls[row] = f"http://{address}/{path}{'&' if '?' in path else '?'}{row}"
             wanted[reason] += 1
     urls[0], urls[1], urls[2] = "", "no address", f"http://{address}/type-lie?file=0.jpg"
     wanted["bad_url"] += 2
-    source, begun = listed(tmp_path / "list.parquet", urls), time.monotonic()
+    source, begun = write_url_list(tmp_path / "list.parquet", urls), time.monotonic()
     assert main(arguments(tmp_path / "root", source, address, "--local", "--retries", "1", "--timeout", "1.5",
                           "--read-timeout", "0.5", "--max-bytes", "3000000", "--connections", "16")) == 0
     assert time.monotonic() - begun < 40
-    assert accounted(tmp_path / "root", 100)["totals"]["skipped"] == wanted
+    assert checked_manifest(tmp_path / "root", 100)["totals"]["skipped"] == wanted
 
 
 def test_a_dead_server_stops_the_run_and_a_live_one_mends_it(tmp_path: Path, capsys: Any,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    source, root = listed(tmp_path / "list.parquet", pictures(address, 2000)), tmp_path / "root"
+    source, root = write_url_list(tmp_path / "list.parquet", image_urls(address, 2000)), tmp_path / "root"
     command = arguments(root, source, address, "--local", "--retries", "0", "--connections", "32",
                         "--samples-per-shard", "100", "--max-failed", "0.3")
     with monkeypatch.context() as patch:
@@ -170,17 +171,17 @@ def test_a_dead_server_stops_the_run_and_a_live_one_mends_it(tmp_path: Path, cap
     text = capsys.readouterr().err
     assert "rows failed (100%, allowed are 30%): " in text and " connect\n" in text
     assert "hint: " in text and "--retry-failed" in text and "Traceback" not in text
-    failed = len(storage.list_files(storage.join(shards(root), "records")))
+    failed = len(storage.list_files(storage.join(shards_folder(root), "records")))
     assert 1 < failed < 20
-    with _alive(address):
+    with _image_server(address):
         assert main([*command, "--retry-failed"]) == 0
-    manifest = accounted(root, 2000)
+    manifest = checked_manifest(root, 2000)
     assert manifest["info"]["retried"] == failed * 100 and manifest["totals"]["samples"] == 2000
-    assert not storage.exists(storage.join(shards(root), "progress"))
+    assert not storage.exists(storage.join(shards_folder(root), "progress"))
 
 
 @contextlib.contextmanager
-def _alive(address: str) -> Iterator[None]:
+def _image_server(address: str) -> Iterator[None]:
     """A server of one picture at a given address."""
     body = encoded(noise(20, 20), "JPEG")
 
@@ -190,7 +191,7 @@ def _alive(address: str) -> Iterator[None]:
         def do_GET(self) -> None:
             self.wfile.write(web_server.answer(body))
 
-        def log_message(self, *given: Any) -> None:
+        def log_message(self, *log_arguments: Any) -> None:
             pass
     host, port = address.split(":")
     server = ThreadingHTTPServer((host, int(port)), Handler, bind_and_activate=False)

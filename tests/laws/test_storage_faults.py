@@ -15,7 +15,17 @@ import pytest
 from jobs.cli.main import main
 from pipeline import storage
 from pipeline.storage import files as storage_files
-from tests.laws.sharding_runs import PICTURES, accounted, arguments, files, listed, pictures, shards, undisturbed, until
+from tests.laws.sharding_runs import (
+    PICTURES,
+    arguments,
+    checked_manifest,
+    files,
+    image_urls,
+    shards_folder,
+    undisturbed_files,
+    wait_until,
+    write_url_list,
+)
 from tests.pipeline import web_server
 from tests.pipeline.synthetic import encoded, noise
 
@@ -48,28 +58,28 @@ def heavy() -> Iterator[str]:
 @pytest.mark.parametrize("size", ["4k", "3m"], ids=["for the plan", "for a shard"])
 def test_a_full_disk_is_named_and_spoils_nothing(size: str, small_disk: Any, tmp_path: Path, heavy: str,
                                                  capsys: Any) -> None:
-    source = listed(tmp_path / "list.parquet", pictures(heavy, 18))
+    source = write_url_list(tmp_path / "list.parquet", image_urls(heavy, 18))
     root = small_disk(size) / "root"
     command = arguments(root, source, heavy, "--local", "--resize", "no", "--samples-per-shard", "6")
     assert main(command) == 1
     text = capsys.readouterr().err
     assert f"no space is left on the disk of {root}" in text and "hint: " in text and "Traceback" not in text
     assert text.count("error: ") == 1 and "the same command continues" in text
-    for name in storage.list_files(storage.join(shards(root), "records")):
-        for entry in storage.read_json(storage.join(shards(root), "records", name))["files"]:
-            assert entry == storage.describe_file(entry["name"], Path(shards(root)) / entry["name"])
+    for name in storage.list_files(storage.join(shards_folder(root), "records")):
+        for entry in storage.read_json(storage.join(shards_folder(root), "records", name))["files"]:
+            assert entry == storage.describe_file(entry["name"], Path(shards_folder(root)) / entry["name"])
     # What is there is whole, and nothing else is.
-    assert list(root.rglob(".*")) == [] and not storage.exists(storage.join(shards(root), "manifest.json"))
+    assert list(root.rglob(".*")) == [] and not storage.exists(storage.join(shards_folder(root), "manifest.json"))
     small_disk("64m")
     assert main(command) == 0
-    accounted(root, 18)
-    assert files(root) == undisturbed(tmp_path, source, heavy, "--resize", "no", "--samples-per-shard", "6")
+    checked_manifest(root, 18)
+    assert files(root) == undisturbed_files(tmp_path, source, heavy, "--resize", "no", "--samples-per-shard", "6")
 
 
 def test_a_full_scratch_is_named(small_disk: Any, tmp_path: Path, heavy: str, capsys: Any,
                                  monkeypatch: pytest.MonkeyPatch) -> None:
     import tempfile
-    source = listed(tmp_path / "list.parquet", pictures(heavy, 18))
+    source = write_url_list(tmp_path / "list.parquet", image_urls(heavy, 18))
     scratch = small_disk("1m")
     web_server.seen(heavy)
     command = arguments(tmp_path / "root", source, heavy, "--local", "--resize", "no", "--samples-per-shard", "6")
@@ -82,9 +92,9 @@ def test_a_full_scratch_is_named(small_disk: Any, tmp_path: Path, heavy: str, ca
         assert list(scratch.iterdir()) == [] and web_server.seen(heavy)["requests"] <= 6  # not tried again in vain
         small_disk("64m")
         assert main(command) == 0
-    accounted(tmp_path / "root", 18)
-    assert files(tmp_path / "root") == undisturbed(tmp_path, source, heavy, "--resize", "no",
-                                                   "--samples-per-shard", "6")
+    checked_manifest(tmp_path / "root", 18)
+    assert files(tmp_path / "root") == undisturbed_files(tmp_path, source, heavy, "--resize", "no",
+                                                         "--samples-per-shard", "6")
 
 
 class Busy:
@@ -121,7 +131,7 @@ class Busy:
 
             do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = answer
 
-            def log_message(self, *given: Any) -> None:
+            def log_message(self, *log_arguments: Any) -> None:
                 pass
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.address = f"http://127.0.0.1:{self.server.server_port}"
@@ -130,12 +140,12 @@ class Busy:
 
 @pytest.fixture
 def busy(s3_server: str, s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Busy]:
-    made = Busy(s3_server)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", made.address)
+    proxy = Busy(s3_server)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
     _forget()
-    yield made
+    yield proxy
     _forget()
-    made.server.shutdown()
+    proxy.server.shutdown()
 
 
 def _forget() -> None:
@@ -144,25 +154,25 @@ def _forget() -> None:
 
 
 def test_a_store_that_is_busy_now_and_then_costs_time_only(busy: Busy, s3: str, tmp_path: Path, address: str) -> None:
-    source = listed(tmp_path / "list.parquet", pictures(address, 60))
+    source = write_url_list(tmp_path / "list.parquet", image_urls(address, 60))
     busy.every = 5
     assert main(arguments(f"{s3}/root", source, address, "--local")) == 0
     assert busy.refused > 5
     busy.every = 0
-    accounted(f"{s3}/root", 60)
-    assert files(f"{s3}/root") == undisturbed(tmp_path, source, address)
+    checked_manifest(f"{s3}/root", 60)
+    assert files(f"{s3}/root") == undisturbed_files(tmp_path, source, address)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["at once", "in the middle"])
 def test_a_store_that_is_always_busy_ends_the_command(when: str, busy: Busy, s3: str, tmp_path: Path, address: str,
                                                       capsys: Any) -> None:
-    source = listed(tmp_path / "list.parquet", pictures(address, 60))
+    source = write_url_list(tmp_path / "list.parquet", image_urls(address, 60))
     command = arguments(f"{s3}/root", source, address, "--local")
     busy.every = 1 if when == "at once" else 0
     if when == "in the middle":
         def break_down() -> None:
-            until(lambda: busy.requests > 40)
+            wait_until(lambda: busy.requests > 40)
             busy.every = 1
         threading.Thread(target=break_down).start()
     begun = time.monotonic()
@@ -172,5 +182,5 @@ def test_a_store_that_is_always_busy_ends_the_command(when: str, busy: Busy, s3:
     assert text.count("error: ") == 1 and f"{s3}/root" in text and "hint: " in text and "Traceback" not in text
     busy.every = 0
     assert main(command) == 0
-    accounted(f"{s3}/root", 60)
-    assert files(f"{s3}/root") == undisturbed(tmp_path, source, address)
+    checked_manifest(f"{s3}/root", 60)
+    assert files(f"{s3}/root") == undisturbed_files(tmp_path, source, address)
