@@ -14,7 +14,7 @@ from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import read_manifest
 from pipeline.stages.stage import Stage
 from tests.pipeline import synthetic
-from tests.pipeline.stages.count_stage import Count, CountConfig, lasting, stage_folder
+from tests.pipeline.stages.count_stage import Count, CountConfig, lasting_files, stage_folder
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 
@@ -46,7 +46,7 @@ class KilledAt:
 def killed_at_every_point(make, root) -> int:
     """Run `make(folder)` anew for every point it can be killed at, each time to its end; how many there were."""
     run_stage(undisturbed := make(root / "undisturbed"))
-    expected = lasting(undisturbed.folder)
+    expected = lasting_files(undisturbed.folder)
     for point in itertools.count():
         stage = make(root / f"killed-{point}")
         status = synthetic.in_child(lambda: KilledAt(point).run(stage))  # noqa: B023
@@ -58,7 +58,7 @@ def killed_at_every_point(make, root) -> int:
                 read_manifest(stage.folder, stage.command)
         again = make(root / f"killed-{point}")
         run_stage(again)
-        assert lasting(stage.folder) == expected, f"killed at {point}, sealed {sealed}"
+        assert lasting_files(stage.folder) == expected, f"killed at {point}, sealed {sealed}"
 
 
 def test_killed_anywhere_and_run_again_is_the_same_folder(tmp_path):
@@ -80,7 +80,7 @@ def test_sharding_killed_anywhere_and_run_again_is_the_same_folder(tmp_path):
 
 def test_killed_at_any_time_and_run_again_is_the_same_folder(tmp_path):
     """Not between two steps but somewhere in the middle of one."""
-    expected = lasting(stage_folder(Count(tmp_path / "undisturbed")))
+    expected = lasting_files(stage_folder(Count(tmp_path / "undisturbed")))
     for number in range(12):
         stage = Count(tmp_path / f"{number}")
         pid = os.fork()
@@ -91,13 +91,13 @@ def test_killed_at_any_time_and_run_again_is_the_same_folder(tmp_path):
         threading.Event().wait(0.004 * number)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        assert lasting(stage_folder(stage)) == expected
+        assert lasting_files(stage_folder(stage)) == expected
 
 
 def test_rebuilding_killed_anywhere_leaves_nothing_of_the_old(tmp_path, monkeypatch):
     """The removal may be cut off after any file: what it left must not pass for a part of the new folder."""
     run_stage(Count(tmp_path / "alone", CountConfig(step=2)))
-    expected = lasting(tmp_path / "alone" / "count")
+    expected = lasting_files(tmp_path / "alone" / "count")
     removals = 0
     unlink, rmdir = os.unlink, os.rmdir
 
@@ -121,4 +121,4 @@ def test_rebuilding_killed_anywhere_leaves_nothing_of_the_old(tmp_path, monkeypa
                 run_stage(Count(root, CountConfig(step=2)), overwrite=True)
         with contextlib.suppress(ValueError):  # it may be refused: the old plan is still there
             run_stage(Count(root, CountConfig(step=2)))
-            assert lasting(root / "count") == expected, f"cut off after {limit} removals"
+            assert lasting_files(root / "count") == expected, f"cut off after {limit} removals"

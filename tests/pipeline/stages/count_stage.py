@@ -51,7 +51,7 @@ class Count(Stage):
         return Output(files={"all.txt": scratch / "all"}, info={"records": len(records)})
 
 
-def lasting(folder) -> dict[str, bytes]:
+def lasting_files(folder) -> dict[str, bytes]:
     """What a folder holds for good: no remains of a killed process, no seconds and dates."""
     files = {name: data for name, data in synthetic.files_below(Path(folder)).items()
              if not any(part.startswith(".") for part in Path(name).parts) and not name.endswith("_stats.json")}
@@ -65,6 +65,6 @@ def lasting(folder) -> dict[str, bytes]:
     return files
 
 
-def stage_folder(one: Stage) -> str:
-    run_stage(one)
-    return one.folder
+def stage_folder(stage: Stage) -> str:
+    run_stage(stage)
+    return stage.folder

@@ -29,7 +29,7 @@ def say(folder, item, rows, *, again=False, **skipped):
     return report_progress
 
 
-def record(item, rows, *, retried=0, **skipped):
+def make_record(item, rows, *, retried=0, **skipped):
     net = {reason: count - retried for reason, count in ({"cut": 0} | skipped if retried else skipped).items()}
     return {"id": item, "samples": rows - sum(skipped.values()), "skipped": net,
             "info": {"rows": rows} | ({"retried": retried} if retried else {})}
@@ -37,7 +37,7 @@ def record(item, rows, *, retried=0, **skipped):
 
 def test_what_is_recorded_and_what_is_in_hand_add_up(tmp_path):
     tally = Tally(str(tmp_path), 4, 400)
-    tally.record(record("000000", 100, http_404=10), 900)
+    tally.record(make_record("000000", 100, http_404=10), 900)
     say(tmp_path, "000001", 50, http_404=5, cut=1)
     now = tally.look()
     assert (now["rows"], now["samples"], now["bytes"], now["items"]) == (150, 134, 1400, 1)
@@ -50,7 +50,7 @@ def test_an_item_is_not_counted_twice_when_it_is_recorded(tmp_path):
     tally = Tally(str(tmp_path), 2, 200)
     report_progress = say(tmp_path, "000000", 90, cut=9)
     assert tally.look()["rows"] == 90
-    tally.record(record("000000", 100, cut=10), 1000)
+    tally.record(make_record("000000", 100, cut=10), 1000)
     # Its worker has not yet taken back its word; or died before.
     assert tally.look()["rows"] == tally.look(quick=True)["rows"] == 100
     assert tally.now["skipped"] == {"cut": 10}
@@ -99,17 +99,17 @@ def test_a_budget_means_nothing_before_there_are_rows_enough(tmp_path):
 def test_a_budget_is_exact(tmp_path):
     tally = Tally(str(tmp_path), 2, 2000)
     tally.start()
-    tally.record(record("000000", 1000, cut=300), 0)
+    tally.record(make_record("000000", 1000, cut=300), 0)
     tally.look()
     assert not tally.over(0.3) and not tally.over(0.3, final=True)
-    tally.record(record("000001", 1000, cut=301), 0)
+    tally.record(make_record("000001", 1000, cut=301), 0)
     tally.look()
     assert "601 of 2000 rows failed (30%, allowed are 30%): 601 cut" == tally.over(0.3) == tally.over(0.3, final=True)
 
 
 def test_what_the_settings_leave_out_is_no_failure(tmp_path):
     tally = Tally(str(tmp_path), 2, 2000, by_choice={"too_small"})
-    tally.record(record("000000", 1000, too_small=900, cut=50), 0)
+    tally.record(make_record("000000", 1000, too_small=900, cut=50), 0)
     say(tmp_path, "000001", 1000, too_small=900)
     tally.look()
     assert not tally.over(0.1, final=True) and not tally.over(0.1)
@@ -119,16 +119,16 @@ def test_what_the_settings_leave_out_is_no_failure(tmp_path):
 
 def test_rows_that_are_tried_again_count_once_in_a_budget(tmp_path):
     tally = Tally(str(tmp_path), 3, 1500)
-    tally.record(record("000000", 1000, cut=300), 0)
+    tally.record(make_record("000000", 1000, cut=300), 0)
     tally.start()
     # Half of them fail again, and some are in hand.
-    tally.record(record("000001", 200, retried=200, cut=100), 0)
+    tally.record(make_record("000001", 200, retried=200, cut=100), 0)
     say(tmp_path, "000002", 90, again=True, cut=90)
     tally.look()
     assert tally.over(0.25) == ""  # no row of this run failed for the first time
     assert tally.over(0.21, final=True) == "" and "200 of 1000 rows failed (20%" in tally.over(0.19, final=True)
     assert tally.now["rows"] == 1290 and tally.now["retried"] == 290
-    tally.record(record("000002", 100, retried=100), 0)
+    tally.record(make_record("000002", 100, retried=100), 0)
     assert "100 of 1000 rows failed (10%" in tally.over(0.09, final=True)
     assert "90.0% good" in describe_progress(tally.look())
     assert "1300 of 1500 rows (300 tried again)" in describe_progress(tally.now)
@@ -136,41 +136,42 @@ def test_rows_that_are_tried_again_count_once_in_a_budget(tmp_path):
 
 def test_a_run_that_was_stopped_goes_on_when_the_cause_is_gone(tmp_path):
     tally = Tally(str(tmp_path), 10, 10_000)
-    tally.record(record("000000", 1000, connect=1000), 0)
+    tally.record(make_record("000000", 1000, connect=1000), 0)
     tally.start()
-    tally.record(record("000001", 500), 0)
+    tally.record(make_record("000001", 500), 0)
     tally.look()
     assert tally.over(0.3) == "" and "1000 of 1500 rows failed (67%" in tally.over(0.3, final=True)
-    tally.record(record("000002", 500, connect=400), 0)
+    tally.record(make_record("000002", 500, connect=400), 0)
     tally.look()
     assert "400 of 1000 rows failed (40%" in tally.over(0.3)
 
 
 def test_records_in_columns_count_like_others(tmp_path):
-    done = [record(f"{number:06d}", 100, cut=number % 7, retried=100 * (number % 50 == 0)) | {
+    done = [make_record(f"{number:06d}", 100, cut=number % 7, retried=100 * (number % 50 == 0)) | {
         "plan": "p", "files": [{"name": "a", "bytes": number, "sha256": "0"}], "noted": {}, "run": {"seconds": 0.5}}
         for number in range(500)]
-    for bare in (done, [one | {"info": {}} for one in done]):
-        columns = records.records(records.to_bytes([records.table(bare)]))
-        one, other = Tally(f"{tmp_path}/one", 500, 0), Tally(f"{tmp_path}/other", 500, 0)
-        one.start(bare)
-        other.start(columns)
-        assert one.look() | {"updated": 0} == other.look() | {"updated": 0} and one.recorded_ids == other.recorded_ids
-        assert one.over(0.0, final=True) == other.over(0.0, final=True) != ""
-        assert records.seconds(columns) == records.seconds(bare) == 250
-        assert records.totals(columns) == records.totals(bare)
-        assert records.content("p", [], columns) == records.content("p", [], bare)
+    for record_list in (done, [record | {"info": {}} for record in done]):
+        columns = records.records(records.to_bytes([records.table(record_list)]))
+        list_tally, column_tally = Tally(f"{tmp_path}/one", 500, 0), Tally(f"{tmp_path}/other", 500, 0)
+        list_tally.start(record_list)
+        column_tally.start(columns)
+        assert list_tally.look() | {"updated": 0} == column_tally.look() | {"updated": 0}
+        assert list_tally.recorded_ids == column_tally.recorded_ids
+        assert list_tally.over(0.0, final=True) == column_tally.over(0.0, final=True) != ""
+        assert records.seconds(columns) == records.seconds(record_list) == 250
+        assert records.totals(columns) == records.totals(record_list)
+        assert records.content("p", [], columns) == records.content("p", [], record_list)
 
 
 def test_the_rate_is_that_of_this_run(tmp_path, monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     tally = Tally(str(tmp_path), 10, 10_000)
-    tally.record(record("000000", 5000), 0)
+    tally.record(make_record("000000", 5000), 0)
     tally.start()
     assert tally.look()["seconds_left"] is None
     clock[0] += 10
-    tally.record(record("000001", 1000), 0)
+    tally.record(make_record("000001", 1000), 0)
     assert tally.look()["rows_per_s"] == 100 and tally.now["seconds_left"] == 40
     assert "100 rows/s" in describe_progress(tally.now) and describe_progress(tally.now).endswith("40 s left")
 
@@ -188,7 +189,7 @@ def test_a_look_that_takes_long_is_taken_less_often(tmp_path, monkeypatch):
     tally = Tally(str(tmp_path), 1, 100)
     clock[0] += 5
     assert tally.due()
-    monkeypatch.setattr(storage, "put_json", lambda *given: clock.__setitem__(0, clock[0] + 3))
+    monkeypatch.setattr(storage, "put_json", lambda *arguments: clock.__setitem__(0, clock[0] + 3))
     tally.look()
     clock[0] += 20
     assert not tally.due() and tally.due(quick=True)
@@ -197,7 +198,7 @@ def test_a_look_that_takes_long_is_taken_less_often(tmp_path, monkeypatch):
 
 
 def test_a_word_that_cannot_be_written_costs_nothing(tmp_path, monkeypatch):
-    def fails(*given):
+    def fails(*arguments):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(storage, "put_json", fails)
     say(tmp_path, "000000", 10).done()
@@ -231,7 +232,7 @@ class Half(Stage):
     def items_to_retry(self, items, done):
         assert len({item.id for item in items}) == len(items)
         last = max(item.inputs.get("round", 0) for item in items)
-        failed = sum(one["skipped"].get("cut", 0) for item, one in zip(items, done, strict=True)
+        failed = sum(record["skipped"].get("cut", 0) for item, record in zip(items, done, strict=True)
                      if item.inputs.get("round", 0) == last)
         return [Item(f"{len(items):06d}", {"count": failed, "round": last + 1})] if failed else []
 
@@ -249,22 +250,22 @@ class Half(Stage):
 
 def test_a_budget_holds_before_sealing(tmp_path):
     """Less rows than a share along the way would need."""
-    one = Half(tmp_path, 0.5, items=1)
+    stage = Half(tmp_path, 0.5, items=1)
     with pytest.raises(StageFailed, match=r"50 of 100 rows failed \(50%, allowed are 40%\): 50 cut\nhint: .*retry"):
-        run_stage(one, max_failed=0.4)
-    assert not storage.exists(f"{one.folder}/manifest.json") and storage.list_files(f"{one.folder}/records")
+        run_stage(stage, max_failed=0.4)
+    assert not storage.exists(f"{stage.folder}/manifest.json") and storage.list_files(f"{stage.folder}/records")
     with pytest.raises(StageFailed, match="50 of 100"):
         run_stage(Half(tmp_path, 0.5, items=1), max_failed=0.4)
     assert run_stage(Half(tmp_path, 0.5, items=1), max_failed=0.5)["totals"]["skipped"] == {"cut": 50}
-    assert storage.list_folders(one.folder) == ["records"]
-    assert storage.list_files(one.folder) == ["manifest.json", "plan.json"]
+    assert storage.list_folders(stage.folder) == ["records"]
+    assert storage.list_files(stage.folder) == ["manifest.json", "plan.json"]
 
 
 def test_a_budget_stops_a_run_on_its_way(tmp_path):
-    one = Half(tmp_path, 0.5)
+    stage = Half(tmp_path, 0.5)
     with pytest.raises(StageFailed, match=r"of \d+ rows failed \(50%"):
-        run_stage(one, max_failed=0.4)
-    assert 1 < len(one.done) < 6
+        run_stage(stage, max_failed=0.4)
+    assert 1 < len(stage.done) < 6
 
 
 def test_a_second_try_is_made_before_the_budget_is_looked_at(tmp_path):
@@ -288,17 +289,17 @@ def test_a_second_try_that_was_cut_off_is_ended_and_no_other_begun(tmp_path):
 
 def test_two_drivers_make_one_second_try(tmp_path):
     """The other one has made its second try, though not sealed, when this one has ended the first."""
-    one, other = Half(tmp_path, 1.0, items=3), Half(tmp_path, 1.0, items=3, upset={"000003"})
+    first, second = Half(tmp_path, 1.0, items=3), Half(tmp_path, 1.0, items=3, upset={"000003"})
 
-    def late(stage_, items):
-        yield from run_in_process(stage_, items)
+    def late(stage, items):
+        yield from run_in_process(stage, items)
         if not late.met:
             late.met = True
             with pytest.raises(KeyboardInterrupt):
-                run_stage(other, retry=True)
+                run_stage(second, retry=True)
     late.met = False
-    manifest = run_stage(one, late, retry=True)
-    assert storage.list_files(f"{one.folder}/more") == ["0001.json"]
+    manifest = run_stage(first, late, retry=True)
+    assert storage.list_files(f"{first.folder}/more") == ["0001.json"]
     assert [item["id"] for item in manifest["items"]] == [f"{number:06d}" for number in range(4)]
 
 
@@ -306,12 +307,12 @@ def test_of_two_that_begin_at_once_one_takes_another_order(tmp_path, monkeypatch
     """Both found no plan: who comes second must not do the same items in the same order."""
     shuffled = []
     monkeypatch.setattr(random, "shuffle", shuffled.append)
-    one, other = Half(tmp_path, 0.0), Half(tmp_path, 0.0)
-    plan = other.plan
+    first, second = Half(tmp_path, 0.0), Half(tmp_path, 0.0)
+    plan = second.plan
 
     def late():
-        prepare(one)
+        prepare(first)
         return plan()
-    other.plan = late
-    run_stage(other)
+    second.plan = late
+    run_stage(second)
     assert shuffled == [[0, 1, 2, 3, 4, 5]]

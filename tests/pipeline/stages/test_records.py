@@ -27,7 +27,7 @@ from tests.pipeline.stages.count_stage import Count, CountConfig
 from tests.pipeline.synthetic import encoded, noise
 
 
-def record(number: int) -> dict:
+def make_record(number: int) -> dict:
     """A record with all that one may have, or little of it."""
     rng = random.Random(number)
     reasons = rng.sample(["timeout", "http_404", "corrupt", "robots"], rng.randrange(4))
@@ -47,9 +47,9 @@ def as_table(done: list[dict]) -> records.Rows:
 
 @pytest.mark.parametrize("name", ["NVIDIA H200 (140 GiB), driver 580.159.04, bf16", 'a "quoted" \\ name'])
 def test_devices_are_counted_in_a_table_as_in_a_list(name):
-    done = [record(number) for number in range(40)]
-    for one in done[::3]:
-        one["run"] = {"device": name} | one["run"]
+    done = [make_record(number) for number in range(40)]
+    for record in done[::3]:
+        record["run"] = {"device": name} | record["run"]
     done[1]["run"]["device"] = "CPU, fp32"
     wanted = {name: 14, "CPU, fp32": 1}
     assert records.devices(done) == records.devices(as_table(done)) == wanted
@@ -58,10 +58,10 @@ def test_devices_are_counted_in_a_table_as_in_a_list(name):
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5000])
 def test_a_table_of_records_says_what_the_list_says(count):
-    done = [record(number) for number in range(count)]
+    done = [make_record(number) for number in range(count)]
     table = as_table(done)
     assert list(table) == done and len(table) == count and table == done
-    assert table.ids() == [one["id"] for one in done]
+    assert table.ids() == [record["id"] for record in done]
     assert records.totals(table) == records.totals(done)
     assert records.seconds(table) == records.seconds(done)
     described = [{"name": "all.txt", "bytes": 1, "sha256": "ff"}]
@@ -76,7 +76,7 @@ def test_a_table_of_records_says_what_the_list_says(count):
 
 def test_parts_of_a_table_say_what_parts_of_the_list_say():
     """Arrow's slices keep the whole behind them, and are packed alike."""
-    done = [record(number) for number in range(300)]
+    done = [make_record(number) for number in range(300)]
     table = records.table(done)
     for start, length in ((0, 300), (1, 298), (17, 100), (299, 1), (150, 0)):
         part, listed = records.records(records.to_bytes([table.slice(start, length)])), done[start:start + length]
@@ -89,14 +89,14 @@ def test_parts_of_a_table_say_what_parts_of_the_list_say():
 
 @pytest.mark.parametrize("group", [1, 7, 64, 300])
 def test_groups_of_rows_say_what_the_whole_says(monkeypatch, group):
-    done = [record(number) for number in range(300)]
+    done = [make_record(number) for number in range(300)]
     monkeypatch.setattr(records, "_GROUP", group)
     table = records.table(done)
     data = records.to_bytes([table])
     assert data == records.to_bytes([table.slice(start, 11) for start in range(0, 300, 11)])
     rows = records.records(data)
     assert [part.num_rows for part in rows.tables()] == [min(group, 300 - start) for start in range(0, 300, group)]
-    assert list(rows) == done and rows.ids() == [one["id"] for one in done]
+    assert list(rows) == done and rows.ids() == [record["id"] for record in done]
     order = random.Random(group).sample(range(-300, 300), 100)
     assert [rows[index] for index in order] == [done[index] for index in order]
     assert records.totals(rows) == records.totals(done) and records.seconds(rows) == records.seconds(done)
@@ -104,34 +104,34 @@ def test_groups_of_rows_say_what_the_whole_says(monkeypatch, group):
     assert sum(count for _, count in records.infos(rows)) == 300
     again = pickle.loads(pickle.dumps(rows))
     assert again == rows and again[-1] == done[-1]
-    found = Collected(every=13)
-    for one in random.Random(group).sample(done, 300):
-        found.add(one)
-    assert list(found.in_order([one["id"] for one in done[::-1]])) == done[::-1]
-    assert found.in_order(rows.ids()).data == data
+    collected = Collected(every=13)
+    for record in random.Random(group).sample(done, 300):
+        collected.add(record)
+    assert list(collected.in_order([record["id"] for record in done[::-1]])) == done[::-1]
+    assert collected.in_order(rows.ids()).data == data
 
 
 @pytest.mark.parametrize("every", [1, 3, 7, 1000])
 def test_records_are_collected_in_any_order_and_packed(every):
-    done = [record(number) for number in range(20)]
+    done = [make_record(number) for number in range(20)]
     packs: list[bytes] = []
-    found = Collected(packs.append, every)
+    collected = Collected(packs.append, every)
     shuffled = random.Random(every).sample(done, 20)
-    for one in shuffled[:17]:
-        found.add(one)
-    ids = [one["id"] for one in done]
-    left = {one["id"] for one in shuffled[17:]}
-    assert found.ids == set(ids) - left
-    assert list(found.in_order(ids)) == [one for one in done if one["id"] not in left]
+    for record in shuffled[:17]:
+        collected.add(record)
+    ids = [record["id"] for record in done]
+    missing_ids = {record["id"] for record in shuffled[17:]}
+    assert collected.ids == set(ids) - missing_ids
+    assert list(collected.in_order(ids)) == [record for record in done if record["id"] not in missing_ids]
     assert sum(len(records.records(pack)) for pack in packs) == 17 // every * every
     # Another driver's packs hold some of the same.
     other = Collected(every=every)
     for pack in packs:
         other.add_pack(pack)
         other.add_pack(pack)
-    for one in done:
-        if one["id"] not in other.ids:
-            other.add(one)
+    for record in done:
+        if record["id"] not in other.ids:
+            other.add(record)
     assert list(other.in_order(ids)) == done and list(other.in_order([])) == []
     assert records.totals(other.in_order(ids)) == records.totals(done)
 
@@ -151,18 +151,19 @@ def built(root, pictures) -> tuple[Dataset, dict, dict]:
 
 def test_a_stage_of_many_items_is_that_of_few(tmp_path, monkeypatch):
     pictures = source(tmp_path / "source")
-    few, *of_few = built(tmp_path / "few", pictures)
+    few, *few_manifests = built(tmp_path / "few", pictures)
     monkeypatch.setattr(records, "INLINE", 3)
-    many, *of_many = built(tmp_path / "many", pictures)
-    for name, one, other in zip(("shards", "embeddings"), of_few, of_many, strict=True):
+    many, *many_manifests = built(tmp_path / "many", pictures)
+    for name, few_manifest, many_manifest in zip(("shards", "embeddings"), few_manifests, many_manifests, strict=True):
         folder = many.folder(name)
         plan, manifest = (storage.read_json(storage.join(folder, file)) for file in ("plan.json", "manifest.json"))
         assert plan["items"]["count"] == manifest["items"]["count"] == 5
         assert isinstance(storage.read_json(storage.join(few.folder(name), "plan.json"))["items"], list)
         loaded = many.manifest(name)
-        assert without_run_facts(one) == without_run_facts(other) == without_run_facts(loaded)
-        assert one["content"] == loaded["content"] and one["totals"] == loaded["totals"]
-        assert list(loaded["items"]) == list(other["items"]) and loaded["items"][-1] == other["items"][4]
+        assert without_run_facts(few_manifest) == without_run_facts(many_manifest) == without_run_facts(loaded)
+        assert few_manifest["content"] == loaded["content"] and few_manifest["totals"] == loaded["totals"]
+        assert list(loaded["items"]) == list(many_manifest["items"])
+        assert loaded["items"][-1] == many_manifest["items"][4]
         assert list(verify.find_faults(many.root, many.path(name))) == []
     assert [item.inputs for item in read_items(many.folder("shards"))] == [
         item.inputs for item in read_items(few.folder("shards"))]
@@ -173,7 +174,7 @@ def test_a_stage_of_many_items_is_that_of_few(tmp_path, monkeypatch):
     # Nothing is done again, whichever form is written now.
     for inline in (3, 1000):
         monkeypatch.setattr(records, "INLINE", inline)
-        assert without_run_facts(built(tmp_path / "many", pictures)[1]) == without_run_facts(of_few[0])
+        assert without_run_facts(built(tmp_path / "many", pictures)[1]) == without_run_facts(few_manifests[0])
 
 
 @pytest.mark.parametrize("name", ["manifest", "items"])
@@ -208,11 +209,11 @@ def test_a_list_beside_its_document_that_was_changed_is_seen(tmp_path, monkeypat
 def test_packed_records_are_gone_on_from(tmp_path, monkeypatch):
     expected = without_run_facts(run_stage(Count(tmp_path / "whole")))
     monkeypatch.setattr(records, "Collected", lambda flushed: Collected(flushed, every=2))
-    one = Count(tmp_path / "broken", broken={"000003": ValueError("not today")})
+    stage = Count(tmp_path / "broken", broken={"000003": ValueError("not today")})
     with pytest.raises(StageFailed, match="1 of 6 items failed, the first is 000003"):
-        run_stage(one)
+        run_stage(stage)
     packs = list((tmp_path / "broken" / "count" / "packs").rglob("*.parquet"))
-    assert [pq.read_table(pack).num_rows for pack in packs] == [2, 2] and len(one.processed) == 6
+    assert [pq.read_table(pack).num_rows for pack in packs] == [2, 2] and len(stage.processed) == 6
     # What is packed is not read again one by one.
     read = []
     monkeypatch.setattr(storage, "read_json", lambda url, real=storage.read_json: read.append(url) or real(url))
@@ -241,15 +242,16 @@ def test_rounds_of_many_items(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "INLINE", 2)
     pictures = source(tmp_path / "source")
     dataset = Dataset.parse(str(tmp_path), "x")
-    one = Shard(dataset, ShardConfig(source=str(pictures), samples_per_shard=1, image_size=16))
+    stage = Shard(dataset, ShardConfig(source=str(pictures), samples_per_shard=1, image_size=16))
     with pytest.raises(StageFailed, match="3 of 9 rows failed"):
-        run_stage(one, max_failed=0.1)
+        run_stage(stage, max_failed=0.1)
     for number in (0, 4, 8):
         (pictures / f"{number}.png").write_bytes(encoded(noise(16, 16, number), "PNG"))
-    manifest = run_stage(one, retry=True, max_failed=0.0)
-    assert [item.id for item in read_items(one.folder)] == [f"{number:06d}" for number in range(12)]
-    assert [one["samples"] for one in manifest["items"]] == [*(int(number % 4 > 0) for number in range(9)), 1, 1, 1]
+    manifest = run_stage(stage, retry=True, max_failed=0.0)
+    assert [item.id for item in read_items(stage.folder)] == [f"{number:06d}" for number in range(12)]
+    assert [record["samples"] for record in manifest["items"]] == [
+        *(int(number % 4 > 0) for number in range(9)), 1, 1, 1]
     assert list(verify.find_faults(dataset.root, dataset.path("shards"))) == []
-    added = storage.read_json(storage.join(one.folder, "more", "0001.json"))["items"]
+    added = storage.read_json(storage.join(stage.folder, "more", "0001.json"))["items"]
     assert added["count"] == 3 and added["file"]["name"].startswith("more-0001")
-    assert list(itertools.chain.from_iterable(one["noted"] for one in manifest["items"])) == []
+    assert list(itertools.chain.from_iterable(record["noted"] for record in manifest["items"])) == []

@@ -33,12 +33,12 @@ def test_scratch_of_a_killed_process_is_removed_by_another(tmp_path, monkeypatch
             os.kill(os.getpid(), signal.SIGKILL)
     assert os.WTERMSIG(synthetic.in_child(die)) == signal.SIGKILL
     with scratch_folder("other") as living:
-        left = next(one for one in tmp_path.iterdir() if one != living)
-        for one in (left, living):
-            os.utime(one / ".alive", (0, 0))
+        dead_folder = next(path for path in tmp_path.iterdir() if path != living)
+        for path in (dead_folder, living):
+            os.utime(path / ".alive", (0, 0))
         _sweep.cache_clear()
         with scratch_folder("third"):
-            assert living.exists() and not left.exists()
+            assert living.exists() and not dead_folder.exists()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,12 +12,12 @@ from pipeline.stages.seal import seal_stage
 from pipeline.stages.types import PlanReplaced, StageFailed
 from pipeline.stages.worker import process_and_commit
 from tests.pipeline import synthetic
-from tests.pipeline.stages.count_stage import Count, CountConfig, lasting, stage_folder
+from tests.pipeline.stages.count_stage import Count, CountConfig, lasting_files, stage_folder
 
 
 def test_two_runs_give_the_same_bytes(tmp_path):
-    one, other = stage_folder(Count(tmp_path / "one")), stage_folder(Count(tmp_path / "other"))
-    assert lasting(one) == lasting(other)
+    first, second = stage_folder(Count(tmp_path / "one")), stage_folder(Count(tmp_path / "other"))
+    assert lasting_files(first) == lasting_files(second)
 
 
 def test_the_manifest_says_what_is_there(tmp_path):
@@ -70,21 +70,21 @@ def test_other_inputs_are_refused_and_named(tmp_path):
 
 def test_of_two_plans_at_once_the_loser_leaves_the_winner_alone(tmp_path):
     """Both found the folder unclaimed; the second has other settings and comes last."""
-    one, other = Count(tmp_path), Count(tmp_path, CountConfig(step=2))
-    plan = other.plan
+    winner, loser = Count(tmp_path), Count(tmp_path, CountConfig(step=2))
+    plan = loser.plan
 
     def late():
-        prepare(one)
+        prepare(winner)
         return plan()
-    other.plan = late
+    loser.plan = late
     with pytest.raises(ValueError, match=r"section\.step"):
-        prepare(other)
-    run_stage(one)
+        prepare(loser)
+    run_stage(winner)
     run_stage(Count(tmp_path / "alone"))
-    left, alone = lasting(tmp_path / "count"), lasting(tmp_path / "alone" / "count")
-    assert {name: data for name, data in left.items() if name in alone} == alone
+    remaining_files, winner_files = lasting_files(tmp_path / "count"), lasting_files(tmp_path / "alone" / "count")
+    assert {name: data for name, data in remaining_files.items() if name in winner_files} == winner_files
     # Lists of the loser stay, under names of their own; nothing refers to them.
-    assert all(name.startswith("lists/") for name in left.keys() - alone.keys())
+    assert all(name.startswith("lists/") for name in remaining_files.keys() - winner_files.keys())
 
 
 @pytest.mark.parametrize("error", [ValueError("bad input"), RuntimeError("bad luck")])
@@ -102,7 +102,7 @@ def test_a_failed_item_is_reported_and_the_others_are_done(tmp_path, error):
     run_stage(Count(tmp_path))
     assert storage.list_files(storage.join(broken.folder, "failures")) == []
     run_stage(Count(tmp_path / "alone"))
-    assert lasting(broken.folder) == lasting(tmp_path / "alone" / "count")
+    assert lasting_files(broken.folder) == lasting_files(tmp_path / "alone" / "count")
 
 
 def test_failures_of_items_that_succeeded_since_are_gone(tmp_path):
@@ -130,19 +130,19 @@ def test_bad_luck_that_passes_is_no_failure(tmp_path):
             return super().process(item, scratch)
     run_stage(Flaky(tmp_path / "flaky"))
     run_stage(Count(tmp_path / "calm"))
-    assert lasting(tmp_path / "flaky" / "count") == lasting(tmp_path / "calm" / "count")
+    assert lasting_files(tmp_path / "flaky" / "count") == lasting_files(tmp_path / "calm" / "count")
 
 
 def test_a_late_twin_steps_back(tmp_path):
     """An actor thought dead comes back after its item was done by another, and has other bytes."""
-    one = Count(tmp_path)
-    items = prepare(one)
+    stage = Count(tmp_path)
+    items = prepare(stage)
 
     class Late(Count):
         def process(self, item, scratch):
             output = super().process(item, scratch)
             (scratch / "a").write_bytes(b"other bytes")
-            self.first = process_and_commit(one, item)
+            self.first = process_and_commit(stage, item)
             return output
     late = Late(tmp_path)
     record = process_and_commit(late, items[0])
@@ -164,29 +164,29 @@ def test_a_late_worker_of_a_replaced_plan_changes_nothing(tmp_path, done):
         new_items = prepare(new)
         if done:
             process_and_commit(new, new_items[1])
-        late.before = lasting(new.folder)
+        late.before = lasting_files(new.folder)
         return output
     late.process = slow
     with pytest.raises(PlanReplaced, match=r"planned again or removed while this command ran: expected .*\nhint: "):
         process_and_commit(late, items[1])
-    assert lasting(new.folder) == late.before
+    assert lasting_files(new.folder) == late.before
     run_stage(Count(tmp_path, CountConfig(step=2)))
     run_stage(Count(tmp_path / "alone", CountConfig(step=2)))
-    assert lasting(new.folder) == lasting(tmp_path / "alone" / "count")
+    assert lasting_files(new.folder) == lasting_files(tmp_path / "alone" / "count")
 
 
 def test_a_driver_of_a_replaced_plan_ends_and_changes_nothing(tmp_path):
     late, new = Count(tmp_path), Count(tmp_path, CountConfig(step=2))
 
-    def replaced(stage_, items):
-        for number, outcome in enumerate(run_in_process(stage_, items)):
+    def replace_midway(stage, items):
+        for number, outcome in enumerate(run_in_process(stage, items)):
             if number == 1:
                 run_stage(new, overwrite=True)
             yield outcome
     with pytest.raises(PlanReplaced):
-        run_stage(late, replaced)
+        run_stage(late, replace_midway)
     run_stage(Count(tmp_path / "alone", CountConfig(step=2)))
-    assert lasting(new.folder) == lasting(tmp_path / "alone" / "count")
+    assert lasting_files(new.folder) == lasting_files(tmp_path / "alone" / "count")
 
 
 def test_a_record_of_a_replaced_plan_is_replaced(tmp_path):
@@ -199,25 +199,25 @@ def test_a_record_of_a_replaced_plan_is_replaced(tmp_path):
     storage.put_json(record, storage.join(new.folder, "records", "000001.json"))
     run_stage(new)
     run_stage(Count(tmp_path / "alone", CountConfig(step=2)))
-    assert lasting(new.folder) == lasting(tmp_path / "alone" / "count")
+    assert lasting_files(new.folder) == lasting_files(tmp_path / "alone" / "count")
 
 
 def test_a_seal_without_all_records_is_refused(tmp_path):
-    one = Count(tmp_path)
-    items = prepare(one)
-    process_and_commit(one, items[1])
+    stage = Count(tmp_path)
+    items = prepare(stage)
+    process_and_commit(stage, items[1])
     with pytest.raises(StageFailed, match="5 of 6 items have no record, the first is 000000"):
-        seal_stage(one, items)
+        seal_stage(stage, items)
     with pytest.raises(ValueError, match=r"is not sealed: it has no manifest\.json\nhint: python -m jobs count"):
-        read_manifest(one.folder, one.command)
+        read_manifest(stage.folder, stage.command)
 
 
 def test_an_order_of_items_of_ones_own_changes_nothing(tmp_path):
-    def backwards(stage_, items):
-        return run_in_process(stage_, items[::-1])
+    def backwards(stage, items):
+        return run_in_process(stage, items[::-1])
     run_stage(Count(tmp_path / "one"))
     run_stage(Count(tmp_path / "other"), backwards)
-    assert lasting(tmp_path / "one" / "count") == lasting(tmp_path / "other" / "count")
+    assert lasting_files(tmp_path / "one" / "count") == lasting_files(tmp_path / "other" / "count")
 
 
 def test_nothing_to_do_is_said(tmp_path):
@@ -232,7 +232,7 @@ def test_rebuilding_starts_anew(tmp_path):
     (tmp_path / "count" / "stray").write_text("x")
     run_stage(Count(tmp_path, CountConfig(step=2)), overwrite=True)
     run_stage(Count(tmp_path / "alone", CountConfig(step=2)))
-    assert lasting(tmp_path / "count") == lasting(tmp_path / "alone" / "count")
+    assert lasting_files(tmp_path / "count") == lasting_files(tmp_path / "alone" / "count")
 
 
 def test_stages_on_an_object_store_are_like_local_ones(tmp_path, s3):
