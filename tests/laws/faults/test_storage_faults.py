@@ -15,7 +15,7 @@ import pytest
 from jobs.cli.main import main
 from pipeline import storage
 from pipeline.storage import files as storage_files
-from tests.laws.sharding_runs import (
+from tests.laws.faults.sharding_runs import (
     PICTURES,
     arguments,
     checked_manifest,

@@ -15,7 +15,7 @@ from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import without_run_facts
 from pipeline.stages.plan import prepare
 from pipeline.stages.worker import process_and_commit
-from tests.laws.row_accounting import check_accounting, config, write_url_list
+from tests.laws.rows.row_accounting import check_accounting, config, write_url_list
 from tests.pipeline import synthetic
 from tests.pipeline.shards.test_shard import ledger, table
 from tests.pipeline.synthetic import encoded, noise

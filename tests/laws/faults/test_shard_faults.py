@@ -19,7 +19,7 @@ import pytest
 from jobs.cli.main import main
 from pipeline import storage
 from pipeline.stages import progress
-from tests.laws.sharding_runs import (
+from tests.laws.faults.sharding_runs import (
     arguments,
     checked_manifest,
     files,

@@ -19,7 +19,7 @@ from pipeline.stages.plan import prepare
 from pipeline.stages.types import Outcome, StageFailed
 from pipeline.stages.worker import process_and_commit
 from pipeline.versions import verify
-from tests.laws.row_accounting import PICTURES, check_accounting, config, shard_source, write_url_list
+from tests.laws.rows.row_accounting import PICTURES, check_accounting, config, shard_source, write_url_list
 from tests.pipeline import synthetic, web_server
 from tests.pipeline.shards.test_shard import table
 

@@ -13,7 +13,7 @@ from pipeline.datasets.dataset import Dataset
 from pipeline.shards.shard import Shard
 from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import without_run_facts
-from tests.laws.row_accounting import (
+from tests.laws.rows.row_accounting import (
     PICTURES,
     check_accounting,
     config,
