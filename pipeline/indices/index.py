@@ -19,7 +19,7 @@ from pipeline.indices.parallel import IndexingStage, IndexParts, IndexTraining, 
 from pipeline.indices.searcher import count_misnumbered_rows
 from pipeline.indices.train import train_index, training_rows
 from pipeline.indices.tune import RecallQueries, held_out_rows, measure_recall, recall_error
-from pipeline.stages.plan import clear_folder
+from pipeline.stages.plan import clear_finished, clear_folder
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output, StageFailed
 
@@ -151,5 +151,5 @@ def build_index(index: Index, seal: Callable[[Stage], dict[str, Any]], *, overwr
             seal(stage)
     manifest = seal(index)
     for stage in before[1:]:
-        clear_folder(stage)
+        clear_finished(stage)
     return manifest

@@ -21,7 +21,7 @@ from pipeline.shards import metadata
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.manifest import read_manifest
-from pipeline.stages.plan import clear_folder, replace_plan
+from pipeline.stages.plan import clear_finished, clear_folder, hold_folder, replace_plan
 from pipeline.stages.types import Entry, Item, Output
 from pipeline.storage import name_by_content
 from pipeline.storage.parquet import read
@@ -130,11 +130,12 @@ def deduplicate_shards(sifted: Deduplicate, seal: Callable[[Shard], dict[str, An
                        overwrite: bool = False) -> dict[str, Any]:
     """Shard, leave duplicates out, and remove what held them; `seal` brings a stage to its sealed state."""
     if overwrite:
-        replace_plan(sifted.whole)
+        with hold_folder(sifted.whole, exclusive=True):
+            replace_plan(sifted.whole)
         clear_folder(sifted)
     if not storage.exists(storage.join(sifted.folder, "manifest.json")):
         seal(sifted.whole)
     manifest = seal(sifted)
-    clear_folder(sifted.whole)
+    clear_finished(sifted.whole)
     return manifest
 

@@ -14,6 +14,8 @@ from pipeline.hardware import devices
 from pipeline.stages.manifest import is_sealed, read_manifest
 from pipeline.stages.plan import (
     claim_folder,
+    claim_of,
+    hold_folder,
     item_ids,
     load_items,
     prepare,
@@ -95,16 +97,34 @@ def run_stage(stage: Stage, runner: Runner = run_in_process, *, overwrite: bool 
     Runs whatever has no record yet; nothing if the folder is sealed. `overwrite` empties the folder
     first. `retry` tries the rows that failed once more before sealing. `max_failed` is the share of
     rows that may fail. `watch` is shown the tally whenever it changes.
-    StageFailed if items failed, after all others were done, or if too many rows failed.
+    StageFailed if items failed, after all others were done, or if too many rows failed, or if the folder is to be
+    emptied while another command works there.
     """
     if check := getattr(runner, "check", None):
         check(stage, idle=not overwrite and is_sealed(stage))  # before anything is removed or planned
-    planned = overwrite and replace_plan(stage)
+    if not overwrite and is_sealed(stage):
+        claim_folder(stage)
+        if manifest := _sealed_manifest(stage):
+            return manifest
+    with hold_folder(stage, exclusive=overwrite) as lease:
+        planned = overwrite and replace_plan(stage)
+        lease.share()
+        return _run_and_seal(stage, runner, planned, retry, max_failed, watch)
+
+
+def _sealed_manifest(stage: Stage) -> dict[str, Any] | None:
+    """The manifest of a claimed folder. None if it is not sealed, or if a late driver sealed it under another plan."""
+    manifest = read_manifest(stage.folder, stage.command) if is_sealed(stage) else None
+    return manifest if manifest and manifest["fingerprint"] == claim_of(stage).fingerprint else None
+
+
+def _run_and_seal(stage: Stage, runner: Runner, planned: bool, retry: bool, max_failed: float,
+                  watch: Callable[[Tally], None] | None) -> dict[str, Any]:
     # Before the items: a driver that adds a round meanwhile has added ours.
     rounds = storage.list_files(storage.join(stage.folder, "more"))
     items, joined = claim_folder(stage)
-    if is_sealed(stage):
-        return read_manifest(stage.folder, stage.command)
+    if manifest := _sealed_manifest(stage):
+        return manifest
     retry = retry and not _retry_is_unfinished(stage, rounds)
     done, tally = _run_items(stage, runner, items, joined and not planned, max_failed, watch)
     if retry:

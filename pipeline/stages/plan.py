@@ -1,6 +1,7 @@
 """Claim the folder of a stage: write its plan, or compare the plan that is there."""
 
 import bisect
+import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ from pipeline.stages import records
 from pipeline.stages.manifest import code_revision
 from pipeline.stages.scratch import scratch_folder
 from pipeline.stages.stage import FORMAT, Stage, check_format, fingerprint
-from pipeline.stages.types import Claim, Item, PlanReplaced
+from pipeline.stages.types import Claim, Item, PlanReplaced, StageFailed
 from pipeline.storage.hashing import name_by_content
 
 _PLAN_KEYS = {"format", "stage", "fingerprint", "section", "inputs", "items"}
@@ -56,7 +57,7 @@ def replace_plan(stage: Stage) -> bool:
         (carried := scratch / "carried").mkdir()
         listed = write_item_list(stage.plan(), "items", partial(_write_local, carried))
         _refuse_empty(stage, listed)
-        clear_folder(stage)
+        _empty(stage.folder)
         for name, _ in sorted(storage.walk(str(carried))):
             storage.put_file(carried / name, storage.join(stage.folder, name), give=True)
     return _create_plan(stage, inputs, listed)
@@ -199,9 +200,32 @@ def check_and_clear(stage: Stage) -> None:
     clear_folder(stage)
 
 
+@contextlib.contextmanager
+def hold_folder(stage: Stage, *, exclusive: bool = False) -> Iterator[storage.Lease]:
+    """A lease on the folder of a stage; StageFailed if an exclusive one cannot be had, for others work there."""
+    with contextlib.ExitStack() as stack:
+        try:
+            lease = stack.enter_context(storage.hold_lease(stage.root, stage.path, exclusive=exclusive))
+        except storage.LeaseConflict as error:
+            raise StageFailed(f"{stage.name}: {error}") from None
+        yield lease
+
+
 def clear_folder(stage: Stage) -> None:
-    """Remove the folder of a stage, in an order such that whoever is killed leaves no old result for a new plan."""
-    folder = stage.folder
+    """Remove the folder of a stage; StageFailed if another command works there."""
+    if storage.exists(storage.join(stage.folder, "plan.json")):
+        with hold_folder(stage, exclusive=True):
+            _empty(stage.folder)
+
+
+def clear_finished(stage: Stage) -> None:
+    """Remove the folder of a stage that nothing needs any more. The last command that works there does it."""
+    with contextlib.suppress(StageFailed):
+        clear_folder(stage)
+
+
+def _empty(folder: str) -> None:
+    """Remove a folder, in an order such that whoever is killed leaves no old result for a new plan."""
     if storage.exists(storage.join(folder, "plan.json")):
         storage.remove(storage.join(folder, "manifest.json"))
         for name in [*storage.list_folders(folder), *storage.list_files(folder)]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.stages import records
-from pipeline.stages.manifest import code_revision, stale_inputs
+from pipeline.stages.manifest import code_revision, read_manifest, stale_inputs
 from pipeline.stages.plan import claim_of, item_ids, refuse_replaced_plan
 from pipeline.stages.records import content, totals
 from pipeline.stages.scratch import scratch_folder
@@ -58,16 +58,36 @@ def seal_stage(stage: Stage, items: Sequence[Item], done: Sequence[dict[str, Any
     with scratch_folder(f"{stage.name}-seal") as scratch:
         extra = stage.finish(done, scratch)
         described = [describe_file(name, path) for name, path in sorted(extra.files.items())]
-        refuse_replaced_plan(stage)
         if stale := stale_inputs(stage, claim_of(stage)):
             raise StageFailed(stale)
         for name, path in sorted(extra.files.items()):
-            storage.put_file(path, storage.join(stage.folder, name))
+            storage.put_checked(path, storage.join(stage.folder, name), partial(refuse_replaced_plan, stage))
     plan = storage.read_json(storage.join(stage.folder, "plan.json"))
+    refuse_replaced_plan(stage)
     manifest = {key: plan[key] for key in ("format", "stage", "fingerprint", "section", "inputs")} | {
         "items": done, "files": described, "info": extra.info, "totals": totals(done),
         "content": content(plan["fingerprint"], described, done), "run": _run_facts(done, retired)}
-    storage.put_json(manifest | {"items": _listed(stage, done)}, storage.join(stage.folder, "manifest.json"))
+    return _create_manifest(stage, manifest, storage.json_bytes(manifest | {"items": _listed(stage, done)}))
+
+
+def _create_manifest(stage: Stage, manifest: dict[str, Any], data: bytes) -> dict[str, Any]:
+    """Write manifest.json, or accept the one that another driver of the same plan wrote: a release may name its hash.
+
+    A manifest of another plan is replaced: a driver that was late wrote it.
+    """
+    url = storage.join(stage.folder, "manifest.json")
+    while not storage.create_bytes(data, url):
+        there = storage.read_bytes(url)
+        sealed = storage.parse_json(there, url)
+        if sealed["fingerprint"] == manifest["fingerprint"]:
+            if sealed["content"] != manifest["content"]:
+                raise StageFailed(f"{stage.name}: another command sealed {stage.folder} with other content: expected "
+                                  f"{manifest['content'][:12]}, got {sealed['content'][:12]}\nhint: {stage.command} "
+                                  f"--overwrite, once no other command works on this folder")
+            return read_manifest(stage.folder, stage.command)
+        refuse_replaced_plan(stage)
+        if storage.swap_bytes(data, url, there):
+            break
     return manifest
 
 

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +142,10 @@ def _commit(stage: Stage, item: Item, output: Output, scratch: Path, plan: str, 
     }
     if earlier := _read_record(address, plan):
         return earlier
-    refuse_replaced_plan(stage)
     for name, path in sorted(output.files.items()):
-        storage.put_file(path, storage.join(stage.folder, name), give=path.is_relative_to(scratch))
+        storage.put_checked(path, storage.join(stage.folder, name), partial(refuse_replaced_plan, stage),
+                            give=path.is_relative_to(scratch))
+    refuse_replaced_plan(stage)
     for name, data in sorted(output.run_files.items()):
         storage.put_bytes(data, storage.join(stage.folder, name))
     # The peak since the process started, other items included: a machine must have this much.
@@ -155,10 +157,20 @@ def _commit(stage: Stage, item: Item, output: Output, scratch: Path, plan: str, 
                                   for name, value in sorted(output.times.items())}
     if not storage.create_bytes(storage.json_bytes(record), address):
         if earlier := _read_record(address, plan):
+            _refuse_other_files(stage, record, earlier)
             return earlier
         refuse_replaced_plan(stage)  # a record of another plan: one of the two is late
         storage.put_json(record, address)
     return record
+
+
+def _refuse_other_files(stage: Stage, record: dict[str, Any], earlier: dict[str, Any]) -> None:
+    """StageFailed if another worker recorded the same item with other files, which this one has replaced just now."""
+    if record["files"] != earlier["files"]:
+        names = ", ".join(file["name"] for file in record["files"] if file not in earlier["files"])
+        raise StageFailed(f"{stage.name}: two workers made item {record['id']} at the same time, and their files "
+                          f"differ ({names})\nhint: {stage.command} --overwrite, once no other command works on "
+                          f"this folder")
 
 
 def _read_record(address: str, plan: str) -> dict[str, Any] | None:

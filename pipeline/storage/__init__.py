@@ -15,7 +15,7 @@ from pipeline.storage.addresses import (
     short_hash,
 )
 from pipeline.storage.cache import cache_folder, fetch, fetch_and_open, local_copy
-from pipeline.storage.conditional import can_swap, create_bytes, swap_bytes
+from pipeline.storage.conditional import can_swap, create_bytes, put_checked, swap_bytes
 from pipeline.storage.files import (
     StorageError,
     disk_full_message,
@@ -46,12 +46,14 @@ from pipeline.storage.files import (
     walk,
 )
 from pipeline.storage.hashing import describe_file, digest, name_by_content
+from pipeline.storage.lease import Holder, Lease, LeaseConflict, find_holders, hold_lease
 
 __all__ = [
-    "StorageError", "cache_folder", "can_swap", "create_bytes", "describe_file", "digest", "disk_full_message",
-    "download", "exists", "fetch", "fetch_and_open", "glob", "is_local", "join", "json_bytes", "list_files",
-    "list_folders", "list_stamps", "local_copy", "local_path", "manifest_file_url", "map_urls", "modified_time",
-    "name_by_content", "normalize", "open_reader", "parse_json", "put_bytes", "put_file", "put_json", "read_bytes",
-    "read_json", "read_range", "redact_credentials", "remove", "remove_tree", "sha256", "sha256_file", "short_hash",
-    "size", "stamp", "summarize_file", "swap_bytes", "walk",
+    "Holder", "Lease", "LeaseConflict", "StorageError", "cache_folder", "can_swap", "create_bytes", "describe_file",
+    "digest", "disk_full_message", "download", "exists", "fetch", "fetch_and_open", "find_holders", "glob",
+    "hold_lease", "is_local", "join", "json_bytes", "list_files", "list_folders", "list_stamps", "local_copy",
+    "local_path", "manifest_file_url", "map_urls", "modified_time", "name_by_content", "normalize", "open_reader",
+    "parse_json", "put_bytes", "put_checked", "put_file", "put_json", "read_bytes", "read_json", "read_range",
+    "redact_credentials", "remove", "remove_tree", "sha256", "sha256_file", "short_hash", "size", "stamp",
+    "summarize_file", "swap_bytes", "walk",
 ]

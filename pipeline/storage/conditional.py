@@ -7,7 +7,8 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from pipeline.storage.addresses import is_local, join, local_path
 from pipeline.storage.files import (
@@ -15,6 +16,7 @@ from pipeline.storage.files import (
     StorageError,
     exists,
     flush_to_disk,
+    move_or_copy,
     open_url,
     put_bytes,
     read_bytes,
@@ -35,10 +37,36 @@ def create_bytes(data: bytes, url: str) -> bool:
                     flush_to_disk(temporary)
                     _link(temporary, path)
             else:
-                _create_object(fs, path, data)
+                _create_object(lambda: fs.pipe_file(path, data, mode="create"))
         except FileExistsError:
             return False
     return True
+
+
+def put_checked(local: Path, url: str, check: Callable[[], None], *, give: bool = False) -> None:
+    """Put a finished local file at `url` after `check`, which raises if this process may not write there any more.
+
+    A file that came there after the check is not replaced unless another check allows it. With `give` nobody needs
+    `local` afterwards.
+    """
+    fs, path = open_url(url)
+    with storage_errors(url, "write"):
+        if is_local(url):
+            with unfinished_file(path) as temporary:
+                move_or_copy(fs, local, temporary, give)
+                check()
+                try:
+                    _link(temporary, path)
+                except FileExistsError:
+                    check()
+                    os.replace(temporary, path)
+        else:
+            check()
+            try:
+                _create_object(lambda: fs.put_file(str(local), path, mode="create"))
+            except FileExistsError:
+                check()
+                fs.put_file(str(local), path)
 
 
 def _link(temporary: str, path: str) -> None:
@@ -55,10 +83,10 @@ def _link(temporary: str, path: str) -> None:
 
 # Only conflicts of conditional writes (409) are retried in this file. boto retries throttled and failed requests, but
 # not this one.
-def _create_object(fs: FileSystem, path: str, data: bytes) -> None:
+def _create_object(create: Callable[[], None]) -> None:
     for retries in reversed(range(5)):
         try:
-            return fs.pipe_file(path, data, mode="create")
+            return create()
         except FileExistsError:
             raise
         except OSError as error:

@@ -258,12 +258,17 @@ def put_file(local: Path, url: str, *, give: bool = False) -> None:
     with storage_errors(url, "write"):
         if is_local(url):
             with unfinished_file(path) as temporary:
-                if not (give and _moved(local, temporary)):
-                    fs.put_file(str(local), temporary)
-                flush_to_disk(temporary)
+                move_or_copy(fs, local, temporary, give)
                 os.replace(temporary, path)
         else:
             fs.put_file(str(local), path)
+
+
+def move_or_copy(fs: FileSystem, local: Path, path: str, give: bool) -> None:
+    """Give the bytes of a local file the name `path`, on the disk: by a rename if `give` and if that can be."""
+    if not (give and _moved(local, path)):
+        fs.put_file(str(local), path)
+    flush_to_disk(path)
 
 
 def _moved(local: Path, path: str) -> bool:

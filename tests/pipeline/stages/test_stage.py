@@ -1,6 +1,7 @@
 """Planning, processing, committing and sealing of a stage."""
 
 import json
+import shutil
 
 import pytest
 
@@ -176,11 +177,13 @@ def test_a_late_worker_of_a_replaced_plan_changes_nothing(tmp_path, done):
 
 
 def test_a_driver_of_a_replaced_plan_ends_and_changes_nothing(tmp_path):
+    """Its lease ended because it could not renew it: the machine slept, or lost its network."""
     late, new = Count(tmp_path), Count(tmp_path, CountConfig(step=2))
 
     def replace_midway(stage, items):
         for number, outcome in enumerate(run_in_process(stage, items)):
             if number == 1:
+                shutil.rmtree(tmp_path / "leases")
                 run_stage(new, overwrite=True)
             yield outcome
     with pytest.raises(PlanReplaced):

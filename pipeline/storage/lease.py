@@ -1,0 +1,178 @@
+"""Leases: a command says which folder it works on, so that another one does not empty that folder meanwhile.
+
+    <root>/leases/datasets+ukiyo-e+v1+shards.<token>.json    host, process, and whether the command empties the folder
+
+A thread writes the file again every few seconds. A lease that nobody renews ends, and so does one of a process of this
+machine that is gone. Ages come from the times that the store gives its files, never from the clock of a machine.
+"""
+
+import contextlib
+import functools
+import os
+import platform
+import random
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline.storage.addresses import join
+from pipeline.storage.files import list_files, modified_time, put_json, read_json, remove
+
+RENEW_S = 15.0
+EXPIRE_S = 90.0
+_POLL_S = 0.5
+_CLAIM_S = 10.0  # how long two commands try that both want to empty a folder
+_FOLDER = "leases"
+_SEPARATOR = "+"  # stands in no name of a dataset or run
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The command that holds a lease."""
+
+    host: str
+    machine: str
+    """Tells processes of one machine, boot and container from others."""
+    pid: int
+    started: str
+    """When the process started, as the kernel counts. A pid is used again."""
+    exclusive: bool
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether this was a process of this machine and is gone."""
+        return self.machine == _machine() and _process_start(self.pid) != self.started
+
+
+class LeaseConflict(RuntimeError):
+    """Another command works on the folder."""
+
+    def __init__(self, folder: str, holder: Holder) -> None:
+        super().__init__(
+            f"another command works on {folder}: {holder}\nhint: wait until it has ended, or stop it. A command that "
+            f"was killed on another machine holds its folder for {EXPIRE_S:.0f} s")
+
+
+class Lease:
+    """A lease on a folder. Several commands may share a folder; an exclusive lease allows no other beside it."""
+
+    def __init__(self, root: str, folder: str, exclusive: bool) -> None:
+        self._root, self._folder, self._exclusive = root, folder.strip("/"), exclusive
+        # All leases lie in one folder: nothing has to remove empty folders, while others write into them.
+        self._url = join(root, _FOLDER, f"{_file_stem(folder)}.{secrets.token_hex(8)}.json")
+        self._ended = threading.Event()
+
+    def acquire(self) -> None:
+        """Wait for the lease. LeaseConflict if an exclusive one cannot be had because the folder is in use."""
+        begun = time.monotonic()
+        while True:
+            self._write()  # first, so that of two commands at least one sees the other
+            conflicts = [holder for holder in self.others() if self._exclusive or holder.exclusive]
+            if not conflicts:
+                break
+            if self._exclusive and (any(not holder.exclusive for holder in conflicts)
+                                    or time.monotonic() - begun > _CLAIM_S):
+                self._remove()
+                raise LeaseConflict(join(self._root, self._folder), conflicts[0])
+            if self._exclusive:
+                self._remove()
+            time.sleep(_POLL_S * random.random())
+        threading.Thread(target=self._renew, name="lease", daemon=True).start()
+
+    def share(self) -> None:
+        """Allow others beside this one from now on."""
+        self._exclusive = False
+        self._write()
+
+    def release(self) -> None:
+        """End the lease."""
+        self._ended.set()
+        self._remove()
+
+    def now(self) -> float:
+        """The time of the store, in seconds of the epoch."""
+        self._write()
+        return modified_time(self._url)
+
+    def others(self) -> list[Holder]:
+        """The holders of other leases on this folder, or on a folder below an exclusive one."""
+        return find_holders(self._root, self._folder, self.now(), self._url, below=self._exclusive)
+
+    def _renew(self) -> None:
+        while not self._ended.wait(RENEW_S):
+            with contextlib.suppress(OSError):  # the next try may succeed, and the lease outlives a few
+                self._write()
+
+    def _write(self) -> None:
+        put_json(asdict(Holder(platform.node(), _machine(), os.getpid(), _process_start(os.getpid()),
+                               self._exclusive)), self._url)
+
+    def _remove(self) -> None:
+        with contextlib.suppress(OSError):  # it ends by itself
+            remove(self._url)
+
+
+@contextlib.contextmanager
+def hold_lease(root: str, folder: str, *, exclusive: bool = False) -> Iterator[Lease]:
+    """Hold a lease on a `folder` below `root`; LeaseConflict if an exclusive one cannot be had."""
+    lease = Lease(root, folder, exclusive)
+    lease.acquire()
+    try:
+        yield lease
+    finally:
+        lease.release()
+
+
+def find_holders(root: str, folder: str, now: float, own: str = "", *, below: bool = True) -> list[Holder]:
+    """The holders of living leases on a folder, and with `below` on folders in it. Files of dead leases are removed.
+
+    `now`: the time of the store. `own`: the URL of a lease that does not count.
+    """
+    base, wanted = join(root, _FOLDER), _file_stem(folder)
+    holders = []
+    for name in list_files(base):
+        url, stem = join(base, name), name.rsplit(".", 2)[0]
+        if url == own or (stem != wanted and not (below and stem.startswith(f"{wanted}{_SEPARATOR}"))):
+            continue
+        with contextlib.suppress(FileNotFoundError, ValueError, TypeError):  # released at this moment, or damaged
+            age = now - modified_time(url)
+            holder = Holder(**read_json(url))
+            if age > EXPIRE_S or holder.is_dead:
+                remove(url)
+            else:
+                holders.append(holder)
+    return holders
+
+
+def _file_stem(folder: str) -> str:
+    return folder.replace("/", _SEPARATOR)
+
+
+@functools.cache
+def _machine() -> str:
+    parts = [platform.node()]
+    with contextlib.suppress(OSError):
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    return " ".join(parts)
+
+
+def _process_start(pid: int) -> str:
+    """When a process started; empty if there is none, "?" if the system does not tell."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except FileNotFoundError:
+        if os.path.exists("/proc/self/stat"):
+            return ""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except PermissionError:
+        pass
+    return "?"

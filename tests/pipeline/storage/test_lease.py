@@ -1,0 +1,139 @@
+"""Leases on folders: who may work beside whom, and how the lease of a dead command ends."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from pipeline.storage import lease
+from pipeline.storage.lease import LeaseConflict, find_holders, hold_lease
+
+_HOLD = """
+import sys, time
+from pipeline.storage.lease import hold_lease
+with hold_lease(sys.argv[1], "datasets/d/v1/shards"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def _lease_files(root):
+    return sorted((root / "leases").iterdir())
+
+
+def test_several_commands_share_a_folder(tmp_path):
+    with hold_lease(str(tmp_path), "datasets/d"), hold_lease(str(tmp_path), "datasets/d"):
+        assert len(_lease_files(tmp_path)) == 2
+    assert not _lease_files(tmp_path)
+
+
+def test_an_exclusive_lease_needs_an_unused_folder_and_all_below_it(tmp_path):
+    for folder in ("datasets/d", "datasets/d/v1"):
+        with hold_lease(str(tmp_path), folder), pytest.raises(LeaseConflict, match=f"{tmp_path}/datasets/d: process"), \
+                hold_lease(str(tmp_path), "datasets/d", exclusive=True):
+            pass
+    for folder in ("datasets", "datasets/d2", "datasets/other"):
+        with hold_lease(str(tmp_path), folder), hold_lease(str(tmp_path), "datasets/d", exclusive=True):
+            pass
+    assert not _lease_files(tmp_path)
+
+
+def test_a_shared_lease_waits_for_an_exclusive_one(tmp_path):
+    order = []
+
+    def share():
+        with hold_lease(str(tmp_path), "d"):
+            order.append("shared")
+
+    with hold_lease(str(tmp_path), "d", exclusive=True) as exclusive:
+        thread = threading.Thread(target=share)
+        thread.start()
+        time.sleep(0.3)
+        order.append("emptied")
+        exclusive.share()
+        thread.join(20)
+    assert order == ["emptied", "shared"]
+
+
+def test_of_two_commands_that_empty_a_folder_one_wins(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "_CLAIM_S", 5.0)
+    barrier, held, refused = threading.Barrier(2), [], []
+
+    def empty():
+        barrier.wait()
+        try:
+            with hold_lease(str(tmp_path), "d", exclusive=True) as exclusive:
+                held.append(time.monotonic())
+                exclusive.share()
+                time.sleep(6)
+        except LeaseConflict:
+            refused.append(time.monotonic())
+
+    threads = [threading.Thread(target=empty) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(held) == len(refused) == 1
+
+
+def test_the_lease_of_a_killed_process_of_this_machine_ends_with_it(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", _HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": os.getcwd()})
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    with pytest.raises(LeaseConflict, match=f"process {process.pid} on "), \
+            hold_lease(str(tmp_path), "datasets/d/v1/shards", exclusive=True):
+        pass
+    process.kill()
+    process.wait()
+    with hold_lease(str(tmp_path), "datasets/d/v1/shards", exclusive=True):
+        assert len(_lease_files(tmp_path)) == 1
+
+
+def test_a_pid_that_is_used_again_holds_nothing(tmp_path):
+    with hold_lease(str(tmp_path), "d"):
+        file, = _lease_files(tmp_path)
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"started": "1"}))
+        with hold_lease(str(tmp_path), "d", exclusive=True):
+            assert file not in _lease_files(tmp_path)
+
+
+def test_the_lease_of_another_machine_ends_when_nothing_renews_it(tmp_path):
+    with hold_lease(str(tmp_path), "d"):
+        file, = _lease_files(tmp_path)
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"machine": "another"}))
+        with pytest.raises(LeaseConflict), hold_lease(str(tmp_path), "d", exclusive=True):
+            pass
+        age = os.stat(file).st_mtime - lease.EXPIRE_S - 1
+        os.utime(file, (age, age))
+        with hold_lease(str(tmp_path), "d", exclusive=True):
+            pass
+
+
+def test_a_lease_is_renewed(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "RENEW_S", 0.05)
+    with hold_lease(str(tmp_path), "d"):
+        file, = _lease_files(tmp_path)
+        os.utime(file, (1, 1))
+        deadline = time.monotonic() + 20
+        while os.stat(file).st_mtime == 1 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert len(find_holders(str(tmp_path), "d", time.time())) == 1
+
+
+def test_a_damaged_lease_is_no_lease(tmp_path):
+    (tmp_path / "leases").mkdir()
+    (tmp_path / "leases" / "d.0123456789abcdef.json").write_text('{"pid": 1}')
+    with hold_lease(str(tmp_path), "d", exclusive=True):
+        pass
+
+
+def test_leases_on_s3(s3):
+    with hold_lease(s3, "d"), pytest.raises(LeaseConflict), hold_lease(s3, "d", exclusive=True):
+        pass
+    with hold_lease(s3, "d", exclusive=True) as exclusive:
+        assert abs(exclusive.now() - time.time()) < 5
