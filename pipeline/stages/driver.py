@@ -97,8 +97,8 @@ def run_stage(stage: Stage, runner: Runner = run_in_process, *, overwrite: bool 
     Runs whatever has no record yet; nothing if the folder is sealed. `overwrite` empties the folder
     first. `retry` tries the rows that failed once more before sealing. `max_failed` is the share of
     rows that may fail. `watch` is shown the tally whenever it changes.
-    StageFailed if items failed, after all others were done, or if too many rows failed, or if the folder is to be
-    emptied while another command works there.
+    StageFailed if items failed, after all others were done, or if too many rows failed. StageFailed too if `overwrite`
+    meets another command that works on the folder.
     """
     if check := getattr(runner, "check", None):
         check(stage, idle=not overwrite and is_sealed(stage))  # before anything is removed or planned

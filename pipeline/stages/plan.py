@@ -225,7 +225,7 @@ def clear_finished(stage: Stage) -> None:
 
 
 def _empty(folder: str) -> None:
-    """Remove a folder, in an order such that whoever is killed leaves no old result for a new plan."""
+    """Remove a folder. The order matters: a process that is killed leaves no old result for a new plan."""
     if storage.exists(storage.join(folder, "plan.json")):
         storage.remove(storage.join(folder, "manifest.json"))
         for name in [*storage.list_folders(folder), *storage.list_files(folder)]:

@@ -168,8 +168,8 @@ def _refuse_other_files(stage: Stage, record: dict[str, Any], earlier: dict[str,
     """StageFailed if another worker recorded the same item with other files, which this one has replaced just now."""
     if record["files"] != earlier["files"]:
         names = ", ".join(file["name"] for file in record["files"] if file not in earlier["files"])
-        raise StageFailed(f"{stage.name}: two workers made item {record['id']} at the same time, and their files "
-                          f"differ ({names})\nhint: {stage.command} --overwrite, once no other command works on "
+        raise StageFailed(f"{stage.name}: two workers made item {record['id']} with different files "
+                          f"({names})\nhint: {stage.command} --overwrite, once no other command works on "
                           f"this folder")
 
 

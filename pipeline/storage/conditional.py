@@ -46,8 +46,8 @@ def create_bytes(data: bytes, url: str) -> bool:
 def put_checked(local: Path, url: str, check: Callable[[], None], *, give: bool = False) -> None:
     """Put a finished local file at `url` after `check`, which raises if this process may not write there any more.
 
-    A file that came there after the check is not replaced unless another check allows it. With `give` nobody needs
-    `local` afterwards.
+    A file that came there after the check is not replaced unless another check allows it. With `give` the
+    caller does not need `local` afterwards.
     """
     fs, path = open_url(url)
     with storage_errors(url, "write"):

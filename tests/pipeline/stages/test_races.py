@@ -11,7 +11,7 @@ from pipeline.stages.plan import clear_folder, prepare
 from pipeline.stages.seal import seal_stage
 from pipeline.stages.types import StageFailed
 from pipeline.stages.worker import process_and_commit, process_item
-from tests.pipeline.stages.count_stage import Count, CountConfig, lasting
+from tests.pipeline.stages.count_stage import Count, CountConfig, lasting_files
 
 
 def test_a_folder_is_not_emptied_under_a_driver_that_works_there(tmp_path):
@@ -25,7 +25,7 @@ def test_a_folder_is_not_emptied_under_a_driver_that_works_there(tmp_path):
             yield outcome
     manifest = run_stage(working, run_and_overwrite)
     run_stage(Count(tmp_path / "alone"))
-    assert manifest["section"]["step"] == 1 and lasting(working.folder) == lasting(tmp_path / "alone" / "count")
+    assert manifest["section"]["step"] == 1 and lasting_files(working.folder) == lasting_files(tmp_path / "alone" / "count")
     assert not list((tmp_path / "leases").iterdir())
 
 
@@ -51,7 +51,7 @@ def test_a_late_manifest_of_a_replaced_plan_is_replaced(tmp_path):
     (tmp_path / "count" / "manifest.json").write_bytes(data)
     assert run_stage(new)["section"]["step"] == 2
     run_stage(Count(tmp_path / "alone", CountConfig(step=2)))
-    assert lasting(new.folder) == lasting(tmp_path / "alone" / "count")
+    assert lasting_files(new.folder) == lasting_files(tmp_path / "alone" / "count")
 
 
 def test_workers_of_one_item_whose_files_differ_are_an_error(tmp_path):
@@ -71,5 +71,5 @@ def test_workers_of_one_item_whose_files_differ_are_an_error(tmp_path):
         return False
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "create_bytes", commit_first)
-        with pytest.raises(StageFailed, match=r"two workers made item 000000 at the same time, and their files differ"):
+        with pytest.raises(StageFailed, match=r"two workers made item 000000 with different files"):
             commit()
