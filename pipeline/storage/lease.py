@@ -1,9 +1,9 @@
-"""Leases: a command says which folder it works on, so that another one does not empty that folder meanwhile.
+"""Leases: a command registers the folder it works on. Another command does not empty that folder meanwhile.
 
     <root>/leases/datasets+ukiyo-e+v1+shards.<token>.json    host, process, and whether the command empties the folder
 
-A thread writes the file again every few seconds. A lease that nobody renews ends, and so does one of a process of this
-machine that is gone. Ages come from the times that the store gives its files, never from the clock of a machine.
+A thread rewrites the file every few seconds. A lease ends if it is not renewed, or if its process ran on this machine
+and has ended. Ages come from the file times of the store, never from the clock of a machine.
 """
 
 import contextlib

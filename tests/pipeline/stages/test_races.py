@@ -17,15 +17,16 @@ from tests.pipeline.stages.count_stage import Count, CountConfig, lasting_files
 def test_a_folder_is_not_emptied_under_a_driver_that_works_there(tmp_path):
     working = Count(tmp_path)
 
-    def run_and_overwrite(stage_, items):
-        for number, outcome in enumerate(run_in_process(stage_, items)):
+    def run_and_overwrite(stage, items):
+        for number, outcome in enumerate(run_in_process(stage, items)):
             if number == 1:
                 with pytest.raises(StageFailed, match=r"another command works on .*: process \d+ on .*\nhint: wait"):
                     run_stage(Count(tmp_path, CountConfig(step=2)), overwrite=True)
             yield outcome
     manifest = run_stage(working, run_and_overwrite)
     run_stage(Count(tmp_path / "alone"))
-    assert manifest["section"]["step"] == 1 and lasting_files(working.folder) == lasting_files(tmp_path / "alone" / "count")
+    assert manifest["section"]["step"] == 1
+    assert lasting_files(working.folder) == lasting_files(tmp_path / "alone" / "count")
     assert not list((tmp_path / "leases").iterdir())
 
 
@@ -55,13 +56,12 @@ def test_a_late_manifest_of_a_replaced_plan_is_replaced(tmp_path):
 
 
 def test_workers_of_one_item_whose_files_differ_are_an_error(tmp_path):
-    one, other = Count(tmp_path), Count(tmp_path)
-    item = prepare(one)[0]
+    first, other = Count(tmp_path), Count(tmp_path)
+    item = prepare(first)[0]
     prepare(other)
     commit = process_item(other, item)
-    written = json.loads((Path(one.folder) / "plan.json").read_text())
-    assert process_and_commit(one, item)["plan"] == written["fingerprint"]
-    record_file = Path(one.folder) / "records" / f"{item.id}.json"
+    process_and_commit(first, item)
+    record_file = Path(first.folder) / "records" / f"{item.id}.json"
     record = json.loads(record_file.read_text())
     record["files"][0]["sha256"] = "0" * 64
     record_file.unlink()
