@@ -11,7 +11,7 @@ from pipeline.neighbors.neighbors import Neighbors
 from pipeline.stages.driver import run_stage
 
 
-def found(dataset: Dataset, database: Dataset, **options) -> tuple[np.ndarray, np.ndarray, dict]:
+def find_neighbors(dataset: Dataset, database: Dataset, **options) -> tuple[np.ndarray, np.ndarray, dict]:
     """Ids (N, k), scores (N, k) and the manifest of the neighbours of a dataset."""
     manifest = run_stage(Neighbors(dataset, database, NeighborsConfig(**options)))
     scores = [np.load(dataset.fetch(f"neighbors/{database.label}", entry)) for record in manifest["items"]
@@ -26,6 +26,6 @@ def brute_force(queries: np.ndarray, stored: np.ndarray, k: int, excluded: np.nd
     return -np.sort(-scores, axis=1)[:, :k]
 
 
-def indexed(database: Dataset, **options) -> Dataset:
+def index_database(database: Dataset, **options) -> Dataset:
     run_stage(Index(database, IndexConfig(**options)))
     return database

@@ -14,7 +14,7 @@ from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.metadata import labels
 from pipeline.stages.driver import run_stage
 from tests.pipeline import synthetic
-from tests.pipeline.neighbors.neighbor_runs import brute_force, found, indexed
+from tests.pipeline.neighbors.neighbor_runs import brute_force, find_neighbors, index_database
 
 
 @pytest.mark.parametrize("method", ["exact", "index"])
@@ -22,16 +22,16 @@ def test_copies_are_left_out_and_others_move_up(tmp_path, method):
     """Row 0 has 40 near copies, and 40 rows with the same picture in very different places."""
     rng = np.random.default_rng(0)
     vectors = synthetic.clustered(300, 16)
-    near = vectors[:1] + 0.01 * rng.normal(size=(40, 16))
-    vectors[1:41] = near / np.linalg.norm(near, axis=1, keepdims=True)
+    near_copies = vectors[:1] + 0.01 * rng.normal(size=(40, 16))
+    vectors[1:41] = near_copies / np.linalg.norm(near_copies, axis=1, keepdims=True)
     hashes = [storage.short_hash(str(row)).ljust(64, "0") for row in range(300)]
     for row in range(200, 240):
         hashes[row] = hashes[0]
-    database = indexed(synthetic.given(tmp_path, "x", [vectors[:150], vectors[150:]], hashes), key="Flat")
-    ids, scores, _ = found(database, database, k=10, method=method, candidates=11)
+    database = index_database(synthetic.given(tmp_path, "x", [vectors[:150], vectors[150:]], hashes), key="Flat")
+    ids, scores, _ = find_neighbors(database, database, k=10, method=method, candidates=11)
     stored = Embeddings(database).all().astype(np.float32)
-    same = np.array(hashes)[:, None] == np.array(hashes)
-    excluded = same | (stored @ stored.T >= 0.98) | np.eye(300, dtype=bool)
+    same_hash = np.array(hashes)[:, None] == np.array(hashes)
+    excluded = same_hash | (stored @ stored.T >= 0.98) | np.eye(300, dtype=bool)
     np.testing.assert_allclose(scores, brute_force(stored, stored, 10, excluded), atol=1e-5)
     assert (ids >= 0).all() and not np.isin(ids[0], [*range(41), *range(200, 240)]).any()
     assert scores.max() < 0.98
@@ -40,20 +40,20 @@ def test_copies_are_left_out_and_others_move_up(tmp_path, method):
 def test_copies_in_another_database_are_left_out_too(tmp_path):
     vectors = synthetic.clustered(60, 16)
     hashes = [storage.short_hash(str(row)).ljust(64, "0") for row in range(60)]
-    one = synthetic.given(tmp_path, "one", [vectors[:20]], hashes[:20])
-    other = synthetic.given(tmp_path, "other", [np.roll(vectors, 16 // 2, axis=1)], hashes)
-    ids, _, _ = found(one, other, k=59, method="exact", copy_similarity=2.0)
+    dataset = synthetic.given(tmp_path, "one", [vectors[:20]], hashes[:20])
+    database = synthetic.given(tmp_path, "other", [np.roll(vectors, 16 // 2, axis=1)], hashes)
+    ids, _, _ = find_neighbors(dataset, database, k=59, method="exact", copy_similarity=2.0)
     assert all(row not in ids[row] and set(ids[row]) == set(range(60)) - {row} for row in range(20))
 
 
-def column(dataset: Dataset, name: str, values: list) -> None:
+def add_column(dataset: Dataset, name: str, values: list) -> None:
     """Put another column into the metadata of a dataset made of given vectors, and seal it so."""
     start, tables = 0, {}
     for record in dataset.manifest("shards")["items"]:
         table = pq.read_table(dataset.fetch("shards", file_of(record, ".parquet")))
         buffer = io.BytesIO()
-        kind = pa.uint64() if isinstance(values[0], int) else pa.string()
-        pq.write_table(table.append_column(name, pa.array(values[start:start + len(table)], kind)), buffer)
+        column_type = pa.uint64() if isinstance(values[0], int) else pa.string()
+        pq.write_table(table.append_column(name, pa.array(values[start:start + len(table)], column_type)), buffer)
         tables[record["id"]] = record["samples"], {f"{record['id']}.parquet": buffer.getvalue()}
         start += len(table)
     run_stage(synthetic.Given(dataset, "shards", "shard", tables), overwrite=True)
@@ -67,11 +67,11 @@ def test_patches_of_the_same_picture_are_left_out(tmp_path):
         vectors[row] = vectors[row // 3 * 3] + 0.02 * synthetic.clustered(1, 16, seed=row)[0]
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     database = synthetic.given(tmp_path, "x", [vectors[:40], vectors[40:]])
-    column(database, "original_sha256", pictures)
-    ids, scores, _ = found(database, database, k=6, method="exact", copy_similarity=2.0)
+    add_column(database, "original_sha256", pictures)
+    ids, scores, _ = find_neighbors(database, database, k=6, method="exact", copy_similarity=2.0)
     stored = Embeddings(database).all().astype(np.float32)
-    same = np.array(pictures)[:, None] == np.array(pictures)
-    np.testing.assert_allclose(scores, brute_force(stored, stored, 6, same), atol=1e-5)
+    same_picture = np.array(pictures)[:, None] == np.array(pictures)
+    np.testing.assert_allclose(scores, brute_force(stored, stored, 6, same_picture), atol=1e-5)
     assert (ids // 3 != np.arange(90)[:, None] // 3).all() and scores.max() < 2
 
 
@@ -79,12 +79,12 @@ def test_pictures_that_look_alike_are_left_out_when_asked(tmp_path):
     vectors = synthetic.clustered(60, 16)
     database = synthetic.given(tmp_path, "x", [vectors[:20], vectors[20:]])
     with pytest.raises(ValueError, match=r"no perceptual hashes\nhint: shard it with --duplicates near"):
-        found(database, database, k=3, method="exact", copy_bits=2)
+        find_neighbors(database, database, k=3, method="exact", copy_bits=2)
     hashes = [int(value) for value in np.random.default_rng(0).integers(1 << 62, size=60)]
     for row in range(30, 60):
         hashes[row] = hashes[row - 30] ^ (1 << row % 60 | 1)  # two bits apart
-    column(database, "phash", hashes)
-    ids, _, manifest = found(database, database, k=58, method="exact", copy_bits=2, copy_similarity=2.0)
+    add_column(database, "phash", hashes)
+    ids, _, manifest = find_neighbors(database, database, k=58, method="exact", copy_bits=2, copy_similarity=2.0)
     for row in range(60):
         assert set(ids[row]) == set(range(60)) - {row, (row + 30) % 60}
     assert manifest["section"]["copy_bits"] == 2
@@ -95,8 +95,8 @@ def test_more_copies_than_any_list_of_candidates_holds(tmp_path, method):
     """Row 0 has two thousand copies by its picture: what is left is still found."""
     vectors = synthetic.clustered(3000, 16, clusters=3)
     hashes = [storage.short_hash("same" if row < 2001 else str(row)).ljust(64, "0") for row in range(3000)]
-    database = indexed(synthetic.given(tmp_path, "x", [vectors], hashes), key="IVF16,Flat", target_recall=0.0)
-    ids, scores, _ = found(database, database, k=5, method=method, copy_similarity=2.0)
+    database = index_database(synthetic.given(tmp_path, "x", [vectors], hashes), key="IVF16,Flat", target_recall=0.0)
+    ids, scores, _ = find_neighbors(database, database, k=5, method=method, copy_similarity=2.0)
     stored = Embeddings(database).all().astype(np.float32)
     expected = brute_force(stored[:20], stored, 5, np.broadcast_to(np.arange(3000) < 2001, (20, 3000)))
     if method == "exact":
@@ -108,11 +108,12 @@ def test_labels_tell_pictures_apart_where_it_is_not_known_what_was_fetched(tmp_p
     dataset = synthetic.given(tmp_path, "x", [synthetic.clustered(4, 16)])
     path = Path(dataset.folder("shards")) / "000000.parquet"
     table = pq.read_table(path)
-    fetched = pa.array(["", None, "ab" * 32, "not a hash"], pa.string())
+    original_hashes = pa.array(["", None, "ab" * 32, "not a hash"], pa.string())
     buffer = io.BytesIO()
-    pq.write_table(table.append_column("original_sha256", fetched), buffer)
-    again = synthetic.Given(dataset, "shards", "shard", {"000000": (4, {"000000.parquet": buffer.getvalue()})})
-    run_stage(again, overwrite=True)
-    found = labels(dataset, dataset.manifest("shards")["items"][0])
-    assert (found[:2, 0] == found[:2, 1]).all() and len(set(found[:, 1].tolist())) == 4
-    assert found[2, 1] == int.from_bytes(bytes.fromhex("ab" * 8), "little") and (found[2:, 0] != found[2:, 1]).all()
+    pq.write_table(table.append_column("original_sha256", original_hashes), buffer)
+    stage = synthetic.Given(dataset, "shards", "shard", {"000000": (4, {"000000.parquet": buffer.getvalue()})})
+    run_stage(stage, overwrite=True)
+    row_labels = labels(dataset, dataset.manifest("shards")["items"][0])
+    assert (row_labels[:2, 0] == row_labels[:2, 1]).all() and len(set(row_labels[:, 1].tolist())) == 4
+    assert row_labels[2, 1] == int.from_bytes(bytes.fromhex("ab" * 8), "little")
+    assert (row_labels[2:, 0] != row_labels[2:, 1]).all()
