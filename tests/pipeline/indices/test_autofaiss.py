@@ -11,16 +11,16 @@ STORED = json.loads(autofaiss_answers.PATH.read_text())
 
 def test_autofaiss_answers_as_it_did():
     """A newer autofaiss, faiss or numpy that chooses other indices would change every dataset's index unnoticed."""
-    assert len(STORED) == 210 and len({key for one in STORED for key in one["keys"]}) > 20
+    assert len(STORED) == 210 and len({key for answer in STORED for key in answer["keys"]}) > 20
     assert autofaiss_answers.answers() == STORED
 
 
 @pytest.mark.parametrize("count", autofaiss_answers.COUNTS)
 def test_the_index_stage_tries_these_answers_first(count):
-    for one in STORED:
-        if one["count"] == count:
-            chosen = list(dict.fromkeys(one["keys"]))
-            assert factory_keys(count, one["dim"], one["KiB"] << 10, IndexConfig())[:len(chosen)] == chosen
-            for key, size in zip(one["keys"], one["bytes"], strict=True):
+    for answer in STORED:
+        if answer["count"] == count:
+            chosen = list(dict.fromkeys(answer["keys"]))
+            assert factory_keys(count, answer["dim"], answer["KiB"] << 10, IndexConfig())[:len(chosen)] == chosen
+            for key, size in zip(answer["keys"], answer["bytes"], strict=True):
                 if "," in key or "HNSW" in key:  # the stage has its own formulas for the others
-                    assert estimated_bytes(key, count, one["dim"]) == size
+                    assert estimated_bytes(key, count, answer["dim"]) == size

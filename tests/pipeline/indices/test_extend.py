@@ -34,8 +34,8 @@ def vectors():
 
 
 def bytes_of(index) -> bytes:
-    if hasattr(inner := faiss.downcast_index(getattr(index, "index", index)), "nprobe"):
-        inner.nprobe = 1
+    if hasattr(inner_index := faiss.downcast_index(getattr(index, "index", index)), "nprobe"):
+        inner_index.nprobe = 1
     return faiss.serialize_index(index).tobytes()
 
 
@@ -44,20 +44,20 @@ def versions(root, vectors) -> tuple[Dataset, Dataset]:
     shards = np.array_split(vectors, 6)
     base = synthetic.given(root, "x", shards[:4])
     return base, synthetic.given(root, "x@v2", [shards[4], shards[3], shards[0], np.delete(shards[1], [3, 5, 40], 0),
-                                           shards[5]])
+                                                shards[5]])
 
 
 @pytest.mark.parametrize("key", KINDS)
 def test_an_extended_index_is_the_trained_one_filled_with_the_rows_of_the_new_version(tmp_path, vectors, key):
     base, following = versions(tmp_path, vectors)
     run_stage(Index(base, IndexConfig(key=key)))
-    about = run_stage(Extension(following, base, IndexConfig(max_drift=9)))["info"]
+    info = run_stage(Extension(following, base, IndexConfig(max_drift=9)))["info"]
     filled = open_dataset_index(base)
     filled.reset()
     fill(filled, Embeddings(following).all().astype(np.float32))
     assert bytes_of(open_dataset_index(following)) == bytes_of(filled)
-    assert (about["kept"], about["added"], about["removed"]) == (250 * 3 - 3, 500, 250 + 3)
-    assert about["key"] == key and about["recall_at_10"] > 0.2 and about["extends"] == "x"
+    assert (info["kept"], info["added"], info["removed"]) == (250 * 3 - 3, 500, 250 + 3)
+    assert info["key"] == key and info["recall_at_10"] > 0.2 and info["extends"] == "x"
     searcher = Searcher(following)
     ids, scores = searcher.search(Embeddings(following).rows(np.arange(0, 1247, 13)).astype(np.float32), 1)
     assert (ids[:, 0] == np.arange(0, 1247, 13)).mean() > 0.9 and (scores > 0.99).mean() > 0.9
@@ -69,8 +69,8 @@ def test_an_extension_of_an_extension_and_the_removal_of_the_base(tmp_path, vect
     run_stage(Index(base, IndexConfig(key="IVF16,SQ8")))
     run_stage(Extension(following, base, IndexConfig(max_drift=9)))
     third = synthetic.given(tmp_path, "x@v3", np.array_split(vectors, 6))
-    about = run_stage(Extension(third, following, IndexConfig(max_drift=9)))["info"]
-    assert about["kept"] == 250 * 5 - 3 and about["added"] == 250 + 3 and about["removed"] == 0
+    info = run_stage(Extension(third, following, IndexConfig(max_drift=9)))["info"]
+    assert info["kept"] == 250 * 5 - 3 and info["added"] == 250 + 3 and info["removed"] == 0
     filled = open_dataset_index(base)
     filled.reset()
     fill(filled, vectors)
@@ -83,17 +83,17 @@ def test_an_extension_of_an_extension_and_the_removal_of_the_base(tmp_path, vect
 def test_queries_of_an_extended_index_were_not_trained_on(tmp_path, vectors):
     base, following = versions(tmp_path, vectors)
     run_stage(Index(base, IndexConfig(key="SQ8")))
-    about = run_stage(Extension(following, base, IndexConfig(max_drift=9)))["info"]
-    assert about["recall_queries"] == 1247 // 10
-    held = {name: np.load(storage.local_path(storage.join(one.folder("index"), "held.npy")))
-            for name, one in (("base", base), ("following", following))}
-    assert len(held["base"]) == 100
+    info = run_stage(Extension(following, base, IndexConfig(max_drift=9)))["info"]
+    assert info["recall_queries"] == 1247 // 10
+    held_rows = {name: np.load(storage.local_path(storage.join(dataset.folder("index"), "held.npy")))
+                 for name, dataset in (("base", base), ("following", following))}
+    assert len(held_rows["base"]) == 100
     rows, change = Embeddings(following), compare_rows(following, base)
-    of_base = held["following"][~np.isin(held["following"], change.fresh)]
-    assert set(of_base) <= set(change.row_of[held["base"]]) and len(of_base) > 30
-    assert np.isin(held["following"], change.added).sum() == len(held["following"]) - len(of_base) > 30
-    theirs = [np.flatnonzero(change.row_of == row)[0] for row in of_base]
-    assert (rows.rows(of_base) == Embeddings(base).rows(theirs)).all()
+    held_of_base = held_rows["following"][~np.isin(held_rows["following"], change.fresh)]
+    assert set(held_of_base) <= set(change.row_of[held_rows["base"]]) and len(held_of_base) > 30
+    assert np.isin(held_rows["following"], change.added).sum() == len(held_rows["following"]) - len(held_of_base) > 30
+    rows_in_base = [np.flatnonzero(change.row_of == row)[0] for row in held_of_base]
+    assert (rows.rows(held_of_base) == Embeddings(base).rows(rows_in_base)).all()
 
 
 def test_equal_rows_are_counted_as_often_as_they_are_there(tmp_path, vectors):
@@ -107,10 +107,10 @@ def test_a_graph_grows_at_its_end_and_in_no_other_way(tmp_path, vectors):
     base = synthetic.given(tmp_path, "x", [vectors[:500], vectors[500:900]])
     run_stage(Index(base, IndexConfig(key="HNSW15")))
     grown = synthetic.given(tmp_path, "x@v2", [vectors[:500], vectors[500:900], vectors[900:1100]])
-    about = run_stage(Extension(grown, base, IndexConfig()))["info"]
-    assert about["added"] == 200 and about["drift"] == 1.0 and about["recall_at_10"] > 0.9
-    found = Searcher(grown).search(vectors[900:1100], 1)[0][:, 0]
-    assert (found == np.arange(900, 1100)).mean() > 0.95
+    info = run_stage(Extension(grown, base, IndexConfig()))["info"]
+    assert info["added"] == 200 and info["drift"] == 1.0 and info["recall_at_10"] > 0.9
+    ids = Searcher(grown).search(vectors[900:1100], 1)[0][:, 0]
+    assert (ids == np.arange(900, 1100)).mean() > 0.95
     shrunk = synthetic.given(tmp_path, "x@v3", [vectors[500:900], vectors[900:1100]])
     with pytest.raises(StageFailed, match="can neither lose rows nor number them anew\nhint: "):
         run_stage(Extension(shrunk, base, IndexConfig()))
@@ -139,56 +139,56 @@ def test_an_extended_index_obeys_its_budget(tmp_path, vectors):
 
 @pytest.mark.parametrize("key", ["IVF16,SQ8", "OPQ8_32,IVF16,PQ8x4"])
 def test_lists_merged_on_disk_are_those_merged_in_memory(tmp_path, vectors, key, capfd):
-    found = {}
+    answers = {}
     for name, bound in (("memory", "4Gi"), ("disk", "10Ki")):
         dataset = synthetic.given(tmp_path / name, "x", np.array_split(vectors, 6))
         config = IndexConfig(key=key, part_memory="20Ki", merge_memory=bound)
-        about = build_index(Index(dataset, config), run_stage)["info"]
-        assert about["parts"] > 2
+        info = build_index(Index(dataset, config), run_stage)["info"]
+        assert info["parts"] > 2
         folder = storage.local_path(dataset.folder("index"))
         assert (folder / LISTS).exists() == (name == "disk")
-        assert about["bytes"] == sum((folder / one).stat().st_size for one in ("knn.index", LISTS)
-                                     if (folder / one).exists())
+        assert info["bytes"] == sum((folder / file).stat().st_size for file in ("knn.index", LISTS)
+                                    if (folder / file).exists())
         assert list(verify.find_faults(dataset.root, dataset.path("index"))) == []
         searcher = Searcher(dataset)
-        found[name] = (*searcher.index.search(vectors[:200], 10), about["recall"])
-    for one, other in zip(found["memory"], found["disk"], strict=True):
-        np.testing.assert_equal(one, other)
+        answers[name] = (*searcher.index.search(vectors[:200], 10), info["recall"])
+    for answer_in_memory, answer_on_disk in zip(answers["memory"], answers["disk"], strict=True):
+        np.testing.assert_equal(answer_in_memory, answer_on_disk)
     # In a cache its files have other names and no folder in common.
     shutil.copy(folder / "knn.index", tmp_path / "0a1b")
     (tmp_path / "c").mkdir()
     shutil.copy(folder / LISTS, tmp_path / "c" / "2c3d")
     (tmp_path / "c" / "2c3d").chmod(0o400)
     on_disk = open_index(tmp_path / "0a1b", tmp_path / "c" / "2c3d")
-    assert (on_disk.search(vectors[:200], 10)[1] == found["disk"][1]).all()
+    assert (on_disk.search(vectors[:200], 10)[1] == answers["disk"][1]).all()
     # Elsewhere it opens too, and an index made from it is on disk like it.
     moved = tmp_path / "moved"
     (tmp_path / "disk").rename(moved)
     base = Dataset(str(moved), "x")
-    assert (Searcher(base).index.search(vectors[:200], 10)[1] == found["disk"][1]).all()
+    assert (Searcher(base).index.search(vectors[:200], 10)[1] == answers["disk"][1]).all()
     following = synthetic.given(moved, "x@v2",
                                 [*np.array_split(vectors, 6)[1:], synthetic.clustered(1_700, 32)[1_500:]])
     extended = {}
     for bound in ("10Ki", "4Gi"):
-        about = build_index(Extension(following, base, IndexConfig(merge_memory=bound)), run_stage, overwrite=True)
+        manifest = build_index(Extension(following, base, IndexConfig(merge_memory=bound)), run_stage, overwrite=True)
         assert storage.exists(storage.join(following.folder("index"), LISTS)) == (bound == "10Ki")
-        extended[bound] = (*Searcher(following).index.search(vectors[:200], 10), about["info"]["recall"])
-    for one, other in zip(*extended.values(), strict=True):
-        np.testing.assert_equal(one, other)
+        extended[bound] = (*Searcher(following).index.search(vectors[:200], 10), manifest["info"]["recall"])
+    for answer_on_disk, answer_in_memory in zip(*extended.values(), strict=True):
+        np.testing.assert_equal(answer_on_disk, answer_in_memory)
     assert capfd.readouterr().out == ""
 
 
 def test_lists_on_disk_come_from_a_store_too(tmp_path, s3, vectors):
-    found = []
+    answers = []
     for root in (tmp_path, s3):
         dataset = synthetic.given(root, "x", np.array_split(vectors, 4))
         build_index(Index(dataset, IndexConfig(key="IVF16,SQ8", part_memory="60Ki", merge_memory="10Ki")), run_stage)
         following = synthetic.given(root, "x@v2", np.array_split(vectors, 4)[1:])
         run_stage(Extension(following, dataset, IndexConfig(merge_memory="10Ki")))
-        found.append([Searcher(one).search(vectors[:100], 5) for one in (dataset, following)])
-        found[-1].append([one.manifest("index")["items"][0]["files"] for one in (dataset, following)])
-    np.testing.assert_equal(found[0], found[1])
-    assert LISTS in str(found[0][-1])
+        answers.append([Searcher(version).search(vectors[:100], 5) for version in (dataset, following)])
+        answers[-1].append([version.manifest("index")["items"][0]["files"] for version in (dataset, following)])
+    np.testing.assert_equal(answers[0], answers[1])
+    assert LISTS in str(answers[0][-1])
 
 
 @pytest.mark.parametrize("merge_memory", ["10Ki", "4Gi"])
@@ -235,16 +235,17 @@ def test_lists_that_are_missing_or_cut_are_named(tmp_path, vectors):
 def test_rows_with_tombstones_are_never_found(tmp_path, vectors, key):
     dataset = synthetic.given(tmp_path, "x", [vectors[:700], vectors[700:1100]])
     run_stage(Index(dataset, IndexConfig(key=key, target_recall=1.0)))
-    gone = np.arange(0, 1100, 4)
-    keys = [f"{row // 700:03d}-{row - 700 * (row // 700):05d}" for row in gone]
+    hidden_ids = np.arange(0, 1100, 4)
+    keys = [f"{row // 700:03d}-{row - 700 * (row // 700):05d}" for row in hidden_ids]
     (tmp_path / "keys.txt").write_text("\n".join([*keys, "nobody"]) + "\n")
-    assert (Searcher(dataset).search(vectors[gone], 1)[0][:, 0] == gone).mean() > 0.9
+    assert (Searcher(dataset).search(vectors[hidden_ids], 1)[0][:, 0] == hidden_ids).mean() > 0.9
     manifest = run_stage(hidden_rows.Tombstones(dataset, str(tmp_path / "keys.txt")))
-    assert manifest["totals"]["samples"] == len(gone) and manifest["totals"]["skipped"] == {"not in this dataset": 1}
-    ids, scores = Searcher(dataset).search(vectors[gone], 5)
-    assert not np.isin(ids, gone).any() and (ids >= 0).mean() > 0.99
-    products = vectors[gone] @ vectors[:1100].T
-    products[:, gone] = -np.inf
+    assert manifest["totals"]["samples"] == len(hidden_ids)
+    assert manifest["totals"]["skipped"] == {"not in this dataset": 1}
+    ids, scores = Searcher(dataset).search(vectors[hidden_ids], 5)
+    assert not np.isin(ids, hidden_ids).any() and (ids >= 0).mean() > 0.99
+    products = vectors[hidden_ids] @ vectors[:1100].T
+    products[:, hidden_ids] = -np.inf
     assert np.isclose(scores, -np.sort(-products, 1)[:, :5], atol=1e-3).mean() > 0.9
 
 
@@ -269,11 +270,11 @@ def test_tombstones_of_other_shards_are_refused(tmp_path, vectors):
     synthetic.given(tmp_path, "x", [vectors[:300]], hashes=["0" * 64] * 300)
     with pytest.raises(ValueError, match=r"tombstones is stale: shards changed since\nhint: .*--tombstone"):
         hidden_rows.read_hidden_rows(dataset)
-    for text, told in (("", "names no key"), (None, "there is no file")):
+    for text, reason in (("", "names no key"), (None, "there is no file")):
         (tmp_path / "keys.txt").unlink()
         if text is not None:
             (tmp_path / "keys.txt").write_text(text)
-        with pytest.raises(ValueError, match=f"{told}.*\nhint"):
+        with pytest.raises(ValueError, match=f"{reason}.*\nhint"):
             run_stage(hidden_rows.Tombstones(dataset, str(tmp_path / "keys.txt")))
         (tmp_path / "keys.txt").touch()
 

@@ -118,12 +118,12 @@ def test_recall_is_that_of_queries_that_were_not_trained_on(few, key, floor):
     other.add(few)
     if info["parameter"]:
         faiss.ParameterSpace().set_index_parameters(other, info["parameter"])
-    found = [[row for row in rows if row != own][:10] for rows, own in zip(other.search(few[held], 11)[1].tolist(),
-                                                                           held, strict=True)]
+    neighbors = [[row for row in rows if row != own][:10] for rows, own in zip(other.search(few[held], 11)[1].tolist(),
+                                                                               held, strict=True)]
     products = few[held] @ few.T
     products[np.arange(150), held] = -np.inf
     exact = np.argsort(-products, axis=1, kind="stable")[:, :10]
-    recall = np.mean([len(set(a) & set(b)) for a, b in zip(found, exact.tolist(), strict=True)]) / 10
+    recall = np.mean([len(set(a) & set(b)) for a, b in zip(neighbors, exact.tolist(), strict=True)]) / 10
     assert info["recall_at_10"] == pytest.approx(recall, abs=0.02) and recall >= floor
     assert built.ntotal == 2_000
 
@@ -141,8 +141,8 @@ def test_effort_is_the_least_that_reaches_the_target(few):
 @pytest.mark.parametrize("key", ["", "Flat", "SQ8", "HNSW15", "IVF32,Flat"])
 def test_ids_are_global_rows(few, key):
     built, _, _, _ = build_whole(few, IndexConfig(key=key, target_recall=1.0))
-    found = built.search(few, 1)[1][:, 0]
-    assert (found == np.arange(len(few))).mean() > 0.99
+    ids = built.search(few, 1)[1][:, 0]
+    assert (ids == np.arange(len(few))).mean() > 0.99
 
 
 def test_training_takes_a_sample_of_all_not_the_first_rows(few):
@@ -331,13 +331,13 @@ def test_searches_give_the_same_bits_with_any_number_of_threads(tmp_path):
     run_stage(Index(database, IndexConfig(key="OPQ8_32,IVF32,PQ8x8")))
     searcher, lists = Searcher(database), IndexLists(database)
     seen = set()
-    for number in (1, 2, 3):
-        faiss.omp_set_num_threads(number)
+    for threads in (1, 2, 3):
+        faiss.omp_set_num_threads(threads)
         queries = RecallQueries("image", vectors[:600], np.arange(600))
         queries.look(vectors, 0)
-        found = [queries.scores, searcher.candidates(vectors[:600], 50), lists.nearest(vectors, 8)]
-        about = [recall_error(searcher.index, vectors), queries.recall(searcher.index)]
-        seen.add((*(one.tobytes() for one in found), str(about)))
+        arrays = [queries.scores, searcher.candidates(vectors[:600], 50), lists.nearest(vectors, 8)]
+        figures = [recall_error(searcher.index, vectors), queries.recall(searcher.index)]
+        seen.add((*(array.tobytes() for array in arrays), str(figures)))
     assert len(seen) == 1
 
 
@@ -373,8 +373,8 @@ def test_a_gpu_finds_what_the_cpu_finds(few, key, monkeypatch):
 
 @pytest.mark.parametrize("key", ["IVF32,SQ8", "OPQ8_32,IVF16,PQ8x4"])
 def test_rows_filled_by_their_lists_are_those_filled_at_once(few, key):
-    one = train_index(key, few, 32)
-    other = faiss.clone_index(one)
-    fill(one, few)
-    fill_by_lists(other, few, place=lambda centres: centres)
-    assert bytes_of(one) == bytes_of(other)
+    index = train_index(key, few, 32)
+    copied_index = faiss.clone_index(index)
+    fill(index, few)
+    fill_by_lists(copied_index, few, place=lambda centres: centres)
+    assert bytes_of(index) == bytes_of(copied_index)

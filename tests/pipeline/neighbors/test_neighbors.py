@@ -33,8 +33,8 @@ def database(tmp_path_factory):
     """Four shards of different lengths, with twelve rows of zeros."""
     vectors = synthetic.clustered(900, 16)
     vectors[100:112] = 0
-    return index_database(synthetic.given(tmp_path_factory.mktemp("root"), "database",
-                                          [vectors[:300], vectors[300:310], vectors[310:700], vectors[700:]]), key="Flat")
+    shards = [vectors[:300], vectors[300:310], vectors[310:700], vectors[700:]]
+    return index_database(synthetic.given(tmp_path_factory.mktemp("root"), "database", shards), key="Flat")
 
 
 @pytest.fixture(scope="module")

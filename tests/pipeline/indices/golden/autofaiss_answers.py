@@ -16,7 +16,7 @@ BYTES_PER_VECTOR = (288, 32)  # of the demo's recipe, and of a small budget
 
 def budgets(count: int) -> list[int]:
     """Budgets in KiB, as the index stage passes them: its default of 4 GiB, and two budgets per vector."""
-    return [4 << 20, *((each * count + (64 << 10)) >> 10 for each in BYTES_PER_VECTOR)]
+    return [4 << 20, *((bytes_per_vector * count + (64 << 10)) >> 10 for bytes_per_vector in BYTES_PER_VECTOR)]
 
 
 def answers() -> list[dict[str, Any]]:
@@ -24,15 +24,15 @@ def answers() -> list[dict[str, Any]]:
     from autofaiss.external.metadata import IndexMetadata
     from autofaiss.external.optimize import get_optimal_index_keys_v2
 
-    found = []
+    records = []
     for count in COUNTS:
         for dim in DIMS:
             for budget in budgets(count):
                 keys = list(get_optimal_index_keys_v2(count, dim, f"{budget}K") or [])
                 sizes = [int(IndexMetadata(key, count, dim).estimated_index_size_in_bytes()) for key in keys]
-                found.append({"count": count, "dim": dim, "KiB": budget, "keys": keys, "bytes": sizes})
-    return found
+                records.append({"count": count, "dim": dim, "KiB": budget, "keys": keys, "bytes": sizes})
+    return records
 
 
 if __name__ == "__main__":
-    PATH.write_text("[\n" + ",\n".join(json.dumps(one) for one in answers()) + "\n]\n")
+    PATH.write_text("[\n" + ",\n".join(json.dumps(answer) for answer in answers()) + "\n]\n")
