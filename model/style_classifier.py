@@ -132,9 +132,9 @@ def kid(samples: np.ndarray, reference: np.ndarray, groups: np.ndarray | None = 
     """Kernel Inception distance between two sets of unit vectors (N, D) and (M, D), on whatever features they are.
 
     The unbiased estimate of the squared maximum mean discrepancy with the kernel (x y + 1)^3 (Binkowski et al. 2018,
-    arXiv:1801.01401, section 4, where the product is divided by D because the features are not of unit length); it may
-    be a little below zero. Vectors of `one` with the same of `groups` (N,) were not drawn independently: such pairs are
-    left out. NaN where no pair is left.
+    arXiv:1801.01401, section 4). They divide the product by D because their features are not of unit length. The
+    estimate may be slightly below zero. Vectors of `samples` with equal `groups` (N,) are not independent: their pairs
+    are left out. NaN where no pair is left.
     """
     n, m = len(samples), len(reference)
     x, y = samples.astype(np.float64), reference.astype(np.float64)

@@ -12,10 +12,10 @@ def _pictures(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     pictures, labels = np.full((count, 16, 16, 3), 255, np.uint8), rng.integers(2, size=count)
     for picture, label in zip(pictures, labels, strict=True):
-        top, left = rng.integers(0, 6, size=2)
-        picture[top:top + 10, left:left + 10] = rng.integers(0, 160, size=3)
+        y, x = rng.integers(0, 6, size=2)
+        picture[y:y + 10, x:x + 10] = rng.integers(0, 160, size=3)
         if label:
-            picture[top + 1:top + 9, left + 1:left + 9] = 255
+            picture[y + 1:y + 9, x + 1:x + 9] = 255
     return pictures, labels
 
 
@@ -29,9 +29,9 @@ def test_a_judge_learns_how_pictures_are_drawn() -> None:
     network = style_classifier.train_judge(*_pictures(200, 0), 2, steps=60, seed=0)
     pictures, labels = _pictures(200, 1)
     assert (style_classifier.classify_images(network, pictures) == labels).mean() > 0.95
-    again = style_classifier.train_judge(*_pictures(200, 0), 2, steps=60, seed=0)
-    assert all(torch.equal(one, other) for one, other in
-               zip(network.state_dict().values(), again.state_dict().values(), strict=True))
+    second_network = style_classifier.train_judge(*_pictures(200, 0), 2, steps=60, seed=0)
+    assert all(torch.equal(tensor, second_tensor) for tensor, second_tensor in
+               zip(network.state_dict().values(), second_network.state_dict().values(), strict=True))
 
 
 def test_a_rare_style_is_learned_as_well_as_a_frequent_one() -> None:
@@ -56,13 +56,14 @@ def test_the_probe_tells_directions_apart() -> None:
 
 def test_kid_is_about_nothing_for_the_same_and_grows_with_the_distance() -> None:
     rng = np.random.default_rng(0)
-    near, far = np.eye(2, 8)
-    some = _vectors(150, near, rng)
-    same = np.mean([style_classifier.kid(_vectors(100, near, rng), _vectors(150, near, rng)) for _ in range(20)])
-    between = style_classifier.kid(some, _vectors(150, near + 0.3 * far, rng))
-    apart = style_classifier.kid(some, _vectors(150, far, rng))
-    assert abs(same) < 0.01 < between < apart
-    assert np.isnan(style_classifier.kid(some[:1], some))
+    centre, other_centre = np.eye(2, 8)
+    vectors = _vectors(150, centre, rng)
+    kid_of_same = np.mean([style_classifier.kid(_vectors(100, centre, rng), _vectors(150, centre, rng))
+                           for _ in range(20)])
+    kid_of_near = style_classifier.kid(vectors, _vectors(150, centre + 0.3 * other_centre, rng))
+    kid_of_far = style_classifier.kid(vectors, _vectors(150, other_centre, rng))
+    assert abs(kid_of_same) < 0.01 < kid_of_near < kid_of_far
+    assert np.isnan(style_classifier.kid(vectors[:1], vectors))
 
 
 def test_kid_does_not_take_pictures_of_one_prompt_for_independent_ones() -> None:
@@ -70,23 +71,23 @@ def test_kid_does_not_take_pictures_of_one_prompt_for_independent_ones() -> None
     centre = np.eye(2, 8)[0]
     real = _vectors(200, centre, rng)
     once = [_vectors(100, centre, rng) for _ in range(20)]
-    twice = [np.repeat(some[:50], 2, 0) for some in once]  # two pictures of each prompt that are quite the same
+    twice = [np.repeat(samples[:50], 2, 0) for samples in once]  # two equal images of each prompt
     groups = np.repeat(np.arange(50), 2)
-    honest = np.mean([style_classifier.kid(some, real, groups) for some in twice])
-    assert abs(honest - np.mean([style_classifier.kid(some, real) for some in once])) < 0.02
-    assert np.mean([style_classifier.kid(some, real) for some in twice]) > honest + 0.01
+    grouped_kid = np.mean([style_classifier.kid(samples, real, groups) for samples in twice])
+    assert abs(grouped_kid - np.mean([style_classifier.kid(samples, real) for samples in once])) < 0.02
+    assert np.mean([style_classifier.kid(samples, real) for samples in twice]) > grouped_kid + 0.01
     assert np.isnan(style_classifier.kid(once[0][:2], real, np.zeros(2)))
 
 
 def test_kid_is_what_its_definition_says() -> None:
     rng = np.random.default_rng(1)
-    one, other = _vectors(5, np.ones(4), rng), _vectors(7, np.ones(4), rng)
+    fake, real = _vectors(5, np.ones(4), rng), _vectors(7, np.ones(4), rng)
 
     def kernel(a: np.ndarray, b: np.ndarray) -> float:
         return float(a.astype(np.float64) @ b.astype(np.float64) + 1) ** 3
 
-    def within(x: np.ndarray) -> float:
+    def mean_within(x: np.ndarray) -> float:
         return float(np.mean([kernel(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j]))
 
-    across = np.mean([kernel(a, b) for a in one for b in other])
-    assert style_classifier.kid(one, other) == pytest.approx(within(one) + within(other) - 2 * across)
+    mean_across = np.mean([kernel(a, b) for a in fake for b in real])
+    assert style_classifier.kid(fake, real) == pytest.approx(mean_within(fake) + mean_within(real) - 2 * mean_across)

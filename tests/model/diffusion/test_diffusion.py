@@ -86,11 +86,11 @@ def test_ddim_recovers_a_gaussian(prediction, guidance, mean):
 
 def _exact(config, noise, level, last, mean, std):
     """Where the flow of the ideal denoiser takes x_T: it keeps (x_t - alpha_t m) over the deviation of x_t."""
-    (a, b), (s, r) = (one[[level, last]].tolist() for one in amplitudes(config))
+    (a, b), (s, r) = (values[[level, last]].tolist() for values in amplitudes(config))
     if config.prediction == "flow":
         b, r = 1.0, 0.0
-    here, there = ((a * std) ** 2 + s**2) ** 0.5, ((b * std) ** 2 + r**2) ** 0.5
-    return b * mean + there * (noise.double() - a * mean) / here
+    deviation_at_level, deviation_at_last = ((a * std) ** 2 + s**2) ** 0.5, ((b * std) ** 2 + r**2) ** 0.5
+    return b * mean + deviation_at_last * (noise.double() - a * mean) / deviation_at_level
 
 
 @pytest.mark.parametrize("prediction, sampler, steps, bound", [
@@ -162,9 +162,9 @@ def test_prompt_and_neighbours_have_scales_of_their_own():
         out = sample(denoiser, config, context, noise, steps=100, guidance=guidance, clamp=False)
         return out, denoiser.calls // (100 * 8)
 
-    one, calls = draw(2.0)
-    same, calls_of_same = draw(Guidance(2.0, 2.0))
-    assert torch.equal(one, same) and calls == calls_of_same == 2
+    images, calls = draw(2.0)
+    same_images, calls_of_same = draw(Guidance(2.0, 2.0))
+    assert torch.equal(images, same_images) and calls == calls_of_same == 2
     # For nobody the mean is 0, for the prompt 0.1, for both 0.175.
     for text, neighbors in ((1.0, 0.0), (2.0, 1.0), (0.0, 3.0)):
         out, calls = draw(Guidance(text, neighbors))

@@ -13,7 +13,7 @@ from model.training.inputs import _prepare_inputs
 from tests.model.training import toy_run
 
 
-def prepared(config: TrainConfig, step: int = 0, rank: int = 0, world: int = 1, own: np.ndarray | None = None):
+def prepare_inputs(config: TrainConfig, step: int = 0, rank: int = 0, world: int = 1, own: np.ndarray | None = None):
     def batch_at(step):
         batch = toy_run.batches(config.global_batch, rank, world)(step)
         share = config.global_batch // world
@@ -25,13 +25,14 @@ def prepared(config: TrainConfig, step: int = 0, rank: int = 0, world: int = 1, 
 
 def test_a_random_k_is_one_for_the_batch_and_another_in_other_steps():
     config = toy_run.config(random_k=True, k=4)
-    found = [prepared(config, step).context.shape[1] for step in range(40)]
-    assert set(found) == {1, 2, 3, 4}
-    assert all(prepared(config, step, rank, 2).context.shape[1] == found[step] for step in range(5) for rank in (0, 1))
+    counts = [prepare_inputs(config, step).context.shape[1] for step in range(40)]
+    assert set(counts) == {1, 2, 3, 4}
+    for step in range(5):
+        assert all(prepare_inputs(config, step, rank, 2).context.shape[1] == counts[step] for rank in (0, 1))
 
 
 def test_noise_turns_neighbours_and_leaves_their_length():
-    plain, noisy = (prepared(toy_run.config(k=4, p_uncond=0.0, neighbor_noise=noise, global_batch=64)).context
+    plain, noisy = (prepare_inputs(toy_run.config(k=4, p_uncond=0.0, neighbor_noise=noise, global_batch=64)).context
                     for noise in (0.0, 0.3))
     torch.testing.assert_close(plain.norm(dim=-1), noisy.norm(dim=-1))
     cosine = torch.nn.functional.cosine_similarity(plain, noisy, dim=-1)
@@ -40,23 +41,23 @@ def test_noise_turns_neighbours_and_leaves_their_length():
 
 
 def test_single_neighbours_are_left_out_as_often_as_asked():
-    context = prepared(toy_run.config(k=4, p_uncond=0.0, p_drop_neighbor=0.25, global_batch=512)).context
-    gone = ~context.any(-1)
-    assert abs(gone.float().mean() - 0.25) < 0.03
-    assert gone.sum(1).float().var() > 0
+    context = prepare_inputs(toy_run.config(k=4, p_uncond=0.0, p_drop_neighbor=0.25, global_batch=512)).context
+    dropped = ~context.any(-1)
+    assert abs(dropped.float().mean() - 0.25) < 0.03
+    assert dropped.sum(1).float().var() > 0
 
 
 def test_disturbances_belong_to_the_place_in_the_batch():
     config = toy_run.config(k=4, neighbor_noise=0.3, p_drop_neighbor=0.3)
-    whole = prepared(config, 3).context
-    halves = torch.cat([prepared(config, 3, rank, 2).context for rank in range(2)])
+    whole = prepare_inputs(config, 3).context
+    halves = torch.cat([prepare_inputs(config, 3, rank, 2).context for rank in range(2)])
     assert torch.equal(whole, halves)
 
 
 def test_the_own_vector_stands_first_and_is_not_disturbed():
     config = toy_run.config(k=4, p_uncond=0.0, p_drop_neighbor=1.0, own="image", context_norm=2.0)
     own = np.random.default_rng(0).standard_normal((8, toy_run.CODE)).astype(np.float16)
-    context = prepared(config, own=own).context
+    context = prepare_inputs(config, own=own).context
     assert context.shape[1] == 5
     torch.testing.assert_close(context[:, 0], 2 * torch.from_numpy(own).float())
     assert not context[:, 1:].any()

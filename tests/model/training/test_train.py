@@ -136,9 +136,9 @@ def test_averages_of_several_rates_are_kept_resumed_and_loaded(tmp_path):
     _run(replace(config, steps=3), tmp_path / "halves")
     _run(config, tmp_path / "halves", resume=tmp_path / "halves" / "0000003")
     folder = tmp_path / "straight" / "0000006"
-    found = {rate: load_denoiser(folder, rate=rate)[0].out[2].weight for rate in (0.9, 0.1)}
+    output_weights = {rate: load_denoiser(folder, rate=rate)[0].out[2].weight for rate in (0.9, 0.1)}
     # The one of rate 0 has no memory: these are the weights themselves.
-    assert not torch.equal(found[0.9], found[0.1])
+    assert not torch.equal(output_weights[0.9], output_weights[0.1])
     for name in ("ema", "ema-0.1", "ema-0"):
         a, b = (load_file(tmp_path / part / "0000006" / f"{name}.safetensors") for part in ("straight", "halves"))
         assert all(torch.equal(a[key], b[key]) for key in a)
@@ -243,9 +243,9 @@ def test_a_batch_that_does_not_fit_is_refused(tmp_path):
 def test_the_network_comes_back_as_it_was_saved(tmp_path):
     config = toy_run.config(steps=2)
     _run(config, tmp_path)
-    averaged, found = load_denoiser(tmp_path / "0000002")
+    averaged, loaded_config = load_denoiser(tmp_path / "0000002")
     raw, _ = load_denoiser(tmp_path / "0000002", ema=False)
-    assert found == config and not averaged.training
+    assert loaded_config == config and not averaged.training
     assert not torch.equal(averaged.out[2].weight, raw.out[2].weight)
 
 

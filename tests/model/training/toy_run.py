@@ -42,12 +42,12 @@ def batches(global_batch: int, rank: int = 0, world: int = 1, shuffled: bool = F
         rng = np.random.default_rng((1, step))
         code = rng.standard_normal((global_batch, CODE))
         picture = 127.5 + 127.5 * np.tanh(code @ drawing)
-        seen = np.roll(code, 1, axis=0) if shuffled else code
-        near = seen[:, None] + 0.1 * rng.standard_normal((global_batch, STORED, CODE))
-        mine = slice(rank * global_batch // world, (rank + 1) * global_batch // world)
+        neighbor_centers = np.roll(code, 1, axis=0) if shuffled else code
+        neighbors = neighbor_centers[:, None] + 0.1 * rng.standard_normal((global_batch, STORED, CODE))
+        rank_rows = slice(rank * global_batch // world, (rank + 1) * global_batch // world)
         return {
-            "image": picture.astype(np.uint8).reshape(-1, SIDE, SIDE, 3)[mine],
-            "neighbors": near.astype(np.float16)[mine],
+            "image": picture.astype(np.uint8).reshape(-1, SIDE, SIDE, 3)[rank_rows],
+            "neighbors": neighbors.astype(np.float16)[rank_rows],
         }
 
     return batch_at

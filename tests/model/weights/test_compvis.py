@@ -57,8 +57,8 @@ def test_the_unet_answers_as_the_published_code(unet, io):
 
 def test_the_first_stage_answers_as_the_published_code(autoencoder, io):
     mean, log_variance = io["moments"].chunk(2, 1)
-    found, deviation = autoencoder.moments(io["image"])
-    torch.testing.assert_close(found, mean, rtol=0, atol=1e-4)
+    encoded_mean, deviation = autoencoder.moments(io["image"])
+    torch.testing.assert_close(encoded_mean, mean, rtol=0, atol=1e-4)
     torch.testing.assert_close(deviation, (0.5 * log_variance.clamp(-30, 20)).exp(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(autoencoder.decode(io["z"]), io["decoded"], rtol=0, atol=1e-4)
 
@@ -78,9 +78,9 @@ def test_ten_steps_of_ddim_end_where_those_of_the_published_code_do(unet, io):
 def test_every_name_and_size_of_a_released_unet_is_known(name, recipe):
     weights = shapes(name)
     config = compvis.unet_config(weights)
-    wanted = recipe().unet
+    expected = recipe().unet
     assert {**config.__dict__, "checkpointing": True, "attention_downsampling": set(config.attention_downsampling)} == {
-        **wanted.__dict__, "attention_downsampling": set(wanted.attention_downsampling)}
+        **expected.__dict__, "attention_downsampling": set(expected.attention_downsampling)}
     with torch.device("meta"):
         net = UNet(config)
     assert {key: list(tensor.shape) for key, tensor in net.state_dict().items()} == KEYS[name]["keys"]
@@ -118,13 +118,13 @@ def checkpoint(small, path: Path, **more) -> Path:
 
 
 def test_a_whole_checkpoint_is_read_with_its_average_and_its_schedule(small, tmp_path):
-    found = compvis.read(checkpoint(small, tmp_path / "model.ckpt"))
-    assert found.averaged and found.step == 42 and found.scale == pytest.approx(0.2)
-    assert (found.diffusion.beta_start, found.diffusion.beta_end) == (0.0015, 0.015)
-    assert found.unet.keys() == small.unet.keys() and found.first_stage.keys() == small.first_stage.keys()
-    assert all(torch.equal(found.unet[name], tensor) for name, tensor in small.unet.items())
-    assert set(found.left_out) == {"betas", "alphas_cumprod", "scale_factor", "model_ema.decay",
-                                   "model_ema.num_updates", "first_stage_model.loss.logvar"}
+    released = compvis.read(checkpoint(small, tmp_path / "model.ckpt"))
+    assert released.averaged and released.step == 42 and released.scale == pytest.approx(0.2)
+    assert (released.diffusion.beta_start, released.diffusion.beta_end) == (0.0015, 0.015)
+    assert released.unet.keys() == small.unet.keys() and released.first_stage.keys() == small.first_stage.keys()
+    assert all(torch.equal(released.unet[name], tensor) for name, tensor in small.unet.items())
+    assert set(released.left_out) == {"betas", "alphas_cumprod", "scale_factor", "model_ema.decay",
+                                      "model_ema.num_updates", "first_stage_model.loss.logvar"}
 
 
 class Callback:

@@ -65,19 +65,19 @@ def test_what_is_opened_ahead_is_what_the_next_window_needs():
     offsets, rows = np.cumsum([0, *order.counts]), np.concatenate([order.rows(step) for step in range(80)])
     shards = np.searchsorted(offsets, rows, side="right") - 1  # of the samples in the stream, 168 in an epoch
     for step in range(50):
-        positions, opened = order.ahead(8 * step, 8 * step + 7)
+        positions, opened_shards = order.ahead(8 * step, 8 * step + 7)
         following, _ = order.ahead(positions.stop, positions.stop)
         assert 8 * step in positions and 8 * step + 7 in positions and following.start == positions.stop
-        used = shards[positions.start:following.stop]
-        assert set(used) <= set(opened) <= set(used) | {2, 8, 14}  # those without a sample
+        used_shards = shards[positions.start:following.stop]
+        assert set(used_shards) <= set(opened_shards) <= set(used_shards) | {2, 8, 14}  # those without a sample
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_ranks_share_the_same_global_batch(built, world):
-    one = batches(built)
+    all_ranks = batches(built)
     ranks = [batches(built, rank=rank, world=world) for rank in range(world)]
     for step in (0, 8, 20):  # the ninth batch goes over the end of an epoch
-        whole, parts = one.at(step), [rank.at(step) for rank in ranks]
+        whole, parts = all_ranks.at(step), [rank.at(step) for rank in ranks]
         for name in ("image", "rows", "neighbors"):
             np.testing.assert_array_equal(whole[name], np.concatenate([part[name] for part in parts]))
 
@@ -90,17 +90,17 @@ def test_a_batch_has_the_pictures_and_the_exact_vectors_of_its_rows(built):
     pictures = [Image.open(io.BytesIO(tars.sample_image(sample))) for record in built.manifest("shards")["items"]
                 for sample in tars.read(built.fetch("shards", file_of(record, ".tar")))]
     ids, vectors = np.concatenate(load_neighbors(built, built)), Embeddings(built).all()
-    for image, row, given in zip(batch["image"], batch["rows"], batch["neighbors"], strict=True):
+    for image, row, neighbor_vectors in zip(batch["image"], batch["rows"], batch["neighbors"], strict=True):
         np.testing.assert_array_equal(image, np.asarray(pictures[row]))
-        np.testing.assert_array_equal(given, vectors[ids[row, :3]])
+        np.testing.assert_array_equal(neighbor_vectors, vectors[ids[row, :3]])
 
 
 @pytest.mark.parametrize("options", [{"decoded_bytes": 0}, {"decoded_bytes": 0, "threads": 1}, {"threads": 3},
                                      {"decoded_bytes": 72 * 32 * 32 * 3}])
 def test_what_is_kept_decoded_changes_no_batch(built, options):
-    one, other = batches(built), batches(built, **options)
+    expected, with_options = batches(built), batches(built, **options)
     for step in [0, 1, 8, 9, 2, 20]:
-        np.testing.assert_array_equal(one.at(step)["image"], other.at(step)["image"])
+        np.testing.assert_array_equal(expected.at(step)["image"], with_options.at(step)["image"])
 
 
 @pytest.mark.parametrize("decoded_bytes", [0, 1 << 30])
@@ -115,15 +115,15 @@ def test_pictures_are_averaged_down(built, decoded_bytes):
 
 
 def test_pictures_that_were_kept_need_no_tars(copied):
-    one = batches(copied)
-    epoch = [one.at(step)["image"] for step in range(9)]
+    reader = batches(copied)
+    epoch = [reader.at(step)["image"] for step in range(9)]
     for path in Path(copied.root).rglob("*.tar"):
         path.unlink()
-    again = {row: picture for step in range(9, 18)
-             for row, picture in zip(one.at(step)["rows"], one.at(step)["image"], strict=True)}
+    kept_pictures = {row: picture for step in range(9, 18)
+                     for row, picture in zip(reader.at(step)["rows"], reader.at(step)["image"], strict=True)}
     for step, pictures in enumerate(epoch):
-        for row, picture in zip(one.order.rows(step), pictures, strict=True):
-            np.testing.assert_array_equal(picture, again[row])
+        for row, picture in zip(reader.order.rows(step), pictures, strict=True):
+            np.testing.assert_array_equal(picture, kept_pictures[row])
 
 
 def test_a_batch_of_one_sample_more_than_all(built):
@@ -134,10 +134,10 @@ def test_a_batch_of_one_sample_more_than_all(built):
 
 
 def test_any_batch_can_be_asked_first(built):
-    one, other = batches(built), batches(built)
-    expected = [one.at(step) for step in range(12)]
+    in_order, out_of_order = batches(built), batches(built)
+    expected = [in_order.at(step) for step in range(12)]
     for step in (11, 2, 5):
-        np.testing.assert_array_equal(other.at(step)["image"], expected[step]["image"])
+        np.testing.assert_array_equal(out_of_order.at(step)["image"], expected[step]["image"])
 
 
 def test_the_control_has_neighbours_of_another_sample(built):
@@ -150,9 +150,9 @@ def test_the_control_has_neighbours_of_another_sample(built):
 def test_none_is_zeros(tmp_path, pictures):
     dataset, database = Dataset.parse(str(tmp_path), "x"), Dataset.parse(str(tmp_path), "small")
     few = synthetic.drawings(tmp_path / "few", subjects=1, size=32, styles=["flat", "soft"])
-    for one, source in ((dataset, pictures), (database, few)):
-        run_stage(Shard(one, ShardConfig(source=str(source), image_size=32)))
-        run_stage(Embed(one, EmbedConfig()))
+    for target, source in ((dataset, pictures), (database, few)):
+        run_stage(Shard(target, ShardConfig(source=str(source), image_size=32)))
+        run_stage(Embed(target, EmbedConfig()))
     run_stage(Neighbors(dataset, database, NeighborsConfig(k=4, method="exact", copy_similarity=2.0)))
     batch = Batches(dataset, database, k=4, global_batch=16, seed=0).at(0)
     assert batch["neighbors"][:, :2].any(-1).all() and not batch["neighbors"][:, 2:].any()
@@ -181,7 +181,7 @@ def test_pictures_of_different_sizes_are_refused(tmp_path, samples_per_shard):
         Batches(dataset, dataset, k=1, global_batch=3, seed=0).at(0)
 
 
-def _spoilt(dataset: Dataset, at: int, data: bytes) -> None:
+def _overwrite_in_first_tar(dataset: Dataset, at: int, data: bytes) -> None:
     """Write into the first tar."""
     with open(dataset.fetch("shards", file_of(dataset.manifest("shards")["items"][0], ".tar")), "r+b") as tar:
         tar.seek(at)
@@ -189,7 +189,7 @@ def _spoilt(dataset: Dataset, at: int, data: bytes) -> None:
 
 
 def test_a_tar_with_other_samples_than_its_manifest_is_refused(copied):
-    _spoilt(copied, 0, b"#")  # its first header: nothing can be read any more
+    _overwrite_in_first_tar(copied, 0, b"#")  # its first header: nothing can be read any more
     with pytest.raises(ValueError, match=r"000000\.tar has 0 samples, its manifest says 30\nhint"):
         [batches(copied).at(step) for step in range(9)]
 
@@ -197,22 +197,22 @@ def test_a_tar_with_other_samples_than_its_manifest_is_refused(copied):
 def test_a_picture_that_does_not_decode_is_named(copied):
     path = copied.fetch("shards", file_of(copied.manifest("shards")["items"][0], ".tar"))
     start = path.read_bytes().index(tars.TarImages(path)[3])
-    _spoilt(copied, start, bytes(8))
+    _overwrite_in_first_tar(copied, start, bytes(8))
     with pytest.raises(ValueError, match=r"sample 3 of .*000000\.tar does not decode \(not_a_picture.*\nhint"):
         [batches(copied).at(step) for step in range(9)]
 
 
 def test_neighbours_of_other_samples_are_refused(copied):
     manifest = copied.manifest("neighbors/drawn")
-    files = [storage.join(copied.folder("neighbors/drawn"), one["name"])
-             for one in neighbor_files(manifest["items"], ".ids.npy")]
+    files = [storage.join(copied.folder("neighbors/drawn"), entry["name"])
+             for entry in neighbor_files(manifest["items"], ".ids.npy")]
     rows = [np.load(path) for path in files]
-    for path, part in zip(files, (rows[0], np.concatenate([rows[1], rows[2]])[:12], rows[1]), strict=True):
-        np.save(path, part)
+    for path, shard_rows in zip(files, (rows[0], np.concatenate([rows[1], rows[2]])[:12], rows[1]), strict=True):
+        np.save(path, shard_rows)
         for record in manifest["items"]:
-            for one in record["files"]:
-                if path.endswith(one["name"]):
-                    one["bytes"] = os.path.getsize(path)
+            for entry in record["files"]:
+                if path.endswith(entry["name"]):
+                    entry["bytes"] = os.path.getsize(path)
     storage.put_json(manifest, storage.join(copied.folder("neighbors/drawn"), "manifest.json"))
     with pytest.raises(ValueError, match=r"shards and neighbors of drawn have different samples\nhint: .*--overwrite"):
         [batches(copied).at(step) for step in range(9)]
@@ -234,34 +234,34 @@ def _cached(dataset: Dataset) -> set[int]:
 
 
 def test_the_next_window_is_fetched_while_this_one_is_read(built, remote):
-    here, there = batches(built, global_batch=2), batches(remote, global_batch=2)
-    for one in (here, there):
-        one.order = Order(one.order.counts, 2, 5, window=1)
-    first, second, third = [shards[0] for _, shards in there.order.windows(0)]
+    local_batches, remote_batches = batches(built, global_batch=2), batches(remote, global_batch=2)
+    for reader in (local_batches, remote_batches):
+        reader.order = Order(reader.order.counts, 2, 5, window=1)
+    first, second, third = [shards[0] for _, shards in remote_batches.order.windows(0)]
     assert _cached(remote) == set()
-    there.at(0)
-    _until(lambda: _cached(remote) == {first, second})
-    for step in range(there.order.counts[first] // 2, 36):
-        np.testing.assert_array_equal(there.at(step)["image"], here.at(step)["image"])
+    remote_batches.at(0)
+    _wait_until(lambda: _cached(remote) == {first, second})
+    for step in range(remote_batches.order.counts[first] // 2, 36):
+        np.testing.assert_array_equal(remote_batches.at(step)["image"], local_batches.at(step)["image"])
     assert _cached(remote) == {first, second, third}
 
 
 def test_a_cache_too_small_for_the_corpus_changes_no_batch(built, remote, monkeypatch):
     monkeypatch.setenv("RDM_CACHE_BYTES", "1Ki")
     monkeypatch.setattr(cache, "_IN_USE_S", 0.0)
-    here, there = batches(built), batches(remote, decoded_bytes=0)
-    for one in (here, there):
-        one.order = Order(one.order.counts, 8, 5, window=1)
+    local_batches, remote_batches = batches(built), batches(remote, decoded_bytes=0)
+    for reader in (local_batches, remote_batches):
+        reader.order = Order(reader.order.counts, 8, 5, window=1)
     for step in range(12):
-        ours, theirs = here.at(step), there.at(step)
-        for name in ours:
-            np.testing.assert_array_equal(ours[name], theirs[name])
+        local_batch, remote_batch = local_batches.at(step), remote_batches.at(step)
+        for name in local_batch:
+            np.testing.assert_array_equal(local_batch[name], remote_batch[name])
     assert len(_cached(remote)) < 3
 
 
-def _until(true) -> None:
+def _wait_until(condition) -> None:
     for _ in range(200):
-        if true():
+        if condition():
             return
         time.sleep(0.05)
     raise AssertionError("it does not come to pass")
@@ -269,12 +269,12 @@ def _until(true) -> None:
 
 def test_samples_are_found_by_their_rows(built):
     rows = [71, 0, 30, 29, 0]
-    found = lookup.samples(built, rows)
-    assert [sample.row for sample in found] == rows
-    every = [row for record in built.manifest("shards")["items"] for row in _rows(built, record)]
-    for sample in found:
-        meta = every[sample.row]
-        assert (sample.key, sample.caption, sample.sha256) == (meta["key"], meta["caption"], meta["sha256"])
+    samples = lookup.samples(built, rows)
+    assert [sample.row for sample in samples] == rows
+    metadata_rows = [row for record in built.manifest("shards")["items"] for row in _rows(built, record)]
+    for sample in samples:
+        expected = metadata_rows[sample.row]
+        assert (sample.key, sample.caption, sample.sha256) == (expected["key"], expected["caption"], expected["sha256"])
         assert Image.open(io.BytesIO(sample.picture)).size == (32, 32)
     for row in (-1, 72):
         with pytest.raises(ValueError, match=f"has 72 samples, there is no row {row}"):

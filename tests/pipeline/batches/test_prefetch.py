@@ -10,7 +10,7 @@ import pytest
 from pipeline.batches.prefetch import Prefetcher
 
 
-class Thing:
+class OpenFile:
     """What is opened, to be referred to weakly."""
 
     def __init__(self, number: int) -> None:
@@ -18,49 +18,49 @@ class Thing:
 
 
 def test_what_is_wanted_is_opened_before_it_is_asked_for_and_once():
-    opened: list[int] = []
-    ahead = Prefetcher(lambda number: opened.append(number) or Thing(number), threads=1)
+    opened_numbers: list[int] = []
+    ahead = Prefetcher(lambda number: opened_numbers.append(number) or OpenFile(number), threads=1)
     ahead.want([5, 3, 9])
-    assert ahead[9].number == 9 and opened == [5, 3, 9]
+    assert ahead[9].number == 9 and opened_numbers == [5, 3, 9]
     ahead.want([9, 3])
-    assert ahead[3].number == 3 and ahead[4].number == 4 and opened == [5, 3, 9, 4]
+    assert ahead[3].number == 3 and ahead[4].number == 4 and opened_numbers == [5, 3, 9, 4]
 
 
 def test_what_is_not_wanted_any_more_is_forgotten():
-    ahead = Prefetcher(Thing, threads=2)
-    one, other = weakref.ref(ahead[1]), weakref.ref(ahead[2])
+    ahead = Prefetcher(OpenFile, threads=2)
+    first, second = weakref.ref(ahead[1]), weakref.ref(ahead[2])
     ahead.want([2, 3])
     assert ahead[3].number == 3
     gc.collect()
-    assert one() is None and other() is not None
+    assert first() is None and second() is not None
 
 
 def test_what_is_forgotten_before_its_turn_is_not_opened():
-    opened, go = [], threading.Event()
+    opened_numbers, may_open = [], threading.Event()
 
-    def open_(number: int) -> int:
-        go.wait(10)
-        opened.append(number)
+    def open_number(number: int) -> int:
+        may_open.wait(10)
+        opened_numbers.append(number)
         return number
 
-    ahead = Prefetcher(open_, threads=1)
+    ahead = Prefetcher(open_number, threads=1)
     ahead.want(range(20))
     time.sleep(0.1)  # the first is under way
     ahead.want([7])
-    go.set()
-    assert ahead[7] == 7 and opened == [0, 7]
+    may_open.set()
+    assert ahead[7] == 7 and opened_numbers == [0, 7]
 
 
 def test_what_failed_is_tried_again_when_it_is_asked_for():
     tries: list[int] = []
 
-    def open_(number: int) -> int:
+    def open_number(number: int) -> int:
         tries.append(number)
         if len(tries) < 3:
             raise ConnectionError("gone")
         return number
 
-    ahead = Prefetcher(open_)
+    ahead = Prefetcher(open_number)
     ahead.want([1])
     while not tries:
         time.sleep(0.01)
@@ -72,7 +72,7 @@ def test_what_failed_is_tried_again_when_it_is_asked_for():
 
 def test_threads_end_with_what_they_are_for():
     before = set(threading.enumerate())
-    ahead = Prefetcher(Thing, threads=3)
+    ahead = Prefetcher(OpenFile, threads=3)
     ahead.want(range(5))
     threads = set(threading.enumerate()) - before
     assert len(threads) == 3

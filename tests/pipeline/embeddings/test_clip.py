@@ -36,7 +36,7 @@ def as_new_process():
     describe_encoder.cache_clear()
 
 
-def folder(path: Path, preprocessing: dict[str, Any] | None = None, **vision: Any) -> str:
+def write_model(path: Path, preprocessing: dict[str, Any] | None = None, **vision: Any) -> str:
     """The bundled CLIP as a folder in open_clip's layout, with other settings; its name as a model."""
     path.mkdir()
     architecture = json.loads((BUNDLED / "tiny-clip-64.json").read_text())
@@ -61,13 +61,13 @@ def by_open_clip(model: str, pictures: list[Image.Image]) -> np.ndarray:
 
 
 def test_a_folder_of_the_bundled_model_gives_its_vectors(copied: Dataset, built: Dataset, tmp_path: Path) -> None:
-    model = folder(tmp_path / "model")
+    model = write_model(tmp_path / "model")
     shutil.rmtree(copied.folder("embeddings"))
     run_stage(Embed(copied, EmbedConfig(model=model, batch_size=16)))
     np.testing.assert_array_equal(Embeddings(copied).all(), Embeddings(built).all())
-    said, bundled = dataset_encoder(copied), dataset_encoder(built)
-    assert said["model"] == "local-dir"  # where it lies is no matter
-    assert said | {"model": bundled["model"]} == bundled
+    encoder, bundled = dataset_encoder(copied), dataset_encoder(built)
+    assert encoder["model"] == "local-dir"  # where it lies is no matter
+    assert encoder | {"model": bundled["model"]} == bundled
     texts = ["a red heart", "blue square"]
     expected = clip.load_encoder(ClipConfig()).texts(texts)
     np.testing.assert_array_equal(clip.load_encoder(ClipConfig(model)).texts(texts), expected)
@@ -77,20 +77,21 @@ def test_a_folder_of_the_bundled_model_gives_its_vectors(copied: Dataset, built:
     {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}, {"interpolation": "bilinear"}, {"resize_mode": "squash"},
     {"resize_mode": "longest", "fill_color": 255}, {"interpolation": "random", "mean": None}])
 def test_the_preprocessing_is_that_of_the_folder(other: dict[str, Any], tmp_path: Path) -> None:
-    config, plain = ClipConfig(folder(tmp_path / "model", other), precision="fp32"), ClipConfig(precision="fp32")
-    said, usual = describe_encoder(config)["preprocessing"], describe_encoder(plain)["preprocessing"]
-    given = {{"resize_mode": "resize"}.get(key, key): value for key, value in other.items() if value is not None}
-    assert said == usual | given != usual
+    config, plain = ClipConfig(write_model(tmp_path / "model", other), precision="fp32"), ClipConfig(precision="fp32")
+    preprocessing, usual = describe_encoder(config)["preprocessing"], describe_encoder(plain)["preprocessing"]
+    changes = {{"resize_mode": "resize"}.get(key, key): value for key, value in other.items() if value is not None}
+    assert preprocessing == usual | changes != usual
     pictures = [photo(200, 130), photo(90, 200, 1)]
-    found = [clip.load_encoder(one).images(np.stack([clip.load_encoder(one).prepared(synthetic.encoded(picture, "PNG"))
-                                             for picture in pictures])) for one in (config, plain)]
-    assert (found[0] * by_open_clip(config.model, pictures)).sum(1).min() > 1 - 1e-3
+    encoders = [clip.load_encoder(config), clip.load_encoder(plain)]
+    vectors = [encoder.images(np.stack([encoder.prepared(synthetic.encoded(picture, "PNG")) for picture in pictures]))
+               for encoder in encoders]
+    assert (vectors[0] * by_open_clip(config.model, pictures)).sum(1).min() > 1 - 1e-3
     if other.get("interpolation") != "random":  # which open_clip takes for bicubic
-        assert (found[0] * found[1]).sum(1).min() < 1 - 2e-5
+        assert (vectors[0] * vectors[1]).sum(1).min() < 1 - 2e-5
 
 
 def test_the_size_of_pictures_is_that_of_the_folder(tmp_path: Path) -> None:
-    config = ClipConfig(folder(tmp_path / "model", {"size": 64}, image_size=32), precision="fp32")
+    config = ClipConfig(write_model(tmp_path / "model", {"size": 64}, image_size=32), precision="fp32")
     assert describe_encoder(config)["preprocessing"]["image_size"] == 32
     assert describe_encoder(config)["architecture_sha256"] != describe_encoder(ClipConfig())["architecture_sha256"]
     encoder, picture = clip.load_encoder(config), photo(100, 80)
@@ -101,17 +102,18 @@ def test_the_size_of_pictures_is_that_of_the_folder(tmp_path: Path) -> None:
 
 def test_a_description_loads_no_weights(tmp_path: Path) -> None:
     """The driver plans with it: of 300 MB of weights it may hold none."""
-    model = folder(tmp_path / "model")
+    model = write_model(tmp_path / "model")
     with open(tmp_path / "model" / "open_clip_model.safetensors", "ab") as file:
         file.truncate(300 << 20)
-    said = describe_encoder(ClipConfig(model))
-    assert said["weights_sha256"] != describe_encoder(ClipConfig())["weights_sha256"] and said["dim"] == 256
+    description = describe_encoder(ClipConfig(model))
+    assert description["weights_sha256"] != describe_encoder(ClipConfig())["weights_sha256"]
+    assert description["dim"] == 256
     with pytest.raises(ValueError, match="cannot load local-dir:"):  # it was never looked into
         clip.load_encoder(ClipConfig(model))
 
 
 def test_of_several_weights_the_ones_that_are_loaded_are_described(tmp_path: Path) -> None:
-    model = folder(tmp_path / "model")
+    model = write_model(tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "open_clip_model.safetensors")
     save_file({name: tensor + 0.01 for name, tensor in tensors.items()}, tmp_path / "model" / "a.safetensors")
     assert describe_encoder(ClipConfig(model))["weights_sha256"] == describe_encoder(ClipConfig())["weights_sha256"]
@@ -123,17 +125,17 @@ def test_of_several_weights_the_ones_that_are_loaded_are_described(tmp_path: Pat
 def test_a_worker_whose_folder_has_other_settings_is_refused(copied: Dataset, tmp_path: Path) -> None:
     """The same weights, but another mean: the vectors would be others."""
     shutil.rmtree(copied.folder("embeddings"))
-    one = Embed(copied, EmbedConfig(model=folder(tmp_path / "model")))
-    items = prepare(one)
+    stage = Embed(copied, EmbedConfig(model=write_model(tmp_path / "model")))
+    items = prepare(stage)
     shutil.rmtree(tmp_path / "model")
-    folder(tmp_path / "model", {"mean": [0.5, 0.5, 0.5]})
+    write_model(tmp_path / "model", {"mean": [0.5, 0.5, 0.5]})
     describe_encoder.cache_clear()
     with pytest.raises(ValueError, match=r"or its settings, are not those of the plan\nhint: "):
-        process_and_commit(one, items[0])
+        process_and_commit(stage, items[0])
 
 
 def test_folders_that_are_no_models_are_refused(tmp_path: Path) -> None:
-    model = folder(tmp_path / "model")
+    model = write_model(tmp_path / "model")
     (tmp_path / "empty").mkdir()
     for name, config, message in [
         ("absent", ClipConfig(f"local-dir:{tmp_path}/absent"), "cannot be read: .*No such file"),
@@ -141,9 +143,9 @@ def test_folders_that_are_no_models_are_refused(tmp_path: Path) -> None:
         ("nameless", ClipConfig("local-dir:"), "names no model"),
         ("other weights", ClipConfig(model, "openai"), "comes with its own weights, and --pretrained openai"),
     ]:
-        for ask in (describe_encoder, clip.load_encoder):
+        for load in (describe_encoder, clip.load_encoder):
             with pytest.raises(ValueError, match=message) as caught:
-                ask(config)
+                load(config)
             assert "\nhint: " in str(caught.value) and len(str(caught.value).splitlines()) == 2, name
     (tmp_path / "model" / "open_clip_model.safetensors").unlink()
     with pytest.raises(ValueError, match="has no weights beside its open_clip_config"):
@@ -168,7 +170,7 @@ except ValueError as error:
 """
 
 
-def asked(model: str, home: Path) -> "subprocess.CompletedProcess[str]":
+def describe_in_new_process(model: str, home: Path) -> "subprocess.CompletedProcess[str]":
     """Description and a vector of a model in a process that has only this cache of the hub."""
     return subprocess.run([sys.executable, "-c", _ASK, model], capture_output=True, text=True, env={
         **os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[3])})
@@ -180,23 +182,23 @@ def test_a_model_of_a_hub_is_found_in_its_cache(tmp_path: Path) -> None:
     (repository / "refs").mkdir(parents=True)
     (repository / "snapshots").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
-    folder(repository / "snapshots" / ("0" * 40), {"mean": [0.5, 0.5, 0.5]})
-    got = asked("hf-hub:someone/small", tmp_path)
-    assert got.returncode == 0, got.stderr
-    said, vectors = json.loads(got.stdout)
+    write_model(repository / "snapshots" / ("0" * 40), {"mean": [0.5, 0.5, 0.5]})
+    process = describe_in_new_process("hf-hub:someone/small", tmp_path)
+    assert process.returncode == 0, process.stderr
+    description, vectors = json.loads(process.stdout)
     bundled = describe_encoder(ClipConfig())
-    assert said["model"] == "hf-hub:someone/small" and said["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
-    assert said["weights_sha256"] == bundled["weights_sha256"]
+    assert description["model"] == "hf-hub:someone/small" and description["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
+    assert description["weights_sha256"] == bundled["weights_sha256"]
     np.testing.assert_allclose(vectors, clip.load_encoder(ClipConfig()).texts(["a red heart"]), atol=1e-6)
     # Settings, but no weights.
     (repository / "snapshots" / ("0" * 40) / "open_clip_model.safetensors").unlink()
-    got = asked("hf-hub:someone/small", tmp_path)
-    assert got.returncode == 1 and "hf-hub:someone/small cannot be read: " in got.stderr
+    process = describe_in_new_process("hf-hub:someone/small", tmp_path)
+    assert process.returncode == 1 and "hf-hub:someone/small cannot be read: " in process.stderr
 
 
 def test_a_hub_that_cannot_be_reached_is_said_in_a_sentence(tmp_path: Path) -> None:
-    got = asked("hf-hub:someone/absent", tmp_path)
-    lines = got.stderr.strip().splitlines()
-    assert got.returncode == 1 and "Traceback" not in got.stderr
+    process = describe_in_new_process("hf-hub:someone/absent", tmp_path)
+    lines = process.stderr.strip().splitlines()
+    assert process.returncode == 1 and "Traceback" not in process.stderr
     assert lines[-2].startswith("hf-hub:someone/absent cannot be read: ") and lines[-1].startswith("hint: ")
     assert "local-dir:FOLDER" in lines[-1]

@@ -37,8 +37,8 @@ def test_the_layout_is_clip_retrievals(copied, built):
     folder = Path(copied.folder("clip-retrieval"))
     kinds = {kind: sorted((folder / kind).iterdir()) for kind in ("img_emb", "text_emb", "metadata")}
     assert {len(files) for files in kinds.values()} == {3} and manifest["totals"]["samples"] == 72
-    for images, texts, about, record in zip(*kinds.values(), built.manifest("shards")["items"], strict=True):
-        vectors, table = np.load(images), pq.read_table(about)
+    for images, texts, metadata_path, record in zip(*kinds.values(), built.manifest("shards")["items"], strict=True):
+        vectors, table = np.load(images), pq.read_table(metadata_path)
         assert vectors.dtype == np.float16 and len(vectors) == len(np.load(texts)) == table.num_rows
         rows = metadata(built, record)
         assert table["image_path"].to_pylist() == [row["key"] for row in rows]
@@ -61,17 +61,17 @@ def test_what_was_exported_is_adopted_in_any_order(copied, built, exported):
     pq.write_table(pa.table({"image_path": [f"some/folder/{names[row]}.jpg" for row in order]}),
                    exported / "metadata/metadata_0.parquet")
     run_stage(AdoptEmbeddings(copied, CONFIG, str(exported)))
-    found, expected = Embeddings(copied).all().astype(np.float32), Embeddings(built).all().astype(np.float32)
-    assert np.abs(found - expected).max() < 1e-3
+    adopted, expected = Embeddings(copied).all().astype(np.float32), Embeddings(built).all().astype(np.float32)
+    assert np.abs(adopted - expected).max() < 1e-3
     assert copied.manifest("embeddings")["info"]["encoder"] == built.manifest("embeddings")["info"]["encoder"]
     assert list(verify.find_faults(copied.root, copied.path("embeddings"))) == []
 
 
 def test_rows_that_are_missing_are_marked_and_counted(copied, exported):
     path = sorted((exported / "img_emb").iterdir())[1]
-    about = exported / "metadata" / path.name.replace("img_emb_", "metadata_").replace(".npy", ".parquet")
+    metadata_path = exported / "metadata" / path.name.replace("img_emb_", "metadata_").replace(".npy", ".parquet")
     np.save(path, np.load(path)[3:])
-    pq.write_table(pq.read_table(about).slice(3), about)
+    pq.write_table(pq.read_table(metadata_path).slice(3), metadata_path)
     sealed = run_stage(AdoptEmbeddings(copied, CONFIG, str(exported)))
     assert sealed["totals"]["noted"] == {"not_adopted": 3} and sealed["totals"]["samples"] == 72
     assert np.flatnonzero(~Embeddings(copied).all().any(1)).tolist() == [30, 31, 32]

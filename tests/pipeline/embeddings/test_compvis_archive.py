@@ -81,10 +81,10 @@ def test_each_vector_comes_to_its_patch(name: str, patched: Any, tmp_path: Path)
     folder = archived(tmp_path / "theirs", 7 * vectors[order].astype(np.float32), ids[order], coordinates(rows)[order])
     dataset = sharded(tmp_path / "root", source, 2)
     manifest = run_stage(AdoptEmbeddings(dataset, CONFIG, str(folder)))
-    found = Embeddings(dataset).all().astype(np.float32)
-    assert np.abs(found - vectors.astype(np.float32)).max() < 1e-3 and not manifest["totals"]["noted"]
+    adopted = Embeddings(dataset).all().astype(np.float32)
+    assert np.abs(adopted - vectors.astype(np.float32)).max() < 1e-3 and not manifest["totals"]["noted"]
     # Sharp: patches of one picture are told apart.
-    assert np.abs(found[0] - vectors[1].astype(np.float32)).max() > 1e-2
+    assert np.abs(adopted[0] - vectors[1].astype(np.float32)).max() > 1e-2
     assert manifest["section"]["adopted"] == "compvis"
     assert list(verify.find_faults(dataset.root, dataset.path("embeddings"))) == []
 
@@ -100,9 +100,9 @@ def test_whole_pictures_are_found_too(name: str, tmp_path: Path) -> None:
     folder = archived(tmp_path / "theirs", vectors[1:], ids[1:], whole[1:])
     clear_folder(Embed(dataset, CONFIG))
     manifest = run_stage(AdoptEmbeddings(dataset, CONFIG, str(folder)))
-    found = Embeddings(dataset).all()
-    assert manifest["totals"]["noted"] == {"not_adopted": 1} and not found[0].any()
-    assert np.abs(found[1:].astype(np.float32) - vectors[1:].astype(np.float32)).max() < 1e-3
+    adopted = Embeddings(dataset).all()
+    assert manifest["totals"]["noted"] == {"not_adopted": 1} and not adopted[0].any()
+    assert np.abs(adopted[1:].astype(np.float32) - vectors[1:].astype(np.float32)).max() < 1e-3
 
 
 def test_a_database_in_a_store_is_adopted(patched: Any, s3: str, tmp_path: Path) -> None:

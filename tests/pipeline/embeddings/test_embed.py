@@ -72,9 +72,9 @@ def test_embeddings_are_those_of_open_clip_row_by_row(built):
                                                (1000, 99), (640, 427)])
 def test_pictures_are_prepared_as_open_clip_does_it(width, height, mode, interpolation):
     """Level for level but for the rounding of two libraries; a crop one pixel further is off by ten times as much."""
-    wanted = open_clip.transform.PreprocessCfg(size=64, interpolation=interpolation, resize_mode=mode)
+    preprocessing = open_clip.transform.PreprocessCfg(size=64, interpolation=interpolation, resize_mode=mode)
     encoder = replace(clip.load_encoder(ClipConfig()),
-                      prepare=open_clip.transform.image_transform_v2(wanted, is_train=False),
+                      prepare=open_clip.transform.image_transform_v2(preprocessing, is_train=False),
                       preprocessing={"image_size": 64, "resize": mode, "interpolation": interpolation})
     picture = photo(width, height)
     data = synthetic.encoded(picture, "PNG")
@@ -97,12 +97,12 @@ def test_a_dozen_photographs_have_the_vectors_of_open_clip(tmp_path):
     data = [synthetic.encoded(photo(*shape, seed), "JPEG", **({"quality": 95} | kinds[seed % len(kinds)]))
             for seed, shape in enumerate(shapes)]
     encoder = clip.load_encoder(ClipConfig())
-    ours = encoder.images(np.stack([encoder.prepared(one) for one in data]))
-    theirs = embedded_by_open_clip([Image.open(io.BytesIO(one)).convert("RGB") for one in data])
+    ours = encoder.images(np.stack([encoder.prepared(jpeg) for jpeg in data]))
+    theirs = embedded_by_open_clip([Image.open(io.BytesIO(jpeg)).convert("RGB") for jpeg in data])
     assert (ours * theirs).sum(1).min() > 1 - 1e-3
     assert np.abs(np.linalg.norm(ours, axis=1) - 1).max() < 1e-4
     # It is sharp: a crop that is not in the middle, or another kernel, is farther away.
-    moved = np.stack([np.roll(encoder.prepared(one), 2, axis=1) for one in data])
+    moved = np.stack([np.roll(encoder.prepared(jpeg), 2, axis=1) for jpeg in data])
     assert (encoder.images(moved) * theirs).sum(1).min() < 1 - 1e-3
 
 
@@ -153,9 +153,10 @@ def test_the_description_is_of_what_was_loaded():
     description, encoder = describe_encoder(ClipConfig()), clip.load_encoder(ClipConfig())
     loaded = encoder.model.visual.preprocess_cfg
     assert description["dim"] == encoder.dim == 256
-    said = description["preprocessing"]
-    assert list(loaded["mean"]) == list(said["mean"]) and list(loaded["std"]) == list(said["std"])
-    assert loaded["interpolation"] == said["interpolation"] and loaded["resize_mode"] == said["resize"]
+    preprocessing = description["preprocessing"]
+    assert list(loaded["mean"]) == list(preprocessing["mean"]) and list(loaded["std"]) == list(preprocessing["std"])
+    assert loaded["interpolation"] == preprocessing["interpolation"]
+    assert loaded["resize_mode"] == preprocessing["resize"]
     assert json.loads(json.dumps(description)) == description
 
 
@@ -165,19 +166,19 @@ def test_the_description_has_the_preprocessing_of_the_tag(model, tmp_path, monke
     tag = open_clip.list_pretrained_tags_by_model(model)[0]
     (tmp_path / "w").write_bytes(b"weights")
     monkeypatch.setattr(open_clip, "download_pretrained", lambda *_, **__: str(tmp_path / "w"))
-    said = describe_encoder(ClipConfig(model, tag))["preprocessing"]
-    wanted = open_clip.factory.PreprocessCfg(**{key: value for key, value in open_clip.get_pretrained_cfg(
+    preprocessing = describe_encoder(ClipConfig(model, tag))["preprocessing"]
+    expected = open_clip.factory.PreprocessCfg(**{key: value for key, value in open_clip.get_pretrained_cfg(
         model, tag).items() if key in open_clip.factory.PreprocessCfg.__dataclass_fields__})
-    assert (list(said["mean"]), list(said["std"])) == (list(wanted.mean), list(wanted.std))
-    assert (said["interpolation"], said["resize"]) == (wanted.interpolation, wanted.resize_mode)
+    assert (list(preprocessing["mean"]), list(preprocessing["std"])) == (list(expected.mean), list(expected.std))
+    assert (preprocessing["interpolation"], preprocessing["resize"]) == (expected.interpolation, expected.resize_mode)
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_the_size_of_batches_changes_next_to_nothing(built, copied, size):
     shutil.rmtree(copied.folder("embeddings"))
     run_stage(Embed(copied, EmbedConfig(batch_size=size)))
-    one, other = Embeddings(built).all().astype(np.float32), Embeddings(copied).all().astype(np.float32)
-    assert (one * other).sum(1).min() > 1 - 1e-3
+    expected, vectors = Embeddings(built).all().astype(np.float32), Embeddings(copied).all().astype(np.float32)
+    assert (expected * vectors).sum(1).min() > 1 - 1e-3
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -197,17 +198,17 @@ def test_a_small_shard_keeps_two_threads_busy(copied, monkeypatch):
     """Each forward pass waits for another one beside it: with less than two at once this would never end."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     shutil.rmtree(copied.folder("embeddings"))
-    encoder, together, sizes = clip.load_encoder(ClipConfig()), threading.Barrier(2, timeout=60), []
+    encoder, barrier, sizes = clip.load_encoder(ClipConfig()), threading.Barrier(2, timeout=60), []
     encode = encoder.encode
 
-    def meeting(batch):
-        together.wait()
+    def encode_together(batch):
+        barrier.wait()
         sizes.append(len(batch))
         return encode(batch)
-    monkeypatch.setattr(encoder, "encode", meeting)
-    one = Embed(copied, EmbedConfig())
-    for item in prepare(one)[:2]:
-        process_and_commit(one, item)
+    monkeypatch.setattr(encoder, "encode", encode_together)
+    stage = Embed(copied, EmbedConfig())
+    for item in prepare(stage)[:2]:
+        process_and_commit(stage, item)
     assert sizes == [15] * 4
 
 
@@ -237,7 +238,7 @@ def test_weights_in_a_file_give_the_same_vectors(built, copied, weights):
         check_same_encoder(built, copied)
 
 
-def changed(weights, folder):
+def change_weights(weights, folder):
     """Other weights under the same name in another folder."""
     from safetensors.torch import load_file, save_file
     tensors = load_file(weights)
@@ -249,10 +250,10 @@ def changed(weights, folder):
 
 def test_weights_swapped_under_the_same_name_are_refused(copied, weights, tmp_path):
     shutil.rmtree(copied.folder("embeddings"))
-    own = shutil.copy(weights, tmp_path / "w.safetensors")
-    config = EmbedConfig(pretrained=str(own))
+    copied_weights = shutil.copy(weights, tmp_path / "w.safetensors")
+    config = EmbedConfig(pretrained=str(copied_weights))
     run_stage(Embed(copied, config))
-    changed(weights, tmp_path)
+    change_weights(weights, tmp_path)
     describe_encoder.cache_clear()
     with pytest.raises(ValueError, match=r"section\.encoder\.weights_sha256"):
         run_stage(Embed(copied, config))
@@ -261,14 +262,14 @@ def test_weights_swapped_under_the_same_name_are_refused(copied, weights, tmp_pa
 def test_a_worker_with_other_weights_than_the_plan_is_refused(copied, weights, tmp_path):
     """The file has the same name on every machine, but not the same bytes."""
     shutil.rmtree(copied.folder("embeddings"))
-    own = shutil.copy(weights, tmp_path / "w.safetensors")
-    one = Embed(copied, EmbedConfig(pretrained=str(own)))
-    items = prepare(one)
-    changed(weights, tmp_path)
+    copied_weights = shutil.copy(weights, tmp_path / "w.safetensors")
+    stage = Embed(copied, EmbedConfig(pretrained=str(copied_weights)))
+    items = prepare(stage)
+    change_weights(weights, tmp_path)
     describe_encoder.cache_clear()
     with pytest.raises(ValueError, match="not those of the plan"):
-        process_and_commit(one, items[0])
-    assert storage.list_files(storage.join(one.folder, "records")) == []
+        process_and_commit(stage, items[0])
+    assert storage.list_files(storage.join(stage.folder, "records")) == []
 
 
 def test_what_open_clip_does_not_know_is_refused(copied, tmp_path):

@@ -30,19 +30,19 @@ pytestmark = pytest.mark.usefixtures("fresh_encoder")
 
 
 @pytest.fixture
-def whole(monkeypatch):
-    """The encoder takes whole batches, as on a GPU; what it was given, batch by batch."""
-    given, launch = [], clip.Encoder.launch
+def encoded_batches(monkeypatch):
+    """The encoder takes whole batches, as on a GPU; the count and padded size of each batch that it got."""
+    batches, launch = [], clip.Encoder.launch
     monkeypatch.setattr(clip.Encoder, "whole", True)
 
     def counted(self, batch, size=0):
-        given.append((len(batch), size))
+        batches.append((len(batch), size))
         return launch(self, batch, size)
 
     monkeypatch.setattr(clip.Encoder, "launch", counted)
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # two would wait for each other where something else runs
-    yield given
+    yield batches
     torch.set_num_threads(before)
 
 
@@ -51,42 +51,42 @@ def files_of(dataset: Dataset) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("size", [25, 80])
-def test_batches_go_on_from_shard_to_shard_and_files_do_not(size, copied, built, whole):
+def test_batches_go_on_from_shard_to_shard_and_files_do_not(size, copied, built, encoded_batches):
     """72 pictures in shards of 30, 30 and 12: all batches are full but the last, whoever is beside whom."""
     shutil.rmtree(copied.folder("embeddings"))
     sealed = run_stage(Embed(copied, EmbedConfig(batch_size=size)))
-    assert [count for count, _ in whole] == [size] * (72 // size) + [72 % size] * (72 % size > 0)
-    assert {padded for _, padded in whole} == {size}
+    assert [count for count, _ in encoded_batches] == [size] * (72 // size) + [72 % size] * (72 % size > 0)
+    assert {padded for _, padded in encoded_batches} == {size}
     assert [(item["id"], item["samples"]) for item in sealed["items"]] == [
         ("000000", 30), ("000001", 30), ("000002", 12)]
-    one, other = Embeddings(built).all().astype(np.float32), Embeddings(copied).all().astype(np.float32)
-    assert (one * other).sum(1).min() > 1 - 1e-3
-    together = files_of(copied)
+    expected, vectors = Embeddings(built).all().astype(np.float32), Embeddings(copied).all().astype(np.float32)
+    assert (expected * vectors).sum(1).min() > 1 - 1e-3
+    files = files_of(copied)
     shutil.rmtree(copied.folder("embeddings"))
-    alone = Embed(copied, EmbedConfig(batch_size=size))
-    for item in prepare(alone):
-        process_and_commit(alone, item)
-    assert files_of(copied) == together
+    stage = Embed(copied, EmbedConfig(batch_size=size))
+    for item in prepare(stage):
+        process_and_commit(stage, item)
+    assert files_of(copied) == files
 
 
-def test_a_shard_that_fails_among_others_fails_alone(copied, whole):
+def test_a_shard_that_fails_among_others_fails_alone(copied, encoded_batches):
     shutil.rmtree(copied.folder("embeddings"))
-    embedding = Embed(copied, EmbedConfig(batch_size=25))
-    undisturbed = without_run_facts(run_stage(embedding))
+    stage = Embed(copied, EmbedConfig(batch_size=25))
+    undisturbed = without_run_facts(run_stage(stage))
     shutil.rmtree(copied.folder("embeddings"))
     path = storage.local_path(storage.join(copied.folder("shards"), "000001.tar"))
     whole_tar = path.read_bytes()
     path.write_bytes(whole_tar[:-2000])
     with pytest.raises(StageFailed, match=r"1 of 3 items failed, the first is 000001: .*not the file its manifest"):
-        run_stage(embedding)
-    assert storage.list_files(storage.join(embedding.folder, "records")) == ["000000.json", "000002.json"]
+        run_stage(stage)
+    assert storage.list_files(storage.join(stage.folder, "records")) == ["000000.json", "000002.json"]
     path.write_bytes(whole_tar)
-    whole.clear()
-    assert without_run_facts(run_stage(embedding)) == undisturbed
-    assert whole == [(25, 25), (5, 25)]  # what had a record was not made again
+    encoded_batches.clear()
+    assert without_run_facts(run_stage(stage)) == undisturbed
+    assert encoded_batches == [(25, 25), (5, 25)]  # what had a record was not made again
 
 
-def test_pictures_that_do_not_decode_take_no_place_in_a_batch(copied, whole):
+def test_pictures_that_do_not_decode_take_no_place_in_a_batch(copied, encoded_batches):
     shutil.rmtree(copied.folder("embeddings"))
     folder = copied.folder("shards")
     manifest = storage.read_json(storage.join(folder, "manifest.json"))
@@ -100,7 +100,7 @@ def test_pictures_that_do_not_decode_take_no_place_in_a_batch(copied, whole):
         entry |= storage.describe_file(entry["name"], path)
     storage.put_json(manifest, storage.join(folder, "manifest.json"))
     sealed = run_stage(Embed(copied, EmbedConfig(batch_size=20)))
-    assert [count for count, _ in whole] == [20, 19] and sealed["totals"]["noted"] == {"undecodable": 33}
+    assert [count for count, _ in encoded_batches] == [20, 19] and sealed["totals"]["noted"] == {"undecodable": 33}
     assert np.flatnonzero(~Embeddings(copied).all().any(1)).tolist() == [0, *range(29, 60), 63]
 
 
@@ -110,13 +110,13 @@ def small_memory(monkeypatch):
     encoder = clip.load_encoder(ClipConfig())
     encode, texts = encoder.encode, clip.Encoder.texts
 
-    def limit(most: int) -> list[int]:
+    def limit(limit_of_device: int) -> list[int]:
         passes: list[int] = []
 
         def limited(compute):
             def run(*args):
                 passes.append(len(args[-1]))
-                if len(args[-1]) > most:
+                if len(args[-1]) > limit_of_device:
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total "
                                                  "capacity of 79.11 GiB of which 1.02 GiB is free.")
                 return compute(*args)
@@ -139,8 +139,8 @@ def test_out_of_memory_halves_the_batch_and_says_so(whole_batches, copied, built
     # 40 images on a GPU, and 15 in each thread of a CPU, are halved until they fit.
     first = 40 if whole_batches else 15
     assert max(passes) == first and set(passes) - {first} and sealed["totals"]["samples"] == 72
-    one, other = Embeddings(built).all().astype(np.float32), Embeddings(copied).all().astype(np.float32)
-    assert (one * other).sum(1).min() > 1 - 1e-3
+    expected, vectors = Embeddings(built).all().astype(np.float32), Embeddings(copied).all().astype(np.float32)
+    assert (expected * vectors).sum(1).min() > 1 - 1e-3
     last = 5 if whole_batches else 7
     assert passes[-1] <= last and sum(size > 9 for size in passes) < 8  # later batches are not tried whole
     notes = [item["run"]["times"][devices.HALVED] for item in sealed["items"]]
@@ -148,11 +148,11 @@ def test_out_of_memory_halves_the_batch_and_says_so(whole_batches, copied, built
     assert sealed["run"]["items_with_halved_batches"] == 3
     lines = [record.getMessage() for record in caplog.records if "halved from" in record.getMessage()]
     assert lines[0].startswith(f"batch halved from {first} to {first // 2} after out of memory on ")
-    plain = Embed(copied, EmbedConfig(batch_size=40))
-    assert sealed["fingerprint"] == fingerprint(plain)
+    stage = Embed(copied, EmbedConfig(batch_size=40))
+    assert sealed["fingerprint"] == fingerprint(stage)
 
 
-def test_one_image_that_does_not_fit_is_an_error_with_a_hint(copied, whole, small_memory):
+def test_one_image_that_does_not_fit_is_an_error_with_a_hint(copied, encoded_batches, small_memory):
     shutil.rmtree(copied.folder("embeddings"))
     small_memory(0)
     with pytest.raises(StageFailed, match=r"OutOfDeviceMemory: a batch of 1 does not fit the memory of .*CUDA out of "
@@ -170,7 +170,7 @@ def test_captions_are_halved_too(copied, small_memory):
     assert "items_with_halved_batches" not in plain["run"] and sealed["run"]["items_with_halved_batches"] > 0
 
 
-def test_an_encoder_that_fails_for_good_is_told_and_gone_on_with(copied, whole, monkeypatch):
+def test_an_encoder_that_fails_for_good_is_told_and_gone_on_with(copied, encoded_batches, monkeypatch):
     """One error ends all that were taken together; each is tried alone then."""
     shutil.rmtree(copied.folder("embeddings"))
     encoder = clip.load_encoder(ClipConfig())
@@ -191,7 +191,7 @@ def test_an_encoder_that_fails_for_good_is_told_and_gone_on_with(copied, whole, 
     assert files_of(copied) == before and len(passes) > 5
 
 
-def test_batches_are_of_new_shards_where_others_stay(copied, whole):
+def test_batches_are_of_new_shards_where_others_stay(copied, encoded_batches):
     folder, following = copied.folder("shards"), copied.next_version()
     shutil.copytree(folder, following.folder("shards"))
     manifest = storage.read_json(storage.join(following.folder("shards"), "manifest.json"))
@@ -203,15 +203,15 @@ def test_batches_are_of_new_shards_where_others_stay(copied, whole):
         tars.write(path, [{key: value for key, value in sample.items() if key != "__url__"} for sample in samples])
         entry |= storage.describe_file(entry["name"], path)
     storage.put_json(manifest, storage.join(following.folder("shards"), "manifest.json"))
-    reusing = Reuse(following, EmbedConfig(batch_size=16), copied)
-    reusing.together = lambda gpu=None: 3
-    sealed = run_stage(reusing)
+    stage = Reuse(following, EmbedConfig(batch_size=16), copied)
+    stage.together = lambda gpu=None: 3
+    sealed = run_stage(stage)
     assert [record["info"] for record in sealed["items"]] == [{}, {}, {"reused": 12}]
-    assert [count for count, _ in whole] == [16, 16, 16, 12]  # of 60 samples
-    now, then = (np.concatenate([np.asarray(shard, np.float32) for shard in Embeddings(one).shards])
-                 for one in (following, copied))
-    assert np.flatnonzero((now * then).sum(1) < 0.99).tolist() == [5, 35]
-    np.testing.assert_array_equal(now[60:], then[60:])
+    assert [count for count, _ in encoded_batches] == [16, 16, 16, 12]  # of 60 samples
+    vectors, earlier_vectors = (np.concatenate([np.asarray(shard, np.float32) for shard in Embeddings(version).shards])
+                                for version in (following, copied))
+    assert np.flatnonzero((vectors * earlier_vectors).sum(1) < 0.99).tolist() == [5, 35]
+    np.testing.assert_array_equal(vectors[60:], earlier_vectors[60:])
 
 
 def least_memory(dataset: Dataset, config: EmbedConfig) -> str:
@@ -242,9 +242,9 @@ def test_memory_bounds_what_is_under_way_and_changes_no_byte(copied, built, monk
     run_stage(Embed(copied, EmbedConfig(batch_size=16, max_memory=least)))
     assert most[0] == 1
     assert without_run_facts(copied.manifest("embeddings")) == without_run_facts(built.manifest("embeddings"))
-    less = f"{int(least[:-2]) - 1}Mi"
-    with pytest.raises(ValueError, match=rf"(?s)embed\.max_memory = {less}: .*hint: --max-memory {least}$"):
-        Embed(copied, EmbedConfig(batch_size=16, max_memory=less)).plan()
+    smaller = f"{int(least[:-2]) - 1}Mi"
+    with pytest.raises(ValueError, match=rf"(?s)embed\.max_memory = {smaller}: .*hint: --max-memory {least}$"):
+        Embed(copied, EmbedConfig(batch_size=16, max_memory=smaller)).plan()
 
 
 @pytest.mark.parametrize("whole_batches", [False, True])
@@ -252,13 +252,13 @@ def test_more_memory_is_more_under_way_and_never_more_than_there_is(whole_batche
     shards, before = [(10_000, 10_000 * 30_000)], None
     for megabytes in range(100, 6000, 37):
         try:
-            room = plan_memory(megabytes << 20, ClipConfig(), shards, 256, whole=whole_batches, parts_in_flight=6,
-                             threads=8)
+            plan = plan_memory(megabytes << 20, ClipConfig(), shards, 256, whole=whole_batches, parts_in_flight=6,
+                               threads=8)
         except ValueError:
             assert before is None
             continue
-        assert 1 <= room.threads <= 8 and 2 <= room.ahead <= (4 if whole_batches else 2) * 8 + 6
+        assert 1 <= plan.threads <= 8 and 2 <= plan.ahead <= (4 if whole_batches else 2) * 8 + 6
         if before:
-            assert room.threads >= before.threads and (room.ahead >= before.ahead or room.threads > before.threads)
-        before = room
+            assert plan.threads >= before.threads and (plan.ahead >= before.ahead or plan.threads > before.threads)
+        before = plan
     assert before == MemoryPlan(8, 38 if whole_batches else 22)

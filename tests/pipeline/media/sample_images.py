@@ -60,18 +60,18 @@ def inks() -> bytes:
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     """Something with soft and hard edges, and some noise."""
     rng = np.random.default_rng(seed)
-    soft = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(soft)
+    image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(image)
     for _ in range(25):
-        left, top = int(rng.integers(width)), int(rng.integers(height))
-        shape = (left, top, left + int(rng.integers(4, width // 3)), top + int(rng.integers(4, height // 3)))
+        x, y = int(rng.integers(width)), int(rng.integers(height))
+        shape = (x, y, x + int(rng.integers(4, width // 3)), y + int(rng.integers(4, height // 3)))
         draw.ellipse(shape, fill=tuple(map(int, rng.integers(0, 256, 3))))
-    grain = np.asarray(soft) + rng.normal(0, 3, (height, width, 3))
+    grain = np.asarray(image) + rng.normal(0, 3, (height, width, 3))
     return Image.fromarray(grain.clip(0, 255).astype(np.uint8))
 
 
-def psnr(one: Image.Image, other: Image.Image) -> float:
-    error = np.mean((np.asarray(one, np.float64) - np.asarray(other, np.float64)) ** 2)
+def psnr(image: Image.Image, reference: Image.Image) -> float:
+    error = np.mean((np.asarray(image, np.float64) - np.asarray(reference, np.float64)) ** 2)
     return float(10 * np.log10(255 ** 2 / max(error, 1e-9)))
 
 

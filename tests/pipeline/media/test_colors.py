@@ -80,7 +80,7 @@ def test_wide_colours_become_srgb(kind, colour):
     assert not picture.plain and picture.remarks == []
     assert "icc_profile" not in Image.open(io.BytesIO(encode(picture.image, "png", 0))).info
     small = decode(encoded(Image.new("RGB", (99, 99), colour), "JPEG", quality=100, icc_profile=wide_gamut()),
-                          10_000, at_least=32)
+                   10_000, at_least=32)
     assert np.abs(np.asarray(small.image)[16, 16] - p3_as_srgb(colour)).max() <= 5 and small.image.width == 50
 
 

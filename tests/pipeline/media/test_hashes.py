@@ -1,5 +1,7 @@
 """Hashes of pixels."""
 
+import itertools
+
 import pytest
 from PIL import Image
 
@@ -20,9 +22,9 @@ def test_equal_pixels_have_equal_hashes():
 def test_near_pictures_have_near_hashes():
     pytest.importorskip("imagehash")
     hashes = [perceptual_hash(photo(200, 150, seed))[0] for seed in range(20)]
-    assert min((one ^ other).bit_count() for n, one in enumerate(hashes) for other in hashes[:n]) > 8
-    for seed, one in enumerate(hashes):
+    assert min((first ^ second).bit_count() for first, second in itertools.combinations(hashes, 2)) > 8
+    for seed, image_hash in enumerate(hashes):
         copy = decode(encoded(photo(200, 150, seed).resize((140, 105)), "JPEG", quality=80), 100_000).image
-        assert (perceptual_hash(copy)[0] ^ one).bit_count() <= 6
+        assert (perceptual_hash(copy)[0] ^ image_hash).bit_count() <= 6
     red, blue = (perceptual_hash(Image.new("RGB", (64, 64), colour)) for colour in ("red", "blue"))
     assert red[1] == (255, 0, 0) and blue[1] == (0, 0, 255) and 0 <= red[0] < 1 << 64

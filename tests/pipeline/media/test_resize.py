@@ -40,20 +40,20 @@ def test_a_hairline_is_not_blown_up(how):
     assert resize(Image.new("RGB", (3200, 32)), 32, how).height == 32
 
 
-@pytest.mark.parametrize(("format_", "side"), [("jpg", 70_000), ("webp", 20_000)])
-def test_what_a_format_has_no_room_for_has_a_name(format_, side):
+@pytest.mark.parametrize(("image_format", "side"), [("jpg", 70_000), ("webp", 20_000)])
+def test_what_a_format_has_no_room_for_has_a_name(image_format, side):
     with pytest.raises(BadImage, match="too_large"):
-        encode(Image.new("RGB", (side, 2)), format_, 90)
+        encode(Image.new("RGB", (side, 2)), image_format, 90)
 
 
-@pytest.mark.parametrize("format_", ["jpg", "png", "webp"])
-def test_encoding_is_deterministic_and_near(format_):
+@pytest.mark.parametrize("image_format", ["jpg", "png", "webp"])
+def test_encoding_is_deterministic_and_near(image_format):
     smooth = noise(8, 8).resize((64, 64), Image.Resampling.BICUBIC)
-    data = encode(smooth, format_, 95)
-    assert data == encode(smooth, format_, 95)
+    data = encode(smooth, image_format, 95)
+    assert data == encode(smooth, image_format, 95)
     shown = Image.open(io.BytesIO(data))
     assert shown.size == (64, 64)
-    assert np.abs(decode_pixels(data).astype(int) - np.asarray(smooth)).mean() < (0.01 if format_ == "png" else 6)
+    assert np.abs(decode_pixels(data).astype(int) - np.asarray(smooth)).mean() < (0.01 if image_format == "png" else 6)
 
 
 @pytest.mark.parametrize("how", ["center_crop", "keep_ratio", "keep_ratio_largest", "border"])
@@ -112,8 +112,8 @@ def test_the_long_side_and_the_border(width, height):
     scale = 32 / max(width, height)
     assert kept.size == (max(1, round(width * scale)), max(1, round(height * scale)))
     square = np.asarray(resize(picture, 32, "border"))
-    left, top = (32 - kept.width) // 2, (32 - kept.height) // 2
-    inner = square[top:top + kept.height, left:left + kept.width]
+    left_margin, top_margin = (32 - kept.width) // 2, (32 - kept.height) // 2
+    inner = square[top_margin:top_margin + kept.height, left_margin:left_margin + kept.width]
     assert square.shape == (32, 32, 3) and inner.tolist() == np.asarray(kept).tolist()
     assert square.astype(int).sum() == inner.astype(int).sum() + 255 * 3 * (32 * 32 - kept.width * kept.height)
 
@@ -144,18 +144,18 @@ def test_very_large_pictures_lose_nothing_to_speed(how):
 
 def test_patches_are_a_function_of_seed_and_key():
     picture = noise(40, 33)
-    cut = cut_patches(picture, 32, 400, 1, "a/b.jpg")
+    patches = cut_patches(picture, 32, 400, 1, "a/b.jpg")
     # Written down, for they must be the same everywhere and ever.
-    assert [place[:2] for place in cut[:3]] == [(7, 0), (5, 0), (0, 0)]
+    assert [place[:2] for place in patches[:3]] == [(7, 0), (5, 0), (0, 0)]
     assert [place[:2] for place in cut_patches(picture, 32, 3, 1, "a/b.jpg")] == [(7, 0), (5, 0), (0, 0)]
-    assert all(np.asarray(patch).tolist() == np.asarray(picture)[top:top + 32, left:left + 32].tolist()
-               for left, top, patch in cut)
+    assert all(np.asarray(patch).tolist() == np.asarray(picture)[y:y + 32, x:x + 32].tolist()
+               for x, y, patch in patches)
     places = np.zeros((9, 2), int)
-    for left, top, _ in cut:
-        places[left, top] += 1
+    for x, y, _ in patches:
+        places[x, y] += 1
     assert places.min() >= 8 and places.max() <= 45  # 22 expected at each of 18
     for seed, key in ((2, "a/b.jpg"), (1, "a/c.jpg")):
-        assert [place[:2] for place in cut_patches(picture, 32, 9, seed, key)] != [place[:2] for place in cut[:9]]
+        assert [place[:2] for place in cut_patches(picture, 32, 9, seed, key)] != [place[:2] for place in patches[:9]]
     assert cut_patches(picture, 33, 1, 0, "")[0][2].size == (33, 33)
     with pytest.raises(BadImage, match="too_small"):
         cut_patches(picture, 34, 1, 0, "")

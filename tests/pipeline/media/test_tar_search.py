@@ -28,19 +28,19 @@ def _search(path: Path, keys: Iterable[str]) -> TarSearch:
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])  # before, between and after the other members
 @pytest.mark.parametrize("name", _SIZES)
 def test_every_image_is_found(tmp_path: Path, name: str, suffix: str) -> None:
-    other = random.Random(1)
-    samples = [{"__key__": f"{number:06d}", suffix: other.randbytes(size), "txt": b"a word",
-                "json": other.randbytes(other.randrange(900))} for number, size in enumerate(_SIZES[name])]
+    rng = random.Random(1)
+    samples = [{"__key__": f"{number:06d}", suffix: rng.randbytes(size), "txt": b"a word",
+                "json": rng.randbytes(rng.randrange(900))} for number, size in enumerate(_SIZES[name])]
     tars.write(tmp_path / "some.tar", samples)
     search = _search(tmp_path / "some.tar", [sample["__key__"] for sample in samples])
-    for position in {0, len(samples) // 2, len(samples) - 1, *other.sample(range(len(samples)), min(60, len(samples)))}:
+    for position in {0, len(samples) // 2, len(samples) - 1, *rng.sample(range(len(samples)), min(60, len(samples)))}:
         assert search.image(position) == samples[position][suffix], position
 
 
-@pytest.mark.parametrize("format_", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_unusual_headers_give_the_image_or_none(tmp_path: Path, format_: int) -> None:
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_unusual_headers_give_the_image_or_none(tmp_path: Path, tar_format: int) -> None:
     names = ["__meta__/0.json", "a/0.json", "a/0.JPG", f"{'long/' * 25}1.webp", "b/żółć 2.png", "4.png"]
-    with tarfile.open(tmp_path / "some.tar", "w", format=format_) as tar:
+    with tarfile.open(tmp_path / "some.tar", "w", format=tar_format) as tar:
         for name in names:
             member = tarfile.TarInfo(name)
             member.size = len(name)
@@ -49,7 +49,7 @@ def test_unusual_headers_give_the_image_or_none(tmp_path: Path, format_: int) ->
         tmp_path / "some.tar") if tars.image_suffix(sample)), strict=True)
     images = [_search(tmp_path / "some.tar", keys).image(position) for position in range(len(keys))]
     assert all(image in (None, right) for image, right in zip(images, expected, strict=True))
-    assert (images[0] == expected[0]) == (format_ != tarfile.GNU_FORMAT)
+    assert (images[0] == expected[0]) == (tar_format != tarfile.GNU_FORMAT)
 
 
 def test_what_is_not_as_the_metadata_say_is_not_found(tmp_path: Path) -> None:

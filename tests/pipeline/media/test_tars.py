@@ -8,8 +8,8 @@ from pipeline.media import tars
 from pipeline.media.foreign_tars import KEY_AND_SUFFIX
 
 
-def _tar(path, members, format_=tarfile.USTAR_FORMAT):
-    with tarfile.open(path, "w", format=format_) as tar:
+def _tar(path, members, tar_format=tarfile.USTAR_FORMAT):
+    with tarfile.open(path, "w", format=tar_format) as tar:
         for name, data in members:
             if data is None:
                 member = tarfile.TarInfo(name)
@@ -34,9 +34,9 @@ def test_names_are_divided_as_webdataset_divides_them(name):
     assert (parts.groups() if parts else (None, None)) == base_plus_ext(name)
 
 
-@pytest.mark.parametrize("format_", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_pictures_by_position_are_those_read_in_order(tmp_path, format_):
-    path = _tar(tmp_path / "some.tar", MEMBERS, format_)
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_pictures_by_position_are_those_read_in_order(tmp_path, tar_format):
+    path = _tar(tmp_path / "some.tar", MEMBERS, tar_format)
     expected = [tars.sample_image(sample) for sample in tars.read(path)]
     pictures = tars.TarImages(path)
     assert len(pictures) == len(expected) == 5
