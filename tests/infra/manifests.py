@@ -127,14 +127,14 @@ def read_commands(documents: list[Document], environment: dict[str, str]) -> Ite
             for pod in pod_templates(document):
                 for container in pod["spec"]["containers"]:
                     own = environment | {pair["name"]: pair.get("value", "") for pair in container["env"]}
-                    words = [re.sub(r"\$\((\w+)\)", lambda found, own=own: own[found[1]], word)
+                    words = [re.sub(r"\$\((\w+)\)", lambda match, own=own: own[match[1]], word)
                              for word in (*container["command"], *container["args"])]
                     assert words[:3] == ["python", "-m", "jobs"]
                     yield words[3:]
 
 
 def split_command(line: str, environment: dict[str, str]) -> list[str]:
-    words = shlex.split(re.sub(r"\$\{?(\w+)\}?", lambda found: environment[found[1]], line), comments=True)
+    words = shlex.split(re.sub(r"\$\{?(\w+)\}?", lambda match: environment[match[1]], line), comments=True)
     assert words[:3] == ["python", "-m", "jobs"], line
     return words[3:]
 

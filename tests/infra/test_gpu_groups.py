@@ -34,7 +34,7 @@ def _gpu_groups() -> list[tuple[str, Document]]:
     """Every group with GPUs, of the standing clusters and of the RayJobs for Kueue, with the place it is from."""
     clusters = [(name, cluster) for name in manifests.OVERLAYS for cluster in [_standing(name)]]
     clusters += [(name, cluster) for name in manifests.KUEUE_JOBS
-              for cluster in manifests.cluster_specs(manifests.render(f"kueue/{name}"))]
+                 for cluster in manifests.cluster_specs(manifests.render(f"kueue/{name}"))]
     groups = [(name, group) for name, cluster in clusters for group in cluster["workerGroupSpecs"]]
     return [(name, group) for name, group in groups if GPU in _limits(group)]
 

@@ -55,8 +55,8 @@ def _roots() -> list[str]:
 def test_a_lock_has_one_exact_version_of_each_package_and_nothing_else(pins: list[Requirement]) -> None:
     assert pins and all(re.fullmatch(r"==[\w.+]+", str(pin.specifier)) and not pin.url for pin in pins)
     for python in ("3.11", "3.12", "3.13", "3.14"):
-        there = {"python_version": python, "python_full_version": f"{python}.0"}
-        names = [canonicalize_name(pin.name) for pin in pins if not pin.marker or pin.marker.evaluate(there)]
+        environment = {"python_version": python, "python_full_version": f"{python}.0"}
+        names = [canonicalize_name(pin.name) for pin in pins if not pin.marker or pin.marker.evaluate(environment)]
         assert len(names) == len(set(names))
 
 
@@ -65,12 +65,13 @@ def test_the_lock_is_complete() -> None:
 
 
 def test_what_is_installed_is_what_is_locked() -> None:
-    there = {canonicalize_name(one.name): one.version for one in importlib.metadata.distributions()}
+    installed = {canonicalize_name(distribution.name): distribution.version
+                 for distribution in importlib.metadata.distributions()}
     locked = dict(HERE)
-    if "faiss-gpu" in there:
+    if "faiss-gpu" in installed:
         del locked["faiss-cpu"]
         locked |= {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in GPU}
-    assert {name: there.get(name) for name in locked} == locked
+    assert {name: installed.get(name) for name in locked} == locked
 
 
 def test_only_the_bounds_of_autofaiss_are_broken() -> None:

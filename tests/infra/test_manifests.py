@@ -38,7 +38,8 @@ def rayjobs() -> list[Document]:
 
 
 def test_every_document_of_an_overlay_is_as_its_schema_wants(overlay: list[Document]) -> None:
-    assert {one["kind"] for one in overlay} >= {"RayCluster", "CronJob", "NetworkPolicy", "PodMonitor", "Role"}
+    kinds = {document["kind"] for document in overlay}
+    assert kinds >= {"RayCluster", "CronJob", "NetworkPolicy", "PodMonitor", "Role"}
     for document in overlay:
         manifests.check_schema(document)
 
@@ -74,8 +75,8 @@ def test_what_is_wrong_is_found(path: str, value: Any) -> None:
 
 
 def test_no_manifest_names_a_verb_or_flag_that_is_not_there(overlay: list[Document], rayjobs: list[Document]) -> None:
-    words = manifests.read_commands([*overlay, *rayjobs], manifests.read_settings(overlay))
-    commands = [manifests.parse_command(one) for one in words]
+    command_lines = manifests.read_commands([*overlay, *rayjobs], manifests.read_settings(overlay))
+    commands = [manifests.parse_command(command_words) for command_words in command_lines]
     assert len(commands) == len(STYLES) + len(rayjobs)
     assert len(rayjobs) == len(list((INFRA / "kubernetes/jobs").glob("*.yaml"))) + len(manifests.KUEUE_JOBS)
     assert all(command.common.root.startswith("s3://BUCKET/rdm") for command in commands)
@@ -83,13 +84,13 @@ def test_no_manifest_names_a_verb_or_flag_that_is_not_there(overlay: list[Docume
 
 def test_no_other_text_names_a_verb_or_flag_that_is_not_there() -> None:
     line = re.compile(r"^(?:#? {4,}|\$ )?(?:\S*/)?(python -m jobs [^`|<>]*?)(?:\s+\\)?$", re.M)
-    found = []
+    commands = []
     for file in sorted(INFRA.rglob("*")):
         if file.suffix in {".md", ".sh"} or file.parent.name == "ray-up":
             text = re.sub(r"\\\n\s*", "", file.read_text())
-            found += [manifests.parse_command(manifests.split_command(match[1], {"PWD": "/here"}))
-                      for match in line.finditer(text)]
-    assert len(found) >= 5
+            commands += [manifests.parse_command(manifests.split_command(match[1], {"PWD": "/here"}))
+                         for match in line.finditer(text)]
+    assert len(commands) >= 5
 
 
 def test_a_verb_or_flag_that_is_not_there_is_found() -> None:
@@ -99,10 +100,10 @@ def test_a_verb_or_flag_that_is_not_there_is_found() -> None:
 
 
 def test_all_that_is_referred_to_is_there(overlay: list[Document], rayjobs: list[Document]) -> None:
-    names = {kind: {one["metadata"]["name"] for one in manifests.of_kind(overlay, kind)} for kind in (
+    names = {kind: {document["metadata"]["name"] for document in manifests.of_kind(overlay, kind)} for kind in (
         "ServiceAccount", "ConfigMap", "RayCluster", "Role")}
     (cluster,) = manifests.of_kind(overlay, "RayCluster")
-    assert all(one["metadata"]["namespace"] == "rdm" for one in overlay if one["kind"] != "Namespace")
+    assert all(document["metadata"]["namespace"] == "rdm" for document in overlay if document["kind"] != "Namespace")
     pods = [pod for document in [*overlay, *rayjobs] for pod in manifests.pod_templates(document)]
     assert len(pods) == 4 + len(STYLES) + 2 + 2 * len(manifests.KUEUE_JOBS)
     for pod in pods:
@@ -116,18 +117,19 @@ def test_all_that_is_referred_to_is_there(overlay: list[Document], rayjobs: list
         assert binding["roleRef"]["name"] in names["Role"]
     for policy in [*manifests.of_kind(overlay, "NetworkPolicy"), *manifests.of_kind(overlay, "PodMonitor")]:
         labels = policy["spec"].get("podSelector", policy["spec"].get("selector"))["matchLabels"].items()
-        chosen = [pod for pod in pods if labels <= pod["metadata"]["labels"].items()]
-        ports = {port["name"]: port["containerPort"] for pod in chosen for container in pod["spec"]["containers"]
+        selected_pods = [pod for pod in pods if labels <= pod["metadata"]["labels"].items()]
+        ports = {port["name"]: port["containerPort"] for pod in selected_pods for container in pod["spec"]["containers"]
                  for port in container.get("ports", ())}
-        assert chosen and all(one["port"] in ports for one in policy["spec"].get("podMetricsEndpoints", ()))
+        endpoints = policy["spec"].get("podMetricsEndpoints", ())
+        assert selected_pods and all(endpoint["port"] in ports for endpoint in endpoints)
         if policy["metadata"]["name"] == "rdm-nodes":
-            opened = {port["port"] for rule in policy["spec"]["ingress"] for port in rule.get("ports", ())}
-            assert opened == {8265, 8080, 44217, 44227} == opened & set(ports.values())
+            open_ports = {port["port"] for rule in policy["spec"]["ingress"] for port in rule.get("ports", ())}
+            assert open_ports == {8265, 8080, 44217, 44227} == open_ports & set(ports.values())
     for job in rayjobs:
         assert job["spec"].get("clusterSelector", {"ray.io/cluster": "rdm"})["ray.io/cluster"] in names["RayCluster"]
-    for pod in (pod for one in manifests.of_kind(overlay, "CronJob") for pod in manifests.pod_templates(one)):
-        told = {one["name"]: one.get("value") for one in pod["spec"]["containers"][0]["env"]}
-        assert told["RAY_API_SERVER_ADDRESS"] == f"http://{cluster['metadata']['name']}-head-svc:8265"
+    for pod in (pod for document in manifests.of_kind(overlay, "CronJob") for pod in manifests.pod_templates(document)):
+        environment = {variable["name"]: variable.get("value") for variable in pod["spec"]["containers"][0]["env"]}
+        assert environment["RAY_API_SERVER_ADDRESS"] == f"http://{cluster['metadata']['name']}-head-svc:8265"
 
 
 def test_no_secret_is_written_down_and_none_is_missing_from_the_readme(overlay: list[Document],
@@ -169,19 +171,19 @@ def test_clusters_want_a_token_and_heads_are_safe(overlay: list[Document], rayjo
 
 def test_each_style_is_rebuilt_at_night_by_one_pod_that_waits(overlay: list[Document]) -> None:
     jobs = manifests.of_kind(overlay, "CronJob")
-    assert all(one["spec"]["concurrencyPolicy"] == "Forbid" for one in jobs)
-    words = list(manifests.read_commands(jobs, manifests.read_settings(overlay)))
-    datasets = [manifests.parse_command(one).dataset for one in words]
+    assert all(job["spec"]["concurrencyPolicy"] == "Forbid" for job in jobs)
+    command_lines = list(manifests.read_commands(jobs, manifests.read_settings(overlay)))
+    datasets = [manifests.parse_command(words).dataset for words in command_lines]
     assert sorted(datasets) == sorted(STYLES)
-    assert all(parse.parse_command(one)[1].wait and one[one.index("--source") + 1].endswith(f"/{dataset}")
-               for one, dataset in zip(words, datasets, strict=True))
-    for what in ({one["spec"]["schedule"] for one in jobs}, {one["metadata"]["name"] for one in jobs}):
-        assert len(what) == len(STYLES)
+    assert all(parse.parse_command(words)[1].wait and words[words.index("--source") + 1].endswith(f"/{dataset}")
+               for words, dataset in zip(command_lines, datasets, strict=True))
+    for names in ({job["spec"]["schedule"] for job in jobs}, {job["metadata"]["name"] for job in jobs}):
+        assert len(names) == len(STYLES)
 
 
 def test_versions_are_those_that_were_tested(overlay: list[Document], rayjobs: list[Document]) -> None:
     lock = dict(re.findall(r"^([\w.-]+)==(\S+)", (REPOSITORY / "requirements.lock").read_text(), re.M))
-    assert {one["rayVersion"] for one in manifests.cluster_specs([*overlay, *rayjobs])} == {lock["ray"]}
+    assert {cluster["rayVersion"] for cluster in manifests.cluster_specs([*overlay, *rayjobs])} == {lock["ray"]}
 
 
 def test_the_image_is_made_of_what_is_there_and_runs_as_nobody_special() -> None:

@@ -20,7 +20,7 @@ def _annotations_of(body: list[ast.stmt]) -> list[ast.expr]:
     for node in body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-            annotations += [one for one in (node.returns, *(argument.annotation for argument in arguments)) if one]
+            annotations += filter(None, (node.returns, *(argument.annotation for argument in arguments)))
     return annotations
 
 

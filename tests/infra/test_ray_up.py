@@ -15,22 +15,22 @@ IMAGE = "resolve:ssm:/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver
 @pytest.mark.parametrize("name", ["aws", "on-prem"])
 def test_ray_itself_takes_the_cluster_files(name: str) -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
-    written = yaml.safe_load((INFRA / f"ray-up/{name}.yaml").read_text())
-    config = prepare_config(copy.deepcopy(written))
+    cluster_file = yaml.safe_load((INFRA / f"ray-up/{name}.yaml").read_text())
+    config = prepare_config(copy.deepcopy(cluster_file))
     validate_config(config)
     for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
         assert "ray stop" in commands[0]
         assert all(words in commands[1] for words in ("RAY_AUTH_MODE=token", "RAY_AUTH_TOKEN_PATH=", "ray start"))
     for words in ("--num-cpus=0", "--dashboard-host=127.0.0.1"):
         assert words in config["head_start_ray_commands"][1]
-    for remote, local in written["file_mounts"].items():
+    for remote, local in cluster_file["file_mounts"].items():
         assert remote.endswith("token") or (INFRA.parent / local).is_file()
-    checked, started = config["worker_start_ray_commands"][1].split(" && ")
-    assert checked.endswith("/check-driver.sh") and checked.rsplit(" ", 1)[1] in written["file_mounts"]
-    assert "ray start" in started
-    kinds = written.get("available_node_types", {})
-    spot = {kind for kind, one in kinds.items() if "InstanceMarketOptions" in one["node_config"]}
-    assert spot == (set(kinds) - {written["head_node_type"]} if kinds else set())
+    check_command, start_command = config["worker_start_ray_commands"][1].split(" && ")
+    assert check_command.endswith("/check-driver.sh") and check_command.rsplit(" ", 1)[1] in cluster_file["file_mounts"]
+    assert "ray start" in start_command
+    kinds = cluster_file.get("available_node_types", {})
+    spot = {kind for kind, node_type in kinds.items() if "InstanceMarketOptions" in node_type["node_config"]}
+    assert spot == (set(kinds) - {cluster_file["head_node_type"]} if kinds else set())
     config["head_start_commands"] = []
     with pytest.raises(jsonschema.ValidationError):
         validate_config(config)

@@ -61,7 +61,7 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-@pytest.mark.parametrize(("there", "taken"), [
+@pytest.mark.parametrize(("installed", "expected"), [
     ({"python3": "3.11"}, "3.11"),
     ({"python3": "3.14", "python3.11": "3.11"}, "3.14"),
     ({"python3": "3.12", "python3.14": "3.14"}, "3.12"),
@@ -69,15 +69,15 @@ def machine(tmp_path: Path) -> Machine:
     ({"python3": "3.15", "python3.12": "3.12"}, "3.12"),
     ({"python3.14": "3.14"}, "3.14"),
 ])
-def test_python3_if_it_is_supported_else_the_newest(machine: Machine, there: dict[str, str], taken: str) -> None:
-    for name, version in there.items():
+def test_python3_if_it_is_supported_else_the_newest(machine: Machine, installed: dict[str, str], expected: str) -> None:
+    for name, version in installed.items():
         machine.add(name, version)
     result = machine.setup()
-    assert result.returncode == 0 and machine.version() == taken
-    assert f"setup: .venv with Python {taken} (" in result.stderr
+    assert result.returncode == 0 and machine.version() == expected
+    assert f"setup: .venv with Python {expected} (" in result.stderr
 
 
-@pytest.mark.parametrize(("there", "problem"), [
+@pytest.mark.parametrize(("installed", "problem"), [
     ({}, "there is no python3"),
     ({"python3": "3.10"}, "python3 is Python 3.10"),
     ({"python3": "3.15"}, "python3 is Python 3.15"),
@@ -86,8 +86,8 @@ def test_python3_if_it_is_supported_else_the_newest(machine: Machine, there: dic
     ({"python3": "-bash: not found"}, "python3 does not run"),
     ({"python3": "3.10", "python3.16": "3.16"}, "python3 is Python 3.10"),
 ])
-def test_without_a_supported_python_nothing_is_made(machine: Machine, there: dict[str, str], problem: str) -> None:
-    for name, version in there.items():
+def test_without_a_supported_python_nothing_is_made(machine: Machine, installed: dict[str, str], problem: str) -> None:
+    for name, version in installed.items():
         machine.add(name, version)
     result = machine.setup()
     assert result.returncode != 0 and not machine.venv.exists() and machine.log.read_text() == ""

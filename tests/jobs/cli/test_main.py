@@ -218,7 +218,7 @@ def test_status_tells_stale_from_sealed_and_damaged(tmp_path: Path, capsys) -> N
     assert _shard(tmp_path, "--image-size", "32", "--overwrite") == 0
     capsys.readouterr()
     main(["status", "--json", *root])
-    states = {one["path"].rsplit("/", 1)[1]: one["state"] for one in json.loads(capsys.readouterr().out)}
+    states = {stage["path"].rsplit("/", 1)[1]: stage["state"] for stage in json.loads(capsys.readouterr().out)}
     assert states == {"shards": "sealed", "embeddings": "stale", "index": "absent"}
     (tmp_path / "root/datasets/some/v1/embeddings/plan.json").write_text("{")
     main(["status", "--json", *root])
@@ -291,23 +291,23 @@ def test_nothing_usable_is_a_failure(tmp_path: Path, capsys) -> None:
 
 
 def test_a_dead_store_is_a_sentence_and_exit_1(tmp_path: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
+    with socket.socket() as bound_socket:
+        bound_socket.bind(("127.0.0.1", 0))
+        port = bound_socket.getsockname()[1]
     # The client retries for a while: in a process of its own, so that the test cannot hang.
-    done = subprocess.run([sys.executable, "-m", "jobs", "status", "--root", "s3://bucket/root"], capture_output=True,
-                          text=True, timeout=200, env={**os.environ, "AWS_ACCESS_KEY_ID": "key",
-                                                       "AWS_SECRET_ACCESS_KEY": "secret", "AWS_MAX_ATTEMPTS": "1",
-                                                       "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"})
-    assert done.returncode == 1 and "error: cannot " in done.stderr and "Traceback" not in done.stderr
+    process = subprocess.run([sys.executable, "-m", "jobs", "status", "--root", "s3://bucket/root"],
+                             capture_output=True, text=True, timeout=200,
+                             env={**os.environ, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
+                                  "AWS_MAX_ATTEMPTS": "1", "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"})
+    assert process.returncode == 1 and "error: cannot " in process.stderr and "Traceback" not in process.stderr
 
 
 def test_no_cluster_at_the_address_is_said(tmp_path: Path) -> None:
     _pictures(tmp_path / "in")
-    done = subprocess.run([sys.executable, "-m", "jobs", "shard", "some", "--root", str(tmp_path / "root"), "--source",
-                           str(tmp_path / "in")], capture_output=True, text=True, timeout=200,
-                          env={**os.environ, "RAY_ADDRESS": "127.0.0.1:1"})
-    assert done.returncode == 2 and "no Ray cluster answers" in done.stderr and "Traceback" not in done.stderr
+    process = subprocess.run([sys.executable, "-m", "jobs", "shard", "some", "--root", str(tmp_path / "root"),
+                              "--source", str(tmp_path / "in")], capture_output=True, text=True, timeout=200,
+                             env={**os.environ, "RAY_ADDRESS": "127.0.0.1:1"})
+    assert process.returncode == 2 and "no Ray cluster answers" in process.stderr and "Traceback" not in process.stderr
 
 
 def test_whoever_reads_may_stop() -> None:

@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).parents[3]
 ROOT = "s3://bucket/root"
 
 
-def _of(*words: str, own: tuple[str, ...] = ()) -> Submission:
+def _submission(*words: str, own: tuple[str, ...] = ()) -> Submission:
     """What `submit OWN WORDS` would submit."""
     _, options = parse_command(["submit", *own, *words])
     _, inner = parse_command(options.words)
@@ -39,29 +39,29 @@ def _of(*words: str, own: tuple[str, ...] = ()) -> Submission:
 
 
 def test_the_same_work_has_the_same_name_wherever_it_runs(tmp_path: Path) -> None:
-    one = _of("embed", "noto", "--root", ROOT)
-    assert re.fullmatch(r"embed-noto-v1-[0-9a-f]{8}", one.name)
-    assert one.name == _of("embed", "--root", f"{ROOT}/", "noto", "--workers", "64", "--gpus", "1").name
+    submission = _submission("embed", "noto", "--root", ROOT)
+    assert re.fullmatch(r"embed-noto-v1-[0-9a-f]{8}", submission.name)
+    assert submission.name == _submission("embed", "--root", f"{ROOT}/", "noto", "--workers", "64", "--gpus", "1").name
     (tmp_path / "settings.toml").write_text("[embed]\nbatch_size = 32\n[cluster]\nworkers = 7\n")
-    by_file = _of("embed", "noto", "--root", ROOT, "--config", str(tmp_path / "settings.toml"))
+    by_file = _submission("embed", "noto", "--root", ROOT, "--config", str(tmp_path / "settings.toml"))
     others = ("embed noto --root s3://bucket/other", f"embed noto@v2 --root {ROOT}", f"index noto --root {ROOT}",
               f"embed noto --captions --root {ROOT}", f"neighbors noto --database x --root {ROOT}",
               f"neighbors noto --database y --root {ROOT}", f"rebuild noto --source s3://b/in --root {ROOT}",
               f"status --root {ROOT}")
-    names = [one.name, by_file.name, *(_of(*words.split()).name for words in others)]
+    names = [submission.name, by_file.name, *(_submission(*words.split()).name for words in others)]
     assert len(set(names)) == len(names)
     assert by_file.words[-1] == "settings.toml" and by_file.config == str(tmp_path / "settings.toml")
 
 
 def test_the_old_spelling_of_overwrite_names_the_same_job() -> None:
-    new, old = (_of("embed", "noto", "--root", ROOT, flag) for flag in ("--overwrite", "--rebuild"))
-    assert new.name == old.name != _of("embed", "noto", "--root", ROOT).name
+    new, old = (_submission("embed", "noto", "--root", ROOT, flag) for flag in ("--overwrite", "--rebuild"))
+    assert new.name == old.name != _submission("embed", "noto", "--root", ROOT).name
     assert old.words[-1] == "--rebuild"  # nodes with an earlier version of the code know only this one
 
 
 def test_a_shell_gives_the_words_back() -> None:
     words = ("sample", "run", "--prompt", "it's a \"red\" $HOME; rm *", "--database", "x y", "--root", ROOT)
-    assert shlex.split(_entrypoint(_of(*words))) == ["python", "-m", "jobs", *words]
+    assert shlex.split(_entrypoint(_submission(*words))) == ["python", "-m", "jobs", *words]
 
 
 def test_no_secret_goes_along(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -73,13 +73,15 @@ def test_no_secret_goes_along(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
                         "WANDB_BASE_URL": "https://me:hidden@wandb", "HF_HOME": "/hub", "HF_TOKEN": "hidden"}.items():
         monkeypatch.setenv(name, value)
     caplog.set_level(logging.INFO, "jobs")
-    one = _of("embed", "noto", "--root", ROOT, own=("--secret", "AWS_SECRET_ACCESS_KEY", "--env", "HF_HOME"))
-    assert one.variables == {"AWS_ENDPOINT_URL": "http://s3:9000", "RDM_CACHE_BYTES": "1G", "WANDB_PROJECT": "p",
-                             "HF_HOME": "/hub", "RDM_NEEDS": "AWS_SECRET_ACCESS_KEY", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
-    assert "hidden" not in json.dumps(one.about) and one.about["needs"] == "AWS_SECRET_ACCESS_KEY"
+    submission = _submission("embed", "noto", "--root", ROOT,
+                             own=("--secret", "AWS_SECRET_ACCESS_KEY", "--env", "HF_HOME"))
+    assert submission.variables == {
+        "AWS_ENDPOINT_URL": "http://s3:9000", "RDM_CACHE_BYTES": "1G", "WANDB_PROJECT": "p", "HF_HOME": "/hub",
+        "RDM_NEEDS": "AWS_SECRET_ACCESS_KEY", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
+    assert "hidden" not in json.dumps(submission.about) and submission.about["needs"] == "AWS_SECRET_ACCESS_KEY"
     assert "WANDB_API_KEY" in caplog.text and "hidden" not in caplog.text
     with pytest.raises(ValueError, match="HF_TOKEN: is a secret"):
-        _of("embed", "noto", "--root", ROOT, own=("--env", "HF_TOKEN"))
+        _submission("embed", "noto", "--root", ROOT, own=("--env", "HF_TOKEN"))
 
 
 @pytest.mark.parametrize("words, sentence", [
@@ -125,10 +127,10 @@ def test_a_pipeline_dry_run_tells_what_waits_for_what(tmp_path: Path, drawn_pict
     pipeline = ["pipeline", "some", "--source", str(drawn_pictures), "--captions", str(drawn_pictures / "flat.csv"),
                 "--only-captioned", "--root", str(tmp_path), "--local"]
     assert main([*pipeline, "--train", "run", "--dry-run"]) == 0
-    said = capsys.readouterr().out
-    assert [one.rsplit("/", 1)[1] for one in re.findall(r'"folder": "([^"]*)"', said)] == [
+    output = capsys.readouterr().out
+    assert [folder.rsplit("/", 1)[1] for folder in re.findall(r'"folder": "([^"]*)"', output)] == [
         "shards", "embeddings", "index", "some", "run"]
-    assert said.count("waits_for") == 4 and not list(tmp_path.iterdir())
+    assert output.count("waits_for") == 4 and not list(tmp_path.iterdir())
     assert main(pipeline) == 0
     folders = [Path(json.loads(line)["folder"]) for line in capsys.readouterr().out.splitlines()]
     assert [folder.name for folder in folders] == ["shards", "embeddings", "index"]
@@ -148,10 +150,10 @@ class Machine:
                              "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
     def up(self) -> None:
-        done = subprocess.run([REPOSITORY / "infra/one-machine.sh", "up"], env=self.environment, text=True, timeout=300,
-                              stdout=subprocess.PIPE)
-        assert done.returncode == 0
-        self.environment |= dict(one.split("=", 1) for one in re.findall(r"\w+=\S+", done.stdout))
+        process = subprocess.run([REPOSITORY / "infra/one-machine.sh", "up"], env=self.environment, text=True,
+                                 timeout=300, stdout=subprocess.PIPE)
+        assert process.returncode == 0
+        self.environment |= dict(assignment.split("=", 1) for assignment in re.findall(r"\w+=\S+", process.stdout))
 
     def down(self) -> None:
         subprocess.run([REPOSITORY / "infra/one-machine.sh", "down"], env=self.environment, check=True, timeout=120)
@@ -162,7 +164,7 @@ class Machine:
                                 env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def submit(self, *words: Any) -> tuple[int, dict[str, Any], str]:
-        return _ended(self.start(*words))
+        return _wait_for_end(self.start(*words))
 
     def ask(self, path: str, method: str = "GET") -> Any:
         """The job server itself."""
@@ -173,7 +175,7 @@ class Machine:
             return json.load(answer)
 
 
-def _ended(process: "subprocess.Popen[str]") -> tuple[int, dict[str, Any], str]:
+def _wait_for_end(process: "subprocess.Popen[str]") -> tuple[int, dict[str, Any], str]:
     """Exit code, what stdout said, and the log."""
     out, log = process.communicate(timeout=300)
     return process.returncode, json.loads(out) if out else {}, log
@@ -184,8 +186,8 @@ def _free_ports() -> tuple[int, int, int]:
         first = 20000 + secrets.randbelow(10000)
         try:
             for port in (*range(first, first + 5), first + 102):
-                with socket.socket() as one:
-                    one.bind(("127.0.0.1", port))
+                with socket.socket() as candidate:
+                    candidate.bind(("127.0.0.1", port))
             return first, first + 1, first + 2
         except OSError:
             continue
@@ -193,23 +195,23 @@ def _free_ports() -> tuple[int, int, int]:
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    made = Machine(tmp_path_factory.mktemp("machine"))
+    cluster = Machine(tmp_path_factory.mktemp("machine"))
     try:
-        made.up()
-        yield made
+        cluster.up()
+        yield cluster
     finally:
-        made.down()
-        shutil.rmtree(f"/tmp/rdm-ray-{os.getuid()}-{made.environment['PORT']}", ignore_errors=True)
+        cluster.down()
+        shutil.rmtree(f"/tmp/rdm-ray-{os.getuid()}-{cluster.environment['PORT']}", ignore_errors=True)
 
 
 @pytest.mark.ray
 def test_the_verbs_own_exit_code_comes_back(machine: Machine, tmp_path: Path) -> None:
     misused = machine.start("--wait", "--retries", "3", "verify", "--root", tmp_path)
-    code, said, log = machine.submit("--wait", "status", "--root", tmp_path, "--json")
-    assert (code, said["status"], said["exit_code"], said["attempt"]) == (0, "SUCCEEDED", 0, 1), log
+    code, summary, log = machine.submit("--wait", "status", "--root", tmp_path, "--json")
+    assert (code, summary["status"], summary["exit_code"], summary["attempt"]) == (0, "SUCCEEDED", 0, 1), log
     assert "\n[]\n" in log  # what the verb said
-    code, said, log = _ended(misused)
-    assert (code, said["status"], said["exit_code"], said["attempt"]) == (2, "FAILED", 2, 1), log
+    code, summary, log = _wait_for_end(misused)
+    assert (code, summary["status"], summary["exit_code"], summary["attempt"]) == (2, "FAILED", 2, 1), log
     assert "error: nothing is sealed in" in log
     for info in machine.ask(""):
         assert info["metadata"]["verb"] in info["entrypoint"]
@@ -231,10 +233,10 @@ def _pictures(folder: Path, count: int = 60) -> Path:
 
 def _until_records(root: Path, count: int) -> list[str]:
     end = time.monotonic() + 120
-    while len(found := storage.list_files(str(root / "datasets/some/v1/shards/records"))) < count:
-        assert time.monotonic() < end, found
+    while len(records := storage.list_files(str(root / "datasets/some/v1/shards/records"))) < count:
+        assert time.monotonic() < end, records
         time.sleep(0.02)
-    return found
+    return records
 
 
 @pytest.fixture
@@ -258,13 +260,13 @@ def test_a_stopped_job_goes_on_as_the_next_attempt_and_the_same_one_is_joined(ma
     code, joined, log = machine.submit(*work, "--workers", "2")  # elsewhere, but the same work
     assert code == 0 and joined["status"] == "RUNNING" and joined["attempt"] == 1 and "runs already" in log
     machine.ask(f"{joined['submission_id']}/stop", "POST")
-    code, said, log = _ended(waiting)
-    assert (code, said["status"], said["attempt"]) == (130, "STOPPED", 1), log  # on purpose: not tried again
+    code, summary, log = _wait_for_end(waiting)
+    assert (code, summary["status"], summary["attempt"]) == (130, "STOPPED", 1), log  # on purpose: not tried again
     assert "stopped; the same command continues from here" in log
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "root/datasets/some/v1/shards/records").iterdir()}
     assert 3 <= len(before) < 60
-    code, said, log = machine.submit("--wait", *work)
-    assert (code, said["submission_id"]) == (0, joined["submission_id"].replace("-a1", "-a2")), log
+    code, summary, log = machine.submit("--wait", *work)
+    assert (code, summary["submission_id"]) == (0, joined["submission_id"].replace("-a1", "-a2")), log
     assert before == {path: path.stat().st_mtime_ns for path in before}
     manifest = without_run_facts(read_manifest(str(tmp_path / "root/datasets/some/v1/shards"), ""))
     assert manifest == _undisturbed(tmp_path, work)
@@ -279,18 +281,18 @@ def test_a_driver_or_a_cluster_that_is_lost_is_tried_again(machine: Machine, wor
         done = len(_until_records(tmp_path / "root", 1 if not drivers else len(drivers[-1][1]) + 5))
         drivers.append((_driver(work, drivers[-1][0] if drivers else 0), _until_records(tmp_path / "root", done)))
         os.kill(drivers[-1][0], number)
-    code, said, log = _ended(waiting)
-    assert (code, said["attempt"]) == (0, 3), log
+    code, summary, log = _wait_for_end(waiting)
+    assert (code, summary["attempt"]) == (0, 3), log
     assert "ended with 130; it is tried again, 2 more left" in log and "the driver ended with" in log
-    wanted = _undisturbed(tmp_path, work)
+    expected = _undisturbed(tmp_path, work)
     work[-1] = str(tmp_path / "again")
     waiting = machine.start("--wait", "--retries", "1", *work)
     _until_records(tmp_path / "again", 3)
     machine.down()
     machine.up()
-    code, said, log = _ended(waiting)
+    code, summary, log = _wait_for_end(waiting)
     assert code == 0 and "it was started anew" in log, log
-    assert without_run_facts(read_manifest(str(tmp_path / "again/datasets/some/v1/shards"), "")) == wanted
+    assert without_run_facts(read_manifest(str(tmp_path / "again/datasets/some/v1/shards"), "")) == expected
 
 
 @pytest.mark.slow
@@ -305,8 +307,8 @@ def test_a_suspended_job_resumes_on_a_new_cluster_with_equal_bytes(
     for words, folder in ((work, "shards"), (embed, "embeddings")):
         before = _suspend(words, root / "datasets/some/v1" / folder, tmp_path_factory.mktemp("first"))
         assert not (root / "datasets/some/v1" / folder / "manifest.json").exists()
-        code, said, log = machine.submit("--wait", *words)
-        assert (code, said["attempt"]) == (0, 1), log  # the new cluster does not know the job
+        code, summary, log = machine.submit("--wait", *words)
+        assert (code, summary["attempt"]) == (0, 1), log  # the new cluster does not know the job
         assert before == {path: path.stat().st_mtime_ns for path in before}  # nothing recorded is done twice
     assert _contents(root) == _contents(plain)
 
@@ -322,8 +324,8 @@ def _suspend(words: list[str], folder: Path, home: Path) -> dict[Path, int]:
             assert time.monotonic() < end and waiting.poll() is None, records
             time.sleep(0.01)
         os.kill(_driver(words, 0), signal.SIGTERM)
-        code, said, log = _ended(waiting)
-        assert (code, said["attempt"]) == (130, 1), log
+        code, summary, log = _wait_for_end(waiting)
+        assert (code, summary["attempt"]) == (130, 1), log
     finally:
         first.down()
         shutil.rmtree(f"/tmp/rdm-ray-{os.getuid()}-{first.environment['PORT']}", ignore_errors=True)
@@ -366,13 +368,13 @@ def test_a_pipeline_as_a_job_with_settings_of_this_machine(machine: Machine, tmp
     words = ["pipeline", "some", "--source", drawn_pictures, "--captions", drawn_pictures / "train.csv",
              "--only-captioned", "--image-size", "16", "--root", tmp_path / "root", "--config", tmp_path / "mine.toml",
              "--train", "run"]
-    code, said, log = machine.submit("--wait", *words)
-    assert (code, said["attempt"]) == (0, 1), log
+    code, summary, log = machine.submit("--wait", *words)
+    assert (code, summary["attempt"]) == (0, 1), log
     assert json.loads((tmp_path / "root/runs/run/manifest.json").read_text())["info"]["steps"] == 3
     plan = json.loads((tmp_path / "root/runs/run/plan.json").read_text())
     assert plan["code"] == code_revision()  # the job's folder has no git
-    code, said, log = machine.submit("--wait", *words)
-    assert (code, said["attempt"]) == (0, 2), log
+    code, summary, log = machine.submit("--wait", *words)
+    assert (code, summary["attempt"]) == (0, 2), log
 
 
 @pytest.mark.slow

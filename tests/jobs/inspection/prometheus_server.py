@@ -45,25 +45,26 @@ class Prometheus:
         """The series of an expression over time."""
         return self._get("query_range", query=expression, start=start, end=end, step=step)
 
-    def _get(self, what: str, **asked: Any) -> list[dict[str, Any]]:
-        url = f"{self.address}/api/v1/{what}?{urllib.parse.urlencode(asked)}"
+    def _get(self, endpoint: str, **parameters: Any) -> list[dict[str, Any]]:
+        url = f"{self.address}/api/v1/{endpoint}?{urllib.parse.urlencode(parameters)}"
         try:
             with urllib.request.urlopen(url, timeout=30) as answer:
                 return json.load(answer)["data"]["result"]
         except urllib.error.HTTPError as error:
-            raise AssertionError(f"{asked['query']}: {error.read().decode()}") from None
+            raise AssertionError(f"{parameters['query']}: {error.read().decode()}") from None
 
 
 @contextlib.contextmanager
 def running(folder: Path, discovery: str, exporter: int, *, every: str = "1s") -> Iterator[Prometheus]:
     """The server with the configuration and rules of infra/, where only places and intervals are others."""
     config = (INFRA / "prometheus/prometheus.yaml").read_text()
-    for there, here in (("/tmp/ray/prom_metrics_service_discovery.json", discovery), ("scrape_interval: 10s",
-                        f"scrape_interval: {every}"), ("evaluation_interval: 30s", f"evaluation_interval: {every}"),
-                        ("refresh_interval: 10s", "refresh_interval: 1s"),
-                        ("127.0.0.1:9108", f"127.0.0.1:{exporter}")):
-        assert there in config, there
-        config = config.replace(there, here)
+    for setting, replacement in (("/tmp/ray/prom_metrics_service_discovery.json", discovery),
+                                 ("scrape_interval: 10s", f"scrape_interval: {every}"),
+                                 ("evaluation_interval: 30s", f"evaluation_interval: {every}"),
+                                 ("refresh_interval: 10s", "refresh_interval: 1s"),
+                                 ("127.0.0.1:9108", f"127.0.0.1:{exporter}")):
+        assert setting in config, setting
+        config = config.replace(setting, replacement)
     folder.mkdir(parents=True)
     (folder / "prometheus.yaml").write_text(config)
     shutil.copy(INFRA / "prometheus/rules.yaml", folder)
@@ -76,7 +77,7 @@ def running(folder: Path, discovery: str, exporter: int, *, every: str = "1s") -
                                    stdout=log, stderr=log)
     try:
         address = f"http://127.0.0.1:{port}"
-        until(lambda: answers(f"{address}/-/ready"), f"Prometheus does not answer: {folder}/log.txt", process)
+        wait_until(lambda: answers(f"{address}/-/ready"), f"Prometheus does not answer: {folder}/log.txt", process)
         yield Prometheus(address)
     finally:
         process.terminate()
@@ -92,28 +93,30 @@ def answers(address: str) -> bool:
         return False
 
 
-def until(true: Any, else_: str, process: "subprocess.Popen[bytes] | None" = None, seconds: float = 60.0) -> Any:
-    """What `true` gives once it is true."""
+def wait_until(condition: Any, message: str, process: "subprocess.Popen[bytes] | None" = None,
+               seconds: float = 60.0) -> Any:
+    """Wait until `condition` returns something true, and return that."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        assert process is None or process.poll() is None, else_
-        if found := true():
-            return found
+        assert process is None or process.poll() is None, message
+        if outcome := condition():
+            return outcome
         time.sleep(0.2)
-    raise AssertionError(else_)
+    raise AssertionError(message)
 
 
 def panels(interval: str, dataset: str = ".*") -> list[tuple[dict[str, Any], list[tuple[str, str]]]]:
     """The panels of the dashboard, each with its queries as (expression, legend), variables replaced."""
     board = json.loads((INFRA / "grafana/rdm.json").read_text())
-    return [(panel, [(_plain(one["expr"], interval, dataset), one["legendFormat"]) for one in panel["targets"]])
+    return [(panel, [(_plain(target["expr"], interval, dataset), target["legendFormat"])
+                     for target in panel["targets"]])
             for panel in board["panels"] if panel["type"] != "row"]
 
 
 def annotations(interval: str, dataset: str = ".*") -> list[str]:
     """The queries of the dashboard's marks."""
     board = json.loads((INFRA / "grafana/rdm.json").read_text())
-    return [_plain(one["expr"], interval, dataset) for one in board["annotations"]["list"]]
+    return [_plain(annotation["expr"], interval, dataset) for annotation in board["annotations"]["list"]]
 
 
 def _plain(expression: str, interval: str, dataset: str) -> str:

@@ -34,29 +34,29 @@ from pipeline.stages import progress
 from pipeline.stages.driver import run_in_process
 from tests.jobs.inspection import prometheus_server
 
-without = pytest.mark.skipif(not prometheus_server.binary(), reason="prometheus is not installed")
+needs_prometheus = pytest.mark.skipif(not prometheus_server.binary(), reason="prometheus is not installed")
 STEPS = 40
 NAME = "watched"  # other tests on the same cluster have counted under theirs
 _NEEDS_GPU = ("ray_node_gpus_utilization", "ray_rdm_train_mfu")
 
 
-@without
+@needs_prometheus
 def test_rules_and_their_tests_pass() -> None:
     """What each alert fires at, and what not, stands in rules_test.yaml."""
     promtool = prometheus_server.binary("promtool")
     assert promtool
-    for what in (["check", "rules", "rules.yaml"], ["check", "config", "prometheus.yaml"],
-                 ["test", "rules", "rules_test.yaml"]):
-        done = subprocess.run([promtool, *what], cwd=prometheus_server.INFRA / "prometheus", capture_output=True,
-                              text=True)
-        assert done.returncode == 0 and "FAILED" not in done.stdout, done.stdout + done.stderr
+    for arguments in (["check", "rules", "rules.yaml"], ["check", "config", "prometheus.yaml"],
+                      ["test", "rules", "rules_test.yaml"]):
+        process = subprocess.run([promtool, *arguments], cwd=prometheus_server.INFRA / "prometheus",
+                                 capture_output=True, text=True)
+        assert process.returncode == 0 and "FAILED" not in process.stdout, process.stdout + process.stderr
 
 
 def test_each_alert_is_tested() -> None:
     folder = prometheus_server.INFRA / "prometheus"
     rules = yaml.safe_load((folder / "rules.yaml").read_text())
-    tested = {one["alertname"] for test in yaml.safe_load((folder / "rules_test.yaml").read_text())["tests"]
-              for one in test["alert_rule_test"] if one.get("exp_alerts")}
+    tested = {alert_test["alertname"] for test in yaml.safe_load((folder / "rules_test.yaml").read_text())["tests"]
+              for alert_test in test["alert_rule_test"] if alert_test.get("exp_alerts")}
     assert tested == {rule["alert"] for group in rules["groups"] for rule in group["rules"] if "alert" in rule}
 
 
@@ -76,8 +76,8 @@ def _train(root: str, run: str, *, local: bool) -> None:
     assert train(Job(Run.parse(root, run), dataset, dataset, config), ClusterConfig(workers=1), local=local)
 
 
-def _stops(stage_: Any, items: Any) -> Iterator[Any]:
-    for number, outcome in enumerate(run_in_process(stage_, items)):
+def _run_until_interrupted(stage: Any, items: Any) -> Iterator[Any]:
+    for number, outcome in enumerate(run_in_process(stage, items)):
         if number == 3:
             raise KeyboardInterrupt
         time.sleep(0.3)
@@ -85,7 +85,7 @@ def _stops(stage_: Any, items: Any) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def seen(cluster: Any, tmp_path_factory: pytest.TempPathFactory, drawn_pictures: Path) -> Iterator[Any]:
+def watched_run(cluster: Any, tmp_path_factory: pytest.TempPathFactory, drawn_pictures: Path) -> Iterator[Any]:
     """Prometheus, when the run began, and its root; after shard, embed, index, neighbors on a cluster, and train."""
     from jobs.cluster.actor_pool import Pool
     from jobs.cluster.connect import write_prometheus_targets
@@ -102,95 +102,100 @@ def seen(cluster: Any, tmp_path_factory: pytest.TempPathFactory, drawn_pictures:
         threading.Thread(target=inspection_prometheus.serve_metrics, args=(root, f"127.0.0.1:{port}"),
                          daemon=True).start()
         with prometheus_server.running(folder / "prometheus", str(folder / "prom_metrics_service_discovery.json"),
-                                port) as server:
-            begun = time.time()
+                                       port) as server:
+            start = time.time()
             pool = Pool(ClusterConfig(workers=1))
-            for number, one in enumerate((
+            for number, stage in enumerate((
                     Shard(dataset, ShardConfig(source=str(_corpus(folder / "in", drawn_pictures)), image_size=32,
                                                format="png", samples_per_shard=10)),
                     Embed(dataset, EmbedConfig()), Index(dataset, IndexConfig(bytes_per_vector=288)),
                     Neighbors(dataset, dataset, NeighborsConfig()))):
-                run_observed(one, pool)
+                run_observed(stage, pool)
                 if not number:
                     write_prometheus_targets(folder)
             pool.close()
             # One that stays under way: the others are so quick that nobody may have asked meanwhile.
+            config = ShardConfig(source=str(drawn_pictures), image_size=32, format="png", samples_per_shard=10)
             with pytest.raises(KeyboardInterrupt):
-                run_observed(Shard(Dataset.parse(root, "unfinished"), ShardConfig(
-                    source=str(drawn_pictures), image_size=32, format="png", samples_per_shard=10)), _stops)
+                run_observed(Shard(Dataset.parse(root, "unfinished"), config), _run_until_interrupted)
             _train(root, "small", local=True)  # in this process, which Ray knows as it knows one of Ray Train's
-            yield server, begun, root
+            yield server, start, root
 
 
-def _found(seen: Any, expression: str) -> list[dict[str, Any]]:
+def _query_over_run(watched_run: Any, expression: str) -> list[dict[str, Any]]:
     """Its series at any time of the run."""
-    server, begun, _ = seen
-    return server.query_range(expression, begun, time.time(), 1.0)
+    server, start, _ = watched_run
+    return server.query_range(expression, start, time.time(), 1.0)
 
 
-@without
+@needs_prometheus
 @pytest.mark.ray
-def test_every_query_of_the_dashboard_has_an_answer(seen: Any) -> None:
-    gpu = bool(_found(seen, "ray_node_gpus_available > 0"))
-    for expression in [one for _, queries in prometheus_server.panels("10s") for one, _ in queries]:
+def test_every_query_of_the_dashboard_has_an_answer(watched_run: Any) -> None:
+    gpu = bool(_query_over_run(watched_run, "ray_node_gpus_available > 0"))
+    expressions = [expression for _, queries in prometheus_server.panels("10s") for expression, _ in queries]
+    for expression in expressions:
         if gpu or not any(name in expression for name in _NEEDS_GPU):
             # The last samples come a second late.
-            prometheus_server.until(lambda one=expression: _found(seen, one), expression)
+            prometheus_server.wait_until(lambda expression=expression: _query_over_run(watched_run, expression),
+                                         expression)
     for expression in prometheus_server.annotations("10s"):
-        assert _found(seen, expression.split(" > ")[0])
+        assert _query_over_run(watched_run, expression.split(" > ")[0])
 
 
-@without
+@needs_prometheus
 @pytest.mark.ray
-def test_what_every_alert_compares_has_values(seen: Any) -> None:
+def test_what_every_alert_compares_has_values(watched_run: Any) -> None:
     rules = yaml.safe_load((prometheus_server.INFRA / "prometheus/rules.yaml").read_text())
     expressions = [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
     assert len(expressions) > 8
-    for one in [one for expression in expressions for one in prometheus_server.operands(expression)]:
-        prometheus_server.until(lambda one=one: _found(seen, one), one)  # what is recorded is not there at once
-    firing = {one["metric"]["alertname"] for one in _found(seen, 'ALERTS{alertstate="firing"}')}
+    for operand in [operand for expression in expressions for operand in prometheus_server.operands(expression)]:
+        # The recorded series appear with a delay.
+        prometheus_server.wait_until(lambda operand=operand: _query_over_run(watched_run, operand), operand)
+    firing = {series["metric"]["alertname"] for series in _query_over_run(watched_run, 'ALERTS{alertstate="firing"}')}
     assert firing == set()
 
 
-@without
+@needs_prometheus
 @pytest.mark.ray
-def test_the_numbers_are_those_of_the_run(seen: Any) -> None:
-    server, _, root = seen
+def test_the_numbers_are_those_of_the_run(watched_run: Any) -> None:
+    server, _, root = watched_run
     def counted_now() -> dict[str, float]:
-        return {one["metric"]["stage"]: float(one["value"][1]) for one in server.query(
+        return {series["metric"]["stage"]: float(series["value"][1]) for series in server.query(
             f'sum by (stage) (ray_rdm_samples_total{{dataset="{NAME}", version="v1"}})')}
 
     # Ray tells each second, and each second it is asked.
-    prometheus_server.until(lambda: counted_now().get("train") == STEPS * 8, "the last step was never seen")
+    prometheus_server.wait_until(lambda: counted_now().get("train") == STEPS * 8, "the last step was never seen")
     counted = counted_now()
     assert counted == {"shard": 144, "embed": 144, "index": 144, f"neighbors/{NAME}": 144, "train": STEPS * 8}
     failed = server.query(f'ray_rdm_failures_total{{dataset="{NAME}"}}')
-    assert [(one["metric"]["reason"], one["value"][1]) for one in failed] == [("not_a_picture", "1")]
-    items = {one["metric"]["stage"]: float(one["value"][1]) for one in server.query(
+    assert [(series["metric"]["reason"], series["value"][1]) for series in failed] == [("not_a_picture", "1")]
+    items = {series["metric"]["stage"]: float(series["value"][1]) for series in server.query(
         f'ray_rdm_item_seconds_count{{dataset="{NAME}"}}')}
     manifest = Dataset.parse(root, NAME).manifest("shards")
     assert items["shard"] == len(manifest["items"]) == 15
-    left = f'max by (stage) (ray_rdm_items_left{{dataset="{NAME}", version="v1"}})'
-    prometheus_server.until(lambda: {one["metric"]["stage"]: one["values"][-1][1] for one in _found(seen, left)}
-                     == dict.fromkeys(counted, "0"), "items are left")
+    items_left = f'max by (stage) (ray_rdm_items_left{{dataset="{NAME}", version="v1"}})'
+    prometheus_server.wait_until(
+        lambda: {series["metric"]["stage"]: series["values"][-1][1] for series in _query_over_run(
+            watched_run, items_left)} == dict.fromkeys(counted, "0"), "items are left")
     # The files say the same.
-    prometheus_server.until(lambda: server.query('rdm_stage_sealed{stage="train"} == 1'), "never seen as sealed")
-    assert {one["metric"]["stage"]: float(one["value"][1]) for one in server.query("rdm_stage_samples")} == counted
+    prometheus_server.wait_until(lambda: server.query('rdm_stage_sealed{stage="train"} == 1'), "never seen as sealed")
+    assert {series["metric"]["stage"]: float(series["value"][1])
+            for series in server.query("rdm_stage_samples")} == counted
     line = json.loads(Path(root, "runs/small/metrics.jsonl").read_text().splitlines()[-1])
     assert float(server.query("rdm_train_loss")[0]["value"][1]) == line["loss"]
     assert 3600 <= float(server.query("rdm_database_age_seconds")[0]["value"][1]) < 4000
 
 
-@without
+@needs_prometheus
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_run_on_ray_train_is_seen(seen: Any) -> None:
-    server, _, root = seen
+def test_a_run_on_ray_train_is_seen(watched_run: Any) -> None:
+    server, _, root = watched_run
     _train(root, "far", local=False)
     worker = server.query_range('ray_rdm_train_step{run="far"}', time.time() - 120, time.time(), 1.0)
-    assert len({one["metric"]["WorkerId"] for one in worker}) == 1, "one series: the first process speaks for all"
+    assert len({series["metric"]["WorkerId"] for series in worker}) == 1, "one series: the first process speaks for all"
     assert 0 < float(worker[0]["values"][-1][1]) <= STEPS
-    here = server.query('ray_rdm_samples_total{stage="embed"}')[0]["metric"]["WorkerId"]
-    assert worker[0]["metric"]["WorkerId"] != here
+    driver_worker_id = server.query('ray_rdm_samples_total{stage="embed"}')[0]["metric"]["WorkerId"]
+    assert worker[0]["metric"]["WorkerId"] != driver_worker_id
     for name in ("loss", "grad_norm", "data_wait", "tflops_per_s"):
         assert server.query_range(f'ray_rdm_train_{name}{{run="far"}}', time.time() - 120, time.time(), 1.0), name

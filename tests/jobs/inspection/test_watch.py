@@ -45,80 +45,81 @@ def root(trained_root: Path, tmp_path: Path) -> str:
     return root
 
 
-def _started(root: str, *more: str, **how: Any) -> "subprocess.Popen[str]":
-    return subprocess.Popen([sys.executable, "-m", "jobs", "status", "--root", root, *more], text=True,
-                            stderr=subprocess.PIPE, **how)
+def _start_status(root: str, *arguments: str, **options: Any) -> "subprocess.Popen[str]":
+    return subprocess.Popen([sys.executable, "-m", "jobs", "status", "--root", root, *arguments], text=True,
+                            stderr=subprocess.PIPE, **options)
 
 
 def test_a_look_has_what_is_published_under_way_failed_and_left(root: str) -> None:
     Path(root, "runs/small/manifest.json").unlink()
     storage.put_json({"launch": "", "kind": "FloatingPointError", "message": "step 4: loss nan\nhint", "at": 1.0},
                      Run.parse(root, "small").fault_address)
-    now = watch.read_snapshot(root)
-    stages = {(one["dataset"], one["stage"]): one for one in now["stages"]}
+    snapshot = watch.read_snapshot(root)
+    stages = {(stage["dataset"], stage["stage"]): stage for stage in snapshot["stages"]}
     under_way = stages["flat", "embed"]
     assert (under_way["rows"], under_way["of_rows"], under_way["rate"], under_way["seconds_left"]) == (30, 120, 10.0, 9)
     assert under_way["skipped"] == {"cut": 1} and under_way["state"] == "0 of 1"
     assert stages["flat", "index"]["state"] == "stale"
     run = stages["drawn", "train"]
     assert (run["run"], run["step"], run["state"], run["error"]) == ("small", 3, "failed", "step 4: loss nan")
-    assert now["published"]["drawn"]["number"] == 7
-    shown = watch.snapshot_text(now)
-    lines = {line.split("  ")[0] for line in shown.splitlines()}
+    assert snapshot["published"]["drawn"]["number"] == 7
+    text = watch.snapshot_text(snapshot)
+    lines = {line.split("  ")[0] for line in text.splitlines()}
     assert {"drawn", "flat", "hatched", "outline"} <= lines
-    row = next(line for line in shown.splitlines() if "published" in line and "drawn" in line)
+    row = next(line for line in text.splitlines() if "published" in line and "drawn" in line)
     assert "v1*" in row and "3 days 0 h ago" in row and "number 7" in row and "recall@10 0.9500" in row
-    row = next(line for line in shown.splitlines() if line.startswith("flat") and " embed " in line)
+    row = next(line for line in text.splitlines() if line.startswith("flat") and " embed " in line)
     assert "10/s" in row and "30 of 120 rows" in row and "9 s" in row and "1 cut" in row
 
 
 def test_a_driver_that_is_gone_is_silent(root: str) -> None:
     address = storage.join(root, "datasets/flat/v1/embeddings/progress.json")
     storage.put_json(storage.read_json(address) | {"updated": time.time() - 600}, address)
-    one = next(one for one in watch.read_snapshot(root)["stages"] if one["path"] == "datasets/flat/v1/embeddings")
-    assert one["rate"] is None and one["silent_s"] == pytest.approx(600, abs=5)
+    stages = {stage["path"]: stage for stage in watch.read_snapshot(root)["stages"]}
+    stage = stages["datasets/flat/v1/embeddings"]
+    assert stage["rate"] is None and stage["silent_s"] == pytest.approx(600, abs=5)
     assert "silent for 10 min" in watch.snapshot_text(watch.read_snapshot(root))
 
 
 def test_a_root_that_cannot_be_read_for_a_moment_is_said(root: str, monkeypatch) -> None:
-    looks = watch._snapshots(root, 0.0)
-    first = next(looks)
+    snapshots = watch._snapshots(root, 0.0)
+    first = next(snapshots)
 
     def broken(root: str) -> Any:
         raise OSError("the store does not answer")
 
     monkeypatch.setattr(watch, "read_snapshot", broken)
-    second = next(looks)
+    second = next(snapshots)
     assert second["stages"] == first["stages"] and "the store does not answer" in watch.snapshot_text(second)
     monkeypatch.undo()
-    assert "error" not in next(looks)
+    assert "error" not in next(snapshots)
 
 
 def test_ctrl_c_ends_it_with_0_and_json_is_a_line_each_time(root: str) -> None:
-    process = _started(root, "--watch", "--json", stdout=subprocess.PIPE)
+    process = _start_status(root, "--watch", "--json", stdout=subprocess.PIPE)
     assert process.stdout and process.stderr
     first = json.loads(process.stdout.readline())
-    assert {one["path"] for one in first["stages"]} == {one["path"] for one in status.read_status(root)
-                                                       if one["state"] != "absent"}
+    assert {stage["path"] for stage in first["stages"]} == {stage["path"] for stage in status.read_status(root)
+                                                            if stage["state"] != "absent"}
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 0 and process.stderr.read() == ""
 
 
 def test_on_a_terminal_it_stays_in_place(root: str) -> None:
     ours, theirs = pty.openpty()
-    process = _started(root, "--watch", stdout=theirs, env=os.environ | {"TERM": "xterm", "COLUMNS": "150"})
+    process = _start_status(root, "--watch", stdout=theirs, env=os.environ | {"TERM": "xterm", "COLUMNS": "150"})
     os.close(theirs)
-    shown = b""
-    while b"outline" not in shown:
-        shown += os.read(ours, 65536)
+    output = b""
+    while b"outline" not in output:
+        output += os.read(ours, 65536)
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 0
-    assert b"\x1b[?25l" in shown and b"published" in shown
+    assert b"\x1b[?25l" in output and b"published" in output
 
 
 @pytest.mark.parametrize("more", [(), ("--watch",), ("--json",)])
 def test_a_reader_that_goes_away_is_no_fault(root: str, more: tuple[str, ...]) -> None:
-    process = _started(root, *more, stdout=subprocess.PIPE)
+    process = _start_status(root, *more, stdout=subprocess.PIPE)
     assert process.stdout and process.stderr
     process.stdout.close()  # before anything is written: every write fails
     assert process.wait(30) == 0 and process.stderr.read() == ""
@@ -126,41 +127,42 @@ def test_a_reader_that_goes_away_is_no_fault(root: str, more: tuple[str, ...]) -
 
 def test_prometheus_is_answered_when_nothing_runs(root: str) -> None:
     port = prometheus_server.free_port()
-    process = _started(root, "--serve", str(port), stdout=subprocess.DEVNULL)
+    process = _start_status(root, "--serve", str(port), stdout=subprocess.DEVNULL)
     try:
         address = f"http://127.0.0.1:{port}/metrics"
-        prometheus_server.until(lambda: prometheus_server.answers(address), "it does not answer", process)
+        prometheus_server.wait_until(lambda: prometheus_server.answers(address), "it does not answer", process)
         with urllib.request.urlopen(address) as answer:
             lines = answer.read().decode().splitlines()
     finally:
         process.send_signal(signal.SIGINT)
     assert process.wait(20) == 0
-    told = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+    samples = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
+    metrics = {name: float(value) for name, value in samples}
     flat = '{dataset="flat",run="",stage="embed",version="v1"}'
-    assert told["rdm_root_readable"] == 1
-    assert told[f"rdm_stage_items_left{flat}"] == 1 and told[f"rdm_stage_rows_per_second{flat}"] == 10
-    assert told['rdm_stage_left_out{dataset="flat",reason="cut",run="",stage="embed",version="v1"}'] == 1
-    assert told['rdm_stage_sealed{dataset="flat",run="",stage="shard",version="v1"}'] == 1
-    assert told['rdm_stage_stale{dataset="flat",run="",stage="index",version="v1"}'] == 1
-    assert told['rdm_database_recall{dataset="drawn",version="v1"}'] == 0.95
-    assert told['rdm_database_age_seconds{dataset="drawn",version="v1"}'] == pytest.approx(3 * 86400, abs=60)
-    assert told['rdm_train_step{dataset="drawn",run="small",stage="train",version="v1"}'] == 3
-    assert told['rdm_index_recall{dataset="drawn",k="10",run="",stage="index",version="v1"}'] > 0.5
+    assert metrics["rdm_root_readable"] == 1
+    assert metrics[f"rdm_stage_items_left{flat}"] == 1 and metrics[f"rdm_stage_rows_per_second{flat}"] == 10
+    assert metrics['rdm_stage_left_out{dataset="flat",reason="cut",run="",stage="embed",version="v1"}'] == 1
+    assert metrics['rdm_stage_sealed{dataset="flat",run="",stage="shard",version="v1"}'] == 1
+    assert metrics['rdm_stage_stale{dataset="flat",run="",stage="index",version="v1"}'] == 1
+    assert metrics['rdm_database_recall{dataset="drawn",version="v1"}'] == 0.95
+    assert metrics['rdm_database_age_seconds{dataset="drawn",version="v1"}'] == pytest.approx(3 * 86400, abs=60)
+    assert metrics['rdm_train_step{dataset="drawn",run="small",stage="train",version="v1"}'] == 3
+    assert metrics['rdm_index_recall{dataset="drawn",k="10",run="",stage="index",version="v1"}'] > 0.5
 
 
 def test_a_root_that_cannot_be_read_is_a_metric(root: str, monkeypatch) -> None:
-    served = inspection_prometheus.RootMetrics(root)
-    assert {one.name: one for one in served.collect()}["rdm_root_readable"].samples[0].value == 1
+    root_metrics = inspection_prometheus.RootMetrics(root)
+    assert {metric.name: metric for metric in root_metrics.collect()}["rdm_root_readable"].samples[0].value == 1
 
     def broken(root: str) -> Any:
         raise OSError("https://me:secret@store does not answer")
 
     monkeypatch.setattr(inspection_prometheus.status, "read_status", broken)
     monkeypatch.setattr(inspection_prometheus, "period", lambda root: -1.0)
-    told = list(served.collect())
-    assert [(one.name, one.samples[0].value) for one in told] == [("rdm_root_readable", 0.0)]
+    metrics = list(root_metrics.collect())
+    assert [(metric.name, metric.samples[0].value) for metric in metrics] == [("rdm_root_readable", 0.0)]
     monkeypatch.undo()
-    assert len(list(served.collect())) > 5
+    assert len(list(root_metrics.collect())) > 5
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs.publishing.published_art import rebuilt
+from tests.jobs.publishing.published_art import rebuild
 from tests.pipeline import synthetic
 
 
@@ -14,7 +14,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a source of 72 drawn pictures, and a root with the version made of it; to be copied."""
     folder = tmp_path_factory.mktemp("first")
     synthetic.drawings(folder / "source")
-    rebuilt(folder / "root", folder / "source")
+    rebuild(folder / "root", folder / "source")
     return folder
 
 

@@ -24,27 +24,28 @@ NAME = "drawn"
 SHARD = ShardConfig(image_size=32, format="png", samples_per_shard=30)
 
 
-def started(root: Path | str, source: Path | str, shard: ShardConfig = SHARD, key: str = "", **more: Any) -> Rebuild:
+def make_rebuild(root: Path | str, source: Path | str, shard: ShardConfig = SHARD, key: str = "",
+                 **settings: Any) -> Rebuild:
     """A rebuild of a folder of drawn pictures."""
     return Rebuild(str(root), NAME, replace(shard, source=(str(source),)), EmbedConfig(),
-                   IndexConfig(bytes_per_vector=288, key=key), RebuildConfig(**more))
+                   IndexConfig(bytes_per_vector=288, key=key), RebuildConfig(**settings))
 
 
-def rebuilt(root: Path | str, source: Path | str, **more: Any) -> dict[str, Any]:
-    return run_rebuild(started(root, source, **more), run_stage)
+def rebuild(root: Path | str, source: Path | str, **settings: Any) -> dict[str, Any]:
+    return run_rebuild(make_rebuild(root, source, **settings), run_stage)
 
 
-def current(root: Path | str) -> Dataset:
+def published_dataset(root: Path | str) -> Dataset:
     return published.open_dataset(str(root), NAME)
 
 
-def by_content(dataset: Dataset) -> dict[str, np.ndarray]:
+def vectors_by_content(dataset: Dataset) -> dict[str, np.ndarray]:
     """The vectors of what can be found, by the name of the picture and the hash of its bytes."""
     rows = [row for record in dataset.manifest("shards")["items"] for row in metadata(dataset, record)]
-    gone = set(hidden_rows.read_hidden_rows(dataset).tolist())
+    hidden = set(hidden_rows.read_hidden_rows(dataset).tolist())
     vectors = Embeddings(dataset).all()
     return {f"{row['url']} {row['original_sha256']} {row['caption']}": vectors[number]
-            for number, row in enumerate(rows) if number not in gone}
+            for number, row in enumerate(rows) if number not in hidden}
 
 
 def paint(path: Path, seed: int) -> None:

@@ -19,7 +19,7 @@ from jobs.publishing.releases import collect_garbage
 from pipeline.datasets.published import Published
 from pipeline.stages.driver import run_stage
 from pipeline.storage import files
-from tests.jobs.publishing.published_art import NAME, by_content, current, rebuilt, started
+from tests.jobs.publishing.published_art import NAME, make_rebuild, published_dataset, rebuild, vectors_by_content
 
 
 class Forgetful(ThreadingHTTPServer):
@@ -32,12 +32,12 @@ class Forgetful(ThreadingHTTPServer):
             def answer(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 connection = http.client.HTTPConnection(store.removeprefix("http://"))
-                kept = {name: value for name, value in self.headers.items() if not name.lower().startswith("if-")}
-                connection.request(self.command, self.path, body, kept)
-                got = connection.getresponse()
-                data = got.read()
-                self.send_response(got.status)
-                for name, value in got.getheaders():
+                headers = {name: value for name, value in self.headers.items() if not name.lower().startswith("if-")}
+                connection.request(self.command, self.path, body, headers)
+                response = connection.getresponse()
+                data = response.read()
+                self.send_response(response.status)
+                for name, value in response.getheaders():
                     if name.lower() not in {"transfer-encoding", "connection", "server", "date"}:
                         self.send_header(name, value)
                 self.end_headers()
@@ -45,7 +45,7 @@ class Forgetful(ThreadingHTTPServer):
 
             do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = answer
 
-            def log_message(self, *given: Any) -> None:
+            def log_message(self, *arguments: Any) -> None:
                 pass
 
         super().__init__(("127.0.0.1", 0), Handler)
@@ -66,24 +66,24 @@ def forgetful(s3_server: str, s3: str, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 def test_a_store_without_conditions_is_refused(forgetful: str, place: Path) -> None:
     with pytest.raises(ValueError, match="does not keep the conditions If-Match"):
-        started(f"{forgetful}/root", place / "source")
+        make_rebuild(f"{forgetful}/root", place / "source")
 
 
 def test_on_s3(s3: str, place: Path) -> None:
     root = f"{s3}/root"
     fsspec.filesystem("s3").put(str(place / "source"), f"{s3}/source", recursive=True)
     source = f"{s3}/source"
-    assert rebuilt(root, source)["published"] == "v1"
+    assert rebuild(root, source)["published"] == "v1"
     image = io.BytesIO()
     Image.new("RGB", (32, 32), "red").save(image, "PNG")
     fsspec.filesystem("s3").pipe_file(f"{s3}/source/added.png", image.getvalue())
-    one, other = started(root, source), started(root, source)
-    assert run_rebuild(one, run_stage)["embedded"] == 1
-    assert run_rebuild(other, run_stage)["by"] == "another"
-    assert Published.load(root, NAME).version == "v2" and len(by_content(current(root))) == 73
+    first, second = make_rebuild(root, source), make_rebuild(root, source)
+    assert run_rebuild(first, run_stage)["embedded"] == 1
+    assert run_rebuild(second, run_stage)["by"] == "another"
+    assert Published.load(root, NAME).version == "v2" and len(vectors_by_content(published_dataset(root))) == 73
     nothing = Published(root, NAME, None, {})
-    assert not nothing.publish(current(root), b'{"content": "", "samples": 0, "recall@10": 1}', 3)
-    assert main(["rollback", NAME, "--root", root]) == 0 and current(root).version == "v1"
-    assert {one["version"]: one["kept"] for one in collect_garbage(root, NAME, GcConfig(keep=0, lease=0))} == {
-        "v1": "published", "v2": ""}
+    assert not nothing.publish(published_dataset(root), b'{"content": "", "samples": 0, "recall@10": 1}', 3)
+    assert main(["rollback", NAME, "--root", root]) == 0 and published_dataset(root).version == "v1"
+    versions = collect_garbage(root, NAME, GcConfig(keep=0, lease=0))
+    assert {version["version"]: version["kept"] for version in versions} == {"v1": "published", "v2": ""}
     assert main(["verify", "--against", "current", "--root", root]) == 0

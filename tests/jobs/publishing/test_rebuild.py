@@ -27,13 +27,13 @@ from pipeline.versions.config import GatesConfig
 from tests.jobs.publishing.published_art import (
     NAME,
     SHARD,
-    by_content,
-    current,
     drop,
+    make_rebuild,
     paint,
     pictures,
-    rebuilt,
-    started,
+    published_dataset,
+    rebuild,
+    vectors_by_content,
 )
 
 
@@ -47,37 +47,40 @@ def test_only_what_changed_is_made_again(place: Path) -> None:
     captions = source / "captions.csv"
     captions.write_text(captions.read_text().replace(captions.read_text().splitlines()[20].split(",")[1], "other words",
                                                      1))
-    done = rebuilt(root, source)
-    assert {name: done[name] for name in ("kept", "added", "changed", "removed", "embedded")} == {
+    summary = rebuild(root, source)
+    assert {name: summary[name] for name in ("kept", "added", "changed", "removed", "embedded")} == {
         "kept": 69, "added": 1, "changed": 2, "removed": 1, "embedded": 3}
-    assert done["published"] == "v2" and current(root).version == "v2"
-    rebuilt(place / "anew", source)
-    now, anew = by_content(current(root)), by_content(current(place / "anew"))
-    assert now.keys() == anew.keys() and len(now) == 72
-    for name, vector in now.items():
-        assert np.abs(vector.astype(np.float32) - anew[name].astype(np.float32)).max() < 2e-2, name
+    assert summary["published"] == "v2" and published_dataset(root).version == "v2"
+    rebuild(place / "anew", source)
+    rebuilt_vectors = vectors_by_content(published_dataset(root))
+    expected_vectors = vectors_by_content(published_dataset(place / "anew"))
+    assert rebuilt_vectors.keys() == expected_vectors.keys() and len(rebuilt_vectors) == 72
+    for name, vector in rebuilt_vectors.items():
+        assert np.abs(vector.astype(np.float32) - expected_vectors[name].astype(np.float32)).max() < 2e-2, name
     assert main(["verify", "--root", str(root)]) == 0
-    found = Searcher(current(root)).search(Embeddings(current(root)).all().astype(np.float32), 80)[0]
-    hidden = hidden_rows.read_hidden_rows(current(root))
-    assert np.isin(hidden, found).sum() == 0 and len(hidden) == 3
+    ids = Searcher(published_dataset(root)).search(Embeddings(published_dataset(root)).all().astype(np.float32), 80)[0]
+    hidden = hidden_rows.read_hidden_rows(published_dataset(root))
+    assert np.isin(hidden, ids).sum() == 0 and len(hidden) == 3
     # Bytes of shards that stayed were not copied.
     tars = [path.name for path in (root / "datasets" / NAME / "v2" / "shards").glob("*.tar")]
     assert tars == ["000003.tar"]
-    again = rebuilt(root, source)
-    assert again["unchanged"] and again["published"] == "v2" and list_versions(str(root), NAME)[-1]["version"] == "v2"
+    unchanged_summary = rebuild(root, source)
+    assert unchanged_summary["unchanged"] and unchanged_summary["published"] == "v2"
+    assert list_versions(str(root), NAME)[-1]["version"] == "v2"
 
 
 def test_a_shard_that_lost_much_is_written_again(place: Path) -> None:
     for path in pictures(place)[:12]:
         drop(place, path)
-    done = rebuilt(place / "root", place / "source")
-    assert done["removed"] == 12 and done["embedded"] == 0 and len(by_content(current(place / "root"))) == 60
-    dataset = current(place / "root")
+    summary = rebuild(place / "root", place / "source")
+    assert summary["removed"] == 12 and summary["embedded"] == 0
+    assert len(vectors_by_content(published_dataset(place / "root"))) == 60
+    dataset = published_dataset(place / "root")
     assert dataset.manifest("shards")["totals"]["samples"] == 60 and not dataset.is_sealed("tombstones")
     assert main(["verify", "--root", str(place / "root")]) == 0
     # From a version of which nothing is left but what was taken over, another.
     paint(place / "source" / "added.png", 5)
-    assert rebuilt(place / "root", place / "source")["embedded"] == 1
+    assert rebuild(place / "root", place / "source")["embedded"] == 1
 
 
 def test_a_list_of_addresses(tmp_path: Path, place: Path) -> None:
@@ -89,7 +92,7 @@ def test_a_list_of_addresses(tmp_path: Path, place: Path) -> None:
             self.end_headers()
             self.wfile.write(data)
 
-        def log_message(self, *given: Any) -> None:
+        def log_message(self, *arguments: Any) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
@@ -99,18 +102,18 @@ def test_a_list_of_addresses(tmp_path: Path, place: Path) -> None:
     lines = [{"url": f"http://127.0.0.1:{port}/{name}", "caption": f"number {number}"}
              for number, name in enumerate(names)]
 
-    def listed(some: list[dict[str, str]]) -> dict[str, Any]:
-        (tmp_path / "list.jsonl").write_text("".join(json.dumps(one) + "\n" for one in some))
-        return rebuilt(tmp_path / "root", tmp_path / "list.jsonl", shard=replace(
+    def rebuild_from_list(records: list[dict[str, str]]) -> dict[str, Any]:
+        (tmp_path / "list.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        return rebuild(tmp_path / "root", tmp_path / "list.jsonl", shard=replace(
             SHARD, download=DownloadConfig(allow_hosts=(f"127.0.0.1:{port}",))))
 
-    assert listed(lines[:60])["added"] == 60
-    done = listed([*lines[5:60], *lines[66:70]])
-    assert (done["added"], done["removed"], done["kept"], done["embedded"]) == (4, 5, 55, 4)
+    assert rebuild_from_list(lines[:60])["added"] == 60
+    summary = rebuild_from_list([*lines[5:60], *lines[66:70]])
+    assert (summary["added"], summary["removed"], summary["kept"], summary["embedded"]) == (4, 5, 55, 4)
     # A picture from a domain that is to be forgotten is not even fetched.
     assert main(["forget", "--url", lines[66]["url"], "--root", str(tmp_path / "root")]) == 0
-    assert listed([*lines[5:60], *lines[66:70]])["forgotten"] == 1
-    assert not any(lines[66]["url"] in name for name in by_content(current(tmp_path / "root")))
+    assert rebuild_from_list([*lines[5:60], *lines[66:70]])["forgotten"] == 1
+    assert not any(lines[66]["url"] in name for name in vectors_by_content(published_dataset(tmp_path / "root")))
     server.shutdown()
 
 
@@ -121,65 +124,68 @@ def test_half_of_it_noise_stays_out(place: Path, capsys: pytest.CaptureFixture[s
     command = ["rebuild", NAME, "--source", str(place / "source"), "--root", str(place / "root"), "--local",
                "--image-size", "32", "--samples-per-shard", "30"]
     assert main(command) == 1
-    told = capsys.readouterr().err
-    assert "v1 stays published" in told and "overlap@10: 0." in told and "at least 0.7" in told and "lost: 0.5" in told
+    message = capsys.readouterr().err
+    assert "v1 stays published" in message and "overlap@10: 0." in message
+    assert "at least 0.7" in message and "lost: 0.5" in message
     assert Published.load(str(place / "root"), NAME) == before
-    gates = [one.get("failed_gates") for one in list_versions(str(place / "root"), NAME)]
+    gates = [version.get("failed_gates") for version in list_versions(str(place / "root"), NAME)]
     assert gates == [None, ["lost", "overlap@10"]]
     # Whoever knows better may say so; nothing is made again.
     assert main([*command, "--max-lost", "1", "--min-overlap", "0"]) == 0
-    assert current(place / "root").version == "v2"
+    assert published_dataset(place / "root").version == "v2"
 
 
-@pytest.mark.parametrize("what", ["recall@10", "failed", "encoder"])
-def test_gates(place: Path, what: str) -> None:
+@pytest.mark.parametrize("gate", ["recall@10", "failed", "encoder"])
+def test_gates(place: Path, gate: str) -> None:
     (place / "source" / "broken.png").write_bytes(b"no picture")
     # Two bits a vector find little; taking over the first index would find everything.
-    more: dict[str, Any] = {"recall@10": {"key": "PQ1x2", "full": True}, "failed": {"gates": GatesConfig(max_failed=0)}}
-    one = started(place / "root", place / "source", **more.get(what, {}))
-    if what == "encoder":
+    settings: dict[str, Any] = {"recall@10": {"key": "PQ1x2", "full": True},
+                                "failed": {"gates": GatesConfig(max_failed=0)}}
+    job = make_rebuild(place / "root", place / "source", **settings.get(gate, {}))
+    if gate == "encoder":
         run = place / "root" / "runs" / "consumer"
         run.mkdir(parents=True)
         (run / "plan.json").write_text(json.dumps({
             "stage": "train", "items": [], "inputs": {"database": {"path": f"datasets/{NAME}/v1/embeddings"}},
             "section": {"encoder": {"model": "another"}}}))
-    with pytest.raises(GatesFailed, match=f"v2 is not published: .*{what}.*v1 stays published"):
-        run_rebuild(one, run_stage)
-    assert current(place / "root").version == "v1"
+    with pytest.raises(GatesFailed, match=f"v2 is not published: .*{gate}.*v1 stays published"):
+        run_rebuild(job, run_stage)
+    assert published_dataset(place / "root").version == "v1"
 
 
 def test_of_two_at_once_one_publishes(place: Path) -> None:
     paint(place / "source" / "added.png", 1)
-    one, other = (started(place / "root", place / "source") for _ in range(2))
+    first, second = (make_rebuild(place / "root", place / "source") for _ in range(2))
     results: list[dict[str, Any]] = []
     threads = [threading.Thread(target=lambda job=job: results.append(run_rebuild(job, run_stage)))
-               for job in (one, other)]
+               for job in (first, second)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [done["published"] for done in results] == ["v2", "v2"]
-    assert sum("by" in done for done in results) == 1
-    assert [one["version"] for one in Published.load(str(place / "root"), NAME).history()] == ["v1", "v2"]
+    assert [summary["published"] for summary in results] == ["v2", "v2"]
+    assert sum("by" in summary for summary in results) == 1
+    assert [version["version"] for version in Published.load(str(place / "root"), NAME).history()] == ["v1", "v2"]
 
 
 def test_a_slower_older_build_does_not_replace_a_newer_one(place: Path) -> None:
     paint(place / "source" / "added.png", 1)
-    older = started(place / "root", place / "source")
-    begun, _ = older.claim()
+    older = make_rebuild(place / "root", place / "source")
+    older_dataset, _ = older.claim()
     paint(place / "source" / "more.png", 2)
-    newer = rebuilt(place / "root", place / "source")
-    assert (begun.version, newer["published"]) == ("v2", "v3")
-    done = run_rebuild(older, run_stage)
-    assert done["superseded"] == "v2" and done["published"] == "v3" and current(place / "root").version == "v3"
+    newer_summary = rebuild(place / "root", place / "source")
+    assert (older_dataset.version, newer_summary["published"]) == ("v2", "v3")
+    older_summary = run_rebuild(older, run_stage)
+    assert older_summary["superseded"] == "v2" and older_summary["published"] == "v3"
+    assert published_dataset(place / "root").version == "v3"
     # And a newer one replaces an older one that was published while it was under way.
     paint(place / "source" / "a.png", 3)
-    first = started(place / "root", place / "source")
+    first = make_rebuild(place / "root", place / "source")
     first.claim()
     paint(place / "source" / "b.png", 4)
-    second = started(place / "root", place / "source")
+    second = make_rebuild(place / "root", place / "source")
     assert run_rebuild(first, run_stage)["published"] == "v4"
-    assert run_rebuild(second, run_stage)["published"] == "v5" and current(place / "root").version == "v5"
+    assert run_rebuild(second, run_stage)["published"] == "v5" and published_dataset(place / "root").version == "v5"
 
 
 class Killed(BaseException):
@@ -192,50 +198,50 @@ def test_whenever_it_ends_readers_have_a_whole_version(place: Path, monkeypatch:
     writes, ends = [0], [0]
     put, create, swap = storage.put_bytes, storage.create_bytes, storage.swap_bytes
 
-    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        def write(*given: Any, **named: Any) -> Any:
-            if "progress" not in given[1]:
+    def count_writes(function: Callable[..., Any]) -> Callable[..., Any]:
+        def write(*arguments: Any, **keywords: Any) -> Any:
+            if "progress" not in arguments[1]:
                 writes[0] += 1
                 if writes[0] == ends[0]:
                     raise Killed
-            return function(*given, **named)
+            return function(*arguments, **keywords)
         return write
 
     for name, function in (("put_bytes", put), ("create_bytes", create), ("swap_bytes", swap)):
-        monkeypatch.setattr(storage, name, counted(function))
+        monkeypatch.setattr(storage, name, count_writes(function))
     monkeypatch.setattr(files, "put_bytes", storage.put_bytes)  # put_json calls it there
     seen, tries = set(), 0
     while True:
         tries, writes[0], ends[0] = tries + 1, 0, ends[0] + 3
         try:
-            rebuilt(place / "root", place / "source")
+            rebuild(place / "root", place / "source")
             break
         except Killed:
             dataset = published.open_dataset(str(place / "root"), NAME)
             seen.add(dataset.version)
             assert len(Searcher(dataset).search(Embeddings(dataset).all()[:1].astype(np.float32), 4)[0]) == 1
-    assert tries > 3 and seen <= {"v1", "v2"} and current(place / "root").version == "v2"
+    assert tries > 3 and seen <= {"v1", "v2"} and published_dataset(place / "root").version == "v2"
     monkeypatch.undo()
     assert main(["verify", "--root", str(place / "root")]) == 0
-    assert [one["version"] for one in Published.load(str(place / "root"), NAME).history()] == ["v1", "v2"]
+    assert [version["version"] for version in Published.load(str(place / "root"), NAME).history()] == ["v1", "v2"]
 
 
 def test_what_a_stranger_tried(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, source = str(place / "root"), place / "source"
     (source / "cut.png").write_bytes(pictures(place)[0].read_bytes()[:200])
-    assert rebuilt(root, source)["added"] == 1
+    assert rebuild(root, source)["added"] == 1
     for _ in range(2):  # what cannot be read is no change, however thoroughly it is looked at
-        assert rebuilt(root, source, thorough=True)["unchanged"]
+        assert rebuild(root, source, thorough=True)["unchanged"]
     assert main(["rollback", NAME, "--root", root]) == 0
-    assert rebuilt(root, source, thorough=True)["rolled_back"] == "v2"
+    assert rebuild(root, source, thorough=True)["rolled_back"] == "v2"
     for command in (["rollback", f"{NAME}@v9"], ["gc", f"{NAME}@v1"], ["versions", f"{NAME}@v1"],
                     ["forget", "--domain", ""], ["forget", "--domain", "http://x y/.."], ["forget", "--url", ""]):
         assert main([*command, "--root", root]) == 2, command
-    assert current(root).version == "v1" and not storage.exists(f"{root}/forgotten.json")
+    assert published_dataset(root).version == "v1" and not storage.exists(f"{root}/forgotten.json")
     assert main(["forget", "--domain", "https://Example.org/a?b", "--root", root]) == 0
     assert storage.read_json(f"{root}/forgotten.json")["domains"] == ["example.org"]
     paint(source / "added.png", 1)
-    assert rebuilt(root, source)["published"] == "v4"  # v3 holds what the thorough look had read
+    assert rebuild(root, source)["published"] == "v4"  # v3 holds what the thorough look had read
     assert main(["gc", NAME, "--keep", "1", "--root", root]) == 0
     assert main(["gc", NAME, "--keep", "0", "--lease", "0", "--root", root]) == 0
     assert main(["rollback", NAME, "--root", root]) == 2

@@ -22,19 +22,19 @@ from pipeline.datasets.metadata import metadata
 from pipeline.embeddings.embed import dataset_encoder
 from pipeline.stages import records
 from pipeline.versions.listing import read_listing
-from tests.jobs.publishing.published_art import NAME, by_content, current, paint, pictures, rebuilt
+from tests.jobs.publishing.published_art import NAME, paint, pictures, published_dataset, rebuild, vectors_by_content
 from tests.pipeline import synthetic
 
 
 def test_rollback_and_what_was_rolled_back_stays_so(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, source = str(place / "root"), place / "source"
     paint(source / "added.png", 1)
-    rebuilt(root, source)
-    assert main(["rollback", NAME, "--root", root]) == 0 and current(root).version == "v1"
-    assert rebuilt(root, source)["rolled_back"] == "v2" and current(root).version == "v1"
+    rebuild(root, source)
+    assert main(["rollback", NAME, "--root", root]) == 0 and published_dataset(root).version == "v1"
+    assert rebuild(root, source)["rolled_back"] == "v2" and published_dataset(root).version == "v1"
     paint(source / "more.png", 2)
-    assert rebuilt(root, source)["published"] == "v3"
-    assert main(["rollback", NAME, "--to", "v2", "--root", root]) == 0 and current(root).version == "v2"
+    assert rebuild(root, source)["published"] == "v3"
+    assert main(["rollback", NAME, "--to", "v2", "--root", root]) == 0 and published_dataset(root).version == "v2"
     for wrong in ("v2", "v9"):
         assert main(["rollback", NAME, "--to", wrong, "--root", root]) == 2
     assert main(["versions", NAME, "--root", root]) == 0
@@ -48,7 +48,7 @@ def test_rollback_and_what_was_rolled_back_stays_so(place: Path, capsys: pytest.
 
 def test_who_changes_a_published_version_is_found_out(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = str(place / "root")
-    held = current(root)
+    held = published_dataset(root)
     file = Path(held.folder("embeddings")) / "000001.npy"
     whole = file.read_bytes()
     file.write_bytes(whole[:-4] + bytes([whole[-4] ^ 1]) + whole[-3:])
@@ -70,41 +70,42 @@ def test_who_changes_a_published_version_is_found_out(place: Path, capsys: pytes
         path.write_bytes(storage.json_bytes(document))
     capsys.readouterr()
     with pytest.raises(ValueError, match="is not the one that was published"):
-        Embeddings(current(root))
+        Embeddings(published_dataset(root))
     assert main(["verify", "--against", "current", "--root", root]) == 1
     assert "is not the one that was published" in capsys.readouterr().out
     release = Path(root, "datasets", NAME, "v1", "release.json")
     release.write_text(release.read_text().replace('"samples"', '"Samples"'))
     with pytest.raises(ValueError, match="the release of drawn@v1 is not the one"):
-        current(root)
+        published_dataset(root)
 
 
 def test_what_is_forgotten(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, source, files = str(place / "root"), place / "source", pictures(place)
-    dataset = current(root)
+    dataset = published_dataset(root)
     rows = [row for record in dataset.manifest("shards")["items"] for row in metadata(dataset, record)]
     by_key, by_name, by_hash = rows[2], rows[35], rows[70]
     assert main(["forget", "--key", f"{NAME}/{by_key['key']}", "--url", by_name["url"], "--sha256",
-                     by_hash["sha256"], "--note", "asked by mail", "--root", root]) == 0
+                 by_hash["sha256"], "--note", "asked by mail", "--root", root]) == 0
     assert "drawn@v1: 3 pictures, no longer found" in capsys.readouterr().out
-    assert list(hidden_rows.read_hidden_rows(current(root))) == [2, 35, 70]  # at once, in the version that is published
+    # Immediately, in the published version.
+    assert list(hidden_rows.read_hidden_rows(published_dataset(root))) == [2, 35, 70]
     copy = source / "renamed.png"
     shutil.copy(source / by_key["url"], copy)  # the same bytes under another name
-    done = rebuilt(root, source)
+    done = rebuild(root, source)
     assert (done["forgotten"], done["published"], done["embedded"]) == (3, "v2", 0)
-    dataset = current(root)
+    dataset = published_dataset(root)
     tars = b"".join(storage.read_bytes(storage.manifest_file_url(dataset.folder("shards"), entry["name"]))
                     for record in dataset.manifest("shards")["items"] for entry in record["files"]
                     if entry["name"].endswith((".tar", ".parquet")))
     for row in (by_key, by_name, by_hash):
         assert (source / row["url"]).read_bytes() not in tars and row["key"].encode() not in tars
     assert (source / rows[3]["url"]).read_bytes() in tars
-    assert rebuilt(root, source)["unchanged"]
+    assert rebuild(root, source)["unchanged"]
     assert {row["name"] for row in read_listing(dataset).to_pylist() if row["status"] == "forgotten"} == {
         by_key["url"], by_hash["url"], "renamed.png"}
     assert main(["verify", "--root", root]) == 0
-    for wrong in ([], ["--sha256", "12"], ["--key", f"{NAME}/none"]):
-        assert main(["forget", *wrong, "--root", root]) == 2
+    for flags in ([], ["--sha256", "12"], ["--key", f"{NAME}/none"]):
+        assert main(["forget", *flags, "--root", root]) == 2
     assert len(files) == 72
 
 
@@ -112,21 +113,22 @@ def test_gc_leaves_what_is_needed(place: Path) -> None:
     root, source = str(place / "root"), place / "source"
     for number in range(4):
         paint(source / f"added{number}.png", number)
-        rebuilt(root, source)
+        rebuild(root, source)
     run = place / "root" / "runs" / "consumer"
     run.mkdir(parents=True)
     (run / "plan.json").write_text(json.dumps({
-        "stage": "train", "items": [], "section": {"encoder": dataset_encoder(current(root)), "database": f"{NAME}@v2"},
+        "stage": "train", "items": [],
+        "section": {"encoder": dataset_encoder(published_dataset(root)), "database": f"{NAME}@v2"},
         "inputs": {"database": {"path": f"datasets/{NAME}/v2/embeddings", "digest": ""}}}))
     assert published.open_dataset(root, NAME, Run(root, "consumer").planned()["database"]).version == "v2"
-    assert all(one["kept"] for one in collect_garbage(root, NAME, GcConfig(keep=1)))  # the lease
-    kept = {one["version"]: one["kept"] for one in collect_garbage(root, NAME, GcConfig(keep=1, lease=0))}
+    assert all(version["kept"] for version in collect_garbage(root, NAME, GcConfig(keep=1)))  # the lease
+    kept = {version["version"]: version["kept"] for version in collect_garbage(root, NAME, GcConfig(keep=1, lease=0))}
     assert kept == {"v1": "", "v2": "pinned by runs/consumer", "v3": "", "v4": "", "v5": "published"}
     assert not (place / "root/datasets" / NAME / "v3/shards/manifest.json").exists()
     for version in ("v2", "v5"):
-        assert len(by_content(Dataset(root, NAME, version))) == {"v2": 73, "v5": 76}[version]
-    assert [one["removed"] for one in list_versions(root, NAME)] == [True, False, True, True, False]
+        assert len(vectors_by_content(Dataset(root, NAME, version))) == {"v2": 73, "v5": 76}[version]
+    assert [version["removed"] for version in list_versions(root, NAME)] == [True, False, True, True, False]
     paint(source / "more.png", 9)
-    assert rebuilt(root, source)["published"] == "v6"
+    assert rebuild(root, source)["published"] == "v6"
     assert main(["verify", "--only", f"datasets/{NAME}/v6", "--root", root]) == 0
     assert main(["rollback", NAME, "--to", "v3", "--root", root]) == 2

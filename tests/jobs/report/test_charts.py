@@ -25,14 +25,14 @@ KINDS: list[dict[str, list[tuple[str, float, float]]]] = [
 def drawings(chart: str | None) -> list[ElementTree.Element]:
     """The wide and the narrow SVG of a chart."""
     assert chart is not None
-    found = list(ElementTree.fromstring(chart))
-    assert [one.get("class") for one in found] == ["wide", "narrow"]
-    return found
+    svgs = list(ElementTree.fromstring(chart))
+    assert [svg.get("class") for svg in svgs] == ["wide", "narrow"]
+    return svgs
 
 
 def numbers(text: str) -> list[Point]:
-    found = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", text)]
-    return list(zip(found[::2], found[1::2], strict=True))
+    coordinates = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", text)]
+    return list(zip(coordinates[::2], coordinates[1::2], strict=True))
 
 
 def points(drawing: ElementTree.Element, name: str) -> list[list[Point]]:
@@ -53,11 +53,12 @@ def frame(drawing: ElementTree.Element) -> tuple[float, float, float, float]:
             min(y for _, y in corners), max(y for _, y in corners))
 
 
-def assert_inside(drawing: ElementTree.Element, found: list[Point]) -> None:
-    left, right, top, bottom = frame(drawing)
+def assert_inside(drawing: ElementTree.Element, positions: list[Point]) -> None:
+    x_min, x_max, y_min, y_max = frame(drawing)
     width, height = numbers(drawing.get("viewBox", ""))[1]
-    assert 0 < left < right < width and 0 < top < bottom < height
-    assert found and all(left - 0.11 <= x <= right + 0.11 and top - 0.11 <= y <= bottom + 0.11 for x, y in found)
+    assert 0 < x_min < x_max < width and 0 < y_min < y_max < height
+    assert positions
+    assert all(x_min - 0.11 <= x <= x_max + 0.11 and y_min - 0.11 <= y <= y_max + 0.11 for x, y in positions)
 
 
 @pytest.mark.parametrize("losses", [[1.0], [0.0, 0.0], [2.0, 1.9, float("nan"), 1.95], [5e4, 3.0, 1e-7],
@@ -74,8 +75,8 @@ def test_a_curve_rises_where_the_loss_rises() -> None:
     for drawing in drawings(loss_curve([{"step": place, "loss": loss} for place, loss in enumerate(losses)])):
         [line] = points(drawing, "raw")
         assert [x for x, _ in line] == sorted({x for x, _ in line}) and len(line) == len(losses)
-        assert all((losses[one] < losses[other]) == (line[one][1] > line[other][1])
-                   for one in range(4) for other in range(4))
+        assert all((losses[first] < losses[second]) == (line[first][1] > line[second][1])
+                   for first in range(4) for second in range(4))
 
 
 def test_a_spike_of_a_long_curve_stays_visible() -> None:
@@ -94,21 +95,21 @@ def test_a_curve_without_points_is_none() -> None:
 
 def test_smoothing_keeps_a_line_and_the_ends() -> None:
     line = [(float(x), 2.0 * x) for x in range(200)]
-    assert all(made == pytest.approx(given) for made, given in zip(smooth_curve(line), line, strict=True))
+    assert all(smoothed == pytest.approx(expected) for smoothed, expected in zip(smooth_curve(line), line, strict=True))
 
 
 @pytest.mark.parametrize("kinds", KINDS)
 def test_a_tuning_is_inside_of_its_axes(kinds: dict[str, list[tuple[str, float, float]]]) -> None:
-    timed = [one for points_ in kinds.values() for one in points_ if one[1] > 0]
+    timed = [setting for settings in kinds.values() for setting in settings if setting[1] > 0]
     for drawing in drawings(recall_over_time(kinds)):
-        found = dots(drawing)
+        positions = dots(drawing)
         titles = [title.text for title in drawing.iter("title")]
         assert titles == [f"{name}: {recall:.3f} in {format_number(time)} ms" for name, time, recall in timed]
-        assert len(found) == len(timed) == sum(map(len, points(drawing, "line")))
-        assert_inside(drawing, found)
-        for (x, y), (_, time, recall) in zip(found, timed, strict=True):
+        assert len(positions) == len(timed) == sum(map(len, points(drawing, "line")))
+        assert_inside(drawing, positions)
+        for (x, y), (_, time, recall) in zip(positions, timed, strict=True):
             assert all((time < other[1]) <= (x <= a) and (recall < other[2]) <= (y >= b)
-                       for (a, b), other in zip(found, timed, strict=True))
+                       for (a, b), other in zip(positions, timed, strict=True))
 
 
 def test_no_tuning_of_one_point() -> None:
@@ -155,7 +156,7 @@ def test_charts_are_safe_inside_of_a_page() -> None:
         assert "<script" not in chart and "url(" not in chart and "<style" not in chart and "xmlns" not in chart
         assert "http" not in chart and "<?xml" not in chart and "<!DOCTYPE" not in chart
         for drawing in drawings(chart):
-            ids = {one.get("id") for one in drawing.iter()}
+            ids = {element.get("id") for element in drawing.iter()}
             assert all(use.get("href", "")[1:] in ids for use in drawing.iter("use"))
     assert any(hostile in (text.text or "") for text in drawings(recall_over_time(kinds))[0].iter("text"))
 

@@ -64,7 +64,7 @@ class Document(HTMLParser):
         return [attributes[attribute] or "" for _, attributes in self.tags if attribute in attributes]
 
 
-def written(root: Path) -> str:
+def report_page(root: Path) -> str:
     report.write_report(str(root), str(root / "report.html"))
     return (root / "report.html").read_text()
 
@@ -112,7 +112,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, drawn_pictures: Path) -> Path
 
 @pytest.fixture(scope="module")
 def page(root: Path) -> str:
-    return written(root)
+    return report_page(root)
 
 
 def test_everything_is_in_it(page: str):
@@ -124,27 +124,29 @@ def test_everything_is_in_it(page: str):
     assert "undecodable" in document.text or "broken" in document.text
     for words in ("recall@10", "tiny-clip-64", "DDIM steps, guidance 2", "samples/s", "loss at the end"):
         assert words in document.text
-    pictures = [one for name, one in document.tags if name == "img"]
-    assert sum("noise" in (one["title"] or "") for one in pictures) == len(PROMPTS) * 2
-    assert all(re.search(r"key \d+, row \d+", one["title"]) or "checkpoint step 4" in one["title"] for one in pictures)
+    pictures = [attributes for name, attributes in document.tags if name == "img"]
+    assert sum("noise" in (picture["title"] or "") for picture in pictures) == len(PROMPTS) * 2
+    assert all(re.search(r"key \d+, row \d+", picture["title"]) or "checkpoint step 4" in picture["title"]
+               for picture in pictures)
     assert len(page) < 2_000_000
 
 
 def test_neighbours_are_shown_from_the_nearest_to_the_farthest_with_their_distribution(page: str, root: Path):
-    part = page[page.index("<h2>Neighbors</h2>"):page.index("<h2>Datasets</h2>")]
+    section = page[page.index("<h2>Neighbors</h2>"):page.index("<h2>Datasets</h2>")]
     manifests = [json.loads(path.read_text()) for path in root.glob("datasets/*/v1/neighbors/*/manifest.json")]
     # Each chart is there for wide and for narrow pages.
-    assert len(manifests) == part.count("cosine similarity of all neighbors</text>") / 2 == part.count('class="chart"')
-    charts = [chart.split("</div>")[0] for chart in part.split('<div class="chart">')[1:]]
+    assert len(manifests) == section.count('class="chart"')
+    assert len(manifests) == section.count("cosine similarity of all neighbors</text>") / 2
+    charts = [chart.split("</div>")[0] for chart in section.split('<div class="chart">')[1:]]
     bars = [chart.count('class="bar"') / 2 for chart in charts]
     filled = [np.flatnonzero(manifest["info"]["scores"]) for manifest in manifests]
     assert sorted(bars) == sorted(bins[-1] - bins[0] + 1 for bins in filled)
     for manifest in manifests:
-        assert f"of {manifest['info']['rows']:,} in the database" in part
-        assert f"the most used one is that of {manifest['info']['most_used']} image" in part
-    for table in part.split("<table")[1:]:
-        nearest = [float(found.group(1)) for row in table.split("<tr>")[2:]
-                   if (found := re.search(r"score (-?\d\.\d+)", row))]
+        assert f"of {manifest['info']['rows']:,} in the database" in section
+        assert f"the most used one is that of {manifest['info']['most_used']} image" in section
+    for table in section.split("<table")[1:]:
+        nearest = [float(match.group(1)) for row in table.split("<tr>")[2:]
+                   if (match := re.search(r"score (-?\d\.\d+)", row))]
         assert nearest == sorted(nearest, reverse=True) and len(nearest) > 2
 
 
@@ -168,13 +170,13 @@ def test_it_needs_no_other_file(page: str):
 
 
 def test_an_empty_root(tmp_path: Path):
-    assert "Nothing is below this root yet" in Document(written(tmp_path)).text
-    assert "Nothing is below this root yet" in Document(written(tmp_path / "absent")).text
+    assert "Nothing is below this root yet" in Document(report_page(tmp_path)).text
+    assert "Nothing is below this root yet" in Document(report_page(tmp_path / "absent")).text
 
 
 def test_a_root_with_only_shards(tmp_path: Path, drawn_pictures: Path):
     shards(tmp_path, "train", drawn_pictures)
-    text = Document(written(tmp_path)).text
+    text = Document(report_page(tmp_path)).text
     for words in ("No samples yet", "No curve yet", "No neighbors yet", "No index yet", "Nothing embedded yet",
                   "36 of 36 images"):
         assert words in text
@@ -189,7 +191,7 @@ def test_one_damaged_part_does_not_cost_the_others(root: Path, tmp_path: Path, p
     next((tmp_path / "runs/first/samples").glob("*/samples.json")).unlink()
     with open(tmp_path / "runs/first/metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')
-    text = Document(written(tmp_path)).text
+    text = Document(report_page(tmp_path)).text
     assert "could not be read" in text
     assert "loss at the end" in text or "The training loss over the steps" in text
     assert "36 of 36 images" in text  # the contact sheet of the other dataset
@@ -202,7 +204,7 @@ def test_unfinished_and_failed_stages_are_told(root: Path, tmp_path: Path):
     (folder / "records/000001.json").unlink()
     (folder / "failures").mkdir()
     (folder / "failures/000001.json").write_text(json.dumps({"id": "000001", "error": SCRIPT, "traceback": ""}))
-    page = written(tmp_path)
+    page = report_page(tmp_path)
     text = Document(page).text
     assert "2 of 3, 1 failed" in text and SCRIPT in text and SCRIPT not in page
     assert "stale" in text  # the index was built from embeddings that are gone
@@ -233,10 +235,10 @@ def test_names_of_runs_and_samples_are_text(root: Path, tmp_path: Path):
     samples = tmp_path / "runs/first/samples"
     next(samples.iterdir()).rename(samples / HOSTILE_NAME)
     (tmp_path / "runs/first").rename(tmp_path / "runs" / HOSTILE_NAME)
-    page = written(tmp_path)
+    page = report_page(tmp_path)
     document = Document(page)
     assert f"runs/{HOSTILE_NAME}/samples/{HOSTILE_NAME}" in document.text
-    assert HOSTILE_NAME not in page and "onerror" not in {key for _, one in document.tags for key in one}
+    assert HOSTILE_NAME not in page and "onerror" not in {key for _, attributes in document.tags for key in attributes}
     assert all(value.startswith("data:image/") for value in document.values("src"))
 
 
@@ -246,9 +248,9 @@ def test_an_album_has_an_end():
     data = io.BytesIO()
     noise.save(data, "PNG")
     album = Album(budget=5000)
-    shown = [album.image(data.getvalue(), "noise") for _ in range(6)]
-    assert (shown[0].source or "").startswith("data:image/webp") and (shown[0].width, shown[0].height) == (64, 64)
-    assert shown[-1].source is None and album.left_out == sum(one.source is None for one in shown) > 0
+    images = [album.image(data.getvalue(), "noise") for _ in range(6)]
+    assert (images[0].source or "").startswith("data:image/webp") and (images[0].width, images[0].height) == (64, 64)
+    assert images[-1].source is None and album.left_out == sum(image.source is None for image in images) > 0
 
 
 def test_indices_with_a_knob_show_their_tuning(tmp_path: Path):
@@ -257,11 +259,11 @@ def test_indices_with_a_knob_show_their_tuning(tmp_path: Path):
     run_stage(Index(synthetic.given(tmp_path, "none", [vectors]), IndexConfig(key="SQ8")))
     document = Document(tables.tuning(RootContents(str(tmp_path))))
     assert "knob IVF16,SQ8" in document.text and "images as queries" in document.text
-    curve_ = Dataset.parse(str(tmp_path), "knob").manifest("index")["info"]["curve"]
-    assert len(curve_) > 1
-    for step in curve_:
+    curve = Dataset.parse(str(tmp_path), "knob").manifest("index")["info"]["curve"]
+    assert len(curve) > 1
+    for step in curve:
         assert f"{step['parameter']}: {step['image']['10']:.3f} in " in document.text
-    page = written(tmp_path)
+    page = report_page(tmp_path)
     assert "The share that a larger search effort finds" in page and page.count('<figure class="tuning">') == 1
 
 
@@ -280,5 +282,5 @@ def test_a_browser_shows_it(root: Path, page: str, tmp_path: Path):
         ink = shot.convert("L").point(lambda value: 255 * (value < 250)).getbbox()
     assert ink and ink[3] - ink[1] > 2000
     dumped = subprocess.run([*command, "--dump-dom", address], check=True, capture_output=True, text=True, timeout=120)
-    found = re.findall(r"<h2>([^<]*)</h2>", dumped.stdout)
-    assert tuple(found) == HEADINGS
+    headings = re.findall(r"<h2>([^<]*)</h2>", dumped.stdout)
+    assert tuple(headings) == HEADINGS

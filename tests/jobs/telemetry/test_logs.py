@@ -32,24 +32,24 @@ def _run(tmp_path: Path, *arguments: str, **environment: str) -> "subprocess.Com
 
 def test_events_say_what_they_are_about_and_stdout_stays_data(tmp_path: Path) -> None:
     source = str(_pictures(tmp_path / "in"))
-    done = _run(tmp_path, "shard", "some@v2", "--source", source, "--local", "--samples-per-shard", "3",
-                "--log-format", "json")
-    assert done.returncode == 0 and json.loads(done.stdout)["samples"] == 5
-    events = _events(done.stderr)
-    assert all({"time", "level", "logger", "message"} <= one.keys() for one in events)
-    about = {(one["dataset"], one["version"], one["stage"]) for one in events}
-    assert about == {("some", "v2", "shard")}
-    assert [one["item"] for one in events if "item" in one] == ["000000", "000001"]
+    process = _run(tmp_path, "shard", "some@v2", "--source", source, "--local", "--samples-per-shard", "3",
+                   "--log-format", "json")
+    assert process.returncode == 0 and json.loads(process.stdout)["samples"] == 5
+    events = _events(process.stderr)
+    assert all({"time", "level", "logger", "message"} <= event.keys() for event in events)
+    subjects = {(event["dataset"], event["version"], event["stage"]) for event in events}
+    assert subjects == {("some", "v2", "shard")}
+    assert [event["item"] for event in events if "item" in event] == ["000000", "000001"]
     assert events[0]["message"] == "shard begins"
-    assert any(one["level"] == "warning" and "left out 1 not_a_picture" in one["message"] for one in events)
+    assert any(event["level"] == "warning" and "left out 1 not_a_picture" in event["message"] for event in events)
 
 
 def test_why_a_command_ends_is_an_event_too(tmp_path: Path) -> None:
-    done = _run(tmp_path, "embed", "some", "--local", RDM_LOG="json")
-    said = _events(done.stderr)
-    assert done.returncode == 2
-    assert said[-1]["level"] == "error" and "is not sealed" in said[-1]["message"] and said[-1]["exit"] == 2
-    assert said[-1]["hint"].startswith("python -m jobs shard some")
+    process = _run(tmp_path, "embed", "some", "--local", RDM_LOG="json")
+    events = _events(process.stderr)
+    assert process.returncode == 2
+    assert events[-1]["level"] == "error" and "is not sealed" in events[-1]["message"] and events[-1]["exit"] == 2
+    assert events[-1]["hint"].startswith("python -m jobs shard some")
 
 
 def test_people_get_lines_and_a_flag_wins(tmp_path: Path, monkeypatch, capsys) -> None:

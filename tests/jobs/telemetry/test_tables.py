@@ -77,14 +77,14 @@ def test_status_loses_nothing_on_a_narrow_terminal(root: Path, capsys: pytest.Ca
 
 def test_plan_is_markdown_for_programs_and_aligned_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan"]) == 0
-    plain = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len({len(line) for line in plain}) == 1 and re.fullmatch(r"\|[-|:]+\|", plain[1])
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in plain]
-    shown = _on_terminal(["plan"], 200)
-    assert "\x1b[1mstage" in shown
-    bare = re.sub(r"\x1b\[[\d;]*m", "", shown).splitlines()
-    found = list(itertools.takewhile(bool, bare))
-    assert [line.split() for line in found] == [" ".join(row).split() for row in (cells[0], *cells[2:])]
+    markdown_lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in markdown_lines}) == 1 and re.fullmatch(r"\|[-|:]+\|", markdown_lines[1])
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown_lines]
+    output = _on_terminal(["plan"], 200)
+    assert "\x1b[1mstage" in output
+    plain_lines = re.sub(r"\x1b\[[\d;]*m", "", output).splitlines()
+    table_lines = list(itertools.takewhile(bool, plain_lines))
+    assert [line.split() for line in table_lines] == [" ".join(row).split() for row in (cells[0], *cells[2:])]
 
 
 def test_a_markdown_text_is_unchanged_for_programs() -> None:
@@ -99,20 +99,21 @@ def test_a_markdown_text_is_aligned_for_people(monkeypatch: pytest.MonkeyPatch) 
         "a    long\n100\n2    x\n\nnote\n")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["status", "--root", "/nowhere/at/all", "--json"]])
-def test_rich_is_loaded_only_for_tables(words: list[str]) -> None:
-    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "jobs", *words], capture_output=True, text=True)
-    assert done.returncode == 0 and "jobs.telemetry" in done.stderr
-    assert not re.search(r"\| +(rich|tqdm)(\.|$)", done.stderr, re.MULTILINE)
+@pytest.mark.parametrize("arguments", [["--help"], ["status", "--root", "/nowhere/at/all", "--json"]])
+def test_rich_is_loaded_only_for_tables(arguments: list[str]) -> None:
+    process = subprocess.run([sys.executable, "-X", "importtime", "-m", "jobs", *arguments], capture_output=True,
+                             text=True)
+    assert process.returncode == 0 and "jobs.telemetry" in process.stderr
+    assert not re.search(r"\| +(rich|tqdm)(\.|$)", process.stderr, re.MULTILINE)
 
 
 def test_credits_and_removed_versions_are_aligned() -> None:
-    near = {"score": 0.5, "database": "art@v1", "key": "000001", "caption": "a cat", "url": "https://a/b", "source": "",
-            "licence": "CC0-1.0", "authors": "someone"}
-    other = near | {"database": "photos@v12", "caption": "", "licence": "", "authors": "", "note": "gone"}
-    found = [{"sample": "0000.png", "prompt": "a cat", "pictures": [near, other]},
-             {"sample": "0001.png", "prompt": "", "pictures": []}]
-    assert credits.credits_text(found).splitlines() == [
+    picture = {"score": 0.5, "database": "art@v1", "key": "000001", "caption": "a cat", "url": "https://a/b",
+               "source": "", "licence": "CC0-1.0", "authors": "someone"}
+    removed_picture = picture | {"database": "photos@v12", "caption": "", "licence": "", "authors": "", "note": "gone"}
+    samples = [{"sample": "0000.png", "prompt": "a cat", "pictures": [picture, removed_picture]},
+               {"sample": "0001.png", "prompt": "", "pictures": []}]
+    assert credits.credits_text(samples).splitlines() == [
         "0000.png: a cat", "  0.500  art@v1/000001      a cat  https://a/b  (someone, CC0-1.0)",
         "  0.500  photos@v12/000001         https://a/b  (licence unknown)   gone", "0001.png"]
     removed = [{"version": "v9", "kept": "published"},

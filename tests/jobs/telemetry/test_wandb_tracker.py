@@ -39,35 +39,35 @@ def _session(folder: Path, last: str = "group") -> dict[str, Any]:
     """What a session says of itself, and the lines of its history; a process of wandb's writes it, and may be behind.
     """
     end = time.monotonic() + 30
-    while last not in (found := _written(folder)) and time.monotonic() < end:
+    while last not in (session := _read_session(folder)) and time.monotonic() < end:
         time.sleep(0.1)
-    return found
+    return session
 
 
-def _written(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {"history": [], "config": {}, "summary": {}}
+def _read_session(folder: Path) -> dict[str, Any]:
+    session: dict[str, Any] = {"history": [], "config": {}, "summary": {}}
     for record in wandb_files.records(next(folder.glob("*.wandb"))):
         kind = record.WhichOneof("record_type")
         if kind == "run":
-            found |= {"id": record.run.run_id, "group": record.run.run_group, "job": record.run.job_type,
-                      "name": record.run.display_name, "project": record.run.project}
-            found["config"] |= {one.key: json.loads(one.value_json) for one in record.run.config.update}
+            session |= {"id": record.run.run_id, "group": record.run.run_group, "job": record.run.job_type,
+                        "name": record.run.display_name, "project": record.run.project}
+            session["config"] |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
         elif kind == "config":
-            found["config"] |= {one.key: json.loads(one.value_json) for one in record.config.update}
+            session["config"] |= {item.key: json.loads(item.value_json) for item in record.config.update}
         elif kind == "exit":
-            found["exit"] = record.exit.exit_code
+            session["exit"] = record.exit.exit_code
         elif kind == "history":
-            found["history"].append({one.key or "/".join(one.nested_key): json.loads(one.value_json)
-                                     for one in record.history.item})
+            session["history"].append({item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                                       for item in record.history.item})
         elif kind == "summary":
-            found["summary"] |= {one.key or "/".join(one.nested_key): json.loads(one.value_json)
-                                 for one in record.summary.update}
-    return found
+            session["summary"] |= {item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                                   for item in record.summary.update}
+    return session
 
 
 def _sessions(folder: Path, place: str = "wandb") -> list[dict[str, Any]]:
     """The sessions in a folder, in the order in which `wandb sync` takes them."""
-    return [_session(one) for one in sorted((folder / place).glob("offline-run-*"))]
+    return [_session(session_folder) for session_folder in sorted((folder / place).glob("offline-run-*"))]
 
 
 def _unfinished(folder: Path) -> list[dict[str, Any]]:
@@ -76,19 +76,19 @@ def _unfinished(folder: Path) -> list[dict[str, Any]]:
 
 
 def _steps(sessions: list[dict[str, Any]]) -> list[list[int]]:
-    return [[line["_step"] for line in one["history"]] for one in sessions]
+    return [[line["_step"] for line in session["history"]] for session in sessions]
 
 
 def _environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith("WANDB")} | {"OMP_NUM_THREADS": "1"}
 
 
-def _command(root: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "jobs", *more, "--root", str(root), "--local"]
+def _command(root: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "jobs", *arguments, "--root", str(root), "--local"]
 
 
-def _train(root: Path, *more: str) -> list[str]:
-    return _command(root, "train", "small", "--dataset", "drawn", "--config", str(root / "settings.toml"), *more)
+def _train(root: Path, *arguments: str) -> list[str]:
+    return _command(root, "train", "small", "--dataset", "drawn", "--config", str(root / "settings.toml"), *arguments)
 
 
 _FOLLOWED = """
@@ -169,7 +169,7 @@ def test_sessions_that_finished_stay_and_those_that_were_killed_do_not(tmp_path:
     assert session(30, 33, 1).wait(60) == 0
     assert _steps(_sessions(run)) == [list(range(1, 13)), list(range(13, 31)), list(range(31, 34))]
     assert _steps(_unfinished(run)) == [list(range(13, 18)), []]
-    losses = [line["loss"] for one in _sessions(run) for line in one["history"]]
+    losses = [line["loss"] for finished in _sessions(run) for line in finished["history"]]
     assert losses == [line["loss"] for line in read_metrics(Run.parse(str(tmp_path), "small"))] == [
         1 / step for step in range(1, 34)]
 
@@ -181,10 +181,10 @@ def test_validations_of_a_killed_session_are_told_with_their_images(tmp_path: Pa
         Image.new("RGB", (8, 8), (step, 0, 0)).save(run / f"validation/{step:07d}.png")
     _kill(session(0, 15, 0, 1))
     assert session(12, 14, 1).wait(60) == 0
-    only, = _sessions(run)
-    assert [(line["_step"], line["validation_loss"], line["validation/_type"]) for line in only["history"]
+    merged_session, = _sessions(run)
+    assert [(line["_step"], line["validation_loss"], line["validation/_type"]) for line in merged_session["history"]
             if "validation_loss" in line] == [(6, 6.0, "image-file"), (12, 12.0, "image-file")]
-    assert _steps([only]) == [list(range(1, 15))]
+    assert _steps([merged_session]) == [list(range(1, 15))]
     folder, = (run / "wandb").glob("offline-run-*")
     assert len(list((folder / "files/media/images").glob("validation_*.png"))) == 2
 
@@ -201,11 +201,11 @@ def test_a_run_of_an_earlier_version_is_one_curve(tmp_path: Path, session: Any, 
     run = tmp_path / "runs/small"
     first = session(0, 12, int(not killed))
     _kill(first, 3.0) if killed else first.wait(60)
-    id_ = storage.read_json(str(run / "wandb.json"))["id"]
-    storage.put_json({"id": id_}, str(run / "wandb.json"))  # as earlier versions wrote it
+    run_id = storage.read_json(str(run / "wandb.json"))["id"]
+    storage.put_json({"id": run_id}, str(run / "wandb.json"))  # as earlier versions wrote it
     time.sleep(1.1)
     assert session(12, 20, 1).wait(60) == 0
-    assert _steps(_sessions(run)) == [list(range(1, 21))] and _sessions(run)[0]["id"] == id_
+    assert _steps(_sessions(run)) == [list(range(1, 21))] and _sessions(run)[0]["id"] == run_id
     # Nothing is deleted: what is not in the curve any more is beside it.
     assert _steps(_unfinished(run)) == [list(range(1, 12 if killed else 13))]
 
@@ -216,7 +216,7 @@ def test_an_online_session_leaves_offline_ones_alone_and_tells_nothing_again(tmp
     folder.mkdir(parents=True)
     storage.put_json({"id": "abc"}, str(tmp_path / "runs/small/wandb.json"))
     tracker = wandb_tracker.Tracker(str(tmp_path), run.folder, run_labels("drawn", "v1", "small"), {}, {}, wanted=False,
-                               training=True)
+                                    training=True)
     tracker.session, tracker.online = object(), True  # logging to it would raise, and end the session
     tracker.replay([({"step": 1, "loss": 1.0}, "")])
     assert tracker.session is not None and folder.exists()
@@ -226,13 +226,14 @@ def test_an_online_session_leaves_offline_ones_alone_and_tells_nothing_again(tmp
 
 def test_a_session_that_was_set_aside_meanwhile_does_not_count_as_finished(tmp_path: Path, session: Any) -> None:
     run = tmp_path / "runs/small"
-    slow = session(0, 12, 1, WAITS_FOR=str(tmp_path / "next"))  # it lost its driver, and does not know of it
+    # It lost its driver, and does not know of it.
+    replaced_session = session(0, 12, 1, WAITS_FOR=str(tmp_path / "next"))
     time.sleep(1.1)
     assert session(12, 15, 1).wait(60) == 0
     (tmp_path / "next").touch()
-    assert slow.wait(60) == 0
-    known = storage.read_json(str(run / "wandb.json"))
-    assert known["last_step"] == 15 and len(known["finished"]) == 1
+    assert replaced_session.wait(60) == 0
+    status = storage.read_json(str(run / "wandb.json"))
+    assert status["last_step"] == 15 and len(status["finished"]) == 1
     assert _steps(_sessions(run)) == [list(range(1, 16))] and len(_unfinished(run)) == 1
 
 
@@ -250,17 +251,19 @@ def test_a_run_killed_and_resumed_is_one_curve_offline(root: Path, lines: int) -
     reached = Run.parse(str(root), "small").latest_step()
     steps = reached + 8
     time.sleep(1.1)  # the folders are named by the second
-    kept = _sessions(root / "runs/small")[0]["history"]
-    done = subprocess.run(_train(root, "--steps", str(steps)), env=_environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    killed_history = _sessions(root / "runs/small")[0]["history"]
+    resume = subprocess.run(_train(root, "--steps", str(steps)), env=_environment(), capture_output=True, text=True)
+    assert resume.returncode == 0, resume.stderr
     (first,), (second,) = _unfinished(root / "runs/small"), _sessions(root / "runs/small")
-    assert first["history"] == kept and second["id"] == storage.read_json(str(root / "runs/small/wandb.json"))["id"]
-    curve_of = {line["step"]: line["loss"] for line in read_metrics(Run.parse(str(root), "small"))}
-    told = [(line["_step"], line["loss"]) for line in second["history"]]
+    assert first["history"] == killed_history
+    assert second["id"] == storage.read_json(str(root / "runs/small/wandb.json"))["id"]
+    loss_by_step = {line["step"]: line["loss"] for line in read_metrics(Run.parse(str(root), "small"))}
+    tracked_losses = [(line["_step"], line["loss"]) for line in second["history"]]
     # Nothing twice, nothing missing, and nothing from steps that the killed process had not saved.
-    assert told == sorted(curve_of.items()) and [step for step, _ in told] == list(range(1, steps + 1))
-    assert reached > 0 and reached % 6 == 0 and all(line["_step"] <= reached for line in kept)
-    assert all(told == second[key] for key, told in first.items() if key in ("id", "group", "job"))
+    assert tracked_losses == sorted(loss_by_step.items())
+    assert [step for step, _ in tracked_losses] == list(range(1, steps + 1))
+    assert reached > 0 and reached % 6 == 0 and all(line["_step"] <= reached for line in killed_history)
+    assert all(field == second[key] for key, field in first.items() if key in ("id", "group", "job"))
     dataset = Dataset.parse(str(root), "drawn")
     config = second["config"]
     assert (second["group"], second["job"], second["name"]) == ("drawn@v1", "train", "small")
@@ -272,19 +275,20 @@ def test_a_run_killed_and_resumed_is_one_curve_offline(root: Path, lines: int) -
 
 def test_stages_are_jobs_of_one_group_and_nobody_is_told_unasked(root: Path, monkeypatch) -> None:
     monkeypatch.delenv("WANDB_MODE")
-    for more in ([], ["--tracker", "wandb"]):
+    for arguments in ([], ["--tracker", "wandb"]):
         shutil.rmtree(root / "datasets/drawn/v1/index")
         assert not (root / "datasets/drawn/v1/wandb").exists()
-        assert main(["index", "drawn", "--root", str(root), "--local", *more]) == 0
+        assert main(["index", "drawn", "--root", str(root), "--local", *arguments]) == 0
     folder, = (root / "datasets/drawn/v1/wandb").glob("offline-run-*")
-    one = _session(folder, "exit")  # wandb's process writes it last
+    tracked = _session(folder, "exit")  # wandb's process writes it last
     manifest = Dataset.parse(str(root), "drawn").manifest("index")
-    assert (one["group"], one["job"], one["name"], one["project"]) == ("drawn@v1", "index", "drawn@v1 index", "rdm")
-    assert one["history"][-1]["_step"] == 1 and one["history"][-1]["samples"] == manifest["totals"]["samples"]
-    assert one["summary"]["content"] == manifest["content"]
-    assert one["config"]["lineage"]["embeddings"]["digest"] == Dataset.parse(str(root), "drawn").manifest(
+    assert (tracked["group"], tracked["job"]) == ("drawn@v1", "index")
+    assert (tracked["name"], tracked["project"]) == ("drawn@v1 index", "rdm")
+    assert tracked["history"][-1]["_step"] == 1 and tracked["history"][-1]["samples"] == manifest["totals"]["samples"]
+    assert tracked["summary"]["content"] == manifest["content"]
+    assert tracked["config"]["lineage"]["embeddings"]["digest"] == Dataset.parse(str(root), "drawn").manifest(
         "embeddings")["content"]
-    assert one["config"]["bytes_per_vector"] == manifest["section"]["bytes_per_vector"]
+    assert tracked["config"]["bytes_per_vector"] == manifest["section"]["bytes_per_vector"]
 
 
 @pytest.mark.slow
@@ -295,22 +299,23 @@ def test_none_is_none(root: Path) -> None:
     assert len(read_metrics(Run.parse(str(root), "small"))) == 2
 
 
-@pytest.mark.parametrize(("tracker", "by_default", "mode", "asked"), [
+@pytest.mark.parametrize(("tracker", "by_default", "mode", "wanted"), [
     ("wandb", False, "", True), ("auto", True, "", True), ("auto", False, "", False), ("none", True, "", False),
     ("wandb", True, "disabled", False)])
-def test_who_is_told(tracker: str, by_default: bool, mode: str, asked: bool, monkeypatch) -> None:
+def test_who_is_told(tracker: str, by_default: bool, mode: str, wanted: bool, monkeypatch) -> None:
     monkeypatch.setenv("WANDB_MODE", mode)
-    assert wandb_tracker.is_wanted(tracker, by_default) is asked
+    assert wandb_tracker.is_wanted(tracker, by_default) is wanted
 
 
 def test_inputs_become_artifacts_told_apart_by_content() -> None:
     inputs = {"shards": {"path": "datasets/a/v1/shards", "digest": "1" * 64},
               "neighbors": {"path": "datasets/a/v1/neighbors/b@v2", "digest": "2" * 64}}
-    one, other = wandb_tracker.make_artifacts(inputs)
-    again = wandb_tracker.make_artifacts(inputs | {"shards": {"path": "datasets/a/v1/shards", "digest": "3" * 64}})[0]
-    assert (one.name, one.type, one.metadata["content"]) == ("datasets-a-v1-shards", "shards", "1" * 64)
-    assert other.name == "datasets-a-v1-neighbors-b-v2"
-    assert one.digest != again.digest and one.digest == wandb_tracker.make_artifacts(inputs)[0].digest
+    shards, neighbors = wandb_tracker.make_artifacts(inputs)
+    other_inputs = inputs | {"shards": {"path": "datasets/a/v1/shards", "digest": "3" * 64}}
+    other_shards = wandb_tracker.make_artifacts(other_inputs)[0]
+    assert (shards.name, shards.type, shards.metadata["content"]) == ("datasets-a-v1-shards", "shards", "1" * 64)
+    assert neighbors.name == "datasets-a-v1-neighbors-b-v2"
+    assert shards.digest != other_shards.digest and shards.digest == wandb_tracker.make_artifacts(inputs)[0].digest
 
 
 @pytest.mark.slow
