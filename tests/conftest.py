@@ -59,9 +59,9 @@ def drawn_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from pipeline.stages.driver import run_stage
     root = tmp_path_factory.mktemp("drawn")
     config = DemoCorpusConfig(corpus="drawn", subjects=24, size=32, pictures_per_item=50)
-    stage_ = DemoCorpus(str(root), config, root / "cache")
-    run_stage(stage_)
-    return Path(stage_.folder)
+    stage = DemoCorpus(str(root), config, root / "cache")
+    run_stage(stage)
+    return Path(stage.folder)
 
 
 @pytest.fixture(scope="session")

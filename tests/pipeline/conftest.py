@@ -33,13 +33,13 @@ def built(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Dataset:
     from pipeline.shards.shard import Shard
     from pipeline.sources.config import ShardConfig
     dataset = Dataset.parse(str(tmp_path_factory.mktemp("root")), "drawn")
-    for one in (
+    for stage in (
         Shard(dataset, ShardConfig(source=str(pictures), samples_per_shard=30, image_size=32, format="png")),
         Embed(dataset, EmbedConfig(batch_size=16)),
         Index(dataset, IndexConfig()),
         Neighbors(dataset, dataset, NeighborsConfig(k=4)),
     ):
-        run_stage(one)
+        run_stage(stage)
     return dataset
 
 

@@ -20,10 +20,10 @@ from pipeline.stages.types import Item, Output
 ENCODER = {"model": "given", "weights_sha256": "00", "dim": 16}
 
 
-def encoded(image: Image.Image, format_: str, **options: Any) -> bytes:
+def encoded(image: Image.Image, image_format: str, **options: Any) -> bytes:
     """The bytes of `image` as Pillow writes them."""
     buffer = io.BytesIO()
-    image.save(buffer, format_, **options)
+    image.save(buffer, image_format, **options)
     return buffer.getvalue()
 
 

@@ -233,8 +233,9 @@ async def redirect(site: Site, request: Request) -> bool:
 
 async def hops(site: Site, request: Request) -> bool:
     """/hops/5: ends well after five redirects."""
-    left = int(request.path.rpartition("/")[2])
-    request.writer.write(answer(b"", f"Location: {left - 1}?{request.raw_query}", status="301 Moved") if left
+    remaining_hops = int(request.path.rpartition("/")[2])
+    target = f"Location: {remaining_hops - 1}?{request.raw_query}"
+    request.writer.write(answer(b"", target, status="301 Moved") if remaining_hops
                          else answer(site.body(request.option("file"))))
     return True
 

@@ -79,7 +79,7 @@ def test_hashes_of_the_list_are_checked(tmp_path, image_site):
     assert manifest["totals"]["skipped"] == {"hash_mismatch": 1} and manifest["totals"]["noted"] == {}
 
 
-def readable(folder: Path) -> dict[str, str]:
+def file_texts(folder: Path) -> dict[str, str]:
     """Every file below a folder as text, parquet and tars with what is in them."""
     texts = {}
     for name, data in synthetic.files_below(folder).items():
@@ -112,7 +112,7 @@ def test_passwords_in_addresses_appear_nowhere(tmp_path, image_site, kind):
                             "http_500", None]
     assert reasons[-1] is None  # so it did at the second try
     # Rows of a list of text are copied beside the plan as they are: workers need them in full.
-    texts = {name: text for name, text in readable(tmp_path / "root").items() if "/rows/" not in name}
+    texts = {name: text for name, text in file_texts(tmp_path / "root").items() if "/rows/" not in name}
     assert any("http://***@" in text for text in texts.values())
     for word in ("hidden-word", "hidden%2Dword", "somebody"):
         assert [name for name, text in texts.items() if word in text] == []

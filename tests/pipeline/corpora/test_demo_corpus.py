@@ -16,7 +16,7 @@ from pipeline.versions import verify
 CONFIG = DemoCorpusConfig(corpus="drawn", size=24, subjects=20, pictures_per_item=50)
 
 
-def listed(folder, name: str) -> list[dict]:
+def read_rows(folder, name: str) -> list[dict]:
     return list(csv.DictReader(io.StringIO((folder / name).read_text())))
 
 
@@ -25,8 +25,8 @@ def test_the_drawn_corpus_is_a_folder_of_pictures_with_captions(tmp_path):
     folder = tmp_path / "pictures" / "drawn"
     assert manifest["totals"]["samples"] == 120 and not manifest["totals"]["skipped"]
     styles = ("flat", "hatched", "lineart", "outline", "silhouette", "soft")
-    by_style = {style: listed(folder, f"{style}.csv") for style in styles}
-    train, heldout = listed(folder, "train.csv"), listed(folder, "heldout.csv")
+    by_style = {style: read_rows(folder, f"{style}.csv") for style in styles}
+    train, heldout = read_rows(folder, "train.csv"), read_rows(folder, "heldout.csv")
     # All that there is, once: to train on or held out.
     every = {row["file"] for rows in by_style.values() for row in rows}
     assert len(every) == 120 == len(train) + len(heldout)
@@ -45,8 +45,8 @@ def test_the_drawn_corpus_is_a_folder_of_pictures_with_captions(tmp_path):
 
 
 def test_two_runs_give_the_same_corpus(tmp_path):
-    one, other = (run_stage(DemoCorpus(str(tmp_path / name), CONFIG, tmp_path)) for name in ("one", "other"))
-    assert without_run_facts(one) == without_run_facts(other)
+    first, second = (run_stage(DemoCorpus(str(tmp_path / name), CONFIG, tmp_path)) for name in ("one", "other"))
+    assert without_run_facts(first) == without_run_facts(second)
 
 
 def test_training_shards_have_no_held_out_subject(tmp_path):
@@ -60,6 +60,6 @@ def test_training_shards_have_no_held_out_subject(tmp_path):
     rows = [row for record in manifest["items"] for row in metadata(dataset, record)]
     assert len(rows) == 108 and manifest["totals"] | {"bytes": 0} == {
         "items": 1, "samples": 108, "bytes": 0, "skipped": {}, "noted": {}}
-    held_out = {row["subject"] for row in listed(folder, "heldout.csv")}
+    held_out = {row["subject"] for row in read_rows(folder, "heldout.csv")}
     assert held_out and held_out.isdisjoint(row["subject"] for row in rows)
     assert [source["style"] for source in manifest["info"]["sources"]] == sorted({row["style"] for row in rows})

@@ -65,10 +65,10 @@ def test_more_subjects_than_there_are_is_refused():
 
 
 def test_counted_subjects_are_as_many_as_can_be_made():
-    made = (drawn._pair(number, "", "") for number in range(drawn.PAIRS))
+    scenes = (drawn._pair(number, "", "") for number in range(drawn.PAIRS))
     names = {
         scene.name
-        for scene in made
+        for scene in scenes
         if scene.joint != "inside" or drawn.SHAPES[scene.second.shape].roomy
     }
     assert len(names) == drawn.PAIRS - drawn.CRAMPED
@@ -93,7 +93,7 @@ def test_no_picture_is_blank_or_touches_every_edge():
 
 def test_styles_are_truly_different(corpus):
     """Each style is told from the others by simple statistics of its pixels."""
-    measured = {}
+    statistics = {}
     for style in corpus.styles:
         pictures = [picture for picture in corpus.pictures if picture.style == style][::8]
         drawings = np.stack([pixels(corpus, picture) for picture in pictures])
@@ -101,19 +101,19 @@ def test_styles_are_truly_different(corpus):
         grey = drawings.mean(3)
         inked = (grey < 250).mean((1, 2))
         edges = (np.abs(np.diff(grey, axis=1)).mean((1, 2)) / inked).mean()
-        measured[style] = np.array(
+        statistics[style] = np.array(
             [colourful, (grey < 60).mean() * 255, (255 - grey).mean(), edges]
         )
     for black in ("silhouette", "lineart"):
-        assert measured[black][0] == 0  # no colour
-    assert all(measured[style][0] > 5 for style in ("flat", "hatched", "outline", "soft"))
-    assert measured["silhouette"][1] > 5 * measured["lineart"][1]
-    assert measured["outline"][1] > 5 and measured["soft"][1] < 1
-    assert measured["hatched"][3] > 1.5 * measured["flat"][3]
-    assert measured["soft"][3] < 0.9 * measured["flat"][3]
-    for one in measured:
-        for other in measured:
-            assert one == other or np.abs(measured[one] - measured[other]).max() > 5
+        assert statistics[black][0] == 0  # no colour
+    assert all(statistics[style][0] > 5 for style in ("flat", "hatched", "outline", "soft"))
+    assert statistics["silhouette"][1] > 5 * statistics["lineart"][1]
+    assert statistics["outline"][1] > 5 and statistics["soft"][1] < 1
+    assert statistics["hatched"][3] > 1.5 * statistics["flat"][3]
+    assert statistics["soft"][3] < 0.9 * statistics["flat"][3]
+    for first in statistics:
+        for second in statistics:
+            assert first == second or np.abs(statistics[first] - statistics[second]).max() > 5
 
 
 def test_subjects_keep_their_colour(corpus):

@@ -101,8 +101,8 @@ def test_subjects_are_those_that_six_styles_have(tmp_path, sets):
 
 def test_skin_tones_and_flags_are_left_out(tmp_path, sets):
     catalog = emoji.catalog(pack_all(tmp_path, sets))
-    left = set(catalog.subjects) - set(MANY)
-    assert left == {"red-apple", "ghost", "police-car", "police-car-light", "baby", "boy"}
+    subjects = set(catalog.subjects) - set(MANY)
+    assert subjects == {"red-apple", "ghost", "police-car", "police-car-light", "baby", "boy"}
 
 
 def test_mailboxes_with_flags_are_no_flags():
@@ -117,11 +117,11 @@ def test_captions_and_tags(tmp_path, sets):
         sets[style]["icons"]["jack-o-lantern"] = {"body": path(1001)}
         sets[style]["icons"]["piata"] = {"body": path(1002)}
     catalog = emoji.catalog(pack_all(tmp_path, sets))
-    found = {picture.subject: picture for picture in catalog.pictures}
-    assert found["red-apple"].caption == "red apple"
-    assert found["red-apple"].tags == ("fruit", "ripe")  # what the caption says is not repeated
-    assert found["jack-o-lantern"].tags == ("pumpkin",) and found["piata"].tags == ("party",)
-    assert found["ghost"].tags == ()
+    by_subject = {picture.subject: picture for picture in catalog.pictures}
+    assert by_subject["red-apple"].caption == "red apple"
+    assert by_subject["red-apple"].tags == ("fruit", "ripe")  # what the caption says is not repeated
+    assert by_subject["jack-o-lantern"].tags == ("pumpkin",) and by_subject["piata"].tags == ("party",)
+    assert by_subject["ghost"].tags == ()
 
 
 def test_an_alias_gives_a_style_the_subject_it_lacks(tmp_path, sets):
@@ -240,7 +240,7 @@ def registry(tmp_path, sets, monkeypatch) -> Path:
     return shelf
 
 
-def asked(registry: Path) -> list[str]:
+def requested_packages(registry: Path) -> list[str]:
     log = registry / "log"
     return sorted(log.read_text().split()) if log.exists() else []
 
@@ -250,10 +250,10 @@ def test_fetch_brings_all_packages_once(tmp_path, registry):
     emoji.fetch(cache)
     packages = [*emoji.STYLES.values(), emoji.TAGS]
     specs = sorted(f"{package.name}@{package.version}" for package in packages)
-    assert asked(registry) == specs
+    assert requested_packages(registry) == specs
     assert sorted(cache.iterdir()) == sorted(package.archive(cache) for package in packages)
     emoji.fetch(cache)
-    assert asked(registry) == specs  # nothing was asked for again
+    assert requested_packages(registry) == specs  # nothing was requested again
     assert emoji.catalog(cache).pictures
 
 
@@ -269,7 +269,8 @@ def test_a_cut_off_archive_is_fetched_anew(tmp_path, registry, share):
             emoji.catalog(cache)
     emoji.fetch(cache)
     assert archive.read_bytes() == whole
-    assert Counter(asked(registry))["@iconify-json/noto@1.2.9"] == 2 and len(asked(registry)) == len(emoji.STYLES) + 2
+    packages = requested_packages(registry)
+    assert Counter(packages)["@iconify-json/noto@1.2.9"] == 2 and len(packages) == len(emoji.STYLES) + 2
 
 
 @pytest.mark.parametrize("bad", ["cut", "other"])

@@ -45,19 +45,19 @@ def remote(large: Dataset, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def answers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The bytes of each answer to a request for a tar."""
     from s3fs import S3FileSystem
-    call, found = S3FileSystem._call_s3, []
+    call, sizes = S3FileSystem._call_s3, []
 
     async def counted(self: Any, method: str, *arguments: Any, **options: Any) -> Any:
         answer = await call(self, method, *arguments, **options)
         if method == "get_object" and options["Key"].endswith(".tar"):
-            found.append(answer["ContentLength"])
+            sizes.append(answer["ContentLength"])
         return answer
 
     monkeypatch.setattr(S3FileSystem, "_call_s3", counted)
-    return found
+    return sizes
 
 
-def _every(dataset: Dataset) -> list[tuple[str, bytes]]:
+def _all_images(dataset: Dataset) -> list[tuple[str, bytes]]:
     """The key and the image of each row, from whole tars."""
     return [(sample["__key__"], tars.sample_image(sample)) for record in dataset.manifest("shards")["items"]
             for sample in tars.read(dataset.fetch("shards", file_of(record, ".tar")))]
@@ -65,8 +65,8 @@ def _every(dataset: Dataset) -> list[tuple[str, bytes]]:
 
 def test_a_few_remote_images_take_few_bytes(large: Dataset, remote: Dataset, answers: list[int]) -> None:
     rows = [*random.Random(0).sample(range(_COUNT), _IMAGES - 2), 0, _COUNT - 1]
-    found, expected = lookup.samples(remote, rows), _every(large)
-    assert [(sample.row, sample.key, sample.picture) for sample in found] == [(row, *expected[row]) for row in rows]
+    samples, expected = lookup.samples(remote, rows), _all_images(large)
+    assert [(sample.row, sample.key, sample.picture) for sample in samples] == [(row, *expected[row]) for row in rows]
     total = sum(file_of(record, ".tar")["bytes"] for record in large.manifest("shards")["items"])
     assert 0 < sum(answers) < 0.2 * total
     assert len(answers) < 6 * _IMAGES
@@ -75,9 +75,9 @@ def test_a_few_remote_images_take_few_bytes(large: Dataset, remote: Dataset, ans
 
 
 def test_many_images_of_a_tar_take_the_whole_tar_once(large: Dataset, remote: Dataset, answers: list[int]) -> None:
-    expected = _every(large)
-    found = lookup.samples(remote, range(0, 300, 2))
-    assert [(sample.key, sample.picture) for sample in found] == expected[:300:2]
+    expected = _all_images(large)
+    samples = lookup.samples(remote, range(0, 300, 2))
+    assert [(sample.key, sample.picture) for sample in samples] == expected[:300:2]
     first = file_of(large.manifest("shards")["items"][0], ".tar")
     assert sum(answers) == first["bytes"]
     # The copy on this node serves a few images, too.
@@ -87,7 +87,7 @@ def test_many_images_of_a_tar_take_the_whole_tar_once(large: Dataset, remote: Da
 
 
 def test_local_images_are_the_same(large: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = _every(large)
+    expected = _all_images(large)
     monkeypatch.setattr(tars, "read", None)  # no tar is read whole
     for row in (0, 1, 299, 300, 599, 899, *random.Random(1).sample(range(_COUNT), 40)):
         sample, = lookup.samples(large, [row])
@@ -96,7 +96,7 @@ def test_local_images_are_the_same(large: Dataset, monkeypatch: pytest.MonkeyPat
 
 def test_an_image_that_is_not_the_one_of_its_hash_is_looked_for_in_the_whole_tar(
         large: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = _every(large)
+    expected = _all_images(large)
     image = lookup.TarSearch.image
     for wrong in (lambda self, position: image(self, position + 1), lambda self, position: None):
         monkeypatch.setattr(lookup.TarSearch, "image", wrong)

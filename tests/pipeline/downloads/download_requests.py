@@ -27,17 +27,17 @@ def config(**options) -> DownloadConfig:
 
 def results(urls: list[str], **options) -> list[bytes | str]:
     """The bodies of all at once; of those that are refused, the reason and detail."""
-    async def one(downloader: Downloader, url: str) -> bytes | str:
+    async def body_or_reason(downloader: Downloader, url: str) -> bytes | str:
         try:
             return await downloader.get(url)
         except BadImage as bad:
             assert type(bad) is BadImage and str(bad) == f"{bad.reason}: {bad.detail}"
             return str(bad)
 
-    async def all_() -> list[bytes | str]:
+    async def fetch_all() -> list[bytes | str]:
         async with Downloader(config(**options)) as downloader:
-            return await asyncio.gather(*(one(downloader, url) for url in urls))
-    return asyncio.run(all_())
+            return await asyncio.gather(*(body_or_reason(downloader, url) for url in urls))
+    return asyncio.run(fetch_all())
 
 
 def get(url: str, **options) -> bytes:
@@ -57,7 +57,7 @@ class Names:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.answers: dict[str, list[list[str] | int | Callable[[], list[str]]]] = {}
-        self.asked: Counter[str] = Counter()
+        self.lookups: Counter[str] = Counter()
         self.real = socket.getaddrinfo
         monkeypatch.setattr(socket, "getaddrinfo", self._answer)
 
@@ -65,15 +65,15 @@ class Names:
         host.encode("idna")  # as the real one does
         if host.replace(".", "").isdigit():
             return self.real(host, port, *more, **options)
-        self.asked[host] += 1
+        self.lookups[host] += 1
         answers = self.answers.get(host, [socket.EAI_NONAME])
-        found = answers.pop(0) if len(answers) > 1 else answers[0]
-        if callable(found):
-            found = found()
-        if isinstance(found, int):
-            raise socket.gaierror(found, "as the test wants it")
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if callable(answer):
+            answer = answer()
+        if isinstance(answer, int):
+            raise socket.gaierror(answer, "as the test wants it")
         return [(socket.AF_INET6, socket.SOCK_STREAM, 6, "", (address, 0, 0, 0)) if ":" in address else
-                (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in found]
+                (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in answer]
 
 
 def run(script: str, *arguments: str, **environment: str) -> str:

@@ -75,15 +75,15 @@ def test_a_host_that_takes_no_connection_is_a_timeout_and_a_closed_port_is_not()
         full.bind(("127.0.0.1", 0))
         full.listen(0)
         closed.bind(("127.0.0.1", 0))
-        queue = [socket.socket() for _ in range(3)]
-        for one in queue:
-            one.setblocking(False)
-            one.connect_ex(full.getsockname())
+        clients = [socket.socket() for _ in range(3)]
+        for client in clients:
+            client.setblocking(False)
+            client.connect_ex(full.getsockname())
         assert results([f"http://127.0.0.1:{full.getsockname()[1]}/", f"http://127.0.0.1:{closed.getsockname()[1]}/"],
                        connect_timeout=0.3) == [
             "timeout: no connection within 0.3 s", "connect: Connection refused"]
-        for one in queue:
-            one.close()
+        for client in clients:
+            client.close()
 
 
 def test_attempts(site):
@@ -187,13 +187,13 @@ def test_spoiled_answers_give_bytes_or_a_reason(site):
             data[place:place + chance.choice([0, 1, 1, 5])] = chance.choice(
                 [b"", b"\r\n", b":", b"\0", b"\xff", b"9", b"[", b"//", b"\xc3\xbc", bytes([chance.randrange(256)])])
         urls.append(f"http://{site}/raw?{quote_from_bytes(bytes(data))}")
-    found = Counter(result.partition(":")[0] if isinstance(result, str) else "bytes" for result in results(
+    outcomes = Counter(result.partition(":")[0] if isinstance(result, str) else "bytes" for result in results(
         urls, connections=64, read_timeout=1.0))
     gc.collect()  # a task whose error nobody has looked at complains when it goes
-    assert found["bytes"] > 100 and found["protocol"] > 100 and found["connect"] > 10
+    assert outcomes["bytes"] > 100 and outcomes["protocol"] > 100 and outcomes["connect"] > 10
     known = {"bytes", "bad_url", "forbidden_address", "dns", "connect", "timeout", "cut", "too_large", "robots",
              "too_many_redirects", "protocol"}
-    assert all(name in known or name.startswith("http_") for name in found), found
+    assert all(name in known or name.startswith("http_") for name in outcomes), outcomes
 
 
 def test_spoiled_urls_give_bytes_or_a_reason(site, names):
@@ -207,7 +207,7 @@ def test_spoiled_urls_give_bytes_or_a_reason(site, names):
                 ["", "[", "]", "/", "\\", "@", ":", "%", "%00", " ", ".", "ü", "ß", "。", "\ud800", "\udc80", "\x00",
                  "\u202e"])
         urls.append("".join(url))
-    found = Counter(result.partition(":")[0] if isinstance(result, str) else "bytes" for result in results(
+    outcomes = Counter(result.partition(":")[0] if isinstance(result, str) else "bytes" for result in results(
         urls, connections=64, connect_timeout=0.5, allow_hosts=(site,)))
-    assert set(found) <= {"bytes", "bad_url", "forbidden_address", "dns", "http_404", "connect"}, found
-    assert found["bytes"] > 100 and found["bad_url"] > 100
+    assert set(outcomes) <= {"bytes", "bad_url", "forbidden_address", "dns", "http_404", "connect"}, outcomes
+    assert outcomes["bytes"] > 100 and outcomes["bad_url"] > 100

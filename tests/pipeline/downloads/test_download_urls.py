@@ -11,14 +11,14 @@ from tests.pipeline.downloads.download_requests import FILES, get, reason, resul
 pytestmark = pytest.mark.usefixtures("no_warnings")
 
 
-@pytest.mark.parametrize(("written", "sent"), [
+@pytest.mark.parametrize(("typed", "sent"), [
     ("/a%20b%2Fc%c3%bc", "/a%20b%2Fc%c3%bc"), ("/%zz%", "/%zz%"), ("/ü b<\">", "/%C3%BC%20b%3C%22%3E"),
     ("?a=b&c=ä+d%26e", "?a=b&c=%C3%A4+d%26e"), ("/x?y#z", "/x?y"), ("/a/../b/./c?d=/../", "/b/c?d=/../"),
     ("\\a\\b", "/a/b"), ("/a//b", "/a//b"), ("/a\n\tb ", "/ab"), ("/\x00\x7f\udcff", "/%00%7F%FF"),
     ("/!$&'()*+,;=:@~|[]", "/!$&'()*+,;=:@~|[]"),
 ])
-def test_urls_are_sent_as_browsers_send_them(site, written, sent):
-    assert get(f" http://{site}/echo{written}").split(b" ")[1].decode() == f"/echo{sent}"
+def test_urls_are_sent_as_browsers_send_them(site, typed, sent):
+    assert get(f" http://{site}/echo{typed}").split(b" ")[1].decode() == f"/echo{sent}"
 
 
 def test_unicode_paths_and_credentials(site):

@@ -70,13 +70,13 @@ def test_a_busy_host_keeps_nobody_else_waiting(site, names):
     async def times() -> list[float]:
         began = time.monotonic()
 
-        async def one(url: str) -> float:
+        async def seconds_for(url: str) -> float:
             await downloader.get(url)
             return time.monotonic() - began
         async with Downloader(config(connections=2, connections_per_host=1,
                                      allow_hosts=("127.0.0.1", "other.test"))) as downloader:
-            return await asyncio.gather(*(one(f"http://{site}/slow-body?pause=0.05") for _ in range(3)),
-                                        one(f"http://other.test:{port}/a.jpg"))
+            return await asyncio.gather(*(seconds_for(f"http://{site}/slow-body?pause=0.05") for _ in range(3)),
+                                        seconds_for(f"http://other.test:{port}/a.jpg"))
     *slow, quick = asyncio.run(times())
     assert quick < min(slow)
 

@@ -40,7 +40,7 @@ def test_public_addresses_are_connected_to(names, connected, address):
     for url in (f"http://{literal}/", "http://name.test/"):
         connected.clear()
         assert reason(url, allow_hosts=()) == "connect"
-        assert {ipaddress.ip_address(one) for one in connected} == {ipaddress.ip_address(address)}
+        assert {ipaddress.ip_address(ip) for ip in connected} == {ipaddress.ip_address(address)}
 
 
 @pytest.mark.parametrize("host", [
@@ -87,7 +87,7 @@ def test_the_address_that_was_checked_is_connected_to(site, names, connected):
     web_server.seen(site)
     connected.clear()
     assert reason(f"http://rebound.test:{port}/a.jpg", allow_hosts=(), retries=2) == "connect"
-    assert set(connected) == {"8.8.8.8"} and names.asked["rebound.test"] == 1
+    assert set(connected) == {"8.8.8.8"} and names.lookups["rebound.test"] == 1
     names.answers["mine.test"] = [["127.0.0.1"], ["127.0.0.9"]]
     assert get(f"http://mine.test:{port}/a.jpg", allow_hosts=("mine.test",)) == FILES["a.jpg"]
     assert connected[-1] == "127.0.0.1" and web_server.seen(site)["requests"] == 1

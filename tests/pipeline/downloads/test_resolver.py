@@ -18,7 +18,7 @@ def test_names_that_do_not_exist_are_asked_once(names):
     for error in (socket.EAI_NONAME, socket.EAI_NODATA, socket.EAI_FAIL):
         names.answers[f"e{-error}.test"] = [error]
         assert results([f"http://e{-error}.test/"] * 20, retries=2) == ["dns: no such name"] * 20
-        assert names.asked[f"e{-error}.test"] == 1
+        assert names.lookups[f"e{-error}.test"] == 1
 
 
 def test_name_servers_that_do_not_answer_are_asked_again_and_then_given_up(site, names):
@@ -33,7 +33,7 @@ def test_name_servers_that_do_not_answer_are_asked_again_and_then_given_up(site,
                 with pytest.raises(BadImage, match="dns: no answer"):
                     await downloader.get("http://dead.test/")
     asyncio.run(one_after_the_other())
-    assert names.asked["dead.test"] == 3
+    assert names.lookups["dead.test"] == 3
 
 
 def test_a_name_is_asked_once_by_all_who_want_it(site, names):
@@ -44,7 +44,7 @@ def test_a_name_is_asked_once_by_all_who_want_it(site, names):
         return ["127.0.0.1"]
     names.answers["mine.test"] = [slowly]
     assert results([f"http://mine.test:{port}/a.jpg"] * 20, allow_hosts=("mine.test",)) == [FILES["a.jpg"]] * 20
-    assert names.asked["mine.test"] == 1
+    assert names.lookups["mine.test"] == 1
 
 
 def test_who_gives_up_on_a_name_takes_it_from_nobody_else(names):
@@ -60,7 +60,7 @@ def test_who_gives_up_on_a_name_takes_it_from_nobody_else(names):
             first.cancel()
             with pytest.raises(BadImage, match="dns: no such name"):
                 await second
-            assert first.cancelled() and names.asked["slow.test"] == 1
+            assert first.cancelled() and names.lookups["slow.test"] == 1
     asyncio.run(two())
 
 

@@ -42,14 +42,14 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "type_", "text"), TEXTS)
-def test_failures_are_recognized_by_type_and_text(kind, type_, text):
-    assert devices.failure_kind(type_(text)) == kind
-    sentence, _, hint = devices.failure_hint(type_(text)).partition("\n")
+@pytest.mark.parametrize(("kind", "error_type", "text"), TEXTS)
+def test_failures_are_recognized_by_type_and_text(kind, error_type, text):
+    assert devices.failure_kind(error_type(text)) == kind
+    sentence, _, hint = devices.failure_hint(error_type(text)).partition("\n")
     assert bool(sentence) == hint.startswith("hint: ") == (kind != "none")
     assert devices.describe_failure(kind) == sentence.rstrip(".")
     try:
-        raise ValueError("the encoder cannot be loaded") from type_(text)
+        raise ValueError("the encoder cannot be loaded") from error_type(text)
     except ValueError as error:
         assert devices.failure_kind(error) == kind
 

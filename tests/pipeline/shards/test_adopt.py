@@ -33,7 +33,7 @@ COLUMNS = {"url": pa.string(), "caption": pa.string(), "key": pa.string(), "stat
            "label": pa.int64()}
 
 
-def downloaded(folder: Path, shards: int = 2, rows: int = 8) -> Path:
+def write_download(folder: Path, shards: int = 2, rows: int = 8) -> Path:
     """A folder as img2dataset leaves it: every fourth row failed."""
     folder.mkdir(parents=True)
     for shard in range(shards):
@@ -64,7 +64,7 @@ def downloaded(folder: Path, shards: int = 2, rows: int = 8) -> Path:
     return folder
 
 
-def adopted(root, source, name="old") -> tuple[Dataset, dict]:
+def adopt_source(root, source, name="old") -> tuple[Dataset, dict]:
     dataset = Dataset.parse(str(root), name)
     return dataset, run_stage(Adopt(dataset, ShardConfig(source=str(source))))
 
@@ -74,9 +74,9 @@ def state(folder: Path) -> dict[str, tuple[bytes, int, int]]:
 
 
 def test_what_img2dataset_left_is_sealed_where_it_lies(tmp_path):
-    source = downloaded(tmp_path / "source", shards=3)
+    source = write_download(tmp_path / "source", shards=3)
     before = state(source)
-    dataset, manifest = adopted(tmp_path / "root", source)
+    dataset, manifest = adopt_source(tmp_path / "root", source)
     assert state(source) == before
     assert not list((tmp_path / "root").rglob("*.tar"))
     assert sum(len(data) for data in synthetic.files_below(tmp_path / "root").values()) < 60_000
@@ -110,13 +110,13 @@ def test_what_img2dataset_left_is_sealed_where_it_lies(tmp_path):
 
 
 def test_embeddings_of_adopted_shards_are_those_of_a_copy(tmp_path):
-    source = downloaded(tmp_path / "source")
-    dataset, _ = adopted(tmp_path / "root", source)
+    source = write_download(tmp_path / "source")
+    dataset, _ = adopt_source(tmp_path / "root", source)
     copy = Dataset.parse(str(tmp_path / "root"), "copy")
     run_stage(Shard(copy, ShardConfig(source=str(source), resize="no")))
-    for one in (dataset, copy):
-        run_stage(Embed(one, EmbedConfig(batch_size=4)))
-        assert list(verify.find_faults(one.root, one.path("embeddings"))) == []
+    for variant in (dataset, copy):
+        run_stage(Embed(variant, EmbedConfig(batch_size=4)))
+        assert list(verify.find_faults(variant.root, variant.path("embeddings"))) == []
     assert np.array_equal(Embeddings(dataset).all(), Embeddings(copy).all())
     assert len(Embeddings(dataset)) == 12 and not np.isclose(np.ptp(Embeddings(dataset).all(), 0), 0).all()
     # What happens to the tars is seen.
@@ -129,12 +129,12 @@ def test_embeddings_of_adopted_shards_are_those_of_a_copy(tmp_path):
 
 
 def test_tars_in_a_bucket_are_adopted_there(tmp_path, s3):
-    source = downloaded(tmp_path / "source")
+    source = write_download(tmp_path / "source")
     for name, data in synthetic.files_below(source).items():
         storage.put_bytes(data, storage.join(s3, "downloads", name))
-    local = adopted(tmp_path / "local", source)[0]
+    local = adopt_source(tmp_path / "local", source)[0]
     for root in (tmp_path / "root", storage.join(s3, "root")):
-        dataset, manifest = adopted(root, storage.join(s3, "downloads"))
+        dataset, manifest = adopt_source(root, storage.join(s3, "downloads"))
         assert list(verify.find_faults(dataset.root, dataset.path("shards"))) == []
         assert [file_of(record, ".tar")["name"] for record in manifest["items"]] == [
             f"{s3}/downloads/0000{number}.tar" for number in range(2)]
@@ -148,7 +148,7 @@ def test_tars_in_a_bucket_are_adopted_there(tmp_path, s3):
     assert np.array_equal(Embeddings(dataset).all(), Embeddings(local).all())
 
 
-def added(tar: Path, name: str, data: bytes = b"", **fields) -> None:
+def add_member(tar: Path, name: str, data: bytes = b"", **fields) -> None:
     with tarfile.open(tar, "a") as file:
         info = tarfile.TarInfo(name)
         info.size = len(data)
@@ -168,21 +168,21 @@ def spoil(source: Path, how: str) -> None:
     elif how == "no tar":
         tar.write_bytes(b"\xff" * 2000)
     elif how == "lies outside":
-        added(tar, "../x.jpg")
+        add_member(tar, "../x.jpg")
     elif how == "link":
-        added(tar, "000010009.jpg", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add_member(tar, "000010009.jpg", type=tarfile.SYMTYPE, linkname="/etc/passwd")
     elif how == "hidden":
-        added(tar, "below/._x.jpg", b"of a Mac")
+        add_member(tar, "below/._x.jpg", b"of a Mac")
     elif how == "twice":
-        added(tar, "000010006.jpg", b"another")
+        add_member(tar, "000010006.jpg", b"another")
     elif how == "no picture":
-        added(tar, "000010009.txt", b"words")
+        add_member(tar, "000010009.txt", b"words")
     elif how == "one too many":
-        added(tar, "000010009.jpg", encoded(noise(8, 8), "JPEG"))
+        add_member(tar, "000010009.jpg", encoded(noise(8, 8), "JPEG"))
     elif how == "no parquet":
         (source / "00001.parquet").write_bytes(b"PAR1 or what")
     elif how == "not UTF-8":
-        added(tar, "\udcff.jpg", encoded(noise(8, 8), "JPEG"))
+        add_member(tar, "\udcff.jpg", encoded(noise(8, 8), "JPEG"))
 
 
 @pytest.mark.parametrize(("how", "message"), [
@@ -195,11 +195,11 @@ def spoil(source: Path, how: str) -> None:
     ("no parquet", r"00001\.parquet cannot be read as parquet"), ("not UTF-8", "is not UTF-8"),
 ])
 def test_tars_whose_rows_could_part_from_their_metadata_are_refused(tmp_path, how, message):
-    source = downloaded(tmp_path / "source")
+    source = write_download(tmp_path / "source")
     spoil(source, how)
     before = state(source)
     with pytest.raises(StageFailed, match=message):
-        adopted(tmp_path / "root", source)
+        adopt_source(tmp_path / "root", source)
     assert state(source) == before
     dataset = Dataset.parse(str(tmp_path / "root"), "old")
     assert not storage.exists(storage.join(dataset.folder("shards"), "manifest.json"))
@@ -214,8 +214,8 @@ def test_tars_that_only_look_odd_are_adopted(tmp_path):
                        ("below/b.PNG", encoded(noise(16, 16), "PNG")), ("below/b.json", b"no JSON"),
                        ("c.jpg", b"no picture"), ("c.txt", b"words"), ("README", b"no key"), (".hidden.jpg", jpeg),
                        ("__meta__/d.jpg", jpeg), ("d.jpg", jpeg), ("d.seg.png", jpeg)):
-        added(source / "a.tar", name, data)
-    dataset, manifest = adopted(tmp_path / "root", source)
+        add_member(source / "a.tar", name, data)
+    dataset, manifest = adopt_source(tmp_path / "root", source)
     assert list(verify.find_faults(dataset.root, dataset.path("shards"))) == []
     rows = metadata(dataset, manifest["items"][0])
     assert [row["key"] for row in rows] == ["./a", "below/b", "c", "d"]
@@ -227,7 +227,7 @@ def test_tars_that_only_look_odd_are_adopted(tmp_path):
 
 def test_tars_in_the_folder_of_the_dataset_are_refused(tmp_path):
     dataset = Dataset.parse(str(tmp_path), "old")
-    source = downloaded(Path(dataset.folder("shards")))
+    source = write_download(Path(dataset.folder("shards")))
     before = state(source)
     for overwrite in (False, True):
         with pytest.raises(ValueError, match="lies where the dataset is written"):
@@ -240,5 +240,5 @@ def test_there_must_be_tars(tmp_path):
     for source, message in ((tmp_path / "empty", r"no files ending in \.tar"), ("", "--adopt needs a source"),
                             (tmp_path / "absent", "there is no file or folder")):
         with pytest.raises(ValueError, match=message):
-            adopted(tmp_path / "root", source)
+            adopt_source(tmp_path / "root", source)
     assert not (tmp_path / "root").exists()

@@ -36,7 +36,7 @@ ACCENT = "caf\N{LATIN SMALL LETTER E WITH ACUTE}"
 OTHER_ACCENT = unicodedata.normalize("NFD", f"{ACCENT[-1]}t{ACCENT[-1]}")
 
 
-def sharded(root, source, **options) -> tuple[Dataset, dict]:
+def shard_source(root, source, **options) -> tuple[Dataset, dict]:
     """The folder `source` made into a dataset `x` of small shards, and its manifest."""
     dataset = Dataset.parse(str(root), "x")
     settings = {"samples_per_shard": 7, "image_size": 16, "max_pixels": 1_000_000} | options
@@ -56,7 +56,7 @@ def ledger(dataset: Dataset, manifest: dict) -> list[dict]:
             for line in storage.read_bytes(storage.join(dataset.folder("shards"), name)).splitlines()]
 
 
-def few(folder, names="abc", size=16):
+def write_images(folder, names="abc", size=16):
     """A folder with one small picture of each name."""
     folder.mkdir()
     for number, name in enumerate(names):
@@ -71,7 +71,7 @@ BAD = {"truncated.jpg": "corrupt", "text.jpg": "not_a_picture", "empty.png": "em
 
 
 @pytest.fixture(scope="module")
-def everything(tmp_path_factory):
+def mixed_folder(tmp_path_factory):
     """A folder with all that people have in folders."""
     folder = tmp_path_factory.mktemp("everything") / "source"
     folder.mkdir()
@@ -116,8 +116,8 @@ def everything(tmp_path_factory):
 
 
 @pytest.mark.parametrize("only_captioned", [False, True])
-def test_everything_in_one_folder_is_a_sample_or_has_a_reason(tmp_path, everything, only_captioned):
-    dataset, manifest = sharded(tmp_path, everything, only_captioned=only_captioned)
+def test_everything_in_one_folder_is_a_sample_or_has_a_reason(tmp_path, mixed_folder, only_captioned):
+    dataset, manifest = shard_source(tmp_path, mixed_folder, only_captioned=only_captioned)
     plan = storage.read_json(storage.join(dataset.folder("shards"), "plan.json"))
     lists = {item["id"]: item["inputs"]["rows"] for item in plan["items"]}
     totals, rows = manifest["totals"], table(dataset, manifest)
@@ -142,8 +142,8 @@ def test_everything_in_one_folder_is_a_sample_or_has_a_reason(tmp_path, everythi
     assert list(verify.find_faults(dataset.root, dataset.path("shards"))) == []
 
 
-def test_webdataset_reads_the_same_samples(tmp_path, everything):
-    dataset, manifest = sharded(tmp_path, everything, format="png")
+def test_webdataset_reads_the_same_samples(tmp_path, mixed_folder):
+    dataset, manifest = shard_source(tmp_path, mixed_folder, format="png")
     rows = [row for row in table(dataset, manifest) if row["status"] == "success"]
     tars = [storage.join(dataset.folder("shards"), f"{record['id']}.tar") for record in manifest["items"]]
     samples = list(webdataset.WebDataset(tars, shardshuffle=False).decode("rgb8"))
@@ -167,21 +167,21 @@ def test_webdataset_reads_the_same_samples(tmp_path, everything):
         assert np.abs(shown[name].astype(int) - [255, 0, 0]).max() < 5
 
 
-def test_bytes_that_need_no_change_are_passed_through(tmp_path, everything):
-    dataset, manifest = sharded(tmp_path, everything, format="png")
+def test_bytes_that_need_no_change_are_passed_through(tmp_path, mixed_folder):
+    dataset, manifest = shard_source(tmp_path, mixed_folder, format="png")
     row = next(row for row in table(dataset, manifest) if row["url"] == "exact.png")
-    assert row["sha256"] == hashlib.sha256((everything / "exact.png").read_bytes()).hexdigest()
-    kept, manifest = sharded(tmp_path / "no", everything, format="jpg", resize="no")
+    assert row["sha256"] == hashlib.sha256((mixed_folder / "exact.png").read_bytes()).hexdigest()
+    kept, manifest = shard_source(tmp_path / "no", mixed_folder, format="jpg", resize="no")
     by_name = {row["url"]: row for row in table(kept, manifest)}
-    jpeg = (everything / "stem.jpg").read_bytes()
+    jpeg = (mixed_folder / "stem.jpg").read_bytes()
     assert by_name["stem.jpg"]["sha256"] == hashlib.sha256(jpeg).hexdigest()
     assert (by_name["turned.jpg"]["width"], by_name["turned.jpg"]["height"]) == (20, 40)
 
 
-def test_two_runs_give_the_same_bytes(tmp_path, everything):
+def test_two_runs_give_the_same_bytes(tmp_path, mixed_folder):
     made_twice = []
     for name in ("one", "other"):
-        dataset, manifest = sharded(tmp_path / name, everything)
+        dataset, manifest = shard_source(tmp_path / name, mixed_folder)
         made_twice.append((without_run_facts(manifest), {path: data for path, data in synthetic.files_below(
             tmp_path / name).items() if path.endswith((".tar", ".parquet", ".jsonl"))}))
         assert dataset.label == "x"
@@ -195,8 +195,8 @@ def test_a_bucket_gives_the_same_dataset_as_a_folder(tmp_path, s3):
     for name, data in synthetic.files_below(source).items():
         storage.put_bytes(data, storage.join(s3, "source", name))
     storage.put_bytes(b"not in the folder", storage.join(s3, "source2", "other.png"))
-    _, local = sharded(tmp_path, source)
-    remote_dataset, remote = sharded(storage.join(s3, "root"), storage.join(s3, "source"))
+    _, local = shard_source(tmp_path, source)
+    remote_dataset, remote = shard_source(storage.join(s3, "root"), storage.join(s3, "source"))
     assert without_run_facts(local) == without_run_facts(remote)
     assert list(verify.find_faults(remote_dataset.root, remote_dataset.path("shards"))) == []
     for record in remote["items"]:
@@ -204,19 +204,19 @@ def test_a_bucket_gives_the_same_dataset_as_a_folder(tmp_path, s3):
 
 
 def test_both_spellings_of_an_accent_may_be_two_files(tmp_path):
-    source = few(tmp_path / "source", [ACCENT, unicodedata.normalize("NFD", ACCENT)])
+    source = write_images(tmp_path / "source", [ACCENT, unicodedata.normalize("NFD", ACCENT)])
     if len(list(source.iterdir())) < 2:
         pytest.skip("this file system holds them for one")
-    dataset, manifest = sharded(tmp_path, source)
+    dataset, manifest = shard_source(tmp_path, source)
     assert manifest["totals"]["samples"] == 2
     assert len({row["sha256"] for row in table(dataset, manifest)}) == 2
 
 
-def captioned(tmp_path, columns: dict, **options) -> tuple[dict[str, dict], dict]:
+def shard_with_captions(tmp_path, columns: dict, **options) -> tuple[dict[str, dict], dict]:
     """Three pictures with a captions.parquet of these columns: parquet rows by file, and the manifest."""
-    source = few(tmp_path / "source")
+    source = write_images(tmp_path / "source")
     pq.write_table(pa.table(columns), source / "captions.parquet")
-    dataset, manifest = sharded(tmp_path, source, **options)
+    dataset, manifest = shard_source(tmp_path, source, **options)
     return {row["url"]: row for row in table(dataset, manifest)}, manifest
 
 
@@ -230,12 +230,12 @@ FILES = ["a.png", "./b.png", "c.png"]
     (pa.array([0, 1, None], pa.timestamp("ns")), ["1970-01-01 00:00:00", "1970-01-01 00:00:00.000000001", ""]),
 ])
 def test_captions_of_any_type_become_text(tmp_path, captions, expected):
-    rows, _ = captioned(tmp_path, {"file": FILES, "TEXT": captions})
+    rows, _ = shard_with_captions(tmp_path, {"file": FILES, "TEXT": captions})
     assert [rows[f"{name}.png"]["caption"] for name in "abc"] == expected
 
 
 def test_other_columns_of_any_type_are_carried_along(tmp_path):
-    rows, manifest = captioned(tmp_path, {
+    rows, manifest = shard_with_captions(tmp_path, {
         "image_path": FILES, "caption": ["x"] * 3, "similarity": [0.5, float("nan"), float("inf")],
         "hash": pa.array([2**64 - 1, 1, None], pa.uint64()), "signed": [-(2**63), None, 2**63 - 1],
         "tags": [["x"], None, []], "raw": [b"\xff", None, b""], "when": pa.array([0, 1, None], pa.timestamp("ns")),
@@ -248,7 +248,8 @@ def test_other_columns_of_any_type_are_carried_along(tmp_path):
 
 
 def test_sample_json_is_strict(tmp_path):
-    captioned(tmp_path, {"file": FILES, "caption": ["x"] * 3, "similarity": [0.5, float("nan"), float("inf")]})
+    shard_with_captions(tmp_path, {"file": FILES, "caption": ["x"] * 3,
+                                   "similarity": [0.5, float("nan"), float("inf")]})
 
     def refuse(constant):
         raise AssertionError(constant)
@@ -259,16 +260,16 @@ def test_sample_json_is_strict(tmp_path):
 
 
 def test_caption_rows_without_a_file_name_are_counted(tmp_path):
-    rows, manifest = captioned(tmp_path, {"file": ["a.png", None, "", "b.png"], "caption": ["x", "y", "z", "w"]},
-                               only_captioned=True)
+    columns = {"file": ["a.png", None, "", "b.png"], "caption": ["x", "y", "z", "w"]}
+    rows, manifest = shard_with_captions(tmp_path, columns, only_captioned=True)
     assert manifest["totals"]["samples"] == 2 and manifest["totals"]["skipped"] == {"picture_missing": 2}
     assert set(rows) == {"a.png", "b.png", "(row 2 of the captions)", "(row 3 of the captions)"}
 
 
 def test_order_of_captions_is_the_order_of_samples(tmp_path):
-    source = few(tmp_path / "source")
+    source = write_images(tmp_path / "source")
     (source / "list.csv").write_text("file,caption\nc.png,1\na.png,2\n")
-    dataset, manifest = sharded(tmp_path, source, captions=str(source / "list.csv"), only_captioned=True)
+    dataset, manifest = shard_source(tmp_path, source, captions=str(source / "list.csv"), only_captioned=True)
     assert [row["url"] for row in table(dataset, manifest)] == ["c.png", "a.png"]
 
 
@@ -281,79 +282,79 @@ def test_order_of_captions_is_the_order_of_samples(tmp_path):
     ("captions.parquet", b"PAR1" + b"x" * 50 + b"\x30\0\0\0PAR1", "cannot be read as captions"),
 ])
 def test_captions_that_cannot_be_used_are_refused(tmp_path, name, data, message):
-    source = few(tmp_path / "source")
+    source = write_images(tmp_path / "source")
     (source / name).write_bytes(data)
     with pytest.raises(ValueError, match=message):
-        sharded(tmp_path, source)
+        shard_source(tmp_path, source)
     assert not (tmp_path / "datasets").exists()
 
 
 def test_what_is_not_there_is_said(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no pictures in .*empty\nhint"):
-        sharded(tmp_path, tmp_path / "empty")
+        shard_source(tmp_path, tmp_path / "empty")
     with pytest.raises(ValueError, match="absent"):
-        sharded(tmp_path, tmp_path / "absent")
-    source = few(tmp_path / "source")
+        shard_source(tmp_path, tmp_path / "absent")
+    source = write_images(tmp_path / "source")
     with pytest.raises(ValueError, match=r"none\.csv does not exist"):
-        sharded(tmp_path, source, captions=str(source / "none.csv"))
+        shard_source(tmp_path, source, captions=str(source / "none.csv"))
     with pytest.raises(ValueError, match="has no captions\nhint: --captions"):
-        sharded(tmp_path, source, only_captioned=True)
+        shard_source(tmp_path, source, only_captioned=True)
     with pytest.raises(ValueError, match="shard needs a source"):
-        sharded(tmp_path, "")
+        shard_source(tmp_path, "")
 
 
 def test_broken_links_and_captions_that_lead_out_are_not_read(tmp_path):
-    source = few(tmp_path / "source", "a")
+    source = write_images(tmp_path / "source", "a")
     (tmp_path / "secret.png").write_bytes(encoded(noise(16, 16, 99), "PNG"))
     os.symlink(tmp_path / "nowhere.png", source / "broken.png")
     names = ["a.png", "broken.png", "../secret.png", str(tmp_path / "secret.png"), "below/../../secret.png",
              "../secret"]
     (source / "captions.csv").write_text("file,caption\n" + "".join(f"{name},x\n" for name in names))
-    dataset, manifest = sharded(tmp_path, source)
+    dataset, manifest = shard_source(tmp_path, source)
     assert manifest["totals"]["samples"] == 1 and manifest["totals"]["skipped"] == {"picture_missing": 5}
     assert [row["url"] for row in table(dataset, manifest) if row["status"] == "success"] == ["a.png"]
 
 
 def test_a_broken_link_that_no_caption_names_is_counted(tmp_path):
-    source = few(tmp_path / "source", "a")
+    source = write_images(tmp_path / "source", "a")
     os.symlink(tmp_path / "nowhere.png", source / "broken.png")
-    _, manifest = sharded(tmp_path, source)
+    _, manifest = shard_source(tmp_path, source)
     assert manifest["totals"]["skipped"] == {"picture_missing": 1}
 
 
 def test_pictures_that_vanish_after_planning_are_counted(tmp_path):
-    source = few(tmp_path / "source")
+    source = write_images(tmp_path / "source")
     dataset = Dataset.parse(str(tmp_path), "x")
-    one = Shard(dataset, ShardConfig(source=str(source), image_size=16))
-    items = prepare(one)
+    stage = Shard(dataset, ShardConfig(source=str(source), image_size=16))
+    items = prepare(stage)
     (source / "b.png").unlink()
-    record = process_and_commit(one, items[0])
+    record = process_and_commit(stage, items[0])
     assert record["samples"] == 2 and record["skipped"] == {"picture_missing": 1}
 
 
 def test_other_pictures_on_a_claimed_folder_are_refused(tmp_path):
-    source = few(tmp_path / "source")
-    sharded(tmp_path, source)
-    sharded(tmp_path, source)
+    source = write_images(tmp_path / "source")
+    shard_source(tmp_path, source)
+    shard_source(tmp_path, source)
     (source / "d.png").write_bytes(encoded(noise(16, 16, 9), "PNG"))
     with pytest.raises(ValueError, match=r"inputs\.pictures\.digest"):
-        sharded(tmp_path, source)
+        shard_source(tmp_path, source)
     with pytest.raises(ValueError, match=r"section\.image_size: there 16, now 8"):
-        sharded(tmp_path, few(tmp_path / "same"), image_size=8)
+        shard_source(tmp_path, write_images(tmp_path / "same"), image_size=8)
 
 
 def test_the_same_pictures_elsewhere_are_the_same_dataset(tmp_path):
-    _, first = sharded(tmp_path, few(tmp_path / "source"))
-    _, second = sharded(tmp_path, few(tmp_path / "moved"))
+    _, first = shard_source(tmp_path, write_images(tmp_path / "source"))
+    _, second = shard_source(tmp_path, write_images(tmp_path / "moved"))
     assert first == second
 
 
 def test_a_shard_without_one_good_picture_goes_through(tmp_path):
-    source = few(tmp_path / "source", "xyz")
+    source = write_images(tmp_path / "source", "xyz")
     for number in range(7):
         (source / f"bad{number}.png").write_bytes(b"no picture")
-    _, manifest = sharded(tmp_path, source)
+    _, manifest = shard_source(tmp_path, source)
     assert [record["samples"] for record in manifest["items"]] == [0, 3]
 
 

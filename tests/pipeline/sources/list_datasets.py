@@ -28,7 +28,7 @@ DOWNLOAD = DownloadConfig(retries=0, connections=8, timeout=10.0, read_timeout=5
 PICTURES = {f"{number:02d}.png": encoded(noise(20, 24, number), "PNG") for number in range(COUNT)}
 
 
-def sharded(root, source, **options) -> tuple[Dataset, dict]:
+def shard_source(root, source, **options) -> tuple[Dataset, dict]:
     """A source made into the dataset `x` of small shards, and its manifest; nothing may be wrong with it."""
     dataset = Dataset.parse(str(root), "x")
     settings = {"samples_per_shard": 7, "image_size": 16, "download": DOWNLOAD, "format": "png"} | options
@@ -38,7 +38,7 @@ def sharded(root, source, **options) -> tuple[Dataset, dict]:
     return dataset, manifest
 
 
-def packed(dataset: Dataset, manifest: dict) -> list[dict]:
+def stored_samples(dataset: Dataset, manifest: dict) -> list[dict]:
     """The samples of all tars, their JSON read."""
     return [{key: json.loads(value) if key == "json" else value for key, value in sample.items() if key != "__url__"}
             for record in manifest["items"]
@@ -78,7 +78,7 @@ def write_list(path: Path, rows: list[dict], **options) -> Path:
     return path
 
 
-def of(path, **options):
+def open_path(path, **options):
     return open_source(ShardConfig(source=str(path), **options))
 
 

@@ -5,7 +5,7 @@ import pytest
 from pipeline import storage
 from tests.pipeline import synthetic
 from tests.pipeline.shards.test_shard import ledger, table
-from tests.pipeline.sources.list_datasets import PICTURES, of, sharded, write_list
+from tests.pipeline.sources.list_datasets import PICTURES, open_path, shard_source, write_list
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
@@ -18,12 +18,12 @@ def test_captions_of_a_folder_in_any_kind_of_file(tmp_path, kind):
     rows = [{"file": name, "caption": "not this", "words": f"{name}, \u2028 in two lines\x85", "year": 1900 + number}
             for number, name in enumerate(names[:2])]
     write_list(source / f"captions.{kind}", rows)
-    dataset, manifest = sharded(tmp_path, source, caption_column="words")
-    found = {row["url"]: row for row in table(dataset, manifest)}
-    assert {name: row["caption"] for name, row in found.items()} == {
+    dataset, manifest = shard_source(tmp_path, source, caption_column="words")
+    rows_by_name = {row["url"]: row for row in table(dataset, manifest)}
+    assert {name: row["caption"] for name, row in rows_by_name.items()} == {
         "a.png": rows[0]["words"], "below/b.png": rows[1]["words"], "c.png": ""}
     years = [1900, 1901] if kind != "csv" else ["1900", "1901"]
-    assert [row["year"] for row in found.values()] == [*years, None]
+    assert [row["year"] for row in rows_by_name.values()] == [*years, None]
     assert manifest["totals"]["noted"] == {"caption_missing": 1}
 
 
@@ -38,7 +38,7 @@ def test_captions_in_texts_beside_the_pictures(tmp_path, s3):
     for name, data in synthetic.files_below(source).items():
         storage.put_bytes(data, storage.join(s3, "source", name))
     for root, place in ((tmp_path / "local", source), (tmp_path / "remote", storage.join(s3, "source"))):
-        dataset, manifest = sharded(root, place)
+        dataset, manifest = shard_source(root, place)
         assert {row["url"]: row["caption"] for row in table(dataset, manifest)} == {
             "a.png": "caption of a", "below/b.b.png": "of b", "c.png": "", "d.png": ""}
         assert [(line["key"], line["reason"]) for line in ledger(dataset, manifest)] == [("c.png", "caption_missing")]
@@ -56,7 +56,7 @@ def test_patterns_choose_pictures_of_a_folder(tmp_path, s3):
                               ("x/*.png", ["c.png"]), ("x/**", ["c.png", "y/d.png", "y/e[2].png"]), ("?.*", names[:2]),
                               ("**/e[2]*", names[4:]), ("**/y/?.png", ["x/y/d.png"])):
         for place in (str(source), s3):
-            rows = list(of(f"{place}/{pattern}", kind="pictures")._list())
+            rows = list(open_path(f"{place}/{pattern}", kind="pictures")._list())
             wanted = [name for name in expected if place != s3 or name != "absent.png"]
             assert [row.name for row in rows] == wanted, (place, pattern)
             if place != s3 and not pattern.startswith("x"):  # names and captions are those of the folder before it

@@ -27,29 +27,30 @@ from tests.pipeline.sources.list_datasets import (
     DOWNLOAD,
     PICTURES,
     laion,
-    of,
-    packed,
+    open_path,
     read_back,
-    sharded,
+    shard_source,
+    stored_samples,
     write_list,
 )
 
 
 def test_a_list_of_any_kind_gives_the_same_tars(tmp_path, image_site):
-    rows, found, schemas = laion(image_site), {}, {}
+    rows, samples_by_kind, schemas = laion(image_site), {}, {}
     for kind in ("parquet", "jsonl", "jsonl.gz", "jsonl.zst", "csv", "csv.gz", "csv.bz2", "tsv"):
-        dataset, manifest = sharded(tmp_path / kind, write_list(tmp_path / f"list.{kind}", rows))
-        found[kind] = packed(dataset, manifest)
+        dataset, manifest = shard_source(tmp_path / kind, write_list(tmp_path / f"list.{kind}", rows))
+        samples_by_kind[kind] = stored_samples(dataset, manifest)
         schemas[kind] = {pq.read_schema(dataset.fetch("shards", file)) for record in manifest["items"]
                          for file in record["files"] if file["name"].endswith(".parquet")}
-    whole = found["parquet"]
+    whole = samples_by_kind["parquet"]
     assert [sample["json"]["url"] for sample in whole] == [row["URL"] for row in rows]
     assert [sample["txt"].decode() for sample in whole] == [row["TEXT"] or "" for row in rows]
     assert [[sample["json"][name] for name in ("WIDTH", "HEIGHT", "similarity", "punsafe", "hash")]
             for sample in whole] == [[row[name] for name in ("WIDTH", "HEIGHT", "similarity", "punsafe", "hash")]
                                      for row in rows]
-    assert found["jsonl"] == found["jsonl.gz"] == found["jsonl.zst"] == whole
-    assert found["csv"] == found["csv.gz"] == found["csv.bz2"] == found["tsv"] == [
+    assert samples_by_kind["jsonl"] == samples_by_kind["jsonl.gz"] == samples_by_kind["jsonl.zst"] == whole
+    assert samples_by_kind["csv"] == samples_by_kind["csv.gz"] == samples_by_kind["csv.bz2"] == samples_by_kind["tsv"]
+    assert samples_by_kind["csv"] == [
         sample | {"json": {key: str(cell) if key in rows[0] and cell is not None else cell  # all that a CSV knows
                            for key, cell in sample["json"].items()}} for sample in whole]
     assert schemas["parquet"] == schemas["jsonl"] and len(schemas["parquet"]) == len(schemas["csv"]) == 1
@@ -60,8 +61,8 @@ def test_a_list_of_any_kind_gives_the_same_tars(tmp_path, image_site):
 
 def test_lists_may_be_a_folder_a_pattern_and_several_files_anywhere(tmp_path, image_site, s3):
     rows = laion(image_site)
-    dataset, manifest = sharded(tmp_path / "whole", write_list(tmp_path / "whole.parquet", rows))
-    expected = packed(dataset, manifest)
+    dataset, manifest = shard_source(tmp_path / "whole", write_list(tmp_path / "whole.parquet", rows))
+    expected = stored_samples(dataset, manifest)
     folder = tmp_path / "parts"
     parts = [write_list(folder / f"part-{number}.parquet", rows[first:last], row_group_size=3)
              for number, (first, last) in enumerate(itertools.pairwise((0, 11, 12, COUNT)))]
@@ -72,21 +73,21 @@ def test_lists_may_be_a_folder_a_pattern_and_several_files_anywhere(tmp_path, im
         storage.put_bytes(data, storage.join(s3, "lists", name))
     for number, source in enumerate((folder, folder / "*.parquet", folder / "part-?.*", f"{tmp_path}/p*/*", parts,
                                      f"{s3}/lists", f"{s3}/lists/part-*")):
-        dataset, manifest = sharded(tmp_path / f"{number}", source)
-        assert packed(dataset, manifest) == expected, source
+        dataset, manifest = shard_source(tmp_path / f"{number}", source)
+        assert stored_samples(dataset, manifest) == expected, source
 
 
 def test_columns_may_be_named(tmp_path, image_site):
     rows = [{"where": row["URL"], "words": row["TEXT"], "url": "not this one", "check": hashlib.md5(
         PICTURES[row["URL"][-6:]]).hexdigest()} for row in laion(image_site)]
     options = {"url_column": "where", "caption_column": "words", "hash_column": "check"}
-    dataset, manifest = sharded(tmp_path, write_list(tmp_path / "list.csv", rows), **options)
+    dataset, manifest = shard_source(tmp_path, write_list(tmp_path / "list.csv", rows), **options)
     assert [row["caption"] for row in table(dataset, manifest)] == [row["words"] or "" for row in rows]
     assert {row["check"] for row in table(dataset, manifest)} == {row["check"] for row in rows}
     assert manifest["totals"]["samples"] == COUNT
     for name, value in (("url_column", "nowhere"), ("hash_column", "sha"), ("caption_column", "x")):
         with pytest.raises(ValueError, match=f"no column {value} .*\nhint: it has where, words"):
-            sharded(tmp_path / "refused", tmp_path / "list.csv", **{name: value})
+            shard_source(tmp_path / "refused", tmp_path / "list.csv", **{name: value})
 
 
 @pytest.mark.parametrize(("name", "data", "message"), [
@@ -99,7 +100,7 @@ def test_columns_may_be_named(tmp_path, image_site):
 def test_lists_that_cannot_be_read_are_refused(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=message):
-        sharded(tmp_path / "root", tmp_path / name)
+        shard_source(tmp_path / "root", tmp_path / name)
     assert not (tmp_path / "root").exists()
 
 
@@ -116,7 +117,7 @@ def test_sources_that_are_no_source_are_refused(tmp_path, image_site):
                              ({"source": tmp_path / "lists" / "*.txt"}, "no pictures in"),
                              ({"source": (tmp_path / "pictures", tmp_path / "pictures")}, "from one folder, not")):
         with pytest.raises(ValueError, match=message):
-            sharded(tmp_path / "root", **options)
+            shard_source(tmp_path / "root", **options)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
@@ -145,9 +146,10 @@ def test_parts_hold_the_list_in_order_whatever_their_size(tmp_path, kind):
             passing = [row for row in range(total) if not least or scores[row] >= least]
             if not passing:
                 with pytest.raises(ValueError, match="not one of"):
-                    list(of(folder, samples_per_shard=need, where=where).parts())
+                    list(open_path(folder, samples_per_shard=need, where=where).parts())
                 continue
-            rows, counts, filtered = read_back(of(folder, samples_per_shard=need, where=where), tmp_path / "plan")
+            source = open_path(folder, samples_per_shard=need, where=where)
+            rows, counts, filtered = read_back(source, tmp_path / "plan")
             assert [row for part in rows for row in part] == passing
             assert list(map(len, rows)) == counts
             assert set(counts[:-1]) <= {need} and 1 <= counts[-1] <= need
@@ -162,15 +164,15 @@ def test_a_filter_reads_text_as_numbers_where_it_must(tmp_path, image_site):
     assert 3 < len(expected) < 15
     for kind in ("parquet", "csv", "tsv", "jsonl"):
         path = write_list(tmp_path / f"list.{kind}", rows)
-        found, _, _ = read_back(of(path, where=where), tmp_path / "plan")
-        assert found == [expected], kind
+        part_rows, _, _ = read_back(open_path(path, where=where), tmp_path / "plan")
+        assert part_rows == [expected], kind
         with pytest.raises(ValueError, match=r"no column Punsafe .*\nhint: it is written punsafe"):
-            of(path, where="Punsafe < 1")
+            open_path(path, where="Punsafe < 1")
 
 
 def test_filtered_rows_are_counted_in_the_manifest(tmp_path, image_site):
-    dataset, manifest = sharded(tmp_path, write_list(tmp_path / "list.parquet", laion(image_site), row_group_size=4),
-                                where="punsafe < 0.2")
+    path = write_list(tmp_path / "list.parquet", laion(image_site), row_group_size=4)
+    dataset, manifest = shard_source(tmp_path, path, where="punsafe < 0.2")
     rows = table(dataset, manifest)
     assert manifest["info"]["filtered"] + len(rows) == COUNT
     assert [row["source_row"] for row in rows] == [
@@ -226,7 +228,7 @@ def test_all_shards_have_the_same_types_though_a_column_is_empty_in_one(tmp_path
         paths = [write_list(tmp_path / "list.jsonl", [{name: cell for name, cell in row.items()
                                                        if cell is not None or name == "never"}
                                                       for row in rows])]
-    dataset, manifest = sharded(tmp_path, paths)
+    dataset, manifest = shard_source(tmp_path, paths)
     schemas = [pq.read_schema(storage.local_path(storage.join(dataset.folder("shards"), f"{number:06d}.parquet")))
                for number in range(3)]
     assert schemas[0] == schemas[1] == schemas[2]
@@ -246,12 +248,12 @@ def test_hostile_cells_do_not_stop_a_shard(tmp_path, image_site):
             {"url": good, "phash": "1e400"}]
     path = tmp_path / "list.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n")
-    dataset, manifest = sharded(tmp_path, path)
-    found = table(dataset, manifest)
-    assert [row["status"] for row in found] == ["success", *["failed_to_download"] * 5, "success"]
-    assert [row["caption"] for row in found] == ["half an emoji ?", "a", str(10**40), "", "", "", ""]
-    assert [row["error_message"].split(":")[0] for row in found[1:6]] == ["http_404", *["bad_url"] * 4]
-    assert found[0]["x?"] == "?" and found[0]["phash"] == "text" and found[2]["key"] == "0000000002"
+    dataset, manifest = shard_source(tmp_path, path)
+    table_rows = table(dataset, manifest)
+    assert [row["status"] for row in table_rows] == ["success", *["failed_to_download"] * 5, "success"]
+    assert [row["caption"] for row in table_rows] == ["half an emoji ?", "a", str(10**40), "", "", "", ""]
+    assert [row["error_message"].split(":")[0] for row in table_rows[1:6]] == ["http_404", *["bad_url"] * 4]
+    assert table_rows[0]["x?"] == "?" and table_rows[0]["phash"] == "text" and table_rows[2]["key"] == "0000000002"
     # Columns of the same names as hashes of duplicates: those of failed rows are theirs, not ours.
     from pipeline.shards.deduplicate import Deduplicate
     from pipeline.shards.deduplicate import deduplicate_shards as sift
@@ -263,7 +265,7 @@ def test_hostile_cells_do_not_stop_a_shard(tmp_path, image_site):
 def test_what_is_known_of_a_column_may_come_late(tmp_path, image_site):
     rows = [{"url": f"http://{image_site}/00.png"},
             {"url": f"http://{image_site}/01.png", "TEXT": "words", "md5": "0" * 32}]
-    dataset, manifest = sharded(tmp_path, write_list(tmp_path / "list.jsonl", rows))
+    dataset, manifest = shard_source(tmp_path, write_list(tmp_path / "list.jsonl", rows))
     first, second = table(dataset, manifest)
     assert first["status"] == "success" and second["error_message"].startswith("hash_mismatch")
     assert second["caption"] == "words"
@@ -277,12 +279,12 @@ def test_pictures_in_parquet_are_taken_from_there(tmp_path, image_site):
                              for number, data in enumerate(pictures)]},
         "binary": {"jpg": pictures},
         "large": {"picture": pa.array(pictures, pa.large_binary()), "image_url": [f"http://{image_site}/00.png"] * 9}}
-    found = {}
+    images_by_layout = {}
     for name, columns in layouts.items():
         pq.write_table(pa.table(columns | {"text": [f"text {number}" for number in range(9)], "label": [1] * 9}),
                        tmp_path / f"{name}.parquet", row_group_size=2)
         options = {"image_column": "picture"} if name == "large" else {}
-        dataset, manifest = sharded(tmp_path / name, tmp_path / f"{name}.parquet", **options)
+        dataset, manifest = shard_source(tmp_path / name, tmp_path / f"{name}.parquet", **options)
         rows = table(dataset, manifest)
         assert [row["error_message"] and row["error_message"].split(":")[0] for row in rows] == [
             None, None, "picture_missing", None, None, "picture_missing", None, "not_a_picture", None]
@@ -290,9 +292,10 @@ def test_pictures_in_parquet_are_taken_from_there(tmp_path, image_site):
             "failed_to_download", "failed_to_download", "failed_to_resize"]
         assert [row["caption"] for row in rows] == [f"text {number}" for number in range(9)]
         assert {row["label"] for row in rows} == {1}
-        found[name] = [sample["png"] for sample in packed(dataset, manifest)]
-    assert found["struct"] == found["binary"] == found["large"] and len(found["struct"]) == 6
-    rows = table(*sharded(tmp_path / "struct", tmp_path / "struct.parquet"))
+        images_by_layout[name] = [sample["png"] for sample in stored_samples(dataset, manifest)]
+    assert images_by_layout["struct"] == images_by_layout["binary"] == images_by_layout["large"]
+    assert len(images_by_layout["struct"]) == 6
+    rows = table(*shard_source(tmp_path / "struct", tmp_path / "struct.parquet"))
     assert [row["url"] for row in rows] == [*(f"{number}.png" for number in range(5)), "row 5", "6.png", "7.png",
                                            "8.png"]
 
@@ -300,40 +303,42 @@ def test_pictures_in_parquet_are_taken_from_there(tmp_path, image_site):
 def test_what_is_in_the_table_is_not_fetched(tmp_path, image_site):
     web_server.seen(image_site)
     rows = [{"image": {"bytes": PICTURES["00.png"], "path": None}, "url": f"http://{image_site}/01.png"}]
-    dataset, manifest = sharded(tmp_path, write_list(tmp_path / "list.parquet", rows))
+    dataset, manifest = shard_source(tmp_path, write_list(tmp_path / "list.parquet", rows))
     assert [row["url"] for row in table(dataset, manifest)] == [f"http://{image_site}/01.png"]
     assert "requests" not in web_server.seen(image_site)
     with pytest.raises(ValueError, match="holds int64, not bytes"):
         pq.write_table(pa.table({"number": [1]}), tmp_path / "numbers.parquet")
-        of(tmp_path / "numbers.parquet", image_column="number")
+        open_path(tmp_path / "numbers.parquet", image_column="number")
 
 
 def test_patches_are_cut_where_they_say_and_always_the_same(tmp_path, image_site):
     rows = [{"url": f"http://{image_site}/{number:02d}.png", "caption": f"{number}"} for number in range(9)]
     rows.insert(4, {"url": f"http://{image_site}/absent.png", "caption": "absent"})
     options = {"patches": 3, "patch_side": 30, "image_size": 11}
-    found = {}
+    patches_by_list = {}
     for name, size, listed in (("7", 7, rows), ("2", 2, rows), ("turned", 4, rows[::-1])):
-        dataset, manifest = sharded(tmp_path / name, write_list(tmp_path / f"{name}.csv", listed),
-                                    samples_per_shard=size, **options)
-        samples = packed(dataset, manifest)
-        assert len({one["__key__"] for one in samples}) == len(samples) == manifest["totals"]["samples"] == 27
+        dataset, manifest = shard_source(tmp_path / name, write_list(tmp_path / f"{name}.csv", listed),
+                                         samples_per_shard=size, **options)
+        samples = stored_samples(dataset, manifest)
+        assert len({sample["__key__"] for sample in samples}) == len(samples) == manifest["totals"]["samples"] == 27
         assert len(table(dataset, manifest)) == 28 and manifest["totals"]["skipped"] == {"http_404": 1}
-        found[name] = [(one["json"]["url"], one["json"]["patch_left"], one["json"]["patch_top"], one["png"])
-                       for one in samples]
-    assert found["7"] == found["2"]
-    assert sorted(found["turned"]) == sorted(found["7"])
+        patches_by_list[name] = [(sample["json"]["url"], sample["json"]["patch_left"], sample["json"]["patch_top"],
+                                  sample["png"]) for sample in samples]
+    assert patches_by_list["7"] == patches_by_list["2"]
+    assert sorted(patches_by_list["turned"]) == sorted(patches_by_list["7"])
     places = set()
-    for url, left, top, data in found["7"]:
+    for url, x, y, data in patches_by_list["7"]:
         whole = resize.resize(Image.open(io.BytesIO(PICTURES[url[-6:]])), 30, "keep_ratio")
         assert min(whole.size) == 30
-        assert 0 <= left <= whole.width - 11 and 0 <= top <= whole.height - 11
-        assert np.array_equal(resize.decode_pixels(data), np.asarray(whole.crop((left, top, left + 11, top + 11))))
-        places.add((left, top))
+        assert 0 <= x <= whole.width - 11 and 0 <= y <= whole.height - 11
+        assert np.array_equal(resize.decode_pixels(data), np.asarray(whole.crop((x, y, x + 11, y + 11))))
+        places.add((x, y))
     assert len(places) > 20
-    dataset, manifest = sharded(tmp_path / "seed", tmp_path / "7.csv", seed=1, **options)
-    assert [(one["json"]["patch_left"], one["json"]["patch_top"]) for one in packed(dataset, manifest)] != [
-        (left, top) for _, left, top, _ in found["7"]]
+    dataset, manifest = shard_source(tmp_path / "seed", tmp_path / "7.csv", seed=1, **options)
+    samples = stored_samples(dataset, manifest)
+    assert [(sample["json"]["patch_left"], sample["json"]["patch_top"]) for sample in samples] != [
+        (x, y) for _, x, y, _ in patches_by_list["7"]]
     # Nothing is enlarged, and so there is no room.
     with pytest.raises(StageFailed, match="1 http_404, 9 too_small"):
-        sharded(tmp_path / "small", tmp_path / "7.csv", patches=2, patch_side=30, image_size=22, only_if_bigger=True)
+        shard_source(tmp_path / "small", tmp_path / "7.csv", patches=2, patch_side=30, image_size=22,
+                     only_if_bigger=True)

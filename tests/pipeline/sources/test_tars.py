@@ -14,7 +14,7 @@ from pipeline import storage
 from pipeline.media.foreign_tars import TarFaults, read_foreign_tar
 from pipeline.stages.types import StageFailed
 from tests.pipeline.shards.test_shard import ledger, table
-from tests.pipeline.sources.list_datasets import PICTURES, packed, sharded
+from tests.pipeline.sources.list_datasets import PICTURES, shard_source, stored_samples
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes | tarfile.TarInfo]], ended: bool = True) -> Path:
@@ -41,22 +41,22 @@ def sample(key: str, number: int, **meta) -> list[tuple[str, bytes]]:
             (f"{key}.json", json.dumps({"score": number} | meta).encode())]
 
 
-def flat(*samples: list) -> list:
-    return [member for one in samples for member in one]
+def flatten(*samples: list) -> list:
+    return [member for members in samples for member in members]
 
 
 def test_tars_are_filtered_and_resized_anew(tmp_path, s3):
-    members = [flat(*(sample(f"{tar}/{number:04d}", number, caption=f"caption {number}", url=f"http://e/{number}")
-                      for number in range(tar * 10, tar * 10 + 10))) for tar in range(3)]
-    for number, one in enumerate(members):
-        write_tar(tmp_path / "tars" / f"{number:05d}.tar", one)
+    tar_contents = [flatten(*(sample(f"{tar}/{number:04d}", number, caption=f"caption {number}", url=f"http://e/{number}")
+                              for number in range(tar * 10, tar * 10 + 10))) for tar in range(3)]
+    for number, members in enumerate(tar_contents):
+        write_tar(tmp_path / "tars" / f"{number:05d}.tar", members)
         (tmp_path / "tars" / f"{number:05d}_stats.json").write_text("{}")
         storage.put_bytes((tmp_path / "tars" / f"{number:05d}.tar").read_bytes(), f"{s3}/tars/{number:05d}.tar")
     where = 'score >= 5 and score != 15 and contains(caption, "caption") and url != "http://e/16"'
     expected = [number for number in range(5, 30) if number not in {15, 16}]
     results = []
     for root, source in (("folder", tmp_path / "tars"), ("pattern", tmp_path / "tars" / "*"), ("s3", f"{s3}/tars")):
-        dataset, manifest = sharded(tmp_path / root, source, where=where, image_size=8)
+        dataset, manifest = shard_source(tmp_path / root, source, where=where, image_size=8)
         rows = table(dataset, manifest)
         assert [row["score"] for row in rows] == expected
         assert [row["source_key"] for row in rows] == [f"{number // 10}/{number:04d}" for number in expected]
@@ -64,14 +64,14 @@ def test_tars_are_filtered_and_resized_anew(tmp_path, s3):
         assert {(row["width"], row["original_height"]) for row in rows} == {(8, 24)}
         assert manifest["info"]["filtered"] == 7
         assert [record["info"].get("filtered") for record in manifest["items"]] == [5, 2, None]
-        results.append(packed(dataset, manifest))
+        results.append(stored_samples(dataset, manifest))
     assert results[0] == results[1] == results[2]
     with pytest.raises(StageFailed, match="can be used: 30 filtered"):
-        sharded(tmp_path / "nothing", tmp_path / "tars", where="score > 100")
+        shard_source(tmp_path / "nothing", tmp_path / "tars", where="score > 100")
 
 
 def test_a_tar_that_is_cut_gives_what_is_whole(tmp_path):
-    whole = write_tar(tmp_path / "whole.tar", flat(*(sample(f"{number}", number) for number in range(4))))
+    whole = write_tar(tmp_path / "whole.tar", flatten(*(sample(f"{number}", number) for number in range(4))))
     data = whole.read_bytes()
     with tarfile.open(whole) as tar:
         places = {info.name: (info.offset, info.offset_data, info.size) for info in tar}
@@ -85,13 +85,13 @@ def test_a_tar_that_is_cut_gives_what_is_whole(tmp_path):
     damaged = bytearray(data)
     damaged[places["2.png"][0]:places["2.png"][0] + 200] = b"\xff" * 200
     (tmp_path / "cut" / "zz damaged.tar").write_bytes(damaged)
-    dataset, manifest = sharded(tmp_path, tmp_path / "cut")
+    dataset, manifest = shard_source(tmp_path, tmp_path / "cut")
     names = sorted([*cuts, "zz damaged"])
     assert {name: record["samples"] for name, record in zip(names, manifest["items"], strict=True)} == {
         name: expected for name, (_, expected) in cuts.items()} | {"zz damaged": 2}
     assert manifest["totals"]["skipped"] == {"tar_cut": len(names)} and manifest["totals"]["noted"] == {}
     assert {line["key"] for line in ledger(dataset, manifest)} == {f"{name}.tar" for name in names}
-    assert all(sample["txt"] and sample["json"]["score"] is not None for sample in packed(dataset, manifest))
+    assert all(sample["txt"] and sample["json"]["score"] is not None for sample in stored_samples(dataset, manifest))
 
 
 def test_members_that_are_no_part_of_a_sample_are_counted_and_the_rest_taken(tmp_path):
@@ -107,7 +107,7 @@ def test_members_that_are_no_part_of_a_sample_are_counted_and_the_rest_taken(tmp
                ("5.JPG", PICTURES["05.png"]), ("5.cls", b"7"), ("6.png", b"no picture"), ("7.png", PICTURES["07.png"]),
                ("7.json", b"[" * 100_000), ("8.png", PICTURES["08.png"]), ("8.json", b'{"text": "x", "exif": 1e999}')]
     path = write_tar(tmp_path / "tars" / "a.tar", members)
-    dataset, manifest = sharded(tmp_path, tmp_path / "tars", image_size=32)
+    dataset, manifest = shard_source(tmp_path, tmp_path / "tars", image_size=32)
     rows = table(dataset, manifest)
     assert [row["source_key"] for row in rows] == ["0", "below/1", "below/2", *"345678"]
     assert {row["source_key"]: row["error_message"].split(":")[0] for row in rows if row["error_message"]} == {
@@ -131,14 +131,14 @@ def test_headers_that_lie_about_sizes_cost_no_memory(tmp_path):
         info.size = size
         header = info.tobuf(tarfile.GNU_FORMAT)
         (tmp_path / f"{name}.tar").write_bytes(data[:place] + header + data[place + 512:])
-        found = TarFaults()
+        faults = TarFaults()
         tracemalloc.start()
-        assert [one["__key__"] for one in read_foreign_tar(tmp_path / f"{name}.tar", found)] == ["0"], name
+        assert [sample["__key__"] for sample in read_foreign_tar(tmp_path / f"{name}.tar", faults)] == ["0"], name
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert found.cut and peak < 1 << 20
+        assert faults.cut and peak < 1 << 20
     (tmp_path / "none.tar").write_bytes(b"\xff" * 5000)
-    assert list(read_foreign_tar(tmp_path / "none.tar", found := TarFaults())) == [] and found.cut
+    assert list(read_foreign_tar(tmp_path / "none.tar", faults := TarFaults())) == [] and faults.cut
 
 
 def test_types_of_tars_are_those_of_the_parquet_beside_or_of_the_first_samples(tmp_path):
@@ -148,7 +148,7 @@ def test_types_of_tars_are_those_of_the_parquet_beside_or_of_the_first_samples(t
         pq.write_table(pa.table({"label": pa.array([5 if number else None], pa.int32()), "score": [1]}),
                        tmp_path / "beside" / f"{number}.parquet")
     for name in ("plain", "beside"):
-        dataset, manifest = sharded(tmp_path / f"root-{name}", tmp_path / name, kind="tars")
+        dataset, manifest = shard_source(tmp_path / f"root-{name}", tmp_path / name, kind="tars")
         schemas = [pq.read_schema(dataset.fetch("shards", file)) for record in manifest["items"]
                    for file in record["files"] if file["name"].endswith(".parquet")]
         assert schemas[0] == schemas[1] and schemas[0].field("label").type == pa.int64()

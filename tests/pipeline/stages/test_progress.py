@@ -22,7 +22,7 @@ def _at_once(monkeypatch):
     monkeypatch.setattr(progress, "period", lambda folder: 0.0)
 
 
-def say(folder, item, rows, *, again=False, **skipped):
+def report_rows(folder, item, rows, *, again=False, **skipped):
     """A worker's word on an item that it goes on with."""
     report_progress = ProgressReporter(str(folder), item, again=again)
     report_progress(rows=rows, samples=rows - sum(skipped.values()), length=10 * rows, skipped=Counter(skipped))
@@ -38,7 +38,7 @@ def make_record(item, rows, *, retried=0, **skipped):
 def test_what_is_recorded_and_what_is_in_hand_add_up(tmp_path):
     tally = Tally(str(tmp_path), 4, 400)
     tally.record(make_record("000000", 100, http_404=10), 900)
-    say(tmp_path, "000001", 50, http_404=5, cut=1)
+    report_rows(tmp_path, "000001", 50, http_404=5, cut=1)
     now = tally.look()
     assert (now["rows"], now["samples"], now["bytes"], now["items"]) == (150, 134, 1400, 1)
     assert now["skipped"] == {"http_404": 15, "cut": 1} and next(iter(now["skipped"])) == "http_404"
@@ -48,7 +48,7 @@ def test_what_is_recorded_and_what_is_in_hand_add_up(tmp_path):
 
 def test_an_item_is_not_counted_twice_when_it_is_recorded(tmp_path):
     tally = Tally(str(tmp_path), 2, 200)
-    report_progress = say(tmp_path, "000000", 90, cut=9)
+    report_progress = report_rows(tmp_path, "000000", 90, cut=9)
     assert tally.look()["rows"] == 90
     tally.record(make_record("000000", 100, cut=10), 1000)
     # Its worker has not yet taken back its word; or died before.
@@ -59,39 +59,39 @@ def test_an_item_is_not_counted_twice_when_it_is_recorded(tmp_path):
 
 
 def test_words_of_the_dead_do_not_count(tmp_path):
-    say(tmp_path, "000000", 80, cut=80)  # of a run that was killed
+    report_rows(tmp_path, "000000", 80, cut=80)  # of a run that was killed
     tally = Tally(str(tmp_path), 2, 200)
     assert tally.look()["rows"] == 0
-    say(tmp_path, "000000", 10)  # whoever does it now
+    report_rows(tmp_path, "000000", 10)  # the worker that has it now
     assert tally.look()["rows"] == 10 and tally.now["skipped"] == {}
-    say(tmp_path, "000001", 50, cut=50)
+    report_rows(tmp_path, "000001", 50, cut=50)
     assert tally.look()["rows"] == 60
     tally.give_up("000001")
     assert tally.look()["rows"] == 10 and tally.now["failed_items"] == 1
 
 
 def test_another_drivers_workers_count_when_they_speak_again(tmp_path):
-    say(tmp_path, "000000", 80)
+    report_rows(tmp_path, "000000", 80)
     tally = Tally(str(tmp_path), 2, 200)
-    say(tmp_path, "000000", 90)
+    report_rows(tmp_path, "000000", 90)
     assert tally.look()["rows"] == 90
 
 
 def test_a_word_that_is_cut_off_or_gone_is_passed_over(tmp_path):
     tally = Tally(str(tmp_path), 2, 200)
-    say(tmp_path, "000000", 80)
+    report_rows(tmp_path, "000000", 80)
     storage.put_bytes(b'{"rows": ', f"{tmp_path}/progress/000001.json")
     assert tally.look()["rows"] == 80
 
 
 def test_a_budget_means_nothing_before_there_are_rows_enough(tmp_path):
     tally = Tally(str(tmp_path), 10, 10 * LEAST)
-    say(tmp_path, "000000", LEAST - 1, cut=LEAST - 1)
+    report_rows(tmp_path, "000000", LEAST - 1, cut=LEAST - 1)
     tally.look()
     assert tally.over(0.5) == ""
     assert f"{LEAST - 1} of {LEAST - 1} rows failed (100%, allowed are 50%): {LEAST - 1} cut" in \
         tally.over(0.5, final=True)
-    say(tmp_path, "000000", LEAST, cut=LEAST)
+    report_rows(tmp_path, "000000", LEAST, cut=LEAST)
     tally.look()
     assert tally.over(0.5) and not tally.over(1.0)
 
@@ -110,7 +110,7 @@ def test_a_budget_is_exact(tmp_path):
 def test_what_the_settings_leave_out_is_no_failure(tmp_path):
     tally = Tally(str(tmp_path), 2, 2000, by_choice={"too_small"})
     tally.record(make_record("000000", 1000, too_small=900, cut=50), 0)
-    say(tmp_path, "000001", 1000, too_small=900)
+    report_rows(tmp_path, "000001", 1000, too_small=900)
     tally.look()
     assert not tally.over(0.1, final=True) and not tally.over(0.1)
     assert tally.over(0.01, final=True) == "50 of 2000 rows failed (2%, allowed are 1%): 50 cut"
@@ -123,7 +123,7 @@ def test_rows_that_are_tried_again_count_once_in_a_budget(tmp_path):
     tally.start()
     # Half of them fail again, and some are in hand.
     tally.record(make_record("000001", 200, retried=200, cut=100), 0)
-    say(tmp_path, "000002", 90, again=True, cut=90)
+    report_rows(tmp_path, "000002", 90, again=True, cut=90)
     tally.look()
     assert tally.over(0.25) == ""  # no row of this run failed for the first time
     assert tally.over(0.21, final=True) == "" and "200 of 1000 rows failed (20%" in tally.over(0.19, final=True)
@@ -201,14 +201,14 @@ def test_a_word_that_cannot_be_written_costs_nothing(tmp_path, monkeypatch):
     def fails(*arguments):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(storage, "put_json", fails)
-    say(tmp_path, "000000", 10).done()
+    report_rows(tmp_path, "000000", 10).done()
     assert Tally(str(tmp_path), 1, 100).look()["rows"] == 0
 
 
 def test_nothing_is_left_of_it(tmp_path):
     tally = Tally(str(tmp_path), 1, 100)
     tally.clear()
-    say(tmp_path, "000000", 10)
+    report_rows(tmp_path, "000000", 10)
     tally.look()
     tally.clear()
     assert storage.list_files(str(tmp_path)) == storage.list_folders(str(tmp_path)) == []

@@ -230,22 +230,22 @@ def objects(s3, tmp_path, monkeypatch):
     """Addresses and manifest entries of ten objects of 1,000 bytes; the cache is empty and has room for 3,500."""
     monkeypatch.setenv("RDM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("RDM_CACHE_BYTES", "3500")
-    found = []
+    objects = []
     for number in range(10):
         data, url = bytes([number]) * 1000, storage.join(s3, f"{number}.bin")
         storage.put_bytes(data, url)
-        found.append((url, {"name": f"{number}.bin", "bytes": 1000, "sha256": hashlib.sha256(data).hexdigest()}))
-    return found
+        objects.append((url, {"name": f"{number}.bin", "bytes": 1000, "sha256": hashlib.sha256(data).hexdigest()}))
+    return objects
 
 
-def _aged(minutes):
+def _age_cache(minutes):
     """Let all that is in the cache be older."""
     for path in storage.cache_folder().iterdir():
-        found = path.stat()
-        os.utime(path, (found.st_atime - 60 * minutes, found.st_mtime - 60 * minutes))
+        status = path.stat()
+        os.utime(path, (status.st_atime - 60 * minutes, status.st_mtime - 60 * minutes))
 
 
-def _cached(objects):
+def _cached_numbers(objects):
     return [number for number, (_, entry) in enumerate(objects)
             if (storage.cache_folder() / entry["sha256"]).exists()]
 
@@ -253,31 +253,31 @@ def _cached(objects):
 def test_the_cache_keeps_its_bound_and_what_was_used_last(objects):
     for number in (0, 1, 2):
         storage.fetch(*objects[number])
-        _aged(2)
+        _age_cache(2)
     storage.fetch(*objects[0])
-    _aged(2)
-    for number, left in ((3, [0, 2, 3]), (4, [0, 3, 4])):
+    _age_cache(2)
+    for number, kept in ((3, [0, 2, 3]), (4, [0, 3, 4])):
         assert storage.fetch(*objects[number]).read_bytes() == bytes([number]) * 1000
-        assert _cached(objects) == left
-        _aged(2)
+        assert _cached_numbers(objects) == kept
+        _age_cache(2)
 
 
 def test_what_was_fetched_within_a_minute_stays(objects):
     storage.fetch(*objects[0])
-    _aged(2)
-    paths = [storage.fetch(*one) for one in objects[1:]]
-    assert _cached(objects) == list(range(1, 10)) and all(path.stat().st_size == 1000 for path in paths)
-    _aged(2)
+    _age_cache(2)
+    paths = [storage.fetch(*stored_object) for stored_object in objects[1:]]
+    assert _cached_numbers(objects) == list(range(1, 10)) and all(path.stat().st_size == 1000 for path in paths)
+    _age_cache(2)
     storage.fetch(*objects[0])
-    assert len(_cached(objects)) == 3
+    assert len(_cached_numbers(objects)) == 3
 
 
 def test_what_is_removed_is_read_on_and_fetched_again(objects):
     first = storage.fetch(*objects[0])
     with open(first, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        for one in objects[1:]:
-            _aged(2)
-            storage.fetch(*one)
+        for stored_object in objects[1:]:
+            _age_cache(2)
+            storage.fetch(*stored_object)
         assert not first.exists() and mapped[:] == bytes(1000)
     seen = []
 
@@ -353,16 +353,16 @@ def test_unknown_protocols_are_refused():
         storage.exists("nowhere://bucket/key")
 
 
-@pytest.mark.parametrize("elsewhere", [False, True])
-def test_a_file_that_is_given_moves_or_is_copied_from_another_file_system(tmp_path, elsewhere):
-    folder = Path("/dev/shm") if elsewhere else tmp_path
-    if elsewhere and (not folder.is_dir() or folder.stat().st_dev == tmp_path.stat().st_dev):
+@pytest.mark.parametrize("other_disk", [False, True])
+def test_a_file_that_is_given_moves_or_is_copied_from_another_file_system(tmp_path, other_disk):
+    folder = Path("/dev/shm") if other_disk else tmp_path
+    if other_disk and (not folder.is_dir() or folder.stat().st_dev == tmp_path.stat().st_dev):
         pytest.skip("no second file system")
     local = folder / f"rdm-given-{os.getpid()}"
     try:
         local.write_bytes(b"whole")
         storage.put_file(local, str(tmp_path / "there" / "file"), give=True)
-        assert (tmp_path / "there" / "file").read_bytes() == b"whole" and local.exists() == elsewhere
+        assert (tmp_path / "there" / "file").read_bytes() == b"whole" and local.exists() == other_disk
         assert os.listdir(tmp_path / "there") == ["file"]
     finally:
         local.unlink(missing_ok=True)

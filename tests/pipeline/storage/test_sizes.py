@@ -72,12 +72,12 @@ def planned(tmp_path):
 
 
 def test_a_plan_of_an_earlier_version_is_continued_with_the_same_bytes(planned):
-    dataset, print_ = planned
+    dataset, fingerprint = planned
     index = Index(dataset, IndexConfig(key="IVF4,SQ8", queries=50, max_memory="500Ki", part_memory="2Mi"))
     plan = storage.read_bytes(storage.join(index.folder, "plan.json"))
     manifest = build_index(index, run_stage)
     assert storage.read_bytes(storage.join(index.folder, "plan.json")) == plan
-    assert manifest["fingerprint"] == print_ and manifest["info"]["budget"] == 500 << 10
+    assert manifest["fingerprint"] == fingerprint and manifest["info"]["budget"] == 500 << 10
     assert (manifest["section"]["max_memory"], manifest["section"]["part_memory"]) == ("500K", "2M")
 
 

@@ -90,8 +90,8 @@ def test_columns_give_what_rows_give(tmp_path: Path, seed: int) -> None:
     for row in expected:
         if row["shard"] and row["status"] == "success":
             live.setdefault(row["shard"], []).append(row["row"])
-    assert {shard: found.tolist() for shard, found in diff.live_rows().items()} == {
-        shard: sorted(found) for shard, found in live.items()}
+    assert {shard: rows.tolist() for shard, rows in diff.live_rows().items()} == {
+        shard: sorted(rows) for shard, rows in live.items()}
 
 
 def test_rows_of_one_name_are_told_apart(tmp_path: Path) -> None:

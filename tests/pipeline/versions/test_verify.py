@@ -17,8 +17,8 @@ STAGES = ("shards", "embeddings", "index", "neighbors/drawn")
 
 def faults(dataset) -> dict[str, str]:
     """Every fault of every stage by path."""
-    return {found["path"].removeprefix("datasets/drawn/v1/"): found["fault"]
-            for name in STAGES for found in verify.find_faults(dataset.root, dataset.path(name))}
+    return {fault["path"].removeprefix("datasets/drawn/v1/"): fault["fault"]
+            for name in STAGES for fault in verify.find_faults(dataset.root, dataset.path(name))}
 
 
 def path(dataset, name: str) -> Path:
@@ -48,15 +48,16 @@ def test_a_flipped_bit_and_a_lost_end_and_a_lost_file_are_named(copied, name):
 
 
 def test_two_files_that_changed_places_are_both_named(copied):
-    for one, other in [("shards/000000.tar", "shards/000001.tar"), ("embeddings/000000.npy", "embeddings/000001.npy"),
-                       ("neighbors/drawn/000000.ids.npy", "neighbors/drawn/000001.ids.npy")]:
-        first, second = path(copied, one).read_bytes(), path(copied, other).read_bytes()
-        path(copied, one).write_bytes(second)
-        path(copied, other).write_bytes(first)
-        assert {one, other} <= set(faults(copied))
+    for name, other_name in [("shards/000000.tar", "shards/000001.tar"),
+                             ("embeddings/000000.npy", "embeddings/000001.npy"),
+                             ("neighbors/drawn/000000.ids.npy", "neighbors/drawn/000001.ids.npy")]:
+        first, second = path(copied, name).read_bytes(), path(copied, other_name).read_bytes()
+        path(copied, name).write_bytes(second)
+        path(copied, other_name).write_bytes(first)
+        assert {name, other_name} <= set(faults(copied))
 
 
-def rewritten(dataset, folder: str, name: str, data: bytes | None) -> None:
+def rewrite_file(dataset, folder: str, name: str, data: bytes | None) -> None:
     """Put `data` in a file and make manifest and record say so, as a careful forger would."""
     manifest = storage.read_json(storage.join(dataset.folder(folder), "manifest.json"))
     if data is not None:
@@ -73,25 +74,25 @@ def rewritten(dataset, folder: str, name: str, data: bytes | None) -> None:
 
 def test_rows_that_do_not_line_up_are_named_whatever_the_hashes(copied):
     vectors = np.load(path(copied, "embeddings/000001.npy"))
-    rewritten(copied, "embeddings", "000001.npy", synthetic.npy(vectors[:-1]))
+    rewrite_file(copied, "embeddings", "000001.npy", synthetic.npy(vectors[:-1]))
     assert faults(copied)["embeddings/000001.npy"] == "has 29 rows, its shard 30 samples"
-    rewritten(copied, "embeddings", "000001.npy", synthetic.npy(vectors * np.float16(1.5)))
+    rewrite_file(copied, "embeddings", "000001.npy", synthetic.npy(vectors * np.float16(1.5)))
     assert "not of unit length" in faults(copied)["embeddings/000001.npy"]
-    rewritten(copied, "embeddings", "000001.npy", synthetic.npy(np.full_like(vectors, np.nan)))
+    rewrite_file(copied, "embeddings", "000001.npy", synthetic.npy(np.full_like(vectors, np.nan)))
     assert "not of unit length" in faults(copied)["embeddings/000001.npy"]
-    rewritten(copied, "embeddings", "000001.npy", b"no array")
+    rewrite_file(copied, "embeddings", "000001.npy", b"no array")
     assert "cannot be read" in faults(copied)["embeddings/000001"]
 
 
 def test_neighbours_that_do_not_line_up_are_named_whatever_the_hashes(copied):
     ids = np.load(path(copied, "neighbors/drawn/000000.ids.npy"))
     scores = np.load(path(copied, "neighbors/drawn/000000.scores.npy"))
-    rewritten(copied, "neighbors/drawn", "000000.scores.npy", synthetic.npy(scores[:, ::-1]))
+    rewrite_file(copied, "neighbors/drawn", "000000.scores.npy", synthetic.npy(scores[:, ::-1]))
     assert "nearest first" in faults(copied)["neighbors/drawn/000000.scores.npy"]
-    rewritten(copied, "neighbors/drawn", "000000.scores.npy", synthetic.npy(scores))
-    rewritten(copied, "neighbors/drawn", "000000.ids.npy", synthetic.npy(np.where(ids == ids[0, 0], 72, ids)))
+    rewrite_file(copied, "neighbors/drawn", "000000.scores.npy", synthetic.npy(scores))
+    rewrite_file(copied, "neighbors/drawn", "000000.ids.npy", synthetic.npy(np.where(ids == ids[0, 0], 72, ids)))
     assert "beyond the 72 rows" in faults(copied)["neighbors/drawn/000000.ids.npy"]
-    rewritten(copied, "neighbors/drawn", "000000.ids.npy", synthetic.npy(ids[1:]))
+    rewrite_file(copied, "neighbors/drawn", "000000.ids.npy", synthetic.npy(ids[1:]))
     assert "neighbors/drawn/000000.ids.npy" in faults(copied)
 
 
@@ -99,7 +100,7 @@ def test_a_tar_cut_between_two_members_is_named_whatever_the_hashes(copied):
     tar_path = path(copied, "shards/000000.tar")
     with tarfile.open(tar_path) as tar:
         cut = tar.getmembers()[-3].offset
-    rewritten(copied, "shards", "000000.tar", tar_path.read_bytes()[:cut])
+    rewrite_file(copied, "shards", "000000.tar", tar_path.read_bytes()[:cut])
     assert "29 samples" in faults(copied)["shards/000000.tar"]
 
 
@@ -109,7 +110,7 @@ def test_samples_in_another_order_than_their_metadata_are_named(copied):
                for sample in tars.read(path(copied, "shards/000000.tar"))]
     samples[3]["png"], samples[4]["png"] = samples[4]["png"], samples[3]["png"]
     tars.write(path(copied, "shards/000000.tar"), samples)
-    rewritten(copied, "shards", "000000.tar", None)
+    rewrite_file(copied, "shards", "000000.tar", None)
     assert "another" in faults(copied)["shards/000000.tar"]
 
 
@@ -151,7 +152,7 @@ def test_an_index_of_other_embeddings_is_named(copied, tmp_path):
     from pipeline.indices.index import Index
     run_stage(Index(other, IndexConfig()))
     shutil.copy(path(other, "index/knn.index"), path(copied, "index/knn.index"))
-    rewritten(copied, "index", "knn.index", None)
+    rewrite_file(copied, "index", "knn.index", None)
     assert "has 50 rows" in faults(copied)["index/knn.index"]
 
 
