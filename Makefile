@@ -6,7 +6,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all gpu lint docs setup outdated lock clean
+.PHONY: help demo test test-all gpu lint policy docs setup outdated lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target what; do \
@@ -24,10 +24,13 @@ test-all: setup lint  ## with the slow and the GPU tests
 gpu:  ## measure everything on this machine's GPU, at most nine minutes; needs torch, but not make setup
 	$(GPU_PYTHON) tests/bench/gpu.py $(GPU_OPTIONS)
 
-lint: setup  ## style, layers and types
+lint: setup policy  ## style, layers and types, and policy
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+policy: setup  ## check the manifests and the Dockerfile with checkov
+	"$$(infra/tools.sh policy)"/bin/python infra/policy.py
 
 docs: setup  ## check the documents: links, files, commands, examples
 	$(BIN)/python -m pytest tests/docs

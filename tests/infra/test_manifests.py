@@ -111,13 +111,17 @@ def test_all_that_is_referred_to_is_there(overlay: list[Document], rayjobs: list
         for _, node in manifests.walk(pod):
             if isinstance(node, dict):
                 assert node.get("configMapRef", {"name": "rdm"})["name"] in names["ConfigMap"]
-                assert node.get("configMap", {"name": "rdm"})["name"] in names["ConfigMap"]
+                # Kubernetes keeps kube-root-ca.crt in every namespace.
+                assert node.get("configMap", {"name": "rdm"})["name"] in names["ConfigMap"] | {"kube-root-ca.crt"}
                 assert {node.get(key, {"name": "rdm-s3"})["name"] for key in ("secretRef", "secretKeyRef")} <= SECRETS
+    # KubeRay makes this pod for each RayJob.
+    submitter = {"metadata": {"labels": {"ray.io/originated-from-crd": "RayJob"}}, "spec": {"containers": []}}
     for binding in manifests.of_kind(overlay, "RoleBinding"):
         assert binding["roleRef"]["name"] in names["Role"]
     for policy in [*manifests.of_kind(overlay, "NetworkPolicy"), *manifests.of_kind(overlay, "PodMonitor")]:
-        labels = policy["spec"].get("podSelector", policy["spec"].get("selector"))["matchLabels"].items()
-        selected_pods = [pod for pod in pods if labels <= pod["metadata"]["labels"].items()]
+        selector = policy["spec"].get("podSelector", policy["spec"].get("selector"))
+        labels = selector.get("matchLabels", {}).items()
+        selected_pods = [pod for pod in [*pods, submitter] if labels <= pod["metadata"]["labels"].items()]
         ports = {port["name"]: port["containerPort"] for pod in selected_pods for container in pod["spec"]["containers"]
                  for port in container.get("ports", ())}
         endpoints = policy["spec"].get("podMetricsEndpoints", ())
@@ -146,15 +150,17 @@ def test_no_secret_is_written_down_and_none_is_missing_from_the_readme(overlay: 
 
 
 def test_clusters_want_a_token_and_heads_are_safe(overlay: list[Document], rayjobs: list[Document]) -> None:
+    (own,) = manifests.cluster_specs(overlay)
     for cluster in manifests.cluster_specs([*overlay, *rayjobs]):
-        assert cluster["authOptions"] == {"mode": "token", "secretName": "rdm-token"}
+        # KubeRay makes a token for the cluster of a RayJob, which is not that of the standing one.
+        assert cluster["authOptions"] == {"mode": "token", **({"secretName": "rdm-token"} if cluster is own else {})}
         assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
         head, *workers = manifests.node_templates(cluster)
         assert "tolerations" not in head["spec"] and workers
         for pod in (head, *workers):
             assert pod["spec"]["securityContext"]["runAsNonRoot"] and pod["spec"]["restartPolicy"] == "Never"
             assert all(container["securityContext"]["allowPrivilegeEscalation"] is False
-                       and not container["image"].endswith(":latest") for container in manifests.containers(pod))
+                       and container["image"].endswith("/rdm@sha256:DIGEST") for container in manifests.containers(pod))
     (standing,) = manifests.cluster_specs(overlay)
     head, *workers = manifests.node_templates(standing)
     assert [group["groupName"] for group in standing["workerGroupSpecs"]] == ["cpu", "gpu", "gpu8"]
