@@ -10,7 +10,7 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target what; do \
-	  printf '%-16s %s\n' "  $$target" "$$what"; done
+	  printf '%-18s %s\n' "  $$target" "$$what"; done
 
 demo: setup  ## run every stage on real images, and write a report
 	$(BIN)/python -m jobs demo --root $(ROOT)

@@ -1,12 +1,14 @@
 """Datasets that an earlier version of the program and of its libraries wrote are read, continued and extended."""
 
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from jobs.cli.main import main
 from pipeline import storage
@@ -14,10 +16,11 @@ from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.indices.searcher import Searcher
 from pipeline.stages import records
-from tests.laws.golden import old_published, old_root
+from tests.laws.golden import old_published, old_root, old_run
 
 ARCHIVE = Path(__file__).parent / "golden/old_root.tar.gz"
 PUBLISHED = Path(__file__).parent / "golden/old_published.tar.gz"
+RUN = Path(__file__).parent / "golden/old_run.tar.xz"
 
 
 @pytest.fixture
@@ -190,3 +193,64 @@ def test_old_samples_have_their_credits(published_root: Path, capsys: pytest.Cap
     assert all(len(sample["pictures"]) == 2 for sample in credits)
     assert all("note" not in image and image["database"] == "styles@v2" for sample in credits
                for image in sample["pictures"])
+
+
+@pytest.fixture
+def run_root(published_root: Path) -> Path:
+    """A root with a finished run of one step. Beside it is `continued`: what the old program made of it in 4 steps."""
+    with tarfile.open(RUN) as archive:
+        archive.extractall(published_root.parent, filter="data")
+    return published_root
+
+
+def pixels(samples: Path) -> dict[str, np.ndarray]:
+    return {path.name: np.asarray(Image.open(path)).astype(int) for path in samples.glob("*/*.png")}
+
+
+def assert_same_images(samples: Path, old: Path) -> None:
+    """The images and the neighbors of two folders of samples differ by at most one level, and are not uniform."""
+    ours, theirs = pixels(samples), pixels(old)
+    assert ours.keys() == theirs.keys() and len(ours) == 2 * (1 + 2)
+    for name, image in theirs.items():
+        assert image.shape == (8, 8, 3) and image.std() > 3 and np.abs(image - ours[name]).max() <= 1
+
+
+def test_an_old_run_is_sampled(run_root: Path, tmp_path: Path) -> None:
+    sample = ("sample", "tiny", *old_run.SAMPLE, "--name", "first")
+    folder, place = run_root / "runs/tiny/samples/first", "../runs/tiny/samples/first"
+    before, sealed = contents(folder), manifest(run_root, place)
+    folder.rename(tmp_path / "old")
+    assert run(run_root, *sample) == 0
+    assert_same_images(folder, tmp_path / "old")
+    assert manifest(run_root, place)["fingerprint"] == sealed["fingerprint"]
+    assert main(["verify", "--root", str(run_root), "--only", "runs/tiny"]) == 0
+    images = {name: data for name, data in contents(folder).items() if name.endswith(".png")}
+    assert run(run_root, *sample, "--overwrite") == 0
+    assert {name: data for name, data in contents(folder).items() if name.endswith(".png")} == images
+    assert main(["verify", "--root", str(run_root), "--only", "runs/tiny"]) == 0
+    shutil.rmtree(folder)
+    (tmp_path / "old").rename(folder)
+    assert run(run_root, *sample) == 0
+    assert contents(folder) == before  # what the old program sealed stays as it is
+
+
+def test_an_old_run_is_continued_and_sampled(run_root: Path, tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as the old program ran: sums depend on the number of threads
+    folder, continued = run_root / "runs/tiny", tmp_path / "continued"
+    plan, before = (folder / "plan.json").read_bytes(), (folder / "metrics.jsonl").read_bytes()
+    checkpoint = contents(folder / "checkpoints/0000001")
+    assert run(run_root, "train", "tiny", *old_run.TRAIN, "--steps", "4") == 0
+    assert (folder / "plan.json").read_bytes() == plan
+    assert contents(folder / "checkpoints/0000001") == checkpoint
+    assert (folder / "metrics.jsonl").read_bytes().startswith(before)  # it did not start again
+    ours, theirs = ([json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+                    for place in (folder, continued))
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [1, 2, 3, 4]
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-4)
+    assert run(run_root, "sample", "tiny", *old_run.SAMPLE, "--name", "fourth") == 0
+    assert_same_images(folder / "samples/fourth", continued / "fourth")
+    assert run(run_root, "sample", "tiny", *old_run.SAMPLE, "--name", "alone", "--k", "0") == 0
+    alone, fourth = pixels(folder / "samples/alone"), pixels(folder / "samples/fourth")
+    assert all(np.abs(image - fourth[name]).max() > 3 for name, image in alone.items())  # the neighbors count
+    assert main(["verify", "--root", str(run_root), "--only", "runs/tiny"]) == 0
