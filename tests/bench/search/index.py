@@ -114,11 +114,14 @@ def measure_index(path: Path, queries: np.ndarray, nearest: np.ndarray) -> dict[
 
 
 def _peer(folder: str, out: str, memory: str, cores: int) -> None:
-    """Build with autofaiss; prints what it chose."""
+    """Build with autofaiss and write the index; prints the key that autofaiss chose."""
+    import faiss
     from autofaiss import build_index
-    _, infos = build_index(folder, index_path=f"{out}/knn.index", index_infos_path=f"{out}/index_infos.json",
-                           max_index_memory_usage=memory, nb_cores=cores)
-    print(json.dumps(infos, default=str))
+
+    # autofaiss would also write metrics as JSON, which fails with the float32 values that numpy 2 gives.
+    index, infos = build_index(folder, save_on_disk=False, max_index_memory_usage=memory, nb_cores=cores)
+    faiss.write_index(index, f"{out}/knn.index")
+    print(json.dumps(infos["index_key"]))
 
 
 def peer(dataset: Dataset, out: Path, memory: str, cores: int) -> tuple[str, Usage, Path, str]:
@@ -128,7 +131,7 @@ def peer(dataset: Dataset, out: Path, memory: str, cores: int) -> tuple[str, Usa
     usage = measure(["env", f"OMP_NUM_THREADS={cores}", sys.executable, __file__, "--peer",
                      dataset.folder("embeddings"), "--out", str(out), "--memory", memory, "--cores", str(cores)],
                     out.with_suffix(".log"))
-    key = json.loads((out / "index_infos.json").read_text())["index_key"]
+    key = json.loads(usage.stdout.splitlines()[-1])
     return f"autofaiss, {cores} core{'s' if cores > 1 else ''}", usage, out / "knn.index", key
 
 
