@@ -74,7 +74,7 @@ def prepare(words: list[str], work: Path, args: argparse.Namespace) -> list[Envi
         shutil.rmtree(root, ignore_errors=True)
         vectors = [clustered(min(_PER_SHARD, args.vectors - start), args.dim, max(10, args.vectors // 100), start)
                    for start in range(0, args.vectors, _PER_SHARD)]
-        synthetic.given(root, "vectors", vectors, encoder=synthetic.ENCODER | {"dim": args.dim})
+        synthetic.vector_dataset(root, "vectors", vectors, encoder=synthetic.ENCODER | {"dim": args.dim})
         environments.append(Environment(name, python, checkout or str(CHECKOUT), root))
     return environments
 

@@ -150,8 +150,8 @@ def search(root: Path, rows: int, each: int, settings: Settings) -> dict[str, fl
     shutil.rmtree(root, ignore_errors=True)
     size, encoder = settings.shard.samples_per_shard, {"model": "given", "weights_sha256": "00", "dim": _DIM}
     parts = [synthetic.clustered(size, _DIM, clusters=100, seed=number, spread=0.8) for number in range(rows // size)]
-    listed, scanned = (synthetic.given(root, name, parts, encoder=encoder) for name in ("drawn", "twin"))
-    queries = synthetic.given(root, "asked", parts[:len(parts) // each], encoder=encoder)
+    listed, scanned = (synthetic.vector_dataset(root, name, parts, encoder=encoder) for name in ("drawn", "twin"))
+    queries = synthetic.vector_dataset(root, "asked", parts[:len(parts) // each], encoder=encoder)
     build_index(Index(listed, settings.index), run_stage)
     shares: Shares = {}
     for name, stage in (("neighbors, index", Neighbors(queries, listed, settings.neighbors)),
@@ -247,7 +247,7 @@ def _vectors(root: Path, shares: Shares) -> None:
     encoder = {"model": "given", "weights_sha256": "00", "dim": _DIM}
     vectors = synthetic.clustered(_ROWS, _DIM, clusters=100, spread=0.8)
     parts = [vectors[start:start + 10_000] for start in range(0, _ROWS, 10_000)]
-    database, searched = (synthetic.given(root, name, vector_parts, encoder=encoder)
+    database, searched = (synthetic.vector_dataset(root, name, vector_parts, encoder=encoder)
                           for name, vector_parts in (("vectors", parts), ("searched", parts[:-1])))
     # Without a rotation, so that nearly all of the training is the clustering, as it is with tens of millions;
     # autofaiss takes such a kind for a larger one than it is.
@@ -255,7 +255,8 @@ def _vectors(root: Path, shares: Shares) -> None:
                          target_recall=0.4)
     timed(shares, "index", lambda: build_index(Index(database, config), run_stage))
     build_index(Index(searched, replace(config, key=_SEARCHED)), run_stage)
-    queries = synthetic.given(root, "asked", [synthetic.clustered(10_000, _DIM, clusters=100, seed=1)], encoder=encoder)
+    queries = synthetic.vector_dataset(root, "asked", [synthetic.clustered(10_000, _DIM, clusters=100, seed=1)],
+                                       encoder=encoder)
     for name, stage in (("approximate", Neighbors(queries, searched, NeighborsConfig(probes=_NPROBE))),
                         ("exact", Neighbors(queries, database, NeighborsConfig(method="exact")))):
         timed(shares, name, lambda stage=stage: run_stage(stage))

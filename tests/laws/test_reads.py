@@ -80,8 +80,8 @@ def test_each_stage_reads_each_manifest_once(tmp_path: Path, images: Path) -> No
 
 
 def test_neighbors_in_another_dataset_read_five_manifests(tmp_path: Path) -> None:
-    queries = synthetic.given(tmp_path, "queries", np.split(synthetic.clustered(60, 16), 6))
-    database = synthetic.given(tmp_path, "database", np.split(synthetic.clustered(400, 16, seed=1), 4))
+    queries = synthetic.vector_dataset(tmp_path, "queries", np.split(synthetic.clustered(60, 16), 6))
+    database = synthetic.vector_dataset(tmp_path, "database", np.split(synthetic.clustered(400, 16, seed=1), 4))
     run_stage(Index(database, IndexConfig(key="IVF4,SQ8", queries=20)))
     with count_opens() as opens:
         run_stage(Neighbors(queries, database, NeighborsConfig(k=3)))
@@ -117,7 +117,7 @@ def test_workers_of_ray_read_no_plan_and_each_manifest_once(cluster: Any, tmp_pa
     from jobs.cluster.config import ClusterConfig
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     root, log = tmp_path / "root", tmp_path / "opened"
-    dataset = synthetic.given(root, "x", np.split(synthetic.clustered(400, 16), 8))
+    dataset = synthetic.vector_dataset(root, "x", np.split(synthetic.clustered(400, 16), 8))
     run_stage(Index(dataset, IndexConfig(key="IVF4,SQ8", queries=20)))
     pool = Pool(ClusterConfig(workers=2))
     try:
@@ -127,7 +127,7 @@ def test_workers_of_ray_read_no_plan_and_each_manifest_once(cluster: Any, tmp_pa
         assert not [line for line in opens if line.endswith("plan.json")]
         assert set(opens.values()) == {1}, opens
         # The same workers, another version: nothing of the first one is used.
-        other = synthetic.given(root, "x@v2", np.split(synthetic.clustered(400, 16, seed=5), 8))
+        other = synthetic.vector_dataset(root, "x@v2", np.split(synthetic.clustered(400, 16, seed=5), 8))
         run_stage(Index(other, IndexConfig(key="IVF4,SQ8", queries=20)))
         on_ray = run_stage(_Logged(other, other, _LoggedConfig(k=3, log=str(log))), pool)
     finally:
@@ -138,13 +138,13 @@ def test_workers_of_ray_read_no_plan_and_each_manifest_once(cluster: Any, tmp_pa
 
 def _replace_embeddings(dataset: Dataset, seed: int) -> None:
     vectors = np.split(synthetic.clustered(60, 16, seed=seed).astype(np.float16), 6)
-    run_stage(synthetic.Given(dataset, "embeddings", "embed", {
+    run_stage(synthetic.FixedStage(dataset, "embeddings", "embed", {
         f"{number:06d}": (10, {f"{number:06d}.npy": synthetic.npy(part)}) for number, part in enumerate(vectors)},
         {"encoder": synthetic.ENCODER}), overwrite=True)
 
 
 def test_an_input_that_changes_while_a_stage_runs_is_not_sealed(tmp_path: Path) -> None:
-    dataset = synthetic.given(tmp_path, "x", np.split(synthetic.clustered(60, 16), 6))
+    dataset = synthetic.vector_dataset(tmp_path, "x", np.split(synthetic.clustered(60, 16), 6))
     stage = Neighbors(dataset, dataset, NeighborsConfig(k=3, method="exact"))
 
     def changing(stage: Stage, items: Sequence[Item]) -> Iterator[Outcome | None]:
@@ -166,8 +166,8 @@ def test_an_input_that_changes_while_a_stage_runs_is_not_sealed(tmp_path: Path) 
 
 def test_an_input_that_was_removed_did_not_change(tmp_path: Path) -> None:
     """As the checkpoints that a training removes while images are generated from one."""
-    dataset = synthetic.given(tmp_path, "x", np.split(synthetic.clustered(60, 16), 6))
-    stage = synthetic.Given(dataset, "text_embeddings", "embed", {"000000": (1, {"a": b"x"})})
+    dataset = synthetic.vector_dataset(tmp_path, "x", np.split(synthetic.clustered(60, 16), 6))
+    stage = synthetic.FixedStage(dataset, "text_embeddings", "embed", {"000000": (1, {"a": b"x"})})
     stage.inputs = lambda: {"shards": {  # type: ignore[method-assign]
         "path": dataset.path("shards"), "digest": manifest.read_manifest(dataset.folder("shards"), "")["content"]}}
     prepare(stage)
@@ -184,7 +184,7 @@ def test_an_input_that_was_removed_did_not_change(tmp_path: Path) -> None:
 
 
 def test_a_manifest_that_was_replaced_is_read_again(tmp_path: Path) -> None:
-    dataset = synthetic.given(tmp_path, "x", np.split(synthetic.clustered(60, 16), 6))
+    dataset = synthetic.vector_dataset(tmp_path, "x", np.split(synthetic.clustered(60, 16), 6))
     first = dataset.manifest("embeddings")
     assert dataset.manifest("embeddings") == first
     _replace_embeddings(dataset, seed=4)
@@ -199,7 +199,7 @@ def test_a_manifest_that_was_replaced_is_read_again(tmp_path: Path) -> None:
 
 
 def test_a_published_manifest_is_compared_with_its_hash_each_time(tmp_path: Path) -> None:
-    dataset = synthetic.given(tmp_path, "x", [synthetic.clustered(30, 16)])
+    dataset = synthetic.vector_dataset(tmp_path, "x", [synthetic.clustered(30, 16)])
     path = Path(dataset.folder("embeddings"), "manifest.json")
     trusted = Dataset(dataset.root, "x", trusted=(("embeddings", storage.sha256_file(path)),))
     other = Dataset(dataset.root, "x", trusted=(("embeddings", "0" * 64),))
@@ -212,7 +212,7 @@ def test_a_published_manifest_is_compared_with_its_hash_each_time(tmp_path: Path
 
 
 def test_on_an_object_store_a_manifest_that_was_replaced_is_read_again(s3: str) -> None:
-    dataset = synthetic.given(s3, "x", np.split(synthetic.clustered(60, 16), 6))  # type: ignore[arg-type]
+    dataset = synthetic.vector_dataset(s3, "x", np.split(synthetic.clustered(60, 16), 6))  # type: ignore[arg-type]
     first = dataset.manifest("embeddings")["content"]
     _replace_embeddings(dataset, seed=4)
     assert dataset.manifest("embeddings")["content"] != first

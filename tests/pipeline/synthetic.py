@@ -46,7 +46,7 @@ def drawings(folder: Path, subjects: int = 12, size: int = 32, styles: Sequence[
     return folder
 
 
-class Given(Stage):
+class FixedStage(Stage):
     """A stage whose items have the files and the facts that a test gives."""
 
     def __init__(self, dataset: Dataset, folder: str, name: str, items: dict[str, tuple[int, dict[str, bytes]]],
@@ -79,8 +79,8 @@ def npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def given(root: Path, name: str, shards: Sequence[np.ndarray], hashes: Sequence[str] | None = None,
-          encoder: dict[str, Any] | None = None) -> Dataset:
+def vector_dataset(root: Path, name: str, shards: Sequence[np.ndarray], hashes: Sequence[str] | None = None,
+                   encoder: dict[str, Any] | None = None) -> Dataset:
     """A dataset with sealed embeddings of these vectors (as float16), and shards that have metadata only."""
     dataset = Dataset.parse(str(root), name)
     count = sum(map(len, shards))
@@ -94,8 +94,8 @@ def given(root: Path, name: str, shards: Sequence[np.ndarray], hashes: Sequence[
         tables[f"{number:06d}"] = len(vectors), {f"{number:06d}.parquet": table.getvalue()}
         arrays[f"{number:06d}"] = len(vectors), {f"{number:06d}.npy": npy(vectors.astype(np.float16))}
         offset += len(vectors)
-    run_stage(Given(dataset, "shards", "shard", tables))
-    run_stage(Given(dataset, "embeddings", "embed", arrays, {"encoder": encoder or ENCODER}))
+    run_stage(FixedStage(dataset, "shards", "shard", tables))
+    run_stage(FixedStage(dataset, "embeddings", "embed", arrays, {"encoder": encoder or ENCODER}))
     return dataset
 
 

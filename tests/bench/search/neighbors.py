@@ -59,7 +59,7 @@ def make_datasets(work: Path, rows: int, queries: int, dim: int, key: str) -> tu
             print(f"making {count} vectors", file=sys.stderr)
             vectors = [clustered(min(_SHARD, count - first), dim, max(10, rows // 100), (seed << 32) + first)
                        .astype(np.float16) for first in range(0, count, _SHARD)]
-            synthetic.given(root, name, vectors, encoder=encoder)
+            synthetic.vector_dataset(root, name, vectors, encoder=encoder)
         datasets.append(dataset)
     if not datasets[0].is_sealed("index"):
         from pipeline.indices.index import build_index

@@ -202,7 +202,7 @@ def test_the_formulas_of_an_index(key: str, operations: float, compared: float |
 
 def test_an_index_in_parts_is_foretold_as_it_was(tmp_path: Path):
     vectors = synthetic.clustered(4000, 16)
-    dataset = synthetic.given(tmp_path, "some", [vectors[:2000], vectors[2000:]])
+    dataset = synthetic.vector_dataset(tmp_path, "some", [vectors[:2000], vectors[2000:]])
     config = IndexConfig(key="IVF16,SQ8", part_memory="100Ki", queries=50)
     parts: dict[str, float] = {}
 

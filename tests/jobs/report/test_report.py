@@ -255,8 +255,9 @@ def test_an_album_has_an_end():
 
 def test_indices_with_a_knob_show_their_tuning(tmp_path: Path):
     vectors = synthetic.clustered(2000, 16, clusters=200, spread=1.0)
-    run_stage(Index(synthetic.given(tmp_path, "knob", [vectors]), IndexConfig(key="IVF16,SQ8", target_recall=1.0)))
-    run_stage(Index(synthetic.given(tmp_path, "none", [vectors]), IndexConfig(key="SQ8")))
+    run_stage(Index(synthetic.vector_dataset(tmp_path, "knob", [vectors]),
+                    IndexConfig(key="IVF16,SQ8", target_recall=1.0)))
+    run_stage(Index(synthetic.vector_dataset(tmp_path, "none", [vectors]), IndexConfig(key="SQ8")))
     document = Document(tables.tuning(RootContents(str(tmp_path))))
     assert "knob IVF16,SQ8" in document.text and "images as queries" in document.text
     curve = Dataset.parse(str(tmp_path), "knob").manifest("index")["info"]["curve"]

@@ -42,9 +42,9 @@ def bytes_of(index) -> bytes:
 def versions(root, vectors) -> tuple[Dataset, Dataset]:
     """A base of four shards; a version with one gone, one without some of its rows, the others moved, and two new."""
     shards = np.array_split(vectors, 6)
-    base = synthetic.given(root, "x", shards[:4])
-    return base, synthetic.given(root, "x@v2", [shards[4], shards[3], shards[0], np.delete(shards[1], [3, 5, 40], 0),
-                                                shards[5]])
+    base = synthetic.vector_dataset(root, "x", shards[:4])
+    return base, synthetic.vector_dataset(root, "x@v2", [
+        shards[4], shards[3], shards[0], np.delete(shards[1], [3, 5, 40], 0), shards[5]])
 
 
 @pytest.mark.parametrize("key", KINDS)
@@ -68,7 +68,7 @@ def test_an_extension_of_an_extension_and_the_removal_of_the_base(tmp_path, vect
     base, following = versions(tmp_path, vectors)
     run_stage(Index(base, IndexConfig(key="IVF16,SQ8")))
     run_stage(Extension(following, base, IndexConfig(max_drift=9)))
-    third = synthetic.given(tmp_path, "x@v3", np.array_split(vectors, 6))
+    third = synthetic.vector_dataset(tmp_path, "x@v3", np.array_split(vectors, 6))
     info = run_stage(Extension(third, following, IndexConfig(max_drift=9)))["info"]
     assert info["kept"] == 250 * 5 - 3 and info["added"] == 250 + 3 and info["removed"] == 0
     filled = open_dataset_index(base)
@@ -97,21 +97,22 @@ def test_queries_of_an_extended_index_were_not_trained_on(tmp_path, vectors):
 
 
 def test_equal_rows_are_counted_as_often_as_they_are_there(tmp_path, vectors):
-    base = synthetic.given(tmp_path, "x", [np.repeat(vectors[:3], 2, 0), vectors[10:20]])
-    following = synthetic.given(tmp_path, "x@v2", [np.repeat(vectors[:3], 3, 0), vectors[10:20], vectors[10:20]])
+    base = synthetic.vector_dataset(tmp_path, "x", [np.repeat(vectors[:3], 2, 0), vectors[10:20]])
+    following = synthetic.vector_dataset(tmp_path, "x@v2", [np.repeat(vectors[:3], 3, 0), vectors[10:20],
+                                                             vectors[10:20]])
     change = compare_rows(following, base)
     assert change.kept == 6 + 10 and change.removed == 0 and len(change.added) == 3 + 10
 
 
 def test_a_graph_grows_at_its_end_and_in_no_other_way(tmp_path, vectors):
-    base = synthetic.given(tmp_path, "x", [vectors[:500], vectors[500:900]])
+    base = synthetic.vector_dataset(tmp_path, "x", [vectors[:500], vectors[500:900]])
     run_stage(Index(base, IndexConfig(key="HNSW15")))
-    grown = synthetic.given(tmp_path, "x@v2", [vectors[:500], vectors[500:900], vectors[900:1100]])
+    grown = synthetic.vector_dataset(tmp_path, "x@v2", [vectors[:500], vectors[500:900], vectors[900:1100]])
     info = run_stage(Extension(grown, base, IndexConfig()))["info"]
     assert info["added"] == 200 and info["drift"] == 1.0 and info["recall_at_10"] > 0.9
     ids = Searcher(grown).search(vectors[900:1100], 1)[0][:, 0]
     assert (ids == np.arange(900, 1100)).mean() > 0.95
-    shrunk = synthetic.given(tmp_path, "x@v3", [vectors[500:900], vectors[900:1100]])
+    shrunk = synthetic.vector_dataset(tmp_path, "x@v3", [vectors[500:900], vectors[900:1100]])
     with pytest.raises(StageFailed, match="can neither lose rows nor number them anew\nhint: "):
         run_stage(Extension(shrunk, base, IndexConfig()))
 
@@ -119,11 +120,11 @@ def test_a_graph_grows_at_its_end_and_in_no_other_way(tmp_path, vectors):
 @pytest.mark.parametrize("key", ["PQ8x4", "IVF16,Flat", "OPQ8_32,IVF16,PQ8x4"])
 def test_vectors_of_another_kind_are_refused_until_they_are_allowed(tmp_path, vectors, key):
     others = synthetic.clustered(400, 32, clusters=400, seed=5, spread=3.0)
-    base = synthetic.given(tmp_path, "x", [vectors])
+    base = synthetic.vector_dataset(tmp_path, "x", [vectors])
     run_stage(Index(base, IndexConfig(key=key)))
-    alike = synthetic.given(tmp_path, "x@v2", [vectors, synthetic.clustered(1_900, 32)[1_500:]])
+    alike = synthetic.vector_dataset(tmp_path, "x@v2", [vectors, synthetic.clustered(1_900, 32)[1_500:]])
     assert 0.5 < run_stage(Extension(alike, base, IndexConfig()))["info"]["drift"] < 1.5
-    drifted = synthetic.given(tmp_path, "x@v3", [vectors, others])
+    drifted = synthetic.vector_dataset(tmp_path, "x@v3", [vectors, others])
     with pytest.raises(StageFailed, match=r"times the error of its training, --max-drift allows 1\.5\nhint: train"):
         run_stage(Extension(drifted, base, IndexConfig()))
     assert not drifted.is_sealed("index")
@@ -141,7 +142,7 @@ def test_an_extended_index_obeys_its_budget(tmp_path, vectors):
 def test_lists_merged_on_disk_are_those_merged_in_memory(tmp_path, vectors, key, capfd):
     answers = {}
     for name, bound in (("memory", "4Gi"), ("disk", "10Ki")):
-        dataset = synthetic.given(tmp_path / name, "x", np.array_split(vectors, 6))
+        dataset = synthetic.vector_dataset(tmp_path / name, "x", np.array_split(vectors, 6))
         config = IndexConfig(key=key, part_memory="20Ki", merge_memory=bound)
         info = build_index(Index(dataset, config), run_stage)["info"]
         assert info["parts"] > 2
@@ -166,8 +167,8 @@ def test_lists_merged_on_disk_are_those_merged_in_memory(tmp_path, vectors, key,
     (tmp_path / "disk").rename(moved)
     base = Dataset(str(moved), "x")
     assert (Searcher(base).index.search(vectors[:200], 10)[1] == answers["disk"][1]).all()
-    following = synthetic.given(moved, "x@v2",
-                                [*np.array_split(vectors, 6)[1:], synthetic.clustered(1_700, 32)[1_500:]])
+    following = synthetic.vector_dataset(moved, "x@v2",
+                                         [*np.array_split(vectors, 6)[1:], synthetic.clustered(1_700, 32)[1_500:]])
     extended = {}
     for bound in ("10Ki", "4Gi"):
         manifest = build_index(Extension(following, base, IndexConfig(merge_memory=bound)), run_stage, overwrite=True)
@@ -181,9 +182,9 @@ def test_lists_merged_on_disk_are_those_merged_in_memory(tmp_path, vectors, key,
 def test_lists_on_disk_come_from_a_store_too(tmp_path, s3, vectors):
     answers = []
     for root in (tmp_path, s3):
-        dataset = synthetic.given(root, "x", np.array_split(vectors, 4))
+        dataset = synthetic.vector_dataset(root, "x", np.array_split(vectors, 4))
         build_index(Index(dataset, IndexConfig(key="IVF16,SQ8", part_memory="60Ki", merge_memory="10Ki")), run_stage)
-        following = synthetic.given(root, "x@v2", np.array_split(vectors, 4)[1:])
+        following = synthetic.vector_dataset(root, "x@v2", np.array_split(vectors, 4)[1:])
         run_stage(Extension(following, dataset, IndexConfig(merge_memory="10Ki")))
         answers.append([Searcher(version).search(vectors[:100], 5) for version in (dataset, following)])
         answers[-1].append([version.manifest("index")["items"][0]["files"] for version in (dataset, following)])
@@ -195,7 +196,7 @@ def test_lists_on_disk_come_from_a_store_too(tmp_path, s3, vectors):
 @pytest.mark.parametrize("sizes", [(900, 500), (500, 900), (400, 400, 37), (300, 37, 400, 263)])
 def test_parts_of_unequal_size_are_merged_with_the_right_rows(tmp_path, vectors, sizes, merge_memory):
     count = sum(sizes)
-    dataset = synthetic.given(tmp_path, "x", np.split(vectors[:count], np.cumsum(sizes)[:-1]))
+    dataset = synthetic.vector_dataset(tmp_path, "x", np.split(vectors[:count], np.cumsum(sizes)[:-1]))
     config = IndexConfig(key="IVF16,SQ8", part_memory="10Ki", merge_memory=merge_memory, target_recall=1.0)
     build_index(Index(dataset, config), run_stage)
     manifest = dataset.manifest("index")
@@ -208,7 +209,7 @@ def test_parts_of_unequal_size_are_merged_with_the_right_rows(tmp_path, vectors,
 
 
 def test_an_index_with_rows_twice_or_beyond_is_not_sealed_and_a_fault(tmp_path, vectors, monkeypatch):
-    dataset = synthetic.given(tmp_path, "x", np.array_split(vectors[:600], 3))
+    dataset = synthetic.vector_dataset(tmp_path, "x", np.array_split(vectors[:600], 3))
     index, _, _, _ = build_whole(vectors[:600], IndexConfig(key="IVF8,Flat"))
     assert count_misnumbered_rows(index) == 0
     number = next(number for number in range(8) if index.invlists.list_size(number) > 1)
@@ -220,7 +221,7 @@ def test_an_index_with_rows_twice_or_beyond_is_not_sealed_and_a_fault(tmp_path, 
 
 
 def test_lists_that_are_missing_or_cut_are_named(tmp_path, vectors):
-    dataset = synthetic.given(tmp_path, "x", np.array_split(vectors, 6))
+    dataset = synthetic.vector_dataset(tmp_path, "x", np.array_split(vectors, 6))
     build_index(Index(dataset, IndexConfig(key="IVF16,SQ8", part_memory="20Ki", merge_memory="10Ki")), run_stage)
     path = storage.local_path(dataset.folder("index")) / LISTS
     whole = path.read_bytes()
@@ -233,7 +234,7 @@ def test_lists_that_are_missing_or_cut_are_named(tmp_path, vectors):
 
 @pytest.mark.parametrize("key", [*KINDS, "HNSW15"])
 def test_rows_with_tombstones_are_never_found(tmp_path, vectors, key):
-    dataset = synthetic.given(tmp_path, "x", [vectors[:700], vectors[700:1100]])
+    dataset = synthetic.vector_dataset(tmp_path, "x", [vectors[:700], vectors[700:1100]])
     run_stage(Index(dataset, IndexConfig(key=key, target_recall=1.0)))
     hidden_ids = np.arange(0, 1100, 4)
     keys = [f"{row // 700:03d}-{row - 700 * (row // 700):05d}" for row in hidden_ids]
@@ -251,7 +252,7 @@ def test_rows_with_tombstones_are_never_found(tmp_path, vectors, key):
 
 @pytest.mark.parametrize("method", ["index", "exact"])
 def test_neighbours_do_not_have_tombstones(tmp_path, vectors, method):
-    dataset = synthetic.given(tmp_path, "x", [vectors[:600]])
+    dataset = synthetic.vector_dataset(tmp_path, "x", [vectors[:600]])
     run_stage(Index(dataset, IndexConfig(key="IVF16,SQ8")))
     (tmp_path / "keys.txt").write_text("".join(f"000-{row:05d}\n" for row in range(0, 600, 2)))
     run_stage(hidden_rows.Tombstones(dataset, str(tmp_path / "keys.txt")))
@@ -261,13 +262,13 @@ def test_neighbours_do_not_have_tombstones(tmp_path, vectors, method):
 
 
 def test_tombstones_of_other_shards_are_refused(tmp_path, vectors):
-    dataset = synthetic.given(tmp_path, "x", [vectors[:300]])
+    dataset = synthetic.vector_dataset(tmp_path, "x", [vectors[:300]])
     run_stage(Index(dataset, IndexConfig()))
     (tmp_path / "keys.txt").write_text("000-00001\n")
     run_stage(hidden_rows.Tombstones(dataset, str(tmp_path / "keys.txt")))
-    clear_folder(synthetic.Given(dataset, "shards", "shard", {}))
-    clear_folder(synthetic.Given(dataset, "embeddings", "embed", {}))
-    synthetic.given(tmp_path, "x", [vectors[:300]], hashes=["0" * 64] * 300)
+    clear_folder(synthetic.FixedStage(dataset, "shards", "shard", {}))
+    clear_folder(synthetic.FixedStage(dataset, "embeddings", "embed", {}))
+    synthetic.vector_dataset(tmp_path, "x", [vectors[:300]], hashes=["0" * 64] * 300)
     with pytest.raises(ValueError, match=r"tombstones is stale: shards changed since\nhint: .*--tombstone"):
         hidden_rows.read_hidden_rows(dataset)
     for text, reason in (("", "names no key"), (None, "there is no file")):

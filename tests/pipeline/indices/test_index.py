@@ -197,7 +197,7 @@ def test_equal_vectors_give_equal_bytes_whatever_the_threads(few, key):
 def test_rows_of_zeros_are_no_queries_and_never_found(tmp_path, few):
     vectors = few[:500].copy()
     vectors[::3] = 0
-    database = synthetic.given(tmp_path, "x", [vectors])
+    database = synthetic.vector_dataset(tmp_path, "x", [vectors])
     manifest = run_stage(Index(database, IndexConfig()))
     assert manifest["info"]["recall_at_10"] == 1.0
     ids, scores = Searcher(database).search(-vectors[1:2], 400)
@@ -208,14 +208,14 @@ def test_rows_of_zeros_are_no_queries_and_never_found(tmp_path, few):
 def test_the_stage_gives_the_same_bytes_twice(tmp_path, few):
     manifests = []
     for name in ("one", "other"):
-        database = synthetic.given(tmp_path / name, "x", [few[:700], few[700:]])
+        database = synthetic.vector_dataset(tmp_path / name, "x", [few[:700], few[700:]])
         manifests.append(without_run_facts(run_stage(Index(database, IndexConfig()))))
     assert manifests[0] == manifests[1]
 
 
 @pytest.mark.parametrize("budget", ["4Gi", "80Ki"])
 def test_search_gives_exact_products_nearest_first(tmp_path, few, budget):
-    database = synthetic.given(tmp_path, "x", [few[:700], few[700:1900]])
+    database = synthetic.vector_dataset(tmp_path, "x", [few[:700], few[700:1900]])
     run_stage(Index(database, IndexConfig(max_memory=budget)))
     searcher, queries = Searcher(database), few[1900:]
     ids, scores = searcher.search(queries, 5)
@@ -227,9 +227,9 @@ def test_search_gives_exact_products_nearest_first(tmp_path, few, budget):
 
 
 def test_an_index_of_other_embeddings_is_refused(tmp_path, few):
-    database = synthetic.given(tmp_path, "x", [few[:300]])
+    database = synthetic.vector_dataset(tmp_path, "x", [few[:300]])
     run_stage(Index(database, IndexConfig()))
-    other = synthetic.given(tmp_path / "other", "x", [few[:200]])
+    other = synthetic.vector_dataset(tmp_path / "other", "x", [few[:200]])
     import shutil
     shutil.copytree(database.folder("index"), other.folder("index"))
     with pytest.raises(ValueError, match="has 300 rows, its embeddings 200\nhint"):
@@ -238,7 +238,7 @@ def test_an_index_of_other_embeddings_is_refused(tmp_path, few):
 
 def test_an_index_in_parts_is_the_index_in_one(tmp_path, few):
     """The same training, the same rows: what parts find, put together, is what one worker finds."""
-    dataset = synthetic.given(tmp_path, "x", np.array_split(few, 7))
+    dataset = synthetic.vector_dataset(tmp_path, "x", np.array_split(few, 7))
     key = "IVF16,SQ8"
     whole = Index(dataset, IndexConfig(key=key, target_recall=0.99))
     assert whole.before() == []
@@ -263,7 +263,7 @@ def test_an_index_in_parts_is_the_index_in_one(tmp_path, few):
 
 
 def test_less_recall_than_asked_for_is_not_sealed(tmp_path, few):
-    dataset = synthetic.given(tmp_path, "x", np.array_split(few, 3))
+    dataset = synthetic.vector_dataset(tmp_path, "x", np.array_split(few, 3))
     config = IndexConfig(key="PQ4x4", min_recall=0.9)
     with pytest.raises(StageFailed, match=r"recall@10 is 0\.\d+, --min-recall asks for 0\.9\nhint: "):
         run_stage(Index(dataset, config))
@@ -272,7 +272,7 @@ def test_less_recall_than_asked_for_is_not_sealed(tmp_path, few):
 
 
 def test_kinds_that_cannot_be_filled_in_parts_are_refused_for_parts(tmp_path, few):
-    dataset = synthetic.given(tmp_path, "x", np.array_split(few, 3))
+    dataset = synthetic.vector_dataset(tmp_path, "x", np.array_split(few, 3))
     with pytest.raises(StageFailed, match="HNSW15 cannot be filled in parts"):
         build_index(Index(dataset, IndexConfig(key="HNSW15", part_memory="100Ki")), run_stage)
 
@@ -327,7 +327,7 @@ def test_training_and_filling_give_the_bytes_of_faiss_with_one_thread(few, key):
 def test_searches_give_the_same_bits_with_any_number_of_threads(tmp_path):
     """faiss alone finds other scores in the last bits here, as it multiplies matrices with several threads."""
     vectors = synthetic.clustered(5_000, 256)
-    database = synthetic.given(tmp_path, "x", [vectors])
+    database = synthetic.vector_dataset(tmp_path, "x", [vectors])
     run_stage(Index(database, IndexConfig(key="OPQ8_32,IVF32,PQ8x8")))
     searcher, lists = Searcher(database), IndexLists(database)
     seen = set()

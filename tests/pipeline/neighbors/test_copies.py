@@ -27,7 +27,8 @@ def test_copies_are_left_out_and_others_move_up(tmp_path, method):
     hashes = [storage.short_hash(str(row)).ljust(64, "0") for row in range(300)]
     for row in range(200, 240):
         hashes[row] = hashes[0]
-    database = index_database(synthetic.given(tmp_path, "x", [vectors[:150], vectors[150:]], hashes), key="Flat")
+    dataset = synthetic.vector_dataset(tmp_path, "x", [vectors[:150], vectors[150:]], hashes)
+    database = index_database(dataset, key="Flat")
     ids, scores, _ = find_neighbors(database, database, k=10, method=method, candidates=11)
     stored = Embeddings(database).all().astype(np.float32)
     same_hash = np.array(hashes)[:, None] == np.array(hashes)
@@ -40,8 +41,8 @@ def test_copies_are_left_out_and_others_move_up(tmp_path, method):
 def test_copies_in_another_database_are_left_out_too(tmp_path):
     vectors = synthetic.clustered(60, 16)
     hashes = [storage.short_hash(str(row)).ljust(64, "0") for row in range(60)]
-    dataset = synthetic.given(tmp_path, "one", [vectors[:20]], hashes[:20])
-    database = synthetic.given(tmp_path, "other", [np.roll(vectors, 16 // 2, axis=1)], hashes)
+    dataset = synthetic.vector_dataset(tmp_path, "one", [vectors[:20]], hashes[:20])
+    database = synthetic.vector_dataset(tmp_path, "other", [np.roll(vectors, 16 // 2, axis=1)], hashes)
     ids, _, _ = find_neighbors(dataset, database, k=59, method="exact", copy_similarity=2.0)
     assert all(row not in ids[row] and set(ids[row]) == set(range(60)) - {row} for row in range(20))
 
@@ -56,7 +57,7 @@ def add_column(dataset: Dataset, name: str, values: list) -> None:
         pq.write_table(table.append_column(name, pa.array(values[start:start + len(table)], column_type)), buffer)
         tables[record["id"]] = record["samples"], {f"{record['id']}.parquet": buffer.getvalue()}
         start += len(table)
-    run_stage(synthetic.Given(dataset, "shards", "shard", tables), overwrite=True)
+    run_stage(synthetic.FixedStage(dataset, "shards", "shard", tables), overwrite=True)
 
 
 def test_patches_of_the_same_picture_are_left_out(tmp_path):
@@ -66,7 +67,7 @@ def test_patches_of_the_same_picture_are_left_out(tmp_path):
     for row in range(90):
         vectors[row] = vectors[row // 3 * 3] + 0.02 * synthetic.clustered(1, 16, seed=row)[0]
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    database = synthetic.given(tmp_path, "x", [vectors[:40], vectors[40:]])
+    database = synthetic.vector_dataset(tmp_path, "x", [vectors[:40], vectors[40:]])
     add_column(database, "original_sha256", pictures)
     ids, scores, _ = find_neighbors(database, database, k=6, method="exact", copy_similarity=2.0)
     stored = Embeddings(database).all().astype(np.float32)
@@ -77,7 +78,7 @@ def test_patches_of_the_same_picture_are_left_out(tmp_path):
 
 def test_pictures_that_look_alike_are_left_out_when_asked(tmp_path):
     vectors = synthetic.clustered(60, 16)
-    database = synthetic.given(tmp_path, "x", [vectors[:20], vectors[20:]])
+    database = synthetic.vector_dataset(tmp_path, "x", [vectors[:20], vectors[20:]])
     with pytest.raises(ValueError, match=r"no perceptual hashes\nhint: shard it with --duplicates near"):
         find_neighbors(database, database, k=3, method="exact", copy_bits=2)
     hashes = [int(value) for value in np.random.default_rng(0).integers(1 << 62, size=60)]
@@ -95,7 +96,8 @@ def test_more_copies_than_any_list_of_candidates_holds(tmp_path, method):
     """Row 0 has two thousand copies by its picture: what is left is still found."""
     vectors = synthetic.clustered(3000, 16, clusters=3)
     hashes = [storage.short_hash("same" if row < 2001 else str(row)).ljust(64, "0") for row in range(3000)]
-    database = index_database(synthetic.given(tmp_path, "x", [vectors], hashes), key="IVF16,Flat", target_recall=0.0)
+    dataset = synthetic.vector_dataset(tmp_path, "x", [vectors], hashes)
+    database = index_database(dataset, key="IVF16,Flat", target_recall=0.0)
     ids, scores, _ = find_neighbors(database, database, k=5, method=method, copy_similarity=2.0)
     stored = Embeddings(database).all().astype(np.float32)
     expected = brute_force(stored[:20], stored, 5, np.broadcast_to(np.arange(3000) < 2001, (20, 3000)))
@@ -105,13 +107,13 @@ def test_more_copies_than_any_list_of_candidates_holds(tmp_path, method):
 
 
 def test_labels_tell_pictures_apart_where_it_is_not_known_what_was_fetched(tmp_path):
-    dataset = synthetic.given(tmp_path, "x", [synthetic.clustered(4, 16)])
+    dataset = synthetic.vector_dataset(tmp_path, "x", [synthetic.clustered(4, 16)])
     path = Path(dataset.folder("shards")) / "000000.parquet"
     table = pq.read_table(path)
     original_hashes = pa.array(["", None, "ab" * 32, "not a hash"], pa.string())
     buffer = io.BytesIO()
     pq.write_table(table.append_column("original_sha256", original_hashes), buffer)
-    stage = synthetic.Given(dataset, "shards", "shard", {"000000": (4, {"000000.parquet": buffer.getvalue()})})
+    stage = synthetic.FixedStage(dataset, "shards", "shard", {"000000": (4, {"000000.parquet": buffer.getvalue()})})
     run_stage(stage, overwrite=True)
     row_labels = labels(dataset, dataset.manifest("shards")["items"][0])
     assert (row_labels[:2, 0] == row_labels[:2, 1]).all() and len(set(row_labels[:, 1].tolist())) == 4

@@ -17,8 +17,8 @@ def database(tmp_path_factory) -> tuple[Embeddings, np.ndarray]:
     """Seven shards of unequal lengths, with rows of zeros, and all vectors (3000, 24) float32."""
     vectors = synthetic.clustered(3000, 24)
     vectors[500:540] = 0
-    dataset: Dataset = synthetic.given(tmp_path_factory.mktemp("root"), "x",
-                                       np.split(vectors, [1, 33, 33, 700, 2000, 2999]))
+    dataset: Dataset = synthetic.vector_dataset(tmp_path_factory.mktemp("root"), "x",
+                                                np.split(vectors, [1, 33, 33, 700, 2000, 2999]))
     return Embeddings(dataset), vectors
 
 
@@ -89,7 +89,7 @@ def test_a_search_that_does_not_fit_the_device_is_done_in_smaller_blocks(pairs, 
 
 def test_of_a_small_database_every_row_is_found(tmp_path):
     vectors = synthetic.clustered(5, 24)
-    embeddings = Embeddings(synthetic.given(tmp_path, "x", [vectors]))
+    embeddings = Embeddings(synthetic.vector_dataset(tmp_path, "x", [vectors]))
     candidates = exhaustive.search_exhaustively(vectors, embeddings, 9, MEMORY)
     assert (np.sort(candidates.ids, 1) == [-1] * 4 + [0, 1, 2, 3, 4]).all() and np.isneginf(candidates.beyond).all()
 
@@ -182,7 +182,7 @@ def test_rows_at_the_border_of_what_is_a_copy_do_not_crowd_out_others(tmp_path):
     """Thirty equal rows whose exact score is what makes a copy, and some that are farther."""
     vectors = synthetic.clustered(80, 24, clusters=1)
     vectors[10:40] = vectors[10]
-    embeddings = Embeddings(synthetic.given(tmp_path, "x", [vectors]))
+    embeddings = Embeddings(synthetic.vector_dataset(tmp_path, "x", [vectors]))
     queries = queries_of(vectors[:1])
     copies = no_copies(80)
     products = rank.exact_products(embeddings, np.arange(80), queries.vectors, np.zeros(80, int))

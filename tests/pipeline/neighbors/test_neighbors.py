@@ -34,14 +34,14 @@ def database(tmp_path_factory):
     vectors = synthetic.clustered(900, 16)
     vectors[100:112] = 0
     shards = [vectors[:300], vectors[300:310], vectors[310:700], vectors[700:]]
-    return index_database(synthetic.given(tmp_path_factory.mktemp("root"), "database", shards), key="Flat")
+    return index_database(synthetic.vector_dataset(tmp_path_factory.mktemp("root"), "database", shards), key="Flat")
 
 
 @pytest.fixture(scope="module")
 def dataset(database):
     """Two shards of other vectors in the same root."""
     vectors = synthetic.clustered(150, 16, seed=1)
-    return synthetic.given(database.root, "dataset", [vectors[:40], vectors[40:]])
+    return synthetic.vector_dataset(database.root, "dataset", [vectors[:40], vectors[40:]])
 
 
 @pytest.mark.parametrize("method", ["exact", "index"])
@@ -74,8 +74,8 @@ def test_neighbours_are_those_of_brute_force(database, dataset, itself, method, 
 def test_exact_and_flat_index_agree_and_two_runs_are_the_same(tmp_path):
     results, manifests = [], []
     for name, method in (("one", "exact"), ("two", "index"), ("three", "index"), ("four", "exact")):
-        database = index_database(synthetic.given(tmp_path / name, "x", [synthetic.clustered(200, 16),
-                                                                         synthetic.clustered(90, 16, seed=2)]),
+        database = index_database(synthetic.vector_dataset(tmp_path / name, "x", [synthetic.clustered(200, 16),
+                                                                                  synthetic.clustered(90, 16, seed=2)]),
                                   key="Flat")
         ids, scores, manifest = find_neighbors(database, database, k=5, method=method)
         results.append((ids, scores))
@@ -88,7 +88,7 @@ def test_exact_and_flat_index_agree_and_two_runs_are_the_same(tmp_path):
 @pytest.mark.parametrize("method", ["exact", "index"])
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_database_smaller_than_k_is_padded(tmp_path, method, count):
-    database = index_database(synthetic.given(tmp_path, "x", [synthetic.clustered(count, 16, clusters=9)]))
+    database = index_database(synthetic.vector_dataset(tmp_path, "x", [synthetic.clustered(count, 16, clusters=9)]))
     ids, scores, manifest = find_neighbors(database, database, k=5, method=method)
     assert ids.shape == scores.shape == (count, 5)
     assert (ids[:, :count - 1] >= 0).all() and (ids[:, count - 1:] == -1).all()
@@ -97,14 +97,14 @@ def test_a_database_smaller_than_k_is_padded(tmp_path, method, count):
 
 def test_an_index_of_few_lists_does_not_leave_gaps(tmp_path):
     """Looking into one list of three, an index cannot give as many candidates as there are rows."""
-    database = index_database(synthetic.given(tmp_path, "x", [synthetic.clustered(300, 16, clusters=40)]),
+    database = index_database(synthetic.vector_dataset(tmp_path, "x", [synthetic.clustered(300, 16, clusters=40)]),
                               key="IVF30,Flat", target_recall=0.0)
     ids, _, manifest = find_neighbors(database, database, k=100, copy_similarity=2.0)
     assert (ids >= 0).all() and manifest["info"]["missing"] == 0
 
 
 def test_ids_from_a_compressed_index_have_exact_scores(tmp_path):
-    database = index_database(synthetic.given(tmp_path, "x", [synthetic.clustered(1500, 16)]), key="PQ8x4")
+    database = index_database(synthetic.vector_dataset(tmp_path, "x", [synthetic.clustered(1500, 16)]), key="PQ8x4")
     ids, scores, _ = find_neighbors(database, database, k=5)
     stored = Embeddings(database).all().astype(np.float32)
     np.testing.assert_allclose(scores, (stored[ids] * stored[:, None]).sum(-1), atol=1e-5)
@@ -113,32 +113,33 @@ def test_ids_from_a_compressed_index_have_exact_scores(tmp_path):
 
 
 def test_different_encoders_are_refused_and_named(tmp_path):
-    dataset = synthetic.given(tmp_path, "one", [synthetic.clustered(9, 16)])
-    database = synthetic.given(tmp_path, "other", [synthetic.clustered(9, 16)],
-                               encoder=synthetic.ENCODER | {"weights_sha256": "11"})
+    dataset = synthetic.vector_dataset(tmp_path, "one", [synthetic.clustered(9, 16)])
+    database = synthetic.vector_dataset(tmp_path, "other", [synthetic.clustered(9, 16)],
+                                        encoder=synthetic.ENCODER | {"weights_sha256": "11"})
     with pytest.raises(ValueError, match=r'they differ in weights_sha256 \("00" / "11"\)\nhint'):
         find_neighbors(dataset, database, method="exact")
 
 
 def test_a_database_without_an_index_is_refused_with_the_command(tmp_path):
-    dataset = synthetic.given(tmp_path, "one", [synthetic.clustered(9, 16)])
+    dataset = synthetic.vector_dataset(tmp_path, "one", [synthetic.clustered(9, 16)])
     with pytest.raises(ValueError, match=r"index is not sealed.*\nhint: python -m jobs index one --root"):
         find_neighbors(dataset, dataset)
 
 
 def test_empty_shards_are_empty_lists(tmp_path):
     vectors = synthetic.clustered(20, 16)
-    database = index_database(synthetic.given(tmp_path, "x", [vectors[:0], vectors[:12], vectors[:0], vectors[12:]]))
+    shards = [vectors[:0], vectors[:12], vectors[:0], vectors[12:]]
+    database = index_database(synthetic.vector_dataset(tmp_path, "x", shards))
     for method in ("index", "exact"):
         if method == "exact":
-            database = synthetic.given(tmp_path / "exact", "x", [vectors[:0], vectors[:12], vectors[:0], vectors[12:]])
+            database = synthetic.vector_dataset(tmp_path / "exact", "x", shards)
         find_neighbors(database, database, k=3, method=method)
         assert [shard.shape for shard in load_neighbors(database, database)] == [(0, 3), (12, 3), (0, 3), (8, 3)]
 
 
 def test_a_rebuilt_index_is_opened_anew(tmp_path):
     vectors = synthetic.clustered(400, 16)
-    database = index_database(synthetic.given(tmp_path, "x", [vectors]), key="IVF30,Flat", target_recall=0.0)
+    database = index_database(synthetic.vector_dataset(tmp_path, "x", [vectors]), key="IVF30,Flat", target_recall=0.0)
     ids_of_poor_index = find_neighbors(database, database, k=3, candidates=4)[0].copy()
     run_stage(Index(database, IndexConfig(key="Flat")), overwrite=True)
     manifest = run_stage(Neighbors(database, database, NeighborsConfig(k=3, candidates=4)), overwrite=True)
@@ -188,8 +189,8 @@ def test_the_manifest_tells_how_often_rows_are_used_and_how_near_they_are(databa
 
 def test_recall_is_measured_against_exact_search(tmp_path):
     """One list of thirty finds some neighbours; all lists find all."""
-    database = index_database(synthetic.given(tmp_path, "x", np.split(synthetic.clustered(3000, 16, clusters=400), 6)),
-                              key="IVF64,Flat", target_recall=0.0)
+    dataset = synthetic.vector_dataset(tmp_path, "x", np.split(synthetic.clustered(3000, 16, clusters=400), 6))
+    database = index_database(dataset, key="IVF64,Flat", target_recall=0.0)
     ids, _, manifest = find_neighbors(database, database, k=10, checked=300)
     stored = Embeddings(database).all().astype(np.float32)
     excluded = np.eye(3000, dtype=bool) | (stored @ stored.T >= 0.98)
@@ -206,7 +207,7 @@ def test_recall_is_measured_against_exact_search(tmp_path):
 @pytest.mark.parametrize("method", ["exact", "index"])
 def test_records_say_how_long_each_part_took(tmp_path, method):
     vectors = synthetic.clustered(900, 16)
-    database = index_database(synthetic.given(tmp_path, "x", np.split(vectors, 3)), key="IVF30,Flat")
+    database = index_database(synthetic.vector_dataset(tmp_path, "x", np.split(vectors, 3)), key="IVF30,Flat")
     _, _, manifest = find_neighbors(database, database, k=5, method=method, probes=2, at_once=1)
     times = [record["run"]["times"] for record in manifest["items"]]
     parts = {"read", "products", "choose", "settle", "check", "cpu"}
@@ -220,7 +221,7 @@ def test_records_say_how_long_each_part_took(tmp_path, method):
 @pytest.mark.parametrize("method", ["exact", "index"])
 def test_shards_searched_together_give_what_each_gives_alone(tmp_path, method):
     vectors = synthetic.clustered(2000, 16, clusters=300)
-    database = index_database(synthetic.given(tmp_path, "x", np.split(vectors, [300, 310, 700, 1500])),
+    database = index_database(synthetic.vector_dataset(tmp_path, "x", np.split(vectors, [300, 310, 700, 1500])),
                               key="IVF64,Flat", target_recall=0.0)
     config = NeighborsConfig(k=6, method=method, probes=4, vectors=True, checked=90)
     runs = []
@@ -251,7 +252,8 @@ def test_as_many_shards_are_searched_together_as_there_is_memory_and_work_for():
 def test_vectors_are_laid_out_list_after_list_whatever_was_left_there(tmp_path, monkeypatch):
     vectors = synthetic.clustered(1000, 16)
     vectors[50:60] = 0
-    database = index_database(synthetic.given(tmp_path, "x", np.split(vectors, [300, 310, 700])), key="IVF16,SQ8")
+    dataset = synthetic.vector_dataset(tmp_path, "x", np.split(vectors, [300, 310, 700]))
+    database = index_database(dataset, key="IVF16,SQ8")
     monkeypatch.setattr(neighbors, "_LAID", 8 << 10)  # several files, and several blocks
     lists, embeddings = IndexLists(database), Embeddings(database)
     folder = tmp_path / "laid"
@@ -268,12 +270,12 @@ def test_vectors_are_laid_out_list_after_list_whatever_was_left_there(tmp_path, 
 
 
 def test_a_database_rebuilt_after_the_plan_is_refused(tmp_path):
-    dataset = synthetic.given(tmp_path, "x", [synthetic.clustered(30, 16)])
+    dataset = synthetic.vector_dataset(tmp_path, "x", [synthetic.clustered(30, 16)])
     stage = Neighbors(dataset, dataset, NeighborsConfig(k=2, method="exact"))
     items = prepare(stage)
     vectors = synthetic.clustered(30, 16, seed=8).astype(np.float16)
-    run_stage(synthetic.Given(dataset, "embeddings", "embed", {"000000": (30, {"000000.npy": synthetic.npy(vectors)})},
-                              {"encoder": synthetic.ENCODER}), overwrite=True)
+    run_stage(synthetic.FixedStage(dataset, "embeddings", "embed", {
+        "000000": (30, {"000000.npy": synthetic.npy(vectors)})}, {"encoder": synthetic.ENCODER}), overwrite=True)
     with pytest.raises(ValueError, match=r"database, embeddings changed since .*/neighbors/x was planned: .*\nhint: "):
         process_and_commit(stage, items[0])
 
@@ -281,7 +283,7 @@ def test_a_database_rebuilt_after_the_plan_is_refused(tmp_path):
 def test_vectors_that_are_no_numbers_are_refused(tmp_path):
     vectors = synthetic.clustered(30, 16)
     vectors[7, 3] = np.nan
-    dataset = synthetic.given(tmp_path, "x", [vectors])
+    dataset = synthetic.vector_dataset(tmp_path, "x", [vectors])
     with pytest.raises(StageFailed, match="not finite"):
         find_neighbors(dataset, dataset, method="exact")
 

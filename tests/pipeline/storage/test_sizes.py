@@ -60,7 +60,7 @@ def test_the_size_of_a_shard_is_decimal_as_before():
 @pytest.fixture
 def planned(tmp_path):
     """A dataset whose index was planned by an earlier version with `--max-memory 500K --part-memory 2M`."""
-    dataset = synthetic.given(tmp_path, "x", [synthetic.clustered(400, 16)])
+    dataset = synthetic.vector_dataset(tmp_path, "x", [synthetic.clustered(400, 16)])
     now = Index(dataset, IndexConfig(key="IVF4,SQ8", queries=50))
     prepare(now)
     address = storage.join(now.folder, "plan.json")

@@ -147,7 +147,7 @@ def test_a_manifest_that_is_none_is_named(copied, text):
 
 
 def test_an_index_of_other_embeddings_is_named(copied, tmp_path):
-    other = synthetic.given(tmp_path / "other", "x", [synthetic.clustered(50, 256)])
+    other = synthetic.vector_dataset(tmp_path / "other", "x", [synthetic.clustered(50, 256)])
     from pipeline.indices.config import IndexConfig
     from pipeline.indices.index import Index
     run_stage(Index(other, IndexConfig()))
