@@ -30,7 +30,7 @@ def run_demo(options: DemoOptions) -> int:
     settings = replace(options.settings, cluster=options.cluster,
                        pictures=replace(options.settings.pictures, subjects=options.subjects))
     with open_runner(options.common, options.cluster) as runner:
-        report = make_demo(storage.normalize(options.common.root), settings, runner, drawn=options.drawn,
+        report = make_demo(storage.normalize(options.common.root), settings, runner, without_emoji=options.drawn,
                            dry_run=options.common.dry_run, steps=options.steps,
                            train=lambda job: train(job, options.cluster, local=options.common.local))
     if report:

@@ -36,13 +36,13 @@ EMOJI_PROMPTS = ("red apple", "house", "soccer ball", "sunflower", "red heart", 
 _log = logging.getLogger(__name__)
 
 
-def make_demo(root: str, settings: Settings, runner: Runner, *, drawn: bool, dry_run: bool, steps: int = 0,
+def make_demo(root: str, settings: Settings, runner: Runner, *, without_emoji: bool, dry_run: bool, steps: int = 0,
               train: Callable[[Job], Any]) -> str:
     """Bring everything below `root` to its sealed state. Returns the path of the report, or "" on a dry run.
 
     Sealed stages are skipped. `steps` of training: 0 takes the recipe's, or a few with a bundled model.
     """
-    pictures = _pictures(root, settings, drawn)
+    pictures = _pictures(root, settings, without_emoji)
     styles, bundled = _styles(pictures), pictures.config.corpus == "emoji" and BUNDLED.is_dir()
     settings = replace(settings, train=replace(settings.train, steps=steps or (
         _FEW_STEPS if bundled else settings.train.steps)))
@@ -106,11 +106,11 @@ def _seal(stage: Stage, runner: Runner) -> bool:
     return True
 
 
-def _pictures(root: str, settings: Settings, drawn: bool) -> DemoCorpus:
+def _pictures(root: str, settings: Settings, without_emoji: bool) -> DemoCorpus:
     """The corpus: the one that was taken before, else emoji where npm brings them, else drawn."""
     cache = (storage.local_path(root) if storage.is_local(root) else storage.cache_folder()) / "cache" / "npm"
     there = [name for name in ("emoji", "drawn") if storage.exists(storage.join(root, "pictures", name, "plan.json"))]
-    if not drawn and "drawn" not in there:
+    if not without_emoji and "drawn" not in there:
         try:
             emoji.fetch(cache)
             _log.info("corpus: emoji in eight styles, fetched with npm into %s", cache)

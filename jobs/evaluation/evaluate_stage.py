@@ -68,7 +68,7 @@ class Evaluation(Stage):
     def __init__(self, judging: StyleClassifierStage, mixed: Dataset, step: int, encoder: ClipConfig,
                  config: EvaluateConfig, how: SampleConfig, prompts: tuple[str, ...] = (), name: str = "") -> None:
         self.judging, self.run, self.databases = judging, judging.run, judging.databases
-        self.mixed, self.encoder, self.how, self.given = mixed, encoder, how, prompts
+        self.mixed, self.encoder, self.how, self.prompts = mixed, encoder, how, prompts
         self.step = step or self.run.latest_step()
         if wrong := [way for way in config.ways if way not in summary.NAMES]:
             raise ValueError(f"evaluate.ways = {wrong[0]!r}: must be some of {', '.join(summary.NAMES)}")
@@ -90,7 +90,7 @@ class Evaluation(Stage):
         return {"evaluate": config, "sample": json.loads(json.dumps(asdict(self.how))),
                 "encoder": [self.encoder.model, self.encoder.precision],
                 "databases": [database.label for database in self.databases], "mixed": self.mixed.label,
-                "prompts": list(self.given)}
+                "prompts": list(self.prompts)}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         inputs = {"checkpoint": sealed_input(self.root, f"{self.run.path}/checkpoints/{self.step:07d}",
@@ -103,7 +103,7 @@ class Evaluation(Stage):
     def plan(self) -> list[Item]:
         check_sample_config(self.run, self.step, self.how)
         check_same_encoder(self.run, self.encoder, [self.mixed, *self.databases])
-        prompts = self.given or held_out_captions(self.judging.dataset, self.databases)[:self.config.prompts]
+        prompts = self.prompts or held_out_captions(self.judging.dataset, self.databases)[:self.config.prompts]
         if not prompts:
             raise ValueError("the databases have no subject that training has not seen\n"
                              "hint: --prompt 'a red apple', once for each")
@@ -223,15 +223,15 @@ def _tile_images(images: np.ndarray) -> Image.Image:
     sheet = np.full((-(-prompts // _ACROSS) * seeds * size, min(_ACROSS, prompts) * size, 3), 255, np.uint8)
     for number, of_prompt in enumerate(images):
         for seed, picture in enumerate(of_prompt):
-            top, left = (number // _ACROSS * seeds + seed) * size, number % _ACROSS * size
-            sheet[top:top + size, left:left + size] = picture
+            y, x = (number // _ACROSS * seeds + seed) * size, number % _ACROSS * size
+            sheet[y:y + size, x:x + size] = picture
     return Image.fromarray(sheet)
 
 
 def _crop_cell(sheet: Image.Image, number: int, seeds: int, size: int) -> Image.Image:
-    left, top = number % _ACROSS * size, number // _ACROSS * seeds * size
+    x, y = number % _ACROSS * size, number // _ACROSS * seeds * size
     side = max(64, size)
-    return sheet.crop((left, top, left + size, top + size)).resize((side, side), Image.Resampling.NEAREST)
+    return sheet.crop((x, y, x + size, y + size)).resize((side, side), Image.Resampling.NEAREST)
 
 
 def _encode_png(picture: np.ndarray) -> bytes:

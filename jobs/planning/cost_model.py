@@ -81,10 +81,10 @@ class Cost:
     worker_seconds: float
     workers: int
     """How many can work at the same time."""
-    read: float
-    written: float
-    kept: float
-    """Bytes that stay."""
+    bytes_read: float
+    bytes_written: float
+    bytes_kept: float
+    """Bytes that stay in the root."""
     serial_seconds: float = 0.0
     """Of the worker seconds, those in which one works and the others wait."""
     gpu: bool = False
@@ -106,15 +106,15 @@ class Prices:
     months: float = 1.0
 
     @property
-    def given(self) -> bool:
-        """Whether there is any."""
+    def has_any(self) -> bool:
+        """Whether any price is set."""
         return any(price is not None for price in (self.gpu_hour, self.cpu_hour, self.gb_month, self.gb_moved))
 
-    def of(self, cost: Cost) -> float:
-        """The money for a stage; what has no price costs nothing."""
+    def price_of(self, cost: Cost) -> float:
+        """The price of a stage. Resources without a price count as free."""
         hour = self.gpu_hour if cost.gpu else self.cpu_hour
-        return (cost.worker_seconds / 3600 * (hour or 0) + cost.kept / 1e9 * self.months * (self.gb_month or 0)
-                + (cost.read + cost.written) / 1e9 * (self.gb_moved or 0))
+        return (cost.worker_seconds / 3600 * (hour or 0) + cost.bytes_kept / 1e9 * self.months * (self.gb_month or 0)
+                + (cost.bytes_read + cost.bytes_written) / 1e9 * (self.gb_moved or 0))
 
 
 def costs(build: Build, rates: Rates) -> list[Cost]:
@@ -134,7 +134,7 @@ def shard(build: Build, rates: Rates) -> Cost:
     each = max(1 / stage_rates.pictures_per_s + more * stage_rates.seconds_per_pixel, 1e-9)
     bytes_written = build.all_pictures * (_tar_bytes(build, rates) + stage_rates.metadata_bytes)
     return _cost("shard", build, rates, build.all_pictures * each, build.all_shards,
-                 read=build.all_pictures * stage_rates.source_bytes, written=bytes_written)
+                 bytes_read=build.all_pictures * stage_rates.source_bytes, bytes_written=bytes_written)
 
 
 def embed(build: Build, rates: Rates) -> Cost:
@@ -146,8 +146,8 @@ def embed(build: Build, rates: Rates) -> Cost:
     stage_rates, pixels = rates.embed, build.settings.shard.image_size ** 2
     each = pixels * stage_rates.preparing_s_per_pixel + build.encoder_flop / stage_rates.flop_per_s
     return _cost("embed", build, rates, build.all_pictures * each, build.all_shards,
-                 read=build.all_pictures * _tar_bytes(build, rates),
-                 written=_vectors(build.all_pictures, build) + build.all_shards * _HEADER, gpu=stage_rates.gpu)
+                 bytes_read=build.all_pictures * _tar_bytes(build, rates),
+                 bytes_written=_vectors(build.all_pictures, build) + build.all_shards * _HEADER, gpu=stage_rates.gpu)
 
 
 def index(build: Build, rates: Rates) -> Cost:
@@ -165,8 +165,8 @@ def index(build: Build, rates: Rates) -> Cost:
     vectors = _vectors(rows, build)
     sample = min(rows, config.train_points) * build.dim * 2 if in_parts else 0
     return _cost("index", build, rates, training + rows / stage_rates.vectors_per_s + merging,
-                 -(-rows // room), read=vectors + sample + (size if in_parts else 0),
-                 written=size * (2 if in_parts else 1), kept=size, serial=training + merging)
+                 -(-rows // room), bytes_read=vectors + sample + (size if in_parts else 0),
+                 bytes_written=size * (2 if in_parts else 1), bytes_kept=size, serial=training + merging)
 
 
 def neighbors_exact(build: Build, rates: Rates) -> Cost:
@@ -216,8 +216,9 @@ def train(build: Build, rates: Rates) -> Cost:
     each = build.network.parameters * _BYTES_A_PARAMETER
     stored = build.sample_bytes or _tar_bytes(build, rates)
     return _cost("train", build, rates, seen * flop / rates.train.flop_per_s, config.global_batch,
-                 read=seen * (stored * workers + build.settings.neighbors.k * 8 + config.k * build.dim * 2),
-                 written=checkpoints * each, kept=min(checkpoints, _KEPT_CHECKPOINTS) * each, gpu=rates.train.gpu)
+                 bytes_read=seen * (stored * workers + build.settings.neighbors.k * 8 + config.k * build.dim * 2),
+                 bytes_written=checkpoints * each,
+                 bytes_kept=min(checkpoints, _KEPT_CHECKPOINTS) * each, gpu=rates.train.gpu)
 
 
 def index_key(build: Build, rates: Rates) -> str:
@@ -339,8 +340,8 @@ def _neighbors(name: str, build: Build, rates: Rates, seconds: float, database: 
         bytes_written += _vectors(build.pictures * config.k, build) + shards * _HEADER
     # Copies are known by their hashes, which stand in the metadata.
     hashes = rates.shard.metadata_bytes * (build.pictures + build.database * min(searches, _workers(build, gpu)))
-    return _cost(name, build, rates, seconds, searches, read=_vectors(build.pictures, build) + database + hashes,
-                 written=bytes_written, gpu=gpu)
+    return _cost(name, build, rates, seconds, searches, bytes_read=_vectors(build.pictures, build) + database + hashes,
+                 bytes_written=bytes_written, gpu=gpu)
 
 
 def _searches(build: Build, *, lists: bool) -> int:
@@ -349,13 +350,13 @@ def _searches(build: Build, *, lists: bool) -> int:
     return -(-shards // build.settings.neighbors.shards_at_once(shards, build.pictures, build.dim, lists=lists))
 
 
-def _cost(name: str, build: Build, rates: Rates, seconds: float, items: int, *, read: float, written: float,
-          kept: float | None = None, serial: float = 0.0, gpu: bool = False) -> Cost:
+def _cost(name: str, build: Build, rates: Rates, seconds: float, items: int, *, bytes_read: float, bytes_written: float,
+          bytes_kept: float | None = None, serial: float = 0.0, gpu: bool = False) -> Cost:
     """A cost whose seconds are at least those in which its bytes can be moved, if that is limited."""
     if rates.storage.bytes_per_s:
-        seconds = max(seconds, (read + written) / rates.storage.bytes_per_s)
-    return Cost(name, seconds, max(1, min(_workers(build, gpu), items)), read, written,
-                written if kept is None else kept, serial, gpu)
+        seconds = max(seconds, (bytes_read + bytes_written) / rates.storage.bytes_per_s)
+    return Cost(name, seconds, max(1, min(_workers(build, gpu), items)), bytes_read, bytes_written,
+                bytes_written if bytes_kept is None else bytes_kept, serial, gpu)
 
 
 def _workers(build: Build, gpu: bool) -> int:

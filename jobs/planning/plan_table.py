@@ -136,10 +136,10 @@ def builds(plan: PlanConfig, settings: Settings, used: Rates) -> list[Build]:
     seen = -(-side // unet.stride) * unet.stride
     network = flops.size(unet, seen, settings.train.k)
     workers = plan.workers or settings.cluster.workers
-    return [Build(settings, one, other, dim, operations, network,
+    return [Build(settings, image_count, database_rows, dim, operations, network,
                   sample_bytes=2 * unet.in_channels * side ** 2 if factor > 1 else 0, side=seen, workers=workers,
                   gpus=plan.gpus or workers, memory=kept, epochs=plan.epochs)
-            for one, other in itertools.product(pictures, rows)]
+            for image_count, database_rows in itertools.product(pictures, rows)]
 
 
 def count(text: str, flag: str) -> int:
@@ -172,7 +172,7 @@ def notes(build: Build, used: Rates, prices: Prices) -> str:
                 f"{'the index' if method == 'index' else 'exact search'} are in the total, the other way is not.")
     if build.sample_bytes:
         said.append("Training sees latents; what makes them is not counted.")
-    if prices.given:
+    if prices.has_any:
         said.append(f"Money: what has no price is free; bytes are kept for {prices.months:g} months.")
     return "\n".join(said)
 
@@ -180,11 +180,12 @@ def notes(build: Build, used: Rates, prices: Prices) -> str:
 def _document(build: Build, stages: list[Cost], prices: Prices) -> dict[str, Any]:
     def describe(cost: Cost) -> dict[str, Any]:
         return {"stage": cost.stage, "workers": cost.workers, "gpu": cost.gpu, "hours": cost.seconds / 3600,
-                "worker_hours": cost.worker_seconds / 3600, "read": round(cost.read), "written": round(cost.written),
-                "kept": round(cost.kept), **({"money": round(prices.of(cost), 2)} if prices.given else {})}
+                "worker_hours": cost.worker_seconds / 3600, "read": round(cost.bytes_read),
+                "written": round(cost.bytes_written), "kept": round(cost.bytes_kept),
+                **({"money": round(prices.price_of(cost), 2)} if prices.has_any else {})}
 
     counted = [describe(cost) for cost in stages_in_total(build, stages)]
-    names = ("hours", "read", "written", "kept", *(("money",) if prices.given else ()))
+    names = ("hours", "read", "written", "kept", *(("money",) if prices.has_any else ()))
     total = {name: sum(each[name] for each in counted) for name in names}
     for name, gpu in (("worker_hours", False), ("gpu_hours", True)):
         total[name] = sum(each["worker_hours"] for each in counted if each["gpu"] == gpu)
@@ -196,19 +197,19 @@ def _stages(costed_builds: list[tuple[Build, list[Cost]]], prices: Prices) -> li
     """A row for each stage; of several builds, with the numbers that tell them apart in front."""
     several = len(costed_builds) > 1
     rows = [[*(("pictures", "database") if several else ()), "stage", "on", "#hours", "#worker hours", "#read",
-             "#written", "#kept", *(("#money",) if prices.given else ())]]
+             "#written", "#kept", *(("#money",) if prices.has_any else ())]]
     for build, stages in costed_builds:
         front = [[_count(build.pictures), _count(build.rows) if build.rows else "itself"], *[["", ""]] * len(stages)]
         lines = [[cost.stage, f"{cost.workers} {'GPU' if cost.gpu else 'worker'}{'s' if cost.workers > 1 else ''}",
                   format_hours(cost.seconds), format_hours(cost.worker_seconds),
-                  *map(format_bytes, (cost.read, cost.written, cost.kept)),
-                  *([format_number(prices.of(cost), 2)] if prices.given else [])] for cost in stages]
+                  *map(format_bytes, (cost.bytes_read, cost.bytes_written, cost.bytes_kept)),
+                  *([format_number(prices.price_of(cost), 2)] if prices.has_any else [])] for cost in stages]
         counted = stages_in_total(build, stages)
         lines.append(["total", "", format_hours(sum(cost.seconds for cost in counted)), _worker_hours(counted),
-                      format_bytes(sum(cost.read for cost in counted)),
-                      format_bytes(sum(cost.written for cost in counted)),
-                      format_bytes(sum(cost.kept for cost in counted)),
-                      *([format_number(sum(map(prices.of, counted)), 2)] if prices.given else [])])
+                      format_bytes(sum(cost.bytes_read for cost in counted)),
+                      format_bytes(sum(cost.bytes_written for cost in counted)),
+                      format_bytes(sum(cost.bytes_kept for cost in counted)),
+                      *([format_number(sum(map(prices.price_of, counted)), 2)] if prices.has_any else [])])
         rows += [[*(head if several else []), *line] for head, line in zip(front, lines, strict=True)]
     return rows
 
@@ -222,15 +223,15 @@ def _worker_hours(counted: list[Cost]) -> str:
 def _totals(costed_builds: list[tuple[Build, list[Cost]]], prices: Prices) -> list[list[str]]:
     """A row for each build, with the worker hours of its stages."""
     rows = [["pictures", "database", *(f"#{cost.stage}" for cost in costed_builds[0][1]), "#hours in all",
-             "#read", "#written", *(("#money",) if prices.given else ())]]
+             "#read", "#written", *(("#money",) if prices.has_any else ())]]
     for build, stages in costed_builds:
         counted = stages_in_total(build, stages)
         rows.append([_count(build.pictures), _count(build.rows) if build.rows else "itself",
                      *(format_hours(cost.worker_seconds) for cost in stages),
                      format_hours(sum(cost.seconds for cost in counted)),
-                     format_bytes(sum(cost.read for cost in counted)),
-                     format_bytes(sum(cost.written for cost in counted)),
-                     *([format_number(sum(map(prices.of, counted)), 2)] if prices.given else [])])
+                     format_bytes(sum(cost.bytes_read for cost in counted)),
+                     format_bytes(sum(cost.bytes_written for cost in counted)),
+                     *([format_number(sum(map(prices.price_of, counted)), 2)] if prices.has_any else [])])
     return rows
 
 

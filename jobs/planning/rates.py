@@ -133,9 +133,9 @@ class Rates:
     defaults: tuple[str, ...] = field(default=())
     """Sections that are those of the built-in file."""
 
-    def with_sections(self, sections: dict[str, Any], machine: str, measured: str) -> "Rates":
+    def with_sections(self, sections: dict[str, Any], machine: str, measured_at: str) -> "Rates":
         """These rates with some sections replaced; the others are defaults still."""
-        return replace(self, **sections, machine=machine, measured=measured,
+        return replace(self, **sections, machine=machine, measured=measured_at,
                        defaults=tuple(name for name in self.defaults if name not in sections))
 
 

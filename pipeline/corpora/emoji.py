@@ -249,7 +249,7 @@ def _search_words(cache: Path) -> dict[str, tuple[str, ...]]:
 def _svg(icon: Icon, icon_set: dict) -> str:
     """The icon centred on a square, undistorted; the set's own measures stand where it has none."""
     defaults = {"left": 0, "top": 0, "width": 16, "height": 16}
-    left, top, width, height = (
+    view_x, view_y, width, height = (
         float(icon.get(side, icon_set.get(side, default))) for side, default in defaults.items()
     )
     square = max(width, height)
@@ -258,7 +258,7 @@ def _svg(icon: Icon, icon_set: dict) -> str:
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="0 0 {square:g} {square:g}" color="#000">'
         f'<svg x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" '
-        f'viewBox="{left:g} {top:g} {width:g} {height:g}">{icon["body"]}</svg></svg>'
+        f'viewBox="{view_x:g} {view_y:g} {width:g} {height:g}">{icon["body"]}</svg></svg>'
     )
 
 

@@ -38,24 +38,24 @@ def contact_sheet(images: Sequence[Image.Image | None], columns: int, *, labels:
     row_texts = [_wrap(label, font, round(cell * 1.6), 3) for label in row_labels or ()]
 
     margin = max(gap, 4)
-    left = margin + _widest(row_texts, font) + (gap + 2 if row_texts else 0)
-    top = margin + _tallest(column_texts, font) + (gap if column_texts else 0)
+    grid_x = margin + _widest(row_texts, font) + (gap + 2 if row_texts else 0)
+    grid_y = margin + _tallest(column_texts, font) + (gap if column_texts else 0)
     caption = _tallest(cell_texts, font) + (3 if cell_texts else 0)
-    width = left + columns * (cell + gap) - gap + margin
-    height = top + rows * (cell + caption + gap) - gap + margin
-    sheet = Image.new("RGB", (width, max(height, top + margin)), "white")
+    width = grid_x + columns * (cell + gap) - gap + margin
+    height = grid_y + rows * (cell + caption + gap) - gap + margin
+    sheet = Image.new("RGB", (width, max(height, grid_y + margin)), "white")
     pen = ImageDraw.Draw(sheet)
 
     for column, lines in enumerate(column_texts):
-        x = left + column * (cell + gap) + cell / 2
+        x = grid_x + column * (cell + gap) + cell / 2
         # Headings stand on the images, so short ones do not float above long neighbours.
-        _write(pen, lines, font, x, top - gap - _tallest([lines], font), INK, "m")
+        _write(pen, lines, font, x, grid_y - gap - _tallest([lines], font), INK, "m")
     for row, lines in enumerate(row_texts):
-        y = top + row * (cell + caption + gap) + (cell - _tallest([lines], font)) / 2
-        _write(pen, lines, font, left - gap - 2, y, INK, "r")
+        y = grid_y + row * (cell + caption + gap) + (cell - _tallest([lines], font)) / 2
+        _write(pen, lines, font, grid_x - gap - 2, y, INK, "r")
     for number, image in enumerate(images):
         row, column = divmod(number, columns)
-        x, y = left + column * (cell + gap), top + row * (cell + caption + gap)
+        x, y = grid_x + column * (cell + gap), grid_y + row * (cell + caption + gap)
         _place(sheet, pen, image, x, y, cell)
         if cell_texts:
             _write(pen, cell_texts[number], font, x + cell / 2, y + cell + 3, QUIET, "m")

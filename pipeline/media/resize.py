@@ -61,30 +61,30 @@ def resize(image: "Pixels | Decoded", size: int, how: Resize, *, only_if_bigger:
         raise BadImage("too_narrow", f"{width} x {height} would become {shape[0]} x {shape[1]}")
     if how == "center_crop":
         # The middle of what the whole would become, by whole pixels.
-        left, top = (shape[0] - wanted) // 2, (shape[1] - wanted) // 2
-        square = (left, top, left + wanted, top + wanted)
+        crop_x, crop_y = (shape[0] - wanted) // 2, (shape[1] - wanted) // 2
+        square = (crop_x, crop_y, crop_x + wanted, crop_y + wanted)
         if wanted == side and box is None:
             return image if width == height else _crop(image, square)
-        x, y = width / shape[0], height / shape[1]
-        part = (left * x, top * y, square[2] * x, square[3] * y)
+        x_scale, y_scale = width / shape[0], height / shape[1]
+        part = (crop_x * x_scale, crop_y * y_scale, square[2] * x_scale, square[3] * y_scale)
         return _lanczos(image, (wanted, wanted), part, (width, height), box)
     if shape != size_of(image) or box is not None:
         image = _lanczos(image, shape, (0, 0, width, height), (width, height), box)
     if how == "border" and shape != (size, size):
-        left, top = (size - shape[0]) // 2, (size - shape[1]) // 2
+        x, y = (size - shape[0]) // 2, (size - shape[1]) // 2
         if isinstance(image, Image.Image):
             white = Image.new("RGB", (size, size), "white")
-            white.paste(image, (left, top))
+            white.paste(image, (x, y))
             return white
         canvas = np.full((size, size, 3), 255, np.uint8)
-        canvas[top:top + shape[1], left:left + shape[0]] = image
+        canvas[y:y + shape[1], x:x + shape[0]] = image
         return canvas
     return image
 
 
 def _crop(image: Pixels, part: tuple[int, int, int, int]) -> Pixels:
-    left, top, right, bottom = part
-    return image.crop(part) if isinstance(image, Image.Image) else image[top:bottom, left:right]
+    x_start, y_start, x_stop, y_stop = part
+    return image.crop(part) if isinstance(image, Image.Image) else image[y_start:y_stop, x_start:x_stop]
 
 
 def _lanczos(image: Pixels, shape: tuple[int, int], part: tuple[float, float, float, float],
@@ -92,8 +92,9 @@ def _lanczos(image: Pixels, shape: tuple[int, int], part: tuple[float, float, fl
     """`part` of a picture of the size `whole`, that lies at `box` of `image`, in `shape` pixels."""
     width, height = size_of(image)
     if box is not None:
-        x, y = (box[2] - box[0]) / whole[0], (box[3] - box[1]) / whole[1]
-        part = (box[0] + part[0] * x, box[1] + part[1] * y, box[0] + part[2] * x, box[1] + part[3] * y)
+        x_scale, y_scale = (box[2] - box[0]) / whole[0], (box[3] - box[1]) / whole[1]
+        part = (box[0] + part[0] * x_scale, box[1] + part[1] * y_scale,
+                box[0] + part[2] * x_scale, box[1] + part[3] * y_scale)
         part = (max(part[0], 0), max(part[1], 0), min(part[2], width), min(part[3], height))
     if isinstance(image, Image.Image):
         # Four times and more too large: averaged by whole pixels first (47 dB and more against none of it).
@@ -114,11 +115,11 @@ def resample(pixels: np.ndarray, shape: tuple[int, int], part: tuple[float, floa
     height, width = pixels.shape[:2]
     source = ImageData(width, height, PixelType.U8x3, pixels.tobytes())
     target = ImageData(*shape, PixelType.U8x3)
-    left, top = part[:2]
+    x, y = part[:2]
     # A hair less than all: what is outside by the last bit of a float is refused.
-    across, down = (min(part[2], width * _INSIDE) - left, min(part[3], height * _INSIDE) - top)
+    crop_width, crop_height = (min(part[2], width * _INSIDE) - x, min(part[3], height * _INSIDE) - y)
     Resizer().resize(source, target, ResizeOptions(ResizeAlg.convolution(_KERNELS[kernel]),
-                                                   crop_box=CropBox(left, top, across, down)))
+                                                   crop_box=CropBox(x, y, crop_width, crop_height)))
     return np.frombuffer(target.get_buffer(), np.uint8).reshape(shape[1], shape[0], 3)
 
 
@@ -158,9 +159,9 @@ def decode_pixels(data: bytes) -> np.ndarray:
 
 
 def cut_patches(image: Pixels, size: int, count: int, seed: int, key: str) -> list[tuple[int, int, Pixels]]:
-    """`count` squares of `size` cut at random from `image`: left, top, and the square.
+    """`count` squares of `size` cut at random from `image`: x and y of the upper left corner, and the square.
 
-    Where is a function of (seed, key, number of the square) and nothing else, every place as likely as any other.
+    The place depends only on (seed, key, number of the square). All places are equally likely.
     BadImage with the reason too_small if there is no room.
     """
     width, height = size_of(image)
@@ -170,7 +171,7 @@ def cut_patches(image: Pixels, size: int, count: int, seed: int, key: str) -> li
     for number in range(count):
         digest = hashlib.sha256(f"{seed} {number} {key}".encode("utf-8", "surrogateescape")).digest()
         # 128 bits each: what the remainder prefers is beyond measure.
-        left = int.from_bytes(digest[:16], "big") % (width - size + 1)
-        top = int.from_bytes(digest[16:], "big") % (height - size + 1)
-        result.append((left, top, _crop(image, (left, top, left + size, top + size))))
+        x = int.from_bytes(digest[:16], "big") % (width - size + 1)
+        y = int.from_bytes(digest[16:], "big") % (height - size + 1)
+        result.append((x, y, _crop(image, (x, y, x + size, y + size))))
     return result

@@ -129,7 +129,7 @@ class _Translation:
             parts = [self.condition(part, true) for part in node.flatten(unnest=False)]
             return functools.reduce(operator.and_ if isinstance(node, exp.And) == true else operator.or_, parts)
         if pairs := syntax.pairs(node):
-            parts = [self.pair(left, sign, right, true) for left, sign, right in pairs]
+            parts = [self.pair(first_node, sign, second_node, true) for first_node, sign, second_node in pairs]
             return functools.reduce(operator.and_ if true else operator.or_, parts)
         if isinstance(node, exp.Not):
             return self.condition(node.this, not true)
@@ -141,15 +141,15 @@ class _Translation:
             raise self.error(f"has {value.name}{what}", f"compare it: {syntax.source_text(node)} > 0")
         return _MISSING if value.kind == "nothing" else value.arrow == pc.scalar(true)
 
-    def pair(self, left: exp.Expr, sign: str, right: exp.Expr, true: bool) -> pc.Expression:
+    def pair(self, first_node: exp.Expr, sign: str, second_node: exp.Expr, true: bool) -> pc.Expression:
         negated = sign.startswith("not ") == true
         if sign.endswith("is"):
-            return self.missing(left, right, negated)
-        if isinstance(left, exp.Null) or isinstance(right, exp.Null):
+            return self.missing(first_node, second_node, negated)
+        if isinstance(first_node, exp.Null) or isinstance(second_node, exp.Null):
             raise self.error("compares with None", "write `is None` or `is not None`")
         if sign.endswith("in"):
-            return self.member(left, right, negated)
-        first, second = self.value(left), self.value(right)
+            return self.member(first_node, second_node, negated)
+        first, second = self.value(first_node), self.value(second_node)
         self.same_kind(first, second)
         if first.literal is not None:
             first, second, sign = second, first, _SWAPPED[sign]
@@ -169,10 +169,10 @@ class _Translation:
                              f'text is compared with text: "{second.literal}"' if column_of_text else
                              "both sides must be numbers, or texts")
 
-    def missing(self, left: exp.Expr, right: exp.Expr, negated: bool) -> pc.Expression:
-        if not isinstance(right, exp.Null):
+    def missing(self, value_node: exp.Expr, none_node: exp.Expr, negated: bool) -> pc.Expression:
+        if not isinstance(none_node, exp.Null):
             raise self.error("has `is` with something other than None", "== compares, `is None` finds missing values")
-        value = self.value(left)
+        value = self.value(value_node)
         if value.literal is not None:
             raise self.error(f"asks whether {value.name} is None", "write `is None` of columns")
         if value.type is None or not pa.types.is_floating(value.type):
@@ -182,13 +182,13 @@ class _Translation:
         # Statistics leave NaN out, and pyarrow does not allow for that: it would prune the row groups of NaN.
         return pc.scalar(True) if self.prunes else value.arrow.is_null(nan_is_null=True)
 
-    def member(self, left: exp.Expr, right: exp.Expr, negated: bool) -> pc.Expression:
-        if not isinstance(right, exp.Tuple | exp.Struct) or not right.expressions:
+    def member(self, value_node: exp.Expr, list_node: exp.Expr, negated: bool) -> pc.Expression:
+        if not isinstance(list_node, exp.Tuple | exp.Struct) or not list_node.expressions:
             raise self.error("has `in` without a list; a list is wanted, as in x in [1, 2]",
                              'contains(x, "a") looks into text')
-        if any(isinstance(element, exp.Null) for element in right.expressions):
+        if any(isinstance(element, exp.Null) for element in list_node.expressions):
             raise self.error("has None in a list", "write `or x is None`")
-        value, elements = self.value(left), [self.value(element) for element in right.expressions]
+        value, elements = self.value(value_node), [self.value(element) for element in list_node.expressions]
         if wrong := [element.name for element in elements if element.literal is None]:
             raise self.error(f"has {wrong[0]} in a list", "lists hold numbers or texts")
         if len(kinds := sorted({element.kind for element in elements})) > 1:
@@ -339,14 +339,14 @@ _translate = functools.lru_cache(64)(_Translation)
 
 def _compare(first: _Value, sign: str, second: _Value) -> pc.Expression:
     """A comparison that is never true of NaN."""
-    left, right, types = first.arrow, second.arrow, {first.type, second.type}
+    first_operand, second_operand, types = first.arrow, second.arrow, {first.type, second.type}
     if first.type == pa.uint64() and isinstance(second.literal, int) and second.literal >= 0:
-        right = pc.scalar(pa.scalar(second.literal, pa.uint64()))
+        second_operand = pc.scalar(pa.scalar(second.literal, pa.uint64()))
     elif first.kind == "number" and len(types) > 1 and not types <= _HELD_BY_INT64:
         # Arrow's own common types are float32 for an integer and a float32, int64 for uint64 and 5: both lose values.
-        left, right = _float64(first), _float64(second)
-    result = _APPLY[sign](left, right)
-    return result & (left == left) & (right == right) if sign == "!=" else result
+        first_operand, second_operand = _float64(first), _float64(second)
+    result = _APPLY[sign](first_operand, second_operand)
+    return result & (first_operand == first_operand) & (second_operand == second_operand) if sign == "!=" else result
 
 
 def _float64(value: _Value) -> pc.Expression:
@@ -383,12 +383,12 @@ def _number_columns(translation: _Translation, schema: pa.Schema) -> list[str]:
         return uses.get(value.column, "") or (known if index < 0 or known in {"number", "truth"} else "")
 
     # `a < b and b < 5`: b is a number, so a is one too. The order of the comparisons does not matter.
-    sides = [side for left, _, right in translation.compared for side in ((left, right), (right, left))]
+    both_orders = [pair for first, _, second in translation.compared for pair in ((first, second), (second, first))]
     for _ in range(1 + len(translation.columns)):
-        for first, second in sides:
-            if first.column and kind_of(second):
-                uses.setdefault(first.column, kind_of(second))
-    for left, sign, right in translation.compared:
-        if sign not in {"==", "!="} and not kind_of(left) and not kind_of(right):
-            uses |= {side.column: "number" for side in (left, right)}
+        for value, other in both_orders:
+            if value.column and kind_of(other):
+                uses.setdefault(value.column, kind_of(other))
+    for first, sign, second in translation.compared:
+        if sign not in {"==", "!="} and not kind_of(first) and not kind_of(second):
+            uses |= {value.column: "number" for value in (first, second)}
     return [name for name, kind in uses.items() if kind == "number"]

@@ -133,8 +133,8 @@ def pairs(node: exp.Expr) -> list[tuple[exp.Expr, str, exp.Expr]]:
 
 def _chain(node: exp.Expr) -> tuple[list[exp.Expr], list[str]]:
     if type(node) in COMPARISONS:
-        (left, before), (right, behind) = _chain(node.this), _chain(node.expression)
-        return left + right, [*before, COMPARISONS[type(node)], *behind]
+        (first_operands, first_signs), (last_operands, last_signs) = _chain(node.this), _chain(node.expression)
+        return first_operands + last_operands, [*first_signs, COMPARISONS[type(node)], *last_signs]
     inner, word = (node.this, "not ") if isinstance(node, exp.Not) else (node, "")
     if not isinstance(inner, exp.In | exp.Is):
         return [node], []

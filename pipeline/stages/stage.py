@@ -114,9 +114,9 @@ class Stage(ABC):
 
 def check_format(document: Any, url: str) -> None:
     """ValueError if a later version of this program wrote a plan or manifest."""
-    written = document.get("format") if isinstance(document, dict) else None
-    if isinstance(written, int) and written > FORMAT:
-        raise ValueError(f"{url} has format {written}, and this version reads formats up to {FORMAT}\n"
+    format_version = document.get("format") if isinstance(document, dict) else None
+    if isinstance(format_version, int) and format_version > FORMAT:
+        raise ValueError(f"{url} has format {format_version}, and this version reads formats up to {FORMAT}\n"
                          f"hint: install the version that wrote it, or a later one")
 
 

@@ -37,11 +37,12 @@ def test_the_run_that_the_rates_are_of_is_foretold_as_it_was(planned_root: Path,
         manifest = dataset.manifest(folder)
         assert costs[name].worker_seconds == pytest.approx(manifest["run"]["seconds"], rel=1e-9), name
         stored = manifest["totals"]["bytes"] + sum(file["bytes"] for file in manifest["files"])
-        assert costs[name].written == pytest.approx(stored, rel=1e-9), name
+        assert costs[name].bytes_written == pytest.approx(stored, rel=1e-9), name
     run = Run.parse(str(planned_root), "run")
     assert costs["train"].worker_seconds == pytest.approx(read_metrics(run)[-1]["seconds"], rel=1e-9)
     stored = sum(file["bytes"] for step in run.steps() for file in run.checkpoint(step)["files"])
-    assert costs["train"].written == pytest.approx(stored, rel=0.1) and costs["train"].kept == costs["train"].written
+    assert costs["train"].bytes_written == pytest.approx(stored, rel=0.1)
+    assert costs["train"].bytes_kept == costs["train"].bytes_written
     assert known.defaults == ("storage",)
 
 
@@ -70,11 +71,11 @@ def test_what_a_stage_reads_is_what_those_before_it_wrote(planned_root: Path, kn
     tars = sum(file["bytes"] for record in dataset.manifest("shards")["items"] for file in record["files"]
                if file["name"].endswith(".tar"))
     vectors = dataset.manifest("embeddings")["totals"]["bytes"] - 3 * 128
-    assert costs["embed"].read == pytest.approx(tars) and costs["index"].read == pytest.approx(vectors)
+    assert costs["embed"].bytes_read == pytest.approx(tars) and costs["index"].bytes_read == pytest.approx(vectors)
     parquet = dataset.manifest("shards")["totals"]["bytes"] - tars
-    assert costs["neighbors, exact"].read == pytest.approx(2 * vectors + 2 * parquet)
+    assert costs["neighbors, exact"].bytes_read == pytest.approx(2 * vectors + 2 * parquet)
     index = dataset.manifest("index")["totals"]["bytes"]
-    assert costs["neighbors, index"].read == pytest.approx(2 * vectors + 2 * parquet + index)
+    assert costs["neighbors, index"].bytes_read == pytest.approx(2 * vectors + 2 * parquet + index)
 
 
 def test_twice_as_many_pictures_are_twice_the_work(known: Rates):
@@ -82,15 +83,15 @@ def test_twice_as_many_pictures_are_twice_the_work(known: Rates):
     single, double, triple = (costs_by_stage(make_build(count, rows=1000, settings=settings), known)
                               for count in (100_000, 200_000, 300_000))
     for name in ("neighbors, exact", "neighbors, index"):  # what the database takes besides, it takes once
-        for field in ("worker_seconds", "read", "written"):
+        for field in ("worker_seconds", "bytes_read", "bytes_written"):
             first, second, third = (getattr(costs[name], field) for costs in (single, double, triple))
             assert third - second == pytest.approx(second - first) and second > first
     assert double["index"] == single["index"] and double["train"] == single["train"]
     single, double = (costs_by_stage(make_build(count), known) for count in (100_000, 200_000))
     for name in ("shard", "embed"):
         assert double[name].worker_seconds == pytest.approx(2 * single[name].worker_seconds)
-        assert double[name].read == pytest.approx(2 * single[name].read)
-        assert double[name].written == pytest.approx(2 * single[name].written)
+        assert double[name].bytes_read == pytest.approx(2 * single[name].bytes_read)
+        assert double[name].bytes_written == pytest.approx(2 * single[name].bytes_written)
 
 
 def test_exact_neighbours_are_products_choices_and_rows_that_are_read(known: Rates):
@@ -118,7 +119,7 @@ def test_an_index_without_lists_is_searched_like_all_rows(known: Rates):
         + 20 * 500 / rate.checked_per_s + (lists / 2 / 8 * 500 + lists * 256) / rate.read_per_s
         + 1000 / rate.queries_per_s)
     vectors, shards = 500 * 256 * 2, 20
-    cached, uncached = (costs_by_stage(make_build(1000, 500, memory=memory), known)["neighbors, index"].read
+    cached, uncached = (costs_by_stage(make_build(1000, 500, memory=memory), known)["neighbors, index"].bytes_read
                         for memory in (vectors, vectors - 1))
     assert uncached - cached == pytest.approx(shards * vectors * (1 - (7 / 8) ** 50))
 
@@ -136,7 +137,7 @@ def test_workers_share_items_and_wait_for_what_one_does(known: Rates):
         assert many_workers[name].seconds == pytest.approx(one_worker[name].seconds / 8)
         assert many_workers[name].worker_seconds == one_worker[name].worker_seconds
     assert costs_by_stage(make_build(1000, workers=50), known)["embed"].workers == 20  # shards there are
-    cost = Cost("index", worker_seconds=100, workers=10, read=0, written=0, kept=0, serial_seconds=40)
+    cost = Cost("index", worker_seconds=100, workers=10, bytes_read=0, bytes_written=0, bytes_kept=0, serial_seconds=40)
     assert cost.seconds == 46
 
 
@@ -154,7 +155,7 @@ def test_larger_pictures_take_more_of_what_pixels_cost(known: Rates):
     large_costs = costs_by_stage(make_build(1000, settings=large), pixels)
     extra_seconds = 1000 * 3 * 1024 * 1e-6
     assert large_costs["shard"].worker_seconds - small_costs["shard"].worker_seconds == pytest.approx(extra_seconds)
-    assert large_costs["embed"].read == pytest.approx(4 * small_costs["embed"].read)
+    assert large_costs["embed"].bytes_read == pytest.approx(4 * small_costs["embed"].bytes_read)
     extra_seconds = 1000 * 3 * 1024 * known.embed.preparing_s_per_pixel
     assert large_costs["embed"].worker_seconds - small_costs["embed"].worker_seconds == pytest.approx(extra_seconds)
 
@@ -162,7 +163,8 @@ def test_larger_pictures_take_more_of_what_pixels_cost(known: Rates):
 def test_storage_may_be_what_a_stage_waits_for(known: Rates):
     slow = replace(known, storage=rates.StorageRates(bytes_per_s=1000.0))
     costs = costs_by_stage(make_build(1000), slow)
-    assert costs["shard"].worker_seconds == pytest.approx((costs["shard"].read + costs["shard"].written) / 1000)
+    cost = costs["shard"]
+    assert cost.worker_seconds == pytest.approx((cost.bytes_read + cost.bytes_written) / 1000)
 
 
 @pytest.mark.parametrize("at_once, searches", [(1, 100), (7, 15), (0, 50)])
@@ -170,7 +172,7 @@ def test_a_database_that_a_worker_cannot_keep_is_read_for_the_shards_searched_to
     vectors = 1000 * 256 * 2
     together = replace(SETTINGS, neighbors=replace(SETTINGS.neighbors, at_once=at_once))
     cached, uncached = (costs_by_stage(make_build(5000, 1000, settings=together, workers=4, memory=memory), known)
-                        ["neighbors, exact"].read for memory in (vectors, vectors - 1))
+                        ["neighbors, exact"].bytes_read for memory in (vectors, vectors - 1))
     assert uncached - cached == pytest.approx((searches - 4) * vectors)
 
 
@@ -179,7 +181,7 @@ def test_training_goes_by_steps_or_by_epochs(known: Rates):
     cost = costs_by_stage(make_build(1000, epochs=2), known)["train"]
     network = make_build().network
     assert cost.worker_seconds == pytest.approx(2000 * network.training(False) / known.train.flop_per_s)
-    assert cost.written == 334 * 16 * network.parameters and cost.kept == 3 * 16 * network.parameters
+    assert cost.bytes_written == 334 * 16 * network.parameters and cost.bytes_kept == 3 * 16 * network.parameters
     assert costs_by_stage(make_build(1000), known)["train"].worker_seconds == pytest.approx(
         config.steps * config.global_batch * network.training(False) / known.train.flop_per_s)
 
@@ -219,7 +221,7 @@ def test_an_index_in_parts_is_foretold_as_it_was(tmp_path: Path):
     assert parts.keys() == {"index_training", "index_parts", "index"} and cost.workers == 3
     assert cost.worker_seconds == pytest.approx(sum(parts.values()), rel=1e-6)
     assert cost.serial_seconds == pytest.approx(parts["index_training"] + parts["index"], rel=1e-6)
-    assert cost.kept == pytest.approx(dataset.manifest("index")["totals"]["bytes"])
+    assert cost.bytes_kept == pytest.approx(dataset.manifest("index")["totals"]["bytes"])
 
 
 def test_the_encoders_cost_what_open_clip_says():

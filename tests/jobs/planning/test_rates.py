@@ -14,10 +14,10 @@ from jobs.planning.rates import Rates
 
 def test_money():
     prices = Prices(gpu_hour=2.0, cpu_hour=0.5, gb_month=0.02, gb_moved=0.01, months=3)
-    cost = Cost("x", 7200, 4, read=5e9, written=2e9, kept=1e9)
-    assert prices.of(cost) == pytest.approx(2 * 0.5 + 7 * 0.01 + 3 * 0.02)
-    assert prices.of(replace(cost, gpu=True)) == pytest.approx(2 * 2.0 + 7 * 0.01 + 3 * 0.02)
-    assert Prices().of(cost) == 0 and not Prices().given and Prices(cpu_hour=0.0).given
+    cost = Cost("x", 7200, 4, bytes_read=5e9, bytes_written=2e9, bytes_kept=1e9)
+    assert prices.price_of(cost) == pytest.approx(2 * 0.5 + 7 * 0.01 + 3 * 0.02)
+    assert prices.price_of(replace(cost, gpu=True)) == pytest.approx(2 * 2.0 + 7 * 0.01 + 3 * 0.02)
+    assert Prices().price_of(cost) == 0 and not Prices().has_any and Prices(cpu_hour=0.0).has_any
 
 
 def test_rates_are_written_and_read(known: Rates, tmp_path: Path):

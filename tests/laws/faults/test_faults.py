@@ -178,7 +178,7 @@ def test_without_npm_the_demo_says_so_and_draws(tmp_path: Path, settings_file: P
     monkeypatch.setenv("PATH", "/nowhere")
     settings = replace(_settings(settings_file), train=replace(tiny().train, steps=1))
     with pytest.raises(KeyError, match="stop here"):
-        make_demo(str(tmp_path), settings, _stops_after_pictures, drawn=False, dry_run=False, train=train)
+        make_demo(str(tmp_path), settings, _stops_after_pictures, without_emoji=False, dry_run=False, train=train)
     assert "pictures drawn by the program, for there are no emoji" in caplog.text
     assert status.read_status(str(tmp_path))[0]["path"] == "pictures/drawn"
 
