@@ -85,15 +85,16 @@ def train(job: "Job", cluster: ClusterConfig, *, local: bool, overwrite: bool = 
     from pipeline.hardware import devices
     from pipeline.stages.driver import run_stage
     from pipeline.stages.manifest import read_manifest
-    from pipeline.stages.plan import check_and_clear, prepare
+    from pipeline.stages.plan import hold_folder, prepare, replace_plan
     with logs.label_events(run_labels(job.dataset.name, job.dataset.version, job.run.name)):
         training = Training(job)
         check_gpus(training, cluster)
         training.check()
         if overwrite and os.environ.get("RANK", "0") == "0":
-            check_and_clear(training)
+            with hold_folder(training, exclusive=True):
+                replace_plan(training)
         sealed = storage.join(training.folder, "manifest.json")
-        # With --overwrite rank 0 empties the folder, so its content means nothing to the other ranks.
+        # With --overwrite rank 0 replaces the folder meanwhile, so the other ranks do not look into it.
         if not overwrite and storage.exists(sealed):
             prepare(training)
             manifest = read_manifest(training.folder, training.command)

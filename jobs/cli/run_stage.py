@@ -45,9 +45,9 @@ def seal_and_print(stage: "Stage", options: Any, **how: Any) -> int:
     if options.common.dry_run:
         return print_forecast(stage, overwrite, options.cluster)
     with (open_runner(options.common, options.cluster) as runner,
-          observe(stage, tracker=options.stage.tracker) as observation):
-        observation.manifest = run_stage(stage, runner, watch=observation.watch, overwrite=overwrite, **how)
-    print_result(stage, observation.manifest)
+          observe(stage, tracker=options.stage.tracker) as observers):
+        manifest = observers.sealed(run_stage(stage, runner, watch=observers.watch, overwrite=overwrite, **how))
+    print_result(stage, manifest)
     return 0
 
 

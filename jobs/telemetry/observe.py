@@ -3,8 +3,7 @@
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jobs.runs.labels import stage_labels
@@ -17,44 +16,40 @@ from pipeline.stages.stage import Stage
 _log = logging.getLogger(__name__)
 
 
-@dataclass
-class Observation:
-    """Observers of a stage while it runs."""
+class Observers:
+    """The observers of a stage while it runs."""
 
-    watch: Callable[[Tally], None]
-    """To call whenever the tally changes."""
-    manifest: dict[str, Any] = field(default_factory=dict)
-    """To set when the stage is sealed."""
+    def __init__(self, stage: Stage, tracked: Any, watchers: Sequence[Callable[[Tally], None]]) -> None:
+        self._stage, self._tracked, self._watchers = stage, tracked, watchers
+
+    def watch(self, tally: Tally) -> None:
+        """Show a tally to all observers."""
+        for watcher in self._watchers:
+            watcher(tally)
+
+    def sealed(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Report that the stage is sealed, and return its manifest."""
+        self._tracked.sealed(manifest)
+        _log.debug("%s is sealed", self._stage.name,
+                   extra={"fields": manifest["totals"] | {"folder": self._stage.folder}})
+        return manifest
 
 
 @contextlib.contextmanager
-def observe(stage: Stage, *, name: str = "", tracker: str = "none") -> Iterator[Observation]:
-    """Observers of a stage that is shown as `name` and tracked by `tracker`. The caller sets the manifest."""
+def observe(stage: Stage, *, name: str = "", tracker: str = "none") -> Iterator[Observers]:
+    """Observers of a stage that is shown as `name` and tracked by `tracker`."""
     labels = stage_labels(stage.path, stage.name)
     with logs.label_events(labels), wandb_tracker.track_stage(stage, labels, tracker) as tracked:
         _log.debug("%s begins", stage.name)
         with show_progress(name or stage.name) as show:
-            observation = Observation(_call_all([show, _ray_watcher(labels), tracked.watch]))
-            yield observation
-        manifest = observation.manifest
-        tracked.sealed(manifest)
-        _log.debug("%s is sealed", stage.name, extra={"fields": manifest["totals"] | {"folder": stage.folder}})
+            yield Observers(stage, tracked, [show, _ray_watcher(labels), tracked.watch])
 
 
 def run_observed(stage: Stage, runner: Runner = run_in_process, *, name: str = "", tracker: str = "none",
                  **how: Any) -> dict[str, Any]:
     """Run a stage with its observers, and return its manifest. `how` goes to `run_stage`."""
-    with observe(stage, name=name, tracker=tracker) as observation:
-        observation.manifest = run_stage(stage, runner, watch=observation.watch, **how)
-    return observation.manifest
-
-
-def _call_all(watchers: list[Callable[[Tally], None]]) -> Callable[[Tally], None]:
-    def watch(tally: Tally) -> None:
-        for show in watchers:
-            show(tally)
-
-    return watch
+    with observe(stage, name=name, tracker=tracker) as observers:
+        return observers.sealed(run_stage(stage, runner, watch=observers.watch, **how))
 
 
 def _ray_watcher(labels: dict[str, str]) -> Callable[[Tally], None]:

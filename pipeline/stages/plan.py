@@ -192,14 +192,6 @@ def item_ids(items: Sequence[Item]) -> list[str]:
     return items.ids() if isinstance(items, records.Rows | _Joined) else [item.id for item in items]
 
 
-def check_and_clear(stage: Stage) -> None:
-    """Remove the folder of a stage that can be planned; what cannot must not cost what is there."""
-    stage.inputs()
-    for _ in stage.plan():
-        pass
-    clear_folder(stage)
-
-
 @contextlib.contextmanager
 def hold_folder(stage: Stage, *, exclusive: bool = False) -> Iterator[storage.Lease]:
     """A lease on the folder of a stage; StageFailed if an exclusive one cannot be had, for others work there."""

@@ -23,7 +23,7 @@ from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings.config import EmbedConfig
 from pipeline.embeddings.embed import Embed
-from pipeline.stages.plan import check_and_clear, prepare
+from pipeline.stages.plan import replace_plan
 from tests.jobs.inspection import prometheus_server
 
 
@@ -37,8 +37,7 @@ def root(trained_root: Path, tmp_path: Path) -> str:
     Metrics(Run.parse(root, "small"), 0).add({"step": 3, "loss": 0.5, "samples_per_s": 80.0, "seconds": 1.0})
     dataset = Dataset.parse(root, "flat")
     embed = Embed(dataset, EmbedConfig(batch_size=8))
-    check_and_clear(embed)
-    prepare(embed)
+    replace_plan(embed)
     storage.put_json({"rows": 30, "samples": 29, "bytes": 1000, "of_rows": 120, "items": 0, "of_items": 1,
                       "failed_items": 0, "skipped": {"cut": 1}, "rows_per_s": 10.0, "retried": 0, "seconds_left": 9,
                       "updated": time.time(), "host": "here"}, storage.join(embed.folder, "progress.json"))

@@ -31,7 +31,7 @@ from pipeline.neighbors.config import NeighborsConfig
 from pipeline.neighbors.neighbors import Neighbors
 from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import read_manifest
-from pipeline.stages.plan import check_and_clear, prepare
+from pipeline.stages.plan import prepare, replace_plan
 
 SETTINGS = """
 [train]
@@ -264,7 +264,7 @@ def test_a_run_keeps_its_id_and_its_lineage(root: Path, tmp_path: Path, monkeypa
     # wandb adds a number to the name of a second folder of the same second.
     assert len(folders) == 2 and all(f"-{first}" in name for name in folders)
     assert job.run.lineage()["neighbors"]["digest"] == dataset.identity("neighbors/drawn")["digest"]
-    check_and_clear(Training(job))
+    replace_plan(Training(job))
     assert train_in_processes(job)
     assert json.loads((root / "runs/tracked/wandb.json").read_text())["id"] != first
 
