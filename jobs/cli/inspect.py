@@ -45,7 +45,9 @@ def run_status(options: StatusOptions) -> int:
             watch.watch_root(root, as_json=options.json)
         else:
             from jobs.inspection.status import read_status, status_table
-            stages = read_status(root)
+            from jobs.publishing.releases import check_published
+            stages = [*read_status(root), *({"path": fault["path"], "state": "damaged", "error": fault["fault"]}
+                                            for fault in check_published(root, quick=True)[1])]
             print(json.dumps(stages, indent=1) if options.json else status_table(root, stages), flush=True)
     except KeyboardInterrupt:
         if not (options.watch or options.serve):
@@ -76,10 +78,10 @@ def run_verify(options: VerifyOptions) -> int:
     root = storage.normalize(options.common.root)
     only = options.only.strip("/")
     stages = [stage for stage in read_status(root) if not only or f"{stage['path']}/".startswith(f"{only}/")]
-    chain: list[dict[str, str]] = []
+    from jobs.publishing.releases import check_published
+    current, chain = check_published(root, quick=options.quick)
+    chain = [fault for fault in chain if not only or f"{fault['path']}/".startswith(f"{only}/")]
     if options.against == "current":
-        from jobs.publishing.releases import check_published
-        current, chain = check_published(root)
         stages = [stage for stage in stages if stage["path"].startswith(current)]
     folders = [stage["path"] for stage in stages if stage["state"] in {"sealed", "stale", "damaged"}]
     if options.common.dry_run:

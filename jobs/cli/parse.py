@@ -12,7 +12,8 @@ Run = Callable[[Any], int]
 """The function of a verb: from its options to the exit code."""
 VERBS = {**dict.fromkeys(("shard", "embed", "index", "neighbors", "latents"), "data"),
          **dict.fromkeys(("convert", "export", "train", "sample", "evaluate"), "model"),
-         **dict.fromkeys(("rebuild", "versions", "rollback", "gc", "credits", "forget"), "publish"),
+         **dict.fromkeys(("rebuild", "versions", "rollback", "repair", "gc", "credits", "forget"),
+                         "publish"),
          **dict.fromkeys(("report", "status", "verify", "plan"), "inspect"),
          **{verb: verb for verb in ("pipeline", "demo", "submit")}}
 """The verbs, and the module of each: `VERB` has the class `VerbOptions` and the function `run_VERB`."""

@@ -1,4 +1,4 @@
-"""Verbs for published databases: rebuild, versions, rollback, gc, credits, forget."""
+"""Verbs for published databases: rebuild, versions, rollback, repair, gc, credits, forget."""
 
 import json
 import logging
@@ -95,6 +95,21 @@ def run_rollback(options: RollbackOptions) -> int:
 
 
 @dataclass(frozen=True)
+class RepairOptions:
+    """Restore a damaged or missing pointer of a published database, and the images that it must hide."""
+
+    dataset: DatasetName
+    common: Flat[CommonOptions]
+
+
+def run_repair(options: RepairOptions) -> int:
+    from jobs.publishing.repair import repair
+    name = _dataset_name(options.common.root, options.dataset, f"repair {options.dataset.split('@')[0]}")
+    print(json.dumps(repair(options.common.root, name, dry_run=options.common.dry_run)))
+    return 0
+
+
+@dataclass(frozen=True)
 class GcOptions:
     """Remove versions of a published database that nothing uses any more."""
 
@@ -106,7 +121,7 @@ class GcOptions:
 
 
 def run_gc(options: GcOptions) -> int:
-    from jobs.publishing.releases import collect_garbage, removed_table
+    from jobs.publishing.garbage_collect import collect_garbage, removed_table
     name = _dataset_name(options.common.root, options.dataset, f"gc {options.dataset.split('@')[0]} --keep 3")
     removed = collect_garbage(options.common.root, name, options.gc, dry_run=options.common.dry_run)
     print(json.dumps(removed, indent=1) if options.json else removed_table(removed, options.common.dry_run))

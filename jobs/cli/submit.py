@@ -37,7 +37,7 @@ _SECRET = re.compile("KEY|SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL")
 _STOP_S = 60  # what a driver is given to end in when its job is stopped; Ray's own 3 s are too few for a checkpoint
 _PATIENCE_S = 300.0  # for a job server that does not answer
 _SETTINGS = "settings.toml"
-_OF_ALL_VERSIONS = {"rebuild", "versions", "rollback", "gc"}
+_OF_ALL_VERSIONS = {"rebuild", "versions", "rollback", "repair", "gc"}
 _TALKATIVE = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk",
               "ray._private.runtime_env.packaging")
 

@@ -1,5 +1,6 @@
 """Pictures taken out of every database: hidden at once, out of the bytes with the next version, and kept out."""
 
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -9,8 +10,10 @@ from jobs.publishing.releases import find_consumers
 from pipeline import storage
 from pipeline.datasets import takedowns
 from pipeline.datasets.dataset import Dataset, datasets
+from pipeline.datasets.published import DamagedPointer, Published
 from pipeline.datasets.takedowns import Forgotten
 
+_log = logging.getLogger(__name__)
 _HOST = re.compile(r"[a-z0-9]([a-z0-9_.-]*[a-z0-9])?")
 
 
@@ -63,19 +66,50 @@ def forget(root: str, wanted: Forgotten, note: str, *, dry_run: bool = False) ->
             hashes |= {value for _, row in takedowns.find_rows(dataset, wanted)
                        for value in (row["sha256"], row.get("original_sha256")) if value}
     wanted = Forgotten(wanted.sha256 | hashes, wanted.urls, wanted.domains)
-    if not dry_run:
-        takedowns.add_takedowns(root, wanted, note)  # before anything is hidden: a rebuild under way may still see it
-    touched, users = [], {name: find_consumers(root, name) for name in {dataset.name for dataset in there}}
-    for dataset in there:
-        if rows := takedowns.find_rows(dataset, wanted):
-            fresh = 0 if dry_run else takedowns.hide_rows(dataset, [row for row, _ in rows])
-            used = users[dataset.name].get(dataset.version, [])
-            touched.append({"dataset": f"{dataset.name}@{dataset.version}", "pictures": len(rows), "hidden_now": fresh,
-                            "keys": [row["key"] for _, row in rows][:20],
-                            "neighbors": [consumer for consumer in used if consumer.startswith("datasets/")],
-                            "runs": [consumer for consumer in used if consumer.startswith("runs/")]})
+    if dry_run:
+        touched = [_touched(dataset, rows, 0, find_consumers(root, dataset.name)) for dataset in there
+                   if (rows := takedowns.find_rows(dataset, wanted))]
+    else:
+        takedowns.add_takedowns(root, wanted, note)  # before anything is hidden: a rebuild that runs may still see it
+        touched = apply_takedowns(root, wanted)
     return {"sha256": sorted(wanted.sha256), "urls": sorted(wanted.urls), "domains": sorted(wanted.domains),
             "dry_run": dry_run, "found": touched}
+
+
+def apply_takedowns(root: str, wanted: Forgotten | None = None) -> list[dict[str, Any]]:
+    """Hide the rows of the whole takedown list in every dataset, and say which of them have rows of `wanted`.
+
+    None means the whole list. Earlier requests are applied again: the process that made them may have been killed.
+    """
+    count, listed, touched = takedowns.count_requests(root)[0], takedowns.read_takedowns(root), []
+    there = [dataset for dataset in datasets(root) if dataset.is_sealed("shards")]
+    for dataset in there:
+        rows = takedowns.find_rows(dataset, listed)
+        fresh = takedowns.hide_rows(dataset, [row for row, _ in rows], count)
+        if requested := [(row, sample) for row, sample in rows if wanted is None or wanted.has(sample)]:
+            touched.append(_touched(dataset, requested, fresh, find_consumers(root, dataset.name)))
+    takedowns.mark_applied(root, count)
+    for name in sorted({dataset.name for dataset in there}):
+        _require(root, name, count)
+    return touched
+
+
+def _require(root: str, name: str, count: int) -> None:
+    """Let the pointer of a published dataset name the count of requests that its readers must find."""
+    try:
+        while (published := Published.load(root, name)).version and not published.require_takedowns(count):
+            pass
+    except DamagedPointer as error:
+        _log.warning("forget: %s", error)
+
+
+def _touched(dataset: Dataset, rows: list[tuple[int, dict[str, Any]]], fresh: int, users: dict[str, list[str]]
+             ) -> dict[str, Any]:
+    used = users.get(dataset.version, [])
+    return {"dataset": f"{dataset.name}@{dataset.version}", "pictures": len(rows), "hidden_now": fresh,
+            "keys": [row["key"] for _, row in rows][:20],
+            "neighbors": [consumer for consumer in used if consumer.startswith("datasets/")],
+            "runs": [consumer for consumer in used if consumer.startswith("runs/")]}
 
 
 def forget_text(report: dict[str, Any]) -> str:

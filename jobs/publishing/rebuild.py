@@ -3,6 +3,7 @@
 Whoever runs it again goes on with the version that was begun for the same source; another source, another version.
 """
 
+import contextlib
 import logging
 import tempfile
 from collections.abc import Callable
@@ -16,10 +17,11 @@ from jobs.publishing.config import RebuildConfig
 from jobs.publishing.releases import list_encoders
 from jobs.telemetry import logs
 from pipeline import storage
-from pipeline.datasets import published, takedowns
+from pipeline.datasets import published, takedowns, version_marks
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.hidden_rows import Tombstones
 from pipeline.datasets.published import Published
+from pipeline.datasets.release_files import find_missing_files
 from pipeline.embeddings.config import EmbedConfig
 from pipeline.embeddings.embed import dataset_encoder
 from pipeline.indices.config import IndexConfig
@@ -71,9 +73,11 @@ class Rebuild:
     @cached_property
     def last(self) -> Dataset | None:
         """The published version, if anything of it can be taken."""
-        if not self.before.version or self.config.full:
+        if self.config.full:
             return None
-        last = self.before.open()
+        last = self._open_base(self.before)
+        if last is None:
+            return None
         now = Update.section_of(self.shard)
         there = {key: value for key, value in last.manifest("shards")["section"].items() if key != "rewrite"}
         if differing := sorted(key for key in now.keys() | there.keys() if there.get(key) != now.get(key)):
@@ -81,6 +85,26 @@ class Rebuild:
                       ", ".join(differing))
             return None
         return last
+
+    def _open_base(self, before: Published) -> Dataset | None:
+        """The published version. None if nothing is published, or if files of it are missing: it is replaced then."""
+        if not before.version:
+            return None
+        fault = ""
+        try:
+            base = before.open()
+            if missing := find_missing_files(base, dict(base.trusted)):
+                fault = f"{len(missing)} files are missing or changed, the first is {missing[0]}"
+        except ValueError as error:
+            fault = str(error).splitlines()[0]
+        if not fault:
+            return base
+        if Published.load(self.root, self.name).version != before.version:
+            raise StageFailed(f"another version of {self.name} was published, and {before.version} was removed\n"
+                              f"hint: run the same command again")
+        _log.warning("rebuild: the published %s@%s is damaged (%s): every image is read again, and the gates do not "
+                     "compare with it", self.name, before.version, fault)
+        return None
 
     def forecast(self) -> dict[str, Any]:
         """What a rebuild would do, as far as the source's names and looks tell; writes nothing."""
@@ -105,7 +129,9 @@ class Rebuild:
         data = storage.json_bytes(claim)
         past = {document["version"] for document in Published.load(self.root, self.name).history()}
         for version in reversed(self.before.versions()):
-            earlier = self._claimed(version) if published.version_number(version) > self.before.number else None
+            if published.version_number(version) <= self.before.number or self._is_gone(version):
+                continue
+            earlier = self._claimed(version)
             if earlier == claim or (earlier and version in past and earlier["source"] == source):
                 return Dataset(self.root, self.name, version), version in past
         number = self.before.number
@@ -120,8 +146,12 @@ class Rebuild:
     def _taken(self, version: str) -> bool:
         """Whether a version was made by hand, or is over and gone: it has no claim, and is none to claim."""
         base = storage.join(self.before.folder, version)
-        return self._claimed(version) is None and any(storage.exists(storage.join(base, file)) for file in (
-            "release.json", *(f"{stage}/plan.json" for stage in published.STAGES)))
+        return self._is_gone(version) or (self._claimed(version) is None and any(
+            storage.exists(storage.join(base, file))
+            for file in ("release.json", *(f"{stage}/plan.json" for stage in published.STAGES))))
+
+    def _is_gone(self, version: str) -> bool:
+        return version_marks.is_removing(Dataset(self.root, self.name, version))
 
     def _settings(self) -> list[Any]:
         embedding = Reuse(Dataset(self.root, self.name), self.embed, None).section()
@@ -189,7 +219,7 @@ class Rebuild:
 
     def judge(self, dataset: Dataset, before: Published) -> tuple[list[Gate], list[str]]:
         """The gates of a version against what is published, and the queries that they asked."""
-        base = before.open() if before.version else None
+        base = self._open_base(before)
         release = published.read_release(base)[0] if base else None
         texts = gates.choose_queries(self.config.gates, release, dataset)
         pinned = {} if self.config.allow_encoder else list_encoders(self.root, self.name)
@@ -227,8 +257,15 @@ class Rebuild:
                 "samples": shards["totals"]["samples"] - shards["info"].get("dead", 0),
                 "recall@10": gates.recall(dataset), "encoder": dataset_encoder(dataset), "queries": texts,
                 "change": shards["info"]["change"], "gates": [vars(gate) for gate in results]})
+            self._hide_forgotten(dataset)
             if before.publish(dataset, data, number):
                 return {"published": dataset.version, "gates": {gate.name: gate.value for gate in results}}
+
+    def _hide_forgotten(self, dataset: Dataset) -> None:
+        """Hide what was forgotten since the shards were made: readers of the new version must not find it."""
+        if requests := takedowns.count_requests(self.root)[0]:
+            rows = takedowns.find_rows(dataset, takedowns.read_takedowns(self.root))
+            takedowns.hide_rows(dataset, [row for row, _ in rows], requests)
 
     def unchanged(self, dataset: Dataset, diff: SourceDiff) -> bool:
         """Whether the published version holds all of the source already.
@@ -253,7 +290,19 @@ class Rebuild:
 
 def run_rebuild(rebuild: Rebuild, seal: Seal) -> dict[str, Any]:
     """Bring a dataset's published version up to its source; what was done."""
-    dataset, past = rebuild.claim()
+    with contextlib.ExitStack() as leases:
+        if rebuild.before.version:  # gc must not remove the files that the new version takes over
+            leases.enter_context(storage.hold_lease(rebuild.root, f"datasets/{rebuild.name}/{rebuild.before.version}"))
+        while True:
+            dataset, past = rebuild.claim()
+            lease = storage.Lease(rebuild.root, f"datasets/{dataset.name}/{dataset.version}", exclusive=False)
+            lease.acquire()
+            leases.callback(lease.release)
+            if not version_marks.is_removing(dataset):  # removed between the claim and the lease
+                return _rebuild_claimed(rebuild, dataset, past, seal)
+
+
+def _rebuild_claimed(rebuild: Rebuild, dataset: Dataset, past: bool, seal: Seal) -> dict[str, Any]:
     with logs.label_events({"dataset": dataset.name, "version": dataset.version, "stage": "rebuild", "run": ""}):
         return _made(rebuild, dataset, past, seal)
 

@@ -1,27 +1,31 @@
 """The versions of a published dataset: which there are, who is bound to them, the way back, and the end of old ones."""
 
-import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
-from jobs.publishing.config import GcConfig
 from jobs.runs.run import Run
 from jobs.telemetry import tables
-from jobs.telemetry.units import format_bytes
 from pipeline import storage
-from pipeline.datasets import published
+from pipeline.datasets import hidden_rows, published, takedowns, version_marks
 from pipeline.datasets.dataset import Dataset, datasets
-from pipeline.datasets.published import Published
-from pipeline.stages.manifest import read_manifest
-from pipeline.stages.plan import read_items
+from pipeline.datasets.published import DamagedPointer, Published
+from pipeline.datasets.release_files import find_missing_files
 from pipeline.stages.types import StageFailed
 
 
 def list_published(root: str) -> list[str]:
-    """The datasets of a root that have something published."""
+    """The datasets of a root that have something published, those with a damaged pointer too."""
     names = storage.list_folders(storage.join(storage.normalize(root), "datasets"))
-    return [name for name in names if Published.load(root, name).version]
+    return [name for name in names if _is_published(root, name)]
+
+
+def _is_published(root: str, name: str) -> bool:
+    try:
+        return bool(Published.load(root, name).version)
+    except DamagedPointer:
+        return True
 
 
 def find_consumers(root: str, name: str) -> dict[str, list[str]]:
@@ -83,7 +87,7 @@ def list_versions(root: str, name: str) -> list[dict[str, Any]]:
         dataset = Dataset(root, name, version)
         release = published.read_release(dataset)[0]
         about: dict[str, Any] = {"version": version, "published": current.version == version,
-                               "released": release is not None, "removed": _is_removed(root, name, version),
+                               "released": release is not None, "removed": is_removed(root, name, version),
                                "rolled_back": version in rolled_back,
                                "pinned_by": pinned.get(version, []),
                                "until": _when(current.unpublished_since(version))}
@@ -118,8 +122,11 @@ def _when(seconds: float | None) -> float | None:
     return None if seconds is None or seconds == float("inf") else seconds
 
 
-def check_published(root: str) -> tuple[tuple[str, ...], list[dict[str, str]]]:
-    """The folders of all published versions, and where what they hold is not what was published."""
+def check_published(root: str, *, quick: bool = False) -> tuple[tuple[str, ...], list[dict[str, str]]]:
+    """The folders of all published versions, and where what they hold is not what was published.
+
+    `quick` looks at the pointers, releases and manifests. Otherwise searches must not find what was forgotten.
+    """
     folders, faults = [], []
     for name in list_published(root):
         place = f"datasets/{name}/current.json"
@@ -129,12 +136,28 @@ def check_published(root: str) -> tuple[tuple[str, ...], list[dict[str, str]]]:
             faults.append({"path": place, "fault": str(error).splitlines()[0]})
             continue
         folders.append(f"datasets/{name}/{dataset.version}/")
-        for stage_name in dict(dataset.trusted):
+        checks: list[tuple[str, Callable[[], Any]]] = [
+            (dataset.path(stage_name), partial(dataset.manifest, stage_name)) for stage_name in dict(dataset.trusted)]
+        checks.append((f"datasets/{name}/{dataset.version}/forgotten.json", partial(
+            takedowns.read_forgotten_rows if quick else _check_hidden_rows, dataset)))
+        for path, check in checks:
             try:
-                dataset.manifest(stage_name)
+                check()
             except ValueError as error:
-                faults.append({"path": dataset.path(stage_name), "fault": str(error).splitlines()[0]})
+                faults.append({"path": path, "fault": str(error).splitlines()[0]})
     return tuple(folders), faults
+
+
+def _check_hidden_rows(dataset: Dataset) -> None:
+    """ValueError if searches in a published version would find rows that the takedown list names."""
+    hidden = hidden_rows.read_hidden_rows(dataset)
+    rows = [row for row, _ in takedowns.find_rows(dataset, takedowns.read_takedowns(dataset.root))]
+    if found := sorted(set(rows) - set(hidden.tolist())):
+        raise ValueError(f"searches find {len(found)} images of the takedown list, the first is row {found[0]}\n"
+                         f"hint: python -m jobs repair {dataset.name} --root {dataset.root}")
+    samples = dataset.manifest("shards")["totals"]["samples"]
+    if len(hidden) and (hidden[0] < 0 or hidden[-1] >= samples):
+        raise ValueError(f"rows {hidden[0]} to {hidden[-1]} are hidden, and the version has {samples} samples")
 
 
 def rollback(root: str, name: str, to: str, *, dry_run: bool = False) -> dict[str, Any]:
@@ -144,7 +167,7 @@ def rollback(root: str, name: str, to: str, *, dry_run: bool = False) -> dict[st
         raise ValueError(f"nothing of {name} is published in {root}\nhint: rebuild {name} --source ...")
     past = [document["version"] for document in current.history()]
     version = to or next((earlier for earlier in reversed(past) if published.version_number(earlier) < current.number
-                          and not _is_removed(root, name, earlier)), "")
+                          and not is_removed(root, name, earlier)), "")
     if not version:
         raise ValueError(f"there is no version of {name} before {current.version} any more\nhint: versions {name}")
     if version == current.version:
@@ -154,11 +177,11 @@ def rollback(root: str, name: str, to: str, *, dry_run: bool = False) -> dict[st
     if release is None or version not in past:
         raise ValueError(f"{name}@{version} was never published, so it cannot be again\nhint: versions {name} lists "
                          f"what there is")
-    if _is_removed(root, name, version):
+    if is_removed(root, name, version):
         raise ValueError(f"{name}@{version} was removed by gc\nhint: versions {name} lists what there is")
-    if current.open_version(version).trusted != tuple(sorted(published.hash_manifests(dataset).items())):
-        raise ValueError(f"{name}@{version} is not what was published any more\nhint: verify --only datasets/{name}/"
-                         f"{version}")
+    if missing := find_missing_files(dataset, dict(current.open_version(version).trusted)):
+        raise ValueError(f"{name}@{version} is not what was published any more: {len(missing)} files are missing or "
+                         f"changed, the first is {missing[0]}\nhint: verify --only datasets/{name}/{version}")
     if not dry_run and not current.publish(dataset, data, release["number"], rolled_back=current.version):
         raise StageFailed(f"somebody published another version of {name} at this moment\nhint: look at versions "
                                 f"{name}, and try again")
@@ -166,107 +189,9 @@ def rollback(root: str, name: str, to: str, *, dry_run: bool = False) -> dict[st
         {"dry_run": True} if dry_run else {})
 
 
-def collect_garbage(root: str, name: str, config: GcConfig, *, dry_run: bool = False) -> list[dict[str, Any]]:
-    """Remove versions that nobody needs, but for files that others took over; what was done to which."""
-    root, current = storage.normalize(root), Published.load(root, name)
-    if not current.version:
-        raise ValueError(f"nothing of {name} is published in {root}: nothing is old")
-    pinned = find_consumers(root, name)
-    there = [version for version in current.versions() if not _is_removed(root, name, version)]
-    past = [version for version in there if current.unpublished_since(version) is not None]
-    newest = set(past[-config.keep:]) if config.keep else set()
-    versions: list[dict[str, Any]] = []
-    for version in there:
-        reason = ("published" if version == current.version else f"pinned by {', '.join(pinned[version])}"
-                  if version in pinned else f"one of the newest {config.keep}" if version in newest
-                  else "not made by rebuild" if version not in past and not storage.exists(
-                      storage.join(current.folder, version, "rebuild.json"))
-                  and any(Dataset(root, name, version).is_sealed(stage) for stage in published.STAGES)
-                  else "leased" if time.time() - _last_used(current, version) < 3600 * config.lease else "")
-        versions.append({"version": version, "kept": reason})
-    stays = _files_of(root, name, [entry["version"] for entry in versions if entry["kept"]])
-    for entry in versions:
-        if not entry["kept"]:
-            entry["removed_files"], entry["removed_bytes"], entry["taken_over"] = _remove(
-                root, name, entry["version"], stays, dry_run)
-    return versions
-
-
-def _is_removed(root: str, name: str, version: str) -> bool:
-    """Whether a version was removed: its release alone is left, and files that others took over."""
+def is_removed(root: str, name: str, version: str) -> bool:
+    """Whether gc removed a version: its release and its mark are left, and files that later versions took over."""
     dataset = Dataset(root, name, version)
+    if version_marks.read_mark(dataset) is not None:
+        return version_marks.is_removing(dataset)
     return published.read_release(dataset)[0] is not None and not dataset.is_sealed("shards")
-
-
-def _last_used(current: Published, version: str) -> float:
-    """When a version ceased to be published, or somebody last worked on it."""
-    if (since := current.unpublished_since(version)) is not None:
-        return since
-    base = storage.join(current.folder, version)
-    times = [0.0]
-    for path in ("rebuild.json", "gates.json", *(f"{stage}/{file}" for stage in published.STAGES for file in
-                                                 ("plan.json", "progress.json", "manifest.json"))):
-        try:
-            times.append(storage.modified_time(storage.join(base, path)))
-        except FileNotFoundError:
-            continue
-    return max(times)
-
-
-def _files_of(root: str, name: str, kept: list[str]) -> set[str]:
-    """Addresses of the files that the manifests and plans of versions name."""
-    urls = set()
-    for version in kept:
-        dataset = Dataset(root, name, version)
-        for stage_name in published.STAGES:
-            folder = dataset.folder(stage_name)
-            if dataset.is_sealed(stage_name):
-                manifest = read_manifest(folder, "")
-                records: Any = manifest["items"]
-            else:  # under way: what is recorded, and what its plan says will be taken
-                records = [storage.read_json(storage.join(folder, "records", file))
-                           for file in storage.list_files(storage.join(folder, "records"))]
-                if storage.exists(storage.join(folder, "plan.json")):
-                    records += _to_be_taken(root, name, stage_name, folder)
-            urls |= {storage.manifest_file_url(folder, entry["name"])
-                      for record in records for entry in record["files"]}
-    return urls
-
-
-def _to_be_taken(root: str, name: str, stage_name: str, folder: str) -> list[dict[str, Any]]:
-    """Records of other versions that the items of a plan will take over, their files by whole address."""
-    records = []
-    for item in read_items(folder):
-        for key in ("last", "vectors", "of"):
-            record = item.inputs.get(key)
-            version = item.inputs.get("version") or item.inputs.get("last")
-            if isinstance(record, dict) and isinstance(version, str):
-                there = Dataset(root, name, version).folder("shards" if key == "of" else stage_name)
-                records.append({"files": [entry | {"name": storage.manifest_file_url(there, entry["name"])}
-                                        for entry in record["files"]]})
-    return records
-
-
-def _remove(root: str, name: str, version: str, stays: set[str], dry_run: bool) -> tuple[int, int, int]:
-    """Remove what is in a version and does not stay: files, bytes, and files that stay."""
-    base = storage.join(storage.normalize(root), "datasets", name, version)
-    count = length = taken_over = 0
-    # Manifests go first: nobody begins to read a version that is half gone. Its release stays, to say that it was.
-    for file, size in sorted(storage.walk(base), key=lambda entry: (not entry[0].endswith("manifest.json"), entry[0])):
-        url = storage.join(base, file)
-        if file == "release.json" or url in stays:
-            taken_over += file != "release.json"
-            continue
-        count, length = count + 1, length + (size or 0)
-        if not dry_run:
-            storage.remove(url)
-    return count, length, taken_over
-
-
-def removed_table(versions: list[dict[str, Any]], dry_run: bool) -> str:
-    """What became of each version, a line each."""
-    verb = "would be removed" if dry_run else "removed"
-    return tables.render([[version["version"], f"kept: {version['kept']}" if version["kept"] else
-                           f"{verb}: {version['removed_files']} files, {format_bytes(version['removed_bytes'])}"
-                           + (f"; {version['taken_over']} files stay, for later versions took them over"
-                              if version["taken_over"] else "")] for version in versions])

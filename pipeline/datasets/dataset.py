@@ -25,6 +25,8 @@ class Dataset:
     version: str = DEFAULT_VERSION
     trusted: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
     """Of a published version the sha256 of the manifest of each stage: what is read is held against it."""
+    takedowns: int = field(default=0, compare=False, repr=False)
+    """Of a published version the count of requests that the takedown list must have, as its pointer says."""
 
     @classmethod
     def parse(cls, root: str, text: str) -> "Dataset":
@@ -68,8 +70,13 @@ class Dataset:
         return read_manifest(self.folder(stage_name), self.command(stage_name), dict(self.trusted).get(stage_name))
 
     def is_sealed(self, stage_name: str) -> bool:
-        """Whether a stage has ended."""
-        return storage.exists(storage.join(self.folder(stage_name), "manifest.json"))
+        """Whether a stage has ended; ValueError if it is missing though it was published."""
+        sealed = storage.exists(storage.join(self.folder(stage_name), "manifest.json"))
+        if not sealed and stage_name in dict(self.trusted):
+            raise ValueError(f"{self.folder(stage_name)} is a part of the published {self.name}@{self.version}, and "
+                             f"has no manifest.json\nhint: python -m jobs rollback {self.name} --root {self.root}; or "
+                             f"rebuild {self.name}, which replaces the damaged version")
+        return sealed
 
     def identity(self, stage_name: str) -> dict[str, Any]:
         """How a later stage names this one among its inputs."""

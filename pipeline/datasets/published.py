@@ -5,6 +5,8 @@
     <root>/published/<name>/000007.json     every current.json that ever stood there, in order
 
 A reader reads current.json once, and checks what it reads against the hashes that it leads to. Versions never change.
+A pointer that is missing, or older than the history or than the last one that this machine has seen, is refused.
+`repair` restores it.
 """
 
 import hashlib
@@ -15,8 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline import storage
+from pipeline.datasets import version_marks
 from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.last_seen import read_last_seen, write_last_seen
+from pipeline.datasets.release_files import find_changed_manifests
 from pipeline.stages.manifest import code_revision
+from pipeline.stages.types import StageFailed
 
 STAGES = ("shards", "embeddings", "text_embeddings", "index", "tombstones")
 _NUMBERED = re.compile(r"v([1-9]\d*)")
@@ -35,18 +41,49 @@ class Published:
 
     @classmethod
     def load(cls, root: str, name: str) -> "Published":
-        """Read current.json; ValueError if it is damaged."""
+        """Read current.json; DamagedPointer if it is damaged, or missing, or not the newest."""
         root = storage.normalize(root)
-        url = storage.join(root, "datasets", name, "current.json")
-        try:
-            data = storage.read_bytes(url)
-        except FileNotFoundError:
-            return cls(root, name, None, {})
-        document = storage.parse_json(data, url)
-        if not isinstance(document, dict) or not document.keys() >= _KEYS:
-            raise ValueError(f"{url} is damaged\nhint: python -m jobs rollback {name} publishes an earlier version "
-                             f"again")
-        return cls(root, name, data, document)
+        while True:
+            data = read_pointer(root, name)
+            document = parse_pointer(data) if data else {}
+            if document is not None:
+                published = cls(root, name, data, document)
+                fault = published._find_fault()
+                if not fault:
+                    return published
+            else:
+                fault = "is damaged"
+            if read_pointer(root, name) == data:  # otherwise another version was published since it was read
+                raise DamagedPointer(root, name, fault)
+
+    def _find_fault(self) -> str:
+        """What is wrong with the pointer beside the history and beside what this machine has seen; "" if nothing is."""
+        sequence = self.document.get("sequence", 0)
+        files = storage.list_files(self._history_folder)
+        newest = max((int(file[:-5]) for file in files if file[:-5].isdigit()), default=0)
+        if not self.document and newest:
+            return f"is missing, and {newest} publications are in the history"
+        if sequence < newest:
+            return f"is an older one: it has number {sequence}, and the history goes up to {newest}"
+        if sequence == newest and sequence:
+            try:
+                listed = storage.read_json(self._history_url(sequence))
+            except ValueError:
+                listed = {}
+            if any(listed.get(key) != self.document[key] for key in ("version", "release")):
+                return f"is not publication {sequence} of the history"
+        return self._find_rollback(sequence, files)
+
+    def _find_rollback(self, sequence: int, files: list[str]) -> str:
+        """What is wrong with the pointer beside the last one that this machine has seen; "" if nothing is."""
+        seen = read_last_seen(self.root, self.name)
+        if seen.get("sequence") == sequence or not files:
+            return ""
+        first = hashlib.sha256(storage.read_bytes(storage.join(self._history_folder, files[0]))).hexdigest()
+        if seen.get("first") == first and seen["sequence"] > sequence:
+            return f"is an older one: it has number {sequence}, and this machine has seen {seen['sequence']}"
+        write_last_seen(self.root, self.name, sequence, first)
+        return ""
 
     @property
     def version(self) -> str:
@@ -69,19 +106,27 @@ class Published:
 
     def open(self) -> Dataset:
         """The published version, with the hashes to check it by; ValueError if its release is not the published one."""
-        return _open_release(Dataset(self.root, self.name, self.version), self.document["release"])
+        return self._open(Dataset(self.root, self.name, self.version), self.document["release"])
 
     def open_version(self, version: str) -> Dataset:
         """A version with the hashes under which it was last published; without hashes if it never was."""
         dataset = Dataset(self.root, self.name, version)
         for document in reversed(self.history()):
             if document["version"] == version:
-                return _open_release(dataset, document["release"])
+                return self._open(dataset, document["release"])
         return dataset
+
+    def _open(self, dataset: Dataset, sha256: str) -> Dataset:
+        release, data = read_release(dataset)
+        if release is None or hashlib.sha256(data).hexdigest() != sha256:
+            raise ValueError(f"the release of {dataset.name}@{dataset.version} is not the one that was published: it "
+                             f"was changed or removed\nhint: python -m jobs rollback {dataset.name}")
+        return Dataset(dataset.root, dataset.name, dataset.version, tuple(sorted(release["manifests"].items())),
+                       self.document.get("takedowns", 0))
 
     def history(self) -> list[dict[str, Any]]:
         """Every current.json that there was, the oldest first, this one included."""
-        base = storage.join(self.root, "published", self.name)
+        base = self._history_folder
         documents = {document["sequence"]: document for document in storage.map_urls(
             lambda file: storage.read_json(storage.join(base, file)), storage.list_files(base))}
         if self.document:
@@ -89,29 +134,63 @@ class Published:
         return [documents[sequence] for sequence in sorted(documents)]
 
     def unpublished_since(self, version: str) -> float | None:
-        """When a version ceased to be the published one, None if it never was; infinity if it is."""
-        since: float | None = None
+        """When a version ceased to be the published one, None if it never was; infinity if it is.
+
+        The time is that of the store: the clock of a publisher may be wrong.
+        """
+        successor: int | None = None
         history = self.history()
-        for document, successor in zip(history, [*history[1:], None], strict=True):
+        for document, after in zip(history, [*history[1:], None], strict=True):
             if document["version"] == version:
-                since = successor["published"] if successor else float("inf")
-        return since
+                if after is None:
+                    return float("inf")
+                successor = after["sequence"]
+        return None if successor is None else self._publication_time(successor)
+
+    def _publication_time(self, sequence: int) -> float:
+        """When a publication was written. The newest may be missing in the history for a moment."""
+        try:
+            return storage.modified_time(self._history_url(sequence))
+        except FileNotFoundError:
+            return storage.modified_time(storage.join(self.folder, "current.json"))
 
     def publish(self, dataset: Dataset, data: bytes, number: int, **more: Any) -> bool:
-        """Publish the release `data` of a version in the place of this one; False if another took its place."""
+        """Publish the release `data` of a version in the place of this one; False if another took its place.
+
+        StageFailed if gc removes the version meanwhile; what was published before is published again then.
+        """
         release = json.loads(data)
         now = round(time.time(), 3)
-        after = {"checked": now, "version": dataset.version, "number": number,
-                 "sequence": self.document.get("sequence", 0) + 1,
+        sequence = self.document.get("sequence", 0) + 1
+        after = {"checked": now, "version": dataset.version, "number": number, "sequence": sequence,
                  "release": hashlib.sha256(data).hexdigest(), "content": release["content"],
                  "previous": self.version or None, "samples": release["samples"],
-                 "recall@10": release["recall@10"], "published": now, **more}
+                 "recall@10": release["recall@10"], "published": now,
+                 "takedowns": self.document.get("takedowns", 0), **more}
+        version_marks.mark_publishing(dataset, sequence)
         if self.document:  # whoever published it may have been killed before it did so
             self._add_to_history(self.document)
         if not self._swap(after):
             return False
         self._add_to_history(after)
+        if version_marks.is_removing(dataset) or find_changed_manifests(dataset, release["manifests"]):
+            if self.document:
+                Published(self.root, self.name, storage.json_bytes(after), after).replace(
+                    self.document | {"sequence": sequence + 1, "rolled_back": dataset.version, "published": now})
+            raise StageFailed(f"{dataset.name}@{dataset.version} was removed while it was published\n"
+                              f"hint: the same rebuild makes another version")
         return True
+
+    def replace(self, document: dict[str, Any]) -> bool:
+        """Put a repaired pointer in the place of this one, and into the history; False if another took its place."""
+        if not self._swap(document):
+            return False
+        self._add_to_history(document)
+        return True
+
+    def require_takedowns(self, count: int) -> bool:
+        """Note that `count` requests of the takedown list apply here; False if another was published meanwhile."""
+        return self.document.get("takedowns", 0) >= count or self._swap(self.document | {"takedowns": count})
 
     def mark_checked(self) -> None:
         """Note that the source was compared and nothing had changed; without effect if another was published."""
@@ -122,8 +201,39 @@ class Published:
         return storage.swap_bytes(storage.json_bytes(document), url, self.data)
 
     def _add_to_history(self, document: dict[str, Any]) -> None:
-        url = storage.join(self.root, "published", self.name, f"{document['sequence']:06d}.json")
-        storage.create_bytes(storage.json_bytes(document), url)
+        storage.create_bytes(storage.json_bytes(document), self._history_url(document["sequence"]))
+
+    @property
+    def _history_folder(self) -> str:
+        return storage.join(self.root, "published", self.name)
+
+    def _history_url(self, sequence: int) -> str:
+        return storage.join(self._history_folder, f"{sequence:06d}.json")
+
+
+class DamagedPointer(ValueError):
+    """The current.json of a dataset is missing though something was published, or cannot be trusted."""
+
+    def __init__(self, root: str, name: str, fault: str) -> None:
+        super().__init__(f"{storage.join(root, 'datasets', name, 'current.json')} {fault}\n"
+                         f"hint: python -m jobs repair {name} --root {root}")
+
+
+def read_pointer(root: str, name: str) -> bytes | None:
+    """The bytes of current.json; None if there is none."""
+    try:
+        return storage.read_bytes(storage.join(root, "datasets", name, "current.json"))
+    except FileNotFoundError:
+        return None
+
+
+def parse_pointer(data: bytes) -> dict[str, Any] | None:
+    """The document in the bytes of a current.json; None if it is damaged."""
+    try:
+        document = json.loads(data)
+    except ValueError:
+        return None
+    return document if isinstance(document, dict) and document.keys() >= _KEYS else None
 
 
 def open_dataset(root: str, text: str, pinned: str = "") -> Dataset:
@@ -139,14 +249,6 @@ def open_dataset(root: str, text: str, pinned: str = "") -> Dataset:
     if pinned and (wanted := Dataset.parse(root, pinned)).name == dataset.name:
         return published.open_version(wanted.version)
     return published.open() if published.version else dataset
-
-
-def _open_release(dataset: Dataset, sha256: str) -> Dataset:
-    release, data = read_release(dataset)
-    if release is None or hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError(f"the release of {dataset.name}@{dataset.version} is not the one that was published: somebody "
-                         f"changed or removed it\nhint: python -m jobs rollback {dataset.name}")
-    return Dataset(dataset.root, dataset.name, dataset.version, tuple(sorted(release["manifests"].items())))
 
 
 def read_release(dataset: Dataset) -> tuple[dict[str, Any] | None, bytes]:

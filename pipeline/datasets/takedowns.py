@@ -1,9 +1,13 @@
 """What no database may hold any more: a list at the root, and at once the rows of it that a version has.
 
-    <root>/forgotten.json                             hashes, addresses and domains, and who asked when
+    <root>/forgotten.json                             hashes, URLs and domains, and every request with its date
+    <root>/takedowns/000003.json                      a copy of each request, from which `repair` restores the list
     <root>/datasets/<name>/<version>/forgotten.json   rows that searches leave out from now on, like tombstones
 
-Both only grow. The next version of a database is made without: neither pictures nor metadata are in its bytes.
+All of them only grow. The next version of a database is made without these images and their metadata.
+
+A removed file must not bring images back. So the list counts the requests that were applied to all datasets, the file
+of a version says up to which request its rows go, and the pointer of a published dataset names the least count.
 """
 
 import json
@@ -22,6 +26,7 @@ from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import metadata
 
 _NAME = "forgotten.json"
+_COPIES = "takedowns"
 _TRIES = 20
 _KINDS = ("sha256", "urls", "domains")
 
@@ -78,16 +83,58 @@ def read_takedowns(root: str) -> Forgotten:
     return Forgotten(*(frozenset(document.get(kind, ())) for kind in _KINDS))
 
 
-def add_takedowns(root: str, more: Forgotten, note: str) -> None:
-    """Add to the list of a root; `note` says why, and is kept."""
+def count_requests(root: str) -> tuple[int, int]:
+    """How many requests the list of a root has, and how many of the first were applied to every dataset."""
+    document = _document(storage.join(root, _NAME))[1]
+    return len(document.get("requests", ())), document.get("applied", 0)
+
+
+def add_takedowns(root: str, more: Forgotten, note: str) -> int:
+    """Add a request to the list of a root; how many requests it has now. `note` says why, and is kept."""
     listed = {kind: sorted(getattr(more, kind)) for kind in _KINDS if getattr(more, kind)}
 
     def grown(document: dict[str, Any]) -> dict[str, Any]:
         request = {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "note": note, **listed}
-        return {kind: sorted({*document.get(kind, ()), *getattr(more, kind)}) for kind in _KINDS} | {
-            "requests": [*document.get("requests", ()), request]}
+        return _with_requests(document, [*document.get("requests", ()), request])
 
-    _change(storage.join(root, _NAME), grown)
+    requests = _change(storage.join(root, _NAME), grown)["requests"]
+    for number, request in enumerate(requests, 1):  # those of a process that was killed before it did this too
+        storage.create_bytes(storage.json_bytes(request), _copy_url(root, number))
+    return len(requests)
+
+
+def mark_applied(root: str, count: int) -> None:
+    """Note that the first `count` requests of the list were applied to every dataset."""
+    _change(storage.join(root, _NAME), lambda document: document | {
+        "applied": max(count, document.get("applied", 0))} if document else document)
+
+
+def restore_takedowns(root: str) -> bool:
+    """Restore the list of a root from the copies of its requests; whether anything was missing."""
+    copies = [storage.read_json(_copy_url(root, int(name.removesuffix(".json"))))
+              for name in storage.list_files(storage.join(root, _COPIES)) if name.removesuffix(".json").isdigit()]
+    missing = False
+
+    def grown(document: dict[str, Any]) -> dict[str, Any]:
+        nonlocal missing
+        requests = document.get("requests", [])
+        missing = len(copies) > len(requests)
+        return _with_requests(document, copies) if missing else document
+
+    if copies:
+        _change(storage.join(root, _NAME), grown)
+    return missing
+
+
+def _with_requests(document: dict[str, Any], requests: list[dict[str, Any]]) -> dict[str, Any]:
+    """A list with these requests, and with all that it held already."""
+    return document | {kind: sorted({*document.get(kind, ()), *(value for request in requests
+                                                                 for value in request.get(kind, ()))})
+                       for kind in _KINDS} | {"requests": requests}
+
+
+def _copy_url(root: str, number: int) -> str:
+    return storage.join(root, _COPIES, f"{number:06d}.json")
 
 
 def find_rows(dataset: Dataset, forgotten: Forgotten) -> list[tuple[int, dict[str, Any]]]:
@@ -104,21 +151,43 @@ def find_matching_rows(dataset: Dataset, wanted: Callable[[dict[str, Any]], bool
     return rows
 
 
-def hide_rows(dataset: Dataset, rows: list[int]) -> int:
-    """Let searches leave out these rows from now on; how many more these are than before."""
+def hide_rows(dataset: Dataset, rows: list[int], through: int) -> int:
+    """Hide these rows from searches from now on; how many more these are than before.
+
+    `through`: the rows are those of the first so many requests of the list.
+    """
     before = 0
 
     def grown(document: dict[str, Any]) -> dict[str, Any]:
         nonlocal before
         before = len(document.get("rows", ()))
-        return {"rows": sorted({*document.get("rows", ()), *rows})}
+        return {"rows": sorted({*document.get("rows", ()), *rows}),
+                "through": max(through, document.get("through", 0))}
 
     return len(_change(_address(dataset), grown)["rows"]) - before
 
 
 def read_forgotten_rows(dataset: Dataset) -> np.ndarray:
-    """The rows of a version that were forgotten since it was made, ascending (T,) int64."""
-    return np.array(_document(_address(dataset))[1].get("rows", []), np.int64)
+    """The rows of a version that were forgotten since it was made, ascending (T,) int64.
+
+    ValueError if the version is published and a file is missing that may name more of them.
+    """
+    document = _document(_address(dataset))[1]
+    if dataset.trusted:
+        _refuse_missing(dataset, document.get("through", 0))
+    return np.array(document.get("rows", []), np.int64)
+
+
+def _refuse_missing(dataset: Dataset, through: int) -> None:
+    requests, applied = count_requests(dataset.root)
+    required = max(applied, dataset.takedowns)
+    hint = f"hint: python -m jobs repair {dataset.name} --root {dataset.root}"
+    if requests < required:
+        raise ValueError(f"{storage.join(dataset.root, _NAME)} is missing or was replaced: expected {required} "
+                         f"requests, got {requests}\n{hint}")
+    if through < required:
+        raise ValueError(f"{_address(dataset)} is missing or was replaced: expected the rows of {required} requests, "
+                         f"got those of {through}\n{hint}")
 
 
 def _address(dataset: Dataset) -> str:

@@ -54,6 +54,7 @@ class LeaseConflict(RuntimeError):
     """Another command works on the folder."""
 
     def __init__(self, folder: str, holder: Holder) -> None:
+        self.holder = holder
         super().__init__(
             f"another command works on {folder}: {holder}\nhint: wait until it has ended, or stop it. A command that "
             f"was killed on another machine holds its folder for {EXPIRE_S:.0f} s")

@@ -16,6 +16,7 @@ from pipeline.media import tars
 from pipeline.neighbors.files import neighbor_files
 from pipeline.stages import records
 from pipeline.stages.manifest import changed_inputs, read_manifest
+from pipeline.stages.plan import item_ids, read_items
 
 
 def find_faults(root: str, path: str, *, quick: bool = False) -> Iterator[dict[str, str]]:
@@ -32,6 +33,7 @@ def find_faults(root: str, path: str, *, quick: bool = False) -> Iterator[dict[s
         return
     for fault in changed:
         yield _fault(path, "manifest.json", f"was changed after sealing: {fault}")
+    yield from _plan(path, base, manifest)
     for name in changed_inputs(root, manifest):
         yield _fault(path, "manifest.json", f"is stale: {name} changed since")
     if quick:
@@ -91,6 +93,20 @@ def _changed(manifest: dict[str, Any]) -> list[str]:
     if manifest["totals"] != records.totals(manifest["items"]):
         faults.append("its totals are not the sum of its items")
     return faults
+
+
+def _plan(path: str, base: str, manifest: dict[str, Any]) -> Iterator[dict[str, str]]:
+    """The plan must have the settings, inputs and items of the manifest."""
+    try:
+        plan = storage.read_json(storage.join(base, "plan.json"))
+        if any(plan[key] != manifest[key] for key in ("format", "stage", "section", "inputs", "fingerprint")):
+            yield _fault(path, "plan.json", "has other settings or inputs than the manifest")
+        elif item_ids(read_items(base)) != [record["id"] for record in manifest["items"]]:
+            yield _fault(path, "plan.json", "lists other items than the manifest")
+    except FileNotFoundError as error:
+        yield _fault(path, "plan.json", f"is missing, or a list beside it: {error.filename or error}")
+    except (ValueError, KeyError, TypeError) as error:
+        yield _fault(path, "plan.json", f"cannot be read: {str(error).splitlines()[0]}")
 
 
 def _file(url: str, entry: dict[str, Any]) -> str:

@@ -14,8 +14,8 @@ from PIL import Image
 
 from jobs.cli.main import main
 from jobs.publishing.config import GcConfig
+from jobs.publishing.garbage_collect import collect_garbage
 from jobs.publishing.rebuild import run_rebuild
-from jobs.publishing.releases import collect_garbage
 from pipeline.datasets.published import Published
 from pipeline.stages.driver import run_stage
 from pipeline.storage import files

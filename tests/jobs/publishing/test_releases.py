@@ -12,7 +12,8 @@ import pytest
 
 from jobs.cli.main import main
 from jobs.publishing.config import GcConfig
-from jobs.publishing.releases import collect_garbage, list_versions
+from jobs.publishing.garbage_collect import collect_garbage
+from jobs.publishing.releases import list_versions
 from jobs.runs.run import Run
 from pipeline import storage
 from pipeline.datasets import hidden_rows, published

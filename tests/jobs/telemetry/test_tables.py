@@ -13,7 +13,7 @@ import pytest
 
 from jobs.cli.main import main
 from jobs.publishing import credits
-from jobs.publishing.releases import removed_table
+from jobs.publishing.garbage_collect import removed_table
 from jobs.telemetry import tables
 from tests.laws.test_old_root import ARCHIVE
 

@@ -1,0 +1,201 @@
+"""Remove old versions of a published dataset that nothing needs any more.
+
+Another command may publish or build a version at the same time. So gc takes an exclusive lease on a version, marks it
+for removal, and reads the pointer again before each file. Ages come from the file times of the store.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from jobs.publishing.config import GcConfig
+from jobs.publishing.releases import find_consumers, is_removed
+from jobs.telemetry import tables
+from jobs.telemetry.units import format_bytes
+from pipeline import storage
+from pipeline.datasets import published, version_marks
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.published import Published
+from pipeline.stages.manifest import read_manifest
+from pipeline.stages.plan import read_items
+from pipeline.stages.types import StageFailed
+
+_PUBLISHING_S = 3600.0  # how long gc waits for a command that has marked a version and not yet published it
+_STAYS = {"release.json", "mark.json"}  # they say that the version existed, and that it was removed
+
+
+def collect_garbage(root: str, name: str, config: GcConfig, *, dry_run: bool = False) -> list[dict[str, Any]]:
+    """Remove versions that nothing needs, but for files that later versions took over; what was done to which."""
+    root = storage.normalize(root)
+    with _read_clock(root, name, dry_run) as now:
+        marks = {version: version_marks.read_mark(Dataset(root, name, version))
+                 for version in storage.list_folders(storage.join(root, "datasets", name))}
+        current = Published.load(root, name)  # after the marks: a version that is published later has another mark
+        if not current.version:
+            raise ValueError(f"nothing of {name} is published in {root}: nothing is old")
+        versions = _choose(current, config, now)
+        stays = _files_of(root, name, [entry["version"] for entry in versions if entry["kept"]])
+        for entry in versions:
+            if not entry["kept"]:
+                entry |= _remove(current, entry["version"], marks.get(entry["version"]), stays, now, dry_run)
+    return versions
+
+
+@contextlib.contextmanager
+def _read_clock(root: str, name: str, dry_run: bool) -> Iterator[float]:
+    """The time of the store while gc holds a lease. A dry run writes nothing, so it has the time of this machine."""
+    if dry_run:
+        yield time.time()
+        return
+    with storage.hold_lease(root, f"gc/{name}") as lease:
+        yield lease.now()
+
+
+def _choose(current: Published, config: GcConfig, now: float) -> list[dict[str, Any]]:
+    """Every version with the reason why it stays; no reason for those to remove."""
+    root, name = current.root, current.name
+    pinned = find_consumers(root, name)
+    all_versions = current.versions()
+    removed = {version for version in all_versions if is_removed(root, name, version)}
+    past = [version for version in all_versions if current.unpublished_since(version) is not None
+            and version not in removed]
+    newest = set(past[-config.keep:]) if config.keep else set()
+
+    def reason(version: str) -> str:
+        if version == current.version:
+            return "published"
+        if version in removed:  # a command that was killed may have left files
+            return ""
+        if version in pinned:
+            return f"pinned by {', '.join(pinned[version])}"
+        if version in newest:
+            return f"one of the newest {config.keep}"
+        dataset = Dataset(root, name, version)
+        if (version not in past and not storage.exists(storage.join(current.folder, version, "rebuild.json"))
+                and any(dataset.is_sealed(stage) for stage in published.STAGES)):
+            return "not made by rebuild"
+        return "leased" if now - _last_used(current, version) < 3600 * config.lease else ""
+
+    return [{"version": version, "kept": reason(version)} for version in all_versions
+            if version not in removed or list(_removable(current, version))]
+
+
+def _last_used(current: Published, version: str) -> float:
+    """When a version ceased to be published, or somebody last worked on it."""
+    if (since := current.unpublished_since(version)) is not None:
+        return since
+    base = storage.join(current.folder, version)
+    times = [0.0]
+    for path in ("rebuild.json", "gates.json", *(f"{stage}/{file}" for stage in published.STAGES for file in
+                                                 ("plan.json", "progress.json", "manifest.json"))):
+        try:
+            times.append(storage.modified_time(storage.join(base, path)))
+        except FileNotFoundError:
+            continue
+    return max(times)
+
+
+def _files_of(root: str, name: str, kept: list[str]) -> set[str]:
+    """Addresses of the files that the manifests and plans of versions name."""
+    urls = set()
+    for version in kept:
+        dataset = Dataset(root, name, version)
+        for stage_name in published.STAGES:
+            folder = dataset.folder(stage_name)
+            if dataset.is_sealed(stage_name):
+                manifest = read_manifest(folder, "")
+                records: Any = manifest["items"]
+            else:  # under way: what is recorded, and what its plan says will be taken
+                records = [storage.read_json(storage.join(folder, "records", file))
+                           for file in storage.list_files(storage.join(folder, "records"))]
+                if storage.exists(storage.join(folder, "plan.json")):
+                    records += _to_be_taken(root, name, stage_name, folder)
+            urls |= {storage.manifest_file_url(folder, entry["name"])
+                      for record in records for entry in record["files"]}
+    return urls
+
+
+def _to_be_taken(root: str, name: str, stage_name: str, folder: str) -> list[dict[str, Any]]:
+    """Records of other versions that the items of a plan will take over, their files by whole address."""
+    records = []
+    for item in read_items(folder):
+        for key in ("last", "vectors", "of"):
+            record = item.inputs.get(key)
+            version = item.inputs.get("version") or item.inputs.get("last")
+            if isinstance(record, dict) and isinstance(version, str):
+                there = Dataset(root, name, version).folder("shards" if key == "of" else stage_name)
+                records.append({"files": [entry | {"name": storage.manifest_file_url(there, entry["name"])}
+                                        for entry in record["files"]]})
+    return records
+
+
+def _remove(current: Published, version: str, mark: bytes | None, stays: set[str], now: float, dry_run: bool
+            ) -> dict[str, Any]:
+    """Remove what is in a version and does not stay: the counts of files and bytes, or the reason why it is kept."""
+    if dry_run:
+        return _remove_files(current, version, stays, dry_run=True)
+    dataset = Dataset(current.root, current.name, version)
+    if _is_being_published(current, dataset, mark, now):
+        return {"kept": "being published"}
+    try:
+        with storage.hold_lease(current.root, f"datasets/{current.name}/{version}", exclusive=True):
+            if not version_marks.is_removing(dataset) and not version_marks.mark_removing(dataset, mark):
+                return {"kept": "being published"}
+            if Published.load(current.root, current.name).version == version:
+                version_marks.mark_kept(dataset)
+                return {"kept": "published"}
+            return _remove_files(current, version, stays, dry_run=False)
+    except storage.LeaseConflict as error:
+        return {"kept": f"in use by {error.holder}"}
+
+
+def _is_being_published(current: Published, dataset: Dataset, mark: bytes | None, now: float) -> bool:
+    """Whether a command marked a version to publish it, and has not done so yet."""
+    sequence = version_marks.publishing_sequence(mark)
+    if sequence is None or any(document["version"] == dataset.version and document["sequence"] >= sequence
+                               for document in current.history()):
+        return False
+    return now - version_marks.mark_time(dataset) < _PUBLISHING_S
+
+
+def _remove_files(current: Published, version: str, stays: set[str], *, dry_run: bool) -> dict[str, Any]:
+    counts = {"removed_files": 0, "removed_bytes": 0, "taken_over": 0}
+    for url, length in _removable(current, version):
+        if url in stays:
+            counts["taken_over"] += 1
+            continue
+        if not dry_run:
+            _refuse_published(current, version)
+            storage.remove(url)
+        counts["removed_files"] += 1
+        counts["removed_bytes"] += length or 0
+    return counts
+
+
+def _removable(current: Published, version: str) -> Iterator[tuple[str, int | None]]:
+    """URL and bytes of the files of a version, those that stay for other versions too; manifests come first.
+
+    So nothing begins to read a version that is half gone.
+    """
+    base = storage.join(current.folder, version)
+    files = sorted(storage.walk(base), key=lambda entry: (not entry[0].endswith("manifest.json"), entry[0]))
+    for file, length in files:
+        if file not in _STAYS:
+            yield storage.join(base, file), length
+
+
+def _refuse_published(current: Published, version: str) -> None:
+    data = published.read_pointer(current.root, current.name)
+    if data != current.data and (published.parse_pointer(data or b"") or {}).get("version") == version:
+        raise StageFailed(f"{current.name}@{version} was published while gc removed it\n"
+                          f"hint: python -m jobs repair {current.name} --root {current.root}")
+
+
+def removed_table(versions: list[dict[str, Any]], dry_run: bool) -> str:
+    """What became of each version, a line each."""
+    verb = "would be removed" if dry_run else "removed"
+    return tables.render([[version["version"], f"kept: {version['kept']}" if version["kept"] else
+                           f"{verb}: {version['removed_files']} files, {format_bytes(version['removed_bytes'])}"
+                           + (f"; {version['taken_over']} files stay, for later versions took them over"
+                              if version["taken_over"] else "")] for version in versions])

@@ -1,0 +1,102 @@
+"""Restore what readers of a published dataset refuse: its pointer, the takedown list, the rows that a version hides."""
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from jobs.publishing.forget import apply_takedowns
+from pipeline import storage
+from pipeline.datasets import published, takedowns
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.last_seen import read_last_seen
+from pipeline.datasets.published import DamagedPointer, Published
+from pipeline.datasets.release_files import find_missing_files
+from pipeline.stages.types import StageFailed
+
+_log = logging.getLogger(__name__)
+
+
+def repair(root: str, name: str, *, dry_run: bool = False) -> dict[str, Any]:
+    """Restore the pointer of a dataset from its publication history, then the takedown list and the hidden rows.
+
+    The newest publication whose files are all there is published again, under a new sequence number. A pointer that is
+    in order stays. StageFailed if another command publishes meanwhile, or if no publication is whole. The pointer names
+    the newest one then, and `rebuild` replaces it.
+    """
+    root = storage.normalize(root)
+    report: dict[str, Any] = {"dataset": name} | ({"dry_run": True} if dry_run else {})
+    try:
+        current = Published.load(root, name)
+        if not current.version:
+            raise ValueError(f"nothing of {name} is published in {root}\nhint: rebuild {name} --source ...")
+        report |= {"published": current.version, "pointer": "in order"}
+    except DamagedPointer as error:
+        _log.warning("repair: %s", str(error).splitlines()[0])
+        report |= _restore_pointer(root, name, dry_run=dry_run)
+    if dry_run:
+        return report
+    restored = takedowns.restore_takedowns(root)
+    if takedowns.count_requests(root)[0]:
+        hidden = [entry for entry in apply_takedowns(root) if entry["dataset"].startswith(f"{name}@")]
+        report |= {"takedown_list": "restored" if restored else "in order",
+                   "hidden_now": sum(entry["hidden_now"] for entry in hidden)}
+    if report.get("damaged"):
+        raise StageFailed(f"no published version of {name} is whole; {report['published']} is the newest: "
+                          f"{report['damaged']}\nhint: rebuild {name} --source ... replaces it; rollback --to another")
+    return report
+
+
+def _restore_pointer(root: str, name: str, *, dry_run: bool) -> dict[str, Any]:
+    data = published.read_pointer(root, name)
+    candidates = list(_publications(root, name)) or list(_from_releases(root, name))
+    if not candidates:
+        raise ValueError(f"{name} in {root} has no readable publication and no release: its pointer cannot be "
+                         f"restored\nhint: remove datasets/{name}/current.json and rebuild {name}")
+    faults = [(document, _find_fault(root, name, document)) for document in candidates]
+    document, fault = next(((document, fault) for document, fault in faults if not fault), faults[0])
+    newest = max([document["sequence"] for document in candidates], default=0)
+    seen = read_last_seen(root, name).get("sequence", 0)
+    there = published.parse_pointer(data or b"") or {}
+    after = document | {"sequence": max(newest, seen, there.get("sequence", 0)) + 1, "repaired": True,
+                        "published": round(time.time(), 3), "previous": candidates[0]["version"]}
+    report = {"published": document["version"], "pointer": "restored"} | ({"damaged": fault} if fault else {})
+    if dry_run:
+        return report
+    if not Published(root, name, data, there).replace(after):
+        raise StageFailed(f"another command published a version of {name} meanwhile\nhint: look at versions {name}")
+    return report
+
+
+def _publications(root: str, name: str) -> Iterator[dict[str, Any]]:
+    """The publications in the history that can be read, the newest first, each version once."""
+    base, versions = storage.join(root, "published", name), set()
+    for file in reversed(storage.list_files(base)):
+        document = published.parse_pointer(storage.read_bytes(storage.join(base, file)))
+        if document is None:
+            _log.warning("repair: %s is damaged and is not used", storage.join(base, file))
+        elif document["version"] not in versions:
+            versions.add(document["version"])
+            yield document
+
+
+def _from_releases(root: str, name: str) -> Iterator[dict[str, Any]]:
+    """Where there is no history: the pointers that would name the releases, the newest first."""
+    versions = storage.list_folders(storage.join(root, "datasets", name))
+    for version in sorted(versions, key=published.version_number, reverse=True):
+        release, data = published.read_release(Dataset(root, name, version))
+        if release is not None:
+            yield {"version": version, "number": release["number"], "sequence": 0, "content": release["content"],
+                   "release": hashlib.sha256(data).hexdigest(), "published": 0.0, "checked": 0.0, "previous": None,
+                   "samples": release["samples"], "recall@10": release["recall@10"]}
+
+
+def _find_fault(root: str, name: str, document: dict[str, Any]) -> str:
+    """What is wrong with a published version; "" if all its files are there."""
+    try:
+        dataset = Published(root, name, None, document).open()
+        missing = find_missing_files(dataset, dict(dataset.trusted))
+    except ValueError as error:
+        return str(error).splitlines()[0]
+    return f"{len(missing)} files are missing or changed, the first is {missing[0]}" if missing else ""

@@ -1,0 +1,31 @@
+"""The last publication of each dataset that this machine has seen: an older pointer is not accepted after it.
+
+The Update Framework (TUF) guards against rollback attacks in the same way. The number is kept in the cache folder of
+this machine. It belongs to one history: a root that was made anew at the same place has another first publication.
+"""
+
+import contextlib
+import hashlib
+from typing import Any
+
+from pipeline import storage
+
+
+def read_last_seen(root: str, name: str) -> dict[str, Any]:
+    """{"sequence": int, "first": sha256 of the first publication}; empty if this machine has seen none."""
+    with contextlib.suppress(OSError, ValueError):
+        document = storage.read_json(_url(root, name))
+        if isinstance(document, dict) and isinstance(document.get("sequence"), int):
+            return document
+    return {}
+
+
+def write_last_seen(root: str, name: str, sequence: int, first: str) -> None:
+    """Keep the sequence number of a pointer that was accepted."""
+    with contextlib.suppress(OSError):  # a reader needs no place to write
+        storage.put_json({"sequence": sequence, "first": first}, _url(root, name))
+
+
+def _url(root: str, name: str) -> str:
+    key = hashlib.sha256(f"{root}\n{name}".encode()).hexdigest()
+    return str(storage.cache_folder() / "seen" / f"{key}.json")

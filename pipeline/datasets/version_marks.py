@@ -1,0 +1,79 @@
+"""A mark on each version: it is being published, or being removed. Only one of the two can hold.
+
+    <root>/datasets/<name>/<version>/mark.json    {"state": "publishing" or "removing" or "kept", ...}
+
+Every change of a mark is a compare-and-swap. A publisher that finds a version marked for removal does not publish it,
+and `gc` does not remove a version whose mark changed after it looked.
+"""
+
+import secrets
+from typing import Any
+
+from pipeline import storage
+from pipeline.datasets.dataset import Dataset
+from pipeline.stages.types import StageFailed
+
+PUBLISHING, REMOVING, KEPT = "publishing", "removing", "kept"
+
+
+def mark_publishing(dataset: Dataset, sequence: int) -> None:
+    """Mark a version before the pointer names it under `sequence`. StageFailed if it is being removed."""
+    data = _new_mark(PUBLISHING, sequence=sequence)
+    while True:
+        there = read_mark(dataset)
+        if _state(there) == REMOVING:
+            raise StageFailed(f"{dataset.name}@{dataset.version} was removed by gc and cannot be published\n"
+                              f"hint: the same rebuild makes another version")
+        if storage.swap_bytes(data, _url(dataset), there):
+            return
+
+
+def mark_removing(dataset: Dataset, expected: bytes | None) -> bool:
+    """Mark a version for removal if its mark is still `expected`; whether it was marked."""
+    return storage.swap_bytes(_new_mark(REMOVING), _url(dataset), expected)
+
+
+def mark_kept(dataset: Dataset) -> None:
+    """Take back the mark for removal: nothing of the version was removed."""
+    if is_removing(dataset):
+        storage.swap_bytes(_new_mark(KEPT), _url(dataset), read_mark(dataset))
+
+
+def is_removing(dataset: Dataset) -> bool:
+    """Whether gc removes or has removed a version."""
+    return _state(read_mark(dataset)) == REMOVING
+
+
+def publishing_sequence(mark: bytes | None) -> int | None:
+    """The sequence number under which a version was to be published; None if the mark says something else."""
+    return _parse(mark).get("sequence") if _state(mark) == PUBLISHING else None
+
+
+def read_mark(dataset: Dataset) -> bytes | None:
+    """The mark of a version; None if it has none."""
+    try:
+        return storage.read_bytes(_url(dataset))
+    except FileNotFoundError:
+        return None
+
+
+def mark_time(dataset: Dataset) -> float:
+    """When a version was marked, by the time of the store; FileNotFoundError if it has no mark."""
+    return storage.modified_time(_url(dataset))
+
+
+def _new_mark(state: str, **more: Any) -> bytes:
+    return storage.json_bytes({"state": state, "token": secrets.token_hex(8), **more})
+
+
+def _state(mark: bytes | None) -> str:
+    return _parse(mark).get("state", "")
+
+
+def _parse(mark: bytes | None) -> dict[str, Any]:
+    document = storage.parse_json(mark, "mark.json") if mark else {}
+    return document if isinstance(document, dict) else {}
+
+
+def _url(dataset: Dataset) -> str:
+    return storage.join(dataset.root, "datasets", dataset.name, dataset.version, "mark.json")
