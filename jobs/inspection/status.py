@@ -115,6 +115,8 @@ def _paths(root: str) -> list[str]:
 def _state(root: str, path: str) -> dict[str, Any]:
     plan = _read(root, path, "plan.json")
     if plan is None:
+        if storage.exists(storage.join(root, path, "manifest.json")):
+            raise ValueError("plan.json is missing, though the folder is sealed")
         return {"state": "absent"}
     manifest = _read(root, path, "manifest.json")
     items = records.count(plan["items"])

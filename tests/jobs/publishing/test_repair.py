@@ -1,0 +1,214 @@
+"""Damaged pointers, missing parts of a published version, and the way back."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jobs.cli.main import main
+from jobs.publishing.rebuild import run_rebuild
+from jobs.publishing.repair import repair
+from pipeline import storage
+from pipeline.datasets import hidden_rows
+from pipeline.datasets.metadata import metadata
+from pipeline.datasets.published import DamagedPointer, Published
+from pipeline.stages.driver import run_stage
+from pipeline.stages.types import StageFailed
+from tests.jobs.publishing.published_art import NAME, make_rebuild, paint, published_dataset, rebuild
+
+
+@pytest.fixture
+def second(place: Path) -> Path:
+    """A root with two published versions."""
+    paint(place / "source" / "added.png", 1)
+    assert rebuild(place / "root", place / "source")["published"] == "v2"
+    return place
+
+
+def _pointer(place: Path) -> Path:
+    return place / "root" / "datasets" / NAME / "current.json"
+
+
+def _keys(root: Path) -> list[str]:
+    dataset = published_dataset(root)
+    return [row["key"] for record in dataset.manifest("shards")["items"] for row in metadata(dataset, record, ["key"])]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[1]", b"\xff\xfe", None])
+def test_a_damaged_pointer_is_refused_and_repaired(second: Path, content: bytes | None,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(second / "root")
+    if content is None:
+        _pointer(second).unlink()
+    else:
+        _pointer(second).write_bytes(content)
+    for verb in (["neighbors", NAME, "--local"], ["rollback", NAME], ["versions", NAME], ["gc", NAME],
+                 ["rebuild", NAME, "--source", str(second / "source"), "--local"]):
+        assert main([*verb, "--root", root]) == 2, verb
+        error = capsys.readouterr().err
+        assert "current.json is " in error and f"hint: python -m jobs repair {NAME}" in error, verb
+    assert main(["verify", "--quick", "--root", root]) == 1
+    assert "current.json is " in capsys.readouterr().out
+    assert main(["status", "--root", root]) == 0
+    assert "damaged" in capsys.readouterr().out
+    assert main(["repair", NAME, "--dry-run", "--root", root]) == 0
+    assert json.loads(capsys.readouterr().out)["published"] == "v2"
+    assert (_pointer(second).read_bytes() if _pointer(second).exists() else None) == content
+    assert main(["repair", NAME, "--root", root]) == 0
+    assert json.loads(capsys.readouterr().out) == {"dataset": NAME, "published": "v2", "pointer": "restored"}
+    assert published_dataset(second / "root").version == "v2"
+    assert main(["verify", "--root", root]) == 0
+    assert rebuild(second / "root", second / "source")["unchanged"]
+
+
+def test_a_pointer_in_order_stays(second: Path) -> None:
+    data = _pointer(second).read_bytes()
+    assert repair(str(second / "root"), NAME)["pointer"] == "in order"
+    assert _pointer(second).read_bytes() == data
+    with pytest.raises(ValueError, match="nothing of other is published"):
+        repair(str(second / "root"), "other")
+
+
+def test_an_older_pointer_is_refused(place: Path) -> None:
+    older = _pointer(place).read_bytes()
+    paint(place / "source" / "added.png", 1)
+    rebuild(place / "root", place / "source")
+    assert published_dataset(place / "root").version == "v2"
+    _pointer(place).write_bytes(older)
+    with pytest.raises(DamagedPointer, match="is an older one: it has number 1, and the history goes up to 2"):
+        published_dataset(place / "root")
+    shutil.copytree(place / "root", place / "copy")
+    (place / "root" / "published" / NAME / "000002.json").unlink()  # somebody who is more careful
+    with pytest.raises(DamagedPointer, match="is an older one: it has number 1, and this machine has seen 2"):
+        published_dataset(place / "root")
+    # The history of the copy still has both.
+    assert repair(str(place / "copy"), NAME)["published"] == "v2"
+
+
+def test_a_pointer_with_another_release_than_the_history_is_refused(second: Path) -> None:
+    document = json.loads(_pointer(second).read_bytes())
+    _pointer(second).write_text(json.dumps(document | {"release": "0" * 64}))
+    with pytest.raises(DamagedPointer, match="is not publication 2 of the history"):
+        published_dataset(second / "root")
+
+
+def test_a_root_made_anew_at_the_same_place_is_accepted(place: Path) -> None:
+    paint(place / "source" / "added.png", 1)
+    rebuild(place / "root", place / "source")
+    published_dataset(place / "root")
+    shutil.rmtree(place / "root")
+    assert rebuild(place / "root", place / "source")["published"] == "v1"
+    assert published_dataset(place / "root").version == "v1"
+
+
+def test_repair_takes_the_newest_version_that_is_whole(second: Path) -> None:
+    _pointer(second).unlink()
+    tar = next((second / "root" / "datasets" / NAME / "v2" / "shards").glob("*.tar"))
+    tar.write_bytes(tar.read_bytes()[:-512])
+    assert repair(str(second / "root"), NAME)["published"] == "v1"
+    assert published_dataset(second / "root").version == "v1"
+    # A damaged publication in the history costs only itself.
+    _pointer(second).write_text("{}")
+    (second / "root" / "published" / NAME / "000003.json").write_text("{")
+    assert repair(str(second / "root"), NAME)["published"] == "v1"
+
+
+def test_without_a_history_the_releases_tell(second: Path) -> None:
+    shutil.rmtree(second / "root" / "published")
+    _pointer(second).write_text("{")
+    assert repair(str(second / "root"), NAME)["published"] == "v2"
+    assert published_dataset(second / "root").version == "v2"
+
+
+@pytest.mark.parametrize("lost", ["shards/manifest.json", "embeddings/000001.npy", "release.json"])
+def test_a_rebuild_replaces_a_damaged_version(place: Path, lost: str, caplog: pytest.LogCaptureFixture) -> None:
+    (place / "root" / "datasets" / NAME / "v1" / lost).unlink()
+    done = rebuild(place / "root", place / "source")
+    assert done["published"] == "v2" and done["reused"] == 0
+    assert "is damaged (" in caplog.text and "every image is read again" in caplog.text
+    assert main(["verify", "--only", f"datasets/{NAME}/v2", "--root", str(place / "root")]) == 0
+
+
+def test_where_no_version_is_whole_the_newest_is_named_and_replaced(place: Path) -> None:
+    _pointer(place).unlink()
+    (place / "root" / "datasets" / NAME / "v1" / "index" / "manifest.json").unlink()
+    with pytest.raises(StageFailed, match="no published version of drawn is whole; v1 is the newest: 1 files are"):
+        repair(str(place / "root"), NAME)
+    assert rebuild(place / "root", place / "source")["published"] == "v2"
+
+
+@pytest.mark.parametrize("lost", ["tombstones", "tombstones/manifest.json"])
+def test_missing_tombstones_do_not_bring_images_back(place: Path, lost: str) -> None:
+    first = sorted((place / "source").rglob("*.png"))[3]
+    first.unlink()
+    rebuild(place / "root", place / "source")
+    assert len(hidden_rows.read_hidden_rows(published_dataset(place / "root"))) == 1
+    path = place / "root" / "datasets" / NAME / "v2" / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(ValueError, match=r"tombstones is a part of the published drawn@v2, and has no manifest"):
+        hidden_rows.read_hidden_rows(published_dataset(place / "root"))
+    assert main(["verify", "--quick", "--root", str(place / "root")]) == 1
+
+
+@pytest.mark.parametrize("lost", [["forgotten.json"], [f"datasets/{NAME}/v1/forgotten.json"],
+                                  ["forgotten.json", f"datasets/{NAME}/v1/forgotten.json"]])
+def test_missing_takedowns_do_not_bring_images_back(place: Path, lost: list[str],
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(place / "root")
+    keys = _keys(place / "root")
+    for key in (keys[4], keys[9]):
+        assert main(["forget", "--key", f"{NAME}/{key}", "--root", root]) == 0
+    assert list(hidden_rows.read_hidden_rows(published_dataset(place / "root"))) == [4, 9]
+    for name in lost:
+        (place / "root" / name).unlink()
+    with pytest.raises(ValueError, match=r"forgotten\.json is missing or was replaced: expected "):
+        hidden_rows.read_hidden_rows(published_dataset(place / "root"))
+    assert main(["verify", "--quick", "--root", root]) == 1
+    capsys.readouterr()
+    assert main(["repair", NAME, "--root", root]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["takedown_list"] == ("restored" if lost[0] == "forgotten.json" else "in order")
+    assert list(hidden_rows.read_hidden_rows(published_dataset(place / "root"))) == [4, 9]
+    assert main(["verify", "--root", root]) == 0
+    done = rebuild(place / "root", place / "source")
+    assert (done["published"], done["forgotten"]) == ("v2", 2)
+    assert main(["verify", "--root", root]) == 0
+
+
+def test_verify_finds_rows_of_the_takedown_list_that_searches_still_find(place: Path,
+                                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(place / "root")
+    assert main(["forget", "--key", f"{NAME}/{_keys(place / 'root')[4]}", "--root", root]) == 0
+    path = place / "root" / "datasets" / NAME / "v1" / "forgotten.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": []}))
+    assert main(["verify", "--root", root]) == 1
+    assert "searches find 1 images of the takedown list, the first is row 4" in capsys.readouterr().out
+
+
+def test_verify_reads_plans(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = place / "root" / "datasets" / NAME / "v1" / "shards" / "plan.json"
+    plan = json.loads(path.read_text())
+    path.write_bytes(storage.json_bytes(plan | {"items": plan["items"][:1]}))
+    assert main(["verify", "--root", str(place / "root")]) == 1
+    assert "shards/plan.json: lists other items than the manifest" in capsys.readouterr().out
+    path.unlink()
+    assert main(["verify", "--root", str(place / "root")]) == 1
+
+
+def test_a_takedown_during_a_rebuild_holds_in_the_new_version(place: Path) -> None:
+
+
+    root, key = str(place / "root"), _keys(place / "root")[4]
+    paint(place / "source" / "added.png", 1)
+    started = make_rebuild(root, place / "source")
+
+    def seal(stage):  # type: ignore[no-untyped-def]
+        manifest = run_stage(stage)
+        if stage.name == "embed":  # the shards of the new version are made, and hold the image
+            assert main(["forget", "--key", f"{NAME}@v1/{key}", "--root", root]) == 0
+        return manifest
+    assert run_rebuild(started, seal)["published"] == "v2"
+    hidden = hidden_rows.read_hidden_rows(published_dataset(root))
+    assert [_keys(place / "root")[row] for row in hidden] == [key]
+    assert Published.load(root, NAME).document["takedowns"] == 1
