@@ -79,7 +79,7 @@ def forget(root: str, wanted: Forgotten, note: str, *, dry_run: bool = False) ->
 def apply_takedowns(root: str, wanted: Forgotten | None = None) -> list[dict[str, Any]]:
     """Hide the rows of the whole takedown list in every dataset, and say which of them have rows of `wanted`.
 
-    None means the whole list. Earlier requests are applied again: the process that made them may have been killed.
+    None means the whole list. It applies earlier requests again, because a killed process may not have applied them.
     """
     count, listed, touched = takedowns.count_requests(root)[0], takedowns.read_takedowns(root), []
     there = [dataset for dataset in datasets(root) if dataset.is_sealed("shards")]

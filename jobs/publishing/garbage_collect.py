@@ -26,7 +26,7 @@ _STAYS = {"release.json", "mark.json"}  # they say that the version existed, and
 
 
 def collect_garbage(root: str, name: str, config: GcConfig, *, dry_run: bool = False) -> list[dict[str, Any]]:
-    """Remove versions that nothing needs, but for files that later versions took over; what was done to which."""
+    """Remove versions that nothing needs. Files that later versions took over stay. Each version with its outcome."""
     root = storage.normalize(root)
     with _read_clock(root, name, dry_run) as now:
         marks = {version: version_marks.read_mark(Dataset(root, name, version))
@@ -82,7 +82,7 @@ def _choose(current: Published, config: GcConfig, now: float) -> list[dict[str, 
 
 
 def _last_used(current: Published, version: str) -> float:
-    """When a version ceased to be published, or somebody last worked on it."""
+    """When a version ceased to be published, or when a command last worked on it."""
     if (since := current.unpublished_since(version)) is not None:
         return since
     base = storage.join(current.folder, version)
@@ -97,7 +97,7 @@ def _last_used(current: Published, version: str) -> float:
 
 
 def _files_of(root: str, name: str, kept: list[str]) -> set[str]:
-    """Addresses of the files that the manifests and plans of versions name."""
+    """URLs of the files that the manifests and plans of versions name."""
     urls = set()
     for version in kept:
         dataset = Dataset(root, name, version)
@@ -106,7 +106,7 @@ def _files_of(root: str, name: str, kept: list[str]) -> set[str]:
             if dataset.is_sealed(stage_name):
                 manifest = read_manifest(folder, "")
                 records: Any = manifest["items"]
-            else:  # under way: what is recorded, and what its plan says will be taken
+            else:  # in progress: the records, and the files that its plan will take over
                 records = [storage.read_json(storage.join(folder, "records", file))
                            for file in storage.list_files(storage.join(folder, "records"))]
                 if storage.exists(storage.join(folder, "plan.json")):
@@ -193,7 +193,7 @@ def _refuse_published(current: Published, version: str) -> None:
 
 
 def removed_table(versions: list[dict[str, Any]], dry_run: bool) -> str:
-    """What became of each version, a line each."""
+    """One line for each version: kept or removed."""
     verb = "would be removed" if dry_run else "removed"
     return tables.render([[version["version"], f"kept: {version['kept']}" if version["kept"] else
                            f"{verb}: {version['removed_files']} files, {format_bytes(version['removed_bytes'])}"

@@ -87,7 +87,7 @@ class Rebuild:
         return last
 
     def _open_base(self, before: Published) -> Dataset | None:
-        """The published version. None if nothing is published, or if files of it are missing: it is replaced then."""
+        """The published version. None if nothing is published, or if it is damaged and needs a replacement."""
         if not before.version:
             return None
         fault = ""
@@ -100,7 +100,7 @@ class Rebuild:
         if not fault:
             return base
         if Published.load(self.root, self.name).version != before.version:
-            raise StageFailed(f"another version of {self.name} was published, and {before.version} was removed\n"
+            raise StageFailed(f"another command published a version of {self.name} and gc removed {before.version}\n"
                               f"hint: run the same command again")
         _log.warning("rebuild: the published %s@%s is damaged (%s): every image is read again, and the gates do not "
                      "compare with it", self.name, before.version, fault)

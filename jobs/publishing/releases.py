@@ -152,8 +152,8 @@ def _check_hidden_rows(dataset: Dataset) -> None:
     """ValueError if searches in a published version would find rows that the takedown list names."""
     hidden = hidden_rows.read_hidden_rows(dataset)
     rows = [row for row, _ in takedowns.find_rows(dataset, takedowns.read_takedowns(dataset.root))]
-    if found := sorted(set(rows) - set(hidden.tolist())):
-        raise ValueError(f"searches find {len(found)} images of the takedown list, the first is row {found[0]}\n"
+    if visible := sorted(set(rows) - set(hidden.tolist())):
+        raise ValueError(f"searches find {len(visible)} images of the takedown list, the first is row {visible[0]}\n"
                          f"hint: python -m jobs repair {dataset.name} --root {dataset.root}")
     samples = dataset.manifest("shards")["totals"]["samples"]
     if len(hidden) and (hidden[0] < 0 or hidden[-1] >= samples):

@@ -82,7 +82,7 @@ def _publications(root: str, name: str) -> Iterator[dict[str, Any]]:
 
 
 def _from_releases(root: str, name: str) -> Iterator[dict[str, Any]]:
-    """Where there is no history: the pointers that would name the releases, the newest first."""
+    """The pointers that would name the releases, the newest first: a substitute for a lost history."""
     versions = storage.list_folders(storage.join(root, "datasets", name))
     for version in sorted(versions, key=published.version_number, reverse=True):
         release, data = published.read_release(Dataset(root, name, version))
@@ -93,7 +93,7 @@ def _from_releases(root: str, name: str) -> Iterator[dict[str, Any]]:
 
 
 def _find_fault(root: str, name: str, document: dict[str, Any]) -> str:
-    """What is wrong with a published version; "" if all its files are there."""
+    """A fault of a published version; "" if all its files are there."""
     try:
         dataset = Published(root, name, None, document).open()
         missing = find_missing_files(dataset, dict(dataset.trusted))

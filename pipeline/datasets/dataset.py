@@ -26,7 +26,7 @@ class Dataset:
     trusted: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
     """Of a published version the sha256 of the manifest of each stage: what is read is held against it."""
     takedowns: int = field(default=0, compare=False, repr=False)
-    """Of a published version the count of requests that the takedown list must have, as its pointer says."""
+    """The least number of requests in the takedown list, according to the pointer of a published version."""
 
     @classmethod
     def parse(cls, root: str, text: str) -> "Dataset":
@@ -73,8 +73,8 @@ class Dataset:
         """Whether a stage has ended; ValueError if it is missing though it was published."""
         sealed = storage.exists(storage.join(self.folder(stage_name), "manifest.json"))
         if not sealed and stage_name in dict(self.trusted):
-            raise ValueError(f"{self.folder(stage_name)} is a part of the published {self.name}@{self.version}, and "
-                             f"has no manifest.json\nhint: python -m jobs rollback {self.name} --root {self.root}; or "
+            raise ValueError(f"{self.folder(stage_name)} is part of the published {self.name}@{self.version} and has "
+                             f"no manifest.json\nhint: python -m jobs rollback {self.name} --root {self.root}; or "
                              f"rebuild {self.name}, which replaces the damaged version")
         return sealed
 

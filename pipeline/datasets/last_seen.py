@@ -1,7 +1,7 @@
 """The last publication of each dataset that this machine has seen: an older pointer is not accepted after it.
 
 The Update Framework (TUF) guards against rollback attacks in the same way. The number is kept in the cache folder of
-this machine. It belongs to one history: a root that was made anew at the same place has another first publication.
+this machine. It belongs to one history: a new root at the same place has another first publication.
 """
 
 import contextlib

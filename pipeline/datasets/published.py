@@ -1,4 +1,4 @@
-"""What is published of a dataset: one small file that is swapped whole names the version that readers get.
+"""The published version of a dataset. One small file names it, and publishing swaps that file as a whole.
 
     <root>/datasets/<name>/current.json     the version, the sha256 of its release.json, since when; all that changes
     <root>/datasets/<name>/v3/release.json  what is published: sha256 of the manifests, its base, what the gates saw
@@ -53,11 +53,11 @@ class Published:
                     return published
             else:
                 fault = "is damaged"
-            if read_pointer(root, name) == data:  # otherwise another version was published since it was read
+            if read_pointer(root, name) == data:  # otherwise another command has replaced it
                 raise DamagedPointer(root, name, fault)
 
     def _find_fault(self) -> str:
-        """What is wrong with the pointer beside the history and beside what this machine has seen; "" if nothing is."""
+        """A disagreement of the pointer with the history, or with what this machine has seen; "" without one."""
         sequence = self.document.get("sequence", 0)
         files = storage.list_files(self._history_folder)
         newest = max((int(file[:-5]) for file in files if file[:-5].isdigit()), default=0)
@@ -75,7 +75,7 @@ class Published:
         return self._find_rollback(sequence, files)
 
     def _find_rollback(self, sequence: int, files: list[str]) -> str:
-        """What is wrong with the pointer beside the last one that this machine has seen; "" if nothing is."""
+        """A disagreement of the pointer with the last one that this machine has seen; "" without one."""
         seen = read_last_seen(self.root, self.name)
         if seen.get("sequence") == sequence or not files:
             return ""
@@ -157,7 +157,7 @@ class Published:
     def publish(self, dataset: Dataset, data: bytes, number: int, **more: Any) -> bool:
         """Publish the release `data` of a version in the place of this one; False if another took its place.
 
-        StageFailed if gc removes the version meanwhile; what was published before is published again then.
+        StageFailed if gc removes the version meanwhile. It publishes the previous version again first.
         """
         release = json.loads(data)
         now = round(time.time(), 3)
@@ -212,7 +212,7 @@ class Published:
 
 
 class DamagedPointer(ValueError):
-    """The current.json of a dataset is missing though something was published, or cannot be trusted."""
+    """The current.json of a dataset cannot be trusted, or is missing although the dataset has publications."""
 
     def __init__(self, root: str, name: str, fault: str) -> None:
         super().__init__(f"{storage.join(root, 'datasets', name, 'current.json')} {fault}\n"

@@ -1,4 +1,4 @@
-"""What no database may hold any more: a list at the root, and at once the rows of it that a version has.
+"""Images that no database may hold any more: a list at the root, and the rows to hide in each version.
 
     <root>/forgotten.json                             hashes, URLs and domains, and every request with its date
     <root>/takedowns/000003.json                      a copy of each request, from which `repair` restores the list
@@ -6,8 +6,8 @@
 
 All of them only grow. The next version of a database is made without these images and their metadata.
 
-A removed file must not bring images back. So the list counts the requests that were applied to all datasets, the file
-of a version says up to which request its rows go, and the pointer of a published dataset names the least count.
+A removed file must not bring images back. So the list counts the requests that all datasets have applied. The file of
+a version names the last request that it has applied. The pointer of a published dataset names the least count.
 """
 
 import json

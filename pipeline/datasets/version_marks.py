@@ -1,9 +1,9 @@
-"""A mark on each version: it is being published, or being removed. Only one of the two can hold.
+"""A mark on each version: a command publishes it, or gc removes it. Only one of the two can hold.
 
     <root>/datasets/<name>/<version>/mark.json    {"state": "publishing" or "removing" or "kept", ...}
 
-Every change of a mark is a compare-and-swap. A publisher that finds a version marked for removal does not publish it,
-and `gc` does not remove a version whose mark changed after it looked.
+Every change of a mark is a compare-and-swap. A command does not publish a version that is marked for removal. `gc` does
+not remove a version whose mark has changed since it looked.
 """
 
 import secrets
@@ -22,7 +22,7 @@ def mark_publishing(dataset: Dataset, sequence: int) -> None:
     while True:
         there = read_mark(dataset)
         if _state(there) == REMOVING:
-            raise StageFailed(f"{dataset.name}@{dataset.version} was removed by gc and cannot be published\n"
+            raise StageFailed(f"{dataset.name}@{dataset.version} cannot be published: gc has removed it\n"
                               f"hint: the same rebuild makes another version")
         if storage.swap_bytes(data, _url(dataset), there):
             return

@@ -79,7 +79,7 @@ def test_an_older_pointer_is_refused(place: Path) -> None:
     with pytest.raises(DamagedPointer, match="is an older one: it has number 1, and the history goes up to 2"):
         published_dataset(place / "root")
     shutil.copytree(place / "root", place / "copy")
-    (place / "root" / "published" / NAME / "000002.json").unlink()  # somebody who is more careful
+    (place / "root" / "published" / NAME / "000002.json").unlink()  # a more careful attacker
     with pytest.raises(DamagedPointer, match="is an older one: it has number 1, and this machine has seen 2"):
         published_dataset(place / "root")
     # The history of the copy still has both.
@@ -146,7 +146,7 @@ def test_missing_tombstones_do_not_bring_images_back(place: Path, lost: str) -> 
     assert len(hidden_rows.read_hidden_rows(published_dataset(place / "root"))) == 1
     path = place / "root" / "datasets" / NAME / "v2" / lost
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with pytest.raises(ValueError, match=r"tombstones is a part of the published drawn@v2, and has no manifest"):
+    with pytest.raises(ValueError, match="tombstones is part of the published drawn@v2 and has no manifest"):
         hidden_rows.read_hidden_rows(published_dataset(place / "root"))
     assert main(["verify", "--quick", "--root", str(place / "root")]) == 1
 
