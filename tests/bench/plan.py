@@ -140,6 +140,9 @@ def compare(work: Path, pictures: int, times: int) -> int:
         print(f"| {name} | {small[name]:.2f} | {predicted[name]:.2f} | {actual[name]:.2f} "
               f"| {predicted[name] / actual[name]:.2f} | {shares['small'][name]:.2f}, {shares['large'][name]:.2f} |")
     counted = [name for name in actual if actual[name] > _LEAST_S]
+    if not counted:
+        print(f"\nno stage took {_LEAST_S} s\nhint: more --pictures", file=sys.stderr)
+        return 1
     ratio = sum(predicted[name] for name in counted) / max(sum(actual[name] for name in counted), 1e-9)
     print(f"\nsum of {', '.join(counted)}: foretold / took = {ratio:.2f}")
     return 0 if abs(ratio - 1) <= _MOST_OFF else 1
