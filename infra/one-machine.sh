@@ -59,7 +59,13 @@ start() {
 up() {
   local workers=${1:-1} cores
   check_shared_memory "$workers"
-  mkdir -p "$STATE" "$RAY_FOLDER" && chmod 700 "$STATE" "$RAY_FOLDER"
+  mkdir -p "$STATE" "$RAY_FOLDER"
+  # Everybody may make names in /tmp, this one too.
+  if [ -L "$RAY_FOLDER" ] || [ ! -O "$RAY_FOLDER" ]; then
+    printf 'error: %s is a link or belongs to another user\nhint: another PORT\n' "$RAY_FOLDER" >&2
+    exit 2
+  fi
+  chmod 700 "$STATE" "$RAY_FOLDER"
   [ -s "$STATE/token" ] || (umask 077 && python -c 'import secrets; print(secrets.token_hex(32))' >"$STATE/token")
   cores=$(nproc)
   # Logical cores: with as many as there are, workers, their driver and Ray itself starve each other on small machines.

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -147,20 +146,21 @@ class Run:
 
     @staticmethod
     def _fetched(folder: str, files: list[dict[str, Any]]) -> Path:
-        paths = {entry["name"]: storage.fetch(storage.join(folder, entry["name"]), entry, check=True)
-                 for entry in files}
         if storage.is_local(folder):
+            for entry in files:
+                storage.fetch(storage.join(folder, entry["name"]), entry, check=True)
             return storage.local_path(folder)
         # The cache names files by hash; these are read by name.
         digest = storage.digest([[entry["name"], entry["sha256"]] for entry in files])
         local = storage.cache_folder() / f"files-{digest}"
         local.mkdir(exist_ok=True)
-        for name, path in paths.items():
-            if not (local / name).exists():
-                # The processes of a node do this at the same time.
-                own = local / f".{name}-{os.getpid()}-{threading.get_ident()}"
-                shutil.copyfile(path, own)
-                own.replace(local / name)
+        for entry in files:
+            # The processes of a node do this at the same time. Links: a copy could be damaged and the original not.
+            own = local / f".{entry['name']}-{os.getpid()}-{threading.get_ident()}"
+            own.unlink(missing_ok=True)
+            storage.fetch_and_open(storage.join(folder, entry["name"]), entry, own.hardlink_to, check=True)
+            own.replace(local / entry["name"])
+            own.unlink(missing_ok=True)  # replacing a link by one to the same file does nothing
         return local
 
     def publish(self, step: int, folder: Path) -> None:

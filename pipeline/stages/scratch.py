@@ -36,15 +36,16 @@ def scratch_folder(name: str) -> Iterator[Path]:
 def shared_scratch(name: str, fill: Callable[[Path], None]) -> Path:
     """A folder of scratch that the processes of this machine have in common, filled by the first of them.
 
-    It is there as long as one of them lives, and removed by a later process.
+    It is there as long as one of them lives, and removed by a later process. PermissionError if others can put files
+    into it.
     """
     _sweep()
     folder = Path(tempfile.gettempdir()) / f"rdm-{name.replace('/', '-')}-{os.getuid()}"
     if folder in _shared:
         return folder
     while True:
-        folder.mkdir(mode=0o700, exist_ok=True)
         try:
+            storage.make_private_folder(folder, "TMPDIR")
             alive = open(folder / _ALIVE, "a")  # noqa: SIM115 (held until the process ends)
             fcntl.flock(alive, fcntl.LOCK_SH)
             if os.fstat(alive.fileno()).st_ino == (folder / _ALIVE).stat().st_ino:
@@ -73,8 +74,12 @@ _shared: dict[Path, Any] = {}
 
 @cache
 def _sweep() -> None:
-    """Remove the scratch folders whose processes are gone: nobody holds their locks."""
+    """Remove this user's scratch folders whose processes are gone: their locks are free."""
     for path in Path(tempfile.gettempdir()).glob(f"rdm-*/{_ALIVE}"):
+        with contextlib.suppress(OSError):
+            # Not another user's, whose .alive may be a pipe: opening that would wait for ever.
+            if path.parent.lstat().st_uid != os.geteuid():
+                continue
         with contextlib.suppress(OSError), open(path) as alive:
             if time.time() - path.stat().st_mtime > 60:  # or it may not have got so far as to lock it
                 fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)

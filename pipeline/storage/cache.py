@@ -1,8 +1,13 @@
-"""Verified local copies of remote files. The least recently used copies are removed first."""
+"""Verified local copies of remote files. The least recently used copies are removed first.
+
+A copy is `<cache>/<sha256>`. Beside it, `<sha256>.checked` has the size, modification time and inode that the copy had
+when its hash was found right.
+"""
 
 import contextlib
 import os
 import re
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +15,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.storage.addresses import ATTEMPTS, is_local, local_path
-from pipeline.storage.files import UNFINISHED_NAME, StorageError, open_url, sha256_file, storage_errors, unfinished_file
+from pipeline.storage.files import (
+    UNFINISHED_NAME,
+    StorageError,
+    flush_to_disk,
+    open_url,
+    sha256_file,
+    storage_errors,
+    unfinished_file,
+)
+from pipeline.storage.private_folder import make_private_folder
 from pipeline.storage.sizes import parse_size
 
 # Why not a cache of fsspec: it names files by a hash of their URL and removes them by age. Here a file is named by its
@@ -25,10 +39,13 @@ _ABANDONED_S = 3600.0  # nothing was written into an unfinished file for so long
 def fetch(url: str, entry: dict[str, Any], *, check: bool = False) -> Path:
     """A local path with the bytes that a manifest's file `entry` (name, bytes, sha256) describes.
 
-    Local files are used where they are; remote ones are kept in a cache named by hash, so one node downloads each
-    once. Sizes are compared always; hashes when a file is downloaded, and with `check` whenever it is asked for.
-    What is damaged in the cache is downloaded again. ValueError if the bytes are not those of the manifest. Open the
-    path within a minute, for later it may be removed to make room for others (or let `opened` do it).
+    A local file stays where it is. A remote one goes into a cache named by hash, so one node downloads each once.
+    Sizes are always compared, hashes with `check`. Without `check`, the hash of a file of the cache is compared if the
+    file is new or changed since its last check. A damaged file of the cache is downloaded again. Open the path within
+    a minute: later it may be removed to make room for others (or use `fetch_and_open`).
+
+    Raises:
+        ValueError: the bytes are not those of the manifest.
     """
     if is_local(url):
         path = local_path(url)
@@ -47,9 +64,12 @@ def fetch(url: str, entry: dict[str, Any], *, check: bool = False) -> Path:
     with unfinished_file(str(cached)) as temporary:
         with storage_errors(url, "read"):
             fs.get_file(remote, temporary)
+        status = os.lstat(temporary)
         if sha256_file(Path(temporary)) != entry["sha256"]:
             raise ValueError(f"{url} is not the file its manifest describes\nhint: python -m jobs verify")
+        flush_to_disk(temporary)
         os.replace(temporary, cached)
+    _note_check(cached, status)
     return cached
 
 
@@ -75,16 +95,48 @@ def fetch_and_open(url: str, entry: dict[str, Any], open_path: Callable[[Path], 
 
 
 def _is_cached(path: Path, entry: dict[str, Any], check: bool) -> bool:
-    """Whether the cache has a file; if so, it counts as used now."""
+    """Whether the cache has a file with the right hash; if so, it counts as used now."""
     try:
-        status = path.stat()
-        if status.st_size != entry["bytes"] or (check and sha256_file(path) != entry["sha256"]):
+        status = path.lstat()
+        if status.st_size != entry["bytes"] or not stat.S_ISREG(status.st_mode):
             return False
-        with contextlib.suppress(PermissionError):  # another user's: its age is that of its download
+        if check or not _was_checked(path, status):
+            if sha256_file(path) != entry["sha256"]:
+                return False
+            flush_to_disk(path)
+            _note_check(path, status)
+        with contextlib.suppress(PermissionError):  # root put it there: its age is that of its download
             os.utime(path, ns=(time.time_ns(), status.st_mtime_ns))
     except FileNotFoundError:
         return False
     return True
+
+
+def _was_checked(path: Path, status: os.stat_result) -> bool:
+    """Whether an earlier process found the hash of this very file right."""
+    try:
+        return _check_note(path).read_text() == _stamp(status)
+    except (OSError, ValueError):
+        return False
+
+
+def _note_check(path: Path, status: os.stat_result) -> None:
+    """Remember that the hash of a file was right when it had this `status`: processes after this need not read it."""
+    with contextlib.suppress(OSError):  # the disk is full: the next process reads the file again
+        _check_note(path).write_text(_stamp(status))
+
+
+def _check_note(path: Path) -> Path:
+    return path.with_name(f"{path.name}.checked")
+
+
+def _stamp(status: os.stat_result) -> str:
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ino}\n"
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    _check_note(path).unlink(missing_ok=True)
 
 
 def _make_room(folder: Path, wanted: int) -> None:
@@ -104,7 +156,7 @@ def _make_room(folder: Path, wanted: int) -> None:
     for used, length, path in sorted(finished):
         if total <= bound or now - used < _IN_USE_S:
             return
-        path.unlink(missing_ok=True)
+        _remove(path)
         total -= length
 
 
@@ -123,10 +175,9 @@ def _cache_bytes() -> int:
 
 
 def cache_folder() -> Path:
-    """Where this node keeps what it fetched: `$RDM_CACHE`, or a folder of this user for temporary files.
+    """The folder of this node's fetched files: `$RDM_CACHE`, or a folder of this user for temporary files.
 
-    What `fetch` puts there takes at most `$RDM_CACHE_BYTES` (50Gi).
+    The files of `fetch` take at most `$RDM_CACHE_BYTES` (50Gi). PermissionError if others can put files into it.
     """
     folder = Path(os.environ.get("RDM_CACHE") or Path(tempfile.gettempdir()) / f"rdm-cache-{os.getuid()}")
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return folder
+    return make_private_folder(folder, "RDM_CACHE")

@@ -365,7 +365,7 @@ def unfinished_file(path: str) -> Iterator[str]:
             os.unlink(temporary)
 
 
-def flush_to_disk(path: str) -> None:
+def flush_to_disk(path: str | Path) -> None:
     """Bytes onto the disk before the name: a crash must not leave a name without its bytes."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -292,13 +292,62 @@ def test_what_is_removed_is_read_on_and_fetched_again(objects):
         storage.fetch_and_open(*objects[0], lambda path: (path.unlink(), path.read_bytes()))
 
 
-def test_damage_in_the_cache_is_noticed_when_asked_for(objects):
+def _replace_keeping_times(path, data):
+    """Other bytes in a file whose size and modification time stay."""
+    status = path.stat()
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_a_file_that_changed_in_the_cache_is_fetched_again(objects):
     path = storage.fetch(*objects[5])
     path.write_bytes(bytes([6]) * 1000)
-    assert storage.fetch(*objects[5]).read_bytes() == bytes([6]) * 1000
-    assert storage.fetch(*objects[5], check=True).read_bytes() == bytes([5]) * 1000
+    os.utime(path)  # two writes in one tick of the clock have the same time
+    assert storage.local_copy(*objects[5]) is None
+    assert storage.fetch(*objects[5]).read_bytes() == bytes([5]) * 1000
     path.write_bytes(bytes([5]) * 999)
     assert storage.fetch(*objects[5]).read_bytes() == bytes([5]) * 1000
+    _replace_keeping_times(path, bytes([6]) * 1000)  # as a failing disk does
+    assert storage.fetch(*objects[5], check=True).read_bytes() == bytes([5]) * 1000
+
+
+@pytest.mark.parametrize("note", [None, "", "1000", "1000 0 0\n", "\udcff"])
+def test_a_file_that_nobody_checked_is_not_used_for_its_size(objects, note):
+    url, entry = objects[4]
+    path = storage.cache_folder() / entry["sha256"]
+    path.write_bytes(bytes([9]) * 1000)
+    if note is not None:
+        path.with_name(f"{path.name}.checked").write_text(note, errors="surrogateescape")
+    assert storage.local_copy(url, entry) is None
+    assert storage.fetch(url, entry).read_bytes() == bytes([4]) * 1000
+
+
+def test_a_link_in_the_cache_is_replaced(objects, tmp_path):
+    url, entry = objects[3]
+    (tmp_path / "elsewhere").write_bytes(bytes([3]) * 1000)
+    path = storage.cache_folder() / entry["sha256"]
+    path.symlink_to(tmp_path / "elsewhere")
+    assert storage.fetch(url, entry).read_bytes() == bytes([3]) * 1000 and not path.is_symlink()
+
+
+def test_a_cached_file_is_read_for_its_hash_once(objects, monkeypatch):
+    read = []
+    monkeypatch.setattr(cache, "sha256_file", lambda path: read.append(Path(path).name) or files.sha256_file(path))
+    path = storage.fetch(*objects[2])
+    assert len(read) == 1 and storage.fetch(*objects[2]) == path and len(read) == 1
+    os.utime(path, (0, 0))
+    for _ in range(2):  # the second time as another process
+        assert storage.fetch(*objects[2]) == path
+    assert read[1:] == [path.name]
+    assert storage.fetch(*objects[2], check=True) == path and read[1:] == [path.name] * 2
+
+
+def test_what_leaves_the_cache_leaves_nothing(objects):
+    for stored_object in objects:
+        storage.fetch(*stored_object)
+        _age_cache(2)
+    names = {entry["sha256"] for _, entry in objects[7:]}
+    assert {path.name for path in storage.cache_folder().iterdir()} == names | {f"{name}.checked" for name in names}
 
 
 def test_what_killed_processes_and_others_left_in_the_cache(objects):
