@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.infra.manifests import INFRA
+from tests.infra.kubernetes.manifests import INFRA
 
 SCRIPT = INFRA / "kubernetes/base/check-driver.sh"
 HINT = re.compile(r"\Aerror: [^\n]+\nexpected: [^\n]+; got: [^\n]+\nhint: [^\n]+\n\Z")

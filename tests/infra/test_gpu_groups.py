@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from tests.infra import manifests
-from tests.infra.manifests import Document
+from tests.infra.kubernetes import manifests
+from tests.infra.kubernetes.manifests import Document
 
 GPU, EFA, HUGE_PAGES = "nvidia.com/gpu", "vpc.amazonaws.com/efa", "hugepages-2Mi"
 # Capabilities that containers may add under the policy `baseline`, which the namespace enforces.

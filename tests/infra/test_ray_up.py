@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 import yaml
 
-from tests.infra.manifests import INFRA
+from tests.infra.kubernetes.manifests import INFRA
 
 IMAGE = "resolve:ssm:/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubuntu-24.04/latest/ami-id"
 

@@ -18,7 +18,7 @@ import yaml
 
 from jobs.cli import parse
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 INFRA = REPOSITORY / "infra"
 OVERLAYS = ("aws", "on-prem")
 KUEUE_JOBS = ("embed", "train", "train-aws")

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.infra import manifests, tools
-from tests.infra.manifests import Document
+from tests.infra import tools
+from tests.infra.kubernetes import manifests
+from tests.infra.kubernetes.manifests import Document
 
 DIGEST = "REGISTRY/rdm@sha256:" + "0123456789abcdef" * 4
 OPERATOR = {"userInfo": {"username": "jo", "groups": ["rdm-operators", "system:authenticated"]}}

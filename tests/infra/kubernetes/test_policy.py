@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from tests.infra import manifests, tools
-from tests.infra.manifests import INFRA
+from tests.infra import tools
+from tests.infra.kubernetes import manifests
+from tests.infra.kubernetes.manifests import INFRA
 
 
 def _check(*files: Path) -> subprocess.CompletedProcess[str]:

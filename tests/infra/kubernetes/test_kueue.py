@@ -6,8 +6,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from tests.infra import manifests
-from tests.infra.manifests import Document
+from tests.infra.kubernetes import manifests
+from tests.infra.kubernetes.manifests import Document
 
 UNITS = {"m": 1e-3, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
 SUBMITTER = {"cpu": "500m", "memory": "200Mi"}  # KubeRay's own pod, which Kueue counts

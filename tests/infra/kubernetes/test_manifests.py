@@ -11,8 +11,8 @@ import yaml
 
 from jobs.cli import parse
 from pipeline.corpora.emoji import STYLES
-from tests.infra import manifests
-from tests.infra.manifests import INFRA, REPOSITORY, Document
+from tests.infra.kubernetes import manifests
+from tests.infra.kubernetes.manifests import INFRA, REPOSITORY, Document
 
 SECRETS = {"rdm-token", "rdm-s3", "rdm-wandb"}  # those that infra/README.md has made by hand
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.infra.manifests import INFRA, KUEUE_JOBS, OVERLAYS
+from tests.infra.kubernetes.manifests import INFRA, KUEUE_JOBS, OVERLAYS
 
 DIGEST = "0123456789abcdef" * 4
 WORDS = {"REGISTRY": "registry.internal", "ACCOUNT": "123456789012", "REGION": "eu-west-1", "BUCKET": "images"}

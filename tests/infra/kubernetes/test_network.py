@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.infra import manifests
-from tests.infra.manifests import Document
+from tests.infra.kubernetes import manifests
+from tests.infra.kubernetes.manifests import Document
 
 NODE = {"app.kubernetes.io/part-of": "rdm", "ray.io/cluster": "rdm"}
 SUBMITTERS = ({"app.kubernetes.io/component": "rdm-submit"}, {"ray.io/originated-from-crd": "RayJob"})
