@@ -1,10 +1,8 @@
 """Pictures taken out of every database: hidden at once, out of the bytes with the next version, and kept out."""
 
 import logging
-import re
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 from jobs.publishing.releases import find_consumers
 from pipeline import storage
@@ -12,9 +10,9 @@ from pipeline.datasets import takedowns
 from pipeline.datasets.dataset import Dataset, datasets
 from pipeline.datasets.published import DamagedPointer, Published
 from pipeline.datasets.takedowns import Forgotten
+from pipeline.downloads.urls import clean_url, find_host
 
 _log = logging.getLogger(__name__)
-_HOST = re.compile(r"[a-z0-9]([a-z0-9_.-]*[a-z0-9])?")
 
 
 def parse_takedown(root: str, sha256: Sequence[str], urls: Sequence[str], keys: Sequence[str],
@@ -43,11 +41,10 @@ def parse_takedown(root: str, sha256: Sequence[str], urls: Sequence[str], keys: 
 
 def _host(text: str) -> str:
     """The host that a domain, or an address with it, names."""
-    try:
-        host = (urlsplit(text if "://" in text else f"//{text}").hostname or "").strip(".")
-    except ValueError:
-        host = ""
-    if not _HOST.fullmatch(host):
+    place = clean_url(text)
+    is_url = "//" in place or place.lower().startswith(("http:", "https:"))
+    host = find_host(place if is_url else f"//{place.removeprefix('*').lstrip('.')}")
+    if not host:
         raise ValueError(f"--domain {text!r} is no host\nhint: as in example.org")
     return host
 

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +23,7 @@ import pyarrow.compute as pc
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import metadata
+from pipeline.downloads.urls import find_host
 
 _NAME = "forgotten.json"
 _COPIES = "takedowns"
@@ -46,8 +46,8 @@ class Forgotten:
         """Whether a picture of that name or address is one of them, as far as the name tells."""
         if name in self.urls:
             return True
-        host = _host(name) if self.domains else ""
-        return any(host == domain or host.endswith(f".{domain}") for domain in self.domains)
+        labels = find_host(name).split(".") if self.domains else []
+        return any(".".join(labels[start:]) in self.domains for start in range(len(labels)))
 
     def has(self, row: Mapping[str, Any]) -> bool:
         """Whether a row of metadata (sha256, original_sha256, url) is about one of them."""
@@ -68,13 +68,6 @@ class Forgotten:
     def digest(self) -> str:
         """A hash of all of it."""
         return storage.digest([sorted(getattr(self, kind)) for kind in _KINDS])
-
-
-def _host(name: str) -> str:
-    try:
-        return (urlsplit(name).hostname or "") if "://" in name else ""
-    except ValueError:
-        return ""
 
 
 def read_takedowns(root: str) -> Forgotten:

@@ -1,9 +1,10 @@
-"""Parse URLs as browsers do, and refuse private addresses."""
+"""Parse URLs as browsers do, tell their hosts, and refuse private addresses."""
 
 import functools
 import ipaddress
 import re
 import socket
+import unicodedata
 from collections.abc import Iterable
 from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit
 
@@ -15,6 +16,9 @@ _SPACE = "".join(map(chr, range(0x21)))
 _PATH = "%/:@!$&'()*+,;=~[]|"  # left as they are; % too, so that what is escaped already stays so
 _HOST = re.compile(r"[a-z0-9_.-]+")
 _NUMBER = re.compile(r"0x[0-9a-f]*|[0-9]+")
+# Browsers read http:host and http:/host as http://host.
+_AUTHORITY = re.compile(r"(?:https?:|[a-z][a-z0-9+.-]*:(?=//)|(?=//))/*([^/?#]+)", re.IGNORECASE)
+_DELIMITER = re.compile(r"[/?#@\\]")
 TOKEN = re.compile(r"[\w.*/-]+")
 # Written out, for what ipaddress calls private differs between versions of Python. Of IPv6 only 2000::/3 is given out.
 _CLOSED_4 = [ipaddress.IPv4Network(network) for network in (
@@ -89,6 +93,38 @@ def literal_address(url: URL) -> str:
         return socket.inet_ntoa(socket.inet_aton(host.removesuffix(".")))
     except OSError:
         raise ValueError("address") from None
+
+
+def find_host(text: str) -> str:
+    """The host of a URL in one spelling: lower case, ASCII (IDNA), no final dot, addresses as numbers; "" for none.
+
+    It is the host that `parse_url` would ask. URLs that it refuses are read too: //host/path, another scheme, a wrong
+    port.
+    """
+    match = _AUTHORITY.match(clean_url(text))
+    return _host_of_authority(match[1]) if match else ""
+
+
+@functools.lru_cache(1 << 14)
+def _host_of_authority(authority: str) -> str:
+    place = authority.rpartition("@")[2]
+    address, bracket, _ = place.partition("]")
+    without_port = address + bracket if bracket else unquote(place).partition(":")[0]
+    # Format characters, such as a soft hyphen, are no part of a host.
+    mapped = "".join(char for char in unicodedata.normalize("NFKC", without_port) if unicodedata.category(char) != "Cf")
+    for spelling in (place, mapped, mapped.rstrip(".")):
+        if spelling is not place and _DELIMITER.search(spelling):
+            break  # an escaped character of the host would become another part of the URL
+        try:
+            url, _ = parse_url(f"http://{spelling}/")
+            host = (literal_address(url) or url.raw_host or "").rstrip(".")
+        except ValueError:
+            continue
+        if ":" in host:
+            embedded = ipaddress.IPv6Address(host).ipv4_mapped
+            return str(embedded or host)
+        return host
+    return ""
 
 
 def refuse_private(addresses: Iterable[str]) -> None:
