@@ -1,13 +1,12 @@
 """Find the image of one sample in a tar by a few ranged reads. Only the keys of the samples must be known."""
 
-import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from pipeline.media.foreign_tars import KEY_AND_SUFFIX, META_MEMBER
-from pipeline.media.tars import IMAGE_SUFFIXES, parse_header
+from pipeline.media.tar_members import BLOCK, parse_header
+from pipeline.media.tars import IMAGE_SUFFIXES
 
-_BLOCK = tarfile.BLOCKSIZE
 _LEAST_WINDOW_BYTES = 64 << 10
 _MOST_ROUNDS = 24
 """An image needs about three. A tar that needs more is not what its metadata say."""
@@ -26,12 +25,12 @@ class _Member:
     @property
     def end(self) -> int:
         """The offset of the next header."""
-        return self.offset + _BLOCK + -(-self.length // _BLOCK) * _BLOCK
+        return self.offset + BLOCK + -(-self.length // BLOCK) * BLOCK
 
 
 def window_bytes(tar_bytes: int, samples: int) -> int:
     """The bytes of one ranged read: two samples of mean size, and at least what a store sends at once."""
-    return max(_LEAST_WINDOW_BYTES, -(-2 * tar_bytes // max(samples, 1) // _BLOCK) * _BLOCK)
+    return max(_LEAST_WINDOW_BYTES, -(-2 * tar_bytes // max(samples, 1) // BLOCK) * BLOCK)
 
 
 class TarSearch:
@@ -56,7 +55,7 @@ class TarSearch:
             if number > 3 and number % 2:
                 share = 0.5  # sizes that change along the tar mislead every estimate by position
             estimate = low + int((high - low) * share)
-            start = estimate // _BLOCK * _BLOCK - self._window // 2 // _BLOCK * _BLOCK
+            start = estimate // BLOCK * BLOCK - self._window // 2 // BLOCK * BLOCK
             if start < low + self._window // 2 or high - low <= self._window:
                 start = low
             data = bytearray()
@@ -83,21 +82,21 @@ class TarSearch:
         members: list[_Member] = []
         offset = start
         while True:
-            if offset + _BLOCK > start + len(data):
+            if offset + BLOCK > start + len(data):
                 end = min(max(offset, start + len(data)) + max(self._window, len(data)), high)
-                if end < offset + _BLOCK or (members and members[-1].position != position):
+                if end < offset + BLOCK or (members and members[-1].position != position):
                     return members
                 data += self._read(start + len(data), end)
                 if start + len(data) < end:
                     return None  # the file is shorter than its manifest says
-            header = parse_header(bytes(data[offset - start:offset - start + _BLOCK]))
+            header = parse_header(bytes(data[offset - start:offset - start + BLOCK]))
             if header is None:  # content of a member, or the end of the tar
-                offset += _BLOCK
+                offset += BLOCK
                 continue
             name, length = header
             parts = KEY_AND_SUFFIX.match(name)
             if not parts or META_MEMBER.match(name):
-                offset += _BLOCK
+                offset += BLOCK
                 continue
             key, suffix = parts.groups()
             if key not in self._positions:
@@ -109,7 +108,7 @@ class TarSearch:
 
     def _content(self, member: _Member, data: bytearray, start: int) -> bytes | None:
         """The content of a member whose header is in the window at `start`."""
-        first = member.offset + _BLOCK
+        first = member.offset + BLOCK
         last, end = first + member.length, start + len(data)
         if last > self._tar_bytes:
             return None

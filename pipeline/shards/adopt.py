@@ -83,18 +83,18 @@ class Adopt(Stage):
         address = item.inputs["tar"]
         path = local_tar(address, scratch)
         metas, entries = [], []
-        suspicions = TarFaults()
-        for number, sample in enumerate(read_foreign_tar(path, suspicions), item.inputs["first"]):
+        faults = TarFaults()
+        for number, sample in enumerate(read_foreign_tar(path, faults), item.inputs["first"]):
             meta, entry = self._meta(number, sample, address)
             metas.append(meta)
             entries += entry
-        if suspicions.cut:
-            raise ValueError(f"{address} is cut off {suspicions.cut}\nhint: shard it without --adopt, which takes the "
+        if faults.cut:
+            raise ValueError(f"{address} is cut off {faults.cut}\nhint: shard it without --adopt, which takes the "
                              f"{len(metas)} samples that are whole")
-        if suspicions.members:
-            name, _, detail = suspicions.members[0]
-            raise ValueError(f"{address}: {len(suspicions.members)} members are not adopted, the first is {name}: "
-                             f"{detail}\nhint: shard it without --adopt, which leaves them out")
+        if faults.members:
+            (name, _, detail), count = faults.members[0], len(faults.members) + faults.unnamed.total()
+            raise ValueError(f"{address}: {count} members are not adopted, the first is {name}: {detail}\n"
+                             f"hint: shard it without --adopt, which leaves them out")
         good = len(metas)
         failed = _failed(address, good, item.inputs["first"])
         metas += failed

@@ -88,8 +88,7 @@ class Deduplicate(Shard):
         details = {row: f"of sample {other} of shard {shard}" for row, shard, other in json.loads(
             storage.read_bytes(storage.join(self.folder, item.inputs["duplicates"])))}
         tar, parquet = scratch / "shard.tar", scratch / "shard.parquet"
-        tars.write(tar, ({key: value for key, value in sample.items() if key != "__url__"}
-                         for row, sample in enumerate(tars.read(files[f"{item.id}.tar"])) if row not in details))
+        tars.write(tar, (sample for row, sample in enumerate(tars.read(files[f"{item.id}.tar"])) if row not in details))
         table = read(files[f"{item.id}.parquet"])
         entries, remaining = self._mark_duplicates(table, details, parquet)
         if (old := files.get(f"ledger/{item.id}.jsonl")) is not None:

@@ -50,18 +50,16 @@ class TarSource(Source):
             yield Part({"tar": address, "first": number * STEP})
 
     def rows(self, stage_folder: str, inputs: dict[str, Any], scratch: Path, reading: ReadReport) -> Iterator[Row]:
-        suspicions = TarFaults()
+        faults = TarFaults()
         batch: list[Row] = []
-        samples = read_foreign_tar(local_tar(inputs["tar"], scratch), suspicions)
+        samples = read_foreign_tar(local_tar(inputs["tar"], scratch), faults)
         for number, sample in enumerate(samples, inputs["first"]):
             batch.append(_sample_row(number, sample, self.config.caption_column))
             if len(batch) == _BATCH:
                 yield from self._filter_batch(batch, reading)
                 batch = []
         yield from self._filter_batch(batch, reading)
-        reading.remarks += suspicions.members
-        if suspicions.cut:
-            reading.remarks.append((inputs["tar"].rsplit("/", 1)[-1], "tar_cut", suspicions.cut))
+        reading.remarks += faults.remarks(inputs["tar"].rsplit("/", 1)[-1])
 
     def _filter_batch(self, batch: list[Row], reading: ReadReport) -> list[Row]:
         if self.where is None or not batch:

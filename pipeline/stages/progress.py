@@ -167,6 +167,7 @@ class Tally:
         reasons = Counter({reason: count for reason, count in _sum_reasons(reasons, fresh).items()
                            if reason not in self.by_choice and count > 0})
         failed = reasons.total()
+        rows = max(rows, failed)  # a tar that cannot be read is a failure without a row
         if failed <= most * rows or (rows < LEAST and not final):
             return ""
         frequent = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(5))

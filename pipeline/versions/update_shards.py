@@ -142,8 +142,7 @@ class Update(Shard):
         """A shard without some of its samples, and without a trace of them."""
         tar, parquet = scratch / "shard.tar", scratch / "shard.parquet"
         there = base.fetch("shards", file_of(record, ".tar"), check=True)
-        tars.write(tar, ({key: value for key, value in sample.items() if key != "__url__"}
-                         for row, sample in enumerate(tars.read(there)) if row not in positions))
+        tars.write(tar, (sample for row, sample in enumerate(tars.read(there)) if row not in positions))
         table = succeeded_rows(read_metadata(base, record))
         pq.write_table(table.take([row for row in range(table.num_rows) if row not in positions]), parquet)
         return Output(record["samples"] - len(positions), {f"{item.id}.tar": tar, f"{item.id}.parquet": parquet},
