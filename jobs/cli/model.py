@@ -22,7 +22,7 @@ from pipeline.embeddings.config import EmbedConfig
 
 if TYPE_CHECKING:
     from jobs.runs.run import Run
-    from jobs.training.train_stage import Job
+    from jobs.training.train_stage import Job, Training
     from pipeline.datasets.dataset import Dataset
     from pipeline.stages.stage import Stage
 
@@ -78,46 +78,54 @@ def run_train(options: TrainOptions) -> int:
 
 def train(job: "Job", cluster: ClusterConfig, *, local: bool, overwrite: bool = False) -> dict[str, Any] | None:
     """Bring a run to its sealed state. None if it was stopped, and in processes of torchrun other than rank 0."""
-    from jobs.cluster.gpus import check_gpus, local_device
+    from jobs.cluster.gpus import check_gpus
     from jobs.runs.labels import run_labels
     from jobs.telemetry import logs
     from jobs.training.train_stage import Training
-    from pipeline.hardware import devices
-    from pipeline.stages.driver import run_stage
     from pipeline.stages.manifest import read_manifest
     from pipeline.stages.plan import hold_folder, prepare, replace_plan
     with logs.label_events(run_labels(job.dataset.name, job.dataset.version, job.run.name)):
         training = Training(job)
         check_gpus(training, cluster)
         training.check()
-        if overwrite and os.environ.get("RANK", "0") == "0":
-            with hold_folder(training, exclusive=True):
-                replace_plan(training)
-        sealed = storage.join(training.folder, "manifest.json")
         # With --overwrite rank 0 replaces the folder meanwhile, so the other ranks do not look into it.
-        if not overwrite and storage.exists(sealed):
+        if not overwrite and storage.exists(storage.join(training.folder, "manifest.json")):
             prepare(training)
             manifest = read_manifest(training.folder, training.command)
             if manifest["info"]["steps"] >= job.config.steps:
                 return manifest
-        if local:
-            from jobs.training.worker import train_in_processes
-            with devices.reserve_temporarily(local_device(cluster)):
-                if not train_in_processes(job):
-                    return None
-        else:
-            with interrupts.defer_interrupts():
-                from jobs.training.ray_train import train_on_ray
-            train_on_ray(job, cluster, lambda line: _log.info(
-                "train: step %d of %d, loss %.4f, %.0f samples/s", line["step"], job.config.steps, line["loss"],
-                line["samples_per_s"], extra={"fields": line}))
-        if job.run.latest_step() < job.config.steps:
-            _log.info("train: stopped at step %d; the same command continues from there", job.run.latest_step())
-            return None
-        if storage.exists(sealed):  # a finished run with more --steps
-            storage.remove(sealed)
-            storage.remove(storage.join(training.folder, "records", "run.json"))
-        return run_stage(training)
+        if os.environ.get("RANK", "0") != "0":
+            return _train_and_seal(training, job, cluster, local=local)
+        with hold_folder(training, exclusive=overwrite) as lease:
+            if overwrite:
+                replace_plan(training)
+                lease.share()
+            return _train_and_seal(training, job, cluster, local=local)
+
+
+def _train_and_seal(training: "Training", job: "Job", cluster: ClusterConfig, *, local: bool) -> dict[str, Any] | None:
+    from jobs.cluster.gpus import local_device
+    from pipeline.hardware import devices
+    from pipeline.stages.driver import run_stage
+    if local:
+        from jobs.training.worker import train_in_processes
+        with devices.reserve_temporarily(local_device(cluster)):
+            if not train_in_processes(job):
+                return None
+    else:
+        with interrupts.defer_interrupts():
+            from jobs.training.ray_train import train_on_ray
+        train_on_ray(job, cluster, lambda line: _log.info(
+            "train: step %d of %d, loss %.4f, %.0f samples/s", line["step"], job.config.steps, line["loss"],
+            line["samples_per_s"], extra={"fields": line}))
+    if job.run.latest_step() < job.config.steps:
+        _log.info("train: stopped at step %d; the same command continues from there", job.run.latest_step())
+        return None
+    sealed = storage.join(training.folder, "manifest.json")
+    if storage.exists(sealed):  # a finished run with more --steps
+        storage.remove(sealed)
+        storage.remove(storage.join(training.folder, "records", "run.json"))
+    return run_stage(training)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from pipeline.neighbors.neighbors import Neighbors
 from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import read_manifest
 from pipeline.stages.plan import prepare, replace_plan
+from tests.pipeline import synthetic
 
 SETTINGS = """
 [train]
@@ -321,3 +322,15 @@ def _wait_for_size(run: Run, size: int, process: "subprocess.Popen[bytes]") -> N
             return
         time.sleep(0.05)
     raise AssertionError(f"the run never had {size} processes: {_sizes(run)[-20:]}")
+
+
+def test_a_run_is_not_emptied_while_another_command_trains_it(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["train", "leased", "--dataset", "drawn", "--root", str(root), "--config", str(root / "settings.toml"),
+               "--steps", "2", "--local"]
+    assert main(command) == 0
+    weights = synthetic.files_below(root / "runs/leased")
+    with storage.hold_lease(str(root), "runs/leased"):
+        assert main([*command, "--overwrite"]) == 1
+        assert "another command works on " in capsys.readouterr().err
+    assert synthetic.files_below(root / "runs/leased") == weights
+    assert main([*command, "--overwrite"]) == 0
