@@ -160,6 +160,8 @@ def _evaluations(root: Path, row: Row) -> list[dict[str, Any]]:
 
 def _table(root: Path) -> str:
     runs_by_row = {(row.run, row.evaluation): _evaluations(root, row) for row in ROWS}
+    if not any(runs_by_row.values()):
+        raise SystemExit(f"{root} has no run of this script\nhint: the same command without --table")
     spread = {name: _spread([np.array([np.mean(run[name]) for run in runs]) for key, runs in runs_by_row.items()
                              if key[1] == "drawn" and (name != "loss" or key[0] in _COMPARABLE)])
               for name in ("judge", "clip", "kid", "loss")}
