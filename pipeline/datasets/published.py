@@ -45,7 +45,7 @@ class Published:
         root = storage.normalize(root)
         while True:
             data = read_pointer(root, name)
-            document = parse_pointer(data) if data else {}
+            document = {} if data is None else parse_pointer(data)
             if document is not None:
                 published = cls(root, name, data, document)
                 fault = published._find_fault()
