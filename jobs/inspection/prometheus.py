@@ -4,14 +4,19 @@ Ray's own exporter ends with the job. Alerts also need what is known when no job
 failed runs and dead drivers. This exporter reads them from the files.
 """
 
+import asyncio
+import contextlib
 import logging
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from prometheus_client import CollectorRegistry, start_http_server
+from aiohttp import web
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
 
 from jobs.inspection import status
 from jobs.runs.labels import NAMES
@@ -19,6 +24,10 @@ from pipeline import storage
 from pipeline.stages.progress import period
 
 _log = logging.getLogger(__name__)
+_REQUEST_S = 20.0  # from the connection, or the last answer, to the end of the next request's headers
+_ANSWER_S = 60.0  # to read the root and to send all of the answer
+_CONNECTIONS = 200  # more than Prometheus opens, and fewer than a process may have files open
+_BACKLOG = 32  # connections that may be accepted before the first of them counts
 _STAGE = {
     "items": "Planned items.", "items_left": "Items without a record.", "items_failed": "Items that failed.",
     "rows": "Rows of the source that were read.", "samples": "Samples made.", "bytes": "Bytes written.",
@@ -44,12 +53,52 @@ def serve_metrics(root: str, where: str) -> None:
     collector = RootMetrics(root)
     collector.look()  # who cannot read it at all shall know at once
     registry.register(collector)
-    server, thread = start_http_server(int(port), host.strip("[]") or "127.0.0.1", registry)
-    _log.info("status: at http://%s:%d/metrics", host or "127.0.0.1", server.server_port)
+    asyncio.run(_serve(registry, host.strip("[]") or "127.0.0.1", int(port)))
+
+
+async def _serve(registry: CollectorRegistry, host: str, port: int) -> None:
+    """Answer requests until cancelled. A connection costs a socket and no thread, and has time limits."""
+    loop, reader = asyncio.get_running_loop(), ThreadPoolExecutor(1, "metrics")
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        if request.method not in {"GET", "HEAD"}:
+            return web.Response(status=405, headers={"Allow": "GET, HEAD"})
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                response = await loop.run_in_executor(reader, _metrics_response, registry, request)
+                await response.prepare(request)
+                await response.write_eof()
+        except TimeoutError:
+            if request.transport is not None:
+                request.transport.abort()  # closing it would wait until the client reads what is sent
+            return web.Response(status=503)
+        return response
+
+    server = web.Server(answer, keepalive_timeout=_REQUEST_S, lingering_time=0.0, access_log=None)
+    listener = await loop.create_server(
+        lambda: server() if len(server.connections) < _CONNECTIONS else _Refusal(), host, port, backlog=_BACKLOG)
+    _log.info("status: at http://%s:%d/metrics", host, listener.sockets[0].getsockname()[1])
     try:
-        thread.join()
+        await listener.serve_forever()
     finally:
-        server.shutdown()
+        reader.shutdown(wait=False, cancel_futures=True)
+        with contextlib.suppress(TimeoutError):
+            await server.shutdown(timeout=1.0)
+
+
+def _metrics_response(registry: CollectorRegistry, request: web.BaseRequest) -> web.Response:
+    """All metrics in the format that the request accepts."""
+    encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+    response = web.Response(body=encode(registry), headers={"Content-Type": content_type})
+    response.enable_compression()
+    return response
+
+
+class _Refusal(asyncio.Protocol):
+    """Ends a connection that is one too many."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.abort()  # type: ignore[attr-defined]
 
 
 class RootMetrics:
