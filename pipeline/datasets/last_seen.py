@@ -6,9 +6,12 @@ this machine. It belongs to one history: a new root at the same place has anothe
 
 import contextlib
 import hashlib
+import logging
 from typing import Any
 
 from pipeline import storage
+
+_log = logging.getLogger(__name__)
 
 
 def read_last_seen(root: str, name: str) -> dict[str, Any]:
@@ -22,8 +25,11 @@ def read_last_seen(root: str, name: str) -> dict[str, Any]:
 
 def write_last_seen(root: str, name: str, sequence: int, first: str) -> None:
     """Keep the sequence number of a pointer that was accepted."""
-    with contextlib.suppress(OSError):  # a reader needs no place to write
+    try:
         storage.put_json({"sequence": sequence, "first": first}, _url(root, name))
+    except (OSError, ValueError) as error:  # a reader needs no place to write
+        _log.warning("%s: this machine cannot remember publication %d, so it would accept an older one later: %s", name,
+                     sequence, error)
 
 
 def _url(root: str, name: str) -> str:

@@ -164,9 +164,10 @@ def _machine() -> str:
 
 
 def _process_start(pid: int) -> str:
-    """When a process started; empty if there is none, "?" if the system does not tell."""
+    """When a process started; empty if it has ended, "?" if the system does not tell."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if state in {"Z", "X"} else fields[18]  # a killed process that its parent has not waited for
     except FileNotFoundError:
         if os.path.exists("/proc/self/stat"):
             return ""
