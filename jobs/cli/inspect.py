@@ -68,19 +68,27 @@ class VerifyOptions:
     """current: only the published versions, against the hashes of their publication."""
     quick: bool = False
     """Only the manifests, not the files that they name."""
+    key: str = ""
+    """ed25519 public key, or a file with one or more: the published versions must be signed by it. Default:
+    RDM_RELEASE_KEY."""
     json: bool = False
     """Print faults as JSON lines."""
 
 
 def run_verify(options: VerifyOptions) -> int:
     from jobs.inspection.status import read_status
+    from pipeline.datasets.signatures import parse_release_keys, read_release_keys
     from pipeline.versions import verify
+    keys = parse_release_keys(options.key, "--key") if options.key else read_release_keys()
     root = storage.normalize(options.common.root)
     only = options.only.strip("/")
     stages = [stage for stage in read_status(root) if not only or f"{stage['path']}/".startswith(f"{only}/")]
     from jobs.publishing.releases import check_published
-    current, chain = check_published(root, quick=options.quick)
+    current, chain = check_published(root, quick=options.quick, keys=keys)
     chain = [fault for fault in chain if not only or f"{fault['path']}/".startswith(f"{only}/")]
+    if options.key and not chain and not any(
+            f"{only}/".startswith(folder) or folder.startswith(f"{only}/" if only else "") for folder in current):
+        raise ValueError(f"{storage.join(root, only)} has no published version, so there is no signature to check")
     if options.against == "current":
         stages = [stage for stage in stages if stage["path"].startswith(current)]
     folders = [stage["path"] for stage in stages if stage["state"] in {"sealed", "stale", "damaged"}]

@@ -219,15 +219,16 @@ def run_evaluate(options: EvaluateOptions) -> int:
 def _evaluation_data(options: EvaluateOptions, run: "Run") -> tuple["Dataset", "Dataset", list["Dataset"]]:
     """The dataset and the database of the training, and the databases to evaluate."""
     from pipeline.datasets import published
-    from pipeline.datasets.dataset import Dataset, datasets
+    from pipeline.datasets.dataset import datasets
+    from pipeline.datasets.signatures import read_release_keys
     root, section = options.common.root, run.section()
     if "dataset" not in section:
         raise ValueError(f"the run {run.name} was not trained here: what it has seen is not known")
-    dataset, database = (Dataset.parse(root, section[name]) for name in ("dataset", "database"))
+    dataset, database = (published.open_label(root, section[name]) for name in ("dataset", "database"))
     newest = {other.name: other for other in sorted(datasets(root), key=lambda data: (len(data.version), data.version))
               if other.is_sealed("index") and other.name not in {dataset.name, database.name}}
     newest |= {name: published.open_dataset(root, name) for name in newest
-               if published.Published.load(root, name).version}
+               if read_release_keys().accepted or published.Published.load(root, name).version}
     databases = [published.open_dataset(root, name) for name in options.database] or list(newest.values())
     return dataset, database, databases
 
@@ -250,7 +251,7 @@ def run_convert(options: ConvertOptions) -> int:
     from jobs.runs.run import Run
     from jobs.training.convert import Convert
     from jobs.training.export import Import
-    from pipeline.datasets.dataset import Dataset
+    from pipeline.datasets import published
     from pipeline.stages.driver import run_stage
     root = options.common.root
     run = Run.parse(root, options.run)
@@ -260,7 +261,7 @@ def run_convert(options: ConvertOptions) -> int:
         raise ValueError("a released checkpoint does not say which encoder it was trained with\n"
                          "hint: --database NAME, a dataset that was embedded by it")
     else:
-        convert = Convert(run, options.checkpoint, Dataset.parse(root, options.database), options.convert)
+        convert = Convert(run, options.checkpoint, published.open_label(root, options.database), options.convert)
     if options.common.dry_run:
         return print_forecast(convert, options.stage.overwrite)
     print_result(convert, run_stage(convert, overwrite=options.stage.overwrite))

@@ -4,7 +4,7 @@ import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -17,7 +17,27 @@ from pipeline.embeddings.config import EmbedConfig
 from pipeline.indices.config import IndexConfig
 from pipeline.sources.config import ShardConfig
 
+if TYPE_CHECKING:
+    from pipeline.datasets.signatures import ReleaseKeys
+
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SigningOptions:
+    """Options of the verbs that publish."""
+
+    sign: str = ""
+    """File with the ed25519 private key that signs the publication. Only its owner may read it."""
+    accept_unsigned: bool = False
+    """With --sign: a published version that has no signature is accepted and signed, or the next one made of it."""
+    unsigned: bool = False
+    """Publish without a signature although the dataset is signed."""
+
+    def keys(self) -> "ReleaseKeys":
+        """The keys to publish with; ValueError if the private key cannot be used."""
+        from pipeline.datasets.signatures import publishing_keys
+        return publishing_keys(self.sign, accept_unsigned=self.accept_unsigned, unsigned=self.unsigned)
 
 
 @dataclass(frozen=True)
@@ -31,6 +51,7 @@ class RebuildOptions:
     rebuild: Flat[RebuildConfig]
     cluster: Flat[ClusterConfig]
     common: Flat[CommonOptions]
+    signing: Flat[SigningOptions] = field(default_factory=SigningOptions)
 
 
 def run_rebuild(options: RebuildOptions) -> int:
@@ -41,7 +62,8 @@ def run_rebuild(options: RebuildOptions) -> int:
     root, name = storage.normalize(options.common.root), Dataset.parse(options.common.root, options.dataset).name
     if "@" in options.dataset:
         raise ValueError(f"{options.dataset}: a rebuild makes the next version itself\nhint: rebuild {name}")
-    build = rebuild.Rebuild(root, name, options.shard, options.embed, options.index, options.rebuild)
+    build = rebuild.Rebuild(root, name, options.shard, options.embed, options.index, options.rebuild,
+                            options.signing.keys())
     if options.common.dry_run:
         print(json.dumps(build.forecast(), indent=1))
         return 0
@@ -84,13 +106,15 @@ class RollbackOptions:
     common: Flat[CommonOptions]
     to: str = ""
     """The version, for example v2. Default: the one before the published one."""
+    signing: Flat[SigningOptions] = field(default_factory=SigningOptions)
 
 
 def run_rollback(options: RollbackOptions) -> int:
     from jobs.publishing.releases import rollback
     plain, _, version = options.dataset.partition("@")
     name = _dataset_name(options.common.root, options.dataset, f"rollback {plain} --to {version}")
-    print(json.dumps(rollback(options.common.root, name, options.to, dry_run=options.common.dry_run)))
+    print(json.dumps(rollback(options.common.root, name, options.to, dry_run=options.common.dry_run,
+                              keys=options.signing.keys())))
     return 0
 
 
@@ -100,12 +124,13 @@ class RepairOptions:
 
     dataset: DatasetName
     common: Flat[CommonOptions]
+    signing: Flat[SigningOptions] = field(default_factory=SigningOptions)
 
 
 def run_repair(options: RepairOptions) -> int:
     from jobs.publishing.repair import repair
     name = _dataset_name(options.common.root, options.dataset, f"repair {options.dataset.split('@')[0]}")
-    print(json.dumps(repair(options.common.root, name, dry_run=options.common.dry_run)))
+    print(json.dumps(repair(options.common.root, name, dry_run=options.common.dry_run, keys=options.signing.keys())))
     return 0
 
 

@@ -25,6 +25,7 @@ import tyro
 from jobs.cli.options import STOPPED, Words
 from jobs.cli.parse import parse_command
 from pipeline import storage
+from pipeline.datasets.signatures import RELEASE_KEY, public_text, read_release_keys, refuse_key_text
 
 _log = logging.getLogger(__name__)
 NEEDED = "RDM_NEEDS"  # names of the variables that a job is to find where it runs
@@ -89,7 +90,10 @@ def run_submit(options: SubmitOptions) -> int:
 
 def make_submission(words: tuple[str, ...], inner: Any, options: SubmitOptions) -> Submission:
     """The submission of a verb whose `words` were parsed to `inner`; ValueError for what cannot work elsewhere."""
-    for place in (inner.common.root, getattr(inner, "out", ""), *getattr(getattr(inner, "shard", None), "source", ())):
+    sign = getattr(getattr(inner, "signing", None), "sign", "")
+    refuse_key_text(sign)
+    sources = getattr(getattr(inner, "shard", None), "source", ())
+    for place in (inner.common.root, sign, getattr(inner, "out", ""), *sources):
         if storage.is_local(place) and place and not Path(storage.local_path(place)).is_absolute():
             raise ValueError(f"{place} is a folder of this machine, and the job's own folder does not outlive it\n"
                              f"hint: --root s3://bucket/..., or an absolute path that every node has")
@@ -113,13 +117,15 @@ def variables(more: Iterable[str], needed: Iterable[str]) -> dict[str, str]:
     """What a job is given of this environment: settings of S3, wandb and this program, and never a secret."""
     passed = {}
     for name in more:
-        if _SECRET.search(name) or name not in os.environ:
+        if (_SECRET.search(name) and name != RELEASE_KEY) or name not in os.environ:
             raise ValueError(f"--env {name}: " + ("is a secret by its name, which the cluster would keep and show\n"
                              f"hint: give it to the nodes, and --secret {name}" if _SECRET.search(name)
                              else "is not set here"))
     held_back = []
     for name, value in sorted(os.environ.items()):
-        if name in more or (name.startswith(_PREFIXES) and name not in _OF_HERE):
+        if name == RELEASE_KEY:  # public; the nodes do not have the file that it may name
+            passed[name] = public_text(read_release_keys())
+        elif name in more or (name.startswith(_PREFIXES) and name not in _OF_HERE):
             if _SECRET.search(name) or storage.redact_credentials(value) != value:
                 held_back.append(name)
             else:
@@ -148,7 +154,7 @@ def run_submission(submission: Submission, options: SubmitOptions) -> int:
     client = _client(options.address)
     number, info = _newest(client, submission)
     if info is not None and not info.status.is_terminal():
-        _log.info("submit: %s-a%d runs already: %s", submission.name, number, info.entrypoint)
+        _log.info("submit: %s-a%d runs already: %s", submission.name, number, _without_key(info.entrypoint))
     else:
         number = _start(client, submission, options, number + 1)
     if not options.wait:
@@ -194,7 +200,7 @@ def _start(client: Any, submission: Submission, options: SubmitOptions, number: 
                               metadata=submission.about | {"attempt": str(number)},
                               runtime_env={"env_vars": submission.variables | revision}
                               | ({"working_dir": str(folder)} if folder else {}))
-            _log.info("submit: %s-a%d: %s", submission.name, number, _entrypoint(submission))
+            _log.info("submit: %s-a%d: %s", submission.name, number, _without_key(_entrypoint(submission)))
         except RuntimeError as error:
             if "already exists" not in str(error):
                 raise OSError(f"the cluster refused the job: {str(error).splitlines()[0]}") from None
@@ -267,6 +273,11 @@ def _entrypoint(submission: Submission) -> str:
     return shlex.join(["python", "-m", "jobs", *submission.words])  # a shell takes it apart again
 
 
+def _without_key(entrypoint: str) -> str:
+    """A command for logs, without the path of the private key."""
+    return re.sub(r"(--sign[ =])('[^']*'|\S+)", r"\1KEYFILE", entrypoint)
+
+
 def _sent(submission: Submission, options: SubmitOptions) -> list[str]:
     return [*(() if options.installed else _PACKAGES), *((_SETTINGS,) if submission.config else ())]
 
@@ -307,6 +318,9 @@ def _hash(verb: str, inner: Any) -> str:
     document = asdict(replace(inner, common=common))
     for options in (document, document.get("settings", {})):
         options.pop("cluster", None)
+    if "signing" in document:  # the path of the key goes into no name
+        signing = document.pop("signing")
+        document |= {name: bool(value) for name, value in signing.items() if value}
     return storage.digest([verb, document])[:8]
 
 

@@ -22,6 +22,7 @@ from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.hidden_rows import Tombstones
 from pipeline.datasets.published import Published
 from pipeline.datasets.release_files import find_missing_files
+from pipeline.datasets.signatures import ReleaseKeys, read_release_keys
 from pipeline.embeddings.config import EmbedConfig
 from pipeline.embeddings.embed import dataset_encoder
 from pipeline.indices.config import IndexConfig
@@ -54,10 +55,11 @@ class Rebuild:
     """One rebuild: a source, the version that is published, and the one that is made."""
 
     def __init__(self, root: str, name: str, shard: ShardConfig, embed: EmbedConfig, index: IndexConfig,
-                 config: RebuildConfig) -> None:
+                 config: RebuildConfig, keys: ReleaseKeys | None = None) -> None:
         self.root, self.name = root, name
         self.shard, self.embed, self.index, self.config = shard, embed, index, config
-        self.before = Published.load(root, name)
+        self.keys = read_release_keys() if keys is None else keys
+        self.before = Published.load(root, name, self.keys)
         if not storage.can_swap(self.before.folder):
             raise ValueError(f"the store of {root} does not keep the conditions If-Match and If-None-Match of a write: "
                              f"two rebuilds could publish at once\nhint: a store that keeps them (AWS S3, MinIO, R2), "
@@ -99,7 +101,7 @@ class Rebuild:
             fault = str(error).splitlines()[0]
         if not fault:
             return base
-        if Published.load(self.root, self.name).version != before.version:
+        if Published.load(self.root, self.name, self.keys).version != before.version:
             raise StageFailed(f"another command published a version of {self.name} and gc removed {before.version}\n"
                               f"hint: run the same command again")
         _log.warning("rebuild: the published %s@%s is damaged (%s): every image is read again, and the gates do not "
@@ -127,7 +129,7 @@ class Rebuild:
                                          self.before.document.get("content", "")]), "source": source,
                  "from": self.before.version or None}
         data = storage.json_bytes(claim)
-        past = {document["version"] for document in Published.load(self.root, self.name).history()}
+        past = {document["version"] for document in Published.load(self.root, self.name, self.keys).history()}
         for version in reversed(self.before.versions()):
             if published.version_number(version) <= self.before.number or self._is_gone(version):
                 continue
@@ -234,7 +236,7 @@ class Rebuild:
         """
         number = published.version_number(dataset.version)
         while True:
-            before = Published.load(self.root, self.name)
+            before = Published.load(self.root, self.name, self.keys)
             if before.version == dataset.version:
                 return {"published": dataset.version, "by": "another"}
             if before.number > number:
@@ -279,8 +281,16 @@ class Rebuild:
             return False
         if not dataset.is_sealed("compare"):
             storage.remove_tree(storage.join(self.before.folder, dataset.version))
-        self.before.mark_checked()
+        self.keep_published()
         return True
+
+    def keep_published(self) -> None:
+        """Note that the source was compared, and sign the published version if this key has not."""
+        if not self.before.needs_signature:
+            self.before.mark_checked()
+        elif not self.before.sign_again():
+            raise StageFailed(f"another command published a version of {self.name} meanwhile\n"
+                              f"hint: run the same command again")
 
     def _pending(self) -> bool:
         """Whether pictures of the published version were forgotten since, and are still in its bytes."""
@@ -290,6 +300,7 @@ class Rebuild:
 
 def run_rebuild(rebuild: Rebuild, seal: Seal) -> dict[str, Any]:
     """Bring a dataset's published version up to its source; what was done."""
+    rebuild.keys.refuse_unsigned(rebuild.name, rebuild.before.document)
     with contextlib.ExitStack() as leases:
         if rebuild.before.version:  # gc must not remove the files that the new version takes over
             leases.enter_context(storage.hold_lease(rebuild.root, f"datasets/{rebuild.name}/{rebuild.before.version}"))
@@ -308,13 +319,13 @@ def _rebuild_claimed(rebuild: Rebuild, dataset: Dataset, past: bool, seal: Seal)
 
 
 def _made(rebuild: Rebuild, dataset: Dataset, past: bool, seal: Seal) -> dict[str, Any]:
-    now = Published.load(rebuild.root, rebuild.name)
+    now = Published.load(rebuild.root, rebuild.name, rebuild.keys)
     if past and now.version == dataset.version:  # since this one began
         return {"dataset": rebuild.name, "published": dataset.version, "by": "another"}
     if past:
         _log.warning("rebuild: the source is what %s was made from, which was rolled back\nhint: rollback %s --to %s "
                      "publishes it again", dataset.version, rebuild.name, dataset.version)
-        rebuild.before.mark_checked()
+        rebuild.keep_published()
         return {"dataset": rebuild.name, "published": rebuild.before.version, "rolled_back": dataset.version}
     diff = rebuild.compare(dataset, seal)
     counts = {name: diff.counts[name] for name in _COUNTS}

@@ -1,5 +1,6 @@
 """The versions of a published dataset: which there are, who is bound to them, the way back, and the end of old ones."""
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,6 +13,7 @@ from pipeline.datasets import hidden_rows, published, takedowns, version_marks
 from pipeline.datasets.dataset import Dataset, datasets
 from pipeline.datasets.published import DamagedPointer, Published
 from pipeline.datasets.release_files import find_missing_files
+from pipeline.datasets.signatures import ReleaseKeys, read_release_keys
 from pipeline.stages.types import StageFailed
 
 
@@ -122,22 +124,31 @@ def _when(seconds: float | None) -> float | None:
     return None if seconds is None or seconds == float("inf") else seconds
 
 
-def check_published(root: str, *, quick: bool = False) -> tuple[tuple[str, ...], list[dict[str, str]]]:
+def check_published(root: str, *, quick: bool = False, keys: ReleaseKeys | None = None
+                    ) -> tuple[tuple[str, ...], list[dict[str, str]]]:
     """The folders of all published versions, and where what they hold is not what was published.
 
-    `quick` looks at the pointers, releases and manifests. Otherwise searches must not find what was forgotten.
+    `quick` looks at the pointers, releases and manifests. Otherwise searches must not find what was forgotten. `keys`
+    are those that must have signed the pointers, by default those of RDM_RELEASE_KEY.
     """
+    keys = read_release_keys() if keys is None else keys
     folders, faults = [], []
-    for name in list_published(root):
+    names = list_published(root)
+    if keys.accepted:  # an attacker may have removed a pointer and its history
+        names = sorted({*names, *(dataset.name for dataset in datasets(root)
+                                  if published.read_release(dataset)[0] is not None)})
+    for name in names:
         place = f"datasets/{name}/current.json"
         try:
-            dataset = published.open_dataset(root, name)
+            dataset = published.open_dataset(root, name, keys=keys)
         except ValueError as error:
             faults.append({"path": place, "fault": str(error).splitlines()[0]})
             continue
         folders.append(f"datasets/{name}/{dataset.version}/")
         checks: list[tuple[str, Callable[[], Any]]] = [
             (dataset.path(stage_name), partial(dataset.manifest, stage_name)) for stage_name in dict(dataset.trusted)]
+        checks += [(dataset.path(stage_name), partial(dataset.is_sealed, stage_name))
+                   for stage_name in published.STAGES if stage_name not in dict(dataset.trusted)]
         checks.append((f"datasets/{name}/{dataset.version}/forgotten.json", partial(
             takedowns.read_forgotten_rows if quick else _check_hidden_rows, dataset)))
         for path, check in checks:
@@ -160,12 +171,19 @@ def _check_hidden_rows(dataset: Dataset) -> None:
         raise ValueError(f"rows {hidden[0]} to {hidden[-1]} are hidden, and the version has {samples} samples")
 
 
-def rollback(root: str, name: str, to: str, *, dry_run: bool = False) -> dict[str, Any]:
-    """Publish an earlier version again: `to`, or the one before the published one; what stands there now."""
-    root, current = storage.normalize(root), Published.load(root, name)
+def rollback(root: str, name: str, to: str, *, dry_run: bool = False, keys: ReleaseKeys | None = None
+             ) -> dict[str, Any]:
+    """Publish an earlier version again: `to`, or the one before the published one; what stands there now.
+
+    ValueError if the dataset is signed and `keys` has no private key, or if no accepted key has signed that version.
+    """
+    root, current = storage.normalize(root), Published.load(root, name, keys)
     if not current.version:
         raise ValueError(f"nothing of {name} is published in {root}\nhint: rebuild {name} --source ...")
-    past = [document["version"] for document in current.history()]
+    if not dry_run:
+        current.keys.refuse_unsigned(name, current.document)
+    history = [document for document in current.history() if not current.keys.find_fault(name, document)]
+    past = [document["version"] for document in history]
     version = to or next((earlier for earlier in reversed(past) if published.version_number(earlier) < current.number
                           and not is_removed(root, name, earlier)), "")
     if not version:
@@ -175,10 +193,14 @@ def rollback(root: str, name: str, to: str, *, dry_run: bool = False) -> dict[st
     dataset = Dataset(root, name, version)
     release, data = published.read_release(dataset)
     if release is None or version not in past:
-        raise ValueError(f"{name}@{version} was never published, so it cannot be again\nhint: versions {name} lists "
-                         f"what there is")
+        unsigned = " with an accepted signature" if current.keys.accepted else ""
+        raise ValueError(f"{name}@{version} was never published{unsigned}, so it cannot be again\n"
+                         f"hint: versions {name} lists what there is")
     if is_removed(root, name, version):
         raise ValueError(f"{name}@{version} was removed by gc\nhint: versions {name} lists what there is")
+    if hashlib.sha256(data).hexdigest() != {document["version"]: document["release"] for document in history}[version]:
+        raise ValueError(f"the release of {name}@{version} is not the one that was published\n"
+                         f"hint: rollback {name} --to another version")
     if missing := find_missing_files(dataset, dict(current.open_version(version).trusted)):
         raise ValueError(f"{name}@{version} is not what was published any more: {len(missing)} files are missing or "
                          f"changed, the first is {missing[0]}\nhint: verify --only datasets/{name}/{version}")

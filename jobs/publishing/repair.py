@@ -13,28 +13,34 @@ from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.last_seen import read_last_seen
 from pipeline.datasets.published import DamagedPointer, Published
 from pipeline.datasets.release_files import find_missing_files
+from pipeline.datasets.signatures import ReleaseKeys, read_release_keys
 from pipeline.stages.types import StageFailed
 
 _log = logging.getLogger(__name__)
 
 
-def repair(root: str, name: str, *, dry_run: bool = False) -> dict[str, Any]:
+def repair(root: str, name: str, *, dry_run: bool = False, keys: ReleaseKeys | None = None) -> dict[str, Any]:
     """Restore the pointer of a dataset from its publication history, then the takedown list and the hidden rows.
 
     The newest publication whose files are all there is published again, under a new sequence number. A pointer that is
     in order stays. StageFailed if another command publishes meanwhile, or if no publication is whole. The pointer names
     the newest one then, and `rebuild` replaces it.
+
+    With public keys it restores only publications that one of them has signed. A new sequence number needs a new
+    signature, so the repair of a signed dataset needs the private key. It signs a pointer that this key has not signed.
     """
-    root = storage.normalize(root)
+    root, keys = storage.normalize(root), read_release_keys() if keys is None else keys
     report: dict[str, Any] = {"dataset": name} | ({"dry_run": True} if dry_run else {})
     try:
-        current = Published.load(root, name)
+        current = Published.load(root, name, keys)
         if not current.version:
             raise ValueError(f"nothing of {name} is published in {root}\nhint: rebuild {name} --source ...")
         report |= {"published": current.version, "pointer": "in order"}
+        if current.needs_signature:
+            report["pointer"] = _sign(current, dry_run=dry_run)
     except DamagedPointer as error:
         _log.warning("repair: %s", str(error).splitlines()[0])
-        report |= _restore_pointer(root, name, dry_run=dry_run)
+        report |= _restore_pointer(root, name, keys, dry_run=dry_run)
     if dry_run:
         return report
     restored = takedowns.restore_takedowns(root)
@@ -48,34 +54,54 @@ def repair(root: str, name: str, *, dry_run: bool = False) -> dict[str, Any]:
     return report
 
 
-def _restore_pointer(root: str, name: str, *, dry_run: bool) -> dict[str, Any]:
+def _sign(current: Published, *, dry_run: bool) -> str:
+    """Sign a published version that is whole; what became of its pointer."""
+    if fault := _find_fault(current.root, current.name, current.document):
+        raise ValueError(f"{current.name}@{current.version} is not signed, for it is not whole: {fault}")
+    if not dry_run and not current.sign_again():
+        raise StageFailed(f"another command published a version of {current.name} meanwhile\n"
+                          f"hint: look at versions {current.name}")
+    return "signed"
+
+
+def _restore_pointer(root: str, name: str, keys: ReleaseKeys, *, dry_run: bool) -> dict[str, Any]:
     data = published.read_pointer(root, name)
-    candidates = list(_publications(root, name)) or list(_from_releases(root, name))
+    candidates = list(_publications(root, name, keys)) or [
+        document for document in _from_releases(root, name) if not keys.find_fault(name, document)]
     if not candidates:
+        if keys.accepted:
+            raise ValueError(f"{name} in {root} has no readable publication with an accepted signature\nhint: if "
+                             f"it is known to be right: rebuild {name} --sign KEYFILE --accept-unsigned")
         raise ValueError(f"{name} in {root} has no readable publication and no release: its pointer cannot be "
                          f"restored\nhint: remove datasets/{name}/current.json and rebuild {name}")
+    if not dry_run:
+        keys.refuse_unsigned(name, *candidates)
     faults = [(document, _find_fault(root, name, document)) for document in candidates]
     document, fault = next(((document, fault) for document, fault in faults if not fault), faults[0])
     newest = max([document["sequence"] for document in candidates], default=0)
-    seen = read_last_seen(root, name).get("sequence", 0)
+    files = storage.list_files(storage.join(root, "published", name))  # readers compare with damaged ones too
+    newest = max([newest, *(int(file[:-5]) for file in files if file[:-5].isdigit())])
+    seen = max(read_last_seen(root, name, signed=signed).get("sequence", 0) for signed in (False, True))
     there = published.parse_pointer(data or b"") or {}
     after = document | {"sequence": max(newest, seen, there.get("sequence", 0)) + 1, "repaired": True,
                         "published": round(time.time(), 3), "previous": candidates[0]["version"]}
     report = {"published": document["version"], "pointer": "restored"} | ({"damaged": fault} if fault else {})
     if dry_run:
         return report
-    if not Published(root, name, data, there).replace(after):
+    if not Published(root, name, data, there, keys).replace(after):
         raise StageFailed(f"another command published a version of {name} meanwhile\nhint: look at versions {name}")
     return report
 
 
-def _publications(root: str, name: str) -> Iterator[dict[str, Any]]:
-    """The publications in the history that can be read, the newest first, each version once."""
+def _publications(root: str, name: str, keys: ReleaseKeys) -> Iterator[dict[str, Any]]:
+    """The publications in the history that can be read and trusted, the newest first, each version once."""
     base, versions = storage.join(root, "published", name), set()
     for file in reversed(storage.list_files(base)):
         document = published.parse_pointer(storage.read_bytes(storage.join(base, file)))
         if document is None:
             _log.warning("repair: %s is damaged and is not used", storage.join(base, file))
+        elif fault := keys.find_fault(name, document):
+            _log.warning("repair: %s %s; it is not used", storage.join(base, file), fault)
         elif document["version"] not in versions:
             versions.add(document["version"])
             yield document

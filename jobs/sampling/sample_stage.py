@@ -25,7 +25,7 @@ from jobs.sampling.queries import Query, build_queries, read_image
 from jobs.sampling.retrieval import RetrievedNeighbors, Retriever, SampledRow, p_d_identity
 from model.training.precision import compute_dtype
 from pipeline import storage
-from pipeline.datasets import lookup
+from pipeline.datasets import lookup, published
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.lookup import Sample
 from pipeline.embeddings import clip
@@ -107,7 +107,7 @@ class Sampling(Stage):
         if "dataset" not in section:
             raise ValueError(f"the run {self.run.name} was not trained here: how often it has met which row (p_D) is "
                              f"not known\nhint: --prompt or --image instead of --unconditional")
-        return Dataset.parse(self.root, section["dataset"])
+        return published.open_label(self.root, section["dataset"])
 
     def plan(self) -> list[Item]:
         check_sample_config(self.run, self.step, self.config)

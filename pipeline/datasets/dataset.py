@@ -13,6 +13,8 @@ _T = TypeVar("_T")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 DEFAULT_VERSION = "v1"
+RELEASED_STAGES = ("shards", "embeddings", "text_embeddings", "index", "tombstones")
+"""The stages that a release stands for."""
 _CHECKED: set[tuple[str, str]] = set()  # files of published versions, and their hashes
 
 
@@ -27,6 +29,8 @@ class Dataset:
     """Of a published version the sha256 of the manifest of each stage: what is read is held against it."""
     takedowns: int = field(default=0, compare=False, repr=False)
     """The least number of requests in the takedown list, according to the pointer of a published version."""
+    signed: bool = field(default=False, compare=False, repr=False)
+    """The release has an accepted signature: stages that it does not name are refused."""
 
     @classmethod
     def parse(cls, root: str, text: str) -> "Dataset":
@@ -67,12 +71,14 @@ class Dataset:
 
     def manifest(self, stage_name: str) -> dict[str, Any]:
         """The manifest of a sealed stage; ValueError with the command that would finish it."""
-        return read_manifest(self.folder(stage_name), self.command(stage_name), dict(self.trusted).get(stage_name))
+        return read_manifest(self.folder(stage_name), self.command(stage_name), self._published_hash(stage_name))
 
     def is_sealed(self, stage_name: str) -> bool:
         """Whether a stage has ended; ValueError if it is missing though it was published."""
         sealed = storage.exists(storage.join(self.folder(stage_name), "manifest.json"))
-        if not sealed and stage_name in dict(self.trusted):
+        if sealed:
+            self._published_hash(stage_name)
+        elif stage_name in dict(self.trusted):
             raise ValueError(f"{self.folder(stage_name)} is part of the published {self.name}@{self.version} and has "
                              f"no manifest.json\nhint: python -m jobs rollback {self.name} --root {self.root}; or "
                              f"rebuild {self.name}, which replaces the damaged version")
@@ -81,7 +87,18 @@ class Dataset:
     def identity(self, stage_name: str) -> dict[str, Any]:
         """How a later stage names this one among its inputs."""
         return sealed_input(self.root, self.path(stage_name), self.command(stage_name),
-                              dict(self.trusted).get(stage_name))
+                              self._published_hash(stage_name))
+
+    def _published_hash(self, stage_name: str) -> str | None:
+        """The sha256 under which the manifest of a stage was published; None if it is not part of the release.
+
+        ValueError if a stage was added to a signed release.
+        """
+        sha256 = dict(self.trusted).get(stage_name)
+        if sha256 is None and self.signed and stage_name in RELEASED_STAGES:
+            raise ValueError(f"{self.folder(stage_name)} is not part of the signed release of "
+                             f"{self.name}@{self.version}\nhint: remove it, or publish a version that has it")
+        return sha256
 
     def fetch(self, stage_name: str, entry: dict[str, Any], *, check: bool = False) -> Path:
         """A local path of a file in the manifest of a stage."""

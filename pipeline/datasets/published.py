@@ -6,25 +6,26 @@
 
 A reader reads current.json once, and checks what it reads against the hashes that it leads to. Versions never change.
 A pointer that is missing, or older than the history or than the last one that this machine has seen, is refused.
-`repair` restores it.
+`repair` restores it. Readers with a public key check the signature too (signatures.py).
 """
 
 import hashlib
 import json
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import storage
 from pipeline.datasets import version_marks
-from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.dataset import RELEASED_STAGES, Dataset
 from pipeline.datasets.last_seen import read_last_seen, write_last_seen
 from pipeline.datasets.release_files import find_changed_manifests
+from pipeline.datasets.signatures import NO_KEYS, ReleaseKeys, read_release_keys
 from pipeline.stages.manifest import code_revision
 from pipeline.stages.types import StageFailed
 
-STAGES = ("shards", "embeddings", "text_embeddings", "index", "tombstones")
+STAGES = RELEASED_STAGES
 _NUMBERED = re.compile(r"v([1-9]\d*)")
 _KEYS = {"version", "number", "sequence", "release", "published"}
 
@@ -38,17 +39,23 @@ class Published:
     data: bytes | None
     """The bytes of current.json; None if nothing is published."""
     document: dict[str, Any]
+    keys: ReleaseKeys = field(default=NO_KEYS, compare=False, repr=False)
+    """The keys that signatures are checked with, and new publications signed."""
 
     @classmethod
-    def load(cls, root: str, name: str) -> "Published":
-        """Read current.json; DamagedPointer if it is damaged, or missing, or not the newest."""
+    def load(cls, root: str, name: str, keys: ReleaseKeys | None = None) -> "Published":
+        """Read current.json; DamagedPointer if it is damaged, or missing, or not the newest, or not signed as it must.
+
+        Without `keys`, those of RDM_RELEASE_KEY are accepted.
+        """
         root = storage.normalize(root)
+        keys = read_release_keys() if keys is None else keys
         while True:
             data = read_pointer(root, name)
             document = {} if data is None else parse_pointer(data)
             if document is not None:
-                published = cls(root, name, data, document)
-                fault = published._find_fault()
+                published = cls(root, name, data, document, keys)
+                fault = keys.find_fault(name, document) or published._find_fault()
                 if not fault:
                     return published
             else:
@@ -76,6 +83,12 @@ class Published:
 
     def _find_rollback(self, sequence: int, files: list[str]) -> str:
         """A disagreement of the pointer with the last one that this machine has seen; "" without one."""
+        if self._is_signed:
+            seen = read_last_seen(self.root, self.name, signed=True).get("sequence", 0)
+            if seen < sequence:
+                write_last_seen(self.root, self.name, sequence, "", signed=True)
+            return (f"is an older one: it has number {sequence}, and this machine has seen {seen}"
+                    if seen > sequence else "")
         seen = read_last_seen(self.root, self.name)
         if seen.get("sequence") == sequence or not files:
             return ""
@@ -84,6 +97,11 @@ class Published:
             return f"is an older one: it has number {sequence}, and this machine has seen {seen['sequence']}"
         write_last_seen(self.root, self.name, sequence, first)
         return ""
+
+    @property
+    def _is_signed(self) -> bool:
+        """Whether the pointer has a signature that was checked."""
+        return bool(self.keys.accepted) and "signature" in self.document
 
     @property
     def version(self) -> str:
@@ -109,11 +127,18 @@ class Published:
         return self._open(Dataset(self.root, self.name, self.version), self.document["release"])
 
     def open_version(self, version: str) -> Dataset:
-        """A version with the hashes under which it was last published; without hashes if it never was."""
-        dataset = Dataset(self.root, self.name, version)
+        """A version with the hashes under which it was last published; without hashes if it never was.
+
+        ValueError if signatures are checked, and no publication of the version has an accepted one.
+        """
+        dataset, fault = Dataset(self.root, self.name, version), "was never published"
         for document in reversed(self.history()):
             if document["version"] == version:
-                return self._open(dataset, document["release"])
+                fault = self.keys.find_fault(self.name, document)
+                if not fault:
+                    return self._open(dataset, document["release"])
+        if self.keys.accepted:
+            raise ValueError(_untrusted(self.name, version, fault))
         return dataset
 
     def _open(self, dataset: Dataset, sha256: str) -> Dataset:
@@ -122,7 +147,7 @@ class Published:
             raise ValueError(f"the release of {dataset.name}@{dataset.version} is not the one that was published: it "
                              f"was changed or removed\nhint: python -m jobs rollback {dataset.name}")
         return Dataset(dataset.root, dataset.name, dataset.version, tuple(sorted(release["manifests"].items())),
-                       self.document.get("takedowns", 0))
+                       self.document.get("takedowns", 0), bool(self.keys.accepted))
 
     def history(self) -> list[dict[str, Any]]:
         """Every current.json that there was, the oldest first, this one included."""
@@ -157,16 +182,19 @@ class Published:
     def publish(self, dataset: Dataset, data: bytes, number: int, **more: Any) -> bool:
         """Publish the release `data` of a version in the place of this one; False if another took its place.
 
-        StageFailed if gc removes the version meanwhile. It publishes the previous version again first.
+        StageFailed if gc removes the version meanwhile. It publishes the previous version again first. ValueError if
+        this one is signed and there is no key to sign with.
         """
+        self.keys.refuse_unsigned(self.name, self.document)
         release = json.loads(data)
         now = round(time.time(), 3)
-        sequence = self.document.get("sequence", 0) + 1
+        sequence = self._next_sequence()
         after = {"checked": now, "version": dataset.version, "number": number, "sequence": sequence,
                  "release": hashlib.sha256(data).hexdigest(), "content": release["content"],
                  "previous": self.version or None, "samples": release["samples"],
                  "recall@10": release["recall@10"], "published": now,
                  "takedowns": self.document.get("takedowns", 0), **more}
+        after = self.keys.sign(self.name, after)
         version_marks.mark_publishing(dataset, sequence)
         if self.document:  # whoever published it may have been killed before it did so
             self._add_to_history(self.document)
@@ -175,18 +203,38 @@ class Published:
         self._add_to_history(after)
         if version_marks.is_removing(dataset) or find_changed_manifests(dataset, release["manifests"]):
             if self.document:
-                Published(self.root, self.name, storage.json_bytes(after), after).replace(
+                Published(self.root, self.name, storage.json_bytes(after), after, self.keys).replace(
                     self.document | {"sequence": sequence + 1, "rolled_back": dataset.version, "published": now})
             raise StageFailed(f"{dataset.name}@{dataset.version} was removed while it was published\n"
                               f"hint: the same rebuild makes another version")
         return True
 
     def replace(self, document: dict[str, Any]) -> bool:
-        """Put a repaired pointer in the place of this one, and into the history; False if another took its place."""
+        """Put a repaired pointer in the place of this one, and into the history; False if another took its place.
+
+        ValueError if this one is signed and there is no key to sign with.
+        """
+        self.keys.refuse_unsigned(self.name, self.document)
+        document = self.keys.sign(self.name, document)
         if not self._swap(document):
             return False
         self._add_to_history(document)
         return True
+
+    @property
+    def needs_signature(self) -> bool:
+        """Whether this command has a key, and the pointer is not signed by it."""
+        return self.keys.private is not None and bool(self.document) and not self.keys.has_signed(self.document)
+
+    def sign_again(self) -> bool:
+        """Publish the same version again with a signature of this command's key; False if another took its place."""
+        now = round(time.time(), 3)
+        return self.replace(self.document | {"sequence": self._next_sequence(), "published": now, "checked": now})
+
+    def _next_sequence(self) -> int:
+        """The number of the next publication: above all that this machine has seen signed, or readers refuse it."""
+        seen = read_last_seen(self.root, self.name, signed=True) if self.keys.private else {}
+        return max(self.document.get("sequence", 0), seen.get("sequence", 0)) + 1
 
     def require_takedowns(self, count: int) -> bool:
         """Note that `count` requests of the takedown list apply here; False if another was published meanwhile."""
@@ -233,22 +281,41 @@ def parse_pointer(data: bytes) -> dict[str, Any] | None:
         document = json.loads(data)
     except ValueError:
         return None
-    return document if isinstance(document, dict) and document.keys() >= _KEYS else None
+    if not isinstance(document, dict) or not document.keys() >= _KEYS:
+        return None
+    kinds = {"version": str, "release": str, "number": int, "sequence": int}
+    return document if all(isinstance(document[key], kind) for key, kind in kinds.items()) else None
 
 
-def open_dataset(root: str, text: str, pinned: str = "") -> Dataset:
+def open_dataset(root: str, text: str, pinned: str = "", keys: ReleaseKeys | None = None) -> Dataset:
     """The dataset that `text` (NAME or NAME@VERSION) means to readers.
 
     Without a version it is `pinned` if that is one of this name, else the published one, whose bytes will be checked
     against their hashes, and v1 where nothing was ever published.
+
+    ValueError if signatures are checked, and the version has no publication with an accepted one. Without `keys`, those
+    of RDM_RELEASE_KEY are accepted.
     """
-    dataset = Dataset.parse(root, text)
+    dataset, keys = Dataset.parse(root, text), read_release_keys() if keys is None else keys
     if "@" in text:
-        return dataset
-    published = Published.load(root, dataset.name)
+        return open_label(root, text, keys)
+    published = Published.load(root, dataset.name, keys)
     if pinned and (wanted := Dataset.parse(root, pinned)).name == dataset.name:
         return published.open_version(wanted.version)
+    if not published.version and keys.accepted:
+        raise ValueError(_untrusted(dataset.name, dataset.version, "was never published"))
     return published.open() if published.version else dataset
+
+
+def open_label(root: str, label: str, keys: ReleaseKeys | None = None) -> Dataset:
+    """The dataset with a label, as plans keep it: NAME means v1. Its signature is checked like in `open_dataset`."""
+    dataset, keys = Dataset.parse(root, label), read_release_keys() if keys is None else keys
+    return Published.load(root, dataset.name, keys).open_version(dataset.version) if keys.accepted else dataset
+
+
+def _untrusted(name: str, version: str, fault: str) -> str:
+    return (f"{name}@{version} {fault}, and RDM_RELEASE_KEY or --key accepts only signed versions\n"
+            f"hint: rebuild {name} --sign KEYFILE publishes one")
 
 
 def read_release(dataset: Dataset) -> tuple[dict[str, Any] | None, bytes]:

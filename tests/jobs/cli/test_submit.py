@@ -22,7 +22,7 @@ import pytest
 
 from jobs.cli.main import main
 from jobs.cli.parse import parse_command
-from jobs.cli.submit import Submission, _entrypoint, make_submission
+from jobs.cli.submit import Submission, _entrypoint, _without_key, make_submission
 from jobs.telemetry import interrupts
 from pipeline import storage
 from pipeline.stages.manifest import code_revision, read_manifest, without_run_facts
@@ -82,6 +82,33 @@ def test_no_secret_goes_along(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     assert "WANDB_API_KEY" in caplog.text and "hidden" not in caplog.text
     with pytest.raises(ValueError, match="HF_TOKEN: is a secret"):
         _submission("embed", "noto", "--root", ROOT, own=("--env", "HF_TOKEN"))
+
+
+def test_keys_of_releases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    private, public = tmp_path / "key", tmp_path / "key.pub"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", private], check=True)
+    monkeypatch.setenv("RDM_RELEASE_KEY", str(public))
+    words = ("rebuild", "noto", "--source", "s3://b/in", "--root", ROOT)
+    plain, signed = _submission(*words), _submission(*words, "--sign", str(private))
+    assert signed.name == _submission(*words, "--sign", "/elsewhere/key").name != plain.name
+    # Nodes get the public key itself. They have their own file with the private one.
+    assert signed.variables["RDM_RELEASE_KEY"] == " ".join(public.read_text().split()[:2])
+    sent = json.dumps([signed.name, signed.words, signed.about, signed.variables, signed.config])
+    lines = [line for line in private.read_text().splitlines() if not line.startswith("-")]
+    assert lines and not [line for line in lines if line in sent]
+    for form in (_entrypoint(signed), shlex.join([*words, "--sign=/a/key", "--local"]),
+                 shlex.join([*words, "--sign", "/a b/key"])):
+        shown = _without_key(form)
+        assert "/key" not in shown and str(tmp_path) not in shown and "KEYFILE" in shown
+    assert _without_key(_entrypoint(plain)) == _entrypoint(plain)
+    with pytest.raises(ValueError, match="takes the path of a private key") as refused:
+        _submission(*words, f"--sign={private.read_text()}")
+    assert lines[0] not in str(refused.value)
+    with pytest.raises(ValueError, match="key is a folder of this machine"):
+        _submission(*words, "--sign", "key")
+    monkeypatch.setenv("RDM_RELEASE_KEY", str(private))
+    with pytest.raises(ValueError, match="names a private key"):
+        _submission(*words)
 
 
 @pytest.mark.parametrize("words, sentence", [
