@@ -166,8 +166,8 @@ def _dataset_name(root: str, text: str, hint: str) -> str:
 class CreditsOptions:
     """List the images that a sample used as neighbors, with source and license."""
 
-    sample: Annotated[str, tyro.conf.Positional,
-                      tyro.conf.arg(metavar="SAMPLE", help="Image or samples.json in runs/RUN/samples/.")]
+    file: Annotated[str, tyro.conf.Positional,
+                    tyro.conf.arg(metavar="SAMPLE", help="Image or samples.json in runs/RUN/samples/.")]
     common: Flat[CommonOptions]
     sheet: str = ""
     """Write a contact sheet of the images to this file (.png)."""
@@ -177,7 +177,7 @@ class CreditsOptions:
 
 def run_credits(options: CreditsOptions) -> int:
     from jobs.publishing import credits
-    samples = credits.list_credits(options.sample)
+    samples = credits.list_credits(options.file)
     if options.sheet and not options.common.dry_run:
         credits.save_sheet(samples, Path(options.sheet))
         _log.info("credits: the pictures are in %s", options.sheet)
