@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
+from pipeline.media import image_headers, isolation
 from pipeline.media.types import LONG_SIDE_MODES, LONGEST, NARROWEST, BadImage, Decoded, Resize, check_size
 
 # A JPEG is decoded at 1/2, 1/4 or 1/8 while so many times the wanted side is left. Against the Lanczos of the whole
 # picture 1.5 keeps 42 dB and more, and stays ahead of OpenCV's INTER_AREA on every picture tried; 1.2 does not.
 SPARE = 1.5
+_LARGEST_EXIF = 1 << 16  # bytes
 _LARGEST_PROFILE = 4 << 20  # bytes; profiles of presses have up to 2 MB
 # By content, whatever the name; what else Pillow opens (EPS by starting Ghostscript) is nothing to take from the web.
 # The first picture would load the rest of the decoders, maybe in several threads at once.
@@ -34,36 +36,130 @@ def decode(data: bytes, max_pixels: int, *, at_least: int = 0, how: Resize = "ce
 
     With `at_least`, a picture that `resize` is going to bring to that size by `how` may come smaller than it is
     (JPEGs do, and then give the Decoded to `resize`, not its image); `width` and `height` are those of the whole.
-    BadImage with the reason empty_file, not_a_picture, too_many_pixels or corrupt, or one of `check`.
+    BadImage with the reason empty_file, not_a_picture, too_many_pixels, too_many_scans, too_slow, too_much_memory or
+    corrupt, or one of `check_size`.
     """
     if not data:
         raise BadImage("empty_file", "0 bytes")
+    arguments = data, max_pixels, at_least, how, min_size, max_aspect
+    if image_headers.is_suspicious(data):
+        return _isolated(arguments)
     try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        return _decode(*arguments, True)
+    except isolation.NeedsIsolation as found:
+        return _isolated(arguments, large=bool(found.args))
+
+
+def _isolated(arguments: tuple[Any, ...], *, large: bool = False) -> Decoded:
+    decoded, is_pillow = isolation.call(_decode_to_pixels, *arguments, large=large)
+    if is_pillow:  # two libraries resize the two kinds, with other last bits
+        decoded.image = Image.fromarray(decoded.image)
+    return decoded
+
+
+def _decode_to_pixels(data: bytes, max_pixels: int, at_least: int, how: Resize, min_size: int, max_aspect: float
+                      ) -> tuple[Decoded, bool]:
+    decoded = _decode(data, max_pixels, at_least, how, min_size, max_aspect, False)
+    is_pillow, decoded.image = isinstance(decoded.image, Image.Image), np.asarray(decoded.image)
+    return decoded, is_pillow
+
+
+def read_size(data: bytes) -> tuple[int, int]:
+    """Width and height as the header of an image says. BadImage as `decode`."""
+    if image_headers.is_suspicious(data):
+        return isolation.call(_read_size, data)
+    return _read_size(data)
+
+
+def read_exif(data: bytes) -> dict[str, str]:
+    """The EXIF of an image, values cut to 500 characters, by the names of the tags; {} if it is damaged."""
+    try:
+        try:
+            return _read_exif(data, not image_headers.is_suspicious(data))
+        except isolation.NeedsIsolation:
+            return isolation.call(_read_exif, data, False)
+    except BadImage:
+        return {}
+
+
+def _read_size(data: bytes) -> tuple[int, int]:
+    with _open(data) as image:
+        return image.size
+
+
+def _read_exif(data: bytes, here: bool) -> dict[str, str]:
+    if not here and not isolation.is_child():
+        raise isolation.NeedsIsolation
+    with _open(data) as image:
+        if here:
+            _check_exif(image)
+        try:
+            tags = image.getexif()
+            every = {**tags, **tags.get_ifd(ExifTags.IFD.Exif)}
+        except Exception:  # a damaged EXIF block is frequent on the web and does not damage the image
+            return {}
+    return {ExifTags.TAGS.get(tag, str(tag)): str(value)[:500] for tag, value in sorted(every.items())}
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError:
         raise BadImage("not_a_picture", f"{len(data)} bytes that no decoder knows") from None
     except Image.DecompressionBombError as error:
         raise BadImage("too_many_pixels", str(error)) from None
+    except MemoryError:
+        raise BadImage("too_much_memory", "for its header") from None
     except Exception as error:  # decoders raise whatever they like on hostile headers
         raise BadImage("corrupt", f"{type(error).__name__}: {error}") from None
+
+
+def _check_exif(image: Image.Image) -> None:
+    """NeedsIsolation if EXIF data is larger than a JPEG's segment: each of its tags may refer to all of it."""
+    if any(len(image.info.get(name, b"")) > _LARGEST_EXIF for name in ("exif", "Raw profile type exif")):
+        raise isolation.NeedsIsolation
+
+
+def _decode(data: bytes, max_pixels: int, at_least: int, how: Resize, min_size: int, max_aspect: float, here: bool
+            ) -> Decoded:
+    """`decode` in this process. NeedsIsolation if it should not be done `here`."""
+    for size in image_headers.sizes_before_opening(data):
+        _check_pixels(*size, max_pixels)
+    image = _open(data)
     # The header has the size: no memory has been allocated for the pixels yet.
     width, height = image.size
     _check_pixels(width, height, max_pixels)
     check_size(width, height, min_size, max_aspect)
+    if here:
+        decoder = image.tile[0][0] if getattr(image, "tile", None) else ""  # type: ignore[attr-defined]
+        if width * height > isolation.MOST_PIXELS:
+            raise isolation.NeedsIsolation("large")
+        if not image_headers.is_plain(image.format, decoder):
+            raise isolation.NeedsIsolation
+        _check_exif(image)
+    isolation.allow(width * height)
     if at_least and (reduced := _decode_reduced(image, data, at_least, how)):
         return reduced
     try:
         # Counting the frames of a GIF reads all of it.
-        frames = getattr(image, "n_frames", 1) if image.format in {"GIF", "WEBP", "PNG", "AVIF"} else 1
+        many = image.format == "GIF" and image_headers.has_many_frames(data)
+        frames = image_headers.MOST_FRAMES if many else (
+            getattr(image, "n_frames", 1) if image.format in {"GIF", "WEBP", "PNG", "AVIF"} else 1)
         part = _reduction(image, at_least, how) if at_least and how != "no" else 1
         if part > 1:
             image.draft(None, (width // part, height // part))
         image.load()
+        if here:
+            _check_exif(image)
         orientation = _read_orientation(image)
         method = _TRANSPOSE.get(orientation)
         upright = image if method is None else image.transpose(method)
         rgb = _to_rgb(upright)
         rgb, converted, complaint = _to_srgb(rgb, image.mode, image.info.get("icc_profile"))
+    except isolation.NeedsIsolation:
+        raise
+    except MemoryError:
+        raise BadImage("too_much_memory", f"{width} x {height}") from None
     except Exception as error:
         raise BadImage("corrupt", f"{type(error).__name__}: {error}") from None
     box = None if part == 1 else _box(orientation, width / part, height / part, image.size)
@@ -73,7 +169,7 @@ def decode(data: bytes, max_pixels: int, *, at_least: int = 0, how: Resize = "ce
     rgb.info = {}  # else `encode` would write comments, and profiles that hold no more
     decoded = Decoded(rgb, width, height, (image.format or "").lower(), plain, box=box)
     if frames > 1:
-        decoded.remarks.append(("animated", f"first of {frames} frames taken"))
+        decoded.remarks.append(("animated", f"first of {frames} frames{' or more' if many else ''} taken"))
     if complaint:
         decoded.remarks.append(("bad_profile", complaint))
     return decoded

@@ -7,6 +7,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from pipeline.media import image_headers, isolation
 from pipeline.media.decode import decode
 from pipeline.media.types import (
     JPEG_MAGIC,
@@ -148,10 +149,12 @@ def to_pillow(image: Pixels) -> Image.Image:
 
 def decode_pixels(data: bytes) -> np.ndarray:
     """The picture of a shard as (H, W, 3) uint8; BadImage if it does not decode."""
-    if data[:3] == JPEG_MAGIC:  # of the usual kind in half of Pillow's time, and without keeping other threads waiting
+    # A JPEG of the usual kind: in half of Pillow's time, and without keeping other threads waiting.
+    if data[:3] == JPEG_MAGIC and not image_headers.is_suspicious(data):
         try:
-            _, _, space, _ = simplejpeg.decode_jpeg_header(data)
-            if space == "YCbCr" and b"Exif\0" not in data[:1 << 16] and b"ICC_PROFILE" not in data[:1 << 16]:
+            height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+            if (space == "YCbCr" and width * height <= isolation.MOST_PIXELS
+                    and b"Exif\0" not in data[:1 << 16] and b"ICC_PROFILE" not in data[:1 << 16]):
                 return simplejpeg.decode_jpeg(data, "RGB")
         except ValueError:
             pass  # Pillow tells what is wrong, and forgives what can be forgiven

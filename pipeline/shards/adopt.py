@@ -5,7 +5,6 @@ could part ways with its metadata later (cut off, members without a picture, lin
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +12,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
 
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.media import tars
+from pipeline.media.decode import read_size
 from pipeline.media.foreign_tars import TarFaults, read_foreign_tar
+from pipeline.media.types import BadImage
 from pipeline.shards import metadata
 from pipeline.sources.config import ShardConfig
 from pipeline.sources.rows import json_cells, replace_surrogates
@@ -122,11 +122,10 @@ class Adopt(Stage):
         width: int | None
         height: int | None
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                width, height = image.size
-        except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+            width, height = read_size(data)
+        except BadImage as bad:
             width = height = None
-            entries.append(Entry(key, "unreadable", f"{type(error).__name__}: {error}", kept=True))
+            entries.append(Entry(key, "unreadable", str(bad), kept=True))
         extra = json_cells({name: value for name, value in document.items() if name not in metadata.COLUMNS})
         hashed = document.get("sha256")
         exif = document.get("exif")

@@ -1,16 +1,13 @@
 """Transform one row of a source into its samples."""
 
 import hashlib
-import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from PIL import ExifTags, Image
-
 from pipeline import storage
-from pipeline.media.decode import decode
+from pipeline.media.decode import decode, read_exif
 from pipeline.media.hashes import perceptual_hash, pixel_hash
 from pipeline.media.resize import cut_patches, encode, resize
 from pipeline.media.types import BadImage, Pixels, size_of
@@ -56,7 +53,7 @@ def transform_row(config: "ShardConfig", row: Row, keys: list[str], read: Callab
                        how="keep_ratio" if patched else config.resize, min_size=config.min_size,
                        max_aspect=config.max_aspect)
         meta = bare_row(row) | {"status": SUCCESS, "original_width": image.width, "original_height": image.height,
-                                "exif": _exif(data) if config.exif else None, "original_sha256": sha256}
+                                "exif": json.dumps(read_exif(data)) if config.exif else None, "original_sha256": sha256}
         result = RowResult(entries=[Entry(source_name(row), reason, detail, kept=True)
                                     for reason, detail in image.remarks])
         resized = resize(image, config.patch_side if patched else config.image_size,
@@ -132,14 +129,3 @@ def _check_hash(wanted: str, data: bytes, sha256: str) -> None:
     digest = sha256 if algorithm == "sha256" else hashlib.new(algorithm, data, usedforsecurity=False).hexdigest()
     if digest != wanted:
         raise NotFetched("hash_mismatch", f"its {algorithm} is not the one in the list")
-
-
-def _exif(data: bytes) -> str:
-    """The EXIF of an image as JSON, tags by name."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            tags = image.getexif()
-            every = {**tags, **tags.get_ifd(ExifTags.IFD.Exif)}
-    except Exception:  # a damaged EXIF block is frequent on the web and does not damage the image
-        return "{}"
-    return json.dumps({ExifTags.TAGS.get(tag, str(tag)): str(value)[:500] for tag, value in sorted(every.items())})

@@ -1,0 +1,148 @@
+"""What an encoded image would cost, read from its bytes before any decoder is started."""
+
+import re
+import struct
+
+from pipeline.media import isolation
+from pipeline.media.types import JPEG_MAGIC, BadImage
+
+MOST_SCANS = 500
+"""Of a JPEG, as djpeg has it. Each scan goes over the whole image, and may take a hundred bytes."""
+MOST_FRAMES = 10_000
+"""Of a GIF, that are counted."""
+_FEW_SCANS = 64
+_FEW_SEGMENTS = 2000
+_PNG, _ICO = b"\x89PNG\r\n\x1a\n", b"\0\0\1\0"
+# When it opens them, Pillow reads what the tags of a TIFF refer to (before version 13 the same bytes for each), and
+# decodes an icon.
+_COSTLY_TO_OPEN = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+", _ICO)
+_NEXT_MARKER = re.compile(rb"\xff[^\0\xd0-\xd7\xff]")
+_SEGMENT = struct.Struct(">BBH")
+_SCAN, _END, _WITHOUT_LENGTH = 0xDA, 0xD9, {0x01, *range(0xD0, 0xD9)}
+
+
+def is_suspicious(data: bytes) -> bool:
+    """Whether an image must be opened in a process of its own. BadImage with too_many_scans for a JPEG."""
+    if data[:3] == JPEG_MAGIC:
+        if _has_one_scan(data):
+            return len(data) > isolation.MOST_BYTES
+        # Text and thumbnails may look like scans too, so only then they are counted properly.
+        if data.count(b"\xff\xda") > _FEW_SCANS and (scans := _count_scans(data)) > _FEW_SCANS:
+            if scans > MOST_SCANS:
+                raise BadImage("too_many_scans", f"more than {MOST_SCANS}")
+            return True
+        return len(data) > isolation.MOST_BYTES or _has_many_segments(data)
+    return len(data) > isolation.MOST_BYTES or data[:4] in _COSTLY_TO_OPEN
+
+
+def is_plain(image_format: str | None, decoder: str) -> bool:
+    """Whether a format, as Pillow calls it, is decoded in bounded time and memory for its pixels."""
+    return image_format in {"JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP"} and decoder != "bmp_rle"
+
+
+def sizes_before_opening(data: bytes) -> list[tuple[int, int]]:
+    """Width and height of a WebP, and of each image in an ICO: Pillow takes memory for their pixels when it opens one.
+
+    Empty for other formats.
+    """
+    if data[:4] == _ICO:
+        return [size for size in _icon_sizes(data) if min(size) > 0]
+    size = _webp_size(data)
+    return [size] if size else []
+
+
+def _webp_size(data: bytes) -> tuple[int, int] | None:
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
+        return None
+    kind = data[12:16]
+    if kind == b"VP8X":
+        return (int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1)
+    if kind == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if kind == b"VP8 ":
+        width, height = struct.unpack("<HH", data[26:30])
+        return width & 0x3FFF, height & 0x3FFF
+    return None
+
+
+def _icon_sizes(data: bytes) -> list[tuple[int, int]]:
+    # Its directory says 256 at most, whatever they are.
+    sizes: list[tuple[int, int]] = []
+    for number in range(int.from_bytes(data[4:6], "little")):
+        entry = data[6 + 16 * number:22 + 16 * number]
+        if len(entry) < 16:
+            break
+        start = int.from_bytes(entry[12:16], "little")
+        header = data[start:start + 24]
+        if header[:8] == _PNG and len(header) == 24:
+            sizes.append(struct.unpack(">II", header[16:24]))
+        elif len(header) >= 12:  # a BMP without its file header; the mask counts as as many rows again
+            width, height = struct.unpack_from("<HH" if header[0] == 12 else "<ii", header, 4)
+            sizes.append((abs(width), abs(height) // 2))
+    return sizes
+
+
+def has_many_frames(data: bytes) -> bool:
+    """Whether a GIF has more than `MOST_FRAMES`, of which Pillow would read each."""
+    if data.count(b",") <= MOST_FRAMES:
+        return False
+    frames, at = 0, 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0)
+    while at < len(data) and data[at] != 0x3B and frames <= MOST_FRAMES:
+        if data[at] == 0x2C:
+            frames += 1
+            packed = data[at + 9] if at + 9 < len(data) else 0
+            at += 11 + (3 << (packed & 7) + 1 if packed & 0x80 else 0)
+        elif data[at] == 0x21:
+            at += 2
+        else:
+            at += 1
+            continue
+        while at < len(data) and data[at]:
+            at += 1 + data[at]
+        at += 1
+    return frames > MOST_FRAMES
+
+
+def _has_one_scan(data: bytes) -> bool:
+    """Whether a JPEG is sequential, with all its channels in the first scan: its decoder reads no other scan."""
+    channels, at = 0, 2
+    try:
+        for _ in range(_FEW_SEGMENTS):
+            start, marker, size = _SEGMENT.unpack_from(data, at)
+            if start != 0xFF or marker == 0xFF or marker in _WITHOUT_LENGTH:
+                return False  # unusual
+            if marker == _SCAN:
+                return data[at + 4] == channels
+            if marker in {0xC0, 0xC1}:
+                channels = data[at + 9]
+            at += 2 + size
+    except (struct.error, IndexError):
+        pass
+    return False
+
+
+def _has_many_segments(data: bytes) -> bool:
+    """Whether a JPEG has very many segments before its first scan."""
+    at = 2
+    for _ in range(_FEW_SEGMENTS):
+        if data[at:at + 1] != b"\xff" or at + 4 > len(data):
+            return False  # damaged: its decoder stops there too, or searches on for a marker
+        marker = data[at + 1]
+        if marker in {_SCAN, _END}:
+            return False
+        at += 1 if marker == 0xFF else 2 if marker in _WITHOUT_LENGTH else 2 + (data[at + 2] << 8 | data[at + 3])
+    return True
+
+
+def _count_scans(data: bytes) -> int:
+    """The scans of a JPEG, up to one more than `MOST_SCANS`."""
+    scans, at = 0, 2
+    while scans <= MOST_SCANS and (found := _NEXT_MARKER.search(data, at)):
+        marker, at = data[found.start() + 1], found.end()
+        if marker == _END:
+            break
+        scans += marker == _SCAN
+        if marker not in _WITHOUT_LENGTH:
+            at += max(2, int.from_bytes(data[at:at + 2], "big"))
+    return scans
