@@ -7,14 +7,14 @@ from pipeline.media import isolation
 from pipeline.media.types import JPEG_MAGIC, BadImage
 
 MOST_SCANS = 500
-"""Of a JPEG, as djpeg has it. Each scan goes over the whole image, and may take a hundred bytes."""
+"""A JPEG may have so many, as in djpeg. Each scan goes over the whole image, and may take a hundred bytes."""
 MOST_FRAMES = 10_000
-"""Of a GIF, that are counted."""
+"""The frames of a GIF are counted up to this number."""
 _FEW_SCANS = 64
 _FEW_SEGMENTS = 2000
 _PNG, _ICO = b"\x89PNG\r\n\x1a\n", b"\0\0\1\0"
-# When it opens them, Pillow reads what the tags of a TIFF refer to (before version 13 the same bytes for each), and
-# decodes an icon.
+# Pillow decodes an icon when it opens it. Of a TIFF it reads what the tags refer to; before version 13 each tag may
+# refer to the whole file.
 _COSTLY_TO_OPEN = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+", _ICO)
 _NEXT_MARKER = re.compile(rb"\xff[^\0\xd0-\xd7\xff]")
 _SEGMENT = struct.Struct(">BBH")
@@ -138,8 +138,8 @@ def _has_many_segments(data: bytes) -> bool:
 def _count_scans(data: bytes) -> int:
     """The scans of a JPEG, up to one more than `MOST_SCANS`."""
     scans, at = 0, 2
-    while scans <= MOST_SCANS and (found := _NEXT_MARKER.search(data, at)):
-        marker, at = data[found.start() + 1], found.end()
+    while scans <= MOST_SCANS and (match := _NEXT_MARKER.search(data, at)):
+        marker, at = data[match.start() + 1], match.end()
         if marker == _END:
             break
         scans += marker == _SCAN

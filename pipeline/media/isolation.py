@@ -1,7 +1,7 @@
 """Decode suspicious images in a process of their own, with limits of memory and time.
 
-Whatever happens there costs one image: the process may be killed, crash, or run out of memory. Its limits depend on
-the size of the image, and time is that of the CPU, so a busy machine refuses no other images than an idle one.
+A process that is killed, crashes, or runs out of memory costs one image. Its limits depend on the size of the image.
+The limit of time is for the CPU, so a busy machine refuses the same images as an idle one.
 """
 
 import atexit
@@ -29,7 +29,7 @@ _BASE_SECONDS, _SECONDS_PER_MILLION_PIXELS = 30.0, 2.0
 _BASE_MEMORY, _BYTES_PER_PIXEL = 1 << 30, 64
 """16-bit images take 40 bytes for a pixel while they are converted."""
 _LEAST_BYTES_PER_PIXEL = 8
-"""Of the decoded image, here and where it was sent from."""
+"""The decoded image takes these, here and in the other process."""
 
 _idle: list["_Process"] = []
 _large = threading.Lock()
@@ -45,9 +45,9 @@ class _Process:
     """A process that calls functions, one after another."""
 
     def __init__(self) -> None:
-        # A session of its own: Ctrl-C in a terminal is for the command, which may be at the end of an item.
+        # A new session: Ctrl-C in a terminal is for the command, which may be at the end of an item.
         self.process = subprocess.Popen(
-            # The decoders are loaded before any limit is set.
+            # It loads the decoders before any limit is set.
             [sys.executable, "-c", "from pipeline.media import decode, isolation; isolation.serve()"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),

@@ -64,7 +64,7 @@ def tiff_of_many_tags(tags: int, size: int) -> bytes:
 
 
 def peak_of(code: str, *arguments: str) -> tuple[str, int, float]:
-    """What a new process prints, the peak of its memory and that of its children in MB, and the seconds it takes."""
+    """A new process: what it prints, its peak of memory (or that of its children) in MB, and its seconds."""
     program = f"""
 import resource, sys
 from pipeline.media.decode import decode, read_exif, read_size
