@@ -9,7 +9,7 @@ if __name__ == "__main__":
         with interrupts.defer_interrupts():  # what is imported here takes a second
             from jobs.cli.main import main
     except KeyboardInterrupt:
-        print("stopped before anything was done", file=sys.stderr)
+        sys.stderr.write("stopped before anything was done\n")
         raise SystemExit(130) from None
     code = main()
     interrupts.ignore()  # the work is done, and the exit code says so

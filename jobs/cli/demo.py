@@ -6,6 +6,7 @@ from jobs.cli.options import CommonOptions, Flat, Unflagged
 from jobs.cli.run_stage import open_runner
 from jobs.cluster.config import ClusterConfig
 from jobs.config.settings import Settings
+from jobs.telemetry import output
 from pipeline import storage
 
 
@@ -34,5 +35,5 @@ def run_demo(options: DemoOptions) -> int:
                            dry_run=options.common.dry_run, steps=options.steps,
                            train=lambda job: train(job, options.cluster, local=options.common.local))
     if report:
-        print(report)
+        output.print_text(report)
     return 0

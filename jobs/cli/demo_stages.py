@@ -10,6 +10,7 @@ from jobs.config.settings import Settings
 from jobs.report import report
 from jobs.runs.run import Run
 from jobs.sampling.sample_stage import Sampling
+from jobs.telemetry import output
 from jobs.telemetry.observe import run_observed
 from jobs.telemetry.units import format_bytes
 from jobs.training.export import BUNDLED, import_run
@@ -47,8 +48,9 @@ def make_demo(root: str, settings: Settings, runner: Runner, *, without_emoji: b
     settings = replace(settings, train=replace(settings.train, steps=steps or (
         _FEW_STEPS if bundled else settings.train.steps)))
     if dry_run:
-        print(f"corpus {pictures.config.corpus}, datasets {', '.join([TRAIN, *styles])}, run {RUN} of "
-              f"{settings.train.steps} steps, report {storage.join(root, 'report.html')}")
+        output.print_text(
+            f"corpus {pictures.config.corpus}, datasets {', '.join([TRAIN, *styles])}, run {RUN} of "
+            f"{settings.train.steps} steps, report {storage.join(root, 'report.html')}")
         return ""
     did = [_seal(pictures, runner)]
     names = {name: Dataset.parse(root, name) for name in (TRAIN, HELD_OUT, *styles)}

@@ -1,7 +1,6 @@
 """Verbs that write no stage: status, verify, report, plan."""
 
 import itertools
-import json
 import logging
 import os
 import sys
@@ -14,6 +13,7 @@ from jobs.cli.options import CommonOptions, Flat, Unflagged
 from jobs.cli.run_stage import open_runner
 from jobs.config.settings import Settings
 from jobs.planning.config import PlanConfig
+from jobs.telemetry import output
 from pipeline import storage
 
 _log = logging.getLogger(__name__)
@@ -48,7 +48,10 @@ def run_status(options: StatusOptions) -> int:
             from jobs.publishing.releases import check_published
             stages = [*read_status(root), *({"path": fault["path"], "state": "damaged", "error": fault["fault"]}
                                             for fault in check_published(root, quick=True)[1])]
-            print(json.dumps(stages, indent=1) if options.json else status_table(root, stages), flush=True)
+            if options.json:
+                output.print_json(stages, indent=1)
+            else:
+                output.print_text(status_table(root, stages))
     except KeyboardInterrupt:
         if not (options.watch or options.serve):
             raise
@@ -93,14 +96,17 @@ def run_verify(options: VerifyOptions) -> int:
         stages = [stage for stage in stages if stage["path"].startswith(current)]
     folders = [stage["path"] for stage in stages if stage["state"] in {"sealed", "stale", "damaged"}]
     if options.common.dry_run:
-        print("\n".join(folders))
+        output.print_text("\n".join(folders))
         return 0
     damaged = [{"path": stage["path"], "fault": stage["error"]} for stage in stages if stage["state"] == "damaged"]
     faults = 0
     for fault in itertools.chain(chain, damaged, *(
             verify.find_faults(root, path, quick=options.quick) for path in folders)):
         faults += 1
-        print(json.dumps(fault) if options.json else f"{fault['path']}: {fault['fault']}")
+        if options.json:
+            output.print_json(fault)
+        else:
+            output.print_text(f"{fault['path']}: {fault['fault']}")
     _log.info("verify: %d folders read, %d faults", len(folders), faults)
     if not folders and not chain:
         raise ValueError(f"nothing is sealed in {storage.join(root, only)}")
@@ -122,12 +128,12 @@ def run_report(options: ReportOptions) -> int:
     root = storage.normalize(options.common.root)
     out = options.out or storage.join(root, "report.html")
     if options.common.dry_run:
-        print(f"would write {out}")
+        output.print_text(f"would write {out}")
         return 0
     if not read_status(root):
         raise ValueError(f"there is nothing in {root} to report on\nhint: --root")
     report.write_report(root, out)
-    print(out)
+    output.print_text(out)
     return 0
 
 
@@ -150,7 +156,7 @@ def run_plan(options: PlanOptions) -> int:
     if plan.measure and options.from_root:
         raise ValueError("--measure measures here, --from takes what was measured: one of them")
     if plan.measure and common.dry_run:
-        print(json.dumps(plan_table.to_measure(plan, settings, common.root)))
+        output.print_json(plan_table.to_measure(plan, settings, common.root))
         return 0
     if plan.measure:
         from jobs.telemetry.observe import run_observed
@@ -159,5 +165,5 @@ def run_plan(options: PlanOptions) -> int:
             plan_table.measure(plan, settings, common.root, workers, lambda stage: run_observed(stage, runner))
         plan = replace(plan, rates=plan.measure, measure="")
     rates = plan_table.resolve_rates(plan, options.from_root, gpu=options.from_gpu)
-    print(plan_table.make_plan(plan, settings, rates))
+    output.print_text(plan_table.make_plan(plan, settings, rates))
     return 0

@@ -15,7 +15,7 @@ import sys
 from jobs.cli.options import STOPPED
 from jobs.cli.parse import VERBS, load_verb, parse_command
 from jobs.cli.submit import check_needed
-from jobs.telemetry import interrupts, logs
+from jobs.telemetry import interrupts, logs, output
 from pipeline import storage
 from pipeline.hardware import devices
 from pipeline.stages.types import StageFailed
@@ -84,7 +84,7 @@ def _log_format(arguments: list[str]) -> str:
 def _print_help(text: str) -> None:
     """Print and flush here, where a reader that stopped reading is no error; at exit Python would print a traceback."""
     try:
-        print(text, end="", flush=True)
+        output.print_text(text, end="")
     except BrokenPipeError:
         if not _unheard():
             raise

@@ -1,6 +1,5 @@
 """Verbs for models: train, sample, evaluate, convert, export."""
 
-import json
 import logging
 import os
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from jobs.cli.run_stage import open_runner, print_forecast, print_result, seal_a
 from jobs.cluster.config import ClusterConfig
 from jobs.evaluation.config import EvaluateConfig
 from jobs.sampling.config import QueryConfig, SampleConfig
-from jobs.telemetry import interrupts
+from jobs.telemetry import interrupts, output
 from jobs.training.config import ConvertConfig
 from model.config import TrainConfig
 from pipeline import storage
@@ -210,9 +209,12 @@ def run_evaluate(options: EvaluateOptions) -> int:
                                 options.sample, options.prompt, options.name)
         run_observed(evaluation, runner, tracker=stage.tracker, overwrite=stage.overwrite)
     _log.info("evaluate: pictures, plot and numbers are in %s", evaluation.folder)
-    file = storage.join(evaluation.folder, "evaluation.json" if options.json else "table.md")
-    result = storage.read_bytes(file).decode()
-    print(result if options.json else tables.render_markdown(result), end="")
+    if options.json:
+        document = storage.read_json(storage.join(evaluation.folder, "evaluation.json"))
+        output.print_text(storage.json_bytes(document).decode(), end="")
+    else:
+        result = storage.read_bytes(storage.join(evaluation.folder, "table.md")).decode()
+        output.print_text(tables.render_markdown(result), end="")
     return 0
 
 
@@ -285,7 +287,7 @@ def run_export(options: ExportOptions) -> int:
     from jobs.training.export import export_weights
     run, out = Run.parse(options.common.root, options.run), Path(options.out)
     if options.common.dry_run:
-        print(json.dumps({"folder": str(out), "step": options.checkpoint or run.latest_step()}))
+        output.print_json({"folder": str(out), "step": options.checkpoint or run.latest_step()})
         return 0
-    print(json.dumps(export_weights(run, options.checkpoint, out)))
+    output.print_json(export_weights(run, options.checkpoint, out))
     return 0

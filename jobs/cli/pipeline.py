@@ -1,6 +1,5 @@
 """`python -m jobs pipeline`: all stages of a dataset, one after another."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -21,6 +20,7 @@ from jobs.cli.model import TrainOptions, run_train
 from jobs.cli.options import CommonOptions, Dataset, Flat, StageOptions
 from jobs.cli.publish import import_torch_first
 from jobs.cluster.config import ClusterConfig
+from jobs.telemetry import output
 from model.config import TrainConfig
 from pipeline import storage
 from pipeline.embeddings.config import EmbedConfig
@@ -56,7 +56,7 @@ def run_pipeline(options: PipelineOptions) -> int:
         check_autofaiss()
     for verb, run, verb_options, folder in _steps(options):
         if missing_folder:
-            print(json.dumps({"stage": verb, "folder": folder, "waits_for": missing_folder}))
+            output.print_json({"stage": verb, "folder": folder, "waits_for": missing_folder})
             continue
         if code := run(verb_options):
             return code

@@ -1,6 +1,5 @@
 """Verbs for published databases: rebuild, versions, rollback, repair, gc, credits, forget."""
 
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from jobs.cli.options import CommonOptions, DatasetName, Flat, Words
 from jobs.cli.run_stage import open_runner
 from jobs.cluster.config import ClusterConfig
 from jobs.publishing.config import GcConfig, RebuildConfig
+from jobs.telemetry import output
 from pipeline import storage
 from pipeline.embeddings.config import EmbedConfig
 from pipeline.indices.config import IndexConfig
@@ -65,13 +65,13 @@ def run_rebuild(options: RebuildOptions) -> int:
     build = rebuild.Rebuild(root, name, options.shard, options.embed, options.index, options.rebuild,
                             options.signing.keys())
     if options.common.dry_run:
-        print(json.dumps(build.forecast(), indent=1))
+        output.print_json(build.forecast(), indent=1)
         return 0
     import_torch_first()
     check_autofaiss()
     with open_runner(options.common, options.cluster) as runner:
-        print(json.dumps(rebuild.run_rebuild(build, lambda stage: run_observed(
-            stage, runner, name=stage.name.replace("_", " "), tracker="auto"))))
+        output.print_json(rebuild.run_rebuild(build, lambda stage: run_observed(
+            stage, runner, name=stage.name.replace("_", " "), tracker="auto")))
     return 0
 
 
@@ -94,7 +94,10 @@ def run_versions(options: VersionsOptions) -> int:
     from jobs.publishing.releases import list_versions, versions_table
     name = _dataset_name(options.common.root, options.dataset, f"versions {options.dataset.split('@')[0]}")
     versions = list_versions(options.common.root, name)
-    print(json.dumps(versions, indent=1) if options.json else versions_table(versions))
+    if options.json:
+        output.print_json(versions, indent=1)
+    else:
+        output.print_text(versions_table(versions))
     return 0
 
 
@@ -113,8 +116,8 @@ def run_rollback(options: RollbackOptions) -> int:
     from jobs.publishing.releases import rollback
     plain, _, version = options.dataset.partition("@")
     name = _dataset_name(options.common.root, options.dataset, f"rollback {plain} --to {version}")
-    print(json.dumps(rollback(options.common.root, name, options.to, dry_run=options.common.dry_run,
-                              keys=options.signing.keys())))
+    output.print_json(rollback(options.common.root, name, options.to, dry_run=options.common.dry_run,
+                              keys=options.signing.keys()))
     return 0
 
 
@@ -130,7 +133,7 @@ class RepairOptions:
 def run_repair(options: RepairOptions) -> int:
     from jobs.publishing.repair import repair
     name = _dataset_name(options.common.root, options.dataset, f"repair {options.dataset.split('@')[0]}")
-    print(json.dumps(repair(options.common.root, name, dry_run=options.common.dry_run, keys=options.signing.keys())))
+    output.print_json(repair(options.common.root, name, dry_run=options.common.dry_run, keys=options.signing.keys()))
     return 0
 
 
@@ -149,7 +152,10 @@ def run_gc(options: GcOptions) -> int:
     from jobs.publishing.garbage_collect import collect_garbage, removed_table
     name = _dataset_name(options.common.root, options.dataset, f"gc {options.dataset.split('@')[0]} --keep 3")
     removed = collect_garbage(options.common.root, name, options.gc, dry_run=options.common.dry_run)
-    print(json.dumps(removed, indent=1) if options.json else removed_table(removed, options.common.dry_run))
+    if options.json:
+        output.print_json(removed, indent=1)
+    else:
+        output.print_text(removed_table(removed, options.common.dry_run))
     return 0
 
 
@@ -181,7 +187,10 @@ def run_credits(options: CreditsOptions) -> int:
     if options.sheet and not options.common.dry_run:
         credits.save_sheet(samples, Path(options.sheet))
         _log.info("credits: the pictures are in %s", options.sheet)
-    print(json.dumps(samples, indent=1) if options.json else credits.credits_text(samples))
+    if options.json:
+        output.print_json(samples, indent=1)
+    else:
+        output.print_text(credits.credits_text(samples))
     return 0
 
 
@@ -209,5 +218,8 @@ def run_forget(options: ForgetOptions) -> int:
     root = options.common.root
     takedown = forget.parse_takedown(root, options.sha256, options.url, options.key, options.domain)
     result = forget.forget(root, takedown, options.note, dry_run=options.common.dry_run)
-    print(json.dumps(result, indent=1) if options.json else forget.forget_text(result))
+    if options.json:
+        output.print_json(result, indent=1)
+    else:
+        output.print_text(forget.forget_text(result))
     return 0

@@ -1,14 +1,13 @@
 """Run a stage with the options of a verb. Imports Ray and torch only when a stage needs them."""
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from jobs.cli.options import CommonOptions
 from jobs.cluster.config import ClusterConfig
-from jobs.telemetry import interrupts
+from jobs.telemetry import interrupts, output
 
 if TYPE_CHECKING:
     from pipeline.stages.driver import Runner
@@ -71,7 +70,7 @@ def print_forecast(stage: "Stage", overwrite: bool = False, cluster: ClusterConf
     from jobs.inspection import status
     if cluster:
         check_gpus(stage, cluster)
-    print(json.dumps(status.forecast_stage(stage, overwrite=overwrite), indent=1))
+    output.print_json(status.forecast_stage(stage, overwrite=overwrite), indent=1)
     return 0
 
 
@@ -80,7 +79,7 @@ def print_result(stage: "Stage", manifest: dict[str, Any]) -> None:
     from jobs.runs.labels import stage_labels
     totals, labels = manifest["totals"], stage_labels(stage.path, stage.name)
     facts = {key: value for key, value in manifest["info"].items() if isinstance(value, int | float | str)}
-    print(json.dumps({"folder": stage.folder, **totals, **facts}))
+    output.print_json({"folder": stage.folder, **totals, **facts})
     if totals["skipped"]:
         _log.warning("%s: left out %s; the ledger names each", stage.name,
                      ", ".join(f"{count} {reason}" for reason, count in totals["skipped"].items()),

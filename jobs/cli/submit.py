@@ -6,7 +6,6 @@ The server runs a job once: another try is another job, of the next number.
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import re
@@ -24,6 +23,7 @@ import tyro
 
 from jobs.cli.options import STOPPED, Words
 from jobs.cli.parse import parse_command
+from jobs.telemetry import output
 from pipeline import storage
 from pipeline.datasets.signatures import RELEASE_KEY, public_text, read_release_keys, refuse_key_text
 
@@ -148,8 +148,8 @@ def run_submission(submission: Submission, options: SubmitOptions) -> int:
     if options.retries and not options.wait:
         raise ValueError("--retries needs --wait: whoever waits tries again")
     if options.dry_run:
-        print(json.dumps({"name": submission.name, "entrypoint": _entrypoint(submission), "metadata": submission.about,
-                          "env_vars": submission.variables, "sends": _sent(submission, options)}, indent=1))
+        output.print_json({"name": submission.name, "entrypoint": _entrypoint(submission), "metadata": submission.about,
+                           "env_vars": submission.variables, "sends": _sent(submission, options)}, indent=1)
         return 0
     client = _client(options.address)
     number, info = _newest(client, submission)
@@ -232,7 +232,7 @@ async def _tail(client: Any, name: str, shown: int) -> int:
     """Show what is new of a log after `shown` characters; how much there is of it now."""
     seen = 0
     async for text in client.tail_job_logs(name):
-        sys.stderr.write(text[max(0, shown - seen):])
+        sys.stderr.write(output.plain_log(text[max(0, shown - seen):]))
         sys.stderr.flush()
         seen += len(text)
         shown = max(shown, seen)
@@ -325,5 +325,5 @@ def _hash(verb: str, inner: Any) -> str:
 
 
 def _say(name: str, number: int, info: Any, code: int | None = None) -> None:
-    print(json.dumps({"submission_id": name, "attempt": number, "status": str(info.status) if info else "LOST"}
-                     | ({} if code is None else {"exit_code": code})))
+    output.print_json({"submission_id": name, "attempt": number, "status": str(info.status) if info else "LOST"}
+                      | ({} if code is None else {"exit_code": code}))

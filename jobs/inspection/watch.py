@@ -1,13 +1,12 @@
 """`status --watch`: a root as it is now, again and again, from the files alone."""
 
-import json
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from jobs.inspection import status
-from jobs.telemetry import tables
+from jobs.telemetry import output, tables
 from jobs.telemetry.units import format_duration
 from pipeline import storage
 from pipeline.stages.progress import period
@@ -23,7 +22,10 @@ def watch_root(root: str, *, as_json: bool = False, every: float = 0.0) -> None:
     every = every or period(root)
     if as_json or not sys.stdout.isatty():
         for now in _snapshots(root, every):
-            print(json.dumps(now) if as_json else f"{snapshot_text(now)}\n", flush=True)
+            if as_json:
+                output.print_json(now)
+            else:
+                output.print_text(f"{snapshot_text(now)}\n")
         return
     tables.show_live(map(snapshot_text, _snapshots(root, every)))
 

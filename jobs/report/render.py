@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 
+from pipeline import storage
+
 if TYPE_CHECKING:
     from jinja2 import Environment
 
@@ -32,8 +34,8 @@ def render(template: str, **values: Any) -> Markup:
 def render_page(**values: Any) -> bytes:
     """The HTML document, with the style sheet inside."""
     page = render("page.html", style=Markup((_FOLDER / "report.css").read_text()), **values)
-    # The name of a file may hold bytes that UTF-8 cannot encode.
-    return page.encode("utf-8", "backslashreplace")
+    # Here and not in the templates, so that no value is left out. The page itself has none of these characters.
+    return storage.escape_controls(page, "\n\t\r").encode()
 
 
 def try_part(name: str, make: Callable[..., Markup | None], *arguments: Any) -> Markup | None:

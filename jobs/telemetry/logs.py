@@ -6,15 +6,20 @@ import logging
 import os
 import sys
 import time
+import traceback
+import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from jobs.runs.labels import stage_labels
+from jobs.telemetry import output
 from pipeline import storage
 from pipeline.stages.types import current_item
 
 FORMATS = ("text", "json")
 _log = logging.getLogger(__name__)
+_warning_text = warnings.formatwarning
 _about: dict[str, str] = {}
 
 
@@ -45,6 +50,9 @@ _handler = _Stderr()
 class _Text(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _escape(super().format(record))
 
 
 class _Json(logging.Formatter):
@@ -85,6 +93,8 @@ def configure_logging(form: str = "text") -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[_handler])
     _handler.setFormatter(_Json() if form == "json" else _Text())
     logging.captureWarnings(form == "json")
+    warnings.formatwarning = _format_warning
+    sys.excepthook = _print_exception
     for name in ("jobs", "pipeline", "model", "__main__"):
         # What happens to each item is too much for people.
         logging.getLogger(name).setLevel(logging.DEBUG if form == "json" else logging.INFO)
@@ -111,10 +121,24 @@ def label_events(known: dict[str, str]) -> Iterator[None]:
 def log_exit(text: str, level: int = logging.ERROR, **fields: Any) -> None:
     """Say why the command ends: as it is to people, as an event otherwise, its hint apart."""
     if current_format() == "text":
-        print(f"error: {text}" if level == logging.ERROR else text, file=sys.stderr)
+        sys.stderr.write(_escape(f"error: {text}" if level == logging.ERROR else text) + "\n")
         return
     said, _, hint = text.partition("\nhint: ")
     _log.log(level, "%s", said, extra={"fields": fields | ({"hint": hint} if hint else {})})
+
+
+def _escape(text: str) -> str:
+    return storage.escape_controls(text, output.LAYOUT)
+
+
+def _format_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int,
+                    line: str | None = None) -> str:
+    return _escape(_warning_text(message, category, filename, lineno, line))
+
+
+def _print_exception(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    """Print the traceback of an error that nobody handled: its message may quote files of others."""
+    sys.stderr.write(_escape("".join(traceback.format_exception(kind, error, trace))))
 
 
 def _known(named: dict[str, str]) -> dict[str, str]:

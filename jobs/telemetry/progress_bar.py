@@ -10,6 +10,7 @@ from typing import Any
 
 from jobs.telemetry import interrupts, logs
 from jobs.telemetry.units import format_bytes, format_duration
+from pipeline import storage
 from pipeline.stages.progress import Tally
 
 EVERY_S = 10.0  # between two log lines
@@ -69,7 +70,7 @@ class _Bar:
             """Counts, which are cut at the right edge of a narrow terminal."""
 
             def render(self, task: Task) -> Text:
-                return Text(task.fields["details"], no_wrap=True, overflow="ellipsis")
+                return Text(storage.escape_controls(task.fields["details"]), no_wrap=True, overflow="ellipsis")
 
         console = Console(stderr=True, highlight=False)
         # No refresh thread: the driver starts processes, and a fork must not find a lock held.
@@ -77,7 +78,7 @@ class _Bar:
             TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
             BarColumn(_BAR_CELLS, table_column=Column(no_wrap=True)), Details(),
             console=console, auto_refresh=False, redirect_stdout=False)
-        self._task = self._progress.add_task(name, details="", total=None)
+        self._task = self._progress.add_task(storage.escape_controls(name), details="", total=None)
 
         def print_line(text: str) -> None:
             with interrupts.defer_interrupts():

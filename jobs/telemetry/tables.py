@@ -6,6 +6,9 @@ import shutil
 import sys
 from collections.abc import Collection, Iterable, Sequence
 
+from jobs.telemetry import output
+from pipeline import storage
+
 Row = Sequence[str]
 
 
@@ -28,10 +31,10 @@ def render(rows: Iterable[Row], *, head: Row = (), right: Collection[int] = (), 
     table = Table(box=box.MARKDOWN if markdown else None, show_header=bool(head), header_style="bold",
                   pad_edge=markdown, padding=(0, 1) if markdown else (0, 2, 0, 0))
     for number, name in enumerate(head or [""] * max(map(len, rows), default=0)):
-        table.add_column(Text(_printable(name)), justify="right" if number in right else "left",
+        table.add_column(Text(storage.escape_controls(name)), justify="right" if number in right else "left",
                          no_wrap=not fold, overflow="fold", min_width=3 if markdown else None)
     for row in rows:
-        table.add_row(*(Text(_printable(cell)) for cell in row))
+        table.add_row(*(Text(storage.escape_controls(cell)) for cell in row))
     width = shutil.get_terminal_size().columns if fold else 1 << 20
     console = Console(file=io.StringIO(), width=width, force_terminal=terminal, highlight=False,
                       color_system="auto" if terminal else None)
@@ -51,7 +54,7 @@ def show_live(texts: Iterable[str]) -> None:
     from rich.text import Text
     with Live(console=Console(highlight=False), auto_refresh=False, vertical_overflow="ellipsis") as live:
         for text in texts:
-            live.update(Text.from_ansi(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+            live.update(Text.from_ansi(output.escape_text(text), no_wrap=True, overflow="ellipsis"), refresh=True)
 
 
 def render_markdown(text: str) -> str:
@@ -67,7 +70,3 @@ def render_markdown(text: str) -> str:
             parts += lines
     return "\n".join(parts) + "\n"
 
-
-def _printable(cell: str) -> str:
-    """A cell in one line, without control characters: captions and file names come from anywhere."""
-    return "".join(character if character.isprintable() else " " for character in cell)

@@ -47,12 +47,13 @@ from pipeline.storage.files import (
 )
 from pipeline.storage.hashing import describe_file, digest, name_by_content
 from pipeline.storage.lease import Holder, Lease, LeaseConflict, find_holders, hold_lease
+from pipeline.storage.printable import escape_controls
 from pipeline.storage.private_folder import make_private_folder
 
 __all__ = [
     "Holder", "Lease", "LeaseConflict", "StorageError", "cache_folder", "can_swap", "create_bytes", "describe_file",
-    "digest", "disk_full_message", "download", "exists", "fetch", "fetch_and_open", "find_holders", "glob",
-    "hold_lease", "is_local", "join", "json_bytes", "list_files", "list_folders", "list_stamps", "local_copy",
+    "digest", "disk_full_message", "download", "escape_controls", "exists", "fetch", "fetch_and_open", "find_holders",
+    "glob", "hold_lease", "is_local", "join", "json_bytes", "list_files", "list_folders", "list_stamps", "local_copy",
     "local_path", "make_private_folder", "manifest_file_url", "map_urls", "modified_time", "name_by_content",
     "normalize", "open_reader", "parse_json", "put_bytes", "put_checked", "put_file", "put_json", "read_bytes",
     "read_json", "read_range", "redact_credentials", "remove", "remove_tree", "sha256", "sha256_file", "short_hash",

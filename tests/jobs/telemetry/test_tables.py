@@ -27,7 +27,7 @@ def _columns(text: str) -> list[list[str]]:
 def test_text_is_aligned_and_whole() -> None:
     lines = tables.render(_ROWS, right={1}).splitlines()
     assert lines == ["a                       1  " + "x" * 300, "[bold]b[/] :smile:  12345",
-                     "日本                    0  last [31m line"]
+                     "日本                    0  last\\x1b[31m\\nline"]
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
