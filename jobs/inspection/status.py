@@ -13,6 +13,7 @@ from jobs.telemetry.units import format_bytes
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.stages import records
+from pipeline.stages.documents import check_more_items, check_plan, check_sealed
 from pipeline.stages.manifest import changed_inputs
 from pipeline.stages.plan import prepare
 from pipeline.stages.seal import read_records
@@ -22,7 +23,7 @@ from pipeline.stages.types import Item
 _SILENT_S = 120.0
 _OF_A_DATASET = ("shards", "embeddings", "index")
 _OF_SOME = ("text_embeddings", "clip-retrieval", "tombstones", "latents")
-_KEYS = {"plan.json": {"stage", "items", "inputs", "section"}, "manifest.json": {"stage", "items", "content"}}
+_CHECKS = {"plan.json": check_plan, "manifest.json": check_sealed}
 
 
 def read_status(root: str) -> list[dict[str, Any]]:
@@ -124,7 +125,8 @@ def _state(root: str, path: str) -> dict[str, Any]:
     changed = changed_inputs(root, plan)
     if manifest is None:
         for name in storage.list_files(storage.join(root, path, "more")):
-            items += records.count(storage.read_json(storage.join(root, path, "more", name))["items"])
+            url = storage.join(root, path, "more", name)
+            items += records.count(check_more_items(storage.read_json(url), url)["items"])
         done = min(len(storage.list_files(storage.join(root, path, "records"))), items)
         failed = len(storage.list_files(storage.join(root, path, "failures")))
         about["progress"] = _progress(root, path)
@@ -193,6 +195,4 @@ def _read(root: str, path: str, name: str) -> Any:
         document = storage.read_json(storage.join(root, path, name))
     except FileNotFoundError:
         return None
-    if not isinstance(document, dict) or not _KEYS[name] <= document.keys():
-        raise ValueError(f"{storage.join(root, path, name)} is damaged")
-    return document
+    return _CHECKS[name](document, storage.join(root, path, name))

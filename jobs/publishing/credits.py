@@ -11,9 +11,13 @@ from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import metadata
 from pipeline.media.contact_sheet import contact_sheet
+from pipeline.stages.documents import NUMBER, check_shape
 
 _LICENCES = ("licence_spdx", "license", "licence", "licence_url", "license_url", "rights")
 _CELL = 160
+_SAMPLES = {"pictures": [{
+    "file": str, "prompt?": (str, type(None)), "seed": int, "database": str, "neighbors": [{
+        "key": str, "score": NUMBER, "caption": str, "sha256": str, "file": str, "database?": str}]}]}
 
 
 def list_credits(address: str) -> list[dict[str, Any]]:
@@ -26,15 +30,17 @@ def list_credits(address: str) -> list[dict[str, Any]]:
     parts = below.split("/")  # runs/RUN/samples/HASH/...
     folder = storage.join(root, *parts[:4])
     try:
-        document = storage.read_json(storage.join(folder, "samples.json"))
+        url = storage.join(folder, "samples.json")
+        document = check_shape(storage.read_json(url), url, _SAMPLES, "the same sample command with --overwrite")
     except FileNotFoundError:
         raise ValueError(f"{folder} has no samples.json: these samples are not finished, or were not drawn here\n"
                          f"hint: the same sample command ends them") from None
     file = "/".join(parts[4:])
     chosen = [picture for picture in document["pictures"] if file in {"samples.json", "grid.png", picture["file"]}]
     if not chosen:
-        raise ValueError(f"{address} is no sample: {folder}/samples.json names {len(document['pictures'])} others\n"
-                         f"hint: one of its files, as {document['pictures'][0]['file']}, or samples.json")
+        others = [picture["file"] for picture in document["pictures"]]
+        raise ValueError(f"{address} is no sample: {folder}/samples.json names {len(others)} others\n"
+                         f"hint: one of its files{f', as {others[0]}' if others else ''}, or samples.json")
     databases = {neighbor.get("database", picture["database"])
                  for picture in chosen for neighbor in picture["neighbors"]}
     known = {label: _known(Dataset.parse(root, label)) for label in sorted(databases)}

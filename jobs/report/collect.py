@@ -7,6 +7,7 @@ from jobs.inspection import status
 from jobs.runs.run import Run
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, datasets
+from pipeline.stages.documents import check_plan, check_sealed
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ class RootContents:
         """The manifest of the stage folder `path`, None if it is not sealed or not readable."""
         if path not in self._manifests:
             try:
-                self._manifests[path] = storage.read_json(storage.join(self.address, path, "manifest.json"))
+                url = storage.join(self.address, path, "manifest.json")
+                self._manifests[path] = check_sealed(storage.read_json(url), url)
             except FileNotFoundError:
                 self._manifests[path] = None
             except ValueError as error:
@@ -50,7 +52,8 @@ class RootContents:
     def plan(self, path: str) -> dict[str, Any] | None:
         """The plan of the stage folder `path`, None if it has none."""
         try:
-            return storage.read_json(storage.join(self.address, path, "plan.json"))
+            url = storage.join(self.address, path, "plan.json")
+            return check_plan(storage.read_json(url), url)
         except FileNotFoundError:
             return None
 

@@ -12,10 +12,9 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.stages import records
-from pipeline.stages.stage import Stage, check_format
+from pipeline.stages.documents import check_manifest
+from pipeline.stages.stage import Stage
 from pipeline.stages.types import Claim
-
-_MANIFEST_KEYS = {"stage", "content", "items", "files"}  # those of a checkpoint's manifest too
 
 _KEPT_FILES = 16
 _kept: OrderedDict[str, tuple[str, bytes]] = OrderedDict()  # url -> stamp, content
@@ -52,9 +51,7 @@ def read_manifest(folder: str, command: str, sha256: str | None = None) -> dict[
         raise ValueError(f"{folder}/manifest.json is not the one that was published: somebody changed this version\n"
                          f"hint: python -m jobs verify --against current tells what else; rollback to another version")
     manifest = storage.parse_json(data, storage.join(folder, "manifest.json"))
-    check_format(manifest, f"{folder}/manifest.json")
-    if not isinstance(manifest, dict) or not manifest.keys() >= _MANIFEST_KEYS:
-        raise ValueError(f"{folder}/manifest.json is damaged\nhint: python -m jobs verify tells what else is")
+    check_manifest(manifest, f"{folder}/manifest.json")
     if isinstance(manifest["items"], dict):
         manifest["items"] = records.load(folder, manifest["items"], records.records)
     return manifest

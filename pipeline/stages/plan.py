@@ -11,13 +11,12 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.stages import records
+from pipeline.stages.documents import check_more_items, check_plan
 from pipeline.stages.manifest import code_revision
 from pipeline.stages.scratch import scratch_folder
-from pipeline.stages.stage import FORMAT, Stage, check_format, fingerprint
+from pipeline.stages.stage import FORMAT, Stage, fingerprint
 from pipeline.stages.types import Claim, Item, PlanReplaced, StageFailed
 from pipeline.storage.hashing import name_by_content
-
-_PLAN_KEYS = {"format", "stage", "fingerprint", "section", "inputs", "items"}
 
 
 def prepare(stage: Stage) -> Sequence[Item]:
@@ -37,9 +36,7 @@ def claim_folder(stage: Stage) -> tuple[Sequence[Item], bool]:
         listed = write_item_list(stage.plan(), "items", partial(_put_beside_plan, stage))
         joined = not _create_plan(stage, inputs, listed)
     stamp, plan = storage.stamp(url), storage.read_json(url)
-    check_format(plan, url)
-    if not isinstance(plan, dict) or not plan.keys() >= _PLAN_KEYS:
-        raise ValueError(f"{url} is damaged\nhint: --overwrite makes this folder anew")
+    check_plan(plan, url)
     if plan["fingerprint"] != fingerprint(stage, inputs):
         raise ValueError(_disagreement(stage, plan, inputs))
     stage.claim = Claim(plan["fingerprint"], plan["inputs"], stamp)
@@ -89,7 +86,7 @@ def _write_local(folder: Path, name: str, data: bytes) -> None:
 def read_claim(folder: str) -> Claim:
     """What the plan of a folder says of all its items."""
     url = storage.join(folder, "plan.json")
-    stamp, plan = storage.stamp(url), storage.read_json(url)
+    stamp, plan = storage.stamp(url), check_plan(storage.read_json(url), url)
     return Claim(plan["fingerprint"], plan["inputs"], stamp)
 
 
@@ -117,12 +114,14 @@ def refuse_replaced_plan(stage: Stage) -> None:
 
 def read_items(folder: str) -> Sequence[Item]:
     """The items of the plan in a stage folder, and those that were added to it."""
-    return _all_items(folder, storage.read_json(storage.join(folder, "plan.json")))
+    url = storage.join(folder, "plan.json")
+    return _all_items(folder, check_plan(storage.read_json(url), url))
 
 
 def _all_items(folder: str, plan: dict[str, Any]) -> Sequence[Item]:
     more = storage.join(folder, "more")
-    documents = [plan, *(storage.read_json(storage.join(more, name)) for name in storage.list_files(more))]
+    urls = [storage.join(more, name) for name in storage.list_files(more)]
+    documents = [plan, *(check_more_items(storage.read_json(url), url) for url in urls)]
     parts = [load_items(folder, document["items"]) for document in documents]
     return _Joined(parts) if len(parts) > 1 else parts[0]
 

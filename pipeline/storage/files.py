@@ -248,7 +248,8 @@ def parse_json(data: bytes, url: str) -> Any:
     """The JSON document that was read from `url`; ValueError with its address if it is not JSON."""
     try:
         return json.loads(data)
-    except json.JSONDecodeError as error:
+    # Bytes that are not UTF-8, numbers of thousands of digits, thousands of brackets.
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{url} is not JSON ({error})\nhint: was it edited or cut?") from error
 
 

@@ -1,0 +1,82 @@
+"""What plans and manifests must look like. Readers check it first, so that a damaged one is named and costs no more."""
+
+from typing import Any
+
+from pipeline.stages.stage import check_format
+
+# A shape is a type, several shapes of which one fits, [shape] for a list, {"*": shape} for a dict with any names, or a
+# dict of names and shapes. A name with a question mark may be missing. Other names are allowed.
+NUMBER = (int, float)
+_FILE = {"name": str, "bytes": int, "sha256": str}
+_COUNTS = {"*": int}
+_LIST_FILE = {"count": int, "file": _FILE}
+_INPUTS = {"*": {"path": str, "digest": str}}
+_RECORD = {"id": str, "samples?": int, "files": [_FILE], "skipped?": _COUNTS, "noted?": _COUNTS, "info?": dict,
+           "run?": {"seconds?": NUMBER, "times?": dict}}
+_ITEMS = {"items": ([{"id": str, "inputs": dict}], _LIST_FILE)}
+_PLAN = {"stage": str, "fingerprint": str, "section": dict, "inputs": _INPUTS, **_ITEMS}
+_MANIFEST = {"stage": str, "content": str, "items": ([_RECORD], _LIST_FILE), "files": [_FILE], "inputs?": _INPUTS}
+_SEALED = _MANIFEST | {
+    "info": dict, "run": {"seconds": NUMBER, "sealed": str, "retired?": [dict], "devices?": _COUNTS},
+    "totals": {"items": int, "samples": int, "bytes": int, "skipped": _COUNTS, "noted": _COUNTS}}
+
+
+def check_plan(document: Any, url: str) -> dict[str, Any]:
+    """A plan as it is; ValueError if it is damaged, or a later version of this program wrote it."""
+    return _check(document, url, _PLAN, "--overwrite makes this folder anew")
+
+
+def check_more_items(document: Any, url: str) -> dict[str, Any]:
+    """Items that were added to a plan, as they are; ValueError if they are damaged."""
+    return _check(document, url, _ITEMS, "--overwrite makes this folder anew")
+
+
+def check_manifest(document: Any, url: str) -> dict[str, Any]:
+    """A manifest as it is, also that of a checkpoint; ValueError if it is damaged or of a later version."""
+    return _check(document, url, _MANIFEST, "python -m jobs verify tells what else is")
+
+
+def check_sealed(document: Any, url: str) -> dict[str, Any]:
+    """The manifest of a stage as it is, with its counts; ValueError if it is damaged or of a later version."""
+    return _check(document, url, _SEALED, "python -m jobs verify tells what else is")
+
+
+def _check(document: Any, url: str, shape: dict[str, Any], hint: str) -> dict[str, Any]:
+    check_format(document, url)
+    return check_shape(document, url, shape, hint)
+
+
+def check_shape(document: Any, url: str, shape: Any, hint: str) -> Any:
+    """A JSON document as it is; ValueError with the first place that does not have its shape (see above)."""
+    if (place := _misfit(document, shape)) is not None:
+        raise ValueError(f"{url} is damaged{f' at {place}' if place else ''}\nhint: {hint}")
+    return document
+
+
+def _misfit(value: Any, shape: Any) -> str | None:
+    """The first place of a document that does not fit a shape, None if all of it fits."""
+    if isinstance(shape, type):
+        return None if isinstance(value, shape) and not (shape is int and isinstance(value, bool)) else ""
+    if isinstance(shape, tuple):
+        places = [_misfit(value, each) for each in shape]
+        return None if None in places else max((place for place in places if place is not None), key=len)
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return ""
+        parts = ((number, each, shape[0]) for number, each in enumerate(value))
+        return _first_misfit(parts)
+    if not isinstance(value, dict):
+        return ""
+    if "*" in shape:
+        return _first_misfit((name, each, shape["*"]) for name, each in value.items())
+    names = {name.removesuffix("?"): name for name in shape}
+    if missing := [name for name, spelled in names.items() if name == spelled and name not in value]:
+        return missing[0]
+    return _first_misfit((name, value[name], shape[spelled]) for name, spelled in names.items() if name in value)
+
+
+def _first_misfit(parts: Any) -> str | None:
+    for name, value, shape in parts:
+        if (place := _misfit(value, shape)) is not None:
+            return f"{str(name)[:80]}{'.' if place else ''}{place}"
+    return None
