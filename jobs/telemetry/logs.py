@@ -137,7 +137,7 @@ def _format_warning(message: Warning | str, category: type[Warning], filename: s
 
 
 def _print_exception(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
-    """Print the traceback of an error that nobody handled: its message may quote files of others."""
+    """Print the traceback of an unhandled error. Its message may quote files of others."""
     sys.stderr.write(_escape("".join(traceback.format_exception(kind, error, trace))))
 
 

@@ -1,4 +1,4 @@
-"""What commands write to stdout, for people or as JSON. No other file prints."""
+"""Commands write to stdout by these functions: text for people, or JSON. No other file prints."""
 
 import json
 import re

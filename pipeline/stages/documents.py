@@ -1,11 +1,12 @@
-"""What plans and manifests must look like. Readers check it first, so that a damaged one is named and costs no more."""
+"""The shapes of plans and manifests. Readers check them first, and name a damaged document."""
 
 from typing import Any
 
 from pipeline.stages.stage import check_format
 
-# A shape is a type, several shapes of which one fits, [shape] for a list, {"*": shape} for a dict with any names, or a
-# dict of names and shapes. A name with a question mark may be missing. Other names are allowed.
+# A shape is a type, or a tuple of shapes of which one fits. [shape] is a list, {"*": shape} a dict with any names.
+# A dict of names and shapes is a dict with these names. A name with a question mark may be missing, and other names
+# are allowed.
 NUMBER = (int, float)
 _FILE = {"name": str, "bytes": int, "sha256": str}
 _COUNTS = {"*": int}
@@ -23,12 +24,12 @@ _SEALED = _MANIFEST | {
 
 def check_plan(document: Any, url: str) -> dict[str, Any]:
     """A plan as it is; ValueError if it is damaged, or a later version of this program wrote it."""
-    return _check(document, url, _PLAN, "--overwrite makes this folder anew")
+    return _check(document, url, _PLAN, "--overwrite makes this folder again")
 
 
 def check_more_items(document: Any, url: str) -> dict[str, Any]:
-    """Items that were added to a plan, as they are; ValueError if they are damaged."""
-    return _check(document, url, _ITEMS, "--overwrite makes this folder anew")
+    """More items of a plan as they are; ValueError if the document is damaged."""
+    return _check(document, url, _ITEMS, "--overwrite makes this folder again")
 
 
 def check_manifest(document: Any, url: str) -> dict[str, Any]:

@@ -2,9 +2,8 @@
 
 import re
 
-# Control characters, which steer a terminal; marks and overrides of the writing direction, which show a text in another
-# order than it has; separators that some programs take for the end of a line; halves of characters, which cannot be
-# encoded.
+# Control characters steer a terminal. Marks of the writing direction show a text in another order than it has. Some
+# programs end a line at U+2028 and U+2029. Surrogates cannot be encoded.
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

@@ -39,7 +39,7 @@ for words in json.loads(sys.argv[1]):
 
 
 def _on_terminal(commands: list[list[str]], term: str = "dumb") -> str:
-    """What these commands write to a pseudo terminal, on stdout and stderr."""
+    """The output of these commands on a pseudo terminal, stdout and stderr together."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen([sys.executable, "-c", _VERBS, json.dumps(commands)], stdout=theirs, stderr=theirs,
                                env=os.environ | {"TERM": term, "COLUMNS": "400"})
