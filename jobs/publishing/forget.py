@@ -33,7 +33,7 @@ def parse_takedown(root: str, sha256: Sequence[str], urls: Sequence[str], keys: 
         hashes |= {value for row in pictures for value in (row["sha256"], row.get("original_sha256")) if value}
     if not all(urls):
         raise ValueError("--url '' names nothing\nhint: an address, or a file's name below its folder")
-    takedown = Forgotten(frozenset(hashes), frozenset(urls), frozenset(map(_host, domains)))
+    takedown = Forgotten(frozenset(hashes), frozenset(map(storage.redact_url, urls)), frozenset(map(_host, domains)))
     if not takedown:
         raise ValueError("forget needs pictures\nhint: --sha256, --url, --key DATASET/KEY or --domain")
     return takedown

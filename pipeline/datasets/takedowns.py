@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class Forgotten:
 
     def has_name(self, name: str) -> bool:
         """Whether a picture of that name or address is one of them, as far as the name tells."""
-        if name in self.urls:
+        if self.urls and (name in self.urls or storage.redact_url(name) in self._stored_urls):
             return True
         labels = find_host(name).split(".") if self.domains else []
         return any(".".join(labels[start:]) in self.domains for start in range(len(labels)))
@@ -63,6 +64,11 @@ class Forgotten:
         if (self.urls or self.domains) and "url" in table.column_names:
             among |= np.array([self.has_name(name or "") for name in table["url"].to_pylist()], bool)
         return among
+
+    @cached_property
+    def _stored_urls(self) -> frozenset[str]:
+        """The URLs as rows have them: requests and rows of earlier versions may have more parameters."""
+        return frozenset(map(storage.redact_url, self.urls))
 
     @property
     def digest(self) -> str:

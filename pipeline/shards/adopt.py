@@ -21,7 +21,7 @@ from pipeline.media.foreign_tars import TarFaults, read_foreign_tar
 from pipeline.media.types import BadImage
 from pipeline.shards import metadata
 from pipeline.sources.config import ShardConfig
-from pipeline.sources.rows import json_cells, replace_surrogates
+from pipeline.sources.rows import json_cells, redact_cells, replace_surrogates
 from pipeline.sources.source import list_source_files
 from pipeline.sources.tars import STEP, local_tar, read_column_types, sample_caption, sample_metadata
 from pipeline.stages.stage import Stage
@@ -126,12 +126,13 @@ class Adopt(Stage):
         except BadImage as bad:
             width = height = None
             entries.append(Entry(key, "unreadable", str(bad), kept=True))
-        extra = json_cells({name: value for name, value in document.items() if name not in metadata.COLUMNS})
+        extra = redact_cells(json_cells(
+            {name: value for name, value in document.items() if name not in metadata.COLUMNS}))
         hashed = document.get("sha256")
         exif = document.get("exif")
         return extra | {
             "caption": sample_caption(sample, document, self.config.caption_column),
-            "url": storage.redact_credentials(replace_surrogates(str(document.get("url") or key))), "key": key,
+            "url": storage.redact_url(replace_surrogates(str(document.get("url") or key))), "key": key,
             "status": metadata.SUCCESS, "error_message": None, "width": width, "height": height,
             "original_width": _number(document.get("original_width")),
             "original_height": _number(document.get("original_height")),
@@ -156,9 +157,9 @@ def _failed(address: str, good: int, first: int) -> list[dict[str, Any]]:
     if len(rows) - len(failed) != good:
         raise ValueError(f"{address} has {good} samples, {parquet_url} says {len(rows) - len(failed)}\n"
                          f"hint: was one of them cut off? shard the tar without --adopt")
-    kept = [json_cells(row) for row in failed]
+    kept = [redact_cells(json_cells(row)) for row in failed]
     return [row | dict.fromkeys(metadata.COLUMNS) | {
-        "caption": str(row.get("caption") or ""), "url": storage.redact_credentials(str(row.get("url") or "")),
+        "caption": str(row.get("caption") or ""), "url": storage.redact_url(str(row.get("url") or "")),
         "key": str(row.get("key") or ""), "status": str(row["status"]),
         "error_message": storage.redact_credentials(str(row.get("error_message") or "")),
         "source_row": first + good + number} for number, row in enumerate(kept)]

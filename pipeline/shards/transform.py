@@ -12,7 +12,7 @@ from pipeline.media.hashes import perceptual_hash, pixel_hash
 from pipeline.media.resize import cut_patches, encode, resize
 from pipeline.media.types import BadImage, Pixels, size_of
 from pipeline.shards.metadata import COLUMNS, FORGOTTEN, NOT_FETCHED, NOT_USABLE, SUCCESS
-from pipeline.sources.rows import Row
+from pipeline.sources.rows import Row, redact_cells
 from pipeline.stages.types import Entry
 
 if TYPE_CHECKING:
@@ -109,17 +109,26 @@ def failed_row(row: Row, key: str, bad: BadImage) -> RowResult:
 
 def bare_row(row: Row) -> dict[str, Any]:
     """The metadata of a row as far as the source has it. All other columns are None."""
-    extra = {name: value for name, value in row.columns.items() if name not in COLUMNS}
+    extra = redact_cells({name: value for name, value in row.columns.items() if name not in COLUMNS})
     return extra | dict.fromkeys(COLUMNS) | {"caption": row.caption, "url": source_name(row), "source_row": row.number}
 
 
 def source_name(row: Row) -> str:
-    """The name of a row as text without credentials. Bytes that are not UTF-8 are escaped."""
+    """The name of a row as it is stored: text without credentials. Bytes that are not UTF-8 are escaped."""
+    return storage.redact_url(_name_text(row))
+
+
+def old_source_name(row: Row) -> str:
+    """The name of a row as versions up to 0.1 stored it."""
+    return storage.redact_known_credentials(_name_text(row))
+
+
+def _name_text(row: Row) -> str:
     try:
         name = row.name.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:  # halves of characters, which JSON can hold
         name = row.name.encode("utf-8", "backslashreplace")
-    return storage.redact_credentials(name.decode("utf-8", "backslashreplace"))
+    return name.decode("utf-8", "backslashreplace")
 
 
 def _check_hash(wanted: str, data: bytes, sha256: str) -> None:

@@ -11,11 +11,11 @@ from pipeline.storage.addresses import (
     local_path,
     manifest_file_url,
     normalize,
-    redact_credentials,
     short_hash,
 )
 from pipeline.storage.cache import cache_folder, fetch, fetch_and_open, local_copy
 from pipeline.storage.conditional import can_swap, create_bytes, put_checked, swap_bytes
+from pipeline.storage.credentials import redact_credentials, redact_known_credentials, redact_url
 from pipeline.storage.files import (
     StorageError,
     disk_full_message,
@@ -56,6 +56,6 @@ __all__ = [
     "glob", "hold_lease", "is_local", "join", "json_bytes", "list_files", "list_folders", "list_stamps", "local_copy",
     "local_path", "make_private_folder", "manifest_file_url", "map_urls", "modified_time", "name_by_content",
     "normalize", "open_reader", "parse_json", "put_bytes", "put_checked", "put_file", "put_json", "read_bytes",
-    "read_json", "read_range", "redact_credentials", "remove", "remove_tree", "sha256", "sha256_file", "short_hash",
-    "size", "stamp", "summarize_file", "swap_bytes", "walk",
+    "read_json", "read_range", "redact_credentials", "redact_known_credentials", "redact_url", "remove", "remove_tree",
+    "sha256", "sha256_file", "short_hash", "size", "stamp", "summarize_file", "swap_bytes", "walk",
 ]

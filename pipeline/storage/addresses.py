@@ -1,8 +1,7 @@
-"""Paths and URLs: join, normalize, and hide credentials."""
+"""Paths and URLs: join and normalize."""
 
 import hashlib
 import os
-import re
 from pathlib import Path
 
 S3_SCHEMES, ATTEMPTS = {"s3", "s3a"}, 6
@@ -40,15 +39,6 @@ def manifest_file_url(folder: str, name: str) -> str:
 def normalize(url: str) -> str:
     """`url` made absolute when it is local, without a trailing slash."""
     return os.path.abspath(os.path.expanduser(local_path(url))) if is_local(url) else url.rstrip("/")
-
-
-_SECRET = re.compile(r"([?&](?:x-amz-[a-z-]+|awsaccesskeyid|signature|sig|token|access_token|auth|api_?key|password|"
-                     r"secret|policy|key-pair-id)=)[^&#\s]+", re.IGNORECASE)
-
-
-def redact_credentials(text: str) -> str:
-    """`text` with passwords, keys and signatures in its URLs taken out."""
-    return _SECRET.sub(r"\1***", re.sub(r"(\w+://)[^/?#\s]*@", r"\1***@", text))
 
 
 def short_hash(text: str) -> str:

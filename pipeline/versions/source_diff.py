@@ -5,7 +5,7 @@ import json
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,16 +18,17 @@ import pyarrow.compute as pc
 from pipeline import storage
 from pipeline.datasets.takedowns import Forgotten
 from pipeline.shards.metadata import FORGOTTEN, SUCCESS
-from pipeline.shards.transform import source_name
+from pipeline.shards.transform import old_source_name, source_name
 from pipeline.sources.config import ShardConfig
 from pipeline.sources.detect import open_source
-from pipeline.sources.rows import ReadReport, Row
+from pipeline.sources.rows import ReadReport, Row, redact_cells
 from pipeline.sources.source import Source
 from pipeline.versions.listing import LISTING_SCHEMA, groups, wide
 
 _ROWS, _SOURCE = "rows.jsonl", "source.arrow"
-_SOURCE_SCHEMA = wide(pa.schema([("name", pa.string()), ("mark", pa.string()), ("stamp", pa.string()),
-                                 ("offset", pa.int64())]))
+# old_name and old_mark: as versions up to 0.1 stored a row, null where that is the same.
+_SOURCE_SCHEMA = wide(pa.schema([(name, pa.string()) for name in ("name", "mark", "old_name", "old_mark", "stamp")]
+                                + [("offset", pa.int64())]))
 _PIECE_ROWS = 1 << 14
 
 
@@ -92,14 +93,14 @@ class SourceDiff:
     def suspects(self, before: pa.Table) -> np.ndarray:
         """Numbers of the rows that have another look than in the last version, and nothing else new."""
         source = self._table(_SOURCE)
-        old = _matches(source["mark"], before, ["stamp", "sha256"])
+        old = _matches(source, before, ["stamp", "sha256"])
         return np.flatnonzero(_bools(pc.not_equal(source["stamp"], old["stamp"]))
                               & _bools(pc.not_equal(old["sha256"], "")))
 
     def against(self, before: pa.Table, hashes: Hashes) -> "SourceDiff":
         """The same source beside the listing of a version; `hashes` are those of the files that were read again."""
         source = self._table(_SOURCE)
-        old = _matches(source["mark"], before, ["stamp", "sha256", "shard", "row", "status"])
+        old = _matches(source, before, ["stamp", "sha256", "shard", "row", "status"])
         # No hash is known of an image that could not be read then: its look alone tells.
         same = _bools(pc.equal(source["stamp"], old["stamp"]))
         then = old["sha256"].take(pa.array(hashes.numbers, pa.int64()))
@@ -111,7 +112,7 @@ class SourceDiff:
         refused = pa.array(sorted(self.forgotten.sha256), pa.large_string())
         left_out = same & (was_forgotten | _bools(pc.is_in(old["sha256"], value_set=refused)))
         kept = same & ~left_out
-        counts = _count_by_name(source["name"], before["name"], same, self.forgotten)
+        counts = _count_by_name(source["name"], _redact_names(before["name"]), same, self.forgotten)
         if kept.any():
             counts["kept"] = int(kept.sum())
         if left_out.any():  # those that were left out before were counted then
@@ -153,14 +154,17 @@ def _read_source(source: Source, forgotten: Forgotten, lines: BinaryIO) -> pa.Ta
     stamps = storage.list_stamps(source.base) if source.fetch == "file" else {}  # type: ignore[attr-defined]
     tables, number = [_SOURCE_SCHEMA.empty_table()], 0
     for rows in groups(_source_rows(source), _PIECE_ROWS):
-        cells: list[tuple[str, str, str, int]] = []
+        cells: list[tuple[str, str, str | None, str | None, str, int]] = []
         for row in rows:
             name = source_name(row)
             if forgotten.has_name(name):
                 continue
             row.number, number = number, number + 1
             stamp = ":".join(stamps.get(file, "") for file in (row.name, row.caption_file) if file)
-            cells.append((name, _mark(row, 0), stamp, lines.tell()))
+            old_name = old_source_name(row)
+            is_same = old_name == name and redact_cells(row.columns) == row.columns
+            cells.append((name, _mark(row, 0), old_name if old_name != name else None,
+                          None if is_same else _old_mark(row, 0), stamp, lines.tell()))
             filled = {key: value for key, value in vars(row).items() if value or key == "number"}
             lines.write(json.dumps(filled).encode() + b"\n")
         if cells:
@@ -179,23 +183,46 @@ def _source_rows(source: Source) -> Iterator[Row]:
 
 def _mark(row: Row, position: int) -> str:
     """A hash of what the source says of a row; `position` is its place among the rows of its name."""
-    return storage.digest([source_name(row), row.caption, row.columns, row.digest, row.caption_file, position])
+    return storage.digest([source_name(row), row.caption, redact_cells(row.columns), row.digest, row.caption_file,
+                           position])
+
+
+def _old_mark(row: Row, position: int) -> str:
+    """The mark that versions up to 0.1 gave a row."""
+    return storage.digest([old_source_name(row), row.caption, row.columns, row.digest, row.caption_file, position])
 
 
 def _number_names(table: pa.Table, lines: BinaryIO) -> pa.Table:
     """The table with other marks for rows whose name came before."""
-    codes = pc.index_in(table["name"], value_set=pc.unique(table["name"])).to_numpy()
+    positions = _positions(table["name"])
+    table = _replace_marks(table, "mark", positions, positions > 0, lines, _mark)
+    old_positions = positions
+    if table["old_name"].null_count < table.num_rows:
+        old_positions = _positions(pc.coalesce(table["old_name"], table["name"]))
+    differ = _bools(pc.is_valid(table["old_mark"])) | (old_positions != positions)
+    return _replace_marks(table, "old_mark", old_positions, differ & ((old_positions > 0) | (positions > 0)), lines,
+                          _old_mark)
+
+
+def _positions(names: pa.ChunkedArray) -> np.ndarray:
+    """The place of each row among the rows of its name, (N,) int64."""
+    codes = pc.index_in(names, value_set=pc.unique(names)).to_numpy()
     order = np.argsort(codes, kind="stable")
     positions = np.empty(len(order), np.int64)
     positions[order] = np.arange(len(order)) - np.searchsorted(codes[order], codes[order])
-    repeated = np.flatnonzero(positions)
-    if not len(repeated):
+    return positions
+
+
+def _replace_marks(table: pa.Table, column: str, positions: np.ndarray, chosen: np.ndarray, lines: BinaryIO,
+                   mark: Callable[[Row, int], str]) -> pa.Table:
+    """The table with marks for the positions of the chosen rows, which are read again."""
+    if not chosen.any():
         return table
-    marks = [_mark(_row_at(lines, offset), position) for offset, position in
-             zip(table["offset"].to_numpy()[repeated].tolist(), positions[repeated].tolist(), strict=True)]
-    replaced = pc.replace_with_mask(table["mark"].combine_chunks(), pa.array(positions > 0),
+    marks = [mark(_row_at(lines, offset), position) for offset, position in
+             zip(table["offset"].to_numpy()[chosen].tolist(), positions[chosen].tolist(), strict=True)]
+    replaced = pc.replace_with_mask(table[column].combine_chunks(), pa.array(chosen),
                                     pa.array(marks, pa.large_string()))
-    return table.set_column(table.column_names.index("mark"), "mark", replaced)
+    return table.set_column(table.column_names.index(column), column, replaced)
 
 
 def _row_at(lines: BinaryIO, offset: int) -> Row:
@@ -216,12 +243,24 @@ def _write_table(table: pa.Table, path: Path) -> None:
         writer.write_table(table)
 
 
-def _matches(marks: pa.ChunkedArray, before: pa.Table, columns: list[str]) -> pa.Table:
-    """For each mark the row of a listing that has it, null where none has; of several the last one counts."""
+def _matches(source: pa.Table, before: pa.Table, columns: list[str]) -> pa.Table:
+    """For each row of a source the row of a listing that has its mark, null where none has; the last one counts."""
     backwards = before["mark"].take(pa.array(np.arange(before.num_rows)[::-1]))
-    positions = pc.index_in(marks, value_set=backwards)
+    positions = pc.index_in(source["mark"], value_set=backwards)
+    if source["old_mark"].null_count < source.num_rows:
+        positions = pc.coalesce(positions, pc.index_in(source["old_mark"], value_set=backwards))
     rows = pc.subtract(pa.scalar(before.num_rows - 1, pa.int64()), positions.cast(pa.int64()))
     return before.select(columns).take(rows)
+
+
+def _redact_names(names: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Names of a listing as this version would store them."""
+    suspects = _bools(pc.match_substring_regex(names, "[?#@;]"))
+    if not suspects.any():
+        return names
+    redacted = [storage.redact_url(name) for name in names.filter(pa.array(suspects)).to_pylist()]
+    return pa.chunked_array([pc.replace_with_mask(names.combine_chunks(), pa.array(suspects),
+                                                  pa.array(redacted, pa.large_string()))])
 
 
 def _count_by_name(names: pa.ChunkedArray, before: pa.ChunkedArray, same: np.ndarray,

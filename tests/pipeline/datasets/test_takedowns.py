@@ -40,3 +40,13 @@ def test_a_domain_in_two_scripts_is_one(tmp_path):
     one, other = (parse_takedown(str(tmp_path), [], [], [], [text]).domains
                   for text in ("bücher.example", "XN--BCHER-KVA.example."))
     assert one == other == {"xn--bcher-kva.example"}
+
+
+def test_a_takedown_by_url_stores_no_credentials_and_finds_old_and_new_rows(tmp_path):
+    full = "https://me:word@h.org/a?X-Goog-Signature=word&ref=7"
+    takedown = parse_takedown(str(tmp_path), [], [full], [], [])
+    assert "word" not in str(takedown.urls)
+    for forgotten in (takedown, Forgotten(urls=frozenset({full}))):  # the second as earlier versions listed it
+        rows = [full, "https://***@h.org/a?X-Goog-Signature=word&ref=7", *takedown.urls,
+                "https://me:other@h.org/a?X-Goog-Signature=other&ref=7", "https://***@h.org/a?X-Goog-Signature=word&ref=8"]
+        assert forgotten.mask(pa.table({"url": rows})).tolist() == [True, True, True, True, False]

@@ -17,6 +17,7 @@ from pipeline.datasets.takedowns import Forgotten
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage
 from pipeline.versions import listing as listings
+from pipeline.versions import source_diff
 from pipeline.versions.listing import LISTING_SCHEMA, read_listing, wide
 from pipeline.versions.source_diff import Hashes, SourceDiff
 from pipeline.versions.update_shards import Update
@@ -100,6 +101,56 @@ def test_rows_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert len(set(marks)) == 4
     again = read(tmp_path, [(NAMES[1], "same")] + [(NAMES[0], "same")] * 3, Forgotten())
     assert again.listing()["mark"].to_pylist() == [marks[3], *marks[:3]] and again.digest != diff.digest
+
+
+SIGNED_ROWS = [
+    *((f"https://h.org/{number}.png?w=1&X-Goog-Signature=secret{number}", "signed") for number in range(5)),
+    *((f"https://h.org/get?key={number}", "unknown") for number in range(5)),
+    *((f"https://me:secret@h.org/{number}.png?token=secret", "known") for number in range(5)),
+    ("https://h.org/a.png?sig=secret1&se=1", "twice"), ("https://h.org/a.png?sig=secret2&se=2", "twice"),
+    ("https://h.org/get?key=1", "unknown"), *((name, "plain") for name in NAMES[:5])]
+
+
+def _as_stored(diff: SourceDiff) -> pa.Table:
+    """The listing of the version that a diff makes, if each row becomes a sample."""
+    rows = diff.listing().drop(["fresh"]).to_pylist()
+    for number, row in enumerate(rows):
+        row |= {"sha256": f"{number:064x}", "shard": "000000", "row": number, "status": "success"}
+    return pa.Table.from_pylist(rows, wide(LISTING_SCHEMA))
+
+
+def test_rows_of_an_old_version_stay_though_their_urls_are_stored_otherwise(tmp_path: Path, monkeypatch) -> None:
+    with monkeypatch.context() as old_program:
+        old_program.setattr(source_diff, "source_name", source_diff.old_source_name)
+        old_program.setattr(source_diff, "redact_cells", dict)
+        before = _as_stored(read(tmp_path, SIGNED_ROWS, Forgotten()))
+    assert "key=1" in str(before["name"].to_pylist())
+    diff = read(tmp_path, SIGNED_ROWS, Forgotten()).against(before, Hashes.none())
+    assert dict(diff.counts) == {"kept": len(SIGNED_ROWS), "removed": 0}
+    names = " ".join(diff.listing()["name"].to_pylist())
+    assert "secret" not in names and "key=REDACTED-" in names and NAMES[0] in names
+    fewer = read(tmp_path, SIGNED_ROWS[3:], Forgotten()).against(before, Hashes.none())
+    assert dict(fewer.counts) == {"kept": len(SIGNED_ROWS) - 3, "removed": 3}
+    again = read(tmp_path, SIGNED_ROWS, Forgotten()).against(_as_stored(diff), Hashes.none())
+    assert dict(again.counts) == {"kept": len(SIGNED_ROWS), "removed": 0}
+
+
+def test_rows_that_are_signed_again_stay_and_other_keys_are_other_images(tmp_path: Path) -> None:
+    before = _as_stored(read(tmp_path, SIGNED_ROWS, Forgotten()))
+    signed = [(url.replace("secret", "later"), caption) for url, caption in SIGNED_ROWS]
+    assert dict(read(tmp_path, signed, Forgotten()).against(before, Hashes.none()).counts) == {
+        "kept": len(SIGNED_ROWS), "removed": 0}
+    moved = [(url.replace("key=1", "key=100"), caption) for url, caption in SIGNED_ROWS]
+    assert dict(read(tmp_path, moved, Forgotten()).against(before, Hashes.none()).counts) == {
+        "kept": len(SIGNED_ROWS) - 2, "added": 2, "removed": 2}
+
+
+def test_a_takedown_finds_a_url_with_and_without_its_parameters(tmp_path: Path) -> None:
+    for url, count in ((SIGNED_ROWS[0][0], 1), ("https://h.org/0.png?w=1&X-Goog-Signature=***", 1),
+                       ("https://h.org/get?key=1", 2), ("https://other:word@h.org/0.png?token=x", 1),
+                       ("https://h.org/get?key=9", 0)):
+        diff = read(tmp_path, SIGNED_ROWS, Forgotten(urls=frozenset({url})))
+        assert diff.count == len(SIGNED_ROWS) - count, url
 
 
 def test_a_stage_with_a_diff_is_small(tmp_path: Path) -> None:
