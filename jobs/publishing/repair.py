@@ -33,8 +33,10 @@ def repair(root: str, name: str, *, dry_run: bool = False, keys: ReleaseKeys | N
     report: dict[str, Any] = {"dataset": name} | ({"dry_run": True} if dry_run else {})
     try:
         current = Published.load(root, name, keys)
-        if not current.version:
+        if not current.version and not list(_from_releases(root, name)):
             raise ValueError(f"nothing of {name} is published in {root}\nhint: rebuild {name} --source ...")
+        if not current.version:
+            raise DamagedPointer(root, name, "is missing, and versions have a release")
         report |= {"published": current.version, "pointer": "in order"}
         if current.needs_signature:
             report["pointer"] = _sign(current, dry_run=dry_run)

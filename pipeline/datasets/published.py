@@ -290,21 +290,25 @@ def parse_pointer(data: bytes) -> dict[str, Any] | None:
 def open_dataset(root: str, text: str, pinned: str = "", keys: ReleaseKeys | None = None) -> Dataset:
     """The dataset that `text` (NAME or NAME@VERSION) means to readers.
 
-    Without a version it is `pinned` if that is one of this name, else the published one, whose bytes will be checked
-    against their hashes, and v1 where nothing was ever published.
+    Without a version it is `pinned` if that is one of this name, else the published one, and v1 where nothing was ever
+    published. The bytes of a version that was published are checked against their hashes.
 
     ValueError if signatures are checked, and the version has no publication with an accepted one. Without `keys`, those
     of RDM_RELEASE_KEY are accepted.
     """
     dataset, keys = Dataset.parse(root, text), read_release_keys() if keys is None else keys
-    if "@" in text:
-        return open_label(root, text, keys)
     published = Published.load(root, dataset.name, keys)
+    if "@" in text:
+        return published.open_version(dataset.version)
     if pinned and (wanted := Dataset.parse(root, pinned)).name == dataset.name:
         return published.open_version(wanted.version)
-    if not published.version and keys.accepted:
+    if published.version:
+        return published.open()
+    if keys.accepted:
         raise ValueError(_untrusted(dataset.name, dataset.version, "was never published"))
-    return published.open() if published.version else dataset
+    if read_release(dataset)[0] is not None:
+        raise DamagedPointer(published.root, dataset.name, f"is missing, and {dataset.version} has a release")
+    return dataset
 
 
 def open_label(root: str, label: str, keys: ReleaseKeys | None = None) -> Dataset:

@@ -10,7 +10,7 @@ from jobs.cli.main import main
 from jobs.publishing.rebuild import run_rebuild
 from jobs.publishing.repair import repair
 from pipeline import storage
-from pipeline.datasets import hidden_rows
+from pipeline.datasets import hidden_rows, published
 from pipeline.datasets.metadata import metadata
 from pipeline.datasets.published import DamagedPointer, Published
 from pipeline.stages.driver import run_stage
@@ -110,9 +110,15 @@ def test_repair_takes_the_newest_version_that_is_whole(second: Path) -> None:
     assert repair(str(second / "root"), NAME)["published"] == "v1"
 
 
-def test_without_a_history_the_releases_tell(second: Path) -> None:
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_without_a_history_the_releases_tell(second: Path, damage: str) -> None:
     shutil.rmtree(second / "root" / "published")
-    _pointer(second).write_text("{")
+    if damage == "cut":
+        _pointer(second).write_text("{")
+    else:
+        _pointer(second).unlink()
+    with pytest.raises(DamagedPointer):
+        published_dataset(second / "root")
     assert repair(str(second / "root"), NAME)["published"] == "v2"
     assert published_dataset(second / "root").version == "v2"
 
@@ -142,8 +148,9 @@ def test_missing_tombstones_do_not_bring_images_back(place: Path, lost: str) -> 
     assert len(hidden_rows.read_hidden_rows(published_dataset(place / "root"))) == 1
     path = place / "root" / "datasets" / NAME / "v2" / lost
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with pytest.raises(ValueError, match="tombstones is part of the published drawn@v2 and has no manifest"):
-        hidden_rows.read_hidden_rows(published_dataset(place / "root"))
+    for name in (NAME, f"{NAME}@v2"):
+        with pytest.raises(ValueError, match="tombstones is part of the published drawn@v2 and has no manifest"):
+            hidden_rows.read_hidden_rows(published.open_dataset(str(place / "root"), name))
     assert main(["verify", "--quick", "--root", str(place / "root")]) == 1
 
 
