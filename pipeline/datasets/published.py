@@ -314,7 +314,7 @@ def open_dataset(root: str, text: str, pinned: str = "", keys: ReleaseKeys | Non
 def open_label(root: str, label: str, keys: ReleaseKeys | None = None) -> Dataset:
     """The dataset with a label, as plans keep it: NAME means v1. Its signature is checked like in `open_dataset`."""
     dataset, keys = Dataset.parse(root, label), read_release_keys() if keys is None else keys
-    return Published.load(root, dataset.name, keys).open_version(dataset.version) if keys.accepted else dataset
+    return Published.load(root, dataset.name, keys).open_version(dataset.version)
 
 
 def _untrusted(name: str, version: str, fault: str) -> str:
