@@ -136,7 +136,7 @@ def check_published(root: str, *, quick: bool = False, keys: ReleaseKeys | None 
     names = list_published(root)
     if keys.accepted:  # an attacker may have removed a pointer and its history
         names = sorted({*names, *(dataset.name for dataset in datasets(root)
-                                  if published.read_release(dataset)[0] is not None)})
+                                  if storage.exists(storage.join(dataset.root, dataset.path("release.json"))))})
     for name in names:
         place = f"datasets/{name}/current.json"
         try:

@@ -14,6 +14,7 @@ from jobs.cli.main import main
 from jobs.publishing.rebuild import Rebuild, run_rebuild
 from jobs.publishing.releases import check_published, rollback
 from jobs.publishing.repair import repair
+from jobs.sampling.mixture import Mixture
 from pipeline import storage
 from pipeline.datasets import hidden_rows, published, signatures, version_marks
 from pipeline.datasets.published import DamagedPointer, Published
@@ -220,6 +221,7 @@ def test_a_dataset_without_pointer_and_history_is_no_unpublished_one(signed: Pat
     pointer(signed).unlink()
     refuses(signed, "is missing, and 2 publications are in the history")
     shutil.rmtree(signed / "root" / "published")
+    (pointer(signed).parent / "v1" / "release.json").write_text("{")
     refuses(signed, "was never published, and RDM_RELEASE_KEY or --key accepts only signed")
     for release in pointer(signed).parent.glob("*/release.json"):
         release.unlink()
@@ -245,6 +247,8 @@ def test_unsigned_versions_are_refused_where_a_key_is_set(place: Path, keys: Pat
                                                           capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv(RELEASE_KEY, str(keys / "publisher.pub.pem"))
     refuses(place, "has no signature")
+    with pytest.raises(DamagedPointer, match="has no signature"):
+        Mixture.parse(str(place / "root"), f"{NAME}:2")  # as `sample --database`
     for verb in (["neighbors", NAME, "--local"], ["neighbors", f"{NAME}@v1", "--local"], ["latents", NAME, "--local"],
                  ["train", "run", "--dataset", NAME, "--local"], ["versions", NAME]):
         assert main([*verb, "--root", str(place / "root")]) == 2, verb
@@ -270,6 +274,19 @@ def test_publishing_a_signed_dataset_needs_the_key(signed: Path, monkeypatch: py
     assert main(["rollback", NAME, "--unsigned", "--root", root]) == 0
     assert "signature" not in json.loads(pointer(signed).read_bytes())
     assert published_dataset(root).version == "v1"  # readers without a key
+
+
+def test_the_command_line_signs_a_rebuild(signed: Path, keys: Path, capsys: pytest.CaptureFixture[str],
+                                          caplog: pytest.LogCaptureFixture) -> None:
+    paint(signed / "source" / "more.png", 2)
+    arguments = ["rebuild", NAME, "--source", str(signed / "source"), "--image-size", "32", "--format", "png",
+                 "--samples-per-shard", "30", "--root", str(signed / "root"), "--local"]
+    assert main([*arguments, "--dry-run"]) == 0  # which needs no key
+    assert main([*arguments, "--sign", str(keys / "publisher.pem")]) == 0
+    assert published_dataset(signed / "root").version == "v3"
+    output = capsys.readouterr()
+    assert str(keys) not in output.out + output.err + caplog.text
+    assert Mixture.parse(str(signed / "root"), f"{NAME}:2").members[0].signed
 
 
 def test_rollback_and_repair_sign(signed: Path, keys: Path, capsys: pytest.CaptureFixture[str]) -> None:
