@@ -30,11 +30,17 @@ from pipeline.datasets.signatures import RELEASE_KEY, public_text, read_release_
 _log = logging.getLogger(__name__)
 NEEDED = "RDM_NEEDS"  # names of the variables that a job is to find where it runs
 _PACKAGES = ("pipeline", "model", "jobs")
-_PREFIXES = ("AWS_", "WANDB_", "RDM_")
-# What says something of this machine alone, or is a secret: a runtime environment is kept and shown by the cluster.
-_OF_HERE = {"AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CA_BUNDLE",
-            "WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "RDM_CACHE", NEEDED}
-_SECRET = re.compile("KEY|SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL")
+# A runtime environment is kept and shown by the cluster: only these go along, and what --env names.
+_SENT = frozenset({
+    "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS",
+    "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION", "AWS_EC2_METADATA_DISABLED",
+    "WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_BASE_URL",
+    "RDM_CACHE_BYTES", "RDM_LOG", "RDM_PROMETHEUS"})
+_PREFIXES = ("aws_", "wandb_", "rdm_")  # of variables that are worth a line in the log when they stay here
+_OF_HERE = frozenset({
+    "aws_profile", "aws_default_profile", "aws_config_file", "aws_shared_credentials_file", "aws_ca_bundle",
+    "wandb_dir", "wandb_cache_dir", "wandb_config_dir", "wandb_data_dir", "rdm_cache", NEEDED.casefold()})
+_SECRET = re.compile("KEY|SECRET|TOKEN|PASS|PWD|CREDENTIAL|JWT|BEARER|COOKIE|SIGNATURE|DSN", re.IGNORECASE)
 _STOP_S = 60  # what a driver is given to end in when its job is stopped; Ray's own 3 s are too few for a checkpoint
 _PATIENCE_S = 300.0  # for a job server that does not answer
 _SETTINGS = "settings.toml"
@@ -59,8 +65,8 @@ class SubmitOptions:
     installed: bool = False
     """Send no code: the nodes have it, in an image."""
     env: Words = ()
-    """Variable of this environment to pass to the job, in addition to AWS_*, WANDB_* and RDM_* without secrets. Repeat
-    the flag for more."""
+    """Variable of this environment to pass to the job, in addition to the settings of S3, wandb and this program that
+    infra/README.md lists. Repeat the flag for more."""
     secret: Words = ()
     """Name of a variable that the nodes must have. The job checks for it before it begins. Repeat the flag for
     more."""
@@ -97,9 +103,13 @@ def make_submission(words: tuple[str, ...], inner: Any, options: SubmitOptions) 
         if storage.is_local(place) and place and not Path(storage.local_path(place)).is_absolute():
             raise ValueError(f"{place} is a folder of this machine, and the job's own folder does not outlive it\n"
                              f"hint: --root s3://bucket/..., or an absolute path that every node has")
-    if storage.redact_credentials(" ".join(words)) != " ".join(words):
-        raise ValueError("the command has a password or signature in it, which the cluster would keep and show\n"
+    if any(map(_has_credentials, words)):
+        raise ValueError("a URL in the command has a password or signature, or a parameter that may be one, and the "
+                         "cluster would keep and show it\n"
                          "hint: let the nodes have the keys: --secret NAME tells that they must")
+    if inner.common.config and _has_credentials(Path(inner.common.config).read_text(errors="replace")):
+        raise ValueError(f"a URL in {inner.common.config} has a password or signature, or a parameter that may be one, "
+                         f"and the cluster would keep it\nhint: let the nodes have the keys")
     from pipeline.stages.manifest import code_revision
     verb, config = words[0], inner.common.config
     if config:
@@ -113,9 +123,16 @@ def make_submission(words: tuple[str, ...], inner: Any, options: SubmitOptions) 
                       variables(options.env, options.secret), config)
 
 
+def _has_credentials(text: str) -> bool:
+    return storage.redact_credentials(text) != text
+
+
 def variables(more: Iterable[str], needed: Iterable[str]) -> dict[str, str]:
-    """What a job is given of this environment: settings of S3, wandb and this program, and never a secret."""
-    passed = {}
+    """The variables of this environment for a job: some settings of S3, wandb and this program, and those of `more`.
+
+    Secrets stay here: by their names, in capitals or not, and values with credentials in a URL.
+    """
+    passed, more, needed = {}, set(more), sorted(needed)
     for name in more:
         if (_SECRET.search(name) and name != RELEASE_KEY) or name not in os.environ:
             raise ValueError(f"--env {name}: " + ("is a secret by its name, which the cluster would keep and show\n"
@@ -125,15 +142,14 @@ def variables(more: Iterable[str], needed: Iterable[str]) -> dict[str, str]:
     for name, value in sorted(os.environ.items()):
         if name == RELEASE_KEY:  # public; the nodes do not have the file that it may name
             passed[name] = public_text(read_release_keys())
-        elif name in more or (name.startswith(_PREFIXES) and name not in _OF_HERE):
-            if _SECRET.search(name) or storage.redact_credentials(value) != value:
-                held_back.append(name)
-            else:
-                passed[name] = value
-    if held_back := [name for name in held_back if name not in set(needed)]:
-        _log.info("submit: %s stay here: the nodes must have their own; --secret NAME has that checked",
-                  ", ".join(held_back))
-    return passed | ({NEEDED: ",".join(sorted(needed))} if needed else {}) | {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_S)}
+        elif name in more | _SENT and not _SECRET.search(name) and not _has_credentials(value):
+            passed[name] = value
+        elif name in more or (name.casefold().startswith(_PREFIXES) and name.casefold() not in _OF_HERE):
+            held_back.append(name)
+    if held_back := [name for name in held_back if name.casefold() not in {need.casefold() for need in needed}]:
+        _log.info("submit: %s stay here; --env NAME passes one that is no secret, and --secret NAME has the job check "
+                  "that the nodes have it", ", ".join(held_back))
+    return passed | ({NEEDED: ",".join(needed)} if needed else {}) | {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_S)}
 
 
 def check_needed() -> None:

@@ -111,6 +111,40 @@ def test_keys_of_releases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         _submission(*words)
 
 
+def test_only_named_variables_go_along_whatever_their_case(monkeypatch: pytest.MonkeyPatch,
+                                                           caplog: pytest.LogCaptureFixture) -> None:
+    for name in [name for name in os.environ if name.casefold().startswith(("aws_", "wandb_", "rdm_"))]:
+        monkeypatch.delenv(name)
+    for name, value in {"AWS_REGION": "eu", "WANDB_NOTES": "hidden", "AWS_LAMBDA_RUNTIME_API": "hidden",
+                        "RDM_OWN": "hidden", "aws_secret_access_key": "hidden", "Wandb_Api_Key": "hidden",
+                        "WANDB_ENTITY": "https://host/team?jwt=hidden", "hf_token": "hidden", "my_setting": "sent",
+                        "MY_URL": "https://host/a?X-Goog-Signature=hidden"}.items():
+        monkeypatch.setenv(name, value)
+    caplog.set_level(logging.INFO, "jobs")
+    submission = _submission("embed", "noto", "--root", ROOT, own=(
+        "--secret", "WANDB_API_KEY", "--env", "my_setting", "--env", "MY_URL"))
+    assert submission.variables == {"AWS_REGION": "eu", "my_setting": "sent", "RDM_NEEDS": "WANDB_API_KEY",
+                                    "RAY_JOB_STOP_WAIT_TIME_S": "60"}
+    for name in ("WANDB_NOTES", "RDM_OWN", "aws_secret_access_key", "WANDB_ENTITY", "MY_URL"):
+        assert name in caplog.text
+    assert "hidden" not in caplog.text and "Wandb_Api_Key" not in caplog.text
+    for name in ("hf_token", "Wandb_Api_Key", "aws_secret_access_key"):
+        with pytest.raises(ValueError, match=f"{name}: is a secret"):
+            _submission("embed", "noto", "--root", ROOT, own=("--env", name))
+
+
+@pytest.mark.parametrize("url", ["https://me:secret@host/list.csv", "https://host/list.csv?sig=secret",
+                                 "https://host/list.csv?X-Goog-Signature=secret", "https://host/list.csv?key=secret",
+                                 "https://host/list.csv?other=secret#x", "https://host/list.csv#token=secret"])
+def test_urls_with_credentials_are_not_submitted(url: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a URL in the command has a password or signature") as caught:
+        _submission("shard", "x", "--source", url, "--root", ROOT)
+    assert "secret" not in str(caught.value).split("hint")[0]
+    (tmp_path / "settings.toml").write_text(f'[shard]\nsource = ["{url}"]\n')
+    with pytest.raises(ValueError, match=r"settings\.toml has a password or signature"):
+        _submission("shard", "x", "--config", str(tmp_path / "settings.toml"), "--root", ROOT)
+
+
 @pytest.mark.parametrize("words, sentence", [
     (["--wait"], "submit needs a verb"), (["submit", "status"], "submit needs a verb"),
     (["embed", "noto"], "data is a folder of this machine"),
