@@ -94,7 +94,9 @@ def run_verify(options: VerifyOptions) -> int:
         raise ValueError(f"{storage.join(root, only)} has no published version, so there is no signature to check")
     if options.against == "current":
         stages = [stage for stage in stages if stage["path"].startswith(current)]
-    folders = [stage["path"] for stage in stages if stage["state"] in {"sealed", "stale", "damaged"}]
+    # A stale folder that was never sealed promises nothing.
+    folders = [stage["path"] for stage in stages if stage["state"] in {"sealed", "damaged"}
+               or (stage["state"] == "stale" and "sealed" in stage)]
     if options.common.dry_run:
         output.print_text("\n".join(folders))
         return 0

@@ -5,6 +5,7 @@ for removal, and reads the pointer again before each file. Ages come from the fi
 """
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +22,7 @@ from pipeline.stages.manifest import read_manifest
 from pipeline.stages.plan import read_items
 from pipeline.stages.types import StageFailed
 
+_log = logging.getLogger(__name__)
 _PUBLISHING_S = 3600.0  # how long gc waits for a command that has marked a version and not yet published it
 _STAYS = {"release.json", "mark.json"}  # they say that the version existed, and that it was removed
 
@@ -29,6 +31,8 @@ def collect_garbage(root: str, name: str, config: GcConfig, *, dry_run: bool = F
     """Remove versions that nothing needs. Files that later versions took over stay. Each version with its outcome."""
     root = storage.normalize(root)
     with _read_clock(root, name, dry_run) as now:
+        if not dry_run:
+            _remove_leftovers(root, name, now)
         marks = {version: version_marks.read_mark(Dataset(root, name, version))
                  for version in storage.list_folders(storage.join(root, "datasets", name))}
         current = Published.load(root, name)  # after the marks: a version that is published later has another mark
@@ -50,6 +54,15 @@ def _read_clock(root: str, name: str, dry_run: bool) -> Iterator[float]:
         return
     with storage.hold_lease(root, f"gc/{name}") as lease:
         yield lease.now()
+
+
+def _remove_leftovers(root: str, name: str, now: float) -> None:
+    """Remove what killed commands left unfinished, and their leases."""
+    storage.remove_ended_leases(root, now)
+    for folder in ("", "takedowns", f"published/{name}"):
+        storage.remove_unfinished(storage.join(root, folder) if folder else root, now)
+    if count := storage.remove_unfinished(storage.join(root, "datasets", name), now, below=True):
+        _log.info("gc: removed %d files of %s that were left unfinished", count, name)
 
 
 def _choose(current: Published, config: GcConfig, now: float) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ Whoever runs it again goes on with the version that was begun for the same sourc
 
 import contextlib
 import logging
-import tempfile
+import weakref
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -31,6 +31,7 @@ from pipeline.indices.index import Index, build_index
 from pipeline.indices.searcher import search_kind
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.plan import clear_folder
+from pipeline.stages.scratch import scratch_folder
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import StageFailed
 from pipeline.versions import gates
@@ -67,8 +68,10 @@ class Rebuild:
         if shard.duplicates != "keep":
             raise ValueError("rebuild takes every picture of the source: for duplicates all must be looked at at once\n"
                              "hint: shard with --duplicates, embed and index make a version by hand")
-        self.scratch = tempfile.TemporaryDirectory(prefix="rebuild-")  # gone with this object
-        self.source = SourceDiff.read(shard, takedowns.read_takedowns(root), self.scratch.name)
+        with contextlib.ExitStack() as stack:
+            scratch = stack.enter_context(scratch_folder("rebuild"))
+            self.source = SourceDiff.read(shard, takedowns.read_takedowns(root), str(scratch))
+            weakref.finalize(self, stack.pop_all().close)  # the scratch folder is gone with this object
         if not self.source.count:
             raise ValueError(f"{', '.join(shard.source)} holds no picture that may be taken: nothing is published")
 
@@ -303,7 +306,9 @@ def run_rebuild(rebuild: Rebuild, seal: Seal) -> dict[str, Any]:
     rebuild.keys.refuse_unsigned(rebuild.name, rebuild.before.document)
     with contextlib.ExitStack() as leases:
         if rebuild.before.version:  # gc must not remove the files that the new version takes over
-            leases.enter_context(storage.hold_lease(rebuild.root, f"datasets/{rebuild.name}/{rebuild.before.version}"))
+            # Not on the version itself: other commands may make its neighbor lists again meanwhile.
+            leases.enter_context(storage.hold_lease(
+                rebuild.root, f"datasets/{rebuild.name}/{rebuild.before.version}/base"))
         while True:
             dataset, past = rebuild.claim()
             lease = storage.Lease(rebuild.root, f"datasets/{dataset.name}/{dataset.version}", exclusive=False)

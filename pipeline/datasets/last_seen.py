@@ -8,6 +8,7 @@ publications have a number of their own: a writer without the key can replace th
 import contextlib
 import hashlib
 import logging
+import time
 from typing import Any
 
 from pipeline import storage
@@ -31,6 +32,7 @@ def write_last_seen(root: str, name: str, sequence: int, first: str, *, signed: 
     """Keep the sequence number of a pointer that was accepted."""
     try:
         storage.put_json({"sequence": sequence, "first": first}, _url(root, name, signed))
+        storage.remove_unfinished(str(storage.cache_folder() / "seen"), time.time())
     except (OSError, ValueError) as error:  # a reader needs no place to write
         _log.warning("%s: this machine cannot remember publication %d, so it would accept an older one later: %s", name,
                      sequence, error)

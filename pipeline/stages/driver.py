@@ -107,6 +107,8 @@ def run_stage(stage: Stage, runner: Runner = run_in_process, *, overwrite: bool 
         if manifest := _sealed_manifest(stage):
             return manifest
     with hold_folder(stage, exclusive=overwrite) as lease:
+        if not overwrite:
+            storage.remove_unfinished(stage.folder, lease.now(), below=True)  # of commands that were killed
         planned = overwrite and replace_plan(stage)
         lease.share()
         return _run_and_seal(stage, runner, planned, retry, max_failed, watch)

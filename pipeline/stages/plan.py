@@ -54,6 +54,7 @@ def replace_plan(stage: Stage) -> bool:
         (carried := scratch / "carried").mkdir()
         listed = write_item_list(stage.plan(), "items", partial(_write_local, carried))
         _refuse_empty(stage, listed)
+        _refuse_released(stage)
         _empty(stage.folder)
         for name, _ in sorted(storage.walk(str(carried))):
             storage.put_file(carried / name, storage.join(stage.folder, name), give=True)
@@ -72,6 +73,18 @@ def _create_plan(stage: Stage, inputs: dict[str, dict[str, Any]], listed: Any) -
 def _refuse_empty(stage: Stage, listed: Any) -> None:
     if not records.count(listed):
         raise ValueError(f"{stage.name}: nothing to do: the inputs of {stage.folder} are empty")
+
+
+def _refuse_released(stage: Stage) -> None:
+    """StageFailed if the folder belongs to a release: another command may have published it since this one began."""
+    version, _, name = stage.folder.rpartition("/")
+    try:
+        release = storage.read_json(storage.join(version, "release.json"))
+    except FileNotFoundError:
+        return
+    if name in release.get("manifests", {}):
+        raise StageFailed(f"{stage.name}: {stage.folder} was published while this command began, and a published "
+                          f"version never changes\nhint: {stage.alternative}")
 
 
 def _put_beside_plan(stage: Stage, name: str, data: bytes) -> None:

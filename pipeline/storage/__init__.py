@@ -46,7 +46,8 @@ from pipeline.storage.files import (
     walk,
 )
 from pipeline.storage.hashing import describe_file, digest, name_by_content
-from pipeline.storage.lease import Holder, Lease, LeaseConflict, find_holders, hold_lease
+from pipeline.storage.lease import Holder, Lease, LeaseConflict, find_holders, hold_lease, remove_ended_leases
+from pipeline.storage.leftovers import remove_unfinished
 from pipeline.storage.printable import escape_controls
 from pipeline.storage.private_folder import make_private_folder
 
@@ -56,6 +57,7 @@ __all__ = [
     "glob", "hold_lease", "is_local", "join", "json_bytes", "list_files", "list_folders", "list_stamps", "local_copy",
     "local_path", "make_private_folder", "manifest_file_url", "map_urls", "modified_time", "name_by_content",
     "normalize", "open_reader", "parse_json", "put_bytes", "put_checked", "put_file", "put_json", "read_bytes",
-    "read_json", "read_range", "redact_credentials", "redact_known_credentials", "redact_url", "remove", "remove_tree",
-    "sha256", "sha256_file", "short_hash", "size", "stamp", "summarize_file", "swap_bytes", "walk",
+    "read_json", "read_range", "redact_credentials", "redact_known_credentials", "redact_url", "remove",
+    "remove_ended_leases", "remove_tree", "remove_unfinished", "sha256", "sha256_file", "short_hash", "size", "stamp",
+    "summarize_file", "swap_bytes", "walk",
 ]

@@ -280,6 +280,7 @@ def _moved(local: Path, path: str) -> bool:
         if error.errno != errno.EXDEV:
             raise
         return False
+    os.utime(path)  # it may have waited in scratch for hours, and an old unfinished file counts as abandoned
     return True
 
 

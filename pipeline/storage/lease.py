@@ -1,5 +1,7 @@
 """Leases: a command registers the folder it works on. Another command does not empty that folder meanwhile.
 
+A lease on a folder counts for the folders in it too.
+
     <root>/leases/datasets+ukiyo-e+v1+shards.<token>.json    host, process, and whether the command empties the folder
 
 A thread rewrites the file every few seconds. A lease ends if it is not renewed, or if its process ran on this machine
@@ -20,6 +22,7 @@ from pathlib import Path
 
 from pipeline.storage.addresses import join
 from pipeline.storage.files import list_files, modified_time, put_json, read_json, remove
+from pipeline.storage.leftovers import remove_unfinished
 
 RENEW_S = 15.0
 EXPIRE_S = 90.0
@@ -48,6 +51,11 @@ class Holder:
     def is_dead(self) -> bool:
         """Whether this was a process of this machine and is gone."""
         return self.machine == _machine() and _process_start(self.pid) != self.started
+
+    @property
+    def is_this_process(self) -> bool:
+        """Whether this process holds it."""
+        return self.machine == _machine() and self.pid == os.getpid()
 
 
 class LeaseConflict(RuntimeError):
@@ -102,8 +110,11 @@ class Lease:
         return modified_time(self._url)
 
     def others(self) -> list[Holder]:
-        """The holders of other leases on this folder, or on a folder below an exclusive one."""
-        return find_holders(self._root, self._folder, self.now(), self._url, below=self._exclusive)
+        """The holders of other leases on this folder, on folders in it, and on the folders that it is in.
+
+        Leases of this process on the latter do not count: `rebuild` holds a version and makes its stages.
+        """
+        return find_holders(self._root, self._folder, self.now(), self._url, above=True)
 
     def _renew(self) -> None:
         while not self._ended.wait(RENEW_S):
@@ -130,25 +141,43 @@ def hold_lease(root: str, folder: str, *, exclusive: bool = False) -> Iterator[L
         lease.release()
 
 
-def find_holders(root: str, folder: str, now: float, own: str = "", *, below: bool = True) -> list[Holder]:
-    """The holders of living leases on a folder, and with `below` on folders in it. Files of dead leases are removed.
+def find_holders(root: str, folder: str, now: float, own: str = "", *, above: bool = False) -> list[Holder]:
+    """The holders of living leases on a folder and on folders in it. Files of dead leases are removed.
 
-    `now`: the time of the store. `own`: the URL of a lease that does not count.
+    With `above` those of other processes on the folders that it is in. `now`: the time of the store. `own`: the URL of
+    a lease that does not count.
     """
     base, wanted = join(root, _FOLDER), _file_stem(folder)
     holders = []
     for name in list_files(base):
         url, stem = join(base, name), name.rsplit(".", 2)[0]
-        if url == own or (stem != wanted and not (below and stem.startswith(f"{wanted}{_SEPARATOR}"))):
+        is_above = wanted.startswith(f"{stem}{_SEPARATOR}")
+        if url == own or not (stem == wanted or stem.startswith(f"{wanted}{_SEPARATOR}") or (above and is_above)):
             continue
-        with contextlib.suppress(FileNotFoundError, ValueError, TypeError):  # released at this moment, or damaged
-            age = now - modified_time(url)
-            holder = Holder(**read_json(url))
-            if age > EXPIRE_S or holder.is_dead:
-                remove(url)
-            else:
-                holders.append(holder)
+        holder = _read_living(url, now)
+        if holder and not (is_above and holder.is_this_process):
+            holders.append(holder)
     return holders
+
+
+def remove_ended_leases(root: str, now: float) -> None:
+    """Remove the leases of killed commands, whatever folder they are on. `now`: the time of the store."""
+    base = join(root, _FOLDER)
+    for name in list_files(base):
+        if name.endswith(".json"):
+            _read_living(join(base, name), now)
+    remove_unfinished(base, now)
+
+
+def _read_living(url: str, now: float) -> Holder | None:
+    """The holder of a lease. None if the lease has ended; its file is removed then."""
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):  # released at this moment, or damaged
+        age = now - modified_time(url)
+        holder = Holder(**read_json(url))
+        if age <= EXPIRE_S and not holder.is_dead:
+            return holder
+        remove(url)
+    return None
 
 
 def _file_stem(folder: str) -> str:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from pipeline.sources.config import ShardConfig
 from pipeline.sources.detect import open_source
 from pipeline.sources.rows import ReadReport, Row, redact_cells
 from pipeline.sources.source import Source
+from pipeline.stages.scratch import scratch_folder
 from pipeline.versions.listing import LISTING_SCHEMA, groups, wide
 
 _ROWS, _SOURCE = "rows.jsonl", "source.arrow"
@@ -174,7 +174,8 @@ def _read_source(source: Source, forgotten: Forgotten, lines: BinaryIO) -> pa.Ta
 
 
 def _source_rows(source: Source) -> Iterator[Row]:
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder("source") as scratch:
+        folder = str(scratch)
         for part in source.parts():
             for name, data in part.carries:
                 storage.put_bytes(data, storage.join(folder, name))

@@ -143,3 +143,23 @@ def test_leases_on_s3(s3):
         pass
     with hold_lease(s3, "d", exclusive=True) as exclusive:
         assert abs(exclusive.now() - time.time()) < 5
+
+
+def test_a_lease_counts_for_the_folders_in_it(tmp_path):
+    program = _HOLD.replace("datasets/d/v1/shards", "datasets/d/v1")
+    held = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert held.stdout.readline() == "held\n"
+        with pytest.raises(LeaseConflict, match="process"), \
+                hold_lease(str(tmp_path), "datasets/d/v1/shards", exclusive=True):
+            pass
+        with hold_lease(str(tmp_path), "datasets/d/v1/shards"):  # both share it
+            pass
+        with hold_lease(str(tmp_path), "datasets/d/v11", exclusive=True):
+            pass
+    finally:
+        held.kill()
+        held.wait()
+    # The leases of one process do not hinder each other in this direction.
+    with hold_lease(str(tmp_path), "datasets/d/v1"), hold_lease(str(tmp_path), "datasets/d/v1/shards", exclusive=True):
+        pass
