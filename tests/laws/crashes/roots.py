@@ -1,0 +1,147 @@
+"""Roots to work on, the commands that change them, and the laws that hold afterwards."""
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+
+from pipeline.storage import is_local
+from tests.laws.crashes.commands import Commands, Ended
+from tests.pipeline import synthetic
+
+NAME, MADE_BY_HAND = "art", "plain"
+FORGOTTEN = "flat/000001.png"
+_SETTINGS = ("--image-size", "32", "--format", "png", "--samples-per-shard", "4")
+_DOCUMENTED = {0, 1, 2}
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}|probe-[0-9a-f]{16}")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A root with its source, a folder for outputs and what runs the commands."""
+
+    commands: Commands
+    folder: Path
+    root: str
+
+    @property
+    def source(self) -> Path:
+        """The images that `rebuild` publishes."""
+        return self.folder / "source"
+
+    def arguments(self, verb: str) -> tuple[str, ...]:
+        """The command line of a verb of `VERBS`."""
+        return tuple(word.format(source=self.source, forgotten=FORGOTTEN) for word in VERBS[verb])
+
+    def run(self, arguments: tuple[str, ...]) -> Ended:
+        """Run a command that must end well."""
+        ended = self.commands.run(self.folder, self.root, arguments)
+        assert ended.code == 0, ended
+        return ended
+
+    def paint(self, name: str, seed: int) -> None:
+        """Add an image to the source."""
+        synthetic.noise(32, 32, seed).save(self.source / name)
+
+
+VERBS: dict[str, tuple[str, ...]] = {
+    "rebuild": ("rebuild", NAME, "--source", "{source}", *_SETTINGS, "--query-count", "4", "--min-overlap", "0.3",
+                "--local"),
+    "rollback": ("rollback", NAME, "--to", "v1"),
+    "gc": ("gc", NAME, "--keep", "0", "--lease", "0"),
+    "forget": ("forget", "--url", "{forgotten}"),
+    "repair": ("repair", NAME),
+    "shard": ("shard", MADE_BY_HAND, "--source", "{source}", *_SETTINGS, "--overwrite", "--local"),
+    "embed": ("embed", MADE_BY_HAND, "--captions", "--overwrite", "--local"),
+    "index": ("index", MADE_BY_HAND, "--overwrite", "--local"),
+    "neighbors": ("neighbors", MADE_BY_HAND, "--overwrite", "--local"),
+}
+"""Every kind of command that changes a root, with its command line."""
+PUBLISHING = ("rebuild", "rollback", "gc", "forget", "repair")
+STAGES = ("shard", "embed", "index", "neighbors")
+
+
+def make_template(commands: Commands, folder: Path) -> Place:
+    """A dataset with two published versions and a source that has changed since, and a dataset made by hand."""
+    place = Place(commands, folder, str(folder / "root"))
+    synthetic.drawings(place.source, subjects=8, size=32, styles=("flat",))
+    place.run(place.arguments("rebuild"))
+    place.paint("second.png", 2)
+    place.run((*place.arguments("rebuild"), "--full"))
+    for verb in STAGES:
+        place.run(place.arguments(verb))
+    place.paint("third.png", 3)
+    return place
+
+
+def copy_place(template: Place, folder: Path, bucket: str = "") -> Place:
+    """A copy of a template with the times of its files, or with its root in a bucket."""
+    if not bucket:
+        shutil.copytree(template.folder, folder, ignore=shutil.ignore_patterns("output-*", "cache", "scratch"))
+        return Place(template.commands, folder, str(folder / "root"))
+    shutil.copytree(template.source, folder / "source")
+    root = f"{bucket}/{folder.name}"
+    fsspec.filesystem("s3").put(template.root, root, recursive=True)
+    return Place(template.commands, folder, root)
+
+
+def damage_pointer(place: Place) -> None:
+    """Make the root one that needs `repair`."""
+    fsspec.open(f"{place.root}/datasets/{NAME}/current.json", "w").open().close()
+
+
+def check_end(ended: Ended) -> None:
+    """A command that was not killed ends with a documented exit code, and says why if that is not 0."""
+    assert ended.code in _DOCUMENTED, ended
+    assert "Traceback" not in ended.output, ended
+    assert not ended.code or "error: " in ended.output, ended
+
+
+def check_published(place: Place, *, unfinished: str = "") -> None:
+    """The published version is whole, and verify finds no fault in it. `unfinished`: the verb that was killed."""
+    found = place.commands.run(place.folder, place.root, ("search", NAME))
+    if unfinished == "repair" and found.code == 1 and f"repair {NAME}" in found.output:
+        return  # the pointer is not repaired yet, and readers say so
+    assert found.code == 0, found
+    verified = place.commands.run(place.folder, place.root, ("verify", "--only", f"datasets/{NAME}"))
+    assert verified.code == 0 or (unfinished == "forget" and "images of the takedown list" in verified.output and
+                                  verified.output.count("datasets/") == 1), verified
+
+
+def settle(place: Place, *, stages: bool) -> None:
+    """The next rebuild works, gc works, and everything is whole then. No temporary file is left after an hour."""
+    place.paint("settled.png", 9)
+    rebuilt = place.run(place.arguments("rebuild"))
+    assert '"published"' in rebuilt.output and '"superseded"' not in rebuilt.output, rebuilt
+    if stages:
+        for verb in STAGES:
+            place.run(place.arguments(verb))
+    _age_temporary_files(place)
+    place.run(place.arguments("gc"))
+    place.run(("search", NAME))
+    place.run(("verify",))
+    assert not list(temporary_files(place)), list(temporary_files(place))
+
+
+def temporary_files(place: Place) -> Iterator[str]:
+    """Files that are no part of any result: unfinished ones, leases, and what lies in scratch."""
+    file_system, path = fsspec.core.url_to_fs(place.root)
+    for file in file_system.find(path):
+        name = file.rpartition("/")[2]
+        if "/leases/" in file or (_TEMPORARY.fullmatch(name) and is_local(place.root)):
+            yield file  # the times of objects cannot be changed, so on S3 they are not an hour old
+    for scratch in (place.folder / "scratch").glob("*"):
+        yield str(scratch)
+
+
+def _age_temporary_files(place: Place) -> None:
+    two_hours_ago = time.time() - 7200
+    for folder in (place.root, str(place.folder / "scratch")):
+        for path in Path(folder).rglob("*") if is_local(folder) else ():
+            if _TEMPORARY.fullmatch(path.name) or path.parent.name == "leases" or folder != place.root:
+                os.utime(path, (two_hours_ago, two_hours_ago))

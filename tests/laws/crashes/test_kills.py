@@ -1,0 +1,72 @@
+"""A command that is killed before any of its writes leaves a root in order, and the same command ends well."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs.cli import parse
+from tests.laws.crashes import roots
+from tests.laws.crashes.roots import PUBLISHING, STAGES, VERBS, Place, check_published, copy_place, settle
+
+_READERS = {"versions", "credits", "report", "status", "verify", "plan"}
+_BY_THE_SAME_DRIVER = {"latents", "convert", "export", "train", "sample", "evaluate", "pipeline", "demo", "submit"}
+
+
+def test_all_verbs_are_known() -> None:
+    """A new verb that changes a root belongs into `roots.VERBS`."""
+    assert {*VERBS} | _READERS | _BY_THE_SAME_DRIVER == {*parse.VERBS}
+
+
+def _prepare(template: Place, folder: Path, verb: str, bucket: str = "") -> Place:
+    place = copy_place(template, folder, bucket)
+    if verb == "repair":
+        roots.damage_pointer(place)
+    return place
+
+
+def kill_at(template: Place, folder: Path, verb: str, number: int, bucket: str = "") -> bool:
+    """Kill a verb before one of its writes and check the laws; False if it ended before that write."""
+    place = _prepare(template, folder, verb, bucket)
+    killed = place.commands.run(place.folder, place.root, place.arguments(verb), kill=number)
+    if killed.code is not None:
+        return False
+    check_published(place, unfinished=verb)
+    again = place.commands.run(place.folder, place.root, place.arguments(verb))
+    assert again.code == 0 or "v1 is the published version already" in again.output, again
+    check_published(place)
+    settle(place, stages=verb in STAGES)
+    return True
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_killed_before_some_writes(template: Place, tmp_path: Path, verb: str) -> None:
+    whole = _prepare(template, tmp_path / "whole", verb)
+    writes = whole.run(whole.arguments(verb)).writes
+    assert writes > 5
+    for number in (writes // 2, writes - 2) if verb in STAGES else (1, writes // 2, writes - 2):
+        assert kill_at(template, tmp_path / str(number), verb, number), number
+
+
+@pytest.mark.parametrize("verb", [verb if verb == "rebuild" else pytest.param(verb, marks=pytest.mark.slow)
+                                  for verb in (*PUBLISHING, "shard")])
+def test_killed_on_s3(template: Place, tmp_path: Path, s3: str, verb: str) -> None:
+    whole = _prepare(template, tmp_path / "whole", verb, s3)
+    writes = whole.run(whole.arguments(verb)).writes
+    assert writes >= 5
+    for number in {writes // 3, writes - 2} if verb == "rebuild" else {*range(0, writes - 1, max(writes // 8, 1))}:
+        assert kill_at(template, tmp_path / str(number), verb, number, s3), number
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", VERBS)
+def test_killed_before_every_write(template: Place, tmp_path: Path, verb: str) -> None:
+    failed = {}
+    number = 0
+    while True:
+        try:
+            if not kill_at(template, tmp_path / str(number), verb, number):
+                break
+        except AssertionError as error:
+            failed[number] = str(error)
+        number += 1
+    assert not failed, f"{len(failed)} of {number}: " + "\n".join(f"{at}: {error}" for at, error in failed.items())
