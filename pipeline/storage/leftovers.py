@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pipeline.storage.addresses import is_local, join, local_path
 from pipeline.storage.files import list_files, modified_time, remove
 
-ABANDONED_S = 3600.0  # nothing was written into an unfinished file for so long: its process was killed
+ABANDONED_S = 3600.0  # a process that wrote nothing into an unfinished file for so long is dead
 _UNFINISHED = re.compile(r"(\..+\.|probe-)[0-9a-f]{16}")  # as unfinished_file and can_swap name them
 
 

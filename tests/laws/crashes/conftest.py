@@ -12,7 +12,7 @@ from tests.laws.crashes.roots import Place, make_template
 
 @pytest.fixture(scope="session")
 def commands() -> Iterator[Commands]:
-    """What runs commands in children."""
+    """The server that forks a child for each command."""
     with tempfile.TemporaryDirectory(prefix="rdm-commands-") as folder, serve_commands(Path(folder)) as served:
         yield served
 

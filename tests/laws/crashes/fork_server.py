@@ -4,7 +4,7 @@
 
 A connection is one command. Requests and events are lines of JSON, see `commands.py`. The child is killed, or pauses,
 before the write of a given number. Writes are what changes the store: calls of the system on a file system (audit
-events), requests to S3. So a new stage or verb needs no hook of its own.
+events), requests to S3. So a new stage or verb needs no hook.
 """
 
 import fcntl
@@ -105,7 +105,7 @@ def _changed_path(event: str, arguments: tuple[Any, ...]) -> str:
 
 
 class Connection:
-    """Lines of JSON to and from the process that asked."""
+    """Lines of JSON to and from the test."""
 
     def __init__(self, connected: socket.socket) -> None:
         self._file = connected.makefile("rwb", buffering=0)
@@ -203,8 +203,8 @@ def _search(root: str, name: str) -> int:
     vectors = Embeddings(dataset).all()
     hidden = set(read_hidden_rows(dataset).tolist())
     rows, _ = Searcher(dataset).search(vectors, 3)
-    found = set(rows.ravel().tolist()) - {-1}
-    assert found and not found & hidden, (found, hidden)
+    nearest = set(rows.ravel().tolist()) - {-1}
+    assert nearest and not nearest & hidden, (nearest, hidden)
     assert len(vectors) == dataset.manifest("shards")["totals"]["samples"]
     print(json.dumps({"version": dataset.version, "searched": len(vectors)}))
     return 0

@@ -104,10 +104,10 @@ def check_end(ended: Ended) -> None:
 
 def check_published(place: Place, *, unfinished: str = "") -> None:
     """The published version is whole, and verify finds no fault in it. `unfinished`: the verb that was killed."""
-    found = place.commands.run(place.folder, place.root, ("search", NAME))
-    if unfinished == "repair" and found.code == 1 and f"repair {NAME}" in found.output:
+    searched = place.commands.run(place.folder, place.root, ("search", NAME))
+    if unfinished == "repair" and searched.code == 1 and f"repair {NAME}" in searched.output:
         return  # the pointer is not repaired yet, and readers say so
-    assert found.code == 0, found
+    assert searched.code == 0, searched
     verified = place.commands.run(place.folder, place.root, ("verify", "--only", f"datasets/{NAME}"))
     assert verified.code == 0 or (unfinished == "forget" and "images of the takedown list" in verified.output and
                                   verified.output.count("datasets/") == 1), verified

@@ -1,4 +1,4 @@
-"""Of two commands that make a folder anew with other settings one wins, and all files are those of the winner."""
+"""Two commands overwrite one folder with different settings: one wins, and all files are those of the winner."""
 
 import io
 import itertools

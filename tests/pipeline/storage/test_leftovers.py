@@ -10,7 +10,7 @@ from pipeline import storage
 
 
 def _leave(path: Path, hours: float) -> Path:
-    """What a process leaves that was killed so long ago, under the name that `put_bytes` takes."""
+    """Leave an unfinished file of `put_bytes`, whose process was killed some hours ago."""
     path.parent.mkdir(parents=True, exist_ok=True)
     names: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
