@@ -54,7 +54,8 @@ def test_killed_on_s3(template: Place, tmp_path: Path, s3: str, verb: str) -> No
     whole = _prepare(template, tmp_path / "whole", verb, s3)
     writes = whole.run(whole.arguments(verb)).writes
     assert writes >= 5
-    for number in (writes // 3, writes * 2 // 3) if verb == "rebuild" else range(0, writes * 4 // 5, max(writes // 8, 1)):
+    spread = (writes // 3, writes * 2 // 3) if verb == "rebuild" else range(0, writes * 4 // 5, max(writes // 8, 1))
+    for number in spread:
         assert kill_at(template, tmp_path / str(number), verb, number, s3), number
 
 
