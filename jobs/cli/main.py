@@ -62,8 +62,13 @@ def main(arguments: list[str] | None = None) -> int:
         logs.log_exit(storage.redact_credentials(text), exit=1)
         return 1
     except KeyboardInterrupt:
-        logs.log_exit("stopped; the same command continues from here", logging.WARNING, exit=STOPPED)
+        log_stopped()
         return STOPPED
+
+
+def log_stopped() -> None:
+    """Say that a signal stopped the command."""
+    logs.log_exit("stopped; the same command continues from here", logging.WARNING, exit=STOPPED)
 
 
 def _misuse(message: str) -> int:

@@ -1,23 +1,68 @@
-"""SIGTERM ends a command as Ctrl-C does: tidily, and with a word on how to go on."""
+"""SIGTERM ends a command as Ctrl-C does: tidily, and with a word on how to go on.
+
+Python runs the handler of a signal in the main thread, after the native code that this thread is in. So there are two
+stages: a command that has not ended `SECONDS` after a SIGTERM is ended by a thread of its own.
+"""
 
 import contextlib
+import faulthandler
+import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+SECONDS = 8.0
+"""Seconds between a SIGTERM and the second stage."""
 _BOTH: set[int] = {signal.SIGTERM, signal.SIGINT}
+_pipe: tuple[int, int] | None = None  # a SIGTERM writes to it, if the second stage is wanted
+_exit_code: int | None = None  # once the command has one
 
 
 def convert_sigterm() -> None:
     """Turn SIGTERM into KeyboardInterrupt."""
     if threading.current_thread() is threading.main_thread():
+        if _pipe:
+            faulthandler.unregister(signal.SIGTERM)
         signal.signal(signal.SIGTERM, _interrupt)
+        if _pipe:
+            # Its handler is native, so it writes at once; then it calls ours.
+            faulthandler.register(signal.SIGTERM, _pipe[1], all_threads=False, chain=True)
 
 
-def ignore() -> None:
-    """Ignore SIGTERM and Ctrl-C while the process ends: an exception there would only print a traceback."""
+def end_for_certain(last_words: Callable[[], None], code: int) -> None:
+    """Let the second stage end this process, with this exit code, after a SIGTERM. `last_words` is called before.
+
+    A handler that replaces ours, as in training, has as much time as it needs.
+    """
+    global _pipe
+    _pipe = os.pipe()
+    os.set_blocking(_pipe[1], False)
+    threading.Thread(target=_wait_and_end, args=(_pipe[0], last_words, code), daemon=True).start()
+    convert_sigterm()
+
+
+def _wait_and_end(pipe: int, last_words: Callable[[], None], code: int) -> None:
+    os.read(pipe, 1)
+    # If a thread in native code never lets Python run, this ends the process without Python.
+    faulthandler.dump_traceback_later(SECONDS + 1, exit=True, file=os.open(os.devnull, os.O_WRONLY))
+    time.sleep(SECONDS)
+    if _exit_code is None:
+        last_words()
+    sys.stderr.flush()
+    os._exit(code if _exit_code is None else _exit_code)
+
+
+def ignore(exit_code: int) -> None:
+    """Ignore SIGTERM and Ctrl-C while the process ends: an exception there would only print a traceback.
+
+    A second stage that has begun ends the process with `exit_code`.
+    """
+    global _exit_code
+    _exit_code = exit_code
     for number in _BOTH:
         signal.signal(number, signal.SIG_IGN)
 
@@ -49,8 +94,17 @@ def defer_interrupts() -> Iterator[None]:
         replace(signal.SIGINT, before[signal.SIGINT])
         convert_sigterm()
     if came:
+        _start_second_stage()
         raise KeyboardInterrupt
 
 
+def _start_second_stage() -> None:
+    """As the native handler does, where another one was in its place."""
+    if _pipe:
+        with contextlib.suppress(BlockingIOError):  # it is full: it was told often enough
+            os.write(_pipe[1], b"x")
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    _start_second_stage()
     raise KeyboardInterrupt
