@@ -1,7 +1,7 @@
-"""SIGTERM ends a command as Ctrl-C does: tidily, and with a word on how to go on.
+"""SIGTERM ends a command as Ctrl-C does: tidily, and with a word on how to continue.
 
 Python runs the handler of a signal in the main thread, after the native code that this thread is in. So there are two
-stages: a command that has not ended `SECONDS` after a SIGTERM is ended by a thread of its own.
+stages: if a command has not ended `SECONDS` after a SIGTERM, another thread ends it.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ def convert_sigterm() -> None:
             faulthandler.unregister(signal.SIGTERM)
         signal.signal(signal.SIGTERM, _interrupt)
         if _pipe:
-            # Its handler is native, so it writes at once; then it calls ours.
+            # Its handler is native and writes immediately. Then it calls ours.
             faulthandler.register(signal.SIGTERM, _pipe[1], all_threads=False, chain=True)
 
 
@@ -101,7 +101,7 @@ def defer_interrupts() -> Iterator[None]:
 def _start_second_stage() -> None:
     """As the native handler does, where another one was in its place."""
     if _pipe:
-        with contextlib.suppress(BlockingIOError):  # it is full: it was told often enough
+        with contextlib.suppress(BlockingIOError):  # it is full
             os.write(_pipe[1], b"x")
 
 

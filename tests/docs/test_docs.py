@@ -53,3 +53,10 @@ def test_make_targets_that_are_named_exist(document: Path) -> None:
 def test_make_help_names_every_target() -> None:
     shown = subprocess.run(["make", "-s", "help"], cwd=ROOT, text=True, capture_output=True, check=True).stdout
     assert {line.split()[1] for line in shown.splitlines()} == TARGETS
+
+
+def test_each_reason_for_leaving_out_an_image_is_explained() -> None:
+    text = (ROOT / "docs/ledger.md").read_text()
+    used = {reason for file in (ROOT / "pipeline").rglob("*.py")
+            for reason in re.findall(r'(?:BadImage|NotFetched)\("(\w+)"', file.read_text())}
+    assert "too_many_scans" in used and {reason for reason in used if f"`{reason}`" not in text} == set()
