@@ -14,11 +14,15 @@ import pytest
 from PIL import Image
 
 from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.embeddings import Embeddings
+from pipeline.embeddings.config import EmbedConfig
+from pipeline.embeddings.embed import Embed
 from pipeline.media import decode as decoding
-from pipeline.media import image_headers, isolation
+from pipeline.media import image_headers, isolation, tars
 from pipeline.media.decode import decode, read_exif, read_size
 from pipeline.media.resize import decode_pixels
 from pipeline.media.types import BadImage
+from pipeline.shards.adopt import Adopt
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage
@@ -234,3 +238,19 @@ def test_hostile_images_cost_themselves_and_the_corpus_is_sealed(tmp_path, giant
     assert manifest["totals"]["samples"] == 3
     assert manifest["totals"]["skipped"] == {"too_many_pixels": 1, "too_many_scans": 1}
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + (300 << 10)
+
+
+@pytest.mark.timeout(300)
+def test_hostile_images_in_adopted_tars_are_rows_of_zeros(tmp_path, giant):
+    (tmp_path / "tars").mkdir()
+    images = [encoded(noise(40, 40), "PNG"), progressive(500, 2000), icon(giant), encoded(noise(40, 40, 1), "TIFF")]
+    tars.write(tmp_path / "tars" / "0.tar",
+               [{"__key__": str(number), "jpg": data} for number, data in enumerate(images)])
+    dataset = Dataset.parse(str(tmp_path / "root"), "x")
+    manifest = run_stage(Adopt(dataset, ShardConfig(source=str(tmp_path / "tars"))))
+    assert manifest["totals"]["samples"] == 4 and manifest["totals"]["noted"] == {"unreadable": 2}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    manifest = run_stage(Embed(dataset, EmbedConfig(batch_size=4)))
+    assert manifest["totals"]["noted"] == {"undecodable": 2}
+    assert Embeddings(dataset).all().any(1).tolist() == [True, False, False, True]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + (1000 << 10)  # the encoder
