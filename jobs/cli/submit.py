@@ -104,12 +104,12 @@ def make_submission(words: tuple[str, ...], inner: Any, options: SubmitOptions) 
             raise ValueError(f"{place} is a folder of this machine, and the job's own folder does not outlive it\n"
                              f"hint: --root s3://bucket/..., or an absolute path that every node has")
     if any(map(_has_credentials, words)):
-        raise ValueError("a URL in the command has a password or signature, or a parameter that may be one, and the "
-                         "cluster would keep and show it\n"
+        raise ValueError("a URL in the command has a password or signature, or a parameter that may be one. The "
+                         "cluster would keep and show it.\n"
                          "hint: let the nodes have the keys: --secret NAME tells that they must")
     if inner.common.config and _has_credentials(Path(inner.common.config).read_text(errors="replace")):
-        raise ValueError(f"a URL in {inner.common.config} has a password or signature, or a parameter that may be one, "
-                         f"and the cluster would keep it\nhint: let the nodes have the keys")
+        raise ValueError(f"a URL in {inner.common.config} has a password or signature, or a parameter that may be one. "
+                         f"The cluster would keep it.\nhint: let the nodes have the keys")
     from pipeline.stages.manifest import code_revision
     verb, config = words[0], inner.common.config
     if config:
