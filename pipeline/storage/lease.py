@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline.storage.addresses import join
+from pipeline.storage.addresses import is_local, join, local_path
 from pipeline.storage.files import list_files, modified_time, put_json, read_json, remove
 from pipeline.storage.leftovers import remove_unfinished
 
@@ -28,6 +28,7 @@ RENEW_S = 15.0
 EXPIRE_S = 90.0
 _POLL_S = 0.5
 _CLAIM_S = 10.0  # how long two commands try that both want to empty a folder
+_WRITE_TRIES = 10
 _FOLDER = "leases"
 _SEPARATOR = "+"  # stands in no name of a dataset or run
 
@@ -75,7 +76,9 @@ class Lease:
         self._root, self._folder, self._exclusive = root, folder.strip("/"), exclusive
         # All leases lie in one folder: nothing has to remove empty folders, while others write into them.
         self._url = join(root, _FOLDER, f"{_file_stem(folder)}.{secrets.token_hex(8)}.json")
-        self._ended = threading.Event()
+        self._ended, self._writing = threading.Event(), threading.Lock()
+        # On a disk the folder goes with the last lease, and so does a root that a command then did not write to.
+        self._folders = [join(root, _FOLDER), *([] if os.path.isdir(root) else [root])] if is_local(root) else []
 
     def acquire(self) -> None:
         """Wait for the lease. LeaseConflict if an exclusive one cannot be had because the folder is in use."""
@@ -101,8 +104,9 @@ class Lease:
 
     def release(self) -> None:
         """End the lease."""
-        self._ended.set()
-        self._remove()
+        with self._writing:  # a renewal would bring the lease back
+            self._ended.set()
+            self._remove()
 
     def now(self) -> float:
         """The time of the store, in seconds of the epoch."""
@@ -118,16 +122,24 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._ended.wait(RENEW_S):
-            with contextlib.suppress(OSError):  # the next try may succeed, and the lease outlives a few
-                self._write()
+            with self._writing, contextlib.suppress(OSError):  # the next try may succeed, and the lease outlives a few
+                if not self._ended.is_set():
+                    self._write()
 
     def _write(self) -> None:
-        put_json(asdict(Holder(platform.node(), _machine(), os.getpid(), _process_start(os.getpid()),
-                               self._exclusive)), self._url)
+        holder = Holder(platform.node(), _machine(), os.getpid(), _process_start(os.getpid()), self._exclusive)
+        for tries_left in reversed(range(_WRITE_TRIES)):
+            try:
+                return put_json(asdict(holder), self._url)
+            except (FileNotFoundError, FileExistsError):  # another command removed the empty folder just now
+                if not tries_left:
+                    raise
 
     def _remove(self) -> None:
         with contextlib.suppress(OSError):  # it ends by itself
             remove(self._url)
+            for folder in self._folders:
+                os.rmdir(local_path(folder))  # not if there is something in it
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ with hold_lease(sys.argv[1], "datasets/d/v1/shards"):
 
 
 def _lease_files(root):
-    return sorted((root / "leases").iterdir())
+    return sorted((root / "leases").glob("*"))
 
 
 def test_several_commands_share_a_folder(tmp_path):
@@ -163,3 +163,27 @@ def test_a_lease_counts_for_the_folders_in_it(tmp_path):
     # The leases of one process do not hinder each other in this direction.
     with hold_lease(str(tmp_path), "datasets/d/v1"), hold_lease(str(tmp_path), "datasets/d/v1/shards", exclusive=True):
         pass
+
+
+def test_nothing_is_left_where_nothing_was(tmp_path):
+    root = tmp_path / "new root"
+    with hold_lease(str(root), "d"):
+        with hold_lease(str(root), "e"):
+            pass
+        assert len(_lease_files(root)) == 1
+    assert not root.exists()
+
+
+def test_leases_in_a_folder_that_others_remove(tmp_path, monkeypatch):
+    def hold():
+        for _ in range(200):
+            with hold_lease(str(tmp_path), "d"):
+                pass
+    threads = [threading.Thread(target=hold) for _ in range(3)]
+    failures = []
+    monkeypatch.setattr(threading, "excepthook", failures.append)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and not list(tmp_path.iterdir())
