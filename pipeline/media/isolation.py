@@ -6,6 +6,7 @@ The limit of time is for the CPU, so a busy machine refuses the same images as a
 
 import atexit
 import contextlib
+import fcntl
 import os
 import pickle
 import resource
@@ -28,6 +29,7 @@ MOST_PIXELS = 1 << 25
 _BASE_SECONDS, _SECONDS_PER_MILLION_PIXELS = 30.0, 2.0
 _BASE_MEMORY, _BYTES_PER_PIXEL = 1 << 30, 64
 """16-bit images take 40 bytes for a pixel while they are converted."""
+_PIPE_BYTES = 1 << 20
 _LEAST_BYTES_PER_PIXEL = 8
 """The decoded image takes these, here and in the other process."""
 
@@ -52,6 +54,10 @@ class _Process:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
                               "OPENBLAS_NUM_THREADS": "1"})
+        for pipe in (self.process.stdin, self.process.stdout):
+            if hasattr(fcntl, "F_SETPIPE_SZ"):  # Linux: fewer turns for an image
+                with contextlib.suppress(OSError):
+                    fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)  # type: ignore[arg-type]
         if not self.process.stdout or self.process.stdout.read(1) != b"\n":
             raise RuntimeError("the process that decodes suspicious images does not start")
 
