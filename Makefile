@@ -8,7 +8,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all gpu lint policy docs setup outdated lock audit sbom licenses clean
+.PHONY: help demo test test-all fuzz gpu lint policy docs setup outdated lock audit sbom licenses clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target what; do \
@@ -18,10 +18,13 @@ demo: setup  ## run every stage on real images, and write a report
 	$(BIN)/python -m jobs demo --root $(ROOT)
 
 test: setup lint  ## what every change must pass
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not fuzz" tests
 
 test-all: setup lint  ## with the slow and the GPU tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not fuzz" tests
+
+fuzz: setup  ## read damaged files of every format for ten minutes (FUZZ_SECONDS=...); to run every night
+	$(BIN)/python -m pytest -m fuzz tests/fuzz
 
 gpu:  ## measure everything on this machine's GPU, at most nine minutes; needs torch, but not make setup
 	$(GPU_PYTHON) tests/bench/gpu.py $(GPU_OPTIONS)

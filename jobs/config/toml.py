@@ -1,5 +1,6 @@
 """Settings from a TOML file over a recipe."""
 
+import re
 import tomllib
 import typing
 from collections.abc import Collection
@@ -10,6 +11,9 @@ from typing import Any
 
 from jobs.config.recipes import RECIPES
 from jobs.config.settings import Settings
+
+# tomllib takes memory by the square of the number of parts.
+_LONG_KEY = re.compile(r"""^[ \t]*\[*[ \t]*[\w"'-]+(?:[ \t]*\.[ \t]*[\w"'-]+){20}""", re.MULTILINE)
 
 
 def resolve_settings(recipe: str, file: str) -> Settings:
@@ -40,15 +44,20 @@ def _read(recipe: str, file: str) -> tuple[Settings, dict[str, Any]]:
     document: dict[str, Any] = {}
     if file:
         try:
-            document = tomllib.loads(Path(file).read_text())
+            text = Path(file).read_text()
+            if _LONG_KEY.search(text):
+                raise ValueError("a key of more than 20 parts")
+            document = tomllib.loads(text)
         except OSError as error:
             raise ValueError(f"cannot read the settings {file}: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        # Also text that is not UTF-8, numbers of thousands of digits, thousands of brackets.
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is not TOML: {error}") from None
     name = recipe or document.pop("recipe", "tiny")
     document.pop("recipe", None)
     if not isinstance(name, str) or name not in RECIPES:
-        raise ValueError(f"there is no recipe {name!r}\nhint: {', '.join(RECIPES)}")
+        where = f"{file}: " if file and not recipe else ""
+        raise ValueError(f"{where}there is no recipe {name!r}\nhint: {', '.join(RECIPES)}")
     return RECIPES[name](), document
 
 
@@ -65,7 +74,10 @@ def _override(section: Any, values: dict[str, Any], where: str) -> Any:
             changes[name] = _override(current, value, f"{where}: {name}")
         else:
             changes[name] = _parse_value(types[name], value, f"{where}: {name}")
-    return replace(section, **changes)
+    try:
+        return replace(section, **changes)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _parse_value(kind: Any, value: Any, where: str) -> Any:

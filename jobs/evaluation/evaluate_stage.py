@@ -38,6 +38,7 @@ from pipeline.indices.searcher import Searcher
 from pipeline.stages.manifest import read_manifest, sealed_input
 from pipeline.stages.stage import Stage, fingerprint
 from pipeline.stages.types import Item, Output
+from pipeline.storage import arrays
 
 _log = logging.getLogger(__name__)
 
@@ -251,7 +252,7 @@ def _load_classifiers(folder: str, files: str, styles: int) -> tuple[style_class
              for entry in json.loads(files)}
     network = style_classifier.Judge(styles)
     network.load_state_dict(load_file(paths["judge.safetensors"]))
-    return network.eval().requires_grad_(False), np.load(paths["probe.npy"], allow_pickle=False)
+    return network.eval().requires_grad_(False), arrays.load_array(paths["probe.npy"])
 
 
 def check_same_data(run: Run, dataset: Dataset) -> None:

@@ -13,6 +13,7 @@ from pipeline.datasets import lookup
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.lookup import Sample
 from pipeline.neighbors.files import neighbor_files
+from pipeline.storage.arrays import map_array
 
 QUERIES = 12
 NEIGHBORS = 10
@@ -56,7 +57,7 @@ def _near_and_far(root: RootContents, dataset: Dataset, name: str) -> tuple[list
     for suffix, parts in arrays.items():
         entries = neighbor_files(items, suffix)
         for shard in np.unique(shards):
-            loaded = np.load(dataset.fetch(name, entries[shard]), mmap_mode="r", allow_pickle=False)
+            loaded = map_array(dataset.fetch(name, entries[shard]))
             parts.append(loaded[rows[shards == shard] - offsets[shard], :NEIGHBORS])
     ids, scores = (np.concatenate(parts) for parts in arrays.values())
     order = np.argsort(-scores[:, 0], kind="stable")

@@ -1,11 +1,13 @@
 """metrics.jsonl of a training run: write and read."""
 
-import contextlib
 import json
+import logging
 from typing import Any
 
 from jobs.runs.run import Run
 from pipeline import storage
+
+_log = logging.getLogger(__name__)
 
 
 class Metrics:
@@ -49,11 +51,18 @@ class Metrics:
 def read_metrics(run: Run, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """The curve of a run so far; a last line cut by a crash is left out."""
     try:
-        text = storage.read_bytes(storage.join(run.folder, name)).decode()
+        text = storage.read_bytes(url := storage.join(run.folder, name)).decode("utf-8", "replace")
     except FileNotFoundError:
         return []
-    lines = []
-    for line in text.splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
+    lines, damaged = [], 0
+    written = text.splitlines()
+    for number, line in enumerate(written, 1):
+        try:
+            record = json.loads(line)
+            record["step"] + 0
+            lines.append(record)
+        except (ValueError, RecursionError, TypeError, KeyError):
+            damaged += number < len(written)
+    if damaged:
+        _log.warning("%s: %d lines are damaged and left out", url, damaged)
     return lines

@@ -9,6 +9,7 @@ import numpy as np
 from jobs.sampling.mixture import Mixture
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.indices.searcher import Searcher
+from pipeline.storage import arrays
 
 
 @dataclass
@@ -129,7 +130,7 @@ class RowDistribution:
 def neighbor_counts(train: Dataset, database: Dataset, hidden: np.ndarray) -> np.ndarray:
     """How often each row of a database is a neighbour of a training picture, (M,) int64; 0 for rows that are `gone`."""
     name = f"neighbors/{database.label}"
-    usage = np.load(train.fetch(name, file_of(train.manifest(name), "usage.npy")), allow_pickle=False)
+    usage = arrays.load_array(train.fetch(name, file_of(train.manifest(name), "usage.npy")))
     usage[hidden] = 0
     return usage
 

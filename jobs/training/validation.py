@@ -26,6 +26,7 @@ from pipeline.datasets.embeddings import Embeddings
 from pipeline.media.contact_sheet import contact_sheet
 from pipeline.media.resize import decode_pixels
 from pipeline.neighbors.files import load_neighbors
+from pipeline.storage import arrays
 
 _COUNT, _AT_ONCE = 256, 64
 _SHOWN, _STEPS = 8, 20
@@ -144,7 +145,7 @@ class Validation:
         return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def _latents(self, rows: np.ndarray) -> torch.Tensor:
-        parts = [np.load(self.dataset.fetch("latents", file_of(record, ".npy")), mmap_mode="r", allow_pickle=False)
+        parts = [arrays.map_array(self.dataset.fetch("latents", file_of(record, ".npy")))
                  for record in self.dataset.manifest("latents")["items"]]
         offsets = np.cumsum([0, *map(len, parts)])
         shards = np.searchsorted(offsets, rows, side="right") - 1

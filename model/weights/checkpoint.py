@@ -139,8 +139,7 @@ def load_denoiser(folder: Path, ema: bool = True, rate: float = 0.0) -> tuple[UN
     not a checkpoint, or has no such average.
     """
     folder = Path(folder)
-    config = from_dict(_read_description(folder)["config"])
-    model = UNet(config.unet)
+    config = _read_config(folder)
     check_average(config, rate)
     # Half precision is for those that are carried about: the network has float32 weights always.
     path = folder / (average_file(rate or config.ema_decay, config.ema_decay) if ema else "model.safetensors")
@@ -148,6 +147,11 @@ def load_denoiser(folder: Path, ema: bool = True, rate: float = 0.0) -> tuple[UN
         weights = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read as weights: {error}\nhint: copy it again") from error
+    with torch.device("meta"):  # takes no memory, whatever sizes the settings name
+        expected = {name: tensor.shape for name, tensor in UNet(config.unet).state_dict().items()}
+    if expected != {name: tensor.shape for name, tensor in weights.items()}:
+        raise ValueError(f"{path} has other weights than {folder / 'checkpoint.json'} describes\nhint: copy both again")
+    model = UNet(config.unet)
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     return model.eval().requires_grad_(False), config
 
@@ -159,11 +163,27 @@ def check_average(config: TrainConfig, rate: float) -> None:
                          f"hint: it has {', '.join(f'{decay:g}' for decay in (config.ema_decay, *config.ema_more))}")
 
 
+def _read_config(folder: Path) -> TrainConfig:
+    """The settings in the description of a checkpoint; ValueError if they are damaged."""
+    about = _read_description(folder)
+    try:
+        return from_dict(about["config"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder / 'checkpoint.json'}: its settings cannot be read: {error!r}\n"
+                         f"hint: was it edited, or written by another version?") from error
+
+
 def _read_description(folder: Path) -> dict:
     path = folder / "checkpoint.json"
     if not path.is_file():
         raise ValueError(f"{folder} is not a complete checkpoint: it has no checkpoint.json")
-    about = json.loads(path.read_text())
+    try:
+        about = json.loads(path.read_bytes())
+    # Bytes that are not UTF-8, numbers of thousands of digits, thousands of brackets.
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error})\nhint: was it edited or cut?") from error
+    if not isinstance(about, dict):
+        raise ValueError(f"{path} is not a description of a checkpoint\nhint: was it edited or cut?")
     if about.get("format") != FORMAT:
         raise ValueError(f"{path} has format {about.get('format')}, and this version reads format {FORMAT}\n"
                          f"hint: install the version that wrote it")

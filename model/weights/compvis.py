@@ -75,6 +75,8 @@ def read(path: Path) -> Released:
     if "betas" in values:
         released.diffusion = _diffusion_config(path, values["betas"])
     if "scale_factor" in values:
+        if values["scale_factor"].numel() != 1:
+            raise ValueError(f"{path}: its scale_factor is not one number")
         released.scale = float(values["scale_factor"])
     return released
 
@@ -94,7 +96,9 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], int]:
                          f"hint: a checkpoint as torch.save writes it since version 1.6, or safetensors") from error
     step = loaded.get("global_step", 0) if isinstance(loaded, Mapping) else 0
     loaded = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else {}
-    tensors = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+    if not isinstance(loaded, Mapping):
+        loaded = {}
+    tensors = {name: value for name, value in loaded.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"{path} holds no weights\nhint: is it a checkpoint?")
     return tensors, step if isinstance(step, int) else 0
@@ -133,6 +137,8 @@ def _averaged_weights(path: Path, unet: dict[str, Tensor], average: dict[str, Te
 
 
 def _diffusion_config(path: Path, betas: Tensor) -> DiffusionConfig:
+    if betas.ndim != 1 or not len(betas) or not betas.is_floating_point():
+        raise ValueError(f"{path}: its betas are not a list of numbers")
     config = DiffusionConfig(timesteps=len(betas), beta_start=round(float(betas[0]), 7),
                              beta_end=round(float(betas[-1]), 7))
     root = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, config.timesteps, dtype=torch.float64)

@@ -10,10 +10,10 @@ import numpy as np
 
 from pipeline.batches.prefetch import Prefetcher
 from pipeline.datasets.dataset import Dataset, file_of
-from pipeline.datasets.embeddings import map_array
 from pipeline.media import tars
 from pipeline.media.resize import decode_pixels
 from pipeline.media.types import BadImage
+from pipeline.storage.arrays import map_array
 
 _MOST_DECODER_THREADS = 8
 _PARTS_PER_THREAD = 4
@@ -109,7 +109,7 @@ def open_array(dataset: Dataset, name: str, files: list[dict[str, Any]], counts:
         raise ValueError(wrong)
     if len(array) and hasattr(mmap, "MADV_WILLNEED"):
         # Read the file ahead from its first byte to its last: later reads come in random order.
-        array._mmap.madvise(mmap.MADV_WILLNEED)  # type: ignore[attr-defined] # numpy's stubs do not have it
+        array._mmap.madvise(mmap.MADV_WILLNEED)
     return array
 
 

@@ -3,17 +3,12 @@
 import mmap
 from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.metadata import NO_NUMBER
-
-
-def map_array(path: Path) -> np.memmap:
-    """The array of a .npy file, memory-mapped."""
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+from pipeline.storage.arrays import map_array
 
 
 def check_finite(vectors: np.ndarray, place: str) -> np.ndarray:
@@ -74,7 +69,7 @@ class Embeddings:
             out[here] = check_finite(self.shards[number][flat[here] - self.offsets[number]], self.folder)
             if once:
                 # numpy keeps the map private, and its stubs do not have it.
-                self.shards[number]._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+                self.shards[number]._mmap.madvise(mmap.MADV_DONTNEED)
         return out.reshape(*np.shape(ids), self.dim)
 
     def blocks(self, rows: int) -> Iterator[tuple[int, np.ndarray]]:

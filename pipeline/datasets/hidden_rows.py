@@ -17,7 +17,7 @@ from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import metadata
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Entry, Item, Output
-from pipeline.storage import digest
+from pipeline.storage import arrays, digest
 
 
 class Tombstones(Stage):
@@ -86,8 +86,7 @@ def read_hidden_rows(dataset: Dataset) -> np.ndarray:
         return hidden
     dataset.identity("tombstones")
     entry = dataset.manifest("tombstones")["items"][0]["files"]
-    named = np.load(dataset.fetch("tombstones", next(file for file in entry if file["name"] == "rows.npy")),
-                    allow_pickle=False)
+    named = arrays.load_array(dataset.fetch("tombstones", next(file for file in entry if file["name"] == "rows.npy")))
     return np.union1d(named, hidden)
 
 

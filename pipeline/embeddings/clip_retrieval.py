@@ -1,6 +1,5 @@
 """Import and export embeddings in the layout of clip-retrieval."""
 
-import io
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from pipeline.stages import records as stage_records
 from pipeline.stages.stage import Stage
 from pipeline.stages.timers import Times
 from pipeline.stages.types import Entry, Item, Output, StageFailed
-from pipeline.storage import parquet
+from pipeline.storage import arrays, parquet
 
 LAYOUT, COMPVIS = "clip-retrieval", "compvis"
 _PROBES, _LEAST = 4, 0.99  # pictures of a shard that are encoded to see whether adopted vectors can be theirs
@@ -57,12 +56,13 @@ class Export(Stage):
     def process(self, item: Item, scratch: Path) -> Output:
         table = parquet.read(self.dataset.fetch("shards", file_of(item.inputs["shards"], ".parquet")))
         table = table.filter(pc.equal(table["status"], "success"))
-        vectors = np.load(self.dataset.fetch("embeddings", file_of(item.inputs["embeddings"], ".npy")))
+        vectors: Any = arrays.load_array(self.dataset.fetch("embeddings", file_of(item.inputs["embeddings"], ".npy")))
         # Others know no rows that mark a picture which did not decode.
         there = vectors.any(1)
         files = {"img_emb": vectors[there]}
         if self.with_texts:
-            texts = np.load(self.dataset.fetch("text_embeddings", file_of(item.inputs["text_embeddings"], ".npy")))
+            texts = arrays.load_array(
+                self.dataset.fetch("text_embeddings", file_of(item.inputs["text_embeddings"], ".npy")))
             files["text_emb"] = texts[there]
         output = Output(samples=int(there.sum()))
         for kind, rows in files.items():
@@ -178,18 +178,20 @@ class _Vectors:
     def __init__(self, source: str) -> None:
         keys, self.vectors = [], []
         for vectors, about in _pairs(source):
-            try:
-                self.vectors.append(np.load(storage.local_path(vectors), mmap_mode="r", allow_pickle=False)
-                                    if storage.is_local(vectors)
-                                    else np.load(io.BytesIO(storage.read_bytes(vectors)), allow_pickle=False))
-            except (ValueError, EOFError) as error:
-                raise ValueError(f"{vectors} is no whole .npy file: {str(error).splitlines()[0]}\n"
-                                 f"hint: copy it again") from error
+            self.vectors.append(arrays.map_array(storage.local_path(vectors)) if storage.is_local(vectors)
+                                else arrays.parse_array(storage.read_bytes(vectors), vectors))
+            array = self.vectors[-1]
+            if array.ndim != 2 or array.dtype.kind not in "fiu":
+                raise ValueError(f"{vectors} holds {array.dtype} {array.shape}, wanted are rows of numbers\n"
+                                 f"hint: the folder img_emb/ that clip-retrieval writes")
             try:
                 column = parquet.read(storage.read_bytes(about), columns=["image_path"])["image_path"]
-            except (pa.ArrowException, KeyError) as error:
+            except (pa.ArrowException, KeyError, OSError) as error:
                 raise ValueError(f"{about} is no parquet with a column image_path: {error}\n"
                                  f"hint: the folder metadata/ that clip-retrieval writes with img_emb/") from error
+            if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)) or column.null_count:
+                raise ValueError(f"{about}: image_path holds {column.type}, {column.null_count} cells are empty; "
+                                 f"wanted are keys of samples\nhint: the folder metadata/ that clip-retrieval writes")
             if len(column) != len(self.vectors[-1]):
                 raise ValueError(f"{vectors} has {len(self.vectors[-1])} rows, its metadata {len(column)}")
             # clip-retrieval names a sample by its key, or by a path that ends in it.

@@ -1,7 +1,9 @@
 """Read the embedding archives that CompVis published."""
 
 import io
+import math
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import storage
+from pipeline.storage.arrays import HEADER_ERRORS, first_line
 
 ARCHIVE_NAME = re.compile(r"(\d+)x(\d+)(?:-part_(\d+))?\.npz")
 ROW_NUMBER = ("source_row", "url", "key", "width", "height", "patch_left", "patch_top", "patch_short_side")
@@ -150,7 +153,7 @@ def _identities(url: str) -> tuple[np.ndarray, np.ndarray]:
     if places.dtype.kind not in "iu" and not (places.dtype.kind == "f" and (places == np.rint(places)).all()):
         raise ValueError(f"{url}: patch_coords are {places.dtype}, wanted are whole numbers: left, top, right, bottom\n"
                          f"hint: pixels of the picture that the patch was cut from")
-    return ids.astype(str) if ids.dtype.kind == "S" else ids, places.astype(np.int64)
+    return np.char.decode(ids, "utf-8", "replace") if ids.dtype.kind == "S" else ids, places.astype(np.int64)
 
 
 def _member(url: str, name: str, *, shape: bool = False) -> Any:
@@ -164,13 +167,19 @@ def _member(url: str, name: str, *, shape: bool = False) -> Any:
                 if version not in read:
                     raise ValueError(f"version {version} of the format")
                 array_shape, _, kind = read[version](file)
+                header_bytes = file.tell()
             if kind.hasobject:
                 raise ValueError(f"{name} is Python objects, which only unpickling reads, and that may run anything")
+            if math.prod(array_shape) * kind.itemsize > members.getinfo(f"{name}.npy").file_size - header_bytes:
+                raise ValueError(f"{name} is cut off, or its header says more than there is")
             if shape:
                 return array_shape
             with members.open(f"{name}.npy") as file:
                 return np.lib.format.read_array(file, allow_pickle=False)
-    except (KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        text = f"it has no {name}" if isinstance(error, KeyError) else str(error)
+    except (KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, OSError, struct.error,
+            *HEADER_ERRORS) as error:
+        if isinstance(error, storage.StorageError):
+            raise
+        text = f"it has no {name}" if isinstance(error, KeyError) else first_line(error)
         raise ValueError(f"{url} cannot be read: {text}\nhint: np.savez with embedding, img_id as numbers or text "
                          f"(img_id.astype(str)) and patch_coords") from error

@@ -24,6 +24,7 @@ from pipeline.indices.index import Index
 from pipeline.indices.searcher import open_dataset_index
 from pipeline.indices.tune import RecallQueries, measure_recall, nonzero_rows, recall_error
 from pipeline.stages.types import Item, Output, StageFailed
+from pipeline.storage import arrays
 from pipeline.storage.sizes import parse_size
 
 _SAMPLE = 10_000  # rows whose error is measured
@@ -149,7 +150,7 @@ class Extension(Index):
         """
         entry = next((entry for record in self.base.manifest("index")["items"] for entry in record["files"]
                       if entry["name"] == "held.npy"), None)
-        old = np.load(self.base.fetch("index", entry), allow_pickle=False) if entry else np.empty(0, np.int64)
+        old = arrays.load_array(self.base.fetch("index", entry)) if entry else np.empty(0, np.int64)
         old = change.row_of[old]
         old, new = np.sort(old[old >= 0]), _sample_rows(change.added, self.config.queries, rng)
         wanted = min(self.config.queries, count // 10)

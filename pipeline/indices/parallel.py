@@ -25,6 +25,7 @@ from pipeline.indices.tune import RecallQueries, measure_recall, nonzero_rows, r
 from pipeline.stages.manifest import read_manifest, sealed_input
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output
+from pipeline.storage import arrays
 from pipeline.storage.sizes import is_decimal, parse_size, stored_size
 
 
@@ -152,8 +153,7 @@ class IndexParts(IndexingStage):
         queries = held_out_queries(self.training)
         first, count, error = item.inputs["first"], 0, []
         for shard in item.inputs["shards"]:
-            rows = np.load(self.dataset.fetch("embeddings", shard["file"], check=True), mmap_mode="r",
-                           allow_pickle=False)
+            rows = arrays.map_array(self.dataset.fetch("embeddings", shard["file"], check=True))
             for start in range(0, len(rows), BLOCK):
                 vectors = check_finite(np.asarray(rows[start:start + BLOCK], np.float32), f"shard {shard['id']}")
                 fill(index, vectors)
@@ -191,8 +191,8 @@ def merge_parts(training: IndexTraining, parts: IndexParts, config: IndexConfig,
             merge(index, faiss.read_index(str(path)))
     for record in manifest["items"]:
         for query_set in queries:
-            ids, scores = (np.load(_fetch_file(parts, record, f"{record['id']}.{query_set.kind}.{what}.npy"),
-                                   allow_pickle=False) for what in ("ids", "scores"))
+            ids, scores = (arrays.load_array(_fetch_file(parts, record, f"{record['id']}.{query_set.kind}.{what}.npy"))
+                           for what in ("ids", "scores"))
             query_set.ids, query_set.scores = best_rows(np.hstack([query_set.ids, ids]),
                                                    np.hstack([query_set.scores, scores]), EXACT)
     about = read_manifest(training.folder, training.command)["info"]
@@ -201,16 +201,16 @@ def merge_parts(training: IndexTraining, parts: IndexParts, config: IndexConfig,
              "error_of_held": recall_error(index, queries[0].vectors)}
     # The parts are removed, and with them what tells how long they took.
     times["seconds of the parts"] = manifest["run"]["seconds"]
-    return index, infos, info, times, np.load(_fetch_training_file(training, "held.npy"), allow_pickle=False)
+    return index, infos, info, times, arrays.load_array(_fetch_training_file(training, "held.npy"))
 
 
 def held_out_queries(training: IndexTraining) -> list[RecallQueries]:
     """The queries of a training: pictures that it did not see, and captions if there are any."""
-    query_sets = [RecallQueries("image", np.load(_fetch_training_file(training, "images.npy"), allow_pickle=False),
-                     np.load(_fetch_training_file(training, "held.npy"), allow_pickle=False))]
+    query_sets = [RecallQueries("image", arrays.load_array(_fetch_training_file(training, "images.npy")),
+                     arrays.load_array(_fetch_training_file(training, "held.npy")))]
     if any(entry["name"] == "texts.npy" for record in read_manifest(training.folder, training.command)["items"]
            for entry in record["files"]):
-        texts = np.load(_fetch_training_file(training, "texts.npy"), allow_pickle=False)
+        texts = arrays.load_array(_fetch_training_file(training, "texts.npy"))
         query_sets.append(RecallQueries("text", texts))
     return query_sets
 

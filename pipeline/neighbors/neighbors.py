@@ -27,6 +27,7 @@ from pipeline.stages.scratch import shared_scratch
 from pipeline.stages.stage import Stage
 from pipeline.stages.timers import Times
 from pipeline.stages.types import Item, Output
+from pipeline.storage import arrays
 
 _LAID = 64 << 20  # bytes of vectors that are laid out at a time
 _WRITTEN = 4096  # rows that are gathered and written at a time
@@ -155,7 +156,7 @@ class Neighbors(Stage):
     def _vectors(self, shard: dict[str, Any]) -> np.ndarray:
         """Those of a shard, (N_i, D) float16."""
         own = self.dataset.fetch("embeddings", file_of(shard["embeddings"], ".npy"))
-        vectors = check_finite(np.load(own, allow_pickle=False), str(own))
+        vectors = check_finite(arrays.load_array(own), str(own))
         if len(vectors) != shard["shard"]["samples"]:
             raise ValueError(f"{own} has {len(vectors)} rows, its shard {shard['shard']['samples']} samples\n"
                              f"hint: python -m jobs verify")
@@ -251,7 +252,7 @@ class Neighbors(Stage):
         usage = np.zeros(self.database.manifest("embeddings")["totals"]["samples"], np.int64)
 
         def read(entry: dict[str, Any]) -> np.ndarray:
-            return np.load(storage.fetch(storage.join(self.folder, entry["name"]), entry), allow_pickle=False)
+            return arrays.load_array(storage.fetch(storage.join(self.folder, entry["name"]), entry))
 
         entries = neighbor_files(records, ".ids.npy")
         with ThreadPoolExecutor(8) as pool:
@@ -285,13 +286,13 @@ class OpenDatabase:
                 _write_in_list_order(folder, self.embeddings, IndexLists(database))
 
         self._folder = shared_scratch(f"neighbors-{digest[:24]}{'-hashed' * hashed}", fill)
-        self.labels = np.load(self._folder / "labels.npy", mmap_mode="r")
-        self.hashes = np.load(self._folder / "hashes.npy", mmap_mode="r") if hashed else None
+        self.labels = arrays.map_array(self._folder / "labels.npy")
+        self.hashes = arrays.map_array(self._folder / "hashes.npy") if hashed else None
         if len(self.labels) != len(self.embeddings):
             raise ValueError(f"{database.label} has {len(self.embeddings)} vectors of {len(self.labels)} samples\n"
                              f"hint: python -m jobs verify")
         if self.lists:
-            self._ends = np.load(self._folder / "ends.npy")
+            self._ends = arrays.load_array(self._folder / "ends.npy")
         self.seconds = time.perf_counter() - started  # that it took, until an item has counted them
 
     def in_lists(self, wanted: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

@@ -18,7 +18,17 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.media.types import SUFFIXES, BadImage
 from pipeline.sources.column_types import ColumnTypes
-from pipeline.sources.rows import CAPTION_COLUMNS, Part, ReadReport, Row, cell_text, json_cells, read_rows, write_rows
+from pipeline.sources.rows import (
+    CAPTION_COLUMNS,
+    Part,
+    ReadReport,
+    Row,
+    cell_text,
+    json_cells,
+    parse_json_row,
+    read_rows,
+    write_rows,
+)
 from pipeline.sources.source import Source
 from pipeline.storage import parquet
 
@@ -184,20 +194,20 @@ def _caption_rows(address: str, caption_column: str) -> list[dict[str, Any]]:
             table = parquet.read(data)
             rows, header = table.to_pylist(), table.column_names
         elif address.endswith((".jsonl", ".ndjson")):
-            rows = [json.loads(line) for line in data.decode("utf-8-sig").split("\n") if line.strip()]
+            rows = [parse_json_row(line) for line in data.decode("utf-8-sig").split("\n") if line.strip()]
             header = list(dict.fromkeys(name for row in rows for name in row))
             rows = [dict.fromkeys(header) | row for row in rows]
         else:
             reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""))
-            rows, header = list(reader), list(reader.fieldnames or [])
-    except (pa.ArrowException, OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError, TypeError,
-            AttributeError) as error:
+            rows, header = [{name: row[name] for name in row if name is not None} for row in reader], list(
+                reader.fieldnames or [])
+    except (pa.ArrowException, OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{address} cannot be read as captions: {str(error).strip()}\n"
                          f"hint: a parquet file, a CSV in UTF-8 with a header, or lines of JSON objects") from None
     file_column = next((name for name in FILE_COLUMNS if name in header), None)
     wanted = (caption_column,) if caption_column else CAPTION_COLUMNS
     caption = next((name for name in wanted if name in header), None)
-    if header and (file_column is None or caption is None):
+    if rows and (file_column is None or caption is None):
         raise ValueError(f"{address} has the columns {', '.join(header)}; wanted are one of {', '.join(FILE_COLUMNS)} "
                          f"and one of {', '.join(wanted)}")
     others = [name for name in header if name not in {file_column, caption}]

@@ -130,7 +130,10 @@ class ListSource(Source):
             schema = _table(rows, list(dict.fromkeys(name for row in rows for name in row))).schema
         columns = self._choose_columns(schema, first)
         if self.where:
-            self.where.check(self.where.cast(schema.empty_table()).schema if self.texts else schema)
+            try:
+                self.where.check(self.where.cast(schema.empty_table()).schema if self.texts else schema)
+            except ValueError as error:
+                raise ValueError(f"{first}: {error}") from error
         return columns
 
     def _choose_columns(self, schema: pa.Schema, address: str) -> Columns:
@@ -333,8 +336,13 @@ def _unsigned_to_text(table: pa.Table) -> pa.Table:
 def _open_parquet(address: str) -> Iterator[pq.ParquetFile]:
     try:
         with storage.open_reader(address) as stream:
-            # Buffered, or a row group would be read whole however small the batches are.
-            yield pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
+            try:
+                # Buffered, or a row group would be read whole however small the batches are.
+                yield pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
+            except OSError as error:
+                if error.errno is not None or isinstance(error, storage.StorageError):
+                    raise
+                raise pa.ArrowInvalid(str(error)) from error  # damaged pages, and not the disk
     except pa.ArrowException as error:
         raise ValueError(f"{address} cannot be read as parquet: {str(error).strip()}") from None
 

@@ -10,6 +10,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.storage import name_by_content
 
+_LEVELS = 64  # Arrow ends the process at some hundreds
 CAPTION_COLUMNS = ("caption", "TEXT", "text", "captions", "alt_text")
 
 
@@ -62,6 +63,26 @@ def read_rows(stage_folder: str, inputs: dict[str, Any]) -> Iterator[Row]:
     for line in storage.read_bytes(storage.join(stage_folder, inputs["rows"])).splitlines():
         row = Row(**({"name": ""} | json.loads(line)))
         yield row
+
+
+def parse_json_row(line: str) -> dict[str, Any]:
+    """A line of JSON as a row; ValueError if it is no object, or nested too deep for Arrow and for Python's repr."""
+    try:
+        row = json.loads(line)
+    except RecursionError:
+        raise ValueError(f"a line with more than {_LEVELS} levels of brackets") from None
+    if not isinstance(row, dict):
+        raise ValueError("a line that is no JSON object")
+    if line.count("[") + line.count("{") > _LEVELS and _has_level(row, _LEVELS):
+        raise ValueError(f"a line with more than {_LEVELS} levels of brackets")
+    return row
+
+
+def _has_level(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    return levels == 0 or any(_has_level(each, levels - 1) for each in (
+        value.values() if isinstance(value, dict) else value))
 
 
 def json_cell(value: Any) -> Any:

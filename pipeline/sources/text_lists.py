@@ -4,7 +4,6 @@ import bz2
 import csv
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.sources.rows import replace_surrogates
+from pipeline.sources.rows import parse_json_row, replace_surrogates
 
 
 def read_text_rows(address: str) -> Iterator[dict[str, Any]]:
@@ -38,11 +37,9 @@ def read_text_rows(address: str) -> Iterator[dict[str, Any]]:
                 for line in lines:
                     number += 1
                     if line.strip():
-                        row = json.loads(line)
-                        if not isinstance(row, dict):
-                            raise ValueError("a line that is no JSON object")
+                        row = parse_json_row(line)
                         yield {replace_surrogates(name): cell for name, cell in row.items()} if "\\u" in line else row
-        except (UnicodeDecodeError, csv.Error, ValueError, RecursionError, EOFError, OSError, zlib.error) as error:
+        except (UnicodeDecodeError, csv.Error, ValueError, EOFError, OSError, zlib.error) as error:
             if isinstance(error, storage.StorageError):
                 raise
             raise ValueError(f"{address} cannot be read after row {number}: {error}\n"

@@ -37,15 +37,15 @@ _T = TypeVar("_T")
 class Rows(Sequence[_T]):
     """The rows of a parquet file in memory: a group of them is unpacked when one is looked at."""
 
-    def __init__(self, data: bytes, schema: pa.Schema, element: Callable[[dict[str, Any]], _T]) -> None:
-        self.data, self._schema, self._element = data, schema, element
+    def __init__(self, data: bytes, schema: pa.Schema, element: Callable[[dict[str, Any]], _T], url: str = "") -> None:
+        self.data, self._schema, self._element, self.url = data, schema, element, url
         self._file = pq.ParquetFile(pa.BufferReader(data))
         rows = self._file.metadata
         self._ends = list(itertools.accumulate(rows.row_group(group).num_rows for group in range(rows.num_row_groups)))
         self._unpacked: tuple[int, pa.Table] | None = None
 
     def __reduce__(self) -> Any:
-        return type(self), (self.data, self._schema, self._element)
+        return type(self), (self.data, self._schema, self._element, self.url)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -81,7 +81,11 @@ class Rows(Sequence[_T]):
     def _group(self, group: int, *columns: str) -> pa.Table:
         names = list(columns or self._schema.names)
         schema = pa.schema([self._schema.field(name) for name in names])
-        return self._file.read_row_group(group, names, use_threads=False).cast(schema)
+        try:
+            return self._file.read_row_group(group, names, use_threads=False).cast(schema)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise ValueError(f"{self.url or 'a list of records'} is damaged: {str(error).splitlines()[0]}\n"
+                             f"hint: python -m jobs verify") from error
 
     def ids(self) -> list[str]:
         """The ids alone, in order."""
@@ -153,6 +157,7 @@ def load(folder: str, listed: Any, unpack: Callable[[bytes], Rows[_T]]) -> Rows[
         rows = unpack(Path(storage.fetch(url, listed["file"], check=True)).read_bytes())
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{url} is damaged: {error}\nhint: python -m jobs verify") from None
+    rows.url = url
     if len(rows) != listed["count"]:
         raise ValueError(f"{url} is not the list that its document describes\nhint: python -m jobs verify")
     return rows

@@ -12,6 +12,7 @@ from pipeline.embeddings.config import EmbedConfig
 from pipeline.embeddings.embed import Embed, EmbedCaptions
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Entry, Item, Output
+from pipeline.storage import arrays
 from pipeline.versions.listing import read_metadata, reference, succeeded_rows
 
 
@@ -64,7 +65,7 @@ class Reuse(Embed):
                           counts=(theirs["skipped"], theirs["noted"]),
                           external_files=[reference(base, self.output_folder, self.dataset, entry)
                                      for entry in theirs["files"]])
-        rows = np.load(base.fetch(self.output_folder, file_of(theirs, ".npy"), check=True), allow_pickle=False)
+        rows = arrays.load_array(base.fetch(self.output_folder, file_of(theirs, ".npy"), check=True))
         old = succeeded_rows(read_metadata(base, item.inputs["of"], ["key", "status"]))
         place = {key: row for row, key in enumerate(old["key"].to_pylist())}
         keys = succeeded_rows(read_metadata(self.dataset, item.inputs["shard"], ["key", "status"]))["key"].to_pylist()

@@ -17,6 +17,7 @@ from pipeline.neighbors.files import neighbor_files
 from pipeline.stages import records
 from pipeline.stages.manifest import changed_inputs, read_manifest
 from pipeline.stages.plan import item_ids, read_items
+from pipeline.storage import arrays
 
 
 def find_faults(root: str, path: str, *, quick: bool = False) -> Iterator[dict[str, str]]:
@@ -146,7 +147,7 @@ def _shards(checked: _Checked, path: str, record: dict[str, Any]) -> Iterator[di
 
 
 def _embeddings(checked: _Checked, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
-    rows = np.load(checked.dataset.fetch(checked.name, file_of(record, ".npy")), mmap_mode="r", allow_pickle=False)
+    rows = arrays.map_array(checked.dataset.fetch(checked.name, file_of(record, ".npy")))
     yield from _lengths(checked, path, record["id"], len(rows), f"{record['id']}.npy")
     if (dim := checked.manifest["info"]["encoder"].get("dim")) and rows.shape[1:] != (dim,):
         yield _fault(path, f"{record['id']}.npy", f"has vectors of shape {rows.shape[1:]}, its encoder makes {dim}")
@@ -158,7 +159,7 @@ def _embeddings(checked: _Checked, path: str, record: dict[str, Any]) -> Iterato
 
 
 def _latents(checked: _Checked, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
-    rows = np.load(checked.dataset.fetch("latents", file_of(record, ".npy")), mmap_mode="r", allow_pickle=False)
+    rows = arrays.map_array(checked.dataset.fetch("latents", file_of(record, ".npy")))
     yield from _lengths(checked, path, record["id"], len(rows), f"{record['id']}.npy")
     if not np.isfinite(rows).all():
         yield _fault(path, f"{record['id']}.npy", "has latents that are not finite")
@@ -182,15 +183,15 @@ def _neighbors(checked: _Checked, path: str, record: dict[str, Any]) -> Iterator
         shard = kept["name"].removesuffix(".ids.npy")
         files = {entry["name"].removeprefix(f"{shard}."): entry for entry in record["files"]
                  if entry["name"].startswith(f"{shard}.")}
-        ids = np.load(dataset.fetch(name, kept), allow_pickle=False)
-        scores = np.load(dataset.fetch(name, files["scores.npy"]), allow_pickle=False)
+        ids = arrays.load_array(dataset.fetch(name, kept))
+        scores = arrays.load_array(dataset.fetch(name, files["scores.npy"]))
         yield from _lengths(checked, path, shard, len(ids), kept["name"])
         if ids.shape != scores.shape or ids.min(initial=-1) < -1 or ids.max(initial=-1) >= total:
             yield _fault(path, kept["name"], f"ids beyond the {total} rows of {database}")
         elif (scores[:, 1:] > scores[:, :-1]).any():
             yield _fault(path, files["scores.npy"]["name"], "neighbours are not nearest first")
         if vectors := files.get("vectors.npy"):
-            shape = np.load(dataset.fetch(name, vectors), mmap_mode="r", allow_pickle=False).shape
+            shape = arrays.map_array(dataset.fetch(name, vectors)).shape
             if shape[:2] != ids.shape:
                 yield _fault(path, vectors["name"], f"has vectors for {shape[:2]} neighbours, ids for {ids.shape}")
 
