@@ -139,8 +139,11 @@ def _averaged_weights(path: Path, unet: dict[str, Tensor], average: dict[str, Te
 def _diffusion_config(path: Path, betas: Tensor) -> DiffusionConfig:
     if betas.ndim != 1 or not len(betas) or not betas.is_floating_point():
         raise ValueError(f"{path}: its betas are not a list of numbers")
-    config = DiffusionConfig(timesteps=len(betas), beta_start=round(float(betas[0]), 7),
-                             beta_end=round(float(betas[-1]), 7))
+    try:
+        config = DiffusionConfig(timesteps=len(betas), beta_start=round(float(betas[0]), 7),
+                                 beta_end=round(float(betas[-1]), 7))
+    except ValueError as error:
+        raise ValueError(f"{path}: its betas make no noise schedule: {error}") from error
     root = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, config.timesteps, dtype=torch.float64)
     if (root**2 - betas.double()).abs().max() > 1e-6:
         raise ValueError(f"{path}: its betas are not the squares of a linear ramp between square roots")

@@ -121,13 +121,20 @@ def _image_positions(stream: BinaryIO, path: Path) -> Iterator[tuple[int, int]]:
         for key, suffix, member in _sample_members(members):
             if key != current.get("__key__"):
                 if current:
-                    yield sample_image(current)
+                    yield _image_position(current, path)
                 current = {"__key__": key}
             if suffix in current:
                 raise ValueError(f"{path} has {member.name} twice\nhint: python -m jobs verify")
             current[suffix] = (member.offset, member.size)
     if current:
-        yield sample_image(current)
+        yield _image_position(current, path)
+
+
+def _image_position(sample: dict[str, Any], path: Path) -> tuple[int, int]:
+    try:
+        return sample_image(sample)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}\nhint: python -m jobs verify") from None
 
 
 def _sample_members(members: Iterable[Member]) -> Iterator[tuple[str, str, Member]]:

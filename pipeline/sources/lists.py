@@ -200,7 +200,7 @@ class ListSource(Source):
         if chosen:
             yield self._part(spans, chosen)
         elif first:
-            raise ValueError(f"not one of {first} rows passes the filter {self.config.where}")
+            raise ValueError(f"{self.addresses[0]}: not one of {first} rows passes the filter {self.config.where}")
 
     def _part(self, spans: list[list[Any]], chosen: int) -> Part:
         spans = [span for span in spans if span[2] < span[3]]
@@ -283,7 +283,7 @@ class ListSource(Source):
         if chosen:
             yield write_rows(chosen, number, len(chosen), {"filtered": filtered})
         elif position:
-            raise ValueError(f"not one of {position} rows passes the filter {self.config.where}")
+            raise ValueError(f"{self.addresses[0]}: not one of {position} rows passes the filter {self.config.where}")
 
     def _text_mask(self, batch: list[dict[str, Any]]) -> np.ndarray:
         if self.where is None:

@@ -5,6 +5,7 @@ file beside it, and the document says which: {"count": n, "file": {"name", "byte
 """
 
 import bisect
+import contextlib
 import hashlib
 import io
 import itertools
@@ -63,12 +64,12 @@ class Rows(Sequence[_T]):
         if self._unpacked is None or self._unpacked[0] != group:
             self._unpacked = group, self._group(group)
         first = self._ends[group - 1] if group else 0
-        return self._element(self._unpacked[1].slice(index - first, 1).to_pylist()[0])
+        return self._unpack(self._unpacked[1].slice(index - first, 1))[0]
 
     def __iter__(self) -> Iterator[_T]:
         for group in self.tables():
             for batch in group.to_batches(max_chunksize=_BATCH):
-                yield from map(self._element, batch.to_pylist())
+                yield from self._unpack(batch)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -81,10 +82,22 @@ class Rows(Sequence[_T]):
     def _group(self, group: int, *columns: str) -> pa.Table:
         names = list(columns or self._schema.names)
         schema = pa.schema([self._schema.field(name) for name in names])
+        with self._name_damage():
+            group_table = self._file.read_row_group(group, names, use_threads=False).cast(schema)
+            group_table.validate(full=True)  # text may be no UTF-8
+            return group_table
+
+    def _unpack(self, packed: pa.Table | pa.RecordBatch) -> list[_T]:
+        with self._name_damage():
+            return [self._element(row) for row in packed.to_pylist()]
+
+    @contextlib.contextmanager
+    def _name_damage(self) -> Iterator[None]:
         try:
-            return self._file.read_row_group(group, names, use_threads=False).cast(schema)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise ValueError(f"{self.url or 'a list of records'} is damaged: {str(error).splitlines()[0]}\n"
+            yield
+        # Arrow's errors, JSON that is none, and cells that are empty or of another kind.
+        except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"{self.url or 'a list of records'} is damaged: {str(error).partition(chr(10))[0]}\n"
                              f"hint: python -m jobs verify") from error
 
     def ids(self) -> list[str]:
