@@ -13,7 +13,7 @@ from jobs.telemetry.units import format_bytes
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.stages import records
-from pipeline.stages.documents import check_more_items, check_plan, check_sealed
+from pipeline.stages.documents import check_more_items, check_plan, check_progress, check_sealed
 from pipeline.stages.manifest import changed_inputs
 from pipeline.stages.plan import prepare
 from pipeline.stages.seal import read_records
@@ -184,7 +184,8 @@ def _last(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
 def _progress(root: str, path: str) -> dict[str, Any] | None:
     """What the driver of a stage under way said last."""
     try:
-        return storage.read_json(storage.join(root, path, "progress.json"))
+        url = storage.join(root, path, "progress.json")
+        return check_progress(storage.read_json(url), url)
     except (FileNotFoundError, ValueError):
         return None
 

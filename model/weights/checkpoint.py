@@ -73,7 +73,7 @@ def halve(folder: Path, out: Path) -> dict:
     """
     about = _read_description(Path(folder))
     out.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.half() for name, tensor in load_file(Path(folder) / "ema.safetensors").items()}
+    weights = {name: tensor.half() for name, tensor in _load(Path(folder) / "ema.safetensors").items()}
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise ValueError(f"{folder}: there are weights too large for half precision")
     save_file(weights, out / "ema.safetensors")
@@ -95,12 +95,12 @@ def read(folder: Path, model: nn.Module, ema: EMA, optimizer: optim.Optimizer, c
         )
     if not (folder / "model.safetensors").is_file():
         raise ValueError(f"{folder} was converted: there is nothing in it to train on from")
-    fill(dict(model.named_parameters()), load_file(folder / "model.safetensors"))
+    fill(dict(model.named_parameters()), _load(folder / "model.safetensors"))
     for rate, weights in ema.averages.items():
-        fill(weights, load_file(folder / average_file(rate, ema.decay)))
+        fill(weights, _load(folder / average_file(rate, ema.decay)))
     ema.updates = about["ema_updates"]
     moments: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_file(folder / "optimizer.safetensors").items():
+    for key, tensor in _load(folder / "optimizer.safetensors").items():
         kind, name = key.split("/", 1)
         moments.setdefault(name, {})[kind] = tensor
     state = optimizer.state_dict()
@@ -127,6 +127,14 @@ def _split_like(value: Tensor, like: Tensor) -> Tensor:
     return value
 
 
+def _load(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file; ValueError if it is missing or damaged."""
+    try:
+        return load_file(path)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{path} cannot be read as weights: {error}\nhint: copy it again") from error
+
+
 def average_file(rate: float, first: float) -> str:
     """The file of the average with a rate; `first` is the rate of the run's first average."""
     return "ema.safetensors" if rate == first else f"ema-{rate:g}.safetensors"
@@ -143,10 +151,7 @@ def load_denoiser(folder: Path, ema: bool = True, rate: float = 0.0) -> tuple[UN
     check_average(config, rate)
     # Half precision is for those that are carried about: the network has float32 weights always.
     path = folder / (average_file(rate or config.ema_decay, config.ema_decay) if ema else "model.safetensors")
-    try:
-        weights = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read as weights: {error}\nhint: copy it again") from error
+    weights = _load(path)
     with torch.device("meta"):  # takes no memory, whatever sizes the settings name
         expected = {name: tensor.shape for name, tensor in UNet(config.unet).state_dict().items()}
     if expected != {name: tensor.shape for name, tensor in weights.items()}:

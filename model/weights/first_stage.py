@@ -76,7 +76,10 @@ def load(folder: str | Path, device: str | torch.device = "cpu", scale: float = 
     except ImportError as error:
         raise ValueError("first stages need the package diffusers\nhint: pip install diffusers") from error
     if Path(folder, "config.json").is_file():
-        about = json.loads(Path(folder, "config.json").read_text())
+        try:
+            about = json.loads(Path(folder, "config.json").read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{folder}/config.json is not JSON ({error})\nhint: was it edited or cut?") from error
     else:
         try:
             about = diffusers.AutoencoderKL.load_config(str(folder))
@@ -84,8 +87,8 @@ def load(folder: str | Path, device: str | torch.device = "cpu", scale: float = 
             raise ValueError(f"there is no autoencoder in {folder}, and no such name in the hub can be read: "
                              f"{str(error).splitlines()[0]}\nhint: a folder with config.json and "
                              f"diffusion_pytorch_model.safetensors") from error
-    kind = about.get("_class_name", "AutoencoderKL")
-    if kind not in _KINDS:
+    kind = about.get("_class_name", "AutoencoderKL") if isinstance(about, dict) else type(about).__name__
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"{folder} holds a {kind}\nhint: a first stage is one of {', '.join(sorted(_KINDS))}")
     try:
         network = getattr(diffusers, kind).from_pretrained(str(folder), use_safetensors=True)

@@ -195,7 +195,8 @@ class _Vectors:
             if len(column) != len(self.vectors[-1]):
                 raise ValueError(f"{vectors} has {len(self.vectors[-1])} rows, its metadata {len(column)}")
             # clip-retrieval names a sample by its key, or by a path that ends in it.
-            keys.append([key.rpartition("/")[2].partition(".")[0].encode() for key in column.to_pylist()])
+            names = column.cast(pa.large_binary()).to_pylist()  # a name may be no UTF-8
+            keys.append([name.rpartition(b"/")[2].partition(b".")[0] for name in names])
         self.table = KeyTable(keys)
 
     @staticmethod

@@ -148,7 +148,7 @@ def _failed(address: str, good: int, first: int) -> list[dict[str, Any]]:
     if not storage.exists(parquet_url):
         return []
     try:
-        rows = parquet.read(storage.read_bytes(parquet_url)).to_pylist()
+        rows = parquet.rows(parquet.read(storage.read_bytes(parquet_url)))
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{parquet_url} cannot be read as parquet: {str(error).strip()}") from None
     if not rows or "status" not in rows[0]:

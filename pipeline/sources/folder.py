@@ -192,7 +192,7 @@ def _caption_rows(address: str, caption_column: str) -> list[dict[str, Any]]:
     try:
         if address.endswith((".parquet", ".pq")):
             table = parquet.read(data)
-            rows, header = table.to_pylist(), table.column_names
+            rows, header = parquet.rows(table), table.column_names
         elif address.endswith((".jsonl", ".ndjson")):
             rows = [parse_json_row(line) for line in data.decode("utf-8-sig").split("\n") if line.strip()]
             header = list(dict.fromkeys(name for row in rows for name in row))

@@ -35,7 +35,7 @@ from pipeline.sources.rows import (
 )
 from pipeline.sources.source import Source, parse_row_filter
 from pipeline.sources.text_lists import read_text_rows, text_list_ending
-from pipeline.storage import name_by_content
+from pipeline.storage import name_by_content, parquet
 
 if TYPE_CHECKING:
     from pipeline.sources.config import ShardConfig
@@ -254,7 +254,7 @@ class ListSource(Source):
                                   np.arange(table.num_rows))
                         table = table.take(pa.array(chosen)) if len(chosen) < table.num_rows else table
                         table = _unsigned_to_text(table)
-                        rows = table.to_pylist()
+                        rows = parquet.rows(table)
                         yield from ((begin + low + int(number), cells)
                                     for number, cells in zip(chosen, rows, strict=True))
                     begin += batch.num_rows

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from pipeline.stages.stage import check_format
-
+FORMAT = 2
 # A shape is a type, or a tuple of shapes of which one fits. [shape] is a list, {"*": shape} a dict with any names.
 # A dict of names and shapes is a dict with these names. A name with a question mark may be missing, and other names
 # are allowed.
@@ -17,9 +16,21 @@ _RECORD = {"id": str, "samples?": int, "files": [_FILE], "skipped?": _COUNTS, "n
 _ITEMS = {"items": ([{"id": str, "inputs": dict}], _LIST_FILE)}
 _PLAN = {"stage": str, "fingerprint": str, "section": dict, "inputs": _INPUTS, **_ITEMS}
 _MANIFEST = {"stage": str, "content": str, "items": ([_RECORD], _LIST_FILE), "files": [_FILE], "inputs?": _INPUTS}
+_RETIRED = [{"host": str, "node": str, "card": str, "reason": str, "items": int}]
+_PROGRESS = {"updated": NUMBER, "items": int, "of_items": int, "rows": int, "of_rows": int, "retried": int,
+             "bytes": int, "rows_per_s": NUMBER, "seconds_left": (int, float, type(None)), "skipped": _COUNTS,
+             "failed_items": int, "retired?": _RETIRED, "devices?": _COUNTS}
 _SEALED = _MANIFEST | {
-    "info": dict, "run": {"seconds": NUMBER, "sealed": str, "retired?": [dict], "devices?": _COUNTS},
+    "info": dict, "run": {"seconds": NUMBER, "sealed": str, "retired?": _RETIRED, "devices?": _COUNTS},
     "totals": {"items": int, "samples": int, "bytes": int, "skipped": _COUNTS, "noted": _COUNTS}}
+
+
+def check_format(document: Any, url: str) -> None:
+    """ValueError if a later version of this program wrote a plan or manifest."""
+    format_version = document.get("format") if isinstance(document, dict) else None
+    if isinstance(format_version, int) and format_version > FORMAT:
+        raise ValueError(f"{url} has format {format_version}, and this version reads formats up to {FORMAT}\n"
+                         f"hint: install the version that wrote it, or a later one")
 
 
 def check_plan(document: Any, url: str) -> dict[str, Any]:
@@ -40,6 +51,11 @@ def check_manifest(document: Any, url: str) -> dict[str, Any]:
 def check_sealed(document: Any, url: str) -> dict[str, Any]:
     """The manifest of a stage as it is, with its counts; ValueError if it is damaged or of a later version."""
     return _check(document, url, _SEALED, "python -m jobs verify tells what else is")
+
+
+def check_progress(document: Any, url: str) -> dict[str, Any]:
+    """The progress of a stage as it is; ValueError if it is damaged."""
+    return _check(document, url, _PROGRESS, "its driver writes it again in a few seconds")
 
 
 def _check(document: Any, url: str, shape: dict[str, Any], hint: str) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.stages import records
-from pipeline.stages.documents import check_more_items, check_plan
+from pipeline.stages.documents import FORMAT, check_more_items, check_plan
 from pipeline.stages.manifest import code_revision
 from pipeline.stages.scratch import scratch_folder
-from pipeline.stages.stage import FORMAT, Stage, fingerprint
+from pipeline.stages.stage import Stage, fingerprint
 from pipeline.stages.types import Claim, Item, PlanReplaced, StageFailed
 from pipeline.storage.hashing import name_by_content
 

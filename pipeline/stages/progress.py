@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.stages import records
+from pipeline.stages.documents import check_progress
 
 LEAST = 200  # rows before a share of failures means anything
 
@@ -187,7 +188,8 @@ class Tally:
 
 def _read_retired(folder: str) -> list[dict[str, Any]]:
     try:
-        return storage.read_json(storage.join(folder, "progress.json")).get("retired", [])
+        url = storage.join(folder, "progress.json")
+        return check_progress(storage.read_json(url), url).get("retired", [])
     except (FileNotFoundError, ValueError):
         return []
 

@@ -11,10 +11,9 @@ from pipeline import storage
 from pipeline.hardware import devices
 from pipeline.stages import progress
 from pipeline.stages.decoder_pool import DecoderPool
+from pipeline.stages.documents import FORMAT
 from pipeline.stages.types import Claim, Item, Output, StageFailed
 from pipeline.storage.hashing import digest
-
-FORMAT = 2
 
 
 class Stage(ABC):
@@ -110,14 +109,6 @@ class Stage(ABC):
     def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         """Files and facts that need all items, for the manifest."""
         return Output()
-
-
-def check_format(document: Any, url: str) -> None:
-    """ValueError if a later version of this program wrote a plan or manifest."""
-    format_version = document.get("format") if isinstance(document, dict) else None
-    if isinstance(format_version, int) and format_version > FORMAT:
-        raise ValueError(f"{url} has format {format_version}, and this version reads formats up to {FORMAT}\n"
-                         f"hint: install the version that wrote it, or a later one")
 
 
 def fingerprint(stage: Stage, inputs: dict[str, dict[str, Any]] | None = None) -> str:

@@ -165,7 +165,7 @@ def formats() -> dict[str, Format]:
         "zst": Format("list.csv.zst",
                       (pa.compress(_CSV, "zstd", asbytes=True),), ("text_list",), (b"", b"\x28\xb5\x2f\xfd")),
         "parquet": Format("list.parquet", (table, pictures), ("list_source", "filtered_list"),
-                          (b"", b"PAR1", b"PAR1" * 3, *(table[:end] for end in range(0, len(table), 23)),
+                          (table.replace(b"a/1.jpg", b"a\xc01.jpg"), b"", b"PAR1", b"PAR1" * 3, *(table[:end] for end in range(0, len(table), 23)),
                            *(table[:-8] + struct.pack("<I", length) + b"PAR1" for length in (0, 1, 10**6, 2**32 - 1)))),
         "captions_csv": Format("captions.csv", (b"file,caption\na.png,one\n",), ("captions",), (
             b"", b"file,caption\n\xff,a\n", b"file,caption\na.png\n", b"file,caption\na,b,c,d\n",
@@ -189,6 +189,7 @@ def formats() -> dict[str, Format]:
             _npy_header("[" * 5000), _npy_header("__import__('os').abort()"), _npy_header("{" * 200),
             _npy_header("(" * 3000 + "1" + ")" * 3000)), ("good.parquet",)),
         "keys": Format("keys.parquet", (keys,), ("embedding_metadata",), (
+            keys.replace(b"000001", b"0\xd80001"),
             b"", b"PAR1", table, _parquet(pa.table({"image_path": [1, 2, 3]})),
             _parquet(pa.table({"image_path": ["a", None, "b"]})), _parquet(pa.table({"image_path": [["a"]] * 3})),
             _parquet(pa.table({"image_path": ["é\u0000", "", "."]}))), ("good.npy",)),
@@ -243,6 +244,7 @@ def write_whole(folder: Path) -> None:
     every = formats()
     for name, data in {"good.parquet": every["keys"].whole[0], "good.npy": every["npy"].whole[0],
                        "good.json": every["checkpoint_json"].whole[0],
-                       "good.safetensors": every["safetensors"].whole[0], "good-plan.json": every["plan"].whole[0],
+                       "good.safetensors": every["safetensors"].whole[0],
+                       "good-plan.json": json.dumps(_PLAN | {"inputs": {}}).encode(),
                        "good-manifest.json": every["manifest"].whole[0]}.items():
         (folder / name).write_bytes(data)

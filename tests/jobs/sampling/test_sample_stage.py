@@ -32,9 +32,9 @@ from pipeline.indices.searcher import Searcher
 from pipeline.media.contact_sheet import contact_sheet
 from pipeline.neighbors.config import NeighborsConfig
 from pipeline.neighbors.neighbors import Neighbors
+from pipeline.stages.documents import FORMAT
 from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import sealed_input
-from pipeline.stages.stage import FORMAT
 from pipeline.storage import files
 from tests.pipeline import synthetic
 

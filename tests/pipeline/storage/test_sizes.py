@@ -7,9 +7,9 @@ from pipeline.datasets.dataset import Dataset
 from pipeline.indices.config import SIZES, IndexConfig
 from pipeline.indices.index import Index, build_index
 from pipeline.sources.config import ShardConfig
+from pipeline.stages.documents import FORMAT
 from pipeline.stages.driver import run_stage
 from pipeline.stages.plan import prepare
-from pipeline.stages.stage import FORMAT
 from pipeline.storage import cache
 from pipeline.storage.sizes import parse_size, stored_size
 from tests.pipeline import synthetic
