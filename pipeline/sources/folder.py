@@ -207,7 +207,9 @@ def _caption_rows(address: str, caption_column: str) -> list[dict[str, Any]]:
     file_column = next((name for name in FILE_COLUMNS if name in header), None)
     wanted = (caption_column,) if caption_column else CAPTION_COLUMNS
     caption = next((name for name in wanted if name in header), None)
-    if rows and (file_column is None or caption is None):
+    if not rows and not header:
+        return []
+    if file_column is None or caption is None:
         raise ValueError(f"{address} has the columns {', '.join(header)}; wanted are one of {', '.join(FILE_COLUMNS)} "
                          f"and one of {', '.join(wanted)}")
     others = [name for name in header if name not in {file_column, caption}]

@@ -165,7 +165,8 @@ def formats() -> dict[str, Format]:
         "zst": Format("list.csv.zst",
                       (pa.compress(_CSV, "zstd", asbytes=True),), ("text_list",), (b"", b"\x28\xb5\x2f\xfd")),
         "parquet": Format("list.parquet", (table, pictures), ("list_source", "filtered_list"),
-                          (table.replace(b"a/1.jpg", b"a\xc01.jpg"), b"", b"PAR1", b"PAR1" * 3, *(table[:end] for end in range(0, len(table), 23)),
+                          (table.replace(b"a/1.jpg", b"a\xc01.jpg"),
+                           b"", b"PAR1", b"PAR1" * 3, *(table[:end] for end in range(0, len(table), 23)),
                            *(table[:-8] + struct.pack("<I", length) + b"PAR1" for length in (0, 1, 10**6, 2**32 - 1)))),
         "captions_csv": Format("captions.csv", (b"file,caption\na.png,one\n",), ("captions",), (
             b"", b"file,caption\n\xff,a\n", b"file,caption\na.png\n", b"file,caption\na,b,c,d\n",
