@@ -23,8 +23,8 @@ class Child:
         self.folder = folder
         self._process: subprocess.Popen[str] | None = None
 
-    def read(self, reader: str, data: bytes, name: str, beside: Sequence[Path] = ()) -> dict[str, str]:
-        """What a reader makes of a file with this name and these bytes; Broken if it breaks the law.
+    def read(self, reader: str, data: bytes, name: str, companions: Sequence[Path] = ()) -> dict[str, str]:
+        """The answer of a reader to a file with this name and these bytes; Broken if it breaks the law.
 
         A file is read, or refused by one sentence that names it.
         """
@@ -32,7 +32,7 @@ class Child:
         path.write_bytes(data)
         process = self._process or self._start()
         assert process.stdin and process.stdout
-        process.stdin.write(json.dumps({"reader": reader, "files": [str(path), *map(str, beside)],
+        process.stdin.write(json.dumps({"reader": reader, "files": [str(path), *map(str, companions)],
                                         "folder": str(self.folder)}) + "\n")
         process.stdin.flush()
         ready, _, _ = select.select([process.stdout], [], [], SECONDS)
@@ -62,7 +62,7 @@ class Child:
             self._process = None
 
     def _start(self) -> subprocess.Popen[str]:
-        # Each thread of a library reserves 64 MB of addresses for its memory.
+        # Each thread of a library reserves 64 MB of address space for its memory.
         environment = os.environ | {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
                                     "MKL_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system",
                                     "PYTHONPATH": str(REPOSITORY)}

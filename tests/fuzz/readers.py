@@ -34,7 +34,7 @@ from pipeline.stages.manifest import read_manifest
 from pipeline.stages.types import StageFailed
 from pipeline.storage.arrays import map_array
 
-MEMORY = 1 << 30  # bytes of addresses beyond those that the imports take
+MEMORY = 1 << 30  # bytes of address space beyond that of the imports
 REFUSALS = (ValueError, StageFailed, BadImage)
 
 
@@ -196,7 +196,7 @@ READERS: dict[str, Callable[[Path], None]] = {
 
 
 def read(name: str, path: Path) -> dict[str, str]:
-    """What became of a file: read, refused with a sentence, or broken with a traceback."""
+    """The result of reading a file: read, refused with a sentence, or broken with a traceback."""
     try:
         READERS[name](path)
     except REFUSALS as error:

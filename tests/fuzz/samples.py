@@ -36,8 +36,8 @@ class Format:
     whole: tuple[bytes, ...]
     readers: tuple[str, ...]
     damaged: tuple[bytes, ...] = ()
-    beside: tuple[str, ...] = ()
-    """Whole files that the readers need beside it."""
+    companions: tuple[str, ...] = ()
+    """Whole files that the readers need with it."""
 
 
 def _parquet(table: pa.Table, **options: Any) -> bytes:
@@ -121,12 +121,12 @@ _JSON_DAMAGE = (b"", b"null", b"[]", b"{}", b"1", b'"a"', b"\xff", b"\xef\xbb\xb
 
 def _variants(document: dict[str, Any]) -> tuple[bytes, ...]:
     """The document with each of its values of another kind, or missing."""
-    found = []
+    variants = []
     for name in document:
         for value in (None, 5, -1, "x", [], {}, [None], {"a": None}, [{}], {"count": 10**30, "file": {}}):
-            found.append(json.dumps(document | {name: value}).encode())
-        found.append(json.dumps({key: value for key, value in document.items() if key != name}).encode())
-    return tuple(found)
+            variants.append(json.dumps(document | {name: value}).encode())
+        variants.append(json.dumps({key: value for key, value in document.items() if key != name}).encode())
+    return tuple(variants)
 
 
 @cache
@@ -241,7 +241,7 @@ def formats() -> dict[str, Format]:
 
 
 def write_whole(folder: Path) -> None:
-    """The files that readers need beside a damaged one."""
+    """The files that readers need with a damaged one."""
     every = formats()
     for name, data in {"good.parquet": every["keys"].whole[0], "good.npy": every["npy"].whole[0],
                        "good.json": every["checkpoint_json"].whole[0],

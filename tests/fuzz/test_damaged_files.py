@@ -34,7 +34,7 @@ def child(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
 
 
 def _read(child: Child, form: Format, reader: str, data: bytes) -> dict[str, str]:
-    return child.read(reader, data, form.name, [child.folder / name for name in form.beside])
+    return child.read(reader, data, form.name, [child.folder / name for name in form.companions])
 
 
 def test_every_format_is_listed() -> None:
@@ -136,5 +136,5 @@ def test_other_damaged_files(child: Child, name: str) -> None:
     with contextlib.suppress(pytest.skip.Exception, Broken):
         look()
     if broken:
-        data, error = min(broken, key=lambda found: len(found[0]))
+        data, error = min(broken, key=lambda pair: len(pair[0]))
         pytest.fail(f"{error}\nthe file: {data!r}")
