@@ -17,7 +17,7 @@ from pipeline.stages.documents import check_more_items, check_plan, check_progre
 from pipeline.stages.manifest import changed_inputs
 from pipeline.stages.plan import prepare
 from pipeline.stages.seal import read_records
-from pipeline.stages.stage import Stage
+from pipeline.stages.stage import Stage, check_format
 from pipeline.stages.types import Item
 
 _SILENT_S = 120.0
@@ -120,6 +120,8 @@ def _state(root: str, path: str) -> dict[str, Any]:
             raise ValueError("plan.json is missing, though the folder is sealed")
         return {"state": "absent"}
     manifest = _read(root, path, "manifest.json")
+    for name, document in (("plan.json", plan), ("manifest.json", manifest)):
+        check_format(document, storage.join(root, path, name))
     items = records.count(plan["items"])
     about = {"stage": plan["stage"], "items": items}
     changed = changed_inputs(root, plan)

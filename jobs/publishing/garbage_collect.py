@@ -18,6 +18,7 @@ from pipeline import storage
 from pipeline.datasets import published, version_marks
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.published import Published
+from pipeline.datasets.release_files import find_missing_files
 from pipeline.stages.manifest import read_manifest
 from pipeline.stages.plan import read_items
 from pipeline.stages.types import StageFailed
@@ -38,12 +39,22 @@ def collect_garbage(root: str, name: str, config: GcConfig, *, dry_run: bool = F
         current = Published.load(root, name)  # after the marks: a version that is published later has another mark
         if not current.version:
             raise ValueError(f"nothing of {name} is published in {root}: nothing is old")
+        _refuse_damaged(current)
         versions = _choose(current, config, now)
         stays = _files_of(root, name, [entry["version"] for entry in versions if entry["kept"]])
         for entry in versions:
             if not entry["kept"]:
                 entry |= _remove(current, entry["version"], marks.get(entry["version"]), stays, now, dry_run)
     return versions
+
+
+def _refuse_damaged(current: Published) -> None:
+    """StageFailed if the published version is not whole: the earlier ones are the way back."""
+    dataset = current.open()
+    if missing := find_missing_files(dataset, dict(dataset.trusted)):
+        raise StageFailed(f"the published {current.name}@{current.version} is damaged: {len(missing)} files are missing"
+                          f" or changed, the first is {missing[0]}\nhint: python -m jobs rollback {current.name} --root "
+                          f"{current.root}; or rebuild {current.name}, which replaces it")
 
 
 @contextlib.contextmanager

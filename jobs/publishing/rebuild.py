@@ -98,7 +98,8 @@ class Rebuild:
         fault = ""
         try:
             base = before.open()
-            if missing := find_missing_files(base, dict(base.trusted)):
+            read = self.config.full or self.config.thorough
+            if missing := find_missing_files(base, dict(base.trusted), read=read):
                 fault = f"{len(missing)} files are missing or changed, the first is {missing[0]}"
         except ValueError as error:
             fault = str(error).splitlines()[0]
@@ -315,7 +316,14 @@ def run_rebuild(rebuild: Rebuild, seal: Seal) -> dict[str, Any]:
             lease.acquire()
             leases.callback(lease.release)
             if not version_marks.is_removing(dataset):  # removed between the claim and the lease
-                return _rebuild_claimed(rebuild, dataset, past, seal)
+                break
+        try:
+            return _rebuild_claimed(rebuild, dataset, past, seal)
+        except ValueError:
+            if not version_marks.is_removing(dataset):
+                raise
+            raise StageFailed(f"gc removed {dataset.name}@{dataset.version} while it was built: this command slept "
+                              f"longer than its lease\nhint: the same rebuild makes another version") from None
 
 
 def _rebuild_claimed(rebuild: Rebuild, dataset: Dataset, past: bool, seal: Seal) -> dict[str, Any]:

@@ -87,16 +87,19 @@ def list_versions(root: str, name: str) -> list[dict[str, Any]]:
     versions = []
     for version in current.versions():
         dataset = Dataset(root, name, version)
-        release = published.read_release(dataset)[0]
+        try:
+            release, damaged = published.read_release(dataset)[0], False
+        except ValueError:
+            release, damaged = None, True
         about: dict[str, Any] = {"version": version, "published": current.version == version,
                                "released": release is not None, "removed": is_removed(root, name, version),
-                               "rolled_back": version in rolled_back,
+                               "rolled_back": version in rolled_back, "damaged": damaged,
                                "pinned_by": pinned.get(version, []),
                                "until": _when(current.unpublished_since(version))}
         for key in ("samples", "recall@10", "change", "base"):
             about[key] = release.get(key) if release else None
         gates = storage.join(current.folder, version, "gates.json")
-        if release is None and storage.exists(gates):
+        if release is None and not damaged and storage.exists(gates):
             about["failed_gates"] = [gate["name"] for gate in storage.read_json(gates) if not gate["passed"]]
         versions.append(about)
     if not versions:
@@ -109,7 +112,7 @@ def versions_table(versions: list[dict[str, Any]]) -> str:
     rows = []
     for version in versions:
         change = ", ".join(f"{count} {what}" for what, count in (version["change"] or {}).items() if count)
-        state = next((word for word in ("published", "removed", "rolled_back", "released") if version[word]),
+        state = next((word for word in ("damaged", "published", "removed", "rolled_back", "released") if version[word]),
                      "not published").replace("_", " ")
         if "failed_gates" in version:
             state = f"stopped by {', '.join(version['failed_gates'])}"
@@ -145,6 +148,8 @@ def check_published(root: str, *, quick: bool = False, keys: ReleaseKeys | None 
             faults.append({"path": place, "fault": str(error).splitlines()[0]})
             continue
         folders.append(f"datasets/{name}/{dataset.version}/")
+        faults += [{"path": url.removeprefix(storage.normalize(root)).strip("/"), "fault": "is no publication"}
+                   for url in Published.load(root, name).damaged_history()]
         checks: list[tuple[str, Callable[[], Any]]] = [
             (dataset.path(stage_name), partial(dataset.manifest, stage_name)) for stage_name in dict(dataset.trusted)]
         checks += [(dataset.path(stage_name), partial(dataset.is_sealed, stage_name))
@@ -216,4 +221,4 @@ def is_removed(root: str, name: str, version: str) -> bool:
     dataset = Dataset(root, name, version)
     if version_marks.read_mark(dataset) is not None:
         return version_marks.is_removing(dataset)
-    return published.read_release(dataset)[0] is not None and not dataset.is_sealed("shards")
+    return published.has_release(dataset) and not dataset.is_sealed("shards")

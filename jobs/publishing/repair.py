@@ -40,6 +40,7 @@ def repair(root: str, name: str, *, dry_run: bool = False, keys: ReleaseKeys | N
         report |= {"published": current.version, "pointer": "in order"}
         if current.needs_signature:
             report["pointer"] = _sign(current, dry_run=dry_run)
+        report |= {"damaged": fault} if (fault := _find_fault(root, name, current.document)) else {}
     except DamagedPointer as error:
         _log.warning("repair: %s", str(error).splitlines()[0])
         report |= _restore_pointer(root, name, keys, dry_run=dry_run)
@@ -51,8 +52,12 @@ def repair(root: str, name: str, *, dry_run: bool = False, keys: ReleaseKeys | N
         report |= {"takedown_list": "restored" if restored else "in order",
                    "hidden_now": sum(entry["hidden_now"] for entry in hidden)}
     if report.get("damaged"):
+        if report["pointer"] != "restored":
+            raise StageFailed(f"the published {name}@{report['published']} is damaged: {report['damaged']}\n"
+                              f"hint: python -m jobs rollback {name} --root {root}; or rebuild {name}, which "
+                              f"replaces it")
         raise StageFailed(f"no published version of {name} is whole; {report['published']} is the newest: "
-                          f"{report['damaged']}\nhint: rebuild {name} --source ... replaces it; rollback --to another")
+                          f"{report['damaged']}\nhint: rebuild {name} --source ... replaces it")
     return report
 
 
@@ -68,8 +73,7 @@ def _sign(current: Published, *, dry_run: bool) -> str:
 
 def _restore_pointer(root: str, name: str, keys: ReleaseKeys, *, dry_run: bool) -> dict[str, Any]:
     data = published.read_pointer(root, name)
-    candidates = list(_publications(root, name, keys)) or [
-        document for document in _from_releases(root, name) if not keys.find_fault(name, document)]
+    candidates = _candidates(root, name, keys, data)
     if not candidates:
         if keys.accepted:
             raise ValueError(f"{name} in {root} has no readable publication with an accepted signature\nhint: if "
@@ -90,15 +94,34 @@ def _restore_pointer(root: str, name: str, keys: ReleaseKeys, *, dry_run: bool) 
     report = {"published": document["version"], "pointer": "restored"} | ({"damaged": fault} if fault else {})
     if dry_run:
         return report
-    if not Published(root, name, data, there, keys).replace(after):
+    current = Published(root, name, data, there, keys)
+    damaged = current.damaged_history()
+    if not current.replace(after):
         raise StageFailed(f"another command published a version of {name} meanwhile\nhint: look at versions {name}")
+    for url in damaged:
+        storage.remove(url)
     return report
+
+
+def _candidates(root: str, name: str, keys: ReleaseKeys, data: bytes | None) -> list[dict[str, Any]]:
+    """The publications that may be restored, the best first."""
+    documents = list(_publications(root, name, keys))
+    newest = max((document["sequence"] for document in documents), default=0)
+    pointer = published.parse_pointer(data or b"")
+    if pointer and pointer["sequence"] > newest and not keys.find_fault(name, pointer):
+        documents.insert(0, pointer)  # its entry in the history is damaged or missing
+        newest = pointer["sequence"]
+    releases = [document for document in _from_releases(root, name) if not keys.find_fault(name, document)]
+    if read_last_seen(root, name).get("sequence", 0) > newest:  # entries of the history are missing
+        known = max((document["number"] for document in documents), default=0)
+        documents = [*(release for release in releases if release["number"] > known), *documents]
+    return documents or releases
 
 
 def _publications(root: str, name: str, keys: ReleaseKeys) -> Iterator[dict[str, Any]]:
     """The publications in the history that can be read and trusted, the newest first, each version once."""
     base, versions = storage.join(root, "published", name), set()
-    for file in reversed(storage.list_files(base)):
+    for file in reversed([file for file in storage.list_files(base) if file[:-5].isdigit()]):
         document = published.parse_pointer(storage.read_bytes(storage.join(base, file)))
         if document is None:
             _log.warning("repair: %s is damaged and is not used", storage.join(base, file))
@@ -113,7 +136,11 @@ def _from_releases(root: str, name: str) -> Iterator[dict[str, Any]]:
     """The pointers that would name the releases, the newest first: a substitute for a lost history."""
     versions = storage.list_folders(storage.join(root, "datasets", name))
     for version in sorted(versions, key=published.version_number, reverse=True):
-        release, data = published.read_release(Dataset(root, name, version))
+        try:
+            release, data = published.read_release(Dataset(root, name, version))
+        except ValueError as error:
+            _log.warning("repair: %s", str(error).splitlines()[0])
+            continue
         if release is not None:
             yield {"version": version, "number": release["number"], "sequence": 0, "content": release["content"],
                    "release": hashlib.sha256(data).hexdigest(), "published": 0.0, "checked": 0.0, "previous": None,

@@ -66,17 +66,14 @@ class Published:
     def _find_fault(self) -> str:
         """A disagreement of the pointer with the history, or with what this machine has seen; "" without one."""
         sequence = self.document.get("sequence", 0)
-        files = storage.list_files(self._history_folder)
-        newest = max((int(file[:-5]) for file in files if file[:-5].isdigit()), default=0)
+        files = _numbered(storage.list_files(self._history_folder))
+        newest = max((int(file[:-5]) for file in files), default=0)
         if not self.document and newest:
             return f"is missing, and {newest} publications are in the history"
         if sequence < newest:
             return f"is an older one: it has number {sequence}, and the history goes up to {newest}"
         if sequence == newest and sequence:
-            try:
-                listed = storage.read_json(self._history_url(sequence))
-            except ValueError:
-                listed = {}
+            listed = parse_pointer(storage.read_bytes(self._history_url(sequence))) or {}
             if any(listed.get(key) != self.document[key] for key in ("version", "release")):
                 return f"is not publication {sequence} of the history"
         return self._find_rollback(sequence, files)
@@ -151,12 +148,20 @@ class Published:
 
     def history(self) -> list[dict[str, Any]]:
         """Every current.json that there was, the oldest first, this one included."""
-        base = self._history_folder
-        documents = {document["sequence"]: document for document in storage.map_urls(
-            lambda file: storage.read_json(storage.join(base, file)), storage.list_files(base))}
+        documents = {document["sequence"]: document for document in self._read_history().values() if document}
         if self.document:
             documents[self.document["sequence"]] = self.document
         return [documents[sequence] for sequence in sorted(documents)]
+
+    def damaged_history(self) -> list[str]:
+        """URLs of the entries of the history that cannot be read. They are left out everywhere else."""
+        return sorted(url for url, document in self._read_history().items() if document is None)
+
+    def _read_history(self) -> dict[str, dict[str, Any] | None]:
+        """The entries of the history by URL; None for those that cannot be read."""
+        files = _numbered(storage.list_files(self._history_folder))
+        urls = [storage.join(self._history_folder, file) for file in files]
+        return dict(zip(urls, storage.map_urls(lambda url: parse_pointer(storage.read_bytes(url)), urls), strict=True))
 
     def unpublished_since(self, version: str) -> float | None:
         """When a version ceased to be the published one, None if it never was; infinity if it is.
@@ -165,11 +170,11 @@ class Published:
         """
         successor: int | None = None
         history = self.history()
-        for document, after in zip(history, [*history[1:], None], strict=True):
+        for position, document in enumerate(history):
             if document["version"] == version:
-                if after is None:
+                if position + 1 == len(history):
                     return float("inf")
-                successor = after["sequence"]
+                successor = history[position + 1]["sequence"]
         return None if successor is None else self._publication_time(successor)
 
     def _publication_time(self, sequence: int) -> float:
@@ -259,6 +264,11 @@ class Published:
         return storage.join(self._history_folder, f"{sequence:06d}.json")
 
 
+def _numbered(files: list[str]) -> list[str]:
+    """The files of a history: other files may be in the folder."""
+    return [file for file in files if re.fullmatch(r"\d+\.json", file)]
+
+
 class DamagedPointer(ValueError):
     """The current.json of a dataset cannot be trusted, or is missing although the dataset has publications."""
 
@@ -306,7 +316,7 @@ def open_dataset(root: str, text: str, pinned: str = "", keys: ReleaseKeys | Non
         return published.open()
     if keys.accepted:
         raise ValueError(_untrusted(dataset.name, dataset.version, "was never published"))
-    if read_release(dataset)[0] is not None:
+    if has_release(dataset):
         raise DamagedPointer(published.root, dataset.name, f"is missing, and {dataset.version} has a release")
     return dataset
 
@@ -320,6 +330,11 @@ def open_label(root: str, label: str, keys: ReleaseKeys | None = None) -> Datase
 def _untrusted(name: str, version: str, fault: str) -> str:
     return (f"{name}@{version} {fault}, and RDM_RELEASE_KEY or --key accepts only signed versions\n"
             f"hint: rebuild {name} --sign KEYFILE publishes one")
+
+
+def has_release(dataset: Dataset) -> bool:
+    """Whether a version has a release, even a damaged one."""
+    return storage.exists(_release_url(dataset))
 
 
 def read_release(dataset: Dataset) -> tuple[dict[str, Any] | None, bytes]:

@@ -3,6 +3,7 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import Any
 
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
@@ -22,21 +23,24 @@ def find_changed_manifests(dataset: Dataset, manifests: Mapping[str, str]) -> li
     return changed
 
 
-def find_missing_files(dataset: Dataset, manifests: Mapping[str, str]) -> list[str]:
+def find_missing_files(dataset: Dataset, manifests: Mapping[str, str], *, read: bool = False) -> list[str]:
     """URLs of the files of a release that are missing or have another size. Each folder is listed once.
 
     `manifests` names the sha256 of the manifest of each stage. A manifest that is not that one counts as missing.
+    `read`: read each file, and compare its sha256 too.
     """
     changed = find_changed_manifests(dataset, manifests)
     missing = [storage.join(dataset.folder(stage_name), "manifest.json") for stage_name in changed]
-    by_folder: dict[str, dict[str, int]] = defaultdict(dict)
+    by_folder: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for stage_name in sorted(manifests.keys() - set(changed)):
         folder = dataset.folder(stage_name)
         manifest = read_manifest(folder, "", manifests[stage_name])
         for entry in [*manifest["files"], *(entry for record in manifest["items"] for entry in record["files"])]:
             parent, _, name = storage.manifest_file_url(folder, entry["name"]).rpartition("/")
-            by_folder[parent][name] = entry["bytes"]
+            by_folder[parent][name] = entry
     for folder, files in sorted(by_folder.items()):
         there = {name: length for name, length in storage.walk(folder) if "/" not in name}
-        missing += [storage.join(folder, name) for name, length in sorted(files.items()) if there.get(name) != length]
+        missing += [url for name, entry in sorted(files.items()) if there.get(name) != entry["bytes"]
+                    or (read and storage.sha256(storage.join(folder, name)) != entry["sha256"])
+                    for url in [storage.join(folder, name)]]
     return missing

@@ -11,6 +11,7 @@ a version names the last request that it has applied. The pointer of a published
 """
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,8 +29,10 @@ from pipeline.downloads.urls import find_host
 
 _NAME = "forgotten.json"
 _COPIES = "takedowns"
+_log = logging.getLogger(__name__)
 _TRIES = 20
 _KINDS = ("sha256", "urls", "domains")
+_LISTS = (*_KINDS, "requests", "rows")
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,12 @@ class Forgotten:
 
 
 def read_takedowns(root: str) -> Forgotten:
-    """All that was asked to be forgotten below a root."""
+    """All requests below a root. ValueError if the list is damaged, or lacks a request of which there is a copy."""
     document = _document(storage.join(root, _NAME))[1]
+    requests, copies = len(document.get("requests", ())), _count_copies(root)
+    if requests < copies:
+        raise ValueError(f"{storage.join(root, _NAME)} is missing or was replaced: expected {copies} requests, got "
+                         f"{requests}\nhint: python -m jobs repair NAME --root {root}, with any published dataset")
     return Forgotten(*(frozenset(document.get(kind, ())) for kind in _KINDS))
 
 
@@ -91,6 +98,7 @@ def count_requests(root: str) -> tuple[int, int]:
 def add_takedowns(root: str, more: Forgotten, note: str) -> int:
     """Add a request to the list of a root; how many requests it has now. `note` says why, and is kept."""
     listed = {kind: sorted(getattr(more, kind)) for kind in _KINDS if getattr(more, kind)}
+    restore_takedowns(root)  # a removed list must not start again from nothing
 
     def grown(document: dict[str, Any]) -> dict[str, Any]:
         request = {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "note": note, **listed}
@@ -110,8 +118,7 @@ def mark_applied(root: str, count: int) -> None:
 
 def restore_takedowns(root: str) -> bool:
     """Restore the list of a root from the copies of its requests; whether anything was missing."""
-    copies = [storage.read_json(_copy_url(root, int(name.removesuffix(".json"))))
-              for name in storage.list_files(storage.join(root, _COPIES)) if name.removesuffix(".json").isdigit()]
+    copies = [storage.read_json(_copy_url(root, number)) for number in range(1, _count_copies(root) + 1)]
     missing = False
 
     def grown(document: dict[str, Any]) -> dict[str, Any]:
@@ -121,8 +128,14 @@ def restore_takedowns(root: str) -> bool:
         return _with_requests(document, copies) if missing else document
 
     if copies:
-        _change(storage.join(root, _NAME), grown)
+        _change(storage.join(root, _NAME), grown, replace_damaged=True)
     return missing
+
+
+def _count_copies(root: str) -> int:
+    """The number of the last copy of a request; 0 without any."""
+    names = storage.list_files(storage.join(root, _COPIES))
+    return max((int(stem) for name in names if (stem := name.removesuffix(".json")).isdigit()), default=0)
 
 
 def _with_requests(document: dict[str, Any], requests: list[dict[str, Any]]) -> dict[str, Any]:
@@ -163,7 +176,8 @@ def hide_rows(dataset: Dataset, rows: list[int], through: int) -> int:
         return {"rows": sorted({*document.get("rows", ()), *rows}),
                 "through": max(through, document.get("through", 0))}
 
-    return len(_change(_address(dataset), grown)["rows"]) - before
+    # The whole list is applied each time, so a damaged file loses nothing.
+    return len(_change(_address(dataset), grown, replace_damaged=True)["rows"]) - before
 
 
 def read_forgotten_rows(dataset: Dataset) -> np.ndarray:
@@ -198,13 +212,22 @@ def _document(url: str) -> tuple[bytes | None, dict[str, Any]]:
         data = storage.read_bytes(url)
     except FileNotFoundError:
         return None, {}
-    return data, storage.parse_json(data, url)
+    document = storage.parse_json(data, url)
+    if not isinstance(document, dict) or not all(isinstance(document.get(key, []), list) for key in _LISTS):
+        raise ValueError(f"{url} is damaged: it is no list of requests or rows\nhint: python -m jobs repair NAME")
+    return data, document
 
 
-def _change(url: str, grown: Any) -> dict[str, Any]:
+def _change(url: str, grown: Any, *, replace_damaged: bool = False) -> dict[str, Any]:
     """Put in place what `grown` makes of a document, though others do the same."""
     for _ in range(_TRIES):
-        data, document = _document(url)
+        try:
+            data, document = _document(url)
+        except ValueError as error:
+            if not replace_damaged:
+                raise
+            _log.warning("%s: it is replaced", str(error).splitlines()[0])
+            data, document = storage.read_bytes(url), {}
         after = grown(document)
         if after == document or storage.swap_bytes(storage.json_bytes(json.loads(json.dumps(after))), url, data):
             return after

@@ -6,6 +6,7 @@ Every change of a mark is a compare-and-swap. A command does not publish a versi
 not remove a version whose mark has changed since it looked.
 """
 
+import json
 import secrets
 from typing import Any
 
@@ -71,7 +72,11 @@ def _state(mark: bytes | None) -> str:
 
 
 def _parse(mark: bytes | None) -> dict[str, Any]:
-    document = storage.parse_json(mark, "mark.json") if mark else {}
+    """The document of a mark. A damaged mark says nothing, and the next command replaces it."""
+    try:
+        document = json.loads(mark or b"{}")
+    except ValueError:
+        return {}
     return document if isinstance(document, dict) else {}
 
 

@@ -215,3 +215,92 @@ def test_a_takedown_during_a_rebuild_holds_in_the_new_version(place: Path) -> No
     hidden = hidden_rows.read_hidden_rows(published_dataset(root))
     assert [_keys(place / "root")[row] for row in hidden] == [key]
     assert Published.load(root, NAME).document["takedowns"] == 1
+
+
+def test_a_takedown_list_that_was_removed_does_not_begin_anew(place: Path) -> None:
+    root, keys = str(place / "root"), _keys(place / "root")
+    assert main(["forget", "--key", f"{NAME}/{keys[4]}", "--root", root]) == 0
+    (place / "root" / "forgotten.json").unlink()
+    with pytest.raises(ValueError, match=r"forgotten\.json is missing or was replaced: expected 1 requests, got 0"):
+        rebuild(place / "root", place / "source")
+    assert main(["forget", "--key", f"{NAME}/{keys[9]}", "--root", root]) == 0
+    assert len(json.loads((place / "root" / "forgotten.json").read_text())["requests"]) == 2
+    assert list(hidden_rows.read_hidden_rows(published_dataset(place / "root"))) == [4, 9]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"rows": 3, "requests": {}}'])
+def test_damaged_takedown_files_are_repaired(place: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
+    root, key = str(place / "root"), _keys(place / "root")[4]
+    assert main(["forget", "--key", f"{NAME}/{key}", "--root", root]) == 0
+    for name in ("forgotten.json", f"datasets/{NAME}/v1/forgotten.json"):
+        (place / "root" / name).write_text(content)
+        assert main(["verify", "--quick", "--root", root]) == 1
+        assert main(["neighbors", NAME, "--local", "--root", root]) == 2
+        assert "forgotten.json is " in capsys.readouterr().err
+        assert repair(root, NAME)["published"] == "v1"
+        assert list(hidden_rows.read_hidden_rows(published_dataset(place / "root"))) == [4]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "{}"])
+def test_a_damaged_entry_of_the_history_costs_only_itself(second: Path, content: str,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(second / "root")
+    (second / "root" / "published" / NAME / "000001.json").write_text(content)
+    (second / "root" / "published" / NAME / ".DS_Store").write_text("x")
+    assert main(["versions", NAME, "--root", root]) == 0
+    assert rebuild(second / "root", second / "source")["unchanged"]
+    assert main(["verify", "--quick", "--root", root]) == 1
+    assert f"published/{NAME}/000001.json: is no publication" in capsys.readouterr().out
+    # The newest entry: the pointer itself is in order, so its version is restored.
+    (second / "root" / "published" / NAME / "000002.json").write_text(content)
+    with pytest.raises(DamagedPointer):
+        published_dataset(root)
+    assert repair(root, NAME)["published"] == "v2"
+    assert main(["verify", "--quick", "--root", root]) == 0
+
+
+def test_lost_entries_of_the_history_do_not_bring_an_older_version_back(second: Path) -> None:
+    root = str(second / "root")
+    assert published_dataset(root).version == "v2"
+    history = second / "root" / "published" / NAME
+    (history / "000002.json").unlink()
+    _pointer(second).write_bytes((history / "000001.json").read_bytes())
+    assert repair(root, NAME)["published"] == "v2"
+
+
+def test_a_damaged_mark_or_release_wedges_nothing(second: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(second / "root")
+    for name in ("v1/mark.json", "v2/mark.json", "v1/release.json"):
+        (second / "root" / "datasets" / NAME / name).write_text("{")
+    assert main(["versions", NAME, "--root", root]) == 0
+    assert "v1" in capsys.readouterr().out
+    assert main(["gc", NAME, "--root", root]) == 0
+    paint(second / "source" / "more.png", 2)
+    assert rebuild(second / "root", second / "source")["published"] == "v3"
+
+
+def test_repair_and_gc_say_that_the_published_version_is_damaged(second: Path,
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(second / "root")
+    (second / "root" / "datasets" / NAME / "v2" / "index" / "manifest.json").unlink()
+    for verb in (["repair"], ["gc", "--keep", "0", "--lease", "0"]):
+        assert main([verb[0], NAME, *verb[1:], "--root", root]) == 1
+        error = capsys.readouterr().err
+        assert "v2 is damaged: 1 files are missing or changed" in error
+        assert f"hint: python -m jobs rollback {NAME} --root {root}" in error
+    assert main(["rollback", NAME, "--root", root]) == 0
+    assert published_dataset(root).version == "v1"
+
+
+def test_a_full_rebuild_replaces_a_version_with_changed_bytes(place: Path) -> None:
+    index = place / "root" / "datasets" / NAME / "v1" / "index" / "knn.index"
+    data = bytearray(index.read_bytes())
+    data[len(data) // 2] ^= 0xff
+    index.write_bytes(data)
+    assert rebuild(place / "root", place / "source", full=True)["published"] == "v2"
+
+
+def test_versions_of_a_dataset_that_was_never_published(second: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(second / "root" / "datasets" / NAME / "v1" / "shards", second / "root" / "datasets/plain/v1/shards")
+    assert main(["versions", "plain", "--root", str(second / "root")]) == 0
+    assert "not published" in capsys.readouterr().out
