@@ -13,11 +13,11 @@ from jobs.telemetry.units import format_bytes
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.stages import records
-from pipeline.stages.documents import check_more_items, check_plan, check_progress, check_sealed
+from pipeline.stages.documents import check_format, check_more_items, check_plan, check_progress, check_sealed
 from pipeline.stages.manifest import changed_inputs
 from pipeline.stages.plan import prepare
 from pipeline.stages.seal import read_records
-from pipeline.stages.stage import Stage, check_format
+from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item
 
 _SILENT_S = 120.0

@@ -52,8 +52,9 @@ def _refuse_damaged(current: Published) -> None:
     """StageFailed if the published version is not whole: the earlier ones are the way back."""
     dataset = current.open()
     if missing := find_missing_files(dataset, dict(dataset.trusted)):
-        raise StageFailed(f"the published {current.name}@{current.version} is damaged: {len(missing)} files are missing"
-                          f" or changed, the first is {missing[0]}\nhint: python -m jobs rollback {current.name} --root "
+        label = f"{current.name}@{current.version}"
+        raise StageFailed(f"the published {label} is damaged: {len(missing)} files are missing "
+                          f"or changed, the first is {missing[0]}\nhint: python -m jobs rollback {current.name} --root "
                           f"{current.root}; or rebuild {current.name}, which replaces it")
 
 
