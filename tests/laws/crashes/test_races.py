@@ -8,9 +8,10 @@ import pytest
 from tests.laws.crashes import roots
 from tests.laws.crashes.roots import PUBLISHING, STAGES, Place, check_end, check_published, copy_place, settle
 
-_FAST = [*itertools.product(PUBLISHING, repeat=2), ("shard", "embed"), ("embed", "shard"), ("embed", "embed"),
+_FAST = [*itertools.product(PUBLISHING, PUBLISHING[:-1]), ("shard", "embed"), ("embed", "shard"), ("embed", "embed"),
          ("index", "neighbors"), ("forget", "shard"), ("shard", "forget")]
-_PAIRS = [*dict.fromkeys([*_FAST, *itertools.product(STAGES, repeat=2), ("rebuild", "shard"), ("gc", "neighbors")])]
+_PAIRS = [*dict.fromkeys([*_FAST, *itertools.product(PUBLISHING, repeat=2),
+                          *itertools.product(STAGES, repeat=2), ("rebuild", "shard"), ("gc", "neighbors")])]
 
 
 def race(template: Place, folder: Path, verbs: tuple[str, str], number: int) -> bool:
