@@ -13,7 +13,7 @@ from jobs.telemetry.units import format_bytes
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.stages import records
-from pipeline.stages.documents import check_format, check_more_items, check_plan, check_progress, check_sealed
+from pipeline.stages.documents import check_more_items, check_plan, check_progress, check_sealed
 from pipeline.stages.manifest import changed_inputs
 from pipeline.stages.plan import prepare
 from pipeline.stages.seal import read_records
@@ -120,8 +120,6 @@ def _state(root: str, path: str) -> dict[str, Any]:
             raise ValueError("plan.json is missing, though the folder is sealed")
         return {"state": "absent"}
     manifest = _read(root, path, "manifest.json")
-    for name, document in (("plan.json", plan), ("manifest.json", manifest)):
-        check_format(document, storage.join(root, path, name))
     items = records.count(plan["items"])
     about = {"stage": plan["stage"], "items": items}
     changed = changed_inputs(root, plan)
