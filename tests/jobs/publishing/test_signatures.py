@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +16,12 @@ from jobs.sampling.mixture import Mixture
 from pipeline import storage
 from pipeline.datasets import hidden_rows, published, signatures, version_marks
 from pipeline.datasets.published import DamagedPointer, Published
-from pipeline.datasets.signatures import RELEASE_KEY, ReleaseKeys
+from pipeline.datasets.signatures import RELEASE_KEY
 from pipeline.embeddings.embed import dataset_encoder
 from pipeline.stages.driver import run_stage
 from pipeline.stages.types import StageFailed
+from tests.jobs.publishing.key_files import openssl_key
 from tests.jobs.publishing.published_art import NAME, make_rebuild, paint, published_dataset, rebuild
-
-
-def openssl_key(folder: Path, name: str, algorithm: str = "ed25519") -> tuple[Path, Path]:
-    private, public = folder / f"{name}.pem", folder / f"{name}.pub.pem"
-    subprocess.run(["openssl", "genpkey", "-algorithm", algorithm, "-out", private], check=True, capture_output=True)
-    subprocess.run(["openssl", "pkey", "-in", private, "-pubout", "-out", public], check=True, capture_output=True)
-    private.chmod(0o600)
-    return private, public
-
-
-def ssh_key(folder: Path, name: str, passphrase: str = "") -> tuple[Path, Path]:
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", passphrase, "-f", folder / name], check=True)
-    return folder / name, folder / f"{name}.pub"
 
 
 @pytest.fixture(scope="session")
@@ -391,70 +377,6 @@ def test_a_new_root_at_the_same_place_goes_on_with_the_numbers(signed: Path, key
     assert run_rebuild(signing_rebuild(signed, keys / "publisher.pem"), run_stage)["published"] == "v1"
     assert Published.load(str(signed / "root"), NAME).document["sequence"] == 3
     assert published_dataset(signed / "root").version == "v1"
-
-
-def test_keys_of_openssl_and_openssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(RELEASE_KEY, raising=False)
-    document = {"version": "v1", "sequence": 1}
-    for number, (private, public) in enumerate((openssl_key(tmp_path, "pem"), ssh_key(tmp_path, "ssh"))):
-        publisher = signatures.publishing_keys(str(private))
-        statement = publisher.sign(NAME, document)
-        for text in (str(public), public.read_text(), f"# a comment\n{public.read_text()}\n"):
-            reader = signatures.parse_release_keys(text, "key")
-            assert reader.find_fault(NAME, statement) == "" and reader.fingerprints == publisher.fingerprints
-        assert reader.find_fault("other", statement) and reader.find_fault(NAME, statement | {"sequence": 2})
-        assert not reader.find_fault(NAME, statement | {"checked": 5, "takedowns": 2})
-        if number:
-            printed = subprocess.run(["ssh-keygen", "-l", "-f", public], capture_output=True, text=True, check=True)
-            assert publisher.fingerprints[0] in printed.stdout
-    texts = [(tmp_path / name).read_text() for name in ("pem.pub.pem", "ssh.pub")]
-    both = signatures.parse_release_keys("".join(texts), "key")
-    assert len(both.accepted) == 2
-    assert signatures.parse_release_keys(signatures.public_text(both), "key").fingerprints == both.fingerprints
-
-
-def test_private_keys_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                       capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.delenv(RELEASE_KEY, raising=False)
-    private, public = openssl_key(tmp_path, "key")
-    private.chmod(0o640)
-    with pytest.raises(ValueError, match="others can read the private key of --sign"):
-        signatures.publishing_keys(str(private))
-    private.chmod(0o600)
-    (tmp_path / "empty").touch(0o600)
-    public.chmod(0o600)
-    for path, reason in ((openssl_key(tmp_path, "rsa", "rsa")[0], "is no ed25519 private key"),
-                         (tmp_path / "empty", "is no ed25519 private key"), (public, "is no ed25519 private key"),
-                         (ssh_key(tmp_path, "locked", "a passphrase")[0], "has a passphrase"),
-                         (tmp_path / "missing", "cannot be read: No such file")):
-        with pytest.raises(ValueError, match=reason) as refused:
-            signatures.publishing_keys(str(path))
-        assert str(tmp_path) not in str(refused.value)
-    text = private.read_text()
-    assert main(["rollback", NAME, f"--sign={text}", "--root", str(tmp_path)]) == 2
-    shown = capsys.readouterr().err
-    assert "takes the path of a private key" in shown and text.splitlines()[1] not in shown
-    for wrong in ({"sign": str(private), "unsigned": True}, {"sign": "", "accept_unsigned": True}):
-        with pytest.raises(ValueError, match=r"^--(unsigned|accept-unsigned) "):
-            signatures.publishing_keys(**wrong)
-    monkeypatch.setenv(RELEASE_KEY, str(public))
-    with pytest.raises(ValueError, match="--unsigned publishes without a signature"):
-        signatures.publishing_keys("", unsigned=True)
-
-
-def test_public_keys_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    private, public = openssl_key(tmp_path, "key")
-    for text, reason in (("", "is empty"), (" \n", "is empty"), (str(tmp_path / "missing"), "No such file"),
-                         (str(private), "names a private key"), (private.read_text(), "names a private key"),
-                         (str(openssl_key(tmp_path, "rsa", "rsa")[1]), "something else than ed25519"),
-                         ("ssh-ed25519 AAAA", "something else than ed25519"),
-                         (public.read_text() + "nonsense", "something else than ed25519"), ("\0", "ValueError")):
-        monkeypatch.setattr(os, "environ", os.environ | {RELEASE_KEY: text})
-        with pytest.raises(ValueError, match=reason) as refused:
-            signatures.read_release_keys()
-        assert private.read_text().splitlines()[1] not in str(refused.value)
-    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name != RELEASE_KEY})
-    assert signatures.read_release_keys() == ReleaseKeys()
 
 
 def test_rebuild_without_a_key_works_as_before(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
