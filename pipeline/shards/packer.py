@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import uvloop
 
 from pipeline import storage
 from pipeline.hardware import malloc
@@ -91,38 +90,34 @@ class ShardPacker:
         self.skipped: Counter[str] = Counter()
         self.started = time.time()
 
-    def pack(self, rows: Iterator[Row], read: Callable[[Row], bytes] | None, *, far: bool = False) -> None:
+    async def pack(self, rows: Iterator[Row], read: Callable[[Row], bytes] | None, *, far: bool = False) -> None:
         """Pack all rows.
 
         `read` gives the bytes of a row's image; None: they are downloaded. `far`: it reads from a remote store, so
         many rows are read at once.
         """
         malloc.keep_freed_memory()
+        numbered = enumerate(rows)
+        threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
         try:
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(self._start_lanes(enumerate(rows), read, far))
+            async with AsyncExitStack() as stack:
+                # More lanes than threads, so that no thread waits while the loop records its last rows.
+                lanes = 2 * threads
+                fetch: Callable[[Row], Awaitable[bytes]] | None = None
+                if read is None:
+                    from pipeline.downloads.downloader import Downloader
+                    downloader = await stack.enter_async_context(Downloader(self.config.download))
+                    lanes, threads = self.config.download.connections, threads + 1
+                    fetch = partial(_download, downloader)
+                elif far:
+                    readers = stack.enter_context(ThreadPoolExecutor(_READERS, "read"))
+                    lanes, fetch = _READERS, partial(_read_in_thread, readers, read)
+                pool = stack.enter_context(ThreadPoolExecutor(threads, "decode"))
+                lane_tasks = await stack.enter_async_context(asyncio.TaskGroup())
+                for _ in range(lanes):
+                    lane_tasks.create_task(self._lane(numbered, read, fetch, pool))
         except BaseExceptionGroup as group:
             raise first_error(group) from group
-
-    async def _start_lanes(self, rows: Iterator[tuple[int, Row]], read: Callable[[Row], bytes] | None,
-                           far: bool) -> None:
-        threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-        async with AsyncExitStack() as stack:
-            # More lanes than threads, so that no thread waits while the loop records its last rows.
-            lanes = 2 * threads
-            fetch: Callable[[Row], Awaitable[bytes]] | None = None
-            if read is None:
-                from pipeline.downloads.downloader import Downloader
-                downloader = await stack.enter_async_context(Downloader(self.config.download))
-                lanes, threads = self.config.download.connections, threads + 1
-                fetch = partial(_download, downloader)
-            elif far:
-                readers = stack.enter_context(ThreadPoolExecutor(_READERS, "read"))
-                lanes, fetch = _READERS, partial(_read_in_thread, readers, read)
-            pool = stack.enter_context(ThreadPoolExecutor(threads, "decode"))
-            lane_tasks = await stack.enter_async_context(asyncio.TaskGroup())
-            for _ in range(lanes):
-                lane_tasks.create_task(self._lane(rows, read, fetch, pool))
 
     async def _lane(self, rows: Iterator[tuple[int, Row]], read: Callable[[Row], bytes] | None,
                     fetch: Callable[[Row], Awaitable[bytes]] | None, pool: ThreadPoolExecutor) -> None:

@@ -1,5 +1,6 @@
 """The stage `shard`: from a corpus to the shards of a dataset."""
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import uvloop
 
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
@@ -115,8 +117,10 @@ class Shard(Stage):
         packer = ShardPacker(self.config, item.id, digits, scratch, self.report_progress, known, self.refused)
         files = self.source.fetch == "file"
         read = getattr(self.source, "read", None) if files else _raise_missing
-        packer.pack(self._rows(item.inputs, scratch, reading), None if self.source.fetch == "url" else read,
-                    far=files and not storage.is_local(self.config.source[0]))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop:
+            loop.run(packer.pack(self._rows(item.inputs, scratch, reading),
+                                 None if self.source.fetch == "url" else read,
+                                 far=files and not storage.is_local(self.config.source[0])))
         ledger = packer.finish()
         # The number of samples that a damaged tar had is unknown: it counts as one sample left out, and has a line.
         ledger += [Entry(name, reason, detail, kept=reason != "tar_cut") for name, reason, detail in reading.remarks]

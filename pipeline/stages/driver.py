@@ -24,7 +24,6 @@ from pipeline.stages.plan import (
     write_more_items,
 )
 from pipeline.stages.progress import Tally
-from pipeline.stages.records import Collected
 from pipeline.stages.seal import read_records, seal_stage
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Outcome, Retired, StageFailed
@@ -111,36 +110,20 @@ def run_stage(stage: Stage, runner: Runner = run_in_process, *, overwrite: bool 
             storage.remove_unfinished(stage.folder, lease.now(), below=True)  # of commands that were killed
         planned = overwrite and replace_plan(stage)
         lease.share()
-        return _run_and_seal(stage, runner, planned, retry, max_failed, watch)
+        run = _Run(stage, planned=planned, retry=retry, max_failed=max_failed, watch=watch)
+        if manifest := _sealed_manifest(stage):
+            return manifest
+        while items := run.next_items():
+            for outcome in runner(stage, items):
+                run.add(outcome)
+            run.end_round()
+        return run.seal()
 
 
 def _sealed_manifest(stage: Stage) -> dict[str, Any] | None:
     """The manifest of a claimed folder. None if it is not sealed, or if a late driver sealed it under another plan."""
     manifest = read_manifest(stage.folder, stage.command) if is_sealed(stage) else None
     return manifest if manifest and manifest["fingerprint"] == claim_of(stage).fingerprint else None
-
-
-def _run_and_seal(stage: Stage, runner: Runner, planned: bool, retry: bool, max_failed: float,
-                  watch: Callable[[Tally], None] | None) -> dict[str, Any]:
-    # Before the items: a driver that adds a round meanwhile has added ours.
-    rounds = storage.list_files(storage.join(stage.folder, "more"))
-    items, joined = claim_folder(stage)
-    if manifest := _sealed_manifest(stage):
-        return manifest
-    retry = retry and not _retry_is_unfinished(stage, rounds)
-    done, tally = _run_items(stage, runner, items, joined and not planned, max_failed, watch)
-    if retry:
-        added, joined = write_more_items(stage, stage.items_to_retry(items, done), len(rounds) + 1)
-        if added:
-            items = prepare(stage)
-            done, tally = _run_items(stage, runner, items, joined, max_failed, watch)
-    if over := tally.over(max_failed, final=True):
-        raise StageFailed(f"{stage.name}: {over}\nhint: --retry-failed tries these rows once more; a higher "
-                          f"--max-failed seals what is there")
-    for name in storage.list_files(storage.join(stage.folder, "failures")):
-        storage.remove(storage.join(stage.folder, "failures", name))
-    tally.clear()
-    return seal_stage(stage, items, done, tally.retired)
 
 
 def _retry_is_unfinished(stage: Stage, rounds: Sequence[str]) -> bool:
@@ -152,39 +135,53 @@ def _retry_is_unfinished(stage: Stage, rounds: Sequence[str]) -> bool:
     return any(f"{item_id}.json" not in recorded for item_id in item_ids(load_items(stage.folder, listed)))
 
 
-def _run_items(stage: Stage, runner: Runner, items: Sequence[Item], joined: bool, max_failed: float,
-               watch: Callable[[Tally], None] | None) -> tuple[Sequence[dict[str, Any]], Tally]:
-    """Run every item that has no record; the records of all, in order, and their tally."""
-    ids = item_ids(items)
-    done = read_records(stage, ids)
-    numbers = [number for number, item_id in enumerate(ids) if item_id not in done.ids]
-    if joined:
-        # Drivers on one folder share its work: each takes its own order, and steps back where it finds a record.
-        random.shuffle(numbers)
-    tally = Tally(stage.folder, len(ids), sum(map(stage.rows, items)), stage.by_choice, done.ids)
-    recorded = done.in_order(ids)
-    tally.start(recorded)
-    if not numbers:
-        return recorded, tally
-    del recorded
-    outcomes = _Outcomes(stage, done, tally, max_failed, watch)
-    stage.on_progress = outcomes.look
-    for outcome in runner(stage, _Subset(items, numbers)):
-        outcomes.add(outcome)
-    stage.on_progress = None
-    outcomes.end(len(ids), len(numbers))
-    return done.in_order(ids), tally
+class _Run:
+    """One run of a driver: the items without a record, what became of them, and the seal."""
 
-
-class _Outcomes:
-    """Counts the outcomes of a run: records, failed items, retired workers."""
-
-    def __init__(self, stage: Stage, done: Collected, tally: Tally, max_failed: float,
+    def __init__(self, stage: Stage, *, planned: bool, retry: bool, max_failed: float,
                  watch: Callable[[Tally], None] | None) -> None:
-        self.stage, self.done, self.tally, self.max_failed, self.watch = stage, done, tally, max_failed, watch
-        self.failed: list[Outcome] = []
+        """Claim the folder. `planned`: this driver has written its plan just now."""
+        self.stage, self.max_failed, self.watch = stage, max_failed, watch
         self.folder = storage.join(stage.folder, "failures")
-        self.reports = set(storage.list_files(self.folder))  # of earlier runs
+        # Before the items: a driver that adds a round meanwhile has added ours.
+        rounds = storage.list_files(storage.join(stage.folder, "more"))
+        self.items, joined = claim_folder(stage)
+        self.joined = joined and not planned
+        self.retry, self.rounds = retry and not _retry_is_unfinished(stage, rounds), len(rounds)
+        self.started = False
+        self.failed: list[Outcome] = []
+        self.reports: set[str] = set()  # of earlier runs
+
+    def next_items(self) -> Sequence[Item]:
+        """The items to run now: those without a record, and after them those of a retry of failed rows."""
+        items: Sequence[Item] = () if self.started else self._missing_items()
+        if not items and self.retry:
+            self.retry = False
+            added, self.joined = write_more_items(self.stage, self.stage.items_to_retry(self.items, self._records()),
+                                                  self.rounds + 1)
+            if added:
+                self.items = prepare(self.stage)
+                items = self._missing_items()
+        if items:
+            self.reports = set(storage.list_files(self.folder))
+            self.stage.on_progress = self.look
+        return items
+
+    def _missing_items(self) -> Sequence[Item]:
+        self.started, self.ids = True, item_ids(self.items)
+        self.done = read_records(self.stage, self.ids)
+        numbers = [number for number, item_id in enumerate(self.ids) if item_id not in self.done.ids]
+        if self.joined:
+            # Drivers on one folder share its work: each takes its own order, and steps back where it finds a record.
+            random.shuffle(numbers)
+        self.tally = Tally(self.stage.folder, len(self.ids), sum(map(self.stage.rows, self.items)),
+                           self.stage.by_choice, self.done.ids)
+        self.tally.start(self._records())
+        self.ran = len(numbers)
+        return _Subset(self.items, numbers)
+
+    def _records(self) -> Sequence[dict[str, Any]]:
+        return self.done.in_order(self.ids)
 
     def add(self, outcome: Outcome | Retired | None) -> None:
         """Count what a runner yields. StageFailed if the stage cannot continue."""
@@ -214,15 +211,26 @@ class _Outcomes:
         if self.watch:
             self.watch(self.tally)
 
-    def end(self, items: int, ran: int) -> None:
-        """Show the last count. StageFailed if one of the `ran` items of all `items` failed."""
-        if self.watch and self.tally.now.get("items", items - ran) != self.tally.done_items:
+    def end_round(self) -> None:
+        """Show the last count. StageFailed if an item failed."""
+        self.stage.on_progress = None
+        if self.watch and self.tally.now.get("items", len(self.ids) - self.ran) != self.tally.done_items:
             self._show(self.watch)
         if self.failed:
             first = self.failed[0]
-            raise StageFailed(f"{self.stage.name}: {len(self.failed)} of {items} items failed, the first is "
+            raise StageFailed(f"{self.stage.name}: {len(self.failed)} of {len(self.ids)} items failed, the first is "
                               f"{first.item.id}: {storage.redact_credentials(first.error)}\nhint: the tracebacks are "
                               f"in {self.folder}; run the same command again to retry them")
+
+    def seal(self) -> dict[str, Any]:
+        """Seal the folder, and return its manifest. StageFailed if too many rows failed."""
+        if over := self.tally.over(self.max_failed, final=True):
+            raise StageFailed(f"{self.stage.name}: {over}\nhint: --retry-failed tries these rows once more; a higher "
+                              f"--max-failed seals what is there")
+        for name in storage.list_files(self.folder):
+            storage.remove(storage.join(self.folder, name))
+        self.tally.clear()
+        return seal_stage(self.stage, self.items, self._records(), self.tally.retired)
 
     def _show(self, watch: Callable[[Tally], None]) -> None:
         self.tally.look(quick=True)
