@@ -99,8 +99,9 @@ class Lease:
 
     def share(self) -> None:
         """Allow others beside this one from now on."""
-        self._exclusive = False
-        self._write()
+        if self._exclusive:
+            self._exclusive = False
+            self._write()
 
     def release(self) -> None:
         """End the lease."""

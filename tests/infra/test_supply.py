@@ -93,6 +93,7 @@ def test_a_service_that_does_not_answer_fails_the_audit(service: str, tmp_path: 
     assert _audit(service, lock, tmp_path).returncode != 0
 
 
+@pytest.mark.slow
 def test_the_lists_have_every_pin_and_are_the_same_twice(tmp_path: Path) -> None:
     program = tools.environment("supply") / "cyclonedx-py"
     for folder in ("first", "second"):

@@ -147,6 +147,7 @@ def _kill(process: "subprocess.Popen[str]", after: float = 0.0) -> None:
     time.sleep(1.1)  # the folders are named by the second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.0, pytest.param(4.0, marks=pytest.mark.slow)])  # before wandb writes, and after
 def test_the_steps_of_a_killed_session_are_told_once_by_the_next_one(tmp_path: Path, session: Any,
                                                                      seconds: float) -> None:
@@ -158,6 +159,7 @@ def test_the_steps_of_a_killed_session_are_told_once_by_the_next_one(tmp_path: P
     assert _steps(_unfinished(run)) == [list(range(1, 12)) if seconds else []]
 
 
+@pytest.mark.slow
 def test_sessions_that_finished_stay_and_those_that_were_killed_do_not(tmp_path: Path, session: Any) -> None:
     run = tmp_path / "runs/small"
     assert session(0, 12, 1).wait(60) == 0

@@ -126,6 +126,7 @@ def test_sigterm_saves_before_it_leaves(root: Path) -> None:
     assert len(steps) == 1 and steps[0] >= 7
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_two_ray_workers_of_which_one_dies_equal_torchrun_and_one_process(root: Path, cluster: Any) -> None:
     expected_curve = _undisturbed_curve(root)

@@ -48,6 +48,7 @@ def test_killed_before_some_writes(template: Place, tmp_path: Path, verb: str) -
         assert reached or number == writes - 2  # a slow command also renews its lease and reports its progress
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", [verb if verb == "rebuild" else pytest.param(verb, marks=pytest.mark.slow)
                                   for verb in (*PUBLISHING, "shard")])
 def test_killed_on_s3(template: Place, tmp_path: Path, s3: str, verb: str) -> None:

@@ -82,7 +82,9 @@ except BadImage as bad:
     print(bad.reason)
 from pipeline.media import isolation
 isolation._close()
-print(max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) >> 10)
+# Not ru_maxrss: after a vfork it is that of the process that started this one.
+own, = (int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) >> 10)
 """
     begun = time.monotonic()
     output = subprocess.run([sys.executable, "-c", program, *arguments], cwd=REPOSITORY, check=True,
