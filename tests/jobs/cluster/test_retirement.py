@@ -275,8 +275,8 @@ def undisturbed_manifest(root: Path, config: FaultyConfig) -> dict[str, Any]:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("error", ["cuda", "disk", *(pytest.param(error, marks=pytest.mark.slow)
-                                                     for error in ("wrapped", "setup", "value", "memory"))])
+@pytest.mark.parametrize("error", ["disk", *(pytest.param(error, marks=pytest.mark.slow)
+                                             for error in ("cuda", "wrapped", "setup", "value", "memory"))])
 def test_three_healthy_workers_of_six_finish_everything(error: str, nodes: list[str], start_pool: Any, tmp_path: Path,
                                                         caplog: Any) -> None:
     config, root = FaultyConfig(200 if error == "cuda" else 60, 0.05, error), tmp_path / "root"
@@ -305,6 +305,7 @@ def test_three_healthy_workers_of_six_finish_everything(error: str, nodes: list[
     assert f"{len(retired)} workers retired" in status.status_table(str(root), [sealed])
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_device_that_fails_items_taken_together_retires_its_worker(cluster: Any, start_pool: Any, tmp_path: Path
                                                                      ) -> None:
@@ -367,6 +368,7 @@ def test_only_broken_places_end_the_stage_and_the_same_command_resumes(cluster: 
     assert without_run_facts(manifest) == undisturbed_manifest(tmp_path / "plain", config)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_broken_gpu_is_held_and_the_others_of_its_node_go_on(cluster: Any, start_pool: Any, tmp_path: Path,
                                                                monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,6 +165,7 @@ def test_the_whole_cluster_killed_then_another_one_goes_on(undisturbed: Path, tm
     assert _manifests(str(root)) == _manifests(str(undisturbed))
 
 
+@pytest.mark.slow
 def test_s3_holds_the_same_bytes_as_a_local_disk(undisturbed: Path, s3: str, settings_file: Path) -> None:
     root = f"{s3}/root"
     assert main(_arguments(root, settings_file, "--local")) == 0

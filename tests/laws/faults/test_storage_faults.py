@@ -153,6 +153,7 @@ def _forget() -> None:
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
+@pytest.mark.slow
 def test_a_store_that_is_busy_now_and_then_costs_time_only(busy: Busy, s3: str, tmp_path: Path, address: str) -> None:
     source = write_url_list(tmp_path / "list.parquet", image_urls(address, 60))
     busy.every = 5

@@ -176,6 +176,7 @@ def describe_in_new_process(model: str, home: Path) -> "subprocess.CompletedProc
         **os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[3])})
 
 
+@pytest.mark.slow
 def test_a_model_of_a_hub_is_found_in_its_cache(tmp_path: Path) -> None:
     """Laid out as huggingface_hub leaves it; there is no network in tests."""
     repository = tmp_path / "hub" / "models--someone--small"

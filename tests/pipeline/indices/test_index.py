@@ -277,6 +277,7 @@ def test_kinds_that_cannot_be_filled_in_parts_are_refused_for_parts(tmp_path, fe
         build_index(Index(dataset, IndexConfig(key="HNSW15", part_memory="100Ki")), run_stage)
 
 
+@pytest.mark.slow
 def test_the_rotation_is_as_good_as_that_of_faiss(few):
     error = {}
     for width in (32, 48, 16):
