@@ -149,7 +149,7 @@ def check_published(root: str, *, quick: bool = False, keys: ReleaseKeys | None 
             continue
         folders.append(f"datasets/{name}/{dataset.version}/")
         faults += [{"path": url.removeprefix(storage.normalize(root)).strip("/"), "fault": "is no publication"}
-                   for url in Published.load(root, name).damaged_history()]
+                   for url in Published.load(root, name, keys).damaged_history()]
         checks: list[tuple[str, Callable[[], Any]]] = [
             (dataset.path(stage_name), partial(dataset.manifest, stage_name)) for stage_name in dict(dataset.trusted)]
         checks += [(dataset.path(stage_name), partial(dataset.is_sealed, stage_name))

@@ -40,7 +40,8 @@ def find_missing_files(dataset: Dataset, manifests: Mapping[str, str], *, read: 
             by_folder[parent][name] = entry
     for folder, files in sorted(by_folder.items()):
         there = {name: length for name, length in storage.walk(folder) if "/" not in name}
-        missing += [url for name, entry in sorted(files.items()) if there.get(name) != entry["bytes"]
-                    or (read and storage.sha256(storage.join(folder, name)) != entry["sha256"])
-                    for url in [storage.join(folder, name)]]
+        for name, entry in sorted(files.items()):
+            url = storage.join(folder, name)
+            if there.get(name) != entry["bytes"] or (read and storage.sha256(url) != entry["sha256"]):
+                missing.append(url)
     return missing

@@ -100,8 +100,9 @@ class Lease:
     def share(self) -> None:
         """Allow others beside this one from now on."""
         if self._exclusive:
-            self._exclusive = False
-            self._write()
+            with self._writing:  # a renewal that began before would make it exclusive again
+                self._exclusive = False
+                self._write()
 
     def release(self) -> None:
         """End the lease."""
@@ -119,7 +120,7 @@ class Lease:
 
         Leases of this process on the latter do not count: `rebuild` holds a version and makes its stages.
         """
-        return find_holders(self._root, self._folder, self.now(), self._url, above=True)
+        return find_holders(self._root, self._folder, modified_time(self._url), self._url, above=True)
 
     def _renew(self) -> None:
         while not self._ended.wait(RENEW_S):

@@ -62,9 +62,9 @@ def killed_at_every_point(make, root) -> int:
 
 
 def test_killed_anywhere_and_run_again_is_the_same_folder(tmp_path):
-    # Three writes of the lease, 6 lists, the plan, 13 files of items, 6 records, the file of all and the manifest,
+    # Two writes of the lease, 6 lists, the plan, 13 files of items, 6 records, the file of all and the manifest,
     # before and after. Files of items come from scratch by a name that is hidden at first.
-    assert killed_at_every_point(Count, tmp_path) == 2 * (3 + 6 + 1 + 2 * 13 + 6 + 1 + 1)
+    assert killed_at_every_point(Count, tmp_path) == 2 * (2 + 6 + 1 + 2 * 13 + 6 + 1 + 1)
 
 
 def test_sharding_killed_anywhere_and_run_again_is_the_same_folder(tmp_path):
