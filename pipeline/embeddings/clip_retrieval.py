@@ -1,9 +1,10 @@
 """Import and export embeddings in the layout of clip-retrieval."""
 
 import json
-import re
+import logging
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.metadata import metadata
 from pipeline.embeddings import clip
-from pipeline.embeddings.compvis_archive import ROW_NUMBER, Archives, KeyTable, list_archives
+from pipeline.embeddings.clip_weights import describe_encoder
+from pipeline.embeddings.compvis_archive import ROW_NUMBER, Archives, list_archives
 from pipeline.embeddings.config import EmbedConfig
+from pipeline.embeddings.decode_batch import decode_images
 from pipeline.embeddings.embed import Embed
+from pipeline.embeddings.encode_shards import count_cores
+from pipeline.embeddings.vectors_by_name import RecurringKeys, VectorsByName, list_pairs
 from pipeline.media import tars
 from pipeline.stages import records as stage_records
 from pipeline.stages.stage import Stage
@@ -27,7 +32,11 @@ from pipeline.stages.types import Entry, Item, Output, StageFailed
 from pipeline.storage import arrays, parquet
 
 LAYOUT, COMPVIS = "clip-retrieval", "compvis"
-_PROBES, _LEAST = 4, 0.99  # pictures of a shard that are encoded to see whether adopted vectors can be theirs
+PROBES = 16
+"""Images of each shard that are encoded again, to see whether adopted vectors are theirs."""
+LEAST_COSINE = 0.99
+"""Cosine of an adopted vector to that of the encoder here, at least. Another precision changes less than 0.001."""
+_log = logging.getLogger(__name__)
 
 
 class Export(Stage):
@@ -71,6 +80,9 @@ class Export(Stage):
         output.ledger = [Entry(key, "undecodable") for key, good in zip(table["key"].to_pylist(), there, strict=True)
                          if not good]
         table = table.filter(pa.array(there))
+        if "image_path" in table.column_names:  # a column of the source: readers want one of that name
+            table = table.rename_columns([f"source_{name}" if name == "image_path" else name
+                                          for name in table.column_names])
         table = table.add_column(0, "image_path", table["key"])
         output.files[f"metadata/metadata_{item.id}.parquet"] = path = scratch / "metadata.parquet"
         pq.write_table(table, path)
@@ -80,8 +92,9 @@ class Export(Stage):
 class AdoptEmbeddings(Embed):
     """The stage that takes the embeddings of a dataset from a folder in the layout of clip-retrieval or CompVis.
 
-    Rows find their samples by key (`image_path`), or by `img_id` and the place of the patch. That the encoder is the
-    one that is named is seen by encoding a few pictures of each shard.
+    Rows find their samples by key (`image_path`), or by `img_id` and the place of the patch. The stage encodes some
+    images of each shard again, and refuses a vector that is not theirs. If several samples or vectors share a name,
+    the hash of the image tells them apart. Without a hash the stage encodes all of these images.
     """
 
     def __init__(self, dataset: Dataset, config: EmbedConfig, source: str) -> None:
@@ -92,7 +105,7 @@ class AdoptEmbeddings(Embed):
         return {"adopted": COMPVIS if list_archives(self.source) else LAYOUT, "encoder": super().section()["encoder"]}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
-        addresses = list_archives(self.source) or [url for pair in _pairs(self.source) for url in pair]
+        addresses = list_archives(self.source) or [url for pair in list_pairs(self.source) for url in pair]
         glances = [json.dumps(storage.summarize_file(url)) for url in addresses]
         return super().inputs() | {"vectors": {"path": "", "digest": storage.digest(glances)}}
 
@@ -100,43 +113,84 @@ class AdoptEmbeddings(Embed):
         return 1
 
     def process(self, item: Item, scratch: Path) -> Output:
-        encoder, record = clip.load_encoder(self.config.clip()), item.inputs["shard"]
-        with (times := Times())("read"):
-            path = self.dataset.fetch("shards", file_of(record, ".tar"), check=True)
-            samples = list(tars.read(path))
-            if list_archives(self.source):
-                adopted = Archives.open_cached(self.source).rows(self._rows(record, samples))
-            else:
-                adopted = _Vectors.open_cached(self.source).rows([sample["__key__"] for sample in samples])
-        vectors = np.zeros((len(samples), encoder.dim), np.float16)
-        ledger, usable = [], []
-        for row, (sample, vector) in enumerate(zip(samples, adopted, strict=True)):
-            if vector is None:
-                ledger.append(Entry(sample["__key__"], "not_adopted", "row of zeros", kept=True))
-                continue
-            if vector.shape != (encoder.dim,):
-                raise ValueError(f"{self.source} has vectors of {vector.size} numbers, {self.config.model} makes "
-                                 f"{encoder.dim}\nhint: --model and --pretrained as when they were made")
-            length = np.linalg.norm(vector.astype(np.float32))
-            if not np.isfinite(length) or length == 0:
+        record, times = item.inputs["shard"], Times()
+        with times("read"):
+            samples = list(tars.read(self.dataset.fetch("shards", file_of(record, ".tar"), check=True)))
+            candidates = self._candidates(record, samples)
+        ledger: list[Entry] = []
+        for sample, vectors in zip(samples, candidates, strict=True):
+            known = [vector for vector in vectors.of_name if self._has_direction(vector)]
+            if vectors.of_name and not known:
                 ledger.append(Entry(sample["__key__"], "not_finite", "row of zeros", kept=True))
-                continue
-            vectors[row] = vector.astype(np.float32) / length
-            usable.append(row)
-        if usable:
-            # Spread over the shard: vectors in another order begin well.
-            probes = [usable[place] for place in np.linspace(0, len(usable) - 1, min(_PROBES, len(usable))).astype(int)]
-            with times("forward"):
-                own = encoder.images(np.stack([encoder.prepared(tars.sample_image(samples[row])) for row in probes]))
-            cosine = (own * vectors[probes].astype(np.float32)).sum(1)
-            if cosine.min() < _LEAST:
-                raise ValueError(f"the vectors of {self.source} are not those that {self.config.model} "
-                                 f"({self.config.pretrained}) makes of shard {record['id']}: cosine "
-                                 f"{cosine.min():.3f}\nhint: --model and --pretrained as when they were made, and the "
-                                 f"pictures that they were made of")
+            elif not known:
+                ledger.append(Entry(sample["__key__"], "not_adopted", "row of zeros", kept=True))
+            vectors.of_name = known
+        with times("forward"):
+            rows, undecodable = self._settle(record, samples, candidates)
+        ledger += [Entry(key, "undecodable", "row of zeros", kept=True) for key in undecodable]
         out = scratch / "embeddings.npy"
-        np.save(out, vectors, allow_pickle=False)
-        return Output(samples=len(vectors), files={f"{item.id}.npy": out}, ledger=ledger, times=dict(times.seconds))
+        np.save(out, rows, allow_pickle=False)
+        return Output(samples=len(rows), files={f"{item.id}.npy": out}, ledger=ledger, times=dict(times.seconds))
+
+    def _candidates(self, record: dict[str, Any], samples: Sequence[dict[str, Any]]) -> list["Candidates"]:
+        """The vectors that may be those of each sample of a shard."""
+        if list_archives(self.source):
+            rows = Archives.open_cached(self.source).rows(self._rows(record, samples))
+            return [Candidates([] if vector is None else [vector]) for vector in rows]
+        folder = VectorsByName.open_cached(self.source)
+        recurring = RecurringKeys.open_cached(self.dataset, self.dataset.identity("shards")["digest"])
+        hashes = [row["sha256"] for row in metadata(self.dataset, record, ["sha256"])]
+        candidates = []
+        for sample, sha256 in zip(samples, hashes, strict=True):
+            places, exact = folder.find(sample["__key__"])
+            settled = len(places) < 2 and not recurring.has(sample["__key__"], exact=exact)
+            if not settled and (same := [place for place in places if sha256 and folder.sha256(place) == sha256]):
+                places, settled = same[:1], True
+            candidates.append(Candidates([folder.vector(place) for place in places], settled))
+        return candidates
+
+    def _has_direction(self, vector: np.ndarray) -> bool:
+        dim = describe_encoder(self.config.clip())["dim"]
+        if vector.shape != (dim,):
+            raise ValueError(f"{self.source} has vectors of {vector.size} numbers, {self.config.model} makes {dim}\n"
+                             f"hint: --model and --pretrained as when they were made")
+        length = np.linalg.norm(vector.astype(np.float32))
+        return bool(np.isfinite(length) and length > 0)
+
+    def _settle(self, record: dict[str, Any], samples: Sequence[dict[str, Any]], candidates: list["Candidates"]
+                ) -> tuple[np.ndarray, list[str]]:
+        """The unit vectors of a shard, (N_i, D) float16, and the keys whose image should choose but does not decode.
+
+        ValueError if a vector is not that of its image.
+        """
+        sure = [row for row, vectors in enumerate(candidates) if vectors.settled and vectors.of_name]
+        # Spread over the shard: vectors in another order may begin well.
+        probes = {sure[place] for place in np.linspace(0, len(sure) - 1, min(PROBES, len(sure))).astype(int)}
+        unsure = {row for row, vectors in enumerate(candidates) if not vectors.settled and vectors.of_name}
+        checked = sorted(probes | unsure)
+        encoder = clip.load_encoder(self.config.clip())
+        rows, undecodable, worst = np.zeros((len(samples), encoder.dim), np.float16), [], (1.0, 0)
+        encoded = encode_images(encoder, [tars.sample_image(samples[row]) for row in checked], self.config.batch_size)
+        for row in sure:
+            rows[row] = unit_rows(candidates[row].of_name[0])
+        for row, own in zip(checked, encoded, strict=True):
+            if own is None:
+                undecodable += [samples[row]["__key__"]] if row in unsure else []
+                continue
+            vectors = unit_rows(np.stack(candidates[row].of_name))
+            cosines = vectors.astype(np.float32) @ own
+            rows[row] = vectors[cosines.argmax()]
+            worst = min(worst, (float(cosines.max()), row))
+        if worst[0] < LEAST_COSINE:
+            cosine, row = worst
+            raise ValueError(f"the vectors of {self.source} are not those that {self.config.model} "
+                             f"({self.config.pretrained}) makes of shard {record['id']}: row {row}, "
+                             f"{samples[row]['__key__']}: expected a cosine of at least {LEAST_COSINE}, got "
+                             f"{cosine:.3f}\nhint: --model and --pretrained as when they were made, and the "
+                             f"images that they were made of")
+        _log.info("embed: shard %s: %d of %d images encoded again, %d of them because others share their names; least "
+                  "cosine %.4f", record["id"], len(checked), len(samples), len(unsure), worst[0])
+        return rows, undecodable
 
     def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         totals = stage_records.totals(records)
@@ -156,63 +210,33 @@ class AdoptEmbeddings(Embed):
         return rows
 
 
-def _pairs(source: str) -> list[tuple[str, str]]:
-    """The addresses of the files of vectors of a folder, each with that of its metadata."""
-    pairs, metadata_names = [], set(storage.list_files(storage.join(source, "metadata")))
-    for name in storage.list_files(storage.join(source, "img_emb")):
-        if match := re.fullmatch(r"img_emb_(.+)\.npy", name):
-            about = f"metadata_{match[1]}.parquet"
-            if about not in metadata_names:
-                raise ValueError(f"{storage.join(source, 'img_emb', name)} has no metadata beside it: there is no "
-                                 f"{storage.join(source, 'metadata', about)}\nhint: copy it again")
-            pairs.append((storage.join(source, "img_emb", name), storage.join(source, "metadata", about)))
-    if not pairs:
-        raise ValueError(f"{source} has no img_emb/img_emb_*.npy, and no 1000x512-part_1.npz\nhint: --adopt FOLDER, "
-                         f"the output folder of clip-retrieval's inference, or a retrieval database of CompVis")
-    return pairs
+@dataclass
+class Candidates:
+    """The vectors that may be those of a sample."""
+
+    of_name: list[np.ndarray]
+    """The vectors whose name belongs to the key of the sample, (D,) each."""
+    settled: bool = True
+    """Whether it can only be the first."""
 
 
-class _Vectors:
-    """The vectors of a folder by key; about 40 bytes a row are kept in memory (of a remote folder, all of it)."""
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
+    """Vectors (..., D) as float16 of unit length."""
+    rows = vectors.astype(np.float32)
+    return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float16)
 
-    def __init__(self, source: str) -> None:
-        keys, self.vectors = [], []
-        for vectors, about in _pairs(source):
-            self.vectors.append(arrays.map_array(storage.local_path(vectors)) if storage.is_local(vectors)
-                                else arrays.parse_array(storage.read_bytes(vectors), vectors))
-            array = self.vectors[-1]
-            if array.ndim != 2 or array.dtype.kind not in "fiu":
-                raise ValueError(f"{vectors} holds {array.dtype} {array.shape}, wanted are rows of numbers\n"
-                                 f"hint: the folder img_emb/ that clip-retrieval writes")
-            try:
-                column = parquet.read(storage.read_bytes(about), columns=["image_path"])["image_path"]
-            except (pa.ArrowException, KeyError, OSError) as error:
-                raise ValueError(f"{about} is no parquet with a column image_path: {error}\n"
-                                 f"hint: the folder metadata/ that clip-retrieval writes with img_emb/") from error
-            if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)) or column.null_count:
-                raise ValueError(f"{about}: image_path holds {column.type}, {column.null_count} cells are empty; "
-                                 f"wanted are keys of samples\nhint: the folder metadata/ that clip-retrieval writes")
-            if len(column) != len(self.vectors[-1]):
-                raise ValueError(f"{vectors} has {len(self.vectors[-1])} rows, its metadata {len(column)}")
-            # clip-retrieval names a sample by its key, or by a path that ends in it.
-            names = column.cast(pa.large_binary()).to_pylist()  # a name may be no UTF-8
-            keys.append([name.rpartition(b"/")[2].partition(b".")[0] for name in names])
-        self.table = KeyTable(keys)
 
-    @staticmethod
-    @lru_cache(maxsize=1)
-    def open_cached(source: str) -> "_Vectors":
-        """Those of a folder, kept in this process."""
-        return _Vectors(source)
-
-    def rows(self, keys: list[str]) -> list[np.ndarray | None]:
-        """The vector of each key, None for those that have none."""
-        rows: list[np.ndarray | None] = []
-        for key in keys:
-            place = self.table.place(key.encode())
-            if self.table.name(place) != key.encode():
-                rows.append(None)
-                continue
-            file, row = self.table.row(place)
-            rows.append(np.array(self.vectors[file][row]))
-        return rows
+def encode_images(encoder: clip.Encoder, images: Sequence[bytes], size: int) -> list[np.ndarray | None]:
+    """The unit vector (D,) float32 of each encoded image, None if it does not decode; `size`: images at a time."""
+    vectors: list[np.ndarray | None] = [None] * len(images)
+    with ThreadPoolExecutor(count_cores()) as pool:
+        for start in range(0, len(images), size):
+            parts = list(pool.map(lambda image: decode_images([image], encoder.prepared).pictures,
+                                  images[start:start + size]))
+            there = [place for place, part in enumerate(parts) if part is not None]
+            if there:
+                rows = encoder.fit(np.concatenate([part for part in parts if part is not None]), len(there),
+                                   lambda part, _: encoder.images(part), np.concatenate)
+                for place, row in zip(there, rows, strict=True):
+                    vectors[start + place] = row
+    return vectors

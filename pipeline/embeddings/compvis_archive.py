@@ -52,6 +52,18 @@ class KeyTable:
             matches.append(name)
         return first, matches
 
+    def equal(self, name: bytes) -> range:
+        """The places of the rows of a name."""
+        if len(name) > self.names.itemsize:  # numpy would copy all names to compare them with a longer one
+            return range(0)
+        return range(self.place(name), int(np.searchsorted(self.names, name, side="right")))
+
+    def starting(self, prefix: bytes) -> range:
+        """The places of the names that start so, without a list of them; the last byte of `prefix` is below 255."""
+        if len(prefix) > self.names.itemsize:
+            return range(0)
+        return range(self.place(prefix), self.place(prefix[:-1] + bytes([prefix[-1] + 1])))
+
     def row(self, place: int) -> tuple[int, int]:
         """The file and the row in it of the name at a place."""
         row = self.order[place]
