@@ -74,7 +74,7 @@ def _remove_leftovers(root: str, name: str, now: float) -> None:
     for folder in ("", "takedowns", f"published/{name}"):
         storage.remove_unfinished(storage.join(root, folder) if folder else root, now)
     if count := storage.remove_unfinished(storage.join(root, "datasets", name), now, below=True):
-        _log.info("gc: removed %d files of %s that were left unfinished", count, name)
+        _log.info("gc: removed %d files and uploads of %s that were left unfinished", count, name)
 
 
 def _choose(current: Published, config: GcConfig, now: float) -> list[dict[str, Any]]:

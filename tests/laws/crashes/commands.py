@@ -66,8 +66,11 @@ class Commands:
     _started: int = 0
 
     def start(self, place: Path, root: str, arguments: tuple[str, ...], *, pause: int | None = None,
-              kill: int | None = None) -> Command:
-        """Start a command on a root. It pauses or is killed right before its write of that number."""
+              kill: int | None = None, all_abandoned: bool = False) -> Command:
+        """Start a command on a root. It pauses or is killed right before its write of that number.
+
+        With `all_abandoned` every unfinished file is old enough to be removed: the times of objects cannot be changed.
+        """
         connected = socket.socket(socket.AF_UNIX)
         connected.settimeout(300)
         connected.connect(self.socket_path)
@@ -81,7 +84,8 @@ class Commands:
         command = Command(connected, arguments, output)
         connected.sendall(json.dumps({
             "arguments": arguments, "root": root, "environment": environment, "output": str(output),
-            "at": kill if pause is None else pause, "action": "kill" if pause is None else "pause"}).encode() + b"\n")
+            "at": kill if pause is None else pause, "action": "kill" if pause is None else "pause",
+            "all_abandoned": all_abandoned}).encode() + b"\n")
         return command
 
     def run(self, place: Path, root: str, arguments: tuple[str, ...], **how: Any) -> Ended:

@@ -29,7 +29,8 @@ _PACKAGES = ("pipeline", "jobs.publishing", "jobs.cli", "jobs.inspection", "jobs
 _COLD = ("jobs.telemetry.ray_metrics",)  # imports Ray
 _CHANGES = {"os.rename": 1, "os.link": 1, "os.remove": 0, "os.rmdir": 0, "os.truncate": 0}  # which argument is changed
 _REQUESTS = {"PutObject", "DeleteObject", "DeleteObjects", "CopyObject", "CreateMultipartUpload", "UploadPart",
-             "CompleteMultipartUpload"}
+             "CompleteMultipartUpload", "AbortMultipartUpload"}
+_PART_BYTES = 4096  # so that tars of a few small images are uploaded in parts, as large ones are
 
 
 class Writes:
@@ -46,7 +47,9 @@ class Writes:
         if "://" not in self.root:
             sys.addaudithook(self._on_event)
             return
+        import s3fs.core
         from aiobotocore.client import AioBaseClient
+        s3fs.core.calculate_chunksize = lambda *arguments, **options: _PART_BYTES
         call = AioBaseClient._make_api_call
 
         async def counted(client: Any, operation: str, parameters: Any) -> Any:
@@ -162,6 +165,9 @@ def _serve_command(connection: Connection) -> None:
     writes = Writes(request["root"], request["at"], request["action"], connection)
     writes.watch()
     _report_sleep(connection)
+    if request["all_abandoned"]:
+        from pipeline.storage import leftovers
+        leftovers.ABANDONED_S = -1.0
     code = 1
     try:
         code = _run(request["arguments"], request["root"])

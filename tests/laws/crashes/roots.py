@@ -1,12 +1,14 @@
 """Roots to work on, the commands that change them, and the laws that hold afterwards."""
 
+import itertools
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import fsspec
 
@@ -38,9 +40,9 @@ class Place:
         """The command line of a verb of `VERBS`."""
         return tuple(word.format(source=self.source, forgotten=FORGOTTEN) for word in VERBS[verb])
 
-    def run(self, arguments: tuple[str, ...]) -> Ended:
+    def run(self, arguments: tuple[str, ...], **how: Any) -> Ended:
         """Run a command that must end well."""
-        ended = self.commands.run(self.folder, self.root, arguments)
+        ended = self.commands.run(self.folder, self.root, arguments, **how)
         assert ended.code == 0, ended
         return ended
 
@@ -90,9 +92,37 @@ def copy_place(template: Place, folder: Path, bucket: str = "") -> Place:
     return Place(template.commands, folder, root)
 
 
-def damage_pointer(place: Place) -> None:
-    """Make the root one that needs `repair`."""
-    fsspec.open(f"{place.root}/datasets/{NAME}/current.json", "w").open().close()
+def prepare_place(template: Place, folder: Path, verb: str, bucket: str = "") -> Place:
+    """A copy of a template in which a verb has something to do: the pointer is damaged for `repair`."""
+    place = copy_place(template, folder, bucket)
+    if verb == "repair":
+        fsspec.open(f"{place.root}/datasets/{NAME}/current.json", "w").open().close()
+    return place
+
+
+def count_writes(template: Place, folder: Path, verb: str, bucket: str = "") -> int:
+    """How many writes a verb makes when it is alone."""
+    place = prepare_place(template, folder, verb, bucket)
+    return place.run(place.arguments(verb)).writes
+
+
+def sweep(check: Callable[[int], bool], *, stride: int = 1) -> None:
+    """Check the laws at every write of a command, or at every third one with a `stride` of 3.
+
+    The sweep ends when `check` says that there is no write of that number. RDM_SWEEP_STRIDE replaces the stride.
+    AssertionError with all faults, and how many writes were checked.
+    """
+    stride = int(os.environ.get("RDM_SWEEP_STRIDE") or stride)
+    failed = []
+    for number in itertools.count(0, stride):
+        try:
+            if not check(number):
+                break
+        except AssertionError as error:
+            failed.append(f"{number}: {error}")
+    checked = f"{number // stride} writes, from 0 to {number - stride} in steps of {stride}"
+    print(f"checked: {checked}")
+    assert not failed, f"{len(failed)} of {checked}:\n" + "\n".join(failed)
 
 
 def check_end(ended: Ended) -> None:
@@ -122,19 +152,24 @@ def settle(place: Place, *, stages: bool) -> None:
         for verb in STAGES:
             place.run(place.arguments(verb))
     _age_temporary_files(place)
-    place.run(place.arguments("gc"))
+    place.run(place.arguments("gc"), all_abandoned=not is_local(place.root))
     place.run(("search", NAME))
     place.run(("verify",))
     assert not list(temporary_files(place)), list(temporary_files(place))
 
 
 def temporary_files(place: Place) -> Iterator[str]:
-    """Files that are no part of any result: unfinished ones, leases, and what lies in scratch."""
+    """Files that are no part of any result: unfinished ones and uploads, leases, and what lies in scratch."""
     file_system, path = fsspec.core.url_to_fs(place.root)
+    file_system.invalidate_cache()
     for file in file_system.find(path):
         name = file.rpartition("/")[2]
-        if "/leases/" in file or (_TEMPORARY.fullmatch(name) and is_local(place.root)):
-            yield file  # the times of objects cannot be changed, so on S3 they are not an hour old
+        if "/leases/" in file or _TEMPORARY.fullmatch(name):
+            yield file
+    if not is_local(place.root):
+        bucket, _, prefix = path.partition("/")
+        for upload in file_system.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix).get("Uploads", []):
+            yield f"{upload['Key']}, an upload that was not completed"
     for scratch in (place.folder / "scratch").glob("*"):
         yield str(scratch)
 

@@ -5,8 +5,16 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import parse
-from tests.laws.crashes import roots
-from tests.laws.crashes.roots import PUBLISHING, STAGES, VERBS, Place, check_published, copy_place, settle
+from tests.laws.crashes.roots import (
+    STAGES,
+    VERBS,
+    Place,
+    check_published,
+    count_writes,
+    prepare_place,
+    settle,
+    sweep,
+)
 
 _READERS = {"versions", "credits", "report", "status", "verify", "plan"}
 _BY_THE_SAME_DRIVER = {"latents", "convert", "export", "train", "sample", "evaluate", "pipeline", "demo", "submit"}
@@ -17,16 +25,9 @@ def test_all_verbs_are_known() -> None:
     assert {*VERBS} | _READERS | _BY_THE_SAME_DRIVER == {*parse.VERBS}
 
 
-def _prepare(template: Place, folder: Path, verb: str, bucket: str = "") -> Place:
-    place = copy_place(template, folder, bucket)
-    if verb == "repair":
-        roots.damage_pointer(place)
-    return place
-
-
 def kill_at(template: Place, folder: Path, verb: str, number: int, bucket: str = "") -> bool:
     """Kill a verb before one of its writes and check the laws; False if it ended before that write."""
-    place = _prepare(template, folder, verb, bucket)
+    place = prepare_place(template, folder, verb, bucket)
     killed = place.commands.run(place.folder, place.root, place.arguments(verb), kill=number)
     if killed.code is not None:
         return False
@@ -40,8 +41,7 @@ def kill_at(template: Place, folder: Path, verb: str, number: int, bucket: str =
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_killed_before_some_writes(template: Place, tmp_path: Path, verb: str) -> None:
-    whole = _prepare(template, tmp_path / "whole", verb)
-    writes = whole.run(whole.arguments(verb)).writes
+    writes = count_writes(template, tmp_path / "whole", verb)
     assert writes > 5
     for number in (writes * 2 // 3,) if verb in STAGES else (1, writes // 2, writes - 2):
         reached = kill_at(template, tmp_path / str(number), verb, number)
@@ -49,27 +49,18 @@ def test_killed_before_some_writes(template: Place, tmp_path: Path, verb: str) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", [verb if verb == "rebuild" else pytest.param(verb, marks=pytest.mark.slow)
-                                  for verb in (*PUBLISHING, "shard")])
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("verb", VERBS)
 def test_killed_on_s3(template: Place, tmp_path: Path, s3: str, verb: str) -> None:
-    whole = _prepare(template, tmp_path / "whole", verb, s3)
-    writes = whole.run(whole.arguments(verb)).writes
+    """A spread of eight writes. RDM_SWEEP_STRIDE=1 kills before every one."""
+    writes = count_writes(template, tmp_path / "whole", verb, s3)
     assert writes >= 5
-    spread = (writes * 2 // 3,) if verb == "rebuild" else range(0, writes * 4 // 5, max(writes // 8, 1))
-    for number in spread:
-        assert kill_at(template, tmp_path / str(number), verb, number, s3), number
+    sweep(lambda number: kill_at(template, tmp_path / str(number), verb, number, s3), stride=max(writes // 8, 1))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("verb", VERBS)
 def test_killed_before_every_write(template: Place, tmp_path: Path, verb: str) -> None:
-    failed = {}
-    number = 0
-    while True:
-        try:
-            if not kill_at(template, tmp_path / str(number), verb, number):
-                break
-        except AssertionError as error:
-            failed[number] = str(error)
-        number += 1
-    assert not failed, f"{len(failed)} of {number}: " + "\n".join(f"{at}: {error}" for at, error in failed.items())
+    """RDM_SWEEP_STRIDE=3 kills before every third write only."""
+    sweep(lambda number: kill_at(template, tmp_path / str(number), verb, number))

@@ -5,23 +5,31 @@ from pathlib import Path
 
 import pytest
 
-from tests.laws.crashes import roots
-from tests.laws.crashes.roots import PUBLISHING, STAGES, Place, check_end, check_published, copy_place, settle
+from tests.laws.crashes.roots import (
+    PUBLISHING,
+    STAGES,
+    Place,
+    check_end,
+    check_published,
+    count_writes,
+    prepare_place,
+    settle,
+    sweep,
+)
 
 _FAST = [*itertools.product(PUBLISHING, PUBLISHING[:-1]), ("shard", "embed"), ("embed", "shard"), ("embed", "embed"),
          ("index", "neighbors"), ("forget", "shard"), ("shard", "forget")]
 _PAIRS = [*dict.fromkeys([*_FAST, *itertools.product(PUBLISHING, repeat=2),
                           *itertools.product(STAGES, repeat=2), ("rebuild", "shard"), ("gc", "neighbors")])]
+_FAST_ON_S3 = [("rebuild", "gc"), ("rebuild", "rebuild"), ("repair", "rebuild")]
 
 
-def race(template: Place, folder: Path, verbs: tuple[str, str], number: int) -> bool:
+def race(template: Place, folder: Path, verbs: tuple[str, str], number: int, bucket: str = "") -> bool:
     """Pause a verb before one of its writes, run the other one, and check the laws.
 
     False if the first one ended before that write. If the other one waits for the first, the first one continues.
     """
-    place = copy_place(template, folder)
-    if verbs[0] == "repair":
-        roots.damage_pointer(place)
+    place = prepare_place(template, folder, verbs[0], bucket)
     first = place.commands.start(place.folder, place.root, place.arguments(verbs[0]), pause=number)
     while (event := first.next_event()) == "waiting":
         pass
@@ -40,14 +48,6 @@ def race(template: Place, folder: Path, verbs: tuple[str, str], number: int) -> 
     return event == "paused"
 
 
-def count_writes(template: Place, folder: Path, verb: str) -> int:
-    """How many writes a verb makes when it is alone."""
-    place = copy_place(template, folder)
-    if verb == "repair":
-        roots.damage_pointer(place)
-    return place.run(place.arguments(verb)).writes
-
-
 @pytest.mark.parametrize("verbs", _FAST, ids="-".join)
 def test_paused_before_a_write(template: Place, tmp_path: Path, verbs: tuple[str, str]) -> None:
     writes = count_writes(template, tmp_path / "alone", verbs[0])
@@ -56,15 +56,24 @@ def test_paused_before_a_write(template: Place, tmp_path: Path, verbs: tuple[str
     race(template, tmp_path / "place", verbs, number)
 
 
+@pytest.mark.parametrize("verbs", _FAST_ON_S3, ids="-".join)
+def test_paused_before_a_write_on_s3(template: Place, tmp_path: Path, s3: str, verbs: tuple[str, str]) -> None:
+    writes = count_writes(template, tmp_path / "alone", verbs[0], s3)
+    assert race(template, tmp_path / "place", verbs, writes * 2 // 3, s3)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("verbs", _PAIRS, ids="-".join)
 def test_paused_before_every_write(template: Place, tmp_path: Path, verbs: tuple[str, str]) -> None:
-    failed = []
-    for number in itertools.count():
-        try:
-            if not race(template, tmp_path / str(number), verbs, number):
-                break
-        except AssertionError as error:
-            failed.append(str(error))
-    assert not failed, f"{len(failed)} of {number}:\n" + "\n".join(failed)
+    """RDM_SWEEP_STRIDE=3 pauses before every third write only."""
+    sweep(lambda number: race(template, tmp_path / str(number), verbs, number))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("verbs", [*itertools.product(PUBLISHING, repeat=2)], ids="-".join)
+def test_paused_on_s3(template: Place, tmp_path: Path, s3: str, verbs: tuple[str, str]) -> None:
+    """A spread of six writes. RDM_SWEEP_STRIDE=1 pauses before every one."""
+    writes = count_writes(template, tmp_path / "alone", verbs[0], s3)
+    sweep(lambda number: race(template, tmp_path / str(number), verbs, number, s3), stride=max(writes // 6, 1))

@@ -1,10 +1,13 @@
-"""Unfinished files of killed processes."""
+"""Unfinished files and uploads of killed processes."""
 
 import os
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
+from aiobotocore.client import AioBaseClient
+from botocore.exceptions import ClientError
 
 from pipeline import storage
 
@@ -60,3 +63,48 @@ def test_on_an_object_store(s3: str) -> None:
     assert storage.remove_unfinished(f"{s3}/datasets/x", now, below=True) == 0
     assert storage.remove_unfinished(f"{s3}/datasets/x", now + 4000, below=True) == 1
     assert storage.list_files(f"{s3}/datasets/x") == ["current.json"]
+
+
+def _start_upload(url: str, parts: int) -> None:
+    """Upload parts of an object and do not complete it, as a process that is killed."""
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    client = fsspec.filesystem("s3")
+    upload = client.call_s3("create_multipart_upload", Bucket=bucket, Key=key)["UploadId"]
+    for number in range(1, parts + 1):
+        client.call_s3("upload_part", Bucket=bucket, Key=key, UploadId=upload, PartNumber=number, Body=b"x")
+
+
+def _uploads(url: str) -> list[str]:
+    listed = fsspec.filesystem("s3").call_s3("list_multipart_uploads", Bucket=url.removeprefix("s3://"))
+    return sorted(upload["Key"] for upload in listed.get("Uploads", []))
+
+
+def test_abandoned_uploads_are_aborted_and_no_others(s3: str) -> None:
+    storage.put_bytes(b"x", f"{s3}/datasets/x/current.json")
+    now = storage.modified_time(f"{s3}/datasets/x/current.json")
+    _start_upload(f"{s3}/datasets/x/v1/shards/000000.tar", 2)
+    _start_upload(f"{s3}/datasets/x/v1/shards/000001.tar", 0)  # the test server says that each began in 2010
+    _start_upload(f"{s3}/datasets/xy/v1/shards/000000.tar", 2)
+    assert storage.remove_unfinished(f"{s3}/datasets/x", now) == 0
+    assert storage.remove_unfinished(f"{s3}/datasets/x", now, below=True) == 1
+    assert _uploads(s3) == ["datasets/x/v1/shards/000000.tar", "datasets/xy/v1/shards/000000.tar"]
+    assert storage.remove_unfinished(f"{s3}/datasets/x", now + 4000, below=True) == 1
+    assert _uploads(s3) == ["datasets/xy/v1/shards/000000.tar"]
+    assert storage.remove_unfinished(s3, now + 4000, below=True) == 1
+    assert _uploads(s3) == [] and storage.list_files(f"{s3}/datasets/x") == ["current.json"]
+
+
+@pytest.mark.parametrize("code", ["AccessDenied", "NotImplemented"])
+def test_a_store_that_refuses_to_list_uploads_is_named(s3: str, monkeypatch: pytest.MonkeyPatch,
+                                                       caplog: pytest.LogCaptureFixture, code: str) -> None:
+    call = AioBaseClient._make_api_call
+
+    async def refuse(client: AioBaseClient, operation: str, parameters: dict[str, object]) -> object:
+        if operation == "ListMultipartUploads":
+            raise ClientError({"Error": {"Code": code, "Message": f"{code} by a test"}}, operation)
+        return await call(client, operation, parameters)
+    monkeypatch.setattr(AioBaseClient, "_make_api_call", refuse)
+    storage.put_bytes(b"x", f"{s3}/datasets/x/probe-0123456789abcdef")
+    now = storage.modified_time(f"{s3}/datasets/x/probe-0123456789abcdef") + 4000
+    assert storage.remove_unfinished(f"{s3}/datasets/x", now, below=True) == 1
+    assert f"{code} by a test" in caplog.text and "AbortIncompleteMultipartUpload" in caplog.text
