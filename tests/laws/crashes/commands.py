@@ -69,7 +69,7 @@ class Commands:
               kill: int | None = None, all_abandoned: bool = False) -> Command:
         """Start a command on a root. It pauses or is killed right before its write of that number.
 
-        With `all_abandoned` every unfinished file is old enough to be removed: the times of objects cannot be changed.
+        With `all_abandoned` the command takes every unfinished file for an old one: no test can age an object.
         """
         connected = socket.socket(socket.AF_UNIX)
         connected.settimeout(300)
