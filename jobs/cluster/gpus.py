@@ -1,23 +1,20 @@
 """Which GPUs a command reserves, checked before anything is planned. Without Ray."""
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from jobs.cluster.config import ClusterConfig
 from pipeline.hardware import devices
 from pipeline.stages.driver import run_in_process
 from pipeline.stages.stage import Stage
-from pipeline.stages.types import Item, Outcome
 
 
 @dataclass(frozen=True)
 class InProcess:
-    """`stage.in_process` as a runner that checks GPUs before anything is planned."""
+    """`run_in_process` as a runner that checks GPUs before anything is planned."""
 
     config: ClusterConfig
 
-    def __call__(self, stage: Stage, items: Sequence[Item]) -> Iterator[Outcome | None]:
-        return run_in_process(stage, items)
+    __call__ = staticmethod(run_in_process)
 
     def check(self, stage: Stage, idle: bool) -> None:
         """ValueError for GPUs that the stage cannot use, DeviceUnavailable for a reserved one that is not usable.

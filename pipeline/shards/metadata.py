@@ -36,11 +36,3 @@ def _column(cells: list[Any], kind: str | None) -> pa.Array:
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # cells of several types, or numbers too large
             pass
     return pa.array([cell if cell is None or isinstance(cell, str) else str(cell) for cell in cells], pa.string())
-
-
-def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The error that ended the lanes, whatever else came with it."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

@@ -4,12 +4,11 @@ import asyncio
 import itertools
 import json
 import os
-import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,6 @@ from pipeline.shards.metadata import (
     NOT_USABLE,
     PATCH_COLUMNS,
     SUCCESS,
-    first_error,
     metadata_table,
 )
 from pipeline.shards.transform import NotFetched, RowResult, failed_row, transform_row
@@ -53,14 +51,11 @@ class Spool:
     def __init__(self, path: Path) -> None:
         self._file = open(path, "w+b", buffering=0)  # noqa: SIM115 (closed by close)
         self._end = 0
-        self._lock = threading.Lock()
 
     def put(self, data: bytes) -> tuple[int, int]:
-        """Write the bytes. Returns their offset and length."""
-        with self._lock:
-            offset = self._end
-            self._end += len(data)
-        count = 0
+        """Write the bytes. Returns their offset and length. For one thread at a time; `get` is for any."""
+        offset, count = self._end, 0
+        self._end += len(data)
         while count < len(data):  # a disk that is nearly full writes a part before it raises an error
             count += os.pwrite(self._file.fileno(), memoryview(data)[count:], offset + count)
         return offset, len(data)
@@ -84,7 +79,6 @@ class ShardPacker:
         self.tar, self.parquet = scratch / "shard.tar", scratch / "shard.parquet"
         self._spool, self._tar = Spool(scratch / "spool"), tars.TarWriter(self.tar)
         self._done = self._written = 0  # rows from the first on, without a gap
-        self._writing = False
         self._results: dict[int, tuple[list[dict[str, Any]], list[StoredBytes], list[Entry]]] = {}
         self.rows = self.samples = self.length = 0
         self.skipped: Counter[str] = Counter()
@@ -97,56 +91,49 @@ class ShardPacker:
         many rows are read at once.
         """
         malloc.keep_freed_memory()
-        numbered = enumerate(rows)
+        loop, numbered = asyncio.get_running_loop(), enumerate(rows)
+        transform = partial(transform_row, self.config, read=read, refused=self._refused)
+        finished: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
+        async with AsyncExitStack() as stack:
+            pool, most_pending, fetch = await self._open_pool(stack, read, far)
+            pending = await stack.enter_async_context(_cancelled_at_end())
+            writing: asyncio.Future[None] | None = None
+            while True:
+                while len(pending) < most_pending and (
+                        batch := list(itertools.islice(numbered, 1 if fetch else _ROWS_PER_TASK))):
+                    numbers, batch_rows = zip(*batch, strict=True)
+                    keys = map(self._keys, numbers)
+                    task: asyncio.Future[Any] = (
+                        loop.create_task(_fetch_and_transform(batch_rows[0], next(keys), fetch, transform, pool))
+                        if fetch else loop.run_in_executor(pool, list, map(transform, batch_rows, keys)))
+                    pending[task] = numbers
+                    task.add_done_callback(finished.put_nowait)
+                if not pending:
+                    break
+                task = await finished.get()
+                for number, result in zip(pending.pop(task), task.result() or (), strict=True):
+                    self._record(number, result)
+                if writing not in pending and self._done - self._written >= _ROWS_PER_WRITE:
+                    writing = loop.run_in_executor(pool, self._append_to_tar)
+                    pending[writing] = ()
+                    writing.add_done_callback(finished.put_nowait)
+
+    async def _open_pool(self, stack: AsyncExitStack, read: Callable[[Row], bytes] | None, far: bool,
+                         ) -> tuple[ThreadPoolExecutor, int, Callable[[Row], Awaitable[bytes]] | None]:
+        """The threads, the most tasks at a time, and what fetches the bytes of a row if they are far away."""
         threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-        try:
-            async with AsyncExitStack() as stack:
-                # More lanes than threads, so that no thread waits while the loop records its last rows.
-                lanes = 2 * threads
-                fetch: Callable[[Row], Awaitable[bytes]] | None = None
-                if read is None:
-                    from pipeline.downloads.downloader import Downloader
-                    downloader = await stack.enter_async_context(Downloader(self.config.download))
-                    lanes, threads = self.config.download.connections, threads + 1
-                    fetch = partial(_download, downloader)
-                elif far:
-                    readers = stack.enter_context(ThreadPoolExecutor(_READERS, "read"))
-                    lanes, fetch = _READERS, partial(_read_in_thread, readers, read)
-                pool = stack.enter_context(ThreadPoolExecutor(threads, "decode"))
-                lane_tasks = await stack.enter_async_context(asyncio.TaskGroup())
-                for _ in range(lanes):
-                    lane_tasks.create_task(self._lane(numbered, read, fetch, pool))
-        except BaseExceptionGroup as group:
-            raise first_error(group) from group
-
-    async def _lane(self, rows: Iterator[tuple[int, Row]], read: Callable[[Row], bytes] | None,
-                    fetch: Callable[[Row], Awaitable[bytes]] | None, pool: ThreadPoolExecutor) -> None:
-        """Take the next rows until there are none: fetch, transform, record, and write what is complete."""
-        loop = asyncio.get_running_loop()
-        while batch := list(itertools.islice(rows, 1 if fetch else _ROWS_PER_TASK)):
-            if fetch:
-                number, row = batch[0]
-                try:
-                    row.data = await fetch(row)
-                except BadImage as bad:
-                    self._record(number, failed_row(row, self._keys(number)[0], NotFetched(bad.reason, bad.detail)), [])
-                    continue
-            for number, result, stored in await loop.run_in_executor(pool, self._transform_rows, batch, read):
-                self._record(number, result, stored)
-            if not self._writing and self._done - self._written >= _ROWS_PER_WRITE:
-                self._writing = True
-                await loop.run_in_executor(pool, self._append_to_tar)
-                self._writing = False
-
-    def _transform_rows(self, batch: list[tuple[int, Row]], read: Callable[[Row], bytes] | None,
-                        ) -> list[tuple[int, RowResult, list[StoredBytes]]]:
-        results = []
-        for number, row in batch:
-            result = transform_row(self.config, row, self._keys(number), read, self._refused)
-            row.data = None
-            is_soon = number - self._written < 2 * _ROWS_PER_WRITE
-            results.append((number, result, [data if is_soon else self._spool.put(data) for data in result.images]))
-        return results
+        # More tasks than threads, so that no thread waits while the loop records its last rows.
+        most_pending = 2 * threads
+        fetch: Callable[[Row], Awaitable[bytes]] | None = None
+        if read is None:
+            from pipeline.downloads.downloader import Downloader
+            downloader = await stack.enter_async_context(Downloader(self.config.download))
+            most_pending, threads = self.config.download.connections, threads + 1
+            fetch = partial(_download, downloader)
+        elif far:
+            readers = stack.enter_context(ThreadPoolExecutor(_READERS, "read"))
+            most_pending, fetch = _READERS, partial(_read_in_thread, readers, read)
+        return stack.enter_context(ThreadPoolExecutor(threads, "decode")), most_pending, fetch
 
     def _keys(self, number: int) -> list[str]:
         key = f"{self.shard}{number:0{self.digits}d}"
@@ -155,7 +142,9 @@ class ShardPacker:
         digits = len(str(self.config.patches - 1))
         return [f"{key}{patch:0{digits}d}" for patch in range(self.config.patches)]
 
-    def _record(self, number: int, result: RowResult, stored: list[StoredBytes]) -> None:
+    def _record(self, number: int, result: RowResult) -> None:
+        is_soon = number - self._written < 2 * _ROWS_PER_WRITE
+        stored: list[StoredBytes] = [data if is_soon else self._spool.put(data) for data in result.images]
         self._results[number] = result.metas, stored, result.entries
         while self._done in self._results:
             self._done += 1
@@ -208,6 +197,28 @@ class ShardPacker:
             names = ("pixel_sha256",) if self.config.duplicates == "exact" else tuple(HASH_COLUMNS)
             types |= {name: HASH_COLUMNS[name] for name in names}
         return types
+
+
+@asynccontextmanager
+async def _cancelled_at_end() -> AsyncIterator[dict[asyncio.Future[Any], Sequence[int]]]:
+    """Tasks with the numbers of their rows. Those that are left at the end, after an error, are cancelled."""
+    pending: dict[asyncio.Future[Any], Sequence[int]] = {}
+    try:
+        yield pending
+    finally:
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+
+
+async def _fetch_and_transform(row: Row, keys: list[str], fetch: Callable[[Row], Awaitable[bytes]],
+                               transform: Callable[[Row, list[str]], RowResult], pool: ThreadPoolExecutor,
+                               ) -> list[RowResult]:
+    try:
+        row.data = await fetch(row)
+    except BadImage as bad:
+        return [failed_row(row, keys[0], NotFetched(bad.reason, bad.detail))]
+    return [await asyncio.get_running_loop().run_in_executor(pool, transform, row, keys)]
 
 
 async def _download(downloader: "Downloader", row: Row) -> bytes:
