@@ -15,7 +15,7 @@ from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.media.types import BadImage
 from pipeline.shards import metadata
 from pipeline.shards.packer import ShardPacker
-from pipeline.sources.config import ShardConfig
+from pipeline.sources.config import LATER_SETTINGS, ShardConfig
 from pipeline.sources.detect import open_source
 from pipeline.sources.rows import Part, ReadReport, Row
 from pipeline.sources.source import Source
@@ -57,7 +57,8 @@ class Shard(Stage):
         return open_source(self.config)
 
     def section(self) -> dict[str, Any]:
-        section = {key: value for key, value in super().section().items() if key not in _IGNORED_SETTINGS}
+        section = {key: value for key, value in super().section().items()
+                   if key not in _IGNORED_SETTINGS and (key, value) not in LATER_SETTINGS.items()}
         section["download"] = {key: value for key, value in section["download"].items() if key in _DOWNLOAD_SETTINGS}
         return section
 

@@ -16,6 +16,9 @@ Kind = Literal["auto", "pictures", "list", "tars"]
 # Bytes a pixel that pictures take: img2dataset's table of a million of 256 x 256, and some for the metadata.
 _BYTES_A_PIXEL = {"jpg": 0.46, "webp": 0.36, "png": 1.5}
 
+LATER_SETTINGS = {"image_key": "", "caption_key": ""}
+"""Settings that later versions added, with their defaults. With the default, the fingerprint is that of older folders."""
+
 
 @dataclass(frozen=True)
 class ShardConfig:
@@ -23,7 +26,7 @@ class ShardConfig:
 
     source: tuple[str, ...] = ()
     """Where the corpus is (local or s3://): a folder of pictures, lists of addresses (parquet, CSV, JSON lines),
-    parquet with pictures in it, or tars; folders, files, patterns (*, **, ?), several of them."""
+    parquet with pictures in it, or tars; folders, files, patterns (*, **, ?, [0-9], {000..012}), several of them."""
     kind: Kind = "auto"
     """What the source is; auto: by the names of its files."""
     captions: str = ""
@@ -40,6 +43,12 @@ class ShardConfig:
     """Column with pictures as bytes, or as struct with a field bytes; default: image and the like."""
     caption_column: str = ""
     """Column with the captions; default: caption, TEXT, text."""
+    image_key: str = ""
+    """Ending of the images in tars, as in image.jpg of 0001.image.jpg; several with ;, the first that a sample has
+    counts. Default: any image; samples with several are named."""
+    caption_key: str = ""
+    """Ending of the captions in tars, as in caption.txt of 0001.caption.txt; several with ;. Default: txt, or a column
+    of the JSON."""
     hash_column: str = ""
     """Column with the hash (md5, sha1, sha256, sha512) that the bytes must have; default: sha256 or md5 if there;
     none: do not check."""

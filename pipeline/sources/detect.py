@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from pipeline import storage
 from pipeline.media.types import SUFFIXES
-from pipeline.sources.source import LISTS, Source, list_source_files
+from pipeline.sources.patterns import is_pattern, match_pattern
+from pipeline.sources.source import LISTS, TARS, Source, list_source_files
 
 if TYPE_CHECKING:
     from pipeline.sources.config import ShardConfig
@@ -21,11 +22,14 @@ def open_source(config: ShardConfig) -> Source:
     if not config.source:
         raise ValueError("shard needs a source\nhint: --source FOLDER, or a list of addresses, or tars")
     kind = config.kind if config.kind != "auto" else _guess(config.source)
+    if kind != "tars" and (only := [name for name in ("image_key", "caption_key") if getattr(config, name)]):
+        raise ValueError(f"shard.{only[0]}: a setting for tars, and {', '.join(config.source)} is no tar\n"
+                         f"hint: --image-column and --caption-column for lists, --captions for folders")
     if kind == "pictures":
         return FolderSource(config)
     addresses = [address for source in config.source for address in list_source_files(source, kind)]
     if not addresses:
-        wanted = {"list": ", ".join(LISTS[::4]), "tars": ".tar"}[kind]
+        wanted = {"list": ", ".join(LISTS[::4]), "tars": ", ".join(TARS)}[kind]
         raise ValueError(f"no files ending in {wanted} in {', '.join(config.source)}")
     return ListSource(config, addresses) if kind == "list" else TarSource(config, addresses)
 
@@ -34,15 +38,16 @@ def _guess(sources: tuple[str, ...]) -> str:
     kinds = set()
     for source in sources:
         names: Iterable[str] = [source]
-        if ("*" in source or "?" in source) and not source.lower().endswith((".tar", *LISTS, *SUFFIXES)):
-            names = storage.glob(source)
-        elif not source.lower().endswith((".tar", *LISTS, *SUFFIXES)) and not storage.exists(source):
+        named = source.lower().endswith((*TARS, *LISTS, *SUFFIXES))
+        if not named and is_pattern(source):
+            names = match_pattern(source)
+        elif not named and not storage.exists(source):
             try:
                 names = [name for name, _ in storage.walk(source)]
             except FileNotFoundError:
                 raise ValueError(f"there is no file or folder {source}") from None
         endings = [name.lower() for name in names]
-        for kind, suffixes in (("pictures", SUFFIXES), ("tars", (".tar",)), ("list", LISTS)):
+        for kind, suffixes in (("pictures", SUFFIXES), ("tars", TARS), ("list", LISTS)):
             if any(name.endswith(suffixes) for name in endings):
                 kinds.add(kind)
                 break

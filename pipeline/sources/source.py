@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import storage
+from pipeline.sources.patterns import is_pattern, match_pattern
 from pipeline.sources.rows import Part, ReadReport, Row, read_rows, write_rows
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 LISTS = tuple(f".{kind}{packed}" for kind in ("parquet", "pq", "csv", "tsv", "jsonl", "ndjson")
               for packed in ("", ".gz", ".zst", ".bz2"))
+PACKED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
+TARS = (".tar", *PACKED_TARS)
 
 
 class Source(ABC):
@@ -65,9 +68,9 @@ def parse_row_filter(config: ShardConfig) -> RowFilter | None:
 
 def list_source_files(source: str, kind: str) -> list[str]:
     """The files of a kind that an address stands for: itself, those in the folder, or those that match."""
-    suffixes = (".tar",) if kind == "tars" else LISTS
-    if "*" in source or "?" in source:
-        matches = storage.glob(source)
+    suffixes = TARS if kind == "tars" else LISTS
+    if is_pattern(source):
+        matches = match_pattern(source)
         # As in folders; a pattern that names other endings means them.
         return [address for address in matches if address.lower().endswith(suffixes)] or matches
     if storage.exists(source):
