@@ -17,7 +17,7 @@ Kind = Literal["auto", "pictures", "list", "tars"]
 _BYTES_A_PIXEL = {"jpg": 0.46, "webp": 0.36, "png": 1.5}
 
 LATER_SETTINGS = {"image_key": "", "caption_key": ""}
-"""Settings that later versions added, with their defaults. With the default, the fingerprint is that of older folders."""
+"""Later additions, with their defaults. A default does not change the fingerprint of a folder made before."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class ShardConfig:
     """What to shard, and how."""
 
     source: tuple[str, ...] = ()
-    """Where the corpus is (local or s3://): a folder of pictures, lists of addresses (parquet, CSV, JSON lines),
-    parquet with pictures in it, or tars; folders, files, patterns (*, **, ?, [0-9], {000..012}), several of them."""
+    """The corpus, local or s3://: a folder of images, lists of URLs, parquet with images, or tars. Several folders,
+    files and patterns (*, **, ?, [0-9], {000..012}) may be named."""
     kind: Kind = "auto"
     """What the source is; auto: by the names of its files."""
     captions: str = ""

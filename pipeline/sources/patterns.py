@@ -31,7 +31,7 @@ def match_pattern(source: str) -> list[str]:
         return _glob(names[0])
     files = storage.map_urls(lambda name: _glob(name) if glob.has_magic(name) else
                              [storage.normalize(name)] if storage.exists(name) else [], names)
-    if missing := [name for name, found in zip(names, files, strict=True) if not found]:
+    if missing := [name for name, matches in zip(names, files, strict=True) if not matches]:
         raise ValueError(f"{source} stands for {len(names)} names, and {len(missing)} of them do not exist: "
                          f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}\n"
                          f"hint: correct the braces, or fetch the files that are missing")
