@@ -91,8 +91,8 @@ def forecast_stage(stage: Stage, *, overwrite: bool = False) -> dict[str, Any]:
     reads = sum((_read(stage.root, identity["path"], "manifest.json") or {}).get("totals", {}).get("bytes", 0)
                 for identity in stage.inputs().values() if identity["path"])
     rows = sum(map(stage.rows, items))
-    return {"stage": stage.name, "folder": stage.folder, "items": len(items), "left": items_left, "input_bytes": reads,
-            **({"rows": rows} if rows else {}),
+    return {"stage": stage.name, "folder": stage.folder, **stage.summary(), "items": len(items), "left": items_left,
+            "input_bytes": reads, **({"rows": rows} if rows else {}),
             "worker_seconds": round(items_left * sum(each) / len(each), 1) if each else None}
 
 

@@ -67,6 +67,9 @@ class Adopt(Stage):
                                  f"hint: move the tars to a folder of their own")
         return self._addresses
 
+    def summary(self) -> dict[str, Any]:
+        return {"kind": "tars", "files": len(self.addresses())}
+
     def inputs(self) -> dict[str, dict[str, Any]]:
         summaries = storage.map_urls(lambda url: json.dumps(storage.summarize_file(url)), self.addresses())
         return {"tars": {"path": "", "digest": storage.digest(summaries)}}

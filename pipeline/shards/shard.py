@@ -62,6 +62,9 @@ class Shard(Stage):
         section["download"] = {key: value for key, value in section["download"].items() if key in _DOWNLOAD_SETTINGS}
         return section
 
+    def summary(self) -> dict[str, Any]:
+        return self.source.summary()
+
     @cached_property
     def _identity(self) -> str:
         return self.source.identity()
@@ -204,7 +207,7 @@ class Shard(Stage):
                               f"hint: the ledger in {self.folder} names each")
         # A row that was tried again is in two records: it is one row of the source.
         sums["rows"] += sums["filtered"] - sums["retried"]
-        return Output(info={"sources": self._origins(), "format": self.config.format,
+        return Output(info={"sources": self._origins(), "format": self.config.format, **self.source.left_out(),
                             **{name: count for name, count in sums.items() if count}})
 
     def _origins(self) -> Any:

@@ -28,11 +28,11 @@ class ShardConfig:
     """The corpus, local or s3://: a folder of images, lists of URLs, parquet with images, or tars. Several folders,
     files and patterns (*, **, ?, [0-9], {000..012}) may be named."""
     kind: Kind = "auto"
-    """What the source is; auto: by the names of its files."""
+    """What the source is; auto: by the names of its files, if they are of one kind."""
     captions: str = ""
     """Captions of a folder: a parquet, CSV or JSONL file with a column file (relative to the source) and a
-    column caption; others are carried along. Default: captions.parquet, .csv or .jsonl in the source, or
-    a .txt beside each picture."""
+    column caption; others are stored. Default: captions.* in the source, metadata.* in any of its folders, or .txt,
+    .caption and .json beside each image."""
     only_captioned: bool = False
     """Take only the pictures that the captions name, in their order; otherwise all, sorted by name."""
     sources: str = ""
@@ -42,7 +42,7 @@ class ShardConfig:
     image_column: str = ""
     """Column with pictures as bytes, or as struct with a field bytes; default: image and the like."""
     caption_column: str = ""
-    """Column with the captions; default: caption, TEXT, text."""
+    """Column with the captions; default: caption, TEXT, text, captions, alt_text, txt, prompt or title in any case."""
     image_key: str = ""
     """Ending of the images in tars, as in image.jpg of 0001.image.jpg; several with ;, the first that a sample has
     counts. Default: any image; samples with several are named."""

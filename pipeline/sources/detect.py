@@ -2,59 +2,139 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pipeline import storage
 from pipeline.media.types import SUFFIXES
+from pipeline.sources.folder_files import (
+    CAPTION_FILES,
+    METADATA_FILES,
+    count_text,
+    stem_of,
+    suffix_of,
+    system_folder,
+)
 from pipeline.sources.patterns import is_pattern, match_pattern
 from pipeline.sources.source import LISTS, TARS, Source, list_source_files
 
 if TYPE_CHECKING:
     from pipeline.sources.config import ShardConfig
 
+_log = logging.getLogger(__name__)
+_SUFFIXES = {"pictures": SUFFIXES, "tars": TARS, "list": LISTS}
+_NAMES = {"pictures": "images", "tars": "tars", "list": "lists"}
+_Listed = list[tuple[str, int | None]]
+
 
 def open_source(config: ShardConfig) -> Source:
-    """The source that the settings name; ValueError if there is none, or it cannot be told what it is."""
+    """The source that the settings name; ValueError if there is none, or if its kind is not clear."""
     from pipeline.sources.folder import FolderSource
     from pipeline.sources.lists import ListSource
     from pipeline.sources.tars import TarSource
     if not config.source:
         raise ValueError("shard needs a source\nhint: --source FOLDER, or a list of addresses, or tars")
-    kind = config.kind if config.kind != "auto" else _guess(config.source)
+    kind: str = config.kind
+    ignored: Counter[str] = Counter()
+    listed: list[_Listed] = []
+    if kind == "auto":
+        listed = [_list_names(source) for source in config.source]
+        kind, ignored = _choose_kind(config, listed)
     if kind != "tars" and (only := [name for name in ("image_key", "caption_key") if getattr(config, name)]):
         raise ValueError(f"shard.{only[0]}: a setting for tars, and {', '.join(config.source)} is no tar\n"
                          f"hint: --image-column and --caption-column for lists, --captions for folders")
     if kind == "pictures":
-        return FolderSource(config)
+        # A pattern is matched by the folder itself.
+        return FolderSource(config, listed[0] if len(listed) == 1 and _is_folder(config.source[0]) else None)
     addresses = [address for source in config.source for address in list_source_files(source, kind)]
     if not addresses:
         wanted = {"list": ", ".join(LISTS[::4]), "tars": ", ".join(TARS)}[kind]
         raise ValueError(f"no files ending in {wanted} in {', '.join(config.source)}")
-    return ListSource(config, addresses) if kind == "list" else TarSource(config, addresses)
+    source = ListSource(config, addresses) if kind == "list" else TarSource(config, addresses)
+    source.ignored = ignored
+    if ignored:
+        _log.info("%s: files that are ignored: %s", ", ".join(config.source), count_text(ignored))
+    return source
 
 
-def _guess(sources: tuple[str, ...]) -> str:
-    kinds = set()
-    for source in sources:
-        names: Iterable[str] = [source]
-        named = source.lower().endswith((*TARS, *LISTS, *SUFFIXES))
-        if not named and is_pattern(source):
-            names = match_pattern(source)
-        elif not named and not storage.exists(source):
-            try:
-                names = [name for name, _ in storage.walk(source)]
-            except FileNotFoundError:
-                raise ValueError(f"there is no file or folder {source}") from None
-        endings = [name.lower() for name in names]
-        for kind, suffixes in (("pictures", SUFFIXES), ("tars", TARS), ("list", LISTS)):
-            if any(name.endswith(suffixes) for name in endings):
-                kinds.add(kind)
-                break
-        else:
-            raise ValueError(f"no pictures in {source}\nhint: files ending in {', '.join(SUFFIXES)} are looked "
+def _is_folder(source: str) -> bool:
+    return not (source.lower().endswith((*TARS, *LISTS, *SUFFIXES)) or is_pattern(source) or storage.exists(source))
+
+
+def _list_names(source: str) -> _Listed:
+    """The files that an address stands for: those in the folder, those that match, or itself."""
+    if _is_folder(source):
+        try:
+            return list(storage.walk(source))
+        except FileNotFoundError:
+            raise ValueError(f"there is no file or folder {source}") from None
+    if source.lower().endswith((*TARS, *LISTS, *SUFFIXES)) or not is_pattern(source):
+        return [(source, 0)]
+    return [(name, 0) for name in match_pattern(source)]
+
+
+def _choose_kind(config: ShardConfig, listed: list[_Listed]) -> tuple[str, Counter[str]]:
+    """The one kind that all sources have, and the files that are ignored."""
+    sources = config.source
+    names_by_kind: dict[str, list[str]] = {}
+    ignored: Counter[str] = Counter()
+    for source, files in zip(sources, listed, strict=True):
+        kinds, others = _sort_by_kind([name for name, _ in files])
+        if not kinds:
+            there = f"; it has {count_text(others)}" if others else ""
+            raise ValueError(f"no images in {source}{there}\nhint: files ending in {', '.join(SUFFIXES)} are looked "
                              f"for, in folders below it too; or .tar; or lists, ending in {', '.join(LISTS[::4])}")
-    if len(kinds) != 1:
-        raise ValueError(f"the sources are of several kinds: {', '.join(sorted(kinds))}\n"
-                         f"hint: make a dataset of each")
-    return kinds.pop()
+        for kind, names in kinds.items():
+            names_by_kind.setdefault(kind, []).extend(names)
+        ignored += others
+    if config.captions and "pictures" in names_by_kind:  # only images take captions from a file
+        return "pictures", ignored
+    if len(names_by_kind) == 1:
+        return next(iter(names_by_kind)), ignored
+    names_by_kind = dict(sorted(names_by_kind.items(), key=lambda each: (-len(each[1]), each[0])))
+    counts = ", ".join(f"{len(names)} {_NAMES[kind]} ({', '.join(sorted(names)[:2])}{', ...' if names[2:] else ''})"
+                       for kind, names in names_by_kind.items())
+    raise ValueError(f"the files of {', '.join(sources)} are of several kinds: {counts}\n"
+                     f"hint: {' or '.join(f'--kind {kind}' for kind in names_by_kind)}, which leaves the others out; "
+                     f"or make a dataset of each")
+
+
+def _sort_by_kind(names: Iterable[str]) -> tuple[dict[str, list[str]], Counter[str]]:
+    """The files of each kind, and counts of all others."""
+    kinds: dict[str, list[str]] = {}
+    others: Counter[str] = Counter()
+    for name in names:
+        kind = next((kind for kind, suffixes in _SUFFIXES.items() if name.lower().endswith(suffixes)), "")
+        if (folder := system_folder(name)):
+            others[f"{folder}/"] += 1
+        elif kind:
+            kinds.setdefault(kind, []).append(name)
+        else:
+            others[suffix_of(name)] += 1
+    if len(kinds) > 1 and "list" in kinds:
+        companions = _companions(kinds)
+        others.update(suffix_of(name) for name in companions)
+        kinds["list"] = [name for name in kinds["list"] if name not in companions]
+    return {kind: files for kind, files in kinds.items() if files}, others
+
+
+def _companions(kinds: dict[str, list[str]]) -> set[str]:
+    """The lists that only describe the images or tars beside them."""
+    tars = {name[:-len(suffix)] for name in kinds.get("tars", ()) for suffix in TARS if name.lower().endswith(suffix)}
+    folders = {folder for name in kinds.get("pictures", ()) for folder in _folders_above(name)}
+    own_folders = {folder for name in tars for folder in (f"{_folder(name)}ledger/", f"{_folder(name)}rows/")}
+    # img2dataset writes 00000.parquet beside 00000.tar, or beside the folder 00000; this program ledger/ beside tars.
+    return {name for name in kinds["list"] if stem_of(name) in tars or f"{stem_of(name)}/" in folders
+            or _folder(name) in own_folders
+            or (folders and name.rpartition("/")[2] in {*CAPTION_FILES, *METADATA_FILES})}
+
+
+def _folder(name: str) -> str:
+    """The folder of a file, with a slash at its end."""
+    return name[:name.rfind("/") + 1]
+
+
+def _folders_above(name: str) -> list[str]:
+    return [name[:position + 1] for position, letter in enumerate(name) if letter == "/"] or [""]

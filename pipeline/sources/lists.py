@@ -22,9 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.sources.column_names import find_caption_columns, is_more_than_caption
 from pipeline.sources.column_types import ColumnTypes
 from pipeline.sources.rows import (
-    CAPTION_COLUMNS,
     Part,
     ReadReport,
     Row,
@@ -61,6 +61,8 @@ class Columns:
 class ListSource(Source):
     """Rows of tables."""
 
+    kind = "list"
+
     def __init__(self, config: ShardConfig, addresses: list[str]) -> None:
         super().__init__(config)
         self.addresses = addresses
@@ -91,7 +93,7 @@ class ListSource(Source):
             for cells in itertools.islice(rows, 1 if text_list_ending(address) in {"csv", "tsv"} else None):
                 types.add_row(cells)
         return {name: kind for name, kind in types.by_column().items()
-                if name not in {self.columns.image, self.columns.caption}}
+                if name != self.columns.image and (name != self.columns.caption or is_more_than_caption(name))}
 
     def parts(self) -> Iterator[Part]:
         return self._text_parts() if self.texts else self._parquet_parts()
@@ -156,13 +158,15 @@ class ListSource(Source):
             raise ValueError(f"{address}: the column {image} holds {schema.field(image).type}, not bytes of pictures")
         digest = config.hash_column or next((name for name in HASH_COLUMNS if name in names), "")
         return Columns(column, "url" if url else "bytes",
-                       config.caption_column or next((name for name in CAPTION_COLUMNS if name in names), ""),
+                       config.caption_column or next(iter(find_caption_columns(names)), ""),
                        "" if digest == "none" else digest)
 
     def _row(self, number: int, cells: dict[str, Any]) -> Row:
         columns = self.columns
         cell = cells.pop(columns.image, None)
-        caption = cell_text(cells.pop(columns.caption, None)) if columns.caption else ""
+        caption = cell_text(cells.get(columns.caption)) if columns.caption else ""
+        if not is_more_than_caption(columns.caption):
+            cells.pop(columns.caption, None)
         digest, remarks = _parse_digest(cells.get(columns.digest)) if columns.digest else ("", [])
         row = Row(number, "", caption, json_cells(cells), digest, remarks)
         if columns.kind == "url":

@@ -11,7 +11,6 @@ from pipeline import storage
 from pipeline.storage import name_by_content
 
 _LEVELS = 64  # Arrow ends the process at some hundreds
-CAPTION_COLUMNS = ("caption", "TEXT", "text", "captions", "alt_text")
 
 
 @dataclass
@@ -28,6 +27,8 @@ class Row:
     """Hash that the picture's bytes must have, in hexadecimal."""
     remarks: list[str] = field(default_factory=list)
     caption_file: str = ""
+    json_file: str = ""
+    """JSON beside the image, of which a worker takes the columns and, if there is no other, the caption."""
     missing: str = ""
     """Why there is no picture to be had, as far as the listing knows."""
     data: bytes | None = None

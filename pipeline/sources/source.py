@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import storage
+from pipeline.sources.folder_files import system_folder
 from pipeline.sources.patterns import is_pattern, match_pattern
 from pipeline.sources.rows import Part, ReadReport, Row, read_rows, write_rows
 
@@ -26,9 +28,33 @@ class Source(ABC):
 
     fetch: Literal["file", "url", "none"]
     """How the bytes of a row's image are obtained; none: they are in the row."""
+    kind: Literal["pictures", "list", "tars"]
+    """The kind of its files, a value of `--kind`."""
+    addresses: list[str]
+    """The files that are lists or tars."""
+    ignored: Counter[str]
+    """Files beside those of the source that are of no use, by suffix or by folder."""
+    earlier_failures: int
+    """Rows whose image was not to be had when another program looked for it, and which are no rows of this source."""
 
     def __init__(self, config: ShardConfig) -> None:
         self.config = config
+        self.addresses = []
+        self.ignored = Counter()
+        self.earlier_failures = 0
+
+    def summary(self) -> dict[str, Any]:
+        """The kind of the source, the number of its files, and counts of everything that gives no row."""
+        return {"kind": self.kind, "files": self.count_files(), **self.left_out()}
+
+    def left_out(self) -> dict[str, Any]:
+        """Counts of files of no use, and of rows whose image another program could not get."""
+        return {name: value for name, value in (("ignored_files", dict(self.ignored.most_common())),
+                                                ("earlier_failures", self.earlier_failures)) if value}
+
+    def count_files(self) -> int:
+        """How many files of the kind the source has."""
+        return len(self.addresses)
 
     @abstractmethod
     def identity(self) -> str:
@@ -77,6 +103,6 @@ def list_source_files(source: str, kind: str) -> list[str]:
         return [storage.normalize(source)]
     try:
         return [storage.join(storage.normalize(source), name) for name, length in sorted(storage.walk(source))
-                if name.lower().endswith(suffixes) and length is not None]
+                if name.lower().endswith(suffixes) and length is not None and not system_folder(name)]
     except FileNotFoundError:
         raise ValueError(f"there is no file or folder {source}") from None

@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.media import tars
 from pipeline.media.foreign_tars import TarFaults, read_foreign_tar
+from pipeline.sources.column_names import find_caption_columns
 from pipeline.sources.column_types import ColumnTypes
-from pipeline.sources.rows import CAPTION_COLUMNS, Part, ReadReport, Row, cell_text, json_cells
+from pipeline.sources.rows import Part, ReadReport, Row, cell_text, json_cells
 from pipeline.sources.source import Source, parse_row_filter
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class TarSource(Source):
     """Samples of tars, in order."""
 
     fetch = "none"
+    kind = "tars"
 
     def __init__(self, config: ShardConfig, addresses: list[str]) -> None:
         super().__init__(config)
@@ -113,7 +115,7 @@ def sample_caption(sample: dict[str, Any], meta: dict[str, Any], column: str = "
         return cell_text(meta.get(column))
     if "txt" in sample:
         return sample["txt"].decode("utf-8", "replace").strip()
-    return cell_text(next((meta[name] for name in CAPTION_COLUMNS if meta.get(name)), None))
+    return cell_text(next((meta[name] for name in find_caption_columns(meta) if meta.get(name)), None))
 
 
 def _sample_row(number: int, sample: dict[str, Any], caption_column: str) -> Row:

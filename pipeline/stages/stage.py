@@ -60,6 +60,10 @@ class Stage(ABC):
         assert is_dataclass(self.config) and not isinstance(self.config, type)
         return json.loads(json.dumps(asdict(self.config)))
 
+    def summary(self) -> dict[str, Any]:
+        """Facts about the source, for `--dry-run`."""
+        return {}
+
     def inputs(self) -> dict[str, dict[str, Any]]:
         """What the stage reads: name -> {"path": stage folder below the root or "", "digest": ...}."""
         return {}

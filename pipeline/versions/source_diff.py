@@ -160,7 +160,7 @@ def _read_source(source: Source, forgotten: Forgotten, lines: BinaryIO) -> pa.Ta
             if forgotten.has_name(name):
                 continue
             row.number, number = number, number + 1
-            stamp = ":".join(stamps.get(file, "") for file in (row.name, row.caption_file) if file)
+            stamp = ":".join(stamps.get(file, "") for file in (row.name, row.caption_file, row.json_file) if file)
             old_name = old_source_name(row)
             is_same = old_name == name and redact_cells(row.columns) == row.columns
             cells.append((name, _mark(row, 0), old_name if old_name != name else None,
@@ -185,7 +185,7 @@ def _source_rows(source: Source) -> Iterator[Row]:
 def _mark(row: Row, position: int) -> str:
     """A hash of what the source says of a row; `position` is its place among the rows of its name."""
     return storage.digest([source_name(row), row.caption, redact_cells(row.columns), row.digest, row.caption_file,
-                           position])
+                           *([row.json_file] if row.json_file else []), position])
 
 
 def _old_mark(row: Row, position: int) -> str:

@@ -90,6 +90,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path: Path, ca
     assert _shard(tmp_path, "--dry-run", "--samples-per-shard", "2") == 0
     said = json.loads(capsys.readouterr().out)
     assert said["items"] == said["left"] == 2
+    assert (said["kind"], said["files"], said["rows"]) == ("pictures", 3, 3) and "ignored_files" not in said
     assert not (tmp_path / "root").exists()
 
 

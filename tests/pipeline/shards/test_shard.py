@@ -291,7 +291,7 @@ def test_captions_that_cannot_be_used_are_refused(tmp_path, name, data, message)
 
 def test_what_is_not_there_is_said(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no pictures in .*empty\nhint"):
+    with pytest.raises(ValueError, match=r"no images in .*empty\nhint"):
         shard_source(tmp_path, tmp_path / "empty")
     with pytest.raises(ValueError, match="absent"):
         shard_source(tmp_path, tmp_path / "absent")

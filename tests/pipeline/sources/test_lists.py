@@ -114,7 +114,7 @@ def test_sources_that_are_no_source_are_refused(tmp_path, image_site):
                              ({"source": tmp_path / "pictures", "kind": "tars"}, r"no files ending in \.tar"),
                              ({"source": tmp_path / "absent", "kind": "list"}, "there is no file or folder"),
                              ({"source": tmp_path / "absent"}, "there is no file or folder"),
-                             ({"source": tmp_path / "lists" / "*.txt"}, "no pictures in"),
+                             ({"source": tmp_path / "lists" / "*.txt"}, "no images in"),
                              ({"source": (tmp_path / "pictures", tmp_path / "pictures")}, "from one folder, not")):
         with pytest.raises(ValueError, match=message):
             shard_source(tmp_path / "root", **options)

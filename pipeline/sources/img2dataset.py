@@ -1,0 +1,32 @@
+"""Tables that img2dataset writes beside its images, and what they say of rows without an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline import storage
+
+STATUS, SUCCESS = "status", "success"
+_COLUMNS = {"key", STATUS, "error_message", "original_width", "original_height"}
+
+
+def is_output(names: Iterable[str]) -> bool:
+    """Whether a table with these columns is output of img2dataset, where each row has a status.
+
+    Its hash column, sha256 unless it was run otherwise, is that of the downloaded bytes. The images that it stores are
+    resized and encoded anew, so their hashes differ.
+    """
+    return set(names) >= _COLUMNS
+
+
+def count_failures(address: str) -> int:
+    """How many rows of a parquet file have no image because img2dataset could not get it; 0 for other tables."""
+    with storage.open_reader(address) as stream:
+        file = pq.ParquetFile(stream)
+        if not is_output(file.schema_arrow.names):
+            return 0
+        column = file.read([STATUS], use_threads=False)[STATUS]
+    return len(column) - int(pc.sum(pc.equal(column, SUCCESS)).as_py() or 0)

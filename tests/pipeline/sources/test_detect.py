@@ -1,0 +1,70 @@
+"""The kind of a source: one kind is taken, several are named."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import storage
+from pipeline.media import tars
+from tests.pipeline.sources.list_datasets import PICTURES, open_path, shard_source, write_list
+
+ROWS = [{"url": "http://example.org/a.png", "caption": "x"}]
+
+
+def write_files(folder: Path, *names: str) -> Path:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".tar"):
+            tars.write(path, [{"__key__": "0", "png": PICTURES["00.png"]}])
+        elif name.endswith((".parquet", ".csv", ".jsonl")):
+            write_list(path, ROWS)
+        else:
+            path.write_bytes(PICTURES["00.png"])
+    return folder
+
+
+@pytest.mark.parametrize(("names", "message"), [
+    (["assets/logo.png", "data/a.parquet", "data/b.parquet", "data/c.parquet"],
+     r"several kinds: 3 lists \(data/a.parquet, data/b.parquet, \.\.\.\), 1 images \(assets/logo.png\)\nhint: --kind "),
+    (["logo.jpg", "0.tar", "1.tar"], r"several kinds: 2 tars \(0.tar, 1.tar\), 1 images \(logo.jpg\)"),
+    (["0.tar", "urls.parquet"], r"several kinds: 1 (tars|lists)"),
+    (["metadata.parquet", "data/a.parquet", "a.png", "0.tar"], r"1 lists \(data/a.parquet\), 1 .*, 1 "),
+])
+def test_several_kinds_are_named_and_never_guessed(tmp_path, s3, names, message):
+    folder = write_files(tmp_path / "source", *names)
+    for name in names:
+        storage.put_bytes((folder / name).read_bytes(), storage.join(s3, name))
+    for place in (folder, s3):
+        with pytest.raises(ValueError, match=message):
+            open_path(place)
+        for kind in ("pictures", "list", "tars"):
+            suffixes = {"pictures": ("png", "jpg"), "list": ("parquet", "csv"), "tars": ("tar",)}[kind]
+            count = sum(name.endswith(suffixes) for name in names)
+            if count:
+                assert open_path(place, kind=kind).summary()["files"] == count
+
+
+@pytest.mark.parametrize(("names", "kind", "files", "ignored"), [
+    (["a.png", "metadata.csv"], "pictures", 1, {".csv": 1}),
+    (["train/a.png", "train/metadata.jsonl", "test/metadata.csv"], "pictures", 1, {".jsonl": 1, ".csv": 1}),
+    (["00000.tar", "00000.parquet", "00000_stats.json"], "tars", 1, {".parquet": 1, ".json": 1}),
+    (["00000/0.png", "00000.parquet", "00001/1.png", "00001.parquet"], "pictures", 2, {".parquet": 2}),
+    (["shards/0.tar", "shards/0.parquet", "shards/ledger/0.jsonl", "shards/rows/0.jsonl"], "tars", 1,
+     {".parquet": 1, ".jsonl": 2}),
+    (["metadata.parquet", "README.md", "@eaDir/a.png"], "list", 1, {".md": 1, "@eaDir/": 1}),
+    (["a.parquet", "b.parquet"], "list", 2, {}),
+])
+def test_files_that_belong_to_a_layout_are_no_kind_of_their_own(tmp_path, names, kind, files, ignored):
+    source = open_path(write_files(tmp_path / "source", *names))
+    assert (source.kind, source.count_files()) == (kind, files)
+    if kind != "pictures":  # a folder of images ignores only what it does not read
+        assert dict(source.ignored) == ignored
+
+
+def test_captions_that_are_named_choose_the_images(tmp_path):
+    folder = write_files(tmp_path / "source", "a.png", "wikiart.parquet")
+    write_list(folder / "list.csv", [{"path": "a.png", "caption": "words"}])
+    assert [row.caption for row in open_path(folder, captions=str(folder / "list.csv"))._rows()] == ["words"]
+    assert shard_source(tmp_path / "x", folder, kind="pictures")[1]["info"]["ignored_files"] == {
+        ".parquet": 1, ".csv": 1}

@@ -1,0 +1,121 @@
+"""Captions and metadata beside the images of a folder, as other tools write them."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.shards.test_shard import ledger, table
+from tests.pipeline.sources.list_datasets import PICTURES, open_path, shard_source, write_list
+
+
+def write_images(folder: Path, *names: str) -> Path:
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(PICTURES[f"{number:02d}.png"])
+    return folder
+
+
+def captions(folder: Path, **options) -> dict[str, str]:
+    return {row.name: row.caption for row in open_path(folder, **options)._rows()}
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_metadata_of_an_image_folder_at_the_top_and_in_each_split(tmp_path, kind):
+    top = write_images(tmp_path / "top", "train/a.png", "test/b.png", "c.png")
+    write_list(top / f"metadata.{kind}", [{"file_name": "train/a.png", "text": "of a", "additional": "1"},
+                                          {"file_name": "test\\b.png", "text": "of b", "additional": "2"}])
+    dataset, manifest = shard_source(tmp_path / "x", top)
+    assert {row["url"]: (row["caption"], row["additional"]) for row in table(dataset, manifest)} == {
+        "train/a.png": ("of a", "1"), "test/b.png": ("of b", "2"), "c.png": ("", None)}
+    assert manifest["totals"]["noted"] == {"caption_missing": 1}
+    splits = write_images(tmp_path / "splits", "train/a.png", "train/deep/b.png", "test/a.png", "images/d.png")
+    write_list(splits / "train" / f"metadata.{kind}", [{"file_name": "a.png", "text": "train a"},
+                                                       {"file_name": "./deep/b.png", "text": "train b"},
+                                                       {"file_name": "absent.png", "text": "gone"}])
+    write_list(splits / "test" / f"metadata.{kind}", [{"file_name": "a.png", "text": "test a"},
+                                                      {"file_name": "../images/d.png", "text": "beside"}])
+    assert captions(splits) == {"images/d.png": "beside", "test/a.png": "test a", "train/a.png": "train a",
+                                "train/deep/b.png": "train b", "train/absent.png": "gone"}
+    assert captions(splits, only_captioned=True, caption_column="text").keys() == captions(splits).keys()
+
+
+@pytest.mark.parametrize("column", ["text", "Caption", " caption ", "txt", "PROMPT", "Title", "Alt Text", "alt-text"])
+def test_caption_columns_have_many_spellings(tmp_path, column):
+    source = write_images(tmp_path / "source", "a.png")
+    write_list(source / "metadata.csv", [{"File Name": "a.png", column: "words", "year": 1900}])
+    [row] = open_path(source)._rows()
+    # The title of a work is also kept as such.
+    assert (row.caption, row.columns) == ("words", {"year": "1900"} | ({"Title": "words"} if column == "Title" else {}))
+
+
+def test_metadata_without_captions_is_taken_and_its_columns_are_named(tmp_path, caplog):
+    source = write_images(tmp_path / "source", "a.png", "b.png")
+    (source / "a.txt").write_text("from the text")
+    write_list(source / "metadata.csv", [{"file_name": "a.png", "label": "cat"}])
+    rows = {row["url"]: row for row in table(*shard_source(tmp_path / "x", source))}
+    assert (rows["a.png"]["caption"], rows["a.png"]["label"]) == ("from the text", "cat")
+    assert "metadata.csv: no column is a caption; it has file_name, label" in caplog.text
+    caplog.clear()
+    write_list(source / "metadata.csv", [{"name": "a.png", "label": "cat"}])
+    assert all(row.columns == {} for row in open_path(source)._rows())
+    assert "metadata.csv is not used: no column names the images; it has name, label" in caplog.text
+    with pytest.raises(ValueError, match=r"has the columns file_name, label; wanted are .* and one of words\nhint: "):
+        write_list(source / "metadata.csv", [{"file_name": "a.png", "label": "cat"}])
+        captions(source, caption_column="words")
+
+
+def test_texts_beside_images_in_every_spelling(tmp_path):
+    source = write_images(tmp_path / "source", "a.png", "b.png", "c.jpg", "d.png")
+    texts = {"a.caption": "kohya", "b.TXT": "large letters", "c.caption": "not this", "c.txt": "this"}
+    for name, text in texts.items():
+        (source / name).write_text(text)
+    write_list(source / "captions.csv", [{"file": "d.png", "caption": "listed"}])
+    rows = {row["url"]: row["caption"] for row in table(*shard_source(tmp_path / "x", source))}
+    assert rows == {"a.png": "kohya", "b.png": "large letters", "c.jpg": "this", "d.png": "listed"}
+
+
+def test_img2dataset_files_with_json_beside_each_image(tmp_path, s3, caplog):
+    caplog.set_level(logging.INFO)
+    source = write_images(tmp_path / "source", "00000/000000000.png", "00000/000000002.png", "00001/000010000.png")
+    lines = []
+    for number, key in enumerate(["000000000", "000000001", "000000002", "000010000"]):
+        good = number != 1
+        meta = {"url": f"http://example.org/{key}", "caption": f"caption {number}", "similarity": number / 4,
+                "key": key, "status": "success" if good else "failed_to_download", "width": 20, "height": 24,
+                "error_message": None if good else "gone", "original_width": 40, "original_height": 48,
+                "license": None, "sha256": "0" * 64}
+        lines.append(meta)
+        if good:
+            (source / key[:5] / f"{key}.json").write_text(json.dumps(meta, indent=4))
+    (source / "00000/000000000.txt").write_text("from the text")
+    (source / "00001/000010000.json").write_text("{broken")
+    write_list(source / "00000.parquet", lines[:3])
+    write_list(source / "00001.parquet", lines[3:])
+    (source / "00000_stats.json").write_text("{}")
+    dataset, manifest = shard_source(tmp_path / "x", source)
+    rows = {row["url"]: row for row in table(dataset, manifest)}
+    assert [(row["caption"], row["similarity"]) for row in rows.values()] == [
+        ("from the text", 0.0), ("caption 2", 0.5), ("", None)]
+    assert rows["00000/000000000.png"]["width"] == 16 and rows["00000/000000000.png"]["original_width"] == 20
+    assert {(line["key"], line["reason"]) for line in ledger(dataset, manifest)} == {
+        ("00001/000010000.png", "json_unreadable")}
+    assert manifest["info"]["ignored_files"] == {".json": 1} and manifest["info"]["earlier_failures"] == 1
+
+
+def test_ignored_files_are_counted_and_thumbnails_are_not_images(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    source = write_images(tmp_path / "source", "a.png", "@eaDir/a.png/SYNOPHOTO_THUMB_M.jpg", "__MACOSX/b.png",
+                          "Thumbs/c.png", ".thumbnails/d.png", ".git/e.png", "below/@eaDir/f.png", "eaDir/g.png")
+    for name in ("README.md", "b.psd", "below/c.PSD", "notes.txt", "Makefile"):
+        (source / name).write_text("x")
+    dataset, manifest = shard_source(tmp_path / "x", source)
+    assert [row["url"] for row in table(dataset, manifest)] == ["a.png", "eaDir/g.png"]
+    assert manifest["info"]["ignored_files"] == {"@eaDir/": 2, ".psd": 2, "__MACOSX/": 1, "Thumbs/": 1, ".md": 1,
+                                                 ".txt": 1, "makefile": 1}
+    assert "files that are ignored: 2 @eaDir/, 2 .psd, " in caplog.text or "2 .psd, 2 @eaDir/" in caplog.text
+    for name in ("a.png", "eaDir/g.png"):
+        (source / name).unlink()
+    with pytest.raises(ValueError, match=r"no images in .*source; it has .*2 \.psd"):
+        shard_source(tmp_path / "y", source)
