@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass
-class Captions:
+class CaptionTables:
     """What tables say of images, by the names of these with usual accents."""
 
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import storage
 from pipeline.media.types import SUFFIXES, BadImage
 from pipeline.sources import img2dataset
-from pipeline.sources.captions import Captions, names_by_stem
+from pipeline.sources.captions import CaptionTables, names_by_stem
 from pipeline.sources.column_names import find_caption_columns, is_more_than_caption
 from pipeline.sources.column_types import ColumnTypes
 from pipeline.sources.folder_files import FolderFiles, count_text, sort_files, stem_of, suffix_of, usual_accents
@@ -162,9 +162,9 @@ class FolderSource(Source):
         return Row(number, file or name, caption, columns, remarks=remarks, caption_file=caption_file,
                    json_file=json_file, missing=problem)
 
-    def _captions(self, files: FolderFiles, names: set[str]) -> Captions:
+    def _captions(self, files: FolderFiles, names: set[str]) -> CaptionTables:
         """The captions of all tables: that of the settings, or those in the folder."""
-        captions, by_stem, column = Captions(), names_by_stem(names), self.config.caption_column
+        captions, by_stem, column = CaptionTables(), names_by_stem(names), self.config.caption_column
         if self.config.captions:
             captions.add_table(self.config.captions, "", names, by_stem, column)
             files.ignored.update(suffix_of(name) for name in files.tables)
