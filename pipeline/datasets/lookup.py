@@ -5,7 +5,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,9 @@ from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.metadata import metadata
 from pipeline.media import tars
-from pipeline.media.tar_search import TarSearch, window_bytes
 
-_READS = 5
-"""Ranged reads of one image, at most and in most cases: it tells whether the whole tar is less."""
+_LEAST_SHARE = 3
+"""A tar is read whole if more than one part in so many of its bytes is wanted."""
 _THREADS = 16
 """Images of one tar that are read at a time. On S3 each read is a round trip."""
 
@@ -36,7 +34,8 @@ class Sample:
 def samples(dataset: Dataset, rows: Sequence[int]) -> list[Sample]:
     """The samples at global `rows`, in that order.
 
-    Images come from a few ranged reads each. A tar is read whole if that is less, or if its image is not found so.
+    Each image takes one ranged read. A tar is read whole if many of its images are wanted, if an image has another hash
+    than its metadata say, or if the metadata do not tell where images lie: those of version 0.1.
     """
     items = dataset.manifest("shards")["items"]
     offsets = np.cumsum([0, *(record["samples"] for record in items)])
@@ -48,7 +47,7 @@ def samples(dataset: Dataset, rows: Sequence[int]) -> list[Sample]:
         wanted[shard].add(int(row - offsets[shard]))
     samples_by_row = {}
     for shard, positions in wanted.items():
-        meta = metadata(dataset, items[shard], ["key", "caption", "sha256"])
+        meta = metadata(dataset, items[shard], ["key", "caption", "sha256", "image_offset", "image_bytes"])
         images = _images(dataset, file_of(items[shard], ".tar"), meta, sorted(positions))
         for position, (key, image) in images.items():
             row = int(offsets[shard]) + position
@@ -59,17 +58,21 @@ def samples(dataset: Dataset, rows: Sequence[int]) -> list[Sample]:
 def _images(dataset: Dataset, tar: dict[str, Any], meta: Sequence[dict[str, Any]], positions: Sequence[int]
             ) -> dict[int, tuple[str, bytes]]:
     """The key and the image at each of the ascending `positions` of a tar."""
-    if _READS * len(positions) * window_bytes(tar["bytes"], len(meta)) < tar["bytes"]:
+    lengths = [length for position in positions if (length := meta[position].get("image_bytes")) is not None]
+    if len(lengths) == len(positions) and _LEAST_SHARE * sum(lengths) < tar["bytes"]:
         url = storage.manifest_file_url(dataset.folder("shards"), tar["name"])
-        local = storage.local_copy(url, tar)
-        search = TarSearch(partial(storage.read_range, str(local or url)), tar["bytes"],
-                           {sample["key"]: position for position, sample in enumerate(meta)})
+        local = str(storage.local_copy(url, tar) or url)
+
+        def read_image(position: int) -> bytes:
+            start = meta[position]["image_offset"]
+            return storage.read_range(local, start, start + meta[position]["image_bytes"])
+
         with ThreadPoolExecutor(_THREADS) as pool:
-            images = list(pool.map(search.image, positions))
-        checked = {position: (meta[position]["key"], image) for position, image in zip(positions, images, strict=True)
-                   if image is not None and hashlib.sha256(image).hexdigest() == meta[position]["sha256"]}
-        if len(checked) == len(positions):
-            return checked
+            images = list(pool.map(read_image, positions))
+        if all(hashlib.sha256(image).hexdigest() == meta[position]["sha256"]
+               for position, image in zip(positions, images, strict=True)):
+            return {position: (meta[position]["key"], image)
+                    for position, image in zip(positions, images, strict=True)}
     images_by_position = {}
     for position, sample in enumerate(tars.read(dataset.fetch("shards", tar))):
         if position in positions:

@@ -99,7 +99,7 @@ class TarImages:
         if hasattr(os, "posix_fadvise"):
             # From the first byte to the last and ahead: what is asked for later comes in no order.
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-        self._positions = np.array(list(_image_positions(self._file, path)), np.int64).reshape(-1, 2)
+        self._positions = image_positions(path)
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -112,8 +112,16 @@ class TarImages:
         return data
 
 
+def image_positions(path: Path) -> np.ndarray:
+    """The offset and length of each sample's encoded image in a tar, (N, 2) int64, in bytes.
+
+    The samples are those of `read`.
+    """
+    with open(path, "rb") as stream:
+        return np.array(list(_image_positions(stream, path)), np.int64).reshape(-1, 2)
+
+
 def _image_positions(stream: BinaryIO, path: Path) -> Iterator[tuple[int, int]]:
-    """Where the picture of each sample begins and how long it is; samples are made of members as by `read`."""
     current: dict[str, Any] = {}
     members = list_members(lambda offset, size: os.pread(stream.fileno(), size, offset),
                            os.fstat(stream.fileno()).st_size)

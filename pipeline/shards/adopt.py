@@ -105,7 +105,8 @@ class Adopt(Stage):
                     for meta in failed]
         parquet = scratch / "metadata.parquet"
         types = storage.read_json(storage.join(self.folder, item.inputs["types"]))
-        pq.write_table(metadata.metadata_table(metas, metadata.COLUMNS, types), parquet)
+        table = metadata.metadata_table(metas, metadata.COLUMNS, types)
+        pq.write_table(metadata.add_image_positions(table, tars.image_positions(path)), parquet)
         return Output(good, {f"metadata/{item.id}.parquet": parquet}, entries, {"rows": len(metas)},
                       external_files=[storage.describe_file(address, path)])
 

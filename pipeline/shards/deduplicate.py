@@ -90,7 +90,7 @@ class Deduplicate(Shard):
         tar, parquet = scratch / "shard.tar", scratch / "shard.parquet"
         tars.write(tar, (sample for row, sample in enumerate(tars.read(files[f"{item.id}.tar"])) if row not in details))
         table = read(files[f"{item.id}.parquet"])
-        entries, remaining = self._mark_duplicates(table, details, parquet)
+        entries, remaining = self._mark_duplicates(table, details, tar, parquet)
         if (old := files.get(f"ledger/{item.id}.jsonl")) is not None:
             entries = [*(Entry(**json.loads(line)) for line in old.read_text().splitlines()), *entries]
         stats["status_dict"] |= {metadata.SUCCESS: remaining, DUPLICATE: stats["successes"] - remaining}
@@ -98,8 +98,9 @@ class Deduplicate(Shard):
         return Output(record["samples"] - len(details), {f"{item.id}.tar": tar, f"{item.id}.parquet": parquet}, entries,
                       record["info"], run_files={name: storage.json_bytes(stats)})
 
-    def _mark_duplicates(self, table: pa.Table, details: dict[int, str], parquet: Path) -> tuple[list[Entry], int]:
-        """Write the metadata with the status of duplicates changed.
+    def _mark_duplicates(self, table: pa.Table, details: dict[int, str], tar: Path, parquet: Path,
+                         ) -> tuple[list[Entry], int]:
+        """Write the metadata of a new tar: the status of duplicates and the positions of images are changed.
 
         Returns their lines for the ledger, and the number of rows that still have a sample.
         """
@@ -112,7 +113,7 @@ class Deduplicate(Shard):
             entries.append(Entry(urls[row], DUPLICATE, detail))
         for name, cells in (("status", statuses), ("error_message", messages)):
             table = table.set_column(table.column_names.index(name), name, pa.array(cells, pa.string()))
-        pq.write_table(table, parquet)
+        pq.write_table(metadata.add_image_positions(table, tars.image_positions(tar)), parquet)
         rows = table.column("source_row").to_pylist()
         return entries, len({row for row, status in zip(rows, statuses, strict=True) if status == metadata.SUCCESS})
 

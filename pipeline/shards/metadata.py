@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 # img2dataset's, and `source_row`: the place of the row in the source.
 COLUMNS = {"caption": pa.string(), "url": pa.string(), "key": pa.string(), "status": pa.string(),
@@ -12,6 +14,8 @@ COLUMNS = {"caption": pa.string(), "url": pa.string(), "key": pa.string(), "stat
            "source_row": pa.int64()}
 PATCH_COLUMNS = {"patch_left": pa.int32(), "patch_top": pa.int32(), "patch_short_side": pa.int32()}
 HASH_COLUMNS = {"pixel_sha256": pa.string(), "phash": pa.uint64(), "mean_colour": pa.list_(pa.uint8())}
+IMAGE_COLUMNS = {"image_offset": pa.int64(), "image_bytes": pa.int64()}
+"""Where the encoded image of a sample lies in the tar, in bytes. Parquet files of version 0.1 do not have them."""
 SUCCESS, NOT_FETCHED, NOT_USABLE = "success", "failed_to_download", "failed_to_resize"
 FORGOTTEN = "forgotten"
 _KINDS = {"bool": pa.bool_(), "int64": pa.int64(), "double": pa.float64()}
@@ -24,6 +28,18 @@ def metadata_table(metas: list[dict[str, Any]], types: dict[str, pa.DataType], k
     for name, kind in types.items():
         columns[name] = pa.array([meta.get(name) for meta in metas], kind)
     return pa.table(columns)
+
+
+def add_image_positions(table: pa.Table, positions: np.ndarray) -> pa.Table:
+    """Metadata with `IMAGE_COLUMNS`. `positions`: the offset and length of each sample's image, (N, 2) int64."""
+    succeeded = pc.equal(table["status"], SUCCESS).to_numpy()
+    assert succeeded.sum() == len(positions), (succeeded.sum(), len(positions))
+    cells = np.zeros((len(succeeded), 2), np.int64)
+    cells[succeeded] = positions
+    table = table.drop_columns([name for name in IMAGE_COLUMNS if name in table.column_names])
+    for name, column in zip(IMAGE_COLUMNS, cells.T, strict=True):
+        table = table.append_column(name, pa.array(column, IMAGE_COLUMNS[name], mask=~succeeded))
+    return table
 
 
 def _column(cells: list[Any], kind: str | None) -> pa.Array:

@@ -27,6 +27,7 @@ from pipeline.shards.metadata import (
     NOT_USABLE,
     PATCH_COLUMNS,
     SUCCESS,
+    add_image_positions,
     metadata_table,
 )
 from pipeline.shards.transform import NotFetched, RowResult, failed_row, transform_row
@@ -176,7 +177,8 @@ class ShardPacker:
         # If a row failed, its source may have columns of these names with cells of any type.
         lines = [meta if meta["status"] == SUCCESS else {name: cell for name, cell in meta.items() if name not in added}
                  for metas, _, _ in results for meta in metas]
-        pq.write_table(metadata_table(lines, types, self._known), self.parquet)
+        table = metadata_table(lines, types, self._known)
+        pq.write_table(add_image_positions(table, tars.image_positions(self.tar)), self.parquet)
         return [entry for _, _, entries in results for entry in entries]
 
     def img2dataset_stats(self) -> bytes:
@@ -201,7 +203,7 @@ class ShardPacker:
 
 @asynccontextmanager
 async def _cancelled_at_end() -> AsyncIterator[dict[asyncio.Future[Any], Sequence[int]]]:
-    """Tasks with the numbers of their rows. Those that are left at the end, after an error, are cancelled."""
+    """Tasks with the numbers of their rows. The end cancels the tasks that an error has left."""
     pending: dict[asyncio.Future[Any], Sequence[int]] = {}
     try:
         yield pending

@@ -70,7 +70,7 @@ def _listing_of(version: Dataset, record: dict[str, Any]) -> pa.Table:
     """The part of a listing that the metadata of one shard tell."""
     table = read_metadata(version, record)
     first, telling = rows_of_source(table)
-    others = [name for name in table.column_names if name not in metadata.COLUMNS]
+    others = [name for name in table.column_names if name not in metadata.COLUMNS | metadata.IMAGE_COLUMNS]
     # Without the number among rows of one name, and what a list says of hashes: rows with those are new.
     marks = [storage.digest([row["url"], row["caption"] or "", {name: row[name] for name in others}, "", "", 0])
              for row in table.select(["url", "caption", *others]).take(first).to_pylist()]

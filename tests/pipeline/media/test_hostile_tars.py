@@ -14,7 +14,6 @@ import pytest
 from pipeline.media import foreign_tars, tars
 from pipeline.media.foreign_tars import TarFaults, read_foreign_tar
 from pipeline.media.tar_members import BLOCK, DamagedTar, list_members, parse_header
-from pipeline.media.tar_search import TarSearch
 from pipeline.stages.types import StageFailed
 from tests.pipeline.sources.list_datasets import PICTURES, shard_source
 
@@ -197,10 +196,6 @@ def test_headers_for_the_search_have_no_negative_lengths(tmp_path):
         block = with_size_field(header(), field)
         assert parse_header(block[:257] + b"ustar\x0000" + block[265:]) is None
     assert parse_header(b"") is None and parse_header(bytes(300)) is None
-    tars.write(tmp_path / "some.tar", [{"__key__": "a", "png": b"x"}])
-    data = (tmp_path / "some.tar").read_bytes()[:2 * BLOCK] + with_size_field(header("b.png"), b"-0000001000\0") + END
-    search = TarSearch(lambda start, end: data[start:end], len(data), {"a": 0, "b": 1})
-    assert search.image(0) == b"x" and search.image(1) is None
 
 
 def everything(read: Callable[[], Iterator[Any]]) -> tuple[list[Any], bool]:

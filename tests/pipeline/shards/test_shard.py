@@ -7,6 +7,7 @@ import resource
 import signal
 import tarfile
 import unicodedata
+from pathlib import Path
 from collections import Counter
 
 import numpy as np
@@ -152,6 +153,9 @@ def test_webdataset_reads_the_same_samples(tmp_path, mixed_folder):
     shown = {}
     for sample, row in zip(samples, rows, strict=True):
         assert sample["txt"] == row["caption"] and sample["png"].shape == (16, 16, 3)
+        start, length = row.pop("image_offset"), row.pop("image_bytes")
+        image = Path(sample["__url__"]).read_bytes()[start:start + length]
+        assert hashlib.sha256(image).hexdigest() == row["sha256"]
         assert sample["json"] | {"licence": None} == row | {"licence": None}
         shown[row["url"]] = sample["png"]
     for record in manifest["items"]:
