@@ -15,7 +15,7 @@ from pipeline.datasets.metadata import metadata
 from pipeline.media import tars
 
 _LEAST_SHARE = 3
-"""A tar is read whole if more than one part in so many of its bytes is wanted."""
+"""If the images are more than one part in so many of a tar's bytes, one read of the whole tar costs less."""
 _THREADS = 16
 """Images of one tar that are read at a time. On S3 each read is a round trip."""
 
@@ -34,8 +34,8 @@ class Sample:
 def samples(dataset: Dataset, rows: Sequence[int]) -> list[Sample]:
     """The samples at global `rows`, in that order.
 
-    Each image takes one ranged read. A tar is read whole if many of its images are wanted, if an image has another hash
-    than its metadata say, or if the metadata do not tell where images lie: those of version 0.1.
+    Each image takes one ranged read. Three cases need the whole tar: many of its images are wanted, an image does not
+    have the hash of its metadata, or the metadata are of version 0.1, which did not store positions.
     """
     items = dataset.manifest("shards")["items"]
     offsets = np.cumsum([0, *(record["samples"] for record in items)])

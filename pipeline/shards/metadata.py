@@ -15,7 +15,7 @@ COLUMNS = {"caption": pa.string(), "url": pa.string(), "key": pa.string(), "stat
 PATCH_COLUMNS = {"patch_left": pa.int32(), "patch_top": pa.int32(), "patch_short_side": pa.int32()}
 HASH_COLUMNS = {"pixel_sha256": pa.string(), "phash": pa.uint64(), "mean_colour": pa.list_(pa.uint8())}
 IMAGE_COLUMNS = {"image_offset": pa.int64(), "image_bytes": pa.int64()}
-"""Where the encoded image of a sample lies in the tar, in bytes. Parquet files of version 0.1 do not have them."""
+"""The place of a sample's encoded image in the tar, in bytes. Parquet files of version 0.1 do not have them."""
 SUCCESS, NOT_FETCHED, NOT_USABLE = "success", "failed_to_download", "failed_to_resize"
 FORGOTTEN = "forgotten"
 _KINDS = {"bool": pa.bool_(), "int64": pa.int64(), "double": pa.float64()}

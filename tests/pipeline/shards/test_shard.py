@@ -7,8 +7,8 @@ import resource
 import signal
 import tarfile
 import unicodedata
-from pathlib import Path
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
