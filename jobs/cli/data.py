@@ -119,6 +119,8 @@ class IndexOptions:
     stage: Flat[StageOptions]
     extend: str = ""
     """Do not train: take over the index of this version (NAME@VERSION), and add and remove the rows that changed."""
+    adopt: str = ""
+    """Do not build: take this file, an index of faiss or autofaiss over the embeddings in their order."""
     tombstone: str = ""
     """Do not build: searches leave out the samples whose keys are in this text file, one on each line."""
 
@@ -127,16 +129,21 @@ def run_index(options: IndexOptions) -> int:
     from jobs.telemetry.observe import run_observed
     from pipeline.datasets import dataset as datasets
     from pipeline.datasets.hidden_rows import Tombstones
+    from pipeline.indices.adopt import AdoptIndex
     from pipeline.indices.extend import Extension
     from pipeline.indices.index import Index, build_index
     dataset = datasets.Dataset.parse(options.common.root, options.dataset)
-    if options.tombstone and options.extend:
-        raise ValueError("--tombstone leaves the index as it is, --extend makes one: these are two commands")
+    chosen = [f"--{name}" for name in ("tombstone", "extend", "adopt") if getattr(options, name)]
+    if len(chosen) > 1:
+        raise ValueError(f"{' and '.join(chosen)}: expected one of them, for each is another command\n"
+                         f"hint: --extend and --adopt make an index, --tombstone leaves it as it is")
     if options.tombstone:
         return seal_and_print(Tombstones(dataset, options.tombstone), options)
     index = Index(dataset, options.index)
     if options.extend:
         index = Extension(dataset, datasets.Dataset.parse(options.common.root, options.extend), options.index)
+    if options.adopt:
+        index = AdoptIndex(dataset, options.index, options.adopt)
     check_unpublished(index, options.stage.overwrite)
     if options.common.dry_run:
         return print_forecast(index, options.stage.overwrite)

@@ -132,11 +132,11 @@ class AdoptEmbeddings(Embed):
         np.save(out, rows, allow_pickle=False)
         return Output(samples=len(rows), files={f"{item.id}.npy": out}, ledger=ledger, times=dict(times.seconds))
 
-    def _candidates(self, record: dict[str, Any], samples: Sequence[dict[str, Any]]) -> list["Candidates"]:
+    def _candidates(self, record: dict[str, Any], samples: Sequence[dict[str, Any]]) -> list["SampleVectors"]:
         """The vectors that may be those of each sample of a shard."""
         if list_archives(self.source):
             rows = Archives.open_cached(self.source).rows(self._rows(record, samples))
-            return [Candidates([] if vector is None else [vector]) for vector in rows]
+            return [SampleVectors([] if vector is None else [vector]) for vector in rows]
         folder = VectorsByName.open_cached(self.source)
         recurring = RecurringKeys.open_cached(self.dataset, self.dataset.identity("shards")["digest"])
         hashes = [row["sha256"] for row in metadata(self.dataset, record, ["sha256"])]
@@ -146,7 +146,7 @@ class AdoptEmbeddings(Embed):
             settled = len(places) < 2 and not recurring.has(sample["__key__"], exact=exact)
             if not settled and (same := [place for place in places if sha256 and folder.sha256(place) == sha256]):
                 places, settled = same[:1], True
-            candidates.append(Candidates([folder.vector(place) for place in places], settled))
+            candidates.append(SampleVectors([folder.vector(place) for place in places], settled))
         return candidates
 
     def _has_direction(self, vector: np.ndarray) -> bool:
@@ -157,7 +157,7 @@ class AdoptEmbeddings(Embed):
         length = np.linalg.norm(vector.astype(np.float32))
         return bool(np.isfinite(length) and length > 0)
 
-    def _settle(self, record: dict[str, Any], samples: Sequence[dict[str, Any]], candidates: list["Candidates"]
+    def _settle(self, record: dict[str, Any], samples: Sequence[dict[str, Any]], candidates: list["SampleVectors"]
                 ) -> tuple[np.ndarray, list[str]]:
         """The unit vectors of a shard, (N_i, D) float16, and the keys whose image should choose but does not decode.
 
@@ -211,7 +211,7 @@ class AdoptEmbeddings(Embed):
 
 
 @dataclass
-class Candidates:
+class SampleVectors:
     """The vectors that may be those of a sample."""
 
     of_name: list[np.ndarray]

@@ -46,6 +46,10 @@ class IndexConfig:
     """With --extend: an index that quantises the added vectors with more times the error of those that were held out
     when it was trained is not sealed."""
 
+    min_self_hit: Annotated[float, Interval(ge=0, le=1)] = 0.9
+    """With --adopt: the least share of sampled rows that a search for their own vectors finds among ten results. Each
+    shard must reach half of it."""
+
     def __post_init__(self) -> None:
         check_bounds("index", self)
         for name in SIZES:

@@ -6,7 +6,7 @@ result is the same as if the trained index had been filled with all rows of the 
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,15 @@ from pipeline.indices.faiss_door import faiss
 from pipeline.indices.fill import can_only_append, fill, lists_bytes, merge_on_disk, remove_rows, renumber
 from pipeline.indices.index import Index
 from pipeline.indices.searcher import open_dataset_index
-from pipeline.indices.tune import RecallQueries, measure_recall, nonzero_rows, recall_error
+from pipeline.indices.tune import (
+    RecallQueries,
+    measure_recall,
+    nonzero_rows,
+    read_blocks,
+    recall_error,
+    sample_rows,
+    text_queries,
+)
 from pipeline.stages.types import Item, Output, StageFailed
 from pipeline.storage import arrays
 from pipeline.storage.sizes import parse_size
@@ -77,9 +85,10 @@ class Extension(Index):
         drift = self._drift(index, embeddings, change, before, rng)
         held, own = self._held(change, len(embeddings), rng)
         queries = [RecallQueries("image", embeddings.rows(own).astype(np.float32), own)]
-        queries += self._texts(rng)
+        if "text_embeddings" in self.inputs():
+            queries.append(text_queries(self.dataset, config, rng))
         for query_set in queries:
-            for offset, vectors in _read_blocks(embeddings):
+            for offset, vectors in read_blocks(embeddings):
                 query_set.look(vectors, offset)
         infos, info, times = measure_recall(index, before["key"], queries, config, size)
         info |= drift | {"extends": self.base.label, "kept": change.kept, "added": len(change.added),
@@ -132,9 +141,9 @@ class Extension(Index):
         at_first = before.get("error_of_held")
         if at_first is None:  # an index from before that was written down
             theirs = Embeddings(self.base)
-            sample = theirs.rows(_sample_rows(np.arange(len(theirs)), _SAMPLE, rng))
+            sample = theirs.rows(sample_rows(np.arange(len(theirs)), _SAMPLE, rng))
             at_first = recall_error(index, nonzero_rows(sample))
-        rows = nonzero_rows(embeddings.rows(_sample_rows(change.added, _SAMPLE, rng)))
+        rows = nonzero_rows(embeddings.rows(sample_rows(change.added, _SAMPLE, rng)))
         error = recall_error(index, rows)
         drift = round((error + _TINY) / (at_first + _TINY), 4) if len(rows) else 1.0
         if drift > self.config.max_drift:
@@ -152,18 +161,11 @@ class Extension(Index):
                       if entry["name"] == "held.npy"), None)
         old = arrays.load_array(self.base.fetch("index", entry)) if entry else np.empty(0, np.int64)
         old = change.row_of[old]
-        old, new = np.sort(old[old >= 0]), _sample_rows(change.added, self.config.queries, rng)
+        old, new = np.sort(old[old >= 0]), sample_rows(change.added, self.config.queries, rng)
         wanted = min(self.config.queries, count // 10)
         share = max(round(wanted * len(change.added) / count), wanted - len(old))
-        new = _sample_rows(new, share, rng)
-        return np.union1d(old, new), np.union1d(_sample_rows(old, wanted - len(new), rng), new)
-
-    def _texts(self, rng: np.random.Generator) -> list[RecallQueries]:
-        if "text_embeddings" not in self.inputs():
-            return []
-        texts = Embeddings(self.dataset, "text_embeddings")
-        rows = nonzero_rows(texts.rows(_sample_rows(np.arange(len(texts)), self.config.queries, rng)))
-        return [RecallQueries("text", rows.astype(np.float32))]
+        new = sample_rows(new, share, rng)
+        return np.union1d(old, new), np.union1d(sample_rows(old, wanted - len(new), rng), new)
 
 
 @dataclass
@@ -224,15 +226,3 @@ def _vector_hashes(embeddings: Embeddings, rows: np.ndarray) -> np.ndarray:
     parts = [embeddings.rows(block).view(np.uint16).astype(np.uint64) @ factors
              for block in np.split(rows, range(BLOCK // 8, len(rows), BLOCK // 8))]
     return np.concatenate(parts)
-
-
-def _read_blocks(embeddings: Embeddings) -> Iterator[tuple[int, np.ndarray]]:
-    """All rows in float32, some at a time, with the number of the first."""
-    for offset, shard in zip(embeddings.offsets[:-1], embeddings.shards, strict=True):
-        for start in range(0, len(shard), BLOCK):
-            yield int(offset) + start, np.asarray(shard[start:start + BLOCK], np.float32)
-
-
-def _sample_rows(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """At most `count` of some rows, ascending."""
-    return rows if len(rows) <= count else np.sort(rng.choice(rows, max(0, count), replace=False))

@@ -164,6 +164,60 @@ def open_index(path: Path, lists: Path | None = None, flags: int = 0) -> faiss.I
                                    faiss.IO_FLAG_READ_ONLY)
 
 
+class ForeignIndex(ValueError):
+    """An index file of others that cannot be used."""
+
+
+def open_foreign_index(path: Path, name: str) -> faiss.Index:
+    """The index in a file that others wrote, called `name`; lists in another file are read beside it, not changed."""
+    try:
+        with send_stdout_to_stderr():
+            return faiss.read_index(str(path), untyped_faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY)
+    except (RuntimeError, MemoryError) as error:
+        raise ForeignIndex(f"{name} cannot be read: expected an index that faiss {faiss.__version__} knows, got "
+                           f"{str(error).rsplit(': ', 1)[-1]}\nhint: a file of faiss.write_index, like the knn.index "
+                           f"of autofaiss; inverted lists in a file of their own must be next to it, on a local disk"
+                           ) from error
+
+
+def without_identity_map(index: faiss.Index, name: str) -> faiss.Index:
+    """A copy of the index inside a map of ids (IDMap) that numbers rows in order; ForeignIndex for another map."""
+    if not isinstance(index, untyped_faiss.IndexIDMap | untyped_faiss.IndexIDMap2):
+        return index
+    ids = faiss.vector_to_array(untyped_faiss.downcast_index(index).id_map)
+    if len(wrong := np.flatnonzero(ids != np.arange(len(ids)))):
+        raise ForeignIndex(f"{name} gives its vectors other ids than their global rows: expected {wrong[0]} for vector "
+                           f"{wrong[0]}, got {ids[wrong[0]]}\nhint: add the vectors in order and without ids")
+    # A copy: the map owns what is in it, and to take that away from it damages memory (faiss 1.15).
+    return faiss.clone_index(index.index)
+
+
+def lists_are_on_disk(index: faiss.Index) -> bool:
+    """Whether the inverted lists of an index are in a file of their own."""
+    inner = inner_index(index)
+    return isinstance(inner, faiss.IndexIVF) and isinstance(
+        untyped_faiss.downcast_InvertedLists(inner.invlists), faiss.OnDiskInvertedLists)
+
+
+def factory_key(index: faiss.Index) -> str:
+    """The factory string of an index, with the names of classes for what faiss cannot tell.
+
+    A file has OPQ as a linear transform, without the number of its parts: this is that of the codes then.
+    """
+    from faiss.contrib.factory_tools import reverse_index_factory
+    inner, parts = inner_index(index), []
+    for transform in list_transforms(index):
+        kind = type(transform).__name__.removesuffix("Matrix")
+        parts.append(f"OPQ{inner.pq.M}_{transform.d_out}" if kind == "LinearTransform" and hasattr(inner, "pq")
+                     else f"{kind}{transform.d_out}")
+    try:
+        parts.append(str(reverse_index_factory(inner)))
+    except (NotImplementedError, AttributeError, KeyError):
+        parts += [f"IVF{inner.nlist}"] if isinstance(inner, faiss.IndexIVF) else []
+        parts.append(type(inner).__name__.removeprefix("Index"))
+    return ",".join(parts)
+
+
 def list_transforms(index: faiss.Index) -> list[faiss.VectorTransform]:
     """The transforms that an index applies to vectors first, in order."""
     if not isinstance(index, faiss.IndexPreTransform):

@@ -37,7 +37,8 @@ class Index(IndexingStage):
         section = super().section()
         if self.config.merge_memory == IndexConfig.merge_memory:
             del section["merge_memory"]  # indices from before there was a choice have the same files
-        return {name: value for name, value in section.items() if name not in {"min_recall", "max_drift"}}
+        limits = {"min_recall", "max_drift", "min_self_hit"}
+        return {name: value for name, value in section.items() if name not in limits}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         return embedding_inputs(self.dataset)

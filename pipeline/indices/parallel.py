@@ -79,7 +79,7 @@ class IndexTraining(IndexingStage):
         self.dataset = dataset
 
     def section(self) -> dict[str, Any]:
-        unused = {"target_recall", "min_recall", "part_memory", "merge_memory", "max_drift"}
+        unused = {"target_recall", "min_recall", "part_memory", "merge_memory", "max_drift", "min_self_hit"}
         return {name: value for name, value in super().section().items() if name not in unused}
 
     def inputs(self) -> dict[str, dict[str, Any]]:

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.embeddings import Embeddings
 from pipeline.indices.choose import budget_bytes
-from pipeline.indices.config import EXACT, FLAT_GAIN, IndexConfig
+from pipeline.indices.config import BLOCK, EXACT, FLAT_GAIN, IndexConfig
 from pipeline.indices.faiss_door import (
     count_gpus,
     faiss,
@@ -83,6 +85,25 @@ def nonzero_rows(rows: np.ndarray) -> np.ndarray:
     """Without the rows of zeros, which mark images that did not decode."""
     there = rows.any(1)
     return rows if there.all() else rows[there]
+
+
+def sample_rows(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """At most `count` of some rows, ascending."""
+    return rows if len(rows) <= count else np.sort(rng.choice(rows, max(0, count), replace=False))
+
+
+def text_queries(dataset: Dataset, config: IndexConfig, rng: np.random.Generator) -> RecallQueries:
+    """Captions of a dataset as queries."""
+    texts = Embeddings(dataset, "text_embeddings")
+    rows = nonzero_rows(texts.rows(sample_rows(np.arange(len(texts)), config.queries, rng)))
+    return RecallQueries("text", rows.astype(np.float32))
+
+
+def read_blocks(embeddings: Embeddings) -> Iterator[tuple[int, np.ndarray]]:
+    """All rows in float32, some at a time, with the number of the first."""
+    for offset, shard in zip(embeddings.offsets[:-1], embeddings.shards, strict=True):
+        for start in range(0, len(shard), BLOCK):
+            yield int(offset) + start, np.asarray(shard[start:start + BLOCK], np.float32)
 
 
 def measure_recall(index: faiss.Index, key: str, queries: list[RecallQueries], config: IndexConfig, size: int = 0
