@@ -17,7 +17,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnschedulableError, RayActorError, RayError, RayTaskError
 
-from jobs.cluster import connect, decoder_actors
+from jobs.cluster import connect, decoder_actors, shared_limits
 from jobs.cluster.config import ClusterConfig
 from jobs.cluster.gpus import check_gpus
 from jobs.cluster.retirement import Blame, Failed, Place, Task, WorkerState
@@ -49,6 +49,7 @@ class Worker:
         self.ready = ""
         self.computed = "", ""  # precision and device of the stage that was set up
         self.decoders: decoder_actors.Decoders | None = None
+        self.limits: shared_limits.SharedLimits | None = None
 
     def place(self) -> Place:
         """Answer once the process runs, with where it runs."""
@@ -67,6 +68,9 @@ class Worker:
             if decoders[0] and self.decoders is None:
                 self.decoders = decoder_actors.Decoders(*decoders)
             stage.decode = self.decoders if decoders[0] else None
+            if stage.downloads:
+                self.limits = self.limits or shared_limits.SharedLimits(decoders[1])
+                stage.host_limits = self.limits
             if self.ready != stage_fingerprint:
                 stage.setup()
                 self.ready, self.computed = stage_fingerprint, (stage.precision, stage.device)
@@ -105,6 +109,7 @@ class Pool:
         self.blame = Blame(config.workers)
         self.gpu = False
         self.decoders: list[Any] = []
+        self.limits: Any = None  # keeps the actor alive
 
     def __call__(self, stage: Stage, items: Sequence[Item]) -> Iterator[Outcome | Retired | None]:
         connect.connect()
@@ -113,6 +118,8 @@ class Pool:
         stage_fingerprint = claim_of(stage).fingerprint
         together = self._together(stage, len(items))
         decoders = self._lent(stage)
+        if stage.downloads and self.limits is None:
+            self.limits = shared_limits.find_actor()
         self.meter = ray_metrics.Meter(stage_labels(stage.path, stage.name))
         fresh, unplanned = iter(items), len(items)
         waiting: deque[Task] = deque()  # of a million items only those that are next, and those that came back

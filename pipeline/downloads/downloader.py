@@ -3,14 +3,11 @@
 import asyncio
 import base64
 import contextlib
-import email.utils
-import http
-import os
 import random
 import socket
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from types import TracebackType
 from typing import Any, NamedTuple
 from urllib.parse import urljoin
@@ -21,13 +18,15 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_exceptions import ContentEncodingError, ContentLengthError, TransferEncodingError
 
 from pipeline.downloads.config import DownloadConfig
+from pipeline.downloads.host_gate import HostGate, Refusals, Refused, Visit
+from pipeline.downloads.host_limits import HostLimits, ProcessLimits
+from pipeline.downloads.http_text import certificate_fault, phrase, retry_after, system_fault
 from pipeline.downloads.resolver import HostLookup, Retryable
-from pipeline.downloads.robots import robots_directives
+from pipeline.downloads.robots import RobotsTxt, robots_directives
 from pipeline.downloads.urls import URL, clean_url, literal_address, parse_allowed_host, parse_url, refuse_private
 from pipeline.media.types import BadImage
 
 REDIRECTS = 5
-LONGEST_WAIT = 60.0  # seconds that a server may ask for by Retry-After
 _FIRST_WAIT, _LONGEST_BACKOFF = 0.5, 30.0
 _PIECE = 1 << 20  # a body of twice that is taken in without a pause
 _HEADER = 1 << 15  # bytes of one header; policies of 20 kB are met with
@@ -36,6 +35,18 @@ _HEADER = 1 << 15  # bytes of one header; policies of 20 kB are met with
 class _Target(NamedTuple):
     url: URL  # without credentials
     headers: dict[str, str]
+
+
+class _Trip:
+    """The way of one download: attempts, redirects and refusals."""
+
+    def __init__(self, target: _Target, seconds: float) -> None:
+        self.start, self.attempts, self.refusals = target, 0, Refusals()
+        self.begin(seconds)
+
+    def begin(self, seconds: float) -> None:
+        """Begin an attempt, with so many seconds for it."""
+        self.target, self.seconds, self.hops = self.start, seconds, 0
 
 
 class _Resolver(AbstractResolver):
@@ -57,15 +68,17 @@ class _Resolver(AbstractResolver):
 class Downloader:
     """Downloads over HTTP; an asynchronous context manager, for any number of `get` at once."""
 
-    def __init__(self, config: DownloadConfig) -> None:
+    def __init__(self, config: DownloadConfig, limits: HostLimits | None = None) -> None:
+        """`limits` are shared with other downloaders, by default with none."""
         self.config = config
+        self.gate = HostGate(config, limits or ProcessLimits())
         self._allowed = {parse_allowed_host(host) for host in config.allow_hosts}
         self._robots = {directive.strip().lower() for directive in config.robots}
+        self._robots_txt = RobotsTxt(config.robots_agent, self._read_robots_txt) if config.robots_txt else None
 
     async def __aenter__(self) -> "Downloader":
         config = self.config
         self._slots = asyncio.Semaphore(config.connections)
-        self._slots_of_host: weakref.WeakValueDictionary[str, asyncio.Semaphore] = weakref.WeakValueDictionary()
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._lookup = HostLookup(self._allowed, config.retries + 1)
         self._session = aiohttp.ClientSession(
@@ -73,13 +86,17 @@ class Downloader:
             connector=aiohttp.TCPConnector(limit=0, resolver=_Resolver(self._lookup), use_dns_cache=False,
                                            socket_factory=self._open_socket),
             timeout=aiohttp.ClientTimeout(sock_connect=config.connect_timeout, sock_read=config.read_timeout),
-            headers={"User-Agent": config.user_agent, "Accept-Encoding": "identity"},
+            headers={"User-Agent": config.full_user_agent, "Accept-Encoding": "identity"},
             cookie_jar=aiohttp.DummyCookieJar(), trust_env=False, read_bufsize=_PIECE, max_line_size=_HEADER,
             max_field_size=_HEADER)
+        await self.gate.__aenter__()
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
                         trace: TracebackType | None) -> None:
+        if self._robots_txt:
+            self._robots_txt.close()
+        await self.gate.__aexit__(kind, error, trace)
         await self._session.close()
         self._lookup.close()
         # What was given up over TLS still waits for the server's farewell, which the end of the loop would cut off.
@@ -95,43 +112,108 @@ class Downloader:
         """The body at `url`, empty if the server has none.
 
         BadImage with the reason bad_url, forbidden_address, dns, connect, tls, timeout, cut, too_large,
-        too_many_redirects, robots, protocol, or http_ and the status.
+        too_many_redirects, robots, protocol, host_banned, or http_ and the status.
         """
+        async with self.hold(url) as body:
+            return body
+
+    @contextlib.asynccontextmanager
+    async def hold(self, url: str) -> AsyncIterator[bytes]:
+        """`get`, for as long as one of the `connections` is kept: so the bodies in memory are no more than these."""
         # No retry library: each attempt has a time limit of its own, which starts when a connection is free, each
         # redirect is checked again, and the server's Retry-After counts. With one, all of that would still be here.
-        for attempt in range(self.config.retries + 1):
-            try:
-                return await self._attempt(url)
-            except Retryable as error:
-                if error.wait > LONGEST_WAIT:
-                    raise BadImage(error.reason, f"{error.detail}; to be asked again in {error.wait:.0f} s") from None
-                if attempt == self.config.retries:
-                    raise BadImage(error.reason, error.detail) from None
-                backoff = min(_FIRST_WAIT * 2 ** attempt, _LONGEST_BACKOFF) * random.uniform(0.75, 1.25)
-                wait = max(backoff, error.wait)
-            await asyncio.sleep(wait)
-        raise AssertionError("not reached")
+        trip = _Trip(self._parse_target(url, None), self.config.timeout)
+        body = None
+        while body is None:
+            if self._robots_txt:
+                await self._obey_robots_txt(self._robots_txt, trip.target.url)
+            body = await self._request_next(trip)
+        try:
+            yield body
+        finally:
+            self._slots.release()
 
-    async def _attempt(self, url: str) -> bytes:
-        target, seconds = self._parse_target(url, None), self.config.timeout
-        for _ in range(REDIRECTS + 1):
-            # First the host's slot: whoever waits for a busy host keeps nobody else waiting.
-            async with self._slot_of_host(target.url.raw_host or ""), self._slots:
-                began = time.monotonic()
-                answer = await self._request_translated(target, seconds)
-                seconds -= time.monotonic() - began
+    async def _obey_robots_txt(self, robots: RobotsTxt, url: URL) -> None:
+        with self.gate.parked():
+            allowed, delay = await robots.rules(str(url.origin()), str(url))
+        if not allowed:
+            raise BadImage("robots", "robots.txt excludes it")
+        if delay:
+            self.gate.limit_rate(url.raw_host or "", 1 / delay)
+
+    async def _read_robots_txt(self, url: str) -> bytes:
+        trip = _Trip(self._parse_target(url, None), self.config.timeout)
+        try:
+            while (body := await self._request_next(trip)) is None:
+                pass
+        except BadImage as bad:
+            if bad.reason.startswith("http_4") and bad.reason != "http_429":
+                return b""  # RFC 9309: the site has no rules
+            raise BadImage(bad.reason, f"robots.txt: {bad.detail}") from None
+        self._slots.release()
+        return body
+
+    async def _request_next(self, trip: _Trip) -> bytes | None:
+        """Send the next request of a download: the body, for which a connection is kept, or None to go on."""
+        visit = await self._enter(trip)
+        try:
+            answer = await self._visit(trip, visit)
+        except BaseException as error:
+            self._slots.release()
+            if isinstance(error, Refused):
+                await self.gate.refused(visit, trip.refusals, error)
+                return None
+            if not isinstance(error, Retryable):
+                raise
+            trip.attempts += 1
+            if trip.attempts > self.config.retries:
+                raise BadImage(error.reason, error.detail) from None
+            wait = min(_FIRST_WAIT * 2 ** (trip.attempts - 1), _LONGEST_BACKOFF) * random.uniform(0.75, 1.25)
+        else:
             if isinstance(answer, bytes):
                 return answer
-            target = self._parse_target(answer, target)
-        raise BadImage("too_many_redirects", f"more than {REDIRECTS}")
+            self._slots.release()
+            trip.target, trip.hops = self._parse_target(answer, trip.target), trip.hops + 1
+            if trip.hops > REDIRECTS:
+                raise BadImage("too_many_redirects", f"more than {REDIRECTS}")
+            return None
+        trip.begin(self.config.timeout)
+        with self.gate.parked():
+            await asyncio.sleep(wait)
+        return None
 
-    def _slot_of_host(self, host: str) -> contextlib.AbstractAsyncContextManager[None]:
-        if not self.config.connections_per_host:
-            return contextlib.nullcontext()
-        slot = self._slots_of_host.get(host)
-        if slot is None:
-            self._slots_of_host[host] = slot = asyncio.Semaphore(self.config.connections_per_host)
-        return slot
+    async def _enter(self, trip: _Trip) -> Visit:
+        """Wait until the host may be asked, and then for a connection: a paused host keeps nobody else waiting."""
+        while True:
+            visit = await self.gate.enter(trip.target.url.raw_host or "", trip.refusals.count > 0)
+            try:
+                await self._slots.acquire()
+            except BaseException:
+                self.gate.turn_back(visit)
+                raise
+            if departed := self.gate.depart(visit):
+                return departed
+            self._slots.release()
+
+    async def _visit(self, trip: _Trip, visit: Visit) -> bytes | str:
+        """One request: the body, or where it leads."""
+        began = time.monotonic()
+        try:
+            answer = await self._request_translated(trip.target, trip.seconds)
+        except Refused:
+            raise
+        except BadImage as error:
+            if error.reason.startswith("http_") or error.reason in {"robots", "too_large"}:
+                self.gate.answered(visit, trip.refusals)
+            else:
+                self.gate.leave(visit)
+            raise
+        except BaseException:
+            self.gate.leave(visit)
+            raise
+        trip.seconds -= time.monotonic() - began
+        self.gate.answered(visit, trip.refusals)
+        return answer
 
     def _parse_target(self, text: str, base: _Target | None) -> _Target:
         """What to ask for, checked: `text` as a browser would read it, relative to `base`."""
@@ -166,9 +248,9 @@ class Downloader:
         except BadImage:
             raise
         except aiohttp.ClientSSLError as error:
-            raise BadImage("tls", _certificate_fault(error)) from None
+            raise BadImage("tls", certificate_fault(error)) from None
         except aiohttp.ClientConnectorCertificateError as error:
-            raise BadImage("tls", _certificate_fault(error)) from None
+            raise BadImage("tls", certificate_fault(error)) from None
         except aiohttp.ConnectionTimeoutError:
             raise Retryable("timeout", f"no connection within {self.config.connect_timeout:g} s") from None
         except aiohttp.SocketTimeoutError:
@@ -185,7 +267,7 @@ class Downloader:
         except aiohttp.ServerDisconnectedError:
             raise Retryable("connect", "closed without an answer") from None
         except (aiohttp.ClientConnectionError, OSError) as error:
-            raise Retryable("connect", _system_fault(error)) from None
+            raise Retryable("connect", system_fault(error)) from None
 
     async def _request(self, target: _Target) -> bytes | str:
         """One request: the body, or where it leads."""
@@ -212,11 +294,13 @@ class Downloader:
             return location
         if status == 204:
             return b""
-        if status in {408, 425, 429} or 500 <= status <= 599:
-            raise Retryable(f"http_{status}", _phrase(status), _retry_after(headers.get("Retry-After", "")))
+        if status in {403, 429} or (status == 503 and "Retry-After" in headers):
+            raise Refused(status, phrase(status), retry_after(headers.get("Retry-After", "")))
+        if status in {408, 425} or 500 <= status <= 599:
+            raise Retryable(f"http_{status}", phrase(status))
         if status != 200:
-            raise BadImage(f"http_{status}", _phrase(status))
-        tags = headers.getall("X-Robots-Tag", ())
+            raise BadImage(f"http_{status}", phrase(status))
+        tags = headers.getall("X-Robots-Tag", ()) if response.url.path != "/robots.txt" else ()
         if tags and (forbidden := self._robots & robots_directives(tags, self.config.robots_agent.lower())):
             raise BadImage("robots", f"X-Robots-Tag: {', '.join(sorted(forbidden))}")
         content, limit, length = response.content, self.config.max_bytes, response.content_length
@@ -242,36 +326,6 @@ class Downloader:
         new_socket = socket.socket(*info[:3])
         self._sockets.add(new_socket)
         return new_socket
-
-
-def _retry_after(text: str) -> float:
-    """Seconds that the header Retry-After asks for; 0 if it says nothing that can be read."""
-    text = text.strip()
-    if text.isascii() and text.isdigit():
-        return float(text[:9])
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, OverflowError, TypeError, IndexError):
-        return 0.0
-
-
-def _phrase(status: int) -> str:
-    try:
-        return http.HTTPStatus(status).phrase
-    except ValueError:
-        return "a status that no standard knows"
-
-
-def _system_fault(error: Exception) -> str:
-    cause = getattr(error, "os_error", error)
-    number = getattr(cause, "errno", None)
-    # Numbers below 0 are those of getaddrinfo.
-    return os.strerror(number) if number and number > 0 else type(cause).__name__
-
-
-def _certificate_fault(error: Exception) -> str:
-    cause = getattr(error, "certificate_error", None) or getattr(error, "os_error", error)
-    return getattr(cause, "verify_message", None) or getattr(cause, "reason", None) or "no TLS connection"
 
 
 def _protocol(response: aiohttp.ClientResponse) -> ResponseHandler | None:

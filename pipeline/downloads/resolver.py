@@ -14,11 +14,7 @@ _DNS_THREADS, _DNS_SECONDS, _DNS_NAMES = 64, 300.0, 100_000
 
 
 class Retryable(BadImage):
-    """A failure that a retry may avoid; `wait`: seconds that the server asks for."""
-
-    def __init__(self, reason: str, detail: str, wait: float = 0.0) -> None:
-        super().__init__(reason, detail)
-        self.wait = wait
+    """A failure that a retry may avoid."""
 
 
 class _Answer(NamedTuple):

@@ -2,6 +2,7 @@
 
 import functools
 import ipaddress
+import math
 import re
 import socket
 import unicodedata
@@ -42,6 +43,22 @@ def parse_allowed_host(text: str) -> tuple[str, int | None]:
     # Not url.explicit_port: :80 in the entry means 80.
     port = re.search(r":(\d+)$", host.rpartition("]")[2])
     return url.raw_host or "", int(port[1]) if port else None
+
+
+def parse_host_rates(entries: Iterable[str]) -> list[tuple[str, float]]:
+    """(pattern of host names, requests a second) of the entries of host_rate; those of single hosts come first."""
+    rates = []
+    for entry in entries:
+        pattern, _, number = entry.rpartition("=")
+        try:
+            rate = float(number)
+        except ValueError:
+            rate = 0.0
+        if not (0 < rate < math.inf and re.fullmatch(r"[a-z0-9_.*?:-]*", pattern.lower())):
+            raise ValueError(f"shard.download.host_rate = {entry!r}: must be a number above 0, or HOST=NUMBER\n"
+                             f"hint: --host-rate 10 images.example.org=2")
+        rates.append((pattern.lower() or "*", rate))
+    return sorted(rates, key=lambda rate: rate[0].count("*") + rate[0].count("?"))
 
 
 def clean_url(text: str) -> str:

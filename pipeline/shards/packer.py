@@ -6,9 +6,9 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,11 +37,16 @@ from pipeline.stages.types import Entry
 
 if TYPE_CHECKING:
     from pipeline.downloads.downloader import Downloader
+    from pipeline.downloads.host_gate import HostGate
+    from pipeline.downloads.host_limits import HostLimits
     from pipeline.sources.config import ShardConfig
 _READERS = 32  # images that are read at once from a remote store
+_ROWS_WAITING = 4096  # downloads that wait for their hosts while others are under way
 _ROWS_PER_TASK = 4  # rows in one task of a thread, where nothing is fetched for them
 _ROWS_PER_WRITE = 64  # rows that are appended to the tar together; as many again may wait in memory
 
+_Fetch = Callable[[Row], AbstractAsyncContextManager[None]]
+"""The bytes of a row's image are in the row while the context lasts."""
 StoredBytes = bytes | tuple[int, int]
 """Bytes in memory, or their offset and length in the spool."""
 
@@ -74,9 +79,10 @@ class ShardPacker:
     """Packs the rows of one shard: lanes fetch, threads transform, one thread at a time writes the tar."""
 
     def __init__(self, config: "ShardConfig", shard: str, digits: int, scratch: Path, report_progress: ProgressReporter,
-                 known: Mapping[str, str], refused: frozenset[str] = frozenset()) -> None:
+                 known: Mapping[str, str], refused: frozenset[str] = frozenset(),
+                 limits: "HostLimits | None" = None) -> None:
         self.config, self.shard, self.digits, self.report_progress = config, shard, digits, report_progress
-        self._known, self._refused = known, refused
+        self._known, self._refused, self._limits = known, refused, limits
         self.tar, self.parquet = scratch / "shard.tar", scratch / "shard.parquet"
         self._spool, self._tar = Spool(scratch / "spool"), tars.TarWriter(self.tar)
         self._done = self._written = 0  # rows from the first on, without a gap
@@ -94,13 +100,13 @@ class ShardPacker:
         malloc.keep_freed_memory()
         loop, numbered = asyncio.get_running_loop(), enumerate(rows)
         transform = partial(transform_row, self.config, read=read, refused=self._refused)
-        finished: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
+        finished: asyncio.Queue[asyncio.Future[Any] | None] = asyncio.Queue()
         async with AsyncExitStack() as stack:
-            pool, most_pending, fetch = await self._open_pool(stack, read, far)
+            pool, most_pending, fetch = await self._open_pool(stack, read, far, lambda: finished.put_nowait(None))
             pending = await stack.enter_async_context(_cancelled_at_end())
             writing: asyncio.Future[None] | None = None
             while True:
-                while len(pending) < most_pending and (
+                while len(pending) < most_pending() and (
                         batch := list(itertools.islice(numbered, 1 if fetch else _ROWS_PER_TASK))):
                     numbers, batch_rows = zip(*batch, strict=True)
                     keys = map(self._keys, numbers)
@@ -111,7 +117,8 @@ class ShardPacker:
                     task.add_done_callback(finished.put_nowait)
                 if not pending:
                     break
-                task = await finished.get()
+                if (task := await finished.get()) is None:
+                    continue  # a download waits for its host: there is room for another
                 for number, result in zip(pending.pop(task), task.result() or (), strict=True):
                     self._record(number, result)
                 if writing not in pending and self._done - self._written >= _ROWS_PER_WRITE:
@@ -120,21 +127,27 @@ class ShardPacker:
                     writing.add_done_callback(finished.put_nowait)
 
     async def _open_pool(self, stack: AsyncExitStack, read: Callable[[Row], bytes] | None, far: bool,
-                         ) -> tuple[ThreadPoolExecutor, int, Callable[[Row], Awaitable[bytes]] | None]:
-        """The threads, the most tasks at a time, and what fetches the bytes of a row if they are far away."""
+                         on_wait: Callable[[], None]) -> tuple[ThreadPoolExecutor, Callable[[], int], _Fetch | None]:
+        """The threads, the most tasks at a time, and what fetches the bytes of a row if they are far away.
+
+        `on_wait` is called when a download waits for its host, so that one more task may run.
+        """
         threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
         # More tasks than threads, so that no thread waits while the loop records its last rows.
-        most_pending = 2 * threads
-        fetch: Callable[[Row], Awaitable[bytes]] | None = None
+        most = 2 * threads
+        fetch: _Fetch | None = None
+        gate: HostGate | None = None
         if read is None:
             from pipeline.downloads.downloader import Downloader
-            downloader = await stack.enter_async_context(Downloader(self.config.download))
-            most_pending, threads = self.config.download.connections, threads + 1
-            fetch = partial(_download, downloader)
+            downloader = await stack.enter_async_context(Downloader(self.config.download, self._limits))
+            most, threads = self.config.download.connections, threads + 1
+            fetch, gate = partial(_download, downloader), downloader.gate
+            gate.on_wait = on_wait
         elif far:
             readers = stack.enter_context(ThreadPoolExecutor(_READERS, "read"))
-            most_pending, fetch = _READERS, partial(_read_in_thread, readers, read)
-        return stack.enter_context(ThreadPoolExecutor(threads, "decode")), most_pending, fetch
+            most, fetch = _READERS, partial(_read_in_thread, readers, read)
+        return (stack.enter_context(ThreadPoolExecutor(threads, "decode")),
+                lambda: most + (min(gate.waiting, _ROWS_WAITING) if gate else 0), fetch)
 
     def _keys(self, number: int) -> list[str]:
         key = f"{self.shard}{number:0{self.digits}d}"
@@ -213,21 +226,25 @@ async def _cancelled_at_end() -> AsyncIterator[dict[asyncio.Future[Any], Sequenc
         await asyncio.gather(*pending, return_exceptions=True)
 
 
-async def _fetch_and_transform(row: Row, keys: list[str], fetch: Callable[[Row], Awaitable[bytes]],
+async def _fetch_and_transform(row: Row, keys: list[str], fetch: _Fetch,
                                transform: Callable[[Row, list[str]], RowResult], pool: ThreadPoolExecutor,
                                ) -> list[RowResult]:
     try:
-        row.data = await fetch(row)
+        async with fetch(row):
+            return [await asyncio.get_running_loop().run_in_executor(pool, transform, row, keys)]
     except BadImage as bad:
         return [failed_row(row, keys[0], NotFetched(bad.reason, bad.detail))]
-    return [await asyncio.get_running_loop().run_in_executor(pool, transform, row, keys)]
 
 
-async def _download(downloader: "Downloader", row: Row) -> bytes:
+@asynccontextmanager
+async def _download(downloader: "Downloader", row: Row) -> AsyncIterator[None]:
     if row.missing:
         raise NotFetched("bad_url", row.missing)
-    return await downloader.get(row.name)
+    async with downloader.hold(row.name) as row.data:
+        yield
 
 
-async def _read_in_thread(readers: ThreadPoolExecutor, read: Callable[[Row], bytes], row: Row) -> bytes:
-    return await asyncio.get_running_loop().run_in_executor(readers, read, row)
+@asynccontextmanager
+async def _read_in_thread(readers: ThreadPoolExecutor, read: Callable[[Row], bytes], row: Row) -> AsyncIterator[None]:
+    row.data = await asyncio.get_running_loop().run_in_executor(readers, read, row)
+    yield

@@ -12,6 +12,7 @@ import uvloop
 
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.downloads.host_limits import ProcessLimits
 from pipeline.media.types import BadImage
 from pipeline.shards import metadata
 from pipeline.shards.packer import ShardPacker
@@ -28,6 +29,7 @@ from pipeline.storage import name_by_content, parquet
 # The location of the images and the way of fetching them do not change the result.
 _IGNORED_SETTINGS = {"source", "captions", "sources"}
 _DOWNLOAD_SETTINGS = {"max_bytes", "robots", "robots_agent"}
+_LATER_DOWNLOAD_SETTINGS = {"robots_txt": False}  # with their defaults, which sections do not have
 
 
 class Shard(Stage):
@@ -51,6 +53,10 @@ class Shard(Stage):
     def command(self) -> str:
         return self.dataset.command("shards").replace("FOLDER", " ".join(self.config.source))
 
+    @property
+    def downloads(self) -> bool:
+        return self.source.fetch == "url"
+
     @cached_property
     def source(self) -> Source:
         """The corpus, looked at when it is needed first."""
@@ -59,7 +65,8 @@ class Shard(Stage):
     def section(self) -> dict[str, Any]:
         section = {key: value for key, value in super().section().items()
                    if key not in _IGNORED_SETTINGS and (key, value) not in LATER_SETTINGS.items()}
-        section["download"] = {key: value for key, value in section["download"].items() if key in _DOWNLOAD_SETTINGS}
+        section["download"] = {key: value for key, value in section["download"].items() if key in _DOWNLOAD_SETTINGS
+                               or value != _LATER_DOWNLOAD_SETTINGS.get(key, value)}
         return section
 
     def summary(self) -> dict[str, Any]:
@@ -118,7 +125,11 @@ class Shard(Stage):
         reading = ReadReport()
         digits = max(4, len(str(self.config.rows_per_shard - 1)))
         known = storage.read_json(storage.join(self.folder, item.inputs["types"])) if "types" in item.inputs else {}
-        packer = ShardPacker(self.config, item.id, digits, scratch, self.report_progress, known, self.refused)
+        if self.host_limits is None:
+            self.host_limits = ProcessLimits()
+        alone_s = self.host_limits.alone_s
+        packer = ShardPacker(self.config, item.id, digits, scratch, self.report_progress, known, self.refused,
+                             self.host_limits)
         files = self.source.fetch == "file"
         read = getattr(self.source, "read", None) if files else _raise_missing
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop:
@@ -134,7 +145,8 @@ class Shard(Stage):
             info["retried"] = item.inputs["count"]
         return Output(packer.samples, {f"{item.id}.tar": packer.tar, f"{item.id}.parquet": packer.parquet}, ledger,
                       info, run_files={f"{item.id}_stats.json": packer.img2dataset_stats()},
-                      earlier_skipped=item.inputs.get("mended", {}))
+                      earlier_skipped=item.inputs.get("mended", {}), times={"own_share_of_limits": alone_s}
+                      if (alone_s := self.host_limits.alone_s - alone_s) else {})
 
     def _rows(self, inputs: dict[str, Any], scratch: Path, reading: ReadReport) -> Iterator[Row]:
         """The rows of an item, in order."""

@@ -33,6 +33,8 @@ class Stage(ABC):
     decodes: ClassVar[bool] = False  # whether others can decode pictures for it
     decode: "DecoderPool | None" = None  # they, in a worker that somebody lends them to
 
+    host_limits: Any = None  # the `HostLimits` of pipeline/downloads, in the process that keeps them
+
     def __init__(self, root: str, folder: str, config: Any) -> None:
         self.root = storage.normalize(root)
         self.path = folder
@@ -43,7 +45,12 @@ class Stage(ABC):
         self.report_progress = progress.ProgressReporter(self.folder, "")
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"on_progress": None}
+        return self.__dict__ | {"on_progress": None, "host_limits": None}
+
+    @property
+    def downloads(self) -> bool:
+        """Whether its workers send requests to hosts, whose limits they must share."""
+        return False
 
     @property
     def command(self) -> str:

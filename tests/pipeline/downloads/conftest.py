@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.downloads import downloader
+from pipeline.downloads import downloader, host_limits
 from tests.pipeline import web_server
 from tests.pipeline.downloads.download_requests import FILES, Names
 
@@ -24,6 +24,7 @@ def site() -> Iterator[str]:
 def no_warnings(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Short pauses between attempts. asyncio and aiohttp log no warning."""
     monkeypatch.setattr(downloader, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(host_limits, "_PAUSES_S", (0.05, 0.1, 0.2))
     caplog.set_level(logging.WARNING)
     yield
     assert not caplog.records

@@ -1,0 +1,165 @@
+"""Downloads keep the limits of hosts, wait for hosts that refuse, and lose no row by that."""
+
+import asyncio
+import time
+from collections import Counter
+
+import pytest
+
+from pipeline.downloads import host_limits
+from pipeline.downloads.config import DownloadConfig
+from pipeline.downloads.urls import parse_host_rates
+from tests.pipeline.downloads.download_requests import results
+from tests.pipeline.downloads.strict_server import StrictServer, jpeg, running
+
+HOSTS = ("127.0.0.1", "127.0.0.2")
+
+
+def fetched(server: StrictServer, urls: list[str], **options) -> tuple[list[bytes | str], float]:
+    began = time.monotonic()
+    found = results(urls, **{"allow_hosts": HOSTS, "retries": 2, "timeout": 20.0, "read_timeout": 10.0} | options)
+    return found, time.monotonic() - began
+
+
+def reasons(found: list[bytes | str]) -> Counter[str]:
+    return Counter("image" if isinstance(result, bytes) else result.partition(":")[0] for result in found)
+
+
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_limits, "_PAUSES_S", (0.2, 0.4, 0.8, 1.6))
+
+
+def test_a_limit_is_kept_and_other_hosts_are_not_slowed():
+    with running(StrictServer({HOSTS[0]: 20, HOSTS[1]: 0})) as server:
+        urls = [url for pair in zip(server.urls(HOSTS[0], 45), server.urls(HOSTS[1], 45), strict=True) for url in pair]
+        found, seconds = fetched(server, urls, host_rate=(f"{HOSTS[0]}=17",), connections=8)
+    assert found[::2] == found[1::2] == [jpeg(number) for number in range(45)]
+    assert not server.refused and 2.0 < seconds < 6
+    first, second = (server.times[host] for host in HOSTS)
+    assert first[-1] - first[0] > 2.0 and second[-1] - second[0] < 1.0
+
+
+@pytest.mark.parametrize(("status", "retry_after"), [
+    ("403 Forbidden", ""), ("429 Too Many Requests", ""), ("429 Too Many Requests", "1"),
+    ("503 Service Unavailable", "1")])
+def test_a_host_that_bans_is_waited_for_and_no_row_is_lost(short_pauses, status, retry_after):
+    """Without a limit of requests: it is found by the refusals."""
+    server = StrictServer({HOSTS[0]: 20, HOSTS[1]: 0}, ban_s=0.8, status=status, retry_after=retry_after)
+    with running(server):
+        found, _ = fetched(server, server.urls(HOSTS[0], 60) + server.urls(HOSTS[1], 60), connections=16)
+    assert reasons(found) == {"image": 120}
+    # All that were under way at the ban, and few after that.
+    assert 0 < server.refused[HOSTS[0]] < 60
+    others = server.times[HOSTS[1]]
+    assert others[-1] - others[0] < 1.5
+
+
+def test_single_urls_that_are_forbidden_pause_a_host_once(short_pauses):
+    """As a bucket answers for keys that it does not have."""
+    with running(StrictServer({HOSTS[0]: 0})) as server:
+        urls = server.urls(HOSTS[0], 300)
+        urls[::10] = server.urls(HOSTS[0], 30, "forbidden")
+        found, seconds = fetched(server, urls, connections=8)
+        assert reasons(found) == {"image": 270, "http_403": 30}
+        assert [result == "http_403: Forbidden" for result in found] == [number % 10 == 0 for number in range(300)]
+    assert seconds < 8 and server.requests[HOSTS[0]] < 345
+
+
+def test_a_host_that_forbids_everything_costs_little(short_pauses):
+    with running(StrictServer({HOSTS[0]: 0})) as server:
+        found, seconds = fetched(server, server.urls(HOSTS[0], 100, "forbidden"))
+    assert reasons(found) == {"http_403": 100} and seconds < 5
+
+
+def test_a_url_that_alone_is_refused_ends_with_its_status(short_pauses):
+    with running(StrictServer({HOSTS[0]: 0})) as server:
+        urls = server.urls(HOSTS[0], 40) + server.urls(HOSTS[0], 1, "busy")
+        assert reasons(fetched(server, urls, connections=4)[0]) == {"image": 40, "http_429": 1}
+
+
+def test_a_host_that_goes_on_refusing_is_given_up_and_others_are_not(short_pauses):
+    with running(StrictServer({HOSTS[0]: 5, HOSTS[1]: 0}, ban_s=1000)) as server:
+        found, seconds = fetched(server, server.urls(HOSTS[0], 200) + server.urls(HOSTS[1], 200), connections=8,
+                                 host_patience=1.0)
+    counts = reasons(found)
+    assert counts["image"] == 205 and counts["host_banned"] > 180 and seconds < 10
+    assert set(counts) <= {"image", "host_banned", "http_403"}
+    assert server.refused[HOSTS[0]] < 30  # it was not asked for every URL
+
+
+def test_a_retry_after_that_is_too_long_holds_for_the_host():
+    with running(StrictServer({HOSTS[0]: 5}, ban_s=1000, status="429 Slow", retry_after="3600")) as server:
+        found, seconds = fetched(server, server.urls(HOSTS[0], 50), connections=1)
+    assert found[5] == "http_429: Too Many Requests; the host asks to wait 3600 s"
+    assert reasons(found) == {"image": 5, "http_429": 1, "host_banned": 44} and seconds < 3
+    assert found[-1] == "host_banned: the host answers 429, and is asked again in 3600 s"
+    assert server.requests[HOSTS[0]] == 6
+
+
+def test_connections_of_all_workers_to_a_host():
+    with running(StrictServer({HOSTS[0]: 0}, answer_s=0.05)) as server:
+        found, _ = fetched(server, server.urls(HOSTS[0], 40), host_connections=3)
+    assert reasons(found) == {"image": 40} and server.most_at_once[HOSTS[0]] == 3
+
+
+def test_robots_txt_is_obeyed_by_choice():
+    rules = "User-agent: otherbot\nDisallow: /\n\nUser-agent: *\nDisallow: /*1$\nCrawl-delay: 0.1\n"
+    with running(StrictServer(dict.fromkeys(HOSTS, 0), robots={HOSTS[0]: rules})) as server:
+        urls = server.urls(HOSTS[0], 20) + server.urls(HOSTS[1], 20)
+        assert reasons(fetched(server, urls)[0]) == {"image": 40}
+        assert server.requests.total() == 40
+        found, seconds = fetched(server, urls, robots_txt=True)
+        assert reasons(found) == {"image": 38, "robots": 2} and seconds > 1.5
+        assert {number for number, result in enumerate(found) if result == "robots: robots.txt excludes it"} == {1, 11}
+        assert server.requests.total() == 40 + 38 + 2  # each robots.txt once
+        assert reasons(fetched(server, urls, robots_txt=True, robots_agent="otherbot")[0]) == {
+            "image": 20, "robots": 20}
+
+
+def test_a_site_without_answer_does_not_say_what_it_allows():
+    with running(StrictServer({HOSTS[0]: 0})) as server:
+        url = f"http://{HOSTS[1]}:{server.port}/image/1"  # nobody listens there
+        assert fetched(server, [url], robots_txt=True, retries=0)[0] == [
+            "connect: robots.txt: Connection refused"]
+
+
+@pytest.mark.parametrize(("agent", "contact", "header"), [
+    (None, "me@example.org", "Mozilla/5.0 (compatible; retrieval-diffusion/0.1; me@example.org)"),
+    (None, "https://example.org/bot", "Mozilla/5.0 (compatible; retrieval-diffusion/0.1; +https://example.org/bot)"),
+    ("mybot/1", "me@example.org", "mybot/1 (me@example.org)"), ("mybot/1", "", "mybot/1")])
+def test_hosts_are_told_whom_to_ask(agent, contact, header):
+    options = {"contact": contact} | ({"user_agent": agent} if agent else {})
+    with running(StrictServer({HOSTS[0]: 0})) as server:
+        fetched(server, server.urls(HOSTS[0], 1), **options)
+    assert server.agents == {f"User-Agent: {header}"}
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    *(({"host_rate": (entry,)}, "shard.download.host_rate = .*: must be a number above 0, or HOST=NUMBER")
+      for entry in ("0", "-1", "many", "a.example=", "a/b=2", "nan", "inf", "")),
+    ({"host_connections": -1}, "shard.download.host_connections = -1: must be at least 0"),
+    ({"contact": "a)\r\n"}, "shard.download.contact = .*: must be printable ASCII")])
+def test_limits_that_make_no_sense_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        DownloadConfig(**options)
+
+
+def test_an_error_of_the_limits_ends_downloads_instead_of_stopping_them():
+    from pipeline.downloads.downloader import Downloader
+
+    class Broken(host_limits.ProcessLimits):
+        async def exchange(self, reports, wants):
+            raise RuntimeError("lost")
+
+    async def both() -> None:
+        async with Downloader(DownloadConfig(host_rate=("1",)), Broken()) as downloader:
+            for _ in range(2):
+                with pytest.raises(RuntimeError, match="lost"):
+                    await asyncio.wait_for(downloader.get("http://example.invalid/"), 5)
+    asyncio.run(both())
+
+
+def test_the_rate_of_a_host():
+    assert parse_host_rates(("*.example.org=5", "10", "Images.example.org=2")) == [
+        ("images.example.org", 2.0), ("*.example.org", 5.0), ("*", 10.0)]
