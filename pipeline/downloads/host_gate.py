@@ -391,4 +391,4 @@ class HostGate:
         if state is None or state.until <= now or state.until - state.since <= self.config.host_patience:
             return None
         wait = state.until - now
-        return BadImage("host_banned", f"the host answers {state.status}, and is asked again in {wait:.0f} s")
+        return BadImage("host_banned", f"the host answers {state.status}, and gets the next request in {wait:.0f} s")

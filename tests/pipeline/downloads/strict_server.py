@@ -15,7 +15,7 @@ from tests.pipeline import web_server
 
 
 def jpeg(number: int) -> bytes:
-    """A small image of its own color."""
+    """A small image in one of many colors."""
     stream = io.BytesIO()
     Image.new("RGB", (32, 32), (number % 251, number // 251 % 251, 77)).save(stream, "JPEG")
     return stream.getvalue()
@@ -23,7 +23,7 @@ def jpeg(number: int) -> bytes:
 
 @dataclass
 class StrictServer:
-    """Serves a JPEG at any path on several addresses of this machine, which are hosts of their own.
+    """Serves a JPEG at any path on several IP addresses of this machine, each of which is a host.
 
     * `limits`: requests a second of an address. One more in any second bans all clients from it for `ban_s` seconds.
     * A banned client gets `status`, with `retry_after` if it is not empty.
@@ -98,7 +98,7 @@ class StrictServer:
 
 @contextmanager
 def running(server: StrictServer) -> Iterator[StrictServer]:
-    """The server in a thread of its own."""
+    """The server in another thread."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()

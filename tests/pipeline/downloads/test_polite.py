@@ -17,12 +17,12 @@ HOSTS = ("127.0.0.1", "127.0.0.2")
 
 def fetched(server: StrictServer, urls: list[str], **options) -> tuple[list[bytes | str], float]:
     began = time.monotonic()
-    found = results(urls, **{"allow_hosts": HOSTS, "retries": 2, "timeout": 20.0, "read_timeout": 10.0} | options)
-    return found, time.monotonic() - began
+    outcome = results(urls, **{"allow_hosts": HOSTS, "retries": 2, "timeout": 20.0, "read_timeout": 10.0} | options)
+    return outcome, time.monotonic() - began
 
 
-def reasons(found: list[bytes | str]) -> Counter[str]:
-    return Counter("image" if isinstance(result, bytes) else result.partition(":")[0] for result in found)
+def reasons(outcome: list[bytes | str]) -> Counter[str]:
+    return Counter("image" if isinstance(result, bytes) else result.partition(":")[0] for result in outcome)
 
 
 @pytest.fixture
@@ -33,8 +33,8 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_limit_is_kept_and_other_hosts_are_not_slowed():
     with running(StrictServer({HOSTS[0]: 20, HOSTS[1]: 0})) as server:
         urls = [url for pair in zip(server.urls(HOSTS[0], 45), server.urls(HOSTS[1], 45), strict=True) for url in pair]
-        found, seconds = fetched(server, urls, host_rate=(f"{HOSTS[0]}=17",), connections=8)
-    assert found[::2] == found[1::2] == [jpeg(number) for number in range(45)]
+        outcome, seconds = fetched(server, urls, host_rate=(f"{HOSTS[0]}=17",), connections=8)
+    assert outcome[::2] == outcome[1::2] == [jpeg(number) for number in range(45)]
     assert not server.refused and 2.0 < seconds < 6
     first, second = (server.times[host] for host in HOSTS)
     assert first[-1] - first[0] > 2.0 and second[-1] - second[0] < 1.0
@@ -44,11 +44,11 @@ def test_a_limit_is_kept_and_other_hosts_are_not_slowed():
     ("403 Forbidden", ""), ("429 Too Many Requests", ""), ("429 Too Many Requests", "1"),
     ("503 Service Unavailable", "1")])
 def test_a_host_that_bans_is_waited_for_and_no_row_is_lost(short_pauses, status, retry_after):
-    """Without a limit of requests: it is found by the refusals."""
+    """Without a limit of requests: it is outcome by the refusals."""
     server = StrictServer({HOSTS[0]: 20, HOSTS[1]: 0}, ban_s=0.8, status=status, retry_after=retry_after)
     with running(server):
-        found, _ = fetched(server, server.urls(HOSTS[0], 60) + server.urls(HOSTS[1], 60), connections=16)
-    assert reasons(found) == {"image": 120}
+        outcome, _ = fetched(server, server.urls(HOSTS[0], 60) + server.urls(HOSTS[1], 60), connections=16)
+    assert reasons(outcome) == {"image": 120}
     # All that were under way at the ban, and few after that.
     assert 0 < server.refused[HOSTS[0]] < 60
     others = server.times[HOSTS[1]]
@@ -60,16 +60,16 @@ def test_single_urls_that_are_forbidden_pause_a_host_once(short_pauses):
     with running(StrictServer({HOSTS[0]: 0})) as server:
         urls = server.urls(HOSTS[0], 300)
         urls[::10] = server.urls(HOSTS[0], 30, "forbidden")
-        found, seconds = fetched(server, urls, connections=8)
-        assert reasons(found) == {"image": 270, "http_403": 30}
-        assert [result == "http_403: Forbidden" for result in found] == [number % 10 == 0 for number in range(300)]
+        outcome, seconds = fetched(server, urls, connections=8)
+        assert reasons(outcome) == {"image": 270, "http_403": 30}
+        assert [result == "http_403: Forbidden" for result in outcome] == [number % 10 == 0 for number in range(300)]
     assert seconds < 8 and server.requests[HOSTS[0]] < 345
 
 
 def test_a_host_that_forbids_everything_costs_little(short_pauses):
     with running(StrictServer({HOSTS[0]: 0})) as server:
-        found, seconds = fetched(server, server.urls(HOSTS[0], 100, "forbidden"))
-    assert reasons(found) == {"http_403": 100} and seconds < 5
+        outcome, seconds = fetched(server, server.urls(HOSTS[0], 100, "forbidden"))
+    assert reasons(outcome) == {"http_403": 100} and seconds < 5
 
 
 def test_a_url_that_alone_is_refused_ends_with_its_status(short_pauses):
@@ -80,27 +80,27 @@ def test_a_url_that_alone_is_refused_ends_with_its_status(short_pauses):
 
 def test_a_host_that_goes_on_refusing_is_given_up_and_others_are_not(short_pauses):
     with running(StrictServer({HOSTS[0]: 5, HOSTS[1]: 0}, ban_s=1000)) as server:
-        found, seconds = fetched(server, server.urls(HOSTS[0], 200) + server.urls(HOSTS[1], 200), connections=8,
+        outcome, seconds = fetched(server, server.urls(HOSTS[0], 200) + server.urls(HOSTS[1], 200), connections=8,
                                  host_patience=1.0)
-    counts = reasons(found)
+    counts = reasons(outcome)
     assert counts["image"] == 205 and counts["host_banned"] > 180 and seconds < 10
     assert set(counts) <= {"image", "host_banned", "http_403"}
-    assert server.refused[HOSTS[0]] < 30  # it was not asked for every URL
+    assert server.refused[HOSTS[0]] < 30  # no request for every URL
 
 
 def test_a_retry_after_that_is_too_long_holds_for_the_host():
     with running(StrictServer({HOSTS[0]: 5}, ban_s=1000, status="429 Slow", retry_after="3600")) as server:
-        found, seconds = fetched(server, server.urls(HOSTS[0], 50), connections=1)
-    assert found[5] == "http_429: Too Many Requests; the host asks to wait 3600 s"
-    assert reasons(found) == {"image": 5, "http_429": 1, "host_banned": 44} and seconds < 3
-    assert found[-1] == "host_banned: the host answers 429, and is asked again in 3600 s"
+        outcome, seconds = fetched(server, server.urls(HOSTS[0], 50), connections=1)
+    assert outcome[5] == "http_429: Too Many Requests; the host asks to wait 3600 s"
+    assert reasons(outcome) == {"image": 5, "http_429": 1, "host_banned": 44} and seconds < 3
+    assert outcome[-1] == "host_banned: the host answers 429, and gets the next request in 3600 s"
     assert server.requests[HOSTS[0]] == 6
 
 
 def test_connections_of_all_workers_to_a_host():
     with running(StrictServer({HOSTS[0]: 0}, answer_s=0.05)) as server:
-        found, _ = fetched(server, server.urls(HOSTS[0], 40), host_connections=3)
-    assert reasons(found) == {"image": 40} and server.most_at_once[HOSTS[0]] == 3
+        outcome, _ = fetched(server, server.urls(HOSTS[0], 40), host_connections=3)
+    assert reasons(outcome) == {"image": 40} and server.most_at_once[HOSTS[0]] == 3
 
 
 def test_robots_txt_is_obeyed_by_choice():
@@ -109,9 +109,9 @@ def test_robots_txt_is_obeyed_by_choice():
         urls = server.urls(HOSTS[0], 20) + server.urls(HOSTS[1], 20)
         assert reasons(fetched(server, urls)[0]) == {"image": 40}
         assert server.requests.total() == 40
-        found, seconds = fetched(server, urls, robots_txt=True)
-        assert reasons(found) == {"image": 38, "robots": 2} and seconds > 1.5
-        assert {number for number, result in enumerate(found) if result == "robots: robots.txt excludes it"} == {1, 11}
+        outcome, seconds = fetched(server, urls, robots_txt=True)
+        assert reasons(outcome) == {"image": 38, "robots": 2} and seconds > 1.5
+        assert {number for number, result in enumerate(outcome) if result == "robots: robots.txt excludes it"} == {1, 11}
         assert server.requests.total() == 40 + 38 + 2  # each robots.txt once
         assert reasons(fetched(server, urls, robots_txt=True, robots_agent="otherbot")[0]) == {
             "image": 20, "robots": 20}
