@@ -1,6 +1,6 @@
 """Limits of requests to each host that all workers of the cluster share, in an actor.
 
-A worker asks for slots of several hosts at once, for about a second. So the actor gets some calls a second from each
+A worker requests slots of several hosts together, for about a second. So the actor gets some calls a second from each
 worker, however many URLs there are. If the actor is lost, workers keep to their share of each limit until it is back.
 """
 
@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 from pipeline.downloads.host_limits import Answer, HostBoard, HostState, ProcessLimits, Report, Slots, Want
 
 ACTOR, NAMESPACE = "host-limits", "rdm"
-_ANSWER_S = 5.0  # after which a worker goes on without the actor
+_ANSWER_S = 5.0  # after which a worker continues without the actor
 _RETRY_S = 5.0  # between two looks whether it is back
 _log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class SharedLimits:
         known = {name: replace(state, until=state.until + shift, since=state.since + shift)
                  for name, state in states.items()}
         if life != self._life and self._life:
-            # Started anew: it has forgotten what it knew of the hosts, and so do its workers.
+            # The actor started again and lost its state. Its workers forget theirs too.
             known = dict.fromkeys(self._states, HostState()) | known
         if self._own is not None:
             _log.info("the actor that shares the limits of hosts answers again")
@@ -100,8 +100,8 @@ class SharedLimits:
     def _lose(self, error: Exception) -> None:
         now = time.monotonic()
         if self._own is None:
-            _log.warning("the actor that shares the limits of hosts does not answer (%s): until it does, this worker "
-                         "keeps to its share, 1/%d of each limit", type(error).__name__, self.workers)
+            _log.warning("the actor that shares the limits of hosts does not answer (%s): this worker keeps to "
+                         "its share, 1/%d of each limit, until it does", type(error).__name__, self.workers)
             self._own = ProcessLimits(self.workers, share=self.workers, states=self._states)
             self._version, self._life = 0, "lost"
         else:

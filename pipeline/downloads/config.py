@@ -22,8 +22,8 @@ class DownloadConfig:
     """Largest number of connections of all workers together to one host; 0: no limit. Each worker has an equal share,
     at least one connection."""
     host_rate: tuple[str, ...] = ()
-    """Largest number of requests a second of all workers together to one host: a number for every host, HOST=NUMBER
-    for hosts of that name (with * and ?). By default there is no limit until a host refuses."""
+    """Largest number of requests a second of all workers together to one host. NUMBER limits every host, HOST=NUMBER
+    the hosts of that name (with * and ?). By default there is no limit until a host refuses."""
     host_patience: Annotated[float, Interval(ge=0, lt=inf)] = 120.0
     """Seconds that rows wait for a host that refuses all requests (403, 429, 503 with Retry-After)."""
     connect_timeout: Annotated[float, Interval(gt=0, lt=inf)] = 10.0
@@ -45,7 +45,8 @@ class DownloadConfig:
     robots_agent: str = ""
     """Name by which an X-Robots-Tag or robots.txt may address this program alone ("mybot: noai")."""
     robots_txt: bool = False
-    """Read robots.txt of each host first. URLs that it excludes are left out, and its Crawl-delay is kept."""
+    """Read robots.txt of each host first. The download leaves out URLs that it excludes and
+    keeps its Crawl-delay."""
     allow_hosts: tuple[str, ...] = ()
     """Hosts that may have private IP addresses, such as your own servers: a name or an IP address, also with :port."""
 

@@ -154,7 +154,7 @@ class Downloader:
         return body
 
     async def _request_next(self, trip: _Trip) -> bytes | None:
-        """Send the next request of a download: the body, for which a connection is kept, or None to go on."""
+        """Send the next request of a download: the body, for which a connection is kept, or None to continue."""
         visit = await self._enter(trip)
         try:
             answer = await self._visit(trip, visit)
@@ -183,7 +183,7 @@ class Downloader:
         return None
 
     async def _enter(self, trip: _Trip) -> Visit:
-        """Wait until the host may be asked, and then for a connection: a paused host keeps nobody else waiting."""
+        """Wait for the host, and then for a connection: requests to a paused host keep no others waiting."""
         while True:
             visit = await self.gate.enter(trip.target.url.raw_host or "", trip.refusals.count > 0)
             try:

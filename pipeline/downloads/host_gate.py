@@ -21,9 +21,9 @@ _REFUSALS = 4  # of one URL that is retried, pauses between them
 _DOUBTS = 8  # 403 in a row of a host that forbids single URLs, which are then no matter of these
 _DOUBT_S = 5.0  # such a host is given this time to answer another request
 _PAUSES_UNSERVED = 2  # of a host that never answered, until its 403 is taken for an answer about the URL
-_ASK_AGAIN_S = 0.1  # for slots that were not given
-_AHEAD_S = 0.3  # more slots are asked for when those that are left last no longer
-_WANTED = 256  # slots that are asked for at once, at most
+_ASK_AGAIN_S = 0.1  # until slots that were refused are requested again
+_AHEAD_S = 0.3  # request more slots when the rest lasts no longer
+_WANTED = 256  # slots in one request, at most
 _log = logging.getLogger(__name__)
 
 
@@ -49,7 +49,7 @@ class _Host:
         self.waiting: deque[_Waiter] = deque()
         self.slots: deque[float] = deque()
         self.interval = 0.0
-        self.wanted = self.blocked = False  # slots were asked for; a refusal is being reported
+        self.wanted = self.blocked = False  # a request of slots, or the report of a refusal, is under way
         self.departing = 0  # requests with a slot that wait for a connection
         self.timer: asyncio.TimerHandle | None = None
         self.second, self.sent, self.sent_before = 0, 0, 0
@@ -178,7 +178,7 @@ class HostGate:
     async def refused(self, visit: Visit, refusals: Refusals, error: Refused) -> None:
         """The host refused a request. Returns if it shall be sent again; BadImage if not."""
         host, state = visit.host, visit.host.state or HostState()
-        if visit.episode != state.episode:  # sent before the pause: it has told nothing about the URL
+        if visit.episode != state.episode:  # sent before the pause: it says nothing about the URL
             refusals.count = max(refusals.count, 1)
             self._end(visit, None)
             return
@@ -228,9 +228,9 @@ class HostGate:
             return
         # Many hosts refuse everything from the first request on: that would be a line for each.
         if host.name in self.limits.served and not (host.state and host.state.recovering):
-            _log.info("%s refuses requests (%d %s): it is paused for all workers\nhint: --host-rate limits the "
-                      "requests a second to a host, --contact tells it who asks", host.name, error.status,
-                      error.phrase)
+            _log.info("%s refuses requests (%d %s): it is paused for all workers\nhint: --host-rate %s=2 "
+                      "--contact me@example.org", host.name, error.status,
+                      error.phrase, host.name)
         host.blocked = True
         self._reports.append(Report(host.name, "refused", episode, status=error.status, retry_after=error.wait,
                                     recent=max(host.sent, host.sent_before)))

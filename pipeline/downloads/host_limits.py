@@ -1,4 +1,4 @@
-"""What all workers know of hosts together: limits of requests, and pauses of hosts that refuse."""
+"""The knowledge of all workers about hosts: limits of requests, and pauses of hosts that refuse."""
 
 import math
 import time
@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, Protocol
 _PAUSES_S = (2.0, 6.0, 18.0, 54.0, 60.0)  # one after the other, for hosts that name no time by Retry-After
 _PROBE_S = 30.0  # an answer to the only request to a host is waited for so long
 _LEASE_S = 1.0  # slots are given for so many seconds
-_CLIENT_S = 3.0  # a client that asked for slots before that does not count
+_CLIENT_S = 3.0  # a client that requested slots before that does not count
 _LEAST_RATE = 0.1
 _GROWTH = 1.005  # of the rate of a host that has refused, each second
 _ANSWERS = 2  # of a host that has refused, until requests to it are not sent one by one
@@ -19,7 +19,7 @@ _MAX_HOSTS = 100_000
 
 @dataclass(frozen=True)
 class HostState:
-    """What is known of a host that has refused requests. Times are those of `time.monotonic` in this process."""
+    """The state of a host that has refused requests. Times are those of `time.monotonic` in this process."""
 
     until: float = 0.0
     """Nothing may be sent before."""
@@ -42,7 +42,7 @@ class HostState:
 
 
 class Report(NamedTuple):
-    """What a client learned about a host by a request."""
+    """The result of a request, as far as it concerns the host."""
 
     host: str
     kind: Literal["refused", "answered", "no answer", "single"]
@@ -69,7 +69,7 @@ class Slots(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """States that changed since the last exchange, and slots for hosts that may be asked."""
+    """States that changed since the last exchange, and slots for hosts that take requests."""
 
     states: Mapping[str, HostState]
     slots: Mapping[str, Slots]
@@ -87,7 +87,7 @@ class HostLimits(Protocol):
     served: set[str]
     """Hosts that have answered this process."""
     alone_s: float
-    """Seconds in which the process kept to its own share, because the others could not be asked."""
+    """Seconds in which the process kept to its own share, because the shared limits did not answer."""
 
     def known(self, host: str) -> HostState | None:
         """The state of a host by the last exchange."""
@@ -102,7 +102,7 @@ class _Host:
     def __init__(self) -> None:
         self.state = HostState()
         self.next_slot = self.probe_until = self.rate_since = 0.0
-        self.clients: dict[str, float] = {}  # when each asked for slots last
+        self.clients: dict[str, float] = {}  # time of the last request of each
 
     def active_clients(self, now: float) -> int:
         return max(1, sum(now - then < _CLIENT_S for then in self.clients.values()))
@@ -116,7 +116,7 @@ class HostBoard:
     """The limits of all clients, in one process. Not thread-safe.
 
     * A refusal pauses a host for all clients, for Retry-After or for longer each time.
-    * After a pause one request is sent at a time, until the host has answered two, or the URL that was refused.
+    * After a pause clients send one request at a time, until the host has answered two, or a refused URL.
     * After that its rate is half of what it was, and grows by 0.5 % a second.
     """
 

@@ -26,7 +26,7 @@ def phrase(status: int) -> str:
 
 
 def system_fault(error: Exception) -> str:
-    """What the operating system says of a failed connection."""
+    """The operating system's text for a failed connection."""
     cause = getattr(error, "os_error", error)
     number = getattr(cause, "errno", None)
     # Numbers below 0 are those of getaddrinfo.
@@ -34,6 +34,6 @@ def system_fault(error: Exception) -> str:
 
 
 def certificate_fault(error: Exception) -> str:
-    """What is wrong with a certificate, without the URL."""
+    """The fault of a certificate, without the URL."""
     cause = getattr(error, "certificate_error", None) or getattr(error, "os_error", error)
     return getattr(cause, "verify_message", None) or getattr(cause, "reason", None) or "no TLS connection"

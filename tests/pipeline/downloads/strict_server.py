@@ -23,11 +23,10 @@ def jpeg(number: int) -> bytes:
 
 @dataclass
 class StrictServer:
-    """Serves a JPEG at any path on several IP addresses of this machine, each of which is a host.
+    """Serves a JPEG at any path, on several IP hosts of this machine.
 
-    * `limits`: requests a second of an address. One more in any second bans all clients from it for `ban_s` seconds.
-    * A banned client gets `status`, with `retry_after` if it is not empty.
-    * /forbidden/... is always 403, /missing/... 404, /busy/... 429.
+    `limits` are requests a second of a host. One more bans all clients from it for `ban_s` seconds.
+    They get `status`, with `retry_after` if it is not empty. /forbidden/ is always 403, /missing/ 404, /busy/ 429.
     """
 
     limits: Mapping[str, int]
