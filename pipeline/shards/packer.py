@@ -117,9 +117,9 @@ class ShardPacker:
                     task.add_done_callback(finished.put_nowait)
                 if not pending:
                     break
-                if (task := await finished.get()) is None:
+                if (ended := await finished.get()) is None:
                     continue  # a download waits for its host: there is room for another
-                for number, result in zip(pending.pop(task), task.result() or (), strict=True):
+                for number, result in zip(pending.pop(ended), ended.result() or (), strict=True):
                     self._record(number, result)
                 if writing not in pending and self._done - self._written >= _ROWS_PER_WRITE:
                     writing = loop.run_in_executor(pool, self._append_to_tar)
