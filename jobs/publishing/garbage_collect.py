@@ -69,12 +69,16 @@ def _read_clock(root: str, name: str, dry_run: bool) -> Iterator[float]:
 
 
 def _remove_leftovers(root: str, name: str, now: float) -> None:
-    """Remove what killed commands left unfinished, and their leases."""
+    """Remove what killed commands left unfinished in a root, and their leases."""
     storage.remove_ended_leases(root, now)
-    for folder in ("", "takedowns", f"published/{name}"):
-        storage.remove_unfinished(storage.join(root, folder) if folder else root, now)
-    if count := storage.remove_unfinished(storage.join(root, "datasets", name), now, below=True):
-        _log.info("gc: removed %d files and uploads of %s that were left unfinished", count, name)
+    count = storage.remove_unfinished(root, now)
+    count += sum(storage.remove_unfinished(storage.join(root, folder), now)
+                 for folder in ("takedowns", f"published/{name}", f"datasets/{name}"))
+    # No other command cleans the folders of sealed stages that are not published.
+    count += sum(storage.remove_unfinished(storage.join(root, folder), now, below=True)
+                 for folder in ("datasets", "runs"))
+    if count:
+        _log.info("gc: removed %d files and uploads that killed commands left unfinished", count)
 
 
 def _choose(current: Published, config: GcConfig, now: float) -> list[dict[str, Any]]:

@@ -90,10 +90,18 @@ def _create_object(create: Callable[[], None]) -> None:
         except FileExistsError:
             raise
         except OSError as error:
+            if _is_refused(error):
+                raise FileExistsError(str(error)) from error
             # 409: another writer is creating it now, and may fail.
             if retries == 0 or "ConditionalRequestConflict" not in str(error):
                 raise
             time.sleep(0.2)
+
+
+def _is_refused(error: OSError) -> bool:
+    """Whether a store found the condition of a write false. s3fs recognizes only those that AWS names."""
+    text = str(error.__cause__ or error)
+    return "PreconditionFailed" in text or "At least one of the pre-conditions" in text
 
 
 def swap_bytes(data: bytes, url: str, expected: bytes | None) -> bool:
@@ -133,11 +141,10 @@ def _put_if(fs: FileSystem, url: str, data: bytes, **condition: str) -> bool:
         except FileNotFoundError:  # it went meanwhile
             return False
         except OSError as error:
-            text = str(error.__cause__ or error)
-            if "PreconditionFailed" in text or "At least one of the pre-conditions" in text:
+            if _is_refused(error):
                 return False
             # 409: another writer is writing it now, and may fail.
-            if retries == 0 or "ConditionalRequestConflict" not in text:
+            if retries == 0 or "ConditionalRequestConflict" not in str(error.__cause__ or error):
                 raise
             time.sleep(0.2)
     raise AssertionError

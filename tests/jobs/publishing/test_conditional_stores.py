@@ -1,7 +1,8 @@
-"""Publishing on S3, and on a store without conditional writes."""
+"""Publishing on S3, on a store without conditional writes, and on one that refuses them in fewer words."""
 
 import http.client
 import io
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,28 +17,39 @@ from jobs.cli.main import main
 from jobs.publishing.config import GcConfig
 from jobs.publishing.garbage_collect import collect_garbage
 from jobs.publishing.rebuild import run_rebuild
+from pipeline import storage
 from pipeline.datasets.published import Published
 from pipeline.stages.driver import run_stage
 from pipeline.storage import files
 from tests.jobs.publishing.published_art import NAME, make_rebuild, published_dataset, rebuild, vectors_by_content
 
+_CONDITION = re.compile(b"<Condition>.*?</Condition>")
 
-class Forgetful(ThreadingHTTPServer):
-    """A proxy before a store, which drops the conditions of writes: so does a store that does not know them."""
 
-    def __init__(self, store: str) -> None:
+class OtherStore(ThreadingHTTPServer):
+    """A proxy that makes the test server behave like another store.
+
+    With `conditional` it refuses writes as MinIO and R2 do, which do not name the condition that failed. Otherwise it
+    ignores the conditions of writes.
+    """
+
+    def __init__(self, store: str, conditional: bool) -> None:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def answer(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 connection = http.client.HTTPConnection(store.removeprefix("http://"))
-                headers = {name: value for name, value in self.headers.items() if not name.lower().startswith("if-")}
+                headers = {name: value for name, value in self.headers.items()
+                           if conditional or not name.lower().startswith("if-")}
                 connection.request(self.command, self.path, body, headers)
                 response = connection.getresponse()
-                data = response.read()
+                whole = response.read()
+                data = _CONDITION.sub(b"", whole)
                 self.send_response(response.status)
                 for name, value in response.getheaders():
+                    if name.lower() == "content-length":
+                        value = str(int(value) - len(whole) + len(data))
                     if name.lower() not in {"transfer-encoding", "connection", "server", "date"}:
                         self.send_header(name, value)
                 self.end_headers()
@@ -53,8 +65,9 @@ class Forgetful(ThreadingHTTPServer):
 
 
 @pytest.fixture
-def forgetful(s3_server: str, s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    proxy = Forgetful(s3_server)
+def other_store(s3_server: str, s3: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+                ) -> Iterator[str]:
+    proxy = OtherStore(s3_server, request.param)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
     for clear in (files._filesystem.cache_clear, fsspec.get_filesystem_class("s3").clear_instance_cache):
         clear()
@@ -64,9 +77,21 @@ def forgetful(s3_server: str, s3: str, monkeypatch: pytest.MonkeyPatch) -> Itera
     proxy.shutdown()
 
 
-def test_a_store_without_conditions_is_refused(forgetful: str, place: Path) -> None:
+@pytest.mark.parametrize("other_store", [False], indirect=True)
+def test_a_store_without_conditions_is_refused(other_store: str, place: Path) -> None:
     with pytest.raises(ValueError, match="does not keep the conditions If-Match"):
-        make_rebuild(f"{forgetful}/root", place / "source")
+        make_rebuild(f"{other_store}/root", place / "source")
+
+
+@pytest.mark.parametrize("other_store", [True], indirect=True)
+def test_a_store_that_does_not_name_the_failed_condition(other_store: str, tmp_path: Path) -> None:
+    url = f"{other_store}/datasets/x/a"
+    assert storage.can_swap(f"{other_store}/datasets/x")
+    assert storage.create_bytes(b"1", url) and not storage.create_bytes(b"2", url)
+    checks: list[bytes] = []
+    (tmp_path / "b").write_bytes(b"3")
+    storage.put_checked(tmp_path / "b", url, lambda: checks.append(storage.read_bytes(url)))
+    assert checks == [b"1", b"1"] and storage.read_bytes(url) == b"3"
 
 
 def test_on_s3(s3: str, place: Path) -> None:

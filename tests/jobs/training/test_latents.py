@@ -34,8 +34,9 @@ from pipeline.media import tars
 from pipeline.media.resize import decode_pixels
 from pipeline.stages.driver import run_stage
 from pipeline.stages.manifest import without_run_facts
+from tests.model.weights import golden_first_stage
+from tests.model.weights.golden_first_stage import GOLDEN
 
-GOLDEN = Path(__file__).parents[2] / "model/weights/golden" / "compvis_small.safetensors"
 SMALL = UNetConfig(in_channels=16, out_channels=16, model_channels=32, channel_mult=(1, 2), num_res_blocks=1,
                    attention_downsampling=(1, 2), context_dim=256)
 
@@ -44,10 +45,7 @@ SMALL = UNetConfig(in_channels=16, out_channels=16, model_channels=32, channel_m
 def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small KL first stage of the golden weights, as diffusers keeps it; it names no factor."""
     folder = tmp_path_factory.mktemp("first-stage")
-    weights = {name: tensor.float() for name, tensor in compvis.read(GOLDEN).first_stage.items()}
-    first_stage.build(compvis.first_stage_config(weights),
-                      compvis.first_stage_weights(weights)).network.save_pretrained(folder)
-    _edit(folder / "config.json", "scaling_factor", None)
+    golden_first_stage.save(folder)
     return folder
 
 

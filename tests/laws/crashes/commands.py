@@ -94,11 +94,11 @@ class Commands:
 
 
 @contextlib.contextmanager
-def serve_commands(folder: Path) -> Iterator[Commands]:
-    """A fork server, ended afterwards."""
+def serve_commands(folder: Path, *modules: str) -> Iterator[Commands]:
+    """A fork server, ended afterwards. `modules`: what it imports before it forks, beside what every command needs."""
     path = str(folder / "socket")
     assert len(path) < 100, path
-    server = subprocess.Popen([sys.executable, str(Path(__file__).with_name("fork_server.py")), path],
+    server = subprocess.Popen([sys.executable, str(Path(__file__).with_name("fork_server.py")), path, *modules],
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert server.stdout and server.stdin

@@ -1,10 +1,10 @@
 """A process with warm imports. It forks a child for each command, and the child counts its writes below a root.
 
-    python fork_server.py SOCKET
+    python fork_server.py SOCKET [MODULE ...]
 
-A connection is one command. Requests and events are lines of JSON, see `commands.py`. The child is killed, or pauses,
-before the write of a given number. Writes are what changes the store: calls of the system on a file system (audit
-events), requests to S3. So a new stage or verb needs no hook.
+The modules are imported too. A connection is one command. Requests and events are lines of JSON, see `commands.py`. The
+child is killed, or pauses, before the write of a given number. Writes are what changes the store: calls of the system
+on a file system (audit events), requests to S3. So a new stage or verb needs no hook.
 """
 
 import fcntl
@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from typing import Any
 _WARM = ("torch", "faiss", "open_clip", "pyarrow.parquet", "pyarrow.dataset", "tyro", "fsspec", "s3fs", "PIL.Image",
          "aiobotocore.session", "scipy.stats", "multiprocessing.pool")
 _PACKAGES = ("pipeline", "jobs.publishing", "jobs.cli", "jobs.inspection", "jobs.telemetry", "jobs.config")
-_COLD = ("jobs.telemetry.ray_metrics",)  # imports Ray
+_COLD = ("jobs.telemetry.ray_metrics", "jobs.training.ray_train")  # import Ray
 _CHANGES = {"os.rename": 1, "os.link": 1, "os.remove": 0, "os.rmdir": 0, "os.truncate": 0}  # which argument is changed
 _REQUESTS = {"PutObject", "DeleteObject", "DeleteObjects", "CopyObject", "CreateMultipartUpload", "UploadPart",
              "CompleteMultipartUpload", "AbortMultipartUpload"}
@@ -128,12 +129,12 @@ class Connection:
         return json.loads(line)
 
 
-def serve(path: str) -> None:
-    """Fork a child for each connection, until stdin ends."""
+def serve(path: str, more: Sequence[str] = ()) -> None:
+    """Fork a child for each connection, until stdin ends. `more`: modules and packages to import."""
     for name in _WARM:
         importlib.import_module(name)
-    for package in map(importlib.import_module, _PACKAGES):
-        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+    for package in map(importlib.import_module, (*_PACKAGES, *more)):
+        for module in pkgutil.walk_packages(getattr(package, "__path__", ()), f"{package.__name__}."):
             if module.name not in _COLD:
                 importlib.import_module(module.name)
     assert threading.active_count() == 1, threading.enumerate()
@@ -218,4 +219,4 @@ def _search(root: str, name: str) -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-    serve(sys.argv[1])
+    serve(sys.argv[1], sys.argv[2:])

@@ -6,7 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ import fsspec
 
 from pipeline.storage import is_local
 from tests.laws.crashes.commands import Commands, Ended
+from tests.model.weights import golden_first_stage
 from tests.pipeline import synthetic
 
 NAME, MADE_BY_HAND = "art", "plain"
+FIRST_STAGE = "first-stage"
 FORGOTTEN = "flat/000001.png"
 _SETTINGS = ("--image-size", "32", "--format", "png", "--samples-per-shard", "4")
 _DOCUMENTED = {0, 1, 2}
@@ -37,8 +39,9 @@ class Place:
         return self.folder / "source"
 
     def arguments(self, verb: str) -> tuple[str, ...]:
-        """The command line of a verb of `VERBS`."""
-        return tuple(word.format(source=self.source, forgotten=FORGOTTEN) for word in VERBS[verb])
+        """The command line of a verb of `VERBS` or `RUNS`."""
+        return tuple(word.format(source=self.source, forgotten=FORGOTTEN, first_stage=self.folder / FIRST_STAGE)
+                     for word in (VERBS | RUNS)[verb])
 
     def run(self, arguments: tuple[str, ...], **how: Any) -> Ended:
         """Run a command that must end well."""
@@ -63,7 +66,15 @@ VERBS: dict[str, tuple[str, ...]] = {
     "index": ("index", MADE_BY_HAND, "--overwrite", "--local"),
     "neighbors": ("neighbors", MADE_BY_HAND, "--overwrite", "--local"),
 }
-"""Every kind of command that changes a root, with its command line."""
+"""Every kind of command that changes datasets, with its command line."""
+_TRAIN = ("--dataset", MADE_BY_HAND, "--steps", "4", "--global-batch", "4", "--checkpoint-every", "2", "--precision",
+          "fp32", "--image-size", "16", "--model-channels", "32", "--local")
+RUNS: dict[str, tuple[str, ...]] = {
+    "latents": ("latents", MADE_BY_HAND, "--first-stage", "{first_stage}", "--local"),
+    "train": ("train", "run", *_TRAIN),
+    "sample": ("sample", "trained", "--prompt", "a red circle", "--database", MADE_BY_HAND, "--steps", "2", "--local"),
+}
+"""Commands that need what `make_trained` adds to a root."""
 PUBLISHING = ("rebuild", "rollback", "gc", "forget", "repair")
 STAGES = ("shard", "embed", "index", "neighbors")
 
@@ -81,12 +92,20 @@ def make_template(commands: Commands, folder: Path) -> Place:
     return place
 
 
+def make_trained(template: Place, commands: Commands, folder: Path) -> Place:
+    """A copy of a template with a first stage beside its root, and with a training run of four steps."""
+    place = replace(copy_place(template, folder), commands=commands)
+    golden_first_stage.save(folder / FIRST_STAGE)
+    place.run(("train", "trained", *_TRAIN))
+    return place
+
+
 def copy_place(template: Place, folder: Path, bucket: str = "") -> Place:
     """A copy of a template with the times of its files, or with its root in a bucket."""
     if not bucket:
         shutil.copytree(template.folder, folder, ignore=shutil.ignore_patterns("output-*", "cache", "scratch"))
         return Place(template.commands, folder, str(folder / "root"))
-    shutil.copytree(template.source, folder / "source")
+    shutil.copytree(template.folder, folder, ignore=shutil.ignore_patterns("output-*", "cache", "scratch", "root"))
     root = f"{bucket}/{folder.name}"
     fsspec.filesystem("s3").put(template.root, root, recursive=True)
     return Place(template.commands, folder, root)
