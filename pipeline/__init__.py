@@ -11,6 +11,7 @@ A folder imports only from folders below it in this list (`make lint` checks it)
     datasets/     names, manifests, rows, takedowns, the published version
     corpora/      the images of the demo
     sources/      folders, lists, tars; row filters
+    tables/       CSV, TSV, JSON and parquet as rows of plain cells
     downloads/    images over HTTP
     stages/       plan, process, commit, seal
     media/        images and tars

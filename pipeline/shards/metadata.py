@@ -1,11 +1,13 @@
 """Columns of the parquet file beside each tar, and the status of each row."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from pipeline.tables.cells import stored_text
 
 # img2dataset's, and `source_row`: the place of the row in the source.
 COLUMNS = {"caption": pa.string(), "url": pa.string(), "key": pa.string(), "status": pa.string(),
@@ -18,7 +20,19 @@ IMAGE_COLUMNS = {"image_offset": pa.int64(), "image_bytes": pa.int64()}
 """The place of a sample's encoded image in the tar, in bytes. Parquet files of version 0.1 do not have them."""
 SUCCESS, NOT_FETCHED, NOT_USABLE = "success", "failed_to_download", "failed_to_resize"
 FORGOTTEN = "forgotten"
-_KINDS = {"bool": pa.bool_(), "int64": pa.int64(), "double": pa.float64()}
+_KINDS = {"bool": pa.bool_(), "int64": pa.int64(), "double": pa.float64(), "bytes": pa.binary()}
+
+
+def stored_names(names: Iterable[str]) -> dict[str, str]:
+    """The names under which columns of a source are stored: those with a name of ours get `source_` before it."""
+    own = list(names)
+    stored = {}
+    for name in own:
+        other = name
+        while other in COLUMNS or (other != name and other in own):
+            other = f"source_{other}"
+        stored[name] = other
+    return stored
 
 
 def metadata_table(metas: list[dict[str, Any]], types: dict[str, pa.DataType], known: Mapping[str, str]) -> pa.Table:
@@ -51,4 +65,5 @@ def _column(cells: list[Any], kind: str | None) -> pa.Array:
                 return column
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # cells of several types, or numbers too large
             pass
-    return pa.array([cell if cell is None or isinstance(cell, str) else str(cell) for cell in cells], pa.string())
+    texts = [cell if cell is None or isinstance(cell, str) else stored_text(cell) for cell in cells]
+    return pa.array(texts, pa.string())

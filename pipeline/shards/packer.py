@@ -29,6 +29,7 @@ from pipeline.shards.metadata import (
     SUCCESS,
     add_image_positions,
     metadata_table,
+    stored_names,
 )
 from pipeline.shards.transform import NotFetched, RowResult, failed_row, transform_row
 from pipeline.sources.rows import Row
@@ -82,7 +83,9 @@ class ShardPacker:
                  known: Mapping[str, str], refused: frozenset[str] = frozenset(),
                  limits: "HostLimits | None" = None) -> None:
         self.config, self.shard, self.digits, self.report_progress = config, shard, digits, report_progress
-        self._known, self._refused, self._limits = known, refused, limits
+        self._refused, self._limits = refused, limits
+        names = stored_names(known)
+        self._known = {names[name]: kind for name, kind in known.items()}
         self.tar, self.parquet = scratch / "shard.tar", scratch / "shard.parquet"
         self._spool, self._tar = Spool(scratch / "spool"), tars.TarWriter(self.tar)
         self._done = self._written = 0  # rows from the first on, without a gap
@@ -173,7 +176,9 @@ class ShardPacker:
         for number in range(self._written, self._done):
             metas, stored, entries = self._results[number]
             for meta, item in zip(metas, stored, strict=False):  # a row that failed has nothing stored
-                document = json.dumps(meta, sort_keys=True, ensure_ascii=False).encode()
+                # Bytes are in the parquet file only: JSON has none.
+                cells = {name: cell for name, cell in meta.items() if not isinstance(cell, bytes)}
+                document = json.dumps(cells, sort_keys=True, ensure_ascii=False).encode()
                 self._tar.add({"__key__": meta["key"], self.config.format: self._spool.get(item), "json": document,
                                "txt": meta["caption"].encode("utf-8", "replace")})
             self._results[number] = metas, [], entries
@@ -239,7 +244,7 @@ async def _fetch_and_transform(row: Row, keys: list[str], fetch: _Fetch,
 @asynccontextmanager
 async def _download(downloader: "Downloader", row: Row) -> AsyncIterator[None]:
     if row.missing:
-        raise NotFetched("bad_url", row.missing)
+        raise NotFetched(row.reason or "bad_url", row.missing)
     async with downloader.hold(row.name) as row.data:
         yield
 

@@ -227,7 +227,7 @@ class Shard(Stage):
 
 
 def _raise_missing(row: Any) -> bytes:
-    raise BadImage("picture_missing", row.missing)
+    raise BadImage(row.reason or "picture_missing", row.missing)
 
 
 def count_rows(manifest: dict[str, Any], rows: Iterable[dict[str, Any]]) -> dict[str, int]:

@@ -11,8 +11,8 @@ from pipeline.media.decode import decode, read_exif
 from pipeline.media.hashes import perceptual_hash, pixel_hash
 from pipeline.media.resize import cut_patches, encode, resize
 from pipeline.media.types import BadImage, Pixels, size_of
-from pipeline.shards.metadata import COLUMNS, FORGOTTEN, NOT_FETCHED, NOT_USABLE, SUCCESS
-from pipeline.sources.rows import Row, redact_cells
+from pipeline.shards.metadata import COLUMNS, FORGOTTEN, NOT_FETCHED, NOT_USABLE, SUCCESS, stored_names
+from pipeline.sources.rows import Row, redact_cells, split_remark
 from pipeline.stages.types import Entry
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def transform_row(config: "ShardConfig", row: Row, keys: list[str], read: Callab
         meta = bare_row(row) | {"status": SUCCESS, "original_width": image.width, "original_height": image.height,
                                 "exif": json.dumps(read_exif(data)) if config.exif else None, "original_sha256": sha256}
         result = RowResult(entries=[Entry(source_name(row), reason, detail, kept=True)
-                                    for reason, detail in image.remarks])
+                                    for reason, detail in [*image.remarks, *map(split_remark, row.remarks)]])
         resized = resize(image, config.patch_side if patched else config.image_size,
                          "keep_ratio" if patched else config.resize, only_if_bigger=config.only_if_bigger,
                          max_aspect=config.max_aspect)
@@ -72,7 +72,6 @@ def transform_row(config: "ShardConfig", row: Row, keys: list[str], read: Callab
                         data if unchanged else encode(resized, config.format, config.quality))
     except BadImage as bad:
         result = failed_row(row, keys[0], bad)
-    result.entries += [Entry(source_name(row), reason, kept=True) for reason in row.remarks]
     return result
 
 
@@ -80,7 +79,7 @@ def _encoded_image(row: Row, read: Callable[[Row], bytes] | None) -> bytes:
     if row.data is not None:
         return row.data
     if read is None:
-        raise NotFetched("picture_missing", row.missing)
+        raise NotFetched(row.reason or "picture_missing", row.missing)
     try:
         return read(row)
     except BadImage as bad:
@@ -104,12 +103,19 @@ def failed_row(row: Row, key: str, bad: BadImage) -> RowResult:
     status = NOT_FETCHED if isinstance(bad, NotFetched) else NOT_USABLE
     detail = storage.redact_credentials(bad.detail)
     return RowResult([bare_row(row) | {"key": key, "status": status, "error_message": f"{bad.reason}: {detail}"}],
-                     entries=[Entry(source_name(row), bad.reason, detail)])
+                     entries=[Entry(source_name(row), bad.reason, detail),
+                              *(Entry(source_name(row), *split_remark(remark), kept=True) for remark in row.remarks)])
 
 
 def bare_row(row: Row) -> dict[str, Any]:
     """The metadata of a row as far as the source has it. All other columns are None."""
-    extra = redact_cells({name: value for name, value in row.columns.items() if name not in COLUMNS})
+    cells = row.columns
+    if cells.keys() & COLUMNS.keys():
+        same = {"url": row.name, "caption": row.caption, "key": cells.get("source_key")}
+        names = stored_names(cells)
+        cells = {names[name]: value for name, value in cells.items()
+                 if name not in COLUMNS or value not in (None, same.get(name))}
+    extra = redact_cells(cells)
     return extra | dict.fromkeys(COLUMNS) | {"caption": row.caption, "url": source_name(row), "source_row": row.number}
 
 

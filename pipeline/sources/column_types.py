@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.sources.rows import replace_surrogates
+from pipeline.tables.arrow_cells import kind_of_type, stored_columns
+from pipeline.tables.cells import replace_surrogates
 
 
 class ColumnTypes:
@@ -22,15 +23,16 @@ class ColumnTypes:
         for name, value in cells.items():
             self._kinds(name).add(_type_of(value))
 
-    def add_schema(self, schema: pa.Schema) -> None:
-        """The columns of one more file of parquet."""
-        for field in schema:
-            kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-            # As `plain` and JSON have them: 64 bits without a sign become text.
-            type_name = ("none" if pa.types.is_null(kind) else "bool" if pa.types.is_boolean(kind) else
-                     "double" if pa.types.is_floating(kind) else
-                     "int64" if pa.types.is_integer(kind) and kind != pa.uint64() else "string")
-            self._kinds(field.name).add(type_name)
+    def add_schema(self, schema: pa.Schema, without: Collection[str] = (), text_columns: Collection[str] = ()) -> None:
+        """The columns of one more parquet file, but those of `without`; `text_columns` hold bytes that are text."""
+        for column in stored_columns(schema, without)[0]:
+            if column.name not in without:
+                kind = kind_of_type(column.type)
+                self.add(column.name, "string" if kind == "bytes" and column.name in text_columns else kind)
+
+    def add(self, name: str, kind: str) -> None:
+        """One more type of a column: bool, int64, double, string or bytes."""
+        self._kinds(name).add(kind)
 
     def _kinds(self, name: str) -> set[str]:
         return self._seen.setdefault(replace_surrogates(name), set())
@@ -48,11 +50,12 @@ def _type_of(value: Any) -> str:
     if isinstance(value, int):
         # float64 has whole numbers up to 2**53.
         return "int64" if abs(value) <= 1 << 53 else "large" if -(1 << 63) <= value < 1 << 63 else "string"
-    return "string"
+    return "bytes" if isinstance(value, bytes) else "string"
 
 
 def _common(kinds: set[str]) -> str:
-    for wide, parts in (("bool", {"bool"}), ("int64", {"int64", "large"}), ("double", {"int64", "double"})):
+    for wide, parts in (("bool", {"bool"}), ("int64", {"int64", "large"}), ("double", {"int64", "double"}),
+                        ("bytes", {"bytes"})):
         if kinds and kinds <= parts:
             return wide
     return "string"

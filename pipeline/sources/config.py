@@ -16,7 +16,7 @@ Kind = Literal["auto", "pictures", "list", "tars"]
 # Bytes a pixel that pictures take: img2dataset's table of a million of 256 x 256, and some for the metadata.
 _BYTES_A_PIXEL = {"jpg": 0.46, "webp": 0.36, "png": 1.5}
 
-LATER_SETTINGS = {"image_key": "", "caption_key": ""}
+LATER_SETTINGS = {"columns": "", "image_key": "", "caption_key": ""}
 """Later additions, with their defaults. A default does not change the fingerprint of a folder made before."""
 
 
@@ -52,6 +52,8 @@ class ShardConfig:
     hash_column: str = ""
     """Column with the hash (md5, sha1, sha256, sha512) that the bytes must have; default: sha256 or md5 if there;
     none: do not check."""
+    columns: str = ""
+    """Names of the columns of a CSV, TSV or .txt list without a header, in their order, as in "caption,url"."""
     where: str = ""
     """Take only rows of which this is true, as in "punsafe < 0.1 and AESTHETIC_SCORE > 5"."""
     samples_per_shard: Annotated[int, Ge(1)] = 1000

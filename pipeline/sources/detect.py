@@ -19,12 +19,14 @@ from pipeline.sources.folder_files import (
 )
 from pipeline.sources.patterns import is_pattern, match_pattern
 from pipeline.sources.source import LISTS, TARS, Source, list_source_files
+from pipeline.tables.names import LOOSE_TABLES, USUAL_TABLES
 
 if TYPE_CHECKING:
     from pipeline.sources.config import ShardConfig
 
 _log = logging.getLogger(__name__)
 _SUFFIXES = {"pictures": SUFFIXES, "tars": TARS, "list": LISTS}
+_FILE_SUFFIXES = (*TARS, *LISTS, *LOOSE_TABLES, *SUFFIXES)
 _NAMES = {"pictures": "images", "tars": "tars", "list": "lists"}
 _Listed = list[tuple[str, int | None]]
 
@@ -32,7 +34,7 @@ _Listed = list[tuple[str, int | None]]
 def open_source(config: ShardConfig) -> Source:
     """The source that the settings name; ValueError if there is none, or if its kind is not clear."""
     from pipeline.sources.folder import FolderSource
-    from pipeline.sources.lists import ListSource
+    from pipeline.sources.open_lists import open_lists
     from pipeline.sources.tars import TarSource
     if not config.source:
         raise ValueError("shard needs a source\nhint: --source FOLDER, or a list of addresses, or tars")
@@ -50,9 +52,9 @@ def open_source(config: ShardConfig) -> Source:
         return FolderSource(config, listed[0] if len(listed) == 1 and _is_folder(config.source[0]) else None)
     addresses = [address for source in config.source for address in list_source_files(source, kind)]
     if not addresses:
-        wanted = {"list": ", ".join(LISTS[::4]), "tars": ", ".join(TARS)}[kind]
+        wanted = {"list": USUAL_TABLES, "tars": ", ".join(TARS)}[kind]
         raise ValueError(f"no files ending in {wanted} in {', '.join(config.source)}")
-    source = ListSource(config, addresses) if kind == "list" else TarSource(config, addresses)
+    source = open_lists(config, addresses) if kind == "list" else TarSource(config, addresses)
     source.ignored = ignored
     if ignored:
         _log.info("%s: files that are ignored: %s", ", ".join(config.source), count_text(ignored))
@@ -60,7 +62,7 @@ def open_source(config: ShardConfig) -> Source:
 
 
 def _is_folder(source: str) -> bool:
-    return not (source.lower().endswith((*TARS, *LISTS, *SUFFIXES)) or is_pattern(source) or storage.exists(source))
+    return not (source.lower().endswith(_FILE_SUFFIXES) or is_pattern(source) or storage.exists(source))
 
 
 def _list_names(source: str) -> _Listed:
@@ -70,7 +72,7 @@ def _list_names(source: str) -> _Listed:
             return list(storage.walk(source))
         except FileNotFoundError:
             raise ValueError(f"there is no file or folder {source}") from None
-    if source.lower().endswith((*TARS, *LISTS, *SUFFIXES)) or not is_pattern(source):
+    if source.lower().endswith(_FILE_SUFFIXES) or not is_pattern(source):
         return [(source, 0)]
     return [(name, 0) for name in match_pattern(source)]
 
@@ -85,7 +87,7 @@ def _choose_kind(config: ShardConfig, listed: list[_Listed]) -> tuple[str, Count
         if not kinds:
             there = f"; it has {count_text(others)}" if others else ""
             raise ValueError(f"no images in {source}{there}\nhint: files ending in {', '.join(SUFFIXES)} are looked "
-                             f"for, in folders below it too; or .tar; or lists, ending in {', '.join(LISTS[::4])}")
+                             f"for, in folders below it too; or .tar; or lists, ending in {USUAL_TABLES}")
         for kind, names in kinds.items():
             names_by_kind.setdefault(kind, []).extend(names)
         ignored += others
@@ -113,6 +115,10 @@ def _sort_by_kind(names: Iterable[str]) -> tuple[dict[str, list[str]], Counter[s
             kinds.setdefault(kind, []).append(name)
         else:
             others[suffix_of(name)] += 1
+    if not kinds:
+        loose = [name for name in names if name.lower().endswith(LOOSE_TABLES) and not system_folder(name)]
+        kinds["list"] = loose
+        others -= Counter(map(suffix_of, loose))
     if len(kinds) > 1 and "list" in kinds:
         companions = _companions(kinds)
         others.update(suffix_of(name) for name in companions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -9,8 +10,10 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.storage import name_by_content
-
-_LEVELS = 64  # Arrow ends the process at some hundreds
+from pipeline.tables.cells import cell_text as cell_text
+from pipeline.tables.cells import json_cell as json_cell
+from pipeline.tables.cells import parse_json_row as parse_json_row
+from pipeline.tables.cells import replace_surrogates as replace_surrogates
 
 
 @dataclass
@@ -23,15 +26,19 @@ class Row:
     """URL, name in the folder, or key in a tar."""
     caption: str = ""
     columns: dict[str, Any] = field(default_factory=dict)
+    """Its other cells: None, bool, int, float, str, bytes."""
     digest: str = ""
     """Hash that the picture's bytes must have, in hexadecimal."""
     remarks: list[str] = field(default_factory=list)
+    """Entries for the ledger: a reason, or `reason: detail`."""
     caption_file: str = ""
     json_file: str = ""
     """JSON beside the image, of which a worker takes the columns and, if there is no other, the caption."""
     missing: str = ""
     """Why there is no picture to be had, as far as the listing knows."""
     data: bytes | None = None
+    reason: str = ""
+    """The reason in the ledger if there is no image; "": the usual one."""
 
 
 @dataclass(frozen=True)
@@ -53,55 +60,50 @@ class ReadReport:
 
 def write_rows(rows: Iterable[Row], number: int, count: int, more: dict[str, Any] | None = None) -> Part:
     """A part that brings its rows along, as lines of JSON in a file beside the plan."""
-    lines = "".join(json.dumps({key: value for key, value in vars(row).items() if value or key == "number"},
-                               sort_keys=True) + "\n" for row in rows).encode()
+    lines = "".join(f"{row_line(row)}\n" for row in rows).encode()
     name = name_by_content(f"rows/{number:06d}.jsonl", lines)
     return Part({"rows": name, "count": count} | (more or {}), ((name, lines),))
 
 
 def read_rows(stage_folder: str, inputs: dict[str, Any]) -> Iterator[Row]:
-    """The rows that `listed` wrote."""
-    for line in storage.read_bytes(storage.join(stage_folder, inputs["rows"])).splitlines():
-        row = Row(**({"name": ""} | json.loads(line)))
-        yield row
+    """The rows of a part that `write_rows` made."""
+    return map(parse_row, storage.read_bytes(storage.join(stage_folder, inputs["rows"])).splitlines())
 
 
-def parse_json_row(line: str) -> dict[str, Any]:
-    """A line of JSON as a row; ValueError if it is no object, or nested too deep for Arrow and for Python's repr."""
-    try:
-        row = json.loads(line)
-    except RecursionError:
-        raise ValueError(f"a line with more than {_LEVELS} levels of brackets") from None
-    if not isinstance(row, dict):
-        raise ValueError("a line that is no JSON object")
-    if line.count("[") + line.count("{") > _LEVELS and _has_level(row, _LEVELS):
-        raise ValueError(f"a line with more than {_LEVELS} levels of brackets")
+def row_line(row: Row) -> str:
+    """A row as a line of JSON. Bytes among its columns become `{"base64": ...}`."""
+    return json.dumps({key: value for key, value in vars(row).items() if value or key == "number"}, sort_keys=True,
+                      default=_bytes_document)
+
+
+def parse_row(line: bytes | str) -> Row:
+    """The row of a line that `row_line` wrote."""
+    row = Row(**({"name": ""} | json.loads(line)))
+    for name, cell in row.columns.items():
+        if isinstance(cell, dict):
+            row.columns[name] = base64.b64decode(cell["base64"])
     return row
 
 
-def _has_level(value: Any, levels: int) -> bool:
-    if not isinstance(value, dict | list):
-        return False
-    return levels == 0 or any(_has_level(each, levels - 1) for each in (
-        value.values() if isinstance(value, dict) else value))
+def hashable_cells(cells: Mapping[str, Any]) -> dict[str, Any]:
+    """Cells as JSON has them, for a hash."""
+    return {name: _bytes_document(cell) if isinstance(cell, bytes) else cell for name, cell in cells.items()}
 
 
-def json_cell(value: Any) -> Any:
-    """A cell as JSON can hold it, which has no infinity and no NaN."""
-    if isinstance(value, str):
-        return replace_surrogates(value)
-    if isinstance(value, float) and (value != value or value in {float("inf"), float("-inf")}):
-        return None
-    return value if isinstance(value, int | float | bool | None) else replace_surrogates(str(value))
+def _bytes_document(value: Any) -> dict[str, str]:
+    if not isinstance(value, bytes):
+        raise TypeError(f"a row holds {type(value).__name__}")
+    return {"base64": base64.b64encode(value).decode()}
 
 
-def replace_surrogates(string: str) -> str:
-    """Text that UTF-8 can hold: halves of characters, as in emoji that somebody cut, become question marks."""
-    return string if string.isascii() else string.encode("utf-8", "replace").decode()
+def split_remark(remark: str) -> tuple[str, str]:
+    """The reason and the detail of a remark."""
+    reason, _, detail = remark.partition(": ")
+    return reason, detail
 
 
 def json_cells(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Cells that are carried along, as JSON can hold them, without the best-known passwords in URLs."""
+    """Cells that are carried along, as plain cells, without the best-known passwords in URLs."""
     usual = {replace_surrogates(name): json_cell(value) for name, value in document.items()}
     # No more than versions up to 0.1 took out: rows of their databases are compared by these cells.
     return {name: storage.redact_known_credentials(value) if isinstance(value, str) and "://" in value else value
@@ -116,13 +118,3 @@ def redact_cells(cells: Mapping[str, Any]) -> dict[str, Any]:
 
 def _redact_cell(text: str) -> str:
     return storage.redact_credentials(text) if " " in text.strip() else storage.redact_url(text)
-
-
-def cell_text(value: Any) -> str:
-    """A cell as one text: nothing is the empty text, of a list the first counts."""
-    if isinstance(value, list):
-        value = value[0] if value else None
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    usual = json_cell(value)
-    return "" if usual is None else str(usual)

@@ -12,13 +12,13 @@ from pipeline import storage
 from pipeline.sources.folder_files import system_folder
 from pipeline.sources.patterns import is_pattern, match_pattern
 from pipeline.sources.rows import Part, ReadReport, Row, read_rows, write_rows
+from pipeline.tables.names import LOOSE_TABLES, TABLES
 
 if TYPE_CHECKING:
     from pipeline.sources.config import ShardConfig
     from pipeline.sources.row_filter import RowFilter
 
-LISTS = tuple(f".{kind}{packed}" for kind in ("parquet", "pq", "csv", "tsv", "jsonl", "ndjson")
-              for packed in ("", ".gz", ".zst", ".bz2"))
+LISTS = TABLES
 PACKED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 TARS = (".tar", *PACKED_TARS)
 
@@ -102,7 +102,11 @@ def list_source_files(source: str, kind: str) -> list[str]:
     if storage.exists(source):
         return [storage.normalize(source)]
     try:
-        return [storage.join(storage.normalize(source), name) for name, length in sorted(storage.walk(source))
-                if name.lower().endswith(suffixes) and length is not None and not system_folder(name)]
+        names = [name for name, length in sorted(storage.walk(source))
+                 if length is not None and not system_folder(name)]
     except FileNotFoundError:
         raise ValueError(f"there is no file or folder {source}") from None
+    chosen = [name for name in names if name.lower().endswith(suffixes)]
+    if not chosen and kind == "list":
+        chosen = [name for name in names if name.lower().endswith(LOOSE_TABLES)]
+    return [storage.join(storage.normalize(source), name) for name in chosen]

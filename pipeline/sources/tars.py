@@ -45,7 +45,10 @@ class TarSource(Source):
         return hashlib.sha256("\n".join(summaries).encode()).hexdigest()
 
     def column_types(self) -> dict[str, str]:
-        return read_column_types(self.addresses[0]) | {"source_key": "string"}
+        # The URL, the caption and the key of a sample are columns of ours.
+        own = {name: kind for name, kind in read_column_types(self.addresses[0]).items()
+               if name not in {"url", "caption", "key"}}
+        return own | {"source_key": "string"}
 
     def parts(self) -> Iterator[Part]:
         for number, address in enumerate(self.addresses):

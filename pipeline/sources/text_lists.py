@@ -1,54 +1,157 @@
-"""Read lists in CSV, TSV or JSON lines, compressed or not."""
+"""Lists in CSV, TSV, JSON or lines of URLs. Workers cannot start in the middle of such files.
 
-import bz2
-import csv
-import gzip
-import io
-import zlib
-from collections.abc import Iterator
+So the driver reads them once and writes each item's rows beside the plan.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.sources.rows import parse_json_row, replace_surrogates
+from pipeline.sources.column_types import ColumnTypes
+from pipeline.sources.list_columns import Columns, make_row
+from pipeline.sources.lists import ListSource
+from pipeline.sources.rows import Part, ReadReport, Row, cell_text, read_rows, write_rows
+from pipeline.tables.cells import TableRow
+from pipeline.tables.names import table_kind
+from pipeline.tables.text_tables import read_rows as read_table
+
+_BATCH = 1024
 
 
-def read_text_rows(address: str) -> Iterator[dict[str, Any]]:
-    """The rows of a CSV, a TSV or lines of JSON, one at a time."""
-    name = address.lower()
-    with storage.open_reader(address) as stream:
-        # Not by fsspec's compression: one file imports fsspec, and the standard library has the same two readers.
-        if name.endswith(".gz"):
-            stream = gzip.GzipFile(fileobj=stream, mode="r")
-        elif name.endswith(".bz2"):
-            stream = bz2.BZ2File(stream, mode="r")
-        elif name.endswith(".zst"):
-            stream = pa.CompressedInputStream(pa.PythonFile(stream, "r"), "zstd")
-        lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-        number = 0
+class TextLists(ListSource):
+    """Rows of text files."""
+
+    def column_types(self) -> dict[str, str]:
+        types = ColumnTypes()
+        for name, kind in self.partitions.items():
+            types.add(name, kind)
+        for address in self.addresses:
+            columns = None
+            for batch in self._batches(address):
+                columns = columns or self._columns_of(batch, address)
+                for row in batch:
+                    types.add_row({name: cell for name, cell in row.cells.items()
+                                   if name not in columns.not_stored or isinstance(cell, list | dict)})
+                # All cells of these are text, so one row tells the types.
+                if table_kind(address) in {"csv", "tsv", "txt"} and any(row.cells for row in batch):
+                    break
+        return types.by_column()
+
+    def parts(self) -> Iterator[Part]:
+        need, number, position, filtered = self.config.rows_per_shard, 0, 0, 0
+        chosen: list[Row] = []
+        for address in self.addresses:
+            columns = None
+            for batch in self._batches(address):
+                columns = columns or self._columns_of(batch, address)
+                for read, passes in zip(batch, self._mask(batch), strict=True):
+                    if not passes:
+                        filtered += 1
+                    else:
+                        if len(chosen) == need:
+                            yield write_rows(chosen, number, need, {"filtered": filtered})
+                            chosen, number, filtered = [], number + 1, 0
+                        chosen.append(make_row(position, read, columns))
+                    position += 1
+        if chosen:
+            yield write_rows(chosen, number, len(chosen), {"filtered": filtered})
+        elif position:
+            raise ValueError(f"{self.addresses[0]}: not one of {position} rows passes the filter {self.config.where}")
+
+    def rows(self, stage_folder: str, inputs: dict[str, Any], scratch: Path, reading: ReadReport) -> Iterator[Row]:
+        return read_rows(stage_folder, inputs)
+
+    def _summaries(self) -> list[str]:
+        return [json.dumps([address.rsplit("/", 1)[-1], storage.sha256(address)]) for address in self.addresses]
+
+    def _first_columns(self) -> Columns:
+        for address in self.addresses:
+            batch = next(self._batches(address), [])
+            if batch:
+                schema = _schema(batch)
+                columns = self._choose_columns(schema, address)
+                if self.where:
+                    missing = [name for name in self.where.columns if name not in schema.names
+                               and self._other_file_has(name)]
+                    try:
+                        empty = _table(batch, list(dict.fromkeys([*schema.names, *missing]))).slice(0, 0)
+                        self.where.check(self.where.cast(empty).schema)
+                    except ValueError as error:
+                        raise ValueError(f"{address}: {error}") from error
+                return columns
+        raise ValueError(f"{self.addresses[0]} holds no rows")
+
+    def _other_file_has(self, name: str) -> bool:
+        return any(name in row.cells for address in self.addresses[1:] for row in next(self._batches(address), []))
+
+    def _columns_of(self, batch: list[TableRow], address: str) -> Columns:
+        """The columns of a file by its first rows."""
+        first = getattr(self, "columns", None)
+        return self._choose_columns(_schema(batch), address, first)
+
+    def _batches(self, address: str) -> Iterator[list[TableRow]]:
+        """The rows of a file, with the cells that its folders add; ValueError if none of the first can be read."""
+        partition, checked = self._partition_cells(address), False
+        names = tuple(name.strip() for name in self.config.columns.split(",")) if self.config.columns else ()
+        for batch in _in_batches(read_table(address, names)):
+            if not checked:
+                _check_batch(batch, address)
+                checked = True
+            if partition:
+                for row in batch:
+                    row.cells = row.cells and partition | row.cells
+            yield batch
+
+    def _mask(self, batch: list[TableRow]) -> np.ndarray:
+        """Whether rows pass the filter; rows that cannot be read do, to be counted as such."""
+        if self.where is None:
+            return np.ones(len(batch), bool)
+        unreadable = np.array([bool(row.problem) for row in batch])
+        return unreadable | self.where.mask(self.where.cast(_table(batch, self.where.columns)))
+
+
+def _check_batch(batch: Sequence[TableRow], address: str) -> None:
+    """Refuse a file whose first rows are no rows, or whose lines are no URLs."""
+    if all(row.problem for row in batch):
+        raise ValueError(f"{address}: none of the first {len(batch)} rows can be read: {batch[0].problem}\n"
+                         f"hint: a .csv has commas, a .tsv has tabs, a .jsonl has an object in each line")
+    if table_kind(address) == "txt" and all(
+            list(row.cells) == ["url"] and "//" not in row.cells["url"] and not row.cells["url"].startswith("data:")
+            for row in batch):
+        raise ValueError(f"{address} has no URL in its first {len(batch)} lines\n"
+                         f"hint: a .txt list has a URL in each line; --columns names the columns of one with tabs")
+
+
+def _schema(batch: Sequence[TableRow]) -> pa.Schema:
+    return _table(batch, list(dict.fromkeys(name for row in batch for name in row.cells))).schema
+
+
+def _table(batch: Sequence[TableRow], names: Sequence[str]) -> pa.Table:
+    """Some columns of rows, for a filter."""
+    columns = {}
+    for name in names:
+        cells = [row.cells.get(name) for row in batch]
         try:
-            if (kind := text_list_ending(address)) in {"csv", "tsv"}:
-                for row in csv.DictReader(lines, delimiter="\t" if kind == "tsv" else ","):
-                    number += 1
-                    row.pop(None, None)  # cells beyond the header
-                    yield {key: value or None for key, value in row.items()}
-            else:
-                for line in lines:
-                    number += 1
-                    if line.strip():
-                        row = parse_json_row(line)
-                        yield {replace_surrogates(name): cell for name, cell in row.items()} if "\\u" in line else row
-        except (UnicodeDecodeError, csv.Error, ValueError, EOFError, OSError, zlib.error) as error:
-            if isinstance(error, storage.StorageError):
-                raise
-            raise ValueError(f"{address} cannot be read after row {number}: {error}\n"
-                             f"hint: UTF-8; a CSV needs a header, JSON lines an object each") from None
+            columns[name] = pa.array(cells)
+        # Cells of several types, numbers too large, halves of characters.
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
+            columns[name] = pa.array([None if cell is None else cell_text(cell) for cell in cells], pa.string())
+    return pa.table(columns)
 
 
-def text_list_ending(address: str) -> str:
-    """The suffix of the name of a list, without that of its compression: csv, tsv, jsonl or ndjson."""
-    name = address.lower()
-    for packed in (".gz", ".bz2", ".zst"):
-        name = name.removesuffix(packed)
-    return name.rpartition(".")[2]
+def _in_batches(rows: Iterable[TableRow]) -> Iterator[list[TableRow]]:
+    batch = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == _BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

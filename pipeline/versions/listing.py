@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.shards import metadata
+from pipeline.sources.rows import hashable_cells
 from pipeline.storage import parquet
 
 LISTING, DEAD = "listing.parquet", "dead.txt"
@@ -72,7 +73,8 @@ def _listing_of(version: Dataset, record: dict[str, Any]) -> pa.Table:
     first, telling = rows_of_source(table)
     others = [name for name in table.column_names if name not in metadata.COLUMNS | metadata.IMAGE_COLUMNS]
     # Without the number among rows of one name, and what a list says of hashes: rows with those are new.
-    marks = [storage.digest([row["url"], row["caption"] or "", {name: row[name] for name in others}, "", "", 0])
+    marks = [storage.digest([row["url"], row["caption"] or "", hashable_cells({name: row[name] for name in others}),
+                             "", "", 0])
              for row in table.select(["url", "caption", *others]).take(first).to_pylist()]
     about = table.select(["original_sha256", "source_row", "status"]).take(telling)
     count = len(first)

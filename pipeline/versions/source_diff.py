@@ -20,7 +20,7 @@ from pipeline.shards.metadata import FORGOTTEN, SUCCESS
 from pipeline.shards.transform import old_source_name, source_name
 from pipeline.sources.config import ShardConfig
 from pipeline.sources.detect import open_source
-from pipeline.sources.rows import ReadReport, Row, redact_cells
+from pipeline.sources.rows import ReadReport, Row, hashable_cells, parse_row, redact_cells, row_line
 from pipeline.sources.source import Source
 from pipeline.stages.scratch import scratch_folder
 from pipeline.versions.listing import LISTING_SCHEMA, groups, wide
@@ -165,8 +165,7 @@ def _read_source(source: Source, forgotten: Forgotten, lines: BinaryIO) -> pa.Ta
             is_same = old_name == name and redact_cells(row.columns) == row.columns
             cells.append((name, _mark(row, 0), old_name if old_name != name else None,
                           None if is_same else _old_mark(row, 0), stamp, lines.tell()))
-            filled = {key: value for key, value in vars(row).items() if value or key == "number"}
-            lines.write(json.dumps(filled).encode() + b"\n")
+            lines.write(row_line(row).encode() + b"\n")
         if cells:
             tables.append(pa.table([pa.array(column, field.type) for column, field in
                                     zip(zip(*cells, strict=True), _SOURCE_SCHEMA, strict=True)], _SOURCE_SCHEMA))
@@ -184,13 +183,15 @@ def _source_rows(source: Source) -> Iterator[Row]:
 
 def _mark(row: Row, position: int) -> str:
     """A hash of what the source says of a row; `position` is its place among the rows of its name."""
-    return storage.digest([source_name(row), row.caption, redact_cells(row.columns), row.digest, row.caption_file,
+    cells = hashable_cells(redact_cells(row.columns))
+    return storage.digest([source_name(row), row.caption, cells, row.digest, row.caption_file,
                            *([row.json_file] if row.json_file else []), position])
 
 
 def _old_mark(row: Row, position: int) -> str:
     """The mark that versions up to 0.1 gave a row."""
-    return storage.digest([old_source_name(row), row.caption, row.columns, row.digest, row.caption_file, position])
+    cells = hashable_cells(row.columns)
+    return storage.digest([old_source_name(row), row.caption, cells, row.digest, row.caption_file, position])
 
 
 def _number_names(table: pa.Table, lines: BinaryIO) -> pa.Table:
@@ -228,7 +229,7 @@ def _replace_marks(table: pa.Table, column: str, positions: np.ndarray, chosen: 
 
 def _row_at(lines: BinaryIO, offset: int) -> Row:
     lines.seek(offset)
-    return Row(**({"name": ""} | json.loads(lines.readline())))
+    return parse_row(lines.readline())
 
 
 def _digest(table: pa.Table, forgotten: Forgotten) -> str:

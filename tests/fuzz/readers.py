@@ -24,27 +24,28 @@ from pipeline.indices.faiss_door import open_index
 from pipeline.media import tars
 from pipeline.media.foreign_tars import TarFaults, read_foreign_tar
 from pipeline.media.types import BadImage
-from pipeline.sources import folder, text_lists
+from pipeline.sources import folder
 from pipeline.sources.config import ShardConfig
-from pipeline.sources.lists import ListSource
-from pipeline.sources.rows import ReadReport
+from pipeline.sources.open_lists import open_lists
+from pipeline.sources.rows import ReadReport, row_line
 from pipeline.sources.tars import TarSource, read_column_types
 from pipeline.stages import plan, records
 from pipeline.stages.manifest import read_manifest
 from pipeline.stages.types import StageFailed
 from pipeline.storage.arrays import map_array
+from pipeline.tables import text_tables
 
 MEMORY = 1 << 30  # bytes of address space beyond that of the imports
 REFUSALS = (ValueError, StageFailed, BadImage)
 
 
 def _text_list(path: Path) -> None:
-    for _ in text_lists.read_text_rows(str(path)):
-        pass
+    for row in text_tables.read_rows(str(path)):
+        json.dumps([row.cells, list(row.remarks), row.problem])
 
 
 def _list_source(path: Path, **settings: Any) -> None:
-    source = ListSource(ShardConfig(source=(str(path),), **settings), [str(path)])
+    source = open_lists(ShardConfig(source=(str(path),), **settings), [str(path)])
     source.identity()
     source.column_types()
     stage = path.parent / "stage"
@@ -53,7 +54,7 @@ def _list_source(path: Path, **settings: Any) -> None:
             (stage / name).parent.mkdir(parents=True, exist_ok=True)
             (stage / name).write_bytes(data)
         for row in source.rows(str(stage), part.inputs, path.parent, ReadReport()):
-            json.dumps([row.name, row.caption, row.columns])
+            row_line(row)
 
 
 def _filtered_list(path: Path) -> None:

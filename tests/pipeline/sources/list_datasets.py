@@ -65,8 +65,11 @@ def write_list(path: Path, rows: list[dict], **options) -> Path:
     lines = io.StringIO(newline="")
     if kind == "jsonl":
         lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    elif kind == "tsv":  # which has no quotes, and so no tabs and lines in a cell
+        lines.writelines("\t".join("" if cell is None else " ".join(str(cell).split()) for cell in cells) + "\n"
+                         for cells in [list(rows[0]), *(row.values() for row in rows)])
     else:
-        writer = csv.DictWriter(lines, list(rows[0]), delimiter="\t" if kind == "tsv" else ",")
+        writer = csv.DictWriter(lines, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     data = lines.getvalue().encode()

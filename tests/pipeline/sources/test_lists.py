@@ -49,7 +49,11 @@ def test_a_list_of_any_kind_gives_the_same_tars(tmp_path, image_site):
             for sample in whole] == [[row[name] for name in ("WIDTH", "HEIGHT", "similarity", "punsafe", "hash")]
                                      for row in rows]
     assert samples_by_kind["jsonl"] == samples_by_kind["jsonl.gz"] == samples_by_kind["jsonl.zst"] == whole
-    assert samples_by_kind["csv"] == samples_by_kind["csv.gz"] == samples_by_kind["csv.bz2"] == samples_by_kind["tsv"]
+    assert samples_by_kind["csv"] == samples_by_kind["csv.gz"] == samples_by_kind["csv.bz2"]
+    assert samples_by_kind["tsv"] == [
+        sample | {"txt": sample["txt"].replace(b"\n", b" "),
+                  "json": sample["json"] | {"caption": sample["json"]["caption"].replace("\n", " ")}}
+        for sample in samples_by_kind["csv"]]
     assert samples_by_kind["csv"] == [
         sample | {"json": {key: str(cell) if key in rows[0] and cell is not None else cell  # all that a CSV knows
                            for key, cell in sample["json"].items()}} for sample in whole]
@@ -92,9 +96,13 @@ def test_columns_may_be_named(tmp_path, image_site):
 
 @pytest.mark.parametrize(("name", "data", "message"), [
     ("a.parquet", b"no parquet", "cannot be read as parquet"), ("a.csv", b"a,b\n1,2\n", "has the columns a, b"),
-    ("a.csv", b"url\n", "holds no rows"), ("a.jsonl", b'{"url": "x"}\n[]\n', "after row 2: a line that is no JSON obj"),
-    ("a.jsonl", b'{"url": "x"}\n{"url": \n', "after row 2"), ("a.csv", b"url\n\xff\n", "cannot be read after row"),
-    ("a.csv.gz", b"no gzip", "cannot be read after row 0"), ("a.jsonl", b"[" * 100_000, "after row 1"),
+    ("a.csv", b"url\n", "holds no rows"), ("a.jsonl", b"[]\n[]\n", "none of the first 2 rows .* not a JSON object"),
+    ("a.csv", b'url,"cap\nx,y\n', "header .* not closed before"), ("a.csv", b"\xff\xfeu\0r\0l\0", "text is UTF-16"),
+    ("a.csv.gz", b"no gzip", "cannot be read after row 0"), ("a.jsonl", b"[" * 100_000, "none of the first 1 rows"),
+    ("a.json", b'[{"url": "x"}, {"url": "y"}', "after row 2: the array is not closed"),
+    ("a.json", b'[{"url": "x"}, {"url":, "y"}]', "cannot be read .*Expecting value"),
+    ("a.txt", b"Apache License\n", "has no URL in its first 1 lines"),
+    ("a.csv", b"a cat,http://x/y.jpg\na dog,http://x/z.jpg\n", "has no header.*\nhint: --columns caption,url"),
     ("a.jsonl.gz", gzip.compress(b'{"url": "x"}\n' * 9000, mtime=0)[:50], "cannot be read after row"),
 ])
 def test_lists_that_cannot_be_read_are_refused(tmp_path, name, data, message):
@@ -114,7 +122,7 @@ def test_sources_that_are_no_source_are_refused(tmp_path, image_site):
                              ({"source": tmp_path / "pictures", "kind": "tars"}, r"no files ending in \.tar"),
                              ({"source": tmp_path / "absent", "kind": "list"}, "there is no file or folder"),
                              ({"source": tmp_path / "absent"}, "there is no file or folder"),
-                             ({"source": tmp_path / "lists" / "*.txt"}, "no images in"),
+                             ({"source": tmp_path / "lists" / "*.md"}, "no images in"),
                              ({"source": (tmp_path / "pictures", tmp_path / "pictures")}, "from one folder, not")):
         with pytest.raises(ValueError, match=message):
             shard_source(tmp_path / "root", **options)

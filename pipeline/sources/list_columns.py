@@ -1,0 +1,120 @@
+"""Which column of a list is what, and its rows as rows of a source."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import pyarrow as pa
+
+from pipeline.sources.column_names import find_caption_columns, is_more_than_caption
+from pipeline.sources.rows import Row, cell_text, json_cells
+from pipeline.tables.arrow_cells import is_nested, stored_columns
+from pipeline.tables.cells import TableRow
+from pipeline.tables.image_cells import can_hold_images, read_image_cell
+
+if TYPE_CHECKING:
+    from pipeline.sources.config import ShardConfig
+
+URL_COLUMNS = ("url", "URL", "image_url", "img_url")
+IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "image_bytes", "bytes")
+HASH_COLUMNS = ("original_sha256", "sha256", "md5")
+_SETTINGS = ("url_column", "image_column", "caption_column", "hash_column")
+_DIGITS = (32, 40, 64, 128)  # of md5, sha1, sha256 and sha512 in hexadecimal
+_HASH = re.compile("[0-9a-fA-F]*")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column of a file is what."""
+
+    image: str
+    kind: Literal["url", "bytes"]
+    caption: str
+    digest: str
+    whole: frozenset[str] = frozenset()
+    """Image, URL and caption columns whose cells are lists or objects. The first text is used, and all is stored."""
+    caption_missing: bool = False
+    """Whether other files of the list have captions, and this one has none."""
+
+    @property
+    def not_stored(self) -> set[str]:
+        """The columns whose cells are used, and not stored under their names."""
+        image = {self.image} if self.kind == "bytes" or self.image not in self.whole else set()
+        is_stored = self.caption in self.whole or is_more_than_caption(self.caption)
+        return image if is_stored else {*image, self.caption} - {""}
+
+
+def choose_columns(schema: pa.Schema, address: str, config: ShardConfig, first: Columns | None = None) -> Columns:
+    """Which column is what, by the settings or the usual names; `first`: the columns of the first file of the list."""
+    names = [column.name for column in stored_columns(schema, schema.names)[0]]
+    types = dict(zip(names, schema.types, strict=True))
+    for setting in _SETTINGS:
+        wanted = getattr(config, setting)
+        optional = first is not None and setting in {"caption_column", "hash_column"}
+        if wanted and wanted not in names and not optional and not (setting == "hash_column" and wanted == "none"):
+            raise ValueError(f"{address} has no column {wanted} ({setting})\nhint: it has {', '.join(names)}")
+    image = config.image_column or next(
+        (name for name in IMAGE_COLUMNS if name in types and can_hold_images(types[name])), "")
+    # What is here need not be fetched.
+    url = config.url_column or ("" if image else next((name for name in URL_COLUMNS if name in types), ""))
+    if not (url or image):
+        raise ValueError(_no_image_column(names, address))
+    if not url and not can_hold_images(types[image]):
+        raise ValueError(f"{address}: the column {image} holds {types[image]}, not bytes of pictures")
+    kind: Literal["url", "bytes"] = "url" if url else "bytes"
+    if first and kind != first.kind:
+        raise ValueError(f"{address} has images as {kind} ({url or image}), and the first file of the list as "
+                         f"{first.kind} ({first.image})\nhint: make a dataset of each")
+    caption = config.caption_column or next(iter(find_caption_columns(types)), "")
+    caption = caption if caption in types else ""
+    digest = config.hash_column or next((name for name in HASH_COLUMNS if name in types), "")
+    whole = {name for name in (url, caption) if name and is_nested(types[name])} | ({image} if not url else set())
+    return Columns(url or image, kind, caption, digest if digest in types else "", frozenset(whole),
+                   bool(first and first.caption and not caption))
+
+
+def _no_image_column(names: list[str], address: str) -> str:
+    if any("://" in name for name in names):
+        return (f"{address} has no header: the first line is {', '.join(names)[:200]}\n"
+                f"hint: --columns caption,url names the columns, in their order")
+    return (f"{address} has the columns {', '.join(names)}; wanted is one of {', '.join(URL_COLUMNS)}, or pictures as "
+            f"bytes\nhint: --url-column, or --image-column for one with bytes")
+
+
+def make_row(number: int, read: TableRow, columns: Columns) -> Row:
+    """A row of a file as a row of the source."""
+    if read.problem:
+        return Row(number, read.place, missing=read.problem, remarks=list(read.remarks), reason="bad_row")
+    cells, remarks = read.cells, list(read.remarks)
+    cell, caption_cell = cells.get(columns.image), cells.get(columns.caption)
+    for name in columns.not_stored:
+        cells.pop(name, None)
+    if columns.caption_missing:
+        remarks.append("caption_missing")
+    digest, unreadable = _parse_digest(cells.get(columns.digest)) if columns.digest else ("", [])
+    row = Row(number, "", cell_text(caption_cell), json_cells(cells), digest, remarks + unreadable)
+    if columns.kind == "url":
+        row.name = cell_text(cell).strip()
+        row.missing = "" if row.name else "the list has no address here"
+        if isinstance(cell, list) and len(cell) > 1:
+            row.remarks.append(f"first_of_several: {columns.image}: the first of {len(cell)} is taken")
+        return row
+    image = read_image_cell(cell)
+    if image.problem:
+        row.remarks.append(f"cell_changed: {columns.image}: {image.problem}")
+    row.name = (image.path or cell_text(cells.get("url")) or cell_text(cells.get("key")) or cell_text(cells.get("id"))
+                or f"row {number}")
+    row.data, row.missing = image.data, "" if image.data is not None else "the table has no bytes here"
+    return row
+
+
+def _parse_digest(cell: Any) -> tuple[str, list[str]]:
+    """A hash in hexadecimal, "" if there is none; and remarks."""
+    hexadecimal = cell_text(cell).strip()
+    if len(hexadecimal) in _DIGITS and _HASH.fullmatch(hexadecimal):
+        return hexadecimal.lower(), []
+    if isinstance(cell, bytes) and 2 * len(cell) in _DIGITS:
+        return cell.hex(), []
+    return "", ["hash_unreadable"] if hexadecimal else []

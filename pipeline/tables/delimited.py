@@ -1,0 +1,194 @@
+"""CSV and TSV as rows. A row that breaks the rules is named, and the rows after it are read as if it were not there.
+
+pyarrow, pandas and `csv` were compared. All take a quote that is never closed for the start of a cell that holds the
+following rows. pyarrow can skip a row with too many cells, but it cannot tell which line it is on.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pipeline.tables.cells import TableRow, unique_names
+
+_LONGEST = 1 << 26  # characters of a cell
+_MOST_LINES = 1000  # of a quoted cell: a quote that is never closed costs no more than these
+_MOST_HEADER_LINES = 5
+_ADDRESS = re.compile(r"\s*([a-z][a-z0-9+.-]*://\S+|\S+\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic|jxl))\s*", re.I)
+csv.field_size_limit(_LONGEST)  # one limit for the process; the usual one, 131,072, is too small for captions
+
+
+class RepairedLine(str):
+    """A line with bytes that are not UTF-8, which became U+FFFD."""
+
+    __slots__ = ()
+
+
+def repair_lines(lines: Iterator[str]) -> Iterator[str]:
+    """Lines that were decoded with `surrogateescape`; those with bytes that are not UTF-8 as `RepairedLine`."""
+    for line in lines:
+        if not line.isascii():
+            try:
+                line.encode()
+            except UnicodeEncodeError:
+                line = RepairedLine(line.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+        yield line
+
+
+def encoding_remarks(cells: dict[str, Any]) -> list[str]:
+    """A remark for each column of a repaired line that holds U+FFFD."""
+    return [f"cell_changed: {name}: bytes that are not UTF-8" for name, cell in cells.items()
+            if isinstance(cell, str) and "\ufffd" in cell]
+
+
+class _Lines:
+    """Lines with their numbers. Lines may be put back, to be read once more."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self._lines = lines
+        self._again: deque[str] = deque()
+        self.number = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._again.popleft() if self._again else next(self._lines)
+        self.number += 1
+        return line
+
+    def put_back(self, lines: Sequence[str]) -> None:
+        self._again.extendleft(reversed(lines))
+        self.number -= len(lines)
+
+
+def read_delimited(lines: Iterator[str], file: str, delimiter: str, names: Sequence[str] = ()) -> Iterator[TableRow]:
+    """The rows of a CSV (`,`) or a TSV (a tab, without quoting); `names`: the columns of a file without a header.
+
+    A TSV whose header is quoted is read with quotes, like a CSV.
+    """
+    numbered = _Lines(repair_lines(lines))
+    remarks: list[str] = []
+    quoted = delimiter == ","
+    if not names:
+        header = next((line for line in numbered if line.strip(" \r\n")), None)
+        if header is None:
+            return
+        quoted = quoted or header.startswith('"')
+        found, taken, problem = (_parse_record(header, numbered, delimiter) if quoted else
+                                 (header.rstrip("\r\n").split(delimiter), [], ""))
+        if found is None or len(taken) > _MOST_HEADER_LINES:
+            raise ValueError(f"the header cannot be read: {problem or 'a quote is not closed'}")
+        names, remarks = unique_names(found)
+    records = (_quoted_records if quoted else _plain_records)(numbered, delimiter, len(names))
+    for number, (line, cells, remark, problem) in enumerate(records, 1):
+        if cells is None:
+            place = f"{file}, row {number}, line {line}"
+            yield TableRow({}, remarks, place, f"line {line}: {problem}")
+        else:
+            row = TableRow(dict(zip(names, [cell or None for cell in cells], strict=True)), remarks)
+            if remark:
+                row.remarks = [*remarks, *(encoding_remarks(row.cells) if remark == _REPAIRED else [remark])]
+            yield row
+        if remarks:
+            remarks = []
+
+
+_REPAIRED = "repaired"
+_Record = tuple[int, "list[str] | None", str, str]  # number of the line, cells, remark, problem
+
+
+def _plain_records(lines: _Lines, delimiter: str, width: int) -> Iterator[_Record]:
+    """Records of one line each, without quotes."""
+    for line in lines:
+        cells = line.rstrip("\r\n").split(delimiter)
+        if len(cells) != width:
+            if line.strip(" \r\n"):
+                yield lines.number, None, "", _width_problem(len(cells), width)
+            continue
+        remark = ""
+        if isinstance(line, RepairedLine):
+            remark = _REPAIRED
+        elif '"' in line and any(len(cell) > 3 and cell[0] == cell[-1] == '"' and '""' in cell[1:-1] for cell in cells):
+            remark = "quotes_kept: a cell looks quoted as in CSV, and TSV has no quoting"
+        yield lines.number, cells, remark, ""
+
+
+def _quoted_records(lines: _Lines, delimiter: str, width: int) -> Iterator[_Record]:
+    """Records by the rules of RFC 4180, which may span lines."""
+    for line in lines:
+        number = lines.number
+        if '"' not in line:
+            cells = line.rstrip("\r\n").split(delimiter)
+            if len(cells) == width:
+                yield number, cells, _REPAIRED if isinstance(line, RepairedLine) else "", ""
+            elif line.strip(" \r\n"):
+                yield number, None, "", _width_problem(len(cells), width)
+            continue
+        found, taken, problem = _checked_record(line, lines, delimiter, width)
+        remark = ""
+        if found is None:
+            lines.put_back(taken)
+            if '\\"' in line:  # Spark writes \" where CSV has ""
+                found, taken, _ = _checked_record(line, lines, delimiter, width, backslash=True)
+                remark = "backslash_quotes: read as Spark writes quotes"
+                if found is None:
+                    lines.put_back(taken)
+        if found is None:
+            yield number, None, "", problem
+        else:
+            repaired = isinstance(line, RepairedLine) or any(isinstance(more, RepairedLine) for more in taken)
+            yield number, found, _REPAIRED if repaired else remark, ""
+
+
+def _checked_record(line: str, lines: _Lines, delimiter: str, width: int, *, backslash: bool = False,
+                    ) -> tuple[list[str] | None, list[str], str]:
+    """(cells, the lines read for it after the first, problem): no cells if they are not `width`, or hold other rows."""
+    cells, taken, problem = _parse_record(line, lines, delimiter, backslash)
+    if cells is not None and len(cells) != width:
+        return None, taken, _width_problem(len(cells), width)
+    if cells is not None and taken and _holds_rows(cells, taken, delimiter):
+        return None, taken, "a quote is not closed: the cell would hold the following rows"
+    return cells, taken, problem
+
+
+def _parse_record(line: str, lines: Iterator[str], delimiter: str, backslash: bool = False,
+                  ) -> tuple[list[str] | None, list[str], str]:
+    taken: list[str] = []
+
+    def feed() -> Iterator[str]:
+        yield line
+        length = len(line)
+        for more in lines:
+            taken.append(more)
+            length += len(more)
+            if len(taken) == _MOST_LINES or length > _LONGEST:
+                raise csv.Error(f"a quote is not closed within {len(taken)} lines")
+            yield more
+
+    try:
+        reader = csv.reader(feed(), delimiter=delimiter, strict=True, doublequote=not backslash,
+                            escapechar="\\" if backslash else None)
+        return next(reader), taken, ""
+    except csv.Error as error:
+        text = str(error)
+        if "unexpected end of data" in text:
+            text = "a quote is not closed before the end of the file"
+        elif "expected after" in text:
+            text = "text follows a closing quote, or an earlier quote is not closed"
+        return None, taken, text
+
+
+def _holds_rows(cells: Sequence[str], taken: Sequence[str], delimiter: str) -> bool:
+    """Whether a record that spans lines looks like several: one of its lines has an address in the same column."""
+    columns = [number for number, cell in enumerate(cells) if _ADDRESS.fullmatch(cell)]
+    others = ([cell.strip('"') for cell in line.rstrip("\r\n").split(delimiter)] for line in taken)
+    return any(len(other) == len(cells) and any(_ADDRESS.fullmatch(other[number]) for number in columns)
+               for other in others)
+
+
+def _width_problem(count: int, width: int) -> str:
+    return f"{count} cells, and the header has {width}"

@@ -1,0 +1,109 @@
+"""JSON as rows: lines of objects, one array of objects, objects one after another, or columns as pandas writes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.tables.cells import TableRow, check_json_row, parse_json_row, replace_surrogates
+from pipeline.tables.delimited import RepairedLine, encoding_remarks, repair_lines
+
+_LONGEST = 1 << 26  # characters of one value
+
+
+def read_json_lines(lines: Iterator[str], file: str) -> Iterator[TableRow]:
+    """The objects of lines of JSON. A line that is none is a row that cannot be read."""
+    row_number = 0
+    for number, line in enumerate(repair_lines(lines), 1):
+        if not line.strip():
+            continue
+        row_number += 1
+        try:
+            cells = parse_json_row(line)
+        except ValueError as error:
+            yield TableRow({}, (), f"{file}, row {row_number}, line {number}", f"line {number}: {error}")
+            continue
+        yield _table_row(cells, line)
+
+
+def read_json_document(pieces: Iterator[str], file: str) -> Iterator[TableRow]:
+    """The objects of a JSON file, whose text comes in pieces."""
+    values = _read_values(repair_lines(pieces))
+    first = next(values, None)
+    if first is None:
+        return
+    second = next(values, None)
+    if second is None and isinstance(first[0], dict) and (columns := _columns(first[0])):
+        yield from (TableRow(cells) for cells in columns)
+        return
+    number = 0
+    for value, text in (each for group in ([first], [second] if second else [], values) for each in group):
+        number += 1
+        try:
+            cells = check_json_row(value, text)
+        except ValueError as error:
+            yield TableRow({}, (), f"{file}, row {number}", str(error))
+            continue
+        yield _table_row(cells, text)
+
+
+def _table_row(cells: dict[str, Any], text: str) -> TableRow:
+    if "\\u" in text:
+        cells = {replace_surrogates(name): cell for name, cell in cells.items()}
+    return TableRow(cells, encoding_remarks(cells) if isinstance(text, RepairedLine) else ())
+
+
+def _read_values(pieces: Iterator[str]) -> Iterator[tuple[Any, str]]:
+    """(value, its text) of the array that a file holds, or of values one after another."""
+    decoder, in_array, ended = json.JSONDecoder(), False, False
+    buffer, position, text_type = "", 0, str
+    while True:
+        while position < len(buffer) and buffer[position] in " \t\r\n,":
+            position += 1
+        if buffer[position:position + 1] == "[" and not in_array:
+            in_array, position = True, position + 1
+            continue
+        if in_array and buffer[position:position + 1] == "]":
+            return
+        try:
+            value, end = decoder.raw_decode(buffer, position)
+        except RecursionError:
+            raise ValueError("more than 64 levels of brackets") from None
+        except ValueError as error:
+            if ended and position == len(buffer) and not in_array:
+                return
+            if ended or len(buffer) - position > _LONGEST:
+                raise ValueError(str(error) if position < len(buffer) else "the array is not closed") from None
+            value, end = None, len(buffer)
+        if end == len(buffer) and not ended:  # a value may go on in the next piece
+            # As many characters as are there already, or a long value would be decoded anew for each piece.
+            more = list(_at_least(pieces, end - position))
+            ended = not more
+            text_type = RepairedLine if any(isinstance(piece, RepairedLine) for piece in more) else text_type
+            buffer, position = "".join((buffer[position:], *more)), 0
+            continue
+        yield value, text_type(buffer[position:end])
+        position = end
+
+
+def _at_least(pieces: Iterator[str], length: int) -> Iterator[str]:
+    """The next pieces that together have `length` characters, at least one."""
+    for piece in pieces:
+        yield piece
+        length -= len(piece)
+        if length <= 0:
+            return
+
+
+def _columns(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an object of columns, [] if it is none: lists of one length, or objects with the same keys."""
+    columns = list(document.values())
+    if len(columns) > 1 and all(isinstance(column, list) for column in columns):
+        if len({len(column) for column in columns}) == 1:
+            return [dict(zip(document, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    elif columns and all(isinstance(column, dict) and column for column in columns):
+        same_keys = len({tuple(column) for column in columns}) == 1
+        if same_keys and all(key.isdigit() for key in columns[0]):
+            return [{name: column[key] for name, column in document.items()} for key in columns[0]]
+    return []

@@ -1,0 +1,96 @@
+"""Files of text as rows: CSV, TSV, JSON and lists of URLs, compressed or not."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import itertools
+import lzma
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
+
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.tables.cells import TableRow, parse_json_row
+from pipeline.tables.delimited import RepairedLine, encoding_remarks, read_delimited, repair_lines
+from pipeline.tables.json_tables import read_json_document, read_json_lines
+from pipeline.tables.names import table_kind
+
+_PIECE = 1 << 20  # characters of a JSON document that are read at once
+_UTF16 = ("\udcff\udcfe", "\udcfe\udcff")  # its first two bytes, as they are decoded here
+
+
+def read_rows(address: str, columns: Sequence[str] = ()) -> Iterator[TableRow]:
+    """The rows of a file, one at a time; ValueError if the file itself cannot be read.
+
+    `columns`: the names of the columns of a CSV, TSV or `.txt` file without a header.
+    """
+    number = 0
+    with storage.open_reader(address) as stream:
+        try:
+            for row in _rows(_decompress(stream, address), address, columns):
+                number += 1
+                yield row
+        except (csv.Error, ValueError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+            if isinstance(error, storage.StorageError):
+                raise
+            raise ValueError(f"{address} cannot be read after row {number}: {error}\n"
+                             f"hint: tables are UTF-8; a CSV has a header, JSON has objects") from None
+
+
+def _rows(stream: IO[bytes], address: str, columns: Sequence[str]) -> Iterator[TableRow]:
+    kind, file = table_kind(address), address.rpartition("/")[2]
+    # A carriage return ends lines of a CSV, because Excel on a Mac wrote such files. Cells of a TSV may hold one.
+    text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="" if kind == "csv" else "\n")
+    limit = _PIECE if kind == "json" else -1
+    head = [text.readline(limit), text.readline(limit)]
+    if head[0].startswith(_UTF16):
+        raise ValueError("the text is UTF-16")
+    if kind == "json" and not (_is_object(head[0]) and head[1].strip()):
+        return read_json_document(itertools.chain(head, iter(lambda: text.read(_PIECE), "")), file)
+    lines = itertools.chain(filter(None, head), text)
+    if kind == "txt" and not columns:
+        return _read_urls(lines, file)
+    if kind in {"csv", "tsv", "txt"}:
+        return read_delimited(lines, file, "," if kind == "csv" else "\t", columns)
+    return read_json_lines(lines, file)
+
+
+def _is_object(line: str) -> bool:
+    """Whether a line is a whole JSON object."""
+    try:
+        return bool(parse_json_row(line))
+    except ValueError:
+        return False
+
+
+def _read_urls(lines: Iterator[str], file: str) -> Iterator[TableRow]:
+    """A URL in each line; lines of JSON, as the Smithsonian has them in `.txt` files, are read as such."""
+    lines = (line for line in lines if line.strip())
+    first = next(lines, "")
+    lines = itertools.chain([first] if first else [], lines)
+    if first.lstrip().startswith("{"):
+        yield from read_json_lines(lines, file)
+        return
+    for line in repair_lines(lines):
+        cells = {"url": line.strip()}
+        yield TableRow(cells, encoding_remarks(cells) if isinstance(line, RepairedLine) else ())
+
+
+def _decompress(stream: IO[bytes], address: str) -> Any:
+    """The stream, decompressed as the name says. fsspec has the same readers, and one other file imports it."""
+    name = address.lower()
+    if name.endswith(".gz"):
+        return gzip.GzipFile(fileobj=stream, mode="r")
+    if name.endswith(".bz2"):
+        return bz2.BZ2File(stream, mode="r")
+    if name.endswith(".xz"):
+        return lzma.LZMAFile(stream, mode="r")
+    for suffix, codec in ((".zst", "zstd"), (".lz4", "lz4")):
+        if name.endswith(suffix):
+            return pa.CompressedInputStream(pa.PythonFile(stream, "r"), codec)
+    return stream
