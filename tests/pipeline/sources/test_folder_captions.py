@@ -115,7 +115,7 @@ def test_ignored_files_are_counted_and_thumbnails_are_not_images(tmp_path, caplo
     assert manifest["info"]["ignored_files"] == {"@eaDir/": 2, ".psd": 2, "__MACOSX/": 1, "Thumbs/": 1, ".md": 1,
                                                  ".txt": 1, "makefile": 1}
     assert "files that are ignored: 2 @eaDir/, 2 .psd, " in caplog.text or "2 .psd, 2 @eaDir/" in caplog.text
-    for name in ("a.png", "eaDir/g.png"):
+    for name in ("a.png", "eaDir/g.png", "notes.txt"):
         (source / name).unlink()
     with pytest.raises(ValueError, match=r"no images in .*source; it has .*2 \.psd"):
         shard_source(tmp_path / "y", source)
