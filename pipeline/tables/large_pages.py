@@ -1,0 +1,111 @@
+"""Read row groups in batches, in bounded memory even if the images of a group lie in one page."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.tables.parquet_pages import UnsupportedPage, read_page, read_values
+
+LARGE_PAGE_BYTES = 32 << 20
+_BATCH_BYTES = 8 << 20
+"""A batch of rows from large pages has about so many bytes."""
+_MOST_RATIO = 1.5
+"""A page that compresses better has many short copies, which take Python long: pyarrow reads it."""
+
+
+def group_batches(file: pq.ParquetFile, stream: BinaryIO, group: int, size: int, start: int, stop: int, folder: str,
+                  ) -> Iterator[pa.RecordBatch]:
+    """The batches of a row group from its first row on, of at most `size` rows, up to the row `stop`.
+
+    Rows before `start` may be null. `stream` is the open file; `folder` is for temporary
+    files.
+    """
+    large = _large_columns(file, stream, group)
+    values = {name: read_values(stream, file, group, column, start, stop, folder) for name, column in large.items()}
+    try:
+        ahead = {name: itertools.chain([next(each)], each) for name, each in values.items()} if start < stop else {}
+    except (ValueError, IndexError):  # pyarrow knows more, and says what is damaged
+        ahead = {}
+    if not ahead:
+        yield from file.iter_batches(size, row_groups=[group], use_threads=False)
+        return
+    row_group = file.metadata.row_group(group)
+    size = max(1, min(size, _BATCH_BYTES * row_group.num_rows // max(row_group.total_byte_size, 1)))
+    others = [row_group.column(number).path_in_schema for number in range(row_group.num_columns)
+              if number not in large.values()]
+    position = 0
+    for batch in file.iter_batches(size, row_groups=[group], columns=others, use_threads=False):
+        low, high = (min(max(bound - position, 0), batch.num_rows) for bound in (start, stop))
+        if low < high:
+            try:
+                rows = {name: [(0, None)] * low + list(itertools.islice(each, high - low))
+                        + [(0, None)] * (batch.num_rows - high) for name, each in ahead.items()}
+            except (ValueError, IndexError) as error:
+                raise pa.ArrowInvalid(f"a page of a column is damaged: {error}") from error
+            yield pa.RecordBatch.from_arrays(
+                [_column(file.schema_arrow.field(name), batch, rows[name]) if name in rows else batch.column(name)
+                 for name in file.schema_arrow.names], schema=file.schema_arrow)
+        else:
+            yield pa.RecordBatch.from_arrays([pa.nulls(batch.num_rows, field.type) for field in file.schema_arrow],
+                                             schema=file.schema_arrow)
+        position += batch.num_rows
+        if position >= stop:
+            return
+
+
+def _column(field: pa.Field, batch: pa.RecordBatch, rows: list[tuple[int, bytes | None]]) -> pa.Array:
+    """A column of bytes, or of structs with a field `bytes`, from its values and the fields that pyarrow has read."""
+    if not pa.types.is_struct(field.type):
+        return pa.array([value for _, value in rows], field.type)
+    if field.name in batch.schema.names:
+        struct = batch.column(field.name)
+        fields = dict(zip((child.name for child in struct.type), struct.flatten(), strict=True))
+        is_null = struct.is_null()
+    else:
+        fields, is_null = {}, pa.array([level == 0 and field.nullable for level, _ in rows])
+    kind = field.type.field("bytes").type
+    fields["bytes"] = pa.array([value for _, value in rows], kind)
+    return pa.StructArray.from_arrays([fields[child.name] for child in field.type], fields=list(field.type),
+                                      mask=is_null)
+
+
+def _large_columns(file: pq.ParquetFile, stream: BinaryIO, group: int) -> dict[str, int]:
+    """Columns with a first page or dictionary that is large: their names, and their numbers among the leaves."""
+    row_group, schema = file.metadata.row_group(group), file.schema_arrow
+    paths = {}
+    for field in schema:
+        if schema.names.count(field.name) > 1 or "." in field.name:
+            return {}  # pyarrow chooses columns by their names
+        if _is_bytes(field.type):
+            paths[field.name] = field.name
+        elif pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0 and _is_bytes(
+                field.type.field("bytes").type):
+            paths[f"{field.name}.bytes"] = field.name
+    large = {}
+    for number in range(row_group.num_columns):
+        chunk = row_group.column(number)
+        if (chunk.path_in_schema in paths and chunk.total_compressed_size > LARGE_PAGE_BYTES
+                and chunk.total_uncompressed_size < _MOST_RATIO * chunk.total_compressed_size
+                and _has_large_page(stream, chunk)):
+            large[paths[chunk.path_in_schema]] = number
+    return large
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _has_large_page(stream: BinaryIO, chunk: pq.ColumnChunkMetaData) -> bool:
+    """Whether the dictionary or the first page of a column is large. The pages after it are of the same kind."""
+    offset = chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
+    try:
+        first = read_page(stream, offset)
+        return max(first.size, read_page(stream, first.offset + first.size).size if chunk.has_dictionary_page else 0
+                   ) > LARGE_PAGE_BYTES
+    except UnsupportedPage:
+        return False
