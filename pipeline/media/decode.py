@@ -6,10 +6,9 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import simplejpeg
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
-from pipeline.media import image_headers, isolation
+from pipeline.media import image_headers, isolation, jpeg_damage
 from pipeline.media.types import LONG_SIDE_MODES, LONGEST, NARROWEST, BadImage, Decoded, Resize, check_size
 
 # A JPEG is decoded at 1/2, 1/4 or 1/8 while so many times the wanted side is left. Against the Lanczos of the whole
@@ -22,6 +21,7 @@ _LARGEST_PROFILE = 4 << 20  # bytes; profiles of presses have up to 2 MB
 Image.init()
 _FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "DIB", "ICO", "JPEG2000", "PPM", "TIFF",
                                    "TGA") if name in Image.OPEN)  # the last tells hardly anything apart
+_JPEG_FORMATS = {"JPEG", "MPO"}
 _TRANSPOSE = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
               5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
               8: Image.Transpose.ROTATE_90}  # by the orientation in EXIF
@@ -123,6 +123,22 @@ def _check_exif(image: Image.Image) -> None:
 def _decode(data: bytes, max_pixels: int, at_least: int, how: Resize, min_size: int, max_aspect: float, here: bool
             ) -> Decoded:
     """`decode` in this process. NeedsIsolation if it should not be done `here`."""
+    limits = max_pixels, at_least, how, min_size, max_aspect, here
+    try:
+        return _decode_undamaged(data, *limits)
+    except jpeg_damage.DamagedJpeg:
+        if here:
+            raise isolation.NeedsIsolation from None  # a hostile image may need many tries
+    data, loss = jpeg_damage.repair(data)
+    decoded = _decode_undamaged(data, *limits, strict=False)
+    decoded.plain = False  # the bytes as they are stay damaged
+    decoded.remarks.append(("damaged", loss))
+    return decoded
+
+
+def _decode_undamaged(data: bytes, max_pixels: int, at_least: int, how: Resize, min_size: int, max_aspect: float,
+                      here: bool, *, strict: bool = True) -> Decoded:
+    """`_decode` of an image without damage. DamagedJpeg for a JPEG that has some, if `strict`."""
     for size in image_headers.sizes_before_opening(data):
         _check_pixels(*size, max_pixels)
     image = _open(data)
@@ -138,7 +154,7 @@ def _decode(data: bytes, max_pixels: int, at_least: int, how: Resize, min_size: 
             raise isolation.NeedsIsolation
         _check_exif(image)
     isolation.allow(width * height)
-    if at_least and (reduced := _decode_reduced(image, data, at_least, how)):
+    if at_least and (reduced := _decode_reduced(image, data, at_least, how, strict)):
         return reduced
     try:
         # Counting the frames of a GIF reads all of it.
@@ -146,23 +162,21 @@ def _decode(data: bytes, max_pixels: int, at_least: int, how: Resize, min_size: 
         frames = image_headers.MOST_FRAMES if many else (
             getattr(image, "n_frames", 1) if image.format in {"GIF", "WEBP", "PNG", "AVIF"} else 1)
         part = _reduction(image, at_least, how) if at_least and how != "no" else 1
-        if part > 1:
-            image.draft(None, (width // part, height // part))
-        image.load()
+        pixels = _load(image, data, part, strict)
         if here:
             _check_exif(image)
         orientation = _read_orientation(image)
         method = _TRANSPOSE.get(orientation)
-        upright = image if method is None else image.transpose(method)
+        upright = pixels if method is None else pixels.transpose(method)
         rgb = _to_rgb(upright)
         rgb, converted, complaint = _to_srgb(rgb, image.mode, image.info.get("icc_profile"))
-    except isolation.NeedsIsolation:
+    except (isolation.NeedsIsolation, jpeg_damage.DamagedJpeg):
         raise
     except MemoryError:
         raise BadImage("too_much_memory", f"{width} x {height}") from None
     except Exception as error:
         raise BadImage("corrupt", f"{type(error).__name__}: {error}") from None
-    box = None if part == 1 else _box(orientation, width / part, height / part, image.size)
+    box = None if part == 1 else _box(orientation, width / part, height / part, pixels.size)
     width, height = upright.size if part == 1 else (height, width) if orientation >= 5 else (width, height)
     plain = (image.mode == "RGB" and part == 1 and orientation in {0, 1} and frames == 1 and not converted
              and "transparency" not in image.info and not _is_deep_png(image, data))
@@ -184,7 +198,27 @@ def _check_pixels(width: int, height: int, max_pixels: int) -> None:
         raise BadImage("too_many_pixels", f"{width} x {height}, a side may have {LONGEST}")
 
 
-def _decode_reduced(image: Image.Image, data: bytes, size: int, how: Resize) -> Decoded | None:
+def _load(image: Image.Image, data: bytes, part: int, strict: bool) -> Image.Image:
+    """The pixels of an image, a JPEG at 1/`part` of its size. DamagedJpeg if they are not all in the file."""
+    width, height = image.size
+    if image.format in _JPEG_FORMATS:
+        try:
+            if image.mode in {"RGB", "L"}:  # the same pixels as from Pillow, in the same time
+                colorspace = "RGB" if image.mode == "RGB" else "GRAY"
+                pixels = jpeg_damage.decode_jpeg(data, colorspace, -(-width // part), -(-height // part), strict=strict)
+                return Image.fromarray(pixels if image.mode == "RGB" else pixels[..., 0])
+            jpeg_damage.decode_jpeg(data, "GRAY", 1, 1, strict=strict)
+        except jpeg_damage.DamagedJpeg:
+            raise
+        except ValueError:
+            pass  # Pillow tells what is wrong, and forgives what can be forgiven
+    if part > 1:
+        image.draft(None, (width // part, height // part))
+    image.load()
+    return image
+
+
+def _decode_reduced(image: Image.Image, data: bytes, size: int, how: Resize, strict: bool) -> Decoded | None:
     """What most pictures on the web are, a JPEG of three colours to be made smaller; None for any other."""
     (width, height), part = image.size, _reduction(image, size, how)
     side = max(width, height) if how in LONG_SIDE_MODES else min(width, height)
@@ -196,7 +230,9 @@ def _decode_reduced(image: Image.Image, data: bytes, size: int, how: Resize) -> 
         return None
     stored = (-(-width // part), -(-height // part))
     try:
-        pixels = simplejpeg.decode_jpeg(data, "RGB", min_width=stored[0], min_height=stored[1])
+        pixels = jpeg_damage.decode_jpeg(data, "RGB", *stored, strict=strict)
+    except jpeg_damage.DamagedJpeg:
+        raise
     except ValueError:
         return None  # Pillow tells what is wrong, and forgives what can be forgiven
     if pixels.shape != (stored[1], stored[0], 3):
@@ -218,7 +254,7 @@ def _turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 def _reduction(image: Image.Image, size: int, how: Resize) -> int:
     """1, 2, 4 or 8: at which part of its size libjpeg may decode, so that `resize` still has enough to choose from."""
-    if image.format not in {"JPEG", "MPO"}:
+    if image.format not in _JPEG_FORMATS:
         return 1
     side = max(image.size) if how in LONG_SIDE_MODES else min(image.size)
     # Colours that are coarser one way than the other do not come out even from a small fraction (32 dB).

@@ -1,7 +1,9 @@
 """What an encoded image would cost, read from its bytes before any decoder is started."""
 
+import itertools
 import re
 import struct
+from collections.abc import Iterator
 
 from pipeline.media import isolation
 from pipeline.media.types import JPEG_MAGIC, BadImage
@@ -135,14 +137,19 @@ def _has_many_segments(data: bytes) -> bool:
     return True
 
 
-def _count_scans(data: bytes) -> int:
-    """The scans of a JPEG, up to one more than `MOST_SCANS`."""
-    scans, at = 0, 2
-    while scans <= MOST_SCANS and (match := _NEXT_MARKER.search(data, at)):
+def jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
+    """Each marker of a JPEG and its offset, up to and with the end marker. The data of scans is passed over."""
+    at = 2
+    while match := _NEXT_MARKER.search(data, at):
         marker, at = data[match.start() + 1], match.end()
+        yield marker, match.start()
         if marker == _END:
-            break
-        scans += marker == _SCAN
+            return
         if marker not in _WITHOUT_LENGTH:
             at += max(2, int.from_bytes(data[at:at + 2], "big"))
-    return scans
+
+
+def _count_scans(data: bytes) -> int:
+    """The scans of a JPEG, up to one more than `MOST_SCANS`."""
+    scans = (marker for marker, _ in jpeg_markers(data) if marker == _SCAN)
+    return sum(1 for _ in itertools.islice(scans, MOST_SCANS + 1))

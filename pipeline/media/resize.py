@@ -7,7 +7,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from pipeline.media import image_headers, isolation
+from pipeline.media import image_headers, isolation, jpeg_damage
 from pipeline.media.decode import decode
 from pipeline.media.types import (
     JPEG_MAGIC,
@@ -155,7 +155,7 @@ def decode_pixels(data: bytes) -> np.ndarray:
             height, width, space, _ = simplejpeg.decode_jpeg_header(data)
             if (space == "YCbCr" and width * height <= isolation.MOST_PIXELS
                     and b"Exif\0" not in data[:1 << 16] and b"ICC_PROFILE" not in data[:1 << 16]):
-                return simplejpeg.decode_jpeg(data, "RGB")
+                return jpeg_damage.decode_jpeg(data, "RGB")
         except ValueError:
             pass  # Pillow tells what is wrong, and forgives what can be forgiven
     return np.asarray(decode(data, max_pixels=1 << 40, max_aspect=float("inf")).image)
