@@ -1,6 +1,8 @@
 """Decode any image to upright 8-bit RGB. Each fault has a reason code."""
 
+import contextlib
 import io
+import math
 import warnings
 from functools import lru_cache
 from typing import Any
@@ -21,6 +23,7 @@ _LARGEST_PROFILE = 4 << 20  # bytes; profiles of presses have up to 2 MB
 Image.init()
 _FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "DIB", "ICO", "JPEG2000", "PPM", "TIFF",
                                    "TGA") if name in Image.OPEN)  # the last tells hardly anything apart
+_EXTRA_FORMATS = {"HEIF": ("HEIC", "pi-heif"), "JXL": ("JPEG XL", "pillow-jxl-plugin")}
 _JPEG_FORMATS = {"JPEG", "MPO"}
 _TRANSPOSE = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
               5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -36,14 +39,15 @@ def decode(data: bytes, max_pixels: int, *, at_least: int = 0, how: Resize = "ce
 
     With `at_least`, a picture that `resize` is going to bring to that size by `how` may come smaller than it is
     (JPEGs do, and then give the Decoded to `resize`, not its image); `width` and `height` are those of the whole.
-    BadImage with the reason empty_file, not_a_picture, too_many_pixels, too_many_scans, too_slow, too_much_memory or
-    corrupt, or one of `check_size`.
+    BadImage with the reason empty_file, not_a_picture, needs_formats_extra, too_many_pixels, too_many_scans, too_slow,
+    too_much_memory or corrupt, or one of `check_size`. A remark with the reason damaged says what a JPEG has lost.
     """
     if not data:
         raise BadImage("empty_file", "0 bytes")
     arguments = data, max_pixels, at_least, how, min_size, max_aspect
     if image_headers.is_suspicious(data):
-        return _isolated(arguments)
+        sizes = image_headers.sizes_before_opening(data)
+        return _isolated(arguments, large=any(math.prod(size) > isolation.MOST_PIXELS for size in sizes))
     try:
         return _decode(*arguments, True)
     except isolation.NeedsIsolation as found:
@@ -62,6 +66,16 @@ def _decode_to_pixels(data: bytes, max_pixels: int, at_least: int, how: Resize, 
     decoded = _decode(data, max_pixels, at_least, how, min_size, max_aspect, False)
     is_pillow, decoded.image = isinstance(decoded.image, Image.Image), np.asarray(decoded.image)
     return decoded, is_pillow
+
+
+def register_extra_formats() -> None:
+    """Let Pillow decode HEIC and JPEG XL in this process, if the packages of the extra `formats` are installed."""
+    with contextlib.suppress(ModuleNotFoundError):
+        import pi_heif
+        pi_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
+    with contextlib.suppress(ModuleNotFoundError):
+        from pillow_jxl import JpegXLImagePlugin
+        JpegXLImagePlugin.DECODE_THREADS = 0  # threads count against the limit of memory
 
 
 def read_size(data: bytes) -> tuple[int, int]:
@@ -102,16 +116,23 @@ def _read_exif(data: bytes, here: bool) -> dict[str, str]:
 
 
 def _open(data: bytes) -> Image.Image:
+    extra = image_headers.extra_format(data)
     try:
-        return Image.open(io.BytesIO(data), formats=_FORMATS)
+        return Image.open(io.BytesIO(data), formats=(*_FORMATS, extra) if extra in Image.OPEN else _FORMATS)
     except UnidentifiedImageError:
+        if extra in Image.OPEN:
+            raise BadImage("corrupt", f"a damaged {_EXTRA_FORMATS[extra][0]}") from None
+        if extra:
+            name, package = _EXTRA_FORMATS[extra]
+            raise BadImage("needs_formats_extra", f"{name}; pip install {package}") from None
         raise BadImage("not_a_picture", f"{len(data)} bytes that no decoder knows") from None
     except Image.DecompressionBombError as error:
         raise BadImage("too_many_pixels", str(error)) from None
     except MemoryError:
         raise BadImage("too_much_memory", "for its header") from None
     except Exception as error:  # decoders raise whatever they like on hostile headers
-        raise BadImage("corrupt", f"{type(error).__name__}: {error}") from None
+        detail = f"a damaged {_EXTRA_FORMATS[extra][0]}" if extra else f"{type(error).__name__}: {error}"
+        raise BadImage("corrupt", detail) from None
 
 
 def _check_exif(image: Image.Image) -> None:
@@ -139,8 +160,10 @@ def _decode(data: bytes, max_pixels: int, at_least: int, how: Resize, min_size: 
 def _decode_undamaged(data: bytes, max_pixels: int, at_least: int, how: Resize, min_size: int, max_aspect: float,
                       here: bool, *, strict: bool = True) -> Decoded:
     """`_decode` of an image without damage. DamagedJpeg for a JPEG that has some, if `strict`."""
-    for size in image_headers.sizes_before_opening(data):
-        _check_pixels(*size, max_pixels)
+    if sizes := image_headers.sizes_before_opening(data):
+        for size in sizes:
+            _check_pixels(*size, max_pixels)
+        isolation.allow(max(map(math.prod, sizes)))
     image = _open(data)
     # The header has the size: no memory has been allocated for the pixels yet.
     width, height = image.size
@@ -160,7 +183,7 @@ def _decode_undamaged(data: bytes, max_pixels: int, at_least: int, how: Resize, 
         # Counting the frames of a GIF reads all of it.
         many = image.format == "GIF" and image_headers.has_many_frames(data)
         frames = image_headers.MOST_FRAMES if many else (
-            getattr(image, "n_frames", 1) if image.format in {"GIF", "WEBP", "PNG", "AVIF"} else 1)
+            getattr(image, "n_frames", 1) if image.format in {"GIF", "WEBP", "PNG", "AVIF", "HEIF"} else 1)
         part = _reduction(image, at_least, how) if at_least and how != "no" else 1
         pixels = _load(image, data, part, strict)
         if here:
@@ -275,6 +298,8 @@ def _box(orientation: int, width: float, height: float, size: tuple[int, int]) -
 
 
 def _read_orientation(image: Image.Image) -> int:
+    if image.format == "JXL" and not image.jpeg:  # type: ignore[attr-defined]
+        return 0  # its decoder has turned it; its EXIF still says how the camera was held
     try:
         value = image.getexif().get(0x0112, 0)
     except Exception:  # a spoiled EXIF block, frequent in the wild, does not spoil the picture

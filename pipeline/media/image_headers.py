@@ -18,6 +18,11 @@ _PNG, _ICO = b"\x89PNG\r\n\x1a\n", b"\0\0\1\0"
 # Pillow decodes an icon when it opens it. Of a TIFF it reads what the tags refer to; before version 13 each tag may
 # refer to the whole file.
 _COSTLY_TO_OPEN = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+", _ICO)
+_JXL_CODESTREAM, _JXL_CONTAINER = b"\xff\n", b"\0\0\0\x0cJXL \r\n\x87\n"
+_HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
+_HEIF_SIZE = re.compile(rb"ispe\0{4}(.{8})", re.DOTALL)
+# Height over width is 1 over these in a JPEG XL that has only its height.
+_JXL_RATIOS = (None, (1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
 _NEXT_MARKER = re.compile(rb"\xff[^\0\xd0-\xd7\xff]")
 _SEGMENT = struct.Struct(">BBH")
 _SCAN, _END, _WITHOUT_LENGTH = 0xDA, 0xD9, {0x01, *range(0xD0, 0xD9)}
@@ -34,7 +39,14 @@ def is_suspicious(data: bytes) -> bool:
                 raise BadImage("too_many_scans", f"more than {MOST_SCANS}")
             return True
         return len(data) > isolation.MOST_BYTES or _has_many_segments(data)
-    return len(data) > isolation.MOST_BYTES or data[:4] in _COSTLY_TO_OPEN
+    return len(data) > isolation.MOST_BYTES or data[:4] in _COSTLY_TO_OPEN or bool(extra_format(data))
+
+
+def extra_format(data: bytes) -> str:
+    """The name in Pillow of a format that only the packages of the extra `formats` decode; empty for any other."""
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS and b"avif" not in data[8:int.from_bytes(data[:4], "big")]:
+        return "HEIF"
+    return "JXL" if data[:2] == _JXL_CODESTREAM or data[:12] == _JXL_CONTAINER else ""
 
 
 def is_plain(image_format: str | None, decoder: str) -> bool:
@@ -43,10 +55,12 @@ def is_plain(image_format: str | None, decoder: str) -> bool:
 
 
 def sizes_before_opening(data: bytes) -> list[tuple[int, int]]:
-    """Width and height of a WebP, and of each image in an ICO: Pillow takes memory for their pixels when it opens one.
+    """Width and height of a WebP, HEIC or JPEG XL, and of each image in an ICO or HEIC.
 
-    Empty for other formats.
+    Pillow takes memory for their pixels when it opens one. Empty for other formats.
     """
+    if extra := extra_format(data):
+        return _heif_sizes(data) if extra == "HEIF" else _jxl_sizes(data)
     if data[:4] == _ICO:
         return [size for size in _icon_sizes(data) if min(size) > 0]
     size = _webp_size(data)
@@ -66,6 +80,47 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
         width, height = struct.unpack("<HH", data[26:30])
         return width & 0x3FFF, height & 0x3FFF
     return None
+
+
+def _heif_sizes(data: bytes) -> list[tuple[int, int]]:
+    # The whole of a grid of tiles has a size too. Coded data may look like one.
+    headers = data.partition(b"mdat")[0]
+    return [struct.unpack(">II", match[1]) for match in _HEIF_SIZE.finditer(headers)]
+
+
+def _jxl_sizes(data: bytes) -> list[tuple[int, int]]:
+    """Width and height of a JPEG XL (ISO/IEC 18181-1, SizeHeader). Empty if it has none."""
+    start = _jxl_codestream(data)
+    bits = int.from_bytes(data[start + 2:start + 14], "little")
+    if data[start:start + 2] != _JXL_CODESTREAM or len(data) < start + 14:
+        return []
+
+    def read(count: int) -> int:
+        nonlocal bits
+        value, bits = bits & (1 << count) - 1, bits >> count
+        return value
+
+    def read_side() -> int:
+        return 8 * (read(5) + 1) if is_small else read((9, 13, 18, 30)[read(2)]) + 1
+
+    is_small = read(1)
+    height = read_side()
+    ratio = _JXL_RATIOS[read(3)]
+    return [(height * ratio[0] // ratio[1] if ratio else read_side(), height)]
+
+
+def _jxl_codestream(data: bytes) -> int:
+    """The offset of the codestream in a JPEG XL, or the length of the data if it has none."""
+    if data[:2] == _JXL_CODESTREAM:
+        return 0
+    at = len(_JXL_CONTAINER)
+    for _ in range(_FEW_SEGMENTS):
+        size, kind = int.from_bytes(data[at:at + 4], "big"), data[at + 4:at + 8]
+        header = 16 if size == 1 else 8
+        if kind in {b"jxlc", b"jxlp"}:
+            return at + header + 4 * (kind == b"jxlp")  # a part has a number
+        at += max(header, int.from_bytes(data[at + 8:at + 16], "big") if size == 1 else size)
+    return len(data)
 
 
 def _icon_sizes(data: bytes) -> list[tuple[int, int]]:

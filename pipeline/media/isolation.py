@@ -50,7 +50,8 @@ class _Process:
         # A new session: Ctrl-C in a terminal is for the command, which may be at the end of an item.
         self.process = subprocess.Popen(
             # It loads the decoders before any limit is set.
-            [sys.executable, "-P", "-c", "from pipeline.media import decode, isolation; isolation.serve()"],
+            [sys.executable, "-P", "-c",
+             "from pipeline.media import decode, isolation; decode.register_extra_formats(); isolation.serve()"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
                               "OPENBLAS_NUM_THREADS": "1"})

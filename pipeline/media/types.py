@@ -16,7 +16,7 @@ NARROWEST = 100  # long side to short side
 LONGEST = 100_000  # pixels of a side; more is no picture, whatever its other side
 LONG_SIDE_MODES = {"keep_ratio_largest", "border"}  # ways of resizing in which the long side counts
 JPEG_MAGIC = b"\xff\xd8\xff"
-# Those that no decoder here knows (HEIC, JPEG XL) are among them, to be counted instead of passed over.
+# HEIC and JPEG XL are among them also without the extra `formats`, so that they are counted.
 SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", ".jpg", ".jxl", ".png", ".ppm", ".tga",
             ".tif", ".tiff", ".webp")
 
