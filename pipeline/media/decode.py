@@ -160,10 +160,10 @@ def _decode(data: bytes, max_pixels: int, at_least: int, how: Resize, min_size: 
 def _decode_undamaged(data: bytes, max_pixels: int, at_least: int, how: Resize, min_size: int, max_aspect: float,
                       here: bool, *, strict: bool = True) -> Decoded:
     """`_decode` of an image without damage. DamagedJpeg for a JPEG that has some, if `strict`."""
-    if sizes := image_headers.sizes_before_opening(data):
-        for size in sizes:
-            _check_pixels(*size, max_pixels)
-        isolation.allow(max(map(math.prod, sizes)))
+    for size in image_headers.sizes_before_opening(data):
+        _check_pixels(*size, max_pixels)
+        if image_headers.extra_format(data):
+            isolation.allow(math.prod(size))  # a JPEG XL is decoded when it is opened
     image = _open(data)
     # The header has the size: no memory has been allocated for the pixels yet.
     width, height = image.size
