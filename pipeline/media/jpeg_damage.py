@@ -115,7 +115,7 @@ def _with_usual_version(data: bytes) -> bytes:
 
 
 def _complaint(data: bytes) -> str:
-    """What libjpeg-turbo says of the whole file; empty if it has nothing to say."""
+    """The warning of libjpeg-turbo on the whole file; empty if there is none."""
     try:
         simplejpeg.decode_jpeg(data, "GRAY", min_width=1, min_height=1)  # at the smallest size
     except ValueError as error:
@@ -158,11 +158,11 @@ def _keep_whole_rows(data: bytes, layout: _Layout) -> tuple[bytes, str]:
 
 
 def _find_zeros(data: bytes, layout: _Layout) -> int | None:
-    """Where a long run of zeros begins that no encoder wrote; None if there is none."""
+    """The offset of a long run of zeros that no encoder wrote; None if there is none."""
     if not layout.is_sequential or layout.zeros_are_flat:
         return None  # scans that refine others have long runs of zeros
-    found = (data.find(_ZEROS, scan.start, scan.end) for scan in layout.scans)
-    return next((at for at in found if at >= 0), None)
+    offsets = (data.find(_ZEROS, scan.start, scan.end) for scan in layout.scans)
+    return next((at for at in offsets if at >= 0), None)
 
 
 def _read_layout(data: bytes) -> _Layout | None:
@@ -199,7 +199,7 @@ def _read_scan(data: bytes, at: int, end: int) -> _Scan:
 
 
 def _shortest_codes(data: bytes, at: int) -> Iterator[int]:
-    """What the code of zero bits stands for in each table for AC coefficients. 0 is the end of a block."""
+    """The meaning of the code of zero bits in each table for AC coefficients. 0 is the end of a block."""
     end = at + 2 + int.from_bytes(data[at + 2:at + 4], "big")
     at += 4
     while at < end:

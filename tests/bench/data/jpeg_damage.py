@@ -1,8 +1,8 @@
-"""What becomes of damaged JPEGs: damage, PSNR of what libjpeg-turbo makes of it, verdict of the pipeline.
+"""Damage JPEGs in several ways, and count which of them the pipeline keeps, leaves out, or cannot tell from good ones.
 
     python tests/bench/data/jpeg_damage.py [--count 24] [--images FOLDER]
 
-Without a folder of JPEGs the images are drawn (tests/bench/photographs.py) and reduced to 512 pixels. Each is encoded
+Without a folder of JPEGs the images come from tests/bench/photographs.py and reduced to 512 pixels. Each is encoded
 as a sequential JPEG with the standard tables and as a progressive one, damaged, and decoded. The output is a table in
 Markdown. "libjpeg-turbo" is the median PSNR against the undamaged file if warnings are ignored. "kept" has the lowest
 PSNR of the images that are kept, over the rows that they have; "unseen" are images without any warning.
@@ -120,11 +120,11 @@ def _psnr(pixels: np.ndarray, reference: np.ndarray) -> float:
 
 def _read_images(folder: Path | None, count: int) -> list[Image.Image]:
     files = sorted(folder.glob("*.jp*g"))[:count] if folder else []
-    opened = ([Image.open(file).convert("RGB") for file in files] if folder else
+    images = ([Image.open(file).convert("RGB") for file in files] if folder else
               [Image.open(io.BytesIO(photograph(0, number))) for number in range(count)])
-    for image in opened:
+    for image in images:
         image.thumbnail((512, 512))
-    return opened
+    return images
 
 
 def _encode(image: Image.Image, settings: dict[str, bool]) -> bytes:

@@ -1,4 +1,4 @@
-"""Damaged files: small damage is kept and named, large damage is refused, undamaged files stay as they are."""
+"""Decoding keeps files with small damage, refuses large damage, and leaves undamaged files as they are."""
 
 import io
 import random
@@ -42,7 +42,7 @@ def pixels(image: Decoded) -> np.ndarray:
 
 
 def loss(image: Decoded) -> str:
-    """What the ledger says is lost."""
+    """The loss that the ledger names."""
     assert [name for name, _ in image.remarks] == ["damaged"] and not image.plain
     return image.remarks[0][1]
 
