@@ -251,7 +251,9 @@ class Published:
 
     def _swap(self, document: dict[str, Any]) -> bool:
         url = storage.join(self.folder, "current.json")
-        return storage.swap_bytes(storage.json_bytes(document), url, self.data)
+        data = storage.json_bytes(document)
+        # If the answer of S3 is lost, boto sends the request again, and the pointer is then another one: this one.
+        return storage.swap_bytes(data, url, self.data) or read_pointer(self.root, self.name) == data
 
     def _add_to_history(self, document: dict[str, Any]) -> None:
         storage.create_bytes(storage.json_bytes(document), self._history_url(document["sequence"]))

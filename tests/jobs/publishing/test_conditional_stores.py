@@ -30,10 +30,13 @@ class OtherStore(ThreadingHTTPServer):
     """A proxy that makes the test server behave like another store.
 
     With `conditional` it refuses writes as MinIO and R2 do, which do not name the condition that failed. Otherwise it
-    ignores the conditions of writes.
+    ignores the conditions of writes. With `loses` the answer to the first write with
+    If-Match is lost.
     """
 
-    def __init__(self, store: str, conditional: bool) -> None:
+    def __init__(self, store: str, conditional: bool, loses: bool = False) -> None:
+        to_lose = [loses]
+
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
@@ -45,6 +48,9 @@ class OtherStore(ThreadingHTTPServer):
                 connection.request(self.command, self.path, body, headers)
                 response = connection.getresponse()
                 whole = response.read()
+                if "If-Match" in self.headers and any(to_lose):
+                    self.close_connection = to_lose.pop()
+                    return
                 data = _CONDITION.sub(b"", whole)
                 self.send_response(response.status)
                 for name, value in response.getheaders():
@@ -67,7 +73,7 @@ class OtherStore(ThreadingHTTPServer):
 @pytest.fixture
 def other_store(s3_server: str, s3: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
                 ) -> Iterator[str]:
-    proxy = OtherStore(s3_server, request.param)
+    proxy = OtherStore(s3_server, *request.param)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
     for clear in (files._filesystem.cache_clear, fsspec.get_filesystem_class("s3").clear_instance_cache):
         clear()
@@ -77,13 +83,13 @@ def other_store(s3_server: str, s3: str, monkeypatch: pytest.MonkeyPatch, reques
     proxy.shutdown()
 
 
-@pytest.mark.parametrize("other_store", [False], indirect=True)
+@pytest.mark.parametrize("other_store", [(False,)], indirect=True)
 def test_a_store_without_conditions_is_refused(other_store: str, place: Path) -> None:
     with pytest.raises(ValueError, match="does not keep the conditions If-Match"):
         make_rebuild(f"{other_store}/root", place / "source")
 
 
-@pytest.mark.parametrize("other_store", [True], indirect=True)
+@pytest.mark.parametrize("other_store", [(True,)], indirect=True)
 def test_a_store_that_does_not_name_the_failed_condition(other_store: str, tmp_path: Path) -> None:
     url = f"{other_store}/datasets/x/a"
     assert storage.can_swap(f"{other_store}/datasets/x")
@@ -92,6 +98,16 @@ def test_a_store_that_does_not_name_the_failed_condition(other_store: str, tmp_p
     (tmp_path / "b").write_bytes(b"3")
     storage.put_checked(tmp_path / "b", url, lambda: checks.append(storage.read_bytes(url)))
     assert checks == [b"1", b"1"] and storage.read_bytes(url) == b"3"
+
+
+@pytest.mark.parametrize("other_store", [(True, True)], indirect=True)
+def test_a_swap_whose_answer_is_lost_has_succeeded(other_store: str) -> None:
+    document = {"version": "v1", "takedowns": 0}
+    storage.put_json(document, f"{other_store}/datasets/x/current.json")
+    current = Published(other_store, "x", storage.json_bytes(document), document)
+    assert current.require_takedowns(1)
+    assert storage.read_json(f"{other_store}/datasets/x/current.json") == document | {"takedowns": 1}
+    assert not current.require_takedowns(2)
 
 
 def test_on_s3(s3: str, place: Path) -> None:
