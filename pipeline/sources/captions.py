@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import posixpath
 from dataclasses import dataclass, field
@@ -20,8 +18,12 @@ from pipeline.sources.column_names import (
     is_more_than_caption,
 )
 from pipeline.sources.folder_files import METADATA_FILES, stem_of, usual_accents
-from pipeline.sources.rows import cell_text, json_cells, parse_json_row
+from pipeline.sources.rows import json_cells
 from pipeline.storage import parquet
+from pipeline.tables.arrow_cells import is_nested, table_rows, text_columns
+from pipeline.tables.cells import TableRow, cell_text
+from pipeline.tables.names import is_parquet, table_kind
+from pipeline.tables.text_tables import read_header, read_rows
 
 _log = logging.getLogger(__name__)
 
@@ -34,17 +36,27 @@ class CaptionTables:
     """Columns of an image, and `caption` if its table has captions."""
     repeated: set[str] = field(default_factory=set)
     """Names that occur more than once: the first row of the deepest folder counts."""
+    remarks: dict[str, list[str]] = field(default_factory=dict)
+    """Entries for the ledger, by the names of images."""
+    bad_rows: dict[str, TableRow] = field(default_factory=dict)
+    """Rows that cannot be read, by file and row."""
 
     def add_table(self, address: str, folder: str, names: set[str], by_stem: dict[str, list[str]],
                   caption_column: str) -> None:
         """Add the rows of a table, whose file names are relative to `folder`."""
-        for row in read_captions(address, caption_column):
+        for read in read_captions(address, caption_column):
+            if read.problem:
+                self.bad_rows[f"{folder}/{read.place}" if folder else read.place] = read
+                continue
+            row = read.cells
             name = _name_in_folder(row.pop("file"), folder, names)
             # A name without a suffix stands for all images of that stem.
             for full in [name] if name in names else by_stem.get(name, [name]):
                 if full in self.rows:
                     self.repeated.add(full)
                 self.rows.setdefault(full, row)
+                if read.remarks:
+                    self.remarks.setdefault(full, []).extend(read.remarks)
 
 
 def names_by_stem(names: set[str]) -> dict[str, list[str]]:
@@ -65,8 +77,8 @@ def _name_in_folder(name: str, folder: str, names: set[str]) -> str:
     return slashed if name not in names and (slashed := name.replace("\\", "/")) in names else name
 
 
-def read_captions(address: str, caption_column: str) -> list[dict[str, Any]]:
-    """The rows of a table: `file`, `caption` if there is such a column, and the other columns.
+def read_captions(address: str, caption_column: str) -> list[TableRow]:
+    """The rows of a table: `file`, `caption` if there is such a column, and the other columns; and those not readable.
 
     Empty for an ImageFolder table that names no files. ValueError for a table that cannot be read, and for one
     without the columns that the settings or its name promise.
@@ -90,30 +102,39 @@ def read_captions(address: str, caption_column: str) -> list[dict[str, Any]]:
     left_out = {file_column} if caption and is_more_than_caption(caption) else {file_column, caption}
     others = [name for name in header if name not in left_out]
     # Arrow's widest integer of a mixed column has a sign: larger ones are kept as text, the whole column alike.
-    large = {name for name in others if any(isinstance(row[name], int) and row[name] >= 1 << 63 for row in rows)}
-    return [json_cells({name: str(row[name]) if name in large and row[name] is not None else row[name]
-                      for name in others})
-            | {"file": cell_text(row[file_column]) or f"(row {number} of the captions)"}
-            | ({"caption": cell_text(row[caption])} if caption else {})
-            for number, row in enumerate(rows, 1)]
+    large = {name for name in others if any(isinstance(cell := row.cells.get(name), int) and cell >= 1 << 63
+                                            for row in rows)}
+    for number, row in enumerate(rows, 1):
+        if row.problem:
+            continue
+        cells = {name: str(cell) if name in large and (cell := row.cells.get(name)) is not None else row.cells.get(name)
+                 for name in others}
+        value = row.cells.get(caption or "")
+        if caption and isinstance(value, list | dict):  # its first text is the caption, and all of it is stored
+            cells[caption] = value
+        row.cells = (json_cells(cells)
+                     | {"file": cell_text(row.cells.get(file_column)) or f"(row {number} of the captions)"}
+                     | ({"caption": cell_text(value)} if caption else {}))
+    return rows
 
 
-def _read_table(address: str) -> tuple[list[dict[str, Any]], list[str]]:
+def _read_table(address: str) -> tuple[list[TableRow], list[str]]:
     """The rows and the column names of a table of captions."""
     try:
-        data = storage.read_bytes(address)
+        if not is_parquet(address):
+            rows = list(read_rows(address))
+            header = list(dict.fromkeys(name for row in rows for name in row.cells))
+            if rows and not header:
+                raise ValueError(f"none of its {len(rows)} rows can be read: {rows[0].place}: {rows[0].problem}")
+            if not rows and table_kind(address) in {"csv", "tsv"}:
+                header = read_header(address)
+            return rows, header
+        table = parquet.read(storage.read_bytes(address))
+        whole = [name for name in find_caption_columns(table.column_names) if is_nested(table.schema.field(name).type)]
+        rows = table_rows(table, text_columns(table), whole)
+        return rows, list(rows[0].cells) if rows else table.column_names
     except FileNotFoundError:
         raise ValueError(f"the captions file {address} does not exist") from None
-    try:
-        if address.endswith((".parquet", ".pq")):
-            table = parquet.read(data)
-            return parquet.rows(table), table.column_names
-        if address.endswith((".jsonl", ".ndjson")):
-            rows = [parse_json_row(line) for line in data.decode("utf-8-sig").split("\n") if line.strip()]
-            header = list(dict.fromkeys(name for row in rows for name in row))
-            return [dict.fromkeys(header) | row for row in rows], header
-        reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""))
-        return [{name: row[name] for name in row if name is not None} for row in reader], list(reader.fieldnames or [])
-    except (pa.ArrowException, OSError, ValueError, csv.Error) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{address} cannot be read as captions: {str(error).strip()}\n"
                          f"hint: a parquet file, a CSV in UTF-8 with a header, or lines of JSON objects") from None

@@ -18,7 +18,17 @@ from pipeline.sources.captions import CaptionTables, names_by_stem
 from pipeline.sources.column_names import find_caption_columns, is_more_than_caption
 from pipeline.sources.column_types import ColumnTypes
 from pipeline.sources.folder_files import FolderFiles, count_text, sort_files, stem_of, suffix_of, usual_accents
-from pipeline.sources.rows import Part, ReadReport, Row, cell_text, json_cells, parse_json_row, read_rows, write_rows
+from pipeline.sources.rows import (
+    Part,
+    ReadReport,
+    Row,
+    cell_text,
+    hashable_cells,
+    json_cells,
+    parse_json_row,
+    read_rows,
+    write_rows,
+)
 from pipeline.sources.source import Source
 
 if TYPE_CHECKING:
@@ -55,12 +65,12 @@ class FolderSource(Source):
         return super().__getstate__() | {"_listed_rows": None, "_listed": None}
 
     def count_files(self) -> int:
-        return sum(row.missing != _NOT_LISTED for row in self._rows())
+        return sum(row.missing != _NOT_LISTED and not row.reason for row in self._rows())
 
     def identity(self) -> str:
         digest = hashlib.sha256()
         for row in self._rows():
-            facts = [row.name, row.caption, row.columns, row.remarks, row.missing, row.caption_file]
+            facts = [row.name, row.caption, hashable_cells(row.columns), row.remarks, row.missing, row.caption_file]
             digest.update(json.dumps([*facts, *([row.json_file] if row.json_file else [])],
                                      sort_keys=True).encode() + b"\n")
         return digest.hexdigest()
@@ -89,7 +99,7 @@ class FolderSource(Source):
     def read(self, row: Row) -> bytes:
         """The bytes of a row's image; its text and its JSON are added to the row. BadImage if it is gone."""
         if row.missing:
-            raise BadImage("picture_missing", row.missing)
+            raise BadImage(row.reason or "picture_missing", row.missing)
         try:
             if row.caption_file:
                 caption = storage.read_bytes(storage.join(self.base, row.caption_file))
@@ -144,8 +154,12 @@ class FolderSource(Source):
         wanted = list(listed) if self.config.only_captioned else [
             *sorted(by_name), *sorted(listed.keys() - by_name.keys())]
         for number, name in enumerate(wanted):
-            yield self._row(number, name, by_name.get(name), listed.get(name), files, name in captions.repeated,
+            row = self._row(number, name, by_name.get(name), listed.get(name), files, name in captions.repeated,
                             bool(listed))
+            row.remarks += captions.remarks.get(name, [])
+            yield row
+        for number, (place, read) in enumerate(captions.bad_rows.items(), len(wanted)):
+            yield Row(number, place, remarks=list(read.remarks), missing=read.problem, reason="bad_row")
 
     def _row(self, number: int, name: str, file: str | None, listed: dict[str, Any] | None, files: FolderFiles,
              repeated: bool, any_listed: bool) -> Row:

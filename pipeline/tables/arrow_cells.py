@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.tables.cells import TableRow, json_text, unique_names
+from pipeline.tables.cells import TableRow, decode_bytes, json_text, unique_names
 
 Problems = dict[int, str]
 """What had to be changed in a cell, by the number of its row."""
@@ -120,6 +120,17 @@ def table_rows(table: pa.Table, text_columns: Collection[str] = (), whole: Colle
         for number, problem in changed.items():
             rows[number].remarks = [*rows[number].remarks, f"cell_changed: {name}: {problem}"]
     return rows
+
+
+def text_columns(table: pa.Table) -> set[str]:
+    """The stored columns of bytes that are text in all their cells, without those of nulls only."""
+    found = set()
+    for column in stored_columns(table.schema)[0]:
+        if not column.field and kind_of_type(column.type) == "bytes":
+            cells = [cell for cell in plain_cells(table.column(column.position), as_bytes=True)[0] if cell is not None]
+            if cells and all(isinstance(decode_bytes(cell), str) for cell in cells):
+                found.add(column.name)
+    return found
 
 
 def plain_cells(column: pa.ChunkedArray, *, as_bytes: bool = False) -> tuple[list[Any], Problems]:

@@ -87,7 +87,7 @@ def read_delimited(lines: Iterator[str], file: str, delimiter: str, names: Seque
     for number, (line, cells, remark, problem) in enumerate(records, 1):
         if cells is None:
             place = f"{file}, row {number}, line {line}"
-            yield TableRow({}, remarks, place, f"line {line}: {problem}")
+            yield TableRow({}, remarks, place, problem)
         else:
             row = TableRow(dict(zip(names, [cell or None for cell in cells], strict=True)), remarks)
             if remark:
@@ -150,7 +150,7 @@ def _checked_record(line: str, lines: _Lines, delimiter: str, width: int, *, bac
     cells, taken, problem = _parse_record(line, lines, delimiter, backslash)
     if cells is not None and len(cells) != width:
         return None, taken, _width_problem(len(cells), width)
-    if cells is not None and taken and _holds_rows(cells, taken, delimiter):
+    if cells is not None and taken and _holds_rows(cells, [line, *taken], delimiter):
         return None, taken, "a quote is not closed: the cell would hold the following rows"
     return cells, taken, problem
 
@@ -182,12 +182,12 @@ def _parse_record(line: str, lines: Iterator[str], delimiter: str, backslash: bo
         return None, taken, text
 
 
-def _holds_rows(cells: Sequence[str], taken: Sequence[str], delimiter: str) -> bool:
-    """Whether a record that spans lines looks like several: one of its lines has an address in the same column."""
+def _holds_rows(cells: Sequence[str], lines: Sequence[str], delimiter: str) -> bool:
+    """Whether a record that spans lines looks like several: a line has another URL or file name in the same column."""
     columns = [number for number, cell in enumerate(cells) if _ADDRESS.fullmatch(cell)]
-    others = ([cell.strip('"') for cell in line.rstrip("\r\n").split(delimiter)] for line in taken)
-    return any(len(other) == len(cells) and any(_ADDRESS.fullmatch(other[number]) for number in columns)
-               for other in others)
+    others = ([cell.strip('"') for cell in line.rstrip("\r\n").split(delimiter)] for line in lines)
+    return any(len(other) == len(cells) and any(_ADDRESS.fullmatch(other[number]) and other[number] != cells[number]
+                                                for number in columns) for other in others)
 
 
 def _width_problem(count: int, width: int) -> str:

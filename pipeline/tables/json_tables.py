@@ -22,7 +22,7 @@ def read_json_lines(lines: Iterator[str], file: str) -> Iterator[TableRow]:
         try:
             cells = parse_json_row(line)
         except ValueError as error:
-            yield TableRow({}, (), f"{file}, row {row_number}, line {number}", f"line {number}: {error}")
+            yield TableRow({}, (), f"{file}, row {row_number}, line {number}", str(error))
             continue
         yield _table_row(cells, line)
 

@@ -42,17 +42,25 @@ def read_rows(address: str, columns: Sequence[str] = ()) -> Iterator[TableRow]:
                              f"hint: tables are UTF-8; a CSV has a header, JSON has objects") from None
 
 
+def read_header(address: str) -> list[str]:
+    """The column names of a CSV or TSV, [] if it is empty."""
+    with storage.open_reader(address) as stream:
+        text = io.TextIOWrapper(_decompress(stream, address), "utf-8-sig", "replace", newline="")
+        return next(csv.reader(text, delimiter="," if table_kind(address) == "csv" else "\t"), [])
+
+
 def _rows(stream: IO[bytes], address: str, columns: Sequence[str]) -> Iterator[TableRow]:
     kind, file = table_kind(address), address.rpartition("/")[2]
-    # A carriage return ends lines of a CSV, because Excel on a Mac wrote such files. Cells of a TSV may hold one.
-    text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="" if kind == "csv" else "\n")
+    text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="\n")  # cells may hold carriage returns
     limit = _PIECE if kind == "json" else -1
     head = [text.readline(limit), text.readline(limit)]
     if head[0].startswith(_UTF16):
         raise ValueError("the text is UTF-16")
     if kind == "json" and not (_is_object(head[0]) and head[1].strip()):
         return read_json_document(itertools.chain(head, iter(lambda: text.read(_PIECE), "")), file)
-    lines = itertools.chain(filter(None, head), text)
+    lines: Iterator[str] = itertools.chain(filter(None, head), text)
+    if "\r" in head[0].strip("\r\n") and not head[1]:  # Excel on old Macs ended lines so
+        lines = (f"{line}\n" for line in head[0].split("\r"))
     if kind == "txt" and not columns:
         return _read_urls(lines, file)
     if kind in {"csv", "tsv", "txt"}:

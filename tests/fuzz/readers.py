@@ -24,10 +24,10 @@ from pipeline.indices.faiss_door import open_index
 from pipeline.media import tars
 from pipeline.media.foreign_tars import TarFaults, read_foreign_tar
 from pipeline.media.types import BadImage
-from pipeline.sources import folder
+from pipeline.sources.captions import read_captions
 from pipeline.sources.config import ShardConfig
 from pipeline.sources.open_lists import open_lists
-from pipeline.sources.rows import ReadReport, row_line
+from pipeline.sources.rows import ReadReport, hashable_cells, row_line
 from pipeline.sources.tars import TarSource, read_column_types
 from pipeline.stages import plan, records
 from pipeline.stages.manifest import read_manifest
@@ -62,7 +62,8 @@ def _filtered_list(path: Path) -> None:
 
 
 def _captions(path: Path) -> None:
-    json.dumps(folder._caption_rows(str(path), ""))
+    for row in read_captions(str(path), ""):
+        json.dumps([hashable_cells(row.cells), list(row.remarks), row.problem])
 
 
 def _tar(path: Path) -> None:

@@ -1,0 +1,68 @@
+"""JSON, lists of URLs and compressions."""
+
+import bz2
+import gzip
+import json
+import lzma
+
+import pyarrow as pa
+import pytest
+
+from pipeline.tables.text_tables import read_rows
+
+ROWS = [{"url": f"http://x/{number}", "caption": f"caption {number}, \"é\"", "n": number} for number in range(5)]
+
+
+def cells(path, columns=()):
+    return [row.cells for row in read_rows(str(path), columns)]
+
+
+def packed(data, codec):
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, codec) as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("layout", [
+    "\n".join(map(json.dumps, ROWS)), json.dumps(ROWS), json.dumps(ROWS, indent=2), "  [\n" + json.dumps(ROWS)[1:],
+    "\n".join(json.dumps(row, indent=1) for row in ROWS),
+    json.dumps({name: [row[name] for row in ROWS] for name in ROWS[0]}),
+    json.dumps({name: {str(number): row[name] for number, row in enumerate(ROWS)} for name in ROWS[0]})])
+def test_a_json_file_may_have_any_layout(tmp_path, layout):
+    (tmp_path / "a.json").write_text(layout)
+    assert cells(tmp_path / "a.json") == ROWS
+
+
+def test_a_long_array_is_read_in_pieces(tmp_path):
+    rows = [{"url": f"http://x/{number}", "text": "y" * (number * 7919 % 5000)} for number in range(2000)]
+    rows[7]["text"] = "z" * 3_000_000  # longer than a piece
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    assert cells(tmp_path / "a.json") == rows
+    (tmp_path / "b.json").write_text(json.dumps({"title": "one work", "tags": ["x"]}))
+    assert cells(tmp_path / "b.json") == [{"title": "one work", "tags": ["x"]}]
+
+
+def test_lines_of_json_that_are_none_are_named(tmp_path):
+    data = b'{"url": "a"}\nnonsense\n\n[1]\n{"url": "b", "t": "caf\xe9"}\n{"url": "c"'
+    for name in ("a.jsonl", "a.ndjson", "a.txt"):
+        (tmp_path / name).write_bytes(data)
+        rows = list(read_rows(str(tmp_path / name)))
+        assert [row.cells for row in rows if not row.problem] == [{"url": "a"}, {"url": "b", "t": "caf\ufffd"}]
+        assert [row.place.partition(", ")[2] for row in rows if row.problem] == [
+            "row 2, line 2", "row 3, line 4", "row 5, line 6"][:3] or name == "a.txt"
+        assert rows[3].remarks == ["cell_changed: t: bytes that are not UTF-8"]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".xz", ".zst", ".lz4"])
+def test_lists_may_be_compressed_and_in_several_frames(tmp_path, suffix):
+    data = "http://x/1\n\nhttp://x/2 \r\nhttp://x/é\n".encode()
+    compress = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
+                ".zst": lambda piece: packed(piece, "zstd"), ".lz4": lambda piece: packed(piece, "lz4")}[suffix]
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(compress(data) + (compress(b"http://x/4") if suffix else b"http://x/4"))
+    assert cells(path) == [{"url": url} for url in ("http://x/1", "http://x/2", "http://x/é", "http://x/4")]
+    if suffix:
+        path.write_bytes(compress(data)[:-9])
+        with pytest.raises(ValueError, match="cannot be read after row"):
+            cells(path)
