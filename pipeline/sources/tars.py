@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,12 +105,19 @@ def local_tar(address: str, scratch: Path) -> Path:
 
 
 def sample_metadata(sample: dict[str, Any]) -> dict[str, Any]:
-    """What the JSON of a sample says, {} if there is none or it is no object."""
+    """What the JSON of a sample says, if it is an object, and the class in its member `cls`."""
     try:
         document = json.loads(sample.get("json", b"{}"))
     except (ValueError, RecursionError):
-        return {}
-    return document if isinstance(document, dict) else {}
+        document = {}
+    label = {"cls": _label(sample["cls"])} if "cls" in sample else {}
+    return label | document if isinstance(document, dict) else label
+
+
+def _label(data: bytes) -> int | str:
+    """The number or the name of a class."""
+    text = data.decode("utf-8", "replace").strip()
+    return int(text) if re.fullmatch("-?[0-9]{1,18}", text) else text
 
 
 def sample_caption(sample: dict[str, Any], meta: dict[str, Any], column: str = "") -> str:

@@ -120,7 +120,8 @@ class TextLists(ListSource):
 def _check_batch(batch: Sequence[TableRow], address: str) -> None:
     """Refuse a file whose first rows are no rows, or whose lines are no URLs."""
     if all(row.problem for row in batch):
-        raise ValueError(f"{address}: none of the first {len(batch)} rows can be read: {batch[0].place}: {batch[0].problem}\n"
+        raise ValueError(f"{address}: none of the first {len(batch)} rows can be read, {batch[0].place}: "
+                         f"{batch[0].problem}\n"
                          f"hint: a .csv has commas, a .tsv has tabs, a .jsonl has an object in each line")
     if table_kind(address) == "txt" and all(
             list(row.cells) == ["url"] and "//" not in row.cells["url"] and not row.cells["url"].startswith("data:")
