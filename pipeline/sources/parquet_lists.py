@@ -23,6 +23,7 @@ from pipeline.sources.rows import Part, ReadReport, Row, split_remark
 from pipeline.storage import name_by_content
 from pipeline.tables.arrow_cells import kind_of_type, plain_cells, stored_columns, table_rows
 from pipeline.tables.cells import TableRow, decode_bytes
+from pipeline.tables.large_pages import group_batches
 from pipeline.tables.parquet_tables import open_parquet, read_schema
 
 _ROWS_AT_ONCE = {"url": 1024, "bytes": 64}
@@ -78,7 +79,7 @@ class ParquetLists(ListSource):
                     name = address.rsplit("/", 1)[-1]
                     repeated = stored_columns(file.schema_arrow)[1]
                     reading.remarks += [(name, *split_remark(remark)) for remark in repeated]
-                for position, read in self._read_span(file, address, columns, start, stop):
+                for position, read in self._read_span(file, address, columns, start, stop, str(scratch)):
                     if only is None or first + position in only:
                         yield make_row(first + position, read, columns)
 
@@ -177,7 +178,7 @@ class ParquetLists(ListSource):
             return set(range(file.num_row_groups))
         return set(self.where.row_groups(file))
 
-    def _read_span(self, file: pq.ParquetFile, address: str, columns: Columns, start: int, stop: int,
+    def _read_span(self, file: pq.ParquetFile, address: str, columns: Columns, start: int, stop: int, folder: str,
                    ) -> Iterator[tuple[int, TableRow]]:
         """(position, row) of the rows of a file between start and stop that pass the filter."""
         position, row_groups = 0, self._row_groups(file)
@@ -186,7 +187,8 @@ class ParquetLists(ListSource):
             count = file.metadata.row_group(group).num_rows
             if position < stop and position + count > start and group in row_groups:
                 begin = position
-                for batch in file.iter_batches(_ROWS_AT_ONCE[columns.kind], row_groups=[group], use_threads=False):
+                for batch in group_batches(file, address, group, _ROWS_AT_ONCE[columns.kind], start - begin,
+                                           min(stop - begin, count), folder):
                     low, high = max(start - begin, 0), min(stop - begin, batch.num_rows)
                     if low < high:
                         table = pa.Table.from_batches([batch]).slice(low, high - low)

@@ -9,6 +9,7 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline import storage
 from pipeline.tables.parquet_pages import UnsupportedPage, read_page, read_values
 
 LARGE_PAGE_BYTES = 32 << 20
@@ -18,42 +19,51 @@ _MOST_RATIO = 1.5
 """A page that compresses better has many short copies, which take Python long: pyarrow reads it."""
 
 
-def group_batches(file: pq.ParquetFile, stream: BinaryIO, group: int, size: int, start: int, stop: int, folder: str,
+def group_batches(file: pq.ParquetFile, address: str, group: int, size: int, start: int, stop: int, folder: str,
                   ) -> Iterator[pa.RecordBatch]:
     """The batches of a row group from its first row on, of at most `size` rows, up to the row `stop`.
 
-    Rows before `start` may be null. `stream` is the open file; `folder` is for temporary
-    files.
+    Rows before `start` may be null. `folder` is for temporary files. ArrowException for a damaged file.
     """
-    large = _large_columns(file, stream, group)
-    values = {name: read_values(stream, file, group, column, start, stop, folder) for name, column in large.items()}
-    try:
-        ahead = {name: itertools.chain([next(each)], each) for name, each in values.items()} if start < stop else {}
-    except (ValueError, IndexError):  # pyarrow knows more, and says what is damaged
-        ahead = {}
-    if not ahead:
-        yield from file.iter_batches(size, row_groups=[group], use_threads=False)
-        return
     row_group = file.metadata.row_group(group)
-    size = max(1, min(size, _BATCH_BYTES * row_group.num_rows // max(row_group.total_byte_size, 1)))
-    others = [row_group.column(number).path_in_schema for number in range(row_group.num_columns)
-              if number not in large.values()]
-    position = 0
-    for batch in file.iter_batches(size, row_groups=[group], columns=others, use_threads=False):
-        low, high = (min(max(bound - position, 0), batch.num_rows) for bound in (start, stop))
-        if low < high:
+    if row_group.total_byte_size > LARGE_PAGE_BYTES and start < stop:
+        with storage.open_reader(address) as stream:
+            columns = _large_columns(file, stream, group)
+            values = {name: read_values(stream, file, group, column, start, stop, folder)
+                      for name, column in columns.items()}
             try:
-                rows = {name: [(0, None)] * low + list(itertools.islice(each, high - low))
-                        + [(0, None)] * (batch.num_rows - high) for name, each in ahead.items()}
-            except (ValueError, IndexError) as error:
-                raise pa.ArrowInvalid(f"a page of a column is damaged: {error}") from error
-            yield pa.RecordBatch.from_arrays(
-                [_column(file.schema_arrow.field(name), batch, rows[name]) if name in rows else batch.column(name)
-                 for name in file.schema_arrow.names], schema=file.schema_arrow)
-        else:
-            yield pa.RecordBatch.from_arrays([pa.nulls(batch.num_rows, field.type) for field in file.schema_arrow],
-                                             schema=file.schema_arrow)
+                values = {name: itertools.chain([next(each)], each) for name, each in values.items()}
+            except (ValueError, IndexError):  # pyarrow knows more, and says what is damaged
+                values = {}
+            if values:
+                size = max(1, min(size, _BATCH_BYTES * row_group.num_rows // row_group.total_byte_size))
+                others = [row_group.column(number).path_in_schema for number in range(row_group.num_columns)
+                          if number not in columns.values()]
+                batches = file.iter_batches(size, row_groups=[group], columns=others, use_threads=False)
+                yield from _with_values(batches, file.schema_arrow, values, start, stop)
+                return
+    yield from file.iter_batches(size, row_groups=[group], use_threads=False)
+
+
+def _with_values(batches: Iterator[pa.RecordBatch], schema: pa.Schema,
+                 values: dict[str, Iterator[tuple[int, bytes | None]]], start: int, stop: int,
+                 ) -> Iterator[pa.RecordBatch]:
+    """Batches with the columns that were read apart; those before `start` are null."""
+    position = 0
+    for batch in batches:
+        low, high = (min(max(bound - position, 0), batch.num_rows) for bound in (start, stop))
         position += batch.num_rows
+        if low == high:
+            yield pa.RecordBatch.from_arrays([pa.nulls(batch.num_rows, field.type) for field in schema], schema=schema)
+            continue
+        try:
+            rows = {name: [(0, None)] * low + list(itertools.islice(each, high - low))
+                    + [(0, None)] * (batch.num_rows - high) for name, each in values.items()}
+        except (ValueError, IndexError) as error:
+            raise pa.ArrowInvalid(f"a page of a column is damaged: {error}") from error
+        yield pa.RecordBatch.from_arrays(
+            [_column(field, batch, rows[field.name]) if field.name in rows else batch.column(field.name)
+             for field in schema], schema=schema)
         if position >= stop:
             return
 

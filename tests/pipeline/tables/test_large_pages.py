@@ -38,10 +38,9 @@ def columns(rng: np.random.Generator) -> pa.Table:
 
 
 def read(path, group: int, start: int, stop: int, size: int = 64) -> pa.Table:
-    with open(path, "rb") as stream:
-        file = pq.ParquetFile(stream)
-        return pa.Table.from_batches(list(large_pages.group_batches(file, stream, group, size, start, stop, "/tmp")),
-                                     file.schema_arrow)
+    with pq.ParquetFile(path) as file:
+        batches = large_pages.group_batches(file, str(path), group, size, start, stop, str(path.parent))
+        return pa.Table.from_batches(list(batches), file.schema_arrow)
 
 
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
@@ -96,10 +95,9 @@ import sys
 import pyarrow.parquet as pq
 from pipeline.tables.large_pages import group_batches
 
-with open(sys.argv[1], "rb") as stream:
-    file = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
-    print(sum(len(row["image"]["bytes"]) for batch in group_batches(file, stream, 0, 64, 0, 400, sys.argv[2])
-              for row in batch.to_pylist()))
+file = pq.ParquetFile(sys.argv[1], buffer_size=1 << 20, pre_buffer=False)
+print(sum(len(row["image"]["bytes"]) for batch in group_batches(file, sys.argv[1], 0, 64, 0, 400, sys.argv[2])
+          for row in batch.to_pylist()))
 print(next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
