@@ -245,6 +245,9 @@ async def _fetch_and_transform(row: Row, keys: list[str], fetch: _Fetch,
 async def _download(downloader: "Downloader", row: Row) -> AsyncIterator[None]:
     if row.missing:
         raise NotFetched(row.reason or "bad_url", row.missing)
+    if row.data is not None:  # the URL itself holds the image
+        yield
+        return
     async with downloader.hold(row.name) as row.data:
         yield
 

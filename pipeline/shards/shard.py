@@ -18,6 +18,7 @@ from pipeline.shards import metadata
 from pipeline.shards.packer import ShardPacker
 from pipeline.sources.config import LATER_SETTINGS, ShardConfig
 from pipeline.sources.detect import open_source
+from pipeline.sources.list_columns import FAILED_BEFORE
 from pipeline.sources.rows import Part, ReadReport, Row
 from pipeline.sources.source import Source
 from pipeline.stages.plan import read_items
@@ -39,7 +40,7 @@ class Shard(Stage):
     """
 
     name = "shard"
-    by_choice = frozenset({"too_small", "too_narrow", "robots", "duplicate", metadata.FORGOTTEN})
+    by_choice = frozenset({FAILED_BEFORE, "too_small", "too_narrow", "robots", "duplicate", metadata.FORGOTTEN})
     refused: frozenset[str] = frozenset()  # sha256 of fetched bytes that nothing is made of
 
     def __init__(self, dataset: Dataset, config: ShardConfig, base: Dataset | None = None,

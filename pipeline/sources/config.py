@@ -16,7 +16,7 @@ Kind = Literal["auto", "pictures", "list", "tars"]
 # Bytes a pixel that pictures take: img2dataset's table of a million of 256 x 256, and some for the metadata.
 _BYTES_A_PIXEL = {"jpg": 0.46, "webp": 0.36, "png": 1.5}
 
-LATER_SETTINGS = {"columns": "", "image_key": "", "caption_key": ""}
+LATER_SETTINGS = {"columns": "", "fetch_failed": False, "image_key": "", "caption_key": ""}
 """Later additions, with their defaults. A default does not change the fingerprint of a folder made before."""
 
 
@@ -52,6 +52,8 @@ class ShardConfig:
     hash_column: str = ""
     """Column with the hash (md5, sha1, sha256, sha512) that the bytes must have; default: sha256 or md5 if there;
     none: do not check."""
+    fetch_failed: bool = False
+    """Also fetch the rows of a list of img2dataset that it could not get; otherwise they count as failed_before."""
     columns: str = ""
     """Names of the columns of a CSV, TSV or .txt list without a header, in their order, as in "caption,url"."""
     where: str = ""

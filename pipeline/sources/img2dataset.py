@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -20,6 +21,14 @@ def is_output(names: Iterable[str]) -> bool:
     resized and encoded anew, so their hashes differ.
     """
     return set(names) >= _COLUMNS
+
+
+def earlier_failure(cells: Mapping[str, Any]) -> str:
+    """The reason why a row has no image, "" if it has one or its status is unknown."""
+    status, message = cells.get(STATUS), cells.get("error_message")
+    if not isinstance(status, str) or status == SUCCESS:
+        return ""
+    return f"{status}: {message}" if message else status
 
 
 def count_failures(address: str) -> int:

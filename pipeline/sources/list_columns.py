@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
-from pipeline.sources.column_names import find_caption_columns, is_more_than_caption
+from pipeline.sources import img2dataset
+from pipeline.sources.column_names import find_caption_columns, find_columns, is_more_than_caption
 from pipeline.sources.rows import Row, cell_text, json_cells
-from pipeline.tables.arrow_cells import is_nested, stored_columns
+from pipeline.tables.arrow_cells import is_nested, is_text, storage_type, stored_columns
 from pipeline.tables.cells import TableRow
-from pipeline.tables.image_cells import can_hold_images, read_image_cell
+from pipeline.tables.image_cells import can_hold_images, is_data_url, read_data_url, read_image_cell
 
 if TYPE_CHECKING:
     from pipeline.sources.config import ShardConfig
 
 URL_COLUMNS = ("url", "URL", "image_url", "img_url")
-IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "image_bytes", "bytes")
+IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "image_bytes", "bytes", "images")
 HASH_COLUMNS = ("original_sha256", "sha256", "md5")
+FAILED_BEFORE = "failed_before"
+"""The reason of rows that img2dataset could not get, and that are not fetched again."""
 _SETTINGS = ("url_column", "image_column", "caption_column", "hash_column")
 _DIGITS = (32, 40, 64, 128)  # of md5, sha1, sha256 and sha512 in hexadecimal
 _HASH = re.compile("[0-9a-fA-F]*")
@@ -35,6 +39,10 @@ class Columns:
     digest: str
     whole: frozenset[str] = frozenset()
     """Image, URL and caption columns whose cells are lists or objects. The first text is used, and all is stored."""
+    others: tuple[str, ...] = ()
+    """The columns that hold neither the image nor its hash."""
+    status: str = ""
+    """The column that tells of rows without an image."""
     caption_missing: bool = False
     """Whether other files of the list have captions, and this one has none."""
 
@@ -46,8 +54,14 @@ class Columns:
         return image if is_stored else {*image, self.caption} - {""}
 
 
-def choose_columns(schema: pa.Schema, address: str, config: ShardConfig, first: Columns | None = None) -> Columns:
-    """Which column is what, by the settings or the usual names; `first`: the columns of the first file of the list."""
+def choose_columns(schema: pa.Schema, address: str, config: ShardConfig, first: Columns | None = None,
+                   text_kinds: Mapping[str, str] | None = None) -> Columns:
+    """Which column is what, by the settings or the usual names.
+
+    first: the columns of the first file of the list. text_kinds: columns of text that hold images in base64 (bytes) or
+    their URLs (url).
+    """
+    text_kinds = text_kinds or {}
     names = [column.name for column in stored_columns(schema, schema.names)[0]]
     types = dict(zip(names, schema.types, strict=True))
     for setting in _SETTINGS:
@@ -56,12 +70,15 @@ def choose_columns(schema: pa.Schema, address: str, config: ShardConfig, first: 
         if wanted and wanted not in names and not optional and not (setting == "hash_column" and wanted == "none"):
             raise ValueError(f"{address} has no column {wanted} ({setting})\nhint: it has {', '.join(names)}")
     image = config.image_column or next(
-        (name for name in IMAGE_COLUMNS if name in types and can_hold_images(types[name])), "")
+        (name for name in IMAGE_COLUMNS if name in types and (
+            can_hold_images(types[name]) or text_kinds.get(name) == "bytes")), "")
     # What is here need not be fetched.
-    url = config.url_column or ("" if image else next((name for name in URL_COLUMNS if name in types), ""))
+    url = config.url_column or ("" if image else next(
+        (name for name in (*find_columns(types, URL_COLUMNS), *text_kinds) if name in types
+         and text_kinds.get(name) != "bytes"), ""))
     if not (url or image):
         raise ValueError(_no_image_column(names, address))
-    if not url and not can_hold_images(types[image]):
+    if not url and not (can_hold_images(types[image]) or is_text(storage_type(types[image]))):
         raise ValueError(f"{address}: the column {image} holds {types[image]}, not bytes of pictures")
     kind: Literal["url", "bytes"] = "url" if url else "bytes"
     if first and kind != first.kind:
@@ -69,10 +86,24 @@ def choose_columns(schema: pa.Schema, address: str, config: ShardConfig, first: 
                          f"{first.kind} ({first.image})\nhint: make a dataset of each")
     caption = config.caption_column or next(iter(find_caption_columns(types)), "")
     caption = caption if caption in types else ""
-    digest = config.hash_column or next((name for name in HASH_COLUMNS if name in types), "")
+    is_output = img2dataset.is_output(types)
+    # The hashes of img2dataset are those of what it downloaded, and its images are encoded anew.
+    digest = config.hash_column or ("" if is_output and kind == "bytes" else
+                                    next((name for name in HASH_COLUMNS if name in types), ""))
     whole = {name for name in (url, caption) if name and is_nested(types[name])} | ({image} if not url else set())
-    return Columns(url or image, kind, caption, digest if digest in types else "", frozenset(whole),
+    others = tuple(name for name in types if name not in {url, image, digest})
+    return Columns(url or image, kind, caption, digest if digest in types else "", frozenset(whole), others,
+                   img2dataset.STATUS if is_output and not config.fetch_failed else "",
                    bool(first and first.caption and not caption))
+
+
+def text_candidates(schema: pa.Schema) -> list[str]:
+    """Columns of text with the usual name of images, which may hold these in base64 or their URLs."""
+    if any(name in IMAGE_COLUMNS and can_hold_images(kind) for name, kind in zip(schema.names, schema.types,
+                                                                                 strict=True)):
+        return []
+    return [name for name in IMAGE_COLUMNS if schema.names.count(name) == 1
+            and is_text(storage_type(schema.field(name).type))]
 
 
 def _no_image_column(names: list[str], address: str) -> str:
@@ -88,6 +119,7 @@ def make_row(number: int, read: TableRow, columns: Columns) -> Row:
     if read.problem:
         return Row(number, read.place, missing=read.problem, remarks=list(read.remarks), reason="bad_row")
     cells, remarks = read.cells, list(read.remarks)
+    failure = img2dataset.earlier_failure(cells) if columns.status else ""
     cell, caption_cell = cells.get(columns.image), cells.get(columns.caption)
     for name in columns.not_stored:
         cells.pop(name, None)
@@ -98,15 +130,24 @@ def make_row(number: int, read: TableRow, columns: Columns) -> Row:
     if columns.kind == "url":
         row.name = cell_text(cell).strip()
         row.missing = "" if row.name else "the list has no address here"
+        if is_data_url(row.name):
+            image = read_data_url(row.name)
+            row.name, row.data, row.missing = image.path or f"row {number}", image.data, image.problem
+        if failure:
+            row.missing, row.reason = failure, FAILED_BEFORE
         if isinstance(cell, list) and len(cell) > 1:
             row.remarks.append(f"first_of_several: {columns.image}: the first of {len(cell)} is taken")
         return row
+    if isinstance(cell, list) and len(cell) > 1 and not isinstance(cell[0], int):
+        row.remarks.append(f"first_of_several: {columns.image}: the first of {len(cell)} is taken")
     image = read_image_cell(cell)
     if image.problem:
         row.remarks.append(f"cell_changed: {columns.image}: {image.problem}")
     row.name = (image.path or cell_text(cells.get("url")) or cell_text(cells.get("key")) or cell_text(cells.get("id"))
                 or f"row {number}")
     row.data, row.missing = image.data, "" if image.data is not None else "the table has no bytes here"
+    if failure and image.data is None:
+        row.missing, row.reason = failure, FAILED_BEFORE
     return row
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import logging
 from abc import abstractmethod
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from pipeline.tables.partitions import partition_cells, partition_types
 if TYPE_CHECKING:
     from pipeline.sources.config import ShardConfig
 
+_log = logging.getLogger(__name__)
 
 class ListSource(Source):
     """Rows of tables. A file may have other columns than the first, and folders may be named `column=value`."""
@@ -32,7 +34,11 @@ class ListSource(Source):
         self.addresses = addresses
         self.where = parse_row_filter(config)
         self.partitions = partition_types(map(self._path, addresses))
+        self.text_kinds: dict[str, str] = {}
         self.columns = self._first_columns()
+        if not self.columns.caption and self.columns.others:
+            _log.warning("%s: no column is a caption; it has %s\nhint: --caption-column NAME", addresses[0],
+                         ", ".join(self.columns.others))
         self.fetch = "url" if self.columns.kind == "url" else "none"
 
     def identity(self) -> str:
@@ -50,7 +56,7 @@ class ListSource(Source):
         """The columns of the first file that has rows."""
 
     def _choose_columns(self, schema: pa.Schema, address: str, first: Columns | None = None) -> Columns:
-        return choose_columns(self._with_partitions(schema, address), address, self.config, first)
+        return choose_columns(self._with_partitions(schema, address), address, self.config, first, self.text_kinds)
 
     def _with_partitions(self, schema: pa.Schema, address: str) -> pa.Schema:
         """A schema with the columns that the folders of a file add to its own."""

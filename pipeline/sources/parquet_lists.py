@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.sources.column_types import ColumnTypes
-from pipeline.sources.list_columns import Columns, make_row
+from pipeline.sources.list_columns import Columns, make_row, text_candidates
 from pipeline.sources.lists import ListSource
 from pipeline.sources.rows import Part, ReadReport, Row, split_remark
 from pipeline.storage import name_by_content
 from pipeline.tables.arrow_cells import kind_of_type, plain_cells, stored_columns, table_rows
 from pipeline.tables.cells import TableRow, decode_bytes
+from pipeline.tables.class_labels import class_features, name_classes, unnamed_classes
+from pipeline.tables.image_cells import text_kind
 from pipeline.tables.large_pages import group_batches
 from pipeline.tables.parquet_tables import open_parquet, read_schema
 
@@ -42,7 +45,8 @@ class ParquetLists(ListSource):
             types.add(name, kind)
         for address, schema in self._distinct_schemas():
             columns = self._choose_columns(schema, address, self.columns)
-            types.add_schema(schema, columns.not_stored, self._text_columns)
+            named = name_classes(schema.empty_table(), class_features(schema)).schema
+            types.add_schema(named, columns.not_stored, self._text_columns)
         return types.by_column()
 
     def parts(self) -> Iterator[Part]:
@@ -97,14 +101,18 @@ class ParquetLists(ListSource):
         equal: dict[pa.Schema, pa.Schema] = {}  # many files share a schema, and it may be large
         self._schemas = {address: equal.setdefault(schema, schema) for address, schema in
                          zip(self.addresses, storage.map_urls(read_schema, self.addresses), strict=True)}
-        columns = self._choose_columns(self._schemas[self.addresses[0]], self.addresses[0])
         for address, schema in self._distinct_schemas():
-            self._choose_columns(schema, address, columns)
+            self._find_text_kinds(address, schema)
+        columns = self._choose_columns(self._schemas[self.addresses[0]], self.addresses[0])
+        captions = []
+        for address, schema in self._distinct_schemas():
+            captions.append(self._choose_columns(schema, address, columns).caption)
             if self.where:
                 try:
                     self.where.check(self._for_filter(schema.empty_table(), address).schema)
                 except ValueError as error:
                     raise ValueError(f"{address}: {error}") from error
+        columns = replace(columns, caption=columns.caption or next(filter(None, captions), ""))
         self._text_columns = self._find_text_columns(columns)
         return columns
 
@@ -114,6 +122,18 @@ class ParquetLists(ListSource):
         for address, schema in self._schemas.items():
             found.setdefault(schema, address)
         return [(address, schema) for schema, address in found.items()]
+
+    def _find_text_kinds(self, address: str, schema: pa.Schema) -> None:
+        """Look at the first cells of text columns that are named as images."""
+        if not (names := [name for name in text_candidates(schema) if name not in self.text_kinds]):
+            return
+        with open_parquet(address) as file:
+            batch = next(file.iter_batches(_SAMPLE_ROWS, columns=names, use_threads=False), None)
+        if batch is not None:
+            table = pa.Table.from_batches([batch])
+            for name in names:
+                text = next(filter(None, plain_cells(table[name])[0]), "")
+                self.text_kinds |= {name: kind} if (kind := text_kind(text)) else {}
 
     def _find_text_columns(self, first: Columns) -> frozenset[str]:
         """The columns of bytes whose first cells are text. URLs and captions are text in any case."""
@@ -182,7 +202,7 @@ class ParquetLists(ListSource):
                    ) -> Iterator[tuple[int, TableRow]]:
         """(position, row) of the rows of a file between start and stop that pass the filter."""
         position, row_groups = 0, self._row_groups(file)
-        partition = self._partition_cells(address)
+        partition, features = self._partition_cells(address), class_features(file.schema_arrow)
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows
             if position < stop and position + count > start and group in row_groups:
@@ -195,8 +215,10 @@ class ParquetLists(ListSource):
                         chosen = (np.flatnonzero(self.where.mask(self._for_filter(table, address))) if self.where else
                                   np.arange(table.num_rows))
                         table = table.take(pa.array(chosen)) if len(chosen) < table.num_rows else table
-                        rows = table_rows(table, self._text_columns, columns.whole)
-                        for number, row in zip(chosen.tolist(), rows, strict=True):
+                        unnamed = unnamed_classes(table, features)
+                        rows = table_rows(name_classes(table, features), self._text_columns, columns.whole)
+                        for place, (number, row) in enumerate(zip(chosen.tolist(), rows, strict=True)):
+                            row.remarks = [*row.remarks, *unnamed.get(place, ())]
                             row.cells = partition | row.cells if partition else row.cells
                             yield begin + low + number, row
                     begin += batch.num_rows

@@ -71,7 +71,7 @@ def read_rows(stage_folder: str, inputs: dict[str, Any]) -> Iterator[Row]:
 
 
 def row_line(row: Row) -> str:
-    """A row as a line of JSON. Bytes among its columns become `{"base64": ...}`."""
+    """A row as a line of JSON. Bytes of its image and among its columns become `{"base64": ...}`."""
     return json.dumps({key: value for key, value in vars(row).items() if value or key == "number"}, sort_keys=True,
                       default=_bytes_document)
 
@@ -79,6 +79,8 @@ def row_line(row: Row) -> str:
 def parse_row(line: bytes | str) -> Row:
     """The row of a line that `row_line` wrote."""
     row = Row(**({"name": ""} | json.loads(line)))
+    if isinstance(row.data, dict):
+        row.data = base64.b64decode(row.data["base64"])
     for name, cell in row.columns.items():
         if isinstance(cell, dict):
             row.columns[name] = base64.b64decode(cell["base64"])

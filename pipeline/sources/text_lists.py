@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.sources.column_types import ColumnTypes
-from pipeline.sources.list_columns import Columns, make_row
+from pipeline.sources.list_columns import Columns, make_row, text_candidates
 from pipeline.sources.lists import ListSource
 from pipeline.sources.rows import Part, ReadReport, Row, cell_text, read_rows, write_rows
 from pipeline.tables.cells import TableRow
+from pipeline.tables.image_cells import text_kind
 from pipeline.tables.names import table_kind
 from pipeline.tables.text_tables import read_rows as read_table
 
@@ -76,7 +78,12 @@ class TextLists(ListSource):
             batch = next(self._batches(address), [])
             if batch:
                 schema = _schema(batch)
+                for name in text_candidates(schema):
+                    text = next((cell for row in batch if isinstance(cell := row.cells.get(name), str) and cell), "")
+                    self.text_kinds |= {name: kind} if (kind := text_kind(text)) else {}
                 columns = self._choose_columns(schema, address)
+                if not columns.caption:
+                    columns = replace(columns, caption=self._later_caption(columns))
                 if self.where:
                     missing = [name for name in self.where.columns if name not in schema.names
                                and self._other_file_has(name)]
@@ -87,6 +94,12 @@ class TextLists(ListSource):
                         raise ValueError(f"{address}: {error}") from error
                 return columns
         raise ValueError(f"{self.addresses[0]} holds no rows")
+
+    def _later_caption(self, first: Columns) -> str:
+        """The caption column of the first file that has one."""
+        batches = ((address, next(self._batches(address), [])) for address in self.addresses[1:])
+        captions = (self._choose_columns(_schema(batch), address, first).caption for address, batch in batches if batch)
+        return next(filter(None, captions), "")
 
     def _other_file_has(self, name: str) -> bool:
         return any(name in row.cells for address in self.addresses[1:] for row in next(self._batches(address), []))
