@@ -87,7 +87,7 @@ def choose_columns(schema: pa.Schema, address: str, config: ShardConfig, first: 
     caption = config.caption_column or next(iter(find_caption_columns(types)), "")
     caption = caption if caption in types else ""
     is_output = img2dataset.is_output(types)
-    # The hashes of img2dataset are those of what it downloaded, and its images are encoded anew.
+    # The hashes of img2dataset are those of its downloads, and it encodes images again.
     digest = config.hash_column or ("" if is_output and kind == "bytes" else
                                     next((name for name in HASH_COLUMNS if name in types), ""))
     whole = {name for name in (url, caption) if name and is_nested(types[name])} | ({image} if not url else set())
