@@ -2,7 +2,8 @@
 
 A verb's module imports torch, Ray and the like inside its functions: `--help` and `status` do not wait for them.
 
-Exit 0: done; 1: failed items or faults; 2: invalid usage; 130: stopped by SIGINT or SIGTERM, run again to resume.
+Exit 0: done; 1: failed items, faults or damaged data; 2: invalid usage; 130: stopped by SIGINT or SIGTERM, run again
+to resume.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     interrupts.convert_sigterm()
     try:
-        logs.configure_logging(_log_format(arguments))
+        logs.configure_logging(_log_format(arguments), _find_flag(arguments, "--root"))
     except ValueError as error:
         return _misuse(str(error))
     if not arguments or arguments[0] in {"-h", "--help"}:
@@ -45,6 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit:  # tyro printed the help, or what is wrong with a flag
         _print_help("")
         raise
+    except storage.DamagedFile as error:
+        logs.log_exit(storage.redact_credentials(str(error)), exit=1)
+        return 1
     except ValueError as error:
         return _misuse(str(error))
     except (NotADirectoryError, IsADirectoryError) as error:
@@ -77,13 +81,18 @@ def _misuse(message: str) -> int:
 
 
 def _log_format(arguments: list[str]) -> str:
-    """How to speak, before anything can be said about the rest of the command line."""
+    """The format of the log, before the rest of the command line is read."""
+    return logs.choose_format(_find_flag(arguments, "--log-format", "--log_format"))
+
+
+def _find_flag(arguments: list[str], *names: str) -> str:
+    """The value of a flag, before the rest of the command line is read; "" without one."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--log-format", "--log_format", default="")
+    first.add_argument(*names, dest="value", default="")
     try:
-        return logs.choose_format(first.parse_known_args(arguments)[0].log_format)
-    except argparse.ArgumentError:  # it will be said again by who reads the whole command line
-        return logs.choose_format()
+        return first.parse_known_args(arguments)[0].value
+    except argparse.ArgumentError:  # tyro names it when it reads the whole command line
+        return ""
 
 
 def _print_help(text: str) -> None:

@@ -61,7 +61,8 @@ def run_rebuild(options: RebuildOptions) -> int:
     from pipeline.indices.choose import check_autofaiss
     root, name = storage.normalize(options.common.root), Dataset.parse(options.common.root, options.dataset).name
     if "@" in options.dataset:
-        raise ValueError(f"{options.dataset}: a rebuild makes the next version itself\nhint: rebuild {name}")
+        raise ValueError(f"{options.dataset}: a rebuild makes the next version itself\n"
+                         f"hint: python -m jobs rebuild {name} --source SOURCE")
     build = rebuild.Rebuild(root, name, options.shard, options.embed, options.index, options.rebuild,
                             options.signing.keys())
     if options.common.dry_run:
@@ -164,7 +165,7 @@ def _dataset_name(root: str, text: str, hint: str) -> str:
     from pipeline.datasets.dataset import Dataset
     name = Dataset.parse(root, text).name
     if "@" in text:
-        raise ValueError(f"{text}: this is about all versions of {name}\nhint: {hint}")
+        raise ValueError(f"{text}: this is about all versions of {name}\nhint: python -m jobs {hint}")
     return name
 
 

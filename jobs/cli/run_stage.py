@@ -59,9 +59,9 @@ def check_unpublished(stage: "Stage", overwrite: bool) -> None:
         dataset = Dataset(stage.root, parts[1], parts[2])
         sealed = dataset.is_sealed(parts[3])
         if (overwrite or (parts[3] == "tombstones" and not sealed)) and published.read_release(dataset)[0]:
-            hint = "forget takes pictures out of it at once, rebuild makes the next version"
             raise ValueError(f"{dataset.name}@{dataset.version} was published, and a published version never changes\n"
-                             f"hint: {hint}; or write {dataset.name}@{dataset.next_version().version}")
+                             f"hint: python -m jobs rebuild {dataset.name} --source SOURCE makes the next version; or "
+                             f"write {dataset.name}@{dataset.next_version().version}")
 
 
 def print_forecast(stage: "Stage", overwrite: bool = False, cluster: ClusterConfig | None = None) -> int:

@@ -146,9 +146,9 @@ def _stage_metrics(states: list[dict[str, Any]]) -> Iterator[Metric]:
         for name, value in _stage_numbers(stage).items():
             gauges[name].add_metric(known, value)
         for reason, count in (stage.get("progress") or stage).get("skipped", {}).items():
-            left_out.add_metric([*known, reason], count)
+            left_out.add_metric([*known, storage.escape_controls(reason)], count)
         for k, value in (stage.get("recall") or {}).items():
-            recall.add_metric([*known, k], value)
+            recall.add_metric([*known, storage.escape_controls(k)], value)
         if curve := stage.get("curve"):
             for name in _TRAIN.keys() & curve.keys():
                 curves[name].add_metric(known, curve[name])
@@ -196,7 +196,7 @@ def _database_metrics(published: dict[str, dict[str, Any]]) -> Iterator[Metric]:
                      "checked_timestamp_seconds": pointer.get("checked", at)}
         for key, value in numbers.items():
             if isinstance(value, int | float):
-                gauges[key].add_metric([name, str(pointer["version"])], value)
+                gauges[key].add_metric([storage.escape_controls(name), pointer["version"]], value)
     yield from gauges.values()
 
 

@@ -11,11 +11,11 @@ from jobs.runs.run import Run
 from jobs.telemetry import progress_bar, tables
 from jobs.telemetry.units import format_bytes
 from pipeline import storage
-from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.dataset import Dataset, is_name
 from pipeline.stages import records
-from pipeline.stages.documents import check_more_items, check_plan, check_progress, check_sealed
+from pipeline.stages.documents import NUMBER, check_more_items, check_plan, check_progress, check_sealed, check_shape
 from pipeline.stages.manifest import changed_inputs
-from pipeline.stages.plan import prepare
+from pipeline.stages.plan import count_rows, prepare
 from pipeline.stages.seal import read_records
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item
@@ -23,6 +23,8 @@ from pipeline.stages.types import Item
 _SILENT_S = 120.0
 _OF_A_DATASET = ("shards", "embeddings", "index")
 _OF_SOME = ("text_embeddings", "clip-retrieval", "tombstones", "latents")
+_POINTER = {"version": str, "number?": int, "published?": NUMBER, "checked?": NUMBER,
+            "recall@10?": (int, float, type(None))}
 _CHECKS = {"plan.json": check_plan, "manifest.json": check_sealed}
 
 
@@ -49,12 +51,16 @@ def status_table(root: str, states: list[dict[str, Any]]) -> str:
 
 
 def read_published(root: str) -> dict[str, dict[str, Any]]:
-    """What is published of each dataset that has anything published: version, number, when (Unix time), recall@10."""
+    """What is published of each dataset that has anything published: version, number, when (Unix time), recall@10.
+
+    Damaged pointers are left out: `releases.check_published` names them.
+    """
     pointers = {}
     for name in storage.list_folders(storage.join(root, "datasets")):
         with contextlib.suppress(FileNotFoundError, ValueError):
-            pointer = storage.read_json(storage.join(root, "datasets", name, "current.json"))
-            if isinstance(pointer, dict) and "version" in pointer:
+            url = storage.join(root, "datasets", name, "current.json")
+            pointer = check_shape(storage.read_json(url), url, _POINTER, "python -m jobs repair NAME")
+            if is_name(pointer["version"]):
                 pointers[name] = pointer
     return pointers
 
@@ -90,7 +96,7 @@ def forecast_stage(stage: Stage, *, overwrite: bool = False) -> dict[str, Any]:
                 each.append(manifest["run"]["seconds"] / max(manifest["totals"]["items"], 1))
     reads = sum((_read(stage.root, identity["path"], "manifest.json") or {}).get("totals", {}).get("bytes", 0)
                 for identity in stage.inputs().values() if identity["path"])
-    rows = sum(map(stage.rows, items))
+    rows = count_rows(stage, items)
     return {"stage": stage.name, "folder": stage.folder, **stage.summary(), "items": len(items), "left": items_left,
             "input_bytes": reads, **({"rows": rows} if rows else {}),
             "worker_seconds": round(items_left * sum(each) / len(each), 1) if each else None}
@@ -136,21 +142,21 @@ def _state(root: str, path: str) -> dict[str, Any]:
             run = Run(root, path.split("/")[1])
             steps = run.steps()
             state = f"at step {steps[-1]}" if steps else "planned"
-            about |= {"dataset": plan["section"].get("dataset"), "curve": _last(read_metrics(run)),
-                      "fault": run.fault()}
+            about |= {"dataset": _dataset(plan), "curve": _last(read_metrics(run)), "fault": run.fault()}
         return about | {"state": "stale" if changed else state, "changed": changed, "failed": failed}
     sealed = about | {"state": "stale" if changed else "sealed", "changed": changed,
                       **{key: manifest["totals"][key] for key in ("samples", "bytes", "skipped", "noted")},
                       "seconds": manifest["run"]["seconds"], "sealed": manifest["run"]["sealed"],
                       "retired": manifest["run"].get("retired", []), "devices": manifest["run"].get("devices", {})}
     if plan["stage"] == "index":
-        sealed["recall"] = manifest["info"].get("recall", {}).get("image", {})
+        recall = manifest["info"].get("recall")
+        sealed["recall"] = _numbers(recall.get("image")) if isinstance(recall, dict) else {}
     if plan["stage"] == "train":
         # The stage only collects what the run left: its time and bytes are those of the run.
         run = Run(root, path.split("/")[1])
         lines = read_metrics(run)
-        sealed["seconds"] = round(lines[-1]["seconds"], 1) if lines else None
-        sealed |= {"dataset": plan["section"].get("dataset"), "curve": _last(lines), "fault": None}
+        sealed["seconds"] = round(curve["seconds"], 1) if (curve := _last(lines)) and "seconds" in curve else None
+        sealed |= {"dataset": _dataset(plan), "curve": curve, "fault": None}
         sealed["bytes"] += sum(entry["bytes"] for step in run.steps() for entry in run.checkpoint(step)["files"])
     return sealed
 
@@ -178,7 +184,19 @@ def _detail(state: dict[str, Any]) -> str:
 
 
 def _last(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
-    return lines[-1] if lines else None
+    return _numbers(lines[-1]) if lines else None
+
+
+def _numbers(values: Any) -> dict[str, Any]:
+    """The numbers in a dict; no others, because a damaged document may hold anything."""
+    return {name: value for name, value in values.items() if isinstance(value, int | float)
+            } if isinstance(values, dict) else {}
+
+
+def _dataset(plan: dict[str, Any]) -> str | None:
+    """The dataset of a training run; None if the plan names none."""
+    label = plan["section"].get("dataset")
+    return label if isinstance(label, str) and all(map(is_name, label.split("@", 1))) else None
 
 
 def _progress(root: str, path: str) -> dict[str, Any] | None:

@@ -64,9 +64,10 @@ def _stage_row(state: dict[str, Any]) -> dict[str, Any]:
         if not silent:
             row |= {"rate": now["rows_per_s"], "seconds_left": now["seconds_left"]}
     if curve:
-        row |= {"step": curve["step"], "loss": curve["loss"], "rate": round(curve["samples_per_s"], 1)}
+        rate = curve.get("samples_per_s")
+        row |= {"step": curve["step"], "loss": curve.get("loss"), "rate": None if rate is None else round(rate, 1)}
     if fault := state.get("fault"):
-        row |= {"state": "failed", "error": fault["message"].splitlines()[0]}
+        row |= {"state": "failed", "error": (fault["message"].splitlines() or [fault["kind"]])[0]}
     return row
 
 
@@ -102,7 +103,7 @@ def _stage_name(row: dict[str, Any]) -> str:
 
 def _done_text(row: dict[str, Any]) -> str:
     if row.get("step") is not None:
-        return f"step {row['step']}, loss {row['loss']:.4f}"
+        return f"step {row['step']}" + ("" if row["loss"] is None else f", loss {row['loss']:.4f}")
     rows = f", {row['rows']}{' of ' + str(row['of_rows']) if row['of_rows'] else ''} rows" if row["rows"] else ""
     return f"{row['done']} of {row['items']}{rows}" if row["items"] is not None else ""
 

@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pipeline import storage
+
 _MAY_BE_NONE = {"seconds_per_pixel", "preparing_s_per_pixel", "source_bytes", "metadata_bytes"}
 BUILT_IN = Path(__file__).with_name("rates.json")
 
@@ -154,11 +156,12 @@ def built_in() -> Rates:
 def read(file: str) -> Rates:
     """The rates in a JSON file over the built-in ones; ValueError naming what no rate is called, or is none."""
     try:
-        document = json.loads(Path(file).read_text())
+        document = storage.parse_json(Path(file).read_bytes(), file)
     except OSError as error:
         raise ValueError(f"cannot read the rates {file}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+    except storage.DamagedFile as error:
+        raise ValueError(f"{str(error).splitlines()[0]}\nhint: python -m jobs plan --measure FILE writes a file "
+                         f"of rates") from None
     if not isinstance(document, dict):
         raise ValueError(f"{file}: must be an object of sections\nhint: here are {', '.join(SECTIONS)}")
     base, sections = built_in(), {}

@@ -19,6 +19,7 @@ from pipeline.datasets import published, version_marks
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.published import Published
 from pipeline.datasets.release_files import find_missing_files
+from pipeline.stages.documents import check_record
 from pipeline.stages.manifest import read_manifest
 from pipeline.stages.plan import read_items
 from pipeline.stages.types import StageFailed
@@ -54,8 +55,8 @@ def _refuse_damaged(current: Published) -> None:
     if missing := find_missing_files(dataset, dict(dataset.trusted)):
         label = f"{current.name}@{current.version}"
         raise StageFailed(f"the published {label} is damaged: {len(missing)} files are missing "
-                          f"or changed, the first is {missing[0]}\nhint: python -m jobs rollback {current.name} --root "
-                          f"{current.root}; or rebuild {current.name}, which replaces it")
+                          f"or changed, the first is {missing[0]}\nhint: python -m jobs rollback {current.name}; or "
+                          f"python -m jobs rebuild {current.name} --source SOURCE")
 
 
 @contextlib.contextmanager
@@ -136,8 +137,9 @@ def _files_of(root: str, name: str, kept: list[str]) -> set[str]:
                 manifest = read_manifest(folder, "")
                 records: Any = manifest["items"]
             else:  # in progress: the records, and the files that its plan will take over
-                records = [storage.read_json(storage.join(folder, "records", file))
-                           for file in storage.list_files(storage.join(folder, "records"))]
+                files = storage.list_files(storage.join(folder, "records"))
+                records = [check_record(storage.read_json(url), url, {})
+                           for url in (storage.join(folder, "records", file) for file in files)]
                 if storage.exists(storage.join(folder, "plan.json")):
                     records += _to_be_taken(root, name, stage_name, folder)
             urls |= {storage.manifest_file_url(folder, entry["name"])

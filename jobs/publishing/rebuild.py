@@ -30,6 +30,7 @@ from pipeline.indices.extend import Drifted, Extension
 from pipeline.indices.index import Index, build_index
 from pipeline.indices.searcher import search_kind
 from pipeline.sources.config import ShardConfig
+from pipeline.stages.documents import check_plan, check_shape
 from pipeline.stages.plan import clear_folder
 from pipeline.stages.scratch import scratch_folder
 from pipeline.stages.stage import Stage
@@ -44,6 +45,7 @@ from pipeline.versions.update_shards import Update
 
 _log = logging.getLogger(__name__)
 _CLAIM = "rebuild.json"
+_CLAIM_SHAPE = {"digest": str, "source": str, "from": (str, type(None))}
 _COUNTS = ("kept", "added", "changed", "removed", "forgotten")
 Seal = Callable[[Stage], dict[str, Any]]
 
@@ -168,7 +170,7 @@ class Rebuild:
 
     def _claimed(self, version: str) -> Any:
         try:
-            return storage.read_json(self._address(version))
+            return check_shape(storage.read_json(self._address(version)), self._address(version), _CLAIM_SHAPE, "")
         except (FileNotFoundError, ValueError):
             return None
 
@@ -211,7 +213,7 @@ class Rebuild:
     def _planned(self, whole: Index) -> bool:
         """Whether an index was begun that is trained anew."""
         plan = storage.join(whole.folder, "plan.json")
-        return storage.exists(plan) and "base" not in storage.read_json(plan)["inputs"]
+        return storage.exists(plan) and "base" not in check_plan(storage.read_json(plan), plan)["inputs"]
 
     def _extends(self, dataset: Dataset, last: Dataset) -> bool:
         """Whether the index of the last version can be taken over."""
@@ -336,8 +338,9 @@ def _made(rebuild: Rebuild, dataset: Dataset, past: bool, seal: Seal) -> dict[st
     if past and now.version == dataset.version:  # since this one began
         return {"dataset": rebuild.name, "published": dataset.version, "by": "another"}
     if past:
-        _log.warning("rebuild: the source is what %s was made from, which was rolled back\nhint: rollback %s --to %s "
-                     "publishes it again", dataset.version, rebuild.name, dataset.version)
+        _log.warning("rebuild: the source is what %s was made from, which was rolled back\n"
+                     "hint: python -m jobs rollback %s --to %s --root %s", dataset.version, rebuild.name,
+                     dataset.version, storage.redact_credentials(rebuild.root))
         rebuild.keep_published()
         return {"dataset": rebuild.name, "published": rebuild.before.version, "rolled_back": dataset.version}
     diff = rebuild.compare(dataset, seal)

@@ -1,6 +1,7 @@
 """The versions of a published dataset: which there are, who is bound to them, the way back, and the end of old ones."""
 
 import hashlib
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,7 +15,11 @@ from pipeline.datasets.dataset import Dataset, datasets
 from pipeline.datasets.published import DamagedPointer, Published
 from pipeline.datasets.release_files import find_missing_files
 from pipeline.datasets.signatures import ReleaseKeys, read_release_keys
+from pipeline.stages.documents import check_plan, check_shape
 from pipeline.stages.types import StageFailed
+from pipeline.storage import DamagedFile
+
+_log = logging.getLogger(__name__)
 
 
 def list_published(root: str) -> list[str]:
@@ -64,7 +69,8 @@ def _consumers(root: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _plan(root: str, path: str) -> dict[str, Any] | None:
     try:
-        return storage.read_json(storage.join(storage.normalize(root), path, "plan.json"))
+        url = storage.join(storage.normalize(root), path, "plan.json")
+        return check_plan(storage.read_json(url), url)
     except (FileNotFoundError, ValueError):
         return None
 
@@ -100,11 +106,20 @@ def list_versions(root: str, name: str) -> list[dict[str, Any]]:
             about[key] = release.get(key) if release else None
         gates = storage.join(current.folder, version, "gates.json")
         if release is None and not damaged and storage.exists(gates):
-            about["failed_gates"] = [gate["name"] for gate in storage.read_json(gates) if not gate["passed"]]
+            about |= _failed_gates(gates)
         versions.append(about)
     if not versions:
         raise ValueError(f"there is no dataset {name} in {root}\nhint: --root")
     return versions
+
+
+def _failed_gates(url: str) -> dict[str, Any]:
+    """The gates that stopped a version, as `failed_gates`; `damaged` if the file that lists them is."""
+    try:
+        gates = check_shape(storage.read_json(url), url, [{"name": str, "passed": bool}], "")
+    except storage.DamagedFile:
+        return {"damaged": True}
+    return {"failed_gates": [gate["name"] for gate in gates if not gate["passed"]]}
 
 
 def versions_table(versions: list[dict[str, Any]]) -> str:
@@ -169,8 +184,8 @@ def _check_hidden_rows(dataset: Dataset) -> None:
     hidden = hidden_rows.read_hidden_rows(dataset)
     rows = [row for row, _ in takedowns.find_rows(dataset, takedowns.read_takedowns(dataset.root))]
     if visible := sorted(set(rows) - set(hidden.tolist())):
-        raise ValueError(f"searches find {len(visible)} images of the takedown list, the first is row {visible[0]}\n"
-                         f"hint: python -m jobs repair {dataset.name} --root {dataset.root}")
+        raise DamagedFile(f"searches find {len(visible)} images of the takedown list, the first is row {visible[0]}\n"
+                          f"hint: python -m jobs repair {dataset.name} --root {dataset.root}")
     samples = dataset.manifest("shards")["totals"]["samples"]
     if len(hidden) and (hidden[0] < 0 or hidden[-1] >= samples):
         raise ValueError(f"rows {hidden[0]} to {hidden[-1]} are hidden, and the version has {samples} samples")
@@ -184,7 +199,8 @@ def rollback(root: str, name: str, to: str, *, dry_run: bool = False, keys: Rele
     """
     root, current = storage.normalize(root), Published.load(root, name, keys)
     if not current.version:
-        raise ValueError(f"nothing of {name} is published in {root}\nhint: rebuild {name} --source ...")
+        raise ValueError(f"nothing of {name} is published in {root}\n"
+                         f"hint: python -m jobs rebuild {name} --source SOURCE")
     if not dry_run:
         current.keys.refuse_unsigned(name, current.document)
     history = [document for document in current.history() if not current.keys.find_fault(name, document)]
@@ -192,22 +208,24 @@ def rollback(root: str, name: str, to: str, *, dry_run: bool = False, keys: Rele
     version = to or next((earlier for earlier in reversed(past) if published.version_number(earlier) < current.number
                           and not is_removed(root, name, earlier)), "")
     if not version:
-        raise ValueError(f"there is no version of {name} before {current.version} any more\nhint: versions {name}")
+        raise ValueError(f"there is no version of {name} before {current.version} any more\n"
+                         f"hint: python -m jobs versions {name}")
     if version == current.version:
-        raise ValueError(f"{name}@{version} is the published version already")
+        _log.info("rollback: %s@%s is the published version already", name, version)
+        return {"dataset": name, "published": version, "already": True} | ({"dry_run": True} if dry_run else {})
     dataset = Dataset(root, name, version)
     release, data = published.read_release(dataset)
     if release is None or version not in past:
         unsigned = " with an accepted signature" if current.keys.accepted else ""
         raise ValueError(f"{name}@{version} was never published{unsigned}, so it cannot be again\n"
-                         f"hint: versions {name} lists what there is")
+                         f"hint: python -m jobs versions {name}")
     if is_removed(root, name, version):
-        raise ValueError(f"{name}@{version} was removed by gc\nhint: versions {name} lists what there is")
+        raise ValueError(f"{name}@{version} was removed by gc\nhint: python -m jobs versions {name}")
     if hashlib.sha256(data).hexdigest() != {document["version"]: document["release"] for document in history}[version]:
-        raise ValueError(f"the release of {name}@{version} is not the one that was published\n"
-                         f"hint: rollback {name} --to another version")
+        raise DamagedFile(f"the release of {name}@{version} is not the one that was published\n"
+                         f"hint: python -m jobs rollback {name} --to VERSION")
     if missing := find_missing_files(dataset, dict(current.open_version(version).trusted)):
-        raise ValueError(f"{name}@{version} is not what was published any more: {len(missing)} files are missing or "
+        raise DamagedFile(f"{name}@{version} is not what was published any more: {len(missing)} files are missing or "
                          f"changed, the first is {missing[0]}\nhint: verify --only datasets/{name}/{version}")
     if not dry_run and not current.publish(dataset, data, release["number"], rolled_back=current.version):
         raise StageFailed(f"somebody published another version of {name} at this moment\nhint: look at versions "

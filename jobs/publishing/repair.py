@@ -34,7 +34,8 @@ def repair(root: str, name: str, *, dry_run: bool = False, keys: ReleaseKeys | N
     try:
         current = Published.load(root, name, keys)
         if not current.version and not list(_from_releases(root, name)):
-            raise ValueError(f"nothing of {name} is published in {root}\nhint: rebuild {name} --source ...")
+            raise ValueError(f"nothing of {name} is published in {root}\n"
+                             f"hint: python -m jobs rebuild {name} --source SOURCE")
         if not current.version:
             raise DamagedPointer(root, name, "is missing, and versions have a release")
         report |= {"published": current.version, "pointer": "in order"}
@@ -54,10 +55,9 @@ def repair(root: str, name: str, *, dry_run: bool = False, keys: ReleaseKeys | N
     if report.get("damaged"):
         if report["pointer"] != "restored":
             raise StageFailed(f"the published {name}@{report['published']} is damaged: {report['damaged']}\n"
-                              f"hint: python -m jobs rollback {name} --root {root}; or rebuild {name}, which "
-                              f"replaces it")
+                              f"hint: python -m jobs rollback {name}; or python -m jobs rebuild {name} --source SOURCE")
         raise StageFailed(f"no published version of {name} is whole; {report['published']} is the newest: "
-                          f"{report['damaged']}\nhint: rebuild {name} --source ... replaces it")
+                          f"{report['damaged']}\nhint: python -m jobs rebuild {name} --source SOURCE")
     return report
 
 
@@ -67,7 +67,7 @@ def _sign(current: Published, *, dry_run: bool) -> str:
         raise ValueError(f"{current.name}@{current.version} is not signed, for it is not whole: {fault}")
     if not dry_run and not current.sign_again():
         raise StageFailed(f"another command published a version of {current.name} meanwhile\n"
-                          f"hint: look at versions {current.name}")
+                          f"hint: python -m jobs versions {current.name}")
     return "signed"
 
 
@@ -77,9 +77,11 @@ def _restore_pointer(root: str, name: str, keys: ReleaseKeys, *, dry_run: bool) 
     if not candidates:
         if keys.accepted:
             raise ValueError(f"{name} in {root} has no readable publication with an accepted signature\nhint: if "
-                             f"it is known to be right: rebuild {name} --sign KEYFILE --accept-unsigned")
-        raise ValueError(f"{name} in {root} has no readable publication and no release: its pointer cannot be "
-                         f"restored\nhint: remove datasets/{name}/current.json and rebuild {name}")
+                             f"it is known to be right: python -m jobs rebuild {name} --source SOURCE --sign KEYFILE "
+                             f"--accept-unsigned")
+        raise ValueError(f"{name} in {root} has no readable publication and no release: its pointer cannot be restored"
+                         f"\nhint: remove datasets/{name}/current.json; then python -m jobs rebuild {name} --source "
+                         f"SOURCE")
     if not dry_run:
         keys.refuse_unsigned(name, *candidates)
     faults = [(document, _find_fault(root, name, document)) for document in candidates]
@@ -97,7 +99,8 @@ def _restore_pointer(root: str, name: str, keys: ReleaseKeys, *, dry_run: bool) 
     current = Published(root, name, data, there, keys)
     damaged = current.damaged_history()
     if not current.replace(after):
-        raise StageFailed(f"another command published a version of {name} meanwhile\nhint: look at versions {name}")
+        raise StageFailed(f"another command published a version of {name} meanwhile\n"
+                          f"hint: python -m jobs versions {name}")
     for url in damaged:
         storage.remove(url)
     return report

@@ -43,10 +43,11 @@ def try_part(name: str, make: Callable[..., Markup | None], *arguments: Any) -> 
     try:
         return make(*arguments)
     except Exception as error:
-        _log.warning("report: %s could not be read: %s", name, error,
-                     exc_info=not isinstance(error, ValueError | OSError))
-        return render("unreadable.html", name=name,
-                      reason=str(error).split("\nhint:")[0] or type(error).__name__)
+        known = isinstance(error, ValueError | OSError) and str(error)
+        reason = str(error).partition("\nhint:")[0] if known else f"{type(error).__name__}: {error}"
+        _log.warning("report: %s could not be read: %s", name, reason)
+        _log.debug("report: %s could not be read", name, exc_info=True)
+        return render("unreadable.html", name=name, reason=reason)
 
 
 def web_url(value: Any) -> str | None:

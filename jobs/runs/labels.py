@@ -1,5 +1,7 @@
 """What a stage folder is called in metrics, logs and trackers: its dataset, version, stage and run."""
 
+from pipeline import storage
+
 NAMES = ("dataset", "version", "stage", "run")
 
 
@@ -21,4 +23,5 @@ def run_labels(dataset: str, version: str, run: str) -> dict[str, str]:
 
 
 def _all(*values: str) -> dict[str, str]:
-    return dict(zip(NAMES, values, strict=True))
+    # Names of folders may be those of others. Dashboards, logs and wandb show them.
+    return dict(zip(NAMES, map(storage.escape_controls, values), strict=True))

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import storage
+from pipeline.stages.documents import NUMBER, check_manifest, check_plan, check_shape
 from pipeline.stages.manifest import read_manifest
 
 HOPELESS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (FloatingPointError, MemoryError, ValueError)}
+_SECTION = {"encoder": dict, "image_size": int, "dataset?": str, "lineage?": {"*": {"path": str, "digest": str}}}
+_FAULT = {"kind": str, "message": str, "launch": str, "at": NUMBER}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -49,9 +52,15 @@ class Run:
     def section(self) -> dict[str, Any]:
         """The settings the run was planned with; ValueError if there is no such run."""
         try:
-            return storage.read_json(storage.join(self.folder, "plan.json"))["section"]
+            return self._read_plan()["section"]
         except FileNotFoundError:
             raise ValueError(f"there is no run {self.name} in {self.root}\nhint: {self.command}") from None
+
+    def _read_plan(self) -> dict[str, Any]:
+        url = storage.join(self.folder, "plan.json")
+        plan = check_plan(storage.read_json(url), url)
+        check_shape(plan["section"], f"{url} (section)", _SECTION, self.command)
+        return plan
 
     def planned(self) -> dict[str, Any]:
         """The settings the run was planned with, nothing if it was not."""
@@ -64,7 +73,7 @@ class Run:
     def lineage(self) -> dict[str, Any]:
         """What the run is made from: the folders of data, database and neighbours, and what was in them."""
         try:
-            plan = storage.read_json(storage.join(self.folder, "plan.json"))
+            plan = self._read_plan()
             return plan["section"].get("lineage") or plan["inputs"]
         except FileNotFoundError:
             return {}
@@ -77,7 +86,8 @@ class Run:
     def fault(self) -> dict[str, Any] | None:
         """What ended the run for good, if anything did: kind, message, launch and time."""
         try:
-            return storage.read_json(self.fault_address)
+            return check_shape(storage.read_json(self.fault_address), self.fault_address, _FAULT,
+                               "remove the file; the run says again what is wrong")
         except FileNotFoundError:
             return None
 
@@ -117,8 +127,9 @@ class Run:
 
     def checkpoint(self, step: int) -> dict[str, Any]:
         """The manifest of a checkpoint; ValueError if it is not there."""
+        url = storage.join(self.folder, "checkpoints", f"{step:07d}", "manifest.json")
         try:
-            return storage.read_json(storage.join(self.folder, "checkpoints", f"{step:07d}", "manifest.json"))
+            return check_manifest(storage.read_json(url), url)
         except FileNotFoundError:
             raise ValueError(f"the run {self.name} has no checkpoint {step}\nhint: it has "
                              f"{', '.join(map(str, self.steps())) or 'none'}") from None
@@ -130,12 +141,13 @@ class Run:
             return self._fetched(folder, self.checkpoint(step)["files"])
         except ValueError as error:
             others = ", ".join(str(other) for other in self.steps() if other != step)
-            raise ValueError(f"{str(error).splitlines()[0]}\nhint: the run {self.name} has "
-                             f"{f'these checkpoints too: {others}' if others else 'no other checkpoint'}") from error
+            raise type(error)(f"{str(error).splitlines()[0]}\nhint: the run {self.name} has "
+                              f"{f'these checkpoints too: {others}' if others else 'no other checkpoint'}") from error
 
     def config(self, step: int) -> dict[str, Any]:
         """The settings that a checkpoint was trained with."""
-        return storage.read_json(storage.join(self.folder, "checkpoints", f"{step:07d}", "checkpoint.json"))["config"]
+        url = storage.join(self.folder, "checkpoints", f"{step:07d}", "checkpoint.json")
+        return check_shape(storage.read_json(url), url, {"config": dict}, "python -m jobs verify")["config"]
 
     def first_stage(self) -> Path:
         """A local folder with the first stage that was converted together with the run, hashes checked."""

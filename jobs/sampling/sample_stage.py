@@ -4,7 +4,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -44,6 +44,8 @@ class Sampling(Stage):
     """The stage from a run and databases to runs/<run>/samples/<fingerprint>. Each database or mixture is one item."""
 
     name = "sample"
+    record_info: ClassVar[dict[str, Any]] = {"pictures": [{
+        "position": int, "database": str, "file": str, "neighbors": [{"file": str}]}]}
     workers_need_gpu = True
 
     def __init__(self, run: Run, step: int, prompts: tuple[str, ...], databases: Sequence[Dataset | Mixture],

@@ -21,6 +21,7 @@ FORMATS = ("text", "json")
 _log = logging.getLogger(__name__)
 _warning_text = warnings.formatwarning
 _about: dict[str, str] = {}
+_root = ""
 
 
 class _Stderr(logging.StreamHandler):
@@ -88,8 +89,10 @@ def current_format() -> str:
     return "json" if isinstance(_handler.formatter, _Json) else "text"
 
 
-def configure_logging(form: str = "text") -> None:
-    """Log in this format from now on."""
+def configure_logging(form: str = "text", root: str = "") -> None:
+    """Log in this format from now on. `root`: the root that the command was given, for the commands in hints."""
+    global _root
+    _root = root
     logging.basicConfig(level=logging.WARNING, handlers=[_handler])
     _handler.setFormatter(_Json() if form == "json" else _Text())
     logging.captureWarnings(form == "json")
@@ -120,6 +123,7 @@ def label_events(known: dict[str, str]) -> Iterator[None]:
 
 def log_exit(text: str, level: int = logging.ERROR, **fields: Any) -> None:
     """Say why the command ends: as it is to people, as an event otherwise, its hint apart."""
+    text = output.add_root(text, _root)
     if current_format() == "text":
         sys.stderr.write(_escape(f"error: {text}" if level == logging.ERROR else text) + "\n")
         return

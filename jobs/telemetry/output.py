@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 from typing import Any
 
@@ -10,6 +11,8 @@ from pipeline import storage
 LAYOUT = "\n\t"
 # Bold and its end. tables.render makes them on a terminal.
 _STYLE = re.compile("(\x1b\\[1m|\x1b\\[0m)")
+_COMMAND = re.compile(r"(python -m jobs (?!VERB|submit)[a-z]+)((?:(?!; |, |\. |\n|python -m jobs ).)*)")
+_ROOT = re.compile(r"(?<!\S)--root\b")
 _COLOR = re.compile("\x1b\\[[0-9;]*m")
 
 
@@ -24,9 +27,27 @@ def escape_text(text: str) -> str:
     return "".join(part if _STYLE.fullmatch(part) else storage.escape_controls(part, LAYOUT) for part in parts)
 
 
+def escape_document(value: Any) -> Any:
+    """A JSON document with every text in it as `storage.escape_controls` makes it, for programs that show it."""
+    if isinstance(value, dict):
+        return {escape_document(key): escape_document(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [escape_document(inner) for inner in value]
+    return storage.escape_controls(value) if isinstance(value, str) else value
+
+
 def print_json(document: Any, indent: int | None = None) -> None:
     """Print a JSON document. All characters but those of ASCII are escaped."""
     print(json.dumps(document, indent=indent, ensure_ascii=True), flush=True)
+
+
+def add_root(text: str, root: str) -> str:
+    """A message whose commands name the root, as `python -m jobs verify --root ROOT`. Without `root` the default holds.
+
+    A command ends where a line, a sentence or an alternative ends.
+    """
+    return _COMMAND.sub(lambda match: match[0] if not root or _ROOT.search(match[2])
+                        else f"{match[1]} --root {storage.redact_credentials(shlex.quote(root))}{match[2]}", text)
 
 
 def plain_log(text: str) -> str:

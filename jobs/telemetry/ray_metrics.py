@@ -12,6 +12,7 @@ from typing import Any
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from jobs.runs.labels import NAMES
+from pipeline import storage
 from pipeline.stages.progress import Tally
 
 _SECONDS = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0]
@@ -68,7 +69,7 @@ class Meter:
 
     def _fail(self, reason: str, count: int) -> None:
         self._count(_counter("rdm_failures_total", "Samples left out, by reason, and items that failed.", "reason"),
-                    count, reason=reason)
+                    count, reason=storage.escape_controls(reason))
 
     def _count(self, counter: Counter, count: int, **more: str) -> None:
         if count > 0:

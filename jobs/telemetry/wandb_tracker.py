@@ -14,13 +14,16 @@ from typing import Any
 from PIL import Image
 
 from jobs.runs.metrics import read_metrics
+from jobs.telemetry import output
 from model.config import to_dict
 from pipeline import storage
+from pipeline.stages.documents import check_shape
 from pipeline.stages.manifest import code_revision
 from pipeline.stages.progress import Tally
 from pipeline.stages.stage import Stage
 
 _log = logging.getLogger(__name__)
+_STATE = {"id": str, "last_step?": int, "finished?": [str]}
 
 
 class Tracker:
@@ -63,8 +66,8 @@ class Tracker:
                 project=os.environ.get("WANDB_PROJECT", "rdm"), id=run_id, group=group_name(known),
                 name=known["run"] or f"{group_name(known)} {known['stage']}", job_type=known["stage"],
                 dir=place,
-                config=config | {key: value for key, value in known.items() if value} | {
-                    "lineage": inputs, "code": code_revision()},
+                config=output.escape_document(config | {key: value for key, value in known.items() if value} | {
+                    "lineage": inputs, "code": code_revision()}),
                 resume="allow", mode=mode, settings=wandb.Settings(
                     silent=True, console="off", init_timeout=60, x_transaction_log_flush_interval=2.0))
             if self.online:  # offline nothing can be named as used
@@ -79,7 +82,7 @@ class Tracker:
         A step that a finished session has is skipped: after a damaged checkpoint a run repeats older steps.
         """
         def log() -> None:
-            values = {key: value for key, value in record.items() if key != "step"}
+            values = output.escape_document({key: value for key, value in record.items() if key != "step"})
             if picture and storage.exists(picture):
                 import wandb
                 values["validation"] = wandb.Image(Image.open(io.BytesIO(storage.read_bytes(picture))))
@@ -105,7 +108,7 @@ class Tracker:
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
         """End the session."""
-        self._try(lambda: self.session.summary.update(summary or {}))
+        self._try(lambda: self.session.summary.update(output.escape_document(summary or {})))
         self._try(self._finish)
         self.session = None
 
@@ -237,9 +240,10 @@ def _read_state(folder: str) -> dict[str, Any]:
     The id is made when there is none. Runs of earlier versions have the id alone: none of their sessions counts as
     finished.
     """
+    url = _state_url(folder)
     try:
-        known = storage.read_json(_state_url(folder))
+        known = check_shape(storage.read_json(url), url, _STATE, "remove the file; wandb then shows a new run")
     except FileNotFoundError:
         known = {"id": secrets.token_hex(6)}
-        storage.put_json(known, _state_url(folder))
+        storage.put_json(known, url)
     return {"last_step": 0, "finished": []} | known

@@ -10,11 +10,14 @@ from jobs.training import latents
 from model.config import from_dict
 from model.weights import checkpoint, first_stage
 from pipeline import storage
+from pipeline.stages.documents import check_shape
 from pipeline.stages.driver import run_stage
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output
 
 BUNDLED = Path(__file__).parents[2] / "model" / "emoji_32"
+_ABOUT = {"config": dict, "step": int, "run": {"encoder": dict, "image_size": int, "name?": str,
+                                               "first_stage?": ({"source": str, "sha256": str}, type(None))}}
 _KEPT = ("encoder", "image_size", "dataset", "database", "first_stage", "lineage")
 
 
@@ -46,10 +49,11 @@ class Import(Stage):
     def __init__(self, run: Run, source: Path) -> None:
         super().__init__(run.root, run.path, None)
         self.run, self.source = run, source
+        path = source / "checkpoint.json"
         try:
-            self.about = json.loads((source / "checkpoint.json").read_text())
+            self.about = check_shape(storage.parse_json(path.read_bytes(), str(path)), str(path), _ABOUT, "")
             self.kept = self.about["run"]
-        except (FileNotFoundError, KeyError, json.JSONDecodeError):
+        except (FileNotFoundError, storage.DamagedFile):
             raise ValueError(f"{source} is not a folder that export wrote\nhint: python -m jobs export RUN --out FOLDER"
                              ) from None
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -23,8 +23,10 @@ from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.hardware import devices
 from pipeline.media import tars
 from pipeline.media.resize import decode_pixels
+from pipeline.stages.documents import NUMBER
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output
+from pipeline.storage import DamagedFile
 
 IN_THE_RUN = "first_stage"  # the source of a first stage that lies in the folder of its run
 
@@ -33,6 +35,7 @@ class Latents(Stage):
     """The stage from the shards of a dataset to latents/, (N_i, A, C, h, w) float16, scaled; A is 2 with flips."""
 
     name = "latents"
+    record_info: ClassVar[dict[str, Any]] = {"shape": [int], "scale": NUMBER}
     workers_need_gpu = True
 
     def __init__(self, dataset: Dataset, config: LatentsConfig) -> None:
@@ -75,8 +78,8 @@ class Latents(Stage):
         latents = np.concatenate(parts) if parts else np.empty((0, 1 + self.config.flips, stage.channels, 1, 1),
                                                                np.float16)
         if len(latents) != record["samples"]:
-            raise ValueError(f"shard {item.id} has {len(latents)} samples, its manifest says {record['samples']}\n"
-                             f"hint: python -m jobs verify")
+            raise DamagedFile(f"shard {item.id} has {len(latents)} samples, its manifest says {record['samples']}\n"
+                              f"hint: python -m jobs verify")
         if not np.isfinite(latents).all():
             raise ValueError(f"latents of shard {item.id} are not finite in float16\nhint: a smaller --scale")
         path = scratch / f"{item.id}.npy"

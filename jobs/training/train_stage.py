@@ -99,7 +99,8 @@ class Training(Stage):
         there = dataset.manifest(f"neighbors/{database}")["info"]["k"]
         if there < k:
             raise ValueError(f"{dataset.label} has {there} neighbours of each sample, the run takes {k}\n"
-                             f"hint: neighbors {dataset.label} --database {database} --k {k} --overwrite")
+                             f"hint: python -m jobs neighbors {dataset.label} --database {database} --k {k} "
+                             f"--overwrite")
 
     def check(self) -> None:
         """ValueError, before anything starts, unless training and validation data fit the run."""
@@ -120,8 +121,8 @@ class Training(Stage):
                             for dataset in (self.job.dataset, validation))
             if ours["sha256"] != theirs["sha256"]:
                 raise ValueError(f"the latents of {validation.label} are of another first stage than those of "
-                                 f"{self.job.dataset.label}\nhint: latents {validation.label} --first-stage "
-                                 f"{ours['source']} --overwrite")
+                                 f"{self.job.dataset.label}\nhint: python -m jobs latents {validation.label} "
+                                 f"--first-stage {ours['source']} --overwrite")
 
     def process(self, item: Item, scratch: Any) -> Output:
         """The result of the finished run: its loss curve and its last checkpoint."""

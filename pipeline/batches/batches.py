@@ -71,7 +71,8 @@ class Batches:
         lists = self._arrays(name, neighbor_files(records, ".ids.npy" if self.vectors else ".vectors.npy"), records)
         if (stored := lists[0].shape[1]) < self.k:
             raise ValueError(f"k = {self.k} neighbours wanted, {self.dataset.label} has {stored} stored of each "
-                             f"sample\nhint: a smaller --k, or neighbors --k {self.k}")
+                             f"sample\nhint: a smaller --k, or python -m jobs neighbors {self.dataset.label} "
+                             f"--database {database.label} --k {self.k} --overwrite")
         return lists
 
     def _latents(self) -> Prefetcher[np.ndarray]:

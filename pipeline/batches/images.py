@@ -13,6 +13,7 @@ from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.media import tars
 from pipeline.media.resize import decode_pixels
 from pipeline.media.types import BadImage
+from pipeline.storage import DamagedFile
 from pipeline.storage.arrays import map_array
 
 _MOST_DECODER_THREADS = 8
@@ -96,8 +97,8 @@ def _open_tar(dataset: Dataset, files: list[dict[str, Any]], counts: list[int], 
     """The tar of a shard. ValueError if it does not have the number of samples in the manifest."""
     tar = dataset.open_file("shards", files[number], tars.TarImages)
     if len(tar) != counts[number]:
-        raise ValueError(f"{tar.path} has {len(tar)} samples, its manifest says {counts[number]}\n"
-                         f"hint: python -m jobs verify")
+        raise DamagedFile(f"{tar.path} has {len(tar)} samples, its manifest says {counts[number]}\n"
+                          f"hint: python -m jobs verify")
     return tar
 
 

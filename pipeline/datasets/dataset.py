@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from pipeline import storage
 from pipeline.stages.manifest import read_manifest, sealed_input
+from pipeline.storage import DamagedFile
 
 _T = TypeVar("_T")
 
@@ -16,6 +17,11 @@ DEFAULT_VERSION = "v1"
 RELEASED_STAGES = ("shards", "embeddings", "text_embeddings", "index", "tombstones")
 """The stages that a release stands for."""
 _CHECKED: set[tuple[str, str]] = set()  # files of published versions, and their hashes
+
+
+def is_name(text: str) -> bool:
+    """Whether a dataset or a version may have this name."""
+    return _NAME.fullmatch(text) is not None
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Dataset:
         """`name` or `name@version` below `root`."""
         name, _, version = text.partition("@")
         for part in (name, version or DEFAULT_VERSION):
-            if not _NAME.fullmatch(part):
+            if not is_name(part):
                 raise ValueError(f"{text!r} is not a dataset name\nhint: letters, digits, '.', '_' and '-', "
                                  f"as in ukiyo-e or ukiyo-e@v2")
         return cls(storage.normalize(root), name, version or DEFAULT_VERSION)
@@ -79,9 +85,9 @@ class Dataset:
         if sealed:
             self._published_hash(stage_name)
         elif stage_name in dict(self.trusted):
-            raise ValueError(f"{self.folder(stage_name)} is part of the published {self.name}@{self.version} and has "
-                             f"no manifest.json\nhint: python -m jobs rollback {self.name} --root {self.root}; or "
-                             f"rebuild {self.name}, which replaces the damaged version")
+            raise DamagedFile(f"{self.folder(stage_name)} is part of the published {self.name}@{self.version} and has "
+                              f"no manifest.json\nhint: python -m jobs rollback {self.name}; or python -m jobs "
+                              f"rebuild {self.name} --source SOURCE")
         return sealed
 
     def identity(self, stage_name: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.metadata import NO_NUMBER
+from pipeline.storage import DamagedFile
 from pipeline.storage.arrays import map_array
 
 
@@ -17,8 +18,8 @@ def check_finite(vectors: np.ndarray, place: str) -> np.ndarray:
         return vectors  # as below, ten times faster
     good = np.isfinite(vectors).all(-1)
     if not good.all():
-        raise ValueError(f"{int((~good).sum())} vectors of {place} are not finite\n"
-                         f"hint: python -m jobs verify tells which files are meant; embed --overwrite makes them anew")
+        raise DamagedFile(f"{int((~good).sum())} vectors of {place} are not finite\n"
+                          f"hint: python -m jobs verify")
     return vectors
 
 
@@ -37,11 +38,11 @@ class Embeddings:
         self.offsets = np.cumsum([0, *(len(shard) for shard in self.shards)])
         for shard, record in zip(self.shards, self.manifest["items"], strict=True):
             if len(shard) != record["samples"]:
-                raise ValueError(f"{self.folder}: shard {record['id']} has {len(shard)} rows, its "
-                                 f"manifest says {record['samples']}\nhint: python -m jobs verify")
+                raise DamagedFile(f"{self.folder}: shard {record['id']} has {len(shard)} rows, its "
+                                  f"manifest says {record['samples']}\nhint: python -m jobs verify")
             if shard.ndim != 2 or shard.shape[1] != self.shards[0].shape[1]:
-                raise ValueError(f"{self.folder}: shard {record['id']} has vectors of shape {shard.shape[1:]}, "
-                                 f"the first one {self.shards[0].shape[1:]}\nhint: python -m jobs verify")
+                raise DamagedFile(f"{self.folder}: shard {record['id']} has vectors of shape {shard.shape[1:]}, "
+                                  f"the first one {self.shards[0].shape[1:]}\nhint: python -m jobs verify")
 
     def __len__(self) -> int:
         return int(self.offsets[-1])

@@ -10,7 +10,6 @@ A pointer that is missing, or older than the history or than the last one that t
 """
 
 import hashlib
-import json
 import re
 import time
 from dataclasses import dataclass, field
@@ -18,16 +17,20 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.datasets import version_marks
-from pipeline.datasets.dataset import RELEASED_STAGES, Dataset
+from pipeline.datasets.dataset import RELEASED_STAGES, Dataset, is_name
 from pipeline.datasets.last_seen import read_last_seen, write_last_seen
 from pipeline.datasets.release_files import find_changed_manifests
 from pipeline.datasets.signatures import NO_KEYS, ReleaseKeys, read_release_keys
+from pipeline.stages.documents import NUMBER, check_release, check_shape
 from pipeline.stages.manifest import code_revision
 from pipeline.stages.types import StageFailed
+from pipeline.storage import DamagedFile
 
 STAGES = RELEASED_STAGES
 _NUMBERED = re.compile(r"v([1-9]\d*)")
-_KEYS = {"version", "number", "sequence", "release", "published"}
+_POINTER = {"version": str, "number": int, "sequence": int, "release": str, "published": NUMBER, "checked?": NUMBER,
+            "previous?": (str, type(None)), "rolled_back?": str, "takedowns?": int, "content?": str, "samples?": int,
+            "recall@10?": (int, float, type(None))}
 
 
 @dataclass(frozen=True)
@@ -141,8 +144,8 @@ class Published:
     def _open(self, dataset: Dataset, sha256: str) -> Dataset:
         release, data = read_release(dataset)
         if release is None or hashlib.sha256(data).hexdigest() != sha256:
-            raise ValueError(f"the release of {dataset.name}@{dataset.version} is not the one that was published: it "
-                             f"was changed or removed\nhint: python -m jobs rollback {dataset.name}")
+            raise DamagedFile(f"the release of {dataset.name}@{dataset.version} is not the one that was published: it "
+                              f"was changed or removed\nhint: python -m jobs rollback {dataset.name}")
         return Dataset(dataset.root, dataset.name, dataset.version, tuple(sorted(release["manifests"].items())),
                        self.document.get("takedowns", 0), bool(self.keys.accepted))
 
@@ -191,7 +194,7 @@ class Published:
         this one is signed and there is no key to sign with.
         """
         self.keys.refuse_unsigned(self.name, self.document)
-        release = json.loads(data)
+        release = storage.parse_json(data, _release_url(dataset))
         now = round(time.time(), 3)
         sequence = self._next_sequence()
         after = {"checked": now, "version": dataset.version, "number": number, "sequence": sequence,
@@ -271,7 +274,7 @@ def _numbered(files: list[str]) -> list[str]:
     return [file for file in files if re.fullmatch(r"\d+\.json", file)]
 
 
-class DamagedPointer(ValueError):
+class DamagedPointer(DamagedFile):
     """The current.json of a dataset cannot be trusted, or is missing although the dataset has publications."""
 
     def __init__(self, root: str, name: str, fault: str) -> None:
@@ -290,13 +293,10 @@ def read_pointer(root: str, name: str) -> bytes | None:
 def parse_pointer(data: bytes) -> dict[str, Any] | None:
     """The document in the bytes of a current.json; None if it is damaged."""
     try:
-        document = json.loads(data)
-    except ValueError:
+        document = check_shape(storage.parse_json(data, "current.json"), "current.json", _POINTER, "")
+    except DamagedFile:
         return None
-    if not isinstance(document, dict) or not document.keys() >= _KEYS:
-        return None
-    kinds = {"version": str, "release": str, "number": int, "sequence": int}
-    return document if all(isinstance(document[key], kind) for key, kind in kinds.items()) else None
+    return document if is_name(document["version"]) else None
 
 
 def open_dataset(root: str, text: str, pinned: str = "", keys: ReleaseKeys | None = None) -> Dataset:
@@ -331,7 +331,7 @@ def open_label(root: str, label: str, keys: ReleaseKeys | None = None) -> Datase
 
 def _untrusted(name: str, version: str, fault: str) -> str:
     return (f"{name}@{version} {fault}, and RDM_RELEASE_KEY or --key accepts only signed versions\n"
-            f"hint: rebuild {name} --sign KEYFILE publishes one")
+            f"hint: python -m jobs rebuild {name} --source SOURCE --sign KEYFILE")
 
 
 def has_release(dataset: Dataset) -> bool:
@@ -340,13 +340,13 @@ def has_release(dataset: Dataset) -> bool:
 
 
 def read_release(dataset: Dataset) -> tuple[dict[str, Any] | None, bytes]:
-    """The release of a version and its bytes; None if it has none."""
+    """The release of a version and its bytes; None if it has none. DamagedFile if it is damaged."""
     url = _release_url(dataset)
     try:
         data = storage.read_bytes(url)
     except FileNotFoundError:
         return None, b""
-    return storage.parse_json(data, url), data
+    return check_release(storage.parse_json(data, url), url), data
 
 
 def hash_manifests(dataset: Dataset) -> dict[str, str]:

@@ -26,13 +26,16 @@ from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import metadata
 from pipeline.downloads.urls import find_host
+from pipeline.stages.documents import check_shape
+from pipeline.storage import DamagedFile
 
 _NAME = "forgotten.json"
 _COPIES = "takedowns"
 _log = logging.getLogger(__name__)
 _TRIES = 20
 _KINDS = ("sha256", "urls", "domains")
-_LISTS = (*_KINDS, "requests", "rows")
+_REQUEST = {f"{kind}?": [str] for kind in _KINDS}
+_DOCUMENT = _REQUEST | {"requests?": [_REQUEST], "rows?": [int], "applied?": int, "through?": int}
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,8 @@ def read_takedowns(root: str) -> Forgotten:
     document = _document(storage.join(root, _NAME))[1]
     requests, copies = len(document.get("requests", ())), _count_copies(root)
     if requests < copies:
-        raise ValueError(f"{storage.join(root, _NAME)} is missing or was replaced: expected {copies} requests, got "
-                         f"{requests}\nhint: python -m jobs repair NAME --root {root}, with any published dataset")
+        raise DamagedFile(f"{storage.join(root, _NAME)} is missing or was replaced: expected {copies} requests, got "
+                          f"{requests}\nhint: python -m jobs repair NAME --root {root}")
     return Forgotten(*(frozenset(document.get(kind, ())) for kind in _KINDS))
 
 
@@ -118,7 +121,7 @@ def mark_applied(root: str, count: int) -> None:
 
 def restore_takedowns(root: str) -> bool:
     """Restore the list of a root from the copies of its requests; whether anything was missing."""
-    copies = [storage.read_json(_copy_url(root, number)) for number in range(1, _count_copies(root) + 1)]
+    copies = [_read_copy(_copy_url(root, number)) for number in range(1, _count_copies(root) + 1)]
     missing = False
 
     def grown(document: dict[str, Any]) -> dict[str, Any]:
@@ -130,6 +133,11 @@ def restore_takedowns(root: str) -> bool:
     if copies:
         _change(storage.join(root, _NAME), grown, replace_damaged=True)
     return missing
+
+
+def _read_copy(url: str) -> dict[str, Any]:
+    return check_shape(storage.read_json(url), url, _REQUEST, "restore the file from a backup: it names images that no "
+                                                              "search may find")
 
 
 def _count_copies(root: str) -> int:
@@ -196,11 +204,11 @@ def _refuse_missing(dataset: Dataset, through: int) -> None:
     required = max(applied, dataset.takedowns)
     hint = f"hint: python -m jobs repair {dataset.name} --root {dataset.root}"
     if requests < required:
-        raise ValueError(f"{storage.join(dataset.root, _NAME)} is missing or was replaced: expected {required} "
-                         f"requests, got {requests}\n{hint}")
+        raise DamagedFile(f"{storage.join(dataset.root, _NAME)} is missing or was replaced: expected {required} "
+                          f"requests, got {requests}\n{hint}")
     if through < required:
-        raise ValueError(f"{_address(dataset)} is missing or was replaced: expected the rows of {required} requests, "
-                         f"got those of {through}\n{hint}")
+        raise DamagedFile(f"{_address(dataset)} is missing or was replaced: expected the rows of {required} requests, "
+                          f"got those of {through}\n{hint}")
 
 
 def _address(dataset: Dataset) -> str:
@@ -212,10 +220,7 @@ def _document(url: str) -> tuple[bytes | None, dict[str, Any]]:
         data = storage.read_bytes(url)
     except FileNotFoundError:
         return None, {}
-    document = storage.parse_json(data, url)
-    if not isinstance(document, dict) or not all(isinstance(document.get(key, []), list) for key in _LISTS):
-        raise ValueError(f"{url} is damaged: it is no list of requests or rows\nhint: python -m jobs repair NAME")
-    return data, document
+    return data, check_shape(storage.parse_json(data, url), url, _DOCUMENT, "python -m jobs repair NAME")
 
 
 def _change(url: str, grown: Any, *, replace_damaged: bool = False) -> dict[str, Any]:

@@ -6,14 +6,15 @@ Every change of a mark is a compare-and-swap. A command does not publish a versi
 not remove a version whose mark has changed since it looked.
 """
 
-import json
 import secrets
 from typing import Any
 
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
+from pipeline.stages.documents import check_shape
 from pipeline.stages.types import StageFailed
 
+_MARK = {"state?": str, "sequence?": int}
 PUBLISHING, REMOVING, KEPT = "publishing", "removing", "kept"
 
 
@@ -74,10 +75,9 @@ def _state(mark: bytes | None) -> str:
 def _parse(mark: bytes | None) -> dict[str, Any]:
     """The document of a mark. A damaged mark says nothing, and the next command replaces it."""
     try:
-        document = json.loads(mark or b"{}")
-    except ValueError:
+        return check_shape(storage.parse_json(mark or b"{}", "mark.json"), "mark.json", _MARK, "")
+    except storage.DamagedFile:
         return {}
-    return document if isinstance(document, dict) else {}
 
 
 def _url(dataset: Dataset) -> str:

@@ -29,7 +29,7 @@ from pipeline.stages import records as stage_records
 from pipeline.stages.stage import Stage
 from pipeline.stages.timers import Times
 from pipeline.stages.types import Entry, Item, Output, StageFailed
-from pipeline.storage import arrays, parquet
+from pipeline.storage import DamagedFile, arrays, parquet
 
 LAYOUT, COMPVIS = "clip-retrieval", "compvis"
 PROBES = 16
@@ -205,8 +205,8 @@ class AdoptEmbeddings(Embed):
         there = set(pq.read_schema(self.dataset.fetch("shards", entry)).names)
         rows = metadata(self.dataset, record, [name for name in ROW_NUMBER if name in there])
         if [row["key"] for row in rows] != [sample["__key__"] for sample in samples]:
-            raise ValueError(f"shard {record['id']} does not have the samples that its parquet names\n"
-                             f"hint: python -m jobs verify")
+            raise DamagedFile(f"shard {record['id']} does not have the samples that its parquet names\n"
+                              f"hint: python -m jobs verify")
         return rows
 
 

@@ -36,6 +36,7 @@ from pipeline.hardware import devices
 from pipeline.stages.stage import Stage
 from pipeline.stages.timers import Times
 from pipeline.stages.types import Entry, Item, Output, StageFailed
+from pipeline.storage import DamagedFile
 from pipeline.storage.sizes import parse_size
 
 _TOGETHER = 16  # batches that shards which are taken together should fill: at most one is not full
@@ -128,8 +129,8 @@ class Embed(Stage):
             row += len(part.keys)
             self.report_progress(rows=row, samples=row - len(ledger), length=0, skipped=Counter())
         if row != len(vectors):
-            raise ValueError(f"shard {record['id']} does not have the {len(vectors)} samples that its manifest names\n"
-                             f"hint: python -m jobs verify")
+            raise DamagedFile(f"shard {record['id']} does not have the {len(vectors)} samples that its manifest names\n"
+                              f"hint: python -m jobs verify")
         if not np.isfinite(vectors).all():
             broken = int((~np.isfinite(vectors)).any(1).sum())
             raise ValueError(f"{broken} vectors of shard {record['id']} are not finite: {self.config.model} does not "

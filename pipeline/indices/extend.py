@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from pipeline.indices.tune import (
     sample_rows,
     text_queries,
 )
+from pipeline.stages.documents import NUMBER
 from pipeline.stages.types import Item, Output, StageFailed
 from pipeline.storage import arrays
 from pipeline.storage.sizes import parse_size
@@ -45,6 +46,8 @@ class Drifted(StageFailed):
 
 class Extension(Index):
     """The stage from the embeddings of a dataset and the index of another version to index/."""
+
+    record_info: ClassVar[dict[str, Any]] = Index.record_info | {"drift": NUMBER}
 
     def __init__(self, dataset: Dataset, base: Dataset, config: IndexConfig) -> None:
         super().__init__(dataset, config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -28,6 +28,7 @@ class Index(IndexingStage):
     """The stage from the embeddings of a dataset to index/knn.index and index/index_infos.json."""
 
     name = "index"
+    record_info: ClassVar[dict[str, Any]] = {"key": str, "recall_at_10": (int, float, type(None))}
 
     def __init__(self, dataset: Dataset, config: IndexConfig) -> None:
         super().__init__(dataset.root, dataset.path("index"), config)

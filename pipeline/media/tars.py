@@ -11,6 +11,7 @@ import numpy as np
 
 from pipeline.media.foreign_tars import KEY_AND_SUFFIX, META_MEMBER
 from pipeline.media.tar_members import DamagedTar, EndlessTar, Member, list_members
+from pipeline.storage import DamagedFile
 
 IMAGE_SUFFIXES = ("jpg", "png", "webp", "jpeg", "gif", "bmp", "tif", "tiff", "avif")
 
@@ -75,14 +76,14 @@ def read(tar: Path | BinaryIO) -> Iterator[dict[str, Any]]:
                         yield current
                     current = {"__key__": key}
                 if suffix in current:
-                    raise ValueError(f"{name} has {member.name} twice\nhint: python -m jobs verify")
+                    raise DamagedFile(f"{name} has {member.name} twice\nhint: python -m jobs verify")
                 if member.offset + member.size > length:
                     raise DamagedTar(f"in the middle of {member.name}")
                 current[suffix] = read_at(member.offset, member.size)
         except EndlessTar:
             pass
         except DamagedTar as damage:
-            raise ValueError(f"{name} is cut off {damage}\nhint: python -m jobs verify") from None
+            raise DamagedFile(f"{name} is cut off {damage}\nhint: python -m jobs verify") from None
         if current:
             yield current
 
@@ -108,7 +109,7 @@ class TarImages:
         offset, length = self._positions[position].tolist()
         data = os.pread(self._file.fileno(), length, offset)
         if len(data) < length:
-            raise ValueError(f"{self.path} is cut in the middle of sample {position}\nhint: python -m jobs verify")
+            raise DamagedFile(f"{self.path} is cut in the middle of sample {position}\nhint: python -m jobs verify")
         return data
 
 
@@ -132,7 +133,7 @@ def _image_positions(stream: BinaryIO, path: Path) -> Iterator[tuple[int, int]]:
                     yield _image_position(current, path)
                 current = {"__key__": key}
             if suffix in current:
-                raise ValueError(f"{path} has {member.name} twice\nhint: python -m jobs verify")
+                raise DamagedFile(f"{path} has {member.name} twice\nhint: python -m jobs verify")
             current[suffix] = (member.offset, member.size)
     if current:
         yield _image_position(current, path)
@@ -142,7 +143,7 @@ def _image_position(sample: dict[str, Any], path: Path) -> tuple[int, int]:
     try:
         return sample_image(sample)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}\nhint: python -m jobs verify") from None
+        raise DamagedFile(f"{path}: {error}\nhint: python -m jobs verify") from None
 
 
 def _sample_members(members: Iterable[Member]) -> Iterator[tuple[str, str, Member]]:

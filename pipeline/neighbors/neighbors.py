@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from pipeline.stages.scratch import shared_scratch
 from pipeline.stages.stage import Stage
 from pipeline.stages.timers import Times
 from pipeline.stages.types import Item, Output
-from pipeline.storage import arrays
+from pipeline.storage import DamagedFile, arrays
 
 _LAID = 64 << 20  # bytes of vectors that are laid out at a time
 _WRITTEN = 4096  # rows that are gathered and written at a time
@@ -38,6 +38,7 @@ class Neighbors(Stage):
     """The stage from a dataset and a database to neighbors/<database>: ids and scores, (N_i, k)."""
 
     name = "neighbors"
+    record_info: ClassVar[dict[str, Any]] = {"scores": [int], "missing": int, "checked?": int, "agreed?": int}
 
     def __init__(self, dataset: Dataset, database: Dataset, config: NeighborsConfig) -> None:
         super().__init__(dataset.root, dataset.path(f"neighbors/{database.label}"), config)
@@ -100,9 +101,9 @@ class Neighbors(Stage):
             database.seconds = 0.0
         queries = self._queries(item)
         if queries.vectors.shape[1] != database.embeddings.dim:
-            raise ValueError(f"shard {item.id} of {self.dataset.label} has vectors of {queries.vectors.shape[1]} "
-                             f"numbers, the database {self.database.label} of {database.embeddings.dim}\n"
-                             f"hint: python -m jobs verify")
+            raise DamagedFile(f"shard {item.id} of {self.dataset.label} has vectors of {queries.vectors.shape[1]} "
+                              f"numbers, the database {self.database.label} of {database.embeddings.dim}\n"
+                              f"hint: python -m jobs verify")
         ids = np.full((len(queries), self.config.k), -1, np.int64)
         scores = np.full(ids.shape, -np.inf, np.float32)
         there = np.flatnonzero(queries.vectors.any(1))  # a row of zeros is equally near to everything
@@ -158,8 +159,8 @@ class Neighbors(Stage):
         own = self.dataset.fetch("embeddings", file_of(shard["embeddings"], ".npy"))
         vectors = check_finite(arrays.load_array(own), str(own))
         if len(vectors) != shard["shard"]["samples"]:
-            raise ValueError(f"{own} has {len(vectors)} rows, its shard {shard['shard']['samples']} samples\n"
-                             f"hint: python -m jobs verify")
+            raise DamagedFile(f"{own} has {len(vectors)} rows, its shard {shard['shard']['samples']} samples\n"
+                              f"hint: python -m jobs verify")
         return vectors
 
     def _found(self, database: "OpenDatabase", queries: NeighborQueries, times: Times, *, exactly: bool = False
@@ -289,8 +290,8 @@ class OpenDatabase:
         self.labels = arrays.map_array(self._folder / "labels.npy")
         self.hashes = arrays.map_array(self._folder / "hashes.npy") if hashed else None
         if len(self.labels) != len(self.embeddings):
-            raise ValueError(f"{database.label} has {len(self.embeddings)} vectors of {len(self.labels)} samples\n"
-                             f"hint: python -m jobs verify")
+            raise DamagedFile(f"{database.label} has {len(self.embeddings)} vectors of {len(self.labels)} samples\n"
+                              f"hint: python -m jobs verify")
         if self.lists:
             self._ends = arrays.load_array(self._folder / "ends.npy")
         self.seconds = time.perf_counter() - started  # that it took, until an item has counted them

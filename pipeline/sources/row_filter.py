@@ -114,7 +114,8 @@ class _Translation:
     """
 
     def __init__(self, text: str, schema: pa.Schema | None, prunes: bool = False) -> None:
-        self.schema, self.prunes, self.error = schema, prunes, functools.partial(syntax.syntax_error, text)
+        self.schema, self.prunes, self.text = schema, prunes, text
+        self.error = functools.partial(syntax.syntax_error, text)
         self.columns: dict[str, None] = {}
         self.uses: dict[str, str] = {}
         """Columns by name, as number, text or truth."""
@@ -171,7 +172,8 @@ class _Translation:
 
     def missing(self, value_node: exp.Expr, none_node: exp.Expr, negated: bool) -> pc.Expression:
         if not isinstance(none_node, exp.Null):
-            raise self.error("has `is` with something other than None", "== compares, `is None` finds missing values")
+            raise self.error("has `is` with something other than None", syntax.foreign_hint(self.text) or
+                             "== compares, `is None` finds missing values")
         value = self.value(value_node)
         if value.literal is not None:
             raise self.error(f"asks whether {value.name} is None", "write `is None` of columns")
@@ -248,7 +250,8 @@ class _Translation:
                 return _Value("text", "lower(..)", pc.utf8_lower(self.text_argument(node)))
         hint = syntax.OPERATORS
         if isinstance(node, exp.Column | exp.Dot):
-            hint = f"a column of that name goes into backticks: `{syntax.source_text(node)}`"
+            hint = syntax.foreign_hint(self.text) or (
+                f"a column of that name goes into backticks: `{syntax.source_text(node)}`")
         elif isinstance(node, exp.Predicate | exp.Not | exp.Connector):
             hint = "join two conditions with `and`, as in a < b and b is None"
         raise self.error(f"has {syntax.source_text(node)}, which is not among what is understood", hint)
@@ -260,8 +263,8 @@ class _Translation:
         indices = self.schema.get_all_field_indices(name)
         if not indices:
             same = [f"it is written {other}" for other in self.schema.names if other.lower() == name.lower()]
-            raise self.error(f"finds no column {name} in the table",
-                             *same[:1] or [f"the columns are {syntax.join_names(self.schema.names)}"])
+            raise self.error(f"finds no column {name} in the table", *same[:1] or [
+                syntax.foreign_name(name) or f"the columns are {syntax.join_names(self.schema.names)}"])
         if len(indices) > 1:
             raise self.error(f"names the column {name}, which the table has {len(indices)} times", "rename all but one")
         stored, arrow = self.schema.field(indices[0]).type, pc.field(name)
@@ -309,7 +312,8 @@ class _Translation:
 
     def function(self, node: exp.Anonymous) -> str:
         if node.name not in _ARGUMENTS:
-            raise self.error(f"calls {node.name}", f"functions are {', '.join(sorted(_ARGUMENTS))}")
+            raise self.error(f"calls {node.name}", syntax.foreign_name(node.name) or syntax.foreign_hint(node.name) or
+                             f"functions are {', '.join(sorted(_ARGUMENTS))}")
         if len(node.expressions) != _ARGUMENTS[node.name]:
             raise self.error(f"calls {node.name} with {len(node.expressions)} values",
                              f"it takes {_ARGUMENTS[node.name]}")

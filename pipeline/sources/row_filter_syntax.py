@@ -6,6 +6,7 @@ listed here, and sqlglot's parser knows no function and no keyword besides them.
 
 import functools
 import keyword
+import re
 from typing import ClassVar
 
 from sqlglot import exp, parser, tokens
@@ -22,7 +23,48 @@ _MAX_BRACKETS = 20  # sqlglot uses up to 30 of Python's 1000 stack frames for ea
 _MAX_DEPTH = 60  # levels of the tree
 _WORDS = {"and": TokenType.AND, "or": TokenType.OR, "not": TokenType.NOT, "in": TokenType.IN, "is": TokenType.IS,
           "None": TokenType.NULL, "True": TokenType.TRUE, "False": TokenType.FALSE}
-_HINTS = {"=": "compare with ==", "#": "remove the comment", ";": "write one expression, without ;"}
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`")
+# How operators of other languages are written here. The first one that an expression with an error has counts.
+_FOREIGN = tuple((re.compile(pattern), hint) for pattern, hint in (
+    (r"#|--|/\*", "remove the comment"),
+    (r";", "write one expression, without ;"),
+    (r"&", "write and instead of & and &&: a > 1 and b < 2"),
+    (r"\|", "write or instead of | and ||: a > 1 or b < 2"),
+    (r"!~", 'write not match(a, "PATTERN") instead of !~'),
+    (r"=~|~\*|\S\s*~|(?i:\b(regexp\w*|rlike|similar\s+to|matches|match)\b\s*[^(\s])",
+     'match(a, "PATTERN") finds a pattern of RE2'),
+    (r"(?i:\bnot\s+(like|ilike|contains)\b)", 'not contains(a, "TEXT") finds text without a part'),
+    (r"(?i:\bilike\b|\bicontains\b)", 'contains(lower(a), "text") ignores case'),
+    (r"(?i:\b(like|glob|contains|includes|has)\b)", 'contains(a, "TEXT") finds a part, match(a, "^TEXT") a beginning'),
+    (r"(?i:\bstarts_?with\b)", 'match(a, "^TEXT") finds a beginning'),
+    (r"(?i:\bends_?with\b)", 'match(a, "TEXT$") finds an end'),
+    (r"===", "write == instead of ==="),
+    (r"!==|<>|\^=", "write != instead of !==, <> and ^="),
+    (r"<=>", "write == instead of <=>"),
+    (r"=>", "write >= instead of =>"),
+    (r"=<", "write <= instead of =<"),
+    (r"!(?!=)|~", "write not instead of ! and ~: not (a > 1)"),
+    (r"(?<![=!<>])=(?!=)", "write == instead of ="),
+    (r"(?i:\bbetween\b)", "write 1 <= a <= 3 instead of between"),
+    (r"\b(AND|OR|NOT|IN|IS|And|Or|Not|In|Is)\b", "write and, or, not, in and is in lower case"),
+    (r"(?i:\bis\s+(not\s+)?(null|missing|nan)\b|\b(isnull|notnull|isna|is_null)\b)",
+     "write a is None or a is not None: it finds missing values"),
+    (r"(?i:\bis\s+(not\s+)?(true|false)\b)", "write a == True or a == False"),
+    (r"(?i:\bxor\b)", "write a != b instead of xor"),
+    (r"\b(?:eq|EQ)\b", "write == instead of eq"), (r"\b(?:ne|NE|neq|NEQ)\b", "write != instead of ne"),
+    (r"\b(?:gt|GT)\b", "write > instead of gt"), (r"\b(?:lt|LT)\b", "write < instead of lt"),
+    (r"\b(?:ge|GE|gte|GTE)\b", "write >= instead of ge"), (r"\b(?:le|LE|lte|LTE)\b", "write <= instead of le"),
+    (r"\*\*|\^|//|%|(?i:\b(mod|div)\b)", "the operators for numbers are + - * /"),
+    (r"\?|(?i:\b(if|case|when)\b)", "there are no conditional expressions: write a > 1 or b > 2"),
+    (r"^[^(\[{]*,", "write and instead of a comma: a > 1 and b < 2"),
+    (r"\.\w+\(", "columns have no methods: lower(a), len(a)"),
+    (r"\$\w|@\w|:\w", "write the name of a column as it is, or in backticks"),
+))
+_NAMES = {"true": "True", "false": "False", "null": "None", "none": "None", "nil": "None", "na": "None",
+          "length": "len", "char_length": "len", "size": "len", "strlen": "len", "len": "len",
+          "lcase": "lower", "casefold": "lower", "tolower": "lower", "lower": "lower", "upper": "lower",
+          "ilike": "contains", "like": "contains", "instr": "contains", "contains": "contains",
+          "regexp_like": "match", "regexp_matches": "match", "regexp": "match", "search": "match", "match": "match"}
 
 
 class Language(Dialect):
@@ -52,6 +94,18 @@ class Language(Dialect):
 def syntax_error(text: str, what: str, hint: str) -> ValueError:
     """An error that quotes the expression and has a hint."""
     return ValueError(f"{shorten(text)} {what}\nhint: {hint}")
+
+
+def foreign_hint(text: str) -> str:
+    """How an operator of another language is written here; "" if the text has none."""
+    plain = _QUOTED.sub('""', text)
+    return next((hint for pattern, hint in _FOREIGN if pattern.search(plain)), "")
+
+
+def foreign_name(name: str) -> str:
+    """How a word or function of another language is called here; "" if it is not known."""
+    known = _NAMES.get(name.lower(), "")
+    return f"write {known} instead of {name}" if known != name and known else ""
 
 
 def shorten(text: str) -> str:
@@ -90,7 +144,8 @@ def parse(text: str) -> exp.Expr:
     except ParseError as problem:
         place = problem.errors[0]["highlight"] if problem.errors else "the end"
         raise syntax_error(text, f"cannot be read near {place}",
-                    f'text goes into "quotes", unusual names into `backticks`; operators are {OPERATORS}') from None
+                           foreign_hint(text) or f'text goes into "quotes", unusual names into `backticks`; operators '
+                           f"are {OPERATORS}") from None
     except RecursionError:
         level = [exp.Null()]
     if level:
@@ -106,15 +161,14 @@ def _tokens(text: str) -> list[Token]:
         kind, word, last = token.token_type, token.text, result[-1] if result else None
         touches = last is not None and last.end + 1 == token.start
         if token.comments:
-            raise syntax_error(text, "has a comment", _HINTS["#"])
+            raise syntax_error(text, "has a comment", "remove the comment")
         if kind == TokenType.VAR and word in _WORDS:
             token = Token(_WORDS[word], word, token.line, token.col, token.start, token.end)
         elif kind == TokenType.VAR:
             after_number = last is not None and touches and last.token_type == TokenType.NUMBER
             if keyword.iskeyword(word) or not word.isidentifier() or after_number:
-                hints = [hint for sign, hint in _HINTS.items() if sign in word]
-                raise syntax_error(text, f"cannot be read at {word!r}", *hints[:1] or [
-                    f"numbers are decimal, other names go into `backticks`; operators are {OPERATORS}"])
+                raise syntax_error(text, f"cannot be read at {word!r}", foreign_hint(text) or
+                                   f"numbers are decimal, other names go into `backticks`; operators are {OPERATORS}")
         elif kind == TokenType.STRING and touches and last and last.text in {"r", "R"}:
             result.pop()  # r".." and ".." are the same
         prefixes = prefixes + 1 if token.token_type in {TokenType.NOT, TokenType.DASH, TokenType.PLUS} else 0

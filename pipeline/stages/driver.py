@@ -11,10 +11,12 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.hardware import devices
+from pipeline.stages.documents import check_more_items
 from pipeline.stages.manifest import is_sealed, read_manifest
 from pipeline.stages.plan import (
     claim_folder,
     claim_of,
+    count_rows,
     hold_folder,
     item_ids,
     load_items,
@@ -130,7 +132,8 @@ def _retry_is_unfinished(stage: Stage, rounds: Sequence[str]) -> bool:
     """Whether the last retry of failed rows was interrupted. It is finished first, and no other begins."""
     if not rounds:
         return False
-    listed = storage.read_json(storage.join(stage.folder, "more", rounds[-1]))["items"]
+    url = storage.join(stage.folder, "more", rounds[-1])
+    listed = check_more_items(storage.read_json(url), url)["items"]
     recorded = set(storage.list_files(storage.join(stage.folder, "records")))
     return any(f"{item_id}.json" not in recorded for item_id in item_ids(load_items(stage.folder, listed)))
 
@@ -174,7 +177,7 @@ class _Run:
         if self.joined:
             # Drivers on one folder share its work: each takes its own order, and steps back where it finds a record.
             random.shuffle(numbers)
-        self.tally = Tally(self.stage.folder, len(self.ids), sum(map(self.stage.rows, self.items)),
+        self.tally = Tally(self.stage.folder, len(self.ids), count_rows(self.stage, self.items),
                            self.stage.by_choice, self.done.ids)
         self.tally.start(self._records())
         self.ran = len(numbers)

@@ -15,6 +15,7 @@ from pipeline.stages import records
 from pipeline.stages.documents import check_manifest
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Claim
+from pipeline.storage import DamagedFile
 
 _KEPT_FILES = 16
 _kept: OrderedDict[str, tuple[str, bytes]] = OrderedDict()  # url -> stamp, content
@@ -48,8 +49,8 @@ def read_manifest(folder: str, command: str, sha256: str | None = None) -> dict[
     except FileNotFoundError:
         raise ValueError(f"{folder} is not sealed: it has no manifest.json\nhint: {command}") from None
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError(f"{folder}/manifest.json is not the one that was published: somebody changed this version\n"
-                         f"hint: python -m jobs verify --against current tells what else; rollback to another version")
+        raise DamagedFile(f"{folder}/manifest.json is not the one that was published: somebody changed this version\n"
+                          f"hint: python -m jobs verify --against current")
     manifest = storage.parse_json(data, storage.join(folder, "manifest.json"))
     check_manifest(manifest, f"{folder}/manifest.json")
     if isinstance(manifest["items"], dict):

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.stages import records
-from pipeline.stages.documents import FORMAT, check_more_items, check_plan
+from pipeline.stages.documents import FORMAT, check_more_items, check_plan, check_release
 from pipeline.stages.manifest import code_revision
 from pipeline.stages.scratch import scratch_folder
 from pipeline.stages.stage import Stage, fingerprint
@@ -77,14 +77,18 @@ def _refuse_empty(stage: Stage, listed: Any) -> None:
 
 def _refuse_released(stage: Stage) -> None:
     """StageFailed if the folder belongs to a release: another command may have published it since this one began."""
-    version, _, name = stage.folder.rpartition("/")
-    try:
-        release = storage.read_json(storage.join(version, "release.json"))
-    except FileNotFoundError:
-        return
-    if name in release.get("manifests", {}):
+    if _is_released(stage):
         raise StageFailed(f"{stage.name}: {stage.folder} was published while this command began, and a published "
                           f"version never changes\nhint: {stage.alternative}")
+
+
+def _is_released(stage: Stage) -> bool:
+    version, _, name = stage.folder.rpartition("/")
+    try:
+        url = storage.join(version, "release.json")
+        return name in check_release(storage.read_json(url), url)["manifests"]
+    except FileNotFoundError:
+        return False
 
 
 def _put_beside_plan(stage: Stage, name: str, data: bytes) -> None:
@@ -137,6 +141,15 @@ def _all_items(folder: str, plan: dict[str, Any]) -> Sequence[Item]:
     documents = [plan, *(check_more_items(storage.read_json(url), url) for url in urls)]
     parts = [load_items(folder, document["items"]) for document in documents]
     return _Joined(parts) if len(parts) > 1 else parts[0]
+
+
+def count_rows(stage: Stage, items: Sequence[Item]) -> int:
+    """How many rows the items of a plan are about, 0 if that is not known; DamagedFile if an item does not say it."""
+    try:
+        return sum(map(stage.rows, items))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise storage.DamagedFile(f"the items in {storage.join(stage.folder, 'plan.json')} are damaged: {error!r}\n"
+                                  f"hint: {stage.command} --overwrite") from error
 
 
 def write_item_list(items: Iterable[Item], name: str, put: Callable[[str, bytes], None]) -> Any:
@@ -244,8 +257,10 @@ def _disagreement(stage: Stage, claimed: dict[str, Any], inputs: dict[str, Any])
                           _differences({key: claimed[key] for key in wanted}, wanted))
     moved = [name for name, described in inputs.items() if described != claimed["inputs"].get(name)]
     changed = f"; what it is made from has changed: {', '.join(moved)}" if moved else ""
+    more = (f"; or python -m jobs rebuild {stage.path.split('/')[1]} --source SOURCE" if _is_released(stage) else
+            ", or make this one anew with --overwrite")
     return (f"{stage.folder} was planned with other settings or inputs ({differing}){changed}\n"
-            f"hint: {stage.alternative}, or make this one anew with --overwrite")
+            f"hint: {stage.alternative}{more}")
 
 
 def _differences(there: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:

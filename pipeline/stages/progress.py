@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.stages import records
-from pipeline.stages.documents import check_progress
+from pipeline.stages.documents import check_progress, check_report
 
 LEAST = 200  # rows before a share of failures means anything
 
@@ -206,9 +206,9 @@ def _read_reports(folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
     def read(name: str) -> dict[str, Any] | None:
         try:
-            return storage.read_json(storage.join(base, name))
+            return check_report(storage.read_json(url := storage.join(base, name)), url)
         except (FileNotFoundError, ValueError):
-            return None  # recorded in this moment
+            return None  # recorded in this moment, or damaged: its worker writes it again
 
     names = storage.list_files(base)
     for name, report in zip(names, storage.map_urls(read, names), strict=True):

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.hardware.devices import HALVED
+from pipeline.storage import DamagedFile
 
 INLINE = 1000
 _BATCH = 2048
@@ -97,8 +98,8 @@ class Rows(Sequence[_T]):
             yield
         # Arrow's errors, JSON that is none, and cells that are empty or of another kind.
         except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ValueError(f"{self.url or 'a list of records'} is damaged: {str(error).partition(chr(10))[0]}\n"
-                             f"hint: python -m jobs verify") from error
+            raise DamagedFile(f"{self.url or 'a list of records'} is damaged: {str(error).partition(chr(10))[0]}\n"
+                              f"hint: python -m jobs verify") from error
 
     def ids(self) -> list[str]:
         """The ids alone, in order."""
@@ -169,10 +170,10 @@ def load(folder: str, listed: Any, unpack: Callable[[bytes], Rows[_T]]) -> Rows[
     try:
         rows = unpack(Path(storage.fetch(url, listed["file"], check=True)).read_bytes())
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{url} is damaged: {error}\nhint: python -m jobs verify") from None
+        raise DamagedFile(f"{url} is damaged: {error}\nhint: python -m jobs verify") from None
     rows.url = url
     if len(rows) != listed["count"]:
-        raise ValueError(f"{url} is not the list that its document describes\nhint: python -m jobs verify")
+        raise DamagedFile(f"{url} is not the list that its document describes\nhint: python -m jobs verify")
     return rows
 
 

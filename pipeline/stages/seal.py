@@ -1,5 +1,6 @@
 """Collect the records of all items and write the manifest."""
 
+import logging
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -7,6 +8,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.stages import records
+from pipeline.stages.documents import check_manifest, check_plan, check_record
 from pipeline.stages.manifest import code_revision, read_manifest, stale_inputs
 from pipeline.stages.plan import claim_of, item_ids, refuse_replaced_plan
 from pipeline.stages.records import content, totals
@@ -16,25 +18,47 @@ from pipeline.stages.types import Item, StageFailed
 from pipeline.storage.hashing import describe_file, name_by_content
 
 _AT_ONCE = 5000  # records in memory as dicts
+_log = logging.getLogger(__name__)
 
 
 def read_records(stage: Stage, ids: Sequence[str]) -> records.Collected:
-    """The records that are there of the items `ids`; those of another plan do not count."""
+    """The records that are there of the items `ids`. Those of another plan and damaged ones do not count."""
     folder = storage.join(stage.folder, "records")
     plan = claim_of(stage).fingerprint
     packs = storage.join(stage.folder, "packs", plan[:12])
     collected = records.Collected(partial(_pack, packs))
     names = storage.list_files(folder)
     for name in storage.list_files(packs):
-        collected.add_pack(storage.read_bytes(storage.join(packs, name)))
+        _add_pack(collected, storage.join(packs, name))
     alone = {item_id for name in names if (item_id := name.removesuffix(".json")) not in collected.ids}
     missing = [item_id for item_id in ids if item_id in alone]
     for first in range(0, len(missing), _AT_ONCE):
         urls = [storage.join(folder, f"{item_id}.json") for item_id in missing[first:first + _AT_ONCE]]
-        for record in storage.map_urls(storage.read_json, urls):
-            if record["plan"] == plan:
+        for record in storage.map_urls(partial(read_record, stage), urls):
+            if record is not None:
                 collected.add(record)
     return collected
+
+
+def read_record(stage: Stage, url: str) -> dict[str, Any] | None:
+    """The record at `url`. None if there is none of this plan, or if it is damaged: its item is made again then."""
+    try:
+        record = check_record(storage.read_json(url), url, stage.record_info)
+    except FileNotFoundError:
+        return None
+    except storage.DamagedFile as error:
+        _log.warning("%s: %s; the item is made again", stage.name, str(error).splitlines()[0])
+        return None
+    return record if record["plan"] == claim_of(stage).fingerprint else None
+
+
+def _add_pack(collected: records.Collected, url: str) -> None:
+    try:
+        collected.add_pack(storage.read_bytes(url))
+    except (ValueError, OSError) as error:  # Arrow's errors are of these kinds
+        if isinstance(error, storage.StorageError):
+            raise
+        _log.warning("%s is damaged: its records are read one by one (%s)", url, str(error).splitlines()[0])
 
 
 def _pack(folder: str, data: bytes) -> None:
@@ -62,7 +86,8 @@ def seal_stage(stage: Stage, items: Sequence[Item], done: Sequence[dict[str, Any
             raise StageFailed(stale)
         for name, path in sorted(extra.files.items()):
             storage.put_checked(path, storage.join(stage.folder, name), partial(refuse_replaced_plan, stage))
-    plan = storage.read_json(storage.join(stage.folder, "plan.json"))
+    url = storage.join(stage.folder, "plan.json")
+    plan = check_plan(storage.read_json(url), url)
     refuse_replaced_plan(stage)
     manifest = {key: plan[key] for key in ("format", "stage", "fingerprint", "section", "inputs")} | {
         "items": done, "files": described, "info": extra.info, "totals": totals(done),
@@ -78,8 +103,8 @@ def _create_manifest(stage: Stage, manifest: dict[str, Any], data: bytes) -> dic
     url = storage.join(stage.folder, "manifest.json")
     while not storage.create_bytes(data, url):
         there = storage.read_bytes(url)
-        sealed = storage.parse_json(there, url)
-        if sealed["fingerprint"] == manifest["fingerprint"]:
+        sealed = check_manifest(storage.parse_json(there, url), url)
+        if sealed.get("fingerprint") == manifest["fingerprint"]:
             if sealed["content"] != manifest["content"]:
                 raise StageFailed(f"{stage.name}: another command sealed {stage.folder} with other content: expected "
                                   f"{manifest['content'][:12]}, got {sealed['content'][:12]}\nhint: {stage.command} "

@@ -29,6 +29,7 @@ class Stage(ABC):
     shares_gpus: ClassVar[bool] = True  # whether two workers may have parts of one GPU
     precision = ""  # of its tensors, for records; known once a worker is set up
     device = ""  # for records, if the work was done by other processes
+    record_info: ClassVar[dict[str, Any]] = {}  # shape of what `finish` needs of each record's `info` (documents.py)
     by_choice: ClassVar[frozenset[str]] = frozenset()  # reasons that settings ask for: no failures
     decodes: ClassVar[bool] = False  # whether others can decode pictures for it
     decode: "DecoderPool | None" = None  # they, in a worker that somebody lends them to

@@ -19,6 +19,7 @@ from pipeline.stages import progress
 from pipeline.stages.manifest import stale_inputs
 from pipeline.stages.plan import claim_of, refuse_replaced_plan
 from pipeline.stages.scratch import scratch_folder
+from pipeline.stages.seal import read_record
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Entry, Item, Output, StageFailed, current_item
 from pipeline.storage.hashing import describe_file
@@ -39,7 +40,7 @@ def process_item(stage: Stage, item: Item) -> Callable[[], dict[str, Any]]:
     """Process one item. Returns a function that commits it and returns its record: call it once, in any thread."""
     address = storage.join(stage.folder, "records", f"{item.id}.json")
     plan = _begin(stage)
-    if earlier := _read_record(address, plan):
+    if earlier := read_record(stage, address):
         return lambda: earlier
     started = time.time()
     stage.report_progress = progress.ProgressReporter(stage.folder, item.id, stage.on_progress,
@@ -65,7 +66,7 @@ def work_together(stage: Stage, items: Sequence[Item]) -> Iterator[tuple[Item, d
     A failed item comes with its exception, or with None if another item's exception ended them all: try it alone.
     """
     plan = _begin(stage)
-    there = {item.id: _read_record(storage.join(stage.folder, "records", f"{item.id}.json"), plan) for item in items}
+    there = {item.id: read_record(stage, storage.join(stage.folder, "records", f"{item.id}.json")) for item in items}
     yield from ((item, there[item.id]) for item in items if there[item.id])
     new = [item for item in items if not there[item.id]]
     with contextlib.ExitStack() as stack:
@@ -140,7 +141,7 @@ def _commit(stage: Stage, item: Item, output: Output, scratch: Path, plan: str, 
         "skipped": skipped, "noted": noted,
         "info": output.info,
     }
-    if earlier := _read_record(address, plan):
+    if earlier := read_record(stage, address):
         return earlier
     for name, path in sorted(output.files.items()):
         storage.put_checked(path, storage.join(stage.folder, name), partial(refuse_replaced_plan, stage),
@@ -156,10 +157,10 @@ def _commit(stage: Stage, item: Item, output: Output, scratch: Path, plan: str, 
         record["run"]["times"] = {name: round(value, 3) if isinstance(value, float) else value
                                   for name, value in sorted(output.times.items())}
     if not storage.create_bytes(storage.json_bytes(record), address):
-        if earlier := _read_record(address, plan):
+        if earlier := read_record(stage, address):
             _refuse_other_files(stage, record, earlier)
             return earlier
-        refuse_replaced_plan(stage)  # a record of another plan: one of the two is late
+        refuse_replaced_plan(stage)  # a record of another plan, one of the two is late; or a damaged one
         storage.put_json(record, address)
     return record
 
@@ -171,15 +172,6 @@ def _refuse_other_files(stage: Stage, record: dict[str, Any], earlier: dict[str,
         raise StageFailed(f"{stage.name}: two workers made item {record['id']} with different files "
                           f"({names})\nhint: {stage.command} --overwrite, once no other command works on "
                           f"this folder")
-
-
-def _read_record(address: str, plan: str) -> dict[str, Any] | None:
-    """The record at `address` if it is one of this plan."""
-    try:
-        record = storage.read_json(address)
-    except FileNotFoundError:
-        return None
-    return record if record["plan"] == plan else None
 
 
 def error_sentence(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from pipeline.storage.cache import cache_folder, fetch, fetch_and_open, local_co
 from pipeline.storage.conditional import can_swap, create_bytes, put_checked, swap_bytes
 from pipeline.storage.credentials import redact_credentials, redact_known_credentials, redact_url
 from pipeline.storage.files import (
+    DamagedFile,
     StorageError,
     disk_full_message,
     download,
@@ -52,12 +53,12 @@ from pipeline.storage.printable import escape_controls
 from pipeline.storage.private_folder import make_private_folder
 
 __all__ = [
-    "Holder", "Lease", "LeaseConflict", "StorageError", "cache_folder", "can_swap", "create_bytes", "describe_file",
-    "digest", "disk_full_message", "download", "escape_controls", "exists", "fetch", "fetch_and_open", "find_holders",
-    "glob", "hold_lease", "is_local", "join", "json_bytes", "list_files", "list_folders", "list_stamps", "local_copy",
-    "local_path", "make_private_folder", "manifest_file_url", "map_urls", "modified_time", "name_by_content",
-    "normalize", "open_reader", "parse_json", "put_bytes", "put_checked", "put_file", "put_json", "read_bytes",
-    "read_json", "read_range", "redact_credentials", "redact_known_credentials", "redact_url", "remove",
-    "remove_ended_leases", "remove_tree", "remove_unfinished", "sha256", "sha256_file", "short_hash", "size", "stamp",
-    "summarize_file", "swap_bytes", "walk",
+    "DamagedFile", "Holder", "Lease", "LeaseConflict", "StorageError", "cache_folder", "can_swap", "create_bytes",
+    "describe_file", "digest", "disk_full_message", "download", "escape_controls", "exists", "fetch",
+    "fetch_and_open", "find_holders", "glob", "hold_lease", "is_local", "join", "json_bytes", "list_files",
+    "list_folders", "list_stamps", "local_copy", "local_path", "make_private_folder", "manifest_file_url",
+    "map_urls", "modified_time", "name_by_content", "normalize", "open_reader", "parse_json", "put_bytes",
+    "put_checked", "put_file", "put_json", "read_bytes", "read_json", "read_range", "redact_credentials",
+    "redact_known_credentials", "redact_url", "remove", "remove_ended_leases", "remove_tree", "remove_unfinished",
+    "sha256", "sha256_file", "short_hash", "size", "stamp", "summarize_file", "swap_bytes", "walk",
 ]

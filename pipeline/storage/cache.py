@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from pipeline.storage.addresses import ATTEMPTS, is_local, local_path
 from pipeline.storage.files import (
     UNFINISHED_NAME,
+    DamagedFile,
     StorageError,
     flush_to_disk,
     open_url,
@@ -45,16 +46,16 @@ def fetch(url: str, entry: dict[str, Any], *, check: bool = False) -> Path:
     a minute: later it may be removed to make room for others (or use `fetch_and_open`).
 
     Raises:
-        ValueError: the bytes are not those of the manifest.
+        DamagedFile: the bytes are not those of the manifest.
     """
     if is_local(url):
         path = local_path(url)
         try:
             byte_count = path.stat().st_size
         except FileNotFoundError:
-            raise ValueError(f"{url} is in its manifest but not there\nhint: python -m jobs verify") from None
+            raise DamagedFile(f"{url} is in its manifest but not there\nhint: python -m jobs verify") from None
         if byte_count != entry["bytes"] or (check and sha256_file(path) != entry["sha256"]):
-            raise ValueError(f"{url} is not the file its manifest describes\nhint: python -m jobs verify")
+            raise DamagedFile(f"{url} is not the file its manifest describes\nhint: python -m jobs verify")
         return path
     cached = cache_folder() / entry["sha256"]
     if _is_cached(cached, entry, check):
@@ -66,7 +67,7 @@ def fetch(url: str, entry: dict[str, Any], *, check: bool = False) -> Path:
             fs.get_file(remote, temporary)
         status = os.lstat(temporary)
         if sha256_file(Path(temporary)) != entry["sha256"]:
-            raise ValueError(f"{url} is not the file its manifest describes\nhint: python -m jobs verify")
+            raise DamagedFile(f"{url} is not the file its manifest describes\nhint: python -m jobs verify")
         flush_to_disk(temporary)
         os.replace(temporary, cached)
     _note_check(cached, status)

@@ -29,6 +29,10 @@ class StorageError(OSError):
     """The store did not answer, or answered with something other than success or absence."""
 
 
+class DamagedFile(ValueError):
+    """A file below a root is missing, or is not what this program wrote there. Commands end with exit code 1."""
+
+
 def disk_full_message(error: BaseException) -> str:
     """A sentence if `error` says that a disk is full, "" if it says anything else."""
     if not isinstance(error, OSError) or error.errno not in _FULL:
@@ -240,17 +244,17 @@ def read_range(url: str, start: int, end: int) -> bytes:
 
 
 def read_json(url: str) -> Any:
-    """The JSON document at `url`; ValueError with its address if it is not JSON."""
+    """The JSON document at `url`; DamagedFile with its address if it is not JSON."""
     return parse_json(read_bytes(url), url)
 
 
 def parse_json(data: bytes, url: str) -> Any:
-    """The JSON document that was read from `url`; ValueError with its address if it is not JSON."""
+    """The JSON document that was read from `url`; DamagedFile with its address if it is not JSON."""
     try:
         return json.loads(data)
     # Bytes that are not UTF-8, numbers of thousands of digits, thousands of brackets.
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{url} is not JSON ({error})\nhint: was it edited or cut?") from error
+        raise DamagedFile(f"{url} is not JSON ({error})\nhint: python -m jobs verify") from error
 
 
 def put_file(local: Path, url: str, *, give: bool = False) -> None:

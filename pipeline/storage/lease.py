@@ -10,6 +10,7 @@ and has ended. Ages come from the file times of the store, never from the clock 
 
 import contextlib
 import functools
+import logging
 import os
 import platform
 import random
@@ -17,13 +18,14 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from pipeline.storage.addresses import is_local, join, local_path
-from pipeline.storage.files import list_files, modified_time, put_json, read_json, remove
+from pipeline.storage.files import DamagedFile, list_files, modified_time, put_json, read_json, remove
 from pipeline.storage.leftovers import remove_unfinished
 
+_log = logging.getLogger(__name__)
 RENEW_S = 15.0
 EXPIRE_S = 90.0
 _POLL_S = 0.5
@@ -185,13 +187,29 @@ def remove_ended_leases(root: str, now: float) -> None:
 
 def _read_living(url: str, now: float) -> Holder | None:
     """The holder of a lease. None if the lease has ended; its file is removed then."""
-    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):  # released at this moment, or damaged
-        age = now - modified_time(url)
-        holder = Holder(**read_json(url))
-        if age <= EXPIRE_S and not holder.is_dead:
+    with contextlib.suppress(FileNotFoundError):  # it was released at this moment
+        is_old = now - modified_time(url) > EXPIRE_S
+        holder = _read_holder(url)
+        if holder and not is_old and not holder.is_dead:
             return holder
-        remove(url)
+        if holder or is_old:
+            remove(url)
+        else:
+            _log.warning("%s is damaged and does not count. It is removed %.0f s after it was written", url, EXPIRE_S)
     return None
+
+
+def _read_holder(url: str) -> Holder | None:
+    """The holder that a lease names; None if the file is damaged."""
+    try:
+        document = read_json(url)
+    except DamagedFile:
+        return None
+    kinds = {field.name: field.type for field in fields(Holder)}
+    if not isinstance(document, dict) or document.keys() != kinds.keys() or any(
+            type(value) is not kinds[name] for name, value in document.items()):
+        return None
+    return Holder(**document)
 
 
 def _file_stem(folder: str) -> str:

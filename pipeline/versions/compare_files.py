@@ -13,6 +13,7 @@ from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.media.types import BadImage
 from pipeline.sources.rows import Row, read_rows, write_rows
+from pipeline.stages.documents import check_shape
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output
 from pipeline.versions.listing import groups
@@ -64,7 +65,8 @@ class Compare(Stage):
         """The hash of each row that was read; empty where it could not be read."""
         numbers, hashes = [np.zeros(0, np.int64)], [pa.array([], pa.large_string())]
         for record in manifest["items"]:
-            lines = storage.read_json(storage.join(self.folder, file_of(record, ".json")["name"]))
+            url = storage.join(self.folder, file_of(record, ".json")["name"])
+            lines = check_shape(storage.read_json(url), url, [[(int, str)]], f"{self.command} --full")
             numbers.append(np.array([number for number, _ in lines], np.int64))
             hashes.append(pa.array([sha256 for _, sha256 in lines], pa.large_string()))
         return Hashes(np.concatenate(numbers), pa.concat_arrays(hashes))

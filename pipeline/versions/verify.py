@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -15,6 +14,7 @@ from pipeline.datasets.metadata import metadata
 from pipeline.media import tars
 from pipeline.neighbors.files import neighbor_files
 from pipeline.stages import records
+from pipeline.stages.documents import check_manifest, check_plan
 from pipeline.stages.manifest import changed_inputs, read_manifest
 from pipeline.stages.plan import item_ids, read_items
 from pipeline.storage import arrays
@@ -49,7 +49,7 @@ def find_faults(root: str, path: str, *, quick: bool = False) -> Iterator[dict[s
     yield from _records(root, path, manifest)
     checks = {"shard": _shards, "embed": _embeddings, "embed_captions": _embeddings, "index": _index,
               "neighbors": _neighbors, "latents": _latents}
-    check = checks.get(manifest["stage"])
+    check = checks.get(manifest["stage"]) if path.startswith("datasets/") else None
     if check:
         checked = _Checked(root, path, manifest)
         for record in manifest["items"]:
@@ -99,7 +99,8 @@ def _changed(manifest: dict[str, Any]) -> list[str]:
 def _plan(path: str, base: str, manifest: dict[str, Any]) -> Iterator[dict[str, str]]:
     """The plan must have the settings, inputs and items of the manifest."""
     try:
-        plan = storage.read_json(storage.join(base, "plan.json"))
+        url = storage.join(base, "plan.json")
+        plan = check_plan(storage.read_json(url), url)
         if any(plan[key] != manifest[key] for key in ("format", "stage", "section", "inputs", "fingerprint")):
             yield _fault(path, "plan.json", "has other settings or inputs than the manifest")
         elif item_ids(read_items(base)) != [record["id"] for record in manifest["items"]]:
@@ -205,7 +206,7 @@ def _lengths(checked: _Checked, path: str, shard: str, rows: int, name: str) -> 
 def _curve(root: str, path: str, manifest: dict[str, Any]) -> Iterator[dict[str, str]]:
     try:
         text = storage.read_bytes(storage.join(root, path, "metrics.jsonl"))
-        lines = [json.loads(line) for line in text.splitlines()]
+        lines = [storage.parse_json(line, "metrics.jsonl") for line in text.splitlines()]
         if storage.digest([[line["step"], line["loss"]] for line in lines]) != manifest["info"]["curve"]:
             yield _fault(path, "metrics.jsonl", "is not the curve that was sealed")
     except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -216,9 +217,13 @@ def _checkpoints(root: str, path: str) -> Iterator[dict[str, str]]:
     base = storage.join(root, path, "checkpoints")
     for step in storage.list_folders(base):
         try:
-            manifest = storage.read_json(storage.join(base, step, "manifest.json"))
+            url = storage.join(base, step, "manifest.json")
+            manifest = check_manifest(storage.read_json(url), url)
         except FileNotFoundError:
             continue  # cut off while it was written: nothing reads it
+        except ValueError as error:
+            yield _fault(path, f"checkpoints/{step}/manifest.json", f"cannot be read: {str(error).splitlines()[0]}")
+            continue
         for entry in manifest["files"]:
             fault = _file(storage.join(base, step, entry["name"]), entry)
             if fault:

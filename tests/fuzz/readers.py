@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from store_readers import STORE_READERS  # this file runs as a script, so its folder is on the path
 
 from jobs.config import toml
-from jobs.inspection import status
 from jobs.runs.metrics import read_metrics
 from jobs.runs.run import Run
 from model.weights import checkpoint, compvis
@@ -29,8 +29,7 @@ from pipeline.sources.config import ShardConfig
 from pipeline.sources.open_lists import open_lists
 from pipeline.sources.rows import ReadReport, hashable_cells, row_line
 from pipeline.sources.tars import TarSource, read_column_types
-from pipeline.stages import plan, records
-from pipeline.stages.manifest import read_manifest
+from pipeline.stages import records
 from pipeline.stages.types import StageFailed
 from pipeline.storage.arrays import map_array
 from pipeline.tables import text_tables
@@ -141,37 +140,6 @@ def _settings(path: Path) -> None:
     toml.resolve_settings("", str(path))
 
 
-def _stage(path: Path, name: str) -> Path:
-    root = path.parent / "root"
-    target = root / "datasets/x/v1/shards"
-    target.mkdir(parents=True)
-    for other in ("plan.json", "manifest.json"):
-        shutil.copy(path.parent / f"good-{other}", target / other)
-    shutil.copy(path, target / name)
-    return root
-
-
-def _plan(path: Path) -> None:
-    root = _stage(path, "plan.json")
-    state = status.read_status(str(root))
-    status.status_table(str(root), state)
-    plan.read_items(str(root / "datasets/x/v1/shards"))
-
-
-def _manifest(path: Path) -> None:
-    root = _stage(path, "manifest.json")
-    state = status.read_status(str(root))
-    status.status_table(str(root), state)
-    manifest = read_manifest(str(root / "datasets/x/v1/shards"), "shard")
-    records.totals(manifest["items"])
-
-
-def _progress(path: Path) -> None:
-    root = _stage(path, "progress.json")
-    (root / "datasets/x/v1/shards/manifest.json").unlink()
-    status.status_table(str(root), status.read_status(str(root)))
-
-
 def _records(path: Path) -> None:
     data = path.read_bytes()
     listed = records.reference(path.name, data, 3)
@@ -192,8 +160,7 @@ READERS: dict[str, Callable[[Path], None]] = {
     "tar": _tar, "tar_source": _tar_source, "tar_images": _tar_images, "array": _array,
     "embedding_folder": _embedding_folder, "embedding_metadata": _embedding_metadata, "archive": _archive,
     "weights": _weights, "checkpoint_json": _checkpoint_json, "compvis": compvis.read, "index": _index,
-    "settings": _settings, "plan": _plan, "manifest": _manifest, "progress": _progress, "records": _records,
-    "metrics": _metrics,
+    "settings": _settings, "records": _records, "metrics": _metrics, **STORE_READERS,
 }
 
 

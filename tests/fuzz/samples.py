@@ -112,6 +112,24 @@ _MANIFEST = {key: _PLAN[key] for key in ("format", "stage", "fingerprint", "sect
 _PROGRESS = {"updated": 1.0, "items": 0, "of_items": 1, "rows": 0, "of_rows": 3, "retried": 0, "bytes": 5,
              "rows_per_s": 1.0, "seconds_left": 3.0, "skipped": {"broken": 1}, "failed_items": 0, "retired": [],
              "devices": {"cpu, fp32": 1}}
+_REPORT = {"rows": 2, "samples": 1, "bytes": 5, "skipped": {"broken": 1}, "again": False}
+_POINTER = {"version": "v1", "number": 1, "sequence": 1, "release": "3" * 64, "published": 1.5, "checked": 2.5,
+            "previous": None, "takedowns": 0, "content": "4" * 64, "samples": 2, "recall@10": 0.9}
+_RELEASE = {"name": "x", "version": "v1", "manifests": {"shards": "5" * 64}, "content": "4" * 64, "number": 1,
+            "samples": 2, "recall@10": None, "base": None, "change": {"added": 2}, "queries": ["a cat"], "code": "x"}
+_REQUEST = {"at": "2026-01-01T00:00:00Z", "note": "", "sha256": ["6" * 64], "urls": ["http://a/b"], "domains": ["a"]}
+_TAKEDOWNS = _REQUEST | {"requests": [_REQUEST], "applied": 1, "rows": [1, 2], "through": 1}
+_RUN = _PLAN | {"stage": "train", "section": {"encoder": {"model": "m", "dim": 4}, "image_size": 16, "dataset": "x",
+                                             "train": {}}}
+_GOOD = ("good-plan.json", "good-manifest.json")
+_STORE: dict[str, Any] = {
+    "report": _REPORT, "record": _RECORD, "failure": {"id": "000000", "error": "a", "traceback": "b"},
+    "more_items": {"items": _PLAN["items"]}, "pointer": _POINTER, "release": _RELEASE,
+    "gates": [{"name": "recall@10", "passed": False, "value": 0.1}],
+    "lease": {"host": "h", "machine": "m", "pid": 1, "started": "1", "exclusive": False},
+    "mark": {"state": "publishing", "sequence": 1, "token": "a"}, "takedowns": _TAKEDOWNS, "takedown_copy": _REQUEST,
+    "fault": {"launch": "", "kind": "ValueError", "message": "a", "at": 1.5}, "run": _RUN}
+"""Documents below a root, by their readers."""
 _ARCHIVE = {"embedding": np.ones((3, 8), np.float32), "img_id": np.arange(3), "patch_coords": np.ones((3, 4), int)}
 _WEIGHTS = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4, 3, 3), "betas": torch.zeros(10)}
 _NOT_UTF8 = b'{"url": "http://a/1.jpg"}\n{"url": "\xff\xfe"}\n'
@@ -119,11 +137,13 @@ _JSON_DAMAGE = (b"", b"null", b"[]", b"{}", b"1", b'"a"', b"\xff", b"\xef\xbb\xb
                 b'{"items": ' + LONG_NUMBER + b"}", b'{"a": NaN}', b'{"a": 1e999}')
 
 
-def _variants(document: dict[str, Any]) -> tuple[bytes, ...]:
+def _variants(document: Any) -> tuple[bytes, ...]:
     """The document with each of its values of another kind, or missing."""
+    if isinstance(document, list):
+        return tuple(b"[" + variant + b"]" for variant in _variants(document[0]))
     variants = []
     for name in document:
-        for value in (None, 5, -1, "x", [], {}, [None], {"a": None}, [{}], {"count": 10**30, "file": {}}):
+        for value in (None, "x", [], {}, [None], {"a": None}, {"count": 10**30, "file": {}}, "\ud800", float("nan")):
             variants.append(json.dumps(document | {name: value}).encode())
         variants.append(json.dumps({key: value for key, value in document.items() if key != name}).encode())
     return tuple(variants)
@@ -228,13 +248,16 @@ def formats() -> dict[str, Format]:
             b"[train]\nlr = nan", b"[train.unet]\nmodel_channels = []", b"[train.unet]\nchannel_mult = [[1]]",
             b"\x00")),
         "plan": Format("some-plan.json", (json.dumps(_PLAN).encode(),), ("plan",), (*_JSON_DAMAGE, *_variants(_PLAN)),
-                       ("good-plan.json", "good-manifest.json")),
+                       _GOOD),
         "manifest": Format("some-manifest.json", (json.dumps(_MANIFEST).encode(),), ("manifest",),
-                           (*_JSON_DAMAGE, *_variants(_MANIFEST)), ("good-plan.json", "good-manifest.json")),
+                           (*_JSON_DAMAGE, *_variants(_MANIFEST)), _GOOD),
         "progress": Format("some-progress.json", (json.dumps(_PROGRESS).encode(),), ("progress",),
-                           (*_JSON_DAMAGE, *_variants(_PROGRESS)), ("good-plan.json", "good-manifest.json")),
-        "records": Format("records.parquet", (packed,), ("records",), (
-            b"", b"PAR1", table, *(packed[:end] for end in range(0, len(packed), 61)))),
+                           (*_JSON_DAMAGE, *_variants(_PROGRESS)), _GOOD),
+        **{name: Format(f"some-{name}.json", (json.dumps(document).encode(),), (name,),
+                        (*_JSON_DAMAGE, *_variants(document)), (*_GOOD, "good-run.json"))
+           for name, document in _STORE.items()},
+        "records": Format("records.parquet", (packed,), ("records", "pack"), (
+            b"", b"PAR1", table, *(packed[:end] for end in range(0, len(packed), 61))), _GOOD),
         "metrics": Format("metrics.jsonl", (b'{"step": 1, "loss": 0.5, "seconds": 1.0}\n',), ("metrics",), (
             b"\xff\n", DEEP, b"[]\n", b"1\n", b"{}\n", b'{"step": ' + LONG_NUMBER + b"}\n", b'{"step": "x"}\n')),
     }
@@ -247,5 +270,6 @@ def write_whole(folder: Path) -> None:
                        "good.json": every["checkpoint_json"].whole[0],
                        "good.safetensors": every["safetensors"].whole[0],
                        "good-plan.json": json.dumps(_PLAN | {"inputs": {}}).encode(),
-                       "good-manifest.json": every["manifest"].whole[0]}.items():
+                       "good-manifest.json": every["manifest"].whole[0],
+                       "good-run.json": every["run"].whole[0]}.items():
         (folder / name).write_bytes(data)

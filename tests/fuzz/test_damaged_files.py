@@ -19,9 +19,10 @@ from tests.fuzz.child import Broken, Child
 from tests.fuzz.samples import Format, formats, write_whole
 
 _SECONDS = float(os.environ.get("FUZZ_SECONDS", "600"))
-_NAMES = ("bz2", "captions_csv", "captions_jsonl", "captions_parquet", "checkpoint_json", "ckpt", "csv", "gz", "index",
-          "jsonl", "keys", "manifest", "metrics", "npy", "npz", "parquet", "plan", "progress", "records", "safetensors",
-          "tar", "toml", "tsv", "zst")
+_NAMES = ("bz2", "captions_csv", "captions_jsonl", "captions_parquet", "checkpoint_json", "ckpt", "csv", "failure",
+          "fault", "gates", "gz", "index", "jsonl", "keys", "lease", "manifest", "mark", "metrics", "more_items", "npy",
+          "npz", "parquet", "plan", "pointer", "progress", "record", "records", "release", "report", "run",
+          "safetensors", "takedown_copy", "takedowns", "tar", "toml", "tsv", "zst")
 
 
 @pytest.fixture(scope="module")

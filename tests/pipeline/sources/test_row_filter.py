@@ -68,7 +68,7 @@ def test_columns_are_named_in_order():
     ("", "is empty"), ("  \n", "is empty"), ("1 < 2", "no column among them"), ("True", "names no column"),
     ("a = 3", "cannot be read"), ("a <", "cannot be read"), ("a < 3)", "cannot be read"), ("not", "cannot be read"),
     ("`a` `b`", "backticks"), ("`a", "no second"), ("t == 'x", "no second"), ("a < 1 # b", "#"), ("a\0 < 1", "cannot"),
-    ("a == None", "`is None`"), ("None != a", "`is None`"), ("a is True", "== compares"), ("1 is None", "of columns"),
+    ("a == None", "`is None`"), ("None != a", "`is None`"), ("a is True", "a == True"), ("1 is None", "of columns"),
     ("a in []", "a list is wanted"), ("a in b", "a list is wanted"), ("'x' in t", "looks into text"),
     ("a in [1, None]", "or x is None"), ("a in [1, 'x']", "mixes number and text"), ("a in [b]", "numbers or texts"),
     ("1 in [1]", "no column"), ("a", "neither true nor false"), ("a + 1", "a condition is wanted"),
@@ -342,7 +342,18 @@ def test_the_examples_of_the_documents_are_understood():
 
 
 @pytest.mark.parametrize(("text", "hint"), [
-    ("a = 3", "compare with =="), ("a < 3 AND b", "and, or, not"), ("a is NULL", "`is None`"), ("a IS NULL", "is None"),
+    ("a = 3", "write == instead of ="), ("a < 3 AND b", "and, or, not"), ("a is NULL", "a is None"),
+    ("a IS NULL", "lower case"), ("a > 1 && b", "write and"), ("a > 1 || b", "write or"), ("!b", "write not"),
+    ("!(a > 1)", "write not"), ("t =~ 'x'", "match(a"), ("t !~ 'x'", "not match(a"), ("t ~ 'x'", "match(a"),
+    ("t ilike '%x%'", "contains(lower(a)"), ("t like 'x%'", "contains(a"), ("t not like 'x%'", "not contains(a"),
+    ("t contains 'x'", "contains(a"), ("t.contains('x')", "contains(a"), ("t startswith 'x'", 'match(a, "^TEXT")'),
+    ("t endswith 'x'", 'match(a, "TEXT$")'), ("t regexp 'x'", "match(a"), ("a <> 1", "write !="),
+    ("a === 1", "write =="), ("a !== 1", "write !="), ("a => 1", "write >="), ("a =< 1", "write <="),
+    ("a eq 1", "write =="), ("a gte 1", "write >="), ("a between 1 and 3", "1 <= a <= 3"),
+    ("a BETWEEN 1 AND 3", "1 <= a <= 3"), ("a % 2 == 0", "+ - * /"), ("a ** 2 > 3", "+ - * /"),
+    ("b == true", "write True"), ("a == null", "write None"), ("length(t) > 1", "write len"),
+    ("t.lower() == 'x'", "lower(a)"), ("isnull(a)", "a is None"), ("b is true", "a == True"),
+    ("a > 1, b", "write and"), ("a ? b : b", "conditional"),
     ("a < 3;", "without ;"), ("a < 3 # c", "comment"), ("a < 0x10", "decimal"), ("1a < 3", "`backticks`"),
     ("a < f is None", "with `and`"), ("class == 'x'", "`backticks`"), ("A < 1", "it is written a")])
 def test_the_hint_has_the_right_spelling(text, hint):
