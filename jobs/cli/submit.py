@@ -30,17 +30,12 @@ from pipeline.datasets.signatures import RELEASE_KEY, public_text, read_release_
 _log = logging.getLogger(__name__)
 NEEDED = "RDM_NEEDS"  # names of the variables that a job is to find where it runs
 _PACKAGES = ("pipeline", "model", "jobs")
-# A runtime environment is kept and shown by the cluster: only these go along, and what --env names.
-_SENT = frozenset({
-    "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS",
-    "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION", "AWS_EC2_METADATA_DISABLED",
-    "WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_BASE_URL",
-    "RDM_CACHE_BYTES", "RDM_LOG", "RDM_PROMETHEUS"})
+# A runtime environment is kept and shown by the cluster: only what --env names goes along.
 _PREFIXES = ("aws_", "wandb_", "rdm_")  # of variables that are worth a line in the log when they stay here
 _OF_HERE = frozenset({
     "aws_profile", "aws_default_profile", "aws_config_file", "aws_shared_credentials_file", "aws_ca_bundle",
     "wandb_dir", "wandb_cache_dir", "wandb_config_dir", "wandb_data_dir", "rdm_cache", NEEDED.casefold()})
-_SECRET = re.compile("KEY|SECRET|TOKEN|PASS|PWD|CREDENTIAL|JWT|BEARER|COOKIE|SIGNATURE|DSN", re.IGNORECASE)
+_SECRET = re.compile("KEY|SECRET|TOKEN|PASS|PWD|CREDENTIAL|JWT|BEARER|COOKIE|SIGNATURE|PRIVATE|_SAS|DSN", re.IGNORECASE)
 _STOP_S = 60  # what a driver is given to end in when its job is stopped; Ray's own 3 s are too few for a checkpoint
 _PATIENCE_S = 300.0  # for a job server that does not answer
 _SETTINGS = "settings.toml"
@@ -65,8 +60,7 @@ class SubmitOptions:
     installed: bool = False
     """Send no code: the nodes have it, in an image."""
     env: Words = ()
-    """Variable of this environment to pass to the job, in addition to the settings of S3, wandb and this program that
-    infra/README.md lists. Repeat the flag for more."""
+    """Variable of this environment to pass to the job. No other one goes along. Repeat the flag for more."""
     secret: Words = ()
     """Name of a variable that the nodes must have. The job checks for it before it begins. Repeat the flag for
     more."""
@@ -127,29 +121,37 @@ def _has_credentials(text: str) -> bool:
     return storage.redact_credentials(text) != text
 
 
-def variables(more: Iterable[str], needed: Iterable[str]) -> dict[str, str]:
-    """The variables of this environment for a job: some settings of S3, wandb and this program, and those of `more`.
+def variables(named: Iterable[str], needed: Iterable[str]) -> dict[str, str]:
+    """The variables of this environment for a job: those that are `named`, and no others.
 
-    Secrets stay here: by their names, in capitals or not, and values with credentials in a URL.
+    ValueError for a named one that is not set here, or is secret by its name (in capitals or not) or by its value. The
+    job looks for those that are `needed` where it runs.
     """
-    passed, more, needed = {}, set(more), sorted(needed)
-    for name in more:
-        if (_SECRET.search(name) and name != RELEASE_KEY) or name not in os.environ:
-            raise ValueError(f"--env {name}: " + ("is a secret by its name, which the cluster would keep and show\n"
-                             f"hint: give it to the nodes, and --secret {name}" if _SECRET.search(name)
-                             else "is not set here"))
-    held_back = []
-    for name, value in sorted(os.environ.items()):
-        if name == RELEASE_KEY:  # public; the nodes do not have the file that it may name
-            passed[name] = public_text(read_release_keys())
-        elif name in more | _SENT and not _SECRET.search(name) and not _has_credentials(value):
-            passed[name] = value
-        elif name in more or (name.casefold().startswith(_PREFIXES) and name.casefold() not in _OF_HERE):
-            held_back.append(name)
-    if held_back := [name for name in held_back if name.casefold() not in {need.casefold() for need in needed}]:
+    named, needed = sorted(set(named)), sorted(needed)
+    passed = {name: public_text(read_release_keys()) if name == RELEASE_KEY else _public_value(name) for name in named}
+    # The job would read versions that no one has signed.
+    if RELEASE_KEY in os.environ and RELEASE_KEY not in named and RELEASE_KEY not in needed:
+        raise ValueError(f"{RELEASE_KEY} is set here, and the job would not know it\n"
+                         f"hint: --env {RELEASE_KEY} sends the public keys; or --secret {RELEASE_KEY}, if the nodes "
+                         f"have it")
+    known = {name.casefold() for name in (*named, *needed)}
+    if stay := [name for name in sorted(os.environ) if name.casefold().startswith(_PREFIXES)
+                and name.casefold() not in _OF_HERE | known]:
         _log.info("submit: %s stay here; --env NAME passes one that is no secret, and --secret NAME has the job check "
-                  "that the nodes have it", ", ".join(held_back))
+                  "that the nodes have it", ", ".join(stay))
     return passed | ({NEEDED: ",".join(needed)} if needed else {}) | {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_S)}
+
+
+def _public_value(name: str) -> str:
+    if _SECRET.search(name):
+        raise ValueError(f"--env {name}: is a secret by its name, which the cluster would keep and show\n"
+                         f"hint: give it to the nodes, and --secret {name}")
+    if name not in os.environ:
+        raise ValueError(f"--env {name}: is not set here\nhint: export {name}=VALUE; or leave --env {name} out")
+    if _has_credentials(os.environ[name]):
+        raise ValueError(f"--env {name}: its value has a password or signature, or a parameter that may be one, which "
+                         f"the cluster would keep and show\nhint: give it to the nodes, and --secret {name}")
+    return os.environ[name]
 
 
 def check_needed() -> None:

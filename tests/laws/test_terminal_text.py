@@ -3,59 +3,16 @@
 import csv
 import io
 import json
-import os
-import pty
 import re
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from jobs.report.render import render_page
 from jobs.telemetry import logs, output
 from pipeline import storage
-
-HOSTILE = "evil\x1b]0;owned\x07\x9b31m\u202egnp\u2066\u200f\x08\x7f"
-SHOWN = r"evil\x1b]0;owned\x07\x9b31m\u202egnp\u2066\u200f\x08\x7f"
-RAW = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-_PNG = io.BytesIO()
-Image.new("RGB", (16, 16), (200, 30, 30)).save(_PNG, "PNG")
-
-# One process runs all verbs, because a process needs seconds to begin.
-_VERBS = """
-import json, sys
-from jobs.cli.main import main
-for words in json.loads(sys.argv[1]):
-    print("VERB", words[0], flush=True)
-    try:
-        code = main(words)
-    except SystemExit as error:
-        code = error.code
-    print("EXIT", code, flush=True)
-"""
-
-
-def _on_terminal(commands: list[list[str]], term: str = "dumb") -> str:
-    """The output of these commands on a pseudo terminal, stdout and stderr together."""
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", _VERBS, json.dumps(commands)], stdout=theirs, stderr=theirs,
-                               env=os.environ | {"TERM": term, "COLUMNS": "400"})
-    os.close(theirs)
-    raw = b""
-    while True:
-        try:
-            piece = os.read(ours, 65536)
-        except OSError:  # the other end is closed
-            break
-        if not piece:
-            break
-        raw += piece
-    os.close(ours)
-    assert process.wait() == 0, raw.decode()
-    return raw.decode().replace("\r\n", "\n")
+from tests.laws.terminal import HOSTILE, PNG, RAW, SHOWN, check_verbs, run_on_terminal
 
 
 def _tar(path: Path, members: dict[str, bytes]) -> None:
@@ -73,11 +30,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hostile")
     pictures = folder / "pictures"
     pictures.mkdir()
-    (pictures / f"{HOSTILE}.png").write_bytes(_PNG.getvalue())
+    (pictures / f"{HOSTILE}.png").write_bytes(PNG.getvalue())
     (pictures / f"broken {HOSTILE}.png").write_bytes(b"no picture")
     with open(pictures / "captions.csv", "w", newline="") as file:
         csv.writer(file).writerows([("file", "caption"), (f"{HOSTILE}.png", HOSTILE)])
-    _tar(folder / "tars/good.tar", {f"{HOSTILE}.png": _PNG.getvalue(), f"{HOSTILE}.txt": HOSTILE.encode()})
+    _tar(folder / "tars/good.tar", {f"{HOSTILE}.png": PNG.getvalue(), f"{HOSTILE}.txt": HOSTILE.encode()})
     _tar(folder / "tars_bad/bad.tar", {f"{HOSTILE}.txt": b"no picture", f"{HOSTILE}.cls": b"1"})
     (folder / "list.csv").write_text(f'address,"{HOSTILE}"\na,b\n')
     (folder / "list.jsonl").write_text('{"url": "' + HOSTILE + '\n')
@@ -121,14 +78,8 @@ def test_no_verb_prints_control_characters_of_others(place: Path) -> None:
         ["shard", "art2", "--source", str(place / "pictures"), "--config", str(place / "settings.toml")],
         ["report"],
     ]
-    said = _on_terminal([[*words, "--root", root] if words[0] == "credits" else [*words, "--root", root, "--local"]
+    shown = check_verbs([[*words, "--root", root] if words[0] == "credits" else [*words, "--root", root, "--local"]
                          for words in commands])
-    parts = said.split("VERB ")[1:]
-    assert len(parts) == len(commands)
-    for words, part in zip(commands, parts, strict=True):
-        assert not RAW.search(part), (words, part)
-        assert "Traceback" not in part and re.search(r"EXIT [0-2]\n", part), (words, part)
-    shown = {" ".join(words[:2]): part for words, part in zip(commands, parts, strict=True)}
     for verb in ("shard bad", "shard list", "shard art2", f"credits {root}/runs/run/samples/0123456789ab/0000.png"):
         assert "evil" in shown[verb] and r"\u202e" in shown[verb], shown[verb]
     page = (place / "root/report.html").read_text()
@@ -137,7 +88,7 @@ def test_no_verb_prints_control_characters_of_others(place: Path) -> None:
 
 def test_a_live_bar_and_bold_heads_are_the_only_control_sequences(place: Path) -> None:
     root = str(place / "root")
-    said = _on_terminal([["shard", "bar", "--source", str(place / "pictures"), "--image-size", "16", "--root", root,
+    said = run_on_terminal([["shard", "bar", "--source", str(place / "pictures"), "--image-size", "16", "--root", root,
                           "--local"], ["status", "--root", root]], "xterm")
     assert "\x1b[" in said
     assert not RAW.search(re.sub(r"\x1b\[[?\d;]*[A-Za-z]|\r", "", said))

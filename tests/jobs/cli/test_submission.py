@@ -59,13 +59,13 @@ def test_no_secret_goes_along(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
                         "WANDB_BASE_URL": "https://me:hidden@wandb", "HF_HOME": "/hub", "HF_TOKEN": "hidden"}.items():
         monkeypatch.setenv(name, value)
     caplog.set_level(logging.INFO, "jobs")
-    submission = _submission("embed", "noto", "--root", ROOT,
-                             own=("--secret", "AWS_SECRET_ACCESS_KEY", "--env", "HF_HOME"))
+    submission = _submission("embed", "noto", "--root", ROOT, own=(
+        "--secret", "AWS_SECRET_ACCESS_KEY", "--env", "HF_HOME", "--env", "AWS_ENDPOINT_URL"))
     assert submission.variables == {
-        "AWS_ENDPOINT_URL": "http://s3:9000", "RDM_CACHE_BYTES": "1G", "WANDB_PROJECT": "p", "HF_HOME": "/hub",
-        "RDM_NEEDS": "AWS_SECRET_ACCESS_KEY", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
+        "AWS_ENDPOINT_URL": "http://s3:9000", "HF_HOME": "/hub", "RDM_NEEDS": "AWS_SECRET_ACCESS_KEY",
+        "RAY_JOB_STOP_WAIT_TIME_S": "60"}
     assert "hidden" not in json.dumps(submission.about) and submission.about["needs"] == "AWS_SECRET_ACCESS_KEY"
-    assert "WANDB_API_KEY" in caplog.text and "hidden" not in caplog.text
+    assert "WANDB_API_KEY" in caplog.text and "RDM_CACHE_BYTES" in caplog.text and "hidden" not in caplog.text
     with pytest.raises(ValueError, match="HF_TOKEN: is a secret"):
         _submission("embed", "noto", "--root", ROOT, own=("--env", "HF_TOKEN"))
 
@@ -75,8 +75,12 @@ def test_keys_of_releases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", private], check=True)
     monkeypatch.setenv("RDM_RELEASE_KEY", str(public))
     words = ("rebuild", "noto", "--source", "s3://b/in", "--root", ROOT)
-    plain, signed = _submission(*words), _submission(*words, "--sign", str(private))
-    assert signed.name == _submission(*words, "--sign", "/elsewhere/key").name != plain.name
+    with pytest.raises(ValueError, match="RDM_RELEASE_KEY is set here, and the job would not know it"):
+        _submission(*words)
+    assert "RDM_RELEASE_KEY" not in _submission(*words, own=("--secret", "RDM_RELEASE_KEY")).variables
+    own = ("--env", "RDM_RELEASE_KEY")
+    plain, signed = _submission(*words, own=own), _submission(*words, "--sign", str(private), own=own)
+    assert signed.name == _submission(*words, "--sign", "/elsewhere/key", own=own).name != plain.name
     # Nodes get the public key itself. They have their own file with the private one.
     assert signed.variables["RDM_RELEASE_KEY"] == " ".join(public.read_text().split()[:2])
     sent = json.dumps([signed.name, signed.words, signed.about, signed.variables, signed.config])
@@ -94,7 +98,7 @@ def test_keys_of_releases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         _submission(*words, "--sign", "key")
     monkeypatch.setenv("RDM_RELEASE_KEY", str(private))
     with pytest.raises(ValueError, match="names a private key"):
-        _submission(*words)
+        _submission(*words, own=own)
 
 
 def test_only_named_variables_go_along_whatever_their_case(monkeypatch: pytest.MonkeyPatch,
@@ -108,15 +112,18 @@ def test_only_named_variables_go_along_whatever_their_case(monkeypatch: pytest.M
         monkeypatch.setenv(name, value)
     caplog.set_level(logging.INFO, "jobs")
     submission = _submission("embed", "noto", "--root", ROOT, own=(
-        "--secret", "WANDB_API_KEY", "--env", "my_setting", "--env", "MY_URL"))
-    assert submission.variables == {"AWS_REGION": "eu", "my_setting": "sent", "RDM_NEEDS": "WANDB_API_KEY",
+        "--secret", "WANDB_API_KEY", "--env", "my_setting"))
+    assert submission.variables == {"my_setting": "sent", "RDM_NEEDS": "WANDB_API_KEY",
                                     "RAY_JOB_STOP_WAIT_TIME_S": "60"}
-    for name in ("WANDB_NOTES", "RDM_OWN", "aws_secret_access_key", "WANDB_ENTITY", "MY_URL"):
+    for name in ("AWS_REGION", "WANDB_NOTES", "RDM_OWN", "aws_secret_access_key", "WANDB_ENTITY"):
         assert name in caplog.text
     assert "hidden" not in caplog.text and "Wandb_Api_Key" not in caplog.text
     for name in ("hf_token", "Wandb_Api_Key", "aws_secret_access_key"):
         with pytest.raises(ValueError, match=f"{name}: is a secret"):
             _submission("embed", "noto", "--root", ROOT, own=("--env", name))
+    with pytest.raises(ValueError, match="--env MY_URL: its value has a password or signature") as refused:
+        _submission("embed", "noto", "--root", ROOT, own=("--env", "MY_URL"))
+    assert "hidden" not in str(refused.value)
 
 
 @pytest.mark.parametrize("url", ["https://me:secret@host/list.csv", "https://host/list.csv?sig=secret",
