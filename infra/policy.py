@@ -24,7 +24,7 @@ import yaml
 
 INFRA = Path(__file__).resolve().parent
 KUBERNETES = INFRA / "kubernetes"
-FOLDERS = ("overlays/aws", "overlays/on-prem", "admission",
+FOLDERS = ("overlays/aws", "overlays/on-prem", "admission", "publish",
            "kueue/queues", "kueue/embed", "kueue/train", "kueue/train-aws")
 RAY_KINDS = {"RayCluster", "RayJob"}
 

@@ -41,7 +41,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in names:
             Image.fromarray(colors.integers(0, 255, (16, 16, 3), np.uint8)).save(folder / style / name)
         with open(folder / style / "captions.csv", "w", newline="") as file:
-            csv.writer(file).writerows([("file", "caption"), *((name, f"{HOSTILE}\n{name}") for name in names)])
+            csv.writer(file).writerows([("file", "caption", "held_out"), *(
+                (name, f"{HOSTILE}\n{name}", number < 2) for number, name in enumerate(names))])
     weights = {name: tensor.float() for name, tensor in compvis.read(_GOLDEN).first_stage.items()}
     first_stage.build(compvis.first_stage_config(weights),
                       compvis.first_stage_weights(weights)).network.save_pretrained(folder / "first-stage")
@@ -69,7 +70,7 @@ def _commands(place: Path) -> list[list[str]]:
         ["convert", "carried", "--checkpoint", str(place / f"out {HOSTILE}")],
         ["rebuild", "built", "--source", str(place / "flat"), "--image-size", "16"],
         ["pipeline", "piped", "--source", str(place / "flat"), "--image-size", "16"],
-        ["forget", "--key", f"flat/{HOSTILE}"],
+        ["forget", "--url", f"5\n{HOSTILE}flat.png"],
         ["credits", str(place / "root/runs/run/samples/texts/samples.json")],
         ["versions", "built"], ["verify"], ["status"], ["report"]]
     return made

@@ -126,7 +126,7 @@ def read_commands(documents: list[Document], environment: dict[str, str]) -> Ite
         if document["kind"] == "CronJob":
             for pod in pod_templates(document):
                 for container in pod["spec"]["containers"]:
-                    own = environment | {pair["name"]: pair.get("value", "") for pair in container["env"]}
+                    own = environment | {pair["name"]: pair.get("value", "") for pair in container.get("env", ())}
                     words = [re.sub(r"\$\((\w+)\)", lambda match, own=own: own[match[1]], word)
                              for word in (*container["command"], *container["args"])]
                     assert words[:3] == ["python", "-m", "jobs"]

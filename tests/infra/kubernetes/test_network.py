@@ -23,6 +23,7 @@ METADATA = (
     "fd00:ec2::254", "fd00:ec2::23", "fd00:ec2::253",  # AWS: metadata, EKS Pod Identity, resolver
     "fd20:ce::254", "fd00:c1::a9fe:a9fe", "fd00:42::42",  # Google, Oracle, Scaleway
     "64:ff9b::a9fe:a9fe", "64:ff9b::6464:64c8",  # the first and Alibaba's through NAT64
+    "64:ff9b::a83f:8110", "64:ff9b::c000:c0", "2002:a9fe:a9fe::1",  # Azure's and Oracle's, and the first through 6to4
 )
 REACHABLE = ("93.184.215.14", "8.8.8.8", "10.3.4.5", "192.168.7.7", "100.64.0.1", "169.253.255.255", "169.255.0.1",
              "2606:2800:21f:cb07::1", "fd12:3456::1", "64:ff9b::808:808")
