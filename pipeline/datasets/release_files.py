@@ -1,13 +1,14 @@
 """Which files a release stands for, and which of them are missing."""
 
 import hashlib
-from collections import defaultdict
+import logging
 from collections.abc import Mapping
-from typing import Any
 
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.stages.manifest import read_manifest
+
+_log = logging.getLogger(__name__)
 
 
 def find_changed_manifests(dataset: Dataset, manifests: Mapping[str, str]) -> list[str]:
@@ -24,24 +25,30 @@ def find_changed_manifests(dataset: Dataset, manifests: Mapping[str, str]) -> li
 
 
 def find_missing_files(dataset: Dataset, manifests: Mapping[str, str], *, read: bool = False) -> list[str]:
-    """URLs of the files of a release that are missing or have another size. Each folder is listed once.
+    """URLs of the files of a release that are missing or changed. Each folder is listed once.
 
     `manifests` names the sha256 of the manifest of each stage. A manifest that is not that one counts as missing.
-    `read`: read each file, and compare its sha256 too.
+    Sizes are compared. A file that is newer than its manifest was written after the seal, and is read to compare its
+    sha256. `read`: read every file.
     """
     changed = find_changed_manifests(dataset, manifests)
     missing = [storage.join(dataset.folder(stage_name), "manifest.json") for stage_name in changed]
-    by_folder: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    listings: dict[str, dict[str, tuple[int, float]]] = {}
+    newer = 0
     for stage_name in sorted(manifests.keys() - set(changed)):
         folder = dataset.folder(stage_name)
         manifest = read_manifest(folder, "", manifests[stage_name])
+        sealed = storage.modified_time(storage.join(folder, "manifest.json"))
         for entry in [*manifest["files"], *(entry for record in manifest["items"] for entry in record["files"])]:
-            parent, _, name = storage.manifest_file_url(folder, entry["name"]).rpartition("/")
-            by_folder[parent][name] = entry
-    for folder, files in sorted(by_folder.items()):
-        there = {name: length for name, length in storage.walk(folder) if "/" not in name}
-        for name, entry in sorted(files.items()):
-            url = storage.join(folder, name)
-            if there.get(name) != entry["bytes"] or (read and storage.sha256(url) != entry["sha256"]):
+            url = storage.manifest_file_url(folder, entry["name"])
+            parent, _, name = url.rpartition("/")
+            if parent not in listings:
+                listings[parent] = storage.list_sizes_and_times(parent)
+            length, written = listings[parent].get(name, (-1, 0.0))
+            is_newer = length == entry["bytes"] and written > sealed
+            newer += is_newer
+            if length != entry["bytes"] or ((read or is_newer) and storage.sha256(url) != entry["sha256"]):
                 missing.append(url)
+    if newer:
+        _log.info("%s: %d files are newer than their manifests and were read again", dataset.label, newer)
     return missing

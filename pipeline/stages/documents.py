@@ -112,8 +112,7 @@ def _misfit(value: Any, shape: Any) -> str | None:
     if isinstance(shape, list):
         if not isinstance(value, list):
             return ""
-        parts = ((number, each, shape[0]) for number, each in enumerate(value))
-        return _first_misfit(parts)
+        return _first_misfit((number, each, shape[0]) for number, each in enumerate(value))
     if not isinstance(value, dict):
         return ""
     if "*" in shape:
@@ -121,7 +120,9 @@ def _misfit(value: Any, shape: Any) -> str | None:
     names = {name.removesuffix("?"): name for name in shape}
     if missing := [name for name, spelled in names.items() if name == spelled and name not in value]:
         return missing[0]
-    return _first_misfit((name, value[name], shape[spelled]) for name, spelled in names.items() if name in value)
+    parts = [(name, value[name], shape[spelled]) for name, spelled in names.items() if name in value]
+    # Others have no shape, but must not be too deep.
+    return _first_misfit([*parts, *((name, {name: each}, dict) for name, each in value.items() if name not in names)])
 
 
 def _is_of_type(value: Any, kind: Any) -> bool:

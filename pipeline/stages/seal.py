@@ -19,6 +19,7 @@ from pipeline.storage.hashing import describe_file, name_by_content
 
 _AT_ONCE = 5000  # records in memory as dicts
 _log = logging.getLogger(__name__)
+_NAMED: set[str] = set()  # damaged records that the log of this process has
 
 
 def read_records(stage: Stage, ids: Sequence[str]) -> records.Collected:
@@ -47,7 +48,9 @@ def read_record(stage: Stage, url: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except storage.DamagedFile as error:
-        _log.warning("%s: %s; the item is made again", stage.name, str(error).splitlines()[0])
+        if url not in _NAMED:
+            _NAMED.add(url)
+            _log.warning("%s: %s; the item is made again", stage.name, str(error).splitlines()[0])
         return None
     return record if record["plan"] == claim_of(stage).fingerprint else None
 

@@ -172,6 +172,26 @@ def list_stamps(url: str) -> dict[str, str]:
             for full, info in listed.items()}
 
 
+def list_sizes_and_times(url: str) -> dict[str, tuple[int, float]]:
+    """Bytes and modification time (seconds of the epoch) of each file directly below the folder `url`, by name.
+
+    The time is 0 if the store does not tell it.
+    """
+    fs, path = open_url(url)
+    with storage_errors(url, "list"):
+        try:
+            if is_local(url):
+                with os.scandir(path) as entries:
+                    return {entry.name: (stat.st_size, stat.st_mtime) for entry in entries
+                            if entry.is_file() and (stat := entry.stat())}
+            listed = [info for info in fs.ls(path, detail=True) if info["type"] == "file"]
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+    times = [info.get("LastModified") for info in listed]
+    return {info["name"].rsplit("/", 1)[-1]: (int(info["size"]), time.timestamp() if time else 0.0)
+            for info, time in zip(listed, times, strict=True)}
+
+
 def stamp(url: str) -> str:
     """The size of the file at `url` with its time and inode, or with its ETag: another one if the file was replaced.
 

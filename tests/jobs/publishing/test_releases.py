@@ -36,8 +36,13 @@ def test_rollback_and_what_was_rolled_back_stays_so(place: Path, capsys: pytest.
     paint(source / "more.png", 2)
     assert rebuild(root, source)["published"] == "v3"
     assert main(["rollback", NAME, "--to", "v2", "--root", root]) == 0 and published_dataset(root).version == "v2"
-    for wrong in ("v2", "v9"):
-        assert main(["rollback", NAME, "--to", wrong, "--root", root]) == 2
+    pointer = storage.read_bytes(f"{root}/datasets/{NAME}/current.json")
+    # The same command after a kill: the pointer names the version already.
+    assert main(["rollback", NAME, "--to", "v2", "--root", root]) == 0
+    assert '"already": true' in capsys.readouterr().out
+    assert storage.read_bytes(f"{root}/datasets/{NAME}/current.json") == pointer
+    assert main(["rollback", NAME, "--to", "v9", "--root", root]) == 2
+    assert f"hint: python -m jobs versions --root {root} {NAME}" in capsys.readouterr().err
     assert main(["versions", NAME, "--root", root]) == 0
     lines = capsys.readouterr().out.splitlines()[-3:]
     assert [re.split("  +", line)[:2] for line in lines] == [["v1", "released"], ["v2", "published"],

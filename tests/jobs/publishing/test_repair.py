@@ -1,6 +1,7 @@
 """Damaged pointers, missing parts of a published version, and the way back."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -287,17 +288,31 @@ def test_repair_and_gc_say_that_the_published_version_is_damaged(second: Path,
         assert main([verb[0], NAME, *verb[1:], "--root", root]) == 1
         error = capsys.readouterr().err
         assert "v2 is damaged: 1 files are missing or changed" in error
-        assert f"hint: python -m jobs rollback {NAME} --root {root}" in error
+        assert f"hint: python -m jobs rollback --root {root} {NAME}; or " in error
     assert main(["rollback", NAME, "--root", root]) == 0
     assert published_dataset(root).version == "v1"
 
 
-def test_a_full_rebuild_replaces_a_version_with_changed_bytes(place: Path) -> None:
+@pytest.mark.parametrize("full", [False, True])
+def test_a_rebuild_replaces_a_version_with_changed_bytes_of_equal_size(place: Path, full: bool) -> None:
     index = place / "root" / "datasets" / NAME / "v1" / "index" / "knn.index"
     data = bytearray(index.read_bytes())
     data[len(data) // 2] ^= 0xff
     index.write_bytes(data)
-    assert rebuild(place / "root", place / "source", full=True)["published"] == "v2"
+    if full:  # a plain rebuild reads only files that are newer than their manifest
+        os.utime(index, (0, 0))
+        assert rebuild(place / "root", place / "source")["unchanged"]
+    assert rebuild(place / "root", place / "source", full=full)["published"] == "v2"
+    assert main(["verify", "--root", str(place / "root"), "--against", "current"]) == 0
+
+
+def test_files_that_are_newer_than_their_manifest_are_read_and_taken_over(place: Path,
+                                                                          caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "pipeline")
+    for path in (place / "root" / "datasets" / NAME / "v1" / "shards").glob("*.tar"):
+        os.utime(path)
+    assert rebuild(place / "root", place / "source")["unchanged"]
+    assert "files are newer than their manifests and were read again" in caplog.text
 
 
 def test_versions_of_a_dataset_that_was_never_published(second: Path, capsys: pytest.CaptureFixture[str]) -> None:
