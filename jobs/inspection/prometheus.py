@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
@@ -24,6 +25,9 @@ from pipeline import storage
 from pipeline.stages.progress import period
 
 _log = logging.getLogger(__name__)
+_requests = logging.getLogger(f"{__name__}.requests")
+# Else each invalid request would write a traceback, and anyone who reaches the port could fill the log.
+_requests.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError)))
 _REQUEST_S = 20.0  # from the connection, or the last answer, to the end of the next request's headers
 _ANSWER_S = 60.0  # to read the root and to send all of the answer
 _CONNECTIONS = 200  # more than Prometheus opens, and fewer than a process may have files open
@@ -74,7 +78,7 @@ async def _serve(registry: CollectorRegistry, host: str, port: int) -> None:
             return web.Response(status=503)
         return response
 
-    server = web.Server(answer, keepalive_timeout=_REQUEST_S, lingering_time=0.0, access_log=None)
+    server = web.Server(answer, keepalive_timeout=_REQUEST_S, lingering_time=0.0, access_log=None, logger=_requests)
     listener = await loop.create_server(
         lambda: server() if len(server.connections) < _CONNECTIONS else _Refusal(), host, port, backlog=_BACKLOG)
     _log.info("status: at http://%s:%d/metrics", host, listener.sockets[0].getsockname()[1])

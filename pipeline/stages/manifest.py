@@ -49,7 +49,7 @@ def read_manifest(folder: str, command: str, sha256: str | None = None) -> dict[
     except FileNotFoundError:
         raise ValueError(f"{folder} is not sealed: it has no manifest.json\nhint: {command}") from None
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise DamagedFile(f"{folder}/manifest.json is not the one that was published: somebody changed this version\n"
+        raise DamagedFile(f"{folder}/manifest.json is not the one that was published: its files were changed\n"
                           f"hint: python -m jobs verify --against current")
     manifest = storage.parse_json(data, storage.join(folder, "manifest.json"))
     check_manifest(manifest, f"{folder}/manifest.json")

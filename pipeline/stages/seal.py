@@ -23,7 +23,7 @@ _NAMED: set[str] = set()  # damaged records that the log of this process has
 
 
 def read_records(stage: Stage, ids: Sequence[str]) -> records.Collected:
-    """The records that are there of the items `ids`. Those of another plan and damaged ones do not count."""
+    """The records of the items `ids`. Records of another plan and damaged records do not count."""
     folder = storage.join(stage.folder, "records")
     plan = claim_of(stage).fingerprint
     packs = storage.join(stage.folder, "packs", plan[:12])
@@ -42,7 +42,7 @@ def read_records(stage: Stage, ids: Sequence[str]) -> records.Collected:
 
 
 def read_record(stage: Stage, url: str) -> dict[str, Any] | None:
-    """The record at `url`. None if there is none of this plan, or if it is damaged: its item is made again then."""
+    """The record at `url`. None if it is missing, damaged, or of another plan: the driver then makes the item again."""
     try:
         record = check_record(storage.read_json(url), url, stage.record_info)
     except FileNotFoundError:
@@ -61,7 +61,7 @@ def _add_pack(collected: records.Collected, url: str) -> None:
     except (ValueError, OSError) as error:  # Arrow's errors are of these kinds
         if isinstance(error, storage.StorageError):
             raise
-        _log.warning("%s is damaged: its records are read one by one (%s)", url, str(error).splitlines()[0])
+        _log.warning("%s is damaged (%s): this command reads its records one by one", url, str(error).splitlines()[0])
 
 
 def _pack(folder: str, data: bytes) -> None:

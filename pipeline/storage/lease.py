@@ -195,7 +195,7 @@ def _read_living(url: str, now: float) -> Holder | None:
         if holder or is_old:
             remove(url)
         else:
-            _log.warning("%s is damaged and does not count. It is removed %.0f s after it was written", url, EXPIRE_S)
+            _log.warning("%s is damaged and does not count. A command removes it after %.0f s", url, EXPIRE_S)
     return None
 
 

@@ -21,7 +21,7 @@ _VERBS = """
 import json, sys
 from jobs.cli.main import main
 for words in json.loads(sys.argv[1]):
-    print("VERB", words[0], flush=True)
+    print("VERB", ascii(words[0]), flush=True)
     try:
         code = main(words)
     except SystemExit as error:

@@ -53,9 +53,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _commands(place: Path) -> list[list[str]]:
     databases = ["--database", "flat", "--database", "outline"]
     styles = ("flat", "outline", "art")
-    made = [["shard", style, "--source", str(place / style), "--image-size", "16"] for style in styles]
-    made += [[verb, style] for style in styles for verb in ("embed", "index")]
-    made += [
+    commands = [["shard", style, "--source", str(place / style), "--image-size", "16"] for style in styles]
+    commands += [[verb, style] for style in styles for verb in ("embed", "index")]
+    commands += [
         ["embed", "flat", "--captions"],
         ["neighbors", "art", "--database", "flat", "--k", "2"],
         ["latents", "flat", "--first-stage", str(place / "first-stage")],
@@ -73,7 +73,7 @@ def _commands(place: Path) -> list[list[str]]:
         ["forget", "--url", f"5\n{HOSTILE}flat.png"],
         ["credits", str(place / "root/runs/run/samples/texts/samples.json")],
         ["versions", "built"], ["verify"], ["status"], ["report"]]
-    return made
+    return commands
 
 
 def _refused(place: Path) -> list[list[str]]:

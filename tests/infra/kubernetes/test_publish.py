@@ -1,4 +1,4 @@
-"""The private key of releases: one pod has it, in a namespace of its own, and no pod of the cluster can get it."""
+"""The private key of releases: one pod in its own namespace has it, and no pod of the cluster can get it."""
 
 import pytest
 

@@ -89,7 +89,7 @@ def server(root: Path) -> Iterator[Server]:
     server = Server(root)
     try:
         yield server
-        assert server.answers() and server.stop() == 0
+        assert server.process.poll() is not None or (server.answers() and server.stop() == 0)
     finally:
         server.process.kill()
         server.process.wait()
@@ -181,6 +181,10 @@ def test_huge_and_broken_requests_are_refused(server: Server, request_line: byte
     assert ends_within(client, 4 * REQUEST_S)
     status = Path(f"/proc/{server.process.pid}/status").read_text()
     assert int(re.search(r"VmRSS:\s+(\d+)", status)[1]) < 600_000  # type: ignore[index]
+    assert server.answers() and server.stop() == 0
+    assert server.process.stderr
+    log = server.process.stderr.read()
+    assert "Traceback" not in log and "aaaa" not in log
 
 
 def test_a_client_that_does_not_read_ends(root: Path) -> None:

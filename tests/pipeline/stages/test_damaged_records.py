@@ -1,4 +1,4 @@
-"""Damaged records, packs, reports and plans of a stage under way: their items are made again, or the file is named."""
+"""Damage in a stage under way: a stage makes the item of a damaged record again, and names a damaged plan."""
 
 import json
 import logging
