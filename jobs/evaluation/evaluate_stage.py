@@ -204,7 +204,7 @@ class Evaluation(Stage):
     def _grid(self, way: str, results: list[dict[str, Any]], rows: int = 8) -> Image.Image:
         """The first pictures of some prompts in every style, as the way has them; rows prompts, columns styles."""
         from pipeline.media.contact_sheet import contact_sheet
-        size = int(self.run.section()["image_size"])
+        size = self.run.image_size
         styles = [result for result in results if result["way"] == way]
         prompts = styles[0]["prompts"][:rows]
         sheets = [Image.open(io.BytesIO(storage.read_bytes(storage.join(self.folder, (

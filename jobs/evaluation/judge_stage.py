@@ -58,7 +58,7 @@ class StyleClassifierStage(Stage):
         return f"python -m jobs evaluate {self.run.name} --root {self.root}"
 
     def section(self) -> dict[str, Any]:
-        return {"steps": self.steps, "image_size": int(self.run.section()["image_size"]),
+        return {"steps": self.steps, "image_size": self.run.image_size,
                 "databases": [database.label for database in self.databases]}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
@@ -74,7 +74,7 @@ class StyleClassifierStage(Stage):
 
     def process(self, item: Item, scratch: Path) -> Output:
         torch.set_num_threads(1)
-        size, unseen = int(self.run.section()["image_size"]), frozenset(held_out_captions(self.dataset, self.databases))
+        size, unseen = self.run.image_size, frozenset(held_out_captions(self.dataset, self.databases))
         pictures, vectors, labels, away = [], [], [], []
         for number, database in enumerate(self.databases):
             pictures.append(load_images(database, size))

@@ -21,6 +21,7 @@ from prometheus_client.exposition import choose_encoder
 
 from jobs.inspection import status
 from jobs.runs.labels import NAMES
+from jobs.runs.run import HOPELESS
 from pipeline import storage
 from pipeline.stages.progress import period
 
@@ -158,7 +159,7 @@ def _stage_metrics(states: list[dict[str, Any]]) -> Iterator[Metric]:
                 curves[name].add_metric(known, curve[name])
         if stage.get("stage") == "train":
             ended = (stage.get("fault") or {}).get("kind")
-            for kind in ("FloatingPointError", "MemoryError", "ValueError"):
+            for kind in HOPELESS:
                 faults.add_metric([*known, kind], float(kind == ended))
     yield from [*gauges.values(), *curves.values(), left_out, recall, faults]
 

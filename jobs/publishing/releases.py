@@ -15,7 +15,7 @@ from pipeline.datasets.dataset import Dataset, datasets
 from pipeline.datasets.published import DamagedPointer, Published
 from pipeline.datasets.release_files import find_missing_files
 from pipeline.datasets.signatures import ReleaseKeys, read_release_keys
-from pipeline.stages.documents import check_plan, check_shape
+from pipeline.stages.documents import check_shape
 from pipeline.stages.types import StageFailed
 from pipeline.storage import DamagedFile
 
@@ -70,7 +70,7 @@ def _consumers(root: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def _plan(root: str, path: str) -> dict[str, Any] | None:
     try:
         url = storage.join(storage.normalize(root), path, "plan.json")
-        return check_plan(storage.read_json(url), url)
+        return check_shape(storage.read_json(url), url, {"stage?": str, "inputs?": {"*": {"path": str}}}, "")
     except (FileNotFoundError, ValueError):
         return None
 
@@ -226,7 +226,8 @@ def rollback(root: str, name: str, to: str, *, dry_run: bool = False, keys: Rele
                          f"hint: python -m jobs rollback {name} --to VERSION")
     if missing := find_missing_files(dataset, dict(current.open_version(version).trusted)):
         raise DamagedFile(f"{name}@{version} is not what was published any more: {len(missing)} files are missing or "
-                         f"changed, the first is {missing[0]}\nhint: verify --only datasets/{name}/{version}")
+                         f"changed, the first is {missing[0]}\n"
+                         f"hint: python -m jobs verify --only datasets/{name}/{version}")
     if not dry_run and not current.publish(dataset, data, release["number"], rolled_back=current.version):
         raise StageFailed(f"somebody published another version of {name} at this moment\nhint: look at versions "
                                 f"{name}, and try again")

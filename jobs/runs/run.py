@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import storage
-from pipeline.stages.documents import NUMBER, check_manifest, check_plan, check_shape
+from pipeline.stages.documents import NUMBER, check_manifest, check_shape
 from pipeline.stages.manifest import read_manifest
 
-HOPELESS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (FloatingPointError, MemoryError, ValueError)}
-_SECTION = {"encoder": dict, "image_size": int, "dataset?": str, "lineage?": {"*": {"path": str, "digest": str}}}
+# The first one that fits an error counts.
+HOPELESS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (FloatingPointError, MemoryError,
+                                                                        storage.DamagedFile, ValueError)}
+_INPUTS = {"*": {"path": str, "digest?": str}}
+_PLAN = {"section": {"encoder?": dict, "image_size?": int, "dataset?": str, "lineage?": _INPUTS}, "inputs?": _INPUTS}
 _FAULT = {"kind": str, "message": str, "launch": str, "at": NUMBER}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -58,9 +61,7 @@ class Run:
 
     def _read_plan(self) -> dict[str, Any]:
         url = storage.join(self.folder, "plan.json")
-        plan = check_plan(storage.read_json(url), url)
-        check_shape(plan["section"], f"{url} (section)", _SECTION, self.command)
-        return plan
+        return check_shape(storage.read_json(url), url, _PLAN, "python -m jobs verify")
 
     def planned(self) -> dict[str, Any]:
         """The settings the run was planned with, nothing if it was not."""
@@ -74,7 +75,7 @@ class Run:
         """What the run is made from: the folders of data, database and neighbours, and what was in them."""
         try:
             plan = self._read_plan()
-            return plan["section"].get("lineage") or plan["inputs"]
+            return plan["section"].get("lineage") or plan.get("inputs", {})
         except FileNotFoundError:
             return {}
 
@@ -108,7 +109,19 @@ class Run:
 
     def encoder(self) -> dict[str, Any]:
         """The encoder of the vectors the run was trained with."""
-        return self.section()["encoder"]
+        return self._setting("encoder")
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of a side of the images that the run was trained with."""
+        return self._setting("image_size")
+
+    def _setting(self, name: str) -> Any:
+        section = self.section()
+        if name not in section:
+            raise storage.DamagedFile(f"{storage.join(self.folder, 'plan.json')} is damaged: it has no {name}\n"
+                                      f"hint: python -m jobs verify")
+        return section[name]
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""

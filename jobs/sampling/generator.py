@@ -35,7 +35,7 @@ class ImageGenerator:
         with devices.explain_failures(f"the network of the run {run.name} does not get onto the device"):
             self.denoiser = denoiser.to(self.device)
         self.about = {"step": step, "content": run.checkpoint(step)["content"]}
-        self.size = int(run.section()["image_size"])
+        self.size = run.image_size
         self.first_stage = latents.first_stage_of_run(run)
 
     def generate(self, context: np.ndarray, positions: Sequence[int], how: SampleConfig) -> np.ndarray:

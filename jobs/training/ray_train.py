@@ -102,7 +102,7 @@ def _train_worker(config: dict[str, Any]) -> None:
 def _fatal_error(job: Job, launch: str) -> Exception | None:
     """The error that ended this launch for good, if one did."""
     fault = job.run.fault()
-    return HOPELESS[fault["kind"]](fault["message"]) if fault and fault["launch"] == launch else None
+    return HOPELESS.get(fault["kind"], ValueError)(fault["message"]) if fault and fault["launch"] == launch else None
 
 
 def _watch_metrics(job: Job, watch: Callable[[dict[str, Any]], None], done: threading.Event) -> None:

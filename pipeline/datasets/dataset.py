@@ -102,8 +102,8 @@ class Dataset:
         """
         sha256 = dict(self.trusted).get(stage_name)
         if sha256 is None and self.signed and stage_name in RELEASED_STAGES:
-            raise ValueError(f"{self.folder(stage_name)} is not part of the signed release of "
-                             f"{self.name}@{self.version}\nhint: remove it, or publish a version that has it")
+            raise DamagedFile(f"{self.folder(stage_name)} is not part of the signed release of "
+                              f"{self.name}@{self.version}\nhint: remove it, or publish a version that has it")
         return sha256
 
     def fetch(self, stage_name: str, entry: dict[str, Any], *, check: bool = False) -> Path:

@@ -129,7 +129,7 @@ class Published:
     def open_version(self, version: str) -> Dataset:
         """A version with the hashes under which it was last published; without hashes if it never was.
 
-        ValueError if signatures are checked, and no publication of the version has an accepted one.
+        DamagedFile if signatures are checked, and no publication of the version has an accepted one.
         """
         dataset, fault = Dataset(self.root, self.name, version), "was never published"
         for document in reversed(self.history()):
@@ -138,14 +138,15 @@ class Published:
                 if not fault:
                     return self._open(dataset, document["release"])
         if self.keys.accepted:
-            raise ValueError(_untrusted(self.name, version, fault))
+            raise DamagedFile(_untrusted(self.name, version, fault))
         return dataset
 
     def _open(self, dataset: Dataset, sha256: str) -> Dataset:
-        release, data = read_release(dataset)
-        if release is None or hashlib.sha256(data).hexdigest() != sha256:
+        data = _read_release_bytes(dataset)
+        if data is None or hashlib.sha256(data).hexdigest() != sha256:
             raise DamagedFile(f"the release of {dataset.name}@{dataset.version} is not the one that was published: it "
                               f"was changed or removed\nhint: python -m jobs rollback {dataset.name}")
+        release = check_release(storage.parse_json(data, _release_url(dataset)), _release_url(dataset))
         return Dataset(dataset.root, dataset.name, dataset.version, tuple(sorted(release["manifests"].items())),
                        self.document.get("takedowns", 0), bool(self.keys.accepted))
 
@@ -317,7 +318,7 @@ def open_dataset(root: str, text: str, pinned: str = "", keys: ReleaseKeys | Non
     if published.version:
         return published.open()
     if keys.accepted:
-        raise ValueError(_untrusted(dataset.name, dataset.version, "was never published"))
+        raise DamagedFile(_untrusted(dataset.name, dataset.version, "was never published"))
     if has_release(dataset):
         raise DamagedPointer(published.root, dataset.name, f"is missing, and {dataset.version} has a release")
     return dataset
@@ -341,12 +342,15 @@ def has_release(dataset: Dataset) -> bool:
 
 def read_release(dataset: Dataset) -> tuple[dict[str, Any] | None, bytes]:
     """The release of a version and its bytes; None if it has none. DamagedFile if it is damaged."""
-    url = _release_url(dataset)
+    url, data = _release_url(dataset), _read_release_bytes(dataset)
+    return (None, b"") if data is None else (check_release(storage.parse_json(data, url), url), data)
+
+
+def _read_release_bytes(dataset: Dataset) -> bytes | None:
     try:
-        data = storage.read_bytes(url)
+        return storage.read_bytes(_release_url(dataset))
     except FileNotFoundError:
-        return None, b""
-    return check_release(storage.parse_json(data, url), url), data
+        return None
 
 
 def hash_manifests(dataset: Dataset) -> dict[str, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli.main import main
+from jobs.cli.parse import VERBS
 from jobs.telemetry.output import add_root
 
 
@@ -54,6 +55,13 @@ def test_a_hint_that_was_given_is_a_command_that_works(root: Path, capsys: pytes
     assert hinted[:3] == ["python", "-m", "jobs"]
     assert main(hinted[3:]) == 1  # verify finds the damage
     assert "datasets/drawn/v1/shards" in capsys.readouterr().out
+
+
+def test_every_hint_spells_its_command_in_full() -> None:
+    verbs = "|".join(VERBS)
+    for package in ("jobs", "pipeline", "model"):
+        for file in (Path(__file__).parents[3] / package).rglob("*.py"):
+            assert not re.search(rf"hint: ({verbs}) ([{{<A-Z]|--)", file.read_text()), file
 
 
 def test_invalid_usage_ends_with_2(root: Path) -> None:
