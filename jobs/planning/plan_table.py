@@ -119,8 +119,8 @@ def builds(plan: PlanConfig, settings: Settings, used: Rates) -> list[Build]:
     """A build for each combination of pictures and rows; ValueError where GPUs and rates do not go together."""
     if plan.gpus and not (used.embed.gpu or used.exact.gpu or used.train.gpu):
         raise ValueError("--gpus: the rates are those of workers without a GPU\n"
-                         "hint: python -m jobs plan --measure FILE where there are GPUs; or run a sample on them, then plan --from ROOT --from-gpu; or rates of your own "
-                         "with \"gpu\": true: --rates FILE")
+                         "hint: python -m jobs plan --measure FILE where there are GPUs; or run a sample on them, then "
+                         "plan --from ROOT --from-gpu; or rates of your own with \"gpu\": true: --rates FILE")
     corpus = next((CORPORA[name] for name, recipe in RECIPES.items() if recipe().train.unet == settings.train.unet),
                   CORPORA["tiny"])
     kept = parse_size(plan.memory, "--memory")
