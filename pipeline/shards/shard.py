@@ -224,7 +224,10 @@ class Shard(Stage):
                             **{name: count for name, count in sums.items() if count}})
 
     def _origins(self) -> Any:
-        return storage.read_json(self.config.sources) if self.config.sources else []
+        try:
+            return storage.read_json(self.config.sources) if self.config.sources else []
+        except storage.DamagedFile as error:  # a file of the user
+            raise ValueError(f"{str(error).splitlines()[0]}\nhint: --sources names a JSON file") from None
 
 
 def _raise_missing(row: Any) -> bytes:

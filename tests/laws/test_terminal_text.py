@@ -99,6 +99,7 @@ def test_text_and_styles_of_others() -> None:
     assert storage.escape_controls("a\tb\nc\ud800", "\n\t") == "a\tb\nc\\ud800"
     plain = "café 日本 👩‍👩‍👧 العربية"
     assert storage.escape_controls(plain) == plain
+    assert output.escape_document({HOSTILE: [HOSTILE, 1, None]}) == {SHOWN: [SHOWN, 1, None]}
     assert output.plain_log("\x1b[36m(worker)\x1b[0m \x1b]0;x\x07") == r"(worker) \x1b]0;x\x07"
 
 

@@ -11,9 +11,7 @@ from PIL import Image
 from prometheus_client import CollectorRegistry, generate_latest
 
 from jobs.inspection.prometheus import RootMetrics
-from jobs.telemetry import output
 from model.weights import compvis, first_stage
-from tests.jobs.telemetry import wandb_files
 from tests.laws.terminal import HOSTILE, RAW, SHOWN, check_verbs
 
 _GOLDEN = Path(__file__).parents[1] / "model/weights/golden/compvis_small.safetensors"
@@ -59,8 +57,7 @@ def _commands(place: Path) -> list[list[str]]:
         ["embed", "flat", "--captions"],
         ["neighbors", "art", "--database", "flat", "--k", "2"],
         ["latents", "flat", "--first-stage", str(place / "first-stage")],
-        ["train", "run", "--dataset", "art", "--database", "flat", "--config", str(place / "settings.toml"),
-         "--tracker", "wandb"],
+        ["train", "run", "--dataset", "art", "--database", "flat", "--config", str(place / "settings.toml")],
         ["sample", "run", *_SAMPLE, "texts", "--prompt", HOSTILE],
         ["sample", "run", *_SAMPLE, "images", "--image", str(place / f"{HOSTILE}.png")],
         ["sample", "run", *_SAMPLE, "rows", "--unconditional", "1"],
@@ -121,9 +118,3 @@ def test_names_in_metrics_have_no_control_characters(place: Path, tmp_path: Path
     text = generate_latest(registry).decode()
     assert text.count("rdm_stage_items_left{") == 3 and r"\\x1b]0;owned" in text and r"\\udcff" in text
     assert not RAW.search(text)
-
-
-def test_text_for_wandb_has_no_control_characters(place: Path) -> None:
-    files = list((place / "root").rglob("*.wandb"))
-    assert files and not any(RAW.search(str(record)) for file in files for record in wandb_files.records(file))
-    assert output.escape_document({HOSTILE: [HOSTILE, 1, None]}) == {SHOWN: [SHOWN, 1, None]}

@@ -22,6 +22,7 @@ from jobs.telemetry import wandb_tracker
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from tests.jobs.telemetry import wandb_files
+from tests.laws.terminal import HOSTILE, RAW, SHOWN
 
 _SMALL = ('[train]\nsteps = 24\nglobal_batch = 4\nlog_every = 1\ncheckpoint_every = 6\nprecision = "fp32"\n'
           'image_size = 16\n[train.unet]\nmodel_channels = 32\n')
@@ -294,6 +295,28 @@ def test_stages_are_jobs_of_one_group_and_nobody_is_told_unasked(root: Path, mon
 
 
 @pytest.mark.slow
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, dict | list):
+        for inner in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from _texts(inner)
+    elif isinstance(value, str):
+        yield value
+
+
+def test_text_of_others_has_no_control_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder = tmp_path / "datasets" / "drawn" / "v1"
+    folder.mkdir(parents=True)
+    tracker = wandb_tracker.Tracker(str(tmp_path), str(folder), run_labels("drawn", "v1", HOSTILE),
+                                    {"prompts": [HOSTILE]}, {"shards": {"path": HOSTILE, "digest": "0"}})
+    tracker.add({"step": 1, f"left_out/{HOSTILE}": 3})
+    tracker.close({"info": {"caption": HOSTILE}})
+    (session,) = [_session(session_folder, "exit") for session_folder in tmp_path.rglob("offline-run-*")]
+    assert session["config"]["prompts"] == [SHOWN] and session["config"]["lineage"]["shards"]["path"] == SHOWN
+    assert session["name"] == SHOWN and any(f"left_out/{SHOWN}" in line for line in session["history"])
+    assert not any(map(RAW.search, _texts(session)))
+
+
 def test_none_is_none(root: Path) -> None:
     subprocess.run(_train(root, "--steps", "2", "--tracker", "none"), env=_environment(), check=True,
                    capture_output=True)
