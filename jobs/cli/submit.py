@@ -147,7 +147,7 @@ def _public_value(name: str) -> str:
         raise ValueError(f"--env {name}: is a secret by its name, which the cluster would keep and show\n"
                          f"hint: give it to the nodes, and --secret {name}")
     if name not in os.environ:
-        raise ValueError(f"--env {name}: is not set here\nhint: export {name}=VALUE; or leave --env {name} out")
+        raise ValueError(f"--env {name}: is not set here\nhint: set it, or leave --env {name} out")
     if _has_credentials(os.environ[name]):
         raise ValueError(f"--env {name}: its value has a password or signature, or a parameter that may be one, which "
                          f"the cluster would keep and show\nhint: give it to the nodes, and --secret {name}")
