@@ -1,4 +1,4 @@
-"""Which pictures a sample drew on: key, source, address, licence, caption, score; and a sheet of them."""
+"""The images that a sample used: key, title, author, license, page, source, caption, score; and a sheet of them."""
 
 import io
 from pathlib import Path
@@ -11,9 +11,9 @@ from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import metadata
 from pipeline.media.contact_sheet import contact_sheet
+from pipeline.sources.licenses import attribution_of, license_of
 from pipeline.stages.documents import NUMBER, check_shape
 
-_LICENCES = ("licence_spdx", "license", "licence", "licence_url", "license_url", "rights")
 _CELL = 160
 _SAMPLES = {"pictures": [{
     "file": str, "prompt?": (str, type(None)), "seed": int, "database": str, "neighbors": [{
@@ -72,10 +72,13 @@ def _credit(neighbor: dict[str, Any], label: str, known: dict[str, dict[str, Any
     if row is not None and row["sha256"] != neighbor["sha256"]:
         row = None  # the version was made anew since
     about = _origin(row, label) if row else {}
+    own, work = license_of(row or {}), attribution_of(row or {})
+    license_ = own if own.text else license_of(about)
     return {"database": label, "key": neighbor["key"], "score": neighbor["score"], "caption": neighbor["caption"],
             "url": row["url"] if row else "", "source": _first(about, ("package", "name", "style")),
-            "licence": _first(row or {}, _LICENCES) or _first(about, _LICENCES),
-            "authors": _first(about, ("author_name", "authors", "author")), "sha256": neighbor["sha256"], "file": file,
+            "licence": license_.text, "spdx": license_.spdx, "title": work["title"], "page": work["page"],
+            "authors": work["author"] or _first(about, ("author_name", "authors", "author")),
+            "sha256": neighbor["sha256"], "file": file,
             **({} if row else {"note": "this version of the database is gone, or was made anew"})}
 
 
@@ -102,9 +105,10 @@ def credits_text(credited: list[dict[str, Any]]) -> str:
         lines.append(f"{credit['sample']}" + (f": {credit['prompt']}" if credit["prompt"] else ""))
         rows = []
         for picture in credit["pictures"]:
-            by = ", ".join(part for part in (picture["source"], picture["authors"], picture["licence"]) if part)
+            by = ", ".join(part for part in (picture["title"], picture["authors"], picture["source"],
+                                             _license(picture)) if part)
             rows.append(["", f"{picture['score']:.3f}", f"{picture['database']}/{picture['key']}", picture["caption"],
-                         picture["url"], f"({by or 'licence unknown'})", picture.get("note", "")])
+                         picture["page"] or picture["url"], f"({by})", picture.get("note", "")])
         lines += [tables.render(rows)] if rows else []
     return "\n".join(lines)
 
@@ -126,8 +130,12 @@ def save_sheet(credited: list[dict[str, Any]], out: Path) -> None:
 
 
 def _below(neighbor: dict[str, Any]) -> str:
-    return (f"{neighbor['score']:.2f} {neighbor['caption'] or neighbor['key']}, "
-            f"{neighbor['licence'] or 'licence unknown'}")
+    parts = [neighbor["title"] or neighbor["caption"] or neighbor["key"], neighbor["authors"], _license(neighbor)]
+    return f"{neighbor['score']:.2f} {', '.join(part for part in parts if part)}"
+
+
+def _license(picture: dict[str, Any]) -> str:
+    return picture["spdx"] or picture["licence"] or "license unknown"
 
 
 def _picture(address: str) -> Image.Image:

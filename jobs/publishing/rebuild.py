@@ -7,6 +7,7 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -233,7 +234,8 @@ class Rebuild:
         pinned = {} if self.config.allow_encoder else list_encoders(self.root, self.name)
         if base and not self.config.allow_encoder:
             pinned[base.label] = dataset_encoder(base)
-        return gates.measure_gates(dataset, base, texts, self.embed.clip(), self.config.gates, pinned), texts
+        limits = replace(self.config.gates, only_licenses=self.config.gates.only_licenses or self.shard.licenses)
+        return gates.measure_gates(dataset, base, texts, self.embed.clip(), limits, pinned), texts
 
     def publish(self, dataset: Dataset) -> dict[str, Any]:
         """Judge a version and swap it in; GatesFailed if it is not as it must be.
@@ -346,6 +348,7 @@ def _made(rebuild: Rebuild, dataset: Dataset, past: bool, seal: Seal) -> dict[st
     diff = rebuild.compare(dataset, seal)
     counts = {name: diff.counts[name] for name in _COUNTS}
     _log.info("rebuild: %s: %s", dataset.label, ", ".join(f"{count} {name}" for name, count in counts.items()))
+    counts |= diff.filtered_by
     if rebuild.unchanged(dataset, diff):
         return {"dataset": rebuild.name, "published": rebuild.before.version, "unchanged": True, **counts}
     rebuild.build(dataset, diff, seal)

@@ -19,7 +19,7 @@ from pipeline.shards.packer import ShardPacker
 from pipeline.sources.config import LATER_SETTINGS, ShardConfig
 from pipeline.sources.detect import open_source
 from pipeline.sources.list_columns import FAILED_BEFORE
-from pipeline.sources.rows import Part, ReadReport, Row
+from pipeline.sources.rows import LICENSE, NO_LICENSE, Part, ReadReport, Row
 from pipeline.sources.source import Source
 from pipeline.stages.plan import read_items
 from pipeline.stages.records import infos, totals
@@ -141,7 +141,7 @@ class Shard(Stage):
         # The number of samples that a damaged tar had is unknown: it counts as one sample left out, and has a line.
         ledger += [Entry(name, reason, detail, kept=reason != "tar_cut") for name, reason, detail in reading.remarks]
         filtered = reading.filtered + item.inputs.get("filtered", 0)
-        info = {"rows": packer.rows} | ({"filtered": filtered} if filtered else {})
+        info = {"rows": packer.rows} | ({"filtered": filtered} if filtered else {}) | reading.filtered_by
         if "round" in item.inputs:
             info["retried"] = item.inputs["count"]
         return Output(packer.samples, {f"{item.id}.tar": packer.tar, f"{item.id}.parquet": packer.parquet}, ledger,
@@ -151,7 +151,7 @@ class Shard(Stage):
 
     def _rows(self, inputs: dict[str, Any], scratch: Path, reading: ReadReport) -> Iterator[Row]:
         """The rows of an item, in order."""
-        return self.source.rows(self.folder, inputs, scratch, reading)
+        return self.source.allowed_rows(self.folder, inputs, scratch, reading)
 
     def items_to_retry(self, items: Sequence[Item], done: Sequence[dict[str, Any]]) -> Iterable[Item]:
         return self._retry_items(items, done, self.folder)
@@ -212,9 +212,10 @@ class Shard(Stage):
     def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         counts, sums = totals(records), Counter[str]()
         for info, times in infos(records):
-            sums.update({name: info.get(name, 0) * times for name in ("rows", "filtered", "retried")})
+            sums.update({name: info.get(name, 0) * times for name in ("rows", "filtered", LICENSE, NO_LICENSE,
+                                                                      "retried")})
         if not counts["samples"]:
-            left_out = counts["skipped"] | {"filtered": sums["filtered"]}
+            left_out = counts["skipped"] | {name: sums[name] for name in ("filtered", LICENSE, NO_LICENSE)}
             reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
             raise StageFailed(f"shard: not one picture of {', '.join(self.config.source)} can be used: {reasons}\n"
                               f"hint: the ledger in {self.folder} names each")

@@ -16,7 +16,7 @@ Kind = Literal["auto", "pictures", "list", "tars"]
 # Bytes a pixel that pictures take: img2dataset's table of a million of 256 x 256, and some for the metadata.
 _BYTES_A_PIXEL = {"jpg": 0.46, "webp": 0.36, "png": 1.5}
 
-LATER_SETTINGS = {"columns": "", "fetch_failed": False, "image_key": "", "caption_key": ""}
+LATER_SETTINGS = {"columns": "", "fetch_failed": False, "image_key": "", "caption_key": "", "licenses": ""}
 """Later additions, with their defaults. A default does not change the fingerprint of a folder made before."""
 
 
@@ -58,6 +58,9 @@ class ShardConfig:
     """Names of the columns of a CSV, TSV or .txt list without a header, in their order, as in "caption,url"."""
     where: str = ""
     """Take only rows of which this is true, as in "punsafe < 0.1 and AESTHETIC_SCORE > 5"."""
+    licenses: str = ""
+    """Take only rows with one of these licenses (SPDX), as in "CC0-1.0,CC-BY-*". CC-BY-* is any version of CC BY. Rows
+    whose license is unknown are left out too."""
     samples_per_shard: Annotated[int, Ge(1)] = 1000
     """Rows of the source in one tar."""
     shard_size: str = ""
@@ -97,6 +100,9 @@ class ShardConfig:
         if isinstance(self.source, str):  # a single source may be given without a tuple
             object.__setattr__(self, "source", (self.source,) if self.source else ())
         check_bounds("shard", self)
+        if self.licenses:
+            from pipeline.sources.licenses import Licenses  # the list of SPDX, needed only with this filter
+            Licenses(self.licenses)
         if self.patches and self.patch_side < self.image_size:
             raise ValueError(f"shard.patch_side = {self.patch_side}: must be at least "
                              f"shard.image_size = {self.image_size} with shard.patches = {self.patches}\n"

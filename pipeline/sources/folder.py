@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import itertools
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +111,14 @@ class FolderSource(Source):
             return storage.read_bytes(storage.join(self.base, row.name))
         except FileNotFoundError:
             raise BadImage("picture_missing", "gone since it was listed") from None
+
+    def columns_of(self, row: Row) -> Mapping[str, Any]:
+        if not row.json_file or row.missing:
+            return row.columns
+        with_document = copy.copy(row)
+        with contextlib.suppress(FileNotFoundError):
+            self._add_document(with_document)
+        return with_document.columns
 
     def _add_document(self, row: Row) -> None:
         """Add what the JSON beside an image says. The table of captions and the text beside the image come first."""

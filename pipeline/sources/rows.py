@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ from pipeline.tables.cells import cell_text as cell_text
 from pipeline.tables.cells import json_cell as json_cell
 from pipeline.tables.cells import parse_json_row as parse_json_row
 from pipeline.tables.cells import replace_surrogates as replace_surrogates
+
+LICENSE, NO_LICENSE = "filtered_by_license", "filtered_without_license"
 
 
 @dataclass
@@ -54,6 +57,8 @@ class ReadReport:
     """What a worker learns while it reads a part."""
 
     filtered: int = 0
+    filtered_by: Counter[str] = field(default_factory=Counter)
+    """Those of `filtered` that have a reason other than `where`: LICENSE or NO_LICENSE."""
     remarks: list[tuple[str, str, str]] = field(default_factory=list)
     """(name, reason, detail) of what is no row: members of tars that nothing can be made of."""
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import storage
 from pipeline.sources.folder_files import system_folder
 from pipeline.sources.patterns import is_pattern, match_pattern
-from pipeline.sources.rows import Part, ReadReport, Row, read_rows, write_rows
+from pipeline.sources.rows import LICENSE, NO_LICENSE, Part, ReadReport, Row, read_rows, write_rows
 from pipeline.tables.names import LOOSE_TABLES, TABLES
 
 if TYPE_CHECKING:
@@ -71,6 +71,29 @@ class Source(ABC):
     @abstractmethod
     def rows(self, stage_folder: str, inputs: dict[str, Any], scratch: Path, reading: ReadReport) -> Iterator[Row]:
         """The rows of a part, in order."""
+
+    def columns_of(self, row: Row) -> Mapping[str, Any]:
+        """The columns of a row, as the worker stores them."""
+        return row.columns
+
+    def allowed_rows(self, stage_folder: str, inputs: dict[str, Any], scratch: Path, reading: ReadReport,
+                     ) -> Iterator[Row]:
+        """The rows of a part whose license is allowed, in order."""
+        rows = self.rows(stage_folder, inputs, scratch, reading)
+        if not self.config.licenses:
+            return rows
+        from pipeline.sources.licenses import Licenses, license_of  # the list of SPDX, needed only with this filter
+        licenses = Licenses(self.config.licenses)
+
+        def is_allowed(row: Row) -> bool:
+            spdx = license_of(self.columns_of(row)).spdx
+            if licenses.allow(spdx):
+                return True
+            reading.filtered += 1
+            reading.filtered_by[LICENSE if spdx else NO_LICENSE] += 1
+            return False
+
+        return filter(is_allowed, rows)
 
     def retry_part(self, stage_folder: str, wanted: list[tuple[dict[str, Any], list[int]]], number: int) -> Part:
         """A part of some rows of other parts: (inputs of the part, numbers of the rows) each."""

@@ -21,6 +21,8 @@ class GatesConfig:
     """Largest share of the source's pictures that could not be fetched or decoded."""
     min_overlap: Annotated[float, Interval(ge=0, le=1)] = 0.7
     """Least share of the ten nearest pictures of the queries that the published version gives too."""
+    only_licenses: str = ""
+    """Licenses (SPDX, as in --licenses) that all images must have; by default those of --licenses."""
     queries: str = ""
     """Text file of the queries, one a line; by default captions of the first published version, which stay the same."""
     query_count: Annotated[int, Ge(0)] = 64
@@ -28,3 +30,6 @@ class GatesConfig:
 
     def __post_init__(self) -> None:
         check_bounds("rebuild.gates", self)
+        if self.only_licenses:
+            from pipeline.sources.licenses import Licenses  # the list of SPDX, needed only with this gate
+            Licenses(self.only_licenses)

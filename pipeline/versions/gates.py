@@ -1,5 +1,6 @@
 """What a version must be like before it is published, beside the one that it shall replace."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import pyarrow.compute as pc
 from pipeline import storage
 from pipeline.datasets import takedowns
 from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.hidden_rows import read_hidden_rows
 from pipeline.datasets.metadata import labels, metadata
 from pipeline.datasets.takedowns import Forgotten
 from pipeline.embeddings import clip
@@ -18,8 +20,9 @@ from pipeline.embeddings.clip_weights import ClipConfig
 from pipeline.embeddings.embed import dataset_encoder
 from pipeline.indices.searcher import Searcher
 from pipeline.shards.metadata import FORGOTTEN, SUCCESS
+from pipeline.sources.licenses import Licenses, license_columns, license_of
 from pipeline.versions.config import GatesConfig
-from pipeline.versions.listing import read_listing
+from pipeline.versions.listing import read_listing, read_metadata, succeeded_rows
 
 _NEAREST = 10  # overlap@10
 
@@ -64,6 +67,8 @@ def measure_gates(dataset: Dataset, before: Dataset | None, texts: Sequence[str]
     """
     listing = read_listing(dataset, ["sha256", "status"])
     gates = [_recall(dataset, config), _failed(listing, config)]
+    if config.only_licenses:
+        gates.append(_licenses(dataset, config.only_licenses))
     if before:
         gates.append(_lost(listing, before, takedowns.read_takedowns(dataset.root), config))
     encoder = dataset_encoder(dataset)
@@ -105,6 +110,28 @@ def _lost(listing: pa.Table, before: Dataset, forgotten: Forgotten, config: Gate
     lost = len(wanted) - _count(pc.is_in(wanted, value_set=now))
     value = lost / max(len(wanted), 1)
     return Gate("lost", value, f"at most {config.max_lost}", value <= config.max_lost)
+
+
+def _licenses(dataset: Dataset, licenses: str) -> Gate:
+    others = count_other_licenses(dataset, Licenses(licenses))
+    named = ", ".join(f"{count} {name or 'unknown'}" for name, count in others.most_common())
+    return Gate("other licenses", named or 0, f"none but {licenses}", not others)
+
+
+def count_other_licenses(dataset: Dataset, licenses: Licenses) -> Counter[str]:
+    """How many samples that are not hidden have a license that is not allowed, by SPDX identifier; "": unknown."""
+    hidden, offset, others = read_hidden_rows(dataset), 0, Counter[str]()
+    for record in dataset.manifest("shards")["items"]:
+        table = succeeded_rows(read_metadata(dataset, record))
+        visible = np.ones(table.num_rows, bool)
+        visible[hidden[(hidden >= offset) & (hidden < offset + table.num_rows)] - offset] = False
+        columns = license_columns(table.column_names)
+        rows = table.select(columns).append_column("", pa.array(visible)).filter(pa.array(visible))
+        for row in rows.group_by(rows.column_names).aggregate([([], "count_all")]).to_pylist():
+            if not licenses.allow(spdx := license_of(row).spdx):
+                others[spdx] += row["count_all"]
+        offset += table.num_rows
+    return others
 
 
 def _count(truths: pa.ChunkedArray) -> int:

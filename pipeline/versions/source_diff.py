@@ -67,6 +67,8 @@ class SourceDiff:
     counts: Counter[str]
     """kept, added, changed, removed, forgotten: rows of the source; the last two: images of the last version."""
     listing_file: str
+    filtered_by: Counter[str]
+    """LICENSE, NO_LICENSE: rows that are no rows of the source because of their licenses."""
 
     @classmethod
     def read(cls, config: ShardConfig, forgotten: Forgotten, folder: str) -> "SourceDiff":
@@ -76,11 +78,12 @@ class SourceDiff:
             raise ValueError(f"{', '.join(config.source)} holds the pictures themselves: what changed in it cannot be "
                              f"told\nhint: rebuild takes a folder of pictures, or lists of addresses")
         with Path(folder, _ROWS).open("w+b") as lines:
-            table = _number_names(_read_source(source, forgotten, lines), lines)
+            reading = ReadReport()
+            table = _number_names(_read_source(source, forgotten, lines, reading), lines)
         _write_table(table, Path(folder, _SOURCE))
         # A copy of a source is what workers get: it does not have the list of all its files.
         diff = cls(folder, copy(source), source.column_types(), forgotten, _digest(table, forgotten), table.num_rows,
-                   Counter(), "")
+                   Counter(), "", reading.filtered_by)
         return diff.against(wide(LISTING_SCHEMA).empty_table(), Hashes.none())
 
     def rows(self, numbers: np.ndarray) -> Iterator[Row]:
@@ -149,11 +152,11 @@ class SourceDiff:
         return pa.ipc.open_file(pa.memory_map(str(Path(self.folder, name)))).read_all()
 
 
-def _read_source(source: Source, forgotten: Forgotten, lines: BinaryIO) -> pa.Table:
+def _read_source(source: Source, forgotten: Forgotten, lines: BinaryIO, reading: ReadReport) -> pa.Table:
     """The columns of all rows of a source; each row goes to `lines`. A mark is that of the first row of its name."""
     stamps = storage.list_stamps(source.base) if source.fetch == "file" else {}  # type: ignore[attr-defined]
     tables, number = [_SOURCE_SCHEMA.empty_table()], 0
-    for rows in groups(_source_rows(source), _PIECE_ROWS):
+    for rows in groups(_source_rows(source, reading), _PIECE_ROWS):
         cells: list[tuple[str, str, str | None, str | None, str, int]] = []
         for row in rows:
             name = source_name(row)
@@ -172,13 +175,13 @@ def _read_source(source: Source, forgotten: Forgotten, lines: BinaryIO) -> pa.Ta
     return pa.concat_tables(tables)
 
 
-def _source_rows(source: Source) -> Iterator[Row]:
+def _source_rows(source: Source, reading: ReadReport) -> Iterator[Row]:
     with scratch_folder("source") as scratch:
         folder = str(scratch)
         for part in source.parts():
             for name, data in part.carries:
                 storage.put_bytes(data, storage.join(folder, name))
-            yield from source.rows(folder, part.inputs, Path(folder), ReadReport())
+            yield from source.allowed_rows(folder, part.inputs, Path(folder), reading)
 
 
 def _mark(row: Row, position: int) -> str:

@@ -162,7 +162,7 @@ class Update(Shard):
         if dead:
             (scratch / DEAD).write_text("".join(f"{key}\n" for key in dead))
             output.files[DEAD] = scratch / DEAD
-        output.info |= {"change": dict(self.diff.counts), "dead": len(dead)}
+        output.info |= {"change": dict(self.diff.counts), "dead": len(dead)} | self.diff.filtered_by
         return output
 
     def _outcomes(self, record: dict[str, Any]) -> pa.Table:

@@ -109,13 +109,14 @@ def test_rich_is_loaded_only_for_tables(arguments: list[str]) -> None:
 
 def test_credits_and_removed_versions_are_aligned() -> None:
     picture = {"score": 0.5, "database": "art@v1", "key": "000001", "caption": "a cat", "url": "https://a/b",
-               "source": "", "licence": "CC0-1.0", "authors": "someone"}
-    removed_picture = picture | {"database": "photos@v12", "caption": "", "licence": "", "authors": "", "note": "gone"}
+               "source": "", "licence": "CC0", "spdx": "CC0-1.0", "authors": "someone", "title": "", "page": ""}
+    removed_picture = picture | {"database": "photos@v12", "caption": "", "licence": "", "spdx": "", "authors": "",
+                                 "note": "gone"}
     samples = [{"sample": "0000.png", "prompt": "a cat", "pictures": [picture, removed_picture]},
                {"sample": "0001.png", "prompt": "", "pictures": []}]
     assert credits.credits_text(samples).splitlines() == [
         "0000.png: a cat", "  0.500  art@v1/000001      a cat  https://a/b  (someone, CC0-1.0)",
-        "  0.500  photos@v12/000001         https://a/b  (licence unknown)   gone", "0001.png"]
+        "  0.500  photos@v12/000001         https://a/b  (license unknown)   gone", "0001.png"]
     removed = [{"version": "v9", "kept": "published"},
                {"version": "v10", "kept": "", "removed_files": 3, "removed_bytes": 2_000_000, "taken_over": 1}]
     assert removed_table(removed, True).splitlines() == [

@@ -1,0 +1,94 @@
+"""Credits name each image's own author, title, license and page; licenses are a filter and a gate of rebuild."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.publishing import credits
+from jobs.publishing.rebuild import GatesFailed
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.metadata import metadata
+from pipeline.shards.shard import Shard
+from pipeline.sources.config import ShardConfig
+from pipeline.stages.driver import run_stage
+from pipeline.versions.config import GatesConfig
+from tests.jobs.publishing.published_art import SHARD, paint, published_dataset, rebuild
+
+ROWS = [
+    {"file": "0.png", "caption": "boats", "Author": "Ann", "Title": "Boats at Sea", "OriginalLandingURL":
+     "https://photos.example/1", "License": "https://creativecommons.org/licenses/by/2.0/"},
+    {"file": "1.png", "caption": "a hill", "Author": "", "Title": "", "OriginalLandingURL": "", "License": ""}]
+SOURCES = {"name": "a museum", "author_name": "the museum", "license": "CC0"}
+
+
+def credited(tmp_path: Path, sources: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    """The credits of a sample whose neighbors are the two images of a database."""
+    source, root = tmp_path / "source", tmp_path / "root"
+    source.mkdir()
+    with (source / "captions.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ROWS[0].keys())
+        writer.writeheader()
+        writer.writerows(ROWS)
+    for number, row in enumerate(ROWS):
+        paint(source / row["file"], number)
+    (tmp_path / "sources.json").write_text(json.dumps(sources or {}))
+    dataset = Dataset.parse(str(root), "art")
+    manifest = run_stage(Shard(dataset, ShardConfig(source=(str(source),), image_size=32, format="png",
+                                                    sources=str(tmp_path / "sources.json") if sources else "")))
+    neighbors = [{"key": row["key"], "score": 0.5, "caption": row["caption"], "sha256": row["sha256"],
+                  "file": f"neighbors/{row['key']}.png"} for row in metadata(dataset, manifest["items"][0])]
+    folder = root / "runs/tiny/samples/first"
+    folder.mkdir(parents=True)
+    (folder / "samples.json").write_text(json.dumps({"pictures": [
+        {"file": "art/00.png", "prompt": "boats", "seed": 0, "database": "art@v1", "neighbors": neighbors}]}))
+    return credits.list_credits(str(folder / "samples.json"))[0]["pictures"]
+
+
+def test_each_image_has_its_own_credits(tmp_path: Path) -> None:
+    first, second = credited(tmp_path)
+    assert {name: first[name] for name in ("authors", "title", "page", "spdx", "licence")} == {
+        "authors": "Ann", "title": "Boats at Sea", "page": "https://photos.example/1", "spdx": "CC-BY-2.0",
+        "licence": "https://creativecommons.org/licenses/by/2.0/"}
+    assert (second["authors"], second["title"], second["spdx"], second["licence"]) == ("", "", "", "")
+    lines = credits.credits_text([{"sample": "00.png", "prompt": "", "pictures": [first, second]}]).splitlines()
+    assert lines[1].endswith("boats   https://photos.example/1  (Boats at Sea, Ann, CC-BY-2.0)")
+    assert lines[2].endswith("a hill  1.png                     (license unknown)")
+
+
+def test_images_without_credits_have_those_of_their_source(tmp_path: Path) -> None:
+    first, second = credited(tmp_path, SOURCES)
+    assert (first["authors"], first["spdx"]) == ("Ann", "CC-BY-2.0")
+    assert (second["authors"], second["spdx"], second["licence"]) == ("the museum", "CC0-1.0", "CC0")
+
+
+def state_licenses(place: Path, licenses: list[str]) -> None:
+    """Give the images of the source these licenses, in turn."""
+    lines = (place / "source" / "captions.csv").read_text().splitlines()
+    (place / "source" / "captions.csv").write_text("\n".join([f"{lines[0]},license", *(
+        f"{line},{licenses[number % len(licenses)]}" for number, line in enumerate(lines[1:]))]) + "\n")
+
+
+def test_a_rebuild_takes_images_of_some_licenses(place: Path) -> None:
+    state_licenses(place, ["CC0-1.0", "CC BY 4.0", "CC BY-NC 4.0", ""])
+    summary = rebuild(place / "root", place / "source", shard=replace(SHARD, licenses="CC0-1.0,CC-BY-*"),
+                      gates=GatesConfig(max_lost=1.0, min_overlap=0.0))
+    assert (summary["filtered_by_license"], summary["filtered_without_license"]) == (18, 18)
+    assert summary["published"] == "v2" and summary["gates"]["other licenses"] == 0
+    shards = published_dataset(place / "root").manifest("shards")
+    assert shards["totals"]["samples"] == 36 and shards["info"]["filtered_by_license"] == 18
+    # A change of its license takes an image out.
+    captions = place / "source" / "captions.csv"
+    captions.write_text(captions.read_text().replace("CC0-1.0", "all rights reserved", 1))
+    summary = rebuild(place / "root", place / "source", shard=replace(SHARD, licenses="CC0-1.0,CC-BY-*"))
+    assert (summary["removed"], summary["added"], summary["filtered_without_license"]) == (1, 0, 19)
+
+
+def test_other_licenses_are_not_published(place: Path) -> None:
+    state_licenses(place, ["CC0-1.0", "CC0-1.0", "CC BY-NC 4.0", ""])
+    with pytest.raises(GatesFailed, match=r"other licenses: 18 CC-BY-NC-4.0, 18 unknown, none but CC0-1.0: v1 stays"):
+        rebuild(place / "root", place / "source", gates=GatesConfig(only_licenses="CC0-1.0"))
+    assert published_dataset(place / "root").version == "v1"
