@@ -191,13 +191,12 @@ class Downloader:
             except BaseException:
                 self.gate.turn_back(visit)
                 raise
-            if departed := self.gate.depart(visit):
-                return departed
+            if self.gate.depart(visit):
+                return visit
             self._slots.release()
 
     async def _visit(self, trip: _Trip, visit: Visit) -> bytes | str:
         """One request: the body, or where it leads."""
-        began = time.monotonic()
         try:
             answer = await self._request_translated(trip.target, trip.seconds)
         except Refused:
@@ -211,7 +210,7 @@ class Downloader:
         except BaseException:
             self.gate.leave(visit)
             raise
-        trip.seconds -= time.monotonic() - began
+        trip.seconds -= time.monotonic() - visit.sent
         self.gate.answered(visit, trip.refusals)
         return answer
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from pipeline.downloads.config import DownloadConfig
-from pipeline.downloads.host_limits import Answer, HostLimits, HostState, Report, Want
+from pipeline.downloads.host_limits import Answer, HostLimits, HostState, Report, ReportKind, Want
 from pipeline.downloads.urls import parse_host_rates
 from pipeline.media.types import BadImage
 
@@ -69,13 +69,14 @@ class _Host:
         return self.slots[0] if self.slots else None
 
 
-class Visit(NamedTuple):
+class Visit:
     """A request that may be sent, or was."""
 
-    host: _Host
-    episode: int
-    limited: bool
-    sent: float
+    __slots__ = ("episode", "host", "limited", "sent")
+
+    def __init__(self, host: _Host, limited: bool) -> None:
+        self.host, self.limited, self.sent = host, limited, 0.0
+        self.episode = host.state.episode if host.state else 0
 
 
 class Refusals:
@@ -128,17 +129,19 @@ class HostGate:
             limited = await self._wait(host, again)
         else:
             limited = self._start(host)
-        return Visit(host, host.state.episode if host.state else 0, limited, 0.0)
+        return Visit(host, limited)
 
-    def depart(self, visit: Visit) -> Visit | None:
-        """The same visit when its request is sent; None if the host refused meanwhile: enter again."""
-        host, now = visit.host, time.monotonic()
-        self._clear_departure(visit)
+    def depart(self, visit: Visit) -> bool:
+        """Whether the request is sent now. If the host refused meanwhile, it is not: enter again."""
+        host = visit.host
+        if visit.limited:
+            self._clear_departure(visit)
         if host.blocked or (host.state is not None and host.state.episode != visit.episode):
-            self._end(visit, None)
-            return None
-        host.count_request(now)
-        return visit._replace(sent=now)
+            self._end(visit)
+            return False
+        visit.sent = time.monotonic()
+        host.count_request(visit.sent)
+        return True
 
     def turn_back(self, visit: Visit) -> None:
         """A request that was let in is not sent."""
@@ -162,7 +165,7 @@ class HostGate:
 
     def leave(self, visit: Visit) -> None:
         """A request ended without an answer."""
-        self._end(visit, Report(visit.host.name, "no answer", visit.episode))
+        self._end(visit, "no answer")
 
     def answered(self, visit: Visit, refusals: Refusals) -> None:
         """The host answered a request, whatever the status."""
@@ -173,31 +176,31 @@ class HostGate:
             for sent, verdict in host.doubts:
                 if sent < visit.sent and not verdict.done():
                     verdict.set_result(True)
-        self._end(visit, Report(host.name, "answered", visit.episode, again=refusals.count > 0))
+        self._end(visit, "answered", again=refusals.count > 0)
 
     async def refused(self, visit: Visit, refusals: Refusals, error: Refused) -> None:
         """The host refused a request. Returns if it shall be sent again; BadImage if not."""
         host, state = visit.host, visit.host.state or HostState()
         if visit.episode != state.episode:  # sent before the pause: it says nothing about the URL
             refusals.count = max(refusals.count, 1)
-            self._end(visit, None)
+            self._end(visit)
             return
         refusals.count += 1
         again = refusals.count > 1
         final = BadImage(error.reason, error.detail)
         served = host.name in self.limits.served
         if error.status == 403 and state.single and not state.recovering:
-            self._end(visit, None)
+            self._end(visit)
             if not served or not self.config.retries or await self._is_about_url(host, visit, refusals, error):
                 raise final
             return
         about_url = error.status == 403 and again and state.recovering and (
             state.answers > 0 or (not served and state.pauses >= _PAUSES_UNSERVED))
         if about_url:
-            self._end(visit, Report(host.name, "single", visit.episode))
+            self._end(visit, "single")
             raise final
         self._report_refusal(host, visit.episode, error)
-        self._end(visit, None)
+        self._end(visit)
         if error.wait > self.config.host_patience:
             raise BadImage(error.reason, f"{error.detail}; the host asks to wait {error.wait:.0f} s")
         if refusals.count > (_REFUSALS if self.config.retries else 0):
@@ -236,12 +239,12 @@ class HostGate:
                                     recent=max(host.sent, host.sent_before)))
         self._wake.set()
 
-    def _end(self, visit: Visit, report: Report | None) -> None:
+    def _end(self, visit: Visit, kind: ReportKind | None = None, again: bool = False) -> None:
         host = visit.host
         host.in_flight -= 1
         # Only after a refusal is it news that a host answers.
-        if report and host.state and (host.state.recovering or report.kind == "single"):
-            self._reports.append(report)
+        if kind and host.state and (host.state.recovering or kind == "single"):
+            self._reports.append(Report(host.name, kind, visit.episode, again))
             self._wake.set()
         if host.waiting:
             self._pump(host)
@@ -302,7 +305,7 @@ class HostGate:
                 return await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled() and future.exception() is None:  # let in just now
-                self.turn_back(Visit(host, 0, future.result(), 0.0))
+                self.turn_back(Visit(host, future.result()))
             raise
 
     def _pump(self, host: _Host) -> None:

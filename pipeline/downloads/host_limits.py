@@ -41,11 +41,14 @@ class HostState:
     """Status of the refusal."""
 
 
+ReportKind = Literal["refused", "answered", "no answer", "single"]
+
+
 class Report(NamedTuple):
     """The result of a request, as far as it concerns the host."""
 
     host: str
-    kind: Literal["refused", "answered", "no answer", "single"]
+    kind: ReportKind
     episode: int
     again: bool = False  # the same URL had been refused before
     status: int = 0
