@@ -73,10 +73,10 @@ def _credit(neighbor: dict[str, Any], label: str, known: dict[str, dict[str, Any
         row = None  # the version was made anew since
     about = _origin(row, label) if row else {}
     own, work = license_of(row or {}), attribution_of(row or {})
-    license_ = own if own.text else license_of(about)
+    stated = own if own.text else license_of(about)
     return {"database": label, "key": neighbor["key"], "score": neighbor["score"], "caption": neighbor["caption"],
             "url": row["url"] if row else "", "source": _first(about, ("package", "name", "style")),
-            "licence": license_.text, "spdx": license_.spdx, "title": work["title"], "page": work["page"],
+            "licence": stated.text, "spdx": stated.spdx, "title": work["title"], "page": work["page"],
             "authors": work["author"] or _first(about, ("author_name", "authors", "author")),
             "sha256": neighbor["sha256"], "file": file,
             **({} if row else {"note": "this version of the database is gone, or was made anew"})}

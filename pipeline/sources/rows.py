@@ -58,7 +58,7 @@ class ReadReport:
 
     filtered: int = 0
     filtered_by: Counter[str] = field(default_factory=Counter)
-    """Those of `filtered` that have a reason other than `where`: LICENSE or NO_LICENSE."""
+    """Rows that `--licenses` filtered, by LICENSE and NO_LICENSE. `filtered` has them too."""
     remarks: list[tuple[str, str, str]] = field(default_factory=list)
     """(name, reason, detail) of what is no row: members of tars that nothing can be made of."""
 

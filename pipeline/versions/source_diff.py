@@ -68,7 +68,7 @@ class SourceDiff:
     """kept, added, changed, removed, forgotten: rows of the source; the last two: images of the last version."""
     listing_file: str
     filtered_by: Counter[str]
-    """LICENSE, NO_LICENSE: rows that are no rows of the source because of their licenses."""
+    """Rows that `--licenses` filtered, by LICENSE and NO_LICENSE."""
 
     @classmethod
     def read(cls, config: ShardConfig, forgotten: Forgotten, folder: str) -> "SourceDiff":
