@@ -61,16 +61,28 @@ def read_page(stream: BinaryIO, offset: int) -> Page:
         try:
             fields, length = _thrift_struct(data, 0)
             break
+        except RecursionError:
+            raise UnsupportedPage(f"no header of a page at {offset}") from None
         except IndexError:
             if len(data) < size or size > _MOST_HEADER_BYTES:
                 raise UnsupportedPage(f"no header of a page at {offset}") from None
             size *= 16
-    header = fields.get({_DATA: 5, _DICTIONARY: 7, _DATA_V2: 8}.get(fields[1], 0), {})
-    is_v2 = fields[1] == _DATA_V2
-    if is_v2 and header.get(6):
-        raise UnsupportedPage("lists in lists")
-    return Page(fields[1], offset + length, fields[3], header.get(1, 0), header.get(4 if is_v2 else 2, _PLAIN),
-                _RLE if is_v2 else header.get(3, _RLE), header.get(5, 0) if is_v2 else 0, header.get(7, True))
+    kind = _number(fields, 1)
+    header = fields.get({_DATA: 5, _DICTIONARY: 7, _DATA_V2: 8}.get(kind, 0), {})
+    is_v2 = kind == _DATA_V2
+    if not isinstance(header, dict) or (is_v2 and header.get(6)):
+        raise UnsupportedPage("lists in lists, or a damaged header")
+    return Page(kind, offset + length, _number(fields, 3), _number(header, 1, 0),
+                _number(header, 4 if is_v2 else 2, _PLAIN), _RLE if is_v2 else _number(header, 3, _RLE),
+                _number(header, 5, 0) if is_v2 else 0, header.get(7, True) is not False)
+
+
+def _number(fields: dict[int, Any], number: int, default: int = -1) -> int:
+    """A field that is a number and not negative."""
+    value = fields.get(number, default)
+    if not isinstance(value, int) or value < 0:
+        raise UnsupportedPage(f"a header with {value} in its field {number}")
+    return value
 
 
 def read_values(stream: BinaryIO, file: pq.ParquetFile, group: int, column: int, start: int, stop: int, folder: str,

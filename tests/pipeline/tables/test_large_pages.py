@@ -90,6 +90,24 @@ def reader(data: bytes):
     return lambda count: next(rest, b"")
 
 
+def test_damaged_files_are_refused_or_read_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(large_pages, "LARGE_PAGE_BYTES", 1000)
+    rng = np.random.default_rng(3)
+    table = pa.table({"jpg": [None if number % 9 == 0 else rng.bytes(60) for number in range(90)], "x": range(90)})
+    path = tmp_path / "damaged.parquet"
+    for dictionary, version in itertools.product((True, False), ("1.0", "2.0")):
+        pq.write_table(table, path, use_dictionary=dictionary, data_page_version=version)
+        whole, refused = path.read_bytes(), 0
+        footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+        for position in [*range(4, 120), *rng.integers(4, footer, 150).tolist()]:
+            path.write_bytes(whole[:position] + rng.bytes(1) + whole[position + 1:])
+            try:
+                assert read(path, 0, 0, 90).num_rows == 90
+            except (pa.ArrowException, OSError):  # of which open_parquet makes sentences
+                refused += 1
+        assert refused > 10
+
+
 MEASURE = """
 import sys
 import pyarrow.parquet as pq
