@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from pipeline import storage
 from pipeline.media.types import SUFFIXES, BadImage
 from pipeline.sources import img2dataset
@@ -32,6 +34,7 @@ from pipeline.sources.rows import (
     write_rows,
 )
 from pipeline.sources.source import Source
+from pipeline.tables.parquet_tables import read_schema
 
 if TYPE_CHECKING:
     from pipeline.sources.config import ShardConfig
@@ -61,6 +64,7 @@ class FolderSource(Source):
         self.base, self.pattern = split_pattern(config.source[0])
         self._listed = listed
         self._listed_rows: list[Row] | None = None
+        self._shard_schema = pa.schema([])
 
     def __getstate__(self) -> dict[str, Any]:
         # The list stays on the driver. Workers read their own part.
@@ -81,10 +85,13 @@ class FolderSource(Source):
         types = ColumnTypes()
         for row in self._rows():
             types.add_row(row.columns)
+        # A column that is null in all of the sampled files has its type from img2dataset's table.
+        schema_names = dict.fromkeys(self._shard_schema.names)
+        types.add_schema(self._shard_schema, schema_names.keys() - self._split_document(schema_names)[1].keys())
         documents = [row.json_file for row in self._rows() if row.json_file]
         step = -(-len(documents) // _SAMPLED_DOCUMENTS) or 1
         for data in storage.map_urls(storage.read_bytes, [storage.join(self.base, name) for name in documents[::step]]):
-            types.add_row(_parse_document(data) or {})
+            types.add_row(self._split_document(_parse_document(data) or {})[1])
         return types.by_column()
 
     def parts(self) -> Iterator[Part]:
@@ -127,14 +134,18 @@ class FolderSource(Source):
         if document is None:
             row.remarks = [*row.remarks, "json_unreadable"]
             return
-        wanted = [self.config.caption_column] if self.config.caption_column else find_caption_columns(document)
-        caption = next((name for name in wanted if document.get(name)), "")
-        if caption and not row.caption:
-            row.caption = cell_text(document[caption])
+        caption, columns = self._split_document(document)
+        row.caption = row.caption or caption
         if not row.caption and not row.caption_file:
             row.remarks = [*row.remarks, "caption_missing"]
-        row.columns = {name: cell for name, cell in document.items() if name != caption or is_more_than_caption(name)
-                       } | row.columns
+        row.columns = columns | row.columns
+
+    def _split_document(self, document: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """The caption in a JSON file beside an image, and the other cells."""
+        wanted = [self.config.caption_column] if self.config.caption_column else find_caption_columns(document)
+        caption = next((name for name in wanted if document.get(name)), next(iter(wanted), ""))
+        others = {name: cell for name, cell in document.items() if name != caption or is_more_than_caption(name)}
+        return cell_text(document.get(caption)), others
 
     def _rows(self) -> list[Row]:
         if self._listed_rows is None:
@@ -203,6 +214,8 @@ class FolderSource(Source):
         """Count what gives no row, and say so once."""
         self.ignored = files.ignored
         addresses = [storage.join(self.base, name) for name in files.shard_tables]
+        if addresses and img2dataset.is_output((schema := read_schema(addresses[0])).names):
+            self._shard_schema = schema
         self.earlier_failures = sum(storage.map_urls(img2dataset.count_failures, addresses))
         if self.earlier_failures:
             _log.info("%s: %d rows of img2dataset have no image, because it could not get them", self.base,

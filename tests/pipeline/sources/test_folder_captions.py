@@ -98,6 +98,9 @@ def test_img2dataset_files_with_json_beside_each_image(tmp_path, s3, caplog):
     rows = {row["url"]: row for row in table(dataset, manifest)}
     assert [(row["caption"], row["similarity"]) for row in rows.values()] == [
         ("from the text", 0.0), ("caption 2", 0.5), ("", None)]
+    first = rows["00000/000000000.png"]
+    assert "source_caption" not in first and first["license"] is None
+    assert first["source_url"] == "http://example.org/000000000" and first["source_width"] == 20
     assert rows["00000/000000000.png"]["width"] == 16 and rows["00000/000000000.png"]["original_width"] == 20
     assert {(line["key"], line["reason"]) for line in ledger(dataset, manifest)} == {
         ("00001/000010000.png", "json_unreadable")}
