@@ -6,6 +6,7 @@ A folder imports only from folders below it in this list (`make lint` checks it)
     batches/      what training and sampling read
     neighbors/    the nearest database rows of each sample
     indices/      choose, train, fill, merge, tune, extend, search
+    scores/       numbers from small models: aesthetics, safety, watermarks
     embeddings/   CLIP encoders and the embedding stages
     shards/       the stage that writes tars, deduplication, adoption
     datasets/     names, manifests, rows, takedowns, the published version

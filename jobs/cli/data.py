@@ -1,10 +1,10 @@
-"""Verbs that make a dataset: shard, embed, index, neighbors, latents."""
+"""Verbs that make a dataset: shard, embed, score, index, neighbors, latents."""
 
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from jobs.cli.options import CommonOptions, Dataset, Flat, StageOptions
+from jobs.cli.options import CommonOptions, Dataset, Flat, StageOptions, Words
 from jobs.cli.run_stage import check_unpublished, open_runner, print_forecast, print_result, seal_and_print
 from jobs.cluster.config import ClusterConfig
 from jobs.training.config import LatentsConfig
@@ -12,6 +12,7 @@ from pipeline import storage
 from pipeline.embeddings.config import EmbedConfig
 from pipeline.indices.config import IndexConfig
 from pipeline.neighbors.config import NeighborsConfig
+from pipeline.scores.config import ScoreConfig
 from pipeline.sources.config import ShardConfig
 
 if TYPE_CHECKING:
@@ -109,6 +110,32 @@ def run_embed(options: EmbedOptions) -> int:
 
 
 @dataclass(frozen=True)
+class ScoreOptions:
+    """Score the samples of a dataset by small models: aesthetics, safety, watermarks."""
+
+    dataset: Dataset
+    score: Flat[ScoreConfig]
+    cluster: Flat[ClusterConfig]
+    common: Flat[CommonOptions]
+    stage: Flat[StageOptions]
+    head: Words = ()
+    """NAME=HEAD: a column of this name, from a safetensors file of linear layers on CLIP vectors (a path, a URL or
+    hf-hub:ORGANISATION/NAME), or from a function of yours (module:function). Repeat the flag for more."""
+
+
+def run_score(options: ScoreOptions) -> int:
+    from pipeline.datasets import published
+    from pipeline.scores.score import Score
+    if not options.head:
+        raise ValueError("score needs a head: expected --head NAME=HEAD, got none\n"
+                         "hint: --head aesthetic=heads/aesthetic.safetensors")
+    dataset = published.open_dataset(options.common.root, options.dataset)
+    for stage in [Score(dataset, spec, options.score) for spec in options.head]:
+        seal_and_print(stage, options)
+    return 0
+
+
+@dataclass(frozen=True)
 class IndexOptions:
     """Build the compressed index that makes a dataset a database."""
 
@@ -123,6 +150,9 @@ class IndexOptions:
     """Do not build: take this file, an index of faiss or autofaiss over the embeddings in their order."""
     tombstone: str = ""
     """Do not build: searches leave out the samples whose keys are in this text file, one on each line."""
+    hide: str = ""
+    """Do not build: searches leave out the rows for which this is true, as in "nsfw > 0.5": a row filter over metadata
+    and scores. With --tombstone: both."""
 
 
 def run_index(options: IndexOptions) -> int:
@@ -133,12 +163,14 @@ def run_index(options: IndexOptions) -> int:
     from pipeline.indices.extend import Extension
     from pipeline.indices.index import Index, build_index
     dataset = datasets.Dataset.parse(options.common.root, options.dataset)
-    chosen = [f"--{name}" for name in ("tombstone", "extend", "adopt") if getattr(options, name)]
+    chosen = [f"--{name}" for name in ("tombstone", "hide", "extend", "adopt") if getattr(options, name)]
+    if chosen[:2] == ["--tombstone", "--hide"]:
+        del chosen[0]
     if len(chosen) > 1:
         raise ValueError(f"{' and '.join(chosen)}: expected one of them, for each is another command\n"
-                         f"hint: --extend and --adopt make an index, --tombstone leaves it as it is")
-    if options.tombstone:
-        return seal_and_print(Tombstones(dataset, options.tombstone), options)
+                         f"hint: --extend and --adopt make an index, --tombstone and --hide leave it as it is")
+    if options.tombstone or options.hide:
+        return seal_and_print(Tombstones(dataset, options.tombstone, options.hide), options)
     index = Index(dataset, options.index)
     if options.extend:
         index = Extension(dataset, datasets.Dataset.parse(options.common.root, options.extend), options.index)

@@ -10,7 +10,7 @@ from jobs.cli.options import CommonOptions, StageOptions
 
 Run = Callable[[Any], int]
 """The function of a verb: from its options to the exit code."""
-VERBS = {**dict.fromkeys(("shard", "embed", "index", "neighbors", "latents"), "data"),
+VERBS = {**dict.fromkeys(("shard", "embed", "score", "index", "neighbors", "latents"), "data"),
          **dict.fromkeys(("convert", "export", "train", "sample", "evaluate"), "model"),
          **dict.fromkeys(("rebuild", "versions", "rollback", "repair", "gc", "credits", "forget"),
                          "publish"),

@@ -13,6 +13,7 @@ from pipeline.corpora.config import DemoCorpusConfig
 from pipeline.embeddings.config import EmbedConfig
 from pipeline.indices.config import IndexConfig
 from pipeline.neighbors.config import NeighborsConfig
+from pipeline.scores.config import ScoreConfig
 from pipeline.sources.config import ShardConfig
 
 
@@ -23,6 +24,7 @@ class Settings:
     pictures: DemoCorpusConfig = field(default_factory=DemoCorpusConfig)
     shard: ShardConfig = field(default_factory=ShardConfig)
     embed: EmbedConfig = field(default_factory=EmbedConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
     neighbors: NeighborsConfig = field(default_factory=NeighborsConfig)
     latents: LatentsConfig = field(default_factory=LatentsConfig)

@@ -110,8 +110,8 @@ def _paths(root: str) -> list[str]:
             paths += [f"{base}/{stage}" for stage in _OF_A_DATASET]
             paths += [f"{base}/{stage}" for stage in _OF_SOME
                       if storage.exists(storage.join(root, base, stage, "plan.json"))]
-            paths += [f"{base}/neighbors/{database}"
-                      for database in storage.list_folders(storage.join(root, base, "neighbors"))]
+            paths += [f"{base}/{stage}/{folder}" for stage in ("scores", "neighbors")
+                      for folder in storage.list_folders(storage.join(root, base, stage))]
     for run in storage.list_folders(storage.join(root, "runs")):
         paths.append(f"runs/{run}")
         paths += [f"runs/{run}/{kind}/{folder}" for kind in ("samples", "judges", "evaluations")

@@ -25,6 +25,10 @@ class RebuildConfig:
     """Embed the captions too, in text_embeddings/; so it is done anyway if the last version has them."""
     allow_encoder: bool = False
     """Publish even if the encoder is another than that of the last version or of runs that draw from it."""
+    scores: tuple[str, ...] = ()
+    """Score each version with these heads, NAME=HEAD each, as `score --head` does."""
+    hide: str = ""
+    """Searches leave out the rows for which this is true, as in "nsfw > 0.5": a row filter over metadata and scores."""
     gates: GatesConfig = field(default_factory=GatesConfig)
 
     def __post_init__(self) -> None:

@@ -30,6 +30,8 @@ from pipeline.indices.config import IndexConfig
 from pipeline.indices.extend import Drifted, Extension
 from pipeline.indices.index import Index, build_index
 from pipeline.indices.searcher import search_kind
+from pipeline.scores.config import ScoreConfig
+from pipeline.scores.score import Score
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.documents import check_plan, check_shape
 from pipeline.stages.plan import clear_folder
@@ -164,7 +166,13 @@ class Rebuild:
 
     def _settings(self) -> list[Any]:
         embedding = Reuse(Dataset(self.root, self.name), self.embed, None).section()
-        return [embedding, Index(Dataset(self.root, self.name), self.index).section(), self.config.embed_captions]
+        scoring = [[score.path.rpartition("/")[2], score.section()] for score in
+                   self._scores(Dataset(self.root, self.name))]
+        return [embedding, Index(Dataset(self.root, self.name), self.index).section(), self.config.embed_captions,
+                *([scoring, self.config.hide] if scoring or self.config.hide else [])]
+
+    def _scores(self, dataset: Dataset) -> list[Score]:
+        return [Score(dataset, spec, ScoreConfig()) for spec in self.config.scores]
 
     def _address(self, version: str) -> str:
         return storage.join(self.before.folder, version, _CLAIM)
@@ -193,9 +201,11 @@ class Rebuild:
         seal(Reuse(dataset, self.embed, last))
         if self.config.embed_captions or (last and last.is_sealed("text_embeddings")):
             seal(ReuseCaptions(dataset, self.embed, last))
+        for score in self._scores(dataset):
+            seal(score)
         dead = storage.join(dataset.folder("shards"), DEAD)
-        if storage.exists(dead):
-            seal(Tombstones(dataset, dead))
+        if storage.exists(dead) or self.config.hide:
+            seal(Tombstones(dataset, dead if storage.exists(dead) else "", self.config.hide))
         self._index(dataset, last, seal)
 
     def _index(self, dataset: Dataset, last: Dataset | None, seal: Seal) -> None:
@@ -285,7 +295,7 @@ class Rebuild:
         if self.last is None or any(
                 diff.counts[name] for name in ("added", "changed", "removed", "forgotten")):
             return False
-        if self._pending():
+        if self._pending() or self._has_other_scores():
             return False
         if not dataset.is_sealed("compare"):
             storage.remove_tree(storage.join(self.before.folder, dataset.version))
@@ -299,6 +309,15 @@ class Rebuild:
         elif not self.before.sign_again():
             raise StageFailed(f"another command published a version of {self.name} meanwhile\n"
                               f"hint: run the same command again")
+
+    def _has_other_scores(self) -> bool:
+        """Whether the published version lacks a score, or hides rows for another reason."""
+        last = self.last
+        assert last
+        hide = last.manifest("tombstones")["section"].get("hide", "") if last.is_sealed("tombstones") else ""
+        return hide != self.config.hide or any(
+            not last.is_sealed(stage) or last.manifest(stage)["section"] != score.section()
+            for score in self._scores(last) for stage in [score.path.split("/", 3)[3]])
 
     def _pending(self) -> bool:
         """Whether pictures of the published version were forgotten since, and are still in its bytes."""

@@ -72,6 +72,7 @@ class Dataset:
         verb, more = {"shards": ("shard", " --source FOLDER"), "embeddings": ("embed", ""),
                       "text_embeddings": ("embed", " --captions"),
                       "tombstones": ("index", " --tombstone KEYS_FILE"),
+                      "scores": ("score", f" --head {database}=HEAD"),
                       "neighbors": ("neighbors", f" --database {database}")}.get(verb, (verb, ""))
         return f"python -m jobs {verb} {self.label}{more} --root {self.root}"
 

@@ -1,8 +1,8 @@
 """Samples that searches must not find any more, though they are still in a dataset and its index.
 
-    tombstones/   rows.npy, the global rows of the keys that were named; the keys themselves are not kept
+    tombstones/   rows.npy, global rows, by keys that were named or by a row filter; keys are not kept
 
-Nothing is built anew: whoever searches the database leaves these rows out. The next version does without them.
+Nothing is built again: each search of the database leaves these rows out. The next version does without them.
 """
 
 import hashlib
@@ -15,19 +15,21 @@ from pipeline import storage
 from pipeline.datasets import takedowns
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import metadata
+from pipeline.datasets.row_columns import RowSelection
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Entry, Item, Output
 from pipeline.storage import arrays, digest
 
 
 class Tombstones(Stage):
-    """The stage from a file of keys, one in each line, to the rows that they have in a dataset."""
+    """The stage from a file of keys, one in each line, or a row filter to the rows that searches leave out."""
 
     name = "tombstones"
 
-    def __init__(self, dataset: Dataset, keys: str) -> None:
+    def __init__(self, dataset: Dataset, keys: str = "", hide: str = "") -> None:
+        """`hide`: a row filter over metadata and scores; rows for which it is true are hidden too."""
         super().__init__(dataset.root, dataset.path("tombstones"), None)
-        self.dataset, self.keys = dataset, storage.normalize(keys)
+        self.dataset, self.keys, self.hide = dataset, storage.normalize(keys) if keys else "", hide
 
     @property
     def command(self) -> str:
@@ -35,16 +37,21 @@ class Tombstones(Stage):
 
     @property
     def alternative(self) -> str:
-        return "name all keys in one file"
+        return "name all keys in one file, or all conditions in one expression"
 
     def section(self) -> dict[str, Any]:
-        return {}
+        return {"hide": self.hide} if self.hide else {}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         keys = hashlib.sha256("\n".join(sorted(self._named())).encode()).hexdigest()
-        return {"shards": self.dataset.identity("shards"), "keys": {"path": "", "digest": keys}}
+        inputs = {"shards": self.dataset.identity("shards"), "keys": {"path": "", "digest": keys}}
+        return inputs | (RowSelection(self.dataset, self.hide).inputs() if self.hide else {})
 
     def plan(self) -> list[Item]:
+        if self.hide:
+            RowSelection(self.dataset, self.hide)
+        if not self.keys:
+            return [Item("tombstones")]
         named = self._named()
         records = self.dataset.manifest("shards")["items"]
         if not any(row["key"] in named for record in records for row in metadata(self.dataset, record, ["key"])):
@@ -60,11 +67,15 @@ class Tombstones(Stage):
             rows += [offset + position for position, key in enumerate(keys) if key in named]
             present.update(named.intersection(keys))
             offset += record["samples"]
+        if self.hide:
+            rows = np.union1d(rows, np.flatnonzero(RowSelection(self.dataset, self.hide).mask())).tolist()
         np.save(scratch / "rows.npy", np.array(rows, np.int64), allow_pickle=False)
         return Output(samples=len(rows), files={"rows.npy": scratch / "rows.npy"},
                       ledger=[Entry(key, "not in this dataset") for key in sorted(named - present)])
 
     def _named(self) -> set[str]:
+        if not self.keys:
+            return set()
         try:
             text = storage.read_bytes(self.keys).decode()
         except FileNotFoundError:

@@ -40,6 +40,9 @@ class NeighborsConfig:
     at_once: Annotated[int, Ge(0)] = 0
     """Shards whose samples are searched together, so that the database is read once for all of them; 0: as many as
     `max_memory` has room for, as long as 64 workers have something to do."""
+    where: str = ""
+    """Only rows of the database for which this is true are neighbors, as in "aesthetic > 5 and nsfw < 0.2": a row
+    filter over metadata and scores."""
     max_memory: str = "1Gi"
     """A worker may take so many bytes; blocks are planned from it."""
 

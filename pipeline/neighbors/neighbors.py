@@ -14,6 +14,7 @@ from pipeline.datasets import hidden_rows
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings, check_finite
 from pipeline.datasets.metadata import labels, perceptual_hashes
+from pipeline.datasets.row_columns import SCORES, RowSelection
 from pipeline.embeddings.embed import check_same_encoder
 from pipeline.hardware import devices, malloc
 from pipeline.indices import searcher
@@ -50,7 +51,8 @@ class Neighbors(Stage):
         return self.dataset.command(f"neighbors/{self.database.label}")
 
     def section(self) -> dict[str, Any]:
-        return {name: value for name, value in super().section().items() if name not in {"max_memory", "at_once"}}
+        unused = {"max_memory", "at_once"} | ({"where"} if not self.config.where else set())
+        return {name: value for name, value in super().section().items() if name not in unused}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         inputs = {"shards": self.dataset.identity("shards"), "embeddings": self.dataset.identity("embeddings"),
@@ -58,13 +60,19 @@ class Neighbors(Stage):
         if self.config.method == "index":
             inputs["index"] = self.database.identity("index")
         inputs |= hidden_rows.hidden_row_inputs(self.database)
+        if self.config.where:
+            inputs |= {f"database_{name}": identity for name, identity in
+                       RowSelection(self.database, self.config.where).inputs().items()}
         return inputs
 
     def plan(self) -> list[Item]:
         check_same_encoder(self.dataset, self.database)
         inputs = self.inputs()
         made_from = storage.digest([*map(inputs.get, ("database", "database_shards", "index", "tombstones")),
-                                  *filter(None, [inputs.get("forgotten")])])
+                                  *filter(None, [inputs.get("forgotten")]),
+                                  *([self.config.where, *(identity for name, identity in sorted(inputs.items())
+                                                          if name.startswith(f"database_{SCORES}/"))]
+                                    if self.config.where else [])])
         shards = {record["id"]: record for record in self.dataset.manifest("shards")["items"]}
         if self.config.copy_bits >= 0:
             for dataset in {self.dataset, self.database}:
@@ -95,7 +103,7 @@ class Neighbors(Stage):
         malloc.release_freed_memory()  # what the last item took, in pieces that do not fit this one
         times = Times()
         hashed = self.config.copy_bits >= 0
-        database = _open_database(self.database, self.config.method, hashed, item.inputs["database"])
+        database = _open_database(self.database, self.config.method, hashed, item.inputs["database"], self.config.where)
         if database.seconds:
             times.add("open", database.seconds)
             database.seconds = 0.0
@@ -113,6 +121,8 @@ class Neighbors(Stage):
         malloc.release_freed_memory()
         with times("check"):
             info = _score_facts(ids, scores) | self._quality(database, queries, ids, there, item)
+        if self.config.where:
+            info["visible"] = int((~database.hidden).sum())
         files, start = {}, 0
         for shard in item.inputs["shards"]:
             part = slice(start, start + shard["embeddings"]["samples"])
@@ -133,7 +143,8 @@ class Neighbors(Stage):
         counts = sum((np.array(info["scores"]) for info in infos), np.zeros(len(SCORE_BINS) - 1, np.int64))
         checked = sum(info.get("checked", 0) for info in infos)
         recall = sum(info.get("agreed", 0) for info in infos) / checked if checked else None
-        return Output(files={"usage.npy": scratch / "usage.npy"}, info={
+        visible = {"visible": infos[0]["visible"]} if infos and self.config.where else {}
+        return Output(files={"usage.npy": scratch / "usage.npy"}, info=visible | {
             "missing": sum(info["missing"] for info in infos), "k": self.config.k, "database": self.database.label,
             "scores": counts.tolist(), "recall": 1.0 if self._exact else None if recall is None else round(recall, 4),
             "recall_pairs": checked, "rows": len(usage), "never_used": int((usage == 0).sum()),
@@ -267,14 +278,20 @@ class Neighbors(Stage):
 class OpenDatabase:
     """A database as a worker keeps it from item to item."""
 
-    def __init__(self, database: Dataset, method: str, hashed: bool, digest: str) -> None:
+    def __init__(self, database: Dataset, method: str, hashed: bool, digest: str, where: str) -> None:
         started = time.perf_counter()
         self.embeddings = Embeddings(database)
         records = database.manifest("shards")["items"]
         kind = searcher.search_kind(database) if method == "index" else "scan"
         self.hidden = np.zeros(len(self.embeddings), bool)
         self.hidden[hidden_rows.read_hidden_rows(database)] = True
-        self.graph = Searcher(database) if kind == "graph" else None
+        if where:
+            self.hidden |= ~RowSelection(database, where).mask()
+            if self.hidden.all():
+                raise ValueError(f"{where} leaves nothing of {database.label} to be a neighbor: expected at least one "
+                                 f"of {len(self.hidden)} rows, got none\nhint: status lists the scores; another limit")
+        left_out = np.flatnonzero(self.hidden) if where else None
+        self.graph = Searcher(database, left_out) if kind == "graph" else None
         self.lists = IndexLists(database) if kind == "lists" else None
 
         def fill(folder: Path) -> None:
@@ -284,7 +301,7 @@ class OpenDatabase:
                                                                for record in records]))
             if self.lists:
                 # Of an index of its own, which leaves memory with the codes that lie among what is read.
-                _write_in_list_order(folder, self.embeddings, IndexLists(database))
+                _write_in_list_order(folder, self.embeddings, IndexLists(database), left_out)
 
         self._folder = shared_scratch(f"neighbors-{digest[:24]}{'-hashed' * hashed}", fill)
         self.labels = arrays.map_array(self._folder / "labels.npy")
@@ -308,8 +325,10 @@ class OpenDatabase:
                        np.fromfile(vectors, np.float16, (end - start) * dim).reshape(-1, dim))
 
 
-def _write_in_list_order(folder: Path, embeddings: Embeddings, lists: IndexLists) -> None:
+def _write_in_list_order(folder: Path, embeddings: Embeddings, lists: IndexLists, left_out: np.ndarray | None) -> None:
     """The vectors of a database list after list in one file, so that a list is read in one piece.
+
+    The rows `left_out` are in no list: a filter that keeps few rows would leave none of the candidates.
 
     They are read in their order and put into one file for some lists each, which fit into memory.
     """
@@ -321,6 +340,8 @@ def _write_in_list_order(folder: Path, embeddings: Embeddings, lists: IndexLists
     rough = [(folder / f"vectors{number}", folder / f"ids{number}") for number in range(files)]
     for first, rows in embeddings.blocks(_LAID // 4 // (2 * embeddings.dim)):
         there = np.flatnonzero(_nonzero_rows(rows))
+        if left_out is not None:
+            there = np.setdiff1d(there, left_out - first, assume_unique=True)
         goal = list_of[first:first + len(rows)][there] // per_file
         for number in np.unique(goal):
             selected = there[goal == number]
@@ -355,9 +376,9 @@ def _nonzero_rows(rows: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def _open_database(database: Dataset, method: str, hashed: bool, digest: str) -> OpenDatabase:
+def _open_database(database: Dataset, method: str, hashed: bool, digest: str, where: str) -> OpenDatabase:
     """The database, kept in this worker; `digest` tells rebuilds apart."""
-    return OpenDatabase(database, method, hashed, digest)
+    return OpenDatabase(database, method, hashed, digest, where)
 
 
 def _score_facts(ids: np.ndarray, scores: np.ndarray) -> dict[str, Any]:

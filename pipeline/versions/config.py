@@ -23,6 +23,10 @@ class GatesConfig:
     """Least share of the ten nearest pictures of the queries that the published version gives too."""
     only_licenses: str = ""
     """Licenses (SPDX, as in --licenses) that all images must have; by default those of --licenses."""
+    gate_where: str = ""
+    """A row filter over metadata and scores, as in "aesthetic > 4.5", for `min_share`."""
+    min_share: Annotated[float, Interval(ge=0, le=1)] = 0.9
+    """Least share of the rows that searches can find for which `gate_where` is true."""
     queries: str = ""
     """Text file of the queries, one a line; by default captions of the first published version, which stay the same."""
     query_count: Annotated[int, Ge(0)] = 64

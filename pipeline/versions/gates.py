@@ -14,6 +14,7 @@ from pipeline.datasets import takedowns
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.hidden_rows import read_hidden_rows
 from pipeline.datasets.metadata import labels, metadata
+from pipeline.datasets.row_columns import RowSelection
 from pipeline.datasets.takedowns import Forgotten
 from pipeline.embeddings import clip
 from pipeline.embeddings.clip_weights import ClipConfig
@@ -69,6 +70,8 @@ def measure_gates(dataset: Dataset, before: Dataset | None, texts: Sequence[str]
     gates = [_recall(dataset, config), _failed(listing, config)]
     if config.only_licenses:
         gates.append(_licenses(dataset, config.only_licenses))
+    if config.gate_where:
+        gates.append(_share(dataset, config))
     if before:
         gates.append(_lost(listing, before, takedowns.read_takedowns(dataset.root), config))
     encoder = dataset_encoder(dataset)
@@ -132,6 +135,13 @@ def count_other_licenses(dataset: Dataset, licenses: Licenses) -> Counter[str]:
                 others[spdx] += row["count_all"]
         offset += table.num_rows
     return others
+
+
+def _share(dataset: Dataset, config: GatesConfig) -> Gate:
+    """The share of rows that the row filter of the gate is true for, of those that are not hidden."""
+    mask = np.delete(RowSelection(dataset, config.gate_where).mask(), read_hidden_rows(dataset))
+    value = float(mask.mean()) if len(mask) else 0.0
+    return Gate(f"share where {config.gate_where}", value, f"at least {config.min_share}", value >= config.min_share)
 
 
 def _count(truths: pa.ChunkedArray) -> int:

@@ -17,7 +17,7 @@ from pipeline.stages import records
 from pipeline.stages.documents import check_manifest, check_plan
 from pipeline.stages.manifest import changed_inputs, read_manifest
 from pipeline.stages.plan import item_ids, read_items
-from pipeline.storage import arrays
+from pipeline.storage import arrays, parquet
 
 
 def find_faults(root: str, path: str, *, quick: bool = False) -> Iterator[dict[str, str]]:
@@ -48,7 +48,7 @@ def find_faults(root: str, path: str, *, quick: bool = False) -> Iterator[dict[s
             yield _fault(path, entry["name"], fault)
     yield from _records(root, path, manifest)
     checks = {"shard": _shards, "embed": _embeddings, "embed_captions": _embeddings, "index": _index,
-              "neighbors": _neighbors, "latents": _latents}
+              "neighbors": _neighbors, "latents": _latents, "score": _scores}
     check = checks.get(manifest["stage"]) if path.startswith("datasets/") else None
     if check:
         checked = _Checked(root, path, manifest)
@@ -164,6 +164,14 @@ def _latents(checked: _Checked, path: str, record: dict[str, Any]) -> Iterator[d
     yield from _lengths(checked, path, record["id"], len(rows), f"{record['id']}.npy")
     if not np.isfinite(rows).all():
         yield _fault(path, f"{record['id']}.npy", "has latents that are not finite")
+
+
+def _scores(checked: _Checked, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:
+    entry = file_of(record, ".parquet")
+    keys = parquet.read(checked.dataset.fetch(checked.name, entry), ["key"])["key"].to_pylist()
+    shard = next(shard for shard in checked.dataset.manifest("shards")["items"] if shard["id"] == record["id"])
+    if keys != [row["key"] for row in metadata(checked.dataset, shard, ["key"])]:
+        yield _fault(path, entry["name"], f"its {len(keys)} keys are not those of its shard")
 
 
 def _index(checked: _Checked, path: str, record: dict[str, Any]) -> Iterator[dict[str, str]]:

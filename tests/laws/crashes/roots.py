@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
+from safetensors.numpy import save_file
 
+from pipeline.embeddings.clip_weights import ClipConfig, describe_encoder
 from pipeline.storage import is_local
 from tests.laws.crashes.commands import Commands, Ended
 from tests.model.weights import golden_first_stage
@@ -38,10 +41,18 @@ class Place:
         """The images that `rebuild` publishes."""
         return self.folder / "source"
 
+    @property
+    def head(self) -> Path:
+        """A model that scores vectors of the bundled encoder."""
+        path = self.folder / "head.safetensors"
+        if not path.exists():
+            save_file({"weight": np.ones((1, describe_encoder(ClipConfig())["dim"]), np.float32)}, path)
+        return path
+
     def arguments(self, verb: str) -> tuple[str, ...]:
         """The command line of a verb of `VERBS` or `RUNS`."""
-        return tuple(word.format(source=self.source, forgotten=FORGOTTEN, first_stage=self.folder / FIRST_STAGE)
-                     for word in (VERBS | RUNS)[verb])
+        return tuple(word.format(source=self.source, forgotten=FORGOTTEN, first_stage=self.folder / FIRST_STAGE,
+                                 head=self.head) for word in (VERBS | RUNS)[verb])
 
     def run(self, arguments: tuple[str, ...], **how: Any) -> Ended:
         """Run a command that must end well."""
@@ -63,6 +74,7 @@ VERBS: dict[str, tuple[str, ...]] = {
     "repair": ("repair", NAME),
     "shard": ("shard", MADE_BY_HAND, "--source", "{source}", *_SETTINGS, "--overwrite", "--local"),
     "embed": ("embed", MADE_BY_HAND, "--captions", "--overwrite", "--local"),
+    "score": ("score", MADE_BY_HAND, "--head", "warmth={head}", "--overwrite", "--local"),
     "index": ("index", MADE_BY_HAND, "--overwrite", "--local"),
     "neighbors": ("neighbors", MADE_BY_HAND, "--overwrite", "--local"),
 }
@@ -76,7 +88,7 @@ RUNS: dict[str, tuple[str, ...]] = {
 }
 """Commands that need what `make_trained` adds to a root."""
 PUBLISHING = ("rebuild", "rollback", "gc", "forget", "repair")
-STAGES = ("shard", "embed", "index", "neighbors")
+STAGES = ("shard", "embed", "score", "index", "neighbors")
 
 
 def make_template(commands: Commands, folder: Path) -> Place:
