@@ -102,8 +102,7 @@ def _seal(stage: Stage, runner: Runner) -> bool:
         return False
     manifest = run_observed(stage, runner, name=f"{stage.name} {stage.path}")
     totals, info = manifest["totals"], manifest["info"]
-    _log.info("%s: %d samples, %s%s%s", stage.path, totals["samples"], format_bytes(totals["bytes"]),
-              f", left out: {totals['skipped']}" if totals["skipped"] else "",
+    _log.info("%s: %d samples, %s%s", stage.path, totals["samples"], format_bytes(totals["bytes"]),
               f", {info['key']}, recall@10 {info['recall_at_10']}" if "recall_at_10" in info else "")
     return True
 

@@ -1,19 +1,17 @@
 """Run a stage with the options of a verb. Imports Ray and torch only when a stage needs them."""
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from jobs.cli.options import CommonOptions
 from jobs.cluster.config import ClusterConfig
 from jobs.telemetry import interrupts, output
+from pipeline import storage
 
 if TYPE_CHECKING:
     from pipeline.stages.driver import Runner
     from pipeline.stages.stage import Stage
-
-_log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -75,12 +73,8 @@ def print_forecast(stage: "Stage", overwrite: bool = False, cluster: ClusterConf
 
 
 def print_result(stage: "Stage", manifest: dict[str, Any]) -> None:
-    """Print one JSON document: the folder, counts and facts. Counts of rows that were left out go to the log."""
-    from jobs.runs.labels import stage_labels
-    totals, labels = manifest["totals"], stage_labels(stage.path, stage.name)
+    """Print one JSON document: the folder, its ledger if it has one, counts and facts."""
+    totals = manifest["totals"]
+    ledger = {"ledger": storage.join(stage.folder, "ledger")} if totals["skipped"] or totals["noted"] else {}
     facts = {key: value for key, value in manifest["info"].items() if isinstance(value, int | float | str)}
-    output.print_json({"folder": stage.folder, **totals, **facts})
-    if totals["skipped"]:
-        _log.warning("%s: left out %s; the ledger names each", stage.name,
-                     ", ".join(f"{count} {reason}" for reason, count in totals["skipped"].items()),
-                     extra={"fields": {name: value for name, value in labels.items() if value}})
+    output.print_json({"folder": stage.folder, **ledger, **totals, **facts})

@@ -167,10 +167,9 @@ def _detail(state: dict[str, Any]) -> str:
     if state.get("changed"):
         return f"rebuilt since: {', '.join(state['changed'])}"
     if "samples" in state:
-        skipped = ", ".join(f"{count} {reason}" for reason, count in state["skipped"].items())
-        left_out = f", left out: {skipped}" if skipped else ""
         return "; ".join(filter(None, [
-            f"{state['samples']} samples, {format_bytes(state['bytes'])}{left_out}",
+            f"{state['samples']} samples, {format_bytes(state['bytes'])}",
+            progress_bar.describe_losses(state, state["path"]),
             progress_bar.describe_devices(state.get("devices", {})),
             progress_bar.describe_retired(state.get("retired", []))]))
     said = [f"{state['failed']} failed"] if state.get("failed") else []

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 from markupsafe import Markup
@@ -13,7 +13,7 @@ from jobs.report.render import render
 from jobs.runs.metrics import read_metrics
 from jobs.runs.run import Run
 from jobs.telemetry import progress_bar
-from jobs.telemetry.units import format_count, format_number
+from jobs.telemetry.units import format_count, format_number, format_share
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 
@@ -60,7 +60,7 @@ def _run_numbers(root: RootContents, run: Run) -> list[tuple[str, str]]:
 
 def _percent(kept: int, lost: int) -> str:
     """The share that was kept, rounded down: it is never 100 if something was lost."""
-    return f"{1000 * kept // (kept + lost) / 10:.1f} %"
+    return format_share(kept, kept + lost).replace("%", " %")
 
 
 def _final_loss(lines: list[dict[str, Any]]) -> float:
@@ -118,7 +118,7 @@ def stages(root: RootContents) -> Markup | None:
     failures = [(state["path"], state["failed"], _failures(root, state["path"]))
                 for state in root.stages if state.get("failed")]
     ledgers = [(state["path"], sum(state["skipped"].values()) + sum(state["noted"].values()),
-                [line for line, _ in zip(_ledger(root, state["path"]), range(_LEDGER_LINES), strict=False)])
+                list(islice(_ledger(root, state), _LEDGER_LINES)))
                for state in root.stages if state.get("skipped") or state.get("noted")]
     return render("stages.html", groups=groups, failures=failures, ledgers=ledgers, most=_LEDGER_LINES)
 
@@ -154,8 +154,14 @@ def _failures(root: RootContents, path: str) -> list[tuple[str, str]]:
     return [(failure["id"], storage.redact_credentials(failure["error"])) for failure in failures]
 
 
-def _ledger(root: RootContents, path: str) -> Iterator[dict[str, Any]]:
-    """The ledger entries of a stage."""
+def _ledger(root: RootContents, state: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The ledger entries of a stage: first what was left out, then what was kept with a warning."""
+    for name, kept in (("skipped", False), ("noted", True)):
+        if state[name]:
+            yield from (entry for entry in _read_ledger(root, state["path"]) if entry["kept"] is kept)
+
+
+def _read_ledger(root: RootContents, path: str) -> Iterator[dict[str, Any]]:
     for record in root.sealed(path)["items"]:
         for entry in record["files"]:
             if entry["name"].startswith("ledger/"):

@@ -8,7 +8,7 @@ from typing import Any
 
 from jobs.runs.labels import stage_labels
 from jobs.telemetry import logs, wandb_tracker
-from jobs.telemetry.progress_bar import show_progress
+from jobs.telemetry.progress_bar import describe_losses, show_progress
 from pipeline.stages.driver import Runner, run_in_process, run_stage
 from pipeline.stages.progress import Tally
 from pipeline.stages.stage import Stage
@@ -28,8 +28,11 @@ class Observers:
             watcher(tally)
 
     def sealed(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Report that the stage is sealed, and return its manifest."""
+        """Report that the stage is sealed, and what it lost. Returns its manifest."""
         self._tracked.sealed(manifest)
+        if losses := describe_losses(manifest["totals"], self._stage.folder):
+            level = logging.WARNING if manifest["totals"]["skipped"] else logging.INFO
+            _log.log(level, "%s: %s", self._stage.name, losses)
         _log.debug("%s is sealed", self._stage.name,
                    extra={"fields": manifest["totals"] | {"folder": self._stage.folder}})
         return manifest

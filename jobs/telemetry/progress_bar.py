@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jobs.telemetry import interrupts, logs
-from jobs.telemetry.units import format_bytes, format_duration
+from jobs.telemetry.units import format_bytes, format_duration, format_share
 from pipeline import storage
 from pipeline.stages.progress import Tally
 
@@ -91,7 +91,7 @@ class _Bar:
         done, total, unit = ((now["rows"], now["of_rows"], "rows") if now["of_rows"]
                              else (now["items"], now["of_items"], "items"))
         time_left = f", {format_duration(now['seconds_left'])} left" if now["seconds_left"] and done < total else ""
-        details = (f"{done / total:4.0%}  {done} of {total} {unit}{time_left}, "
+        details = (f"{format_share(done, total, 0):>4}  {done} of {total} {unit}{time_left}, "
                    f"{now['rows_per_s']:.0f} rows/s, {_rest(now)}")
         with interrupts.defer_interrupts():
             self._progress.update(self._task, completed=done, total=total, details=details)
@@ -126,6 +126,16 @@ def describe_retired(workers: list[dict[str, Any]]) -> str:
             f"the last on {where}: {last['reason']}")
 
 
+def describe_losses(totals: dict[str, Any], folder: str) -> str:
+    """The samples that were left out, then those that were kept with a warning, and the folder that names each.
+
+    `totals` are those of a manifest. Empty if there are none.
+    """
+    groups = [f"{verb} {', '.join(f'{count} {reason}' for reason, count in totals[name].items())}"
+              for name, verb in (("skipped", "left out"), ("noted", "kept with a warning:")) if totals[name]]
+    return f"{'; '.join(groups)}; {storage.join(folder, 'ledger')} names each" if groups else ""
+
+
 def describe_devices(devices: dict[str, int]) -> str:
     """The devices and precisions of a stage, the most frequent first. Empty for stages without tensors."""
     names = [name for name in devices if name.rpartition(", ")[2] in {"fp32", "bf16", "fp16"}]
@@ -136,7 +146,7 @@ def _rest(now: dict[str, Any]) -> str:
     # The share is one of rows, because a row may give several samples.
     rows = now["rows"] - now["retried"]
     good = rows - sum(now["skipped"].values())
-    share = f"{good / rows:.1%} good, " if rows else ""
+    share = f"{format_share(good, rows)} good, " if rows else ""
     reasons = ", ".join(f"{count} {reason}" for reason, count in list(now["skipped"].items())[:4])
     failed = f", {now['failed_items']} items failed" if now["failed_items"] else ""
     return f"{share}{format_bytes(now['bytes'])}{failed}" + (f", left out: {reasons}" if reasons else "")

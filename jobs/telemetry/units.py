@@ -24,6 +24,13 @@ def format_number(value: float | None, digits: int | None = None) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+def format_share(part: float, whole: float, digits: int = 1) -> str:
+    """A percentage from 0 to 100, rounded down: it is 100 only if nothing is missing. Nothing of nothing is 100 %."""
+    steps = 10 ** digits
+    share = int(100 * steps * min(max(part, 0), whole) // whole) / steps if whole > 0 else 100.0
+    return f"{share:.{digits}f}%"
+
+
 def format_bytes(value: float | None) -> str:
     """A byte size in decimal units: "1.5 MB" is 1,500,000 bytes."""
     if value is None:

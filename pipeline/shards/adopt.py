@@ -6,7 +6,7 @@ could part ways with its metadata later (cut off, members without a picture, lin
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from pipeline.sources.rows import json_cells, redact_cells, replace_surrogates
 from pipeline.sources.source import list_source_files
 from pipeline.sources.tars import STEP, local_tar, read_column_types, sample_caption, sample_metadata
 from pipeline.stages.stage import Stage
-from pipeline.stages.types import Entry, Item, Output
+from pipeline.stages.types import Entry, Item, Output, StageFailed
 from pipeline.storage import parquet
 
 
@@ -81,6 +81,12 @@ class Adopt(Stage):
         for number, address in enumerate(self.addresses()):
             yield Item(f"{number:06d}", {"tar": address, "first": number * STEP, "types": name},
                        () if number else ((name, data),))
+
+    def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
+        if not any(record["samples"] for record in records):
+            raise StageFailed(f"shard: not one image of {', '.join(self.config.source)} can be adopted: "
+                              f"{len(self.addresses())} tars without a sample\nhint: list them with tar -tf")
+        return super().finish(records, scratch)
 
     def process(self, item: Item, scratch: Path) -> Output:
         address = item.inputs["tar"]

@@ -218,7 +218,7 @@ class Shard(Stage):
             left_out = counts["skipped"] | {name: sums[name] for name in ("filtered", LICENSE, NO_LICENSE)}
             reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
             raise StageFailed(f"shard: not one picture of {', '.join(self.config.source)} can be used: {reasons}\n"
-                              f"hint: the ledger in {self.folder} names each")
+                              f"hint: {storage.join(self.folder, 'ledger')} names each")
         # A row that was tried again is in two records: it is one row of the source.
         sums["rows"] += sums["filtered"] - sums["retried"]
         return Output(info={"sources": self._origins(), "format": self.config.format, **self.source.left_out(),

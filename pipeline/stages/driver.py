@@ -228,8 +228,9 @@ class _Run:
     def seal(self) -> dict[str, Any]:
         """Seal the folder, and return its manifest. StageFailed if too many rows failed."""
         if over := self.tally.over(self.max_failed, final=True):
-            raise StageFailed(f"{self.stage.name}: {over}\nhint: --retry-failed tries these rows once more; a higher "
-                              f"--max-failed seals what is there")
+            ledger = storage.join(self.stage.folder, "ledger")
+            raise StageFailed(f"{self.stage.name}: {over}\nhint: {ledger} names each; --retry-failed tries these rows "
+                              f"once more; a higher --max-failed seals what is there")
         for name in storage.list_files(self.folder):
             storage.remove(storage.join(self.folder, name))
         self.tally.clear()

@@ -55,7 +55,7 @@ class ProgressReporter:
 class Tally:
     """Rows, samples, bytes and reasons so far, as the driver counts them.
 
-    Retried rows count again in `rows` and among the reasons. Shares of failures count each row once.
+    Retried rows count again in `rows`. Reasons and shares of failures count each row once.
     """
 
     def __init__(self, folder: str, items: int, rows: int, by_choice: Iterable[str] = (),
@@ -144,7 +144,9 @@ class Tally:
         rows_left = max(self.rows - total["rows"], 0)
         self.now = total | {
             "of_rows": self.rows, "items": self.done_items, "of_items": self.items, "failed_items": self.failed_items,
-            "skipped": dict((+_sum_reasons(self.reasons, in_hand)).most_common()), "rows_per_s": round(rate, 1),
+            # Rows that are retried are among the reasons of their first try, until their record replaces them.
+            "skipped": dict((+_sum_reasons(self.reasons, [report for report in in_hand if not report["again"]])
+                             ).most_common()), "rows_per_s": round(rate, 1),
             "retried": self.retried + sum(report["rows"] for report in in_hand if report["again"]),
             "seconds_left": round(rows_left / rate) if rate > 0 and self.rows else None,
             "retired": self.retired, "devices": dict(self.devices), "updated": round(time.time(), 1),

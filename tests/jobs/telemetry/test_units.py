@@ -4,7 +4,14 @@ import re
 
 import pytest
 
-from jobs.telemetry.units import format_bytes, format_count, format_duration, format_hours, format_number
+from jobs.telemetry.units import (
+    format_bytes,
+    format_count,
+    format_duration,
+    format_hours,
+    format_number,
+    format_share,
+)
 
 _SECONDS = {"s": 1, "min": 60, "h": 3600, "days": 86400}
 
@@ -54,3 +61,10 @@ def test_a_duration_is_right_to_its_last_unit(value: float) -> None:
 def test_hours_are_bare_numbers() -> None:
     assert [format_hours(value) for value in (0, 1.8, 36, 3600, 36_000 - 36, 36_000, 3.6e7)] == [
         "0 s", "1.8 s", "0.01", "1", "10", "10", "10,000"]
+
+
+def test_shares_are_from_0_to_100_and_100_only_if_nothing_is_missing() -> None:
+    assert [format_share(part, whole) for part, whole in ((1, 3), (0, 5), (5, 5), (99_999, 100_000), (0, 0))] == [
+        "33.3%", "0.0%", "100.0%", "99.9%", "100.0%"]
+    assert [format_share(part, whole, 0) for part, whole in ((-1, 10), (11, 10), (1, 0), (199, 200))] == [
+        "0%", "100%", "100%", "99%"]

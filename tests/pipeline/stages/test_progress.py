@@ -128,10 +128,19 @@ def test_rows_that_are_tried_again_count_once_in_a_budget(tmp_path):
     assert tally.over(0.25) == ""  # no row of this run failed for the first time
     assert tally.over(0.21, final=True) == "" and "200 of 1000 rows failed (20%" in tally.over(0.19, final=True)
     assert tally.now["rows"] == 1290 and tally.now["retried"] == 290
+    assert "80.0% good" in describe_progress(tally.now)  # those in hand are not counted twice
     tally.record(make_record("000002", 100, retried=100), 0)
     assert "100 of 1000 rows failed (10%" in tally.over(0.09, final=True)
     assert "90.0% good" in describe_progress(tally.look())
     assert "1300 of 1500 rows (300 tried again)" in describe_progress(tally.now)
+
+
+def test_a_share_of_good_rows_is_never_negative(tmp_path):
+    tally = Tally(str(tmp_path), 2, 0)
+    tally.record(make_record("000000", 0, tar_cut=1), 0)
+    assert "good" not in describe_progress(tally.look())
+    tally.record(make_record("000001", 3, tar_cut=1, corrupt=3), 0)
+    assert "0.0% good" in describe_progress(tally.look())
 
 
 def test_a_run_that_was_stopped_goes_on_when_the_cause_is_gone(tmp_path):
