@@ -180,7 +180,8 @@ class HostBoard:
             self._change(report.host, replace(state, until=0.0, pauses=0, recovering=False, rate=0.0, single=True))
         elif report.kind == "answered" and state.recovering:
             answers = state.answers + (_ANSWERS if report.again else 1)
-            done = answers >= _ANSWERS
+            if done := answers >= _ANSWERS:
+                host.rate_since = now  # the rate does not grow while the host refuses
             self._change(report.host, replace(state, answers=answers, recovering=not done,
                                               pauses=0 if done else state.pauses))
 
