@@ -41,6 +41,25 @@ class LimitsActor:
         return os.getpid()
 
 
+class _Clock:
+    """The difference between the clocks of two processes.
+
+    An answer that took long would shift the slots of a worker onto those of others. So the fastest answer counts.
+    """
+
+    _DRIFT = 1e-4  # of two clocks, at most
+
+    def __init__(self) -> None:
+        self._life, self._shift, self._at = "", 0.0, 0.0
+
+    def shift(self, life: str, there: float, now: float) -> float:
+        """What to add to times of the other process, by an answer that was sent at `there` and came `now`."""
+        known = self._shift + (now - self._at) * self._DRIFT
+        self._shift = min(known, now - there) if life == self._life else now - there
+        self._life, self._at = life, now
+        return self._shift
+
+
 def find_actor() -> Any:
     """The actor of this cluster, whichever command started it. It is started if there is none."""
     remote: Any = LimitsActor  # `ray.remote` hides from type checkers that it adds `options`
@@ -57,6 +76,7 @@ class SharedLimits:
         self._client = ray.get_runtime_context().get_worker_id()
         self._version, self._life = 0, ""
         self._actor: Any = None
+        self._clock = _Clock()
         self._states: dict[str, HostState] = {}
         self._own: ProcessLimits | None = None  # while the actor is lost
         self._lost_at = 0.0
@@ -83,9 +103,12 @@ class SharedLimits:
                 self._actor = await asyncio.to_thread(find_actor)
             life, there, version, states, slots = await self._actor.exchange.remote(
                 self._client, self._version, reports, wants)
-        shift = time.monotonic() - there
+        now = time.monotonic()
+        shift = self._clock.shift(life, there, now)
         known = {name: replace(state, until=state.until + shift, since=state.since + shift)
                  for name, state in states.items()}
+        # From this moment, not from that of the actor's answer: slots of a late answer are in the past.
+        slots = {name: each._replace(delay=there + each.delay + shift - now) for name, each in slots.items()}
         if life != self._life and self._life:
             # The actor started again and lost its state. Its workers forget theirs too.
             known = dict.fromkeys(self._states, HostState()) | known

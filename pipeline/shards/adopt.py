@@ -37,8 +37,8 @@ class Adopt(Stage):
     def __init__(self, dataset: Dataset, config: ShardConfig) -> None:
         if not config.source:
             raise ValueError("--adopt needs a source\nhint: --source FOLDER with tars")
-        filters = [name for name, usual in (("where", ""), ("duplicates", "keep"), ("patches", 0), ("min_size", 0))
-                 if getattr(config, name) != usual]
+        usual = {"where": "", "licenses": "", "duplicates": "keep", "patches": 0, "min_size": 0}
+        filters = [name for name, setting in usual.items() if getattr(config, name) != setting]
         if filters:
             raise ValueError(f"--adopt takes tars as they are, and not {', '.join(filters)}\n"
                              f"hint: without --adopt they are filtered and resized into new ones")

@@ -13,6 +13,8 @@ from PIL import Image
 
 from tests.pipeline import web_server
 
+_BEAT_S = 0.02
+
 
 def jpeg(number: int) -> bytes:
     """A small image in one of many colors."""
@@ -48,6 +50,7 @@ class StrictServer:
         self._banned_until = dict.fromkeys(self.limits, 0.0)
         self.times = {address: [] for address in self.limits}
         self._open: Counter[str] = Counter()
+        self._beat, self._stalls = time.monotonic(), deque[tuple[float, float]](maxlen=50)
 
     def answer(self, address: str, path: str) -> bytes:
         now = time.monotonic()
@@ -60,7 +63,11 @@ class StrictServer:
         recent.append(now)
         while recent[0] < now - 1:
             recent.popleft()
-        if self.limits[address] and len(recent) > self.limits[address] and now >= self._banned_until[address]:
+        # Requests that came during a stall of this process are read together, and were not sent together.
+        stalled_s = sum(seconds for moment, seconds in self._stalls if moment > now - 1)
+        stalled_s += max(0.0, now - self._beat - 2 * _BEAT_S)
+        limit = self.limits[address] * (1 + stalled_s)
+        if limit and len(recent) > limit and now >= self._banned_until[address]:
             self._banned_until[address] = now + self.ban_s
         if now < self._banned_until[address]:
             self.refused[address] += 1
@@ -71,6 +78,14 @@ class StrictServer:
             return web_server.answer(b"", status={"forbidden": "403 No", "missing": "404 No", "busy": "429 No"}[kind])
         self.times[address].append(now)
         return web_server.answer(jpeg(int(path.rpartition("/")[2])))
+
+    async def watch_stalls(self) -> None:
+        """Note when this process could not run."""
+        while True:
+            self._beat = time.monotonic()
+            await asyncio.sleep(_BEAT_S)
+            if (stalled_s := time.monotonic() - self._beat - _BEAT_S) > _BEAT_S:
+                self._stalls.append((time.monotonic(), stalled_s))
 
     async def connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         address = writer.get_extra_info("sockname")[0]
@@ -101,9 +116,11 @@ def running(server: StrictServer) -> Iterator[StrictServer]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
+    watching: list[asyncio.Task[None]] = []
 
     async def start() -> list[asyncio.Server]:
         servers = []
+        watching.append(asyncio.create_task(server.watch_stalls()))
         for address in server.limits:
             servers.append(await asyncio.start_server(server.connection, address, server.port, backlog=4096))
             server.port = servers[0].sockets[0].getsockname()[1]

@@ -14,6 +14,7 @@ import pytest
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import metadata
 from pipeline.media import tars
+from pipeline.shards.adopt import Adopt
 from pipeline.shards.shard import Shard, count_rows
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage
@@ -96,3 +97,14 @@ def test_a_source_of_other_licenses_alone_is_refused_with_the_counts(tmp_path: P
     (tmp_path / "source").mkdir()
     with pytest.raises(StageFailed, match="7 filtered, 5 filtered_by_license, 2 filtered_without_license"):
         shard(tmp_path, table(tmp_path / "source"), licenses="MIT")
+
+
+def test_adopted_tars_are_not_filtered(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="takes tars as they are, and not licenses"):
+        Adopt(Dataset.parse(str(tmp_path), "art"), ShardConfig(source=("tars",), licenses="MIT"))
+
+
+@pytest.mark.parametrize("pattern", ["CC-BY", "free", "CC0-1.0,unknown"])
+def test_a_pattern_without_a_license_is_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match=r"shard\.licenses has .*: no SPDX identifier matches it"):
+        ShardConfig(licenses=pattern)
