@@ -325,7 +325,8 @@ class OpenDatabase:
                        np.fromfile(vectors, np.float16, (end - start) * dim).reshape(-1, dim))
 
 
-def _write_in_list_order(folder: Path, embeddings: Embeddings, lists: IndexLists, left_out: np.ndarray | None) -> None:
+def _write_in_list_order(folder: Path, embeddings: Embeddings, lists: IndexLists, left_out: np.ndarray | None = None
+                         ) -> None:
     """The vectors of a database list after list in one file, so that a list is read in one piece.
 
     The rows `left_out` are in no list: a filter that keeps few rows would leave none of the candidates.
