@@ -160,7 +160,9 @@ class FolderSource(Source):
         try:
             files = sort_files(self._listed if self._listed is not None else storage.walk(self.base))
         except FileNotFoundError:
-            raise ValueError(f"there is no folder {self.base}") from None
+            hint = ("\nhint: in a source of images only *, ** and ? are patterns; name the folder above"
+                    if re.search(r"[\[{]", self.base) else "")
+            raise ValueError(f"there is no folder {self.base}{hint}") from None
         self._listed = None
         images = sorted(name for name in files.images if self.pattern.fullmatch(name))
         by_name: dict[str, str] = {}

@@ -62,6 +62,12 @@ def test_files_that_belong_to_a_layout_are_no_kind_of_their_own(tmp_path, names,
         assert dict(source.ignored) == ignored
 
 
+def test_patterns_of_lists_are_no_patterns_of_images(tmp_path):
+    folder = write_files(tmp_path / "source", "a/x.png", "b/x.png")
+    with pytest.raises(ValueError, match=r"there is no folder .*/\{a,b\}\nhint: in a source of images only"):
+        open_path(folder / "{a,b}" / "*.png").count_files()
+
+
 def test_captions_that_are_named_choose_the_images(tmp_path):
     folder = write_files(tmp_path / "source", "a.png", "wikiart.parquet")
     write_list(folder / "list.csv", [{"path": "a.png", "caption": "words"}])
