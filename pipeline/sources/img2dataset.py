@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from pipeline import storage
+from pipeline.tables.parquet_tables import open_parquet
 
 STATUS, SUCCESS = "status", "success"
 _COLUMNS = {"key", STATUS, "error_message", "original_width", "original_height"}
@@ -33,9 +32,18 @@ def earlier_failure(cells: Mapping[str, Any]) -> str:
 
 def count_failures(address: str) -> int:
     """How many rows of a parquet file have no image because img2dataset could not get it; 0 for other tables."""
-    with storage.open_reader(address) as stream:
-        file = pq.ParquetFile(stream)
-        if not is_output(file.schema_arrow.names):
-            return 0
-        column = file.read([STATUS], use_threads=False)[STATUS]
-    return len(column) - int(pc.sum(pc.equal(column, SUCCESS)).as_py() or 0)
+    counts = count_rows(address)
+    return counts[1] if counts else 0
+
+
+def count_rows(address: str) -> tuple[int, int] | None:
+    """The rows of a parquet file with an image and without one; None if there is no file, or a table of others."""
+    try:
+        with open_parquet(address) as file:
+            if not is_output(file.schema_arrow.names):
+                return None
+            column = file.read([STATUS], use_threads=False)[STATUS]
+    except FileNotFoundError:
+        return None
+    good = int(pc.sum(pc.equal(column, SUCCESS)).as_py() or 0)
+    return good, len(column) - good

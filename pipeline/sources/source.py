@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import storage
+from pipeline.sources import img2dataset
 from pipeline.sources.folder_files import system_folder
 from pipeline.sources.patterns import is_pattern, match_pattern
 from pipeline.sources.rows import LICENSE, NO_LICENSE, Part, ReadReport, Row, read_rows, write_rows
@@ -45,7 +46,19 @@ class Source(ABC):
 
     def summary(self) -> dict[str, Any]:
         """The kind of the source, the number of its files, and counts of everything that gives no row."""
-        return {"kind": self.kind, "files": self.count_files(), **self.left_out()}
+        return {"kind": self.kind, "files": self.count_files(), **self._rows_of_tars(), **self.left_out()}
+
+    def _rows_of_tars(self) -> dict[str, int]:
+        """The rows of tars, if each has a table of img2dataset beside it. Without these they must be read to know."""
+        tables = [f"{address[:-4]}.parquet" for address in self.addresses if address.lower().endswith(".tar")]
+        if self.kind != "tars" or len(tables) < len(self.addresses):
+            return {}
+        counts = storage.map_urls(img2dataset.count_rows, tables)
+        known = [count for count in counts if count]
+        if len(known) < len(counts):
+            return {}
+        good, failed = map(sum, zip(*known, strict=True))
+        return {"rows": good, "earlier_failures": failed} if failed else {"rows": good}
 
     def left_out(self) -> dict[str, Any]:
         """Counts of files of no use, and of rows whose image another program could not get."""

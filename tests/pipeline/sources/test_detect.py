@@ -62,6 +62,17 @@ def test_files_that_belong_to_a_layout_are_no_kind_of_their_own(tmp_path, names,
         assert dict(source.ignored) == ignored
 
 
+def test_rows_of_tars_are_known_from_the_tables_beside_them(tmp_path):
+    folder = write_files(tmp_path / "source", "0.tar", "1.tar")
+    rows = [{"url": "x", "key": f"{number}", "status": "success" if number else "failed_to_download",
+             "error_message": None, "original_width": 1, "original_height": 1} for number in range(4)]
+    write_list(folder / "0.parquet", rows)
+    assert open_path(folder).summary() == {"kind": "tars", "files": 2, "ignored_files": {".parquet": 1}}
+    write_list(folder / "1.parquet", rows[1:])
+    assert open_path(folder).summary() == {"kind": "tars", "files": 2, "rows": 6, "earlier_failures": 1,
+                                           "ignored_files": {".parquet": 2}}
+
+
 def test_patterns_of_lists_are_no_patterns_of_images(tmp_path):
     folder = write_files(tmp_path / "source", "a/x.png", "b/x.png")
     with pytest.raises(ValueError, match=r"there is no folder .*/\{a,b\}\nhint: in a source of images only"):
