@@ -24,6 +24,7 @@ from jobs.runs.labels import NAMES
 from jobs.runs.run import HOPELESS
 from pipeline import storage
 from pipeline.stages.progress import period
+from pipeline.stages.types import count_row_failures
 
 _log = logging.getLogger(__name__)
 _requests = logging.getLogger(f"{__name__}.requests")
@@ -174,7 +175,7 @@ def _stage_numbers(stage: dict[str, Any]) -> dict[str, float]:
     numbers = state | {"items": stage["items"], "items_left": stage["items"] - done, "sealed": float(whole),
                     "items_failed": stage.get("failed", 0)}
     if whole:
-        numbers |= {"rows": stage["samples"] + sum(stage["skipped"].values()), "samples": stage["samples"],
+        numbers |= {"rows": stage["samples"] + count_row_failures(stage["skipped"]), "samples": stage["samples"],
                  "bytes": stage["bytes"], "sealed_timestamp_seconds": _unix(stage["sealed"])}
     if now:
         numbers |= {name: now[name] for name in ("rows", "samples", "bytes")}

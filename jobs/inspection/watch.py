@@ -10,6 +10,7 @@ from jobs.telemetry import output, tables
 from jobs.telemetry.units import format_duration
 from pipeline import storage
 from pipeline.stages.progress import period
+from pipeline.stages.types import count_row_failures
 
 _HEAD = ("dataset", "version", "stage", "state", "done", "rate", "left", "failures, left out")
 
@@ -57,7 +58,7 @@ def _stage_row(state: dict[str, Any]) -> dict[str, Any]:
            "silent_s": round(silent) or None, "failed": state.get("failed", 0), "skipped": state.get("skipped", {}),
            "error": state.get("error"), "retired": (now or state).get("retired", [])}
     if "samples" in state:
-        row |= {"done": state["items"], "rows": state["samples"] + sum(state["skipped"].values())}
+        row |= {"done": state["items"], "rows": state["samples"] + count_row_failures(state["skipped"])}
     if now:
         row |= {"done": now["items"], "rows": now["rows"], "of_rows": now["of_rows"] or None,
                 "failed": max(state["failed"], now["failed_items"]), "skipped": now["skipped"]}

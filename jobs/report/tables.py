@@ -16,6 +16,7 @@ from jobs.telemetry import progress_bar
 from jobs.telemetry.units import format_count, format_number, format_share
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
+from pipeline.stages.types import count_row_failures
 
 _LEDGER_LINES = 20
 _FAILURES = 20
@@ -32,8 +33,10 @@ def headline(root: RootContents) -> Markup | None:
         shown.append((format_count(sum(corpora)), "images in the corpus"))
     if shards:
         kept = sum(manifest["totals"]["samples"] for manifest in shards)
-        lost = sum(sum(manifest["totals"]["skipped"].values()) for manifest in shards)
-        share = f", {_percent(kept, lost)} of the images given" if lost else ", no image left out"
+        lost = sum(count_row_failures(manifest["totals"]["skipped"]) for manifest in shards)
+        is_unknown = lost < sum(sum(manifest["totals"]["skipped"].values()) for manifest in shards)
+        share = (f", {'at most ' * is_unknown}{_percent(kept, lost)} of the images given" if lost or is_unknown
+                 else ", no image left out")
         shown.append((format_count(kept), f"samples in {format_count(len(shards), 'dataset')}{share}"))
     if indices:
         shown.append((str(len(indices)), "databases with an index" if len(indices) > 1 else "database with an index"))

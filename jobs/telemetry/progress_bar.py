@@ -12,6 +12,7 @@ from jobs.telemetry import interrupts, logs
 from jobs.telemetry.units import format_bytes, format_duration, format_share
 from pipeline import storage
 from pipeline.stages.progress import Tally
+from pipeline.stages.types import count_row_failures
 
 EVERY_S = 10.0  # between two log lines
 _BAR_CELLS = 20
@@ -145,8 +146,9 @@ def describe_devices(devices: dict[str, int]) -> str:
 def _rest(now: dict[str, Any]) -> str:
     # The share is one of rows, because a row may give several samples.
     rows = now["rows"] - now["retried"]
-    good = rows - sum(now["skipped"].values())
-    share = f"{format_share(good, rows)} good, " if rows else ""
+    failed_rows = count_row_failures(now["skipped"])
+    bound = "at most " if failed_rows < sum(now["skipped"].values()) else ""  # how many rows more is unknown
+    share = f"{bound}{format_share(rows - failed_rows, rows)} good, " if rows else ""
     reasons = ", ".join(f"{count} {reason}" for reason, count in list(now["skipped"].items())[:4])
     failed = f", {now['failed_items']} items failed" if now["failed_items"] else ""
     return f"{share}{format_bytes(now['bytes'])}{failed}" + (f", left out: {reasons}" if reasons else "")

@@ -7,9 +7,9 @@ is bounded whatever the headers say.
 
 import re
 import struct
+import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 BLOCK = 512
 LONGEST_NAME = 4096
@@ -17,6 +17,7 @@ LONGEST_NAME = 4096
 _MOST_HEADERS = 64
 """Extended headers before one member. Other programs write three at most."""
 _MOST_PAX_BYTES = 1 << 20
+_FILE_KINDS = {0, ord("0")}
 _FILES, _FOLDER, _SPARSE = b"07\0", b"5", b"S"
 _WITHOUT_CONTENT = b"12346"  # links, devices, pipes
 _LONG_NAME, _LONG_LINK, _PAX, _GLOBAL_PAX = b"L", b"K", b"xX", b"g"
@@ -28,15 +29,22 @@ ReadAt = Callable[[int, int], bytes]
 
 
 class DamagedTar(ValueError):
-    """A tar that cannot be read further, and why."""
+    """A tar that cannot be read further, and why.
+
+    `start`: offset of the first header of the member that cannot be read. `resume`: offset from which a later member
+    may be searched.
+    """
+
+    def __init__(self, why: str, start: int = 0, resume: int = 0) -> None:
+        super().__init__(why)
+        self.start, self.resume = start, resume
 
 
 class EndlessTar(DamagedTar):
     """A tar that ends after a whole member, without the block of zeros that ends a tar: it was cut off."""
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """A member of a tar."""
 
     name: str
@@ -46,29 +54,46 @@ class Member:
     """Of the content, in bytes."""
     size: int
     """Bytes of the content in the tar."""
+    start: int
+    """Offset of its first header, which is an extended one if it has any."""
+
+    @property
+    def end(self) -> int:
+        """The offset of the header after it."""
+        return self.offset + _blocks(self.size)
 
 
-def list_members(read_at: ReadAt, tar_bytes: int) -> Iterator[Member]:
-    """The members of a tar of `tar_bytes`, in order. DamagedTar where it cannot be read further.
+def list_members(read_at: ReadAt, tar_bytes: int, offset: int = 0) -> Iterator[Member]:
+    """The members of a tar of `tar_bytes` from the header at `offset` on, up to the zeros that end it.
 
-    The content of a member may end beyond the end of the file: compare `offset` and `size` with `tar_bytes`.
+    DamagedTar where it cannot be read further. The content of a member may end beyond the end of the file: compare
+    `offset` and `size` with `tar_bytes`.
     """
-    offset = 0
     while offset < tar_bytes or not tar_bytes:
         header = read_at(offset, BLOCK)
         if (plain := parse_header(header)) is not None:
-            member = Member(plain[0], "file", offset + BLOCK, plain[1])
-            offset = _after(member)
+            name, size = plain
+            member = Member(name, "file", offset + BLOCK, size, offset)
+            offset += BLOCK - (-size // BLOCK) * BLOCK  # as member.end, in a tenth of the time
         elif len(header) == BLOCK and not any(header):
             return
         elif len(header) < BLOCK:
-            raise EndlessTar("between two members: it has no end")
+            raise EndlessTar("between two members: it has no end", offset, tar_bytes)
         else:
             # An offset beyond the file may be larger than a file can have.
             member, offset = _member(lambda at, size: read_at(at, size) if at < tar_bytes else b"", offset, header)
         yield member
-    raise EndlessTar("between two members: it has no end") if offset == tar_bytes else DamagedTar(
-        "in the middle of its last member")
+    if offset == tar_bytes:
+        raise EndlessTar("between two members: it has no end", offset, tar_bytes)
+    raise DamagedTar("in the middle of its last member", tar_bytes, tar_bytes)
+
+
+def is_header(block: bytes) -> bool:
+    """Whether a block is a header with a right checksum."""
+    try:
+        return len(block) == BLOCK and any(block) and bool(_checked(block))
+    except DamagedTar:
+        return False
 
 
 def parse_header(header: bytes) -> tuple[str, int] | None:
@@ -77,16 +102,18 @@ def parse_header(header: bytes) -> tuple[str, int] | None:
     tarfile takes three times as long: a tenth of the time to decode an image of 256 pixels.
     """
     # A regular file of POSIX's format without a prefix to its name; longer names and sizes have other headers.
-    if len(header) < BLOCK or header[156:157] not in b"0\0" or header[257:265] != b"ustar\x0000" or header[345]:
+    if len(header) < BLOCK or header[257:265] != b"ustar\x0000" or header[345] or header[156] not in _FILE_KINDS:
         return None
     length, checksum = header[124:136].rstrip(b"\0 "), header[148:156].rstrip(b"\0 ")
     # int() also takes signs, spaces and underscores.
     if not length.isdigit() or not checksum.isdigit():
         return None
     try:
-        if int(checksum, 8) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+        # Adler-32 has 1 and the sum of the bytes modulo 65521. It is 20 times as fast as sum().
+        total = (zlib.adler32(header) & 0xffff) - 1 - sum(header[148:156]) + 8 * ord(" ")
+        if (int(checksum, 8) - total) % 65521:
             return None
-        return header[:100].rstrip(b"\0").decode("utf-8", "surrogateescape"), int(length, 8)
+        return str(header[:100].rstrip(b"\0"), "utf-8", "surrogateescape"), int(length, 8)
     except ValueError:  # a digit above 7
         return None
 
@@ -95,26 +122,32 @@ def _member(read_at: ReadAt, offset: int, header: bytes) -> tuple[Member, int]:
     """The member whose first header is at `offset`, after any extended headers, and the offset of the next header."""
     name: bytes | None = None
     pax: dict[bytes, bytes] = {}
-    for _ in range(_MOST_HEADERS):
-        kind, size = _checked(header), _number(header[124:136])
-        content = offset + BLOCK
-        if kind in _LONG_NAME:
-            name = read_at(content, min(size, LONGEST_NAME + 1)).split(b"\0")[0]
-        elif kind in _PAX or kind == _GLOBAL_PAX:
-            records = _pax_records(read_at, content, size)
-            if kind in _PAX:
-                pax |= records
-            elif {b"path", b"size"} & records.keys() or any(key.startswith(b"GNU.sparse.") for key in records):
-                raise DamagedTar("where its reader stops: a global header that names one member")
-        elif kind != _LONG_LINK:
-            return _finish(read_at, header, content, size, name, pax)
-        offset = content + _blocks(size)
-        if len(header := read_at(offset, BLOCK)) < BLOCK:
-            raise DamagedTar("where its reader stops: no member after an extended header")
-    raise DamagedTar(f"where its reader stops: more than {_MOST_HEADERS} extended headers for one member")
+    start = last = offset
+    try:
+        for _ in range(_MOST_HEADERS):
+            last = offset
+            kind, size = _checked(header), _number(header[124:136])
+            content = offset + BLOCK
+            if kind in _LONG_NAME:
+                name = read_at(content, min(size, LONGEST_NAME + 1)).split(b"\0")[0]
+            elif kind in _PAX or kind == _GLOBAL_PAX:
+                records = _pax_records(read_at, content, size)
+                if kind in _PAX:
+                    pax |= records
+                elif {b"path", b"size"} & records.keys() or any(key.startswith(b"GNU.sparse.") for key in records):
+                    raise DamagedTar("where its reader stops: a global header that names one member")
+            elif kind != _LONG_LINK:
+                return _finish(read_at, header, start, content, size, name, pax)
+            offset = content + _blocks(size)
+            if len(header := read_at(offset, BLOCK)) < BLOCK:
+                raise DamagedTar("where its reader stops: no member after an extended header")
+        raise DamagedTar(f"where its reader stops: more than {_MOST_HEADERS} extended headers for one member")
+    except DamagedTar as damage:
+        damage.start, damage.resume = start, last + 1
+        raise
 
 
-def _finish(read_at: ReadAt, header: bytes, content: int, size: int, long_name: bytes | None,
+def _finish(read_at: ReadAt, header: bytes, start: int, content: int, size: int, long_name: bytes | None,
             pax: dict[bytes, bytes]) -> tuple[Member, int]:
     kind = header[156:157]
     name = header[:100].split(b"\0")[0]
@@ -141,19 +174,15 @@ def _finish(read_at: ReadAt, header: bytes, content: int, size: int, long_name: 
             more, content = block[504], content + BLOCK
     text = name.decode("utf-8", "surrogateescape")
     if kind == _FOLDER:
-        return Member(text.rstrip("/"), "folder", content, 0), content
+        return Member(text.rstrip("/"), "folder", content, 0, start), content
     if kind in _WITHOUT_CONTENT:
-        return Member(text, "other", content, 0), content
+        return Member(text, "other", content, 0, start), content
     if kind not in _FILES and kind != _SPARSE:
-        member = Member(text, "other", content, size)
+        kind_name: Literal["other", "overlong", "sparse", "file"] = "other"
     else:
-        member = Member(text, "overlong" if len(name) > LONGEST_NAME else "sparse" if sparse else "file", content, size)
-    return member, _after(member)
-
-
-def _after(member: Member) -> int:
-    """The offset of the header after a member."""
-    return member.offset + _blocks(member.size)
+        kind_name = "overlong" if len(name) > LONGEST_NAME else "sparse" if sparse else "file"
+    member = Member(text, kind_name, content, size, start)
+    return member, member.end
 
 
 def _blocks(size: int) -> int:

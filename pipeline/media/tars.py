@@ -9,11 +9,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pipeline.media.foreign_tars import KEY_AND_SUFFIX, META_MEMBER
+from pipeline.media.sample_names import FIRST_IMAGE_SUFFIXES, IMAGE_SUFFIXES, KEY_AND_SUFFIX, META_MEMBER
 from pipeline.media.tar_members import DamagedTar, EndlessTar, Member, list_members
 from pipeline.storage import DamagedFile
-
-IMAGE_SUFFIXES = ("jpg", "png", "webp", "jpeg", "gif", "bmp", "tif", "tiff", "avif")
 
 
 def write(path: Path, samples: Iterable[dict[str, Any]]) -> None:
@@ -162,5 +160,8 @@ def sample_image(sample: dict[str, Any]) -> Any:
 
 
 def image_suffix(sample: dict[str, Any]) -> str | None:
-    """The suffix of a sample's picture, None if it has none."""
-    return next((suffix for suffix in sample if suffix.lower() in IMAGE_SUFFIXES), None)
+    """The suffix of a sample's image, None if it has none."""
+    for suffixes in (FIRST_IMAGE_SUFFIXES, IMAGE_SUFFIXES):
+        if (suffix := next((suffix for suffix in sample if suffix.lower() in suffixes), None)) is not None:
+            return suffix
+    return None

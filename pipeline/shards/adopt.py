@@ -17,13 +17,21 @@ from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.media import tars
 from pipeline.media.decode import read_size
-from pipeline.media.foreign_tars import TarFaults, read_foreign_tar
+from pipeline.media.foreign_tars.packed import compression
+from pipeline.media.foreign_tars.samples import TarFaults, read_foreign_tar
 from pipeline.media.types import BadImage
 from pipeline.shards import metadata
 from pipeline.sources.config import ShardConfig
 from pipeline.sources.rows import json_cells, redact_cells, replace_surrogates
 from pipeline.sources.source import list_source_files
-from pipeline.sources.tars import STEP, local_tar, read_column_types, sample_caption, sample_metadata
+from pipeline.sources.tars import (
+    STEP,
+    is_json_unreadable,
+    local_tar,
+    read_column_types,
+    sample_caption,
+    sample_metadata,
+)
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Entry, Item, Output, StageFailed
 from pipeline.storage import parquet
@@ -37,7 +45,7 @@ class Adopt(Stage):
     def __init__(self, dataset: Dataset, config: ShardConfig) -> None:
         if not config.source:
             raise ValueError("--adopt needs a source\nhint: --source FOLDER with tars")
-        usual = {"where": "", "licenses": "", "duplicates": "keep", "patches": 0, "min_size": 0}
+        usual = {"where": "", "licenses": "", "duplicates": "keep", "patches": 0, "min_size": 0, "image_key": ""}
         filters = [name for name, setting in usual.items() if getattr(config, name) != setting]
         if filters:
             raise ValueError(f"--adopt takes tars as they are, and not {', '.join(filters)}\n"
@@ -54,7 +62,8 @@ class Adopt(Stage):
         return f"{self.dataset.command('shards').replace('FOLDER', ' '.join(self.config.source))} --adopt"
 
     def section(self) -> dict[str, Any]:
-        return {"adopted": True, "caption_column": self.config.caption_column}
+        section = {"adopted": True, "caption_column": self.config.caption_column}
+        return section | ({"caption_key": self.config.caption_key} if self.config.caption_key else {})
 
     def addresses(self) -> list[str]:
         """The tars, sorted by name within each source."""
@@ -91,20 +100,20 @@ class Adopt(Stage):
     def process(self, item: Item, scratch: Path) -> Output:
         address = item.inputs["tar"]
         path = local_tar(address, scratch)
+        with open(path, "rb") as stream:
+            if kind := compression(stream):
+                raise ValueError(f"{address} is compressed ({kind}), so its samples cannot be read where they lie\n"
+                                 f"hint: shard it without --adopt, or unpack it")
         metas, entries = [], []
         faults = TarFaults()
         for number, sample in enumerate(read_foreign_tar(path, faults), item.inputs["first"]):
             meta, entry = self._meta(number, sample, address)
             metas.append(meta)
             entries += entry
-        if faults.cut:
-            raise ValueError(f"{address} is cut off {faults.cut}\nhint: shard it without --adopt, which takes the "
-                             f"{len(metas)} samples that are whole")
-        if faults.members:
-            (name, _, detail), count = faults.members[0], len(faults.members) + faults.unnamed.total()
-            raise ValueError(f"{address}: {count} members are not adopted, the first is {name}: {detail}\n"
-                             f"hint: shard it without --adopt, which leaves them out")
+        _check_adoptable(address, faults, len(metas))
         good = len(metas)
+        entries += [Entry(name, reason, detail, kept=True)
+                    for name, reason, detail in faults.remarks(address.rsplit("/", 1)[-1])]
         failed = _failed(address, good, item.inputs["first"])
         metas += failed
         entries += [Entry(meta["url"] or meta["key"] or "", meta["status"], meta["error_message"] or "")
@@ -128,7 +137,7 @@ class Adopt(Stage):
             raise ValueError(f"{address}: the name {key!r} is not UTF-8, as metadata must be\n"
                              f"hint: shard it without --adopt, which gives samples names of its own")
         data = sample[suffix]
-        entries = []
+        entries = [Entry(key, "json_unreadable", kept=True)] if is_json_unreadable(sample, document) else []
         width: int | None
         height: int | None
         try:
@@ -141,7 +150,7 @@ class Adopt(Stage):
         hashed = document.get("sha256")
         exif = document.get("exif")
         return extra | {
-            "caption": sample_caption(sample, document, self.config.caption_column),
+            "caption": sample_caption(sample, document, self.config.caption_column, self.config.caption_key),
             "url": storage.redact_url(replace_surrogates(str(document.get("url") or key))), "key": key,
             "status": metadata.SUCCESS, "error_message": None, "width": width, "height": height,
             "original_width": _number(document.get("original_width")),
@@ -150,6 +159,23 @@ class Adopt(Stage):
             "sha256": hashlib.sha256(data).hexdigest(),
             "original_sha256": replace_surrogates(hashed) if isinstance(hashed, str) else None,
             "source_row": number}, entries
+
+
+def _check_adoptable(address: str, faults: TarFaults, good: int) -> None:
+    """ValueError if other readers of a tar would find other samples in it."""
+    if faults.cut:
+        raise ValueError(f"{address} is cut off or damaged: {faults.cut}\nhint: shard it without --adopt, which "
+                         f"takes the {good} samples that are whole")
+    if faults.end_marks:
+        raise ValueError(f"{address} continues with another tar after the end mark at byte {faults.end_marks[0]}, and "
+                         f"other programs stop there\nhint: shard it without --adopt, which takes the samples of all")
+    if faults.is_apart:
+        raise ValueError(f"{address}: the members of a sample do not follow each other\n"
+                         f"hint: shard it without --adopt, which joins them by key")
+    if faults.members:
+        (name, _, detail), count = faults.members[0], len(faults.members) + faults.unnamed.total()
+        raise ValueError(f"{address}: {count} members are not adopted, the first is {name}: {detail}\n"
+                         f"hint: shard it without --adopt, which leaves them out")
 
 
 def _failed(address: str, good: int, first: int) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from pipeline.sources.source import Source
 from pipeline.stages.plan import read_items
 from pipeline.stages.records import infos, totals
 from pipeline.stages.stage import Stage
-from pipeline.stages.types import Entry, Item, Output, StageFailed
+from pipeline.stages.types import NO_ROW_REASONS, Entry, Item, Output, StageFailed
 from pipeline.storage import name_by_content, parquet
 
 # The location of the images and the way of fetching them do not change the result.
@@ -138,8 +138,8 @@ class Shard(Stage):
                                  None if self.source.fetch == "url" else read,
                                  far=files and not storage.is_local(self.config.source[0])))
         ledger = packer.finish()
-        # The number of samples that a damaged tar had is unknown: it counts as one sample left out, and has a line.
-        ledger += [Entry(name, reason, detail, kept=reason != "tar_cut") for name, reason, detail in reading.remarks]
+        ledger += [Entry(name, reason, detail, kept=reason not in NO_ROW_REASONS)
+                   for name, reason, detail in reading.remarks]
         filtered = reading.filtered + item.inputs.get("filtered", 0)
         info = {"rows": packer.rows} | ({"filtered": filtered} if filtered else {}) | reading.filtered_by
         if "round" in item.inputs:
@@ -216,7 +216,7 @@ class Shard(Stage):
                                                                       "retried")})
         if not counts["samples"]:
             left_out = counts["skipped"] | {name: sums[name] for name in ("filtered", LICENSE, NO_LICENSE)}
-            reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
+            reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "it is empty"
             raise StageFailed(f"shard: not one picture of {', '.join(self.config.source)} can be used: {reasons}\n"
                               f"hint: {storage.join(self.folder, 'ledger')} names each")
         # A row that was tried again is in two records: it is one row of the source.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pipeline.sources.row_filter import RowFilter
 
 LISTS = TABLES
-PACKED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
+PACKED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2")
 TARS = (".tar", *PACKED_TARS)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
 import re
@@ -16,16 +17,20 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.media import tars
-from pipeline.media.foreign_tars import TarFaults, read_foreign_tar
+from pipeline.media.foreign_tars import packed
+from pipeline.media.foreign_tars.samples import TarFaults, read_foreign_tar
+from pipeline.media.sample_names import CAPTION_SUFFIXES, IMAGE_SUFFIXES
 from pipeline.sources.column_names import find_caption_columns
 from pipeline.sources.column_types import ColumnTypes
 from pipeline.sources.rows import Part, ReadReport, Row, cell_text, json_cells
-from pipeline.sources.source import Source, parse_row_filter
+from pipeline.sources.source import PACKED_TARS, Source, parse_row_filter
 
 if TYPE_CHECKING:
     from pipeline.sources.config import ShardConfig
 
 _BATCH = 64
+_TYPE_MEMBERS, _TYPE_BYTES = 8 * _BATCH, 64 << 20
+"""Members, and unpacked bytes, from which the types of columns are read if the tar is not on a local disk."""
 # Of how many samples a tar has at most: rows of tar 3 are numbered from 3,000,000,000 on, and no driver need count.
 STEP = 10**9
 
@@ -38,6 +43,10 @@ class TarSource(Source):
 
     def __init__(self, config: ShardConfig, addresses: list[str]) -> None:
         super().__init__(config)
+        if config.caption_key and config.caption_column:
+            raise ValueError(f"shard.caption_key = {config.caption_key!r}, shard.caption_column = "
+                             f"{config.caption_column!r}: captions of tars are in members or in their JSON\n"
+                             f"hint: leave out one of --caption-key and --caption-column")
         self.addresses = addresses
         self.where = parse_row_filter(config)
 
@@ -56,16 +65,23 @@ class TarSource(Source):
             yield Part({"tar": address, "first": number * STEP})
 
     def rows(self, stage_folder: str, inputs: dict[str, Any], scratch: Path, reading: ReadReport) -> Iterator[Row]:
-        faults = TarFaults()
+        faults, images = TarFaults(), ImageChoice(self.config)
         batch: list[Row] = []
-        samples = read_foreign_tar(local_tar(inputs["tar"], scratch), faults)
+        path, ends_early = unpacked_tar(local_tar(inputs["tar"], scratch), scratch)
+        samples = read_foreign_tar(path, faults, divide_names=not self.config.image_key)
         for number, sample in enumerate(samples, inputs["first"]):
-            batch.append(_sample_row(number, sample, self.config.caption_column))
+            batch.append(images.row(number, sample, has_captions=bool(faults.endings & set(CAPTION_SUFFIXES))))
             if len(batch) == _BATCH:
                 yield from self._filter_batch(batch, reading)
                 batch = []
         yield from self._filter_batch(batch, reading)
-        reading.remarks += faults.remarks(inputs["tar"].rsplit("/", 1)[-1])
+        name = inputs["tar"].rsplit("/", 1)[-1]
+        if ends_early:
+            # The tar lacks its end for this reason.
+            if faults.damages and faults.damages[-1].end == path.stat().st_size:
+                ends_early += f"; when unpacked, it ends {faults.damages.pop()}"
+            reading.remarks.append((name, "tar_cut", ends_early))
+        reading.remarks += faults.remarks(name) + images.remarks(name)
 
     def _filter_batch(self, batch: list[Row], reading: ReadReport) -> list[Row]:
         if self.where is None or not batch:
@@ -84,7 +100,8 @@ class TarSource(Source):
 
 def read_column_types(address: str) -> dict[str, str]:
     """Types of the metadata in a tar: those of img2dataset's parquet beside it, or what its first samples have."""
-    types, parquet_url = ColumnTypes(), f"{address.removesuffix('.tar')}.parquet"
+    ending = next((ending for ending in PACKED_TARS if address.endswith(ending)), ".tar")
+    types, parquet_url = ColumnTypes(), f"{address.removesuffix(ending)}.parquet"
     if storage.exists(parquet_url):
         try:
             with storage.open_reader(parquet_url) as stream:
@@ -93,8 +110,16 @@ def read_column_types(address: str) -> dict[str, str]:
         except (pa.ArrowException, OSError):
             types = ColumnTypes()  # no parquet after all
     with storage.open_reader(address) as stream:
-        for sample in itertools.islice(read_foreign_tar(stream, TarFaults()), _BATCH):
-            types.add_row(sample_metadata(sample))
+        if packed.compression(stream):
+            beginning = io.BytesIO()
+            packed.unpack_tar(stream, beginning, _TYPE_BYTES)
+            samples = read_foreign_tar(beginning, TarFaults())
+        elif storage.is_local(address):
+            samples = read_foreign_tar(storage.local_path(address), TarFaults())
+        else:
+            samples = read_foreign_tar(stream, TarFaults(), most_members=_TYPE_MEMBERS)
+        for sample in itertools.islice(samples, _BATCH):
+            types.add_row(sample_metadata(sample, next((name for name in sample if name.endswith(".json")), "")))
     return types.by_column()
 
 
@@ -104,14 +129,32 @@ def local_tar(address: str, scratch: Path) -> Path:
         address, scratch / "source.tar")
 
 
-def sample_metadata(sample: dict[str, Any]) -> dict[str, Any]:
-    """What the JSON of a sample says, if it is an object, and the class in its member `cls`."""
-    try:
-        document = json.loads(sample.get("json", b"{}"))
-    except (ValueError, RecursionError):
-        document = {}
+def unpacked_tar(path: Path, scratch: Path) -> tuple[Path, str]:
+    """The path of a tar, unpacked in scratch if it is compressed; and why it ends early, "" if it is whole."""
+    with open(path, "rb") as stream:
+        if not packed.compression(stream):
+            return path, ""
+    return scratch / "unpacked.tar", packed.unpack_file(path, scratch / "unpacked.tar")
+
+
+def sample_metadata(sample: dict[str, Any], image: str = "") -> dict[str, Any]:
+    """The JSON of a sample, if it is an object, and the class in its member `cls`. `image`: suffix of the image."""
     label = {"cls": _label(sample["cls"])} if "cls" in sample else {}
-    return label | document if isinstance(document, dict) else label
+    return label | (_json_document(sample, image) or {})
+
+
+def is_json_unreadable(sample: dict[str, Any], meta: dict[str, Any], image: str = "") -> bool:
+    """Whether a sample with the metadata `meta` has JSON that is no object."""
+    return not meta.keys() - {"cls"} and _json_document(sample, image) is None
+
+
+def _json_document(sample: dict[str, Any], image: str) -> dict[str, Any] | None:
+    data = _member_beside(sample, image, "json")
+    try:
+        document = {} if data is None else json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) else None
 
 
 def _label(data: bytes) -> int | str:
@@ -120,19 +163,65 @@ def _label(data: bytes) -> int | str:
     return int(text) if re.fullmatch("-?[0-9]{1,18}", text) else text
 
 
-def sample_caption(sample: dict[str, Any], meta: dict[str, Any], column: str = "") -> str:
-    """The caption of a sample: its text, or what its JSON has under a usual name."""
+def sample_caption(sample: dict[str, Any], meta: dict[str, Any], column: str = "", key: str = "",
+                   image: str = "") -> str:
+    """The caption of a sample: of the members or the column of the JSON that settings name, else of the usual ones."""
     if column:
         return cell_text(meta.get(column))
-    if "txt" in sample:
-        return sample["txt"].decode("utf-8", "replace").strip()
-    return cell_text(next((meta[name] for name in find_caption_columns(meta) if meta.get(name)), None))
+    members = [sample.get(name) for name in _names(key)] if key else [
+        _member_beside(sample, image, suffix) for suffix in CAPTION_SUFFIXES]
+    if (text := next((data for data in members if data is not None), None)) is not None:
+        return text.decode("utf-8-sig", "replace").strip()
+    return "" if key else cell_text(next((meta[name] for name in find_caption_columns(meta) if meta.get(name)), None))
 
 
-def _sample_row(number: int, sample: dict[str, Any], caption_column: str) -> Row:
-    meta = sample_metadata(sample)
-    suffix = tars.image_suffix(sample)
-    columns = json_cells(meta | {"source_key": sample["__key__"]})
-    return Row(number, cell_text(meta.get("url")) or sample["__key__"],
-               sample_caption(sample, meta, caption_column), columns,
-               data=sample[suffix] if suffix else None, missing="" if suffix else "the sample has no picture")
+class ImageChoice:
+    """Makes a row of each sample, and counts samples that have other images too."""
+
+    def __init__(self, config: ShardConfig) -> None:
+        self._config = config
+        self._others, self._example = 0, ""
+
+    def row(self, number: int, sample: dict[str, Any], *, has_captions: bool) -> Row:
+        """The row of a sample. `has_captions`: its tar has members with captions."""
+        config, (suffix, missing) = self._config, self._choose(sample)
+        meta = sample_metadata(sample, suffix)
+        caption = sample_caption(sample, meta, config.caption_column, config.caption_key, suffix)
+        remarks = ["caption_missing"] if not caption and (has_captions or config.caption_key) else []
+        if is_json_unreadable(sample, meta, suffix):
+            remarks.append("json_unreadable")
+        return Row(number, cell_text(meta.get("url")) or sample["__key__"], caption,
+                   json_cells(meta | {"source_key": sample["__key__"]}), remarks=remarks,
+                   data=sample[suffix] if suffix else None, missing=missing)
+
+    def remarks(self, tar_name: str) -> list[tuple[str, str, str]]:
+        """(key, reason, detail) of samples with several images, for the ledger."""
+        return [(tar_name, "other_images", f"{self._others} samples have images beside the one that was taken, as "
+                                           f"{self._example}; --image-key takes another")] if self._others else []
+
+    def _choose(self, sample: dict[str, Any]) -> tuple[str, str]:
+        """The suffix of the image of a sample, or "" and why it has none."""
+        if key := self._config.image_key:
+            suffix = next((name for name in _names(key) if name in sample), "")
+            names = ", ".join(name for name in sample if name != "__key__")
+            return suffix, "" if suffix else f"the sample has no {key}, it has {names}"
+        images = [name for name in sample if name.rpartition(".")[2] in IMAGE_SUFFIXES]
+        suffix = tars.image_suffix(sample) or (images[0] if len(images) == 1 else "")
+        if not suffix:
+            return "", (f"the sample has several images: {', '.join(images)}; --image-key takes one" if images else
+                        "the sample has no image")
+        if len(images) > 1:
+            self._others += 1
+            self._example = self._example or f"{sample['__key__']}.{next(name for name in images if name != suffix)}"
+        return suffix, ""
+
+
+def _names(key: str) -> list[str]:
+    """The suffixes that a setting names, as in jpg;image.png."""
+    return [name.strip().lstrip(".").lower() for name in key.split(";")]
+
+
+def _member_beside(sample: dict[str, Any], image: str, suffix: str) -> bytes | None:
+    """The member of a sample with a suffix; a sample with 1.jpg has 1.txt or txt."""
+    stem = image.rpartition(".")[0]
+    return sample.get(f"{stem}.{suffix}", sample.get(suffix)) if stem else sample.get(suffix)

@@ -15,6 +15,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.stages import records
 from pipeline.stages.documents import check_progress, check_report
+from pipeline.stages.types import count_row_failures
 
 LEAST = 200  # rows before a share of failures means anything
 
@@ -170,7 +171,7 @@ class Tally:
         reasons = Counter({reason: count for reason, count in _sum_reasons(reasons, fresh).items()
                            if reason not in self.by_choice and count > 0})
         failed = reasons.total()
-        rows = max(rows, failed)  # a tar that cannot be read is a failure without a row
+        rows += failed - count_row_failures(reasons)  # a damaged part of a tar is one failure more
         if failed <= most * rows or (rows < LEAST and not final):
             return ""
         frequent = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(5))

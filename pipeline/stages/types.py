@@ -1,5 +1,6 @@
 """What passes between a stage, its workers and its driver."""
 
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,6 +8,15 @@ from typing import Any
 
 current_item: ContextVar[tuple[str, str, str] | None] = ContextVar("current_item", default=None)
 """(folder below the root, stage, item) of the item in work, for the log."""
+
+
+NO_ROW_REASONS = frozenset({"tar_cut"})
+"""Reasons in the ledger that stand for an unknown number of rows, so they are no rows themselves."""
+
+
+def count_row_failures(skipped: Mapping[str, int]) -> int:
+    """The number of rows that were left out, of counts by reason."""
+    return sum(count for reason, count in skipped.items() if reason not in NO_ROW_REASONS)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from model.weights import checkpoint, compvis
 from pipeline.embeddings import clip_retrieval, compvis_archive
 from pipeline.indices.faiss_door import open_index
 from pipeline.media import tars
-from pipeline.media.foreign_tars import TarFaults, read_foreign_tar
+from pipeline.media.foreign_tars.samples import TarFaults, read_foreign_tar
 from pipeline.media.types import BadImage
 from pipeline.sources.captions import read_captions
 from pipeline.sources.config import ShardConfig

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.media import foreign_tars, tars
-from pipeline.media.foreign_tars import TarFaults, read_foreign_tar
+from pipeline.media import tars
+from pipeline.media.foreign_tars import samples as foreign_samples
+from pipeline.media.foreign_tars.samples import TarFaults, read_foreign_tar
 from pipeline.media.tar_members import BLOCK, DamagedTar, list_members, parse_header
 from pipeline.stages.types import StageFailed
 from tests.pipeline.sources.list_datasets import PICTURES, shard_source
@@ -88,14 +89,22 @@ def samples(path: Path) -> tuple[list[str], TarFaults, int, float]:
         tracemalloc.stop()
 
 
+ENDS_WELL = {"5,000 pax headers", "5,000 global headers", "5,000 long names", "5,000 long links", "pax header of 2 MB",
+             "global header with a path"}
+"""After these, the member that has the hostile headers is found by its own header."""
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.timeout(30)
-def test_a_hostile_tar_gives_what_is_before_the_damage_and_one_fault(name, tmp_path):
+def test_a_hostile_tar_costs_what_is_damaged_and_is_one_fault(name, tmp_path):
     path = tmp_path / "some.tar"
-    path.write_bytes(GOOD + HOSTILE[name]() + file("2.png", b"x") + END)
+    path.write_bytes(GOOD + HOSTILE[name]() + file("2.png", b"x") + file("2.txt", b"good") + END)
     keys, faults, peak, seconds = samples(path)
-    assert keys == ["0"] and faults.cut
-    assert [reason for _, reason, _ in faults.members] == ["unsafe_member"] * name.startswith("unknown kind beyond")
+    assert keys == ["0", "2"]
+    damage, = faults.damages
+    assert damage.start == len(GOOD) < damage.end <= path.read_bytes().rindex(file("2.png", b"x"))
+    assert ("sample 1 beside it is not whole" in str(damage)) == (name in ENDS_WELL)
+    assert faults.members == []
     assert peak < 4 << 20 and seconds < 10
     with pytest.raises(ValueError, match=r"some\.tar is cut off .*\nhint"):
         list(tars.read(path))
@@ -110,7 +119,8 @@ def test_hostile_tars_among_others_cost_themselves_and_the_corpus_is_sealed(tmp_
         (tmp_path / "tars" / f"{number:02d}.tar").write_bytes(make() + END)
     (tmp_path / "tars" / "zz.tar").write_bytes(GOOD + END)
     _, manifest = shard_source(tmp_path, tmp_path / "tars", image_size=8)
-    assert manifest["totals"]["samples"] == 1 and manifest["totals"]["skipped"] == {"tar_cut": len(HOSTILE)}
+    assert manifest["totals"]["samples"] == 1
+    assert manifest["totals"]["skipped"] == {"tar_cut": len(HOSTILE), "not_a_picture": len(ENDS_WELL)}
     (tmp_path / "tars" / "zz.tar").unlink()
     with pytest.raises(StageFailed, match=f"not one picture .* {len(HOSTILE)} tar_cut"):
         shard_source(tmp_path / "none", tmp_path / "tars")
@@ -167,7 +177,7 @@ class EndlessMembers(io.RawIOBase):
     (lambda number: f"{number:09d}.png", 5000, 0), (lambda number: f"0.{number:09d}", 1, 4000),
     (lambda number: "0.png", 1, 4999)], ids=["no samples", "unsafe", "samples", "one sample", "repeated"])
 def test_very_many_small_members_take_bounded_memory(names, expected, left_out, monkeypatch):
-    monkeypatch.setattr(foreign_tars, "MOST_NAMED", 100)
+    monkeypatch.setattr(foreign_samples, "MOST_NAMED", 100)
     faults = TarFaults()
     tracemalloc.start()
     count = sum(1 for _ in read_foreign_tar(EndlessMembers(names, 5000), faults))
@@ -181,8 +191,8 @@ def test_very_many_small_members_take_bounded_memory(names, expected, left_out, 
 
 
 def test_members_that_are_too_large_are_named_and_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(foreign_tars, "MOST_SAMPLE_BYTES", 5000)
-    monkeypatch.setattr(foreign_tars, "MOST_JSON_BYTES", 1000)
+    monkeypatch.setattr(foreign_samples, "MOST_SAMPLE_BYTES", 5000)
+    monkeypatch.setattr(foreign_samples, "MOST_JSON_BYTES", 1000)
     (tmp_path / "some.tar").write_bytes(file("0.png", bytes(3000)) + file("0.json", bytes(1001)) + file(
         "0.txt", bytes(2001)) + file("0.cls", bytes(2000)) + file("1.png", bytes(5001)) + END)
     faults = TarFaults()

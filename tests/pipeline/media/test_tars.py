@@ -5,7 +5,7 @@ import pytest
 from webdataset.tariterators import base_plus_ext
 
 from pipeline.media import tars
-from pipeline.media.foreign_tars import KEY_AND_SUFFIX
+from pipeline.media.sample_names import KEY_AND_SUFFIX
 
 
 def _tar(path, members, tar_format=tarfile.USTAR_FORMAT):

@@ -1,3 +1,4 @@
+import gzip
 import io
 import json
 import os
@@ -167,6 +168,16 @@ def spoil(source: Path, how: str) -> None:
         os.truncate(tar, end)
     elif how == "no tar":
         tar.write_bytes(b"\xff" * 2000)
+    elif how == "joined":
+        tar.write_bytes(tar.read_bytes() + (source / "00000.tar").read_bytes())
+    elif how == "zeroed":
+        data = tar.read_bytes()
+        start = data.index(b"000010001.jpg") + 1000
+        tar.write_bytes(data[:start] + bytes(3000) + data[start + 3000:])
+    elif how == "compressed":
+        tar.write_bytes(gzip.compress(tar.read_bytes()))
+    elif how == "apart":
+        add_member(tar, "000010000.cls", b"1")
     elif how == "lies outside":
         add_member(tar, "../x.jpg")
     elif how == "link":
@@ -186,8 +197,13 @@ def spoil(source: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize(("how", "message"), [
-    ("cut in a member", r"00001\.tar is cut off in the middle of 00001000\d\.\w+\nhint: shard it without --adopt"),
-    ("cut between members", r"00001\.tar is cut off between two members"), ("no tar", r"00001\.tar is cut off where"),
+    ("cut in a member", r"00001\.tar is cut off or damaged: in the middle of 00001000\d\.\w+; bytes 4096 to 5000 are "
+                        r"lost\nhint: shard it without --adopt"),
+    ("cut between members", r"00001\.tar is cut off or damaged: between two members"),
+    ("no tar", r"00001\.tar is cut off or damaged: where"),
+    ("joined", r"00001\.tar continues with another tar after the end mark at byte \d+, and .*\nhint: shard it without"),
+    ("zeroed", r"00001\.tar is cut off or damaged: zeros from the middle of .*; bytes \d+ to \d+ are lost\n"),
+    ("compressed", r"00001\.tar is compressed \(gzip\)"), ("apart", "members of a sample do not follow each other"),
     ("lies outside", r"1 members are not adopted, the first is \.\./x\.jpg: its path leads outside"),
     ("link", "neither file nor folder"), ("hidden", "a hidden file in a folder"), ("twice", "one of that kind"),
     ("no picture", "the sample 000010009 has no picture, it has txt"),
@@ -220,7 +236,8 @@ def test_tars_that_only_look_odd_are_adopted(tmp_path):
     rows = metadata(dataset, manifest["items"][0])
     assert [row["key"] for row in rows] == ["./a", "below/b", "c", "d"]
     assert [row["width"] for row in rows] == [16, 16, None, 16] and rows[0]["x"] == "?"
-    assert manifest["totals"]["noted"] == {"unreadable": 1} and manifest["totals"]["skipped"] == {}
+    assert manifest["totals"]["noted"] == {"json_unreadable": 1, "unreadable": 1}
+    assert manifest["totals"]["skipped"] == {}
     run_stage(Embed(dataset, EmbedConfig(batch_size=4)))
     assert Embeddings(dataset).all().any(1).tolist() == [True, True, False, True]
 
@@ -237,6 +254,11 @@ def test_tars_in_the_folder_of_the_dataset_are_refused(tmp_path):
 
 def test_there_must_be_tars(tmp_path):
     (tmp_path / "empty").mkdir()
+    tars.write(tmp_path / "empty tar.tar", [])
+    with pytest.raises(StageFailed, match=r"empty tar\.tar can be adopted: 1 tars without a sample\nhint"):
+        adopt_source(tmp_path / "empty root", tmp_path / "empty tar.tar")
+    with pytest.raises(ValueError, match="--adopt takes tars as they are, and not image_key"):
+        Adopt(Dataset.parse(str(tmp_path), "old"), ShardConfig(source=str(tmp_path), image_key="png"))
     for source, message in ((tmp_path / "empty", r"no files ending in \.tar"), ("", "--adopt needs a source"),
                             (tmp_path / "absent", "there is no file or folder")):
         with pytest.raises(ValueError, match=message):

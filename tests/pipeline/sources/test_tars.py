@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
-from pipeline.media.foreign_tars import TarFaults, read_foreign_tar
+from pipeline.media.foreign_tars.samples import TarFaults, read_foreign_tar
 from pipeline.stages.types import StageFailed
 from tests.pipeline.shards.test_shard import ledger, table
 from tests.pipeline.sources.list_datasets import PICTURES, shard_source, stored_samples
@@ -88,7 +88,7 @@ def test_a_tar_that_is_cut_gives_what_is_whole(tmp_path):
     dataset, manifest = shard_source(tmp_path, tmp_path / "cut")
     names = sorted([*cuts, "zz damaged"])
     assert {name: record["samples"] for name, record in zip(names, manifest["items"], strict=True)} == {
-        name: expected for name, (_, expected) in cuts.items()} | {"zz damaged": 2}
+        name: expected for name, (_, expected) in cuts.items()} | {"zz damaged": 3}
     assert manifest["totals"]["skipped"] == {"tar_cut": len(names)} and manifest["totals"]["noted"] == {}
     assert {line["key"] for line in ledger(dataset, manifest)} == {f"{name}.tar" for name in names}
     assert all(sample["txt"] and sample["json"]["score"] is not None for sample in stored_samples(dataset, manifest))
@@ -114,9 +114,10 @@ def test_members_that_are_no_part_of_a_sample_are_counted_and_the_rest_taken(tmp
         "3": "picture_missing", "6": "not_a_picture"}
     assert [row["caption"] for row in rows] == [*(f"caption {number}" for number in range(3)), "no picture", "", "",
                                                "", "", "x"]
-    remarks = {line["key"]: line["reason"] for line in ledger(dataset, manifest) if line["kept"]}
-    assert remarks == dict.fromkeys(unsafe, "unsafe_member") | {
-        "below/._2.png": "hidden_member", "below/2.png": "repeated_member"}
+    remarks = {(line["key"], line["reason"]) for line in ledger(dataset, manifest) if line["kept"]}
+    assert remarks == {(name, "unsafe_member") for name in unsafe} | {
+        ("below/._2.png", "hidden_member"), ("below/2.png", "repeated_member"), ("a.tar", "other_images"),
+        ("7", "json_unreadable")} | {(key, "caption_missing") for key in "4567"}
     assert manifest["totals"]["skipped"] == {"picture_missing": 1, "not_a_picture": 1}
     assert not (tmp_path / "outside.png").exists()
     assert path.exists()
