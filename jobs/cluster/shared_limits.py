@@ -53,7 +53,7 @@ class _Clock:
         self._life, self._shift, self._at = "", 0.0, 0.0
 
     def shift(self, life: str, there: float, now: float) -> float:
-        """What to add to times of the other process, by an answer that was sent at `there` and came `now`."""
+        """Seconds to add to times of the other process. It sent an answer at `there`, which came `now`."""
         known = self._shift + (now - self._at) * self._DRIFT
         self._shift = min(known, now - there) if life == self._life else now - there
         self._life, self._at = life, now

@@ -32,16 +32,16 @@ class Board:
 
 def test_clients_share_one_line_of_slots():
     board = Board()
-    taken: list[float] = []
+    slot_times: list[float] = []
     for step in range(400):
         for client in ("a", "b", "c"):
             if slots := board.ask(client, rate=20.0):
-                taken += [board.now + slots.delay + number * slots.interval for number in range(slots.requests)]
+                slot_times += [board.now + slots.delay + number * slots.interval for number in range(slots.requests)]
         board.now = 100 + step / 40
-    taken.sort()
-    assert min(after - before for before, after in itertools.pairwise(taken)) > 0.0499
+    slot_times.sort()
+    assert min(after - before for before, after in itertools.pairwise(slot_times)) > 0.0499
     # The line has no gaps, and reaches a few seconds ahead at most.
-    assert 200 <= len(taken) <= 300 and taken[-1] - taken[0] < len(taken) / 20 + 0.1
+    assert 200 <= len(slot_times) <= 300 and slot_times[-1] - slot_times[0] < len(slot_times) / 20 + 0.1
     assert Board().ask("a", rate=0.01) == Slots(0.0, 100.0, 1)
 
 

@@ -1,4 +1,4 @@
-"""Rows of a host that is limited or refuses wait, while rows of others are packed; given up rows are retried."""
+"""Rows of a host that is limited or refuses wait. Rows of others do not. `--retry-failed` fetches given up rows."""
 
 from pathlib import Path
 from typing import Any
