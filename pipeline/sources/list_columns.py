@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
@@ -46,7 +47,7 @@ class Columns:
     caption_missing: bool = False
     """Whether other files of the list have captions, and this one has none."""
 
-    @property
+    @cached_property  # asked for each row
     def not_stored(self) -> set[str]:
         """The columns whose cells are used, and not stored under their names."""
         image = {self.image} if self.kind == "bytes" or self.image not in self.whole else set()
@@ -126,7 +127,7 @@ def make_row(number: int, read: TableRow, columns: Columns) -> Row:
     if columns.caption_missing:
         remarks.append("caption_missing")
     digest, unreadable = _parse_digest(cells.get(columns.digest)) if columns.digest else ("", [])
-    row = Row(number, "", cell_text(caption_cell), json_cells(cells), digest, remarks + unreadable)
+    row = Row(number, "", cell_text(caption_cell), json_cells(cells), digest, [*remarks, *unreadable])
     if columns.kind == "url":
         row.name = cell_text(cell).strip()
         row.missing = "" if row.name else "the list has no address here"

@@ -218,7 +218,8 @@ class ParquetLists(ListSource):
                         unnamed = unnamed_classes(table, features)
                         rows = table_rows(name_classes(table, features), self._text_columns, columns.whole)
                         for place, (number, row) in enumerate(zip(chosen.tolist(), rows, strict=True)):
-                            row.remarks = [*row.remarks, *unnamed.get(place, ())]
+                            if place in unnamed:
+                                row.remarks = [*row.remarks, *unnamed[place]]
                             row.cells = partition | row.cells if partition else row.cells
                             yield begin + low + number, row
                     begin += batch.num_rows

@@ -111,10 +111,14 @@ def split_remark(remark: str) -> tuple[str, str]:
 
 def json_cells(document: Mapping[str, Any]) -> dict[str, Any]:
     """Cells that are carried along, as plain cells, without the best-known passwords in URLs."""
-    usual = {replace_surrogates(name): json_cell(value) for name, value in document.items()}
-    # No more than versions up to 0.1 took out: rows of their databases are compared by these cells.
-    return {name: storage.redact_known_credentials(value) if isinstance(value, str) and "://" in value else value
-            for name, value in usual.items()}
+    cells = {}
+    for name, value in document.items():
+        cell = value if value is None or isinstance(value, int) else json_cell(value)
+        if isinstance(cell, str) and "://" in cell:
+            # No more than versions up to 0.1 took out: rows of their databases are compared by these cells.
+            cell = storage.redact_known_credentials(cell)
+        cells[name if name.isascii() else replace_surrogates(name)] = cell
+    return cells
 
 
 def redact_cells(cells: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class TableRow:
 def json_cell(value: Any) -> Any:
     """A plain cell. NaN and infinity, which JSON does not have, become None; lists and objects become JSON text."""
     if isinstance(value, str):
-        return replace_surrogates(value)
+        return value if value.isascii() else replace_surrogates(value)
     if isinstance(value, float):
         return None if value != value or value in _INFINITIES else value
     if value is None or isinstance(value, int):
@@ -75,6 +75,8 @@ def replace_surrogates(string: str) -> str:
 
 def cell_text(value: Any) -> str:
     """A cell as one text. None is the empty text; a list counts by its first text, an object by its best-known key."""
+    if isinstance(value, str):
+        return value if value.isascii() else replace_surrogates(value)
     value = first_value(value)
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
