@@ -128,7 +128,7 @@ def describe_retired(workers: list[dict[str, Any]]) -> str:
 
 
 def describe_losses(totals: dict[str, Any], folder: str) -> str:
-    """The samples that were left out, then those that were kept with a warning, and the folder that names each.
+    """Counts of samples that were left out, then of warnings, and the path of the ledger.
 
     `totals` are those of a manifest. Empty if there are none.
     """

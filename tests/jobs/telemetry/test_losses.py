@@ -1,4 +1,4 @@
-"""The last words of a command: what was lost, then what was kept with a warning, and where each is named."""
+"""A command ends with its losses, then its warnings, and the path of the ledger."""
 
 import json
 import subprocess
