@@ -19,7 +19,8 @@ from jobs.config import toml
 from jobs.runs.metrics import read_metrics
 from jobs.runs.run import Run
 from model.weights import checkpoint, compvis
-from pipeline.embeddings import clip_retrieval, compvis_archive
+from pipeline.embeddings import compvis_archive
+from pipeline.embeddings.vectors_by_name import VectorsByName
 from pipeline.indices.faiss_door import open_index
 from pipeline.media import tars
 from pipeline.media.foreign_tars.samples import TarFaults, read_foreign_tar
@@ -94,8 +95,10 @@ def _clip_retrieval(vectors: Path, metadata: Path) -> None:
     for file, name in ((vectors, "img_emb/img_emb_0.npy"), (metadata, "metadata/metadata_0.parquet")):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, root / name)
-    read = clip_retrieval._Vectors(str(root))
-    read.rows(["000000", "zz"])
+    read = VectorsByName(str(root))
+    for key in ("000000", "zz"):
+        for place in read.find(key)[0]:
+            read.vector(place), read.sha256(place)
 
 
 def _embedding_folder(path: Path) -> None:
