@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pipeline import storage
@@ -103,7 +102,7 @@ def _choose_kind(config: ShardConfig, listed: list[_Listed]) -> tuple[str, Count
                      f"or make a dataset of each")
 
 
-def _sort_by_kind(names: Iterable[str]) -> tuple[dict[str, list[str]], Counter[str]]:
+def _sort_by_kind(names: list[str]) -> tuple[dict[str, list[str]], Counter[str]]:
     """The files of each kind, and counts of all others."""
     kinds: dict[str, list[str]] = {}
     others: Counter[str] = Counter()
@@ -120,20 +119,19 @@ def _sort_by_kind(names: Iterable[str]) -> tuple[dict[str, list[str]], Counter[s
         kinds["list"] = loose
         others -= Counter(map(suffix_of, loose))
     if len(kinds) > 1 and "list" in kinds:
-        companions = _companions(kinds)
+        companions = _companions(kinds, {_folder(name) for name in names if name.rpartition("/")[2] == "plan.json"})
         others.update(suffix_of(name) for name in companions)
         kinds["list"] = [name for name in kinds["list"] if name not in companions]
     return {kind: files for kind, files in kinds.items() if files}, others
 
 
-def _companions(kinds: dict[str, list[str]]) -> set[str]:
-    """The lists that only describe the images or tars beside them."""
+def _companions(kinds: dict[str, list[str]], stage_folders: set[str]) -> set[str]:
+    """The lists that only describe the images or tars beside them. `stage_folders`: folders that this program wrote."""
     tars = {name[:-len(suffix)] for name in kinds.get("tars", ()) for suffix in TARS if name.lower().endswith(suffix)}
     folders = {folder for name in kinds.get("pictures", ()) for folder in _folders_above(name)}
-    own_folders = {folder for name in tars for folder in (f"{_folder(name)}ledger/", f"{_folder(name)}rows/")}
-    # img2dataset writes 00000.parquet beside 00000.tar, or beside the folder 00000; this program ledger/ beside tars.
+    # img2dataset writes 00000.parquet beside 00000.tar, or beside the folder 00000.
     return {name for name in kinds["list"] if stem_of(name) in tars or f"{stem_of(name)}/" in folders
-            or _folder(name) in own_folders
+            or not stage_folders.isdisjoint([*_folders_above(name), ""])
             or (folders and name.rpartition("/")[2] in {*CAPTION_FILES, *METADATA_FILES})}
 
 

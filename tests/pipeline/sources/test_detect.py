@@ -50,8 +50,9 @@ def test_several_kinds_are_named_and_never_guessed(tmp_path, s3, names, message)
     (["train/a.png", "train/metadata.jsonl", "test/metadata.csv"], "pictures", 1, {".jsonl": 1, ".csv": 1}),
     (["00000.tar", "00000.parquet", "00000_stats.json"], "tars", 1, {".parquet": 1, ".json": 1}),
     (["00000/0.png", "00000.parquet", "00001/1.png", "00001.parquet"], "pictures", 2, {".parquet": 2}),
-    (["shards/0.tar", "shards/0.parquet", "shards/ledger/0.jsonl", "shards/rows/0.jsonl"], "tars", 1,
-     {".parquet": 1, ".jsonl": 2}),
+    (["shards/0.tar", "shards/0.parquet", "shards/ledger/0.jsonl", "shards/rows/0.jsonl", "shards/plan.json"], "tars",
+     1, {".parquet": 1, ".jsonl": 2, ".json": 1}),
+    (["flat/a.png", "train.csv", "heldout.csv", "plan.json", "manifest.json"], "pictures", 1, {".csv": 2}),
     (["metadata.parquet", "README.md", "@eaDir/a.png"], "list", 1, {".md": 1, "@eaDir/": 1}),
     (["a.parquet", "b.parquet"], "list", 2, {}),
 ])
