@@ -17,3 +17,5 @@ A folder imports only from folders below it in this list (`make lint` checks it)
 
 Start with cli/main.py, then cluster/actor_pool.py.
 """
+
+__version__ = "0.1.0"

@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jobs.cli.options import CommonOptions, Dataset, Flat, StageOptions, Words
 from jobs.cli.run_stage import check_unpublished, open_runner, print_forecast, print_result, seal_and_print
@@ -25,6 +25,10 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class ShardOptions:
     """Pack a corpus (a folder, lists of URLs, parquet with images, tars) into tars."""
+
+    examples: ClassVar = ("shard mine --source ~/images",
+                          "shard laion --source 's3://lists/part-*.parquet' --where 'punsafe < 0.1' --root "
+                          "s3://bucket/rdm --workers 64")
 
     dataset: Dataset
     shard: Flat[ShardConfig]
@@ -79,6 +83,9 @@ def _shard_and_deduplicate(sift: "Deduplicate", options: ShardOptions) -> int:
 @dataclass(frozen=True)
 class EmbedOptions:
     """Compute the CLIP embeddings of the images of a dataset."""
+
+    examples: ClassVar = ("embed mine",
+                          "embed art --model ViT-L-14 --pretrained openai --captions --gpus 1")
 
     dataset: Dataset
     embed: Flat[EmbedConfig]
@@ -139,6 +146,9 @@ def run_score(options: ScoreOptions) -> int:
 class IndexOptions:
     """Build the compressed index that makes a dataset a database."""
 
+    examples: ClassVar = ("index mine",
+                          "index art --max-memory 8Gi --min-recall 0.9")
+
     dataset: Dataset
     index: Flat[IndexConfig]
     cluster: Flat[ClusterConfig]
@@ -191,6 +201,9 @@ def run_index(options: IndexOptions) -> int:
 class NeighborsOptions:
     """Find the nearest images of a database for every sample of a dataset."""
 
+    examples: ClassVar = ("neighbors mine",
+                          "neighbors train --database art --method exact --gpus 1")
+
     dataset: Dataset
     neighbors: Flat[NeighborsConfig]
     cluster: Flat[ClusterConfig]
@@ -211,6 +224,9 @@ def run_neighbors(options: NeighborsOptions) -> int:
 @dataclass(frozen=True)
 class LatentsOptions:
     """Compute the latents of the images of a dataset, for training in the space of a first stage."""
+
+    examples: ClassVar = ("latents art --first-stage vae --flips",
+                          "latents art --first-stage vae --workers 8 --gpus 1")
 
     dataset: Dataset
     latents: Flat[LatentsConfig]

@@ -1,6 +1,7 @@
 """`python -m jobs demo`: images, datasets, samples of a bundled model, a training run, a report."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from jobs.cli.options import CommonOptions, Flat, Unflagged
 from jobs.cli.run_stage import open_runner
@@ -13,6 +14,9 @@ from pipeline import storage
 @dataclass(frozen=True)
 class DemoOptions:
     """Run everything on real images: eight style databases, a trained model, samples and a report."""
+
+    examples: ClassVar = ("demo --root data/demo",
+                          "demo --drawn --steps 600 --local")
 
     common: Flat[CommonOptions]
     cluster: Flat[ClusterConfig]

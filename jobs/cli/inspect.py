@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -22,6 +22,9 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class StatusOptions:
     """Print the state of every stage: absent, planned, i of n, sealed or stale."""
+
+    examples: ClassVar = ("status",
+                          "status --root s3://bucket/rdm --watch")
 
     common: Flat[CommonOptions]
     json: bool = False
@@ -63,6 +66,9 @@ def run_status(options: StatusOptions) -> int:
 @dataclass(frozen=True)
 class VerifyOptions:
     """Read everything again: sizes, hashes, counts and alignment. Exit 1 if anything is wrong."""
+
+    examples: ClassVar = ("verify",
+                          "verify --only datasets/mine --quick")
 
     common: Flat[CommonOptions]
     only: str = ""
@@ -119,6 +125,9 @@ def run_verify(options: VerifyOptions) -> int:
 class ReportOptions:
     """Write report.html, one file with everything in it: images, neighbors, losses, samples, stages."""
 
+    examples: ClassVar = ("report",
+                          "report --root data/demo --out report.html")
+
     common: Flat[CommonOptions]
     out: str = ""
     """File to write. Default: report.html in the root."""
@@ -142,6 +151,9 @@ def run_report(options: ReportOptions) -> int:
 @dataclass(frozen=True)
 class PlanOptions:
     """Estimate the cost of a full build, stage by stage: hours, bytes, money."""
+
+    examples: ClassVar = ("plan --pictures 100M --database-rows 20M --workers 64 --gpus 8",
+                          "plan --measure rates.json --local")
 
     common: Flat[CommonOptions]
     settings: Unflagged[Settings]

@@ -13,8 +13,9 @@ import os
 import select
 import sys
 
+from jobs import __version__
 from jobs.cli.options import STOPPED
-from jobs.cli.parse import VERBS, load_verb, parse_command
+from jobs.cli.parse import flags_of, parse_command
 from jobs.cli.submit import check_needed
 from jobs.telemetry import interrupts, logs, output
 from pipeline import storage
@@ -34,18 +35,14 @@ def main(arguments: list[str] | None = None) -> int:
         logs.configure_logging(_log_format(arguments), _find_flag(arguments, "--root"))
     except ValueError as error:
         return _misuse(str(error))
-    if not arguments or arguments[0] in {"-h", "--help"}:
-        _print_help(_overview())
-        return 0 if arguments else 2
     try:
+        if (code := _inform(arguments)) is not None:
+            return code
         check_needed()
         run, options = parse_command(arguments)
         code = run(options)
         sys.stdout.flush()
         return code
-    except SystemExit:  # tyro printed the help, or what is wrong with a flag
-        _print_help("")
-        raise
     except storage.DamagedFile as error:
         logs.log_exit(storage.redact_credentials(str(error)), exit=1)
         return 1
@@ -95,13 +92,28 @@ def _find_flag(arguments: list[str], *names: str) -> str:
         return ""
 
 
-def _print_help(text: str) -> None:
-    """Print and flush here, where a reader that stopped reading is no error; at exit Python would print a traceback."""
-    try:
-        output.print_text(text, end="")
-    except BrokenPipeError:
-        if not _unheard():
-            raise
+def _inform(arguments: list[str]) -> int | None:
+    """Answer a command line that asks about the program. Returns the exit code, or None if it names work to do."""
+    from jobs.cli import help
+    first, rest = (arguments or [""])[0], arguments[1:]
+    asked = {"-h", "--help", "--help-all"}.intersection(flags_of(first, rest))
+    if not first or first in {"-h", "--help", "--help-all"}:
+        help.print_overview()
+    elif first == "--version":
+        output.print_text(f"{help.PROGRAM} {__version__}")
+    elif first == "--completion":
+        if rest not in ([shell] for shell in help.SHELLS):
+            raise ValueError(f"--completion {' '.join(rest)}: must be one of {', '.join(help.SHELLS)}\n"
+                             f"hint: --completion bash")
+        output.print_text(help.SHELLS[rest[0]], end="")
+    elif first == "--complete":
+        output.print_text("\n".join(help.complete(rest)))
+    elif asked:
+        help.print_help(first, everything="--help-all" in asked)
+    else:
+        return None
+    sys.stdout.flush()  # here, where a reader that has left is no error
+    return 0 if arguments else 2
 
 
 def _unheard() -> bool:
@@ -111,10 +123,3 @@ def _unheard() -> bool:
     if closed := bool(out.poll(0)):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return closed
-
-
-def _overview() -> str:
-    lines = [f"  {verb:<10} {(load_verb(verb)[0].__doc__ or '').strip()}" for verb in VERBS]
-    return ("usage: python -m jobs VERB [...]; python -m jobs VERB --help\n\n" + "\n".join(lines) +
-            "\n\nEvery verb takes --root (a folder or s3://...), --local (no Ray) and --dry-run.\n"
-            "To resume after any fault, run the same command again.\n")

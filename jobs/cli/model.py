@@ -4,7 +4,7 @@ import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
@@ -31,6 +31,10 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class TrainOptions:
     """Train a retrieval-augmented diffusion model on a dataset and its neighbors."""
+
+    examples: ClassVar = ("train myrun --dataset mine --steps 3000 --local",
+                          "train large --dataset art --validation held_out --recipe imagenet_400m --workers 8 "
+                          "--gpus 1")
 
     run: RunName
     dataset: str
@@ -131,6 +135,9 @@ def _train_and_seal(training: "Training", job: "Job", cluster: ClusterConfig, *,
 class SampleOptions:
     """Generate images for prompts or for query images, each with its neighbors in a database."""
 
+    examples: ClassVar = ("sample emoji_32 --prompt 'red apple' --database noto --database openmoji",
+                          "sample emoji_32 --image apple.jpg --database noto:3+openmoji:1 --seed 7")
+
     run: RunName
     sample: Flat[SampleConfig]
     embed: Unflagged[EmbedConfig]
@@ -170,6 +177,9 @@ def run_sample(options: SampleOptions) -> int:
 @dataclass(frozen=True)
 class EvaluateOptions:
     """Measure whether the style of samples follows the database, with prompts that training has not seen."""
+
+    examples: ClassVar = ("evaluate emoji_32",
+                          "evaluate emoji_32 --database noto --database openmoji --json")
 
     run: RunName
     evaluate: Flat[EvaluateConfig]
@@ -239,6 +249,9 @@ def _evaluation_data(options: EvaluateOptions, run: "Run") -> tuple["Dataset", "
 class ConvertOptions:
     """Make a run from a checkpoint of the CompVis release (model.ckpt), or from a folder that export wrote."""
 
+    examples: ClassVar = ("convert released --checkpoint model.ckpt --database art",
+                          "convert small --checkpoint exported")
+
     run: RunName
     checkpoint: str
     """The file or folder. A pickle is read as weights only, and its code never runs."""
@@ -273,6 +286,9 @@ def run_convert(options: ConvertOptions) -> int:
 @dataclass(frozen=True)
 class ExportOptions:
     """Write the weights of a run, in half precision, into a folder that convert reads."""
+
+    examples: ClassVar = ("export myrun --out exported",
+                          "export myrun --out exported --checkpoint 9000")
 
     run: RunName
     out: str

@@ -1,6 +1,8 @@
 """Options that several verbs share. A flag is a field of an options class; its help is the text below the field."""
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import tyro
@@ -12,6 +14,8 @@ Unflagged = Annotated[Section, tyro.conf.Fixed, tyro.conf.Suppress]
 """Settings from the recipe and the TOML file. They have no flags here."""
 Words = tyro.conf.UseAppendAction[tuple[str, ...]]
 """A flag that may be repeated."""
+PROGRAM = "rdm" if Path(sys.argv[0]).name == "rdm" else "python -m jobs"
+"""How the user called the program."""
 STOPPED = 130
 """Exit code after SIGINT or SIGTERM."""
 

@@ -1,12 +1,13 @@
 """Parse the options of one verb. Imports only the module of that verb."""
 
 import argparse
+import difflib
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
-from jobs.cli.options import CommonOptions, StageOptions
+from jobs.cli.options import PROGRAM, CommonOptions, StageOptions
 
 Run = Callable[[Any], int]
 """The function of a verb: from its options to the exit code."""
@@ -17,6 +18,13 @@ VERBS = {**dict.fromkeys(("shard", "embed", "score", "index", "neighbors", "late
          **dict.fromkeys(("report", "status", "verify", "plan"), "inspect"),
          **{verb: verb for verb in ("pipeline", "demo", "submit")}}
 """The verbs, and the module of each: `VERB` has the class `VerbOptions` and the function `run_VERB`."""
+GROUPS = {"build": ("demo", "pipeline", "shard", "embed", "score", "index", "neighbors", "latents"),
+          "train": ("train", "evaluate", "convert", "export"),
+          "sample": ("sample", "credits"),
+          "publish": ("rebuild", "versions", "rollback", "repair", "gc", "forget"),
+          "watch": ("status", "report", "verify"),
+          "operate": ("submit", "plan")}
+"""The verbs by purpose, as the help lists them."""
 _OLD_FLAGS = {f"--{old}": f"--{new}" for old, new in (("rebuild", "overwrite"), ("no-rebuild", "no-overwrite"))}
 
 
@@ -24,24 +32,32 @@ def parse_command(arguments: Sequence[str]) -> tuple[Run, Any]:
     """The function of a verb, and its options. ValueError if there is no such verb."""
     verb, flags = arguments[0], list(arguments[1:])
     kind, run = load_verb(verb)
-    if verb == "submit":  # its own flags end where the other verb begins
-        end = next((number for number, word in enumerate(flags) if word in VERBS), len(flags))
-        flags.insert(end, "--")
+    if verb == "submit":
+        flags.insert(len(flags_of(verb, flags)), "--")
     elif "stage" in {field.name for field in fields(kind)}:
         flags = [_OLD_FLAGS.get(flag, flag) for flag in flags]
     import tyro
-    return run, tyro.cli(kind, args=flags, default=_default(kind, flags), prog=f"python -m jobs {verb}")
+    return run, tyro.cli(kind, args=flags, default=default_options(kind, flags), prog=f"{PROGRAM} {verb}")
+
+
+def flags_of(verb: str, words: Sequence[str]) -> Sequence[str]:
+    """The words after a verb that are its own. Those of `submit` end where the other verb begins."""
+    if verb != "submit":
+        return words
+    return words[:next((number for number, word in enumerate(words) if word in VERBS), len(words))]
 
 
 def load_verb(verb: str) -> tuple[type, Run]:
     """The options class and the function of a verb. Imports only the module of the verb."""
     if verb not in VERBS:
-        raise ValueError(f"there is no verb {verb!r}\nhint: one of {', '.join(VERBS)}")
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(VERBS)}"
+        raise ValueError(f"there is no verb {verb!r}\nhint: {hint}")
     module = importlib.import_module(f"jobs.cli.{VERBS[verb]}")
     return getattr(module, f"{verb.capitalize()}Options"), getattr(module, f"run_{verb}")
 
 
-def _default(kind: type, flags: list[str]) -> Any:
+def default_options(kind: type, flags: list[str]) -> Any:
     """The options before the flags: settings from the recipe and the file, and the defaults of the rest."""
     import tyro
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
@@ -32,6 +32,10 @@ from pipeline.sources.config import ShardConfig
 @dataclass(frozen=True)
 class PipelineOptions:
     """Run all stages of a dataset: shards, embeddings, index, and on request neighbors and a training run."""
+
+    examples: ClassVar = ("pipeline mine --source ~/images --local",
+                          "pipeline art --source 's3://lists/*.parquet' --train myrun --root s3://bucket/rdm "
+                          "--dry-run")
 
     dataset: Dataset
     shard: Flat[ShardConfig]

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
@@ -43,6 +43,9 @@ class SigningOptions:
 @dataclass(frozen=True)
 class RebuildOptions:
     """Update a published database to its source: build what changed, check it, publish it."""
+
+    examples: ClassVar = ("rebuild ukiyo_e --source s3://images/ukiyo_e --root s3://bucket/rdm",
+                          "rebuild mine --source ~/images --local --dry-run")
 
     dataset: DatasetName
     shard: Flat[ShardConfig]
@@ -85,6 +88,9 @@ def import_torch_first() -> None:
 class VersionsOptions:
     """List the versions of a published database: their changes, and the runs and neighbors that use them."""
 
+    examples: ClassVar = ("versions ukiyo_e --root s3://bucket/rdm",
+                          "versions mine --json")
+
     dataset: DatasetName
     common: Flat[CommonOptions]
     json: bool = False
@@ -106,6 +112,9 @@ def run_versions(options: VersionsOptions) -> int:
 class RollbackOptions:
     """Publish an earlier version of a database again."""
 
+    examples: ClassVar = ("rollback mine",
+                          "rollback mine --to v2")
+
     dataset: DatasetName
     common: Flat[CommonOptions]
     to: str = ""
@@ -126,6 +135,9 @@ def run_rollback(options: RollbackOptions) -> int:
 class RepairOptions:
     """Restore a damaged or missing pointer of a published database, and the images that it must hide."""
 
+    examples: ClassVar = ("repair mine",
+                          "repair mine --dry-run")
+
     dataset: DatasetName
     common: Flat[CommonOptions]
     signing: Flat[SigningOptions] = field(default_factory=SigningOptions)
@@ -141,6 +153,9 @@ def run_repair(options: RepairOptions) -> int:
 @dataclass(frozen=True)
 class GcOptions:
     """Remove versions of a published database that nothing uses any more."""
+
+    examples: ClassVar = ("gc mine --keep 3",
+                          "gc mine --keep 1 --dry-run")
 
     dataset: DatasetName
     common: Flat[CommonOptions]
@@ -173,6 +188,9 @@ def _dataset_name(root: str, text: str, hint: str) -> str:
 class CreditsOptions:
     """List the images that a sample used as neighbors, with source and license."""
 
+    examples: ClassVar = ("credits data/demo/runs/emoji_32/samples/first/grid.png",
+                          "credits data/demo/runs/emoji_32/samples/first/samples.json --sheet credits.png")
+
     file: Annotated[str, tyro.conf.Positional,
                     tyro.conf.arg(metavar="SAMPLE", help="Image or samples.json in runs/RUN/samples/.")]
     common: Flat[CommonOptions]
@@ -198,6 +216,9 @@ def run_credits(options: CreditsOptions) -> int:
 @dataclass(frozen=True)
 class ForgetOptions:
     """Take images out of every database for good, and list what used them."""
+
+    examples: ClassVar = ("forget --domain example.org --note 'asked by mail'",
+                          "forget --key mine/0000000042 --dry-run")
 
     common: Flat[CommonOptions]
     sha256: Words = ()

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
@@ -47,6 +47,10 @@ _TALKATIVE = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_
 @dataclass(frozen=True)
 class SubmitOptions:
     """Run a verb as a job of a Ray cluster: submit [flags] VERB .... Paths are those of the nodes."""
+
+    examples: ClassVar = ("submit --wait embed mine --root s3://bucket/rdm",
+                          "submit --address http://head:8265 --secret WANDB_API_KEY train myrun --dataset mine "
+                          "--root s3://bucket/rdm")
 
     words: Annotated[tuple[str, ...], tyro.conf.Positional,
                      tyro.conf.arg(metavar="VERB ...", help="The verb with its options.")] = ()

@@ -1,6 +1,7 @@
 """The folder of a training run: <root>/runs/<run>/ with its checkpoints, curve and samples."""
 
 import contextlib
+import difflib
 import os
 import re
 import threading
@@ -57,7 +58,9 @@ class Run:
         try:
             return self._read_plan()["section"]
         except FileNotFoundError:
-            raise ValueError(f"there is no run {self.name} in {self.root}\nhint: {self.command}") from None
+            close = difflib.get_close_matches(self.name, storage.list_folders(storage.join(self.root, "runs")), n=1)
+            hint = f"did you mean {close[0]}?" if close and close[0] != self.name else self.command
+            raise ValueError(f"there is no run {self.name} in {self.root}\nhint: {hint}") from None
 
     def _read_plan(self) -> dict[str, Any]:
         url = storage.join(self.folder, "plan.json")

@@ -1,13 +1,15 @@
 """The address of a dataset, and its sealed folders."""
 
+import contextlib
+import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline import storage
-from pipeline.stages.manifest import read_manifest, sealed_input
+from pipeline.stages.manifest import NotSealed, read_manifest, sealed_input
 from pipeline.storage import DamagedFile
 
 _T = TypeVar("_T")
@@ -78,7 +80,8 @@ class Dataset:
 
     def manifest(self, stage_name: str) -> dict[str, Any]:
         """The manifest of a sealed stage; ValueError with the command that would finish it."""
-        return read_manifest(self.folder(stage_name), self.command(stage_name), self._published_hash(stage_name))
+        with self._names_suggested():
+            return read_manifest(self.folder(stage_name), self.command(stage_name), self._published_hash(stage_name))
 
     def is_sealed(self, stage_name: str) -> bool:
         """Whether a stage has ended; ValueError if it is missing though it was published."""
@@ -93,8 +96,21 @@ class Dataset:
 
     def identity(self, stage_name: str) -> dict[str, Any]:
         """How a later stage names this one among its inputs."""
-        return sealed_input(self.root, self.path(stage_name), self.command(stage_name),
-                              self._published_hash(stage_name))
+        with self._names_suggested():
+            return sealed_input(self.root, self.path(stage_name), self.command(stage_name),
+                                self._published_hash(stage_name))
+
+    @contextlib.contextmanager
+    def _names_suggested(self) -> Iterator[None]:
+        """If a stage is missing because the dataset is, name a dataset that is spelled like it."""
+        try:
+            yield
+        except NotSealed:
+            names = storage.list_folders(storage.join(self.root, "datasets"))
+            if self.name not in names and (close := difflib.get_close_matches(self.name, names, n=1)):
+                raise ValueError(f"there is no dataset {self.name} in {self.root}\n"
+                                 f"hint: did you mean {close[0]}?") from None
+            raise
 
     def _published_hash(self, stage_name: str) -> str | None:
         """The sha256 under which the manifest of a stage was published; None if it is not part of the release.

@@ -39,6 +39,10 @@ def _read_if_changed(url: str) -> bytes:
     return data
 
 
+class NotSealed(ValueError):
+    """A stage folder has no manifest: its stage did not run, or is not finished."""
+
+
 def read_manifest(folder: str, command: str, sha256: str | None = None) -> dict[str, Any]:
     """The manifest of a sealed stage folder; ValueError with the `command` that would finish it.
 
@@ -47,7 +51,7 @@ def read_manifest(folder: str, command: str, sha256: str | None = None) -> dict[
     try:
         data = _read_if_changed(storage.join(folder, "manifest.json"))
     except FileNotFoundError:
-        raise ValueError(f"{folder} is not sealed: it has no manifest.json\nhint: {command}") from None
+        raise NotSealed(f"{folder} is not sealed: it has no manifest.json\nhint: {command}") from None
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise DamagedFile(f"{folder}/manifest.json is not the one that was published: its files were changed\n"
                           f"hint: python -m jobs verify --against current")

@@ -31,7 +31,7 @@ def heavy_modules(*words: str) -> tuple[str, set[str]]:
 @pytest.mark.parametrize("words", [["--help"], *([verb, "--help"] for verb in VERBS)], ids=" ".join)
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     printed, loaded = heavy_modules(*words)
-    assert "usage: python -m jobs" in printed and loaded == set()
+    assert "usage: " in printed and loaded == set()
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]], ids=["table", "json"])

@@ -1,0 +1,158 @@
+"""The help of the program and of its verbs, and the words that complete a command line."""
+
+import contextlib
+import io
+import itertools
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from jobs.cli.options import PROGRAM
+from jobs.cli.parse import GROUPS, VERBS, default_options, load_verb
+from jobs.telemetry import output
+
+SHELLS = {
+    "bash": '_rdm() { mapfile -t COMPREPLY < <(rdm --complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null); }\n'
+            "complete -o default -F _rdm rdm\n",
+    "zsh": "#compdef rdm\n"
+           '_rdm() { local -a words_found=("${(@f)$(rdm --complete "${(@)words[2,CURRENT]}" 2>/dev/null)}")\n'
+           '  if [[ -n "$words_found" ]]; then compadd -a words_found; else _files; fi }\n'
+           "compdef _rdm rdm\n",
+    "fish": 'complete -c rdm -a "(rdm --complete (commandline -opc)[2..-1] (commandline -ct) 2>/dev/null)"\n',
+}
+"""For each shell the script that completes `rdm`. The shell asks the program for the words at each press of Tab."""
+
+_ON_WORKERS = {"shard", "embed", "score", "index", "neighbors", "latents", "train", "sample", "evaluate", "rebuild", "pipeline",
+               "demo", "plan"}
+_USED_BY = {
+    "ClusterConfig": {
+        **{name: {"train", "pipeline", "demo"} for name in ("min_workers", "resize_every", "max_failures")},
+        "decoders": {"embed", "pipeline", "rebuild", "demo"},
+        "gpus": {*VERBS} - {"shard", "index"}},
+    "CommonOptions": {
+        **dict.fromkeys(("local", "recipe", "config"), _ON_WORKERS),
+        "dry_run": {*VERBS} - {"status", "versions"}},
+}
+"""Flags that several verbs parse and only some use."""
+
+_USUAL = {
+    "ShardConfig": "source kind captions where samples_per_shard image_size resize format duplicates",
+    "DownloadConfig": "",
+    "EmbedConfig": "model pretrained batch_size",
+    "IndexConfig": "max_memory key min_recall",
+    "NeighborsConfig": "k method",
+    "TrainConfig": "steps global_batch lr k image_size checkpoint_every log_every validate_every",
+    "UNetConfig": "", "DiffusionConfig": "",
+    "SampleConfig": "k guidance seed steps sampler",
+    "QueryConfig": "unconditional",
+    "EvaluateConfig": "prompts seeds ways",
+    "RebuildConfig": "full keep", "GatesConfig": "min_recall max_lost max_failed", "SigningOptions": "sign",
+    "PlanConfig": "pictures database_rows workers gpus measure price_gpu_hour json",
+    "ClusterConfig": "workers gpus",
+    "CommonOptions": "root recipe config local dry_run",
+    "StageOptions": "overwrite",
+}
+"""The flags in the short help. Classes that are not here are shown whole."""
+_PIPELINE_USUAL = {"ShardConfig": "source where image_size", "EmbedConfig": "model",
+                   "IndexConfig": "", "NeighborsConfig": "k", "TrainConfig": "steps global_batch image_size"}
+
+
+def print_overview() -> None:
+    """Print the verbs by group."""
+    lines = [f"usage: {PROGRAM} VERB [...]; {PROGRAM} VERB --help"]
+    for group, verbs in GROUPS.items():
+        lines += ["", group, *(f"  {verb:<10} {_summary(load_verb(verb)[0])}" for verb in verbs)]
+    lines += ["", "Every verb takes --root (a folder or s3://...).",
+              "To resume after any fault, run the same command again.",
+              f"--version prints the version. --completion {'|'.join(SHELLS)} prints a script for the shell, as in",
+              f'  eval "$({PROGRAM} --completion bash)"']
+    output.print_text("\n".join(lines))
+
+
+def _summary(kind: type) -> str:
+    return (kind.__doc__ or "").strip().partition("\n")[0]
+
+
+def print_help(verb: str, *, everything: bool = False) -> None:
+    """Print the flags of a verb that it uses, the usual ones or all, and its examples."""
+    hidden = _print_flags(verb, everything=everything)
+    examples: tuple[str, ...] = load_verb(verb)[0].examples  # type: ignore[attr-defined]
+    more = f"{hidden} more flags: {PROGRAM} {verb} --help-all\n\n" if hidden else ""
+    output.print_text(more + "\n  ".join(["Examples:", *(f"{PROGRAM} {example}" for example in examples)]))
+
+
+def _print_flags(verb: str, *, everything: bool) -> int:
+    """Print the flags of a verb. Returns the number of flags that are left out."""
+    import tyro
+    kind = load_verb(verb)[0]
+    trimmed = _Trimmed(verb, everything=everything)
+    shown_type, shown_default = trimmed.trim(kind, default_options(kind, []))
+    with contextlib.suppress(SystemExit):  # tyro ends the program after the help
+        tyro.cli(shown_type, args=["--help"], default=shown_default, prog=f"{PROGRAM} {verb}")
+    return trimmed.hidden
+
+
+class _Trimmed:
+    """Copies of options classes that hide flags in the help."""
+
+    def __init__(self, verb: str, *, everything: bool) -> None:
+        self.verb, self.everything = verb, everything
+        self.hidden = 0
+        """Flags that only the full help shows."""
+
+    def trim(self, kind: type, value: Any) -> tuple[type, Any]:
+        """A subclass that hides flags, and the value as an object of it."""
+        import tyro
+        hints = get_type_hints(kind, include_extras=True)
+        changed: list[tuple[str, Any]] = []
+        values = dict(vars(value))
+        for field in fields(kind):
+            hint = hints[field.name]
+            bare = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+            if not self._is_used(kind, field.name):
+                changed.append((field.name, Annotated[hint, tyro.conf.Suppress]))
+            elif is_dataclass(bare) and isinstance(bare, type) and _has_flags(hint):
+                inner, values[field.name] = self.trim(bare, values[field.name])
+                extras = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+                changed.append((field.name, Annotated[inner, *extras] if extras else inner))
+            elif not self._is_usual(kind, field.name):
+                self.hidden += 1
+                changed.append((field.name, Annotated[hint, tyro.conf.Suppress]))
+        trimmed = make_dataclass(kind.__name__, changed, bases=(kind,), frozen=True, kw_only=True,
+                                 namespace={"__doc__": kind.__doc__})
+        copy: Any = object.__new__(trimmed)  # its fields were checked when the value was made
+        copy.__dict__.update(values)
+        return trimmed, copy
+
+    def _is_used(self, kind: type, name: str) -> bool:
+        return self.verb in _USED_BY.get(kind.__name__, {}).get(name, VERBS)
+
+    def _is_usual(self, kind: type, name: str) -> bool:
+        table = _USUAL | (_PIPELINE_USUAL if self.verb in {"pipeline", "rebuild"} else {})
+        return self.everything or kind.__name__ not in table or name in table[kind.__name__].split()
+
+
+def _has_flags(hint: Any) -> bool:
+    """Whether the section has flags; those of `Unflagged` have none."""
+    import tyro
+    return get_origin(hint) is not Annotated or tyro.conf.Fixed not in get_args(hint)[1:]
+
+
+def complete(words: Sequence[str]) -> list[str]:
+    """The words that may stand in place of the last one: verbs, flags of the verb, datasets of a local root."""
+    *before, current = words or [""]
+    verb = next((word for word in before if word in VERBS), "")
+    if not verb:
+        found = [*VERBS, "--help", "--version", "--completion"]
+    elif current.startswith("-"):
+        with contextlib.redirect_stdout(io.StringIO()) as text:
+            _print_flags(verb, everything=True)
+        found = sorted({*re.findall(r"^\W*?(--[a-z][\w.-]*)", text.getvalue(), re.MULTILINE), "--help", "--help-all"})
+    else:
+        root = next((word for flag, word in itertools.pairwise(before) if flag == "--root"), "data")
+        folder = Path(root) / ("runs" if before[-1] in {"train", "sample", "evaluate", "export"} else "datasets")
+        found = sorted(os.listdir(folder)) if folder.is_dir() else []
+    return [word for word in found if word.startswith(current)]

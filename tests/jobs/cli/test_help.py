@@ -1,0 +1,151 @@
+"""The help of the program: verbs by group, flags that a verb uses, examples that work, completion, suggestions."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from jobs.cli import help as help_pages
+from jobs.cli.main import main
+from jobs.cli.parse import GROUPS, VERBS, load_verb, parse_command
+
+ROOT = Path(__file__).parents[3]
+_SCREENS_LINES = 100  # two screens of 50 lines
+
+
+def _printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main([*words]) == 0
+    return capsys.readouterr().out
+
+
+def _flags(text: str) -> set[str]:
+    return set(re.findall(r"^\W*?(--[a-z][\w.-]*)", text, re.MULTILINE))
+
+
+def test_every_verb_is_in_one_group(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sorted(verb for verbs in GROUPS.values() for verb in verbs) == sorted(VERBS)
+    overview = _printed(capsys, "--help")
+    assert all(f"\n  {verb} " in overview for verb in VERBS) and all(f"\n{group}\n" in overview for group in GROUPS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_fits_on_two_screens_and_ends_with_two_examples(
+        verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown, everything = _printed(capsys, verb, "--help"), _printed(capsys, verb, "--help-all")
+    assert shown.count("\n") <= _SCREENS_LINES
+    examples = shown.partition("Examples:\n")[2].splitlines()
+    assert len(examples) == 2 and everything.endswith("\n".join(["Examples:", *examples, ""]))
+    hidden = _flags(everything) - _flags(shown)
+    assert _flags(shown) < _flags(everything) if hidden else _flags(shown) == _flags(everything)
+    assert (f"{len(hidden)} more flags: " in shown) == bool(hidden), hidden
+    assert "more flags" not in everything
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_examples_are_commands(verb: str) -> None:
+    for example in load_verb(verb)[0].examples:  # type: ignore[attr-defined]
+        first, *words = shlex.split(example)
+        assert first == verb
+        run, options = parse_command([first, *words])
+        assert run.__name__ == f"run_{verb}"
+        if verb == "submit":
+            parse_command(options.words)
+
+
+@pytest.mark.parametrize(("verb", "unused"), [
+    ("index", {"--gpus", "--decoders", "--resize-every"}), ("embed", {"--max-failures", "--min-workers"}),
+    ("status", {"--dry-run", "--local", "--recipe"}), ("versions", {"--local", "--dry-run"}),
+    ("rollback", {"--local", "--recipe"}), ("train", {"--decoders"}), ("shard", {"--gpus", "--decoders"})])
+def test_help_lists_no_flag_that_the_verb_does_not_use(
+        verb: str, unused: set[str], capsys: pytest.CaptureFixture[str]) -> None:
+    flags = _flags(_printed(capsys, verb, "--help-all"))
+    assert "--root" in flags and not flags & unused
+
+
+def test_flags_of_the_work_are_those_of_verbs_that_have_a_runner(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in VERBS:
+        kind, run = load_verb(verb)
+        source = Path(sys.modules[run.__module__].__file__ or "").read_text()
+        body = source.partition(f"def run_{verb}(")[2].partition("\n@dataclass")[0]
+        shown = _flags(_printed(capsys, verb, "--help-all"))
+        if "--dry-run" not in shown:
+            assert "dry_run" not in body, verb
+        if "cluster" in kind.__dataclass_fields__:  # type: ignore[attr-defined]
+            assert {"--local", "--workers", "--dry-run"} <= shown, verb
+
+
+def test_help_of_a_submitted_verb_is_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--secret" in _printed(capsys, "submit", "--help")
+    assert "--gates.min-recall" not in _printed(capsys, "submit", "--help")
+
+
+def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert _printed(capsys, "--version").split()[-1] == project["project"]["version"]
+
+
+def test_rdm_is_the_same_program() -> None:
+    module, _, name = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["rdm"].partition(":")
+    code = f"import sys; sys.argv[0] = '/somewhere/rdm'; from {module} import {name} as run; sys.exit(run())"
+    for words, exit_code, sentence in ((["--version"], 0, "rdm 0"), (["shard", "--help"], 0, "rdm shard"),
+                                       ([], 2, "usage: rdm VERB")):
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == exit_code and sentence in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    (["shrad"], "there is no verb 'shrad'\nhint: did you mean shard?"),
+    (["embed", "nota", "--local"], "there is no dataset nota in {root}\nhint: did you mean noto?"),
+    (["sample", "emoji32", "--prompt", "x", "--database", "noto", "--local"],
+     "there is no run emoji32 in {root}\nhint: did you mean emoji_32?"),
+    (["--completion", "tcsh"], "--completion tcsh: must be one of bash, zsh, fish\nhint: --completion bash")])
+def test_mistyped_names_are_suggested(words: list[str], sentence: str, tmp_path: Path,
+                                      capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("datasets/noto/v1", "datasets/art/v1", "runs/emoji_32"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert main([*words, *(["--root", str(tmp_path)] if words[0] in VERBS else [])]) == 2
+    assert sentence.format(root=tmp_path) in capsys.readouterr().err
+
+
+def test_mistyped_flags_are_suggested(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["index", "some", "--max-memori", "1G"])
+    assert stopped.value.code == 2 and "--max-memory" in capsys.readouterr().err
+
+
+def test_words_that_complete(tmp_path: Path) -> None:
+    for folder in ("datasets/noto/v1", "datasets/nova/v1", "datasets/art/v1", "runs/emoji_32"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert help_pages.complete(["s"]) == ["shard", "sample", "status", "submit"]
+    assert help_pages.complete(["shard", "--sou"]) == ["--source", "--sources"]
+    assert "--decoders" not in help_pages.complete(["index", "--"])
+    assert help_pages.complete(["embed", "--root", str(tmp_path), "no"]) == ["noto", "nova"]
+    assert help_pages.complete(["--root", "embed", str(tmp_path), "zzz"]) == []
+
+
+_BASH = ("source <(rdm --completion bash); COMP_WORDS=(rdm {words}); COMP_CWORD={last}; _rdm; "
+         'printf "%s\\n" "${{COMPREPLY[@]}}"')
+_ZSH = ('_files() {{ :; }}; compdef() {{ :; }}; compadd() {{ printf "%s\\n" "${{(@P)2}}"; }}; '
+        "source <(rdm --completion zsh); words=(rdm {words}); CURRENT=$(({last}+1)); _rdm")
+_FISH = "rdm --completion fish | source; complete -C 'rdm {line}' | string split -f 1 \\t"
+
+
+@pytest.mark.parametrize(("shell", "script"), [("bash", _BASH), ("zsh", _ZSH), ("fish", _FISH)])
+def test_shells_complete(shell: str, script: str, tmp_path: Path) -> None:
+    if not shutil.which(shell):
+        pytest.skip(f"{shell} is not installed")
+    program = tmp_path / "bin/rdm"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\ncd "{ROOT}" && exec "{sys.executable}" -m jobs "$@"\n')
+    program.chmod(0o755)
+    for words, expected in ((["sha"], ["shard"]), (["shard", "--sou"], ["--source", "--sources"])):
+        filled = script.format(words=" ".join(words), last=len(words), line=" ".join(words))
+        done = subprocess.run([shell, "-c", filled], capture_output=True, text=True,
+                              env={"PATH": f"{program.parent}:/usr/local/bin:/usr/bin:/bin", "HOME": str(tmp_path)})
+        assert done.stdout.split() == expected, done.stderr
