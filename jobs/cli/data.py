@@ -120,6 +120,9 @@ def run_embed(options: EmbedOptions) -> int:
 class ScoreOptions:
     """Score the samples of a dataset by small models: aesthetics, safety, watermarks."""
 
+    examples: ClassVar = ("score mine --head aesthetic=aesthetic.safetensors",
+                          "score art --head nsfw=hf-hub:ORGANISATION/NAME --head sharp=my_scores:sharpness")
+
     dataset: Dataset
     score: Flat[ScoreConfig]
     cluster: Flat[ClusterConfig]
