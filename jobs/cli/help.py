@@ -25,8 +25,8 @@ SHELLS = {
 }
 """For each shell the script that completes `rdm`. The shell asks the program for the words at each press of Tab."""
 
-_ON_WORKERS = {"shard", "embed", "score", "index", "neighbors", "latents", "train", "sample", "evaluate", "rebuild", "pipeline",
-               "demo", "plan"}
+_ON_WORKERS = {"shard", "embed", "score", "index", "neighbors", "latents", "train", "sample", "evaluate", "rebuild",
+               "pipeline", "demo", "plan"}
 _USED_BY = {
     "ClusterConfig": {
         **{name: {"train", "pipeline", "demo"} for name in ("min_workers", "resize_every", "max_failures")},
