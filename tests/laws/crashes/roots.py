@@ -153,6 +153,7 @@ def sweep(check: Callable[[int], bool], *, stride: int = 1) -> None:
             failed.append(f"{number}: {error}")
     checked = f"{number // stride} writes, from 0 to {number - stride} in steps of {stride}"
     print(f"checked: {checked}")
+    assert number, "the command writes nothing"
     assert not failed, f"{len(failed)} of {checked}:\n" + "\n".join(failed)
 
 

@@ -55,7 +55,6 @@ def test_killed_before_some_writes(template: Place, tmp_path: Path, verb: str) -
 def test_killed_on_s3(template: Place, tmp_path: Path, s3: str, verb: str) -> None:
     """A spread of eight writes. RDM_SWEEP_STRIDE=1 kills before every one."""
     writes = count_writes(template, tmp_path / "whole", verb, s3)
-    assert writes >= 5
     sweep(lambda number: kill_at(template, tmp_path / str(number), verb, number, s3), stride=max(writes // 8, 1))
 
 
