@@ -281,6 +281,10 @@ class DamagedPointer(DamagedFile):
     def __init__(self, root: str, name: str, fault: str) -> None:
         super().__init__(f"{storage.join(root, 'datasets', name, 'current.json')} {fault}\n"
                          f"hint: python -m jobs repair {name} --root {root}")
+        self._named = root, name, fault
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._named
 
 
 def read_pointer(root: str, name: str) -> bytes | None:

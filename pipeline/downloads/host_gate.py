@@ -9,7 +9,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.downloads.config import DownloadConfig
 from pipeline.downloads.host_limits import Answer, HostLimits, HostState, Report, ReportKind, Want
@@ -33,6 +33,9 @@ class Refused(BadImage):
     def __init__(self, status: int, phrase: str, retry_after: float) -> None:
         super().__init__(f"http_{status}", phrase)
         self.status, self.phrase, self.wait = status, phrase, retry_after
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.status, self.phrase, self.wait)
 
 
 class _Waiter(NamedTuple):

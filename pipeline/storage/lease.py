@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from pipeline.storage.addresses import is_local, join, local_path
 from pipeline.storage.files import DamagedFile, list_files, modified_time, put_json, read_json, remove
@@ -65,10 +66,13 @@ class LeaseConflict(RuntimeError):
     """Another command works on the folder."""
 
     def __init__(self, folder: str, holder: Holder) -> None:
-        self.holder = holder
+        self.folder, self.holder = folder, holder
         super().__init__(
             f"another command works on {folder}: {holder}\nhint: wait until it has ended, or stop it. A command that "
             f"was killed on another machine holds its folder for {EXPIRE_S:.0f} s")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.folder, self.holder)
 
 
 class Lease:
