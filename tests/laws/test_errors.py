@@ -14,7 +14,8 @@ import model
 import pipeline
 from pipeline.storage.lease import Holder
 
-_EXAMPLES: dict[Any, Any] = {str: "some text", int: 7, float: 1.5, Holder: Holder("host", "machine", 1, "100", exclusive=True)}
+_HOLDER = Holder("host", "machine", 1, "100", exclusive=True)
+_EXAMPLES: dict[Any, Any] = {str: "some text", int: 7, float: 1.5, Holder: _HOLDER}
 
 
 def _error_classes() -> Iterator[type[BaseException]]:
