@@ -38,11 +38,13 @@ class ShardConfig:
     sources: str = ""
     """JSON file on origin and licence of the pictures; its content is kept in the manifest."""
     url_column: str = ""
-    """Column of a list with the addresses; default: url, URL, image_url."""
+    """Column of a list with the URLs; default: url, URL, image_url. It may be a path or a template, as in
+    https://host/{image_id}.jpg (docs/corpora.md)."""
     image_column: str = ""
     """Column with pictures as bytes, or as struct with a field bytes; default: image and the like."""
     caption_column: str = ""
-    """Column with the captions; default: caption, TEXT, text, captions, alt_text, txt, prompt or title in any case."""
+    """Column with the captions; default: caption, TEXT, text, captions, alt_text, txt, prompt or title in any case.
+    It may be a path or a template for lists, as in "{style} by {artist}"."""
     image_key: str = ""
     """Ending of the images in tars, as in image.jpg of 0001.image.jpg; several with ;, the first that a sample has
     counts. Default: any image; samples with several are named."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
+from pipeline.layouts.column_paths import cell_at, find_roots
+from pipeline.layouts.known import Layout, find_layout
 from pipeline.sources import img2dataset
 from pipeline.sources.column_names import find_caption_columns, find_columns, is_more_than_caption
 from pipeline.sources.rows import Row, cell_text, json_cells
@@ -35,17 +40,21 @@ class Columns:
     """Which column of a file is what."""
 
     image: str
+    """A column; URLs and captions may be expressions of layouts/column_paths.py."""
     kind: Literal["url", "bytes"]
     caption: str
     digest: str
     whole: frozenset[str] = frozenset()
-    """Image, URL and caption columns whose cells are lists or objects. The first text is used, and all is stored."""
+    """Columns for image, URL or caption whose cells are lists or objects. The first text is used, and all is stored."""
     others: tuple[str, ...] = ()
     """The columns that hold neither the image nor its hash."""
     status: str = ""
     """The column that tells of rows without an image."""
     caption_missing: bool = False
     """Whether other files of the list have captions, and this one has none."""
+    layout: Layout | None = None
+    added: tuple[tuple[str, str], ...] = ()
+    """Columns that the layout adds to those of the file: (name, expression)."""
 
     @cached_property  # asked for each row
     def not_stored(self) -> set[str]:
@@ -65,37 +74,54 @@ def choose_columns(schema: pa.Schema, address: str, config: ShardConfig, first: 
     text_kinds = text_kinds or {}
     names = [column.name for column in stored_columns(schema, schema.names)[0]]
     types = dict(zip(names, schema.types, strict=True))
-    for setting in _SETTINGS:
-        wanted = getattr(config, setting)
-        optional = first is not None and setting in {"caption_column", "hash_column"}
-        if wanted and wanted not in names and not optional and not (setting == "hash_column" and wanted == "none"):
-            raise ValueError(f"{address} has no column {wanted} ({setting})\nhint: it has {', '.join(names)}")
+    layout = find_layout(names) or Layout("", ())
+    _check_settings(config, names, address, is_first=first is None)
     image = config.image_column or next(
         (name for name in IMAGE_COLUMNS if name in types and (
             can_hold_images(types[name]) or text_kinds.get(name) == "bytes")), "")
     # What is here need not be fetched.
-    url = config.url_column or ("" if image else next(
-        (name for name in (*find_columns(types, URL_COLUMNS), *text_kinds) if name in types
-         and text_kinds.get(name) != "bytes"), ""))
+    url = config.url_column or ("" if image else _choose_url(layout, types, text_kinds))
     if not (url or image):
-        raise ValueError(_no_image_column(names, address))
+        raise ValueError(_no_image_column(names, address, layout))
     if not url and not (can_hold_images(types[image]) or is_text(storage_type(types[image]))):
         raise ValueError(f"{address}: the column {image} holds {types[image]}, not bytes of pictures")
     kind: Literal["url", "bytes"] = "url" if url else "bytes"
     if first and kind != first.kind:
         raise ValueError(f"{address} has images as {kind} ({url or image}), and the first file of the list as "
                          f"{first.kind} ({first.image})\nhint: make a dataset of each")
-    caption = config.caption_column or next(iter(find_caption_columns(types)), "")
-    caption = caption if caption in types else ""
+    caption = config.caption_column or next(iter(find_caption_columns(types)), layout.caption)
+    caption = caption if find_roots(caption, types) else ""
     is_output = img2dataset.is_output(types)
     # The hashes of img2dataset are those of its downloads, and it encodes images again.
     digest = config.hash_column or ("" if is_output and kind == "bytes" else
-                                    next((name for name in HASH_COLUMNS if name in types), ""))
-    whole = {name for name in (url, caption) if name and is_nested(types[name])} | ({image} if not url else set())
+                                    next((name for name in HASH_COLUMNS if name in types),
+                                         layout.hash if url == layout.url else ""))
+    added = tuple((name, path) for name, path in layout.columns if name not in types and find_roots(path, types))
+    roots = {root for path in (url, caption, *(path for _, path in added)) if path for root in find_roots(path, types)}
+    whole = {name for name in roots if is_nested(types[name])} | ({image} if not url else set())
     others = tuple(name for name in types if name not in {url, image, digest})
     return Columns(url or image, kind, caption, digest if digest in types else "", frozenset(whole), others,
                    img2dataset.STATUS if is_output and not config.fetch_failed else "",
-                   bool(first and first.caption and not caption))
+                   bool(first and first.caption and not caption), layout if layout.name else None, added)
+
+
+def _check_settings(config: ShardConfig, names: list[str], address: str, *, is_first: bool) -> None:
+    """ValueError if a setting names a column that a file does not have. Later files may lack captions and hashes."""
+    for setting in _SETTINGS:
+        wanted = getattr(config, setting)
+        optional = not is_first and setting in {"caption_column", "hash_column"}
+        if not wanted or optional or (setting == "hash_column" and wanted == "none"):
+            continue
+        if wanted not in names and (setting in {"image_column", "hash_column"} or not find_roots(wanted, names)):
+            raise ValueError(f"{address} has no column {wanted} ({setting})\nhint: it has {', '.join(names)}")
+
+
+def _choose_url(layout: Layout, types: Mapping[str, pa.DataType], text_kinds: Mapping[str, str]) -> str:
+    """The column or the expression for URLs, "" if there is none."""
+    usual = next((name for name in (*find_columns(types, URL_COLUMNS), *text_kinds) if name in types
+                  and text_kinds.get(name) != "bytes"), "")
+    known = layout.url if layout.url and find_roots(layout.url, types) else ""
+    return known or usual if layout.url_first else usual or known
 
 
 def text_candidates(schema: pa.Schema) -> list[str]:
@@ -107,7 +133,9 @@ def text_candidates(schema: pa.Schema) -> list[str]:
             and is_text(storage_type(schema.field(name).type))]
 
 
-def _no_image_column(names: list[str], address: str) -> str:
+def _no_image_column(names: list[str], address: str, layout: Layout) -> str:
+    if layout.no_url:
+        return f"{address} looks like {layout.name}: {layout.no_url}"
     if any("://" in name for name in names):
         return (f"{address} has no header: the first line is {', '.join(names)[:200]}\n"
                 f"hint: --columns caption,url names the columns, in their order")
@@ -121,13 +149,14 @@ def make_row(number: int, read: TableRow, columns: Columns) -> Row:
         return Row(number, read.place, missing=read.problem, remarks=list(read.remarks), reason="bad_row")
     cells, remarks = read.cells, list(read.remarks)
     failure = img2dataset.earlier_failure(cells) if columns.status else ""
-    cell, caption_cell = cells.get(columns.image), cells.get(columns.caption)
+    cell, caption_cell = cell_at(cells, columns.image), cell_at(cells, columns.caption)
+    added = {name: cell_text(cell_at(cells, path)) or None for name, path in columns.added if name not in cells}
     for name in columns.not_stored:
         cells.pop(name, None)
     if columns.caption_missing:
         remarks.append("caption_missing")
     digest, unreadable = _parse_digest(cells.get(columns.digest)) if columns.digest else ("", [])
-    row = Row(number, "", cell_text(caption_cell), json_cells(cells), digest, [*remarks, *unreadable])
+    row = Row(number, "", cell_text(caption_cell), json_cells(cells | added), digest, [*remarks, *unreadable])
     if columns.kind == "url":
         row.name = cell_text(cell).strip()
         row.missing = "" if row.name else "the list has no address here"
@@ -153,10 +182,25 @@ def make_row(number: int, read: TableRow, columns: Columns) -> Row:
 
 
 def _parse_digest(cell: Any) -> tuple[str, list[str]]:
-    """A hash in hexadecimal, "" if there is none; and remarks."""
+    """A hash in hexadecimal, "" if there is none; and remarks. OpenImages has hashes in base64."""
     hexadecimal = cell_text(cell).strip()
     if len(hexadecimal) in _DIGITS and _HASH.fullmatch(hexadecimal):
         return hexadecimal.lower(), []
     if isinstance(cell, bytes) and 2 * len(cell) in _DIGITS:
         return cell.hex(), []
+    if hexadecimal.endswith("="):
+        with contextlib.suppress(binascii.Error, ValueError):
+            if 2 * len(data := base64.b64decode(hexadecimal, validate=True)) in _DIGITS:
+                return data.hex(), []
     return "", ["hash_unreadable"] if hexadecimal else []
+
+
+def describe_layout(columns: Columns) -> str:
+    """One line on a known layout and what is taken from it; "" for other tables."""
+    if not columns.layout:
+        return ""
+    choices = [f"{columns.image} as {'URL' if columns.kind == 'url' else 'image'}",
+             f"{columns.caption} as caption" if columns.caption else "no caption",
+             *([f"{columns.digest} as hash"] if columns.digest else []),
+             *(f"{path} as {name}" for name, path in columns.added)]
+    return f"looks like {columns.layout.name}; taking {', '.join(choices)}"

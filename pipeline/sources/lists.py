@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.sources.list_columns import Columns, choose_columns
+from pipeline.sources.list_columns import Columns, choose_columns, describe_layout
 from pipeline.sources.patterns import is_pattern
 from pipeline.sources.source import Source, parse_row_filter
 from pipeline.tables.partitions import partition_cells, partition_types
@@ -36,6 +36,8 @@ class ListSource(Source):
         self.partitions = partition_types(map(self._path, addresses))
         self.text_kinds: dict[str, str] = {}
         self.columns = self._first_columns()
+        if description := describe_layout(self.columns):
+            _log.info("%s %s", addresses[0], description)
         if not self.columns.caption and self.columns.others:
             _log.warning("%s: no column is a caption; it has %s\nhint: --caption-column NAME", addresses[0],
                          ", ".join(self.columns.others))

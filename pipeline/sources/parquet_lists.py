@@ -47,6 +47,8 @@ class ParquetLists(ListSource):
             columns = self._choose_columns(schema, address, self.columns)
             named = name_classes(schema.empty_table(), class_features(schema)).schema
             types.add_schema(named, columns.not_stored, self._text_columns)
+            for name, _ in columns.added:
+                types.add(name, "string")
         return types.by_column()
 
     def parts(self) -> Iterator[Part]:

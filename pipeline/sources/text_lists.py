@@ -6,29 +6,44 @@ So the driver reads them once and writes each item's rows beside the plan.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
+from pipeline.layouts.known import headless_columns
+from pipeline.sources.column_names import find_columns
 from pipeline.sources.column_types import ColumnTypes
-from pipeline.sources.list_columns import Columns, make_row, text_candidates
+from pipeline.sources.list_columns import IMAGE_COLUMNS, URL_COLUMNS, Columns, make_row, text_candidates
 from pipeline.sources.lists import ListSource
 from pipeline.sources.rows import Part, ReadReport, Row, cell_text, read_rows, write_rows
 from pipeline.tables.cells import TableRow
 from pipeline.tables.image_cells import text_kind
 from pipeline.tables.names import table_kind
+from pipeline.tables.text_tables import read_first_cells
 from pipeline.tables.text_tables import read_rows as read_table
 
+if TYPE_CHECKING:
+    from pipeline.sources.config import ShardConfig
+
+_log = logging.getLogger(__name__)
 _BATCH = 1024
 
 
 class TextLists(ListSource):
     """Rows of text files."""
+
+    def __init__(self, config: ShardConfig, addresses: list[str]) -> None:
+        self._headless: dict[str, tuple[str, ...]] = {}
+        super().__init__(config, addresses)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_headless": {}}
 
     def column_types(self) -> dict[str, str]:
         types = ColumnTypes()
@@ -38,6 +53,8 @@ class TextLists(ListSource):
             columns = None
             for batch in self._batches(address):
                 columns = columns or self._columns_of(batch, address)
+                for name, _ in columns.added:
+                    types.add(name, "string")
                 for row in batch:
                     types.add_row({name: cell for name, cell in row.cells.items()
                                    if name not in columns.not_stored or isinstance(cell, list | dict)})
@@ -112,7 +129,8 @@ class TextLists(ListSource):
     def _batches(self, address: str) -> Iterator[list[TableRow]]:
         """The rows of a file, with the cells that its folders add; ValueError if none of the first can be read."""
         partition, checked = self._partition_cells(address), False
-        names = tuple(name.strip() for name in self.config.columns.split(",")) if self.config.columns else ()
+        names = (tuple(name.strip() for name in self.config.columns.split(",")) if self.config.columns else
+                 self._known_columns(address))
         for batch in _in_batches(read_table(address, names)):
             if not checked:
                 _check_batch(batch, address)
@@ -121,6 +139,20 @@ class TextLists(ListSource):
                 for row in batch:
                     row.cells = row.cells and partition | row.cells
             yield batch
+
+    def _known_columns(self, address: str) -> tuple[str, ...]:
+        """The columns of a file without a header, if it is of a known layout."""
+        if table_kind(address) != "tsv":
+            return ()
+        if address not in self._headless:
+            first = read_first_cells(address)
+            is_header = find_columns(first, (*URL_COLUMNS, *IMAGE_COLUMNS))
+            self._headless[address] = () if is_header else headless_columns(first)
+            if self._headless[address] and len(self._headless) == 1:
+                _log.info("%s looks like %s, which has no header; its columns are %s", address,
+                          "CC3M" if self._headless[address][0] == "caption" else "CC12M",
+                          ", ".join(self._headless[address]))
+        return self._headless[address]
 
     def _mask(self, batch: list[TableRow]) -> np.ndarray:
         """Whether rows pass the filter; rows that cannot be read do, to be counted as such."""

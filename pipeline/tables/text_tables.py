@@ -49,6 +49,18 @@ def read_header(address: str) -> list[str]:
         return next(csv.reader(text, delimiter="," if table_kind(address) == "csv" else "\t"), [])
 
 
+def read_first_cells(address: str) -> list[str]:
+    """The cells in the first line of a TSV without quotes, [] if it cannot be read."""
+    with storage.open_reader(address) as stream:
+        try:
+            text = io.TextIOWrapper(_decompress(stream, address), "utf-8-sig", "replace", newline="\n")
+            return text.readline(_PIECE).rstrip("\r\n").split("\t")
+        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+            if isinstance(error, storage.StorageError):
+                raise
+            return []  # the reader of its rows says what is wrong
+
+
 def _rows(stream: IO[bytes], address: str, columns: Sequence[str]) -> Iterator[TableRow]:
     kind, file = table_kind(address), address.rpartition("/")[2]
     text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="\n")  # cells may hold carriage returns

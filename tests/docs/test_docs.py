@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.layouts import known
+
 ROOT = Path(__file__).parents[2]
 FILES = subprocess.run(["git", "ls-files"], cwd=ROOT, text=True, capture_output=True, check=True).stdout.split()
 DOCUMENTS = [Path(file) for file in FILES if file.endswith(".md")]
@@ -60,3 +62,12 @@ def test_each_reason_for_leaving_out_an_image_is_explained() -> None:
     used = {reason for file in (ROOT / "pipeline").rglob("*.py")
             for reason in re.findall(r'(?:BadImage|NotFetched)\("(\w+)"', file.read_text())}
     assert "too_many_scans" in used and {reason for reason in used if f"`{reason}`" not in text} == set()
+
+
+def test_the_table_of_corpora_has_every_layout_and_its_columns() -> None:
+    text = (ROOT / "docs/corpora.md").read_text()
+    rows = {cells[1].strip(): cells for line in text.splitlines() if len(cells := line.split("|")) == 7}
+    for layout in known.TABLES:
+        name, recognized, url, caption, *_ = rows[layout.name][1:]
+        assert re.findall("`(.+?)`", recognized) == list(layout.has), name
+        assert layout.url in url.replace("`", "").strip() and layout.caption in caption, name

@@ -1,0 +1,84 @@
+"""Cells by the name of a column, a dotted path into objects and lists, a template, or several of these.
+
+* `url`: the column of this name, whatever letters it has
+* `content.media.url`: a field of objects; of a list, the field of each of its objects
+* `https://host/iiif/{image_id}/full`: a template, whose braces hold names or paths
+* `small;large`: the first of the two that has a value
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+from urllib.parse import quote
+
+from pipeline.tables.cells import cell_text
+
+_FIELD = re.compile(r"\{([^{}]+)\}")
+_KEPT = "/:%?&=,+@!$'()*;~"  # letters of a cell that stay as they are in a URL
+
+
+def find_roots(expression: str, names: Collection[str]) -> list[str]:
+    """The columns among `names` that an expression reads, [] if it cannot be read from these."""
+    if expression in names:
+        return [expression]
+    if fields := _FIELD.findall(expression):
+        roots = [_root(field, names) for field in fields]
+        return roots if all(roots) else []
+    return [root for path in expression.split(";") if (root := _root(path.strip(), names))]
+
+
+def cell_at(cells: Mapping[str, Any], expression: str) -> Any:
+    """The value that an expression has in a row, None without one. A path through a list gives a list of values.
+
+    A template has no value if one of its cells is empty. If it is a URL, its cells are percent-encoded.
+    """
+    if expression in cells:
+        return cells[expression]
+    if _FIELD.search(expression):
+        return _fill(cells, expression)
+    values = (_follow(cells, path.strip()) for path in expression.split(";"))
+    return next((value for value in values if cell_text(value).strip()), None)
+
+
+def _fill(cells: Mapping[str, Any], template: str) -> str | None:
+    texts = {field: cell_text(_follow(cells, field)).strip() for field in _FIELD.findall(template)}
+    if not all(texts.values()):
+        return None
+    if "://" in template:
+        texts = {field: quote(text, _KEPT) for field, text in texts.items()}
+    return _FIELD.sub(lambda match: texts[match[1]], template)
+
+
+def _root(path: str, names: Collection[str]) -> str:
+    """The column in which a path begins, "" if there is none. Names of columns may have dots themselves."""
+    parts = path.split(".")
+    return next((name for count in range(len(parts), 0, -1) if (name := ".".join(parts[:count])) in names), "")
+
+
+def _follow(cells: Mapping[str, Any], path: str) -> Any:
+    root = _root(path, cells)
+    rest = path[len(root) + 1:]
+    return _inside(cells[root], rest.split(".") if rest else []) if root else None
+
+
+def _inside(value: Any, parts: list[str]) -> Any:
+    for number, part in enumerate(parts):
+        if isinstance(value, str):
+            value = _parse(value)
+        if isinstance(value, list):
+            values = [_inside(each, parts[number:]) for each in value]
+            flat = [each for found in values for each in (found if isinstance(found, list) else [found])]
+            return [each for each in flat if each not in (None, "")] or None
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _parse(text: str) -> Any:
+    """The object or list in a cell of text, as CSV has them; None if it is none."""
+    try:
+        return json.loads(text) if text.lstrip()[:1] in {"{", "["} else None
+    except (ValueError, RecursionError):
+        return None

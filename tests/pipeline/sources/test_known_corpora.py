@@ -1,0 +1,156 @@
+"""Known corpora as they lie: miniatures with the columns of the originals are taken without flags."""
+
+import base64
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.layouts.column_paths import cell_at, find_roots
+from pipeline.sources.licenses import attribution_of, license_of
+from pipeline.stages.types import StageFailed
+from tests.pipeline.shards.test_shard import ledger, table
+from tests.pipeline.sources.list_datasets import PICTURES, shard_source
+
+IMAGE = PICTURES["00.png"]
+MD5 = hashlib.md5(IMAGE)
+CLASSES = {"artist": ["vincent-van-gogh"], "genre": ["landscape", "portrait"], "style": ["Baroque", "Cubism"]}
+
+
+def write_lines(path: Path, *lines: str) -> Path:
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def write_rows(path: Path, *rows: dict, classes: dict | None = None) -> Path:
+    features = {name: {"_type": "ClassLabel", "names": names} for name, names in (classes or {}).items()}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})} if classes else None
+    pq.write_table(pa.Table.from_pylist(list(rows)).replace_schema_metadata(metadata), path)
+    return path
+
+
+def re_laion(folder: Path, url: str) -> Path:
+    return write_rows(folder / "part-00000-c000.snappy.parquet", {
+        "url": url, "caption": "a cat", "similarity": 0.3, "hash": 7, "punsafe": 0.1, "pwatermark": 0.2})
+
+
+def laion_after_img2dataset(folder: Path, url: str) -> Path:
+    row = {"similarity": 0.3, "hash": 7, "punsafe": 0.1, "pwatermark": 0.2, "LANGUAGE": "en", "caption": "a cat",
+           "url": url, "key": "000000000", "status": "success", "error_message": None, "width": 20, "height": 24,
+           "original_width": 20, "original_height": 24, "exif": "{}", "md5": MD5.hexdigest()}
+    return write_rows(folder / "00000.parquet", row, row | {"status": "failed_to_download", "key": "000000001"})
+
+
+def datacomp(folder: Path, url: str) -> Path:
+    return write_rows(folder / "0.parquet", {
+        "uid": "00ab", "url": url, "text": "a cat", "original_width": 20, "original_height": 24,
+        "clip_b32_similarity_score": 0.3, "clip_l14_similarity_score": 0.3, "face_bboxes": [[0.1, 0.2, 0.3, 0.4]],
+        "sha256": hashlib.sha256(IMAGE).hexdigest()})
+
+
+def pd12m(folder: Path, url: str) -> Path:
+    return write_rows(folder / "pd12m.00.parquet", {
+        "id": "1", "url": url, "caption": "a cat", "width": 20, "height": 24, "mime_type": "image/png",
+        "hash": MD5.hexdigest(), "license": "https://creativecommons.org/publicdomain/zero/1.0/",
+        "source": "https://example.org/1"})
+
+
+def open_images(folder: Path, url: str, md5: bytes = MD5.digest(), thumbnail: str = "") -> Path:
+    return write_lines(
+        folder / "train-images.csv",
+        "ImageID,Subset,OriginalURL,OriginalLandingURL,License,AuthorProfileURL,Author,Title,OriginalSize,OriginalMD5,"
+        "Thumbnail300KURL,Rotation",
+        f"000060e3,train,{url},https://www.flickr.com/photos/a/1,https://creativecommons.org/licenses/by/2.0/,"
+        'https://www.flickr.com/people/a/,"Al ""A"" B",a cat,'
+        f"{len(IMAGE)},{base64.b64encode(md5).decode()},{thumbnail},")
+
+
+def cc3m(folder: Path, url: str) -> Path:
+    return write_lines(folder / "Train_GCC-training.tsv", f"a cat\t{url}")
+
+
+def cc12m(folder: Path, url: str) -> Path:
+    return write_lines(folder / "cc12m.tsv", f"{url}\ta cat")
+
+
+def wikiart(folder: Path, _: str) -> Path:
+    return write_rows(folder / "train-00000-of-00072.parquet", {
+        "image": {"bytes": IMAGE, "path": None}, "artist": 0, "genre": 1, "style": 1}, classes=CLASSES)
+
+
+def artbench(folder: Path, url: str) -> Path:
+    return write_lines(folder / "ArtBench-10.csv", "name,artist,url,is_public_domain,length,width,label,split",
+                       f"a_cat.jpg,El Greco,{url},True,24,20,renaissance,train")
+
+
+LISTS = [  # layout, maker, caption, license, (author, title, page)
+    ("re-LAION", re_laion, "a cat", "", ("", "", "")),
+    ("LAION after img2dataset", laion_after_img2dataset, "a cat", "", ("", "", "")),
+    ("DataComp", datacomp, "a cat", "", ("", "", "")),
+    ("PD12M", pd12m, "a cat", "CC0-1.0", ("", "", "https://example.org/1")),
+    ("OpenImages", open_images, "a cat", "CC-BY-2.0", ('Al "A" B', "a cat", "https://www.flickr.com/photos/a/1")),
+    ("CC3M", cc3m, "a cat", "", ("", "", "")),
+    ("CC12M", cc12m, "a cat", "", ("", "", "")),
+    ("WikiArt", wikiart, "Cubism, portrait, vincent-van-gogh", "", ("vincent-van-gogh", "", "")),
+    ("ArtBench-10", artbench, "renaissance, El Greco", "CC-PDM-1.0", ("El Greco", "", "")),
+]
+
+
+@pytest.mark.parametrize(("name", "make", "caption", "license", "credit"), LISTS, ids=[each[0] for each in LISTS])
+def test_tables(tmp_path, image_site, caplog, name, make, caption, license, credit):
+    with caplog.at_level(logging.INFO):
+        dataset, manifest = shard_source(tmp_path / "x", make(tmp_path, f"http://{image_site}/00.png"))
+    row = table(dataset, manifest)[0]
+    assert manifest["totals"]["samples"] == 1 and row["caption"] == caption
+    assert license_of(row).spdx == license and tuple(attribution_of(row).values()) == credit
+    assert [f"looks like {name}" in record.message for record in caplog.records].count(True) == 1
+    assert not any("no column is a caption" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize(("make", "flags", "caption"), [
+    (cc3m, {"columns": "words,url"}, ""), (cc12m, {"columns": "url,title"}, "a cat"),
+    (wikiart, {"caption_column": "{style}"}, "Cubism"), (open_images, {"caption_column": "Author"}, 'Al "A" B')])
+def test_flags_override_a_layout(tmp_path, image_site, make, flags, caption):
+    dataset, manifest = shard_source(tmp_path / "x", make(tmp_path, f"http://{image_site}/00.png"), **flags)
+    assert [row["caption"] for row in table(dataset, manifest)] == [caption]
+
+
+def test_open_images_by_their_hash_and_by_their_thumbnails(tmp_path, image_site):
+    url = f"http://{image_site}/00.png"
+    with pytest.raises(StageFailed, match="1 hash_mismatch"):
+        shard_source(tmp_path / "1", open_images(tmp_path, url, hashlib.md5(b"other").digest()))
+    path = open_images(tmp_path, url, thumbnail=f"http://{image_site}/01.png")
+    dataset, manifest = shard_source(tmp_path / "2", path, url_column="Thumbnail300KURL")
+    assert table(dataset, manifest)[0]["url"].endswith("/01.png")
+    path = open_images(tmp_path, url)  # the thumbnail is empty
+    with pytest.raises(StageFailed, match="1 bad_url"):
+        shard_source(tmp_path / "3", path, url_column="Thumbnail300KURL")
+    dataset, manifest = shard_source(tmp_path / "4", path, url_column="Thumbnail300KURL;OriginalURL")
+    assert table(dataset, manifest)[0]["url"] == url and ledger(dataset, manifest) == []
+
+
+def test_tsv_with_a_header_keeps_it(tmp_path, image_site):
+    path = write_lines(tmp_path / "list.tsv", f"caption\turl\thttp://{image_site}/x", f"a\thttp://{image_site}/00.png\tb")
+    dataset, manifest = shard_source(tmp_path / "x", path)
+    assert [row["caption"] for row in table(dataset, manifest)] == ["a"]
+
+
+CELLS = {"a": {"b": [{"c": "x"}, {"c": ""}, {"c": "y", "d": [1, 2]}], "": 0}, "a.e": "dotted", "f": '{"g": ["h"]}',
+         "id": "1 2/#", "none": None, "with;": "semicolon"}
+
+
+@pytest.mark.parametrize(("expression", "value"), [
+    ("a.e", "dotted"), ("a.b.c", ["x", "y"]), ("a.b.d", [1, 2]), ("f.g", ["h"]), ("a.x.y", None), ("z", None),
+    ("with;", "semicolon"), ("none;a.x;a.e", "dotted"), ("https://h/{id}/0.jpg?q={a.b.c}", "https://h/1%202/%23/0.jpg?q=x"),
+    ("{id}: {a.e}", "1 2/#: dotted"), ("{id} {none}", None), ("id.x", None)])
+def test_paths_and_templates(expression, value):
+    assert cell_at(CELLS, expression) == value
+
+
+def test_roots_of_paths_and_templates():
+    assert find_roots("{a.b} {id}", CELLS) == ["a", "id"] and find_roots("{a.b} {x}", CELLS) == []
+    assert find_roots("x;f.g", CELLS) == ["f"] and find_roots("a.e.x", CELLS) == ["a.e"]
