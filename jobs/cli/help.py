@@ -33,8 +33,9 @@ _USED_BY = {
         "decoders": {"embed", "pipeline", "rebuild", "demo"},
         "gpus": {*VERBS} - {"shard", "index"}},
     "CommonOptions": {
-        **dict.fromkeys(("local", "recipe", "config"), _ON_WORKERS),
-        "dry_run": {*VERBS} - {"status", "versions"}},
+        "local": _ON_WORKERS,
+        **dict.fromkeys(("recipe", "config"), _ON_WORKERS | {"search"}),
+        "dry_run": {*VERBS} - {"status", "versions", "search"}},
 }
 """Flags that several verbs parse and only some use."""
 

@@ -1,22 +1,78 @@
-"""Verbs that write no stage: status, verify, report, plan."""
+"""Verbs that write no stage: search, status, verify, report, plan."""
 
 import itertools
 import logging
 import os
 import sys
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from jobs.cli.options import CommonOptions, Flat, Unflagged
+from jobs.cli.options import CommonOptions, Dataset, Flat, Unflagged, Words
 from jobs.cli.run_stage import open_runner
 from jobs.config.settings import Settings
 from jobs.planning.config import PlanConfig
 from jobs.telemetry import output
 from pipeline import storage
+from pipeline.embeddings.config import EmbedConfig
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Search databases by words, images or samples, and show the nearest images."""
+
+    examples: ClassVar = ('search noto "red apple" --root data/demo',
+                          'search noto "red apple" --minus leaf --database openmoji --sheet apples.png')
+
+    dataset: Dataset
+    common: Flat[CommonOptions]
+    embed: Unflagged[EmbedConfig]
+    text: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WORDS", help="Words to search for.")] = ""
+    image: Words = ()
+    """Local image file to search for. Repeat the flag for more: the search finds what is near to all."""
+    like: Words = ()
+    """Sample to search for: KEY of the dataset, or DATASET/KEY. Repeat the flag for more."""
+    minus: Words = ()
+    """Words to move away from. Repeat the flag for more."""
+    database: Words = ()
+    """Another database to search in. Repeat the flag for more."""
+    count: int = 10
+    """How many images to show."""
+    sheet: str = ""
+    """Write a contact sheet of the images to this file (.png)."""
+    json: bool = False
+    """Print JSON lines instead of a table."""
+    model: str = ""
+    """Name of the open_clip model of the databases. Default: that of the recipe."""
+    pretrained: str = ""
+    """Pretrained tag or weights file of that model. Default: that of the recipe."""
+
+
+def run_search(options: SearchOptions) -> int:
+    from jobs.sampling.search import SearchQuery, matches_table, save_sheet, search_databases
+    from pipeline.datasets import published
+    from pipeline.embeddings.clip_weights import ClipConfig
+    if options.count < 1:
+        raise ValueError(f"--count {options.count}: must be at least 1\nhint: --count 10")
+    embed = options.embed
+    query = SearchQuery((options.text,) if options.text else (), options.image, options.like, options.minus)
+    databases = [published.open_dataset(options.common.root, name) for name in
+                 dict.fromkeys((options.dataset, *options.database))]
+    encoder = ClipConfig(options.model or embed.model, options.pretrained or embed.pretrained, embed.precision)
+    matches = search_databases(databases, query, encoder, options.count)
+    if options.sheet:
+        save_sheet(matches, Path(options.sheet))
+        _log.info("search: the images are in %s", options.sheet)
+    if options.json:
+        for match in matches:
+            output.print_json(match.document())
+    else:
+        output.print_text(matches_table(matches))
+    return 0
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from model.weights import checkpoint
 from model.weights.first_stage import FirstStage
 from pipeline.datasets import hidden_rows
 from pipeline.datasets.dataset import Dataset
-from pipeline.embeddings.clip_weights import ClipConfig, describe_encoder
+from pipeline.embeddings.clip_weights import ClipConfig, check_encoder
 from pipeline.embeddings.embed import dataset_encoder
 from pipeline.hardware import devices
 
@@ -102,14 +102,9 @@ def check_sample_config(run: Run, step: int, how: SampleConfig) -> None:
 
 def check_same_encoder(run: Run, encoder: ClipConfig, databases: Sequence[Dataset]) -> None:
     """ValueError unless a run and the embeddings of databases belong to this encoder, naming what differs."""
-    wanted = describe_encoder(encoder)
-    for name, description in [(f"the run {run.name}", run.encoder()),
-                              *((database.label, dataset_encoder(database)) for database in databases)]:
-        differing = [key for key in wanted if wanted[key] != description.get(key)]
-        if differing:
-            raise ValueError(f"{name} belongs to another encoder than {encoder.model} ({encoder.pretrained}): "
-                             f"they differ in {', '.join(differing)}\n"
-                             f"hint: --model and --pretrained as when it was embedded")
+    check_encoder(encoder, f"the run {run.name}", run.encoder())
+    for database in databases:
+        check_encoder(encoder, database.label, dataset_encoder(database))
 
 
 def search_inputs(database: Dataset) -> dict[str, dict[str, Any]]:

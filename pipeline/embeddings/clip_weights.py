@@ -63,6 +63,15 @@ def describe_encoder(config: ClipConfig) -> dict[str, Any]:
             "dim": architecture["embed_dim"], "preprocessing": preprocessing, "normalised": True}
 
 
+def check_encoder(encoder: ClipConfig, name: str, description: dict[str, Any]) -> None:
+    """ValueError unless the vectors of `name`, whose encoder has this description, are those of `encoder`."""
+    wanted = describe_encoder(encoder)
+    if differing := [key for key in wanted if wanted[key] != description.get(key)]:
+        raise ValueError(f"{name} belongs to another encoder than {encoder.model} ({encoder.pretrained}): "
+                         f"they differ in {', '.join(differing)}\n"
+                         f"hint: --model and --pretrained as when it was embedded")
+
+
 def read_tagged_weights(config: ClipConfig) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """The weights of a model that open_clip knows by name, its architecture, and what its tag says."""
     if config.pretrained == RANDOM:

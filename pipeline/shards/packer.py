@@ -77,7 +77,7 @@ class Spool:
 
 
 class ShardPacker:
-    """Packs the rows of one shard: lanes fetch, threads transform, one thread at a time writes the tar."""
+    """Packs the rows of one shard: tasks fetch, threads transform, one thread at a time writes the tar."""
 
     def __init__(self, config: "ShardConfig", shard: str, digits: int, scratch: Path, report_progress: ProgressReporter,
                  known: Mapping[str, str], refused: frozenset[str] = frozenset(),

@@ -1,0 +1,90 @@
+"""`search` finds the nearest images of databases by words, images and samples."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jobs.cli.main import main
+from pipeline.datasets import lookup
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.embeddings import Embeddings
+from pipeline.embeddings import clip
+from pipeline.embeddings.clip_weights import ClipConfig
+
+
+@pytest.fixture(scope="module")
+def databases(trained_root: Path) -> list[Dataset]:
+    """Two databases of one root."""
+    return [Dataset(str(trained_root), name) for name in ("flat", "outline")]
+
+
+def _search(capsys: pytest.CaptureFixture[str], databases: list[Dataset], *words: str) -> list[dict]:
+    more = [word for database in databases[1:] for word in ("--database", database.name)]
+    assert main(["search", databases[0].name, *words, *more, "--json", "--root", databases[0].root]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def _nearest(databases: list[Dataset], vector: np.ndarray, count: int, without: tuple[str, int] = ("", 0)
+             ) -> list[tuple[str, int]]:
+    scores = {(database.name, row): float(score) for database in databases
+              for row, score in enumerate(Embeddings(database).all().astype(np.float32) @ vector)}
+    scores.pop(without, None)
+    return sorted(scores, key=lambda row: -scores[row])[:count]
+
+
+def _found(matches: list[dict]) -> list[tuple[str, int]]:
+    return [(match["database"], match["row"]) for match in matches]
+
+
+def test_words_find_what_an_exhaustive_search_finds(databases: list[Dataset],
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    encoder = clip.load_encoder(ClipConfig())
+    red, blue = encoder.texts(["a red square", "a blue circle"]).astype(np.float32)
+    assert _found(_search(capsys, databases, "a red square", "--count", "7")) == _nearest(databases, red, 7)
+    assert _found(_search(capsys, databases[:1], "a red square", "--count", "7")) == _nearest(databases[:1], red, 7)
+    vector = red - blue
+    matches = _search(capsys, databases, "a red square", "--minus", "a blue circle", "--count", "7")
+    assert _found(matches) == _nearest(databases, vector / np.linalg.norm(vector), 7)
+    assert [match["score"] for match in matches] == sorted((match["score"] for match in matches), reverse=True)
+
+
+def test_a_sample_and_its_image_find_the_same(databases: list[Dataset], tmp_path: Path,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    sample, = lookup.samples(databases[1], [3])
+    vector = Embeddings(databases[1]).rows(np.array([3]))[0].astype(np.float32)
+    like = _search(capsys, databases, "--like", f"outline/{sample.key}", "--count", "5")
+    assert _found(like) == _nearest(databases, vector, 5, ("outline", 3))
+    file = tmp_path / "query.png"
+    file.write_bytes(sample.picture)
+    by_image = _search(capsys, databases, "--image", str(file), "--count", "6")
+    assert _found(by_image)[0] == ("outline", 3) and by_image[0]["score"] > 0.99
+    assert by_image[0]["key"] == sample.key and by_image[0]["caption"] == sample.caption
+    assert by_image[0]["sha256"] == sample.sha256
+
+
+def test_a_sheet_shows_the_images(databases: list[Dataset], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "sheet.png"
+    root = databases[0].root
+    assert main(["search", "flat", "a red square", "--count", "6", "--sheet", str(out), "--root", root]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].split() == ["score", "database", "key", "caption"] and len(shown) == 7
+    with Image.open(out) as sheet:
+        assert sheet.width > 5 * 128 and sheet.height > 2 * 128
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    ([], 'search needs words, an image or a sample\nhint: search DATASET "red apple"'),
+    ([" "], "the words to search for are empty"),
+    (["--like", "nothing"], "flat has no sample nothing\nhint: "),
+    (["--like", "other/nothing"], "flat has no sample other/nothing\nhint: "),
+    (["--image", "absent.png"], "absent.png"),
+    (["x", "--minus", "x"], "the query has no direction"),
+    (["x", "--count", "0"], "--count 0: must be at least 1\nhint: --count 10"),
+    (["x", "--model", "ViT-B-32", "--pretrained", "random"], "flat belongs to another encoder than ViT-B-32")])
+def test_a_query_that_cannot_be_searched_for_is_a_sentence(
+        words: list[str], sentence: str, databases: list[Dataset], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", "flat", *words, "--root", databases[0].root]) == 2
+    assert sentence in capsys.readouterr().err
