@@ -2,6 +2,7 @@
 
 * `url`: the column of this name, whatever letters it has
 * `content.media.url`: a field of objects; of a list, the field of each of its objects
+* `content.media.0.url`: the field of the first object of a list
 * `https://host/iiif/{image_id}/full`: a template, whose braces hold names or paths
 * `small;large`: the first of the two that has a value
 """
@@ -68,6 +69,9 @@ def _inside(value: Any, parts: list[str]) -> Any:
     for number, part in enumerate(parts):
         if isinstance(value, str):
             value = _parse(value)
+        if isinstance(value, list) and part.isdecimal():
+            value = value[int(part)] if int(part) < len(value) else None
+            continue
         if isinstance(value, list):
             values = [_inside(each, parts[number:]) for each in value]
             flat = [each for found in values for each in (found if isinstance(found, list) else [found])]

@@ -31,6 +31,8 @@ class Layout:
     """Why it has no images, and what to do: the message and the hint."""
 
 
+_SMITHSONIAN = "content.descriptiveNonRepeating"
+_SMITHSONIAN_IMAGE = f"{_SMITHSONIAN}.online_media.media.0"
 TABLES = (
     Layout("LAION after img2dataset", has=("url", "caption", "punsafe", "status", "error_message", "original_width")),
     Layout("re-LAION", has=("url", "similarity", "punsafe")),
@@ -41,6 +43,21 @@ TABLES = (
     Layout("WikiArt", has=("image", "artist", "genre", "style"), caption="{style}, {genre}, {artist}"),
     Layout("ArtBench-10", has=("name", "artist", "url", "is_public_domain", "label", "split"),
            caption="{label}, {artist}"),
+    Layout("Met", has=("primaryImage", "primaryImageSmall"), url="primaryImageSmall;primaryImage"),
+    Layout("MetObjects.csv", has=("Object Number", "Is Public Domain", "Object ID", "Link Resource"),
+           no_url="it has no URLs of images\nhint: --source FILE with the objects of the Met's API as JSON lines, or a "
+                  "copy with the column primaryImageSmall"),
+    Layout("Rijksmuseum", has=("objectInventoryNumber", "objectPersistentIdentifier", "objectImage"),
+           url="objectImage", caption="objectTitle[1]", columns=(("title", "objectTitle[1]"),)),
+    # The license of a record's metadata (metadata_usage) is not that of its images.
+    Layout("Smithsonian", has=("unitCode", "content", "docSignature"), url=f"{_SMITHSONIAN_IMAGE}.content",
+           url_first=True, caption=f"{_SMITHSONIAN}.title.content",
+           columns=(("license", f"{_SMITHSONIAN_IMAGE}.usage.access"), ("author", "content.freetext.name.content"),
+                    ("title", f"{_SMITHSONIAN}.title.content"),
+                    ("page_url", f"{_SMITHSONIAN}.record_link;{_SMITHSONIAN}.guid"))),
+    Layout("AIC", has=("image_id", "is_public_domain", "artist_title"),
+           url="https://www.artic.edu/iiif/2/{image_id}/full/843,/0/default.jpg",
+           columns=(("page_url", "https://www.artic.edu/artworks/{id}"),)),
 )
 
 

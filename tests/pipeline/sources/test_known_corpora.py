@@ -1,6 +1,7 @@
 """Known corpora as they lie: miniatures with the columns of the originals are taken without flags."""
 
 import base64
+import bz2
 import hashlib
 import json
 import logging
@@ -14,7 +15,7 @@ from pipeline.layouts.column_paths import cell_at, find_roots
 from pipeline.sources.licenses import attribution_of, license_of
 from pipeline.stages.types import StageFailed
 from tests.pipeline.shards.test_shard import ledger, table
-from tests.pipeline.sources.list_datasets import PICTURES, shard_source
+from tests.pipeline.sources.list_datasets import PICTURES, open_path, shard_source
 
 IMAGE = PICTURES["00.png"]
 MD5 = hashlib.md5(IMAGE)
@@ -87,6 +88,43 @@ def artbench(folder: Path, url: str) -> Path:
                        f"a_cat.jpg,El Greco,{url},True,24,20,renaissance,train")
 
 
+def met(folder: Path, url: str) -> Path:
+    return write_lines(folder / "objects.jsonl", json.dumps({
+        "objectID": 1, "isHighlight": False, "isPublicDomain": True, "primaryImage": url, "primaryImageSmall": "",
+        "title": "a cat", "artistDisplayName": "El Greco", "objectURL": "https://www.metmuseum.org/art/1"}))
+
+
+def rijksmuseum(folder: Path, url: str) -> Path:
+    return write_lines(folder / "dump.csv", "objectInventoryNumber,objectPersistentIdentifier,objectTitle[1],"
+                       "objectType[1],objectCreator[1],objectCreationDate[1],objectImage",
+                       f"SK-A-1,http://hdl.handle.net/1,a cat,painting,Jan Steen,1660,{url}")
+
+
+def smithsonian(folder: Path, url: str) -> Path:
+    media = [{"content": url, "idsId": "CHNDM-1", "type": "Images", "usage": {"access": "CC0"}},
+             {"content": "http://127.0.0.1/other", "usage": {"access": "Usage conditions apply"}}]
+    record = {"id": "edanmdm-chndm_1", "version": "", "unitCode": "CHNDM", "linkedId": "0", "type": "edanmdm",
+              "url": "edanmdm:chndm_1", "hash": "0a", "docSignature": "1b", "timestamp": 1, "lastTimeUpdated": 1,
+              "content": {"descriptiveNonRepeating": {
+                  "online_media": {"media": media, "mediaCount": 2}, "title": {"label": "Title", "content": "a cat"},
+                  "metadata_usage": {"access": "CC0"}, "record_link": "https://collection.example.org/1"},
+                  "freetext": {"name": [{"label": "Artist", "content": "El Greco"}]}}}
+    path = folder / "metadata/objects/CHNDM/00.txt.bz2"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bz2.compress(json.dumps(record).encode() + b"\n"))
+    return folder / "metadata"
+
+
+def aic(folder: Path, url: str) -> Path:
+    path = folder / "json/artworks/4.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({
+        "id": 4, "api_model": "artworks", "title": "a cat", "is_public_domain": True, "artist_title": "El Greco",
+        "image_id": url.rpartition("/")[2].removesuffix(".png"), "thumbnail": {"lqip": "data:image/gif;base64,R0"}},
+        indent=4))
+    return path.parent
+
+
 LISTS = [  # layout, maker, caption, license, (author, title, page)
     ("re-LAION", re_laion, "a cat", "", ("", "", "")),
     ("LAION after img2dataset", laion_after_img2dataset, "a cat", "", ("", "", "")),
@@ -97,13 +135,18 @@ LISTS = [  # layout, maker, caption, license, (author, title, page)
     ("CC12M", cc12m, "a cat", "", ("", "", "")),
     ("WikiArt", wikiart, "Cubism, portrait, vincent-van-gogh", "", ("vincent-van-gogh", "", "")),
     ("ArtBench-10", artbench, "renaissance, El Greco", "CC-PDM-1.0", ("El Greco", "", "")),
+    ("Met", met, "a cat", "CC-PDM-1.0", ("El Greco", "a cat", "https://www.metmuseum.org/art/1")),
+    ("Rijksmuseum", rijksmuseum, "a cat", "", ("Jan Steen", "a cat", "http://hdl.handle.net/1")),
+    ("Smithsonian", smithsonian, "a cat", "CC0-1.0", ("El Greco", "a cat", "https://collection.example.org/1")),
+    ("AIC", aic, "a cat", "CC-PDM-1.0", ("El Greco", "a cat", "https://www.artic.edu/artworks/4")),
 ]
 
 
 @pytest.mark.parametrize(("name", "make", "caption", "license", "credit"), LISTS, ids=[each[0] for each in LISTS])
 def test_tables(tmp_path, image_site, caplog, name, make, caption, license, credit):
+    flags = {"url_column": f"http://{image_site}/{{image_id}}.png"} if name == "AIC" else {}  # its own host is far away
     with caplog.at_level(logging.INFO):
-        dataset, manifest = shard_source(tmp_path / "x", make(tmp_path, f"http://{image_site}/00.png"))
+        dataset, manifest = shard_source(tmp_path / "x", make(tmp_path, f"http://{image_site}/00.png"), **flags)
     row = table(dataset, manifest)[0]
     assert manifest["totals"]["samples"] == 1 and row["caption"] == caption
     assert license_of(row).spdx == license and tuple(attribution_of(row).values()) == credit
@@ -133,6 +176,15 @@ def test_open_images_by_their_hash_and_by_their_thumbnails(tmp_path, image_site)
     assert table(dataset, manifest)[0]["url"] == url and ledger(dataset, manifest) == []
 
 
+def test_the_source_of_aic_and_of_the_csv_of_the_met(tmp_path):
+    assert open_path(aic(tmp_path, "http://host/00.png")).columns.image == (
+        "https://www.artic.edu/iiif/2/{image_id}/full/843,/0/default.jpg")
+    path = write_lines(tmp_path / "MetObjects.csv", "\ufeffObject Number,Is Highlight,Is Timeline Work,"
+                       "Is Public Domain,Object ID,Title,Artist Display Name,Link Resource,Tags", "1,False,False,True,1,a cat,,,")
+    with pytest.raises(ValueError, match=r"looks like MetObjects.csv: it has no URLs of images\nhint: "):
+        open_path(path)
+
+
 def test_tsv_with_a_header_keeps_it(tmp_path, image_site):
     path = write_lines(tmp_path / "list.tsv", f"caption\turl\thttp://{image_site}/x", f"a\thttp://{image_site}/00.png\tb")
     dataset, manifest = shard_source(tmp_path / "x", path)
@@ -145,6 +197,7 @@ CELLS = {"a": {"b": [{"c": "x"}, {"c": ""}, {"c": "y", "d": [1, 2]}], "": 0}, "a
 
 @pytest.mark.parametrize(("expression", "value"), [
     ("a.e", "dotted"), ("a.b.c", ["x", "y"]), ("a.b.d", [1, 2]), ("f.g", ["h"]), ("a.x.y", None), ("z", None),
+    ("a.b.0.c", "x"), ("a.b.9.c", None),
     ("with;", "semicolon"), ("none;a.x;a.e", "dotted"), ("https://h/{id}/0.jpg?q={a.b.c}", "https://h/1%202/%23/0.jpg?q=x"),
     ("{id}: {a.e}", "1 2/#: dotted"), ("{id} {none}", None), ("id.x", None)])
 def test_paths_and_templates(expression, value):
