@@ -180,7 +180,8 @@ def test_the_source_of_aic_and_of_the_csv_of_the_met(tmp_path):
     assert open_path(aic(tmp_path, "http://host/00.png")).columns.image == (
         "https://www.artic.edu/iiif/2/{image_id}/full/843,/0/default.jpg")
     path = write_lines(tmp_path / "MetObjects.csv", "\ufeffObject Number,Is Highlight,Is Timeline Work,"
-                       "Is Public Domain,Object ID,Title,Artist Display Name,Link Resource,Tags", "1,False,False,True,1,a cat,,,")
+                       "Is Public Domain,Object ID,Title,Artist Display Name,Link Resource,Tags",
+                       "1,False,False,True,1,a cat,,,")
     with pytest.raises(ValueError, match=r"looks like MetObjects.csv: it has no URLs of images\nhint: "):
         open_path(path)
 
