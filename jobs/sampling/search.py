@@ -27,7 +27,7 @@ _MOST_PIXELS = 100_000_000
 
 @dataclass(frozen=True)
 class SearchQuery:
-    """What to search for. A search finds what is near to the mean of all parts, and far from `minus`."""
+    """A search finds what is near to the mean of all parts, and far from `minus`."""
 
     texts: tuple[str, ...] = ()
     images: tuple[str, ...] = ()
@@ -64,12 +64,12 @@ def search_databases(databases: Sequence[Dataset], query: SearchQuery, encoder: 
     known = {database.label: database for database in databases}
     named = [_find_sample(known, databases[0], text) for text in query.like]
     vector = _query_vector(databases, query, encoder, named)
-    found: list[tuple[float, int, int]] = []
+    candidates: list[tuple[float, int, int]] = []
     for number, database in enumerate(databases):
         without = np.array([row for other, row in named if other == database], np.int64)
         rows, scores = Searcher(database, without if len(without) else None).search(vector[None], count)
-        found += [(float(score), -number, int(row)) for row, score in zip(rows[0], scores[0], strict=True) if row >= 0]
-    best = sorted(found, reverse=True)[:count]
+        candidates += [(float(score), -number, int(row)) for row, score in zip(rows[0], scores[0], strict=True) if row >= 0]
+    best = sorted(candidates, reverse=True)[:count]
     samples = {(number, sample.row): sample for number in {number for _, number, _ in best}
                for sample in lookup.samples(databases[-number], [row for _, other, row in best if other == number])}
     return [Match(databases[-number], score, samples[number, row]) for score, number, row in best]

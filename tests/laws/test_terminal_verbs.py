@@ -67,6 +67,7 @@ def _commands(place: Path) -> list[list[str]]:
         ["convert", "carried", "--checkpoint", str(place / f"out {HOSTILE}")],
         ["rebuild", "built", "--source", str(place / "flat"), "--image-size", "16"],
         ["pipeline", "piped", "--source", str(place / "flat"), "--image-size", "16"],
+        ["search", "flat", HOSTILE], ["search", "flat", HOSTILE, "--json", "--database", "art"],
         ["forget", "--url", f"5\n{HOSTILE}flat.png"],
         ["credits", str(place / "root/runs/run/samples/texts/samples.json")],
         ["versions", "built"], ["verify"], ["status"], ["report"]]
