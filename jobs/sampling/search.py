@@ -68,7 +68,8 @@ def search_databases(databases: Sequence[Dataset], query: SearchQuery, encoder: 
     for number, database in enumerate(databases):
         without = np.array([row for other, row in named if other == database], np.int64)
         rows, scores = Searcher(database, without if len(without) else None).search(vector[None], count)
-        candidates += [(float(score), -number, int(row)) for row, score in zip(rows[0], scores[0], strict=True) if row >= 0]
+        candidates += [(float(score), -number, int(row))
+                       for row, score in zip(rows[0], scores[0], strict=True) if row >= 0]
     best = sorted(candidates, reverse=True)[:count]
     samples = {(number, sample.row): sample for number in {number for _, number, _ in best}
                for sample in lookup.samples(databases[-number], [row for _, other, row in best if other == number])}
