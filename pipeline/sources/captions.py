@@ -50,6 +50,9 @@ class CaptionTables:
                 continue
             row = read.cells
             name = _name_in_folder(row.pop("file"), folder, names)
+            # wikiart.csv is next to the folder wikiart, and names may be relative to either.
+            inside = f"{stem_of(address.rpartition('/')[2])}/{name}"
+            name = inside if name not in names and inside in names else name
             # A name without a suffix stands for all images of that stem.
             for full in [name] if name in names else by_stem.get(name, [name]):
                 if full in self.rows:

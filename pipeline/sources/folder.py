@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pipeline import storage
+from pipeline.layouts.folders import FolderLayout, find_folder_layout, folder_cells
 from pipeline.media.types import SUFFIXES, BadImage
 from pipeline.sources import img2dataset
 from pipeline.sources.captions import CaptionTables, names_by_stem
@@ -65,10 +66,12 @@ class FolderSource(Source):
         self._listed = listed
         self._listed_rows: list[Row] | None = None
         self._shard_schema = pa.schema([])
+        self._layout: FolderLayout | None = None
+        self._layout_columns: dict[int, set[str]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # The list stays on the driver. Workers read their own part.
-        return super().__getstate__() | {"_listed_rows": None, "_listed": None}
+        return super().__getstate__() | {"_listed_rows": None, "_listed": None, "_layout": None, "_layout_columns": {}}
 
     def count_files(self) -> int:
         return sum(row.missing != _NOT_LISTED and not row.reason for row in self._rows())
@@ -76,7 +79,10 @@ class FolderSource(Source):
     def identity(self) -> str:
         digest = hashlib.sha256()
         for row in self._rows():
-            facts = [row.name, row.caption, hashable_cells(row.columns), row.remarks, row.missing, row.caption_file]
+            # A layout reads these columns from the name, and earlier versions did not have them.
+            derived = self._layout_columns.get(row.number, set())
+            columns = {name: cell for name, cell in row.columns.items() if name not in derived}
+            facts = [row.name, row.caption, hashable_cells(columns), row.remarks, row.missing, row.caption_file]
             digest.update(json.dumps([*facts, *([row.json_file] if row.json_file else [])],
                                      sort_keys=True).encode() + b"\n")
         return digest.hexdigest()
@@ -165,6 +171,10 @@ class FolderSource(Source):
             raise ValueError(f"there is no folder {self.base}{hint}") from None
         self._listed = None
         images = sorted(name for name in files.images if self.pattern.fullmatch(name))
+        self._layout = find_folder_layout(images)
+        if self._layout:
+            _log.info("%s looks like %s; taking %s from %s", self.base, self._layout.name,
+                      ", ".join(self._layout.columns), self._layout.path)
         by_name: dict[str, str] = {}
         for name in images:
             # macOS spells accents in two characters where a captions file has one: compare both as one,
@@ -195,6 +205,10 @@ class FolderSource(Source):
         json_file = files.documents.get(file or name) or files.documents.get(stem, "")
         if listed is None and not caption_file and not json_file and (any_listed or files.has_texts):
             remarks.append("caption_missing")
+        if self._layout and file and not json_file:
+            derived = {key: cell for key, cell in folder_cells(self._layout, file).items() if key not in columns}
+            self._layout_columns[number] = set(derived)
+            columns |= derived
         problem = _NOT_LISTED if file is None else "a link that leads nowhere" if files.images[file] is None else ""
         return Row(number, file or name, caption, columns, remarks=remarks, caption_file=caption_file,
                    json_file=json_file, missing=problem)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pipeline.media.types import SUFFIXES
 
 CAPTION_FILES = ("captions.parquet", "captions.csv", "captions.jsonl")
-METADATA_FILES = ("metadata.parquet", "metadata.csv", "metadata.jsonl")
-"""Hugging Face's ImageFolder has one at the top, or one in the folder of each split."""
+METADATA_FILES = ("metadata.parquet", "metadata.csv", "metadata.jsonl", "wikiart.csv")
+"""Hugging Face's ImageFolder has one at the top, or one in the folder of each split. WikiArt has one at the top."""
 TEXT_SUFFIXES = (".txt", ".caption")
 SYSTEM_FOLDERS = {"__macosx", "@eadir", "thumbs", "#recycle", "@recycle", "$recycle.bin", "system volume information",
                   "lost+found"}

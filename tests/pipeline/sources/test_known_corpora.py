@@ -16,6 +16,7 @@ from pipeline.sources.licenses import attribution_of, license_of
 from pipeline.stages.types import StageFailed
 from tests.pipeline.shards.test_shard import ledger, table
 from tests.pipeline.sources.list_datasets import PICTURES, open_path, shard_source
+from tests.pipeline.sources.test_folder_captions import write_images
 
 IMAGE = PICTURES["00.png"]
 MD5 = hashlib.md5(IMAGE)
@@ -174,6 +175,33 @@ def test_open_images_by_their_hash_and_by_their_thumbnails(tmp_path, image_site)
         shard_source(tmp_path / "3", path, url_column="Thumbnail300KURL")
     dataset, manifest = shard_source(tmp_path / "4", path, url_column="Thumbnail300KURL;OriginalURL")
     assert table(dataset, manifest)[0]["url"] == url and ledger(dataset, manifest) == []
+
+
+@pytest.mark.parametrize(("name", "files", "cells"), [
+    ("ArtBench-10", ["train/ukiyo_e/a.png", "test/baroque/b.png"], {"style": ["baroque", "ukiyo_e"]}),
+    ("WikiArt", ["wikiart/Baroque/jan-steen_a-cat.png", "wikiart/Pop_Art/me.png"], {
+        "style": ["Baroque", "Pop_Art"], "artist": ["jan-steen", "me"], "title": ["a-cat", None]}),
+    ("ImageFolder", ["train/cat/a.png", "test/dog/b.png"], {"label": ["dog", "cat"]}),
+    ("", ["train/cat/a.png", "README.png"], {})])
+def test_folders_of_classes(tmp_path, caplog, name, files, cells):
+    source = write_images(tmp_path / "source", *files)
+    with caplog.at_level(logging.INFO):
+        dataset, manifest = shard_source(tmp_path / "x", source)
+    rows = table(dataset, manifest)
+    assert {column: [row[column] for row in rows] for column in cells} == cells
+    assert [f"looks like {name};" in record.message for record in caplog.records].count(True) == bool(name)
+    facts = [[file, "", {}, [], "", ""] for file in sorted(files)]  # as versions without layouts hashed them
+    assert open_path(source).identity() == hashlib.sha256(
+        b"".join(json.dumps(each, sort_keys=True).encode() + b"\n" for each in facts)).hexdigest()
+
+
+def test_the_table_beside_the_folders_of_wikiart(tmp_path):
+    source = write_images(tmp_path, "wikiart/Baroque/jan-steen_a-cat.png", "wikiart/Pop_Art/me_a-dog.png")
+    write_lines(source / "wikiart.csv", "path,artist,genre", "Baroque/jan-steen_a-cat.png,Jan Steen,animal",
+                "wikiart/Pop_Art/me_a-dog.png,,portrait")
+    columns = [row.columns for row in open_path(source)._rows()]
+    assert columns == [{"artist": "Jan Steen", "genre": "animal", "style": "Baroque", "title": "a-cat"},
+                       {"artist": None, "genre": "portrait", "style": "Pop_Art", "title": "a-dog"}]
 
 
 def test_the_source_of_aic_and_of_the_csv_of_the_met(tmp_path):
