@@ -149,7 +149,8 @@ def make_row(number: int, read: TableRow, columns: Columns) -> Row:
         return Row(number, read.place, missing=read.problem, remarks=list(read.remarks), reason="bad_row")
     cells, remarks = read.cells, list(read.remarks)
     failure = img2dataset.earlier_failure(cells) if columns.status else ""
-    cell, caption_cell = cell_at(cells, columns.image), cell_at(cells, columns.caption)
+    cell = cell_at(cells, columns.image)
+    caption_cell = cell_at(cells, columns.caption) if columns.caption else None  # pandas writes a column named ""
     added = {name: cell_text(cell_at(cells, path)) or None for name, path in columns.added if name not in cells}
     for name in columns.not_stored:
         cells.pop(name, None)

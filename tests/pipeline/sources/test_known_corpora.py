@@ -236,3 +236,9 @@ def test_paths_and_templates(expression, value):
 def test_roots_of_paths_and_templates():
     assert find_roots("{a.b} {id}", CELLS) == ["a", "id"] and find_roots("{a.b} {x}", CELLS) == []
     assert find_roots("x;f.g", CELLS) == ["f"] and find_roots("a.e.x", CELLS) == ["a.e"]
+
+
+def test_the_index_that_pandas_writes_is_no_caption(tmp_path, image_site):
+    path = write_lines(tmp_path / "list.csv", ",url", f"7,http://{image_site}/00.png")
+    dataset, manifest = shard_source(tmp_path / "x", path)
+    assert [(row["caption"], row[""]) for row in table(dataset, manifest)] == [("", "7")]
