@@ -11,7 +11,9 @@ A folder imports only from folders below it in this list (`make lint` checks it)
     shards/       the stage that writes tars, deduplication, adoption
     datasets/     names, manifests, rows, takedowns, the published version
     corpora/      the images of the demo
-    sources/      folders, lists, tars; row filters
+    sources/      folders, lists, tars
+    rows/         one row of a source: columns, license, the filter of --where
+    layouts/      the columns and folders of well-known corpora
     tables/       CSV, TSV, JSON and parquet as rows of plain cells
     downloads/    images over HTTP
     stages/       plan, process, commit, seal

@@ -11,7 +11,7 @@ from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import metadata
 from pipeline.media.contact_sheet import contact_sheet
-from pipeline.sources.licenses import attribution_of, license_of
+from pipeline.rows.licenses import attribution_of, license_of
 from pipeline.stages.documents import NUMBER, check_shape
 
 _CELL = 160

@@ -32,7 +32,7 @@ class RowSelection:
 
     def __init__(self, dataset: Dataset, text: str) -> None:
         """ValueError if the filter cannot be read, or names a column that is not there, or is there twice."""
-        from pipeline.sources.row_filter import RowFilter  # sqlglot, which readers of hidden rows do not need
+        from pipeline.rows.row_filter import RowFilter  # sqlglot, which readers of hidden rows do not need
         self.dataset, self.filter = dataset, RowFilter.parse(text)
         self.check_columns()
 

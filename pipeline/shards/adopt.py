@@ -20,9 +20,9 @@ from pipeline.media.decode import read_size
 from pipeline.media.foreign_tars.packed import compression
 from pipeline.media.foreign_tars.samples import TarFaults, read_foreign_tar
 from pipeline.media.types import BadImage
+from pipeline.rows.rows import json_cells, redact_cells, replace_surrogates
 from pipeline.shards import metadata
 from pipeline.sources.config import ShardConfig
-from pipeline.sources.rows import json_cells, redact_cells, replace_surrogates
 from pipeline.sources.source import list_source_files
 from pipeline.sources.tars import (
     STEP,

@@ -20,6 +20,7 @@ from pipeline import storage
 from pipeline.hardware import malloc
 from pipeline.media import tars
 from pipeline.media.types import BadImage
+from pipeline.rows.rows import Row
 from pipeline.shards.metadata import (
     COLUMNS,
     HASH_COLUMNS,
@@ -32,7 +33,6 @@ from pipeline.shards.metadata import (
     stored_names,
 )
 from pipeline.shards.transform import NotFetched, RowResult, failed_row, transform_row
-from pipeline.sources.rows import Row
 from pipeline.stages.progress import ProgressReporter
 from pipeline.stages.types import Entry
 

@@ -14,12 +14,12 @@ from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.downloads.host_limits import ProcessLimits
 from pipeline.media.types import BadImage
+from pipeline.rows.rows import LICENSE, NO_LICENSE, Part, ReadReport, Row
 from pipeline.shards import metadata
 from pipeline.shards.packer import ShardPacker
 from pipeline.sources.config import LATER_SETTINGS, ShardConfig
 from pipeline.sources.detect import open_source
 from pipeline.sources.list_columns import FAILED_BEFORE
-from pipeline.sources.rows import LICENSE, NO_LICENSE, Part, ReadReport, Row
 from pipeline.sources.source import Source
 from pipeline.stages.plan import read_items
 from pipeline.stages.records import infos, totals

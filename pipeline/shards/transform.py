@@ -11,8 +11,8 @@ from pipeline.media.decode import decode, read_exif
 from pipeline.media.hashes import perceptual_hash, pixel_hash
 from pipeline.media.resize import cut_patches, encode, resize
 from pipeline.media.types import BadImage, Pixels, size_of
+from pipeline.rows.rows import Row, redact_cells, split_remark
 from pipeline.shards.metadata import COLUMNS, FORGOTTEN, NOT_FETCHED, NOT_USABLE, SUCCESS, stored_names
-from pipeline.sources.rows import Row, redact_cells, split_remark
 from pipeline.stages.types import Entry
 
 if TYPE_CHECKING:

@@ -10,15 +10,15 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.sources.column_names import (
+from pipeline.rows.column_names import (
     CAPTION_COLUMNS,
     FILE_COLUMNS,
     find_caption_columns,
     find_columns,
     is_more_than_caption,
 )
+from pipeline.rows.rows import json_cells
 from pipeline.sources.folder_files import METADATA_FILES, stem_of, usual_accents
-from pipeline.sources.rows import json_cells
 from pipeline.storage import parquet
 from pipeline.tables.arrow_cells import is_nested, table_rows, text_columns
 from pipeline.tables.cells import TableRow, cell_text

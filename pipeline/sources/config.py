@@ -103,7 +103,7 @@ class ShardConfig:
             object.__setattr__(self, "source", (self.source,) if self.source else ())
         check_bounds("shard", self)
         if self.licenses:
-            from pipeline.sources.licenses import Licenses  # the list of SPDX, needed only with this filter
+            from pipeline.rows.licenses import Licenses  # the list of SPDX, needed only with this filter
             Licenses(self.licenses)
         if self.patches and self.patch_side < self.image_size:
             raise ValueError(f"shard.patch_side = {self.patch_side}: must be at least "

@@ -18,12 +18,10 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.layouts.folders import FolderLayout, find_folder_layout, folder_cells
 from pipeline.media.types import SUFFIXES, BadImage
-from pipeline.sources import img2dataset
-from pipeline.sources.captions import CaptionTables, names_by_stem
-from pipeline.sources.column_names import find_caption_columns, is_more_than_caption
-from pipeline.sources.column_types import ColumnTypes
-from pipeline.sources.folder_files import FolderFiles, count_text, sort_files, stem_of, suffix_of, usual_accents
-from pipeline.sources.rows import (
+from pipeline.rows import img2dataset
+from pipeline.rows.column_names import find_caption_columns, is_more_than_caption
+from pipeline.rows.column_types import ColumnTypes
+from pipeline.rows.rows import (
     Part,
     ReadReport,
     Row,
@@ -34,6 +32,8 @@ from pipeline.sources.rows import (
     read_rows,
     write_rows,
 )
+from pipeline.sources.captions import CaptionTables, names_by_stem
+from pipeline.sources.folder_files import FolderFiles, count_text, sort_files, stem_of, suffix_of, usual_accents
 from pipeline.sources.source import Source
 from pipeline.tables.parquet_tables import read_schema
 

@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.sources.column_types import ColumnTypes
+from pipeline.rows.column_types import ColumnTypes
+from pipeline.rows.rows import Part, ReadReport, Row, split_remark
 from pipeline.sources.list_columns import Columns, make_row, text_candidates
 from pipeline.sources.lists import ListSource
-from pipeline.sources.rows import Part, ReadReport, Row, split_remark
 from pipeline.storage import name_by_content
 from pipeline.tables.arrow_cells import kind_of_type, plain_cells, stored_columns, table_rows
 from pipeline.tables.cells import TableRow, decode_bytes

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import storage
-from pipeline.sources import img2dataset
+from pipeline.rows import img2dataset
+from pipeline.rows.rows import LICENSE, NO_LICENSE, Part, ReadReport, Row, read_rows, write_rows
 from pipeline.sources.folder_files import system_folder
 from pipeline.sources.patterns import is_pattern, match_pattern
-from pipeline.sources.rows import LICENSE, NO_LICENSE, Part, ReadReport, Row, read_rows, write_rows
 from pipeline.tables.names import LOOSE_TABLES, TABLES
 
 if TYPE_CHECKING:
+    from pipeline.rows.row_filter import RowFilter
     from pipeline.sources.config import ShardConfig
-    from pipeline.sources.row_filter import RowFilter
 
 LISTS = TABLES
 PACKED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2")
@@ -95,7 +95,7 @@ class Source(ABC):
         rows = self.rows(stage_folder, inputs, scratch, reading)
         if not self.config.licenses:
             return rows
-        from pipeline.sources.licenses import Licenses, license_of  # the list of SPDX, needed only with this filter
+        from pipeline.rows.licenses import Licenses, license_of  # the list of SPDX, needed only with this filter
         licenses = Licenses(self.config.licenses)
 
         def is_allowed(row: Row) -> bool:
@@ -124,7 +124,7 @@ def parse_row_filter(config: ShardConfig) -> RowFilter | None:
     """The row filter of the settings, None without one."""
     if not config.where:
         return None
-    from pipeline.sources.row_filter import RowFilter  # 50 MB, needed only with a filter
+    from pipeline.rows.row_filter import RowFilter  # 50 MB, needed only with a filter
     return RowFilter.parse(config.where)
 
 

@@ -17,11 +17,11 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.layouts.known import headless_columns
-from pipeline.sources.column_names import find_columns
-from pipeline.sources.column_types import ColumnTypes
+from pipeline.rows.column_names import find_columns
+from pipeline.rows.column_types import ColumnTypes
+from pipeline.rows.rows import Part, ReadReport, Row, cell_text, read_rows, write_rows
 from pipeline.sources.list_columns import IMAGE_COLUMNS, URL_COLUMNS, Columns, make_row, text_candidates
 from pipeline.sources.lists import ListSource
-from pipeline.sources.rows import Part, ReadReport, Row, cell_text, read_rows, write_rows
 from pipeline.tables.cells import TableRow
 from pipeline.tables.image_cells import text_kind
 from pipeline.tables.names import table_kind

@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.media.types import BadImage
-from pipeline.sources.rows import Row, read_rows, write_rows
+from pipeline.rows.rows import Row, read_rows, write_rows
 from pipeline.stages.documents import check_shape
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output

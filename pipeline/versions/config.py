@@ -35,5 +35,5 @@ class GatesConfig:
     def __post_init__(self) -> None:
         check_bounds("rebuild.gates", self)
         if self.only_licenses:
-            from pipeline.sources.licenses import Licenses  # the list of SPDX, needed only with this gate
+            from pipeline.rows.licenses import Licenses  # the list of SPDX, needed only with this gate
             Licenses(self.only_licenses)

@@ -20,8 +20,8 @@ from pipeline.embeddings import clip
 from pipeline.embeddings.clip_weights import ClipConfig
 from pipeline.embeddings.embed import dataset_encoder
 from pipeline.indices.searcher import Searcher
+from pipeline.rows.licenses import Licenses, license_columns, license_of
 from pipeline.shards.metadata import FORGOTTEN, SUCCESS
-from pipeline.sources.licenses import Licenses, license_columns, license_of
 from pipeline.versions.config import GatesConfig
 from pipeline.versions.listing import read_listing, read_metadata, succeeded_rows
 

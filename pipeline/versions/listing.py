@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.rows.rows import hashable_cells
 from pipeline.shards import metadata
-from pipeline.sources.rows import hashable_cells
 from pipeline.storage import parquet
 
 LISTING, DEAD = "listing.parquet", "dead.txt"

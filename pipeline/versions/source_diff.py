@@ -16,11 +16,11 @@ import pyarrow.compute as pc
 
 from pipeline import storage
 from pipeline.datasets.takedowns import Forgotten
+from pipeline.rows.rows import ReadReport, Row, hashable_cells, parse_row, redact_cells, row_line
 from pipeline.shards.metadata import FORGOTTEN, SUCCESS
 from pipeline.shards.transform import old_source_name, source_name
 from pipeline.sources.config import ShardConfig
 from pipeline.sources.detect import open_source
-from pipeline.sources.rows import ReadReport, Row, hashable_cells, parse_row, redact_cells, row_line
 from pipeline.sources.source import Source
 from pipeline.stages.scratch import scratch_folder
 from pipeline.versions.listing import LISTING_SCHEMA, groups, wide

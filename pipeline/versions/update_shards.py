@@ -14,10 +14,10 @@ from pipeline import storage
 from pipeline.datasets import hidden_rows
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.media import tars
+from pipeline.rows.rows import ReadReport, Row, read_rows, write_rows
 from pipeline.shards.metadata import FORGOTTEN
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
-from pipeline.sources.rows import ReadReport, Row, read_rows, write_rows
 from pipeline.stages.types import Item, Output
 from pipeline.storage import name_by_content
 from pipeline.versions.listing import (

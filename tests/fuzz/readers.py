@@ -25,10 +25,10 @@ from pipeline.indices.faiss_door import open_index
 from pipeline.media import tars
 from pipeline.media.foreign_tars.samples import TarFaults, read_foreign_tar
 from pipeline.media.types import BadImage
+from pipeline.rows.rows import ReadReport, hashable_cells, row_line
 from pipeline.sources.captions import read_captions
 from pipeline.sources.config import ShardConfig
 from pipeline.sources.open_lists import open_lists
-from pipeline.sources.rows import ReadReport, hashable_cells, row_line
 from pipeline.sources.tars import TarSource, read_column_types
 from pipeline.stages import records
 from pipeline.stages.types import StageFailed

@@ -96,7 +96,7 @@ def _batches(file: pq.ParquetFile, case: Case, columns: list[str], groups: list[
 def _filter_class(source: str) -> Any:
     """The class of the row filter in a module: that of this checkout, or of an older file."""
     if not source:
-        from pipeline.sources.row_filter import RowFilter
+        from pipeline.rows.row_filter import RowFilter
         return RowFilter
     specification = importlib.util.spec_from_file_location("older_filter", source)
     assert specification and specification.loader

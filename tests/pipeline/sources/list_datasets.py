@@ -15,10 +15,10 @@ from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.downloads.config import DownloadConfig
 from pipeline.media import tars
+from pipeline.rows.rows import ReadReport
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.sources.detect import open_source
-from pipeline.sources.rows import ReadReport
 from pipeline.stages.driver import run_stage
 from pipeline.versions import verify
 from tests.pipeline.synthetic import encoded, noise

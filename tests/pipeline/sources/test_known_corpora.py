@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.layouts.column_paths import cell_at, find_roots
-from pipeline.sources.licenses import attribution_of, license_of
+from pipeline.rows.licenses import attribution_of, license_of
 from pipeline.stages.types import StageFailed
 from tests.pipeline.shards.test_shard import ledger, table
 from tests.pipeline.sources.list_datasets import PICTURES, open_path, shard_source

@@ -97,7 +97,7 @@ def test_folders_named_after_values_give_columns(tmp_path, kind):
 
 def rows_of(source, part, stage):
     from pipeline import storage
-    from pipeline.sources.rows import ReadReport
+    from pipeline.rows.rows import ReadReport
     for name, data in part.carries:
         storage.put_bytes(data, storage.join(str(stage), name))
     return source.rows(str(stage), part.inputs, stage, ReadReport())

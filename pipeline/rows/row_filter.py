@@ -22,8 +22,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from sqlglot import exp
 
-from pipeline.sources import row_filter_syntax as syntax
-from pipeline.sources.column_types import text_to_numbers
+from pipeline.rows import row_filter_syntax as syntax
+from pipeline.rows.column_types import text_to_numbers
 
 _ARGUMENTS = {"len": 1, "lower": 1, "contains": 2, "match": 2, "col": 1}
 _ARITHMETIC: dict[type[exp.Expr], Callable[..., Any]] = {

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.sources.licenses import Licenses, attribution_of, find_spdx, license_of
+from pipeline.rows.licenses import Licenses, attribution_of, find_spdx, license_of
 
 CC = "creativecommons.org"
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
-from pipeline.sources.row_filter import RowFilter
+from pipeline.rows.row_filter import RowFilter
 
 TABLE = pa.table({
     "a": pa.array([1, 2, None, 4], pa.int32()), "f": pa.array([0.1, math.nan, None, 3.5], pa.float32()),
