@@ -347,6 +347,7 @@ def test_an_item_that_breaks_every_device_fails_and_the_others_are_finished(clus
     assert len(storage.list_files(storage.join(stage.folder, "records"))) == 39
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_only_broken_places_end_the_stage_and_the_same_command_resumes(cluster: Any, start_pool: Any, tmp_path: Path,
                                                                        monkeypatch: Any, caplog: Any) -> None:

@@ -97,6 +97,7 @@ def _undisturbed_curve(root: Path) -> list[tuple[int, float]]:
     return _curve(root, "undisturbed")
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_started_again_the_curve_is_the_same(root: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     subprocess.run([sys.executable, *_command(root, "whole", "--local")], check=True, env=environment)

@@ -148,6 +148,7 @@ def doomed_cluster() -> Iterator[Any]:
     ray_cluster.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_whole_cluster_killed_then_another_one_goes_on(undisturbed: Path, tmp_path: Path, settings_file: Path,
                                                            doomed_cluster: Any) -> None:

@@ -61,7 +61,7 @@ def test_resumed_is_never_stopped(tmp_path):
 
 # Of eight pictures three processes have 2, 3 and 3. Half-way runs begin with a checkpoint of a single process.
 @pytest.mark.parametrize(("world", "way", "half_way"), [(2, "ddp", False), (3, "ddp", True), (2, "fsdp", False),
-                                                        (2, "fsdp", True),
+                                                        pytest.param(2, "fsdp", True, marks=pytest.mark.slow),
                                                         pytest.param(3, "fsdp", False, marks=pytest.mark.slow)])
 def test_some_processes_equal_one(tmp_path, world, way, half_way):
     config = toy_run.config(steps=4)
