@@ -244,4 +244,5 @@ def run_forget(options: ForgetOptions) -> int:
         output.print_json(result, indent=1)
     else:
         output.print_text(forget.forget_text(result))
+    forget.refuse_unreadable(root, result["unreadable"], dry_run=options.common.dry_run)
     return 0

@@ -1,16 +1,17 @@
 """Pictures taken out of every database: hidden at once, out of the bytes with the next version, and kept out."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jobs.publishing.releases import find_consumers
 from pipeline import storage
 from pipeline.datasets import takedowns
-from pipeline.datasets.dataset import Dataset, datasets
+from pipeline.datasets.dataset import DEFAULT_VERSION, Dataset, datasets
 from pipeline.datasets.published import DamagedPointer, Published
 from pipeline.datasets.takedowns import Forgotten
 from pipeline.downloads.urls import clean_url, find_host
+from pipeline.storage import DamagedFile
 
 _log = logging.getLogger(__name__)
 
@@ -24,9 +25,14 @@ def parse_takedown(root: str, sha256: Sequence[str], urls: Sequence[str], keys: 
     for text in keys:
         name, _, key = text.rpartition("/")
         dataset = Dataset.parse(root, name)
-        pictures = [row for version in datasets(root) if version.name == dataset.name and version.is_sealed("shards")
-                    and ("@" not in name or version.version == dataset.version)
-                    for _, row in takedowns.find_matching_rows(version, lambda row: row["key"] == key)]  # noqa: B023
+        versions = [version for version in _sealed_datasets(root) if version.name == dataset.name
+                    and ("@" not in name or version.version == dataset.version)]
+        unreadable: dict[Dataset, str] = {}
+        pictures = [row for version in versions
+                    for _, row in _read_rows(version, lambda row: row["key"] == key, unreadable)]  # noqa: B023
+        if not pictures and unreadable:
+            raise DamagedFile(f"{text} was not found, and these cannot be read: {_list_faults(unreadable)}\n"
+                              f"hint: --sha256 or --url instead of --key")
         if not pictures:
             raise ValueError(f"no version of {name} has a sample {key}\nhint: DATASET/KEY, as samples.json and credits "
                              f"name them")
@@ -52,43 +58,97 @@ def _host(text: str) -> str:
 def forget(root: str, wanted: Forgotten, note: str, *, dry_run: bool = False) -> dict[str, Any]:
     """Put pictures on the list of what is forgotten, and hide them in every dataset; what had them, and who used it.
 
-    What is on the list stays out of later rebuilds. Other names of the same bytes are found by their hash.
+    What is on the list stays out of later rebuilds. Other names of the same bytes are found by their hash. A version
+    that cannot be read stops nothing: it is listed under `unreadable`, with the reason.
     """
     root = storage.normalize(root)
     # Who names a picture by its address means its bytes too, under whatever address they come again.
     hashes: set[str] = set()
-    there = [dataset for dataset in datasets(root) if dataset.is_sealed("shards")]
+    unreadable: dict[Dataset, str] = {}
     if not wanted.domains:
-        for dataset in there:
-            hashes |= {value for _, row in takedowns.find_rows(dataset, wanted)
+        for dataset in _sealed_datasets(root):
+            hashes |= {value for _, row in _read_rows(dataset, wanted.has, unreadable)
                        for value in (row["sha256"], row.get("original_sha256")) if value}
     wanted = Forgotten(wanted.sha256 | hashes, wanted.urls, wanted.domains)
     if dry_run:
-        touched = [_touched(dataset, rows, 0, find_consumers(root, dataset.name)) for dataset in there
-                   if (rows := takedowns.find_rows(dataset, wanted))]
+        touched = [_touched(dataset, rows, 0, find_consumers(root, dataset.name)) for dataset in _sealed_datasets(root)
+                   if (rows := _read_rows(dataset, wanted.has, unreadable))]
     else:
         takedowns.add_takedowns(root, wanted, note)  # before anything is hidden: a rebuild that runs may still see it
-        touched = apply_takedowns(root, wanted)
+        touched, faults = apply_takedowns(root, wanted)
+        unreadable |= faults
     return {"sha256": sorted(wanted.sha256), "urls": sorted(wanted.urls), "domains": sorted(wanted.domains),
-            "dry_run": dry_run, "found": touched}
+            "dry_run": dry_run, "found": touched,
+            "unreadable": {_full_label(dataset): fault for dataset, fault in unreadable.items()}}
 
 
-def apply_takedowns(root: str, wanted: Forgotten | None = None) -> list[dict[str, Any]]:
+def apply_takedowns(root: str, wanted: Forgotten | None = None) -> tuple[list[dict[str, Any]], dict[Dataset, str]]:
     """Hide the rows of the whole takedown list in every dataset, and say which of them have rows of `wanted`.
 
     None means the whole list. It applies earlier requests again, because a killed process may not have applied them.
+    The second result names the versions that cannot be read, with the reason. The list counts as applied: if such a
+    published version is restored, searches refuse it until `repair` hides its rows.
     """
     count, listed, touched = takedowns.count_requests(root)[0], takedowns.read_takedowns(root), []
-    there = [dataset for dataset in datasets(root) if dataset.is_sealed("shards")]
+    there, unreadable = _sealed_datasets(root), dict[Dataset, str]()
     for dataset in there:
-        rows = takedowns.find_rows(dataset, listed)
-        fresh = takedowns.hide_rows(dataset, [row for row, _ in rows], count)
+        rows = _read_rows(dataset, listed.has, unreadable)
+        through = 0 if dataset in unreadable else count  # some of its rows are not known
+        fresh = takedowns.hide_rows(dataset, [row for row, _ in rows], through) if rows or through else 0
         if requested := [(row, sample) for row, sample in rows if wanted is None or wanted.has(sample)]:
             touched.append(_touched(dataset, requested, fresh, find_consumers(root, dataset.name)))
     takedowns.mark_applied(root, count)
     for name in sorted({dataset.name for dataset in there}):
         _require(root, name, count)
-    return touched
+    return touched, unreadable
+
+
+def refuse_unreadable(root: str, unreadable: Mapping[str, str], *, dry_run: bool) -> None:
+    """DamagedFile if versions could not be read, with the way to hide what they may have."""
+    if not unreadable:
+        return
+    label, root = next(iter(unreadable)), storage.normalize(root)
+    name, _, version = label.partition("@")
+    try:
+        current = Published.load(root, name).version
+    except DamagedPointer:
+        hint = f"python -m jobs repair {name} --root {root}"
+    else:
+        hint = (f"python -m jobs shard {name if version == DEFAULT_VERSION else label} --source FOLDER --overwrite "
+                f"--root {root}; or remove datasets/{name}/{version}" if not current else
+                f"python -m jobs rollback {name} --root {root}; or python -m jobs rebuild {name} --source SOURCE "
+                f"--root {root}" if version == current else
+                f"python -m jobs gc {name} --lease 0 --root {root}; or remove datasets/{name}/{version}")
+    state = "would be recorded" if dry_run else "is recorded"
+    raise DamagedFile(f"the request {state}, but {len(unreadable)} versions cannot be read and may still have such "
+                      f"pictures: {_list_faults(unreadable)}\nhint: {hint}; then the same forget again")
+
+
+def _sealed_datasets(root: str) -> list[Dataset]:
+    return [dataset for dataset in datasets(root) if dataset.is_sealed("shards")]
+
+
+def _read_rows(dataset: Dataset, wanted: Callable[[dict[str, Any]], bool], unreadable: dict[Dataset, str]
+               ) -> list[tuple[int, dict[str, Any]]]:
+    """The wanted samples of a dataset; those that can be read, and an entry in `unreadable`, if it is damaged."""
+    faults: list[Exception] = []
+    try:
+        rows = takedowns.find_matching_rows(dataset, wanted, faults)
+    except takedowns.READ_ERRORS as error:
+        rows, faults = [], [error]
+    if faults and dataset not in unreadable and dataset.is_sealed("shards"):  # otherwise gc has removed it meanwhile
+        unreadable[dataset] = (str(faults[0]).splitlines() or [type(faults[0]).__name__])[0]
+        _log.warning("forget: %s cannot be read: %s", _full_label(dataset), unreadable[dataset])
+    return rows
+
+
+def _full_label(dataset: Dataset) -> str:
+    return f"{dataset.name}@{dataset.version}"
+
+
+def _list_faults(unreadable: Mapping[Any, str]) -> str:
+    return "; ".join(f"{key if isinstance(key, str) else _full_label(key)} ({fault})"
+                     for key, fault in unreadable.items())
 
 
 def _require(root: str, name: str, count: int) -> None:
@@ -112,8 +172,9 @@ def _touched(dataset: Dataset, rows: list[tuple[int, dict[str, Any]]], fresh: in
 def forget_text(report: dict[str, Any]) -> str:
     """What was done, for people."""
     if not report["found"]:
+        readable = "readable dataset" if report["unreadable"] else "dataset"
         leave = "would leave" if report["dry_run"] else "leave"
-        return (f"no dataset has such pictures; later rebuilds {leave} them out\n"
+        return (f"no {readable} has such pictures; later rebuilds {leave} them out\n"
                 f"(a picture of a folder goes by its name below the folder, one of a list by its address as listed)")
     lines = []
     for entry in report["found"]:

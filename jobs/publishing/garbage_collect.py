@@ -23,6 +23,7 @@ from pipeline.stages.documents import check_record
 from pipeline.stages.manifest import read_manifest
 from pipeline.stages.plan import read_items
 from pipeline.stages.types import StageFailed
+from pipeline.storage import DamagedFile
 
 _log = logging.getLogger(__name__)
 _PUBLISHING_S = 3600.0  # how long gc waits for a command that has marked a version and not yet published it
@@ -90,7 +91,9 @@ def _choose(current: Published, config: GcConfig, now: float) -> list[dict[str, 
     removed = {version for version in all_versions if is_removed(root, name, version)}
     past = [version for version in all_versions if current.unpublished_since(version) is not None
             and version not in removed]
-    newest = set(past[-config.keep:]) if config.keep else set()
+    # A version that cannot be read is no way back: it does not count among the newest.
+    whole = [version for version in past if not _is_unreadable(Dataset(root, name, version))] if config.keep else []
+    newest = set(whole[-config.keep:])
 
     def reason(version: str) -> str:
         if version == current.version:
@@ -109,6 +112,19 @@ def _choose(current: Published, config: GcConfig, now: float) -> list[dict[str, 
 
     return [{"version": version, "kept": reason(version)} for version in all_versions
             if version not in removed or list(_removable(current, version))]
+
+
+def _is_unreadable(dataset: Dataset) -> bool:
+    return any(dataset.is_sealed(stage) and _read_sealed(dataset.folder(stage)) is None for stage in published.STAGES)
+
+
+def _read_sealed(folder: str) -> dict[str, Any] | None:
+    """The manifest of a sealed folder; None if it is damaged. One of a later program is an error: it may be whole."""
+    try:
+        return read_manifest(folder, "")
+    except (DamagedFile, FileNotFoundError) as error:
+        _log.warning("gc: %s cannot be read: %s", folder, str(error).splitlines()[0])
+        return None
 
 
 def _last_used(current: Published, version: str) -> float:
@@ -133,13 +149,16 @@ def _files_of(root: str, name: str, kept: list[str]) -> set[str]:
         dataset = Dataset(root, name, version)
         for stage_name in published.STAGES:
             folder = dataset.folder(stage_name)
-            if dataset.is_sealed(stage_name):
-                manifest = read_manifest(folder, "")
+            is_sealed = dataset.is_sealed(stage_name)
+            if manifest := _read_sealed(folder) if is_sealed else None:
                 records: Any = manifest["items"]
-            else:  # in progress: the records, and the files that its plan will take over
+            else:  # in progress or damaged: the records, and the files that its plan takes over
                 files = storage.list_files(storage.join(folder, "records"))
                 records = [check_record(storage.read_json(url), url, {})
                            for url in (storage.join(folder, "records", file) for file in files)]
+                if is_sealed and len(records) < len(read_items(folder)):
+                    raise DamagedFile(f"{folder} cannot be read and stays, and its records do not name all its files\n"
+                                      f"hint: remove {folder}")
                 if storage.exists(storage.join(folder, "plan.json")):
                     records += _to_be_taken(root, name, stage_name, folder)
             urls |= {storage.manifest_file_url(folder, entry["name"])

@@ -49,7 +49,10 @@ def repair(root: str, name: str, *, dry_run: bool = False, keys: ReleaseKeys | N
         return report
     restored = takedowns.restore_takedowns(root)
     if takedowns.count_requests(root)[0]:
-        hidden = [entry for entry in apply_takedowns(root) if entry["dataset"].startswith(f"{name}@")]
+        applied, unreadable = apply_takedowns(root)
+        hidden = [entry for entry in applied if entry["dataset"].startswith(f"{name}@")]
+        if unreadable:
+            report["unreadable"] = [f"{dataset.name}@{dataset.version}" for dataset in unreadable]
         report |= {"takedown_list": "restored" if restored else "in order",
                    "hidden_now": sum(entry["hidden_now"] for entry in hidden)}
     if report.get("damaged"):

@@ -33,6 +33,8 @@ _NAME = "forgotten.json"
 _COPIES = "takedowns"
 _log = logging.getLogger(__name__)
 _TRIES = 20
+READ_ERRORS = (ValueError, OSError, LookupError, TypeError)
+"""What readers of a damaged version raise."""
 _KINDS = ("sha256", "urls", "domains")
 _REQUEST = {f"{kind}?": [str] for kind in _KINDS}
 _DOCUMENT = _REQUEST | {"requests?": [_REQUEST], "rows?": [int], "applied?": int, "through?": int}
@@ -93,7 +95,7 @@ def read_takedowns(root: str) -> Forgotten:
 
 
 def count_requests(root: str) -> tuple[int, int]:
-    """How many requests the list of a root has, and how many of the first were applied to every dataset."""
+    """How many requests the list of a root has, and how many of the first were applied to every readable dataset."""
     document = _document(storage.join(root, _NAME))[1]
     return len(document.get("requests", ())), document.get("applied", 0)
 
@@ -114,7 +116,7 @@ def add_takedowns(root: str, more: Forgotten, note: str) -> int:
 
 
 def mark_applied(root: str, count: int) -> None:
-    """Note that the first `count` requests of the list were applied to every dataset."""
+    """Note that the first `count` requests of the list were applied to every readable dataset."""
     _change(storage.join(root, _NAME), lambda document: document | {
         "applied": max(count, document.get("applied", 0))} if document else document)
 
@@ -162,11 +164,20 @@ def find_rows(dataset: Dataset, forgotten: Forgotten) -> list[tuple[int, dict[st
     return find_matching_rows(dataset, forgotten.has)
 
 
-def find_matching_rows(dataset: Dataset, wanted: Callable[[dict[str, Any]], bool]) -> list[tuple[int, dict[str, Any]]]:
-    """The samples of a dataset whose metadata are wanted: global rows, and those."""
+def find_matching_rows(dataset: Dataset, wanted: Callable[[dict[str, Any]], bool],
+                       faults: list[Exception] | None = None) -> list[tuple[int, dict[str, Any]]]:
+    """The samples of a dataset whose metadata are wanted: global rows, and those.
+
+    Shards whose metadata cannot be read are left out if `faults` is a list, which gets the errors.
+    """
     rows, offset = [], 0
     for record in dataset.manifest("shards")["items"]:
-        rows += [(offset + position, row) for position, row in enumerate(metadata(dataset, record)) if wanted(row)]
+        try:
+            rows += [(offset + position, row) for position, row in enumerate(metadata(dataset, record)) if wanted(row)]
+        except READ_ERRORS as error:
+            if faults is None:
+                raise
+            faults.append(error)
         offset += record["samples"]
     return rows
 

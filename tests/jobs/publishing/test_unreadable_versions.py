@@ -1,0 +1,51 @@
+"""A damaged manifest of one version: `forget` and `gc` do what they can, and name it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jobs.cli.main import main
+from pipeline.datasets import hidden_rows, takedowns
+from pipeline.datasets.metadata import metadata
+from tests.jobs.publishing.published_art import NAME, published_dataset
+
+
+def _image(place: Path) -> str:
+    dataset = published_dataset(place / "root")
+    return next(row["sha256"] for record in dataset.manifest("shards")["items"] for row in metadata(dataset, record))
+
+
+def _damage(place: Path, name: str) -> None:
+    shutil.copytree(place / "root/datasets" / NAME / "v1", place / "root/datasets/other/v1", dirs_exist_ok=True)
+    (place / "root/datasets/other/v1" / name).write_bytes(b"")
+
+
+@pytest.mark.parametrize("name", ["shards/manifest.json", "shards/000000.parquet"])
+def test_forget_works_beside_a_damaged_version(place: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    root, image = str(place / "root"), _image(place)
+    _damage(place, name)
+    assert main(["forget", "--sha256", image, "--root", root]) == 1
+    out, err = capsys.readouterr()
+    assert f"{NAME}@v1: 1 pictures" in out and takedowns.count_requests(root) == (1, 1)
+    assert "is recorded, but 1 versions cannot be read and may still have such pictures: other@v1 (" in err
+    assert f"hint: python -m jobs shard other --source FOLDER --overwrite --root {root}; or remove" in err
+    assert list(hidden_rows.read_hidden_rows(published_dataset(root))) == [0]
+    assert main(["gc", NAME, "--root", root]) == 0
+    shutil.rmtree(place / "root/datasets/other")  # the second way of the hint
+    assert main(["forget", "--sha256", image, "--root", root]) == 0
+
+
+def test_gc_removes_an_unreadable_version(second: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, image = str(second / "root"), _image(second)
+    (second / "root/datasets" / NAME / "v1/shards/manifest.json").write_bytes(b"")
+    assert main(["forget", "--sha256", image, "--root", root]) == 1
+    assert f"hint: python -m jobs gc {NAME} --lease 0 --root {root}; or remove" in capsys.readouterr().err
+    assert main(["gc", NAME, "--keep", "3", "--json", "--root", root]) == 0  # the lease
+    assert [entry["kept"] for entry in json.loads(capsys.readouterr().out)] == ["leased", "published"]
+    assert main(["gc", NAME, "--keep", "3", "--lease", "0", "--json", "--root", root]) == 0
+    removed = json.loads(capsys.readouterr().out)
+    assert [entry["kept"] for entry in removed] == ["", "published"] and removed[0]["removed_files"] > 0
+    assert main(["forget", "--sha256", image, "--root", root]) == 0
+    assert main(["verify", "--only", f"datasets/{NAME}/v2", "--root", root]) == 0
