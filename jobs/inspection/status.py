@@ -38,7 +38,7 @@ def read_status(root: str) -> list[dict[str, Any]]:
     for path in _paths(root):
         try:
             states.append({"path": path, **_state(root, path)})
-        except ValueError as error:
+        except (ValueError, NotADirectoryError, IsADirectoryError) as error:
             states.append({"path": path, "state": "damaged", "error": str(error).splitlines()[0]})
     return states
 

@@ -15,7 +15,7 @@ from pipeline.datasets.dataset import Dataset, datasets
 from pipeline.datasets.published import DamagedPointer, Published
 from pipeline.datasets.release_files import find_missing_files
 from pipeline.datasets.signatures import ReleaseKeys, read_release_keys
-from pipeline.stages.documents import check_shape
+from pipeline.stages.documents import RootPath, check_shape
 from pipeline.stages.types import StageFailed
 from pipeline.storage import DamagedFile
 
@@ -70,7 +70,7 @@ def _consumers(root: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def _plan(root: str, path: str) -> dict[str, Any] | None:
     try:
         url = storage.join(storage.normalize(root), path, "plan.json")
-        return check_shape(storage.read_json(url), url, {"stage?": str, "inputs?": {"*": {"path": str}}}, "")
+        return check_shape(storage.read_json(url), url, {"stage?": str, "inputs?": {"*": {"path": RootPath}}}, "")
     except (FileNotFoundError, ValueError):
         return None
 

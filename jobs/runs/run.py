@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import storage
-from pipeline.stages.documents import NUMBER, check_manifest, check_shape
+from pipeline.stages.documents import NUMBER, RootPath, check_manifest, check_shape
 from pipeline.stages.manifest import read_manifest
 
 # The first one that fits an error counts.
 HOPELESS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (FloatingPointError, MemoryError,
                                                                         storage.DamagedFile, ValueError)}
-_INPUTS = {"*": {"path": str, "digest?": str}}
+_INPUTS = {"*": {"path": RootPath, "digest?": str}}
 _PLAN = {"section": {"encoder?": dict, "image_size?": int, "dataset?": str, "lineage?": _INPUTS}, "inputs?": _INPUTS}
 _FAULT = {"kind": str, "message": str, "launch": str, "at": NUMBER}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

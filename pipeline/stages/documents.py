@@ -14,7 +14,13 @@ _MOST_LEVELS = 100  # of nested dicts and lists without a shape of their own; Py
 _FILE = {"name": str, "bytes": int, "sha256": str}
 _COUNTS = {"*": int}
 _LIST_FILE = {"count": int, "file": _FILE}
-_INPUTS = {"*": {"path": str, "digest": str}}
+
+
+class RootPath(str):
+    """The shape of a text that is a path below the root, "" for none."""
+
+
+_INPUTS = {"*": {"path": RootPath, "digest": str}}
 _RECORD = {"id": str, "samples?": int, "files": [_FILE], "skipped?": _COUNTS, "noted?": _COUNTS, "info?": dict,
            "run?": {"seconds?": NUMBER, "times?": dict}}
 _NEW_RECORD = {"id": str, "plan": str, "samples": int, "files": [_FILE], "skipped": _COUNTS, "noted": _COUNTS,
@@ -126,6 +132,9 @@ def _misfit(value: Any, shape: Any) -> str | None:
 
 
 def _is_of_type(value: Any, kind: Any) -> bool:
+    if kind is RootPath:
+        return _is_of_type(value, str) and not (
+            value.startswith("/") or "://" in value or "\0" in value or ".." in value.split("/"))
     if not isinstance(value, kind):
         return False
     if kind is int:

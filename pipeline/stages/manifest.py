@@ -74,7 +74,7 @@ def changed_inputs(root: str, document: dict[str, Any], *, removed: bool = True)
             url = storage.join(folder, "manifest.json")
             try:
                 manifest = storage.parse_json(_read_if_changed(url), url)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 # A published version that was removed for its age did not change. Its release.json stays.
                 if storage.exists(storage.join(folder.rpartition("/")[0], "release.json")):
                     continue
