@@ -79,9 +79,11 @@ def _restore_pointer(root: str, name: str, keys: ReleaseKeys, *, dry_run: bool) 
     candidates = _candidates(root, name, keys, data)
     if not candidates:
         if keys.accepted:
-            raise ValueError(f"{name} in {root} has no readable publication with an accepted signature\nhint: if "
-                             f"it is known to be right: python -m jobs rebuild {name} --source SOURCE --sign KEYFILE "
-                             f"--accept-unsigned")
+            way = (f"remove datasets/{name}/current.json and published/{name}; then python -m jobs rebuild {name} "
+                   f"--source SOURCE --sign KEYFILE --accept-unsigned" if keys.accept_unsigned else
+                   f"python -m jobs repair {name} --root {root} --sign KEYFILE --accept-unsigned, if the published "
+                   f"version is right")
+            raise ValueError(f"{name} in {root} has no readable publication with an accepted signature\nhint: {way}")
         raise ValueError(f"{name} in {root} has no readable publication and no release: its pointer cannot be restored"
                          f"\nhint: remove datasets/{name}/current.json; then python -m jobs rebuild {name} --source "
                          f"SOURCE")

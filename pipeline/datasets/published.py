@@ -55,16 +55,24 @@ class Published:
         keys = read_release_keys() if keys is None else keys
         while True:
             data = read_pointer(root, name)
-            document = {} if data is None else parse_pointer(data)
+            document, options = {} if data is None else parse_pointer(data), ""
             if document is not None:
                 published = cls(root, name, data, document, keys)
                 fault = keys.find_fault(name, document) or published._find_fault()
                 if not fault:
                     return published
+                options = published._repair_options()
             else:
                 fault = "is damaged"
             if read_pointer(root, name) == data:  # otherwise another command has replaced it
-                raise DamagedPointer(root, name, fault)
+                raise DamagedPointer(root, name, fault, options)
+
+    def _repair_options(self) -> str:
+        """The options with which `repair` restores the signature of the pointer; "" if that is accepted."""
+        if not self.keys.find_fault(self.name, self.document):
+            return ""
+        was_signed = any("signature" in document for document in self.history())
+        return " --sign KEYFILE" + ("" if was_signed else " --accept-unsigned, if the published version is right")
 
     def _find_fault(self) -> str:
         """A disagreement of the pointer with the history, or with what this machine has seen; "" without one."""
@@ -278,10 +286,10 @@ def _numbered(files: list[str]) -> list[str]:
 class DamagedPointer(DamagedFile):
     """The current.json of a dataset cannot be trusted, or is missing although the dataset has publications."""
 
-    def __init__(self, root: str, name: str, fault: str) -> None:
+    def __init__(self, root: str, name: str, fault: str, options: str = "") -> None:
         super().__init__(f"{storage.join(root, 'datasets', name, 'current.json')} {fault}\n"
-                         f"hint: python -m jobs repair {name} --root {root}")
-        self._named = root, name, fault
+                         f"hint: python -m jobs repair {name} --root {root}{options}")
+        self._named = root, name, fault, options
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._named

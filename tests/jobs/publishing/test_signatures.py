@@ -241,6 +241,25 @@ def test_unsigned_versions_are_refused_where_a_key_is_set(place: Path, keys: Pat
         assert "has no signature" in capsys.readouterr().err, verb
 
 
+def test_the_hint_signs_an_unsigned_dataset(place: Path, keys: Path, monkeypatch: pytest.MonkeyPatch,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
+    root, sign = str(place / "root"), ["--sign", str(keys / "publisher.pem")]
+    hint = f"hint: python -m jobs repair {NAME} --root {root} --sign KEYFILE --accept-unsigned"
+    rebuild_source = ["rebuild", NAME, "--source", str(place / "source"), "--local", *sign]
+    for verb in (rebuild_source, ["rollback", NAME, *sign], ["repair", NAME, *sign]):
+        assert main([*verb, "--root", root]) == (2 if verb[0] == "repair" else 1)
+        assert hint in capsys.readouterr().err, verb
+    monkeypatch.setenv(RELEASE_KEY, str(keys / "publisher.pub.pem"))
+    assert main(["neighbors", NAME, "--local", "--root", root]) == 1 and hint in capsys.readouterr().err
+    assert main(["repair", NAME, "--root", root, *sign, "--accept-unsigned"]) == 0
+    assert published_dataset(root).version == "v1"
+    document = json.loads(pointer(place).read_bytes())
+    del document["signature"]
+    forge(place, document | {"sequence": 99})
+    with pytest.raises(DamagedPointer, match="--sign KEYFILE$"):  # never sign what an attacker wrote
+        published_dataset(root)
+
+
 def test_publishing_a_signed_dataset_needs_the_key(signed: Path, monkeypatch: pytest.MonkeyPatch,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
     root = str(signed / "root")
