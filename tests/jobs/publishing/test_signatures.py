@@ -256,7 +256,7 @@ def test_the_hint_signs_an_unsigned_dataset(place: Path, keys: Path, monkeypatch
     document = json.loads(pointer(place).read_bytes())
     del document["signature"]
     forge(place, document | {"sequence": 99})
-    with pytest.raises(DamagedPointer, match="--sign KEYFILE$"):  # never sign what an attacker wrote
+    with pytest.raises(DamagedPointer, match=r"--sign KEYFILE$"):  # never sign what an attacker wrote
         published_dataset(root)
 
 
