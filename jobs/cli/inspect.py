@@ -163,10 +163,10 @@ def run_verify(options: VerifyOptions) -> int:
         output.print_text("\n".join(folders))
         return 0
     damaged = [{"path": stage["path"], "fault": stage["error"]} for stage in stages if stage["state"] == "damaged"]
-    faults = 0
+    faults, first = 0, ""
     for fault in itertools.chain(chain, damaged, *(
             verify.find_faults(root, path, quick=options.quick) for path in folders)):
-        faults += 1
+        faults, first = faults + 1, first or fault["path"]
         if options.json:
             output.print_json(fault)
         else:
@@ -174,6 +174,10 @@ def run_verify(options: VerifyOptions) -> int:
     _log.info("verify: %d folders read, %d faults", len(folders), faults)
     if not folders and not chain:
         raise ValueError(f"nothing is sealed in {storage.join(root, only)}")
+    if faults:
+        from jobs.inspection.way_back import find_way_back
+        from jobs.telemetry import logs
+        logs.log_exit(f"{faults} faults, the first in {first}\nhint: {find_way_back(root, first, keys)}", exit=1)
     return 1 if faults else 0
 
 

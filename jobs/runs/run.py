@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import storage
+from pipeline.datasets.dataset import MOST_LETTERS
 from pipeline.stages.documents import NUMBER, RootPath, check_manifest, check_shape
 from pipeline.stages.manifest import read_manifest
 
@@ -34,6 +35,9 @@ class Run:
     @classmethod
     def parse(cls, root: str, text: str) -> "Run":
         """The run `text` below `root`."""
+        if len(text) > MOST_LETTERS:
+            raise ValueError(f"{text[:20]}... has {len(text)} letters: expected at most {MOST_LETTERS}\n"
+                             f"hint: a shorter run name")
         if not _NAME.fullmatch(text):
             raise ValueError(f"{text!r} is not a name of a run\nhint: letters, digits, '.', '_' and '-'")
         return cls(storage.normalize(root), text)

@@ -16,6 +16,8 @@ _T = TypeVar("_T")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 DEFAULT_VERSION = "v1"
+MOST_LETTERS = 240
+"""The most letters in a name. File systems allow 255 in a file name, and neighbor lists are in NAME@VERSION."""
 RELEASED_STAGES = ("shards", "embeddings", "text_embeddings", "index", "tombstones")
 """The stages that a release stands for."""
 _CHECKED: set[tuple[str, str]] = set()  # files of published versions, and their hashes
@@ -23,7 +25,7 @@ _CHECKED: set[tuple[str, str]] = set()  # files of published versions, and their
 
 def is_name(text: str) -> bool:
     """Whether a dataset or a version may have this name."""
-    return _NAME.fullmatch(text) is not None
+    return len(text) <= MOST_LETTERS and _NAME.fullmatch(text) is not None
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,9 @@ class Dataset:
         """`name` or `name@version` below `root`."""
         name, _, version = text.partition("@")
         for part in (name, version or DEFAULT_VERSION):
+            if len(part) > MOST_LETTERS:
+                raise ValueError(f"{part[:20]}... has {len(part)} letters: expected at most {MOST_LETTERS}\n"
+                                 f"hint: a shorter dataset name, as in ukiyo-e")
             if not is_name(part):
                 raise ValueError(f"{text!r} is not a dataset name\nhint: letters, digits, '.', '_' and '-', "
                                  f"as in ukiyo-e or ukiyo-e@v2")

@@ -103,8 +103,11 @@ def parse_release_keys(text: str, label: str) -> ReleaseKeys:
         try:
             text = Path(text).read_text()
         except (OSError, UnicodeDecodeError, ValueError) as error:
-            raise ValueError(f"{label} is neither a public key nor a file with one: "
-                             f"{getattr(error, 'strerror', None) or type(error).__name__}") from None
+            # Other users can read the arguments of a command, but not its environment.
+            shown = f" {text!r}" if label == "--key" and len(text) < 500 else ""
+            raise ValueError(f"{label}{shown} is neither a public key nor a file with one: "
+                             f"{getattr(error, 'strerror', None) or type(error).__name__}\n"
+                             f"hint: openssl pkey -in KEYFILE -pubout -out release.pub.pem") from None
     return ReleaseKeys(tuple(_parse_public_keys(text, label)))
 
 
@@ -202,8 +205,12 @@ def _read_private_key(path: str) -> "Ed25519PrivateKey":
             if status.st_mode & too_open or (os.getuid() != 0 and status.st_uid not in {0, os.getuid()}):
                 raise ValueError("others can read the private key of --sign\nhint: own the file, and chmod 600")
             data = file.read()
+    except FileNotFoundError:  # no key is there, so the path tells nothing about one
+        raise ValueError(f"the private key of --sign {path!r} cannot be read: No such file\n"
+                         f"hint: openssl genpkey -algorithm ed25519 -out KEYFILE && chmod 600 KEYFILE") from None
     except OSError as error:
-        raise ValueError(f"the private key of --sign cannot be read: {error.strerror}") from None
+        raise ValueError(f"the private key of --sign cannot be read: {error.strerror}\n"
+                         f"hint: the path of a file that this user may read") from None
     try:
         load = (serialization.load_ssh_private_key if b"OPENSSH PRIVATE KEY" in data
                 else serialization.load_pem_private_key)

@@ -46,10 +46,15 @@ def test_private_keys_that_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
     for path, reason in ((openssl_key(tmp_path, "rsa", "rsa")[0], "is no ed25519 private key"),
                          (tmp_path / "empty", "is no ed25519 private key"), (public, "is no ed25519 private key"),
                          (ssh_key(tmp_path, "locked", "a passphrase")[0], "has a passphrase"),
-                         (tmp_path / "missing", "cannot be read: No such file")):
+                         (tmp_path, "cannot be read: Is a directory")):
         with pytest.raises(ValueError, match=reason) as refused:
             signatures.publishing_keys(str(path))
         assert str(tmp_path) not in str(refused.value)
+    missing, root = str(tmp_path / "missing"), ["--root", str(tmp_path)]
+    for verb, flag in ((["rollback", "art"], "--sign"), (["verify"], "--key")):
+        assert main([*verb, flag, missing, *root]) == 2
+        shown = capsys.readouterr().err
+        assert f"{flag} '{missing}'" in shown and "\nhint: openssl " in shown
     text = private.read_text()
     assert main(["rollback", NAME, f"--sign={text}", "--root", str(tmp_path)]) == 2
     shown = capsys.readouterr().err

@@ -49,3 +49,15 @@ def test_gc_removes_an_unreadable_version(second: Path, capsys: pytest.CaptureFi
     assert [entry["kept"] for entry in removed] == ["", "published"] and removed[0]["removed_files"] > 0
     assert main(["forget", "--sha256", image, "--root", root]) == 0
     assert main(["verify", "--only", f"datasets/{NAME}/v2", "--root", root]) == 0
+
+
+def test_verify_names_the_way_back(second: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(second / "root")
+    next((second / "root/datasets" / NAME / "v2/index").glob("knn.index")).write_bytes(b"")
+    assert main(["verify", "--root", root]) == 1
+    assert (f"hint: python -m jobs rollback {NAME} --root {root}; or python -m jobs rebuild {NAME} --source SOURCE"
+            in capsys.readouterr().err)
+    assert main(["rollback", NAME, "--root", root]) == 0
+    assert main(["verify", "--against", "current", "--root", root]) == 0
+    assert main(["verify", "--root", root]) == 1  # the damaged version is there, and no longer published
+    assert f"hint: python -m jobs gc {NAME} --root {root}" in capsys.readouterr().err

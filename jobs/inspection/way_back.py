@@ -1,0 +1,42 @@
+"""The command that replaces a damaged folder, as `verify` names it."""
+
+from pipeline import storage
+from pipeline.datasets import published
+from pipeline.datasets.dataset import Dataset, is_name
+from pipeline.datasets.published import DamagedPointer, Published
+from pipeline.datasets.signatures import ReleaseKeys
+
+_OF_RUNS = {"samples": "sample", "judges": "evaluate", "evaluations": "evaluate"}
+
+
+def find_way_back(root: str, path: str, keys: ReleaseKeys) -> str:
+    """The command that mends a fault at `path`, a folder or file below a root."""
+    kind, name, *rest = path.split("/")
+    if kind in {"datasets", "published"} and rest and is_name(name):
+        return _mend_dataset(root, name, kind, rest, keys)
+    if kind == "runs":
+        verb = _OF_RUNS.get(rest[0] if rest else "", "train")
+        options = " --dataset DATASET" if verb == "train" else ""
+        again = "" if verb == "evaluate" else " --overwrite"
+        return f"python -m jobs {verb} {name}{options} --root {root}{again}"
+    return f"python -m jobs demo --root {root}, after {storage.join(root, kind, name)} is removed"
+
+
+def _mend_dataset(root: str, name: str, kind: str, rest: list[str], keys: ReleaseKeys) -> str:
+    try:
+        current = Published.load(root, name, keys).version
+    except DamagedPointer as error:
+        return str(error).partition("\nhint: ")[2]
+    version, stage = rest[0], "/".join(rest[1:3] if rest[1:2] in (["scores"], ["neighbors"]) else rest[1:2])
+    if kind == "published" or stage == "forgotten.json":
+        return f"python -m jobs repair {name} --root {root}"
+    dataset = Dataset(root, name, version)
+    if stage in published.STAGES or stage == "release.json" or version == "current.json":
+        if version in {current, "current.json"}:
+            return (f"python -m jobs rollback {name} --root {root}; or python -m jobs rebuild {name} --source SOURCE "
+                    f"--root {root}")
+        if published.has_release(dataset):
+            return f"python -m jobs gc {name} --root {root}"
+    if stage == "clip-retrieval":
+        return f"{dataset.command('embed')} --export clip-retrieval --overwrite"
+    return f"{dataset.command(stage)} --overwrite"

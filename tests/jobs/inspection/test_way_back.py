@@ -1,0 +1,46 @@
+"""`verify` names the command that mends the first fault."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs.cli.main import main
+from jobs.inspection.way_back import find_way_back
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.signatures import NO_KEYS
+from pipeline.shards.shard import Shard
+from pipeline.sources.config import ShardConfig
+from pipeline.stages.driver import run_stage
+from tests.pipeline import synthetic
+
+
+def test_the_hint_makes_the_stage_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, source = str(tmp_path / "root"), str(tmp_path / "source")
+    synthetic.drawings(tmp_path / "source")
+    run_stage(Shard(Dataset(root, "art"), ShardConfig(source=(source,), image_size=32)))
+    assert main(["verify", "--root", root]) == 0
+    assert "hint:" not in capsys.readouterr().err
+    next((tmp_path / "root").rglob("*.tar")).unlink()
+    assert main(["verify", "--root", root]) == 1
+    hint = capsys.readouterr().err.partition("\nhint: python -m jobs ")[2].strip()
+    assert hint == f"shard art --source FOLDER --root {root} --overwrite"
+    words = hint.replace("FOLDER", source).split()
+    assert main([*words, "--image-size", "32", "--local"]) == 0 == main(["verify", "--root", root])
+
+
+@pytest.mark.parametrize(("path", "way"), [
+    ("datasets/art/v1/neighbors/noto/manifest.json", "neighbors art --database noto --root /r --overwrite"),
+    ("datasets/art/v2/embeddings/000000.npy", "embed art@v2 --root /r --overwrite"),
+    ("datasets/art/v1/clip-retrieval/manifest.json", "embed art --root /r --export clip-retrieval --overwrite"),
+    ("datasets/art/v1/forgotten.json", "repair art --root /r"),
+    ("runs/small/manifest.json", "train small --dataset DATASET --root /r --overwrite"),
+    ("runs/small/samples/a/samples.json", "sample small --root /r --overwrite"),
+    ("pictures/emoji/manifest.json", "demo --root /r, after /r/pictures/emoji is removed")])
+def test_the_way_back_of_a_path(path: str, way: str) -> None:
+    assert find_way_back("/r", path, NO_KEYS) == f"python -m jobs {way}"
+
+
+def test_a_dataset_name_of_300_letters_is_invalid_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, *flags in (["gc"], ["embed", "--local"], ["versions"], ["train", "--dataset", "art", "--local"]):
+        assert main([verb, "a" * 300, *flags, "--root", str(tmp_path)]) == 2
+        assert "has 300 letters: expected at most 240\nhint: a shorter " in capsys.readouterr().err
