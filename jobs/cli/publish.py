@@ -140,13 +140,16 @@ class RepairOptions:
 
     dataset: DatasetName
     common: Flat[CommonOptions]
+    accept_lost_requests: bool = False
+    """Record takedown requests that are lost, and go on without them. Images that versions hide stay forgotten."""
     signing: Flat[SigningOptions] = field(default_factory=SigningOptions)
 
 
 def run_repair(options: RepairOptions) -> int:
     from jobs.publishing.repair import repair
     name = _dataset_name(options.common.root, options.dataset, f"repair {options.dataset.split('@')[0]}")
-    output.print_json(repair(options.common.root, name, dry_run=options.common.dry_run, keys=options.signing.keys()))
+    output.print_json(repair(options.common.root, name, dry_run=options.common.dry_run, keys=options.signing.keys(),
+                             accept_lost_requests=options.accept_lost_requests))
     return 0
 
 

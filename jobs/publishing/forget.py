@@ -62,6 +62,7 @@ def forget(root: str, wanted: Forgotten, note: str, *, dry_run: bool = False) ->
     that cannot be read stops nothing: it is listed under `unreadable`, with the reason.
     """
     root = storage.normalize(root)
+    takedowns.refuse_lost_requests(root)
     # Who names a picture by its address means its bytes too, under whatever address they come again.
     hashes: set[str] = set()
     unreadable: dict[Dataset, str] = {}

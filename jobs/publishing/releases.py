@@ -23,14 +23,14 @@ _log = logging.getLogger(__name__)
 
 
 def list_published(root: str) -> list[str]:
-    """The datasets of a root that have something published, those with a damaged pointer too."""
+    """The datasets of a root that have something published, those with a damaged or lost pointer too."""
     names = storage.list_folders(storage.join(storage.normalize(root), "datasets"))
     return [name for name in names if _is_published(root, name)]
 
 
 def _is_published(root: str, name: str) -> bool:
     try:
-        return bool(Published.load(root, name).version)
+        return bool(Published.load(root, name).version) or published.has_release(Dataset(storage.normalize(root), name))
     except DamagedPointer:
         return True
 

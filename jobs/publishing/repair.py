@@ -19,7 +19,8 @@ from pipeline.stages.types import StageFailed
 _log = logging.getLogger(__name__)
 
 
-def repair(root: str, name: str, *, dry_run: bool = False, keys: ReleaseKeys | None = None) -> dict[str, Any]:
+def repair(root: str, name: str, *, dry_run: bool = False, keys: ReleaseKeys | None = None,
+           accept_lost_requests: bool = False) -> dict[str, Any]:
     """Restore the pointer of a dataset from its publication history, then the takedown list and the hidden rows.
 
     The newest publication whose files are all there is published again, under a new sequence number. A pointer that is
@@ -28,11 +29,18 @@ def repair(root: str, name: str, *, dry_run: bool = False, keys: ReleaseKeys | N
 
     With public keys it restores only publications that one of them has signed. A new sequence number needs a new
     signature, so the repair of a signed dataset needs the private key. It signs a pointer that this key has not signed.
+
+    DamagedFile if takedown requests are lost. `accept_lost_requests` puts records in their place.
     """
     root, keys = storage.normalize(root), read_release_keys() if keys is None else keys
     report: dict[str, Any] = {"dataset": name} | ({"dry_run": True} if dry_run else {})
+    if accept_lost_requests and not dry_run and (accepted := takedowns.accept_lost_requests(root)):
+        _log.warning("repair: the takedown requests %s are lost, and were accepted as lost", accepted)
+        report["accepted_lost_requests"] = accepted
     try:
         current = Published.load(root, name, keys)
+        if not current.version and report.get("accepted_lost_requests") and not list(_from_releases(root, name)):
+            return report | {"published": None}
         if not current.version and not list(_from_releases(root, name)):
             raise ValueError(f"nothing of {name} is published in {root}\n"
                              f"hint: python -m jobs rebuild {name} --source SOURCE")
@@ -46,6 +54,8 @@ def repair(root: str, name: str, *, dry_run: bool = False, keys: ReleaseKeys | N
         _log.warning("repair: %s", str(error).splitlines()[0])
         report |= _restore_pointer(root, name, keys, dry_run=dry_run)
     if dry_run:
+        if not accept_lost_requests:
+            takedowns.refuse_lost_requests(root)
         return report
     restored = takedowns.restore_takedowns(root)
     if takedowns.count_requests(root)[0]:
@@ -53,7 +63,7 @@ def repair(root: str, name: str, *, dry_run: bool = False, keys: ReleaseKeys | N
         hidden = [entry for entry in applied if entry["dataset"].startswith(f"{name}@")]
         if unreadable:
             report["unreadable"] = [f"{dataset.name}@{dataset.version}" for dataset in unreadable]
-        report |= {"takedown_list": "restored" if restored else "in order",
+        report |= {"takedown_list": "restored" if restored or "accepted_lost_requests" in report else "in order",
                    "hidden_now": sum(entry["hidden_now"] for entry in hidden)}
     if report.get("damaged"):
         if report["pointer"] != "restored":

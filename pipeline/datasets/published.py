@@ -19,7 +19,7 @@ from pipeline import storage
 from pipeline.datasets import version_marks
 from pipeline.datasets.dataset import RELEASED_STAGES, Dataset, is_name
 from pipeline.datasets.last_seen import read_last_seen, write_last_seen
-from pipeline.datasets.release_files import find_changed_manifests
+from pipeline.datasets.release_files import find_changed_manifests, find_successor
 from pipeline.datasets.signatures import NO_KEYS, ReleaseKeys, read_release_keys
 from pipeline.stages.documents import NUMBER, check_release, check_shape
 from pipeline.stages.manifest import code_revision
@@ -81,6 +81,8 @@ class Published:
         newest = max((int(file[:-5]) for file in files), default=0)
         if not self.document and newest:
             return f"is missing, and {newest} publications are in the history"
+        if not self.document and (successor := find_successor(self.root, self.name)):
+            return f"is missing, and {successor} was built on a published version"
         if sequence < newest:
             return f"is an older one: it has number {sequence}, and the history goes up to {newest}"
         if sequence == newest and sequence:

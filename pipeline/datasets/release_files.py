@@ -1,5 +1,6 @@
 """Which files a release stands for, and which of them are missing."""
 
+import contextlib
 import hashlib
 import logging
 from collections.abc import Mapping
@@ -22,6 +23,20 @@ def find_changed_manifests(dataset: Dataset, manifests: Mapping[str, str]) -> li
         if hashlib.sha256(data).hexdigest() != sha256:
             changed.append(stage_name)
     return changed
+
+
+def find_successor(root: str, name: str) -> str:
+    """A version that was built on a published one, as its release says; "" without any.
+
+    Such a dataset has had a pointer. A first version may have a release before it is published.
+    """
+    folder = storage.join(root, "datasets", name)
+    for version in storage.list_folders(folder):
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            release = storage.read_json(storage.join(folder, version, "release.json"))
+            if isinstance(release, dict) and release.get("base"):
+                return version
+    return ""
 
 
 def find_missing_files(dataset: Dataset, manifests: Mapping[str, str], *, read: bool = False) -> list[str]:

@@ -8,6 +8,9 @@ All of them only grow. The next version of a database is made without these imag
 
 A removed file must not bring images back. So the list counts the requests that all datasets have applied. The file of
 a version names the last request that it has applied. The pointer of a published dataset names the least count.
+
+A request is lost if a pointer or a version counts it, and neither the list nor a copy has it. Nothing is added to the
+list then, or the next request would take its number. `accept_lost_requests` puts a record in its place.
 """
 
 import json
@@ -23,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import storage
-from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.dataset import Dataset, datasets
 from pipeline.datasets.metadata import metadata
 from pipeline.downloads.urls import find_host
 from pipeline.stages.documents import check_shape
@@ -86,8 +89,11 @@ class Forgotten:
 
 def read_takedowns(root: str) -> Forgotten:
     """All requests below a root. ValueError if the list is damaged, or lacks a request of which there is a copy."""
+    # Requests are counted in the opposite order of their writing: one that is added meanwhile is not missing.
+    refuse_lost_requests(root, replace_damaged=False)
+    copies = max(_copy_numbers(root), default=0)
     document = _document(storage.join(root, _NAME))[1]
-    requests, copies = len(document.get("requests", ())), _count_copies(root)
+    requests = len(document.get("requests", ()))
     if requests < copies:
         raise DamagedFile(f"{storage.join(root, _NAME)} is missing or was replaced: expected {copies} requests, got "
                           f"{requests}\nhint: python -m jobs repair NAME --root {root}")
@@ -121,16 +127,100 @@ def mark_applied(root: str, count: int) -> None:
         "applied": max(count, document.get("applied", 0))} if document else document)
 
 
+def refuse_lost_requests(root: str, *, replace_damaged: bool = True) -> None:
+    """DamagedFile if requests are lost. `replace_damaged`: a damaged list counts as one without requests."""
+    gaps, path = _find_lost_requests(root, replace_damaged=replace_damaged)
+    if gaps:
+        name = path.split("/")[1] if path else "NAME"
+        lost = ", ".join(f"{gap[0]}..{gap[-1]}" for gap in gaps)
+        raise DamagedFile(f"requests {lost} of {storage.join(root, _NAME)} are lost: {path or _COPIES} counts "
+                          f"them, and neither the list nor {_COPIES}/ has them: restore {_COPIES}/ from a backup\n"
+                          f"hint: if there is none: python -m jobs repair {name} --accept-lost-requests --root {root}")
+
+
+def accept_lost_requests(root: str) -> list[int]:
+    """Put a record in the place of each lost request, and restore the list; their numbers.
+
+    The first record names the hashes of all images that versions hide, so that no rebuild brings these back. What else
+    the requests named, such as images of later sources, is not known any more.
+    """
+    numbers = [number for gap in _find_lost_requests(root)[0] for number in gap]
+    if not numbers:
+        return []
+    hashes = {value for dataset in datasets(root) if dataset.is_sealed("shards") for value in _hidden_hashes(dataset)}
+    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    for number in numbers:
+        record = {"at": at, "note": "lost, and accepted as lost by repair", "lost": True}
+        known = {"sha256": sorted(hashes)} if number == numbers[0] and hashes else {}
+        storage.create_bytes(storage.json_bytes(record | known), _copy_url(root, number))
+    restore_takedowns(root)
+    return numbers
+
+
+def _hidden_hashes(dataset: Dataset) -> set[str]:
+    """The hashes of the images that a version hides since it was made."""
+    try:
+        hidden = set(_document(_address(dataset))[1].get("rows", ()))
+        rows = find_matching_rows(dataset, lambda row: True) if hidden else []
+    except (OSError, ValueError) as error:
+        _log.warning("%s: images that %s hides may come back", str(error).splitlines()[0], dataset.label)
+        return set()
+    return {value for number, (_, row) in enumerate(rows) if number in hidden
+            for value in (row["sha256"], row.get("original_sha256")) if value}
+
+
+def _find_lost_requests(root: str, *, replace_damaged: bool = True) -> tuple[list[range], str]:
+    """The numbers of the lost requests, and the path of the file that counts them ("": a copy does)."""
+    # The list is read last: it grows first.
+    required, path = _count_required(root)
+    copies = sorted(_copy_numbers(root))
+    try:
+        listed = len(_document(storage.join(root, _NAME))[1].get("requests", ()))
+    except ValueError:
+        if not replace_damaged:
+            raise
+        listed = 0
+    gaps, expected = [], listed + 1
+    for number in [*(copy for copy in copies if copy > listed), required + 1]:
+        if number > expected:
+            gaps.append(range(expected, number))
+        expected = max(expected, number + 1)
+    return gaps, path
+
+
+def _count_required(root: str) -> tuple[int, str]:
+    """The most requests that a pointer or a version counts, and the path of that file below the root."""
+    names = storage.list_folders(storage.join(root, "datasets"))
+    paths = [f"datasets/{name}/current.json" for name in names]
+    paths += [f"datasets/{dataset.name}/{dataset.version}/{_NAME}" for dataset in datasets(root)]
+    counts = storage.map_urls(lambda path: _read_count(storage.join(root, path)), paths)
+    return max(zip(counts, paths, strict=True), key=lambda pair: pair[0], default=(0, ""))
+
+
+def _read_count(url: str) -> int:
+    """The requests that a pointer or the file of a version counts; 0 if it is missing, or damaged: others tell that."""
+    try:
+        document = check_shape(storage.read_json(url), url, {"takedowns?": int, "through?": int}, "")
+    except (FileNotFoundError, ValueError):
+        return 0
+    return max(document.get("takedowns", 0), document.get("through", 0))
+
+
 def restore_takedowns(root: str) -> bool:
-    """Restore the list of a root from the copies of its requests; whether anything was missing."""
-    copies = [_read_copy(_copy_url(root, number)) for number in range(1, _count_copies(root) + 1)]
+    """Restore the list of a root from the copies of its requests; whether anything was missing.
+
+    DamagedFile if requests are lost.
+    """
+    refuse_lost_requests(root)
+    copies = {number: _read_copy(_copy_url(root, number)) for number in sorted(_copy_numbers(root))}
     missing = False
 
     def grown(document: dict[str, Any]) -> dict[str, Any]:
         nonlocal missing
-        requests = document.get("requests", [])
-        missing = len(copies) > len(requests)
-        return _with_requests(document, copies) if missing else document
+        listed = dict(enumerate(document.get("requests", ()), 1))
+        missing = max(copies) > len(listed)
+        requests = listed | copies
+        return _with_requests(document, [requests[number] for number in sorted(requests)]) if missing else document
 
     if copies:
         _change(storage.join(root, _NAME), grown, replace_damaged=True)
@@ -142,10 +232,10 @@ def _read_copy(url: str) -> dict[str, Any]:
                                                               "search may find")
 
 
-def _count_copies(root: str) -> int:
-    """The number of the last copy of a request; 0 without any."""
+def _copy_numbers(root: str) -> set[int]:
+    """The numbers of the requests that have a copy."""
     names = storage.list_files(storage.join(root, _COPIES))
-    return max((int(stem) for name in names if (stem := name.removesuffix(".json")).isdigit()), default=0)
+    return {int(stem) for name in names if (stem := name.removesuffix(".json")).isdigit()}
 
 
 def _with_requests(document: dict[str, Any], requests: list[dict[str, Any]]) -> dict[str, Any]:
