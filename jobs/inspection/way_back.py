@@ -10,7 +10,11 @@ _OF_RUNS = {"samples": "sample", "judges": "evaluate", "evaluations": "evaluate"
 
 
 def find_way_back(root: str, path: str, keys: ReleaseKeys) -> str:
-    """The command that mends a fault at `path`, a folder or file below a root."""
+    """The command that mends a fault at `path`, a folder or file below a root. It names no root: the log adds it."""
+    return _find_command(root, path, keys).replace(f" --root {root}", "")
+
+
+def _find_command(root: str, path: str, keys: ReleaseKeys) -> str:
     kind, name, *rest = path.split("/")
     if kind in {"datasets", "published"} and rest and is_name(name):
         return _mend_dataset(root, name, kind, rest, keys)
@@ -18,8 +22,8 @@ def find_way_back(root: str, path: str, keys: ReleaseKeys) -> str:
         verb = _OF_RUNS.get(rest[0] if rest else "", "train")
         options = " --dataset DATASET" if verb == "train" else ""
         again = "" if verb == "evaluate" else " --overwrite"
-        return f"python -m jobs {verb} {name}{options} --root {root}{again}"
-    return f"python -m jobs demo --root {root}, after {storage.join(root, kind, name)} is removed"
+        return f"python -m jobs {verb} {name}{options}{again}"
+    return f"python -m jobs demo, after {storage.join(root, kind, name)} is removed"
 
 
 def _mend_dataset(root: str, name: str, kind: str, rest: list[str], keys: ReleaseKeys) -> str:
@@ -29,14 +33,13 @@ def _mend_dataset(root: str, name: str, kind: str, rest: list[str], keys: Releas
         return str(error).partition("\nhint: ")[2]
     version, stage = rest[0], "/".join(rest[1:3] if rest[1:2] in (["scores"], ["neighbors"]) else rest[1:2])
     if kind == "published" or stage == "forgotten.json":
-        return f"python -m jobs repair {name} --root {root}"
+        return f"python -m jobs repair {name}"
     dataset = Dataset(root, name, version)
     if stage in published.STAGES or stage == "release.json" or version == "current.json":
         if version in {current, "current.json"}:
-            return (f"python -m jobs rollback {name} --root {root}; or python -m jobs rebuild {name} --source SOURCE "
-                    f"--root {root}")
+            return f"python -m jobs rollback {name}; or python -m jobs rebuild {name} --source SOURCE"
         if published.has_release(dataset):
-            return f"python -m jobs gc {name} --root {root}"
+            return f"python -m jobs gc {name}"
     if stage == "clip-retrieval":
         return f"{dataset.command('embed')} --export clip-retrieval --overwrite"
     return f"{dataset.command(stage)} --overwrite"

@@ -108,18 +108,21 @@ def refuse_unreadable(root: str, unreadable: Mapping[str, str], *, dry_run: bool
     """DamagedFile if versions could not be read, with the way to hide what they may have."""
     if not unreadable:
         return
-    label, root = next(iter(unreadable)), storage.normalize(root)
+    label = next(iter(unreadable))
     name, _, version = label.partition("@")
     try:
         current = Published.load(root, name).version
     except DamagedPointer:
-        hint = f"python -m jobs repair {name} --root {root}"
+        hint = f"python -m jobs repair {name}"
     else:
-        hint = (f"python -m jobs shard {name if version == DEFAULT_VERSION else label} --source FOLDER --overwrite "
-                f"--root {root}; or remove datasets/{name}/{version}" if not current else
-                f"python -m jobs rollback {name} --root {root}; or python -m jobs rebuild {name} --source SOURCE "
-                f"--root {root}" if version == current else
-                f"python -m jobs gc {name} --lease 0 --root {root}; or remove datasets/{name}/{version}")
+        folder = f"datasets/{name}/{version}"
+        if not current:
+            named = name if version == DEFAULT_VERSION else label
+            hint = f"python -m jobs shard {named} --source FOLDER --overwrite; or remove {folder}"
+        elif version == current:
+            hint = f"python -m jobs rollback {name}; or python -m jobs rebuild {name} --source SOURCE"
+        else:
+            hint = f"python -m jobs gc {name} --lease 0; or remove {folder}"
     state = "would be recorded" if dry_run else "is recorded"
     raise DamagedFile(f"the request {state}, but {len(unreadable)} versions cannot be read and may still have such "
                       f"pictures: {_list_faults(unreadable)}\nhint: {hint}; then the same forget again")

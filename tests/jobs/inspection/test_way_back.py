@@ -23,19 +23,19 @@ def test_the_hint_makes_the_stage_again(tmp_path: Path, capsys: pytest.CaptureFi
     next((tmp_path / "root").rglob("*.tar")).unlink()
     assert main(["verify", "--root", root]) == 1
     hint = capsys.readouterr().err.partition("\nhint: python -m jobs ")[2].strip()
-    assert hint == f"shard art --source FOLDER --root {root} --overwrite"
+    assert hint == f"shard --root {root} art --source FOLDER --overwrite"
     words = hint.replace("FOLDER", source).split()
     assert main([*words, "--image-size", "32", "--local"]) == 0 == main(["verify", "--root", root])
 
 
 @pytest.mark.parametrize(("path", "way"), [
-    ("datasets/art/v1/neighbors/noto/manifest.json", "neighbors art --database noto --root /r --overwrite"),
-    ("datasets/art/v2/embeddings/000000.npy", "embed art@v2 --root /r --overwrite"),
-    ("datasets/art/v1/clip-retrieval/manifest.json", "embed art --root /r --export clip-retrieval --overwrite"),
-    ("datasets/art/v1/forgotten.json", "repair art --root /r"),
-    ("runs/small/manifest.json", "train small --dataset DATASET --root /r --overwrite"),
-    ("runs/small/samples/a/samples.json", "sample small --root /r --overwrite"),
-    ("pictures/emoji/manifest.json", "demo --root /r, after /r/pictures/emoji is removed")])
+    ("datasets/art/v1/neighbors/noto/manifest.json", "neighbors art --database noto --overwrite"),
+    ("datasets/art/v2/embeddings/000000.npy", "embed art@v2 --overwrite"),
+    ("datasets/art/v1/clip-retrieval/manifest.json", "embed art --export clip-retrieval --overwrite"),
+    ("datasets/art/v1/forgotten.json", "repair art"),
+    ("runs/small/manifest.json", "train small --dataset DATASET --overwrite"),
+    ("runs/small/samples/a/samples.json", "sample small --overwrite"),
+    ("pictures/emoji/manifest.json", "demo, after /r/pictures/emoji is removed")])
 def test_the_way_back_of_a_path(path: str, way: str) -> None:
     assert find_way_back("/r", path, NO_KEYS) == f"python -m jobs {way}"
 
