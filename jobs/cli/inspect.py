@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+import shlex
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -177,7 +178,8 @@ def run_verify(options: VerifyOptions) -> int:
     if faults:
         from jobs.inspection.way_back import find_way_back
         from jobs.telemetry import logs
-        logs.log_exit(f"{faults} faults, the first in {first}\nhint: {find_way_back(root, first, keys)}", exit=1)
+        command = find_way_back(root, first, keys).replace(f"--root {root}", f"--root {shlex.quote(root)}")
+        logs.log_exit(f"{faults} faults, the first in {first}\nhint: {command}", exit=1)
     return 1 if faults else 0
 
 

@@ -135,7 +135,7 @@ def refuse_lost_requests(root: str, *, replace_damaged: bool = True) -> None:
         lost = ", ".join(f"{gap[0]}..{gap[-1]}" for gap in gaps)
         raise DamagedFile(f"requests {lost} of {storage.join(root, _NAME)} are lost: {path or _COPIES} counts "
                           f"them, and neither the list nor {_COPIES}/ has them: restore {_COPIES}/ from a backup\n"
-                          f"hint: if there is none: python -m jobs repair {name} --accept-lost-requests --root {root}")
+                          f"hint: if there is none: python -m jobs repair {name} --accept-lost-requests")
 
 
 def accept_lost_requests(root: str) -> list[int]:
