@@ -39,9 +39,10 @@ class SearchQuery:
 
     def __post_init__(self) -> None:
         if not (self.texts or self.images or self.like):
-            raise ValueError("search needs words, an image or a sample\nhint: search DATASET \"red apple\"")
+            raise ValueError("search needs words, an image or a sample\n"
+                             'hint: python -m jobs search DATASET "red apple"')
         if not all(text.strip() for text in (*self.texts, *self.minus)):
-            raise ValueError("the words to search for are empty\nhint: search DATASET \"red apple\"")
+            raise ValueError("the words to search for are empty\nhint: python -m jobs search DATASET \"red apple\"")
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ def _find_sample(known: dict[str, Dataset], first: Dataset, text: str) -> tuple[
             if row["key"] == key:
                 return database, offset + position
         offset += record["samples"]
-    raise ValueError(f"{database.label} has no sample {key}\nhint: search {database.label} WORDS shows keys")
+    raise ValueError(f"{database.label} has no sample {key}\n"
+                     f"hint: python -m jobs search {database.label} WORDS, which shows keys")
 
 
 def matches_table(matches: Sequence[Match]) -> str:

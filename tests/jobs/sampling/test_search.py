@@ -76,7 +76,7 @@ def test_a_sheet_shows_the_images(databases: list[Dataset], tmp_path: Path, caps
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
-    ([], 'search needs words, an image or a sample\nhint: search DATASET "red apple"'),
+    ([], 'search needs words, an image or a sample\nhint: python -m jobs search --root '),
     ([" "], "the words to search for are empty"),
     (["--like", "nothing"], "flat has no sample nothing\nhint: "),
     (["--like", "other/nothing"], "flat has no sample other/nothing\nhint: "),
