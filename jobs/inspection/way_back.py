@@ -3,7 +3,8 @@
 from pipeline import storage
 from pipeline.datasets import published
 from pipeline.datasets.dataset import Dataset, is_name
-from pipeline.datasets.published import DamagedPointer, Published
+from pipeline.datasets.pointer import DamagedPointer
+from pipeline.datasets.published import Published
 from pipeline.datasets.signatures import ReleaseKeys
 
 _OF_RUNS = {"samples": "sample", "judges": "evaluate", "evaluations": "evaluate"}

@@ -8,7 +8,8 @@ from jobs.publishing.releases import find_consumers
 from pipeline import storage
 from pipeline.datasets import takedowns
 from pipeline.datasets.dataset import DEFAULT_VERSION, Dataset, datasets
-from pipeline.datasets.published import DamagedPointer, Published
+from pipeline.datasets.pointer import DamagedPointer
+from pipeline.datasets.published import Published
 from pipeline.datasets.takedowns import Forgotten
 from pipeline.downloads.urls import clean_url, find_host
 from pipeline.storage import DamagedFile

@@ -17,6 +17,7 @@ from jobs.telemetry.units import format_bytes
 from pipeline import storage
 from pipeline.datasets import published, version_marks
 from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.pointer import parse_pointer, read_pointer
 from pipeline.datasets.published import Published
 from pipeline.datasets.release_files import find_missing_files
 from pipeline.stages.documents import check_record
@@ -236,8 +237,8 @@ def _removable(current: Published, version: str) -> Iterator[tuple[str, int | No
 
 
 def _refuse_published(current: Published, version: str) -> None:
-    data = published.read_pointer(current.root, current.name)
-    if data != current.data and (published.parse_pointer(data or b"") or {}).get("version") == version:
+    data = read_pointer(current.root, current.name)
+    if data != current.data and (parse_pointer(data or b"") or {}).get("version") == version:
         raise StageFailed(f"{current.name}@{version} was published while gc removed it\n"
                           f"hint: python -m jobs repair {current.name} --root {current.root}")
 

@@ -12,7 +12,8 @@ from jobs.telemetry import tables
 from pipeline import storage
 from pipeline.datasets import hidden_rows, published, takedowns, version_marks
 from pipeline.datasets.dataset import Dataset, datasets
-from pipeline.datasets.published import DamagedPointer, Published
+from pipeline.datasets.pointer import DamagedPointer
+from pipeline.datasets.published import Published
 from pipeline.datasets.release_files import find_missing_files
 from pipeline.datasets.signatures import ReleaseKeys, read_release_keys
 from pipeline.stages.documents import RootPath, check_shape

@@ -11,7 +11,8 @@ from pipeline import storage
 from pipeline.datasets import published, takedowns
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.last_seen import read_last_seen
-from pipeline.datasets.published import DamagedPointer, Published
+from pipeline.datasets.pointer import DamagedPointer, parse_pointer, read_pointer
+from pipeline.datasets.published import Published
 from pipeline.datasets.release_files import find_missing_files
 from pipeline.datasets.signatures import ReleaseKeys, read_release_keys
 from pipeline.stages.types import StageFailed
@@ -85,7 +86,7 @@ def _sign(current: Published, *, dry_run: bool) -> str:
 
 
 def _restore_pointer(root: str, name: str, keys: ReleaseKeys, *, dry_run: bool) -> dict[str, Any]:
-    data = published.read_pointer(root, name)
+    data = read_pointer(root, name)
     candidates = _candidates(root, name, keys, data)
     if not candidates:
         if keys.accepted:
@@ -105,7 +106,7 @@ def _restore_pointer(root: str, name: str, keys: ReleaseKeys, *, dry_run: bool) 
     files = storage.list_files(storage.join(root, "published", name))  # readers compare with damaged ones too
     newest = max([newest, *(int(file[:-5]) for file in files if file[:-5].isdigit())])
     seen = max(read_last_seen(root, name, signed=signed).get("sequence", 0) for signed in (False, True))
-    there = published.parse_pointer(data or b"") or {}
+    there = parse_pointer(data or b"") or {}
     after = document | {"sequence": max(newest, seen, there.get("sequence", 0)) + 1, "repaired": True,
                         "published": round(time.time(), 3), "previous": candidates[0]["version"]}
     report = {"published": document["version"], "pointer": "restored"} | ({"damaged": fault} if fault else {})
@@ -125,7 +126,7 @@ def _candidates(root: str, name: str, keys: ReleaseKeys, data: bytes | None) -> 
     """The publications that may be restored, the best first."""
     documents = list(_publications(root, name, keys))
     newest = max((document["sequence"] for document in documents), default=0)
-    pointer = published.parse_pointer(data or b"")
+    pointer = parse_pointer(data or b"")
     if pointer and pointer["sequence"] > newest and not keys.find_fault(name, pointer):
         documents.insert(0, pointer)  # its entry in the history is damaged or missing
         newest = pointer["sequence"]
@@ -140,7 +141,7 @@ def _publications(root: str, name: str, keys: ReleaseKeys) -> Iterator[dict[str,
     """The publications in the history that can be read and trusted, the newest first, each version once."""
     base, versions = storage.join(root, "published", name), set()
     for file in reversed([file for file in storage.list_files(base) if file[:-5].isdigit()]):
-        document = published.parse_pointer(storage.read_bytes(storage.join(base, file)))
+        document = parse_pointer(storage.read_bytes(storage.join(base, file)))
         if document is None:
             _log.warning("repair: %s is damaged and is not used", storage.join(base, file))
         elif fault := keys.find_fault(name, document):

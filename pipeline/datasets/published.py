@@ -17,20 +17,18 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.datasets import version_marks
-from pipeline.datasets.dataset import RELEASED_STAGES, Dataset, is_name
+from pipeline.datasets.dataset import RELEASED_STAGES, Dataset
 from pipeline.datasets.last_seen import read_last_seen, write_last_seen
+from pipeline.datasets.pointer import DamagedPointer, parse_pointer, read_pointer
 from pipeline.datasets.release_files import find_changed_manifests, find_successor
 from pipeline.datasets.signatures import NO_KEYS, ReleaseKeys, read_release_keys
-from pipeline.stages.documents import NUMBER, check_release, check_shape
+from pipeline.stages.documents import check_release
 from pipeline.stages.manifest import code_revision
 from pipeline.stages.types import StageFailed
 from pipeline.storage import DamagedFile
 
 STAGES = RELEASED_STAGES
 _NUMBERED = re.compile(r"v([1-9]\d*)")
-_POINTER = {"version": str, "number": int, "sequence": int, "release": str, "published": NUMBER, "checked?": NUMBER,
-            "previous?": (str, type(None)), "rolled_back?": str, "takedowns?": int, "content?": str, "samples?": int,
-            "recall@10?": (int, float, type(None))}
 
 
 @dataclass(frozen=True)
@@ -283,35 +281,6 @@ class Published:
 def _numbered(files: list[str]) -> list[str]:
     """The files of a history: other files may be in the folder."""
     return [file for file in files if re.fullmatch(r"\d+\.json", file)]
-
-
-class DamagedPointer(DamagedFile):
-    """The current.json of a dataset cannot be trusted, or is missing although the dataset has publications."""
-
-    def __init__(self, root: str, name: str, fault: str, options: str = "") -> None:
-        super().__init__(f"{storage.join(root, 'datasets', name, 'current.json')} {fault}\n"
-                         f"hint: python -m jobs repair {name} --root {root}{options}")
-        self._named = root, name, fault, options
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._named
-
-
-def read_pointer(root: str, name: str) -> bytes | None:
-    """The bytes of current.json; None if there is none."""
-    try:
-        return storage.read_bytes(storage.join(root, "datasets", name, "current.json"))
-    except FileNotFoundError:
-        return None
-
-
-def parse_pointer(data: bytes) -> dict[str, Any] | None:
-    """The document in the bytes of a current.json; None if it is damaged."""
-    try:
-        document = check_shape(storage.parse_json(data, "current.json"), "current.json", _POINTER, "")
-    except DamagedFile:
-        return None
-    return document if is_name(document["version"]) else None
 
 
 def open_dataset(root: str, text: str, pinned: str = "", keys: ReleaseKeys | None = None) -> Dataset:

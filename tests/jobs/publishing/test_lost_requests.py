@@ -9,7 +9,7 @@ import pytest
 from jobs.cli.main import main
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.metadata import metadata
-from pipeline.datasets.published import DamagedPointer
+from pipeline.datasets.pointer import DamagedPointer
 from tests.jobs.publishing.published_art import NAME, paint, rebuild
 
 _SHA256 = "c" * 64

@@ -13,7 +13,8 @@ from jobs.publishing.repair import repair
 from pipeline import storage
 from pipeline.datasets import hidden_rows, published
 from pipeline.datasets.metadata import metadata
-from pipeline.datasets.published import DamagedPointer, Published
+from pipeline.datasets.pointer import DamagedPointer
+from pipeline.datasets.published import Published
 from pipeline.stages.driver import run_stage
 from pipeline.stages.types import StageFailed
 from tests.jobs.publishing.published_art import NAME, make_rebuild, paint, published_dataset, rebuild

@@ -15,7 +15,8 @@ from jobs.publishing.repair import repair
 from jobs.sampling.mixture import Mixture
 from pipeline import storage
 from pipeline.datasets import hidden_rows, published, signatures, version_marks
-from pipeline.datasets.published import DamagedPointer, Published
+from pipeline.datasets.pointer import DamagedPointer
+from pipeline.datasets.published import Published
 from pipeline.datasets.signatures import RELEASE_KEY
 from pipeline.embeddings.embed import dataset_encoder
 from pipeline.stages.driver import run_stage

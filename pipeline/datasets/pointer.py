@@ -1,0 +1,41 @@
+"""The document current.json: the pointer to the published version of a dataset."""
+
+from typing import Any
+
+from pipeline import storage
+from pipeline.datasets.dataset import is_name
+from pipeline.stages.documents import NUMBER, check_shape
+from pipeline.storage import DamagedFile
+
+_POINTER = {"version": str, "number": int, "sequence": int, "release": str, "published": NUMBER, "checked?": NUMBER,
+            "previous?": (str, type(None)), "rolled_back?": str, "takedowns?": int, "content?": str, "samples?": int,
+            "recall@10?": (int, float, type(None))}
+
+
+class DamagedPointer(DamagedFile):
+    """The current.json of a dataset cannot be trusted, or is missing although the dataset has publications."""
+
+    def __init__(self, root: str, name: str, fault: str, options: str = "") -> None:
+        super().__init__(f"{storage.join(root, 'datasets', name, 'current.json')} {fault}\n"
+                         f"hint: python -m jobs repair {name} --root {root}{options}")
+        self._named = root, name, fault, options
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._named
+
+
+def read_pointer(root: str, name: str) -> bytes | None:
+    """The bytes of current.json; None if there is none."""
+    try:
+        return storage.read_bytes(storage.join(root, "datasets", name, "current.json"))
+    except FileNotFoundError:
+        return None
+
+
+def parse_pointer(data: bytes) -> dict[str, Any] | None:
+    """The document in the bytes of a current.json; None if it is damaged."""
+    try:
+        document = check_shape(storage.parse_json(data, "current.json"), "current.json", _POINTER, "")
+    except DamagedFile:
+        return None
+    return document if is_name(document["version"]) else None
