@@ -209,6 +209,8 @@ def test_a_dataset_without_pointer_and_history_is_no_unpublished_one(signed: Pat
     refuses(signed, "is missing, and 2 publications are in the history")
     shutil.rmtree(signed / "root" / "published")
     (pointer(signed).parent / "v1" / "release.json").write_text("{")
+    refuses(signed, "is missing, and v2 was built on a published version")
+    (pointer(signed).parent / "v2" / "release.json").unlink()
     refuses(signed, "was never published, and RDM_RELEASE_KEY or --key accepts only signed")
     for release in pointer(signed).parent.glob("*/release.json"):
         release.unlink()
