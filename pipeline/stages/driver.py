@@ -220,6 +220,7 @@ class _Run:
         if self.watch and self.tally.now.get("items", len(self.ids) - self.ran) != self.tally.done_items:
             self._show(self.watch)
         if self.failed:
+            self.tally.look()  # `status` shows how the driver has left the stage, also if it ran for a second only
             first = self.failed[0]
             raise StageFailed(f"{self.stage.name}: {len(self.failed)} of {len(self.ids)} items failed, the first is "
                               f"{first.item.id}: {storage.redact_credentials(first.error)}\nhint: the tracebacks are "
