@@ -3,7 +3,6 @@
 import itertools
 import logging
 import os
-import shlex
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -178,7 +177,7 @@ def run_verify(options: VerifyOptions) -> int:
     if faults:
         from jobs.inspection.way_back import find_way_back
         from jobs.telemetry import logs
-        command = find_way_back(root, first, keys).replace(f"--root {root}", f"--root {shlex.quote(root)}")
+        command = find_way_back(root, first, keys)
         logs.log_exit(f"{faults} faults, the first in {first}\nhint: {command}", exit=1)
     return 1 if faults else 0
 

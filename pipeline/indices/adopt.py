@@ -11,7 +11,7 @@ from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.indices.choose import check_budget
-from pipeline.indices.config import LISTS, IndexConfig
+from pipeline.indices.config import LISTS, TRAINING_SETTINGS, IndexConfig
 from pipeline.indices.faiss_door import (
     factory_key,
     faiss,
@@ -62,8 +62,8 @@ class AdoptIndex(Index):
         return f"{self.dataset.command('index')} --adopt {self.file}"
 
     def section(self) -> dict[str, Any]:
-        training = {"key", "train_points", "part_memory"}
-        return {"adopted": True} | {name: value for name, value in super().section().items() if name not in training}
+        return {"adopted": True} | {name: value for name, value in super().section().items()
+                                    if name not in TRAINING_SETTINGS}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         try:

@@ -12,6 +12,7 @@ from pipeline.storage.sizes import parse_size
 
 BLOCK = 1 << 16  # rows in float32 at a time
 LISTS = "knn.ivfdata"  # inverted lists that are not in knn.index
+TRAINING_SETTINGS = frozenset({"key", "train_points", "part_memory"})  # that an index made elsewhere does not use
 SIZES = ("max_memory", "part_memory", "merge_memory")  # settings that are sizes
 EXACT = 100  # neighbours of a query that are found exactly, to measure recall@1, @10 and @100
 FLAT_GAIN = 0.01  # less recall than this, gained by four times the effort, is not worth it

@@ -17,7 +17,7 @@ from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.embeddings.embed import check_same_encoder
 from pipeline.indices.choose import check_budget
-from pipeline.indices.config import BLOCK, LISTS, IndexConfig
+from pipeline.indices.config import BLOCK, LISTS, TRAINING_SETTINGS, IndexConfig
 from pipeline.indices.faiss_door import faiss
 from pipeline.indices.fill import can_only_append, fill, lists_bytes, merge_on_disk, remove_rows, renumber
 from pipeline.indices.index import Index
@@ -61,8 +61,7 @@ class Extension(Index):
         return f"{self.dataset.command('index')} --extend {self.base.label}"
 
     def section(self) -> dict[str, Any]:
-        training = {"key", "train_points", "part_memory"}
-        return {name: value for name, value in super().section().items() if name not in training}
+        return {name: value for name, value in super().section().items() if name not in TRAINING_SETTINGS}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         # Without its path: once the codes are taken over, the base may go.

@@ -11,10 +11,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.storage import name_by_content
-from pipeline.tables.cells import cell_text as cell_text
-from pipeline.tables.cells import json_cell as json_cell
-from pipeline.tables.cells import parse_json_row as parse_json_row
-from pipeline.tables.cells import replace_surrogates as replace_surrogates
+from pipeline.tables.cells import json_cell, replace_surrogates
 
 LICENSE, NO_LICENSE = "filtered_by_license", "filtered_without_license"
 

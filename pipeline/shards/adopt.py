@@ -20,7 +20,7 @@ from pipeline.media.decode import read_size
 from pipeline.media.foreign_tars.packed import compression
 from pipeline.media.foreign_tars.samples import TarFaults, read_foreign_tar
 from pipeline.media.types import BadImage
-from pipeline.rows.rows import json_cells, redact_cells, replace_surrogates
+from pipeline.rows.rows import json_cells, redact_cells
 from pipeline.shards import metadata
 from pipeline.sources.config import ShardConfig
 from pipeline.sources.source import list_source_files
@@ -35,6 +35,7 @@ from pipeline.sources.tars import (
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Entry, Item, Output, StageFailed
 from pipeline.storage import parquet
+from pipeline.tables.cells import replace_surrogates
 
 
 class Adopt(Stage):

@@ -21,20 +21,11 @@ from pipeline.media.types import SUFFIXES, BadImage
 from pipeline.rows import img2dataset
 from pipeline.rows.column_names import find_caption_columns, is_more_than_caption
 from pipeline.rows.column_types import ColumnTypes
-from pipeline.rows.rows import (
-    Part,
-    ReadReport,
-    Row,
-    cell_text,
-    hashable_cells,
-    json_cells,
-    parse_json_row,
-    read_rows,
-    write_rows,
-)
+from pipeline.rows.rows import Part, ReadReport, Row, hashable_cells, json_cells, read_rows, write_rows
 from pipeline.sources.captions import CaptionTables, names_by_stem
 from pipeline.sources.folder_files import FolderFiles, count_text, sort_files, stem_of, suffix_of, usual_accents
 from pipeline.sources.source import Source
+from pipeline.tables.cells import cell_text, parse_json_row
 from pipeline.tables.parquet_tables import read_schema
 
 if TYPE_CHECKING:

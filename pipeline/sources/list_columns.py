@@ -17,9 +17,9 @@ from pipeline.layouts.column_paths import cell_at, find_roots
 from pipeline.layouts.known import Layout, find_layout
 from pipeline.rows import img2dataset
 from pipeline.rows.column_names import find_caption_columns, find_columns, is_more_than_caption
-from pipeline.rows.rows import Row, cell_text, json_cells
+from pipeline.rows.rows import Row, json_cells
 from pipeline.tables.arrow_cells import is_nested, is_text, storage_type, stored_columns
-from pipeline.tables.cells import TableRow
+from pipeline.tables.cells import TableRow, cell_text
 from pipeline.tables.image_cells import can_hold_images, is_data_url, read_data_url, read_image_cell
 
 if TYPE_CHECKING:

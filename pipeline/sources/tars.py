@@ -22,8 +22,9 @@ from pipeline.media.foreign_tars.samples import TarFaults, read_foreign_tar
 from pipeline.media.sample_names import CAPTION_SUFFIXES, IMAGE_SUFFIXES
 from pipeline.rows.column_names import find_caption_columns
 from pipeline.rows.column_types import ColumnTypes
-from pipeline.rows.rows import Part, ReadReport, Row, cell_text, json_cells
+from pipeline.rows.rows import Part, ReadReport, Row, json_cells
 from pipeline.sources.source import PACKED_TARS, Source, parse_row_filter
+from pipeline.tables.cells import cell_text
 
 if TYPE_CHECKING:
     from pipeline.sources.config import ShardConfig

@@ -19,10 +19,10 @@ from pipeline import storage
 from pipeline.layouts.known import headless_columns
 from pipeline.rows.column_names import find_columns
 from pipeline.rows.column_types import ColumnTypes
-from pipeline.rows.rows import Part, ReadReport, Row, cell_text, read_rows, write_rows
+from pipeline.rows.rows import Part, ReadReport, Row, read_rows, write_rows
 from pipeline.sources.list_columns import IMAGE_COLUMNS, URL_COLUMNS, Columns, make_row, text_candidates
 from pipeline.sources.lists import ListSource
-from pipeline.tables.cells import TableRow
+from pipeline.tables.cells import TableRow, cell_text
 from pipeline.tables.image_cells import text_kind
 from pipeline.tables.names import table_kind
 from pipeline.tables.text_tables import read_first_cells
