@@ -2,7 +2,7 @@
 
 A folder imports only from folders below it in this list (`make lint` checks it).
 
-    style_classifier.py   judges the style of images
+    style_classifier.py   names the style of an image
     training/     the training loop, precision, cost of a step
     weights/      checkpoints, moving averages, published weights, first stages
     diffusion/    the process, samplers, guidance, randomness

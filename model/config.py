@@ -1,4 +1,4 @@
-"""What a training run is: its settings, and their form in JSON. Nothing here needs torch."""
+"""The settings of a training run, and their form in JSON. Nothing here needs torch."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -14,7 +14,7 @@ GROUPS = 32  # of the group norms
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Sizes of a UNet; attention runs where the patched picture is downsampled by these factors."""
+    """Sizes of a UNet; attention runs where the patched image is downsampled by these factors."""
 
     in_channels: Annotated[int, Ge(1)] = 3
     out_channels: Annotated[int, Ge(1)] = 3
@@ -28,7 +28,7 @@ class UNetConfig:
     patch: Annotated[int, Ge(1)] = 1
     checkpointing: bool = False
     learned_null: bool = False
-    """A learned vector stands where the context has zeros: for nobody, and for neighbours that are missing."""
+    """Put a learned vector where the context has zeros: the null condition, and missing neighbors."""
 
     def __post_init__(self) -> None:
         check_bounds("train.unet", self)
@@ -38,7 +38,7 @@ class UNetConfig:
 
     @property
     def stride(self) -> int:
-        """Height and width of a picture must divide by this many pixels."""
+        """Height and width of an image must divide by this many pixels."""
         return self.patch * 2 ** (len(self.channel_mult) - 1)
 
 
@@ -46,10 +46,11 @@ class UNetConfig:
 class DiffusionConfig:
     """Noise schedule and target; betas are squares of a linear ramp between square roots.
 
-    "epsilon" is the release's. "x0" suits a network whose width is below that of its patches:
-    pictures fit through it, noise does not (Li and He 2025, arXiv:2511.13720). "flow" has a schedule
-    of its own, a straight line from the picture to the noise (Liu et al. 2022, arXiv:2209.03003;
-    Lipman et al. 2022, arXiv:2210.02747), and knows no betas.
+    * "epsilon" is the prediction of the published checkpoints.
+    * "x0" suits a network that is narrower than its patches: images fit through it, noise does not (Li and He 2025,
+      arXiv:2511.13720).
+    * "flow" is a straight line from the image to the noise (Liu et al. 2022, arXiv:2209.03003; Lipman et al. 2022,
+      arXiv:2210.02747). It ignores the betas.
     """
 
     timesteps: Annotated[int, Ge(1)] = 1000
@@ -79,39 +80,39 @@ class TrainConfig:
     weight_decay: Annotated[float, Interval(ge=0, lt=inf)] = 0.01
     betas: tuple[Annotated[float, Interval(ge=0, lt=1)], Annotated[float, Interval(ge=0, lt=1)]] = (0.9, 0.999)
     grad_clip: Annotated[float, Ge(0)] = 1.0
-    """Largest norm of the gradient; 0 leaves it as it is."""
+    """Largest norm of the gradient. 0 does not clip it."""
     ema_decay: Annotated[float, Interval(ge=0, lt=1)] = 0.9999
     ema_more: tuple[Annotated[float, Interval(ge=0, lt=1)], ...] = ()
-    """Rates of further averages that are kept beside it."""
+    """Rates of further averages."""
     p_uncond: Annotated[float, Interval(ge=0, le=1)] = 0.1
-    """How often a picture is trained without its neighbours, so that guidance has an anchor."""
+    """Share of the images that are trained without neighbors. Guidance needs this null condition."""
     k: Annotated[int, Ge(1)] = 4
-    """Context vectors a picture is trained with: the first k of those in the batch."""
+    """Context vectors of an image: the first k of those in the batch."""
     random_k: bool = False
-    """A random number of them, 1 to k, another in every step."""
+    """Use a random number of context vectors, from 1 to k, in each step."""
     p_drop_neighbor: Annotated[float, Interval(ge=0, le=1)] = 0.0
-    """How often a single neighbour is left out (zeros)."""
+    """Share of the single neighbors that are replaced by zeros."""
     neighbor_noise: Annotated[float, Interval(ge=0, lt=inf)] = 0.0
-    """Length of the Gaussian noise added to each neighbour's vector, before it is brought back to its length."""
+    """Length of the Gaussian noise that is added to each neighbor's vector. The vector keeps its length."""
     own: Literal["none", "image", "caption"] = "none"
-    """Put the vector of the picture itself, or of its caption, before its neighbours: a prompt will stand there."""
+    """Put the vector of the image or of its caption before its neighbors. A prompt takes this place later."""
     image_size: Annotated[int, Ge(0)] = 0
-    """Pixels a side that pictures are averaged down to before they are trained on; 0: as they are."""
+    """Average images down to this many pixels a side before training. 0 keeps their size."""
     context_norm: Annotated[float, Interval(gt=0, lt=inf)] = 1.0
-    """Length of the vectors as the network is given them; those of a database have one."""
+    """Length of the vectors that the network gets. The vectors of a database have length 1."""
     seed: Annotated[int, Ge(0)] = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
     channels_last: bool = False
-    """Keep the channels of a place together in memory, which convolutions on GPUs like."""
+    """Keep the channels of a pixel together in memory. Convolutions on GPUs are faster with this layout."""
     fsdp: bool = False
-    """Each process keeps its part of the weights, averages and moments alone (FSDP2): for what does not fit."""
+    """Shard weights, averages and moments among the processes (FSDP2), for networks that do not fit one GPU."""
     accumulate: Annotated[int, Ge(1)] = 1
-    """Parts that a process's share of the batch is worked on in, one after the other: less memory, the same update."""
+    """Split the batch of each process into this many parts. This needs less memory and gives the same update."""
     checkpoint_every: Annotated[int, Ge(1)] = 10_000
     log_every: Annotated[int, Ge(1)] = 50
     validate_every: Annotated[int, Ge(0)] = 0
-    """Steps from one validation to the next, where there is a dataset for it; 0: as often as checkpoints."""
+    """Steps between validations, if the run has a dataset for them. 0: at each checkpoint."""
 
     def __post_init__(self) -> None:
         check_bounds("train", self)
@@ -122,25 +123,25 @@ class TrainConfig:
             raise ValueError(f"train.image_size = {self.image_size}: must divide by {self.unet.stride}, or be 0")
 
 
-# What a resumed run may change: how long, how fast and how often, never what is learned.
+# A resumed run may change these settings. They do not change what the network learns.
 FREE_ON_RESUME = {"steps", "checkpoint_every", "log_every", "validate_every", "compile", "channels_last", "fsdp",
                   "accumulate", "unet.checkpointing"}
 
 
-# Settings that came later: what has their defaults is what it was before there was a choice.
+# Settings that were added later. Runs with their defaults keep the identity that they had before.
 _LATER: dict[str, Any] = {"context_norm": 1.0, "image_size": 0, "ema_more": [], "random_k": False,
                           "p_drop_neighbor": 0.0, "neighbor_noise": 0.0, "own": "none",
                           "unet": {"learned_null": False}, "diffusion": {"min_snr": 0.0}}
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
-    """What tells a run from others, as plain JSON values: nothing that it may change when it goes on."""
+    """The settings that identify a run, as plain JSON values, without those that a resumed run may change."""
     def settled(values: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
         return {name: settled(value, later.get(name, {})) if isinstance(value, dict) else value
                 for name, value in values.items() if name not in later or value != later[name]}
 
     values = {name: value for name, value in to_dict(config).items() if name not in FREE_ON_RESUME}
-    values["unet"]["checkpointing"] = False  # free, too, and in the plans of runs that there are
+    values["unet"]["checkpointing"] = False  # may change too, but the plans of older runs have it
     return settled(json.loads(json.dumps(values)), _LATER)
 
 
@@ -162,7 +163,7 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
-    """Settings a resumed run may not change but does, as lines `name: old -> new`."""
+    """The changed settings that a resumed run must not change, as lines `name: old -> new`."""
     before, after = _flat(to_dict(old)), _flat(to_dict(new))
     return [
         f"{name}: {before[name]} -> {after[name]}"

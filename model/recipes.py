@@ -8,9 +8,9 @@ from model.config import DiffusionConfig, TrainConfig, UNetConfig
 def tiny() -> TrainConfig:
     """A pixel-space RDM on 64x64 drawings: two processes of one thread each, about five minutes.
 
-    So short a run is decided by the number of updates: the smallest network, small batches and a
-    high rate beat wider or deeper ones. The coarse patch needs the x0 prediction; epsilon or v at
-    this width leaves the noise in the picture.
+    The number of updates decides so short a run. The smallest network, small batches and a high
+    rate beat wider or deeper networks. The coarse patch needs the x0 prediction: epsilon or v at
+    this width leaves noise in the image.
     """
     return TrainConfig(
         steps=3600,
@@ -35,8 +35,8 @@ def tiny() -> TrainConfig:
 def emoji_32() -> TrainConfig:
     """A pixel-space RDM on emoji of 32x32: two processes of one thread each, about three quarters of an hour.
 
-    Like `tiny`, with twice the width and a number of neighbours that changes, so that prompts alone and any number of
-    neighbours mean something to it.
+    It is `tiny` with twice the width and a random number of neighbors in each step. So it works with a prompt alone
+    and with any number of neighbors.
     """
     return TrainConfig(
         steps=12_000,
@@ -89,8 +89,8 @@ def emoji_64() -> TrainConfig:
 def imagenet_400m() -> TrainConfig:
     """RDM-256 on ImageNet, 401 M parameters, on VQ-f4 latents of 64x64x3 (arXiv:2204.11824).
 
-    The length of its training was not published. The released model got the raw CLIP ViT-B/32
-    vectors and no dropout of the condition; the dropout here is what guidance against zeros needs.
+    The length of its training was not published. The published model was trained with raw CLIP ViT-B/32
+    vectors and without dropout of the condition. The dropout here is for guidance against zeros.
     """
     return TrainConfig(
         steps=500_000,

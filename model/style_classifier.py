@@ -1,9 +1,9 @@
-"""Who judges styles: a small network on the pixels of real pictures, and a linear probe on their CLIP vectors.
+"""Style classifiers: a small network on pixels (`Judge`), and a linear probe on CLIP vectors.
 
-The network shares nothing with the CLIP that conditions the denoiser, so it cannot be pleased by what pleases that one;
-the probe is the way of Rombach et al. 2022, arXiv:2207.13038, section 4.
+The network shares nothing with the CLIP that conditions the denoiser, so it does not repeat the errors of that CLIP.
+The probe is the measure of Rombach et al. 2022, arXiv:2207.13038, section 4.
 
-Letters: N pictures, S their side, C styles, D the dimension of the vectors.
+Letters: N images, S their side, C styles, D the dimension of the vectors.
 """
 
 import math
@@ -20,7 +20,7 @@ _WIDTH = 32
 
 
 class Judge(nn.Module):
-    """Tells styles apart by the pixels: convolutions, then the mean over the picture."""
+    """Classifies the style by the pixels: convolutions, then the mean over the image."""
 
     def __init__(self, styles: int, width: int = _WIDTH) -> None:
         super().__init__()
@@ -35,16 +35,16 @@ class Judge(nn.Module):
         self.features = nn.Sequential(*layers)
         self.head = nn.Linear(channels, styles)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Pictures (N, 3, S, S) in [-1, 1] -> logits (N, C)."""
-        return self.head(self.features(pictures).mean((2, 3)))
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, 3, S, S) in [-1, 1] -> logits (N, C)."""
+        return self.head(self.features(images).mean((2, 3)))
 
 
-def train_judge(pictures: np.ndarray, labels: np.ndarray, styles: int, *, steps: int, seed: int) -> Judge:
-    """A judge trained on pictures (N, S, S, 3) uint8 and their styles (N,) int64, every style as often as any other.
+def train_judge(images: np.ndarray, labels: np.ndarray, styles: int, *, steps: int, seed: int) -> Judge:
+    """A judge trained on images (N, S, S, 3) uint8 and their styles (N,) int64, all styles equally often.
 
-    Pictures are mirrored, shifted, blurred and given noise at random: it shall see how things are drawn, not how clean
-    a file is, for samples are never as clean.
+    Random mirroring, shifts, blur and noise hide how clean a file is. Samples are less clean than real images, and the
+    judge must classify them by style alone.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -59,7 +59,7 @@ def train_judge(pictures: np.ndarray, labels: np.ndarray, styles: int, *, steps:
         chosen_styles = rng.integers(styles, size=_BATCH)
         rows = np.array([rng.choice(rows_of_style[style]) for style in chosen_styles])
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast):
-            logits = judge(_augment(as_tensor(pictures[rows]), generator))
+            logits = judge(_augment(as_tensor(images[rows]), generator))
         loss = F.cross_entropy(logits.float(), torch.from_numpy(chosen_styles), label_smoothing=0.05)
         loss.backward()
         optimizer.step()
@@ -68,9 +68,9 @@ def train_judge(pictures: np.ndarray, labels: np.ndarray, styles: int, *, steps:
     return judge.eval().requires_grad_(False)
 
 
-def _augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
+def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Images (N, 3, S, S), randomly mirrored, shifted by at most an eighth, blurred, and with noise."""
-    count = len(pictures)
+    count = len(images)
 
     def draw(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator)
@@ -79,25 +79,25 @@ def _augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
     shifts = (draw(count, 2) - 0.5) / 2
     moves = torch.zeros(count, 2, 3)
     moves[:, 0, 0], moves[:, 1, 1], moves[:, :, 2] = mirror, 1.0, shifts
-    grid = F.affine_grid(moves, list(pictures.shape), align_corners=False)
-    # Nothing comes in at the rim but what is there: most pictures stand on white.
-    moved = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+    grid = F.affine_grid(moves, list(images.shape), align_corners=False)
+    # The border is repeated: most images have a white background.
+    moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     blurred = F.avg_pool2d(F.pad(moved, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     share = draw(count, 1, 1, 1) * (draw(count, 1, 1, 1) < 0.5)
-    noise = torch.randn(pictures.shape, generator=generator) * 0.1 * draw(count, 1, 1, 1)
+    noise = torch.randn(images.shape, generator=generator) * 0.1 * draw(count, 1, 1, 1)
     return torch.lerp(moved, blurred, share) + noise
 
 
-def as_tensor(pictures: np.ndarray) -> Tensor:
+def as_tensor(images: np.ndarray) -> Tensor:
     """(N, S, S, 3) uint8 -> (N, 3, S, S) float32 in [-1, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 @torch.no_grad()
-def classify_images(judge: Judge, pictures: np.ndarray) -> np.ndarray:
+def classify_images(judge: Judge, images: np.ndarray) -> np.ndarray:
     """The style that the judge assigns to each image (N, S, S, 3) uint8: (N,) int64."""
-    return np.concatenate([judge(as_tensor(pictures[start:start + 256])).argmax(1).numpy()
-                           for start in range(0, len(pictures), 256)] or [np.empty(0, np.int64)])
+    return np.concatenate([judge(as_tensor(images[start:start + 256])).argmax(1).numpy()
+                           for start in range(0, len(images), 256)] or [np.empty(0, np.int64)])
 
 
 def train_probe(vectors: np.ndarray, labels: np.ndarray, styles: int) -> np.ndarray:
@@ -129,7 +129,7 @@ def _with_bias(vectors: np.ndarray) -> np.ndarray:
 
 
 def kid(samples: np.ndarray, reference: np.ndarray, groups: np.ndarray | None = None) -> float:
-    """Kernel Inception distance between two sets of unit vectors (N, D) and (M, D), on whatever features they are.
+    """Kernel Inception distance between two sets of unit vectors (N, D) and (M, D), on any features.
 
     The unbiased estimate of the squared maximum mean discrepancy with the kernel (x y + 1)^3 (Binkowski et al. 2018,
     arXiv:1801.01401, section 4). They divide the product by D because their features are not of unit length. The

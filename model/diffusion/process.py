@@ -1,9 +1,10 @@
-"""The forward processes and what the denoiser is asked for.
+"""The forward processes and the targets of the denoiser.
 
-Letters: B batch, t step in 0..T-1, x0 the picture in [-1, 1] (or a latent), eps the noise,
-x_t = alpha x0 + sigma eps with alpha^2 = alpha_bar and alpha^2 + sigma^2 = 1 (Ho et al. 2020,
-arXiv:2006.11239); v = alpha eps - sigma x0 (Salimans and Ho 2022, arXiv:2202.00512). Of a flow alpha = 1 - sigma,
-sigma rises evenly with t, and the velocity is eps - x0 (Liu et al. 2022, arXiv:2209.03003).
+Letters: B batch, t step in 0..T-1, x0 the image in [-1, 1] (or a latent), eps the noise.
+
+* x_t = alpha x0 + sigma eps with alpha^2 = alpha_bar and alpha^2 + sigma^2 = 1 (Ho et al. 2020, arXiv:2006.11239)
+* v = alpha eps - sigma x0 (Salimans and Ho 2022, arXiv:2202.00512)
+* flow: alpha = 1 - sigma, sigma rises evenly with t, the velocity is eps - x0 (Liu et al. 2022, arXiv:2209.03003)
 """
 
 from functools import lru_cache
@@ -32,7 +33,7 @@ def alpha_sigma(config: DiffusionConfig, t: Tensor) -> tuple[Tensor, Tensor]:
 def amplitudes(config: DiffusionConfig, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Amplitudes of signal and noise at every step: two of (T,) float64."""
     if config.prediction == "flow":
-        # In the middle of each step, so that neither is ever nothing.
+        # In the middle of each step, so that neither amplitude is zero.
         sigma = (torch.arange(config.timesteps, dtype=torch.float64) + 0.5) / config.timesteps
         return (1.0 - sigma).to(device), sigma.to(device)
     bar = alpha_bar(config, device)
@@ -46,7 +47,7 @@ def q_sample(config: DiffusionConfig, x0: Tensor, eps: Tensor, t: Tensor) -> Ten
 
 
 def target(config: DiffusionConfig, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """What the denoiser should answer at step t: eps, v, x0 or the velocity (B, C, H, W)."""
+    """The target of the denoiser at step t: eps, v, x0 or the velocity (B, C, H, W)."""
     if config.prediction == "epsilon":
         return eps
     if config.prediction == "x0":
@@ -58,7 +59,7 @@ def target(config: DiffusionConfig, x0: Tensor, eps: Tensor, t: Tensor) -> Tenso
 
 
 def to_x0_eps(config: DiffusionConfig, x_t: Tensor, answer: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Picture and noise that the denoiser's answer at (x_t, t) stands for: two of (B, C, H, W)."""
+    """x0 and eps by the denoiser's prediction at (x_t, t): two of (B, C, H, W)."""
     alpha, sigma = alpha_sigma(config, t)
     if config.prediction == "epsilon":
         return (x_t - sigma * answer) / alpha, answer
@@ -70,18 +71,18 @@ def to_x0_eps(config: DiffusionConfig, x_t: Tensor, answer: Tensor, t: Tensor) -
 
 
 def loss(config: DiffusionConfig, answer: Tensor, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """Squared error of the answer, averaged over each picture and weighted by its noise level: (B,) float32."""
+    """Squared error of the prediction, averaged over each image and weighted by its noise level: (B,) float32."""
     error = (answer.float() - target(config, x0, eps, t)).square().mean(dim=(1, 2, 3))
     return error * loss_weights(config, t) if config.min_snr else error
 
 
 def loss_weights(config: DiffusionConfig, t: Tensor) -> Tensor:
-    """Weights of the error of the answer at t (B,) -> (B,) float32: those of an error of x0 by min(SNR, min_snr).
+    """Weights of the error at t (B,) -> (B,) float32. They weigh an error of x0 by min(SNR, min_snr).
 
-    Hang et al. 2023, arXiv:2303.09556, section 3.4, where they stand for x0, epsilon and v.
+    Hang et al. 2023, arXiv:2303.09556, section 3.4, for x0, epsilon and v.
     """
     alpha, sigma = (amplitude.flatten() for amplitude in alpha_sigma(config, t))
     snr = (alpha / sigma).square()
-    # How far an error of the answer moves the picture that it stands for.
+    # The squared error of x0 for a unit of squared error of the prediction.
     moved = {"epsilon": 1 / snr, "x0": torch.ones_like(snr), "v": sigma.square(), "flow": sigma.square()}
     return snr.clamp(max=config.min_snr) * moved[config.prediction]

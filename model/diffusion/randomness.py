@@ -1,8 +1,7 @@
-"""Random numbers that belong to a picture, not to a process.
+"""Random numbers that belong to an image, not to a process.
 
-Every number is drawn on the CPU from a generator of its own, seeded by (seed, purpose, step,
-position in the global batch). So it does not matter how many processes share the batch, which of
-them holds the picture, on what device it computes, or whether the run was interrupted.
+Each number comes from its own generator on the CPU, seeded by (seed, purpose, step, position in the
+global batch). So the numbers do not depend on the number of processes, the device or interruptions.
 """
 
 import hashlib
@@ -13,7 +12,7 @@ from torch import Tensor
 
 
 def generator(seed: int, purpose: str, step: int, position: int) -> torch.Generator:
-    """A CPU generator for one purpose of one picture of one step."""
+    """A CPU generator for one purpose of one image in one step."""
     key = f"{seed}/{purpose}/{step}/{position}".encode()
     digest = hashlib.blake2b(key, digest_size=8).digest()
     # manual_seed takes 64 bits, but a sign bit would be read differently by different versions.

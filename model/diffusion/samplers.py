@@ -35,9 +35,10 @@ def ddim_timesteps(count: int, steps: int) -> list[int]:
 
 
 def timesteps(diffusion: DiffusionConfig, sampler: Sampler, steps: int) -> list[int]:
-    """The noise levels between which a sampler steps, high to low and down to 0, one more than there are steps.
+    """The `steps` + 1 noise levels of a sampler, from high to low, ending at 0.
 
-    Of ddim those of the release; of a flow evenly spaced; of dpm++ evenly in log(alpha / sigma), as its error wants it.
+    ddim has the levels of the published code. A flow has evenly spaced levels. dpm++ has levels that are evenly spaced
+    in log(alpha / sigma).
     """
     count = diffusion.timesteps
     if sampler == "ddim" and diffusion.prediction != "flow":
@@ -47,7 +48,7 @@ def timesteps(diffusion: DiffusionConfig, sampler: Sampler, steps: int) -> list[
     if sampler != "dpm++":
         return [round(i * (count - 1) / steps) for i in reversed(range(steps + 1))]
     alpha, sigma = amplitudes(diffusion)
-    logs = (alpha / sigma).log()  # falls with the level
+    logs = (alpha / sigma).log()  # falls as the level rises
     levels = [count - 1]
     for i in range(1, steps + 1):
         wanted = logs[-1] + (logs[0] - logs[-1]) * i / steps
@@ -84,15 +85,19 @@ def sample(
     fresh: Callable[[int], Tensor] | None = None,
     clamp: bool = True,
 ) -> Tensor:
-    """Draw pictures from noise, in so many steps.
+    """Generate images from noise.
 
-    context (B, k, D), noise (B, C, H, W) -> pictures (B, C, H, W), in [-1, 1] with `clamp`; leave it off for latents.
-    "ddim" (Song et al. 2021, arXiv:2010.02502, equation 12) takes `eta` > 0 with `fresh`, which gives the noise
-    (B, C, H, W) of a step; "dpm++" is DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2); "euler" and
-    "heun" are for flows, and heun asks the denoiser twice a step. Raises ValueError if these do not fit each other.
+    context (B, k, D), noise (B, C, H, W) -> images (B, C, H, W). `clamp` keeps them in [-1, 1]; latents need it off.
+
+    * "ddim": Song et al. 2021, arXiv:2010.02502, equation 12. `eta` > 0 needs `fresh`, which returns the noise
+      (B, C, H, W) of a step.
+    * "dpm++": DPM-Solver++(2M), Lu et al. 2022, arXiv:2211.01095, algorithm 2.
+    * "euler" and "heun": for flows. "heun" calls the denoiser twice a step.
+
+    Raises ValueError if sampler, network and arguments do not fit each other.
     """
     if len(context) != len(noise):
-        raise ValueError(f"{len(context)} contexts for {len(noise)} pictures of noise")
+        raise ValueError(f"{len(context)} contexts for {len(noise)} images of noise")
     check_sampler(diffusion, sampler, steps, eta)
     if eta and fresh is None:
         raise ValueError("eta needs fresh noise")
@@ -111,7 +116,7 @@ def sample(
             if eta:
                 assert fresh is not None
                 before = path.amplitudes(level)[0]
-                # Equation 16 of the paper; what is drawn anew is taken from what is left of the old noise.
+                # Equation 16 of the paper: new noise replaces a part of the old noise.
                 added = eta * sigma / here * math.sqrt(max(0.0, 1 - (before / alpha) ** 2))
                 x = alpha * x0 + math.sqrt(max(0.0, sigma**2 - added**2)) * eps + added * fresh(number).to(x)
             else:
@@ -121,7 +126,7 @@ def sample(
 
 @dataclass
 class _Path:
-    """What the steps of all samplers ask for."""
+    """The functions that the steps of all samplers share."""
 
     denoiser: Denoiser
     diffusion: DiffusionConfig
@@ -130,19 +135,19 @@ class _Path:
     clamp: bool
 
     def amplitudes(self, level: int, last: bool = False) -> tuple[float, float]:
-        """Of signal and noise; at the `last` of a flow nothing is left of the noise, as at the end of its line."""
+        """Amplitudes of signal and noise. The `last` step of a flow has no noise."""
         if last and self.diffusion.prediction == "flow":
             return 1.0, 0.0
         alpha, sigma = amplitudes(self.diffusion)
         return alpha[level].item(), sigma[level].item()
 
     def at(self, x: Tensor, level: int) -> tuple[Tensor, Tensor]:
-        """Picture and noise that x (B, C, H, W) is made of, by the guided answer: two of (B, C, H, W)."""
+        """x0 and eps of x (B, C, H, W) by the guided prediction: two of (B, C, H, W)."""
         t = torch.full((len(x),), level, device=x.device)  # (B,)
         x0, eps = to_x0_eps(self.diffusion, x, self._guided(x, t), t)
         if self.clamp:
             x0 = x0.clamp(-1.0, 1.0)
-            # The noise must again explain x_t, or the clamped part would come back as noise.
+            # The noise must again explain x_t. Otherwise the clamped part would return as noise.
             alpha, sigma = self.amplitudes(level)
             eps = (x - alpha * x0) / sigma
         return x0, eps
@@ -152,10 +157,10 @@ class _Path:
         text, neighbors = self.guidance.text, self.guidance.neighbors
         if text == neighbors == 1.0:
             return self.denoiser(x, t, self.context).float()
-        nobody = torch.zeros_like(self.context)
-        contexts = [nobody, self.context]
+        null = torch.zeros_like(self.context)
+        contexts = [null, self.context]
         if text != neighbors:
-            # The same number of vectors, so that all are asked at once: a set does not mind a repetition.
+            # Repeating the vector gives one shape for all, and does not change a set.
             contexts.insert(1, self.context[:, :1].expand_as(self.context))
         times = len(contexts)
         answers = self.denoiser(x.repeat(times, 1, 1, 1), t.repeat(times), torch.cat(contexts)).float().chunk(times)

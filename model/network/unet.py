@@ -1,10 +1,10 @@
-"""The UNet of the RDM: convolutions for the picture, cross-attention for the set of neighbours.
+"""The UNet of the RDM: convolutions for the image, cross-attention for the set of neighbors.
 
-Letters: B batch, C channels, H W height and width, p patch, N = H*W tokens, k context vectors,
+Letters: B batch, C channels, H W height and width, p patch, N = H*W tokens. k context vectors,
 D their dimension, E time-embedding width, h heads, d head dimension.
 
-Structure and state-dict names are those of the CompVis release (Blattmann et al. 2022,
-arXiv:2204.11824; Rombach et al. 2022, arXiv:2112.10752), so its checkpoints load by name.
+Structure and state-dict names are those of the CompVis code, so its checkpoints load by name.
+Blattmann et al. 2022, arXiv:2204.11824; Rombach et al. 2022, arXiv:2112.10752.
 """
 
 import math
@@ -18,7 +18,7 @@ from model.config import GROUPS, UNetConfig
 
 
 class UNet(nn.Module):
-    """Denoiser of a picture at a noise level, given an unordered set of context vectors."""
+    """Denoiser of an image at a noise level, given an unordered set of context vectors."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -43,13 +43,13 @@ class UNet(nn.Module):
         )
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """Predict what the diffusion asks for of a noisy picture.
+        """Predict the target of the diffusion from a noisy image.
 
         x (B, C, H, W), t (B,) in 0..T-1, context (B, k, D) -> (B, C_out, H, W).
         Raises ValueError if the sides do not divide by `config.stride`.
         """
         if x.shape[-2] % self.config.stride or x.shape[-1] % self.config.stride:
-            raise ValueError(f"picture of {tuple(x.shape[-2:])}: sides must divide by {self.config.stride}")
+            raise ValueError(f"image of {tuple(x.shape[-2:])}: sides must divide by {self.config.stride}")
         p = self.config.patch
         x = F.pixel_unshuffle(x, p) if p > 1 else x  # (B, C p p, H/p, W/p)
         if self.config.learned_null:
@@ -80,7 +80,7 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 
 
 class Stack(nn.Sequential):
-    """Layers in sequence, each given what it takes of the time embedding and the context."""
+    """Layers in sequence. Each gets the time embedding or the context, if it uses them."""
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:  # type: ignore[override]  # it takes more
         for layer in self:
@@ -100,7 +100,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.in_layers = nn.Sequential(nn.GroupNorm(GROUPS, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb, c_out))
-        # The identity stands where the release has its dropout, to keep the number in the name.
+        # The published code has a dropout here. The identity keeps the numbers in the names.
         self.out_layers = nn.Sequential(
             nn.GroupNorm(GROUPS, c_out),
             nn.SiLU(),
@@ -228,7 +228,7 @@ class FeedForward(nn.Module):
 
 
 def _down_path(config: UNetConfig, emb: int) -> tuple[nn.ModuleList, list[int]]:
-    """The encoder, and the channels of every output the decoder will take back."""
+    """The encoder, and the channels of each output that the decoder uses."""
     channels = config.model_channels
     first = nn.Conv2d(config.in_channels * config.patch**2, channels, 3, padding=1)
     blocks, skips = [Stack(first)], [channels]
@@ -247,7 +247,7 @@ def _down_path(config: UNetConfig, emb: int) -> tuple[nn.ModuleList, list[int]]:
 
 
 def _up_path(config: UNetConfig, emb: int, skips: list[int]) -> nn.ModuleList:
-    """The decoder: one block more per level than the encoder, each taking one of its outputs."""
+    """The decoder: one block more per level than the encoder. Each block uses one output of the encoder."""
     skips, channels, blocks = list(skips), skips[-1], []
     for level, mult in reversed(list(enumerate(config.channel_mult))):
         for i in range(config.num_res_blocks + 1):

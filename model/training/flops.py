@@ -1,4 +1,4 @@
-"""What a network costs: floating point operations, counted by torch on tensors without data."""
+"""Floating-point operations of a network, counted by torch on tensors without data."""
 
 import re
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from model.config import UNetConfig
 
 @dataclass(frozen=True)
 class Size:
-    """Operations of one pass over one picture or latent, and how many parameters there are."""
+    """Operations of one forward pass of one image or latent, and the number of parameters."""
 
     forward: float
     """A multiplication and an addition are two."""
     parameters: int
 
     def training(self, checkpointing: bool) -> float:
-        """Operations of an update for one picture: backwards is twice forwards; checkpointing goes forwards again."""
+        """Operations of an update for one image. Backward costs twice forward; checkpointing repeats forward."""
         return (4 if checkpointing else 3) * self.forward
 
 
-# Products of bfloat16 matrices a second, without sparsity, as the makers' data sheets have them; longer names first.
+# Peak bfloat16 operations a second, without sparsity, from the data sheets; longer names first.
 _PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
           "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12}
 
@@ -28,7 +28,7 @@ _PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e1
 def peak(device: str) -> float | None:
     """Operations a second that a GPU of this name can do in bfloat16; None for one that is not known.
 
-    A MIG slice such as "NVIDIA H100 80GB HBM3 MIG 1g.10gb" has so many sevenths of the GPU.
+    A MIG slice such as "NVIDIA H100 80GB HBM3 MIG 1g.10gb" has one seventh of the GPU.
     """
     rate = next((rate for name, rate in _PEAKS.items() if name in device), None)
     sevenths = re.search(r"MIG (\d)g\.", device)
@@ -39,7 +39,7 @@ def peak(device: str) -> float | None:
 def size(config: UNetConfig, side: int, k: int) -> Size:
     """The size of a network for inputs of `side` x `side` with k context vectors.
 
-    Convolutions and products of matrices, attention included; the rest is little, and not counted.
+    It counts convolutions and matrix products, attention included. The rest is small.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode

@@ -1,6 +1,6 @@
-"""Training the denoiser, on one process or many, so that their number changes nothing but speed.
+"""Training of the denoiser on one process or many. The number of processes changes only the speed.
 
-Letters: B pictures of this process (global batch / world size), C H W a picture or latent,
+Letters: B images of this process (global batch / world size), C H W sizes of an image or latent.
 K stored and k used context vectors, D their dimension.
 """
 
@@ -32,7 +32,7 @@ from model.weights.checkpoint import full_tensor
 from model.weights.ema import EMA
 
 Write = Callable[[Path], None]
-_LEVELS = 4  # parts of the noise levels whose losses are told apart
+_LEVELS = 4  # ranges of noise levels whose losses are logged separately
 
 
 @dataclass
@@ -58,24 +58,27 @@ def train(
 ) -> int:
     """Train until `config.steps` or until `stop()` is true anywhere, and return the step reached.
 
-    batch_at(step) gives this process's contiguous slice of the global batch of that step (from
-    0): `image` (B, H, W, 3) uint8 or `latent` (B, C, h, w) float16 already scaled, and
-    `neighbors` (B, K, D) float16, K >= k, and where `config.own` asks for it `own` (B, D). It is
-    called in a thread, one step ahead.
-    On rank 0, save(step, write) is called every `checkpoint_every` steps and at the end, where
-    write(folder) writes a complete checkpoint; log(record) every `log_every` steps, with the
-    loss averaged over the global batch and the interval; validate(step, network), given the
-    averaged network, every `validate_every` steps, what it returns being logged by itself (all
-    processes are to be given one, or none).
-    `resume` is a folder so written. With torch.distributed initialised process r of w has the
-    pictures r B / w .. (r + 1) B / w of the global batch B.
-    Raises ValueError if there are more processes than pictures or `resume` does not fit, and,
-    saving nothing, FloatingPointError where the loss or its gradient is not finite and
-    MemoryError where the device has too little memory.
+    batch_at(step): returns the slice of this process of the global batch of a step, from 0. A thread calls it one step
+    ahead. Keys of the slice:
+
+    * `image` (B, H, W, 3) uint8, or `latent` (B, C, h, w) float16, already scaled
+    * `neighbors` (B, K, D) float16, K >= k
+    * `own` (B, D), if `config.own` needs it
+
+    save(step, write): called on rank 0 every `checkpoint_every` steps and at the end. write(folder) writes a complete
+    checkpoint.
+    log(record): called on rank 0 every `log_every` steps. The loss is the mean over the global batch and the interval.
+    validate(step, network): called with the averaged network every `validate_every` steps. Its result is logged. Either
+    all processes pass it, or none.
+    resume: the folder of a checkpoint.
+    Process r of w has the images r G / w to (r + 1) G / w of the global batch of G.
+
+    ValueError: more processes than images, or `resume` does not fit. Nothing is saved after these two:
+    FloatingPointError: the loss or its gradient is not finite. MemoryError: the device has too little memory.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if config.global_batch < world:
-        raise ValueError(f"global_batch = {config.global_batch} is less than a picture for each of {world} processes")
+        raise ValueError(f"global_batch = {config.global_batch} is less than an image for each of {world} processes")
     device = torch.device(device)
     with _explain_out_of_memory(config, world, loading=True):
         state = _initial_state(config, device, resume)
@@ -85,7 +88,7 @@ def train(
     every = config.validate_every or config.checkpoint_every
 
     def publish() -> None:
-        # Where each process has a part of everything, all of them bring theirs.
+        # With FSDP each process has one part, so all processes take part.
         whole = checkpoint.gather_contents(state.model, state.ema, state.optimizer, rank == 0)
         if rank == 0:
             save(state.step, lambda folder: checkpoint.write(folder, whole, state.step, state.ema.updates, config))
@@ -111,7 +114,7 @@ def train(
     if saved != state.step:
         publish()
     if dist.is_initialized():
-        # Nobody leaves before the last checkpoint is written: a launcher may end the group then.
+        # A launcher may end the group when one process ends, so all wait for the last checkpoint.
         dist.barrier()
     return state.step
 
@@ -123,7 +126,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 def _initial_state(config: TrainConfig, device: torch.device, resume: Path | None) -> State:
     with torch.random.fork_rng(devices=[]):
-        # Drawn on the CPU: the same first weights on every device and every process.
+        # On the CPU, so that the first weights are the same on each device and process.
         torch.manual_seed(config.seed)
         model = UNet(config.unet)
     model = model.to(device).train()
@@ -155,7 +158,7 @@ def _wrap_in_ddp(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _shard_weights(model: UNet, device: torch.device) -> None:
-    """Leave each process its part of the weights; a block's are brought together while it works."""
+    """Shard the weights among the processes. A block gathers its weights while it computes."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in (*model.input_blocks, model.middle_block, *model.output_blocks):
         fully_shard(block, mesh=mesh)
@@ -163,21 +166,21 @@ def _shard_weights(model: UNet, device: torch.device) -> None:
 
 
 def _averaged_network(state: State, config: TrainConfig) -> UNet:
-    """A network of its own with the averaged weights, to be looked at."""
+    """Another network with the averaged weights, for validation."""
     with torch.device("meta"):
         network = UNet(config.unet)
-    # No copy, unless it is in parts: nothing is trained meanwhile.
+    # Only sharded weights are copied. Training waits meanwhile.
     network.load_state_dict({name: full_tensor(weight) for name, weight in state.ema.weights.items()}, assign=True)
     return network.eval().requires_grad_(False)
 
 
 @contextlib.contextmanager
 def _explain_out_of_memory(config: TrainConfig, world: int, loading: bool = False) -> Iterator[None]:
-    """MemoryError, naming what to change, where torch has none left; `loading`: not even for the network."""
+    """Turn out-of-memory errors of torch into a MemoryError with a hint. `loading`: while the network is loaded."""
     try:
         yield
     except RuntimeError as error:
-        # On a CPU it is no error of its own.
+        # torch has no special error for the CPU.
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         if loading:
@@ -186,14 +189,14 @@ def _explain_out_of_memory(config: TrainConfig, world: int, loading: bool = Fals
                               f"nvidia-smi shows what else uses the GPU") from error
         share = -(-config.global_batch // world)
         raise MemoryError(
-            f"out of memory with {share} pictures a process in {config.accumulate} parts: "
+            f"out of memory with {share} images a process in {config.accumulate} parts: "
             f"{str(error).splitlines()[0]}\nhint: --accumulate {2 * config.accumulate} (the same updates), "
             f"--checkpointing or more workers; nothing after the last checkpoint was saved") from error
 
 
 @dataclass(frozen=True)
 class _StepResult:
-    """What came of a step, of the global batch: sums of the loss and counts of pictures by quarter of noise levels."""
+    """The result of a step on the global batch. `by_level`: sums of losses and counts of images by noise level."""
 
     loss: float
     grad_norm: float
@@ -203,19 +206,19 @@ class _StepResult:
 
 
 def _update(config: TrainConfig, network: nn.Module, state: State, inputs: Inputs, leave: bool) -> _StepResult:
-    """One optimiser step."""
+    """One optimizer step."""
     device, number = inputs.x0.device, state.step + 1
     world = dist.get_world_size() if dist.is_initialized() else 1
-    # The loss, whether to leave, and the losses by level: one word for all, so that all processes see the same.
+    # The loss, whether to stop, and the losses by level: one reduction, so that all processes see the same.
     shared = torch.zeros(2 + 2 * _LEVELS, dtype=torch.float64, device=device)
-    # As many parts in every process, whose shares may differ by a picture: FSDP2 has them wait for each other.
+    # FSDP2 needs the same number of parts in each process. Their sizes may differ by one image.
     count = min(config.accumulate, config.global_batch // world)
     parts = list(zip(*(tensor.tensor_split(count) for tensor in (inputs.x0, inputs.eps, inputs.t, inputs.context)),
                      strict=True))
     for place, (x0, eps, t, context) in enumerate(parts):
         with _gradient_sync(network, last=place == len(parts) - 1):
             losses = _losses(config, network, x0, eps, t, context)  # (B,)
-            # DDP takes the mean of the processes' gradients, whose shares may differ by a picture.
+            # DDP averages the gradients of the processes. Their sizes may differ by one image.
             (losses.sum() / (config.global_batch / world)).backward()
         losses = losses.detach()
         shared[0] += losses.sum() / (config.global_batch / world)
@@ -246,7 +249,7 @@ def _update(config: TrainConfig, network: nn.Module, state: State, inputs: Input
 
 @contextlib.contextmanager
 def _gradient_sync(network: nn.Module, *, last: bool) -> Iterator[None]:
-    """Add the processes' gradients up after the last part of a step only."""
+    """Reduce the gradients of the processes only after the last part of a step."""
     if isinstance(network, DistributedDataParallel) and not last:
         with network.no_sync():
             yield
@@ -257,7 +260,7 @@ def _gradient_sync(network: nn.Module, *, last: bool) -> Iterator[None]:
 
 
 def _losses(config: TrainConfig, network: nn.Module, x0: Tensor, eps: Tensor, t: Tensor, context: Tensor) -> Tensor:
-    """The loss of each picture (B,)."""
+    """The loss of each image (B,)."""
     dtype = compute_dtype(config.precision, x0.device)
     x_t = process.q_sample(config.diffusion, x0, eps, t)
     if config.channels_last:
@@ -279,13 +282,13 @@ class _Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """The time inside belongs to no step."""
+        """Do not count the time inside as training."""
         started = time.perf_counter()
         yield
         self.since += time.perf_counter() - started
 
     def add(self, step: int, done: _StepResult, waited: float, inputs: Inputs) -> dict[str, Any] | None:
-        """Count a finished step; at the end of an interval, its record."""
+        """Count a finished step. Returns a record at the end of an interval."""
         self.losses.append(done.loss)
         self.by_level += done.by_level
         self.waited += waited
@@ -298,7 +301,7 @@ class _Meter:
         record = {
             "step": step,
             "loss": sum(self.losses) / count,
-            # From the least noise to the most; a quarter that no picture fell into has none.
+            # From the least noise to the most. A range without an image has no loss.
             **{f"loss_{number + 1}_of_{_LEVELS}": (sums[number] / counts[number]).item()
                for number in range(_LEVELS) if counts[number]},
             "lr": learning_rate(self.config, step - 1),
@@ -316,14 +319,14 @@ class _Meter:
     def _operations(self, samples_per_s: float, inputs: Inputs) -> dict[str, float]:
         """Operations a second of all processes, and the share of what their GPUs could do, if that is known."""
         each = flops.size(self.config.unet, inputs.x0.shape[-1], self.config.k)
-        # What goes forwards again to save memory is no work that the model needs.
+        # MFU does not count the repeated forward passes of checkpointing.
         done = samples_per_s * each.training(checkpointing=False)
         peak = flops.peak(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
         return {"tflops_per_s": done / 1e12} | ({"mfu": done / (peak * self.world)} if peak else {})
 
 
 def _peak_memory(device: torch.device) -> int:
-    """The most bytes that this process had: of the GPU's memory where it has one."""
+    """The most bytes that this process used, on its GPU if it has one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

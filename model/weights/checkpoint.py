@@ -1,9 +1,9 @@
-"""Checkpoints: safetensors and JSON in one folder, enough to go on as if never stopped.
+"""Checkpoints: safetensors and JSON in one folder. A resumed run continues as if it had never stopped.
 
-`model.safetensors` holds the weights under the names of the network's state dict,
-`ema.safetensors` their moving average under the same names (`ema-0.99.safetensors` one of another
-rate), `optimizer.safetensors` AdamW's state as `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`, and
-`checkpoint.json`, written last, the step, the updates of the averages and the configuration.
+* `model.safetensors`: the weights, by the names of the network's state dict
+* `ema.safetensors`: their moving average, by the same names; `ema-0.99.safetensors` has another rate
+* `optimizer.safetensors`: AdamW's state as `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`
+* `checkpoint.json`, written last: the step, the updates of the averages and the configuration
 """
 
 import json
@@ -31,7 +31,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def gather_contents(model: nn.Module, ema: EMA, optimizer: optim.Optimizer, keep: bool) -> Contents:
-    """The tensors of a checkpoint on the CPU, by file and name; in a process that does not `keep` them, none."""
+    """The tensors of a checkpoint on the CPU, by file and name. {} in a process that does not `keep` them."""
     moments = {f"{kind}/{name}": tensor for name, weight in model.named_parameters()
                for kind, tensor in optimizer.state[weight].items()}
     parts = {"model.safetensors": model.state_dict()}
@@ -48,7 +48,7 @@ def gather_contents(model: nn.Module, ema: EMA, optimizer: optim.Optimizer, keep
 
 
 def write(folder: Path, tensors: Contents, step: int, updates: int, config: TrainConfig) -> None:
-    """Write a complete checkpoint into the folder, creating it; publishing it is the caller's."""
+    """Write a complete checkpoint into the folder, which is created. The caller publishes it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for file, named in tensors.items():
@@ -58,7 +58,7 @@ def write(folder: Path, tensors: Contents, step: int, updates: int, config: Trai
 
 
 def write_converted(folder: Path, model: nn.Module, config: TrainConfig, step: int) -> None:
-    """Write what drawing needs into the folder, and nothing to train on from: weights that somebody else trained."""
+    """Write the weights of another trainer into the folder. Sampling works with them, resuming does not."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(_portable(model.state_dict()), folder / "ema.safetensors")
@@ -67,9 +67,9 @@ def write_converted(folder: Path, model: nn.Module, config: TrainConfig, step: i
 
 
 def halve(folder: Path, out: Path) -> dict:
-    """Write the first average of a checkpoint in float16 into a folder; returns what checkpoint.json is to say of it.
+    """Write the first average of a checkpoint in float16 into a folder. Returns the content of checkpoint.json.
 
-    Half as large, and enough to draw with: the rounding, 5e-4 of a weight, is far below what training moves them by.
+    It is half as large. The rounding is 5e-4 of a weight, far below the changes by training.
     """
     about = _read_description(Path(folder))
     out.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def read(folder: Path, model: nn.Module, ema: EMA, optimizer: optim.Optimizer, c
             "hint: resume with the old settings, or start a new run"
         )
     if not (folder / "model.safetensors").is_file():
-        raise ValueError(f"{folder} was converted: there is nothing in it to train on from")
+        raise ValueError(f"{folder} was converted: it has no state to resume from")
     fill(dict(model.named_parameters()), _load(folder / "model.safetensors"))
     for rate, weights in ema.averages.items():
         fill(weights, _load(folder / average_file(rate, ema.decay)))
@@ -104,7 +104,7 @@ def read(folder: Path, model: nn.Module, ema: EMA, optimizer: optim.Optimizer, c
         kind, name = key.split("/", 1)
         moments.setdefault(name, {})[kind] = tensor
     state = optimizer.state_dict()
-    # AdamW numbers the weights in the order it was given them, which is that of the model.
+    # AdamW numbers the weights in the order of the model.
     state["state"] = {i: {kind: tensor if kind == "step" else _split_like(tensor, weight)
                           for kind, tensor in moments[name].items()}
                       for i, (name, weight) in enumerate(model.named_parameters())}
@@ -143,16 +143,16 @@ def average_file(rate: float, first: float) -> str:
 def load_denoiser(folder: Path, ema: bool = True, rate: float = 0.0) -> tuple[UNet, TrainConfig]:
     """The network of a checkpoint on the CPU, ready to sample, and the run's configuration.
 
-    With `ema` the average of `rate`, 0 being the first; else the weights themselves. Raises ValueError if the folder is
-    not a checkpoint, or has no such average.
+    ema: load the average with `rate`; 0 is the first one. Otherwise load the weights themselves.
+    ValueError if the folder is not a checkpoint, or has no such average.
     """
     folder = Path(folder)
     config = _read_config(folder)
     check_average(config, rate)
-    # Half precision is for those that are carried about: the network has float32 weights always.
+    # Files may have half precision. The network always has float32 weights.
     path = folder / (average_file(rate or config.ema_decay, config.ema_decay) if ema else "model.safetensors")
     weights = _load(path)
-    with torch.device("meta"):  # takes no memory, whatever sizes the settings name
+    with torch.device("meta"):  # takes no memory
         expected = {name: tensor.shape for name, tensor in UNet(config.unet).state_dict().items()}
     if expected != {name: tensor.shape for name, tensor in weights.items()}:
         raise ValueError(f"{path} has other weights than {folder / 'checkpoint.json'} describes\nhint: copy both again")

@@ -1,8 +1,8 @@
 """Checkpoints of the CompVis release (`model.ckpt`) as networks of this project, by name and shape.
 
-The file is read by torch's own reader of weights, which runs no code of it; what else is pickled there (the settings of
-a trainer) becomes objects that do nothing. Blattmann et al. 2022, arXiv:2204.11824; Rombach et al. 2022,
-arXiv:2112.10752 and arXiv:2207.13038.
+torch's reader of weights reads the file and runs no code in it. Other pickled objects, such as the settings of a
+trainer, become objects that do nothing. Blattmann et al. 2022, arXiv:2204.11824; Rombach et al. 2022, arXiv:2112.10752
+and arXiv:2207.13038.
 """
 
 import re
@@ -19,15 +19,15 @@ from model.config import DiffusionConfig, UNetConfig
 _UNET, _EMA, _FIRST_STAGE = "model.diffusion_model.", "model_ema.", "first_stage_model."
 _SCHEDULE = re.compile(r"(betas|alphas_cumprod|alphas_cumprod_prev|sqrt_\w+|log_one_minus_alphas_cumprod|"
                        r"posterior_\w+|lvlb_weights|logvar|scale_factor)")
-# What trains or judges and does not draw: the losses of a first stage, the CLIP that retrieves, a conditioning stage
-# without weights of its own.
+# Parts that sampling does not need: losses of a first stage, the CLIP of the retrieval, conditioning stages without
+# weights.
 _NOT_DRAWING = re.compile(r"(first_stage_model\.loss\.|first_stage_model\.model_ema\.|cond_stage_model\.|retriever\.|"
                           r"loss\.|model_ema\.(decay|num_updates)$)")
 
 
 @dataclass
 class Released:
-    """What a released checkpoint holds."""
+    """The content of a published checkpoint."""
 
     unet: dict[str, Tensor]
     """Under the names of `model.unet.UNet`; the moving average where there is one."""
@@ -40,13 +40,13 @@ class Released:
     """The factor of the latents, if the checkpoint has it."""
     step: int = 0
     left_out: list[str] = field(default_factory=list)
-    """Names that were left out, knowingly."""
+    """Names of known tensors that were ignored."""
 
 
 def read(path: Path) -> Released:
     """The networks of a `model.ckpt` or of a safetensors file with the same names.
 
-    Raises ValueError where the file is no checkpoint, or has a name that is not accounted for.
+    ValueError if the file is not a checkpoint, or has an unknown name.
     """
     values, step = _tensors(path)
     released = Released({}, {}, DiffusionConfig(), averaged=False, scale=None, step=step)
@@ -82,7 +82,7 @@ def read(path: Path) -> Released:
 
 
 def _tensors(path: Path) -> tuple[dict[str, Tensor], int]:
-    """Every tensor by name, and the step they are of."""
+    """Each tensor by name, and the step of the checkpoint."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -91,7 +91,7 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], int]:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(_inert_class(name), name) for name in names]):
             loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # readers of weights raise whatever they like
+    except Exception as error:  # readers of weights raise any type
         raise ValueError(f"{path} cannot be read as weights: {(str(error) or repr(error)).splitlines()[0]}\n"
                          f"hint: a checkpoint as torch.save writes it since version 1.6, or safetensors") from error
     step = loaded.get("global_step", 0) if isinstance(loaded, Mapping) else 0
@@ -151,7 +151,7 @@ def _diffusion_config(path: Path, betas: Tensor) -> DiffusionConfig:
 
 
 def unet_config(weights: Mapping[str, Tensor], head_dim: int = 32) -> UNetConfig:
-    """The sizes of the UNet that has these weights; how wide a head is they do not tell.
+    """The sizes of the UNet with these weights. The weights do not tell the width of a head.
 
     Raises ValueError if they are those of no such UNet.
     """
@@ -183,7 +183,7 @@ def unet_config(weights: Mapping[str, Tensor], head_dim: int = 32) -> UNetConfig
 
 
 def first_stage_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The configuration of diffusers' AutoencoderKL or VQModel that has these weights of CompVis's.
+    """The configuration of diffusers' AutoencoderKL or VQModel for these weights of CompVis.
 
     Raises ValueError if they are those of neither.
     """
@@ -231,7 +231,7 @@ def _new_name(name: str, levels: int) -> str:
     match = re.fullmatch(r"(encoder|decoder)\.(down|up)\.(\d+)\.(block|attn)\.(\d+)\.(\w+)\.(weight|bias)", name)
     if match:
         half, way, level, kind, number, part, what = match.groups()
-        place = int(level) if way == "down" else levels - 1 - int(level)  # theirs count from the picture outwards
+        place = int(level) if way == "down" else levels - 1 - int(level)  # CompVis counts from the image outwards
         part = (_IN_A_BLOCK if kind == "block" else _IN_ATTENTION).get(part, part)
         return f"{half}.{way}_blocks.{place}.{'resnets' if kind == 'block' else 'attentions'}.{number}.{part}.{what}"
     match = re.fullmatch(r"(encoder|decoder)\.(down|up)\.(\d+)\.(down|up)sample\.conv\.(weight|bias)", name)

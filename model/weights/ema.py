@@ -1,4 +1,4 @@
-"""Exponential moving averages of the weights, which is what one samples from."""
+"""Exponential moving averages of the weights. Sampling uses them."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """Averaged copies of a model's weights, one for each rate; young averages forget faster than their rate."""
+    """Averaged copies of a model's weights, one for each rate. After few updates an average forgets faster."""
 
     def __init__(self, model: nn.Module, decay: float, more: Sequence[float] = ()):
         self.decay = decay

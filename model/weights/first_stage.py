@@ -1,6 +1,6 @@
-"""Pictures to latents and back: diffusers' AutoencoderKL or VQModel in a folder, with the factor of its latents.
+"""Images to latents and back: diffusers' AutoencoderKL or VQModel in a folder, with the scale of its latents.
 
-Letters: B pictures, H W their sides, C channels and h w sides of a latent, f = H / h.
+Letters: B images, H W their sides, C channels and h w sides of a latent, f = H / h.
 """
 
 import json
@@ -22,7 +22,7 @@ class FirstStage:
     kind: str
     """AutoencoderKL or VQModel."""
     scale: float
-    """Latents are multiplied by it, so that their variance is about one; 0 where it is not known."""
+    """Factor that brings the variance of latents to about one. 0: unknown."""
 
     @property
     def channels(self) -> int:
@@ -31,45 +31,45 @@ class FirstStage:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of the weights."""
         return next(self.network.parameters()).device
 
     @property
     def factor(self) -> int:
-        """f: sides of a picture over those of its latent."""
+        """f: side of an image divided by the side of its latent."""
         return 2 ** (len(self.network.config.block_out_channels) - 1)
 
     @torch.inference_mode()
-    def moments(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (B, C, h, w) of the latents of pictures (B, 3, H, W) in [-1, 1], not scaled.
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (B, C, h, w) of the latents of images (B, 3, H, W) in [-1, 1], not scaled.
 
-        Of a VQModel the deviation is zero: its latents are those before they are rounded to codes. Raises ValueError
-        if the sides do not divide by f.
+        The deviation of a VQModel is zero: its latents are not yet rounded to codes. ValueError if the sides do not
+        divide by f.
         """
-        if pictures.shape[-2] % self.factor or pictures.shape[-1] % self.factor:
-            raise ValueError(f"pictures of {tuple(pictures.shape[-2:])}: sides must divide by {self.factor}")
+        if images.shape[-2] % self.factor or images.shape[-1] % self.factor:
+            raise ValueError(f"images of {tuple(images.shape[-2:])}: sides must divide by {self.factor}")
         if self.kind == "VQModel":
-            mean = self.network.encode(pictures).latents
+            mean = self.network.encode(images).latents
             return mean, torch.zeros_like(mean)
-        distribution = self.network.encode(pictures).latent_dist
+        distribution = self.network.encode(images).latent_dist
         return distribution.mean, distribution.std
 
-    def encode(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Scaled latents (B, C, h, w) of pictures (B, 3, H, W) in [-1, 1]: mean + std * noise (B, C, h, w)."""
-        mean, std = self.moments(pictures)
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]: mean + std * noise (B, C, h, w)."""
+        mean, std = self.moments(images)
         return self.scale * (mean if noise is None else mean + std * noise)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W), about in [-1, 1], of scaled latents (B, C, h, w); a VQModel rounds them to codes."""
+        """Scaled latents (B, C, h, w) -> images (B, 3, H, W), about in [-1, 1]. A VQModel rounds latents to codes."""
         return self.network.decode(latents / self.scale).sample
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu", scale: float = 0.0) -> FirstStage:
     """The autoencoder in a folder as diffusers keeps it (config.json and weights), or of that name in the hub.
 
-    `scale` 0 takes the factor of its configuration, and 0 if that names none. Raises ValueError where there is none
-    that can be used.
+    scale: 0 uses the factor of its configuration, or 0 if it has none. ValueError if there is no autoencoder that can
+    be used.
     """
     try:
         import diffusers
@@ -83,7 +83,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", scale: float = 
     else:
         try:
             about = diffusers.AutoencoderKL.load_config(str(folder))
-        except Exception as error:  # a hub answers with whatever it likes
+        except Exception as error:  # the client of a hub raises any type
             raise ValueError(f"there is no autoencoder in {folder}, and no such name in the hub can be read: "
                              f"{str(error).splitlines()[0]}\nhint: a folder with config.json and "
                              f"diffusion_pytorch_model.safetensors") from error
@@ -99,7 +99,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", scale: float = 
 
 
 def build(config: dict[str, Any], weights: dict[str, Tensor]) -> FirstStage:
-    """The autoencoder of a configuration with its weights; ValueError where they do not fit each other."""
+    """The autoencoder of a configuration with its weights; ValueError if they do not fit each other."""
     import diffusers
 
     kind = config["_class_name"]
