@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 @ray.remote(max_restarts=0, max_task_retries=0)
 class Worker:
-    """A process that holds what its stage loaded; nothing large comes or goes, but for pictures that others decode."""
+    """A process that holds what its stage loaded; nothing large comes or goes, but for images that others decode."""
 
     def __init__(self, log: str, gpu: bool) -> None:
         logs.configure_logging(log)

@@ -26,7 +26,7 @@ class ClusterConfig:
     """GPUs that each worker of a stage with tensors reserves: 1, or a part of one that workers share. 0: the CPU, on
     any machine. Not given: the CPU on a cluster; with --local the GPU, if there is one."""
     decoders: Annotated[int, Ge(0)] = 0
-    """Actors of a core each, on nodes without a GPU, that decode pictures for the workers of embed: where the cores
+    """Actors of a core each, on nodes without a GPU, that decode images for the workers of embed: where the cores
     beside a GPU do not keep it busy; 0: each worker decodes its own."""
     max_failures: Annotated[int, Ge(0)] = 3
     """Restarts of a training run after the loss of a worker."""

@@ -1,6 +1,6 @@
-"""Actors that decode pictures for the workers of others: on nodes without a GPU, where there are such.
+"""Actors that decode images for the workers of others: on nodes without a GPU, where there are such.
 
-Encoded pictures come, decoded ones go: the only data that crosses Ray, a bounded number of portions at a time. A
+Encoded images come, decoded ones go: the only data that crosses Ray, a bounded number of portions at a time. A
 decoder holds nothing, so one that dies costs a portion, which whoever asked decodes itself; Ray starts it again.
 """
 
@@ -33,7 +33,7 @@ class Decoder:
         return os.getpid(), ray.get_runtime_context().get_node_id()
 
     def decode(self, data: list[bytes], preprocessing: dict[str, Any]) -> DecodedBatch:
-        """Encoded pictures as the encoder of that preprocessing takes them."""
+        """Encoded images as the encoder of that preprocessing takes them."""
         return decode_batch.decode_by_description(data, preprocessing)
 
 

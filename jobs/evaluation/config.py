@@ -16,23 +16,23 @@ class EvaluateConfig:
     prompts: Annotated[int, Ge(1)] = 100
     """Subjects that the databases have and training has not seen, each one prompt."""
     seeds: Annotated[int, Ge(1)] = 2
-    """Pictures of each prompt, from so many seeds."""
+    """Images of each prompt, from so many seeds."""
     template: str = "{prompt} in the style of {style}"
     """A prompt that names the style."""
     words: tuple[str, ...] = ()
     """What a database's style is called in a prompt, as DATABASE=WORDS; by default its name, hyphens as spaces."""
     ways: tuple[str, ...] = ()
-    """What names the style: database, prompt, both, text (the prompt, no neighbours), neither; by default all of it."""
+    """What names the style: database, prompt, both, text (the prompt, no neighbors), neither; by default all of it."""
     sweep_k: tuple[Annotated[int, Ge(1)], ...] = (1, 2, 4, 8, 16)
-    """Numbers of neighbours that are tried with swapped databases."""
+    """Numbers of neighbors that are tried with swapped databases."""
     sweep_guidance: tuple[Annotated[float, Interval(gt=-inf, lt=inf)], ...] = (1.0, 2.0, 4.0)
     """Guidance scales that are tried with swapped databases."""
     sweep_prompts: Annotated[int, Ge(1)] = 100
     """Prompts for each of these."""
     seen: bool = False
-    """Let databases give pictures of the held-out subjects too."""
+    """Let databases give images of the held-out subjects too."""
     judge_steps: Annotated[int, Ge(1)] = 1500
-    """Updates of the network that judges styles, of 64 pictures each."""
+    """Updates of the network that judges styles, of 64 images each."""
 
     def __post_init__(self) -> None:
         check_bounds("evaluate", self)

@@ -202,7 +202,7 @@ class Evaluation(Stage):
                       info={"step": self.step, **{row["way"]: row["judge"]["mean"] for row in document["ways"]}})
 
     def _grid(self, way: str, results: list[dict[str, Any]], rows: int = 8) -> Image.Image:
-        """The first pictures of some prompts in every style, as the way has them; rows prompts, columns styles."""
+        """The first images of some prompts in every style, as the way has them; rows prompts, columns styles."""
         from pipeline.media.contact_sheet import contact_sheet
         size = self.run.image_size
         styles = [result for result in results if result["way"] == way]
@@ -219,7 +219,7 @@ _ACROSS = 10  # prompts side by side on a sheet of one way and style
 
 
 def _tile_images(images: np.ndarray) -> Image.Image:
-    """Pictures (P, seeds, S, S, 3) without gaps: ten prompts side by side, the seeds of each below each other."""
+    """Images (P, seeds, S, S, 3) without gaps: ten prompts side by side, the seeds of each below each other."""
     prompts, seeds, size = images.shape[:3]
     sheet = np.full((-(-prompts // _ACROSS) * seeds * size, min(_ACROSS, prompts) * size, 3), 255, np.uint8)
     for number, of_prompt in enumerate(images):
@@ -258,7 +258,7 @@ def _load_classifiers(folder: str, files: str, styles: int) -> tuple[style_class
 def check_same_data(run: Run, dataset: Dataset) -> None:
     """ValueError unless a run was trained on the shards that a dataset has now: else held out means nothing.
 
-    Of a run that was brought from elsewhere it is only said: pictures that were drawn anew may differ in a few bits.
+    Of a run that was brought from elsewhere it is only said: images that were drawn again may differ in a few bits.
     """
     then, now = run.lineage().get("shards", {}).get("digest"), dataset.identity("shards")["digest"]
     if then == now:

@@ -24,7 +24,7 @@ _BLOCK, _ASKED = 1 << 16, 512  # training vectors that are compared at a time, a
 
 
 def load_images(dataset: Dataset, size: int) -> np.ndarray:
-    """All pictures of a dataset, averaged down to `size` pixels a side: (N, S, S, 3) uint8."""
+    """All images of a dataset, averaged down to `size` pixels a side: (N, S, S, 3) uint8."""
     batches = []
     for record in dataset.manifest("shards")["items"]:
         path = dataset.fetch("shards", file_of(record, ".tar"), check=True)

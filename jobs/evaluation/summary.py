@@ -60,7 +60,7 @@ def interval(values: np.ndarray) -> dict[str, float]:
 
 
 def markdown_table(document: dict[str, Any]) -> str:
-    """The main ways, what real pictures get, and the sweeps, as two tables of Markdown."""
+    """The main ways, what real images get, and the sweeps, as two tables of Markdown."""
     real = document["real"]
     lines = ["| the style is named by | judge | probe | CLIP score | KID | nearest in training |",
              "|---|---|---|---|---|---|"]

@@ -66,7 +66,7 @@ class Order:
         return wanted
 
     def _epoch(self, number: int) -> np.ndarray:
-        # frozen, but a permutation of a million rows is not made anew for every step
+        # frozen, but a permutation of a million rows is not made again for every step
         memory = self.__dict__.setdefault("_memory", OrderedDict())
         if number not in memory:
             memory[number] = self.epoch(number)

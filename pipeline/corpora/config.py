@@ -10,7 +10,7 @@ from pipeline.bounds import check_bounds
 
 @dataclass(frozen=True)
 class DemoCorpusConfig:
-    """Which corpus, and how large its pictures are."""
+    """Which corpus, and how large its images are."""
 
     corpus: Literal["emoji", "drawn"] = "emoji"
     """emoji: real ones, fetched with npm; drawn: shapes drawn by the program."""
@@ -21,7 +21,7 @@ class DemoCorpusConfig:
     seed: Annotated[int, Ge(0)] = 0
     """Seed of the drawn corpus."""
     pictures_per_item: Annotated[int, Ge(1)] = 600
-    """Pictures made by one worker at a time."""
+    """Images made by one worker at a time."""
 
     def __post_init__(self) -> None:
         check_bounds("pictures", self)

@@ -1,8 +1,8 @@
-"""A corpus to begin with: emoji drawn in eight styles, or where npm is missing, pictures drawn here.
+"""A corpus to begin with: emoji drawn in eight styles, or where npm is missing, images drawn here.
 
-<style>/<subject>.png          one picture
+<style>/<subject>.png          one image
 <style>.csv train.csv          captions: of each style, of the mix of all that training may see
-heldout.csv sources.json       captions of what training may not see; origins and licences
+heldout.csv sources.json       captions of what training may not see; origins and licenses
 """
 
 import csv
@@ -25,7 +25,7 @@ _COLUMNS = ("file", "caption", "tags", "style", "subject", "held_out")
 
 
 class DemoCorpus(Stage):
-    """The stage from a catalog to a folder of pictures with captions."""
+    """The stage from a catalog to a folder of images with captions."""
 
     name = "pictures"
 

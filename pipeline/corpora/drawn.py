@@ -1,6 +1,6 @@
-"""Pictures that this program draws: coloured shapes in six styles, for tests and without npm.
+"""Images that this program draws: colored shapes in six styles, for tests and without npm.
 
-Subjects are told apart by what a caption says (shape, colour, size, tilt, number, a second shape),
+Subjects are told apart by what a caption says (shape, color, size, tilt, number, a second shape),
 styles by how the same is drawn. Nothing is downloaded, and there is a corpus of any size.
 """
 
@@ -39,7 +39,7 @@ WARM = {"red", "orange", "yellow", "pink", "brown"}
 SIZES = {"small": 0.55, "": 0.8, "large": 1.0}
 TILTS = {"": 0.0, "tilted": 24.0}
 NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5}
-# Where the shapes of a group stand, and half the room each has, in halves of the picture.
+# Where the shapes of a group stand, and half the room each has, in halves of the image.
 PLACES: dict[int, tuple[tuple[tuple[float, float], ...], float]] = {
     1: (((0, 0),), 0.94),
     2: (((-0.47, 0), (0.47, 0)), 0.46),
@@ -52,7 +52,7 @@ JOINTS = ("left of", "above", "inside")
 
 @dataclass(frozen=True)
 class Group:
-    """Equal shapes: how many, how large, tilted or not, which colour and which shape."""
+    """Equal shapes: how many, how large, tilted or not, which color and which shape."""
 
     colour: str
     shape: str
@@ -173,7 +173,7 @@ def render(catalog: Catalog[Scene], picture: CatalogImage, size: int) -> bytes:
 
 @dataclass(frozen=True)
 class Layer:
-    """Shapes of one colour on a square canvas: the area within and their closed lines."""
+    """Shapes of one color on a square canvas: the area within and their closed lines."""
 
     colour: Colour
     mask: Image.Image  # L, 255 within
@@ -227,7 +227,7 @@ def _layers(scene: Scene, key: str, side: int) -> Iterator[Layer]:
 
 
 def _mixed(colour: Colour, other: int, share: float) -> Colour:
-    """The colour with a share of grey level `other`: lighter with 255, darker with 0."""
+    """The color with a share of gray level `other`: lighter with 255, darker with 0."""
     red, green, blue = (round(level + (other - level) * share) for level in colour)
     return red, green, blue
 

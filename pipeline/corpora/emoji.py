@@ -1,4 +1,4 @@
-"""Real pictures: emoji in eight styles that five projects drew, under open licences.
+"""Real images: emoji in eight styles that five projects drew, under open licenses.
 
 The npm packages `@iconify-json/*` hold them as vector drawings (https://iconify.design/docs/types/
 iconify-json.html), so the same subjects can be had in every style and at any size.
@@ -247,7 +247,7 @@ def _search_words(cache: Path) -> dict[str, tuple[str, ...]]:
 
 
 def _svg(icon: Icon, icon_set: dict) -> str:
-    """The icon centred on a square, undistorted; the set's own measures stand where it has none."""
+    """The icon centered on a square, undistorted; the set's own measures stand where it has none."""
     defaults = {"left": 0, "top": 0, "width": 16, "height": 16}
     view_x, view_y, width, height = (
         float(icon.get(side, icon_set.get(side, default))) for side, default in defaults.items()
@@ -266,7 +266,7 @@ def render(catalog: Catalog[str], picture: CatalogImage, size: int) -> bytes:
     """A PNG of size x size, RGB on white; the same bytes each time.
 
     Raises:
-        ValueError: the drawing cannot be rendered or comes out blank; names the picture.
+        ValueError: the drawing cannot be rendered or comes out blank; names the image.
     """
     svg = catalog.drawings[picture.key]
     try:
@@ -284,7 +284,7 @@ def render(catalog: Catalog[str], picture: CatalogImage, size: int) -> bytes:
 
 
 def sources(cache: Path) -> list[dict]:
-    """Per style where its drawings come from and under which licence, and last the search words.
+    """Per style where its drawings come from and under which license, and last the search words.
 
     Raises:
         ValueError: an archive is missing from `cache` or broken.

@@ -1,4 +1,4 @@
-"""What is in a corpus of pictures before it is drawn: subjects, styles and words."""
+"""What is in a corpus of images before it is drawn: subjects, styles and words."""
 
 import hashlib
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ Drawing = TypeVar("Drawing")
 
 @dataclass(frozen=True)
 class CatalogImage:
-    """One picture of a corpus: a subject in a style, and the words that go with it.
+    """One image of a corpus: a subject in a style, and the words that go with it.
 
     The style is not in the caption; `tags` are search words that add to it. A held-out subject
     is held out in every style, so it may not be met in training at all.
@@ -30,7 +30,7 @@ class CatalogImage:
 
 @dataclass(frozen=True)
 class Catalog(Generic[Drawing]):
-    """Pictures in order of (style, subject), and by key what `render` draws each of them from."""
+    """Images in order of (style, subject), and by key what `render` draws each of them from."""
 
     pictures: tuple[CatalogImage, ...]
     drawings: Mapping[str, Drawing]

@@ -49,21 +49,21 @@ class Encoder:
 
     @property
     def whole(self) -> bool:
-        """Whether it takes batches of one size, whole ones wherever there are enough pictures: a GPU does."""
+        """Whether it takes batches of one size, whole ones wherever there are enough images: a GPU does."""
         return self.device.type != "cpu"
 
     def prepared(self, data: bytes) -> np.ndarray:
-        """An encoded picture as the model wants it but for the normalisation; see `prepared`."""
+        """An encoded image as the model wants it but for the normalization; see `prepared`."""
         return prepare_image(data, self.preprocessing, self.prepare)
 
     def images(self, batch: np.ndarray) -> np.ndarray:
-        """Unit vectors of a batch of `prepared` pictures: (B, S, S, 3) uint8 -> (B, D) float32."""
+        """Unit vectors of a batch of `prepared` images: (B, S, S, 3) uint8 -> (B, D) float32."""
         return self.launch(batch).cpu().numpy()
 
     def launch(self, batch: np.ndarray, size: int = 0) -> "torch.Tensor":
         """As `images`, without waiting for a GPU to finish: (B, D) float32 on the device.
 
-        With a `size` the encoder is given so many pictures always: a compiled one is compiled anew for any other
+        With a `size` the encoder is given so many images always: a compiled one is compiled again for any other
         number, and others may sum in another order. The vectors beyond those of the batch mean nothing.
         """
         import torch
@@ -119,7 +119,7 @@ def prepare_image(data: bytes, wanted: dict[str, Any], theirs: Callable[[Image.I
 
 
 def open_clip_transform(wanted: dict[str, Any]) -> Callable[[Image.Image], "torch.Tensor"]:
-    """open_clip's own preprocessing of a description, without the model; loaded once a picture needs it."""
+    """open_clip's own preprocessing of a description, without the model; loaded once an image needs it."""
 
     @lru_cache(maxsize=1)
     def build_transform() -> Any:
@@ -166,7 +166,7 @@ def load_encoder_on(config: ClipConfig, compiled: bool, device: "torch.device") 
 
     @lru_cache(maxsize=1)
     def tokenizer() -> Any:
-        # Once there are texts: those of some models want packages, or files of a hub, that pictures do without.
+        # Once there are texts: those of some models want packages, or files of a hub, that images do without.
         try:
             return open_clip.get_tokenizer(config.model)
         except Exception as error:
@@ -199,13 +199,13 @@ def _has_bf16_dot_products() -> bool:
 
 
 def input_pixels(config: ClipConfig) -> int:
-    """Pixels of a picture as the encoder takes it."""
+    """Pixels of an image as the encoder takes it."""
     size = describe_encoder(config)["preprocessing"]["image_size"]
     return size ** 2 if isinstance(size, int) else size[0] * size[1]
 
 
 def activation_bytes(config: ClipConfig) -> int:
-    """Bytes that a forward pass over one picture takes where it is widest, in fp32; a guess but for transformers."""
+    """Bytes that a forward pass over one image takes where it is widest, in fp32; a guess but for transformers."""
     own = config.model.startswith(OWN_WEIGHTS_SCHEMES)
     architecture = read_own_weights(config)[1]["model_cfg"] if own else read_tagged_weights(config)[1]
     vision = architecture["vision_cfg"]
@@ -217,7 +217,7 @@ def activation_bytes(config: ClipConfig) -> int:
 
 
 def flop_per_image(config: ClipConfig) -> tuple[float, int]:
-    """Floating point operations of a forward pass over one picture, and the length of its vector.
+    """Floating point operations of a forward pass over one image, and the length of its vector.
 
     Of a vision transformer with T tokens of width W: 24 T W^2 + 4 T^2 W in each layer (projections and a network of
     4 W; scores and values), and the patches. ValueError for other networks.

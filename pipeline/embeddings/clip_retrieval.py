@@ -66,7 +66,7 @@ class Export(Stage):
         table = parquet.read(self.dataset.fetch("shards", file_of(item.inputs["shards"], ".parquet")))
         table = table.filter(pc.equal(table["status"], "success"))
         vectors: Any = arrays.load_array(self.dataset.fetch("embeddings", file_of(item.inputs["embeddings"], ".npy")))
-        # Others know no rows that mark a picture which did not decode.
+        # Others know no rows that mark an image which did not decode.
         there = vectors.any(1)
         files = {"img_emb": vectors[there]}
         if self.with_texts:
@@ -200,7 +200,7 @@ class AdoptEmbeddings(Embed):
         return super().finish(records, scratch)
 
     def _rows(self, record: dict[str, Any], samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The metadata of the samples of a shard, as far as archives tell pictures and patches apart by it."""
+        """The metadata of the samples of a shard, as far as archives tell images and patches apart by it."""
         entry = file_of(record, ".parquet")
         there = set(pq.read_schema(self.dataset.fetch("shards", entry)).names)
         rows = metadata(self.dataset, record, [name for name in ROW_NUMBER if name in there])

@@ -40,7 +40,7 @@ class ClipConfig:
 
 @lru_cache(maxsize=8)
 def describe_encoder(config: ClipConfig) -> dict[str, Any]:
-    """What makes vectors comparable: model, sha256 of the weights, preprocessing, normalisation.
+    """What makes vectors comparable: model, sha256 of the weights, preprocessing, normalization.
 
     Loads no weights, so that a driver can plan; two encoders are the same if these are equal.
     """

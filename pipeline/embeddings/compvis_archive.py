@@ -72,9 +72,9 @@ class KeyTable:
 
 
 class Archives:
-    """The vectors of CompVis's archives by picture and patch; in memory are the names of all and two archives' vectors.
+    """The vectors of CompVis's archives by image and patch; in memory are the names of all and two archives' vectors.
 
-    A picture is called by the row of the source where `img_id` is a number, as CompVis counts; where it is text, by the
+    An image is called by the row of the source where `img_id` is a number, as CompVis counts; where it is text, by the
     last part of its address, with or without its ending, or by its key.
     """
 
@@ -103,7 +103,7 @@ class Archives:
 
         ValueError if the image has vectors, but not for this part of it.
         """
-        # As many names as a picture may go by; a shard goes by one of them.
+        # As many names as an image may go by; a shard goes by one of them.
         name_rules: list[Callable[[dict[str, Any]], str]] = [lambda row: str(row.get("source_row"))]
         if self.text:
             name_rules = [lambda row: _last(row), lambda row: _last(row).rpartition(".")[0] or _last(row),

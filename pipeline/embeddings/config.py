@@ -11,10 +11,10 @@ from pipeline.storage.sizes import parse_size
 
 @dataclass(frozen=True)
 class EmbedConfig(ClipConfig):
-    """Which encoder, and how many pictures at a time."""
+    """Which encoder, and how many images at a time."""
 
     batch_size: Annotated[int, Ge(1)] = 128
-    """Pictures in one forward pass; on a CPU 32 at most."""
+    """Images in one forward pass; on a CPU 32 at most."""
     compile: bool = False
     """Let torch.compile make the encoder faster, which takes a minute."""
     max_memory: str = "2Gi"

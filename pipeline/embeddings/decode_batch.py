@@ -12,7 +12,7 @@ from pipeline.stages.decoder_pool import DecodedBatch
 
 
 def decode_images(data: list[bytes], prepare: Callable[[bytes], np.ndarray]) -> DecodedBatch:
-    """What `prepare` makes of each picture, one after another."""
+    """What `prepare` makes of each image, one after another."""
     begun, there, pictures = time.perf_counter(), [], []
     for position, encoded in enumerate(data):
         try:

@@ -1,6 +1,6 @@
 """Shards -> CLIP embeddings: row i of 000042.npy is sample i of 000042.tar.
 
-How pictures become vectors is in `encoding`; here shards are taken one by one, or where the encoder takes whole
+How images become vectors is in `encoding`; here shards are taken one by one, or where the encoder takes whole
 batches several together, and each gets a file and a record of its own.
 """
 

@@ -6,7 +6,7 @@ last bits, and with them the bytes of the result. A GPU gets batches of one size
 is encoded while the next is decoded and the last is fetched. Where somebody lends decoders, parts are sent there.
 If the GPU runs out of memory, it encodes this batch and all later ones in halves (`devices.BatchFit`).
 
-Of the times, `wait` is how long the encoder had no pictures; `full`: nothing was decoded, for the encoder was behind;
+Of the times, `wait` is how long the encoder had no images; `full`: nothing was decoded, for the encoder was behind;
 `elsewhere`: decoding by others, who take no time of this process; `encoding`: all that others had decoded was in the
 encoder.
 """
@@ -33,10 +33,10 @@ from pipeline.stages.timers import Times
 if TYPE_CHECKING:
     import torch
 
-# Pictures in a forward pass on a CPU: more are no faster, and leave less for other threads to do.
+# Images in a forward pass on a CPU: more are no faster, and leave less for other threads to do.
 _PART, _LEAST = 32, 8
 _AHEAD = 4  # parts that are decoded, or being decoded, for each thread beside a GPU
-_BATCHES = 4  # of pictures, beside a GPU: being put together, on their way, and what is left of parts
+_BATCHES = 4  # of images, beside a GPU: being put together, on their way, and what is left of parts
 _BASE = 900 << 20  # what a process takes that has loaded torch, open_clip, pyarrow and Ray
 _WIDE = 14  # bytes of a channel of a pixel on its way from 8 bits to the encoder
 
@@ -48,7 +48,7 @@ class ShardPart:
     shard: int
     keys: list[str] = field(default_factory=list)
     data: list[bytes] = field(default_factory=list)
-    """The encoded pictures, until they are decoded."""
+    """The encoded images, until they are decoded."""
     there: list[int] = field(default_factory=list)
     """Positions of the samples that decode."""
     rows: np.ndarray | None = None
@@ -116,7 +116,7 @@ def plan_memory(budget: int, config: ClipConfig, shards: Iterable[tuple[int, int
 def samples_per_pass(count: int, size: int) -> int:
     """How many of `count` samples make a forward pass on a CPU: as even as can be, and two passes if there is enough.
 
-    Of the number of threads it knows nothing, for the last bits of a vector may depend on the pictures beside it.
+    Of the number of threads it knows nothing, for the last bits of a vector may depend on the images beside it.
     """
     passes = max(-(-count // min(size, _PART)), min(2, count // _LEAST), 1)
     return -(-count // passes) or 1
@@ -250,7 +250,7 @@ def _in_whole_batches(encoder: clip.Encoder, parts: Iterable[ShardPart], size: i
     computed.
     """
     held: deque[ShardPart] = deque()  # in order, until all of their vectors are there
-    pieces: deque[tuple[ShardPart, int, np.ndarray]] = deque()  # (part, first picture, pictures) that are to be encoded
+    pieces: deque[tuple[ShardPart, int, np.ndarray]] = deque()  # (part, first image, images) that are to be encoded
     going: tuple[list[tuple[ShardPart, int, np.ndarray]], Any] | None = None
     count = 0
     for part in itertools.chain(parts, [None]):
@@ -286,7 +286,7 @@ def _launched(encoder: clip.Encoder, batch: np.ndarray, size: int) -> "torch.Ten
 
 
 def _cut(pieces: deque[tuple[ShardPart, int, np.ndarray]], size: int) -> list[tuple[ShardPart, int, np.ndarray]]:
-    """Take `size` pictures from the front, or what is there."""
+    """Take `size` images from the front, or what is there."""
     batch, missing = [], size
     while pieces and missing:
         part, first, pictures = pieces.popleft()
@@ -299,7 +299,7 @@ def _cut(pieces: deque[tuple[ShardPart, int, np.ndarray]], size: int) -> list[tu
 
 
 def _fetch(batch: list[tuple[ShardPart, int, np.ndarray]], launched: Any) -> None:
-    """Give the vectors of a batch to the parts that its pictures are of."""
+    """Give the vectors of a batch to the parts that its images are of."""
     vectors, start = launched.cpu().numpy(), 0
     for part, first, pictures in batch:
         assert part.rows is not None

@@ -14,7 +14,7 @@ BLOCK = 1 << 16  # rows in float32 at a time
 LISTS = "knn.ivfdata"  # inverted lists that are not in knn.index
 TRAINING_SETTINGS = frozenset({"key", "train_points", "part_memory"})  # that an index made elsewhere does not use
 SIZES = ("max_memory", "part_memory", "merge_memory")  # settings that are sizes
-EXACT = 100  # neighbours of a query that are found exactly, to measure recall@1, @10 and @100
+EXACT = 100  # neighbors of a query that are found exactly, to measure recall@1, @10 and @100
 FLAT_GAIN = 0.01  # less recall than this, gained by four times the effort, is not worth it
 
 
@@ -36,7 +36,7 @@ class IndexConfig:
     min_recall: Annotated[float, Interval(ge=0, le=1)] = 0.0
     """An index with less recall@10 is not sealed."""
     train_points: Annotated[int, Ge(1)] = 1_000_000
-    """Rows sampled to train the quantiser."""
+    """Rows sampled to train the quantizer."""
     seed: Annotated[int, Ge(0)] = 0
     """Seed of the held-out rows and the training sample."""
     part_memory: str = "512Mi"
@@ -44,7 +44,7 @@ class IndexConfig:
     merge_memory: str = "4Gi"
     """Inverted lists larger than this are merged on disk, into a file that searches map into memory."""
     max_drift: Annotated[float, Gt(0)] = 1.5
-    """With --extend: an index that quantises the added vectors with more times the error of those that were held out
+    """With --extend: an index that quantizes the added vectors with more times the error of those that were held out
     when it was trained is not sealed."""
 
     min_self_hit: Annotated[float, Interval(ge=0, le=1)] = 0.9

@@ -41,7 +41,7 @@ _TINY = 1e-6  # errors are rounded to this
 
 
 class Drifted(StageFailed):
-    """The added vectors are too far from those of the training: it is time to train anew."""
+    """The added vectors are too far from those of the training: it is time to train again."""
 
 
 class Extension(Index):
@@ -136,9 +136,9 @@ class Extension(Index):
 
     def _drift(self, index: Any, embeddings: Embeddings, change: "RowChanges", before: dict[str, Any],
                rng: np.random.Generator) -> dict[str, float]:
-        """The error of quantising the added rows beside that of rows held out of training, 1 where nothing was added.
+        """The error of quantizing the added rows beside that of rows held out of training, 1 where nothing was added.
 
-        Rows that training saw are no measure: few of them are hardly quantised, if they are all there was.
+        Rows that training saw are no measure: few of them are hardly quantized, if they are all there was.
         """
         at_first = before.get("error_of_held")
         if at_first is None:  # an index from before that was written down

@@ -37,7 +37,7 @@ def fill(index: faiss.Index, vectors: np.ndarray) -> None:
 
 def fill_by_lists(index: faiss.Index, vectors: np.ndarray, place: Callable[[faiss.Index], faiss.Index] | None = None
                   ) -> None:
-    """Add vectors whose lists are found where `place` puts the centres; the codes, of all kinds, are made here."""
+    """Add vectors whose lists are found where `place` puts the centers; the codes, of all kinds, are made here."""
     inner, vectors = inner_ivf(index), transform_before_lists(index, vectors)
     if place:
         centres = faiss.IndexFlat(inner.d, inner.quantizer.metric_type)

@@ -1,8 +1,8 @@
 """An index for more vectors than one worker should hold: trained on a sample of all, filled in parts, put together.
 
 index-training/   trained.index, and the queries that measure the result (rows kept out of the sample)
-index-parts/      part.index for a group of shards, and the exact neighbours of the queries among its rows
-index/            the parts as one, tuned and measured against the exact neighbours of all parts
+index-parts/      part.index for a group of shards, and the exact neighbors of the queries among its rows
+index/            the parts as one, tuned and measured against the exact neighbors of all parts
 """
 
 from collections.abc import Iterator, Sequence
@@ -205,7 +205,7 @@ def merge_parts(training: IndexTraining, parts: IndexParts, config: IndexConfig,
 
 
 def held_out_queries(training: IndexTraining) -> list[RecallQueries]:
-    """The queries of a training: pictures that it did not see, and captions if there are any."""
+    """The queries of a training: images that it did not see, and captions if there are any."""
     query_sets = [RecallQueries("image", arrays.load_array(_fetch_training_file(training, "images.npy")),
                      arrays.load_array(_fetch_training_file(training, "held.npy")))]
     if any(entry["name"] == "texts.npy" for record in read_manifest(training.folder, training.command)["items"]

@@ -145,7 +145,7 @@ def rank_exactly(embeddings: Embeddings, queries: np.ndarray, ids: np.ndarray, k
     """The best k of candidate `ids` (B, C) by exact inner product: ids (B, k) and scores (B, k)."""
     vectors = embeddings.rows(ids).astype(np.float32)
     scores = np.einsum("bcd,bd->bc", vectors, np.asarray(queries, np.float32), optimize=True)
-    scores[(ids < 0) | ~vectors.any(-1)] = -np.inf  # rows of zeros are pictures that did not decode
+    scores[(ids < 0) | ~vectors.any(-1)] = -np.inf  # rows of zeros are images that did not decode
     return best_rows(ids, scores, k)
 
 

@@ -178,7 +178,7 @@ def _train_codes(inner: faiss.Index, rows: np.ndarray, otherwise: Callable[[], N
 
 
 def _train_lists(inner: faiss.IndexIVF, sample: np.ndarray) -> None:
-    """Find the centres of the lists: on a GPU where there is one; where they stand in a graph, fill it with one thread.
+    """Find the centers of the lists: on a GPU where there is one; where they stand in a graph, fill it with one thread.
 
     faiss does the rest of them itself, with the same clustering.
     """

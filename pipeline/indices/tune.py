@@ -29,7 +29,7 @@ from pipeline.indices.searcher import best_rows
 
 @dataclass
 class RecallQueries:
-    """Queries of one kind, and the exact neighbours of each among the rows that were looked at."""
+    """Queries of one kind, and the exact neighbors of each among the rows that were looked at."""
 
     kind: str
     vectors: np.ndarray
@@ -45,7 +45,7 @@ class RecallQueries:
 
     def look(self, vectors: np.ndarray, offset: int) -> None:
         """Take rows (N, D) float32 into account, which begin at the global row `offset`."""
-        rows = np.flatnonzero(vectors.any(1))  # rows of zeros are pictures that did not decode
+        rows = np.flatnonzero(vectors.any(1))  # rows of zeros are images that did not decode
         if not len(rows) or not len(self.vectors):
             return
         decoded = vectors if len(rows) == len(vectors) else vectors[rows]
@@ -61,7 +61,7 @@ class RecallQueries:
         self.ids, self.scores = best_rows(np.hstack([self.ids, ids]), np.hstack([self.scores, scores]), EXACT)
 
     def recall(self, index: faiss.Index) -> dict[str, float]:
-        """recall@1, @10 and @100 of an index: the share of the exact neighbours that are among as many found."""
+        """recall@1, @10 and @100 of an index: the share of the exact neighbors that are among as many found."""
         _, ids = search_in_blocks(lambda queries: index.search(queries, EXACT + 1), self.vectors)
         if self.own is not None:
             # What is not the query itself moves up.
@@ -110,7 +110,7 @@ def measure_recall(index: faiss.Index, key: str, queries: list[RecallQueries], c
              ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Tune a filled index; autofaiss's index_infos, facts, and seconds.
 
-    The search effort is set to the least that reaches the target recall@10 of pictures, or of captions where these are
+    The search effort is set to the least that reaches the target recall@10 of images, or of captions where these are
     all the queries; or to that from which on more effort finds no more.
     """
     count, dim = index.ntotal, index.d
@@ -126,7 +126,7 @@ def measure_recall(index: faiss.Index, key: str, queries: list[RecallQueries], c
         recalls = [point[usable[0].kind]["10"] for point in curve] if usable else []
         if recalls and recalls[-1] >= config.target_recall:
             break
-        # Where codes are what loses the neighbours, no effort finds them.
+        # Where codes are what loses the neighbors, no effort finds them.
         if len(recalls) > 2 and recalls[-1] - recalls[-3] < FLAT_GAIN and recalls[-1] > 0.5 * config.target_recall:
             setting = curve[-3]["parameter"]
             break
@@ -149,7 +149,7 @@ def measure_recall(index: faiss.Index, key: str, queries: list[RecallQueries], c
 def recall_error(index: faiss.Index, vectors: np.ndarray) -> float:
     """Mean squared distance of unit vectors to what the index makes of them; 0 where it keeps them.
 
-    Of lists with whole vectors it is the distance to the centre of the list.
+    Of lists with whole vectors it is the distance to the center of the list.
     """
     sample = np.ascontiguousarray(vectors[:10_000], np.float32)
     if not len(sample):

@@ -17,7 +17,7 @@ def contact_sheet(images: Sequence[Image.Image | None], columns: int, *, labels:
                   cell: int = 64, gap: int = 6, text_size: int | None = None, label_lines: int = 2) -> Image.Image:
     """A sheet of the images, row by row, each fitted undistorted into a square cell.
 
-    None leaves a light grey cell. `labels` stand below the cells, at most `label_lines` lines
+    None leaves a light gray cell. `labels` stand below the cells, at most `label_lines` lines
     each; `row_labels` at the left, `column_labels` on top. What does not fit ends in an ellipsis.
     Lengths are in pixels; `text_size` follows the cell if not given. RGB.
 
@@ -48,7 +48,7 @@ def contact_sheet(images: Sequence[Image.Image | None], columns: int, *, labels:
 
     for column, lines in enumerate(column_texts):
         x = grid_x + column * (cell + gap) + cell / 2
-        # Headings stand on the images, so short ones do not float above long neighbours.
+        # Headings stand on the images, so short ones do not float above long neighbors.
         _write(pen, lines, font, x, grid_y - gap - _tallest([lines], font), INK, "m")
     for row, lines in enumerate(row_texts):
         y = grid_y + row * (cell + caption + gap) + (cell - _tallest([lines], font)) / 2

@@ -14,12 +14,12 @@ from pipeline.media import image_headers, isolation, jpeg_damage
 from pipeline.media.types import LONG_SIDE_MODES, LONGEST, NARROWEST, BadImage, Decoded, Resize, check_size
 
 # A JPEG is decoded at 1/2, 1/4 or 1/8 while so many times the wanted side is left. Against the Lanczos of the whole
-# picture 1.5 keeps 42 dB and more, and stays ahead of OpenCV's INTER_AREA on every picture tried; 1.2 does not.
+# image 1.5 keeps 42 dB and more, and stays ahead of OpenCV's INTER_AREA on every image tried; 1.2 does not.
 SPARE = 1.5
 _LARGEST_EXIF = 1 << 16  # bytes
 _LARGEST_PROFILE = 4 << 20  # bytes; profiles of presses have up to 2 MB
 # By content, whatever the name; what else Pillow opens (EPS by starting Ghostscript) is nothing to take from the web.
-# The first picture would load the rest of the decoders, maybe in several threads at once.
+# The first image would load the rest of the decoders, maybe in several threads at once.
 Image.init()
 _FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "DIB", "ICO", "JPEG2000", "PPM", "TIFF",
                                    "TGA") if name in Image.OPEN)  # the last tells hardly anything apart
@@ -37,7 +37,7 @@ def decode(data: bytes, max_pixels: int, *, at_least: int = 0, how: Resize = "ce
            max_aspect: float = NARROWEST) -> Decoded:
     """Decode to 8-bit sRGB, upright, transparent parts on white, the first frame of an animation.
 
-    With `at_least`, a picture that `resize` is going to bring to that size by `how` may come smaller than it is
+    With `at_least`, an image that `resize` is going to bring to that size by `how` may come smaller than it is
     (JPEGs do, and then give the Decoded to `resize`, not its image); `width` and `height` are those of the whole.
     BadImage with the reason empty_file, not_a_picture, needs_formats_extra, too_many_pixels, too_many_scans, too_slow,
     too_much_memory or corrupt, or one of `check_size`. A remark with the reason damaged says what a JPEG has lost.
@@ -242,7 +242,7 @@ def _load(image: Image.Image, data: bytes, part: int, strict: bool) -> Image.Ima
 
 
 def _decode_reduced(image: Image.Image, data: bytes, size: int, how: Resize, strict: bool) -> Decoded | None:
-    """What most pictures on the web are, a JPEG of three colours to be made smaller; None for any other."""
+    """What most images on the web are, a JPEG of three colors to be made smaller; None for any other."""
     (width, height), part = image.size, _reduction(image, size, how)
     side = max(width, height) if how in LONG_SIDE_MODES else min(width, height)
     if image.format != "JPEG" or image.mode != "RGB" or how == "no" or side <= size:
@@ -280,14 +280,14 @@ def _reduction(image: Image.Image, size: int, how: Resize) -> int:
     if image.format not in _JPEG_FORMATS:
         return 1
     side = max(image.size) if how in LONG_SIDE_MODES else min(image.size)
-    # Colours that are coarser one way than the other do not come out even from a small fraction (32 dB).
+    # Colors that are coarser one way than the other do not come out even from a small fraction (32 dB).
     most = 8 if all(across == down for _, across, down, _ in getattr(image, "layer", ())) else 2
     return next((part for part in (8, 4, 2)
                  if part <= most and side >= part * SPARE * size and min(image.size) >= part), 1)
 
 
 def _box(orientation: int, width: float, height: float, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Where the picture is in an upright image that before it was turned had `size`, and the picture upper left."""
+    """Where the image is in an upright image that before it was turned had `size`, and the image upper left."""
     spare_x, spare_y = size[0] - width, size[1] - height
     x, y = (0.0, width), (0.0, height)
     if orientation in {2, 3, 7, 8}:  # what was right is left now, or on top
@@ -302,7 +302,7 @@ def _read_orientation(image: Image.Image) -> int:
         return 0  # its decoder has turned it; its EXIF still says how the camera was held
     try:
         value = image.getexif().get(0x0112, 0)
-    except Exception:  # a spoiled EXIF block, frequent in the wild, does not spoil the picture
+    except Exception:  # a spoiled EXIF block, frequent in the wild, does not spoil the image
         return 0
     return value if isinstance(value, int) and value in range(9) else 0
 
@@ -331,7 +331,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _to_srgb(image: Image.Image, stored: str, profile: Any) -> tuple[Image.Image, bool, str]:
     """RGB or CMYK with a profile -> sRGB, whether the profile changed it, and what is wrong with the profile.
 
-    `stored` is the mode of the file: a profile of greys is taken for pictures stored as greys only.
+    `stored` is the mode of the file: a profile of greys is taken for images stored as greys only.
     """
     transform, complaint = None, ""
     if profile:

@@ -81,7 +81,7 @@ class _NearDuplicates:
     """Points, no two of them equal, and who stays.
 
     Hashes that differ in `bits` bits at most agree in some of a few bands: sorting by each choice of bands brings them
-    together. Colours that are near lie in the same or in neighbouring cells of red, and near in green. If that leaves
+    together. Colors that are near lie in the same or in neighboring cells of red, and near in green. If that leaves
     too many pairs, for the points are crowded, the first half is settled, and the second compared with those who
     stayed: of a crowd few stay.
     """

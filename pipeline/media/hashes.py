@@ -10,17 +10,17 @@ from pipeline.media.types import Pixels, size_of
 
 
 def pixel_hash(image: Pixels) -> str:
-    """sha256 of size and pixels as RGB: equal for equal pictures, however they were encoded."""
+    """sha256 of size and pixels as RGB: equal for equal images, however they were encoded."""
     digest = hashlib.sha256(b"%d %d\n" % size_of(image))
     digest.update((image if isinstance(image, np.ndarray) else to_pillow(image)).tobytes())
     return digest.hexdigest()
 
 
 def perceptual_hash(image: Pixels) -> tuple[int, tuple[int, int, int]]:
-    """PHash (64 bits, the same but for a few bits for a copy scaled or encoded anew), and the mean colour.
+    """PHash (64 bits, the same but for a few bits for a copy scaled or encoded again), and the mean color.
 
-    pHash sees luminance alone, without its level: a red square and a blue one, a blank picture and any other have the
-    same. The mean colour tells these apart.
+    pHash sees luminance alone, without its level: a red square and a blue one, a blank image and any other have the
+    same. The mean color tells these apart.
     """
     import imagehash  # loads scipy
 

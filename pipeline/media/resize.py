@@ -41,7 +41,7 @@ def resize(image: "Pixels | Decoded", size: int, how: Resize, *, only_if_bigger:
     center_crop: the middle square at `size`; keep_ratio: the short side; keep_ratio_largest: the long side; border:
     the long side, and white around it to a square; no: as it is. With `only_if_bigger` nothing is enlarged: the side
     in question stays below `size`. Squares remain squares then: center_crop takes the middle at its own size, border
-    adds white up to `size` (img2dataset leaves such pictures neither cropped nor padded).
+    adds white up to `size` (img2dataset leaves such images neither cropped nor padded).
     What needs no change is returned itself. BadImage with the reason too_narrow beyond `max_aspect`, or where a
     hair's breadth would be blown up to a giant.
     """
@@ -90,7 +90,7 @@ def _crop(image: Pixels, part: tuple[int, int, int, int]) -> Pixels:
 
 def _lanczos(image: Pixels, shape: tuple[int, int], part: tuple[float, float, float, float],
              whole: tuple[int, int], box: tuple[float, float, float, float] | None) -> Pixels:
-    """`part` of a picture of the size `whole`, that lies at `box` of `image`, in `shape` pixels."""
+    """`part` of an image of the size `whole`, that lies at `box` of `image`, in `shape` pixels."""
     width, height = size_of(image)
     if box is not None:
         x_scale, y_scale = (box[2] - box[0]) / whole[0], (box[3] - box[1]) / whole[1]
@@ -148,7 +148,7 @@ def to_pillow(image: Pixels) -> Image.Image:
 
 
 def decode_pixels(data: bytes) -> np.ndarray:
-    """The picture of a shard as (H, W, 3) uint8; BadImage if it does not decode."""
+    """The image of a shard as (H, W, 3) uint8; BadImage if it does not decode."""
     # A JPEG of the usual kind: in half of Pillow's time, and without keeping other threads waiting.
     if data[:3] == JPEG_MAGIC and not image_headers.is_suspicious(data):
         try:

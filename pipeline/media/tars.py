@@ -153,7 +153,7 @@ def _sample_members(members: Iterable[Member]) -> Iterator[tuple[str, str, Membe
 
 
 def sample_image(sample: dict[str, Any]) -> Any:
-    """The picture of a sample: its encoded bytes, or whatever stands for them."""
+    """The image of a sample: its encoded bytes, or whatever stands for them."""
     if (suffix := image_suffix(sample)) is not None:
         return sample[suffix]
     raise ValueError(f"sample {sample.get('__key__')} has no picture; it has {sorted(sample)}")

@@ -13,7 +13,7 @@ Kernel = Literal["lanczos", "bicubic", "bilinear"]
 Resize = Literal["center_crop", "keep_ratio", "keep_ratio_largest", "border", "no"]
 Format = Literal["jpg", "png", "webp"]
 NARROWEST = 100  # long side to short side
-LONGEST = 100_000  # pixels of a side; more is no picture, whatever its other side
+LONGEST = 100_000  # pixels of a side; more is no image, whatever its other side
 LONG_SIDE_MODES = {"keep_ratio_largest", "border"}  # ways of resizing in which the long side counts
 JPEG_MAGIC = b"\xff\xd8\xff"
 # HEIC and JPEG XL are among them also without the extra `formats`, so that they are counted.
@@ -22,7 +22,7 @@ SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg",
 
 
 class BadImage(ValueError):
-    """A picture that cannot be used; `reason` is a word for the ledger."""
+    """An image that cannot be used; `reason` is a word for the ledger."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -34,7 +34,7 @@ class BadImage(ValueError):
 
 @dataclass
 class Decoded:
-    """A picture as RGB, its size before any resizing, and remarks worth a line in the ledger."""
+    """An image as RGB, its size before any resizing, and remarks worth a line in the ledger."""
 
     image: Pixels
     width: int
@@ -43,7 +43,7 @@ class Decoded:
     plain: bool  # 8-bit RGB as stored, so that its bytes may be kept as they are
     remarks: list[tuple[str, str]] = field(default_factory=list)
     box: tuple[float, float, float, float] | None = None
-    """Where in `image` the picture is, if it was decoded at a fraction (whose size is rounded up)."""
+    """Where in `image` the image is, if it was decoded at a fraction (whose size is rounded up)."""
 
 
 def check_size(width: int, height: int, min_size: int, max_aspect: float) -> None:

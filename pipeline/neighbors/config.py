@@ -17,10 +17,10 @@ MOST_WORKERS = 64  # so many can work at once, however many shards are searched 
 
 @dataclass(frozen=True)
 class NeighborsConfig:
-    """Which neighbours are kept."""
+    """Which neighbors are kept."""
 
     k: Annotated[int, Ge(1)] = 20
-    """Neighbours of each sample."""
+    """Neighbors of each sample."""
     method: Literal["index", "exact"] = "index"
     """index: among the rows in the lists of the index that are nearest; exact: among all rows. An index without
     lists gives candidates (HNSW), or all rows are compared, which is no slower (Flat, SQ, PQ)."""
@@ -34,9 +34,9 @@ class NeighborsConfig:
     copy_bits: Annotated[int, Interval(ge=-1, le=64)] = -1
     """Rows whose perceptual hash differs in no more bits of 64 count as copies too; -1: hashes do not matter."""
     vectors: bool = False
-    """Write the neighbours' vectors beside their ids, so that training reads them in one piece."""
+    """Write the neighbors' vectors beside their ids, so that training reads them in one piece."""
     checked: Annotated[int, Ge(0)] = 200
-    """Samples of all whose neighbours are compared with the exact ones, to measure the recall."""
+    """Samples of all whose neighbors are compared with the exact ones, to measure the recall."""
     at_once: Annotated[int, Ge(0)] = 0
     """Shards whose samples are searched together, so that the database is read once for all of them; 0: as many as
     `max_memory` has room for, as long as 64 workers have something to do."""

@@ -71,7 +71,7 @@ def _exhaustive(vectors: np.ndarray, database: Embeddings, m: int, memory: int, 
     scores = torch.full((len(vectors), m), -torch.inf, device=device)
     for first, rows in times.each("read", database.blocks(blocks.rows)):
         with times("read"):
-            there = np.flatnonzero(rows.any(1))  # rows of zeros are pictures that did not decode
+            there = np.flatnonzero(rows.any(1))  # rows of zeros are images that did not decode
             if not len(there):
                 continue
             count = len(there)

@@ -15,12 +15,12 @@ def neighbor_files(items: Sequence[dict[str, Any]], suffix: str) -> list[dict[st
 
 
 def load_neighbors(dataset: Dataset, database: Dataset, suffix: str = ".ids.npy") -> list[np.ndarray]:
-    """The ids of a sealed neighbour list, shard by shard, each (N_i, k) int64, memory-mapped; or other files of it."""
+    """The ids of a sealed neighbor list, shard by shard, each (N_i, k) int64, memory-mapped; or other files of it."""
     name = f"neighbors/{database.label}"
     return [dataset.open_file(name, entry, map_array)
             for entry in neighbor_files(dataset.manifest(name)["items"], suffix)]
 
 
 def has_vectors(dataset: Dataset, database: Dataset) -> bool:
-    """Whether a sealed neighbour list has the neighbours' vectors too."""
+    """Whether a sealed neighbor list has the neighbors' vectors too."""
     return bool(neighbor_files(dataset.manifest(f"neighbors/{database.label}")["items"], ".vectors.npy"))

@@ -241,7 +241,7 @@ class Neighbors(Stage):
 
     def _quality(self, database: "OpenDatabase", queries: NeighborQueries, ids: np.ndarray, there: np.ndarray,
                  item: Item) -> dict[str, int]:
-        """How many of a few samples' exact neighbours were found."""
+        """How many of a few samples' exact neighbors were found."""
         if not (database.lists or database.graph):
             return {}
         parts, start = [np.empty(0, np.int64)], 0
@@ -260,7 +260,7 @@ class Neighbors(Stage):
         return {"checked": int((exact >= 0).sum()), "agreed": agreed}
 
     def _usage(self, records: Sequence[dict[str, Any]]) -> np.ndarray:
-        """How often each row of the database is a neighbour, (M,) int64: p_D of the paper, not normalised."""
+        """How often each row of the database is a neighbor, (M,) int64: p_D of the paper, not normalized."""
         usage = np.zeros(self.database.manifest("embeddings")["totals"]["samples"], np.int64)
 
         def read(entry: dict[str, Any]) -> np.ndarray:

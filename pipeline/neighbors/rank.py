@@ -40,7 +40,7 @@ class Copies:
     """What rows must not share with a query, and which must not be found."""
 
     labels: np.ndarray
-    """(N, L) uint64 of the database: rows with the same number in a column show the same picture."""
+    """(N, L) uint64 of the database: rows with the same number in a column show the same image."""
     similarity: float
     """Rows at least so similar are copies."""
     hashes: np.ndarray | None = None
@@ -51,7 +51,7 @@ class Copies:
     """(N,) bool: rows that must not be found at all."""
 
     def among(self, ids: np.ndarray, queries: "NeighborQueries", which: np.ndarray) -> np.ndarray:
-        """(P,) whether the rows `ids` (P,) are the queries `which` (P,) themselves or show their pictures."""
+        """(P,) whether the rows `ids` (P,) are the queries `which` (P,) themselves or show their images."""
         same = ids == queries.own[which]
         for column in range(self.labels.shape[1]):
             same |= self.labels[ids, column] == queries.labels[which, column]
@@ -65,7 +65,7 @@ class Copies:
 
 @dataclass
 class NeighborQueries:
-    """Vectors whose neighbours are wanted, and what is known of the pictures."""
+    """Vectors whose neighbors are wanted, and what is known of the images."""
 
     vectors: np.ndarray
     """(Q, D) float32"""
@@ -95,7 +95,7 @@ class BestRows:
     """The m best rows of each query, of rows that come a few at a time.
 
     What beats the least of the best is put behind them, and only where the room for it is used up are the best chosen
-    anew: of the rows that come late hardly any does.
+    again: of the rows that come late hardly any does.
     """
 
     def __init__(self, queries: int, m: int) -> None:
@@ -185,7 +185,7 @@ def exact_products(database: Embeddings, ids: np.ndarray, vectors: np.ndarray, w
     def compute(start: int) -> None:
         part = order[start:start + _PAIRS]
         rows = torch.from_numpy(database.rows(ids[part], once=True)).float().numpy()
-        # Rows of zeros are pictures that did not decode.
+        # Rows of zeros are images that did not decode.
         scores[part] = np.where(rows.any(1), np.einsum("pd,pd->p", rows, vectors[which[part]]), -np.inf)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:

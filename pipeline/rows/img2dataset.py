@@ -17,7 +17,7 @@ def is_output(names: Iterable[str]) -> bool:
     """Whether a table with these columns is output of img2dataset, where each row has a status.
 
     Its hash column, sha256 unless it was run otherwise, is that of the downloaded bytes. The images that it stores are
-    resized and encoded anew, so their hashes differ.
+    resized and encoded again, so their hashes differ.
     """
     return set(names) >= _COLUMNS
 

@@ -18,7 +18,7 @@ LICENSE, NO_LICENSE = "filtered_by_license", "filtered_without_license"
 
 @dataclass
 class Row:
-    """One row of a source: what its picture is called and where it is, and what is known of it."""
+    """One row of a source: what its image is called and where it is, and what is known of it."""
 
     number: int
     """Its place in the source; what is left out by a filter counts."""
@@ -28,14 +28,14 @@ class Row:
     columns: dict[str, Any] = field(default_factory=dict)
     """Its other cells: None, bool, int, float, str, bytes."""
     digest: str = ""
-    """Hash that the picture's bytes must have, in hexadecimal."""
+    """Hash that the image's bytes must have, in hexadecimal."""
     remarks: list[str] = field(default_factory=list)
     """Entries for the ledger: a reason, or `reason: detail`."""
     caption_file: str = ""
     json_file: str = ""
     """JSON beside the image, of which a worker takes the columns and, if there is no other, the caption."""
     missing: str = ""
-    """Why there is no picture to be had, as far as the listing knows."""
+    """Why there is no image to be had, as far as the listing knows."""
     data: bytes | None = None
     reason: str = ""
     """The reason in the ledger if there is no image; "": the usual one."""

@@ -1,7 +1,7 @@
 """Tars that are there already -> shards of a dataset, sealed where they lie, without a copy.
 
 What is written is small: for each tar a parquet of metadata in our columns, and the manifest. A tar whose rows
-could part ways with its metadata later (cut off, members without a picture, links) is refused by name.
+could part ways with its metadata later (cut off, members without an image, links) is refused by name.
 """
 
 import hashlib

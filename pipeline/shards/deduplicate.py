@@ -1,7 +1,7 @@
-"""Shards -> the same shards without pictures that occurred before, anywhere in the corpus.
+"""Shards -> the same shards without images that occurred before, anywhere in the corpus.
 
 Which of several stays does not depend on workers or on chance: the one that comes first in the source.
-The shards with all pictures (`unsifted/`) are removed once those without are sealed.
+The shards with all images (`unsifted/`) are removed once those without are sealed.
 """
 
 import json

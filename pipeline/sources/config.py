@@ -13,7 +13,7 @@ from pipeline.storage.sizes import parse_size
 Kind = Literal["auto", "pictures", "list", "tars"]
 
 
-# Bytes a pixel that pictures take: img2dataset's table of a million of 256 x 256, and some for the metadata.
+# Bytes a pixel that images take: img2dataset's table of a million of 256 x 256, and some for the metadata.
 _BYTES_A_PIXEL = {"jpg": 0.46, "webp": 0.36, "png": 1.5}
 
 LATER_SETTINGS = {"columns": "", "fetch_failed": False, "image_key": "", "caption_key": "", "licenses": ""}
@@ -34,14 +34,14 @@ class ShardConfig:
     column caption; others are stored. Default: captions.* in the source, metadata.* in any of its folders, or .txt,
     .caption and .json beside each image."""
     only_captioned: bool = False
-    """Take only the pictures that the captions name, in their order; otherwise all, sorted by name."""
+    """Take only the images that the captions name, in their order; otherwise all, sorted by name."""
     sources: str = ""
-    """JSON file on origin and licence of the pictures; its content is kept in the manifest."""
+    """JSON file on origin and license of the images; its content is kept in the manifest."""
     url_column: str = ""
     """Column of a list with the URLs; default: url, URL, image_url. It may be a path or a template, as in
     https://host/{image_id}.jpg (docs/corpora.md)."""
     image_column: str = ""
-    """Column with pictures as bytes, or as struct with a field bytes; default: image and the like."""
+    """Column with images as bytes, or as struct with a field bytes; default: image and the like."""
     caption_column: str = ""
     """Column with the captions; default: caption, TEXT, text, captions, alt_text, txt, prompt or title in any case.
     It may be a path or a template for lists, as in "{style} by {artist}"."""
@@ -79,21 +79,21 @@ class ShardConfig:
     quality: Annotated[int, Interval(ge=1, le=100)] = 95
     """Quality of jpg and webp."""
     max_pixels: Annotated[int, Ge(1)] = 100_000_000
-    """Pictures with more pixels than this are refused before they are decoded."""
+    """Images with more pixels than this are refused before they are decoded."""
     min_size: Annotated[int, Ge(0)] = 0
-    """Pictures with a shorter side than this are left out."""
+    """Images with a shorter side than this are left out."""
     max_aspect: Annotated[float, Ge(1)] = NARROWEST
-    """Pictures with a longer side than so many short ones are left out."""
+    """Images with a longer side than so many short ones are left out."""
     patches: Annotated[int, Ge(0)] = 0
-    """Cut so many squares of image_size at random from each picture, instead of resizing it."""
+    """Cut so many squares of image_size at random from each image, instead of resizing it."""
     patch_side: Annotated[int, Ge(1)] = 1200
-    """Short side that a picture is brought to before patches are cut."""
+    """Short side that an image is brought to before patches are cut."""
     seed: int = 0
     """Of the patches' places."""
     exif: bool = False
-    """Keep the EXIF data of each picture in its metadata."""
+    """Keep the EXIF data of each image in its metadata."""
     duplicates: Literal["keep", "exact", "near"] = "keep"
-    """Leave out pictures whose pixels occurred before (exact), or that look like one that did (near)."""
+    """Leave out images whose pixels occurred before (exact), or that look like one that did (near)."""
     duplicate_bits: Annotated[int, Interval(ge=0, le=8)] = 3
     """Bits of 64 in which the perceptual hashes of near duplicates may differ."""
     download: DownloadConfig = field(default_factory=DownloadConfig)

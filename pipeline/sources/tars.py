@@ -1,4 +1,4 @@
-"""Tars that webdataset or img2dataset wrote, to be filtered and resized anew: a shard for each."""
+"""Tars that webdataset or img2dataset wrote, to be filtered and resized again: a shard for each."""
 
 from __future__ import annotations
 

@@ -15,12 +15,12 @@ class GatesConfig:
     min_recall: Annotated[float, Interval(ge=0, le=1)] = 0.8
     """Least recall@10 of the index, queries held out against exact search."""
     max_lost: Annotated[float, Interval(ge=0, le=1)] = 0.3
-    """Largest share of the published pictures that the new version has not (removed or replaced; what was asked to be
+    """Largest share of the published images that the new version has not (removed or replaced; what was asked to be
     forgotten does not count)."""
     max_failed: Annotated[float, Interval(ge=0, le=1)] = 0.1
-    """Largest share of the source's pictures that could not be fetched or decoded."""
+    """Largest share of the source's images that could not be fetched or decoded."""
     min_overlap: Annotated[float, Interval(ge=0, le=1)] = 0.7
-    """Least share of the ten nearest pictures of the queries that the published version gives too."""
+    """Least share of the ten nearest images of the queries that the published version gives too."""
     only_licenses: str = ""
     """Licenses (SPDX, as in --licenses) that all images must have; by default those of --licenses."""
     gate_where: str = ""

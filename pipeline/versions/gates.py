@@ -161,7 +161,7 @@ def measure_overlap(dataset: Dataset, before: Dataset, texts: Sequence[str], cli
 
 
 def _labels(dataset: Dataset, rows: np.ndarray) -> np.ndarray:
-    """What tells the pictures at some rows from others, whatever version they are in; 0 for no row."""
+    """What tells the images at some rows from others, whatever version they are in; 0 for no row."""
     out, offset = np.zeros(rows.shape, np.uint64), 0
     for record in dataset.manifest("shards")["items"]:
         here = (rows >= offset) & (rows < offset + record["samples"])

@@ -79,7 +79,7 @@ class _Checked:
 
     @cached_property
     def database(self) -> tuple[str, int]:
-        """The database that neighbours are from, and its rows."""
+        """The database that neighbors are from, and its rows."""
         database = Dataset.parse(self.dataset.root, self.name.rpartition("/")[2])
         return database.label, database.manifest("embeddings")["totals"]["samples"]
 

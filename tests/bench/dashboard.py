@@ -1,9 +1,9 @@
-"""A picture of the dashboard, from a real Prometheus that watched a real run of a few minutes.
+"""An image of the dashboard, from a real Prometheus that watched a real run of a few minutes.
 
     python tests/bench/dashboard.py [--subjects 400] [--steps 800] [--work FOLDER] [--out FILE]
 
 `rebuild` publishes a corpus that the program draws, a share of it broken, as v1 of a database; a run is trained on it;
-then there are more pictures, and `rebuild` publishes v2: all of that on a Ray cluster of this machine. Prometheus (it
+then there are more images, and `rebuild` publishes v2: all of that on a Ray cluster of this machine. Prometheus (it
 must be installed) scrapes Ray and `status --serve` as infra/prometheus says, only more often. Then each query of
 infra/grafana/rdm.json is asked for the whole time, and drawn where Grafana has the panel.
 """
@@ -36,7 +36,7 @@ _COLOURS = ("#73bf69", "#f2cc0c", "#5794f2", "#ff9830", "#f2495c", "#b877d9", "#
 
 
 def corpus(work: Path, subjects: int) -> Path:
-    """Drawn pictures of so many subjects in six styles, a share of the files cut short."""
+    """Drawn images of so many subjects in six styles, a share of the files cut short."""
     from pipeline.corpora.config import DemoCorpusConfig
     from pipeline.corpora.demo_corpus import DemoCorpus
     from pipeline.stages.driver import run_stage
@@ -50,7 +50,7 @@ def corpus(work: Path, subjects: int) -> Path:
 
 
 def build(root: Path, source: Path, version: str) -> None:
-    """The next version of the database, published, and its neighbours."""
+    """The next version of the database, published, and its neighbors."""
     from jobs.cli.main import main as cli_main
     common = ["--root", str(root), "--workers", "2"]
     assert cli_main(["rebuild", "train", "--source", str(source), "--samples-per-shard", "100",

@@ -56,7 +56,7 @@ def environment(work: Path, name: str, *packages: str) -> Path:
     else:
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
-        # Where Python may not write, every process would compile them anew; files for other versions do not compile.
+        # Where Python may not write, every process would compile them again; files for other versions do not compile.
         subprocess.run([str(python), "-m", "compileall", "-q", str(folder / "lib")], stdout=subprocess.DEVNULL,
                        stderr=subprocess.DEVNULL)
     ready.write_text(json.dumps(packages))
@@ -91,7 +91,7 @@ class _Watch(threading.Thread):
         for pid in sorted(running - self.others, key=int):
             with contextlib.suppress(OSError):  # it ended meanwhile
                 fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                # A process that names itself anew (Ray's do) may overwrite its environment: its parent tells then.
+                # A process that names itself again (Ray's do) may overwrite its environment: its parent tells then.
                 if pid in self.alive or fields[1] in self.alive or self.token in _environment(pid):
                     self.alive.add(pid)
                     if fields[0] != "Z":

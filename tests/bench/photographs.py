@@ -2,9 +2,9 @@
 
     python tests/bench/photographs.py [--work FOLDER] [--count 400]
 
-Equal power in every octave of detail (as natural pictures have it), objects with sharp and soft edges, texture,
+Equal power in every octave of detail (as natural images have it), objects with sharp and soft edges, texture,
 gradients, grain; 1 to 2 megapixels, a third upright, 4:2:0, quality 85 to 92, 250 to 450 kB. The grain is set such
-that the file gets its size. The same seed gives the same pictures with the same versions of numpy and Pillow.
+that the file gets its size. The same seed gives the same images with the same versions of numpy and Pillow.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def work_folder(path: str = "") -> Path:
 
 
 def photograph(seed: int, number: int) -> bytes:
-    """The bytes of one picture; another for each pair of numbers."""
+    """The bytes of one image; another for each pair of numbers."""
     rng = np.random.default_rng([_VERSION, seed, number])
     width, height = _size(rng)
     labels, objects = _objects(rng, width, height)
@@ -42,7 +42,7 @@ def photograph(seed: int, number: int) -> bytes:
     y, x = np.mgrid[:height, :width].astype(np.float32)
     angle = rng.uniform(0, 2 * np.pi)
     ramp = (x * np.cos(angle) + y * np.sin(angle)) / max(width, height)
-    # Each object has a colour, a roughness and a pattern of its own; the background is object 0.
+    # Each object has a color, a roughness and a pattern of its own; the background is object 0.
     colour = rng.uniform(50, 205, (objects, 3)).astype(np.float32)
     colour += 0.6 * (colour.mean(axis=1, keepdims=True) - colour)  # the world is greyer than chance
     rough = rng.uniform(4, 22, objects).astype(np.float32)
@@ -102,7 +102,7 @@ def _enlarged(values: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def _of_size(sharp: np.ndarray, grain: np.ndarray, quality: int, wanted: float) -> bytes:
-    """The picture with as much grain as makes a file of about `wanted` bytes."""
+    """The image with as much grain as makes a file of about `wanted` bytes."""
     low, high, data = 0.0, 24.0, b""
     for _ in range(6):
         strength = (low + high) / 2
@@ -125,7 +125,7 @@ def _make(folder: Path, seed: int, number: int) -> None:
 
 
 def make(work: Path, count: int = COUNT, seed: int = 1) -> list[Path]:
-    """Paths of `count` pictures below the work folder, made where they are missing."""
+    """Paths of `count` images below the work folder, made where they are missing."""
     folder = work / f"photographs-{_VERSION}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     missing = [number for number in range(count) if not (folder / f"{number:06d}.jpg").exists()]

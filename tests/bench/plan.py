@@ -1,6 +1,6 @@
 """What `python -m jobs plan` foretells, beside what it takes; and the rates that come along with it.
 
-    python tests/bench/plan.py [--pictures 2000] [--times 3] [--work FOLDER]
+    python tests/bench/plan.py [--images 2000] [--times 3] [--work FOLDER]
     python tests/bench/plan.py --vectors 60000 [--each 20] [--times 3]
     python tests/bench/plan.py --rates jobs/rates.json
 
@@ -80,7 +80,7 @@ def timed(shares: Shares, name: str, act: Callable[[], Any]) -> None:
 
 
 def build(root: Path, pictures: int, settings: Settings) -> Shares:
-    """All stages on so many drawn pictures, one after another in this process, neighbours in both ways."""
+    """All stages on so many drawn images, one after another in this process, neighbors in both ways."""
     shutil.rmtree(root, ignore_errors=True)
     demo_corpus = DemoCorpus(str(root), DemoCorpusConfig(corpus="drawn", subjects=-(-pictures // 6)), root / "cache")
     run_stage(demo_corpus)
@@ -92,7 +92,7 @@ def build(root: Path, pictures: int, settings: Settings) -> Shares:
         "index": Index(dataset, settings.index), "neighbors, index": Neighbors(dataset, dataset, settings.neighbors),
     }.items():
         timed(shares, name, lambda stage=stage: run_stage(stage))
-    # The same pictures again: a list is kept for each database, and these are two ways to one.
+    # The same images again: a list is kept for each database, and these are two ways to one.
     shutil.copytree(root / "datasets" / "drawn", root / "datasets" / "twin",
                     ignore=shutil.ignore_patterns("index*", "neighbors"))
     exact = Neighbors(dataset, twin, replace(settings.neighbors, method="exact"))
@@ -112,7 +112,7 @@ def seconds(root: Path, shares: Shares) -> dict[str, float]:
 
 
 def predicted_seconds(known: Rates, pictures: int, settings: Settings) -> dict[str, float]:
-    """Worker seconds of each stage for so many pictures, which are their own database."""
+    """Worker seconds of each stage for so many images, which are their own database."""
     operations, dim = clip.flop_per_image(settings.embed.clip())
     network = flops.size(settings.train.unet, settings.shard.image_size, settings.train.k)
     planned = Build(settings, pictures, 0, dim, operations, network)
@@ -149,7 +149,7 @@ def compare(work: Path, pictures: int, times: int) -> int:
 
 
 def search(root: Path, rows: int, each: int, settings: Settings) -> dict[str, float]:
-    """Processor seconds of both searches for the neighbours of a few samples among so many made vectors."""
+    """Processor seconds of both searches for the neighbors of a few samples among so many made vectors."""
     shutil.rmtree(root, ignore_errors=True)
     size, encoder = settings.shard.samples_per_shard, {"model": "given", "weights_sha256": "00", "dim": _DIM}
     parts = [synthetic.clustered(size, _DIM, clusters=100, seed=number, spread=0.8) for number in range(rows // size)]
@@ -213,7 +213,7 @@ def default_rates(work: Path, out: Path) -> int:
     job = Job(Run.parse(str(root), "run"), pictures, pictures,
               TrainConfig(steps=6, global_batch=2, log_every=2, checkpoint_every=6, unet=unet))
     timed(shares, "train", lambda: train_in_processes(job))
-    # Neighbours of so few pictures were found for the training alone.
+    # Neighbors of so few images were found for the training alone.
     known = _of_the_processor(replace(known, train=rates_from_manifests.rates(str(root), known).train), shares)
     size = sum(path.stat().st_size for path in originals) / len(originals)
     document = rates.document(replace(

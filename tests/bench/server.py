@@ -2,8 +2,8 @@
 
     python tests/bench/server.py [--port 8000] [--no-keep-alive] [--measure]
 
-/NNNNNN.jpg is picture NNNNNN modulo the number of pictures, with NNNNNN in a comment segment: every address has bytes
-of its own. Any other path is 404. Pictures lie in memory, and the kernel sends them from there without a copy; of
+/NNNNNN.jpg is image NNNNNN modulo the number of images, with NNNNNN in a comment segment: every address has bytes
+of its own. Any other path is 404. Images lie in memory, and the kernel sends them from there without a copy; of
 a request only the path is read. The server ends when its standard input does.
 """
 
@@ -174,7 +174,7 @@ class Running(NamedTuple):
     pid: int
 
     def url(self, number: int) -> str:
-        """The address of a picture."""
+        """The address of an image."""
         return f"http://{self.address}/{number:06d}.jpg"
 
     def cpu_seconds(self) -> float:

@@ -4,9 +4,9 @@ import numpy as np
 
 
 def clustered(count: int, dim: int, clusters: int, seed: int) -> np.ndarray:
-    """Unit vectors (count, dim) float32 around centres that are the same for all seeds; clusters differ in size.
+    """Unit vectors (count, dim) float32 around centers that are the same for all seeds; clusters differ in size.
 
-    Centres and spread lie in 64 directions, with a little noise in all, for the embeddings of pictures have fewer
+    Centres and spread lie in 64 directions, with a little noise in all, for the embeddings of images have fewer
     degrees of freedom than numbers. The twenty nearest of a million have cosines of about 0.9.
     """
     rng = np.random.default_rng((1, dim))

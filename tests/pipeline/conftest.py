@@ -17,13 +17,13 @@ def _private_cache(private_cache: None) -> None:
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 72 drawn pictures, 12 subjects in six styles, with captions."""
+    """A folder of 72 drawn images, 12 subjects in six styles, with captions."""
     return synthetic.drawings(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Dataset:
-    """The pictures in three shards with embeddings, an index, and neighbours among themselves; not to be changed."""
+    """The images in three shards with embeddings, an index, and neighbors among themselves; not to be changed."""
     from pipeline.embeddings.config import EmbedConfig
     from pipeline.embeddings.embed import Embed
     from pipeline.indices.config import IndexConfig

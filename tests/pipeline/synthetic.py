@@ -1,4 +1,4 @@
-"""Small sealed datasets for tests: from drawn pictures by the real stages, or with given vectors."""
+"""Small sealed datasets for tests: from drawn images by the real stages, or with given vectors."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -28,12 +28,12 @@ def encoded(image: Image.Image, image_format: str, **options: Any) -> bytes:
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A picture of random pixels."""
+    """An image of random pixels."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
 def drawings(folder: Path, subjects: int = 12, size: int = 32, styles: Sequence[str] = ()) -> Path:
-    """A folder of drawn pictures with captions.csv."""
+    """A folder of drawn images with captions.csv."""
     catalog = drawn.catalog(subjects)
     lines = ["file,caption,style,subject"]
     for picture in catalog.pictures:
@@ -100,7 +100,7 @@ def vector_dataset(root: Path, name: str, shards: Sequence[np.ndarray], hashes: 
 
 
 def clustered(count: int, dim: int, clusters: int = 20, seed: int = 0, spread: float = 0.5) -> np.ndarray:
-    """Unit vectors (count, dim) float32 around random centres, as float16 holds them."""
+    """Unit vectors (count, dim) float32 around random centers, as float16 holds them."""
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(clusters, dim))
     vectors = centres[rng.integers(clusters, size=count)] + spread * rng.normal(size=(count, dim))

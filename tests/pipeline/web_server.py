@@ -52,7 +52,7 @@ def serving(files: Mapping[str, bytes] | Path = {}, certificate: Path | None = N
 
 
 def seen(address: str) -> dict[str, int]:
-    """What the server has counted: connections, most_at_once, requests, and requests of every path; starts anew."""
+    """What the server has counted: connections, most_at_once, requests, and requests of every path; starts again."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(f"http://{address}/seen", timeout=10) as answer:
         return json.load(answer)

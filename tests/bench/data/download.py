@@ -1,11 +1,11 @@
-"""Pictures per second, memory, CPU and quality from a list of addresses to tars, beside img2dataset.
+"""Images per second, memory, CPU and quality from a list of addresses to tars, beside img2dataset.
 
-    python tests/bench/data/download.py [--pictures 20000] [--repeats 3] [--work FOLDER]
+    python tests/bench/data/download.py [--images 20000] [--repeats 3] [--work FOLDER]
 
 Both read the same parquet list from the same web server (server.py), make the short side 256 pixels long, and write
 JPEG 95 into tars of 1,000. img2dataset runs with its defaults otherwise, in two processes, with the number of threads
 that was best on a short list. The runs take turns; each begins with an empty folder. Prints a Markdown table of
-medians; every run is in download.json in the work folder. Exit 1 if a picture is missing anywhere.
+medians; every run is in download.json in the work folder. Exit 1 if an image is missing anywhere.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def _result(who: str, usage: Usage, folder: Path, served: float) -> Result:
 
 
 def pictures_of(folder: Path) -> dict[str, bytes]:
-    """Every picture of the tars of a folder by its key."""
+    """Every image of the tars of a folder by its key."""
     images = {}
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as tar:
@@ -110,9 +110,9 @@ def pictures_of(folder: Path) -> dict[str, bytes]:
 
 
 def quality(folder: Path, work: Path, pictures: int, sample: int = 200) -> dict[str, Any]:
-    """Number of pictures in the tars, mean bytes, and for some of them the distance to the best that could be.
+    """Number of images in the tars, mean bytes, and for some of them the distance to the best that could be.
 
-    The reference is the whole picture decoded and resized to the same size, not encoded again; with Lanczos, and as
+    The reference is the whole image decoded and resized to the same size, not encoded again; with Lanczos, and as
     a second one with area averaging, for img2dataset shrinks with that.
     """
     images, psnr, sampling = pictures_of(folder), {"LANCZOS": [], "BOX": []}, set()

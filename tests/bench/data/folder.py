@@ -1,6 +1,6 @@
-"""Pictures per second from a folder to tars, beside a bare loop of the same decoder.
+"""Images per second from a folder to tars, beside a bare loop of the same decoder.
 
-    python tests/bench/data/folder.py [--pictures 2000] [--repeats 3] [--work FOLDER]
+    python tests/bench/data/folder.py [--images 2000] [--repeats 3] [--work FOLDER]
 
 The bare loop reads a file, decodes, resizes and encodes by the functions of pipeline.images, and does nothing else: no
 tars, no hashes, no metadata, no plan. So what is missing to 1 is what all of that costs. A second loop decodes at full

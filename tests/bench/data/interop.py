@@ -144,7 +144,7 @@ def read_by_others(checks: Checks, work: Path, source: Path, web: server.Running
 
 
 def laion(checks: Checks, work: Path, web: server.Running) -> None:
-    """A list with LAION's columns, no flag but where it is and where the pictures may come from."""
+    """A list with LAION's columns, no flag but where it is and where the images may come from."""
     source, root, count = work / "laion.parquet", work / "interop-laion", 100
     shutil.rmtree(root, ignore_errors=True)
     texts = [f"photograph {number}, as the web describes it" for number in range(count)]

@@ -1,11 +1,11 @@
-"""Pictures per second from tars to batches of uint8, beside bare webdataset over the same tars.
+"""Images per second from tars to batches of uint8, beside bare webdataset over the same tars.
 
-    python tests/bench/data/loader.py [--pictures 4000] [--batch 32] [--repeats 5] [--work FOLDER]
+    python tests/bench/data/loader.py [--images 4000] [--batch 32] [--repeats 5] [--work FOLDER]
 
 The tars, four of them, are made by `shard` from photographs: JPEGs of 256 x 256. webdataset reads and decodes them
 in their order and does nothing else, with its own decoder (Pillow) and with ours, in a plain loop, or in batches by a
-DataLoader of two workers. Batches gives one epoch in its own order, with neighbours, by one thread or two that decode;
-nothing is decoded before, and nothing is kept but in the last row. Of webdataset the time until its first pictures is
+DataLoader of two workers. Batches gives one epoch in its own order, with neighbors, by one thread or two that decode;
+nothing is decoded before, and nothing is kept but in the last row. Of webdataset the time until its first images is
 left out, of Batches nothing is. All read from memory, as far as the system keeps files there. The contestants take
 turns; prints a Markdown table of medians.
 """
@@ -31,7 +31,7 @@ _PLAIN, _LOADER = "webdataset, plain loop", f"webdataset, DataLoader of {_WORKER
 
 
 Run = tuple[int, float]
-"""Pictures that were given, and how many of them a second."""
+"""Images that were given, and how many of them a second."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Result:
 
 
 def make_dataset(work: Path, count: int) -> Path:
-    """A root with so many pictures under the name `photos`, and their neighbours among themselves."""
+    """A root with so many images under the name `photos`, and their neighbors among themselves."""
     root = work / f"loader-{count}"
     for verb in (["shard", "photos", "--source", str(photographs.fill_folder(work, count)), "--image-size", str(_SIZE),
                   "--resize", "center_crop", "--format", "jpg", "--samples-per-shard", str(-(-count // _TARS))],
@@ -59,7 +59,7 @@ def make_dataset(work: Path, count: int) -> Path:
 
 
 def _stream(root: Path, decoder: str) -> Any:
-    """webdataset's own pipeline: the pictures of all tars, (256, 256, 3) uint8, in their order."""
+    """webdataset's own pipeline: the images of all tars, (256, 256, 3) uint8, in their order."""
     import webdataset
 
     from pipeline.media.resize import decode_pixels
@@ -83,7 +83,7 @@ def _in_turn(stream: Any, count: Callable[[Any], int]) -> Run:
 
 
 def plain(root: Path, batch: int, decoder: str) -> Run:
-    """webdataset in a loop, picture by picture."""
+    """webdataset in a loop, image by image."""
     return _in_turn(_stream(root, decoder), lambda picture: int(picture.shape == (_SIZE, _SIZE, 3)))
 
 

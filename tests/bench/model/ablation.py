@@ -1,4 +1,4 @@
-"""What the settings of training do for the pictures: a base and runs that differ from it in one setting, judged.
+"""What the settings of training do for the images: a base and runs that differ from it in one setting, judged.
 
     python tests/bench/model/ablation.py --root data/demo           # the demo's images and databases: hours on one core
     python tests/bench/model/ablation.py --root data/demo --table   # of the runs that exist, no new ones
@@ -8,7 +8,7 @@ other first weights, batches and noise. What it draws for held-out subjects, eac
 by `evaluate`; the judges are those of the first run. Everything is a run of the root (abl-...), so what is sealed is
 not done again, and an interrupted bench goes on. One process; OMP_NUM_THREADS=1 for one thread.
 
-The table's intervals are 95 %. Those of a difference to the base hold the prompts, drawn anew (paired: they are the
+The table's intervals are 95 %. Those of a difference to the base hold the prompts, drawn again (paired: they are the
 same for all), and the spread of runs that differ in the seed alone, pooled; what is beyond is bold. Other columns are
 bold where they differ from the base's by more than that spread allows.
 """
@@ -38,7 +38,7 @@ from pipeline import storage
 from pipeline.corpora.emoji import STYLES
 from pipeline.datasets.dataset import Dataset
 
-# emoji_32 with half its width and half its batch, for a run of minutes; four neighbours always, drawn with as many.
+# emoji_32 with half its width and half its batch, for a run of minutes; four neighbors always, drawn with as many.
 BASE = ("--recipe", "emoji_32", "--model-channels", "64", "--global-batch", "16", "--lr", "2e-3", "--ema-decay",
         "0.995", "--k", "4", "--no-random-k", "--log-every", "100")
 RUNS: dict[str, tuple[str, ...]] = {
@@ -132,7 +132,7 @@ def _run(root: Path, name: str, seed: int, steps: int, prompts: int) -> None:
 
 
 def _share_judges(root: Path, run: Run) -> None:
-    """Judges know nothing of a run but its pictures' size: those that there are for these databases do for all."""
+    """Judges know nothing of a run but its images' size: those that there are for these databases do for all."""
     databases = [Dataset.parse(str(root), style) for style in sorted(STYLES)]
     judging = StyleClassifierStage(run, Dataset.parse(str(root), "train"), databases, emoji_32().evaluate.judge_steps)
     own_folder = storage.local_path(judging.folder)
@@ -142,14 +142,14 @@ def _share_judges(root: Path, run: Run) -> None:
 
 
 def _evaluations(root: Path, row: Row) -> list[dict[str, Any]]:
-    """What was found of each seed: the evaluation, who each picture was taken for, and the losses."""
+    """What was found of each seed: the evaluation, who each image was taken for, and the losses."""
     evaluations = []
     for manifest in sorted(root.glob(f"runs/abl-{row.run}-[0-9]*/evaluations/{row.evaluation}/manifest.json")):
         folder = manifest.parent
         run = Run.parse(str(root), folder.parents[1].name)
         document = json.loads((folder / "evaluation.json").read_text())
         styles = [json.loads((folder / f"database-{style}.json").read_text()) for style in document["styles"]]
-        # (prompts, styles); one picture of each
+        # (prompts, styles); one image of each
         right = np.array([np.array(style["judge"])[:, 0] == style["style"] for style in styles]).T.astype(float)
         clip = np.array([np.array(style["clip"])[:, 0] for style in styles]).T
         last = read_metrics(run, "validation.jsonl")[-1]
@@ -202,7 +202,7 @@ def _error(name: str, runs: list[dict[str, Any]], base: list[dict[str, Any]], sp
     if not freedom:
         return float("nan")
     parts = [(value ** 2 * (1 / len(runs) + 1 / len(base)), freedom)]
-    if np.ndim(runs[0][name]):  # of each prompt: prompts drawn anew, the same for both
+    if np.ndim(runs[0][name]):  # of each prompt: prompts drawn again, the same for both
         paired = np.mean([run[name] for run in runs], (0, 2)) - np.mean([run[name] for run in base], (0, 2))
         parts.append((paired.var(ddof=1) / len(paired), len(paired) - 1))
     squared = sum(variance for variance, _ in parts)

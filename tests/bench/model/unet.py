@@ -3,7 +3,7 @@
     python tests/bench/model/unet.py                                  # emoji_64's network, on this machine's CPU
     python tests/bench/model/unet.py --preset imagenet_400m --side 64 --batch 32 --compile    # on a GPU
 
-Both get the same batches, optimiser and precision, in turns in one process; medians of the turns. Needs torch,
+Both get the same batches, optimizer and precision, in turns in one process; medians of the turns. Needs torch,
 diffusers and this project's model/, nothing else.
 """
 

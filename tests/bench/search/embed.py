@@ -1,13 +1,13 @@
-"""Pictures per second from tars to CLIP embeddings, beside clip-retrieval and beside the bare forward pass.
+"""Images per second from tars to CLIP embeddings, beside clip-retrieval and beside the bare forward pass.
 
-    python tests/bench/search/embed.py [--model ViT-B-32|tiny-clip-64] [--pictures 1000] [--repeats 3] [--work FOLDER]
+    python tests/bench/search/embed.py [--model ViT-B-32|tiny-clip-64] [--images 1000] [--repeats 3] [--work FOLDER]
 
 All take the same tars of JPEGs (short side 256) and the same weights (random ones for ViT-B-32, from a file). The bare
 pass encodes batches of random pixels that are in memory, with the same precision, in the better of two ways: torch's
 threads share each batch, or each of as many threads has its own. What is missing to 1 is reading, decoding, resizing
 and writing. clip-retrieval knows fp32 alone on a CPU, so ours is shown in fp32 too; its number of
 loading processes is the better of 1 and 2. Prints a Markdown table of medians, where our time went, and how far the
-vectors are apart. On a machine that is busy with other things the CPU seconds say more than the pictures a second.
+vectors are apart. On a machine that is busy with other things the CPU seconds say more than the images a second.
 """
 
 import argparse
@@ -77,7 +77,7 @@ class Result:
 
 
 def make_shards(work: Path, count: int) -> Path:
-    """A root with so many pictures in four shards under the name `photos`."""
+    """A root with so many images in four shards under the name `photos`."""
     root = work / f"embed-{count}"
     if not (root / "datasets/photos/v1/shards/manifest.json").exists():
         source = photographs.fill_folder(work, count)
@@ -218,7 +218,7 @@ def table(results: list[Result]) -> str:
 
 
 def time_per_image(results: list[Result]) -> str:
-    """Where our time went, in ms a picture of all threads together."""
+    """Where our time went, in ms an image of all threads together."""
     lines = []
     for who in dict.fromkeys(result.who for result in results if result.times):
         runs = [result for result in results if result.who == who]

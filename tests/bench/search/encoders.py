@@ -1,8 +1,8 @@
-"""Encoders as they are, with torch.compile, and with channels last in their weights: pictures a second of a core.
+"""Encoders as they are, with torch.compile, and with channels last in their weights: images a second of a core.
 
     python tests/bench/search/encoders.py [--turns 7] [--passes 2] [--work FOLDER]
 
-ViT-B-32 with random weights and the tiny CLIP, in the precision that is the default here, batches of 32 pictures of 8
+ViT-B-32 with random weights and the tiny CLIP, in the precision that is the default here, batches of 32 images of 8
 bits as `embed` makes them on a CPU. All ways take turns; prints medians, and how long the first pass took, in which
 torch.compile compiles.
 """

@@ -59,7 +59,7 @@ class Result:
 
 
 class Clustered(Stage):
-    """Embeddings of pictures that there are not: unit vectors around seeded centres, in shards."""
+    """Embeddings of images that there are not: unit vectors around seeded centers, in shards."""
 
     name = "embed"
 

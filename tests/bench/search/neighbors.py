@@ -1,4 +1,4 @@
-"""Neighbours of many queries, beside `index.search` of the same index, and exact search beside bare matrix products.
+"""Neighbors of many queries, beside `index.search` of the same index, and exact search beside bare matrix products.
 
     python tests/bench/search/neighbors.py [--rows 1000000] [--queries 200000] [--dim 512] [--key KEY]
         [--only lists|exact]
@@ -116,7 +116,7 @@ def exact_rates(queries: Dataset, database: Dataset, turns: int) -> list[tuple[f
 
 
 def recall(neighbor_ids: np.ndarray, vectors: np.ndarray, database: Embeddings) -> float:
-    """Share of the exact 20 neighbours of some queries that were found."""
+    """Share of the exact 20 neighbors of some queries that were found."""
     chosen = np.random.default_rng(5).choice(len(vectors), min(_JUDGED, len(vectors)), replace=False)
     recall_queries = RecallQueries("image", vectors[chosen].astype(np.float32))
     for first, rows in database.blocks(50_000):

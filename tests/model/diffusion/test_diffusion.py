@@ -52,7 +52,7 @@ def test_loss_is_per_picture():
 
 
 class Gaussian:
-    """The ideal denoiser of pictures whose pixels are independent N(mean, std^2)."""
+    """The ideal denoiser of images whose pixels are independent N(mean, std^2)."""
 
     def __init__(self, config: DiffusionConfig, mean: float, std: float):
         self.config, self.mean, self.std, self.calls = config, mean, std, 0
@@ -138,7 +138,7 @@ def test_fresh_noise_keeps_the_distribution_and_changes_the_picture():
     still, anew, other = draw(0.0), draw(1.0), draw(1.0, seed=1)
     assert abs(anew.mean().item() - 0.3) < 0.02 and abs(anew.std().item() - 0.4) < 0.03
     assert torch.equal(anew, draw(1.0)) and not torch.equal(anew, other)
-    # With all of it drawn anew, little is left of what it began with.
+    # With all of it drawn again, little is left of what it began with.
     def alike(a, b):
         return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]
     assert alike(still, noise) > 0.99 and alike(anew, noise) < 0.2

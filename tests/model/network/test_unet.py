@@ -16,7 +16,7 @@ SMALL = UNetConfig(
 
 
 def _awake(config: UNetConfig) -> UNet:
-    """A network whose zero-initialised layers are random too, or nothing would reach the output."""
+    """A network whose zero-initialized layers are random too, or nothing would reach the output."""
     torch.manual_seed(0)
     net = UNet(config)
     for weight in net.parameters():

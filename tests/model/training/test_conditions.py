@@ -1,4 +1,4 @@
-"""What a picture is told in training: which neighbours, how many, how disturbed, and its own vector."""
+"""What an image is told in training: which neighbors, how many, how disturbed, and its own vector."""
 
 import json
 from dataclasses import replace

@@ -59,7 +59,7 @@ def test_resumed_is_never_stopped(tmp_path):
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-# Of eight pictures three processes have 2, 3 and 3. Half-way runs begin with a checkpoint of a single process.
+# Of eight images three processes have 2, 3 and 3. Half-way runs begin with a checkpoint of a single process.
 @pytest.mark.parametrize(("world", "way", "half_way"), [(2, "ddp", False), (3, "ddp", True), (2, "fsdp", False),
                                                         pytest.param(2, "fsdp", True, marks=pytest.mark.slow),
                                                         pytest.param(3, "fsdp", False, marks=pytest.mark.slow)])
@@ -258,5 +258,5 @@ def test_neighbours_help(tmp_path):
         batch_at = toy_run.batches(16, shuffled=shuffled)
         _, records = _run(config, tmp_path / str(shuffled), batch_at=batch_at)
         losses[shuffled] = records[-1]["loss"]
-    # The same pictures, noise and noise levels: only the context differs.
+    # The same images, noise and noise levels: only the context differs.
     assert losses[False] < 0.7 * losses[True]

@@ -1,4 +1,4 @@
-"""A small world to train on: the context vectors determine the picture."""
+"""A small world to train on: the context vectors determine the image."""
 
 import numpy as np
 
@@ -35,7 +35,7 @@ def config(**changes) -> TrainConfig:
 
 
 def batches(global_batch: int, rank: int = 0, world: int = 1, shuffled: bool = False):
-    """batch_at of this rank: a hidden code draws the picture, and the neighbours lie around it."""
+    """batch_at of this rank: a hidden code draws the image, and the neighbors lie around it."""
     drawing = np.random.default_rng(0).standard_normal((CODE, SIDE * SIDE * 3))
 
     def batch_at(step: int) -> dict[str, np.ndarray]:

@@ -105,7 +105,7 @@ def test_styles_are_truly_different(corpus):
             [colourful, (grey < 60).mean() * 255, (255 - grey).mean(), edges]
         )
     for black in ("silhouette", "lineart"):
-        assert statistics[black][0] == 0  # no colour
+        assert statistics[black][0] == 0  # no color
     assert all(statistics[style][0] > 5 for style in ("flat", "hatched", "outline", "soft"))
     assert statistics["silhouette"][1] > 5 * statistics["lineart"][1]
     assert statistics["outline"][1] > 5 and statistics["soft"][1] < 1

@@ -10,7 +10,7 @@ from pipeline.embeddings.clip_weights import BUNDLED, describe_encoder
 
 @pytest.fixture
 def fresh_encoder():
-    """Weights are read anew, as by the next command."""
+    """Weights are read again, as by the next command."""
     yield
     clip.load_encoder_on.cache_clear()
     describe_encoder.cache_clear()

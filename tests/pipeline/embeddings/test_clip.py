@@ -30,7 +30,7 @@ from tests.pipeline.media.sample_images import photo
 
 @pytest.fixture(autouse=True)
 def as_new_process():
-    """Models are read anew, as by the next command."""
+    """Models are read again, as by the next command."""
     yield
     clip.load_encoder_on.cache_clear()
     describe_encoder.cache_clear()

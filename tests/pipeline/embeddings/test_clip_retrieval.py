@@ -1,4 +1,4 @@
-"""clip-retrieval's layout: what is written comes back, and what does not belong to the pictures is refused."""
+"""clip-retrieval's layout: what is written comes back, and what does not belong to the images is refused."""
 
 import shutil
 from pathlib import Path

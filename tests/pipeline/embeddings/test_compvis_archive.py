@@ -56,7 +56,7 @@ def sharded(root: Path, source: Path, patches: int) -> Dataset:
 
 @pytest.fixture(scope="module")
 def patched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, list[dict[str, Any]]]:
-    """A folder of pictures; the vectors of the two patches of each, and their metadata."""
+    """A folder of images; the vectors of the two patches of each, and their metadata."""
     folder = tmp_path_factory.mktemp("patched")
     dataset = sharded(folder / "root", pictures(folder / "pictures"), 2)
     run_stage(Embed(dataset, CONFIG))
@@ -83,7 +83,7 @@ def test_each_vector_comes_to_its_patch(name: str, patched: Any, tmp_path: Path)
     manifest = run_stage(AdoptEmbeddings(dataset, CONFIG, str(folder)))
     adopted = Embeddings(dataset).all().astype(np.float32)
     assert np.abs(adopted - vectors.astype(np.float32)).max() < 1e-3 and not manifest["totals"]["noted"]
-    # Sharp: patches of one picture are told apart.
+    # Sharp: patches of one image are told apart.
     assert np.abs(adopted[0] - vectors[1].astype(np.float32)).max() > 1e-2
     assert manifest["section"]["adopted"] == "compvis"
     assert list(verify.find_faults(dataset.root, dataset.path("embeddings"))) == []
@@ -96,7 +96,7 @@ def test_whole_pictures_are_found_too(name: str, tmp_path: Path) -> None:
     vectors, rows = Embeddings(dataset).all(), rows_of(dataset)
     ids = np.array([NAMES[name](row) for row in rows])
     whole = np.tile([0, 0, 48, 48], (len(rows), 1))
-    # One picture is not in it.
+    # One image is not in it.
     folder = archived(tmp_path / "theirs", vectors[1:], ids[1:], whole[1:])
     clear_folder(Embed(dataset, CONFIG))
     manifest = run_stage(AdoptEmbeddings(dataset, CONFIG, str(folder)))

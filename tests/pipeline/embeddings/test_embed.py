@@ -301,7 +301,7 @@ def test_a_tar_cut_between_two_members_is_refused(copied):
     assert len(list(tars.read(path))) == 29
     with pytest.raises(StageFailed, match="is not the file its manifest describes"):
         run_stage(Embed(copied, EmbedConfig()))
-    # Even where the manifest was written anew for the shorter file.
+    # Even where the manifest was written again for the shorter file.
     entry |= storage.describe_file(entry["name"], path)
     storage.put_json(manifest, manifest_path)
     shutil.rmtree(copied.folder("embeddings"))

@@ -146,7 +146,7 @@ def test_ids_are_global_rows(few, key):
 
 
 def test_training_takes_a_sample_of_all_not_the_first_rows(few):
-    """The first rows may be all of one kind: a quantiser that saw only them would spoil the others."""
+    """The first rows may be all of one kind: a quantizer that saw only them would spoil the others."""
     one_kind = np.concatenate([np.repeat(few[:1], 1_000, axis=0), few[1_000:]])
     built, _, _, _ = build_whole(one_kind, IndexConfig(key="SQ8", train_points=200, queries=0))
     error = np.abs(built.reconstruct_n(0, 2_000) - one_kind).max()
@@ -253,7 +253,7 @@ def test_an_index_in_parts_is_the_index_in_one(tmp_path, few):
     first = storage.read_bytes(storage.join(dataset.folder("index"), "knn.index"))
     build_index(parts, run_stage, overwrite=True)
     assert storage.read_bytes(storage.join(dataset.folder("index"), "knn.index")) == first
-    # Its exact neighbours are those of all rows, wherever the parts end.
+    # Its exact neighbors are those of all rows, wherever the parts end.
     queries = RecallQueries("image", few[:20], np.arange(20))
     for start in range(0, len(few), 333):
         queries.look(few[start:start + 333], start)

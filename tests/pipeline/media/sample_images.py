@@ -49,7 +49,7 @@ def wide_gamut(power: float = 2.2) -> bytes:
 
 
 def inks() -> bytes:
-    """A press whose ink lowers the lightness alone, evenly: any of them, for the colour printed is grey."""
+    """A press whose ink lowers the lightness alone, evenly: any of them, for the color printed is gray."""
     ramp = bytes(range(256))
     clut = b"".join(bytes([round(255 * (1 - sum(corner) / 4)), 128, 128])
                     for corner in np.ndindex(2, 2, 2, 2))

@@ -44,7 +44,7 @@ def test_text_takes_room_outside_the_cells_only():
     )
     assert sheet.width > plain.width and sheet.height > plain.height
     is_red = (np.asarray(sheet) == RED).all(2)
-    assert is_red.sum() == 6 * 48 * 48  # nothing is written over a picture
+    assert is_red.sum() == 6 * 48 * 48  # nothing is written over an image
     ink = np.nonzero(np.asarray(sheet.convert("L")) < 200)
     assert ink[0].min() > 0 and ink[1].min() > 0  # and nothing runs off the sheet
     assert ink[0].max() < sheet.height - 1 and ink[1].max() < sheet.width - 1

@@ -79,7 +79,7 @@ def test_near_is_not_handed_on():
     assert check_find_near([0b000, 0b111, 0b111111, 0b1111111111], grey).tolist() == [0, 0, 2, 3]
     assert check_find_near([0, 7, 63, 1 << 63 | 7], [*grey[:3], [112, 88, 100]]).tolist() == [0, 0, 2, 3]
     assert check_find_near([7, 0, 63], grey[:3]).tolist() == [0, 0, 0]
-    # The colour too: 0 near 10 near 20.
+    # The color too: 0 near 10 near 20.
     assert check_find_near([5] * 4, [[0, 0, 0], [10, 0, 0], [20, 0, 0], [13, 0, 0]]).tolist() == [0, 0, 2, 2]
     assert check_find_near([5, 5], [[0, 0, 0], [0, 0, 13]]).tolist() == [0, 1]
     assert check_find_near([2**64 - 1, 2**64 - 8], [[255] * 3, [243] * 3]).tolist() == [0, 0]

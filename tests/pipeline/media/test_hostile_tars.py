@@ -108,7 +108,7 @@ def test_a_hostile_tar_costs_what_is_damaged_and_is_one_fault(name, tmp_path):
     assert peak < 4 << 20 and seconds < 10
     with pytest.raises(ValueError, match=r"some\.tar is cut off .*\nhint"):
         list(tars.read(path))
-    if "beyond the file" not in name:  # such a member may be the picture itself, and says so when it is read
+    if "beyond the file" not in name:  # such a member may be the image itself, and says so when it is read
         assert len(tars.TarImages(path)) == 1
 
 

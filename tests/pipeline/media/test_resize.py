@@ -59,7 +59,7 @@ def test_encoding_is_deterministic_and_near(image_format):
 @pytest.mark.parametrize("how", ["center_crop", "keep_ratio", "keep_ratio_largest", "border"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_jpeg_decoded_at_a_fraction_gives_the_same_picture(orientation, how):
-    """Sides that no fraction divides: a picture off by half a pixel of the fraction is below 40 dB here."""
+    """Sides that no fraction divides: an image off by half a pixel of the fraction is below 40 dB here."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     upright = photo(1001, 667)

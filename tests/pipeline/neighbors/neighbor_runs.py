@@ -12,7 +12,7 @@ from pipeline.stages.driver import run_stage
 
 
 def find_neighbors(dataset: Dataset, database: Dataset, **options) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Ids (N, k), scores (N, k) and the manifest of the neighbours of a dataset."""
+    """Ids (N, k), scores (N, k) and the manifest of the neighbors of a dataset."""
     manifest = run_stage(Neighbors(dataset, database, NeighborsConfig(**options)))
     scores = [np.load(dataset.fetch(f"neighbors/{database.label}", entry)) for record in manifest["items"]
               for entry in record["files"] if entry["name"].endswith("scores.npy")]

@@ -19,7 +19,7 @@ from tests.pipeline.neighbors.neighbor_runs import brute_force, find_neighbors, 
 
 @pytest.mark.parametrize("method", ["exact", "index"])
 def test_copies_are_left_out_and_others_move_up(tmp_path, method):
-    """Row 0 has 40 near copies, and 40 rows with the same picture in very different places."""
+    """Row 0 has 40 near copies, and 40 rows with the same image in very different places."""
     rng = np.random.default_rng(0)
     vectors = synthetic.clustered(300, 16)
     near_copies = vectors[:1] + 0.01 * rng.normal(size=(40, 16))
@@ -61,7 +61,7 @@ def add_column(dataset: Dataset, name: str, values: list) -> None:
 
 
 def test_patches_of_the_same_picture_are_left_out(tmp_path):
-    """Every third row is of the same picture, and those are the nearest."""
+    """Every third row is of the same image, and those are the nearest."""
     vectors = synthetic.clustered(90, 16)
     pictures = [storage.short_hash(str(row // 3)).ljust(64, "0") for row in range(90)]
     for row in range(90):
@@ -93,7 +93,7 @@ def test_pictures_that_look_alike_are_left_out_when_asked(tmp_path):
 
 @pytest.mark.parametrize("method", ["index", "exact"])
 def test_more_copies_than_any_list_of_candidates_holds(tmp_path, method):
-    """Row 0 has two thousand copies by its picture: what is left is still found."""
+    """Row 0 has two thousand copies by its image: what is left is still found."""
     vectors = synthetic.clustered(3000, 16, clusters=3)
     hashes = [storage.short_hash("same" if row < 2001 else str(row)).ljust(64, "0") for row in range(3000)]
     dataset = synthetic.vector_dataset(tmp_path, "x", [vectors], hashes)

@@ -188,7 +188,7 @@ def test_the_manifest_tells_how_often_rows_are_used_and_how_near_they_are(databa
 
 
 def test_recall_is_measured_against_exact_search(tmp_path):
-    """One list of thirty finds some neighbours; all lists find all."""
+    """One list of thirty finds some neighbors; all lists find all."""
     dataset = synthetic.vector_dataset(tmp_path, "x", np.split(synthetic.clustered(3000, 16, clusters=400), 6))
     database = index_database(dataset, key="IVF64,Flat", target_recall=0.0)
     ids, _, manifest = find_neighbors(database, database, k=10, checked=300)

@@ -58,7 +58,7 @@ def ledger(dataset: Dataset, manifest: dict) -> list[dict]:
 
 
 def write_images(folder, names="abc", size=16):
-    """A folder with one small picture of each name."""
+    """A folder with one small image of each name."""
     folder.mkdir()
     for number, name in enumerate(names):
         (folder / f"{name}.png").write_bytes(encoded(noise(size, size, number), "PNG"))
@@ -217,7 +217,7 @@ def test_both_spellings_of_an_accent_may_be_two_files(tmp_path):
 
 
 def shard_with_captions(tmp_path, columns: dict, **options) -> tuple[dict[str, dict], dict]:
-    """Three pictures with a captions.parquet of these columns: parquet rows by file, and the manifest."""
+    """Three images with a captions.parquet of these columns: parquet rows by file, and the manifest."""
     source = write_images(tmp_path / "source")
     pq.write_table(pa.table(columns), source / "captions.parquet")
     dataset, manifest = shard_source(tmp_path, source, **options)
