@@ -1,6 +1,6 @@
 BIN := .venv/bin
 ROOT ?= data/demo
-TOOLS := policy supply
+TOOLS := docs policy supply
 LOCKS := requirements.lock infra/requirements-gpu.lock $(wildcard infra/tools/*.lock)
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header
 
@@ -8,7 +8,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all fuzz gpu lint policy docs setup outdated lock audit sbom licenses clean
+.PHONY: help demo test test-all fuzz gpu lint policy docs reference setup outdated lock audit sbom licenses clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target what; do \
@@ -37,8 +37,12 @@ lint: setup policy  ## style, layers and types, and policy
 policy: setup  ## check the manifests and the Dockerfile with checkov
 	"$$(PYTHON=$(BIN)/python infra/tools.sh policy)"/bin/python infra/policy.py
 
-docs: setup  ## check the documents: links, files, commands, examples
+docs: setup  ## the site of the documents, into build/site; checks links, files, commands and examples first
 	$(BIN)/python -m pytest tests/docs
+	"$$(PYTHON=$(BIN)/python infra/tools.sh docs)"/bin/zensical build --strict
+
+reference: setup  ## the pages of docs/reference/ that come from the code
+	PYTHONPATH=. $(BIN)/python tests/docs/reference.py
 
 setup:  ## .venv, with the first supported Python of: PYTHON=..., python3, the newest python3.X
 	@PYTHON="$(PYTHON)" infra/setup.sh

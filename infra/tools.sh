@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs infra/tools/NAME.lock into an environment of its own below build/, and prints where it is. Does nothing when it is there.
 #
-#     infra/tools.sh policy|supply       # PYTHON=... names a Python that has uv; by default that of .venv
+#     infra/tools.sh docs|policy|supply       # PYTHON=... names a Python that has uv; by default that of .venv
 #
 # These tools are not in requirements.lock: they bring a hundred packages that the project does not need, in versions of
 # their own.

@@ -17,16 +17,27 @@ class UNetConfig:
     """Sizes of a UNet; attention runs where the patched image is downsampled by these factors."""
 
     in_channels: Annotated[int, Ge(1)] = 3
+    """Channels of the input: 3 for images, the channels of the first stage for latents."""
     out_channels: Annotated[int, Ge(1)] = 3
+    """Channels of the output; as many as the input has."""
     model_channels: Annotated[int, Ge(GROUPS)] = 192
+    """Width of the first level."""
     channel_mult: tuple[Annotated[int, Ge(1)], ...] = (1, 2, 3, 5)
+    """Width of each level, as a multiple of the first. One number for each level."""
     num_res_blocks: Annotated[int, Ge(1)] = 2
+    """Residual blocks of each level."""
     attention_downsampling: tuple[Annotated[int, Ge(1)], ...] = (8, 4, 2)
+    """Levels with attention, by the factor that they downsample by."""
     head_dim: Annotated[int, Ge(1)] = 32
+    """Channels of an attention head."""
     depth: Annotated[int, Ge(1)] = 1
+    """Transformer blocks of each attention layer."""
     context_dim: Annotated[int, Ge(1)] = 512
+    """Length of a context vector: that of the CLIP embedding."""
     patch: Annotated[int, Ge(1)] = 1
+    """Pixels a side that become one position of the network."""
     checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time."""
     learned_null: bool = False
     """Put a learned vector where the context has zeros: the null condition, and missing neighbors."""
 
@@ -54,9 +65,13 @@ class DiffusionConfig:
     """
 
     timesteps: Annotated[int, Ge(1)] = 1000
+    """Number of noise levels."""
     beta_start: Annotated[float, Interval(gt=0, lt=1)] = 0.0015
+    """Variance of the noise that the first level adds."""
     beta_end: Annotated[float, Interval(gt=0, lt=1)] = 0.0195
+    """Variance of the noise that the last level adds."""
     prediction: Literal["epsilon", "v", "x0", "flow"] = "epsilon"
+    """The target of the network: the noise, the velocity, the image, or the velocity of a flow."""
     min_snr: Annotated[float, Ge(0)] = 0.0
     """Weigh noise levels by their signal-to-noise ratio, up to this (5 is usual); 0 weighs as the target does."""
 
@@ -72,16 +87,23 @@ class TrainConfig:
     """Settings of a training run; batches are counted over all processes, times in steps."""
 
     steps: Annotated[int, Ge(1)]
+    """Updates of the weights."""
     global_batch: Annotated[int, Ge(1)]
+    """Samples of one update, over all processes."""
     unet: UNetConfig = field(default_factory=UNetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     lr: Annotated[float, Interval(ge=0, lt=inf)] = 1e-4
+    """Learning rate after the warm-up."""
     warmup: Annotated[int, Ge(0)] = 100
+    """Steps in which the learning rate grows from zero."""
     weight_decay: Annotated[float, Interval(ge=0, lt=inf)] = 0.01
+    """Weight decay of AdamW."""
     betas: tuple[Annotated[float, Interval(ge=0, lt=1)], Annotated[float, Interval(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay rates of the two moments of AdamW."""
     grad_clip: Annotated[float, Ge(0)] = 1.0
     """Largest norm of the gradient. 0 does not clip it."""
     ema_decay: Annotated[float, Interval(ge=0, lt=1)] = 0.9999
+    """Decay rate of the averaged weights, for each step."""
     ema_more: tuple[Annotated[float, Interval(ge=0, lt=1)], ...] = ()
     """Rates of further averages."""
     p_uncond: Annotated[float, Interval(ge=0, le=1)] = 0.1
@@ -101,8 +123,11 @@ class TrainConfig:
     context_norm: Annotated[float, Interval(gt=0, lt=inf)] = 1.0
     """Length of the vectors that the network gets. The vectors of a database have length 1."""
     seed: Annotated[int, Ge(0)] = 0
+    """Seed of the batches, the noise and the first weights."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type of the products. auto: bf16 on a device that multiplies in it, otherwise fp32."""
     compile: bool = False
+    """Compile the network with torch.compile, which takes minutes."""
     channels_last: bool = False
     """Keep the channels of a pixel together in memory. Convolutions on GPUs are faster with this layout."""
     fsdp: bool = False
@@ -110,7 +135,9 @@ class TrainConfig:
     accumulate: Annotated[int, Ge(1)] = 1
     """Split the batch of each process into this many parts. This needs less memory and gives the same update."""
     checkpoint_every: Annotated[int, Ge(1)] = 10_000
+    """Steps between checkpoints."""
     log_every: Annotated[int, Ge(1)] = 50
+    """Steps between lines of metrics.jsonl."""
     validate_every: Annotated[int, Ge(0)] = 0
     """Steps between validations, if the run has a dataset for them. 0: at each checkpoint."""
 

@@ -73,6 +73,11 @@ def print_overview() -> None:
     output.print_text("\n".join(lines))
 
 
+def is_used(verb: str, kind: type, name: str) -> bool:
+    """Whether a verb uses a flag of an options class that several verbs parse."""
+    return verb in _USED_BY.get(kind.__name__, {}).get(name, VERBS)
+
+
 def _summary(kind: type) -> str:
     return (kind.__doc__ or "").strip().partition("\n")[0]
 
@@ -113,7 +118,7 @@ class _Trimmed:
         for field in fields(kind):
             hint = hints[field.name]
             bare = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-            if not self._is_used(kind, field.name):
+            if not is_used(self.verb, kind, field.name):
                 changed.append((field.name, Annotated[hint, tyro.conf.Suppress]))
             elif is_dataclass(bare) and isinstance(bare, type) and _has_flags(hint):
                 inner, values[field.name] = self.trim(bare, values[field.name])
@@ -127,9 +132,6 @@ class _Trimmed:
         copy: Any = object.__new__(trimmed)  # its fields were checked when the value was made
         copy.__dict__.update(values)
         return trimmed, copy
-
-    def _is_used(self, kind: type, name: str) -> bool:
-        return self.verb in _USED_BY.get(kind.__name__, {}).get(name, VERBS)
 
     def _is_usual(self, kind: type, name: str) -> bool:
         table = _USUAL | (_PIPELINE_USUAL if self.verb in {"pipeline", "rebuild"} else {})

@@ -142,7 +142,7 @@ def test_a_stale_table_is_found(tmp_path: Path) -> None:
     assert status == 1 and "the license of a-package-that-is-not-there 1.0 is not known\nhint: " in message
 
 
-@pytest.mark.parametrize("name", ["policy", "supply"])
+@pytest.mark.parametrize("name", ["docs", "policy", "supply"])
 def test_the_tools_have_exact_versions(name: str) -> None:
     lines = (REPOSITORY / f"infra/tools/{name}.lock").read_text().splitlines()
     pins = [Requirement(line) for line in lines if not line.startswith("#")]
