@@ -70,7 +70,7 @@ class Batches:
         records = self.dataset.manifest(name)["items"]
         lists = self._arrays(name, neighbor_files(records, ".ids.npy" if self.vectors else ".vectors.npy"), records)
         if (stored := lists[0].shape[1]) < self.k:
-            raise ValueError(f"k = {self.k} neighbours wanted, {self.dataset.label} has {stored} stored of each "
+            raise ValueError(f"k = {self.k} neighbors wanted, {self.dataset.label} has {stored} stored of each "
                              f"sample\nhint: a smaller --k, or python -m jobs neighbors {self.dataset.label} "
                              f"--database {database.label} --k {self.k} --overwrite")
         return lists

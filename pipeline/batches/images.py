@@ -83,7 +83,7 @@ class DatasetImages:
     def _decode_one(self, tar: tars.TarImages, position: int) -> np.ndarray:
         picture = _decode_image(tar, position)
         if picture.shape != self._stored:
-            raise ValueError(f"the pictures in {self.folder} have different sizes; training needs one size\n"
+            raise ValueError(f"the images in {self.folder} have different sizes; training needs one size\n"
                              f"hint: shard with --resize center_crop")
         return average_down(picture[None], self.size)[0] if self.size else picture
 
@@ -119,7 +119,7 @@ def _decode_image(tar: tars.TarImages, position: int) -> np.ndarray:
         return decode_pixels(tar[position])
     except BadImage as error:
         raise ValueError(f"sample {position} of {tar.path} does not decode ({error})\n"
-                         f"hint: shard these tars anew without --adopt, which leaves such samples out") from error
+                         f"hint: shard these tars again without --adopt, which leaves such samples out") from error
 
 
 def average_down(pictures: np.ndarray, size: int) -> np.ndarray:
@@ -129,7 +129,7 @@ def average_down(pictures: np.ndarray, size: int) -> np.ndarray:
     """
     height, width = pictures.shape[1:3]
     if height != width or height % size:
-        raise ValueError(f"pictures of {width} x {height} cannot be averaged to {size} x {size}\n"
+        raise ValueError(f"images of {width} x {height} cannot be averaged to {size} x {size}\n"
                          f"hint: --image-size must divide their sides, and these must be equal")
     step = height // size
     if step == 1:

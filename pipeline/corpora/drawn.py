@@ -1,7 +1,7 @@
 """Images that this program draws: colored shapes in six styles, for tests and without npm.
 
-Subjects are told apart by what a caption says (shape, color, size, tilt, number, a second shape),
-styles by how the same is drawn. Nothing is downloaded, and there is a corpus of any size.
+Subjects differ in the things that a caption names: shape, color, size, tilt, number, a second shape.
+Styles differ in the way of drawing. It needs no download, and a corpus may have any size.
 """
 
 import io
@@ -39,7 +39,7 @@ WARM = {"red", "orange", "yellow", "pink", "brown"}
 SIZES = {"small": 0.55, "": 0.8, "large": 1.0}
 TILTS = {"": 0.0, "tilted": 24.0}
 NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5}
-# Where the shapes of a group stand, and half the room each has, in halves of the image.
+# Places of the shapes of a group, and half of the room of each, in halves of the image.
 PLACES: dict[int, tuple[tuple[tuple[float, float], ...], float]] = {
     1: (((0, 0),), 0.94),
     2: (((-0.47, 0), (0.47, 0)), 0.46),
@@ -62,7 +62,7 @@ class Group:
 
     @property
     def name(self) -> str:
-        """What a caption says, as in `two small red stars`."""
+        """The words of a caption, as in `two small red stars`."""
         noun = SHAPES[self.shape].plural if self.number else self.shape
         words = (self.number, self.size, self.tilt, self.colour, noun)
         return " ".join(word for word in words if word)
@@ -94,10 +94,10 @@ class Scene:
 
 
 def catalog(subjects: int, seed: int = 0) -> Catalog[Scene]:
-    """So many subjects in six styles; a smaller catalog of the same seed is the start of a larger.
+    """Subjects in six styles. A smaller catalog of the same seed is the start of a larger one.
 
-    The plainest come first: one shape, then groups of one shape, then two shapes, each kind in an
-    order that `seed` shuffles. Of every ten in that order one is held out, by its name.
+    One shape comes first, then groups of one shape, then two shapes. `seed` shuffles each kind. One
+    subject in ten is held out, by its name.
 
     Raises:
         ValueError: there are not as many subjects.

@@ -52,7 +52,7 @@ class Package:
     member: str
 
     def archive(self, cache: Path) -> Path:
-        """Where its archive lies in the cache."""
+        """The path of its archive in the cache."""
         return cache / f"{self.name.lstrip('@').replace('/', '-')}-{self.version}.tgz"
 
 
@@ -159,8 +159,8 @@ def _read_json(package: Package, cache: Path, member: str) -> Any:
 def catalog(cache: Path) -> Catalog[str]:
     """The subjects that at least six of the eight styles have, without skin tones and flags.
 
-    The drawings are SVG texts on a square of white. Within a style one drawing stands for one
-    subject only: sets draw several subjects alike, and a held-out one must not come back so.
+    The drawings are SVG texts on a white square. A drawing belongs to one subject of a style only:
+    some sets repeat a drawing, and a held-out subject must not return under another name.
 
     Raises:
         ValueError: an archive is missing from `cache` or broken.
@@ -227,7 +227,7 @@ def _find(icon_set: dict, name: str) -> Icon | None:
 
 
 def _held_out(subjects: Mapping[str, dict], kept_back: set[str]) -> set[str]:
-    """Those kept back already, and one in ten of the subjects that lack a style."""
+    """The subjects that are held out already, and one in ten of the subjects that lack a style."""
     lacking = (name for name, icons in subjects.items() if len(icons) < len(STYLES))
     chosen = {name for name in lacking if name_hash(name) % HELD_OUT_ONE_IN == 0}
     return (kept_back & set(subjects)) | chosen

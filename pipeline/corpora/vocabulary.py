@@ -1,4 +1,4 @@
-"""What is in a corpus of images before it is drawn: subjects, styles and words."""
+"""The content of a corpus of images before it is rendered: subjects, styles and words."""
 
 import hashlib
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ class CatalogImage:
 
 @dataclass(frozen=True)
 class Catalog(Generic[Drawing]):
-    """Images in order of (style, subject), and by key what `render` draws each of them from."""
+    """Images in order of (style, subject), and the input of `render` for each, by key."""
 
     pictures: tuple[CatalogImage, ...]
     drawings: Mapping[str, Drawing]
@@ -47,5 +47,5 @@ class Catalog(Generic[Drawing]):
 
 
 def name_hash(name: str) -> int:
-    """A number of 64 bits drawn from a name, the same on every machine and in every run."""
+    """A number of 64 bits that depends on a name, the same on every machine and in every run."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")

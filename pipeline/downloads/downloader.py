@@ -66,7 +66,7 @@ class _Resolver(AbstractResolver):
 
 
 class Downloader:
-    """Downloads over HTTP; an asynchronous context manager, for any number of `get` at once."""
+    """Downloads over HTTP; an asynchronous context manager, for any number of concurrent `get`."""
 
     def __init__(self, config: DownloadConfig, limits: HostLimits | None = None) -> None:
         """`limits` are shared with other downloaders, by default with none."""
@@ -99,7 +99,7 @@ class Downloader:
         await self.gate.__aexit__(kind, error, trace)
         await self._session.close()
         self._lookup.close()
-        # What was given up over TLS still waits for the server's farewell, which the end of the loop would cut off.
+        # Aborted TLS connections still wait for the server's close message. The end of the loop would interrupt that.
         for open_socket in list(self._sockets):
             with contextlib.suppress(OSError):
                 open_socket.shutdown(socket.SHUT_RDWR)
@@ -120,8 +120,8 @@ class Downloader:
     @contextlib.asynccontextmanager
     async def hold(self, url: str) -> AsyncIterator[bytes]:
         """`get`, for as long as one of the `connections` is kept: so the bodies in memory are no more than these."""
-        # No retry library: each attempt has a time limit of its own, which starts when a connection is free, each
-        # redirect is checked again, and the server's Retry-After counts. With one, all of that would still be here.
+        # No retry library: the time limit of an attempt starts when a connection is free, each redirect is checked
+        # again, and Retry-After counts. A library would not replace this code.
         trip = _Trip(self._parse_target(url, None), self.config.timeout)
         body = None
         while body is None:
@@ -215,7 +215,7 @@ class Downloader:
         return answer
 
     def _parse_target(self, text: str, base: _Target | None) -> _Target:
-        """What to ask for, checked: `text` as a browser would read it, relative to `base`."""
+        """The checked target of a URL, parsed as browsers do, relative to `base`."""
         try:
             url, credentials = parse_url(text if base is None else urljoin(str(base.url), clean_url(text)))
             address = literal_address(url)
@@ -223,7 +223,7 @@ class Downloader:
             # Not the error's own text: it may quote the URL.
             raise BadImage("bad_url", "not an http or https URL" if base is None else "led to no http or https URL"
                              ) from None
-        # For addresses aiohttp asks no resolver; those behind names are checked there.
+        # aiohttp calls the resolver for names only, so IP addresses are checked here.
         if address:
             if not self._lookup.permits(url.raw_host or "", url.port or 0):
                 refuse_private([address])
@@ -262,7 +262,7 @@ class Downloader:
             cause = error.__cause__ and error.__cause__.__cause__
             raise BadImage("protocol", f"malformed answer ({type(cause or error).__name__})") from None
         except aiohttp.InvalidURL:
-            raise BadImage("bad_url", "not a URL that can be asked for") from None
+            raise BadImage("bad_url", "not a URL that can be requested") from None
         except aiohttp.ServerDisconnectedError:
             raise Retryable("connect", "closed without an answer") from None
         except (aiohttp.ClientConnectionError, OSError) as error:
@@ -281,7 +281,7 @@ class Downloader:
                 protocol.force_close()
             return await self._read_answer(response)
         finally:
-            # There is none if all of the body has come. What is left of it is not waited for, nor a farewell by TLS.
+            # There is none if the whole body has arrived. The rest of it and the close message of TLS are not read.
             if response.connection is not None:
                 if response.connection.transport is not None:
                     response.connection.transport.abort()
@@ -347,7 +347,7 @@ def _wake_on_close(response: aiohttp.ClientResponse) -> Iterator[None]:
     def wake(_: asyncio.Future[None]) -> None:
         if not content.is_eof() and content.exception() is None:
             content.set_exception(aiohttp.ClientPayloadError())
-    # Once for a connection: the future complains about an error that nobody has looked at.
+    # Once for a connection: asyncio warns about an error that was never retrieved.
     closed.remove_done_callback(_retrieve_exception)
     closed.add_done_callback(_retrieve_exception)
     closed.add_done_callback(wake)

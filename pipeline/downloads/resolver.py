@@ -25,7 +25,7 @@ class _Answer(NamedTuple):
 
 
 class HostLookup:
-    """Addresses of host names: looked up in threads of its own, remembered with failures, and no private ones.
+    """IP addresses of host names, looked up in threads and cached, failures too. It refuses private ones.
 
     `allowed` has the hosts and ports that may have private addresses. `attempts` lookups without an answer are a
     failure. The `Downloader` has the part that aiohttp needs.

@@ -21,7 +21,7 @@ _NUMBER = re.compile(r"0x[0-9a-f]*|[0-9]+")
 _AUTHORITY = re.compile(r"(?:https?:|[a-z][a-z0-9+.-]*:(?=//)|(?=//))/*([^/?#]+)", re.IGNORECASE)
 _DELIMITER = re.compile(r"[/?#@\\]")
 TOKEN = re.compile(r"[\w.*/-]+")
-# Written out, for what ipaddress calls private differs between versions of Python. Of IPv6 only 2000::/3 is given out.
+# A list, because `is_private` of ipaddress differs between versions of Python. IPv6 assigns only 2000::/3.
 _CLOSED_4 = [ipaddress.IPv4Network(network) for network in (
     "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24",
     "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24",
@@ -62,7 +62,7 @@ def parse_host_rates(entries: Iterable[str]) -> list[tuple[str, float]]:
 
 
 def clean_url(text: str) -> str:
-    """What browsers do before they read a URL."""
+    """Clean a URL as browsers do before they parse it."""
     text = text.strip(_SPACE).translate({ord(char): None for char in "\t\r\n"})
     if "\\" in text:
         head, mark, tail = text.partition("?")
@@ -85,7 +85,7 @@ def parse_url(text: str) -> tuple[URL, bytes | None]:
         ipaddress.IPv6Address(host if "%" not in host else "")  # a zone is a matter of one machine
     elif not _HOST.fullmatch(host):
         raise ValueError("host")
-    # What was escaped in the host may have become another part.
+    # An escaped character of the host may have become another part of the URL.
     if origin.port == 0 or origin.raw_user is not None or origin.raw_path != "/" or origin.query_string:
         raise ValueError("authority")
     path = parts.path

@@ -63,8 +63,8 @@ class Encoder:
     def launch(self, batch: np.ndarray, size: int = 0) -> "torch.Tensor":
         """As `images`, without waiting for a GPU to finish: (B, D) float32 on the device.
 
-        With a `size` the encoder is given so many images always: a compiled one is compiled again for any other
-        number, and others may sum in another order. The vectors beyond those of the batch mean nothing.
+        size: repeat the first image until the batch has this size. A compiled encoder is compiled again for each new
+        size, and others may sum in another order. Ignore the vectors beyond those of the batch.
         """
         import torch
 
@@ -166,12 +166,12 @@ def load_encoder_on(config: ClipConfig, compiled: bool, device: "torch.device") 
 
     @lru_cache(maxsize=1)
     def tokenizer() -> Any:
-        # Once there are texts: those of some models want packages, or files of a hub, that images do without.
+        # Loaded for texts only: some tokenizers need packages or files of a hub that images do not need.
         try:
             return open_clip.get_tokenizer(config.model)
         except Exception as error:
             raise ValueError(f"open_clip has no tokenizer for {config.model}: "
-                             f"{(str(error) or repr(error)).splitlines()[0]}\nhint: pictures can be embedded without "
+                             f"{(str(error) or repr(error)).splitlines()[0]}\nhint: images can be embedded without "
                              f"one; for texts, `pip install transformers` and the files of the tokenizer") from error
 
     return Encoder(description["dim"], prepare, description["preprocessing"], model,
@@ -205,7 +205,7 @@ def input_pixels(config: ClipConfig) -> int:
 
 
 def activation_bytes(config: ClipConfig) -> int:
-    """Bytes that a forward pass over one image takes where it is widest, in fp32; a guess but for transformers."""
+    """Largest memory of a forward pass over one image in fp32, in bytes. It is exact only for transformers."""
     own = config.model.startswith(OWN_WEIGHTS_SCHEMES)
     architecture = read_own_weights(config)[1]["model_cfg"] if own else read_tagged_weights(config)[1]
     vision = architecture["vision_cfg"]
@@ -219,8 +219,8 @@ def activation_bytes(config: ClipConfig) -> int:
 def flop_per_image(config: ClipConfig) -> tuple[float, int]:
     """Floating point operations of a forward pass over one image, and the length of its vector.
 
-    Of a vision transformer with T tokens of width W: 24 T W^2 + 4 T^2 W in each layer (projections and a network of
-    4 W; scores and values), and the patches. ValueError for other networks.
+    A vision transformer with T tokens of width W has 24 T W^2 in each layer (projections, and a network of 4 W). It
+    has also 4 T^2 W (scores and values), and the patches. ValueError for other networks.
     """
     if config.model == BUNDLED_MODEL:
         architecture = json.loads((BUNDLED / f"{BUNDLED_MODEL}.json").read_text())

@@ -183,11 +183,10 @@ class AdoptEmbeddings(Embed):
             worst = min(worst, (float(cosines.max()), row))
         if worst[0] < LEAST_COSINE:
             cosine, row = worst
-            raise ValueError(f"the vectors of {self.source} are not those that {self.config.model} "
-                             f"({self.config.pretrained}) makes of shard {record['id']}: row {row}, "
-                             f"{samples[row]['__key__']}: expected a cosine of at least {LEAST_COSINE}, got "
-                             f"{cosine:.3f}\nhint: --model and --pretrained as when they were made, and the "
-                             f"images that they were made of")
+            raise ValueError(f"the vectors of {self.source} do not fit shard {record['id']}: row {row}, "
+                             f"{samples[row]['__key__']}: expected a cosine of at least {LEAST_COSINE} to the vector "
+                             f"of {self.config.model} ({self.config.pretrained}), got {cosine:.3f}\n"
+                             f"hint: --model and --pretrained of the encoder that made them, and the same images")
         _log.info("embed: shard %s: %d of %d images encoded again, %d of them because others share their names; least "
                   "cosine %.4f", record["id"], len(checked), len(samples), len(unsure), worst[0])
         return rows, undecodable

@@ -14,7 +14,7 @@ from pipeline.embeddings.open_clip_door import open_clip
 BUNDLED = Path(__file__).parent / "tiny_clip"
 BUNDLED_MODEL = "tiny-clip-64"
 RANDOM = "random"
-# What open_clip takes where a tag names nothing else: the values of the first CLIP models.
+# Defaults of open_clip: the values of the first CLIP models.
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 OWN_WEIGHTS_SCHEMES = ("hf-hub:", "local-dir:")  # schemes of names whose weights and settings lie in one folder
@@ -29,8 +29,8 @@ class ClipConfig:
     model: str = "tiny-clip-64"
     """Name of an open_clip model, hf-hub:ORGANISATION/NAME, or local-dir:FOLDER (with open_clip_config.json)."""
     pretrained: str = "bundled"
-    """A pretrained tag of open_clip, a local file of weights, or `bundled` for those that come with the model: with
-    the tiny CLIP in the package, a hub's model or a folder; `random` for weights that mean nothing, to measure with."""
+    """A pretrained tag of open_clip, or a local file of weights. `bundled`: the weights that belong to the model, which
+    the tiny CLIP, models of a hub and folders have. `random`: random weights, for measurements of speed."""
     precision: Precision = "auto"
     """auto: bf16 on a GPU, and on a CPU that multiplies in bf16; fp32 elsewhere."""
 
@@ -40,9 +40,9 @@ class ClipConfig:
 
 @lru_cache(maxsize=8)
 def describe_encoder(config: ClipConfig) -> dict[str, Any]:
-    """What makes vectors comparable: model, sha256 of the weights, preprocessing, normalization.
+    """Model, sha256 of the weights, preprocessing and normalization: encoders with equal descriptions are the same.
 
-    Loads no weights, so that a driver can plan; two encoders are the same if these are equal.
+    It loads no weights, so a driver can call it.
     """
     if config.model.startswith(OWN_WEIGHTS_SCHEMES):
         path, document = read_own_weights(config)
@@ -138,7 +138,7 @@ def check_model(config: ClipConfig) -> str:
 
 
 def weights_path(config: ClipConfig) -> str:
-    """The file or tag of the weights; ValueError if `bundled` is asked of another model."""
+    """The file or tag of the weights; ValueError if `bundled` is set for a model without bundled weights."""
     if config.pretrained == "bundled":
         if config.model != BUNDLED_MODEL:
             raise ValueError(f"only {BUNDLED_MODEL} is bundled, not {config.model}\nhint: --pretrained TAG or FILE")

@@ -17,11 +17,11 @@ from pipeline.storage.arrays import HEADER_ERRORS, first_line
 
 ARCHIVE_NAME = re.compile(r"(\d+)x(\d+)(?:-part_(\d+))?\.npz")
 ROW_NUMBER = ("source_row", "url", "key", "width", "height", "patch_left", "patch_top", "patch_short_side")
-OPEN_ARCHIVES = 2  # archives whose vectors are in memory at once
+OPEN_ARCHIVES = 2  # archives whose vectors are in memory
 
 
 def list_archives(source: str) -> list[str]:
-    """The addresses of the archives of a folder in CompVis's layout, in the order of their numbers."""
+    """The URLs of the archives of a folder in CompVis's layout, in the order of their numbers."""
     archives = [(int(match[3] or 0), name) for name in storage.list_files(source)
              if (match := ARCHIVE_NAME.fullmatch(name))]
     return [storage.join(source, name) for _, name in sorted(archives)]
@@ -37,15 +37,15 @@ class KeyTable:
         self.names = every[self.order]
 
     def place(self, name: bytes) -> int:
-        """Where a name stands, or would."""
+        """The place of a name in the sorted names, or the place for it if it is missing."""
         return int(np.searchsorted(self.names, name))
 
     def name(self, place: int) -> bytes:
-        """The name at a place, nothing beyond the last."""
+        """The name at a place. Empty beyond the last one."""
         return bytes(self.names[place]) if place < len(self.names) else b""
 
     def beginning(self, prefix: bytes) -> tuple[int, list[bytes]]:
-        """The names that begin so, and the place of the first."""
+        """The names with a prefix, and the place of the first one."""
         first = self.place(prefix)
         matches: list[bytes] = []
         while (name := self.name(first + len(matches))).startswith(prefix):
@@ -72,10 +72,10 @@ class KeyTable:
 
 
 class Archives:
-    """The vectors of CompVis's archives by image and patch; in memory are the names of all and two archives' vectors.
+    """The vectors of CompVis's archives by image and patch. All names and the vectors of two archives are in memory.
 
-    An image is called by the row of the source where `img_id` is a number, as CompVis counts; where it is text, by the
-    last part of its address, with or without its ending, or by its key.
+    A number as `img_id` is the row of the source, as CompVis counts. A text as `img_id` is the last part of the URL,
+    with or without suffix, or the key.
     """
 
     def __init__(self, source: str) -> None:
@@ -95,7 +95,7 @@ class Archives:
     @staticmethod
     @lru_cache(maxsize=1)
     def open_cached(source: str) -> "Archives":
-        """Those of a folder, kept in this process."""
+        """The archives of a folder, cached in this process."""
         return Archives(source)
 
     def rows(self, rows: Sequence[dict[str, Any]]) -> list[np.ndarray | None]:
@@ -103,7 +103,7 @@ class Archives:
 
         ValueError if the image has vectors, but not for this part of it.
         """
-        # As many names as an image may go by; a shard goes by one of them.
+        # An image may have several names. All images of a shard use the same kind of name.
         name_rules: list[Callable[[dict[str, Any]], str]] = [lambda row: str(row.get("source_row"))]
         if self.text:
             name_rules = [lambda row: _last(row), lambda row: _last(row).rpartition(".")[0] or _last(row),
@@ -127,7 +127,7 @@ class Archives:
             return None
         if row.get("patch_left") is None:
             if len(there) > 1:
-                raise ValueError(f"{self.source} has {len(there)} patches of the picture {name}, and its sample "
+                raise ValueError(f"{self.source} has {len(there)} patches of the image {name}, and its sample "
                                  f"{row['key']} is no patch\nhint: adopt tars of these patches (shard --adopt)")
             return first
         if row["width"] is None:  # it could not be read
@@ -135,15 +135,15 @@ class Archives:
         x, y = row["patch_left"], row["patch_top"]
         patch = _patch(name, [x, y, x + row["width"], y + row["height"]])
         if patch not in there:
-            raise ValueError(f"{self.source} has {len(there)} patches of the picture {name}, but none at {x}, {y} "
-                             f"of {row['width']} x {row['height']} pixels as the sample {row['key']}, which was cut "
-                             f"from a picture of short side {row['patch_short_side']}\nhint: the coordinates must be "
-                             f"those of the same patches: --adopt takes no vectors of others")
+            raise ValueError(f"{self.source} has {len(there)} patches of the image {name}: expected one at {x}, {y} of "
+                             f"{row['width']} x {row['height']} pixels (sample {row['key']}, short side of the image "
+                             f"{row['patch_short_side']}), got none\nhint: embed without --adopt, or adopt vectors "
+                             f"of the same patches")
         return first + there.index(patch)
 
 
 def _last(row: dict[str, Any]) -> str:
-    """The last part of the address that a sample is from."""
+    """The last part of the URL of a sample."""
     return re.split(r"[?#]", str(row.get("url") or ""))[0].rpartition("/")[2]
 
 
@@ -164,7 +164,7 @@ def _identities(url: str) -> tuple[np.ndarray, np.ndarray]:
                          f"them")
     if places.dtype.kind not in "iu" and not (places.dtype.kind == "f" and (places == np.rint(places)).all()):
         raise ValueError(f"{url}: patch_coords are {places.dtype}, wanted are whole numbers: left, top, right, bottom\n"
-                         f"hint: pixels of the picture that the patch was cut from")
+                         f"hint: coordinates in pixels of the whole image")
     return np.char.decode(ids, "utf-8", "replace") if ids.dtype.kind == "S" else ids, places.astype(np.int64)
 
 

@@ -12,7 +12,7 @@ from pipeline.stages.decoder_pool import DecodedBatch
 
 
 def decode_images(data: list[bytes], prepare: Callable[[bytes], np.ndarray]) -> DecodedBatch:
-    """What `prepare` makes of each image, one after another."""
+    """Apply `prepare` to each image. Images that do not decode are left out."""
     begun, there, pictures = time.perf_counter(), [], []
     for position, encoded in enumerate(data):
         try:
@@ -24,6 +24,6 @@ def decode_images(data: list[bytes], prepare: Callable[[bytes], np.ndarray]) -> 
 
 
 def decode_by_description(data: list[bytes], preprocessing: dict[str, Any]) -> DecodedBatch:
-    """`decoded` for an encoder that is somewhere else, by the preprocessing in its description."""
+    """Decode for an encoder on another node, by the preprocessing in its description."""
     theirs = clip.open_clip_transform(preprocessing)
     return decode_images(data, lambda encoded: clip.prepare_image(encoded, preprocessing, theirs))

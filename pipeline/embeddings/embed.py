@@ -1,7 +1,7 @@
 """Shards -> CLIP embeddings: row i of 000042.npy is sample i of 000042.tar.
 
-How images become vectors is in `encoding`; here shards are taken one by one, or where the encoder takes whole
-batches several together, and each gets a file and a record of its own.
+encode_shards.py turns images into vectors. This stage takes shards one by one. An encoder with batches of one size
+takes several shards together. Each shard gets its own file and record.
 """
 
 import json
@@ -39,8 +39,8 @@ from pipeline.stages.types import Entry, Item, Output, StageFailed
 from pipeline.storage import DamagedFile
 from pipeline.storage.sizes import parse_size
 
-_TOGETHER = 16  # batches that shards which are taken together should fill: at most one is not full
-_MOST = 64  # shards that are taken together: what a worker that dies has in hand
+_TOGETHER = 16  # batches for shards that are encoded together: at most one is not full
+_MOST = 64  # shards that are encoded together: a worker that dies loses so many
 
 
 class Embed(Stage):

@@ -1,14 +1,19 @@
 """Samples of shards -> vectors: read, decoded and encoded in parts, each step ahead of the next.
 
-Decoders do not hold the interpreter, so threads decode while the encoder works. On CPUs every thread does small parts
-of a shard from end to end, with one thread inside torch, for how torch splits a sum among threads would change the
-last bits, and with them the bytes of the result. A GPU gets batches of one size, which go on from shard to shard: one
-is encoded while the next is decoded and the last is fetched. Where somebody lends decoders, parts are sent there.
-If the GPU runs out of memory, it encodes this batch and all later ones in halves (`devices.BatchFit`).
+Decoders release the interpreter lock, so threads decode while the encoder works.
 
-Of the times, `wait` is how long the encoder had no images; `full`: nothing was decoded, for the encoder was behind;
-`elsewhere`: decoding by others, who take no time of this process; `encoding`: all that others had decoded was in the
-encoder.
+* CPU: each thread decodes and encodes small parts of a shard. torch has one thread in each, because the number of
+  threads of a sum changes its last bits, and so the bytes of the result.
+* GPU: batches have one size and continue from shard to shard. One batch is encoded while the next one is decoded and
+  the last one is fetched. If the GPU runs out of memory, it halves this batch and all later ones (`devices.BatchFit`).
+* Decoders on other nodes get parts if there are any.
+
+Times:
+
+* `wait`: the encoder had no images
+* `full`: nothing was decoded, because the encoder was behind
+* `elsewhere`: decoding on other nodes, which takes no time of this process
+* `encoding`: the encoder had all images that other nodes had decoded
 """
 
 import itertools
@@ -33,17 +38,17 @@ from pipeline.stages.timers import Times
 if TYPE_CHECKING:
     import torch
 
-# Images in a forward pass on a CPU: more are no faster, and leave less for other threads to do.
+# Images in a forward pass on a CPU: larger passes are not faster, and leave less work for other threads.
 _PART, _LEAST = 32, 8
 _AHEAD = 4  # parts that are decoded, or being decoded, for each thread beside a GPU
-_BATCHES = 4  # of images, beside a GPU: being put together, on their way, and what is left of parts
-_BASE = 900 << 20  # what a process takes that has loaded torch, open_clip, pyarrow and Ray
-_WIDE = 14  # bytes of a channel of a pixel on its way from 8 bits to the encoder
+_BATCHES = 4  # of images, beside a GPU: one that is put together, those on their way, and rests of parts
+_BASE = 900 << 20  # bytes of a process that has loaded torch, open_clip, pyarrow and Ray
+_WIDE = 14  # bytes of each channel of a pixel, from 8 bits to the input of the encoder
 
 
 @dataclass
 class ShardPart:
-    """Some samples of one of the shards that are taken together, in order; a part without samples ends its shard."""
+    """Consecutive samples of a shard. A part without samples ends its shard."""
 
     shard: int
     keys: list[str] = field(default_factory=list)
@@ -56,12 +61,12 @@ class ShardPart:
     missing: int = 0
     """Vectors that are still to come."""
     error: Exception | None = None
-    """Why the shard ends here, if it should not."""
+    """The error that ends the shard here."""
 
 
 @dataclass(frozen=True)
 class ShardInput:
-    """A shard as it is read: how many samples its record names, and what opens its tar."""
+    """A shard to read: the number of samples by its record, and a function that opens its tar."""
 
     count: int
     open_tar: Callable[[], BinaryIO]
@@ -69,12 +74,12 @@ class ShardInput:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How much may be under way at once."""
+    """Limits of the work in progress."""
 
     threads: int
-    """That do forward passes on a CPU, or decode beside a GPU."""
+    """Threads for forward passes on a CPU, or for decoding beside a GPU."""
     ahead: int
-    """Parts that are decoded, or being decoded."""
+    """Parts that are decoded or being decoded."""
 
 
 def count_cores() -> int:
@@ -84,10 +89,10 @@ def count_cores() -> int:
 
 def plan_memory(budget: int, config: ClipConfig, shards: Iterable[tuple[int, int]], size: int, *, whole: bool,
          parts_in_flight: int = 0, threads: int = 0) -> MemoryPlan:
-    """What fits `budget` bytes beside the encoder: as many threads as there are cores, and two parts for each.
+    """The limits that fit `budget` bytes beside the encoder: at most one thread a core, and two parts a thread.
 
-    `shards`: (samples, bytes) of each; `whole`: the encoder takes batches of `size`; `lent`: parts that keep others'
-    decoders busy. ValueError with what would do, if not even one thread fits.
+    shards: (samples, bytes) of each. whole: the encoder takes batches of `size`. parts_in_flight: parts that keep the
+    decoders on other nodes busy. ValueError with the least budget if not even one thread fits.
     """
     threads = threads or count_cores()
     dim, pixels = describe_encoder(config)["dim"], 3 * clip.input_pixels(config)
@@ -105,7 +110,7 @@ def plan_memory(budget: int, config: ClipConfig, shards: Iterable[tuple[int, int
     if (least := needed(1, 2)) > budget:
         raise ValueError(f"embed.max_memory = {budget >> 20}Mi: a worker takes {-(-least >> 20)}Mi at least, "
                          f"{_BASE >> 20}Mi of it for libraries, with {'batches' if whole else 'passes'} of "
-                         f"{size if whole else part} pictures and shards of {largest}\n"
+                         f"{size if whole else part} images and shards of {largest}\n"
                          f"hint: --max-memory {-(-least >> 20)}Mi")
     threads = next(number for number in range(threads, 0, -1) if number == 1 or needed(number, number + 1) <= budget)
     most = (_AHEAD if whole else 2) * threads + parts_in_flight
@@ -114,9 +119,10 @@ def plan_memory(budget: int, config: ClipConfig, shards: Iterable[tuple[int, int
 
 
 def samples_per_pass(count: int, size: int) -> int:
-    """How many of `count` samples make a forward pass on a CPU: as even as can be, and two passes if there is enough.
+    """Samples of a forward pass on a CPU: passes of a shard have about one size, and large shards have at least two.
 
-    Of the number of threads it knows nothing, for the last bits of a vector may depend on the images beside it.
+    The result does not depend on the number of threads: the last bits of a vector may depend on the other images of
+    its pass.
     """
     passes = max(-(-count // min(size, _PART)), min(2, count // _LEAST), 1)
     return -(-count // passes) or 1
@@ -143,7 +149,7 @@ def encode_parts(encoder: clip.Encoder, shards: Sequence[ShardInput], size: int,
     parts = _read(shards, lambda shard: samples_per_pass(shard.count, size), times)
     with torch_threads(fitting.threads) as pool, ThreadPoolExecutor(max(1, parts_in_flight)) as asking:
         if pool_of_decoders:
-            # What is left beside the passes is for those who decode.
+            # Decoders get the rest of the parts.
             passing = min(2 * fitting.threads, fitting.ahead - 1)
             parts = map_in_order(asking, decode, parts, max(1, min(parts_in_flight, fitting.ahead - passing)), times)
             yield from map_in_order(pool, forward, parts, passing, times, waiting="encoding")
@@ -153,7 +159,7 @@ def encode_parts(encoder: clip.Encoder, shards: Sequence[ShardInput], size: int,
 
 @contextmanager
 def torch_threads(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """So many threads, one inside torch for each."""
+    """A pool of threads. torch uses one thread in each."""
     import torch
 
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -162,7 +168,7 @@ def torch_threads(threads: int) -> Iterator[ThreadPoolExecutor]:
 
 def _decoder(encoder: clip.Encoder, pool_of_decoders: DecoderPool | None, threads: int, times: Times
              ) -> Callable[[ShardPart], ShardPart]:
-    """What decodes a part: on so many threads here, and elsewhere what they do not get to."""
+    """The function that decodes a part: on `threads` threads here, and on other nodes if these are busy."""
     here = threading.Semaphore(threads)
 
     def decode(part: ShardPart) -> ShardPart:
@@ -186,7 +192,7 @@ def _decoder(encoder: clip.Encoder, pool_of_decoders: DecoderPool | None, thread
 
 
 def _read(shards: Sequence[ShardInput], length: Callable[[ShardInput], int], times: Times) -> Iterator[ShardPart]:
-    """The samples of all shards in parts of some length, each shard opened while the one before is read."""
+    """The samples of all shards in parts. The next shard is opened while one is read."""
     with ThreadPoolExecutor(1) as opening:
         following = opening.submit(shards[0].open_tar) if shards else None
         for number, shard in enumerate(shards):
@@ -206,7 +212,7 @@ def _read(shards: Sequence[ShardInput], length: Callable[[ShardInput], int], tim
 
 
 def read_chunks(samples: Iterable[Any], size: int, times: Times) -> Iterator[list[Any]]:
-    """So many of some samples at a time."""
+    """Samples in lists of `size`."""
     source = iter(samples)
     while True:
         with times("read"):
@@ -218,9 +224,9 @@ def read_chunks(samples: Iterable[Any], size: int, times: Times) -> Iterator[lis
 
 def map_in_order(pool: ThreadPoolExecutor, work: Callable[[Any], Any], source: Iterable[Any], ahead: int,
                  times: Times, *, waiting: str = "wait") -> Iterator[Any]:
-    """The result of `work` for each element, in the order of the source, up to `ahead` of them at once."""
+    """The result of `work` for each element, in the order of the source. At most `ahead` are in progress."""
     going: deque[Future] = deque()
-    last = [0.0]  # when something was done
+    last = [0.0]  # time of the last result
 
     def noted(_: Future) -> None:
         last[0] = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What this machine computes with: GPUs, CPUs and memory.
+"""GPUs, CPUs and memory of this machine.
 
 Input: reservations of a worker. Output: a torch device, or an error that names the cause.
 Imports nothing of this project.

@@ -161,7 +161,7 @@ def explain_failures(what: str) -> Iterator[None]:
 
 
 def failure_kind(error: BaseException) -> Failure:
-    """What an exception says of the device: by its type, then by its text, then by its cause."""
+    """The kind of a device failure: by the type of the exception, then by its text, then by its cause."""
     torch_oom = type(error).__name__ in ("OutOfMemoryError", "OutOfMemory")
     if torch_oom or isinstance(error, MemoryError | OutOfDeviceMemory):
         return "out of memory"

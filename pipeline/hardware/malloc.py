@@ -11,14 +11,14 @@ _USUAL = 128 << 10  # glibc's own, of both
 def keep_freed_memory() -> None:
     """Have glibc keep the memory of one large array for the next.
 
-    Its default gives the pages of every one back at once, for the kernel to fill them with zeros anew: four times the
-    page faults, and those of threads wait for each other.
+    By default it returns the pages of each array to the kernel, which fills them with zeros again. That makes four
+    times as many page faults, and page faults of threads wait for each other.
     """
     _set(_KEPT, _LARGEST)
 
 
 def release_freed_memory() -> None:
-    """Have glibc give back what is kept and not used, and keep nothing from now on.
+    """Let glibc return unused memory, and keep nothing from now on.
 
     Large arrays among small objects leave holes that fit no other: a worker grew by 60 MB with each search.
     """

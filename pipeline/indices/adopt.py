@@ -44,10 +44,10 @@ _COPY = 0.9995  # rows at least so similar are as good an answer as the row itse
 
 
 class AdoptIndex(Index):
-    """The stage from the embeddings of a dataset and an index file of others to index/.
+    """The stage from the embeddings of a dataset and another program's index file to index/.
 
-    ValueError if the index does not have the dimension, the number of rows or the metric of the embeddings, if its ids
-    are not their global rows, or if a search for sampled rows does not find them.
+    ValueError if dimension, number of rows or metric differ from those of the embeddings, if the ids are not global
+    rows, or if a search for sampled rows does not find them.
     """
 
     def __init__(self, dataset: Dataset, config: IndexConfig, file: str) -> None:

@@ -15,7 +15,7 @@ _ALLOWANCE = 64 << 10
 
 
 def check_possible(count: int, dim: int, config: IndexConfig) -> None:
-    """ValueError if no index of so many vectors can be built with these settings, as far as can be told before."""
+    """ValueError if the settings cannot give an index of `count` vectors. It checks all that needs no training."""
     if config.key:
         try:
             faiss.index_factory(dim, config.key)
@@ -101,7 +101,7 @@ def factory_keys(count: int, dim: int, budget: int, config: IndexConfig) -> list
     # It ignores the budget below 10,000 vectors and returns nothing for impossible ones.
     chosen = list(get_optimal_index_keys_v2(count, dim, f"{max(1, budget >> 10)}K") or [])
     ladder = ["Flat", "SQfp16", "SQ8", "SQ6", "SQ4"]
-    # Of few vectors the codebooks of 8 bits are larger than the codes.
+    # For few vectors the codebooks of 8 bits are larger than the codes.
     ladder += [f"PQ{dim // step}x{bits}" for bits, least in ((8, 1000), (4, 100)) for step in (2, 4, 8, 16, 32)
                if dim % step == 0 and count >= least]
     return list(dict.fromkeys([*chosen, *ladder]))

@@ -25,14 +25,14 @@ class IndexConfig:
     max_memory: str = "4Gi"
     """Largest size of the index: bytes, or a number with K, M, G, T (powers of 1000) or Ki, Mi, Gi, Ti (of 1024)."""
     bytes_per_vector: Annotated[int, Ge(0)] = 0
-    """The same per vector, whichever is less, and 64K for what does not grow with them; 0 sets no such limit."""
+    """Largest size per vector, with 64K for the fixed part. The smaller of both limits counts. 0: no such limit."""
     key: str = ""
     """A faiss factory string instead of a choice."""
     queries: Annotated[int, Ge(0)] = 1000
     """Rows kept out of training as queries for the recall, a tenth of all at most."""
     target_recall: Annotated[float, Interval(ge=0, le=1)] = 0.95
-    """nprobe or efSearch is the least that reaches this recall@10, where the index has such a knob; or the least of
-    which four times as much gains less than 0.01."""
+    """Recall@10 that the smallest nprobe or efSearch must reach. A smaller value is taken if four times as much effort
+    gains less than 0.01."""
     min_recall: Annotated[float, Interval(ge=0, le=1)] = 0.0
     """An index with less recall@10 is not sealed."""
     train_points: Annotated[int, Ge(1)] = 1_000_000
@@ -44,8 +44,8 @@ class IndexConfig:
     merge_memory: str = "4Gi"
     """Inverted lists larger than this are merged on disk, into a file that searches map into memory."""
     max_drift: Annotated[float, Gt(0)] = 1.5
-    """With --extend: an index that quantizes the added vectors with more times the error of those that were held out
-    when it was trained is not sealed."""
+    """With --extend: largest quantization error of the added vectors, as a multiple of the error of held-out vectors
+    at training. An index beyond it is not sealed."""
 
     min_self_hit: Annotated[float, Interval(ge=0, le=1)] = 0.9
     """With --adopt: the least share of sampled rows that a search for their own vectors finds among ten results. Each

@@ -100,9 +100,9 @@ class Extension(Index):
     def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         info = records[0]["info"]
         if info["drift"] > self.config.max_drift:
-            raise Drifted(f"index: the vectors added to {self.base.label} are quantised with {info['drift']} times "
-                          f"the error of its training, --max-drift allows {self.config.max_drift}\n"
-                          f"hint: train anew: {self.dataset.command('index')} --overwrite")
+            raise Drifted(f"index: the vectors added to {self.base.label} have {info['drift']} times the "
+                          f"quantization error of its training: expected at most {self.config.max_drift}\n"
+                          f"hint: train it again: {self.dataset.command('index')} --overwrite")
         return super().finish(records, scratch)
 
     def _filled(self, embeddings: Embeddings, change: "RowChanges", scratch: Path) -> tuple[Any, int]:
@@ -125,11 +125,11 @@ class Extension(Index):
         return index, len(faiss.serialize_index(index))
 
     def _grown(self, embeddings: Embeddings, change: "RowChanges") -> tuple[Any, int]:
-        """A graph with more rows at its end: it can be changed in no other way."""
+        """Append rows to a graph. Other changes of a graph are not possible."""
         if not np.array_equal(change.row_of, np.arange(len(change.row_of))):
-            raise ValueError(f"the index of {self.base.label} is of a kind that can neither lose rows nor number them "
-                             f"anew\nhint: build this one with {self.dataset.command('index')} --overwrite; a kind "
-                             f"with inverted lists, like --key IVF256,SQ8, can be extended")
+            raise ValueError(f"the kind of the index of {self.base.label} cannot remove rows or renumber them\n"
+                             f"hint: build it again with {self.dataset.command('index')} --overwrite; a kind with "
+                             f"inverted lists, like --key IVF256,SQ8, can be extended")
         index = open_dataset_index(self.base)
         fill(index, embeddings.rows(change.fresh).astype(np.float32))
         return index, len(faiss.serialize_index(index))
@@ -172,28 +172,28 @@ class Extension(Index):
 
 @dataclass
 class RowChanges:
-    """What became of the rows of a base in another version."""
+    """The rows of a base version in a new version."""
 
     row_of: np.ndarray
     """(N,) the new row of each row of the base whose shard is still there, -1 for the others."""
     fresh: np.ndarray
-    """The new rows in shards that the base has not, ascending."""
+    """The new rows in shards that the base does not have, ascending."""
     added: np.ndarray
-    """Those of them with vectors that the base has not."""
+    """The rows of `fresh` whose vectors the base does not have."""
 
     @property
     def kept(self) -> int:
-        """Rows of the new version that the base has too."""
+        """Number of rows in both versions."""
         return int((self.row_of >= 0).sum()) + len(self.fresh) - len(self.added)
 
     @property
     def removed(self) -> int:
-        """Rows of the base that are gone."""
+        """Number of rows that only the base has."""
         return len(self.row_of) - self.kept
 
 
 def compare_rows(dataset: Dataset, base: Dataset) -> RowChanges:
-    """Which rows of `base` are where in `dataset`: shards by the hash of their embeddings, what is left row by row."""
+    """Match the rows of `base` with those of `dataset`: whole shards by hash, other rows one by one."""
     embeddings, theirs = Embeddings(dataset), Embeddings(base)
     row_of, fresh = np.full(len(theirs), -1, np.int64), []
     there: dict[str, list[int]] = defaultdict(list)
@@ -211,7 +211,7 @@ def compare_rows(dataset: Dataset, base: Dataset) -> RowChanges:
 
 
 def _unmatched(marks: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Where `marks` has more of a value than `others`, for the last of them; (N,) bool."""
+    """(N,) bool: the last occurrences of a value in `marks`, beyond the number that `others` has of it."""
     order = np.argsort(marks, kind="stable")
     ordered = marks[order]
     number = np.arange(len(marks)) - np.searchsorted(ordered, ordered)  # how many of the same came before

@@ -93,7 +93,7 @@ def nearest_lists(quantizer: faiss.Index, vectors: np.ndarray) -> np.ndarray:
 
 @cache
 def gpu_resources() -> Any:
-    """Memory on the GPU for intermediate results, which faiss takes at once and keeps."""
+    """The memory of faiss for intermediate results on the GPU. faiss allocates it here and keeps it."""
     return faiss.StandardGpuResources()
 
 

@@ -82,13 +82,13 @@ def merge_on_disk(index: faiss.Index, parts: list[faiss.Index], path: Path, *, s
         if sum(sizes):
             ids = faiss.rev_swig_ptr(lists.get_ids(number), sum(sizes))  # the file itself, mapped
             ids += np.repeat(starts, sizes)
-    # Written without a folder: equal indices are equal bytes, and whoever reads it tells where the file is.
+    # Without a folder, equal indices have equal bytes. Readers set the folder.
     lists.filename = path.name
     _give_lists(inner, lists)
 
 
 def remove_rows(index: faiss.Index) -> faiss.Index:
-    """`index`, trained as it was and without rows."""
+    """The trained index without rows."""
     inner = inner_index(index)
     if isinstance(inner, faiss.IndexIVF):
         _give_lists(inner, faiss.ArrayInvertedLists(inner.nlist, inner.code_size))

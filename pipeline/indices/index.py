@@ -71,10 +71,10 @@ class Index(IndexingStage):
 
     def output(self, index: faiss.Index, infos: dict[str, Any], info: dict[str, Any], times: dict[str, Any],
                held: np.ndarray, scratch: Path) -> Output:
-        """The files of an index: what is searched, autofaiss's facts, and the rows (Q,) that training did not see."""
+        """The files of an index: the index, index_infos.json of autofaiss, and the rows (Q,) held out of training."""
         if doubled := count_misnumbered_rows(index):
             raise StageFailed(f"index: {doubled} of {index.ntotal} rows are not in it exactly once; nothing is sealed\n"
-                              f"hint: this is a fault of the program or of a part: --overwrite, or other parts")
+                              f"hint: build it again with --overwrite; if that fails too, report a bug")
         files = write_index(index, scratch)
         (scratch / "index_infos.json").write_bytes(storage.json_bytes(infos))
         np.save(scratch / "held.npy", held, allow_pickle=False)
@@ -102,7 +102,7 @@ def build_whole(vectors: np.ndarray, config: IndexConfig, texts: np.ndarray | No
     """
     count, dim = vectors.shape
     if not count:
-        raise ValueError("no vectors to index: not one picture of the dataset could be used")
+        raise ValueError("no vectors to index: no image of the dataset could be used")
     budget = budget_bytes(count, config)
     held, rng = held_out_rows(count, config), np.random.default_rng((config.seed, 18))
     kept = np.delete(np.arange(count), held)
@@ -137,14 +137,14 @@ def build_whole(vectors: np.ndarray, config: IndexConfig, texts: np.ndarray | No
 
 
 def build_index(index: Index, seal: Callable[[Stage], dict[str, Any]], *, overwrite: bool = False) -> dict[str, Any]:
-    """Build an index, in parts where it takes some; `seal` brings a stage to its sealed state.
+    """Build an index, in parts if the vectors are many. `seal` runs a stage until it is sealed.
 
-    What it was trained to stays, the parts are removed.
+    It keeps the trained index and removes the parts.
     """
-    index.plan()  # what cannot be built is told before anything is trained
+    index.plan()  # refuses impossible settings before training
     before = index.before()
     if overwrite:
-        index.inputs()  # those that cannot be used are told before anything is removed
+        index.inputs()  # refuses bad inputs before anything is removed
         clear_folder(index)
         for stage in reversed(before):
             clear_folder(stage)

@@ -1,4 +1,4 @@
-"""An index for more vectors than one worker should hold: trained on a sample of all, filled in parts, put together.
+"""An index for more vectors than one worker can hold: trained on a sample, filled in parts, and merged.
 
 index-training/   trained.index, and the queries that measure the result (rows kept out of the sample)
 index-parts/      part.index for a group of shards, and the exact neighbors of the queries among its rows
@@ -96,7 +96,7 @@ class IndexTraining(IndexingStage):
         permutation = rng.choice(count, min(count, kept + points), replace=False, shuffle=True)
         held, sample = np.sort(permutation[:kept]), np.sort(permutation[kept:])
         own, sample = (rows[embeddings.rows(rows, once=True).any(1)] for rows in (held, sample))
-        # Nobody else holds the sample: it leaves memory when the first step of the training has gone over it.
+        # No name holds the sample: its memory is freed after the first step of the training.
         index = train_index(key, embeddings.rows(sample, once=True), embeddings.dim)
         seen = embeddings.rows(sample[::max(1, len(sample) // 10_000)], once=True)
         faiss.write_index(index, str(scratch / "trained.index"))

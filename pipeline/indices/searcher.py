@@ -35,7 +35,7 @@ def count_misnumbered_rows(index: faiss.Index) -> int:
             ids = faiss.rev_swig_ptr(inverted_lists(inner).get_ids(number), size)
             good = ids[(ids >= 0) & (ids < len(times))]
             beyond += size - len(good)
-            times[good] += 1  # nobody is twice in one list, or it is missing elsewhere
+            times[good] += 1  # an id that is twice in one list counts once, so another id is missing
     return beyond + int((times != 1).sum())
 
 
@@ -81,7 +81,7 @@ class Searcher:
         count = min(count, len(self))
         if self._parameters or not len(self.hidden):
             return search_in_blocks(lambda block: self.index.search(block, count, params=self._parameters), queries)[1]
-        # A kind that cannot be told what to leave out: so many more, and what is left of them.
+        # This kind cannot skip rows, so it returns more rows, and the hidden ones are removed.
         more = min(count + len(self.hidden), len(self))
         ids = search_in_blocks(lambda block: self.index.search(block, more), queries)[1]
         ids[np.isin(ids, self.hidden)] = -1
@@ -128,7 +128,7 @@ def search_kind(dataset: Dataset) -> Literal["lists", "graph", "scan"]:
 
 
 def _exclude(index: faiss.Index, hidden: np.ndarray) -> faiss.SearchParameters | None:
-    """What tells a search to leave rows out; None for a kind that takes no such thing."""
+    """Search parameters that skip the hidden rows. None if the kind cannot skip rows."""
     inner, selector = inner_index(index), faiss.IDSelectorNot(faiss.IDSelectorBatch(hidden))
     if isinstance(inner, faiss.IndexIVF):
         parameters = untyped_faiss.SearchParametersIVF(sel=selector, nprobe=inner.nprobe)

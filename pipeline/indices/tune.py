@@ -64,7 +64,7 @@ class RecallQueries:
         """recall@1, @10 and @100 of an index: the share of the exact neighbors that are among as many found."""
         _, ids = search_in_blocks(lambda queries: index.search(queries, EXACT + 1), self.vectors)
         if self.own is not None:
-            # What is not the query itself moves up.
+            # The query itself moves to the end.
             order = np.argsort(ids == self.own[:, None], axis=1, kind="stable")
             ids = np.take_along_axis(ids, order, 1)
         result = {}
@@ -108,10 +108,10 @@ def read_blocks(embeddings: Embeddings) -> Iterator[tuple[int, np.ndarray]]:
 
 def measure_recall(index: faiss.Index, key: str, queries: list[RecallQueries], config: IndexConfig, size: int = 0
              ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Tune a filled index; autofaiss's index_infos, facts, and seconds.
+    """Tune a filled index. Returns index_infos of autofaiss, facts and seconds.
 
-    The search effort is set to the least that reaches the target recall@10 of images, or of captions where these are
-    all the queries; or to that from which on more effort finds no more.
+    The search effort is the smallest that reaches the target recall@10 of images. Captions count if there are no other
+    queries. It stops earlier if more effort gains nothing.
     """
     count, dim = index.ntotal, index.d
     size = size or len(faiss.serialize_index(index))
@@ -126,7 +126,7 @@ def measure_recall(index: faiss.Index, key: str, queries: list[RecallQueries], c
         recalls = [point[usable[0].kind]["10"] for point in curve] if usable else []
         if recalls and recalls[-1] >= config.target_recall:
             break
-        # Where codes are what loses the neighbors, no effort finds them.
+        # If the codes lose the neighbors, more effort does not find them.
         if len(recalls) > 2 and recalls[-1] - recalls[-3] < FLAT_GAIN and recalls[-1] > 0.5 * config.target_recall:
             setting = curve[-3]["parameter"]
             break
@@ -147,9 +147,9 @@ def measure_recall(index: faiss.Index, key: str, queries: list[RecallQueries], c
 
 
 def recall_error(index: faiss.Index, vectors: np.ndarray) -> float:
-    """Mean squared distance of unit vectors to what the index makes of them; 0 where it keeps them.
+    """Mean squared distance of unit vectors to their form in the index. 0 if it stores whole vectors.
 
-    Of lists with whole vectors it is the distance to the center of the list.
+    For lists with whole vectors it is the distance to the center of the list.
     """
     sample = np.ascontiguousarray(vectors[:10_000], np.float32)
     if not len(sample):

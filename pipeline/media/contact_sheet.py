@@ -18,7 +18,7 @@ def contact_sheet(images: Sequence[Image.Image | None], columns: int, *, labels:
     """A sheet of the images, row by row, each fitted undistorted into a square cell.
 
     None leaves a light gray cell. `labels` stand below the cells, at most `label_lines` lines
-    each; `row_labels` at the left, `column_labels` on top. What does not fit ends in an ellipsis.
+    each; `row_labels` at the left, `column_labels` on top. Text that does not fit ends in an ellipsis.
     Lengths are in pixels; `text_size` follows the cell if not given. RGB.
 
     Raises:

@@ -19,7 +19,7 @@ SPARE = 1.5
 _LARGEST_EXIF = 1 << 16  # bytes
 _LARGEST_PROFILE = 4 << 20  # bytes; profiles of presses have up to 2 MB
 # By content, whatever the name; what else Pillow opens (EPS by starting Ghostscript) is nothing to take from the web.
-# The first image would load the rest of the decoders, maybe in several threads at once.
+# Otherwise the first image would load the rest of the decoders, maybe in several threads.
 Image.init()
 _FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "DIB", "ICO", "JPEG2000", "PPM", "TIFF",
                                    "TGA") if name in Image.OPEN)  # the last tells hardly anything apart
@@ -242,7 +242,7 @@ def _load(image: Image.Image, data: bytes, part: int, strict: bool) -> Image.Ima
 
 
 def _decode_reduced(image: Image.Image, data: bytes, size: int, how: Resize, strict: bool) -> Decoded | None:
-    """What most images on the web are, a JPEG of three colors to be made smaller; None for any other."""
+    """The fast path for an RGB JPEG that becomes smaller, as most images on the web do. None for other images."""
     (width, height), part = image.size, _reduction(image, size, how)
     side = max(width, height) if how in LONG_SIDE_MODES else min(width, height)
     if image.format != "JPEG" or image.mode != "RGB" or how == "no" or side <= size:
@@ -287,7 +287,7 @@ def _reduction(image: Image.Image, size: int, how: Resize) -> int:
 
 
 def _box(orientation: int, width: float, height: float, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Where the image is in an upright image that before it was turned had `size`, and the image upper left."""
+    """The box of the image after it was turned upright. Before, it lay at the upper left of an image of `size`."""
     spare_x, spare_y = size[0] - width, size[1] - height
     x, y = (0.0, width), (0.0, height)
     if orientation in {2, 3, 7, 8}:  # what was right is left now, or on top
@@ -341,7 +341,7 @@ def _to_srgb(image: Image.Image, stored: str, profile: Any) -> tuple[Image.Image
             space, transform, complaint = _profile_transform(profile)
             grey = stored in {"1", "L", "LA", "La"} or stored.startswith("I;16")
             if not complaint and space != image.mode and not (space == "L" and grey):
-                transform, complaint = None, f"a profile for {space} in a picture of {stored}"
+                transform, complaint = None, f"a profile for {space} in an image of {stored}"
             elif transform is not None and space == "L":
                 image = image.getchannel(0)
     if transform is not None:

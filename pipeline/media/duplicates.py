@@ -167,7 +167,7 @@ class _NearDuplicates:
         self.target[duplicates] = best[duplicates]
 
     def _filter_pairs(self, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Those of the pairs that are near."""
+        """The pairs that are near."""
         words = (self.hashes[first] ^ self.hashes[second]).view(np.uint16).reshape(-1, 4)
         close = _ONES[words].sum(1, dtype=np.uint8) <= self.bits
         first, second = first[close], second[close]
@@ -178,7 +178,7 @@ class _NearDuplicates:
         return first, second
 
     def _keys(self, points: np.ndarray, bands: Sequence[tuple[int, int]]) -> np.ndarray:
-        """What near hashes have in common (46 bits of it at most), the cell of red, green: in one int64."""
+        """The bits that near hashes share (at most 46), and the cell of red and green, in one int64."""
         hashes, key, room = self.hashes[points], np.zeros(len(points), np.uint64), 46
         for shift, width in bands:
             width = min(width, room)
@@ -198,7 +198,7 @@ class _NearDuplicates:
 def _choices(bits: int, count: int) -> list[tuple[tuple[int, int], ...]]:
     """Choices of bands (shift, width), of which two hashes that differ in `bits` bits agree in one at least.
 
-    Of `bits` + n bands n agree. More and narrower bands mean more sorting, and less that meets by chance.
+    n of `bits` + n bands agree. More and narrower bands need more sorting, and have fewer matches by chance.
     """
     def cost(agreeing: int) -> float:
         width = 64 * agreeing // (bits + agreeing)

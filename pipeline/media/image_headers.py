@@ -1,4 +1,4 @@
-"""What an encoded image would cost, read from its bytes before any decoder is started."""
+"""The cost of decoding an image, read from its bytes before a decoder starts."""
 
 import itertools
 import re
@@ -15,7 +15,7 @@ MOST_FRAMES = 10_000
 _FEW_SCANS = 64
 _FEW_SEGMENTS = 2000
 _PNG, _ICO = b"\x89PNG\r\n\x1a\n", b"\0\0\1\0"
-# Pillow decodes an icon when it opens it. Of a TIFF it reads what the tags refer to; before version 13 each tag may
+# Pillow decodes an icon when it opens it. It reads the content of all tags of a TIFF. Before version 13 each tag may
 # refer to the whole file.
 _COSTLY_TO_OPEN = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+", _ICO)
 _JXL_CODESTREAM, _JXL_CONTAINER = b"\xff\n", b"\0\0\0\x0cJXL \r\n\x87\n"
@@ -29,7 +29,7 @@ _SCAN, _END, _WITHOUT_LENGTH = 0xDA, 0xD9, {0x01, *range(0xD0, 0xD9)}
 
 
 def is_suspicious(data: bytes) -> bool:
-    """Whether an image must be opened in a process of its own. BadImage with too_many_scans for a JPEG."""
+    """Whether an image must be opened in another process. BadImage with too_many_scans for a JPEG."""
     if data[:3] == JPEG_MAGIC:
         if _has_one_scan(data):
             return len(data) > isolation.MOST_BYTES

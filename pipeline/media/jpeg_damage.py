@@ -49,7 +49,7 @@ class _Scan:
 
 @dataclass(frozen=True)
 class _Layout:
-    """What the markers of a JPEG say."""
+    """The structure of a JPEG by its markers."""
 
     frame: int  # the offset of its header
     is_sequential: bool

@@ -36,14 +36,17 @@ _INSIDE = 1 - 2 ** -50
 
 def resize(image: "Pixels | Decoded", size: int, how: Resize, *, only_if_bigger: bool = False,
            max_aspect: float = NARROWEST) -> Pixels:
-    """Resize with Lanczos (a = 3), in one step from the part that is wanted; Pillow's images give Pillow's.
+    """Resize with Lanczos (a = 3), in one step from the wanted part. Images of Pillow stay images of Pillow.
 
-    center_crop: the middle square at `size`; keep_ratio: the short side; keep_ratio_largest: the long side; border:
-    the long side, and white around it to a square; no: as it is. With `only_if_bigger` nothing is enlarged: the side
-    in question stays below `size`. Squares remain squares then: center_crop takes the middle at its own size, border
-    adds white up to `size` (img2dataset leaves such images neither cropped nor padded).
-    What needs no change is returned itself. BadImage with the reason too_narrow beyond `max_aspect`, or where a
-    hair's breadth would be blown up to a giant.
+    * center_crop: the middle square at `size`
+    * keep_ratio: the short side at `size`
+    * keep_ratio_largest: the long side at `size`
+    * border: the long side at `size`, with white around it to a square
+    * no: unchanged
+
+    `only_if_bigger` enlarges nothing. Then center_crop takes the middle square in its size, and border adds white up
+    to `size`. img2dataset does neither. An image that needs no change is returned itself. BadImage with the reason
+    too_narrow beyond `max_aspect`, or if a few pixels would become a huge image.
     """
     box = None
     if isinstance(image, Decoded):
@@ -109,7 +112,7 @@ def resample(pixels: np.ndarray, shape: tuple[int, int], part: tuple[float, floa
 
     All kernels are as wide as the step from pixel to pixel when they make smaller (antialiased); bicubic has a = -0.5.
     """
-    # What enlarges with bicubic overshoots, and who rounds when shows in the result.
+    # Enlarging with bicubic overshoots, and the result depends on when a library rounds.
     enlarged = shape[0] > part[2] - part[0] or shape[1] > part[3] - part[1]
     if Resizer is None or (kernel == "bicubic" and enlarged):
         return np.asarray(Image.fromarray(pixels).resize(shape, Image.Resampling[kernel.upper()], box=part))
@@ -117,7 +120,7 @@ def resample(pixels: np.ndarray, shape: tuple[int, int], part: tuple[float, floa
     source = ImageData(width, height, PixelType.U8x3, pixels.tobytes())
     target = ImageData(*shape, PixelType.U8x3)
     x, y = part[:2]
-    # A hair less than all: what is outside by the last bit of a float is refused.
+    # Slightly less than all: the library refuses a box that is outside by one bit.
     crop_width, crop_height = (min(part[2], width * _INSIDE) - x, min(part[3], height * _INSIDE) - y)
     Resizer().resize(source, target, ResizeOptions(ResizeAlg.convolution(_KERNELS[kernel]),
                                                    crop_box=CropBox(x, y, crop_width, crop_height)))

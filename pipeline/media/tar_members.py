@@ -51,7 +51,7 @@ class Member(NamedTuple):
     kind: Literal["file", "folder", "sparse", "overlong", "other"]
     """overlong: a file whose name has more than `LONGEST_NAME` bytes. Only the beginning of the name is read."""
     offset: int
-    """Of the content, in bytes."""
+    """Offset of the content, in bytes."""
     size: int
     """Bytes of the content in the tar."""
     start: int
@@ -59,7 +59,7 @@ class Member(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The offset of the header after it."""
+        """The offset of the next header."""
         return self.offset + _blocks(self.size)
 
 

@@ -96,7 +96,7 @@ class TarImages:
         self.path = path
         self._file = open(path, "rb")  # noqa: SIM115 (open as long as this is)
         if hasattr(os, "posix_fadvise"):
-            # From the first byte to the last and ahead: what is asked for later comes in no order.
+            # Read the whole file ahead: later requests have no order.
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         self._positions = image_positions(path)
 
@@ -156,7 +156,7 @@ def sample_image(sample: dict[str, Any]) -> Any:
     """The image of a sample: its encoded bytes, or whatever stands for them."""
     if (suffix := image_suffix(sample)) is not None:
         return sample[suffix]
-    raise ValueError(f"sample {sample.get('__key__')} has no picture; it has {sorted(sample)}")
+    raise ValueError(f"sample {sample.get('__key__')} has no image; it has {sorted(sample)}")
 
 
 def image_suffix(sample: dict[str, Any]) -> str | None:

@@ -43,7 +43,7 @@ class Decoded:
     plain: bool  # 8-bit RGB as stored, so that its bytes may be kept as they are
     remarks: list[tuple[str, str]] = field(default_factory=list)
     box: tuple[float, float, float, float] | None = None
-    """Where in `image` the image is, if it was decoded at a fraction (whose size is rounded up)."""
+    """The box of the image in `image`, if it was decoded at a fraction. The decoder rounds its size up."""
 
 
 def check_size(width: int, height: int, min_size: int, max_aspect: float) -> None:

@@ -15,9 +15,9 @@ def search_by_list(vectors: np.ndarray, probes: np.ndarray, lists: _ReadLists, m
                    ) -> Candidates:
     """The m best for each of (Q, D) float32 queries, of the rows in the lists `probes` (Q, P) of each.
 
-    `lists` gives (list, row ids (n,), vectors (n, D)) for some lists, in their order. A list is read for all queries
-    that look into it, and multiplied by all of them: once for those to which it is among the nearest, and once more for
-    the others, who by then know what to beat. Times are those of `exhaustive`.
+    `lists` yields (list, row ids (n,), vectors (n, D)) for some lists, in their order. A list is read once for all
+    queries that search it. The lists nearest to a query come first: they set the score that later rows must beat.
+    Times are those of exhaustive.py.
     """
     import torch
 
@@ -34,7 +34,7 @@ def search_by_list(vectors: np.ndarray, probes: np.ndarray, lists: _ReadLists, m
             if not len(ids):
                 continue
             with times("read"):
-                # numpy takes ten times as long from half to single precision, and new memory is slow.
+                # numpy needs ten times as long from half to single precision. New memory is slow.
                 rows = torch.empty(stored.shape) if len(stored) > len(rows) else rows
                 list_rows = rows[:len(stored)].copy_(torch.from_numpy(stored))
             with times("products"):
@@ -51,5 +51,5 @@ def search_by_list(vectors: np.ndarray, probes: np.ndarray, lists: _ReadLists, m
 
 
 def bytes_per_query(m: int) -> int:
-    """What `by_list` holds for each query, whose m best rows are wanted."""
+    """Bytes that `search_by_list` holds for each query with m candidates."""
     return 2 * m * 12 + m * 24

@@ -23,9 +23,8 @@ def search_exhaustively(vectors: np.ndarray, database: Embeddings, m: int, memor
                         ) -> Candidates:
     """The m best of all rows for each of (Q, D) float32 queries, by matrix products in half precision.
 
-    `memory`: bytes for the blocks. After out of memory the search starts again with half of them, then with half of
-    the queries. Times: `read` grows with the rows, `products` with rows times queries, and `choose` with the queries,
-    because few rows are chosen once the best were found.
+    memory: bytes for the blocks. Out of memory, the search starts again with half of them, then with half of the
+    queries. Times: `read` grows with the rows, `products` with rows times queries, and `choose` with the queries.
     """
     times = times or Times()
     while True:

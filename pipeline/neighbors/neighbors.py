@@ -166,7 +166,7 @@ class Neighbors(Stage):
                                np.concatenate([labels(self.dataset, shard["shard"]) for shard in shards]), hashes)
 
     def _vectors(self, shard: dict[str, Any]) -> np.ndarray:
-        """Those of a shard, (N_i, D) float16."""
+        """The vectors of a shard, (N_i, D) float16."""
         own = self.dataset.fetch("embeddings", file_of(shard["embeddings"], ".npy"))
         vectors = check_finite(arrays.load_array(own), str(own))
         if len(vectors) != shard["shard"]["samples"]:
@@ -176,13 +176,13 @@ class Neighbors(Stage):
 
     def _found(self, database: "OpenDatabase", queries: NeighborQueries, times: Times, *, exactly: bool = False
                ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and scores (Q, k); all rows are compared for those whose candidates copies ate up."""
+        """Ids and scores (Q, k). Queries with too few candidates that are no copies are compared with all rows."""
         k, config = self.config.k, self.config
         copies = Copies(database.labels, config.copy_similarity, database.hashes, config.copy_bits, database.hidden)
         wanted = min(config.wanted, len(database.embeddings))
         probes = (config.probes or database.lists.probes) if database.lists else 0
         if database.lists and not exactly and ALL_ROWS_FROM_LISTS * probes < database.lists.count:
-            # Where a few more than k are enough, to keep more would only take time.
+            # A few more than k are mostly enough, and more candidates take time.
             ids, scores = self._in_lists(database, queries, copies, min(wanted, k + SPARE_CANDIDATES), probes, times)
             short = np.flatnonzero((ids < 0).any(1))
             if len(short) and wanted > k + SPARE_CANDIDATES:
@@ -197,7 +197,7 @@ class Neighbors(Stage):
             candidates = search_exhaustively(queries.vectors, database.embeddings, wanted, config.block_bytes, times)
             with times("settle"):
                 return self._certain(database, queries, candidates, copies)
-        # An index that looks into a few lists has no more to give, however many candidates are asked for.
+        # A search of a few lists may have too few rows, whatever the number of candidates.
         short = np.flatnonzero((ids < 0).any(1))
         if len(short):
             with times("again"):
@@ -300,7 +300,7 @@ class OpenDatabase:
                 np.save(folder / "hashes.npy", np.concatenate([perceptual_hashes(database, record)
                                                                for record in records]))
             if self.lists:
-                # Of an index of its own, which leaves memory with the codes that lie among what is read.
+                # This index is opened only here, so that its memory is freed afterwards.
                 _write_in_list_order(folder, self.embeddings, IndexLists(database), left_out)
 
         self._folder = shared_scratch(f"neighbors-{digest[:24]}{'-hashed' * hashed}", fill)

@@ -37,16 +37,16 @@ class Candidates:
 
 @dataclass
 class Copies:
-    """What rows must not share with a query, and which must not be found."""
+    """The rules for copies of a query, and the hidden rows."""
 
     labels: np.ndarray
     """(N, L) uint64 of the database: rows with the same number in a column show the same image."""
     similarity: float
-    """Rows at least so similar are copies."""
+    """Rows with at least this cosine are copies."""
     hashes: np.ndarray | None = None
     """(N,) uint64 perceptual hashes of the database."""
     bits: int = -1
-    """Rows whose perceptual hashes differ in no more bits are copies; -1: they do not count."""
+    """Rows whose perceptual hashes differ in at most so many bits are copies. -1: ignore hashes."""
     hidden: np.ndarray | None = None
     """(N,) bool: rows that must not be found at all."""
 
@@ -92,10 +92,10 @@ _BITS = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 
 
 class BestRows:
-    """The m best rows of each query, of rows that come a few at a time.
+    """The m best rows of each query, from rows that arrive in small groups.
 
-    What beats the least of the best is put behind them, and only where the room for it is used up are the best chosen
-    again: of the rows that come late hardly any does.
+    Rows that beat the m-th best are appended. The best are chosen again only when the space for them is full, because
+    few of the later rows are better.
     """
 
     def __init__(self, queries: int, m: int) -> None:
@@ -157,12 +157,12 @@ class BestRows:
 
 def rank_candidates(candidates: Candidates, queries: NeighborQueries, database: Embeddings, copies: Copies, k: int
            ) -> tuple[np.ndarray, np.ndarray]:
-    """The k best rows that are no copies, of those that were found: ids (Q, k) and exact scores (Q, k)."""
+    """The k best candidates that are no copies: ids (Q, k) and exact scores (Q, k)."""
     ids, rough = candidates.ids.copy(), candidates.scores.copy()
     which, place = np.nonzero(ids >= 0)
     excluded = copies.among(ids[which, place], queries, which)
     rough[which[excluded], place[excluded]] = -np.inf
-    # What is a copy for sure needs no exact product, nor what comes after k that are none for sure.
+    # Certain copies need no exact product. Rows behind k certain non-copies need none either.
     rough[rough >= copies.similarity + candidates.off] = -np.inf
     sure = np.where(rough < copies.similarity - candidates.off, rough, -np.inf)
     if sure.shape[1] > k:

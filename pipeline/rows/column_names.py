@@ -1,4 +1,4 @@
-"""The usual names of columns, and how a table is asked for them."""
+"""The usual names of columns, and the search for them in a table."""
 
 from __future__ import annotations
 

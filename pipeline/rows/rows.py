@@ -51,13 +51,13 @@ class Part:
 
 @dataclass
 class ReadReport:
-    """What a worker learns while it reads a part."""
+    """Counts and remarks of a worker that reads a part."""
 
     filtered: int = 0
     filtered_by: Counter[str] = field(default_factory=Counter)
     """Rows that `--licenses` filtered, by LICENSE and NO_LICENSE. `filtered` has them too."""
     remarks: list[tuple[str, str, str]] = field(default_factory=list)
-    """(name, reason, detail) of what is no row: members of tars that nothing can be made of."""
+    """(name, reason, detail) of members of tars that cannot be used as rows."""
 
 
 def write_rows(rows: Iterable[Row], number: int, count: int, more: dict[str, Any] | None = None) -> Part:

@@ -1,7 +1,7 @@
-"""Tars that are there already -> shards of a dataset, sealed where they lie, without a copy.
+"""Existing tars -> shards of a dataset, sealed in place, without a copy.
 
-What is written is small: for each tar a parquet of metadata in our columns, and the manifest. A tar whose rows
-could part ways with its metadata later (cut off, members without an image, links) is refused by name.
+It writes one parquet of metadata for each tar, and the manifest. A tar is refused by name if its rows could later
+differ from its metadata: it is cut, or it has members without an image, or links.
 """
 
 import hashlib
@@ -131,12 +131,12 @@ class Adopt(Stage):
         suffix = tars.image_suffix(sample)
         key = sample["__key__"]
         if suffix is None:
-            raise ValueError(f"{address}: the sample {key} has no picture, it has "
+            raise ValueError(f"{address}: the sample {key} has no image, it has "
                              f"{', '.join(name for name in sample if name != '__key__')}\n"
                              f"hint: shard it without --adopt, which leaves such samples out")
         if replace_surrogates(key) != key:
             raise ValueError(f"{address}: the name {key!r} is not UTF-8, as metadata must be\n"
-                             f"hint: shard it without --adopt, which gives samples names of its own")
+                             f"hint: shard it without --adopt, which gives samples other names")
         data = sample[suffix]
         entries = [Entry(key, "json_unreadable", kept=True)] if is_json_unreadable(sample, document) else []
         width: int | None

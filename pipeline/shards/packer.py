@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from pipeline.downloads.host_gate import HostGate
     from pipeline.downloads.host_limits import HostLimits
     from pipeline.sources.config import ShardConfig
-_READERS = 32  # images that are read at once from a remote store
+_READERS = 32  # images that are read in parallel from a remote store
 _ROWS_WAITING = 4096  # downloads that wait for their hosts while others are under way
 _ROWS_PER_TASK = 4  # rows in one task of a thread, where nothing is fetched for them
 _ROWS_PER_WRITE = 64  # rows that are appended to the tar together; as many again may wait in memory
@@ -97,8 +97,8 @@ class ShardPacker:
     async def pack(self, rows: Iterator[Row], read: Callable[[Row], bytes] | None, *, far: bool = False) -> None:
         """Pack all rows.
 
-        `read` gives the bytes of a row's image; None: they are downloaded. `far`: it reads from a remote store, so
-        many rows are read at once.
+        read: returns the bytes of a row's image. None: they are downloaded. far: it reads from a remote store, so many
+        rows are read in parallel.
         """
         malloc.keep_freed_memory()
         loop, numbered = asyncio.get_running_loop(), enumerate(rows)

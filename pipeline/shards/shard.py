@@ -104,11 +104,11 @@ class Shard(Stage):
             raise ValueError(f"{self.base.label} was sharded with other settings ({differing})\n"
                              f"hint: another version with failed rows tried again must have the same")
         if manifest["inputs"]["pictures"] != self._source_identity:
-            raise ValueError(f"{self.base.label} was sharded from other pictures than {', '.join(self.config.source)} "
-                             f"holds now\nhint: without --retry-failed they make a version of their own: "
+            raise ValueError(f"{self.base.label} was sharded from other images than {', '.join(self.config.source)} "
+                             f"holds now\nhint: without --retry-failed they make a new version: "
                              f"{self.dataset.label}")
         if self.config.duplicates != "keep":
-            raise ValueError(f"{self.base.label} is sealed, and duplicates are looked for among all pictures\n"
+            raise ValueError(f"{self.base.label} is sealed, and duplicates are compared among all images\n"
                              f"hint: --retry-failed before a version is sealed, or --overwrite")
         planned = {item.id: item for item in read_items(self.base.folder("shards"))}
         items = [planned[record["id"]] for record in manifest["items"]]
@@ -159,7 +159,7 @@ class Shard(Stage):
     def _retry_items(self, items: Sequence[Item], done: Sequence[dict[str, Any]], folder: str) -> Iterator[Item]:
         """Items for the rows that failed when they were tried last, in parts of the usual size."""
         if self.source.fetch == "none":
-            raise ValueError("the pictures of this source are in it: what failed once would fail again")
+            raise ValueError("the source holds its images itself: failed rows would fail again")
         last = max((item.inputs.get("round", 0) for item in items), default=0)
         number, wanted = len(items), []
         reasons: Counter[str] = Counter()
@@ -217,7 +217,7 @@ class Shard(Stage):
         if not counts["samples"]:
             left_out = counts["skipped"] | {name: sums[name] for name in ("filtered", LICENSE, NO_LICENSE)}
             reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "it is empty"
-            raise StageFailed(f"shard: not one picture of {', '.join(self.config.source)} can be used: {reasons}\n"
+            raise StageFailed(f"shard: no image of {', '.join(self.config.source)} can be used: {reasons}\n"
                               f"hint: {storage.join(self.folder, 'ledger')} names each")
         # A row that was tried again is in two records: it is one row of the source.
         sums["rows"] += sums["filtered"] - sums["retried"]
@@ -236,10 +236,10 @@ def _raise_missing(row: Any) -> bytes:
 
 
 def count_rows(manifest: dict[str, Any], rows: Iterable[dict[str, Any]]) -> dict[str, int]:
-    """Where the rows of a source went: in samples, failed for good, filtered; their sum is the source's.
+    """Counts of rows that became samples, that failed, and that were filtered. Their sum is the rows of the source.
 
-    `rows` are those of all parquet files of the manifest. A row may have several lines, for it was tried again or
-    cut into patches: it is good if one of them is.
+    `rows` come from all parquet files of the manifest. A row that was retried or cut into patches has several lines.
+    It is good if one of them is good.
     """
     seen, good = set(), set()
     for row in rows:

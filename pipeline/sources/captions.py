@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class CaptionTables:
-    """What tables say of images, by the names of these with usual accents."""
+    """The rows of tables of captions, by the names of images in Unicode form NFC."""
 
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Columns of an image, and `caption` if its table has captions."""

@@ -22,13 +22,13 @@ LATER_SETTINGS = {"columns": "", "fetch_failed": False, "image_key": "", "captio
 
 @dataclass(frozen=True)
 class ShardConfig:
-    """What to shard, and how."""
+    """Settings of the source and of the shards."""
 
     source: tuple[str, ...] = ()
     """The corpus, local or s3://: a folder of images, lists of URLs, parquet with images, or tars. Several folders,
     files and patterns (*, **, ?, [0-9], {000..012}) may be named."""
     kind: Kind = "auto"
-    """What the source is; auto: by the names of its files, if they are of one kind."""
+    """Kind of the source. auto: by the names of its files, if they are of one kind."""
     captions: str = ""
     """Captions of a folder: a parquet, CSV or JSONL file with a column file (relative to the source) and a
     column caption; others are stored. Default: captions.* in the source, metadata.* in any of its folders, or .txt,
@@ -89,11 +89,11 @@ class ShardConfig:
     patch_side: Annotated[int, Ge(1)] = 1200
     """Short side that an image is brought to before patches are cut."""
     seed: int = 0
-    """Of the patches' places."""
+    """Seed of the random places of patches."""
     exif: bool = False
     """Keep the EXIF data of each image in its metadata."""
     duplicates: Literal["keep", "exact", "near"] = "keep"
-    """Leave out images whose pixels occurred before (exact), or that look like one that did (near)."""
+    """exact: leave out images with the pixels of an earlier image. near: leave out similar images too."""
     duplicate_bits: Annotated[int, Interval(ge=0, le=8)] = 3
     """Bits of 64 in which the perceptual hashes of near duplicates may differ."""
     download: DownloadConfig = field(default_factory=DownloadConfig)

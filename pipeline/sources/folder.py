@@ -47,12 +47,12 @@ class FolderSource(Source):
         """`listed`: what `storage.walk` gives for the folder of the source, if that is known."""
         super().__init__(config)
         if len(config.source) > 1:
-            raise ValueError(f"pictures are taken from one folder, not from {len(config.source)}\n"
+            raise ValueError(f"images are taken from one folder, not from {len(config.source)}\n"
                              f"hint: name the folder above them, or a pattern")
         foreign = [name for name in ("where", "url_column", "image_column", "hash_column") if getattr(config, name)]
         if foreign:
             raise ValueError(f"{', '.join(foreign)}: settings for lists and tars, and {config.source[0]} is a folder "
-                             f"of pictures\nhint: choose among the captions, and take --only-captioned")
+                             f"of images\nhint: choose among the captions, and take --only-captioned")
         self.base, self.pattern = split_pattern(config.source[0])
         self._listed = listed
         self._listed_rows: list[Row] | None = None

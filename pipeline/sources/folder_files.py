@@ -20,10 +20,10 @@ SYSTEM_FOLDERS = {"__macosx", "@eadir", "thumbs", "#recycle", "@recycle", "$recy
 
 @dataclass
 class FolderFiles:
-    """What a folder holds, by relative names with / between folders."""
+    """The files of a folder, by relative names with / between folders."""
 
     images: dict[str, int | None] = field(default_factory=dict)
-    """Name -> bytes; None: a link that leads nowhere."""
+    """Name -> bytes; None: a broken link."""
     texts: dict[str, str] = field(default_factory=dict)
     """Name of an image without its suffix -> the text beside it."""
     documents: dict[str, str] = field(default_factory=dict)

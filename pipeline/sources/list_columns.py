@@ -56,7 +56,7 @@ class Columns:
     added: tuple[tuple[str, str], ...] = ()
     """Columns that the layout adds to those of the file: (name, expression)."""
 
-    @cached_property  # asked for each row
+    @cached_property  # used for each row
     def not_stored(self) -> set[str]:
         """The columns whose cells are used, and not stored under their names."""
         image = {self.image} if self.kind == "bytes" or self.image not in self.whole else set()
@@ -79,12 +79,12 @@ def choose_columns(schema: pa.Schema, address: str, config: ShardConfig, first: 
     image = config.image_column or next(
         (name for name in IMAGE_COLUMNS if name in types and (
             can_hold_images(types[name]) or text_kinds.get(name) == "bytes")), "")
-    # What is here need not be fetched.
+    # Images in the file need no download.
     url = config.url_column or ("" if image else _choose_url(layout, types, text_kinds))
     if not (url or image):
         raise ValueError(_no_image_column(names, address, layout))
     if not url and not (can_hold_images(types[image]) or is_text(storage_type(types[image]))):
-        raise ValueError(f"{address}: the column {image} holds {types[image]}, not bytes of pictures")
+        raise ValueError(f"{address}: the column {image} holds {types[image]}, not bytes of images")
     kind: Literal["url", "bytes"] = "url" if url else "bytes"
     if first and kind != first.kind:
         raise ValueError(f"{address} has images as {kind} ({url or image}), and the first file of the list as "
@@ -139,7 +139,7 @@ def _no_image_column(names: list[str], address: str, layout: Layout) -> str:
     if any("://" in name for name in names):
         return (f"{address} has no header: the first line is {', '.join(names)[:200]}\n"
                 f"hint: --columns caption,url names the columns, in their order")
-    return (f"{address} has the columns {', '.join(names)}; wanted is one of {', '.join(URL_COLUMNS)}, or pictures as "
+    return (f"{address} has the columns {', '.join(names)}; wanted is one of {', '.join(URL_COLUMNS)}, or images as "
             f"bytes\nhint: --url-column, or --image-column for one with bytes")
 
 

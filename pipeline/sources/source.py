@@ -74,12 +74,12 @@ class Source(ABC):
         """A hash that stands for what the source holds, wherever it lies."""
 
     def column_types(self) -> dict[str, str]:
-        """Types of the columns of its own, so that all shards have the same; those left out are told by the cells."""
+        """Types of the columns of the source, so that all shards have the same. Cells decide the other types."""
         return {}
 
     @abstractmethod
     def parts(self) -> Iterator[Part]:
-        """The source in pieces of so many rows, in order."""
+        """The source in parts, in order."""
 
     @abstractmethod
     def rows(self, stage_folder: str, inputs: dict[str, Any], scratch: Path, reading: ReadReport) -> Iterator[Row]:

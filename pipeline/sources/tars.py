@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _BATCH = 64
 _TYPE_MEMBERS, _TYPE_BYTES = 8 * _BATCH, 64 << 20
 """Members, and unpacked bytes, from which the types of columns are read if the tar is not on a local disk."""
-# Of how many samples a tar has at most: rows of tar 3 are numbered from 3,000,000,000 on, and no driver need count.
+# Largest number of samples of a tar. Rows of tar 3 have the numbers from 3,000,000,000 on, so no driver counts them.
 STEP = 10**9
 
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from pipeline.tables.cells import TableRow, decode_bytes, json_text, unique_names
 
 Problems = dict[int, str]
-"""What had to be changed in a cell, by the number of its row."""
+"""Changes of cells, by the number of the row."""
 _UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
@@ -263,7 +263,7 @@ def _one_by_one(array: pa.Array) -> tuple[list[Any], Problems]:
 
 
 def _texts(array: pa.Array) -> tuple[list[str | None], Problems]:
-    """Bytes as text. Those that are not UTF-8 become U+FFFD."""
+    """Bytes as text. Bytes that are not UTF-8 become U+FFFD."""
     cells: list[str | None] = []
     problems: Problems = {}
     for row, data in enumerate(array.to_pylist()):

@@ -69,7 +69,7 @@ def _json_value(value: Any) -> Any:
 
 
 def replace_surrogates(string: str) -> str:
-    """Text that UTF-8 can hold: halves of characters, as in emoji that somebody cut, become question marks."""
+    """Text that UTF-8 can hold: halves of characters, as in cut emoji, become question marks."""
     return string if string.isascii() else string.encode("utf-8", "replace").decode()
 
 

@@ -1,7 +1,7 @@
 """CSV and TSV as rows. A row that breaks the rules is named, and the rows after it are read as if it were not there.
 
-pyarrow, pandas and `csv` were compared. All take a quote that is never closed for the start of a cell that holds the
-following rows. pyarrow can skip a row with too many cells, but it cannot tell which line it is on.
+pyarrow, pandas and `csv` were compared. After a quote that is never closed, all of them read the following rows as one
+cell. pyarrow can skip a row with too many cells, but does not name its line.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def _read_values(pieces: Iterator[str]) -> Iterator[tuple[Any, str]]:
             if ended or len(buffer) - position > _LONGEST:
                 raise ValueError(str(error) if position < len(buffer) else "the array is not closed") from None
             value, end = None, len(buffer)
-        if end == len(buffer) and not ended:  # a value may go on in the next piece
+        if end == len(buffer) and not ended:  # a value may continue in the next piece
             # As many characters as are there already, or a long value would be decoded again for each piece.
             more = list(_at_least(pieces, end - position))
             ended = not more

@@ -20,7 +20,7 @@ from pipeline.tables.delimited import RepairedLine, encoding_remarks, read_delim
 from pipeline.tables.json_tables import read_json_document, read_json_lines
 from pipeline.tables.names import table_kind
 
-_PIECE = 1 << 20  # characters of a JSON document that are read at once
+_PIECE = 1 << 20  # characters of a JSON document that are read together
 _UTF16 = ("\udcff\udcfe", "\udcfe\udcff")  # its first two bytes, as they are decoded here
 
 

@@ -15,8 +15,7 @@ class GatesConfig:
     min_recall: Annotated[float, Interval(ge=0, le=1)] = 0.8
     """Least recall@10 of the index, queries held out against exact search."""
     max_lost: Annotated[float, Interval(ge=0, le=1)] = 0.3
-    """Largest share of the published images that the new version has not (removed or replaced; what was asked to be
-    forgotten does not count)."""
+    """Largest share of the published images that are missing from the new version. Forgotten images do not count."""
     max_failed: Annotated[float, Interval(ge=0, le=1)] = 0.1
     """Largest share of the source's images that could not be fetched or decoded."""
     min_overlap: Annotated[float, Interval(ge=0, le=1)] = 0.7

@@ -1,4 +1,4 @@
-"""What a version must be like before it is published, beside the one that it shall replace."""
+"""Conditions for publishing a version, compared with the published one."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -89,7 +89,7 @@ def measure_gates(dataset: Dataset, before: Dataset | None, texts: Sequence[str]
 def _recall(dataset: Dataset, config: GatesConfig) -> Gate:
     value = recall(dataset)
     if value is None:
-        return Gate("recall@10", "not measured: too few pictures", "", True)
+        return Gate("recall@10", "not measured: too few images", "", True)
     return Gate("recall@10", value, f"at least {config.min_recall}", value >= config.min_recall)
 
 
@@ -161,7 +161,7 @@ def measure_overlap(dataset: Dataset, before: Dataset, texts: Sequence[str], cli
 
 
 def _labels(dataset: Dataset, rows: np.ndarray) -> np.ndarray:
-    """What tells the images at some rows from others, whatever version they are in; 0 for no row."""
+    """A number for the image of each row that is the same in all versions. 0 for no row."""
     out, offset = np.zeros(rows.shape, np.uint64), 0
     for record in dataset.manifest("shards")["items"]:
         here = (rows >= offset) & (rows < offset + record["samples"])

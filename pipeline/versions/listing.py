@@ -1,8 +1,8 @@
-"""The listing of a version: what became of each row of its source, one table of columns.
+"""The listing of a version: a table with one row for each row of its source.
 
-name mark stamp    what the row is called, a hash of what the source says of it, how its file looks from outside
-sha256             of the fetched bytes
-shard row status   where it is: item of the shard stage, row of the source at that time, status in the metadata
+name mark stamp    name of the row, hash of its cells in the source, size and time of its file
+sha256             hash of the fetched bytes
+shard row status   item of the shard stage, row of the source at that time, status in the metadata
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

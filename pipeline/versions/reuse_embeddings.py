@@ -1,4 +1,4 @@
-"""The stage that embeds what changed and keeps the vectors of what stayed."""
+"""The stage that embeds changed images and keeps the vectors of the others."""
 
 from collections.abc import Generator, Sequence
 from contextlib import closing

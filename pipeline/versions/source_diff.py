@@ -1,4 +1,4 @@
-"""What changed in a source since a version: the rows of the source beside the listing of the version."""
+"""Changes of a source since a version: compare the rows of the source with the listing of the version."""
 
 import hashlib
 import json
@@ -75,8 +75,8 @@ class SourceDiff:
         """Read a source into an empty folder; every row counts as added."""
         source = open_source(config)
         if source.fetch == "none":
-            raise ValueError(f"{', '.join(config.source)} holds the pictures themselves: what changed in it cannot be "
-                             f"told\nhint: rebuild takes a folder of pictures, or lists of addresses")
+            raise ValueError(f"{', '.join(config.source)} holds its images itself, so its changes are unknown\n"
+                             f"hint: rebuild takes a folder of images, or lists of URLs")
         with Path(folder, _ROWS).open("w+b") as lines:
             reading = ReadReport()
             table = _number_names(_read_source(source, forgotten, lines, reading), lines)

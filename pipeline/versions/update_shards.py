@@ -1,4 +1,4 @@
-"""The stage that packs what changed and keeps the shards that stayed."""
+"""The stage that packs changed rows and keeps unchanged shards."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -57,7 +57,7 @@ class Update(Shard):
 
     @staticmethod
     def section_of(config: ShardConfig) -> dict[str, Any]:
-        """What shards must have in common with those of the last version to stay."""
+        """The settings that shards of the last version must share, so that they can stay."""
         return Shard(Dataset("", "any"), config).section()
 
     def inputs(self) -> dict[str, dict[str, Any]]:
@@ -84,7 +84,7 @@ class Update(Shard):
             carried = []
 
     def _plan_last(self, last: Dataset) -> Iterator[Item]:
-        """What becomes of the shards of the last version."""
+        """The items for the shards of the last version."""
         hidden, live, offset = hidden_rows.read_hidden_rows(last), self.diff.live_rows(), 0
         work = []
         for record in last.manifest("shards")["items"]:
@@ -95,7 +95,7 @@ class Update(Shard):
         yield from (item for item in map_in_order(lambda arguments: self._plan_shard(last, *arguments), work) if item)
 
     def _plan_shard(self, last: Dataset, record: dict[str, Any], dead: np.ndarray, live: np.ndarray) -> Item | None:
-        """What becomes of a shard of the last version: it stays, is written again, or goes (None).
+        """The item for a shard of the last version: it stays, or is written again. None: it is removed.
 
         `dead` are hidden samples, `live` the rows of the source, at that time, that are still in it.
         """
@@ -166,7 +166,7 @@ class Update(Shard):
         return output
 
     def _outcomes(self, record: dict[str, Any]) -> pa.Table:
-        """What became of each row of the source that a new shard was made of."""
+        """The listing of the rows of a new shard."""
         table = read_metadata(self.dataset, record, ["source_row", "original_sha256", "status", "error_message"])
         table = table.take(rows_of_source(table)[1])
         left_out = pc.starts_with(pc.fill_null(table["error_message"], ""), f"{FORGOTTEN}:")

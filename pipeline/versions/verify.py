@@ -66,7 +66,7 @@ def find_faults(root: str, path: str, *, quick: bool = False) -> Iterator[dict[s
 
 
 class _Checked:
-    """What the records of a folder are held against: read once, for there may be a hundred thousand of them."""
+    """Facts for checking the records of a folder. They are read once for all records."""
 
     def __init__(self, root: str, path: str, manifest: dict[str, Any]) -> None:
         _, name, version, self.name = path.split("/", 3)
@@ -85,7 +85,7 @@ class _Checked:
 
 
 def _changed(manifest: dict[str, Any]) -> list[str]:
-    """What in a manifest does not follow from the rest of it."""
+    """Contradictions inside a manifest."""
     faults = []
     if manifest["fingerprint"] != storage.digest([manifest[key] for key in ("format", "stage", "section", "inputs")]):
         faults.append("its settings and inputs do not give its fingerprint")
@@ -198,11 +198,11 @@ def _neighbors(checked: _Checked, path: str, record: dict[str, Any]) -> Iterator
         if ids.shape != scores.shape or ids.min(initial=-1) < -1 or ids.max(initial=-1) >= total:
             yield _fault(path, kept["name"], f"ids beyond the {total} rows of {database}")
         elif (scores[:, 1:] > scores[:, :-1]).any():
-            yield _fault(path, files["scores.npy"]["name"], "neighbours are not nearest first")
+            yield _fault(path, files["scores.npy"]["name"], "neighbors are not nearest first")
         if vectors := files.get("vectors.npy"):
             shape = arrays.map_array(dataset.fetch(name, vectors)).shape
             if shape[:2] != ids.shape:
-                yield _fault(path, vectors["name"], f"has vectors for {shape[:2]} neighbours, ids for {ids.shape}")
+                yield _fault(path, vectors["name"], f"has vectors for {shape[:2]} neighbors, ids for {ids.shape}")
 
 
 def _lengths(checked: _Checked, path: str, shard: str, rows: int, name: str) -> Iterator[dict[str, str]]:

@@ -276,7 +276,7 @@ def test_nothing_usable_is_a_failure(tmp_path: Path, capsys) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "words.png").write_text("no picture")
     assert _shard(tmp_path) == 1
-    assert "not one picture" in capsys.readouterr().err
+    assert "no image of " in capsys.readouterr().err
 
 
 def test_a_dead_store_is_a_sentence_and_exit_1(tmp_path: Path) -> None:

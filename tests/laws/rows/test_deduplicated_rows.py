@@ -163,5 +163,5 @@ def test_a_row_that_was_tried_again_stays_if_it_is_first_in_the_source(tmp_path,
     lines = table(final_stage.dataset, manifest)
     assert [(line["source_row"], line["status"]) for line in lines] == [
         (0, "failed_to_download"), (1, "success"), (2, "duplicate"), (0, "success")]
-    with pytest.raises(ValueError, match="duplicates are looked for among all"):
+    with pytest.raises(ValueError, match="duplicates are compared among all"):
         prepare(Shard(final_stage.dataset.next_version(), final_stage.config, base=final_stage.dataset))

@@ -159,7 +159,7 @@ def test_none_is_zeros(tmp_path, pictures):
 
 
 def test_what_does_not_fit_is_refused(built):
-    with pytest.raises(ValueError, match=r"k = 5 neighbours wanted, drawn has 4 stored.*\nhint"):
+    with pytest.raises(ValueError, match=r"k = 5 neighbors wanted, drawn has 4 stored.*\nhint"):
         batches(built, k=5)
     with pytest.raises(ValueError, match=r"a global batch of 1 leaves some of 2 workers without a sample\nhint"):
         batches(built, global_batch=1, world=2)

@@ -128,7 +128,7 @@ def test_patches_that_were_cut_elsewhere_are_refused(patched: Any, tmp_path: Pat
     coords, ids = coordinates(rows), np.array([row["source_row"] for row in rows])
     coords[5, [0, 2]] += 1
     text = refused(sharded(tmp_path / "root", source, 2), archived(tmp_path / "theirs", vectors, ids, coords))
-    assert "has 2 patches of the picture 2, but none at " in text and "of short side 96" in text
+    assert "has 2 patches of the image 2: expected one at " in text and "short side of the image 96" in text
 
 
 def test_patches_of_pictures_that_were_not_cut_are_refused(patched: Any, tmp_path: Path) -> None:
@@ -136,14 +136,14 @@ def test_patches_of_pictures_that_were_not_cut_are_refused(patched: Any, tmp_pat
     ids = np.array([row["source_row"] for row in rows])
     text = refused(sharded(tmp_path / "root", source, 0),
                    archived(tmp_path / "theirs", vectors, ids, coordinates(rows)))
-    assert "2 patches of the picture 0" in text and "is no patch" in text
+    assert "2 patches of the image 0" in text and "is no patch" in text
 
 
 def test_vectors_of_other_pictures_or_of_none_are_refused(patched: Any, tmp_path: Path) -> None:
     source, vectors, rows = patched
     ids, dataset = np.array([row["source_row"] for row in rows]), sharded(tmp_path / "root", source, 2)
     text = refused(dataset, archived(tmp_path / "turned", np.roll(vectors, 2, 0), ids, coordinates(rows)))
-    assert "are not those that tiny-clip-64" in text
+    assert "do not fit shard" in text and "the vector of tiny-clip-64" in text
     clear_folder(Embed(dataset, CONFIG))
     text = refused(dataset, archived(tmp_path / "others", vectors, ids + 1000, coordinates(rows)))
     assert "none of the 18 samples has a vector" in text

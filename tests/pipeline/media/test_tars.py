@@ -59,7 +59,7 @@ def test_an_empty_tar_has_no_pictures(tmp_path):
 
 
 def test_samples_that_are_not_right_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"sample 0 has no picture"):
+    with pytest.raises(ValueError, match=r"sample 0 has no image"):
         tars.TarImages(_tar(tmp_path / "none.tar", [("0.txt", b"a word"), ("1.png", b"1")]))
     with pytest.raises(ValueError, match=r"twice\.tar has 0\.PNG twice\nhint"):
         tars.TarImages(_tar(tmp_path / "twice.tar", [("0.png", b"1"), ("0.PNG", b"1")]))

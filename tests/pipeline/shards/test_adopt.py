@@ -206,7 +206,7 @@ def spoil(source: Path, how: str) -> None:
     ("compressed", r"00001\.tar is compressed \(gzip\)"), ("apart", "members of a sample do not follow each other"),
     ("lies outside", r"1 members are not adopted, the first is \.\./x\.jpg: its path leads outside"),
     ("link", "neither file nor folder"), ("hidden", "a hidden file in a folder"), ("twice", "one of that kind"),
-    ("no picture", "the sample 000010009 has no picture, it has txt"),
+    ("no picture", "the sample 000010009 has no image, it has txt"),
     ("one too many", r"00001\.tar has 7 samples, .*00001\.parquet says 6"),
     ("no parquet", r"00001\.parquet cannot be read as parquet"), ("not UTF-8", "is not UTF-8"),
 ])
