@@ -14,7 +14,7 @@ from jobs.cli.options import CommonOptions, Dataset, Flat, Unflagged, Words
 from jobs.cli.run_stage import open_runner
 from jobs.config.settings import Settings
 from jobs.planning.config import PlanConfig
-from jobs.telemetry import output
+from jobs.telemetry import heartbeat, output
 from pipeline import storage
 from pipeline.embeddings.config import EmbedConfig
 
@@ -95,6 +95,8 @@ def run_status(options: StatusOptions) -> int:
     root = storage.normalize(options.common.root)
     if options.watch and options.serve:
         raise ValueError("--watch shows it here, --serve to others: these are two commands")
+    if options.watch or options.serve:
+        heartbeat.stop()
     try:
         if options.serve:
             from jobs.inspection import prometheus

@@ -118,9 +118,7 @@ def _train_and_seal(training: "Training", job: "Job", cluster: ClusterConfig, *,
     else:
         with interrupts.defer_interrupts():
             from jobs.training.ray_train import train_on_ray
-        train_on_ray(job, cluster, lambda line: _log.info(
-            "train: step %d of %d, loss %.4f, %.0f samples/s", line["step"], job.config.steps, line["loss"],
-            line["samples_per_s"], extra={"fields": line}))
+        train_on_ray(job, cluster)
     if job.run.latest_step() < job.config.steps:
         _log.info("train: stopped at step %d; the same command continues from there", job.run.latest_step())
         return None

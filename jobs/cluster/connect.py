@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from jobs.cluster.config import ClusterConfig
-from jobs.telemetry import interrupts
+from jobs.telemetry import heartbeat, interrupts
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import StageFailed
 
@@ -29,7 +29,7 @@ def connect() -> None:
     if address:
         try:
             _check_reachable(address)
-            with interrupts.defer_interrupts():
+            with heartbeat.doing(f"connecting to the Ray cluster at {address}"), interrupts.defer_interrupts():
                 ray.init(**options)
         except OSError as error:  # ConnectionError is one
             raise ValueError(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}\n"
@@ -42,7 +42,7 @@ def connect() -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # With as many logical CPUs as cores an actor, its driver and Train's controller starve each other.
     # "local": without it Ray would join whatever cluster of somebody else's runs on this machine.
-    with interrupts.defer_interrupts():
+    with heartbeat.doing("starting Ray"), interrupts.defer_interrupts():
         context: Any = ray.init("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False,
                            object_store_memory=200 << 20, **options)
     write_prometheus_targets(Path(context.address_info["session_dir"]).parent)

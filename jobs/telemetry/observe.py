@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jobs.runs.labels import stage_labels
-from jobs.telemetry import logs, wandb_tracker
+from jobs.telemetry import heartbeat, logs, wandb_tracker
 from jobs.telemetry.progress_bar import describe_losses, show_progress
 from pipeline.stages.driver import Runner, run_in_process, run_stage
 from pipeline.stages.progress import Tally
@@ -42,7 +42,8 @@ class Observers:
 def observe(stage: Stage, *, name: str = "", tracker: str = "none") -> Iterator[Observers]:
     """Observers of a stage that is shown as `name` and tracked by `tracker`."""
     labels = stage_labels(stage.path, stage.name)
-    with logs.label_events(labels), wandb_tracker.track_stage(stage, labels, tracker) as tracked:
+    with (heartbeat.doing(name or stage.name), logs.label_events(labels),
+          wandb_tracker.track_stage(stage, labels, tracker) as tracked):
         _log.debug("%s begins", stage.name)
         with show_progress(name or stage.name) as show:
             yield Observers(stage, tracked, [show, _ray_watcher(labels), tracked.watch])

@@ -6,6 +6,7 @@ import shlex
 import sys
 from typing import Any
 
+from jobs.telemetry import heartbeat
 from pipeline import storage
 
 LAYOUT = "\n\t"
@@ -18,6 +19,7 @@ _COLOR = re.compile("\x1b\\[[0-9;]*m")
 
 def print_text(text: str, end: str = "\n") -> None:
     """Print text for people. Control characters in it become visible escapes, but for lines, tabs and bold type."""
+    heartbeat.note_output()
     print(escape_text(text), end=end, flush=True)
 
 
@@ -38,6 +40,7 @@ def escape_document(value: Any) -> Any:
 
 def print_json(document: Any, indent: int | None = None) -> None:
     """Print a JSON document. All characters but those of ASCII are escaped."""
+    heartbeat.note_output()
     print(json.dumps(document, indent=indent, ensure_ascii=True), flush=True)
 
 

@@ -1,8 +1,8 @@
 """The door to Ray Train: the processes of a run on a cluster."""
 
+import contextlib
 import threading
 import uuid
-from collections.abc import Callable
 from typing import Any
 
 import ray.train
@@ -14,18 +14,20 @@ from jobs.cluster.config import ClusterConfig
 from jobs.runs.labels import run_labels
 from jobs.runs.metrics import read_metrics
 from jobs.runs.run import HOPELESS
-from jobs.telemetry import logs
+from jobs.telemetry import heartbeat, logs
+from jobs.training.live_progress import TrainingView, read_run_progress
 from jobs.training.train_stage import Job, Training
 from jobs.training.worker import train_process
 from pipeline import storage
 from pipeline.hardware import devices
 from pipeline.stages.plan import prepare
+from pipeline.stages.progress import period
 from pipeline.stages.scratch import scratch_folder
 from pipeline.stages.types import StageFailed
 
 
-def train_on_ray(job: Job, config: ClusterConfig, watch: Callable[[dict[str, Any]], None]) -> None:
-    """Train on a Ray cluster, restarting after the loss of a worker; `watch` gets the newest record.
+def train_on_ray(job: Job, config: ClusterConfig) -> None:
+    """Train on a Ray cluster, restarting after the loss of a worker, and show the progress.
 
     The checkpoints of the run are the only state. Ray's own state is discarded, so a second start never depends on it.
     """
@@ -49,10 +51,11 @@ def train_on_ray(job: Job, config: ClusterConfig, watch: Callable[[dict[str, Any
                                  failure_config=_failures(config)),
         )
         done = threading.Event()
-        thread = threading.Thread(target=_watch_metrics, args=(job, watch, done), daemon=True)
+        thread = threading.Thread(target=_watch_progress, args=(job, done), daemon=True)
         thread.start()
         try:
-            trainer.fit()
+            with heartbeat.doing("train: starting the workers"):
+                trainer.fit()
         except ray.train.TrainingFailedError as error:
             if known := _fatal_error(job, launch):
                 raise known from error
@@ -105,14 +108,24 @@ def _fatal_error(job: Job, launch: str) -> Exception | None:
     return HOPELESS.get(fault["kind"], ValueError)(fault["message"]) if fault and fault["launch"] == launch else None
 
 
-def _watch_metrics(job: Job, watch: Callable[[dict[str, Any]], None], done: threading.Event) -> None:
-    """Report new metrics. Another process writes them, possibly on another node."""
-    seen = 0
-    while not done.wait(2.0):
-        lines = read_metrics(job.run)
-        if lines and lines[-1]["step"] != seen:
-            seen = lines[-1]["step"]
-            watch(lines[-1])
+def _watch_progress(job: Job, done: threading.Event) -> None:
+    """Show the progress and the records of the curve. Another process writes both, possibly on another node."""
+    seen = _last_record(job)["step"]
+    with contextlib.closing(TrainingView()) as view:
+        while True:
+            ended = done.wait(period(job.run.folder) / 2)
+            if now := read_run_progress(job.run):
+                view.show(now)
+            if (record := _last_record(job))["step"] != seen:
+                seen = record["step"]
+                view.record(record, job.config.steps)
+            if ended:
+                return
+
+
+def _last_record(job: Job) -> dict[str, Any]:
+    lines = read_metrics(job.run)
+    return lines[-1] if lines else {"step": 0}
 
 
 def _first_line(error: BaseException) -> str:

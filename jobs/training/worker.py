@@ -16,6 +16,7 @@ from jobs.runs.labels import run_labels
 from jobs.runs.metrics import Metrics
 from jobs.runs.run import Run
 from jobs.telemetry import wandb_tracker
+from jobs.training.live_progress import RunProgress, TrainingView
 from jobs.training.train_stage import Job, Training
 from jobs.training.validation import Validation
 from model.network.unet import UNet
@@ -30,8 +31,11 @@ KEEP_CHECKPOINTS = 3
 _log = logging.getLogger(__name__)
 
 
-def train_process(job: Job, stop: Callable[[], bool] | None = None) -> int:
-    """This process's part of the run, from the newest complete checkpoint on; returns the step reached."""
+def train_process(job: Job, stop: Callable[[], bool] | None = None, view: TrainingView | None = None) -> int:
+    """This process's part of the run, from the newest complete checkpoint on; returns the step reached.
+
+    `view` shows the progress, in the process of rank 0.
+    """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = devices.choose_device()
     # Set explicitly: an earlier stage of this process may have left another number, and the last bits of a loss
@@ -50,9 +54,9 @@ def train_process(job: Job, stop: Callable[[], bool] | None = None) -> int:
     if rank != 0:
         return train(job.config, batches.at, device=device, save=_on_rank_0, log=_on_rank_0, stop=stop,
                      validate=validate, resume=resume)
-    with contextlib.closing(_Recorder(job, step, {"world_size": world, "device": described})) as recorder:
+    with contextlib.closing(_Recorder(job, step, {"world_size": world, "device": described}, view)) as recorder:
         return train(job.config, batches.at, device=device, save=recorder.save, log=recorder.log, stop=stop,
-                     validate=validate, resume=resume)
+                     validate=validate, resume=resume, watch=recorder.watch)
 
 
 def _on_rank_0(*_: Any) -> None:
@@ -65,14 +69,21 @@ def _validate_on_rank_0(step: int, network: UNet) -> dict[str, Any]:
 
 
 class _Recorder:
-    """Records a run on rank 0: checkpoints, metrics.jsonl, the tracker, and Ray metrics."""
+    """Records a run on rank 0: checkpoints, metrics.jsonl, the tracker, Ray metrics, and the progress."""
 
-    def __init__(self, job: Job, step: int, about: dict[str, Any]) -> None:
+    def __init__(self, job: Job, step: int, about: dict[str, Any], view: TrainingView | None) -> None:
         labels = run_labels(job.dataset.name, job.dataset.version, job.run.name)
         self.job, self.about = job, about
         self.metrics = Metrics(job.run, step)
         self.ray_metrics = _start_ray_metrics(labels, step, job)
         self.tracker = wandb_tracker.start_run_tracker(job, labels)
+        self.view, self.step = view, step
+        self.progress = RunProgress(job.run, job.config, view.show if view else None)
+
+    def watch(self, step: int, loss: float) -> None:
+        """Count a finished step."""
+        self.step = step
+        self.progress(step, loss)
 
     def save(self, step: int, write: Callable[[Any], None]) -> None:
         """Publish the checkpoint of a step, and remove old ones."""
@@ -90,10 +101,13 @@ class _Recorder:
             return
         record = self.metrics.add(record | self.about)
         self.tracker.add(record, hold=True)
+        if self.view:
+            self.view.record(record, self.job.config.steps)
         if self.ray_metrics:
             self.ray_metrics.add(record)
 
     def close(self) -> None:
+        self.progress.close(self.step)
         self.metrics.flush()
         self.tracker.close()
         if self.ray_metrics:
@@ -116,8 +130,8 @@ def train_in_processes(job: Job) -> bool:
         devices.choose_device()  # an unusable GPU must not leave a plan
         prepare(training)
         job.run.mend()
-        with _stop_on_sigterm() as stop, job.run.telling():
-            train_process(job, stop)
+        with _stop_on_sigterm() as stop, job.run.telling(), contextlib.closing(TrainingView()) as view:
+            train_process(job, stop, view)
         return True
     device = devices.choose_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -126,8 +140,8 @@ def train_in_processes(job: Job) -> bool:
             prepare(training)
             job.run.mend()
         dist.barrier()
-        with _stop_on_sigterm() as stop, job.run.telling():
-            train_process(job, stop)
+        with _stop_on_sigterm() as stop, job.run.telling(), contextlib.closing(TrainingView()) as view:
+            train_process(job, stop, view)
         return dist.get_rank() == 0
     finally:
         dist.destroy_process_group()

@@ -55,6 +55,7 @@ def train(
     resume: Path | None = None,
     stop: Callable[[], bool] | None = None,
     validate: Callable[[int, UNet], dict[str, Any]] | None = None,
+    watch: Callable[[int, float], None] | None = None,
 ) -> int:
     """Train until `config.steps` or until `stop()` is true anywhere, and return the step reached.
 
@@ -70,6 +71,7 @@ def train(
     log(record): called on rank 0 every `log_every` steps. The loss is the mean over the global batch and the interval.
     validate(step, network): called with the averaged network every `validate_every` steps. Its result is logged. Either
     all processes pass it, or none.
+    watch(step, loss): called after each update, in any process that has one.
     resume: the folder of a checkpoint.
     Process r of w has the images r G / w to (r + 1) G / w of the global batch of G.
 
@@ -98,6 +100,8 @@ def train(
         for inputs, waited in stream:
             leave = stop is not None and stop()
             done = _update(config, network, state, inputs.to(device), leave)
+            if watch:
+                watch(state.step, done.loss)
             record = meter.add(state.step, done, waited, inputs)
             if record and rank == 0:
                 log(record)

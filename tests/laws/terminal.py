@@ -1,12 +1,16 @@
 """Hostile text, and commands on a pseudo terminal."""
 
+import fcntl
 import io
 import json
 import os
 import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
+from collections.abc import Callable
 
 from PIL import Image
 
@@ -61,3 +65,56 @@ def check_verbs(commands: list[list[str]]) -> dict[str, str]:
         assert not RAW.search(part), (words, part)
         assert "Traceback" not in part and re.search(r"EXIT [0-2]\n", part), (words, part)
     return {" ".join(words[:2]): part for words, part in zip(commands, parts, strict=True)}
+
+
+Meanwhile = Callable[[int, "subprocess.Popen[bytes]", bytes], None]
+
+
+class Screen:
+    """The output on a pseudo terminal: raw, and as the lines of the screen."""
+
+    def __init__(self, raw: bytes, code: int, columns: int) -> None:
+        self.raw, self.code, self.lines = raw.decode(), code, [""]
+        row = column = 0
+        for text, command in re.findall(r"(\x1b\[[?\d;]*([A-Za-z])|.|\n)", self.raw, re.DOTALL):
+            if command == "A":
+                row -= int(text[2:-1] or 1)
+            elif text == "\x1b[2K":
+                self.lines[row] = ""
+            elif text == "\r":
+                column = 0
+            elif text == "\n" or (not command and column >= columns):
+                row, column = row + 1, column if text == "\n" else 0
+                self.lines += [""] * (row + 1 - len(self.lines))
+            if not command and text not in "\r\n":
+                self.lines[row] = self.lines[row][:column].ljust(column) + text + self.lines[row][column + 1:]
+                column += 1
+
+
+def set_columns(terminal: int, columns: int) -> None:
+    """Resize a pseudo terminal."""
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+
+
+def run_on_screen(command: list[str], columns: int = 120, meanwhile: Meanwhile | None = None,
+                  **environment: str) -> Screen:
+    """Run a command on a terminal; `meanwhile` is called with the terminal, the process and its output so far."""
+    ours, theirs = pty.openpty()
+    set_columns(theirs, columns)
+    kept = {key: value for key, value in os.environ.items() if key not in {"COLUMNS", "LINES", "NO_COLOR"}}
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+                               env=kept | {"TERM": "xterm", "PYTHONPATH": os.getcwd()} | environment)
+    os.close(theirs)
+    raw = b""
+    try:
+        while True:
+            try:
+                raw += os.read(ours, 65536)
+            except OSError:  # the other end is closed
+                break
+            if meanwhile:
+                meanwhile(ours, process, raw)
+        return Screen(raw, process.wait(30), columns)
+    finally:
+        process.kill()
+        os.close(ours)

@@ -1,20 +1,17 @@
 """The progress bar as a person sees it: commands run under a pseudo terminal, and what they write is played back."""
 
-import fcntl
 import os
-import pty
 import re
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.laws.terminal import Screen, run_on_screen, set_columns
 
 _LONG = "a warning of " + "many " * 30 + "words"
 _STAGE = f"""
@@ -64,58 +61,9 @@ sys.exit(cli.main(["status", *sys.argv[3:]]))
 """
 
 
-class Seen:
-    """The output on a pseudo terminal: raw, and as the lines of the screen."""
-
-    def __init__(self, raw: bytes, code: int, columns: int) -> None:
-        self.raw, self.code, self.lines = raw.decode(), code, [""]
-        row = column = 0
-        for text, command in re.findall(r"(\x1b\[[?\d;]*([A-Za-z])|.|\n)", self.raw, re.DOTALL):
-            if command == "A":
-                row -= int(text[2:-1] or 1)
-            elif text == "\x1b[2K":
-                self.lines[row] = ""
-            elif text == "\r":
-                column = 0
-            elif text == "\n" or (not command and column >= columns):
-                row, column = row + 1, column if text == "\n" else 0
-                self.lines += [""] * (row + 1 - len(self.lines))
-            if not command and text not in "\r\n":
-                self.lines[row] = self.lines[row][:column].ljust(column) + text + self.lines[row][column + 1:]
-                column += 1
-
-    @property
-    def bars(self) -> list[str]:
-        """The lines that show the bar."""
-        return [line for line in self.lines if line.startswith("[slow] stage")]
-
-
-def _size(terminal: int, columns: int) -> None:
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-
-
-def _run(command: list[str], columns: int = 120, meanwhile: Callable[[int, "subprocess.Popen[bytes]", bytes], None] |
-         None = None, **environment: str) -> Seen:
-    """Run a command on a terminal; `meanwhile` is called with the terminal, the process and its output so far."""
-    ours, theirs = pty.openpty()
-    _size(theirs, columns)
-    kept = {key: value for key, value in os.environ.items() if key not in {"COLUMNS", "LINES", "NO_COLOR"}}
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-                               env=kept | {"TERM": "xterm", "PYTHONPATH": os.getcwd()} | environment)
-    os.close(theirs)
-    raw = b""
-    try:
-        while True:
-            try:
-                raw += os.read(ours, 65536)
-            except OSError:  # the other end is closed
-                break
-            if meanwhile:
-                meanwhile(ours, process, raw)
-        return Seen(raw, process.wait(30), columns)
-    finally:
-        process.kill()
-        os.close(ours)
+def _bars(seen: Screen) -> list[str]:
+    """The lines that show the bar."""
+    return [line for line in seen.lines if line.startswith("[slow] stage")]
 
 
 def _stage(root: Path, how: str = "", *flags: str) -> list[str]:
@@ -123,22 +71,22 @@ def _stage(root: Path, how: str = "", *flags: str) -> list[str]:
 
 
 def test_log_lines_stay_whole_above_the_bar_and_the_bar_ends_full(tmp_path: Path) -> None:
-    seen = _run(_stage(tmp_path))
-    assert seen.code == 0 and len(seen.bars) == 1
-    assert "100%" in seen.bars[0] and "1200 of 1200 rows" in seen.bars[0] and "100.0% good" in seen.bars[0]
+    seen = run_on_screen(_stage(tmp_path))
+    assert seen.code == 0 and len(_bars(seen)) == 1
+    assert "100%" in _bars(seen)[0] and "1200 of 1200 rows" in _bars(seen)[0] and "100.0% good" in _bars(seen)[0]
     shown = "\n".join(seen.lines)
     assert f" {_LONG}" in shown.replace("\n", "")  # wrapped by the terminal, and nothing between its words
     assert "a library says this" in seen.lines
-    assert seen.lines.index("a library says this") < seen.lines.index(seen.bars[0])
-    assert seen.lines[seen.lines.index(seen.bars[0]) + 1] == '{"data": true}'
+    assert seen.lines.index("a library says this") < seen.lines.index(_bars(seen)[0])
+    assert seen.lines[seen.lines.index(_bars(seen)[0]) + 1] == '{"data": true}'
     assert seen.raw.count("\x1b[?25l") == seen.raw.count("\x1b[?25h") == 1
 
 
 def test_after_an_exception_the_bar_is_closed_before_the_error(tmp_path: Path) -> None:
-    seen = _run(_stage(tmp_path, "fault"))
-    assert seen.code == 1 and len(seen.bars) == 1 and "%" in seen.bars[0]
+    seen = run_on_screen(_stage(tmp_path, "fault"))
+    assert seen.code == 1 and len(_bars(seen)) == 1 and "%" in _bars(seen)[0]
     assert "error: slow: the ninth item is broken" in seen.lines
-    assert seen.lines.index(seen.bars[0]) < seen.lines.index("error: slow: the ninth item is broken")
+    assert seen.lines.index(_bars(seen)[0]) < seen.lines.index("error: slow: the ninth item is broken")
     assert seen.raw.index("\x1b[?25h") < seen.raw.index("error: ")
 
 
@@ -150,23 +98,23 @@ def test_ctrl_c_closes_the_bar(tmp_path: Path) -> None:
             pressed.append(time.monotonic())
             process.send_signal(signal.SIGINT)
 
-    seen = _run(_stage(tmp_path), meanwhile=press)
-    assert pressed and seen.code == 130 and len(seen.bars) == 1 and "100%" not in seen.bars[0]
+    seen = run_on_screen(_stage(tmp_path), meanwhile=press)
+    assert pressed and seen.code == 130 and len(_bars(seen)) == 1 and "100%" not in _bars(seen)[0]
     assert "stopped; the same command continues from here" in seen.lines and "Traceback" not in seen.raw
     assert seen.raw.index("\x1b[?25h") < seen.raw.index("stopped; ")
 
 
 def test_ctrl_c_while_the_bar_is_written_leaves_one_bar(tmp_path: Path) -> None:
-    seen = _run(_stage(tmp_path, "interrupt"))
-    assert seen.code == 130 and len(seen.bars) == 1 and seen.bars[0].count("[slow] stage") == 1
+    seen = run_on_screen(_stage(tmp_path, "interrupt"))
+    assert seen.code == 130 and len(_bars(seen)) == 1 and _bars(seen)[0].count("[slow] stage") == 1
     assert "stopped; the same command continues from here" in seen.lines and "Traceback" not in seen.raw
 
 
-@pytest.mark.parametrize("columns", [44, 80])
+@pytest.mark.parametrize("columns", [40, 60])
 def test_a_narrow_terminal_cuts_the_bar_to_one_line(tmp_path: Path, columns: int) -> None:
-    seen = _run(_stage(tmp_path), columns)
-    assert len(seen.bars) == 1 and len(seen.bars[0]) <= columns and seen.bars[0].rstrip().endswith("…")
-    assert "100%" in seen.bars[0]
+    seen = run_on_screen(_stage(tmp_path), columns)
+    assert len(_bars(seen)) == 1 and len(_bars(seen)[0]) <= columns and _bars(seen)[0].rstrip().endswith("…")
+    assert "100%" in _bars(seen)[0]
 
 
 def test_after_a_resize_the_bar_fits_the_new_width(tmp_path: Path) -> None:
@@ -175,25 +123,25 @@ def test_after_a_resize_the_bar_fits_the_new_width(tmp_path: Path) -> None:
     def resize(terminal: int, process: Any, raw: bytes) -> None:
         if not resized and b"%" in raw:
             resized.append(len(raw))
-            _size(terminal, 60)
+            set_columns(terminal, 60)
 
-    seen = _run(_stage(tmp_path), meanwhile=resize)
+    seen = run_on_screen(_stage(tmp_path), meanwhile=resize)
     shown = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", seen.raw[resized[0]:]).replace("\r", "\n").split("\n")
     bars = [line for line in shown if line.startswith("[slow] stage") and "%" in line]
     assert len(bars) > 1 and all(len(line) <= 60 for line in bars)
 
 
 def test_without_color_there_is_none(tmp_path: Path) -> None:
-    seen = _run(_stage(tmp_path), NO_COLOR="1")
-    assert len(seen.bars) == 1 and not re.search(r"\x1b\[[\d;]*(3[0-7]|38|9[0-7])[\d;]*m", seen.raw)
-    assert re.search(r"\x1b\[[\d;]*(3[0-7]|38|9[0-7])[\d;]*m", _run(_stage(tmp_path / "other")).raw)
+    seen = run_on_screen(_stage(tmp_path), NO_COLOR="1")
+    assert len(_bars(seen)) == 1 and not re.search(r"\x1b\[[\d;]*(3[0-7]|38|9[0-7])[\d;]*m", seen.raw)
+    assert re.search(r"\x1b\[[\d;]*(3[0-7]|38|9[0-7])[\d;]*m", run_on_screen(_stage(tmp_path / "other")).raw)
 
 
 @pytest.mark.parametrize(("flags", "environment"), [
     ((), {"TERM": "dumb"}), (("--log-format", "json"), {}), ((), {"RDM_LOG": "json"})])
 def test_without_a_terminal_to_draw_on_there_are_lines(tmp_path: Path, flags: tuple[str, ...],
                                                        environment: dict[str, str]) -> None:
-    seen = _run(_stage(tmp_path, "", *flags), 1000, **environment)
+    seen = run_on_screen(_stage(tmp_path, "", *flags), 1000, **environment)
     assert seen.code == 0 and "\x1b" not in seen.raw
     assert sum("12 of 12 items, 1200 of 1200 rows" in line for line in seen.lines) == 1
 

@@ -1,0 +1,91 @@
+"""A sign of life whenever a command says nothing for a while: slow imports, the start of Ray, a download, a lease.
+
+The main thread may be in native code for minutes, so a thread of its own looks. On a terminal it rewrites one line,
+which the next message removes. Elsewhere it logs a line.
+"""
+
+import contextlib
+import logging
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from jobs.telemetry.units import format_duration
+from pipeline import storage
+
+QUIET_S = 8.0
+"""Seconds without a message before a line is logged."""
+_LIVE_S = 2.0  # the same for the line that is rewritten
+_CLEAR = "\r\x1b[2K"
+_log = logging.getLogger(__name__)
+_last = time.monotonic()  # when something was shown
+_doing: list[tuple[str, float]] = []  # what the command does, with the time it began; the innermost last
+_refresh: Callable[[], None] | None = None
+_shown = threading.Event()  # the line is on the terminal
+_stopped = threading.Event()
+
+
+def start(verb: str, is_live: Callable[[], bool]) -> None:
+    """Watch this process from now on. `is_live`: whether a line of stderr can be rewritten."""
+    note_output()
+    _doing.append((verb, time.monotonic()))
+    threading.Thread(target=_watch, args=(is_live,), name="heartbeat", daemon=True).start()
+
+
+def stop() -> None:
+    """Be silent from now on: the command waits for its user, has its own display, or ends."""
+    _stopped.set()
+    note_output()
+
+
+def note_output() -> None:
+    """Something is about to be shown: the silence ends."""
+    global _last
+    _last = time.monotonic()
+    if _shown.is_set():
+        _shown.clear()
+        sys.stderr.write(_CLEAR)
+        sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Meanwhile the command does this ("starting Ray"). It is named if it takes long."""
+    _doing.append(entry := (what, time.monotonic()))
+    try:
+        yield
+    finally:
+        _doing.remove(entry)
+
+
+def refresh_by(refresh: Callable[[], None] | None) -> None:
+    """Show a sign of life by this function from now on, in place of a line; None ends this."""
+    global _refresh
+    _refresh = refresh
+
+
+def _watch(is_live: Callable[[], bool]) -> None:
+    while not _stopped.wait(1.0):
+        quiet = time.monotonic() - _last
+        if _refresh:
+            _refresh()
+        elif is_live():
+            if quiet >= _LIVE_S:
+                _rewrite(_describe())
+        elif quiet >= QUIET_S:
+            _log.info("%s", _describe())  # which counts as output
+
+
+def _describe() -> str:
+    what, began = _doing[-1]
+    return f"{what}: at work for {format_duration(round(time.monotonic() - began))}"
+
+
+def _rewrite(text: str) -> None:
+    columns = shutil.get_terminal_size().columns
+    if not _stopped.is_set():
+        _shown.set()
+        sys.stderr.write(_CLEAR + storage.escape_controls(text)[:columns - 1])
+        sys.stderr.flush()
