@@ -100,8 +100,8 @@ class Extension(Index):
     def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         info = records[0]["info"]
         if info["drift"] > self.config.max_drift:
-            raise Drifted(f"index: the vectors added to {self.base.label} have {info['drift']} times the "
-                          f"quantization error of its training: expected at most {self.config.max_drift}\n"
+            raise Drifted(f"index: the vectors added to {self.base.label} have {info['drift']} times the quantization "
+                          f"error of its training: expected at most {self.config.max_drift} (--max-drift)\n"
                           f"hint: train it again: {self.dataset.command('index')} --overwrite")
         return super().finish(records, scratch)
 

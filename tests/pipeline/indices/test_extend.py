@@ -125,7 +125,7 @@ def test_vectors_of_another_kind_are_refused_until_they_are_allowed(tmp_path, ve
     alike = synthetic.vector_dataset(tmp_path, "x@v2", [vectors, synthetic.clustered(1_900, 32)[1_500:]])
     assert 0.5 < run_stage(Extension(alike, base, IndexConfig()))["info"]["drift"] < 1.5
     drifted = synthetic.vector_dataset(tmp_path, "x@v3", [vectors, others])
-    with pytest.raises(StageFailed, match=r"times the error of its training, --max-drift allows 1\.5\nhint: train"):
+    with pytest.raises(StageFailed, match=r"times the quantization error of its training: expected at most 1\.5 \(--max"):
         run_stage(Extension(drifted, base, IndexConfig()))
     assert not drifted.is_sealed("index")
     assert run_stage(Extension(drifted, base, IndexConfig(max_drift=100)))["info"]["drift"] > 1.5
@@ -285,7 +285,7 @@ def test_the_command_line_extends_and_sets_tombstones(tmp_path, vectors, capsys)
     root = ["--local", "--root", str(tmp_path)]
     assert main(["index", "x", "--key", "IVF16,SQ8", *root]) == 0
     assert main(["index", "x@v2", "--extend", "x", "--max-drift", "0.0001", *root]) == 1
-    assert "expected at most 0.0001\nhint: train it again" in capsys.readouterr().err
+    assert "expected at most 0.0001 (--max-drift)\nhint: train it again" in capsys.readouterr().err
     assert main(["index", "x@v2", "--extend", "x@v1", "--max-drift", "9", *root]) == 0
     assert json.loads(capsys.readouterr().out)["extends"] == "x"
     assert main(["index", "x", "--extend", "x", *root]) == 2
