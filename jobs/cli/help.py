@@ -48,7 +48,7 @@ _USUAL = {
     "TrainConfig": "steps global_batch lr k image_size checkpoint_every log_every validate_every",
     "UNetConfig": "", "DiffusionConfig": "",
     "SampleConfig": "k guidance seed steps sampler",
-    "QueryConfig": "unconditional",
+    "QueryConfig": "unconditional count",
     "EvaluateConfig": "prompts seeds ways",
     "RebuildConfig": "full keep", "GatesConfig": "min_recall max_lost max_failed", "SigningOptions": "sign",
     "PlanConfig": "pictures database_rows workers gpus measure price_gpu_hour json",

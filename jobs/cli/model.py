@@ -144,6 +144,8 @@ class SampleOptions:
     stage: Flat[StageOptions]
     prompt: Words = ()
     """Prompt. Repeat the flag for more."""
+    prompts: str = ""
+    """File of prompts: a text with one in each line, or a table (CSV, JSONL, parquet) with a column caption."""
     image: Words = ()
     """Local image file that is used in place of a prompt. Repeat the flag for more."""
     query: Flat[QueryConfig] = field(default_factory=QueryConfig)
@@ -162,13 +164,15 @@ class SampleOptions:
 def run_sample(options: SampleOptions) -> int:
     from jobs.runs.run import Run
     from jobs.sampling.mixture import Mixture
+    from jobs.sampling.queries import read_prompts
     from jobs.sampling.sample_stage import Sampling
     from pipeline.embeddings.clip_weights import ClipConfig
     root, embed = options.common.root, options.embed
     encoder = ClipConfig(options.model or embed.model, options.pretrained or embed.pretrained, embed.precision)
     databases = tuple(Mixture.parse(root, name) for name in options.database)
-    sampling = Sampling(Run.parse(root, options.run), options.checkpoint, options.prompt, databases, encoder,
-                        options.sample, options.name, pictures=options.image, query_config=options.query)
+    prompts = options.prompt + (read_prompts(options.prompts) if options.prompts else ())
+    sampling = Sampling(Run.parse(root, options.run), options.checkpoint, prompts, databases, encoder, options.sample,
+                        options.name, pictures=options.image, query_config=options.query)
     return seal_and_print(sampling, options)
 
 

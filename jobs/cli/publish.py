@@ -105,6 +105,9 @@ def run_versions(options: VersionsOptions) -> int:
         output.print_json(versions, indent=1)
     else:
         output.print_text(versions_table(versions))
+    if not any(version["published"] for version in versions):
+        _log.info("versions: nothing of %s is published\nhint: python -m jobs rebuild %s --source SOURCE publishes it",
+                  name, name)
     return 0
 
 

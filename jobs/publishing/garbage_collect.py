@@ -41,7 +41,8 @@ def collect_garbage(root: str, name: str, config: GcConfig, *, dry_run: bool = F
                  for version in storage.list_folders(storage.join(root, "datasets", name))}
         current = Published.load(root, name)  # after the marks: a version that is published later has another mark
         if not current.version:
-            raise ValueError(f"nothing of {name} is published in {root}: nothing is old")
+            raise ValueError(f"nothing of {name} is published in {root}: nothing is old\n"
+                             f"hint: python -m jobs versions {name}")
         _refuse_damaged(current)
         versions = _choose(current, config, now)
         stays = _files_of(root, name, [entry["version"] for entry in versions if entry["kept"]])

@@ -1,5 +1,6 @@
 """The versions of a published dataset: which there are, who is bound to them, the way back, and the end of old ones."""
 
+import difflib
 import hashlib
 import logging
 from collections import defaultdict
@@ -110,7 +111,10 @@ def list_versions(root: str, name: str) -> list[dict[str, Any]]:
             about |= _failed_gates(gates)
         versions.append(about)
     if not versions:
-        raise ValueError(f"there is no dataset {name} in {root}\nhint: --root")
+        names = storage.list_folders(storage.join(root, "datasets"))
+        close = difflib.get_close_matches(name, names, n=1)
+        raise ValueError(f"there is no dataset {name} in {root}\n"
+                         f"hint: {f'did you mean {close[0]}?' if close else 'python -m jobs ls'}")
     return versions
 
 

@@ -58,6 +58,8 @@ class QueryConfig:
     """Draw them from this share of the database's rows, those with the highest p_D; one row at least."""
     pool: Annotated[int, Ge(0)] = 0
     """Take the neighbours at random from so many nearest ones of each database; 0: take the nearest."""
+    count: Annotated[int, Ge(1)] = 1
+    """Images of each prompt and query image, each from other noise."""
 
     def __post_init__(self) -> None:
         check_bounds("sample", self)

@@ -1,8 +1,10 @@
 """Prompts, images and databases -> images. The style follows the database that the neighbors come from."""
 
 import io
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,7 +39,10 @@ from pipeline.stages.manifest import sealed_input
 from pipeline.stages.stage import Stage, fingerprint
 from pipeline.stages.types import Item, Output
 
+_log = logging.getLogger(__name__)
 _THUMBNAIL_PIXELS = 256
+_NAMED_PROMPTS = 5  # more are not spelled out in the command of a hint
+_GRID_ROWS = 100  # a cell of a large image has megabytes, and all cells of a database are in memory
 
 
 class Sampling(Stage):
@@ -64,7 +69,7 @@ class Sampling(Stage):
         if step < 0:
             raise ValueError(f"checkpoint {step}: must be a step, or 0 for the newest")
         _check_neighbor_count(self.query_config, config)
-        self.queries = build_queries(prompts, pictures, self.query_config.unconditional)
+        self.queries = build_queries(prompts, pictures, self.query_config.unconditional, self.query_config.count)
         self.run, self.prompts, self.pictures, self.encoder = run, prompts, pictures, encoder
         self.step = step or run.latest_step()
         super().__init__(run.root, f"{run.path}/samples/{name}", config)
@@ -74,9 +79,12 @@ class Sampling(Stage):
 
     @property
     def command(self) -> str:
-        options = "".join(f" --prompt {prompt!r}" for prompt in self.prompts)
+        options = "".join(f" --prompt {prompt!r}" for prompt in self.prompts[:_NAMED_PROMPTS])
+        options = options if len(self.prompts) <= _NAMED_PROMPTS else " --prompts FILE"
         options += "".join(f" --image {image!r}" for image in self.pictures)
-        options += f" --unconditional {self.query_config.unconditional}" if self.query_config.unconditional else ""
+        options += "".join(f" --{name} {value}" for name, value, usual in (
+            ("unconditional", self.query_config.unconditional, 0), ("count", self.query_config.count, 1))
+                           if value != usual)
         return f"python -m jobs sample {self.run.name}{options} --root {self.root}"
 
     def section(self) -> dict[str, Any]:
@@ -85,8 +93,9 @@ class Sampling(Stage):
         settings = {name: value for name, value in super().section().items() if value != later.get(name, ...)}
         settings |= {"prompts": list(self.prompts), "databases": [database.label for database in self.databases]}
         if self.pictures:
-            settings["images"] = [{"name": query.title, "sha256": query.sha256} for query in self.queries
-                                  if query.kind == "image"]
+            settings["images"] = [{"name": query.title, "sha256": query.sha256} for query in self._image_queries()]
+        if self.query_config.count > 1:
+            settings["count"] = self.query_config.count
         if self.query_config.unconditional:
             settings |= {"unconditional": self.query_config.unconditional, "top_m": self.query_config.top_m}
         return settings | ({"pool": self.query_config.pool} if self.query_config.pool else {})
@@ -99,6 +108,11 @@ class Sampling(Stage):
             if self.query_config.unconditional:
                 inputs[f"p_D of {database.label}"] = p_d_identity(self._train(), database)
         return inputs
+
+    def _image_queries(self) -> list[Query]:
+        """The first query of each image."""
+        queries = [query for query in self.queries if query.kind == "image"]
+        return queries[::self.query_config.count]
 
     def _members(self) -> list[Dataset]:
         return list(dict.fromkeys(dataset for database in self.databases for dataset in database.members))
@@ -115,7 +129,7 @@ class Sampling(Stage):
         check_sample_config(self.run, self.step, self.config)
         check_same_encoder(self.run, self.encoder, self._members())
         carried = tuple((query.carried, read_image(path)) for query, path in
-                        zip((query for query in self.queries if query.kind == "image"), self.pictures, strict=True))
+                        zip(self._image_queries(), self.pictures, strict=True))
         return [Item(database.item, {"number": number}, () if number else carried)
                 for number, database in enumerate(self.databases)]
 
@@ -146,7 +160,7 @@ class Sampling(Stage):
                 (scratch / file).parent.mkdir(exist_ok=True)
                 content.save(scratch / file)
                 output.files[file] = scratch / file
-            cells.append(grid_cell(image, squares))
+            cells += [grid_cell(image, squares)] if number < _GRID_ROWS else []
             about = _neighbor_entries(name, database, neighbors)
             entries.append({"file": f"{name}.png", **query.about(), **_p_d_field(sampled_rows[number], about),
                             "database": database.label, "seed": self.config.seed, "position": query.position,
@@ -171,8 +185,8 @@ class Sampling(Stage):
         encoder = clip.load_encoder(self.encoder)
         vectors = [encoder.texts(self.prompts)] if self.prompts else []
         # One by one: in a batch, a vector would depend on the other queries.
-        vectors += [encoder.images(np.stack([encoder.prepared(self._bytes(query))])) for query in self.queries
-                    if query.kind == "image"]
+        vectors += [encoder.images(np.stack([encoder.prepared(self._bytes(query))])) for query in self._image_queries()]
+        vectors = [np.repeat(group, self.query_config.count, axis=0) for group in vectors]
         if rows := [row for row in sampled_rows if row]:
             vectors.append(retriever.vectors(rows))
         return np.concatenate(vectors)
@@ -208,22 +222,24 @@ class Sampling(Stage):
                                          "databases": [database.label for database in self.databases]})
 
     def _grid(self, records: Sequence[dict[str, Any]], scratch: Path) -> Image.Image:
-        """The grid: rows are queries, columns are databases."""
+        """The grid: rows are queries, columns are databases. It has the first queries if there are many."""
+        if len(self.queries) > _GRID_ROWS:
+            _log.info("sample: grid.png shows the first %d of %d rows", _GRID_ROWS, len(self.queries))
         columns = [self._cells(record, scratch) for record in records]
         cells = [cell for row in zip(*columns, strict=True) for cell in row]
         return contact_sheet(cells, len(columns), cell=max(cell.width for cell in cells),
-                             row_labels=[query.title for query in self.queries],
+                             row_labels=[query.title for query in self.queries[:_GRID_ROWS]],
                              column_labels=[database.label.replace("+", " + ") for database in self.databases])
 
     def _cells(self, record: dict[str, Any], scratch: Path) -> list[Image.Image]:
         """The cells of one database, in the order of the queries."""
         url = storage.join(self.folder, _cells_file(record["id"]))
         try:
-            return list(read_cells(storage.download(url, scratch / f"{record['id']}.tar")))
+            return list(islice(read_cells(storage.download(url, scratch / f"{record['id']}.tar")), _GRID_ROWS))
         except FileNotFoundError:  # an earlier version of the program, which wrote no cells, processed this item
             return [grid_cell(self._read(entry["file"]), [self._read(neighbor["file"]) for neighbor in
                                                           entry["neighbors"][:SHOWN_NEIGHBORS]])
-                    for entry in record["info"]["pictures"]]
+                    for entry in record["info"]["pictures"][:_GRID_ROWS]]
 
     def _read(self, name: str) -> Image.Image:
         return Image.open(io.BytesIO(storage.read_bytes(storage.join(self.folder, name)))).convert("RGB")

@@ -86,7 +86,7 @@ def read_captions(address: str, caption_column: str) -> list[TableRow]:
     Empty for an ImageFolder table that names no files. ValueError for a table that cannot be read, and for one
     without the columns that the settings or its name promise.
     """
-    rows, header = _read_table(address)
+    rows, header = read_caption_table(address)
     if not rows and not header:
         return []
     file_column = next(iter(find_columns(header, FILE_COLUMNS)), None)
@@ -121,8 +121,8 @@ def read_captions(address: str, caption_column: str) -> list[TableRow]:
     return rows
 
 
-def _read_table(address: str) -> tuple[list[TableRow], list[str]]:
-    """The rows and the column names of a table of captions."""
+def read_caption_table(address: str) -> tuple[list[TableRow], list[str]]:
+    """The rows and the column names of a table of captions; ValueError if it cannot be read."""
     try:
         if not is_parquet(address):
             rows = list(read_rows(address))
