@@ -16,13 +16,14 @@ VERBS = {**dict.fromkeys(("shard", "embed", "score", "index", "neighbors", "late
          **dict.fromkeys(("rebuild", "versions", "rollback", "repair", "gc", "credits", "forget"),
                          "publish"),
          **dict.fromkeys(("search", "report", "status", "verify", "plan"), "inspect"),
+         **dict.fromkeys(("show", "ls", "rm"), "everyday.root"),
          **{verb: verb for verb in ("pipeline", "demo", "submit")}}
 """The verbs, and the module of each: `VERB` has the class `VerbOptions` and the function `run_VERB`."""
 GROUPS = {"build": ("demo", "pipeline", "shard", "embed", "score", "index", "neighbors", "latents"),
           "train": ("train", "evaluate", "convert", "export"),
           "sample": ("search", "sample", "credits"),
-          "publish": ("rebuild", "versions", "rollback", "repair", "gc", "forget"),
-          "watch": ("status", "report", "verify"),
+          "publish": ("rebuild", "versions", "rollback", "repair", "gc", "forget", "rm"),
+          "watch": ("ls", "show", "status", "report", "verify"),
           "operate": ("submit", "plan")}
 """The verbs by purpose, as the help lists them."""
 _OLD_FLAGS = {f"--{old}": f"--{new}" for old, new in (("rebuild", "overwrite"), ("no-rebuild", "no-overwrite"))}

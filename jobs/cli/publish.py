@@ -106,8 +106,8 @@ def run_versions(options: VersionsOptions) -> int:
     else:
         output.print_text(versions_table(versions))
     if not any(version["published"] for version in versions):
-        _log.info("versions: nothing of %s is published\nhint: python -m jobs rebuild %s --source SOURCE publishes it",
-                  name, name)
+        hint = output.add_root(f"python -m jobs rebuild {name} --source SOURCE", options.common.root)
+        _log.info("versions: nothing of %s is published\nhint: %s", name, hint)
     return 0
 
 

@@ -71,15 +71,20 @@ def _credit(neighbor: dict[str, Any], label: str, known: dict[str, dict[str, Any
     row = known[label].get(neighbor["key"])
     if row is not None and row["sha256"] != neighbor["sha256"]:
         row = None  # the version was made anew since
-    about = _origin(row, label) if row else {}
-    own, work = license_of(row or {}), attribution_of(row or {})
-    stated = own if own.text else license_of(about)
     return {"database": label, "key": neighbor["key"], "score": neighbor["score"], "caption": neighbor["caption"],
-            "url": row["url"] if row else "", "source": _first(about, ("package", "name", "style")),
-            "licence": stated.text, "spdx": stated.spdx, "title": work["title"], "page": work["page"],
-            "authors": work["author"] or _first(about, ("author_name", "authors", "author")),
+            "url": row["url"] if row else "", **credit_row(row or {}, label),
             "sha256": neighbor["sha256"], "file": file,
             **({} if row else {"note": "this version of the database is gone, or was made anew"})}
+
+
+def credit_row(row: dict[str, Any], label: str) -> dict[str, str]:
+    """Source, license, title, page and authors of a row of metadata with `sources`, those of its manifest."""
+    about = _origin(row, label) if row else {}
+    own, work = license_of(row), attribution_of(row)
+    stated = own if own.text else license_of(about)
+    return {"source": _first(about, ("package", "name", "style")), "licence": stated.text, "spdx": stated.spdx,
+            "title": work["title"], "page": work["page"],
+            "authors": work["author"] or _first(about, ("author_name", "authors", "author"))}
 
 
 def _first(cells: dict[str, Any], names: tuple[str, ...]) -> str:

@@ -45,7 +45,7 @@ def collect_garbage(root: str, name: str, config: GcConfig, *, dry_run: bool = F
                              f"hint: python -m jobs versions {name}")
         _refuse_damaged(current)
         versions = _choose(current, config, now)
-        stays = _files_of(root, name, [entry["version"] for entry in versions if entry["kept"]])
+        stays = files_of(root, name, [entry["version"] for entry in versions if entry["kept"]])
         for entry in versions:
             if not entry["kept"]:
                 entry |= _remove(current, entry["version"], marks.get(entry["version"]), stays, now, dry_run)
@@ -144,8 +144,8 @@ def _last_used(current: Published, version: str) -> float:
     return max(times)
 
 
-def _files_of(root: str, name: str, kept: list[str]) -> set[str]:
-    """URLs of the files that the manifests and plans of versions name."""
+def files_of(root: str, name: str, kept: list[str]) -> set[str]:
+    """URLs of the files that the manifests and plans of versions of a dataset name."""
     urls = set()
     for version in kept:
         dataset = Dataset(root, name, version)

@@ -55,7 +55,7 @@ def replace_plan(stage: Stage) -> bool:
         listed = write_item_list(stage.plan(), "items", partial(_write_local, carried))
         _refuse_empty(stage, listed)
         _refuse_released(stage)
-        _empty(stage.folder)
+        empty_folder(stage.folder)
         for name, _ in sorted(storage.walk(str(carried))):
             storage.put_file(carried / name, storage.join(stage.folder, name), give=True)
     return _create_plan(stage, inputs, listed)
@@ -232,7 +232,7 @@ def clear_folder(stage: Stage) -> None:
     """Remove the folder of a stage; StageFailed if another command works there."""
     if storage.exists(storage.join(stage.folder, "plan.json")):
         with hold_folder(stage, exclusive=True):
-            _empty(stage.folder)
+            empty_folder(stage.folder)
 
 
 def clear_finished(stage: Stage) -> None:
@@ -241,7 +241,7 @@ def clear_finished(stage: Stage) -> None:
         clear_folder(stage)
 
 
-def _empty(folder: str) -> None:
+def empty_folder(folder: str) -> None:
     """Remove a folder. The order matters: a process that is killed leaves no old result for a new plan."""
     if storage.exists(storage.join(folder, "plan.json")):
         storage.remove(storage.join(folder, "manifest.json"))

@@ -70,6 +70,7 @@ def _commands(place: Path) -> list[list[str]]:
         ["search", "flat", HOSTILE], ["search", "flat", HOSTILE, "--json", "--database", "art"],
         ["forget", "--url", f"5\n{HOSTILE}flat.png"],
         ["credits", str(place / "root/runs/run/samples/texts/samples.json")],
+        ["show", f"5\n{HOSTILE}flat.png", "--dataset", "flat"], ["ls"], ["ls", "flat"],
         ["versions", "built"], ["verify"], ["status"], ["report"]]
     return commands
 
@@ -84,7 +85,7 @@ def _refused(place: Path) -> list[list[str]]:
             ["export", HOSTILE, "--out", str(place / "o")], ["convert", "c", "--checkpoint", HOSTILE],
             ["rebuild", HOSTILE, "--source", str(place / "flat")], ["rebuild", "b", "--source", HOSTILE],
             ["shard", "w", "--source", str(place / "flat"), "--where", HOSTILE], ["rollback", "built", "--to", HOSTILE],
-            ["forget", "--domain", HOSTILE], ["credits", HOSTILE], [HOSTILE]]
+            ["forget", "--domain", HOSTILE], ["show", HOSTILE], ["ls", HOSTILE], ["credits", HOSTILE], [HOSTILE]]
 
 
 def _with_root(commands: list[list[str]], root: str) -> list[list[str]]:

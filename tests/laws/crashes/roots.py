@@ -72,6 +72,7 @@ VERBS: dict[str, tuple[str, ...]] = {
     "gc": ("gc", NAME, "--keep", "0", "--lease", "0"),
     "forget": ("forget", "--url", "{forgotten}"),
     "repair": ("repair", NAME),
+    "rm": ("rm", MADE_BY_HAND, "--yes"),
     "shard": ("shard", MADE_BY_HAND, "--source", "{source}", *_SETTINGS, "--overwrite", "--local"),
     "embed": ("embed", MADE_BY_HAND, "--captions", "--overwrite", "--local"),
     "score": ("score", MADE_BY_HAND, "--head", "warmth={head}", "--overwrite", "--local"),

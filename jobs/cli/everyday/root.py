@@ -1,0 +1,115 @@
+"""Verbs about what a root holds: show, ls, rm."""
+
+import logging
+import sys
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import tyro
+
+from jobs.cli.options import CommonOptions, Flat
+from jobs.telemetry import output
+from jobs.telemetry.units import format_bytes, format_count
+from pipeline import storage
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ShowOptions:
+    """Show all that is known of one row: columns, license, neighbors, ledger entries, and its image as a file."""
+
+    examples: ClassVar = ("show mine/0000000042",
+                          "show beach/7.jpg --dataset mine --out 7.jpg --json")
+
+    key: Annotated[str, tyro.conf.Positional,
+                   tyro.conf.arg(metavar="KEY", help="Key of the row or its name in the source, or DATASET/KEY.")]
+    common: Flat[CommonOptions]
+    dataset: str = ""
+    """Dataset to look into. Default: the published version, or v1, of every dataset."""
+    out: str = ""
+    """File for the image. Default: a file in the folder for temporary files."""
+    json: bool = False
+    """Print JSON. It is the default without a terminal."""
+
+
+def run_show(options: ShowOptions) -> int:
+    from jobs.inspection.show import row_text, show_row
+    document = show_row(options.common.root, options.key, options.dataset, options.out)
+    if options.json or not sys.stdout.isatty():
+        output.print_json(document, indent=1)
+    else:
+        output.print_text(row_text(document))
+    return 0
+
+
+@dataclass(frozen=True)
+class LsOptions:
+    """List the datasets, runs and samples of a root, or the stages and files of one of them."""
+
+    examples: ClassVar = ("ls --root s3://bucket/rdm",
+                          "ls mine")
+
+    common: Flat[CommonOptions]
+    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(
+        metavar="TARGET", help="NAME, NAME@VERSION, or a path of the root such as runs/RUN.")] = ""
+    json: bool = False
+    """Print JSON. It is the default without a terminal."""
+
+
+def run_ls(options: LsOptions) -> int:
+    from jobs.inspection import contents
+    from jobs.runs.targets import target_path
+    root = storage.normalize(options.common.root)
+    if options.target:
+        entries = contents.list_stages(root, target_path(root, options.target))
+        text = contents.stages_table(entries)
+    else:
+        entries = contents.list_contents(root)
+        text = contents.contents_table(entries, root)
+    if options.json or not sys.stdout.isatty():
+        output.print_json(entries, indent=1)
+    else:
+        output.print_text(text)
+    return 0
+
+
+@dataclass(frozen=True)
+class RmOptions:
+    """Remove an unpublished dataset, a version or stage of it, a run, or samples that nothing else needs."""
+
+    examples: ClassVar = ("rm mine --dry-run",
+                          "rm runs/myrun/samples/first --yes")
+
+    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(
+        metavar="TARGET", help="NAME, NAME@VERSION, or a path of the root such as runs/RUN.")]
+    common: Flat[CommonOptions]
+    yes: bool = False
+    """Do not ask. Without a terminal it must be given."""
+
+
+def run_rm(options: RmOptions) -> int:
+    from jobs.inspection.status import read_status
+    from jobs.publishing.remove import plan_removal, remove
+    from jobs.runs.targets import target_path
+    root = storage.normalize(options.common.root)
+    path = target_path(root, options.target)
+    removal = plan_removal(root, path, [state["path"] for state in read_status(root)])
+    if options.common.dry_run:
+        output.print_json(removal.document() | {"dry_run": True})
+        return 0
+    if not options.yes:
+        if not (sys.stdin.isatty() and sys.stdout.isatty()):
+            raise ValueError(f"rm does not ask without a terminal: {path} has {removal.files} files\n"
+                             f"hint: python -m jobs rm {path} --yes")
+        if not _confirm(f"Remove {path} with {format_count(removal.files, 'file')}, {format_bytes(removal.bytes)}?"):
+            _log.info("rm: nothing was removed")
+            return 1
+    remove(removal)
+    output.print_json(removal.document())
+    return 0
+
+
+def _confirm(question: str) -> bool:
+    output.print_text(f"{question} [y/N] ", end="")
+    return sys.stdin.readline().strip().lower() in {"y", "yes"}

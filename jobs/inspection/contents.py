@@ -1,0 +1,117 @@
+"""`ls`: the datasets, runs and samples of a root, and the stages and files of one of them."""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+from jobs.inspection.status import read_published, read_status
+from jobs.runs.targets import is_within, suggest
+from jobs.telemetry import tables
+from jobs.telemetry.units import format_bytes, format_count
+from pipeline import storage
+from pipeline.stages.manifest import read_manifest
+
+_SHOWN_FILES = 10
+"""Files of a stage in the table. JSON has all of them."""
+_DEPTHS = {"datasets": 3, "runs": 2, "pictures": 2}
+_WORST = ("damaged", "stale")
+
+
+def list_contents(root: str, below: str = "") -> list[dict[str, Any]]:
+    """Each version of a dataset, run, and set of samples or results of a run: state, rows, bytes, date.
+
+    `below`: only those in this folder. ValueError if there is nothing.
+    """
+    pointers = read_published(root)
+    states = _states_below(root, below)
+    entries = []
+    for path, members in groupby(states, key=lambda state: _owner(state["path"])):
+        kind, name, *version = path.split("/")
+        entry = _summarize(path, list(members))
+        if kind == "datasets" and pointers.get(name, {}).get("version") == version[0]:
+            entry["published"] = True
+        entries.append(entry)
+    return entries
+
+
+def list_stages(root: str, below: str) -> list[dict[str, Any]]:
+    """Each stage in a folder of a root, with its files; ValueError if there is none."""
+    return [_summarize(state["path"], [state]) | {"files": list(_files(root, state))}
+            for state in _states_below(root, below) if state["state"] != "absent"]
+
+
+def _states_below(root: str, below: str) -> list[dict[str, Any]]:
+    states = read_status(root)
+    chosen = [state for state in states if is_within(state["path"], below)] if below else states
+    if below and not chosen:
+        known = {"/".join(parts[:depth]) for state in states for parts in [state["path"].split("/")]
+                 for depth in range(2, len(parts) + 1)}
+        raise ValueError(f"there is no {below} in {root}\nhint: {suggest(below, sorted(known))}")
+    return chosen
+
+
+def _owner(path: str) -> str:
+    """The version of a dataset, the run, or the set of samples that a stage folder belongs to."""
+    parts = path.split("/")
+    depth = _DEPTHS[parts[0]]
+    return "/".join(parts if parts[0] == "runs" and len(parts) > depth else parts[:depth])
+
+
+def _summarize(path: str, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One entry for stages: the worst of their states, rows of the first, bytes of all, date of the newest seal."""
+    present = [state for state in states if state["state"] != "absent"]
+    counts = [state.get("samples", (state.get("progress") or {}).get("samples")) for state in present]
+    return {"path": path, "state": _state(present), "rows": next(iter(counts), None),
+            "bytes": sum(state.get("bytes", 0) for state in present) if present else None,
+            "sealed": max((state["sealed"] for state in present if "sealed" in state), default=None)}
+
+
+def _state(states: Sequence[dict[str, Any]]) -> str:
+    """Damaged or stale if a stage is, then what is unfinished, otherwise the stage that was sealed last."""
+    for word in (*_WORST, ""):
+        for state in states:
+            if state["state"] == word or (not word and state["state"] != "sealed"):
+                return _with_stage(state, len(states))
+    return "sealed" if states else "empty"
+
+
+def _with_stage(state: dict[str, Any], count: int) -> str:
+    return f"{state.get('stage', state['path'].rpartition('/')[2])} {state['state']}" if count > 1 else state["state"]
+
+
+def _files(root: str, state: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The files that the manifest of a stage names; of one that is not sealed those that are there."""
+    folder = storage.join(root, state["path"])
+    if state["state"] == "damaged" or "samples" not in state:
+        yield from ({"name": name, "bytes": length} for name, length in sorted(storage.walk(folder)))
+        return
+    manifest = read_manifest(folder, "")
+    for entry in (*(entry for record in manifest["items"] for entry in record["files"]), *manifest["files"]):
+        yield {"name": entry["name"], "bytes": entry["bytes"]}
+
+
+def contents_table(entries: Sequence[dict[str, Any]], root: str) -> str:
+    """The entries as a table of at most 80 columns, if their names are short."""
+    if not entries:
+        return f"nothing here yet: {storage.redact_credentials(root)} has no datasets and no runs"
+    rows = [[entry["path"].removeprefix("datasets/"), f"{'published, ' if entry.get('published') else ''}"
+             f"{entry['state']}", *_cells(entry)] for entry in entries]
+    return tables.render(rows, head=("name", "state", "rows", "size", "sealed"), right={2, 3})
+
+
+def stages_table(stages: Sequence[dict[str, Any]]) -> str:
+    """The stages as a table, and the first files of each below it."""
+    texts = [tables.render([[stage["path"].removeprefix("datasets/"), stage["state"], *_cells(stage)]
+                            for stage in stages], head=("stage", "state", "rows", "size", "sealed"), right={2, 3})]
+    for stage in stages:
+        files = stage["files"]
+        rows = [[entry["name"], format_bytes(entry["bytes"])] for entry in files[:_SHOWN_FILES]]
+        more = len(files) - len(rows)
+        rows += [[f"and {format_count(more, 'more file')}", ""]] if more else []
+        texts.append(f"\n{stage['path']}\n" + tables.render(rows, right={1}))
+    return "\n".join(texts)
+
+
+def _cells(entry: dict[str, Any]) -> list[str]:
+    date = (entry["sealed"] or "–")[:16].replace("T", " ")
+    return [format_count(entry["rows"]), format_bytes(entry["bytes"]), date]

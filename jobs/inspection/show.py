@@ -1,0 +1,173 @@
+"""`show`: all that is known of one row of a dataset, and its image as a file."""
+
+import io
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from jobs.publishing.credits import credit_row
+from jobs.telemetry import tables
+from jobs.telemetry.units import format_bytes, format_count
+from pipeline import storage
+from pipeline.datasets import lookup, published
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.find_row import Row, find_row, ledger_entries, row_scores
+from pipeline.datasets.hidden_rows import read_hidden_rows
+from pipeline.datasets.metadata import metadata
+from pipeline.datasets.takedowns import read_forgotten_rows
+from pipeline.neighbors.files import neighbor_files
+from pipeline.rows.rows import json_cells
+from pipeline.storage.arrays import map_array
+
+_log = logging.getLogger(__name__)
+_NEIGHBORS = 5
+"""Neighbors in the text for people. JSON has all of them."""
+_OF_THE_IMAGE = ("width", "height", "original_width", "original_height")
+
+
+def show_row(root: str, text: str, dataset: str = "", out: str = "") -> dict[str, Any]:
+    """All that is known of a row, as a JSON document; its image is written to `out`, or to a folder of this user.
+
+    `text`: its key or its name in the source, or DATASET/KEY. `dataset`: NAME or NAME@VERSION to look into.
+    ValueError if no dataset has the row, or if several have it.
+    """
+    datasets, text = _choose_datasets(root, text, dataset)
+    found = [row for one in datasets if (row := find_row(one, text)) is not None]
+    if not found:
+        return _only_in_ledgers(root, datasets, text)
+    if len(found) > 1:
+        names = ", ".join(row.dataset.label for row in found)
+        raise ValueError(f"{text} is in {len(found)} datasets: {names}\n"
+                         f"hint: python -m jobs show {text} --dataset {found[0].dataset.label}")
+    return _describe(found[0], out)
+
+
+def _choose_datasets(root: str, text: str, dataset: str) -> tuple[list[Dataset], str]:
+    """The datasets to look into, and the key. Of each dataset the published version, or v1 if there is none."""
+    names = storage.list_folders(storage.join(storage.normalize(root), "datasets"))
+    name, _, key = text.partition("/")
+    if not dataset and key and name.partition("@")[0] in names:
+        dataset, text = name, key
+    if dataset:
+        return [published.open_dataset(root, dataset)], text
+    return list(_readable(root, names)), text
+
+
+def _readable(root: str, names: list[str]) -> Iterator[Dataset]:
+    for name in names:
+        try:
+            opened = published.open_dataset(root, name)
+            if opened.is_sealed("shards"):
+                yield opened
+        except ValueError as error:
+            _log.warning("show: %s is not looked into: %s", name, str(error).splitlines()[0])
+
+
+def _only_in_ledgers(root: str, datasets: list[Dataset], text: str) -> dict[str, Any]:
+    """A row without metadata: a ledger may name it. ValueError if none does."""
+    for dataset in datasets:
+        if entries := ledger_entries(dataset, {text}):
+            return {"dataset": dataset.label, "version": dataset.version, "key": text, "row": None, "ledger": entries}
+    where = ", ".join(dataset.label for dataset in datasets) or "no sealed dataset"
+    raise ValueError(f"{storage.normalize(root)} has no row {text}: expected a key or a name in the source, looked in "
+                     f"{where}\nhint: python -m jobs ls")
+
+
+def _describe(row: Row, out: str) -> dict[str, Any]:
+    dataset, columns = row.dataset, row.columns
+    sources = dataset.manifest("shards")["info"].get("sources") or []
+    document = {
+        "dataset": dataset.label, "version": dataset.version, "published": bool(dataset.trusted),
+        "key": columns["key"], "row": row.row, "shard": row.shard_id, "position": row.position,
+        "caption": columns.get("caption") or "", "name": columns.get("url") or "",
+        "credit": credit_row(columns | {"url": columns.get("url") or "", "sources": sources}, dataset.label),
+        "ledger": ledger_entries(dataset, {columns["key"], columns.get("url") or columns["key"]}, row.shard_id),
+        "columns": json_cells(columns)}
+    if row.row is not None:
+        document |= {"hidden": _contains(read_hidden_rows(dataset), row.row),
+                     "forgotten": _contains(read_forgotten_rows(dataset), row.row),
+                     "image": _write_image(row, out), "scores": row_scores(row), "neighbors": _neighbors(row)}
+    return document
+
+
+def _contains(rows: np.ndarray, row: int) -> bool:
+    return bool(np.isin(row, rows))
+
+
+def _write_image(row: Row, out: str) -> dict[str, Any]:
+    """Write the stored bytes of the image to a file; its path, format and size."""
+    assert row.row is not None
+    data = lookup.samples(row.dataset, [row.row])[0].picture
+    with Image.open(io.BytesIO(data)) as image:
+        kind, size = (image.format or "image").lower(), image.size
+    if out:
+        path = Path(out).expanduser()
+    else:
+        folder = storage.make_private_folder(Path(tempfile.gettempdir()) / f"rdm-shown-{os.geteuid()}", "TMPDIR")
+        path = folder / f"{row.dataset.name}-{row.dataset.version}-{row.row}.{'jpg' if kind == 'jpeg' else kind}"
+    path.write_bytes(data)
+    return {"path": str(path), "format": kind, "width": size[0], "height": size[1], "bytes": len(data)}
+
+
+def _neighbors(row: Row) -> dict[str, list[dict[str, Any]]]:
+    """The neighbors of a sample in each database for which the stage is sealed, nearest first."""
+    result, dataset = {}, row.dataset
+    for label in storage.list_folders(dataset.folder("neighbors")):
+        name = f"neighbors/{label}"
+        if dataset.is_sealed(name):
+            items = dataset.manifest(name)["items"]
+            ids, scores = (dataset.open_file(name, neighbor_files(items, suffix)[row.shard], map_array)[row.position]
+                           for suffix in (".ids.npy", ".scores.npy"))
+            rows = [(int(one), round(float(score), 4)) for one, score in zip(ids, scores, strict=True) if one >= 0]
+            about = _keys(published.open_label(dataset.root, label), [one for one, _ in rows])
+            result[label] = [{"row": one, "score": score, **about.get(one, {})} for one, score in rows]
+    return result
+
+
+def _keys(database: Dataset, rows: list[int]) -> dict[int, dict[str, str]]:
+    """Key and caption of some global rows; nothing for those of a database that is gone."""
+    found: dict[int, dict[str, str]] = {}
+    offset = 0
+    for record in database.manifest("shards")["items"] if database.is_sealed("shards") else ():
+        here = [row for row in rows if offset <= row < offset + record["samples"]]
+        cells = metadata(database, record, ["key", "caption"]) if here else []
+        found |= {row: {"key": cells[row - offset]["key"], "caption": cells[row - offset]["caption"] or ""}
+                  for row in here}
+        offset += record["samples"]
+    return found
+
+
+def row_text(document: dict[str, Any]) -> str:
+    """The document of a row for people: a line for each fact, then ledger entries and neighbors."""
+    facts = [[name, str(document[name])] for name in ("dataset", "version", "key", "name", "caption", "row", "shard")
+             if document.get(name) not in (None, "")]
+    state = [word for word in ("published", "hidden", "forgotten") if document.get(word)]
+    if document["row"] is None:
+        state.append("left out")
+    facts += [["state", ", ".join(state)]] if state else []
+    if image := document.get("image"):
+        facts.append(["image", image["path"]])
+        facts.append(["", f"{image['format']}, {image['width']} x {image['height']}, {format_bytes(image['bytes'])}"])
+    facts += [[name, str(value)] for name, value in document.get("credit", {}).items() if value]
+    facts += [[f"{score} {column}", str(value)] for score, values in document.get("scores", {}).items()
+              for column, value in values.items()]
+    known = {"key", "caption", "url"}
+    facts += [[name, str(value)] for name, value in document.get("columns", {}).items()
+              if name not in known and value not in (None, "")]
+    parts = [tables.render(facts)]
+    if document["ledger"]:
+        parts.append(tables.render([[entry["stage"], entry["reason"], entry.get("detail", ""),
+                                     "kept" if entry.get("kept") else "left out"] for entry in document["ledger"]],
+                                   head=("stage", "reason", "detail", "")))
+    for label, neighbors in document.get("neighbors", {}).items():
+        rows = [[f"{near['score']:.3f}", near.get("key", str(near["row"])), near.get("caption", "")]
+                for near in neighbors[:_NEIGHBORS]]
+        parts.append(f"{format_count(len(neighbors), 'neighbor')} in {label}\n"
+                     + tables.render(rows, head=("score", "key", "caption"), right={0}))
+    return "\n\n".join(parts)

@@ -1,0 +1,149 @@
+"""Remove what was never published: a dataset, a version or a stage of it, a run, or samples.
+
+    <root>/removing+datasets+mine.json    written first and removed last, while datasets/mine is removed
+
+A command that was killed leaves this file, so the same command finishes the removal. In each stage folder the manifest
+goes first, and a stage goes after those that were made from it: no reader takes what is left for a whole stage.
+"""
+
+import contextlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.publishing.garbage_collect import files_of
+from jobs.publishing.releases import list_published
+from jobs.runs.run import Run
+from jobs.runs.targets import is_within, suggest
+from jobs.telemetry.units import format_count
+from pipeline import storage
+from pipeline.datasets import published, version_marks
+from pipeline.datasets.dataset import RELEASED_STAGES, Dataset
+from pipeline.stages.documents import RootPath, check_shape
+from pipeline.stages.plan import empty_folder
+from pipeline.stages.types import StageFailed
+
+_PLAN = {"inputs?": {"*": {"path": RootPath}}}
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What is removed of a root."""
+
+    root: str
+    path: str
+    """The folder below the root."""
+    stages: tuple[str, ...]
+    """The stage folders in it, in the order of their removal."""
+    files: int
+    bytes: int
+
+    def document(self) -> dict[str, Any]:
+        """The removal as JSON."""
+        return {"removed": self.path, "stages": list(self.stages), "files": self.files, "bytes": self.bytes}
+
+
+def plan_removal(root: str, path: str, stages: Sequence[str]) -> Removal:
+    """What the removal of a folder removes. `stages`: all stage folders of the root, as `status` lists them.
+
+    ValueError if there is no such folder, if it is published, or if something outside depends on it.
+    """
+    root = storage.normalize(root)
+    parent, _, name = storage.join(root, path).rpartition("/")
+    if name not in storage.list_folders(parent) and not storage.exists(_mark(root, path)):
+        known = {"/".join(parts[:depth]) for stage in stages for parts in [stage.split("/")]
+                 for depth in range(2, len(parts) + 1)}
+        raise ValueError(f"there is no {path} in {root}\nhint: {suggest(path, sorted(known))}")
+    _refuse_published(root, path)
+    inputs = {stage: _read_inputs(root, stage) for stage in stages}
+    users = [stage for stage, paths in inputs.items() if not is_within(stage, path)
+             and any(is_within(used, path) for used in paths)]
+    if users := sorted({*users, *_versions_with_files(root, path)}):
+        outermost = [user for user in users if not any(is_within(user, other) for other in users if other != user)]
+        raise ValueError(f"{path} cannot be removed: {format_count(len(outermost), 'folder')} made from it: "
+                         f"{', '.join(outermost)}\nhint: python -m jobs rm {outermost[0]}")
+    own = {stage: paths for stage, paths in inputs.items() if is_within(stage, path)}
+    sizes = [length or 0 for _, length in storage.walk(storage.join(root, path))]
+    return Removal(root, path, tuple(_removal_order(own)), len(sizes), sum(sizes))
+
+
+def remove(removal: Removal) -> None:
+    """Remove a folder; StageFailed if another command works in it."""
+    root, path = removal.root, removal.path
+    try:
+        with storage.hold_lease(root, path, exclusive=True):
+            _refuse_published(root, path)  # a command may have published it since it was planned
+            storage.put_json({"path": path}, _mark(root, path))
+            for stage in removal.stages:
+                kind, name, *below = stage.split("/")
+                if kind == "runs" and not below:
+                    Run(root, name).forget(0)
+                empty_folder(storage.join(root, stage))
+            storage.remove_tree(storage.join(root, path))
+            _remove_empty_folders(root, path)
+    except storage.LeaseConflict as error:
+        raise StageFailed(f"rm: {error}") from None
+    storage.remove(_mark(root, path))
+
+
+def _mark(root: str, path: str) -> str:
+    return storage.join(root, f"removing+{path.replace('/', '+')}.json")
+
+
+def _remove_empty_folders(root: str, path: str) -> None:
+    """Remove the folders above `path` that are empty now. An object store has none."""
+    folder = os.path.dirname(path)
+    with contextlib.suppress(OSError):
+        while folder and storage.is_local(root):
+            storage.local_path(storage.join(root, folder)).rmdir()
+            folder = os.path.dirname(folder)
+
+
+def _refuse_published(root: str, path: str) -> None:
+    """ValueError if the folder is or has a part of a published version, or of one that is being published."""
+    kind, name, *below = path.split("/")
+    if kind != "datasets" or (len(below) > 1 and below[1] not in RELEASED_STAGES):
+        return
+    if not below and name in list_published(root):
+        raise ValueError(f"{name} is published, and published datasets are not removed\n"
+                         f"hint: python -m jobs gc {name}; or python -m jobs versions {name}")
+    for version in below[:1] or storage.list_folders(storage.join(root, path)):
+        dataset = Dataset(root, name, version)
+        is_marked = version_marks.publishing_sequence(version_marks.read_mark(dataset)) is not None
+        if published.has_release(dataset) or is_marked:
+            raise ValueError(f"{name}@{version} was published, and a published version never changes\n"
+                             f"hint: python -m jobs gc {name}; or python -m jobs versions {name}")
+
+
+def _read_inputs(root: str, stage: str) -> list[str]:
+    """The folders that a stage was made from; none if its plan is missing or damaged."""
+    url = storage.join(root, stage, "plan.json")
+    try:
+        plan = check_shape(storage.read_json(url), url, _PLAN, "")
+    except (FileNotFoundError, storage.DamagedFile):
+        return []
+    return [described["path"] for described in plan.get("inputs", {}).values() if described["path"]]
+
+
+def _versions_with_files(root: str, path: str) -> list[str]:
+    """The other versions of a dataset whose manifests name files in the folder: a version takes over shards."""
+    kind, name, *below = path.split("/")
+    if kind != "datasets" or not below:
+        return []
+    others = [version for version in storage.list_folders(storage.join(root, "datasets", name)) if version != below[0]]
+    return [f"datasets/{name}/{version}" for version in others
+            if any(is_within(url, storage.join(root, path)) for url in files_of(root, name, [version]))]
+
+
+def _removal_order(inputs: dict[str, list[str]]) -> list[str]:
+    """Stages in such an order that each goes after those that were made from it, and after those in its folder."""
+    left, order = dict(inputs), []
+    while left:
+        needed = {stage for stage in left for other, paths in left.items() if other != stage and (
+            is_within(other, stage) or any(is_within(used, stage) for used in paths))}
+        free = sorted(left.keys() - needed) or sorted(left)  # plans that were tampered with may form a circle
+        order += free
+        for stage in free:
+            del left[stage]
+    return order

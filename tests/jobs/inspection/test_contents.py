@@ -1,0 +1,168 @@
+"""`ls` shows what `status` knows, by dataset and run; `show` tells all of one row."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from jobs.cli.main import main
+from jobs.inspection.contents import contents_table, list_contents, list_stages, stages_table
+from jobs.inspection.show import row_text, show_row
+from jobs.inspection.status import read_status
+from jobs.runs.targets import target_path
+from pipeline.datasets import lookup
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.hidden_rows import Tombstones
+from pipeline.datasets.takedowns import hide_rows
+from pipeline.stages.driver import run_stage
+from tests.pipeline import synthetic
+
+
+@pytest.fixture
+def root(trained_root: Path, tmp_path: Path) -> str:
+    return str(shutil.copytree(trained_root, tmp_path / "root"))
+
+
+def _printed(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
+    capsys.readouterr()
+    assert main([*words]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_ls_sums_up_what_status_knows(root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    states = {state["path"]: state for state in read_status(root)}
+    entries = {entry["path"]: entry for entry in _printed(capsys, "ls", "--root", root)}
+    assert set(entries) == {"datasets/drawn/v1", "datasets/flat/v1", "datasets/hatched/v1", "datasets/outline/v1",
+                            "runs/small"}
+    flat = [state for path, state in states.items() if path.startswith("datasets/flat/") and "bytes" in state]
+    assert entries["datasets/flat/v1"] == {
+        "path": "datasets/flat/v1", "state": "sealed", "rows": states["datasets/flat/v1/shards"]["samples"],
+        "bytes": sum(state["bytes"] for state in flat), "sealed": max(state["sealed"] for state in flat)}
+    table = contents_table(list(entries.values()), root)
+    assert all(len(line) <= 80 for line in table.splitlines()) and len(table.splitlines()) == 6
+
+
+def test_ls_tells_what_is_stale_damaged_or_unfinished(root: str) -> None:
+    folder = Path(root, "datasets")
+    (folder / "flat/v1/embeddings/manifest.json").unlink()
+    (folder / "outline/v1/index/manifest.json").write_bytes(b"{")
+    (folder / "empty/v1").mkdir(parents=True)
+    states = {entry["path"].split("/")[1]: entry["state"] for entry in list_contents(root)}
+    assert states == {"drawn": "sealed", "flat": "index stale", "hatched": "sealed", "outline": "index damaged",
+                      "empty": "empty", "small": "sealed"}
+    stages = {stage["path"]: stage for stage in list_stages(root, "datasets/outline/v1")}
+    assert {"name": "manifest.json", "bytes": 1} in stages["datasets/outline/v1/index"]["files"]
+
+
+def test_ls_of_a_dataset_has_the_files_of_each_stage(root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = _printed(capsys, "ls", "drawn", "--root", root)
+    assert [stage["path"] for stage in stages] == [f"datasets/drawn/v1/{name}" for name in (
+        "shards", "embeddings", "index", "neighbors/drawn")]
+    for stage in stages:
+        assert stage["files"]
+        for file in stage["files"]:
+            assert Path(root, stage["path"], file["name"]).stat().st_size == file["bytes"]
+    assert [stage["path"] for stage in list_stages(root, target_path(root, f"{root}/runs/small"))] == ["runs/small"]
+
+
+@pytest.mark.parametrize(("text", "path"), [
+    ("mine", "datasets/mine"), ("mine@v2", "datasets/mine/v2"), ("runs/a/", "runs/a"), ("/r/runs/a/samples/b",
+                                                                                       "runs/a/samples/b")])
+def test_targets(text: str, path: str) -> None:
+    assert target_path("/r", text) == path
+
+
+@pytest.mark.parametrize("text", ["..", "../x", "runs", "datasets", "runs/../x", "leases/x", "a\x1b", "", "/o/runs/a",
+                                  "runs//a", "a@b@c", "runs/a@b"])
+def test_what_is_no_target(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is no dataset, run or stage: expected .*\nhint: python -m jobs ls"):
+        target_path("/r", text)
+
+
+def test_a_mistyped_name_is_suggested(root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, text, hint in (("ls", "flta", "did you mean datasets/flat?"), ("versions", "flta", "did you mean flat?"),
+                             ("ls", "runs/smal", "did you mean runs/small?"), ("ls", "zz", "python -m jobs ls --root")):
+        assert main([verb, text, "--root", root]) == 2
+        assert f"hint: {hint}" in capsys.readouterr().err
+
+
+def test_versions_of_a_dataset_that_was_never_published(root: str, capsys: pytest.CaptureFixture[str],
+                                                        caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    assert main(["versions", "flat", "--root", root]) == 0
+    assert capsys.readouterr().out == "v1  not published\n"
+    assert f"nothing of flat is published\nhint: python -m jobs rebuild --root {root} flat" in caplog.text
+
+
+def test_show_tells_all_of_a_row(root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = Dataset(root, "drawn")
+    sample = lookup.samples(dataset, [60])[0]
+    table = pq.ParquetFile(Path(dataset.folder("shards"), "000001.parquet")).read()
+    document = _printed(capsys, "show", sample.key, "--dataset", "drawn", "--root", root, "--out",
+                        str(tmp_path / "shown.png"))
+    assert (document["row"], document["shard"], document["position"]) == (60, "000001", 10)
+    assert document["caption"] == sample.caption and document["columns"]["sha256"] == sample.sha256
+    assert set(document["columns"]) == set(table.column_names)
+    assert (tmp_path / "shown.png").read_bytes() == sample.picture
+    assert document["image"] | {"path": ""} == {"path": "", "format": "png", "width": 32, "height": 32,
+                                                "bytes": len(sample.picture)}
+    ids = np.load(Path(dataset.folder("neighbors/drawn"), "000001.ids.npy"))[10]
+    near = document["neighbors"]["drawn"]
+    assert [one["row"] for one in near] == [one for one in ids.tolist() if one >= 0]
+    others = lookup.samples(dataset, [one["row"] for one in near])
+    assert [(one["key"], one["caption"]) for one in near] == [(one.key, one.caption) for one in others]
+    assert not document["hidden"] and not document["forgotten"] and not document["published"]
+    assert show_row(root, f"drawn/{document['name']}")["row"] == 60  # by its name in the source
+    assert sample.caption in row_text(document)
+
+
+def test_hidden_and_forgotten_rows_are_shown_as_such(root: str, tmp_path: Path) -> None:
+    dataset = Dataset(root, "flat")
+    keys = [sample.key for sample in lookup.samples(dataset, [0, 1, 2])]
+    (tmp_path / "keys").write_text(keys[0])
+    run_stage(Tombstones(dataset, str(tmp_path / "keys")))
+    hide_rows(dataset, [1], 0)
+    shown = [show_row(root, f"flat/{key}") for key in keys]
+    assert [(one["hidden"], one["forgotten"]) for one in shown] == [(True, False), (True, True), (False, False)]
+
+
+def test_a_row_that_was_left_out_is_shown_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, root = tmp_path / "source", str(tmp_path / "root")
+    source.mkdir()
+    synthetic.noise(32, 32, 1).save(source / "good.png")
+    synthetic.noise(32, 32, 2).save(source / "warned.gif", save_all=True, append_images=[Image.new("RGB", (32, 32))])
+    (source / "broken.png").write_bytes(b"nothing")
+    assert main(["shard", "mine", "--source", str(source), "--image-size", "32", "--local", "--root", root]) == 0
+    broken = _printed(capsys, "show", "broken.png", "--root", root)
+    assert broken["row"] is None and "image" not in broken
+    assert [(entry["stage"], entry["reason"], entry["kept"]) for entry in broken["ledger"]] == [
+        ("shards", "not_a_picture", False)]
+    assert broken == _printed(capsys, "show", broken["key"], "--root", root)
+    warned = _printed(capsys, "show", "warned.gif", "--root", root)
+    assert warned["row"] == 1 and [entry["reason"] for entry in warned["ledger"]] == ["animated"]
+    assert Image.open(io.BytesIO(Path(warned["image"]["path"]).read_bytes())).size == (32, 32)
+    assert "left out" in row_text(broken) and "animated" in row_text(warned)
+
+
+def test_a_key_of_several_datasets_and_one_of_none(root: str) -> None:
+    key = lookup.samples(Dataset(root, "flat"), [0])[0].key
+    with pytest.raises(ValueError, match=rf"{key} is in 4 datasets: drawn, flat, hatched, outline\nhint: python -m "
+                                         rf"jobs show {key} --dataset drawn"):
+        show_row(root, key)
+    with pytest.raises(ValueError, match=r"has no row nothing: .* looked in drawn, flat, hatched, outline\nhint: "):
+        show_row(root, "nothing")
+    with pytest.raises(ValueError, match="did you mean flat"):
+        show_row(root, key, "flta")
+
+
+def test_the_table_of_files_has_the_first_ones_of_a_stage(root: str) -> None:
+    stage = list_stages(root, "datasets/drawn/v1/shards")[0]
+    stage["files"] = [{"name": f"{number}.tar", "bytes": 1} for number in range(12)]
+    shown = stages_table([stage])
+    assert "9.tar" in shown and "10.tar" not in shown and "and 2 more files" in shown

@@ -1,0 +1,133 @@
+"""`rm` removes what nothing needs, and nothing else."""
+
+import io
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.cli.main import main
+from pipeline import storage
+
+
+@pytest.fixture
+def root(trained_root: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained_root, tmp_path / "a root"))
+
+
+def _files(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def _rm(root: Path, *words: str) -> int:
+    return main(["rm", *words, "--root", str(root)])
+
+
+@pytest.mark.parametrize(("target", "folder"), [
+    ("flat", "datasets/flat/"), ("flat@v1", "datasets/flat/"), ("datasets/flat/v1/index", "datasets/flat/v1/index/"),
+    ("runs/small", "runs/")])
+def test_the_folder_goes_and_the_rest_stays(root: Path, target: str, folder: str,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
+    before = _files(root)
+    assert _rm(root, target, "--yes") == 0
+    removed = {name: data for name, data in before.items() if name.startswith(folder)}
+    assert _files(root) == {name: data for name, data in before.items() if name not in removed}
+    assert not (root / folder).exists() and (root / "datasets").exists()
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["files"], printed["bytes"]) == (len(removed), sum(map(len, removed.values())))
+    assert main(["verify", "--root", str(root)]) == 0
+    assert _rm(root, target, "--yes") == 2
+    assert "there is no " in capsys.readouterr().err
+
+
+def test_what_something_was_made_from_stays_until_that_is_gone(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", "small", "--prompt", "a", "--database", "flat", "--steps", "2", "--name", "first", "--root",
+                 str(root), "--local"]) == 0
+    for target, user in (("flat", "runs/small/samples/first"), ("drawn", "runs/small"),
+                         ("datasets/drawn/v1/shards", "datasets/drawn/v1/embeddings"),
+                         ("datasets/drawn/v1/neighbors/drawn", "runs/small")):
+        before = _files(root)
+        assert _rm(root, target, "--yes") == 2
+        error = capsys.readouterr().err
+        assert " made from it: " in error and user in error and _files(root) == before
+    assert _rm(root, "drawn", "--yes") == 2
+    hinted = shlex.split(re.findall(r"hint: python -m jobs (.*)", capsys.readouterr().err)[0])
+    assert main([*hinted, "--yes"]) == 0  # the run, with the samples in it
+    assert not (root / "runs").exists() and _rm(root, "drawn", "--yes") == _rm(root, "flat", "--yes") == 0
+
+
+def test_files_that_another_version_took_over_stay(second: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = second / "root"
+    for path in (*root.glob("datasets/*/*/release.json"), *root.glob("datasets/*/*/mark.json"),
+                 *root.glob("datasets/*/current.json")):
+        path.unlink()
+    shutil.rmtree(root / "published")
+    assert _rm(root, "drawn@v1", "--yes") == 2
+    assert "datasets/drawn/v1 cannot be removed: 1 folder made from it: datasets/drawn/v2" in capsys.readouterr().err
+    assert _rm(root, "drawn@v2", "--yes") == _rm(root, "drawn@v1", "--yes") == 0
+
+
+@pytest.mark.parametrize("target", ["drawn", "drawn@v1", "drawn@v2", "datasets/drawn/v2/index"])
+def test_what_is_published_stays(second: Path, target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = _files(second / "root")
+    assert _rm(second / "root", target, "--yes") == 2
+    error = capsys.readouterr().err
+    assert "published" in error and "python -m jobs gc" in error and "python -m jobs versions" in error
+    assert _files(second / "root") == before
+
+
+def test_a_folder_in_which_a_command_works_stays(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with storage.hold_lease(str(root), "datasets/flat/v1/embeddings"):
+        before = _files(root)
+        assert _rm(root, "flat", "--yes") == 1
+        assert "another command works on" in capsys.readouterr().err and _files(root) == before
+    assert _rm(root, "flat", "--yes") == 0
+
+
+def test_it_asks_on_a_terminal_and_not_elsewhere(root: Path, monkeypatch: pytest.MonkeyPatch,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    before = _files(root)
+    assert _rm(root, "flat") == 2 and "rm does not ask without a terminal" in capsys.readouterr().err
+    assert _rm(root, "flat", "--dry-run") == 0
+    assert json.loads(capsys.readouterr().out)["dry_run"] and _files(root) == before
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for answer, code in (("\n", 1), ("no\n", 1), ("", 1), ("y\n", 0)):
+        assert _files(root) == before
+        monkeypatch.setattr("sys.stdin", Terminal(answer))
+        monkeypatch.setattr("sys.stdout", shown := Terminal())
+        assert _rm(root, "flat") == code
+        assert "Remove datasets/flat with " in shown.getvalue()
+    assert not (root / "datasets/flat").exists()
+
+
+def test_a_removal_that_was_killed_is_finished(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The removal is cut off after all files are gone: the same command still ends well."""
+    remove = storage.remove
+
+    def cut_off(url: str) -> None:
+        if "removing" in url:
+            raise KeyboardInterrupt
+        remove(url)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.publishing.remove.storage.remove", cut_off)
+        assert _rm(root, "flat@v1", "--yes") == 130
+    assert not (root / "datasets/flat").exists() and (root / "removing+datasets+flat+v1.json").exists()
+    assert _rm(root, "flat@v1", "--yes") == 0
+    assert not list(root.glob("removing*"))
+
+
+def test_damaged_plans_stop_no_removal(root: Path) -> None:
+    for plan in root.glob("datasets/flat/v1/*/plan.json"):
+        plan.write_bytes(b"{")
+    assert _rm(root, "flat", "--yes") == 0
+    documents: dict[str, Any] = _files(root)
+    assert not [name for name in documents if "flat" in name]
