@@ -51,7 +51,8 @@ def plan_removal(root: str, path: str, stages: Sequence[str]) -> Removal:
     """
     root = storage.normalize(root)
     parent, _, name = storage.join(root, path).rpartition("/")
-    if name not in storage.list_folders(parent) and not storage.exists(_mark(root, path)):
+    is_there = name in storage.list_folders(parent)
+    if not is_there and not storage.exists(_mark(root, path)):
         known = {"/".join(parts[:depth]) for stage in stages for parts in [stage.split("/")]
                  for depth in range(2, len(parts) + 1)}
         raise ValueError(f"there is no {path} in {root}\nhint: {suggest(path, sorted(known))}")
@@ -64,7 +65,7 @@ def plan_removal(root: str, path: str, stages: Sequence[str]) -> Removal:
         raise ValueError(f"{path} cannot be removed: {format_count(len(outermost), 'folder')} made from it: "
                          f"{', '.join(outermost)}\nhint: python -m jobs rm {outermost[0]}")
     own = {stage: paths for stage, paths in inputs.items() if is_within(stage, path)}
-    sizes = [length or 0 for _, length in storage.walk(storage.join(root, path))]
+    sizes = [length or 0 for _, length in storage.walk(storage.join(root, path))] if is_there else []
     return Removal(root, path, tuple(_removal_order(own)), len(sizes), sum(sizes))
 
 
