@@ -53,6 +53,9 @@ class TrainOptions:
 
 
 def run_train(options: TrainOptions) -> int:
+    from jobs.checks.check import run_checks
+    from jobs.checks.verbs import train_checks
+    from jobs.runs.metrics import never_made_a_step
     from jobs.runs.run import Run
     from jobs.training.train_stage import Job, Training
     from pipeline.datasets import published
@@ -60,7 +63,7 @@ def run_train(options: TrainOptions) -> int:
     local = options.common.local or "TORCHELASTIC_RUN_ID" in os.environ
     run = Run.parse(options.common.root, options.run)
     # A resumed run keeps its versions when other versions are published.
-    pinned = {} if options.stage.overwrite else run.planned()
+    pinned = {} if options.stage.overwrite or never_made_a_step(run) else run.planned()
 
     def reader(text: str, role: str) -> "Dataset":
         return published.open_dataset(run.root, text, pinned.get(role, ""))
@@ -70,8 +73,9 @@ def run_train(options: TrainOptions) -> int:
               published.open_dataset(run.root, options.validation) if options.validation else None,
               options.stage.tracker)
     training = Training(job)
+    run_checks(train_checks(job, options.cluster, local=local))
     if options.common.dry_run:
-        return print_forecast(training, cluster=options.cluster)
+        return print_forecast(training, options.stage.overwrite or training.takes_over, options.cluster)
     manifest = train(job, options.cluster, local=local, overwrite=options.stage.overwrite)
     if manifest:
         print_result(training, manifest)
@@ -99,6 +103,10 @@ def train(job: "Job", cluster: ClusterConfig, *, local: bool, overwrite: bool = 
                 return manifest
         if os.environ.get("RANK", "0") != "0":
             return _train_and_seal(training, job, cluster, local=local)
+        if not overwrite and training.takes_over:
+            _log.info("train: the run %s was planned with other settings and never made a step; its name is free",
+                      job.run.name)
+            overwrite = True
         with hold_folder(training, exclusive=overwrite) as lease:
             if overwrite:
                 replace_plan(training)

@@ -20,6 +20,7 @@ from jobs.cli.model import TrainOptions, run_train
 from jobs.cli.options import CommonOptions, Dataset, Flat, StageOptions
 from jobs.cli.publish import import_torch_first
 from jobs.cluster.config import ClusterConfig
+from jobs.config.settings import Settings
 from jobs.telemetry import output
 from model.config import TrainConfig
 from pipeline import storage
@@ -58,6 +59,7 @@ def run_pipeline(options: PipelineOptions) -> int:
         import_torch_first()
     if not dry_run:
         check_autofaiss()
+    check_pipeline(options)
     for verb, run, verb_options, folder in _steps(options):
         if missing_folder:
             output.print_json({"stage": verb, "folder": folder, "waits_for": missing_folder})
@@ -67,6 +69,18 @@ def run_pipeline(options: PipelineOptions) -> int:
         if dry_run and not storage.exists(storage.join(folder, "manifest.json")):
             missing_folder = folder
     return 0
+
+
+def check_pipeline(options: PipelineOptions, *, here: bool = True) -> None:
+    """Run the checks of the pipeline. `here`: this machine does the work."""
+    from jobs.checks.check import run_checks
+    from jobs.checks.verbs import Build, pipeline_checks
+    from pipeline.datasets.dataset import Dataset as DatasetPlace
+    settings = Settings(shard=options.shard, embed=options.embed, index=options.index, neighbors=options.neighbors,
+                        train=options.train, cluster=options.cluster)
+    dataset = DatasetPlace.parse(options.common.root, options.dataset)
+    run_checks(pipeline_checks(Build(dataset, settings, options.database, options.train_run, options.common.local,
+                                     here)))
 
 
 def _steps(options: PipelineOptions) -> Iterator[tuple[str, Callable[[Any], int], Any, str]]:

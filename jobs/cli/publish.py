@@ -10,6 +10,7 @@ import tyro
 from jobs.cli.options import CommonOptions, DatasetName, Flat, Words
 from jobs.cli.run_stage import open_runner
 from jobs.cluster.config import ClusterConfig
+from jobs.config.settings import Settings
 from jobs.publishing.config import GcConfig, RebuildConfig
 from jobs.telemetry import output
 from pipeline import storage
@@ -66,6 +67,7 @@ def run_rebuild(options: RebuildOptions) -> int:
     if "@" in options.dataset:
         raise ValueError(f"{options.dataset}: a rebuild makes the next version itself\n"
                          f"hint: python -m jobs rebuild {name} --source SOURCE")
+    check_rebuild(options)
     build = rebuild.Rebuild(root, name, options.shard, options.embed, options.index, options.rebuild,
                             options.signing.keys())
     if options.common.dry_run:
@@ -77,6 +79,17 @@ def run_rebuild(options: RebuildOptions) -> int:
         output.print_json(rebuild.run_rebuild(build, lambda stage: run_observed(
             stage, runner, name=stage.name.replace("_", " "), tracker="auto")))
     return 0
+
+
+def check_rebuild(options: RebuildOptions, *, here: bool = True) -> None:
+    """Run the checks of a rebuild. `here`: this machine does the work."""
+    from jobs.checks.check import run_checks
+    from jobs.checks.verbs import Build, rebuild_checks
+    from pipeline.datasets.dataset import Dataset
+    settings = Settings(shard=options.shard, embed=options.embed, index=options.index, rebuild=options.rebuild,
+                        cluster=options.cluster)
+    dataset = Dataset.parse(options.common.root, options.dataset)
+    run_checks(rebuild_checks(Build(dataset, settings, local=options.common.local, here=here)))
 
 
 def import_torch_first() -> None:

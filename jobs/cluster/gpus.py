@@ -33,7 +33,7 @@ def local_device(config: ClusterConfig) -> devices.Choice:
     return "cuda" if config.gpus else "cpu"
 
 
-def check_gpus(stage: Stage, config: ClusterConfig) -> None:
+def check_gpus(stage: Stage | type[Stage], config: ClusterConfig) -> None:
     """ValueError if a worker of the stage cannot use the GPUs that it would reserve."""
     each = config.each_gpus if stage.workers_need_gpu else 0.0
     if each > stage.most_gpus:

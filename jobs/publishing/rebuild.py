@@ -241,11 +241,14 @@ class Rebuild:
         base = self._open_base(before)
         release = published.read_release(base)[0] if base else None
         texts = gates.choose_queries(self.config.gates, release, dataset)
-        pinned = {} if self.config.allow_encoder else list_encoders(self.root, self.name)
-        if base and not self.config.allow_encoder:
-            pinned[base.label] = dataset_encoder(base)
+        pinned = {} if self.config.allow_encoder else self.consumer_encoders(base)
         limits = replace(self.config.gates, only_licenses=self.config.gates.only_licenses or self.shard.licenses)
         return gates.measure_gates(dataset, base, texts, self.embed.clip(), limits, pinned), texts
+
+    def consumer_encoders(self, base: Dataset | None) -> dict[str, dict[str, Any]]:
+        """The encoders of the published version and of the runs that use the dataset, by their names."""
+        published_encoder = {base.label: dataset_encoder(base)} if base else {}
+        return list_encoders(self.root, self.name) | published_encoder
 
     def publish(self, dataset: Dataset) -> dict[str, Any]:
         """Judge a version and swap it in; GatesFailed if it is not as it must be.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from jobs.runs.metrics import never_made_a_step
 from jobs.runs.run import Run
 from jobs.telemetry import tables
 from pipeline import storage
@@ -48,11 +49,12 @@ def find_consumers(root: str, name: str) -> dict[str, list[str]]:
 
 
 def list_encoders(root: str, name: str) -> dict[str, dict[str, Any]]:
-    """The encoders of the runs that draw their neighbours from a dataset, by the names of the runs."""
+    """The encoders of the runs that take neighbors from a dataset, by run. Runs that never made a step are left out."""
     by_run = {}
     for run in storage.list_folders(storage.join(storage.normalize(root), "runs")):
         document = _plan(root, f"runs/{run}")
-        if document and document.get("stage") == "train" and any(_read_by(document, name)):
+        if (document and document.get("stage") == "train" and any(_read_by(document, name))
+                and not never_made_a_step(Run(storage.normalize(root), run))):
             by_run[f"the run {run}"] = Run(storage.normalize(root), run).encoder()
     return by_run
 

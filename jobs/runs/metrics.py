@@ -48,6 +48,19 @@ class Metrics:
         storage.put_bytes("".join(json.dumps(line) + "\n" for line in lines).encode(), address)
 
 
+def never_made_a_step(run: Run) -> bool:
+    """Whether a planned run has neither a checkpoint nor a line of metrics: nothing is lost if another takes its name.
+
+    False if there is no run of this name, or if it was converted.
+    """
+    try:
+        plan = storage.read_json(storage.join(run.folder, "plan.json"))
+    except FileNotFoundError:
+        return False
+    return (isinstance(plan, dict) and plan.get("stage") == "train" and not run.steps()
+            and not read_metrics(run) and not storage.exists(storage.join(run.folder, "manifest.json")))
+
+
 def read_metrics(run: Run, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """The curve of a run so far; a last line cut by a crash is left out."""
     try:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.runs.metrics import read_metrics
+from jobs.runs.metrics import never_made_a_step, read_metrics
 from jobs.runs.run import Run
 from model.config import TrainConfig, identity
 from pipeline import storage
@@ -13,7 +13,8 @@ from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.lookup import samples
 from pipeline.embeddings.embed import dataset_encoder
 from pipeline.media.resize import decode_pixels
-from pipeline.stages.stage import Stage
+from pipeline.stages.plan import read_claim
+from pipeline.stages.stage import Stage, fingerprint
 from pipeline.stages.types import Item, Output
 
 
@@ -92,6 +93,12 @@ class Training(Stage):
                              f"{self.job.dataset.label} has {what}\nhint: --in-channels, --out-channels and --patch; "
                              f"--latents trains on latents")
         return [Item("run")]
+
+    @property
+    def takes_over(self) -> bool:
+        """Whether the name was planned with other settings or data, for a run that never made a step."""
+        return never_made_a_step(self.job.run) and read_claim(self.folder).fingerprint != fingerprint(
+            self, self.inputs())
 
     def _check_neighbor_count(self, dataset: Dataset) -> None:
         """ValueError unless each sample has at least as many neighbors as the run takes."""

@@ -19,6 +19,7 @@ from pipeline.storage.credentials import redact_credentials, redact_known_creden
 from pipeline.storage.files import (
     DamagedFile,
     StorageError,
+    check_store,
     disk_full_message,
     download,
     exists,
@@ -54,9 +55,9 @@ from pipeline.storage.printable import escape_controls
 from pipeline.storage.private_folder import make_private_folder
 
 __all__ = [
-    "DamagedFile", "Holder", "Lease", "LeaseConflict", "StorageError", "cache_folder", "can_swap", "create_bytes",
-    "describe_file", "digest", "disk_full_message", "download", "escape_controls", "exists", "fetch",
-    "fetch_and_open", "find_holders", "glob", "hold_lease", "is_local", "join", "json_bytes", "list_files",
+    "DamagedFile", "Holder", "Lease", "LeaseConflict", "StorageError", "cache_folder", "can_swap", "check_store",
+    "create_bytes", "describe_file", "digest", "disk_full_message", "download", "escape_controls", "exists",
+    "fetch", "fetch_and_open", "find_holders", "glob", "hold_lease", "is_local", "join", "json_bytes", "list_files",
     "list_folders", "list_sizes_and_times", "list_stamps", "local_copy", "local_path", "make_private_folder",
     "manifest_file_url", "map_urls", "modified_time", "name_by_content", "normalize", "open_reader", "parse_json",
     "put_bytes", "put_checked", "put_file", "put_json", "read_bytes", "read_json", "read_range",

@@ -97,6 +97,16 @@ def exists(url: str) -> bool:
             return False
 
 
+def check_store(url: str) -> None:
+    """StorageError or OSError unless the S3 store of `url` lists it to these credentials. One request."""
+    fs, path = open_url(url)
+    if url.split("://", 1)[0] not in S3_SCHEMES:
+        return
+    bucket, _, prefix = path.partition("/")
+    with storage_errors(url, "list"):
+        fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
+
+
 def size(url: str) -> int:
     """Bytes of the file at `url`; FileNotFoundError if there is none."""
     fs, path = open_url(url)

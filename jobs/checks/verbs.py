@@ -1,0 +1,166 @@
+"""The checks of each verb that works for long: pipeline, rebuild, train."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from jobs.checks import inputs, machine, settings
+from jobs.checks.check import Check
+from jobs.checks.estimate import count_at_least, count_parameters, estimate_bytes, training_bytes
+from jobs.cluster.config import ClusterConfig
+from jobs.cluster.gpus import check_gpus
+from jobs.config.settings import Settings
+from jobs.publishing.releases import list_encoders
+from jobs.runs.run import Run
+from jobs.training.train_stage import Job, Training
+from model.config import TrainConfig
+from pipeline import storage
+from pipeline.datasets import published
+from pipeline.datasets.dataset import Dataset
+from pipeline.embeddings.embed import Embed, dataset_encoder
+from pipeline.embeddings.reachable import vector_length
+from pipeline.neighbors.neighbors import Neighbors
+from pipeline.stages.stage import Stage
+
+
+@dataclass(frozen=True)
+class Build:
+    """What `pipeline` or `rebuild` would make."""
+
+    dataset: Dataset
+    settings: Settings
+    database: str = ""
+    """Database of the neighbors; "": the dataset itself, if there is a run."""
+    run: str = ""
+    """The run to train, if any."""
+    local: bool = False
+    here: bool = True
+    """Whether this machine does the work. Otherwise only what the settings and a shared root tell is checked."""
+
+
+def pipeline_checks(build: Build) -> Iterator[Check]:
+    """The checks of `pipeline`."""
+    yield from _place_checks(build)
+    yield from _encoder_checks(build)
+    if build.database and _can_read(build):
+        yield Check("database", partial(inputs.check_database, build.dataset.root, build.database,
+                                        build.settings.embed.clip()))
+    if build.run:
+        yield from _run_checks(build)
+    yield from _resource_checks(build, ("shards", "embeddings", "index",
+                                        *(["neighbors"] if build.database or build.run else []),
+                                        *(["train"] if build.run else [])))
+
+
+def rebuild_checks(build: Build) -> Iterator[Check]:
+    """The checks of `rebuild`. The encoder must be that of the published version and of the runs that use it."""
+    yield from _place_checks(build)
+    yield from _encoder_checks(build)
+    if not build.settings.rebuild.allow_encoder and _can_read(build):
+        yield Check("consumers", partial(_check_consumers, build))
+    yield from _resource_checks(build, ("shards", "embeddings", "index"))
+
+
+def train_checks(job: Job, cluster: ClusterConfig, *, local: bool) -> Iterator[Check]:
+    """The checks of `train`: all that its stage would refuse, and what this machine has."""
+    training, config = Training(job), job.config
+    yield Check("root", partial(machine.check_root, job.run.root))
+    yield Check("gpus", partial(check_gpus, training, cluster))
+    yield Check("inputs", training.inputs)
+    yield Check("network", training.plan)
+    yield Check("data", training.check)
+    if not job.latents:
+        yield Check("channels", partial(settings.check_channels, config))
+        yield Check("image size", partial(inputs.check_stored_images, job.dataset, config))
+    if not local:
+        yield Check("processes", partial(settings.check_processes, config, cluster.workers))
+    if not storage.exists(storage.join(job.run.folder, "manifest.json")):
+        yield Check("gpu here", partial(machine.check_gpus_here, cluster, local=local))
+        parameters = count_parameters(config)
+        yield Check("disk", partial(machine.check_disk, job.run.root, estimate_bytes(
+            Settings(train=config), 1, config.unet.context_dim, ("train",), parameters)))
+        yield from _memory_checks(config, cluster, parameters, local=local)
+
+
+def _can_read(build: Build) -> bool:
+    """Whether the root can be looked at: a job's root may be out of reach for who submits it."""
+    root = build.dataset.root
+    return build.here or (storage.is_local(root) and storage.local_path(root).is_dir())
+
+
+def _place_checks(build: Build) -> Iterator[Check]:
+    if build.here:
+        yield Check("root", partial(machine.check_root, build.dataset.root))
+        yield Check("source", partial(inputs.check_source, build.settings.shard))
+
+
+def _encoder_checks(build: Build) -> Iterator[Check]:
+    encoder = build.settings.embed.clip()
+    if build.here and not build.dataset.is_sealed("embeddings"):
+        yield Check("encoder", partial(inputs.check_encoder, encoder))
+
+
+def _check_consumers(build: Build) -> None:
+    root, name = build.dataset.root, build.dataset.name
+    encoders = list_encoders(root, name)
+    pointer = published.Published.load(root, name)
+    if pointer.version:
+        base = pointer.open()
+        encoders[base.label] = dataset_encoder(base)
+    for consumer, description in encoders.items():
+        inputs.check_vectors(consumer, description, build.settings.embed.clip())
+
+
+def _run_checks(build: Build) -> Iterator[Check]:
+    config, shard, name = build.settings.train, build.settings.shard, build.dataset.name
+    if _can_read(build):
+        run, database = Run.parse(build.dataset.root, build.run), build.database or name
+        yield Check("run name", partial(inputs.check_run_name, run, name, database, config))
+    yield Check("image size", partial(settings.check_image_size, shard, config))
+    if build.here and shard.source:
+        yield Check("images", partial(inputs.check_training_images, build.dataset, shard, config))
+    yield Check("channels", partial(settings.check_channels, config))
+    yield Check("vectors", partial(settings.check_context_dim, config, build.settings.embed.clip()))
+    yield Check("neighbors", partial(settings.check_neighbor_count, build.settings.neighbors, config))
+    if not build.local:
+        yield Check("processes", partial(settings.check_processes, config, build.settings.cluster.workers))
+
+
+def _resource_checks(build: Build, stages: tuple[str, ...]) -> Iterator[Check]:
+    """GPUs, disk and memory for the stages that are not sealed."""
+    cluster, local, dataset = build.settings.cluster, build.local, build.dataset
+    on_gpu: list[type[Stage]] = [Embed, *([Training] if build.run else [])]
+    if "neighbors" in stages and build.settings.neighbors.method == "exact":
+        on_gpu.append(Neighbors)
+    for stage in on_gpu:
+        yield Check("gpus", partial(check_gpus, stage, cluster))
+    if not build.here:
+        return
+    missing = [stage for stage in stages if not _is_sealed(build, stage)]
+    if {"embeddings", "train"}.intersection(missing):
+        yield Check("gpu here", partial(machine.check_gpus_here, cluster, local=local))
+    parameters = 0
+    if "train" in missing:
+        parameters = count_parameters(build.settings.train)
+        yield from _memory_checks(build.settings.train, cluster, parameters, local=local)
+    yield Check("disk", partial(_check_disk, build, tuple(missing), parameters))
+
+
+def _is_sealed(build: Build, stage: str) -> bool:
+    if stage == "train":
+        return storage.exists(storage.join(Run.parse(build.dataset.root, build.run).folder, "manifest.json"))
+    if stage == "neighbors":
+        stage = f"neighbors/{Dataset.parse(build.dataset.root, build.database or build.dataset.name).label}"
+    return build.dataset.is_sealed(stage)
+
+
+def _check_disk(build: Build, stages: tuple[str, ...], parameters: int) -> None:
+    images = count_at_least(build.settings.shard)
+    length = vector_length(build.settings.embed.clip())
+    machine.check_disk(build.dataset.root, estimate_bytes(build.settings, images, length, stages, parameters))
+
+
+def _memory_checks(config: TrainConfig, cluster: ClusterConfig, parameters: int, *, local: bool) -> Iterator[Check]:
+    """Whether the network of a run fits the memory of this machine, if it is trained here on the CPU."""
+    if local and not config.fsdp and not machine.uses_gpu(cluster):
+        yield Check("memory", partial(machine.check_memory, training_bytes(config, parameters), "the network"))
