@@ -42,7 +42,7 @@ def pipeline_checks(build: Build) -> Iterator[Check]:
     """The checks of `pipeline`."""
     yield from _place_checks(build)
     yield from _encoder_checks(build)
-    if build.database and _can_read(build):
+    if build.database and can_read(build.dataset.root, here=build.here):
         yield Check("database", partial(inputs.check_database, build.dataset.root, build.database,
                                         build.settings.embed.clip()))
     if build.run:
@@ -56,36 +56,37 @@ def rebuild_checks(build: Build) -> Iterator[Check]:
     """The checks of `rebuild`. The encoder must be that of the published version and of the runs that use it."""
     yield from _place_checks(build)
     yield from _encoder_checks(build)
-    if not build.settings.rebuild.allow_encoder and _can_read(build):
+    if not build.settings.rebuild.allow_encoder and can_read(build.dataset.root, here=build.here):
         yield Check("consumers", partial(_check_consumers, build))
     yield from _resource_checks(build, ("shards", "embeddings", "index"))
 
 
-def train_checks(job: Job, cluster: ClusterConfig, *, local: bool) -> Iterator[Check]:
+def train_checks(job: Job, cluster: ClusterConfig, *, local: bool, here: bool = True) -> Iterator[Check]:
     """The checks of `train`: all that its stage would refuse, and what this machine has."""
     training, config = Training(job), job.config
-    yield Check("root", partial(machine.check_root, job.run.root))
     yield Check("gpus", partial(check_gpus, training, cluster))
-    yield Check("inputs", training.inputs)
-    yield Check("network", training.plan)
-    yield Check("data", training.check)
     if not job.latents:
         yield Check("channels", partial(settings.check_channels, config))
-        yield Check("image size", partial(inputs.check_stored_images, job.dataset, config))
     if not local:
         yield Check("processes", partial(settings.check_processes, config, cluster.workers))
-    if not storage.exists(storage.join(job.run.folder, "manifest.json")):
-        yield Check("gpu here", partial(machine.check_gpus_here, cluster, local=local))
+    if can_read(job.run.root, here=here):
+        yield Check("inputs", training.inputs)
+        yield Check("network", training.plan)
+        yield Check("data", training.check)
+        if not job.latents:
+            yield Check("image size", partial(inputs.check_stored_images, job.dataset, config))
+    if here and not storage.exists(storage.join(job.run.folder, "manifest.json")):
         parameters = count_parameters(config)
+        yield Check("root", partial(machine.check_root, job.run.root))
+        yield Check("gpu here", partial(machine.check_gpus_here, cluster, local=local))
         yield Check("disk", partial(machine.check_disk, job.run.root, estimate_bytes(
             Settings(train=config), 1, config.unet.context_dim, ("train",), parameters)))
         yield from _memory_checks(config, cluster, parameters, local=local)
 
 
-def _can_read(build: Build) -> bool:
+def can_read(root: str, *, here: bool) -> bool:
     """Whether the root can be looked at: a job's root may be out of reach for who submits it."""
-    root = build.dataset.root
-    return build.here or (storage.is_local(root) and storage.local_path(root).is_dir())
+    return here or (storage.is_local(root) and storage.local_path(root).is_dir())
 
 
 def _place_checks(build: Build) -> Iterator[Check]:
@@ -113,7 +114,7 @@ def _check_consumers(build: Build) -> None:
 
 def _run_checks(build: Build) -> Iterator[Check]:
     config, shard, name = build.settings.train, build.settings.shard, build.dataset.name
-    if _can_read(build):
+    if can_read(build.dataset.root, here=build.here):
         run, database = Run.parse(build.dataset.root, build.run), build.database or name
         yield Check("run name", partial(inputs.check_run_name, run, name, database, config))
     yield Check("image size", partial(settings.check_image_size, shard, config))
@@ -128,7 +129,7 @@ def _run_checks(build: Build) -> Iterator[Check]:
 
 def _resource_checks(build: Build, stages: tuple[str, ...]) -> Iterator[Check]:
     """GPUs, disk and memory for the stages that are not sealed."""
-    cluster, local, dataset = build.settings.cluster, build.local, build.dataset
+    cluster, local = build.settings.cluster, build.local
     on_gpu: list[type[Stage]] = [Embed, *([Training] if build.run else [])]
     if "neighbors" in stages and build.settings.neighbors.method == "exact":
         on_gpu.append(Neighbors)

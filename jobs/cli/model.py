@@ -53,27 +53,11 @@ class TrainOptions:
 
 
 def run_train(options: TrainOptions) -> int:
-    from jobs.checks.check import run_checks
-    from jobs.checks.verbs import train_checks
-    from jobs.runs.metrics import never_made_a_step
-    from jobs.runs.run import Run
-    from jobs.training.train_stage import Job, Training
-    from pipeline.datasets import published
+    from jobs.training.train_stage import Training
     # torchrun has started the processes, and --local would be a flag of its own.
     local = options.common.local or "TORCHELASTIC_RUN_ID" in os.environ
-    run = Run.parse(options.common.root, options.run)
-    # A resumed run keeps its versions when other versions are published.
-    pinned = {} if options.stage.overwrite or never_made_a_step(run) else run.planned()
-
-    def reader(text: str, role: str) -> "Dataset":
-        return published.open_dataset(run.root, text, pinned.get(role, ""))
-
-    job = Job(run, reader(options.dataset, "dataset"), reader(options.database or options.dataset, "database"),
-              options.train, options.on_latents,
-              published.open_dataset(run.root, options.validation) if options.validation else None,
-              options.stage.tracker)
+    job = check_train(options)
     training = Training(job)
-    run_checks(train_checks(job, options.cluster, local=local))
     if options.common.dry_run:
         return print_forecast(training, options.stage.overwrite or training.takes_over, options.cluster)
     manifest = train(job, options.cluster, local=local, overwrite=options.stage.overwrite)
@@ -81,6 +65,33 @@ def run_train(options: TrainOptions) -> int:
         print_result(training, manifest)
     # Only the process of rank 0 reports whether the run was stopped.
     return 0 if manifest or os.environ.get("RANK", "0") != "0" else STOPPED
+
+
+def check_train(options: TrainOptions, *, here: bool = True) -> "Job":
+    """The job of a run, after its checks. `here`: this machine does the work."""
+    from jobs.checks.check import run_checks
+    from jobs.checks.verbs import can_read, train_checks
+    from jobs.runs.metrics import never_made_a_step
+    from jobs.runs.run import Run
+    from jobs.training.train_stage import Job
+    from pipeline.datasets import published
+    from pipeline.datasets.dataset import Dataset
+    run = Run.parse(options.common.root, options.run)
+    readable = can_read(run.root, here=here)
+    # A resumed run keeps its versions when other versions are published.
+    pinned = {} if options.stage.overwrite or not readable or never_made_a_step(run) else run.planned()
+
+    def reader(text: str, role: str) -> Dataset:
+        if not readable:
+            return Dataset.parse(run.root, text)
+        return published.open_dataset(run.root, text, pinned.get(role, ""))
+
+    job = Job(run, reader(options.dataset, "dataset"), reader(options.database or options.dataset, "database"),
+              options.train, options.on_latents, reader(options.validation, "") if options.validation else None,
+              options.stage.tracker)
+    local = options.common.local or "TORCHELASTIC_RUN_ID" in os.environ
+    run_checks(train_checks(job, options.cluster, local=local, here=here))
+    return job
 
 
 def train(job: "Job", cluster: ClusterConfig, *, local: bool, overwrite: bool = False) -> dict[str, Any] | None:

@@ -89,7 +89,22 @@ def run_submit(options: SubmitOptions) -> int:
     if not options.words or options.words[0] == "submit":
         raise ValueError("submit needs a verb\nhint: python -m jobs submit --wait embed NAME --root s3://...")
     _, inner = parse_command(options.words)
-    return run_submission(make_submission(options.words, inner, options), options)
+    submission = make_submission(options.words, inner, options)
+    _check_work(options.words[0], inner)
+    return run_submission(submission, options)
+
+
+def _check_work(verb: str, inner: Any) -> None:
+    """ValueError for what the job would refuse, as far as its settings tell, and its root if it is a folder here."""
+    if verb == "pipeline":
+        from jobs.cli.pipeline import check_pipeline
+        check_pipeline(inner, here=False)
+    elif verb == "rebuild":
+        from jobs.cli.publish import check_rebuild
+        check_rebuild(inner, here=False)
+    elif verb == "train":
+        from jobs.cli.model import check_train
+        check_train(inner, here=False)
 
 
 def make_submission(words: tuple[str, ...], inner: Any, options: SubmitOptions) -> Submission:

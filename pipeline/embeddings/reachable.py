@@ -1,5 +1,6 @@
 """Whether the weights of an encoder are on this machine or can be downloaded, without downloading them."""
 
+import difflib
 import json
 import os
 from pathlib import Path
@@ -57,9 +58,10 @@ def check_weights(config: ClipConfig) -> bool:
         return True
     tag = open_clip.get_pretrained_cfg(config.model, config.pretrained)
     if not tag:
-        known = ", ".join(open_clip.list_pretrained_tags_by_model(config.model)) or "none"
-        raise ValueError(f"--embed.pretrained {config.pretrained}: expected a file or a tag of {config.model} ({known}), got "
-                         f"neither\nhint: --embed.pretrained TAG or --embed.pretrained /path/to/weights")
+        tags = open_clip.list_pretrained_tags_by_model(config.model)
+        close = (difflib.get_close_matches(config.pretrained, tags, n=1) or tags or ["/path/to/weights"])[0]
+        raise ValueError(f"--embed.pretrained {config.pretrained}: expected a file or a tag of {config.model}, got "
+                         f"neither\nhint: --embed.pretrained {close}")
     repository, file = os.path.split(tag.get("hf_hub", ""))
     if not repository:  # an old tag with a URL alone
         return False

@@ -17,7 +17,7 @@ from pipeline.datasets.metadata import labels, metadata
 from pipeline.datasets.row_columns import RowSelection
 from pipeline.datasets.takedowns import Forgotten
 from pipeline.embeddings import clip
-from pipeline.embeddings.clip_weights import ClipConfig
+from pipeline.embeddings.clip_weights import BUNDLED_MODEL, ClipConfig
 from pipeline.embeddings.embed import dataset_encoder
 from pipeline.indices.searcher import Searcher
 from pipeline.rows.licenses import Licenses, license_columns, license_of
@@ -26,6 +26,7 @@ from pipeline.versions.config import GatesConfig
 from pipeline.versions.listing import read_listing, read_metadata, succeeded_rows
 
 _NEAREST = 10  # overlap@10
+_NAMED_CONSUMERS = 3
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,28 @@ def measure_gates(dataset: Dataset, before: Dataset | None, texts: Sequence[str]
         gates.append(_lost(listing, before, takedowns.read_takedowns(dataset.root), config))
     encoder = dataset_encoder(dataset)
     others = sorted(name for name, description in pinned.items() if description != encoder)
-    gates.append(Gate("encoder", f"{encoder['model']} {encoder.get('pretrained', '')}".strip() if not others else
-                      f"another than that of {', '.join(others)}", "that of every consumer", not others))
+    gates.append(_encoder(encoder, pinned, others))
     if before and not others and texts and dataset_encoder(before) == encoder:
         value = measure_overlap(dataset, before, texts, clip_config)
         gates.append(Gate("overlap@10", value, f"at least {config.min_overlap}", value >= config.min_overlap))
     elif before and not texts:
         gates.append(Gate("overlap@10", "not measured: there are no captions and no --queries", "", True))
     return gates
+
+
+def _encoder(encoder: dict[str, Any], pinned: dict[str, dict[str, Any]], others: Sequence[str]) -> Gate:
+    """The encoder of a version, against those of its consumers. `others`: the consumers that have another one."""
+    name = f"{encoder['model']} {encoder.get('pretrained', '')}".strip()
+    if encoder["model"] == BUNDLED_MODEL:
+        name += " (the bundled encoder, for the demo)"
+    if not pinned:
+        return Gate("encoder", f"{name}; no run or version uses this database yet", "", True)
+    consumers = sorted(pinned)
+    named = ", ".join(consumers[:_NAMED_CONSUMERS])
+    if more := len(consumers[_NAMED_CONSUMERS:]):
+        named += f" and {more} more"
+    value = f"another than that of {', '.join(others)}" if others else name
+    return Gate("encoder", value, f"that of {named}", not others)
 
 
 def _recall(dataset: Dataset, config: GatesConfig) -> Gate:
