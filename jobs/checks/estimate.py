@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 from jobs.config.settings import Settings
 from jobs.planning import cost_model, rates
 from jobs.planning.cost_model import Build
-from model.config import TrainConfig
 from model.training.flops import Size
 from pipeline import storage
 from pipeline.media.types import SUFFIXES
@@ -44,17 +43,3 @@ def estimate_bytes(settings: Settings, images: int, vector_length: int, stages: 
     """Bytes that `stages` keep below the root for so many images. `parameters`: those of the network."""
     build = Build(settings, images, 0, vector_length, 0.0, Size(0.0, parameters))
     return sum(_COSTS[stage](build, rates.built_in()).bytes_kept for stage in stages)
-
-
-def count_parameters(config: TrainConfig) -> int:
-    """Parameters of the network of a run."""
-    import torch
-
-    from model.network.unet import UNet
-    with torch.device("meta"):  # takes no memory
-        return sum(parameter.numel() for parameter in UNet(config.unet).parameters())
-
-
-def training_bytes(config: TrainConfig, parameters: int) -> int:
-    """Bytes of float32 weights, gradients, two moments and averages in the memory of a process, without activations."""
-    return parameters * 4 * (1 + 1 + 2 + 1 + len(config.ema_more))

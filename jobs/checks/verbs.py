@@ -6,7 +6,7 @@ from functools import partial
 
 from jobs.checks import inputs, machine, settings
 from jobs.checks.check import Check
-from jobs.checks.estimate import count_at_least, count_parameters, estimate_bytes, training_bytes
+from jobs.checks.estimate import count_at_least, estimate_bytes
 from jobs.cluster.config import ClusterConfig
 from jobs.cluster.gpus import check_gpus
 from jobs.config.settings import Settings
@@ -14,6 +14,7 @@ from jobs.publishing.releases import list_encoders
 from jobs.runs.run import Run
 from jobs.training.train_stage import Job, Training
 from model.config import TrainConfig
+from model.training.flops import count_parameters, training_bytes
 from pipeline import storage
 from pipeline.datasets import published
 from pipeline.datasets.dataset import Dataset
@@ -76,12 +77,12 @@ def train_checks(job: Job, cluster: ClusterConfig, *, local: bool, here: bool = 
         if not job.latents:
             yield Check("image size", partial(inputs.check_stored_images, job.dataset, config))
     if here and not storage.exists(storage.join(job.run.folder, "manifest.json")):
-        parameters = count_parameters(config)
+        parameters = count_parameters(config.unet)
         yield Check("root", partial(machine.check_root, job.run.root))
         yield Check("gpu here", partial(machine.check_gpus_here, cluster, local=local))
         yield Check("disk", partial(machine.check_disk, job.run.root, estimate_bytes(
             Settings(train=config), 1, config.unet.context_dim, ("train",), parameters)))
-        yield from _memory_checks(config, cluster, parameters, local=local)
+        yield from _memory_checks(config, cluster, local=local)
 
 
 def can_read(root: str, *, here: bool) -> bool:
@@ -142,8 +143,8 @@ def _resource_checks(build: Build, stages: tuple[str, ...]) -> Iterator[Check]:
         yield Check("gpu here", partial(machine.check_gpus_here, cluster, local=local))
     parameters = 0
     if "train" in missing:
-        parameters = count_parameters(build.settings.train)
-        yield from _memory_checks(build.settings.train, cluster, parameters, local=local)
+        parameters = count_parameters(build.settings.train.unet)
+        yield from _memory_checks(build.settings.train, cluster, local=local)
     yield Check("disk", partial(_check_disk, build, tuple(missing), parameters))
 
 
@@ -161,7 +162,7 @@ def _check_disk(build: Build, stages: tuple[str, ...], parameters: int) -> None:
     machine.check_disk(build.dataset.root, estimate_bytes(build.settings, images, length, stages, parameters))
 
 
-def _memory_checks(config: TrainConfig, cluster: ClusterConfig, parameters: int, *, local: bool) -> Iterator[Check]:
+def _memory_checks(config: TrainConfig, cluster: ClusterConfig, *, local: bool) -> Iterator[Check]:
     """Whether the network of a run fits the memory of this machine, if it is trained here on the CPU."""
     if local and not config.fsdp and not machine.uses_gpu(cluster):
-        yield Check("memory", partial(machine.check_memory, training_bytes(config, parameters), "the network"))
+        yield Check("memory", partial(machine.check_memory, training_bytes(config), "the network"))

@@ -35,7 +35,7 @@ _USED_BY = {
     "CommonOptions": {
         "local": _ON_WORKERS,
         **dict.fromkeys(("recipe", "config"), _ON_WORKERS | {"search"}),
-        "dry_run": {*VERBS} - {"status", "versions", "search", "ls", "show"}},
+        "dry_run": {*VERBS} - {"status", "versions", "search", "ls", "show", "recipes"}},
 }
 """Flags that several verbs parse and only some use."""
 

@@ -1,4 +1,4 @@
-"""Verbs that write no stage: search, status, verify, report, plan."""
+"""Verbs that write no stage: search, status, verify, report, plan, recipes."""
 
 import itertools
 import logging
@@ -243,4 +243,26 @@ def run_plan(options: PlanOptions) -> int:
         plan = replace(plan, rates=plan.measure, measure="")
     rates = plan_table.resolve_rates(plan, options.from_root, gpu=options.from_gpu)
     output.print_text(plan_table.make_plan(plan, settings, rates))
+    return 0
+
+
+@dataclass(frozen=True)
+class RecipesOptions:
+    """List the recipes by purpose: image size, encoder, network, memory, and a command."""
+
+    examples: ClassVar = ("recipes",
+                          "recipes --json")
+
+    common: Flat[CommonOptions]
+    json: bool = False
+    """Print JSON."""
+
+
+def run_recipes(options: RecipesOptions) -> int:
+    from jobs.planning.recipe_table import list_recipes, recipes_table
+    recipes = list_recipes()
+    if options.json:
+        output.print_json([facts.document() for facts in recipes], indent=1)
+    else:
+        output.print_text(recipes_table(recipes))
     return 0

@@ -70,7 +70,9 @@ def run_train(options: TrainOptions) -> int:
 def check_train(options: TrainOptions, *, here: bool = True) -> "Job":
     """The job of a run, after its checks. `here`: this machine does the work."""
     from jobs.checks.check import run_checks
+    from jobs.checks.demo_defaults import mention_demo_defaults
     from jobs.checks.verbs import can_read, train_checks
+    from jobs.config.settings import Settings
     from jobs.runs.metrics import never_made_a_step
     from jobs.runs.run import Run
     from jobs.training.train_stage import Job
@@ -91,6 +93,8 @@ def check_train(options: TrainOptions, *, here: bool = True) -> "Job":
               options.stage.tracker)
     local = options.common.local or "TORCHELASTIC_RUN_ID" in os.environ
     run_checks(train_checks(job, options.cluster, local=local, here=here))
+    if not (options.common.names_recipe or pinned):
+        mention_demo_defaults(Settings(train=options.train), embeds=False, trains=True)
     return job
 
 

@@ -37,6 +37,11 @@ class CommonOptions:
     log_format: Literal["", "text", "json"] = ""
     """Format of stderr: text lines, or one JSON document for each event. Default: RDM_LOG, otherwise text."""
 
+    @property
+    def names_recipe(self) -> bool:
+        """Whether the user chose the settings. A TOML file counts, whatever it sets."""
+        return bool(self.recipe or self.config)
+
 
 @dataclass(frozen=True)
 class StageOptions:

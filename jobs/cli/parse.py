@@ -15,11 +15,11 @@ VERBS = {**dict.fromkeys(("shard", "embed", "score", "index", "neighbors", "late
          **dict.fromkeys(("convert", "export", "train", "sample", "evaluate"), "model"),
          **dict.fromkeys(("rebuild", "versions", "rollback", "repair", "gc", "credits", "forget"),
                          "publish"),
-         **dict.fromkeys(("search", "report", "status", "verify", "plan"), "inspect"),
+         **dict.fromkeys(("search", "report", "status", "verify", "plan", "recipes"), "inspect"),
          **dict.fromkeys(("show", "ls", "rm"), "everyday.root"),
          **{verb: verb for verb in ("pipeline", "demo", "submit")}}
 """The verbs, and the module of each: `VERB` has the class `VerbOptions` and the function `run_VERB`."""
-GROUPS = {"build": ("demo", "pipeline", "shard", "embed", "score", "index", "neighbors", "latents"),
+GROUPS = {"build": ("demo", "recipes", "pipeline", "shard", "embed", "score", "index", "neighbors", "latents"),
           "train": ("train", "evaluate", "convert", "export"),
           "sample": ("search", "sample", "credits"),
           "publish": ("rebuild", "versions", "rollback", "repair", "gc", "forget", "rm"),

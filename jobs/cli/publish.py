@@ -84,12 +84,16 @@ def run_rebuild(options: RebuildOptions) -> int:
 def check_rebuild(options: RebuildOptions, *, here: bool = True) -> None:
     """Run the checks of a rebuild. `here`: this machine does the work."""
     from jobs.checks.check import run_checks
+    from jobs.checks.demo_defaults import mention_demo_defaults
     from jobs.checks.verbs import Build, rebuild_checks
     from pipeline.datasets.dataset import Dataset
+    from pipeline.datasets.published import Published
     settings = Settings(shard=options.shard, embed=options.embed, index=options.index, rebuild=options.rebuild,
                         cluster=options.cluster)
     dataset = Dataset.parse(options.common.root, options.dataset)
     run_checks(rebuild_checks(Build(dataset, settings, local=options.common.local, here=here)))
+    if not (options.common.names_recipe or (here and Published.load(dataset.root, dataset.name).version)):
+        mention_demo_defaults(settings, embeds=True, trains=False)
 
 
 def import_torch_first() -> None:

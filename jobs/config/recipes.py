@@ -1,6 +1,6 @@
 """Named recipes: settings that were tested together."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from jobs.cluster.config import ClusterConfig
 from jobs.config.settings import Settings
@@ -55,4 +55,27 @@ def laion_1p3b() -> Settings:
                     cluster=ClusterConfig(workers=64, cpus=8, gpus=1))
 
 
+@dataclass(frozen=True)
+class Purpose:
+    """What a recipe is meant for, and the corpus of its paper."""
+
+    name: str
+    images: int
+    """Training images."""
+    rows: int
+    """Database rows. 0: the training images are the database."""
+    downsampling: int
+    """Pixels on a side for each pixel of a latent. 1: the network trains on pixels."""
+
+
+_DEMO_IMAGES = 10_114
+
+# ImageNet with patches of OpenImages (arXiv:2204.11824); a corpus like LAION, its size assumed.
+PURPOSES = {
+    "tiny": Purpose("first try: the demo's images", _DEMO_IMAGES, 0, 1),
+    "emoji_32": Purpose("demo: emoji on two CPU cores", _DEMO_IMAGES, 0, 1),
+    "emoji_64": Purpose("demo: emoji on one GPU", _DEMO_IMAGES, 0, 1),
+    "imagenet_400m": Purpose("photographs of many kinds", 1_281_167, 20_000_000, 4),
+    "ffhq_415m": Purpose("photographs of one kind: faces", 70_000, 20_000_000, 4),
+    "laion_1p3b": Purpose("art and text prompts", 100_000_000, 20_000_000, 16)}
 RECIPES = {recipe.__name__: recipe for recipe in (tiny, emoji_32, emoji_64, imagenet_400m, ffhq_415m, laion_1p3b)}

@@ -5,12 +5,12 @@ import json
 import logging
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jobs.cluster.config import ClusterConfig
-from jobs.config.recipes import RECIPES
+from jobs.config.recipes import PURPOSES, RECIPES
 from jobs.config.settings import Settings
 from jobs.planning import benchmark, rates, rates_from_manifests
 from jobs.planning.benchmark import Trial
@@ -26,23 +26,6 @@ from pipeline.storage.sizes import parse_size
 
 _log = logging.getLogger(__name__)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """What a recipe is meant for."""
-
-    pictures: int
-    rows: int
-    downsampling: int
-    """Pixels a side for each of a latent's."""
-
-
-# Of the demo; of ImageNet with patches of OpenImages (arXiv:2204.11824); a corpus of LAION's kind, its size assumed.
-CORPORA = {**dict.fromkeys(("tiny", "emoji_32", "emoji_64"), Corpus(10_114, 0, 1)),
-           "imagenet_400m": Corpus(1_281_167, 20_000_000, 4),
-           "ffhq_415m": Corpus(70_000, 20_000_000, 4),
-           "laion_1p3b": Corpus(100_000_000, 20_000_000, 16)}
 
 
 def make_plan(plan: PlanConfig, settings: Settings, used: Rates) -> str:
@@ -121,12 +104,12 @@ def builds(plan: PlanConfig, settings: Settings, used: Rates) -> list[Build]:
         raise ValueError("--gpus: the rates are those of workers without a GPU\n"
                          "hint: python -m jobs plan --measure FILE where there are GPUs; or run a sample on them, then "
                          "plan --from ROOT --from-gpu; or rates of your own with \"gpu\": true: --rates FILE")
-    corpus = next((CORPORA[name] for name, recipe in RECIPES.items() if recipe().train.unet == settings.train.unet),
-                  CORPORA["tiny"])
+    corpus = next((PURPOSES[name] for name, recipe in RECIPES.items() if recipe().train.unet == settings.train.unet),
+                  PURPOSES["tiny"])
     kept = parse_size(plan.memory, "--memory")
     if not kept:
         raise ValueError(f"--memory {plan.memory}: a worker keeps some of a database\nhint: --memory 16Gi")
-    pictures = [count(text, "--pictures") for text in plan.pictures] or [corpus.pictures]
+    pictures = [count(text, "--pictures") for text in plan.pictures] or [corpus.images]
     if not all(pictures):
         raise ValueError("--pictures 0: there is nothing to plan")
     rows = [count(text, "--database-rows") for text in plan.database_rows] or [corpus.rows]

@@ -3,8 +3,12 @@
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from model.config import UNetConfig
+from model.config import TrainConfig, UNetConfig
+
+if TYPE_CHECKING:
+    from model.network.unet import UNet
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,30 @@ def size(config: UNetConfig, side: int, k: int) -> Size:
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
-
-    from model.network.unet import UNet
     with torch.device("meta"):
-        network = UNet(config).eval()
+        network = _network(config)
         inputs = (torch.empty(1, config.in_channels, side, side), torch.zeros(1),
                   torch.empty(1, k, config.context_dim))
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         network(*inputs)
-    return Size(float(counter.get_total_flops()), sum(parameter.numel() for parameter in network.parameters()))
+    return Size(float(counter.get_total_flops()), count_parameters(config))
+
+
+@lru_cache(maxsize=16)
+def count_parameters(config: UNetConfig) -> int:
+    """The parameters of a network."""
+    return sum(parameter.numel() for parameter in _network(config).parameters())
+
+
+def training_bytes(config: TrainConfig) -> int:
+    """Bytes of float32 weights, gradients, two moments and averages in a process of a run. Without activations."""
+    return count_parameters(config.unet) * 4 * (1 + 1 + 2 + 1 + len(config.ema_more))
+
+
+def _network(config: UNetConfig) -> "UNet":
+    """A network whose tensors take no memory."""
+    import torch
+
+    from model.network.unet import UNet
+    with torch.device("meta"):
+        return UNet(config).eval()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.config.recipes import RECIPES
+from jobs.config.recipes import PURPOSES, RECIPES
 from jobs.planning import plan_table, rates, rates_from_manifests
 from jobs.planning.config import PlanConfig
 from jobs.planning.cost_model import Build, Cost, compared_rows, exact_amounts, index, training_flop
@@ -257,9 +257,9 @@ def test_the_network_costs_what_its_layers_do():
 
 
 def test_recipes_have_a_corpus():
-    assert plan_table.CORPORA.keys() == RECIPES.keys()
-    for name, corpus in plan_table.CORPORA.items():
+    assert PURPOSES.keys() == RECIPES.keys()
+    for name, corpus in PURPOSES.items():
         builds = plan_table.builds(PlanConfig(), RECIPES[name](), rates.built_in())
-        assert [(build.pictures, build.rows) for build in builds] == [(corpus.pictures, corpus.rows)]
+        assert [(build.pictures, build.rows) for build in builds] == [(corpus.images, corpus.rows)]
         assert bool(builds[0].sample_bytes) == (corpus.downsampling > 1)
     assert builds[0].sample_bytes == 48 * 48 * 16 * 2  # latents of KL-f16

@@ -148,6 +148,7 @@ def test_gates(place: Path, gate: str) -> None:
         (run / "plan.json").write_text(json.dumps({
             "stage": "train", "items": [], "inputs": {"database": {"path": f"datasets/{NAME}/v1/embeddings"}},
             "section": {"encoder": {"model": "another"}}}))
+        (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0, "seconds": 1.0}) + "\n")
     with pytest.raises(GatesFailed, match=f"v2 is not published: .*{gate}.*v1 stays published"):
         run_rebuild(job, run_stage)
     assert published_dataset(place / "root").version == "v1"

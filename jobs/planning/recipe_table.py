@@ -1,0 +1,61 @@
+"""`python -m jobs recipes`: the recipes by purpose, with numbers computed from their settings."""
+
+from dataclasses import asdict, dataclass
+
+from jobs.config.recipes import PURPOSES, RECIPES
+from jobs.telemetry import tables
+from jobs.telemetry.units import format_bytes, format_count
+from model.training.flops import count_parameters, training_bytes
+
+
+@dataclass(frozen=True)
+class RecipeFacts:
+    """What a recipe makes and needs."""
+
+    recipe: str
+    purpose: str
+    image_size: int
+    """Pixels on a side of the stored images."""
+    encoder: str
+    vector_length: int
+    first_stage: str
+    """What the network trains on: pixels, or latents of this kind."""
+    parameters: int
+    """Parameters of the network."""
+    training_bytes: int
+    """Memory of a training process, without activations."""
+    gpus: float
+    """GPUs that its cluster settings reserve in all."""
+    command: str
+
+    def document(self) -> dict[str, str | int | float]:
+        """The facts as JSON."""
+        return asdict(self)
+
+
+def list_recipes() -> list[RecipeFacts]:
+    """The facts of all recipes, the demo's first."""
+    return [_facts(name) for name in RECIPES]
+
+
+def _facts(name: str) -> RecipeFacts:
+    settings, purpose = RECIPES[name](), PURPOSES[name]
+    unet, cluster = settings.train.unet, settings.cluster
+    pixels = purpose.downsampling == 1
+    return RecipeFacts(
+        name, purpose.name, settings.shard.image_size, f"{settings.embed.model} {settings.embed.pretrained}",
+        unet.context_dim,
+        "none: pixels" if pixels else f"{purpose.downsampling} x smaller, {unet.in_channels} channels",
+        count_parameters(unet), training_bytes(settings.train), cluster.workers * cluster.each_gpus,
+        f"python -m jobs pipeline NAME --source SOURCE --recipe {name}" + (" --train RUN" if pixels else ""))
+
+
+def recipes_table(recipes: list[RecipeFacts]) -> str:
+    """The facts as a table, and the command of each recipe below it."""
+    rows = [[facts.recipe, facts.purpose, str(facts.image_size), f"{facts.encoder} ({facts.vector_length})",
+             facts.first_stage, format_count(facts.parameters), format_bytes(facts.training_bytes),
+             f"{facts.gpus:g}" if facts.gpus else "none"] for facts in recipes]
+    table = tables.render(rows, head=("recipe", "purpose", "pixels", "encoder (vector)", "first stage", "parameters",
+                                      "memory", "GPUs"), right=(2, 5, 6, 7))
+    return "\n".join([table, "", "memory: of each training process, without activations", "",
+                      *(facts.command for facts in recipes)])
