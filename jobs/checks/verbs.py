@@ -1,8 +1,10 @@
 """The checks of each verb that works for long: pipeline, rebuild, train."""
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from jobs.checks import inputs, machine, settings
 from jobs.checks.check import Check
@@ -10,18 +12,16 @@ from jobs.checks.estimate import count_at_least, estimate_bytes
 from jobs.cluster.config import ClusterConfig
 from jobs.cluster.gpus import check_gpus
 from jobs.config.settings import Settings
-from jobs.publishing.releases import list_encoders
+from jobs.publishing.releases import list_consumer_encoders
 from jobs.runs.run import Run
 from jobs.training.train_stage import Job, Training
 from model.config import TrainConfig
 from model.training.flops import count_parameters, training_bytes
 from pipeline import storage
-from pipeline.datasets import published
 from pipeline.datasets.dataset import Dataset
-from pipeline.embeddings.embed import Embed, dataset_encoder
+from pipeline.datasets.published import Published
+from pipeline.embeddings.embed import Embed
 from pipeline.embeddings.reachable import vector_length
-from pipeline.neighbors.neighbors import Neighbors
-from pipeline.stages.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,21 @@ class Build:
 def pipeline_checks(build: Build) -> Iterator[Check]:
     """The checks of `pipeline`."""
     yield from _place_checks(build)
-    yield from _encoder_checks(build)
+    if not (build.here and build.dataset.is_sealed("embeddings")):
+        yield from _encoder_checks(build)
     if build.database and can_read(build.dataset.root, here=build.here):
         yield Check("database", partial(inputs.check_database, build.dataset.root, build.database,
                                         build.settings.embed.clip()))
     if build.run:
         yield from _run_checks(build)
-    yield from _resource_checks(build, ("shards", "embeddings", "index",
-                                        *(["neighbors"] if build.database or build.run else []),
-                                        *(["train"] if build.run else [])))
+    stages = ["shards", "embeddings", "index", *(["neighbors"] if build.database or build.run else []),
+              *(["train"] if build.run else [])]
+    missing = [stage for stage in stages if not (build.here and _is_sealed(build, stage))]
+    yield from _gpu_checks(build, missing)
+    if build.here:
+        yield Check("disk", partial(_check_disk, build, missing))
+        if "train" in missing:
+            yield from _memory_checks(build.settings.train, build.settings.cluster, local=build.local)
 
 
 def rebuild_checks(build: Build) -> Iterator[Check]:
@@ -59,7 +65,10 @@ def rebuild_checks(build: Build) -> Iterator[Check]:
     yield from _encoder_checks(build)
     if not build.settings.rebuild.allow_encoder and can_read(build.dataset.root, here=build.here):
         yield Check("consumers", partial(_check_consumers, build))
-    yield from _resource_checks(build, ("shards", "embeddings", "index"))
+    yield from _gpu_checks(build, ["embeddings"])
+    # A version takes over most bytes of the one before, so only the first can be estimated.
+    if build.here and not Published.load(build.dataset.root, build.dataset.name).version:
+        yield Check("disk", partial(_check_disk, build, ["shards", "embeddings", "index"]))
 
 
 def train_checks(job: Job, cluster: ClusterConfig, *, local: bool, here: bool = True) -> Iterator[Check]:
@@ -97,18 +106,16 @@ def _place_checks(build: Build) -> Iterator[Check]:
 
 
 def _encoder_checks(build: Build) -> Iterator[Check]:
-    encoder = build.settings.embed.clip()
-    if build.here and not build.dataset.is_sealed("embeddings"):
-        yield Check("encoder", partial(inputs.check_encoder, encoder))
+    if build.here:
+        yield Check("encoder", partial(inputs.check_encoder, build.settings.embed.clip()))
 
 
 def _check_consumers(build: Build) -> None:
     root, name = build.dataset.root, build.dataset.name
-    encoders = list_encoders(root, name)
-    pointer = published.Published.load(root, name)
-    if pointer.version:
-        base = pointer.open()
-        encoders[base.label] = dataset_encoder(base)
+    encoders: dict[str, dict[str, Any]] = {}
+    with contextlib.suppress(ValueError):  # a rebuild replaces a damaged version
+        pointer = Published.load(root, name)
+        encoders = list_consumer_encoders(root, name, pointer.open() if pointer.version else None)
     for consumer, description in encoders.items():
         inputs.check_vectors(consumer, description, build.settings.embed.clip())
 
@@ -128,24 +135,15 @@ def _run_checks(build: Build) -> Iterator[Check]:
         yield Check("processes", partial(settings.check_processes, config, build.settings.cluster.workers))
 
 
-def _resource_checks(build: Build, stages: tuple[str, ...]) -> Iterator[Check]:
-    """GPUs, disk and memory for the stages that are not sealed."""
-    cluster, local = build.settings.cluster, build.local
-    on_gpu: list[type[Stage]] = [Embed, *([Training] if build.run else [])]
-    if "neighbors" in stages and build.settings.neighbors.method == "exact":
-        on_gpu.append(Neighbors)
-    for stage in on_gpu:
-        yield Check("gpus", partial(check_gpus, stage, cluster))
-    if not build.here:
-        return
-    missing = [stage for stage in stages if not _is_sealed(build, stage)]
-    if {"embeddings", "train"}.intersection(missing):
-        yield Check("gpu here", partial(machine.check_gpus_here, cluster, local=local))
-    parameters = 0
-    if "train" in missing:
-        parameters = count_parameters(build.settings.train.unet)
-        yield from _memory_checks(build.settings.train, cluster, local=local)
-    yield Check("disk", partial(_check_disk, build, tuple(missing), parameters))
+def _gpu_checks(build: Build, stages: Collection[str]) -> Iterator[Check]:
+    """Whether the workers of these stages can use the GPUs that they reserve, and this machine has any."""
+    cluster = build.settings.cluster
+    if "embeddings" in stages:
+        yield Check("gpus", lambda: check_gpus(Embed, cluster))
+    if "train" in stages:
+        yield Check("gpus", lambda: check_gpus(Training, cluster))
+    if build.here and {"embeddings", "train"}.intersection(stages):
+        yield Check("gpu here", partial(machine.check_gpus_here, cluster, local=build.local))
 
 
 def _is_sealed(build: Build, stage: str) -> bool:
@@ -156,9 +154,10 @@ def _is_sealed(build: Build, stage: str) -> bool:
     return build.dataset.is_sealed(stage)
 
 
-def _check_disk(build: Build, stages: tuple[str, ...], parameters: int) -> None:
+def _check_disk(build: Build, stages: Collection[str]) -> None:
     images = count_at_least(build.settings.shard)
     length = vector_length(build.settings.embed.clip())
+    parameters = count_parameters(build.settings.train.unet) if "train" in stages else 0
     machine.check_disk(build.dataset.root, estimate_bytes(build.settings, images, length, stages, parameters))
 
 

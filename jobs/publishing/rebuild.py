@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.publishing.config import RebuildConfig
-from jobs.publishing.releases import list_encoders
+from jobs.publishing.releases import list_consumer_encoders
 from jobs.telemetry import logs
 from pipeline import storage
 from pipeline.datasets import published, takedowns, version_marks
@@ -241,14 +241,9 @@ class Rebuild:
         base = self._open_base(before)
         release = published.read_release(base)[0] if base else None
         texts = gates.choose_queries(self.config.gates, release, dataset)
-        pinned = {} if self.config.allow_encoder else self.consumer_encoders(base)
+        pinned = {} if self.config.allow_encoder else list_consumer_encoders(self.root, self.name, base)
         limits = replace(self.config.gates, only_licenses=self.config.gates.only_licenses or self.shard.licenses)
         return gates.measure_gates(dataset, base, texts, self.embed.clip(), limits, pinned), texts
-
-    def consumer_encoders(self, base: Dataset | None) -> dict[str, dict[str, Any]]:
-        """The encoders of the published version and of the runs that use the dataset, by their names."""
-        published_encoder = {base.label: dataset_encoder(base)} if base else {}
-        return list_encoders(self.root, self.name) | published_encoder
 
     def publish(self, dataset: Dataset) -> dict[str, Any]:
         """Judge a version and swap it in; GatesFailed if it is not as it must be.

@@ -59,6 +59,12 @@ def list_encoders(root: str, name: str) -> dict[str, dict[str, Any]]:
     return by_run
 
 
+def list_consumer_encoders(root: str, name: str, base: Dataset | None) -> dict[str, dict[str, Any]]:
+    """The encoders that a database is bound to, by name: those of its runs and of its published version `base`."""
+    from pipeline.embeddings.embed import dataset_encoder  # `status` needs no arrays
+    return list_encoders(root, name) | ({base.label: dataset_encoder(base)} if base else {})
+
+
 def _consumers(root: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Plans of what reads databases, by their folders."""
     root = storage.normalize(root)

@@ -1,0 +1,107 @@
+"""Bad inputs of every verb end with 2, a sentence and a hint, without a traceback and without a new file."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs.cli.main import main
+from jobs.cli.parse import VERBS, load_verb
+from tests.pipeline import synthetic
+
+# The words of each verb. NAME is a dataset or run that should exist; SOURCE and FILE are files that do.
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "demo": ("--drawn",),
+    "pipeline": ("NAME", "--source", "SOURCE"), "shard": ("NAME", "--source", "SOURCE"),
+    "rebuild": ("NAME", "--source", "SOURCE"),
+    **dict.fromkeys(("embed", "index", "neighbors", "versions", "rollback", "repair", "gc"), ("NAME",)),
+    "score": ("NAME", "--head", "good=FILE"), "latents": ("NAME", "--first-stage", "SOURCE"),
+    "train": ("run", "--dataset", "NAME"), "evaluate": ("NAME",), "convert": ("NAME", "--checkpoint", "FILE",
+                                                                            "--database", "NAME"),
+    "export": ("NAME", "--out", "OUT"), "search": ("NAME", "red apple"), "sample": ("NAME", "--prompt", "red apple"),
+    "credits": ("FILE",), "forget": ("--key", "NAME/0000000001"),
+    **dict.fromkeys(("status", "report", "verify", "plan", "recipes"), ()),
+    "submit": ("embed", "NAME"),
+}
+_NO_DATASET = {"demo", "status", "report", "verify", "plan", "recipes", "credits"}
+_MAKES = {"demo", "pipeline", "shard", "rebuild"}
+"""Verbs that make a root and datasets: any root and any name that is one are right."""
+_READS_NO_ROOT = {"plan", "recipes", "credits"}
+_SHOWS_AN_EMPTY_ROOT = {"status"}
+_ONLY_SUBMITS = {"submit"}
+"""Nothing is known of a root of other machines: these words end with 0 where nothing is submitted."""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with images, a file, a folder of something else, a root with a dataset and a run, and bad settings."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("source", "else/papers", "root/datasets/noto/v1", "root/runs/noto"):
+        (tmp_path / folder).mkdir(parents=True)
+    synthetic.noise(64, 64).save(tmp_path / "source/one.png")
+    (tmp_path / "else/notes.txt").write_text("notes")
+    (tmp_path / "file.bin").write_bytes(b"no weights")
+    (tmp_path / "unknown.toml").write_text("[shard]\nimage_sise = 64\n[train]\nstep = 3\n[sample]\nstep = 3\n")
+    return tmp_path
+
+
+def _refused(place: Path, verb: str, words: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
+    """What a verb says that must end with `code` and write nothing."""
+    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    assert main([verb, *words]) == code, capsys.readouterr()
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+    if code:
+        assert "error: " in said and "hint: " in said, said
+    return said
+
+
+def _words(place: Path, verb: str, name: str, root: str) -> list[str]:
+    values = {"SOURCE": str(place / "source"), "FILE": str(place / "file.bin"), "OUT": str(place / "out")}
+    words = [values.get(word, word.replace("NAME", name).replace("FILE", values["FILE"])) for word in COMMANDS[verb]]
+    flags = set(load_verb(verb)[0].__dataclass_fields__)  # type: ignore[attr-defined]
+    local = ["--local"] if "cluster" in flags or verb == "search" else []
+    if verb == "submit":
+        return ["--dry-run", *words, "--root", str(place / root)]
+    return [*words, *local, "--root", str(place / root)]
+
+
+def test_every_verb_is_here() -> None:
+    assert COMMANDS.keys() == VERBS.keys()
+
+
+@pytest.mark.parametrize("root", ["absent", "else"])
+@pytest.mark.parametrize("verb", sorted(VERBS.keys() - _MAKES - _READS_NO_ROOT - _SHOWS_AN_EMPTY_ROOT - _ONLY_SUBMITS))
+def test_no_root_and_the_root_of_something_else(verb: str, root: str, place: Path,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+    _refused(place, verb, _words(place, verb, "noto", root), capsys)
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS.keys() - _READS_NO_ROOT - _ONLY_SUBMITS))
+def test_a_root_that_is_a_file(verb: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _refused(place, verb, _words(place, verb, "noto", "file.bin"), capsys)
+
+
+@pytest.mark.parametrize("verb", sorted(_MAKES | _SHOWS_AN_EMPTY_ROOT))
+def test_verbs_that_make_a_root_make_none_in_a_dry_run(verb: str, place: Path,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    dry_run = ["--dry-run"] if verb in _MAKES else []
+    _refused(place, verb, [*_words(place, verb, "noto", "absent"), *dry_run], capsys, code=0)
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS.keys() - _NO_DATASET))
+def test_a_name_with_a_slash(verb: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = _refused(place, verb, _words(place, verb, "no/to", "root"), capsys)
+    assert "no/to" in said
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS.keys() - _NO_DATASET - _MAKES - _ONLY_SUBMITS))
+def test_a_mistyped_name(verb: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = _refused(place, verb, _words(place, verb, "nota", "root"), capsys)
+    assert "nota" in said and "did you mean noto?" in said
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_a_recipe_file_with_an_unknown_key(verb: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*_words(place, verb, "noto", "root"), "--config", str(place / "unknown.toml")]
+    (place / "unknown.toml").write_text("[shrad]\nimage_size = 64\n")
+    assert "there is no setting 'shrad'" in _refused(place, verb, words, capsys)
