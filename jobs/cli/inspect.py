@@ -175,7 +175,8 @@ def run_verify(options: VerifyOptions) -> int:
             output.print_text(f"{fault['path']}: {fault['fault']}")
     _log.info("verify: %d folders read, %d faults", len(folders), faults)
     if not folders and not chain:
-        raise ValueError(f"nothing is sealed in {storage.join(root, only)}")
+        raise ValueError(f"nothing is sealed in {storage.join(root, only)}\nhint: python -m jobs status lists what is "
+                         f"in a root")
     if faults:
         from jobs.inspection.way_back import find_way_back
         from jobs.telemetry import logs

@@ -15,7 +15,7 @@ import sys
 
 from jobs import __version__
 from jobs.cli.options import STOPPED
-from jobs.cli.parse import flags_of, parse_command
+from jobs.cli.parse import check_root, flags_of, parse_command
 from jobs.cli.submit import check_needed
 from jobs.telemetry import interrupts, logs, output
 from pipeline import storage
@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
             return code
         check_needed()
         run, options = parse_command(arguments)
+        check_root(arguments[0], options)
         code = run(options)
         sys.stdout.flush()
         return code

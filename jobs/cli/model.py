@@ -301,7 +301,9 @@ def run_convert(options: ConvertOptions) -> int:
         raise ValueError("a released checkpoint does not say which encoder it was trained with\n"
                          "hint: --database NAME, a dataset that was embedded by it")
     else:
-        convert = Convert(run, options.checkpoint, published.open_label(root, options.database), options.convert)
+        database = published.open_label(root, options.database)
+        database.manifest("embeddings")  # before the weights are read, which takes long
+        convert = Convert(run, options.checkpoint, database, options.convert)
     if options.common.dry_run:
         return print_forecast(convert, options.stage.overwrite)
     print_result(convert, run_stage(convert, overwrite=options.stage.overwrite))

@@ -8,6 +8,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from jobs.cli.options import PROGRAM, CommonOptions, StageOptions
+from pipeline import storage
 
 Run = Callable[[Any], int]
 """The function of a verb: from its options to the exit code."""
@@ -26,6 +27,10 @@ GROUPS = {"build": ("demo", "recipes", "pipeline", "shard", "embed", "score", "i
           "watch": ("ls", "show", "status", "report", "verify"),
           "operate": ("submit", "plan")}
 """The verbs by purpose, as the help lists them."""
+_READ_A_ROOT = {"embed", "score", "index", "neighbors", "latents", "train", "evaluate", "export", "search", "sample",
+                "versions", "rollback", "repair", "gc", "verify", "report"}
+"""Verbs that make nothing of a root without a dataset or a run."""
+_FOLDERS_OF_A_ROOT = {"datasets", "runs", "pictures", "published"}
 _OLD_FLAGS = {f"--{old}": f"--{new}" for old, new in (("rebuild", "overwrite"), ("no-rebuild", "no-overwrite"))}
 
 
@@ -39,6 +44,23 @@ def parse_command(arguments: Sequence[str]) -> tuple[Run, Any]:
         flags = [_OLD_FLAGS.get(flag, flag) for flag in flags]
     import tyro
     return run, tyro.cli(kind, args=flags, default=default_options(kind, flags), prog=f"{PROGRAM} {verb}")
+
+
+def check_root(verb: str, options: Any) -> None:
+    """ValueError if a local root is a file, or if a verb that reads one finds no root there."""
+    root = options.common.root if hasattr(options, "common") else ""
+    if not root or not storage.is_local(root):
+        return
+    folder = storage.local_path(root)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"the root {root} is a file: expected a folder\nhint: --root FOLDER")
+    if verb not in _READ_A_ROOT:
+        return
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else None
+    if there is None or (there and not _FOLDERS_OF_A_ROOT.intersection(there)):
+        got = "no folder" if there is None else f"a folder with {', '.join(there[:3])}"
+        raise ValueError(f"{root} is no root: expected a folder with datasets or runs, got "
+                         f"{got}\nhint: --root FOLDER, the one that pipeline or shard wrote into")
 
 
 def flags_of(verb: str, words: Sequence[str]) -> Sequence[str]:

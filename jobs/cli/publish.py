@@ -200,8 +200,9 @@ def run_gc(options: GcOptions) -> int:
 
 def _dataset_name(root: str, text: str, hint: str) -> str:
     """The name of a dataset, for verbs about all its versions. ValueError if `text` names a version."""
-    from pipeline.datasets.dataset import Dataset
+    from pipeline.datasets.dataset import Dataset, refuse_mistyped
     name = Dataset.parse(root, text).name
+    refuse_mistyped(storage.normalize(root), name)
     if "@" in text:
         raise ValueError(f"{text}: this is about all versions of {name}\nhint: python -m jobs {hint}")
     return name

@@ -28,6 +28,15 @@ def is_name(text: str) -> bool:
     return len(text) <= MOST_LETTERS and _NAME.fullmatch(text) is not None
 
 
+def refuse_mistyped(root: str, name: str) -> None:
+    """ValueError if there is no dataset `name` below a root, and one whose name is spelled like it."""
+    names = storage.list_folders(storage.join(root, "datasets"))
+    if name in names or name in storage.list_folders(storage.join(root, "published")):
+        return
+    if close := difflib.get_close_matches(name, names, n=1):
+        raise ValueError(f"there is no dataset {name} in {root}\nhint: did you mean {close[0]}?") from None
+
+
 @dataclass(frozen=True)
 class Dataset:
     """The address of a dataset: root, name and version."""
@@ -111,10 +120,7 @@ class Dataset:
         try:
             yield
         except NotSealed:
-            names = storage.list_folders(storage.join(self.root, "datasets"))
-            if self.name not in names and (close := difflib.get_close_matches(self.name, names, n=1)):
-                raise ValueError(f"there is no dataset {self.name} in {self.root}\n"
-                                 f"hint: did you mean {close[0]}?") from None
+            refuse_mistyped(self.root, self.name)
             raise
 
     def _published_hash(self, stage_name: str) -> str | None:

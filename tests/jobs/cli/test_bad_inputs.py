@@ -15,9 +15,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "rebuild": ("NAME", "--source", "SOURCE"),
     **dict.fromkeys(("embed", "index", "neighbors", "versions", "rollback", "repair", "gc"), ("NAME",)),
     "score": ("NAME", "--head", "good=FILE"), "latents": ("NAME", "--first-stage", "SOURCE"),
-    "train": ("run", "--dataset", "NAME"), "evaluate": ("NAME",), "convert": ("NAME", "--checkpoint", "FILE",
-                                                                            "--database", "NAME"),
-    "export": ("NAME", "--out", "OUT"), "search": ("NAME", "red apple"), "sample": ("NAME", "--prompt", "red apple"),
+    "train": ("run", "--dataset", "NAME"), "evaluate": ("NAME",), "export": ("NAME", "--out", "OUT"),
+    "convert": ("NAME", "--checkpoint", "FILE", "--database", "NAME"), "search": ("NAME", "red apple"),
+    "sample": ("NAME", "--prompt", "red apple", "--database", "NAME"),
     "credits": ("FILE",), "forget": ("--key", "NAME/0000000001"),
     **dict.fromkeys(("status", "report", "verify", "plan", "recipes"), ()),
     "submit": ("embed", "NAME"),
@@ -44,12 +44,17 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def _files(place: Path) -> dict[Path, int]:
+    """The files and folders, and the times of the files."""
+    return {path: path.stat().st_mtime_ns if path.is_file() else 0 for path in place.rglob("*")}
+
+
 def _refused(place: Path, verb: str, words: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
     """What a verb says that must end with `code` and write nothing."""
-    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    before = _files(place)
     assert main([verb, *words]) == code, capsys.readouterr()
     said = capsys.readouterr().err
-    assert "Traceback" not in said and {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+    assert "Traceback" not in said and _files(place) == before
     if code:
         assert "error: " in said and "hint: " in said, said
     return said
