@@ -28,7 +28,7 @@ GROUPS = {"build": ("demo", "recipes", "pipeline", "shard", "embed", "score", "i
           "operate": ("submit", "plan")}
 """The verbs by purpose, as the help lists them."""
 _READ_A_ROOT = {"embed", "score", "index", "neighbors", "latents", "train", "evaluate", "export", "search", "sample",
-                "versions", "rollback", "repair", "gc", "verify", "report"}
+                "versions", "rollback", "repair", "gc", "verify", "report", "show", "rm"}
 """Verbs that make nothing of a root without a dataset or a run."""
 _FOLDERS_OF_A_ROOT = {"datasets", "runs", "pictures", "published"}
 _OLD_FLAGS = {f"--{old}": f"--{new}" for old, new in (("rebuild", "overwrite"), ("no-rebuild", "no-overwrite"))}
