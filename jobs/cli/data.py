@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jobs.cli.options import CommonOptions, Dataset, Flat, StageOptions, Words
-from jobs.cli.run_stage import check_unpublished, open_runner, print_forecast, print_result, seal_and_print
+from jobs.cli.run_stage import (
+    check_unpublished,
+    open_runner,
+    print_forecast,
+    print_result,
+    seal_and_print,
+    suggest_once,
+)
 from jobs.cluster.config import ClusterConfig
 from jobs.training.config import LatentsConfig
 from pipeline import storage
@@ -76,7 +83,7 @@ def _shard_and_deduplicate(sift: "Deduplicate", options: ShardOptions) -> int:
                                 retry=options.retry_failed and whole, max_failed=options.max_failed)
 
         manifest = deduplicate.deduplicate_shards(sift, seal, overwrite=options.stage.overwrite)
-    print_result(sift, manifest)
+    print_result(sift, manifest, options)
     return 0
 
 
@@ -109,10 +116,11 @@ def run_embed(options: EmbedOptions) -> int:
                            else Embed(dataset, options.embed)]
     if options.captions:
         stages.append(EmbedCaptions(dataset, options.embed))
-    for stage in stages:
-        seal_and_print(stage, options)
-    if options.export and not options.common.dry_run:
-        seal_and_print(Export(dataset, options.embed), options)
+    with suggest_once(options.common.root):
+        for stage in stages:
+            seal_and_print(stage, options)
+        if options.export and not options.common.dry_run:
+            seal_and_print(Export(dataset, options.embed), options)
     return 0
 
 
@@ -140,8 +148,9 @@ def run_score(options: ScoreOptions) -> int:
         raise ValueError("score needs a head: expected --head NAME=HEAD, got none\n"
                          "hint: --head aesthetic=heads/aesthetic.safetensors")
     dataset = published.open_dataset(options.common.root, options.dataset)
-    for stage in [Score(dataset, spec, options.score) for spec in options.head]:
-        seal_and_print(stage, options)
+    with suggest_once(options.common.root):
+        for stage in [Score(dataset, spec, options.score) for spec in options.head]:
+            seal_and_print(stage, options)
     return 0
 
 
@@ -191,12 +200,12 @@ def run_index(options: IndexOptions) -> int:
         index = AdoptIndex(dataset, options.index, options.adopt)
     check_unpublished(index, options.stage.overwrite)
     if options.common.dry_run:
-        return print_forecast(index, options.stage.overwrite)
+        return print_forecast(index, options)
     with open_runner(options.common, options.cluster) as runner:
         manifest = build_index(index, lambda stage: run_observed(stage, runner, name=stage.name.replace("_", " "),
                                                                  tracker=options.stage.tracker),
                                overwrite=options.stage.overwrite)
-    print_result(index, manifest)
+    print_result(index, manifest, options)
     return 0
 
 

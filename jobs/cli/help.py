@@ -10,9 +10,9 @@ from dataclasses import fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from jobs.cli.options import PROGRAM
 from jobs.cli.parse import GROUPS, VERBS, default_options, load_verb
 from jobs.telemetry import output
+from jobs.telemetry.output import PROGRAM
 
 SHELLS = {
     "bash": '_rdm() { mapfile -t COMPREPLY < <(rdm --complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null); }\n'

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -59,10 +60,10 @@ def run_train(options: TrainOptions) -> int:
     job = check_train(options)
     training = Training(job)
     if options.common.dry_run:
-        return print_forecast(training, options.stage.overwrite or training.takes_over, options.cluster)
+        return print_forecast(training, options, options.cluster, replaces=training.takes_over)
     manifest = train(job, options.cluster, local=local, overwrite=options.stage.overwrite)
     if manifest:
-        print_result(training, manifest)
+        print_result(training, manifest, options)
     # Only the process of rank 0 reports whether the run was stopped.
     return 0 if manifest or os.environ.get("RANK", "0") != "0" else STOPPED
 
@@ -221,8 +222,6 @@ class EvaluateOptions:
     """Step of the checkpoint. 0: the newest."""
     name: str = ""
     """Name of the folder in the evaluations of the run. Default: a hash of these settings."""
-    json: bool = False
-    """Print all results as JSON instead of the table."""
 
 
 def run_evaluate(options: EvaluateOptions) -> int:
@@ -237,19 +236,21 @@ def run_evaluate(options: EvaluateOptions) -> int:
     judging = StyleClassifierStage(run, dataset, databases, options.evaluate.judge_steps)
     stage = options.stage
     if options.common.dry_run:
-        return print_forecast(judging, stage.overwrite, options.cluster)
+        return print_forecast(judging, options, options.cluster)
     with open_runner(options.common, options.cluster) as runner:
         run_observed(judging, runner, tracker=stage.tracker, overwrite=stage.overwrite)
         evaluation = Evaluation(judging, train_database, options.checkpoint, options.embed.clip(), options.evaluate,
                                 options.sample, options.prompt, options.name)
         run_observed(evaluation, runner, tracker=stage.tracker, overwrite=stage.overwrite)
     _log.info("evaluate: pictures, plot and numbers are in %s", evaluation.folder)
-    if options.json:
+    if stage.json:
         document = storage.read_json(storage.join(evaluation.folder, "evaluation.json"))
         output.print_text(storage.json_bytes(document).decode(), end="")
     else:
         result = storage.read_bytes(storage.join(evaluation.folder, "table.md")).decode()
         output.print_text(tables.render_markdown(result), end="")
+        if not output.wants_json(flag=False):
+            output.print_next("python -m jobs report", options.common.root)
     return 0
 
 
@@ -305,8 +306,8 @@ def run_convert(options: ConvertOptions) -> int:
         database.manifest("embeddings")  # before the weights are read, which takes long
         convert = Convert(run, options.checkpoint, database, options.convert)
     if options.common.dry_run:
-        return print_forecast(convert, options.stage.overwrite)
-    print_result(convert, run_stage(convert, overwrite=options.stage.overwrite))
+        return print_forecast(convert, options)
+    print_result(convert, run_stage(convert, overwrite=options.stage.overwrite), options)
     return 0
 
 
@@ -323,6 +324,8 @@ class ExportOptions:
     common: Flat[CommonOptions]
     checkpoint: int = 0
     """Step of the checkpoint. 0: the newest."""
+    json: bool = False
+    """Print the result as JSON, as it is printed without a terminal."""
 
 
 def run_export(options: ExportOptions) -> int:
@@ -330,7 +333,11 @@ def run_export(options: ExportOptions) -> int:
     from jobs.training.export import export_weights
     run, out = Run.parse(options.common.root, options.run), Path(options.out)
     if options.common.dry_run:
-        output.print_json({"folder": str(out), "step": options.checkpoint or run.latest_step()})
+        output.print_document({"folder": str(out), "step": options.checkpoint or run.latest_step()},
+                              as_json=options.json)
         return 0
-    output.print_json(export_weights(run, options.checkpoint, out))
+    output.print_document(export_weights(run, options.checkpoint, out), as_json=options.json)
+    if not output.wants_json(options.json):
+        output.print_next(f"python -m jobs convert {options.run}_copy --checkpoint {shlex.quote(str(out))}",
+                          options.common.root)
     return 0

@@ -1,8 +1,6 @@
 """Options that several verbs share. A flag is a field of an options class; its help is the text below the field."""
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import tyro
@@ -14,8 +12,6 @@ Unflagged = Annotated[Section, tyro.conf.Fixed, tyro.conf.Suppress]
 """Settings from the recipe and the TOML file. They have no flags here."""
 Words = tyro.conf.UseAppendAction[tuple[str, ...]]
 """A flag that may be repeated."""
-PROGRAM = "rdm" if Path(sys.argv[0]).name == "rdm" else "python -m jobs"
-"""How the user called the program."""
 STOPPED = 130
 """Exit code after SIGINT or SIGTERM."""
 
@@ -51,6 +47,8 @@ class StageOptions:
     """Empty the folder of this stage first, with everything below it (the samples of a run)."""
     tracker: Literal["auto", "none", "wandb"] = "auto"
     """Log to wandb too (offline without WANDB_API_KEY), or not. auto: training always, other stages with a key."""
+    json: bool = False
+    """Print the result as JSON, as it is printed without a terminal."""
 
 
 Dataset = Annotated[str, tyro.conf.Positional,

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
-from jobs.cli.options import PROGRAM, CommonOptions, StageOptions
+from jobs.cli.options import CommonOptions, StageOptions
+from jobs.telemetry.output import PROGRAM
 from pipeline import storage
 
 Run = Callable[[Any], int]

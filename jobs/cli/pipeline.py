@@ -19,6 +19,7 @@ from jobs.cli.data import (
 from jobs.cli.model import TrainOptions, run_train
 from jobs.cli.options import CommonOptions, Dataset, Flat, StageOptions
 from jobs.cli.publish import import_torch_first
+from jobs.cli.run_stage import suggest_once
 from jobs.cluster.config import ClusterConfig
 from jobs.config.settings import Settings
 from jobs.telemetry import output
@@ -50,6 +51,8 @@ class PipelineOptions:
     """Also find the neighbors of its images in this database."""
     train_run: Annotated[str, tyro.conf.arg(name="train", metavar="RUN")] = ""
     """Also train this run, with neighbors in the database or, without one, in the dataset itself."""
+    json: bool = False
+    """Print the result as JSON, as it is printed without a terminal."""
 
 
 def run_pipeline(options: PipelineOptions) -> int:
@@ -60,14 +63,16 @@ def run_pipeline(options: PipelineOptions) -> int:
     if not dry_run:
         check_autofaiss()
     check_pipeline(options)
-    for verb, run, verb_options, folder in _steps(options):
-        if missing_folder:
-            output.print_json({"stage": verb, "folder": folder, "waits_for": missing_folder})
-            continue
-        if code := run(verb_options):
-            return code
-        if dry_run and not storage.exists(storage.join(folder, "manifest.json")):
-            missing_folder = folder
+    with suggest_once(options.common.root):
+        for verb, run, verb_options, folder in _steps(options):
+            if missing_folder:
+                waits = {"stage": verb, "folder": folder, "waits_for": missing_folder}
+                output.print_document(waits, as_json=options.json)
+                continue
+            if code := run(verb_options):
+                return code
+            if dry_run and not storage.exists(storage.join(folder, "manifest.json")):
+                missing_folder = folder
     return 0
 
 
@@ -90,7 +95,7 @@ def _steps(options: PipelineOptions) -> Iterator[tuple[str, Callable[[Any], int]
     """Each verb with its function, its options, and the folder that it seals."""
     from jobs.runs.run import Run
     from pipeline.datasets import dataset as datasets
-    name, cluster, common, stage = options.dataset, options.cluster, options.common, StageOptions()
+    name, cluster, common, stage = options.dataset, options.cluster, options.common, StageOptions(json=options.json)
     dataset = datasets.Dataset.parse(common.root, name)
     database = datasets.Dataset.parse(common.root, options.database or name)
     yield "shard", run_shard, ShardOptions(name, options.shard, cluster, common, stage), dataset.folder("shards")

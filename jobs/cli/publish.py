@@ -56,6 +56,8 @@ class RebuildOptions:
     cluster: Flat[ClusterConfig]
     common: Flat[CommonOptions]
     signing: Flat[SigningOptions] = field(default_factory=SigningOptions)
+    json: bool = False
+    """Print the result as JSON, as it is printed without a terminal."""
 
 
 def run_rebuild(options: RebuildOptions) -> int:
@@ -71,13 +73,17 @@ def run_rebuild(options: RebuildOptions) -> int:
     build = rebuild.Rebuild(root, name, options.shard, options.embed, options.index, options.rebuild,
                             options.signing.keys())
     if options.common.dry_run:
-        output.print_json(build.forecast(), indent=1)
+        output.print_document(build.forecast(), as_json=options.json, indent=1)
         return 0
     import_torch_first()
     check_autofaiss()
     with open_runner(options.common, options.cluster) as runner:
-        output.print_json(rebuild.run_rebuild(build, lambda stage: run_observed(
-            stage, runner, name=stage.name.replace("_", " "), tracker="auto")))
+        result = rebuild.run_rebuild(build, lambda stage: run_observed(
+            stage, runner, name=stage.name.replace("_", " "), tracker="auto"))
+    output.print_document(result, as_json=options.json)
+    if not output.wants_json(options.json):
+        from jobs.inspection.summary import next_sample
+        output.print_next(next_sample(root, name), options.common.root)
     return 0
 
 
@@ -140,14 +146,17 @@ class RollbackOptions:
     to: str = ""
     """The version, for example v2. Default: the one before the published one."""
     signing: Flat[SigningOptions] = field(default_factory=SigningOptions)
+    json: bool = False
+    """Print the result as JSON, as it is printed without a terminal."""
 
 
 def run_rollback(options: RollbackOptions) -> int:
     from jobs.publishing.releases import rollback
     plain, _, version = options.dataset.partition("@")
     name = _dataset_name(options.common.root, options.dataset, f"rollback {plain} --to {version}")
-    output.print_json(rollback(options.common.root, name, options.to, dry_run=options.common.dry_run,
-                              keys=options.signing.keys()))
+    result = rollback(options.common.root, name, options.to, dry_run=options.common.dry_run,
+                      keys=options.signing.keys())
+    output.print_document(result, as_json=options.json)
     return 0
 
 
@@ -163,13 +172,16 @@ class RepairOptions:
     accept_lost_requests: bool = False
     """Record takedown requests that are lost, and go on without them. Images that versions hide stay forgotten."""
     signing: Flat[SigningOptions] = field(default_factory=SigningOptions)
+    json: bool = False
+    """Print the result as JSON, as it is printed without a terminal."""
 
 
 def run_repair(options: RepairOptions) -> int:
     from jobs.publishing.repair import repair
     name = _dataset_name(options.common.root, options.dataset, f"repair {options.dataset.split('@')[0]}")
-    output.print_json(repair(options.common.root, name, dry_run=options.common.dry_run, keys=options.signing.keys(),
-                             accept_lost_requests=options.accept_lost_requests))
+    result = repair(options.common.root, name, dry_run=options.common.dry_run, keys=options.signing.keys(),
+                    accept_lost_requests=options.accept_lost_requests)
+    output.print_document(result, as_json=options.json)
     return 0
 
 

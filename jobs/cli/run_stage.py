@@ -40,11 +40,11 @@ def seal_and_print(stage: "Stage", options: Any, **how: Any) -> int:
     overwrite = options.stage.overwrite
     check_unpublished(stage, overwrite)
     if options.common.dry_run:
-        return print_forecast(stage, overwrite, options.cluster)
+        return print_forecast(stage, options, options.cluster)
     with (open_runner(options.common, options.cluster) as runner,
           observe(stage, tracker=options.stage.tracker) as observers):
         manifest = observers.sealed(run_stage(stage, runner, watch=observers.watch, overwrite=overwrite, **how))
-    print_result(stage, manifest)
+    print_result(stage, manifest, options)
     return 0
 
 
@@ -62,19 +62,52 @@ def check_unpublished(stage: "Stage", overwrite: bool) -> None:
                              f"write {dataset.name}@{dataset.next_version().version}")
 
 
-def print_forecast(stage: "Stage", overwrite: bool = False, cluster: ClusterConfig | None = None) -> int:
-    """Print what running the stage would do."""
+def print_forecast(stage: "Stage", options: Any, cluster: ClusterConfig | None = None, *,
+                   replaces: bool = False) -> int:
+    """Print what running the stage would do. `replaces`: it replaces what is there also without --overwrite."""
     from jobs.cluster.gpus import check_gpus
     from jobs.inspection import status
     if cluster:
         check_gpus(stage, cluster)
-    output.print_json(status.forecast_stage(stage, overwrite=overwrite), indent=1)
+    forecast = status.forecast_stage(stage, overwrite=options.stage.overwrite or replaces)
+    output.print_document(forecast, as_json=options.stage.json, indent=1)
     return 0
 
 
-def print_result(stage: "Stage", manifest: dict[str, Any]) -> None:
-    """Print one JSON document: the folder, its ledger if it has one, counts and facts."""
+def print_result(stage: "Stage", manifest: dict[str, Any], options: Any) -> None:
+    """Print the result of a stage: a summary and the next command for people, one JSON document for programs."""
+    from jobs.inspection import summary
+    if not output.wants_json(options.stage.json):
+        output.print_text(summary.summarize_stage(stage, manifest))
+        _suggest(summary.next_command(stage), options.common.root)
+        return
     totals = manifest["totals"]
     ledger = {"ledger": storage.join(stage.folder, "ledger")} if totals["skipped"] or totals["noted"] else {}
     facts = {key: value for key, value in manifest["info"].items() if isinstance(value, int | float | str)}
     output.print_json({"folder": stage.folder, **ledger, **totals, **facts})
+
+
+_held: list[str] | None = None  # the next commands of a pipeline, of which the last is printed
+
+
+@contextlib.contextmanager
+def suggest_once(root: str) -> Iterator[None]:
+    """Print only the last of the next commands inside, at the end."""
+    global _held
+    if _held is not None:  # a pipeline prints it
+        yield
+        return
+    _held = []
+    try:
+        yield
+        if _held:
+            output.print_next(_held[-1], root)
+    finally:
+        _held = None
+
+
+def _suggest(command: str, root: str) -> None:
+    if _held is not None:
+        _held.append(command)
+    elif command:
+        output.print_next(command, root)

@@ -4,11 +4,14 @@ import json
 import re
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 from jobs.telemetry import heartbeat
 from pipeline import storage
 
+PROGRAM = "rdm" if Path(sys.argv[0]).name == "rdm" else "python -m jobs"
+"""How the user called the program."""
 LAYOUT = "\n\t"
 # Bold and its end. tables.render makes them on a terminal.
 _STYLE = re.compile("(\x1b\\[1m|\x1b\\[0m)")
@@ -42,6 +45,36 @@ def print_json(document: Any, indent: int | None = None) -> None:
     """Print a JSON document. All characters but those of ASCII are escaped."""
     heartbeat.note_output()
     print(json.dumps(document, indent=indent, ensure_ascii=True), flush=True)
+
+
+def wants_json(flag: bool) -> bool:
+    """Whether a result is printed as JSON: with `--json`, or for a program that reads stdout."""
+    return flag or not sys.stdout.isatty()
+
+
+def print_document(document: dict[str, Any], *, as_json: bool, indent: int | None = None) -> None:
+    """Print a result: as JSON for programs, for people a name and a value in each line."""
+    if wants_json(as_json):
+        print_json(document, indent)
+        return
+    width = max(map(len, document), default=0)
+    for name, value in document.items():
+        print_text(f"{name.replace('_', ' '):<{width}}  {_plain_value(value)}")
+
+
+def _plain_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plain_value(inner)}" for name, inner in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain_value, value)) or "none"
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return str(value)
+
+
+def print_next(command: str, root: str) -> None:
+    """Print the command that usually follows, as the user calls the program."""
+    print_text(f"next: {add_root(command, root).replace('python -m jobs', PROGRAM, 1)}")
 
 
 def add_root(text: str, root: str) -> str:

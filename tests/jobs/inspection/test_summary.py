@@ -1,0 +1,57 @@
+"""People get a summary and the next command; programs get JSON."""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.cli.parse import parse_command
+from jobs.inspection.summary import _FOLLOWING, next_command, next_sample
+from tests.laws.terminal import run_on_screen
+
+
+class _Stage:
+    """The name, the path and the settings of a stage."""
+
+    def __init__(self, name: str, path: str) -> None:
+        self.name, self.path = name, path
+
+    def section(self) -> dict[str, Any]:
+        return {"database": "art@v2"}
+
+
+@pytest.mark.parametrize("name", _FOLLOWING)
+def test_the_next_command_is_one_that_the_program_takes(name: str) -> None:
+    path = {"neighbors": "datasets/mine/v2/neighbors/art@v2", "score": "datasets/mine/v2/scores/sharp"}.get(
+        name, f"runs/run/{name}/x" if name in {"sample", "evaluate", "train", "convert", "import"} else
+        f"datasets/mine/v2/{name}")
+    stage: Any = _Stage(name, path)
+    words = shlex.split(next_command(stage))
+    assert words[:3] == ["python", "-m", "jobs"]
+    parse_command(words[3:])  # exits if a flag or a word is unknown
+
+
+def test_after_a_rebuild_a_run_samples_from_the_database(tmp_path: Path) -> None:
+    assert shlex.split(next_sample(str(tmp_path), "art"))[3] == "search"
+    (tmp_path / "runs/small").mkdir(parents=True)
+    words = shlex.split(next_sample(str(tmp_path), "art"))
+    assert words[3:5] == ["sample", "small"] and words[-2:] == ["--database", "art"]
+    parse_command(words[3:])
+
+
+def test_people_get_text_and_programs_json(prepared_root: Path, tmp_path: Path) -> None:
+    shutil.copytree(prepared_root, tmp_path / "root")
+    command = [sys.executable, "-m", "jobs", "neighbors", "drawn", "--local", "--root", str(tmp_path / "root")]
+    seen = run_on_screen(command, 400)
+    lines = [line.rstrip() for line in seen.lines if line.strip()]
+    assert seen.code == 0 and lines[-4].startswith("neighbors: ") and "k 20" in lines[-3]
+    assert lines[-1] == f"next: python -m jobs train --root {tmp_path / 'root'} drawn_run --dataset drawn"
+    piped = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    as_json = run_on_screen([*command, "--json"], 400)
+    assert json.loads(piped) == json.loads(next(line for line in as_json.lines if line.startswith("{")))
+    assert json.loads(piped)["k"] == 20
