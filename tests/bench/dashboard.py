@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--subjects", type=int, default=400)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--work", default="")
-    parser.add_argument("--out", default=str(CHECKOUT / "docs/pictures/dashboard.png"))
+    parser.add_argument("--out", default=str(CHECKOUT / "docs/images/dashboard.png"))
     args = parser.parse_args()
     if not prometheus_server.binary():
         raise SystemExit("prometheus is not installed\nhint: apt-get install prometheus")

@@ -1,7 +1,10 @@
 """Tables of the documents agree with the code."""
 
 import re
+from pathlib import Path
 
+from jobs.inspection import prometheus
+from jobs.telemetry import ray_metrics
 from pipeline.layouts import known
 from tests.docs.pages import ROOT
 
@@ -20,3 +23,15 @@ def test_the_table_of_corpora_has_every_layout_and_its_columns() -> None:
         name, recognized, url, caption, *_ = rows[layout.name][1:]
         assert re.findall("`(.+?)`", recognized) == list(layout.has), name
         assert layout.url in url.replace("`", "").strip() and layout.caption in caption, name
+
+
+def test_the_page_of_metrics_has_every_metric_and_no_other() -> None:
+    files, ray = ((ROOT / "docs/reference/metrics.md").read_text().split("\n## ")[part] for part in (1, 2))
+    served = {f"rdm_{group}_{name}" for group, names in (("stage", prometheus._STAGE), ("train", prometheus._TRAIN),
+                                                        ("database", prometheus._DATABASE)) for name in names}
+    served |= set(re.findall(r'"(rdm_\w+[a-z])"', Path(prometheus.__file__).read_text()))
+    assert set(re.findall(r"`(rdm_\w+)`", files)) == served
+    exported = {f"rdm_{name}_total" for name in ray_metrics._DONE}
+    exported |= {f"rdm_train_{name}" for name in ray_metrics._CURVE}
+    exported |= set(re.findall(r'"(rdm_\w+[a-z])"', Path(ray_metrics.__file__).read_text()))
+    assert set(re.findall(r"`(rdm_\w+)`", ray)) == exported
