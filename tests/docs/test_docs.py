@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from jobs.cli.parse import VERBS
 from jobs.inspection import prometheus
 from jobs.telemetry import ray_metrics
 from pipeline.layouts import known
@@ -35,3 +36,11 @@ def test_the_page_of_metrics_has_every_metric_and_no_other() -> None:
     exported |= {f"rdm_train_{name}" for name in ray_metrics._CURVE}
     exported |= set(re.findall(r'"(rdm_\w+[a-z])"', Path(ray_metrics.__file__).read_text()))
     assert set(re.findall(r"`(rdm_\w+)`", ray)) == exported
+
+
+def test_the_readme_is_short_and_its_table_has_every_verb() -> None:
+    text = (ROOT / "README.md").read_text()
+    table = text.split("## Verbs\n")[1].split("\n## ")[0]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert sorted(verb for cell in cells for verb in re.findall(r"`(.+?)`", cell)) == sorted(VERBS)
+    assert len(text.encode()) <= 8_000 and len((ROOT / "ARCHITECTURE.md").read_bytes()) <= 60_000

@@ -77,7 +77,8 @@ def test_each_line_reads_its_file(root: Path) -> None:
     values = {line.split("/")[-1].split('"')[0]: value for line, value in results.items()}
     assert values["manifest.json"] == 12 and values["rows.npy"].tolist() == [3]
     assert values["000000.ids.npy"].shape == (12, 2) and values["current.json"] == "v1"
-    assert [row["status"] for row in results[next(line for line in results if '"status"' in line)]].count("success") == 12
+    rows = results[next(line for line in results if '"status"' in line)]
+    assert [row["status"] for row in rows].count("success") == 12
 
 
 def test_the_page_has_only_expressions() -> None:
