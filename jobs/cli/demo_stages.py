@@ -8,12 +8,13 @@ from typing import Any
 from jobs.config.recipes import RECIPES
 from jobs.config.settings import Settings
 from jobs.report import report
+from jobs.runs.newest_run import DEMO_RUN
 from jobs.runs.run import Run
 from jobs.sampling.sample_stage import Sampling
 from jobs.telemetry import output
 from jobs.telemetry.observe import run_observed
 from jobs.telemetry.units import format_bytes
-from jobs.training.export import BUNDLED, import_run
+from jobs.training.export import BUNDLED, BUNDLED_RUN, import_run
 from jobs.training.train_stage import Job
 from pipeline import storage
 from pipeline.corpora import drawn as drawn_corpus
@@ -29,8 +30,6 @@ from pipeline.stages.plan import prepare
 from pipeline.stages.stage import Stage
 
 TRAIN, HELD_OUT = "train", "heldout"
-RUN = "demo"
-TRAINED = "emoji_32"  # the run of the model that comes along, which knows emoji alone
 _FEW_STEPS = 600  # beside a model that is trained already
 # Some that training has seen, some of the held-out tenth; every style has a picture of each.
 EMOJI_PROMPTS = ("red apple", "house", "soccer ball", "sunflower", "red heart", "ghost", "rose", "trophy")
@@ -49,7 +48,7 @@ def make_demo(root: str, settings: Settings, runner: Runner, *, without_emoji: b
         _FEW_STEPS if bundled else settings.train.steps)))
     if dry_run:
         output.print_text(
-            f"corpus {pictures.config.corpus}, datasets {', '.join([TRAIN, *styles])}, run {RUN} of "
+            f"corpus {pictures.config.corpus}, datasets {', '.join([TRAIN, *styles])}, run {DEMO_RUN} of "
             f"{settings.train.steps} steps, report {storage.join(root, 'report.html')}")
         return ""
     did = [_seal(pictures, runner)]
@@ -67,8 +66,8 @@ def make_demo(root: str, settings: Settings, runner: Runner, *, without_emoji: b
     databases = tuple(names[style] for style in styles)
     if bundled:
         did.append(_seal(Sampling(_bundled(root), 0, _prompts(pictures), databases, settings.embed.clip(),
-                                  RECIPES[TRAINED]().sample), runner))
-    job = Job(Run.parse(root, RUN), names[TRAIN], names[TRAIN], settings.train, validation=names[HELD_OUT])
+                                  RECIPES[BUNDLED_RUN]().sample), runner))
+    job = Job(Run.parse(root, DEMO_RUN), names[TRAIN], names[TRAIN], settings.train, validation=names[HELD_OUT])
     if not storage.exists(storage.join(job.run.folder, "manifest.json")):
         _log.info("train: %d steps of %d pictures", settings.train.steps, settings.train.global_batch)
         did.append(True)
@@ -87,7 +86,7 @@ def make_demo(root: str, settings: Settings, runner: Runner, *, without_emoji: b
 
 def _bundled(root: str) -> Run:
     """The model that comes along as a run of the root."""
-    run = Run.parse(root, TRAINED)
+    run = Run.parse(root, BUNDLED_RUN)
     new = not storage.exists(storage.join(run.folder, "manifest.json"))
     import_run(run, BUNDLED)
     if new:

@@ -26,11 +26,11 @@ SHELLS = {
 """For each shell the script that completes `rdm`. The shell asks the program for the words at each press of Tab."""
 
 _ON_WORKERS = {"shard", "embed", "score", "index", "neighbors", "latents", "train", "sample", "evaluate", "rebuild",
-               "pipeline", "demo", "plan"}
+               "style", "pipeline", "demo", "plan"}
 _USED_BY = {
     "ClusterConfig": {
         **{name: {"train", "pipeline", "demo"} for name in ("min_workers", "resize_every", "max_failures")},
-        "decoders": {"embed", "pipeline", "rebuild", "demo"},
+        "decoders": {"embed", "pipeline", "rebuild", "style", "demo"},
         "gpus": {*VERBS} - {"shard", "index"}},
     "CommonOptions": {
         "local": _ON_WORKERS,
@@ -134,7 +134,7 @@ class _Trimmed:
         return trimmed, copy
 
     def _is_usual(self, kind: type, name: str) -> bool:
-        table = _USUAL | (_PIPELINE_USUAL if self.verb in {"pipeline", "rebuild"} else {})
+        table = _USUAL | (_PIPELINE_USUAL if self.verb in {"pipeline", "rebuild", "style"} else {})
         return self.everything or kind.__name__ not in table or name in table[kind.__name__].split()
 
 

@@ -3,14 +3,14 @@
 import logging
 import os
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
 from jobs.cli.options import STOPPED, CommonOptions, Flat, RunName, StageOptions, Unflagged, Words
-from jobs.cli.run_stage import open_runner, print_forecast, print_result, seal_and_print
+from jobs.cli.run_stage import open_runner, print_forecast, print_result, seal_and_print, spare_ray
 from jobs.cluster.config import ClusterConfig
 from jobs.evaluation.config import EvaluateConfig
 from jobs.sampling.config import QueryConfig, SampleConfig
@@ -157,10 +157,12 @@ def _train_and_seal(training: "Training", job: "Job", cluster: ClusterConfig, *,
 class SampleOptions:
     """Generate images for prompts or for query images, each with its neighbors in a database."""
 
-    examples: ClassVar = ("sample emoji_32 --prompt 'red apple' --database noto --database openmoji",
+    examples: ClassVar = ("sample 'red apple' --database noto",
                           "sample emoji_32 --image apple.jpg --database noto:3+openmoji:1 --seed 7")
 
-    run: RunName
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=(
+        "Name of the run. Without --prompt, --image and the like: the prompt, for the newest run with the encoder of "
+        "the database, or else the bundled model."))]
     sample: Flat[SampleConfig]
     embed: Unflagged[EmbedConfig]
     cluster: Flat[ClusterConfig]
@@ -187,17 +189,37 @@ class SampleOptions:
 
 def run_sample(options: SampleOptions) -> int:
     from jobs.runs.run import Run
+    from jobs.sampling.default_run import default_run
     from jobs.sampling.mixture import Mixture
     from jobs.sampling.queries import read_prompts
     from jobs.sampling.sample_stage import Sampling
-    from pipeline.embeddings.clip_weights import ClipConfig
+    from jobs.training.export import BUNDLED_RUN
+    from pipeline.embeddings.clip_weights import ClipConfig, encoder_of
     root, embed = options.common.root, options.embed
     encoder = ClipConfig(options.model or embed.model, options.pretrained or embed.pretrained, embed.precision)
     databases = tuple(Mixture.parse(root, name) for name in options.database)
     prompts = options.prompt + (read_prompts(options.prompts) if options.prompts else ())
-    sampling = Sampling(Run.parse(root, options.run), options.checkpoint, prompts, databases, encoder, options.sample,
-                        options.name, pictures=options.image, query_config=options.query)
-    return seal_and_print(sampling, options)
+    if _names_no_run(options):
+        run = default_run(databases, options.run, dry_run=options.common.dry_run)
+        if run is None:
+            output.print_document({"stage": "sample", "waits_for": Run.parse(root, BUNDLED_RUN).folder},
+                                  as_json=options.stage.json)
+            return 0
+        prompts = (options.run,)
+        if not (options.model or options.pretrained):
+            encoder = encoder_of(f"the run {run.name}", run.encoder(), embed)
+    else:
+        run = Run.parse(root, options.run)
+    sampling = Sampling(run, options.checkpoint, prompts, databases, encoder, options.sample, options.name,
+                        pictures=options.image, query_config=options.query)
+    common = spare_ray(options.common, options.cluster, small=len(databases) == 1)  # one item has one worker
+    return seal_and_print(sampling, replace(options, common=common))
+
+
+def _names_no_run(options: SampleOptions) -> bool:
+    """Whether the word in the place of the run is the prompt: there is no other query, and no run of this name."""
+    return (not (options.prompt or options.prompts or options.image or options.query.unconditional)
+            and options.run not in storage.list_folders(storage.join(storage.normalize(options.common.root), "runs")))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class CommonOptions:
     root: str = "data"
     """Folder or s3:// URL that holds everything."""
     recipe: str = ""
-    """Settings to start from: tiny (default), emoji_32, emoji_64, imagenet_400m, ffhq_415m or laion_1p3b."""
+    """Settings to start from: tiny (default), emoji_32, emoji_64, style, imagenet_400m, ffhq_415m or laion_1p3b."""
     config: str = ""
     """TOML file of settings, with the sections of the recipe. Flags override it."""
     local: bool = False

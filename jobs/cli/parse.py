@@ -15,13 +15,13 @@ Run = Callable[[Any], int]
 """The function of a verb: from its options to the exit code."""
 VERBS = {**dict.fromkeys(("shard", "embed", "score", "index", "neighbors", "latents"), "data"),
          **dict.fromkeys(("convert", "export", "train", "sample", "evaluate"), "model"),
-         **dict.fromkeys(("rebuild", "versions", "rollback", "repair", "gc", "credits", "forget"),
+         **dict.fromkeys(("rebuild", "style", "versions", "rollback", "repair", "gc", "credits", "forget"),
                          "publish"),
          **dict.fromkeys(("search", "report", "status", "verify", "plan", "recipes"), "inspect"),
          **dict.fromkeys(("show", "ls", "rm"), "everyday.root"),
          **{verb: verb for verb in ("pipeline", "demo", "submit")}}
 """The verbs, and the module of each: `VERB` has the class `VerbOptions` and the function `run_VERB`."""
-GROUPS = {"build": ("demo", "recipes", "pipeline", "shard", "embed", "score", "index", "neighbors", "latents"),
+GROUPS = {"build": ("demo", "style", "recipes", "pipeline", "shard", "embed", "score", "index", "neighbors", "latents"),
           "train": ("train", "evaluate", "convert", "export"),
           "sample": ("search", "sample", "credits"),
           "publish": ("rebuild", "versions", "rollback", "repair", "gc", "forget", "rm"),
@@ -93,7 +93,7 @@ def default_options(kind: type, flags: list[str]) -> Any:
         first.add_argument("--recipe", default="")
         first.add_argument("--config", default="")
         known, _ = first.parse_known_args(flags)
-        values |= resolve_sections(known.recipe, known.config, names)
+        values |= resolve_sections(known.recipe, known.config, names, getattr(kind, "default_recipe", "tiny"))
     for field in fields(kind):
         if field.name not in values:
             values[field.name] = (field.default if field.default is not MISSING else field.default_factory()

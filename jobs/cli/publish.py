@@ -1,14 +1,14 @@
 """Verbs for published databases: rebuild, versions, rollback, repair, gc, credits, forget."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
 from jobs.cli.options import CommonOptions, DatasetName, Flat, Words
-from jobs.cli.run_stage import open_runner
+from jobs.cli.run_stage import open_runner, spare_ray
 from jobs.cluster.config import ClusterConfig
 from jobs.config.settings import Settings
 from jobs.publishing.config import GcConfig, RebuildConfig
@@ -17,11 +17,16 @@ from pipeline import storage
 from pipeline.embeddings.config import EmbedConfig
 from pipeline.indices.config import IndexConfig
 from pipeline.sources.config import ShardConfig
+from pipeline.stages.timers import Times
 
 if TYPE_CHECKING:
+    from jobs.publishing.rebuild import Rebuild
     from pipeline.datasets.signatures import ReleaseKeys
+    from pipeline.stages.stage import Stage
 
 _log = logging.getLogger(__name__)
+_IMAGES_WITHOUT_RAY = 5000
+"""`style` makes a database of so many images in its own process."""
 
 
 @dataclass(frozen=True)
@@ -61,30 +66,76 @@ class RebuildOptions:
 
 
 def run_rebuild(options: RebuildOptions) -> int:
-    from jobs.publishing import rebuild
-    from jobs.telemetry.observe import run_observed
+    from jobs.inspection.summary import next_sample
+    build = _open_rebuild(options)
+    return _publish(build, options, Times(), next_sample(build.root, build.name))
+
+
+def _open_rebuild(options: RebuildOptions) -> "Rebuild":
+    from jobs.publishing.rebuild import Rebuild
     from pipeline.datasets.dataset import Dataset
-    from pipeline.indices.choose import check_autofaiss
     root, name = storage.normalize(options.common.root), Dataset.parse(options.common.root, options.dataset).name
     if "@" in options.dataset:
         raise ValueError(f"{options.dataset}: a rebuild makes the next version itself\n"
                          f"hint: python -m jobs rebuild {name} --source SOURCE")
     check_rebuild(options)
-    build = rebuild.Rebuild(root, name, options.shard, options.embed, options.index, options.rebuild,
-                            options.signing.keys())
+    return Rebuild(root, name, options.shard, options.embed, options.index, options.rebuild, options.signing.keys())
+
+
+def _publish(build: "Rebuild", options: RebuildOptions, times: Times, following: str) -> int:
+    """Bring the published version up to the source, and print what was done and the seconds of each part."""
     if options.common.dry_run:
         output.print_document(build.forecast(), as_json=options.json, indent=1)
         return 0
-    import_torch_first()
+    with times("imports"):
+        import_torch_first()
+        from jobs.publishing.rebuild import run_rebuild
+        from jobs.telemetry.observe import run_observed
+        from pipeline.indices.choose import check_autofaiss
     check_autofaiss()
-    with open_runner(options.common, options.cluster) as runner:
-        result = rebuild.run_rebuild(build, lambda stage: run_observed(
-            stage, runner, name=stage.name.replace("_", " "), tracker="auto"))
-    output.print_document(result, as_json=options.json)
+
+    def seal(stage: "Stage") -> dict[str, Any]:
+        with times(stage.name):
+            return run_observed(stage, runner, name=stage.name.replace("_", " "), tracker="auto")
+
+    before = sum(times.seconds.values())
+    with times("all"), open_runner(options.common, options.cluster) as runner:
+        result = run_rebuild(build, seal)
+    whole = times.seconds.pop("all")
+    times.add("publish", whole - (sum(times.seconds.values()) - before))
+    seconds = {part: round(value, 1) for part, value in times.seconds.items()}
+    output.print_document(result | {"seconds": seconds}, as_json=options.json)
     if not output.wants_json(options.json):
-        from jobs.inspection.summary import next_sample
-        output.print_next(next_sample(root, name), options.common.root)
+        output.print_next(following, options.common.root)
     return 0
+
+
+@dataclass(frozen=True)
+class StyleOptions(RebuildOptions):
+    """Make a published style database of a folder of images, or its next version."""
+
+    examples: ClassVar = ("style mine --source ~/images",
+                          "style mine --source ~/images --root data/demo --dry-run")
+    default_recipe: ClassVar = "style"
+
+
+def run_style(options: StyleOptions) -> int:
+    times = Times()
+    with times("imports"):
+        import_torch_first()
+        from jobs.publishing.choose_encoder import choose_encoder
+        from pipeline.embeddings.clip_weights import BUNDLED_MODEL
+    with times("source"):
+        encoder = choose_encoder(options.common.root, options.dataset, options.embed)
+        options = replace(options, embed=replace(options.embed, model=encoder.model, pretrained=encoder.pretrained))
+        build = _open_rebuild(options)
+    if encoder.model == BUNDLED_MODEL:
+        _log.info("style: the encoder %s was trained on emoji, like the bundled model\nhint: --embed.model and "
+                  "--embed.pretrained name one for photographs; a run with it must sample", BUNDLED_MODEL)
+    small = build.source.count <= _IMAGES_WITHOUT_RAY
+    common = spare_ray(options.common, options.cluster, small=small)
+    return _publish(build, replace(options, common=common), times,
+                    f"python -m jobs sample 'a tree' --database {build.name}")
 
 
 def check_rebuild(options: RebuildOptions, *, here: bool = True) -> None:
@@ -98,7 +149,8 @@ def check_rebuild(options: RebuildOptions, *, here: bool = True) -> None:
                         cluster=options.cluster)
     dataset = Dataset.parse(options.common.root, options.dataset)
     run_checks(rebuild_checks(Build(dataset, settings, local=options.common.local, here=here)))
-    if not (options.common.names_recipe or (here and Published.load(dataset.root, dataset.name).version)):
+    if not (options.common.names_recipe or isinstance(options, StyleOptions)
+            or (here and Published.load(dataset.root, dataset.name).version)):
         mention_demo_defaults(settings, embeds=True, trains=False)
 
 

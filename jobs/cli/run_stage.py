@@ -1,7 +1,9 @@
 """Run a stage with the options of a verb. Imports Ray and torch only when a stage needs them."""
 
 import contextlib
+import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from jobs.cli.options import CommonOptions
@@ -31,6 +33,15 @@ def open_runner(common: CommonOptions, cluster: ClusterConfig) -> Iterator["Runn
             yield pool
     finally:
         pool.close()
+
+
+def spare_ray(common: CommonOptions, cluster: ClusterConfig, *, small: bool) -> CommonOptions:
+    """The options with `local` set for `small` work, unless a cluster, more workers or GPUs are named.
+
+    To start Ray on one machine takes longer than such work. The result is the same.
+    """
+    named = os.environ.get("RAY_ADDRESS") or cluster.gpus or cluster.workers != ClusterConfig.workers
+    return replace(common, local=True) if small and not named else common
 
 
 def seal_and_print(stage: "Stage", options: Any, **how: Any) -> int:

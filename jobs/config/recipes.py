@@ -35,6 +35,11 @@ def emoji_64() -> Settings:
                    evaluate=EvaluateConfig(words=_EMOJI_WORDS))
 
 
+def style() -> Settings:
+    """A style database of a folder of some hundred to some thousand images: 256 pixels, and an exact index."""
+    return Settings(shard=ShardConfig(image_size=256), index=IndexConfig(key="Flat"))
+
+
 def imagenet_400m() -> Settings:
     """RDM-256 on ImageNet: CLIP ViT-B/32 and 400 M parameters on latents (arXiv:2204.11824)."""
     return Settings(shard=ShardConfig(image_size=256),
@@ -75,7 +80,9 @@ PURPOSES = {
     "tiny": Purpose("first try: the demo's images", _DEMO_IMAGES, 0, 1),
     "emoji_32": Purpose("demo: emoji on two CPU cores", _DEMO_IMAGES, 0, 1),
     "emoji_64": Purpose("demo: emoji on one GPU", _DEMO_IMAGES, 0, 1),
+    "style": Purpose("style database of a folder", _DEMO_IMAGES, 0, 1),
     "imagenet_400m": Purpose("photographs of many kinds", 1_281_167, 20_000_000, 4),
     "ffhq_415m": Purpose("photographs of one kind: faces", 70_000, 20_000_000, 4),
     "laion_1p3b": Purpose("art and text prompts", 100_000_000, 20_000_000, 16)}
-RECIPES = {recipe.__name__: recipe for recipe in (tiny, emoji_32, emoji_64, imagenet_400m, ffhq_415m, laion_1p3b)}
+RECIPES = {recipe.__name__: recipe for recipe in (tiny, emoji_32, emoji_64, style, imagenet_400m, ffhq_415m,
+                                                  laion_1p3b)}

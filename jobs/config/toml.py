@@ -25,12 +25,13 @@ def resolve_settings(recipe: str, file: str) -> Settings:
     return _override(settings, document, file)
 
 
-def resolve_sections(recipe: str, file: str, names: Collection[str]) -> dict[str, Any]:
+def resolve_sections(recipe: str, file: str, names: Collection[str], default: str = "tiny") -> dict[str, Any]:
     """Only the sections `names`, like `resolve_settings`. The name `settings` stands for all of them.
 
-    Other sections of the file are not read, except that an unknown section is a ValueError.
+    `default` is the recipe if none is named. Other sections of the file are not read, except that an unknown section
+    is a ValueError.
     """
-    settings, document = _read(recipe, file)
+    settings, document = _read(recipe, file, default)
     if "settings" not in names:
         known = {field.name for field in fields(settings)}
         document = {name: value for name, value in document.items() if name in names or name not in known}
@@ -39,7 +40,7 @@ def resolve_sections(recipe: str, file: str, names: Collection[str]) -> dict[str
                                      if field.name in names}
 
 
-def _read(recipe: str, file: str) -> tuple[Settings, dict[str, Any]]:
+def _read(recipe: str, file: str, default: str = "tiny") -> tuple[Settings, dict[str, Any]]:
     """The settings of the recipe, and the sections of the file."""
     document: dict[str, Any] = {}
     if file:
@@ -53,7 +54,7 @@ def _read(recipe: str, file: str) -> tuple[Settings, dict[str, Any]]:
         # Also text that is not UTF-8, numbers of thousands of digits, thousands of brackets.
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is not TOML: {error}") from None
-    name = recipe or document.pop("recipe", "tiny")
+    name = recipe or document.pop("recipe", default)
     document.pop("recipe", None)
     if not isinstance(name, str) or name not in RECIPES:
         where = f"{file}: " if file and not recipe else ""

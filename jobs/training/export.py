@@ -16,6 +16,8 @@ from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output
 
 BUNDLED = Path(__file__).parents[2] / "model" / "emoji_32"
+BUNDLED_RUN = "emoji_32"
+"""The name of the bundled model as a run of a root."""
 _ABOUT = {"config": dict, "step": int, "run": {"encoder": dict, "image_size": int, "name?": str,
                                                "first_stage?": ({"source": str, "sha256": str}, type(None))}}
 _KEPT = ("encoder", "image_size", "dataset", "database", "first_stage", "lineage")

@@ -72,6 +72,20 @@ def check_encoder(encoder: ClipConfig, name: str, description: dict[str, Any]) -
                          f"hint: --model and --pretrained as when it was embedded")
 
 
+def encoder_of(name: str, description: dict[str, Any], default: ClipConfig | None = None) -> ClipConfig:
+    """The encoder with this description, which is that of `name`. It is `default` if that has the description.
+
+    ValueError if its weights are in a file or a folder: a description does not say where that is.
+    """
+    default = default or ClipConfig()
+    if describe_encoder(default) == description:
+        return default
+    if description["model"] == "local-dir" or description["pretrained"] == "file":
+        raise ValueError(f"{name} belongs to an encoder whose weights are in a file: expected where it is\n"
+                         f"hint: --model and --pretrained as when it was embedded")
+    return ClipConfig(description["model"], description["pretrained"], default.precision)
+
+
 def read_tagged_weights(config: ClipConfig) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """The weights of a model that open_clip knows by name, its architecture, and what its tag says."""
     if config.pretrained == RANDOM:

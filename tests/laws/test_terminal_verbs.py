@@ -66,6 +66,8 @@ def _commands(place: Path) -> list[list[str]]:
         ["export", "run", "--out", str(place / f"out {HOSTILE}")],
         ["convert", "carried", "--checkpoint", str(place / f"out {HOSTILE}")],
         ["rebuild", "built", "--source", str(place / "flat"), "--image-size", "16"],
+        ["style", "styled", "--source", str(place / "flat")],
+        ["sample", HOSTILE, "--database", "flat", "--steps", "2"],
         ["pipeline", "piped", "--source", str(place / "flat"), "--image-size", "16"],
         ["search", "flat", HOSTILE], ["search", "flat", HOSTILE, "--json", "--database", "art"],
         ["forget", "--url", f"5\n{HOSTILE}flat.png"],
@@ -84,6 +86,7 @@ def _refused(place: Path) -> list[list[str]]:
             ["sample", HOSTILE, "--prompt", "a"], ["evaluate", "run", "--database", HOSTILE],
             ["export", HOSTILE, "--out", str(place / "o")], ["convert", "c", "--checkpoint", HOSTILE],
             ["rebuild", HOSTILE, "--source", str(place / "flat")], ["rebuild", "b", "--source", HOSTILE],
+            ["style", "b", "--source", HOSTILE], ["sample", HOSTILE],
             ["shard", "w", "--source", str(place / "flat"), "--where", HOSTILE], ["rollback", "built", "--to", HOSTILE],
             ["forget", "--domain", HOSTILE], ["show", HOSTILE], ["ls", HOSTILE], ["credits", HOSTILE], [HOSTILE]]
 

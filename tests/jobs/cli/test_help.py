@@ -122,7 +122,7 @@ def test_mistyped_flags_are_suggested(capsys: pytest.CaptureFixture[str]) -> Non
 def test_words_that_complete(tmp_path: Path) -> None:
     for folder in ("datasets/noto/v1", "datasets/nova/v1", "datasets/art/v1", "runs/emoji_32"):
         (tmp_path / folder).mkdir(parents=True)
-    assert help_pages.complete(["s"]) == ["shard", "score", "sample", "search", "status", "show", "submit"]
+    assert help_pages.complete(["s"]) == ["shard", "score", "sample", "style", "search", "status", "show", "submit"]
     assert help_pages.complete(["shard", "--sou"]) == ["--source", "--sources"]
     assert "--decoders" not in help_pages.complete(["index", "--"])
     assert help_pages.complete(["embed", "--root", str(tmp_path), "no"]) == ["noto", "nova"]

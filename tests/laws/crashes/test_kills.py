@@ -18,7 +18,7 @@ from tests.laws.crashes.roots import (
 )
 
 _READERS = {"search", "show", "ls", "versions", "credits", "report", "status", "verify", "plan"}
-_BY_THE_SAME_DRIVER = {"convert", "export", "evaluate", "pipeline", "demo", "submit"}
+_BY_THE_SAME_DRIVER = {"convert", "export", "evaluate", "style", "pipeline", "demo", "submit"}
 
 
 def test_all_verbs_are_known() -> None:

@@ -1,0 +1,22 @@
+"""The run that a command takes if the user names none."""
+
+from typing import Any
+
+from jobs.runs.run import Run
+from pipeline import storage
+
+DEMO_RUN = "demo"
+"""The run that the demo trains for a minute. Every other run is preferred."""
+
+
+def find_newest_run(root: str, encoder: dict[str, Any] | None = None) -> Run | None:
+    """The run with the newest checkpoint, of all or of those with this encoder. None if there is none."""
+    root = storage.normalize(root)
+    dated = []
+    for name in storage.list_folders(storage.join(root, "runs")):
+        run = Run(root, name)
+        if not run.planned() or not (steps := run.steps()) or (encoder and run.encoder() != encoder):
+            continue
+        checkpoint = storage.join(run.folder, "checkpoints", f"{steps[-1]:07d}", "manifest.json")
+        dated.append((name != DEMO_RUN, storage.modified_time(checkpoint), name))
+    return Run(root, max(dated)[2]) if dated else None
