@@ -47,12 +47,18 @@ FOLDERS = (
 
 
 def find_folder_layout(names: Iterable[str]) -> FolderLayout | None:
-    """The known layout that the relative names of all images fit, if they are of two classes or more."""
+    """The known layout that most of the relative names fit, if these are of two classes or more."""
     names = list(names)
-    fitting = (layout for layout in FOLDERS if all("/" in name and layout.fits(name.split("/")) for name in names))
-    layout = next(fitting, None)
-    has_classes = len({name.split("/")[-2] for name in names}) >= _FEWEST_CLASSES if layout else False
-    return layout if has_classes else None
+    for layout in FOLDERS:
+        fitting = [name for name in names if fits_layout(layout, name)]
+        if 2 * len(fitting) > len(names) and len({name.split("/")[-2] for name in fitting}) >= _FEWEST_CLASSES:
+            return layout
+    return None
+
+
+def fits_layout(layout: FolderLayout, name: str) -> bool:
+    """Whether the relative name of an image is as in a layout."""
+    return "/" in name and layout.fits(name.split("/"))
 
 
 def folder_cells(layout: FolderLayout, name: str) -> dict[str, str]:

@@ -94,7 +94,7 @@ class Adopt(Stage):
 
     def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:
         if not any(record["samples"] for record in records):
-            raise StageFailed(f"shard: not one image of {', '.join(self.config.source)} can be adopted: "
+            raise StageFailed(f"shard: no image of {', '.join(self.config.source)} can be adopted: "
                               f"{len(self.addresses())} tars without a sample\nhint: list them with tar -tf")
         return super().finish(records, scratch)
 
@@ -173,8 +173,11 @@ def _check_adoptable(address: str, faults: TarFaults, good: int) -> None:
     if faults.is_apart:
         raise ValueError(f"{address}: the members of a sample do not follow each other\n"
                          f"hint: shard it without --adopt, which joins them by key")
-    if faults.members:
-        (name, _, detail), count = faults.members[0], len(faults.members) + faults.unnamed.total()
+    if faults.has_repeats:
+        raise ValueError(f"{address}: two samples with one key follow each other, which other programs join\n"
+                         f"hint: shard it without --adopt, which takes both")
+    if refused := [member for member in faults.members if member[1] != "ignored_member"]:
+        (name, _, detail), count = refused[0], len(refused) + faults.unnamed.total() - faults.unnamed["ignored_member"]
         raise ValueError(f"{address}: {count} members are not adopted, the first is {name}: {detail}\n"
                          f"hint: shard it without --adopt, which leaves them out")
 

@@ -7,14 +7,12 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from pipeline import storage
+from pipeline.media.sample_names import system_folder
 from pipeline.media.types import SUFFIXES
+from pipeline.sources.companions import find_companions
 from pipeline.sources.folder_files import (
-    CAPTION_FILES,
-    METADATA_FILES,
     count_text,
-    stem_of,
     suffix_of,
-    system_folder,
 )
 from pipeline.sources.patterns import is_pattern, match_pattern
 from pipeline.sources.source import LISTS, TARS, Source, list_source_files
@@ -53,6 +51,10 @@ def open_source(config: ShardConfig) -> Source:
     if not addresses:
         wanted = {"list": USUAL_TABLES, "tars": ", ".join(TARS)}[kind]
         raise ValueError(f"no files ending in {wanted} in {', '.join(config.source)}")
+    if len(unique := list(dict.fromkeys(addresses))) < len(addresses):
+        _log.warning("%s: %d files are named twice and taken once", ", ".join(config.source),
+                     len(addresses) - len(unique))
+        addresses = unique
     source = open_lists(config, addresses) if kind == "list" else TarSource(config, addresses)
     source.ignored = ignored
     if ignored:
@@ -82,7 +84,8 @@ def _choose_kind(config: ShardConfig, listed: list[_Listed]) -> tuple[str, Count
     names_by_kind: dict[str, list[str]] = {}
     ignored: Counter[str] = Counter()
     for source, files in zip(sources, listed, strict=True):
-        kinds, others = _sort_by_kind([name for name, _ in files])
+        base = storage.normalize(source) if _is_folder(source) else ""
+        kinds, others = _sort_by_kind([name for name, _ in files], base)
         if not kinds:
             there = f"; it has {count_text(others)}" if others else ""
             raise ValueError(f"no images in {source}{there}\nhint: files ending in {', '.join(SUFFIXES)} are looked "
@@ -97,13 +100,16 @@ def _choose_kind(config: ShardConfig, listed: list[_Listed]) -> tuple[str, Count
     names_by_kind = dict(sorted(names_by_kind.items(), key=lambda each: (-len(each[1]), each[0])))
     counts = ", ".join(f"{len(names)} {_NAMES[kind]} ({', '.join(sorted(names)[:2])}{', ...' if names[2:] else ''})"
                        for kind, names in names_by_kind.items())
+    hints = [f"{' or '.join(f'--kind {kind}' for kind in names_by_kind)}, which leaves the others out",
+             "or make a dataset of each"]
+    if {"pictures", "list"} <= names_by_kind.keys():
+        hints.insert(0, "--captions FILE if a list describes the images")
     raise ValueError(f"the files of {', '.join(sources)} are of several kinds: {counts}\n"
-                     f"hint: {' or '.join(f'--kind {kind}' for kind in names_by_kind)}, which leaves the others out; "
-                     f"or make a dataset of each")
+                     f"hint: {'; '.join(hints)}")
 
 
-def _sort_by_kind(names: list[str]) -> tuple[dict[str, list[str]], Counter[str]]:
-    """The files of each kind, and counts of all others."""
+def _sort_by_kind(names: list[str], base: str) -> tuple[dict[str, list[str]], Counter[str]]:
+    """The files of each kind, and counts of all others. Names are relative to `base`, or URLs without one."""
     kinds: dict[str, list[str]] = {}
     others: Counter[str] = Counter()
     for name in names:
@@ -119,26 +125,13 @@ def _sort_by_kind(names: list[str]) -> tuple[dict[str, list[str]], Counter[str]]
         kinds["list"] = loose
         others -= Counter(map(suffix_of, loose))
     if len(kinds) > 1 and "list" in kinds:
-        companions = _companions(kinds, {_folder(name) for name in names if name.rpartition("/")[2] == "plan.json"})
+        stage_folders = {_folder(name) for name in names if name.rpartition("/")[2] == "plan.json"}
+        companions = find_companions(kinds, stage_folders, lambda name: storage.join(base, name) if base else name)
         others.update(suffix_of(name) for name in companions)
         kinds["list"] = [name for name in kinds["list"] if name not in companions]
     return {kind: files for kind, files in kinds.items() if files}, others
 
 
-def _companions(kinds: dict[str, list[str]], stage_folders: set[str]) -> set[str]:
-    """The lists that only describe the images or tars beside them. `stage_folders`: folders that this program wrote."""
-    tars = {name[:-len(suffix)] for name in kinds.get("tars", ()) for suffix in TARS if name.lower().endswith(suffix)}
-    folders = {folder for name in kinds.get("pictures", ()) for folder in _folders_above(name)}
-    # img2dataset writes 00000.parquet beside 00000.tar, or beside the folder 00000.
-    return {name for name in kinds["list"] if stem_of(name) in tars or f"{stem_of(name)}/" in folders
-            or not stage_folders.isdisjoint([*_folders_above(name), ""])
-            or (folders and name.rpartition("/")[2] in {*CAPTION_FILES, *METADATA_FILES})}
-
-
 def _folder(name: str) -> str:
     """The folder of a file, with a slash at its end."""
     return name[:name.rfind("/") + 1]
-
-
-def _folders_above(name: str) -> list[str]:
-    return [name[:position + 1] for position, letter in enumerate(name) if letter == "/"] or [""]

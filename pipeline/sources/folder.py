@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.layouts.folders import FolderLayout, find_folder_layout, folder_cells
+from pipeline.layouts.folders import FolderLayout, find_folder_layout, fits_layout, folder_cells
 from pipeline.media.types import SUFFIXES, BadImage
 from pipeline.rows import img2dataset
 from pipeline.rows.column_names import find_caption_columns, is_more_than_caption
@@ -166,6 +166,9 @@ class FolderSource(Source):
         if self._layout:
             _log.info("%s looks like %s; taking %s from %s", self.base, self._layout.name,
                       ", ".join(self._layout.columns), self._layout.path)
+            if strangers := [name for name in images if not fits_layout(self._layout, name)]:
+                _log.warning("%s: %d images are in no folder of %s, as %s", self.base, len(strangers),
+                             self._layout.name, strangers[0])
         by_name: dict[str, str] = {}
         for name in images:
             # macOS spells accents in two characters where a captions file has one: compare both as one,
@@ -196,7 +199,9 @@ class FolderSource(Source):
         json_file = files.documents.get(file or name) or files.documents.get(stem, "")
         if listed is None and not caption_file and not json_file and (any_listed or files.has_texts):
             remarks.append("caption_missing")
-        if self._layout and file and not json_file:
+        if self._layout and file and not json_file and not fits_layout(self._layout, file):
+            remarks.append("class_missing")
+        elif self._layout and file and not json_file:
             derived = {key: cell for key, cell in folder_cells(self._layout, file).items() if key not in columns}
             self._layout_columns[number] = set(derived)
             columns |= derived

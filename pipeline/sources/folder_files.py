@@ -7,15 +7,13 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from pipeline.media.sample_names import system_folder
 from pipeline.media.types import SUFFIXES
 
 CAPTION_FILES = ("captions.parquet", "captions.csv", "captions.jsonl")
 METADATA_FILES = ("metadata.parquet", "metadata.csv", "metadata.jsonl", "wikiart.csv")
 """Hugging Face's ImageFolder has one at the top, or one in the folder of each split. WikiArt has one at the top."""
 TEXT_SUFFIXES = (".txt", ".caption")
-SYSTEM_FOLDERS = {"__macosx", "@eadir", "thumbs", "#recycle", "@recycle", "$recycle.bin", "system volume information",
-                  "lost+found"}
-"""Folders of file servers and desktops, which hold thumbnails and deleted files. Hidden folders are never listed."""
 
 
 @dataclass
@@ -88,11 +86,6 @@ def suffix_of(name: str) -> str:
     """The last suffix of a file in small letters, as .md; its whole name if it has none."""
     base = name.rpartition("/")[2].lower()
     return f".{base.rpartition('.')[2]}" if "." in base else base
-
-
-def system_folder(name: str) -> str:
-    """The first folder in a relative name that an operating system or a file server made, "" without one."""
-    return next((part for part in name.split("/")[:-1] if part.lower() in SYSTEM_FOLDERS), "")
 
 
 def usual_accents(name: str) -> str:

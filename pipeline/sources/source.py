@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import storage
+from pipeline.media.sample_names import system_folder
 from pipeline.rows import img2dataset
 from pipeline.rows.rows import LICENSE, NO_LICENSE, Part, ReadReport, Row, read_rows, write_rows
-from pipeline.sources.folder_files import system_folder
 from pipeline.sources.patterns import is_pattern, match_pattern
 from pipeline.tables.names import LOOSE_TABLES, TABLES
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pipeline.sources.config import ShardConfig
 
 LISTS = TABLES
-PACKED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2")
+PACKED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".tar.lz4")
 TARS = (".tar", *PACKED_TARS)
 
 

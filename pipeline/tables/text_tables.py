@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import bz2
 import csv
-import gzip
 import io
 import itertools
-import lzma
-import zlib
 from collections.abc import Iterator, Sequence
-from typing import IO, Any
-
-import pyarrow as pa
+from typing import IO, cast
 
 from pipeline import storage
+from pipeline.storage import decompression
 from pipeline.tables.cells import TableRow, parse_json_row
 from pipeline.tables.delimited import RepairedLine, encoding_remarks, read_delimited, repair_lines
 from pipeline.tables.json_tables import read_json_document, read_json_lines
@@ -35,7 +30,7 @@ def read_rows(address: str, columns: Sequence[str] = ()) -> Iterator[TableRow]:
             for row in _rows(_decompress(stream, address), address, columns):
                 number += 1
                 yield row
-        except (csv.Error, ValueError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        except (csv.Error, ValueError, *decompression.ERRORS) as error:
             if isinstance(error, storage.StorageError):
                 raise
             raise ValueError(f"{address} cannot be read after row {number}: {error}\n"
@@ -55,7 +50,7 @@ def read_first_cells(address: str) -> list[str]:
         try:
             text = io.TextIOWrapper(_decompress(stream, address), "utf-8-sig", "replace", newline="\n")
             return text.readline(_PIECE).rstrip("\r\n").split("\t")
-        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        except decompression.ERRORS as error:
             if isinstance(error, storage.StorageError):
                 raise
             return []  # the reader of its rows says what is wrong
@@ -101,16 +96,7 @@ def _read_urls(lines: Iterator[str], file: str) -> Iterator[TableRow]:
         yield TableRow(cells, encoding_remarks(cells) if isinstance(line, RepairedLine) else ())
 
 
-def _decompress(stream: IO[bytes], address: str) -> Any:
-    """The stream, decompressed as the name says. fsspec has the same readers, and one other file imports it."""
-    name = address.lower()
-    if name.endswith(".gz"):
-        return gzip.GzipFile(fileobj=stream, mode="r")
-    if name.endswith(".bz2"):
-        return bz2.BZ2File(stream, mode="r")
-    if name.endswith(".xz"):
-        return lzma.LZMAFile(stream, mode="r")
-    for suffix, codec in ((".zst", "zstd"), (".lz4", "lz4")):
-        if name.endswith(suffix):
-            return pa.CompressedInputStream(pa.PythonFile(stream, "r"), codec)
-    return stream
+def _decompress(stream: IO[bytes], address: str) -> IO[bytes]:
+    """The stream, decompressed as the name says."""
+    kind = decompression.SUFFIXES.get(f".{address.lower().rpartition('.')[2]}")
+    return cast(IO[bytes], decompression.decompress(stream, kind)) if kind else stream

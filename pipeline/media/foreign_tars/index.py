@@ -52,6 +52,8 @@ class TarIndex:
         """Keys whose names are divided at the last dot, because they have several images and no name with one dot."""
         self.is_apart = False
         """Whether the members of a sample lie apart."""
+        self.has_repeats = False
+        """Whether samples with the same key follow each other."""
 
     @property
     def endings(self) -> frozenset[str]:
@@ -93,6 +95,9 @@ class TarIndex:
         _, firsts, groups = np.unique(self._keys_array, return_index=True, return_inverse=True)
         samples = firsts[groups]  # the first member of each member's sample
         run_starts = np.flatnonzero(np.diff(samples, prepend=-1))
+        if repeats := _find_repeats(self._suffixes_array, run_starts):
+            self.has_repeats = True
+            run_starts = np.union1d(run_starts, repeats)
         if len(run_starts) > len(firsts):
             _split_repeats(samples, kinds, run_starts)
             self.is_apart = len(np.unique(samples)) < len(run_starts)
@@ -160,6 +165,27 @@ class TarIndex:
             if others and kinds_of(others[0]) - kinds_of(number):
                 incomplete[number] = damage
         return incomplete
+
+
+def _find_repeats(suffixes: np.ndarray, run_starts: np.ndarray) -> list[int]:
+    """The members whose suffix occurred before in the same run of members of one key: another sample starts there."""
+    runs = np.repeat(np.arange(len(run_starts)), np.diff(run_starts, append=len(suffixes)))
+    runs_and_suffixes = runs << 16 | suffixes
+    firsts = np.unique(runs_and_suffixes, return_index=True)[1]
+    if len(firsts) == len(suffixes):
+        return []
+    repeats = np.ones(len(suffixes), bool)
+    repeats[firsts] = False
+    starts = []
+    for run in np.unique(runs[repeats]).tolist():
+        start, end = int(run_starts[run]), int(run_starts[run + 1]) if run + 1 < len(run_starts) else len(suffixes)
+        seen = set[int]()
+        for number, suffix in enumerate(suffixes[start:end].tolist(), start):
+            if suffix and suffix in seen:  # 0: the suffix is not in memory
+                starts.append(number)
+                seen.clear()
+            seen.add(suffix)
+    return starts
 
 
 def _split_repeats(samples: np.ndarray, kinds: np.ndarray, run_starts: np.ndarray) -> None:

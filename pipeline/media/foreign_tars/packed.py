@@ -1,16 +1,12 @@
-"""Unpack compressed tars (gzip, bzip2, zstandard), which are known by their first bytes, whatever their name."""
+"""Unpack compressed tars (gzip, bzip2, xz, zstandard, lz4). The first bytes of a file tell its compression."""
 
-import bz2
-import gzip
-import zlib
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
-import pyarrow as pa
+from pipeline.storage.decompression import ERRORS, MAGICS, decompress
 
-_MAGICS = {"gzip": b"\x1f\x8b\x08", "bzip2": b"BZh", "zstandard": b"\x28\xb5\x2f\xfd"}
 _TAR_MAGIC_PLACE = slice(257, 262)
-_CHUNK_BYTES = 64 << 10  # where the data is damaged, the bytes of one chunk before it are lost
+_CHUNK_BYTES = 4 << 10  # at most so many bytes before a damage are lost; bzip2 and zstandard lose their block
 MOST_RATIO, LEAST_LIMIT_BYTES = 100, 1 << 30
 """A file of many zeros is compressed a thousand times. Images and captions are compressed at most 20 times."""
 
@@ -22,7 +18,7 @@ def compression(stream: BinaryIO) -> str:
     stream.seek(0)
     if head[_TAR_MAGIC_PLACE] == b"ustar":  # the name of a first member may begin with any bytes
         return ""
-    return next((name for name, magic in _MAGICS.items() if head.startswith(magic)), "")
+    return next((name for name, magic in MAGICS.items() if head.startswith(magic)), "")
 
 
 def unpack_tar(source: BinaryIO, target: BinaryIO, most_bytes: int) -> str:
@@ -32,13 +28,13 @@ def unpack_tar(source: BinaryIO, target: BinaryIO, most_bytes: int) -> str:
     """
     unpacked, kind = 0, compression(source)
     try:
-        stream = _open(source, kind)
-        while data := stream.read(_CHUNK_BYTES):
+        stream = decompress(source, kind)
+        while data := stream.read1(_CHUNK_BYTES):  # `read` would lose what it has before an error
             data = data[:most_bytes - unpacked]
             unpacked += target.write(data)
             if unpacked == most_bytes and stream.read(1):
                 return f"it has more than {most_bytes} bytes when unpacked"
-    except (EOFError, OSError, zlib.error) as error:
+    except ERRORS as error:
         return f"its {kind} data is damaged after {unpacked} bytes ({error})"
     return ""
 
@@ -52,11 +48,3 @@ def unpack_file(path: Path, target: Path) -> str:
     """As `unpack_tar`, for files, with the limit for the size of the file."""
     with open(path, "rb") as source, open(target, "wb") as stream:
         return unpack_tar(source, stream, most_unpacked_bytes(path.stat().st_size))
-
-
-def _open(source: BinaryIO, kind: str) -> BinaryIO:
-    if kind == "gzip":
-        return cast(BinaryIO, gzip.GzipFile(fileobj=source, mode="rb"))
-    if kind == "bzip2":
-        return cast(BinaryIO, bz2.BZ2File(source))
-    return cast(BinaryIO, pa.CompressedInputStream(pa.PythonFile(source, "r"), "zstd"))

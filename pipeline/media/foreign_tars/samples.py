@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from pipeline.media.foreign_tars.index import MOST_MEMBERS, SampleMembers, TarIndex
 from pipeline.media.foreign_tars.recovery import AllMembers, Damage
-from pipeline.media.sample_names import KEY_AND_SUFFIX, META_MEMBER, split_at_last_dot
+from pipeline.media.sample_names import KEY_AND_SUFFIX, META_MEMBER, split_at_last_dot, system_folder
 from pipeline.media.tar_members import LONGEST_NAME, Member, ReadAt, list_members
 
 MOST_NAMED = 10_000
@@ -38,6 +38,8 @@ class TarFaults:
     """Whether the tar has no files, and no damage."""
     is_apart: bool = False
     """Whether the members of a sample lie apart."""
+    has_repeats: bool = False
+    """Whether samples with the same key follow each other."""
     divided_keys: int = 0
     """Keys with several images, each of which makes a sample, because their names have dots."""
     endings: frozenset[str] = frozenset()
@@ -102,8 +104,11 @@ def _index_members(read_at: ReadAt, length: int, faults: TarFaults, divide_names
             gaps.append(count)
         if (refusal := _refusal_reason(member)):
             faults.add(member.name, *refusal)
-        elif member.kind == "file" and (parts := KEY_AND_SUFFIX.match(name := member.name)) and not (
-                name[0] == "_" and META_MEMBER.match(name)):
+        elif member.kind != "file":
+            continue
+        elif not (parts := KEY_AND_SUFFIX.match(name := member.name)) or (name[0] == "_" and META_MEMBER.match(name)):
+            faults.add(name, "ignored_member", "readers of WebDataset ignore such names")
+        else:
             if count == most_members:
                 if most_members == MOST_MEMBERS:
                     members.damages.append(Damage(member.start, length, f"more than {MOST_MEMBERS} members", count))
@@ -113,7 +118,7 @@ def _index_members(read_at: ReadAt, length: int, faults: TarFaults, divide_names
     index.finish(gaps + [count] * (len(members.damages) - len(gaps)), divide=divide_names)
     faults.damages, faults.end_marks, faults.is_apart = members.damages, members.end_marks, index.is_apart
     faults.is_empty = not count and not members.damages and not faults.members
-    faults.divided_keys, faults.endings = index.divided_keys, index.endings
+    faults.divided_keys, faults.endings, faults.has_repeats = index.divided_keys, index.endings, index.has_repeats
     return index
 
 
@@ -192,4 +197,6 @@ def _refusal_reason(member: Member) -> tuple[str, str] | None:
     if parts[-1].startswith(".") and len(parts) > 1:
         # webdataset takes "folder/" for the key of "folder/.name.jpg", and makes a sample of it.
         return "hidden_member", "a hidden file in a folder"
+    if folder := system_folder(member.name):
+        return "hidden_member", f"a file in {folder}, where servers and desktops keep thumbnails or deleted files"
     return None

@@ -205,7 +205,8 @@ def spoil(source: Path, how: str) -> None:
     ("zeroed", r"00001\.tar is cut off or damaged: zeros from the middle of .*; bytes \d+ to \d+ are lost\n"),
     ("compressed", r"00001\.tar is compressed \(gzip\)"), ("apart", "members of a sample do not follow each other"),
     ("lies outside", r"1 members are not adopted, the first is \.\./x\.jpg: its path leads outside"),
-    ("link", "neither file nor folder"), ("hidden", "a hidden file in a folder"), ("twice", "one of that kind"),
+    ("link", "neither file nor folder"), ("hidden", "a hidden file in a folder"),
+    ("twice", "two samples with one key follow each other"),
     ("no picture", "the sample 000010009 has no image, it has txt"),
     ("one too many", r"00001\.tar has 7 samples, .*00001\.parquet says 6"),
     ("no parquet", r"00001\.parquet cannot be read as parquet"), ("not UTF-8", "is not UTF-8"),
@@ -236,7 +237,7 @@ def test_tars_that_only_look_odd_are_adopted(tmp_path):
     rows = metadata(dataset, manifest["items"][0])
     assert [row["key"] for row in rows] == ["./a", "below/b", "c", "d"]
     assert [row["width"] for row in rows] == [16, 16, None, 16] and rows[0]["x"] == "?"
-    assert manifest["totals"]["noted"] == {"json_unreadable": 1, "unreadable": 1}
+    assert manifest["totals"]["noted"] == {"json_unreadable": 1, "unreadable": 1, "ignored_member": 3}
     assert manifest["totals"]["skipped"] == {}
     run_stage(Embed(dataset, EmbedConfig(batch_size=4)))
     assert Embeddings(dataset).all().any(1).tolist() == [True, True, False, True]

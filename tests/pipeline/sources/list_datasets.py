@@ -81,8 +81,8 @@ def write_list(path: Path, rows: list[dict], **options) -> Path:
     return path
 
 
-def open_path(path, **options):
-    return open_source(ShardConfig(source=str(path), **options))
+def open_path(*paths, **options):
+    return open_source(ShardConfig(source=tuple(map(str, paths)), **options))
 
 
 def read_back(source, folder: Path) -> tuple[list[list[int]], list[int], list[int]]:

@@ -9,6 +9,9 @@ from pipeline.media import tars
 from tests.pipeline.sources.list_datasets import PICTURES, open_path, shard_source, write_list
 
 ROWS = [{"url": "http://example.org/a.png", "caption": "x"}]
+DESCRIPTIONS = [{**ROWS[0], "file_name": "a.png"}]
+IMG2DATASET = [{**ROWS[0], "key": "0", "status": "success", "error_message": None, "original_width": 1,
+                "original_height": 1}]
 
 
 def write_files(folder: Path, *names: str) -> Path:
@@ -18,7 +21,8 @@ def write_files(folder: Path, *names: str) -> Path:
         if name.endswith(".tar"):
             tars.write(path, [{"__key__": "0", "png": PICTURES["00.png"]}])
         elif name.endswith((".parquet", ".csv", ".jsonl")):
-            write_list(path, ROWS)
+            is_described = name.rpartition("/")[2].startswith(("metadata.", "captions."))
+            write_list(path, DESCRIPTIONS if is_described else IMG2DATASET if name.startswith("0") else ROWS)
         else:
             path.write_bytes(PICTURES["00.png"])
     return folder
@@ -26,7 +30,7 @@ def write_files(folder: Path, *names: str) -> Path:
 
 @pytest.mark.parametrize(("names", "message"), [
     (["assets/logo.png", "data/a.parquet", "data/b.parquet", "data/c.parquet"],
-     r"several kinds: 3 lists \(data/a.parquet, data/b.parquet, \.\.\.\), 1 images \(assets/logo.png\)\nhint: --kind "),
+     r"several kinds: 3 lists \(data/a.parquet, data/b.parquet, \.\.\.\), 1 images \(assets/logo.png\)\nhint: --captions FILE if "),
     (["logo.jpg", "0.tar", "1.tar"], r"several kinds: 2 tars \(0.tar, 1.tar\), 1 images \(logo.jpg\)"),
     (["0.tar", "urls.parquet"], r"several kinds: 1 (tars|lists)"),
     (["metadata.parquet", "data/a.parquet", "a.png", "0.tar"], r"1 lists \(data/a.parquet\), 1 .*, 1 "),
@@ -61,6 +65,27 @@ def test_files_that_belong_to_a_layout_are_no_kind_of_their_own(tmp_path, names,
     assert (source.kind, source.count_files()) == (kind, files)
     if kind != "pictures":  # a folder of images ignores only what it does not read
         assert dict(source.ignored) == ignored
+
+
+@pytest.mark.parametrize(("names", "rows"), [
+    (["metadata.parquet", "logo.png"], ROWS), (["captions.csv", "logo.png"], ROWS),
+    (["metadata.parquet", "logo.png"], [{"image": {"bytes": PICTURES["00.png"], "path": "0.png"}, "text": "x"}]),
+    (["train.parquet", "train/preview.png"], ROWS), (["00000.parquet", "00000/0.png"], ROWS),
+    (["0.parquet", "0.tar"], [{"image": PICTURES["00.png"], "caption": "x"}]),
+])
+def test_tables_with_their_own_images_are_no_description_of_others(tmp_path, names, rows):
+    folder = write_files(tmp_path / "source", names[1])
+    write_list(folder / names[0], rows)
+    with pytest.raises(ValueError, match=rf"several kinds: .*1 lists \({names[0]}\)"):
+        open_path(folder)
+    assert open_path(folder, kind="list").count_files() == 1
+
+
+def test_a_file_that_is_named_twice_is_taken_once(tmp_path, caplog):
+    folder = write_files(tmp_path / "source", "0.tar", "1.tar")
+    source = open_path(f"{folder}/*.tar", f"{folder}/0.tar")
+    assert [address.rpartition("/")[2] for address in source.addresses] == ["0.tar", "1.tar"]
+    assert "1 files are named twice and taken once" in caplog.text
 
 
 def test_rows_of_tars_are_known_from_the_tables_beside_them(tmp_path):

@@ -182,6 +182,7 @@ def test_open_images_by_their_hash_and_by_their_thumbnails(tmp_path, image_site)
     ("WikiArt", ["wikiart/Baroque/jan-steen_a-cat.png", "wikiart/Pop_Art/me.png"], {
         "style": ["Baroque", "Pop_Art"], "artist": ["jan-steen", "me"], "title": ["a-cat", None]}),
     ("ImageFolder", ["train/cat/a.png", "test/dog/b.png"], {"label": ["dog", "cat"]}),
+    ("ImageFolder", ["train/cat/a.png", "test/dog/b.png", "README.png"], {"label": [None, "dog", "cat"]}),
     ("", ["train/cat/a.png", "README.png"], {})])
 def test_folders_of_classes(tmp_path, caplog, name, files, cells):
     source = write_images(tmp_path / "source", *files)
@@ -190,7 +191,10 @@ def test_folders_of_classes(tmp_path, caplog, name, files, cells):
     rows = table(dataset, manifest)
     assert {column: [row[column] for row in rows] for column in cells} == cells
     assert [f"looks like {name};" in record.message for record in caplog.records].count(True) == bool(name)
-    facts = [[file, "", {}, [], "", ""] for file in sorted(files)]  # as versions without layouts hashed them
+    strangers = {line["key"] for line in ledger(dataset, manifest) if line["reason"] == "class_missing"}
+    assert len(strangers) == (name == "ImageFolder" and "README.png" in files)
+    # As versions without layouts hashed them.
+    facts = [[file, "", {}, ["class_missing"] * (bool(name) and file == "README.png"), "", ""] for file in sorted(files)]
     assert open_path(source).identity() == hashlib.sha256(
         b"".join(json.dumps(each, sort_keys=True).encode() + b"\n" for each in facts)).hexdigest()
 

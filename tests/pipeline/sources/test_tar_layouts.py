@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import json
+import lzma
 import random
 import re
 from pathlib import Path
@@ -38,7 +39,8 @@ def notes(root: Path, source: object, **settings: Any) -> set[tuple[str, str, bo
 
 @pytest.mark.parametrize(("ending", "pack"), [
     (".tar.gz", gzip.compress), (".tgz", lambda data: gzip.compress(data[:999]) + gzip.compress(data[999:])),
-    (".tar.bz2", bz2.compress), (".tar.zst", lambda data: pa.compress(data, "zstd", asbytes=True)),
+    (".tar.bz2", bz2.compress), (".tar.xz", lzma.compress),
+    (".tar.zst", lambda data: pa.compress(data, "zstd", asbytes=True)),
     (".tar", gzip.compress)])
 def test_compressed_tars_are_read_like_others(ending, pack, tmp_path, s3):
     data = write_tar(tmp_path / "plain" / "0.tar", flatten(*(sample(f"k{number}", number) for number in range(4)))
@@ -70,6 +72,45 @@ def test_a_compressed_tar_that_is_cut_gives_its_beginning(pack, tmp_path, monkey
     dataset, manifest = shard_source(tmp_path / "2", tmp_path / "cut")
     assert any(f"more than {len(whole)} bytes when unpacked" in line["detail"] for line in ledger(dataset, manifest))
     assert 0 < manifest["totals"]["samples"] < 8
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_bytes_between_joined_compressed_tars_are_reported(pack, tmp_path):
+    first, second = (write_tar(tmp_path / f"{number}.tar", sample(f"k{number}", number)).read_bytes()
+                     for number in range(2))
+    (tmp_path / "joined").mkdir()
+    (tmp_path / "joined" / "0.tar.gz").write_bytes(pack(first) + b"junkjunk" + pack(second))
+    dataset, manifest = shard_source(tmp_path / "x", tmp_path / "joined")
+    assert [row["source_key"] for row in table(dataset, manifest)] == ["k0"]
+    assert manifest["totals"]["skipped"] == {"tar_cut": 1}
+    (tmp_path / "joined" / "0.tar.gz").write_bytes(pack(first) + pack(second))
+    assert [key for key, *_ in rows_of(tmp_path / "y", tmp_path / "joined")] == ["k0", "k1"]
+
+
+def test_a_small_compressed_tar_that_is_cut_keeps_its_whole_samples(tmp_path):
+    data = write_tar(tmp_path / "0.tar", flatten(*(sample(f"k{number}", number) for number in range(6)))).read_bytes()
+    (tmp_path / "cut").mkdir()
+    stored = gzip.compress(data, 0)
+    (tmp_path / "cut" / "0.tar.gz").write_bytes(stored[:len(data) * 3 // 4])
+    manifest = shard_source(tmp_path / "x", tmp_path / "cut")[1]
+    assert manifest["totals"]["samples"] >= 3
+    assert manifest["totals"]["skipped"] == {"tar_cut": 1}
+
+
+def test_joined_tars_with_another_order_of_members_are_other_samples(tmp_path):
+    first, second = sample("0", 0), sample("0", 1)
+    path = write_tar(tmp_path / "tars" / "a.tar", [*first, *reversed(second), *sample("1", 2)])
+    assert path.exists()
+    assert rows_of(tmp_path / "x", tmp_path / "tars") == [("0", "caption 0", 0), ("0", "caption 1", 1),
+                                                         ("1", "caption 2", 2)]
+
+
+def test_members_without_a_sample_are_named(tmp_path):
+    image = dict(sample("0", 0))["0.png"]
+    names = ["1", "d/2", ".6.png", "d/@eaDir/0.png/SYNO.png", "Thumbs/1.png"]
+    write_tar(tmp_path / "tars" / "a.tar", [*sample("0", 0), *((name, image) for name in names)])
+    assert notes(tmp_path / "x", tmp_path / "tars") == {
+        *((name, "ignored_member", True) for name in names[:3]), *((name, "hidden_member", True) for name in names[3:])}
 
 
 def test_captions_that_lie_apart_are_joined_also_where_tars_were_joined(tmp_path):

@@ -109,15 +109,16 @@ def test_members_that_are_no_part_of_a_sample_are_counted_and_the_rest_taken(tmp
     path = write_tar(tmp_path / "tars" / "a.tar", members)
     dataset, manifest = shard_source(tmp_path, tmp_path / "tars", image_size=32)
     rows = table(dataset, manifest)
-    assert [row["source_key"] for row in rows] == ["0", "below/1", "below/2", *"345678"]
+    assert [row["source_key"] for row in rows] == ["0", "below/1", "below/2", "below/2", *"345678"]
     assert {row["source_key"]: row["error_message"].split(":")[0] for row in rows if row["error_message"]} == {
         "3": "picture_missing", "6": "not_a_picture"}
-    assert [row["caption"] for row in rows] == [*(f"caption {number}" for number in range(3)), "no picture", "", "",
+    assert [row["caption"] for row in rows] == [*(f"caption {number}" for number in range(3)), "", "no picture", "", "",
                                                "", "", "x"]
     remarks = {(line["key"], line["reason"]) for line in ledger(dataset, manifest) if line["kept"]}
     assert remarks == {(name, "unsafe_member") for name in unsafe} | {
-        ("below/._2.png", "hidden_member"), ("below/2.png", "repeated_member"), ("a.tar", "other_images"),
-        ("7", "json_unreadable")} | {(key, "caption_missing") for key in "4567"}
+        ("below/._2.png", "hidden_member"), ("a.tar", "other_images"),
+        *((name, "ignored_member") for name in ("README", "__meta__/x.json", "._2.png")),
+        ("below/2", "caption_missing"), ("7", "json_unreadable")} | {(key, "caption_missing") for key in "4567"}
     assert manifest["totals"]["skipped"] == {"picture_missing": 1, "not_a_picture": 1}
     assert not (tmp_path / "outside.png").exists()
     assert path.exists()
