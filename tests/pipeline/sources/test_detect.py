@@ -30,7 +30,7 @@ def write_files(folder: Path, *names: str) -> Path:
 
 @pytest.mark.parametrize(("names", "message"), [
     (["assets/logo.png", "data/a.parquet", "data/b.parquet", "data/c.parquet"],
-     r"several kinds: 3 lists \(data/a.parquet, data/b.parquet, \.\.\.\), 1 images \(assets/logo.png\)\nhint: --captions FILE if "),
+     r"several kinds: 3 lists \(data/a.parquet, data/b.parquet, \.\.\.\), 1 images \(assets/logo.png\)\nhint: --capt"),
     (["logo.jpg", "0.tar", "1.tar"], r"several kinds: 2 tars \(0.tar, 1.tar\), 1 images \(logo.jpg\)"),
     (["0.tar", "urls.parquet"], r"several kinds: 1 (tars|lists)"),
     (["metadata.parquet", "data/a.parquet", "a.png", "0.tar"], r"1 lists \(data/a.parquet\), 1 .*, 1 "),

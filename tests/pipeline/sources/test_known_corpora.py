@@ -194,7 +194,8 @@ def test_folders_of_classes(tmp_path, caplog, name, files, cells):
     strangers = {line["key"] for line in ledger(dataset, manifest) if line["reason"] == "class_missing"}
     assert len(strangers) == (name == "ImageFolder" and "README.png" in files)
     # As versions without layouts hashed them.
-    facts = [[file, "", {}, ["class_missing"] * (bool(name) and file == "README.png"), "", ""] for file in sorted(files)]
+    facts = [[file, "", {}, ["class_missing"] * (bool(name) and file == "README.png"), "", ""]
+             for file in sorted(files)]
     assert open_path(source).identity() == hashlib.sha256(
         b"".join(json.dumps(each, sort_keys=True).encode() + b"\n" for each in facts)).hexdigest()
 
