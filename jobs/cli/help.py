@@ -35,7 +35,8 @@ _USED_BY = {
     "CommonOptions": {
         "local": _ON_WORKERS,
         **dict.fromkeys(("recipe", "config"), _ON_WORKERS | {"search"}),
-        "dry_run": {*VERBS} - {"status", "versions", "search", "ls", "show", "recipes"}},
+        "root": {*VERBS} - {"init"},
+        "dry_run": {*VERBS} - {"status", "versions", "search", "ls", "show", "recipes", "init", "doctor"}},
 }
 """Flags that several verbs parse and only some use."""
 

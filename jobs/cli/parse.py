@@ -19,6 +19,7 @@ VERBS = {**dict.fromkeys(("shard", "embed", "score", "index", "neighbors", "late
                          "publish"),
          **dict.fromkeys(("search", "report", "status", "verify", "plan", "recipes"), "inspect"),
          **dict.fromkeys(("show", "ls", "rm"), "everyday.root"),
+         **dict.fromkeys(("init", "doctor"), "everyday.setup"),
          **{verb: verb for verb in ("pipeline", "demo", "submit")}}
 """The verbs, and the module of each: `VERB` has the class `VerbOptions` and the function `run_VERB`."""
 GROUPS = {"build": ("demo", "style", "recipes", "pipeline", "shard", "embed", "score", "index", "neighbors", "latents"),
@@ -26,7 +27,7 @@ GROUPS = {"build": ("demo", "style", "recipes", "pipeline", "shard", "embed", "s
           "sample": ("search", "sample", "credits"),
           "publish": ("rebuild", "versions", "rollback", "repair", "gc", "forget", "rm"),
           "watch": ("ls", "show", "status", "report", "verify"),
-          "operate": ("submit", "plan")}
+          "operate": ("init", "doctor", "submit", "plan")}
 """The verbs by purpose, as the help lists them."""
 _READ_A_ROOT = {"embed", "score", "index", "neighbors", "latents", "train", "evaluate", "export", "search", "sample",
                 "versions", "rollback", "repair", "gc", "verify", "report", "show", "rm"}

@@ -15,6 +15,7 @@ from model.config import GROUPS, TrainConfig, to_dict
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.hardware import devices
+from pipeline.hardware.memory import machine_memory
 from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output
 
@@ -139,7 +140,7 @@ class Steps(Stage):
         cuda = device.type == "cuda"
         threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
         torch.set_num_threads(threads)
-        memory = torch.cuda.mem_get_info()[0] if cuda else _memory_limit() // self.workers
+        memory = torch.cuda.mem_get_info()[0] if cuda else machine_memory() // self.workers
         config = replace(self.config, own="none", image_size=0, ema_more=(), validate_every=0)
         # An update needs the activations too, and a CPU without memory ends the process instead of raising.
         while _BYTES_A_PARAMETER * flops.size(config.unet, self.side, config.k).parameters > memory / 2:
@@ -180,17 +181,6 @@ def _narrow_network(config: TrainConfig) -> TrainConfig:
     if not wide or wide % config.unet.head_dim:
         raise MemoryError("no network of this shape fits into the memory of a worker\nhint: --rates for training")
     return replace(config, unet=replace(config.unet, model_channels=wide))
-
-
-def _memory_limit() -> int:
-    """Bytes of memory of this machine, or the limit of the container."""
-    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            limit = min(limit, int(Path(file).read_text()))
-        except (OSError, ValueError):  # none of these, or "max"
-            continue
-    return limit
 
 
 def _processor_name() -> str:

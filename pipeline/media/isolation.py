@@ -16,10 +16,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pipeline.hardware.memory import machine_memory
 from pipeline.media.types import BadImage
 
 MOST_BYTES = 64 << 20
@@ -130,7 +130,7 @@ def allow(pixels: int) -> None:
     """
     if not _in_child:
         return
-    room = _machine_memory() // 2
+    room = machine_memory() // 2
     if _LEAST_BYTES_PER_PIXEL * pixels > room:
         raise BadImage("too_much_memory", f"{pixels} pixels, and {room >> 20} MiB may be used")
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -191,16 +191,6 @@ def _virtual_memory() -> int:
         return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     except OSError:  # not Linux
         return 4 << 30
-
-
-@cache
-def _machine_memory() -> int:
-    """Bytes of memory that this machine or container has."""
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # "max"
-            limits.append(int(Path(name).read_text()))
-    return min(limits)
 
 
 def _forget() -> None:

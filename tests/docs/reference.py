@@ -3,11 +3,7 @@
     PYTHONPATH=. .venv/bin/python tests/docs/reference.py      # `make reference`
 """
 
-import ast
-import functools
 import inspect
-import itertools
-import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from math import inf
@@ -19,6 +15,7 @@ import tyro
 
 from jobs.cli.help import is_used
 from jobs.cli.parse import GROUPS, default_options, load_verb
+from jobs.config.field_docs import field_docs
 from jobs.config.recipes import RECIPES
 from jobs.config.settings import Settings
 from jobs.config.toml import resolve_settings
@@ -67,22 +64,6 @@ class Flag:
     kind: str
     default: str
     meaning: str
-
-
-@functools.cache
-def field_docs(kind: type) -> dict[str, str]:
-    """The text below each field of a class and of its bases."""
-    docs: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        if not is_dataclass(base):
-            continue
-        (body,) = (node.body for node in ast.parse(textwrap.dedent(inspect.getsource(base))).body
-                   if isinstance(node, ast.ClassDef))
-        for field, below in itertools.pairwise(body):
-            if (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr)
-                    and isinstance(below.value, ast.Constant)):
-                docs[field.target.id] = " ".join(str(below.value.value).split())
-    return docs
 
 
 def type_text(hint: Any) -> str:

@@ -3,7 +3,7 @@
 import logging
 import sys
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
@@ -95,19 +95,27 @@ def run_rm(options: RmOptions) -> int:
     root = storage.normalize(options.common.root)
     path = target_path(root, options.target)
     removal = plan_removal(root, path, [state["path"] for state in read_status(root)])
+    files = f"{format_count(removal.files, 'file')}, {format_bytes(removal.bytes)}"
     if options.common.dry_run:
-        output.print_json(removal.document() | {"dry_run": True})
+        _print_removal(f"would remove {path}: {files}", removal.document() | {"dry_run": True})
         return 0
     if not options.yes:
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             raise ValueError(f"rm does not ask without a terminal: {path} has {removal.files} files\n"
                              f"hint: python -m jobs rm {path} --yes")
-        if not _confirm(f"Remove {path} with {format_count(removal.files, 'file')}, {format_bytes(removal.bytes)}?"):
+        if not _confirm(f"Remove {path} ({files})?"):
             _log.info("rm: nothing was removed")
             return 1
     remove(removal)
-    output.print_json(removal.document())
+    _print_removal(f"removed {path}: {files}", removal.document())
     return 0
+
+
+def _print_removal(text: str, document: dict[str, Any]) -> None:
+    if sys.stdout.isatty():
+        output.print_text(text)
+    else:
+        output.print_json(document)
 
 
 def _confirm(question: str) -> bool:

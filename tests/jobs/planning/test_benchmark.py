@@ -92,10 +92,10 @@ def test_steps_take_what_training_takes(prepared_root: Path, tmp_path: Path) -> 
 
 def test_a_network_that_does_not_fit_is_made_narrower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = recipes.tiny()
-    monkeypatch.setattr(synthetic_data, "_memory_limit", lambda: 30 << 20)
+    monkeypatch.setattr(synthetic_data, "machine_memory", lambda: 30 << 20)
     info = run_stage(synthetic_data.Steps(str(tmp_path / "steps"), config, 32, 2, 0.1, 1))["items"][0]["info"]
     assert 20 * info["parameters"] < 15 << 20
-    monkeypatch.setattr(synthetic_data, "_memory_limit", lambda: 1 << 20)
+    monkeypatch.setattr(synthetic_data, "machine_memory", lambda: 1 << 20)
     with pytest.raises(MemoryError, match="no network of this shape"):
         synthetic_data.Steps(str(tmp_path / "none"), config, 32, 2, 0.1, 1).process(Item("0"), tmp_path)
 

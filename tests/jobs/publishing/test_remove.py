@@ -104,7 +104,7 @@ def test_it_asks_on_a_terminal_and_not_elsewhere(root: Path, monkeypatch: pytest
         monkeypatch.setattr("sys.stdin", Terminal(answer))
         monkeypatch.setattr("sys.stdout", shown := Terminal())
         assert _rm(root, "flat") == code
-        assert "Remove datasets/flat with " in shown.getvalue()
+        assert "Remove datasets/flat (" in shown.getvalue() and ("removed datasets/flat: " in shown.getvalue()) != code
     assert not (root / "datasets/flat").exists()
 
 
