@@ -17,7 +17,7 @@ from jobs.telemetry.units import format_bytes, format_count
 from pipeline import storage
 from pipeline.datasets import lookup, published
 from pipeline.datasets.dataset import Dataset
-from pipeline.datasets.find_row import Row, find_row, ledger_entries, row_scores
+from pipeline.datasets.find_row import DatasetRow, find_row, ledger_entries, row_scores
 from pipeline.datasets.hidden_rows import read_hidden_rows
 from pipeline.datasets.metadata import metadata
 from pipeline.datasets.takedowns import read_forgotten_rows
@@ -79,7 +79,7 @@ def _only_in_ledgers(root: str, datasets: list[Dataset], text: str) -> dict[str,
                      f"{where}\nhint: python -m jobs ls")
 
 
-def _describe(row: Row, out: str) -> dict[str, Any]:
+def _describe(row: DatasetRow, out: str) -> dict[str, Any]:
     dataset, columns = row.dataset, row.columns
     sources = dataset.manifest("shards")["info"].get("sources") or []
     document = {
@@ -100,7 +100,7 @@ def _contains(rows: np.ndarray, row: int) -> bool:
     return bool(np.isin(row, rows))
 
 
-def _write_image(row: Row, out: str) -> dict[str, Any]:
+def _write_image(row: DatasetRow, out: str) -> dict[str, Any]:
     """Write the stored bytes of the image to a file; its path, format and size."""
     assert row.row is not None
     data = lookup.samples(row.dataset, [row.row])[0].picture
@@ -115,7 +115,7 @@ def _write_image(row: Row, out: str) -> dict[str, Any]:
     return {"path": str(path), "format": kind, "width": size[0], "height": size[1], "bytes": len(data)}
 
 
-def _neighbors(row: Row) -> dict[str, list[dict[str, Any]]]:
+def _neighbors(row: DatasetRow) -> dict[str, list[dict[str, Any]]]:
     """The neighbors of a sample in each database for which the stage is sealed, nearest first."""
     result, dataset = {}, row.dataset
     for label in storage.list_folders(dataset.folder("neighbors")):

@@ -17,7 +17,7 @@ _SUCCESS = "success"
 
 
 @dataclass(frozen=True)
-class Row:
+class DatasetRow:
     """A row of the metadata of a dataset."""
 
     dataset: Dataset
@@ -32,7 +32,7 @@ class Row:
     """All columns of its parquet file."""
 
 
-def find_row(dataset: Dataset, text: str) -> Row | None:
+def find_row(dataset: Dataset, text: str) -> DatasetRow | None:
     """The row whose key or name in the source (column url) is `text`; None if there is none.
 
     A sample comes before a row that was left out: another try at a row may have succeeded.
@@ -50,13 +50,13 @@ def find_row(dataset: Dataset, text: str) -> Row | None:
             position = int(succeeded[:index].sum())
             columns = parquet.rows(parquet.read(path).slice(index, 1))[0]
             if succeeded[index]:
-                return Row(dataset, number, record["id"], position, offset + position, columns)
-            left_out = left_out or Row(dataset, number, record["id"], None, None, columns)
+                return DatasetRow(dataset, number, record["id"], position, offset + position, columns)
+            left_out = left_out or DatasetRow(dataset, number, record["id"], None, None, columns)
         offset += record["samples"]
     return left_out
 
 
-def row_scores(row: Row) -> dict[str, dict[str, Any]]:
+def row_scores(row: DatasetRow) -> dict[str, dict[str, Any]]:
     """The scores of a sample: for each name the columns of its parquet file but the key."""
     scores = {}
     for name in list_scores(row.dataset) if row.position is not None else ():

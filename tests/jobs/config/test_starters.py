@@ -54,7 +54,7 @@ def test_every_comment_of_a_setting_is_its_value(file: Path) -> None:
     file.write_text(text)
     assert changed == resolve_settings("", str(file))
     assert text.count("\n# ") > 100
-    assert all(len(line) <= 102 for line in text.splitlines() if not line.startswith("#   python"))
+    assert all(len(line) <= 102 for line in text.splitlines() if re.match("# (?! )", line))
 
 
 def test_every_verb_takes_the_file(file: Path) -> None:
