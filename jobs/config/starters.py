@@ -45,8 +45,8 @@ STARTERS = {
         ("pipeline NAME --source FOLDER", "latents NAME", "train RUN --dataset NAME --latents")),
     "style": Starter(
         "Publish images of your own as a style database. Its encoder must be that of the run that samples with it.",
-        "tiny", ("shard", "embed", "index", "rebuild", "sample", "cluster"),
-        {"shard.image_size": 256, "shard.format": "jpg", "shard.duplicates": "exact", "embed.model": "tiny-clip-64",
+        "style", ("shard", "embed", "index", "rebuild", "sample", "cluster"),
+        {"shard.image_size": 256, "shard.duplicates": "exact", "embed.model": "tiny-clip-64",
          "embed.pretrained": "bundled", "rebuild.gates.max_failed": 0.1, "rebuild.gates.max_lost": 0.3},
         ("rebuild NAME --source FOLDER", "sample RUN --prompt 'a red apple' --database NAME")),
     "list": Starter(

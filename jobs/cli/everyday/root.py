@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 import tyro
 
 from jobs.cli.options import CommonOptions, Flat
-from jobs.telemetry import output
+from jobs.telemetry import heartbeat, output
 from jobs.telemetry.units import format_bytes, format_count
 from pipeline import storage
 
@@ -36,7 +36,7 @@ class ShowOptions:
 def run_show(options: ShowOptions) -> int:
     from jobs.inspection.show import row_text, show_row
     document = show_row(options.common.root, options.key, options.dataset, options.out)
-    if options.json or not sys.stdout.isatty():
+    if output.wants_json(options.json):
         output.print_json(document, indent=1)
     else:
         output.print_text(row_text(document))
@@ -67,7 +67,7 @@ def run_ls(options: LsOptions) -> int:
     else:
         entries = contents.list_contents(root)
         text = contents.contents_table(entries, root)
-    if options.json or not sys.stdout.isatty():
+    if output.wants_json(options.json):
         output.print_json(entries, indent=1)
     else:
         output.print_text(text)
@@ -112,12 +112,13 @@ def run_rm(options: RmOptions) -> int:
 
 
 def _print_removal(text: str, document: dict[str, Any]) -> None:
-    if sys.stdout.isatty():
-        output.print_text(text)
-    else:
+    if output.wants_json(False):
         output.print_json(document)
+    else:
+        output.print_text(text)
 
 
 def _confirm(question: str) -> bool:
+    heartbeat.stop()  # the command waits for its user
     output.print_text(f"{question} [y/N] ", end="")
     return sys.stdin.readline().strip().lower() in {"y", "yes"}

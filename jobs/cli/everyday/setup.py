@@ -1,14 +1,13 @@
 """Verbs to begin with: init, doctor."""
 
 import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from jobs.cli.options import PROGRAM, CommonOptions, Flat
+from jobs.cli.options import CommonOptions, Flat
 from jobs.telemetry import output
 from pipeline import storage
 
@@ -42,8 +41,8 @@ def run_init(options: InitOptions) -> int:
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"there is no folder for {options.file}\n"
                          f"hint: mkdir -p {shlex.quote(str(Path(options.file).parent))}") from None
-    following = f"{PROGRAM} {STARTERS[options.purpose].commands[0]} --config {quoted}"
-    if options.json or not sys.stdout.isatty():
+    following = f"{output.PROGRAM} {STARTERS[options.purpose].commands[0]} --config {quoted}"
+    if output.wants_json(options.json):
         output.print_json({"file": options.file, "purpose": options.purpose, "next": following})
     else:
         output.print_text(f"{options.file} is written. Next:\n  {following}")
@@ -65,7 +64,7 @@ class DoctorOptions:
 def run_doctor(options: DoctorOptions) -> int:
     from jobs.inspection.doctor import checks_text, run_checks
     checks = run_checks(storage.normalize(options.common.root))
-    if options.json or not sys.stdout.isatty():
+    if output.wants_json(options.json):
         output.print_json([check.document() for check in checks], indent=1)
     else:
         output.print_text(checks_text(checks))
