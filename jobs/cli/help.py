@@ -145,6 +145,35 @@ def _has_flags(hint: Any) -> bool:
     return get_origin(hint) is not Annotated or tyro.conf.Fixed not in get_args(hint)[1:]
 
 
+def list_flags(verb: str) -> set[str]:
+    """The flags of a verb."""
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        _print_flags(verb, everything=True)
+    return {*re.findall(r"^\W*?(--[a-z][\w.-]*)", text.getvalue(), re.MULTILINE), "--help", "--help-all"}
+
+
+def fit_flags(text: str, verb: str) -> str:
+    """An error whose hint spells flags as the verb has them: --embed.model of `pipeline` is --model of `embed`.
+
+    Flags of commands that a hint spells in full stay as they are.
+    """
+    message, mark, hint = text.partition("\nhint: ")
+    if verb not in VERBS or not re.search(r"(?<![\w-])--[a-z]", hint):
+        return text
+    flags = list_flags(verb)
+
+    def fit(match: re.Match[str]) -> str:
+        flag, short = match[0], f"--{match[0].rpartition('.')[2].removeprefix('--')}"
+        longer = [known for known in flags if known.endswith(f".{flag.removeprefix('--')}")]
+        if flag in flags:
+            return flag
+        return short if short in flags else longer[0] if len(longer) == 1 else flag
+
+    parts = re.split(r"(python -m jobs (?:(?!; |\n|, or ).)*)", hint)
+    parts[::2] = [re.sub(r"(?<![\w-])--[a-z][\w.-]*[\w]", fit, part) for part in parts[::2]]
+    return message + mark + "".join(parts)
+
+
 def complete(words: Sequence[str]) -> list[str]:
     """The words that may stand in place of the last one: verbs, flags of the verb, datasets of a local root."""
     *before, current = words or [""]
@@ -152,9 +181,7 @@ def complete(words: Sequence[str]) -> list[str]:
     if not verb:
         found = [*VERBS, "--help", "--version", "--completion"]
     elif current.startswith("-"):
-        with contextlib.redirect_stdout(io.StringIO()) as text:
-            _print_flags(verb, everything=True)
-        found = sorted({*re.findall(r"^\W*?(--[a-z][\w.-]*)", text.getvalue(), re.MULTILINE), "--help", "--help-all"})
+        found = sorted(list_flags(verb))
     else:
         root = next((word for flag, word in itertools.pairwise(before) if flag == "--root"), "data")
         folder = Path(root) / ("runs" if before[-1] in {"train", "sample", "evaluate", "export"} else "datasets")

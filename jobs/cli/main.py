@@ -45,10 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except storage.DamagedFile as error:
-        logs.log_exit(storage.redact_credentials(str(error)), exit=1)
+        logs.log_exit(storage.redact_credentials(_fit_hint(str(error), arguments)), exit=1)
         return 1
     except ValueError as error:
-        return _misuse(str(error))
+        return _misuse(_fit_hint(str(error), arguments))
     except (NotADirectoryError, IsADirectoryError) as error:
         return _misuse(f"{error.filename}: {error.strerror}")
     except (StageFailed, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
             text = f"{text.splitlines()[0]}\n{sentence}"
         if "hint:" not in text:
             text += f"\n{_NO_WAY if getattr(error, 'errno', 0) in {errno.EROFS, errno.EACCES, errno.EPERM} else _GO_ON}"
-        logs.log_exit(storage.redact_credentials(text), exit=1)
+        logs.log_exit(storage.redact_credentials(_fit_hint(text, arguments)), exit=1)
         return 1
     except KeyboardInterrupt:
         log_stopped()
@@ -76,6 +76,12 @@ def log_stopped() -> None:
 def _misuse(message: str) -> int:
     logs.log_exit(storage.redact_credentials(message), exit=2)
     return 2
+
+
+def _fit_hint(text: str, arguments: list[str]) -> str:
+    """An error with a hint whose flags the verb has: code below the command line does not know their prefixes."""
+    from jobs.cli import help
+    return help.fit_flags(text, arguments[0]) if arguments and "\nhint: " in text else text
 
 
 def _log_format(arguments: list[str]) -> str:

@@ -18,6 +18,8 @@ from pipeline import storage
 from pipeline.stages.types import current_item
 
 FORMATS = ("text", "json")
+OURS = ("jobs", "pipeline", "model", "__main__")
+"""Packages whose messages are all shown."""
 _log = logging.getLogger(__name__)
 _warning_text = warnings.formatwarning
 _about: dict[str, str] = {}
@@ -47,6 +49,22 @@ class _Stderr(logging.StreamHandler):
 
 
 _handler = _Stderr()
+
+
+class _OncePerLibrary(logging.Filter):
+    """Passes the first record of each library that is not ours, and its first line alone: they repeat themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        library = record.name.partition(".")[0]
+        if library in OURS:
+            return True
+        first, _, rest = record.getMessage().partition("\n")
+        record.msg, record.args = f"{library}: {first}{' ...' if rest else ''}", None
+        return not (library in self._seen or self._seen.add(library))  # type: ignore[func-returns-value]
 
 
 class _Text(logging.Formatter):
@@ -99,7 +117,9 @@ def configure_logging(form: str = "text", root: str = "") -> None:
     logging.captureWarnings(form == "json")
     warnings.formatwarning = _format_warning
     sys.excepthook = _print_exception
-    for name in ("jobs", "pipeline", "model", "__main__"):
+    _handler.filters = [] if form == "json" else [_OncePerLibrary()]
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # the hub's client also prints what it logs
+    for name in OURS:
         # What happens to each item is too much for people.
         logging.getLogger(name).setLevel(logging.DEBUG if form == "json" else logging.INFO)
 

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from jobs.training.config import LatentsConfig
 from model.weights import first_stage
 from model.weights.first_stage import FirstStage
 from pipeline.datasets.dataset import Dataset, file_of
+from pipeline.embeddings.hub import is_offered
 from pipeline.hardware import devices
 from pipeline.media import tars
 from pipeline.media.resize import decode_pixels
@@ -150,7 +152,15 @@ def open_first_stage(source: str) -> FirstStage:
 def open_first_stage_on(source: str, device: torch.device) -> FirstStage:
     """The first stage of a folder or the hub on a device; kept in this process."""
     with devices.explain_failures(f"the first stage {source} does not get onto the device"):
-        return first_stage.load(source, device)
+        return _load_first_stage(source, device)
+
+
+def _load_first_stage(source: str, device: str | torch.device) -> FirstStage:
+    """The first stage of a folder or the hub. ValueError also if the hub has no such name, or does not answer."""
+    if not Path(source).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):  # a name in the hub
+        is_offered(f"the first stage {source}", source, ("config.json",),
+                   "on a machine without network, copy config.json and the weights into a folder: --first-stage FOLDER")
+    return first_stage.load(source, device)
 
 
 def first_stage_of_run(run: Run, device: str = "") -> FirstStage | None:
@@ -163,7 +173,7 @@ def first_stage_of_run(run: Run, device: str = "") -> FirstStage | None:
     if not known:
         return None
     source = str(run.first_stage()) if known["source"] == IN_THE_RUN else known["source"]
-    stage = first_stage.load(source, device) if device else open_first_stage(source)
+    stage = _load_first_stage(source, device) if device else open_first_stage(source)
     if weights_digest(stage) != known["sha256"]:
         raise ValueError(f"the first stage {known['source']} is not the one that the run {run.name} was trained with")
     return replace(stage, scale=known["scale"])

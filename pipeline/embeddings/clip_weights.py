@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 from pipeline import storage
 from pipeline.bounds import check_bounds
+from pipeline.embeddings.hub import CLIP_FILES, is_offered
 from pipeline.embeddings.open_clip_door import open_clip
 
 BUNDLED = Path(__file__).parent / "tiny_clip"
@@ -19,6 +21,7 @@ _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 OWN_WEIGHTS_SCHEMES = ("hf-hub:", "local-dir:")  # schemes of names whose weights and settings lie in one folder
 _CONFIG = "open_clip_config.json"
+_COPY_FOLDER = "on a machine without network, copy the model's files into a folder, and --model local-dir:FOLDER"
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
@@ -99,8 +102,13 @@ def read_tagged_weights(config: ClipConfig) -> tuple[str, dict[str, Any], dict[s
         try:
             if not tag:
                 raise ValueError("no such tag")
+            if tag.get("hf_hub"):
+                repository, file = os.path.split(tag["hf_hub"])
+                is_offered(f"{config.model} ({config.pretrained})", repository, (file,) if file else CLIP_FILES)
             path = open_clip.download_pretrained(tag)
         except Exception as error:
+            if "\nhint: " in str(error):  # of the hub
+                raise
             raise ValueError(f"open_clip has no weights {config.pretrained!r} for {config.model}, and there is no "
                              f"such file ({error})\nhint: --pretrained TAG or --pretrained /path/to/weights"
                              ) from error
@@ -121,10 +129,13 @@ def read_own_weights(config: ClipConfig) -> tuple[str, dict[str, Any]]:
             # By open_clip's own choice among several: what is loaded is what is hashed.
             settings, path = Path(place) / _CONFIG, open_clip.factory._find_checkpoint_in_dir(Path(place))
         else:
+            is_offered(config.model, place, (_CONFIG,), _COPY_FOLDER)
             settings, path = (Path(open_clip.pretrained.download_pretrained_from_hf(place, filename=name))
                               for name in (_CONFIG, None))
         document = json.loads(settings.read_text())
     except Exception as error:  # what a hub's client raises has no common type
+        if "\nhint: " in str(error):
+            raise
         hint = (f"a folder with {_CONFIG} and weights" if scheme == "local-dir" else "where there is no way to the "
                 "hub, copy the model's files into a folder, and --model local-dir:FOLDER")
         raise ValueError(f"{config.model} cannot be read: {(str(error) or repr(error)).splitlines()[0]}\nhint: {hint}"

@@ -16,11 +16,8 @@ from pipeline.embeddings.clip_weights import (
     read_own_weights,
     weights_path,
 )
+from pipeline.embeddings.hub import CLIP_FILES, is_offered
 from pipeline.embeddings.open_clip_door import open_clip
-
-_HUB_ANSWER_S = 5.0
-_HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # as open_clip looks for them
-_COPY = "on a machine without network, copy the file here and name it: --embed.pretrained /path/to/weights"
 
 
 def vector_length(config: ClipConfig) -> int:
@@ -44,7 +41,7 @@ def check_weights(config: ClipConfig) -> bool:
     such weights, or if their host does not answer.
     """
     if config.model.startswith("hf-hub:"):
-        return _is_offered(config.model, config.model.removeprefix("hf-hub:"), _HUB_FILES)
+        return is_offered(config.model, config.model.removeprefix("hf-hub:"), CLIP_FILES)
     if config.model.startswith(OWN_WEIGHTS_SCHEMES) or config.pretrained == "bundled":
         describe_encoder(config)
         return True
@@ -65,27 +62,4 @@ def check_weights(config: ClipConfig) -> bool:
     repository, file = os.path.split(tag.get("hf_hub", ""))
     if not repository:  # an old tag with a URL alone
         return False
-    return _is_offered(f"{config.model} ({config.pretrained})", repository, (file,) if file else _HUB_FILES)
-
-
-def _is_offered(name: str, repository: str, files: tuple[str, ...]) -> bool:
-    """Whether a file of a repository is in the cache of the hub's client; False if the hub offers one of them."""
-    import huggingface_hub
-    from huggingface_hub import errors
-    if any(isinstance(huggingface_hub.try_to_load_from_cache(repository, file), str) for file in files):
-        return True
-    for file in files:
-        try:
-            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, file), timeout=_HUB_ANSWER_S)
-            return False
-        except errors.EntryNotFoundError:
-            continue
-        except errors.RepositoryNotFoundError:  # also one that needs a login
-            raise ValueError(f"the weights of {name} do not exist: the hub has no {repository} that this user may "
-                             f"read\nhint: hf auth login, or --embed.pretrained /path/to/weights") from None
-        except Exception as error:  # what the hub's client raises has no common type
-            reason = (str(error) or repr(error)).splitlines()[0]
-            raise ValueError(f"the weights of {name} are not on this machine, and the hub cannot be reached: {reason}"
-                             f"\nhint: {_COPY}") from None
-    raise ValueError(f"the weights of {name} do not exist: {repository} has none of {', '.join(files)}\n"
-                     f"hint: --embed.pretrained /path/to/weights")
+    return is_offered(f"{config.model} ({config.pretrained})", repository, (file,) if file else CLIP_FILES)

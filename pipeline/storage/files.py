@@ -78,12 +78,26 @@ def storage_errors(url: str, doing: str) -> Iterator[None]:
                                f"hint: make it, or see whether it is spelled right") from error
         if type(error) is not OSError or (error.errno is not None and is_local(url)):
             raise
-        raise StorageError(f"cannot {doing} {url}: {error.strerror or error}") from error
+        raise StorageError(f"cannot {doing} {url}: {error.strerror or error}{_network_hint(error)}") from error
     except Exception as error:
         # botocore and aiohttp derive from Exception; anything else here is a fault of ours.
         if type(error).__module__.split(".")[0] in {"botocore", "aiobotocore", "aiohttp", "s3fs"}:
-            raise StorageError(f"cannot {doing} {url}: {error}") from error
+            raise StorageError(f"cannot {doing} {url}: {error}{_network_hint(error)}") from error
         raise
+
+
+def _network_hint(error: BaseException | None) -> str:
+    """The hint for an object store that does not answer, or does not know the user. Empty for other errors."""
+    while error is not None:
+        kind = type(error).__name__
+        if kind in {"NoCredentialsError", "PartialCredentialsError"}:
+            return "\nhint: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile of ~/.aws with AWS_PROFILE"
+        if kind in {"EndpointConnectionError", "ConnectTimeoutError", "ConnectionClosedError", "gaierror",
+                    "ClientConnectorError", "ClientConnectorDNSError", "ConnectionRefusedError"}:
+            return ("\nhint: the store does not answer: is the network up, and is AWS_ENDPOINT_URL right? Whether the "
+                    "object exists is not known")
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def exists(url: str) -> bool:

@@ -10,7 +10,7 @@ from jobs.cli.help import complete
 from jobs.cli.parse import VERBS
 
 _ROOT = Path(__file__).parents[2]
-_COMMAND = re.compile(r"python -m jobs (\w+)((?:(?!; |\n|`|python -m jobs ).)*)")
+_COMMAND = re.compile(r"python -m jobs (\w+)((?:(?!; |\n|`|\)|, or |python -m jobs ).)*)")
 
 
 def _texts() -> Iterator[tuple[str, str]]:
@@ -49,5 +49,5 @@ def test_a_flag_alone_in_a_hint_belongs_to_a_verb() -> None:
     hints = [(place, re.split(r"\n|python -m|pip install", hint)[0])
              for place, text in _texts() for hint in text.split("hint: ")[1:]]
     wrong = [(place, flag) for place, hint in hints
-             for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", hint) if flag not in known]
+             for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9.-]*[a-z0-9]", hint) if flag not in known]
     assert not wrong

@@ -149,3 +149,13 @@ def test_shells_complete(shell: str, script: str, tmp_path: Path) -> None:
         done = subprocess.run([shell, "-c", filled], capture_output=True, text=True,
                               env={"PATH": f"{program.parent}:/usr/local/bin:/usr/bin:/bin", "HOME": str(tmp_path)})
         assert done.stdout.split() == expected, done.stderr
+
+
+@pytest.mark.parametrize(("verb", "hint", "expected"), [
+    ("embed", "--embed.pretrained FILE", "--pretrained FILE"),
+    ("pipeline", "--pretrained FILE", "--embed.pretrained FILE"),
+    ("pipeline", "--workers 2; or python -m jobs embed x --pretrained FILE",
+     "--workers 2; or python -m jobs embed x --pretrained FILE"),
+    ("status", "--pretrained FILE", "--pretrained FILE"), ("fly", "--a b", "--a b")])
+def test_hints_spell_flags_as_the_verb_has_them(verb: str, hint: str, expected: str) -> None:
+    assert help_pages.fit_flags(f"wrong\nhint: {hint}", verb) == f"wrong\nhint: {expected}"

@@ -70,3 +70,15 @@ def test_a_fault_keeps_its_traceback_and_no_passwords(monkeypatch) -> None:
     event = json.loads(logs._Json().format(record))
     assert event["message"] == "it broke" and event["dataset"] == "some"
     assert "OSError" in event["traceback"] and "secret" not in event["traceback"] and "\n" in event["traceback"]
+
+
+def test_a_library_that_repeats_itself_is_shown_once() -> None:
+    once = logs._OncePerLibrary()
+
+    def shown(name: str, text: str) -> str:
+        record = logging.LogRecord(name, logging.WARNING, "", 0, text, None, None)
+        return record.getMessage() if once.filter(record) else ""
+
+    assert shown("some_library.client", "retry 1\nwith details") == "some_library: retry 1 ..."
+    assert [shown("some_library.other", f"retry {number}") for number in range(40)] == [""] * 40
+    assert [shown("jobs.x", "ours\nand more")] * 2 == ["ours\nand more"] * 2

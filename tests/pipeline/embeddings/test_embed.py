@@ -17,7 +17,7 @@ from pipeline import storage
 from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.metadata import metadata
-from pipeline.embeddings import clip
+from pipeline.embeddings import clip, clip_weights
 from pipeline.embeddings.clip_weights import _MEAN, _STD, BUNDLED, ClipConfig, describe_encoder
 from pipeline.embeddings.config import EmbedConfig
 from pipeline.embeddings.embed import Embed, EmbedCaptions, check_same_encoder
@@ -165,6 +165,7 @@ def test_the_description_has_the_preprocessing_of_the_tag(model, tmp_path, monke
     """Told from names alone: these weights are too large to fetch."""
     tag = open_clip.list_pretrained_tags_by_model(model)[0]
     (tmp_path / "w").write_bytes(b"weights")
+    monkeypatch.setattr(clip_weights, "is_offered", lambda *_: False)
     monkeypatch.setattr(open_clip, "download_pretrained", lambda *_, **__: str(tmp_path / "w"))
     preprocessing = describe_encoder(ClipConfig(model, tag))["preprocessing"]
     expected = open_clip.factory.PreprocessCfg(**{key: value for key, value in open_clip.get_pretrained_cfg(
