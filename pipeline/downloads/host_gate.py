@@ -57,6 +57,7 @@ class _Host:
         self.timer: asyncio.TimerHandle | None = None
         self.second, self.sent, self.sent_before = 0, 0, 0
         self.doubts: list[tuple[float, asyncio.Future[bool]]] = []  # 403 and the time when the request was sent
+        self.last_served = 0.0  # time when the latest request was sent that the host answered
 
     def count_request(self, now: float) -> None:
         second = int(now)
@@ -87,6 +88,8 @@ class Refusals:
 
     count = 0
     doubted = False
+    first_sent = math.inf
+    """When the first request was sent that the host refused."""
 
 
 class HostGate:
@@ -173,6 +176,7 @@ class HostGate:
     def answered(self, visit: Visit, refusals: Refusals) -> None:
         """The host answered a request, whatever the status."""
         host = visit.host
+        host.last_served = max(host.last_served, visit.sent)
         if len(self.limits.served) < 100_000:
             self.limits.served.add(host.name)
         if host.doubts:
@@ -184,6 +188,7 @@ class HostGate:
     async def refused(self, visit: Visit, refusals: Refusals, error: Refused) -> None:
         """The host refused a request. Returns if it shall be sent again; BadImage if not."""
         host, state = visit.host, visit.host.state or HostState()
+        refusals.first_sent = min(refusals.first_sent, visit.sent)
         if visit.episode != state.episode:  # sent before the pause: it says nothing about the URL
             refusals.count = max(refusals.count, 1)
             self._end(visit)
@@ -197,8 +202,10 @@ class HostGate:
             if not served or not self.config.retries or await self._is_about_url(host, visit, refusals, error):
                 raise final
             return
+        # Refused before and after a pause, while the host answered another request that was sent later.
+        others_served = host.last_served > refusals.first_sent
         about_url = error.status == 403 and again and state.recovering and (
-            state.answers > 0 or (not served and state.pauses >= _PAUSES_UNSERVED))
+            state.answers > 0 or others_served or (not served and state.pauses >= _PAUSES_UNSERVED))
         if about_url:
             self._end(visit, "single")
             raise final

@@ -57,6 +57,9 @@ def parse_host_rates(entries: Iterable[str]) -> list[tuple[str, float]]:
         if not (0 < rate < math.inf and re.fullmatch(r"[a-z0-9_.*?:-]*", pattern.lower())):
             raise ValueError(f"shard.download.host_rate = {entry!r}: must be a number above 0, or HOST=NUMBER\n"
                              f"hint: --host-rate 10 images.example.org=2")
+        if re.fullmatch(r"[^:]*:\d+", pattern):
+            raise ValueError(f"shard.download.host_rate = {entry!r}: expected a host without a port, whose "
+                             f"limit counts for all ports\nhint: --host-rate {pattern.partition(':')[0]}={number}")
         rates.append((pattern.lower() or "*", rate))
     return sorted(rates, key=lambda rate: rate[0].count("*") + rate[0].count("?"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from pipeline.stages.stage import Stage
 from pipeline.stages.types import Item, Output
 from pipeline.storage.sizes import parse_size
 
+_log = logging.getLogger(__name__)
 DEPTH = 10
 """A sampled row must be among so many results of a search for its own vector."""
 _ROWS_OF_A_SHARD, _MOST_ROWS = 16, 1 << 16
@@ -83,6 +85,7 @@ class AdoptIndex(Index):
         embeddings, config = Embeddings(self.dataset), self.config
         index, size = self._open(embeddings, scratch)
         check_budget(index, size, config)
+        self._check_vectors(index, embeddings)
         held = held_out_rows(len(embeddings), config)
         own = held[embeddings.rows(held).any(1)]
         queries = [RecallQueries("image", embeddings.rows(own).astype(np.float32), own)]
@@ -126,6 +129,20 @@ class AdoptIndex(Index):
             raise self._refusal("other ids", f"each row from 0 to {len(embeddings) - 1} once",
                                 f"{wrong} rows that are missing, repeated or beyond")
 
+    def _check_vectors(self, index: faiss.Index, embeddings: Embeddings) -> None:
+        """ValueError unless an index with whole vectors has those of the embeddings, row by row."""
+        if not isinstance(index, faiss.IndexFlat | faiss.IndexHNSWFlat):
+            return
+        wrong: list[int] = []
+        for offset, vectors in read_blocks(embeddings):
+            theirs = index.reconstruct_n(offset, len(vectors))
+            lengths = np.maximum(np.linalg.norm(vectors, axis=1) * np.linalg.norm(theirs, axis=1), 1e-9)
+            differ = (np.einsum("nd,nd->n", vectors, theirs) / lengths < _COPY) & vectors.any(1)
+            wrong += (offset + np.flatnonzero(differ)).tolist()
+        if wrong:
+            raise self._refusal("other vectors", "the vector of each row",
+                                f"others for {len(wrong)} of {len(embeddings)} rows, the first is row {wrong[0]}")
+
     def _find_rows(self, index: faiss.Index, embeddings: Embeddings) -> dict[str, Any]:
         """The share of sampled rows that a search for their own vectors finds; ValueError if it is too small."""
         rows, shards = self._sample(embeddings)
@@ -133,7 +150,8 @@ class AdoptIndex(Index):
         ids = search_in_blocks(lambda block: index.search(block, DEPTH), vectors)[1]
         cosines = np.einsum("bkd,bd->bk", embeddings.rows(ids).astype(np.float32), vectors)
         hits = (ids == rows[:, None]).any(1) | (cosines.min(1) >= _COPY)
-        least = self.config.min_self_hit
+        # Whole vectors lie in the list nearest to them.
+        least = 1.0 if isinstance(inner_index(index), faiss.IndexIVFFlat) else self.config.min_self_hit
         for where, here, bound in [("", np.ones(len(rows), bool), least), *(
                 (f" of shard {record['id']}", shards == number, least / 2)
                 for number, record in enumerate(embeddings.manifest["items"]))]:
@@ -146,6 +164,9 @@ class AdoptIndex(Index):
                     f"{', '.join(map(str, ids[row].tolist()))}",
                     f"are its vectors those of {embeddings.folder}, in that order? An index of short codes may pass "
                     f"with --min-self-hit")
+        if not hits.all():
+            _log.warning("index: a search for %d of %d sampled rows did not find them, the first is row %d",
+                         np.sum(~hits), len(rows), rows[int(np.argmin(hits))])
         return {"self_hit": round(float(hits.mean()), 4) if len(rows) else None, "self_hit_rows": len(rows)}
 
     def _sample(self, embeddings: Embeddings) -> tuple[np.ndarray, np.ndarray]:

@@ -23,6 +23,7 @@ _LARGEST_PROFILE = 4 << 20  # bytes; profiles of presses have up to 2 MB
 Image.init()
 _FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "DIB", "ICO", "JPEG2000", "PPM", "TIFF",
                                    "TGA") if name in Image.OPEN)  # the last tells hardly anything apart
+_PNG_END = b"IEND\xaeB`\x82"
 _EXTRA_FORMATS = {"HEIF": ("HEIC", "pi-heif"), "JXL": ("JPEG XL", "pillow-jxl-plugin")}
 _JPEG_FORMATS = {"JPEG", "MPO"}
 _TRANSPOSE = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -183,7 +184,7 @@ def _decode_undamaged(data: bytes, max_pixels: int, at_least: int, how: Resize, 
         # Counting the frames of a GIF reads all of it.
         many = image.format == "GIF" and image_headers.has_many_frames(data)
         frames = image_headers.MOST_FRAMES if many else (
-            getattr(image, "n_frames", 1) if image.format in {"GIF", "WEBP", "PNG", "AVIF", "HEIF"} else 1)
+            getattr(image, "n_frames", 1) if image.format in {"GIF", "WEBP", "PNG", "AVIF", "HEIF", "TIFF"} else 1)
         part = _reduction(image, at_least, how) if at_least and how != "no" else 1
         pixels = _load(image, data, part, strict)
         if here:
@@ -201,12 +202,15 @@ def _decode_undamaged(data: bytes, max_pixels: int, at_least: int, how: Resize, 
         raise BadImage("corrupt", f"{type(error).__name__}: {error}") from None
     box = None if part == 1 else _box(orientation, width / part, height / part, pixels.size)
     width, height = upright.size if part == 1 else (height, width) if orientation >= 5 else (width, height)
-    plain = (image.mode == "RGB" and part == 1 and orientation in {0, 1} and frames == 1 and not converted
+    has_end = image.format != "PNG" or _PNG_END in data
+    plain = (image.mode == "RGB" and part == 1 and orientation in {0, 1} and frames == 1 and not converted and has_end
              and "transparency" not in image.info and not _is_deep_png(image, data))
     rgb.info = {}  # else `encode` would write comments, and profiles that hold no more
     decoded = Decoded(rgb, width, height, (image.format or "").lower(), plain, box=box)
     if frames > 1:
         decoded.remarks.append(("animated", f"first of {frames} frames{' or more' if many else ''} taken"))
+    if not has_end:
+        decoded.remarks.append(("damaged", "the end marker is missing; no pixel is lost"))
     if complaint:
         decoded.remarks.append(("bad_profile", complaint))
     return decoded

@@ -66,6 +66,16 @@ def test_single_urls_that_are_forbidden_pause_a_host_once(short_pauses):
     assert seconds < 8 and server.requests[HOSTS[0]] < 345
 
 
+def test_a_few_urls_of_which_half_are_forbidden_end_with_their_status(short_pauses):
+    """All requests are sent before the first answer, so no new request can tell a ban from single URLs."""
+    with running(StrictServer({HOSTS[0]: 0})) as server:
+        urls = server.urls(HOSTS[0], 12)
+        urls[::2] = server.urls(HOSTS[0], 6, "forbidden")
+        outcome, seconds = fetched(server, urls)
+    assert [result == "http_403: Forbidden" for result in outcome] == [True, False] * 6
+    assert seconds < 15
+
+
 def test_a_host_that_forbids_everything_costs_little(short_pauses):
     with running(StrictServer({HOSTS[0]: 0})) as server:
         outcome, seconds = fetched(server, server.urls(HOSTS[0], 100, "forbidden"))
@@ -164,3 +174,5 @@ def test_an_error_of_the_limits_ends_downloads_instead_of_stopping_them():
 def test_the_rate_of_a_host():
     assert parse_host_rates(("*.example.org=5", "10", "Images.example.org=2")) == [
         ("images.example.org", 2.0), ("*.example.org", 5.0), ("*", 10.0)]
+    with pytest.raises(ValueError, match=r"expected a host without a port, .*\nhint: --host-rate example.org=2"):
+        parse_host_rates(("example.org:8080=2",))
