@@ -100,7 +100,7 @@ def moved(shards: int) -> np.ndarray:
     ("SQ8", moved(5), 0, "other rows: a search for 80 sampled rows must find each among 10 results: expected a share "
                          "of at least 0.9, got 0."),
     ("IVF16,Flat", np.roll(VECTORS, 1, 0), 0, "expected a share of at least 1, got 0."),
-    ("Flat", moved(1), 0, "other vectors: expected the vector of each row, got others for 300 of 1500 rows, the first "),
+    ("Flat", moved(1), 0, "other vectors: expected the vector of each row, got others for 300 of 1500 rows"),
     ("Flat", swapped(3, 1400), 0, "got others for 2 of 1500 rows, the first is row 3"),
     ("HNSW16", swapped(3, 1400), 0, "got others for 2 of 1500 rows, the first is row 3"),
     ("IVF16,PQ8x4,RFlat", VECTORS, 0, "kind: expected inverted lists, a graph (HNSW), or codes of all rows, got "
