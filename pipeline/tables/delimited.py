@@ -17,7 +17,9 @@ from pipeline.tables.cells import TableRow, unique_names
 _LONGEST = 1 << 26  # characters of a cell
 _MOST_LINES = 1000  # of a quoted cell: a quote that is never closed costs no more than these
 _MOST_HEADER_LINES = 5
-_ADDRESS = re.compile(r"\s*([a-z][a-z0-9+.-]*://\S+|\S+\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic|jxl))\s*", re.I)
+_ADDRESS = re.compile(r"\s*([a-z][a-z0-9+.-]*://.+|.+\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic|jxl))\s*", re.I)
+_NUMBER = re.compile(r"\s*[\d.-]*\d[\d.-]*\s*")
+_WORD, _WORD_WITH_DIGIT = re.compile(r"\s*\S+\s*"), re.compile(r"\s*\S*\d\S*\s*")
 csv.field_size_limit(_LONGEST)  # one limit for the process; the usual one, 131,072, is too small for captions
 
 
@@ -72,10 +74,10 @@ def read_delimited(lines: Iterator[str], file: str, delimiter: str, names: Seque
     """
     numbered = _Lines(repair_lines(lines))
     remarks: list[str] = []
-    quoted = delimiter == ","
+    quoted, header = delimiter == ",", ""
     if not names:
-        header = next((line for line in numbered if line.strip(" \r\n")), None)
-        if header is None:
+        header = next((line for line in numbered if line.strip(" \r\n")), "")
+        if not header:
             return
         quoted = quoted or header.startswith('"')
         found, taken, problem = (_parse_record(header, numbered, delimiter) if quoted else
@@ -83,7 +85,8 @@ def read_delimited(lines: Iterator[str], file: str, delimiter: str, names: Seque
         if found is None or len(taken) > _MOST_HEADER_LINES:
             raise ValueError(f"the header cannot be read: {problem or 'a quote is not closed'}")
         names, remarks = unique_names(found)
-    records = (_quoted_records if quoted else _plain_records)(numbered, delimiter, len(names))
+    records = (_quoted_records(numbered, delimiter, len(names), all_quoted=header.startswith('"')) if quoted else
+               _plain_records(numbered, delimiter, len(names)))
     for number, (line, cells, remark, problem) in enumerate(records, 1):
         if cells is None:
             place = f"{file}, row {number}, line {line}"
@@ -98,6 +101,8 @@ def read_delimited(lines: Iterator[str], file: str, delimiter: str, names: Seque
 
 
 _REPAIRED = "repaired"
+_HOLDS_ROWS = ("a quote is not closed, or a line of the cell looks like a row\n"
+               "hint: close the quote; if the cell is one text, take its line breaks out or write the list as parquet")
 _Record = tuple[int, "list[str] | None", str, str]  # number of the line, cells, remark, problem
 
 
@@ -117,8 +122,11 @@ def _plain_records(lines: _Lines, delimiter: str, width: int) -> Iterator[_Recor
         yield lines.number, cells, remark, ""
 
 
-def _quoted_records(lines: _Lines, delimiter: str, width: int) -> Iterator[_Record]:
-    """Records by the rules of RFC 4180, which may span lines."""
+def _quoted_records(lines: _Lines, delimiter: str, width: int, *, all_quoted: bool) -> Iterator[_Record]:
+    """Records by the rules of RFC 4180, which may span lines.
+
+    `all_quoted`: the writer quotes each text, so a later row does not close an open quote by chance.
+    """
     for line in lines:
         number = lines.number
         if '"' not in line:
@@ -128,12 +136,12 @@ def _quoted_records(lines: _Lines, delimiter: str, width: int) -> Iterator[_Reco
             elif line.strip(" \r\n"):
                 yield number, None, "", _width_problem(len(cells), width)
             continue
-        found, taken, problem = _checked_record(line, lines, delimiter, width)
+        found, taken, problem = _checked_record(line, lines, delimiter, width, all_quoted)
         remark = ""
         if found is None:
             lines.put_back(taken)
             if '\\"' in line:  # Spark writes \" where CSV has ""
-                found, taken, _ = _checked_record(line, lines, delimiter, width, backslash=True)
+                found, taken, _ = _checked_record(line, lines, delimiter, width, all_quoted, backslash=True)
                 remark = "backslash_quotes: read as Spark writes quotes"
                 if found is None:
                     lines.put_back(taken)
@@ -144,14 +152,14 @@ def _quoted_records(lines: _Lines, delimiter: str, width: int) -> Iterator[_Reco
             yield number, found, _REPAIRED if repaired else remark, ""
 
 
-def _checked_record(line: str, lines: _Lines, delimiter: str, width: int, *, backslash: bool = False,
-                    ) -> tuple[list[str] | None, list[str], str]:
+def _checked_record(line: str, lines: _Lines, delimiter: str, width: int, all_quoted: bool, *,
+                    backslash: bool = False) -> tuple[list[str] | None, list[str], str]:
     """(cells, the lines read for it after the first, problem): no cells if they are not `width`, or hold other rows."""
     cells, taken, problem = _parse_record(line, lines, delimiter, backslash)
     if cells is not None and len(cells) != width:
         return None, taken, _width_problem(len(cells), width)
-    if cells is not None and taken and _holds_rows(cells, [line, *taken], delimiter):
-        return None, taken, "a quote is not closed: the cell would hold the following rows"
+    if cells is not None and taken and _holds_rows(cells, [line, *taken], delimiter, only_addresses=all_quoted):
+        return None, taken, _HOLDS_ROWS
     return cells, taken, problem
 
 
@@ -182,12 +190,39 @@ def _parse_record(line: str, lines: Iterator[str], delimiter: str, backslash: bo
         return None, taken, text
 
 
-def _holds_rows(cells: Sequence[str], lines: Sequence[str], delimiter: str) -> bool:
-    """Whether a record that spans lines looks like several: a line has another URL or file name in the same column."""
-    columns = [number for number, cell in enumerate(cells) if _ADDRESS.fullmatch(cell)]
-    others = ([cell.strip('"') for cell in line.rstrip("\r\n").split(delimiter)] for line in lines)
-    return any(len(other) == len(cells) and any(_ADDRESS.fullmatch(other[number]) and other[number] != cells[number]
-                                                for number in columns) for other in others)
+def _holds_rows(cells: Sequence[str], lines: Sequence[str], delimiter: str, *, only_addresses: bool) -> bool:
+    """Whether a record that spans lines looks like several rows, after a quote that is not closed.
+
+    A line looks like a row if it has a URL or a file name in a column where the record has one, and not too few cells.
+    If the record has neither, the line must have the right number of cells, and a number or a word in a column where
+    the record has one. If the record has none of these, the number of cells is enough.
+    """
+    broken = [number for number, cell in enumerate(cells) if "\n" in cell]
+    whole = [number for number, cell in enumerate(cells) if cell and "\n" not in cell]
+    if len(cells) == 1 or not broken:
+        return len(cells) == 1
+    split = [[cell.strip('"') for cell in line.rstrip("\r\n").split(delimiter)] for line in lines]
+    # The cells before the broken one are those of the first line itself, and the cells after it those of the last.
+    # Delimiters may be in the broken column: columns after it are counted from the end.
+    others = [(column, other[column if column < broken[0] else column - len(cells)], len(other) == len(cells))
+              for number, other in enumerate(split) if len(other) >= len(cells) for column in whole
+              if (number > 0 or column > broken[-1]) and (number < len(lines) - 1 or column < broken[0])]
+    kinds = {column: _kind(cells[column]) for column in whole}
+    if only_addresses or _ADDRESS in kinds.values():
+        return any(kinds[column] is _ADDRESS and _ADDRESS.fullmatch(other) for column, other, _ in others)
+    # Rows end with a carriage return, and the lines inside the cell do not.
+    if lines[-1].endswith("\r\n") and not any(line.endswith("\r\n") for line in lines[:-1]):
+        return False
+    has_kind = any(kinds.values())
+    return any(fits and (not has_kind or ((kind := kinds[column]) and kind.fullmatch(other)))
+               for column, other, fits in others)
+
+
+def _kind(cell: str) -> re.Pattern[str] | None:
+    """What the cells of other rows in the same column are like, None for texts."""
+    if _ADDRESS.fullmatch(cell):
+        return _ADDRESS
+    return _WORD_WITH_DIGIT if _NUMBER.fullmatch(cell) else _WORD if _WORD.fullmatch(cell) else None
 
 
 def _width_problem(count: int, width: int) -> str:

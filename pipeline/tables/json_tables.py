@@ -1,4 +1,4 @@
-"""JSON as rows: lines of objects, one array of objects, objects one after another, or columns as pandas writes them."""
+"""JSON as rows: lines of objects, arrays of objects, objects one after another, or columns as pandas writes them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _table_row(cells: dict[str, Any], text: str) -> TableRow:
 
 
 def _read_values(pieces: Iterator[str]) -> Iterator[tuple[Any, str]]:
-    """(value, its text) of the array that a file holds, or of values one after another."""
+    """(value, its text) of the arrays that a file holds, or of values one after another."""
     decoder, in_array, ended = json.JSONDecoder(), False, False
     buffer, position, text_type = "", 0, str
     while True:
@@ -65,7 +65,8 @@ def _read_values(pieces: Iterator[str]) -> Iterator[tuple[Any, str]]:
             in_array, position = True, position + 1
             continue
         if in_array and buffer[position:position + 1] == "]":
-            return
+            in_array, position = False, position + 1
+            continue
         try:
             value, end = decoder.raw_decode(buffer, position)
         except RecursionError:

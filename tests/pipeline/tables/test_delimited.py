@@ -43,6 +43,40 @@ def test_two_stray_quotes_that_would_balance_do_not_join_rows(tmp_path):
         assert {cell for row in good for cell in row.values()} >= {"foo", '5"'}
 
 
+@pytest.mark.parametrize(("header", "rows"), [
+    ("url,caption", ['http://h/0.png,"open one', "http://h/0.png,two", 'http://h/0.png,a pipe of 12"']),  # one URL
+    ("url,caption", ['http://h/a b/0.png,"open one', "http://h/a b/1.png,two", 'http://h/a b/2.png,a pipe of 12"']),
+    ("url,caption", ['http://h/0.png,"open one', "http://h/1.png,two, three", 'http://h/2.png,a pipe of 12"']),
+    ("caption,url", ['"open, one,http://h/0.png', "two,http://h/1.png", '12",http://h/2.png']),
+    ("caption,url", ['"open one,http://h/0.png', '12",http://h/1.png']),
+    ("id,caption", ['0,"open one', "1,two", '2,a pipe of 12"']),
+    ("file,caption", ['im0,"open one', "im1,two", 'im2,a pipe of 12"']),
+    ("file,caption", ['im 0,"open one', "im 1,two", 'im 2,a pipe of 12"']),
+    ("file,caption,year", ['im 0.png,"open one,1900', "im 1.png,two,1901", 'im 2.png,12",1902']),
+    ("id,caption,artist", ['a cat,"open one,A B', "a dog,two,C D", 'a bird,12",E F'])])
+def test_an_open_quote_that_a_later_row_closes_costs_its_own_row_only(tmp_path, header, rows):
+    good, problems, _ = read(tmp_path, "a.csv", "\n".join([header, *rows, rows[-1].replace('"', ""), ""]))
+    is_bad = [row.count(",") != header.count(",") or number == 0 for number, row in enumerate(rows)]
+    assert [list(row.values()) for row in good[:-1]] == [
+        row.split(",") for row, bad in zip(rows, is_bad, strict=True) if not bad]
+    assert len(problems) == sum(is_bad) and "a quote is not closed" in problems[0] and "hint: " in problems[0]
+
+
+@pytest.mark.parametrize(("header", "ending", "row"), [
+    ("url,caption", "\n", ["http://h/0.png", "a cat,\nblack, white\n1970, and\n,so on"]),
+    ("caption,url", "\n", ["a cat,\nblack, white\n1970, and\n,so on", "http://h/0.png"]),
+    ("caption,file", "\n", ["the cat, a black one\nhttp://h/1.png", "a b.jpg"]),
+    ("file,caption", "\n", ["cat", "a cat\nsitting on a mat, happy"]),
+    ("id,caption", "\n", ["17", "Haystacks\nPainting"]),
+    ("id,caption", "\r\n", ["17", "Haystacks\nPainting, oil"]),  # as Python's csv writes
+    ("id,caption,artist", "\n", ["17", "red\ngreen, blue", "A B"])])
+def test_texts_with_line_breaks_and_commas_are_one_cell(tmp_path, header, ending, row):
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator=ending).writerows([header.split(","), row, row])
+    good, problems, _ = read(tmp_path, "a.csv", text.getvalue())
+    assert [list(each.values()) for each in good] == [row, row] and not problems
+
+
 def test_rows_of_another_length_are_named(tmp_path):
     data = "url,caption,width\na,x,1\nb,x\nc,x,1,2\n\nd,\"x\ny\",1\ne,\"x\ny\"\nf,x,1\n"
     good, problems, _ = read(tmp_path, "a.csv", data)
@@ -105,6 +139,8 @@ def test_whatever_a_strict_writer_writes_is_read_as_it_was(tmp_path):
         # With "\n" alone, `csv` leaves cells with a carriage return unquoted.
         ending, quoting = rng.choice([("\n", csv.QUOTE_ALL), ("\r\n", csv.QUOTE_ALL), ("\r\n", csv.QUOTE_MINIMAL)])
         writer = csv.writer(text, lineterminator=ending, quoting=quoting)
+        if quoting == csv.QUOTE_MINIMAL:  # a line of a cell may not end as rows do, or it may be one
+            rows = [[cell.replace("\r\n", "\n") for cell in row] for row in rows]
         writer.writerows([["one", "two", "three"], *rows])
         good, problems, _ = read(tmp_path, "a.csv", text.getvalue())
         assert not problems

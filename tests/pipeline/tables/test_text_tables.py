@@ -25,7 +25,7 @@ def packed(data, codec):
 
 
 @pytest.mark.parametrize("layout", [
-    "\n".join(map(json.dumps, ROWS)), json.dumps(ROWS), json.dumps(ROWS, indent=2), "  [\n" + json.dumps(ROWS)[1:],
+    "\n".join(map(json.dumps, ROWS)), json.dumps(ROWS), json.dumps(ROWS[:2]) + json.dumps(ROWS[2:]), json.dumps(ROWS, indent=2), "  [\n" + json.dumps(ROWS)[1:],
     "\n".join(json.dumps(row, indent=1) for row in ROWS),
     json.dumps({name: [row[name] for row in ROWS] for name in ROWS[0]}),
     json.dumps({name: {str(number): row[name] for number, row in enumerate(ROWS)} for name in ROWS[0]})])
@@ -41,6 +41,13 @@ def test_a_long_array_is_read_in_pieces(tmp_path):
     assert cells(tmp_path / "a.json") == rows
     (tmp_path / "b.json").write_text(json.dumps({"title": "one work", "tags": ["x"]}))
     assert cells(tmp_path / "b.json") == [{"title": "one work", "tags": ["x"]}]
+
+
+@pytest.mark.parametrize("rest", ["]", "garbage", "\0\0", '{"url": ', "[{}", '\n"text" x'])
+def test_nothing_after_an_array_is_dropped(tmp_path, rest):
+    (tmp_path / "a.json").write_text(json.dumps(ROWS) + rest)
+    with pytest.raises(ValueError, match="cannot be read after row"):
+        cells(tmp_path / "a.json")
 
 
 def test_lines_of_json_that_are_none_are_named(tmp_path):
