@@ -14,6 +14,8 @@ from pipeline.storage import name_by_content
 from pipeline.tables.cells import json_cell, replace_surrogates
 
 LICENSE, NO_LICENSE = "filtered_by_license", "filtered_without_license"
+BAD_ROW = "bad_row"
+"""The reason of a row that cannot be read, and so has no columns that a filter could look at."""
 
 
 @dataclass

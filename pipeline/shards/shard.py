@@ -215,10 +215,14 @@ class Shard(Stage):
             sums.update({name: info.get(name, 0) * times for name in ("rows", "filtered", LICENSE, NO_LICENSE,
                                                                       "retried")})
         if not counts["samples"]:
-            left_out = counts["skipped"] | {name: sums[name] for name in ("filtered", LICENSE, NO_LICENSE)}
+            by_license = {name: sums[name] for name in (LICENSE, NO_LICENSE)}
+            left_out = counts["skipped"] | {"filtered": sums["filtered"] - sum(by_license.values())} | by_license
             reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "it is empty"
+            hint = (f"{storage.join(self.folder, 'ledger')} names each" if counts["skipped"] else
+                    "docs/credits.md has the columns and texts of licenses that are known" if sums[NO_LICENSE] else
+                    "--where and --licenses choose rows")
             raise StageFailed(f"shard: no image of {', '.join(self.config.source)} can be used: {reasons}\n"
-                              f"hint: {storage.join(self.folder, 'ledger')} names each")
+                              f"hint: {hint}")
         # A row that was tried again is in two records: it is one row of the source.
         sums["rows"] += sums["filtered"] - sums["retried"]
         return Output(info={"sources": self._origins(), "format": self.config.format, **self.source.left_out(),

@@ -21,7 +21,7 @@ from pipeline.media.types import SUFFIXES, BadImage
 from pipeline.rows import img2dataset
 from pipeline.rows.column_names import find_caption_columns, is_more_than_caption
 from pipeline.rows.column_types import ColumnTypes
-from pipeline.rows.rows import Part, ReadReport, Row, hashable_cells, json_cells, read_rows, write_rows
+from pipeline.rows.rows import BAD_ROW, Part, ReadReport, Row, hashable_cells, json_cells, read_rows, write_rows
 from pipeline.sources.captions import CaptionTables, names_by_stem
 from pipeline.sources.folder_files import FolderFiles, count_text, sort_files, stem_of, suffix_of, usual_accents
 from pipeline.sources.source import Source
@@ -186,7 +186,7 @@ class FolderSource(Source):
             row.remarks += captions.remarks.get(name, [])
             yield row
         for number, (place, read) in enumerate(captions.bad_rows.items(), len(wanted)):
-            yield Row(number, place, remarks=list(read.remarks), missing=read.problem, reason="bad_row")
+            yield Row(number, place, remarks=list(read.remarks), missing=read.problem, reason=BAD_ROW)
 
     def _row(self, number: int, name: str, file: str | None, listed: dict[str, Any] | None, files: FolderFiles,
              repeated: bool, any_listed: bool) -> Row:

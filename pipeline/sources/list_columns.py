@@ -17,7 +17,7 @@ from pipeline.layouts.column_paths import cell_at, find_roots
 from pipeline.layouts.known import Layout, find_layout
 from pipeline.rows import img2dataset
 from pipeline.rows.column_names import find_caption_columns, find_columns, is_more_than_caption
-from pipeline.rows.rows import Row, json_cells
+from pipeline.rows.rows import BAD_ROW, Row, json_cells
 from pipeline.tables.arrow_cells import is_nested, is_text, storage_type, stored_columns
 from pipeline.tables.cells import TableRow, cell_text
 from pipeline.tables.image_cells import can_hold_images, is_data_url, read_data_url, read_image_cell
@@ -146,7 +146,7 @@ def _no_image_column(names: list[str], address: str, layout: Layout) -> str:
 def make_row(number: int, read: TableRow, columns: Columns) -> Row:
     """A row of a file as a row of the source."""
     if read.problem:
-        return Row(number, read.place, missing=read.problem, remarks=list(read.remarks), reason="bad_row")
+        return Row(number, read.place, missing=read.problem, remarks=list(read.remarks), reason=BAD_ROW)
     cells, remarks = read.cells, list(read.remarks)
     failure = img2dataset.earlier_failure(cells) if columns.status else ""
     cell = cell_at(cells, columns.image)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline import storage
 from pipeline.media.sample_names import system_folder
 from pipeline.rows import img2dataset
-from pipeline.rows.rows import LICENSE, NO_LICENSE, Part, ReadReport, Row, read_rows, write_rows
+from pipeline.rows.rows import BAD_ROW, LICENSE, NO_LICENSE, Part, ReadReport, Row, read_rows, write_rows
 from pipeline.sources.patterns import is_pattern, match_pattern
 from pipeline.tables.names import LOOSE_TABLES, TABLES
 
@@ -91,7 +91,7 @@ class Source(ABC):
 
     def allowed_rows(self, stage_folder: str, inputs: dict[str, Any], scratch: Path, reading: ReadReport,
                      ) -> Iterator[Row]:
-        """The rows of a part whose license is allowed, in order."""
+        """The rows of a part whose license is allowed, and those that cannot be read, in order."""
         rows = self.rows(stage_folder, inputs, scratch, reading)
         if not self.config.licenses:
             return rows
@@ -99,6 +99,8 @@ class Source(ABC):
         licenses = Licenses(self.config.licenses)
 
         def is_allowed(row: Row) -> bool:
+            if row.reason == BAD_ROW:
+                return True
             spdx = license_of(self.columns_of(row)).spdx
             if licenses.allow(spdx):
                 return True

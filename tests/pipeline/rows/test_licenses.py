@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.rows.licenses import Licenses, attribution_of, find_spdx, license_of
+from pipeline.rows.licenses import Licenses, attribution_of, license_of
 
 CC = "creativecommons.org"
 
@@ -31,11 +31,32 @@ CC = "creativecommons.org"
     ("Creative Commons Attribution License (CC BY 4.0)", "CC-BY-4.0"),
     ("Attribution Non-Commercial No Derivatives 4.0", "CC-BY-NC-ND-4.0"),
     ("mit", "MIT"), ("Apache License 2.0", "Apache-2.0"), ("apache-2.0", "Apache-2.0"), ("OFL-1.1", "OFL-1.1"),
-    ("CC-BY-SA-4.0 OR MIT", "CC-BY-SA-4.0"),
+    ("CC-BY-SA-4.0 OR MIT", "CC-BY-SA-4.0 OR MIT"),
     # Flickr's and COCO's numbers.
     (1, "CC-BY-NC-SA-2.0"), (2, "CC-BY-NC-2.0"), (3, "CC-BY-NC-ND-2.0"), ("4", "CC-BY-2.0"), (5, "CC-BY-SA-2.0"),
     (6, "CC-BY-ND-2.0"), (9, "CC0-1.0"), (10, "CC-PDM-1.0"), (11, "CC-BY-4.0"), (16, "CC-BY-NC-ND-4.0"),
-    ([f"https://{CC}/licenses/by/4.0/", "other"], "CC-BY-4.0"), (b"cc-by-4.0", "CC-BY-4.0"),
+    ([f"https://{CC}/licenses/by/4.0/", "other"], "CC-BY-4.0"), (b"cc-by-4.0", "CC-BY-4.0"), (4.0, "CC-BY-2.0"),
+    ('["CC BY 4.0", "https://creativecommons.org/licenses/by/4.0/"]', "CC-BY-4.0"),
+    ('{"name": "CC BY 4.0", "note": "see the page"}', "CC-BY-4.0"),
+    # Whole forms.
+    (f"https://{CC}/licenses/by/2.0/?ref=search&atype=rich", "CC-BY-2.0"), ("CC0 Public Domain", "CC0-1.0"),
+    (f"Licensed under the CC BY 4.0 license: https://{CC}/licenses/by/4.0/", "CC-BY-4.0"),
+    (f"This work is licensed under a <a rel='license' href='http://{CC}/licenses/by-nc/4.0/'>Creative Commons "
+     "Attribution-NonCommercial 4.0 International License</a>.", "CC-BY-NC-4.0"),
+    ("This image is available under CC0", "CC0-1.0"), ("image: public domain", "CC-PDM-1.0"),
+    ("Creative Commons Attribution 4.0 International Public License", "CC-BY-4.0"),
+    # Texts that permit less than a part of them says, or name several licenses.
+    ("CC BY-NC-ND 4.0 (text is CC0)", ""), ("Not CC0; all rights reserved", ""), ("CC BY 3.0 (non-commercial)", ""),
+    ("CC-BY-4.0-NC", ""), ("CC BY 4.0 NC", ""), ("CC BY 4.0 NonCommercial", ""), ("CC BY 4.0, CC BY-NC 4.0", ""),
+    ("CC BY 4.0 NO DERIVATIVES", ""), ("CC BY 4.0 / no derivatives", ""), ("CC0 (metadata)", ""), ("non-CC0", ""),
+    ("CC BY 4.0 until 2020", ""), ("formerly CC BY 4.0", ""), ("CC BY 4.0 or CC BY 3.0", ""), ("CC0, CC BY 4.0", ""),
+    ("CC BY 4.0. All rights reserved", ""), ("public domain in the US", ""), ("public domain, CC BY 4.0", ""),
+    ("CC BY 4.0 except logos", ""), ("pas CC0", ""), ("no CC0", ""), ("CC0?", ""), ("!CC0", ""), ("CC 0.5", ""),
+    ("© Jane Doe, not CC BY 4.0", ""), ("© Jane Doe, all rights reserved, CC BY 4.0", ""), ("CC01", ""),
+    (f"https://{CC}/licenses/by/4.0/ (text), https://{CC}/licenses/by-nc/4.0/ (images)", ""),
+    (f"https://{CC}/licenses/by/4.0/ text only", ""), (f"https://{CC}/licenses/by/4.0/nonsense", ""),
+    (["CC BY 4.0", "CC BY-NC 4.0"], ""), ('["CC BY 4.0", "all rights reserved"]', ""), (["CC0", "non-commercial"], ""),
+    ({"images": "© X. Not for reuse", "text": "CC0"}, ""),
     # Unknown: never a guess.
     ("", ""), (None, ""), (0, ""), (7, ""), (8, ""), (99, ""), ("All rights reserved", ""), ("CC BY", ""), ("cc", ""),
     (f"https://{CC}/licenses/by/", ""), (f"https://{CC}/licenses/sampling+/1.0/", ""),
@@ -45,7 +66,7 @@ CC = "creativecommons.org"
     ("© 2004 Artists Rights Society", ""), ("not in the public domain", ""), ("Attribution", ""), (True, ""),
 ])
 def test_licenses_in_any_spelling(text, spdx):
-    assert find_spdx(text) == spdx
+    assert license_of({"license": text}).spdx == spdx
 
 
 @pytest.mark.parametrize(("columns", "spdx", "text"), [
@@ -54,7 +75,22 @@ def test_licenses_in_any_spelling(text, spdx):
     ({"license_url": f"http://{CC}/publicdomain/zero/1.0/", "license": "see the page"}, "CC0-1.0",
      f"http://{CC}/publicdomain/zero/1.0/"),
     ({"media.usage.access": "CC0"}, "CC0-1.0", "CC0"), ({"licence_spdx": "MIT"}, "MIT", "MIT"),
-    ({"Is Public Domain": "True", "Rights and Reproduction": "© The Met"}, "CC-PDM-1.0", "© The Met"),
+    ({"Is Public Domain": "True", "Rights and Reproduction": "Gift of 1906"}, "CC-PDM-1.0", "Gift of 1906"),
+    ({"Is Public Domain": "True", "Rights and Reproduction": "© The Met"}, "", "© The Met"),
+    # One column permits less than another.
+    ({"license": "All rights reserved", "rights": "CC0"}, "", "CC0; All rights reserved"),
+    ({"license": "All rights reserved", "is_public_domain": True}, "", "All rights reserved"),
+    ({"license": 0, "rights": "CC0"}, "", "CC0; 0"), ({"license": "CC0", "is_public_domain": False}, "", "CC0"),
+    ({"license": "CC BY 4.0", "rights": "CC BY-NC 4.0"}, "", "CC BY 4.0; CC BY-NC 4.0"),
+    ({"license": "CC BY 4.0", "License": "CC BY-NC 4.0"}, "", "CC BY 4.0; CC BY-NC 4.0"),
+    ({"license": "CC0", "usage": "non-commercial use"}, "", "CC0; non-commercial use"),
+    ({"license": "CC BY 4.0", "rights": "CC0"}, "CC-BY-4.0", "CC BY 4.0"),
+    ({"license": "CC BY 4.0", "copyright": "© Jane Doe"}, "CC-BY-4.0", "CC BY 4.0"),
+    ({"license": "CC BY-SA 3.0", "license_url": f"https://{CC}/licenses/by-sa/3.0/de/"}, "CC-BY-SA-3.0-DE",
+     f"https://{CC}/licenses/by-sa/3.0/de/"),
+    ({"license": "CC BY 4.0", "license_url": f"https://{CC}/licenses/by/4.0/"}, "CC-BY-4.0", "CC BY 4.0"),
+    ({"license": "public domain", "rights": "CC0"}, "CC-PDM-1.0", "public domain"),
+    ({"license": "CC BY 4.0", "is_public_domain": False}, "CC-BY-4.0", "CC BY 4.0"),
     ({"is_public_domain": True}, "CC-PDM-1.0", "public domain"), ({"is_public_domain": False}, "", ""),
     ({"license": 4}, "CC-BY-2.0", "4"), ({"rights": 4}, "", "4"), ({"license": None}, "", ""),
     ({"LICENSE": "all rights reserved"}, "", "all rights reserved"), ({"other": "CC0"}, "", ""), ({}, "", ""),
@@ -84,6 +120,9 @@ def test_patterns():
     assert not any(map(allowed.allow, ("CC-BY-NC-4.0", "CC-BY-SA-4.0", "MIT", "")))
     assert Licenses("cc-by*").allow("CC-BY-NC-4.0") and not Licenses("*").allow("")
     assert Licenses("CC-BY-NC-*").allow("CC-BY-NC-4.0") and not Licenses("CC-BY-NC-*").allow("CC-BY-NC-SA-4.0")
-    for wrong in ("CC-BY", "CC-*", "CC-BY-4", "free", "CC0-1.0,nothing"):
+    assert allowed.allow("CC-BY-4.0 OR MIT") and allowed.allow("CC-BY-4.0 AND CC0-1.0")
+    assert not any(map(allowed.allow, ("CC-BY-4.0 AND MIT", "CC0-1.0 AND (MIT OR CC-BY-4.0)", "MIT OR Apache-2.0")))
+    assert not Licenses("CC0*").allow("CC0-1.0 AND CC-BY-NC-4.0")
+    for wrong in ("CC-BY", "CC-*", "CC-BY-4", "free", "CC0-1.0,nothing", "MIT OR CC0-1.0"):
         with pytest.raises(ValueError, match="no SPDX identifier matches it"):
             Licenses(wrong)

@@ -25,7 +25,8 @@ def packed(data, codec):
 
 
 @pytest.mark.parametrize("layout", [
-    "\n".join(map(json.dumps, ROWS)), json.dumps(ROWS), json.dumps(ROWS[:2]) + json.dumps(ROWS[2:]), json.dumps(ROWS, indent=2), "  [\n" + json.dumps(ROWS)[1:],
+    "\n".join(map(json.dumps, ROWS)), json.dumps(ROWS), json.dumps(ROWS[:2]) + json.dumps(ROWS[2:]),
+    json.dumps(ROWS, indent=2), "  [\n" + json.dumps(ROWS)[1:],
     "\n".join(json.dumps(row, indent=1) for row in ROWS),
     json.dumps({name: [row[name] for row in ROWS] for name in ROWS[0]}),
     json.dumps({name: {str(number): row[name] for number, row in enumerate(ROWS)} for name in ROWS[0]})])
