@@ -12,7 +12,7 @@ A folder imports only from folders below it in this list (`make lint` checks it)
     sampling/     images from a run and a database
     training/     Ray Train and torchrun, latents, conversion
     cluster/      connect to Ray, actors, retired workers
-    telemetry/    logs, progress, tables, wandb, Ray metrics
+    telemetry/    logs, progress, tables, trackers, Ray metrics
     runs/         the folder of a training run
 
 Start with cli/main.py, then cluster/actor_pool.py.

@@ -79,7 +79,7 @@ def _shard_and_deduplicate(sift: "Deduplicate", options: ShardOptions) -> int:
     with open_runner(options.common, options.cluster) as runner:
         def seal(stage: "Stage") -> dict[str, Any]:
             whole = stage is sift.whole
-            return run_observed(stage, runner, name="shard" if whole else "sift", tracker=options.stage.tracker,
+            return run_observed(stage, runner, name="shard" if whole else "sift", trackers=options.stage.tracker,
                                 retry=options.retry_failed and whole, max_failed=options.max_failed)
 
         manifest = deduplicate.deduplicate_shards(sift, seal, overwrite=options.stage.overwrite)
@@ -203,7 +203,7 @@ def run_index(options: IndexOptions) -> int:
         return print_forecast(index, options)
     with open_runner(options.common, options.cluster) as runner:
         manifest = build_index(index, lambda stage: run_observed(stage, runner, name=stage.name.replace("_", " "),
-                                                                 tracker=options.stage.tracker),
+                                                                 trackers=options.stage.tracker),
                                overwrite=options.stage.overwrite)
     print_result(index, manifest, options)
     return 0

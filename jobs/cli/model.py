@@ -54,7 +54,9 @@ class TrainOptions:
 
 
 def run_train(options: TrainOptions) -> int:
+    from jobs.telemetry.trackers.trackers import check_choices
     from jobs.training.train_stage import Training
+    check_choices(options.stage.tracker)
     # torchrun has started the processes, and --local would be a flag of its own.
     local = options.common.local or "TORCHELASTIC_RUN_ID" in os.environ
     job = check_train(options)
@@ -260,10 +262,10 @@ def run_evaluate(options: EvaluateOptions) -> int:
     if options.common.dry_run:
         return print_forecast(judging, options, options.cluster)
     with open_runner(options.common, options.cluster) as runner:
-        run_observed(judging, runner, tracker=stage.tracker, overwrite=stage.overwrite)
+        run_observed(judging, runner, trackers=stage.tracker, overwrite=stage.overwrite)
         evaluation = Evaluation(judging, train_database, options.checkpoint, options.embed.clip(), options.evaluate,
                                 options.sample, options.prompt, options.name)
-        run_observed(evaluation, runner, tracker=stage.tracker, overwrite=stage.overwrite)
+        run_observed(evaluation, runner, trackers=stage.tracker, overwrite=stage.overwrite)
     _log.info("evaluate: pictures, plot and numbers are in %s", evaluation.folder)
     if stage.json:
         document = storage.read_json(storage.join(evaluation.folder, "evaluation.json"))

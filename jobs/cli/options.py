@@ -45,8 +45,9 @@ class StageOptions:
 
     overwrite: bool = False
     """Empty the folder of this stage first, with everything below it (the samples of a run)."""
-    tracker: Literal["auto", "none", "wandb"] = "auto"
-    """Log to wandb too (offline without WANDB_API_KEY), or not. auto: training always, other stages with a key."""
+    tracker: tyro.conf.UseAppendAction[tuple[Literal["auto", "none", "wandb", "tensorboard", "mlflow"], ...]] = ()
+    """Report to a tracker too; may be repeated. auto, the default: wandb, for training always (offline without
+    WANDB_API_KEY), for other stages with a key."""
     json: bool = False
     """Print the result as JSON, as it is printed without a terminal."""
 

@@ -96,7 +96,7 @@ def _publish(build: "Rebuild", options: RebuildOptions, times: Times, following:
 
     def seal(stage: "Stage") -> dict[str, Any]:
         with times(stage.name):
-            return run_observed(stage, runner, name=stage.name.replace("_", " "), tracker="auto")
+            return run_observed(stage, runner, name=stage.name.replace("_", " "), trackers=())
 
     before = sum(times.seconds.values())
     with times("all"), open_runner(options.common, options.cluster) as runner:

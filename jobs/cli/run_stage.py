@@ -47,13 +47,15 @@ def spare_ray(common: CommonOptions, cluster: ClusterConfig, *, small: bool) -> 
 def seal_and_print(stage: "Stage", options: Any, **how: Any) -> int:
     """Bring a stage to its sealed state and print its result. `how` goes to `run_stage` of the driver."""
     from jobs.telemetry.observe import observe
+    from jobs.telemetry.trackers.trackers import check_choices
     from pipeline.stages.driver import run_stage
     overwrite = options.stage.overwrite
+    check_choices(options.stage.tracker)
     check_unpublished(stage, overwrite)
     if options.common.dry_run:
         return print_forecast(stage, options, options.cluster)
     with (open_runner(options.common, options.cluster) as runner,
-          observe(stage, tracker=options.stage.tracker) as observers):
+          observe(stage, trackers=options.stage.tracker) as observers):
         manifest = observers.sealed(run_stage(stage, runner, watch=observers.watch, overwrite=overwrite, **how))
     print_result(stage, manifest, options)
     return 0

@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 NEEDED = "RDM_NEEDS"  # names of the variables that a job is to find where it runs
 _PACKAGES = ("pipeline", "model", "jobs")
 # A runtime environment is kept and shown by the cluster: only what --env names goes along.
-_PREFIXES = ("aws_", "wandb_", "rdm_")  # of variables that are worth a line in the log when they stay here
+_PREFIXES = ("aws_", "wandb_", "mlflow_", "rdm_")  # of variables that are worth a line in the log when they stay here
 _OF_HERE = frozenset({
     "aws_profile", "aws_default_profile", "aws_config_file", "aws_shared_credentials_file", "aws_ca_bundle",
     "wandb_dir", "wandb_cache_dir", "wandb_config_dir", "wandb_data_dir", "rdm_cache", NEEDED.casefold()})

@@ -13,7 +13,7 @@ from jobs.report.render import render
 from jobs.runs.metrics import read_metrics
 from jobs.runs.run import Run
 from jobs.telemetry import progress_bar
-from jobs.telemetry.units import format_count, format_number, format_share
+from jobs.telemetry.units import flat_settings, format_count, format_number, format_share
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
 from pipeline.stages.types import count_row_failures
@@ -203,14 +203,3 @@ def runs(root: RootContents) -> Markup | None:
                 section = {key: value for key, value in plan["section"].items() if key != "encoder"}
                 tables.append((path, list(flat_settings(section))))
     return render("runs.html", tables=tables) if tables else None
-
-
-def flat_settings(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested settings as dotted names with their values as text."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from flat_settings(inner, f"{prefix}.{name}" if prefix else str(name))
-    elif isinstance(value, list | tuple):
-        yield prefix, ", ".join(map(str, value)) or "none"
-    else:
-        yield prefix, "–" if value in (None, "") else str(value)

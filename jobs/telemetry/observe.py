@@ -1,4 +1,4 @@
-"""Run a stage with all observers: the terminal, the log, the metrics of Ray, wandb."""
+"""Run a stage with all observers: the terminal, the log, the metrics of Ray, trackers."""
 
 import contextlib
 import logging
@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jobs.runs.labels import stage_labels
-from jobs.telemetry import heartbeat, logs, wandb_tracker
+from jobs.telemetry import heartbeat, logs
 from jobs.telemetry.progress_bar import describe_losses, show_progress
+from jobs.telemetry.trackers.trackers import StageTrackers, track_stage
 from pipeline.stages.driver import Runner, run_in_process, run_stage
 from pipeline.stages.progress import Tally
 from pipeline.stages.stage import Stage
@@ -19,7 +20,7 @@ _log = logging.getLogger(__name__)
 class Observers:
     """The observers of a stage while it runs."""
 
-    def __init__(self, stage: Stage, tracked: Any, watchers: Sequence[Callable[[Tally], None]]) -> None:
+    def __init__(self, stage: Stage, tracked: StageTrackers, watchers: Sequence[Callable[[Tally], None]]) -> None:
         self._stage, self._tracked, self._watchers = stage, tracked, watchers
 
     def watch(self, tally: Tally) -> None:
@@ -39,20 +40,20 @@ class Observers:
 
 
 @contextlib.contextmanager
-def observe(stage: Stage, *, name: str = "", tracker: str = "none") -> Iterator[Observers]:
-    """Observers of a stage that is shown as `name` and tracked by `tracker`."""
+def observe(stage: Stage, *, name: str = "", trackers: Sequence[str] = ("none",)) -> Iterator[Observers]:
+    """Observers of a stage that is shown as `name` and tracked by `trackers`."""
     labels = stage_labels(stage.path, stage.name)
     with (heartbeat.doing(name or stage.name), logs.label_events(labels),
-          wandb_tracker.track_stage(stage, labels, tracker) as tracked):
+          track_stage(stage, labels, trackers) as tracked):
         _log.debug("%s begins", stage.name)
         with show_progress(name or stage.name) as show:
             yield Observers(stage, tracked, [show, _ray_watcher(labels), tracked.watch])
 
 
-def run_observed(stage: Stage, runner: Runner = run_in_process, *, name: str = "", tracker: str = "none",
-                 **how: Any) -> dict[str, Any]:
+def run_observed(stage: Stage, runner: Runner = run_in_process, *, name: str = "",
+                 trackers: Sequence[str] = ("none",), **how: Any) -> dict[str, Any]:
     """Run a stage with its observers, and return its manifest. `how` goes to `run_stage`."""
-    with observe(stage, name=name, tracker=tracker) as observers:
+    with observe(stage, name=name, trackers=trackers) as observers:
         return observers.sealed(run_stage(stage, runner, watch=observers.watch, **how))
 
 

@@ -1,4 +1,7 @@
-"""Text for counts, numbers, byte sizes and durations. A dash stands for None."""
+"""Text for counts, numbers, byte sizes, durations and settings. A dash stands for None."""
+
+from collections.abc import Iterator
+from typing import Any
 
 _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 _NONE = "–"
@@ -64,3 +67,14 @@ def format_hours(seconds: float) -> str:
     if hours < 0.001:
         return f"{seconds:.2g} s"
     return f"{hours:.2g}" if hours < 10 else f"{hours:,.0f}"
+
+
+def flat_settings(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings as dotted names with their values as text."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from flat_settings(inner, f"{prefix}.{name}" if prefix else str(name))
+    elif isinstance(value, list | tuple):
+        yield prefix, ", ".join(map(str, value)) or "none"
+    else:
+        yield prefix, _NONE if value in (None, "") else str(value)

@@ -30,8 +30,8 @@ class Job:
     """Whether it trains on the latents of the dataset instead of its images."""
     validation: Dataset | None = None
     """The dataset of validation. It does not change the run, so it is not part of its fingerprint."""
-    tracker: str = "auto"
-    """The tracker: wandb, none, or auto for wandb. It is not part of the fingerprint either."""
+    trackers: tuple[str, ...] = ()
+    """The names of trackers. Without any it is wandb. They are not part of the fingerprint either."""
 
 
 class Training(Stage):

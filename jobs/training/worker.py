@@ -15,7 +15,8 @@ import torch.distributed as dist
 from jobs.runs.labels import run_labels
 from jobs.runs.metrics import Metrics
 from jobs.runs.run import Run
-from jobs.telemetry import wandb_tracker
+from jobs.telemetry.trackers.subject import State
+from jobs.telemetry.trackers.trackers import open_run_trackers
 from jobs.training.live_progress import RunProgress, TrainingView
 from jobs.training.train_stage import Job, Training
 from jobs.training.validation import Validation
@@ -55,8 +56,10 @@ def train_process(job: Job, stop: Callable[[], bool] | None = None, view: Traini
         return train(job.config, batches.at, device=device, save=_on_rank_0, log=_on_rank_0, stop=stop,
                      validate=validate, resume=resume)
     with contextlib.closing(_Recorder(job, step, {"world_size": world, "device": described}, view)) as recorder:
-        return train(job.config, batches.at, device=device, save=recorder.save, log=recorder.log, stop=stop,
-                     validate=validate, resume=resume, watch=recorder.watch)
+        reached = train(job.config, batches.at, device=device, save=recorder.save, log=recorder.log, stop=stop,
+                        validate=validate, resume=resume, watch=recorder.watch)
+        recorder.state = "finished" if reached >= job.config.steps else "stopped"
+        return reached
 
 
 def _on_rank_0(*_: Any) -> None:
@@ -69,14 +72,15 @@ def _validate_on_rank_0(step: int, network: UNet) -> dict[str, Any]:
 
 
 class _Recorder:
-    """Records a run on rank 0: checkpoints, metrics.jsonl, the tracker, Ray metrics, and the progress."""
+    """Records a run on rank 0: checkpoints, metrics.jsonl, the trackers, Ray metrics, and the progress."""
 
     def __init__(self, job: Job, step: int, about: dict[str, Any], view: TrainingView | None) -> None:
         labels = run_labels(job.dataset.name, job.dataset.version, job.run.name)
         self.job, self.about = job, about
         self.metrics = Metrics(job.run, step)
         self.ray_metrics = _start_ray_metrics(labels, step, job)
-        self.tracker = wandb_tracker.start_run_tracker(job, labels)
+        self.trackers = open_run_trackers(job, labels, step)
+        self.state: State = "failed"
         self.view, self.step = view, step
         self.progress = RunProgress(job.run, job.config, view.show if view else None)
 
@@ -91,16 +95,17 @@ class _Recorder:
             write(scratch / "checkpoint")
             self.metrics.flush()
             self.job.run.publish(step, scratch / "checkpoint")
-        self.tracker.saved()
+        self.trackers.saved()
         self.job.run.forget(KEEP_CHECKPOINTS)
 
     def log(self, record: dict[str, Any]) -> None:
         """Record the metrics of a step of training, or of a validation."""
         if "loss" not in record:
-            self.tracker.add(self.metrics.note(record), picture=self.job.run.validated(record["step"]), hold=True)
+            images = {"validation": self.job.run.validated(record["step"])}
+            self.trackers.add(self.metrics.note(record), images, hold=True)
             return
         record = self.metrics.add(record | self.about)
-        self.tracker.add(record, hold=True)
+        self.trackers.add(record, hold=True)
         if self.view:
             self.view.record(record, self.job.config.steps)
         if self.ray_metrics:
@@ -109,7 +114,7 @@ class _Recorder:
     def close(self) -> None:
         self.progress.close(self.step)
         self.metrics.flush()
-        self.tracker.close()
+        self.trackers.close(state=self.state)
         if self.ray_metrics:
             self.ray_metrics.close()
 

@@ -18,10 +18,11 @@ from jobs.cli.main import main
 from jobs.runs.labels import run_labels
 from jobs.runs.metrics import read_metrics
 from jobs.runs.run import Run
-from jobs.telemetry import wandb_tracker
+from jobs.telemetry.trackers import trackers, wandb_tracker
+from jobs.telemetry.trackers.subject import Subject
 from pipeline import storage
 from pipeline.datasets.dataset import Dataset
-from tests.jobs.telemetry import wandb_files
+from tests.jobs.telemetry.trackers import wandb_files
 from tests.laws.terminal import HOSTILE, RAW, SHOWN
 
 _SMALL = ('[train]\nsteps = 24\nglobal_batch = 4\nlog_every = 1\ncheckpoint_every = 6\nprecision = "fp32"\n'
@@ -96,7 +97,7 @@ _FOLLOWED = """
 import os, sys, time
 from jobs.runs.labels import run_labels
 from jobs.runs.metrics import Metrics
-from jobs.telemetry import wandb_tracker
+from jobs.telemetry.trackers import trackers
 from jobs.runs.run import Run
 from jobs.training.train_stage import Job
 from model.recipes import tiny
@@ -105,11 +106,12 @@ root, first, last, ends, *validates = sys.argv[1], *map(int, sys.argv[2:])
 dataset = Dataset.parse(root, "drawn")
 job = Job(Run.parse(root, "small"), dataset, dataset, tiny())
 metrics = Metrics(job.run, first)
-tracker = wandb_tracker.start_run_tracker(job, run_labels("drawn", "v1", "small"))
+tracker = trackers.open_run_trackers(job, run_labels("drawn", "v1", "small"), first)
 for step in range(first + 1, last + 1):
     tracker.add(metrics.add({"step": step, "loss": 1 / step, "seconds": 0.1}), hold=True)
     if validates and step % 6 == 0:
-        tracker.add(metrics.note({"step": step, "validation_loss": float(step)}), job.run.validated(step), hold=True)
+        tracker.add(metrics.note({"step": step, "validation_loss": float(step)}),
+                    {"validation": job.run.validated(step)}, hold=True)
     if step % 6 == 0:
         metrics.flush()
         tracker.saved()
@@ -213,15 +215,17 @@ def test_a_run_of_an_earlier_version_is_one_curve(tmp_path: Path, session: Any, 
     assert _steps(_unfinished(run)) == [list(range(1, 12 if killed else 13))]
 
 
-def test_an_online_session_leaves_offline_ones_alone_and_tells_nothing_again(tmp_path: Path) -> None:
+def test_an_online_session_leaves_offline_ones_alone_and_tells_nothing_again(tmp_path: Path, monkeypatch) -> None:
     run = Run.parse(str(tmp_path), "small")
     folder = tmp_path / "runs/small/wandb/offline-run-20260101_000000-abc"
     folder.mkdir(parents=True)
     storage.put_json({"id": "abc"}, str(tmp_path / "runs/small/wandb.json"))
-    tracker = wandb_tracker.Tracker(str(tmp_path), run.folder, run_labels("drawn", "v1", "small"), {}, {}, wanted=False,
-                                    training=True)
-    tracker.session, tracker.online = object(), True  # logging to it would raise, and end the session
-    tracker.replay([({"step": 1, "loss": 1.0}, "")])
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_BASE_URL", "https://no-such-host.invalid")
+    monkeypatch.setattr("wandb.init", lambda **_: object())  # logging to it would raise, and end the session
+    tracker = wandb_tracker.WandbTracker(Subject(str(tmp_path), run.folder, run_labels("drawn", "v1", "small"), {}, {},
+                                                 training=True))
+    tracker.replay([({"step": 1, "loss": 1.0}, {})])
     assert tracker.session is not None and folder.exists()
     wandb_tracker._set_aside(run.folder, tmp_path / "runs/small")
     assert not folder.exists() and (tmp_path / "runs/small/wandb-unfinished" / folder.name).exists()
@@ -294,7 +298,6 @@ def test_stages_are_jobs_of_one_group_and_nobody_is_told_unasked(root: Path, mon
     assert tracked["config"]["bytes_per_vector"] == manifest["section"]["bytes_per_vector"]
 
 
-@pytest.mark.slow
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, dict | list):
         for inner in (*value, *value.values()) if isinstance(value, dict) else value:
@@ -307,8 +310,8 @@ def test_text_of_others_has_no_control_characters(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("WANDB_MODE", "offline")
     folder = tmp_path / "datasets" / "drawn" / "v1"
     folder.mkdir(parents=True)
-    tracker = wandb_tracker.Tracker(str(tmp_path), str(folder), run_labels("drawn", "v1", HOSTILE),
-                                    {"prompts": [HOSTILE]}, {"shards": {"path": HOSTILE, "digest": "0"}})
+    tracker = wandb_tracker.WandbTracker(Subject(str(tmp_path), str(folder), run_labels("drawn", "v1", HOSTILE),
+                                                 {"prompts": [HOSTILE]}, {"shards": {"path": HOSTILE, "digest": "0"}}))
     tracker.add({"step": 1, f"left_out/{HOSTILE}": 3})
     tracker.close({"info": {"caption": HOSTILE}})
     (session,) = [_session(session_folder, "exit") for session_folder in tmp_path.rglob("offline-run-*")]
@@ -324,12 +327,14 @@ def test_none_is_none(root: Path) -> None:
     assert len(read_metrics(Run.parse(str(root), "small"))) == 2
 
 
-@pytest.mark.parametrize(("tracker", "by_default", "mode", "wanted"), [
-    ("wandb", False, "", True), ("auto", True, "", True), ("auto", False, "", False), ("none", True, "", False),
-    ("wandb", True, "disabled", False)])
-def test_who_is_told(tracker: str, by_default: bool, mode: str, wanted: bool, monkeypatch) -> None:
+@pytest.mark.parametrize(("choices", "by_default", "mode", "names"), [
+    (["wandb"], False, "", ["wandb"]), (["auto"], True, "", ["wandb"]), ([], True, "", ["wandb"]), ([], False, "", []),
+    (["none"], True, "", []), (["wandb", "mlflow"], True, "disabled", ["mlflow"]), (["mlflow"], True, "", ["mlflow"]),
+    (["tensorboard", "auto"], True, "", ["wandb", "tensorboard"])])
+def test_which_trackers_a_command_has(choices: list[str], by_default: bool, mode: str, names: list[str],
+                                      monkeypatch) -> None:
     monkeypatch.setenv("WANDB_MODE", mode)
-    assert wandb_tracker.is_wanted(tracker, by_default) is wanted
+    assert trackers.chosen(choices, by_default=by_default) == names
 
 
 def test_inputs_become_artifacts_told_apart_by_content() -> None:
