@@ -61,6 +61,16 @@ class RootContents:
         """Names of the sample folders of a run, sealed or not."""
         return self._folders(f"{run.path}/samples")
 
+    def newest_samples(self, run: Run) -> list[str]:
+        """Names of the sealed sample folders of a run, the newest first."""
+        manifests = {name: self.manifest(f"{run.path}/samples/{name}") for name in self.samples(run)}
+        sealed = {name: manifest["run"].get("sealed", "") for name, manifest in manifests.items() if manifest}
+        return sorted(sealed, key=sealed.__getitem__, reverse=True)
+
+    def checkpoints(self, run: Run) -> list[str]:
+        """Names of the checkpoint folders of a run."""
+        return self._folders(f"{run.path}/checkpoints")
+
     def evaluations(self, run: Run) -> list[str]:
         """Names of the evaluation folders of a run, sealed or not."""
         return self._folders(f"{run.path}/evaluations")

@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from jobs.report.charts import histogram
 from jobs.report.collect import RootContents
+from jobs.report.names import row_name
 from jobs.report.render import Album, InlineImage, render
 from pipeline.datasets import lookup
 from pipeline.datasets.dataset import Dataset, file_of
@@ -36,7 +37,7 @@ def neighbors(root: RootContents, dataset: Dataset, label: str, album: Album) ->
     wanted = dict.fromkeys(int(row) for row in ids.T.ravel() if row >= 0)
     samples = {sample.row: sample for sample in lookup.samples(
         database, sorted(_affordable(root, database, list(wanted))))}
-    queries = [{"image": album.image(query.picture, query.caption, _about(query), side=128), "caption": query.caption,
+    queries = [{"image": _thumbnail(query, album), "caption": _name(query),
                 "neighbors": [_neighbor(int(row), float(score), samples, album)
                               for row, score in zip(row_ids, row_scores, strict=True)]}
                for query, row_ids, row_scores in zip(lookup.samples(dataset, rows), ids, scores, strict=True)]
@@ -74,7 +75,7 @@ def _neighbor(row: int, score: float, samples: dict[int, Sample], album: Album) 
     sample = samples.get(row)
     if sample is None:
         return album.image(None, f"row {row}", f"row {row}"), score
-    return album.image(sample.picture, sample.caption, f"{_about(sample)}, score {score:.3f}", side=96), score
+    return _thumbnail(sample, album, f", score {score:.3f}"), score
 
 
 def contact_sheet(root: RootContents, dataset: Dataset, album: Album) -> Markup | None:
@@ -83,8 +84,7 @@ def contact_sheet(root: RootContents, dataset: Dataset, album: Album) -> Markup 
     if manifest is None:
         return None
     rows = _affordable(root, dataset, spread_rows([record["samples"] for record in manifest["items"]], SHEET))
-    cells = [(album.image(sample.picture, sample.caption, _about(sample), side=96), sample.caption or sample.key)
-             for sample in lookup.samples(dataset, rows)]
+    cells = [(_thumbnail(sample, album), _name(sample)) for sample in lookup.samples(dataset, rows)]
     return render("contact_sheet.html", dataset=dataset.label, cells=cells, total=manifest["totals"]["samples"],
                   changed=root.changed_inputs(dataset.path("shards")),
                   sources=_sources(manifest["info"].get("sources"), dataset))
@@ -150,5 +150,10 @@ def _affordable(root: RootContents, dataset: Dataset, rows: list[int]) -> list[i
     return chosen
 
 
-def _about(sample: Sample) -> str:
-    return f"{sample.caption}\nkey {sample.key}, row {sample.row}"
+def _thumbnail(sample: Sample, album: Album, more: str = "") -> InlineImage:
+    title = f"{_name(sample)}\nkey {sample.key}, row {sample.row}{more}"
+    return album.thumbnail(sample.picture, _name(sample), title)
+
+
+def _name(sample: Sample) -> str:
+    return row_name(sample.caption, sample.url, sample.row)

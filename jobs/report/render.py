@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 MOST_IMAGE_BYTES = 6_000_000
 _LOSSLESS_SIDE = 96
+_THUMBNAIL_HEIGHT = 96
+_THUMBNAIL_SHAPES = (0.5, 2.0)
+"""The least and the greatest width of a thumbnail over its height. A longer image is cropped at both ends."""
 _FOLDER = Path(__file__).parent
 _log = logging.getLogger(__name__)
 
@@ -85,8 +88,20 @@ class Album:
         self.left = budget
         self.left_out = 0
 
+    def thumbnail(self, data: bytes | None, alt: str, title: str | None = None) -> InlineImage:
+        """An encoded image for a row of images of one height. An image of an extreme shape shows its middle."""
+        return self._inline(data, alt, title, _fit_height)
+
     def image(self, data: bytes | None, alt: str, title: str | None = None, side: int = 256) -> InlineImage:
         """An encoded image, scaled to at most `side` pixels. An empty place if `data` is None or cannot be decoded."""
+        def fit(image: Image.Image) -> Image.Image:
+            image.thumbnail((side, side), Image.Resampling.LANCZOS)
+            return image
+
+        return self._inline(data, alt, title, fit)
+
+    def _inline(self, data: bytes | None, alt: str, title: str | None,
+                fit: Callable[[Image.Image], Image.Image]) -> InlineImage:
         if not data:
             return InlineImage(alt, title)
         if self.left <= 0:
@@ -96,10 +111,21 @@ class Album:
             image = Image.open(io.BytesIO(data)).convert("RGB")
         except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
             return InlineImage(alt, title)
-        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        image = fit(image)
         packed = io.BytesIO()
         # Lossy coding blurs the hard edges of small images.
         image.save(packed, "WEBP", lossless=max(image.size) <= _LOSSLESS_SIDE, quality=85)
         text = base64.b64encode(packed.getvalue()).decode()
         self.left -= len(text)
         return InlineImage(alt, title, f"data:image/webp;base64,{text}", *image.size)
+
+
+def _fit_height(image: Image.Image) -> Image.Image:
+    """The image at the height of thumbnails, or smaller if it is smaller, cropped to the shapes of thumbnails."""
+    least, most = _THUMBNAIL_SHAPES
+    width = min(image.width, max(1, round(most * image.height)))
+    height = min(image.height, max(1, round(image.width / least)))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    image = image.crop((left, top, left + width, top + height))
+    scale = min(1.0, _THUMBNAIL_HEIGHT / height)
+    return image.resize((max(1, round(scale * width)), max(1, round(scale * height))), Image.Resampling.LANCZOS)

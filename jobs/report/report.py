@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from markupsafe import Markup
 
 from jobs.report import evaluations, images, samples, tables
+from jobs.report.best import best_images, best_run_first
 from jobs.report.collect import RootContents
 from jobs.report.render import Album, render, render_page, try_part
 from jobs.telemetry.units import format_bytes, format_count
@@ -20,9 +21,11 @@ _log = logging.getLogger(__name__)
 
 
 def write_report(root: str, out: str) -> None:
-    """Write the report on `root` (a path or s3:// address) to `out`. The page names what does not exist yet."""
+    """Write the report on `root` (a path or s3:// address) to `out`. What does not exist yet has no section."""
     collected, album = RootContents(root), Album()
-    parts: list[tuple[str, str, Callable[[], Markup]]] = [
+    # It opens the page, so its images have the first claim on the bytes of the page.
+    best = try_part("The best images", best_images, collected, album)
+    parts: list[tuple[str, str, Callable[[], Markup | None]]] = [
         ("samples", "Samples", lambda: _samples(collected, album)),
         ("finding", "The finding", lambda: _evaluations(collected, album)),
         ("loss", "Training", lambda: _training(collected, album)),
@@ -33,51 +36,42 @@ def write_report(root: str, out: str) -> None:
         ("settings", "Encoder and settings", lambda: _settings(collected)),
     ]
     is_empty = not (collected.datasets or collected.runs or collected.stages or collected.broken)
-    sections = [] if is_empty else [{"anchor": anchor, "title": title, "body": try_part(title, make)}
-                                    for anchor, title, make in parts]
+    sections = [{"anchor": anchor, "title": title, "body": body}
+                for anchor, title, make in parts if (body := try_part(title, make))]
     now = datetime.now(UTC)
     data = render_page(title=TITLE, written=f"{now.day} {now:%B %Y}, {now:%H:%M} UTC", code=code_revision(),
                        root=storage.redact_credentials(collected.address), is_empty=is_empty, sections=sections,
+                       best=best, failures=try_part("The failures", tables.failures, collected),
                        headline=try_part("The headline", tables.headline, collected), left_out=album.left_out)
     storage.put_bytes(data, out)
     _log.info("report: %s, %s", out, format_bytes(len(data)))
 
 
-def _samples(root: RootContents, album: Album) -> Markup:
+def _samples(root: RootContents, album: Album) -> Markup | None:
     grids, more = [], 0
-    for run in root.runs:
-        names = root.samples(run)
-        dates = {name: _sealed_at(root, f"{run.path}/samples/{name}") for name in names}
-        newest = sorted(names, key=dates.__getitem__, reverse=True)
+    for run in best_run_first(root):
+        newest = root.newest_samples(run)
         grids += [try_part(f"{run.path}/samples/{name}", samples.sample_grid, root, run, name, album)
                   for name in newest[:_SAMPLES_PER_RUN]]
         more += len(newest[_SAMPLES_PER_RUN:])
     return _section("The same prompts with different databases: the style comes from the neighbors.", grids,
-                    "No samples yet", "sample RUN --prompt 'a red apple' --database NAME",
                     f"The root has {format_count(more, 'older folder')} of samples." if more else "")
 
 
-def _sealed_at(root: RootContents, path: str) -> str:
-    """The time at which a stage was sealed, "" if it is not sealed."""
-    return (root.manifest(path) or {}).get("run", {}).get("sealed", "")
-
-
-def _evaluations(root: RootContents, album: Album) -> Markup:
+def _evaluations(root: RootContents, album: Album) -> Markup | None:
     figures = [try_part(f"{run.path}/evaluations/{name}", evaluations.evaluation, root, run, name, album)
                for run in root.runs for name in root.evaluations(run)]
-    return _section("Does the style follow the database, or what the prompt says?", figures, "No evaluation yet",
-                    "evaluate RUN")
+    return _section("Does the style follow the database, or what the prompt says?", figures)
 
 
-def _training(root: RootContents, album: Album) -> Markup:
+def _training(root: RootContents, album: Album) -> Markup | None:
     figures = [figure for run in root.runs
                for figure in (try_part(run.path, tables.loss, root, run),
                               try_part(run.path, evaluations.validation, run, album))]
-    return _section("How the model learned to remove noise from images.", figures, "No curve yet",
-                    "train RUN --dataset NAME")
+    return _section("How the model learned to remove noise from images.", figures)
 
 
-def _neighbors(root: RootContents, album: Album) -> Markup:
+def _neighbors(root: RootContents, album: Album) -> Markup | None:
     used = {(section.get("dataset"), section.get("database")) for section in
             ((root.plan(run.path) or {}).get("section", {}) for run in root.runs)}
     every = [(dataset, label) for dataset in root.datasets for label in root.databases(dataset)]
@@ -87,35 +81,31 @@ def _neighbors(root: RootContents, album: Album) -> Markup:
              for dataset, label in every[:_NEIGHBOR_LISTS]]
     more = len(every) - _NEIGHBOR_LISTS
     return _section("The results of retrieval: images of a dataset beside the nearest images of a database.", lists,
-                    "No neighbors yet", "neighbors NAME --database NAME",
                     f"The root has {format_count(more, 'more list')}." if more > 0 else "")
 
 
-def _datasets(root: RootContents, album: Album) -> Markup:
+def _datasets(root: RootContents, album: Album) -> Markup | None:
     sheets = [try_part(dataset.path("shards"), images.contact_sheet, root, dataset, album)
               for dataset in root.datasets]
-    return _section("Images spread evenly over each dataset, with their captions.", sheets, "No dataset yet",
-                    "shard NAME --source FOLDER")
+    return _section("Images spread evenly over each dataset, with their captions.", sheets)
 
 
-def _indices(root: RootContents) -> Markup:
+def _indices(root: RootContents) -> Markup | None:
     return _section("The compressed indices that the searches for neighbors use.",
-                    [try_part("The indices", tables.indices, root), try_part("The tuning", tables.tuning, root)],
-                    "No index yet", "index NAME")
+                    [try_part("The indices", tables.indices, root), try_part("The tuning", tables.tuning, root)])
 
 
-def _stages(root: RootContents) -> Markup:
+def _stages(root: RootContents) -> Markup | None:
     return _section("Every folder below the root, with its progress and its cost.",
-                    [try_part("The states", tables.stages, root)], "No stage yet", "shard NAME --source FOLDER")
+                    [try_part("The states", tables.stages, root)])
 
 
-def _settings(root: RootContents) -> Markup:
+def _settings(root: RootContents) -> Markup | None:
     return _section("The encoder of images and prompts, and the settings of the runs.",
-                    [try_part("The encoders", tables.encoders, root), try_part("The settings", tables.runs, root)],
-                    "Nothing embedded yet", "embed NAME")
+                    [try_part("The encoders", tables.encoders, root), try_part("The settings", tables.runs, root)])
 
 
-def _section(intro: str, parts: Iterable[Markup | None], absent: str, command: str, more: str = "") -> Markup:
-    """The body of a section. If no part exists, the command that makes one."""
-    return render("section.html", intro=intro, parts=[part for part in parts if part is not None], absent=absent,
-                  command=command, more=more)
+def _section(intro: str, parts: Iterable[Markup | None], more: str = "") -> Markup | None:
+    """The body of a section. None if it has no part."""
+    there = [part for part in parts if part is not None]
+    return render("section.html", intro=intro, parts=there, more=more) if there else None

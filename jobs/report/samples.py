@@ -6,6 +6,7 @@ from typing import Any
 from markupsafe import Markup
 
 from jobs.report.collect import RootContents
+from jobs.report.names import MOST_SEARCHED_BYTES
 from jobs.report.render import Album, InlineImage, render
 from jobs.runs.run import Run
 from jobs.sampling import queries
@@ -16,8 +17,6 @@ from pipeline.datasets.dataset import Dataset, file_of
 from pipeline.datasets.metadata import metadata
 
 _ROWS = 40
-_MOST_SEARCHED_BYTES = 64 << 20
-"""Bytes of metadata that are searched for held-out subjects, per database."""
 _SAMPLERS = {"ddim": "DDIM", "dpm++": "DPM-Solver++", "euler": "Euler", "heun": "Heun"}
 
 Images = dict[str, bytes | None]
@@ -36,7 +35,7 @@ def sample_grid(root: RootContents, run: Run, name: str, album: Album) -> Markup
     shown = {(entry["position"], entry["database"]): entry for entry in document["pictures"]
              if entry["position"] in positions}
     requests = {entry["position"]: entry for entry in shown.values()}
-    data = _read_images(folder, list(shown.values()))
+    data = read_images(folder, list(shown.values()))
     held_out = _held_out(root, labels, [entry["prompt"] for entry in shown.values() if _kind(entry) == "prompt"])
     rows = [{"heading": queries.query_title(requests[position]), "image": _given(requests[position], data, album),
              "held_out": held_out.get(requests[position].get("prompt", ""), False),
@@ -55,7 +54,7 @@ def _kind(entry: dict[str, Any]) -> str:
     return entry.get("kind", "prompt")
 
 
-def _read_images(folder: str, shown: Sequence[dict[str, Any]]) -> Images:
+def read_images(folder: str, shown: Sequence[dict[str, Any]]) -> Images:
     """The image files that these entries of samples.json name, None for a missing file."""
     files = {entry["file"] for entry in shown} | {entry["image"]["file"] for entry in shown if "image" in entry}
     files |= {neighbor["file"] for entry in shown for neighbor in entry["neighbors"]}
@@ -115,7 +114,7 @@ def _held_out(root: RootContents, labels: Sequence[str], prompts: Sequence[str])
 def _subjects(dataset: Dataset, prompts: Sequence[str]) -> dict[str, bool]:
     """For each prompt that is a caption of the dataset: whether its subject was held out of training."""
     result: dict[str, bool] = {}
-    wanted, budget = set(prompts), _MOST_SEARCHED_BYTES
+    wanted, budget = set(prompts), MOST_SEARCHED_BYTES
     try:
         for record in dataset.manifest("shards")["items"]:
             budget -= file_of(record, ".parquet")["bytes"]

@@ -1,5 +1,6 @@
 """The numbers of a report: headline, loss, indices, stages, encoders and settings."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from itertools import groupby, islice
@@ -9,6 +10,7 @@ from markupsafe import Markup
 
 from jobs.report.charts import loss_curve, recall_over_time
 from jobs.report.collect import RootContents
+from jobs.report.names import names_of_keys
 from jobs.report.render import render
 from jobs.runs.metrics import read_metrics
 from jobs.runs.run import Run
@@ -120,9 +122,12 @@ def stages(root: RootContents) -> Markup | None:
               for group, members in groupby(root.stages, lambda state: _group(state["path"]))]
     failures = [(state["path"], state["failed"], _failures(root, state["path"]))
                 for state in root.stages if state.get("failed")]
+    # Losses come before warnings, in each ledger and among them.
+    lossy = sorted((state for state in root.stages if state.get("skipped") or state.get("noted")),
+                   key=lambda state: not state["skipped"])
     ledgers = [(state["path"], sum(state["skipped"].values()) + sum(state["noted"].values()),
-                list(islice(_ledger(root, state), _LEDGER_LINES)))
-               for state in root.stages if state.get("skipped") or state.get("noted")]
+                _named_lines(root, state["path"], list(islice(_ledger(root, state), _LEDGER_LINES))))
+               for state in lossy]
     return render("stages.html", groups=groups, failures=failures, ledgers=ledgers, most=_LEDGER_LINES)
 
 
@@ -162,6 +167,30 @@ def _ledger(root: RootContents, state: dict[str, Any]) -> Iterator[dict[str, Any
     for name, kept in (("skipped", False), ("noted", True)):
         if state[name]:
             yield from (entry for entry in _read_ledger(root, state["path"]) if entry["kept"] is kept)
+
+
+def _named_lines(root: RootContents, path: str, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ledger entries with the names of their rows: stages after `shards` know only keys."""
+    dataset = next((dataset for dataset in root.datasets if path.startswith(dataset.path(""))), None)
+    names: dict[str, str] = {}
+    if dataset and path != dataset.path("shards"):
+        with contextlib.suppress(ValueError, OSError):  # the shards may be damaged; the table of stages says so
+            names = names_of_keys(dataset, [line["key"] for line in lines])
+    return [line | {"name": names.get(line["key"], line["key"])} for line in lines]
+
+
+def failures(root: RootContents) -> Markup | None:
+    """The stages that failed, and damaged folders, in one line each. None without any."""
+    lines = []
+    for state in root.stages:
+        if fault := state.get("fault"):
+            lines.append((state["path"], f"stopped: {fault['message'].splitlines()[0]}"))
+        elif state["state"] == "damaged":
+            lines.append((state["path"], f"damaged: {state.get('error', '')}"))
+        elif state.get("failed"):
+            lines.append((state["path"], format_count(state["failed"], "failed item")))
+    redacted = [(path, storage.redact_credentials(text)) for path, text in lines]
+    return render("failures.html", lines=redacted) if lines else None
 
 
 def _read_ledger(root: RootContents, path: str) -> Iterator[dict[str, Any]]:

@@ -22,13 +22,14 @@ _THREADS = 16
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample of a dataset: its key, caption, encoded picture and hash."""
+    """A sample of a dataset: its key, caption, encoded picture, hash, and the URL or path that it came from."""
 
     row: int
     key: str
     caption: str
     picture: bytes
     sha256: str
+    url: str = ""
 
 
 def samples(dataset: Dataset, rows: Sequence[int]) -> list[Sample]:
@@ -47,11 +48,13 @@ def samples(dataset: Dataset, rows: Sequence[int]) -> list[Sample]:
         wanted[shard].add(int(row - offsets[shard]))
     samples_by_row = {}
     for shard, positions in wanted.items():
-        meta = metadata(dataset, items[shard], ["key", "caption", "sha256", "image_offset", "image_bytes"])
+        meta = metadata(dataset, items[shard], ["key", "caption", "url", "sha256", "image_offset", "image_bytes"])
         images = _images(dataset, file_of(items[shard], ".tar"), meta, sorted(positions))
         for position, (key, image) in images.items():
             row = int(offsets[shard]) + position
-            samples_by_row[row] = Sample(row, key, meta[position]["caption"] or "", image, meta[position]["sha256"])
+            about = meta[position]
+            samples_by_row[row] = Sample(row, key, about["caption"] or "", image, about["sha256"],
+                                         about.get("url") or "")
     return [samples_by_row[int(row)] for row in rows]
 
 

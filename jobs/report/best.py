@@ -1,0 +1,72 @@
+"""The best images of the best run, which open the report."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from jobs.report.collect import RootContents
+from jobs.report.render import Album, InlineImage, render
+from jobs.report.samples import read_images
+from jobs.runs.run import Run
+from jobs.sampling import queries
+from pipeline import storage
+
+_REQUESTS = 3
+_MOST_IMAGES = 8
+"""Images of one request, or requests if there is one database."""
+
+
+def best_run_first(root: RootContents) -> list[Run]:
+    """The runs: first those with the best style accuracy in an evaluation, then those with the most steps."""
+    return sorted(root.runs, key=lambda run: (_accuracy(root, run), _steps(root, run)), reverse=True)
+
+
+def _accuracy(root: RootContents, run: Run) -> float:
+    manifests = [root.manifest(f"{run.path}/evaluations/{name}") for name in root.evaluations(run)]
+    return max((manifest["info"].get("database", -1.0) for manifest in manifests if manifest), default=-1.0)
+
+
+def _steps(root: RootContents, run: Run) -> int:
+    return max((int(name) for name in root.checkpoints(run) if name.isdigit()), default=0)
+
+
+def best_images(root: RootContents, album: Album) -> Markup | None:
+    """Images of the best run that has samples: the requests whose neighbors are nearest. None without samples."""
+    for run in best_run_first(root):
+        for name in root.newest_samples(run):
+            folder = storage.join(root.address, run.path, "samples", name)
+            entries = storage.read_json(storage.join(folder, "samples.json"))["pictures"]
+            return _render(root, run, folder, entries, album)
+    return None
+
+
+def _render(root: RootContents, run: Run, folder: str, entries: list[dict[str, Any]], album: Album) -> Markup:
+    by_request: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for entry in entries:
+        by_request[entry["position"]].append(entry)
+    nearest = sorted(by_request.values(), key=_similarity, reverse=True)
+    if len(nearest[0]) == 1:
+        chosen = [entry for request in nearest[:_MOST_IMAGES] for entry in request]
+        groups = [("", [(queries.query_title(entry), entry) for entry in chosen])]
+    else:
+        groups = [(queries.query_title(request[0]), [(entry["database"], entry) for entry in request[:_MOST_IMAGES]])
+                  for request in nearest[:_REQUESTS]]
+    data = read_images(folder, [entry | {"neighbors": []} for _, tiles in groups for _, entry in tiles])
+    rows = [(title, [(label, _tile(entry, data[entry["file"]], album)) for label, entry in tiles])
+            for title, tiles in groups]
+    accuracy = _accuracy(root, run)
+    return render("best.html", run=run.name, rows=rows, steps=_steps(root, run), requests=len(by_request),
+                  accuracy=accuracy if accuracy >= 0 else None, several=len(root.runs) > 1)
+
+
+def _tile(entry: dict[str, Any], data: bytes | None, album: Album) -> InlineImage:
+    alt = f"{queries.query_title(entry)}, neighbors from {entry['database']}"
+    return album.image(data, alt, f"{alt}\nseed {entry['seed']}, checkpoint step {entry['checkpoint']['step']}")
+
+
+def _similarity(request: Sequence[dict[str, Any]]) -> float:
+    """The mean similarity of the neighbors of a request, over all databases."""
+    scores = [neighbor["score"] for entry in request for neighbor in entry["neighbors"]]
+    return sum(scores) / len(scores) if scores else -1.0
