@@ -119,8 +119,8 @@ def credits_text(credited: list[dict[str, Any]]) -> str:
 
 
 def save_sheet(credited: list[dict[str, Any]], out: Path) -> None:
-    """A contact sheet: a row for each sample, itself first, then what it drew on with score and licence below."""
-    rows: list[list[tuple[Image.Image | None, str]]] = []
+    """A contact sheet: a row for each sample, itself first, then its neighbors with score, author and license."""
+    rows: list[list[tuple[Image.Image | None, str | tuple[str, ...]]]] = []
     for credit in credited:
         if not credit["pictures"]:
             raise ValueError(f"{credit['sample']} drew on no picture: there is nothing to show")
@@ -134,9 +134,11 @@ def save_sheet(credited: list[dict[str, Any]], out: Path) -> None:
                   labels=[words for row in rows for _, words in row]).save(out)
 
 
-def _below(neighbor: dict[str, Any]) -> str:
-    parts = [neighbor["title"] or neighbor["caption"] or neighbor["key"], neighbor["authors"], _license(neighbor)]
-    return f"{neighbor['score']:.2f} {', '.join(part for part in parts if part)}"
+def _below(neighbor: dict[str, Any]) -> tuple[str, str, str]:
+    """The lines below an image: score and name, author, license. A long name hides neither author nor license."""
+    file = neighbor["url"].rstrip("/").rpartition("/")[2]
+    name = neighbor["title"] or neighbor["caption"] or file or neighbor["key"]
+    return f"{neighbor['score']:.2f} {name}", neighbor["authors"] or "author unknown", _license(neighbor)
 
 
 def _license(picture: dict[str, Any]) -> str:

@@ -12,13 +12,13 @@ EMPTY = (238, 238, 238)
 LINE_SPACING = 1.25
 
 
-def contact_sheet(images: Sequence[Image.Image | None], columns: int, *, labels: Sequence[str] | None = None,
+def contact_sheet(images: Sequence[Image.Image | None], columns: int, *, labels: Sequence[str | Sequence[str]] | None = None,
                   row_labels: Sequence[str] | None = None, column_labels: Sequence[str] | None = None,
                   cell: int = 64, gap: int = 6, text_size: int | None = None, label_lines: int = 2) -> Image.Image:
     """A sheet of the images, row by row, each fitted undistorted into a square cell.
 
-    None leaves a light gray cell. `labels` stand below the cells, at most `label_lines` lines
-    each; `row_labels` at the left, `column_labels` on top. Text that does not fit ends in an ellipsis.
+    None leaves a light grey cell. `labels` stand below the cells, at most `label_lines` lines
+    each; a label that is a sequence has one line for each member; `row_labels` at the left, `column_labels` on top. What does not fit ends in an ellipsis.
     Lengths are in pixels; `text_size` follows the cell if not given. RGB.
 
     Raises:
@@ -33,7 +33,8 @@ def contact_sheet(images: Sequence[Image.Image | None], columns: int, *, labels:
     _same_length("column_labels", column_labels, "columns", columns)
 
     font = _font(text_size or max(10, min(20, round(cell * 0.17))))
-    cell_texts = [_wrap(label, font, cell, label_lines) for label in labels or ()]
+    cell_texts = [_wrap(label, font, cell, label_lines) if isinstance(label, str) else
+                  [_cut(line, font, cell) for line in label[:label_lines]] for label in labels or ()]
     column_texts = [_wrap(label, font, cell, 3) for label in column_labels or ()]
     row_texts = [_wrap(label, font, round(cell * 1.6), 3) for label in row_labels or ()]
 
@@ -48,7 +49,7 @@ def contact_sheet(images: Sequence[Image.Image | None], columns: int, *, labels:
 
     for column, lines in enumerate(column_texts):
         x = grid_x + column * (cell + gap) + cell / 2
-        # Headings stand on the images, so short ones do not float above long neighbors.
+        # Headings stand on the images, so short ones do not float above long neighbours.
         _write(pen, lines, font, x, grid_y - gap - _tallest([lines], font), INK, "m")
     for row, lines in enumerate(row_texts):
         y = grid_y + row * (cell + caption + gap) + (cell - _tallest([lines], font)) / 2
@@ -62,7 +63,7 @@ def contact_sheet(images: Sequence[Image.Image | None], columns: int, *, labels:
     return sheet
 
 
-def _same_length(name: str, labels: Sequence[str] | None, what: str, count: int) -> None:
+def _same_length(name: str, labels: Sequence[object] | None, what: str, count: int) -> None:
     if labels is not None and len(labels) != count:
         raise ValueError(f"{len(labels)} {name} do not match {count} {what}")
 

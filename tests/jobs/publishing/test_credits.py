@@ -92,3 +92,11 @@ def test_other_licenses_are_not_published(place: Path) -> None:
     with pytest.raises(GatesFailed, match=r"other licenses: 18 CC-BY-NC-4.0, 18 unknown, none but CC0-1.0: v1 stays"):
         rebuild(place / "root", place / "source", gates=GatesConfig(only_licenses="CC0-1.0"))
     assert published_dataset(place / "root").version == "v1"
+
+
+def test_a_sheet_has_a_line_for_the_author_and_one_for_the_license(tmp_path: Path) -> None:
+    first, second = credited(tmp_path)
+    first = first | {"title": "A very long title of an image " * 9}
+    assert credits._below(first)[1:] == ("Ann", "CC-BY-2.0")
+    assert credits._below(second) == ("0.50 a hill", "author unknown", "license unknown")
+    assert credits._below(second | {"caption": ""})[0] == "0.50 1.png"

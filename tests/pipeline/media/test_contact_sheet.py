@@ -78,3 +78,12 @@ def test_what_does_not_fit_together_is_refused(wrong):
 
 def test_an_empty_sheet_is_white():
     assert contact_sheet([], 3).getextrema() == ((255, 255),) * 3
+
+
+def test_a_label_of_lines_cuts_each_line_and_hides_none():
+    def ink_below(*lines: str) -> list[bool]:
+        pixels = np.asarray(contact_sheet([red()], 1, cell=96, labels=[lines], label_lines=3, text_size=12))
+        dark = (pixels[96 + 9:].min(2) < 200).any(1)
+        return [bool(dark[15 * number:15 * number + 15].any()) for number in range(3)]
+    assert ink_below("long " * 99, "Ann", "MIT") == [True, True, True]
+    assert ink_below("long " * 99, "", "MIT") == [True, False, True]
