@@ -12,14 +12,16 @@ EMPTY = (238, 238, 238)
 LINE_SPACING = 1.25
 
 
-def contact_sheet(images: Sequence[Image.Image | None], columns: int, *, labels: Sequence[str | Sequence[str]] | None = None,
-                  row_labels: Sequence[str] | None = None, column_labels: Sequence[str] | None = None,
-                  cell: int = 64, gap: int = 6, text_size: int | None = None, label_lines: int = 2) -> Image.Image:
+def contact_sheet(images: Sequence[Image.Image | None], columns: int, *,
+                  labels: Sequence[str | Sequence[str]] | None = None, row_labels: Sequence[str] | None = None,
+                  column_labels: Sequence[str] | None = None, cell: int = 64, gap: int = 6,
+                  text_size: int | None = None, label_lines: int = 2) -> Image.Image:
     """A sheet of the images, row by row, each fitted undistorted into a square cell.
 
     None leaves a light grey cell. `labels` stand below the cells, at most `label_lines` lines
-    each; a label that is a sequence has one line for each member; `row_labels` at the left, `column_labels` on top. What does not fit ends in an ellipsis.
-    Lengths are in pixels; `text_size` follows the cell if not given. RGB.
+    each. A label that is a sequence has one line for each member. `row_labels` stand at the left,
+    `column_labels` on top. What does not fit ends in an ellipsis. Lengths are in pixels;
+    `text_size` follows the cell if not given. RGB.
 
     Raises:
         ValueError: labels do not match the cells, rows or columns, or a length is too small.

@@ -16,6 +16,7 @@ from pipeline.neighbors.config import NeighborsConfig
 from pipeline.neighbors.neighbors import Neighbors
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
+from pipeline.stages.documents import FORMAT
 from pipeline.stages.driver import run_stage
 from tests.jobs.report.browser import NEEDS_CHROMIUM, evaluate
 
@@ -42,10 +43,13 @@ def _samples(root: Path, name: str, step: int, color: str) -> None:
                for place, prompt in enumerate(PROMPTS) for style in STYLES]
     (folder / "samples.json").write_text(json.dumps({"databases": STYLES, "pictures": entries, "steps": 2, "seed": 0,
                                                      "guidance": 2.0, "k": 4, "run": name}))
-    manifest = {"stage": "sample", "items": [], "files": [], "info": {}, "content": "0" * 64, "inputs": {},
-                "totals": {"items": 8, "samples": 32, "bytes": 0, "skipped": {}, "noted": {}}, "fingerprint": "0" * 64,
-                "section": {}, "run": {"sealed": "2026-01-01T00:00:00Z", "seconds": 1.0}}
+    manifest = {"format": FORMAT, "stage": "sample", "items": [], "files": [], "info": {}, "inputs": {},
+                "totals": {"items": 8, "samples": 32, "bytes": 0, "skipped": {}, "noted": {}},
+                "content": "0" * 64, "fingerprint": "0" * 64, "section": {},
+                "run": {"sealed": "2026-01-01T00:00:00Z", "seconds": 1.0}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
+    plan = {key: manifest[key] for key in ("format", "stage", "fingerprint", "section", "inputs")}
+    (folder / "plan.json").write_text(json.dumps(plan | {"items": []}))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +84,7 @@ def test_it_opens_with_the_best_run_and_rows_are_named_by_files(root: Path) -> N
     datasets = page[page.index('<section id="datasets">'):page.index('<section id="stages">')]
     assert "<figcaption>panorama.png</figcaption>" in datasets and "<figcaption>0000" not in datasets
     neighbors = page[page.index('<section id="neighbors">'):page.index('<section id="datasets">')]
-    assert "tower.png</th>" in neighbors
+    assert ">tower.png</div></th>" in neighbors
 
 
 @NEEDS_CHROMIUM
@@ -92,7 +96,7 @@ def test_nothing_is_wider_than_the_page(root: Path, tmp_path: Path, width: int, 
       images: [...document.querySelectorAll(".samples .generated > img, .samples .near img, .tiles img")].map(one => {{
         const box = one.getBoundingClientRect(); return [Math.round(box.width), Math.round(box.height)]; }}),
       rows: [...document.querySelectorAll(".sheet, .neighbors tbody")].map(
-        one => [...new Set([...one.querySelectorAll("td img, figure img")].map(img => img.clientHeight))])}})"""
+        one => [...new Set([...one.querySelectorAll("img")].map(img => img.clientHeight))])}})"""
     found: dict[str, Any] = evaluate(root / "report.html", tmp_path / "profile", script, width=width, scheme=scheme)
     assert found["page"] <= found["window"] == width and found["outside"] == 0
     assert found["scrolls"] and max(found["scrolls"]) <= 0, "eight styles do not fit"
