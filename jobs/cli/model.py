@@ -54,9 +54,7 @@ class TrainOptions:
 
 
 def run_train(options: TrainOptions) -> int:
-    from jobs.telemetry.trackers.trackers import check_choices
     from jobs.training.train_stage import Training
-    check_choices(options.stage.tracker)
     # torchrun has started the processes, and --local would be a flag of its own.
     local = options.common.local or "TORCHELASTIC_RUN_ID" in os.environ
     job = check_train(options)
@@ -78,9 +76,12 @@ def check_train(options: TrainOptions, *, here: bool = True) -> "Job":
     from jobs.config.settings import Settings
     from jobs.runs.metrics import never_made_a_step
     from jobs.runs.run import Run
+    from jobs.telemetry.trackers.trackers import check_choices
     from jobs.training.train_stage import Job
     from pipeline.datasets import published
     from pipeline.datasets.dataset import Dataset
+    if here:
+        check_choices(options.stage.tracker)
     run = Run.parse(options.common.root, options.run)
     readable = can_read(run.root, here=here)
     # A resumed run keeps its versions when other versions are published.

@@ -18,9 +18,9 @@ def contact_sheet(images: Sequence[Image.Image | None], columns: int, *,
                   text_size: int | None = None, label_lines: int = 2) -> Image.Image:
     """A sheet of the images, row by row, each fitted undistorted into a square cell.
 
-    None leaves a light grey cell. `labels` stand below the cells, at most `label_lines` lines
+    None leaves a light gray cell. `labels` stand below the cells, at most `label_lines` lines
     each. A label that is a sequence has one line for each member. `row_labels` stand at the left,
-    `column_labels` on top. What does not fit ends in an ellipsis. Lengths are in pixels;
+    `column_labels` on top. Text that does not fit ends in an ellipsis. Lengths are in pixels;
     `text_size` follows the cell if not given. RGB.
 
     Raises:
