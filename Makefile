@@ -76,4 +76,4 @@ licenses: setup  ## the licenses of the locked packages, into docs/licenses.md
 	$(BIN)/python infra/licenses.py
 
 clean:  ## remove .venv and what was built
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build .cache *.egg-info

@@ -4,6 +4,7 @@
 """
 
 import inspect
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from math import inf
@@ -19,6 +20,10 @@ from jobs.config.field_docs import field_docs
 from jobs.config.recipes import RECIPES
 from jobs.config.settings import Settings
 from jobs.config.toml import resolve_settings
+
+sys.path.insert(0, str(Path(__file__).parent))  # the module beside this one, also when this file runs alone
+
+from errors import errors_page
 
 FOLDER = Path(__file__).parents[2] / "docs/reference"
 _GENERATED = "<!-- `make reference` writes this page from the code. -->\n\n"
@@ -203,7 +208,7 @@ def _values(path: str, section: Any) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-PAGES = {"verbs.md": verbs_page, "settings.md": settings_page}
+PAGES = {"verbs.md": verbs_page, "settings.md": settings_page, "errors.md": errors_page}
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)

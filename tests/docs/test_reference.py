@@ -4,7 +4,7 @@ import pytest
 
 from jobs.cli.help import complete
 from jobs.cli.parse import GROUPS
-from tests.docs import reference
+from tests.docs import errors, reference
 
 _VERBS = [verb for verbs in GROUPS.values() for verb in verbs]
 
@@ -24,3 +24,18 @@ def test_the_page_has_every_flag_that_the_help_has(verb: str) -> None:
 def test_every_flag_and_setting_has_a_text() -> None:
     assert not [f"{verb} {flag.name}" for verb in _VERBS for flag in reference.flags_of(verb) if not flag.meaning]
     assert "|  |\n" not in reference.settings_page().partition("## Recipes")[0]
+
+
+def test_every_error_message_has_a_cure() -> None:
+    messages = errors.find_messages()
+    assert len(messages) > 500 and any(message.text.startswith("no index of COUNT vectors") for message in messages)
+    wrong = [f"{message.place}: {message.text}" for message in messages if not message.cure]
+    assert not wrong, "no hint in the code, and no entry in tests/docs/cures.toml:\n" + "\n".join(wrong)
+
+
+def test_every_entry_of_the_cures_belongs_to_a_message() -> None:
+    messages = errors.find_messages()
+    texts, areas = [message.text for message in messages], {message.area for message in messages}
+    assert [start for start in errors.CURES["messages"] if not any(text.startswith(start) for text in texts)] == []
+    assert [said for said, _ in errors.CURES["built"].values() if said not in texts] == []
+    assert set(errors.CURES["areas"]) == areas
