@@ -12,7 +12,7 @@ from jobs.checks.estimate import count_at_least, estimate_bytes
 from jobs.cluster.config import ClusterConfig
 from jobs.cluster.gpus import check_gpus
 from jobs.config.settings import Settings
-from jobs.publishing.releases import list_consumer_encoders
+from jobs.publishing.consumers import list_consumer_encoders
 from jobs.runs.run import Run
 from jobs.training.train_stage import Job, Training
 from model.config import TrainConfig

@@ -195,7 +195,11 @@ def run_index(options: IndexOptions) -> int:
         return seal_and_print(Tombstones(dataset, options.tombstone, options.hide), options)
     index = Index(dataset, options.index)
     if options.extend:
-        index = Extension(dataset, datasets.Dataset.parse(options.common.root, options.extend), options.index)
+        base = datasets.Dataset.parse(options.common.root, options.extend)
+        index = Extension(dataset, base, options.index)
+        if base.is_sealed("tombstones") and not dataset.is_sealed("tombstones"):
+            _log.warning("index: the tombstones of %s do not hold for %s: name those keys that are still in it once "
+                         "more, with --tombstone", base.label, dataset.label)
     if options.adopt:
         index = AdoptIndex(dataset, options.index, options.adopt)
     check_unpublished(index, options.stage.overwrite)

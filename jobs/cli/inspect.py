@@ -106,7 +106,7 @@ def run_status(options: StatusOptions) -> int:
             watch.watch_root(root, as_json=options.json)
         else:
             from jobs.inspection.status import read_status, status_table
-            from jobs.publishing.releases import check_published
+            from jobs.publishing.check_published import check_published
             stages = [*read_status(root), *({"path": fault["path"], "state": "damaged", "error": fault["fault"]}
                                             for fault in check_published(root, quick=True)[1])]
             if options.json:
@@ -150,7 +150,7 @@ def run_verify(options: VerifyOptions) -> int:
     root = storage.normalize(options.common.root)
     only = options.only.strip("/")
     stages = [stage for stage in read_status(root) if not only or f"{stage['path']}/".startswith(f"{only}/")]
-    from jobs.publishing.releases import check_published
+    from jobs.publishing.check_published import check_published
     current, chain = check_published(root, quick=options.quick, keys=keys)
     chain = [fault for fault in chain if not only or f"{fault['path']}/".startswith(f"{only}/")]
     if options.key and not chain and not any(
@@ -178,9 +178,9 @@ def run_verify(options: VerifyOptions) -> int:
         raise ValueError(f"nothing is sealed in {storage.join(root, only)}\nhint: python -m jobs status lists what is "
                          f"in a root")
     if faults:
-        from jobs.inspection.way_back import find_way_back
+        from jobs.inspection.way_back import find_command
         from jobs.telemetry import logs
-        command = find_way_back(root, first, keys)
+        command = find_command(root, first, keys)
         logs.log_exit(f"{faults} faults, the first in {first}\nhint: {command}", exit=1)
     return 1 if faults else 0
 

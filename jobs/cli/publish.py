@@ -196,7 +196,7 @@ class RollbackOptions:
     dataset: DatasetName
     common: Flat[CommonOptions]
     to: str = ""
-    """The version, for example v2. Default: the one before the published one."""
+    """The version, for example v2. Default: the newest earlier one that is whole."""
     signing: Flat[SigningOptions] = field(default_factory=SigningOptions)
     json: bool = False
     """Print the result as JSON, as it is printed without a terminal."""
@@ -252,13 +252,14 @@ class GcOptions:
 
 
 def run_gc(options: GcOptions) -> int:
-    from jobs.publishing.garbage_collect import collect_garbage, removed_table
+    from jobs.publishing.garbage_collect import collect_garbage, refuse_unreadable, removed_table
     name = _dataset_name(options.common.root, options.dataset, f"gc {options.dataset.split('@')[0]} --keep 3")
     removed = collect_garbage(options.common.root, name, options.gc, dry_run=options.common.dry_run)
     if options.json:
         output.print_json(removed, indent=1)
     else:
         output.print_text(removed_table(removed, options.common.dry_run))
+    refuse_unreadable(options.common.root, name, removed)
     return 0
 
 

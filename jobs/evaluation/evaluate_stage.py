@@ -248,7 +248,7 @@ def _open_searcher(database: Dataset, content: str, away: frozenset[str]) -> Sea
 
 @lru_cache(maxsize=1)
 def _load_classifiers(folder: str, files: str, styles: int) -> tuple[style_classifier.Judge, np.ndarray]:
-    paths = {entry["name"]: storage.fetch(storage.join(folder, entry["name"]), entry, check=True)
+    paths = {entry["name"]: storage.fetch(storage.file_below(folder, entry["name"]), entry, check=True)
              for entry in json.loads(files)}
     network = style_classifier.Judge(styles)
     network.load_state_dict(load_file(paths["judge.safetensors"]))

@@ -1,5 +1,7 @@
 """The command that replaces a damaged folder, as `verify` names it."""
 
+from jobs.publishing.check_published import list_published
+from jobs.publishing.whole_versions import find_false_facts, find_replacement, find_way_back, list_publications
 from pipeline import storage
 from pipeline.datasets import published
 from pipeline.datasets.dataset import Dataset, is_name
@@ -10,12 +12,14 @@ from pipeline.datasets.signatures import ReleaseKeys
 _OF_RUNS = {"samples": "sample", "judges": "evaluate", "evaluations": "evaluate"}
 
 
-def find_way_back(root: str, path: str, keys: ReleaseKeys) -> str:
+def find_command(root: str, path: str, keys: ReleaseKeys) -> str:
     """The command that mends a fault at `path`, a folder or file below a root. It names no root: the log adds it."""
     return _find_command(root, path, keys).replace(f" --root {root}", "")
 
 
 def _find_command(root: str, path: str, keys: ReleaseKeys) -> str:
+    if path.startswith("takedowns/"):
+        return f"python -m jobs repair {(list_published(root) or ['NAME'])[0]}"
     kind, name, *rest = path.split("/")
     if kind in {"datasets", "published"} and rest and is_name(name):
         return _mend_dataset(root, name, kind, rest, keys)
@@ -29,18 +33,20 @@ def _find_command(root: str, path: str, keys: ReleaseKeys) -> str:
 
 def _mend_dataset(root: str, name: str, kind: str, rest: list[str], keys: ReleaseKeys) -> str:
     try:
-        current = Published.load(root, name, keys).version
+        current = Published.load(root, name, keys)
     except DamagedPointer as error:
         return str(error).partition("\nhint: ")[2]
     version, stage = rest[0], "/".join(rest[1:3] if rest[1:2] in (["scores"], ["neighbors"]) else rest[1:2])
-    if kind == "published" or stage == "forgotten.json":
-        return f"python -m jobs repair {name}"
     dataset = Dataset(root, name, version)
+    is_unpublished = not current.version and (version == "current.json" or published.has_release(dataset))
+    if kind == "published" or stage == "forgotten.json" or is_unpublished or (
+            version == "current.json" and find_false_facts(current, current.document)):
+        return f"python -m jobs repair {name}"
     if stage in published.STAGES or stage == "release.json" or version == "current.json":
-        if version in {current, "current.json"}:
-            return f"python -m jobs rollback {name}; or python -m jobs rebuild {name} --source SOURCE"
-        if published.has_release(dataset):
-            return f"python -m jobs gc {name}"
+        if version in {current.version, "current.json"}:
+            return find_way_back(current)
+        if version in list_publications(current) or published.has_release(dataset):
+            return find_replacement(current, version)
     if stage == "clip-retrieval":
         return f"{dataset.command('embed')} --export clip-retrieval --overwrite"
     return f"{dataset.command(stage)} --overwrite"

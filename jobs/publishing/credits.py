@@ -45,7 +45,8 @@ def list_credits(address: str) -> list[dict[str, Any]]:
                  for picture in chosen for neighbor in picture["neighbors"]}
     known = {label: _known(Dataset.parse(root, label)) for label in sorted(databases)}
     return [{"sample": picture["file"], "prompt": picture.get("prompt", ""), "seed": picture["seed"], "pictures": [
-        _credit(neighbor, neighbor.get("database", picture["database"]), known, storage.join(folder, neighbor["file"]))
+        _credit(neighbor, neighbor.get("database", picture["database"]), known,
+                storage.file_below(folder, neighbor["file"]))
         for neighbor in picture["neighbors"]]} for picture in chosen]
 
 

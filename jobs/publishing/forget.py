@@ -4,13 +4,14 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jobs.publishing.releases import find_consumers
+from jobs.publishing.consumers import find_consumers
+from jobs.publishing.whole_versions import find_replacement
 from pipeline import storage
-from pipeline.datasets import takedowns
+from pipeline.datasets import takedown_list, takedowns
 from pipeline.datasets.dataset import DEFAULT_VERSION, Dataset, datasets, refuse_mistyped
 from pipeline.datasets.pointer import DamagedPointer
 from pipeline.datasets.published import Published
-from pipeline.datasets.takedowns import Forgotten
+from pipeline.datasets.takedown_list import Forgotten
 from pipeline.downloads.urls import clean_url, find_host
 from pipeline.storage import DamagedFile
 
@@ -64,7 +65,7 @@ def forget(root: str, wanted: Forgotten, note: str, *, dry_run: bool = False) ->
     that cannot be read stops nothing: it is listed under `unreadable`, with the reason.
     """
     root = storage.normalize(root)
-    takedowns.refuse_lost_requests(root)
+    takedown_list.refuse_lost_requests(root)
     # Who names a picture by its address means its bytes too, under whatever address they come again.
     hashes: set[str] = set()
     unreadable: dict[Dataset, str] = {}
@@ -77,7 +78,7 @@ def forget(root: str, wanted: Forgotten, note: str, *, dry_run: bool = False) ->
         touched = [_touched(dataset, rows, 0, find_consumers(root, dataset.name)) for dataset in _sealed_datasets(root)
                    if (rows := _read_rows(dataset, wanted.has, unreadable))]
     else:
-        takedowns.add_takedowns(root, wanted, note)  # before anything is hidden: a rebuild that runs may still see it
+        takedown_list.add_takedowns(root, wanted, note)  # before anything is hidden: a running rebuild may still see it
         touched, faults = apply_takedowns(root, wanted)
         unreadable |= faults
     return {"sha256": sorted(wanted.sha256), "urls": sorted(wanted.urls), "domains": sorted(wanted.domains),
@@ -92,7 +93,8 @@ def apply_takedowns(root: str, wanted: Forgotten | None = None) -> tuple[list[di
     The second result names the versions that cannot be read, with the reason. The list counts as applied: if such a
     published version is restored, searches refuse it until `repair` hides its rows.
     """
-    count, listed, touched = takedowns.count_requests(root)[0], takedowns.read_takedowns(root), []
+    listed, touched = takedown_list.read_takedowns(root), []
+    count = takedown_list.count_requests(root)[0]
     there, unreadable = _sealed_datasets(root), dict[Dataset, str]()
     for dataset in there:
         rows = _read_rows(dataset, listed.has, unreadable)
@@ -100,9 +102,8 @@ def apply_takedowns(root: str, wanted: Forgotten | None = None) -> tuple[list[di
         fresh = takedowns.hide_rows(dataset, [row for row, _ in rows], through) if rows or through else 0
         if requested := [(row, sample) for row, sample in rows if wanted is None or wanted.has(sample)]:
             touched.append(_touched(dataset, requested, fresh, find_consumers(root, dataset.name)))
-    takedowns.mark_applied(root, count)
-    for name in sorted({dataset.name for dataset in there}):
-        _require(root, name, count)
+    takedown_list.mark_applied(root, count)
+    require_requests(root, sorted({dataset.name for dataset in there}))
     return touched, unreadable
 
 
@@ -113,18 +114,16 @@ def refuse_unreadable(root: str, unreadable: Mapping[str, str], *, dry_run: bool
     label = next(iter(unreadable))
     name, _, version = label.partition("@")
     try:
-        current = Published.load(root, name).version
+        published = Published.load(root, name)
     except DamagedPointer:
         hint = f"python -m jobs repair {name}"
     else:
         folder = f"datasets/{name}/{version}"
-        if not current:
+        if not published.version:
             named = name if version == DEFAULT_VERSION else label
             hint = f"python -m jobs shard {named} --source FOLDER --overwrite; or remove {folder}"
-        elif version == current:
-            hint = f"python -m jobs rollback {name}; or python -m jobs rebuild {name} --source SOURCE"
         else:
-            hint = f"python -m jobs gc {name} --lease 0; or remove {folder}"
+            hint = find_replacement(published, version)
     state = "would be recorded" if dry_run else "is recorded"
     raise DamagedFile(f"the request {state}, but {len(unreadable)} versions cannot be read and may still have such "
                       f"pictures: {_list_faults(unreadable)}\nhint: {hint}; then the same forget again")
@@ -157,13 +156,19 @@ def _list_faults(unreadable: Mapping[Any, str]) -> str:
                      for key, fault in unreadable.items())
 
 
-def _require(root: str, name: str, count: int) -> None:
-    """Let the pointer of a published dataset name the count of requests that its readers must find."""
-    try:
-        while (published := Published.load(root, name)).version and not published.require_takedowns(count):
-            pass
-    except DamagedPointer as error:
-        _log.warning("forget: %s", error)
+def require_requests(root: str, names: Sequence[str], *, replace: bool = False) -> None:
+    """Let the pointers of datasets name the count and the hash of the requests that their readers must find.
+
+    `replace`: also where a pointer has another hash of as many requests.
+    """
+    listed = takedown_list.describe_list(root)
+    for name in names:
+        try:
+            while (current := Published.load(root, name)).version and not current.require_takedowns(
+                    listed, replace=replace):
+                pass
+        except DamagedPointer as error:
+            _log.warning("forget: %s", error)
 
 
 def _touched(dataset: Dataset, rows: list[tuple[int, dict[str, Any]]], fresh: int, users: dict[str, list[str]]

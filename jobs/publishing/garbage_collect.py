@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from jobs.publishing.config import GcConfig
-from jobs.publishing.releases import find_consumers, is_removed
+from jobs.publishing.consumers import find_consumers
+from jobs.publishing.whole_versions import find_fault, find_replacement, find_way_back, is_removed, list_publications
 from jobs.telemetry import tables
 from jobs.telemetry.units import format_bytes
 from pipeline import storage
@@ -19,7 +20,6 @@ from pipeline.datasets import published, version_marks
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.pointer import parse_pointer, read_pointer
 from pipeline.datasets.published import Published
-from pipeline.datasets.release_files import find_missing_files
 from pipeline.stages.documents import check_record
 from pipeline.stages.manifest import read_manifest
 from pipeline.stages.plan import read_items
@@ -32,7 +32,11 @@ _STAYS = {"release.json", "mark.json"}  # they say that the version existed, and
 
 
 def collect_garbage(root: str, name: str, config: GcConfig, *, dry_run: bool = False) -> list[dict[str, Any]]:
-    """Remove versions that nothing needs. Files that later versions took over stay. Each version with its outcome."""
+    """Remove versions that nothing needs. Files that later versions took over stay. Each version with its outcome.
+
+    A version that stays and cannot be read has its fault under "unreadable". It may have taken over files of any
+    earlier version, so these stay too.
+    """
     root = storage.normalize(root)
     with _read_clock(root, name, dry_run) as now:
         if not dry_run:
@@ -45,7 +49,7 @@ def collect_garbage(root: str, name: str, config: GcConfig, *, dry_run: bool = F
                              f"hint: python -m jobs versions {name}")
         _refuse_damaged(current)
         versions = _choose(current, config, now)
-        stays = files_of(root, name, [entry["version"] for entry in versions if entry["kept"]])
+        stays = _keep_unreadable(current, versions)
         for entry in versions:
             if not entry["kept"]:
                 entry |= _remove(current, entry["version"], marks.get(entry["version"]), stays, now, dry_run)
@@ -54,12 +58,9 @@ def collect_garbage(root: str, name: str, config: GcConfig, *, dry_run: bool = F
 
 def _refuse_damaged(current: Published) -> None:
     """StageFailed if the published version is not whole: the earlier ones are the way back."""
-    dataset = current.open()
-    if missing := find_missing_files(dataset, dict(dataset.trusted)):
-        label = f"{current.name}@{current.version}"
-        raise StageFailed(f"the published {label} is damaged: {len(missing)} files are missing "
-                          f"or changed, the first is {missing[0]}\nhint: python -m jobs rollback {current.name}; or "
-                          f"python -m jobs rebuild {current.name} --source SOURCE")
+    if fault := find_fault(current, current.document):
+        raise StageFailed(f"the published {current.name}@{current.version} is damaged: {fault}\n"
+                          f"hint: {find_way_back(current)}")
 
 
 @contextlib.contextmanager
@@ -93,9 +94,7 @@ def _choose(current: Published, config: GcConfig, now: float) -> list[dict[str, 
     removed = {version for version in all_versions if is_removed(root, name, version)}
     past = [version for version in all_versions if current.unpublished_since(version) is not None
             and version not in removed]
-    # A version that cannot be read is no way back: it does not count among the newest.
-    whole = [version for version in past if not _is_unreadable(Dataset(root, name, version))] if config.keep else []
-    newest = set(whole[-config.keep:])
+    newest = _newest_whole(current, past, config.keep)
 
     def reason(version: str) -> str:
         if version == current.version:
@@ -116,8 +115,46 @@ def _choose(current: Published, config: GcConfig, now: float) -> list[dict[str, 
             if version not in removed or list(_removable(current, version))]
 
 
-def _is_unreadable(dataset: Dataset) -> bool:
-    return any(dataset.is_sealed(stage) and _read_sealed(dataset.folder(stage)) is None for stage in published.STAGES)
+def _newest_whole(current: Published, versions: list[str], count: int) -> set[str]:
+    """The newest `count` of the versions that are whole: a damaged version is no way back."""
+    publications, newest = list_publications(current), set[str]()
+    for version in reversed(versions):
+        if len(newest) == count:
+            break
+        if version in publications and (fault := find_fault(current, publications[version])):
+            _log.warning("gc: %s@%s does not count among the newest versions: %s", current.name, version, fault)
+        else:
+            newest.add(version)
+    return newest
+
+
+def _keep_unreadable(current: Published, versions: list[dict[str, Any]]) -> set[str]:
+    """URLs of the files that the versions that stay name.
+
+    A version that cannot be read gets its fault under "unreadable", and all versions before it are kept.
+    """
+    stays, last_unreadable = set[str](), ""
+    for entry in versions:
+        if entry["kept"]:
+            try:
+                stays |= files_of(current.root, current.name, entry["version"])
+            except (ValueError, LookupError, TypeError, AttributeError, FileNotFoundError) as error:
+                entry["unreadable"] = (str(error).splitlines() or [type(error).__name__])[0]
+                last_unreadable = entry["version"]
+                _log.warning("gc: %s@%s cannot be read: %s", current.name, last_unreadable, entry["unreadable"])
+    for entry in versions:
+        if not entry["kept"] and published.version_number(entry["version"]) < published.version_number(last_unreadable):
+            entry["kept"] = f"{last_unreadable} cannot be read and may need its files"
+    return stays
+
+
+def refuse_unreadable(root: str, name: str, versions: list[dict[str, Any]]) -> None:
+    """DamagedFile if versions that stay could not be read, and the command for the first."""
+    if unreadable := {entry["version"]: entry["unreadable"] for entry in versions if "unreadable" in entry}:
+        current = Published.load(storage.normalize(root), name)
+        faults = "; ".join(f"{name}@{version} ({fault})" for version, fault in unreadable.items())
+        raise DamagedFile(f"{len(unreadable)} versions stay and cannot be read, so earlier versions stay too: "
+                          f"{faults}\nhint: {find_replacement(current, next(iter(unreadable)))}")
 
 
 def _read_sealed(folder: str) -> dict[str, Any] | None:
@@ -144,31 +181,28 @@ def _last_used(current: Published, version: str) -> float:
     return max(times)
 
 
-def files_of(root: str, name: str, kept: list[str]) -> set[str]:
-    """URLs of the files that the manifests and plans of versions of a dataset name."""
-    urls = set()
-    for version in kept:
-        dataset = Dataset(root, name, version)
-        for stage_name in published.STAGES:
-            folder = dataset.folder(stage_name)
-            is_sealed = dataset.is_sealed(stage_name)
-            if manifest := _read_sealed(folder) if is_sealed else None:
-                records: Any = manifest["items"]
-            else:  # in progress or damaged: the records, and the files that its plan takes over
-                files = storage.list_files(storage.join(folder, "records"))
-                records = [check_record(storage.read_json(url), url, {})
-                           for url in (storage.join(folder, "records", file) for file in files)]
-                if is_sealed and len(records) < len(read_items(folder)):
-                    raise DamagedFile(f"{folder} cannot be read and stays, and its records do not name all its files\n"
-                                      f"hint: remove {folder}")
-                if storage.exists(storage.join(folder, "plan.json")):
-                    records += _to_be_taken(root, name, stage_name, folder)
-            urls |= {storage.manifest_file_url(folder, entry["name"])
-                      for record in records for entry in record["files"]}
+def files_of(root: str, name: str, version: str) -> set[str]:
+    """URLs of the files that the manifests and plans of a version name."""
+    urls, dataset = set(), Dataset(root, name, version)
+    for stage_name in published.STAGES:
+        folder = dataset.folder(stage_name)
+        is_sealed = dataset.is_sealed(stage_name)
+        if manifest := _read_sealed(folder) if is_sealed else None:
+            records: Any = manifest["items"]
+        else:  # in progress or damaged: the records, and the files that its plan takes over
+            files = storage.list_files(storage.join(folder, "records"))
+            records = [check_record(storage.read_json(url), url, {})
+                       for url in (storage.join(folder, "records", file) for file in files)]
+            if is_sealed and len(records) < len(read_items(folder)):
+                raise DamagedFile(f"the manifest of {folder} is damaged, and its records do not name all its files\n"
+                                  f"hint: restore it from a backup; or remove {folder}")
+            if storage.exists(storage.join(folder, "plan.json")):
+                records += _to_be_taken(dataset, stage_name, folder)
+        urls |= {storage.manifest_file_url(folder, entry["name"]) for record in records for entry in record["files"]}
     return urls
 
 
-def _to_be_taken(root: str, name: str, stage_name: str, folder: str) -> list[dict[str, Any]]:
+def _to_be_taken(dataset: Dataset, stage_name: str, folder: str) -> list[dict[str, Any]]:
     """Records of other versions that the items of a plan will take over, their files by whole address."""
     records = []
     for item in read_items(folder):
@@ -176,7 +210,7 @@ def _to_be_taken(root: str, name: str, stage_name: str, folder: str) -> list[dic
             record = item.inputs.get(key)
             version = item.inputs.get("version") or item.inputs.get("last")
             if isinstance(record, dict) and isinstance(version, str):
-                there = Dataset(root, name, version).folder("shards" if key == "of" else stage_name)
+                there = dataset.other_version(version).folder("shards" if key == "of" else stage_name)
                 records.append({"files": [entry | {"name": storage.manifest_file_url(there, entry["name"])}
                                         for entry in record["files"]]})
     return records
@@ -247,7 +281,8 @@ def _refuse_published(current: Published, version: str) -> None:
 def removed_table(versions: list[dict[str, Any]], dry_run: bool) -> str:
     """One line for each version: kept or removed."""
     verb = "would be removed" if dry_run else "removed"
-    return tables.render([[version["version"], f"kept: {version['kept']}" if version["kept"] else
+    return tables.render([[version["version"], f"kept: {version['kept']}"
+                           + ("; cannot be read" if "unreadable" in version else "") if version["kept"] else
                            f"{verb}: {version['removed_files']} files, {format_bytes(version['removed_bytes'])}"
                            + (f"; {version['taken_over']} files stay, for later versions took them over"
                               if version["taken_over"] else "")] for version in versions])

@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.publishing.config import RebuildConfig
-from jobs.publishing.releases import list_consumer_encoders
+from jobs.publishing.consumers import list_consumer_encoders
 from jobs.telemetry import logs
 from pipeline import storage
-from pipeline.datasets import published, takedowns, version_marks
+from pipeline.datasets import published, takedown_list, takedowns, version_marks
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.hidden_rows import Tombstones
 from pipeline.datasets.published import Published
@@ -75,7 +75,7 @@ class Rebuild:
                              "hint: shard with --duplicates, embed and index make a version by hand")
         with contextlib.ExitStack() as stack:
             scratch = stack.enter_context(scratch_folder("rebuild"))
-            self.source = SourceDiff.read(shard, takedowns.read_takedowns(root), str(scratch))
+            self.source = SourceDiff.read(shard, takedown_list.read_takedowns(root), str(scratch))
             weakref.finalize(self, stack.pop_all().close)  # the scratch folder is gone with this object
         if not self.source.count:
             raise ValueError(f"{', '.join(shard.source)} holds no picture that may be taken: nothing is published")
@@ -85,7 +85,7 @@ class Rebuild:
         """The published version, if anything of it can be taken."""
         if self.config.full:
             return None
-        last = self._open_base(self.before)
+        last = self._base
         if last is None:
             return None
         now = Update.section_of(self.shard)
@@ -95,6 +95,10 @@ class Rebuild:
                       ", ".join(differing))
             return None
         return last
+
+    @cached_property
+    def _base(self) -> Dataset | None:
+        return self._open_base(self.before)
 
     def _open_base(self, before: Published) -> Dataset | None:
         """The published version. None if nothing is published, or if it is damaged and needs a replacement."""
@@ -143,7 +147,8 @@ class Rebuild:
             if published.version_number(version) <= self.before.number or self._is_gone(version):
                 continue
             earlier = self._claimed(version)
-            if earlier == claim or (earlier and version in past and earlier["source"] == source):
+            # A version that was rolled back stays so, unless the published one needs a replacement.
+            if earlier == claim or (earlier and version in past and earlier["source"] == source and self._base):
                 return Dataset(self.root, self.name, version), version in past
         number = self.before.number
         while True:
@@ -275,15 +280,17 @@ class Rebuild:
                 "samples": shards["totals"]["samples"] - shards["info"].get("dead", 0),
                 "recall@10": gates.recall(dataset), "encoder": dataset_encoder(dataset), "queries": texts,
                 "change": shards["info"]["change"], "gates": [vars(gate) for gate in results]})
-            self._hide_forgotten(dataset)
-            if before.publish(dataset, data, number):
+            if before.publish(dataset, data, number, **self._hide_forgotten(dataset)):
                 return {"published": dataset.version, "gates": {gate.name: gate.value for gate in results}}
 
-    def _hide_forgotten(self, dataset: Dataset) -> None:
-        """Hide what was forgotten since the shards were made: readers of the new version must not find it."""
-        if requests := takedowns.count_requests(self.root)[0]:
-            rows = takedowns.find_rows(dataset, takedowns.read_takedowns(self.root))
-            takedowns.hide_rows(dataset, [row for row, _ in rows], requests)
+    def _hide_forgotten(self, dataset: Dataset) -> dict[str, Any]:
+        """Hide what was forgotten since the shards were made; what the new pointer says of the takedown list."""
+        listed = takedown_list.describe_list(self.root)
+        if not listed["requests"]:
+            return {}
+        rows = takedowns.find_rows(dataset, takedown_list.read_takedowns(self.root))
+        takedowns.hide_rows(dataset, [row for row, _ in rows], listed["requests"])
+        return {"takedowns": listed["requests"], "takedown_list": listed}
 
     def unchanged(self, dataset: Dataset, diff: SourceDiff) -> bool:
         """Whether the published version holds all of the source already.

@@ -1,96 +1,30 @@
-"""The versions of a published dataset: which there are, who is bound to them, the way back, and the end of old ones."""
+"""The versions of a published dataset: which there are, and the way back to an earlier one."""
 
 import difflib
 import hashlib
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
-from jobs.runs.metrics import never_made_a_step
-from jobs.runs.run import Run
+from jobs.publishing.consumers import find_consumers
+from jobs.publishing.whole_versions import (
+    find_earlier_version,
+    find_fault,
+    find_replacement,
+    find_way_back,
+    is_removed,
+    list_publications,
+)
 from jobs.telemetry import tables
 from pipeline import storage
-from pipeline.datasets import hidden_rows, published, takedowns, version_marks
-from pipeline.datasets.dataset import Dataset, datasets
-from pipeline.datasets.pointer import DamagedPointer
+from pipeline.datasets import published
+from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.published import Published
-from pipeline.datasets.release_files import find_missing_files
-from pipeline.datasets.signatures import ReleaseKeys, read_release_keys
-from pipeline.stages.documents import RootPath, check_shape
+from pipeline.datasets.signatures import ReleaseKeys
+from pipeline.stages.documents import check_shape
 from pipeline.stages.types import StageFailed
 from pipeline.storage import DamagedFile
 
 _log = logging.getLogger(__name__)
-
-
-def list_published(root: str) -> list[str]:
-    """The datasets of a root that have something published, those with a damaged or lost pointer too."""
-    names = storage.list_folders(storage.join(storage.normalize(root), "datasets"))
-    return [name for name in names if _is_published(root, name)]
-
-
-def _is_published(root: str, name: str) -> bool:
-    try:
-        return bool(Published.load(root, name).version) or published.has_release(Dataset(storage.normalize(root), name))
-    except DamagedPointer:
-        return True
-
-
-def find_consumers(root: str, name: str) -> dict[str, list[str]]:
-    """Who is bound to which version of a dataset: runs, and neighbour lists of other datasets in it."""
-    consumers: dict[str, list[str]] = defaultdict(list)
-    for consumer, document in _consumers(root):
-        for version in sorted(set(_read_by(document, name))):
-            if not consumer.startswith(f"datasets/{name}/{version}/"):
-                consumers[version].append(consumer)
-    return consumers
-
-
-def list_encoders(root: str, name: str) -> dict[str, dict[str, Any]]:
-    """The encoders of the runs that take neighbors from a dataset, by run. Runs that never made a step are left out."""
-    by_run = {}
-    for run in storage.list_folders(storage.join(storage.normalize(root), "runs")):
-        document = _plan(root, f"runs/{run}")
-        if (document and document.get("stage") == "train" and any(_read_by(document, name))
-                and not never_made_a_step(Run(storage.normalize(root), run))):
-            by_run[f"the run {run}"] = Run(storage.normalize(root), run).encoder()
-    return by_run
-
-
-def list_consumer_encoders(root: str, name: str, base: Dataset | None) -> dict[str, dict[str, Any]]:
-    """The encoders that a database is bound to, by name: those of its runs and of its published version `base`."""
-    from pipeline.embeddings.embed import dataset_encoder  # `status` needs no arrays
-    return list_encoders(root, name) | ({base.label: dataset_encoder(base)} if base else {})
-
-
-def _consumers(root: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Plans of what reads databases, by their folders."""
-    root = storage.normalize(root)
-    paths = [f"runs/{run}" for run in storage.list_folders(storage.join(root, "runs"))]
-    for dataset in datasets(root):
-        paths += [dataset.path(f"neighbors/{database}")
-                  for database in storage.list_folders(dataset.folder("neighbors"))]
-    for path in paths:
-        if document := _plan(root, path):
-            yield path, document
-
-
-def _plan(root: str, path: str) -> dict[str, Any] | None:
-    try:
-        url = storage.join(storage.normalize(root), path, "plan.json")
-        return check_shape(storage.read_json(url), url, {"stage?": str, "inputs?": {"*": {"path": RootPath}}}, "")
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def _read_by(document: dict[str, Any], name: str) -> Iterator[str]:
-    """The versions of a dataset that the inputs of a plan lie in."""
-    for stage_input in document.get("inputs", {}).values():
-        parts = stage_input["path"].split("/")
-        if parts[0] == "datasets" and len(parts) > 3 and parts[1] == name:
-            yield parts[2]
 
 
 def list_versions(root: str, name: str) -> list[dict[str, Any]]:
@@ -100,15 +34,19 @@ def list_versions(root: str, name: str) -> list[dict[str, Any]]:
     for past in current.history():
         rolled_back |= {past["rolled_back"]} if "rolled_back" in past else set()
         rolled_back -= {past["version"]}
-    versions = []
+    versions, publications = [], list_publications(current)
     for version in current.versions():
         dataset = Dataset(root, name, version)
         try:
-            release, damaged = published.read_release(dataset)[0], False
+            release, data = published.read_release(dataset)
+            damaged = False
         except ValueError:
-            release, damaged = None, True
+            release, data, damaged = None, b"", True
+        is_gone, document = is_removed(root, name, version), publications.get(version)
+        if document and not is_gone:
+            damaged = hashlib.sha256(data).hexdigest() != document["release"]
         about: dict[str, Any] = {"version": version, "published": current.version == version,
-                               "released": release is not None, "removed": is_removed(root, name, version),
+                               "released": release is not None, "removed": is_gone,
                                "rolled_back": version in rolled_back, "damaged": damaged,
                                "pinned_by": pinned.get(version, []),
                                "until": _when(current.unpublished_since(version))}
@@ -155,60 +93,15 @@ def _when(seconds: float | None) -> float | None:
     return None if seconds is None or seconds == float("inf") else seconds
 
 
-def check_published(root: str, *, quick: bool = False, keys: ReleaseKeys | None = None
-                    ) -> tuple[tuple[str, ...], list[dict[str, str]]]:
-    """The folders of all published versions, and where what they hold is not what was published.
-
-    `quick` looks at the pointers, releases and manifests. Otherwise searches must not find what was forgotten. `keys`
-    are those that must have signed the pointers, by default those of RDM_RELEASE_KEY.
-    """
-    keys = read_release_keys() if keys is None else keys
-    folders, faults = [], []
-    names = list_published(root)
-    if keys.accepted:  # an attacker may have removed a pointer and its history
-        names = sorted({*names, *(dataset.name for dataset in datasets(root)
-                                  if storage.exists(storage.join(dataset.root, dataset.path("release.json"))))})
-    for name in names:
-        place = f"datasets/{name}/current.json"
-        try:
-            dataset = published.open_dataset(root, name, keys=keys)
-        except ValueError as error:
-            faults.append({"path": place, "fault": str(error).splitlines()[0]})
-            continue
-        folders.append(f"datasets/{name}/{dataset.version}/")
-        faults += [{"path": url.removeprefix(storage.normalize(root)).strip("/"), "fault": "is no publication"}
-                   for url in Published.load(root, name, keys).damaged_history()]
-        checks: list[tuple[str, Callable[[], Any]]] = [
-            (dataset.path(stage_name), partial(dataset.manifest, stage_name)) for stage_name in dict(dataset.trusted)]
-        checks += [(dataset.path(stage_name), partial(dataset.is_sealed, stage_name))
-                   for stage_name in published.STAGES if stage_name not in dict(dataset.trusted)]
-        checks.append((f"datasets/{name}/{dataset.version}/forgotten.json", partial(
-            takedowns.read_forgotten_rows if quick else _check_hidden_rows, dataset)))
-        for path, check in checks:
-            try:
-                check()
-            except ValueError as error:
-                faults.append({"path": path, "fault": str(error).splitlines()[0]})
-    return tuple(folders), faults
-
-
-def _check_hidden_rows(dataset: Dataset) -> None:
-    """ValueError if searches in a published version would find rows that the takedown list names."""
-    hidden = hidden_rows.read_hidden_rows(dataset)
-    rows = [row for row, _ in takedowns.find_rows(dataset, takedowns.read_takedowns(dataset.root))]
-    if visible := sorted(set(rows) - set(hidden.tolist())):
-        raise DamagedFile(f"searches find {len(visible)} images of the takedown list, the first is row {visible[0]}\n"
-                          f"hint: python -m jobs repair {dataset.name} --root {dataset.root}")
-    samples = dataset.manifest("shards")["totals"]["samples"]
-    if len(hidden) and (hidden[0] < 0 or hidden[-1] >= samples):
-        raise ValueError(f"rows {hidden[0]} to {hidden[-1]} are hidden, and the version has {samples} samples")
-
-
 def rollback(root: str, name: str, to: str, *, dry_run: bool = False, keys: ReleaseKeys | None = None
              ) -> dict[str, Any]:
-    """Publish an earlier version again: `to`, or the one before the published one; what stands there now.
+    """Publish an earlier version again; what stands there now.
+
+    `to`: the version. Without it the newest earlier version that is whole. Nothing changes if a rollback has published
+    the present one. So a killed command may run again.
 
     ValueError if the dataset is signed and `keys` has no private key, or if no accepted key has signed that version.
+    DamagedFile if the version is not whole.
     """
     root, current = storage.normalize(root), Published.load(root, name, keys)
     if not current.version:
@@ -216,41 +109,55 @@ def rollback(root: str, name: str, to: str, *, dry_run: bool = False, keys: Rele
                          f"hint: python -m jobs rebuild {name} --source SOURCE")
     if not dry_run:
         current.keys.refuse_unsigned(name, current.document)
-    history = [document for document in current.history() if not current.keys.find_fault(name, document)]
-    past = [document["version"] for document in history]
-    version = to or next((earlier for earlier in reversed(past) if published.version_number(earlier) < current.number
-                          and not is_removed(root, name, earlier)), "")
-    if not version:
-        raise ValueError(f"there is no version of {name} before {current.version} any more\n"
-                         f"hint: python -m jobs versions {name}")
+    version = to or _choose_version(current)
+    report = {"dataset": name, "published": version} | ({"dry_run": True} if dry_run else {})
     if version == current.version:
         _log.info("rollback: %s@%s is the published version already", name, version)
-        return {"dataset": name, "published": version, "already": True} | ({"dry_run": True} if dry_run else {})
+        return report | {"already": True}
+    _refuse_version(current, version)
     dataset = Dataset(root, name, version)
     release, data = published.read_release(dataset)
-    if release is None or version not in past:
-        unsigned = " with an accepted signature" if current.keys.accepted else ""
-        raise ValueError(f"{name}@{version} was never published{unsigned}, so it cannot be again\n"
-                         f"hint: python -m jobs versions {name}")
-    if is_removed(root, name, version):
-        raise ValueError(f"{name}@{version} was removed by gc\nhint: python -m jobs versions {name}")
-    if hashlib.sha256(data).hexdigest() != {document["version"]: document["release"] for document in history}[version]:
-        raise DamagedFile(f"the release of {name}@{version} is not the one that was published\n"
-                         f"hint: python -m jobs rollback {name} --to VERSION")
-    if missing := find_missing_files(dataset, dict(current.open_version(version).trusted)):
-        raise DamagedFile(f"{name}@{version} is not what was published any more: {len(missing)} files are missing or "
-                         f"changed, the first is {missing[0]}\n"
-                         f"hint: python -m jobs verify --only datasets/{name}/{version}")
+    assert release is not None, version
     if not dry_run and not current.publish(dataset, data, release["number"], rolled_back=current.version):
-        raise StageFailed(f"somebody published another version of {name} at this moment\nhint: look at versions "
-                                f"{name}, and try again")
-    return {"dataset": name, "published": version, "rolled_back": current.version} | (
-        {"dry_run": True} if dry_run else {})
+        raise StageFailed(f"another command published a version of {name} meanwhile\n"
+                          f"hint: python -m jobs versions {name}")
+    if not dry_run:
+        _log.info("rollback: %s@%s is published in the place of %s\nhint: to undo this: python -m jobs rollback %s "
+                  "--to %s", name, version, current.version, name, current.version)
+    return report | {"rolled_back": current.version}
 
 
-def is_removed(root: str, name: str, version: str) -> bool:
-    """Whether gc removed a version: its release and its mark are left, and files that later versions took over."""
-    dataset = Dataset(root, name, version)
-    if version_marks.read_mark(dataset) is not None:
-        return version_marks.is_removing(dataset)
-    return published.has_release(dataset) and not dataset.is_sealed("shards")
+def _choose_version(current: Published) -> str:
+    """The version that a rollback without `--to` publishes: the published one if a rollback has published it."""
+    if (undone := current.document.get("rolled_back")) and not find_fault(current, current.document):
+        _log.info("rollback: a rollback from %s has published %s@%s\nhint: to go further back: python -m jobs "
+                  "rollback %s --to VERSION", undone, current.name, current.version, current.name)
+        return current.version
+    version, faults = find_earlier_version(current)
+    for other, fault in faults.items():
+        _log.warning("rollback: %s@%s is passed over: %s", current.name, other, fault)
+    if not version and faults:
+        raise DamagedFile(f"no earlier version of {current.name} is whole: {'; '.join(faults.values())}\n"
+                          f"hint: {find_way_back(current)}")
+    if not version:
+        raise ValueError(f"there is no version of {current.name} before {current.version} any more\n"
+                         f"hint: python -m jobs versions {current.name}")
+    return version
+
+
+def _refuse_version(current: Published, version: str) -> None:
+    """ValueError if a version cannot be published again, DamagedFile if it is damaged."""
+    label, hint = f"{current.name}@{version}", f"hint: python -m jobs versions {current.name}"
+    document = list_publications(current).get(version)
+    if document is None and current.keys.accepted:
+        raise ValueError(f"{label} was never published with an accepted signature, so it cannot be again\n{hint}")
+    if document is None and published.has_release(Dataset(current.root, current.name, version)):
+        raise ValueError(f"{label} has a release, but the history does not name it: it was never published, or its "
+                         f"entry is lost\n{hint}")
+    if document is None:
+        raise ValueError(f"{label} was never published, so it cannot be again\n{hint}")
+    if is_removed(current.root, current.name, version):
+        raise ValueError(f"{label} was removed by gc\n{hint}")
+    if fault := find_fault(current, document):
+        raise DamagedFile(f"{label} was published, and is damaged now: {fault}\n"
+                          f"hint: {find_replacement(current, version)}")

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jobs.publishing.check_published import list_published
 from jobs.publishing.garbage_collect import files_of
-from jobs.publishing.releases import list_published
 from jobs.runs.run import Run
 from jobs.runs.targets import is_within, suggest
 from jobs.telemetry.units import format_count
@@ -134,7 +134,7 @@ def _versions_with_files(root: str, path: str) -> list[str]:
         return []
     others = [version for version in storage.list_folders(storage.join(root, "datasets", name)) if version != below[0]]
     return [f"datasets/{name}/{version}" for version in others
-            if any(is_within(url, storage.join(root, path)) for url in files_of(root, name, [version]))]
+            if any(is_within(url, storage.join(root, path)) for url in files_of(root, name, version))]
 
 
 def _removal_order(inputs: dict[str, list[str]]) -> list[str]:

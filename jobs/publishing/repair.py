@@ -6,14 +6,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from jobs.publishing.forget import apply_takedowns
+from jobs.publishing.forget import apply_takedowns, require_requests
+from jobs.publishing.whole_versions import find_false_entries, find_false_facts, find_fault, find_way_back
 from pipeline import storage
-from pipeline.datasets import published, takedowns
+from pipeline.datasets import published, takedown_list, takedowns
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.last_seen import read_last_seen
 from pipeline.datasets.pointer import DamagedPointer, parse_pointer, read_pointer
 from pipeline.datasets.published import Published
-from pipeline.datasets.release_files import find_missing_files
 from pipeline.datasets.signatures import ReleaseKeys, read_release_keys
 from pipeline.stages.types import StageFailed
 
@@ -35,57 +35,114 @@ def repair(root: str, name: str, *, dry_run: bool = False, keys: ReleaseKeys | N
     """
     root, keys = storage.normalize(root), read_release_keys() if keys is None else keys
     report: dict[str, Any] = {"dataset": name} | ({"dry_run": True} if dry_run else {})
-    if accept_lost_requests and not dry_run and (accepted := takedowns.accept_lost_requests(root)):
-        _log.warning("repair: the takedown requests %s are lost, and were accepted as lost", accepted)
-        report["accepted_lost_requests"] = accepted
+    accepted = _accept_requests(root) if accept_lost_requests and not dry_run else {}
+    report |= accepted | _repair_pointer(root, name, keys, accepted=bool(accepted), dry_run=dry_run)
+    if report["published"] is None:
+        return report
+    if not dry_run:
+        report |= _repair_takedowns(root, name, accepted=bool(accepted))
+        _refuse_damaged(Published.load(root, name, keys), report)
+    elif not accept_lost_requests:
+        takedown_list.refuse_lost_requests(root)
+    return report
+
+
+def _accept_requests(root: str) -> dict[str, Any]:
+    """Accept lost requests and changes of the takedown list, and let the pointers name it as it is now."""
+    lost, changed = takedown_list.accept_lost_requests(root, lambda: takedowns.hidden_hashes(root))
+    if lost:
+        _log.warning("repair: the takedown requests %s are lost, and were accepted as lost", lost)
+    if changed:
+        _log.warning("repair: the takedown list was changed, and was accepted as it is")
+    if lost or changed:
+        require_requests(root, storage.list_folders(storage.join(root, "datasets")), replace=True)
+    return ({"accepted_lost_requests": lost} if lost else {}) | ({"accepted_changes": True} if changed else {})
+
+
+def _repair_pointer(root: str, name: str, keys: ReleaseKeys, *, accepted: bool, dry_run: bool) -> dict[str, Any]:
+    """Restore the pointer and the history; {"published", "pointer", and "damaged": a fault of that version}."""
     try:
         current = Published.load(root, name, keys)
-        if not current.version and report.get("accepted_lost_requests") and not list(_from_releases(root, name)):
-            return report | {"published": None}
         if not current.version and not list(_from_releases(root, name)):
+            if accepted:
+                return {"published": None}
             raise ValueError(f"nothing of {name} is published in {root}\n"
                              f"hint: python -m jobs rebuild {name} --source SOURCE")
         if not current.version:
             raise DamagedPointer(root, name, "is missing, and versions have a release")
-        report |= {"published": current.version, "pointer": "in order"}
-        if current.needs_signature:
-            report["pointer"] = _sign(current, dry_run=dry_run)
-        report |= {"damaged": fault} if (fault := _find_fault(root, name, current.document)) else {}
     except DamagedPointer as error:
         _log.warning("repair: %s", str(error).splitlines()[0])
-        report |= _restore_pointer(root, name, keys, dry_run=dry_run)
-    if dry_run:
-        if not accept_lost_requests:
-            takedowns.refuse_lost_requests(root)
-        return report
-    restored = takedowns.restore_takedowns(root)
-    if takedowns.count_requests(root)[0]:
-        applied, unreadable = apply_takedowns(root)
-        hidden = [entry for entry in applied if entry["dataset"].startswith(f"{name}@")]
-        if unreadable:
-            report["unreadable"] = [f"{dataset.name}@{dataset.version}" for dataset in unreadable]
-        report |= {"takedown_list": "restored" if restored or "accepted_lost_requests" in report else "in order",
-                   "hidden_now": sum(entry["hidden_now"] for entry in hidden)}
-    if report.get("damaged"):
-        if report["pointer"] != "restored":
-            raise StageFailed(f"the published {name}@{report['published']} is damaged: {report['damaged']}\n"
-                              f"hint: python -m jobs rollback {name}; or python -m jobs rebuild {name} --source SOURCE")
-        raise StageFailed(f"no published version of {name} is whole; {report['published']} is the newest: "
-                          f"{report['damaged']}\nhint: python -m jobs rebuild {name} --source SOURCE")
+        return _restore_pointer(root, name, keys, accepted=accepted, dry_run=dry_run)
+    fault = find_fault(current, current.document)
+    report = {"published": current.version, "pointer": "in order"} | ({"damaged": fault} if fault else {})
+    if current.damaged_history() or current.missing_history() or find_false_entries(current):
+        return report | _close_history(current, dry_run=dry_run)
+    return report | ({"pointer": _sign(current, fault, dry_run=dry_run)} if current.needs_signature else {})
+
+
+def _close_history(current: Published, *, dry_run: bool) -> dict[str, Any]:
+    """Publish the same version again: nothing misses the entries of the history before a repair."""
+    damaged, false = current.damaged_history(), find_false_entries(current)
+    lost = [url.rpartition("/")[2] for url in damaged]
+    lost += [f"{gap[0]} to {gap[-1]}" for gap in current.missing_history()]
+    if lost:
+        _log.warning("repair: these publications of %s are lost: %s. Versions that no other names cannot be published "
+                     "again", current.name, ", ".join(lost))
+    if not dry_run:
+        if not current.sign_again(repaired=True, **find_false_facts(current, current.document)):
+            raise _superseded(current.name)
+        _remove(damaged)
+        for url, facts in false.items():
+            if entry := current.entries.get(url):  # the pointer is replaced already
+                storage.put_json(entry | facts, url)
+    return {"history": "restored"}
+
+
+def _repair_takedowns(root: str, name: str, *, accepted: bool) -> dict[str, Any]:
+    """Restore the takedown list and hide its rows again; {} if there is no list."""
+    restored = takedown_list.restore_takedowns(root)
+    if not takedown_list.count_requests(root)[0]:
+        return {}
+    applied, unreadable = apply_takedowns(root)
+    report: dict[str, Any] = {
+        "takedown_list": "restored" if restored or accepted else "in order",
+        "hidden_now": sum(entry["hidden_now"] for entry in applied if entry["dataset"].startswith(f"{name}@"))}
+    if unreadable:
+        report["unreadable"] = [f"{dataset.name}@{dataset.version}" for dataset in unreadable]
     return report
 
 
-def _sign(current: Published, *, dry_run: bool) -> str:
+def _refuse_damaged(current: Published, report: dict[str, Any]) -> None:
+    """StageFailed if the published version is damaged, with the way back."""
+    if not report.get("damaged"):
+        return
+    hint = f"hint: {find_way_back(current)}"
+    if report["pointer"] == "restored":
+        raise StageFailed(f"no published version of {current.name} is whole; {current.version} is the newest: "
+                          f"{report['damaged']}\n{hint}")
+    raise StageFailed(f"the published {current.name}@{current.version} is damaged: {report['damaged']}\n{hint}")
+
+
+def _sign(current: Published, fault: str, *, dry_run: bool) -> str:
     """Sign a published version that is whole; what became of its pointer."""
-    if fault := _find_fault(current.root, current.name, current.document):
-        raise ValueError(f"{current.name}@{current.version} is not signed, for it is not whole: {fault}")
+    if fault:
+        raise ValueError(f"{current.name}@{current.version} is not signed, for it is not whole: {fault}\n"
+                         f"hint: {find_way_back(current)}")
     if not dry_run and not current.sign_again():
-        raise StageFailed(f"another command published a version of {current.name} meanwhile\n"
-                          f"hint: python -m jobs versions {current.name}")
+        raise _superseded(current.name)
     return "signed"
 
 
-def _restore_pointer(root: str, name: str, keys: ReleaseKeys, *, dry_run: bool) -> dict[str, Any]:
+def _superseded(name: str) -> StageFailed:
+    return StageFailed(f"another command published a version of {name} meanwhile\nhint: python -m jobs versions {name}")
+
+
+def _remove(urls: list[str]) -> None:
+    for url in urls:
+        storage.remove(url)
+
+
+def _restore_pointer(root: str, name: str, keys: ReleaseKeys, *, accepted: bool, dry_run: bool) -> dict[str, Any]:
     data = read_pointer(root, name)
     candidates = _candidates(root, name, keys, data)
     if not candidates:
@@ -100,25 +157,24 @@ def _restore_pointer(root: str, name: str, keys: ReleaseKeys, *, dry_run: bool) 
                          f"SOURCE")
     if not dry_run:
         keys.refuse_unsigned(name, *candidates)
-    faults = [(document, _find_fault(root, name, document)) for document in candidates]
+    current = Published(root, name, data, parse_pointer(data or b"") or {}, keys)
+    faults = [(document, find_fault(current, document)) for document in candidates]
     document, fault = next(((document, fault) for document, fault in faults if not fault), faults[0])
     newest = max([document["sequence"] for document in candidates], default=0)
     files = storage.list_files(storage.join(root, "published", name))  # readers compare with damaged ones too
     newest = max([newest, *(int(file[:-5]) for file in files if file[:-5].isdigit())])
     seen = max(read_last_seen(root, name, signed=signed).get("sequence", 0) for signed in (False, True))
-    there = parse_pointer(data or b"") or {}
-    after = document | {"sequence": max(newest, seen, there.get("sequence", 0)) + 1, "repaired": True,
+    after = document | {"sequence": max(newest, seen, current.document.get("sequence", 0)) + 1, "repaired": True,
                         "published": round(time.time(), 3), "previous": candidates[0]["version"]}
+    if accepted and "takedown_list" in after:
+        after["takedown_list"] = takedown_list.describe_list(root)
     report = {"published": document["version"], "pointer": "restored"} | ({"damaged": fault} if fault else {})
     if dry_run:
         return report
-    current = Published(root, name, data, there, keys)
     damaged = current.damaged_history()
     if not current.replace(after):
-        raise StageFailed(f"another command published a version of {name} meanwhile\n"
-                          f"hint: python -m jobs versions {name}")
-    for url in damaged:
-        storage.remove(url)
+        raise _superseded(name)
+    _remove(damaged)
     return report
 
 
@@ -164,13 +220,3 @@ def _from_releases(root: str, name: str) -> Iterator[dict[str, Any]]:
             yield {"version": version, "number": release["number"], "sequence": 0, "content": release["content"],
                    "release": hashlib.sha256(data).hexdigest(), "published": 0.0, "checked": 0.0, "previous": None,
                    "samples": release["samples"], "recall@10": release["recall@10"]}
-
-
-def _find_fault(root: str, name: str, document: dict[str, Any]) -> str:
-    """A fault of a published version; "" if all its files are there."""
-    try:
-        dataset = Published(root, name, None, document).open()
-        missing = find_missing_files(dataset, dict(dataset.trusted))
-    except ValueError as error:
-        return str(error).splitlines()[0]
-    return f"{len(missing)} files are missing or changed, the first is {missing[0]}" if missing else ""

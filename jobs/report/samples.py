@@ -59,7 +59,7 @@ def read_images(folder: str, shown: Sequence[dict[str, Any]]) -> Images:
     files = {entry["file"] for entry in shown} | {entry["image"]["file"] for entry in shown if "image" in entry}
     files |= {neighbor["file"] for entry in shown for neighbor in entry["neighbors"]}
     names = sorted(files)
-    return dict(zip(names, storage.map_urls(_read, [storage.join(folder, name) for name in names]), strict=True))
+    return dict(zip(names, storage.map_urls(_read, [storage.file_below(folder, name) for name in names]), strict=True))
 
 
 def _read(address: str) -> bytes | None:

@@ -197,7 +197,7 @@ def _read_ledger(root: RootContents, path: str) -> Iterator[dict[str, Any]]:
     for record in root.sealed(path)["items"]:
         for entry in record["files"]:
             if entry["name"].startswith("ledger/"):
-                text = storage.read_bytes(storage.join(root.address, path, entry["name"])).decode()
+                text = storage.read_bytes(storage.file_below(storage.join(root.address, path), entry["name"])).decode()
                 yield from map(json.loads, text.splitlines())
 
 

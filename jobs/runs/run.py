@@ -180,7 +180,7 @@ class Run:
     def _fetched(folder: str, files: list[dict[str, Any]]) -> Path:
         if storage.is_local(folder):
             for entry in files:
-                storage.fetch(storage.join(folder, entry["name"]), entry, check=True)
+                storage.fetch(storage.file_below(folder, entry["name"]), entry, check=True)
             return storage.local_path(folder)
         # The cache names files by hash; these are read by name.
         digest = storage.digest([[entry["name"], entry["sha256"]] for entry in files])
@@ -190,7 +190,7 @@ class Run:
             # The processes of a node do this at the same time. Links: a copy could be damaged and the original not.
             own = local / f".{entry['name']}-{os.getpid()}-{threading.get_ident()}"
             own.unlink(missing_ok=True)
-            storage.fetch_and_open(storage.join(folder, entry["name"]), entry, own.hardlink_to, check=True)
+            storage.fetch_and_open(storage.file_below(folder, entry["name"]), entry, own.hardlink_to, check=True)
             own.replace(local / entry["name"])
             own.unlink(missing_ok=True)  # replacing a link by one to the same file does nothing
         return local

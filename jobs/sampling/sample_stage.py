@@ -192,7 +192,7 @@ class Sampling(Stage):
         return np.concatenate(vectors)
 
     def _bytes(self, query: Query) -> bytes:
-        return storage.read_bytes(storage.join(self.folder, query.carried))
+        return storage.read_bytes(storage.file_below(self.folder, query.carried))
 
     def _generate(self, generator: ImageGenerator, vectors: np.ndarray, retrieved: RetrievedNeighbors
                   ) -> list[Image.Image]:
@@ -242,7 +242,7 @@ class Sampling(Stage):
                     for entry in record["info"]["pictures"][:_GRID_ROWS]]
 
     def _read(self, name: str) -> Image.Image:
-        return Image.open(io.BytesIO(storage.read_bytes(storage.join(self.folder, name)))).convert("RGB")
+        return Image.open(io.BytesIO(storage.read_bytes(storage.file_below(self.folder, name)))).convert("RGB")
 
 
 def _check_neighbor_count(queries: QueryConfig, config: SampleConfig) -> None:

@@ -70,7 +70,7 @@ class DemoCorpus(Stage):
         yield "sources.json", storage.json_bytes(sources)
 
     def process(self, item: Item, scratch: Path) -> Output:
-        rows = json.loads(storage.read_bytes(storage.join(self.folder, item.inputs["drawings"])))
+        rows = json.loads(storage.read_bytes(storage.file_below(self.folder, item.inputs["drawings"])))
         output = Output()
         drawings = {}
         pictures = []

@@ -48,6 +48,8 @@ class Dataset:
     """Of a published version the sha256 of the manifest of each stage: what is read is held against it."""
     takedowns: int = field(default=0, compare=False, repr=False)
     """The least number of requests in the takedown list, according to the pointer of a published version."""
+    takedown_list: tuple[int, str] = field(default=(0, ""), compare=False, repr=False)
+    """The requests of the takedown list that the pointer has a hash of, and that; "" without one."""
     signed: bool = field(default=False, compare=False, repr=False)
     """The release has an accepted signature: stages that it does not name are refused."""
 
@@ -73,6 +75,13 @@ class Dataset:
         """The next version: v2 after v1."""
         stem, number = re.fullmatch(r"(.*?)(\d*)", self.version).groups()  # type: ignore[union-attr]
         return Dataset(self.root, self.name, f"{stem}{int(number or 1) + 1}")
+
+    def other_version(self, version: str) -> "Dataset":
+        """Another version of the dataset, as a plan names it; DamagedFile if that is no name of a version."""
+        if not is_name(version):
+            raise DamagedFile(f"a plan of {self.label} takes files from {version!r}, which is no version\n"
+                              f"hint: python -m jobs verify --only datasets/{self.name}")
+        return Dataset(self.root, self.name, version)
 
     def path(self, stage_name: str) -> str:
         """The folder of a stage, below the root."""
@@ -104,8 +113,7 @@ class Dataset:
             self._published_hash(stage_name)
         elif stage_name in dict(self.trusted):
             raise DamagedFile(f"{self.folder(stage_name)} is part of the published {self.name}@{self.version} and has "
-                              f"no manifest.json\nhint: python -m jobs rollback {self.name}; or python -m jobs "
-                              f"rebuild {self.name} --source SOURCE")
+                              f"no manifest.json\nhint: python -m jobs verify --quick --only datasets/{self.name}")
         return sealed
 
     def identity(self, stage_name: str) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from pipeline.stages.documents import NUMBER, check_shape
 from pipeline.storage import DamagedFile
 
 _POINTER = {"version": str, "number": int, "sequence": int, "release": str, "published": NUMBER, "checked?": NUMBER,
-            "previous?": (str, type(None)), "rolled_back?": str, "takedowns?": int, "content?": str, "samples?": int,
+            "previous?": (str, type(None)), "rolled_back?": str, "takedowns?": int,
+            "takedown_list?": {"requests": int, "sha256": str}, "content?": str, "samples?": int,
             "recall@10?": (int, float, type(None))}
 
 

@@ -13,6 +13,8 @@ import hashlib
 import re
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from pipeline import storage
@@ -152,24 +154,37 @@ class Published:
     def _open(self, dataset: Dataset, sha256: str) -> Dataset:
         data = _read_release_bytes(dataset)
         if data is None or hashlib.sha256(data).hexdigest() != sha256:
-            raise DamagedFile(f"the release of {dataset.name}@{dataset.version} is not the one that was published: it "
-                              f"was changed or removed\nhint: python -m jobs rollback {dataset.name}")
+            fault = "is missing" if data is None else "is not the one that was published: it was changed"
+            raise DamagedFile(f"the release of {dataset.name}@{dataset.version} {fault}\n"
+                              f"hint: python -m jobs verify --quick --only datasets/{dataset.name}")
         release = check_release(storage.parse_json(data, _release_url(dataset)), _release_url(dataset))
+        listed = self.document.get("takedown_list", {})
         return Dataset(dataset.root, dataset.name, dataset.version, tuple(sorted(release["manifests"].items())),
-                       self.document.get("takedowns", 0), bool(self.keys.accepted))
+                       self.document.get("takedowns", 0), (listed.get("requests", 0), listed.get("sha256", "")),
+                       bool(self.keys.accepted))
 
     def history(self) -> list[dict[str, Any]]:
         """Every current.json that there was, the oldest first, this one included."""
-        documents = {document["sequence"]: document for document in self._read_history().values() if document}
+        documents = {document["sequence"]: document for document in self.entries.values() if document}
         if self.document:
             documents[self.document["sequence"]] = self.document
         return [documents[sequence] for sequence in sorted(documents)]
 
     def damaged_history(self) -> list[str]:
         """URLs of the entries of the history that cannot be read. They are left out everywhere else."""
-        return sorted(url for url, document in self._read_history().items() if document is None)
+        return sorted(url for url, document in self.entries.items() if document is None)
 
-    def _read_history(self) -> dict[str, dict[str, Any] | None]:
+    def missing_history(self) -> list[range]:
+        """Numbers of publications that are missing in the history since the last repair."""
+        history = self.history()
+        first = max((document["sequence"] for document in history if document.get("repaired")), default=1)
+        there = {document["sequence"] for document in history} | {int(url.rpartition("/")[2][:-5])
+                                                                  for url in self.damaged_history()}
+        pairs = pairwise([first - 1, *sorted(number for number in there if number >= first)])
+        return [range(before + 1, after) for before, after in pairs if after > before + 1]
+
+    @cached_property
+    def entries(self) -> dict[str, dict[str, Any] | None]:
         """The entries of the history by URL; None for those that cannot be read."""
         files = _numbered(storage.list_files(self._history_folder))
         urls = [storage.join(self._history_folder, file) for file in files]
@@ -211,6 +226,8 @@ class Published:
                  "previous": self.version or None, "samples": release["samples"],
                  "recall@10": release["recall@10"], "published": now,
                  "takedowns": self.document.get("takedowns", 0), **more}
+        if "takedown_list" in self.document:
+            after.setdefault("takedown_list", self.document["takedown_list"])
         after = self.keys.sign(self.name, after)
         version_marks.mark_publishing(dataset, sequence)
         if self.document:  # whoever published it may have been killed before it did so
@@ -243,19 +260,28 @@ class Published:
         """Whether this command has a key, and the pointer is not signed by it."""
         return self.keys.private is not None and bool(self.document) and not self.keys.has_signed(self.document)
 
-    def sign_again(self) -> bool:
+    def sign_again(self, **more: Any) -> bool:
         """Publish the same version again with a signature of this command's key; False if another took its place."""
         now = round(time.time(), 3)
-        return self.replace(self.document | {"sequence": self._next_sequence(), "published": now, "checked": now})
+        self._add_to_history(self.document)  # its publisher may have been killed before it did so
+        again = {"sequence": self._next_sequence(), "published": now, "checked": now}
+        return self.replace(self.document | again | more)
 
     def _next_sequence(self) -> int:
         """The number of the next publication: above all that this machine has seen signed, or readers refuse it."""
         seen = read_last_seen(self.root, self.name, signed=True) if self.keys.private else {}
         return max(self.document.get("sequence", 0), seen.get("sequence", 0)) + 1
 
-    def require_takedowns(self, count: int) -> bool:
-        """Note that `count` requests of the takedown list apply here; False if another was published meanwhile."""
-        return self.document.get("takedowns", 0) >= count or self._swap(self.document | {"takedowns": count})
+    def require_takedowns(self, listed: dict[str, Any], *, replace: bool = False) -> bool:
+        """Note that requests of the takedown list apply here; False if another was published meanwhile.
+
+        `listed`: their count and hash ("requests", "sha256"). `replace`: also where the pointer counts as many.
+        """
+        known = self.document.get("takedown_list", {"requests": 0})
+        if known == listed or (known["requests"] >= listed["requests"] and not replace):
+            return True
+        count = max(listed["requests"], self.document.get("takedowns", 0))
+        return self._swap(self.document | {"takedowns": count, "takedown_list": listed})
 
     def mark_checked(self) -> None:
         """Note that the source was compared and nothing had changed; without effect if another was published."""

@@ -3,8 +3,8 @@
     current.json    {..., "signature": {"key": "SHA256:...", "ed25519": "..."}}
 
 The signature covers the name of the dataset and the pointer: version, sequence number, hash of the release and more.
-The hash leads to everything that the release stands for. `checked` and `takedowns` change without a publication, so the
-signature does not cover them.
+The hash leads to everything that the release stands for. `checked`, `takedowns` and `takedown_list` change without a
+publication, so the signature does not cover them.
 
 Readers that have a public key (RDM_RELEASE_KEY) refuse what was not signed by it. The private key stays in the process
 that publishes. Neither it nor its path is written anywhere.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # loaded only where keys are used
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 RELEASE_KEY = "RDM_RELEASE_KEY"
-_CHANGING = {"checked", "takedowns", "signature"}
+_CHANGING = {"checked", "takedowns", "takedown_list", "signature"}
 _PURPOSE = b"rdm publication 1\n"  # so that a signature for another purpose is none for this one
 _PEM = re.compile(r"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----", re.DOTALL)
 

@@ -77,10 +77,6 @@ class Extension(Index):
     def process(self, item: Item, scratch: Path) -> Output:
         embeddings, config, before = Embeddings(self.dataset), self.config, self.base.manifest("index")["info"]
         change = compare_rows(self.dataset, self.base)
-        if self.base.is_sealed("tombstones") and not self.dataset.is_sealed("tombstones"):
-            logging.getLogger(__name__).warning("index: the tombstones of %s do not hold for %s: name those keys that "
-                                                "are still in it once more, with --tombstone", self.base.label,
-                                                self.dataset.label)
         index, size = self._filled(embeddings, change, scratch)
         check_budget(index, size, config)
         rng = np.random.default_rng((config.seed, 17))

@@ -264,7 +264,7 @@ class Neighbors(Stage):
         usage = np.zeros(self.database.manifest("embeddings")["totals"]["samples"], np.int64)
 
         def read(entry: dict[str, Any]) -> np.ndarray:
-            return arrays.load_array(storage.fetch(storage.join(self.folder, entry["name"]), entry))
+            return arrays.load_array(storage.fetch(storage.file_below(self.folder, entry["name"]), entry))
 
         entries = neighbor_files(records, ".ids.npy")
         with ThreadPoolExecutor(8) as pool:

@@ -71,7 +71,7 @@ def write_rows(rows: Iterable[Row], number: int, count: int, more: dict[str, Any
 
 def read_rows(stage_folder: str, inputs: dict[str, Any]) -> Iterator[Row]:
     """The rows of a part that `write_rows` made."""
-    return map(parse_row, storage.read_bytes(storage.join(stage_folder, inputs["rows"])).splitlines())
+    return map(parse_row, storage.read_bytes(storage.file_below(stage_folder, inputs["rows"])).splitlines())
 
 
 def row_line(row: Row) -> str:

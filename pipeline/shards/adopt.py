@@ -120,7 +120,7 @@ class Adopt(Stage):
         entries += [Entry(meta["url"] or meta["key"] or "", meta["status"], meta["error_message"] or "")
                     for meta in failed]
         parquet = scratch / "metadata.parquet"
-        types = storage.read_json(storage.join(self.folder, item.inputs["types"]))
+        types = storage.read_json(storage.file_below(self.folder, item.inputs["types"]))
         table = metadata.metadata_table(metas, metadata.COLUMNS, types)
         pq.write_table(metadata.add_image_positions(table, tars.image_positions(path)), parquet)
         return Output(good, {f"metadata/{item.id}.parquet": parquet}, entries, {"rows": len(metas)},

@@ -78,7 +78,7 @@ class Deduplicate(Shard):
 
     def process(self, item: Item, scratch: Path) -> Output:
         record = item.inputs["record"]
-        files = {entry["name"]: storage.fetch(storage.join(self.whole.folder, entry["name"]), entry, check=True)
+        files = {entry["name"]: storage.fetch(storage.file_below(self.whole.folder, entry["name"]), entry, check=True)
                  for entry in record["files"]}
         stats = storage.read_json(storage.join(self.whole.folder, f"{item.id}_stats.json"))
         name = f"{item.id}_stats.json"
@@ -86,7 +86,7 @@ class Deduplicate(Shard):
             return Output(record["samples"], files, info=record["info"], run_files={name: storage.json_bytes(stats)},
                           counts=(record["skipped"], record["noted"]))
         details = {row: f"of sample {other} of shard {shard}" for row, shard, other in json.loads(
-            storage.read_bytes(storage.join(self.folder, item.inputs["duplicates"])))}
+            storage.read_bytes(storage.file_below(self.folder, item.inputs["duplicates"])))}
         tar, parquet = scratch / "shard.tar", scratch / "shard.parquet"
         tars.write(tar, (sample for row, sample in enumerate(tars.read(files[f"{item.id}.tar"])) if row not in details))
         table = read(files[f"{item.id}.parquet"])
@@ -121,7 +121,7 @@ class Deduplicate(Shard):
         """The hashes of a shard's samples."""
         entry = file_of(record, ".parquet")
         names = ["pixel_sha256"] if self.config.duplicates == "exact" else ["phash", "mean_colour"]
-        data = storage.fetch(storage.join(self.whole.folder, entry["name"]), entry).read_bytes()
+        data = storage.fetch(storage.file_below(self.whole.folder, entry["name"]), entry).read_bytes()
         table = read(data, columns=[*names, "status", "source_row"])
         return table.filter(pc.equal(table.column("status"), metadata.SUCCESS))
 

@@ -125,7 +125,8 @@ class Shard(Stage):
             return self._copy_shard(item.inputs["copy"], scratch)
         reading = ReadReport()
         digits = max(4, len(str(self.config.rows_per_shard - 1)))
-        known = storage.read_json(storage.join(self.folder, item.inputs["types"])) if "types" in item.inputs else {}
+        types = item.inputs.get("types")
+        known = storage.read_json(storage.file_below(self.folder, types)) if types else {}
         if self.host_limits is None:
             self.host_limits = ProcessLimits()
         alone_s = self.host_limits.alone_s

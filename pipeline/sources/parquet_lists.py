@@ -76,7 +76,7 @@ class ParquetLists(ListSource):
             raise ValueError(f"{self.addresses[0]}: not one of {first} rows passes the filter {self.config.where}")
 
     def rows(self, stage_folder: str, inputs: dict[str, Any], scratch: Path, reading: ReadReport) -> Iterator[Row]:
-        only = (set(json.loads(storage.read_bytes(storage.join(stage_folder, inputs["only"]))))
+        only = (set(json.loads(storage.read_bytes(storage.file_below(stage_folder, inputs["only"]))))
                 if "only" in inputs else None)
         for address, first, start, stop in inputs["spans"]:
             with open_parquet(address) as file:

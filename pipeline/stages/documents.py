@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from pipeline import storage
 from pipeline.storage import DamagedFile
 
 FORMAT = 2
@@ -11,23 +12,31 @@ FORMAT = 2
 # are allowed. Integers are of 64 bits, numbers are finite, and texts can be encoded.
 NUMBER = (int, float)
 _MOST_LEVELS = 100  # of nested dicts and lists without a shape of their own; Python cannot write a thousand
-_FILE = {"name": str, "bytes": int, "sha256": str}
 _COUNTS = {"*": int}
-_LIST_FILE = {"count": int, "file": _FILE}
 
 
 class RootPath(str):
     """The shape of a text that is a path below the root, "" for none."""
 
 
+class PathBelow(str):
+    """The shape of a text that is a path below the folder of its document."""
+
+
+class FileName(str):
+    """The shape of a name that `storage.manifest_file_url` takes."""
+
+
+_FILE = {"name": FileName, "bytes": int, "sha256": str}
+_LIST_FILE = {"count": int, "file": {"name": PathBelow, "bytes": int, "sha256": str}}
 _INPUTS = {"*": {"path": RootPath, "digest": str}}
-_RECORD = {"id": str, "samples?": int, "files": [_FILE], "skipped?": _COUNTS, "noted?": _COUNTS, "info?": dict,
+_RECORD = {"id": PathBelow, "samples?": int, "files": [_FILE], "skipped?": _COUNTS, "noted?": _COUNTS, "info?": dict,
            "run?": {"seconds?": NUMBER, "times?": dict}}
-_NEW_RECORD = {"id": str, "plan": str, "samples": int, "files": [_FILE], "skipped": _COUNTS, "noted": _COUNTS,
+_NEW_RECORD = {"id": PathBelow, "plan": str, "samples": int, "files": [_FILE], "skipped": _COUNTS, "noted": _COUNTS,
                "run": {"seconds": NUMBER, "times?": dict, "device?": str}}
 _RECORD_INFO = {"rows?": int, "retried?": int, "filtered?": int, "reused?": int, "dead?": [str]}
 _REPORT = {"rows": int, "samples": int, "bytes": int, "skipped": _COUNTS, "again": bool}
-_ITEMS = {"items": ([{"id": str, "inputs": dict}], _LIST_FILE)}
+_ITEMS = {"items": ([{"id": PathBelow, "inputs": dict}], _LIST_FILE)}
 _PLAN = {"format": int, "stage": str, "fingerprint": str, "section": dict, "inputs": _INPUTS, **_ITEMS}
 _MANIFEST = {"stage": str, "content": str, "items": ([_RECORD], _LIST_FILE), "files": [_FILE], "inputs?": _INPUTS}
 _REPLAN = ("the same command with --overwrite; or python -m jobs rebuild NAME --source SOURCE, if the version is "
@@ -41,6 +50,10 @@ _RELEASE = {"manifests": {"*": str}, "content": str, "number": int, "samples": i
 _SEALED = _MANIFEST | {
     "format": int, "info": dict, "run": {"seconds": NUMBER, "sealed": str, "retired?": _RETIRED, "devices?": _COUNTS},
     "totals": {"items": int, "samples": int, "bytes": int, "skipped": _COUNTS, "noted": _COUNTS}}
+
+
+_PATHS = {RootPath: lambda path: not path or storage.is_path_below(path), PathBelow: storage.is_path_below,
+          FileName: lambda name: storage.is_file_name(name) or storage.is_whole_address(name)}
 
 
 def check_format(document: Any, url: str) -> None:
@@ -63,12 +76,24 @@ def check_more_items(document: Any, url: str) -> dict[str, Any]:
 
 def check_manifest(document: Any, url: str) -> dict[str, Any]:
     """A manifest as it is, also that of a checkpoint; DamagedFile if it is damaged, ValueError if it is newer."""
-    return _check(document, url, _MANIFEST, "python -m jobs verify")
+    return refuse_outside_files(_check(document, url, _MANIFEST, "python -m jobs verify"), url)
 
 
 def check_sealed(document: Any, url: str) -> dict[str, Any]:
     """The manifest of a stage as it is, with its counts; DamagedFile if it is damaged, ValueError if it is newer."""
-    return _check(document, url, _SEALED, "python -m jobs verify")
+    return refuse_outside_files(_check(document, url, _SEALED, "python -m jobs verify"), url)
+
+
+def refuse_outside_files(manifest: dict[str, Any], url: str) -> dict[str, Any]:
+    """A manifest as it is; DamagedFile if a file has a whole address. Only tars are adopted where they lie."""
+    section = manifest.get("section")
+    adopted = manifest.get("stage") == "shard" and isinstance(section, dict) and section.get("adopted") is True
+    listed = manifest["items"] if isinstance(manifest["items"], list) else []
+    for entry in [*manifest["files"], *(entry for record in listed for entry in record["files"])]:
+        if storage.is_whole_address(entry["name"]) and not (adopted and entry["name"].endswith(".tar")):
+            raise DamagedFile(f"{url} is damaged: it names the file {entry['name']!r}, which is no adopted tar\n"
+                              f"hint: python -m jobs verify")
+    return manifest
 
 
 def check_progress(document: Any, url: str) -> dict[str, Any]:
@@ -93,7 +118,10 @@ def check_record(document: Any, url: str, info: dict[str, Any]) -> dict[str, Any
 
 def check_release(document: Any, url: str) -> dict[str, Any]:
     """The release of a version as it is; DamagedFile if it is damaged."""
-    return check_shape(document, url, _RELEASE, "python -m jobs verify")
+    check_shape(document, url, _RELEASE, "python -m jobs verify")
+    if wrong := [name for name in document["manifests"] if not storage.is_path_below(name)]:
+        raise DamagedFile(f"{url} is damaged: {wrong[0]!r} is no stage\nhint: python -m jobs verify")
+    return document
 
 
 def _check(document: Any, url: str, shape: dict[str, Any], hint: str) -> dict[str, Any]:
@@ -132,9 +160,8 @@ def _misfit(value: Any, shape: Any) -> str | None:
 
 
 def _is_of_type(value: Any, kind: Any) -> bool:
-    if kind is RootPath:
-        return _is_of_type(value, str) and not (
-            value.startswith("/") or "://" in value or "\0" in value or ".." in value.split("/"))
+    if kind in _PATHS:
+        return _is_of_type(value, str) and _PATHS[kind](value)
     if not isinstance(value, kind):
         return False
     if kind is int:

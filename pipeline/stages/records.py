@@ -124,6 +124,9 @@ def table(done: Iterable[dict[str, Any]]) -> pa.Table:
 
 
 def _record(row: dict[str, Any]) -> dict[str, Any]:
+    if wrong := [file["name"] for file in row["files"]
+                 if not (storage.is_file_name(file["name"]) or storage.is_whole_address(file["name"]))]:
+        raise ValueError(f"the file {wrong[0]!r} of record {row['id']!r} does not lie in the dataset")
     return row | {"skipped": dict(row["skipped"]), "noted": dict(row["noted"]),
                   "info": json.loads(row["info"]), "run": json.loads(row["run"])}
 
@@ -166,7 +169,7 @@ def count(listed: Any) -> int:
 
 def load(folder: str, listed: Any, unpack: Callable[[bytes], Rows[_T]]) -> Rows[_T]:
     """The list that a document in `folder` refers to; ValueError if it is not the one."""
-    url = storage.join(folder, listed["file"]["name"])
+    url = storage.file_below(folder, listed["file"]["name"])
     try:
         rows = unpack(Path(storage.fetch(url, listed["file"], check=True)).read_bytes())
     except (pa.ArrowException, OSError) as error:

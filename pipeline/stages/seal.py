@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.stages import records
-from pipeline.stages.documents import check_manifest, check_plan, check_record
+from pipeline.stages.documents import check_manifest, check_plan, check_record, refuse_outside_files
 from pipeline.stages.manifest import code_revision, read_manifest, stale_inputs
 from pipeline.stages.plan import claim_of, item_ids, refuse_replaced_plan
 from pipeline.stages.records import content, totals
@@ -45,6 +45,8 @@ def read_record(stage: Stage, url: str) -> dict[str, Any] | None:
     """The record at `url`. None if it is missing, damaged, or of another plan: the driver then makes the item again."""
     try:
         record = check_record(storage.read_json(url), url, stage.record_info)
+        if any(storage.is_whole_address(entry["name"]) for entry in record["files"]):
+            refuse_outside_files({"stage": stage.name, "section": stage.section(), "items": [record], "files": []}, url)
     except FileNotFoundError:
         return None
     except storage.DamagedFile as error:

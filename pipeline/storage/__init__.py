@@ -9,18 +9,16 @@ from pipeline.storage.addresses import (
     is_local,
     join,
     local_path,
-    manifest_file_url,
     normalize,
     short_hash,
 )
 from pipeline.storage.cache import cache_folder, fetch, fetch_and_open, local_copy
 from pipeline.storage.conditional import can_swap, create_bytes, put_checked, swap_bytes
 from pipeline.storage.credentials import redact_credentials, redact_known_credentials, redact_url
+from pipeline.storage.errors import DamagedFile, StorageError, disk_full_message
+from pipeline.storage.file_names import file_below, is_file_name, is_path_below, is_whole_address, manifest_file_url
 from pipeline.storage.files import (
-    DamagedFile,
-    StorageError,
     check_store,
-    disk_full_message,
     download,
     exists,
     glob,
@@ -57,7 +55,8 @@ from pipeline.storage.private_folder import make_private_folder
 __all__ = [
     "DamagedFile", "Holder", "Lease", "LeaseConflict", "StorageError", "cache_folder", "can_swap", "check_store",
     "create_bytes", "describe_file", "digest", "disk_full_message", "download", "escape_controls", "exists",
-    "fetch", "fetch_and_open", "find_holders", "glob", "hold_lease", "is_local", "join", "json_bytes", "list_files",
+    "fetch", "fetch_and_open", "file_below", "find_holders", "glob", "hold_lease", "is_file_name", "is_local",
+    "is_path_below", "is_whole_address", "join", "json_bytes", "list_files",
     "list_folders", "list_sizes_and_times", "list_stamps", "local_copy", "local_path", "make_private_folder",
     "manifest_file_url", "map_urls", "modified_time", "name_by_content", "normalize", "open_reader", "parse_json",
     "put_bytes", "put_checked", "put_file", "put_json", "read_bytes", "read_json", "read_range",

@@ -23,19 +23,6 @@ def join(url: str, *parts: str) -> str:
     return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
-def manifest_file_url(folder: str, name: str) -> str:
-    """Where a manifest's file is: below `folder`, or at the whole address that an adopted file has for a name.
-
-    A name with `../` before it is that of a file beside the folder: another version's, which is not copied.
-    """
-    if "://" in name or name.startswith("/"):
-        return name
-    base = folder.rstrip("/")
-    while name.startswith("../"):
-        base, name = base.rpartition("/")[0], name.removeprefix("../")
-    return join(base, name)
-
-
 def normalize(url: str) -> str:
     """`url` made absolute when it is local, without a trailing slash."""
     return os.path.abspath(os.path.expanduser(local_path(url))) if is_local(url) else url.rstrip("/")

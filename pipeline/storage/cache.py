@@ -15,16 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.storage.addresses import ATTEMPTS, is_local, local_path
-from pipeline.storage.files import (
-    UNFINISHED_NAME,
-    DamagedFile,
-    StorageError,
-    flush_to_disk,
-    open_url,
-    sha256_file,
-    storage_errors,
-    unfinished_file,
-)
+from pipeline.storage.errors import DamagedFile, StorageError, refuse_special_file, storage_errors
+from pipeline.storage.files import UNFINISHED_NAME, flush_to_disk, open_url, sha256_file, unfinished_file
 from pipeline.storage.private_folder import make_private_folder
 from pipeline.storage.sizes import parse_size
 
@@ -51,6 +43,7 @@ def fetch(url: str, entry: dict[str, Any], *, check: bool = False) -> Path:
     if is_local(url):
         path = local_path(url)
         try:
+            refuse_special_file(url)
             byte_count = path.stat().st_size
         except FileNotFoundError:
             raise DamagedFile(f"{url} is in its manifest but not there\nhint: python -m jobs verify") from None

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipeline.storage.addresses import is_local, join, local_path
+from pipeline.storage.errors import StorageError, storage_errors
 from pipeline.storage.files import (
     FileSystem,
-    StorageError,
     exists,
     flush_to_disk,
     move_or_copy,
@@ -21,7 +21,6 @@ from pipeline.storage.files import (
     put_bytes,
     read_bytes,
     remove,
-    storage_errors,
     unfinished_file,
 )
 

@@ -16,28 +16,13 @@ from typing import Any, TypeAlias, TypeVar
 import fsspec
 
 from pipeline.storage.addresses import ATTEMPTS, S3_SCHEMES, is_local, local_path, normalize
+from pipeline.storage.errors import DamagedFile, refuse_special_file, storage_errors
 
 FileSystem: TypeAlias = fsspec.AbstractFileSystem
 _T = TypeVar("_T")
 _CHUNK = 1 << 20
 _END = 64 << 10
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 UNFINISHED_NAME = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{16}")  # as _beside names them
-
-
-class StorageError(OSError):
-    """The store did not answer, or answered with something other than success or absence."""
-
-
-class DamagedFile(ValueError):
-    """A file below a root is missing, or is not what this program wrote there. Commands end with exit code 1."""
-
-
-def disk_full_message(error: BaseException) -> str:
-    """A sentence if `error` says that a disk is full, "" if it says anything else."""
-    if not isinstance(error, OSError) or error.errno not in _FULL:
-        return ""
-    return f"no space is left on the disk of {error.filename}" if error.filename else "no space is left on a disk"
 
 
 @cache
@@ -63,41 +48,6 @@ def open_url(url: str) -> tuple[FileSystem, str]:
         return _filesystem("file"), str(local_path(url))
     protocol, path = url.split("://", 1)
     return _filesystem(protocol), path
-
-
-@contextlib.contextmanager
-def storage_errors(url: str, doing: str) -> Iterator[None]:
-    """Turn a client library's own exceptions into one sentence; a disk's OSErrors pass as they are."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise StorageError(error.errno, os.strerror(error.errno), url) from error
-        if getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") == "NoSuchBucket":
-            raise StorageError(f"cannot {doing} {url}: there is no such bucket\n"
-                               f"hint: make it, or see whether it is spelled right") from error
-        if type(error) is not OSError or (error.errno is not None and is_local(url)):
-            raise
-        raise StorageError(f"cannot {doing} {url}: {error.strerror or error}{_network_hint(error)}") from error
-    except Exception as error:
-        # botocore and aiohttp derive from Exception; anything else here is a fault of ours.
-        if type(error).__module__.split(".")[0] in {"botocore", "aiobotocore", "aiohttp", "s3fs"}:
-            raise StorageError(f"cannot {doing} {url}: {error}{_network_hint(error)}") from error
-        raise
-
-
-def _network_hint(error: BaseException | None) -> str:
-    """The hint for an object store that does not answer, or does not know the user. Empty for other errors."""
-    while error is not None:
-        kind = type(error).__name__
-        if kind in {"NoCredentialsError", "PartialCredentialsError"}:
-            return "\nhint: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile of ~/.aws with AWS_PROFILE"
-        if kind in {"EndpointConnectionError", "ConnectTimeoutError", "ConnectionClosedError", "gaierror",
-                    "ClientConnectorError", "ClientConnectorDNSError", "ConnectionRefusedError"}:
-            return ("\nhint: the store does not answer: is the network up, and is AWS_ENDPOINT_URL right? Whether the "
-                    "object exists is not known")
-        error = error.__cause__ or error.__context__
-    return ""
 
 
 def exists(url: str) -> bool:
@@ -246,17 +196,23 @@ def glob(pattern: str) -> list[str]:
         return sorted(prefix + name for name, info in fs.glob(path, detail=True).items() if info["type"] == "file")
 
 
+def _open_to_read(url: str) -> tuple[FileSystem, str]:
+    """The file system of `url`, and the path in it. DamagedFile if what stands there is no file."""
+    refuse_special_file(url)
+    return open_url(url)
+
+
 @contextlib.contextmanager
 def open_reader(url: str) -> Iterator[Any]:
     """A file object to seek in and read from, that fetches what is read and not the whole."""
-    fs, path = open_url(url)
+    fs, path = _open_to_read(url)
     with storage_errors(url, "read"), fs.open(path, "rb") as file:
         yield file
 
 
 def download(url: str, path: Path) -> Path:
     """The file at `url` as the local file `path`."""
-    fs, remote = open_url(url)
+    fs, remote = _open_to_read(url)
     with storage_errors(url, "read"):
         fs.get_file(remote, str(path))
     return path
@@ -264,7 +220,7 @@ def download(url: str, path: Path) -> Path:
 
 def summarize_file(url: str) -> list[Any]:
     """What tells a large file from another without reading it: its name, size, and a hash of both ends."""
-    fs, path = open_url(url)
+    fs, path = _open_to_read(url)
     with storage_errors(url, "read"):
         length = int(fs.info(path)["size"])
         ends = fs.cat_file(path, start=0, end=min(_END, length))
@@ -275,14 +231,14 @@ def summarize_file(url: str) -> list[Any]:
 
 def read_bytes(url: str) -> bytes:
     """The whole content of `url`."""
-    fs, path = open_url(url)
+    fs, path = _open_to_read(url)
     with storage_errors(url, "read"):
         return fs.cat_file(path)
 
 
 def read_range(url: str, start: int, end: int) -> bytes:
     """The bytes of `url` from the offset `start` up to `end`."""
-    fs, path = open_url(url)
+    fs, path = _open_to_read(url)
     with storage_errors(url, "read"):
         return fs.cat_file(path, start=start, end=end)
 
@@ -376,6 +332,7 @@ def remove_tree(url: str) -> None:
 
 def sha256_file(path: Path) -> str:
     """sha256 of a local file in hexadecimal."""
+    refuse_special_file(str(path))
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.storage.addresses import is_local, join, local_path
-from pipeline.storage.files import DamagedFile, list_files, modified_time, put_json, read_json, remove
+from pipeline.storage.errors import DamagedFile
+from pipeline.storage.files import list_files, modified_time, put_json, read_json, remove
 from pipeline.storage.leftovers import remove_unfinished
 
 _log = logging.getLogger(__name__)

@@ -65,7 +65,7 @@ class Compare(Stage):
         """The hash of each row that was read; empty where it could not be read."""
         numbers, hashes = [np.zeros(0, np.int64)], [pa.array([], pa.large_string())]
         for record in manifest["items"]:
-            url = storage.join(self.folder, file_of(record, ".json")["name"])
+            url = storage.file_below(self.folder, file_of(record, ".json")["name"])
             lines = check_shape(storage.read_json(url), url, [[(int, str)]], f"{self.command} --full")
             numbers.append(np.array([number for number, _ in lines], np.int64))
             hashes.append(pa.array([sha256 for _, sha256 in lines], pa.large_string()))

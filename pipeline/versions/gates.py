@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import storage
-from pipeline.datasets import takedowns
+from pipeline.datasets import takedown_list
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.hidden_rows import read_hidden_rows
 from pipeline.datasets.metadata import labels, metadata
 from pipeline.datasets.row_columns import RowSelection
-from pipeline.datasets.takedowns import Forgotten
+from pipeline.datasets.takedown_list import Forgotten
 from pipeline.embeddings import clip
 from pipeline.embeddings.clip_weights import BUNDLED_MODEL, ClipConfig
 from pipeline.embeddings.embed import dataset_encoder
@@ -74,7 +74,7 @@ def measure_gates(dataset: Dataset, before: Dataset | None, texts: Sequence[str]
     if config.gate_where:
         gates.append(_share(dataset, config))
     if before:
-        gates.append(_lost(listing, before, takedowns.read_takedowns(dataset.root), config))
+        gates.append(_lost(listing, before, takedown_list.read_takedowns(dataset.root), config))
     encoder = dataset_encoder(dataset)
     others = sorted(name for name, description in pinned.items() if description != encoder)
     gates.append(_encoder(encoder, pinned, others))

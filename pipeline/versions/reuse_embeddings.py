@@ -59,7 +59,7 @@ class Reuse(Embed):
     def process(self, item: Item, scratch: Path) -> Output:
         if "vectors" not in item.inputs:
             return super().process(item, scratch)
-        theirs, base = item.inputs["vectors"], Dataset(self.root, self.dataset.name, item.inputs["last"])
+        theirs, base = item.inputs["vectors"], self.dataset.other_version(item.inputs["last"])
         if "of" not in item.inputs:
             return Output(theirs["samples"], info={"reused": theirs["samples"]},
                           counts=(theirs["skipped"], theirs["noted"]),

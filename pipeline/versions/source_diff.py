@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import storage
-from pipeline.datasets.takedowns import Forgotten
+from pipeline.datasets.takedown_list import Forgotten
 from pipeline.rows.rows import ReadReport, Row, hashable_cells, parse_row, redact_cells, row_line
 from pipeline.shards.metadata import FORGOTTEN, SUCCESS
 from pipeline.shards.transform import old_source_name, source_name

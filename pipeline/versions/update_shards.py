@@ -126,8 +126,8 @@ class Update(Shard):
     def process(self, item: Item, scratch: Path) -> Output:
         if "last" not in item.inputs:
             return super().process(item, scratch)
-        record, base = item.inputs["last"], Dataset(self.root, self.dataset.name, item.inputs["version"])
-        positions = (json.loads(storage.read_bytes(storage.join(self.folder, item.inputs["gone"])))
+        record, base = item.inputs["last"], self.dataset.other_version(item.inputs["version"])
+        positions = (json.loads(storage.read_bytes(storage.file_below(self.folder, item.inputs["gone"])))
                 if "gone" in item.inputs else [])
         if item.inputs.get("sift"):
             return self._without(item, base, record, set(positions), scratch)

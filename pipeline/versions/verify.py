@@ -233,7 +233,7 @@ def _checkpoints(root: str, path: str) -> Iterator[dict[str, str]]:
             yield _fault(path, f"checkpoints/{step}/manifest.json", f"cannot be read: {str(error).splitlines()[0]}")
             continue
         for entry in manifest["files"]:
-            fault = _file(storage.join(base, step, entry["name"]), entry)
+            fault = _file(storage.file_below(storage.join(base, step), entry["name"]), entry)
             if fault:
                 yield _fault(path, f"checkpoints/{step}/{entry['name']}", fault)
 

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 from prometheus_client import generate_latest
 
 from jobs.inspection import prometheus, status, watch
-from jobs.publishing import releases
+from jobs.publishing import check_published, releases
 from jobs.runs.run import Run
 from pipeline import storage
-from pipeline.datasets import published, takedowns, version_marks
+from pipeline.datasets import published, takedown_list, takedowns, version_marks
 from pipeline.datasets.dataset import Dataset
 from pipeline.stages import plan, records
 from pipeline.stages.manifest import read_manifest
@@ -140,12 +140,12 @@ def read_pointer(path: Path) -> None:
     """current.json of a dataset, and an entry of its history."""
     root = _root(path, "datasets/x/current.json")
     _show(root)
-    releases.check_published(root, quick=True)
+    check_published.check_published(root, quick=True)
     (Path(root) / "datasets/x/current.json").unlink()
     history = Path(root) / "published/x/000001.json"
     history.parent.mkdir(parents=True)
     shutil.copy(path, history)
-    releases.check_published(root, quick=True)
+    check_published.check_published(root, quick=True)
 
 
 def read_release(path: Path) -> None:
@@ -172,14 +172,14 @@ def read_takedowns(path: Path) -> None:
     """forgotten.json of a root and of a version."""
     root = _root(path, "forgotten.json")
     shutil.copy(path, Path(root) / "datasets/x/v1/forgotten.json")
-    takedowns.count_requests(root)
-    takedowns.read_takedowns(root).has({"sha256": "a", "url": "http://a/b"})
+    takedown_list.count_requests(root)
+    takedown_list.read_takedowns(root).has({"sha256": "a", "url": "http://a/b"})
     takedowns.read_forgotten_rows(Dataset(root, "x"))
 
 
 def read_takedown_copy(path: Path) -> None:
     """takedowns/000001.json: the copy of a request."""
-    takedowns.restore_takedowns(_root(path, "takedowns/000001.json"))
+    takedown_list.restore_takedowns(_root(path, "takedowns/000001.json"))
 
 
 def read_fault(path: Path) -> None:

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # for a checkout that was not installed
 
 from pipeline.datasets.dataset import Dataset
-from pipeline.datasets.takedowns import Forgotten
+from pipeline.datasets.takedown_list import Forgotten
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage

@@ -11,7 +11,7 @@ import pytest
 from jobs.checks import machine
 from jobs.checks.check import Check, run_checks
 from jobs.cli.main import main
-from jobs.publishing.releases import list_encoders
+from jobs.publishing.consumers import list_encoders
 from jobs.runs.metrics import never_made_a_step
 from jobs.runs.run import Run
 from tests.pipeline import synthetic

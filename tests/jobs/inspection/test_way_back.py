@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli.main import main
-from jobs.inspection.way_back import find_way_back
+from jobs.inspection.way_back import find_command
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.signatures import NO_KEYS
 from pipeline.shards.shard import Shard
@@ -37,7 +37,7 @@ def test_the_hint_makes_the_stage_again(tmp_path: Path, capsys: pytest.CaptureFi
     ("runs/small/samples/a/samples.json", "sample small --overwrite"),
     ("pictures/emoji/manifest.json", "demo, after /r/pictures/emoji is removed")])
 def test_the_way_back_of_a_path(path: str, way: str) -> None:
-    assert find_way_back("/r", path, NO_KEYS) == f"python -m jobs {way}"
+    assert find_command("/r", path, NO_KEYS) == f"python -m jobs {way}"
 
 
 def test_a_dataset_name_of_300_letters_is_invalid_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,9 +105,11 @@ def test_a_swap_whose_answer_is_lost_has_succeeded(other_store: str) -> None:
     document = {"version": "v1", "takedowns": 0}
     storage.put_json(document, f"{other_store}/datasets/x/current.json")
     current = Published(other_store, "x", storage.json_bytes(document), document)
-    assert current.require_takedowns(1)
-    assert storage.read_json(f"{other_store}/datasets/x/current.json") == document | {"takedowns": 1}
-    assert not current.require_takedowns(2)
+    listed = {"requests": 1, "sha256": "0" * 64}
+    assert current.require_takedowns(listed)
+    assert storage.read_json(f"{other_store}/datasets/x/current.json") == document | {
+        "takedowns": 1, "takedown_list": listed}
+    assert not current.require_takedowns(listed | {"requests": 2})
 
 
 def test_on_s3(s3: str, place: Path) -> None:

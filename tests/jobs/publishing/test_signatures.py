@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from jobs.cli.main import main
+from jobs.publishing.check_published import check_published
 from jobs.publishing.rebuild import Rebuild, run_rebuild
-from jobs.publishing.releases import check_published, rollback
+from jobs.publishing.releases import rollback
 from jobs.publishing.repair import repair
 from jobs.sampling.mixture import Mixture
 from pipeline import storage

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli.main import main
-from pipeline.datasets import hidden_rows, takedowns
+from pipeline.datasets import hidden_rows, takedown_list
 from pipeline.datasets.metadata import metadata
 from tests.jobs.publishing.published_art import NAME, published_dataset
 
@@ -28,7 +28,7 @@ def test_forget_works_beside_a_damaged_version(place: Path, name: str, capsys: p
     _damage(place, name)
     assert main(["forget", "--sha256", image, "--root", root]) == 1
     out, err = capsys.readouterr()
-    assert f"{NAME}@v1: 1 pictures" in out and takedowns.count_requests(root) == (1, 1)
+    assert f"{NAME}@v1: 1 pictures" in out and takedown_list.count_requests(root) == (1, 1)
     assert "is recorded, but 1 versions cannot be read and may still have such pictures: other@v1 (" in err
     assert f"hint: python -m jobs shard --root {root} other --source FOLDER --overwrite; or remove" in err
     assert list(hidden_rows.read_hidden_rows(published_dataset(root))) == [0]
@@ -41,7 +41,7 @@ def test_gc_removes_an_unreadable_version(second: Path, capsys: pytest.CaptureFi
     root, image = str(second / "root"), _image(second)
     (second / "root/datasets" / NAME / "v1/shards/manifest.json").write_bytes(b"")
     assert main(["forget", "--sha256", image, "--root", root]) == 1
-    assert f"hint: python -m jobs gc --root {root} {NAME} --lease 0; or remove" in capsys.readouterr().err
+    assert f"hint: python -m jobs gc --root {root} {NAME} --lease 0; then the same" in capsys.readouterr().err
     assert main(["gc", NAME, "--keep", "3", "--json", "--root", root]) == 0  # the lease
     assert [entry["kept"] for entry in json.loads(capsys.readouterr().out)] == ["leased", "published"]
     assert main(["gc", NAME, "--keep", "3", "--lease", "0", "--json", "--root", root]) == 0
@@ -55,8 +55,8 @@ def test_verify_names_the_way_back(second: Path, capsys: pytest.CaptureFixture[s
     root = str(second / "root")
     next((second / "root/datasets" / NAME / "v2/index").glob("knn.index")).write_bytes(b"")
     assert main(["verify", "--root", root]) == 1
-    assert (f"hint: python -m jobs rollback --root {root} {NAME}; or python -m jobs rebuild --root {root} {NAME} "
-            f"--source SOURCE"
+    assert (f"hint: python -m jobs rollback --root {root} {NAME} --to v1; or python -m jobs rebuild --root {root} "
+            f"{NAME} --source SOURCE"
             in capsys.readouterr().err)
     assert main(["rollback", NAME, "--root", root]) == 0
     assert main(["verify", "--against", "current", "--root", root]) == 0

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from pipeline import storage
+from pipeline.stages import records
+from pipeline.stages.documents import check_plan, check_release
 from pipeline.stages.driver import run_stage
-from pipeline.stages.manifest import without_run_facts
+from pipeline.stages.manifest import read_manifest, without_run_facts
 from pipeline.stages.types import StageFailed
 from tests.pipeline.stages.count_stage import Count, lasting_files, stage_folder
 
@@ -24,7 +26,8 @@ def unfinished(tmp_path: Path) -> Path:
     return tmp_path / "count"
 
 
-@pytest.mark.parametrize("damage", [*_DAMAGE, "another item", "text for a number", "no plan", "deep info"])
+@pytest.mark.parametrize("damage", [*_DAMAGE, "another item", "text for a number", "no plan", "deep info",
+                                    "a file outside", "a whole address"])
 def test_the_item_of_a_damaged_record_is_made_again(unfinished: Path, tmp_path: Path, damage: str,
                                                     caplog: pytest.LogCaptureFixture) -> None:
     path = unfinished / "records/000001.json"
@@ -33,7 +36,8 @@ def test_the_item_of_a_damaged_record_is_made_again(unfinished: Path, tmp_path: 
     for _ in range(300):
         deep = {"a": deep}
     changes = {"another item": {"id": "000002"}, "text for a number": {"samples": "2"}, "deep info": {"info": deep},
-               "no plan": {"plan": None}}
+               "no plan": {"plan": None}, "a file outside": {"files": [record["files"][0] | {"name": "../x"}]},
+               "a whole address": {"files": [record["files"][0] | {"name": "/etc/a.tar"}]}}
     path.write_bytes(_DAMAGE[damage] if damage in _DAMAGE else json.dumps(record | changes[damage]).encode())
     again = Count(tmp_path)
     with caplog.at_level(logging.WARNING):
@@ -71,3 +75,25 @@ def test_a_plan_without_rows_is_named(unfinished: Path, tmp_path: Path) -> None:
     (unfinished / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(storage.DamagedFile, match=r"the items in .*plan\.json are damaged"):
         run_stage(Count(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "s3://b/a.tar"])
+def test_no_document_names_a_file_outside_of_the_dataset(tmp_path: Path, name: str) -> None:
+    manifest = run_stage(Count(tmp_path))
+    folder = Path(stage_folder(Count(tmp_path)))
+    record = manifest["items"][0]
+    changed = record | {"files": [record["files"][0] | {"name": name}]}
+    for document in (manifest | {"items": [changed]}, manifest | {"files": changed["files"]}):
+        (folder / "manifest.json").write_bytes(storage.json_bytes(document))
+        with pytest.raises(storage.DamagedFile, match=r"manifest\.json is damaged.*\nhint: "):
+            read_manifest(str(folder), "")
+    if not storage.is_whole_address(name):  # a long list of adopted tars has such names
+        with pytest.raises(storage.DamagedFile, match="does not lie in the dataset\nhint: "):
+            list(records.records(records.to_bytes([records.table([changed])])))
+    plan = json.loads((folder / "plan.json").read_text())
+    plan["items"][0]["id"] = name
+    with pytest.raises(storage.DamagedFile, match=r"plan\.json is damaged at items"):
+        check_plan(plan, "plan.json")
+    release = {"manifests": {name: "0"}, "content": "", "number": 1, "samples": 1, "recall@10": None}
+    with pytest.raises(storage.DamagedFile, match=r"release\.json is damaged: .* is no stage"):
+        check_release(release, "release.json")

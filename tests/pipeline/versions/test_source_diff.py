@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.datasets.dataset import Dataset
-from pipeline.datasets.takedowns import Forgotten
+from pipeline.datasets.takedown_list import Forgotten
 from pipeline.sources.config import ShardConfig
 from pipeline.stages.driver import run_stage
 from pipeline.versions import listing as listings

@@ -1,0 +1,117 @@
+"""Find faults of published versions: pointers, history, releases, hidden rows."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from jobs.publishing.whole_versions import find_false_entries, is_removed, list_publications
+from pipeline import storage
+from pipeline.datasets import hidden_rows, published, takedown_list, takedowns
+from pipeline.datasets.dataset import Dataset, datasets
+from pipeline.datasets.pointer import DamagedPointer
+from pipeline.datasets.published import Published
+from pipeline.datasets.signatures import NO_KEYS, ReleaseKeys, read_release_keys
+from pipeline.storage import DamagedFile
+
+Fault = dict[str, str]
+"""{"path": a place below the root, "fault": a sentence}."""
+
+
+def list_published(root: str) -> list[str]:
+    """The datasets of a root that have something published, those with a damaged or lost pointer too."""
+    names = storage.list_folders(storage.join(storage.normalize(root), "datasets"))
+    return [name for name in names if _is_published(root, name)]
+
+
+def _is_published(root: str, name: str) -> bool:
+    try:
+        return bool(Published.load(root, name).version) or published.has_release(Dataset(storage.normalize(root), name))
+    except DamagedPointer:
+        return True
+
+
+def check_published(root: str, *, quick: bool = False, keys: ReleaseKeys | None = None
+                    ) -> tuple[tuple[str, ...], list[Fault]]:
+    """The folders of the versions that are published now, and the faults of every version in the history.
+
+    `quick` looks at the pointers, releases and manifests. Otherwise searches must not find what was forgotten. `keys`
+    are those that must have signed the pointers, by default those of RDM_RELEASE_KEY.
+    """
+    root, keys = storage.normalize(root), read_release_keys() if keys is None else keys
+    folders, faults = [], []
+    names = list_published(root)
+    if keys.accepted:  # an attacker may have removed a pointer and its history
+        names = sorted({*names, *(dataset.name for dataset in datasets(root)
+                                  if storage.exists(storage.join(dataset.root, dataset.path("release.json"))))})
+    for name in names:
+        try:
+            current = Published.load(root, name, keys)
+            if not current.version:  # it has a release, or must have a signature
+                published.open_dataset(root, name, keys=keys)
+                continue
+        except ValueError as error:
+            faults.append(_fault(f"datasets/{name}/current.json", error))
+            continue
+        folders.append(f"datasets/{name}/{current.version}/")
+        faults += _check_history(current)
+        versions = sorted({document["version"] for document in current.history()}, key=published.version_number)
+        checks = storage.map_urls(partial(_check_version, current, quick=quick), versions, threads=16 if quick else 1)
+        faults += [fault for found in checks for fault in found]
+    with contextlib.suppress(ValueError):  # the check of each version names a damaged list
+        faults += [{"path": path, "fault": "is not this request of forgotten.json"}
+                   for path in takedown_list.find_changed_copies(root)]
+    return tuple(folders), faults
+
+
+def _check_history(current: Published) -> Iterator[Fault]:
+    """Entries of the history that are missing, cannot be read, or do not agree with the release, and such a pointer."""
+    for url in current.damaged_history():
+        yield {"path": url.removeprefix(current.root).strip("/"), "fault": "is no publication"}
+    for url, facts in find_false_entries(current).items():
+        yield {"path": url.removeprefix(current.root).strip("/"),
+               "fault": f"does not agree with the release of its version: {', '.join(facts)}"}
+    for gap in current.missing_history():
+        more = f", and so are all up to {gap[-1]:06d}.json" if len(gap) > 1 else ""
+        yield {"path": f"published/{current.name}/{gap[0]:06d}.json", "fault": f"is missing{more}"}
+
+
+def _check_version(current: Published, version: str, *, quick: bool) -> list[Fault]:
+    """Parts of a version that are not as they were published. gc may have removed one that is not current."""
+    if version != current.version and is_removed(current.root, current.name, version):
+        return []
+    # Versions may have been published before the dataset was signed. Readers with a key refuse them.
+    trusting = current if version in list_publications(current) else replace(current, keys=NO_KEYS)
+    base = f"datasets/{current.name}/{version}"
+    try:
+        dataset = trusting.open_version(version)
+    except ValueError as error:
+        return [_fault(f"{base}/release.json", error)]
+    stages = dict(dataset.trusted)
+    checks: list[tuple[str, Callable[[], Any]]] = [(name, partial(dataset.manifest, name)) for name in stages]
+    checks += [(name, partial(dataset.is_sealed, name)) for name in published.STAGES if name not in stages]
+    checks.append(("forgotten.json", partial(takedowns.read_forgotten_rows if quick else _check_hidden_rows, dataset)))
+    faults = []
+    for name, check in checks:
+        try:
+            check()
+        except ValueError as error:
+            faults.append(_fault(f"{base}/{name}", error))
+    return faults
+
+
+def _check_hidden_rows(dataset: Dataset) -> None:
+    """ValueError if searches in a published version would find rows that the takedown list names."""
+    hidden = hidden_rows.read_hidden_rows(dataset)
+    rows = [row for row, _ in takedowns.find_rows(dataset, takedown_list.read_takedowns(dataset.root))]
+    if visible := sorted(set(rows) - set(hidden.tolist())):
+        raise DamagedFile(f"searches find {len(visible)} images of the takedown list, the first is row {visible[0]}\n"
+                          f"hint: python -m jobs repair {dataset.name} --root {dataset.root}")
+    samples = dataset.manifest("shards")["totals"]["samples"]
+    if len(hidden) and (hidden[0] < 0 or hidden[-1] >= samples):
+        raise ValueError(f"rows {hidden[0]} to {hidden[-1]} are hidden, and the version has {samples} samples")
+
+
+def _fault(path: str, error: ValueError) -> Fault:
+    return {"path": path, "fault": str(error).splitlines()[0]}

@@ -1,0 +1,66 @@
+"""Runs and neighbor lists that use a version of a dataset, according to their plans."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from jobs.runs.metrics import never_made_a_step
+from jobs.runs.run import Run
+from pipeline import storage
+from pipeline.datasets.dataset import Dataset, datasets
+from pipeline.stages.documents import RootPath, check_shape
+
+
+def find_consumers(root: str, name: str) -> dict[str, list[str]]:
+    """The runs, and the neighbor lists of other datasets, that use a dataset, by its version."""
+    consumers: dict[str, list[str]] = defaultdict(list)
+    for consumer, document in _consumers(root):
+        for version in sorted(set(_read_by(document, name))):
+            if not consumer.startswith(f"datasets/{name}/{version}/"):
+                consumers[version].append(consumer)
+    return consumers
+
+
+def list_encoders(root: str, name: str) -> dict[str, dict[str, Any]]:
+    """The encoders of the runs that take neighbors from a dataset, by run. Runs that never made a step are left out."""
+    by_run = {}
+    for run in storage.list_folders(storage.join(storage.normalize(root), "runs")):
+        document = _plan(root, f"runs/{run}")
+        if (document and document.get("stage") == "train" and any(_read_by(document, name))
+                and not never_made_a_step(Run(storage.normalize(root), run))):
+            by_run[f"the run {run}"] = Run(storage.normalize(root), run).encoder()
+    return by_run
+
+
+def list_consumer_encoders(root: str, name: str, base: Dataset | None) -> dict[str, dict[str, Any]]:
+    """The encoders that a database is bound to, by name: those of its runs and of its published version `base`."""
+    from pipeline.embeddings.embed import dataset_encoder  # `status` needs no arrays
+    return list_encoders(root, name) | ({base.label: dataset_encoder(base)} if base else {})
+
+
+def _consumers(root: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Plans of what reads databases, by their folders."""
+    root = storage.normalize(root)
+    paths = [f"runs/{run}" for run in storage.list_folders(storage.join(root, "runs"))]
+    for dataset in datasets(root):
+        paths += [dataset.path(f"neighbors/{database}")
+                  for database in storage.list_folders(dataset.folder("neighbors"))]
+    for path in paths:
+        if document := _plan(root, path):
+            yield path, document
+
+
+def _plan(root: str, path: str) -> dict[str, Any] | None:
+    try:
+        url = storage.join(storage.normalize(root), path, "plan.json")
+        return check_shape(storage.read_json(url), url, {"stage?": str, "inputs?": {"*": {"path": RootPath}}}, "")
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _read_by(document: dict[str, Any], name: str) -> Iterator[str]:
+    """The versions of a dataset that the inputs of a plan lie in."""
+    for stage_input in document.get("inputs", {}).values():
+        parts = stage_input["path"].split("/")
+        if parts[0] == "datasets" and len(parts) > 3 and parts[1] == name:
+            yield parts[2]

@@ -1,0 +1,95 @@
+"""Which versions of a published dataset are whole, and the commands that replace a damaged one."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from jobs.publishing.consumers import find_consumers
+from pipeline import storage
+from pipeline.datasets import published, version_marks
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.published import Published
+from pipeline.datasets.release_files import find_missing_files
+from pipeline.storage import DamagedFile
+
+_FACTS = ("number", "content", "samples", "recall@10")  # of a version, in its release and in each publication
+
+
+def list_publications(current: Published) -> dict[str, dict[str, Any]]:
+    """The last accepted publication of each version. The version that was published last comes last."""
+    publications: dict[str, dict[str, Any]] = {}
+    for document in current.history():
+        if not current.keys.find_fault(current.name, document):
+            publications.pop(document["version"], None)
+            publications[document["version"]] = document
+    return publications
+
+
+def find_fault(current: Published, document: Mapping[str, Any]) -> str:
+    """A fault of the version of a publication: its release, a manifest or a file; "" if all is there.
+
+    Sizes are compared, and the hashes of files that are newer than their manifest.
+    """
+    try:
+        dataset = Published(current.root, current.name, None, dict(document)).open()
+        missing = find_missing_files(dataset, dict(dataset.trusted))
+    except DamagedFile as error:
+        return str(error).splitlines()[0]
+    return f"{len(missing)} files are missing or changed, the first is {missing[0]}" if missing else ""
+
+
+def find_false_facts(current: Published, document: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a release with which its publication does not agree; {} if that is not the published release."""
+    try:
+        release, data = published.read_release(Dataset(current.root, current.name, document["version"]))
+    except DamagedFile:
+        return {}
+    if release is None or hashlib.sha256(data).hexdigest() != document["release"]:
+        return {}
+    return {key: release[key] for key in _FACTS if key in document and key in release and document[key] != release[key]}
+
+
+def find_false_entries(current: Published) -> dict[str, dict[str, Any]]:
+    """The URLs of the pointer and of entries of the history that do not agree with their release, and its values."""
+    documents = {url: document for url, document in current.entries.items() if document}
+    documents[storage.join(current.folder, "current.json")] = current.document
+    facts = storage.map_urls(lambda url: find_false_facts(current, documents[url]), documents)
+    return {url: values for url, values in zip(documents, facts, strict=True) if values}
+
+
+def is_removed(root: str, name: str, version: str) -> bool:
+    """Whether gc removed a version: its release and its mark are left, and files that later versions took over."""
+    dataset = Dataset(root, name, version)
+    if version_marks.read_mark(dataset) is not None:
+        return version_marks.is_removing(dataset)
+    return published.has_release(dataset) and not dataset.is_sealed("shards")
+
+
+def find_earlier_version(current: Published) -> tuple[str, dict[str, str]]:
+    """The newest version before the published one that is whole, "" without any; the faults of those after it."""
+    faults: dict[str, str] = {}
+    for version, document in reversed(list_publications(current).items()):
+        if published.version_number(version) < current.number and not is_removed(current.root, current.name, version):
+            if not (fault := find_fault(current, document)):
+                return version, faults
+            faults[version] = fault
+    return "", faults
+
+
+def find_way_back(current: Published) -> str:
+    """The commands that put a whole version in the place of a damaged published one."""
+    sign = " --sign KEYFILE" if current.keys.accepted or "signature" in current.document else ""
+    rebuild = f"python -m jobs rebuild {current.name} --source SOURCE{sign}"
+    version, _ = find_earlier_version(current)
+    return f"python -m jobs rollback {current.name} --to {version}{sign}; or {rebuild}" if version else rebuild
+
+
+def find_replacement(current: Published, version: str) -> str:
+    """The command for a damaged version: another takes its place, or gc removes it."""
+    if version == current.version or find_fault(current, current.document):  # gc needs a whole published version
+        return find_way_back(current)
+    command = f"python -m jobs gc {current.name} --lease 0"
+    users = find_consumers(current.root, current.name).get(version)
+    if not users:
+        return command
+    return f"restore datasets/{current.name}/{version} from a backup; or remove {', '.join(users)}, then {command}"

@@ -1,0 +1,184 @@
+"""Damage of versions that are not current: verify finds it, rollback and gc judge it, and hints name what works."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jobs.cli.main import main
+from jobs.publishing.config import GcConfig
+from jobs.publishing.garbage_collect import collect_garbage
+from pipeline.datasets.published import Published
+from tests.jobs.publishing.published_art import NAME, paint, published_dataset, rebuild
+
+
+@pytest.fixture
+def third(second: Path) -> Path:
+    """A root with three published versions, and its source."""
+    paint(second / "source" / "third.png", 3)
+    assert rebuild(second / "root", second / "source")["published"] == "v3"
+    return second
+
+
+def _version(place: Path, version: str) -> Path:
+    return place / "root/datasets" / NAME / version
+
+
+def _pin(place: Path, version: str) -> None:
+    run = place / "root/runs/consumer"
+    run.mkdir(parents=True)
+    (run / "plan.json").write_text(json.dumps({"stage": "train", "inputs": {
+        "database": {"path": f"datasets/{NAME}/{version}/embeddings", "digest": ""}}}))
+
+
+@pytest.mark.parametrize(("damage", "fault"), [
+    ("removed", "the release of drawn@v1 is missing"), ("edited", "is not the one that was published: it was changed"),
+    ("zeros", "datasets/drawn/v1/release.json: the release of drawn@v1 is not the one that was published")])
+def test_verify_and_rollback_judge_the_release_of_an_older_version(
+        second: Path, damage: str, fault: str, capsys: pytest.CaptureFixture[str]) -> None:
+    root, release = str(second / "root"), _version(second, "v1") / "release.json"
+    if damage == "removed":
+        release.unlink()
+    elif damage == "edited":
+        release.write_text(release.read_text().replace('"number": 1', '"number": 2'))
+    else:  # the entry of the history names another hash
+        entry = second / "root/published" / NAME / "000001.json"
+        entry.write_text(json.dumps(json.loads(entry.read_text()) | {"release": "0" * 64}))
+    for flags in ([], ["--quick"]):
+        assert main(["verify", *flags, "--root", root]) == 1
+        out, err = capsys.readouterr()
+        assert fault in out and f"hint: python -m jobs gc --root {root} {NAME} --lease 0" in err
+    assert main(["rollback", NAME, "--to", "v1", "--root", root]) == 1
+    assert "drawn@v1 was published, and is damaged now: the release of drawn@v1 is " in capsys.readouterr().err
+    assert main(["versions", NAME, "--root", root]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split()[:2] == ["v1", "damaged"]
+    assert main(["gc", NAME, "--lease", "0", "--root", root]) == 0
+    assert main(["verify", "--root", root]) == 0
+
+
+def test_rollback_tells_what_was_never_published_from_what_is_damaged(
+        second: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(second / "root")
+    assert main(["rollback", NAME, "--to", "v9", "--root", root]) == 2
+    assert "drawn@v9 was never published, so it cannot be again" in capsys.readouterr().err
+    (second / "root/published" / NAME / "000001.json").unlink()
+    assert main(["rollback", NAME, "--to", "v1", "--root", root]) == 2
+    assert "v1 has a release, but the history does not name it: it was never published, or" in capsys.readouterr().err
+    assert main(["verify", "--quick", "--root", root]) == 1
+    out, err = capsys.readouterr()
+    assert "published/drawn/000001.json: is missing" in out and f"hint: python -m jobs repair --root {root}" in err
+    assert main(["repair", NAME, "--root", root]) == 0
+    assert main(["verify", "--quick", "--root", root]) == 0
+
+
+def test_a_part_of_an_older_version_is_missed(second: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (_version(second, "v1") / "index/manifest.json").unlink()
+    assert main(["verify", "--quick", "--root", str(second / "root")]) == 1
+    assert "datasets/drawn/v1/index: " in capsys.readouterr().out
+
+
+def test_the_hint_names_a_version_that_is_whole(third: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(third / "root")
+    (_version(third, "v2") / "index/manifest.json").unlink()
+    (_version(third, "v3") / "index/manifest.json").unlink()
+    for verb in (["verify"], ["repair", NAME], ["gc", NAME], ["rollback", NAME, "--to", "v2"]):
+        assert main([*verb, "--root", root]) == 1, verb
+        error = capsys.readouterr().err
+        assert f"hint: python -m jobs rollback --root {root} {NAME} --to v1; or python -m jobs rebuild" in error, verb
+    assert main(["rollback", NAME, "--root", root]) == 0  # by default too
+    assert published_dataset(root).version == "v1"
+
+
+def test_the_hint_is_a_rebuild_where_no_version_is_whole(third: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(third / "root")
+    for tar in (_version(third, "v1") / "shards").glob("*.tar"):  # all three versions have it
+        tar.write_bytes(tar.read_bytes()[:-512])
+    for verb in (["verify"], ["repair", NAME], ["gc", NAME], ["rollback", NAME], ["rollback", NAME, "--to", "v1"]):
+        assert main([*verb, "--root", root]) == 1, verb
+        assert f"\nhint: python -m jobs rebuild --root {root} {NAME} --source SOURCE\n" in capsys.readouterr().err, verb
+    assert rebuild(root, third / "source")["published"] == "v4"
+
+
+def test_a_rollback_that_is_run_again_goes_no_further_back(third: Path, capsys: pytest.CaptureFixture[str],
+                                                           caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    root = str(third / "root")
+    assert main(["rollback", NAME, "--root", root]) == 0
+    assert json.loads(capsys.readouterr().out) == {"dataset": NAME, "published": "v2", "rolled_back": "v3"}
+    assert "hint: to undo this: python -m jobs rollback drawn --to v3" in caplog.text
+    entry = third / "root/published" / NAME / "000004.json"
+    entry.unlink()  # the first command was killed after its swap, before it wrote the history
+    assert main(["rollback", NAME, "--root", root]) == 0
+    assert json.loads(capsys.readouterr().out) == {"dataset": NAME, "published": "v2", "already": True}
+    assert "hint: to go further back: python -m jobs rollback drawn --to VERSION" in caplog.text
+    assert main(["rollback", NAME, "--to", "v1", "--root", root]) == 0
+    assert entry.exists() and published_dataset(root).version == "v1"
+    assert main(["rollback", NAME, "--to", "v3", "--root", root]) == 0
+    assert main(["rollback", NAME, "--root", root]) == 0
+    assert published_dataset(root).version == "v3"
+
+
+def test_a_rebuild_replaces_a_damaged_version_after_a_rollback(second: Path) -> None:
+    root = str(second / "root")
+    assert main(["rollback", NAME, "--root", root]) == 0
+    assert rebuild(root, second / "source")["rolled_back"] == "v2"
+    (_version(second, "v1") / "index/manifest.json").unlink()
+    assert rebuild(root, second / "source")["published"] == "v3"
+
+
+def test_gc_keeps_what_it_cannot_judge_and_goes_on(third: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(third / "root")
+    paint(third / "source" / "fourth.png", 4)
+    assert rebuild(third / "root", third / "source")["published"] == "v4"
+    _pin(third, "v2")
+    shards = _version(third, "v2") / "shards"
+    (shards / "manifest.json").write_bytes(b"{")
+    next((shards / "records").iterdir()).unlink()
+    command = ["gc", NAME, "--keep", "0", "--lease", "0", "--root", root]
+    for flags in (["--dry-run"], []):
+        assert main([*command, *flags, "--json"]) == 1
+        out, err = capsys.readouterr()
+        entries = {entry["version"]: entry for entry in json.loads(out)}
+        assert {version: entry["kept"] for version, entry in entries.items()} == {
+            "v1": "v2 cannot be read and may need its files", "v2": "pinned by runs/consumer", "v3": "",
+            "v4": "published"}
+        assert "the manifest of " in entries["v2"]["unreadable"] and entries["v3"]["removed_files"]
+        assert "1 versions stay and cannot be read, so earlier versions stay too: drawn@v2 (" in err
+        assert f"from a backup; or remove runs/consumer, then python -m jobs gc --root {root} {NAME} --lease 0" in err
+    assert (_version(third, "v1") / "shards/manifest.json").exists()
+    shutil.rmtree(third / "root/runs/consumer")
+    assert main(command) == 0
+    assert main(["verify", "--root", root]) == 0
+
+
+def test_versions_with_missing_files_do_not_count_among_the_newest(third: Path) -> None:
+    next((_version(third, "v2") / "index").glob("knn.index")).unlink()
+    kept = {entry["version"]: entry["kept"] for entry in collect_garbage(
+        str(third / "root"), NAME, GcConfig(keep=2, lease=0))}
+    assert kept == {"v1": "one of the newest 2", "v2": "", "v3": "published"}
+
+
+def test_entries_that_do_not_agree_with_the_release_are_restored(second: Path,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(second / "root")
+    for path in (second / "root/published" / NAME / "000001.json", _version(second, "current.json")):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"number": 7}))
+    assert main(["verify", "--quick", "--root", root]) == 1
+    out, err = capsys.readouterr()
+    assert out.count("does not agree with the release of its version: number") == 2
+    assert f"repair --root {root} {NAME}" in err
+    assert main(["repair", NAME, "--root", root]) == 0
+    assert Published.load(root, NAME).number == 2
+    assert main(["verify", "--root", root]) == 0
+
+
+def test_a_rebuild_after_forget_names_no_flag_of_another_verb(second: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root, image = str(second / "root"), sorted((second / "source").rglob("*.png"))[3]
+    image.unlink()
+    assert rebuild(root, second / "source")["published"] == "v3"
+    assert published_dataset(root).is_sealed("tombstones")
+    assert main(["forget", "--key", f"{NAME}/0000000004", "--root", root]) == 0
+    paint(second / "source" / "more.png", 4)
+    assert rebuild(root, second / "source", rewrite=0.0)["published"] == "v4"
+    assert not published_dataset(root).is_sealed("tombstones") and "--tombstone" not in caplog.text

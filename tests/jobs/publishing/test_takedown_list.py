@@ -1,0 +1,115 @@
+"""The takedown list cannot be replaced by one of equal length, and the history counts its requests."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jobs.cli.main import main
+from pipeline.datasets import hidden_rows, takedown_list
+from pipeline.datasets.metadata import metadata
+from pipeline.storage import DamagedFile
+from tests.jobs.publishing.published_art import NAME, paint, published_dataset, rebuild
+
+
+@pytest.fixture
+def forgotten(place: Path) -> Path:
+    """A published version of which two images were forgotten, in two requests."""
+    dataset = published_dataset(place / "root")
+    keys = [row["key"] for row in metadata(dataset, dataset.manifest("shards")["items"][0], ["key"])]
+    for key in (keys[4], keys[9]):
+        assert main(["forget", "--key", f"{NAME}/{key}", "--root", str(place / "root")]) == 0
+    return place
+
+
+def _change(path: Path) -> bytes:
+    """Replace the hashes in a list or a copy by others; what was there."""
+    data = path.read_bytes()
+    document = json.loads(data)
+    for request in [document, *document.get("requests", [])]:
+        request["sha256"] = ["0" * 64] * len(request["sha256"])
+    path.write_text(json.dumps(document))
+    return data
+
+
+def _pointer(place: Path) -> Path:
+    return place / "root/datasets" / NAME / "current.json"
+
+
+def test_a_list_of_equal_length_with_other_content_is_refused(forgotten: Path,
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(forgotten / "root")
+    before = json.loads(_change(forgotten / "root/forgotten.json"))
+    with pytest.raises(DamagedFile, match="its first 2 requests are not those that"):
+        hidden_rows.read_hidden_rows(published_dataset(root))
+    with pytest.raises(DamagedFile, match=r"its requests are not those that .*current\.json counts\nhint: "):
+        rebuild(root, forgotten / "source")
+    for flags in ([], ["--quick"]):
+        assert main(["verify", *flags, "--root", root]) == 1
+        assert f"hint: python -m jobs repair --root {root} {NAME}\n" in capsys.readouterr().err
+    assert main(["repair", NAME, "--root", root]) == 0
+    assert json.loads(capsys.readouterr().out)["takedown_list"] == "restored"
+    assert json.loads((forgotten / "root/forgotten.json").read_text()) == before
+    assert main(["verify", "--root", root]) == 0
+
+
+def test_a_value_that_only_a_request_has_still_counts(forgotten: Path) -> None:
+    path = forgotten / "root/forgotten.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sha256": []}))
+    assert rebuild(forgotten / "root", forgotten / "source")["forgotten"] == 2
+
+
+def test_changed_copies_are_named_and_restored(forgotten: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, copies = str(forgotten / "root"), [forgotten / f"root/takedowns/00000{number}.json" for number in (1, 2)]
+    before = _change(copies[0])
+    copies[1].write_text("{")
+    assert main(["verify", "--quick", "--root", root]) == 1
+    out, err = capsys.readouterr()
+    assert out.count("is not this request of forgotten.json") == 2 and f"repair --root {root} {NAME}\n" in err
+    assert main(["repair", NAME, "--root", root]) == 0
+    assert copies[0].read_bytes() == before
+    assert main(["verify", "--quick", "--root", root]) == 0
+
+
+def test_a_list_that_no_copy_restores_needs_a_decision(forgotten: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(forgotten / "root")
+    _change(forgotten / "root/forgotten.json")
+    _change(forgotten / "root/takedowns/000001.json")
+    for verb in (["repair", NAME], ["forget", "--sha256", "1" * 64]):
+        assert main([*verb, "--root", root]) == 1
+        assert f"python -m jobs repair --root {root} {NAME} --accept-lost-requests" in capsys.readouterr().err
+    assert main(["repair", NAME, "--accept-lost-requests", "--root", root]) == 0
+    assert json.loads(capsys.readouterr().out)["accepted_changes"] is True
+    assert main(["verify", "--root", root]) == 0
+    assert rebuild(root, forgotten / "source")["forgotten"] == 2  # what versions hide stays out
+    assert main(["verify", "--root", root]) == 0
+
+
+def test_the_history_counts_requests(forgotten: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(forgotten / "root")
+    paint(forgotten / "source" / "added.png", 1)
+    assert rebuild(root, forgotten / "source")["published"] == "v2"
+    assert json.loads(_pointer(forgotten).read_text())["takedown_list"]["requests"] == 2
+    for version in ("v1", "v2"):
+        (forgotten / "root/datasets" / NAME / version / "forgotten.json").unlink(missing_ok=True)
+    (forgotten / "root/forgotten.json").unlink()
+    shutil.rmtree(forgotten / "root/takedowns")
+    document = json.loads(_pointer(forgotten).read_text())
+    del document["takedown_list"]
+    _pointer(forgotten).write_text(json.dumps(document | {"takedowns": 0}))
+    for verb in (["repair", NAME], ["forget", "--sha256", "1" * 64]):
+        assert main([*verb, "--root", root]) == 1
+        assert f"are lost: published/{NAME}/000002.json counts them" in capsys.readouterr().err
+
+
+def test_pointers_without_the_hash_are_read_and_get_one(forgotten: Path) -> None:
+    root, document = str(forgotten / "root"), json.loads(_pointer(forgotten).read_text())
+    known = document.pop("takedown_list")
+    _pointer(forgotten).write_text(json.dumps(document))
+    assert list(hidden_rows.read_hidden_rows(published_dataset(root))) == [4, 9]
+    assert main(["verify", "--root", root]) == 0
+    assert takedown_list.describe_list(root) == known
+    assert main(["forget", "--sha256", "1" * 64, "--root", root]) == 0
+    listed = json.loads(_pointer(forgotten).read_text())["takedown_list"]
+    assert listed == takedown_list.describe_list(root) and listed["requests"] == 3
