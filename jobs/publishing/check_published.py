@@ -1,6 +1,7 @@
 """Find faults of published versions: pointers, history, releases, hidden rows."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -58,7 +59,7 @@ def check_published(root: str, *, quick: bool = False, keys: ReleaseKeys | None 
         faults += _check_history(current)
         versions = sorted({document["version"] for document in current.history()}, key=published.version_number)
         checks = storage.map_urls(partial(_check_version, current, quick=quick), versions, threads=16 if quick else 1)
-        faults += [fault for found in checks for fault in found]
+        faults += itertools.chain.from_iterable(checks)
     with contextlib.suppress(ValueError):  # the check of each version names a damaged list
         faults += [{"path": path, "fault": "is not this request of forgotten.json"}
                    for path in takedown_list.find_changed_copies(root)]

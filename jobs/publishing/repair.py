@@ -53,7 +53,7 @@ def _accept_requests(root: str) -> dict[str, Any]:
     if lost:
         _log.warning("repair: the takedown requests %s are lost, and were accepted as lost", lost)
     if changed:
-        _log.warning("repair: the takedown list was changed, and was accepted as it is")
+        _log.warning("repair: the changed takedown list was accepted as it is")
     if lost or changed:
         require_requests(root, storage.list_folders(storage.join(root, "datasets")), replace=True)
     return ({"accepted_lost_requests": lost} if lost else {}) | ({"accepted_changes": True} if changed else {})
