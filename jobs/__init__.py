@@ -3,6 +3,7 @@
 A folder imports only from folders below it in this list (`make lint` checks it).
 
     cli/          parse arguments, run a verb, exit code
+    api.py        the same in Python: list, search, sample, read batches
     report/       the HTML report
     inspection/   status, watch, Prometheus exporter
     planning/     estimates of time, money and storage

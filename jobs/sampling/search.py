@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL.Image import Image
 
 from jobs.sampling.queries import read_image
 from jobs.telemetry import tables
@@ -53,6 +54,25 @@ class Match:
     score: float
     """Inner product of unit vectors: the cosine similarity."""
     sample: lookup.Sample
+
+    @property
+    def key(self) -> str:
+        """The key of the sample."""
+        return self.sample.key
+
+    @property
+    def caption(self) -> str:
+        """The caption of the sample, "" without one."""
+        return self.sample.caption
+
+    @property
+    def distance(self) -> float:
+        """The cosine distance, from 0 to 2."""
+        return 1 - self.score
+
+    def image(self) -> Image:
+        """The image of the sample."""
+        return to_pillow(decode(self.sample.picture, _MOST_PIXELS).image)
 
     def document(self) -> dict[str, Any]:
         """The match as JSON."""
@@ -126,7 +146,7 @@ def save_sheet(matches: Sequence[Match], out: Path) -> None:
     """Write a contact sheet of the matches, with score, key and caption below each image."""
     if not matches:
         raise ValueError("no image was found, so there is no contact sheet to write")
-    images = [to_pillow(decode(match.sample.picture, _MOST_PIXELS).image) for match in matches]
+    images = [match.image() for match in matches]
     labels = [f"{match.score:.3f} {match.sample.key}\n{match.sample.caption}" for match in matches]
     sheet = contact_sheet(images, min(_COLUMNS, len(images)), labels=labels, cell=_CELL, label_lines=3)
     data = io.BytesIO()
