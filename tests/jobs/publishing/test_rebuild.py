@@ -154,6 +154,31 @@ def test_gates(place: Path, gate: str) -> None:
     assert published_dataset(place / "root").version == "v1"
 
 
+def test_the_gate_of_the_encoder_names_its_consumers(place: Path) -> None:
+    def encoder_gate() -> str:
+        release = published.read_release(published_dataset(place / "root"))[0]
+        assert release
+        return next(f"{gate['value']}, {gate['limit']}" for gate in release["gates"] if gate["name"] == "encoder")
+
+    demo = "tiny-clip-64 bundled (the bundled encoder, for the demo)"
+    assert encoder_gate() == f"{demo}; no run or version uses this database yet, "
+    paint(place / "source" / "added.png", 1)
+    rebuild(place / "root", place / "source")
+    assert encoder_gate() == f"{demo}, that of {NAME}"
+
+
+def test_a_rebuild_with_another_encoder_is_refused_before_it_reads(place: Path, capsys: pytest.CaptureFixture[str]
+                                                                    ) -> None:
+    paint(place / "source" / "added.png", 1)
+    again = ["rebuild", NAME, "--source", str(place / "source"), "--root", str(place / "root"), "--local", "--dry-run",
+             "--image-size", "32", "--format", "png", "--embed.model", "ViT-B-32", "--embed.pretrained", "random"]
+    assert main(again) == 2
+    assert f"{NAME} was made with another encoder" in capsys.readouterr().err
+    assert main([*again, "--allow-encoder"]) == 0
+    (place / "root/datasets" / NAME / "v1/embeddings/manifest.json").write_bytes(b"{")
+    assert main(again) == 0  # a damaged version is replaced
+
+
 def test_of_two_at_once_one_publishes(place: Path) -> None:
     paint(place / "source" / "added.png", 1)
     first, second = (make_rebuild(place / "root", place / "source") for _ in range(2))
