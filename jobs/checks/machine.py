@@ -80,7 +80,7 @@ def memory_bytes() -> int:
 
 def check_gpus_here(cluster: ClusterConfig, *, local: bool) -> None:
     """DeviceUnavailable or ValueError if this command alone has fewer GPUs than a worker reserves."""
-    if not cluster.each_gpus:
+    if not cluster.each_gpus or int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun: each process takes its own
         return
     if local:
         with devices.reserve_temporarily("cuda"):

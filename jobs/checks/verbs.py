@@ -38,6 +38,11 @@ class Build:
     here: bool = True
     """Whether this machine does the work. Otherwise only what the settings and a shared root tell is checked."""
 
+    @property
+    def has_published(self) -> bool:
+        """Whether a version of the dataset was published, a damaged or unsigned one too."""
+        return storage.exists(storage.join(self.dataset.root, "datasets", self.dataset.name, "current.json"))
+
 
 def pipeline_checks(build: Build) -> Iterator[Check]:
     """The checks of `pipeline`."""
@@ -67,7 +72,7 @@ def rebuild_checks(build: Build) -> Iterator[Check]:
         yield Check("consumers", partial(_check_consumers, build))
     yield from _gpu_checks(build, ["embeddings"])
     # A version takes over most bytes of the one before, so only the first can be estimated.
-    if build.here and not Published.load(build.dataset.root, build.dataset.name).version:
+    if build.here and not build.has_published:
         yield Check("disk", partial(_check_disk, build, ["shards", "embeddings", "index"]))
 
 

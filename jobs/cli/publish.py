@@ -144,13 +144,12 @@ def check_rebuild(options: RebuildOptions, *, here: bool = True) -> None:
     from jobs.checks.demo_defaults import mention_demo_defaults
     from jobs.checks.verbs import Build, rebuild_checks
     from pipeline.datasets.dataset import Dataset
-    from pipeline.datasets.published import Published
     settings = Settings(shard=options.shard, embed=options.embed, index=options.index, rebuild=options.rebuild,
                         cluster=options.cluster)
     dataset = Dataset.parse(options.common.root, options.dataset)
-    run_checks(rebuild_checks(Build(dataset, settings, local=options.common.local, here=here)))
-    if not (options.common.names_recipe or isinstance(options, StyleOptions)
-            or (here and Published.load(dataset.root, dataset.name).version)):
+    build = Build(dataset, settings, local=options.common.local, here=here)
+    run_checks(rebuild_checks(build))
+    if not (options.common.names_recipe or isinstance(options, StyleOptions) or (here and build.has_published)):
         mention_demo_defaults(settings, embeds=True, trains=False)
 
 

@@ -62,7 +62,7 @@ def laion_1p3b() -> Settings:
 
 @dataclass(frozen=True)
 class Purpose:
-    """What a recipe is meant for, and the corpus of its paper."""
+    """The purpose of a recipe, and the corpus of its paper."""
 
     name: str
     images: int

@@ -10,7 +10,7 @@ from model.training.flops import count_parameters, training_bytes
 
 @dataclass(frozen=True)
 class RecipeFacts:
-    """What a recipe makes and needs."""
+    """The results and needs of a recipe."""
 
     recipe: str
     purpose: str
@@ -19,7 +19,7 @@ class RecipeFacts:
     encoder: str
     vector_length: int
     first_stage: str
-    """What the network trains on: pixels, or latents of this kind."""
+    """The kind of latents that the network trains on, or none."""
     parameters: int
     """Parameters of the network."""
     training_bytes: int

@@ -1,4 +1,4 @@
-"""Checks before work: they refuse what would fail later, all at once, and nothing that would work."""
+"""Checks before work: they list all that would fail later together, and refuse nothing that would work."""
 
 import json
 import re

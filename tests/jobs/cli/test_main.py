@@ -104,6 +104,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path: Path, ca
 ])
 def test_misuse_is_a_sentence_and_exit_2(arguments, sentence: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "root/datasets").mkdir(parents=True)
     try:
         code = main([*arguments, *(["--root", "root"] if arguments[0] != "fly" else [])])
     except SystemExit as stopped:  # a flag's value, refused while the command line is read

@@ -50,6 +50,7 @@ def test_private_keys_that_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(ValueError, match=reason) as refused:
             signatures.publishing_keys(str(path))
         assert str(tmp_path) not in str(refused.value)
+    (tmp_path / "datasets").mkdir()
     missing, root = str(tmp_path / "missing"), ["--root", str(tmp_path)]
     for verb, flag in ((["rollback", "art"], "--sign"), (["verify"], "--key")):
         assert main([*verb, flag, missing, *root]) == 2
