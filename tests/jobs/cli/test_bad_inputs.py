@@ -13,21 +13,21 @@ from tests.pipeline import synthetic
 COMMANDS: dict[str, tuple[str, ...]] = {
     "demo": ("--drawn",),
     "pipeline": ("NAME", "--source", "SOURCE"), "shard": ("NAME", "--source", "SOURCE"),
-    "rebuild": ("NAME", "--source", "SOURCE"),
+    "rebuild": ("NAME", "--source", "SOURCE"), "style": ("NAME", "--source", "SOURCE"),
     **dict.fromkeys(("embed", "index", "neighbors", "versions", "rollback", "repair", "gc"), ("NAME",)),
     "score": ("NAME", "--head", "good=FILE"), "latents": ("NAME", "--first-stage", "SOURCE"),
     "train": ("run", "--dataset", "NAME"), "evaluate": ("NAME",), "export": ("NAME", "--out", "OUT"),
     "convert": ("NAME", "--checkpoint", "FILE", "--database", "NAME"), "search": ("NAME", "red apple"),
     "sample": ("NAME", "--prompt", "red apple", "--database", "NAME"),
     "credits": ("FILE",), "forget": ("--key", "NAME/0000000001"),
-    **dict.fromkeys(("status", "report", "verify", "plan", "recipes"), ()),
+    **dict.fromkeys(("status", "report", "verify", "plan", "recipes", "doctor"), ()), "init": ("demo", "OUT"),
     "show": ("0000000001", "--dataset", "NAME"), "rm": ("NAME", "--yes"), "ls": ("NAME",),
     "submit": ("embed", "NAME"),
 }
-_NO_DATASET = {"demo", "status", "report", "verify", "plan", "recipes", "credits"}
-_MAKES = {"demo", "pipeline", "shard", "rebuild"}
+_NO_DATASET = {"demo", "status", "report", "verify", "plan", "recipes", "credits", "init", "doctor"}
+_MAKES = {"demo", "pipeline", "shard", "rebuild", "style"}
 """Verbs that make a root and datasets: any root and any name that is one are right."""
-_READS_NO_ROOT = {"plan", "recipes", "credits"}
+_READS_NO_ROOT = {"plan", "recipes", "credits", "init", "doctor"}
 _SHOWS_AN_EMPTY_ROOT = {"status"}
 _ONLY_SUBMITS = {"submit"}
 """Nothing is known of a root of other machines: these words end with 0 where nothing is submitted."""
