@@ -17,15 +17,10 @@ _DEPTHS = {"datasets": 3, "runs": 2, "pictures": 2}
 _WORST = ("damaged", "stale")
 
 
-def list_contents(root: str, below: str = "") -> list[dict[str, Any]]:
-    """Each version of a dataset, run, and set of samples or results of a run: state, rows, bytes, date.
-
-    `below`: only those in this folder. ValueError if there is nothing.
-    """
-    pointers = read_published(root)
-    states = _states_below(root, below)
-    entries = []
-    for path, members in groupby(states, key=lambda state: _owner(state["path"])):
+def list_contents(root: str) -> list[dict[str, Any]]:
+    """Each version of a dataset, run, and set of samples or results of a run: state, rows, bytes, date."""
+    pointers, entries = read_published(root), []
+    for path, members in groupby(read_status(root), key=lambda state: _owner(state["path"])):
         kind, name, *version = path.split("/")
         entry = _summarize(path, list(members))
         if kind == "datasets" and pointers.get(name, {}).get("version") == version[0]:
@@ -36,18 +31,13 @@ def list_contents(root: str, below: str = "") -> list[dict[str, Any]]:
 
 def list_stages(root: str, below: str) -> list[dict[str, Any]]:
     """Each stage in a folder of a root, with its files; ValueError if there is none."""
-    return [_summarize(state["path"], [state]) | {"files": list(_files(root, state))}
-            for state in _states_below(root, below) if state["state"] != "absent"]
-
-
-def _states_below(root: str, below: str) -> list[dict[str, Any]]:
     states = read_status(root)
-    chosen = [state for state in states if is_within(state["path"], below)] if below else states
-    if below and not chosen:
-        known = {"/".join(parts[:depth]) for state in states for parts in [state["path"].split("/")]
-                 for depth in range(2, len(parts) + 1)}
-        raise ValueError(f"there is no {below} in {root}\nhint: {suggest(below, sorted(known))}")
-    return chosen
+    chosen = [state for state in states if is_within(state["path"], below)]
+    if not chosen:
+        hint = suggest(below, [state["path"] for state in states])
+        raise ValueError(f"there is no {below} in {root}\nhint: {hint}")
+    return [_summarize(state["path"], [state]) | {"files": list(_files(root, state))}
+            for state in chosen if state["state"] != "absent"]
 
 
 def _owner(path: str) -> str:
@@ -67,7 +57,7 @@ def _summarize(path: str, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _state(states: Sequence[dict[str, Any]]) -> str:
-    """Damaged or stale if a stage is, then what is unfinished, otherwise the stage that was sealed last."""
+    """The worst state: damaged, stale, unfinished, sealed; empty without stages."""
     for word in (*_WORST, ""):
         for state in states:
             if state["state"] == word or (not word and state["state"] != "sealed"):
@@ -80,7 +70,7 @@ def _with_stage(state: dict[str, Any], count: int) -> str:
 
 
 def _files(root: str, state: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The files that the manifest of a stage names; of one that is not sealed those that are there."""
+    """The files that the manifest of a stage names. Without a manifest, the files in the folder."""
     folder = storage.join(root, state["path"])
     if state["state"] == "damaged" or "samples" not in state:
         yield from ({"name": name, "bytes": length} for name, length in sorted(storage.walk(folder)))

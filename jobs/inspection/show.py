@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import shlex
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,28 +29,27 @@ from pipeline.storage.arrays import map_array
 _log = logging.getLogger(__name__)
 _NEIGHBORS = 5
 """Neighbors in the text for people. JSON has all of them."""
-_OF_THE_IMAGE = ("width", "height", "original_width", "original_height")
 
 
 def show_row(root: str, text: str, dataset: str = "", out: str = "") -> dict[str, Any]:
-    """All that is known of a row, as a JSON document; its image is written to `out`, or to a folder of this user.
+    """All that is known of a row, as a JSON document. Its image goes to `out`, or to a folder of this user.
 
     `text`: its key or its name in the source, or DATASET/KEY. `dataset`: NAME or NAME@VERSION to look into.
     ValueError if no dataset has the row, or if several have it.
     """
     datasets, text = _choose_datasets(root, text, dataset)
-    found = [row for one in datasets if (row := find_row(one, text)) is not None]
-    if not found:
+    rows = [row for candidate in datasets if (row := find_row(candidate, text)) is not None]
+    if not rows:
         return _only_in_ledgers(root, datasets, text)
-    if len(found) > 1:
-        names = ", ".join(row.dataset.label for row in found)
-        raise ValueError(f"{text} is in {len(found)} datasets: {names}\n"
-                         f"hint: python -m jobs show {text} --dataset {found[0].dataset.label}")
-    return _describe(found[0], out)
+    if len(rows) > 1:
+        names = ", ".join(row.dataset.label for row in rows)
+        raise ValueError(f"{text} is in {len(rows)} datasets: {names}\n"
+                         f"hint: python -m jobs show {shlex.quote(text)} --dataset {rows[0].dataset.label}")
+    return _describe(rows[0], out)
 
 
 def _choose_datasets(root: str, text: str, dataset: str) -> tuple[list[Dataset], str]:
-    """The datasets to look into, and the key. Of each dataset the published version, or v1 if there is none."""
+    """The datasets to look into, and the key. A dataset is its published version, or v1 without one."""
     names = storage.list_folders(storage.join(storage.normalize(root), "datasets"))
     name, _, key = text.partition("/")
     if not dataset and key and name.partition("@")[0] in names:
@@ -62,9 +62,9 @@ def _choose_datasets(root: str, text: str, dataset: str) -> tuple[list[Dataset],
 def _readable(root: str, names: list[str]) -> Iterator[Dataset]:
     for name in names:
         try:
-            opened = published.open_dataset(root, name)
-            if opened.is_sealed("shards"):
-                yield opened
+            dataset = published.open_dataset(root, name)
+            if dataset.is_sealed("shards"):
+                yield dataset
         except ValueError as error:
             _log.warning("show: %s is not looked into: %s", name, str(error).splitlines()[0])
 
@@ -124,23 +124,24 @@ def _neighbors(row: DatasetRow) -> dict[str, list[dict[str, Any]]]:
             items = dataset.manifest(name)["items"]
             ids, scores = (dataset.open_file(name, neighbor_files(items, suffix)[row.shard], map_array)[row.position]
                            for suffix in (".ids.npy", ".scores.npy"))
-            rows = [(int(one), round(float(score), 4)) for one, score in zip(ids, scores, strict=True) if one >= 0]
-            about = _keys(published.open_label(dataset.root, label), [one for one, _ in rows])
-            result[label] = [{"row": one, "score": score, **about.get(one, {})} for one, score in rows]
+            nearest = [(int(number), round(float(score), 4)) for number, score in zip(ids, scores, strict=True)
+                       if number >= 0]
+            keys = _keys(published.open_label(dataset.root, label), [number for number, _ in nearest])
+            result[label] = [{"row": number, "score": score, **keys.get(number, {})} for number, score in nearest]
     return result
 
 
 def _keys(database: Dataset, rows: list[int]) -> dict[int, dict[str, str]]:
     """Key and caption of some global rows; nothing for those of a database that is gone."""
-    found: dict[int, dict[str, str]] = {}
+    keys: dict[int, dict[str, str]] = {}
     offset = 0
     for record in database.manifest("shards")["items"] if database.is_sealed("shards") else ():
         here = [row for row in rows if offset <= row < offset + record["samples"]]
         cells = metadata(database, record, ["key", "caption"]) if here else []
-        found |= {row: {"key": cells[row - offset]["key"], "caption": cells[row - offset]["caption"] or ""}
-                  for row in here}
+        keys |= {row: {"key": cells[row - offset]["key"], "caption": cells[row - offset]["caption"] or ""}
+                 for row in here}
         offset += record["samples"]
-    return found
+    return keys
 
 
 def row_text(document: dict[str, Any]) -> str:

@@ -2,8 +2,8 @@
 
     <root>/removing+datasets+mine.json    written first and removed last, while datasets/mine is removed
 
-A command that was killed leaves this file, so the same command finishes the removal. In each stage folder the manifest
-goes first, and a stage goes after those that were made from it: no reader takes what is left for a whole stage.
+A command that was killed leaves this file, so the same command finishes the removal. The order keeps the root readable:
+stages go before their inputs, and the manifest of a stage goes first. So no reader takes the rest for a whole stage.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _PLAN = {"inputs?": {"*": {"path": RootPath}}}
 
 @dataclass(frozen=True)
 class Removal:
-    """What is removed of a root."""
+    """A folder to remove."""
 
     root: str
     path: str
@@ -45,7 +45,7 @@ class Removal:
 
 
 def plan_removal(root: str, path: str, stages: Sequence[str]) -> Removal:
-    """What the removal of a folder removes. `stages`: all stage folders of the root, as `status` lists them.
+    """The removal of a folder. `stages`: all stage folders of the root, as `status` lists them.
 
     ValueError if there is no such folder, if it is published, or if something outside depends on it.
     """
@@ -53,9 +53,7 @@ def plan_removal(root: str, path: str, stages: Sequence[str]) -> Removal:
     parent, _, name = storage.join(root, path).rpartition("/")
     is_there = name in storage.list_folders(parent)
     if not is_there and not storage.exists(_mark(root, path)):
-        known = {"/".join(parts[:depth]) for stage in stages for parts in [stage.split("/")]
-                 for depth in range(2, len(parts) + 1)}
-        raise ValueError(f"there is no {path} in {root}\nhint: {suggest(path, sorted(known))}")
+        raise ValueError(f"there is no {path} in {root}\nhint: {suggest(path, stages)}")
     _refuse_published(root, path)
     inputs = {stage: _read_inputs(root, stage) for stage in stages}
     users = [stage for stage, paths in inputs.items() if not is_within(stage, path)
@@ -139,12 +137,12 @@ def _versions_with_files(root: str, path: str) -> list[str]:
 
 def _removal_order(inputs: dict[str, list[str]]) -> list[str]:
     """Stages in such an order that each goes after those that were made from it, and after those in its folder."""
-    left, order = dict(inputs), []
-    while left:
-        needed = {stage for stage in left for other, paths in left.items() if other != stage and (
+    pending, order = dict(inputs), []
+    while pending:
+        needed = {stage for stage in pending for other, paths in pending.items() if other != stage and (
             is_within(other, stage) or any(is_within(used, stage) for used in paths))}
-        free = sorted(left.keys() - needed) or sorted(left)  # plans that were tampered with may form a circle
+        free = sorted(pending.keys() - needed) or sorted(pending)  # plans that were tampered with may form a circle
         order += free
         for stage in free:
-            del left[stage]
+            del pending[stage]
     return order

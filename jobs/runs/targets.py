@@ -34,9 +34,13 @@ def is_within(path: str, folder: str) -> bool:
     return f"{path}/".startswith(f"{folder}/")
 
 
-def suggest(path: str, known: Iterable[str]) -> str:
-    """The hint for a path that does not exist: the known one that is spelled like it, or the command that lists all."""
+def suggest(path: str, stages: Iterable[str]) -> str:
+    """The hint for a path that does not exist: a folder that is spelled like it, or the command that lists them.
+
+    `stages`: the stage folders below the root.
+    """
     kind, _, rest = path.partition("/")
-    names = [name.removeprefix(f"{kind}/") for name in known if name.startswith(f"{kind}/")]
-    close = difflib.get_close_matches(rest, names, n=1)
+    names = {"/".join(parts[:depth]) for first, *parts in (stage.split("/") for stage in stages) if first == kind
+             for depth in range(1, len(parts) + 1)}
+    close = difflib.get_close_matches(rest, sorted(names), n=1)
     return f"did you mean {kind}/{close[0]}?" if close else "python -m jobs ls"

@@ -73,6 +73,7 @@ def _commands(place: Path) -> list[list[str]]:
         ["forget", "--url", f"5\n{HOSTILE}flat.png"],
         ["credits", str(place / "root/runs/run/samples/texts/samples.json")],
         ["show", f"5\n{HOSTILE}flat.png", "--dataset", "flat"], ["ls"], ["ls", "flat"],
+        ["init", "style", str(place / f"{HOSTILE}.toml")], ["rm", "runs/run/samples/rows", "--yes"],
         ["versions", "built"], ["verify"], ["status"], ["report"]]
     return commands
 
@@ -88,7 +89,9 @@ def _refused(place: Path) -> list[list[str]]:
             ["rebuild", HOSTILE, "--source", str(place / "flat")], ["rebuild", "b", "--source", HOSTILE],
             ["style", "b", "--source", HOSTILE], ["sample", HOSTILE],
             ["shard", "w", "--source", str(place / "flat"), "--where", HOSTILE], ["rollback", "built", "--to", HOSTILE],
-            ["forget", "--domain", HOSTILE], ["show", HOSTILE], ["ls", HOSTILE], ["credits", HOSTILE], [HOSTILE]]
+            ["forget", "--domain", HOSTILE], ["show", HOSTILE], ["ls", HOSTILE],
+            ["rm", HOSTILE, "--yes"], ["rm", "flat", "--yes"], ["init", "demo", f"/none/{HOSTILE}"],
+            ["credits", HOSTILE], [HOSTILE]]
 
 
 def _with_root(commands: list[list[str]], root: str) -> list[list[str]]:
