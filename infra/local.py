@@ -1,4 +1,4 @@
-"""What infra/local.sh shows: jobs and faults against a cluster and a store that run already."""
+"""The steps of infra/local.sh: jobs and faults against a running cluster and store."""
 
 import io
 import json
@@ -67,12 +67,12 @@ def store() -> Any:
 
 
 def pointer(name: str) -> dict[str, Any]:
-    """What is published of a database."""
+    """The published pointer of a database."""
     return json.loads(store().cat_file(f"{ROOT}/datasets/{name}/current.json"))
 
 
 def sources() -> None:
-    """Put the pictures of four styles, with captions, into the store."""
+    """Put the images of four styles, with captions, into the store."""
     from pipeline.corpora import emoji
     from pipeline.corpora.config import DemoCorpusConfig
     from pipeline.corpora.demo_corpus import DemoCorpus
@@ -97,18 +97,18 @@ def sources() -> None:
         for line in kept:
             file = line.split(",")[0]
             fs.pipe_file(f"{SOURCES}/{name}/{file}", files[file].read_bytes())
-        saw(f"pictures of {name} in the store", len(kept), len(kept) > 300)
+        saw(f"images of {name} in the store", len(kept), len(kept) > 300)
 
 
 class Reader(threading.Thread):
-    """Somebody who draws from a database all the while; every picture must come from one whole version."""
+    """A reader that samples from a database all the time. Each image must come from one whole version."""
 
     def __init__(self, name: str) -> None:
         super().__init__(daemon=True)
         self.name_, self.ended, self.versions, self.faults, self.drawn = name, threading.Event(), [], [], 0
 
     def run(self) -> None:
-        """Draw, look where the neighbours came from, and again."""
+        """Sample and check the version of the neighbors, until it is stopped."""
         from jobs.cli.main import main
         from pipeline.datasets.dataset import Dataset
         from pipeline.datasets.metadata import metadata
@@ -131,14 +131,14 @@ class Reader(threading.Thread):
             used = {(neighbor["key"], neighbor["sha256"])
                     for image in samples["pictures"] for neighbor in image["neighbors"]}
             if not used <= there or {image["database"] for image in samples["pictures"]} != {label}:
-                self.faults.append(f"{name} drew on pictures that {label} has not")
+                self.faults.append(f"{name} used images that {label} does not have")
             self.drawn += 1
             self.versions.append(version.version)
             self.ended.wait(3)
 
 
 def until(what: str, there: Any, seconds: float = 240) -> None:
-    """Wait for something to come true."""
+    """Wait until a condition is true."""
     end = time.monotonic() + seconds
     while not there():
         if time.monotonic() > end:
@@ -160,7 +160,7 @@ def drivers(*words: str) -> list[int]:
 
 
 def change(name: str) -> None:
-    """Add, change and remove pictures of a source."""
+    """Add, change and remove images of a source."""
     fs, chance = store(), random.Random(0)
     lines = fs.cat_file(f"{SOURCES}/{name}/captions.csv").decode().splitlines(True)
     rows = [line for line in lines[1:] if line.strip()]
@@ -182,7 +182,7 @@ def change(name: str) -> None:
 
 
 def spoil(name: str) -> None:
-    """Replace half of a source's pictures by noise."""
+    """Replace half of a source's images by noise."""
     fs, chance = store(), random.Random(1)
     files = sorted(file for file in fs.ls(f"{SOURCES}/{name}", detail=False) if file.endswith(".png"))
     for file in files[::2]:
@@ -201,7 +201,7 @@ def show() -> None:
             raise RuntimeError(f"the log is {FOLDER}/rebuild-{name}.log")
     reader = Reader("noto")
     reader.start()
-    until("a first picture of the reader", lambda: reader.drawn or reader.faults)
+    until("a first image of the reader", lambda: reader.drawn or reader.faults)
     change("noto")
     job = Job("noto", retries=2)
     until("the second version", lambda: store().exists(f"{ROOT}/datasets/noto/v2/shards/plan.json"))
@@ -219,7 +219,7 @@ def show() -> None:
     counts = {name: said.get(name) for name in ("added", "changed", "removed")}
     saw("noto@v2 published by the next attempt", f"exit {code}, {counts}", code == 0 and
         tuple(counts.values()) == (ADDED, CHANGED, REMOVED) and pointer("noto")["version"] == "v2")
-    saw("pictures embedded anew", f"{said.get('embedded')}; {said.get('reused')} vectors taken over",
+    saw("images embedded again", f"{said.get('embedded')}; {said.get('reused')} vectors taken over",
         said.get("embedded") == ADDED + CHANGED)
     spoil("twemoji")
     job = Job("twemoji")
@@ -249,7 +249,7 @@ def show() -> None:
 
 
 def query_prometheus(query: str) -> dict[str, float]:
-    """What Prometheus answers, by database or stage."""
+    """Results of a query of Prometheus, by database and stage."""
     url = f"{os.environ['RDM_PROMETHEUS']}/api/v1/query?{urlencode({'query': query})}"
     with urlopen(url, timeout=30) as answer:
         series = json.load(answer)["data"]["result"]
@@ -267,7 +267,7 @@ def children(pid: int) -> list[int]:
 
 
 def table() -> str:
-    """What was seen, a row each."""
+    """A table with a row for each observation."""
     rows = [f"| {what} | {value} | {'as it must be' if good else 'WRONG'} |" for what, value, good in _seen]
     return "\n".join(["| | seen | |", "|---|---|---|", *rows])
 

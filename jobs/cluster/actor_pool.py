@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 @ray.remote(max_restarts=0, max_task_retries=0)
 class Worker:
-    """A process that holds what its stage loaded; nothing large comes or goes, but for images that others decode."""
+    """A process that keeps what its stage loaded. Only images for decoders on other nodes are large messages."""
 
     def __init__(self, log: str, gpu: bool) -> None:
         logs.configure_logging(log)
@@ -103,9 +103,9 @@ class Pool:
 
     def __init__(self, config: ClusterConfig) -> None:
         self.config = config
-        self.starting: dict[Any, tuple[Any, float]] = {}  # ping -> actor, when it was asked for
+        self.starting: dict[Any, tuple[Any, float]] = {}  # ping -> actor, time of the request
         self.idle: deque[WorkerState] = deque()
-        self.holding: list[WorkerState] = []  # they keep a broken GPU reserved, so that Ray gives it to no other actor
+        self.holding: list[WorkerState] = []  # they keep broken GPUs reserved, so that Ray gives them to no other actor
         self.blame = Blame(config.workers)
         self.gpu = False
         self.decoders: list[Any] = []
@@ -191,11 +191,11 @@ class Pool:
             self.gpu = gpu
 
     def _together(self, stage: Stage, items: int) -> int:
-        """How many items a worker gets at once: no more than leave something for each."""
+        """Items that a worker gets together, so that each worker gets some."""
         return max(1, min(stage.together(self.gpu), -(-items // self.config.workers)))
 
     def _lent(self, stage: Stage) -> tuple[list[Any], int]:
-        """Decoders for a stage that can do with them, and the number of workers; they are kept like workers."""
+        """Decoders for a stage that uses them, and the number of workers. The pool keeps both."""
         if stage.decodes and not self.decoders:
             self.decoders = decoder_actors.start_decoders(self.config.decoders)
         return (self.decoders if stage.decodes else []), self.config.workers
@@ -298,7 +298,7 @@ class Pool:
         return pair
 
     def _ended(self, reference: Any, worker: WorkerState, task: Task) -> tuple[list[Outcome | Retired], list[Task]]:
-        """What a call brought, and what is to be tried again."""
+        """The results of a call, and the tasks to retry."""
         try:
             result = ray.get(reference)
         except RayTaskError as error:  # of the call itself: the worker cannot unpickle its arguments

@@ -10,21 +10,19 @@ from pipeline.bounds import check_bounds
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Where the work runs; results do not depend on it."""
+    """Where the work runs. Results do not depend on it."""
 
     workers: Annotated[int, Ge(1)] = 2
     """Actors of a stage, or processes of a training run."""
     min_workers: Annotated[int, Ge(0)] = 0
-    """Processes that a training run goes on with where a node was lost, until there are more again; 0: it waits for
-    all of them."""
+    """Least processes with which a training run continues after it lost a node. 0: it waits for all of them."""
     resize_every: Annotated[float, Ge(0)] = 60.0
-    """Seconds from one look for nodes that came (back) to the next, of such a run; it takes them in from its newest
-    checkpoint on."""
+    """Seconds between checks for returned nodes. The run uses them from its newest checkpoint on."""
     cpus: Annotated[float, Ge(0)] = 1.0
-    """Cores that each of them reserves."""
+    """Cores that each worker reserves."""
     gpus: Annotated[float | None, Ge(0)] = None
-    """GPUs that each worker of a stage with tensors reserves: 1, or a part of one that workers share. 0: the CPU, on
-    any machine. Not given: the CPU on a cluster; with --local the GPU, if there is one."""
+    """GPUs that each worker of a stage with tensors reserves: 1, or a part of one that workers share. 0: use the CPU.
+    Default: the CPU on a cluster, and with --local the GPU if there is one."""
     decoders: Annotated[int, Ge(0)] = 0
     """Actors of a core each, on nodes without a GPU, that decode images for the workers of embed: where the cores
     beside a GPU do not keep it busy; 0: each worker decodes its own."""

@@ -36,8 +36,8 @@ def connect() -> None:
                              f"hint: start one, unset RAY_ADDRESS to use one on this machine, or --local for none"
                              ) from error
         return
-    # Others on this machine must not run code here: Ray switches tokens on for a cluster that it
-    # starts, unless told otherwise. One of this cluster's own stays in memory, instead of a readable file.
+    # Other users of this machine must not run code here: Ray switches tokens on for a cluster that it
+    # starts. A token of this cluster stays in memory, instead of a readable file.
     if "RAY_AUTH_MODE" not in os.environ and not _has_token():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # With as many logical CPUs as cores an actor, its driver and Train's controller starve each other.
@@ -49,7 +49,7 @@ def connect() -> None:
 
 
 def write_prometheus_targets(folder: Path) -> None:
-    """Write down where the nodes tell their metrics, in the place and the way in which Ray's dashboard does."""
+    """Write the addresses of the metrics of all nodes, in the place and format of Ray's dashboard."""
     targets = [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in ray.nodes()]
     with contextlib.suppress(OSError):
         own = folder / f".prometheus-{os.getpid()}"
@@ -58,13 +58,13 @@ def write_prometheus_targets(folder: Path) -> None:
 
 
 def cluster_resources() -> dict[str, float]:
-    """What the cluster has in all: CPU, GPU, memory, ..."""
+    """Total resources of the cluster: CPU, GPU, memory, ..."""
     connect()
     return ray.cluster_resources()
 
 
 def check_gpus_exist(stage: Stage, config: ClusterConfig) -> None:
-    """StageFailed if the cluster of this command alone has too few GPUs; on another one nodes may still come."""
+    """StageFailed if the cluster of this command has too few GPUs. Other clusters may still add nodes."""
     each, there = config.each_gpus, ray.cluster_resources().get("GPU", 0)
     if not stage.workers_need_gpu or there >= each:
         return
@@ -84,7 +84,7 @@ def mention_unused_gpus(stage: Stage, config: ClusterConfig) -> None:
 
 
 def _check_reachable(address: str) -> None:
-    """ConnectionError at once where nobody listens: Ray itself tries for minutes."""
+    """ConnectionError if no process listens. Ray itself retries for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()

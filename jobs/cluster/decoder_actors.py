@@ -1,7 +1,7 @@
-"""Actors that decode images for the workers of others: on nodes without a GPU, where there are such.
+"""Actors that decode images for the workers of embed, on nodes without a GPU.
 
-Encoded images come, decoded ones go: the only data that crosses Ray, a bounded number of portions at a time. A
-decoder holds nothing, so one that dies costs a portion, which whoever asked decodes itself; Ray starts it again.
+They receive encoded images and return decoded ones. No other data crosses Ray, and only a bounded number of portions
+at a time. A decoder has no state. If one dies, the worker decodes the portion itself, and Ray starts the actor again.
 """
 
 import os
@@ -19,14 +19,14 @@ from jobs.cluster import connect
 from pipeline.embeddings import decode_batch
 from pipeline.stages.decoder_pool import DecodedBatch
 
-_PATIENCE_S = 60.0  # after which a worker decodes itself what it asked for
-_AGAIN_S = 1.0  # between two looks whether one that was lost is back
+_PATIENCE_S = 60.0  # after which a worker decodes a portion itself
+_AGAIN_S = 1.0  # between checks for lost decoders
 _EACH = 2  # portions that keep a decoder busy: one in hand, one on its way
 
 
 @ray.remote(max_restarts=-1, max_task_retries=0, num_cpus=1)
 class Decoder:
-    """A process that decodes, one portion after another."""
+    """A process that decodes portions of images."""
 
     def ping(self) -> tuple[int, str]:
         """Answer once the process runs: which, on which node."""

@@ -11,28 +11,28 @@ from pipeline.bounds import check_bounds
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What is asked to find out whether the style follows the database."""
+    """Settings of the measurement of style: does it follow the database?"""
 
     prompts: Annotated[int, Ge(1)] = 100
-    """Subjects that the databases have and training has not seen, each one prompt."""
+    """Number of prompts. Each is a subject that the databases have and training has not seen."""
     seeds: Annotated[int, Ge(1)] = 2
-    """Images of each prompt, from so many seeds."""
+    """Number of seeds, and so of images of each prompt."""
     template: str = "{prompt} in the style of {style}"
     """A prompt that names the style."""
     words: tuple[str, ...] = ()
-    """What a database's style is called in a prompt, as DATABASE=WORDS; by default its name, hyphens as spaces."""
+    """Words for the style of a database in prompts, as DATABASE=WORDS. Default: its name, with spaces for hyphens."""
     ways: tuple[str, ...] = ()
-    """What names the style: database, prompt, both, text (the prompt, no neighbors), neither; by default all of it."""
+    """Ways to name the style: database, prompt, both, text (a prompt without neighbors), neither. Default: all."""
     sweep_k: tuple[Annotated[int, Ge(1)], ...] = (1, 2, 4, 8, 16)
-    """Numbers of neighbors that are tried with swapped databases."""
+    """Numbers of neighbors to measure with swapped databases."""
     sweep_guidance: tuple[Annotated[float, Interval(gt=-inf, lt=inf)], ...] = (1.0, 2.0, 4.0)
-    """Guidance scales that are tried with swapped databases."""
+    """Guidance scales to measure with swapped databases."""
     sweep_prompts: Annotated[int, Ge(1)] = 100
-    """Prompts for each of these."""
+    """Prompts of each of these measurements."""
     seen: bool = False
     """Let databases give images of the held-out subjects too."""
     judge_steps: Annotated[int, Ge(1)] = 1500
-    """Updates of the network that judges styles, of 64 images each."""
+    """Updates of the style classifier, of 64 images each."""
 
     def __post_init__(self) -> None:
         check_bounds("evaluate", self)

@@ -110,7 +110,7 @@ class Evaluation(Stage):
                              "hint: --prompt 'a red apple', once for each")
         items, ways = [], self._ways(len(prompts))
         if not ways:
-            raise ValueError("nothing is asked\nhint: --ways database, or numbers for --sweep-k")
+            raise ValueError("no way and no sweep is requested\nhint: --ways database, or numbers for --sweep-k")
         for way, count in ways:
             # A request without a style runs once.
             for number, database in enumerate(self.databases if way.named or way.source == "style" else [None]):
@@ -256,16 +256,16 @@ def _load_classifiers(folder: str, files: str, styles: int) -> tuple[style_class
 
 
 def check_same_data(run: Run, dataset: Dataset) -> None:
-    """ValueError unless a run was trained on the shards that a dataset has now: else held out means nothing.
+    """ValueError unless a run was trained on the present shards of a dataset. Otherwise held out means nothing.
 
-    Of a run that was brought from elsewhere it is only said: images that were drawn again may differ in a few bits.
+    An imported run only gets a warning: images that were rendered again may differ in a few bits.
     """
     then, now = run.lineage().get("shards", {}).get("digest"), dataset.identity("shards")["digest"]
     if then == now:
         return
     if run.section().get("step"):  # an imported one
-        _log.warning("evaluate: %s is not, byte by byte, what %s was trained on: what is held out here may have been "
-                     "seen there", dataset.label, run.name)
+        _log.warning("evaluate: %s does not have the bytes that %s was trained on: training may have seen held-out "
+                     "images", dataset.label, run.name)
         return
-    raise ValueError(f"{dataset.label} was rebuilt since {run.name} was trained on it: what the run has seen is not "
-                     f"known\nhint: train it anew, or name what to draw with --prompt")
+    raise ValueError(f"{dataset.label} was rebuilt since {run.name} was trained on it, so it is unknown which "
+                     f"images training saw\nhint: train it again, or name subjects with --prompt")

@@ -30,7 +30,7 @@ def load_images(dataset: Dataset, size: int) -> np.ndarray:
         path = dataset.fetch("shards", file_of(record, ".tar"), check=True)
         pictures = [decode_pixels(tars.sample_image(sample)) for sample in tars.read(path)]
         if len({image.shape for image in pictures}) > 1:
-            raise ValueError(f"the pictures of {dataset.label} have different sizes, a judge needs one\n"
+            raise ValueError(f"the images of {dataset.label} have different sizes, a judge needs one\n"
                              f"hint: shard with --resize center_crop")
         if pictures:
             batches.append(average_down(np.stack(pictures), size))
@@ -38,7 +38,7 @@ def load_images(dataset: Dataset, size: int) -> np.ndarray:
 
 
 class StyleClassifierStage(Stage):
-    """The stage from the databases of styles to runs/<run>/judges/<hash>: a judge, a probe, how good both are."""
+    """The stage from the databases of styles to runs/<run>/judges/<hash>: a judge, a probe, and their accuracy."""
 
     name = "judge"
 
@@ -86,7 +86,7 @@ class StyleClassifierStage(Stage):
         x, v, y, out = map(np.concatenate, (pictures, vectors, labels, away))
         for number, database in enumerate(self.databases):
             if not (out & (y == number)).any() or not (~out & (y == number)).any():
-                raise ValueError(f"{database.label} has no pictures of held-out subjects, or none of others\n"
+                raise ValueError(f"{database.label} has no images of held-out subjects, or none of others\n"
                                  f"hint: a judge needs both")
         network = style_classifier.train_judge(x[~out], y[~out], len(self.databases), steps=self.steps, seed=0)
         probe = style_classifier.train_probe(v[~out], y[~out], len(self.databases))

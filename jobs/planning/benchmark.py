@@ -1,11 +1,11 @@
-"""Rates measured here: a sample of each stage by the stages themselves, each for about as long as is asked.
+"""Measure rates on this machine: run each stage on a sample, for about the given time.
 
-    trial/<hash>/first/       a few pictures: libraries are loaded, and how many more there is time for
-                 pictures/    shard, embed
-                 vectors/     made vectors, for an index and searches take more of them than an encoder makes in minutes
-                 steps/       updates of the network on random numbers
+    trial/<hash>/first/       a few images: load libraries, and estimate how many more there is time for
+                 images/    shard, embed
+                 vectors/     generated vectors: an index and searches need more than an encoder makes in minutes
+                 steps/       updates of a network on random numbers
 
-The first three are roots with datasets as any; what `jobs.measured` makes of their manifests are the rates.
+The first three are ordinary roots with datasets. rates_from_manifests.py reads the rates from their manifests.
 """
 
 import itertools
@@ -40,8 +40,8 @@ from pipeline.stages.stage import Stage
 
 Run = Callable[[Stage], dict[str, Any]]
 _FIRST = 8
-# Pictures that are drawn for each second that a stage may take, without a GPU and with one: to draw as many as are
-# embedded in it would take longer than all the rest.
+# Images to generate for each second of a stage, without a GPU and with one. Generating as many as a GPU embeds in this
+# time would take longer than everything else.
 _DRAWN_A_SECOND = (7, 35)
 _LISTS, _ROWS_A_LIST = (16, 65_536), 160
 _log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trial:
-    """What is to be measured, for what, on what."""
+    """The settings of a measurement."""
 
     root: str
     build: Build
@@ -63,7 +63,7 @@ class Trial:
 
     @property
     def place(self) -> str:
-        """The folder of what is run: what was interrupted goes on there, unless other things are asked."""
+        """The folder of the measurement. The same command continues there after an interruption."""
         config = self.build.settings
         what = [asdict(section) for section in (config.shard, config.embed, config.index, config.train)]
         return storage.join(self.root, "trial", storage.digest(json.loads(json.dumps(
@@ -71,7 +71,7 @@ class Trial:
 
 
 def rates(trial: Trial, base: Rates, run: Run) -> Rates:
-    """The rates that all stages have here, over `base`; what was made for them is removed."""
+    """The measured rates of all stages, over `base`. The data of the measurement is removed."""
     size = _measure_images(trial, run)
     _measure_vectors(trial, base, run)
     steps = run(synthetic_data.Steps(storage.join(trial.place, "steps"), trial.build.settings.train, trial.build.side,

@@ -13,7 +13,7 @@ _Price = Annotated[float | None, Interval(ge=0, lt=inf)]
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """What to estimate, and with which rates."""
+    """Settings of an estimate."""
 
     pictures: tuple[str, ...] = ()
     """Training images, for example 1M 100M 1B. Several make a table of all combinations. Default: the recipe's."""

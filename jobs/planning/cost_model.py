@@ -1,8 +1,7 @@
-"""What a build costs: for each stage a formula of seconds and bytes; nothing here is looked up or measured.
+"""Cost of a build: formulas of seconds and bytes for each stage. Nothing here is measured.
 
-Letters: N training pictures, M database rows, D numbers in a vector, k neighbours, C candidates, W workers. Seconds are
-those of one worker and add up; who works at the same time divides them. Bytes read are those that workers fetch from
-the root, written are those that they put there.
+Letters: N training images, M database rows, D numbers in a vector, k neighbors, C candidates, W workers. Seconds are
+those of one worker. Workers divide them. Bytes read are fetched from the root, bytes written are put there.
 """
 
 import math
@@ -21,77 +20,77 @@ _HEADER = 128  # bytes of a .npy file before its numbers
 _CLUSTERING_ROUNDS = 10  # faiss's for the lists of an inverted file
 _POINTS_PER_LIST = 256  # it takes no more of the sample for each list, or word of a codebook
 _CODEBOOK_ROUNDS = 25
-# What a list takes besides its rows and products, as much of either as takes so long: some 50 microseconds each, here.
+# Fixed cost of a list, as bytes to read and as operations: about 50 microseconds each on the machine of the rates.
 _BYTES_A_LIST, _FLOP_A_LIST = 1 << 17, 1 << 21
 _KEPT_CHECKPOINTS = 3
-_BYTES_A_PARAMETER = 16  # of a checkpoint: weights, their mean and two moments, float32
+_BYTES_A_PARAMETER = 16  # of a checkpoint: weights, their average and two moments, float32
 
 
 @dataclass(frozen=True)
 class Build:
-    """What is to be built, with what."""
+    """The build to estimate."""
 
     settings: Settings
     pictures: int
-    """Training pictures N."""
+    """Training images N."""
     rows: int
-    """Database rows M; 0: the training pictures are the database."""
+    """Database rows M; 0: the training images are the database."""
     dim: int
     """Numbers in a vector D."""
     encoder_flop: float
-    """Of the encoder for one picture."""
+    """Operations of the encoder for one image."""
     network: Size
-    """Of the denoiser."""
+    """Size of the denoiser."""
     sample_bytes: int = 0
-    """Of a latent; 0: the network sees the pictures."""
+    """Bytes of a latent. 0: the network is trained on pixels."""
     side: int = 0
-    """Pixels a side of what the network sees."""
+    """Side of the input of the network, in pixels."""
     workers: int = 1
     gpus: int = 0
     memory: int = 16 << 30
-    """Bytes that a worker may keep of the database."""
+    """Bytes of the database that a worker may cache."""
     epochs: float = 0.0
-    """How often training sees each picture; 0: the recipe's steps."""
+    """Number of epochs. 0: the steps of the recipe."""
 
     @property
     def database(self) -> int:
-        """Rows that neighbours are taken from."""
+        """Rows of the database of the neighbors."""
         return self.rows or self.pictures
 
     @property
     def all_pictures(self) -> int:
-        """Pictures to shard and to embed."""
+        """Images to shard and embed."""
         return self.pictures + self.rows
 
     def shards(self, pictures: int) -> int:
-        """Shards of so many pictures."""
+        """Number of shards of `pictures` images."""
         return -(-pictures // self.settings.shard.rows_per_shard)
 
     @property
     def all_shards(self) -> int:
-        """Shards of the training pictures and of the database."""
+        """Shards of the training images and of the database."""
         return self.shards(self.pictures) + (self.shards(self.rows) if self.rows else 0)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a stage takes."""
+    """Cost of a stage."""
 
     stage: str
     worker_seconds: float
     workers: int
-    """How many can work at the same time."""
+    """Number of workers that can work at the same time."""
     bytes_read: float
     bytes_written: float
     bytes_kept: float
     """Bytes that stay in the root."""
     serial_seconds: float = 0.0
-    """Of the worker seconds, those in which one works and the others wait."""
+    """The part of the worker seconds in which one worker works and the others wait."""
     gpu: bool = False
 
     @property
     def seconds(self) -> float:
-        """By the clock, if the workers share the work evenly."""
+        """Elapsed seconds, if the workers share the work evenly."""
         return self.serial_seconds + (self.worker_seconds - self.serial_seconds) / self.workers
 
 
@@ -118,16 +117,16 @@ class Prices:
 
 
 def costs(build: Build, rates: Rates) -> list[Cost]:
-    """The stages in their order; neighbours in both ways, of which a build takes one."""
+    """The stages in order. Both kinds of neighbor search are there, and a build uses one."""
     return [shard(build, rates), embed(build, rates), index(build, rates), neighbors_exact(build, rates),
             neighbors_index(build, rates), train(build, rates)]
 
 
 def shard(build: Build, rates: Rates) -> Cost:
-    """(N + M) (1 / rate + pixels beyond those measured * seconds a pixel); read: the source; written: tars, parquet.
+    """(N + M) (1 / rate + pixels beyond the measured ones * seconds a pixel). Reads the source, writes tars, parquet.
 
-    Tars grow with the pixels, the metadata does not. The pictures of the source are taken to be as large as those
-    that were measured.
+    Tars grow with the pixels, metadata does not. The estimate assumes that the images of the source are as large as
+    the measured ones.
     """
     stage_rates, size = rates.shard, build.settings.shard.image_size
     more = size ** 2 - stage_rates.image_size ** 2
@@ -184,11 +183,11 @@ def neighbors_exact(build: Build, rates: Rates) -> Cost:
 
 
 def neighbors_index(build: Build, rates: Rates) -> Cost:
-    """Its amounts, each by its rate; what else, as if exact.
+    """The amounts of `listed_amounts`, each by its rate. The rest is as in the exact search.
 
-    A list is read once for the shards that are searched together, so of few lists nearly all are read each time, from a
-    worker's disk where they are more than it may keep. Where an index has no lists, or a quarter of them would be
-    looked into, all rows are compared.
+    A list is read once for all shards that are searched together. If there are few lists, each search reads nearly all
+    of them, from the disk of the worker if its memory is too small. All rows are compared if the index has no lists, or
+    if a search would read a quarter of them.
     """
     key, searches = index_key(build, rates), _searches(build, lists=True)
     copies = min(searches, build.workers)
@@ -222,7 +221,7 @@ def train(build: Build, rates: Rates) -> Cost:
 
 
 def index_key(build: Build, rates: Rates) -> str:
-    """The kind of index: the setting's, the measured one if both are built at once, or what the stage would choose."""
+    """The kind of index: by the setting, as measured if both fit one part, or the choice of the stage."""
     config = build.settings.index
     if config.key:
         return config.key
@@ -264,11 +263,10 @@ def duration(amounts: dict[str, float], rates: Any) -> float:
 
 
 def exact_amounts(pictures: int, rows: int, dim: int, searches: int, workers: int, gpu: bool) -> dict[str, float]:
-    """What there is to do to compare all rows, by the names of the rates.
+    """Amounts of work of an exhaustive search, by the names of the rates.
 
-    2 N M D operations; every search reads all rows, every worker what tells copies among them. The best of N are
-    chosen among all rows of a first block, and of the n-th a share of 1 / n, for the others are no better than what is
-    known.
+    2 N M D operations. Each search reads all rows, and each worker reads the labels of copies. The best rows are chosen
+    among all rows of the first block, and among a share of 1 / n of the n-th block: the others are no better.
     """
     block = LARGEST["cuda" if gpu else "cpu"]
     among = rows if rows <= block else block * (1 + math.log(rows / block))
@@ -278,11 +276,11 @@ def exact_amounts(pictures: int, rows: int, dim: int, searches: int, workers: in
 
 def listed_amounts(key: str, pictures: int, rows: int, dim: int, searches: int, workers: int, config: NeighborsConfig,
                    nprobe: int) -> dict[str, float] | None:
-    """What there is to do in a search by an index, by the names of the rates; None where all rows are compared.
+    """Amounts of work of a search by an index, by the names of the rates. None: all rows are compared.
 
-    Each sample is compared with M nprobe / lists rows. A list is read, and multiplied, twice: for those to which it is
-    among the nearest, and for the others. Each worker lays the vectors out by itself, as if none had a
-    node in common with another. A search that checks the recall of any sample reads all rows for it.
+    Each sample is compared with M nprobe / lists rows. A list is read and multiplied twice: for the queries nearest to
+    it, and for the others. Each worker lays the vectors out itself, as if it were alone on its node. A search that
+    checks the recall of a sample reads all rows.
     """
     pairs = compared_rows(key, pictures, rows, config, nprobe)
     if pairs is None:
@@ -295,10 +293,10 @@ def listed_amounts(key: str, pictures: int, rows: int, dim: int, searches: int, 
 
 
 def compared_rows(key: str, pictures: int, rows: int, config: NeighborsConfig, nprobe: int) -> float | None:
-    """Pairs of samples and database rows that a search by an index compares; None where it compares all.
+    """Pairs of samples and database rows that a search by an index compares. None: it compares all.
 
-    A graph of M edges compares about M vectors a step and takes as many steps as it is asked for results (Malkov and
-    Yashunin 2018, arXiv:1603.09320).
+    A graph of M edges compares about M vectors a step, with one step for each requested result (Malkov and Yashunin
+    2018, arXiv:1603.09320).
     """
     lists, probes = _lists(key), config.probes or nprobe
     if graph := re.match(r"HNSW(\d+)", key):
@@ -352,7 +350,7 @@ def _searches(build: Build, *, lists: bool) -> int:
 
 def _cost(name: str, build: Build, rates: Rates, seconds: float, items: int, *, bytes_read: float, bytes_written: float,
           bytes_kept: float | None = None, serial: float = 0.0, gpu: bool = False) -> Cost:
-    """A cost whose seconds are at least those in which its bytes can be moved, if that is limited."""
+    """A cost. Its seconds are at least those of moving its bytes, if that rate is limited."""
     if rates.storage.bytes_per_s:
         seconds = max(seconds, (bytes_read + bytes_written) / rates.storage.bytes_per_s)
     return Cost(name, seconds, max(1, min(_workers(build, gpu), items)), bytes_read, bytes_written,

@@ -29,7 +29,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 
 
 def make_plan(plan: PlanConfig, settings: Settings, used: Rates) -> str:
-    """What `plan` prints: a Markdown table with notes, or one JSON document."""
+    """The output of `plan`: a Markdown table with notes, or one JSON document."""
     costed_builds = []
     prices = Prices(plan.price_gpu_hour, plan.price_cpu_hour, plan.price_gb_month, plan.price_gb_moved,
                     plan.months)
@@ -45,15 +45,15 @@ def make_plan(plan: PlanConfig, settings: Settings, used: Rates) -> str:
 
 
 def to_measure(plan: PlanConfig, settings: Settings, root: str) -> dict[str, Any]:
-    """Where `--measure` would run what, if there is a GPU where one is wanted."""
+    """The settings that `--measure` would use, if the wanted GPU is there."""
     trial = _trial(plan, settings, root, gpu=_wants_gpu(plan, settings))
     return {"folder": trial.place, "seconds": trial.seconds, "workers": trial.workers, "gpu": trial.gpu}
 
 
 def workers_here(plan: PlanConfig, settings: Settings, root: str, *, local: bool) -> ClusterConfig:
-    """The workers that `--measure` has: as large as the recipe's, with a GPU if those have one and there is any."""
+    """The workers of `--measure`: as large as those of the recipe, with a GPU if they have one and there is any."""
     wanted = _wants_gpu(plan, settings)
-    _trial(plan, settings, root, gpu=wanted)  # what is wrong with it is said before anything starts
+    _trial(plan, settings, root, gpu=wanted)  # refuses bad settings before anything starts
     if local:
         import torch
         there = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.is_available())}
@@ -77,10 +77,10 @@ def _wants_gpu(plan: PlanConfig, settings: Settings) -> bool:
 
 
 def _trial(plan: PlanConfig, settings: Settings, root: str, *, gpu: bool) -> Trial:
-    """What is to be measured, for the first of the builds; ValueError where it cannot be."""
+    """The measurement for the first build. ValueError if it is not possible here."""
     if plan.gpus and not gpu:
-        raise ValueError(f"--gpus {plan.gpus}: there is no GPU here to measure on\nhint: where there is one; or "
-                         f"--rates FILE, with rates of a GPU")
+        raise ValueError(f"--gpus {plan.gpus}: there is no GPU here to measure on\nhint: run it on a machine with a "
+                         f"GPU, or --rates FILE with rates of a GPU")
     if not Path(plan.measure).absolute().parent.is_dir():
         raise ValueError(f"--measure {plan.measure}: there is no such folder to write rates into")
     build = builds(replace(plan, gpus=0), settings, _base(plan))[0]
@@ -99,7 +99,7 @@ def resolve_rates(plan: PlanConfig, measured_root: str = "", *, gpu: bool = Fals
 
 
 def builds(plan: PlanConfig, settings: Settings, used: Rates) -> list[Build]:
-    """A build for each combination of pictures and rows; ValueError where GPUs and rates do not go together."""
+    """A build for each combination of images and rows. ValueError if GPUs and rates do not fit each other."""
     if plan.gpus and not (used.embed.gpu or used.exact.gpu or used.train.gpu):
         raise ValueError("--gpus: the rates are those of workers without a GPU\n"
                          "hint: python -m jobs plan --measure FILE where there are GPUs; or run a sample on them, then "
@@ -134,13 +134,13 @@ def count(text: str, flag: str) -> int:
 
 
 def stages_in_total(build: Build, stage_costs: list[Cost]) -> list[Cost]:
-    """The stages of a build: neighbours are found in one way, that of the settings."""
+    """The stages of a build, with the neighbor search of its settings."""
     other = {"index": "neighbors, exact", "exact": "neighbors, index"}[build.settings.neighbors.method]
     return [cost for cost in stage_costs if cost.stage != other]
 
 
 def notes(build: Build, used: Rates, prices: Prices) -> str:
-    """What must be known to read the table: whose rates these are, and what was assumed."""
+    """Notes on the table: the source of the rates, and the assumptions."""
     method, config = build.settings.neighbors.method, build.settings
     base = rates.built_in()
     own = [name for name in rates.SECTIONS if name not in used.defaults and name != "storage"]

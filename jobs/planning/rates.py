@@ -1,4 +1,4 @@
-"""How fast the stages are, per worker: measured in an existing root, read from a file, or those that come along.
+"""Speeds of the stages for each worker: measured in a root, read from a file, or the bundled ones.
 
 A file of rates is JSON of the sections and fields below; what it does not name keeps its default.
 
@@ -23,16 +23,16 @@ class ShardRates:
     """From a corpus to tars."""
 
     pictures_per_s: float
-    """Of one worker, with pictures of image_size."""
+    """Images a second of one worker, with images of image_size."""
     image_size: int
     seconds_per_pixel: float
-    """What each pixel of a larger picture takes beyond those of image_size."""
+    """Seconds of each pixel beyond those of image_size."""
     source_bytes: float
-    """Of a picture in the source; not measured in a root, for manifests do not tell."""
+    """Bytes of an image in the source. Manifests do not have it, so it is not measured in a root."""
     tar_bytes: float
-    """Of a picture of image_size in a tar."""
+    """Bytes of an image of image_size in a tar."""
     metadata_bytes: float
-    """Of a picture in the parquet beside it."""
+    """Bytes of an image in the parquet beside the tar."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class EmbedRates:
     """From tars to vectors."""
 
     flop_per_s: float
-    """Of one worker in the encoder."""
+    """Operations a second of one worker in the encoder."""
     preparing_s_per_pixel: float
     """Seconds of a worker for each stored pixel: reading, decoding, resizing."""
     gpu: bool = False
@@ -52,51 +52,51 @@ class IndexRates:
     """From vectors to an index."""
 
     training_flop_per_s: float
-    """Of the one worker that trains."""
+    """Operations a second of the worker that trains."""
     vectors_per_s: float
-    """Vectors that a worker fills in, its share of the exact search for the recall among it."""
+    """Vectors a second that a worker adds, with its share of the exact search for the recall."""
     merged_per_s: float
-    """Vectors that one worker merges from parts, tuning and measuring among it."""
+    """Vectors a second that one worker merges from parts, with tuning and measuring."""
     key: str
-    """Kind of the index that was measured, as faiss spells it."""
+    """Kind of the measured index, as a factory string of faiss."""
     bytes_per_vector: float
-    """Of that kind; of others it is worked out."""
+    """Bytes of a vector in an index of that kind. Other kinds are computed."""
     in_parts: bool
     """Whether it was built in parts."""
 
 
 @dataclass(frozen=True)
 class ExactRates:
-    """Neighbours by comparison with every row."""
+    """Neighbors by comparison with every row."""
 
     flop_per_s: float
-    """Of one worker in the products, two for each number of each row for each query."""
+    """Operations a second of one worker in the products: two for each number of each row and query."""
     chosen_per_s: float
-    """Rows out of which the best of a query are chosen: all of the first block, of later ones ever fewer."""
+    """Rows a second among which the best are chosen: all of the first block, and fewer of later ones."""
     rows_per_s: float
-    """Rows of the database that are read: all of them for each search, and once more by each worker, to know copies."""
+    """Rows a second that are read: all rows for each search, and once more by each worker for copies."""
     queries_per_s: float
-    """Queries whose candidates are ranked and written; what is not counted elsewhere is in it."""
+    """Queries a second that are ranked and written, with everything that no other rate counts."""
     gpu: bool = False
     """Whether the worker had a GPU."""
 
 
 @dataclass(frozen=True)
 class ApproximateRates:
-    """Neighbours by the lists of an index."""
+    """Neighbors by the lists of an index."""
 
     flop_per_s: float
-    """Of one worker in the products, two for each number of each row in a list that is looked into."""
+    """Operations a second of one worker in the products: two for each number of each row of a searched list."""
     laid_per_s: float
-    """Vectors that are laid out list after list, before the first search of a worker."""
+    """Vectors a second that a worker sorts by list before its first search."""
     read_per_s: float
-    """Vectors that are read list by list, once for all samples of a search that look there."""
+    """Vectors a second that are read list by list, once for all samples of a search."""
     checked_per_s: float
-    """Vectors that samples whose recall is checked are compared with: all of them in each search that checks any."""
+    """Vectors a second of the check of the recall: all vectors in each search that checks a sample."""
     queries_per_s: float
-    """Samples whose best rows are chosen, ranked and written; what is not counted elsewhere is in it."""
+    """Samples a second that are ranked and written, with everything that no other rate counts."""
     nprobe: int
-    """Lists that a query looks into."""
+    """Lists that a query searches."""
 
 
 @dataclass(frozen=True)
@@ -104,27 +104,26 @@ class TrainRates:
     """Training of the denoiser."""
 
     flop_per_s: float
-    """Of one process, in the network, forwards and backwards."""
+    """Operations a second of one process in the network, forward and backward."""
     gpu: bool = False
     """Whether the process had a GPU."""
 
 
 @dataclass(frozen=True)
 class StorageRates:
-    """Between a worker and where the files lie."""
+    """Speed between a worker and the storage of the root."""
 
     bytes_per_s: float | None = None
-    """No stage is faster than this lets its bytes through, reading and writing together; null: what was measured
-    stays what it is."""
+    """Limit of reading and writing together, in bytes a second. null: no limit."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """All of them, and where they come from."""
+    """All rates, and their origin."""
 
     machine: str
     measured: str
-    """When, or where."""
+    """Time or place of the measurement."""
     shard: ShardRates
     embed: EmbedRates
     index: IndexRates
@@ -133,10 +132,10 @@ class Rates:
     train: TrainRates
     storage: StorageRates
     defaults: tuple[str, ...] = field(default=())
-    """Sections that are those of the built-in file."""
+    """Sections from the bundled file."""
 
     def with_sections(self, sections: dict[str, Any], machine: str, measured_at: str) -> "Rates":
-        """These rates with some sections replaced; the others are defaults still."""
+        """These rates with some sections replaced."""
         return replace(self, **sections, machine=machine, measured=measured_at,
                        defaults=tuple(name for name in self.defaults if name not in sections))
 
@@ -146,7 +145,7 @@ SECTIONS = tuple(section.name for section in fields(Rates) if section.name not i
 
 @cache
 def built_in() -> Rates:
-    """The rates that come along."""
+    """The bundled rates."""
     document = json.loads(BUILT_IN.read_text())
     types = typing.get_type_hints(Rates)
     return Rates(document["machine"], document["measured"],
@@ -154,7 +153,7 @@ def built_in() -> Rates:
 
 
 def read(file: str) -> Rates:
-    """The rates in a JSON file over the built-in ones; ValueError naming what no rate is called, or is none."""
+    """The rates in a JSON file over the bundled ones. ValueError names unknown rates and bad values."""
     try:
         document = storage.parse_json(Path(file).read_bytes(), file)
     except OSError as error:
@@ -191,5 +190,5 @@ def _section(base: Any, values: dict[str, Any], where: str) -> Any:
 
 
 def document(rates: Rates) -> dict[str, Any]:
-    """The rates as JSON, of the form that `read` takes."""
+    """The rates as JSON, which `read` accepts."""
     return asdict(rates)

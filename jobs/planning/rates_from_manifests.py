@@ -1,4 +1,4 @@
-"""Rates from the manifests below a root: what its stages took, by the formulas of `jobs.costs` turned round.
+"""Rates from the manifests below a root, by the formulas of cost_model.py solved for the rates.
 
 Every record has its seconds, so a sample that went through the pipeline on some machines tells what more would take on
 them. Several folders of a stage count together. What no folder tells stays as it is in the rates to begin with.
@@ -23,13 +23,13 @@ from pipeline.neighbors.config import NeighborsConfig
 
 _log = logging.getLogger(__name__)
 _PREPARING = ("read", "decode", "write")
-# The rates that the times of neighbours' records belong to; what is not here, or not timed, is that of the queries.
+# The rate of each time in the records of neighbors. All other seconds count for the rate of queries.
 _EXACT = {"open": "rows_per_s", "read": "rows_per_s", "products": "flop_per_s", "choose": "chosen_per_s"}
 _LISTED = {"open": "laid_per_s", "read": "read_per_s", "products": "flop_per_s", "check": "checked_per_s"}
 
 
 def rates(root: str, base: Rates, *, gpu: bool = False) -> Rates:
-    """The rates of what is sealed below `root`, over `base`.
+    """The rates of the sealed stages below `root`, over `base`.
 
     `gpu`: each worker of embed, exact search and train had a GPU. ValueError if no manifest has rates.
     """
@@ -49,7 +49,7 @@ def rates(root: str, base: Rates, *, gpu: bool = False) -> Rates:
 def _sealed(datasets: list[Dataset], folder: str, name: str) -> Iterator[tuple[Dataset, dict[str, Any]]]:
     """The datasets whose `folder` was sealed by the stage `name`, with its manifest."""
     for dataset in datasets:
-        # What was emptied since says nothing of what was made of it.
+        # Skip a folder whose inputs are gone.
         if dataset.is_sealed(folder) and (folder == "shards" or dataset.is_sealed("embeddings")):
             manifest = dataset.manifest(folder)
             if manifest["stage"] == name and manifest["totals"]["samples"]:
@@ -57,7 +57,7 @@ def _sealed(datasets: list[Dataset], folder: str, name: str) -> Iterator[tuple[D
 
 
 def _shard(datasets: list[Dataset], base: Rates) -> ShardRates | None:
-    """Of the most frequent size of pictures; a second one tells what a pixel takes."""
+    """The rates of the most frequent image size. A second size gives the seconds of a pixel."""
     sums: dict[int, Counter[str]] = defaultdict(Counter)
     for _, manifest in _sealed(datasets, "shards", "shard"):
         if "image_size" not in manifest["section"]:  # written by something else
@@ -80,13 +80,13 @@ def _shard(datasets: list[Dataset], base: Rates) -> ShardRates | None:
 
 
 def _embed(datasets: list[Dataset], gpu: bool) -> EmbedRates | None:
-    """The seconds of each record are shared out as its threads spent theirs: in the encoder, or with pictures."""
+    """Divide the seconds of each record as its threads spent them: in the encoder, or with images."""
     operations = pixels = encoding = preparing = 0.0
     for dataset, manifest in _sealed(datasets, "embeddings", "embed"):
         try:
             each, _ = clip.flop_per_image(ClipConfig(manifest["info"]["encoder"]["model"]))
         except ValueError as error:
-            _log.warning("plan: %s is passed over: %s", dataset.folder("embeddings"), str(error).splitlines()[0])
+            _log.warning("plan: %s is skipped: %s", dataset.folder("embeddings"), str(error).splitlines()[0])
             continue
         side = dataset.manifest("shards")["section"].get("image_size", 0)
         operations += manifest["totals"]["samples"] * each
@@ -103,7 +103,7 @@ def _embed(datasets: list[Dataset], gpu: bool) -> EmbedRates | None:
 
 
 def _index(datasets: list[Dataset], base: Rates) -> IndexRates | None:
-    """Of the largest index, and those of its kind."""
+    """The rates of the largest index, and of others of its kind."""
     every = [(dataset, manifest) for dataset, manifest in _sealed(datasets, "index", "index")]
     if not every:
         return None
@@ -124,7 +124,7 @@ def _index(datasets: list[Dataset], base: Rates) -> IndexRates | None:
         if not operations:
             rows, seconds = (sum(manifest["totals"]["samples"] for manifest in alike),
                              sum(manifest["run"]["seconds"] for manifest in alike))
-        # How its seconds divide it does not say: training takes what it would elsewhere, half of them at most.
+        # Its record does not divide its seconds: training gets its usual time, at most half of them.
         speed = max(speed, 2 * operations / max(seconds, 1e-9))
         filling = seconds - operations / speed
     size = largest["totals"]["bytes"] / largest["totals"]["samples"]
@@ -132,7 +132,7 @@ def _index(datasets: list[Dataset], base: Rates) -> IndexRates | None:
 
 
 def _neighbors(datasets: list[Dataset], base: Rates, gpu: bool) -> tuple[ExactRates | None, ApproximateRates | None]:
-    """Of both ways; what an index without lists finds is found by comparing all rows."""
+    """The rates of both kinds of search. A search by an index without lists compares all rows."""
     exact, listed, nprobe = _Sums(base.exact, _EXACT), _Sums(base.approximate, _LISTED), base.approximate.nprobe
     for dataset in datasets:
         for label in storage.list_folders(dataset.folder("neighbors")):
@@ -161,7 +161,7 @@ def _neighbors(datasets: list[Dataset], base: Rates, gpu: bool) -> tuple[ExactRa
 
 
 class _Sums:
-    """What was done in some searches, and its seconds, both by the names of rates."""
+    """Amounts of work and seconds of some searches, by the names of rates."""
 
     def __init__(self, base: Any, names: dict[str, str]) -> None:
         self.base, self.names = base, names
@@ -171,25 +171,25 @@ class _Sums:
         """Count a manifest with the times of its records."""
         rest = seconds = max(manifest["run"]["seconds"], 1e-9)
         self.amounts.update(amounts)
-        if not all(times):  # how its seconds divide it does not say: as they would elsewhere
+        if not all(times):  # the record does not divide its seconds: use the usual shares
             share = seconds / duration(amounts, self.base)
             self.seconds.update({name: share * amount / getattr(self.base, name) for name, amount in amounts.items()})
             return
         for what, name in self.names.items():
-            if amounts[name]:  # what was not to be done took no time
+            if amounts[name]:  # no work, no time
                 spent = sum(record.get(what, 0.0) for record in times)
                 self.seconds[name] += spent
                 rest -= spent
         self.seconds["queries_per_s"] += max(rest, 0.0)
 
     def rates(self) -> dict[str, float]:
-        """An amount a second, or what it was where there was none."""
+        """The amount a second, or the base rate without an amount."""
         return {name: amount / max(self.seconds[name], 1e-12) if amount else getattr(self.base, name)
                 for name, amount in self.amounts.items()}
 
 
 def _train(root: str, gpu: bool) -> TrainRates | None:
-    """By the clock of the runs, whose last lines of the curve have it, and their numbers of processes."""
+    """The rate by the seconds in the last lines of the curves, and the numbers of processes."""
     operations = seconds = 0.0
     for name in storage.list_folders(storage.join(root, "runs")):
         run = Run(root, name)

@@ -1,4 +1,4 @@
-"""What a trial makes for itself: pictures like photographs, vectors in clusters, and steps on random numbers."""
+"""Data of a measurement: images like photographs, vectors in clusters, and steps on random numbers."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -48,7 +48,7 @@ class Photographs(Stage):
         fields = np.stack([_octaves(rng) for _ in range(3)], -1)
         output = Output(samples=item.inputs["count"])
         for number in range(item.inputs["count"]):
-            # The same noise at another place, in other colours: to draw anew would take longer than what is measured.
+            # The same noise at another place, in other colors: new noise would take longer than the measured stage.
             moved = np.roll(fields, tuple(rng.integers(_HEIGHT, size=2)), (0, 1))
             pixels = 128 + 20 * moved @ rng.normal(size=(3, 3)).astype(np.float32)
             name = f"{item.id}-{number:02d}.jpg"
@@ -62,13 +62,13 @@ def _octaves(rng: np.random.Generator) -> np.ndarray:
     total = np.zeros((_HEIGHT, _WIDTH), np.float32)
     for level in range(9):
         small = Image.fromarray(rng.standard_normal((_HEIGHT >> level, _WIDTH >> level), np.float32))
-        weight = (0.15, 0.3, 0.6)[level] if level < 3 else 1.0  # a lens passes less of the finest detail
+        weight = (0.15, 0.3, 0.6)[level] if level < 3 else 1.0  # a lens blurs the finest detail
         total += weight * np.asarray(small.resize((_WIDTH, _HEIGHT), Image.Resampling.BICUBIC))
     return total / total.std()
 
 
 class Vectors(Stage):
-    """The stage to embeddings/, or the metadata in shards/, of a dataset of unit vectors around random centres."""
+    """The stage to embeddings/, or the metadata in shards/, of a dataset of unit vectors around random centers."""
 
     name = "made"
 
@@ -113,9 +113,9 @@ def make_vectors(run: Callable[[Stage], Any], root: str, name: str, count: int, 
 
 
 class Steps(Stage):
-    """The stage of some updates of a network on random numbers, in each worker; what a second of them does.
+    """The stage of some updates of a network on random numbers, in each worker, and its rate.
 
-    Of a network that does not fit into memory half the width, and so on. Gradients are not exchanged.
+    A network that does not fit into memory is halved in width, and so on. Gradients are not exchanged.
     """
 
     name = "steps"
@@ -160,7 +160,7 @@ class Steps(Stage):
             "batch": batch, "threads": threads, "device": torch.cuda.get_device_name() if cuda else _processor_name()})
 
     def _seconds(self, config: TrainConfig, batch: int, steps: int, device: Any) -> float:
-        """Seconds of an update on so many pictures, but for the first, in which memory is fetched."""
+        """Seconds of an update on `batch` images. The first update does not count, because it allocates memory."""
         from model.training.train import train
         config = replace(config, steps=steps, global_batch=batch, accumulate=min(config.accumulate, batch),
                          log_every=1, checkpoint_every=steps)

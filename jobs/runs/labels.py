@@ -1,4 +1,4 @@
-"""What a stage folder is called in metrics, logs and trackers: its dataset, version, stage and run."""
+"""The labels of a stage folder in metrics, logs and trackers: its dataset, version, stage and run."""
 
 from pipeline import storage
 
@@ -8,7 +8,7 @@ NAMES = ("dataset", "version", "stage", "run")
 def stage_labels(path: str, stage: str) -> dict[str, str]:
     """The labels of the folder `path` below a root, which the stage named `stage` writes; "" where it has none."""
     match path.split("/"):
-        case ["datasets", name, version, _, *rest]:  # neighbours are one stage for each database
+        case ["datasets", name, version, _, *rest]:  # neighbors have a stage for each database
             return _all(name, version, "/".join([stage, *rest]), "")
         case ["runs", run, *_]:
             return _all("", "", stage, run)

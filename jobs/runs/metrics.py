@@ -18,12 +18,12 @@ class Metrics:
         self.notes_address = storage.join(run.folder, "validation.jsonl")
         self.lines = [line for line in read_metrics(run) if line["step"] <= step]
         self.notes = [line for line in read_metrics(run, "validation.jsonl") if line["step"] <= step]
-        # Seconds go on where they stopped, so that the curve over time has no fold.
+        # Seconds continue where they stopped, so that curves over time have no fold.
         self.seconds = self.lines[-1]["seconds"] if self.lines else 0.0
         self.flush()
 
     def add(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Append a record, on a local disk at once; `flush` does it on an object store."""
+        """Append a record. A local disk has it immediately, an object store after `flush`."""
         record = record | {"seconds": record["seconds"] + self.seconds}
         self.lines.append(record)
         if storage.is_local(self.address):
@@ -32,7 +32,7 @@ class Metrics:
         return record
 
     def note(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Keep what a validation found."""
+        """Add the record of a validation."""
         self.notes.append(record)
         self._write(self.notes, self.notes_address)
         return record

@@ -75,11 +75,11 @@ class Run:
         return self.section() if storage.exists(storage.join(self.folder, "plan.json")) else {}
 
     def validated(self, step: int) -> str:
-        """The address of the pictures of a validation."""
+        """The URL of the images of a validation."""
         return storage.join(self.folder, "validation", f"{step:07d}.png")
 
     def lineage(self) -> dict[str, Any]:
-        """What the run is made from: the folders of data, database and neighbours, and what was in them."""
+        """The inputs of the run: the folders of data, database and neighbors, with their digests."""
         try:
             plan = self._read_plan()
             return plan["section"].get("lineage") or plan.get("inputs", {})
@@ -88,11 +88,11 @@ class Run:
 
     @property
     def fault_address(self) -> str:
-        """Where it says what ended the run for good, until it is started again."""
+        """The file with the error that ended the run, until it is started again."""
         return storage.join(self.folder, "fault.json")
 
     def fault(self) -> dict[str, Any] | None:
-        """What ended the run for good, if anything did: kind, message, launch and time."""
+        """The error that ended the run: kind, message, launch and time. None: there is none."""
         try:
             return check_shape(storage.read_json(self.fault_address), self.fault_address, _FAULT,
                                "remove the file; the run says again what is wrong")
@@ -100,12 +100,12 @@ class Run:
             return None
 
     def mend(self) -> None:
-        """Forget what ended the run: it is started again."""
+        """Remove the error that ended the run, because it is started again."""
         storage.remove(self.fault_address)
 
     @contextlib.contextmanager
     def telling(self, launch: str = "") -> Iterator[None]:
-        """Write down an error that will come again, for this launch and for whoever watches."""
+        """Record an error that a retry would repeat, for this launch and for `status`."""
         try:
             yield
         except tuple(HOPELESS.values()) as error:

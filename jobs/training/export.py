@@ -1,4 +1,4 @@
-"""A trained network in a folder to be carried about, and such a folder as a run to draw with."""
+"""Export a trained network to a folder, and import such a folder as a run for sampling."""
 
 import json
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def export_weights(run: Run, step: int, out: Path) -> dict[str, Any]:
 
 
 class Import(Stage):
-    """The stage from such a folder to runs/<run>: a checkpoint to draw with and, where it has one, first_stage/."""
+    """The stage from such a folder to runs/<run>: a checkpoint for sampling, and first_stage/ if it has one."""
 
     name = "import"
 

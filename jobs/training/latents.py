@@ -96,7 +96,7 @@ class Latents(Stage):
                              f"hint: shard with --resize center_crop")
         source = self.config.first_stage
         stage = open_first_stage(source)
-        # A process of Ray Train's has a working folder of its own: a relative path leads nowhere there.
+        # A process of Ray Train has another working folder, so a relative path would be wrong there.
         source = os.path.abspath(source) if os.path.isdir(source) else source
         return Output(info={"first_stage": describe_first_stage(stage, source, records[0]["info"]["scale"]),
                             "shape": list(shapes.pop()) if shapes else None})
@@ -131,7 +131,7 @@ def _decode_all(images: Sequence[bytes]) -> np.ndarray:
 
 
 def _encode_latents(stage: FirstStage, pictures: np.ndarray, scale: float, flips: bool) -> np.ndarray:
-    """Latents (B, A, C, h, w) float16 of pictures (B, H, W, 3) uint8."""
+    """Latents (B, A, C, h, w) float16 of images (B, H, W, 3) uint8."""
     def encode(batch: np.ndarray, _: int) -> np.ndarray:
         x = (torch.from_numpy(batch).permute(0, 3, 1, 2).to(stage.device).float() / 127.5 - 1).contiguous()
         kinds = [x, x.flip(-1)] if flips else [x]

@@ -83,12 +83,12 @@ class Training(Stage):
             raise ValueError(f"the network takes vectors of {self.job.config.unet.context_dim}, "
                              f"{self.job.database.label} has vectors of {dim}\nhint: --context-dim {dim}")
         if self.job.latents and self.job.config.image_size:
-            raise ValueError("--image-size is for pictures: latents have the size that they were made with")
+            raise ValueError("--image-size is for pixels: latents have the size that they were made with")
         unet, shape = self.job.config.unet, (3, 0, 0)
         if self.job.latents:
             shape = self.job.dataset.manifest("latents")["info"]["shape"][1:]
         if unet.in_channels != shape[0] or any(side % unet.stride for side in shape[1:]):
-            what = f"latents of {' x '.join(map(str, shape))}" if self.job.latents else "pictures of 3 channels"
+            what = f"latents of {' x '.join(map(str, shape))}" if self.job.latents else "images of 3 channels"
             raise ValueError(f"the network takes {unet.in_channels} channels and sides that divide by {unet.stride}, "
                              f"{self.job.dataset.label} has {what}\nhint: --in-channels, --out-channels and --patch; "
                              f"--latents trains on latents")
@@ -105,7 +105,7 @@ class Training(Stage):
         database, k = self.job.database.label, self.job.config.k
         there = dataset.manifest(f"neighbors/{database}")["info"]["k"]
         if there < k:
-            raise ValueError(f"{dataset.label} has {there} neighbours of each sample, the run takes {k}\n"
+            raise ValueError(f"{dataset.label} has {there} neighbors of each sample, the run takes {k}\n"
                              f"hint: python -m jobs neighbors {dataset.label} --database {database} --k {k} "
                              f"--overwrite")
 

@@ -158,7 +158,7 @@ class Validation:
 
 
 def _warn_not_decodable(error: Exception) -> None:
-    _log.warning("train: validation draws no pictures, for latents cannot be decoded here; losses go on: %s",
+    _log.warning("train: validation samples no images, because latents cannot be decoded here; losses continue: %s",
                  str(error).splitlines()[0])
 
 

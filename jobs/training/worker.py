@@ -161,8 +161,8 @@ def _newest_complete_step(run: Run) -> int:
         try:
             run.fetch(step)
         except (ValueError, FileNotFoundError) as error:
-            _log.warning("train: checkpoint %d of the run %s cannot be used, the one before is taken, or the run "
-                         "begins anew: %s", step, run.name, str(error).splitlines()[0])
+            _log.warning("train: checkpoint %d of the run %s cannot be used; the run continues from an earlier one, or "
+                         "starts again: %s", step, run.name, str(error).splitlines()[0])
             run.discard(step)
         else:
             return step

@@ -116,7 +116,7 @@ def test_what_is_not_asked_is_not_drawn(root: Path, capsys: pytest.CaptureFixtur
     assert "databases swapped" in part and "the prompt names the style" not in part
     capsys.readouterr()
     assert _evaluate(root, "--ways", "text", "--no-text", "--sweep-k", "--sweep-guidance") == 2
-    assert "nothing is asked" in capsys.readouterr().err
+    assert "no way and no sweep is requested" in capsys.readouterr().err
 
 
 def test_neither_the_number_of_workers_nor_a_second_run_changes_anything(root: Path, cluster) -> None:

@@ -249,7 +249,7 @@ def test_without_its_first_stage_a_run_goes_on_and_says_so_once(
     shutil.copytree(root / "datasets/drawn", root / "datasets/other")
     shutil.rmtree(folder)
     assert train_in_processes(_job(root, "blind", "drawn"))
-    assert caplog.text.count("validation draws no pictures") == 1 and str(folder) in caplog.text
+    assert caplog.text.count("validation samples no images") == 1 and str(folder) in caplog.text
     assert [line["step"] for line in read_metrics(Run.parse(str(root), "blind"), "validation.jsonl")] == [1, 2]
     assert not (root / "runs/blind/validation").exists()
     assert main(["report", "--root", str(root)]) == 0

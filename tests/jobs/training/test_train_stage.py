@@ -252,7 +252,7 @@ def test_too_few_neighbours_are_seen_before_anything_starts(root: Path, capsys: 
         command = ["train", "run", "--dataset", name, "--database", "drawn", *validation_flags, "--root", str(root),
                    "--config", str(root / "settings.toml")]
         assert main(command) == 2
-        assert "few has 3 neighbours of each sample, the run takes 4" in capsys.readouterr().err
+        assert "few has 3 neighbors of each sample, the run takes 4" in capsys.readouterr().err
     assert not (root / "runs/run").exists()
 
 
