@@ -51,8 +51,10 @@ def _render(root: RootContents, run: Run, folder: str, entries: list[dict[str, A
         chosen = [entry for request in nearest[:_MOST_IMAGES] for entry in request]
         groups = [("", [(queries.query_title(entry), entry) for entry in chosen])]
     else:
-        groups = [(queries.query_title(request[0]), [(entry["database"], entry) for entry in request[:_MOST_IMAGES]])
-                  for request in nearest[:_REQUESTS]]
+        # A prompt may have several requests, each with its own noise. The nearest of them stands for it.
+        by_title = {queries.query_title(request[0]): request for request in reversed(nearest)}
+        groups = [(title, [(entry["database"], entry) for entry in request[:_MOST_IMAGES]])
+                  for title, request in list(reversed(by_title.items()))[:_REQUESTS]]
     data = read_images(folder, [entry | {"neighbors": []} for _, tiles in groups for _, entry in tiles])
     rows = [(title, [(label, _tile(entry, data[entry["file"]], album)) for label, entry in tiles])
             for title, tiles in groups]

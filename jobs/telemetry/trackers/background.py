@@ -71,7 +71,7 @@ class BackgroundTracker(ABC):
         _, unfinished = wait([self._thread.submit(self._end, summary or {}, state)], _CLOSE_SECONDS)
         self._thread.shutdown(wait=False, cancel_futures=True)
         if self._waiting or unfinished:
-            _log.warning("%s: %d records of %s were not tracked: %s\nhint: a resumed training run reports them again",
+            _log.warning("%s: %d records of %s were not tracked: %s. A resumed training run reports them again.",
                          self.name, len(self._waiting), self.subject.title,
                          self._failure or f"no answer within {_CLOSE_SECONDS:.0f} s")
 
