@@ -15,7 +15,7 @@ _WIDTH = 100
 
 @dataclass(frozen=True)
 class Starter:
-    """What the file of a purpose begins with."""
+    """The file of a purpose."""
 
     summary: str
     recipe: str

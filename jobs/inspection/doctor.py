@@ -1,6 +1,6 @@
 """`doctor`: what works on this machine, and the cure for what does not.
 
-Each check runs in a thread. What imports torch or Ray runs in a process of its own, which may crash or be ended.
+Each check runs in a thread. Checks of torch, Ray and the store run in separate processes, which may crash or hang.
 """
 
 import os
@@ -65,7 +65,7 @@ class Check:
     state: Literal["ok", "warning", "failed"]
     detail: str
     cure: str = ""
-    """A command or setting that mends it."""
+    """A command or setting that fixes it."""
 
     def document(self) -> dict[str, Any]:
         """The result as JSON."""
@@ -104,7 +104,7 @@ def check_packages(requirements: list[str] | None = None, python: str = "") -> C
 
 
 def _project_requirements() -> tuple[list[str], str]:
-    """What the project needs: as it was installed, or of the folder that it runs from."""
+    """The requirements of the project, and of Python: of the folder that it runs from, or as it was installed."""
     project = _CODE / "pyproject.toml"
     if project.is_file():
         about = tomllib.loads(project.read_text())["project"]
@@ -282,7 +282,7 @@ def check_index() -> Check:
     if not code:
         return Check("network", "ok", "pip reaches its package index")
     reason = "pip is not installed" if "No module named pip" in text else "pip does not reach its package index"
-    return Check("network", "warning", reason, "PIP_INDEX_URL or HTTPS_PROXY; work that is installed goes on offline")
+    return Check("network", "warning", reason, "PIP_INDEX_URL or HTTPS_PROXY; the installed program works offline")
 
 
 def _run_python(code: str) -> tuple[int, str]:
