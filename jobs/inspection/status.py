@@ -32,7 +32,9 @@ def read_status(root: str) -> list[dict[str, Any]]:
     """Every stage below `root` with its state: absent, planned, i of n, sealed, stale or damaged.
 
     Stale means that an input was rebuilt since, and has other content now; damaged, that a plan or
-    manifest cannot be read.
+    manifest cannot be read; failed, that a run ended with an error that will come again. `published` tells whether
+    the version of a dataset is the published one. The table, the live table, the metrics and the report show these
+    states.
     """
     states = []
     for path in _paths(root):
@@ -40,14 +42,16 @@ def read_status(root: str) -> list[dict[str, Any]]:
             states.append({"path": path, **_state(root, path)})
         except (ValueError, NotADirectoryError, IsADirectoryError) as error:
             states.append({"path": path, "state": "damaged", "error": str(error).splitlines()[0]})
-    return states
+    published = {f"datasets/{name}/{pointer['version']}" for name, pointer in read_published(root).items()}
+    return [state | {"published": "/".join(state["path"].split("/")[:3]) in published} for state in states]
 
 
 def status_table(root: str, states: list[dict[str, Any]]) -> str:
     """The states below a root as text, a line each."""
     if not states:
         return f"nothing here yet: {storage.redact_credentials(root)} has no datasets and no runs"
-    return tables.render([[state["path"], state["state"], _detail(state)] for state in states])
+    return tables.render([[state["path"], state["state"], "; ".join(filter(None, (
+        "published" if state.get("published") else "", _detail(state))))] for state in states])
 
 
 def read_published(root: str) -> dict[str, dict[str, Any]]:
@@ -141,8 +145,9 @@ def _state(root: str, path: str) -> dict[str, Any]:
         if plan["stage"] == "train":
             run = Run(root, path.split("/")[1])
             steps = run.steps()
-            state = f"at step {steps[-1]}" if steps else "planned"
-            about |= {"dataset": _dataset(plan), "curve": _last(read_metrics(run)), "fault": run.fault()}
+            fault = run.fault()
+            state = "failed" if fault else f"at step {steps[-1]}" if steps else "planned"
+            about |= {"dataset": _dataset(plan), "curve": _last(read_metrics(run)), "fault": fault}
         return about | {"state": "stale" if changed else state, "changed": changed, "failed": failed}
     sealed = about | {"state": "stale" if changed else "sealed", "changed": changed,
                       **{key: manifest["totals"][key] for key in ("samples", "bytes", "skipped", "noted")},
@@ -173,10 +178,14 @@ def _detail(state: dict[str, Any]) -> str:
             progress_bar.describe_devices(state.get("devices", {})),
             progress_bar.describe_retired(state.get("retired", []))]))
     said = [f"{state['failed']} failed"] if state.get("failed") else []
+    if fault := state.get("fault"):
+        said.append((fault["message"].splitlines() or [fault["kind"]])[0])
     if now := state.get("progress"):
         # Of a driver that is gone the records tell, and its last word does not.
         seconds = seconds_silent(now)
-        said.append(f"nothing heard for {round(seconds / 60)} min" if seconds else progress_bar.describe_progress(now))
+        said.append(f"nothing heard for {round(seconds / 60)} min" if seconds else
+                    f"{progress_bar.describe_steps(now)}, {progress_bar.describe_pace(now)}" if "of_steps" in now else
+                    progress_bar.describe_progress(now))
         said += [progress_bar.describe_devices(now.get("devices", {})),
                  progress_bar.describe_retired(now.get("retired", []))]
     return "; ".join(filter(None, said))

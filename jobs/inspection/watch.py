@@ -67,8 +67,10 @@ def _stage_row(state: dict[str, Any]) -> dict[str, Any]:
     if curve:
         rate = curve.get("samples_per_s")
         row |= {"step": curve["step"], "loss": curve.get("loss"), "rate": None if rate is None else round(rate, 1)}
+    if now and "of_steps" in now:
+        row |= {"step": now["step"], "loss": now.get("loss")} | ({} if silent else {"rate": now["rows_per_s"]})
     if fault := state.get("fault"):
-        row |= {"state": "failed", "error": (fault["message"].splitlines() or [fault["kind"]])[0]}
+        row |= {"error": (fault["message"].splitlines() or [fault["kind"]])[0]}
     return row
 
 
@@ -87,7 +89,7 @@ def snapshot_text(now: dict[str, Any]) -> str:
     clock = time.strftime("%H:%M:%S", time.localtime(now["time"]))
     what = "" if now["stages"] else "\nnothing here yet"
     wrong = f"\ncannot be read since then: {now['error']}" if now.get("error") else ""
-    return f"{now['root']} at {clock}{wrong}\n\n" + tables.render(lines, head=_HEAD, fold=False) + what
+    return f"{now['root']} at {clock}{wrong}\n\n" + tables.render(lines, head=_HEAD) + what
 
 
 def _published_cells(name: str, pointer: dict[str, Any]) -> tuple[str, ...]:
