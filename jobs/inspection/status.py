@@ -29,12 +29,14 @@ _CHECKS = {"plan.json": check_plan, "manifest.json": check_sealed}
 
 
 def read_status(root: str) -> list[dict[str, Any]]:
-    """Every stage below `root` with its state: absent, planned, i of n, sealed, stale or damaged.
+    """Every stage below `root` with its state: absent, planned, i of n, sealed, stale, failed or damaged.
 
-    Stale means that an input was rebuilt since, and has other content now; damaged, that a plan or
-    manifest cannot be read; failed, that a run ended with an error that will come again. `published` tells whether
-    the version of a dataset is the published one. The table, the live table, the metrics and the report show these
-    states.
+    * stale: an input was rebuilt since, and has other content now.
+    * damaged: a plan or manifest cannot be read.
+    * failed: a run ended with an error that will come again.
+
+    `published`: whether the version of a dataset is the published one. The table, the live table, the metrics and the
+    report show these states.
     """
     states = []
     for path in _paths(root):
