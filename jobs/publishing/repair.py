@@ -4,7 +4,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from jobs.publishing.forget import apply_takedowns, require_requests
 from jobs.publishing.whole_versions import find_false_entries, find_false_facts, find_fault, find_way_back
@@ -90,7 +90,7 @@ def _close_history(current: Published, *, dry_run: bool) -> dict[str, Any]:
                      "again", current.name, ", ".join(lost))
     if not dry_run:
         if not current.sign_again(repaired=True, **find_false_facts(current, current.document)):
-            raise _superseded(current.name)
+            _refuse_superseded(current.name)
         _remove(damaged)
         for url, facts in false.items():
             if entry := current.entries.get(url):  # the pointer is replaced already
@@ -129,12 +129,12 @@ def _sign(current: Published, fault: str, *, dry_run: bool) -> str:
         raise ValueError(f"{current.name}@{current.version} is not signed, for it is not whole: {fault}\n"
                          f"hint: {find_way_back(current)}")
     if not dry_run and not current.sign_again():
-        raise _superseded(current.name)
+        _refuse_superseded(current.name)
     return "signed"
 
 
-def _superseded(name: str) -> StageFailed:
-    return StageFailed(f"another command published a version of {name} meanwhile\nhint: python -m jobs versions {name}")
+def _refuse_superseded(name: str) -> NoReturn:
+    raise StageFailed(f"another command published a version of {name} meanwhile\nhint: python -m jobs versions {name}")
 
 
 def _remove(urls: list[str]) -> None:
@@ -173,7 +173,7 @@ def _restore_pointer(root: str, name: str, keys: ReleaseKeys, *, accepted: bool,
         return report
     damaged = current.damaged_history()
     if not current.replace(after):
-        raise _superseded(name)
+        _refuse_superseded(name)
     _remove(damaged)
     return report
 

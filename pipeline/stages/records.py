@@ -126,7 +126,8 @@ def table(done: Iterable[dict[str, Any]]) -> pa.Table:
 def _record(row: dict[str, Any]) -> dict[str, Any]:
     if wrong := [file["name"] for file in row["files"]
                  if not (storage.is_file_name(file["name"]) or storage.is_whole_address(file["name"]))]:
-        raise ValueError(f"the file {wrong[0]!r} of record {row['id']!r} does not lie in the dataset")
+        raise ValueError(f"the file {wrong[0]!r} of record {row['id']!r} does not lie in the dataset\n"
+                         f"hint: python -m jobs verify")
     return row | {"skipped": dict(row["skipped"]), "noted": dict(row["noted"]),
                   "info": json.loads(row["info"]), "run": json.loads(row["run"])}
 
