@@ -15,6 +15,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 from urllib.parse import quote
 
+import pyarrow as pa
+
 from pipeline.tables.cells import cell_text
 
 _FIELD = re.compile(r"\{([^{}]+)\}")
@@ -29,6 +31,26 @@ def find_roots(expression: str, names: Collection[str]) -> list[str]:
         roots = [_root(field, names) for field in fields]
         return roots if all(roots) else []
     return [root for path in expression.split(";") if (root := _root(path.strip(), names))]
+
+
+def find_dead_path(expression: str, types: Mapping[str, pa.DataType]) -> str:
+    """The first path of an expression that no cell of these types can have, "" if each may have a value."""
+    if expression in types:
+        return ""
+    paths = _FIELD.findall(expression) or [path.strip() for path in expression.split(";")]
+    return next((path for path in paths if (root := _root(path, types)) and not _may_hold(
+        types[root], path[len(root) + 1:].split(".") if len(path) > len(root) else [])), "")
+
+
+def _may_hold(kind: pa.DataType, parts: list[str]) -> bool:
+    """Whether a cell of a type may have a value at a path. Objects may be in cells of text."""
+    if not parts:
+        return True
+    if pa.types.is_struct(kind):
+        return kind.get_field_index(parts[0]) >= 0 and _may_hold(kind.field(parts[0]).type, parts[1:])
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _may_hold(kind.value_type, parts[1:] if parts[0].isdecimal() else parts)
+    return not (pa.types.is_primitive(kind) or pa.types.is_boolean(kind))
 
 
 def cell_at(cells: Mapping[str, Any], expression: str) -> Any:

@@ -52,6 +52,8 @@ class Columns:
     """The column that tells of rows without an image."""
     caption_missing: bool = False
     """Whether other files of the list have captions, and this one has none."""
+    caption_expected: bool = False
+    """Whether a setting names the caption, or a path or a template builds it: rows without one are noted."""
     layout: Layout | None = None
     added: tuple[tuple[str, str], ...] = ()
     """Columns that the layout adds to those of the file: (name, expression)."""
@@ -102,7 +104,9 @@ def choose_columns(schema: pa.Schema, address: str, config: ShardConfig, first: 
     others = tuple(name for name in types if name not in {url, image, digest})
     return Columns(url or image, kind, caption, digest if digest in types else "", frozenset(whole), others,
                    img2dataset.STATUS if is_output and not config.fetch_failed else "",
-                   bool(first and first.caption and not caption), layout if layout.name else None, added)
+                   bool(first and first.caption and not caption),
+                   bool(caption) and (bool(config.caption_column) or caption not in types),
+                   layout if layout.name else None, added)
 
 
 def _check_settings(config: ShardConfig, names: list[str], address: str, *, is_first: bool) -> None:
@@ -154,10 +158,11 @@ def make_row(number: int, read: TableRow, columns: Columns) -> Row:
     added = {name: cell_text(cell_at(cells, path)) or None for name, path in columns.added if name not in cells}
     for name in columns.not_stored:
         cells.pop(name, None)
-    if columns.caption_missing:
+    caption = cell_text(caption_cell)
+    if columns.caption_missing or (columns.caption_expected and not caption.strip()):
         remarks.append("caption_missing")
     digest, unreadable = _parse_digest(cells.get(columns.digest)) if columns.digest else ("", [])
-    row = Row(number, "", cell_text(caption_cell), json_cells(cells | added), digest, [*remarks, *unreadable])
+    row = Row(number, "", caption, json_cells(cells | added), digest, [*remarks, *unreadable])
     if columns.kind == "url":
         row.name = cell_text(cell).strip()
         row.missing = "" if row.name else "the list has no address here"

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 from abc import abstractmethod
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -57,8 +58,14 @@ class ListSource(Source):
     def _first_columns(self) -> Columns:
         """The columns of the first file that has rows."""
 
-    def _choose_columns(self, schema: pa.Schema, address: str, first: Columns | None = None) -> Columns:
-        return choose_columns(self._with_partitions(schema, address), address, self.config, first, self.text_kinds)
+    def _choose_columns(self, schema: pa.Schema, address: str, first: Columns | None = None,
+                        before: Columns | None = None) -> Columns:
+        """The columns of a file. `first`: those of the list; `before`: those of earlier rows, with the same image."""
+        config = self.config
+        if before:
+            config = (replace(config, url_column=before.image) if before.kind == "url" else
+                      replace(config, image_column=before.image))
+        return choose_columns(self._with_partitions(schema, address), address, config, first, self.text_kinds)
 
     def _with_partitions(self, schema: pa.Schema, address: str) -> pa.Schema:
         """A schema with the columns that the folders of a file add to its own."""

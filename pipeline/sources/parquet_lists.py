@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.layouts.column_paths import find_dead_path
 from pipeline.rows.column_types import ColumnTypes
 from pipeline.rows.rows import Part, ReadReport, Row, split_remark
 from pipeline.sources.list_columns import Columns, make_row, text_candidates
@@ -106,6 +107,7 @@ class ParquetLists(ListSource):
         for address, schema in self._distinct_schemas():
             self._find_text_kinds(address, schema)
         columns = self._choose_columns(self._schemas[self.addresses[0]], self.addresses[0])
+        self._check_paths()
         captions = []
         for address, schema in self._distinct_schemas():
             captions.append(self._choose_columns(schema, address, columns).caption)
@@ -117,6 +119,15 @@ class ParquetLists(ListSource):
         columns = replace(columns, caption=columns.caption or next(filter(None, captions), ""))
         self._text_columns = self._find_text_columns(columns)
         return columns
+
+    def _check_paths(self) -> None:
+        """ValueError if a setting has a path that no file of the list can have."""
+        for setting in ("url_column", "caption_column"):
+            dead = [find_dead_path(getattr(self.config, setting), dict(zip(schema.names, schema.types, strict=True)))
+                    for _, schema in self._distinct_schemas()]
+            if all(dead):
+                fields = ", ".join(f"{field.name} ({field.type})" for field in self._schemas[self.addresses[0]])
+                raise ValueError(f"{self.addresses[0]} has no field {dead[0]} ({setting})\nhint: it has {fields}")
 
     def _distinct_schemas(self) -> list[tuple[str, pa.Schema]]:
         """Each schema of the files, and the first file that has it."""

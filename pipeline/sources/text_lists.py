@@ -50,26 +50,24 @@ class TextLists(ListSource):
         for name, kind in self.partitions.items():
             types.add(name, kind)
         for address in self.addresses:
-            columns = None
-            for batch in self._batches(address):
-                columns = columns or self._columns_of(batch, address)
+            for batch, columns in self._batches_with_columns(address):
                 for name, _ in columns.added:
                     types.add(name, "string")
                 for row in batch:
                     types.add_row({name: cell for name, cell in row.cells.items()
                                    if name not in columns.not_stored or isinstance(cell, list | dict)})
                 # All cells of these are text, so one row tells the types.
-                if table_kind(address) in {"csv", "tsv", "txt"} and any(row.cells for row in batch):
+                if not _may_grow(address, batch) and any(row.cells for row in batch):
                     break
         return types.by_column()
 
     def parts(self) -> Iterator[Part]:
         need, number, position, filtered = self.config.rows_per_shard, 0, 0, 0
         chosen: list[Row] = []
+        has_caption = self.config.caption_column in {"", *self.columns.others}
         for address in self.addresses:
-            columns = None
-            for batch in self._batches(address):
-                columns = columns or self._columns_of(batch, address)
+            before = position
+            for batch, columns in self._batches_with_columns(address):
                 for read, passes in zip(batch, self._mask(batch), strict=True):
                     if not passes:
                         filtered += 1
@@ -78,7 +76,13 @@ class TextLists(ListSource):
                             yield write_rows(chosen, number, need, {"filtered": filtered})
                             chosen, number, filtered = [], number + 1, 0
                         chosen.append(make_row(position, read, columns))
+                        has_caption = has_caption or bool(chosen[-1].caption)
                     position += 1
+            if position == before:
+                _log.warning("%s holds no rows", address)
+        if chosen and not has_caption:
+            raise ValueError(f"{self.addresses[0]}: none of {position} rows has a text at {self.config.caption_column} "
+                             f"(caption_column)\nhint: the columns are {', '.join(self.columns.others)}")
         if chosen:
             yield write_rows(chosen, number, len(chosen), {"filtered": filtered})
         elif position:
@@ -92,39 +96,67 @@ class TextLists(ListSource):
 
     def _first_columns(self) -> Columns:
         for address in self.addresses:
-            batch = next(self._batches(address), [])
-            if batch:
-                schema = _schema(batch)
-                for name in text_candidates(schema):
-                    text = next((cell for row in batch if isinstance(cell := row.cells.get(name), str) and cell), "")
-                    self.text_kinds |= {name: kind} if (kind := text_kind(text)) else {}
-                columns = self._choose_columns(schema, address)
-                if not columns.caption:
-                    columns = replace(columns, caption=self._later_caption(columns))
-                if self.where:
-                    missing = [name for name in self.where.columns if name not in schema.names
-                               and self._other_file_has(name)]
-                    try:
-                        empty = _table(batch, list(dict.fromkeys([*schema.names, *missing]))).slice(0, 0)
-                        self.where.check(self.where.cast(empty).schema)
-                    except ValueError as error:
-                        raise ValueError(f"{address}: {error}") from error
-                return columns
+            if (found := self._look_for_columns(address, None)) is None:
+                continue
+            columns, schema = found
+            if not columns.caption:
+                columns = replace(columns, caption=self._later_caption(columns))
+            if self.where:
+                missing = [pa.field(name, pa.null()) for name in self.where.columns if name not in schema.names
+                           and self._other_file_has(name)]
+                try:
+                    self.where.check(self.where.cast(pa.schema([*schema, *missing]).empty_table()).schema)
+                except ValueError as error:
+                    raise ValueError(f"{address}: {error}") from error
+            return columns
         raise ValueError(f"{self.addresses[0]} holds no rows")
 
+    def _look_for_columns(self, address: str, first: Columns | None) -> tuple[Columns, pa.Schema] | None:
+        """The columns of a file and what its rows have, None without rows.
+
+        The first rows tell. In JSON, the search goes on for a caption and for the columns that settings name.
+        """
+        schema, columns, problem = pa.schema([]), None, None
+        for batch in self._batches(address):
+            schema = _merge_schemas(schema, _schema(batch))
+            for name in text_candidates(schema):
+                text = next((cell for row in batch if isinstance(cell := row.cells.get(name), str) and cell), "")
+                self.text_kinds |= {name: kind} if (kind := text_kind(text)) else {}
+            try:
+                columns = self._choose_columns(schema, address, first)
+            except ValueError as error:
+                problem = error
+            is_complete = columns and columns.caption and set(self.where.columns if self.where else ()) <= {
+                *schema.names}
+            if is_complete or not _may_grow(address, batch):
+                break
+        if columns is None and problem:
+            raise problem
+        return (columns, schema) if columns else None
+
     def _later_caption(self, first: Columns) -> str:
-        """The caption column of the first file that has one."""
-        batches = ((address, next(self._batches(address), [])) for address in self.addresses[1:])
-        captions = (self._choose_columns(_schema(batch), address, first).caption for address, batch in batches if batch)
-        return next(filter(None, captions), "")
+        """The caption column of the first of the later files that has one."""
+        columns = (self._look_for_columns(address, first) for address in self.addresses[1:])
+        return next((each[0].caption for each in columns if each and each[0].caption), "")
 
     def _other_file_has(self, name: str) -> bool:
         return any(name in row.cells for address in self.addresses[1:] for row in next(self._batches(address), []))
 
-    def _columns_of(self, batch: list[TableRow], address: str) -> Columns:
-        """The columns of a file by its first rows."""
-        first = getattr(self, "columns", None)
-        return self._choose_columns(_schema(batch), address, first)
+    def _batches_with_columns(self, address: str) -> Iterator[tuple[list[TableRow], Columns]]:
+        """The rows of a file and what its columns are. Objects of JSON may have other names in later rows."""
+        schema, columns = pa.schema([]), None
+        known: dict[str, None] = {}
+        for batch in self._batches(address):
+            if columns is None or (_may_grow(address, batch) and any(row.cells.keys() - known.keys() for row in batch)):
+                schema = _merge_schemas(schema, _schema(batch))
+                known = dict.fromkeys(schema.names)
+                try:
+                    columns = self._choose_columns(schema, address, self.columns, columns)
+                except ValueError:
+                    found = None if columns else self._look_for_columns(address, self.columns)
+                    columns = found[0] if found else columns
+                    assert columns
+            yield batch, columns
 
     def _batches(self, address: str) -> Iterator[list[TableRow]]:
         """The rows of a file, with the cells that its folders add; ValueError if none of the first can be read."""
@@ -173,6 +205,19 @@ def _check_batch(batch: Sequence[TableRow], address: str) -> None:
             for row in batch):
         raise ValueError(f"{address} has no URL in its first {len(batch)} lines\n"
                          f"hint: a .txt list has a URL in each line; --columns names the columns of one with tabs")
+
+
+def _may_grow(address: str, batch: Sequence[TableRow]) -> bool:
+    """Whether later rows of a file may have columns that those of a batch do not have, as in JSON."""
+    kind = table_kind(address)
+    return kind not in {"csv", "tsv"} and not (kind == "txt" and all(row.cells.keys() <= {"url"} for row in batch))
+
+
+def _merge_schemas(first: pa.Schema, more: pa.Schema) -> pa.Schema:
+    """The columns of both. The first type of a column that is not null counts."""
+    types = {field.name: field for field in more} | {field.name: field for field in first
+                                                     if not pa.types.is_null(field.type)}
+    return pa.schema([types[name] for name in dict.fromkeys([*first.names, *more.names])])
 
 
 def _schema(batch: Sequence[TableRow]) -> pa.Schema:

@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.datasets.dataset import Dataset
+from pipeline.rows.rows import parse_row
 from pipeline.shards.shard import Shard
 from pipeline.sources.config import ShardConfig
+from pipeline.sources.detect import open_source
 from tests.pipeline.shards.test_shard import ledger, table
 from tests.pipeline.sources.list_datasets import PICTURES, open_path, read_back, shard_source, write_list
 from tests.pipeline.sources.test_tars import write_tar
@@ -214,3 +216,48 @@ def test_tables_of_captions_are_read_alike(tmp_path):
     (folder / "captions.csv").write_text(f"file,caption\n0.png,{long}\n")
     dataset, manifest = shard_source(tmp_path / "long", folder)
     assert table(dataset, manifest)[0]["caption"] == long
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "b.jsonl"])
+def test_captions_and_hashes_may_begin_after_many_rows(tmp_path, name):
+    rows = [{"url": f"http://h/{number}.png"} | ({"caption": f"{number}", "md5": f"{number:032x}"} if number > 1030 else
+                                                 {"note": {"a": 1}}) for number in range(1040)]
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / name).write_text(f"[{','.join(lines)}]" if name == "a.json" else "\n".join(lines))
+    addresses = [str(tmp_path / name)]
+    if name == "b.jsonl":
+        (tmp_path / "a.jsonl").write_text('{"url": "http://h/first.png"}\n')
+        addresses.insert(0, str(tmp_path / "a.jsonl"))
+    source = open_source(ShardConfig(source=tuple(addresses), samples_per_shard=2000))
+    read = [parse_row(line) for part in source.parts() for line in part.carries[0][1].splitlines()][len(addresses) - 1:]
+    assert [row.caption for row in read] == [row.get("caption", "") for row in rows]
+    assert [row.digest for row in read] == [row.get("md5", "") for row in rows]
+    assert "caption" not in source.column_types() and not any("caption" in row.columns for row in read)
+    wanted = ShardConfig(source=(addresses[-1],), caption_column="caption", where="caption == '1035'")
+    assert sum(part.inputs["count"] for part in open_source(wanted).parts()) == 1
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_paths_that_no_row_has_are_refused_and_rows_without_a_caption_are_noted(tmp_path, kind):
+    rows = [{"url": f"http://h/{number}.png", "meta": {"title": f"t{number}" if number else None}, "n": "x"}
+            for number in range(3)]
+    path = write_list(tmp_path / f"a.{kind}", [row | {"meta": json.dumps(row["meta"])} if kind == "csv" else row
+                                               for row in rows])
+
+    def read(column):
+        source = open_source(ShardConfig(source=(str(path),), caption_column=column))
+        return [row for part in source.parts() for row in rows_of(source, part, tmp_path / "stage")]
+
+    for column, captions in (("meta.title", ["", "t1", "t2"]), ("{n}: {meta.title}", ["", "x: t1", "x: t2"])):
+        assert [row.caption for row in read(column)] == captions
+        assert [row.remarks for row in read(column)] == [["caption_missing"], [], []]
+    for column in ("meta.nope", "{meta.nope} {n}"):
+        with pytest.raises(ValueError, match=r"meta\.nope.*caption_column.*\nhint: "):
+            read(column)
+
+
+def test_an_empty_file_of_a_list_is_named(tmp_path, caplog):
+    (tmp_path / "a.csv").write_text("url\nhttp://h/1.png\n")
+    (tmp_path / "b.csv").write_text("")
+    list(open_source(ShardConfig(source=(str(tmp_path),))).parts())
+    assert "b.csv holds no rows" in caplog.text
