@@ -34,6 +34,8 @@ class Row:
     remarks: list[str] = field(default_factory=list)
     """Entries for the ledger: a reason, or `reason: detail`."""
     caption_file: str = ""
+    later_caption_file: str = ""
+    """The text that counts if the one in `caption_file` is empty."""
     json_file: str = ""
     """JSON beside the image, of which a worker takes the columns and, if there is no other, the caption."""
     missing: str = ""

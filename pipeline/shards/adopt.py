@@ -20,7 +20,7 @@ from pipeline.media.decode import read_size
 from pipeline.media.foreign_tars.packed import compression
 from pipeline.media.foreign_tars.samples import TarFaults, read_foreign_tar
 from pipeline.media.types import BadImage
-from pipeline.rows.rows import json_cells, redact_cells
+from pipeline.rows.rows import json_cells, redact_cells, split_remark
 from pipeline.shards import metadata
 from pipeline.sources.config import ShardConfig
 from pipeline.sources.source import list_source_files
@@ -127,7 +127,8 @@ class Adopt(Stage):
                       external_files=[storage.describe_file(address, path)])
 
     def _meta(self, number: int, sample: dict[str, Any], address: str) -> tuple[dict[str, Any], list[Entry]]:
-        document = sample_metadata(sample)
+        remarks: list[str] = []
+        document = sample_metadata(sample, remarks=remarks)
         suffix = tars.image_suffix(sample)
         key = sample["__key__"]
         if suffix is None:
@@ -148,10 +149,13 @@ class Adopt(Stage):
             entries.append(Entry(key, "unreadable", str(bad), kept=True))
         extra = redact_cells(json_cells(
             {name: value for name, value in document.items() if name not in metadata.COLUMNS}))
+        caption = sample_caption(sample, document, self.config.caption_column, self.config.caption_key,
+                                 remarks=remarks)
+        entries += [Entry(key, *split_remark(remark), kept=True) for remark in remarks]
         hashed = document.get("sha256")
         exif = document.get("exif")
         return extra | {
-            "caption": sample_caption(sample, document, self.config.caption_column, self.config.caption_key),
+            "caption": caption,
             "url": storage.redact_url(replace_surrogates(str(document.get("url") or key))), "key": key,
             "status": metadata.SUCCESS, "error_message": None, "width": width, "height": height,
             "original_width": _number(document.get("original_width")),

@@ -25,7 +25,7 @@ from pipeline.rows.rows import BAD_ROW, Part, ReadReport, Row, hashable_cells, j
 from pipeline.sources.captions import CaptionTables, names_by_stem
 from pipeline.sources.folder_files import FolderFiles, count_text, sort_files, stem_of, suffix_of, usual_accents
 from pipeline.sources.source import Source
-from pipeline.tables.cells import cell_text, parse_json_row
+from pipeline.tables.cells import JsonDecoder, cell_text, decode_text
 from pipeline.tables.parquet_tables import read_schema
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class FolderSource(Source):
         documents = [row.json_file for row in self._rows() if row.json_file]
         step = -(-len(documents) // _SAMPLED_DOCUMENTS) or 1
         for data in storage.map_urls(storage.read_bytes, [storage.join(self.base, name) for name in documents[::step]]):
-            types.add_row(self._split_document(_parse_document(data) or {})[1])
+            types.add_row(self._split_document((_parse_document(data) or ({}, []))[0])[1])
         return types.by_column()
 
     def parts(self) -> Iterator[Part]:
@@ -107,11 +107,14 @@ class FolderSource(Source):
         if row.missing:
             raise BadImage(row.reason or "picture_missing", row.missing)
         try:
-            if row.caption_file:
-                caption = storage.read_bytes(storage.join(self.base, row.caption_file))
-                row.caption = caption.decode("utf-8-sig", "replace").strip()
+            for name in filter(None, (row.caption_file, row.later_caption_file)):
+                if not row.caption:
+                    row.caption, remarks = decode_text(storage.read_bytes(storage.join(self.base, name)), "caption")
+                    row.remarks = [*row.remarks, *remarks]
             if row.json_file:
                 self._add_document(row)
+            if not row.caption and (row.caption_file or row.json_file) and "json_unreadable" not in row.remarks:
+                row.remarks = [*row.remarks, "caption_missing"]
             return storage.read_bytes(storage.join(self.base, row.name))
         except FileNotFoundError:
             raise BadImage("picture_missing", "gone since it was listed") from None
@@ -131,11 +134,10 @@ class FolderSource(Source):
         if document is None:
             row.remarks = [*row.remarks, "json_unreadable"]
             return
-        caption, columns = self._split_document(document)
+        cells, remarks = document
+        caption, columns = self._split_document(cells)
         row.caption = row.caption or caption
-        if not row.caption and not row.caption_file:
-            row.remarks = [*row.remarks, "caption_missing"]
-        row.columns = columns | row.columns
+        row.columns, row.remarks = columns | row.columns, [*row.remarks, *remarks]
 
     def _split_document(self, document: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """The caption in a JSON file beside an image, and the other cells."""
@@ -195,7 +197,8 @@ class FolderSource(Source):
         caption = columns.pop("caption", None) or ""
         remarks = ["caption_twice"] if repeated else []
         stem = stem_of(file or name)
-        caption_file = "" if caption else files.texts.get(stem, "")
+        texts = [] if caption else files.texts.get(stem, [])
+        caption_file, later_caption_file = [*texts, "", ""][:2]
         json_file = files.documents.get(file or name) or files.documents.get(stem, "")
         if listed is None and not caption_file and not json_file and (any_listed or files.has_texts):
             remarks.append("caption_missing")
@@ -207,7 +210,7 @@ class FolderSource(Source):
             columns |= derived
         problem = _NOT_LISTED if file is None else "a link that leads nowhere" if files.images[file] is None else ""
         return Row(number, file or name, caption, columns, remarks=remarks, caption_file=caption_file,
-                   json_file=json_file, missing=problem)
+                   later_caption_file=later_caption_file, json_file=json_file, missing=problem)
 
     def _captions(self, files: FolderFiles, names: set[str]) -> CaptionTables:
         """The captions of all tables: that of the settings, or those in the folder."""
@@ -239,10 +242,13 @@ class FolderSource(Source):
 _NOT_LISTED = "named in the captions, not in the folder"
 
 
-def _parse_document(data: bytes) -> dict[str, Any] | None:
-    """The JSON object beside an image, as cells; None if it is none."""
+def _parse_document(data: bytes) -> tuple[dict[str, Any], list[str]] | None:
+    """The JSON object beside an image, as cells, and remarks on these; None if it is none."""
+    decoder = JsonDecoder()
     try:
-        return json_cells(parse_json_row(data.decode("utf-8-sig")))
+        text = data.decode("utf-8-sig")
+        cells = decoder.parse_row(text)
+        return json_cells(cells), decoder.take_remarks(cells, text)
     except ValueError:
         return None
 

@@ -22,8 +22,8 @@ class FolderFiles:
 
     images: dict[str, int | None] = field(default_factory=dict)
     """Name -> bytes; None: a broken link."""
-    texts: dict[str, str] = field(default_factory=dict)
-    """Name of an image without its suffix -> the text beside it."""
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    """Name of an image without its suffix -> the texts beside it, one of each suffix, in the order of these."""
     documents: dict[str, str] = field(default_factory=dict)
     """Name of an image, with or without its suffix -> the JSON beside it."""
     tables: list[str] = field(default_factory=list)
@@ -64,8 +64,8 @@ def sort_files(listed: Iterable[tuple[str, int | None]]) -> FolderFiles:
             files.shard_tables.append(name)
         else:
             files.ignored[suffix_of(name)] += 1
-    for named in reversed(texts):
-        files.texts |= named
+    for stem, name in (each for named in texts for each in named.items()):
+        files.texts.setdefault(stem, []).append(name)
     for folder in sorted(tables, key=lambda folder: (-folder.count("/") - bool(folder), folder)):
         by_rank = sorted(tables[folder], key=lambda name: _TABLE_RANK[name.rpartition("/")[2]])
         files.tables.append(by_rank[0])

@@ -24,7 +24,7 @@ from pipeline.rows.column_names import find_caption_columns
 from pipeline.rows.column_types import ColumnTypes
 from pipeline.rows.rows import Part, ReadReport, Row, json_cells
 from pipeline.sources.source import PACKED_TARS, Source, parse_row_filter
-from pipeline.tables.cells import cell_text
+from pipeline.tables.cells import JsonDecoder, cell_text, decode_text
 
 if TYPE_CHECKING:
     from pipeline.sources.config import ShardConfig
@@ -34,6 +34,7 @@ _TYPE_MEMBERS, _TYPE_BYTES = 8 * _BATCH, 64 << 20
 """Members, and unpacked bytes, from which the types of columns are read if the tar is not on a local disk."""
 # Largest number of samples of a tar. Rows of tar 3 have the numbers from 3,000,000,000 on, so no driver counts them.
 STEP = 10**9
+_NUMBER = re.compile("-?[0-9]{1,18}")
 
 
 class TarSource(Source):
@@ -138,41 +139,55 @@ def unpacked_tar(path: Path, scratch: Path) -> tuple[Path, str]:
     return scratch / "unpacked.tar", packed.unpack_file(path, scratch / "unpacked.tar")
 
 
-def sample_metadata(sample: dict[str, Any], image: str = "") -> dict[str, Any]:
-    """The JSON of a sample, if it is an object, and the class in its member `cls`. `image`: suffix of the image."""
-    label = {"cls": _label(sample["cls"])} if "cls" in sample else {}
-    return label | (_json_document(sample, image) or {})
+def sample_metadata(sample: dict[str, Any], image: str = "", remarks: list[str] | None = None) -> dict[str, Any]:
+    """The JSON of a sample, if it is an object, and the class in its member `cls`.
+
+    `image`: suffix of the image. `remarks` gets entries for the ledger on cells that change.
+    """
+    document, changed = _json_document(sample, image)
+    label = {}
+    if "cls" in sample:
+        text, label_changed = decode_text(sample["cls"], "cls")
+        label, changed = {"cls": int(text) if _NUMBER.fullmatch(text) else text}, [*changed, *label_changed]
+    if remarks is not None:
+        remarks += changed
+    return label | (document or {})
 
 
 def is_json_unreadable(sample: dict[str, Any], meta: dict[str, Any], image: str = "") -> bool:
     """Whether a sample with the metadata `meta` has JSON that is no object."""
-    return not meta.keys() - {"cls"} and _json_document(sample, image) is None
+    return not meta.keys() - {"cls"} and _json_document(sample, image)[0] is None
 
 
-def _json_document(sample: dict[str, Any], image: str) -> dict[str, Any] | None:
-    data = _member_beside(sample, image, "json")
+def _json_document(sample: dict[str, Any], image: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """The JSON of a sample, None if it is no object, and remarks on its cells."""
+    data, decoder = _member_beside(sample, image, "json"), JsonDecoder()
+    if data is None:
+        return {}, []
     try:
-        document = {} if data is None else json.loads(data)
+        text = data.decode(json.detect_encoding(data), "surrogatepass")
+        document = decoder.decode(text)
     except (ValueError, RecursionError):
-        return None
-    return document if isinstance(document, dict) else None
-
-
-def _label(data: bytes) -> int | str:
-    """The number or the name of a class."""
-    text = data.decode("utf-8", "replace").strip()
-    return int(text) if re.fullmatch("-?[0-9]{1,18}", text) else text
+        return None, []
+    return (document, decoder.take_remarks(document, text)) if isinstance(document, dict) else (None, [])
 
 
 def sample_caption(sample: dict[str, Any], meta: dict[str, Any], column: str = "", key: str = "",
-                   image: str = "") -> str:
-    """The caption of a sample: of the members or the column of the JSON that settings name, else of the usual ones."""
+                   image: str = "", remarks: list[str] | None = None) -> str:
+    """The caption of a sample: of the members or the column of the JSON that settings name, else of the usual ones.
+
+    The first member with a text counts, then the JSON. `remarks` gets an entry for bytes that are not UTF-8.
+    """
     if column:
         return cell_text(meta.get(column))
     members = [sample.get(name) for name in _names(key)] if key else [
         _member_beside(sample, image, suffix) for suffix in CAPTION_SUFFIXES]
-    if (text := next((data for data in members if data is not None), None)) is not None:
-        return text.decode("utf-8-sig", "replace").strip()
+    for data in members:
+        text, changed = decode_text(data or b"", "caption")
+        if text:
+            if remarks is not None:
+                remarks += changed
+            return text
     return "" if key else cell_text(next((meta[name] for name in find_caption_columns(meta) if meta.get(name)), None))
 
 
@@ -186,9 +201,11 @@ class ImageChoice:
     def row(self, number: int, sample: dict[str, Any], *, has_captions: bool) -> Row:
         """The row of a sample. `has_captions`: its tar has members with captions."""
         config, (suffix, missing) = self._config, self._choose(sample)
-        meta = sample_metadata(sample, suffix)
-        caption = sample_caption(sample, meta, config.caption_column, config.caption_key, suffix)
-        remarks = ["caption_missing"] if not caption and (has_captions or config.caption_key) else []
+        remarks: list[str] = []
+        meta = sample_metadata(sample, suffix, remarks)
+        caption = sample_caption(sample, meta, config.caption_column, config.caption_key, suffix, remarks)
+        if not caption and (has_captions or config.caption_key or config.caption_column):
+            remarks.append("caption_missing")
         if is_json_unreadable(sample, meta, suffix):
             remarks.append("json_unreadable")
         return Row(number, cell_text(meta.get("url")) or sample["__key__"], caption,

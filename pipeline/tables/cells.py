@@ -5,11 +5,14 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _LEVELS = 64  # Arrow ends the process at some hundreds
 _FIRST_KEYS = ("en", "text", "caption", "raw", "value")
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 _INFINITIES = {float("inf"), float("-inf")}
 
 
@@ -94,12 +97,47 @@ def first_value(value: Any) -> Any:
     return value
 
 
-def parse_json_row(line: str) -> dict[str, Any]:
-    """A line of JSON as a row; ValueError if it is no object, or has more than 64 levels of brackets."""
+def decode_text(data: bytes, column: str) -> tuple[str, list[str]]:
+    """The text of a file, and a remark if its bytes are not UTF-8; these become U+FFFD."""
     try:
-        return check_json_row(json.loads(line), line)
-    except RecursionError:
-        raise ValueError(f"more than {_LEVELS} levels of brackets") from None
+        return data.decode("utf-8-sig").strip(), []
+    except UnicodeDecodeError:
+        return data.decode("utf-8-sig", "replace").strip(), [f"cell_changed: {column}: bytes that are not UTF-8"]
+
+
+class JsonDecoder:
+    """Decodes JSON and keeps what is lost by that, for the ledger."""
+
+    def __init__(self) -> None:
+        decoder = json.JSONDecoder(object_pairs_hook=self._object)
+        self.decode, self.raw_decode = decoder.decode, decoder.raw_decode
+        self._repeated: list[str] = []
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        cells = dict(pairs)
+        if len(cells) < len(pairs):
+            counts = Counter(name for name, _ in pairs)
+            self._repeated += [name for name, count in counts.items() if count > 1]
+        return cells
+
+    def parse_row(self, text: str) -> dict[str, Any]:
+        """A text as a row; ValueError if it is no object, or has more than 64 levels of brackets."""
+        try:
+            return check_json_row(self.decode(text), text)
+        except RecursionError:
+            raise ValueError(f"more than {_LEVELS} levels of brackets") from None
+
+    def take_remarks(self, cells: Mapping[str, Any], text: str) -> list[str]:
+        """Remarks on a row since the last call: names that an object has twice, and halves of characters."""
+        remarks = [f"cell_changed: {replace_surrogates(name)}: an object has it several times; the last one counts"
+                   for name in self._repeated]
+        self._repeated.clear()
+        if _HALF_CHARACTER.search(text):
+            for name, cell in cells.items():
+                text_of_cell = json.dumps({name: cell}, ensure_ascii=False)
+                if replace_surrogates(text_of_cell) != text_of_cell:
+                    remarks.append(f"cell_changed: {replace_surrogates(name)}: halves of characters")
+        return remarks
 
 
 def check_json_row(row: Any, text: str) -> dict[str, Any]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.tables.cells import TableRow, check_json_row, parse_json_row, replace_surrogates
+from pipeline.tables.cells import JsonDecoder, TableRow, check_json_row, replace_surrogates
 from pipeline.tables.delimited import RepairedLine, encoding_remarks, repair_lines
 
 _LONGEST = 1 << 26  # characters of one value
@@ -14,22 +13,23 @@ _LONGEST = 1 << 26  # characters of one value
 
 def read_json_lines(lines: Iterator[str], file: str) -> Iterator[TableRow]:
     """The objects of lines of JSON. A line that is none is a row that cannot be read."""
-    row_number = 0
+    row_number, decoder = 0, JsonDecoder()
     for number, line in enumerate(repair_lines(lines), 1):
         if not line.strip():
             continue
         row_number += 1
         try:
-            cells = parse_json_row(line)
+            cells = decoder.parse_row(line)
         except ValueError as error:
             yield TableRow({}, (), f"{file}, row {row_number}, line {number}", str(error))
             continue
-        yield _table_row(cells, line)
+        yield _table_row(cells, line, decoder)
 
 
 def read_json_document(pieces: Iterator[str], file: str) -> Iterator[TableRow]:
     """The objects of a JSON file, whose text comes in pieces."""
-    values = _read_values(repair_lines(pieces))
+    decoder = JsonDecoder()
+    values = _read_values(repair_lines(pieces), decoder)
     first = next(values, None)
     if first is None:
         return
@@ -45,18 +45,19 @@ def read_json_document(pieces: Iterator[str], file: str) -> Iterator[TableRow]:
         except ValueError as error:
             yield TableRow({}, (), f"{file}, row {number}", str(error))
             continue
-        yield _table_row(cells, text)
+        yield _table_row(cells, text, decoder)
 
 
-def _table_row(cells: dict[str, Any], text: str) -> TableRow:
+def _table_row(cells: dict[str, Any], text: str, decoder: JsonDecoder) -> TableRow:
+    remarks = decoder.take_remarks(cells, text)
     if "\\u" in text:
         cells = {replace_surrogates(name): cell for name, cell in cells.items()}
-    return TableRow(cells, encoding_remarks(cells) if isinstance(text, RepairedLine) else ())
+    return TableRow(cells, [*remarks, *encoding_remarks(cells)] if isinstance(text, RepairedLine) else remarks)
 
 
-def _read_values(pieces: Iterator[str]) -> Iterator[tuple[Any, str]]:
+def _read_values(pieces: Iterator[str], decoder: JsonDecoder) -> Iterator[tuple[Any, str]]:
     """(value, its text) of the arrays that a file holds, or of values one after another."""
-    decoder, in_array, ended = json.JSONDecoder(), False, False
+    in_array, ended = False, False
     buffer, position, text_type = "", 0, str
     while True:
         while position < len(buffer) and buffer[position] in " \t\r\n,":

@@ -10,7 +10,7 @@ from typing import IO, cast
 
 from pipeline import storage
 from pipeline.storage import decompression
-from pipeline.tables.cells import TableRow, parse_json_row
+from pipeline.tables.cells import JsonDecoder, TableRow
 from pipeline.tables.delimited import RepairedLine, encoding_remarks, read_delimited, repair_lines
 from pipeline.tables.json_tables import read_json_document, read_json_lines
 from pipeline.tables.names import table_kind
@@ -78,7 +78,7 @@ def _rows(stream: IO[bytes], address: str, columns: Sequence[str]) -> Iterator[T
 def _is_object(line: str) -> bool:
     """Whether a line is a whole JSON object."""
     try:
-        return bool(parse_json_row(line))
+        return bool(JsonDecoder().parse_row(line))
     except ValueError:
         return False
 

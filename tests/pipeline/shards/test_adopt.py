@@ -237,7 +237,8 @@ def test_tars_that_only_look_odd_are_adopted(tmp_path):
     rows = metadata(dataset, manifest["items"][0])
     assert [row["key"] for row in rows] == ["./a", "below/b", "c", "d"]
     assert [row["width"] for row in rows] == [16, 16, None, 16] and rows[0]["x"] == "?"
-    assert manifest["totals"]["noted"] == {"json_unreadable": 1, "unreadable": 1, "ignored_member": 3}
+    assert manifest["totals"]["noted"] == {"json_unreadable": 1, "unreadable": 1, "ignored_member": 3,
+                                            "cell_changed": 1}
     assert manifest["totals"]["skipped"] == {}
     run_stage(Embed(dataset, EmbedConfig(batch_size=4)))
     assert Embeddings(dataset).all().any(1).tolist() == [True, True, False, True]

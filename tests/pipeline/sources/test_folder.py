@@ -41,7 +41,8 @@ def test_captions_in_texts_beside_the_pictures(tmp_path, s3):
         dataset, manifest = shard_source(root, place)
         assert {row["url"]: row["caption"] for row in table(dataset, manifest)} == {
             "a.png": "caption of a", "below/b.b.png": "of b", "c.png": "", "d.png": ""}
-        assert [(line["key"], line["reason"]) for line in ledger(dataset, manifest)] == [("c.png", "caption_missing")]
+        assert [(line["key"], line["reason"]) for line in ledger(dataset, manifest)] == [
+            ("c.png", "caption_missing"), ("d.png", "caption_missing")]
 
 
 def test_patterns_choose_pictures_of_a_folder(tmp_path, s3):

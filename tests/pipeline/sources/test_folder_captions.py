@@ -76,6 +76,23 @@ def test_texts_beside_images_in_every_spelling(tmp_path):
     assert rows == {"a.png": "kohya", "b.png": "large letters", "c.jpg": "this", "d.png": "listed"}
 
 
+def test_the_first_text_that_is_not_empty_counts_and_changed_bytes_are_noted(tmp_path):
+    source = write_images(tmp_path / "source", *(f"{name}.png" for name in "abcde"))
+    for name, data in {"a.txt": b"", "a.caption": b"kohya", "b.txt": b" \n", "b.caption": b"", "c.txt": b"caf\xe9",
+                       "d.txt": b"", "d.json": b'{"caption": "in JSON", "n": 1, "n": 2, "t": "\\ud800"}',
+                       "e.txt": b"", "e.json": b'{"caption": "\\ud83d\\ude00"}'}.items():
+        (source / name).write_bytes(data)
+    dataset, manifest = shard_source(tmp_path / "x", source)
+    rows = {row["url"]: row for row in table(dataset, manifest)}
+    assert {name: row["caption"] for name, row in rows.items()} == {
+        "a.png": "kohya", "b.png": "", "c.png": "caf\ufffd", "d.png": "in JSON", "e.png": "\U0001f600"}
+    assert (rows["d.png"]["n"], rows["d.png"]["t"]) == (2, "?")
+    assert sorted((entry["key"], entry["reason"], entry["detail"]) for entry in ledger(dataset, manifest)) == [
+        ("b.png", "caption_missing", ""), ("c.png", "cell_changed", "caption: bytes that are not UTF-8"),
+        ("d.png", "cell_changed", "n: an object has it several times; the last one counts"),
+        ("d.png", "cell_changed", "t: halves of characters")]
+
+
 def test_img2dataset_files_with_json_beside_each_image(tmp_path, s3, caplog):
     caplog.set_level(logging.INFO)
     source = write_images(tmp_path / "source", "00000/000000000.png", "00000/000000002.png", "00001/000010000.png")

@@ -14,7 +14,12 @@ import pytest
 
 from jobs.cli.main import main
 from pipeline import storage
+from pipeline.datasets.dataset import Dataset
+from pipeline.datasets.metadata import metadata
 from pipeline.media.foreign_tars import packed
+from pipeline.shards.adopt import Adopt
+from pipeline.sources.config import ShardConfig
+from pipeline.stages.driver import run_stage
 from tests.pipeline.shards.test_shard import ledger, table
 from tests.pipeline.sources.list_datasets import PICTURES, shard_source, stored_samples
 from tests.pipeline.sources.test_tars import flatten, sample, write_tar
@@ -125,6 +130,22 @@ def test_captions_that_lie_apart_are_joined_also_where_tars_were_joined(tmp_path
     (tmp_path / "joined" / "0.tar").write_bytes(first + second)
     assert rows_of(tmp_path / "1", tmp_path / "joined") == expected
     assert not notes(tmp_path / "2", tmp_path / "apart") | notes(tmp_path / "3", tmp_path / "joined")
+
+
+@pytest.mark.parametrize("adopt", [False, True])
+def test_the_first_text_of_a_sample_that_is_not_empty_counts_and_changed_bytes_are_noted(adopt, tmp_path):
+    members = [("0.png", PNG[0]), ("0.txt", b""), ("0.caption", b"kohya"), ("1.png", PNG[1]), ("1.txt", b"caf\xe9"),
+               ("1.cls", b"\x80\x04K"), ("2.png", PNG[2]), ("2.txt", b""),
+               ("2.json", b'{"caption": "a", "caption": "b"}')]
+    path = write_tar(tmp_path / "a.tar", members)
+    if adopt:
+        dataset = Dataset.parse(str(tmp_path / "x"), "x")
+        manifest = run_stage(Adopt(dataset, ShardConfig(source=(str(path),))))
+    else:
+        dataset, manifest = shard_source(tmp_path / "x", path)
+    captions = [row["caption"] for record in manifest["items"] for row in metadata(dataset, record)]
+    assert captions == ["kohya", "caf\ufffd", "b"]
+    assert manifest["totals"]["noted"] == {"cell_changed": 3}
 
 
 def test_one_of_several_images_is_taken_by_its_suffix(tmp_path):

@@ -74,3 +74,17 @@ def test_lists_may_be_compressed_and_in_several_frames(tmp_path, suffix):
         path.write_bytes(compress(data)[:-9])
         with pytest.raises(ValueError, match="cannot be read after row"):
             cells(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_names_that_occur_twice_and_halves_of_characters_are_named(tmp_path, name):
+    lines = ['{"url": "a", "url": "b", "in": {"x": 1, "x": 2}}',
+             '{"url": "\\ud800", "t": ["\\udc00"], "u": "\\ud83d\\ude00"}',
+             '{"url": "c"}']
+    (tmp_path / name).write_text("\n".join(lines) if name == "a.jsonl" else f"[{','.join(lines)}]")
+    rows = list(read_rows(str(tmp_path / name)))
+    assert [row.cells["url"] for row in rows] == ["b", "\ud800", "c"]
+    twice = "an object has it several times; the last one counts"
+    assert [list(row.remarks) for row in rows] == [
+        [f"cell_changed: x: {twice}", f"cell_changed: url: {twice}"],
+        ["cell_changed: url: halves of characters", "cell_changed: t: halves of characters"], []]
