@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,8 @@ def test_recipes_list_what_their_settings_make(capsys: pytest.CaptureFixture[str
             count = sum(weight.numel() for weight in UNet(settings.train.unet).parameters())
         assert (facts["parameters"], facts["training_bytes"]) == (count, 20 * count)
         words = shlex.split(facts["command"])
-        assert words[:3] == ["python", "-m", "jobs"] and parse_command(words[3:])[1].shard == settings.shard
+        assert words[:3] == ["python", "-m", "jobs"] and parse_command(words[3:])[1].shard == replace(
+            settings.shard, source=("SOURCE",))
 
 
 def test_the_table_names_every_recipe_with_its_purpose(capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,12 +44,12 @@ def test_the_table_names_every_recipe_with_its_purpose(capsys: pytest.CaptureFix
     ([], ["trained on emoji"]), (["--train", "run"], ["trained on emoji", "a small one for a first try"]),
     (["--recipe", "tiny"], []), (["--config", "settings.toml"], [])])
 def test_defaults_of_the_demo_are_named_once_for_other_sources(
-        tmp_path: Path, flags: list[str], named: list[str], capsys: pytest.CaptureFixture[str],
+        tmp_path: Path, flags: list[str], named: list[str], caplog: pytest.LogCaptureFixture,
         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     (tmp_path / "settings.toml").write_text("[shard]\nimage_size = 32\n")
     synthetic.noise(64, 64).save(tmp_path / "images/one.png")
     assert main(["pipeline", "mine", "--source", "images", "--local", "--dry-run", *flags]) == 0
-    said = capsys.readouterr().err
+    said = caplog.text
     assert said.count("python -m jobs recipes") == bool(named) and all(part in said for part in named)
