@@ -17,7 +17,8 @@ from tests.laws.crashes.roots import (
     sweep,
 )
 
-_READERS = {"recipes", "search", "show", "ls", "init", "doctor", "versions", "credits", "report", "status", "verify", "plan"}
+_READERS = {"recipes", "search", "show", "ls", "init", "doctor", "versions", "credits", "report", "status",
+            "verify", "plan"}
 _BY_THE_SAME_DRIVER = {"convert", "export", "evaluate", "style", "pipeline", "demo", "submit"}
 
 
