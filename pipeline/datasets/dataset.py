@@ -45,7 +45,7 @@ class Dataset:
     name: str
     version: str = DEFAULT_VERSION
     trusted: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
-    """Of a published version the sha256 of the manifest of each stage: what is read is held against it."""
+    """The sha256 of the manifest of each stage of a published version. Readers check it."""
     takedowns: int = field(default=0, compare=False, repr=False)
     """The least number of requests in the takedown list, according to the pointer of a published version."""
     takedown_list: tuple[int, str] = field(default=(0, ""), compare=False, repr=False)
@@ -148,12 +148,12 @@ class Dataset:
         return storage.fetch(url, entry, check=check or self._suspect(url, entry))
 
     def open_file(self, stage_name: str, entry: dict[str, Any], open_local: Callable[[Path], _T]) -> _T:
-        """What `open_` makes of the local path of a file in the manifest of a stage."""
+        """Open the local path of a file in the manifest of a stage."""
         url = storage.manifest_file_url(self.folder(stage_name), entry["name"])
         return storage.fetch_and_open(url, entry, open_local, check=self._suspect(url, entry))
 
     def _suspect(self, url: str, entry: dict[str, Any]) -> bool:
-        """Whether the bytes of a published file are still to be held against its hash, once in each process."""
+        """Whether a published file must still be checked against its hash, once in each process."""
         if not self.trusted or (url, entry["sha256"]) in _CHECKED:
             return False
         _CHECKED.add((url, entry["sha256"]))

@@ -102,7 +102,7 @@ def read_hidden_rows(dataset: Dataset) -> np.ndarray:
 
 
 def hidden_row_inputs(dataset: Dataset) -> dict[str, dict[str, Any]]:
-    """What a search leaves out, as inputs of a stage that searches; nothing if it leaves out nothing."""
+    """The hidden rows, as inputs of a stage that searches. Empty if there are none."""
     inputs = {"tombstones": dataset.identity("tombstones")} if dataset.is_sealed("tombstones") else {}
     if len(hidden := takedowns.read_forgotten_rows(dataset)):
         inputs["forgotten"] = {"path": "", "digest": digest(hidden.tolist())}

@@ -1,4 +1,4 @@
-"""Samples by global row: what a neighbour list or a search result points at."""
+"""Samples by global row: the targets of neighbor lists and search results."""
 
 import hashlib
 from collections import defaultdict
@@ -22,7 +22,7 @@ _THREADS = 16
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample of a dataset: its key, caption, encoded picture, hash, and the URL or path that it came from."""
+    """A sample of a dataset: its key, caption, encoded image, hash, and the URL or path of its source."""
 
     row: int
     key: str

@@ -1,8 +1,8 @@
 """The published version of a dataset. One small file names it, and publishing swaps that file as a whole.
 
-    <root>/datasets/<name>/current.json     the version, the sha256 of its release.json, since when; all that changes
-    <root>/datasets/<name>/v3/release.json  what is published: sha256 of the manifests, its base, what the gates saw
-    <root>/published/<name>/000007.json     every current.json that ever stood there, in order
+    <root>/datasets/<name>/current.json     version, sha256 of its release.json, time; the only file that changes
+    <root>/datasets/<name>/v3/release.json  the release: sha256 of the manifests, base version, results of the gates
+    <root>/published/<name>/000007.json     each published current.json, in order
 
 A reader reads current.json once, and checks what it reads against the hashes that it leads to. Versions never change.
 A pointer that is missing, or older than the history or than the last one that this machine has seen, is refused.
@@ -35,7 +35,7 @@ _NUMBERED = re.compile(r"v([1-9]\d*)")
 
 @dataclass(frozen=True)
 class Published:
-    """What is published of a dataset, as its current.json said when it was read."""
+    """The published version of a dataset, by its current.json at the time of reading."""
 
     root: str
     name: str
@@ -125,7 +125,7 @@ class Published:
 
     @property
     def folder(self) -> str:
-        """Where the versions of the dataset are, and current.json."""
+        """The folder of the versions and of current.json."""
         return storage.join(self.root, "datasets", self.name)
 
     def versions(self) -> list[str]:
@@ -230,7 +230,7 @@ class Published:
             after.setdefault("takedown_list", self.document["takedown_list"])
         after = self.keys.sign(self.name, after)
         version_marks.mark_publishing(dataset, sequence)
-        if self.document:  # whoever published it may have been killed before it did so
+        if self.document:  # the publisher may have been killed before it did so
             self._add_to_history(self.document)
         if not self._swap(after):
             return False
@@ -374,9 +374,9 @@ def hash_manifests(dataset: Dataset) -> dict[str, str]:
 
 
 def write_release(dataset: Dataset, about: dict[str, Any]) -> bytes:
-    """Write the release of a version, or find that there is one; its bytes.
+    """Write the release of a version if there is none. Returns its bytes.
 
-    What was published of the same version before must be the same: a version never changes.
+    An existing release must have the same manifests: a version never changes.
     """
     hashes = hash_manifests(dataset)
     document = {"name": dataset.name, "version": dataset.version, "manifests": hashes,

@@ -40,7 +40,7 @@ _DOCUMENT = _REQUEST | {"requests?": [_REQUEST], "rows?": [int], "applied?": int
 
 @dataclass(frozen=True)
 class Forgotten:
-    """Pictures by the sha256 of what was fetched or stored, by address, by domain (with those below it)."""
+    """Images by the sha256 of the fetched or stored bytes, by URL, and by domain (with its subdomains)."""
 
     sha256: frozenset[str] = frozenset()
     urls: frozenset[str] = frozenset()
@@ -50,7 +50,7 @@ class Forgotten:
         return bool(self.sha256 or self.urls or self.domains)
 
     def has_name(self, name: str) -> bool:
-        """Whether a picture of that name or address is one of them, as far as the name tells."""
+        """Whether an image with that name or URL is in the list, as far as the name tells."""
         if self.urls and (name in self.urls or storage.redact_url(name) in self._stored_urls):
             return True
         labels = find_host(name).split(".") if self.domains else []

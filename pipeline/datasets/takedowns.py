@@ -29,7 +29,7 @@ from pipeline.storage import DamagedFile
 
 _log = logging.getLogger(__name__)
 READ_ERRORS = (ValueError, OSError, LookupError, TypeError)
-"""What readers of a damaged version raise."""
+"""The errors that readers of a damaged version raise."""
 
 
 def hidden_hashes(root: str) -> list[str]:

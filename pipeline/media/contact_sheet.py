@@ -51,7 +51,7 @@ def contact_sheet(images: Sequence[Image.Image | None], columns: int, *,
 
     for column, lines in enumerate(column_texts):
         x = grid_x + column * (cell + gap) + cell / 2
-        # Headings stand on the images, so short ones do not float above long neighbours.
+        # Headings stand on the images, so short ones do not float above long ones.
         _write(pen, lines, font, x, grid_y - gap - _tallest([lines], font), INK, "m")
     for row, lines in enumerate(row_texts):
         y = grid_y + row * (cell + caption + gap) + (cell - _tallest([lines], font)) / 2

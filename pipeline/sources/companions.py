@@ -25,7 +25,7 @@ def find_companions(kinds: Mapping[str, list[str]], stage_folders: set[str], add
     """The lists that only describe the images or tars beside them.
 
     kinds: names of files by kind. stage_folders: folders that this program wrote. Tables are opened, because a table
-    with URLs or images is a corpus: one of each kind for tars and for the output of img2dataset, all others.
+    with URLs or images is a corpus. Only one table is opened beside tars, and one beside the output of img2dataset.
     """
     tars = {name[:-len(suffix)] for name in kinds.get("tars", ()) for suffix in TARS if name.lower().endswith(suffix)}
     folders = {folder for name in kinds.get("pictures", ()) for folder in folders_above(name)}

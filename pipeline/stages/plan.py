@@ -101,14 +101,14 @@ def _write_local(folder: Path, name: str, data: bytes) -> None:
 
 
 def read_claim(folder: str) -> Claim:
-    """What the plan of a folder says of all its items."""
+    """The claim of a folder: the facts of its plan that concern all items."""
     url = storage.join(folder, "plan.json")
     stamp, plan = storage.stamp(url), check_plan(storage.read_json(url), url)
     return Claim(plan["fingerprint"], plan["inputs"], stamp)
 
 
 def claim_of(stage: Stage) -> Claim:
-    """The claim that came with a stage; read from its plan where no driver claimed the folder in this process."""
+    """The claim of a stage. It is read from the plan if no driver claimed the folder in this process."""
     if stage.claim is None:
         stage.claim = read_claim(stage.folder)
     return stage.claim

@@ -176,10 +176,10 @@ class Tally:
             return ""
         frequent = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(5))
         return (f"{failed} of {rows} rows failed ({failed / rows:.0%}, allowed are {most:.0%}): {frequent}"
-                f"{' (those tried again counted anew)' if final and self.retried else ''}")
+                f"{' (retried rows count again)' if final and self.retried else ''}")
 
     def _reports(self) -> list[dict[str, Any]]:
-        """Reports on items that are neither recorded nor given up."""
+        """Reports on items that are neither recorded nor failed."""
         return [report for item, report in self._in_hand.items()
                 if item not in self.recorded_ids and item not in self._given_up]
 

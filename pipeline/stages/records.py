@@ -159,7 +159,7 @@ def items_to_bytes(planned: Iterable[dict[str, Any]]) -> bytes:
 
 
 def reference(name: str, data: bytes, count: int) -> dict[str, Any]:
-    """What stands in a document in place of a list that is kept in the file `name`."""
+    """The entry of a document for a list that is in the file `name`."""
     return {"count": count, "file": {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
 
 
@@ -214,7 +214,7 @@ def totals(done: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _occurring(counts: Counter[str]) -> dict[str, int]:
-    """Without what another try has mended to the last one."""
+    """The counts without zeros: a retry may have fixed all rows of a reason."""
     return {reason: count for reason, count in counts.items() if count}
 
 
@@ -226,7 +226,7 @@ def _column_totals(done: Rows[Any]) -> dict[str, Any]:
         for batch in group.to_batches():
             length += pc.sum(batch.column("files").flatten().field("bytes")).as_py() or 0
             for name, counter in sums.items():
-                # Of a map that has been sliced, `keys` are those of the whole: flatten by the offsets instead.
+                # The `keys` of a sliced map are those of the whole map, so flatten by the offsets.
                 pairs = pc.list_flatten(batch.column(name).cast(pa.list_(pa.struct([("key", pa.string()),
                                                                                      ("value", pa.int64())]))))
                 grouped = pa.table({"key": pairs.field("key"), "value": pairs.field("value")}).group_by(

@@ -50,12 +50,12 @@ def shared_scratch(name: str, fill: Callable[[Path], None]) -> Path:
             fcntl.flock(alive, fcntl.LOCK_SH)
             if os.fstat(alive.fileno()).st_ino == (folder / _ALIVE).stat().st_ino:
                 break
-        except FileNotFoundError:  # somebody was just removing it
+        except FileNotFoundError:  # another process removed it
             continue
     with open(folder / ".fill", "a") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
         if not (folder / "filled").exists():
-            # What somebody left who died over it is no beginning.
+            # Remove what a killed process left.
             for leftover in folder.iterdir():
                 if leftover.name not in {_ALIVE, ".fill"}:
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()

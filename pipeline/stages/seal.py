@@ -67,7 +67,7 @@ def _add_pack(collected: records.Collected, url: str) -> None:
 
 
 def _pack(folder: str, data: bytes) -> None:
-    """Keep thousands of records in one file: to go on after a million is not to read a million files."""
+    """Store thousands of records in one file, so that a resumed stage does not read a million files."""
     storage.put_bytes(data, storage.join(folder, name_by_content("records.parquet", data)))
 
 
@@ -122,7 +122,7 @@ def _create_manifest(stage: Stage, manifest: dict[str, Any], data: bytes) -> dic
 
 
 def _run_facts(done: Sequence[dict[str, Any]], retired: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What a manifest says of the run and not of its result: date, code, seconds, devices, retired workers."""
+    """The facts of a manifest about the run, not the result: date, code, seconds, devices, retired workers."""
     facts: dict[str, Any] = {"sealed": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "code": code_revision(),
                              "seconds": round(records.seconds(done), 3)}
     if any(devices := records.devices(done)):

@@ -31,8 +31,8 @@ class Stage(ABC):
     device = ""  # for records, if the work was done by other processes
     record_info: ClassVar[dict[str, Any]] = {}  # shape of what `finish` needs of each record's `info` (documents.py)
     by_choice: ClassVar[frozenset[str]] = frozenset()  # reasons that settings ask for: no failures
-    decodes: ClassVar[bool] = False  # whether others can decode pictures for it
-    decode: "DecoderPool | None" = None  # they, in a worker that somebody lends them to
+    decodes: ClassVar[bool] = False  # whether other nodes can decode images for it
+    decode: "DecoderPool | None" = None  # the decoders on other nodes, in a worker that has some
 
     host_limits: Any = None  # the `HostLimits` of pipeline/downloads, in the process that keeps them
 
@@ -73,18 +73,18 @@ class Stage(ABC):
         return {}
 
     def inputs(self) -> dict[str, dict[str, Any]]:
-        """What the stage reads: name -> {"path": stage folder below the root or "", "digest": ...}."""
+        """The inputs of the stage: name -> {"path": stage folder below the root or "", "digest": ...}."""
         return {}
 
     @abstractmethod
     def plan(self) -> Iterable[Item]:
         """The items, the same for the same inputs; runs on the driver and writes nothing.
 
-        They are taken one by one, so a long list of files that they carry need not be in memory at once.
+        The driver takes them one by one, so their files need not be in memory together.
         """
 
     def rows(self, item: Item) -> int:
-        """How many rows an item is about, 0 where that is not known; for progress."""
+        """Number of rows of an item, for progress. 0: unknown."""
         return int(item.inputs.get("count", 0))
 
     def items_to_retry(self, items: Sequence[Item], done: Sequence[dict[str, Any]]) -> Iterable[Item]:
@@ -104,11 +104,11 @@ class Stage(ABC):
             devices.choose_device()
 
     def together(self, gpu: bool | None = None) -> int:
-        """How many items a worker takes at once, where that saves it work; `gpu`: workers have one, None: look here."""
+        """Number of items that a worker takes together, if that saves work. gpu: workers have one; None: check here."""
         return 1
 
     def process_together(self, work: Sequence[tuple[Item, Path]]) -> Generator[Output | Exception, None, None]:
-        """`process` for each of several items with its folder, in order; what it raises comes in its place."""
+        """`process` for each of several items with its folder, in order. An exception takes the place of its output."""
         for item, scratch in work:
             try:
                 output: Output | Exception = self.process(item, scratch)

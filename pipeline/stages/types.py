@@ -1,4 +1,4 @@
-"""What passes between a stage, its workers and its driver."""
+"""The objects that a stage, its workers and its driver exchange."""
 
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -31,7 +31,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Claim:
-    """What the plan of a folder says of all its items. Workers get it with the stage and do not read the plan."""
+    """The facts of a plan that concern all items. Workers get it with the stage and do not read the plan."""
 
     fingerprint: str
     inputs: dict[str, Any]
@@ -52,7 +52,7 @@ class Entry:
 
 @dataclass
 class Output:
-    """What `process` made: local files under their names in the stage folder, and counts."""
+    """The output of `process`: local files by their names in the stage folder, and counts."""
 
     samples: int = 0
     files: dict[str, Path] = field(default_factory=dict)
@@ -61,25 +61,25 @@ class Output:
     run_files: dict[str, bytes] = field(default_factory=dict)
     """Files that differ from run to run (times): put in place, and not part of the content."""
     earlier_skipped: dict[str, int] = field(default_factory=dict)
-    """What was skipped by earlier tries at the same rows: this one counts in their place."""
+    """Skipped rows of earlier tries at the same rows. This output replaces their counts."""
     counts: tuple[dict[str, int], dict[str, int]] | None = None
     """(skipped, noted) of a ledger that is among the files already."""
     times: dict[str, Any] = field(default_factory=dict)
     """Seconds by what they were spent with, and what else is known of the run and not part of the content."""
     external_files: list[dict[str, Any]] = field(default_factory=list)
-    """Files described (name, bytes, sha256) that lie where they are; their names are whole addresses."""
+    """Descriptions (name, bytes, sha256) of files that stay in their place. Their names are whole URLs."""
 
 
 @dataclass
 class Outcome:
-    """What became of one item: its record, or the error of its last try."""
+    """The result of an item: its record, or the error of its last try."""
 
     item: Item
     record: dict[str, Any] | None = None
     error: str = ""
     trace: str = ""
     full: bool = False
-    """Whether a disk was full: no other item will fare better."""
+    """Whether a disk was full, so that other items would fail too."""
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def local_copy(url: str, entry: dict[str, Any]) -> Path | None:
 
 
 def fetch_and_open(url: str, entry: dict[str, Any], open_path: Callable[[Path], _T], *, check: bool = False) -> _T:
-    """What `open_` makes of the local path of a manifest's file; fetched again if another process just removed it."""
+    """Open the local path of a file of a manifest. It is fetched again if another process just removed it."""
     for _ in range(ATTEMPTS):
         path = fetch(url, entry, check=check)
         try:
@@ -136,8 +136,8 @@ def _remove(path: Path) -> None:
 def _make_room(folder: Path, wanted: int) -> None:
     """Remove files of the cache, the least recently used first, until `wanted` bytes more are within its bound.
 
-    Only names go: a process that has a file open or mapped reads on. What was fetched or used within the last minute
-    stays, for somebody may be about to open it. Other processes may be doing the same at this moment.
+    Only names go: a process that has a file open or mapped reads on. Files that were fetched or used
+    within the last minute stay, because a process may be about to open them. Other processes may run this too.
     """
     bound, finished, total, now = _cache_bytes(), [], wanted, time.time()
     for used, length, path in _cached_files(folder):

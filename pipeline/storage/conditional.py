@@ -26,7 +26,7 @@ from pipeline.storage.files import (
 
 
 def create_bytes(data: bytes, url: str) -> bool:
-    """Put `data` at `url` unless something stands there; whether it was put. Of two racers one wins."""
+    """Put `data` at `url` unless the object exists. Returns whether it was put. One of two racers wins."""
     fs, path = open_url(url)
     with storage_errors(url, "create"):
         try:
@@ -104,7 +104,9 @@ def _is_refused(error: OSError) -> bool:
 
 
 def swap_bytes(data: bytes, url: str, expected: bytes | None) -> bool:
-    """Put `data` at `url` if `expected` stands there (None: nothing); whether it was put. Of two racers one wins.
+    """Put `data` at `url` if the object has the bytes `expected` (None: no object).
+
+    Returns whether it was put. One of two racers wins.
 
     On a file system a lock in the folder keeps other swappers out, and readers see a rename. On S3 the write has
     a condition (If-Match, If-None-Match) which not every store knows: `can_swap` asks it.
@@ -118,8 +120,8 @@ def swap_bytes(data: bytes, url: str, expected: bytes | None) -> bool:
                 return False
             put_bytes(data, url)
         return True
-    # A pointer is small enough to be put in one piece, and the ETag of such an object is the MD5 of its bytes;
-    # where it is not (some encryption), the store's own answer is asked for.
+    # The ETag of a small object is the MD5 of its bytes, but not with all kinds of encryption. So the store's ETag
+    # is requested.
     fs, path = open_url(url)
     with storage_errors(url, "look at"):
         try:
@@ -150,7 +152,7 @@ def _put_if(fs: FileSystem, url: str, data: bytes, **condition: str) -> bool:
 
 
 def can_swap(folder: str) -> bool:
-    """Whether the store of `folder` keeps the conditions of `swap_bytes`: it is tried on an object of its own."""
+    """Whether the store of `folder` keeps the conditions of `swap_bytes`: it is tried on a probe object."""
     if is_local(folder):
         return True
     url = join(folder, f"probe-{secrets.token_hex(8)}")

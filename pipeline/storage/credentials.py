@@ -55,7 +55,7 @@ _ACCESS = frozenset({
     "credentials", "session", "sessionid", "sessid", "jsessionid", "phpsessid", "sid", "otp"})
 _ACCESS_PREFIXES = ("x-amz-", "x-goog-", "x-oss-", "x-cos-", "x-obs-", "x-ms-", "q-sign-", "q-key-", "q-ak",
                     "q-header-", "q-url-param-")
-# What a signature signs beside the image, until when and for whom: of these the signature tells the meaning.
+# Parameters that a signature covers, such as its end and its owner. They are secrets only beside a signature.
 _SIGNED = frozenset({
     "expires", "expire", "expiry", "exp", "e", "se", "st", "sp", "sv", "sr", "spr", "sip", "sdd", "ss", "srt",
     "skoid", "sktid", "skt", "ske", "sks", "skv", "sce", "saoid", "suoid", "scid", "nonce", "timestamp", "ts"})
@@ -116,7 +116,7 @@ def _redact_parameter(part: str, is_signed: bool) -> str:
 
 @lru_cache(4096)
 def _kind(name: str) -> Literal["access", "harmless", ""]:
-    """What a parameter of this name is for; empty if nobody knows."""
+    """The purpose of a parameter with this name. Empty: unknown."""
     if _plain(name) in _ACCESS or unquote_plus(name).casefold().startswith(_ACCESS_PREFIXES):
         return "access"
     return "harmless" if _plain(name) in _HARMLESS else ""

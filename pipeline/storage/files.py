@@ -31,7 +31,7 @@ def _filesystem(protocol: str) -> FileSystem:
     options: dict[str, Any] = {} if protocol == "file" else {"use_listings_cache": False}
     if protocol in S3_SCHEMES and not {"AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS"} & os.environ.keys():
         # boto retries requests, so this package has no retry loop and no retry library.
-        # All requests alike: boto's older mode gives up HEAD, whose answer has no body to say SlowDown, in seconds.
+        # The same for all requests: boto's older mode stops to retry HEAD in seconds, because its answer has no body.
         options["config_kwargs"] = {"retries": {"mode": "standard", "total_max_attempts": ATTEMPTS}}
     try:
         filesystem = fsspec.filesystem(protocol, **options)
@@ -219,7 +219,7 @@ def download(url: str, path: Path) -> Path:
 
 
 def summarize_file(url: str) -> list[Any]:
-    """What tells a large file from another without reading it: its name, size, and a hash of both ends."""
+    """An identity of a large file without reading all of it: its name, size, and a hash of both ends."""
     fs, path = _open_to_read(url)
     with storage_errors(url, "read"):
         length = int(fs.info(path)["size"])
@@ -258,7 +258,7 @@ def parse_json(data: bytes, url: str) -> Any:
 
 
 def put_file(local: Path, url: str, *, give: bool = False) -> None:
-    """Put the finished local file at `url`, whole or not at all; with `give` nobody needs it any more where it is."""
+    """Put the finished local file at `url`, whole or not at all. give: the local file may be moved."""
     fs, path = open_url(url)
     with storage_errors(url, "write"):
         if is_local(url):

@@ -14,7 +14,7 @@ def describe_file(name: str, path: Path) -> dict[str, Any]:
 
 
 def name_by_content(name: str, data: bytes) -> str:
-    """`name` with a hash of its content: of two plans made at once, neither overwrites the other's lists."""
+    """`name` with a hash of its content: two plans of the same time do not overwrite each other's lists."""
     stem, dot, ending = name.rpartition(".")
     return f"{stem}-{hashlib.sha256(data).hexdigest()[:12]}{dot}{ending}"
 

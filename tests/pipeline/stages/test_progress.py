@@ -283,7 +283,7 @@ def test_a_second_try_is_made_before_the_budget_is_looked_at(tmp_path):
     assert [item["id"] for item in manifest["items"]] == [f"{number:06d}" for number in range(7)]
     # All of it fails again, and nothing is stopped for that: no row fails that had not before.
     worse = Half(tmp_path / "worse", 1.0, items=1)
-    with pytest.raises(StageFailed, match=r"100 of 100 rows failed .*tried again counted anew"):
+    with pytest.raises(StageFailed, match=r"100 of 100 rows failed .*retried rows count again"):
         run_stage(worse, retry=True, max_failed=0.9)
     assert worse.done == ["000000", "000001"]
 
