@@ -25,7 +25,7 @@ from pipeline.sources.lists import ListSource
 from pipeline.storage import name_by_content
 from pipeline.tables.arrow_cells import kind_of_type, plain_cells, stored_columns, table_rows
 from pipeline.tables.cells import TableRow, decode_bytes
-from pipeline.tables.class_labels import class_features, name_classes, unnamed_classes
+from pipeline.tables.class_labels import class_features, name_classes
 from pipeline.tables.image_cells import text_kind
 from pipeline.tables.large_pages import group_batches
 from pipeline.tables.parquet_tables import open_parquet, read_schema
@@ -46,7 +46,7 @@ class ParquetLists(ListSource):
             types.add(name, kind)
         for address, schema in self._distinct_schemas():
             columns = self._choose_columns(schema, address, self.columns)
-            named = name_classes(schema.empty_table(), class_features(schema)).schema
+            named = name_classes(schema.empty_table(), class_features(schema))[0].schema
             types.add_schema(named, columns.not_stored, self._text_columns)
             for name, _ in columns.added:
                 types.add(name, "string")
@@ -228,8 +228,8 @@ class ParquetLists(ListSource):
                         chosen = (np.flatnonzero(self.where.mask(self._for_filter(table, address))) if self.where else
                                   np.arange(table.num_rows))
                         table = table.take(pa.array(chosen)) if len(chosen) < table.num_rows else table
-                        unnamed = unnamed_classes(table, features)
-                        rows = table_rows(name_classes(table, features), self._text_columns, columns.whole)
+                        table, unnamed = name_classes(table, features)
+                        rows = table_rows(table, self._text_columns, columns.whole)
                         for place, (number, row) in enumerate(zip(chosen.tolist(), rows, strict=True)):
                             if place in unnamed:
                                 row.remarks = [*row.remarks, *unnamed[place]]

@@ -189,11 +189,21 @@ def _nested(array: pa.Array) -> tuple[list[Any], Problems]:
         pairs = list(zip(keys, items, strict=True))
         maps, problems = _slices(array, pairs, key_problems | problems)
         return [_object(each) for each in maps], problems
-    if pa.types.is_fixed_size_list(kind) or pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
-        array = array.cast(pa.large_list(kind.value_type))
+    array = with_offsets(array)
     if pa.types.is_nested(kind):
         return _slices(array, *_nested(array.values))
     return _leaves(array, as_bytes=True)
+
+
+def with_offsets(array: pa.Array) -> pa.Array:
+    """An array of lists, also of lists of a fixed size and of views, as lists with offsets."""
+    kind = array.type
+    if not (pa.types.is_fixed_size_list(kind) or pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind)):
+        return array
+    # The cast of pyarrow 26 loses the last list of views that have nulls.
+    ends = pc.cumulative_sum(pc.fill_null(pc.list_value_length(array).cast(pa.int64()), 0))
+    offsets = pa.concat_arrays([pa.array([0], pa.int64()), ends])
+    return pa.LargeListArray.from_arrays(offsets, array.flatten(), mask=array.is_null())
 
 
 def _slices(array: pa.Array, values: list[Any], problems: Problems) -> tuple[list[Any], Problems]:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from pipeline.tables.arrow_cells import with_offsets
+
+_SHOWN = 5
+"""So many numbers without a name are in a remark."""
 
 
 def class_features(schema: pa.Schema) -> dict[str, Any]:
@@ -18,32 +24,24 @@ def class_features(schema: pa.Schema) -> dict[str, Any]:
         return {}
 
 
-def name_classes(table: pa.Table, features: dict[str, Any]) -> pa.Table:
-    """The table with names in place of the numbers of classes, also inside lists and structs.
+def name_classes(table: pa.Table, features: dict[str, Any]) -> tuple[pa.Table, dict[int, list[str]]]:
+    """The table with names in place of the numbers of classes, also inside lists and structs; and remarks by row.
 
-    -1, which stands for no class, becomes null. A number without a name stays as a text of digits.
+    -1, which stands for no class, becomes null. A number without a name stays as a text of digits, with a remark.
     """
-    for number, field in enumerate(table.schema):
-        if field.name in features:
-            chunks = [_name_array(chunk, features[field.name]) for chunk in table.column(number).chunks]
-            kind = _name_array(pa.array([], field.type), features[field.name]).type
-            table = table.set_column(number, field.name, pa.chunked_array(chunks, kind))
-    return table
-
-
-def unnamed_classes(table: pa.Table, features: dict[str, Any]) -> dict[int, list[str]]:
-    """A remark for each row with a class that has no name, by the number of the row."""
     remarks: dict[int, list[str]] = {}
-    for name in features.keys() & set(table.schema.names):
-        column, names = table.column(name), _names(features[name])
-        if names is not None and pa.types.is_integer(column.type):
-            for row in pc.indices_nonzero(pc.fill_null(_has_no_name(column, names), False)).to_pylist():
-                remarks.setdefault(row, []).append(f"cell_changed: {name}: no name for the class {column[row]}")
-    return remarks
-
-
-def _has_no_name(numbers: pa.Array | pa.ChunkedArray, names: list[str]) -> Any:
-    return pc.or_(pc.less(numbers, -1), pc.greater_equal(numbers, len(names)))
+    for number, field in enumerate(table.schema):
+        if field.name not in features:
+            continue
+        feature, column, has_unnamed = features[field.name], table.column(number), [False]
+        chunks = [_name_array(chunk, feature, has_unnamed) for chunk in column.chunks]
+        kind = _name_array(pa.array([], field.type), feature, has_unnamed).type
+        table = table.set_column(number, field.name, pa.chunked_array(chunks, kind))
+        for row, value in enumerate(column.to_pylist()) if has_unnamed[0] else ():
+            if unnamed := list(dict.fromkeys(map(str, _unnamed_in(value, feature)))):
+                remarks.setdefault(row, []).append(f"cell_changed: {field.name}: no name for the class "
+                                                   f"{', '.join(unnamed[:_SHOWN])}")
+    return table, remarks
 
 
 def _names(feature: Any) -> list[str] | None:
@@ -52,24 +50,61 @@ def _names(feature: Any) -> list[str] | None:
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
-def _name_array(array: pa.Array, feature: Any) -> pa.Array:
+def _inner_feature(feature: Any) -> Any:
+    """The feature of the elements of a list, None if it is no list."""
+    if isinstance(feature, list) and len(feature) == 1:
+        return feature[0]
+    return feature.get("feature") if isinstance(feature, dict) else None
+
+
+def _field_features(feature: Any, names: Iterable[str]) -> list[Any]:
+    """The features of the fields of a struct. `datasets` stores a list of dicts as a dict of lists."""
+    inner = _inner_feature(feature)
+    if isinstance(inner, dict) and not (isinstance(feature, dict) and "feature" in names):
+        return [{"feature": inner[name]} if name in inner else None for name in names]
+    return [feature.get(name) if isinstance(feature, dict) else None for name in names]
+
+
+def _unnamed_in(value: Any, feature: Any) -> Iterator[Any]:
+    """The numbers in a cell that no class has."""
+    if (names := _names(feature)) is not None:
+        if isinstance(value, int | float) and value == value and value not in {-1, *range(len(names))}:
+            yield value
+    elif isinstance(value, list):
+        for each in value:
+            yield from _unnamed_in(each, _inner_feature(feature))
+    elif isinstance(value, dict):
+        for each, inner in zip(value.values(), _field_features(feature, list(value)), strict=True):
+            yield from _unnamed_in(each, inner)
+
+
+def _name_array(array: pa.Array, feature: Any, has_unnamed: list[bool]) -> pa.Array:
+    """An array with names in place of numbers. `has_unnamed` becomes [True] if a number has no name."""
     kind = array.type
-    if (names := _names(feature)) is not None and pa.types.is_integer(kind):
-        numbers = array.cast(pa.int64())
+    if (names := _names(feature)) is not None and (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        is_whole = pc.is_valid(array)
+        if pa.types.is_floating(kind):  # pandas makes floats of integers beside nulls
+            array = array.cast(pa.float64())
+            is_whole = pc.fill_null(pc.and_(pc.is_finite(array), pc.equal(pc.floor(array), array)), False)
+        numbers = pc.if_else(is_whole, array, None).cast(pa.int64())
         named = pa.array(names, pa.string()).take(pc.if_else(
             pc.and_(pc.greater_equal(numbers, 0), pc.less(numbers, len(names))), numbers, None))
-        return pc.if_else(pc.fill_null(_has_no_name(numbers, names), False), numbers.cast(pa.string()), named)
-    if isinstance(feature, list) and len(feature) == 1:
-        feature = {"feature": feature[0]}
-    inner = feature.get("feature") if isinstance(feature, dict) else None
+        texts = pc.if_else(pc.is_null(array, nan_is_null=True), None, pc.if_else(
+            is_whole, numbers.cast(pa.string()), array.cast(pa.string())))
+        is_named = pc.or_(pc.is_valid(named), pc.fill_null(pc.equal(numbers, -1), False))
+        has_unnamed[0] |= pc.any(pc.and_(pc.invert(is_named), pc.is_valid(texts))).as_py() or False
+        return pc.if_else(is_named, named, texts)
+    inner = _inner_feature(feature)
+    if inner is not None:
+        array = with_offsets(array)
+        kind = array.type
     if inner is not None and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         whole = array.take(pa.array(range(len(array)), pa.int64()))  # without an offset, which offsets have too
         build = pa.ListArray if pa.types.is_list(kind) else pa.LargeListArray
-        return build.from_arrays(whole.offsets, _name_array(whole.values, inner), mask=whole.is_null())
+        return build.from_arrays(whole.offsets, _name_array(whole.values, inner, has_unnamed), mask=whole.is_null())
     if isinstance(feature, dict) and pa.types.is_struct(kind):
-        # `datasets` stores a list of dicts as a dict of lists, whose features are those of the dicts.
-        features = inner if isinstance(inner, dict) else feature
-        fields = [_name_array(child, {"feature": features[part.name]} if inner is not None and part.name in features
-                              else features.get(part.name)) for child, part in zip(array.flatten(), kind, strict=True)]
-        return pa.StructArray.from_arrays(fields, [part.name for part in kind], mask=array.is_null())
+        names = [part.name for part in kind]
+        fields = [_name_array(child, part, has_unnamed) for child, part in zip(
+            array.flatten(), _field_features(feature, names), strict=True)]
+        return pa.StructArray.from_arrays(fields, names, mask=array.is_null())
     return array

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from pipeline.tables.arrow_cells import table_rows
 from tests.pipeline.shards.test_shard import ledger
@@ -109,3 +110,12 @@ def test_cells_inside_of_lists_are_changed_and_named():
     rows = table_rows(pa.table({"x": column}))
     assert [row.cells["x"] for row in rows] == expected
     assert [len(row.remarks) for row in rows] == [1, 0, 0] and "x: the date" in rows[0].remarks[0]
+
+
+@pytest.mark.parametrize("kind", [pa.list_view(pa.int8()), pa.large_list_view(pa.int8()), pa.list_(pa.int8(), 2),
+                                  pa.large_list(pa.int8())])
+def test_lists_of_every_kind_beside_nulls_are_whole(kind):
+    lists = [[1, 2], None, [3, None], [4, 5]]
+    table = pa.table({"a": pa.array([[9, 9], *lists], kind)}).slice(1)
+    assert [row.cells["a"] for row in table_rows(table)] == [each and json.dumps(each) for each in lists]
+    assert [row.cells["a"] for row in table_rows(table, whole={"a"})] == lists

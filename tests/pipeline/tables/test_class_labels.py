@@ -5,7 +5,7 @@ import json
 import pyarrow as pa
 import pytest
 
-from pipeline.tables.class_labels import class_features, name_classes, unnamed_classes
+from pipeline.tables.class_labels import class_features, name_classes
 
 STYLES = {"names": ["Baroque", "Cubism"], "_type": "ClassLabel"}
 
@@ -27,7 +27,7 @@ def test_classes_get_their_names_wherever_they_are():
          "rows": [[{"kind": 0}, None], [], None, [{"kind": 1}]]})
     features = class_features(table.schema)
     for part in (table, table.slice(1, 2), table.take(pa.array([3, 1]))):
-        rows = {row["year"]: row for row in name_classes(part, features).to_pylist()}
+        rows = {row["year"]: row for row in name_classes(part, features)[0].to_pylist()}
         assert len(rows) == part.num_rows
         for year, row in rows.items():
             lists = [None, ["Cubism", "Baroque"], [], [None, "5"]][year - 1]
@@ -42,9 +42,31 @@ def test_classes_get_their_names_wherever_they_are():
 def test_classes_without_a_name_stay_as_digits_and_are_named():
     table = made_table({"style": STYLES}, {"style": [1, 7, -3, None]})
     features = class_features(table.schema)
-    assert name_classes(table, features).to_pydict() == {"style": ["Cubism", "7", "-3", None]}
-    assert unnamed_classes(table, features) == {1: ["cell_changed: style: no name for the class 7"],
-                                                2: ["cell_changed: style: no name for the class -3"]}
+    named, remarks = name_classes(table, features)
+    assert named.to_pydict() == {"style": ["Cubism", "7", "-3", None]}
+    assert remarks == {1: ["cell_changed: style: no name for the class 7"],
+                       2: ["cell_changed: style: no name for the class -3"]}
+
+
+def test_classes_in_lists_of_one_length_and_as_floats_get_their_names():
+    pairs = [[0, 1], None, [1, 7], [None, -1]]
+    columns = {"pair": pa.array(pairs, pa.list_(pa.int64(), 2)), "view": pa.array(pairs, pa.list_view(pa.int64())),
+               "float": pa.array([1.0, None, 1.5, float("nan")]), "half": pa.array([0, None, 9, -1], pa.float16()),
+               "in": [{"kind": [8, 8, 9]}, None, {"kind": []}, {"kind": [0]}], "tiny": pa.array([1, 0, None, 200],
+                                                                                                pa.uint8())}
+    features = {"pair": {"feature": STYLES, "length": 2, "_type": "Sequence"}, "view": [STYLES], "float": STYLES,
+                "half": STYLES, "in": {"kind": [STYLES]}, "tiny": STYLES}
+    table = made_table(features, columns)
+    named, remarks = name_classes(table, class_features(table.schema))
+    lists = [["Baroque", "Cubism"], None, ["Cubism", "7"], [None, None]]
+    assert named.to_pydict() == {
+        "pair": lists, "view": lists, "float": ["Cubism", None, "1.5", None], "half": ["Baroque", None, "9", None],
+        "in": [{"kind": ["8", "8", "9"]}, None, {"kind": []}, {"kind": ["Baroque"]}],
+        "tiny": ["Cubism", "Baroque", None, "200"]}
+    assert {row: [remark.removeprefix("cell_changed: ") for remark in found] for row, found in remarks.items()} == {
+        0: ["in: no name for the class 8, 9"], 3: ["tiny: no name for the class 200"],
+        2: [f"{name}: no name for the class {number}" for name, number in (
+            ("pair", 7), ("view", 7), ("float", 1.5), ("half", 9.0))]}
 
 
 @pytest.mark.parametrize("metadata", [None, {"pandas": "{}"}, {"huggingface": "no json"}, {"huggingface": "[]"},
@@ -53,4 +75,5 @@ def test_classes_without_a_name_stay_as_digits_and_are_named():
 def test_metadata_of_others_changes_nothing(metadata):
     table = pa.table({"style": [1, 0]}).replace_schema_metadata(metadata)
     features = class_features(table.schema)
-    assert name_classes(table, features).equals(table) and unnamed_classes(table, features) == {}
+    named, remarks = name_classes(table, features)
+    assert named.equals(table) and not remarks
