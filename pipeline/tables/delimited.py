@@ -109,17 +109,28 @@ _Record = tuple[int, "list[str] | None", str, str]  # number of the line, cells,
 def _plain_records(lines: _Lines, delimiter: str, width: int) -> Iterator[_Record]:
     """Records of one line each, without quotes."""
     for line in lines:
-        cells = line.rstrip("\r\n").split(delimiter)
+        number, cells = lines.number, line.rstrip("\r\n").split(delimiter)
         if len(cells) != width:
             if line.strip(" \r\n"):
-                yield lines.number, None, "", _width_problem(len(cells), width)
+                yield number, None, "", _width_problem(len(cells), width)
             continue
         remark = ""
         if isinstance(line, RepairedLine):
             remark = _REPAIRED
-        elif '"' in line and any(len(cell) > 3 and cell[0] == cell[-1] == '"' and '""' in cell[1:-1] for cell in cells):
-            remark = "quotes_kept: a cell looks quoted as in CSV, and TSV has no quoting"
-        yield lines.number, cells, remark, ""
+        elif '"' in line:
+            remark = _kept_quotes(cells, lines, delimiter)
+        yield number, cells, remark, ""
+
+
+def _kept_quotes(cells: list[str], lines: _Lines, delimiter: str) -> str:
+    """A remark if a cell of a TSV looks quoted as in CSV: with doubled quotes inside, or open and followed by no row."""
+    if any(len(cell) > 3 and cell[0] == cell[-1] == '"' and '""' in cell[1:-1] for cell in cells):
+        return "quotes_kept: a cell looks quoted as in CSV, and TSV has no quoting"
+    if cells[-1].startswith('"') and cells[-1].count('"') % 2 and (following := next(lines, None)) is not None:
+        lines.put_back([following])
+        if following.count(delimiter) + 1 != len(cells):
+            return "quotes_kept: a cell seems to have several lines in quotes as in CSV, and TSV has no quoting"
+    return ""
 
 
 def _quoted_records(lines: _Lines, delimiter: str, width: int, *, all_quoted: bool) -> Iterator[_Record]:

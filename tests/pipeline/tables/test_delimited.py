@@ -105,6 +105,11 @@ def test_a_tsv_has_no_quotes(tmp_path):
     good, problems, remarks = read(tmp_path, "a.tsv", data)
     assert [row["caption"] for row in good] == ['"hello', "foo", '"bar"', '"two ""2"" pipes"'] and not problems
     assert [remark.split(":")[0] for remark in remarks] == ["quotes_kept"]
+    # pandas quotes a cell with line breaks. In plain texts a quote may be open before another row.
+    data = 'url\tcaption\na\t"two\nlines"\nb\t"open\nc\t"x"\nd\t"e\n\n f"\n'
+    good, problems, remarks = read(tmp_path, "a.tsv", data)
+    assert [row["caption"] for row in good] == ['"two', '"open', '"x"', '"e']
+    assert len(problems) == 2 and [remark.split(":")[0] for remark in remarks] == ["quotes_kept"] * 2
     # R quotes the header too: then the file is quoted.
     good, _, remarks = read(tmp_path, "b.tsv", '"url"\t"caption"\n"http://a"\t"two ""2""\tpipes"\n')
     assert good == [{"url": "http://a", "caption": 'two "2"\tpipes'}] and not remarks
