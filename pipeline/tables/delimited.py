@@ -123,7 +123,7 @@ def _plain_records(lines: _Lines, delimiter: str, width: int) -> Iterator[_Recor
 
 
 def _kept_quotes(cells: list[str], lines: _Lines, delimiter: str) -> str:
-    """A remark if a cell of a TSV looks quoted as in CSV: with doubled quotes inside, or open and followed by no row."""
+    """A remark if a cell of a TSV looks quoted as in CSV: with doubled quotes inside, or open before what is no row."""
     if any(len(cell) > 3 and cell[0] == cell[-1] == '"' and '""' in cell[1:-1] for cell in cells):
         return "quotes_kept: a cell looks quoted as in CSV, and TSV has no quoting"
     if cells[-1].startswith('"') and cells[-1].count('"') % 2 and (following := next(lines, None)) is not None:
