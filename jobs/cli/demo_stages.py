@@ -31,7 +31,7 @@ from pipeline.stages.stage import Stage
 
 TRAIN, HELD_OUT = "train", "heldout"
 _FEW_STEPS = 600  # beside a model that is trained already
-# Some that training has seen, some of the held-out tenth; every style has a picture of each.
+# Some that training has seen, some of the held-out tenth; every style has an image of each.
 EMOJI_PROMPTS = ("red apple", "house", "soccer ball", "sunflower", "red heart", "ghost", "rose", "trophy")
 _log = logging.getLogger(__name__)
 

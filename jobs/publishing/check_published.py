@@ -21,7 +21,7 @@ Fault = dict[str, str]
 
 
 def list_published(root: str) -> list[str]:
-    """The datasets of a root that have something published, those with a damaged or lost pointer too."""
+    """The datasets of a root with a published version, including those with a damaged or lost pointer."""
     names = storage.list_folders(storage.join(storage.normalize(root), "datasets"))
     return [name for name in names if _is_published(root, name)]
 

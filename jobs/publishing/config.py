@@ -14,21 +14,21 @@ class RebuildConfig:
     """How a version is made from the last one."""
 
     rewrite: Annotated[float, Interval(ge=0, le=1)] = 0.25
-    """A shard of which a larger share is gone is written again without it; of others searches leave it out."""
+    """A shard that lost a larger share of its rows is written again. In other shards, searches hide the lost rows."""
     retrain: Annotated[float, Interval(ge=0, le=1)] = 0.3
-    """The index is trained anew where a larger share of the pictures came or went, or where --max-drift is passed."""
+    """Train the index again if a larger share of the images was added or removed, or if --max-drift is exceeded."""
     thorough: bool = False
-    """Read every file of the source, even those that look as they did (size and time, or ETag)."""
+    """Read every file of the source, even if its size and time, or its ETag, are unchanged."""
     full: bool = False
-    """Take nothing from the last version."""
+    """Reuse nothing from the last version."""
     embed_captions: bool = False
-    """Embed the captions too, in text_embeddings/; so it is done anyway if the last version has them."""
+    """Also embed the captions, in text_embeddings/. This is the default if the last version has them."""
     allow_encoder: bool = False
-    """Publish even if the encoder is another than that of the last version or of runs that draw from it."""
+    """Publish even if the last version, or a run that uses the dataset, has another encoder."""
     scores: tuple[str, ...] = ()
     """Score each version with these heads, NAME=HEAD each, as `score --head` does."""
     hide: str = ""
-    """Searches leave out the rows for which this is true, as in "nsfw > 0.5": a row filter over metadata and scores."""
+    """Hide rows from searches: a row filter over metadata and scores, such as "nsfw > 0.5"."""
     gates: GatesConfig = field(default_factory=GatesConfig)
 
     def __post_init__(self) -> None:
@@ -37,13 +37,12 @@ class RebuildConfig:
 
 @dataclass(frozen=True)
 class GcConfig:
-    """Which versions stay."""
+    """Which versions `gc` keeps."""
 
     keep: Annotated[int, Ge(0)] = 3
-    """Published versions that stay beside those that must: the newest."""
+    """Number of newest published versions to keep, besides those that are in use."""
     lease: Annotated[float, Ge(0)] = 24.0
-    """Hours that a version stays after it ceased to be the published one, or after work on it ended: readers keep the
-    version that they began with."""
+    """Hours to keep a version after another one replaced it, or after work on it ended. Readers may still use it."""
 
     def __post_init__(self) -> None:
         check_bounds("gc", self)

@@ -21,7 +21,7 @@ _SAMPLES = {"pictures": [{
 
 
 def list_credits(address: str) -> list[dict[str, Any]]:
-    """The credits of a sample (.png), or of every sample in a samples.json; the root is told from where it lies.
+    """The credits of a sample (.png), or of every sample in a samples.json. The root follows from its path.
 
     ValueError if the file is no sample of a run.
     """
@@ -33,8 +33,8 @@ def list_credits(address: str) -> list[dict[str, Any]]:
         url = storage.join(folder, "samples.json")
         document = check_shape(storage.read_json(url), url, _SAMPLES, "the same sample command with --overwrite")
     except FileNotFoundError:
-        raise ValueError(f"{folder} has no samples.json: these samples are not finished, or were not drawn here\n"
-                         f"hint: the same sample command ends them") from None
+        raise ValueError(f"{folder} has no samples.json: the samples are not finished, or `sample` did not make them\n"
+                         f"hint: run the same sample command again") from None
     file = "/".join(parts[4:])
     chosen = [picture for picture in document["pictures"] if file in {"samples.json", "grid.png", picture["file"]}]
     if not chosen:
@@ -51,16 +51,16 @@ def list_credits(address: str) -> list[dict[str, Any]]:
 
 
 def _within(address: str) -> tuple[str, str]:
-    """The root that a sample lies in, and its place below."""
+    """The root of a sample, and the path of the sample below it."""
     root, sign, below = address.rpartition("/runs/")
     if not sign or "/samples/" not in f"/{below}":
-        raise ValueError(f"{address} is not in runs/RUN/samples/ of a root\nhint: a .png that sample drew, or its "
+        raise ValueError(f"{address} is not in runs/RUN/samples/ of a root\nhint: a .png that `sample` wrote, or its "
                          f"samples.json")
     return root, f"runs/{below}"
 
 
 def _known(dataset: Dataset) -> dict[str, dict[str, Any]]:
-    """The metadata of a database by key, with what its manifest says of sources; nothing if it is gone."""
+    """The metadata of a database by key, with the sources from its manifest. Empty if the database was removed."""
     if not dataset.is_sealed("shards"):
         return {}
     manifest = dataset.manifest("shards")
@@ -71,15 +71,15 @@ def _known(dataset: Dataset) -> dict[str, dict[str, Any]]:
 def _credit(neighbor: dict[str, Any], label: str, known: dict[str, dict[str, Any]], file: str) -> dict[str, Any]:
     row = known[label].get(neighbor["key"])
     if row is not None and row["sha256"] != neighbor["sha256"]:
-        row = None  # the version was made anew since
+        row = None  # the version was made again after this sample
     return {"database": label, "key": neighbor["key"], "score": neighbor["score"], "caption": neighbor["caption"],
             "url": row["url"] if row else "", **credit_row(row or {}, label),
             "sha256": neighbor["sha256"], "file": file,
-            **({} if row else {"note": "this version of the database is gone, or was made anew"})}
+            **({} if row else {"note": "this version of the database was removed, or was made again"})}
 
 
 def credit_row(row: dict[str, Any], label: str) -> dict[str, str]:
-    """Source, license, title, page and authors of a row of metadata with `sources`, those of its manifest."""
+    """Source, license, title, page and authors of a row of metadata. Its `sources` come from the manifest."""
     about = _origin(row, label) if row else {}
     own, work = license_of(row), attribution_of(row)
     stated = own if own.text else license_of(about)
@@ -93,7 +93,7 @@ def _first(cells: dict[str, Any], names: tuple[str, ...]) -> str:
 
 
 def _origin(row: dict[str, Any], label: str) -> dict[str, Any]:
-    """What a manifest's sources say of a picture: the only one, or the one named like its folder or its database."""
+    """The source of an image: the only one in the manifest, or the one with the name of its folder or database."""
     listed = row["sources"] if isinstance(row["sources"], list) else [row["sources"]]
     listed = [origin for origin in listed if isinstance(origin, dict)]
     if len(listed) < 2:
@@ -105,7 +105,7 @@ def _origin(row: dict[str, Any], label: str) -> dict[str, Any]:
 
 
 def credits_text(credited: list[dict[str, Any]]) -> str:
-    """The credits for people, a paragraph a sample."""
+    """The credits as text: one paragraph for each sample."""
     lines = []
     for credit in credited:
         lines.append(f"{credit['sample']}" + (f": {credit['prompt']}" if credit["prompt"] else ""))
@@ -124,7 +124,7 @@ def save_sheet(credited: list[dict[str, Any]], out: Path) -> None:
     rows: list[list[tuple[Image.Image | None, str | tuple[str, ...]]]] = []
     for credit in credited:
         if not credit["pictures"]:
-            raise ValueError(f"{credit['sample']} drew on no picture: there is nothing to show")
+            raise ValueError(f"{credit['sample']} used no image: there is nothing to show")
         folder = credit["pictures"][0]["file"].rpartition("/")[0]
         sample = f"{folder}/{credit['sample'].rpartition('/')[2]}"
         rows.append([(_picture(sample), credit["prompt"]), *((_picture(neighbor["file"]), _below(neighbor))

@@ -1,4 +1,4 @@
-"""Pictures taken out of every database: hidden at once, out of the bytes with the next version, and kept out."""
+"""Remove images from every database: hide them immediately, drop their bytes in the next version, keep them out."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 def parse_takedown(root: str, sha256: Sequence[str], urls: Sequence[str], keys: Sequence[str],
           domains: Sequence[str]) -> Forgotten:
-    """What a request is about; keys become the hashes of their pictures. ValueError if it is about nothing."""
+    """The images that a request names. Keys become the hashes of their images. ValueError if it names none."""
     hashes = {value.lower() for value in sha256}
     if wrong := [value for value in hashes if len(value) != 64 or set(value) - set("0123456789abcdef")]:
         raise ValueError(f"{wrong[0]!r} is no sha256\nhint: 64 hexadecimal digits, as sha256sum prints them")
@@ -41,15 +41,15 @@ def parse_takedown(root: str, sha256: Sequence[str], urls: Sequence[str], keys: 
                              f"name them")
         hashes |= {value for row in pictures for value in (row["sha256"], row.get("original_sha256")) if value}
     if not all(urls):
-        raise ValueError("--url '' names nothing\nhint: an address, or a file's name below its folder")
+        raise ValueError("--url '' names nothing\nhint: a URL, or the path of a file below its folder")
     takedown = Forgotten(frozenset(hashes), frozenset(map(storage.redact_url, urls)), frozenset(map(_host, domains)))
     if not takedown:
-        raise ValueError("forget needs pictures\nhint: --sha256, --url, --key DATASET/KEY or --domain")
+        raise ValueError("forget needs images\nhint: --sha256, --url, --key DATASET/KEY or --domain")
     return takedown
 
 
 def _host(text: str) -> str:
-    """The host that a domain, or an address with it, names."""
+    """The host of a domain or of a URL."""
     place = clean_url(text)
     is_url = "//" in place or place.lower().startswith(("http:", "https:"))
     host = find_host(place if is_url else f"//{place.removeprefix('*').lstrip('.')}")
@@ -59,14 +59,14 @@ def _host(text: str) -> str:
 
 
 def forget(root: str, wanted: Forgotten, note: str, *, dry_run: bool = False) -> dict[str, Any]:
-    """Put pictures on the list of what is forgotten, and hide them in every dataset; what had them, and who used it.
+    """Add images to the takedown list and hide them in every dataset. Returns the datasets, and the runs that use them.
 
-    What is on the list stays out of later rebuilds. Other names of the same bytes are found by their hash. A version
+    Later rebuilds leave out the images of the list. Other names of the same bytes are found by their hash. A version
     that cannot be read stops nothing: it is listed under `unreadable`, with the reason.
     """
     root = storage.normalize(root)
     takedown_list.refuse_lost_requests(root)
-    # Who names a picture by its address means its bytes too, under whatever address they come again.
+    # A request with a URL also covers the bytes of the image, in case another URL serves them.
     hashes: set[str] = set()
     unreadable: dict[Dataset, str] = {}
     if not wanted.domains:
@@ -126,7 +126,7 @@ def refuse_unreadable(root: str, unreadable: Mapping[str, str], *, dry_run: bool
             hint = find_replacement(published, version)
     state = "would be recorded" if dry_run else "is recorded"
     raise DamagedFile(f"the request {state}, but {len(unreadable)} versions cannot be read and may still have such "
-                      f"pictures: {_list_faults(unreadable)}\nhint: {hint}; then the same forget again")
+                      f"images: {_list_faults(unreadable)}\nhint: {hint}; then the same forget again")
 
 
 def _sealed_datasets(root: str) -> list[Dataset]:
@@ -181,22 +181,22 @@ def _touched(dataset: Dataset, rows: list[tuple[int, dict[str, Any]]], fresh: in
 
 
 def forget_text(report: dict[str, Any]) -> str:
-    """What was done, for people."""
+    """The report as text."""
     if not report["found"]:
         readable = "readable dataset" if report["unreadable"] else "dataset"
         leave = "would leave" if report["dry_run"] else "leave"
-        return (f"no {readable} has such pictures; later rebuilds {leave} them out\n"
-                f"(a picture of a folder goes by its name below the folder, one of a list by its address as listed)")
+        return (f"no {readable} has such images; later rebuilds {leave} them out\n"
+                f"(the URL of an image is its path below the folder, or its URL as the list has it)")
     lines = []
     for entry in report["found"]:
-        hidden = "would no longer be found" if report["dry_run"] else "no longer found"
-        lines.append(f"{entry['dataset']}: {entry['pictures']} pictures, {hidden} by searches "
+        hidden = "would be hidden" if report["dry_run"] else "hidden"
+        lines.append(f"{entry['dataset']}: {entry['pictures']} images, {hidden} from searches "
                      f"({', '.join(entry['keys'])}{', ...' if entry['pictures'] > len(entry['keys']) else ''})")
         if entry["neighbors"]:
-            lines.append(f"  neighbour lists made with it: {', '.join(entry['neighbors'])}")
+            lines.append(f"  neighbor lists made with it: {', '.join(entry['neighbors'])}")
         if entry["runs"]:
             lines.append(f"  runs that used it: {', '.join(entry['runs'])}")
     names = sorted({entry["dataset"].split("@")[0] for entry in report["found"]})
-    lines.append(f"they are in the bytes until the next version: rebuild {' / '.join(names)}; then gc; neighbour lists "
-                 f"and runs stay as they were made")
+    lines.append(f"the shards keep their bytes until the next version: rebuild {' / '.join(names)}; then gc; neighbor "
+                 f"lists and runs do not change")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Remove old versions of a published dataset that nothing needs any more.
+"""Remove old versions of a published dataset that nothing needs.
 
 Another command may publish or build a version at the same time. So gc takes an exclusive lease on a version, marks it
 for removal, and reads the pointer again before each file. Ages come from the file times of the store.
@@ -57,7 +57,7 @@ def collect_garbage(root: str, name: str, config: GcConfig, *, dry_run: bool = F
 
 
 def _refuse_damaged(current: Published) -> None:
-    """StageFailed if the published version is not whole: the earlier ones are the way back."""
+    """StageFailed if the published version is damaged: an earlier one may have to replace it."""
     if fault := find_fault(current, current.document):
         raise StageFailed(f"the published {current.name}@{current.version} is damaged: {fault}\n"
                           f"hint: {find_way_back(current)}")
@@ -87,7 +87,7 @@ def _remove_leftovers(root: str, name: str, now: float) -> None:
 
 
 def _choose(current: Published, config: GcConfig, now: float) -> list[dict[str, Any]]:
-    """Every version with the reason why it stays; no reason for those to remove."""
+    """Every version with the reason to keep it; no reason for versions to remove."""
     root, name = current.root, current.name
     pinned = find_consumers(root, name)
     all_versions = current.versions()
@@ -116,7 +116,7 @@ def _choose(current: Published, config: GcConfig, now: float) -> list[dict[str, 
 
 
 def _newest_whole(current: Published, versions: list[str], count: int) -> set[str]:
-    """The newest `count` of the versions that are whole: a damaged version is no way back."""
+    """The newest `count` undamaged versions: a rollback needs an undamaged one."""
     publications, newest = list_publications(current), set[str]()
     for version in reversed(versions):
         if len(newest) == count:
@@ -218,7 +218,7 @@ def _to_be_taken(dataset: Dataset, stage_name: str, folder: str) -> list[dict[st
 
 def _remove(current: Published, version: str, mark: bytes | None, stays: set[str], now: float, dry_run: bool
             ) -> dict[str, Any]:
-    """Remove what is in a version and does not stay: the counts of files and bytes, or the reason why it is kept."""
+    """Remove the files of a version that nothing needs: counts of files and bytes, or the reason to keep it."""
     if dry_run:
         return _remove_files(current, version, stays, dry_run=True)
     dataset = Dataset(current.root, current.name, version)

@@ -1,6 +1,6 @@
-"""A source -> the next published version of a dataset: what is new is made, judged, and swapped in.
+"""A source -> the next published version of a dataset: build what is new, check the gates, swap the pointer.
 
-Whoever runs it again goes on with the version that was begun for the same source; another source, another version.
+The same command resumes the version that was begun for the same source. Another source gets another version.
 """
 
 import contextlib
@@ -54,11 +54,11 @@ Seal = Callable[[Stage], dict[str, Any]]
 
 
 class GatesFailed(StageFailed):
-    """A version is not published, for it is not as it must be."""
+    """A version is not published, because it fails a gate."""
 
 
 class Rebuild:
-    """One rebuild: a source, the version that is published, and the one that is made."""
+    """One rebuild: a source, the published version, and the next version."""
 
     def __init__(self, root: str, name: str, shard: ShardConfig, embed: EmbedConfig, index: IndexConfig,
                  config: RebuildConfig, keys: ReleaseKeys | None = None) -> None:
@@ -67,22 +67,22 @@ class Rebuild:
         self.keys = read_release_keys() if keys is None else keys
         self.before = Published.load(root, name, self.keys)
         if not storage.can_swap(self.before.folder):
-            raise ValueError(f"the store of {root} does not keep the conditions If-Match and If-None-Match of a write: "
-                             f"two rebuilds could publish at once\nhint: a store that keeps them (AWS S3, MinIO, R2), "
-                             f"or a file system")
+            raise ValueError(f"the store of {root} ignores If-Match and If-None-Match of a write: two rebuilds could "
+                             f"publish at the same time\nhint: a store that obeys them (AWS S3, MinIO, R2), or a file "
+                             f"system")
         if shard.duplicates != "keep":
-            raise ValueError("rebuild takes every picture of the source: for duplicates all must be looked at at once\n"
+            raise ValueError("rebuild takes every image of the source: it cannot remove duplicates\n"
                              "hint: shard with --duplicates, embed and index make a version by hand")
         with contextlib.ExitStack() as stack:
             scratch = stack.enter_context(scratch_folder("rebuild"))
             self.source = SourceDiff.read(shard, takedown_list.read_takedowns(root), str(scratch))
-            weakref.finalize(self, stack.pop_all().close)  # the scratch folder is gone with this object
+            weakref.finalize(self, stack.pop_all().close)  # removes the scratch folder with this object
         if not self.source.count:
-            raise ValueError(f"{', '.join(shard.source)} holds no picture that may be taken: nothing is published")
+            raise ValueError(f"{', '.join(shard.source)} has no usable image: nothing is published")
 
     @cached_property
     def last(self) -> Dataset | None:
-        """The published version, if anything of it can be taken."""
+        """The published version, if any part of it can be reused."""
         if self.config.full:
             return None
         last = self._base
@@ -91,7 +91,7 @@ class Rebuild:
         now = Update.section_of(self.shard)
         there = {key: value for key, value in last.manifest("shards")["section"].items() if key != "rewrite"}
         if differing := sorted(key for key in now.keys() | there.keys() if there.get(key) != now.get(key)):
-            _log.info("rebuild: %s was made with other settings (%s): everything is made anew", last.label,
+            _log.info("rebuild: %s was made with other settings (%s): nothing is reused", last.label,
                       ", ".join(differing))
             return None
         return last
@@ -122,7 +122,7 @@ class Rebuild:
         return None
 
     def forecast(self) -> dict[str, Any]:
-        """What a rebuild would do, as far as the source's names and looks tell; writes nothing."""
+        """Estimate a rebuild from the names, sizes and times of the source. Writes nothing."""
         before = self._last_listing()
         diff = self.source.against(before, Hashes.none())
         return {"dataset": self.name, "published": self.before.version or None,
@@ -154,13 +154,13 @@ class Rebuild:
         while True:
             number += 1
             version = f"v{number}"
-            # Of two that begin at the same moment the second one finds the claim of the first.
+            # If two rebuilds begin at the same time, the second one finds the claim of the first.
             if not self._taken(version) and (storage.create_bytes(data, self._address(version))
                                              or self._claimed(version) == claim):
                 return Dataset(self.root, self.name, version), False
 
     def _taken(self, version: str) -> bool:
-        """Whether a version was made by hand, or is over and gone: it has no claim, and is none to claim."""
+        """Whether a version was made by hand or was removed. Such a version has no claim and cannot be claimed."""
         base = storage.join(self.before.folder, version)
         return self._is_gone(version) or (self._claimed(version) is None and any(
             storage.exists(storage.join(base, file))
@@ -189,7 +189,7 @@ class Rebuild:
             return None
 
     def compare(self, dataset: Dataset, seal: Seal) -> SourceDiff:
-        """What is new in the source; files that look other than they did are read."""
+        """Compare the source with the last version. Reads the files whose size, time or ETag changed."""
         before = self._last_listing()
         suspects = self.source.suspects(before)
         if self.config.thorough and before.num_rows and self.source.source.fetch == "file":
@@ -222,12 +222,12 @@ class Rebuild:
                 seal(Extension(dataset, last, self.index))
                 return
             except Drifted as error:
-                _log.info("%s; training it anew", str(error).splitlines()[0])
+                _log.info("%s; training it again", str(error).splitlines()[0])
                 clear_folder(whole)
         build_index(whole, seal)
 
     def _planned(self, whole: Index) -> bool:
-        """Whether an index was begun that is trained anew."""
+        """Whether an index that is trained from the start was begun."""
         plan = storage.join(whole.folder, "plan.json")
         return storage.exists(plan) and "base" not in check_plan(storage.read_json(plan), plan)["inputs"]
 
@@ -237,12 +237,12 @@ class Rebuild:
         moved = sum(counts.get(name, 0) for name in ("added", "changed", "removed", "forgotten"))
         share = moved / max(sum(counts.values()), 1)
         if share > self.config.retrain:
-            _log.info("rebuild: %.0f %% of the pictures came or went: the index is trained anew", 100 * share)
+            _log.info("rebuild: %.0f %% of the images changed: the index is trained again", 100 * share)
             return False
         return (search_kind(last) != "graph" and dataset_encoder(last) == dataset_encoder(dataset))
 
     def judge(self, dataset: Dataset, before: Published) -> tuple[list[Gate], list[str]]:
-        """The gates of a version against what is published, and the queries that they asked."""
+        """The gates of a version against the published version, and the texts of their queries."""
         base = self._open_base(before)
         release = published.read_release(base)[0] if base else None
         texts = gates.choose_queries(self.config.gates, release, dataset)
@@ -251,9 +251,10 @@ class Rebuild:
         return gates.measure_gates(dataset, base, texts, self.embed.clip(), limits, pinned), texts
 
     def publish(self, dataset: Dataset) -> dict[str, Any]:
-        """Judge a version and swap it in; GatesFailed if it is not as it must be.
+        """Check the gates of a version and publish it; GatesFailed if it fails one.
 
-        Where somebody published meanwhile, the later build stays, whoever is faster; an earlier one is judged against.
+        If another command published a later build in the meantime, that one stays. If it published an earlier build,
+        the gates compare with that.
         """
         number = published.version_number(dataset.version)
         while True:
@@ -261,7 +262,7 @@ class Rebuild:
             if before.version == dataset.version:
                 return {"published": dataset.version, "by": "another"}
             if before.number > number:
-                _log.info("rebuild: %s was published meanwhile: %s, which was begun before it, is not", before.version,
+                _log.info("rebuild: another command published %s: %s is older and is not published", before.version,
                           dataset.version)
                 return {"published": before.version, "superseded": dataset.version}
             results, texts = self.judge(dataset, before)
@@ -272,8 +273,8 @@ class Rebuild:
                                  storage.join(before.folder, dataset.version, "gates.json"))
                 kept = f"{before.version} stays published" if before.version else "nothing is published"
                 raise GatesFailed(f"rebuild: {dataset.name}@{dataset.version} is not published: "
-                                  f"{'; '.join(map(str, failed))}: {kept}\nhint: look at the source; the flags of the "
-                                  f"gates (--max-lost ...) let this version pass if it is right")
+                                  f"{'; '.join(map(str, failed))}: {kept}\nhint: check the source; if the version is "
+                                  f"right, raise the limits of the gates (--max-lost ...)")
             shards = dataset.manifest("shards")
             data = published.write_release(dataset, {
                 "number": number, "base": before.version or None, "source": self.source.digest,
@@ -284,7 +285,7 @@ class Rebuild:
                 return {"published": dataset.version, "gates": {gate.name: gate.value for gate in results}}
 
     def _hide_forgotten(self, dataset: Dataset) -> dict[str, Any]:
-        """Hide what was forgotten since the shards were made; what the new pointer says of the takedown list."""
+        """Hide images that were forgotten after the shards were made. Returns the takedown fields of the pointer."""
         listed = takedown_list.describe_list(self.root)
         if not listed["requests"]:
             return {}
@@ -295,7 +296,7 @@ class Rebuild:
     def unchanged(self, dataset: Dataset, diff: SourceDiff) -> bool:
         """Whether the published version holds all of the source already.
 
-        The version that was begun goes then, but where files were read: so they need not be the next time.
+        If so, the version that was begun is removed. It stays if files were read, so that the next rebuild skips them.
         """
         if self.last is None or any(
                 diff.counts[name] for name in ("added", "changed", "removed", "forgotten")):
@@ -325,13 +326,13 @@ class Rebuild:
             for score in self._scores(last) for stage in [score.path.split("/", 3)[3]])
 
     def _pending(self) -> bool:
-        """Whether pictures of the published version were forgotten since, and are still in its bytes."""
+        """Whether shards of the published version still have the bytes of forgotten images."""
         last = self.last
         return last is not None and len(takedowns.read_forgotten_rows(last)) > 0
 
 
 def run_rebuild(rebuild: Rebuild, seal: Seal) -> dict[str, Any]:
-    """Bring a dataset's published version up to its source; what was done."""
+    """Publish a version of a dataset that matches its source. Returns a report."""
     rebuild.keys.refuse_unsigned(rebuild.name, rebuild.before.document)
     with contextlib.ExitStack() as leases:
         if rebuild.before.version:  # gc must not remove the files that the new version takes over
@@ -361,10 +362,10 @@ def _rebuild_claimed(rebuild: Rebuild, dataset: Dataset, past: bool, seal: Seal)
 
 def _made(rebuild: Rebuild, dataset: Dataset, past: bool, seal: Seal) -> dict[str, Any]:
     now = Published.load(rebuild.root, rebuild.name, rebuild.keys)
-    if past and now.version == dataset.version:  # since this one began
+    if past and now.version == dataset.version:  # another command published it after this one began
         return {"dataset": rebuild.name, "published": dataset.version, "by": "another"}
     if past:
-        _log.warning("rebuild: the source is what %s was made from, which was rolled back\n"
+        _log.warning("rebuild: the source equals that of %s, which was rolled back\n"
                      "hint: python -m jobs rollback %s --to %s --root %s", dataset.version, rebuild.name,
                      dataset.version, storage.redact_credentials(rebuild.root))
         rebuild.keep_published()

@@ -1,4 +1,4 @@
-"""The versions of a published dataset: which there are, and the way back to an earlier one."""
+"""The versions of a published dataset: list them, and roll back to an earlier one."""
 
 import difflib
 import hashlib
@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 def list_versions(root: str, name: str) -> list[dict[str, Any]]:
-    """Every version of a dataset, the oldest first: what it is, and why it stays."""
+    """Every version of a dataset, oldest first: its facts, and the reason to keep it."""
     root, current, pinned = storage.normalize(root), Published.load(root, name), find_consumers(root, name)
     rolled_back: set[str] = set()
     for past in current.history():
@@ -95,13 +95,13 @@ def _when(seconds: float | None) -> float | None:
 
 def rollback(root: str, name: str, to: str, *, dry_run: bool = False, keys: ReleaseKeys | None = None
              ) -> dict[str, Any]:
-    """Publish an earlier version again; what stands there now.
+    """Publish an earlier version again. Returns the published version.
 
-    `to`: the version. Without it the newest earlier version that is whole. Nothing changes if a rollback has published
-    the present one. So a killed command may run again.
+    `to`: the version; by default the newest undamaged earlier version. Nothing changes if a rollback has published
+    the current one, so a killed command may run again.
 
     ValueError if the dataset is signed and `keys` has no private key, or if no accepted key has signed that version.
-    DamagedFile if the version is not whole.
+    DamagedFile if the version is damaged.
     """
     root, current = storage.normalize(root), Published.load(root, name, keys)
     if not current.version:

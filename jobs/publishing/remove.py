@@ -136,7 +136,7 @@ def _versions_with_files(root: str, path: str) -> list[str]:
 
 
 def _removal_order(inputs: dict[str, list[str]]) -> list[str]:
-    """Stages in such an order that each goes after those that were made from it, and after those in its folder."""
+    """Stages in the order of removal: after the stages that were made from it, and after those in its folder."""
     pending, order = dict(inputs), []
     while pending:
         needed = {stage for stage in pending for other, paths in pending.items() if other != stage and (

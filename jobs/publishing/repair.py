@@ -81,7 +81,7 @@ def _repair_pointer(root: str, name: str, keys: ReleaseKeys, *, accepted: bool, 
 
 
 def _close_history(current: Published, *, dry_run: bool) -> dict[str, Any]:
-    """Publish the same version again: nothing misses the entries of the history before a repair."""
+    """Publish the same version again: no reader then needs the entries of the history before a repair."""
     damaged, false = current.damaged_history(), find_false_entries(current)
     lost = [url.rpartition("/")[2] for url in damaged]
     lost += [f"{gap[0]} to {gap[-1]}" for gap in current.missing_history()]
@@ -124,7 +124,7 @@ def _refuse_damaged(current: Published, report: dict[str, Any]) -> None:
 
 
 def _sign(current: Published, fault: str, *, dry_run: bool) -> str:
-    """Sign a published version that is whole; what became of its pointer."""
+    """Sign an undamaged published version. Returns what happened to its pointer."""
     if fault:
         raise ValueError(f"{current.name}@{current.version} is not signed, for it is not whole: {fault}\n"
                          f"hint: {find_way_back(current)}")
@@ -152,7 +152,7 @@ def _restore_pointer(root: str, name: str, keys: ReleaseKeys, *, accepted: bool,
                    f"python -m jobs repair {name} --root {root} --sign KEYFILE --accept-unsigned, if the published "
                    f"version is right")
             raise ValueError(f"{name} in {root} has no readable publication with an accepted signature\nhint: {way}")
-        raise ValueError(f"{name} in {root} has no readable publication and no release: its pointer cannot be restored"
+        raise ValueError(f"{name} in {root} has no readable publication and no release to restore its pointer from"
                          f"\nhint: remove datasets/{name}/current.json; then python -m jobs rebuild {name} --source "
                          f"SOURCE")
     if not dry_run:

@@ -1,4 +1,4 @@
-"""Which versions of a published dataset are whole, and the commands that replace a damaged one."""
+"""Which versions of a published dataset are undamaged, and the commands that replace a damaged one."""
 
 import hashlib
 from collections.abc import Mapping

@@ -11,14 +11,14 @@ from pipeline.bounds import check_bounds
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How pictures are drawn from a trained model."""
+    """How a trained model generates images."""
 
     k: Annotated[int, Ge(0)] = 4
-    """Neighbours of the text that join its vector in the context."""
+    """Number of neighbors in the context."""
     text: bool = True
-    """Put the text's own vector before its neighbours; without, it only finds them."""
+    """Put the vector of the text into the context, before its neighbors. Otherwise the text only finds neighbors."""
     guidance: Annotated[float, Interval(gt=-inf, lt=inf)] = 2.0
-    """Guidance scale s: eps_u + s (eps_c - eps_u); 1 is none."""
+    """Guidance scale s: eps_u + s (eps_c - eps_u); 1 means no guidance."""
     seed: int = 0
     """Seed of the noise; a prompt starts from the same noise in every database."""
     steps: Annotated[int, Ge(1)] = 50
@@ -26,15 +26,15 @@ class SampleConfig:
     sampler: Literal["ddim", "dpm++", "euler", "heun"] = "ddim"
     """ddim; dpm++ (DPM-Solver++, 2M), for which 20 steps are enough; euler or heun for runs that predict a flow."""
     eta: Annotated[float, Interval(ge=0, le=1)] = 0.0
-    """Noise that ddim draws anew in each step: 0 none, 1 as much as the diffusion it was trained with."""
+    """Noise that ddim adds in each step: 0 none, 1 as much as the diffusion process of training."""
     text_guidance: Annotated[float, Interval(ge=-1, lt=inf)] = -1.0
-    """Guidance scale of the prompt's own vector, `guidance` then being that of the neighbours; -1: the same."""
+    """Separate guidance scale for the vector of the prompt; `guidance` is then for the neighbors. -1: one scale."""
     batch_size: Annotated[int, Ge(1)] = 16
-    """Pictures drawn at a time."""
+    """Images generated at the same time."""
     ema: Annotated[float, Interval(ge=0, lt=1)] = 0.0
-    """Rate of the average that is drawn from, of those that the run kept; 0: its first one."""
+    """Rate of the average of weights (EMA) to sample with; 0: the first one of the run."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
-    """What the network computes in; auto: bf16 where the machine is faster in it, which moves some pixels."""
+    """Precision of the network; auto: bf16 if it is faster on the machine, which changes some pixels."""
 
     def __post_init__(self) -> None:
         check_bounds("sample", self)
@@ -50,16 +50,16 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class QueryConfig:
-    """What is drawn beside prompts and pictures, and which of the nearest neighbours are taken."""
+    """How many images to generate, also without a prompt, and which neighbors to use."""
 
     unconditional: Annotated[int, Ge(0)] = 0
-    """Pictures of each database without a prompt, from rows drawn as often as each is a neighbour in training (p_D)."""
+    """Images of each database without a prompt, from rows sampled by p_D: how often each is a neighbor in training."""
     top_m: Annotated[float, Interval(gt=0, le=1)] = 1.0
-    """Draw them from this share of the database's rows, those with the highest p_D; one row at least."""
+    """Sample these rows from the fraction of the database with the highest p_D; at least one row."""
     pool: Annotated[int, Ge(0)] = 0
-    """Take the neighbours at random from so many nearest ones of each database; 0: take the nearest."""
+    """Choose the neighbors at random from this many nearest ones of each database; 0: use the nearest."""
     count: Annotated[int, Ge(1)] = 1
-    """Images of each prompt and query image, each from other noise."""
+    """Images of each prompt and query image, each from different noise."""
 
     def __post_init__(self) -> None:
         check_bounds("sample", self)

@@ -1,4 +1,4 @@
-"""The run that samples if the user names none."""
+"""The run for `sample` if the user names none."""
 
 import logging
 from collections.abc import Sequence

@@ -25,10 +25,10 @@ from pipeline.hardware import devices
 
 
 class ImageGenerator:
-    """The averaged network of a checkpoint and what its latents are decoded with, on the GPU if there is one."""
+    """The averaged network of a checkpoint and the decoder of its latents, on the GPU if there is one."""
 
     def __init__(self, run: Run, step: int, rate: float = 0.0) -> None:
-        """`rate` is that of the average; 0: the run's first one."""
+        """`rate`: the rate of the average (EMA); 0: the first one of the run."""
         self.run = run
         self.device = devices.choose_device()
         denoiser, self.config = checkpoint.load_denoiser(run.fetch(step), rate=rate)
@@ -68,7 +68,7 @@ class ImageGenerator:
         return np.concatenate(pictures)
 
     def _denoiser_in(self, precision: str) -> Denoiser:
-        """The network, computing in that precision; levels and steps stay in float32."""
+        """The network in this precision; noise levels and steps stay in float32."""
         if compute_dtype(precision, self.device) == torch.float32:
             return self.denoiser
 
@@ -80,7 +80,7 @@ class ImageGenerator:
 
 
 def open_generator(run: Run, step: int, rate: float = 0.0) -> ImageGenerator:
-    """The generator of a checkpoint and one of its averages. This process keeps the last one."""
+    """The generator of a checkpoint and one of its averages. The process caches the last one."""
     # The files of a first stage outside of the run may have changed.
     return _load_generator(run, step, rate, run.checkpoint(step)["content"], latents.first_stage_of_run(run),
                            devices.choose_device())

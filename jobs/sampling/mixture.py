@@ -20,7 +20,7 @@ class Mixture:
 
     @classmethod
     def parse(cls, root: str, text: str) -> "Mixture":
-        """`noto`, or `noto:3+openmoji:1` below `root`, as published; a weight that is not given is 1."""
+        """Parse `noto` or `noto:3+openmoji:1`: published databases below `root`. The default weight is 1."""
         members, weights = [], []
         for part in text.split("+"):
             name, colon, weight = part.partition(":")
@@ -35,12 +35,12 @@ class Mixture:
 
     @property
     def label(self) -> str:
-        """The name as the user may write it; of one database its own."""
+        """The name as the user may write it; the label of the database if there is only one."""
         return self._joined(":")
 
     @property
     def item(self) -> str:
-        """The name for files, which no other mixture has: no name of a dataset has these signs."""
+        """A unique name for files: the names of datasets do not contain its separators."""
         return self._joined("=").replace("@", "-")
 
     def _joined(self, sign: str) -> str:

@@ -35,7 +35,7 @@ class Query:
 
     @property
     def name(self) -> str:
-        """The beginning of the names of its files."""
+        """The prefix of the names of its files."""
         text = Path(self.title).stem if self.kind == "image" else self.title
         return f"{self.position:02d}-{re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-')[:40] or self.kind}"
 
@@ -75,7 +75,7 @@ def build_queries(prompts: Sequence[str], paths: Sequence[str], unconditional: i
                          f"hint: --count 2 makes two images of each prompt")
     hashes = [hashlib.sha256(read_image(path)).hexdigest() for path in paths]
     if len(set(hashes)) < len(hashes):
-        raise ValueError(f"a picture is given twice: {', '.join(paths)}")
+        raise ValueError(f"an image is given twice: {', '.join(paths)}")
     kinds: list[tuple[Any, ...]] = [("prompt", prompt) for prompt in prompts for _ in range(count)]
     kinds += [("image", Path(path).name, sha256) for path, sha256 in zip(paths, hashes, strict=True)
               for _ in range(count)]
@@ -84,7 +84,7 @@ def build_queries(prompts: Sequence[str], paths: Sequence[str], unconditional: i
 
 
 def read_prompts(address: str) -> tuple[str, ...]:
-    """The prompts of a file: the captions of a table, or one in each line of a text. Each is taken once.
+    """The prompts of a file without duplicates: the captions of a table, or the lines of a text.
 
     Empty and repeated ones are counted in a warning. ValueError if the file or one of its rows cannot be read.
     """
@@ -115,7 +115,7 @@ def _read_captions(address: str) -> list[str]:
 
 
 def _read_lines(address: str) -> list[str]:
-    """The lines of a text. Blank lines separate prompts, so they are none."""
+    """The lines of a text that are not blank."""
     try:
         text = storage.read_bytes(address).decode("utf-8-sig")
     except FileNotFoundError:
@@ -134,9 +134,9 @@ def read_image(path: str) -> bytes:
         data = Path(path).expanduser().read_bytes()
         decode(data, _MOST_PIXELS)
     except OSError as error:
-        raise ValueError(f"cannot read the picture {path}: {error.strerror}\n"
+        raise ValueError(f"cannot read the image {path}: {error.strerror}\n"
                          f"hint: --image takes the path of a file on this machine") from None
     except BadImage as error:
-        raise ValueError(f"the picture {path} cannot be taken: {error}\n"
-                         f"hint: --image takes what `shard` takes, JPEG, PNG or WebP for example") from None
+        raise ValueError(f"cannot decode the image {path}: {error}\n"
+                         f"hint: --image takes the formats that `shard` takes, for example JPEG, PNG or WebP") from None
     return data

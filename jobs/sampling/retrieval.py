@@ -43,7 +43,7 @@ class Retriever:
 
     def nearest(self, vectors: np.ndarray, positions: Sequence[int], k: int, pool: int, seed: int,
                 first_rows: Sequence[SampledRow | None]) -> RetrievedNeighbors:
-        """The k neighbors of each of the unit vectors (Q, D), shared out by weight and ordered by score.
+        """The k neighbors of each of the unit vectors (Q, D), divided between databases by weight, ordered by score.
 
         With a `pool` each database gives some at random of its so many nearest, which depends on (seed, position)
         alone. A `first_rows` row comes first, and takes a place of its database.
@@ -109,7 +109,7 @@ class Retriever:
 
 
 class RowDistribution:
-    """p_D restricted to the fraction `top_m` of all rows that has the most of it, one row at least.
+    """p_D restricted to the fraction `top_m` of rows with the highest p_D, at least one row.
 
     Blattmann et al. 2022, arXiv:2204.11824, section 3.3.
     """
@@ -120,15 +120,15 @@ class RowDistribution:
         self.rows = np.sort(np.argsort(-usage, kind="stable")[:count]) if count < len(usage) else np.arange(len(usage))
         self._ends = np.cumsum(usage[self.rows])
         if not len(self._ends) or not self._ends[-1]:
-            raise ValueError("no row of the database is a neighbour of a training picture: there is nothing to draw")
+            raise ValueError("no row of the database is a neighbor of a training image: p_D is zero everywhere")
 
     def sample_row(self, random: Random) -> int:
-        """A row, as often as it is used."""
+        """A random row. The probability of each is its share of `usage`."""
         return int(self.rows[np.searchsorted(self._ends, random.randrange(int(self._ends[-1])), side="right")])
 
 
 def neighbor_counts(train: Dataset, database: Dataset, hidden: np.ndarray) -> np.ndarray:
-    """How often each row of a database is a neighbour of a training picture, (M,) int64; 0 for rows that are `gone`."""
+    """How often each row of a database is a neighbor of a training image, (M,) int64; 0 for `hidden` rows."""
     name = f"neighbors/{database.label}"
     usage = arrays.load_array(train.fetch(name, file_of(train.manifest(name), "usage.npy")))
     usage[hidden] = 0
@@ -136,11 +136,11 @@ def neighbor_counts(train: Dataset, database: Dataset, hidden: np.ndarray) -> np
 
 
 def p_d_identity(train: Dataset, database: Dataset) -> dict[str, str]:
-    """How p_D stands among the inputs of a stage; ValueError with the command that finds it."""
+    """The input of a stage that p_D comes from; ValueError with the command that makes it."""
     name = f"neighbors/{database.label}"
     if not train.is_sealed(name):
-        raise ValueError(f"how often rows of {database.label} are neighbours of pictures of {train.label} (p_D) is not "
-                         f"known yet\nhint: {train.command(name)}")
+        raise ValueError(f"p_D is unknown: the neighbors of {train.label} in {database.label} are not sealed\n"
+                         f"hint: {train.command(name)}")
     identity = train.identity(name)
     if not any(entry["name"] == "usage.npy" for entry in train.manifest(name)["files"]):
         raise ValueError(f"{train.folder(name)} was made before p_D was counted\n"

@@ -58,7 +58,7 @@ class Sampling(Stage):
                  query_config: QueryConfig | None = None) -> None:
         self.query_config = query_config or QueryConfig()
         if not (prompts or pictures or self.query_config.unconditional) or not databases:
-            raise ValueError("sample needs prompts, pictures or rows to draw, and databases\n"
+            raise ValueError("sample needs databases, and prompts, images or --unconditional\n"
                              "hint: --prompt 'a red apple', --image apple.png or --unconditional 4; --database noto")
         if name:
             Run.parse(run.root, name)  # a name, not a way out of the folder
@@ -196,7 +196,7 @@ class Sampling(Stage):
 
     def _generate(self, generator: ImageGenerator, vectors: np.ndarray, retrieved: RetrievedNeighbors
                   ) -> list[Image.Image]:
-        """The images of all queries. Those from p_D see only their neighbors, as in training. Without text, all do."""
+        """The images of all queries. Rows from p_D, and all queries without `text`, have only neighbors as context."""
         own = sum(query.kind != "p_D" for query in self.queries) if self.config.text else 0
         positions = [query.position for query in self.queries]
         context = np.concatenate([vectors[:own, None], retrieved.vectors[:own]], 1)  # (queries, 1 + k, D)
@@ -248,10 +248,10 @@ class Sampling(Stage):
 def _check_neighbor_count(queries: QueryConfig, config: SampleConfig) -> None:
     """ValueError if the query settings do not fit the number of neighbors."""
     if queries.pool and queries.pool < config.k:
-        raise ValueError(f"{config.k} neighbours cannot be taken of the {queries.pool} nearest\n"
+        raise ValueError(f"--pool {queries.pool} has fewer neighbors than --k {config.k}\n"
                          f"hint: --pool {4 * config.k}, or a smaller --k")
     if queries.unconditional and not config.k:
-        raise ValueError("--unconditional with --k 0 leaves nothing to draw from\nhint: --k 4")
+        raise ValueError("--unconditional with --k 0 has no neighbors to generate from\nhint: --k 4")
 
 
 def _load_samples(database: Mixture, neighbors: RetrievedNeighbors) -> dict[tuple[int, int], Sample]:

@@ -27,7 +27,7 @@ class Subject:
     settings: dict[str, Any]
     inputs: dict[str, Any]
     first_step: int = 0
-    """The first step that this session reports anew. Earlier steps have been reported, or are replayed."""
+    """The first step that this session reports again. Earlier steps have been reported, or are replayed."""
     training: bool = False
 
     @property

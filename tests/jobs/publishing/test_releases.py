@@ -92,7 +92,7 @@ def test_what_is_forgotten(place: Path, capsys: pytest.CaptureFixture[str]) -> N
     by_key, by_name, by_hash = rows[2], rows[35], rows[70]
     assert main(["forget", "--key", f"{NAME}/{by_key['key']}", "--url", by_name["url"], "--sha256",
                  by_hash["sha256"], "--note", "asked by mail", "--root", root]) == 0
-    assert "drawn@v1: 3 pictures, no longer found" in capsys.readouterr().out
+    assert "drawn@v1: 3 images, hidden from searches" in capsys.readouterr().out
     # Immediately, in the published version.
     assert list(hidden_rows.read_hidden_rows(published_dataset(root))) == [2, 35, 70]
     copy = source / "renamed.png"

@@ -76,7 +76,7 @@ def test_words_alone_are_sampled_with_the_bundled_model(tmp_path: Path, source: 
     named, _ = run("sample", "emoji_32", "--prompt", "a tree", *words[2:])
     assert named["folder"] == made["folder"]
     _, log = run("sample", "emoji_32", "--database", "mine", "--root", root, code=2)
-    assert "sample needs prompts" in log  # it is the name of a run, so it is no prompt
+    assert "sample needs databases, and prompts" in log  # it is the name of a run, so it is no prompt
     _, log = run("sample", "a tree", "--root", root, code=2)
     assert "hint: python -m jobs sample --root" in log and "'a tree' --database NAME" in log
 

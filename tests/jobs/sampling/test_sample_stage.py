@@ -293,15 +293,15 @@ def test_a_mixture_has_one_name(text: str, label: str, item: str) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--image", "nowhere.png"], "cannot read the picture nowhere.png"),
-    (["--image", "{root}"], "cannot read the picture"),
+    (["--image", "nowhere.png"], "cannot read the image nowhere.png"),
+    (["--image", "{root}"], "cannot read the image"),
     (["--image", "{root}/settings.toml"], "not_a_picture"),
-    (["--image", "{picture}", "--image", "{picture}"], "a picture is given twice"),
+    (["--image", "{picture}", "--image", "{picture}"], "an image is given twice"),
     (["--prompt", "x", "--pool", "2"], "hint: --pool 16"),
     (["--prompt", "x", "--pool", "-1"], "sample.pool = -1: must be at least 0"),
     (["--unconditional", "1", "--top-m", "0"], "sample.top_m = 0.0: must be above 0 and at most 1"),
     (["--unconditional", "1", "--top-m", "1.5"], "sample.top_m = 1.5: must be above 0 and at most 1"),
-    (["--unconditional", "1", "--k", "0"], "leaves nothing to draw from"),
+    (["--unconditional", "1", "--k", "0"], "has no neighbors to generate from"),
     (["--unconditional", "1", "--database", "outline"], "python -m jobs neighbors drawn --database outline"),
     (["--prompt", "x", "--database", "flat+nowhere"], "python -m jobs index nowhere"),
     (["--prompt", "x", "--database", "flat:0+hatched"], "the weight '0' of flat is not a number above 0"),
@@ -311,7 +311,7 @@ def test_a_mixture_has_one_name(text: str, label: str, item: str) -> None:
     (["--prompt", "x", "--sampler", "heun"], "heun follows a flow"),
     (["--prompt", "x", "--ema", "0.5"], "the run has no average of the rate 0.5"),
     (["--prompt", "x", "--steps", "5000"], "below timesteps = 1000"),
-    ([], "sample needs prompts, pictures or rows to draw"),
+    ([], "sample needs databases, and prompts"),
 ])
 def test_what_cannot_be_drawn_is_refused_in_words(arguments: list[str], message: str, root: Path, picture: Path, capsys
                                                   ) -> None:
