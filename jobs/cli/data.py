@@ -45,10 +45,10 @@ class ShardOptions:
     adopt: bool = False
     """The source is existing tars: seal them in place, without a copy."""
     retry_failed: bool = False
-    """Retry only the rows that failed: in more shards of this version while it is not sealed, otherwise in the next
-    version, which takes over the shards of this one."""
+    """Retry only the rows that failed. Before the version is sealed, they go into more shards of it. Afterwards, they
+    go into the next version, which reuses the shards of this one."""
     max_failed: float = 1.0
-    """Stop when a larger share of the rows has failed."""
+    """Stop if a larger share of the rows fails."""
 
 
 def run_shard(options: ShardOptions) -> int:
@@ -102,7 +102,7 @@ class EmbedOptions:
     captions: bool = False
     """Also embed captions, into text_embeddings/."""
     adopt: str = ""
-    """Take the embeddings from this folder: of clip-retrieval, or a retrieval database of CompVis (.npz)."""
+    """Import embeddings from this folder: of clip-retrieval, or a retrieval database of CompVis (.npz)."""
     export: Literal["", "clip-retrieval"] = ""
     """Also write the embeddings in this layout, into a folder of the same name."""
 
@@ -137,8 +137,8 @@ class ScoreOptions:
     common: Flat[CommonOptions]
     stage: Flat[StageOptions]
     head: Words = ()
-    """NAME=HEAD: a column of this name, from a safetensors file of linear layers on CLIP vectors (a path, a URL or
-    hf-hub:ORGANISATION/NAME), or from a function of yours (module:function). Repeat the flag for more."""
+    """NAME=HEAD adds the column NAME. HEAD is a safetensors file of linear layers on CLIP vectors (a path, a URL or
+    hf-hub:ORGANISATION/NAME), or your function (module:function). Repeat the flag for more."""
 
 
 def run_score(options: ScoreOptions) -> int:
@@ -169,12 +169,12 @@ class IndexOptions:
     extend: str = ""
     """Do not train: take over the index of this version (NAME@VERSION), and add and remove the rows that changed."""
     adopt: str = ""
-    """Do not build: take this file, an index of faiss or autofaiss over the embeddings in their order."""
+    """Do not build: import this index file of faiss or autofaiss. Its vectors have the order of the embeddings."""
     tombstone: str = ""
     """Do not build: searches leave out the samples whose keys are in this text file, one on each line."""
     hide: str = ""
-    """Do not build: searches leave out the rows for which this is true, as in "nsfw > 0.5": a row filter over metadata
-    and scores. With --tombstone: both."""
+    """Do not build: hide rows from searches. A row filter over metadata and scores, such as "nsfw > 0.5". With
+    --tombstone: both."""
 
 
 def run_index(options: IndexOptions) -> int:

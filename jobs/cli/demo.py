@@ -22,11 +22,11 @@ class DemoOptions:
     cluster: Flat[ClusterConfig]
     settings: Unflagged[Settings]
     drawn: bool = False
-    """Use the corpus drawn by the program instead of the emoji."""
+    """Use the synthetic corpus instead of the emoji."""
     steps: int = 0
     """Training steps. 0: the recipe's, or 600 with a bundled model."""
     subjects: int = 300
-    """Subjects of the drawn corpus."""
+    """Subjects of the synthetic corpus."""
 
 
 def run_demo(options: DemoOptions) -> int:

@@ -69,7 +69,7 @@ def make_demo(root: str, settings: Settings, runner: Runner, *, without_emoji: b
                                   RECIPES[BUNDLED_RUN]().sample), runner))
     job = Job(Run.parse(root, DEMO_RUN), names[TRAIN], names[TRAIN], settings.train, validation=names[HELD_OUT])
     if not storage.exists(storage.join(job.run.folder, "manifest.json")):
-        _log.info("train: %d steps of %d pictures", settings.train.steps, settings.train.global_batch)
+        _log.info("train: %d steps of %d images", settings.train.steps, settings.train.global_batch)
         did.append(True)
     if train(job) is None:
         raise KeyboardInterrupt
@@ -85,17 +85,17 @@ def make_demo(root: str, settings: Settings, runner: Runner, *, without_emoji: b
 
 
 def _bundled(root: str) -> Run:
-    """The model that comes along as a run of the root."""
+    """The bundled model, as a run of the root."""
     run = Run.parse(root, BUNDLED_RUN)
     new = not storage.exists(storage.join(run.folder, "manifest.json"))
     import_run(run, BUNDLED)
     if new:
-        _log.info("%s: a model of %d steps that comes along", run.path, run.latest_step())
+        _log.info("%s: the bundled model, trained for %d steps", run.path, run.latest_step())
     return run
 
 
 def _seal(stage: Stage, runner: Runner) -> bool:
-    """Run a stage unless it is sealed; whether there was anything to do."""
+    """Run a stage unless it is sealed. Returns whether it ran."""
     if storage.exists(storage.join(stage.folder, "manifest.json")):
         prepare(stage)
         return False
@@ -107,7 +107,7 @@ def _seal(stage: Stage, runner: Runner) -> bool:
 
 
 def _pictures(root: str, settings: Settings, without_emoji: bool) -> DemoCorpus:
-    """The corpus: the one that was taken before, else emoji where npm brings them, else drawn."""
+    """The corpus that the root has. A new root gets the emoji, or the synthetic corpus if npm cannot fetch them."""
     cache = (storage.local_path(root) if storage.is_local(root) else storage.cache_folder()) / "cache" / "npm"
     there = [name for name in ("emoji", "drawn") if storage.exists(storage.join(root, "pictures", name, "plan.json"))]
     if not without_emoji and "drawn" not in there:
@@ -118,9 +118,9 @@ def _pictures(root: str, settings: Settings, without_emoji: bool) -> DemoCorpus:
         except emoji.NpmUnavailable as error:
             if "emoji" in there:
                 raise
-            _log.warning("corpus: pictures drawn by the program, for there are no emoji: %s", error)
+            _log.warning("corpus: synthetic images, because the emoji are not available: %s", error)
     else:
-        _log.info("corpus: pictures drawn by the program")
+        _log.info("corpus: synthetic images")
     return DemoCorpus(root, replace(settings.pictures, corpus="drawn"), cache)
 
 

@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def log_stopped() -> None:
-    """Say that a signal stopped the command."""
+    """Log that a signal stopped the command."""
     logs.log_exit("stopped; the same command continues from here", logging.WARNING, exit=STOPPED)
 
 
@@ -119,14 +119,14 @@ def _inform(arguments: list[str]) -> int | None:
         help.print_help(first, everything="--help-all" in asked)
     else:
         return None
-    sys.stdout.flush()  # here, where a reader that has left is no error
+    sys.stdout.flush()  # here, where a closed pipe is no error
     return 0 if arguments else 2
 
 
 def _unheard() -> bool:
-    """Whether whoever read the output has seen enough, as `head` does; the rest of it goes nowhere then."""
+    """Whether the reader of stdout has closed the pipe, as `head` does. Further output is then discarded."""
     out = select.poll()
-    out.register(sys.stdout.fileno(), 0)  # a pipe without a reader says so unasked
+    out.register(sys.stdout.fileno(), 0)  # poll reports a pipe without a reader also for an empty mask
     if closed := bool(out.poll(0)):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return closed

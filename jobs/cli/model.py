@@ -49,13 +49,13 @@ class TrainOptions:
     on_latents: Annotated[bool, tyro.conf.arg(name="latents")] = False
     """Train on the latents of the dataset instead of its images."""
     validation: str = ""
-    """Dataset to validate on: losses with its own neighbors in the database, with those of other samples and with
-    none, and sample images."""
+    """Dataset to validate on. Logs sample images, and losses with the neighbors of each sample, with neighbors of
+    other samples and with none."""
 
 
 def run_train(options: TrainOptions) -> int:
     from jobs.training.train_stage import Training
-    # torchrun has started the processes, and --local would be a flag of its own.
+    # torchrun has started the processes, so the run is local without --local.
     local = options.common.local or "TORCHELASTIC_RUN_ID" in os.environ
     job = check_train(options)
     training = Training(job)
@@ -220,7 +220,7 @@ def run_sample(options: SampleOptions) -> int:
 
 
 def _names_no_run(options: SampleOptions) -> bool:
-    """Whether the word in the place of the run is the prompt: there is no other query, and no run of this name."""
+    """Whether the first word is a prompt instead of a run: there is no other query, and no run has this name."""
     return (not (options.prompt or options.prompts or options.image or options.query.unconditional)
             and options.run not in storage.list_folders(storage.join(storage.normalize(options.common.root), "runs")))
 
@@ -267,7 +267,7 @@ def run_evaluate(options: EvaluateOptions) -> int:
         evaluation = Evaluation(judging, train_database, options.checkpoint, options.embed.clip(), options.evaluate,
                                 options.sample, options.prompt, options.name)
         run_observed(evaluation, runner, trackers=stage.tracker, overwrite=stage.overwrite)
-    _log.info("evaluate: pictures, plot and numbers are in %s", evaluation.folder)
+    _log.info("evaluate: images, plot and numbers are in %s", evaluation.folder)
     if stage.json:
         document = storage.read_json(storage.join(evaluation.folder, "evaluation.json"))
         output.print_text(storage.json_bytes(document).decode(), end="")
@@ -328,7 +328,7 @@ def run_convert(options: ConvertOptions) -> int:
                          "hint: --database NAME, a dataset that was embedded by it")
     else:
         database = published.open_label(root, options.database)
-        database.manifest("embeddings")  # before the weights are read, which takes long
+        database.manifest("embeddings")  # check it before reading the weights, which takes long
         convert = Convert(run, options.checkpoint, database, options.convert)
     if options.common.dry_run:
         return print_forecast(convert, options)

@@ -31,7 +31,7 @@ GROUPS = {"build": ("demo", "style", "recipes", "pipeline", "shard", "embed", "s
 """The verbs by purpose, as the help lists them."""
 _READ_A_ROOT = {"embed", "score", "index", "neighbors", "latents", "train", "evaluate", "export", "search", "sample",
                 "versions", "rollback", "repair", "gc", "verify", "report", "show", "rm"}
-"""Verbs that make nothing of a root without a dataset or a run."""
+"""Verbs that need a root with a dataset or a run."""
 _FOLDERS_OF_A_ROOT = {"datasets", "runs", "pictures", "published"}
 _OLD_FLAGS = {f"--{old}": f"--{new}" for old, new in (("rebuild", "overwrite"), ("no-rebuild", "no-overwrite"))}
 
@@ -66,7 +66,7 @@ def check_root(verb: str, options: Any) -> None:
 
 
 def flags_of(verb: str, words: Sequence[str]) -> Sequence[str]:
-    """The words after a verb that are its own. Those of `submit` end where the other verb begins."""
+    """The words after a verb that belong to it. The words of `submit` end before the inner verb."""
     if verb != "submit":
         return words
     return words[:next((number for number, word in enumerate(words) if word in VERBS), len(words))]

@@ -36,7 +36,7 @@ class SigningOptions:
     sign: str = ""
     """File with the ed25519 private key that signs the publication. Only its owner may read it."""
     accept_unsigned: bool = False
-    """With --sign: a published version that has no signature is accepted and signed, or the next one made of it."""
+    """With --sign: accept a published version without a signature, and sign it or the version that follows it."""
     unsigned: bool = False
     """Publish without a signature although the dataset is signed."""
 
@@ -130,8 +130,8 @@ def run_style(options: StyleOptions) -> int:
         options = replace(options, embed=replace(options.embed, model=encoder.model, pretrained=encoder.pretrained))
         build = _open_rebuild(options)
     if encoder.model == BUNDLED_MODEL:
-        _log.info("style: the encoder %s was trained on emoji, like the bundled model\nhint: --embed.model and "
-                  "--embed.pretrained name one for photographs; a run with it must sample", BUNDLED_MODEL)
+        _log.info("style: the encoder %s was trained on emoji, like the bundled model\nhint: for photographs, use "
+                  "--embed.model and --embed.pretrained, and a run with that encoder", BUNDLED_MODEL)
     small = build.source.count <= _IMAGES_WITHOUT_RAY
     common = spare_ray(options.common, options.cluster, small=small)
     return _publish(build, replace(options, common=common), times,
@@ -195,7 +195,7 @@ class RollbackOptions:
     dataset: DatasetName
     common: Flat[CommonOptions]
     to: str = ""
-    """The version, for example v2. Default: the newest earlier one that is whole."""
+    """The version, for example v2. Default: the newest undamaged earlier one."""
     signing: Flat[SigningOptions] = field(default_factory=SigningOptions)
     json: bool = False
     """Print the result as JSON, as it is printed without a terminal."""
@@ -221,7 +221,7 @@ class RepairOptions:
     dataset: DatasetName
     common: Flat[CommonOptions]
     accept_lost_requests: bool = False
-    """Record takedown requests that are lost, and go on without them. Images that versions hide stay forgotten."""
+    """Accept the loss of takedown requests, and record it. Images that versions hide stay hidden."""
     signing: Flat[SigningOptions] = field(default_factory=SigningOptions)
     json: bool = False
     """Print the result as JSON, as it is printed without a terminal."""
@@ -238,7 +238,7 @@ def run_repair(options: RepairOptions) -> int:
 
 @dataclass(frozen=True)
 class GcOptions:
-    """Remove versions of a published database that nothing uses any more."""
+    """Remove versions of a published database that nothing uses."""
 
     examples: ClassVar = ("gc mine --keep 3",
                           "gc mine --keep 1 --dry-run")
@@ -293,7 +293,7 @@ def run_credits(options: CreditsOptions) -> int:
     samples = credits.list_credits(options.file)
     if options.sheet and not options.common.dry_run:
         credits.save_sheet(samples, Path(options.sheet))
-        _log.info("credits: the pictures are in %s", options.sheet)
+        _log.info("credits: the images are in %s", options.sheet)
     if options.json:
         output.print_json(samples, indent=1)
     else:
@@ -303,7 +303,7 @@ def run_credits(options: CreditsOptions) -> int:
 
 @dataclass(frozen=True)
 class ForgetOptions:
-    """Take images out of every database for good, and list what used them."""
+    """Remove images from every database permanently, and list the runs and neighbors that use them."""
 
     examples: ClassVar = ("forget --domain example.org --note 'asked by mail'",
                           "forget --key mine/0000000042 --dry-run")

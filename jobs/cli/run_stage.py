@@ -71,13 +71,13 @@ def check_unpublished(stage: "Stage", overwrite: bool) -> None:
         sealed = dataset.is_sealed(parts[3])
         if (overwrite or (parts[3] == "tombstones" and not sealed)) and published.read_release(dataset)[0]:
             raise ValueError(f"{dataset.name}@{dataset.version} was published, and a published version never changes\n"
-                             f"hint: python -m jobs rebuild {dataset.name} --source SOURCE makes the next version; or "
-                             f"write {dataset.name}@{dataset.next_version().version}")
+                             f"hint: python -m jobs rebuild {dataset.name} --source SOURCE, or name a new version: "
+                             f"{dataset.name}@{dataset.next_version().version}")
 
 
 def print_forecast(stage: "Stage", options: Any, cluster: ClusterConfig | None = None, *,
                    replaces: bool = False) -> int:
-    """Print what running the stage would do. `replaces`: it replaces what is there also without --overwrite."""
+    """Print what the stage would do. `replaces`: it replaces existing results also without --overwrite."""
     from jobs.cluster.gpus import check_gpus
     from jobs.inspection import status
     if cluster:
@@ -100,7 +100,7 @@ def print_result(stage: "Stage", manifest: dict[str, Any], options: Any) -> None
     output.print_json({"folder": stage.folder, **ledger, **totals, **facts})
 
 
-_held: list[str] | None = None  # the next commands of a pipeline, of which the last is printed
+_held: list[str] | None = None  # the next commands of a pipeline; only the last one is printed
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """`python -m jobs submit VERB ...`: a verb as a job of a Ray cluster, through the cluster's job server.
 
-A submission has a name made of what it would do, so whoever submits it again while it runs watches the same job.
-The server runs a job once: another try is another job, of the next number.
+The name of a submission is derived from its work. The same command submitted again watches the running job.
+The server runs a job once: each retry is a new job with the next number.
 """
 
 import asyncio
@@ -28,15 +28,15 @@ from pipeline import storage
 from pipeline.datasets.signatures import RELEASE_KEY, public_text, read_release_keys, refuse_key_text
 
 _log = logging.getLogger(__name__)
-NEEDED = "RDM_NEEDS"  # names of the variables that a job is to find where it runs
+NEEDED = "RDM_NEEDS"  # names of the variables that the node of a job must have
 _PACKAGES = ("pipeline", "model", "jobs")
-# A runtime environment is kept and shown by the cluster: only what --env names goes along.
-_PREFIXES = ("aws_", "wandb_", "mlflow_", "rdm_")  # of variables that are worth a line in the log when they stay here
+# The cluster stores and shows a runtime environment, so a job gets only the variables of --env.
+_PREFIXES = ("aws_", "wandb_", "mlflow_", "rdm_")  # the log names such variables if they are not passed
 _OF_HERE = frozenset({
     "aws_profile", "aws_default_profile", "aws_config_file", "aws_shared_credentials_file", "aws_ca_bundle",
     "wandb_dir", "wandb_cache_dir", "wandb_config_dir", "wandb_data_dir", "rdm_cache", NEEDED.casefold()})
 _SECRET = re.compile("KEY|SECRET|TOKEN|PASS|PWD|CREDENTIAL|JWT|BEARER|COOKIE|SIGNATURE|PRIVATE|_SAS|DSN", re.IGNORECASE)
-_STOP_S = 60  # what a driver is given to end in when its job is stopped; Ray's own 3 s are too few for a checkpoint
+_STOP_S = 60  # grace period of a stopped driver; the 3 s of Ray are too short for a checkpoint
 _PATIENCE_S = 300.0  # for a job server that does not answer
 _SETTINGS = "settings.toml"
 _OF_ALL_VERSIONS = {"rebuild", "versions", "rollback", "repair", "gc"}
@@ -64,7 +64,7 @@ class SubmitOptions:
     installed: bool = False
     """Send no code: the nodes have it, in an image."""
     env: Words = ()
-    """Variable of this environment to pass to the job. No other one goes along. Repeat the flag for more."""
+    """Variable of this environment to pass to the job. No other one is passed. Repeat the flag for more."""
     secret: Words = ()
     """Name of a variable that the nodes must have. The job checks for it before it begins. Repeat the flag for
     more."""
@@ -74,15 +74,15 @@ class SubmitOptions:
 
 @dataclass(frozen=True)
 class Submission:
-    """What is asked of a cluster, whoever asks and however often."""
+    """A verb to run on a cluster. It is equal for equal work, for each user and each attempt."""
 
     name: str
-    """The same for the same work: verb, what it is about, and a hash of its settings; an attempt adds its number."""
+    """The same for the same work: verb, run or dataset, and a hash of the settings. An attempt adds its number."""
     words: tuple[str, ...]
     about: dict[str, str]
     variables: dict[str, str]
     config: str = ""
-    """File of settings on this machine, which goes along."""
+    """File of settings on this machine, to send with the job."""
 
 
 def run_submit(options: SubmitOptions) -> int:
@@ -95,7 +95,7 @@ def run_submit(options: SubmitOptions) -> int:
 
 
 def _check_work(verb: str, inner: Any) -> None:
-    """ValueError for what the job would refuse, as far as its settings tell, and its root if it is a folder here."""
+    """ValueError if the job would reject its settings, or its root if that is a local folder."""
     if verb == "pipeline":
         from jobs.cli.pipeline import check_pipeline
         check_pipeline(inner, here=False)
@@ -108,21 +108,21 @@ def _check_work(verb: str, inner: Any) -> None:
 
 
 def make_submission(words: tuple[str, ...], inner: Any, options: SubmitOptions) -> Submission:
-    """The submission of a verb whose `words` were parsed to `inner`; ValueError for what cannot work elsewhere."""
+    """The submission of a verb whose `words` were parsed to `inner`; ValueError if it only works on this machine."""
     sign = getattr(getattr(inner, "signing", None), "sign", "")
     refuse_key_text(sign)
     sources = getattr(getattr(inner, "shard", None), "source", ())
     for place in (inner.common.root, sign, getattr(inner, "out", ""), *sources):
         if storage.is_local(place) and place and not Path(storage.local_path(place)).is_absolute():
-            raise ValueError(f"{place} is a folder of this machine, and the job's own folder does not outlive it\n"
+            raise ValueError(f"{place} is a relative path, and the working folder of a job is temporary\n"
                              f"hint: --root s3://bucket/..., or an absolute path that every node has")
     if any(map(_has_credentials, words)):
         raise ValueError("a URL in the command has a password or signature, or a parameter that may be one. The "
                          "cluster would keep and show it.\n"
-                         "hint: let the nodes have the keys: --secret NAME tells that they must")
+                         "hint: give the keys to the nodes; --secret NAME checks that they have them")
     if inner.common.config and _has_credentials(Path(inner.common.config).read_text(errors="replace")):
         raise ValueError(f"a URL in {inner.common.config} has a password or signature, or a parameter that may be one. "
-                         f"The cluster would keep it.\nhint: let the nodes have the keys")
+                         f"The cluster would keep it.\nhint: give the keys to the nodes")
     from pipeline.stages.manifest import code_revision
     verb, config = words[0], inner.common.config
     if config:
@@ -141,49 +141,49 @@ def _has_credentials(text: str) -> bool:
 
 
 def variables(named: Iterable[str], needed: Iterable[str]) -> dict[str, str]:
-    """The variables of this environment for a job: those that are `named`, and no others.
+    """The variables to pass to a job: only the `named` ones of this environment.
 
-    ValueError for a named one that is not set here, or is secret by its name (in capitals or not) or by its value. The
-    job looks for those that are `needed` where it runs.
+    ValueError if a named variable is not set here, or if its name (in any case) or its value looks secret. The job
+    checks that its node has the `needed` ones.
     """
     named, needed = sorted(set(named)), sorted(needed)
     passed = {name: public_text(read_release_keys()) if name == RELEASE_KEY else _public_value(name) for name in named}
-    # The job would read versions that no one has signed.
+    # Without the keys, the job would accept unsigned versions.
     if RELEASE_KEY in os.environ and RELEASE_KEY not in named and RELEASE_KEY not in needed:
-        raise ValueError(f"{RELEASE_KEY} is set here, and the job would not know it\n"
-                         f"hint: --env {RELEASE_KEY} sends the public keys; or --secret {RELEASE_KEY}, if the nodes "
-                         f"have it")
+        raise ValueError(f"{RELEASE_KEY} is set here, but the job would not have it\n"
+                         f"hint: --env {RELEASE_KEY} sends the public keys. Use --secret {RELEASE_KEY} if the nodes "
+                         f"have it.")
     known = {name.casefold() for name in (*named, *needed)}
     if stay := [name for name in sorted(os.environ) if name.casefold().startswith(_PREFIXES)
                 and name.casefold() not in _OF_HERE | known]:
-        _log.info("submit: %s stay here; --env NAME passes one that is no secret, and --secret NAME has the job check "
-                  "that the nodes have it", ", ".join(stay))
+        _log.info("submit: %s are not passed to the job. --env NAME passes a public one. --secret NAME checks that the "
+                  "node has it", ", ".join(stay))
     return passed | ({NEEDED: ",".join(needed)} if needed else {}) | {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_S)}
 
 
 def _public_value(name: str) -> str:
     if _SECRET.search(name):
-        raise ValueError(f"--env {name}: is a secret by its name, which the cluster would keep and show\n"
+        raise ValueError(f"--env {name}: its name looks secret, and the cluster would store and show its value\n"
                          f"hint: give it to the nodes, and --secret {name}")
     if name not in os.environ:
         raise ValueError(f"--env {name}: is not set here\nhint: set it, or leave --env {name} out")
     if _has_credentials(os.environ[name]):
-        raise ValueError(f"--env {name}: its value has a password or signature, or a parameter that may be one, which "
-                         f"the cluster would keep and show\nhint: give it to the nodes, and --secret {name}")
+        raise ValueError(f"--env {name}: its value looks secret (a password or a signature). The cluster would store "
+                         f"and show it.\nhint: give it to the nodes, and --secret {name}")
     return os.environ[name]
 
 
 def check_needed() -> None:
-    """ValueError if this is a job, and a variable is missing that whoever submitted it said the node has."""
+    """ValueError if this is a job, and the node lacks a variable that `--secret` named."""
     if missing := [name for name in os.environ.get(NEEDED, "").split(",") if name and not os.environ.get(name)]:
         raise ValueError(f"this node has no {', '.join(missing)} in its environment\n"
-                         f"hint: infra/README.md tells how nodes get their secrets")
+                         f"hint: infra/README.md describes how nodes get their secrets")
 
 
 def run_submission(submission: Submission, options: SubmitOptions) -> int:
-    """Submit, or join what runs already; with `wait` until it ended, with its exit code."""
+    """Submit a job, or join the running one. With `wait`: return its exit code after it has ended."""
     if options.retries and not options.wait:
-        raise ValueError("--retries needs --wait: whoever waits tries again")
+        raise ValueError("--retries needs --wait: the waiting command retries the job")
     if options.dry_run:
         output.print_json({"name": submission.name, "entrypoint": _entrypoint(submission), "metadata": submission.about,
                            "env_vars": submission.variables, "sends": _sent(submission, options)}, indent=1)
@@ -200,10 +200,10 @@ def run_submission(submission: Submission, options: SubmitOptions) -> int:
     for retries_left in reversed(range(options.retries + 1)):
         info = _follow(client, submission, number)
         code = exit_code(info)
-        # 2 is misuse, and somebody stopped what is STOPPED: neither gets better by another try.
+        # A retry does not help after invalid usage (2), and a user stopped a job that is STOPPED.
         if code in {0, 2} or str(info and info.status) == "STOPPED" or not retries_left:
             break
-        _log.warning("submit: %s-a%d ended with %d; it is tried again, %d more left", submission.name, number, code,
+        _log.warning("submit: %s-a%d ended with %d; retrying, %d retries left", submission.name, number, code,
                      retries_left)
         number = _start(client, submission, options, number + 1)
     _say(f"{submission.name}-a{number}", number, info, code)
@@ -211,9 +211,9 @@ def run_submission(submission: Submission, options: SubmitOptions) -> int:
 
 
 def exit_code(info: Any) -> int:
-    """What the verb of a job ended with: 0, 1, 2, or 130 where it was stopped; 1 for what is none of its own codes.
+    """The exit code of the verb of a job: 0, 1, 2, or 130 if it was stopped. Any other code becomes 1.
 
-    The server knows the code of a driver that ended by itself, not of one that it ended.
+    The server knows the code of a driver only if it did not stop the driver itself.
     """
     status = str(info.status) if info else "LOST"
     if status in {"SUCCEEDED", "STOPPED"}:
@@ -221,13 +221,13 @@ def exit_code(info: Any) -> int:
     code = info.driver_exit_code if info else None
     if code in {1, 2, STOPPED}:
         return code
-    reason = (info.message or str(info.error_type)) if info else "the cluster knows nothing of it: it was started anew"
+    reason = (info.message or str(info.error_type)) if info else "the cluster does not know it: it was restarted"
     _log.error("submit: the driver ended with %s: %s", code, reason.strip().splitlines()[0])
     return 1
 
 
 def _start(client: Any, submission: Submission, options: SubmitOptions, number: int) -> int:
-    """Submit an attempt; whoever was quicker to submit the same one is joined."""
+    """Submit an attempt, or join it if another command has submitted it."""
     from pipeline.stages.manifest import code_revision
     with tempfile.TemporaryDirectory(prefix="rdm-submit-") as scratch:
         folder = _folder(Path(scratch), submission, options)
@@ -241,17 +241,17 @@ def _start(client: Any, submission: Submission, options: SubmitOptions, number: 
         except RuntimeError as error:
             if "already exists" not in str(error):
                 raise OSError(f"the cluster refused the job: {str(error).splitlines()[0]}") from None
-            _log.info("submit: %s-a%d was submitted by somebody else meanwhile", submission.name, number)
+            _log.info("submit: another command has submitted %s-a%d", submission.name, number)
     return number
 
 
 def _follow(client: Any, submission: Submission, number: int) -> Any:
-    """Copy the log of an attempt to stderr until it ended; what the server knows of it then, None for nothing."""
+    """Copy the log of an attempt to stderr until it ends. Returns its state on the server, None if it is unknown."""
     from aiohttp import ClientError
     from ray.exceptions import RayError
     shown, alive = 0, time.monotonic()
     while True:
-        with contextlib.suppress(ClientError, RayError, RuntimeError, OSError):  # what became of it is asked below
+        with contextlib.suppress(ClientError, RayError, RuntimeError, OSError):  # the state is read below
             shown = asyncio.run(_tail(client, f"{submission.name}-a{number}", shown))
         try:
             info = _jobs(client, submission).get(number)
@@ -261,12 +261,12 @@ def _follow(client: Any, submission: Submission, number: int) -> Any:
         except (RayError, RuntimeError, OSError) as error:
             if time.monotonic() - alive > _PATIENCE_S:
                 raise OSError(f"the job server has not answered for {_PATIENCE_S:.0f} s: {error}\n"
-                              f"hint: the job may go on; the same command watches it again") from None
+                              f"hint: the job may still run; run the same command again to watch it") from None
         time.sleep(1)
 
 
 async def _tail(client: Any, name: str, shown: int) -> int:
-    """Show what is new of a log after `shown` characters; how much there is of it now."""
+    """Show a log after its first `shown` characters. Returns its length in characters."""
     seen = 0
     async for text in client.tail_job_logs(name):
         sys.stderr.write(output.plain_log(text[max(0, shown - seen):]))
@@ -277,18 +277,18 @@ async def _tail(client: Any, name: str, shown: int) -> int:
 
 
 def _client(address: str) -> Any:
-    """The client of a job server; ValueError if none answers, or it wants another token."""
+    """The client of a job server; ValueError if it does not answer or rejects the token."""
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     if address:
-        os.environ["RAY_API_SERVER_ADDRESS"] = address  # otherwise the one in the environment would win
+        os.environ["RAY_API_SERVER_ADDRESS"] = address  # the environment would override an argument
     place = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "http://127.0.0.1:8265"
     try:
         return JobSubmissionClient(place)
     except AuthenticationError:
-        raise ValueError(f"the cluster at {place} wants another token\n"
+        raise ValueError(f"the cluster at {place} rejected the token\n"
                          f"hint: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE, or RAY_AUTH_TOKEN") from None
     except (OSError, RuntimeError) as error:
         raise ValueError(f"no job server answers at {place}: {str(error).splitlines()[0]}\n"
@@ -296,7 +296,7 @@ def _client(address: str) -> Any:
 
 
 def _jobs(client: Any, submission: Submission) -> dict[int, Any]:
-    """The attempts that the server knows, by their number."""
+    """The attempts that the server knows, by number."""
     attempt = re.compile(re.escape(submission.name) + r"-a(\d+)")
     matches = ((attempt.fullmatch(info.submission_id or ""), info) for info in client.list_jobs())
     return {int(match[1]): info for match, info in matches if match}
@@ -307,7 +307,7 @@ def _newest(client: Any, submission: Submission) -> tuple[int, Any]:
 
 
 def _entrypoint(submission: Submission) -> str:
-    return shlex.join(["python", "-m", "jobs", *submission.words])  # a shell takes it apart again
+    return shlex.join(["python", "-m", "jobs", *submission.words])  # the server runs it in a shell
 
 
 def _without_key(entrypoint: str) -> str:
@@ -320,7 +320,7 @@ def _sent(submission: Submission, options: SubmitOptions) -> list[str]:
 
 
 def _folder(scratch: Path, submission: Submission, options: SubmitOptions) -> Path | None:
-    """What the job is to find beside itself: this code, unless it is installed there, and the file of settings."""
+    """The working folder of the job: this code, unless the nodes have it, and the file of settings."""
     here = Path(__file__).resolve().parents[2]
     for name in () if options.installed else _PACKAGES:
         shutil.copytree(here / name, scratch / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -330,7 +330,7 @@ def _folder(scratch: Path, submission: Submission, options: SubmitOptions) -> Pa
 
 
 def _subject(verb: str, inner: Any) -> dict[str, str]:
-    """What a verb is about, for people: run or dataset, its version, and what is there of it as far as can be seen."""
+    """The run or dataset of a verb, as metadata: name, version, and the fingerprint of local shards."""
     if hasattr(inner, "run"):
         return {"run": inner.run} | ({"dataset": inner.dataset} if hasattr(inner, "dataset") else {})
     if not hasattr(inner, "dataset"):
@@ -340,7 +340,7 @@ def _subject(verb: str, inner: Any) -> dict[str, str]:
     if verb in _OF_ALL_VERSIONS:
         return {"dataset": dataset.name}
     subject = {"dataset": dataset.name, "version": dataset.version}
-    # Whoever submits need not be let into the store, and would wait for minutes to find out.
+    # The submitting machine may have no access to the store, and the timeout takes minutes.
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         if not storage.is_local(inner.common.root):
             return subject
@@ -350,12 +350,12 @@ def _subject(verb: str, inner: Any) -> dict[str, str]:
 
 
 def _hash(verb: str, inner: Any) -> str:
-    """Eight digits of the verb, its options and its settings. Those of the cluster are not part of them."""
+    """Eight hexadecimal digits that depend on the verb, its options and its settings, except those of the cluster."""
     common = replace(inner.common, root=storage.normalize(inner.common.root), config="")
     document = asdict(replace(inner, common=common))
     for options in (document, document.get("settings", {})):
         options.pop("cluster", None)
-    if "signing" in document:  # the path of the key goes into no name
+    if "signing" in document:  # the name does not depend on the path of the key
         signing = document.pop("signing")
         document |= {name: bool(value) for name, value in signing.items() if value}
     return storage.digest([verb, document])[:8]

@@ -66,7 +66,7 @@ def test_no_secret_goes_along(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
         "RAY_JOB_STOP_WAIT_TIME_S": "60"}
     assert "hidden" not in json.dumps(submission.about) and submission.about["needs"] == "AWS_SECRET_ACCESS_KEY"
     assert "WANDB_API_KEY" in caplog.text and "RDM_CACHE_BYTES" in caplog.text and "hidden" not in caplog.text
-    with pytest.raises(ValueError, match="HF_TOKEN: is a secret"):
+    with pytest.raises(ValueError, match="HF_TOKEN: its name looks secret"):
         _submission("embed", "noto", "--root", ROOT, own=("--env", "HF_TOKEN"))
 
 
@@ -75,7 +75,7 @@ def test_keys_of_releases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", private], check=True)
     monkeypatch.setenv("RDM_RELEASE_KEY", str(public))
     words = ("rebuild", "noto", "--source", "s3://b/in", "--root", ROOT)
-    with pytest.raises(ValueError, match="RDM_RELEASE_KEY is set here, and the job would not know it"):
+    with pytest.raises(ValueError, match="RDM_RELEASE_KEY is set here, but the job would not have it"):
         _submission(*words)
     assert "RDM_RELEASE_KEY" not in _submission(*words, own=("--secret", "RDM_RELEASE_KEY")).variables
     own = ("--env", "RDM_RELEASE_KEY")
@@ -94,7 +94,7 @@ def test_keys_of_releases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ValueError, match="takes the path of a private key") as refused:
         _submission(*words, f"--sign={private.read_text()}")
     assert lines[0] not in str(refused.value)
-    with pytest.raises(ValueError, match="key is a folder of this machine"):
+    with pytest.raises(ValueError, match="key is a relative path"):
         _submission(*words, "--sign", "key")
     monkeypatch.setenv("RDM_RELEASE_KEY", str(private))
     with pytest.raises(ValueError, match="names a private key"):
@@ -119,9 +119,9 @@ def test_only_named_variables_go_along_whatever_their_case(monkeypatch: pytest.M
         assert name in caplog.text
     assert "hidden" not in caplog.text and "Wandb_Api_Key" not in caplog.text
     for name in ("hf_token", "Wandb_Api_Key", "aws_secret_access_key"):
-        with pytest.raises(ValueError, match=f"{name}: is a secret"):
+        with pytest.raises(ValueError, match=f"{name}: its name looks secret"):
             _submission("embed", "noto", "--root", ROOT, own=("--env", name))
-    with pytest.raises(ValueError, match="--env MY_URL: its value has a password or signature") as refused:
+    with pytest.raises(ValueError, match="--env MY_URL: its value looks secret") as refused:
         _submission("embed", "noto", "--root", ROOT, own=("--env", "MY_URL"))
     assert "hidden" not in str(refused.value)
 
@@ -140,8 +140,8 @@ def test_urls_with_credentials_are_not_submitted(url: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("words, sentence", [
     (["--wait"], "submit needs a verb"), (["submit", "status"], "submit needs a verb"),
-    (["embed", "noto"], "data is a folder of this machine"),
-    (["report", "--root", ROOT, "--out", "report.html"], "report.html is a folder of this machine"),
+    (["embed", "noto"], "data is a relative path"),
+    (["report", "--root", ROOT, "--out", "report.html"], "report.html is a relative path"),
     (["shard", "x", "--source", "https://me:secret@host/list.csv", "--root", ROOT], "has a password or signature"),
     (["--retries", "1", "status", "--root", ROOT], "--retries needs --wait"),
     (["--env", "NOT_SET", "status", "--root", ROOT], "NOT_SET: is not set here"),

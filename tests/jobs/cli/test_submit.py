@@ -120,7 +120,7 @@ def test_the_verbs_own_exit_code_comes_back(machine: Machine, tmp_path: Path) ->
     machine.environment["RAY_AUTH_TOKEN"] = "a" * 64
     code, _, log = machine.submit("status", "--root", tmp_path)
     del machine.environment["RAY_AUTH_TOKEN"]
-    assert code == 2 and "wants another token" in log
+    assert code == 2 and "rejected the token" in log
 
 
 def _pictures(folder: Path, count: int = 60) -> Path:
@@ -183,7 +183,7 @@ def test_a_driver_or_a_cluster_that_is_lost_is_tried_again(machine: Machine, wor
         os.kill(drivers[-1][0], number)
     code, summary, log = _wait_for_end(waiting)
     assert (code, summary["attempt"]) == (0, 3), log
-    assert "ended with 130; it is tried again, 2 more left" in log and "the driver ended with" in log
+    assert "ended with 130; retrying, 2 retries left" in log and "the driver ended with" in log
     expected = _undisturbed(tmp_path, work)
     work[-1] = str(tmp_path / "again")
     waiting = machine.start("--wait", "--retries", "1", *work)

@@ -181,7 +181,7 @@ def test_without_npm_the_demo_says_so_and_draws(tmp_path: Path, settings_file: P
     settings = replace(_settings(settings_file), train=replace(tiny().train, steps=1))
     with pytest.raises(KeyError, match="stop here"):
         make_demo(str(tmp_path), settings, _stops_after_pictures, without_emoji=False, dry_run=False, train=train)
-    assert "pictures drawn by the program, for there are no emoji" in caplog.text
+    assert "synthetic images, because the emoji are not available" in caplog.text
     assert status.read_status(str(tmp_path))[0]["path"] == "pictures/drawn"
 
 
