@@ -267,5 +267,5 @@ def check_same_data(run: Run, dataset: Dataset) -> None:
         _log.warning("evaluate: %s does not have the bytes that %s was trained on: training may have seen held-out "
                      "images", dataset.label, run.name)
         return
-    raise ValueError(f"{dataset.label} was rebuilt since {run.name} was trained on it, so it is unknown which "
-                     f"images training saw\nhint: train it again, or name subjects with --prompt")
+    raise ValueError(f"{dataset.label} was rebuilt after {run.name} was trained: the images of the training are "
+                     f"unknown\nhint: train it again, or name subjects with --prompt")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 NAMES = {"database": "the database", "prompt": "the prompt, mixed database", "both": "both",
-         "text": "the prompt, no neighbours", "neither": "nothing, mixed database"}
+         "text": "the prompt, no neighbors", "neither": "nothing, mixed database"}
 _DRAWS = 2000
 
 
@@ -71,7 +71,7 @@ def markdown_table(document: dict[str, Any]) -> str:
                          f"{'' if none else format_percent(row['probe'])} | {row['clip']['mean']:.3f} | "
                          f"{'' if none else format(row['kid'], '.4f')} | {row['nearest']['mean']:.3f} |")
     kid = float(np.mean([style["kid"] for style in real["styles"]]))
-    lines.append(f"| real pictures of held-out subjects | {100 * real['judge']:.1f} % | {100 * real['probe']:.1f} % "
+    lines.append(f"| real images of held-out subjects | {100 * real['judge']:.1f} % | {100 * real['probe']:.1f} % "
                  f"| | {kid:.4f} | {real['nearest']:.3f} |")
     sweeps = [row for row in document["ways"] if row["way"] not in NAMES]
     if sweeps:

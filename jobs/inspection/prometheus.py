@@ -28,26 +28,26 @@ from pipeline.stages.types import count_row_failures
 
 _log = logging.getLogger(__name__)
 _requests = logging.getLogger(f"{__name__}.requests")
-# Else each invalid request would write a traceback, and anyone who reaches the port could fill the log.
+# Otherwise each invalid request would write a traceback, and anyone who can reach the port could fill the log.
 _requests.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError)))
 _REQUEST_S = 20.0  # from the connection, or the last answer, to the end of the next request's headers
-_ANSWER_S = 60.0  # to read the root and to send all of the answer
+_ANSWER_S = 60.0  # to read the root and to send the answer
 _CONNECTIONS = 200  # more than Prometheus opens, and fewer than a process may have files open
-_BACKLOG = 32  # connections that may be accepted before the first of them counts
+_BACKLOG = 32  # connections that the system queues before the server accepts them
 _STAGE = {
     "items": "Planned items.", "items_left": "Items without a record.", "items_failed": "Items that failed.",
     "rows": "Rows of the source that were read.", "samples": "Samples made.", "bytes": "Bytes written.",
-    "sealed": "1 where it is finished.", "stale": "1 where an input was rebuilt since.", "damaged": "1 if unreadable.",
-    "rows_per_second": "Rate of a driver at work.", "seconds_left": "What a driver at work foretells.",
-    "heard_timestamp_seconds": "When the driver spoke last.", "sealed_timestamp_seconds": "When it was finished.",
+    "sealed": "1 if it is finished.", "stale": "1 if an input was rebuilt later.", "damaged": "1 if unreadable.",
+    "rows_per_second": "Rows per second of a running driver.", "seconds_left": "Time left, as the driver estimates it.",
+    "heard_timestamp_seconds": "Last report of the driver.", "sealed_timestamp_seconds": "When it was finished.",
 }
 _TRAIN = {"step": "Updates done.", "loss": "Mean loss of the last interval.", "grad_norm": "Norm of the gradient.",
-          "data_wait": "Share of the time that training waited for data.", "samples_per_s": "Pictures a second.",
+          "data_wait": "Share of the time that training waited for data.", "samples_per_s": "Images per second.",
           "mfu": "Share of the GPUs' operations used.", "memory_gb": "Most memory of a process, GB."}
 _DATABASE = {"published_timestamp_seconds": "When the published version was published.",
-             "checked_timestamp_seconds": "When the source was last compared with it, whatever was found.",
+             "checked_timestamp_seconds": "When the source was last compared with it.",
              "age_seconds": "Seconds since it was published.", "recall": "Its recall@10.",
-             "number": "Which build it is."}
+             "number": "Number of the build."}
 
 
 def serve_metrics(root: str, where: str) -> None:
@@ -57,7 +57,7 @@ def serve_metrics(root: str, where: str) -> None:
         raise ValueError(f"--serve {where!r} is no port\nhint: --serve 9108, or 0.0.0.0:9108 for other machines")
     registry = CollectorRegistry()
     collector = RootMetrics(root)
-    collector.look()  # who cannot read it at all shall know at once
+    collector.look()  # fail immediately if the root cannot be read
     registry.register(collector)
     asyncio.run(_serve(registry, host.strip("[]") or "127.0.0.1", int(port)))
 
@@ -101,14 +101,14 @@ def _metrics_response(registry: CollectorRegistry, request: web.BaseRequest) -> 
 
 
 class _Refusal(asyncio.Protocol):
-    """Ends a connection that is one too many."""
+    """Ends a connection above the limit."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport.abort()  # type: ignore[attr-defined]
 
 
 class RootMetrics:
-    """What a root holds, as metrics; read at most once in a while, however many ask."""
+    """The state of a root as metrics. Requests share one read for a few seconds."""
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -117,11 +117,11 @@ class RootMetrics:
         self._families: list[Metric] = []
 
     def describe(self) -> list[Metric]:
-        """Nothing: what there is is seen when it is asked for."""
+        """Empty, so that registration does not read the root."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """All metrics; of a root that cannot be read only that."""
+        """All metrics. If the root cannot be read, only `rdm_root_readable`."""
         with self._lock:
             try:
                 if time.monotonic() - self._read > period(self.root) or not self._families:
@@ -166,7 +166,7 @@ def _stage_metrics(states: list[dict[str, Any]]) -> Iterator[Metric]:
 
 
 def _stage_numbers(stage: dict[str, Any]) -> dict[str, float]:
-    """What is known of a stage, under the names of `_STAGE`."""
+    """The values of a stage, under the names of `_STAGE`."""
     state = {name: float(stage["state"] == name) for name in ("stale", "damaged")}
     if stage["state"] == "damaged":
         return state

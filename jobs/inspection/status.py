@@ -31,12 +31,12 @@ _CHECKS = {"plan.json": check_plan, "manifest.json": check_sealed}
 def read_status(root: str) -> list[dict[str, Any]]:
     """Every stage below `root` with its state: absent, planned, i of n, sealed, stale, failed or damaged.
 
-    * stale: an input was rebuilt since, and has other content now.
+    * stale: an input was rebuilt later, with different content.
     * damaged: a plan or manifest cannot be read.
-    * failed: a run ended with an error that will come again.
+    * failed: a run ended with an error that a retry does not fix.
 
-    `published`: whether the version of a dataset is the published one. The table, the live table, the metrics and the
-    report show these states.
+    `published`: whether the version of a dataset is the published one.
+    The table, the live table, the metrics and the report show these states.
     """
     states = []
     for path in _paths(root):
@@ -49,7 +49,7 @@ def read_status(root: str) -> list[dict[str, Any]]:
 
 
 def status_table(root: str, states: list[dict[str, Any]]) -> str:
-    """The states below a root as text, a line each."""
+    """The states below a root as text, one line for each."""
     if not states:
         return f"nothing here yet: {storage.redact_credentials(root)} has no datasets and no runs"
     return tables.render([[state["path"], state["state"], "; ".join(filter(None, (
@@ -57,7 +57,7 @@ def status_table(root: str, states: list[dict[str, Any]]) -> str:
 
 
 def read_published(root: str) -> dict[str, dict[str, Any]]:
-    """What is published of each dataset that has anything published: version, number, when (Unix time), recall@10.
+    """The pointer of each dataset that has one: version, number, publication time (Unix), recall@10.
 
     Damaged pointers are left out: `releases.check_published` names them.
     """
@@ -80,13 +80,13 @@ def state_labels(path: str, state: dict[str, Any]) -> dict[str, str]:
 
 
 def seconds_silent(now: dict[str, Any]) -> float:
-    """Seconds since a driver's last word, 0 while it may still be there."""
+    """Seconds since the last report of a driver; 0 while it counts as running."""
     seconds = time.time() - now["updated"]
     return seconds if seconds > _SILENT_S else 0.0
 
 
 def forecast_stage(stage: Stage, *, overwrite: bool = False) -> dict[str, Any]:
-    """What running a stage would do: items, how many are left, bytes to read, seconds as far as known."""
+    """Estimate a stage before it runs: items, items left, bytes to read, and seconds if known."""
     claimed = not overwrite and storage.exists(storage.join(stage.folder, "plan.json"))
     items: Sequence[Item] = prepare(stage) if claimed else list(stage.plan())
     ids = [item.id for item in items]
@@ -95,7 +95,7 @@ def forecast_stage(stage: Stage, *, overwrite: bool = False) -> dict[str, Any]:
     items_left = 0 if sealed else len(items) - len(done)
     each = [record["run"]["seconds"] for record in done]
     if not each:
-        # Other folders of the same stage tell how long an item takes here.
+        # Other folders of the same stage show how long an item takes.
         for path in _paths(stage.root):
             manifest = _read(stage.root, path, "manifest.json")
             if manifest and manifest.get("stage") == stage.name:
@@ -183,9 +183,9 @@ def _detail(state: dict[str, Any]) -> str:
     if fault := state.get("fault"):
         said.append((fault["message"].splitlines() or [fault["kind"]])[0])
     if now := state.get("progress"):
-        # Of a driver that is gone the records tell, and its last word does not.
+        # A silent driver may be dead. Its last report is then out of date, but the records are right.
         seconds = seconds_silent(now)
-        said.append(f"nothing heard for {round(seconds / 60)} min" if seconds else
+        said.append(f"no report for {round(seconds / 60)} min" if seconds else
                     f"{progress_bar.describe_steps(now)}, {progress_bar.describe_pace(now)}" if "of_steps" in now else
                     progress_bar.describe_progress(now))
         said += [progress_bar.describe_devices(now.get("devices", {})),
@@ -210,7 +210,7 @@ def _dataset(plan: dict[str, Any]) -> str | None:
 
 
 def _progress(root: str, path: str) -> dict[str, Any] | None:
-    """What the driver of a stage under way said last."""
+    """The last report of the driver of a running stage."""
     try:
         url = storage.join(root, path, "progress.json")
         return check_progress(storage.read_json(url), url)
@@ -219,7 +219,7 @@ def _progress(root: str, path: str) -> dict[str, Any] | None:
 
 
 def _read(root: str, path: str, name: str) -> Any:
-    """A document of a stage folder, None if it is not there; ValueError if it is not ours."""
+    """A document of a stage folder, None if it is missing; ValueError if its form is wrong."""
     try:
         document = storage.read_json(storage.join(root, path, name))
     except FileNotFoundError:

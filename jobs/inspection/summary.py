@@ -1,4 +1,4 @@
-"""What people read at the end of a command: a summary of a sealed stage, and the command that usually follows."""
+"""The text at the end of a command: a summary of the sealed stage, and the usual next command."""
 
 import shlex
 from collections.abc import Callable

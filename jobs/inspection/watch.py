@@ -43,7 +43,7 @@ def _snapshots(root: str, every: float) -> Iterator[dict[str, Any]]:
 
 
 def read_snapshot(root: str) -> dict[str, Any]:
-    """What there is: the time, what is published, and each stage that was planned."""
+    """The state of a root: the time, the published versions, and each planned stage."""
     return {"time": round(time.time(), 1), "root": storage.redact_credentials(root),
             "published": status.read_published(root),
             "stages": [_stage_row(state) for state in status.read_status(root) if state["state"] != "absent"]}

@@ -13,7 +13,7 @@ _OF_RUNS = {"samples": "sample", "judges": "evaluate", "evaluations": "evaluate"
 
 
 def find_command(root: str, path: str, keys: ReleaseKeys) -> str:
-    """The command that mends a fault at `path`, a folder or file below a root. It names no root: the log adds it."""
+    """The command that repairs `path`, a folder or file below a root. The log adds `--root`."""
     return _find_command(root, path, keys).replace(f" --root {root}", "")
 
 

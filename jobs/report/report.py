@@ -21,9 +21,9 @@ _log = logging.getLogger(__name__)
 
 
 def write_report(root: str, out: str) -> None:
-    """Write the report on `root` (a path or s3:// address) to `out`. What does not exist yet has no section."""
+    """Write the report on `root` (a path or s3:// URL) to `out`. It has sections only for existing results."""
     collected, album = RootContents(root), Album()
-    # It opens the page, so its images have the first claim on the bytes of the page.
+    # This part opens the page, so its images are added to the size limit of the page first.
     best = try_part("The best images", best_images, collected, album)
     parts: list[tuple[str, str, Callable[[], Markup | None]]] = [
         ("samples", "Samples", lambda: _samples(collected, album)),

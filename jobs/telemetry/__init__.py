@@ -1,4 +1,4 @@
-"""What a running stage reports: logs, progress, Ray metrics, trackers.
+"""Reports of a running stage: logs, progress, Ray metrics, trackers.
 
 Input: tallies of a stage, metrics of a run. Output: lines, bars, series.
 A stage computes the same with and without it.

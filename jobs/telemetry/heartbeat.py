@@ -1,7 +1,7 @@
-"""A sign of life whenever a command says nothing for a while: slow imports, the start of Ray, a download, a lease.
+"""Show what a command waits for if it logs nothing for a while: slow imports, the start of Ray, a download, a lease.
 
-The main thread may be in native code for minutes, so a thread of its own looks. On a terminal it rewrites one line,
-which the next message removes. Elsewhere it logs a line.
+The main thread may be in native code for minutes, so another thread reports. On a terminal it rewrites one line, and
+the next message removes that line. Elsewhere it logs a line.
 """
 
 import contextlib

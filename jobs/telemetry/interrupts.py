@@ -69,10 +69,10 @@ def ignore(exit_code: int) -> None:
 
 @contextlib.contextmanager
 def defer_interrupts() -> Iterator[None]:
-    """Put off SIGTERM and Ctrl-C to the end: what begins here cannot be left half-way without harm.
+    """Defer SIGTERM and Ctrl-C until the end of the block, because its work cannot be interrupted safely.
 
-    Ray, while it starts, puts a handler of its own in place, and what that raises inside of native code aborts the
-    process. Masking the signals would do too, but the daemons that Ray starts would inherit the mask.
+    Ray installs its own handler while it starts. An exception of that handler inside native code aborts the process.
+    A signal mask would also work, but the daemons that Ray starts would inherit it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -27,7 +27,7 @@ _root = ""
 
 
 class _Stderr(logging.StreamHandler):
-    """Writes to what stderr is now, whoever exchanged it."""
+    """Writes to the current `sys.stderr`, also after a replacement."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -96,7 +96,7 @@ class _Json(logging.Formatter):
 
 
 def choose_format(flag: str = "") -> str:
-    """The format that is asked for: by the flag, or else by RDM_LOG."""
+    """The format of the flag, or else of RDM_LOG."""
     form = flag or os.environ.get("RDM_LOG") or "text"
     if form not in FORMATS:
         raise ValueError(f"{'--log-format' if flag else 'RDM_LOG'} = {form!r}: must be {' or '.join(FORMATS)}")
@@ -104,12 +104,12 @@ def choose_format(flag: str = "") -> str:
 
 
 def current_format() -> str:
-    """The format in use, to be handed to other processes."""
+    """The current format, to pass to other processes."""
     return "json" if isinstance(_handler.formatter, _Json) else "text"
 
 
 def configure_logging(form: str = "text", root: str = "") -> None:
-    """Log in this format from now on. `root`: the root that the command was given, for the commands in hints."""
+    """Log in this format from now on. `root`: the root of the command, for the commands in hints."""
     global _root
     _root = root
     logging.basicConfig(level=logging.WARNING, handlers=[_handler])
@@ -120,18 +120,18 @@ def configure_logging(form: str = "text", root: str = "") -> None:
     _handler.filters = [] if form == "json" else [_OncePerLibrary()]
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # the hub's client also prints what it logs
     for name in OURS:
-        # What happens to each item is too much for people.
+        # A text log does not list each item.
         logging.getLogger(name).setLevel(logging.DEBUG if form == "json" else logging.INFO)
 
 
 def redirect_lines(write: Callable[[str], None] | None) -> None:
-    """Pass each line of the log to `write`, which knows of a live bar at the bottom of the terminal; None ends this."""
+    """Pass each line of the log to `write`, which keeps a live bar at the bottom of the terminal. None ends this."""
     _handler.write = write
 
 
 @contextlib.contextmanager
 def label_events(known: dict[str, str]) -> Iterator[None]:
-    """Events of this process are about these labels meanwhile."""
+    """Add these labels to the events of this process inside the block."""
     before = dict(_about)
     _about.clear()
     _about.update(_known(known))

@@ -1,7 +1,7 @@
-"""What is under way, as metrics of Ray: it exports them as `ray_rdm_...`, with the labels of jobs.labels.
+"""Progress as metrics of Ray, which exports them as `ray_rdm_...` with the labels of jobs.runs.labels.
 
-A driver hears of every record and every word of its workers, so it speaks for a stage: one series each, however many
-workers there are. Of a training run its first process does.
+The driver receives all records of its workers, so it reports a stage as one series, for any number of workers.
+In a training run, rank 0 reports.
 """
 
 import threading
@@ -16,11 +16,11 @@ from pipeline import storage
 from pipeline.stages.progress import Tally
 
 _SECONDS = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0]
-ITEM = "item failed"  # beside the reasons for which samples are left out
+ITEM = "item failed"  # a reason besides those for which samples are left out
 
 
 class Meter:
-    """Counts a stage: what its tally says, and how its items went."""
+    """Counts a stage: its tally, and the times and retries of its items."""
 
     def __init__(self, known: dict[str, str]) -> None:
         self.known = known
@@ -28,43 +28,43 @@ class Meter:
         self.counted: dict[str, Any] = {}
 
     def watch(self, tally: Tally) -> None:
-        """Add what was done since the last look; what earlier runs did is no work of this one."""
+        """Add the progress since the last call. The work of earlier runs does not count."""
         if tally is not self.tally:
             self.tally, self.counted = tally, tally.earlier | {"failed_items": 0}
         now = tally.now
         for name, what in _DONE.items():
             self._count(_counter(f"rdm_{name}_total", what), now[name] - self.counted[name])
-        # A row that was tried again takes its reason back: counters do not go down.
+        # A retried row is removed from its reason in the tally, but a counter must not decrease.
         for reason, count in (Counts(now["skipped"]) - Counts(self.counted["skipped"])).items():
             if reason not in tally.by_choice:
                 self._fail(reason, count)
         self._fail(ITEM, now["failed_items"] - self.counted["failed_items"])
-        # A word that a worker takes back is not counted twice when it comes again.
+        # A worker may withdraw a report and repeat it. The maximum does not count it twice.
         self.counted = {name: max(now[name], self.counted[name]) for name in (*_DONE, "failed_items")} | {
             "skipped": Counts(now["skipped"]) | Counts(self.counted["skipped"])}
         _gauge("rdm_items_left", "Items that have no record yet.").set(
             now["of_items"] - now["items"], self.known)
 
     def items(self, queued: float, worked: list[float]) -> None:
-        """Items are recorded: seconds on their way to a worker that was ready for them, and seconds of work on each."""
+        """Observe recorded items: seconds between assignment and start, and seconds of work on each."""
         _histogram("rdm_queue_seconds", "From being given to a worker until its work began: "
                                         "Ray's queue, and loading what the stage needs.").observe(queued, self.known)
         for seconds in worked:
             _histogram("rdm_item_seconds", "Work on an item.").observe(seconds, self.known)
 
     def worker(self, seconds: float) -> None:
-        """A worker answers, so long after it was asked for."""
-        _histogram("rdm_worker_wait_seconds", "From asking for a worker until it answered: the cluster's queue, and "
-                                              "the start of a process.").observe(seconds, self.known)
+        """Observe the start of a worker: seconds from its request to its first answer."""
+        _histogram("rdm_worker_wait_seconds", "From the request for a worker until it answered: the cluster's queue, "
+                                              "and the start of a process.").observe(seconds, self.known)
 
     def workers(self, **counts: int) -> None:
-        """How many workers are in which state."""
+        """Set the number of workers in each state."""
         for state, count in counts.items():
             _gauge("rdm_workers", "Workers by state.", "state").set(count, self.known | {"state": state})
 
     def again(self, reason: str) -> None:
-        """An item is tried again."""
-        _counter("rdm_retries_total", "Items that were tried again, by reason.", "reason").inc(
+        """Count the retry of an item."""
+        _counter("rdm_retries_total", "Retries of items, by reason.", "reason").inc(
             1, self.known | {"reason": reason})
 
     def _fail(self, reason: str, count: int) -> None:
@@ -84,7 +84,7 @@ _CURVE = {"loss": "Mean loss of the interval.", "grad_norm": "Norm of the gradie
 
 
 class Curve:
-    """What a training run logs, as metrics."""
+    """The log of a training run as metrics."""
 
     def __init__(self, known: dict[str, str], step: int, steps: int, batch: int) -> None:
         self.known, self.step, self.steps, self.batch = known, step, steps, batch
@@ -93,7 +93,7 @@ class Curve:
         threading.Thread(target=self._repeat, daemon=True).start()
 
     def add(self, record: dict[str, Any]) -> None:
-        """A record of the curve."""
+        """Add a record of the curve."""
         self._last = record
         self._say(record)
         if record["step"] > self.step:
@@ -101,11 +101,11 @@ class Curve:
         self.step = record["step"]
 
     def close(self) -> None:
-        """The run ends, or goes on elsewhere."""
+        """Stop: the run ends here, or continues in another process."""
         self._over.set()
 
     def _repeat(self) -> None:
-        # Ray forgets a gauge that nobody sets for some twenty seconds, and an interval of training may be longer.
+        # Ray drops a gauge that is not set for about twenty seconds, and a logging interval may be longer.
         while not self._over.wait(5.0):
             if last := self._last:
                 self._say(last)

@@ -36,8 +36,8 @@ class ConvertConfig:
     scale: Annotated[float, Interval(ge=0, lt=inf)] = 0.0
     """Factor of the latents; 0: that in the checkpoint, or 1."""
     context_norm: Annotated[float, Interval(gt=0, lt=inf)] = 1.0
-    """Length of the vectors that the network was trained with; those of the 256 pixel models were as CLIP makes them,
-    about 10 for images of ViT-B/32."""
+    """Length of the context vectors in training. The 256 pixel models used CLIP vectors without normalization: about
+    10 for images of ViT-B/32."""
     k: Annotated[int, Ge(1)] = 4
     """Neighbors of an image in its training."""
 

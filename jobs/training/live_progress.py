@@ -57,7 +57,7 @@ class RunProgress:
             storage.remove(self._url)
 
     def _document(self, step: int) -> dict[str, Any]:
-        """Counts with the names that those of every stage have; a row is an image that training has seen."""
+        """Counts under the same names as in every stage. A row is an image that training has seen."""
         (began, first), batch = self._window[0], self._config.global_batch
         rate = (step - first) * batch / max(self._window[-1][0] - began, 1e-9)
         left = max(self._config.steps - step, 0) * batch
@@ -69,7 +69,7 @@ class RunProgress:
 
 
 def read_run_progress(run: Run) -> dict[str, Any] | None:
-    """What rank 0 of a run wrote last. None if it runs not, or has not finished a step."""
+    """The last progress of a run, as rank 0 wrote it. None if it is not running, or has not finished a step."""
     try:
         url = storage.join(run.folder, "progress.json")
         document = check_progress(storage.read_json(url), url)

@@ -1,4 +1,4 @@
-"""What a tracker follows, and the interface of every tracker."""
+"""The stage or run that a tracker follows, and the interface of every tracker."""
 
 import io
 from collections.abc import Iterable, Mapping
@@ -27,12 +27,12 @@ class Subject:
     settings: dict[str, Any]
     inputs: dict[str, Any]
     first_step: int = 0
-    """The first step that this session reports again. Earlier steps have been reported, or are replayed."""
+    """The first step that this session reports. Earlier steps have been reported, or are replayed."""
     training: bool = False
 
     @property
     def group(self) -> str:
-        """What the stages of one pipeline share: dataset@version, or the run if there is none."""
+        """The common name of the stages of a pipeline: dataset@version, or the run if there is none."""
         return "@".join(filter(None, (self.labels["dataset"], self.labels["version"]))) or self.labels["run"]
 
     @property
@@ -42,16 +42,16 @@ class Subject:
 
     @property
     def place(self) -> Path:
-        """The local folder for files of trackers: beside the stages of a version, or in the folder of a run.
+        """The local folder for files of trackers: next to the stages of a version, or in the folder of a run.
 
-        It is never a folder in which stages are listed. With an object store it is the cache of this machine.
+        No code lists stages in this folder. With an object store it is the cache of this machine.
         """
         if not storage.is_local(self.root):
             return Path(storage.cache_folder())
         return storage.local_path(self.root).joinpath(*self._place_parts())
 
     def own_folder(self, tracker: str) -> Path:
-        """A local folder of this subject alone for the files of a tracker."""
+        """A local folder for the files of a tracker that no other subject uses."""
         path = PurePosixPath(self.folder.removeprefix(self.root).strip("/"))
         if not storage.is_local(self.root):
             return self.place / tracker / storage.digest(self.root)[:12] / path
@@ -68,7 +68,7 @@ class Tracker(Protocol):
     """One tracker of one subject. No method raises an error or waits long for a server."""
 
     def add(self, record: dict[str, Any], images: Images | None = None, *, hold: bool = False) -> None:
-        """Report the numbers of a record under its step. With `hold` the step counts once a checkpoint has it."""
+        """Report the numbers of a record under its step. With `hold`, wait until a checkpoint has the step."""
 
     def saved(self) -> None:
         """A checkpoint has all steps so far: a resumed run will not repeat them."""
@@ -81,7 +81,7 @@ class Tracker(Protocol):
 
 
 def read_image(url: str) -> Image.Image | None:
-    """The image at a URL, None if it is not there: not every validation makes one."""
+    """The image at a URL; None if it is missing, because not every validation makes one."""
     if not storage.exists(url):
         return None
     return Image.open(io.BytesIO(storage.read_bytes(url))).convert("RGB")

@@ -20,8 +20,8 @@ _COMPLETE = "complete.json"
 class TensorboardTracker(BackgroundTracker):
     """Event files in the folder `tensorboard/` of a run or of a version of a dataset.
 
-    Each session writes a file of its own. It begins with an event that discards the steps from `first_step` on,
-    which readers of event files obey. After a session that was killed, the next one reports all steps again.
+    Each session writes its own file. The file begins with an event that tells readers to discard the steps from
+    `first_step` on. After a session that was killed, the next one reports all steps again.
     """
 
     name = "tensorboard"

@@ -22,8 +22,8 @@ _STATE = {"id": str, "last_step?": int, "finished?": [str]}
 class WandbTracker:
     """A wandb run of a stage or a training run: online if there is a key, offline otherwise.
 
-    The id is kept in wandb.json in the folder that the tracker is about. A resumed run keeps its id, and a run that
-    was emptied gets a new one. A failing tracker never stops what it follows.
+    wandb.json in the folder of the subject keeps the id. A resumed run keeps its id, and a run that was emptied gets a
+    new one. A failing tracker never stops the stage or the run.
 
     Offline, each session has its own directory, and `wandb sync` joins the directories in the order of their names.
     wandb flushes every few seconds. A killed process loses what it has not flushed. For training the directories in
@@ -31,7 +31,7 @@ class WandbTracker:
 
     * A step is logged when a checkpoint has it. A killed run repeats the steps after its last checkpoint.
     * When a session has finished, wandb.json gets its name and its last step.
-    * The next session moves one that did not finish to `wandb-unfinished/`. It logs the steps again (`replay`), from
+    * The next session moves an unfinished one to `wandb-unfinished/`. It logs the steps again (`replay`), from
       metrics.jsonl and validation.jsonl.
 
     There is one exception. With an object store, sessions lie on the nodes. If the run resumes on another node, an
@@ -91,13 +91,13 @@ class WandbTracker:
                 self.saved()
 
     def saved(self) -> None:
-        """What was logged so far will not be done again."""
+        """Send the held records: a resumed run will not repeat their steps."""
         held, self._held = self._held, []
         for log_record in held:
             self._try(log_record)
 
     def replay(self, records: Iterable[tuple[dict[str, Any], Images]]) -> None:
-        """Log what no finished session has; offline only."""
+        """Log the records that no finished session has; offline only."""
         if not self.online:
             for record, images in records:
                 self.add(record, images)
@@ -144,14 +144,14 @@ def _set_aside(folder: str, place: Path) -> None:
 
 
 def make_artifacts(inputs: dict[str, Any]) -> list[Any]:
-    """The inputs of a stage as artifacts of wandb: named by their folders, told apart by their content."""
+    """The inputs of a stage as artifacts of wandb. The folder gives the name, the content gives the version."""
     import wandb
     artifacts = []
     for name, identity in inputs.items():
         path = identity["path"] or name
         artifacts.append(wandb.Artifact(re.sub(r"[^A-Za-z0-9._-]+", "-", path), type=name,
                                     metadata={"path": path, "content": identity["digest"]}))
-        # Without something of its own in it, another content would be taken for the same version.
+        # wandb compares the files of an artifact, so a file with the digest makes other content another version.
         with artifacts[-1].new_file("content.json") as file:
             json.dump({"path": path, "content": identity["digest"]}, file)
     return artifacts

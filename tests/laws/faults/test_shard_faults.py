@@ -83,7 +83,7 @@ def test_sigterm_stops_and_the_same_command_goes_on(tmp_path: Path, address: str
     for word in (" of 10 items", " of 200 rows", "rows/s", "% good", "left out: ", "not_a_picture", " left"):
         assert word in line
     assert re.search(r"% good, [1-9][0-9.]* ([kM]?B), left out: ", line)
-    assert "nothing heard" not in line
+    assert "no report for" not in line
     assert main(["status", "--json", "--root", str(tmp_path / "root")]) == 0
     stage_status = {stage["path"]: stage for stage in json.loads(capsys.readouterr().out)}["datasets/x/v1/shards"]
     assert stage_status["progress"]["of_rows"] == 200 and stage_status["progress"].keys() == now.keys()
