@@ -89,7 +89,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path: Path, ca
     (["embed", "a/b", "--local"], "'a/b' is not a dataset name"),
     (["shard", "some", "--local"], "shard needs a source\nhint: --source"),
     (["shard", "some", "--local", "--source", "nowhere"], "nowhere"),
-    (["sample", "run", "--local"], "sample needs databases, and prompts"),
+    (["sample", "run", "--local"], "sample needs a database"),
     (["sample", "run", "--local", "--prompt", "x", "--database", "y"], "there is no run run"),
     (["train", "run", "--dataset", "some", "--local"], "is not sealed"),
     (["status", "--recipe", "huge"], "there is no recipe 'huge'\nhint: tiny"),

@@ -173,7 +173,7 @@ def test_rows_are_drawn_as_often_as_they_are_used() -> None:
     counts = Counter(top_third.sample_row(Random(f"{position}")) for position in range(4000))
     assert abs(counts[1] / 4000 - 5 / 8) < 0.03
     assert RowDistribution(usage, 1e-9).rows.tolist() == [1]
-    with pytest.raises(ValueError, match="nothing to draw"):
+    with pytest.raises(ValueError, match="p_D is zero everywhere"):
         RowDistribution(np.zeros(3, np.int64), 1.0)
 
 
