@@ -1,5 +1,6 @@
 """Settings of the neighbor search, and its plan of memory."""
 
+import logging
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -8,6 +9,7 @@ from annotated_types import Ge, Gt, Interval
 from pipeline.bounds import check_bounds
 from pipeline.storage.sizes import parse_size
 
+_log = logging.getLogger(__name__)
 _BASE = 800 << 20  # what a worker has in memory before it searches: torch (470 MB with CUDA's), faiss, pyarrow, Ray
 _LEAST = 64 << 20  # for blocks, whatever the budget
 ALL_ROWS_FROM_LISTS = 4  # if a search reads one list of so many, comparing all rows is as fast
@@ -59,6 +61,13 @@ class NeighborsConfig:
     def wanted(self) -> int:
         """Largest number of candidates of a sample."""
         return max(self.k + 1, self.candidates or 4 * self.k + 20)
+
+    def warn_if_few(self, visible: int, database: str) -> None:
+        """A warning if so few rows of the database pass `where` that samples have fewer than k neighbors."""
+        if visible < self.k:
+            _log.warning("%s leaves %d rows of %s, and k is %d: missing neighbors are -1\n"
+                         "hint: --k %d, or a filter that more rows pass", self.where, visible,
+                         database, self.k, max(1, visible - 1))
 
     def shards_at_once(self, shards: int, samples: int, dim: int, *, lists: bool) -> int:
         """Shards of one item, for `shards` shards with `samples` samples in all. lists: the search is by list."""

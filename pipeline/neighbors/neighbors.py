@@ -144,6 +144,8 @@ class Neighbors(Stage):
         checked = sum(info.get("checked", 0) for info in infos)
         recall = sum(info.get("agreed", 0) for info in infos) / checked if checked else None
         visible = {"visible": infos[0]["visible"]} if infos and self.config.where else {}
+        if visible:
+            self.config.warn_if_few(visible["visible"], self.database.label)
         return Output(files={"usage.npy": scratch / "usage.npy"}, info=visible | {
             "missing": sum(info["missing"] for info in infos), "k": self.config.k, "database": self.database.label,
             "scores": counts.tolist(), "recall": 1.0 if self._exact else None if recall is None else round(recall, 4),

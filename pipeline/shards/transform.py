@@ -102,9 +102,10 @@ def failed_row(row: Row, key: str, bad: BadImage) -> RowResult:
     """The result of a row that gives no sample."""
     status = NOT_FETCHED if isinstance(bad, NotFetched) else NOT_USABLE
     detail = storage.redact_credentials(bad.detail)
+    name = source_name(row) or f"row {row.number}"
     return RowResult([bare_row(row) | {"key": key, "status": status, "error_message": f"{bad.reason}: {detail}"}],
-                     entries=[Entry(source_name(row), bad.reason, detail),
-                              *(Entry(source_name(row), *split_remark(remark), kept=True) for remark in row.remarks)])
+                     entries=[Entry(name, bad.reason, detail),
+                              *(Entry(name, *split_remark(remark), kept=True) for remark in row.remarks)])
 
 
 def bare_row(row: Row) -> dict[str, Any]:

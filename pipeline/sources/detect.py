@@ -50,7 +50,8 @@ def open_source(config: ShardConfig) -> Source:
     addresses = [address for source in config.source for address in list_source_files(source, kind)]
     if not addresses:
         wanted = {"list": USUAL_TABLES, "tars": ", ".join(TARS)}[kind]
-        raise ValueError(f"no files ending in {wanted} in {', '.join(config.source)}")
+        raise ValueError(f"no files ending in {wanted} in {', '.join(config.source)}\n"
+                         f"hint: name the folder above, or a pattern such as 'FOLDER/**/*'")
     if len(unique := list(dict.fromkeys(addresses))) < len(addresses):
         _log.warning("%s: %d files are named twice and taken once", ", ".join(config.source),
                      len(addresses) - len(unique))

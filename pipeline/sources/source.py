@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,8 +47,9 @@ class Source(ABC):
 
     def summary(self) -> dict[str, Any]:
         """The kind of the source, the number of its files, and counts of everything that gives no row."""
-        return {"kind": self.kind, "files": self.count_files(), **self._rows_of_tars(), **self.left_out()}
+        return {"kind": self.kind, "files": self.count_files(), **self._rows_of_tars, **self.left_out()}
 
+    @cached_property
     def _rows_of_tars(self) -> dict[str, int]:
         """The rows of tars, if each has a table of img2dataset beside it. Without these they must be read to know."""
         tables = [f"{address[:-4]}.parquet" for address in self.addresses if address.lower().endswith(".tar")]
@@ -62,8 +64,9 @@ class Source(ABC):
 
     def left_out(self) -> dict[str, Any]:
         """Counts of files of no use, and of rows whose image another program could not get."""
+        earlier_failures = self.earlier_failures or self._rows_of_tars.get("earlier_failures", 0)
         return {name: value for name, value in (("ignored_files", dict(self.ignored.most_common())),
-                                                ("earlier_failures", self.earlier_failures)) if value}
+                                                ("earlier_failures", earlier_failures)) if value}
 
     def count_files(self) -> int:
         """How many files of the kind the source has."""

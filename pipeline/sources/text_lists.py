@@ -200,6 +200,10 @@ def _check_batch(batch: Sequence[TableRow], address: str) -> None:
         raise ValueError(f"{address}: none of the first {len(batch)} rows can be read, {batch[0].place}: "
                          f"{batch[0].problem}\n"
                          f"hint: a .csv has commas, a .tsv has tabs, a .jsonl has an object in each line")
+    urls = [row.cells["url"] for row in batch if list(row.cells) == ["url"]] if table_kind(address) == "txt" else []
+    if 2 * sum("\t" in url for url in urls) > len(batch):
+        raise ValueError(f"{address} has tabs in its lines, as {urls[0][:200]!r}\n"
+                         f"hint: --columns url,caption names the columns, in their order")
     if table_kind(address) == "txt" and all(
             list(row.cells) == ["url"] and "//" not in row.cells["url"] and not row.cells["url"].startswith("data:")
             for row in batch):

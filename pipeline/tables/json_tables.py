@@ -34,8 +34,8 @@ def read_json_document(pieces: Iterator[str], file: str) -> Iterator[TableRow]:
     if first is None:
         return
     second = next(values, None)
-    if second is None and isinstance(first[0], dict) and (columns := _columns(first[0])):
-        yield from (TableRow(cells) for cells in columns)
+    if second is None and isinstance(first[0], dict) and (rows := _table_rows(first[0])):
+        yield from map(TableRow, rows)
         return
     number = 0
     for value, text in (each for group in ([first], [second] if second else [], values) for each in group):
@@ -98,14 +98,19 @@ def _at_least(pieces: Iterator[str], length: int) -> Iterator[str]:
             return
 
 
-def _columns(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an object of columns, [] if it is none: lists of one length, or objects with the same keys."""
-    columns = list(document.values())
-    if len(columns) > 1 and all(isinstance(column, list) for column in columns):
-        if len({len(column) for column in columns}) == 1:
-            return [dict(zip(document, cells, strict=True)) for cells in zip(*columns, strict=True)]
-    elif columns and all(isinstance(column, dict) and column for column in columns):
-        same_keys = len({tuple(column) for column in columns}) == 1
-        if same_keys and all(key.isdigit() for key in columns[0]):
-            return [{name: column[key] for name, column in document.items()} for key in columns[0]]
+def _table_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an object that holds a table, [] if it is none: columns, or one of the layouts of pandas."""
+    columns, data, values = document.get("columns"), document.get("data"), list(document.values())
+    if (document.keys() <= {"columns", "index", "data"} and isinstance(columns, list) and isinstance(data, list)
+            and all(isinstance(row, list) and len(row) == len(columns) for row in data)):
+        return [dict(zip(columns, row, strict=True)) for row in data]
+    if document.keys() == {"schema", "data"} and isinstance(data, list):
+        return data if all(isinstance(row, dict) for row in data) else []
+    if len(values) > 1 and all(isinstance(column, list) for column in values):
+        if len({len(column) for column in values}) == 1:
+            return [dict(zip(document, cells, strict=True)) for cells in zip(*values, strict=True)]
+    elif all(isinstance(column, dict) and column for column in values) and len({tuple(each) for each in values}) == 1:
+        if all(key.isdigit() for key in values[0]):
+            return [{name: column[key] for name, column in document.items()} for key in values[0]]
+        return values if all(key.isdigit() for key in document) else []
     return []

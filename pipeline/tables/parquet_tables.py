@@ -24,7 +24,8 @@ def open_parquet(address: str) -> Iterator[pq.ParquetFile]:
                     raise
                 raise pa.ArrowInvalid(str(error)) from error  # damaged pages, and not the disk
     except pa.ArrowException as error:
-        raise ValueError(f"{address} cannot be read as parquet: {str(error).strip()}") from None
+        raise ValueError(f"{address} cannot be read as parquet: {str(error).strip()}\n"
+                         f"hint: the file is cut off, damaged or of another kind: copy it again") from None
 
 
 def read_schema(address: str) -> pa.Schema:

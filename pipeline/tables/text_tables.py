@@ -33,8 +33,9 @@ def read_rows(address: str, columns: Sequence[str] = ()) -> Iterator[TableRow]:
         except (csv.Error, ValueError, *decompression.ERRORS) as error:
             if isinstance(error, storage.StorageError):
                 raise
-            raise ValueError(f"{address} cannot be read after row {number}: {error}\n"
-                             f"hint: tables are UTF-8; a CSV has a header, JSON has objects") from None
+            hint = ("the file is cut off or damaged: copy it again" if isinstance(error, decompression.ERRORS) else
+                    "tables are UTF-8; a CSV has a header, JSON has objects")
+            raise ValueError(f"{address} cannot be read after row {number}: {error}\nhint: {hint}") from None
 
 
 def read_header(address: str) -> list[str]:

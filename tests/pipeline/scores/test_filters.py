@@ -45,6 +45,14 @@ def neighbor_ids(dataset: Dataset, **settings: Any) -> np.ndarray:
                            for record in manifest["items"]])
 
 
+def test_a_filter_that_leaves_fewer_rows_than_neighbors_is_named(dataset, caplog):
+    run_stage(Index(dataset, IndexConfig(key="SQ8")))
+    limit = np.sort(VECTORS[:, 0])[-5]
+    ids = neighbor_ids(dataset, k=6, where=f"warmth >= {limit}")
+    assert (ids[:, -1] == -1).all() and (ids[:, 3] >= 0).all()
+    assert "leaves 5 rows" in caplog.text and "k is 6" in caplog.text and "hint: --k 4" in caplog.text
+
+
 @pytest.mark.parametrize(("key", "method"), [("IVF16,SQ8", "index"), ("HNSW15", "index"), ("SQ8", "index"),
                                              ("SQ8", "exact")])
 def test_only_rows_that_pass_are_neighbors(dataset, key, method):

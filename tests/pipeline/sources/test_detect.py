@@ -97,6 +97,7 @@ def test_rows_of_tars_are_known_from_the_tables_beside_them(tmp_path):
     write_list(folder / "1.parquet", rows[1:])
     assert open_path(folder).summary() == {"kind": "tars", "files": 2, "rows": 6, "earlier_failures": 1,
                                            "ignored_files": {".parquet": 2}}
+    assert open_path(folder).left_out()["earlier_failures"] == 1  # for the manifest
 
 
 def test_patterns_of_lists_are_no_patterns_of_images(tmp_path):

@@ -261,3 +261,9 @@ def test_an_empty_file_of_a_list_is_named(tmp_path, caplog):
     (tmp_path / "b.csv").write_text("")
     list(open_source(ShardConfig(source=(str(tmp_path),))).parts())
     assert "b.csv holds no rows" in caplog.text
+
+
+def test_rows_without_a_url_are_named_by_their_number(tmp_path, image_site):
+    path = write_list(tmp_path / "a.jsonl", [{"url": urls(image_site)[0]}, {"url": None}, {"url": " "}])
+    lines = ledger(*shard_source(tmp_path / "x", path))
+    assert [(line["key"], line["reason"]) for line in lines] == [("row 1", "bad_url"), ("row 2", "bad_url")]

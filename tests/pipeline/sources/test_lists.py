@@ -102,6 +102,7 @@ def test_columns_may_be_named(tmp_path, image_site):
     ("a.json", b'[{"url": "x"}, {"url": "y"}', "after row 2: the array is not closed"),
     ("a.json", b'[{"url": "x"}, {"url":, "y"}]', "cannot be read .*Expecting value"),
     ("a.txt", b"Apache License\n", "has no URL in its first 1 lines"),
+    ("a.txt", b"http://x/y.jpg\ta cat\n" * 3, "has tabs in its lines.*\nhint: --columns url,caption"),
     ("a.csv", b"a cat,http://x/y.jpg\na dog,http://x/z.jpg\n", "has no header.*\nhint: --columns caption,url"),
     ("a.jsonl.gz", gzip.compress(b'{"url": "x"}\n' * 9000, mtime=0)[:50], "cannot be read after row"),
 ])
