@@ -65,7 +65,7 @@ def run_shard(options: ShardOptions) -> int:
         return seal_and_print(Adopt(dataset, options.shard), options, max_failed=options.max_failed)
     if options.retry_failed and storage.exists(storage.join(dataset.folder("shards"), "manifest.json")):
         following = dataset.next_version()
-        _log.info("shard: %s is sealed; rows that failed are tried again for %s", dataset.label, following.label)
+        _log.info("shard: %s is sealed; failed rows are retried for %s", dataset.label, following.label)
         return seal_and_print(Shard(following, options.shard, base=dataset), options, max_failed=options.max_failed)
     if options.shard.duplicates != "keep" and not options.common.dry_run:
         return _shard_and_deduplicate(Deduplicate(dataset, options.shard), options)

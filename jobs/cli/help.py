@@ -1,4 +1,4 @@
-"""The help of the program and of its verbs, and the words that complete a command line."""
+"""The help of the program and of its verbs, and shell completion."""
 
 import contextlib
 import io
@@ -175,7 +175,7 @@ def fit_flags(text: str, verb: str) -> str:
 
 
 def complete(words: Sequence[str]) -> list[str]:
-    """The words that may stand in place of the last one: verbs, flags of the verb, datasets of a local root."""
+    """Completions of the last word: verbs, flags of the verb, datasets of a local root."""
     *before, current = words or [""]
     verb = next((word for word in before if word in VERBS), "")
     if not verb:

@@ -33,7 +33,7 @@ class SearchOptions:
     embed: Unflagged[EmbedConfig]
     text: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WORDS", help="Words to search for.")] = ""
     image: Words = ()
-    """Local image file to search for. Repeat the flag for more: the search finds what is near to all."""
+    """Local image file to search for. Repeat the flag for more: the search uses the mean of all."""
     like: Words = ()
     """Sample to search for: KEY of the dataset, or DATASET/KEY. Repeat the flag for more."""
     minus: Words = ()
@@ -187,7 +187,7 @@ def run_verify(options: VerifyOptions) -> int:
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Write report.html, one file with everything in it: images, neighbors, losses, samples, stages."""
+    """Write report.html: one self-contained page with images, neighbors, losses, samples and stages."""
 
     examples: ClassVar = ("report",
                           "report --root data/demo --out report.html")
@@ -225,7 +225,7 @@ class PlanOptions:
     from_root: Annotated[str, tyro.conf.arg(name="from")] = ""
     """Take the rates from the sealed stages of this root."""
     from_gpu: bool = False
-    """In that root, embed, train and exact neighbors had a GPU in each worker."""
+    """In the root of --from, the workers of embed, train and exact neighbors had a GPU."""
 
 
 def run_plan(options: PlanOptions) -> int:

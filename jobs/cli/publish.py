@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _IMAGES_WITHOUT_RAY = 5000
-"""`style` makes a database of so many images in its own process."""
+"""Up to this number of images, `style` runs without Ray."""
 
 
 @dataclass(frozen=True)

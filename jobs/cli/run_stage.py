@@ -38,7 +38,7 @@ def open_runner(common: CommonOptions, cluster: ClusterConfig) -> Iterator["Runn
 def spare_ray(common: CommonOptions, cluster: ClusterConfig, *, small: bool) -> CommonOptions:
     """The options with `local` set for `small` work, unless a cluster, more workers or GPUs are named.
 
-    To start Ray on one machine takes longer than such work. The result is the same.
+    Starting Ray on one machine takes longer than such work. The result is the same.
     """
     named = os.environ.get("RAY_ADDRESS") or cluster.gpus or cluster.workers != ClusterConfig.workers
     return replace(common, local=True) if small and not named else common

@@ -45,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StyleRequest:
-    """One way to ask for a style."""
+    """One way to request a style."""
 
     id: str
     named: bool

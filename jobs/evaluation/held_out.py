@@ -12,7 +12,7 @@ from pipeline.datasets.metadata import metadata
 
 
 def held_out_captions(dataset: Dataset, databases: Sequence[Dataset]) -> list[str]:
-    """Captions of databases that the dataset of a run does not have: first those in most databases, then by lot."""
+    """Captions of databases that the dataset of a run lacks: those in most databases first, otherwise at random."""
     seen = _captions_of_dataset(dataset)
     counts = Counter(caption for database in databases for caption in _captions_of_dataset(database) - seen)
     return sorted(counts, key=lambda caption: (-counts[caption], name_hash(caption)))

@@ -1,4 +1,4 @@
-"""`doctor`: what works on this machine, and the cure for what does not.
+"""`doctor`: what works on this machine, and how to fix the rest.
 
 Each check runs in a thread. Checks of torch, Ray and the store run in separate processes, which may crash or hang.
 """
@@ -307,7 +307,7 @@ def _run(command: list[str], **variables: str) -> tuple[int, str]:
 
 
 def _failure(code: int) -> Literal["warning", "failed"]:
-    """The state for an exit code that is not 0. On a busy machine a slow answer tells nothing."""
+    """The state for an exit code that is not 0. A slow answer on a busy machine is no proof of a fault."""
     return "warning" if code == _TOO_SLOW and os.getloadavg()[0] > (os.cpu_count() or 1) else "failed"
 
 

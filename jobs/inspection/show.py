@@ -1,4 +1,4 @@
-"""`show`: all that is known of one row of a dataset, and its image as a file."""
+"""`show`: all data about one row of a dataset, and its image as a file."""
 
 import io
 import logging
@@ -132,7 +132,7 @@ def _neighbors(row: DatasetRow) -> dict[str, list[dict[str, Any]]]:
 
 
 def _keys(database: Dataset, rows: list[int]) -> dict[int, dict[str, str]]:
-    """Key and caption of some global rows; nothing for those of a database that is gone."""
+    """Key and caption of some global rows. Rows of a removed database are left out."""
     keys: dict[int, dict[str, str]] = {}
     offset = 0
     for record in database.manifest("shards")["items"] if database.is_sealed("shards") else ():

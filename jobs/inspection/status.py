@@ -1,4 +1,4 @@
-"""How far every stage below a root has come, and what a stage would still have to do."""
+"""The state of every stage below a root, and the remaining work of a stage."""
 
 import contextlib
 import time

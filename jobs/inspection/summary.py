@@ -33,13 +33,13 @@ def summarize_stage(stage: Stage, manifest: dict[str, Any]) -> str:
 
 
 def next_command(stage: Stage) -> str:
-    """The command that usually follows a sealed stage, without its root. Empty if nothing does."""
+    """The usual next command after a sealed stage, without its root. Empty if there is none."""
     follow = _FOLLOWING.get(stage.name)
     return f"python -m jobs {follow(stage)}" if follow else ""
 
 
 def next_sample(root: str, dataset: str) -> str:
-    """The command that shows a database in use: it samples with a run of the root, or searches where there is none."""
+    """A command that uses a database: `sample` with a run of the root, or `search` if there is no run."""
     if runs := storage.list_folders(storage.join(root, "runs")):
         return f"python -m jobs sample {shlex.quote(runs[0])} {_PROMPT} --database {dataset}"
     return f"python -m jobs search {dataset} 'a red apple'"

@@ -1,4 +1,4 @@
-"""`status --watch`: a root as it is now, again and again, from the files alone."""
+"""`status --watch`: show the state of a root repeatedly. It reads only files."""
 
 import sys
 import time
@@ -75,7 +75,7 @@ def _stage_row(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def snapshot_text(now: dict[str, Any]) -> str:
-    """The table: what is published of a dataset stands before its stages."""
+    """The table. The published version of a dataset comes before its stages."""
     lines: list[tuple[str, ...]] = []
     published = dict(now["published"])
     for row in sorted(now["stages"], key=lambda row: not row["dataset"]):

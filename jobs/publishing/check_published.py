@@ -82,7 +82,7 @@ def _check_version(current: Published, version: str, *, quick: bool) -> list[Fau
     """Parts of a version that are not as they were published. gc may have removed one that is not current."""
     if version != current.version and is_removed(current.root, current.name, version):
         return []
-    # Versions may have been published before the dataset was signed. Readers with a key refuse them.
+    # Readers with a key refuse versions from before the dataset was signed.
     trusting = current if version in list_publications(current) else replace(current, keys=NO_KEYS)
     base = f"datasets/{current.name}/{version}"
     try:

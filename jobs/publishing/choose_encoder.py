@@ -1,4 +1,4 @@
-"""The encoder of a style database: that of the model which will sample from it."""
+"""Choose the encoder of a style database: the encoder of the model that will sample from it."""
 
 from jobs.runs.newest_run import find_newest_run
 from pipeline.datasets.dataset import Dataset

@@ -39,7 +39,7 @@ def list_consumer_encoders(root: str, name: str, base: Dataset | None) -> dict[s
 
 
 def _consumers(root: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Plans of what reads databases, by their folders."""
+    """The plans of the stages that read databases, by folder."""
     root = storage.normalize(root)
     paths = [f"runs/{run}" for run in storage.list_folders(storage.join(root, "runs"))]
     for dataset in datasets(root):
@@ -59,7 +59,7 @@ def _plan(root: str, path: str) -> dict[str, Any] | None:
 
 
 def _read_by(document: dict[str, Any], name: str) -> Iterator[str]:
-    """The versions of a dataset that the inputs of a plan lie in."""
+    """The versions of a dataset that a plan has inputs from."""
     for stage_input in document.get("inputs", {}).values():
         parts = stage_input["path"].split("/")
         if parts[0] == "datasets" and len(parts) > 3 and parts[1] == name:

@@ -158,7 +158,7 @@ def refuse_unreadable(root: str, name: str, versions: list[dict[str, Any]]) -> N
 
 
 def _read_sealed(folder: str) -> dict[str, Any] | None:
-    """The manifest of a sealed folder; None if it is damaged. One of a later program is an error: it may be whole."""
+    """The manifest of a sealed folder; None if it is damaged. A manifest of a newer program is an error."""
     try:
         return read_manifest(folder, "")
     except (DamagedFile, FileNotFoundError) as error:
@@ -167,7 +167,7 @@ def _read_sealed(folder: str) -> dict[str, Any] | None:
 
 
 def _last_used(current: Published, version: str) -> float:
-    """When a version ceased to be published, or when a command last worked on it."""
+    """The time when a version was replaced, or when a command last worked on it."""
     if (since := current.unpublished_since(version)) is not None:
         return since
     base = storage.join(current.folder, version)
@@ -203,7 +203,7 @@ def files_of(root: str, name: str, version: str) -> set[str]:
 
 
 def _to_be_taken(dataset: Dataset, stage_name: str, folder: str) -> list[dict[str, Any]]:
-    """Records of other versions that the items of a plan will take over, their files by whole address."""
+    """Records of other versions that the items of a plan will take over, their files as full URLs."""
     records = []
     for item in read_items(folder):
         for key in ("last", "vectors", "of"):

@@ -74,7 +74,7 @@ def _failed_gates(url: str) -> dict[str, Any]:
 
 
 def versions_table(versions: list[dict[str, Any]]) -> str:
-    """The versions as text, a line each."""
+    """The versions as text, one line for each."""
     rows = []
     for version in versions:
         change = ", ".join(f"{count} {what}" for what, count in (version["change"] or {}).items() if count)

@@ -1,4 +1,4 @@
-"""Restore what readers of a published dataset refuse: its pointer, the takedown list, the rows that a version hides."""
+"""Restore the damaged parts of a published dataset: its pointer, the takedown list, the hidden rows of a version."""
 
 import hashlib
 import logging
@@ -48,7 +48,7 @@ def repair(root: str, name: str, *, dry_run: bool = False, keys: ReleaseKeys | N
 
 
 def _accept_requests(root: str) -> dict[str, Any]:
-    """Accept lost requests and changes of the takedown list, and let the pointers name it as it is now."""
+    """Accept lost requests and changes of the takedown list, and update the pointers to the current list."""
     lost, changed = takedown_list.accept_lost_requests(root, lambda: takedowns.hidden_hashes(root))
     if lost:
         _log.warning("repair: the takedown requests %s are lost, and were accepted as lost", lost)
@@ -113,7 +113,7 @@ def _repair_takedowns(root: str, name: str, *, accepted: bool) -> dict[str, Any]
 
 
 def _refuse_damaged(current: Published, report: dict[str, Any]) -> None:
-    """StageFailed if the published version is damaged, with the way back."""
+    """StageFailed if the published version is damaged, with the command that replaces it."""
     if not report.get("damaged"):
         return
     hint = f"hint: {find_way_back(current)}"

@@ -58,7 +58,7 @@ def find_false_entries(current: Published) -> dict[str, dict[str, Any]]:
 
 
 def is_removed(root: str, name: str, version: str) -> bool:
-    """Whether gc removed a version: its release and its mark are left, and files that later versions took over."""
+    """Whether gc removed a version. Its release, its mark and files that later versions use still exist."""
     dataset = Dataset(root, name, version)
     if version_marks.read_mark(dataset) is not None:
         return version_marks.is_removing(dataset)
@@ -66,7 +66,7 @@ def is_removed(root: str, name: str, version: str) -> bool:
 
 
 def find_earlier_version(current: Published) -> tuple[str, dict[str, str]]:
-    """The newest version before the published one that is whole, "" without any; the faults of those after it."""
+    """The newest undamaged version before the published one ("" if none), and the faults of later versions."""
     faults: dict[str, str] = {}
     for version, document in reversed(list_publications(current).items()):
         if published.version_number(version) < current.number and not is_removed(current.root, current.name, version):
@@ -77,7 +77,7 @@ def find_earlier_version(current: Published) -> tuple[str, dict[str, str]]:
 
 
 def find_way_back(current: Published) -> str:
-    """The commands that put a whole version in the place of a damaged published one."""
+    """The commands that replace a damaged published version by an undamaged one."""
     sign = " --sign KEYFILE" if current.keys.accepted or "signature" in current.document else ""
     rebuild = f"python -m jobs rebuild {current.name} --source SOURCE{sign}"
     version, _ = find_earlier_version(current)

@@ -45,8 +45,8 @@ class Retriever:
                 first_rows: Sequence[SampledRow | None]) -> RetrievedNeighbors:
         """The k neighbors of each of the unit vectors (Q, D), divided between databases by weight, ordered by score.
 
-        With a `pool` each database gives some at random of its so many nearest, which depends on (seed, position)
-        alone. A `first_rows` row comes first, and takes a place of its database.
+        With a `pool` each database gives random ones of its `pool` nearest. The choice depends only on (seed,
+        position). A `first_rows` row comes first, and takes a place of its database.
         """
         found_by_member = [self._search_database(member, share, vectors, positions, max(share, pool), seed, first_rows)
                  for member, share in enumerate(self.mixture.shares(k)) if share]

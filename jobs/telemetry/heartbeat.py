@@ -41,7 +41,7 @@ def stop() -> None:
 
 
 def note_output() -> None:
-    """Something is about to be shown: the silence ends."""
+    """Remove the live line and restart the clock, before a message is shown."""
     global _last
     _last = time.monotonic()
     if _shown.is_set():
@@ -52,7 +52,7 @@ def note_output() -> None:
 
 @contextlib.contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Meanwhile the command does this ("starting Ray"). It is named if it takes long."""
+    """Name the work of the block, such as "starting Ray". The line shows it if it takes long."""
     _doing.append(entry := (what, time.monotonic()))
     try:
         yield
@@ -61,7 +61,7 @@ def doing(what: str) -> Iterator[None]:
 
 
 def refresh_by(refresh: Callable[[], None] | None) -> None:
-    """Show a sign of life by this function from now on, in place of a line; None ends this."""
+    """Call this function instead of showing a line. None restores the line."""
     global _refresh
     _refresh = refresh
 

@@ -1,4 +1,4 @@
-"""SIGTERM ends a command as Ctrl-C does: tidily, and with a word on how to continue.
+"""SIGTERM ends a command as Ctrl-C does: with cleanup, and with a message how to continue.
 
 Python runs the handler of a signal in the main thread, after the native code that this thread is in. So there are two
 stages: if a command has not ended `SECONDS` after a SIGTERM, another thread ends it.
@@ -99,7 +99,7 @@ def defer_interrupts() -> Iterator[None]:
 
 
 def _start_second_stage() -> None:
-    """As the native handler does, where another one was in its place."""
+    """Start the second stage. The native handler does the same, unless another handler replaced it."""
     if _pipe:
         with contextlib.suppress(BlockingIOError):  # it is full
             os.write(_pipe[1], b"x")

@@ -52,7 +52,7 @@ _handler = _Stderr()
 
 
 class _OncePerLibrary(logging.Filter):
-    """Passes the first record of each library that is not ours, and its first line alone: they repeat themselves."""
+    """Passes only the first line of the first record of each other library, because libraries repeat messages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class _Text(logging.Formatter):
 
 
 class _Json(logging.Formatter):
-    """An event as one line: when, how grave, what, of which dataset, version, stage, run and item, as far as known."""
+    """An event as one line of JSON: time, level, message, and the known labels (dataset, version, stage, run, item)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ def label_events(known: dict[str, str]) -> Iterator[None]:
 
 
 def log_exit(text: str, level: int = logging.ERROR, **fields: Any) -> None:
-    """Say why the command ends: as it is to people, as an event otherwise, its hint apart."""
+    """Log why the command ends: as text, or as an event with a separate hint."""
     text = output.add_root(text, _root)
     if current_format() == "text":
         heartbeat.note_output()

@@ -21,7 +21,7 @@ _COLOR = re.compile("\x1b\\[[0-9;]*m")
 
 
 def print_text(text: str, end: str = "\n") -> None:
-    """Print text for people. Control characters in it become visible escapes, but for lines, tabs and bold type."""
+    """Print text. Control characters become visible escapes, except for line ends, tabs and bold type."""
     heartbeat.note_output()
     print(escape_text(text), end=end, flush=True)
 
@@ -42,7 +42,7 @@ def escape_document(value: Any) -> Any:
 
 
 def print_json(document: Any, indent: int | None = None) -> None:
-    """Print a JSON document. All characters but those of ASCII are escaped."""
+    """Print a JSON document. Characters outside of ASCII are escaped."""
     heartbeat.note_output()
     print(json.dumps(document, indent=indent, ensure_ascii=True), flush=True)
 
@@ -53,7 +53,7 @@ def wants_json(flag: bool) -> bool:
 
 
 def print_document(document: dict[str, Any], *, as_json: bool, indent: int | None = None) -> None:
-    """Print a result: as JSON for programs, for people a name and a value in each line."""
+    """Print a result: as JSON for programs, otherwise as lines with a name and a value."""
     if wants_json(as_json):
         print_json(document, indent)
         return

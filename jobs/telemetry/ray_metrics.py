@@ -47,8 +47,8 @@ class Meter:
 
     def items(self, queued: float, worked: list[float]) -> None:
         """Observe recorded items: seconds between assignment and start, and seconds of work on each."""
-        _histogram("rdm_queue_seconds", "From being given to a worker until its work began: "
-                                        "Ray's queue, and loading what the stage needs.").observe(queued, self.known)
+        _histogram("rdm_queue_seconds", "From the assignment to a worker until its work began: "
+                                        "Ray's queue, and the setup of the stage.").observe(queued, self.known)
         for seconds in worked:
             _histogram("rdm_item_seconds", "Work on an item.").observe(seconds, self.known)
 

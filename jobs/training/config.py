@@ -18,8 +18,8 @@ class LatentsConfig:
     flips: bool = False
     """Keep the latents of the mirrored image too. Training chooses one of both."""
     scale: Annotated[float, Interval(ge=0, lt=inf)] = 0.0
-    """Factor of the latents; 0: that of the autoencoder's configuration or, where it names none, the inverse of the
-    standard deviation of the first batch."""
+    """Factor of the latents. 0: the factor in the configuration of the autoencoder, or else the inverse of the standard
+    deviation of the first batch."""
     batch_size: Annotated[int, Ge(1)] = 8
     """Images that are encoded together."""
 
@@ -32,9 +32,9 @@ class ConvertConfig:
     """Settings that a published checkpoint does not contain."""
 
     head_dim: Annotated[int, Ge(1)] = 32
-    """Numbers of an attention head; 32 in all three released models."""
+    """Channels of an attention head; 32 in all three released models."""
     scale: Annotated[float, Interval(ge=0, lt=inf)] = 0.0
-    """Factor of the latents; 0: that in the checkpoint, or 1."""
+    """Factor of the latents. 0: the factor in the checkpoint, or 1."""
     context_norm: Annotated[float, Interval(gt=0, lt=inf)] = 1.0
     """Length of the context vectors in training. The 256 pixel models used CLIP vectors without normalization: about
     10 for images of ViT-B/32."""

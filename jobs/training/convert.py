@@ -21,7 +21,7 @@ from pipeline.stages.types import Item, Output
 
 
 class Convert(Stage):
-    """The stage from a `model.ckpt` to runs/<run>: a checkpoint and, where it has one, first_stage/."""
+    """The stage from a `model.ckpt` to runs/<run>: a checkpoint, and first_stage/ if the file has one."""
 
     name = "convert"
 

@@ -44,7 +44,7 @@ def export_weights(run: Run, step: int, out: Path) -> dict[str, Any]:
 
 
 class Import(Stage):
-    """The stage from such a folder to runs/<run>: a checkpoint for sampling, and first_stage/ if it has one."""
+    """The stage from an exported folder to runs/<run>: a checkpoint for sampling, and first_stage/ if it has one."""
 
     name = "import"
 
@@ -100,5 +100,5 @@ class Import(Stage):
 
 
 def import_run(run: Run, source: Path) -> dict[str, Any]:
-    """Make such a folder a run, unless it is one."""
+    """Import an exported folder as a run, unless it is imported."""
     return run_stage(Import(run, source))

@@ -50,7 +50,7 @@ class RunProgress:
                 storage.put_json(self._document(step), self._url)
 
     def close(self, step: int) -> None:
-        """Show the last step, and remove what was written: the checkpoints and the curve tell the rest."""
+        """Show the last step, and remove progress.json: the checkpoints and the curve have the rest."""
         if self._show and self._losses:
             self._show(self._document(step))
         with contextlib.suppress(OSError):
@@ -86,7 +86,7 @@ class TrainingView:
         self._logged, self._last = time.monotonic(), -1
 
     def show(self, now: dict[str, Any]) -> None:
-        """Show what `RunProgress` tells."""
+        """Show the numbers of `RunProgress`."""
         step, steps = now["step"], now["of_steps"]
         if is_live():
             self._line = self._line or LiveLine("train")

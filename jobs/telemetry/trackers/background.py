@@ -1,4 +1,4 @@
-"""A tracker whose calls run in a thread of their own, so that no training step waits for a disk or a server."""
+"""A tracker whose calls run in a separate thread, so that no training step waits for a disk or a server."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -20,7 +20,7 @@ Record = tuple[dict[str, Any], Images]
 
 
 class BackgroundTracker(ABC):
-    """Reports records in order. Records that fail stay in line and are tried again at the next checkpoint.
+    """Reports records in order. Records that fail stay in the queue, and the next checkpoint retries them.
 
     A failure is logged once. Records that are still waiting at the end are counted in one more line.
     """

@@ -113,7 +113,7 @@ class WandbTracker:
     def _finish(self, exit_code: int) -> None:
         session = Path(self.session.dir).parent
         self.session.finish(exit_code)
-        if self.training and session.exists():  # else another process resumed the run and moved this session
+        if self.training and session.exists():  # otherwise another process resumed the run and moved this session
             known = _read_state(self.folder)
             storage.put_json(known | {"last_step": max(known["last_step"], self.last_step),
                                       "finished": [*known["finished"], session.name]}, _state_url(self.folder))
