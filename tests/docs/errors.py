@@ -16,7 +16,7 @@ _LEDGER = {"BadImage", "NotFetched", "Retryable", "Refused", "NeedsIsolation"}
 """Errors of one sample. Their texts are reasons: docs/ledger.md explains them."""
 _DATA = {"DamagedFile", "StageFailed", "StorageError", "OSError", "MemoryError", "DeviceUnavailable", "RuntimeError",
          "OutOfDeviceMemory", "Drifted", "UnreadableIndex", "NpmUnavailable", "FloatingPointError", "GatesFailed",
-         "PermissionError", "DamagedPointer", "LeaseConflict"}
+         "PermissionError", "FileExistsError", "DamagedPointer", "LeaseConflict"}
 """Errors that end a command with exit code 1; the others end it with 2."""
 _NO_NAMES = {"join", "map", "str", "repr", "sorted", "len", "set", "int", "if", "else", "or", "for", "in", "self",
              "config", "f", "r", "sum", "type", "keys"}
