@@ -21,9 +21,7 @@ from pipeline import storage
 from pipeline.embeddings.config import EmbedConfig
 
 if TYPE_CHECKING:
-    from jobs.runs.run import Run
     from jobs.training.train_stage import Job, Training
-    from pipeline.datasets.dataset import Dataset
     from pipeline.stages.stage import Stage
 
 _log = logging.getLogger(__name__)
@@ -251,12 +249,13 @@ class EvaluateOptions:
 
 def run_evaluate(options: EvaluateOptions) -> int:
     from jobs.evaluation.evaluate_stage import Evaluation, check_same_data
+    from jobs.evaluation.evaluation_data import evaluation_data
     from jobs.evaluation.judge_stage import StyleClassifierStage
     from jobs.runs.run import Run
     from jobs.telemetry import tables
     from jobs.telemetry.observe import run_observed
     run = Run.parse(options.common.root, options.run)
-    dataset, train_database, databases = _evaluation_data(options, run)
+    dataset, train_database, databases = evaluation_data(run, options.database)
     check_same_data(run, dataset)
     judging = StyleClassifierStage(run, dataset, databases, options.evaluate.judge_steps)
     stage = options.stage
@@ -277,23 +276,6 @@ def run_evaluate(options: EvaluateOptions) -> int:
         if not output.wants_json(flag=False):
             output.print_next("python -m jobs report", options.common.root)
     return 0
-
-
-def _evaluation_data(options: EvaluateOptions, run: "Run") -> tuple["Dataset", "Dataset", list["Dataset"]]:
-    """The dataset and the database of the training, and the databases to evaluate."""
-    from pipeline.datasets import published
-    from pipeline.datasets.dataset import datasets
-    from pipeline.datasets.signatures import read_release_keys
-    root, section = options.common.root, run.section()
-    if "dataset" not in section:
-        raise ValueError(f"the run {run.name} was not trained here: what it has seen is not known")
-    dataset, database = (published.open_label(root, section[name]) for name in ("dataset", "database"))
-    newest = {other.name: other for other in sorted(datasets(root), key=lambda data: (len(data.version), data.version))
-              if other.is_sealed("index") and other.name not in {dataset.name, database.name}}
-    newest |= {name: published.open_dataset(root, name) for name in newest
-               if read_release_keys().accepted or published.Published.load(root, name).version}
-    databases = [published.open_dataset(root, name) for name in options.database] or list(newest.values())
-    return dataset, database, databases
 
 
 @dataclass(frozen=True)

@@ -280,7 +280,8 @@ class CreditsOptions:
                           "credits data/demo/runs/emoji_32/samples/first/samples.json --sheet credits.png")
 
     file: Annotated[str, tyro.conf.Positional,
-                    tyro.conf.arg(metavar="SAMPLE", help="Image or samples.json in runs/RUN/samples/.")]
+                    tyro.conf.arg(metavar="SAMPLE", help=(
+                        "runs/RUN/samples/ID of the root, or a path of such a folder, its samples.json or an image."))]
     common: Flat[CommonOptions]
     sheet: str = ""
     """Write a contact sheet of the images to this file (.png)."""
@@ -290,7 +291,7 @@ class CreditsOptions:
 
 def run_credits(options: CreditsOptions) -> int:
     from jobs.publishing import credits
-    samples = credits.list_credits(options.file)
+    samples = credits.list_credits(options.file, options.common.root)
     if options.sheet and not options.common.dry_run:
         credits.save_sheet(samples, Path(options.sheet))
         _log.info("credits: the images are in %s", options.sheet)

@@ -4,8 +4,11 @@ import shlex
 from collections.abc import Callable
 from typing import Any
 
+from jobs.runs.run import Run
 from jobs.telemetry.units import format_bytes, format_count, format_duration, format_number
 from pipeline import storage
+from pipeline.datasets.dataset import datasets
+from pipeline.embeddings.embed import dataset_encoder
 from pipeline.stages.stage import Stage
 
 _FACTS = {"index": ("key", "recall_at_10"), "neighbors": ("k", "database", "recall"), "train": ("steps", "loss"),
@@ -33,9 +36,13 @@ def summarize_stage(stage: Stage, manifest: dict[str, Any]) -> str:
 
 
 def next_command(stage: Stage) -> str:
-    """The usual next command after a sealed stage, without its root. Empty if there is none."""
+    """The command that usually follows a sealed stage, without its root. Empty if nothing does.
+
+    The command is one that works: its inputs are in the root.
+    """
     follow = _FOLLOWING.get(stage.name)
-    return f"python -m jobs {follow(stage)}" if follow else ""
+    command = follow(stage) if follow else ""
+    return f"python -m jobs {command}" if command else ""
 
 
 def next_sample(root: str, dataset: str) -> str:
@@ -63,8 +70,20 @@ def _after_neighbors(stage: Stage) -> str:
 
 
 def _after_training(stage: Stage) -> str:
-    label = stage.section().get("database", "")
-    return f"sample {stage.path.split('/')[1]} {_PROMPT}" + (f" --database {label}" if label else "")
+    """Sample from the database of the training, or from another one with the encoder of the run."""
+    run = Run(stage.root, stage.path.split("/")[1])
+    trained_on = stage.section().get("database", "")
+    usable = [dataset.label for dataset in datasets(stage.root)
+              if dataset.is_sealed("index") and dataset_encoder(dataset) == run.encoder()]
+    label = trained_on if trained_on in usable else next(iter(usable), "")
+    return f"sample {run.name} {_PROMPT} --database {label}" if label else ""
+
+
+def _after_sample(stage: Stage) -> str:
+    """Evaluate, or list the credits of the samples if the root has too few databases for it."""
+    from jobs.evaluation.evaluation_data import can_evaluate
+    run = Run(stage.root, stage.path.split("/")[1])
+    return f"evaluate {run.name}" if can_evaluate(run) else f"credits {stage.path}"
 
 
 _FOLLOWING: dict[str, Callable[[Stage], str]] = {
@@ -78,7 +97,7 @@ _FOLLOWING: dict[str, Callable[[Stage], str]] = {
     "latents": lambda stage: f"train {_dataset(stage).partition('@')[0]}_run --dataset {_dataset(stage)} --latents",
     "train": _after_training,
     "convert": _after_training,
-    "import": lambda stage: f"sample {stage.path.split('/')[1]} {_PROMPT}",
-    "sample": lambda stage: f"evaluate {stage.path.split('/')[1]}",
+    "import": _after_training,
+    "sample": _after_sample,
     "evaluate": lambda stage: "report",
 }

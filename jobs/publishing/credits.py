@@ -20,12 +20,15 @@ _SAMPLES = {"pictures": [{
         "key": str, "score": NUMBER, "caption": str, "sha256": str, "file": str, "database?": str}]}]}
 
 
-def list_credits(address: str) -> list[dict[str, Any]]:
-    """The credits of a sample (.png), or of every sample in a samples.json. The root follows from its path.
+def list_credits(text: str, root: str = "") -> list[dict[str, Any]]:
+    """The credits of a sample (.png), or of every sample in a folder of samples or its samples.json.
 
-    ValueError if the file is no sample of a run.
+    text: a path or URL, or a path below `root` as `ls` prints it (runs/RUN/samples/ID). ValueError if it is no sample.
     """
-    address = storage.normalize(address)
+    # A file of this folder comes first: its path may begin with runs/, too.
+    below_root = root and text.startswith("runs/") and not Path(text).exists()
+    address = storage.join(storage.normalize(root), text) if below_root else storage.normalize(text)
+    address = address.rstrip("/")
     root, below = _within(address)
     parts = below.split("/")  # runs/RUN/samples/HASH/...
     folder = storage.join(root, *parts[:4])
@@ -36,7 +39,8 @@ def list_credits(address: str) -> list[dict[str, Any]]:
         raise ValueError(f"{folder} has no samples.json: the samples are not finished, or `sample` did not make them\n"
                          f"hint: run the same sample command again") from None
     file = "/".join(parts[4:])
-    chosen = [picture for picture in document["pictures"] if file in {"samples.json", "grid.png", picture["file"]}]
+    chosen = [picture for picture in document["pictures"]
+              if file in {"", "samples.json", "grid.png", picture["file"]}]
     if not chosen:
         others = [picture["file"] for picture in document["pictures"]]
         raise ValueError(f"{address} is no sample: {folder}/samples.json names {len(others)} others\n"

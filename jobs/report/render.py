@@ -46,11 +46,19 @@ def try_part(name: str, make: Callable[..., Markup | None], *arguments: Any) -> 
     try:
         return make(*arguments)
     except Exception as error:
-        known = isinstance(error, ValueError | OSError) and str(error)
-        reason = str(error).partition("\nhint:")[0] if known else f"{type(error).__name__}: {error}"
+        reason = _reason(error)
         _log.warning("report: %s could not be read: %s", name, reason)
         _log.debug("report: %s could not be read", name, exc_info=True)
         return render("unreadable.html", name=name, reason=reason)
+
+
+def _reason(error: Exception) -> str:
+    """Why a part could not be read, without the name of an exception where possible."""
+    if isinstance(error, ValueError | OSError) and str(error):
+        return str(error).partition("\nhint:")[0]
+    if isinstance(error, KeyError):
+        return f"one of its files has no value named {error.args[0]!r}"
+    return f"one of its files is not in the expected form ({type(error).__name__}: {error})"
 
 
 def web_url(value: Any) -> str | None:

@@ -121,10 +121,10 @@ def _subjects(dataset: Dataset, prompts: Sequence[str]) -> dict[str, bool]:
             if budget < 0 or result.keys() >= wanted:
                 break
             for row in metadata(dataset, record, ["caption", "held_out"]):
-                if row["caption"] in wanted:
-                    held = str(row["held_out"]).lower() in {"1", "1.0", "true"}
+                if row.get("caption") in wanted:
+                    held = str(row.get("held_out", "")).lower() in {"1", "1.0", "true"}
                     result[row["caption"]] = result.get(row["caption"], False) or held
     except (ValueError, OSError):
-        # Most datasets have no column held_out, and a database may have been removed since.
+        # A database may have been removed since. Most datasets have no column held_out.
         return {}
     return result

@@ -70,7 +70,8 @@ class Encoder:
 
         if len(batch) < size:
             batch = np.concatenate([batch, np.broadcast_to(batch[:1], (size - len(batch), *batch.shape[1:]))])
-        pixels = torch.from_numpy(batch)
+        # torch warns about arrays that cannot be written, such as the pixels of one image from Pillow.
+        pixels = torch.from_numpy(batch if batch.flags.writeable else batch.copy())
         if self.device.type == "cuda":
             pixels = pixels.pin_memory()
         pixels = pixels.to(self.device, non_blocking=True)

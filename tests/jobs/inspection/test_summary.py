@@ -18,22 +18,39 @@ from tests.laws.terminal import run_on_screen
 class _Stage:
     """The name, the path and the settings of a stage."""
 
-    def __init__(self, name: str, path: str) -> None:
-        self.name, self.path = name, path
+    def __init__(self, name: str, path: str, root: Path | str, database: str = "drawn") -> None:
+        self.name, self.path, self.root, self.database = name, path, str(root), database
 
     def section(self) -> dict[str, Any]:
-        return {"database": "art@v2"}
+        return {"database": self.database}
+
+
+def _next_words(*about: Any) -> list[str]:
+    stage: Any = _Stage(*about)
+    return shlex.split(next_command(stage))
 
 
 @pytest.mark.parametrize("name", _FOLLOWING)
-def test_the_next_command_is_one_that_the_program_takes(name: str) -> None:
+def test_the_next_command_is_one_that_the_program_takes(name: str, trained_root: Path) -> None:
     path = {"neighbors": "datasets/mine/v2/neighbors/art@v2", "score": "datasets/mine/v2/scores/sharp"}.get(
-        name, f"runs/run/{name}/x" if name in {"sample", "evaluate", "train", "convert", "import"} else
+        name, f"runs/small/{name}/x" if name in {"sample", "evaluate", "train", "convert", "import"} else
         f"datasets/mine/v2/{name}")
-    stage: Any = _Stage(name, path)
-    words = shlex.split(next_command(stage))
+    words = _next_words(name, path, trained_root)
     assert words[:3] == ["python", "-m", "jobs"]
     parse_command(words[3:])  # exits if a flag or a word is unknown
+
+
+def test_the_next_command_reads_only_what_is_there(trained_root: Path, tmp_path: Path) -> None:
+    assert _next_words("sample", "runs/small/samples/x", trained_root)[3:] == ["evaluate", "small"]
+    assert _next_words("train", "runs/small", trained_root)[-2:] == ["--database", "drawn"]
+    root = Path(shutil.copytree(trained_root, tmp_path / "root"))
+    for name in ("hatched", "outline"):
+        shutil.rmtree(root / "datasets" / name)
+    assert _next_words("sample", "runs/small/samples/x", root)[3:] == ["credits", "runs/small/samples/x"]
+    assert _next_words("import", "runs/small", root, "gone")[-2:] == ["--database", "drawn"]
+    shutil.rmtree(root / "datasets")
+    assert _next_words("sample", "runs/small/samples/x", root)[3] == "credits"
+    assert _next_words("convert", "runs/small", root) == []
 
 
 def test_after_a_rebuild_a_run_samples_from_the_database(tmp_path: Path) -> None:

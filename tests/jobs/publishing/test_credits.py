@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from jobs.cli.main import main
 from jobs.publishing import credits
 from jobs.publishing.rebuild import GatesFailed
 from pipeline.datasets.dataset import Dataset
@@ -57,6 +58,19 @@ def test_each_image_has_its_own_credits(tmp_path: Path) -> None:
     lines = credits.credits_text([{"sample": "00.png", "prompt": "", "pictures": [first, second]}]).splitlines()
     assert lines[1].endswith("boats   https://photos.example/1  (Boats at Sea, Ann, CC-BY-2.0)")
     assert lines[2].endswith("a hill  1.png                     (license unknown)")
+
+
+def test_samples_are_named_as_ls_prints_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    expected = credited(tmp_path)
+    root = str(tmp_path / "root")
+    assert main(["credits", "runs/tiny/samples/first", "--json", "--root", root]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["pictures"] == expected
+    for text in ("runs/tiny/samples/first/", "runs/tiny/samples/first/art/00.png", f"{root}/runs/tiny/samples/first"):
+        assert credits.list_credits(text, root)[0]["pictures"] == expected
+    monkeypatch.chdir(root)
+    assert len(credits.list_credits("runs/tiny/samples/first", "elsewhere")[0]["pictures"]) == len(expected)
+    assert main(["credits", "runs/tiny/samples/secnd"]) == 2
 
 
 def test_images_without_credits_have_those_of_their_source(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from jobs.report import report, tables
 from jobs.report.collect import RootContents
 from jobs.report.images import spread_rows
-from jobs.report.render import Album, render
+from jobs.report.render import Album, render, try_part
 from jobs.runs.run import Run
 from jobs.sampling.config import SampleConfig
 from jobs.sampling.sample_stage import Sampling
@@ -193,6 +193,17 @@ def test_one_damaged_part_does_not_cost_the_others(root: Path, tmp_path: Path, p
     assert "could not be read" in text
     assert "loss at the end" in text or "The training loss over the steps" in text
     assert "36 of 36 images" in text  # the contact sheet of the other dataset
+
+
+@pytest.mark.parametrize(("error", "reason"), [
+    (KeyError("held_out"), "The part could not be read: one of its files has no value named &#39;held_out&#39;"),
+    (TypeError("'int' object is not iterable"), "one of its files is not in the expected form (TypeError: "),
+    (ValueError("shards is not sealed\nhint: shard"), "The part could not be read: shards is not sealed</p>")])
+def test_a_part_that_fails_gives_its_reason_in_words(error: Exception, reason: str):
+    def make() -> None:
+        raise error
+
+    assert reason in str(try_part("The part", make))
 
 
 def test_unfinished_and_failed_stages_are_told(root: Path, tmp_path: Path):

@@ -25,6 +25,7 @@ from jobs.sampling.queries import query_title
 from jobs.sampling.retrieval import RowDistribution, neighbor_counts
 from jobs.sampling.sample_stage import Sampling
 from pipeline import storage
+from pipeline.datasets import lookup
 from pipeline.datasets.dataset import Dataset
 from pipeline.embeddings import clip
 from pipeline.embeddings.clip_weights import ClipConfig
@@ -266,13 +267,14 @@ def test_a_mixture_shares_out_the_neighbours(root: Path) -> None:
 
 
 def test_the_report_shows_what_was_asked_for(root: Path, picture: Path) -> None:
-    _sample_records(root, "all", "--prompt", PROMPTS[0], "--image", str(picture), "--unconditional", "1",
-                    "--top-m", "0.5", "--pool", "5", "--database", "flat+hatched")
+    caption = lookup.samples(_dataset(root, "flat"), [0])[0].caption  # of a database without a column held_out
+    _sample_records(root, "all", "--prompt", PROMPTS[0], "--prompt", caption, "--image", str(picture),
+                    "--unconditional", "1", "--top-m", "0.5", "--pool", "5", "--database", "flat+hatched")
     report.write_report(str(root), str(root / "report.html"))
     page = (root / "report.html").read_text()
     assert "could not be read" not in page
     for words in ("My Apple.webp", "from p_D", "flat+hatched", "among the 50 % of all rows", "from the 5 nearest",
-                  "Databases joined by +", "drawn from", "a red circle"):
+                  "Databases joined by +", "drawn from", "a red circle", caption):
         assert words in page, words
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +204,17 @@ def test_a_hub_that_cannot_be_reached_is_said_in_a_sentence(tmp_path: Path) -> N
     assert process.returncode == 1 and "Traceback" not in process.stderr
     assert "hf-hub:someone/absent" in lines[-2] and "the hub cannot be reached" in lines[-2]
     assert lines[-1].startswith("hint: ") and "local-dir:FOLDER" in lines[-1]
+
+
+def test_an_array_that_cannot_be_written_gives_no_warning() -> None:
+    encoder = clip.load_encoder(ClipConfig())
+    pixels = np.frombuffer(bytes(3 * 64 * 64), np.uint8).reshape(1, 64, 64, 3)
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            vectors = encoder.images(pixels)
+    finally:
+        torch.set_warn_always(before)
+    np.testing.assert_array_equal(vectors, encoder.images(pixels.copy()))
