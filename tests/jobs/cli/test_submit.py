@@ -191,7 +191,7 @@ def test_a_driver_or_a_cluster_that_is_lost_is_tried_again(machine: Machine, wor
     machine.down()
     machine.up()
     code, summary, log = _wait_for_end(waiting)
-    assert code == 0 and "it was started anew" in log, log
+    assert code == 0 and "it was restarted" in log, log
     assert without_run_facts(read_manifest(str(tmp_path / "again/datasets/some/v1/shards"), "")) == expected
 
 

@@ -85,7 +85,7 @@ def other_store(s3_server: str, s3: str, monkeypatch: pytest.MonkeyPatch, reques
 
 @pytest.mark.parametrize("other_store", [(False,)], indirect=True)
 def test_a_store_without_conditions_is_refused(other_store: str, place: Path) -> None:
-    with pytest.raises(ValueError, match="does not keep the conditions If-Match"):
+    with pytest.raises(ValueError, match="ignores If-Match and If-None-Match"):
         make_rebuild(f"{other_store}/root", place / "source")
 
 
