@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -142,6 +142,20 @@ class VerifyOptions:
     """Print faults as JSON lines."""
 
 
+def _version_folder(path: str) -> str:
+    """The folder of the version of a dataset that a stage folder is in, "" for other stage folders."""
+    parts = path.split("/")
+    return "/".join(parts[:3]) if parts[0] == "datasets" and len(parts) > 3 else ""
+
+
+def _find_removing(root: str, stages: list[dict[str, Any]]) -> set[str]:
+    """The folders of versions that a killed gc has not removed completely."""
+    from pipeline.datasets.dataset import Dataset
+    from pipeline.datasets.version_marks import is_removing
+    folders = {_version_folder(stage["path"]) for stage in stages} - {""}
+    return {folder for folder in folders if is_removing(Dataset(root, folder.split("/")[1], folder.split("/")[2]))}
+
+
 def run_verify(options: VerifyOptions) -> int:
     from jobs.inspection.status import read_status
     from pipeline.datasets.signatures import parse_release_keys, read_release_keys
@@ -158,6 +172,11 @@ def run_verify(options: VerifyOptions) -> int:
         raise ValueError(f"{storage.join(root, only)} has no published version, so there is no signature to check")
     if options.against == "current":
         stages = [stage for stage in stages if stage["path"].startswith(current)]
+    removing = _find_removing(root, stages)
+    if removing:
+        _log.info("verify: the rest of %s is not read, because gc removes it\nhint: python -m jobs gc %s",
+                  ", ".join(sorted(removing)), min(removing).split("/")[1])
+        stages = [stage for stage in stages if _version_folder(stage["path"]) not in removing]
     # A stale folder that was never sealed promises nothing.
     folders = [stage["path"] for stage in stages if stage["state"] in {"sealed", "damaged"}
                or (stage["state"] == "stale" and "sealed" in stage)]
