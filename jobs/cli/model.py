@@ -158,7 +158,7 @@ def _train_and_seal(training: "Training", job: "Job", cluster: ClusterConfig, *,
 class SampleOptions:
     """Generate images for prompts or for query images, each with its neighbors in a database."""
 
-    examples: ClassVar = ("sample 'red apple' --database noto",
+    examples: ClassVar = ("sample 'red apple' 'a tree' --database noto",
                           "sample emoji_32 --image apple.jpg --database noto:3+openmoji:1 --seed 7")
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=(
@@ -169,6 +169,7 @@ class SampleOptions:
     cluster: Flat[ClusterConfig]
     common: Flat[CommonOptions]
     stage: Flat[StageOptions]
+    words: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT", help="Prompts.")] = ()
     prompt: Words = ()
     """Prompt. Repeat the flag for more."""
     prompts: str = ""
@@ -199,14 +200,14 @@ def run_sample(options: SampleOptions) -> int:
     root, embed = options.common.root, options.embed
     encoder = ClipConfig(options.model or embed.model, options.pretrained or embed.pretrained, embed.precision)
     databases = tuple(Mixture.parse(root, name) for name in options.database)
-    prompts = options.prompt + (read_prompts(options.prompts) if options.prompts else ())
+    prompts = options.words + options.prompt + (read_prompts(options.prompts) if options.prompts else ())
     if _names_no_run(options):
         run = default_run(databases, options.run, dry_run=options.common.dry_run)
         if run is None:
             output.print_document({"stage": "sample", "waits_for": Run.parse(root, BUNDLED_RUN).folder},
                                   as_json=options.stage.json)
             return 0
-        prompts = (options.run,)
+        prompts = (options.run, *options.words)
         if not (options.model or options.pretrained):
             encoder = encoder_of(f"the run {run.name}", run.encoder(), embed)
     else:

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import importlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
@@ -11,6 +12,7 @@ from jobs.cli.options import CommonOptions, StageOptions
 from jobs.telemetry.output import PROGRAM
 from pipeline import storage
 
+_log = logging.getLogger(__name__)
 Run = Callable[[Any], int]
 """The function of a verb: from its options to the exit code."""
 VERBS = {**dict.fromkeys(("shard", "embed", "score", "index", "neighbors", "latents"), "data"),
@@ -45,7 +47,12 @@ def parse_command(arguments: Sequence[str]) -> tuple[Run, Any]:
     elif "stage" in {field.name for field in fields(kind)}:
         flags = [_OLD_FLAGS.get(flag, flag) for flag in flags]
     import tyro
-    return run, tyro.cli(kind, args=flags, default=default_options(kind, flags), prog=f"{PROGRAM} {verb}")
+    try:
+        return run, tyro.cli(kind, args=flags, default=default_options(kind, flags), prog=f"{PROGRAM} {verb}")
+    except SystemExit as error:
+        if error.code == 2:  # tyro has named the fault
+            _log.info("for example: %s %s", PROGRAM, kind.examples[0])  # type: ignore[attr-defined]
+        raise
 
 
 def check_root(verb: str, options: Any) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from jobs.inspection.status import read_published, read_status
+from jobs.inspection.status import COUNT_PARAMETERS, read_published, read_status
 from jobs.runs.targets import is_within, suggest
 from jobs.telemetry import tables
 from jobs.telemetry.units import format_bytes, format_count
@@ -50,7 +50,8 @@ def _owner(path: str) -> str:
 def _summarize(path: str, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One entry for stages: the worst of their states, rows of the first, bytes of all, date of the newest seal."""
     present = [state for state in states if state["state"] != "absent"]
-    counts = [state.get("samples", (state.get("progress") or {}).get("samples")) for state in present]
+    counts = [state.get("samples", (state.get("progress") or {}).get("samples")) for state in present
+              if state.get("stage") not in COUNT_PARAMETERS]
     return {"path": path, "state": _state(present), "rows": next(iter(counts), None),
             "bytes": sum(state.get("bytes", 0) for state in present) if present else None,
             "sealed": max((state["sealed"] for state in present if "sealed" in state), default=None)}
@@ -86,19 +87,20 @@ def contents_table(entries: Sequence[dict[str, Any]], root: str) -> str:
         return f"nothing here yet: {storage.redact_credentials(root)} has no datasets and no runs"
     rows = [[entry["path"].removeprefix("datasets/"), f"{'published, ' if entry.get('published') else ''}"
              f"{entry['state']}", *_cells(entry)] for entry in entries]
-    return tables.render(rows, head=("name", "state", "rows", "size", "sealed"), right={2, 3})
+    return tables.render(rows, head=("name", "state", "rows", "size", "sealed"), right={2, 3}, whole={0})
 
 
 def stages_table(stages: Sequence[dict[str, Any]]) -> str:
     """The stages as a table, and the first files of each below it."""
     texts = [tables.render([[stage["path"].removeprefix("datasets/"), stage["state"], *_cells(stage)]
-                            for stage in stages], head=("stage", "state", "rows", "size", "sealed"), right={2, 3})]
+                            for stage in stages], head=("stage", "state", "rows", "size", "sealed"), right={2, 3},
+                           whole={0})]
     for stage in stages:
         files = stage["files"]
         rows = [[entry["name"], format_bytes(entry["bytes"])] for entry in files[:_SHOWN_FILES]]
         more = len(files) - len(rows)
         rows += [[f"and {format_count(more, 'more file')}", ""]] if more else []
-        texts.append(f"\n{stage['path']}\n" + tables.render(rows, right={1}))
+        texts.append(f"\n{stage['path']}\n" + tables.render(rows, right={1}, whole={0}))
     return "\n".join(texts)
 
 

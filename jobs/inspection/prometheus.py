@@ -145,9 +145,7 @@ def _stage_metrics(states: list[dict[str, Any]]) -> Iterator[Metric]:
     left_out = GaugeMetricFamily("rdm_stage_left_out", "Samples left out, by reason.", labels=(*NAMES, "reason"))
     recall = GaugeMetricFamily("rdm_index_recall", "Recall of an index.", labels=(*NAMES, "k"))
     faults = GaugeMetricFamily("rdm_train_fault", "1 if this ended the run for good.", labels=(*NAMES, "kind"))
-    for stage in states:
-        if stage["state"] == "absent":
-            continue
+    for stage in _one_of_each(states):
         known = [status.state_labels(stage["path"], stage)[name] for name in NAMES]
         for name, value in _stage_numbers(stage).items():
             gauges[name].add_metric(known, value)
@@ -165,6 +163,18 @@ def _stage_metrics(states: list[dict[str, Any]]) -> Iterator[Metric]:
     yield from [*gauges.values(), *curves.values(), left_out, recall, faults]
 
 
+def _one_of_each(states: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The states that have metrics: one for each set of labels, because Prometheus rejects equal series.
+
+    If a run has several folders of samples, the unfinished or the newest one counts.
+    """
+    chosen: dict[tuple[str, ...], dict[str, Any]] = {}
+    for state in sorted(states, key=lambda state: state.get("sealed") or "9"):
+        if state["state"] != "absent":
+            chosen[tuple(status.state_labels(state["path"], state).values())] = state
+    return [state for state in states if any(state is other for other in chosen.values())]
+
+
 def _stage_numbers(stage: dict[str, Any]) -> dict[str, float]:
     """The values of a stage, under the names of `_STAGE`."""
     state = {name: float(stage["state"] == name) for name in ("stale", "damaged")}
@@ -175,8 +185,9 @@ def _stage_numbers(stage: dict[str, Any]) -> dict[str, float]:
     numbers = state | {"items": stage["items"], "items_left": stage["items"] - done, "sealed": float(whole),
                     "items_failed": stage.get("failed", 0)}
     if whole:
-        numbers |= {"rows": stage["samples"] + count_row_failures(stage["skipped"]), "samples": stage["samples"],
-                 "bytes": stage["bytes"], "sealed_timestamp_seconds": _unix(stage["sealed"])}
+        numbers |= {"bytes": stage["bytes"], "sealed_timestamp_seconds": _unix(stage["sealed"])}
+        if stage["stage"] not in status.COUNT_PARAMETERS:
+            numbers |= {"rows": stage["samples"] + count_row_failures(stage["skipped"]), "samples": stage["samples"]}
     if now:
         numbers |= {name: now[name] for name in ("rows", "samples", "bytes")}
         numbers |= {"items_left": now["of_items"] - now["items"], "heard_timestamp_seconds": now["updated"],

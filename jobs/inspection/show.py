@@ -161,7 +161,7 @@ def row_text(document: dict[str, Any]) -> str:
     known = {"key", "caption", "url"}
     facts += [[name, str(value)] for name, value in document.get("columns", {}).items()
               if name not in known and value not in (None, "")]
-    parts = [tables.render(facts)]
+    parts = [tables.render(facts, fold=False)]  # a value that is copied has no line breaks
     if document["ledger"]:
         parts.append(tables.render([[entry["stage"], entry["reason"], entry.get("detail", ""),
                                      "kept" if entry.get("kept") else "left out"] for entry in document["ledger"]],
@@ -170,5 +170,5 @@ def row_text(document: dict[str, Any]) -> str:
         rows = [[f"{near['score']:.3f}", near.get("key", str(near["row"])), near.get("caption", "")]
                 for near in neighbors[:_NEIGHBORS]]
         parts.append(f"{format_count(len(neighbors), 'neighbor')} in {label}\n"
-                     + tables.render(rows, head=("score", "key", "caption"), right={0}))
+                     + tables.render(rows, head=("score", "key", "caption"), right={0}, whole={1}))
     return "\n\n".join(parts)

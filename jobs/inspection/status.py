@@ -23,6 +23,8 @@ from pipeline.stages.types import Item
 _SILENT_S = 120.0
 _OF_A_DATASET = ("shards", "embeddings", "index")
 _OF_SOME = ("text_embeddings", "clip-retrieval", "tombstones", "latents")
+COUNT_PARAMETERS = ("import", "convert")
+"""Stages of a run whose manifests count the parameters of the network as their samples."""
 _POINTER = {"version": str, "number?": int, "published?": NUMBER, "checked?": NUMBER,
             "recall@10?": (int, float, type(None))}
 _CHECKS = {"plan.json": check_plan, "manifest.json": check_sealed}
@@ -175,6 +177,7 @@ def _detail(state: dict[str, Any]) -> str:
         return f"rebuilt since: {', '.join(state['changed'])}"
     if "samples" in state:
         return "; ".join(filter(None, [
+            f"{state['samples']} parameters" if state.get("stage") in COUNT_PARAMETERS else
             f"{state['samples']} samples, {format_bytes(state['bytes'])}",
             progress_bar.describe_losses(state, state["path"]),
             progress_bar.describe_devices(state.get("devices", {})),

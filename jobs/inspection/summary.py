@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Callable
 from typing import Any
 
+from jobs.inspection.status import COUNT_PARAMETERS
 from jobs.runs.run import Run
 from jobs.telemetry.units import format_bytes, format_count, format_duration, format_number
 from pipeline import storage
@@ -24,7 +25,8 @@ def summarize_stage(stage: Stage, manifest: dict[str, Any]) -> str:
     lost = sum(totals["skipped"].values())
     # The stage of a run only collects what the run left.
     work = "" if stage.name == "train" else f", {format_duration(manifest['run']['seconds'])} of work"
-    lines = [f"{stage.name.replace('_', ' ')}: {format_count(totals['samples'], 'sample')}{size}{work}"
+    noun = "parameter" if stage.name in COUNT_PARAMETERS else "sample"
+    lines = [f"{stage.name.replace('_', ' ')}: {format_count(totals['samples'], noun)}{size}{work}"
              + (f"; {lost:,} left out" if lost else "")]
     if facts := [f"{name.replace('_', ' ')} {_number(info[name])}" for name in _FACTS.get(stage.name, ())
                  if info.get(name) is not None]:
@@ -32,6 +34,8 @@ def summarize_stage(stage: Stage, manifest: dict[str, Any]) -> str:
     lines.append(f"  {storage.redact_credentials(stage.folder)}")
     if stage.name == "sample":
         lines.append(f"  the images: {storage.redact_credentials(storage.join(stage.folder, 'grid.png'))}")
+        side = Run(stage.root, stage.path.split("/")[1]).image_size
+        lines.append(f"  {side} x {side} pixels, the size that the run was trained with")
     return "\n".join(lines)
 
 

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 from jobs.config.recipes import PURPOSES, RECIPES
 from jobs.telemetry import tables
-from jobs.telemetry.units import format_bytes, format_count
+from jobs.telemetry.units import format_bytes
 from model.training.flops import count_parameters, training_bytes
 
 
@@ -47,15 +47,16 @@ def _facts(name: str) -> RecipeFacts:
         unet.context_dim,
         "none: pixels" if pixels else f"{purpose.downsampling} x smaller, {unet.in_channels} channels",
         count_parameters(unet), training_bytes(settings.train), cluster.workers * cluster.each_gpus,
+        "python -m jobs style NAME --source FOLDER" if name == "style" else
         f"python -m jobs pipeline NAME --source SOURCE --recipe {name}" + (" --train RUN" if pixels else ""))
 
 
 def recipes_table(recipes: list[RecipeFacts]) -> str:
     """The facts as a table, and the command of each recipe below it."""
     rows = [[facts.recipe, facts.purpose, str(facts.image_size), f"{facts.encoder} ({facts.vector_length})",
-             facts.first_stage, format_count(facts.parameters), format_bytes(facts.training_bytes),
+             facts.first_stage, f"{facts.parameters / 1e6:,.0f} M", format_bytes(facts.training_bytes),
              f"{facts.gpus:g}" if facts.gpus else "none"] for facts in recipes]
-    table = tables.render(rows, head=("recipe", "purpose", "pixels", "encoder (vector)", "first stage", "parameters",
-                                      "memory", "GPUs"), right=(2, 5, 6, 7))
-    return "\n".join([table, "", "memory: of each training process, without activations", "",
+    table = tables.render(rows, head=("recipe", "purpose", "pixels", "encoder (vector)", "first stage", "network",
+                                      "memory", "GPUs"), right=(2, 5, 6, 7), whole={0})
+    return "\n".join([table, "", "network: parameters; memory: of each training process, without activations", "",
                       *(facts.command for facts in recipes)])

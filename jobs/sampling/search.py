@@ -139,7 +139,8 @@ def _find_sample(known: dict[str, Dataset], first: Dataset, text: str) -> tuple[
 def matches_table(matches: Sequence[Match]) -> str:
     """The matches as a table for people."""
     return tables.render([[f"{match.score:.3f}", match.database.label, match.sample.key, match.sample.caption]
-                          for match in matches], head=("score", "database", "key", "caption"), right={0})
+                          for match in matches], head=("score", "database", "key", "caption"), right={0},
+                         whole={1, 2})
 
 
 def save_sheet(matches: Sequence[Match], out: Path) -> None:

@@ -13,6 +13,7 @@ from pipeline import storage
 PROGRAM = "rdm" if Path(sys.argv[0]).name == "rdm" else "python -m jobs"
 """How the user called the program."""
 LAYOUT = "\n\t"
+_LINE = 80  # characters of a line of a result
 # Bold and its end. tables.render makes them on a terminal.
 _STYLE = re.compile("(\x1b\\[1m|\x1b\\[0m)")
 _COMMAND = re.compile(r"(python -m jobs (?!VERB|submit)[a-z]+)((?:(?!; |, |\. |\n|python -m jobs ).)*)")
@@ -59,10 +60,19 @@ def print_document(document: dict[str, Any], *, as_json: bool, indent: int | Non
         return
     width = max(map(len, document), default=0)
     for name, value in document.items():
-        print_text(f"{name.replace('_', ' '):<{width}}  {_plain_value(value)}")
+        title, text = name.replace("_", " "), _plain_value(value)
+        if isinstance(value, dict) and width + 2 + len(text) > _LINE:  # a line for each value
+            print_text(title)
+            inner = max(map(len, value))
+            for key, part in value.items():
+                print_text(f"  {key:<{inner}}  {_plain_value(part)}")
+        else:
+            print_text(f"{title:<{width}}  {text}")
 
 
 def _plain_value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}".rstrip("0").rstrip(".") if abs(value) >= 0.001 or not value else f"{value:.2g}"
     if isinstance(value, dict):
         return ", ".join(f"{name} {_plain_value(inner)}" for name, inner in value.items()) or "none"
     if isinstance(value, list | tuple):

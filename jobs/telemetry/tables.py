@@ -5,20 +5,26 @@ import itertools
 import shutil
 import sys
 from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from jobs.telemetry import output
 from pipeline import storage
 
+if TYPE_CHECKING:
+    from rich.text import Text
+
 Row = Sequence[str]
+_GAP = 2  # blanks between two columns
 
 
 def render(rows: Iterable[Row], *, head: Row = (), right: Collection[int] = (), markdown: bool = False,
-           fold: bool = True) -> str:
+           fold: bool = True, whole: Collection[int] = ()) -> str:
     """Rows as aligned columns.
 
     On a terminal the head is bold and, with `fold`, long cells wrap to fit its width. Elsewhere the table is plain
     text, one line for each row, as wide as its cells. With `markdown` it is a Markdown table there.
-    `right`: columns of numbers, flush right.
+    `right`: columns of numbers, flush right. `whole`: columns of names that are copied. No line break is put into them,
+    nor into a word if all words fit. Where they do not fit, the lines are longer than the terminal is wide.
     """
     # Most commands print no table, and need not wait 0.02 s for rich to load.
     from rich import box
@@ -29,14 +35,19 @@ def render(rows: Iterable[Row], *, head: Row = (), right: Collection[int] = (), 
     fold = fold and terminal
     markdown = markdown and not terminal
     table = Table(box=box.MARKDOWN if markdown else None, show_header=bool(head), header_style="bold",
-                  pad_edge=markdown, padding=(0, 1) if markdown else (0, 2, 0, 0))
-    for number, name in enumerate(head or [""] * max(map(len, rows), default=0)):
-        table.add_column(Text(storage.escape_controls(name)), justify="right" if number in right else "left",
-                         no_wrap=not fold, overflow="fold", min_width=3 if markdown else None)
-    for row in rows:
-        table.add_row(*(Text(storage.escape_controls(cell)) for cell in row))
+                  pad_edge=markdown, padding=(0, 1) if markdown else (0, _GAP, 0, 0))
+    texts = [[Text(storage.escape_controls(cell)) for cell in row] for row in rows]
     width = shutil.get_terminal_size().columns if fold else 1 << 20
-    console = Console(file=io.StringIO(), width=width, force_terminal=terminal, highlight=False,
+    names = [Text(storage.escape_controls(name)) for name in head or [""] * max(map(len, rows), default=0)]
+    columns = [[name, *(row[number] for row in texts if number < len(row))] for number, name in enumerate(names)]
+    widths = _column_widths(columns, {*whole, *right}, width, longer=bool(whole)) if fold else []
+    width = max(width, sum(widths) + _GAP * (len(widths) - 1)) if widths else width
+    for number, name in enumerate(names):
+        table.add_column(name, justify="right" if number in right else "left", no_wrap=not fold, overflow="fold",
+                         min_width=3 if markdown else None, width=widths[number] if widths else None)
+    for cells in texts:
+        table.add_row(*cells)
+    console = Console(file=io.StringIO(), width=width, height=25, force_terminal=terminal, highlight=False,
                       color_system="auto" if terminal else None)
     with console.capture() as captured:
         console.print(table)
@@ -45,6 +56,27 @@ def render(rows: Iterable[Row], *, head: Row = (), right: Collection[int] = (), 
         lines[1] = "|".join(f"{rule[:-1]}:" if number - 1 in right else rule
                             for number, rule in enumerate(lines[1].split("|")))
     return "\n".join(lines)
+
+
+def _column_widths(columns: "Sequence[Sequence[Text]]", whole: Collection[int], width: int, *,
+                   longer: bool) -> list[int]:
+    """Characters of each column for lines of `width`, so that no word is cut, and no cell of the columns `whole`.
+
+    Without enough room the lines are `longer`, or rich cuts words: no widths.
+    """
+    from rich.cells import cell_len
+    widths = [max(cell_len(cell.plain) for cell in cells) for cells in columns]
+    least = [widths[number] if number in whole else max((cell_len(word) for cell in cells
+                                                         for word in cell.plain.split()), default=0)
+             for number, cells in enumerate(columns)]
+    room = width - _GAP * (len(columns) - 1)
+    if sum(least) > room:
+        return least if longer else []
+    while sum(widths) > room:
+        widest = max((number for number in range(len(widths)) if widths[number] > least[number]),
+                     key=lambda number: widths[number])
+        widths[widest] -= 1
+    return widths
 
 
 def show_live(texts: Iterable[str]) -> None:

@@ -72,6 +72,7 @@ class Tally:
         self.now: dict[str, Any] = {}
         self._begun = self._last = self._counted = time.monotonic()
         self._took = 0.0
+        self._first: tuple[float, int] | None = None  # when this run had its first rows, and how many
         self.earlier: dict[str, Any] = self.recorded | {"skipped": {}}  # what runs before this one had done
         self._fresh_rows, self._fresh_reasons = 0, Counter[str]()  # of this run, without what is tried again
         self._given_up: set[str] = set()
@@ -140,8 +141,7 @@ class Tally:
                              if report != self._old.get(item)}
         in_hand = self._reports()
         total = {key: value + sum(report[key] for report in in_hand) for key, value in self.recorded.items()}
-        elapsed = begun - self._begun
-        rate = (total["rows"] - self.earlier["rows"]) / elapsed if elapsed > 0 else 0.0
+        rate, is_steady = self._rate(begun, total["rows"] - self.earlier["rows"])
         rows_left = max(self.rows - total["rows"], 0)
         self.now = total | {
             "of_rows": self.rows, "items": self.done_items, "of_items": self.items, "failed_items": self.failed_items,
@@ -149,7 +149,7 @@ class Tally:
             "skipped": dict((+_sum_reasons(self.reasons, [report for report in in_hand if not report["again"]])
                              ).most_common()), "rows_per_s": round(rate, 1),
             "retried": self.retried + sum(report["rows"] for report in in_hand if report["again"]),
-            "seconds_left": round(rows_left / rate) if rate > 0 and self.rows else None,
+            "seconds_left": round(rows_left / rate) if is_steady and rate > 0 and self.rows else None,
             "retired": self.retired, "devices": dict(self.devices), "updated": round(time.time(), 1),
             "host": platform.node()}
         if not quick:
@@ -157,6 +157,19 @@ class Tally:
                 storage.put_json(self.now, storage.join(self.folder, "progress.json"))
             self._took = time.monotonic() - begun
         return self.now
+
+    def _rate(self, now: float, rows: int) -> tuple[float, bool]:
+        """Rows per second of this run, and whether the rate is good for an estimate of the time left.
+
+        Imports and the start of workers come before the first rows. The rate is good once the time since then is as
+        long as the time before, and it leaves that time out.
+        """
+        if rows and self._first is None:
+            self._first = now, rows
+        if self._first is not None and now - self._first[0] >= max(self._first[0] - self._begun, 1.0):
+            return (rows - self._first[1]) / (now - self._first[0]), True
+        elapsed = now - self._begun
+        return (rows / elapsed if elapsed > 0 else 0.0), False
 
     def over(self, most: float, *, final: bool = False) -> str:
         """A sentence if the share of rows that failed is above `most`, "" if not or not yet known.

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli.main import main
-from jobs.cli.parse import VERBS
+from jobs.cli.parse import VERBS, parse_command
 from jobs.config.recipes import RECIPES
 from jobs.config.toml import resolve_settings
 
@@ -307,3 +307,15 @@ def test_whoever_reads_may_stop() -> None:
         assert process.stdout and process.stderr
         process.stdout.close()
         assert (process.wait(60), process.stderr.read()) == (0, b""), words
+
+
+def test_a_verb_without_its_words_gives_an_example(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with pytest.raises(SystemExit, match="2"):
+        parse_command(["init"])
+    assert "for example: python -m jobs init photographs settings.toml" in caplog.text
+
+
+def test_several_prompts_are_several_words() -> None:
+    _, options = parse_command(["sample", "a rocket", "a flower", "--database", "art"])
+    assert (options.run, options.words) == ("a rocket", ("a flower",))

@@ -14,8 +14,10 @@ from PIL import Image
 from jobs.cli.main import main
 from jobs.inspection.contents import contents_table, list_contents, list_stages, stages_table
 from jobs.inspection.show import row_text, show_row
-from jobs.inspection.status import read_status
+from jobs.inspection.status import read_status, status_table
+from jobs.runs.run import Run
 from jobs.runs.targets import target_path
+from jobs.training.export import BUNDLED, BUNDLED_RUN, import_run
 from pipeline.datasets import lookup
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.hidden_rows import Tombstones
@@ -46,6 +48,13 @@ def test_ls_sums_up_what_status_knows(root: str, capsys: pytest.CaptureFixture[s
         "bytes": sum(state["bytes"] for state in flat), "sealed": max(state["sealed"] for state in flat)}
     table = contents_table(list(entries.values()), root)
     assert all(len(line) <= 80 for line in table.splitlines()) and len(table.splitlines()) == 6
+
+
+def test_parameters_of_an_imported_run_are_no_rows(tmp_path: Path) -> None:
+    import_run(Run.parse(str(tmp_path), BUNDLED_RUN), BUNDLED)
+    entry, = list_contents(str(tmp_path))
+    assert (entry["path"], entry["rows"], entry["state"]) == ("runs/emoji_32", None, "sealed")
+    assert "4191280 parameters" in status_table(str(tmp_path), read_status(str(tmp_path)))
 
 
 def test_ls_tells_what_is_stale_damaged_or_unfinished(root: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from jobs.cli.parse import parse_command
 from jobs.inspection.summary import _FOLLOWING, next_command, next_sample
+from jobs.telemetry import output
 from tests.laws.terminal import run_on_screen
 
 
@@ -72,3 +73,15 @@ def test_people_get_text_and_programs_json(prepared_root: Path, tmp_path: Path) 
     as_json = run_on_screen([*command, "--json"], 400)
     assert json.loads(piped) == json.loads(next(line for line in as_json.lines if line.startswith("{")))
     assert json.loads(piped)["k"] == 20
+
+
+def test_results_for_people_have_short_numbers_and_lines(monkeypatch: pytest.MonkeyPatch,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    gates = {"lost": 0.016666666666666666, "overlap@10": 0.9400000000000001, "encoder": "that of every consumer " * 3}
+    output.print_document({"published": "v2", "gates": gates}, as_json=False)
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [
+        "published  v2", "gates", "  lost        0.0167", "  overlap@10  0.94",
+        "  encoder     " + ("that of every consumer " * 3).rstrip()]
+    output.print_document({"recall": 1.0, "share": 0.0, "small": 0.00001234}, as_json=False)
+    assert capsys.readouterr().out.split() == ["recall", "1", "share", "0", "small", "1.2e-05"]

@@ -170,3 +170,15 @@ def test_a_root_that_cannot_be_read_is_a_metric(root: str, monkeypatch) -> None:
 def test_misuse_is_a_sentence(arguments: list[str], sentence: str, tmp_path: Path, capsys) -> None:
     assert main(["status", "--root", str(tmp_path), *arguments]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_metrics_have_one_series_for_the_samples_of_a_run() -> None:
+    sealed = {"stage": "sample", "state": "sealed", "items": 1, "samples": 4, "skipped": {}, "bytes": 10}
+    states = [sealed | {"path": "runs/small/samples/new", "sealed": "2026-01-02T00:00:00Z"},
+              sealed | {"path": "runs/small/samples/old", "sealed": "2026-01-01T00:00:00Z", "samples": 3},
+              sealed | {"path": "runs/small", "stage": "import", "sealed": "2026-01-01T00:00:00Z",
+                        "samples": 4_191_280}]
+    families = {family.name: family for family in inspection_prometheus._stage_metrics(states)}
+    labels = [tuple(sample.labels.items()) for sample in families["rdm_stage_items"].samples]
+    assert len(set(labels)) == len(labels) == 2
+    assert [sample.value for sample in families["rdm_stage_samples"].samples] == [4.0]

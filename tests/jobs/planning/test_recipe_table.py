@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from jobs.cli.main import main
 from jobs.cli.parse import parse_command
 from jobs.config.recipes import RECIPES
-from jobs.planning.recipe_table import list_recipes
+from jobs.planning.recipe_table import list_recipes, recipes_table
 from model.network.unet import UNet
 from pipeline.embeddings.reachable import vector_length
 from tests.pipeline import synthetic
@@ -30,7 +31,16 @@ def test_recipes_list_what_their_settings_make(capsys: pytest.CaptureFixture[str
         assert (facts["parameters"], facts["training_bytes"]) == (count, 20 * count)
         words = shlex.split(facts["command"])
         assert words[:3] == ["python", "-m", "jobs"] and parse_command(words[3:])[1].shard == replace(
-            settings.shard, source=("SOURCE",))
+            settings.shard, source=("FOLDER" if name == "style" else "SOURCE",))
+
+
+def test_the_table_fits_into_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("COLUMNS", "80")
+    table = recipes_table(list_recipes()).split("\n\n")[0]
+    assert max(map(len, table.splitlines())) <= 80
+    assert {"imagenet_400m", "ViT-B-32-quickgelu", "401", "GPUs"} <= set(table.split())
 
 
 def test_the_table_names_every_recipe_with_its_purpose(capsys: pytest.CaptureFixture[str]) -> None:

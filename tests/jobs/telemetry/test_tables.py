@@ -36,6 +36,20 @@ def test_a_markdown_table_has_a_rule_and_numbers_flush_right(count: int) -> None
     assert lines == ["| name | many hours |", "|------|-----------:|", *["| a    |          1 |"] * count]
 
 
+def test_names_that_are_copied_and_words_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "dumb")
+    rows = [["runs/emoji_32/samples/5d484cb4f0a9", "published, sealed", "4,191,280", "12.6 kB", "2026-11-26 18:30"]]
+    for columns in (80, 40):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        text = tables.render(rows, head=("name", "state", "rows", "size", "sealed"), right={2, 3}, whole={0})
+        assert all(word in text for word in (rows[0][0], "published,", "4,191,280", "12.6 kB", "2026-11-26", "18:30"))
+        assert max(map(len, text.splitlines())) <= 80
+    monkeypatch.setenv("COLUMNS", "30")
+    assert set(tables.render([["ViT-B-32-quickgelu", "a few words beside it"]]).split()) == {
+        "ViT-B-32-quickgelu", "a", "few", "words", "beside", "it"}
+
+
 def test_without_rows_there_is_no_text() -> None:
     assert tables.render([]) == ""
 

@@ -181,8 +181,24 @@ def test_the_rate_is_that_of_this_run(tmp_path, monkeypatch):
     assert tally.look()["seconds_left"] is None
     clock[0] += 10
     tally.record(make_record("000001", 1000), 0)
-    assert tally.look()["rows_per_s"] == 100 and tally.now["seconds_left"] == 40
-    assert "100 rows/s" in describe_progress(tally.now) and describe_progress(tally.now).endswith("40 s left")
+    assert tally.look()["rows_per_s"] == 100 and tally.now["seconds_left"] is None
+    clock[0] += 10
+    tally.record(make_record("000002", 1000), 0)
+    assert tally.look()["rows_per_s"] == 100 and tally.now["seconds_left"] == 30
+    assert "100 rows/s" in describe_progress(tally.now) and describe_progress(tally.now).endswith("30 s left")
+
+
+def test_the_start_of_a_worker_is_not_in_the_time_left(tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    tally = Tally(str(tmp_path), 100, 1000)
+    clock[0] += 20  # imports
+    tally.record(make_record("000000", 10), 0)
+    assert tally.look()["seconds_left"] is None and "left" not in describe_progress(tally.now)
+    clock[0] += 20
+    for number in range(1, 41):
+        tally.record(make_record(f"{number:06}", 10), 0)
+    assert tally.look()["rows_per_s"] == 20 and tally.now["seconds_left"] == round(590 / 20)
 
 
 def test_several_samples_of_a_row_are_no_better_than_one(tmp_path):
