@@ -54,9 +54,11 @@ def _facts(name: str) -> RecipeFacts:
 def recipes_table(recipes: list[RecipeFacts]) -> str:
     """The facts as a table, and the command of each recipe below it."""
     rows = [[facts.recipe, facts.purpose, str(facts.image_size), f"{facts.encoder} ({facts.vector_length})",
-             facts.first_stage, f"{facts.parameters / 1e6:,.0f} M", format_bytes(facts.training_bytes),
+             f"{facts.parameters / 1e6:,.0f} M", format_bytes(facts.training_bytes),
              f"{facts.gpus:g}" if facts.gpus else "none"] for facts in recipes]
-    table = tables.render(rows, head=("recipe", "purpose", "pixels", "encoder (vector)", "first stage", "network",
-                                      "memory", "GPUs"), right=(2, 5, 6, 7), whole={0})
-    return "\n".join([table, "", "network: parameters; memory: of each training process, without activations", "",
-                      *(facts.command for facts in recipes)])
+    table = tables.render(rows, head=("recipe", "purpose", "pixels", "encoder (vector)", "network", "memory", "GPUs"),
+                          right=(2, 4, 5, 6), whole={0})
+    latents = [f"{facts.recipe} trains on latents: {facts.first_stage}" for facts in recipes
+               if not facts.first_stage.startswith("none")]
+    return "\n".join([table, "", "network: parameters; memory: of each training process, without activations", *latents,
+                      "", *(facts.command for facts in recipes)])
