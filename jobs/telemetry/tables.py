@@ -24,7 +24,7 @@ def render(rows: Iterable[Row], *, head: Row = (), right: Collection[int] = (), 
     On a terminal the head is bold and, with `fold`, long cells wrap to fit its width. Elsewhere the table is plain
     text, one line for each row, as wide as its cells. With `markdown` it is a Markdown table there.
     `right`: columns of numbers, flush right. `whole`: columns of names that are copied. No line break is put into them,
-    nor into a word if all words fit. Where they do not fit, the lines are longer than the terminal is wide.
+    nor into a word if all words fit. If they do not fit, the lines are longer than the terminal is wide.
     """
     # Most commands print no table, and need not wait 0.02 s for rich to load.
     from rich import box
