@@ -150,10 +150,9 @@ def _version_folder(path: str) -> str:
 
 def _find_removing(root: str, stages: list[dict[str, Any]]) -> set[str]:
     """The folders of versions that a killed gc has not removed completely."""
-    from pipeline.datasets.dataset import Dataset
-    from pipeline.datasets.version_marks import is_removing
+    from jobs.publishing.whole_versions import is_removed
     folders = {_version_folder(stage["path"]) for stage in stages} - {""}
-    return {folder for folder in folders if is_removing(Dataset(root, folder.split("/")[1], folder.split("/")[2]))}
+    return {folder for folder in folders if is_removed(root, folder.split("/")[1], folder.split("/")[2])}
 
 
 def run_verify(options: VerifyOptions) -> int:

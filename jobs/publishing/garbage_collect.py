@@ -51,7 +51,9 @@ def collect_garbage(root: str, name: str, config: GcConfig, *, dry_run: bool = F
         versions = _choose(current, config, now)
         stays = _keep_unreadable(current, versions)
         for entry in versions:
-            if not entry["kept"]:
+            if entry["kept"] and not dry_run:
+                _clear_mark(Dataset(root, name, entry["version"]))
+            elif not entry["kept"]:
                 entry |= _remove(current, entry["version"], marks.get(entry["version"]), stays, now, dry_run)
     return versions
 
@@ -234,6 +236,18 @@ def _remove(current: Published, version: str, mark: bytes | None, stays: set[str
             return _remove_files(current, version, stays, dry_run=False)
     except storage.LeaseConflict as error:
         return {"kept": f"in use by {error.holder}"}
+
+
+def _clear_mark(dataset: Dataset) -> None:
+    """Remove the mark for removal of a whole version that stays: gc was killed, or another process forged the mark."""
+    if not version_marks.is_removing(dataset):
+        return
+    with contextlib.suppress(storage.LeaseConflict), storage.hold_lease(
+            dataset.root, f"datasets/{dataset.name}/{dataset.version}", exclusive=True):
+        if not is_removed(dataset.root, dataset.name, dataset.version):
+            version_marks.mark_kept(dataset)
+            _log.warning("gc: %s@%s was marked for removal and stays: the mark is removed", dataset.name,
+                         dataset.version)
 
 
 def _is_being_published(current: Published, dataset: Dataset, mark: bytes | None, now: float) -> bool:

@@ -12,6 +12,7 @@ from pipeline.datasets.published import Published
 from pipeline.datasets.release_files import find_missing_files
 from pipeline.storage import DamagedFile
 
+_IN_EACH_RELEASE = ("shards", "embeddings", "index")  # gc removes their manifests first
 _FACTS = ("number", "content", "samples", "recall@10")  # of a version, in its release and in each publication
 
 
@@ -58,11 +59,16 @@ def find_false_entries(current: Published) -> dict[str, dict[str, Any]]:
 
 
 def is_removed(root: str, name: str, version: str) -> bool:
-    """Whether gc removed a version. Its release, its mark and files that later versions use still exist."""
+    """Whether gc removed a version. Its release, its mark and files that later versions use still exist.
+
+    A mark alone is no proof: it may be forged, or gc was killed before it removed a file.
+    """
     dataset = Dataset(root, name, version)
-    if version_marks.read_mark(dataset) is not None:
-        return version_marks.is_removing(dataset)
-    return published.has_release(dataset) and not dataset.is_sealed("shards")
+    if version_marks.read_mark(dataset) is None:
+        return published.has_release(dataset) and not dataset.is_sealed("shards")
+    if not version_marks.is_removing(dataset):
+        return False
+    return not published.has_release(dataset) or not all(map(dataset.is_sealed, _IN_EACH_RELEASE))
 
 
 def find_earlier_version(current: Published) -> tuple[str, dict[str, str]]:

@@ -135,7 +135,7 @@ def train_in_processes(job: Job) -> bool:
         devices.choose_device()  # an unusable GPU must not leave a plan
         prepare(training)
         job.run.mend()
-        with _stop_on_sigterm() as stop, job.run.telling(), contextlib.closing(TrainingView()) as view:
+        with _stop_on_signal() as stop, job.run.telling(), contextlib.closing(TrainingView()) as view:
             train_process(job, stop, view)
         return True
     device = devices.choose_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -145,7 +145,7 @@ def train_in_processes(job: Job) -> bool:
             prepare(training)
             job.run.mend()
         dist.barrier()
-        with _stop_on_sigterm() as stop, job.run.telling(), contextlib.closing(TrainingView()) as view:
+        with _stop_on_signal() as stop, job.run.telling(), contextlib.closing(TrainingView()) as view:
             train_process(job, stop, view)
         return dist.get_rank() == 0
     finally:
@@ -188,11 +188,22 @@ def _broadcast_step(step: int, device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def _stop_on_sigterm() -> Iterator[Callable[[], bool]]:
-    """A function that is true after SIGTERM. The run then saves a checkpoint and ends, and loses no steps."""
-    signals = []
-    before = signal.signal(signal.SIGTERM, lambda *_: signals.append(True))
+def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """A function that is true after SIGTERM or Ctrl-C. The run then saves a checkpoint and ends, and loses no steps.
+
+    A second Ctrl-C ends the run without a checkpoint.
+    """
+    signals: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        signals.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if number == signal.SIGINT:
+            _log.warning("train: the run saves a checkpoint and stops; Ctrl-C again stops without one")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda: bool(signals)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

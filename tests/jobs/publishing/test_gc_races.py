@@ -202,3 +202,16 @@ def test_gc_removes_what_killed_commands_left_in_other_datasets_and_in_runs(tmp_
     with pytest.raises(ValueError, match=f"nothing of {NAME} is published"):
         collect_garbage(str(tmp_path), NAME, GcConfig())
     assert [path for path in left if path.exists()] == []
+
+
+def test_a_mark_alone_removes_no_version_that_stays(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A killed gc may have marked a version and removed nothing. A mark can be forged, too."""
+    paint(place / "source" / "added.png", 1)
+    rebuild(place / "root", place / "source", full=True)
+    first = Dataset(str(place / "root"), NAME, "v1")
+    assert version_marks.mark_removing(first, version_marks.read_mark(first))
+    kept = {entry["version"]: entry["kept"] for entry in collect_garbage(str(place / "root"), NAME, GcConfig(keep=3))}
+    assert kept == {"v1": "one of the newest 3", "v2": "published"}
+    assert "v1 was marked for removal and stays" in caplog.text
+    assert not version_marks.is_removing(first)
+    assert rollback(str(place / "root"), NAME, "v1")["published"] == "v1"

@@ -117,13 +117,14 @@ def test_killed_at_any_moment_and_started_again_the_curve_is_the_same(root: Path
     assert killed_run.checkpoint(24)["files"] == whole_run.checkpoint(24)["files"]
 
 
-def test_sigterm_saves_before_it_leaves(root: Path) -> None:
-    process = subprocess.Popen([sys.executable, *_command(root, "stopped", "--local", "--steps", "5000",
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_a_checkpoint(root: Path, number: int) -> None:
+    process = subprocess.Popen([sys.executable, *_command(root, f"stopped{number}", "--local", "--steps", "5000",
                                                           "--checkpoint-every", "100000")])
-    _wait_for_step(root, "stopped", 7, process)
-    process.send_signal(signal.SIGTERM)
+    _wait_for_step(root, f"stopped{number}", 7, process)
+    process.send_signal(number)
     assert process.wait(60) == 130
-    steps = Run.parse(str(root), "stopped").steps()
+    steps = Run.parse(str(root), f"stopped{number}").steps()
     assert len(steps) == 1 and steps[0] >= 7
 
 
