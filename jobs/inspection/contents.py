@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from jobs.inspection.status import COUNT_PARAMETERS, read_published, read_status
+from jobs.inspection.status import COUNT_PARAMETERS, read_status
+from jobs.publishing.releases import describe_failed_gates
 from jobs.runs.targets import is_within, suggest
 from jobs.telemetry import tables
 from jobs.telemetry.units import format_bytes, format_count
@@ -19,13 +20,10 @@ _WORST = ("damaged", "stale")
 
 def list_contents(root: str) -> list[dict[str, Any]]:
     """Each version of a dataset, run, and set of samples or results of a run: state, rows, bytes, date."""
-    pointers, entries = read_published(root), []
+    entries = []
     for path, members in groupby(read_status(root), key=lambda state: _owner(state["path"])):
-        kind, name, *version = path.split("/")
-        entry = _summarize(path, list(members))
-        if kind == "datasets" and pointers.get(name, {}).get("version") == version[0]:
-            entry["published"] = True
-        entries.append(entry)
+        states = list(members)
+        entries.append(_summarize(path, states) | ({"published": True} if states[0]["published"] else {}))
     return entries
 
 
@@ -58,12 +56,12 @@ def _summarize(path: str, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _state(states: Sequence[dict[str, Any]]) -> str:
-    """The worst state: damaged, stale, unfinished, sealed; empty without stages."""
+    """The worst state: damaged, stale, unfinished, stopped by gates, sealed; empty without stages."""
     for word in (*_WORST, ""):
         for state in states:
             if state["state"] == word or (not word and state["state"] != "sealed"):
                 return _with_stage(state, len(states))
-    return "sealed" if states else "empty"
+    return describe_failed_gates(states[0].get("failed_gates", ())) or "sealed" if states else "empty"
 
 
 def _with_stage(state: dict[str, Any], count: int) -> str:

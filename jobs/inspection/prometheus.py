@@ -38,6 +38,8 @@ _STAGE = {
     "items": "Planned items.", "items_left": "Items without a record.", "items_failed": "Items that failed.",
     "rows": "Rows of the source that were read.", "samples": "Samples made.", "bytes": "Bytes written.",
     "sealed": "1 if it is finished.", "stale": "1 if an input was rebuilt later.", "damaged": "1 if unreadable.",
+    "failed": "1 if a run ended with an error that a retry does not fix.",
+    "published": "1 if its version is the published one.", "stopped": "1 if gates stopped its version.",
     "rows_per_second": "Rows per second of a running driver.", "seconds_left": "Time left, as the driver estimates it.",
     "heard_timestamp_seconds": "Last report of the driver.", "sealed_timestamp_seconds": "When it was finished.",
 }
@@ -177,7 +179,8 @@ def _one_of_each(states: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _stage_numbers(stage: dict[str, Any]) -> dict[str, float]:
     """The values of a stage, under the names of `_STAGE`."""
-    state = {name: float(stage["state"] == name) for name in ("stale", "damaged")}
+    state = {name: float(stage["state"] == name) for name in ("stale", "damaged", "failed")}
+    state |= {"published": float(stage["published"]), "stopped": float("failed_gates" in stage)}
     if stage["state"] == "damaged":
         return state
     now, whole = stage.get("progress"), "samples" in stage

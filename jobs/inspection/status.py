@@ -3,8 +3,10 @@
 import contextlib
 import time
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
+from jobs.publishing.releases import describe_failed_gates, read_failed_gates
 from jobs.runs.labels import run_labels, stage_labels
 from jobs.runs.metrics import read_metrics
 from jobs.runs.run import Run
@@ -37,8 +39,8 @@ def read_status(root: str) -> list[dict[str, Any]]:
     * damaged: a plan or manifest cannot be read.
     * failed: a run ended with an error that a retry does not fix.
 
-    `published`: whether the version of a dataset is the published one.
-    The table, the live table, the metrics and the report show these states.
+    `published`: whether the version of a dataset is the published one. `failed_gates`: the gates that stopped it.
+    The table, the live table, the metrics, the report and `ls` show these states.
     """
     states = []
     for path in _paths(root):
@@ -47,7 +49,21 @@ def read_status(root: str) -> list[dict[str, Any]]:
         except (ValueError, NotADirectoryError, IsADirectoryError) as error:
             states.append({"path": path, "state": "damaged", "error": str(error).splitlines()[0]})
     published = {f"datasets/{name}/{pointer['version']}" for name, pointer in read_published(root).items()}
-    return [state | {"published": "/".join(state["path"].split("/")[:3]) in published} for state in states]
+    return [marked for version, members in groupby(states, key=lambda state: "/".join(state["path"].split("/")[:3]))
+            for marked in _mark(root, version, list(members), version in published)]
+
+
+def _mark(root: str, version: str, states: list[dict[str, Any]], published: bool) -> list[dict[str, Any]]:
+    """The stages of a version with what was decided about it."""
+    gates: list[str] = []
+    kind, name, *number = version.split("/")
+    if kind == "datasets" and not published:
+        try:
+            gates = read_failed_gates(Dataset(root, name, number[0]))
+        except ValueError as error:
+            states = [*states, {"path": f"{version}/gates.json", "state": "damaged",
+                                "error": str(error).splitlines()[0]}]
+    return [state | {"published": published, **({"failed_gates": gates} if gates else {})} for state in states]
 
 
 def status_table(root: str, states: list[dict[str, Any]]) -> str:
@@ -55,7 +71,8 @@ def status_table(root: str, states: list[dict[str, Any]]) -> str:
     if not states:
         return f"nothing here yet: {storage.redact_credentials(root)} has no datasets and no runs"
     return tables.render([[state["path"], state["state"], "; ".join(filter(None, (
-        "published" if state.get("published") else "", _detail(state))))] for state in states])
+        "published" if state.get("published") else "", describe_failed_gates(state.get("failed_gates", ())),
+        _detail(state))))] for state in states])
 
 
 def read_published(root: str) -> dict[str, dict[str, Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jobs.inspection import status
+from jobs.publishing.releases import describe_failed_gates
 from jobs.telemetry import output, tables
 from jobs.telemetry.units import format_duration
 from pipeline import storage
@@ -56,7 +57,8 @@ def _stage_row(state: dict[str, Any]) -> dict[str, Any]:
     row = {**known, "path": state["path"], "state": state["state"], "items": state.get("items"),
            "done": state.get("done"), "rows": None, "of_rows": None, "rate": None, "seconds_left": None,
            "silent_s": round(silent) or None, "failed": state.get("failed", 0), "skipped": state.get("skipped", {}),
-           "error": state.get("error"), "retired": (now or state).get("retired", [])}
+           "error": state.get("error"), "failed_gates": state.get("failed_gates", []),
+           "retired": (now or state).get("retired", [])}
     if "samples" in state:
         row |= {"done": state["items"], "rows": state["samples"] + count_row_failures(state["skipped"])}
     if now:
@@ -119,6 +121,7 @@ def _time_left(row: dict[str, Any]) -> str:
 
 def _failures_text(row: dict[str, Any]) -> str:
     said = [row["error"]] if row["error"] else []
+    said += [describe_failed_gates(row["failed_gates"])] if row["failed_gates"] else []
     said += [f"{row['failed']} items failed"] if row["failed"] else []
     said += [f"{len(row['retired'])} workers retired"] if row["retired"] else []
     return ", ".join(said + [f"{count} {reason}" for reason, count in list(row["skipped"].items())[:4]])

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from jobs.publishing.consumers import find_consumers
@@ -52,9 +53,8 @@ def list_versions(root: str, name: str) -> list[dict[str, Any]]:
                                "until": _when(current.unpublished_since(version))}
         for key in ("samples", "recall@10", "change", "base"):
             about[key] = release.get(key) if release else None
-        gates = storage.join(current.folder, version, "gates.json")
-        if release is None and not damaged and storage.exists(gates):
-            about |= _failed_gates(gates)
+        if release is None and not damaged:
+            about |= _failed_gates(dataset)
         versions.append(about)
     if not versions:
         names = storage.list_folders(storage.join(root, "datasets"))
@@ -64,13 +64,28 @@ def list_versions(root: str, name: str) -> list[dict[str, Any]]:
     return versions
 
 
-def _failed_gates(url: str) -> dict[str, Any]:
+def _failed_gates(dataset: Dataset) -> dict[str, Any]:
     """The gates that stopped a version, as `failed_gates`; `damaged` if the file that lists them is."""
     try:
-        gates = check_shape(storage.read_json(url), url, [{"name": str, "passed": bool}], "")
+        names = read_failed_gates(dataset)
     except storage.DamagedFile:
         return {"damaged": True}
-    return {"failed_gates": [gate["name"] for gate in gates if not gate["passed"]]}
+    return {"failed_gates": names} if names else {}
+
+
+def read_failed_gates(dataset: Dataset) -> list[str]:
+    """The names of the gates that stopped a version; none if it was released or has not met its gates."""
+    url = storage.join(dataset.root, dataset.path("gates.json"))
+    try:
+        gates = check_shape(storage.read_json(url), url, [{"name": str, "passed": bool}], "python -m jobs gc NAME")
+    except FileNotFoundError:
+        return []
+    return [] if published.has_release(dataset) else [gate["name"] for gate in gates if not gate["passed"]]
+
+
+def describe_failed_gates(names: Sequence[str]) -> str:
+    """The gates that stopped a version; empty without any."""
+    return f"stopped by {', '.join(names)}" if names else ""
 
 
 def versions_table(versions: list[dict[str, Any]]) -> str:
@@ -80,8 +95,7 @@ def versions_table(versions: list[dict[str, Any]]) -> str:
         change = ", ".join(f"{count} {what}" for what, count in (version["change"] or {}).items() if count)
         state = next((word for word in ("damaged", "published", "removed", "rolled_back", "released") if version[word]),
                      "not published").replace("_", " ")
-        if "failed_gates" in version:
-            state = f"stopped by {', '.join(version['failed_gates'])}"
+        state = describe_failed_gates(version.get("failed_gates", ())) or state
         remarks = [f"{version['samples']} samples" if version["samples"] is not None else "",
                 f"recall@10 {version['recall@10']:.3f}" if version["recall@10"] is not None else "", change,
                 f"used by {', '.join(version['pinned_by'])}" if version["pinned_by"] else ""]

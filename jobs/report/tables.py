@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from jobs.publishing.releases import describe_failed_gates
 from jobs.report.charts import loss_curve, recall_over_time
 from jobs.report.collect import RootContents
 from jobs.report.names import names_of_keys
@@ -118,8 +119,11 @@ def stages(root: RootContents) -> Markup | None:
         raise ValueError(root.broken)
     if not root.stages:
         return None
-    groups = [(group, [_stage(state, group) for state in members])
-              for group, members in groupby(root.stages, lambda state: _group(state["path"]))]
+    groups = []
+    for group, members in groupby(root.stages, lambda state: _group(state["path"])):
+        states = list(members)
+        note = "published" if states[0]["published"] else describe_failed_gates(states[0].get("failed_gates", ()))
+        groups.append((group, note, [_stage(state, group) for state in states]))
     failures = [(state["path"], state["failed"], _failures(root, state["path"]))
                 for state in root.stages if state.get("failed")]
     # Losses come before warnings, in each ledger and among them.

@@ -126,6 +126,9 @@ def test_a_reader_that_goes_away_is_no_fault(root: str, more: tuple[str, ...]) -
 
 def test_prometheus_is_answered_when_nothing_runs(root: str) -> None:
     port = prometheus_server.free_port()
+    Path(root, "runs/small/manifest.json").unlink()
+    storage.put_json({"launch": "", "kind": "MemoryError", "message": "too large", "at": 1.0},
+                     Run.parse(root, "small").fault_address)
     process = _start_status(root, "--serve", str(port), stdout=subprocess.DEVNULL)
     try:
         address = f"http://127.0.0.1:{port}/metrics"
@@ -143,6 +146,10 @@ def test_prometheus_is_answered_when_nothing_runs(root: str) -> None:
     assert metrics['rdm_stage_left_out{dataset="flat",reason="cut",run="",stage="embed",version="v1"}'] == 1
     assert metrics['rdm_stage_sealed{dataset="flat",run="",stage="shard",version="v1"}'] == 1
     assert metrics['rdm_stage_stale{dataset="flat",run="",stage="index",version="v1"}'] == 1
+    drawn = '{dataset="drawn",run="",stage="index",version="v1"}'
+    assert (metrics[f"rdm_stage_published{drawn}"], metrics[f"rdm_stage_published{flat}"]) == (1, 0)
+    small = '{dataset="drawn",run="small",stage="train",version="v1"}'
+    assert (metrics[f"rdm_stage_failed{small}"], metrics[f"rdm_stage_failed{drawn}"]) == (1, 0)
     assert metrics['rdm_database_recall{dataset="drawn",version="v1"}'] == 0.95
     assert metrics['rdm_database_age_seconds{dataset="drawn",version="v1"}'] == pytest.approx(3 * 86400, abs=60)
     assert metrics['rdm_train_step{dataset="drawn",run="small",stage="train",version="v1"}'] == 3

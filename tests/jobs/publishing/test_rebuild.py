@@ -13,8 +13,12 @@ import numpy as np
 import pytest
 
 from jobs.cli.main import main
+from jobs.inspection import watch
+from jobs.inspection.contents import contents_table, list_contents
+from jobs.inspection.status import read_status, status_table
 from jobs.publishing.rebuild import GatesFailed, run_rebuild
-from jobs.publishing.releases import list_versions
+from jobs.publishing.releases import list_versions, versions_table
+from jobs.report.report import write_report
 from pipeline import storage
 from pipeline.datasets import hidden_rows, published
 from pipeline.datasets.embeddings import Embeddings
@@ -130,6 +134,13 @@ def test_half_of_it_noise_stays_out(place: Path, capsys: pytest.CaptureFixture[s
     assert Published.load(str(place / "root"), NAME) == before
     gates = [version.get("failed_gates") for version in list_versions(str(place / "root"), NAME)]
     assert gates == [None, ["lost", "overlap@10"]]
+    # Every place that shows states says so.
+    root = str(place / "root")
+    tables = (status_table(root, read_status(root)), contents_table(list_contents(root), root),
+              versions_table(list_versions(root, NAME)), watch.snapshot_text(watch.read_snapshot(root)))
+    write_report(root, f"{root}/report.html")
+    for text in (*tables, (place / "root/report.html").read_text()):
+        assert "stopped by lost, overlap@10" in text
     # Whoever knows better may say so; nothing is made again.
     assert main([*command, "--max-lost", "1", "--min-overlap", "0"]) == 0
     assert published_dataset(place / "root").version == "v2"

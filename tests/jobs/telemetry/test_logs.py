@@ -45,6 +45,7 @@ def test_events_say_what_they_are_about_and_stdout_stays_data(tmp_path: Path) ->
 
 
 def test_why_a_command_ends_is_an_event_too(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
     process = _run(tmp_path, "embed", "some", "--local", RDM_LOG="json")
     events = _events(process.stderr)
     assert process.returncode == 2
