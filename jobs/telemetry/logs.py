@@ -20,6 +20,7 @@ from pipeline.stages.types import current_item
 FORMATS = ("text", "json")
 OURS = ("jobs", "pipeline", "model", "__main__")
 """Packages whose messages are all shown."""
+_TORCHRUN_S = 15.0  # torchrun looks at its processes ten times a second, but an end may take seconds
 _log = logging.getLogger(__name__)
 _warning_text = warnings.formatwarning
 _about: dict[str, str] = {}
@@ -119,9 +120,10 @@ def configure_logging(form: str = "text", root: str = "") -> None:
     sys.excepthook = _print_exception
     _handler.filters = [] if form == "json" else [_OncePerLibrary()]
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # the hub's client also prints what it logs
+    # A text log does not list each item, and has the same message of several processes of torchrun once.
+    level = logging.WARNING if os.environ.get("RANK", "0") != "0" else logging.INFO
     for name in OURS:
-        # A text log does not list each item.
-        logging.getLogger(name).setLevel(logging.DEBUG if form == "json" else logging.INFO)
+        logging.getLogger(name).setLevel(logging.DEBUG if form == "json" else level)
 
 
 def redirect_lines(write: Callable[[str], None] | None) -> None:
@@ -142,8 +144,19 @@ def label_events(known: dict[str, str]) -> Iterator[None]:
         _about.update(before)
 
 
+def _is_ended_by_torchrun() -> bool:
+    """Whether torchrun ends this process within seconds: another one failed before, mostly with the same error."""
+    try:
+        time.sleep(_TORCHRUN_S)
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
 def log_exit(text: str, level: int = logging.ERROR, **fields: Any) -> None:
     """Log why the command ends: as text, or as an event with a separate hint."""
+    if os.environ.get("LOCAL_RANK", "0") != "0" and (level < logging.ERROR or _is_ended_by_torchrun()):
+        return  # the first process of this machine says it
     text = output.add_root(text, _root)
     if current_format() == "text":
         heartbeat.note_output()

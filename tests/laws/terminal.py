@@ -6,10 +6,13 @@ import json
 import os
 import pty
 import re
+import select
+import signal
 import struct
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Callable
 
 from PIL import Image
@@ -118,3 +121,43 @@ def run_on_screen(command: list[str], columns: int = 120, meanwhile: Meanwhile |
     finally:
         process.kill()
         os.close(ours)
+
+
+def interrupt_on_screen(command: list[str], seconds: float, presses: int = 1) -> Screen:
+    """Run a command on a terminal of its own, and press Ctrl-C there after so many seconds.
+
+    The settings of the terminal, such as its echo, must be the same at the end.
+    """
+    pid, terminal = pty.fork()
+    if not pid:
+        os.environ |= {"TERM": "xterm", "PYTHONPATH": os.getcwd()}
+        os.execv(command[0], command)
+    set_columns(terminal, 120)
+    raw, before, moment = b"", termios.tcgetattr(terminal), time.monotonic() + seconds
+    try:
+        while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+            if presses and time.monotonic() >= moment:
+                os.write(terminal, b"\x03")  # the terminal sends the signal to the whole process group
+                presses, moment = presses - 1, moment + 0.3
+            raw += _read_available(terminal, 0.02)
+        raw += _read_available(terminal, 0.0)
+        pid = 0
+        assert termios.tcgetattr(terminal) == before
+        return Screen(raw, os.waitstatus_to_exitcode(ended[1]), 120)
+    finally:
+        if pid:
+            os.killpg(pid, signal.SIGKILL)
+        os.close(terminal)
+
+
+def _read_available(terminal: int, seconds: float) -> bytes:
+    raw = b""
+    while select.select([terminal], [], [], seconds)[0]:
+        try:
+            piece = os.read(terminal, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not piece:
+            break
+        raw += piece
+    return raw
