@@ -30,8 +30,7 @@ def run_program() -> int:
             from jobs.cli.options import STOPPED
             from jobs.telemetry import heartbeat
             from jobs.telemetry.live_line import is_live
-        if signal.getsignal(signal.SIGINT) is _end:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        interrupts.handle_ctrl_c()
         interrupts.end_for_certain(log_stopped, STOPPED)
         if os.environ.get("RANK", "0") == "0":  # one of the processes that torchrun starts is enough
             heartbeat.start(sys.argv[1] if len(sys.argv) > 1 else "help", is_live)

@@ -17,6 +17,8 @@ from typing import Any
 
 SECONDS = 8.0
 """Seconds between a SIGTERM and the second stage."""
+_IMPORTS = "<frozen importlib._bootstrap>"
+_LOOK_AGAIN_S = 0.1
 _BOTH: set[int] = {signal.SIGTERM, signal.SIGINT}
 _pipe: tuple[int, int] | None = None  # a SIGTERM writes to it, if the second stage is wanted
 _exit_code: int | None = None  # once the command has one
@@ -31,6 +33,12 @@ def convert_sigterm() -> None:
         if _pipe:
             # Its handler is native and writes immediately. Then it calls ours.
             faulthandler.register(signal.SIGTERM, _pipe[1], all_threads=False, chain=True)
+
+
+def handle_ctrl_c() -> None:
+    """Let Ctrl-C, as SIGTERM, wait for the end of an import."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell lets its background jobs ignore it
+        signal.signal(signal.SIGINT, _interrupt)
 
 
 def end_for_certain(last_words: Callable[[], None], code: int) -> None:
@@ -65,6 +73,9 @@ def ignore(exit_code: int) -> None:
     _exit_code = exit_code
     for number in _BOTH:
         signal.signal(number, signal.SIG_IGN)
+    # If KeyboardInterrupt passed an exec() of text, `python -m` would end by SIGINT, whatever the exit code. Another
+    # evaluation of text resets this.
+    eval("0")
 
 
 @contextlib.contextmanager
@@ -106,5 +117,13 @@ def _start_second_stage() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    _start_second_stage()
-    raise KeyboardInterrupt
+    """Raise KeyboardInterrupt, but not inside of an import: libraries swallow it, or turn it into another error."""
+    if number == signal.SIGTERM:
+        _start_second_stage()
+    while frame is not None and frame.f_code.co_filename != _IMPORTS:
+        frame = frame.f_back
+    if frame is None:
+        raise KeyboardInterrupt
+    again = threading.Timer(_LOOK_AGAIN_S, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
