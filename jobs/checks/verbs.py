@@ -25,7 +25,7 @@ from pipeline.embeddings.reachable import vector_length
 
 
 @dataclass(frozen=True)
-class Build:
+class PlannedBuild:
     """What `pipeline` or `rebuild` would make."""
 
     dataset: Dataset
@@ -44,7 +44,7 @@ class Build:
         return storage.exists(storage.join(self.dataset.root, "datasets", self.dataset.name, "current.json"))
 
 
-def pipeline_checks(build: Build) -> Iterator[Check]:
+def pipeline_checks(build: PlannedBuild) -> Iterator[Check]:
     """The checks of `pipeline`."""
     yield from _place_checks(build)
     if not (build.here and build.dataset.is_sealed("embeddings")):
@@ -64,7 +64,7 @@ def pipeline_checks(build: Build) -> Iterator[Check]:
             yield from _memory_checks(build.settings.train, build.settings.cluster, local=build.local)
 
 
-def rebuild_checks(build: Build) -> Iterator[Check]:
+def rebuild_checks(build: PlannedBuild) -> Iterator[Check]:
     """The checks of `rebuild`. The encoder must be that of the published version and of the runs that use it."""
     yield from _place_checks(build)
     yield from _encoder_checks(build)
@@ -104,18 +104,18 @@ def can_read(root: str, *, here: bool) -> bool:
     return here or (storage.is_local(root) and storage.local_path(root).is_dir())
 
 
-def _place_checks(build: Build) -> Iterator[Check]:
+def _place_checks(build: PlannedBuild) -> Iterator[Check]:
     if build.here:
         yield Check("root", partial(machine.check_root, build.dataset.root))
         yield Check("source", partial(inputs.check_source, build.settings.shard))
 
 
-def _encoder_checks(build: Build) -> Iterator[Check]:
+def _encoder_checks(build: PlannedBuild) -> Iterator[Check]:
     if build.here:
         yield Check("encoder", partial(inputs.check_encoder, build.settings.embed.clip()))
 
 
-def _check_consumers(build: Build) -> None:
+def _check_consumers(build: PlannedBuild) -> None:
     root, name = build.dataset.root, build.dataset.name
     encoders: dict[str, dict[str, Any]] = {}
     with contextlib.suppress(ValueError):  # a rebuild replaces a damaged version
@@ -125,7 +125,7 @@ def _check_consumers(build: Build) -> None:
         inputs.check_vectors(consumer, description, build.settings.embed.clip())
 
 
-def _run_checks(build: Build) -> Iterator[Check]:
+def _run_checks(build: PlannedBuild) -> Iterator[Check]:
     config, shard, name = build.settings.train, build.settings.shard, build.dataset.name
     if can_read(build.dataset.root, here=build.here):
         run, database = Run.parse(build.dataset.root, build.run), build.database or name
@@ -140,7 +140,7 @@ def _run_checks(build: Build) -> Iterator[Check]:
         yield Check("processes", partial(settings.check_processes, config, build.settings.cluster.workers))
 
 
-def _gpu_checks(build: Build, stages: Collection[str]) -> Iterator[Check]:
+def _gpu_checks(build: PlannedBuild, stages: Collection[str]) -> Iterator[Check]:
     """Whether the workers of these stages can use the GPUs that they reserve, and this machine has any."""
     cluster = build.settings.cluster
     if "embeddings" in stages:
@@ -151,7 +151,7 @@ def _gpu_checks(build: Build, stages: Collection[str]) -> Iterator[Check]:
         yield Check("gpu here", partial(machine.check_gpus_here, cluster, local=build.local))
 
 
-def _is_sealed(build: Build, stage: str) -> bool:
+def _is_sealed(build: PlannedBuild, stage: str) -> bool:
     if stage == "train":
         return storage.exists(storage.join(Run.parse(build.dataset.root, build.run).folder, "manifest.json"))
     if stage == "neighbors":
@@ -159,7 +159,7 @@ def _is_sealed(build: Build, stage: str) -> bool:
     return build.dataset.is_sealed(stage)
 
 
-def _check_disk(build: Build, stages: Collection[str]) -> None:
+def _check_disk(build: PlannedBuild, stages: Collection[str]) -> None:
     images = count_at_least(build.settings.shard)
     length = vector_length(build.settings.embed.clip())
     parameters = count_parameters(build.settings.train.unet) if "train" in stages else 0

@@ -80,13 +80,13 @@ def check_pipeline(options: PipelineOptions, *, here: bool = True) -> None:
     """Run the checks of the pipeline. `here`: this machine does the work."""
     from jobs.checks.check import run_checks
     from jobs.checks.demo_defaults import mention_demo_defaults
-    from jobs.checks.verbs import Build, pipeline_checks
+    from jobs.checks.verbs import PlannedBuild, pipeline_checks
     from pipeline.datasets.dataset import Dataset as DatasetPlace
     settings = Settings(shard=options.shard, embed=options.embed, index=options.index, neighbors=options.neighbors,
                         train=options.train, cluster=options.cluster)
     dataset = DatasetPlace.parse(options.common.root, options.dataset)
-    run_checks(pipeline_checks(Build(dataset, settings, options.database, options.train_run, options.common.local,
-                                     here)))
+    build = PlannedBuild(dataset, settings, options.database, options.train_run, options.common.local, here)
+    run_checks(pipeline_checks(build))
     if not (options.common.names_recipe or (here and dataset.is_sealed("embeddings"))):
         mention_demo_defaults(settings, embeds=True, trains=bool(options.train_run))
 

@@ -142,12 +142,12 @@ def check_rebuild(options: RebuildOptions, *, here: bool = True) -> None:
     """Run the checks of a rebuild. `here`: this machine does the work."""
     from jobs.checks.check import run_checks
     from jobs.checks.demo_defaults import mention_demo_defaults
-    from jobs.checks.verbs import Build, rebuild_checks
+    from jobs.checks.verbs import PlannedBuild, rebuild_checks
     from pipeline.datasets.dataset import Dataset
     settings = Settings(shard=options.shard, embed=options.embed, index=options.index, rebuild=options.rebuild,
                         cluster=options.cluster)
     dataset = Dataset.parse(options.common.root, options.dataset)
-    build = Build(dataset, settings, local=options.common.local, here=here)
+    build = PlannedBuild(dataset, settings, local=options.common.local, here=here)
     run_checks(rebuild_checks(build))
     if not (options.common.names_recipe or isinstance(options, StyleOptions) or (here and build.has_published)):
         mention_demo_defaults(settings, embeds=True, trains=False)

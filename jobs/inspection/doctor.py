@@ -58,7 +58,7 @@ print(f"{there.get('CPU', 0):g} CPUs, {there.get('GPU', 0):g} GPUs")
 
 
 @dataclass(frozen=True)
-class Check:
+class Diagnosis:
     """The result of a check."""
 
     name: str
@@ -72,16 +72,16 @@ class Check:
         return asdict(self)
 
 
-def run_checks(root: str) -> list[Check]:
+def run_checks(root: str) -> list[Diagnosis]:
     """All checks, in less than 20 seconds."""
-    checks: list[Callable[[], Check]] = [
+    checks: list[Callable[[], Diagnosis]] = [
         check_packages, check_devices, check_ray, partial(check_root, root), partial(check_disk, root), check_memory,
         partial(check_clock, root), check_ports, check_cache, check_index]
     with ThreadPoolExecutor(len(checks)) as pool:
         return list(pool.map(lambda check: check(), checks))
 
 
-def checks_text(checks: list[Check]) -> str:
+def checks_text(checks: list[Diagnosis]) -> str:
     """The checks as a table, and below it the cures."""
     lines = [tables.render([[check.name, check.state, check.detail] for check in checks],
                            head=("check", "state", "detail"))]
@@ -89,18 +89,18 @@ def checks_text(checks: list[Check]) -> str:
     return "\n".join(lines)
 
 
-def check_packages(requirements: list[str] | None = None, python: str = "") -> Check:
+def check_packages(requirements: list[str] | None = None, python: str = "") -> Diagnosis:
     """The versions of Python and the packages against the ranges of the project, or against others."""
     if requirements is None:
         requirements, python = _project_requirements()
     version = ".".join(map(str, sys.version_info[:3]))
     if not SpecifierSet(python).contains(version):
-        return Check("packages", "failed", f"Python {version}: expected {python}", "uv python install 3.12")
+        return Diagnosis("packages", "failed", f"Python {version}: expected {python}", "uv python install 3.12")
     faults = dict(_package_faults(requirements))
     if faults:
-        return Check("packages", "failed", f"Python {version}; {', '.join(faults.values())}",
+        return Diagnosis("packages", "failed", f"Python {version}; {', '.join(faults.values())}",
                      f"pip install {' '.join(repr(text) for text in faults)}")
-    return Check("packages", "ok", f"Python {version}, {len(requirements)} packages within their ranges")
+    return Diagnosis("packages", "ok", f"Python {version}, {len(requirements)} packages within their ranges")
 
 
 def _project_requirements() -> tuple[list[str], str]:
@@ -135,32 +135,32 @@ def _version(name: str) -> str:
         return ""
 
 
-def check_devices() -> Check:
+def check_devices() -> Diagnosis:
     """The GPUs that torch can compute on, or the CPU."""
     cards = devices.list_cards(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     code, text = _run_python(_TORCH)
     if code:
         cure = devices.failure_hint(RuntimeError(text)).partition("hint: ")[2]
-        return Check("devices", _failure(code), _last_line(text), cure or "pip install --force-reinstall torch")
+        return Diagnosis("devices", _failure(code), _last_line(text), cure or "pip install --force-reinstall torch")
     if cards and "the GPU" not in text:
-        return Check("devices", "warning", f"{_last_line(text)}, though there is {cards}",
+        return Diagnosis("devices", "warning", f"{_last_line(text)}, though there is {cards}",
                      "nvidia-smi; a torch for CUDA; CUDA_VISIBLE_DEVICES must not be empty")
-    return Check("devices", "ok", f"{_last_line(text)}{f': {devices.visible_cards()}' if cards else ''}")
+    return Diagnosis("devices", "ok", f"{_last_line(text)}{f': {devices.visible_cards()}' if cards else ''}")
 
 
-def check_ray() -> Check:
+def check_ray() -> Diagnosis:
     """Whether Ray reaches the cluster of RAY_ADDRESS, or starts one here."""
     address = os.environ.get("RAY_ADDRESS", "")
     code, text = _run_python(_RAY)
     where = f"reaches {address}" if address else "starts here"
     if not code:
-        return Check("Ray", "ok", f"{where}: {_last_line(text)}")
+        return Diagnosis("Ray", "ok", f"{where}: {_last_line(text)}")
     cure = ("unset RAY_ADDRESS to use one on this machine, or --local for none" if address
             else "--local runs without Ray; rm -r /tmp/ray removes what earlier ones left")
-    return Check("Ray", _failure(code), _last_line(text), cure)
+    return Diagnosis("Ray", _failure(code), _last_line(text), cure)
 
 
-def check_root(root: str) -> Check:
+def check_root(root: str) -> Diagnosis:
     """Whether the root can be written."""
     if not storage.is_local(root):
         return _check_store(root)
@@ -169,26 +169,26 @@ def check_root(root: str) -> Check:
         there = next(parent for parent in (folder, *folder.parents) if parent.exists())
         with tempfile.TemporaryFile(dir=there):
             pass
-        return Check("root", "ok", f"{root} can be written" + ("" if there == folder else ", and is not there yet"))
+        return Diagnosis("root", "ok", f"{root} can be written" + ("" if there == folder else ", and is not there yet"))
     except (OSError, ValueError) as error:
-        return Check("root", "failed", str(error).splitlines()[0], "--root FOLDER, one that you may write to")
+        return Diagnosis("root", "failed", str(error).splitlines()[0], "--root FOLDER, one that you may write to")
 
 
-def _check_store(root: str) -> Check:
+def _check_store(root: str) -> Diagnosis:
     """Whether an object store can be read and written, and keeps the conditions of writes."""
     shown = storage.redact_credentials(root)
     code, text = _run([sys.executable, "-c", _STORE, root], AWS_MAX_ATTEMPTS="2")
     if not code:
-        return Check("root", "ok", f"{shown}: reads, writes and conditional writes work")
+        return Diagnosis("root", "ok", f"{shown}: reads, writes and conditional writes work")
     if code == _NO_CONDITIONS:
-        return Check("root", "failed", f"{shown} takes no conditional writes, which publishing needs",
+        return Diagnosis("root", "failed", f"{shown} takes no conditional writes, which publishing needs",
                      "use AWS S3, MinIO, or another store with If-Match and If-None-Match")
-    return Check("root", _failure(code), _last_line(text),
+    return Diagnosis("root", _failure(code), _last_line(text),
                  "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY must be set; AWS_ENDPOINT_URL names a store other than "
                  "AWS; the bucket must exist")
 
 
-def check_disk(root: str) -> Check:
+def check_disk(root: str) -> Diagnosis:
     """The free space for the root, the cache and temporary files."""
     places = {"cache": os.environ.get("RDM_CACHE") or tempfile.gettempdir(), "TMPDIR": tempfile.gettempdir()}
     if storage.is_local(root):
@@ -199,40 +199,41 @@ def check_disk(root: str) -> Check:
     state: Literal["ok", "warning", "failed"] = ("failed" if free[least] < _LEAST_DISK else "warning"
                                                  if free[least] < _USUAL_DISK else "ok")
     flag = {"cache": "RDM_CACHE=FOLDER", "TMPDIR": "TMPDIR=FOLDER", "root": "--root FOLDER"}[least]
-    return Check("disk", state, detail, "" if state == "ok" else f"{flag} on a larger disk")
+    return Diagnosis("disk", state, detail, "" if state == "ok" else f"{flag} on a larger disk")
 
 
 def _free_bytes(place: Path) -> int:
     return shutil.disk_usage(next(path for path in (place, *place.absolute().parents) if path.exists())).free
 
 
-def check_memory() -> Check:
+def check_memory() -> Diagnosis:
     """The memory of the machine or container, and its shared memory, which Ray takes."""
     total, shared = machine_memory(), _free_bytes(Path("/dev/shm"))
     detail = f"{format_bytes(total)}, shared memory {format_bytes(shared)} free"
     if total < _LEAST_MEMORY:
-        return Check("memory", "failed", detail, "raise the limit of the container to 8 GiB")
+        return Diagnosis("memory", "failed", detail, "raise the limit of the container to 8 GiB")
     if shared < _RAY_STORE:
-        return Check("memory", "warning", detail, "docker run --shm-size 2g; without it Ray uses the disk")
+        return Diagnosis("memory", "warning", detail, "docker run --shm-size 2g; without it Ray uses the disk")
     if total < _USUAL_MEMORY:
-        return Check("memory", "warning", detail, "--workers 1 --local")
-    return Check("memory", "ok", detail)
+        return Diagnosis("memory", "warning", detail, "--workers 1 --local")
+    return Diagnosis("memory", "ok", detail)
 
 
-def check_clock(root: str) -> Check:
+def check_clock(root: str) -> Diagnosis:
     """The difference of the clock to that of the store. Only a store on HTTP tells its time."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     if storage.is_local(root) or not endpoint:
-        return Check("clock", "ok", f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} UTC, compared with no other")
+        now = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
+        return Diagnosis("clock", "ok", f"{now} UTC, compared with no other")
     try:
         skew = _clock_skew(endpoint)
     except (OSError, ValueError, TypeError) as error:
-        return Check("clock", "warning", f"{storage.redact_credentials(endpoint)} tells no time: {error}",
+        return Diagnosis("clock", "warning", f"{storage.redact_credentials(endpoint)} tells no time: {error}",
                      "AWS_ENDPOINT_URL must name the store")
     detail = f"{format_duration(abs(skew))} {'behind' if skew > 0 else 'ahead of'} the store"
     if abs(skew) > _SKEW_S:
-        return Check("clock", "failed", detail, "timedatectl set-ntp true")
-    return Check("clock", "ok", detail)
+        return Diagnosis("clock", "failed", detail, "timedatectl set-ntp true")
+    return Diagnosis("clock", "ok", detail)
 
 
 def _clock_skew(endpoint: str) -> float:
@@ -246,15 +247,16 @@ def _clock_skew(endpoint: str) -> float:
     return parsedate_to_datetime(date).timestamp() - time.time()
 
 
-def check_ports() -> Check:
+def check_ports() -> Diagnosis:
     """Whether a port can be opened, and which of the usual ones are in use."""
     try:
         with socket.socket() as any_port:
             any_port.bind(("127.0.0.1", 0))
     except OSError as error:
-        return Check("ports", "failed", f"no port of 127.0.0.1 can be opened: {error.strerror}", "ip link set lo up")
+        return Diagnosis("ports", "failed", f"no port of 127.0.0.1 can be opened: {error.strerror}",
+                         "ip link set lo up")
     used = [f"{port} ({what})" for port, what in _PORTS.items() if _is_used(port)]
-    return Check("ports", "ok", f"in use: {', '.join(used)}" if used else "the usual ones are free")
+    return Diagnosis("ports", "ok", f"in use: {', '.join(used)}" if used else "the usual ones are free")
 
 
 def _is_used(port: int) -> bool:
@@ -263,7 +265,7 @@ def _is_used(port: int) -> bool:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
-def check_cache() -> Check:
+def check_cache() -> Diagnosis:
     """Whether the folder of fetched files can be written, and only by this user."""
     try:
         folder = storage.cache_folder()
@@ -271,18 +273,18 @@ def check_cache() -> Check:
             pass
     except OSError as error:
         message, _, cure = str(error).partition("\nhint: ")
-        return Check("cache", "failed", message, cure or "RDM_CACHE=FOLDER, one that only you may write to")
-    return Check("cache", "ok", f"{folder} is writable and private")
+        return Diagnosis("cache", "failed", message, cure or "RDM_CACHE=FOLDER, one that only you may write to")
+    return Diagnosis("cache", "ok", f"{folder} is writable and private")
 
 
-def check_index() -> Check:
+def check_index() -> Diagnosis:
     """Whether pip reaches its package index. Only the installation needs it."""
     code, text = _run([sys.executable, "-m", "pip", "index", "versions", "packaging", "--timeout", "4", "--retries",
                        "0", "--disable-pip-version-check"])
     if not code:
-        return Check("network", "ok", "pip reaches its package index")
+        return Diagnosis("network", "ok", "pip reaches its package index")
     reason = "pip is not installed" if "No module named pip" in text else "pip does not reach its package index"
-    return Check("network", "warning", reason, "PIP_INDEX_URL or HTTPS_PROXY; the installed program works offline")
+    return Diagnosis("network", "warning", reason, "PIP_INDEX_URL or HTTPS_PROXY; the installed program works offline")
 
 
 def _run_python(code: str) -> tuple[int, str]:

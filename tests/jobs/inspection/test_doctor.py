@@ -29,7 +29,7 @@ def test_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert all(check["cure"] for check in checks.values() if check["state"] != "ok")
     assert checks["packages"]["state"] == checks["root"]["state"] == checks["cache"]["state"] == "ok"
     assert not (tmp_path / "new").exists() and not list(tmp_path.iterdir())
-    shown = doctor.checks_text([doctor.Check("disk", "failed", "full", "make room")])
+    shown = doctor.checks_text([doctor.Diagnosis("disk", "failed", "full", "make room")])
     assert shown.splitlines()[1:] == ["disk   failed  full", "disk: make room"]
 
 
