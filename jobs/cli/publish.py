@@ -222,6 +222,8 @@ class RepairOptions:
     common: Flat[CommonOptions]
     accept_lost_requests: bool = False
     """Accept the loss of takedown requests, and record it. Images that versions hide stay hidden."""
+    accept_lost_publications: bool = False
+    """Accept the loss of publications that this machine has seen. An earlier version is published again then."""
     signing: Flat[SigningOptions] = field(default_factory=SigningOptions)
     json: bool = False
     """Print the result as JSON, as it is printed without a terminal."""
@@ -231,7 +233,8 @@ def run_repair(options: RepairOptions) -> int:
     from jobs.publishing.repair import repair
     name = _dataset_name(options.common.root, options.dataset, f"repair {options.dataset.split('@')[0]}")
     result = repair(options.common.root, name, dry_run=options.common.dry_run, keys=options.signing.keys(),
-                    accept_lost_requests=options.accept_lost_requests)
+                    accept_lost_requests=options.accept_lost_requests,
+                    accept_lost_publications=options.accept_lost_publications)
     output.print_document(result, as_json=options.json)
     return 0
 

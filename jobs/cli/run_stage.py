@@ -63,13 +63,13 @@ def seal_and_print(stage: "Stage", options: Any, **how: Any) -> int:
 
 def check_unpublished(stage: "Stage", overwrite: bool) -> None:
     """ValueError if the stage would be written into a published version. Published versions never change."""
-    from pipeline.datasets import published
+    from pipeline.datasets import published, release_files
     from pipeline.datasets.dataset import Dataset
     parts = stage.path.split("/")
     if parts[0] == "datasets" and parts[3] in published.STAGES:
         dataset = Dataset(stage.root, parts[1], parts[2])
         sealed = dataset.is_sealed(parts[3])
-        if (overwrite or (parts[3] == "tombstones" and not sealed)) and published.read_release(dataset)[0]:
+        if (overwrite or (parts[3] == "tombstones" and not sealed)) and release_files.read_release(dataset)[0]:
             raise ValueError(f"{dataset.name}@{dataset.version} was published, and a published version never changes\n"
                              f"hint: python -m jobs rebuild {dataset.name} --source SOURCE, or name a new version: "
                              f"{dataset.name}@{dataset.next_version().version}")

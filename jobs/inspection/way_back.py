@@ -3,7 +3,7 @@
 from jobs.publishing.check_published import list_published
 from jobs.publishing.whole_versions import find_false_facts, find_replacement, find_way_back, list_publications
 from pipeline import storage
-from pipeline.datasets import published
+from pipeline.datasets import published, release_files
 from pipeline.datasets.dataset import Dataset, is_name
 from pipeline.datasets.pointer import DamagedPointer
 from pipeline.datasets.published import Published
@@ -38,14 +38,16 @@ def _mend_dataset(root: str, name: str, kind: str, rest: list[str], keys: Releas
         return str(error).partition("\nhint: ")[2]
     version, stage = rest[0], "/".join(rest[1:3] if rest[1:2] in (["scores"], ["neighbors"]) else rest[1:2])
     dataset = Dataset(root, name, version)
-    is_unpublished = not current.version and (version == "current.json" or published.has_release(dataset))
-    if kind == "published" or stage == "forgotten.json" or is_unpublished or (
-            version == "current.json" and find_false_facts(current, current.document)):
+    is_unpublished = not current.version and (version == "current.json" or release_files.has_release(dataset))
+    if stage == "forgotten.json":
         return f"python -m jobs repair {name}"
+    if kind == "published" or is_unpublished or (
+            version == "current.json" and find_false_facts(current, current.document)):
+        return f"python -m jobs repair {name}{current.repair_options()}"
     if stage in published.STAGES or stage == "release.json" or version == "current.json":
         if version in {current.version, "current.json"}:
             return find_way_back(current)
-        if version in list_publications(current) or published.has_release(dataset):
+        if version in list_publications(current) or release_files.has_release(dataset):
             return find_replacement(current, version)
     if stage == "clip-retrieval":
         return f"{dataset.command('embed')} --export clip-retrieval --overwrite"

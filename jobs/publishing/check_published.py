@@ -9,7 +9,7 @@ from typing import Any
 
 from jobs.publishing.whole_versions import find_false_entries, is_removed, list_publications
 from pipeline import storage
-from pipeline.datasets import hidden_rows, published, takedown_list, takedowns
+from pipeline.datasets import hidden_rows, published, release_files, takedown_list, takedowns
 from pipeline.datasets.dataset import Dataset, datasets
 from pipeline.datasets.pointer import DamagedPointer
 from pipeline.datasets.published import Published
@@ -28,7 +28,8 @@ def list_published(root: str) -> list[str]:
 
 def _is_published(root: str, name: str) -> bool:
     try:
-        return bool(Published.load(root, name).version) or published.has_release(Dataset(storage.normalize(root), name))
+        return (bool(Published.load(root, name).version)
+                or release_files.has_release(Dataset(storage.normalize(root), name)))
     except DamagedPointer:
         return True
 

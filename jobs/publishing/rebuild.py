@@ -18,7 +18,7 @@ from jobs.publishing.config import RebuildConfig
 from jobs.publishing.consumers import list_consumer_encoders
 from jobs.telemetry import logs
 from pipeline import storage
-from pipeline.datasets import published, takedown_list, takedowns, version_marks
+from pipeline.datasets import published, release_files, takedown_list, takedowns, version_marks
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.hidden_rows import Tombstones
 from pipeline.datasets.published import Published
@@ -244,7 +244,7 @@ class Rebuild:
     def judge(self, dataset: Dataset, before: Published) -> tuple[list[Gate], list[str]]:
         """The gates of a version against the published version, and the texts of their queries."""
         base = self._open_base(before)
-        release = published.read_release(base)[0] if base else None
+        release = release_files.read_release(base)[0] if base else None
         texts = gates.choose_queries(self.config.gates, release, dataset)
         pinned = {} if self.config.allow_encoder else list_consumer_encoders(self.root, self.name, base)
         limits = replace(self.config.gates, only_licenses=self.config.gates.only_licenses or self.shard.licenses)
@@ -276,7 +276,7 @@ class Rebuild:
                                   f"{'; '.join(map(str, failed))}: {kept}\nhint: check the source; if the version is "
                                   f"right, raise the limits of the gates (--max-lost ...)")
             shards = dataset.manifest("shards")
-            data = published.write_release(dataset, {
+            data = release_files.write_release(dataset, {
                 "number": number, "base": before.version or None, "source": self.source.digest,
                 "samples": shards["totals"]["samples"] - shards["info"].get("dead", 0),
                 "recall@10": gates.recall(dataset), "encoder": dataset_encoder(dataset), "queries": texts,

@@ -17,7 +17,7 @@ from jobs.publishing.whole_versions import (
 )
 from jobs.telemetry import tables
 from pipeline import storage
-from pipeline.datasets import published
+from pipeline.datasets import release_files
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.published import Published
 from pipeline.datasets.signatures import ReleaseKeys
@@ -39,7 +39,7 @@ def list_versions(root: str, name: str) -> list[dict[str, Any]]:
     for version in current.versions():
         dataset = Dataset(root, name, version)
         try:
-            release, data = published.read_release(dataset)
+            release, data = release_files.read_release(dataset)
             damaged = False
         except ValueError:
             release, data, damaged = None, b"", True
@@ -80,7 +80,7 @@ def read_failed_gates(dataset: Dataset) -> list[str]:
         gates = check_shape(storage.read_json(url), url, [{"name": str, "passed": bool}], "python -m jobs gc NAME")
     except FileNotFoundError:
         return []
-    return [] if published.has_release(dataset) else [gate["name"] for gate in gates if not gate["passed"]]
+    return [] if release_files.has_release(dataset) else [gate["name"] for gate in gates if not gate["passed"]]
 
 
 def describe_failed_gates(names: Sequence[str]) -> str:
@@ -130,7 +130,7 @@ def rollback(root: str, name: str, to: str, *, dry_run: bool = False, keys: Rele
         return report | {"already": True}
     _refuse_version(current, version)
     dataset = Dataset(root, name, version)
-    release, data = published.read_release(dataset)
+    release, data = release_files.read_release(dataset)
     assert release is not None, version
     if not dry_run and not current.publish(dataset, data, release["number"], rolled_back=current.version):
         raise StageFailed(f"another command published a version of {name} meanwhile\n"
@@ -165,7 +165,7 @@ def _refuse_version(current: Published, version: str) -> None:
     document = list_publications(current).get(version)
     if document is None and current.keys.accepted:
         raise ValueError(f"{label} was never published with an accepted signature, so it cannot be again\n{hint}")
-    if document is None and published.has_release(Dataset(current.root, current.name, version)):
+    if document is None and release_files.has_release(Dataset(current.root, current.name, version)):
         raise ValueError(f"{label} has a release, but the history does not name it: it was never published, or its "
                          f"entry is lost\n{hint}")
     if document is None:

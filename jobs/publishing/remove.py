@@ -18,7 +18,7 @@ from jobs.runs.run import Run
 from jobs.runs.targets import is_within, suggest
 from jobs.telemetry.units import format_count
 from pipeline import storage
-from pipeline.datasets import published, version_marks
+from pipeline.datasets import release_files, version_marks
 from pipeline.datasets.dataset import RELEASED_STAGES, Dataset
 from pipeline.stages.documents import RootPath, check_shape
 from pipeline.stages.plan import empty_folder
@@ -110,7 +110,7 @@ def _refuse_published(root: str, path: str) -> None:
     for version in below[:1] or storage.list_folders(storage.join(root, path)):
         dataset = Dataset(root, name, version)
         is_marked = version_marks.publishing_sequence(version_marks.read_mark(dataset)) is not None
-        if published.has_release(dataset) or is_marked:
+        if release_files.has_release(dataset) or is_marked:
             raise ValueError(f"{name}@{version} was published, and a published version never changes\n"
                              f"hint: python -m jobs gc {name}; or python -m jobs versions {name}")
 

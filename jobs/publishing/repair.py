@@ -9,19 +9,20 @@ from typing import Any, NoReturn
 from jobs.publishing.forget import apply_takedowns, require_requests
 from jobs.publishing.whole_versions import find_false_entries, find_false_facts, find_fault, find_way_back
 from pipeline import storage
-from pipeline.datasets import published, takedown_list, takedowns
+from pipeline.datasets import published, release_files, takedown_list, takedowns
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.last_seen import read_last_seen
 from pipeline.datasets.pointer import DamagedPointer, parse_pointer, read_pointer
 from pipeline.datasets.published import Published
 from pipeline.datasets.signatures import ReleaseKeys, read_release_keys
 from pipeline.stages.types import StageFailed
+from pipeline.storage import DamagedFile
 
 _log = logging.getLogger(__name__)
 
 
 def repair(root: str, name: str, *, dry_run: bool = False, keys: ReleaseKeys | None = None,
-           accept_lost_requests: bool = False) -> dict[str, Any]:
+           accept_lost_requests: bool = False, accept_lost_publications: bool = False) -> dict[str, Any]:
     """Restore the pointer of a dataset from its publication history, then the takedown list and the hidden rows.
 
     The newest publication whose files are all there is published again, under a new sequence number. A pointer that is
@@ -31,12 +32,14 @@ def repair(root: str, name: str, *, dry_run: bool = False, keys: ReleaseKeys | N
     With public keys it restores only publications that one of them has signed. A new sequence number needs a new
     signature, so the repair of a signed dataset needs the private key. It signs a pointer that this key has not signed.
 
-    DamagedFile if takedown requests are lost. `accept_lost_requests` puts records in their place.
+    DamagedFile if takedown requests are lost. `accept_lost_requests` puts records in their place. DamagedFile if this
+    machine has seen publications that are lost, unless a later release is there, or with `accept_lost_publications`.
     """
     root, keys = storage.normalize(root), read_release_keys() if keys is None else keys
     report: dict[str, Any] = {"dataset": name} | ({"dry_run": True} if dry_run else {})
     accepted = _accept_requests(root) if accept_lost_requests and not dry_run else {}
-    report |= accepted | _repair_pointer(root, name, keys, accepted=bool(accepted), dry_run=dry_run)
+    report |= accepted | _repair_pointer(root, name, keys, accepted=bool(accepted), dry_run=dry_run,
+                                         accept_lost=accept_lost_publications)
     if report["published"] is None:
         return report
     if not dry_run:
@@ -59,7 +62,8 @@ def _accept_requests(root: str) -> dict[str, Any]:
     return ({"accepted_lost_requests": lost} if lost else {}) | ({"accepted_changes": True} if changed else {})
 
 
-def _repair_pointer(root: str, name: str, keys: ReleaseKeys, *, accepted: bool, dry_run: bool) -> dict[str, Any]:
+def _repair_pointer(root: str, name: str, keys: ReleaseKeys, *, accepted: bool, dry_run: bool, accept_lost: bool
+                    ) -> dict[str, Any]:
     """Restore the pointer and the history; {"published", "pointer", and "damaged": a fault of that version}."""
     try:
         current = Published.load(root, name, keys)
@@ -72,7 +76,7 @@ def _repair_pointer(root: str, name: str, keys: ReleaseKeys, *, accepted: bool, 
             raise DamagedPointer(root, name, "is missing, and versions have a release")
     except DamagedPointer as error:
         _log.warning("repair: %s", str(error).splitlines()[0])
-        return _restore_pointer(root, name, keys, accepted=accepted, dry_run=dry_run)
+        return _restore_pointer(root, name, keys, accepted=accepted, dry_run=dry_run, accept_lost=accept_lost)
     fault = find_fault(current, current.document)
     report = {"published": current.version, "pointer": "in order"} | ({"damaged": fault} if fault else {})
     if current.damaged_history() or current.missing_history() or find_false_entries(current):
@@ -142,22 +146,17 @@ def _remove(urls: list[str]) -> None:
         storage.remove(url)
 
 
-def _restore_pointer(root: str, name: str, keys: ReleaseKeys, *, accepted: bool, dry_run: bool) -> dict[str, Any]:
+def _restore_pointer(root: str, name: str, keys: ReleaseKeys, *, accepted: bool, dry_run: bool, accept_lost: bool
+                     ) -> dict[str, Any]:
     data = read_pointer(root, name)
-    candidates = _candidates(root, name, keys, data)
+    candidates, lost = _find_candidates(root, name, keys, data)
     if not candidates:
-        if keys.accepted:
-            way = (f"remove datasets/{name}/current.json and published/{name}; then python -m jobs rebuild {name} "
-                   f"--source SOURCE --sign KEYFILE --accept-unsigned" if keys.accept_unsigned else
-                   f"python -m jobs repair {name} --root {root} --sign KEYFILE --accept-unsigned, if the published "
-                   f"version is right")
-            raise ValueError(f"{name} in {root} has no readable publication with an accepted signature\nhint: {way}")
-        raise ValueError(f"{name} in {root} has no readable publication and no release to restore its pointer from"
-                         f"\nhint: remove datasets/{name}/current.json; then python -m jobs rebuild {name} --source "
-                         f"SOURCE")
+        _refuse_nothing_left(root, name, keys)
+    current = Published(root, name, data, parse_pointer(data or b"") or {}, keys)
+    if lost and not accept_lost:
+        _refuse_lost_publications(current, candidates[0]["version"], lost)
     if not dry_run:
         keys.refuse_unsigned(name, *candidates)
-    current = Published(root, name, data, parse_pointer(data or b"") or {}, keys)
     faults = [(document, find_fault(current, document)) for document in candidates]
     document, fault = next(((document, fault) for document, fault in faults if not fault), faults[0])
     newest = max([document["sequence"] for document in candidates], default=0)
@@ -169,6 +168,9 @@ def _restore_pointer(root: str, name: str, keys: ReleaseKeys, *, accepted: bool,
     if accepted and "takedown_list" in after:
         after["takedown_list"] = takedown_list.describe_list(root)
     report = {"published": document["version"], "pointer": "restored"} | ({"damaged": fault} if fault else {})
+    if lost:
+        _log.warning("repair: publications %d to %d of %s are lost, and were accepted as lost", lost[0], lost[-1], name)
+        report["accepted_lost_publications"] = list(lost)
     if dry_run:
         return report
     damaged = current.damaged_history()
@@ -178,8 +180,31 @@ def _restore_pointer(root: str, name: str, keys: ReleaseKeys, *, accepted: bool,
     return report
 
 
-def _candidates(root: str, name: str, keys: ReleaseKeys, data: bytes | None) -> list[dict[str, Any]]:
-    """The publications that may be restored, the best first."""
+def _refuse_nothing_left(root: str, name: str, keys: ReleaseKeys) -> NoReturn:
+    if keys.accepted:
+        way = (f"remove datasets/{name}/current.json and published/{name}; then python -m jobs rebuild {name} "
+               f"--source SOURCE --sign KEYFILE --accept-unsigned" if keys.accept_unsigned else
+               f"python -m jobs repair {name} --root {root} --sign KEYFILE --accept-unsigned, if the published "
+               f"version is right")
+        raise ValueError(f"{name} in {root} has no readable publication with an accepted signature\nhint: {way}")
+    raise ValueError(f"{name} in {root} has no readable publication and no release to restore its pointer from"
+                     f"\nhint: remove datasets/{name}/current.json; then python -m jobs rebuild {name} --source "
+                     f"SOURCE")
+
+
+def _refuse_lost_publications(current: Published, version: str, lost: range) -> NoReturn:
+    name = current.name
+    raise DamagedFile(f"publications {lost[0]} to {lost[-1]} of {name} are lost: this machine has seen {lost[-1]}, and "
+                      f"published/{name} has none of them that is accepted: restore published/{name} from a backup\n"
+                      f"hint: if there is none, and {version} may be published again: python -m jobs repair {name} "
+                      f"--root {current.root}{current.repair_options()} --accept-lost-publications")
+
+
+def _find_candidates(root: str, name: str, keys: ReleaseKeys, data: bytes | None) -> tuple[list[dict[str, Any]], range]:
+    """The publications that may be restored, the best first, and the numbers of those that are lost.
+
+    A publication is lost if this machine has seen it, and neither the history nor a later release takes its place.
+    """
     documents = list(_publications(root, name, keys))
     newest = max((document["sequence"] for document in documents), default=0)
     pointer = parse_pointer(data or b"")
@@ -187,10 +212,14 @@ def _candidates(root: str, name: str, keys: ReleaseKeys, data: bytes | None) -> 
         documents.insert(0, pointer)  # its entry in the history is damaged or missing
         newest = pointer["sequence"]
     releases = [document for document in _from_releases(root, name) if not keys.find_fault(name, document)]
-    if read_last_seen(root, name).get("sequence", 0) > newest:  # entries of the history are missing
-        known = max((document["number"] for document in documents), default=0)
-        documents = [*(release for release in releases if release["number"] > known), *documents]
-    return documents or releases
+    seen = Published(root, name, data, documents[0] if documents else {}, keys).last_seen_sequence()
+    if not documents or seen <= newest:
+        return documents or releases, range(0)
+    known = max(document["number"] for document in documents)
+    later = [release for release in releases if release["number"] > known]
+    entries = Published(root, name, data, {}, keys).entries
+    is_damaged = not keys.accepted and any(url.endswith(f"/{seen:06d}.json") for url in entries)  # and is named
+    return [*later, *documents], range(0) if later or is_damaged else range(newest + 1, seen + 1)
 
 
 def _publications(root: str, name: str, keys: ReleaseKeys) -> Iterator[dict[str, Any]]:
@@ -212,7 +241,7 @@ def _from_releases(root: str, name: str) -> Iterator[dict[str, Any]]:
     versions = storage.list_folders(storage.join(root, "datasets", name))
     for version in sorted(versions, key=published.version_number, reverse=True):
         try:
-            release, data = published.read_release(Dataset(root, name, version))
+            release, data = release_files.read_release(Dataset(root, name, version))
         except ValueError as error:
             _log.warning("repair: %s", str(error).splitlines()[0])
             continue

@@ -6,7 +6,7 @@ from typing import Any
 
 from jobs.publishing.consumers import find_consumers
 from pipeline import storage
-from pipeline.datasets import published, version_marks
+from pipeline.datasets import published, release_files, version_marks
 from pipeline.datasets.dataset import Dataset
 from pipeline.datasets.published import Published
 from pipeline.datasets.release_files import find_missing_files
@@ -42,7 +42,7 @@ def find_fault(current: Published, document: Mapping[str, Any]) -> str:
 def find_false_facts(current: Published, document: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a release with which its publication does not agree; {} if that is not the published release."""
     try:
-        release, data = published.read_release(Dataset(current.root, current.name, document["version"]))
+        release, data = release_files.read_release(Dataset(current.root, current.name, document["version"]))
     except DamagedFile:
         return {}
     if release is None or hashlib.sha256(data).hexdigest() != document["release"]:
@@ -65,10 +65,10 @@ def is_removed(root: str, name: str, version: str) -> bool:
     """
     dataset = Dataset(root, name, version)
     if version_marks.read_mark(dataset) is None:
-        return published.has_release(dataset) and not dataset.is_sealed("shards")
+        return release_files.has_release(dataset) and not dataset.is_sealed("shards")
     if not version_marks.is_removing(dataset):
         return False
-    return not published.has_release(dataset) or not all(map(dataset.is_sealed, _IN_EACH_RELEASE))
+    return not release_files.has_release(dataset) or not all(map(dataset.is_sealed, _IN_EACH_RELEASE))
 
 
 def find_earlier_version(current: Published) -> tuple[str, dict[str, str]]:

@@ -22,10 +22,15 @@ from pipeline.datasets import version_marks
 from pipeline.datasets.dataset import RELEASED_STAGES, Dataset
 from pipeline.datasets.last_seen import read_last_seen, write_last_seen
 from pipeline.datasets.pointer import DamagedPointer, parse_pointer, read_pointer
-from pipeline.datasets.release_files import find_changed_manifests, find_successor
+from pipeline.datasets.release_files import (
+    find_changed_manifests,
+    find_successor,
+    has_release,
+    read_release_bytes,
+    release_url,
+)
 from pipeline.datasets.signatures import NO_KEYS, ReleaseKeys, read_release_keys
 from pipeline.stages.documents import check_release
-from pipeline.stages.manifest import code_revision
 from pipeline.stages.types import StageFailed
 from pipeline.storage import DamagedFile
 
@@ -55,27 +60,28 @@ class Published:
         keys = read_release_keys() if keys is None else keys
         while True:
             data = read_pointer(root, name)
-            document, options = {} if data is None else parse_pointer(data), ""
-            if document is not None:
-                published = cls(root, name, data, document, keys)
-                fault = keys.find_fault(name, document) or published._find_fault()
-                if not fault:
-                    return published
-                options = published._repair_options()
-            else:
-                fault = "is damaged"
+            document = {} if data is None else parse_pointer(data)
+            published = cls(root, name, data, document or {}, keys)
+            fault = "is damaged" if document is None else published._find_fault()
+            if not fault:
+                return published
             if read_pointer(root, name) == data:  # otherwise another command has replaced it
-                raise DamagedPointer(root, name, fault, options)
+                raise DamagedPointer(root, name, fault, published.repair_options())
 
-    def _repair_options(self) -> str:
-        """The options with which `repair` restores the signature of the pointer; "" if that is accepted."""
-        if not self.keys.find_fault(self.name, self.document):
+    def repair_options(self) -> str:
+        """The options that `repair` needs to publish the pointer again; "" without signatures."""
+        if any("signature" in document for document in self.history()) or (
+                self.keys.accepted and read_last_seen(self.root, self.name, signed=True)):
+            return " --sign KEYFILE"
+        if not self.keys.accepted:
             return ""
-        was_signed = any("signature" in document for document in self.history())
-        return " --sign KEYFILE" + ("" if was_signed else " --accept-unsigned, if the published version is right")
+        is_unsigned = self.keys.find_fault(self.name, self.document)
+        return " --sign KEYFILE" + (" --accept-unsigned, if the published version is right" if is_unsigned else "")
 
     def _find_fault(self) -> str:
-        """A disagreement of the pointer with the history, or with what this machine has seen; "" without one."""
+        """A fault of the signature of the pointer, or a disagreement with the history or the last seen; "" without."""
+        if fault := self.keys.find_fault(self.name, self.document):
+            return fault
         sequence = self.document.get("sequence", 0)
         files = _numbered(storage.list_files(self._history_folder))
         newest = max((int(file[:-5]) for file in files), default=0)
@@ -93,20 +99,28 @@ class Published:
 
     def _find_rollback(self, sequence: int, files: list[str]) -> str:
         """A disagreement of the pointer with the last one that this machine has seen; "" without one."""
+        if (seen := self.last_seen_sequence()) > sequence:
+            return f"is an older one: it has number {sequence}, and this machine has seen {seen}"
         if self._is_signed:
-            seen = read_last_seen(self.root, self.name, signed=True).get("sequence", 0)
             if seen < sequence:
                 write_last_seen(self.root, self.name, sequence, "", signed=True)
-            return (f"is an older one: it has number {sequence}, and this machine has seen {seen}"
-                    if seen > sequence else "")
-        seen = read_last_seen(self.root, self.name)
-        if seen.get("sequence") == sequence or not files:
-            return ""
-        first = hashlib.sha256(storage.read_bytes(storage.join(self._history_folder, files[0]))).hexdigest()
-        if seen.get("first") == first and seen["sequence"] > sequence:
-            return f"is an older one: it has number {sequence}, and this machine has seen {seen['sequence']}"
-        write_last_seen(self.root, self.name, sequence, first)
+        elif files and read_last_seen(self.root, self.name).get("sequence") != sequence:
+            write_last_seen(self.root, self.name, sequence, self._hash_first())
         return ""
+
+    def last_seen_sequence(self) -> int:
+        """The number of the last publication of this history that this machine has seen; 0 if it has seen none."""
+        if self._is_signed:
+            return read_last_seen(self.root, self.name, signed=True).get("sequence", 0)
+        seen = read_last_seen(self.root, self.name)
+        is_newer = seen.get("sequence", 0) > self.document.get("sequence", 0)
+        return seen["sequence"] if is_newer and seen.get("first") == self._hash_first() else 0
+
+    def _hash_first(self) -> str:
+        """sha256 of the first entry of the history; "" without one."""
+        files = _numbered(storage.list_files(self._history_folder))
+        url = storage.join(self._history_folder, files[0]) if files else ""
+        return hashlib.sha256(storage.read_bytes(url)).hexdigest() if url else ""
 
     @property
     def _is_signed(self) -> bool:
@@ -152,12 +166,12 @@ class Published:
         return dataset
 
     def _open(self, dataset: Dataset, sha256: str) -> Dataset:
-        data = _read_release_bytes(dataset)
+        data = read_release_bytes(dataset)
         if data is None or hashlib.sha256(data).hexdigest() != sha256:
             fault = "is missing" if data is None else "is not the one that was published: it was changed"
             raise DamagedFile(f"the release of {dataset.name}@{dataset.version} {fault}\n"
                               f"hint: python -m jobs verify --quick --only datasets/{dataset.name}")
-        release = check_release(storage.parse_json(data, _release_url(dataset)), _release_url(dataset))
+        release = check_release(storage.parse_json(data, release_url(dataset)), release_url(dataset))
         listed = self.document.get("takedown_list", {})
         return Dataset(dataset.root, dataset.name, dataset.version, tuple(sorted(release["manifests"].items())),
                        self.document.get("takedowns", 0), (listed.get("requests", 0), listed.get("sha256", "")),
@@ -218,7 +232,7 @@ class Published:
         this one is signed and there is no key to sign with.
         """
         self.keys.refuse_unsigned(self.name, self.document)
-        release = storage.parse_json(data, _release_url(dataset))
+        release = storage.parse_json(data, release_url(dataset))
         now = round(time.time(), 3)
         sequence = self._next_sequence()
         after = {"checked": now, "version": dataset.version, "number": number, "sequence": sequence,
@@ -344,56 +358,7 @@ def _untrusted(name: str, version: str, fault: str) -> str:
             f"hint: python -m jobs rebuild {name} --source SOURCE --sign KEYFILE")
 
 
-def has_release(dataset: Dataset) -> bool:
-    """Whether a version has a release, even a damaged one."""
-    return storage.exists(_release_url(dataset))
-
-
-def read_release(dataset: Dataset) -> tuple[dict[str, Any] | None, bytes]:
-    """The release of a version and its bytes; None if it has none. DamagedFile if it is damaged."""
-    url, data = _release_url(dataset), _read_release_bytes(dataset)
-    return (None, b"") if data is None else (check_release(storage.parse_json(data, url), url), data)
-
-
-def _read_release_bytes(dataset: Dataset) -> bytes | None:
-    try:
-        return storage.read_bytes(_release_url(dataset))
-    except FileNotFoundError:
-        return None
-
-
-def hash_manifests(dataset: Dataset) -> dict[str, str]:
-    """sha256 of the manifest of each sealed stage that belongs to a release; ValueError if one is stale or missing."""
-    hashes = {}
-    for name in STAGES:
-        if name in {"shards", "embeddings", "index"} or dataset.is_sealed(name):
-            dataset.identity(name)
-            data = storage.read_bytes(storage.join(dataset.folder(name), "manifest.json"))
-            hashes[name] = hashlib.sha256(data).hexdigest()
-    return hashes
-
-
-def write_release(dataset: Dataset, about: dict[str, Any]) -> bytes:
-    """Write the release of a version if there is none. Returns its bytes.
-
-    An existing release must have the same manifests: a version never changes.
-    """
-    hashes = hash_manifests(dataset)
-    document = {"name": dataset.name, "version": dataset.version, "manifests": hashes,
-                "content": storage.digest(hashes), "code": code_revision(), **about}
-    storage.create_bytes(storage.json_bytes(document), _release_url(dataset))
-    release, data = read_release(dataset)
-    if release is None or release["manifests"] != hashes:
-        raise ValueError(f"{dataset.name}@{dataset.version} was released with other content than it has now\n"
-                         f"hint: a version never changes; make another")
-    return data
-
-
 def version_number(version: str) -> int:
     """The number in a version's name: 3 of v3, 0 of others."""
     match = _NUMBERED.fullmatch(version)
     return int(match[1]) if match else 0
-
-
-def _release_url(dataset: Dataset) -> str:
-    return storage.join(dataset.root, "datasets", dataset.name, dataset.version, "release.json")

@@ -1,13 +1,15 @@
-"""Which files a release stands for, and which of them are missing."""
+"""The release of a version: write and read it; which files it stands for, and which of them are missing."""
 
 import contextlib
 import hashlib
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 from pipeline import storage
-from pipeline.datasets.dataset import Dataset
-from pipeline.stages.manifest import read_manifest
+from pipeline.datasets.dataset import RELEASED_STAGES, Dataset
+from pipeline.stages.documents import check_release
+from pipeline.stages.manifest import code_revision, read_manifest
 
 _log = logging.getLogger(__name__)
 
@@ -67,3 +69,54 @@ def find_missing_files(dataset: Dataset, manifests: Mapping[str, str], *, read: 
     if newer:
         _log.info("%s: %d files are newer than their manifests and were read again", dataset.label, newer)
     return missing
+
+
+def has_release(dataset: Dataset) -> bool:
+    """Whether a version has a release, even a damaged one."""
+    return storage.exists(release_url(dataset))
+
+
+def read_release(dataset: Dataset) -> tuple[dict[str, Any] | None, bytes]:
+    """The release of a version and its bytes; None if it has none. DamagedFile if it is damaged."""
+    url, data = release_url(dataset), read_release_bytes(dataset)
+    return (None, b"") if data is None else (check_release(storage.parse_json(data, url), url), data)
+
+
+def read_release_bytes(dataset: Dataset) -> bytes | None:
+    """The bytes of the release of a version; None if it has none."""
+    try:
+        return storage.read_bytes(release_url(dataset))
+    except FileNotFoundError:
+        return None
+
+
+def hash_manifests(dataset: Dataset) -> dict[str, str]:
+    """sha256 of the manifest of each sealed stage that belongs to a release; ValueError if one is stale or missing."""
+    hashes = {}
+    for name in RELEASED_STAGES:
+        if name in {"shards", "embeddings", "index"} or dataset.is_sealed(name):
+            dataset.identity(name)
+            data = storage.read_bytes(storage.join(dataset.folder(name), "manifest.json"))
+            hashes[name] = hashlib.sha256(data).hexdigest()
+    return hashes
+
+
+def write_release(dataset: Dataset, about: dict[str, Any]) -> bytes:
+    """Write the release of a version if there is none. Returns its bytes.
+
+    An existing release must have the same manifests: a version never changes.
+    """
+    hashes = hash_manifests(dataset)
+    document = {"name": dataset.name, "version": dataset.version, "manifests": hashes,
+                "content": storage.digest(hashes), "code": code_revision(), **about}
+    storage.create_bytes(storage.json_bytes(document), release_url(dataset))
+    release, data = read_release(dataset)
+    if release is None or release["manifests"] != hashes:
+        raise ValueError(f"{dataset.name}@{dataset.version} was released with other content than it has now\n"
+                         f"hint: a version never changes; make another")
+    return data
+
+
+def release_url(dataset: Dataset) -> str:
+    """The URL of the release of a version."""
+    return storage.join(dataset.root, "datasets", dataset.name, dataset.version, "release.json")

@@ -12,7 +12,7 @@ from jobs.inspection import prometheus, status, watch
 from jobs.publishing import check_published, releases
 from jobs.runs.run import Run
 from pipeline import storage
-from pipeline.datasets import published, takedown_list, takedowns, version_marks
+from pipeline.datasets import release_files, takedown_list, takedowns, version_marks
 from pipeline.datasets.dataset import Dataset
 from pipeline.stages import plan, records
 from pipeline.stages.manifest import read_manifest
@@ -152,7 +152,7 @@ def read_release(path: Path) -> None:
     """release.json of a version, and its gates.json."""
     root = _root(path, "datasets/x/v1/release.json")
     releases.versions_table(releases.list_versions(root, "x"))
-    published.read_release(Dataset(root, "x"))
+    release_files.read_release(Dataset(root, "x"))
 
 
 def read_gates(path: Path) -> None:

@@ -20,7 +20,7 @@ from jobs.publishing.rebuild import GatesFailed, run_rebuild
 from jobs.publishing.releases import list_versions, versions_table
 from jobs.report.report import write_report
 from pipeline import storage
-from pipeline.datasets import hidden_rows, published
+from pipeline.datasets import hidden_rows, published, release_files
 from pipeline.datasets.embeddings import Embeddings
 from pipeline.datasets.published import Published
 from pipeline.downloads.config import DownloadConfig
@@ -167,7 +167,7 @@ def test_gates(place: Path, gate: str) -> None:
 
 def test_the_gate_of_the_encoder_names_its_consumers(place: Path) -> None:
     def encoder_gate() -> str:
-        release = published.read_release(published_dataset(place / "root"))[0]
+        release = release_files.read_release(published_dataset(place / "root"))[0]
         assert release
         return next(f"{gate['value']}, {gate['limit']}" for gate in release["gates"] if gate["name"] == "encoder")
 

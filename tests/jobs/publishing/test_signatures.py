@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,28 @@ def test_an_older_pointer_as_it_was_is_refused_where_the_newer_was_seen(signed: 
     history(signed, 1).write_bytes(older + b"\n")  # another first publication, so that this looks like another root
     pointer(signed).write_bytes(older)
     refuses(signed, "it has number 1, and this machine has seen 2")
+
+
+def test_repair_does_not_sign_an_older_publication_where_the_newer_was_seen(
+        signed: Path, keys: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(signed / "root")
+    assert published_dataset(root).version == "v2"
+    history(signed, 2).unlink()
+    older = history(signed, 1).read_bytes()
+    pointer(signed).write_bytes(older)
+    for verb in (["neighbors", NAME, "--local"], ["verify", "--quick"]):
+        assert main([*verb, "--root", root]) == 1
+        assert re.search(rf"hint: python -m jobs repair .*{NAME}.* --sign KEYFILE\n", capsys.readouterr().err), verb
+    repairing = ["repair", NAME, "--root", root, "--sign", str(keys / "publisher.pem")]
+    for more in (["--dry-run"], []):
+        assert main([*repairing, *more]) == 1
+        error = capsys.readouterr().err
+        assert "publications 2 to 2 of drawn are lost: this machine has seen 2" in error
+        assert "--sign KEYFILE --accept-lost-publications" in error and pointer(signed).read_bytes() == older
+    assert main([*repairing, "--accept-lost-publications"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["published"] == "v1" and report["accepted_lost_publications"] == [2]
+    assert published_dataset(root).version == "v1" and main(["verify", "--quick", "--root", root]) == 0
 
 
 def test_a_signed_pointer_of_another_dataset_is_refused(signed: Path) -> None:
