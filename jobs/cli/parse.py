@@ -6,15 +6,19 @@ import importlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.cli.options import CommonOptions, StageOptions
 from jobs.telemetry.output import PROGRAM
 from pipeline import storage
 
+if TYPE_CHECKING:
+    from jobs.config.settings import Settings
+
 _log = logging.getLogger(__name__)
 Run = Callable[[Any], int]
 """The function of a verb: from its options to the exit code."""
+Change = Callable[["Settings"], "Settings"]
 VERBS = {**dict.fromkeys(("shard", "embed", "score", "index", "neighbors", "latents"), "data"),
          **dict.fromkeys(("convert", "export", "train", "sample", "evaluate"), "model"),
          **dict.fromkeys(("rebuild", "style", "versions", "rollback", "repair", "gc", "credits", "forget"),
@@ -38,8 +42,12 @@ _FOLDERS_OF_A_ROOT = {"datasets", "runs", "pictures", "published"}
 _OLD_FLAGS = {f"--{old}": f"--{new}" for old, new in (("rebuild", "overwrite"), ("no-rebuild", "no-overwrite"))}
 
 
-def parse_command(arguments: Sequence[str]) -> tuple[Run, Any]:
-    """The function of a verb, and its options. ValueError if there is no such verb."""
+def parse_command(arguments: Sequence[str], *, read_root: bool = True) -> tuple[Run, Any]:
+    """The function of a verb, and its options. ValueError if there is no such verb.
+
+    `read_root`: settings that the command does not name are those of the published version, for verbs that make the
+    next one.
+    """
     verb, flags = arguments[0], list(arguments[1:])
     kind, run = load_verb(verb)
     if verb == "submit":
@@ -47,12 +55,20 @@ def parse_command(arguments: Sequence[str]) -> tuple[Run, Any]:
     elif "stage" in {field.name for field in fields(kind)}:
         flags = [_OLD_FLAGS.get(flag, flag) for flag in flags]
     import tyro
+
+    def parse(change: Change | None = None) -> Any:
+        return tyro.cli(kind, args=flags, default=default_options(kind, flags, change), prog=f"{PROGRAM} {verb}")
+
     try:
-        return run, tyro.cli(kind, args=flags, default=default_options(kind, flags), prog=f"{PROGRAM} {verb}")
+        options = parse()
     except SystemExit as error:
         if error.code == 2:  # tyro has named the fault
             _log.info("for example: %s %s", PROGRAM, kind.examples[0])  # type: ignore[attr-defined]
         raise
+    if read_root and hasattr(options, "read_published_settings") and (past := options.read_published_settings()):
+        without, options = options, parse(past.apply)
+        past.log_differences(verb, without, options)
+    return run, options
 
 
 def check_root(verb: str, options: Any) -> None:
@@ -89,8 +105,11 @@ def load_verb(verb: str) -> tuple[type, Run]:
     return getattr(module, f"{verb.capitalize()}Options"), getattr(module, f"run_{verb}")
 
 
-def default_options(kind: type, flags: list[str]) -> Any:
-    """The options before the flags: settings from the recipe and the file, and the defaults of the rest."""
+def default_options(kind: type, flags: list[str], change: Change | None = None) -> Any:
+    """The options before the flags: settings from the recipe and the file, and the defaults of the rest.
+
+    `change` replaces settings of the recipe if the command names none.
+    """
     import tyro
 
     from jobs.config.toml import resolve_sections
@@ -101,7 +120,7 @@ def default_options(kind: type, flags: list[str]) -> Any:
         first.add_argument("--recipe", default="")
         first.add_argument("--config", default="")
         known, _ = first.parse_known_args(flags)
-        values |= resolve_sections(known.recipe, known.config, names, getattr(kind, "default_recipe", "tiny"))
+        values |= resolve_sections(known.recipe, known.config, names, getattr(kind, "default_recipe", "tiny"), change)
     for field in fields(kind):
         if field.name not in values:
             values[field.name] = (field.default if field.default is not MISSING else field.default_factory()

@@ -88,20 +88,22 @@ class Submission:
 def run_submit(options: SubmitOptions) -> int:
     if not options.words or options.words[0] == "submit":
         raise ValueError("submit needs a verb\nhint: python -m jobs submit --wait embed NAME --root s3://...")
-    _, inner = parse_command(options.words)
+    _, inner = parse_command(options.words, read_root=False)  # the job may be the first to see the root
     submission = make_submission(options.words, inner, options)
-    _check_work(options.words[0], inner)
+    _check_work(options.words, inner)
     return run_submission(submission, options)
 
 
-def _check_work(verb: str, inner: Any) -> None:
+def _check_work(words: tuple[str, ...], inner: Any) -> None:
     """ValueError if the job would reject its settings, or its root if that is a local folder."""
+    verb = words[0]
     if verb == "pipeline":
         from jobs.cli.pipeline import check_pipeline
         check_pipeline(inner, here=False)
     elif verb == "rebuild":
+        from jobs.checks.verbs import can_read
         from jobs.cli.publish import check_rebuild
-        check_rebuild(inner, here=False)
+        check_rebuild(parse_command(words, read_root=can_read(inner.common.root, here=False))[1], here=False)
     elif verb == "train":
         from jobs.cli.model import check_train
         check_train(inner, here=False)

@@ -3,7 +3,7 @@
 import re
 import tomllib
 import typing
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
@@ -22,25 +22,27 @@ def resolve_settings(recipe: str, file: str) -> Settings:
     ValueError for an unknown key in the file, and for a value of another type.
     """
     settings, document = _read(recipe, file)
-    return _override(settings, document, file)
+    return override(settings, document, file)
 
 
-def resolve_sections(recipe: str, file: str, names: Collection[str], default: str = "tiny") -> dict[str, Any]:
+def resolve_sections(recipe: str, file: str, names: Collection[str], default: str = "tiny",
+                     change: Callable[[Settings], Settings] | None = None) -> dict[str, Any]:
     """Only the sections `names`, like `resolve_settings`. The name `settings` stands for all of them.
 
-    `default` is the recipe if none is named. Other sections of the file are not read, except that an unknown section
-    is a ValueError.
+    `default` is the recipe if none is named; then `change` replaces some of its settings. Other sections of the file
+    are not read, except that an unknown section is a ValueError.
     """
-    settings, document = _read(recipe, file, default)
+    settings, document = _read(recipe, file, default, change)
     if "settings" not in names:
         known = {field.name for field in fields(settings)}
         document = {name: value for name, value in document.items() if name in names or name not in known}
-    settings = _override(settings, document, file)
+    settings = override(settings, document, file)
     return {"settings": settings} | {field.name: getattr(settings, field.name) for field in fields(settings)
                                      if field.name in names}
 
 
-def _read(recipe: str, file: str, default: str = "tiny") -> tuple[Settings, dict[str, Any]]:
+def _read(recipe: str, file: str, default: str = "tiny", change: Callable[[Settings], Settings] | None = None
+          ) -> tuple[Settings, dict[str, Any]]:
     """The settings of the recipe, and the sections of the file."""
     document: dict[str, Any] = {}
     if file:
@@ -54,15 +56,18 @@ def _read(recipe: str, file: str, default: str = "tiny") -> tuple[Settings, dict
         # Also text that is not UTF-8, numbers of thousands of digits, thousands of brackets.
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is not TOML: {error}") from None
+    named = recipe or document.get("recipe", "")
     name = recipe or document.pop("recipe", default)
     document.pop("recipe", None)
     if not isinstance(name, str) or name not in RECIPES:
         where = f"{file}: " if file and not recipe else ""
         raise ValueError(f"{where}there is no recipe {name!r}\nhint: {', '.join(RECIPES)}")
-    return RECIPES[name](), document
+    settings = RECIPES[name]()
+    return change(settings) if change and not named else settings, document
 
 
-def _override(section: Any, values: dict[str, Any], where: str) -> Any:
+def override(section: Any, values: dict[str, Any], where: str) -> Any:
+    """A section of settings with other values, as TOML or JSON has them; ValueError with the place `where`."""
     types = typing.get_type_hints(type(section))
     changes = {}
     for name, value in values.items():
@@ -72,7 +77,7 @@ def _override(section: Any, values: dict[str, Any], where: str) -> Any:
         if is_dataclass(current):
             if not isinstance(value, dict):
                 raise ValueError(f"{where}: {name} is a section: write [{name}] and its settings below")
-            changes[name] = _override(current, value, f"{where}: {name}")
+            changes[name] = override(current, value, f"{where}: {name}")
         else:
             changes[name] = _parse_value(types[name], value, f"{where}: {name}")
     try:

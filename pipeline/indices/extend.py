@@ -75,7 +75,10 @@ class Extension(Index):
         return [Item("index")]
 
     def process(self, item: Item, scratch: Path) -> Output:
-        embeddings, config, before = Embeddings(self.dataset), self.config, self.base.manifest("index")["info"]
+        manifest = self.base.manifest("index")
+        embeddings, config, before = Embeddings(self.dataset), self.config, manifest["info"]
+        training = before.get("training_settings") or {name: manifest["section"][name] for name in sorted(
+            TRAINING_SETTINGS & manifest["section"].keys())}  # the base may go
         change = compare_rows(self.dataset, self.base)
         index, size = self._filled(embeddings, change, scratch)
         check_budget(index, size, config)
@@ -90,7 +93,7 @@ class Extension(Index):
                 query_set.look(vectors, offset)
         infos, info, times = measure_recall(index, before["key"], queries, config, size)
         info |= drift | {"extends": self.base.label, "kept": change.kept, "added": len(change.added),
-                         "removed": change.removed}
+                         "removed": change.removed, "training_settings": training}
         return self.output(index, infos, info, times, held, scratch)
 
     def finish(self, records: Sequence[dict[str, Any]], scratch: Path) -> Output:

@@ -28,6 +28,11 @@ def stored_size(text: str | int, name: str) -> str:
     return re.sub("i", "", str(text), flags=re.IGNORECASE) if binary else str(parse_size(text, name))
 
 
+def read_stored_size(text: str) -> str:
+    """The size that `stored_size` has spelled so."""
+    return f"{text}i" if text[-1:].upper() in _POWERS[1:] else text
+
+
 def is_decimal(text: str | int, name: str) -> bool:
     """Whether a size has a unit that is a power of 1000."""
     _, power, binary = _parts(text, name)

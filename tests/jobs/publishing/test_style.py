@@ -12,7 +12,7 @@ from jobs.cli.main import main
 from jobs.cli.options import CommonOptions
 from jobs.cli.run_stage import spare_ray
 from jobs.cluster.config import ClusterConfig
-from jobs.publishing.choose_encoder import choose_encoder
+from jobs.publishing.published_settings import choose_encoder
 from jobs.runs.newest_run import find_newest_run
 from pipeline.datasets import published
 from pipeline.embeddings.clip_weights import ClipConfig, describe_encoder, encoder_of
@@ -121,3 +121,41 @@ def test_ray_is_spared_only_for_small_work_on_this_machine(monkeypatch: pytest.M
         assert not spare_ray(common, named, small=True).local
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     assert not spare_ray(common, cluster, small=True).local
+
+
+def test_a_plain_rebuild_keeps_the_settings_of_the_published_version(
+        tmp_path: Path, source: Path, run: Callable[..., tuple[dict, str]]) -> None:
+    place = ("--source", str(source), "--root", str(tmp_path / "root"), "--local")
+    run("style", "mine", *place, "--image-size", "48", "--embed.precision", "fp32")
+
+    def section(stage: str) -> dict:
+        return published.open_dataset(str(tmp_path / "root"), "mine").manifest(stage)["section"]
+
+    first = {stage: section(stage) for stage in ("shards", "embeddings")}
+    none, log = run("rebuild", "mine", *place)
+    assert none["unchanged"] and none["published"] == "v1" and none["kept"] == 12
+    assert "--image-size 48 --format jpg" in log and "--embed.precision fp32" in log and "--index.key Flat" in log
+    paint(source / "one-more.png", 1)
+    again, _ = run("rebuild", "mine", *place)
+    assert (again["published"], again["kept"], again["embedded"]) == ("v2", 12, 1)
+    assert {stage: section(stage) for stage in first} == first
+    paint(source / "another.png", 2)
+    new, log = run("rebuild", "mine", *place, "--image-size", "32", "--retrain", "0")
+    assert new["published"] == "v3" and section("shards")["image_size"] == 32 and section("shards")["format"] == "jpg"
+    assert "--image-size 32 (was 48)" in log
+    assert section("index")["key"] == "Flat"  # v2 was an extension of v1, whose settings do not name it
+    recipe, log = run("rebuild", "mine", *place, "--recipe", "tiny", "--dry-run")
+    assert recipe["added"] == 14 and "--image-size 64 (was 32)" in log and "stay" not in log
+    file = tmp_path / "settings.toml"
+    file.write_text("[shard]\nimage_size = 40\n")
+    _, log = run("style", "mine", *place, "--config", str(file), "--dry-run")
+    assert "--image-size 40 (was 32)" in log and "--embed.precision fp32" in log
+
+
+def test_the_encoder_of_the_published_version_stays(source: Path, tmp_path: Path,
+                                                    run: Callable[..., tuple[dict, str]]) -> None:
+    place = ("--source", str(source), "--root", str(tmp_path / "root"), "--local")
+    run("rebuild", "mine", *place, "--embed.pretrained", "random", "--min-recall", "0")
+    paint(source / "one-more.png", 1)
+    made, log = run("rebuild", "mine", *place, "--min-recall", "0", "--min-overlap", "0")
+    assert made["published"] == "v2" and made["reused"] == 12 and "--embed.pretrained random" in log
