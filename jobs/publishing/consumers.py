@@ -1,4 +1,4 @@
-"""Runs and neighbor lists that use a version of a dataset, according to their plans."""
+"""Runs, neighbor lists and samples that use a version of a dataset, according to their plans."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,6 +19,18 @@ def find_consumers(root: str, name: str) -> dict[str, list[str]]:
             if not consumer.startswith(f"datasets/{name}/{version}/"):
                 consumers[version].append(consumer)
     return consumers
+
+
+def find_samples(root: str, name: str) -> dict[str, list[str]]:
+    """The samples whose neighbors are from a dataset, by its version. They keep no version: `credits` needs it."""
+    samples: dict[str, list[str]] = defaultdict(list)
+    root = storage.normalize(root)
+    for run in storage.list_folders(storage.join(root, "runs")):
+        for sample in storage.list_folders(storage.join(root, "runs", run, "samples")):
+            path = f"runs/{run}/samples/{sample}"
+            for version in sorted(set(_read_by(_plan(root, path) or {}, name))):
+                samples[version].append(path)
+    return samples
 
 
 def list_encoders(root: str, name: str) -> dict[str, dict[str, Any]]:

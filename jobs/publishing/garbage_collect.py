@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jobs.publishing.config import GcConfig
-from jobs.publishing.consumers import find_consumers
+from jobs.publishing.consumers import find_consumers, find_samples
 from jobs.publishing.whole_versions import find_fault, find_replacement, find_way_back, is_removed, list_publications
 from jobs.telemetry import tables
 from jobs.telemetry.units import format_bytes
@@ -34,6 +34,8 @@ _STAYS = {"release.json", "mark.json"}  # they say that the version existed, and
 def collect_garbage(root: str, name: str, config: GcConfig, *, dry_run: bool = False) -> list[dict[str, Any]]:
     """Remove versions that nothing needs. Files that later versions took over stay. Each version with its outcome.
 
+    Samples do not keep a version. Those whose credits are lost with it are under "samples".
+
     A version that stays and cannot be read has its fault under "unreadable". It may have taken over files of any
     earlier version, so these stay too.
     """
@@ -50,10 +52,13 @@ def collect_garbage(root: str, name: str, config: GcConfig, *, dry_run: bool = F
         _refuse_damaged(current)
         versions = _choose(current, config, now)
         stays = _keep_unreadable(current, versions)
+        samples = find_samples(root, name)
         for entry in versions:
             if entry["kept"] and not dry_run:
                 _clear_mark(Dataset(root, name, entry["version"]))
             elif not entry["kept"]:
+                if lost := samples.get(entry["version"]):
+                    entry["samples"] = lost
                 entry |= _remove(current, entry["version"], marks.get(entry["version"]), stays, now, dry_run)
     return versions
 
@@ -299,4 +304,6 @@ def removed_table(versions: list[dict[str, Any]], dry_run: bool) -> str:
                            + ("; cannot be read" if "unreadable" in version else "") if version["kept"] else
                            f"{verb}: {version['removed_files']} files, {format_bytes(version['removed_bytes'])}"
                            + (f"; {version['taken_over']} files stay, for later versions took them over"
-                              if version["taken_over"] else "")] for version in versions])
+                              if version["taken_over"] else "")
+                           + (f"; credits {'would be' if dry_run else 'are'} lost for {', '.join(version['samples'])}"
+                              if "samples" in version else "")] for version in versions])

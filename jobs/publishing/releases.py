@@ -16,6 +16,7 @@ from jobs.publishing.whole_versions import (
     list_publications,
 )
 from jobs.telemetry import tables
+from jobs.telemetry.units import format_time
 from pipeline import storage
 from pipeline.datasets import release_files
 from pipeline.datasets.dataset import Dataset
@@ -29,7 +30,10 @@ _log = logging.getLogger(__name__)
 
 
 def list_versions(root: str, name: str) -> list[dict[str, Any]]:
-    """Every version of a dataset, oldest first: its facts, and the reason to keep it."""
+    """Every version of a dataset, oldest first: its facts, and the reason to keep it.
+
+    `at`: when it was last published, by the clock of the publisher (Unix time). `until`: when another took its place.
+    """
     root, current, pinned = storage.normalize(root), Published.load(root, name), find_consumers(root, name)
     rolled_back: set[str] = set()
     for past in current.history():
@@ -50,6 +54,7 @@ def list_versions(root: str, name: str) -> list[dict[str, Any]]:
                                "released": release is not None, "removed": is_gone,
                                "rolled_back": version in rolled_back, "damaged": damaged,
                                "pinned_by": pinned.get(version, []),
+                               "at": document["published"] if document else None,
                                "until": _when(current.unpublished_since(version))}
         for key in ("samples", "recall@10", "change", "base"):
             about[key] = release.get(key) if release else None
@@ -95,8 +100,10 @@ def versions_table(versions: list[dict[str, Any]]) -> str:
         change = ", ".join(f"{count} {what}" for what, count in (version["change"] or {}).items() if count)
         state = next((word for word in ("damaged", "published", "removed", "rolled_back", "released") if version[word]),
                      "not published").replace("_", " ")
-        state = describe_failed_gates(version.get("failed_gates", ())) or state
-        remarks = [f"{version['samples']} samples" if version["samples"] is not None else "",
+    """Every version of a dataset, oldest first: its facts, and the reason to keep it.
+
+    `at`: when it was last published, by the clock of the publisher (Unix time). `until`: when another took its place.
+    """
                 f"recall@10 {version['recall@10']:.3f}" if version["recall@10"] is not None else "", change,
                 f"used by {', '.join(version['pinned_by'])}" if version["pinned_by"] else ""]
         rows.append([version["version"], state, "; ".join(part for part in remarks if part)])

@@ -1,5 +1,6 @@
-"""Text for counts, numbers, byte sizes, durations and settings. A dash stands for None."""
+"""Text for counts, numbers, byte sizes, times, durations and settings. A dash stands for None."""
 
+import datetime
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +33,15 @@ def format_share(part: float, whole: float, digits: int = 1) -> str:
     steps = 10 ** digits
     share = int(100 * steps * min(max(part, 0), whole) // whole) / steps if whole > 0 else 100.0
     return f"{share:.{digits}f}%"
+
+
+def format_time(seconds: float | None) -> str:
+    """A Unix time to the minute, in UTC: "2026-11-26 18:23 UTC". A dash for a year that no clock shows."""
+    try:
+        moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC) if seconds is not None else None
+    except (OverflowError, ValueError, OSError):
+        moment = None
+    return f"{moment:%Y-%m-%d %H:%M} UTC" if moment else _NONE
 
 
 def format_bytes(value: float | None) -> str:

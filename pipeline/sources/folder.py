@@ -180,6 +180,10 @@ class FolderSource(Source):
         captions = self._captions(files, set(by_name))
         self._report(files)
         listed = {name: row for name, row in captions.rows.items() if name in by_name or self.pattern.fullmatch(name)}
+        if gone := sorted(name for name in listed if name not in by_name):
+            tables = ", ".join([self.config.captions] if self.config.captions else files.tables)
+            _log.warning("%s: %d images that %s names are not in the folder, the first is %s", self.base, len(gone),
+                         tables, gone[0])
         wanted = list(listed) if self.config.only_captioned else [
             *sorted(by_name), *sorted(listed.keys() - by_name.keys())]
         for number, name in enumerate(wanted):

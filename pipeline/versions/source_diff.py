@@ -28,7 +28,7 @@ from pipeline.versions.listing import LISTING_SCHEMA, groups, wide
 _ROWS, _SOURCE = "rows.jsonl", "source.arrow"
 # old_name and old_mark: as versions up to 0.1 stored a row, null where that is the same.
 _SOURCE_SCHEMA = wide(pa.schema([(name, pa.string()) for name in ("name", "mark", "old_name", "old_mark", "stamp")]
-                                + [("offset", pa.int64())]))
+                                + [("missing", pa.bool_()), ("offset", pa.int64())]))
 _PIECE_ROWS = 1 << 14
 
 
@@ -115,7 +115,8 @@ class SourceDiff:
         refused = pa.array(sorted(self.forgotten.sha256), pa.large_string())
         left_out = same & (was_forgotten | _bools(pc.is_in(old["sha256"], value_set=refused)))
         kept = same & ~left_out
-        counts = _count_by_name(source["name"], _redact_names(before["name"]), same, self.forgotten)
+        counts = _count_by_name(source["name"], _redact_names(before["name"]), same, _bools(source["missing"]),
+                                self.forgotten)
         if kept.any():
             counts["kept"] = int(kept.sum())
         if left_out.any():  # those that were left out before were counted then
@@ -157,7 +158,7 @@ def _read_source(source: Source, forgotten: Forgotten, lines: BinaryIO, reading:
     stamps = storage.list_stamps(source.base) if source.fetch == "file" else {}  # type: ignore[attr-defined]
     tables, number = [_SOURCE_SCHEMA.empty_table()], 0
     for rows in groups(_source_rows(source, reading), _PIECE_ROWS):
-        cells: list[tuple[str, str, str | None, str | None, str, int]] = []
+        cells: list[tuple[str, str, str | None, str | None, str, bool, int]] = []
         for row in rows:
             name = source_name(row)
             if forgotten.has_name(name):
@@ -167,7 +168,8 @@ def _read_source(source: Source, forgotten: Forgotten, lines: BinaryIO, reading:
             old_name = old_source_name(row)
             is_same = old_name == name and redact_cells(row.columns) == row.columns
             cells.append((name, _mark(row, 0), old_name if old_name != name else None,
-                          None if is_same else _old_mark(row, 0), stamp, lines.tell()))
+                          None if is_same else _old_mark(row, 0), stamp,
+                          bool(row.missing) and not row.reason, lines.tell()))
             lines.write(row_line(row).encode() + b"\n")
         if cells:
             tables.append(pa.table([pa.array(column, field.type) for column, field in
@@ -269,21 +271,23 @@ def _redact_names(names: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _count_by_name(names: pa.ChunkedArray, before: pa.ChunkedArray, same: np.ndarray,
-                   forgotten: Forgotten) -> Counter[str]:
+                   missing: np.ndarray, forgotten: Forgotten) -> Counter[str]:
     """How many rows are changed and added, and how many of the last version are removed and forgotten.
 
     A row that is not the same is a changed one while the last version has rows of its name that no row of the source
-    stands for. Rows of one name are numbered in their marks, so the order of rows is of no matter.
+    stands for. If its file is `missing`, it is a removed one. Rows of one name are numbered in their marks, so the
+    order of rows is of no matter.
     """
     every = pc.unique(pa.chunked_array([*before.chunks, *names.chunks], pa.large_string()))
     codes = pc.index_in(names, value_set=every).to_numpy()
-    there, stay, fresh = (np.bincount(group, minlength=len(every)) for group in (
-        pc.index_in(before, value_set=every).to_numpy(), codes[same], codes[~same]))
+    there, stay, fresh, gone = (np.bincount(group, minlength=len(every)) for group in (
+        pc.index_in(before, value_set=every).to_numpy(), codes[same], codes[~same & ~missing], codes[~same & missing]))
     vacant = np.maximum(there - stay, 0)
     changed = np.minimum(vacant, fresh)
     removed = vacant - changed
     counts: Counter[str] = Counter()
-    for name, count in (("changed", changed.sum()), ("added", (fresh - changed).sum())):
+    added = fresh - changed + np.maximum(gone - removed, 0)
+    for name, count in (("changed", changed.sum()), ("added", added.sum())):
         if count:
             counts[name] = int(count)
     if len(names):

@@ -1,6 +1,7 @@
 """Rebuilding and publishing: only what changed is processed, and readers always have a whole version."""
 
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -285,3 +286,21 @@ def test_what_a_stranger_tried(place: Path, capsys: pytest.CaptureFixture[str]) 
     assert "v1 was removed" not in capsys.readouterr().err
     assert main(["rollback", NAME, "--to", "v1", "--root", root]) == 2
     assert "v1 was removed by gc" in capsys.readouterr().err
+
+
+def test_files_that_are_gone_and_that_a_table_names_count_as_removed(place: Path,
+                                                                     caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    for picture in pictures(place)[:2]:
+        picture.unlink()
+    captions = place / "source" / "captions.csv"
+    last = captions.read_text().splitlines()[-1]
+    captions.write_text(captions.read_text() + f"never.png,{last.partition(',')[2]}\n")
+    made = rebuild(place / "root", place / "source")
+    assert {name: made[name] for name in ("kept", "added", "changed", "removed")} == {
+        "kept": 70, "added": 1, "changed": 0, "removed": 2}
+    assert "3 images that captions.csv names are not in the folder, the first is " in caplog.text
+    caplog.clear()
+    assert rebuild(place / "root", place / "source")["unchanged"]
+    assert "rows of the source of drawn since v2: 73 kept, 0 added, 0 changed, 0 removed" in caplog.text
+    assert "@v3" not in caplog.text

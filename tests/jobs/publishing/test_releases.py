@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,8 @@ def test_rollback_and_what_was_rolled_back_stays_so(place: Path, capsys: pytest.
     assert [re.split("  +", line)[:2] for line in lines] == [["v1", "released"], ["v2", "published"],
                                                              ["v3", "rolled back"]]
     assert len({line.index(re.split("  +", line)[1]) for line in lines}) == 1  # aligned
+    day = time.strftime("%Y-%m-%d", time.gmtime())
+    assert all(re.search(rf"published {day} \d\d:\d\d UTC; ", line) for line in lines)
     assert main(["embed", NAME, "--overwrite", "--root", root, "--local"]) == 2
     assert "never changes" in capsys.readouterr().err
 

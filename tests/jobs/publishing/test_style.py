@@ -62,8 +62,8 @@ def test_style_is_a_rebuild_and_its_repetition_the_next_version(
     assert none["unchanged"] and none["published"] == "v2"
 
 
-def test_words_alone_are_sampled_with_the_bundled_model(tmp_path: Path, source: Path,
-                                                        run: Callable[..., tuple[dict, str]]) -> None:
+def test_words_alone_are_sampled_with_the_bundled_model(
+        tmp_path: Path, source: Path, run: Callable[..., tuple[dict, str]], capsys: pytest.CaptureFixture[str]) -> None:
     root = str(tmp_path / "root")
     run("style", "mine", "--source", str(source), "--root", root)
     words = ("sample", "a tree", "--database", "mine", "--steps", "2", "--root", root)
@@ -79,6 +79,15 @@ def test_words_alone_are_sampled_with_the_bundled_model(tmp_path: Path, source: 
     assert "sample needs databases, and prompts" in log  # it is the name of a run, so it is no prompt
     _, log = run("sample", "a tree", "--root", root, code=2)
     assert "hint: python -m jobs sample --root" in log and "'a tree' --database NAME" in log
+    paint(source / "one-more.png", 1)
+    run("style", "mine", "--source", str(source), "--root", root)
+    keep = ("gc", "mine", "--keep", "0", "--lease", "0", "--dry-run", "--root", root)
+    assert main([*keep, "--json"]) == 0
+    sample = str(Path(made["folder"]).relative_to(root))
+    assert main([*keep]) == 0
+    first, _, table = capsys.readouterr().out.partition("v1  ")
+    assert [entry.get("samples") for entry in json.loads(first)] == [[sample], None]
+    assert f"; credits would be lost for {sample}\n" in table.partition("v2  ")[0]
 
 
 def test_the_newest_run_is_preferred_and_another_encoder_has_none(
