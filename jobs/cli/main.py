@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         if (code := _inform(arguments)) is not None:
             return code
         check_needed()
-        run, options = parse_command(arguments)
+        run, options = parse_command(arguments, read_root=True)
         check_root(arguments[0], options)
         code = run(options)
         sys.stdout.flush()

@@ -42,7 +42,7 @@ _FOLDERS_OF_A_ROOT = {"datasets", "runs", "pictures", "published"}
 _OLD_FLAGS = {f"--{old}": f"--{new}" for old, new in (("rebuild", "overwrite"), ("no-rebuild", "no-overwrite"))}
 
 
-def parse_command(arguments: Sequence[str], *, read_root: bool = True) -> tuple[Run, Any]:
+def parse_command(arguments: Sequence[str], *, read_root: bool = False) -> tuple[Run, Any]:
     """The function of a verb, and its options. ValueError if there is no such verb.
 
     `read_root`: settings that the command does not name are those of the published version, for verbs that make the

@@ -88,7 +88,7 @@ class Submission:
 def run_submit(options: SubmitOptions) -> int:
     if not options.words or options.words[0] == "submit":
         raise ValueError("submit needs a verb\nhint: python -m jobs submit --wait embed NAME --root s3://...")
-    _, inner = parse_command(options.words, read_root=False)  # the job may be the first to see the root
+    _, inner = parse_command(options.words)  # the job may be the first to see the root
     submission = make_submission(options.words, inner, options)
     _check_work(options.words, inner)
     return run_submission(submission, options)
