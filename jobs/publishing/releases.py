@@ -100,10 +100,9 @@ def versions_table(versions: list[dict[str, Any]]) -> str:
         change = ", ".join(f"{count} {what}" for what, count in (version["change"] or {}).items() if count)
         state = next((word for word in ("damaged", "published", "removed", "rolled_back", "released") if version[word]),
                      "not published").replace("_", " ")
-    """Every version of a dataset, oldest first: its facts, and the reason to keep it.
-
-    `at`: when it was last published, by the clock of the publisher (Unix time). `until`: when another took its place.
-    """
+        state = describe_failed_gates(version.get("failed_gates", ())) or state
+        date = "" if version["at"] is None else f"published {format_time(version['at'])}"
+        remarks = [date, f"{version['samples']} samples" if version["samples"] is not None else "",
                 f"recall@10 {version['recall@10']:.3f}" if version["recall@10"] is not None else "", change,
                 f"used by {', '.join(version['pinned_by'])}" if version["pinned_by"] else ""]
         rows.append([version["version"], state, "; ".join(part for part in remarks if part)])
