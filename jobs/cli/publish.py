@@ -20,7 +20,7 @@ from pipeline.sources.config import ShardConfig
 from pipeline.stages.timers import Times
 
 if TYPE_CHECKING:
-    from jobs.publishing.published_settings import PublishedSettings
+    from jobs.config.published_settings import PublishedSettings
     from jobs.publishing.rebuild import Rebuild
     from pipeline.datasets.signatures import ReleaseKeys
     from pipeline.stages.stage import Stage
@@ -67,7 +67,7 @@ class RebuildOptions:
 
     def read_published_settings(self) -> "PublishedSettings | None":
         """The settings of the published version; None if nothing is published."""
-        from jobs.publishing.published_settings import read_published_settings
+        from jobs.config.published_settings import read_published_settings
         from pipeline.datasets.dataset import Dataset
         name = Dataset.parse(self.common.root, self.dataset).name
         return read_published_settings(self.common.root, name, self.embed, scores=bool(self.rebuild.scores),
@@ -132,7 +132,7 @@ def run_style(options: StyleOptions) -> int:
     times = Times()
     with times("imports"):
         import_torch_first()
-        from jobs.publishing.published_settings import choose_encoder
+        from jobs.config.published_settings import choose_encoder
         from pipeline.embeddings.clip_weights import BUNDLED_MODEL
     with times("source"):
         encoder = choose_encoder(options.common.root, options.dataset, options.embed)

@@ -12,7 +12,7 @@ from jobs.cli.main import main
 from jobs.cli.options import CommonOptions
 from jobs.cli.run_stage import spare_ray
 from jobs.cluster.config import ClusterConfig
-from jobs.publishing.published_settings import choose_encoder
+from jobs.config.published_settings import choose_encoder
 from jobs.runs.newest_run import find_newest_run
 from pipeline.datasets import published
 from pipeline.embeddings.clip_weights import ClipConfig, describe_encoder, encoder_of
