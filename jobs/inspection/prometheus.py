@@ -180,7 +180,7 @@ def _one_of_each(states: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _stage_numbers(stage: dict[str, Any]) -> dict[str, float]:
     """The values of a stage, under the names of `_STAGE`."""
     state = {name: float(stage["state"] == name) for name in ("stale", "damaged", "failed")}
-    state |= {"published": float(stage["published"]), "stopped": float("failed_gates" in stage)}
+    state |= {"published": float(stage.get("published", False)), "stopped": float("failed_gates" in stage)}
     if stage["state"] == "damaged":
         return state
     now, whole = stage.get("progress"), "samples" in stage
