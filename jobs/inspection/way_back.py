@@ -5,9 +5,9 @@ from jobs.publishing.whole_versions import find_false_facts, find_replacement, f
 from pipeline import storage
 from pipeline.datasets import published, release_files
 from pipeline.datasets.dataset import Dataset, is_name
-from pipeline.datasets.pointer import DamagedPointer
 from pipeline.datasets.published import Published
 from pipeline.datasets.signatures import ReleaseKeys
+from pipeline.storage import DamagedFile
 
 _OF_RUNS = {"samples": "sample", "judges": "evaluate", "evaluations": "evaluate"}
 
@@ -34,7 +34,7 @@ def _find_command(root: str, path: str, keys: ReleaseKeys) -> str:
 def _mend_dataset(root: str, name: str, kind: str, rest: list[str], keys: ReleaseKeys) -> str:
     try:
         current = Published.load(root, name, keys)
-    except DamagedPointer as error:
+    except DamagedFile as error:
         return str(error).partition("\nhint: ")[2]
     version, stage = rest[0], "/".join(rest[1:3] if rest[1:2] in (["scores"], ["neighbors"]) else rest[1:2])
     dataset = Dataset(root, name, version)

@@ -11,7 +11,6 @@ from jobs.publishing.whole_versions import find_false_entries, is_removed, list_
 from pipeline import storage
 from pipeline.datasets import hidden_rows, published, release_files, takedown_list, takedowns
 from pipeline.datasets.dataset import Dataset, datasets
-from pipeline.datasets.pointer import DamagedPointer
 from pipeline.datasets.published import Published
 from pipeline.datasets.signatures import NO_KEYS, ReleaseKeys, read_release_keys
 from pipeline.storage import DamagedFile
@@ -30,13 +29,13 @@ def _is_published(root: str, name: str) -> bool:
     try:
         return (bool(Published.load(root, name).version)
                 or release_files.has_release(Dataset(storage.normalize(root), name)))
-    except DamagedPointer:
+    except DamagedFile:
         return True
 
 
 def check_published(root: str, *, quick: bool = False, keys: ReleaseKeys | None = None
                     ) -> tuple[tuple[str, ...], list[Fault]]:
-    """The folders of the versions that are published now, and the faults of every version in the history.
+    """The folders of the versions that are published now, and the faults of every version with a release.
 
     `quick` looks at the pointers, releases and manifests. Otherwise searches must not find what was forgotten. `keys`
     are those that must have signed the pointers, by default those of RDM_RELEASE_KEY.
@@ -58,7 +57,10 @@ def check_published(root: str, *, quick: bool = False, keys: ReleaseKeys | None 
             continue
         folders.append(f"datasets/{name}/{current.version}/")
         faults += _check_history(current)
-        versions = sorted({document["version"] for document in current.history()}, key=published.version_number)
+        released = [version for version in current.versions()
+                    if release_files.has_release(Dataset(root, name, version))]  # entries of the history may be lost
+        versions = sorted({*released, *(document["version"] for document in current.history())},
+                          key=published.version_number)
         checks = storage.map_urls(partial(_check_version, current, quick=quick), versions, threads=16 if quick else 1)
         faults += itertools.chain.from_iterable(checks)
     with contextlib.suppress(ValueError):  # the check of each version names a damaged list

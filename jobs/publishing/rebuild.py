@@ -276,12 +276,13 @@ class Rebuild:
                                   f"{'; '.join(map(str, failed))}: {kept}\nhint: check the source; if the version is "
                                   f"right, raise the limits of the gates (--max-lost ...)")
             shards = dataset.manifest("shards")
+            hidden = self._hide_forgotten(dataset)  # first: a version with a release must hide its rows
             data = release_files.write_release(dataset, {
                 "number": number, "base": before.version or None, "source": self.source.digest,
                 "samples": shards["totals"]["samples"] - shards["info"].get("dead", 0),
                 "recall@10": gates.recall(dataset), "encoder": dataset_encoder(dataset), "queries": texts,
                 "change": shards["info"]["change"], "gates": [vars(gate) for gate in results]})
-            if before.publish(dataset, data, number, **self._hide_forgotten(dataset)):
+            if before.publish(dataset, data, number, **hidden):
                 return {"published": dataset.version, "gates": {gate.name: gate.value for gate in results}}
 
     def _hide_forgotten(self, dataset: Dataset) -> dict[str, Any]:

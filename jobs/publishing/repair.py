@@ -93,6 +93,7 @@ def _close_history(current: Published, *, dry_run: bool) -> dict[str, Any]:
         _log.warning("repair: these publications of %s are lost: %s. Versions that no other names cannot be published "
                      "again", current.name, ", ".join(lost))
     if not dry_run:
+        _refuse_special_files(damaged)
         if not current.sign_again(repaired=True, **find_false_facts(current, current.document)):
             _refuse_superseded(current.name)
         _remove(damaged)
@@ -141,6 +142,12 @@ def _refuse_superseded(name: str) -> NoReturn:
     raise StageFailed(f"another command published a version of {name} meanwhile\nhint: python -m jobs versions {name}")
 
 
+def _refuse_special_files(urls: list[str]) -> None:
+    """DamagedFile if a damaged entry of the history is no file: what it is may not be ours to remove."""
+    for url in urls:
+        storage.refuse_special_file(url)
+
+
 def _remove(urls: list[str]) -> None:
     for url in urls:
         storage.remove(url)
@@ -160,7 +167,7 @@ def _restore_pointer(root: str, name: str, keys: ReleaseKeys, *, accepted: bool,
     faults = [(document, find_fault(current, document)) for document in candidates]
     document, fault = next(((document, fault) for document, fault in faults if not fault), faults[0])
     newest = max([document["sequence"] for document in candidates], default=0)
-    files = storage.list_files(storage.join(root, "published", name))  # readers compare with damaged ones too
+    files = storage.list_names(storage.join(root, "published", name))  # readers compare with damaged ones too
     newest = max([newest, *(int(file[:-5]) for file in files if file[:-5].isdigit())])
     seen = max(read_last_seen(root, name, signed=signed).get("sequence", 0) for signed in (False, True))
     after = document | {"sequence": max(newest, seen, current.document.get("sequence", 0)) + 1, "repaired": True,
@@ -174,6 +181,7 @@ def _restore_pointer(root: str, name: str, keys: ReleaseKeys, *, accepted: bool,
     if dry_run:
         return report
     damaged = current.damaged_history()
+    _refuse_special_files(damaged)
     if not current.replace(after):
         _refuse_superseded(name)
     _remove(damaged)

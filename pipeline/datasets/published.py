@@ -83,7 +83,7 @@ class Published:
         if fault := self.keys.find_fault(self.name, self.document):
             return fault
         sequence = self.document.get("sequence", 0)
-        files = _numbered(storage.list_files(self._history_folder))
+        files = _numbered(storage.list_names(self._history_folder))
         newest = max((int(file[:-5]) for file in files), default=0)
         if not self.document and newest:
             return f"is missing, and {newest} publications are in the history"
@@ -151,7 +151,7 @@ class Published:
         return self._open(Dataset(self.root, self.name, self.version), self.document["release"])
 
     def open_version(self, version: str) -> Dataset:
-        """A version with the hashes under which it was last published; without hashes if it never was.
+        """A version with the hashes under which it was last published, or of its release; without any if it has none.
 
         DamagedFile if signatures are checked, and no publication of the version has an accepted one.
         """
@@ -163,7 +163,8 @@ class Published:
                     return self._open(dataset, document["release"])
         if self.keys.accepted:
             raise DamagedFile(_untrusted(self.name, version, fault))
-        return dataset
+        data = read_release_bytes(dataset)  # its entry in the history may be lost
+        return dataset if data is None else self._open(dataset, hashlib.sha256(data).hexdigest())
 
     def _open(self, dataset: Dataset, sha256: str) -> Dataset:
         data = read_release_bytes(dataset)
@@ -200,9 +201,9 @@ class Published:
     @cached_property
     def entries(self) -> dict[str, dict[str, Any] | None]:
         """The entries of the history by URL; None for those that cannot be read."""
-        files = _numbered(storage.list_files(self._history_folder))
+        files = _numbered(storage.list_names(self._history_folder))
         urls = [storage.join(self._history_folder, file) for file in files]
-        return dict(zip(urls, storage.map_urls(lambda url: parse_pointer(storage.read_bytes(url)), urls), strict=True))
+        return dict(zip(urls, storage.map_urls(_read_entry, urls), strict=True))
 
     def unpublished_since(self, version: str) -> float | None:
         """When a version ceased to be the published one, None if it never was; infinity if it is.
@@ -308,7 +309,13 @@ class Published:
         return storage.swap_bytes(data, url, self.data) or read_pointer(self.root, self.name) == data
 
     def _add_to_history(self, document: dict[str, Any]) -> None:
-        storage.create_bytes(storage.json_bytes(document), self._history_url(document["sequence"]))
+        """Write an entry of the history. DamagedFile if something else is in its place."""
+        url = self._history_url(document["sequence"])
+        if not storage.create_bytes(storage.json_bytes(document), url):
+            there = parse_pointer(storage.read_bytes(url)) or {}
+            if any(there.get(key) != document[key] for key in ("version", "release")):
+                raise DamagedFile(f"{url} is not the publication of {self.name}@{document['version']}, which has this "
+                                  f"number\nhint: remove {url}; then python -m jobs verify")
 
     @property
     def _history_folder(self) -> str:
@@ -316,6 +323,14 @@ class Published:
 
     def _history_url(self, sequence: int) -> str:
         return storage.join(self._history_folder, f"{sequence:06d}.json")
+
+
+def _read_entry(url: str) -> dict[str, Any] | None:
+    """An entry of the history; None if it is damaged, or no file."""
+    try:
+        return parse_pointer(storage.read_bytes(url))
+    except DamagedFile:
+        return None
 
 
 def _numbered(files: list[str]) -> list[str]:

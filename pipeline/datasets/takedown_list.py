@@ -338,8 +338,8 @@ def change_document(url: str, grown: Any, *, replace_damaged: bool = False) -> d
         except ValueError as error:
             if not replace_damaged:
                 raise
+            data, document = storage.read_bytes(url), {}  # an error if that is no file
             _log.warning("%s: it is replaced", str(error).splitlines()[0])
-            data, document = storage.read_bytes(url), {}
         after = grown(document)
         if after == document or storage.swap_bytes(storage.json_bytes(json.loads(json.dumps(after))), url, data):
             return after

@@ -62,12 +62,19 @@ def _network_hint(error: BaseException | None) -> str:
 
 
 def refuse_special_file(url: str) -> None:
-    """DamagedFile if something else than a file stands at a local `url`: a folder, a pipe, a socket or a device.
+    """DamagedFile if something else than a file stands at a local `url`: a folder, a pipe, a link that leads nowhere.
 
     Opening a named pipe waits for a writer, and a device may have no end. FileNotFoundError if nothing is there.
     """
     if is_local(url):
-        mode = os.stat(local_path(url)).st_mode
+        path = local_path(url)
+        try:
+            mode = os.stat(path).st_mode
+        except OSError:
+            if not path.is_symlink():
+                raise
+            mode = stat.S_IFLNK
         if not stat.S_ISREG(mode):
-            kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
+            kind = ("a folder" if stat.S_ISDIR(mode) else "a link that leads nowhere" if stat.S_ISLNK(mode) else
+                    "a pipe, a socket or a device")
             raise DamagedFile(f"{url} is {kind}: expected a file\nhint: remove {url}; then python -m jobs verify")

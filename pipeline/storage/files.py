@@ -89,6 +89,16 @@ def list_files(url: str) -> list[str]:
             return []
 
 
+def list_names(url: str) -> list[str]:
+    """Sorted names of all that stands directly below the folder `url`: files, folders, links, pipes."""
+    fs, path = open_url(url)
+    with storage_errors(url, "list"):
+        try:
+            return sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=True))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+
 def list_folders(url: str) -> list[str]:
     """Sorted names of the folders directly below `url`."""
     fs, path = open_url(url)

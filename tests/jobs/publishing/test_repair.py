@@ -261,6 +261,40 @@ def test_a_damaged_entry_of_the_history_costs_only_itself(second: Path, content:
     assert main(["verify", "--quick", "--root", root]) == 0
 
 
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link"])
+def test_an_entry_of_the_history_that_is_no_file_is_named(second: Path, kind: str,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    root, entry = str(second / "root"), second / "root/published" / NAME / "000002.json"
+    entry.unlink()
+    {"pipe": os.mkfifo, "folder": Path.mkdir, "link": lambda path: path.symlink_to("/nonexistent/x")}[kind](entry)
+    for verb in (["neighbors", NAME, "--local"], ["verify", "--quick"], ["repair", NAME],
+                 ["rebuild", NAME, "--source", str(second / "source"), "--local"]):
+        assert main([*verb, "--root", root]) == 1, verb
+        out, err = capsys.readouterr()
+        assert "000002.json is a " in out + err and f"hint: remove {entry}; then python -m jobs verify" in err, verb
+    entry.rmdir() if kind == "folder" else entry.unlink()
+    paint(second / "source" / "more.png", 2)
+    assert rebuild(root, second / "source")["published"] == "v3"
+    assert entry.is_file() and main(["verify", "--quick", "--root", root]) == 0
+
+
+@pytest.mark.parametrize("repaired", [False, True])
+def test_a_version_without_an_entry_in_the_history_keeps_its_hashes(second: Path, repaired: bool) -> None:
+    root = str(second / "root")
+    assert main(["forget", "--key", f"{NAME}@v1/{_keys(second / 'root')[4]}", "--root", root]) == 0
+    (second / "root/published" / NAME / "000001.json").unlink()
+    if repaired:
+        assert main(["repair", NAME, "--root", root]) == 0
+    (second / "root/datasets" / NAME / "v1/forgotten.json").unlink()
+    dataset = published.open_dataset(root, f"{NAME}@v1")
+    assert dataset.trusted
+    with pytest.raises(ValueError, match=r"v1/forgotten\.json is missing or was replaced"):
+        hidden_rows.read_hidden_rows(dataset)
+    assert main(["verify", "--quick", "--root", root]) == 1
+    assert main(["repair", NAME, "--root", root]) == 0
+    assert len(hidden_rows.read_hidden_rows(dataset)) == 1 and main(["verify", "--root", root]) == 0
+
+
 def test_lost_entries_of_the_history_do_not_bring_an_older_version_back(second: Path) -> None:
     root = str(second / "root")
     assert published_dataset(root).version == "v2"
