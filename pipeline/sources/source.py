@@ -30,8 +30,8 @@ class Source(ABC):
 
     fetch: Literal["file", "url", "none"]
     """How the bytes of a row's image are obtained; none: they are in the row."""
-    kind: Literal["pictures", "list", "tars"]
-    """The kind of its files, a value of `--kind`."""
+    kind: Literal["pictures", "list", "tars", ""] = ""
+    """The kind of its files, a value of `--kind`. Empty: another source."""
     addresses: list[str]
     """The files that are lists or tars."""
     ignored: Counter[str]

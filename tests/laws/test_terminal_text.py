@@ -112,6 +112,6 @@ def test_errors_warnings_and_tracebacks_are_escaped(capsys: pytest.CaptureFixtur
 
 
 def test_a_page_shows_marks_of_the_writing_direction() -> None:
-    page = render_page(title=HOSTILE, written="", code="", root="", headline=None, sections=[], is_empty=False,
-                       left_out=0).decode()
+    page = render_page(title=HOSTILE, written="", code="", root="", headline=None, failures="", best="", sections=[],
+                       is_empty=False, left_out=0).decode()
     assert SHOWN in page and not RAW.search(page)

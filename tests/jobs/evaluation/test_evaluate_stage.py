@@ -72,7 +72,7 @@ def test_everything_is_measured_and_said(root: Path, capsys: pytest.CaptureFixtu
     assert "runs/small/evaluations/here" in capsys.readouterr().out
     assert main(["report", "--root", str(root)]) == 0
     page = (root / "report.html").read_text()
-    part = page[page.index("<h2>The finding</h2>"):page.index("<h2>Training</h2>")]
+    part = page.partition("<h2>The finding</h2>")[2].partition("<h2>")[0]
     assert all(name in part for name in summary.NAMES.values()) and part.count("data:image/webp") == 3
 
 
@@ -112,7 +112,7 @@ def test_what_is_not_asked_is_not_drawn(root: Path, capsys: pytest.CaptureFixtur
     assert [path.name for path in folder.glob("grid-*.png")] == ["grid-database.png"]
     assert main(["report", "--root", str(root)]) == 0
     page = (root / "report.html").read_text()
-    part = page[page.index("<h2>The finding</h2>"):page.index("<h2>Training</h2>")]
+    part = page.partition("<h2>The finding</h2>")[2].partition("<h2>")[0]
     assert "databases swapped" in part and "the prompt names the style" not in part
     capsys.readouterr()
     assert _evaluate(root, "--ways", "text", "--no-text", "--sweep-k", "--sweep-guidance") == 2

@@ -217,7 +217,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_taken_in_words(root: Path, ca
     path = root / "runs/damaged/checkpoints/0000010/optimizer.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     assert train_process(job) == 10
-    assert "checkpoint 10 of the run damaged cannot be used, the one before is taken" in caplog.text
+    assert "checkpoint 10 of the run damaged cannot be used; the run continues from an earlier one" in caplog.text
     assert [(file["name"], file["sha256"]) for file in job.run.checkpoint(10)["files"]] == [
         (file["name"], file["sha256"]) for file in whole["files"]]
     job.run.fetch(10)
