@@ -5,7 +5,7 @@
     python tests/bench/gpu.py --device cpu          # small sizes on a CPU: tries the script, gives no figures of use
 
 Each part is a process with a time limit. It prints PASS, FAIL or SKIP with the figure and its gate, and writes its rows
-to OUT/<part>.jsonl at once. The end is OUT/gpu.json and a Markdown table that names the card. It needs torch,
+to OUT/<part>.jsonl immediately. The end is OUT/gpu.json and a Markdown table that names the card. It needs torch,
 numpy, pillow, pyarrow and fsspec. Parts that need open_clip, diffusers or faiss are skipped where those are missing.
 The exit code is 0 if no check failed, 1 if one did, and 2 if there is no such device.
 """
@@ -90,7 +90,7 @@ def _run_parts(parts: list[str], device: str, out: Path) -> int:
 
 
 def _process(part: str, device: str, out: Path) -> list[Row]:
-    """Run one part as a process of its own; its rows, with one more if it broke or took too long."""
+    """Run one part as another process. Returns its rows, with one more if it broke or took too long."""
     path, limit = out / f"{part}.jsonl", PARTS[part].limit_s * (8 if device == "cpu" else 1)
     path.unlink(missing_ok=True)
     command = [sys.executable, __file__, "--part", part, "--device", device, "--out", str(out)]

@@ -32,7 +32,7 @@ class Failed(Exception):
 
 @dataclass
 class Usage:
-    """What a command used, all its processes together."""
+    """Resources that all processes of a command used."""
 
     wall_s: float
     cpu_s: float

@@ -168,7 +168,7 @@ class Server:
 
 
 class Running(NamedTuple):
-    """A server in a process of its own."""
+    """A server in another process."""
 
     address: str  # host:port
     pid: int
@@ -199,7 +199,7 @@ def running(work: Path, *, keep_alive: bool = True, port: int = 0) -> Iterator[R
 
 
 def _measure(work: Path, requests: int) -> None:
-    """What a request costs the server, by one client that reads and forgets."""
+    """Cost of a request for the server, by one client that discards the answers."""
     for keep_alive in (True, False):
         with running(work, keep_alive=keep_alive) as server:
             host, port = server.address.split(":")

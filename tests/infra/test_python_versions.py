@@ -1,4 +1,4 @@
-"""What older Pythons accept and newer ones do not, found on every version."""
+"""Code that older Pythons accept and newer ones do not is found on every version."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Those who judge styles: what they can tell apart, and what they cannot."""
+"""Style classifiers: differences that they find, and differences that they must not find."""
 
 import numpy as np
 import pytest

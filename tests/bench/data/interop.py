@@ -2,7 +2,7 @@
 
     python tests/bench/data/interop.py [--work FOLDER]
 
-img2dataset downloads, the stages here go on from its folder. The shard stage downloads; webdataset, Ray Data and
+img2dataset downloads, the stages here continue from its folder. The shard stage downloads; webdataset, Ray Data and
 clip-retrieval read its tars. A list with the columns of LAION's is taken as it is. Prints a table; exit 1 if anything
 differs from what is expected.
 """
@@ -53,7 +53,7 @@ print(json.dumps([key for batch in read for key in batch["image_filename"]]))
 
 
 class Checks:
-    """What was expected, and what was found."""
+    """Expected and actual values."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, str, str, bool]] = []

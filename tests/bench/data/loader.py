@@ -5,8 +5,8 @@
 The tars, four of them, are made by `shard` from photographs: JPEGs of 256 x 256. webdataset reads and decodes them
 in their order and does nothing else, with its own decoder (Pillow) and with ours, in a plain loop, or in batches by a
 DataLoader of two workers. Batches gives one epoch in its own order, with neighbors, by one thread or two that decode;
-nothing is decoded before, and nothing is kept but in the last row. Of webdataset the time until its first images is
-left out, of Batches nothing is. All read from memory, as far as the system keeps files there. The contestants take
+nothing is decoded before, and nothing is kept but in the last row. The time until the first images is left out
+for webdataset, and not for Batches. All read from memory, as far as the system keeps files there. The contestants take
 turns; prints a Markdown table of medians.
 """
 
@@ -74,7 +74,7 @@ def _first(sample: tuple[Any]) -> Any:
 
 
 def _in_turn(stream: Any, count: Callable[[Any], int]) -> Run:
-    """What a stream gives; the time until its first element is left out."""
+    """The elements of a stream and their rate, without the time until the first one."""
     elements, later = iter(stream), 0
     first, begin = count(next(elements)), time.perf_counter()
     for element in elements:

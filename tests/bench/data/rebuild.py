@@ -1,4 +1,4 @@
-"""What the driver of a rebuild needs before any work starts: seconds and memory, for many rows of which few changed.
+"""Seconds and memory of the driver of a rebuild before work starts, for many rows of which few changed.
 
     python tests/bench/data/rebuild.py [ROWS] [FOLDER]
 

@@ -1,8 +1,8 @@
-"""What a billion rows cost the driver: planning, items, manifests and going on, measured at up to ten million.
+"""Costs of a billion rows for the driver: planning, items, manifests and resuming, measured at up to ten million.
 
     python tests/bench/data/scale.py [--small] [--only plan driver workers lists] [--work FOLDER]
 
-Each measurement runs in a process of its own, so that its peak of memory is its own. Prints Markdown tables, and from
+Each measurement runs in another process, so that its peak of memory is its own. Prints Markdown tables, and from
 the measured constants a table for 100 million and 5 billion rows. --small takes a hundredth of everything, to see that
 it runs. Everything is in scale.json in the work folder.
 """
@@ -42,7 +42,7 @@ class Sizes:
 
 
 def run_part(part: str, work: Path, **arguments: Any) -> dict[str, Any]:
-    """What a part of this script says in a process of its own."""
+    """The figures of a part of this script, from another process."""
     print(f"{part} {arguments} ...", file=sys.stderr, flush=True)
     process = subprocess.run([sys.executable, __file__, "--part", json.dumps([part, arguments]), "--work", str(work)],
                              stdout=subprocess.PIPE, text=True, check=True)
@@ -99,7 +99,7 @@ def measure_lists(work: Path, sizes: Sizes) -> dict[str, Any]:
 
 
 def print_extrapolation(figures: dict[str, Any], sizes: Sizes) -> None:
-    """What 100 million and 5 billion rows would cost, by the constants measured."""
+    """Costs of 100 million and 5 billion rows, by the measured constants."""
     row_s = (figures["plan"][2]["seconds"] - figures["plan"][0]["seconds"]) / sizes.rows
     filtered_row_s = (figures["plan"][3]["seconds"] - figures["plan"][1]["seconds"]) / sizes.rows
     list_figures, base = figures["lists"]["lists"], figures["plan"][0]["before_mb"]

@@ -1,4 +1,4 @@
-"""What the parts of `tests/bench/gpu.py` share: the device, rows of figures with their gates, and timing."""
+"""Shared by the parts of `tests/bench/gpu.py`: the device, rows of figures with their gates, and timing."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ class Row:
 
 @dataclass
 class Report:
-    """The rows of one part. Each row is written to `path` at once, so a killed part keeps its figures."""
+    """The rows of one part. Each row is written to `path` immediately, so a killed part keeps its figures."""
 
     part: str
     device: torch.device
@@ -138,7 +138,7 @@ def products_per_second(device: torch.device, dtype: torch.dtype, side: int) -> 
 
 
 def synchronizations(call: Callable[[], object], device: torch.device) -> list[str]:
-    """Where a call made the host wait for the GPU: the text of each of torch's warnings."""
+    """Places where a call made the host wait for the GPU: the texts of the warnings of torch."""
     if device.type != "cuda":
         return []
     torch.cuda.set_sync_debug_mode("warn")

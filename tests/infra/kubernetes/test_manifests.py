@@ -1,4 +1,4 @@
-"""What is in infra/: rendered as it would be applied, checked against its schemas and against the command line."""
+"""The manifests of infra/, rendered as for a cluster, are checked against schemas and the command line."""
 
 import json
 import re

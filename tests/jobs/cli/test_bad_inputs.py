@@ -52,7 +52,7 @@ def _files(place: Path) -> dict[Path, int]:
 
 
 def _refused(place: Path, verb: str, words: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
-    """What a verb says that must end with `code` and write nothing."""
+    """The message of a verb that must end with `code` and write nothing."""
     before = _files(place)
     assert main([verb, *words]) == code, capsys.readouterr()
     said = capsys.readouterr().err

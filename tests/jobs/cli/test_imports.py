@@ -1,4 +1,4 @@
-"""What the command line imports before a verb needs it: importing all of it takes seconds and half a gigabyte."""
+"""The command line imports heavy modules only when a verb needs them: all take seconds and half a gigabyte."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ print("loaded:", *sorted(set(sys.argv[1].split(",")) & sys.modules.keys()))
 
 
 def heavy_modules(*words: str) -> tuple[str, set[str]]:
-    """What a command prints, and the heavy modules that it has imported at its end."""
+    """The output of a command, and the heavy modules that it has imported at its end."""
     done = subprocess.run([sys.executable, "-c", CODE, ",".join(HEAVY), *words], check=True, capture_output=True,
                           text=True, cwd=REPOSITORY)
     printed, _, loaded = done.stdout.rpartition("loaded:")

@@ -1,4 +1,4 @@
-"""What a job consists of before it is sent: its name, words, variables and files."""
+"""The parts of a job before it is sent: name, words, variables and files."""
 
 import json
 import logging

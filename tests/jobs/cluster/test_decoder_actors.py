@@ -1,4 +1,4 @@
-"""Pictures that nodes without a GPU decode for a worker: the bytes of one process, whoever dies meanwhile."""
+"""Images that nodes without a GPU decode for a worker: the bytes of one process, whoever dies meanwhile."""
 
 import os
 import signal

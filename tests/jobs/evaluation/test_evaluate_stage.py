@@ -158,7 +158,7 @@ def test_a_database_without_unseen_subjects_needs_prompts(root: Path, capsys: py
 
 def test_an_interval_is_that_of_prompts_and_not_of_pictures() -> None:
     rng = np.random.default_rng(0)
-    by_prompt = np.repeat(rng.integers(2, size=(100, 1)), 50, 1).astype(float)  # all pictures of a prompt alike
+    by_prompt = np.repeat(rng.integers(2, size=(100, 1)), 50, 1).astype(float)  # all images of a prompt alike
     wide = summary.interval(by_prompt)
     narrow = summary.interval(rng.integers(2, size=(100, 50)).astype(float))
     assert 0.15 < wide["high"] - wide["low"] < 0.25

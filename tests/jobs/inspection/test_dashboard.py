@@ -61,7 +61,7 @@ def test_each_alert_is_tested() -> None:
 
 
 def _corpus(folder: Path, pictures: Path) -> Path:
-    """The drawn pictures, and one that is none."""
+    """The drawn images, and one that is none."""
     shutil.copytree(pictures, folder)
     (folder / "broken.png").write_text("no picture")
     return folder

@@ -26,7 +26,7 @@ SHARD = ShardConfig(image_size=32, format="png", samples_per_shard=30)
 
 def make_rebuild(root: Path | str, source: Path | str, shard: ShardConfig = SHARD, key: str = "",
                  **settings: Any) -> Rebuild:
-    """A rebuild of a folder of drawn pictures."""
+    """A rebuild of a folder of drawn images."""
     return Rebuild(str(root), NAME, replace(shard, source=(str(source),)), EmbedConfig(),
                    IndexConfig(bytes_per_vector=288, key=key), RebuildConfig(**settings))
 
@@ -40,7 +40,7 @@ def published_dataset(root: Path | str) -> Dataset:
 
 
 def vectors_by_content(dataset: Dataset) -> dict[str, np.ndarray]:
-    """The vectors of what can be found, by the name of the picture and the hash of its bytes."""
+    """The vectors of what can be found, by the name of the image and the hash of its bytes."""
     rows = [row for record in dataset.manifest("shards")["items"] for row in metadata(dataset, record)]
     hidden = set(hidden_rows.read_hidden_rows(dataset).tolist())
     vectors = Embeddings(dataset).all()
@@ -57,7 +57,7 @@ def pictures(place: Path) -> list[Path]:
 
 
 def drop(place: Path, path: Path) -> None:
-    """Take a picture and its caption out of the source."""
+    """Take an image and its caption out of the source."""
     path.unlink()
     captions = place / "source" / "captions.csv"
     name = str(path.relative_to(place / "source"))

@@ -115,7 +115,7 @@ def test_a_list_of_addresses(tmp_path: Path, place: Path) -> None:
     assert rebuild_from_list(lines[:60])["added"] == 60
     summary = rebuild_from_list([*lines[5:60], *lines[66:70]])
     assert (summary["added"], summary["removed"], summary["kept"], summary["embedded"]) == (4, 5, 55, 4)
-    # A picture from a domain that is to be forgotten is not even fetched.
+    # An image from a domain that is to be forgotten is not even fetched.
     assert main(["forget", "--url", lines[66]["url"], "--root", str(tmp_path / "root")]) == 0
     assert rebuild_from_list([*lines[5:60], *lines[66:70]])["forgotten"] == 1
     assert not any(lines[66]["url"] in name for name in vectors_by_content(published_dataset(tmp_path / "root")))

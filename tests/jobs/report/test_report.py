@@ -70,7 +70,7 @@ def report_page(root: Path) -> str:
 
 
 def shards(root: Path, name: str, pictures: Path) -> Dataset:
-    """A dataset of drawn pictures, some with hostile captions, one undecodable, one held out."""
+    """A dataset of drawn images, some with hostile captions, one undecodable, one held out."""
     source = root / "source" / name
     source.mkdir(parents=True)
     with open(source / "captions.csv", "w", newline="") as file:
@@ -90,7 +90,7 @@ def shards(root: Path, name: str, pictures: Path) -> Dataset:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, drawn_pictures: Path) -> Path:
-    """Everything there is: two datasets, neighbours, a run, its samples."""
+    """Everything there is: two datasets, neighbors, a run, its samples."""
     folder = tmp_path_factory.mktemp("report")
     for name in ("train", "line"):
         dataset = shards(folder, name, drawn_pictures)

@@ -1,4 +1,4 @@
-"""A trained network that is carried to another root draws the same pictures there."""
+"""A trained network that is carried to another root draws the same images there."""
 
 import json
 import shutil

@@ -166,7 +166,7 @@ def test_a_run_on_latents_trains_and_draws_pictures(root: Path, autoencoder: Pat
     train = ["train", "run", "--dataset", "drawn", *common, "--steps", "4", "--global-batch", "4", "--log-every", "1",
              "--checkpoint-every", "4"]
     assert main([*train, *sizes, "--latents"]) == 0
-    assert main([*train, "--overwrite"]) == 0  # on pictures
+    assert main([*train, "--overwrite"]) == 0  # on images
     capsys.readouterr()
     assert main([*train, "--latents", "--overwrite"]) == 2
     assert "16 x 8 x 8" in capsys.readouterr().err

@@ -24,7 +24,7 @@ def trained(template: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def _results(place: Place) -> dict[str, Any]:
-    """What the manifests of a place say of the files that these commands make."""
+    """The files of these commands, by the manifests of a place."""
     root = Path(place.root)
     paths = [*root.glob("runs/**/manifest.json"), *root.glob("datasets/*/*/latents/manifest.json")]
     manifests = {str(path.relative_to(root)): json.loads(path.read_bytes()) for path in paths}

@@ -25,7 +25,7 @@ ray = pytest.mark.ray
 
 
 def image_urls(address: str, count: int) -> list[str]:
-    """Addresses of pictures, each another."""
+    """Addresses of images, each another."""
     return [f"http://{address}/{number % PICTURES}.jpg?{number}" for number in range(count)]
 
 
@@ -36,7 +36,7 @@ def write_url_list(path: Path, urls: Sequence[str]) -> Path:
 
 
 def write_slow_list(path: Path, address: str, count: int, pause: float) -> Path:
-    """A list in which every fourth row takes ten pauses, and is no picture."""
+    """A list in which every fourth row takes ten pauses, and is no image."""
     return write_url_list(path, [url if number % 4 else f"http://{address}/slow-body?pause={pause}&{number}"
                                  for number, url in enumerate(image_urls(address, count))])
 

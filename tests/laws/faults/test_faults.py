@@ -75,7 +75,7 @@ def _manifests(root: str) -> dict[str, Any]:
 def test_the_demo_seals_everything_and_a_second_one_does_nothing(undisturbed: Path, settings_file: Path) -> None:
     states = {stage_status["path"]: stage_status["state"] for stage_status in status.read_status(str(undisturbed))}
     assert states.pop(UNINDEXED) == "absent" and set(states.values()) == {"sealed"}
-    # Pictures, datasets with and without an index, neighbours of training's and of held-out ones, run, samples.
+    # Images, datasets with and without an index, neighbors of training's and of held-out ones, run, samples.
     assert len(states) == 1 + 7 * 3 + 2 + 2 + 2
     times = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
     assert main(_arguments(undisturbed, settings_file, "--local")) == 0

@@ -44,7 +44,7 @@ class KilledAt:
 
 
 def killed_at_every_point(make, root) -> int:
-    """Run `make(folder)` anew for every point it can be killed at, each time to its end; how many there were."""
+    """Run `make(folder)` again for every point it can be killed at, each time to its end; how many there were."""
     run_stage(undisturbed := make(root / "undisturbed"))
     expected = lasting_files(undisturbed.folder)
     for point in itertools.count():

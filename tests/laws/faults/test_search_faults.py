@@ -1,4 +1,4 @@
-"""The stages from tars to neighbours while workers are killed, and embeddings that are not what they should be.
+"""The stages from tars to neighbors while workers are killed, and embeddings that are not what they should be.
 
 Afterwards the files are, byte for byte, those of a run that nobody disturbed; what is wrong is refused or counted.
 """
@@ -33,7 +33,7 @@ SHARDS, PER_SHARD = 16, 18
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with a dataset of small shards, a picture of which is spoiled."""
+    """A root with a dataset of small shards, an image of which is spoiled."""
     folder = tmp_path_factory.mktemp("corpus")
     source = synthetic.drawings(folder / "pictures", subjects=SHARDS * PER_SHARD // 6)
     assert main(["shard", "x", "--source", str(source), "--root", str(folder / "root"), "--local", "--image-size", "32",
@@ -238,7 +238,7 @@ def test_a_vector_of_zeros_is_nobodys_neighbour(root: Path) -> None:
 
 
 def weights(path: Path, value: float) -> Path:
-    """The bundled weights, but for the last matrix of the picture's encoder."""
+    """The bundled weights, but for the last matrix of the image's encoder."""
     tensors = load_file(BUNDLED / "tiny_clip.safetensors")
     tensors["visual.proj"] = tensors["visual.proj"] * 0 + value
     save_file(tensors, path)
@@ -249,7 +249,7 @@ def weights(path: Path, value: float) -> Path:
 def test_an_encoder_that_makes_no_vectors_is_told(value: float, root: Path, tmp_path: Path, capsys: Any) -> None:
     code = main(embed(root, "--local", "--pretrained", str(weights(tmp_path / "w.safetensors", value))))
     text = capsys.readouterr()
-    if value == 0:  # which could be true of a picture, if not of all
+    if value == 0:  # which could be true of an image, if not of all
         assert code == 0
         assert json.loads(text.out)["noted"] == {"no_direction": SHARDS * PER_SHARD}
         return

@@ -96,7 +96,7 @@ def test_sigterm_stops_and_the_same_command_goes_on(tmp_path: Path, address: str
 
 
 def _last_progress(root: Path) -> Any:
-    """What the driver said last, once it has seen some of everything."""
+    """The last progress of the driver, once it has seen some of everything."""
     try:
         now = storage.read_json(storage.join(shards_folder(root), "progress.json"))
     except FileNotFoundError:
@@ -182,7 +182,7 @@ def test_a_dead_server_stops_the_run_and_a_live_one_mends_it(tmp_path: Path, cap
 
 @contextlib.contextmanager
 def _image_server(address: str) -> Iterator[None]:
-    """A server of one picture at a given address."""
+    """A server of one image at a given address."""
     body = encoded(noise(20, 20), "JPEG")
 
     class Handler(BaseHTTPRequestHandler):

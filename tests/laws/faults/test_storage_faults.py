@@ -49,7 +49,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 @pytest.fixture(scope="module")
 def heavy() -> Iterator[str]:
-    """A server of pictures of about 300 kB."""
+    """A server of images of about 300 kB."""
     with web_server.serving({f"{number}.jpg": encoded(noise(400, 400, number), "JPEG", quality=95)
                       for number in range(PICTURES)}) as served:
         yield served

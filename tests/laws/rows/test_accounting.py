@@ -1,4 +1,4 @@
-"""Where each row of a source went: into one sample or line of the ledger, however often it is tried."""
+"""Each row of a source becomes one sample or line of the ledger, however often it is tried."""
 
 import hashlib
 import io
@@ -107,7 +107,7 @@ def test_passwords_in_addresses_appear_nowhere(tmp_path, image_site, kind):
     stage = Shard(dataset, config(tmp_path / f"list.{kind}", samples_per_shard=4))
     manifest = run_stage(stage, retry=True)
     reasons = [line["error_message"] and line["error_message"].split(":")[0] for line in table(dataset, manifest)]
-    # The password reached its server: what it answers to it is no picture, but not 401.
+    # The password reached its server: what it answers to it is no image, but not 401.
     assert reasons[:10] == [None, "not_a_picture", "http_404", "not_a_picture", None, "protocol", "bad_url", "bad_url",
                             "http_500", None]
     assert reasons[-1] is None  # so it did at the second try

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("private_cache")
 
 
 def blot(number: int, shade: int = 0) -> Image.Image:
-    """A picture of its own for each number, a little darker with `shade`."""
+    """An image of its own for each number, a little darker with `shade`."""
     rng = np.random.default_rng(number)
     image = Image.new("RGB", (64, 64), tuple(map(int, rng.integers(0, 256, 3))))
     draw = ImageDraw.Draw(image)
@@ -34,7 +34,7 @@ def blot(number: int, shade: int = 0) -> Image.Image:
     return Image.fromarray((np.asarray(image).astype(int) - shade).clip(0, 255).astype(np.uint8))
 
 
-# Numbers of pictures, and how each is stored: the same file, the same pixels, or nearly the same.
+# Numbers of images, and how each is stored: the same file, the same pixels, or nearly the same.
 KINDS = [(0, "png"), (1, "png"), (0, "png"), (2, "png"), (1, "webp"), (3, "png"), (0, "dark"), (4, "png"), (3, "dark"),
          (2, "png"), (5, "png"), (5, "webp"), (5, "dark"), (6, "png")]
 
@@ -50,7 +50,7 @@ def blots(folder: Path) -> Path:
 
 
 def kept_positions(how: str) -> list[int]:
-    """Places of the pictures that stay, the broken one among them as none."""
+    """Places of the images that stay, the broken one among them as none."""
     seen, kept = set(), []
     for position, (number, kind) in enumerate(KINDS):
         sign = number if how == "near" else (number, kind == "dark")

@@ -1,4 +1,4 @@
-"""What an image is told in training: which neighbors, how many, how disturbed, and its own vector."""
+"""The condition of an image in training: its neighbors, their number, their noise, and its own vector."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What a run says of itself adds up, whoever dies meanwhile, and a budget stops it when it should."""
+"""The progress of a run adds up, also if workers die, and a budget stops it at the right time."""
 
 import random
 import time

@@ -1,4 +1,4 @@
-"""What is taken out of URLs, and what stays so that they still tell images apart."""
+"""Credentials are removed from URLs, and URLs of different images stay different."""
 
 import re
 import time

@@ -1,4 +1,4 @@
-"""What the hardware can do: matrix products, device memory, and the way from the host. Reference, no gates."""
+"""Limits of the hardware: matrix products, device memory, and transfers from the host. Reference, no gates."""
 
 import os
 

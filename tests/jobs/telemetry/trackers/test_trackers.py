@@ -1,4 +1,4 @@
-"""What TensorBoard and MLflow get, read back from their own files by their own readers."""
+"""TensorBoard and MLflow get all records. Their own readers read their own files."""
 
 import importlib.util
 import json
@@ -43,7 +43,7 @@ NAMES = [pytest.param(name, marks=pytest.mark.skipif(
 
 @dataclass
 class Tracked:
-    """What a reader finds of one run."""
+    """The content of a run, by its reader."""
 
     state: str
     metrics: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Tracked:
 
 
 def read_tensorboard(root: Path, path: str) -> Tracked:
-    """What the reader of TensorBoard finds in the event files of a folder."""
+    """The content of the event files of a folder, by the reader of TensorBoard."""
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     place, _, rest = path.partition("/samples")
     folder = root / place / "tensorboard" / f"samples{rest}" if rest else root / place / "tensorboard"
@@ -71,7 +71,7 @@ def read_tensorboard(root: Path, path: str) -> Tracked:
 
 
 def read_mlflow(root: Path, path: str) -> Tracked:
-    """What the client of MLflow finds in the local store."""
+    """The content of the local store, by the client of MLflow."""
     mlflow = pytest.importorskip("mlflow")
     client = mlflow.MlflowClient(f"sqlite:///{root}/mlflow/mlflow.db")
     run = client.get_run(json.loads((root / path / "mlflow.json").read_text())["id"])

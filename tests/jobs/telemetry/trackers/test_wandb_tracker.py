@@ -1,4 +1,4 @@
-"""What wandb is told, read back from the files that it writes offline."""
+"""wandb gets all records, by the files that it writes offline."""
 
 import json
 import os
