@@ -55,7 +55,7 @@ class PublishedSettings:
         if "model" not in self.values["embed"]:
             now = _as_flags(options.embed, "embed")
             changed += [f"{flag} {now[flag]} (was {then})" for name in ("model", "pretrained")
-                        if now[flag := f"--embed.{name}"] != (then := self.encoder[name])
+                        if now[flag := f"--{_FLAG_PREFIXES['embed']}{name}"] != (then := self.encoder[name])
                         and then not in {"local-dir", "file"}]  # the description does not say where these are
         if kept:
             _log.info("%s: these settings of %s stay, for the command names no others: %s", verb, self.label,

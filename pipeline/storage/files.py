@@ -57,7 +57,7 @@ def exists(url: str) -> bool:
         try:
             # Not fs.isfile, which takes a store that does not answer for one without the file.
             return fs.info(path)["type"] == "file"
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
 
 

@@ -41,7 +41,7 @@ def _check(place: dict[str, str], words: str, seconds: float, folder: Path) -> N
     text = seen.raw
     assert "Traceback" not in text and "Exception ignored" not in text, text
     assert seen.code == 130, text
-    assert len(re.findall(r"^(?:\^C)*stopped", "\n".join(seen.lines), re.MULTILINE)) == 1, text
+    assert len(re.findall(r"^(?:\^C)*(?:[\d:]+ train: )?stopped", "\n".join(seen.lines), re.MULTILINE)) == 1, text
     assert text.count("\x1b[?25l") <= text.count("\x1b[?25h"), text  # the cursor is there again
 
 

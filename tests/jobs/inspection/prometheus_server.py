@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 INFRA = Path(__file__).parents[3] / "infra"
-_COMPARED = re.compile(r"(?:\s(?:==|<|>|and|or)\s(?:on\s*\([^)]*\)\s)?)")
+_COMPARED = re.compile(r"(?:\s(?:==|<|>|and|or|unless)\s(?:on\s*\([^)]*\)\s)?)")
 
 
 def binary(name: str = "prometheus") -> str | None:
@@ -132,4 +132,7 @@ def operands(expression: str) -> list[str]:
         depth += {"(": 1, "{": 1, "[": 1, ")": -1, "}": -1, "]": -1}.get(letter, 0)
         flat += letter if depth == 0 or letter.isspace() is False else "\0"
     parts = [part.replace("\0", " ").strip() for part in _COMPARED.split(flat)]
+    if parts != [expression.strip()]:
+        inner = [operands(part[1:-1]) if part[:1] == "(" and _COMPARED.search(part) else [part] for part in parts]
+        parts = [part for group in inner for part in group]
     return [re.sub(r"\s-\s[0-9.]+$", "", part) for part in parts if re.search("[a-z]", part)]

@@ -205,7 +205,7 @@ def test_too_little_memory_names_the_setting_to_change(tmp_path):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return good(step)
 
-    with pytest.raises(MemoryError, match=r"(?s)8 pictures a process in 1 parts.*Tried.*hint: --accumulate 2"):
+    with pytest.raises(MemoryError, match=r"(?s)8 images a process in 1 parts.*Tried.*hint: --accumulate 2"):
         _run(toy_run.config(checkpoint_every=2), tmp_path, batch_at=batch_at)
     assert [folder.name for folder in tmp_path.iterdir()] == ["0000002"]
 
