@@ -30,6 +30,7 @@ def test_the_default_parts_take_nine_minutes_at_most(monkeypatch: pytest.MonkeyP
         assert (SCRIPT.parent / "gpu_parts" / f"{part.module.replace('.', '/')}.py").is_file()
 
 
+@pytest.mark.slow
 def test_a_part_leaves_its_rows_and_a_table_without_ray_and_faiss(tmp_path: Path) -> None:
     hidden = tmp_path / "hidden"
     hidden.mkdir()

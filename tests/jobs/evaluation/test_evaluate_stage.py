@@ -119,6 +119,7 @@ def test_what_is_not_asked_is_not_drawn(root: Path, capsys: pytest.CaptureFixtur
     assert "no way and no sweep is requested" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_neither_the_number_of_workers_nor_a_second_run_changes_anything(root: Path, cluster) -> None:
     assert _evaluate(root, "--name", "one") == 0
     ray = ["evaluate", "small", *[word for name in STYLES for word in ("--database", name)], "--root", str(root), *FEW]

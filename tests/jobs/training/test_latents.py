@@ -369,6 +369,7 @@ def test_without_a_first_stage_there_is_a_hint(root: Path, tmp_path: Path, capsy
     assert "there is no autoencoder in" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_latents_do_not_depend_on_who_computes_them(root: Path, autoencoder: Path, tmp_path: Path) -> None:
     dataset = Dataset.parse(str(root), "drawn")
     local_manifest = run_stage(latents.Latents(dataset, LatentsConfig(first_stage=str(autoencoder))))

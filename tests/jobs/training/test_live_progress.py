@@ -36,7 +36,7 @@ def test_a_damaged_progress_counts_as_none(tmp_path: Path) -> None:
         assert read_run_progress(Run(str(tmp_path), "small")) is None
 
 
-@pytest.mark.parametrize("columns", [40, 80])
+@pytest.mark.parametrize("columns", [40, pytest.param(80, marks=pytest.mark.slow)])
 def test_train_shows_a_live_line(prepared_root: Path, tmp_path: Path, columns: int) -> None:
     shutil.copytree(prepared_root, tmp_path / "root")
     (tmp_path / "settings.toml").write_text('[train]\nsteps = 30\nglobal_batch = 8\nprecision = "fp32"\n'

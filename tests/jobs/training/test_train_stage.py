@@ -223,6 +223,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_taken_in_words(root: Path, ca
     job.run.fetch(10)
 
 
+@pytest.mark.slow
 def test_validation_tells_whether_neighbours_are_used_and_changes_nothing(root: Path) -> None:
     dataset = Dataset.parse(str(root), "drawn")
     config = _config(steps=24, lr=2e-3, validate_every=12)

@@ -21,7 +21,7 @@ _FAST = [*itertools.product(PUBLISHING, PUBLISHING[:-1]), ("shard", "embed"), ("
          ("index", "neighbors"), ("forget", "shard"), ("shard", "forget")]
 _PAIRS = [*dict.fromkeys([*_FAST, *itertools.product(PUBLISHING, repeat=2),
                           *itertools.product(STAGES, repeat=2), ("rebuild", "shard"), ("gc", "neighbors")])]
-_FAST_ON_S3 = [("rebuild", "gc", 40), ("repair", "rebuild", 1)]
+_FAST_ON_S3 = [("rebuild", "gc", 40), pytest.param("repair", "rebuild", 1, marks=pytest.mark.slow)]
 
 
 def race(template: Place, folder: Path, verbs: tuple[str, str], number: int, bucket: str = "") -> bool:

@@ -104,7 +104,8 @@ def test_samples_name_prompt_seed_checkpoint_and_neighbours(undisturbed: Path) -
     assert (folder / sample["file"]).exists() and (folder / "grid.png").exists()
 
 
-@pytest.mark.parametrize("way", [("--local",), pytest.param((), marks=[pytest.mark.ray, pytest.mark.slow])],
+@pytest.mark.parametrize("way", [pytest.param(("--local",), marks=pytest.mark.slow),
+                                 pytest.param((), marks=[pytest.mark.ray, pytest.mark.slow])],
                          ids=["local", "ray"])
 def test_the_driver_killed_again_and_again_gives_the_same_manifests(
         way: tuple[str, ...], undisturbed: Path, tmp_path: Path, settings_file: Path,

@@ -67,6 +67,7 @@ def test_killed_anywhere_and_run_again_is_the_same_folder(tmp_path):
     assert killed_at_every_point(Count, tmp_path) == 2 * (2 + 6 + 1 + 2 * 13 + 6 + 1 + 1)
 
 
+@pytest.mark.slow
 def test_sharding_killed_anywhere_and_run_again_is_the_same_folder(tmp_path):
     from pipeline.shards.shard import Shard
     from pipeline.sources.config import ShardConfig

@@ -70,6 +70,7 @@ def test_the_driver_killed_in_the_middle_of_a_shard(way: str, tmp_path: Path, ad
     assert files(tmp_path / "root") == undisturbed_files(tmp_path, source, address)
 
 
+@pytest.mark.slow
 def test_sigterm_stops_and_the_same_command_goes_on(tmp_path: Path, address: str, capsys: Any) -> None:
     source = write_slow_list(tmp_path / "list.parquet", address, 200, 0.05)
     process = start_command(*arguments(tmp_path / "root", source, address, "--local"))

@@ -28,7 +28,8 @@ from tests.pipeline.shards.test_shard import ledger, table
 pytestmark = pytest.mark.usefixtures("private_cache")
 
 
-@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+@pytest.mark.parametrize("kind", ["parquet", pytest.param("csv", marks=pytest.mark.slow),
+                                  pytest.param("jsonl", marks=pytest.mark.slow)])
 def test_every_row_is_a_sample_or_has_a_reason(tmp_path, image_site, kind):
     expected = {"00.png": "", "absent.png": "http_404", "status/403": "http_403", "status/204": "empty_file",
                 "text.jpg": "not_a_picture", "empty.png": "empty_file", "cut.jpg": "corrupt", "small.png": "too_small",

@@ -60,7 +60,8 @@ def test_resumed_is_never_stopped(tmp_path):
 
 
 # Of eight images three processes have 2, 3 and 3. Half-way runs begin with a checkpoint of a single process.
-@pytest.mark.parametrize(("world", "way", "half_way"), [(2, "ddp", False), (3, "ddp", True), (2, "fsdp", False),
+@pytest.mark.parametrize(("world", "way", "half_way"), [(2, "ddp", False), (3, "ddp", True),
+                                                        pytest.param(2, "fsdp", False, marks=pytest.mark.slow),
                                                         pytest.param(2, "fsdp", True, marks=pytest.mark.slow),
                                                         pytest.param(3, "fsdp", False, marks=pytest.mark.slow)])
 def test_some_processes_equal_one(tmp_path, world, way, half_way):
@@ -251,6 +252,7 @@ def test_the_network_comes_back_as_it_was_saved(tmp_path):
     assert not torch.equal(averaged.out[2].weight, raw.out[2].weight)
 
 
+@pytest.mark.slow
 def test_neighbours_help(tmp_path):
     config = toy_run.config(steps=160, global_batch=16, log_every=40, p_uncond=0.0, lr=5e-3)
     losses = {}

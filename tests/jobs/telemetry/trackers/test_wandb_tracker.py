@@ -201,7 +201,7 @@ def test_steps_that_are_repeated_after_a_damaged_checkpoint_are_told_once(tmp_pa
     assert _steps(_sessions(tmp_path / "runs/small")) == [list(range(1, 13)), list(range(13, 21))]
 
 
-@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("killed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_of_an_earlier_version_is_one_curve(tmp_path: Path, session: Any, killed: bool) -> None:
     run = tmp_path / "runs/small"
     first = session(0, 12, int(not killed))
