@@ -72,7 +72,7 @@ audit: setup  ## known vulnerabilities of all locked packages; needs a vulnerabi
 sbom: setup  ## CycloneDX lists of the locked packages, into build/sbom.json and build/sbom-gpu.json
 	tools=$$(PYTHON=$(BIN)/python infra/tools.sh supply) && infra/sbom.sh "$$tools/bin/cyclonedx-py" build
 
-licenses: setup  ## the licenses of the locked packages, into docs/licenses.md
+licenses: setup  ## the licenses of the locked packages, into docs/reference/licenses.md
 	$(BIN)/python infra/licenses.py
 
 clean:  ## remove .venv and what was built

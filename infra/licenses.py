@@ -1,4 +1,4 @@
-"""Writes docs/licenses.md: the license of every package of the two lock files, as its metadata states it.
+"""Writes docs/reference/licenses.md: the license of every package of the two lock files, as its metadata states it.
 
     .venv/bin/python infra/licenses.py            # `make licenses`
     .venv/bin/python infra/licenses.py --check    # ends with 1 if the file is stale
@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENT = ROOT / "docs/licenses.md"
+DOCUMENT = ROOT / "docs/reference/licenses.md"
 LOCKS = {"requirements.lock": "everywhere", "infra/requirements-gpu.lock": "GPU"}
 # Packages without a license in their metadata, and packages of other platforms.
 KNOWN = {
@@ -116,7 +116,7 @@ def main(words: list[str]) -> int:
     text = render(existing)
     if words == ["--check"]:
         if text != existing:
-            print("licenses: docs/licenses.md is stale\nhint: make licenses", file=sys.stderr)
+            print("licenses: docs/reference/licenses.md is stale\nhint: make licenses", file=sys.stderr)
         return int(text != existing)
     DOCUMENT.write_text(text)
     return 0

@@ -1,4 +1,7 @@
-"""The known corpora: how each is recognized, and what is taken from it. docs/corpora.md has the table for users."""
+"""The known corpora: how each is recognized, and what is taken from it.
+
+docs/guides/ingest/corpora.md has the table for users.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The row filter of `--where`: which rows of a table to keep, as in `punsafe < 0.1 and AESTHETIC_SCORE > 5`.
 
-docs/row-filter.md describes the language. sqlglot parses the text, and pyarrow evaluates the result, batch by batch.
-The same Arrow expression prunes the row groups of a parquet file.
+docs/guides/ingest/row-filter.md describes the language. sqlglot parses the text, and pyarrow evaluates the result,
+batch by batch. The same Arrow expression prunes the row groups of a parquet file.
 
 sqlglot was chosen over DuckDB and Polars SQL because it executes nothing. So an expression cannot open a file, read
 the environment or run a second statement. DuckDB and Polars also order NaN above all numbers: `score > 5` keeps NaN.

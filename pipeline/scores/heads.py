@@ -25,7 +25,7 @@ HUB = "hf-hub:"
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _BLOCK_ROWS = 4096
 _ACTIVATIONS, _OUTPUTS = ({name for name in get_args(kind) if name} for kind in (Activation, OutputFunction))
-_CONVERT = "hint: docs/scores.md shows how to convert the weights that you trust"
+_CONVERT = "hint: docs/guides/score.md shows how to convert the weights that you trust"
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _load_function(head: str) -> Head:
     function, source = getattr(module, name, None), inspect.getsourcefile(module)
     if not callable(function) or source is None:
         raise ValueError(f"{module_name} has no function {name} with a source file\nhint: module:function, as in "
-                         f"docs/scores.md")
+                         f"docs/guides/score.md")
     return Head(function, {"function": head, "sha256": hashlib.sha256(Path(source).read_bytes()).hexdigest()})
 
 

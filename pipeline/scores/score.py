@@ -131,10 +131,10 @@ class Score(Stage):
         for name, values in columns.items():
             if values.shape != (count,) or values.dtype.kind not in "fiub":
                 raise ValueError(f"{self.head} gives no score for each sample: expected numbers ({count},), got "
-                                 f"{values.dtype} {values.shape} for {name}\nhint: docs/scores.md")
+                                 f"{values.dtype} {values.shape} for {name}\nhint: docs/guides/score.md")
         if not columns:
             raise ValueError(f"{self.head} gives no scores: expected at least one column, got none\n"
-                             f"hint: docs/scores.md")
+                             f"hint: docs/guides/score.md")
         return {name: values.astype(np.float32) for name, values in columns.items()}
 
     def _images(self, record: dict[str, Any], rows: np.ndarray) -> Iterator[bytes]:

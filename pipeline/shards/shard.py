@@ -220,7 +220,7 @@ class Shard(Stage):
             left_out = counts["skipped"] | {"filtered": sums["filtered"] - sum(by_license.values())} | by_license
             reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "it is empty"
             hint = (f"{storage.join(self.folder, 'ledger')} names each" if counts["skipped"] else
-                    "docs/credits.md has the columns and texts of licenses that are known" if sums[NO_LICENSE] else
+                    "docs/guides/ingest/credits.md has the known columns and texts of licenses" if sums[NO_LICENSE] else
                     "--where and --licenses choose rows")
             raise StageFailed(f"shard: no image of {', '.join(self.config.source)} can be used: {reasons}\n"
                               f"hint: {hint}")

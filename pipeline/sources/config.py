@@ -39,7 +39,7 @@ class ShardConfig:
     """JSON file on origin and license of the images; its content is kept in the manifest."""
     url_column: str = ""
     """Column of a list with the URLs; default: url, URL, image_url. It may be a path or a template, as in
-    https://host/{image_id}.jpg (docs/corpora.md)."""
+    https://host/{image_id}.jpg (docs/guides/ingest/corpora.md)."""
     image_column: str = ""
     """Column with images as bytes, or as struct with a field bytes; default: image and the like."""
     caption_column: str = ""

@@ -57,7 +57,7 @@ def _abort_uploads(folder: str, now: float) -> int:
                 continue
     except (PermissionError, StorageError) as error:
         _log.warning("uploads below %s that were not completed may stay: %s\nhint: a lifecycle rule of the bucket with "
-                     "AbortIncompleteMultipartUpload, see docs/versions.md", folder, error)
+                     "AbortIncompleteMultipartUpload, see docs/guides/publish/safety.md", folder, error)
     return aborted
 
 

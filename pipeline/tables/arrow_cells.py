@@ -1,4 +1,4 @@
-"""Columns of Arrow as plain cells. docs/arrow-types.md has the table of types."""
+"""Columns of Arrow as plain cells. docs/reference/arrow-types.md has the table of types."""
 
 from __future__ import annotations
 

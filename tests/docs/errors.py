@@ -13,7 +13,7 @@ from pathlib import Path
 _ROOT = Path(__file__).parents[2]
 CURES = tomllib.loads((Path(__file__).parent / "cures.toml").read_text())
 _LEDGER = {"BadImage", "NotFetched", "Retryable", "Refused", "NeedsIsolation"}
-"""Errors of one sample. Their texts are reasons: docs/ledger.md explains them."""
+"""Errors of one sample. Their texts are reasons: docs/reference/ledger.md explains them."""
 _DATA = {"DamagedFile", "StageFailed", "StorageError", "OSError", "MemoryError", "DeviceUnavailable", "RuntimeError",
          "OutOfDeviceMemory", "Drifted", "UnreadableIndex", "NpmUnavailable", "FloatingPointError", "GatesFailed",
          "PermissionError", "FileExistsError", "DamagedPointer", "LeaseConflict"}
@@ -25,7 +25,7 @@ _HEAD = """# Error messages
 Every error of the program, by the part that raises it. Words in capitals stand for values.
 Exit code 1: items failed or data is damaged. Exit code 2: invalid usage, and nothing was changed.
 [Troubleshooting](../troubleshooting.md) begins with symptoms.
-[Reasons in the ledger](../ledger.md) explains why single samples are left out.
+[Reasons in the ledger](ledger.md) explains why single samples are left out.
 """
 
 

@@ -11,14 +11,14 @@ from tests.docs.pages import ROOT
 
 
 def test_each_reason_for_leaving_out_an_image_is_explained() -> None:
-    text = (ROOT / "docs/ledger.md").read_text()
+    text = (ROOT / "docs/reference/ledger.md").read_text()
     used = {reason for file in (ROOT / "pipeline").rglob("*.py")
             for reason in re.findall(r'(?:BadImage|NotFetched)\("(\w+)"', file.read_text())}
     assert "too_many_scans" in used and {reason for reason in used if f"`{reason}`" not in text} == set()
 
 
 def test_the_table_of_corpora_has_every_layout_and_its_columns() -> None:
-    text = (ROOT / "docs/corpora.md").read_text()
+    text = (ROOT / "docs/guides/ingest/corpora.md").read_text()
     rows = {cells[1].strip(): cells for line in text.splitlines() if len(cells := line.split("|")) == 7}
     for layout in known.TABLES:
         name, recognized, url, caption, *_ = rows[layout.name][1:]

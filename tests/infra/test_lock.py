@@ -100,18 +100,18 @@ def test_supported_versions_are_the_same_everywhere() -> None:
     assert f"--python-version 3.{oldest} " in (REPOSITORY / "Makefile").read_text()
     image = re.search(r"^FROM python:(\S+)-slim", (REPOSITORY / "infra/Dockerfile").read_text(), re.M)[1]
     assert image in (f"3.{oldest}", f"3.{newest}")
-    for name in ("README.md", "docs/dependencies.md"):
+    for name in ("README.md", "docs/reference/dependencies.md"):
         assert f"3.{oldest} to 3.{newest}" in (REPOSITORY / name).read_text()
 
 
 def test_the_hint_and_the_documents_name_the_locked_autofaiss() -> None:
     command = f"pip install --no-deps autofaiss=={HERE['autofaiss']} embedding-reader=={HERE['embedding-reader']}"
-    for name in ("pipeline/indices/choose.py", "README.md", "docs/dependencies.md"):
+    for name in ("pipeline/indices/choose.py", "README.md", "docs/reference/dependencies.md"):
         assert command in (REPOSITORY / name).read_text(), name
 
 
 def test_each_direct_dependency_is_explained_with_its_version() -> None:
-    text = (REPOSITORY / "docs/dependencies.md").read_text()
+    text = (REPOSITORY / "docs/reference/dependencies.md").read_text()
     rows = {row[0]: row[1] for row in re.findall(r"^\| ([\w.-]+) \| ([^|]+) \|", text, re.M)}
     groups = [PROJECT["project"]["dependencies"], OPTIONAL["autofaiss"], OPTIONAL["gpu"], OPTIONAL["dev"]]
     direct = {Requirement(text).name for group in groups for text in group}

@@ -113,7 +113,7 @@ def test_the_lists_have_every_pin_and_are_the_same_twice(tmp_path: Path) -> None
 def test_the_table_of_licenses_is_not_stale_and_has_every_pin(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, REPOSITORY / "infra/licenses.py", "--check"], text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    text = (REPOSITORY / "docs/licenses.md").read_text()
+    text = (REPOSITORY / "docs/reference/licenses.md").read_text()
     rows = re.findall(r"^\| (\S+) \| (\S+) \| ([^|]+) \| (?:everywhere|GPU)", text, re.M)
     assert [row[:2] for row in rows] == [(pin.name, str(pin.specifier).removeprefix("==")) for pin in (*LOCK, *GPU)]
     # Licenses that ask for more than a notice, or are not open: each new one is a decision.
@@ -124,8 +124,8 @@ def test_the_table_of_licenses_is_not_stale_and_has_every_pin(tmp_path: Path) ->
 
 
 def test_a_stale_table_is_found(tmp_path: Path) -> None:
-    for name in ("infra/licenses.py", "docs/licenses.md", "requirements.lock", "infra/requirements-gpu.lock"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("infra/licenses.py", "docs/reference/licenses.md", "requirements.lock", "infra/requirements-gpu.lock"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text((REPOSITORY / name).read_text())
 
     def check() -> tuple[int, str]:
@@ -134,9 +134,9 @@ def test_a_stale_table_is_found(tmp_path: Path) -> None:
         return done.returncode, done.stderr
 
     assert check() == (0, "")
-    document, lock = tmp_path / "docs/licenses.md", tmp_path / "requirements.lock"
+    document, lock = tmp_path / "docs/reference/licenses.md", tmp_path / "requirements.lock"
     document.write_text(document.read_text().replace("| numpy | ", "| numpy-old | "))
-    assert check() == (1, "licenses: docs/licenses.md is stale\nhint: make licenses\n")
+    assert check() == (1, "licenses: docs/reference/licenses.md is stale\nhint: make licenses\n")
     lock.write_text(lock.read_text() + "a-package-that-is-not-there==1.0\n")
     status, message = check()
     assert status == 1 and "the license of a-package-that-is-not-there 1.0 is not known\nhint: " in message

@@ -333,11 +333,11 @@ def test_no_other_sql_is_understood(text):
 
 
 def test_the_examples_of_the_documents_are_understood():
-    documents = Path(__file__).parents[3]
-    table = (documents / "docs/row-filter.md").read_text().split("## Language")[1].split("\n\n")[1].splitlines()[2:]
+    guides = Path(__file__).parents[3] / "docs/guides"
+    table = (guides / "ingest/row-filter.md").read_text().split("## Language")[1].split("\n\n")[1].splitlines()[2:]
     examples = [re.findall(r"`` (.*?) ``|`([^`]+)`|(`[^`]+` > [\d.]+)", line)[-1] for line in table]
     texts = ["".join(example).replace("\\|", "|") for example in examples]
-    texts += re.findall(r"--where '([^']*)'", (documents / "docs/guides/ingest.md").read_text())
+    texts += re.findall(r"--where '([^']*)'", (guides / "ingest.md").read_text())
     assert len(texts) >= 9 and all(RowFilter.parse(text).columns for text in texts)
 
 

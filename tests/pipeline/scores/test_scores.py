@@ -27,7 +27,7 @@ from pipeline.stages.types import StageFailed
 from pipeline.versions import verify
 from tests.pipeline import synthetic
 
-DOCUMENT = Path(__file__).parents[3] / "docs/scores.md"
+DOCUMENT = Path(__file__).parents[3] / "docs/guides/score.md"
 WARM = "tests.pipeline.scores.warm"
 VECTORS = synthetic.clustered(60, 16)
 

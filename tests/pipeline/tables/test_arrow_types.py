@@ -1,4 +1,4 @@
-"""The table in docs/arrow-types.md, row by row, from a parquet file to the shard."""
+"""The table in docs/reference/arrow-types.md, row by row, from a parquet file to the shard."""
 
 import datetime
 import decimal
@@ -15,7 +15,7 @@ from pipeline.tables.arrow_cells import table_rows
 from tests.pipeline.shards.test_shard import ledger
 from tests.pipeline.sources.list_datasets import PICTURES, shard_source, stored_samples
 
-DOCUMENT = Path(__file__).parents[3] / "docs/arrow-types.md"
+DOCUMENT = Path(__file__).parents[3] / "docs/reference/arrow-types.md"
 DAY = datetime.date(2024, 2, 29)
 NOON = datetime.datetime(2024, 2, 29, 12)
 
