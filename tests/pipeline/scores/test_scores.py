@@ -94,7 +94,7 @@ def test_a_head_of_a_hub_is_found_in_its_cache(tmp_path, dataset):
     write_head(snapshot / "model.safetensors", predictor(16, 1))
     arguments = ["score", "x", "--root", dataset.root, "--local", "--head"]
     codes = [subprocess.run([sys.executable, "-m", "jobs", *arguments, f"{name}=hf-hub:someone/{repository}"], env={
-        **os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}, cwd=DOCUMENT.parents[1]).returncode
+        **os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}, cwd=DOCUMENT.parents[2]).returncode
              for name, repository in (("good", "head"), ("better", "other"))]
     assert codes == [0, 2] and np.isnan(scores_of(dataset, "good")).sum() == 1
 
